@@ -1,0 +1,83 @@
+"""Checkpoints: one `.pt` that holds plain containers and tensors, written atomically, loaded with `weights_only=True`.
+
+Keys: `model`, `config` (plain dict: enough to rebuild the model), `epoch` (epochs completed), `best`; for resuming
+`optimizer`, `scheduler`, `scaler`, `rng`.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.errors import UserError
+from common.files import atomic_path
+from common.seed import rng_state, set_rng_state
+
+
+def save_checkpoint(path: str | Path, *, model: dict[str, Any], config: dict[str, Any], epoch: int, **state: Any) -> None:
+    """Write a checkpoint atomically; `state` takes `best`, `optimizer`, `scheduler`, `scaler` state dicts."""
+    content = {"model": model, "config": config, "epoch": epoch, "rng": rng_state(), **state}
+    with atomic_path(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_tensors(path: str | Path, what: str) -> Any:
+    """`torch.load(weights_only=True)` on the CPU; a missing, truncated or pickled-code file is a UserError."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: expected {what}, found no file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"{path}: expected {what} (tensors and plain containers only), cannot be read: {reason}") from None
+
+
+def load_checkpoint(path: str | Path, what: str = "a checkpoint") -> dict[str, Any]:
+    """A checkpoint's content with `model`, `config` and `epoch` present, else UserError."""
+    content = load_tensors(path, what)
+    missing = [name for name in ("model", "config", "epoch") if not isinstance(content, dict) or name not in content]
+    if missing:
+        raise UserError(f"{path}: expected {what} with keys model, config, epoch; '{missing[0]}' is missing")
+    return content
+
+
+def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
+    """Load a state dict strictly; another architecture's weights are a UserError that names the first differences."""
+    own = module.state_dict()
+    missing = [name for name in own if name not in weights]
+    unexpected = [name for name in weights if name not in own]
+    reshaped = [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    if missing or unexpected or reshaped:
+        shapes = [f"{n} {tuple(weights[n].shape)} for {tuple(own[n].shape)}" for n in reshaped]
+        raise UserError(
+            f"{source}: weights of another architecture: {len(missing)} missing {missing[:2]}, "
+            f"{len(unexpected)} unexpected {unexpected[:2]}, {len(reshaped)} of another shape {shapes[:2]}; "
+            f"give the weights of a {type(module).__name__} with the same settings"
+        )
+    module.load_state_dict(weights)
+
+
+def resume(path: str | Path, model: nn.Module, **parts: Any) -> tuple[int, dict[str, Any]]:
+    """Put model, optimizer, scheduler, scaler and all generators back to where the checkpoint left them.
+
+    Args:
+        path: `checkpoint_last.pt` of the run; when absent nothing changes.
+        model: the unwrapped model.
+        parts: objects with `load_state_dict`, named as they were in `save_checkpoint`.
+
+    Returns:
+        Number of epochs completed (0 without a checkpoint) and `best`.
+    """
+    if not Path(path).is_file():
+        return 0, {}
+    content = load_checkpoint(path)
+    load_weights(model, content["model"], str(path))
+    for name, part in parts.items():
+        part.load_state_dict(content[name])
+    set_rng_state(content["rng"])
+    return content["epoch"], content.get("best", {})

@@ -1,0 +1,41 @@
+"""The one way into a script: load its configuration, run `main`, turn user errors into one line.
+
+Exit status: 0 done, 1 done with failures that are listed, 2 bad input or configuration.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from common.config import HelpRequested, load_config
+from common.distributed import shutdown
+from common.errors import UserError
+
+T = TypeVar("T")
+
+
+def launch(main: Callable[[T], int | None], config_class: type[T]) -> None:
+    """Run `main(config)` and leave the process with its status."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    sys.exit(run(main, config_class, sys.argv[1:]))
+
+
+def run(main: Callable[[T], int | None], config_class: type[T], arguments: list[str]) -> int:
+    """`launch` without leaving the process: the exit status is returned."""
+    try:
+        return main(load_config(config_class, arguments)) or 0
+    except HelpRequested as request:
+        print(f"{_title(main)}\n\n{request}")
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        shutdown()
+
+
+def _title(main: Callable[..., Any]) -> str:
+    return (sys.modules[main.__module__].__doc__ or "").strip().split("\n")[0]

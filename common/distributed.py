@@ -1,0 +1,90 @@
+"""Processes started by torchrun: set-up (nccl on GPUs, gloo on CPUs), reductions, and one process as the plain case."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common.device import pick_device
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of them."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+
+def init_distributed(device: str) -> World:
+    """Join the group that torchrun announces in the environment; without torchrun: one process."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World(0, 1, pick_device(device))
+    chosen = pick_device(device, local_rank=int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return World(dist.get_rank(), size, chosen)
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_mean(value: torch.Tensor) -> torch.Tensor:
+    """Mean over processes, same shape; the tensor itself with one process."""
+    if not dist.is_initialized():
+        return value
+    value = value.clone()
+    dist.all_reduce(value)
+    return value / dist.get_world_size()
+
+
+def mean_dict(values: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Mean over processes of named scalars, in one reduction."""
+    names = sorted(values)
+    stacked = all_reduce_mean(torch.stack([values[name].detach().float() for name in names]))
+    return dict(zip(names, stacked.tolist(), strict=True))
+
+
+def gather_objects(value: object) -> list[object]:
+    """The value of every process, in rank order, on every process."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def wrap(model: nn.Module, world: World) -> nn.Module:
+    """DistributedDataParallel with more than one process, the model itself with one."""
+    if world.size == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel or torch.compile."""
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    return getattr(model, "_orig_mod", model)

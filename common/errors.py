@@ -1,0 +1,19 @@
+"""Errors that a user can mend, and the nearest valid name for a misspelt one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input: one line that gives expected, found and remedy. Entry points print it without a traceback."""
+
+
+def did_you_mean(name: str, valid: Iterable[object]) -> str:
+    """`did you mean 'x'?` for the closest of `valid`, else the sorted list of all of them."""
+    options = sorted(str(option) for option in valid)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return f"valid: {', '.join(options[:40])}" + (", ..." if len(options) > 40 else "") if options else "nothing is valid here"

@@ -1,0 +1,169 @@
+"""A run directory belongs to one run; checkpoints resume bit for bit and refuse what they cannot hold."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from common.checkpoint import load_checkpoint, load_tensors, load_weights, resume, save_checkpoint
+from common.config import key
+from common.device import autocast, pick_device, pick_precision
+from common.distributed import World, all_reduce_mean, gather_objects, mean_dict
+from common.errors import UserError
+from common.run import Run, Tracker, open_run
+from common.seed import epoch_generator, rng_state, seed_everything, set_rng_state
+
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+@dataclass
+class Config:
+    lr: float = key(0.1, "learning rate")
+    workers: int = key(1, "workers", runtime=True)
+
+
+def start(path: Path, config: Config, overwrite: bool = False, **inputs: str) -> Run:
+    return open_run(path, config, WORLD, inputs=inputs, overwrite=overwrite, tracker=Tracker())
+
+
+def test_same_run_goes_on_and_another_is_refused(tmp_path: Path) -> None:
+    run = start(tmp_path / "r", Config(), labels="a")
+    assert run.results is None
+    run.finish({"auc": 0.9})
+    assert start(tmp_path / "r", Config(workers=8), labels="a").results == {"auc": 0.9}
+    with pytest.raises(UserError, match=r"config.lr 0.1 -> 0.2"):
+        start(tmp_path / "r", Config(lr=0.2), labels="a")
+    with pytest.raises(UserError, match="inputs.labels 'a' -> 'b'"):
+        start(tmp_path / "r", Config(), labels="b")
+    assert start(tmp_path / "r", Config(lr=0.2), overwrite=True, labels="a").results is None
+
+
+def test_checkpoints_of_unknown_origin_are_not_taken_over(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "checkpoint_last.pt")
+    with pytest.raises(UserError, match="unknown origin"):
+        start(tmp_path, Config())
+
+
+def test_run_writes_what_the_contract_names(tmp_path: Path) -> None:
+    run = start(tmp_path, Config())
+    run.log({"epoch": 1, "loss": 0.5})
+    run.finish({"auc": 1.0})
+    for name in ("config.yaml", "metrics.jsonl", "results.json", "environment.json"):
+        assert (tmp_path / name).is_file(), name
+    assert json.loads((tmp_path / "environment.json").read_text())["torch"] == torch.__version__
+
+
+def test_epochs_that_will_be_run_again_are_forgotten(tmp_path: Path) -> None:
+    run = start(tmp_path, Config())
+    for epoch in (1, 2, 3):
+        run.log({"epoch": epoch})
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"epoch": 3, "lo')
+    run.forget_after(2)
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
+    for _ in range(count):
+        x = torch.randn(4, 3) * random.random() + float(np.random.rand())
+        optimizer.zero_grad()
+        nn.functional.dropout(model(x), 0.5).square().sum().backward()
+        optimizer.step()
+
+
+def new() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Linear(3, 2)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+
+def test_resume_is_bit_for_bit(tmp_path: Path) -> None:
+    seed_everything(3)
+    model, optimizer = new()
+    steps(model, optimizer, 2)
+    state = {"model": model.state_dict(), "config": {}, "epoch": 2, "optimizer": optimizer.state_dict(), "best": {"auc": 0.7}}
+    save_checkpoint(tmp_path / "c.pt", **state)
+    steps(model, optimizer, 3)
+    seed_everything(99)
+    again, optimizer_again = new()
+    assert resume(tmp_path / "c.pt", again, optimizer=optimizer_again) == (2, {"auc": 0.7})
+    steps(again, optimizer_again, 3)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_resume_without_a_checkpoint_starts_at_zero(tmp_path: Path) -> None:
+    assert resume(tmp_path / "none.pt", nn.Linear(1, 1)) == (0, {})
+
+
+def test_rng_state_covers_python_numpy_and_torch() -> None:
+    seed_everything(1)
+    state = rng_state()
+    first = (random.random(), np.random.rand(), torch.rand(1).item())
+    set_rng_state(state)
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == first
+
+
+def test_epoch_generators_differ_by_epoch_and_seed() -> None:
+    draws = {torch.rand(1, generator=epoch_generator(seed, epoch)).item() for seed in (1, 2) for epoch in (0, 1)}
+    assert len(draws) == 4
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("unpickled",))
+
+
+def test_unsafe_and_broken_checkpoints_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"model": Evil()}, tmp_path / "evil.pt")
+    torch.save({"model": {}, "config": {}}, tmp_path / "short.pt")
+    torch.save({"model": torch.zeros(999)}, tmp_path / "cut.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:700])
+    for name in ("evil.pt", "cut.pt"):
+        with pytest.raises(UserError, match="cannot be read"):
+            load_tensors(tmp_path / name, "a checkpoint")
+    with pytest.raises(UserError, match="'epoch' is missing"):
+        load_checkpoint(tmp_path / "short.pt")
+    with pytest.raises(UserError, match="found no file"):
+        load_checkpoint(tmp_path / "none.pt")
+    assert "unpickled" not in capsys.readouterr().out
+
+
+def test_weights_of_another_architecture_are_refused() -> None:
+    with pytest.raises(UserError, match=r"1 of another shape \['weight \(4, 3\) for \(2, 3\)'\]|another shape"):
+        load_weights(nn.Linear(3, 2), nn.Linear(3, 4).state_dict(), "w.pt")
+    with pytest.raises(UserError, match="1 missing"):
+        load_weights(nn.Linear(3, 2), nn.Linear(3, 2, bias=False).state_dict(), "w.pt")
+
+
+def test_device_and_precision_choices() -> None:
+    cpu = pick_device("cpu")
+    assert pick_precision("fp32", cpu) == "fp32"
+    assert pick_precision("auto", cpu) in {"bf16", "fp32"}
+    with pytest.raises(UserError, match="expected auto, cpu"):
+        pick_device("gpuu")
+    with pytest.raises(UserError, match="expected one of"):
+        pick_precision("fp8", cpu)
+    with pytest.raises(UserError, match="CUDA"):
+        pick_precision("fp16", cpu)
+    with autocast(cpu, "bf16"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    with autocast(cpu, "fp32"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_missing_cuda_is_said_at_once() -> None:
+    with pytest.raises(UserError, match="set device=cpu"):
+        pick_device("cuda")
+
+
+def test_reductions_with_one_process_are_the_values() -> None:
+    assert mean_dict({"b": torch.tensor(2.0), "a": torch.tensor(1.0)}) == {"a": 1.0, "b": 2.0}
+    assert all_reduce_mean(torch.tensor(3.0)).item() == 3.0
+    assert gather_objects("x") == ["x"]

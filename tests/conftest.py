@@ -1,0 +1,50 @@
+"""Shared fixtures: one thread a process, tiny slides in real formats, the folder of real data when it is there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.helpers import draw_slide, write_pyramid
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("WSI_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of real test data; tests that ask for it are skipped where it is absent."""
+    if not (DATA / "INVENTORY.md").is_file():
+        pytest.skip(f"real test data not found at {DATA}; set WSI_TEST_DATA")
+    return DATA
+
+
+@pytest.fixture
+def slide_path(tmp_path: Path) -> Path:
+    """One 512 px pyramidal TIFF at 0.5 um per pixel."""
+    return write_pyramid(tmp_path / "slides" / "S001.tiff", draw_slide(512))
+
+
+@pytest.fixture
+def tile_folder(tmp_path: Path) -> Path:
+    """A 3 x 2 tile folder of 64 px tiles, one place empty; tile (r, c) has the grey value 40 r + 20 c + 20."""
+    folder = tmp_path / "slides" / "007"
+    folder.mkdir(parents=True)
+    for row, col in ((0, 0), (0, 1), (1, 0), (2, 0), (2, 1)):
+        Image.new("RGB", (64, 64), (40 * row + 20 * col + 20,) * 3).save(folder / f"{row}_{col}.png")
+    return folder

@@ -1,0 +1,44 @@
+"""Tiny slides and cohorts in real formats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import tifffile
+from PIL import Image
+
+
+def draw_slide(side: int, seed: int = 0) -> np.ndarray:
+    """White glass with two saturated discs of tissue, uint8 (side, side, 3)."""
+    rng = np.random.default_rng(seed)
+    pixels = np.full((side, side, 3), 240, dtype=np.uint8)
+    y, x = np.mgrid[:side, :side]
+    for cx, cy in ((0.3, 0.3), (0.7, 0.6)):
+        disc = (x - cx * side) ** 2 + (y - cy * side) ** 2 < (0.18 * side) ** 2
+        colour = np.array([170, 60, 140])
+        pixels[disc] = np.clip(colour + rng.integers(-25, 25, (int(disc.sum()), 3)), 0, 255)
+    return pixels
+
+
+def write_pyramid(path: Path, pixels: np.ndarray, mpp: float | None = 0.5, levels: tuple[int, ...] = (1, 2, 4)) -> Path:
+    """A tiled pyramidal TIFF that OpenSlide opens."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tifffile.TiffWriter(path) as writer:
+        for index, factor in enumerate(levels):
+            options = {"tile": (64, 64), "compression": "deflate", "photometric": "rgb", "subfiletype": int(index > 0)}
+            if mpp is not None:
+                options |= {"resolution": (1e4 / (mpp * factor),) * 2, "resolutionunit": "CENTIMETER"}
+            small = Image.fromarray(pixels).resize((pixels.shape[1] // factor, pixels.shape[0] // factor), Image.Resampling.BOX)
+            writer.write(np.asarray(small), **options)
+    return path
+
+
+def make_cohort(root: Path, count: int = 3) -> Path:
+    """`count` small slides and their labels.csv below `root`."""
+    lines = ["case_id,slide_id,label"]
+    for index in range(count):
+        write_pyramid(root / "slides" / f"S{index:03d}.tiff", draw_slide(512, seed=index))
+        lines.append(f"C{index},S{index:03d},{'negative' if index % 2 else 'positive'}")
+    (root / "labels.csv").write_text("\n".join(lines) + "\n")
+    return root
