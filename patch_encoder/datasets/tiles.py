@@ -1,0 +1,99 @@
+"""All tiles of many slides as one sequence, so that batches fill across slide boundaries."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from patch_encoder.coordinates import Coordinates
+from patch_encoder.slides import Slide, SlideError, open_slide
+from patch_encoder.tiling import read_tile
+
+OPEN_SLIDES = 4  # handles a worker keeps
+
+
+@dataclass(frozen=True)
+class SlideJob:
+    """One slide to be encoded: where it lies, its tiles, its resolution if the user gave one."""
+
+    slide_id: str
+    path: Path
+    coordinates: Coordinates
+    mpp: float | None
+
+
+@dataclass(frozen=True)
+class TileBatch:
+    """What the workers hand to the device.
+
+    Attributes:
+        items: transformed tiles (B, ...), or None when no tile of the batch could be read.
+        slides: int64 (B,) index of each tile's slide.
+        failures: (slide index, error) of tiles that could not be read.
+        counted: (slide index, number of tiles) accounted for by this batch, read or not.
+    """
+
+    items: Tensor | None
+    slides: Tensor
+    failures: list[tuple[int, str]]
+    counted: list[tuple[int, int]]
+
+    def pin_memory(self) -> TileBatch:
+        """Called by the DataLoader when memory is pinned."""
+        items = self.items.pin_memory() if self.items is not None else None
+        return TileBatch(items, self.slides, self.failures, self.counted)
+
+
+class TileSequence(Dataset):
+    """Tiles of all jobs in order; item i is (slide index, transformed tile) or (slide index, error text).
+
+    Each worker opens a slide once and keeps the few that it used last.
+    """
+
+    def __init__(self, jobs: Sequence[SlideJob], transform: Callable[[np.ndarray], Tensor]) -> None:
+        self.jobs = list(jobs)
+        self.transform = transform
+        self.ends = np.cumsum([len(job.coordinates.coords) for job in jobs])
+        self._open: OrderedDict[int, Slide] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+        slide_index = int(np.searchsorted(self.ends, index, side="right"))
+        job = self.jobs[slide_index]
+        x, y = job.coordinates.coords[index - (self.ends[slide_index] - len(job.coordinates.coords))]
+        try:
+            tile = read_tile(self._slide(slide_index), job.coordinates.geometry, int(x), int(y))
+        except SlideError as error:
+            # OpenSlide refuses every call on a handle after its first error
+            broken = self._open.pop(slide_index, None)
+            if broken is not None:
+                broken.close()
+            return slide_index, str(error)
+        return slide_index, self.transform(tile)
+
+    def _slide(self, index: int) -> Slide:
+        if index not in self._open:
+            while len(self._open) >= OPEN_SLIDES:
+                self._open.popitem(last=False)[1].close()
+            self._open[index] = open_slide(self.jobs[index].path, self.jobs[index].mpp)
+        self._open.move_to_end(index)
+        return self._open[index]
+
+
+def collate(items: Sequence[tuple[int, Tensor | str]]) -> TileBatch:
+    """Stack what was read, keep the errors apart."""
+    read = [(index, tile) for index, tile in items if isinstance(tile, Tensor)]
+    failures = [(index, tile) for index, tile in items if isinstance(tile, str)]
+    indices = [index for index, _ in items]
+    counted = [(index, indices.count(index)) for index in dict.fromkeys(indices)]
+    stacked = torch.stack([tile for _, tile in read]) if read else None
+    return TileBatch(stacked, torch.tensor([index for index, _ in read], dtype=torch.int64), failures, counted)

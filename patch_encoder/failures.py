@@ -1,0 +1,35 @@
+"""One bad slide never stops a cohort: it is logged at once and listed in `failures.csv` at the end."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from common.files import write_csv
+
+logger = logging.getLogger(__name__)
+
+
+class Failures:
+    """The slides that could not be worked on in this run of a stage."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.rows: list[dict[str, str]] = []
+
+    def add(self, slide_id: str, error: str) -> None:
+        """Log and remember one slide; the first error of a slide counts."""
+        if any(row["slide"] == slide_id for row in self.rows):
+            return
+        logger.error("%s: slide %s failed: %s", self.stage, slide_id, error)
+        self.rows.append({"slide": slide_id, "stage": self.stage, "error": error})
+
+    def write(self, folder: Path) -> int:
+        """Write `failures.csv` (removed when nothing failed) and return the exit status of the stage: 0 or 1."""
+        path = folder / "failures.csv"
+        if not self.rows:
+            path.unlink(missing_ok=True)
+            return 0
+        write_csv(path, ["slide", "stage", "error"], self.rows)
+        logger.error("%s: %d slides failed, listed in %s", self.stage, len(self.rows), path)
+        return 1

@@ -1,0 +1,1 @@
+"""Encoders: what turns a tile into a feature vector."""

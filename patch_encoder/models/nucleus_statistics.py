@@ -1,0 +1,114 @@
+"""Size, shape and chromatin of the dark bodies of a tile, by fixed thresholds on the nuclear density.
+
+A body is a connected component of pixels above `CHROMATIN` in a lightly smoothed map. Its shape comes from second
+moments: eccentricity, and fill = area / (4 pi sqrt(det covariance)), which is 1 for any ellipse and smaller for a clump
+of nuclei or a ragged scrap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float32
+from scipy.ndimage import label, uniform_filter
+
+CHROMATIN = 0.2205
+DEPTHS = (0.1505, 0.3005, 0.5005, 0.7005)
+"""Densities; box means of bytes never fall on them exactly, so that the order of summation decides nothing."""
+AREAS = (12, 45, 110, 200, 320, 500, 900)
+"""Bounds of the size classes of bodies, px; below the first a body is a speck, above the last a clump or a smear."""
+COMPACT = 0.88
+SCALES = (3, 5, 9)
+"""Box widths (px) of the differences that measure chromatin texture."""
+
+NUCLEUS_NAMES = (
+    *(f"deeper_than_{depth:.2f}" for depth in DEPTHS),
+    *(f"{kind}_bodies_from_{area}" for kind in ("all", "compact") for area in AREAS),
+    *(f"largest_{kind}_{what}" for kind in ("any", "compact") for what in ("area", "fill", "eccentricity", "depth", "spread", "edge")),
+    *(f"texture_{where}_{scale}" for where in ("tile", "core") for scale in SCALES),
+    "core_share",
+    "core_depth",
+    "core_spread",
+)
+
+
+@dataclass(frozen=True)
+class Bodies:
+    """Measures (K,) of the K bodies: area px, fill, eccentricity, mean and spread of the density, mean steepness."""
+
+    area: np.ndarray
+    fill: np.ndarray
+    eccentricity: np.ndarray
+    depth: np.ndarray
+    spread: np.ndarray
+    edge: np.ndarray
+
+
+def nucleus_statistics(nuclear: Float32[np.ndarray, "h w"]) -> Float32[np.ndarray, " s"]:
+    """Statistics (len(NUCLEUS_NAMES),) of a map (H, W) of nuclear density above the ground."""
+    smooth = uniform_filter(nuclear, SCALES[0], mode="nearest")
+    bodies = measure(smooth > CHROMATIN, nuclear, np.abs(nuclear - smooth))
+    compact = bodies.fill > COMPACT
+    parts = (
+        [np.sqrt((smooth > depth).mean()) for depth in DEPTHS],
+        _counts(bodies.area),
+        _counts(bodies.area[compact]),
+        _largest(bodies, np.ones(len(compact), dtype=bool)),
+        _largest(bodies, compact),
+        _texture(nuclear, smooth),
+    )
+    return np.concatenate(parts).astype(np.float32)
+
+
+def measure(mask: np.ndarray, nuclear: np.ndarray, steepness: np.ndarray) -> Bodies:
+    """Measure each connected component (4-neighbourhood) of a mask (H, W) that is larger than a speck."""
+    numbers, count = label(mask)
+    rows, columns = np.nonzero(mask)
+    place = numbers[rows, columns] - 1
+    area = np.bincount(place, minlength=count)
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return np.bincount(place, weights=values, minlength=count) / area
+
+    y, x, depth = mean(rows), mean(columns), mean(nuclear[rows, columns])
+    dy, dx, difference = rows - y[place], columns - x[place], nuclear[rows, columns] - depth[place]
+    # 1 / 12 is the spread of a pixel itself: a single pixel gets fill close to 1 and not infinity
+    yy, xx, xy = mean(dy * dy) + 1 / 12, mean(dx * dx) + 1 / 12, mean(dx * dy)
+    root = np.sqrt((xx - yy) ** 2 + 4 * xy**2)
+    bodies = Bodies(
+        area=area,
+        fill=area / (4 * np.pi * np.sqrt(np.maximum(xx * yy - xy**2, 1e-6))),
+        eccentricity=np.sqrt(1 - (xx + yy - root).clip(0) / (xx + yy + root)),
+        depth=depth,
+        spread=np.sqrt(mean(difference**2)),
+        edge=mean(steepness[rows, columns]),
+    )
+    kept = area >= AREAS[0]
+    return Bodies(*(getattr(bodies, name)[kept] for name in Bodies.__dataclass_fields__))
+
+
+def _counts(areas: np.ndarray) -> np.ndarray:
+    """log(1 + number) of the bodies in each size class."""
+    return np.log1p(np.histogram(areas, bins=(*AREAS, np.inf))[0])
+
+
+def _largest(bodies: Bodies, chosen: np.ndarray) -> list[float]:
+    """Measures of the largest body among the chosen ones; all zero without one."""
+    if not chosen.any():
+        return [0.0] * 6
+    index = int(np.argmax(np.where(chosen, bodies.area, 0)))
+    shape = [np.log1p(bodies.area[index]), bodies.fill[index], bodies.eccentricity[index]]
+    return [*shape, bodies.depth[index], bodies.spread[index], bodies.edge[index]]
+
+
+def _texture(nuclear: np.ndarray, smooth: np.ndarray) -> list[float]:
+    """Differences from box means over the whole tile and in the core of dark bodies, and what that core is like."""
+    core = uniform_filter((nuclear > CHROMATIN).astype(np.float32), 7, mode="constant") > 0.999
+    filled = bool(core.any())
+    boxes = [smooth, *(uniform_filter(nuclear, scale, mode="nearest") for scale in SCALES[1:])]
+    differences = [np.abs(nuclear - box) for box in boxes]
+    tile = [float(np.sqrt(np.mean(difference**2))) for difference in differences]
+    inside = [float(difference[core].mean()) if filled else 0.0 for difference in differences]
+    depth = nuclear[core] if filled else np.zeros(1)
+    return [*tile, *inside, np.sqrt(core.mean()), float(depth.mean()), float(depth.std())]

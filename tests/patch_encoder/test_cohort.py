@@ -1,0 +1,84 @@
+"""labels.csv and the tree of slides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from patch_encoder.cohort import class_names, find_slides, locate, read_labels
+
+
+def labels(tmp_path: Path, text: str) -> Path:
+    (tmp_path / "labels.csv").write_text(text)
+    return tmp_path / "labels.csv"
+
+
+def test_ids_keep_their_zeros_and_optional_columns_are_optional(tmp_path: Path) -> None:
+    records = read_labels(labels(tmp_path, "slide_id,label,case_id,split,mpp\n007,POS,01,train,0.25\n008,NILM,01,,\n"))
+    assert [(r.case_id, r.slide_id, r.label, r.split, r.mpp) for r in records] == [
+        ("01", "007", "POS", "train", 0.25),
+        ("01", "008", "NILM", None, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("case_id,slide_id\n1,2\n", "'label' is missing"),
+        ("case_id,slide_id,label\n1,2,a\n1,2,b\n", "more than once, first '2'"),
+        ("case_id,slide_id,label\n1,2,\n", "line 2: expected a label"),
+        ("case_id,slide_id,label\n", "only the header"),
+        ("case_id,slide_id,label\n1,../x,a\n", "plain file name"),
+        ("case_id,slide_id,label,mpp\n1,2,a,half\n", "found 'half'"),
+        ("case_id,slide_id,label,mpp\n1,2,a,-1\n", "expected mpp"),
+        ("", "comma-separated"),
+    ],
+)
+def test_bad_tables_are_refused(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        read_labels(labels(tmp_path, text))
+
+
+def test_missing_table(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="found no file"):
+        read_labels(tmp_path / "labels.csv")
+
+
+def test_classes_are_sorted_and_the_positive_one_is_last(tmp_path: Path) -> None:
+    records = read_labels(labels(tmp_path, "case_id,slide_id,label\n1,1,POS\n2,2,NILM\n"))
+    assert class_names(records) == ["NILM", "POS"]
+    assert class_names(records, positive="NILM") == ["POS", "NILM"]
+    with pytest.raises(UserError, match="expected one of the labels"):
+        class_names(records, positive="pos.")
+    with pytest.raises(UserError, match="at least two classes"):
+        class_names(records[:1])
+
+
+def test_slides_are_found_in_any_tree(tmp_path: Path) -> None:
+    for name in ("a/S2.svs", "b/c/S1.tiff", "d/007/0_0.jpg", "d/007/0_1.jpg", "notes.txt", ".hidden.svs"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_slides(tmp_path)
+    assert {slide_id: str(path.relative_to(tmp_path)) for slide_id, path in found.items()} == {
+        "007": "d/007",
+        "S1": "b/c/S1.tiff",
+        "S2": "a/S2.svs",
+    }
+
+
+def test_ambiguous_and_unknown_slides_are_refused(tmp_path: Path) -> None:
+    for name in ("a/S1.svs", "b/S1.tiff"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="expected one slide, found"):
+        find_slides(tmp_path)
+    (tmp_path / "b/S1.tiff").unlink()
+    records = read_labels(labels(tmp_path, "case_id,slide_id,label\n1,S1,a\n2,S01,b\n"))
+    with pytest.raises(UserError, match=r"1 of 2 slides.*first 'S01'; did you mean 'S1'"):
+        locate(records, tmp_path)
+    with pytest.raises(UserError, match="found none"):
+        find_slides(tmp_path / "b")
+    with pytest.raises(UserError, match="expected a folder"):
+        find_slides(tmp_path / "nowhere")
