@@ -114,7 +114,8 @@ def open_run(
             _same_or_cleared(path, read_json(stamp, "a run's identity"), identified, overwrite)
         elif any(path.glob("checkpoint_*.pt")) and not overwrite:
             raise UserError(
-                f"{path}: expected a run directory, found checkpoints of unknown origin; choose another output or set overwrite=true"
+                f"{path}: expected a run directory, found checkpoints of unknown origin; "
+                "choose another output or set overwrite=true"
             )
         write_text(path / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
         write_json(path / "environment.json", environment(world.device))

@@ -114,7 +114,8 @@ def _check(path: Path, features: np.ndarray, coords: np.ndarray | None) -> None:
     bad = int((~np.isfinite(features).all(axis=1)).sum())
     if bad:
         raise UserError(
-            f"{path}: expected finite features, found NaN or infinity in {bad} of {len(features)} tiles; extract the slide again"
+            f"{path}: expected finite features, found NaN or infinity in {bad} of {len(features)} tiles; "
+            "extract the slide again"
         )
 
 

@@ -13,7 +13,9 @@ from common.errors import UserError, did_you_mean
 from common.files import safe_id
 from patch_encoder.slides.tile_folder import TILE_NAME
 
-SLIDE_SUFFIXES = frozenset(".svs .tif .tiff .ndpi .mrxs .scn .bif .vms .vmu .svslide .dcm .czi".split())
+SLIDE_SUFFIXES = frozenset(
+    (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm", ".czi")
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ def read_labels(path: str | Path) -> list[SlideRecord]:
     repeated = [slide for slide, count in Counter(r.slide_id for r in records).items() if count > 1]
     if repeated:
         raise UserError(
-            f"{path}: expected each slide once, found {len(repeated)} more than once, first '{repeated[0]}'; remove the extra rows"
+            f"{path}: expected each slide once, found {len(repeated)} more than once, first '{repeated[0]}'; "
+            "remove the extra rows"
         )
     return records
 
@@ -133,6 +136,7 @@ def locate(records: Sequence[SlideRecord], root: str | Path) -> dict[str, Path]:
     unknown = [record.slide_id for record in records if record.slide_id not in found]
     if unknown:
         raise UserError(
-            f"labels: {len(unknown)} of {len(records)} slides are not below {root}, first '{unknown[0]}'; {did_you_mean(unknown[0], found)}"
+            f"labels: {len(unknown)} of {len(records)} slides are not below {root}, first '{unknown[0]}'; "
+            f"{did_you_mean(unknown[0], found)}"
         )
     return {record.slide_id: found[record.slide_id] for record in records}

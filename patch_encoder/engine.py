@@ -93,7 +93,7 @@ def bag_provenance(encoder: Encoder, coordinates: Coordinates, settings: Extract
 
 
 def extract(encoder: Encoder, slides: str, coords: str, labels: str, output: str, settings: ExtractSettings) -> int:
-    """Encode a cohort into `<output>/<encoder name>/`; returns the exit status: 1 when slides failed, which are listed there."""
+    """Encode a cohort into `<output>/<encoder name>/`; returns the exit status: 1 when slides failed (failures.csv)."""
     failures = Failures(STAGE)
     folder = Path(output) / encoder.name
     extract_cohort(cohort_jobs(slides, coords, labels, failures), encoder, folder, settings, failures)

@@ -37,7 +37,8 @@ def tile_geometry(slide: Slide, target_size: int, target_mpp: float | None, over
         scale = target_mpp / slide.mpp
         if scale < 0.5:
             raise UserError(
-                f"slide {slide.slide_id}: expected mpp <= {2 * target_mpp} to reach target_mpp={target_mpp}, found {slide.mpp:.4f}"
+                f"slide {slide.slide_id}: expected mpp <= {2 * target_mpp} to reach target_mpp={target_mpp}, "
+                f"found {slide.mpp:.4f}"
             )
     level = max(i for i, downsample in enumerate(slide.downsamples) if i == 0 or downsample <= scale * LEVEL_TOLERANCE)
     side = round(target_size * scale)

@@ -22,10 +22,11 @@ COMPACT = 0.88
 SCALES = (3, 5, 9)
 """Box widths (px) of the differences that measure chromatin texture."""
 
+_MEASURES = ("area", "fill", "eccentricity", "depth", "spread", "edge")
 NUCLEUS_NAMES = (
     *(f"deeper_than_{depth:.2f}" for depth in DEPTHS),
     *(f"{kind}_bodies_from_{area}" for kind in ("all", "compact") for area in AREAS),
-    *(f"largest_{kind}_{what}" for kind in ("any", "compact") for what in ("area", "fill", "eccentricity", "depth", "spread", "edge")),
+    *(f"largest_{kind}_{what}" for kind in ("any", "compact") for what in _MEASURES),
     *(f"texture_{where}_{scale}" for where in ("tile", "core") for scale in SCALES),
     "core_share",
     "core_depth",

@@ -4,7 +4,7 @@ The embedded default encoder, so that the whole road runs where no foundation mo
 each from its own file or function: colour deconvolution (Ruifrok and Johnston 2001, matrix of skimage's rgb2hed), local
 binary patterns (`binary_patterns`), pattern spectrum (`granulometry`). Own choices: the nuclear channel is the smaller
 of the red and green optical densities, because haematoxylin absorbs both while eosin, orange G and light green absorb
-one; all scalings are constants, nothing is fitted to data, so a tile's vector does not depend on the cohort.
+one; centring and scaling are constants (`stain_texture_scale`), so a tile's vector does not depend on the cohort.
 
 Lengths are pixels of the tile, meant for 0.5 um a pixel: a normal nucleus of a squamous cell has a radius of 6 to 8 px.
 Entries are shares or means over the tile except peaks and the largest nucleus, so tiles of any size compare.
@@ -21,8 +21,11 @@ from skimage.color import hed_from_rgb
 from patch_encoder.models.binary_patterns import PATTERNS, RINGS, pattern_shares
 from patch_encoder.models.granulometry import RADII, granulometry, without_ground
 from patch_encoder.models.nucleus_statistics import NUCLEUS_NAMES, nucleus_statistics
+from patch_encoder.models.stain_texture_scale import SCALE
 
 SMALLEST_SIDE = 16
+LIMIT = 8.0
+"""Entries beyond this many spreads are cut off: another stain or scanner must not drown the rest."""
 STEPS = 100
 """Optical density 1 is this many steps of a byte."""
 GROUND = 20
@@ -34,19 +37,29 @@ DEEPEST = {"haematoxylin": 0.9, "eosin": 0.3, "nuclear": 1.0}
 
 
 def stain_texture(tile: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, " d"]:
-    """Describe a tile (H, W, 3) uint8, H and W at least 16, by a vector (DIM,) float32 of entries of about unit size.
+    """Describe a tile by `describe`, centred and scaled by constants and cut off at LIMIT: a vector (DIM,) float32.
+
+    Args:
+        tile: (H, W, 3) uint8, red green blue, H and W at least 16.
 
     Raises:
         ValueError: another shape or dtype.
     """
+    centre, spread = _scale()
+    return np.clip((describe(tile) - centre) / spread, -LIMIT, LIMIT)
+
+
+def describe(tile: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, " d"]:
+    """The same vector in natural units: roots of shares, densities, pixels; see `feature_names`."""
     if tile.dtype != np.uint8 or tile.ndim != 3 or tile.shape[2] != 3 or min(tile.shape[:2]) < SMALLEST_SIDE:
-        raise ValueError(f"expected a tile (H, W, 3) uint8 of at least {SMALLEST_SIDE} px a side, found {tile.dtype} {tile.shape}")
+        expected = f"expected a tile (H, W, 3) uint8 of at least {SMALLEST_SIDE} px a side"
+        raise ValueError(f"{expected}, found {tile.dtype} {tile.shape}")
     density = _density_table().take(np.moveaxis(tile, 2, 0))  # (3, H, W)
     nuclear = np.minimum(density[0], density[1])
     nuclear_bytes, grey_bytes = _bytes(nuclear), _bytes(density.mean(axis=0))
     spots = without_ground(nuclear_bytes, GROUND)
     bodies = nucleus_statistics(spots.astype(np.float32) / STEPS)
-    parts = (_colours(density, nuclear), _patterns(grey_bytes, nuclear_bytes), _spots(nuclear_bytes), bodies)
+    parts = (_colours(density, nuclear), _patterns(grey_bytes, nuclear_bytes), _sizes(spots, nuclear_bytes), bodies)
     return np.concatenate(parts).astype(np.float32)
 
 
@@ -54,9 +67,17 @@ def feature_names() -> list[str]:
     """A name for each entry of the vector, in order."""
     names = [f"{channel}_bin{place}" for channel in CHANNELS for place in range(BINS)]
     names += [f"density_{what}_{colour}" for what in ("mean", "spread") for colour in ("red", "green", "blue")]
-    names += [f"pattern_{where}_r{radius}_{place}" for where in ("grey", "nuclear") for radius in RINGS for place in range(PATTERNS)]
+    patterns = [f"r{radius}_{place}" for radius in RINGS for place in range(PATTERNS)]
+    names += [f"pattern_{channel}_{pattern}" for channel in ("grey", "nuclear") for pattern in patterns]
     names += [f"{what}_r{radius}" for what in ("dark_spots", "darkest", "light_gaps") for radius in RADII]
     return names + list(NUCLEUS_NAMES)
+
+
+@lru_cache(maxsize=1)
+def _scale() -> tuple[np.ndarray, np.ndarray]:
+    """Centre and spread (DIM,) float32, in the order of the names."""
+    table = np.array([SCALE[name] for name in feature_names()], dtype=np.float32)
+    return table[:, 0], table[:, 1]
 
 
 @lru_cache(maxsize=1)
@@ -95,9 +116,9 @@ def _rest_first(shares: np.ndarray) -> np.ndarray:
     return np.concatenate(([1 - shares[0]], shares[1:])).clip(0)
 
 
-def _spots(nuclear: np.ndarray) -> np.ndarray:
-    """Granulometry of dark spots (amount, and density of the darkest) and of the light gaps between them (amount)."""
-    dark, darkest = granulometry(nuclear)
+def _sizes(spots: np.ndarray, nuclear: np.ndarray) -> np.ndarray:
+    """Granulometry of dark spots (amount, and density of the darkest) and of light gaps in the nuclear channel (amount)."""
+    dark, darkest = granulometry(spots)
     light, _ = granulometry(255 - nuclear)
     return np.concatenate((np.sqrt(dark), darkest / STEPS, np.sqrt(light)))
 

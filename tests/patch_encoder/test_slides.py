@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import openslide
 import pytest
-from tests.helpers import draw_slide, write_pyramid
 from PIL import Image
 
 from patch_encoder.slides import SlideError, open_slide
+from tests.helpers import draw_slide, write_pyramid
 
 
 def test_openslide_file_reads_what_was_written(slide_path: Path) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from tests.helpers import draw_slide, make_cohort, write_pyramid
 from PIL import Image
 
 from common.cli import run
@@ -17,6 +16,7 @@ from patch_encoder.coordinates import Coordinates, TileGeometry, read_coordinate
 from patch_encoder.slides import open_slide
 from patch_encoder.tiling import grid, read_tile, tile_geometry, tissue_share
 from patch_encoder.tissue import TissueSettings, hsv_otsu, tissue_mask
+from tests.helpers import draw_slide, make_cohort, write_pyramid
 
 FINE = TissueSettings(mpp=2.0, median=4.0, closing=4.0, min_area=50.0)
 

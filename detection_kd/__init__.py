@@ -1,0 +1,1 @@
+"""Everything that localises or distils: lesion detector, D2VFM distillation, student extraction."""

@@ -1,0 +1,130 @@
+"""What teacher and student cost, measured in one run: GFLOPs, parameters, tiles per second.
+
+    python -m detection_kd.compare_encoders slides=... coords=... encoders=[stain_texture] student=... output=cost.json
+
+Every encoder goes over the same tiles of the cohort in turn, several rounds, decoding included, so that a machine that
+is busy for a while is busy for all of them; the median round counts.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.cli import launch
+from common.config import REQUIRED, key
+from common.device import PRECISIONS, pick_device, pick_precision
+from common.errors import UserError
+from common.files import write_json
+from detection_kd.models.student import student_encoder
+from patch_encoder.coordinates import Coordinates
+from patch_encoder.datasets.tiles import SlideJob, TileSequence
+from patch_encoder.engine import ExtractSettings, cohort_jobs, encode, tile_batches
+from patch_encoder.failures import Failures
+from patch_encoder.models.encoders import Encoder, build_encoder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Config:
+    """Keys of the cost measurement."""
+
+    slides: str = key(REQUIRED, "folder of slides, any tree", path=True)
+    coords: str = key(REQUIRED, "folder of coordinates files", path=True)
+    output: str = key(REQUIRED, "JSON file to write; kept when it is there", runtime=True)
+    encoders: list[str] = key([], "encoders of the table, name or name=weights")
+    student: str = key("", "checkpoint of train_d2vfm", path=True)
+    name: str = key("student", "name of the student")
+    labels: str = key("", "labels.csv", path=True)
+    tiles: int = key(1024, "tiles a round")
+    rounds: int = key(3, "rounds; the median counts")
+    batch_size: int = key(64, "tiles a batch")
+    workers: int = key(2, "decoding processes")
+    device: str = key("auto", "auto, cpu, cuda or cuda:N")
+    precision: str = key("auto", "auto: bf16 where the device has it", choices=PRECISIONS)
+    overwrite: bool = key(False, "measure again", runtime=True)
+
+
+def build_model(config: Config) -> list[Encoder]:
+    """All encoders to be compared."""
+    encoders = [build_encoder(*(spec.split("=", 1))) for spec in config.encoders]
+    if config.student:
+        encoders.append(student_encoder(config.student, config.name))
+    if not encoders:
+        raise UserError("compare_encoders: expected encoders=[...] or student=..., found neither")
+    return encoders
+
+
+def first_tiles(jobs: list[SlideJob], count: int) -> list[SlideJob]:
+    """The jobs cut down to `count` tiles in all, an equal share from each slide."""
+    share = -(-count // len(jobs))
+    cut, left = [], count
+    for job in jobs:
+        coords = job.coordinates.coords[: min(share, left)]
+        left -= len(coords)
+        if len(coords):
+            cut.append(replace(job, coordinates=Coordinates(coords, job.coordinates.geometry)))
+    return cut
+
+
+def gflops(encoder: Encoder, jobs: list[SlideJob]) -> float | None:
+    """10^9 floating-point operations a tile (a multiply-add counts as two); None for a classical descriptor."""
+    if not any(True for _ in encoder.model.parameters()):
+        return None
+    _, item = TileSequence(jobs, encoder.transform)[0]
+    assert isinstance(item, torch.Tensor), item
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        encoder.model.cpu()(item[None])
+    return counter.get_total_flops() / 1e9
+
+
+def one_round(encoder: Encoder, jobs: list[SlideJob], settings: ExtractSettings) -> float:
+    """Tiles per second, from the slide files to features in memory."""
+    sequence = TileSequence(jobs, encoder.transform)
+    model = encoder.model.to(settings.device, memory_format=torch.channels_last)
+    start = time.perf_counter()
+    for batch in tile_batches(sequence, settings):
+        encode(model, batch, settings)
+    return len(sequence) / (time.perf_counter() - start)
+
+
+def main(config: Config) -> None:
+    output = Path(config.output)
+    if output.is_file() and not config.overwrite:
+        logger.info("compare_encoders: %s is there", output)
+        return
+    device = pick_device(config.device)
+    settings = ExtractSettings(device, pick_precision(config.precision, device), config.batch_size, config.workers)
+    failures = Failures("compare_encoders")
+    jobs = first_tiles(cohort_jobs(config.slides, config.coords, config.labels, failures), config.tiles)
+    encoders = build_model(config)
+    rates: dict[str, list[float]] = {encoder.name: [] for encoder in encoders}
+    for round_index in range(config.rounds + 1):
+        for encoder in encoders:
+            rate = one_round(encoder, jobs if round_index else first_tiles(jobs, config.batch_size), settings)
+            if round_index:  # round 0 warms up
+                rates[encoder.name].append(rate)
+    costs = {}
+    for encoder in encoders:
+        costs[encoder.name] = {
+            "gflops": gflops(encoder, jobs),
+            "parameters": sum(parameter.numel() for parameter in encoder.model.parameters()),
+            "tiles_per_second": statistics.median(rates[encoder.name]),
+            "dim": encoder.dim,
+            "precision": settings.precision,
+            "device": str(device),
+        }
+        logger.info("%s: %s", encoder.name, costs[encoder.name])
+    write_json(output, costs)
+
+
+if __name__ == "__main__":
+    launch(main, Config)

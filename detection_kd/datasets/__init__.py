@@ -1,0 +1,1 @@
+"""Data of detection_kd: COCO-format detection sets, their transforms and metrics."""

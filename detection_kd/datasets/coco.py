@@ -1,0 +1,154 @@
+"""COCO-format detection annotations, read and checked as a whole before any work starts.
+
+Source: the object detection format of COCO (Lin et al., ECCV 2014). Differences: category ids may be any integers and get
+contiguous class indices in the order of their ids; boxes are clipped to the image; what cannot be used is counted in one line.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import UserError
+from common.files import read_json
+
+logger = logging.getLogger(__name__)
+AGNOSTIC = "lesion"  # the single class of class-agnostic detection
+
+
+@dataclass
+class ImageRecord:
+    """One image and its boxes.
+
+    Attributes:
+        id: image id in the file.
+        path: image file.
+        width, height: px.
+        boxes: (N, 4) float32 xyxy px, inside the image, with an area.
+        labels: (N,) int64 class indices.
+        crowd: (N,) bool, regions that neither count as found nor as missed.
+    """
+
+    id: int
+    path: Path
+    width: int
+    height: int
+    boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))
+    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    crowd: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+
+
+@dataclass
+class DetectionSet:
+    """A checked annotation file: images in the file's order, class names in the order of the class indices."""
+
+    images: list[ImageRecord]
+    categories: list[str]
+
+
+def read_coco(path: str | Path, images: str | Path, *, class_agnostic: bool = False) -> DetectionSet:
+    """Read and check an annotation file.
+
+    Args:
+        path: COCO JSON with `images`, `annotations`, `categories`.
+        images: folder that the `file_name`s are relative to.
+        class_agnostic: one class, "lesion", instead of the file's categories.
+
+    Raises:
+        UserError: broken JSON, a missing image file, an unknown image or category id, a box that is no box, no box at all.
+    """
+    content = read_json(path, "COCO annotations")
+    for name in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(name), list):
+            raise UserError(f"{path}: expected lists images, annotations and categories; '{name}' is missing")
+    records = _read_images(content["images"], Path(images), path)
+    indices, names = _read_categories(content["categories"], path)
+    if class_agnostic:
+        indices, names = dict.fromkeys(indices, 0), [AGNOSTIC]
+    dropped, kept = _read_annotations(content["annotations"], records, indices, path)
+    if dropped:
+        logger.info("%s: dropped %d of %d boxes: no area inside their image", path, dropped, dropped + kept)
+    if not kept:
+        raise UserError(f"{path}: expected annotated boxes, found none in {len(records)} images")
+    return DetectionSet(list(records.values()), names)
+
+
+def _read_images(entries: list[Any], root: Path, source: str | Path) -> dict[int, ImageRecord]:
+    records: dict[int, ImageRecord] = {}
+    for entry in entries:
+        try:
+            record = ImageRecord(entry["id"], root / entry["file_name"], int(entry["width"]), int(entry["height"]))
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{source}: expected images with id, file_name, width, height; found {entry!r:.200}") from None
+        if record.id in records:
+            raise UserError(f"{source}: expected unique image ids, found {record.id} twice")
+        if record.width < 1 or record.height < 1:
+            raise UserError(f"{source}: image {record.id}: expected a size, found {record.width} x {record.height} px")
+        records[record.id] = record
+    missing = [record.path for record in records.values() if not record.path.is_file()]
+    if missing:
+        raise UserError(f"{source}: {len(missing)} of {len(records)} image files are missing, first {missing[0]}; see images=")
+    return records
+
+
+def _read_categories(entries: list[Any], source: str | Path) -> tuple[dict[int, int], list[str]]:
+    try:
+        names = {entry["id"]: str(entry["name"]) for entry in entries}
+    except (KeyError, TypeError):
+        raise UserError(f"{source}: expected categories with id and name, found {entries!r:.200}") from None
+    if len(names) < len(entries) or not names:
+        raise UserError(f"{source}: expected categories with unique ids, found {len(entries)} with {len(names)} ids")
+    order = sorted(names)
+    return {identifier: index for index, identifier in enumerate(order)}, [names[identifier] for identifier in order]
+
+
+def _read_annotations(
+    entries: list[Any], records: dict[int, ImageRecord], indices: dict[int, int], source: str | Path
+) -> tuple[int, int]:
+    """Fill the records; returns how many boxes were dropped and kept."""
+    found: dict[int, list[tuple[np.ndarray, int, bool]]] = {identifier: [] for identifier in records}
+    dropped = 0
+    for entry in entries:
+        box = _read_box(entry, records, indices, source)
+        record = records[entry["image_id"]]
+        clipped = np.clip(box, 0, [record.width, record.height] * 2)
+        if (clipped[2:] <= clipped[:2]).any():
+            dropped += 1
+            continue
+        found[record.id].append((clipped, indices[entry["category_id"]], bool(entry.get("iscrowd", 0))))
+    for identifier, items in found.items():
+        if items:
+            boxes, labels, crowd = zip(*items, strict=True)
+            records[identifier].boxes = np.stack(boxes).astype(np.float32)
+            records[identifier].labels = np.array(labels, np.int64)
+            records[identifier].crowd = np.array(crowd, bool)
+    return dropped, sum(int((~record.crowd).sum()) for record in records.values())
+
+
+def _read_box(entry: Any, records: dict[int, ImageRecord], indices: dict[int, int], source: str | Path) -> np.ndarray:
+    """A checked annotation's box, xyxy px."""
+    label = f"{source}: annotation {entry.get('id') if isinstance(entry, dict) else entry!r:.50}"
+    try:
+        image, category, box = entry["image_id"], entry["category_id"], np.array(entry["bbox"], np.float64)
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{label}: expected image_id, category_id, bbox of 4 numbers, found {entry!r:.200}") from None
+    if image not in records:
+        raise UserError(f"{label}: image_id {image!r} is not among the file's {len(records)} images")
+    if category not in indices:
+        raise UserError(f"{label}: category_id {category!r} is not among the file's categories {sorted(indices)}")
+    if box.shape != (4,) or not np.isfinite(box).all():
+        raise UserError(f"{label}: expected bbox [x, y, width, height] in px, found {entry['bbox']}")
+    return np.concatenate((box[:2], box[:2] + box[2:]))
+
+
+def same_categories(train: DetectionSet, val: DetectionSet) -> None:
+    """UserError unless both sets have the same classes in the same order."""
+    if train.categories != val.categories:
+        raise UserError(
+            f"validation annotations: expected the training categories {train.categories}, found {val.categories}; "
+            "use the same categories list in both files or class_agnostic=true"
+        )

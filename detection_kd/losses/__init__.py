@@ -1,0 +1,1 @@
+"""Losses of detection_kd: pure functions of tensors."""

@@ -1,0 +1,1 @@
+"""Networks of detection_kd: ResNet trunk, Deformable DETR."""

@@ -1,0 +1,170 @@
+"""Deformable DETR: ResNet trunk, input projections, deformable transformer, class and box heads.
+
+Source: Deformable DETR (Zhu et al., ICLR 2021, arXiv:2010.04159). Parameter names are those of the published checkpoints
+(`backbone.` is ours, see `checkpoint_import`). Differences:
+- fewer levels are allowed (the coarsest stages are kept), and any ResNet of `backbone.py`;
+- heads run in full precision under autocast, because a bfloat16 box is off by 0.4 % of the image;
+- outputs are stacked over decoder layers, and none is optional: the auxiliary losses are part of the method.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from common.checkpoint import load_checkpoint, load_weights
+from common.errors import UserError
+from detection_kd.models.backbone import Backbone
+from detection_kd.models.deformable_transformer import Architecture, DeformableTransformer, Detections
+
+PRIOR = 0.01  # initial probability of every class (RetinaNet, section 4.1)
+
+
+class ClassHead(nn.Linear):
+    """Class logits in full precision; starts at probability `PRIOR`."""
+
+    def __init__(self, dim: int, classes: int) -> None:
+        super().__init__(dim, classes)
+        nn.init.constant_(self.bias, -math.log((1 - PRIOR) / PRIOR))
+
+    def forward(self, input: Float[Tensor, "*n dim"]) -> Float[Tensor, "*n classes"]:
+        """Logits of every class."""
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.to(self.weight.dtype))
+
+
+class BoxHead(nn.Module):
+    """Three-layer perceptron in full precision that starts at 0 for the centre and at `size` for width and height.
+
+    Args:
+        dim: channels.
+        size: initial logit of width and height.
+    """
+
+    def __init__(self, dim: int, size: float) -> None:
+        super().__init__()
+        last = nn.Linear(dim, 4)
+        nn.init.zeros_(last.weight)
+        last.bias = nn.Parameter(torch.tensor([0.0, 0.0, size, size]))
+        self.layers = nn.ModuleList([nn.Linear(dim, dim), nn.Linear(dim, dim), last])
+
+    def forward(self, x: Float[Tensor, "*n dim"]) -> Float[Tensor, "*n 4"]:
+        """Shift of (cx, cy, w, h) in logits."""
+        first, second, last = self.layers
+        with torch.autocast(x.device.type, enabled=False):
+            return last(second(first(x.to(next(self.parameters()).dtype)).relu()).relu())
+
+
+class DeformableDETR(nn.Module):
+    """Images -> class logits and boxes of a fixed number of queries.
+
+    Args:
+        backbone: trunk that gives the maps of strides 8, 16 and 32 px.
+        classes: object classes; there is no background class (focal loss).
+        architecture: sizes and switches.
+
+    Raises:
+        UserError: settings that no network can have.
+    """
+
+    def __init__(self, backbone: Backbone, classes: int, architecture: Architecture) -> None:
+        super().__init__()
+        a = architecture
+        _check(a)
+        self.backbone = backbone
+        self.architecture = a
+        self.transformer = DeformableTransformer(a)
+        self.input_proj = nn.ModuleList(_projections(backbone.channels, a.levels, a.hidden_dim))
+        self.query_embed = None if a.two_stage else nn.Embedding(a.queries, 2 * a.hidden_dim)
+        if a.box_refine:  # own heads per layer; only the first one starts small, the others refine
+            heads = a.decoder_layers + a.two_stage
+            sizes = [0.0 if a.two_stage or layer else -2.0 for layer in range(heads)]
+            self.class_embed = nn.ModuleList([ClassHead(a.hidden_dim, classes) for _ in range(heads)])
+            self.bbox_embed = nn.ModuleList([BoxHead(a.hidden_dim, size) for size in sizes])
+        else:
+            self.class_embed = nn.ModuleList([ClassHead(a.hidden_dim, classes)] * a.decoder_layers)
+            self.bbox_embed = nn.ModuleList([BoxHead(a.hidden_dim, -2.0)] * a.decoder_layers)
+
+    def forward(self, images: Float[Tensor, "b 3 h w"], padding: Bool[Tensor, "b h w"]) -> Detections:
+        """Predictions of every decoder layer.
+
+        Args:
+            images: normalised, padded to one size on the right and at the bottom.
+            padding: True where a pixel is padding.
+        """
+        features = self.backbone(images)
+        pyramid = self.transformer.pyramid(self.project(features), padding)
+        queries = None if self.query_embed is None else self.query_embed.weight
+        return self.transformer(pyramid, queries, self.class_embed, self.bbox_embed)
+
+    def project(self, features: list[Float[Tensor, "b _c _h _w"]]) -> list[Float[Tensor, "b d _h2 _w2"]]:
+        """The coarsest maps in D channels, and one of stride 64 px when there are four levels."""
+        maps = features[-self.architecture.levels :]
+        projected = [projection(map) for projection, map in zip(self.input_proj, maps, strict=False)]
+        if len(self.input_proj) > len(maps):
+            projected.append(self.input_proj[-1](features[-1]))
+        return projected
+
+
+def _check(a: Architecture) -> None:
+    if not 1 <= a.levels <= 4:
+        raise UserError(f"levels={a.levels}: expected 1, 2, 3 or 4 feature levels")
+    if a.hidden_dim % 32 or a.hidden_dim % a.heads:
+        raise UserError(f"hidden_dim={a.hidden_dim}: expected a multiple of 32 and of heads={a.heads}")
+    if a.decoder_layers < 1 or a.encoder_layers < 0 or a.queries < 1:
+        raise UserError(
+            f"decoder_layers={a.decoder_layers}, encoder_layers={a.encoder_layers}, queries={a.queries}: "
+            "expected at least 1, 0 and 1"
+        )
+    if a.two_stage and not a.box_refine:
+        raise UserError("two_stage=true: expected box_refine=true with it, found box_refine=false")
+
+
+def _projections(channels: tuple[int, ...], levels: int, dim: int) -> list[nn.Module]:
+    """1x1 convolutions of the coarsest maps; a fourth level is a strided 3x3 convolution of the last one."""
+    convolutions = [nn.Conv2d(width, dim, 1) for width in channels[-levels:]]
+    if levels > len(channels):
+        convolutions.append(nn.Conv2d(channels[-1], dim, 3, stride=2, padding=1))
+    for parameter in (parameter for convolution in convolutions for parameter in convolution.parameters()):
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)
+        else:
+            nn.init.zeros_(parameter)
+    return [nn.Sequential(convolution, nn.GroupNorm(32, dim)) for convolution in convolutions]
+
+
+def describe_detector(model: DeformableDETR, categories: list[str]) -> dict[str, Any]:
+    """What `build_detector` needs, for a checkpoint's `config`."""
+    return {
+        "kind": "deformable_detr",
+        "backbone": model.backbone.describe(),
+        "architecture": asdict(model.architecture),
+        "categories": categories,
+    }
+
+
+def build_detector(description: dict[str, Any]) -> DeformableDETR:
+    """A detector with fresh weights from its description."""
+    backbone = Backbone(description["backbone"]["name"], description["backbone"]["norm"])
+    return DeformableDETR(backbone, len(description["categories"]), Architecture(**description["architecture"]))
+
+
+def load_detector(path: str | Path) -> tuple[DeformableDETR, dict[str, Any]]:
+    """A detector and its description (`categories`, ...) from its checkpoint alone.
+
+    Raises:
+        UserError: no detector checkpoint.
+    """
+    content = load_checkpoint(path, "a detector checkpoint")
+    kind = content["config"].get("kind")
+    if kind != "deformable_detr":
+        raise UserError(f"{path}: expected a detector checkpoint (kind deformable_detr), found kind {kind!r}")
+    model = build_detector(content["config"])
+    load_weights(model, content["model"], str(path))
+    return model, content["config"]

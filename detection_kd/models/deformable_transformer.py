@@ -1,0 +1,137 @@
+"""Deformable transformer: feature pyramid -> encoder -> object queries -> decoder.
+
+Source: Deformable DETR (arXiv:2010.04159), figure 2 and appendix A.4. Parameter names are those of the published
+checkpoints but for the two-stage layers, which sit in `proposals`. Differences: no encoder layer and a single level are
+allowed; queries come from learned embeddings or, with `two_stage`, from the encoder's cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from common.config import key
+from detection_kd.models.deformable_decoder import Decoder, DecoderLayer
+from detection_kd.models.deformable_encoder import Encoder, EncoderLayer, Pyramid
+from detection_kd.models.ms_deform_attn import MSDeformAttn
+from detection_kd.models.position_encoding import sine_position_encoding
+from detection_kd.models.proposals import ProposalHead
+
+
+@dataclass
+class Architecture:
+    """What it takes, beside the backbone and the categories, to build the detector again."""
+
+    hidden_dim: int = key(256, "channels of the transformer, a multiple of 32 and of heads")
+    heads: int = key(8, "attention heads")
+    feedforward_dim: int = key(1024, "hidden channels of the feed-forward networks")
+    encoder_layers: int = key(6, "encoder layers, 0 or more")
+    decoder_layers: int = key(6, "decoder layers, 1 or more")
+    levels: int = key(4, "feature levels, 1..4: strides 32 | 16, 32 | 8, 16, 32 | 8, 16, 32, 64 px")
+    points: int = key(4, "sampled positions per head and level")
+    queries: int = key(300, "object queries: the most boxes an image can get")
+    dropout: float = key(0.1, "dropout of the transformer")
+    box_refine: bool = key(False, "each decoder layer starts from the box of the layer before")
+    two_stage: bool = key(False, "queries come from the encoder's best proposals; needs box_refine")
+
+
+@dataclass
+class Detections:
+    """Raw predictions; boxes are (cx, cy, w, h) as fractions of the unpadded image.
+
+    Attributes:
+        logits: (decoder layers, B, Q, classes).
+        boxes: (decoder layers, B, Q, 4).
+        proposal_logits: (B, S, classes) of the first stage, or None.
+        proposal_boxes: (B, S, 4) of the first stage, or None.
+    """
+
+    logits: Float[Tensor, "layers b q classes"]
+    boxes: Float[Tensor, "layers b q 4"]
+    proposal_logits: Float[Tensor, "b s classes"] | None = None
+    proposal_boxes: Float[Tensor, "b s 4"] | None = None
+
+
+class DeformableTransformer(nn.Module):
+    """Encoder, query selection and decoder."""
+
+    def __init__(self, a: Architecture) -> None:
+        super().__init__()
+        shape = (a.hidden_dim, a.heads, a.levels, a.points, a.feedforward_dim, a.dropout)
+        self.encoder = Encoder([EncoderLayer(*shape) for _ in range(a.encoder_layers)])
+        self.decoder = Decoder([DecoderLayer(*shape) for _ in range(a.decoder_layers)], a.box_refine)
+        if a.encoder_layers:  # without an encoder nothing reads positions of cells
+            self.level_embed = nn.Parameter(torch.empty(a.levels, a.hidden_dim))
+        if a.two_stage:
+            self.proposals = ProposalHead(a.hidden_dim, a.queries)
+        else:
+            self.reference_points = nn.Linear(a.hidden_dim, 2)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Published initial values: Xavier-uniform matrices, then the attention layers' own."""
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        for module in self.modules():
+            if isinstance(module, MSDeformAttn):
+                module.reset_parameters()
+        if hasattr(self, "reference_points"):
+            nn.init.zeros_(self.reference_points.bias)
+        if hasattr(self, "level_embed"):
+            nn.init.normal_(self.level_embed)
+
+    def pyramid(self, features: Sequence[Float[Tensor, "b d _h _w"]], padding: Bool[Tensor, "b h w"]) -> Pyramid:
+        """Flatten the levels' maps and describe where they are padded.
+
+        Args:
+            features: one map per level, D channels each.
+            padding: True where a pixel of the batch is padding.
+        """
+        dtype = torch.promote_types(features[0].dtype, torch.float32)
+        masks = [nn.functional.interpolate(padding[None].float(), size=map.shape[-2:])[0].bool() for map in features]
+        ratios = [torch.stack(((~m[:, 0]).to(dtype).mean(1), (~m[:, :, 0]).to(dtype).mean(1)), -1) for m in masks]
+        positions = [sine_position_encoding(m, features[0].shape[1], dtype).flatten(2) for m in masks]
+        if hasattr(self, "level_embed"):
+            positions = [p + self.level_embed[level][:, None] for level, p in enumerate(positions)]
+        return Pyramid(
+            tokens=torch.cat([map.flatten(2) for map in features], 2).transpose(1, 2).to(dtype),
+            positions=torch.cat(positions, 2).transpose(1, 2),
+            padding=torch.cat([m.flatten(1) for m in masks], 1),
+            shapes=[(map.shape[2], map.shape[3]) for map in features],
+            valid_ratios=torch.stack(ratios, 1),
+        )
+
+    def forward(
+        self,
+        pyramid: Pyramid,
+        query_embed: Float[Tensor, "q two_d"] | None,
+        class_heads: nn.ModuleList,
+        box_heads: nn.ModuleList,
+    ) -> Detections:
+        """Predictions of every decoder layer.
+
+        Args:
+            pyramid: from `pyramid`.
+            query_embed: learned positions and contents of the queries; None with `two_stage`.
+            class_heads: one per decoder layer, and with `two_stage` one more for the encoder's cells.
+            box_heads: likewise.
+        """
+        memory = self.encoder(pyramid)
+        layers = len(self.decoder.layers)
+        proposal_logits = proposal_boxes = None
+        if query_embed is None:
+            proposal_logits, box_logits = self.proposals.score(memory, pyramid, class_heads[layers], box_heads[layers])
+            query, query_position, reference = self.proposals.select(proposal_logits, box_logits)
+            proposal_boxes = box_logits.sigmoid()
+        else:
+            query_position, query = query_embed.expand(memory.shape[0], -1, -1).chunk(2, dim=-1)
+            with torch.autocast(memory.device.type, enabled=False):
+                reference = self.reference_points(query_position).sigmoid()
+        hidden, boxes = self.decoder(query, query_position, reference, memory, pyramid, box_heads[:layers])
+        logits = torch.stack([head(x) for head, x in zip(class_heads, hidden, strict=False)])
+        return Detections(logits, boxes, proposal_logits, proposal_boxes)

@@ -1,0 +1,269 @@
+"""Train the lesion detector (Deformable DETR) on COCO-format boxes; its backbone is what later stages distil from.
+
+Source: TS2G-KD stage 1; Deformable DETR (Zhu et al., ICLR 2021). Writes a run directory and in it `backbone.pt`, the trunk of
+the best epoch by validation AP.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from common.checkpoint import load_checkpoint, load_tensors, resume, save_checkpoint
+from common.cli import launch
+from common.config import REQUIRED, group, key, to_dict
+from common.device import PRECISIONS, autocast, pick_precision
+from common.distributed import World, init_distributed, mean_dict, wrap
+from common.errors import UserError
+from common.files import sha256_file
+from common.progress import progress
+from common.run import Run, Tracker, open_run
+from common.seed import seed_everything
+from detection_kd import engine
+from detection_kd.datasets.coco import DetectionSet, read_coco, same_categories
+from detection_kd.datasets.coco_metrics import average_precision
+from detection_kd.datasets.detection import DetectionDataset, epoch_indices, loader
+from detection_kd.datasets.transforms import eval_transform, train_transform
+from detection_kd.models.backbone import DEPTHS, NORMS, Backbone, fill, imagenet_weights, trunk_weights
+from detection_kd.models.deformable_detr import DeformableDETR, describe_detector
+from detection_kd.models.deformable_transformer import Architecture
+
+logger = logging.getLogger(__name__)
+REPORTED = ("loss", "AP", "AP50", "AR", "train_seconds")
+
+
+@dataclass
+class Augmentation:
+    """Sizes of the published augmentation."""
+
+    sizes: list[int] = key(list(range(480, 801, 32)), "short sides to choose from, px")
+    max_size: int = key(1333, "most px of the long side")
+    crop_sizes: list[int] = key([400, 500, 600], "short sides before a random crop, px; [] never crops")
+    crop_range: list[int] = key([384, 600], "smallest and largest side of a crop, px")
+    symmetry: bool = key(False, "also flip upside down and rotate by 90 degrees")
+    eval_size: int = key(800, "short side in evaluation, px")
+    pad_to: int = key(0, "pad batches to at least this side, px; 0: to the largest image of the batch")
+
+
+@dataclass
+class Config:
+    """Keys of `train_detector`; defaults are the published settings."""
+
+    output: str = key(REQUIRED, "run directory", runtime=True)
+    train: str = key(REQUIRED, "COCO JSON to train on", path=True)
+    val: str = key(REQUIRED, "COCO JSON to evaluate on", path=True)
+    images: str = key(REQUIRED, "folder that the file names in both are relative to", path=True)
+    class_agnostic: bool = key(False, "one class 'lesion' instead of the annotated categories")
+    backbone: str = key("resnet50", "ResNet trunk", choices=tuple(DEPTHS))
+    norm: str = key("frozen", "normalisation of the trunk; frozen needs trained weights", choices=tuple(NORMS))
+    pretrained: bool = key(True, "start from torchvision's ImageNet weights (fetched once)")
+    weights: str = key("", "start from the trunk in this file instead (ResNet weights or a detector)", path=True)
+    freeze_stem: bool = key(True, "keep the first convolution and layer1 of given weights")
+    architecture: Architecture = group(Architecture, "transformer")
+    augmentation: Augmentation = group(Augmentation, "image sizes")
+    epochs: int = key(50, "passes over the training images")
+    batch_size: int = key(32, "images a step, over all processes")
+    lr: float = key(2e-4, "learning rate of transformer and heads")
+    lr_backbone: float = key(2e-5, "learning rate of the backbone")
+    slow_factor: float = key(0.1, "factor of lr for sampling offsets and reference points")
+    weight_decay: float = key(1e-4, "AdamW weight decay")
+    clip: float = key(0.1, "largest gradient norm")
+    schedule: str = key("step", "learning rate: one drop to a tenth, or half a cosine to 0", choices=("step", "cosine"))
+    drop_epoch: int = key(40, "epoch after which schedule=step drops")
+    warmup_steps: int = key(0, "steps of linear warm-up")
+    eval_every: int = key(1, "epochs between evaluations; the last epoch is always evaluated")
+    max_detections: int = key(100, "detections an image that are kept and counted")
+    seed: int = key(42, "seed of weights, shuffling and augmentation")
+    precision: str = key("auto", "arithmetic of the network; losses and boxes are always fp32", choices=PRECISIONS)
+    device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
+    workers: int = key(2, "image loading processes of each training process", runtime=True)
+    compile: bool = key(False, "compile the backbone with torch.compile", runtime=True)
+    log_every: int = key(50, "steps between lines in metrics.jsonl", runtime=True)
+    overwrite: bool = key(False, "start afresh over another run", runtime=True)
+    tracker: Tracker = group(Tracker, "Weights & Biases")
+
+
+def build_model(config: Config, classes: int = 1) -> DeformableDETR:
+    """The detector with random weights."""
+    if config.norm == "frozen" and not (config.pretrained or config.weights):
+        raise UserError("norm=frozen: expected trained weights, found pretrained=false and no weights=; set norm=batch|group")
+    return DeformableDETR(Backbone(config.backbone, config.norm), classes, config.architecture)
+
+
+def load_initial_weights(backbone: Backbone, config: Config) -> None:
+    """Weights of the file that is given, else ImageNet's, else none; given weights keep their stem."""
+    if config.weights:
+        fill(backbone, trunk_weights(load_tensors(config.weights, "weights of a ResNet trunk")), config.weights)
+    elif config.pretrained:
+        fill(backbone, imagenet_weights(config.backbone), f"ImageNet weights of {config.backbone}")
+    if config.freeze_stem and (config.weights or config.pretrained):
+        backbone.freeze_stem()
+
+
+def read_sets(config: Config) -> tuple[DetectionSet, DetectionSet]:
+    """Training and validation annotations, checked."""
+    train, val = (read_coco(path, config.images, class_agnostic=config.class_agnostic) for path in (config.train, config.val))
+    same_categories(train, val)
+    if len(train.images) < config.batch_size:
+        raise UserError(f"batch_size={config.batch_size}: expected at most the {len(train.images)} training images")
+    return train, val
+
+
+def place(model: DeformableDETR, config: Config, world: World) -> nn.Module:
+    """The model on its device, ready for one or many processes."""
+    if config.batch_size % world.size:
+        raise UserError(f"batch_size={config.batch_size}: expected a multiple of the {world.size} processes")
+    model = model.to(world.device)
+    model.backbone.to(memory_format=torch.channels_last)
+    if config.compile:
+        model.backbone.compile()
+    if world.size > 1 and config.norm == "batch":
+        if world.device.type != "cuda":
+            raise UserError(f"norm=batch: expected CUDA with {world.size} processes, found {world.device.type}; set norm=group")
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place: the detector itself is no batch norm
+    return wrap(model, world)
+
+
+@dataclass
+class Job:
+    """One process's view of the run."""
+
+    config: Config
+    world: World
+    run: Run
+    precision: str
+
+
+def train_one_epoch(
+    job: Job, model: nn.Module, train: DetectionSet, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, epoch: int
+) -> dict[str, float]:
+    """One pass over the training images; returns the means of the loss and its terms."""
+    config, world = job.config, job.world
+    seed_everything((config.seed * 100_003 + epoch) * 1_009 + world.rank)  # dropout does not depend on earlier epochs
+    batches = training_batches(config, world, train, epoch)
+    steps = len(batches)
+    rate = {"warmup": config.warmup_steps, "drop": config.drop_epoch * steps, "cosine": config.schedule == "cosine"}
+    sums: dict[str, float] = {}
+    model.train()
+    for number, batch in enumerate(progress(batches, f"epoch {epoch + 1}", steps, "batch", enabled=world.is_main)):
+        step = epoch * steps + number
+        engine.set_rate(optimizer, engine.rate_factor(step, config.epochs * steps, **rate))
+        batch = batch.to(world.device)
+        with autocast(world.device, job.precision):
+            detections = model(batch.images, batch.padding)
+        loss, terms = engine.batch_loss(detections, batch)
+        engine.require_finite(loss, terms, [train.images[index].id for index in batch.indices])
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        values = mean_dict({"loss": loss, **terms})
+        sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
+        if step % config.log_every == 0:
+            rates = {"lr": optimizer.param_groups[0]["lr"], "gradient_norm": norm.item()}
+            job.run.log({"epoch": epoch + 1, "step": step, **rates, **values})
+    return {name: value / steps for name, value in sums.items()}
+
+
+def training_batches(config: Config, world: World, train: DetectionSet, epoch: int) -> DataLoader[Any]:
+    """This process's batches of one epoch."""
+    sizes = config.augmentation
+    low, high = sizes.crop_range
+    transform = train_transform(
+        sizes.sizes, sizes.max_size, crop_sizes=sizes.crop_sizes, crop_range=(low, high), symmetry=sizes.symmetry
+    )
+    dataset = DetectionDataset(train.images, transform, config.seed, epoch)
+    indices = epoch_indices(len(dataset), config.batch_size, config.seed, epoch, world.rank, world.size)
+    return _loader(config, world, dataset, indices)
+
+
+def _loader(config: Config, world: World, dataset: DetectionDataset, indices: Sequence[int]) -> DataLoader[Any]:
+    return loader(
+        dataset,
+        indices,
+        config.batch_size // world.size,
+        workers=config.workers,
+        pad_to=config.augmentation.pad_to,
+        pin=world.device.type == "cuda",
+    )
+
+
+def evaluate(job: Job, model: nn.Module, val: DetectionSet) -> dict[str, float]:
+    """COCO metrics on the validation images of all processes."""
+    config, world, sizes = job.config, job.world, job.config.augmentation
+    dataset = DetectionDataset(val.images, eval_transform(sizes.eval_size, sizes.max_size))
+    indices = range(len(dataset))[world.rank :: world.size]
+    batches = _loader(config, world, dataset, indices)
+    shown = progress(batches, "evaluation", len(batches), "batch", enabled=world.is_main)
+    predictions = engine.detect(model, shown, val.images, config.max_detections, job.precision)
+    return average_precision(val, predictions, config.max_detections)
+
+
+def fingerprints(config: Config) -> dict[str, str]:
+    """Digests of the files that decide the result."""
+    files = {"train": config.train, "val": config.val, "weights": config.weights}
+    return {name: sha256_file(path) for name, path in files.items() if path}
+
+
+def save_backbone(run: Run) -> None:
+    """Leave the trunk of the best epoch beside the checkpoints, for the next stage."""
+    content = load_checkpoint(run.best)
+    weights = trunk_weights(content)
+    save_checkpoint(run.path / "backbone.pt", model=weights, config=content["config"]["backbone"], epoch=content["epoch"])
+
+
+def main(config: Config) -> int:
+    """Train, evaluate, and leave checkpoints, results and the backbone in the run directory."""
+    world = init_distributed(config.device)
+    if not world.is_main:
+        logging.getLogger().setLevel(logging.WARNING)
+    precision = pick_precision(config.precision, world.device)
+    train, val = read_sets(config)
+    seed_everything(config.seed)
+    plain = build_model(config, len(train.categories))
+    load_initial_weights(plain.backbone, config)
+    model = place(plain, config, world)
+    inputs = fingerprints(config)
+    run = open_run(config.output, config, world, inputs=inputs, overwrite=config.overwrite, tracker=config.tracker)
+    if run.results is not None:
+        logger.info("%s: finished run, AP %.3f; nothing to do", run.path, run.results["AP"])
+        return 0
+    job = Job(config, world, run, precision)
+    groups = engine.parameter_groups(plain, config.lr, config.lr_backbone, config.slow_factor)
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+    start, best = resume(run.last, plain, optimizer=optimizer, scaler=scaler)
+    run.forget_after(start)
+    for epoch in range(start, config.epochs):
+        begun = time.monotonic()
+        values = train_one_epoch(job, model, train, optimizer, scaler, epoch) | {"train_seconds": time.monotonic() - begun}
+        state = {"config": describe_detector(plain, train.categories) | {"training": to_dict(config)}, "epoch": epoch + 1}
+        if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
+            metrics = evaluate(job, plain, val)
+            values |= metrics
+            if metrics["AP"] >= best.get("AP", 0.0):
+                best = {"epoch": epoch + 1, **metrics}
+                if world.is_main:
+                    save_checkpoint(run.best, model=plain.state_dict(), best=best, **state)
+        if world.is_main:
+            parts = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            save_checkpoint(run.last, model=plain.state_dict(), best=best, **parts, **state)
+        run.log({"epoch": epoch + 1, **values})
+        logger.info("epoch %d: %s", epoch + 1, ", ".join(f"{name} {values[name]:.3f}" for name in REPORTED if name in values))
+    if world.is_main:
+        save_backbone(run)
+    run.finish(best)
+    return 0
+
+
+if __name__ == "__main__":
+    launch(main, Config)

@@ -1,0 +1,1 @@
+"""Everything between feature bags and a slide label: models, training, benchmark, ranking, report."""

@@ -1,0 +1,1 @@
+"""Labels and bags of a cohort, in memory."""

@@ -1,0 +1,72 @@
+"""The labelled slides of one experiment: rows of labels.csv with their class index."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError, did_you_mean
+from patch_encoder.cohort import SlideRecord, class_names, read_labels
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LabelledSlides:
+    """S slides of C classes.
+
+    Attributes:
+        records: one row of labels.csv a slide.
+        classes: class names; of two, the second is the positive one.
+    """
+
+    records: tuple[SlideRecord, ...]
+    classes: tuple[str, ...]
+
+    @property
+    def slide_ids(self) -> list[str]:
+        """The S slide ids, in the order of labels.csv."""
+        return [record.slide_id for record in self.records]
+
+    @property
+    def cases(self) -> np.ndarray:
+        """Case id of every slide, (S,) text."""
+        return np.array([record.case_id for record in self.records])
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Class index of every slide, (S,) int64."""
+        return np.array([self.classes.index(record.label) for record in self.records], dtype=np.int64)
+
+    def only(self, slide_ids: Collection[str]) -> LabelledSlides:
+        """The same classes, fewer slides."""
+        wanted = set(slide_ids)
+        return LabelledSlides(tuple(r for r in self.records if r.slide_id in wanted), self.classes)
+
+    def target_of(self) -> dict[str, int]:
+        """Slide id -> class index."""
+        return dict(zip(self.slide_ids, self.targets.tolist(), strict=True))
+
+
+def read_labelled_slides(path: str | Path, subset: Sequence[str] = (), positive: str | None = None) -> LabelledSlides:
+    """Rows of labels.csv; with `subset`, only those whose `split` column holds one of its values.
+
+    Raises:
+        UserError: what `read_labels` refuses, a subset that no slide has, fewer than two classes.
+    """
+    records = read_labels(path)
+    if subset:
+        known = sorted({record.split or "" for record in records})
+        unknown = [value for value in subset if value not in known]
+        if len(unknown) == len(subset):
+            raise UserError(
+                f"{path}: expected slides with split {' or '.join(subset)}, found none; {did_you_mean(unknown[0], known)}"
+            )
+        chosen = [record for record in records if record.split in subset]
+        logger.info("%s: %d of %d slides have split %s", path, len(chosen), len(records), " or ".join(subset))
+        records = chosen
+    return LabelledSlides(tuple(records), tuple(class_names(records, positive)))

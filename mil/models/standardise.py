@@ -1,0 +1,51 @@
+"""Feature standardisation as part of a MIL model: a checkpoint carries the statistics its model was trained with.
+
+(x - mean) / std per feature, over all tiles of the training slides of one fold and of nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mil.models.output import MILOutput
+
+
+class Standardised(nn.Module):
+    """A MIL model behind (x - mean) / std; identity until `fit`.
+
+    Args:
+        model: the MIL model.
+        dim: feature width D.
+    """
+
+    model: Any  # any of MODELS; only Mean-MIL has score_tiles
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    def fit(self, bags: Sequence[Float[Tensor, "_ d"]]) -> None:
+        """Mean and std of all tiles of `bags`; a feature that never varies keeps std 1."""
+        count = sum(len(bag) for bag in bags)
+        mean = torch.stack([bag.sum(0, dtype=torch.float64) for bag in bags]).sum(0) / count
+        variance = torch.stack([(bag - mean).square().sum(0) for bag in bags]).sum(0) / count
+        std = variance.sqrt()
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(std > 1e-6 * (1 + mean.abs()), std, torch.ones_like(std)))
+
+    def forward(self, features: Float[Tensor, "n d"], coords: Int[Tensor, "n 2"] | None = None) -> MILOutput:
+        """As the model's."""
+        return self.model((features - self.mean) / self.std, coords)
+
+    def score_tiles(self, features: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        """As the model's."""
+        return self.model.score_tiles((features - self.mean) / self.std)

@@ -1,0 +1,92 @@
+"""Train one slide classifier on one feature folder and one fold.
+
+    python -m mil.train labels=cohort/labels.csv features=runs/features/resnet50 output=runs/mil/abmil_fold0 model=abmil fold=0
+
+Writes a run directory with predictions.csv (validation and test slides of the fold). Under torchrun the bags of a step
+are shared out among the processes (`training.accumulate` has to be a multiple of their number).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common.cli import launch
+from common.config import REQUIRED, group, key
+from common.distributed import init_distributed
+from common.errors import UserError
+from common.run import Tracker
+from mil.datasets.bags import bags_digest, find_bags
+from mil.datasets.labels import read_labelled_slides
+from mil.engine import Recipe
+from mil.job import Job, Settings, open_job, run_job
+from mil.models import MODELS
+from mil.splits import PROTOCOLS, make_splits, split_values
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Config:
+    """Keys of one training."""
+
+    labels: str = key(REQUIRED, "labels.csv: case_id,slide_id,label (and split)", path=True)
+    features: str = key(REQUIRED, "folder of feature bags", path=True)
+    output: str = key(REQUIRED, "run directory", runtime=True)
+    model: str = key("abmil", "slide classifier", choices=tuple(MODELS))
+    dropout: float = key(0.25, "probability of dropping a hidden unit")
+    standardize: bool = key(False, "standardise features with the training slides' mean and std")
+    seed: int = key(2024, "seed of weights, dropout and order")
+    protocol: str = key("cv", "cv: stratified folds by patient; fixed: the split column of labels.csv", choices=PROTOCOLS)
+    folds: int = key(5, "number of folds, for protocol=cv")
+    fold: int = key(0, "which fold to train")
+    val_fraction: float = key(0.2, "share of the training patients for validation")
+    split_seed: int = key(2024, "seed of the folds")
+    subset: str = key("", "use only slides with this value in the split column (or one of several: train,val); empty: all")
+    positive: str | None = key(None, "label of the positive class; null: the last one in alphabetical order")
+    skip_missing: bool = key(False, "leave labelled slides without a bag out instead of stopping")
+    training: Recipe = group(Recipe, "training recipe")
+    device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
+    threads: int = key(1, "CPU threads; bags are small, so that one is often the fastest", runtime=True)
+    overwrite: bool = key(False, "start afresh over another run", runtime=True)
+    tracker: Tracker = group(Tracker, "experiment tracking")
+
+
+def build_job(config: Config) -> Job:
+    """Labels, bags and split of this training, checked."""
+    slides = read_labelled_slides(config.labels, split_values(config.protocol, config.subset), config.positive)
+    files = find_bags(config.features, slides.slide_ids, skip_missing=config.skip_missing)
+    slides = slides.only(files)
+    splits = make_splits(slides, config.protocol, config.folds, config.val_fraction, config.split_seed)
+    if not 0 <= config.fold < len(splits):
+        raise UserError(f"fold={config.fold}: expected 0 to {len(splits) - 1} with protocol={config.protocol}")
+    settings = Settings(config.model, config.dropout, config.standardize, config.seed, config.training)
+    return Job(Path(config.output), settings, slides, splits[config.fold], tuple(files.items()), bags_digest(files))
+
+
+def main(config: Config) -> int | None:
+    world = init_distributed(config.device)
+    torch.set_num_threads(config.threads)
+    job = build_job(config)
+    run = open_job(job, world, overwrite=config.overwrite, tracker=config.tracker)
+    if run.results is not None:
+        logger.info("%s: finished already", run.path)
+        return None
+    results = run_job(job, run, world)
+    if world.is_main:
+        logger.info(
+            "%s: best epoch %d of %d, validation AUC %.4f",
+            run.path,
+            results["best_epoch"],
+            results["epochs"],
+            results["val_auc"],
+        )
+        logger.info("test: %s", ", ".join(f"{name} {value:.4f}" for name, value in results["test"].items()))
+    return None
+
+
+if __name__ == "__main__":
+    launch(main, Config)

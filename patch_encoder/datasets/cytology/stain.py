@@ -1,0 +1,73 @@
+"""Stains as optical densities, how they differ from slide to slide, and the way from density to pixels.
+
+A pixel is I = I0 * 10^(-density) for each colour channel (Beer-Lambert, with densities that add up; Ruifrok and
+Johnston 2001). Densities are kept as integers of 1 / UNIT.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+UNIT = 1024
+DEEPEST = 3 * UNIT
+"""Densities above this are black anyway."""
+
+Colour = tuple[float, float, float]
+COLOURS: dict[str, Colour] = {
+    "cyan": (0.30, 0.095, 0.085),
+    "pink": (0.055, 0.225, 0.115),
+    "orange": (0.03, 0.145, 0.305),
+    "chromatin": (0.46, 0.51, 0.27),
+    "brown": (0.28, 0.40, 0.50),
+    "red_cell": (0.05, 0.20, 0.24),
+    "mucus": (0.10, 0.075, 0.045),
+    "ink_blue": (0.95, 0.55, 0.12),
+    "ink_green": (0.85, 0.22, 0.62),
+    "ink_black": (0.95, 0.95, 0.90),
+}
+"""Density in red, green and blue of each stain or thing at thickness 1."""
+
+
+@dataclass(frozen=True)
+class Style:
+    """What differs from slide to slide: stain strength and hue, lamp, taste of the smear."""
+
+    colours: dict[str, np.ndarray]
+    lamp: tuple[int, int, int]
+    pink_share: float
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.colours[name]
+
+
+def draw_style(rng: np.random.Generator) -> Style:
+    """A slide's style; every stain shifts in strength and hue on its own."""
+    strength = 0.82 + 0.36 * float(rng.random())
+    colours = {}
+    for name, colour in COLOURS.items():
+        own = strength * (0.88 + 0.24 * float(rng.random()))
+        hue = 0.92 + 0.16 * rng.random(3)
+        colours[name] = (np.array(colour) * own * hue).astype(np.float32)
+    brightness = 228 + int(rng.integers(0, 20))
+    lamp = tuple(min(brightness + int(shift), 252) for shift in rng.integers(-4, 5, 3))
+    return Style(colours, lamp, pink_share=0.15 + 0.5 * float(rng.random()))  # type: ignore[arg-type]
+
+
+def stained(matter: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    """Density (3, H, W) int16 in 1 / UNIT of an amount of matter (H, W) in one colour (3,)."""
+    density = np.empty((3, *matter.shape), dtype=np.int16)
+    for plane, strength in zip(density, colour, strict=True):
+        np.rint(matter * (strength * np.float32(UNIT)), out=plane, casting="unsafe")
+    return density
+
+
+def develop(density: np.ndarray, lamp: tuple[int, int, int]) -> np.ndarray:
+    """Pixels (H, W, 3) uint8 of an integer density (3, H, W), by one table for each channel."""
+    steps = np.arange(DEEPEST + 1, dtype=np.float64)
+    picture = np.empty((*density.shape[1:], 3), dtype=np.uint8)
+    for channel, light in enumerate(lamp):
+        table = np.floor(light * 10.0 ** (-steps / UNIT) + 0.5).astype(np.uint8)
+        picture[..., channel] = table.take(density[channel], mode="clip")
+    return picture

@@ -1,0 +1,269 @@
+"""D2VFM: adapters as published, what is frozen stays frozen, resume and two processes change nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from common.checkpoint import save_checkpoint
+from common.cli import run
+from common.errors import UserError
+from detection_kd import extract_student, train_d2vfm
+from detection_kd.datasets.distillation import DistillationTiles, pairs_digest, read_pairs, split_by_slide
+from detection_kd.losses.feature_regression import cosine_loss, mae_loss, mse_loss
+from detection_kd.metrics import feature_agreement
+from detection_kd.models.adapter import ADAPTERS, Adapter
+from detection_kd.models.backbone import Backbone
+from detection_kd.models.student import Student, load_student, student_encoder
+from patch_encoder import tile_slides
+from patch_encoder.bags import read_bag
+from patch_encoder.slides import open_slide
+from tests.helpers import make_cohort
+
+DIM = 12
+
+
+def by_hand(kind: str, adapter: Adapter, x: torch.Tensor) -> torch.Tensor:
+    """The published formulas, written out with matrices."""
+
+    def linear(layer: nn.Linear, v: torch.Tensor) -> torch.Tensor:
+        return v @ layer.weight.T + layer.bias
+
+    s = torch.relu
+    if kind == "p":
+        return linear(adapter.out, s(x))
+    hidden = linear(adapter.down, s(x))
+    if kind == "m":
+        return linear(adapter.out, s(hidden))
+    if kind == "ma":
+        return linear(adapter.out, s(linear(adapter.shortcut, x) + hidden))
+    y = linear(adapter.up, s(hidden))
+    return linear(adapter.out, s(y) if kind == "mp" else s(x + y))
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_compute_the_published_formulas(kind: str) -> None:
+    torch.manual_seed(0)
+    adapter = Adapter(kind, 32, DIM)
+    assert all((layer.bias == 0).all() for layer in adapter.children())
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(5, 32)
+    assert torch.allclose(adapter(x), by_hand(kind, adapter, x), atol=1e-5)
+    adapter(x).sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in adapter.parameters())
+
+
+def test_losses_by_hand() -> None:
+    student, teacher = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[0.0, 4.0], [0.0, 2.0]])
+    assert mse_loss(student, teacher).item() == pytest.approx((1 + 4 + 0 + 1) / 2)
+    assert mae_loss(student, teacher).item() == pytest.approx((1 + 2 + 0 + 1) / 2)
+    assert cosine_loss(student, teacher).item() == pytest.approx((1 - 8 / (5**0.5 * 4) + 0) / 2, abs=1e-6)
+
+
+def test_agreement_by_hand() -> None:
+    teacher = torch.tensor([[1.0, 0.0], [3.0, 0.0]])
+    assert feature_agreement(teacher, teacher) == {"cosine": pytest.approx(1.0), "r2": pytest.approx(1.0)}
+    mean = teacher.mean(dim=0).expand(2, 2)
+    assert feature_agreement(mean, teacher)["r2"] == pytest.approx(0.0)
+    assert feature_agreement(-teacher, teacher)["cosine"] == pytest.approx(-1.0)
+
+
+def test_frozen_parts_stay_bit_identical_under_training() -> None:
+    torch.manual_seed(0)
+    student = Student(Backbone("resnet18", "batch"), needle=1, adapter="mpa", dim=DIM)
+    student.train()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    mse_loss(student(torch.randn(4, 3, 64, 64)), torch.randn(4, DIM)).backward()
+    optimizer.step()
+    changed = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name, _ in student.named_parameters() if name.startswith("adapter.")}
+
+
+def test_student_stops_at_its_needle_and_keeps_no_later_stage() -> None:
+    backbone = Backbone("resnet18", "frozen").eval()
+    x = torch.randn(2, 3, 64, 64)
+    pooled = [maps.mean(dim=(2, 3)) for maps in backbone(x)]
+    for needle in (2, 1, 0):
+        student = Student(backbone, needle, "p", DIM).eval()
+        assert torch.allclose(student.pooled(x), pooled[needle], atol=1e-6)
+        kept = {name.split(".")[1] for name in student.state_dict() if name.startswith("backbone.layer")}
+        assert kept == {"layer1", "layer2", "layer3", "layer4"} - {f"layer{stage}" for stage in range(needle + 3, 5)}
+
+
+@pytest.fixture
+def backbone_path(tmp_path: Path) -> Path:
+    """A random small backbone as train_detector writes it."""
+    torch.manual_seed(1)
+    backbone = Backbone("resnet18", "frozen")
+    save_checkpoint(tmp_path / "backbone.pt", model=backbone.state_dict(), config=backbone.describe(), epoch=1)
+    return tmp_path / "backbone.pt"
+
+
+@pytest.fixture
+def pairs_root(tmp_path: Path) -> Path:
+    """24 pairs on 4 slides; the teacher's feature is a fixed function of the tile's colour."""
+    rng = np.random.default_rng(0)
+    root, images = tmp_path / "distillation", []
+    mixing = torch.from_numpy(rng.normal(size=(3, DIM)).astype(np.float32))
+    for slide in range(4):
+        folder = root / "wsi_root" / f"S{slide}"
+        folder.mkdir(parents=True)
+        for index in range(6):
+            colour = rng.integers(0, 255, 3)
+            pixels = np.clip(colour + rng.integers(-20, 20, (64, 64, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{index}_0.jpg", quality=95)
+            torch.save(torch.from_numpy(colour.astype(np.float32) / 255) @ mixing, folder / f"{index}_0.pt")
+            images.append({"id": len(images), "file_name": f"S{slide}/{index}_0.jpg", "width": 64, "height": 64})
+    (root / "ann_root").mkdir()
+    (root / "ann_root" / "ann.json").write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
+    return root
+
+
+def arguments(pairs_root: Path, backbone_path: Path, output: Path, *extra: str) -> list[str]:
+    base = [f"dataset={pairs_root}", f"backbone={backbone_path}", f"output={output}", "batch_size=4", "device=cpu", "workers=0"]
+    return [*base, "precision=fp32", "val_share=0.25", "scales=[1.0,0.75]", "epochs=3", *extra]
+
+
+def train(*args: object) -> int:
+    return run(train_d2vfm.main, train_d2vfm.Config, arguments(*args))  # type: ignore[arg-type]
+
+
+def test_pairs_are_read_split_by_slide_and_augmented_repeatably(pairs_root: Path) -> None:
+    pairs = read_pairs(pairs_root)
+    assert len(pairs) == 24
+    train_pairs, val_pairs = split_by_slide(pairs, 0.25, seed=0)
+    assert (len(train_pairs), len(val_pairs)) == (18, 6)
+    assert not {p.slide_id for p in train_pairs} & {p.slide_id for p in val_pairs}
+    tiles = DistillationTiles(pairs, augment=True, seed=3)
+    first = [tiles[i][0] for i in range(24)]
+    assert all(torch.equal(a, tiles[i][0]) for i, a in enumerate(first))
+    tiles.epoch = 1
+    assert not all(torch.equal(a, tiles[i][0]) for i, a in enumerate(first))
+    plain = DistillationTiles(pairs, augment=False, seed=3)
+    for i in range(24):
+        assert torch.equal(first[i].flatten(1).sort().values, plain[i][0].flatten(1).sort().values), "turned, not changed"
+
+
+@pytest.mark.parametrize(
+    "fault", ["no image", "no feature", "nan feature", "wide feature", "text feature", "no list", "broken tile"]
+)
+def test_bad_pairs_are_reported_at_once(pairs_root: Path, fault: str) -> None:
+    feature = pairs_root / "wsi_root" / "S1" / "2_0.pt"
+    if fault == "no image":
+        feature.with_suffix(".jpg").unlink()
+    elif fault == "no feature":
+        feature.unlink()
+    elif fault == "nan feature":
+        torch.save(torch.full((DIM,), float("nan")), feature)
+    elif fault == "wide feature":
+        torch.save(torch.zeros(DIM + 1), feature)
+    elif fault == "text feature":
+        feature.write_text("feature")
+    elif fault == "no list":
+        (pairs_root / "ann_root" / "ann.json").write_text("{}")
+    else:
+        feature.with_suffix(".jpg").write_bytes(b"broken")
+    with pytest.raises(UserError) as error:
+        pairs = read_pairs(pairs_root)
+        DistillationTiles(pairs, augment=False, seed=0)[8]
+    assert "S1/2_0" in str(error.value) or fault in {"no list", "wide feature"}
+    assert "\n" not in str(error.value)
+
+
+def test_training_learns_resumes_bit_for_bit_and_is_not_repeated(
+    pairs_root: Path, backbone_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(pairs_root, backbone_path, tmp_path / "whole", "epochs=4") == 0
+    whole = torch.load(tmp_path / "whole" / "checkpoint_last.pt", weights_only=True)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
+    # a run that dies after its second epoch's checkpoint
+    real = train_d2vfm.train_one_epoch
+
+    def dies(*args, **kwargs):
+        if args[5] == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(train_d2vfm, "train_one_epoch", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(pairs_root, backbone_path, tmp_path / "cut", "epochs=4")
+    monkeypatch.setattr(train_d2vfm, "train_one_epoch", real)
+    assert train(pairs_root, backbone_path, tmp_path / "cut", "epochs=4") == 0
+    cut = torch.load(tmp_path / "cut" / "checkpoint_last.pt", weights_only=True)
+    assert all(torch.equal(whole["model"][name], cut["model"][name]) for name in whole["model"])
+    assert (tmp_path / "cut" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    monkeypatch.setattr(train_d2vfm, "train_one_epoch", dies)
+    stamp = (tmp_path / "whole" / "checkpoint_last.pt").stat().st_mtime_ns
+    assert train(pairs_root, backbone_path, tmp_path / "whole", "epochs=4") == 0
+    assert (tmp_path / "whole" / "checkpoint_last.pt").stat().st_mtime_ns == stamp
+
+
+def test_two_processes_give_the_losses_of_one(pairs_root: Path, backbone_path: Path, tmp_path: Path, root: Path) -> None:
+    assert train(pairs_root, backbone_path, tmp_path / "one", "batch_size=6") == 0
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "detection_kd.train_d2vfm",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    two = arguments(pairs_root, backbone_path, tmp_path / "two", "batch_size=6")
+    done = subprocess.run([*command, *two], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_wrong_inputs_are_refused(
+    pairs_root: Path, backbone_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "linear.pt")
+    assert train(pairs_root, tmp_path / "linear.pt", tmp_path / "r") == 2
+    assert "linear.pt" in capsys.readouterr().err
+    assert train(pairs_root, backbone_path, tmp_path / "r", "needle=3") == 2
+    assert "expected 0, 1 or 2" in capsys.readouterr().err
+    assert train(pairs_root, backbone_path, tmp_path / "r", "adapter=mpb") == 2
+    with pytest.raises(UserError, match="expected a D2VFM checkpoint"):
+        load_student(backbone_path)
+
+
+def test_student_is_one_more_encoder(pairs_root: Path, backbone_path: Path, tmp_path: Path) -> None:
+    """Tiles -> coordinates -> student bags: the same numbers as the model on the same pixels."""
+    assert train(pairs_root, backbone_path, tmp_path / "run", "epochs=1") == 0
+    checkpoint = tmp_path / "run" / "checkpoint_best.pt"
+    cohort = make_cohort(tmp_path / "cohort", 2)
+    tiling = [f"slides={cohort}/slides", f"output={tmp_path}/tiles", "tile_size=64", "tissue.min_area=50", "workers=1"]
+    assert run(tile_slides.main, tile_slides.Config, tiling) == 0
+    extraction = [f"slides={cohort}/slides", f"coords={tmp_path}/tiles", f"student={checkpoint}", f"output={tmp_path}/features"]
+    extraction += ["workers=0", "precision=fp32", "device=cpu", "batch_size=5"]
+    assert run(extract_student.main, extract_student.Config, extraction) == 0
+    bag = read_bag(tmp_path / "features" / "student" / "h5_files" / "S001.h5")
+    assert bag.features.shape[1] == DIM
+    assert bag.attributes["encoder"] == "d2vfm mpa needle 1"
+    encoder = student_encoder(checkpoint, "student")
+    assert bag.coords is not None
+    with open_slide(cohort / "slides" / "S001.tiff") as slide, torch.no_grad():
+        x, y = bag.coords[3]
+        pixels = torch.from_numpy(slide.read(int(x), int(y), 64).copy()).permute(2, 0, 1)[None]
+        expected = encoder.model(pixels)[0].numpy()
+    assert np.allclose(bag.features[3], expected, atol=1e-4)
+    assert len({pairs_digest(read_pairs(pairs_root)), bag.attributes["weights_sha256"]}) == 2

@@ -1,0 +1,150 @@
+"""Losses of the detector against torchvision, brute force and hand-made cases."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torchvision.ops import generalized_box_iou, sigmoid_focal_loss
+
+from detection_kd.losses.boxes import cxcywh_to_xyxy, generalized_iou, xyxy_to_cxcywh
+from detection_kd.losses.focal import focal_loss
+from detection_kd.losses.matcher import match, matching_cost
+from detection_kd.losses.set_criterion import Targets, detection_losses, layer_losses, proposal_losses, weighted_sum
+
+
+def random_boxes(count: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat((torch.rand(count, 2, generator=generator), torch.rand(count, 2, generator=generator) * 0.4 + 0.01), 1)
+
+
+def test_box_formats_are_inverse() -> None:
+    assert cxcywh_to_xyxy(torch.tensor([[3.0, 5.0, 2.0, 4.0]])).tolist() == [[2.0, 3.0, 4.0, 7.0]]
+    boxes = random_boxes(5)
+    torch.testing.assert_close(xyxy_to_cxcywh(cxcywh_to_xyxy(boxes)), boxes)
+
+
+def test_generalized_iou_equals_torchvision() -> None:
+    a, b = cxcywh_to_xyxy(random_boxes(6)), cxcywh_to_xyxy(random_boxes(4, seed=1))
+    torch.testing.assert_close(generalized_iou(a[:, None], b[None]), generalized_box_iou(a, b), atol=1e-6, rtol=1e-5)
+
+
+def test_generalized_iou_of_boxes_without_area_is_finite() -> None:
+    point = torch.tensor([[0.5, 0.5, 0.5, 0.5]], requires_grad=True)
+    box = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    values = torch.cat([generalized_iou(point, point), generalized_iou(point, box)])
+    values.sum().backward()
+    assert torch.isfinite(values).all() and torch.isfinite(point.grad).all()
+    assert values[1] == 0  # nothing in common, the hull is the box itself
+
+
+def test_focal_loss_equals_torchvision() -> None:
+    logits, targets = torch.randn(50), (torch.rand(50) > 0.7).float()
+    torch.testing.assert_close(focal_loss(logits, targets), sigmoid_focal_loss(logits, targets))
+
+
+def test_matching_cost_is_the_published_formula() -> None:
+    logits, boxes, target = (
+        torch.tensor([[0.3, -1.2]]),
+        torch.tensor([[0.5, 0.5, 0.2, 0.2]]),
+        torch.tensor([[0.6, 0.5, 0.2, 0.2]]),
+    )
+    p = torch.sigmoid(torch.tensor(-1.2))
+    focal = 0.25 * (1 - p) ** 2 * -p.log() - 0.75 * p**2 * -(1 - p).log()
+    expected = 2 * focal + 5 * 0.1 + 2 * -(1 / 3)  # IoU 0.02 / 0.06, hull = union
+    torch.testing.assert_close(matching_cost(logits, boxes, torch.tensor([1]), target)[0, 0], expected)
+
+
+@pytest.mark.parametrize("queries", [2, 5], ids=["fewer queries than boxes", "more queries than boxes"])
+def test_match_equals_brute_force(queries: int) -> None:
+    torch.manual_seed(0)
+    logits, boxes = torch.randn(2, 2, queries, 3), random_boxes(4 * queries).view(2, 2, queries, 4)
+    labels = [torch.tensor([0, 2, 1]), torch.tensor([1])]
+    targets = [random_boxes(3, 5), random_boxes(1, 6)]
+    found = match(logits, boxes, labels, targets)
+    for layer, image in itertools.product(range(2), range(2)):
+        cost = matching_cost(logits[layer, image], boxes[layer, image], labels[image], targets[image])
+        n = min(cost.shape)
+        best = min(
+            sum(cost[q, t] for q, t in zip(rows, columns))
+            for rows in itertools.permutations(range(cost.shape[0]), n)
+            for columns in itertools.combinations(range(cost.shape[1]), n)
+        )
+        rows, columns = found[layer][image]
+        assert len(set(rows.tolist())) == len(set(columns.tolist())) == n
+        torch.testing.assert_close(cost[rows, columns].sum(), best)
+
+
+def test_match_of_images_without_boxes_and_of_diverged_predictions() -> None:
+    empty, no_labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    rows, columns = match(torch.randn(1, 1, 4, 2), torch.rand(1, 1, 4, 4), [no_labels], [empty])[0][0]
+    assert len(rows) == len(columns) == 0
+    rows, _ = match(torch.full((1, 1, 4, 2), float("nan")), torch.rand(1, 1, 4, 4), [torch.tensor([0])], [random_boxes(1)])[0][
+        0
+    ]
+    assert len(rows) == 1
+
+
+def one_image() -> tuple[torch.Tensor, torch.Tensor, Targets]:
+    """Two queries, two classes, one box of class 1 that query 1 matches."""
+    logits = torch.tensor([[[-1.0, -2.0], [0.5, 1.5]]])
+    boxes = torch.tensor([[[0.2, 0.2, 0.1, 0.1], [0.5, 0.5, 0.2, 0.2]]])
+    return logits, boxes, Targets([torch.tensor([1])], [torch.tensor([[0.6, 0.5, 0.2, 0.4]])])
+
+
+def test_every_term_by_hand() -> None:
+    logits, boxes, targets = one_image()
+    terms = layer_losses(logits, boxes, [(torch.tensor([1]), torch.tensor([0]))], targets, num_boxes=2.0)
+    classes = torch.tensor([[[0.0, 0.0], [0.0, 1.0]]])
+    torch.testing.assert_close(terms["class"], sigmoid_focal_loss(logits, classes).sum() / 2)
+    torch.testing.assert_close(terms["box"], torch.tensor((0.1 + 0.2) / 2))
+    # overlap 0.1 x 0.2, union 0.04 + 0.08 - 0.02, hull 0.3 x 0.4
+    torch.testing.assert_close(terms["giou"], torch.tensor((1 - (0.02 / 0.1 - 0.02 / 0.12)) / 2))
+
+
+def test_every_decoder_layer_counts_with_its_weight() -> None:
+    logits, boxes, targets = one_image()
+    terms = detection_losses(torch.stack((logits + 1, logits)), torch.stack((boxes - 0.05, boxes)), targets, 1.0)
+    assert set(terms) == {"class", "box", "giou", "class_0", "box_0", "giou_0"}
+    assert terms["class"] != terms["class_0"] and terms["box"] != terms["box_0"]
+    only_last = detection_losses(logits[None], boxes[None], targets, 1.0)
+    assert all(terms[name] == only_last[name] for name in only_last)
+    expected = sum({"class": 2, "box": 5, "giou": 2}[name.split("_")[0]] * value for name, value in terms.items())
+    torch.testing.assert_close(weighted_sum(terms), expected)
+
+
+def test_proposals_count_every_class_as_the_first() -> None:
+    logits, boxes, targets = one_image()
+    terms = proposal_losses(logits, boxes, targets, 1.0)
+    as_first = Targets([torch.tensor([0])], targets.boxes)
+    expected = detection_losses(logits[None], boxes[None], as_first, 1.0)
+    assert {name: value.item() for name, value in terms.items()} == {
+        f"{name}_enc": value.item() for name, value in expected.items()
+    }
+    assert terms["class_enc"] != detection_losses(logits[None], boxes[None], targets, 1.0)["class"]
+
+
+def test_batch_equals_its_images_one_by_one() -> None:
+    torch.manual_seed(1)
+    logits, boxes = torch.randn(1, 3, 6, 2), random_boxes(18).view(1, 3, 6, 4)
+    labels = [torch.tensor([0, 1]), torch.zeros(0, dtype=torch.int64), torch.tensor([1])]
+    targets = [random_boxes(2, 3), torch.zeros(0, 4), random_boxes(1, 4)]
+    together = detection_losses(logits, boxes, Targets(labels, targets), 3.0)
+    for name, value in together.items():
+        alone = [
+            detection_losses(logits[:, i : i + 1], boxes[:, i : i + 1], Targets(labels[i : i + 1], targets[i : i + 1]), 3.0)[
+                name
+            ]
+            for i in range(3)
+        ]
+        torch.testing.assert_close(value, torch.stack(alone).sum())
+
+
+def test_images_without_boxes_still_reach_every_output() -> None:
+    logits, boxes = torch.randn(1, 2, 4, 2, requires_grad=True), torch.rand(1, 2, 4, 4, requires_grad=True)
+    nothing = Targets([torch.zeros(0, dtype=torch.int64)] * 2, [torch.zeros(0, 4)] * 2)
+    terms = detection_losses(logits, boxes, nothing, 1.0)
+    weighted_sum(terms).backward()
+    assert terms["class"] > 0 and terms["box"] == 0 and terms["giou"] == 0
+    assert boxes.grad is not None and not boxes.grad.any()  # a gradient of zeros, which DDP waits for

@@ -1,0 +1,282 @@
+"""The training script: learns, resumes bit for bit, gives the same on two processes, and refuses what cannot work."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from common.cli import run
+from common.config import load_config
+from common.distributed import World
+from common.errors import UserError
+from detection_kd import engine, train_detector
+from detection_kd.datasets.detection import Batch
+from detection_kd.models.backbone import Backbone, load_backbone
+from detection_kd.models.deformable_detr import DeformableDETR, load_detector
+from detection_kd.models.deformable_transformer import Architecture, Detections
+from detection_kd.train_detector import Config, build_model, load_initial_weights, main, place
+
+TINY = [
+    "backbone=resnet18", "norm=group", "pretrained=false", "epochs=2", "batch_size=4", "workers=0", "log_every=1", "lr=0.001",
+    "precision=fp32", "device=cpu", "architecture.hidden_dim=32", "architecture.heads=2", "architecture.feedforward_dim=32",
+    "architecture.encoder_layers=1", "architecture.decoder_layers=2", "architecture.queries=5", "architecture.levels=2",
+    "augmentation.sizes=[48,64]", "augmentation.crop_sizes=[]", "augmentation.eval_size=64", "augmentation.pad_to=64",
+]  # fmt: skip
+
+
+def draw_set(folder: Path, name: str, count: int) -> Path:
+    """`count` 64 px images with one or two dark squares, the last one empty; returns the annotation file."""
+    rng = np.random.default_rng(len(name))
+    images, annotations = [], []
+    for index in range(count):
+        pixels = rng.integers(200, 255, (64, 64, 3), dtype=np.uint8)
+        for _ in range(int(index < count - 1) * rng.integers(1, 3)):
+            x, y, side = (int(v) for v in (*rng.integers(0, 40, 2), rng.integers(12, 24)))
+            pixels[y : y + side, x : x + side] = (90, 40, 120)
+            annotations.append({"id": len(annotations), "image_id": index, "category_id": 1, "bbox": [x, y, side, side]})
+        Image.fromarray(pixels).save(folder / f"{name}_{index}.png")
+        images.append({"id": index, "file_name": f"{name}_{index}.png", "width": 64, "height": 64})
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "lesion"}]}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments that name a tiny training and validation set."""
+    folder = tmp_path_factory.mktemp("detection")
+    train, val = draw_set(folder, "train", 9), draw_set(folder, "val", 3)
+    return [f"train={train}", f"val={val}", f"images={folder}"]
+
+
+def arguments(inputs: list[str], output: Path, *changes: str) -> list[str]:
+    return [*inputs, *TINY, f"output={output}", *changes]
+
+
+def metrics(output: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "train_seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of two uninterrupted epochs."""
+    output = tmp_path_factory.mktemp("run") / "detector"
+    assert run(main, Config, arguments(inputs, output)) == 0
+    return output
+
+
+def test_run_directory_is_complete(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    assert results["epoch"] in (1, 2) and {"AP", "AP50", "AP75", "AR"} <= set(results)
+    lines = metrics(finished)
+    assert [line["epoch"] for line in lines if "step" not in line] == [1, 2]
+    assert [line["step"] for line in lines if "step" in line] == [0, 1, 2, 3]
+    model, config = load_detector(finished / "checkpoint_best.pt")
+    assert config["categories"] == ["lesion"] and config["training"]["lr"] == 0.001
+    for name in ("backbone.pt", "checkpoint_best.pt"):
+        trunk, description = load_backbone(finished / name)
+        assert (description["name"], description["norm"]) == ("resnet18", "group")
+        assert all(torch.equal(value, trunk.state_dict()[key]) for key, value in model.backbone.state_dict().items())
+
+
+def test_finished_run_is_left_alone_and_other_settings_refused(
+    finished: Path, inputs: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in finished.glob("*.pt")}
+    assert run(main, Config, arguments(inputs, finished)) == 0
+    assert before == {path.name: path.stat().st_mtime_ns for path in finished.glob("*.pt")}
+    assert run(main, Config, arguments(inputs, finished, "lr=0.002")) == 2
+    assert "config.lr 0.001 -> 0.002" in capsys.readouterr().err
+
+
+def test_resume_equals_uninterrupted_bit_for_bit(
+    finished: Path, inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = 0
+
+    def killed(model: nn.Module, images: torch.Tensor, padding: torch.Tensor) -> Detections:
+        nonlocal steps
+        steps += model.training
+        if steps == 4:  # in the middle of the second epoch
+            raise KeyboardInterrupt
+        return forward(model, images, padding)
+
+    forward = DeformableDETR.forward
+    output = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        patch.setattr(DeformableDETR, "forward", killed)
+        with pytest.raises(KeyboardInterrupt):
+            main(load_config(Config, arguments(inputs, output)))
+    assert len(metrics(output)) == 4  # two steps, the epoch, and one step that will be done again
+    assert main(load_config(Config, arguments(inputs, output))) == 0
+    for name in ("checkpoint_last.pt", "checkpoint_best.pt", "backbone.pt"):
+        whole, parts = (torch.load(folder / name, weights_only=True) for folder in (finished, output))
+        assert whole["model"].keys() == parts["model"].keys()
+        assert all(torch.equal(value, parts["model"][key]) for key, value in whole["model"].items())
+        assert whole["epoch"] == parts["epoch"]
+    assert metrics(output) == metrics(finished)
+    assert json.loads((output / "results.json").read_text()) == json.loads((finished / "results.json").read_text())
+
+
+def run_two_processes(arguments: list[str], root: Path) -> None:
+    """The script as torchrun starts it, without paying for torchrun's own start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(root)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "detection_kd.train_detector", *arguments],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+
+
+def test_two_processes_equal_one(inputs: list[str], tmp_path: Path, root: Path) -> None:
+    changes = ("architecture.dropout=0", "architecture.box_refine=true", "architecture.two_stage=true", "epochs=1")
+    assert main(load_config(Config, arguments(inputs, tmp_path / "one", *changes))) == 0
+    run_two_processes(arguments(inputs, tmp_path / "two", *changes), root)
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert len(one) == len(two) == 3  # two steps and the epoch
+    for first, second in zip(one, two, strict=True):
+        terms = [name for name in first if name.partition("_")[0] in ("loss", "class", "box", "giou")]
+        assert len(terms) == 10
+        for name in terms:
+            assert second[name] == pytest.approx(first[name], rel=2e-3, abs=2e-4), (name, first["epoch"])
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5)
+    assert two[0]["gradient_norm"] == pytest.approx(one[0]["gradient_norm"], rel=1e-3)
+
+
+def test_steps_lower_the_loss(inputs: list[str], tmp_path: Path) -> None:
+    config = config_of(inputs, tmp_path, "architecture.box_refine=true", "architecture.two_stage=true")
+    world = World(0, 1, torch.device("cpu"))
+    torch.manual_seed(0)
+    model = build_model(config).train()
+    batch = next(iter(train_detector.training_batches(config, world, train_detector.read_sets(config)[0], epoch=0)))
+    optimizer = torch.optim.AdamW(engine.parameter_groups(model, 1e-3, 1e-3))
+    losses = []
+    for _ in range(12):
+        loss, _ = engine.batch_loss(model(batch.images, batch.padding), batch)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert max(losses[-3:]) < 0.8 * losses[0], losses
+
+
+def test_loss_that_is_no_number_names_images_and_terms() -> None:
+    terms = {"class": torch.tensor(float("nan")), "box": torch.tensor(1.0)}
+    with pytest.raises(UserError, match=r"loss is nan in class for images \[7, 9\]; lower lr"):
+        engine.require_finite(torch.tensor(float("nan")), terms, [7, 9])
+    engine.require_finite(torch.tensor(1.0), terms, [7, 9])
+
+
+def test_diverged_network_stops_with_that_error(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def diverged(model: nn.Module, images: torch.Tensor, padding: torch.Tensor) -> Detections:
+        shape = (2, len(images), 5)
+        return Detections(torch.full((*shape, 1), float("nan")), torch.rand(*shape, 4))
+
+    monkeypatch.setattr(DeformableDETR, "forward", diverged)
+    assert run(main, Config, arguments(inputs, tmp_path / "run")) == 2
+    assert "loss is nan in class_0, class for images" in capsys.readouterr().err
+
+
+def config_of(inputs: list[str], tmp_path: Path, *changes: str) -> Config:
+    return load_config(Config, arguments(inputs, tmp_path / "run", *changes))
+
+
+def test_batch_norm_on_many_cpu_processes_is_refused(inputs: list[str], tmp_path: Path) -> None:
+    config = config_of(inputs, tmp_path, "norm=batch")
+    with pytest.raises(UserError, match="norm=batch: expected CUDA with 2 processes, found cpu; set norm=group"):
+        place(build_model(config, 1), config, World(0, 2, torch.device("cpu")))
+
+
+def test_settings_that_cannot_work_are_user_errors(inputs: list[str], tmp_path: Path) -> None:
+    config = config_of(inputs, tmp_path, "batch_size=5")
+    with pytest.raises(UserError, match="batch_size=5: expected a multiple of the 2 processes"):
+        place(build_model(config, 1), config, World(0, 2, torch.device("cpu")))
+    with pytest.raises(UserError, match="batch_size=10: expected at most the 9 training images"):
+        train_detector.read_sets(config_of(inputs, tmp_path, "batch_size=10"))
+    with pytest.raises(UserError, match="norm=frozen: expected trained weights"):
+        build_model(config_of(inputs, tmp_path, "norm=frozen"), 1)
+    torch.save(Backbone("resnet34", "batch").state_dict(), tmp_path / "resnet34.pt")
+    with pytest.raises(UserError, match="weights of another architecture"):
+        load_initial_weights(Backbone("resnet18", "frozen"), config_of(inputs, tmp_path, f"weights={tmp_path / 'resnet34.pt'}"))
+
+
+def test_given_weights_are_used_and_their_stem_kept(inputs: list[str], tmp_path: Path) -> None:
+    torch.save(Backbone("resnet18", "batch").state_dict(), tmp_path / "resnet18.pt")
+    weights = torch.load(tmp_path / "resnet18.pt", weights_only=True)
+    for freeze in (True, False):
+        config = config_of(inputs, tmp_path, "norm=frozen", f"weights={tmp_path / 'resnet18.pt'}", f"freeze_stem={freeze}")
+        trunk = build_model(config).backbone
+        load_initial_weights(trunk, config)
+        assert torch.equal(trunk.layer4[0].conv1.weight, weights["layer4.0.conv1.weight"])
+        assert trunk.conv1.weight.requires_grad is not freeze and trunk.layer2[0].conv1.weight.requires_grad
+    scratch = Backbone("resnet18", "batch")
+    load_initial_weights(scratch, config_of(inputs, tmp_path))
+    assert all(parameter.requires_grad for parameter in scratch.parameters())
+
+
+def test_parameter_groups_are_the_published_ones() -> None:
+    model = DeformableDETR(Backbone("resnet18", "frozen"), 1, Architecture(32, 2, 32, 1, 1, queries=3))
+    model.backbone.freeze_stem()
+    groups = engine.parameter_groups(model, 2e-4, 2e-5)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    transformer, backbone, slow = ({names[id(p)] for p in group["params"]} for group in groups)
+    assert all(name.startswith("backbone.layer") and not name.startswith("backbone.layer1") for name in backbone)
+    assert {name.split(".")[-2] for name in slow} == {"reference_points", "sampling_offsets"}
+    assert [group["lr"] for group in groups] == pytest.approx([2e-4, 2e-5, 2e-5])
+    assert len(transformer) + len(backbone) + len(slow) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_learning_rate_schedules() -> None:
+    step = [engine.rate_factor(s, 10, warmup=2, drop=6, cosine=False) for s in range(10)]
+    assert step == [0.5, 1, 1, 1, 1, 1, 0.1, 0.1, 0.1, 0.1]
+    cosine = [engine.rate_factor(s, 10, warmup=2, drop=6, cosine=True) for s in range(10)]
+    assert cosine[:3] == [0.5, 1, 1] and cosine[6] == pytest.approx(0.5)
+    assert cosine[9] == pytest.approx((1 + math.cos(math.pi * 7 / 8)) / 2)
+
+
+def test_post_processing_keeps_the_best_pairs_in_pixels() -> None:
+    logits = torch.tensor([[[[2.0, -3.0], [0.0, 1.0]]]])
+    boxes = torch.tensor([[[[0.5, 0.5, 0.2, 0.4], [0.9, 0.5, 0.4, 0.2]]]])
+    ((found, scores, labels),) = engine.post_process(Detections(logits, boxes), [(200, 100)], 3)
+    assert labels.tolist() == [0, 1, 0]
+    np.testing.assert_allclose(scores, torch.tensor([2.0, 1.0, 0.0]).sigmoid())
+    np.testing.assert_allclose(found, [[80, 30, 120, 70], [140, 40, 200, 60], [140, 40, 200, 60]], atol=1e-4)
+
+
+def test_loss_uses_every_box_and_both_stages() -> None:
+    torch.manual_seed(0)
+    detections = Detections(torch.randn(2, 2, 3, 1), torch.rand(2, 2, 3, 4), torch.randn(2, 6, 1), torch.rand(2, 6, 4))
+    boxes = [torch.rand(2, 4), torch.zeros(0, 4)]
+    labels = [torch.zeros(2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)]
+    batch = Batch(torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.bool), boxes, labels, [0, 1])
+    loss, terms = engine.batch_loss(detections, batch)
+    assert {f"{kind}{suffix}" for kind in ("class", "box", "giou") for suffix in ("", "_0", "_enc")} == set(terms)
+    twice = Batch(batch.images, batch.padding, [boxes[0].repeat(2, 1), boxes[1]], [labels[0].repeat(2), labels[1]], [0, 1])
+    assert engine.batch_loss(detections, twice)[1]["class"] < terms["class"]  # divided by four boxes instead of two
+    weights = {"class": 2, "box": 5, "giou": 2}
+    torch.testing.assert_close(loss, sum(weights[name.partition("_")[0]] * value for name, value in terms.items()))

@@ -1,0 +1,211 @@
+"""The benchmark: its tables against the run directories, killed and restarted, failing jobs, workers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+import mil.benchmark as benchmark
+from common.cli import run as run_script
+from common.config import load_config
+from common.errors import UserError
+from mil.benchmark import Config, main
+from mil.results import number, text_table
+from mil.workers import run_all
+from patch_encoder.bags import read_bag, write_bag
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLES = ("results.csv", "summary.csv", "predictions.csv", "summary.json", "splits/splits_0.csv")
+
+
+def arguments(cohort: Path, output: Path, *more: str) -> list[str]:
+    small = [
+        "device=cpu",
+        "folds=2",
+        "seeds=[1]",
+        "training.epochs=3",
+        "training.min_epochs=1",
+        "training.lr=1e-3",
+        "resamples=50",
+    ]
+    return [
+        f"labels={cohort}/labels.csv",
+        f"features=[{cohort}/bags,{cohort}/student]",
+        f"output={output}",
+        "models=[mean,abmil]",
+        *small,
+        *more,
+    ]
+
+
+@pytest.fixture
+def cohort(make_cohort) -> Path:
+    """A cohort with two feature sets: `bags`, and `student` that is noise in front of it, of another width."""
+    root = make_cohort(signal=5.0)
+    generator = np.random.default_rng(3)
+    for path in sorted((root / "bags" / "h5_files").iterdir()):
+        bag = read_bag(path)
+        noise = generator.normal(size=(len(bag.features), 5)).astype(np.float32)
+        write_bag(root / "student" / "h5_files" / path.name, noise, bag.coords, {})
+    return root
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_tables_say_what_the_runs_found(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    cost = tmp_path / "cost.json"
+    cost.write_text(json.dumps({"student": {"gflops": 1.8, "parameters": 11_200_000, "tiles_per_second": 250.0}}))
+    output = tmp_path / "out"
+    assert main(load_config(Config, arguments(cohort, output, f"cost={cost}", "seeds=[1,2]"))) == 0
+    printed = capsys.readouterr().out
+    rows = read_csv(output / "results.csv")
+    assert len(rows) == 2 * 2 * 2 * 2
+    predictions = read_csv(output / "predictions.csv")
+    assert {row["split"] for row in predictions} == {"test"} and len(predictions) == 24 * 2 * 2 * 2
+    for row in rows:
+        place = {key: row[key] for key in ("feature_set", "model", "seed", "fold")}
+        mine = [p for p in predictions if all(p[key] == value for key, value in place.items())]
+        expected = roc_auc_score([p["label"] == "pos" for p in mine], [float(p["prob_pos"]) for p in mine])
+        assert float(row["auc"]) == pytest.approx(expected)
+        called = np.array([p["predicted"] == "pos" for p in mine])
+        assert (called == (np.array([float(p["prob_pos"]) for p in mine]) >= float(row["threshold"]))).all()
+    summary = json.loads((output / "summary.json").read_text())
+    sets = summary["feature_sets"]
+    for name in ("bags", "student"):
+        values = [float(row["auc"]) for row in rows if row["feature_set"] == name and row["model"] == "abmil"]
+        assert sets[name]["auc_mean"] == sets[name]["abmil"]["auc_mean"] == pytest.approx(np.mean(values))
+        assert sets[name]["abmil"]["auc_std"] == pytest.approx(np.std(values, ddof=1))
+        assert sets[name]["auc_ci"] == sets[name]["abmil"]["auc_ci"] and sets[name]["auc_ci"][0] <= sets[name]["auc_ci"][1]
+        assert {"f1_mean", "sensitivity_mean", "specificity_mean", "balanced_accuracy_mean"} <= set(sets[name]["mean"])
+    assert (sets["student"]["gflops"], sets["student"]["tiles_per_second"], sets["student"]["dim"]) == (1.8, 250.0, 5)
+    assert sets["bags"]["gflops"] is None and sets["bags"]["dim"] == 8
+    difference = sets["student"]["abmil"]["auc_difference"]
+    assert difference == pytest.approx(sets["student"]["auc_mean"] - sets["bags"]["auc_mean"])
+    assert "auc_difference" not in sets["bags"]["abmil"]
+    assert len(read_csv(output / "summary.csv")) == 4
+    assert "11.2M" in printed and "250" in printed and f"{sets['student']['auc_mean']:.3f}" in printed
+
+
+def test_every_feature_set_and_model_gets_the_same_splits(cohort: Path, tmp_path: Path):
+    main(load_config(Config, arguments(cohort, tmp_path / "out")))
+    tested: dict[tuple[str, str], set[str]] = {}
+    for row in read_csv(tmp_path / "out" / "predictions.csv"):
+        tested.setdefault((row["feature_set"], row["model"]), set()).add(f"{row['fold']}:{row['slide_id']}")
+    assert len(tested) == 4 and len({frozenset(slides) for slides in tested.values()}) == 1
+    written = read_csv(tmp_path / "out" / "splits" / "splits_1.csv")
+    assert {f"1:{row['test']}" for row in written if row["test"]} <= next(iter(tested.values()))
+
+
+def test_killed_and_restarted_gives_the_same_tables(cohort: Path, tmp_path: Path):
+    main(load_config(Config, arguments(cohort, tmp_path / "whole")))
+    output = tmp_path / "parts"
+    command = [sys.executable, "-m", "mil.benchmark", *arguments(cohort, output, "workers=2")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 90
+    while not list(output.glob("runs/*/*/*/results.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    children = [Path("/proc", pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    while any(child.exists() for child in children) and time.monotonic() < deadline:
+        time.sleep(0.02)  # workers notice that they are alone
+    assert children and not any(child.exists() for child in children)
+    done = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/*/*/results.json")}
+    assert done and not (output / "results.csv").exists()
+    assert main(load_config(Config, arguments(cohort, output))) == 0
+    for table in TABLES:
+        first, second = (tmp_path / "whole" / table).read_text(), (output / table).read_text()
+        assert first == second, table
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in done.items())  # finished runs were left alone
+
+
+def test_finished_benchmark_trains_nothing(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    main(load_config(Config, arguments(cohort, tmp_path / "out")))
+    before = {table: (tmp_path / "out" / table).read_bytes() for table in TABLES}
+    monkeypatch.setattr(benchmark, "run_job", lambda *_: pytest.fail("trained again"))
+    assert main(load_config(Config, arguments(cohort, tmp_path / "out"))) == 0
+    assert before == {table: (tmp_path / "out" / table).read_bytes() for table in TABLES}
+
+
+def test_a_failing_training_is_listed_and_the_rest_goes_on(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    original = benchmark.run_job
+
+    def fails_once(job, run, world):
+        if job.output.match("student/abmil/seed1_fold1"):
+            raise RuntimeError("out of\nmemory")
+        return original(job, run, world)
+
+    monkeypatch.setattr(benchmark, "run_job", fails_once)
+    config = load_config(Config, arguments(cohort, tmp_path / "out"))
+    assert main(config) == 1
+    assert read_csv(tmp_path / "out" / "failures.csv") == [
+        {"job": "student/abmil/seed1_fold1", "stage": "benchmark", "error": "RuntimeError: out of memory"}
+    ]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["protocol"]["runs_missing"] == 1 and summary["feature_sets"]["student"]["abmil"]["runs"] == 1
+    assert "auc_difference" not in summary["feature_sets"]["student"]["abmil"]  # not the same folds
+    monkeypatch.undo()
+    assert main(config) == 0 and not (tmp_path / "out" / "failures.csv").exists()
+
+
+def test_other_settings_stop_before_any_training(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    main(load_config(Config, arguments(cohort, tmp_path / "out")))
+    assert run_script(main, Config, arguments(cohort, tmp_path / "out", "dropout=0.1")) == 2
+    assert "dropout 0.25 -> 0.1" in capsys.readouterr().err
+    assert run_script(main, Config, arguments(cohort, tmp_path / "out", "dropout=0.1", "overwrite=true")) == 0
+
+
+def test_slides_missing_in_one_set_are_left_out_of_all(cohort: Path, tmp_path: Path):
+    (cohort / "student" / "h5_files" / "s03.h5").unlink()
+    with pytest.raises(UserError, match="student: 1 of 24 labelled slides have no bag: s03"):
+        main(load_config(Config, arguments(cohort, tmp_path / "out")))
+    main(load_config(Config, arguments(cohort, tmp_path / "out", "skip_missing=true")))
+    rows = read_csv(tmp_path / "out" / "predictions.csv")
+    assert "s03" not in {row["slide_id"] for row in rows}
+    assert {row["feature_set"] for row in rows} == {"bags", "student"}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["names=[a]"], "expected 2 different names"),
+        (["names=[a,a]"], "expected 2 different names"),
+        (["names=[a,../b]"], "feature set '../b'"),
+        (["features=[]"], "expected at least one folder"),
+    ],
+)
+def test_bad_feature_sets_are_refused(cohort: Path, tmp_path: Path, more: list[str], message: str):
+    with pytest.raises(UserError, match=message):
+        main(load_config(Config, arguments(cohort, tmp_path / "out", *more)))
+
+
+def test_a_worker_that_dies_is_an_error_not_a_hang():
+    outcomes = list(run_all(os._exit, [9, 9, 9], 2, 1))
+    assert len(outcomes) == 3 and all("worker process died" in error for _, error in outcomes)
+
+
+def test_numbers_are_short():
+    assert [number(v) for v in (None, 0, 5e-6, 0.1234, 12, 11_234_567, 4.1e9)] == [
+        "-",
+        "0",
+        "<0.001",
+        "0.123",
+        "12",
+        "11.2M",
+        "4.1G",
+    ]
+    assert "feature set" in text_table({}, [])

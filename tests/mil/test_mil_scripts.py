@@ -1,0 +1,34 @@
+"""The MIL stage scripts hand their variables and arguments on, spaces included."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = {"tools/mil_benchmark.sh": "mil.benchmark", "tools/preprocess/filter.sh": "mil.rank_patches"}
+
+
+def run(root: Path, script: str, folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a script with a Python that prints its arguments, one a line."""
+    echo = folder / "python"
+    echo.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    echo.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(echo), **variables}
+    return subprocess.run(
+        ["bash", str(root / script), *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("script", list(SCRIPTS))
+def test_script_passes_its_variables_and_arguments_on(root: Path, tmp_path: Path, script: str):
+    given = {"LABELS": "my labels.csv", "FEATURES": "a b,c", "OUTPUT": "out put"}
+    done = run(root, script, tmp_path, "dropout=0.5", **given)
+    assert done.returncode == 0, done.stderr
+    passed = done.stdout.splitlines()
+    assert passed[:2] == ["-m", SCRIPTS[script]] and passed[2] == "--config" and Path(passed[3]).is_file()
+    assert {"labels=my labels.csv", "output=out put"} <= set(passed) and passed[-1] == "dropout=0.5"
+    assert ("features=[a b,c]" if "benchmark" in script else "features=a b,c") in passed
+    assert run(root, script, tmp_path, "--help").stdout.splitlines()[-1] == "--help"

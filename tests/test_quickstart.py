@@ -1,0 +1,112 @@
+"""The whole main road, small: every stage real, killed and started again, over finished work, on real pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# the quickstart's own pipeline with fewer slides and epochs: it has to run, not to be good
+SMALL = {
+    "DETECTOR": "epochs=2 architecture.encoder_layers=1 architecture.decoder_layers=1",
+    "RANK": "training.epochs=3 training.min_epochs=1 top_k=6 extra_random=2",
+    "D2VFM": "epochs=2 lr_drop=1",
+    "COST": "tiles=64 rounds=1",
+    "MIL": "training.epochs=3 training.min_epochs=1 models=[abmil] folds=2 resamples=50",
+}
+EMBEDDED = {"COHORT": "side=768 pretrain_slides=6 cv_slides=12 train_fields=16 val_fields=4"}
+METRICS = ("auc_mean", "auc_ci")
+
+
+def quickstart(run: Path, **settings: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "ENV": "active", "PYTHON": sys.executable, "PYTHON_BASE": sys.executable, "OMP_NUM_THREADS": "2"}
+    environment |= {**SMALL, **settings, "RUN": str(run)}
+    command = ["bash", str(ROOT / "tools" / "quickstart.sh")]
+    log = (run.parent / f"{run.name}.log").open("a")
+    return subprocess.Popen(command, env=environment, cwd=run.parent, stdout=log, stderr=log, text=True, start_new_session=True)
+
+
+def finish(run: Path, **settings: str) -> dict:
+    process = quickstart(run, **settings)
+    status = process.wait(timeout=600)
+    assert status == 0, (run.parent / f"{run.name}.log").read_text()[-3000:]
+    return json.loads((run / "summary.json").read_text())
+
+
+def kill_when(run: Path, sign: str, **settings: str) -> None:
+    """SIGKILL the quickstart and all its children as soon as a file that matches `sign` appears."""
+    process = quickstart(run, **settings)
+    deadline = time.monotonic() + 300
+    while not any(run.glob(sign)) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process.poll() is None, (run.parent / f"{run.name}.log").read_text()[-3000:]
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def table(run: Path) -> str:
+    return (run / "mil" / "results.csv").read_text()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One uninterrupted run."""
+    run = tmp_path_factory.mktemp("quickstart") / "whole"
+    finish(run, **EMBEDDED)
+    return run
+
+
+def test_summary_has_what_it_promises(whole: Path) -> None:
+    summary = json.loads((whole / "summary.json").read_text())
+    sets = summary["feature_sets"]
+    assert set(sets) == {"stain_texture", "student", "mean_colour"}
+    for name, row in sets.items():
+        assert 0 <= row["auc_mean"] <= 1
+        assert row["auc_ci"][0] <= row["auc_ci"][1]
+        assert row["tiles_per_second"] > 0, name
+    assert sets["student"]["gflops"] > 0.1
+    assert sets["student"]["parameters"] > 1e6
+    assert sets["stain_texture"]["parameters"] == 0
+    assert summary["wall_seconds"] > 0
+    assert len(summary["stages"]) >= 10
+    page = (whole / "report.html").read_text()
+    assert "stain_texture" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_second_run_over_finished_work_changes_nothing(whole: Path) -> None:
+    kept = ("cohort/slides/*.tiff", "tiles/coords/*.h5", "features/*/h5_files/*.h5", "*/checkpoint_*.pt", "mil/runs/**/*.pt")
+    before = {path: path.stat().st_mtime_ns for pattern in kept for path in whole.glob(pattern)}
+    assert len(before) > 50
+    assert json.loads((whole / "summary.json").read_text()) == finish(whole, **EMBEDDED)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize(
+    "sign",
+    ["cohort/slides/*03.tiff", "detector/checkpoint_last.pt", "d2vfm/checkpoint_last.pt", "features/student/h5_files/*.h5"],
+)
+def test_killed_anywhere_and_started_again_gives_the_same_table(whole: Path, tmp_path: Path, sign: str) -> None:
+    run = tmp_path / "cut"
+    kill_when(run, sign, **EMBEDDED)
+    assert not (run / "summary.json").exists()
+    cut, expected = finish(run, **EMBEDDED), json.loads((whole / "summary.json").read_text())
+    assert table(run) == table(whole)
+    for name, row in expected["feature_sets"].items():
+        assert {key: cut["feature_sets"][name][key] for key in METRICS} == {key: row[key] for key in METRICS}
+
+
+def test_real_pictures(real_data: Path, tmp_path: Path) -> None:
+    """Blood smear fields: slides composed of 128 px tiles, the white blood cell as the lesion."""
+    small = {"COHORT": "slides=[8,4,4]", "DETECTOR": SMALL["DETECTOR"] + " epochs=1"}
+    summary = finish(tmp_path / "bccd", DATA=str(real_data), **small)
+    assert set(summary["feature_sets"]) == {"stain_texture", "student", "mean_colour"}
+    tiles = list((tmp_path / "bccd" / "cohort" / "slides").rglob("*.[jp][pn]g"))
+    assert len(tiles) == 16 * 40

@@ -1,0 +1,52 @@
+# shellcheck shell=bash
+# Sourced by the stage scripts: where the repository is, which Python, how many processes.
+#
+#   PYTHON   interpreter; default: <repository>/.venv/bin/python when it is there, else python3 (always so with ENV=active)
+#   GPUS     processes on this machine; default: the number of GPUs seen; 0 or 1: plain Python
+#   NNODES   machines; default 1. With more: RDZV_ENDPOINT=host:port of the first one, the same command on each
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+if [[ "${ENV:-}" != active && -x "$ROOT/.venv/bin/python" ]]; then
+  : "${PYTHON:=$ROOT/.venv/bin/python}"
+fi
+: "${PYTHON:=python3}"
+# PYTHONSAFEPATH: a folder named like one of ours in the caller's working directory is not imported
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
+: "${NNODES:=1}"
+: "${RDZV_ENDPOINT:=localhost:29500}"
+
+count_gpus() {
+  if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^[:space:]]' || true
+  elif command -v nvidia-smi >/dev/null; then
+    nvidia-smi --list-gpus 2>/dev/null | wc -l
+  else
+    echo 0
+  fi
+}
+
+# run_python <module> <arguments>: one process, whatever the number of GPUs
+run_python() {
+  local module=$1
+  shift
+  "$PYTHON" -m "$module" "$@"
+}
+
+# run_module <module> <arguments>: torchrun with more than one process, plain Python else and for --help
+run_module() {
+  : "${GPUS:=$(count_gpus)}"
+  local argument
+  for argument in "${@:2}"; do
+    [[ "$argument" == --help || "$argument" == -h ]] && GPUS=1 NNODES=1
+  done
+  if ((GPUS <= 1 && NNODES <= 1)); then
+    run_python "$@"
+    return
+  fi
+  local rendezvous=(--standalone)
+  if ((NNODES > 1)); then
+    rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT")
+  fi
+  run_python torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$((GPUS > 0 ? GPUS : 1))" -m "$@"
+}

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Make the Python environment: .venv in the repository, with uv where it can be had, else venv and pip.
+#
+#   bash tools/setup.sh                 both requirement files into .venv
+#   REQUIREMENTS=det bash tools/setup.sh    detection_kd and patch_encoder only (det) or mil only (mil)
+#   ENV=active bash tools/setup.sh      use the environment that is active (conda, venv) as it is; only check it
+#   PYTHON_BASE=python3.12 bash ...     the interpreter to build from (>= 3.10)
+#
+# Running it again does nothing unless the requirement files have changed.
+set -euo pipefail
+: "${ENV:=venv}"
+: "${REQUIREMENTS:=all}"
+: "${PYTHON_BASE:=python3}"
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
+  sed -n '2,10p' "${BASH_SOURCE[0]}" | cut -c3-
+  exit 0
+fi
+
+case "$REQUIREMENTS" in
+  all) files=("$root/requirements-det.txt" "$root/requirements-mil.txt") ;;
+  det | mil) files=("$root/requirements-$REQUIREMENTS.txt") ;;
+  *) echo "error: REQUIREMENTS=$REQUIREMENTS: expected all, det or mil" >&2; exit 2 ;;
+esac
+if [[ "$ENV" == "active" ]]; then
+  "$PYTHON_BASE" -c 'import torch, h5py, omegaconf, openslide' ||
+    { echo "error: ENV=active: packages are missing in $(command -v "$PYTHON_BASE"); install ${files[*]##*/} there" >&2; exit 2; }
+  exit 0
+fi
+"$PYTHON_BASE" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+  { echo "error: expected Python >= 3.10, found $("$PYTHON_BASE" --version 2>&1); set PYTHON_BASE=python3.x" >&2; exit 2; }
+
+stamp="$root/.venv/.requirements"
+wanted="$(cat "${files[@]}" | cksum)"
+if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
+  exit 0
+fi
+echo "setup: making $root/.venv (a few GB; minutes on a slow line)"
+"$PYTHON_BASE" -m venv "$root/.venv" 2>/dev/null || uv venv --python "$PYTHON_BASE" "$root/.venv" ||
+  { echo "error: cannot make a virtual environment; install python3-venv or uv" >&2; exit 2; }
+arguments=()
+for file in "${files[@]}"; do arguments+=(-r "$file"); done
+python="$root/.venv/bin/python"
+if command -v uv >/dev/null; then
+  uv pip install --quiet --compile-bytecode --python "$python" "${arguments[@]}"
+elif "$python" -m pip install --quiet --disable-pip-version-check uv 2>/dev/null; then
+  "$python" -m uv pip install --quiet --compile-bytecode --python "$python" "${arguments[@]}"
+else
+  "$python" -m pip install --disable-pip-version-check "${arguments[@]}"
+fi
+echo "$wanted" >"$stamp"
+echo "setup: done"
