@@ -31,7 +31,8 @@ def run(main: Callable[[T], int | None], config_class: type[T], arguments: list[
         print(f"{_title(main)}\n\n{request}")
         return 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # from a loader process the message comes as a whole traceback, whose last line is the message
+        print(f"error: {str(error).splitlines()[-1].removeprefix('common.errors.UserError: ')}", file=sys.stderr)
         return 2
     finally:
         shutdown()

@@ -43,7 +43,7 @@ class Config:
     student: str = key("", "checkpoint of train_d2vfm", path=True)
     name: str = key("student", "name of the student")
     labels: str = key("", "labels.csv", path=True)
-    tiles: int = key(1024, "tiles a round")
+    tiles: int = key(512, "tiles a round")
     rounds: int = key(3, "rounds; the median counts")
     batch_size: int = key(64, "tiles a batch")
     workers: int = key(2, "decoding processes")

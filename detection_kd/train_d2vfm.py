@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
 from common.checkpoint import resume, save_checkpoint
 from common.cli import launch
@@ -27,16 +27,17 @@ from common.files import sha256_file
 from common.progress import progress
 from common.run import Tracker, open_run
 from common.seed import epoch_generator, seed_everything, seed_worker
-from detection_kd.datasets.distillation import DistillationTiles, pairs_digest, read_pairs, split_by_slide
+from detection_kd.datasets.distillation import DistillationTiles, Pair, pairs_digest, read_pairs, split_by_slide
 from detection_kd.losses.feature_regression import FEATURE_LOSSES
 from detection_kd.metrics import feature_agreement
 from detection_kd.models.adapter import ADAPTERS
 from detection_kd.models.backbone import load_backbone
-from detection_kd.models.student import Student, student_config
+from detection_kd.models.student import Pooled, Student, student_config
 from patch_encoder.models.encoder_table import IMAGENET
 from patch_encoder.models.encoders import PixelEncoder
 
 logger = logging.getLogger(__name__)
+POOLING_BATCH = 32  # tiles; fixed, so that cached features do not depend on the training batch
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Config:
     output: str = key(REQUIRED, "run directory", runtime=True)
     teacher: str = key("", "name of the teacher, kept in the checkpoint")
     needle: int = key(1, "backbone stage that is pooled: 0, 1, 2 = layer2, layer3, layer4")
+    input_scale: float = key(1.0, "resize tiles by this factor first, to the resolution that the detector was trained at")
     adapter: str = key("mpa", "adapter", choices=ADAPTERS)
     loss: str = key("mse", "feature loss", choices=tuple(FEATURE_LOSSES))
     loss_weight: float = key(2.0, "factor on the loss")
@@ -59,6 +61,7 @@ class Config:
     clip_norm: float = key(0.1, "gradient clipping, L2 norm; 0: off")
     augment: bool = key(True, "flip and turn tiles; the teacher's feature stays that of the tile as it was")
     scales: list[float] = key([1.0], "a step's tiles are resized by one of these factors, drawn at random")
+    cache: bool = key(False, "compute the frozen backbone's features once and train the adapter on them; needs augment=false")
     val_share: float = key(0.1, "share of slides held out for validation")
     seed: int = key(42, "seed of the split, initial weights, shuffling and augmentation")
     precision: str = key("auto", "auto: bf16 where the device has it", choices=PRECISIONS)
@@ -72,9 +75,11 @@ def build_model(config: Config, dim: int) -> tuple[Student, dict[str, Any]]:
     """The student for a teacher of width `dim`, and what a checkpoint needs to rebuild it."""
     if config.needle not in (0, 1, 2):
         raise UserError(f"needle={config.needle}: expected 0, 1 or 2 (layer2, layer3, layer4)")
-    backbone, backbone_config = load_backbone(config.backbone)
-    student = Student(backbone, config.needle, config.adapter, dim)
-    return student, student_config(backbone_config, config.needle, config.adapter, dim, {"name": config.teacher})
+    if not 0 < config.input_scale <= 4:
+        raise UserError(f"input_scale={config.input_scale}: expected a factor above 0, at most 4")
+    backbone, _ = load_backbone(config.backbone)
+    student = Student(backbone, config.needle, config.adapter, dim, config.input_scale)
+    return student, student_config(student, config.teacher)
 
 
 def train_one_epoch(
@@ -126,17 +131,43 @@ def validate(model: nn.Module, loader: DataLoader, precision: str, device: torch
     return feature_agreement(torch.cat(students), torch.cat(teachers))
 
 
-def make_loaders(config: Config, world: World, pairs: list) -> tuple[DataLoader, DataLoader]:
+def make_sets(config: Config, student: Student, pairs: list[Pair], world: World) -> tuple[Dataset, Dataset]:
+    """Training and validation set: tiles, or what the frozen backbone makes of them when `cache`."""
+    train_pairs, val_pairs = split_by_slide(pairs, config.val_share, config.seed)
+    train = DistillationTiles(train_pairs, augment=config.augment, seed=config.seed)
+    val = DistillationTiles(val_pairs, augment=False, seed=config.seed)
+    if not config.cache:
+        return train, val
+    if config.augment or config.scales != [1.0]:
+        raise UserError("cache=true: expected augment=false and scales=[1.0], since cached features cannot be augmented")
+    precision = pick_precision(config.precision, world.device)
+    return tuple(pooled_set(student, tiles, config, precision, world) for tiles in (train, val))  # type: ignore[return-value]
+
+
+@torch.inference_mode()
+def pooled_set(student: Student, tiles: DistillationTiles, config: Config, precision: str, world: World) -> TensorDataset:
+    """(pooled feature (C,), teacher feature (D,)) of every tile; the backbone is frozen, so once is enough."""
+    frozen = PixelEncoder(Pooled(student), IMAGENET).to(world.device, memory_format=torch.channels_last).eval()
+    loader = DataLoader(tiles, POOLING_BATCH, num_workers=config.workers)
+    pooled, teachers = [], []
+    for batch, teacher in progress(loader, "backbone features", len(loader), "batches", enabled=world.is_main):
+        with autocast(world.device, precision):
+            pooled.append(frozen(batch.to(world.device)).float().cpu())
+        teachers.append(teacher)
+    return TensorDataset(torch.cat(pooled).clone(), torch.cat(teachers))
+
+
+def make_loaders(config: Config, world: World, train: Dataset, val: Dataset) -> tuple[DataLoader, DataLoader]:
     """Training loader (sharded over processes) and validation loader (whole, on every process)."""
     if config.batch_size % world.size:
         raise UserError(f"batch_size={config.batch_size}: expected a multiple of the {world.size} processes")
-    train_pairs, val_pairs = split_by_slide(pairs, config.val_share, config.seed)
-    train = DistillationTiles(train_pairs, augment=config.augment, seed=config.seed)
+    count = len(train)  # type: ignore[arg-type]
     sampler = DistributedSampler(train, world.size, world.rank, shuffle=True, seed=config.seed)
     batch = config.batch_size // world.size
-    options = {"num_workers": config.workers, "pin_memory": world.device.type == "cuda", "worker_init_fn": seed_worker}
-    train_loader = DataLoader(train, batch, sampler=sampler, drop_last=len(train) >= config.batch_size, **options)
-    return train_loader, DataLoader(DistillationTiles(val_pairs, augment=False, seed=config.seed), batch, **options)
+    workers = 0 if config.cache else config.workers
+    options = {"num_workers": workers, "pin_memory": world.device.type == "cuda", "worker_init_fn": seed_worker}
+    train_loader = DataLoader(train, batch, sampler=sampler, drop_last=count >= config.batch_size, **options)
+    return train_loader, DataLoader(val, batch, **options)
 
 
 def main(config: Config) -> None:
@@ -149,16 +180,19 @@ def main(config: Config) -> None:
     if run.results is not None:
         logger.info("train_d2vfm: %s is finished: %s", run.path, run.results)
         return
-    model = wrap(PixelEncoder(student, IMAGENET).to(world.device, memory_format=torch.channels_last), world)
+    train, val = make_sets(config, student, pairs, world)
+    trained = student.adapter if config.cache else PixelEncoder(student, IMAGENET)
+    model = wrap(trained.to(world.device, memory_format=torch.channels_last), world)
     optimizer = torch.optim.AdamW(student.adapter.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config.lr_drop)
-    train_loader, val_loader = make_loaders(config, world, pairs)
+    train_loader, val_loader = make_loaders(config, world, train, val)
     precision = pick_precision(config.precision, world.device)
     start, best = resume(run.last, student, optimizer=optimizer, scheduler=scheduler)
     run.forget_after(start)
     for epoch in range(start, config.epochs):
         train_loader.sampler.set_epoch(epoch)  # type: ignore[union-attr]
-        train_loader.dataset.epoch = epoch  # type: ignore[attr-defined]
+        if isinstance(train, DistillationTiles):
+            train.epoch = epoch
         train_loader.generator = epoch_generator(config.seed, epoch)
         loss = train_one_epoch(model, train_loader, optimizer, config, world, epoch)
         scheduler.step()

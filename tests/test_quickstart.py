@@ -26,8 +26,8 @@ METRICS = ("auc_mean", "auc_ci")
 
 
 def quickstart(run: Path, **settings: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "ENV": "active", "PYTHON": sys.executable, "PYTHON_BASE": sys.executable, "OMP_NUM_THREADS": "2"}
-    environment |= {**SMALL, **settings, "RUN": str(run)}
+    environment = {**os.environ, "ENV": "active", "PYTHON": sys.executable, "PYTHON_BASE": sys.executable}
+    environment |= {"OMP_NUM_THREADS": "2", **SMALL, **settings, "RUN": str(run)}
     command = ["bash", str(ROOT / "tools" / "quickstart.sh")]
     log = (run.parent / f"{run.name}.log").open("a")
     return subprocess.Popen(command, env=environment, cwd=run.parent, stdout=log, stderr=log, text=True, start_new_session=True)

@@ -13,6 +13,8 @@ fi
 : "${PYTHON:=python3}"
 # PYTHONSAFEPATH: a folder named like one of ours in the caller's working directory is not imported
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
+# threads that wait sleep instead of spinning: on shared cores spinning made a training step several times slower
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 : "${NNODES:=1}"
 : "${RDZV_ENDPOINT:=localhost:29500}"
 

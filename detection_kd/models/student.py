@@ -22,14 +22,19 @@ from patch_encoder.models.encoders import Encoder, PixelEncoder, ToInputSize, we
 
 
 class Student(nn.Module):
-    """Backbone stage `needle` (0, 1, 2 = layer2, layer3, layer4) -> pooled (B, C) -> adapter (B, D)."""
+    """Backbone stage `needle` (0, 1, 2 = layer2, layer3, layer4) -> pooled (B, C) -> adapter (B, D).
 
-    def __init__(self, backbone: Backbone, needle: int, adapter: str, dim: int) -> None:
+    `input_scale` resizes the tile first (published: 1.0, the tile as it is): a detector that was trained on fields at
+    half their resolution knows cells at half their size, and a smaller tile costs less by the square.
+    """
+
+    def __init__(self, backbone: Backbone, needle: int, adapter: str, dim: int, input_scale: float = 1.0) -> None:
         super().__init__()
         self.backbone = backbone.requires_grad_(False)
         for unused in ("layer2", "layer3", "layer4")[needle + 1 :]:
             setattr(self.backbone, unused, nn.Identity())
         self.needle = needle
+        self.input_scale = input_scale
         self.adapter = Adapter(adapter, backbone.channels[needle], dim)
 
     def train(self, mode: bool = True) -> Student:
@@ -41,6 +46,10 @@ class Student(nn.Module):
     def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c"]:
         """Normalised pixels -> globally pooled features of the needle's stage; no gradient reaches the backbone."""
         with torch.no_grad():
+            if self.input_scale != 1.0:
+                pixels = nn.functional.interpolate(
+                    pixels, scale_factor=self.input_scale, mode="bilinear", antialias=True, recompute_scale_factor=True
+                ).contiguous(memory_format=torch.channels_last)
             return self.backbone(pixels, upto=self.needle)[-1].mean(dim=(2, 3))
 
     def forward(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
@@ -48,9 +57,28 @@ class Student(nn.Module):
         return self.adapter(self.pooled(pixels))
 
 
-def student_config(backbone: dict[str, Any], needle: int, adapter: str, dim: int, teacher: dict[str, Any]) -> dict[str, Any]:
+class Pooled(nn.Module):
+    """The frozen half of a student as a module of its own: normalised pixels (B, 3, H, W) -> (B, C)."""
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c"]:
+        """(B, 3, H, W) -> (B, C)."""
+        return self.student.pooled(pixels)
+
+
+def student_config(student: Student, teacher: str) -> dict[str, Any]:
     """The part of a checkpoint's config from which `load_student` rebuilds the model."""
-    return {"backbone": backbone, "needle": needle, "adapter": adapter, "dim": dim, "teacher": teacher}
+    return {
+        "backbone": student.backbone.describe(),
+        "needle": student.needle,
+        "adapter": student.adapter.kind,
+        "dim": student.adapter.out.out_features,
+        "input_scale": student.input_scale,
+        "teacher": teacher,
+    }
 
 
 def load_student(path: str | Path) -> tuple[Student, dict[str, Any]]:
@@ -64,7 +92,7 @@ def load_student(path: str | Path) -> tuple[Student, dict[str, Any]]:
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a D2VFM checkpoint (config.student), found keys {sorted(content['config'])[:6]}")
     backbone = Backbone(config["backbone"]["name"], config["backbone"]["norm"])
-    student = Student(backbone, config["needle"], config["adapter"], config["dim"])
+    student = Student(backbone, config["needle"], config["adapter"], config["dim"], config["input_scale"])
     load_weights(student, content["model"], str(path))
     return student.eval(), config
 
@@ -79,7 +107,7 @@ def student_encoder(path: str | Path, name: str) -> Encoder:
     student, config = load_student(path)
     transform = ToInputSize(None)
     provenance = {
-        "encoder": f"d2vfm {config['adapter']} needle {config['needle']}",
+        "encoder": f"d2vfm {config['adapter']} needle {config['needle']} scale {config['input_scale']:g}",
         "weights_sha256": weights_digest(student),
         "transform": f"{transform!r}, mean/std {IMAGENET}",
     }

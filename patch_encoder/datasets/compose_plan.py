@@ -42,7 +42,7 @@ def compose(
     lesions = _shuffled(rng, [tile for tile in tiles if tile.lesion])
     clean = _shuffled(rng, [tile for tile in tiles if not tile.lesion])
     _check(split, slides, tiles_per_slide, len(lesions), len(clean))
-    counts = _lesion_counts(rng, slides // 2, len(lesions)) + [0] * (slides - slides // 2)
+    counts = _lesion_counts(rng, slides // 2, len(lesions), tiles_per_slide) + [0] * (slides - slides // 2)
     while slides * tiles_per_slide - sum(counts) > len(clean):
         # clean tiles are short by less than the lesion tiles still unused: give one more to the slide with fewest
         place = min(range(slides // 2), key=lambda slide: counts[slide])
@@ -58,9 +58,9 @@ def _shuffled(rng: np.random.Generator, items: list[T]) -> list[T]:
     return [items[int(place)] for place in rng.permutation(len(items))]
 
 
-def _lesion_counts(rng: np.random.Generator, slides: int, lesions: int) -> list[int]:
+def _lesion_counts(rng: np.random.Generator, slides: int, lesions: int, tiles_per_slide: int) -> list[int]:
     """1 to MOST_LESIONS for each positive slide, as drawn when there are enough, else lowered here and there."""
-    counts = [int(count) for count in rng.integers(1, MOST_LESIONS + 1, slides)]
+    counts = [int(count) for count in rng.integers(1, min(MOST_LESIONS, tiles_per_slide) + 1, slides)]
     while sum(counts) > lesions:
         larger = [place for place, count in enumerate(counts) if count > 1]
         counts[larger[int(rng.integers(0, len(larger)))]] -= 1

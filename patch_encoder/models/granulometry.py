@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 FINE = (1, 2, 3, 4)
-COARSE = (6, 8, 10, 12, 16, 20)
+COARSE = (7, 9, 11, 13, 17, 21)
 RADII = (*FINE, *COARSE)
-"""Octagon radii in pixels of the tile."""
+"""Octagon radii in pixels of the tile, the middle one left out; k steps at half resolution reach 2 k + 1 px."""
 
 
 def granulometry(values: UInt8[np.ndarray, "h w"]) -> tuple[Float32[np.ndarray, " r"], Float32[np.ndarray, " r"]]:
@@ -37,7 +37,7 @@ def granulometry(values: UInt8[np.ndarray, "h w"]) -> tuple[Float32[np.ndarray, 
 
 
 def without_ground(values: UInt8[np.ndarray, "h w"], radius: int) -> UInt8[np.ndarray, "h w"]:
-    """Top-hat: what stands out above the opening by an octagon of `radius` px (even), taken at half resolution.
+    """Top-hat: what stands out above the opening by an octagon of `radius` px (odd), taken at half resolution.
 
     Nuclei remain, and the cytoplasm that they lie in, however many cells overlap there, does not.
     """

@@ -64,7 +64,9 @@ def nucleus_statistics(nuclear: Float32[np.ndarray, "h w"]) -> Float32[np.ndarra
 
 def measure(mask: np.ndarray, nuclear: np.ndarray, steepness: np.ndarray) -> Bodies:
     """Measure each connected component (4-neighbourhood) of a mask (H, W) that is larger than a speck."""
-    numbers, count = label(mask)
+    numbers = np.zeros(mask.shape, dtype=np.int32)
+    label(mask, output=numbers)
+    count = int(numbers.max(initial=0))
     rows, columns = np.nonzero(mask)
     place = numbers[rows, columns] - 1
     area = np.bincount(place, minlength=count)

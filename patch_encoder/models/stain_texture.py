@@ -28,7 +28,7 @@ LIMIT = 8.0
 """Entries beyond this many spreads are cut off: another stain or scanner must not drown the rest."""
 STEPS = 100
 """Optical density 1 is this many steps of a byte."""
-GROUND = 20
+GROUND = 21
 """Radius (px) above which dark areas count as ground for the nucleus statistics: larger than abnormal nuclei."""
 BINS = 12
 CHANNELS = ("haematoxylin", "eosin", "nuclear")

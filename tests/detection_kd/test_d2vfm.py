@@ -101,6 +101,14 @@ def test_student_stops_at_its_needle_and_keeps_no_later_stage() -> None:
         assert kept == {"layer1", "layer2", "layer3", "layer4"} - {f"layer{stage}" for stage in range(needle + 3, 5)}
 
 
+def test_input_scale_shrinks_the_tile_first() -> None:
+    backbone = Backbone("resnet18", "frozen").eval()
+    x = torch.randn(2, 3, 64, 64)
+    small = nn.functional.interpolate(x, size=(32, 32), mode="bilinear", antialias=True)
+    expected = Student(backbone, 0, "p", DIM).pooled(small)
+    assert torch.allclose(Student(backbone, 0, "p", DIM, input_scale=0.5).pooled(x), expected, atol=1e-6)
+
+
 @pytest.fixture
 def backbone_path(tmp_path: Path) -> Path:
     """A random small backbone as train_detector writes it."""
@@ -211,6 +219,16 @@ def test_training_learns_resumes_bit_for_bit_and_is_not_repeated(
     assert (tmp_path / "whole" / "checkpoint_last.pt").stat().st_mtime_ns == stamp
 
 
+def test_cached_features_train_the_same_student(pairs_root: Path, backbone_path: Path, tmp_path: Path) -> None:
+    still = ["augment=false", "scales=[1.0]"]
+    assert train(pairs_root, backbone_path, tmp_path / "tiles", *still) == 0
+    assert train(pairs_root, backbone_path, tmp_path / "cached", *still, "cache=true") == 0
+    tiles, cached = (load_student(tmp_path / name / "checkpoint_best.pt")[0].state_dict() for name in ("tiles", "cached"))
+    assert tiles.keys() == cached.keys()
+    assert all(torch.allclose(tiles[name], cached[name], rtol=1e-3, atol=1e-4) for name in tiles)
+    assert train(pairs_root, backbone_path, tmp_path / "r", "cache=true") == 2
+
+
 def test_two_processes_give_the_losses_of_one(pairs_root: Path, backbone_path: Path, tmp_path: Path, root: Path) -> None:
     assert train(pairs_root, backbone_path, tmp_path / "one", "batch_size=6") == 0
     command = [
@@ -258,7 +276,7 @@ def test_student_is_one_more_encoder(pairs_root: Path, backbone_path: Path, tmp_
     assert run(extract_student.main, extract_student.Config, extraction) == 0
     bag = read_bag(tmp_path / "features" / "student" / "h5_files" / "S001.h5")
     assert bag.features.shape[1] == DIM
-    assert bag.attributes["encoder"] == "d2vfm mpa needle 1"
+    assert bag.attributes["encoder"] == "d2vfm mpa needle 1 scale 1"
     encoder = student_encoder(checkpoint, "student")
     assert bag.coords is not None
     with open_slide(cohort / "slides" / "S001.tiff") as slide, torch.no_grad():

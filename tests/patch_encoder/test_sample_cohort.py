@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import signal
@@ -35,7 +36,15 @@ from patch_encoder.sample_cohort import Config, main
 
 ROOT = Path(__file__).parents[2]
 SIDE = 512
-SMALL = {"side": SIDE, "pretrain_slides": 4, "cv_slides": 6, "field_side": 128, "train_fields": 6, "val_fields": 3, "workers": 1}
+SMALL = {
+    "side": SIDE,
+    "pretrain_slides": 4,
+    "cv_slides": 6,
+    "field_side": 128,
+    "train_fields": 6,
+    "val_fields": 3,
+    "workers": 1,
+}
 
 
 def render(folder: Path, **keys: object) -> Path:
@@ -98,6 +107,12 @@ def test_every_file_is_the_same_again_with_more_processes(cohort: Path, tmp_path
     assert digests(render(tmp_path / "again", workers=2)) == digests(cohort)
 
 
+def test_pixels_are_those_of_every_other_machine() -> None:
+    picture, boxes = draw_smear(plan_slides(0, 256, {"cv": 2}, 0.0)[0].smear())
+    assert hashlib.sha256(picture.tobytes()).hexdigest()[:16] == "9543231c9b5c701e"
+    assert boxes == [(18, 200, 58, 243)]
+
+
 def test_another_seed_gives_other_pixels(cohort: Path, tmp_path: Path) -> None:
     other = digests(render(tmp_path / "other", seed=1, cv_slides=0, train_fields=1, val_fields=0))
     assert not set(other.values()) & set(digests(cohort).values())
@@ -106,7 +121,9 @@ def test_another_seed_gives_other_pixels(cohort: Path, tmp_path: Path) -> None:
 def test_a_killed_run_goes_on_to_the_same_bytes(cohort: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     keys = [f"{name}={value}" for name, value in {**SMALL, "output": folder}.items()]
-    process = subprocess.Popen([sys.executable, "-m", "patch_encoder.sample_cohort", *keys], cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "patch_encoder.sample_cohort", *keys], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 60
     while not list(folder.glob("slides/S*.tiff")) and time.monotonic() < deadline:
         time.sleep(0.01)

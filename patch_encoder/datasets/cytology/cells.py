@@ -19,11 +19,13 @@ from patch_encoder.datasets.cytology.stain import Style, stained
 from patch_encoder.datasets.cytology.texture import noise, smoothstep
 
 Point = tuple[float, float]
+BLUR = 6
+"""Empty border (px) around a cell, more than the blur of a cell out of focus reaches."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Something drawn: its density (3, S, S) int16, where the window stands, and where the thing itself is."""
+    """Something drawn: its density (3, H, W) int16, where the window stands, and where the thing itself is."""
 
     row: int
     column: int
@@ -129,33 +131,53 @@ ABNORMAL: dict[Drawing, float] = {low_grade: 0.45, high_grade: 0.55}
 def _cell(rng: np.random.Generator, style: Style, centre: Point, body: Cytoplasm, nucleus: Nucleus, pink: float) -> Drawn:
     reach = max(body.radius * 1.35, nucleus.radius * 1.6) + 8
     row, column, x, y = window(reach, centre)
-    thickness, inside = _cytoplasm(rng, x, y, body)
-    density = _plasma(rng, style, thickness, pink)
-    away, turn = between(rng, 0.0, 0.22) * max(body.radius - nucleus.radius, 0.0), between(rng, 0.0, 2 * math.pi)
+    room = max(body.radius - nucleus.radius, 0.0)
+    thickness, inside, part = _cytoplasm(rng, x, y, body, least=math.ceil(0.22 * room + nucleus.radius * 1.6) + 6)
+    density = _plasma(rng, style, thickness, (y.shape[0], x.shape[1]), part, pink)
+    away, turn = between(rng, 0.0, 0.22) * room, between(rng, 0.0, 2 * math.pi)
     middle = centre[0] + away * math.cos(turn), centre[1] + away * math.sin(turn)
     top, left, nx, ny = window(min(nucleus.radius * 1.6 + 4, reach - away - 2), middle)
     chromatin, core = _chromatin(rng, nx, ny, nucleus)
-    part = np.s_[..., top - row : top - row + core.shape[0], left - column : left - column + core.shape[1]]
-    density[part] += stained(chromatin, style["chromatin"])
-    inside[part] |= core
+    row, column = row + part[0].start, column + part[1].start
+    own = np.s_[..., top - row : top - row + core.shape[0], left - column : left - column + core.shape[1]]
+    density[own] += stained(chromatin, style["chromatin"])
+    inside[own] |= core
     return Drawn(row, column, _focused(rng, density), inside)
 
 
-def _cytoplasm(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, body: Cytoplasm) -> tuple[np.ndarray, np.ndarray]:
+Part = tuple[slice, slice]
+
+
+def _cytoplasm(
+    rng: np.random.Generator, x: np.ndarray, y: np.ndarray, body: Cytoplasm, least: int
+) -> tuple[np.ndarray, np.ndarray, Part]:
+    """Thickness and inside of the cell where it is, and which part of the window that is (`least` px around the centre are)."""
     px, py = warped(rng, x, y, between(rng, 3.5, 7.5), 32)
     sides = polygon_sides(rng, body.radius, body.squeeze)
     distance = polygon(px, py, sides, body.corner)
-    shape = distance.shape
     matter = smoothstep(distance, 1.4, -1.4)
     if body.folded:
         matter = _fold_over(rng, matter, px, py, sides, body)
-    mottle = 0.8 + 0.16 * noise(rng, shape, 16) + 0.1 * noise(rng, shape, 8) + 0.07 * noise(rng, shape, 4)
+    shape, part = distance.shape, _occupied(matter, least)
+    distance, matter = distance[part], matter[part]
+    mottle = 0.8 + 0.16 * noise(rng, shape, 16)[part] + 0.1 * noise(rng, shape, 8)[part] + 0.07 * noise(rng, shape, 4)[part]
     middle = smoothstep(distance, 0.0, -body.radius)
     thickness = matter * (mottle + np.float32(0.25) * middle) * np.float32(body.depth)
     rim = smoothstep(np.abs(distance + 2), 2.2, 0.0) * matter
     thickness += rim * np.float32(between(rng, 0.05, 0.3) * body.depth)
-    thickness += _creases(rng, px, py, body) * matter
-    return thickness.astype(np.float32), matter > 0.5
+    thickness += _creases(rng, px[part], py[part], body) * matter
+    return thickness, matter > 0.5, part
+
+
+def _occupied(matter: np.ndarray, least: int) -> Part:
+    """Rows and columns with matter and a border for blurring, at least `least` px to each side of the middle."""
+    bounds = []
+    for axis in (1, 0):
+        size = matter.shape[1 - axis]
+        found = np.flatnonzero(matter.any(axis=axis))
+        first, last = (int(found[0]), int(found[-1])) if found.size else (size // 2, size // 2)
+        bounds.append(slice(max(min(first - BLUR, size // 2 - least), 0), min(max(last + BLUR, size // 2 + least) + 1, size)))
+    return bounds[0], bounds[1]
 
 
 def _fold_over(
@@ -181,11 +203,13 @@ def _creases(rng: np.random.Generator, px: np.ndarray, py: np.ndarray, body: Cyt
     return total
 
 
-def _plasma(rng: np.random.Generator, style: Style, thickness: np.ndarray, pink: float) -> np.ndarray:
+def _plasma(
+    rng: np.random.Generator, style: Style, thickness: np.ndarray, shape: tuple[int, int], part: Part, pink: float
+) -> np.ndarray:
     """Density (3, S, S) between cyan and pink (a cell often takes both), or orange when it is keratinised."""
     base = min(max(pink + between(rng, -0.45, 0.45), 0.0), 1.0)
     warm = style["orange"] if rng.random() < 0.12 else style["pink"]
-    share = np.clip(np.float32(base) + np.float32(0.18) * noise(rng, thickness.shape, 32), np.float32(0), np.float32(1))
+    share = np.clip(np.float32(base) + np.float32(0.18) * noise(rng, shape, 32)[part], np.float32(0), np.float32(1))
     warmed = thickness * share
     return stained(thickness - warmed, style["cyan"]) + stained(warmed, warm)
 
@@ -210,5 +234,5 @@ def _focused(rng: np.random.Generator, density: np.ndarray) -> np.ndarray:
     if chance > 0.2:
         return density
     size = 3 if chance > 0.07 else 5
-    once = uniform_filter(density, (0, size, size), mode="nearest")
-    return uniform_filter(once, (0, size, size), mode="nearest")
+    once = uniform_filter(density, size, mode="nearest", axes=(1, 2))
+    return uniform_filter(once, size, mode="nearest", axes=(1, 2))

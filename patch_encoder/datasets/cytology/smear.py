@@ -89,7 +89,7 @@ def _abnormal_places(rng: np.random.Generator, centres: list[Point], side: int, 
     """Which cells are abnormal: none for a share of 0, else at least one, all well inside the picture."""
     if share == 0:
         return []
-    inside = [place for place, centre in enumerate(centres) if INSIDE <= min(centre) and max(centre) <= side - INSIDE]
+    inside = [place for place, centre in enumerate(centres) if min(centre) >= INSIDE and max(centre) <= side - INSIDE]
     if not inside:
         centres[0], inside = (side / 2, side / 2), [0]
     return [inside[int(place)] for place in rng.permutation(len(inside))[: math.ceil(share * len(inside))]]
@@ -145,10 +145,9 @@ def _visible(box: Box, smear: Smear) -> list[Box]:
 
 
 def _stamp(canvas: np.ndarray, drawn: Drawn) -> None:
-    height, width = canvas.shape[1:]
-    size = drawn.density.shape[1]
+    height, width = drawn.density.shape[1:]
     top, left = max(drawn.row, 0), max(drawn.column, 0)
-    bottom, right = min(drawn.row + size, height), min(drawn.column + size, width)
+    bottom, right = min(drawn.row + height, canvas.shape[1]), min(drawn.column + width, canvas.shape[2])
     if top < bottom and left < right:
         part = drawn.density[:, top - drawn.row : bottom - drawn.row, left - drawn.column : right - drawn.column]
         canvas[:, top:bottom, left:right] += part

@@ -58,8 +58,8 @@ def draw_style(rng: np.random.Generator) -> Style:
 def stained(matter: np.ndarray, colour: np.ndarray) -> np.ndarray:
     """Density (3, H, W) int16 in 1 / UNIT of an amount of matter (H, W) in one colour (3,)."""
     density = np.empty((3, *matter.shape), dtype=np.int16)
-    for plane, strength in zip(density, colour, strict=True):
-        np.rint(matter * (strength * np.float32(UNIT)), out=plane, casting="unsafe")
+    for channel, strength in enumerate(colour):
+        np.rint(matter * (strength * np.float32(UNIT)), out=density[channel], casting="unsafe")
     return density
 
 

@@ -1,0 +1,49 @@
+"""The README matches the tree: every file has its line, every path that a command names is there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from fnmatch import fnmatch
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def tracked() -> list[str]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    return [name for name in listed if not name.endswith("__init__.py") and name != ".gitignore"]
+
+
+def tree() -> list[str]:
+    """Paths of the file tree, from its indentation."""
+    block = re.search(r"```\n(README\.md.*?)```", README, re.DOTALL)
+    assert block
+    paths, top = [], ""
+    for line in block[1].splitlines():
+        name = line.split()[0] if line.strip() else ""
+        if re.match(r"^\S", line):
+            top = name if name.endswith("/") else ""
+            paths.append(name)
+        elif re.match(r"^  \S", line):
+            paths.append(top + name)
+    return paths
+
+
+def test_every_file_has_its_line_and_every_line_its_file() -> None:
+    listed = tree()
+    files = tracked()
+    for name in files:
+        assert any(fnmatch(name, path) or (path == "images/" and name.startswith(path)) for path in listed), f"{name} has no line"
+    for path in listed:
+        assert any(fnmatch(name, path) or name.startswith(path) for name in files if path.endswith("/") or "/" in path or name == path), path
+
+
+def test_commands_name_files_that_exist() -> None:
+    for path in re.findall(r"(?:tools|configs)/[\w./-]+\.(?:sh|sbatch|yaml)", README):
+        assert (ROOT / path).is_file(), path
+
+
+def test_no_placeholder_is_left() -> None:
+    assert "PLACEHOLDER" not in README
