@@ -105,7 +105,7 @@ def test_killed_anywhere_and_started_again_gives_the_same_table(whole: Path, tmp
 
 def test_real_pictures(real_data: Path, tmp_path: Path) -> None:
     """Blood smear fields: slides composed of 128 px tiles, the white blood cell as the lesion."""
-    small = {"COHORT": "slides=[8,4,4]", "DETECTOR": SMALL["DETECTOR"] + " epochs=1"}
+    small = {"COHORT": "train_slides=8 val_slides=4 test_slides=4", "DETECTOR": "epochs=1 batch_size=16 augmentation.sizes=[96] architecture.encoder_layers=1"}
     summary = finish(tmp_path / "bccd", DATA=str(real_data), **small)
     assert set(summary["feature_sets"]) == {"stain_texture", "student", "mean_colour"}
     tiles = list((tmp_path / "bccd" / "cohort" / "slides").rglob("*.[jp][pn]g"))

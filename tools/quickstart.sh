@@ -41,11 +41,13 @@ stage() {
   "$PYTHON" -m common.timing "$RUN/stages.json" "$name" -- "$PYTHON" -m "$@"
 }
 
+# the user's own fields keep their categories; the rendered ones have one
+categories=(class_agnostic=false)
 # the cohort: rendered, composed from annotated fields, or the user's own
 split_cv=cv split_pretrain=pretrain protocol=cv
 if [[ -z "$DATA" ]]; then
   : "${RUN:=runs/quickstart}"
-  cohort="$RUN/cohort"
+  cohort="$RUN/cohort" categories=()
   # shellcheck disable=SC2086
   stage "render cohort" patch_encoder.sample_cohort --config "$configs/cohort.yaml" output="$cohort" $COHORT
 elif [[ -f "$DATA/labels.csv" ]]; then
@@ -75,7 +77,7 @@ stage "teacher features" patch_encoder.extract_features --config "$configs/teach
 stage "mean colour" patch_encoder.extract_features --config "$configs/teacher.yaml" encoder=mean_colour "${on_cohort[@]}" coords="$tiles" output="$features"
 # shellcheck disable=SC2086
 stage "train detector" detection_kd.train_detector --config "$configs/detector.yaml" output="$RUN/detector" \
-  train="$cohort/detection/train.json" val="$cohort/detection/val.json" images="$cohort/detection/images" $DETECTOR
+  train="$cohort/detection/train.json" val="$cohort/detection/val.json" images="$cohort/detection/images" "${categories[@]}" $DETECTOR
 # shellcheck disable=SC2086
 stage "rank patches" mil.rank_patches --config "$configs/rank.yaml" "${on_cohort[@]}" features="$features/stain_texture" \
   subset="$split_pretrain" output="$RUN/distillation" $RANK
