@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler, TensorDataset
 
 from common.checkpoint import resume, save_checkpoint
 from common.cli import launch
@@ -62,6 +62,7 @@ class Config:
     augment: bool = key(True, "flip and turn tiles; the teacher's feature stays that of the tile as it was")
     scales: list[float] = key([1.0], "a step's tiles are resized by one of these factors, drawn at random")
     cache: bool = key(False, "compute the frozen backbone's features once and train the adapter on them; needs augment=false")
+    views: int = key(1, "with cache: quarter turns of every training tile that are cached, 1 to 4")
     val_share: float = key(0.1, "share of slides held out for validation")
     seed: int = key(42, "seed of the split, initial weights, shuffling and augmentation")
     precision: str = key("auto", "auto: bf16 where the device has it", choices=PRECISIONS)
@@ -140,13 +141,16 @@ def make_sets(config: Config, student: Student, pairs: list[Pair], world: World)
         return train, val
     if config.augment or config.scales != [1.0]:
         raise UserError("cache=true: expected augment=false and scales=[1.0], since cached features cannot be augmented")
-    precision = pick_precision(config.precision, world.device)
-    return tuple(pooled_set(student, tiles, config, precision, world) for tiles in (train, val))  # type: ignore[return-value]
+    if not 1 <= config.views <= 4:
+        raise UserError(f"views={config.views}: expected 1 to 4 quarter turns")
+    turned = [DistillationTiles(train_pairs, augment=False, seed=config.seed, turns=turns) for turns in range(config.views)]
+    return pooled_set(student, ConcatDataset(turned), config, world), pooled_set(student, val, config, world)
 
 
 @torch.inference_mode()
-def pooled_set(student: Student, tiles: DistillationTiles, config: Config, precision: str, world: World) -> TensorDataset:
+def pooled_set(student: Student, tiles: Dataset, config: Config, world: World) -> TensorDataset:
     """(pooled feature (C,), teacher feature (D,)) of every tile; the backbone is frozen, so once is enough."""
+    precision = pick_precision(config.precision, world.device)
     frozen = PixelEncoder(Pooled(student), IMAGENET).to(world.device, memory_format=torch.channels_last).eval()
     loader = DataLoader(tiles, POOLING_BATCH, num_workers=config.workers)
     pooled, teachers = [], []

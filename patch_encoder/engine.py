@@ -136,13 +136,14 @@ def _is_done(job: SlideJob, encoder: Encoder, folder: Path, settings: ExtractSet
 
 def tile_batches(sequence: TileSequence, settings: ExtractSettings) -> DataLoader:
     """Batches in order, decoded by workers while the device computes."""
+    workers = min(settings.workers, len(sequence))
     return DataLoader(
         sequence,
         batch_size=settings.batch_size,
-        num_workers=min(settings.workers, len(sequence)),
+        num_workers=workers,
         collate_fn=collate,
         pin_memory=settings.device.type == "cuda",
-        multiprocessing_context="fork" if settings.workers and settings.device.type == "cpu" else None,
+        multiprocessing_context="fork" if workers and settings.device.type == "cpu" else None,
     )
 
 

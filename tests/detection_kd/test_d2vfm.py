@@ -227,6 +227,15 @@ def test_cached_features_train_the_same_student(pairs_root: Path, backbone_path:
     assert tiles.keys() == cached.keys()
     assert all(torch.allclose(tiles[name], cached[name], rtol=1e-3, atol=1e-4) for name in tiles)
     assert train(pairs_root, backbone_path, tmp_path / "r", "cache=true") == 2
+    assert train(pairs_root, backbone_path, tmp_path / "r", *still, "cache=true", "views=5") == 2
+    assert train(pairs_root, backbone_path, tmp_path / "turned", *still, "cache=true", "views=4", "epochs=1") == 0
+
+
+def test_views_are_quarter_turns(pairs_root: Path) -> None:
+    pairs = read_pairs(pairs_root)
+    plain, turned = (DistillationTiles(pairs, augment=False, seed=0, turns=turns)[7] for turns in (0, 1))
+    assert torch.equal(turned[0], torch.rot90(plain[0], 1, (1, 2)))
+    assert torch.equal(turned[1], plain[1])
 
 
 def test_two_processes_give_the_losses_of_one(pairs_root: Path, backbone_path: Path, tmp_path: Path, root: Path) -> None:

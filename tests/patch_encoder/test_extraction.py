@@ -75,7 +75,7 @@ def test_batch_size_and_workers_do_not_change_a_bag(cohort: Path) -> None:
 def test_finished_slides_are_skipped_and_stale_ones_refused(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert extract(cohort) == 0
     before = bag_path(cohort).stat().st_mtime_ns
-    assert extract(cohort, "batch_size=3") == 0
+    assert extract(cohort, "batch_size=3", "workers=2") == 0
     assert bag_path(cohort).stat().st_mtime_ns == before
     assert extract(cohort, "dtype=float16") == 2
     assert "dtype 'float32' -> 'float16'" in capsys.readouterr().err
