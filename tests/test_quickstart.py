@@ -30,7 +30,8 @@ def quickstart(run: Path, **settings: str) -> subprocess.Popen[str]:
     environment |= {"OMP_NUM_THREADS": "2", **SMALL, **settings, "RUN": str(run)}
     command = ["bash", str(ROOT / "tools" / "quickstart.sh")]
     with (run.parent / f"{run.name}.log").open("a") as log:
-        return subprocess.Popen(command, env=environment, cwd=run.parent, stdout=log, stderr=log, text=True, start_new_session=True)
+        streams = {"stdout": log, "stderr": log, "text": True}
+        return subprocess.Popen(command, env=environment, cwd=run.parent, start_new_session=True, **streams)
 
 
 def finish(run: Path, **settings: str) -> dict:
