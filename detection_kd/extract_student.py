@@ -11,30 +11,19 @@ from dataclasses import dataclass
 
 from common.cli import launch
 from common.config import REQUIRED, key
-from common.device import PRECISIONS, pick_device, pick_precision
 from common.files import safe_id
 from detection_kd.models.student import student_encoder
-from patch_encoder.engine import ExtractSettings, extract
+from patch_encoder.engine import extract
+from patch_encoder.extraction_keys import ExtractionKeys
 from patch_encoder.models.encoders import Encoder
 
 
 @dataclass
-class Config:
-    """Keys of student extraction."""
+class Config(ExtractionKeys):
+    """Keys of student extraction (published: batches of 16, fp32)."""
 
-    slides: str = key(REQUIRED, "folder of slides, any tree", path=True)
-    coords: str = key(REQUIRED, "folder of coordinates files, as tile_slides wrote it", path=True)
     student: str = key(REQUIRED, "checkpoint of train_d2vfm", path=True)
-    output: str = key(REQUIRED, "features folder; bags go to <output>/<name>/h5_files", runtime=True)
     name: str = key("student", "folder name of the student's bags", runtime=True)
-    labels: str = key("", "labels.csv: encode only its slides, and take mpp from it", path=True)
-    batch_size: int = key(64, "tiles a batch (published: 16)", runtime=True)
-    workers: int = key(2, "decoding processes; 0 decodes in the main process", runtime=True)
-    device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
-    precision: str = key("auto", "auto: bf16 where the device has it (published: fp32)", choices=PRECISIONS)
-    dtype: str = key("float32", "type of the stored features", choices=("float16", "float32"))
-    pt: bool = key(False, "also write pt_files/<slide_id>.pt")
-    overwrite: bool = key(False, "replace bags of another provenance", runtime=True)
 
 
 def build_model(config: Config) -> Encoder:
@@ -43,17 +32,7 @@ def build_model(config: Config) -> Encoder:
 
 
 def main(config: Config) -> int:
-    device = pick_device(config.device)
-    settings = ExtractSettings(
-        device,
-        pick_precision(config.precision, device),
-        config.batch_size,
-        config.workers,
-        config.dtype,
-        config.pt,
-        config.overwrite,
-    )
-    return extract(build_model(config), config.slides, config.coords, config.labels, config.output, settings)
+    return extract(build_model(config), config.slides, config.coords, config.labels, config.output, config.settings())
 
 
 if __name__ == "__main__":

@@ -86,8 +86,9 @@ def build(script: object, config: object) -> None:
         assert encoder.dim > 0
         return
     try:
-        with torch.device("meta"):
-            model = build_model(config, 512) if module in {"detection_kd.train_d2vfm"} else build_model(config)
+        # D2VFM reads the backbone of an earlier run where there is one, which storage-less tensors cannot take
+        with torch.device("cpu" if module == "detection_kd.train_d2vfm" else "meta"):
+            model = build_model(config, 512) if module == "detection_kd.train_d2vfm" else build_model(config)
         assert model is not None
     except UserError as error:
         # only what the user brings may be missing

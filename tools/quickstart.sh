@@ -8,89 +8,96 @@
 # Everything goes to RUN (default runs/quickstart). Killed at any point and started again, it goes on; a second run over
 # finished work does nothing. ENV=active uses the active environment, PYTHON names the interpreter.
 set -euo pipefail
-: "${DATA:=}"
-: "${ENV:=venv}"
-: "${RUN:=}"
-# sizes, for a smaller trial: COHORT="cv_slides=20 pretrain_slides=8" DETECTOR="epochs=1" D2VFM="epochs=2" MIL="folds=2" ...
-: "${COHORT:=}"
-: "${DETECTOR:=}"
-: "${RANK:=}"
-: "${D2VFM:=}"
-: "${COST:=}"
-: "${MIL:=}"
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
-  sed -n '2,9p' "${BASH_SOURCE[0]}" | cut -c3-
-  exit 0
-fi
-if [[ $# -gt 0 ]]; then
-  echo "error: quickstart.sh takes no arguments, found '$1'; see --help" >&2
-  exit 2
-fi
-started=$SECONDS
-ENV="$ENV" bash "$root/tools/setup.sh"
-# shellcheck source=tools/lib.sh
-source "$root/tools/lib.sh"
-configs="$root/configs/quickstart"
 
-# stage NAME MODULE ARGUMENT ...: one stage, its time and memory noted once in stages.json
-stage() {
-  local name="$1"
-  shift
-  echo "== $name"
-  "$PYTHON" -m common.timing "$RUN/stages.json" "$name" -- "$PYTHON" -m "$@"
+# bash reads a script while it runs; a function is read whole, so that an update in mid-run does no harm
+main() {
+  : "${DATA:=}"
+  : "${ENV:=venv}"
+  : "${RUN:=}"
+  # sizes, for a smaller trial: COHORT="cv_slides=20 pretrain_slides=8" DETECTOR="epochs=1" D2VFM="epochs=2" MIL="folds=2" ...
+  : "${COHORT:=}"
+  : "${DETECTOR:=}"
+  : "${RANK:=}"
+  : "${D2VFM:=}"
+  : "${COST:=}"
+  : "${MIL:=}"
+  root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+  if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
+    sed -n '2,9p' "${BASH_SOURCE[0]}" | cut -c3-
+    exit 0
+  fi
+  if [[ $# -gt 0 ]]; then
+    echo "error: quickstart.sh takes no arguments, found '$1'; see --help" >&2
+    exit 2
+  fi
+  started=$SECONDS
+  ENV="$ENV" bash "$root/tools/setup.sh"
+  # shellcheck source=tools/lib.sh
+  source "$root/tools/lib.sh"
+  configs="$root/configs/quickstart"
+
+  # stage NAME MODULE ARGUMENT ...: one stage, its time and memory noted once in stages.json
+  stage() {
+    local name="$1"
+    shift
+    echo "== $name"
+    "$PYTHON" -m common.timing "$RUN/stages.json" "$name" -- "$PYTHON" -m "$@"
+  }
+
+  # the user's own fields keep their categories; the rendered ones have one
+  categories=(class_agnostic=false)
+  # the cohort: rendered, composed from annotated fields, or the user's own
+  split_cv=cv split_pretrain=pretrain protocol=cv
+  if [[ -z "$DATA" ]]; then
+    : "${RUN:=runs/quickstart}"
+    cohort="$RUN/cohort" categories=()
+    # shellcheck disable=SC2086
+    stage "render cohort" patch_encoder.sample_cohort --config "$configs/cohort.yaml" output="$cohort" $COHORT
+  elif [[ -f "$DATA/labels.csv" ]]; then
+    : "${RUN:=runs/quickstart-$(basename "$DATA")}"
+    cohort="$DATA"
+    splits="$("$PYTHON" -c 'import csv, sys; print(*{row.get("split") for row in csv.DictReader(open(sys.argv[1]))})' "$DATA/labels.csv")"
+    if [[ " $splits " == *" test "* ]]; then
+      split_cv='' split_pretrain=train protocol=fixed
+    elif [[ " $splits " != *" pretrain "* ]]; then
+      split_cv='' split_pretrain=''
+    fi
+  elif [[ -d "$DATA/bccd" ]]; then
+    : "${RUN:=runs/quickstart-bccd}"
+    cohort="$RUN/cohort" split_cv='' split_pretrain=train protocol=fixed
+    # shellcheck disable=SC2086
+    stage "compose cohort" patch_encoder.compose_cohort --config "$configs/compose.yaml" output="$cohort" \
+      source="$DATA/bccd/JPEGImages" annotations="$DATA/bccd/coco_derived.json" splits="$DATA/bccd/ImageSets/Main" $COHORT
+  else
+    echo "error: DATA=$DATA: expected labels.csv with slides/ and detection/, or bccd/, found neither" >&2
+    exit 2
+  fi
+
+  on_cohort=(slides="$cohort/slides" labels="$cohort/labels.csv")
+  tiles="$RUN/tiles" features="$RUN/features" student="$RUN/d2vfm/checkpoint_best.pt"
+  stage "tile slides" patch_encoder.tile_slides --config "$configs/tiles.yaml" "${on_cohort[@]}" output="$tiles"
+  stage "teacher features" patch_encoder.extract_features --config "$configs/teacher.yaml" "${on_cohort[@]}" coords="$tiles" output="$features"
+  stage "mean colour" patch_encoder.extract_features --config "$configs/teacher.yaml" encoder=mean_colour "${on_cohort[@]}" coords="$tiles" output="$features"
+  # shellcheck disable=SC2086
+  stage "train detector" detection_kd.train_detector --config "$configs/detector.yaml" output="$RUN/detector" \
+    train="$cohort/detection/train.json" val="$cohort/detection/val.json" images="$cohort/detection/images" "${categories[@]}" $DETECTOR
+  # shellcheck disable=SC2086
+  stage "rank patches" mil.rank_patches --config "$configs/rank.yaml" "${on_cohort[@]}" features="$features/stain_texture" \
+    subset="$split_pretrain" output="$RUN/distillation" $RANK
+  # shellcheck disable=SC2086
+  stage "train d2vfm" detection_kd.train_d2vfm --config "$configs/d2vfm.yaml" dataset="$RUN/distillation" \
+    backbone="$RUN/detector/backbone.pt" output="$RUN/d2vfm" $D2VFM
+  stage "student features" detection_kd.extract_student --config "$configs/student.yaml" "${on_cohort[@]}" coords="$tiles" \
+    student="$student" output="$features"
+  # shellcheck disable=SC2086
+  stage "encoder cost" detection_kd.compare_encoders encoders='[stain_texture,mean_colour]' student="$student" "${on_cohort[@]}" \
+    coords="$tiles" output="$RUN/encoder_cost.json" $COST
+  # shellcheck disable=SC2086
+  stage "mil benchmark" mil.benchmark --config "$configs/mil.yaml" labels="$cohort/labels.csv" protocol="$protocol" subset="$split_cv" \
+    features="[$features/stain_texture,$features/student,$features/mean_colour]" cost="$RUN/encoder_cost.json" output="$RUN/mil" $MIL
+  "$PYTHON" -m mil.report benchmark="$RUN/mil" stages="$RUN/stages.json" slides="$cohort/slides" labels="$cohort/labels.csv" output="$RUN"
+  echo "quickstart: $((SECONDS - started)) s; report: $RUN/report.html, figures: $RUN/summary.json"
 }
 
-# the user's own fields keep their categories; the rendered ones have one
-categories=(class_agnostic=false)
-# the cohort: rendered, composed from annotated fields, or the user's own
-split_cv=cv split_pretrain=pretrain protocol=cv
-if [[ -z "$DATA" ]]; then
-  : "${RUN:=runs/quickstart}"
-  cohort="$RUN/cohort" categories=()
-  # shellcheck disable=SC2086
-  stage "render cohort" patch_encoder.sample_cohort --config "$configs/cohort.yaml" output="$cohort" $COHORT
-elif [[ -f "$DATA/labels.csv" ]]; then
-  : "${RUN:=runs/quickstart-$(basename "$DATA")}"
-  cohort="$DATA"
-  splits="$("$PYTHON" -c 'import csv, sys; print(*{row.get("split") for row in csv.DictReader(open(sys.argv[1]))})' "$DATA/labels.csv")"
-  if [[ " $splits " == *" test "* ]]; then
-    split_cv='' split_pretrain=train protocol=fixed
-  elif [[ " $splits " != *" pretrain "* ]]; then
-    split_cv='' split_pretrain=''
-  fi
-elif [[ -d "$DATA/bccd" ]]; then
-  : "${RUN:=runs/quickstart-bccd}"
-  cohort="$RUN/cohort" split_cv='' split_pretrain=train protocol=fixed
-  # shellcheck disable=SC2086
-  stage "compose cohort" patch_encoder.compose_cohort --config "$configs/compose.yaml" output="$cohort" \
-    source="$DATA/bccd/JPEGImages" annotations="$DATA/bccd/coco_derived.json" splits="$DATA/bccd/ImageSets/Main" $COHORT
-else
-  echo "error: DATA=$DATA: expected labels.csv with slides/ and detection/, or bccd/, found neither" >&2
-  exit 2
-fi
-
-on_cohort=(slides="$cohort/slides" labels="$cohort/labels.csv")
-tiles="$RUN/tiles" features="$RUN/features" student="$RUN/d2vfm/checkpoint_best.pt"
-stage "tile slides" patch_encoder.tile_slides --config "$configs/tiles.yaml" "${on_cohort[@]}" output="$tiles"
-stage "teacher features" patch_encoder.extract_features --config "$configs/teacher.yaml" "${on_cohort[@]}" coords="$tiles" output="$features"
-stage "mean colour" patch_encoder.extract_features --config "$configs/teacher.yaml" encoder=mean_colour "${on_cohort[@]}" coords="$tiles" output="$features"
-# shellcheck disable=SC2086
-stage "train detector" detection_kd.train_detector --config "$configs/detector.yaml" output="$RUN/detector" \
-  train="$cohort/detection/train.json" val="$cohort/detection/val.json" images="$cohort/detection/images" "${categories[@]}" $DETECTOR
-# shellcheck disable=SC2086
-stage "rank patches" mil.rank_patches --config "$configs/rank.yaml" "${on_cohort[@]}" features="$features/stain_texture" \
-  subset="$split_pretrain" output="$RUN/distillation" $RANK
-# shellcheck disable=SC2086
-stage "train d2vfm" detection_kd.train_d2vfm --config "$configs/d2vfm.yaml" dataset="$RUN/distillation" \
-  backbone="$RUN/detector/backbone.pt" output="$RUN/d2vfm" $D2VFM
-stage "student features" detection_kd.extract_student --config "$configs/student.yaml" "${on_cohort[@]}" coords="$tiles" \
-  student="$student" output="$features"
-# shellcheck disable=SC2086
-stage "encoder cost" detection_kd.compare_encoders encoders='[stain_texture,mean_colour]' student="$student" "${on_cohort[@]}" \
-  coords="$tiles" output="$RUN/encoder_cost.json" $COST
-# shellcheck disable=SC2086
-stage "mil benchmark" mil.benchmark --config "$configs/mil.yaml" labels="$cohort/labels.csv" protocol="$protocol" subset="$split_cv" \
-  features="[$features/stain_texture,$features/student,$features/mean_colour]" cost="$RUN/encoder_cost.json" output="$RUN/mil" $MIL
-"$PYTHON" -m mil.report benchmark="$RUN/mil" stages="$RUN/stages.json" slides="$cohort/slides" labels="$cohort/labels.csv" output="$RUN"
-echo "quickstart: $((SECONDS - started)) s; report: $RUN/report.html, figures: $RUN/summary.json"
+main "$@"
+exit

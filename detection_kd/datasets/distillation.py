@@ -1,8 +1,8 @@
 """The distillation set: tiles with their teacher's features, as `mil.rank_patches` writes it.
 
-    <root>/wsi_root/<slide>/<patch>.jpg    the tile
-    <root>/wsi_root/<slide>/<patch>.pt     its teacher feature, float32 (D,)
-    <root>/ann_root/ann.json               COCO-style list of the images
+<root>/wsi_root/<slide>/<patch>.jpg    the tile
+<root>/wsi_root/<slide>/<patch>.pt     its teacher feature, float32 (D,)
+<root>/ann_root/ann.json               COCO-style list of the images
 """
 
 from __future__ import annotations
