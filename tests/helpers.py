@@ -1,12 +1,19 @@
-"""Tiny slides and cohorts in real formats."""
+"""Tiny slides and cohorts in real formats, and scripts killed on the way."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import tifffile
 from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def draw_slide(side: int, seed: int = 0) -> np.ndarray:
@@ -42,3 +49,21 @@ def make_cohort(root: Path, count: int = 3) -> Path:
         lines.append(f"C{index},S{index:03d},{'negative' if index % 2 else 'positive'}")
     (root / "labels.csv").write_text("\n".join(lines) + "\n")
     return root
+
+
+def kill_when(ready: Callable[[], bool], module: str, arguments: list[str]) -> None:
+    """Start a script of ours and SIGKILL it as soon as `ready()`; fails if it ended before that."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not ready() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    ended = process.poll()
+    process.kill()
+    _, errors = process.communicate()
+    assert ended is None and ready(), f"{module} ended with {ended} before it could be killed: {errors[-2000:]}"
+
+
+def line_count(path: Path) -> int:
+    """Complete lines of a file; 0 where there is none."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0

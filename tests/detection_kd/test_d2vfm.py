@@ -27,7 +27,7 @@ from detection_kd.models.student import Student, load_student, student_encoder
 from patch_encoder import tile_slides
 from patch_encoder.bags import read_bag
 from patch_encoder.slides import open_slide
-from tests.helpers import make_cohort
+from tests.helpers import kill_when, line_count, make_cohort
 
 DIM = 12
 
@@ -197,23 +197,17 @@ def test_training_learns_resumes_bit_for_bit_and_is_not_repeated(
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
     assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
-    # a run that dies after its second epoch's checkpoint
-    real = train_d2vfm.train_one_epoch
-
-    def dies(*args, **kwargs):
-        if args[5] == 2:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(train_d2vfm, "train_one_epoch", dies)
-    with pytest.raises(KeyboardInterrupt):
-        train(pairs_root, backbone_path, tmp_path / "cut", "epochs=4")
-    monkeypatch.setattr(train_d2vfm, "train_one_epoch", real)
+    cut_lines = tmp_path / "cut" / "metrics.jsonl"
+    kill_when(
+        lambda: line_count(cut_lines) >= 2,
+        "detection_kd.train_d2vfm",
+        arguments(pairs_root, backbone_path, tmp_path / "cut", "epochs=4"),
+    )
     assert train(pairs_root, backbone_path, tmp_path / "cut", "epochs=4") == 0
     cut = torch.load(tmp_path / "cut" / "checkpoint_last.pt", weights_only=True)
     assert all(torch.equal(whole["model"][name], cut["model"][name]) for name in whole["model"])
     assert (tmp_path / "cut" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
-    monkeypatch.setattr(train_d2vfm, "train_one_epoch", dies)
+    monkeypatch.setattr(train_d2vfm, "train_one_epoch", lambda *_, **__: pytest.fail("trained again"))
     stamp = (tmp_path / "whole" / "checkpoint_last.pt").stat().st_mtime_ns
     assert train(pairs_root, backbone_path, tmp_path / "whole", "epochs=4") == 0
     assert (tmp_path / "whole" / "checkpoint_last.pt").stat().st_mtime_ns == stamp

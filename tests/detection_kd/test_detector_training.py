@@ -26,6 +26,7 @@ from detection_kd.models.backbone import Backbone, load_backbone
 from detection_kd.models.deformable_detr import DeformableDETR, load_detector
 from detection_kd.models.deformable_transformer import Architecture, Detections
 from detection_kd.train_detector import Config, build_model, load_initial_weights, main, place
+from tests.helpers import kill_when, line_count
 
 TINY = [
     "backbone=resnet18", "norm=group", "pretrained=false", "epochs=2", "batch_size=4", "workers=0", "log_every=1", "lr=0.001",
@@ -101,26 +102,13 @@ def test_finished_run_is_left_alone_and_other_settings_refused(
     assert "config.lr 0.001 -> 0.002" in capsys.readouterr().err
 
 
-def test_resume_equals_uninterrupted_bit_for_bit(
-    finished: Path, inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps = 0
-
-    def killed(model: nn.Module, images: torch.Tensor, padding: torch.Tensor) -> Detections:
-        nonlocal steps
-        steps += model.training
-        if steps == 4:  # in the middle of the second epoch
-            raise KeyboardInterrupt
-        return forward(model, images, padding)
-
-    forward = DeformableDETR.forward
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(finished: Path, inputs: list[str], tmp_path: Path) -> None:
     output = tmp_path / "killed"
-    with monkeypatch.context() as patch:
-        patch.setattr(DeformableDETR, "forward", killed)
-        with pytest.raises(KeyboardInterrupt):
-            main(load_config(Config, arguments(inputs, output)))
-    assert len(metrics(output)) == 4  # two steps, the epoch, and one step that will be done again
-    assert main(load_config(Config, arguments(inputs, output))) == 0
+    lines = output / "metrics.jsonl"
+    # two steps, the epoch, and a step of the second epoch that will be done again
+    kill_when(lambda: line_count(lines) >= 4, "detection_kd.train_detector", arguments(inputs, output))
+    assert not (output / "results.json").exists()
+    assert run(main, Config, arguments(inputs, output)) == 0
     for name in ("checkpoint_last.pt", "checkpoint_best.pt", "backbone.pt"):
         whole, parts = (torch.load(folder / name, weights_only=True) for folder in (finished, output))
         assert whole["model"].keys() == parts["model"].keys()
