@@ -17,7 +17,7 @@ NEGATIVE, POSITIVE = "negative", "positive"
 CELLS = (40.0, 75.0)
 """Fewest and most cells in a million pixels (a quarter of a square millimetre at 0.5 um)."""
 FIELD_CELLS = (55.0, 120.0)
-ABNORMAL = (0.06, 0.14)
+ABNORMAL = (0.08, 0.18)
 """Smallest and largest share of abnormal cells on a positive slide."""
 MARKED_SHARE = 0.2
 _SLIDES, _FIELDS, _COHORT = 1, 2, 3  # one branch of the seed for each purpose

@@ -29,7 +29,7 @@ class TileFolder(Slide):
         self.cells = dict(sorted(((int(m[1]), int(m[2])), file) for m, file in found if m))
         if not self.cells:
             raise SlideError(f"slide {path}: expected tiles named <row>_<col>.jpg or .png, found none")
-        self.tile_side = self._side_of_first()
+        self.tile_side: int = self._side_of_first()
         self.height = (max(row for row, _ in self.cells) + 1) * self.tile_side
         self.width = (max(col for _, col in self.cells) + 1) * self.tile_side
         self.mpp = mpp
