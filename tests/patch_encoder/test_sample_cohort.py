@@ -26,6 +26,7 @@ from sklearn.preprocessing import StandardScaler
 
 from common.errors import UserError
 from common.files import sha256_file
+from patch_encoder.datasets import sample_plan
 from patch_encoder.datasets.cytology.cells import ABNORMAL, NORMAL
 from patch_encoder.datasets.cytology.smear import draw_smear, lesion_boxes
 from patch_encoder.datasets.pyramid import halved
@@ -218,7 +219,7 @@ def test_both_classes_have_the_same_cells_clutter_and_stains() -> None:
         smear = slide.smear()
         cells = sum(thing.drawing in NORMAL or thing.drawing in ABNORMAL for thing in smear.things)
         abnormal = sum(thing.abnormal for thing in smear.things)
-        assert (abnormal > 0) == (slide.label == "positive") and abnormal <= 0.14 * cells + 1
+        assert (abnormal > 0) == (slide.label == "positive") and abnormal <= sample_plan.ABNORMAL[1] * cells + 1
         counts[slide.label].append([cells, len(smear.things) - cells, smear.marked, *smear.style.lamp, smear.style["cyan"][0]])
     positive, negative = (np.array(counts[label], dtype=float) for label in ("positive", "negative"))
     errors = np.sqrt(positive.var(axis=0) / len(positive) + negative.var(axis=0) / len(negative))
