@@ -22,7 +22,7 @@ from common.errors import UserError
 from common.files import read_json, write_json, write_text
 from mil.examples import Example, choose_slides, make_example
 from mil.figures import interval_figure, roc_figure
-from mil.results import Finished, number, read_finished, text_table
+from mil.results import Finished, number, read_finished
 from patch_encoder.bags import bag_files
 from patch_encoder.cohort import find_slides, read_labels
 from patch_encoder.failures import Failures
@@ -136,7 +136,6 @@ def main(config: Config) -> int:
     times = {stage["name"]: {"seconds": stage["seconds"], "peak_mib": stage.get("peak_mib")} for stage in stages}
     wall = sum(stage["seconds"] for stage in stages) if stages else None
     write_json(output / "summary.json", {"feature_sets": feature_sets, "wall_seconds": wall, "stages": times})
-    print(text_table(summary["feature_sets"], summary["models"]))
     logger.info("report: %s", output / "report.html")
     return failures.write(output)
 
