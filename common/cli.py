@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from common.config import HelpRequested, load_config
-from common.distributed import shutdown
 from common.errors import UserError
 
 T = TypeVar("T")
@@ -35,6 +34,14 @@ def run(main: Callable[[T], int | None], config_class: type[T], arguments: list[
         print(f"error: {str(error).splitlines()[-1].removeprefix('common.errors.UserError: ')}", file=sys.stderr)
         return 2
     finally:
+        _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    # a script that never loads torch is spared its two seconds
+    if "torch.distributed" in sys.modules:
+        from common.distributed import shutdown
+
         shutdown()
 
 

@@ -21,6 +21,7 @@ import yaml
 
 from common import __version__
 from common.config import identity, key, to_dict
+from common.differences import differences
 from common.distributed import World, barrier
 from common.errors import UserError
 from common.files import read_json, write_json, write_text
@@ -136,27 +137,6 @@ def _same_or_cleared(path: Path, found: dict[str, Any], expected: dict[str, Any]
         )
     for name in ("results.json", "metrics.jsonl", "checkpoint_last.pt", "checkpoint_best.pt"):
         (path / name).unlink(missing_ok=True)
-
-
-def differences(found: dict[str, Any], expected: dict[str, Any], limit: int = 4) -> str:
-    """`key found -> expected` for the entries of two nested dicts that differ."""
-    flat_found, flat_expected = _flat(found), _flat(expected)
-    lines = [
-        f"{name} {flat_found.get(name)!r} -> {flat_expected.get(name)!r}"
-        for name in sorted(flat_found.keys() | flat_expected.keys())
-        if flat_found.get(name) != flat_expected.get(name)
-    ]
-    return ", ".join(lines[:limit]) + (f" and {len(lines) - limit} more" if len(lines) > limit else "")
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, item in value.items():
-        if isinstance(item, dict):
-            flat.update(_flat(item, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = list(item) if isinstance(item, tuple) else item
-    return flat
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from common.differences import differences
 from common.errors import UserError
 from common.files import atomic_path, read_json, write_json
-from common.run import differences
 from patch_encoder.bags import read_bag
 from patch_encoder.coordinates import TileGeometry
 from patch_encoder.slides import Slide, open_slide

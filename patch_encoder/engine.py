@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 
 from common import __version__
 from common.device import autocast
+from common.differences import differences
 from common.errors import UserError
 from common.files import atomic_path
 from common.progress import Progress
-from common.run import differences
 from patch_encoder.bags import bag_header, write_bag
 from patch_encoder.cohort import find_slides, locate, read_labels
 from patch_encoder.coordinates import Coordinates, read_coordinates

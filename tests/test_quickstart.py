@@ -96,7 +96,7 @@ def test_second_run_over_finished_work_changes_nothing(whole: Path) -> None:
 def test_killed_again_and_again_gives_the_same_table(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "cut"
     # every other stage has a SIGKILL test of its own, beside its script's tests
-    for sign in ("cohort/slides/*03.tiff", "detector/checkpoint_last.pt", "features/student/h5_files/*.h5"):
+    for sign in ("detector/checkpoint_last.pt", "features/student/h5_files/*.h5"):
         kill_when(run, sign, **EMBEDDED)
         assert not (run / "summary.json").exists()
     cut, expected = finish(run, **EMBEDDED), json.loads((whole / "summary.json").read_text())

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from common.differences import differences
 from common.errors import UserError
 from common.files import read_json, write_json
-from common.run import differences
 
 LABEL_COLUMNS = ("case_id", "slide_id", "label", "split", "mpp")
 STAMP = "cohort.json"
