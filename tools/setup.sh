@@ -5,17 +5,27 @@
 #   REQUIREMENTS=det bash tools/setup.sh    detection_kd and patch_encoder only (det) or mil only (mil)
 #   ENV=active bash tools/setup.sh      use the environment that is active (conda, venv) as it is; only check it
 #   PYTHON_BASE=python3.12 bash ...     the interpreter to build from (>= 3.10)
+#   ARCHITECTURES=80,90 bash ...        CUDA architectures of the compiled op; default: all common ones
 #
-# Running it again does nothing unless the requirement files have changed.
+# Then it builds the compiled op. Running it again does nothing unless requirements or sources have changed.
 set -euo pipefail
 : "${ENV:=venv}"
 : "${REQUIREMENTS:=all}"
 : "${PYTHON_BASE:=python3}"
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
-  sed -n '2,10p' "${BASH_SOURCE[0]}" | cut -c3-
+  sed -n '2,11p' "${BASH_SOURCE[0]}" | cut -c3-
   exit 0
 fi
+
+# build_ops PYTHON: the compiled op, unless it is newer than its sources
+build_ops() {
+  local library="$root/detection_kd/ops/build/libdetection_kd_cpu.so"
+  if [[ "$REQUIREMENTS" == mil ]]; then return; fi
+  if [[ ! -f "$library" || -n "$(find "$root/detection_kd/ops/csrc" "$root/common/native.py" -newer "$library" -print -quit)" ]]; then
+    PYTHON="$1" bash "$root/tools/build_ops.sh" ${ARCHITECTURES:+architectures="[$ARCHITECTURES]"}
+  fi
+}
 
 case "$REQUIREMENTS" in
   all) files=("$root/requirements-det.txt" "$root/requirements-mil.txt") ;;
@@ -25,6 +35,7 @@ esac
 if [[ "$ENV" == "active" ]]; then
   "$PYTHON_BASE" -c 'import torch, h5py, omegaconf, openslide' ||
     { echo "error: ENV=active: packages are missing in $(command -v "$PYTHON_BASE"); install ${files[*]##*/} there" >&2; exit 2; }
+  build_ops "$(command -v "$PYTHON_BASE")"
   exit 0
 fi
 "$PYTHON_BASE" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
@@ -32,7 +43,9 @@ fi
 
 stamp="$root/.venv/.requirements"
 wanted="$(cat "${files[@]}" | cksum)"
+python="$root/.venv/bin/python"
 if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
+  build_ops "$python"
   exit 0
 fi
 echo "setup: making $root/.venv (a few GB; minutes on a slow line)"
@@ -40,7 +53,6 @@ echo "setup: making $root/.venv (a few GB; minutes on a slow line)"
   { echo "error: cannot make a virtual environment; install python3-venv or uv" >&2; exit 2; }
 arguments=()
 for file in "${files[@]}"; do arguments+=(-r "$file"); done
-python="$root/.venv/bin/python"
 if command -v uv >/dev/null; then
   uv pip install --quiet --compile-bytecode --python "$python" "${arguments[@]}"
 elif "$python" -m pip install --quiet --disable-pip-version-check uv 2>/dev/null; then
@@ -49,4 +61,5 @@ else
   "$python" -m pip install --disable-pip-version-check "${arguments[@]}"
 fi
 echo "$wanted" >"$stamp"
+build_ops "$python"
 echo "setup: done"
