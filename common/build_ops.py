@@ -27,7 +27,7 @@ class Config:
 
     ops: list[str] = key(["detection_kd/ops"], "folders with csrc/, from the repository's root")
     cuda: str = key("auto", "auto: where nvcc and a CUDA torch are there; yes: fail without; no", choices=("auto", "yes", "no"))
-    architectures: list[str] = key([], "compute capabilities without the dot, as in [80,90]; empty: all common ones")
+    architectures: list[str] = key([], "compute capabilities without the dot, as in [80,90]; empty: this machine's")
     force: bool = key(False, "build again what is built already")
 
 

@@ -45,7 +45,7 @@ X86_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
 }
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
-"""CUDA architectures of a default build, as far as nvcc knows them; the last one also as PTX for what comes later."""
+"""CUDA architectures of a build on a machine without a GPU, as far as nvcc knows them; the last one also as PTX."""
 
 
 @dataclass(frozen=True)
@@ -104,14 +104,14 @@ def cuda_units(ops: Path, nvcc: str, architectures: list[str]) -> list[Unit]:
     """The CUDA units of an `ops` folder.
 
     Args:
-        architectures: compute capabilities without the dot ("90"); empty: ARCHITECTURES.
+        architectures: compute capabilities without the dot ("90"); empty: those of the GPUs here, without any ARCHITECTURES.
 
     Raises:
         UserError: nvcc does not know one of them.
     """
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     known = {line.removeprefix("compute_") for line in listed.split()}
-    wanted = architectures or [name for name in ARCHITECTURES if name in known]
+    wanted = architectures or _visible() or [name for name in ARCHITECTURES if name in known]
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise UserError(f"architectures: nvcc does not know {', '.join(unknown)}; it knows {', '.join(sorted(known, key=int))}")
@@ -143,7 +143,7 @@ def build(ops: Path, kind: str, units: list[Unit], force: bool = False) -> bool:
     """
     library = library_path(ops, kind)
     stamp, log = library.with_suffix(".stamp"), library.with_suffix(".log")
-    wanted = _digest(ops, units)
+    wanted = _digest(ops, kind, units)
     if not force and library.is_file() and stamp.is_file() and stamp.read_text() == wanted:
         return False
     library.parent.mkdir(exist_ok=True)
@@ -169,6 +169,11 @@ def build(ops: Path, kind: str, units: list[Unit], force: bool = False) -> bool:
     return True
 
 
+def _visible() -> list[str]:
+    capabilities = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+    return [f"{major}{minor}" for major, minor in sorted(capabilities)]
+
+
 def _includes(folders: list[str]) -> list[str]:
     return [flag for folder in dict.fromkeys(folders) for flag in ("-isystem", folder)]
 
@@ -178,9 +183,10 @@ def _compile(command: list[str]) -> tuple[int, str]:
     return done.returncode, f"$ {' '.join(command)}\n{done.stdout}{done.stderr}"
 
 
-def _digest(ops: Path, units: list[Unit]) -> str:
+def _digest(ops: Path, kind: str, units: list[Unit]) -> str:
     digest = hashlib.sha256()
-    for file in sorted(path for path in (ops / "csrc").rglob("*") if path.is_file()):
+    shared = (ops / "csrc").glob("*")
+    for file in sorted(path for path in [*shared, *(ops / "csrc" / kind).rglob("*")] if path.is_file()):
         digest.update(str(file.relative_to(ops)).encode() + b"\0" + file.read_bytes())
     for unit in units:
         digest.update("\0".join(unit.command).encode())

@@ -86,8 +86,9 @@ def build(script: object, config: object) -> None:
         assert encoder.dim > 0
         return
     try:
-        # D2VFM reads the backbone of an earlier run where there is one, which storage-less tensors cannot take
-        with torch.device("cpu" if module == "detection_kd.train_d2vfm" else "meta"):
+        # these read weights of an earlier run where there are any, which storage-less tensors cannot take
+        reads = {"detection_kd.train_d2vfm", "detection_kd.extract_student"}
+        with torch.device("cpu" if module in reads else "meta"):
             model = build_model(config, 512) if module == "detection_kd.train_d2vfm" else build_model(config)
         assert model is not None
     except UserError as error:

@@ -5,7 +5,7 @@
 #   REQUIREMENTS=det bash tools/setup.sh    detection_kd and patch_encoder only (det) or mil only (mil)
 #   ENV=active bash tools/setup.sh      use the environment that is active (conda, venv) as it is; only check it
 #   PYTHON_BASE=python3.12 bash ...     the interpreter to build from (>= 3.10)
-#   ARCHITECTURES=80,90 bash ...        CUDA architectures of the compiled op; default: all common ones
+#   ARCHITECTURES=80,90 bash ...        CUDA architectures of the compiled op; default: this machine's GPUs, else all
 #
 # Then it builds the compiled op. Running it again does nothing unless requirements or sources have changed.
 set -euo pipefail

@@ -90,7 +90,7 @@ def _fake_backward(
     points: list[int],
     locations: Tensor,
     weights: Tensor,
-    deterministic: bool,
+    bound: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     contiguous = torch.contiguous_format
     grad_value = torch.empty_like(value, dtype=_compute_dtype(value), memory_format=contiguous)
@@ -108,9 +108,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, Tensor, Tensor]:
     value, locations, weights = ctx.saved_tensors
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    bound = None
+    if value.is_cuda and torch.are_deterministic_algorithms_enabled() and grad_out.numel() and weights.numel():
+        bound = grad_out.abs().amax().to(weights.dtype) * weights.abs().amax()
     grad_value, grad_locations, grad_weights = torch.ops.detection_kd.ms_deform_attn_backward(
-        grad_out, value, ctx.spatial_shapes, ctx.points, locations, weights, deterministic
+        grad_out, value, ctx.spatial_shapes, ctx.points, locations, weights, bound
     )
     return grad_value.to(value.dtype), None, None, grad_locations, grad_weights
 

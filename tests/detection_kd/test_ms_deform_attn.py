@@ -184,7 +184,7 @@ def test_opcheck(device: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.detection_kd.ms_deform_attn, (value, sizes, points, locations, weights))
     grad = torch.randn(2, 3, 24, device=device, dtype=dtype)
     inputs = [tensor.detach() for tensor in (value, locations, weights)]
-    arguments = (grad, inputs[0], sizes, points, *inputs[1:], True)
+    arguments = (grad, inputs[0], sizes, points, *inputs[1:], None)
     torch.library.opcheck(torch.ops.detection_kd.ms_deform_attn_backward, arguments)
     assert BACKWARD == "detection_kd::ms_deform_attn_backward"
 

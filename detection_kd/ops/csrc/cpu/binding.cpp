@@ -111,7 +111,7 @@ Tensor forward(const Tensor& value_in, std::vector<int64_t> shapes, std::vector<
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_in, const Tensor& value_in, std::vector<int64_t> shapes,
                                             std::vector<int64_t> points, const Tensor& locations_in, const Tensor& weights_in,
-                                            bool /*deterministic: it always is*/) {
+                                            std::optional<Tensor> /*bound: sums are deterministic without*/) {
   const Tensor value = torch::stable::contiguous(value_in), locations = torch::stable::contiguous(locations_in),
                weights = torch::stable::contiguous(weights_in), grad = torch::stable::contiguous(grad_in);
   const Problem p = check_problem(value, shapes, points, locations, weights);
@@ -142,9 +142,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_in, const Tensor&
 STABLE_TORCH_LIBRARY(detection_kd, library) {
   library.def(
       "ms_deform_attn(Tensor value, int[] spatial_shapes, int[] points, Tensor locations, Tensor weights) -> Tensor");
+  // bound: a scalar that no |weight * grad_out| exceeds; where given, the sums do not depend on the order of additions
   library.def(
       "ms_deform_attn_backward(Tensor grad_out, Tensor value, int[] spatial_shapes, int[] points, Tensor locations, "
-      "Tensor weights, bool deterministic) -> (Tensor, Tensor, Tensor)");
+      "Tensor weights, Tensor? bound) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(detection_kd, CPU, library) {

@@ -1,0 +1,304 @@
+// Forward and backward of multi-scale deformable attention on CUDA; mathematics as in ../cpu/kernel.h.
+//
+// Source: Deformable DETR (Zhu et al., ICLR 2021, arXiv:2010.04159), equation 3. Differences from the authors' kernels:
+// - a group of 1 to 32 lanes shares a (sample, query, head), each lane with 16 bytes of channels; the authors give a thread
+//   one channel, so that every thread repeats the whole address arithmetic;
+// - the lanes of a group work out different points and pass them on through shared memory, without a barrier of the block;
+// - sums over channels are shuffles between the lanes of a group, not shared memory summed by one thread;
+// - indices of rows are 64-bit, masked corners are not read, accumulation is float32 for 16-bit values;
+// - the gradient of the values can be summed in 64-bit fixed point, where the order of additions does not matter.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "launch.h"
+
+namespace deform_attn {
+namespace {
+
+constexpr int kThreads = 128;
+
+// Points that a group works out at a time: fewer where a block has more groups, whose tables share its shared memory.
+constexpr int points_at_once(int lanes) { return lanes < 8 ? 2 * lanes : 16; }
+
+template <class S, int N>
+struct alignas(sizeof(S) * N) Chunk {
+  S item[N];
+};
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline double widen(double x) { return x; }
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float widen(__half x) { return __half2float(x); }
+__device__ inline void narrow(float x, float* out) { *out = x; }
+__device__ inline void narrow(double x, double* out) { *out = x; }
+__device__ inline void narrow(float x, __nv_bfloat16* out) { *out = __float2bfloat16_rn(x); }
+__device__ inline void narrow(float x, __half* out) { *out = __float2half_rn(x); }
+
+// One point of a (sample, query, head), as its group shares it.
+template <class Real>
+struct Point {
+  int row[4];  // cell of corner 00, 01, 10, 11 (y, x); -1 outside of the level
+  Real weight[4];
+};
+
+template <class Real>
+struct Place {
+  Real x, y, lx, ly, attention;
+  int width, height;
+};
+
+template <class S, class Real>
+__device__ inline Place<Real> place_point(const CudaCall<S, Real>& call, int64_t group, int p, Point<Real>& point) {
+  int level = 0;
+  while (level + 1 < call.levels.count && p >= call.levels.point_end[level]) ++level;
+  Place<Real> at;
+  at.width = call.levels.width[level];
+  at.height = call.levels.height[level];
+  const Real* location = call.locations + (group * call.points + p) * 2;
+  const Real x = fma(__ldcs(location), Real(at.width), Real(-0.5)), y = fma(__ldcs(location + 1), Real(at.height), Real(-0.5));
+  at.attention = __ldcs(call.weights + group * call.points + p);
+  const bool near = x > Real(-1) && x < Real(at.width) && y > Real(-1) && y < Real(at.height);  // false for NaN too
+  const Real safe_x = near ? x : Real(0), safe_y = near ? y : Real(0);
+  const Real floor_x = floor(safe_x), floor_y = floor(safe_y);
+  const int x0 = int(floor_x), y0 = int(floor_y);
+  at.lx = safe_x - floor_x;
+  at.ly = safe_y - floor_y;
+  const Real nan_or_zero = (x - x) + (y - y);  // a location that is not finite gives NaN
+  at.attention += nan_or_zero;
+  const bool left = near && x0 >= 0, right = near && x0 + 1 < at.width, top = y0 >= 0, bottom = y0 + 1 < at.height;
+  const int row = call.levels.start[level] + y0 * at.width + x0;
+  const Real upper = at.attention * (1 - at.ly), lower = at.attention * at.ly;
+  point.row[0] = top && left ? row : -1;
+  point.row[1] = top && right ? row + 1 : -1;
+  point.row[2] = bottom && left ? row + at.width : -1;
+  point.row[3] = bottom && right ? row + at.width + 1 : -1;
+  point.weight[0] = top && left ? upper * (1 - at.lx) : nan_or_zero;
+  point.weight[1] = top && right ? upper * at.lx : Real(0);
+  point.weight[2] = bottom && left ? lower * (1 - at.lx) : Real(0);
+  point.weight[3] = bottom && right ? lower * at.lx : Real(0);
+  return at;
+}
+
+// Lanes [0, kLanes) of a group share (sample, query, head) number `group`; the rest of a warp holds other groups.
+template <int kLanes>
+struct Group {
+  int64_t index;
+  int lane, slot;
+  unsigned mask;
+
+  __device__ Group()
+      : index((int64_t(blockIdx.x) * kThreads + threadIdx.x) / kLanes),
+        lane(threadIdx.x % kLanes),
+        slot(threadIdx.x / kLanes),
+        mask(kLanes == 32 ? 0xffffffffu : ((1u << (kLanes % 32)) - 1) << (threadIdx.x % 32 / kLanes * kLanes)) {}
+};
+
+template <class S, class Real, int kLanes, int kItems>
+__global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant__ CudaCall<S, Real> call) {
+  constexpr int kBlock = points_at_once(kLanes);
+  __shared__ Point<Real> table[kThreads / kLanes][kBlock];
+  const Group<kLanes> group;
+  if (group.index >= call.batch * call.queries * call.heads) return;
+  Point<Real>* points = table[group.slot];
+  const int head = int(group.index % call.heads);
+  const int64_t sample = group.index / call.heads / call.queries, stride = int64_t(call.heads) * call.dim;
+  const S* value = call.value + sample * call.cells * stride + int64_t(head) * call.dim;
+  for (int channel = group.lane * kItems; channel - group.lane * kItems < call.dim; channel += kLanes * kItems) {
+    Real sum[kItems] = {};
+    for (int first = 0; first < call.points; first += kBlock) {
+      const int count = min(kBlock, call.points - first);
+      __syncwarp(group.mask);  // the table has been read
+      for (int p = group.lane; p < count; p += kLanes) place_point(call, group.index, first + p, points[p]);
+      __syncwarp(group.mask);
+      if (channel >= call.dim) continue;
+#pragma unroll 4
+      for (int p = 0; p < count; ++p) {
+        const Point<Real> point = points[p];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          Chunk<S, kItems> row = {};
+          if (point.row[c] >= 0) row = *reinterpret_cast<const Chunk<S, kItems>*>(value + point.row[c] * stride + channel);
+#pragma unroll
+          for (int i = 0; i < kItems; ++i) sum[i] += point.weight[c] * widen(row.item[i]);
+        }
+      }
+    }
+    if (channel >= call.dim) continue;
+    Chunk<S, kItems> result;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) narrow(sum[i], &result.item[i]);
+    *reinterpret_cast<Chunk<S, kItems>*>(call.out + group.index * call.dim + channel) = result;
+  }
+}
+
+__device__ inline void add(double* to, const double (&x)[2]) {
+  atomicAdd(to, x[0]);
+  atomicAdd(to + 1, x[1]);
+}
+template <int kItems>
+__device__ inline void add(float* to, const float (&x)[kItems]) {
+#if __CUDA_ARCH__ >= 900  // four at once
+  constexpr bool kFour = kItems % 4 == 0;
+  if constexpr (kFour) {
+#pragma unroll
+    for (int i = 0; i < kItems; i += 4)
+      atomicAdd(reinterpret_cast<float4*>(to + i), make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]));
+  }
+#else
+  constexpr bool kFour = false;
+#endif
+  if constexpr (!kFour) {
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) atomicAdd(to + i, x[i]);
+  }
+}
+__device__ inline void add(double* to, const double (&x)[1]) { atomicAdd(to, x[0]); }
+
+// Steps of the fixed-point sums in 1; 0 where the bound is 0 or not finite.
+template <class Real>
+__device__ inline double fixed_scale(const Real* bound, int headroom) {
+  const double largest = double(*bound);
+  return largest > 0 && isfinite(largest) ? scalbn(1.0, headroom - 2 - ilogb(largest)) : 0.0;
+}
+
+template <class Real, int kItems>
+__device__ inline void add_fixed(unsigned long long* to, const Real (&x)[kItems], double scale) {
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) atomicAdd(to + i, static_cast<unsigned long long>(llrint(double(x[i]) * scale)));
+}
+
+// The sums over a group's lanes of four numbers, on every lane.
+template <class Real, int kLanes>
+__device__ inline void sum_lanes(Real (&s)[4], unsigned mask) {
+  if constexpr (kLanes > 1) {
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) s[c] += __shfl_xor_sync(mask, s[c], offset);
+  }
+}
+
+template <class S, class Real, int kLanes, int kItems>
+__global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constant__ CudaCall<S, Real> call) {
+  constexpr int kBlock = points_at_once(kLanes);
+  __shared__ Point<Real> table[kThreads / kLanes][kBlock];
+  __shared__ Real dots[kThreads / kLanes][kBlock][4];
+  const Group<kLanes> group;
+  if (group.index >= call.batch * call.queries * call.heads) return;
+  Point<Real>* points = table[group.slot];
+  const int head = int(group.index % call.heads);
+  const int64_t sample = group.index / call.heads / call.queries, stride = int64_t(call.heads) * call.dim;
+  const int64_t base = sample * call.cells * stride + int64_t(head) * call.dim;
+  const double scale = call.fixed != nullptr ? fixed_scale(call.bound, call.headroom) : 0.0;
+  for (int first = 0; first < call.points; first += kBlock) {
+    const int count = min(kBlock, call.points - first);
+    Place<Real> places[(kBlock + kLanes - 1) / kLanes];
+    __syncwarp(group.mask);  // the table has been read
+#pragma unroll
+    for (int k = 0; k < (kBlock + kLanes - 1) / kLanes; ++k)
+      if (const int p = group.lane + k * kLanes; p < count)
+        places[k] = place_point(call, group.index, first + p, points[p]);
+    __syncwarp(group.mask);
+    for (int p = 0; p < count; ++p) {
+      const Point<Real> point = points[p];
+      Real s[4] = {};
+      for (int channel = group.lane * kItems; channel < call.dim; channel += kLanes * kItems) {
+        const auto chunk = *reinterpret_cast<const Chunk<S, kItems>*>(call.grad_out + group.index * call.dim + channel);
+        Real g[kItems];
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) g[i] = widen(chunk.item[i]);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          if (point.row[c] < 0) continue;
+          const int64_t at = base + point.row[c] * stride + channel;
+          const auto row = *reinterpret_cast<const Chunk<S, kItems>*>(call.value + at);
+          Real scaled[kItems];
+#pragma unroll
+          for (int i = 0; i < kItems; ++i) {
+            s[c] += g[i] * widen(row.item[i]);
+            scaled[i] = point.weight[c] * g[i];
+          }
+          if (call.fixed != nullptr) add_fixed(call.fixed + at, scaled, scale);
+          else add(call.grad_value + at, scaled);
+        }
+      }
+      sum_lanes<Real, kLanes>(s, group.mask);
+      if (group.lane == 0)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) dots[group.slot][p][c] = s[c];
+    }
+    __syncwarp(group.mask);
+#pragma unroll
+    for (int k = 0; k < (kBlock + kLanes - 1) / kLanes; ++k) {
+      const int p = group.lane + k * kLanes;
+      if (p >= count) continue;
+      const Place<Real>& at = places[k];
+      const Real(&s)[4] = dots[group.slot][p];
+      const int64_t to = group.index * call.points + first + p;
+      call.grad_locations[2 * to] = at.attention * Real(at.width) * ((1 - at.ly) * (s[1] - s[0]) + at.ly * (s[3] - s[2]));
+      call.grad_locations[2 * to + 1] = at.attention * Real(at.height) * ((1 - at.lx) * (s[2] - s[0]) + at.lx * (s[3] - s[1]));
+      call.grad_weights[to] = (1 - at.ly) * ((1 - at.lx) * s[0] + at.lx * s[1]) + at.ly * ((1 - at.lx) * s[2] + at.lx * s[3]);
+    }
+  }
+}
+
+// grad_value from its fixed-point sums; NaN where the bound was not finite.
+template <class Real>
+__global__ void from_fixed_kernel(const unsigned long long* fixed, const Real* bound, int headroom, Real* out, int64_t count) {
+  const double scale = fixed_scale(bound, headroom), largest = double(*bound);
+  const int64_t step = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step)
+    out[i] = scale > 0 ? Real(double(static_cast<long long>(fixed[i])) / scale) : Real(largest - largest);
+}
+
+template <class S, class Real, int kLanes, int kItems>
+cudaError_t launch(const CudaCall<S, Real>& call, bool backward, cudaStream_t stream) {
+  const int64_t groups = call.batch * call.queries * call.heads, per_block = kThreads / kLanes;
+  const int64_t blocks = (groups + per_block - 1) / per_block;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (backward) backward_kernel<S, Real, kLanes, kItems><<<unsigned(blocks), kThreads, 0, stream>>>(call);
+  else forward_kernel<S, Real, kLanes, kItems><<<unsigned(blocks), kThreads, 0, stream>>>(call);
+  return cudaGetLastError();
+}
+
+// As many lanes as there are chunks of channels, at most a warp.
+template <class S, class Real, int kItems>
+cudaError_t launch_lanes(const CudaCall<S, Real>& call, bool backward, cudaStream_t stream) {
+  const int chunks = (call.dim + kItems - 1) / kItems;
+  if (chunks <= 1) return launch<S, Real, 1, kItems>(call, backward, stream);
+  if (chunks <= 2) return launch<S, Real, 2, kItems>(call, backward, stream);
+  if (chunks <= 4) return launch<S, Real, 4, kItems>(call, backward, stream);
+  if (chunks <= 8) return launch<S, Real, 8, kItems>(call, backward, stream);
+  if (chunks <= 16) return launch<S, Real, 16, kItems>(call, backward, stream);
+  return launch<S, Real, 32, kItems>(call, backward, stream);
+}
+
+template <class S, class Real>
+cudaError_t launch_any(const CudaCall<S, Real>& call, bool backward, cudaStream_t stream) {
+  constexpr int kItems = 16 / sizeof(S);
+  const auto address = reinterpret_cast<uintptr_t>(call.value) | reinterpret_cast<uintptr_t>(call.out) |
+                       reinterpret_cast<uintptr_t>(call.grad_out);  // a view may start anywhere
+  if (call.dim % kItems == 0 && address % 16 == 0) return launch_lanes<S, Real, kItems>(call, backward, stream);
+  return launch_lanes<S, Real, 1>(call, backward, stream);
+}
+
+}  // namespace
+
+template <class S, class Real>
+cudaError_t launch_forward(const CudaCall<S, Real>& call, cudaStream_t stream) {
+  return launch_any(call, false, stream);
+}
+
+template <class S, class Real>
+cudaError_t launch_backward(const CudaCall<S, Real>& call, cudaStream_t stream) {
+  const cudaError_t status = launch_any(call, true, stream);
+  if (status != cudaSuccess || call.fixed == nullptr) return status;
+  const int64_t count = call.batch * call.cells * call.heads * call.dim;
+  const int64_t blocks = (count + 255) / 256;
+  from_fixed_kernel<<<unsigned(blocks < 65535 ? blocks : 65535), 256, 0, stream>>>(call.fixed, call.bound, call.headroom, call.grad_value,
+                                                                                     count);
+  return cudaGetLastError();
+}
+
+}  // namespace deform_attn
