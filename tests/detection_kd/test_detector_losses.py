@@ -8,7 +8,8 @@ import pytest
 import torch
 from torchvision.ops import generalized_box_iou, sigmoid_focal_loss
 
-from detection_kd.losses.boxes import cxcywh_to_xyxy, generalized_iou, xyxy_to_cxcywh
+from detection_kd.losses import matcher
+from detection_kd.losses.boxes import cxcywh_to_xyxy, generalized_iou, pairwise_generalized_iou, xyxy_to_cxcywh
 from detection_kd.losses.focal import focal_loss
 from detection_kd.losses.matcher import match, matching_cost
 from detection_kd.losses.set_criterion import Targets, detection_losses, layer_losses, proposal_losses, weighted_sum
@@ -28,6 +29,7 @@ def test_box_formats_are_inverse() -> None:
 def test_generalized_iou_equals_torchvision() -> None:
     a, b = cxcywh_to_xyxy(random_boxes(6)), cxcywh_to_xyxy(random_boxes(4, seed=1))
     torch.testing.assert_close(generalized_iou(a[:, None], b[None]), generalized_box_iou(a, b), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(pairwise_generalized_iou(a, b), generalized_box_iou(a, b), atol=1e-6, rtol=1e-5)
 
 
 def test_generalized_iou_of_boxes_without_area_is_finite() -> None:
@@ -67,13 +69,28 @@ def test_match_equals_brute_force(queries: int) -> None:
         cost = matching_cost(logits[layer, image], boxes[layer, image], labels[image], targets[image])
         n = min(cost.shape)
         best = min(
-            sum(cost[q, t] for q, t in zip(rows, columns))
+            sum(cost[t, q] for t, q in zip(rows, columns))
             for rows in itertools.permutations(range(cost.shape[0]), n)
             for columns in itertools.combinations(range(cost.shape[1]), n)
         )
         rows, columns = found[layer][image]
         assert len(set(rows.tolist())) == len(set(columns.tolist())) == n
-        torch.testing.assert_close(cost[rows, columns].sum(), best)
+        torch.testing.assert_close(cost[columns, rows].sum(), best)
+
+
+def test_both_ways_to_the_costs_and_threads_give_one_matching(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    logits, boxes = torch.randn(2, 3, 20, 3), random_boxes(120).view(2, 3, 20, 4)
+    labels, targets = [torch.randint(3, (n,)) for n in (7, 0, 25)], [random_boxes(n, n) for n in (7, 0, 25)]
+    inputs = (logits, boxes, labels, targets)
+    for a, b in zip(matcher._costs_on_device(*inputs), matcher._costs_on_host(*inputs), strict=True):
+        torch.testing.assert_close(a, b)
+    alone = match(*inputs)
+    monkeypatch.setattr(matcher, "WORTH_THREADS", 0)
+    together = match(*inputs)
+    pairs = zip(itertools.chain(*alone), itertools.chain(*together), strict=True)
+    assert all(torch.equal(a, b) for one, two in pairs for a, b in zip(one, two))
+    assert [len(found) for found, _ in alone[0]] == [7, 0, 20]
 
 
 def test_match_of_images_without_boxes_and_of_diverged_predictions() -> None:
