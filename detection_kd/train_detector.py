@@ -30,13 +30,14 @@ from detection_kd import engine
 from detection_kd.datasets.coco import DetectionSet, read_coco, same_categories
 from detection_kd.datasets.coco_metrics import average_precision
 from detection_kd.datasets.detection import DetectionDataset, epoch_indices, loader
+from detection_kd.datasets.froc import froc
 from detection_kd.datasets.transforms import eval_transform, train_transform
 from detection_kd.models.backbone import DEPTHS, NORMS, Backbone, fill, imagenet_weights, trunk_weights
 from detection_kd.models.deformable_detr import DeformableDETR, describe_detector
 from detection_kd.models.deformable_transformer import Architecture
 
 logger = logging.getLogger(__name__)
-REPORTED = ("loss", "AP", "AP50", "AR", "train_seconds")
+REPORTED = ("loss", "AP", "AP50", "AR", "FROC", "train_seconds")
 
 
 @dataclass
@@ -198,14 +199,14 @@ def _loader(config: Config, world: World, dataset: DetectionDataset, indices: Se
 
 
 def evaluate(job: Job, model: nn.Module, val: DetectionSet) -> dict[str, float]:
-    """COCO metrics on the validation images of all processes."""
+    """COCO metrics and FROC on the validation images of all processes."""
     config, world, sizes = job.config, job.world, job.config.augmentation
     dataset = DetectionDataset(val.images, eval_transform(sizes.eval_size, sizes.max_size))
     indices = range(len(dataset))[world.rank :: world.size]
     batches = _loader(config, world, dataset, indices)
     shown = progress(batches, "evaluation", len(batches), "batch", enabled=world.is_main)
     predictions = engine.detect(model, shown, val.images, config.max_detections, job.precision)
-    return average_precision(val, predictions, config.max_detections)
+    return average_precision(val, predictions, config.max_detections) | froc(val, predictions)
 
 
 def fingerprints(config: Config) -> dict[str, str]:

@@ -44,7 +44,7 @@ def average_precision(annotated: DetectionSet, predictions: list[Prediction], ma
         max_detections: detections per image that count.
 
     Returns:
-        Named values; a size without any annotation has none.
+        Named values; a size or category without any annotation has none. With several categories also `AP/<category>`.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         truth = _coco(annotated)
@@ -65,6 +65,8 @@ def average_precision(annotated: DetectionSet, predictions: list[Prediction], ma
         "AP_large": precision[..., 3],
         "AR": recall,
     }
+    if len(annotated.categories) > 1:
+        values |= {f"AP/{name}": precision[:, :, index, 0] for index, name in enumerate(annotated.categories)}
     return {name: float(value[value > -1].mean()) for name, value in values.items() if (value > -1).any()}
 
 

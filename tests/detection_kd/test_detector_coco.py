@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.ops import box_iou
 
 from common.errors import UserError
 from detection_kd.datasets.coco import DetectionSet, ImageRecord, read_coco, same_categories
 from detection_kd.datasets.coco_metrics import Prediction, average_precision
 from detection_kd.datasets.detection import DetectionDataset, collate, epoch_indices, loader
+from detection_kd.datasets.froc import froc
 from detection_kd.datasets.transforms import MEAN, STD, eval_transform, train_transform
 
 
@@ -219,7 +221,8 @@ def perfect(index: int, record: ImageRecord) -> Prediction:
 def test_perfect_predictions_have_ap_1() -> None:
     data = annotated()
     values = average_precision(data, [perfect(i, r) for i, r in enumerate(data.images)])
-    assert values == dict.fromkeys(("AP", "AP50", "AP75", "AP_small", "AP_medium", "AR"), pytest.approx(1.0))
+    names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AR", "AP/x", "AP/y")
+    assert values == dict.fromkeys(names, pytest.approx(1.0))
 
 
 def test_no_predictions_have_ap_0(capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,6 +235,7 @@ def test_ap_falls_with_misses_wrong_classes_and_loose_boxes() -> None:
     found = [perfect(i, r) for i, r in enumerate(data.images)]
     missed = average_precision(data, found[:1])
     assert missed["AR"] == pytest.approx((1 + 0.5) / 2)  # one of the two boxes of class y
+    assert missed["AP/x"] == pytest.approx(1.0) and missed["AP/y"] < 0.6
     found[1].labels = np.array([0])
     assert average_precision(data, found)["AP"] < 1
     loose = [
@@ -254,3 +258,60 @@ def test_crowd_regions_count_neither_way() -> None:
     assert average_precision(data, found)["AP"] == pytest.approx(1.0)
     found[0] = Prediction(0, data.images[0].boxes[[0, 2]], np.ones(2), np.array([0, 0]))
     assert average_precision(data, found)["AP"] == pytest.approx(1.0)
+
+
+def test_froc_by_hand() -> None:
+    data = annotated()  # 4 lesions on 3 images
+    first = data.images[0].boxes
+    boxes = np.concatenate((first, first[:1] + 1, [[90, 2, 99, 9]])).astype(np.float32)
+    #             hit, false: wrong class, hit, second hit: neither, false: nothing there
+    labels, scores = np.array([0, 0, 0, 0, 1]), np.array([0.9, 0.8, 0.7, 0.6, 0.5])
+    found = [Prediction(0, boxes, scores, labels), Prediction(1, data.images[1].boxes, np.array([0.4]), np.array([1]))]
+    values = froc(data, found)
+    # false positives an image: 0 down to 0.9, 1/3 at 0.8, 2/3 at 0.5
+    expected = {0.25: 1 / 4, 0.5: 2 / 4, 1: 3 / 4, 2: 3 / 4, 4: 3 / 4, 8: 3 / 4}
+    assert {rate: values[f"sensitivity@{rate:g}"] for rate in expected} == pytest.approx(expected)
+    assert values["FROC"] == pytest.approx(sum(expected.values()) / 6)
+    data.images[0].crowd[2] = True  # what lies in it counts neither way, and 3 lesions are left
+    assert froc(data, found)["sensitivity@1"] == pytest.approx(2 / 3)
+
+
+def test_froc_takes_equal_scores_together_and_stands_nothing_found() -> None:
+    data = annotated()
+    assert set(froc(data, []).values()) == {0.0}
+    one = data.images[1].boxes
+    tied = Prediction(1, np.concatenate((one, one + 50)).astype(np.float32), np.array([0.5, 0.5]), np.array([1, 1]))
+    values = froc(data, [tied])  # the hit cannot be had without the false positive: 1/3 an image
+    assert values["sensitivity@0.25"] == 0 and values["sensitivity@0.5"] == pytest.approx(1 / 4)
+
+
+def test_froc_equals_a_loop_over_thresholds() -> None:
+    rng = np.random.default_rng(0)
+    records, found = [], []
+    for index in range(6):
+        corner, size = rng.uniform(0, 80, (8, 2)), rng.uniform(10, 20, (8, 2))
+        truth = np.concatenate((corner, corner + size), 1).astype(np.float32)
+        labels = rng.integers(0, 2, 8)
+        records.append(ImageRecord(index, Path("x"), 100, 100, truth[:4], labels[:4], np.zeros(4, bool)))
+        noisy = np.concatenate((truth, rng.permutation(truth))) + rng.normal(0, 2, (16, 4)).astype(np.float32)
+        found.append(Prediction(index, noisy, rng.permutation(16) / 16 + index / 1000, rng.integers(0, 2, 16)))
+    data = DetectionSet(records, ["x", "y"])
+    points = []
+    for cut in np.concatenate([p.scores for p in found]):
+        hits = wrong = 0
+        for record, prediction in zip(records, found):
+            claimed: set[int] = set()
+            for i in sorted(range(16), key=lambda i: -prediction.scores[i]):
+                if prediction.scores[i] < cut:
+                    continue
+                overlap = box_iou(torch.tensor(prediction.boxes[i : i + 1]), torch.tensor(record.boxes))[0].numpy()
+                overlap[record.labels != prediction.labels[i]] = 0
+                free = [k for k in np.argsort(-overlap) if overlap[k] >= 0.5 and k not in claimed]
+                claimed |= set(free[:1])
+                hits += bool(free)
+                wrong += overlap.max() < 0.5
+        points.append((wrong / 6, hits / 24))
+    values = froc(data, found)
+    for rate in (0.25, 0.5, 1, 2, 4, 8):
+        assert values[f"sensitivity@{rate:g}"] == pytest.approx(max([s for f, s in points if f <= rate], default=0.0))
+    assert 0.1 < values["FROC"] < 0.95
