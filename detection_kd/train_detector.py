@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from common.checkpoint import load_checkpoint, load_tensors, resume, save_checkpoint
@@ -21,6 +22,7 @@ from common.cli import launch
 from common.config import REQUIRED, group, key, to_dict
 from common.device import PRECISIONS, autocast, pick_precision
 from common.distributed import World, init_distributed, mean_dict, wrap
+from common.ema import moving_average
 from common.errors import UserError
 from common.files import sha256_file
 from common.progress import progress
@@ -76,6 +78,7 @@ class Config:
     slow_factor: float = key(0.1, "factor of lr for sampling offsets and reference points")
     weight_decay: float = key(1e-4, "AdamW weight decay")
     clip: float = key(0.1, "largest gradient norm")
+    ema: float = key(0.0, "decay of a moving average of the weights, which is then evaluated and kept (as 0.999); 0: off")
     schedule: str = key("step", "learning rate: one drop to a tenth, or half a cosine to 0", choices=("step", "cosine"))
     drop_epoch: int = key(40, "epoch after which schedule=step drops")
     warmup_steps: int = key(0, "steps of linear warm-up")
@@ -140,6 +143,7 @@ class Job:
     world: World
     run: Run
     precision: str
+    average: AveragedModel | None
 
 
 def train_one_epoch(
@@ -167,6 +171,8 @@ def train_one_epoch(
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         scaler.step(optimizer)
         scaler.update()
+        if job.average is not None:
+            job.average.update_parameters(getattr(model, "module", model))
         values = mean_dict({"loss": loss, **terms})
         sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
         if step % config.log_every == 0:
@@ -238,25 +244,29 @@ def main(config: Config) -> int:
     if run.results is not None:
         logger.info("%s: finished run, AP %.3f; nothing to do", run.path, run.results["AP"])
         return 0
-    job = Job(config, world, run, precision)
+    average = moving_average(plain, config.ema)
+    shown = plain if average is None else average.module  # what is evaluated and kept
+    job = Job(config, world, run, precision, average)
     groups = engine.parameter_groups(plain, config.lr, config.lr_backbone, config.slow_factor)
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
-    start, best = resume(run.last, plain, optimizer=optimizer, scaler=scaler)
+    averages = {} if average is None else {"average": average}
+    start, best = resume(run.last, plain, optimizer=optimizer, scaler=scaler, **averages)
     run.forget_after(start)
     for epoch in range(start, config.epochs):
         begun = time.monotonic()
         values = train_one_epoch(job, model, train, optimizer, scaler, epoch) | {"train_seconds": time.monotonic() - begun}
         state = {"config": describe_detector(plain, train.categories) | {"training": to_dict(config)}, "epoch": epoch + 1}
         if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
-            metrics = evaluate(job, plain, val)
+            metrics = evaluate(job, shown, val)
             values |= metrics
             if metrics["AP"] >= best.get("AP", 0.0):
                 best = {"epoch": epoch + 1, **metrics}
                 if world.is_main:
-                    save_checkpoint(run.best, model=plain.state_dict(), best=best, **state)
+                    save_checkpoint(run.best, model=shown.state_dict(), best=best, **state)
         if world.is_main:
-            parts = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            resumed = {"optimizer": optimizer, "scaler": scaler, **averages}
+            parts = {name: part.state_dict() for name, part in resumed.items()}
             save_checkpoint(run.last, model=plain.state_dict(), best=best, **parts, **state)
         run.log({"epoch": epoch + 1, **values})
         logger.info("epoch %d: %s", epoch + 1, ", ".join(f"{name} {values[name]:.3f}" for name in REPORTED if name in values))

@@ -118,6 +118,23 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(finished: Path, inp
     assert json.loads((output / "results.json").read_text()) == json.loads((finished / "results.json").read_text())
 
 
+def test_moving_average_is_what_is_kept_and_survives_a_kill(inputs: list[str], tmp_path: Path) -> None:
+    whole, cut = (tmp_path / name for name in ("whole", "cut"))
+    assert run(main, Config, arguments(inputs, whole, "ema=0.9")) == 0
+    kill_when(lambda: line_count(cut / "metrics.jsonl") >= 4, "detection_kd.train_detector", arguments(inputs, cut, "ema=0.9"))
+    assert run(main, Config, arguments(inputs, cut, "ema=0.9")) == 0
+    last, best, again = (
+        torch.load(path, weights_only=True)
+        for path in (whole / "checkpoint_last.pt", whole / "checkpoint_best.pt", cut / "checkpoint_last.pt")
+    )
+    assert all(torch.equal(value, again["average"][name]) for name, value in last["average"].items())
+    assert last["average"]["n_averaged"] == 4
+    if best["epoch"] == last["epoch"]:
+        assert all(torch.equal(value, last["average"][f"module.{name}"]) for name, value in best["model"].items())
+    assert any(not torch.equal(value, last["model"][name]) for name, value in best["model"].items())
+    assert run(main, Config, arguments(inputs, tmp_path / "bad", "ema=1")) == 2
+
+
 def run_two_processes(arguments: list[str], root: Path) -> None:
     """The script as torchrun starts it, without paying for torchrun's own start."""
     with socket.socket() as free:
