@@ -1,0 +1,152 @@
+"""Detection on whole slides: seams, coordinates, formats, resuming, broken tiles; with a detector that finds dark squares."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import ndimage
+from torch import Tensor, nn
+
+from common.cli import run
+from detection_kd import detect_slide
+from detection_kd.datasets.slide_detections import Found, merge, own_part
+from detection_kd.models.deformable_transformer import Detections
+from patch_encoder import tile_slides
+from patch_encoder.coordinates import Coordinates, TileGeometry
+from tests.helpers import write_pyramid
+
+# (x, y, side) in level-0 px: inside a tile, on a vertical seam, on a crossing of seams, at the slide's corner
+SQUARES = [(20, 30, 20), (118, 40, 24), (180, 182, 20), (480, 486, 22)]
+
+
+class DarkSquares(nn.Module):
+    """Stands for a detector: boxes around dark spots, class 1, the larger the surer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def forward(self, images: Tensor, padding: Tensor) -> Detections:
+        height, width = images.shape[-2:]
+        logits, boxes = torch.full((1, len(images), 9, 2), -9.0), torch.full((1, len(images), 9, 4), 0.5)
+        for index, image in enumerate(images):
+            spots = ndimage.find_objects(ndimage.label(image.mean(0).numpy() < -1)[0])
+            for number, (rows, columns) in enumerate(spots):
+                size = (columns.stop - columns.start, rows.stop - rows.start)
+                centre = (columns.start + size[0] / 2, rows.start + size[1] / 2)
+                extent = torch.tensor([width, height, width, height])
+                boxes[0, index, number] = torch.tensor([*centre, *size]) / extent
+                logits[0, index, number, 1] = min(size) / 10
+        return Detections(logits, boxes)
+
+
+@pytest.fixture
+def cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A slide with four dark squares, tiles of 128 px that overlap by a quarter, and the stand-in detector."""
+    pixels = np.full((512, 512, 3), (200, 120, 190), np.uint8)
+    for x, y, side in SQUARES:
+        pixels[y : y + side, x : x + side] = 20
+    write_pyramid(tmp_path / "slides" / "S1.tiff", pixels)
+    write_pyramid(tmp_path / "slides" / "S2.tiff", np.full((512, 512, 3), (200, 120, 190), np.uint8))
+    keys = [f"slides={tmp_path}/slides", f"output={tmp_path}/tiles", "tile_size=128", "target_mpp=0.5", "overlap=0.25"]
+    assert run(tile_slides.main, tile_slides.Config, [*keys, "min_tissue=0", "workers=0"]) == 0
+    (tmp_path / "detector.pt").write_bytes(b"weights")
+    monkeypatch.setattr(detect_slide, "load_detector", lambda path: (DarkSquares(), {"categories": ["other", "square"]}))
+    return tmp_path
+
+
+def detect(cohort: Path, *changes: str) -> int:
+    keys = [f"slides={cohort}/slides", f"coords={cohort}/tiles", f"output={cohort}/found", f"detector={cohort}/detector.pt"]
+    fixed = ["workers=0", "device=cpu", "precision=fp32", "batch_size=3"]
+    return run(detect_slide.main, detect_slide.Config, [*keys, *fixed, *changes])
+
+
+def read(cohort: Path, slide: str = "S1") -> dict:
+    return json.loads((cohort / "found" / "coco" / f"{slide}.json").read_text())
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_every_square_is_found_once_and_whole_in_level_0_pixels(cohort: Path, scale: float) -> None:
+    assert detect(cohort, f"scale={scale}") == 0
+    document = read(cohort)
+    found = sorted(entry["bbox"] for entry in document["annotations"])
+    expected = sorted([x, y, side, side] for x, y, side in SQUARES)
+    assert np.allclose(found, expected, atol=2 / scale - 1)
+    assert {entry["category_id"] for entry in document["annotations"]} == {2}
+    assert document["images"] == [{"id": 1, "file_name": "S1.tiff", "width": 512, "height": 512}]
+    assert [category["name"] for category in document["categories"]] == ["other", "square"]
+    assert read(cohort, "S2")["annotations"] == []
+
+
+def test_geojson_has_what_qupath_reads(cohort: Path) -> None:
+    assert detect(cohort) == 0
+    content = json.loads((cohort / "found" / "geojson" / "S1.geojson").read_text())
+    assert content["type"] == "FeatureCollection" and len(content["features"]) == len(SQUARES)
+    corners = set()
+    for feature in content["features"]:
+        assert feature["type"] == "Feature" and feature["geometry"]["type"] == "Polygon"
+        (ring,) = feature["geometry"]["coordinates"]
+        assert len(ring) == 5 and ring[0] == ring[-1]
+        corners.add(tuple(round(v) for v in ring[0]))
+        properties = feature["properties"]
+        assert properties["objectType"] == "annotation" and properties["classification"]["name"] == "square"
+        assert all(0 <= c <= 255 for c in properties["classification"]["color"])
+        assert 0 < properties["measurements"]["score"] <= 1
+    assert corners == {(x, y) for x, y, _ in SQUARES}
+
+
+def test_finished_slides_are_left_alone_and_other_settings_refused(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert detect(cohort) == 0
+    path = cohort / "found" / "coco" / "S1.json"
+    whole, stamp = path.read_bytes(), path.stat().st_mtime_ns
+    (cohort / "found" / "coco" / "S2.json").unlink()  # a run that was killed before its second slide
+    assert detect(cohort) == 0
+    assert path.stat().st_mtime_ns == stamp and read(cohort, "S2")["annotations"] == []
+    assert detect(cohort, "min_score=0.5") == 2
+    assert "min_score 0.3 -> 0.5" in capsys.readouterr().err
+    assert detect(cohort, "overwrite=true") == 0 and path.read_bytes() == whole
+    (cohort / "detector.pt").write_bytes(b"others")
+    assert detect(cohort) == 2
+
+
+def test_a_broken_tile_fails_its_slide_only(cohort: Path) -> None:
+    folder = cohort / "slides" / "S3"
+    folder.mkdir()
+    for row in range(2):
+        Image.new("RGB", (128, 128), (200, 120, 190)).save(folder / f"{row}_0.png")
+    labels = cohort / "labels.csv"
+    labels.write_text("case_id,slide_id,label,mpp\nA,S1,pos,0.5\nB,S3,neg,0.5\n")
+    keys = [f"slides={cohort}/slides", f"output={cohort}/more", f"labels={labels}", "tile_size=128", "target_mpp=0.5"]
+    assert run(tile_slides.main, tile_slides.Config, [*keys, "overlap=0.25", "min_tissue=0", "workers=0"]) == 0
+    (folder / "1_0.png").write_bytes(b"broken")
+    assert detect(cohort, f"coords={cohort}/more", f"labels={labels}") == 1
+    assert len(read(cohort)["annotations"]) == len(SQUARES)
+    assert not (cohort / "found" / "coco" / "S3.json").exists()
+    assert "S3,detect_slide" in (cohort / "found" / "failures.csv").read_text()
+
+
+def grid(side: int, overlap: float, corners: list[tuple[int, int]]) -> Coordinates:
+    geometry = TileGeometry("s", side, side, 0, side, 0.5, 0.5, overlap, 1000, 1000)
+    return Coordinates(np.array(corners), geometry)
+
+
+def test_own_parts_share_the_plane_without_gap_or_overlap() -> None:
+    coordinates = grid(100, 0.25, [(0, 0), (75, 0), (150, 0), (0, 75)])
+    parts = own_part(coordinates) + np.tile(coordinates.coords, 2)
+    assert parts[0, 2] == parts[1, 0] and parts[1, 2] == parts[2, 0] and parts[0, 3] == parts[3, 1]
+    assert parts[0, 2] == 75 + 12  # the middle of the overlap from 75 to 100
+    assert parts[0, 0] < 0 and parts[2, 2] > 250  # no neighbour, no limit
+
+
+def test_suppression_is_within_a_class() -> None:
+    boxes = np.array([[0, 0, 10, 10], [1, 0, 11, 10], [0, 1, 10, 11]], np.float32)
+    kept = merge(
+        [Found(boxes[:2], np.float32([0.5, 0.9]), np.array([0, 0])), Found(boxes[2:], np.float32([0.4]), np.array([1]))], 0.5
+    )
+    assert kept.scores.tolist() == pytest.approx([0.9, 0.4]) and kept.labels.tolist() == [0, 1]
+    assert merge([], 0.5).boxes.shape == (0, 4)
