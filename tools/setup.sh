@@ -23,7 +23,8 @@ build_ops() {
   local library="$root/detection_kd/ops/build/libdetection_kd_cpu.so"
   if [[ "$REQUIREMENTS" == mil ]]; then return; fi
   if [[ ! -f "$library" || -n "$(find "$root/detection_kd/ops/csrc" "$root/common/native.py" -newer "$library" -print -quit)" ]]; then
-    PYTHON="$1" bash "$root/tools/build_ops.sh" ${ARCHITECTURES:+architectures="[$ARCHITECTURES]"}
+    PYTHON="$1" bash "$root/tools/build_ops.sh" ${ARCHITECTURES:+architectures="[$ARCHITECTURES]"} ||
+      echo "warning: the attention op is not built; its plain PyTorch form will run, many times slower" >&2
   fi
 }
 
