@@ -78,9 +78,10 @@ def cpu_units(ops: Path) -> list[Unit]:
     Raises:
         UserError: no C++ compiler.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    compiler = next(filter(None, map(shutil.which, names)), None)
     if not compiler:
-        raise UserError("C++ compiler: found none; install g++ or set CXX")
+        raise UserError(f"C++ compiler: expected one of {', '.join(names)}, found none; install g++ or set CXX")
     x86 = platform.machine() in {"x86_64", "AMD64"}
     units = []
     for source in sorted((ops / "csrc" / "cpu").glob("*.cpp")):
@@ -145,6 +146,7 @@ def build(ops: Path, kind: str, units: list[Unit], force: bool = False) -> bool:
     stamp, log = library.with_suffix(".stamp"), library.with_suffix(".log")
     wanted = _digest(ops, kind, units)
     if not force and library.is_file() and stamp.is_file() and stamp.read_text() == wanted:
+        stamp.touch()  # looked at now: setup.sh compares its time with that of the sources
         return False
     library.parent.mkdir(exist_ok=True)
     stamp.unlink(missing_ok=True)

@@ -392,6 +392,12 @@ def test_building_again_from_anywhere_does_nothing(tmp_path: Path, root: Path) -
     assert not list(tmp_path.iterdir())
 
 
+def test_a_missing_compiler_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    with pytest.raises(UserError, match="expected one of /no/such/compiler, found none"):
+        cpu_units(OPS)
+
+
 def test_a_build_that_fails_says_where_its_log_is_and_leaves_no_library(tmp_path: Path) -> None:
     ops = tmp_path / "package" / "ops"
     (ops / "csrc" / "cpu").mkdir(parents=True)
