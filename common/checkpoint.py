@@ -6,6 +6,7 @@ Keys: `model`, `config` (plain dict: enough to rebuild the model), `epoch` (epoc
 
 from __future__ import annotations
 
+import argparse
 import pickle
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,28 @@ def load_tensors(path: str | Path, what: str) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: expected {what}, found no file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # published checkpoints keep their command line beside the weights; a Namespace is a plain container
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(f"{path}: expected {what} (tensors and plain containers only), cannot be read: {reason}") from None
+
+
+def read_weights(path: str | Path, what: str) -> dict[str, Any]:
+    """The dict in a `.safetensors` file or in a torch file that `load_tensors` takes, else UserError."""
+    if Path(path).suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: expected {what}, cannot be read: {error}") from None
+    content = load_tensors(path, what)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected {what} (a dict of tensors), found {type(content).__name__}")
+    return content
 
 
 def load_checkpoint(path: str | Path, what: str = "a checkpoint") -> dict[str, Any]:

@@ -60,6 +60,13 @@ def all_reduce_mean(value: torch.Tensor) -> torch.Tensor:
     return value / dist.get_world_size()
 
 
+def mean_number(value: float, device: torch.device) -> float:
+    """Mean over processes of a number that is known on the host; no transfer with one process."""
+    if not dist.is_initialized():
+        return value
+    return all_reduce_mean(torch.tensor(value, device=device)).item()
+
+
 def mean_dict(values: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """Mean over processes of named scalars, in one reduction."""
     names = sorted(values)

@@ -3,35 +3,67 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from common.device import autocast
-from common.distributed import all_reduce_mean, gather_objects
+from common.distributed import gather_objects, mean_number
 from common.errors import UserError
 from detection_kd.datasets.coco import ImageRecord
 from detection_kd.datasets.coco_metrics import Prediction
 from detection_kd.datasets.detection import Batch
 from detection_kd.losses.boxes import cxcywh_to_xyxy
-from detection_kd.losses.set_criterion import Targets, detection_losses, proposal_losses, weighted_sum
+from detection_kd.losses.matcher import Match
+from detection_kd.losses.set_criterion import (
+    Targets,
+    denoising_losses,
+    detection_losses,
+    match_groups,
+    match_proposals,
+    proposal_losses,
+    weighted_sum,
+)
+from detection_kd.models.backbone import STAGES
+from detection_kd.models.deformable_detr import DeformableDETR
 from detection_kd.models.deformable_transformer import Detections
 
 SLOW = ("reference_points", "sampling_offsets")  # a tenth of the learning rate (arXiv:2010.04159, appendix A.3)
 
 
-def parameter_groups(model: nn.Module, lr: float, lr_backbone: float, slow_factor: float = 0.1) -> list[dict[str, object]]:
-    """Trainable parameters by learning rate: transformer and heads, backbone, and what places sampling points."""
-    names: dict[str, list[nn.Parameter]] = {"transformer": [], "backbone": [], "slow": []}
+def parameter_groups(
+    model: DeformableDETR, lr: float, lr_backbone: float, slow_factor: float = 0.1, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Trainable parameters by learning rate: transformer and heads, what places sampling points, and the backbone's stages.
+
+    Args:
+        model: the unwrapped detector.
+        lr: of transformer and heads.
+        lr_backbone: of the backbone's last stage.
+        slow_factor: factor of `lr` for what places sampling points.
+        layer_decay: factor from one stage of the backbone to the one before it.
+    """
+    stages = model.backbone.stages() if layer_decay != 1 else {}
+    groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            kind = "backbone" if name.startswith("backbone.") else "slow" if any(s in name for s in SLOW) else "transformer"
-            names[kind].append(parameter)
-    rates = {"transformer": lr, "backbone": lr_backbone, "slow": lr * slow_factor}
-    return [{"params": names[kind], "lr": rates[kind], "initial_lr": rates[kind]} for kind in names if names[kind]]
+        if not parameter.requires_grad:
+            continue
+        kind, rate = "transformer", lr
+        if name.startswith("backbone."):
+            depth = STAGES - 1 - stages.get(name.removeprefix("backbone."), STAGES - 1)
+            kind, rate = f"backbone-{depth}", lr_backbone * layer_decay**depth
+        elif any(part in name for part in SLOW):
+            kind, rate = "slow", lr * slow_factor
+        groups.setdefault(kind, {"params": [], "lr": rate, "initial_lr": rate})["params"].append(parameter)
+    return [groups[kind] for kind in sorted(groups, key=lambda kind: (kind != "transformer", kind))]
 
 
 def rate_factor(step: int, steps: int, *, warmup: int, drop: int, cosine: bool) -> float:
@@ -57,15 +89,66 @@ def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["initial_lr"] * factor
 
 
-def batch_loss(detections: Detections, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """The loss to minimise and its unweighted terms; the number of boxes is the mean over processes."""
+@dataclass
+class Matches:
+    """Which prediction answers for which annotation: [layer][group][image] of the decoder, [image] of the first stage."""
+
+    decoder: list[list[list[Match]]]
+    proposals: list[Match] | None
+
+
+def match_batch(detections: Detections, batch: Batch) -> Matches:
+    """The cheapest matching of all layers and groups, and of the first stage where there is one."""
     targets = Targets(batch.labels, batch.boxes)
-    count = torch.tensor(float(sum(map(len, batch.labels))), device=detections.logits.device)
-    num_boxes = max(all_reduce_mean(count).item(), 1.0)
-    terms = detection_losses(detections.logits, detections.boxes, targets, num_boxes)
+    proposals = None
     if detections.proposal_logits is not None and detections.proposal_boxes is not None:
-        terms |= proposal_losses(detections.proposal_logits, detections.proposal_boxes, targets, num_boxes)
+        proposals = match_proposals(detections.proposal_logits.detach(), detections.proposal_boxes.detach(), targets)
+    found = match_groups(detections.logits.detach(), detections.boxes.detach(), targets, detections.groups)
+    return Matches(found, proposals)
+
+
+def count_boxes(batches: Sequence[Batch], device: torch.device) -> float:
+    """Annotated boxes of all parts of an optimiser step, mean over processes, at least 1: what every loss is divided by."""
+    return max(mean_number(float(sum(len(labels) for batch in batches for labels in batch.labels)), device), 1.0)
+
+
+def batch_loss(
+    detections: Detections, batch: Batch, matches: Matches, num_boxes: float
+) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+    """The loss to minimise and its unweighted terms.
+
+    Args:
+        detections: raw predictions.
+        batch: annotations.
+        matches: from `match_batch`.
+        num_boxes: from `count_boxes`.
+    """
+    targets = Targets(batch.labels, batch.boxes)
+    terms = detection_losses(detections.logits, detections.boxes, matches.decoder, targets, num_boxes)
+    if matches.proposals is not None:
+        assert detections.proposal_logits is not None and detections.proposal_boxes is not None
+        terms |= proposal_losses(detections.proposal_logits, detections.proposal_boxes, matches.proposals, targets, num_boxes)
+    if detections.denoised is not None:
+        logits, boxes, noised = detections.denoised
+        terms |= denoising_losses(logits, boxes, noised.matches, noised.counted, targets, num_boxes * noised.groups)
     return weighted_sum(terms), terms
+
+
+def parts_of_steps(batches: Iterable[Batch], parts: int) -> Iterator[list[Batch]]:
+    """Consecutive batches in lists of `parts`: what gradients are accumulated over."""
+    iterator = iter(batches)
+    while step := list(islice(iterator, parts)):
+        yield step
+
+
+def added(sums: dict[str, Tensor], values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sums of named scalars, on their device."""
+    return {name: sums[name] + value.detach() if name in sums else value.detach() for name, value in values.items()}
+
+
+def synchronised(model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Processes exchange gradients after the last part of a step only."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
 
 
 def require_finite(loss: Float[Tensor, ""], terms: dict[str, Float[Tensor, ""]], images: list[object]) -> None:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from common.checkpoint import load_checkpoint, load_tensors, resume, save_checkpoint
+from common.checkpoint import load_checkpoint, resume, save_checkpoint
 from common.cli import launch
 from common.config import REQUIRED, group, key, to_dict
 from common.device import PRECISIONS, autocast, pick_precision
@@ -28,18 +28,20 @@ from common.files import sha256_file
 from common.progress import progress
 from common.run import Run, Tracker, open_run
 from common.seed import seed_everything
+from common.step_times import StepTimes
 from detection_kd import engine
 from detection_kd.datasets.coco import DetectionSet, read_coco, same_categories
 from detection_kd.datasets.coco_metrics import average_precision
 from detection_kd.datasets.detection import DetectionDataset, epoch_indices, loader
 from detection_kd.datasets.froc import froc
 from detection_kd.datasets.transforms import eval_transform, train_transform
-from detection_kd.models.backbone import DEPTHS, NORMS, Backbone, fill, imagenet_weights, trunk_weights
+from detection_kd.models.backbone import HUB, NORMS, RESNETS, STAGES, Backbone, build_pretrained, trunk_weights
+from detection_kd.models.checkpoint_import import load_published
 from detection_kd.models.deformable_detr import DeformableDETR, describe_detector
 from detection_kd.models.deformable_transformer import Architecture
 
 logger = logging.getLogger(__name__)
-REPORTED = ("loss", "AP", "AP50", "AR", "FROC", "train_seconds")
+REPORTED = ("loss", "AP", "AP50", "AR", "FROC", "train_seconds", "time/images_per_second", "time/data_share")
 
 
 @dataclass
@@ -64,17 +66,21 @@ class Config:
     val: str = key(REQUIRED, "COCO JSON to evaluate on", path=True)
     images: str = key(REQUIRED, "folder that the file names in both are relative to", path=True)
     class_agnostic: bool = key(False, "one class 'lesion' instead of the annotated categories")
-    backbone: str = key("resnet50", "ResNet trunk", choices=tuple(DEPTHS))
-    norm: str = key("frozen", "normalisation of the trunk; frozen needs trained weights", choices=tuple(NORMS))
-    pretrained: bool = key(True, "start from torchvision's ImageNet weights (fetched once)")
-    weights: str = key("", "start from the trunk in this file instead (ResNet weights or a detector)", path=True)
-    freeze_stem: bool = key(True, "keep the first convolution and layer1 of given weights")
+    backbone: str = key("resnet50", f"trunk: {', '.join(RESNETS)}, or any timm model with maps of strides 8, 16 and 32 px")
+    norm: str = key("frozen", "normalisation of the trunk; frozen needs trained weights; batch: as it comes", choices=NORMS)
+    dilation: bool = key(False, "the trunk's last stage keeps stride 16 and dilates its convolutions (DC5)")
+    pretrained: bool = key(True, "start from ImageNet weights (fetched once from timm's hub)")
+    weights: str = key("", "start from the trunk in this file instead (state dict, detector, or timm's format)", path=True)
+    detector: str = key("", "start from this whole detector: ours, the official layout or Hugging Face's", path=True)
+    freeze: int = key(2, "stages of a trunk with given weights that stay as they are, of stem and strides 4, 8, 16, 32")
     architecture: Architecture = group(Architecture, "transformer")
     augmentation: Augmentation = group(Augmentation, "image sizes")
     epochs: int = key(50, "passes over the training images")
     batch_size: int = key(32, "images a step, over all processes")
+    accumulate: int = key(1, "parts that a step's images are computed in, one after the other, to save memory")
     lr: float = key(2e-4, "learning rate of transformer and heads")
     lr_backbone: float = key(2e-5, "learning rate of the backbone")
+    layer_decay: float = key(1.0, "factor of lr_backbone from each stage of the trunk to the one before; 1: the same for all")
     slow_factor: float = key(0.1, "factor of lr for sampling offsets and reference points")
     weight_decay: float = key(1e-4, "AdamW weight decay")
     clip: float = key(0.1, "largest gradient norm")
@@ -96,19 +102,25 @@ class Config:
 
 def build_model(config: Config, classes: int = 1) -> DeformableDETR:
     """The detector with random weights."""
-    if config.norm == "frozen" and not (config.pretrained or config.weights):
+    if config.norm == "frozen" and not (config.pretrained or config.weights or config.detector):
         raise UserError("norm=frozen: expected trained weights, found pretrained=false and no weights=; set norm=batch|group")
-    return DeformableDETR(Backbone(config.backbone, config.norm), classes, config.architecture)
+    return DeformableDETR(Backbone(config.backbone, config.norm, config.dilation), classes, config.architecture)
 
 
-def load_initial_weights(backbone: Backbone, config: Config) -> None:
-    """Weights of the file that is given, else ImageNet's, else none; given weights keep their stem."""
-    if config.weights:
-        fill(backbone, trunk_weights(load_tensors(config.weights, "weights of a ResNet trunk")), config.weights)
-    elif config.pretrained:
-        fill(backbone, imagenet_weights(config.backbone), f"ImageNet weights of {config.backbone}")
-    if config.freeze_stem and (config.weights or config.pretrained):
-        backbone.freeze_stem()
+def load_initial_weights(model: DeformableDETR, config: Config, categories: list[str]) -> None:
+    """Weights of the files that are given, else ImageNet's, else none; given weights keep their first stages."""
+    if not 0 <= config.freeze <= STAGES:
+        raise UserError(f"freeze={config.freeze}: expected 0 to {STAGES} stages")
+    if config.weights and config.detector:
+        raise UserError("weights= and detector= are both given: expected one of them")
+    if config.weights or (config.pretrained and not config.detector):
+        trunk = build_pretrained(config.backbone, config.norm, config.dilation, config.weights or HUB)
+        model.backbone.load_state_dict(trunk.state_dict())
+    if config.detector:
+        fresh = load_published(model, config.detector, categories)
+        logger.info("%s: weights taken%s", config.detector, f" but for {', '.join(fresh)}" if fresh else "")
+    if config.weights or config.pretrained or config.detector:
+        model.backbone.freeze(config.freeze)
 
 
 def read_sets(config: Config) -> tuple[DetectionSet, DetectionSet]:
@@ -122,8 +134,11 @@ def read_sets(config: Config) -> tuple[DetectionSet, DetectionSet]:
 
 def place(model: DeformableDETR, config: Config, world: World) -> nn.Module:
     """The model on its device, ready for one or many processes."""
-    if config.batch_size % world.size:
-        raise UserError(f"batch_size={config.batch_size}: expected a multiple of the {world.size} processes")
+    if config.accumulate < 1 or config.batch_size % (world.size * config.accumulate):
+        raise UserError(
+            f"batch_size={config.batch_size}: expected a multiple of the {world.size} processes"
+            + f" times accumulate={config.accumulate}" * (config.accumulate != 1)
+        )
     model = model.to(world.device)
     model.backbone.to(memory_format=torch.channels_last)
     if config.compile:
@@ -149,36 +164,51 @@ class Job:
 def train_one_epoch(
     job: Job, model: nn.Module, train: DetectionSet, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, epoch: int
 ) -> dict[str, float]:
-    """One pass over the training images; returns the means of the loss and its terms."""
+    """One pass over the training images; returns the means of the loss and its terms, and where the time went."""
     config, world = job.config, job.world
     seed_everything((config.seed * 100_003 + epoch) * 1_009 + world.rank)  # dropout does not depend on earlier epochs
     batches = training_batches(config, world, train, epoch)
-    steps = len(batches)
+    steps = len(batches) // config.accumulate
     rate = {"warmup": config.warmup_steps, "drop": config.drop_epoch * steps, "cosine": config.schedule == "cosine"}
-    sums: dict[str, float] = {}
+    sums: dict[str, Tensor] = {}
+    times = StepTimes(world.device, config.batch_size)
     model.train()
-    for number, batch in enumerate(progress(batches, f"epoch {epoch + 1}", steps, "batch", enabled=world.is_main)):
+    shown = progress(
+        engine.parts_of_steps(batches, config.accumulate), f"epoch {epoch + 1}", steps, "step", enabled=world.is_main
+    )
+    for number, parts in enumerate(shown):
+        times.mark("data")
         step = epoch * steps + number
         engine.set_rate(optimizer, engine.rate_factor(step, config.epochs * steps, **rate))
-        batch = batch.to(world.device)
-        with autocast(world.device, job.precision):
-            detections = model(batch.images, batch.padding)
-        loss, terms = engine.batch_loss(detections, batch)
-        engine.require_finite(loss, terms, [train.images[index].id for index in batch.indices])
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        num_boxes = engine.count_boxes(parts, world.device)
+        values: dict[str, Tensor] = {}
+        for part, batch in enumerate(parts):
+            batch = batch.to(world.device)
+            with engine.synchronised(model, last=part == len(parts) - 1):
+                with autocast(world.device, job.precision):
+                    detections = model(batch.images, batch.padding, (batch.labels, batch.boxes))
+                times.mark("forward")
+                matches = engine.match_batch(detections, batch)
+                times.mark("matching")
+                loss, terms = engine.batch_loss(detections, batch, matches, num_boxes)
+                engine.require_finite(loss, terms, [train.images[index].id for index in batch.indices])
+                times.mark("loss")
+                scaler.scale(loss).backward()
+                times.mark("backward")
+            values = engine.added(values, {"loss": loss, **terms})
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         scaler.step(optimizer)
         scaler.update()
         if job.average is not None:
             job.average.update_parameters(getattr(model, "module", model))
-        values = mean_dict({"loss": loss, **terms})
-        sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
+        sums = engine.added(sums, values)
+        times.mark("step")
         if step % config.log_every == 0:
             rates = {"lr": optimizer.param_groups[0]["lr"], "gradient_norm": norm.item()}
-            job.run.log({"epoch": epoch + 1, "step": step, **rates, **values})
-    return {name: value / steps for name, value in sums.items()}
+            job.run.log({"epoch": epoch + 1, "step": step, **rates, **mean_dict(values), **times.report()})
+    return {name: value / steps for name, value in mean_dict(sums).items()} | times.whole()
 
 
 def training_batches(config: Config, world: World, train: DetectionSet, epoch: int) -> DataLoader[Any]:
@@ -197,7 +227,7 @@ def _loader(config: Config, world: World, dataset: DetectionDataset, indices: Se
     return loader(
         dataset,
         indices,
-        config.batch_size // world.size,
+        config.batch_size // (world.size * config.accumulate),
         workers=config.workers,
         pad_to=config.augmentation.pad_to,
         pin=world.device.type == "cuda",
@@ -217,7 +247,7 @@ def evaluate(job: Job, model: nn.Module, val: DetectionSet) -> dict[str, float]:
 
 def fingerprints(config: Config) -> dict[str, str]:
     """Digests of the files that decide the result."""
-    files = {"train": config.train, "val": config.val, "weights": config.weights}
+    files = {"train": config.train, "val": config.val, "weights": config.weights, "detector": config.detector}
     return {name: sha256_file(path) for name, path in files.items() if path}
 
 
@@ -237,7 +267,7 @@ def main(config: Config) -> int:
     train, val = read_sets(config)
     seed_everything(config.seed)
     plain = build_model(config, len(train.categories))
-    load_initial_weights(plain.backbone, config)
+    load_initial_weights(plain, config, train.categories)
     model = place(plain, config, world)
     inputs = fingerprints(config)
     run = open_run(config.output, config, world, inputs=inputs, overwrite=config.overwrite, tracker=config.tracker)
@@ -247,7 +277,7 @@ def main(config: Config) -> int:
     average = moving_average(plain, config.ema)
     shown = plain if average is None else average.module  # what is evaluated and kept
     job = Job(config, world, run, precision, average)
-    groups = engine.parameter_groups(plain, config.lr, config.lr_backbone, config.slow_factor)
+    groups = engine.parameter_groups(plain, config.lr, config.lr_backbone, config.slow_factor, config.layer_decay)
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
     averages = {} if average is None else {"average": average}

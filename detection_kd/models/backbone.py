@@ -1,83 +1,182 @@
-"""ResNet trunk of the detector, rebuilt from its checkpoint alone by the stages that distil from it.
+"""The detector's convolutional trunk, rebuilt from its checkpoint alone by the stages that distil from it.
 
-Source: He et al., CVPR 2016, on torchvision's definition; frozen statistics and frozen stem as in DETR and Deformable DETR.
-Differences: 18 and 34 layers beside 50; trainable batch or group norm for training without ImageNet weights; the forward
-pass stops at the stage that is asked for.
+Source: He et al., CVPR 2016; frozen statistics and frozen first stages as in DETR and Deformable DETR, dilation of the last
+stage as in their "DC5" models. On timm's feature extractors: any timm model with maps of strides 8, 16 and 32 px will do;
+`resnet18|34|50|101` have torchvision's parameter names and, from the hub, its ImageNet weights. Differences: trainable batch
+or group norm for training without given weights; the forward pass stops at the stage that is asked for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-import torchvision
 from jaxtyping import Float
+from timm.layers import freeze_batch_norm_2d
+from timm.models import FeatureListNet
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
 
-from common.checkpoint import load_checkpoint, load_tensors, load_weights
+from common.checkpoint import load_checkpoint, load_tensors, load_weights, read_weights
 from common.errors import UserError, did_you_mean
+from patch_encoder.models.encoder_table import IMAGENET
 
-DEPTHS = {
-    "resnet18": torchvision.models.resnet18,
-    "resnet34": torchvision.models.resnet34,
-    "resnet50": torchvision.models.resnet50,
-}
-NORMS = {
-    "frozen": FrozenBatchNorm2d,  # statistics and affine parameters of the pretrained weights, as published
-    "batch": nn.BatchNorm2d,
-    "group": partial(nn.GroupNorm, 32),  # the same in training and evaluation, whatever the batch
-}
-PREFIXES = ("backbone.0.body.", "backbone.")  # published detectors, ours
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+NORMS = (
+    "frozen",  # batch norm keeps statistics and affine parameters of the given weights, as published
+    "batch",  # as the model has it, trainable
+    "group",  # the same in training and evaluation, whatever the batch; ResNets only
+)
+# published detectors, ours, transformers' detectors
+PREFIXES = ("backbone.0.body.", "backbone.", "model.backbone.conv_encoder.model.", "model.backbone.model.")
+STAGES = 5  # stem, and strides 4, 8, 16, 32
+HUB = "hub"
 
 
 class Backbone(nn.Module):
-    """ResNet without its classifier.
+    """A trunk without its classifier.
 
     Args:
-        name: a key of `DEPTHS`.
-        norm: a key of `NORMS`.
+        name: one of `RESNETS` or any timm model with feature maps.
+        norm: one of `NORMS`.
+        dilation: the last stage keeps stride 16 and dilates its convolutions instead.
+        source: "": random weights; "hub": timm's; else a weights file in timm's own format.
 
     Attributes:
-        channels: channels of layer2, layer3 and layer4 (strides 8, 16, 32 px); their index is the "needle" of D2VFM.
+        channels: channels of the maps of strides 8, 16 and 32 px; their index is the "needle" of D2VFM.
+
+    Raises:
+        UserError: no such model, no such maps, or weights that cannot be had.
     """
 
-    def __init__(self, name: str, norm: str) -> None:
+    def __init__(self, name: str, norm: str, dilation: bool = False, source: str = "") -> None:
         super().__init__()
-        for choice, valid in ((name, DEPTHS), (norm, NORMS)):
-            if choice not in valid:
-                raise UserError(f"backbone '{choice}': expected one of {', '.join(valid)}; {did_you_mean(choice, valid)}")
-        trunk = DEPTHS[name](weights=None, norm_layer=NORMS[norm])
-        self.name, self.norm = name, norm
-        self.conv1, self.bn1 = trunk.conv1, trunk.bn1
-        self.layer1, self.layer2, self.layer3, self.layer4 = trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4
-        self.channels: tuple[int, int, int] = (512, 1024, 2048) if name == "resnet50" else (128, 256, 512)
+        if norm not in NORMS:
+            raise UserError(f"norm '{norm}': expected one of {', '.join(NORMS)}; {did_you_mean(norm, NORMS)}")
+        trunk = _create(name, norm, dilation, source)
+        self.name, self.norm, self.dilation = name, norm, dilation
+        self.channels: tuple[int, int, int] = tuple(trunk.feature_info.channels())
+        self.stage_names = [info["module"].replace(".", "_") for info in trunk.feature_info.info]
+        self.channels_last = str(getattr(trunk, "output_fmt", "")) == "Format.NHWC"
+        self.steps: list[str] = list(trunk) if isinstance(trunk, FeatureListNet) else []
+        self.taps: list[str] = list(trunk.return_layers) if self.steps else []
+        for step in self.steps:  # flat, so that a ResNet's parameters have their published names
+            self.add_module(step, trunk[step])
+        if not self.steps:
+            self.trunk = trunk
+        self._own_statistics(name)
+
+    def _own_statistics(self, name: str) -> None:
+        config = timm.get_pretrained_cfg(_tagged(name), allow_unregistered=True)
+        self.same_statistics = config is None or (tuple(config.mean), tuple(config.std)) == IMAGENET
+        if config is not None and not self.same_statistics:
+            (mean, std), (own_mean, own_std) = (torch.tensor(pair) for pair in (IMAGENET, (config.mean, config.std)))
+            self.register_buffer("scale", (std / own_std).view(3, 1, 1), persistent=False)
+            self.register_buffer("shift", ((mean - own_mean) / own_std).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Float[Tensor, "b 3 h w"], upto: int = 2) -> list[Float[Tensor, "b _c _h _w"]]:
-        """Maps of layer2 ... layer4, no further than stage `upto` (0, 1 or 2).
+        """Maps of strides 8, 16, 32, no further than number `upto` (0, 1 or 2).
 
         Args:
-            images: normalised with ImageNet's mean and standard deviation.
-            upto: last stage to compute.
+            images: normalised with ImageNet's mean and standard deviation, whatever the trunk was trained with.
+            upto: last map to compute.
         """
-        x = self.bn1(self.conv1(images)).relu()
-        x = self.layer1(nn.functional.max_pool2d(x, kernel_size=3, stride=2, padding=1))
-        maps = []
-        for stage in (self.layer2, self.layer3, self.layer4)[: upto + 1]:
-            x = stage(x)
-            maps.append(x)
-        return maps
+        x = images if self.same_statistics else images * self.scale + self.shift
+        maps = list(self._maps(x, upto)) if self.steps else self.trunk(x)[: upto + 1]
+        return [map.permute(0, 3, 1, 2).contiguous() for map in maps] if self.channels_last else maps
 
-    def freeze_stem(self) -> None:
-        """Keep the first convolution and layer1 as they are, as published for ImageNet weights."""
-        for part in (self.conv1, self.bn1, self.layer1):
-            part.requires_grad_(False)
+    def _maps(self, x: Tensor, upto: int) -> Iterator[Tensor]:
+        for step in self.steps:
+            x = getattr(self, step)(x)
+            if step in self.taps:
+                yield x
+            if step == self.taps[upto]:
+                return
 
-    def describe(self) -> dict[str, str]:
+    def truncate(self, upto: int) -> None:
+        """Drop what comes after map `upto`, for good; nothing for trunks that cannot be cut."""
+        for step in self.steps[self.steps.index(self.taps[upto]) + 1 :] if self.steps else []:
+            delattr(self, step)
+            self.steps.remove(step)
+
+    def stages(self) -> dict[str, int]:
+        """Stage 0 (stem) ... 4 (stride 32) of every parameter; it belongs to the first map that lies behind it."""
+        order = [_flat(name) for name, _ in self.named_modules()]
+        ends = [max((i for i, name in enumerate(order) if _within(name, stage)), default=-1) for stage in self.stage_names]
+        first, last = STAGES - len(ends), STAGES - 1
+        found = {}
+        for name, _ in self.named_parameters():
+            module = order.index(_flat(name.rpartition(".")[0]))
+            found[name] = next((first + stage for stage, end in enumerate(ends) if module <= end), last)
+        return found
+
+    def freeze(self, stages: int) -> None:
+        """Keep the first `stages` of stem, strides 4, 8, 16, 32 as they are; published: 2."""
+        frozen = [name for name, stage in self.stages().items() if stage < stages]
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name not in frozen and parameter.requires_grad)
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> Backbone:
+        """The trunk that `describe` was called on, with random weights."""
+        return cls(description["name"], description["norm"], description.get("dilation", False))
+
+    def describe(self) -> dict[str, Any]:
         """What it takes to build this trunk again, for a checkpoint's `config`."""
-        return {"kind": "backbone", "name": self.name, "norm": self.norm}
+        return {"kind": "backbone", "name": self.name, "norm": self.norm, "dilation": self.dilation}
+
+
+def _create(name: str, norm: str, dilation: bool, source: str) -> nn.Module:
+    """timm's feature extractor with maps of strides 8, 16 and 32 px."""
+    if not timm.is_model(name.split(".")[0]):
+        known = [*RESNETS, *timm.list_models()]
+        raise UserError(f"backbone '{name}': timm {timm.__version__} has no such model; {did_you_mean(name, known)}")
+    options: dict[str, Any] = {"output_stride": 16} if dilation else {}
+    if norm == "group":
+        options["norm_layer"] = "groupnorm"
+    build = partial(timm.create_model, _tagged(name), features_only=True, out_indices=(-3, -2, -1), **options)
+    try:
+        with torch.device("meta"):
+            strides = build().feature_info.reduction()
+    except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0][:160]
+        raise UserError(f"backbone '{name}': cannot be built with norm={norm}, dilation={dilation}: {reason}") from None
+    wanted = [8, 16, 16] if dilation else [8, 16, 32]
+    if strides != wanted:
+        raise UserError(f"backbone '{name}': expected feature maps of strides {wanted} px, found {strides}")
+    trunk = _with_weights(build, name, source) if source else build()
+    return freeze_batch_norm_2d(trunk) if norm == "frozen" else trunk
+
+
+def _with_weights(build: partial[nn.Module], name: str, source: str) -> nn.Module:
+    """The extractor with weights from the hub or from a file in timm's own format."""
+    overlay = None if source == HUB else {"file": source, "custom_load": False}
+    try:
+        return build(pretrained=True, pretrained_cfg_overlay=overlay)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0][:160]
+        if source != HUB:
+            raise UserError(f"{source}: expected weights of timm's {name}, cannot be used: {reason}") from None
+        raise UserError(
+            f"weights of {name}: cannot be fetched ({reason}); fetch timm/{_tagged(name)} from the Hugging Face hub elsewhere "
+            "and give the file as weights=, or train from scratch with pretrained=false norm=batch"
+        ) from None
+
+
+def _tagged(name: str) -> str:
+    """timm's name; for the ResNets of the papers torchvision's weights, as published, not timm's own training."""
+    return f"{name}.tv_in1k" if name in RESNETS else name
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_").removeprefix("trunk_").removeprefix("model_")
+
+
+def _within(module: str, stage: str) -> bool:
+    return module == stage or module.startswith(stage + "_")
 
 
 def load_backbone(path: str | Path) -> tuple[Backbone, dict[str, Any]]:
@@ -90,7 +189,7 @@ def load_backbone(path: str | Path) -> tuple[Backbone, dict[str, Any]]:
         path: `backbone.pt` or a whole checkpoint of `train_detector`, or a file of ResNet weights alone.
 
     Returns:
-        The trunk, and its description (`name`, `norm`).
+        The trunk, and its description (`name`, `norm`, `dilation`).
 
     Raises:
         UserError: the file holds no such trunk.
@@ -99,7 +198,7 @@ def load_backbone(path: str | Path) -> tuple[Backbone, dict[str, Any]]:
     weights = trunk_weights(content)
     described = _description(content, weights, path)
     norm = "group" if described["norm"] == "group" else "frozen"
-    backbone = Backbone(described["name"], norm)
+    backbone = Backbone(described["name"], norm, described.get("dilation", False))
     fill(backbone, weights, str(path))
     return backbone, backbone.describe()
 
@@ -108,12 +207,13 @@ def _description(content: Any, weights: dict[str, Tensor], path: str | Path) -> 
     if "config" in content:
         config = load_checkpoint(path, "a detector's backbone")["config"]
         config = config.get("backbone", config)
-        if config.get("name") in DEPTHS and config.get("norm") in NORMS:
+        if isinstance(config.get("name"), str) and config.get("norm") in NORMS:
             return config
     if "layer3.0.conv1.weight" not in weights:
         raise UserError(f"{path}: expected a ResNet trunk (backbone.pt or a detector checkpoint), found {sorted(weights)[:3]}")
     blocks = sum(name.startswith("layer3.") and name.endswith(".conv1.weight") for name in weights)
-    name = "resnet50" if "layer3.0.conv3.weight" in weights else {2: "resnet18"}.get(blocks, "resnet34")
+    bottleneck = "layer3.0.conv3.weight" in weights
+    name = {(False, 2): "resnet18", (False, 6): "resnet34", (True, 6): "resnet50"}.get((bottleneck, blocks), "resnet101")
     return {"name": name, "norm": "frozen"}
 
 
@@ -137,17 +237,21 @@ def fill(backbone: Backbone, weights: dict[str, Tensor], source: str) -> None:
     load_weights(backbone, kept | {name: torch.tensor(0) for name in counts}, source)
 
 
-def imagenet_weights(name: str) -> dict[str, Tensor]:
-    """torchvision's ImageNet weights of the trunk, from its cache or its server.
+def build_pretrained(name: str, norm: str, dilation: bool, source: str) -> Backbone:
+    """A trunk with given weights.
+
+    Args:
+        name, norm, dilation: as for `Backbone`.
+        source: "hub", or a file: a ResNet's state dict, a detector's checkpoint (ours or published), or timm's own format.
 
     Raises:
-        UserError: no network and nothing in the cache.
+        UserError: weights that cannot be had, or of another architecture.
     """
-    url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url  # type: ignore[attr-defined]
-    try:
-        return trunk_weights(torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True))
-    except OSError as error:  # URLError and HTTPError are OSErrors
-        raise UserError(
-            f"ImageNet weights of {name}: cannot be fetched ({error}); fetch {url} elsewhere and give the file as weights=, "
-            "or train from scratch with pretrained=false norm=batch"
-        ) from None
+    if source == HUB:
+        return Backbone(name, norm, dilation, source)
+    weights = trunk_weights(read_weights(source, "weights of a trunk"))
+    backbone = Backbone(name, norm, dilation)
+    if name not in RESNETS and weights.keys() != backbone.state_dict().keys():
+        return Backbone(name, norm, dilation, source)
+    fill(backbone, weights, source)
+    return backbone

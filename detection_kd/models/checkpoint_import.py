@@ -1,21 +1,29 @@
-"""Names of published Deformable DETR weights -> ours, for transformer and heads.
+"""Whole detectors from elsewhere: the official layout and Hugging Face's -> our names, fitted to other categories and queries.
 
-The backbone is not renamed here: `backbone.load_backbone` takes the trunk of published checkpoints.
+Source: fundamentalvision/Deformable-DETR and transformers' `DeformableDetrForObjectDetection`, in the names of its releases 4
+and 5.
 """
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from common.checkpoint import load_weights, read_weights
+from common.errors import UserError
+from detection_kd.models.backbone import trunk_weights
+from detection_kd.models.deformable_detr import DeformableDETR
 
 HUGGINGFACE = (
     (r"^model\.input_proj\.", "input_proj."),
     (r"^model\.query_position_embeddings\.", "query_embed."),
     (r"^model\.(enc_output|enc_output_norm|pos_trans|pos_trans_norm)\.", r"transformer.proposals.\1."),
     (r"^model\.(level_embed|reference_points|encoder|decoder)", r"transformer.\1"),
-    (r"\.mlp\.fc([12])\.", r".linear\1."),
+    (r"(?:\.mlp)?\.fc([12])\.", r".linear\1."),
     (r"(encoder\.layers\.\d+)\.self_attn_layer_norm\.", r"\1.norm1."),
     (r"(encoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm2."),
     (r"\.encoder_attn\.", ".cross_attn."),
@@ -24,7 +32,62 @@ HUGGINGFACE = (
     (r"(decoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm3."),
     (r"\.o_proj\.", ".out_proj."),
 )
+FITTED = re.compile(r"^(transformer\.decoder\.)?class_embed\.|^label_embed\.")  # as wide as there are categories
 OFFICIAL = ((r"^transformer\.(enc_output|enc_output_norm|pos_trans|pos_trans_norm)\.", r"transformer.proposals.\1."),)
+
+
+def load_published(model: DeformableDETR, path: str | Path, categories: list[str]) -> list[str]:
+    """Fill a detector from a checkpoint of ours, of the official code or of Hugging Face, to train it further.
+
+    Class heads start afresh where the file's are of other categories; queries are cut, or new ones stay random.
+
+    Args:
+        model: detector of the same architecture.
+        path: `.pt`, `.pth`, `.bin` or `.safetensors`.
+        categories: class names of `model`.
+
+    Returns:
+        Names of the parameters that kept their initial values, in whole or in part.
+
+    Raises:
+        UserError: no detector, or one of another architecture.
+    """
+    content = read_weights(path, "a detector's weights")
+    weights = _our_names(content, path)
+    own = model.state_dict()
+    described = content["config"].get("categories", categories) if isinstance(content.get("config"), dict) else categories
+    fitted, fresh = {}, []
+    for name, value in own.items():
+        given = weights.pop(name, None)
+        if FITTED.search(name) and (given is None or given.shape != value.shape or described != categories):
+            fitted[name] = value
+            fresh.append(name)
+        elif name == "query_embed.weight" and given is not None and given.shape[1:] == value.shape[1:]:
+            fitted[name] = torch.cat((given[: len(value)], value[len(given) :]))
+            fresh += [name] * (len(given) < len(value))
+        elif name.endswith("num_batches_tracked"):
+            fitted[name] = torch.zeros_like(value)
+        elif given is not None:
+            fitted[name] = given
+    unknown = {name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
+    load_weights(model, fitted | unknown, str(path))
+    return fresh
+
+
+def _our_names(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
+    weights = content.get("model", content)
+    if any(name.startswith("model.decoder.") for name in weights):
+        renamed = from_huggingface(weights)
+    elif any(name.startswith("backbone.0.body.") for name in weights):
+        renamed = from_official(weights)
+    elif any(name.startswith("transformer.decoder.") for name in weights):
+        return dict(weights)
+    else:
+        raise UserError(
+            f"{path}: expected a Deformable DETR (ours, official or Hugging Face's names), found {sorted(weights)[:3]}; "
+            "a backbone alone goes to weights="
+        )
+    return renamed | {f"backbone.{name}": value for name, value in trunk_weights(content).items()}
 
 
 def from_huggingface(weights: dict[str, Tensor]) -> dict[str, Tensor]:

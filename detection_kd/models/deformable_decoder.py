@@ -7,7 +7,7 @@ returns the boxes of every layer itself, instead of computing them once for the 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from detection_kd.models.deformable_encoder import FeedForward, Pyramid
@@ -32,10 +32,11 @@ class DecoderLayer(FeedForward):
         reference: Float[Tensor, "b q levels coords"],
         memory: Float[Tensor, "b s d"],
         pyramid: Pyramid,
+        blocked: Bool[Tensor, "q q"] | None = None,
     ) -> Float[Tensor, "b q d"]:
         """One layer over the queries `x`; norm2 comes before norm1, as in the published weights."""
         q = x + query_position
-        x = self.norm2(x + self.dropout(self.self_attn(q, q, x, need_weights=False)[0]))
+        x = self.norm2(x + self.dropout(self.self_attn(q, q, x, need_weights=False, attn_mask=blocked)[0]))
         attended = self.cross_attn(x + query_position, reference, memory, pyramid.shapes, pyramid.padding)
         return self.norm3(self.feed_forward(self.norm1(x + self.dropout(attended))))
 
@@ -56,6 +57,7 @@ class Decoder(nn.Module):
         memory: Float[Tensor, "b s d"],
         pyramid: Pyramid,
         box_heads: nn.ModuleList,
+        blocked: Bool[Tensor, "q q"] | None = None,
     ) -> tuple[Float[Tensor, "layers b q d"], Float[Tensor, "layers b q 4"]]:
         """Queries and boxes after every layer.
 
@@ -66,6 +68,7 @@ class Decoder(nn.Module):
             memory: the encoder's cells.
             pyramid: shapes, padding and valid ratios of `memory`.
             box_heads: one module (B, Q, D) -> (B, Q, 4) per layer.
+            blocked: True where a query does not see another one; None: all see all.
 
         Returns:
             Queries, and boxes (cx, cy, w, h) in [0, 1].
@@ -73,7 +76,7 @@ class Decoder(nn.Module):
         hidden, boxes = [], []
         for layer, head in zip(self.layers, box_heads, strict=True):
             ratios = pyramid.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)  # (B, levels, coords)
-            x = layer(x, query_position, reference[:, :, None] * ratios[:, None], memory, pyramid)
+            x = layer(x, query_position, reference[:, :, None] * ratios[:, None], memory, pyramid, blocked)
             box = shift_reference(head(x), reference)
             if self.box_refine:
                 reference = box.detach()

@@ -2,7 +2,7 @@
 
 Source: Deformable DETR (Zhu et al., ICLR 2021, arXiv:2010.04159). Parameter names are those of the published checkpoints
 (`backbone.` is ours, see `checkpoint_import`). Differences:
-- fewer levels are allowed (the coarsest stages are kept), and any ResNet of `backbone.py`;
+- fewer levels are allowed (the coarsest stages are kept), and any trunk of `backbone.py`;
 - heads run in full precision under autocast, because a bfloat16 box is off by 0.4 % of the image;
 - outputs are stacked over decoder layers, and none is optional: the auxiliary losses are part of the method.
 """
@@ -22,6 +22,7 @@ from common.checkpoint import load_checkpoint, load_weights
 from common.errors import UserError
 from detection_kd.models.backbone import Backbone
 from detection_kd.models.deformable_transformer import Architecture, DeformableTransformer, Detections
+from detection_kd.models.denoising import noised_targets
 
 PRIOR = 0.01  # initial probability of every class (RetinaNet, section 4.1)
 
@@ -81,7 +82,8 @@ class DeformableDETR(nn.Module):
         self.architecture = a
         self.transformer = DeformableTransformer(a)
         self.input_proj = nn.ModuleList(_projections(backbone.channels, a.levels, a.hidden_dim))
-        self.query_embed = None if a.two_stage else nn.Embedding(a.queries, 2 * a.hidden_dim)
+        self.query_embed = _query_embedding(a)
+        self.label_embed = nn.Embedding(classes, a.hidden_dim) if a.denoising else None
         if a.box_refine:  # own heads per layer; only the first one starts small, the others refine
             heads = a.decoder_layers + a.two_stage
             sizes = [0.0 if a.two_stage or layer else -2.0 for layer in range(heads)]
@@ -91,17 +93,27 @@ class DeformableDETR(nn.Module):
             self.class_embed = nn.ModuleList([ClassHead(a.hidden_dim, classes)] * a.decoder_layers)
             self.bbox_embed = nn.ModuleList([BoxHead(a.hidden_dim, -2.0)] * a.decoder_layers)
 
-    def forward(self, images: Float[Tensor, "b 3 h w"], padding: Bool[Tensor, "b h w"]) -> Detections:
+    def forward(
+        self,
+        images: Float[Tensor, "b 3 h w"],
+        padding: Bool[Tensor, "b h w"],
+        annotated: tuple[list[Tensor], list[Tensor]] | None = None,
+    ) -> Detections:
         """Predictions of every decoder layer.
 
         Args:
             images: normalised, padded to one size on the right and at the bottom.
             padding: True where a pixel is padding.
+            annotated: labels and boxes of each image, for denoising in training.
         """
+        noised = None
+        if self.training and self.label_embed is not None:
+            assert annotated is not None, "denoising needs the annotations"
+            noised = noised_targets(*annotated, self.label_embed.num_embeddings, self.architecture.denoising)
         features = self.backbone(images)
         pyramid = self.transformer.pyramid(self.project(features), padding)
         queries = None if self.query_embed is None else self.query_embed.weight
-        return self.transformer(pyramid, queries, self.class_embed, self.bbox_embed)
+        return self.transformer(pyramid, queries, self.class_embed, self.bbox_embed, noised, self.label_embed)
 
     def project(self, features: list[Float[Tensor, "b _c _h _w"]]) -> list[Float[Tensor, "b d _h2 _w2"]]:
         """The coarsest maps in D channels, and one of stride 64 px when there are four levels."""
@@ -124,6 +136,21 @@ def _check(a: Architecture) -> None:
         )
     if a.two_stage and not a.box_refine:
         raise UserError("two_stage=true: expected box_refine=true with it, found box_refine=false")
+    if a.mixed_selection and not a.two_stage:
+        raise UserError("mixed_selection=true: expected two_stage=true with it, found two_stage=false")
+    if a.groups < 1 or a.denoising < 0:
+        raise UserError(f"groups={a.groups}, denoising={a.denoising}: expected at least 1 and 0")
+    if a.groups > 1 and a.two_stage and not a.mixed_selection:
+        raise UserError(f"groups={a.groups} with two_stage=true: all groups would be the same; set mixed_selection=true")
+    if a.denoising and not a.two_stage:
+        raise UserError(f"denoising={a.denoising}: expected two_stage=true with it, found two_stage=false")
+
+
+def _query_embedding(a: Architecture) -> nn.Embedding | None:
+    """Learned queries: position and content, content alone with mixed selection, none with plain two-stage."""
+    if a.two_stage and not a.mixed_selection:
+        return None
+    return nn.Embedding(a.groups * a.queries, a.hidden_dim if a.mixed_selection else 2 * a.hidden_dim)
 
 
 def _projections(channels: tuple[int, ...], levels: int, dim: int) -> list[nn.Module]:
@@ -151,7 +178,7 @@ def describe_detector(model: DeformableDETR, categories: list[str]) -> dict[str,
 
 def build_detector(description: dict[str, Any]) -> DeformableDETR:
     """A detector with fresh weights from its description."""
-    backbone = Backbone(description["backbone"]["name"], description["backbone"]["norm"])
+    backbone = Backbone.from_description(description["backbone"])
     return DeformableDETR(backbone, len(description["categories"]), Architecture(**description["architecture"]))
 
 

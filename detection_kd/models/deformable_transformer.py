@@ -1,8 +1,9 @@
 """Deformable transformer: feature pyramid -> encoder -> object queries -> decoder.
 
-Source: Deformable DETR (arXiv:2010.04159), figure 2 and appendix A.4. Parameter names are those of the published
-checkpoints but for the two-stage layers, which sit in `proposals`. Differences: no encoder layer and a single level are
-allowed; queries come from learned embeddings or, with `two_stage`, from the encoder's cells.
+Source: Deformable DETR (arXiv:2010.04159), figure 2 and appendix A.4; groups of queries in training from Group DETR (Chen et
+al., ICCV 2023, arXiv:2207.13085). Parameter names are those of the published checkpoints but for the two-stage layers, which
+sit in `proposals`. Differences: no encoder layer and a single level are allowed; queries come from learned embeddings or,
+with `two_stage`, from the encoder's cells.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from common.config import key
 from detection_kd.models.deformable_decoder import Decoder, DecoderLayer
 from detection_kd.models.deformable_encoder import Encoder, EncoderLayer, Pyramid
+from detection_kd.models.denoising import NoisedTargets
 from detection_kd.models.ms_deform_attn import MSDeformAttn
 from detection_kd.models.position_encoding import sine_position_encoding
 from detection_kd.models.proposals import ProposalHead
@@ -37,6 +39,9 @@ class Architecture:
     dropout: float = key(0.1, "dropout of the transformer")
     box_refine: bool = key(False, "each decoder layer starts from the box of the layer before")
     two_stage: bool = key(False, "queries come from the encoder's best proposals; needs box_refine")
+    mixed_selection: bool = key(False, "proposals place the queries, their contents are learned (DINO); needs two_stage")
+    groups: int = key(1, "groups of queries in training, each matched on its own (Group DETR); 1: off; inference keeps one")
+    denoising: int = key(0, "noised copies of an image's boxes as extra training queries (DINO: 100); 0: off; needs two_stage")
 
 
 @dataclass
@@ -44,16 +49,35 @@ class Detections:
     """Raw predictions; boxes are (cx, cy, w, h) as fractions of the unpadded image.
 
     Attributes:
-        logits: (decoder layers, B, Q, classes).
+        logits: (decoder layers, B, Q, classes); in training Q counts the queries of all groups.
         boxes: (decoder layers, B, Q, 4).
         proposal_logits: (B, S, classes) of the first stage, or None.
         proposal_boxes: (B, S, 4) of the first stage, or None.
+        denoised: predictions (as the first two) for noised annotations, and those, or None.
+        groups: groups of queries.
     """
 
     logits: Float[Tensor, "layers b q classes"]
     boxes: Float[Tensor, "layers b q 4"]
     proposal_logits: Float[Tensor, "b s classes"] | None = None
     proposal_boxes: Float[Tensor, "b s 4"] | None = None
+    denoised: tuple[Tensor, Tensor, NoisedTargets] | None = None
+    groups: int = 1
+
+
+@dataclass
+class Queries:
+    """What the decoder starts from.
+
+    Attributes:
+        content: (B, Q, D).
+        position: (B, Q, D) positional encodings.
+        reference: (B, Q, 2 or 4).
+    """
+
+    content: Float[Tensor, "b q d"]
+    position: Float[Tensor, "b q d"]
+    reference: Float[Tensor, "b q coords"]
 
 
 class DeformableTransformer(nn.Module):
@@ -61,13 +85,14 @@ class DeformableTransformer(nn.Module):
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
+        self.groups = a.groups
         shape = (a.hidden_dim, a.heads, a.levels, a.points, a.feedforward_dim, a.dropout)
         self.encoder = Encoder([EncoderLayer(*shape) for _ in range(a.encoder_layers)])
         self.decoder = Decoder([DecoderLayer(*shape) for _ in range(a.decoder_layers)], a.box_refine)
         if a.encoder_layers:  # without an encoder nothing reads positions of cells
             self.level_embed = nn.Parameter(torch.empty(a.levels, a.hidden_dim))
         if a.two_stage:
-            self.proposals = ProposalHead(a.hidden_dim, a.queries)
+            self.proposals = ProposalHead(a.hidden_dim, a.queries, a.mixed_selection)
         else:
             self.reference_points = nn.Linear(a.hidden_dim, 2)
         self.reset_parameters()
@@ -109,29 +134,85 @@ class DeformableTransformer(nn.Module):
     def forward(
         self,
         pyramid: Pyramid,
-        query_embed: Float[Tensor, "q two_d"] | None,
+        query_embed: Float[Tensor, "q _width"] | None,
         class_heads: nn.ModuleList,
         box_heads: nn.ModuleList,
+        noised: NoisedTargets | None = None,
+        label_embed: nn.Embedding | None = None,
     ) -> Detections:
         """Predictions of every decoder layer.
 
         Args:
             pyramid: from `pyramid`.
-            query_embed: learned positions and contents of the queries; None with `two_stage`.
+            query_embed: learned positions and contents of the queries (Q, 2 D); contents alone (Q, D) with mixed selection;
+                None with `two_stage` without it. Q counts the queries of all groups.
             class_heads: one per decoder layer, and with `two_stage` one more for the encoder's cells.
             box_heads: likewise.
+            noised: annotations as extra queries, with `label_embed`, the content of each class.
         """
         memory = self.encoder(pyramid)
-        layers = len(self.decoder.layers)
+        layers, groups = len(self.decoder.layers), self.groups if self.training else 1
         proposal_logits = proposal_boxes = None
-        if query_embed is None:
+        if hasattr(self, "proposals"):
             proposal_logits, box_logits = self.proposals.score(memory, pyramid, class_heads[layers], box_heads[layers])
-            query, query_position, reference = self.proposals.select(proposal_logits, box_logits)
+            queries = self.from_proposals(self.proposals.select(proposal_logits, box_logits), query_embed, groups)
             proposal_boxes = box_logits.sigmoid()
         else:
-            query_position, query = query_embed.expand(memory.shape[0], -1, -1).chunk(2, dim=-1)
-            with torch.autocast(memory.device.type, enabled=False):
-                reference = self.reference_points(query_position).sigmoid()
-        hidden, boxes = self.decoder(query, query_position, reference, memory, pyramid, box_heads[:layers])
+            assert query_embed is not None
+            queries = self.learned(query_embed, memory, groups)
+        sizes = [queries.content.shape[1] // groups] * groups
+        if noised is not None:
+            assert label_embed is not None
+            queries = self.with_noised(queries, noised, label_embed)
+            sizes = [noised.group_size] * noised.groups + sizes
+        hidden, boxes = self.decoder(
+            queries.content,
+            queries.position,
+            queries.reference,
+            memory,
+            pyramid,
+            box_heads[:layers],
+            apart(sizes, memory.device),
+        )
         logits = torch.stack([head(x) for head, x in zip(class_heads, hidden, strict=False)])
-        return Detections(logits, boxes, proposal_logits, proposal_boxes)
+        if noised is None:
+            return Detections(logits, boxes, proposal_logits, proposal_boxes, None, groups)
+        count = noised.labels.shape[1]
+        denoised = logits[:, :, :count], boxes[:, :, :count], noised
+        return Detections(logits[:, :, count:], boxes[:, :, count:], proposal_logits, proposal_boxes, denoised, groups)
+
+    def learned(self, query_embed: Float[Tensor, "q two_d"], memory: Float[Tensor, "b s d"], groups: int) -> Queries:
+        """Queries from embeddings of position and content."""
+        used = query_embed[: len(query_embed) // self.groups * groups]
+        position, content = used.expand(memory.shape[0], -1, -1).chunk(2, dim=-1)
+        with torch.autocast(memory.device.type, enabled=False):
+            return Queries(content, position, self.reference_points(position).sigmoid())
+
+    def from_proposals(
+        self, reference: Float[Tensor, "b q 4"], query_embed: Float[Tensor, "all_q d"] | None, groups: int
+    ) -> Queries:
+        """Queries at the proposals; with learned contents every group gets the same positions."""
+        if query_embed is None:
+            position, content = self.proposals.encode(reference).chunk(2, dim=-1)
+            return Queries(content, position, reference)
+        kept = reference.shape[1]
+        rows = query_embed.view(self.groups, -1, query_embed.shape[-1])[:groups, :kept].flatten(0, 1)  # (groups * Q, D)
+        position = self.proposals.encode(reference).repeat(1, groups, 1)
+        return Queries(rows.expand(len(reference), -1, -1), position, reference.repeat(1, groups, 1))
+
+    def with_noised(self, queries: Queries, noised: NoisedTargets, label_embed: nn.Embedding) -> Queries:
+        """The noised annotations before the queries."""
+        position = self.proposals.encode(noised.boxes.to(queries.reference.dtype))[..., : queries.position.shape[-1]]
+        return Queries(
+            torch.cat((label_embed(noised.labels).to(queries.content.dtype), queries.content), 1),
+            torch.cat((position, queries.position), 1),
+            torch.cat((noised.boxes.to(queries.reference.dtype), queries.reference), 1),
+        )
+
+
+def apart(sizes: list[int], device: torch.device) -> Bool[Tensor, "q q"] | None:
+    """Self-attention mask of blocks that do not see each other, True where attention is blocked; None for a single block."""
+    if len(sizes) == 1:
+        return None
+    block = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
+    return block[:, None] != block[None, :]

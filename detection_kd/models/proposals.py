@@ -1,6 +1,7 @@
 """Two-stage queries: every encoder cell proposes a box, the best proposals become the decoder's references.
 
-Source: Deformable DETR (arXiv:2010.04159), appendix A.4 (two-stage Deformable DETR).
+Source: Deformable DETR (arXiv:2010.04159), appendix A.4 (two-stage Deformable DETR); mixed query selection of DINO
+(arXiv:2203.03605, section 3.4): positions from the proposals, contents learned.
 """
 
 from __future__ import annotations
@@ -23,15 +24,17 @@ class ProposalHead(nn.Module):
     Args:
         dim: channels.
         queries: proposals to keep; fewer cells than that give fewer queries.
+        mixed: give positions only, because contents are learned.
     """
 
-    def __init__(self, dim: int, queries: int) -> None:
+    def __init__(self, dim: int, queries: int, mixed: bool = False) -> None:
         super().__init__()
-        self.queries = queries
+        self.queries, self.dim = queries, dim
         self.enc_output = nn.Linear(dim, dim)
         self.enc_output_norm = nn.LayerNorm(dim)
-        self.pos_trans = nn.Linear(2 * dim, 2 * dim)
-        self.pos_trans_norm = nn.LayerNorm(2 * dim)
+        width = dim if mixed else 2 * dim
+        self.pos_trans = nn.Linear(2 * dim, width)
+        self.pos_trans_norm = nn.LayerNorm(width)
 
     def score(
         self, memory: Float[Tensor, "b s d"], pyramid: Pyramid, class_head: nn.Module, box_head: nn.Module
@@ -41,19 +44,18 @@ class ProposalHead(nn.Module):
         cells = self.enc_output_norm(self.enc_output(memory.masked_fill(~usable, 0.0)))
         return class_head(cells), box_head(cells).to(proposals.dtype) + proposals
 
-    def select(
-        self, logits: Float[Tensor, "b s classes"], box_logits: Float[Tensor, "b s 4"]
-    ) -> tuple[Float[Tensor, "b q d"], Float[Tensor, "b q d"], Float[Tensor, "b q 4"]]:
-        """Queries, their positional encodings and their references, from the cells with the best first logit.
+    def select(self, logits: Float[Tensor, "b s classes"], box_logits: Float[Tensor, "b s 4"]) -> Float[Tensor, "b q 4"]:
+        """References: the boxes of the cells with the best first logit.
 
         The first class alone ranks: in the first stage it stands for "any object".
         """
         best = logits[..., 0].topk(min(self.queries, logits.shape[1]), dim=1).indices  # (B, Q)
-        chosen = box_logits.gather(1, best[..., None].expand(-1, -1, 4)).detach()  # (B, Q, 4)
-        reference = chosen.sigmoid()
-        encoded = sine(reference * 2 * math.pi, self.pos_trans.in_features // 4).flatten(-2)  # (B, Q, 2 D)
-        query_position, query = self.pos_trans_norm(self.pos_trans(encoded)).chunk(2, dim=-1)
-        return query, query_position, reference
+        return box_logits.gather(1, best[..., None].expand(-1, -1, 4)).detach().sigmoid()
+
+    def encode(self, reference: Float[Tensor, "b q 4"]) -> Float[Tensor, "b q _width"]:
+        """Positional encodings of boxes (B, Q, D), and beside them contents (B, Q, 2 D) unless those are learned."""
+        encoded = sine(reference * 2 * math.pi, self.dim // 2).flatten(-2)  # (B, Q, 2 D)
+        return self.pos_trans_norm(self.pos_trans(encoded))
 
 
 def base_proposals(pyramid: Pyramid) -> tuple[Float[Tensor, "b s 4"], Bool[Tensor, "b s 1"]]:

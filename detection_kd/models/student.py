@@ -31,8 +31,7 @@ class Student(nn.Module):
     def __init__(self, backbone: Backbone, needle: int, adapter: str, dim: int, input_scale: float = 1.0) -> None:
         super().__init__()
         self.backbone = backbone.requires_grad_(False)
-        for unused in ("layer2", "layer3", "layer4")[needle + 1 :]:
-            setattr(self.backbone, unused, nn.Identity())
+        self.backbone.truncate(needle)
         self.needle = needle
         self.input_scale = input_scale
         self.adapter = Adapter(adapter, backbone.channels[needle], dim)
@@ -91,7 +90,7 @@ def load_student(path: str | Path) -> tuple[Student, dict[str, Any]]:
     config = content["config"].get("student")
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a D2VFM checkpoint (config.student), found keys {sorted(content['config'])[:6]}")
-    backbone = Backbone(config["backbone"]["name"], config["backbone"]["norm"])
+    backbone = Backbone.from_description(config["backbone"])
     student = Student(backbone, config["needle"], config["adapter"], config["dim"], config["input_scale"])
     load_weights(student, content["model"], str(path))
     return student.eval(), config

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from common.checkpoint import load_tensors, load_weights
+from common.checkpoint import load_weights, read_weights
 from common.errors import UserError
 from patch_encoder.models.encoder_table import EncoderRow
 
@@ -103,8 +103,8 @@ def load_backbone_weights(network: nn.Module, row: EncoderRow, path: Path) -> No
         UserError: no file, several files, or weights of another architecture.
     """
     file = _weights_file(path)
-    weights = _read_weights(file)
-    weights = weights.get("model", weights.get("state_dict", weights)) if isinstance(weights, dict) else weights
+    weights = read_weights(file, "a weights file")
+    weights = weights.get("model", weights.get("state_dict", weights))
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{file}: expected a state dict of tensors for '{row.model}', found {type(weights).__name__}")
     load_weights(network, _renamed(weights, network), str(file))
@@ -121,18 +121,6 @@ def _weights_file(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"weights={path}: expected a weights file, found none")
     return path
-
-
-def _read_weights(file: Path) -> dict[str, Tensor]:
-    if file.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(file)
-        except SafetensorError as error:
-            raise UserError(f"{file}: expected a safetensors file, cannot be read: {error}") from None
-    return load_tensors(file, "a weights file")
 
 
 def _renamed(weights: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:

@@ -12,7 +12,16 @@ from detection_kd.losses import matcher
 from detection_kd.losses.boxes import cxcywh_to_xyxy, generalized_iou, pairwise_generalized_iou, xyxy_to_cxcywh
 from detection_kd.losses.focal import focal_loss
 from detection_kd.losses.matcher import match, matching_cost
-from detection_kd.losses.set_criterion import Targets, detection_losses, layer_losses, proposal_losses, weighted_sum
+from detection_kd.losses.set_criterion import (
+    Targets,
+    denoising_losses,
+    detection_losses,
+    layer_losses,
+    match_groups,
+    match_proposals,
+    proposal_losses,
+    weighted_sum,
+)
 
 
 def random_boxes(count: int, seed: int = 0) -> torch.Tensor:
@@ -110,6 +119,13 @@ def one_image() -> tuple[torch.Tensor, torch.Tensor, Targets]:
     return logits, boxes, Targets([torch.tensor([1])], [torch.tensor([[0.6, 0.5, 0.2, 0.4]])])
 
 
+def matched_losses(
+    logits: torch.Tensor, boxes: torch.Tensor, targets: Targets, num_boxes: float, groups: int = 1
+) -> dict[str, torch.Tensor]:
+    """Matching and losses of all layers."""
+    return detection_losses(logits, boxes, match_groups(logits, boxes, targets, groups), targets, num_boxes)
+
+
 def test_every_term_by_hand() -> None:
     logits, boxes, targets = one_image()
     terms = layer_losses(logits, boxes, [(torch.tensor([1]), torch.tensor([0]))], targets, num_boxes=2.0)
@@ -122,10 +138,10 @@ def test_every_term_by_hand() -> None:
 
 def test_every_decoder_layer_counts_with_its_weight() -> None:
     logits, boxes, targets = one_image()
-    terms = detection_losses(torch.stack((logits + 1, logits)), torch.stack((boxes - 0.05, boxes)), targets, 1.0)
+    terms = matched_losses(torch.stack((logits + 1, logits)), torch.stack((boxes - 0.05, boxes)), targets, 1.0)
     assert set(terms) == {"class", "box", "giou", "class_0", "box_0", "giou_0"}
     assert terms["class"] != terms["class_0"] and terms["box"] != terms["box_0"]
-    only_last = detection_losses(logits[None], boxes[None], targets, 1.0)
+    only_last = matched_losses(logits[None], boxes[None], targets, 1.0)
     assert all(terms[name] == only_last[name] for name in only_last)
     expected = sum({"class": 2, "box": 5, "giou": 2}[name.split("_")[0]] * value for name, value in terms.items())
     torch.testing.assert_close(weighted_sum(terms), expected)
@@ -133,13 +149,13 @@ def test_every_decoder_layer_counts_with_its_weight() -> None:
 
 def test_proposals_count_every_class_as_the_first() -> None:
     logits, boxes, targets = one_image()
-    terms = proposal_losses(logits, boxes, targets, 1.0)
+    terms = proposal_losses(logits, boxes, match_proposals(logits, boxes, targets), targets, 1.0)
     as_first = Targets([torch.tensor([0])], targets.boxes)
-    expected = detection_losses(logits[None], boxes[None], as_first, 1.0)
+    expected = matched_losses(logits[None], boxes[None], as_first, 1.0)
     assert {name: value.item() for name, value in terms.items()} == {
         f"{name}_enc": value.item() for name, value in expected.items()
     }
-    assert terms["class_enc"] != detection_losses(logits[None], boxes[None], targets, 1.0)["class"]
+    assert terms["class_enc"] != matched_losses(logits[None], boxes[None], targets, 1.0)["class"]
 
 
 def test_batch_equals_its_images_one_by_one() -> None:
@@ -147,12 +163,10 @@ def test_batch_equals_its_images_one_by_one() -> None:
     logits, boxes = torch.randn(1, 3, 6, 2), random_boxes(18).view(1, 3, 6, 4)
     labels = [torch.tensor([0, 1]), torch.zeros(0, dtype=torch.int64), torch.tensor([1])]
     targets = [random_boxes(2, 3), torch.zeros(0, 4), random_boxes(1, 4)]
-    together = detection_losses(logits, boxes, Targets(labels, targets), 3.0)
+    together = matched_losses(logits, boxes, Targets(labels, targets), 3.0)
     for name, value in together.items():
         alone = [
-            detection_losses(logits[:, i : i + 1], boxes[:, i : i + 1], Targets(labels[i : i + 1], targets[i : i + 1]), 3.0)[
-                name
-            ]
+            matched_losses(logits[:, i : i + 1], boxes[:, i : i + 1], Targets(labels[i : i + 1], targets[i : i + 1]), 3.0)[name]
             for i in range(3)
         ]
         torch.testing.assert_close(value, torch.stack(alone).sum())
@@ -161,7 +175,38 @@ def test_batch_equals_its_images_one_by_one() -> None:
 def test_images_without_boxes_still_reach_every_output() -> None:
     logits, boxes = torch.randn(1, 2, 4, 2, requires_grad=True), torch.rand(1, 2, 4, 4, requires_grad=True)
     nothing = Targets([torch.zeros(0, dtype=torch.int64)] * 2, [torch.zeros(0, 4)] * 2)
-    terms = detection_losses(logits, boxes, nothing, 1.0)
+    terms = matched_losses(logits, boxes, nothing, 1.0)
     weighted_sum(terms).backward()
     assert terms["class"] > 0 and terms["box"] == 0 and terms["giou"] == 0
     assert boxes.grad is not None and not boxes.grad.any()  # a gradient of zeros, which DDP waits for
+
+
+def test_groups_are_matched_apart_and_averaged() -> None:
+    torch.manual_seed(2)
+    logits, boxes = torch.randn(2, 2, 12, 2), random_boxes(48).view(2, 2, 12, 4)
+    targets = Targets([torch.tensor([0, 1]), torch.tensor([1])], [random_boxes(2, 3), random_boxes(1, 4)])
+    together = matched_losses(logits, boxes, targets, 3.0, groups=3)
+    parts = [matched_losses(logits[:, :, i : i + 4], boxes[:, :, i : i + 4], targets, 3.0) for i in (0, 4, 8)]
+    assert together.keys() == parts[0].keys()
+    for name, value in together.items():
+        torch.testing.assert_close(value, torch.stack([part[name] for part in parts]).mean())
+    assert together["box"] != matched_losses(logits, boxes, targets, 3.0)["box"]
+
+
+def test_denoising_positives_find_their_box_and_padding_counts_nowhere() -> None:
+    torch.manual_seed(3)
+    logits, boxes = torch.randn(2, 2, 4, 2), random_boxes(16).view(2, 2, 4, 4)
+    targets = Targets([torch.tensor([1, 0]), torch.tensor([1])], [random_boxes(2, 5), random_boxes(1, 6)])
+    counted = torch.tensor([[True, True, True, True], [True, False, True, False]])  # positives 0 and 1, negatives 2 and 3
+    matches = [(torch.tensor([0, 1]), torch.tensor([0, 1])), (torch.tensor([0]), torch.tensor([0]))]
+    terms = denoising_losses(logits, boxes, matches, counted, targets, 3.0)
+    assert set(terms) == {"class_dn", "box_dn", "giou_dn", "class_dn_0", "box_dn_0", "giou_dn_0"}
+    classes = torch.zeros(2, 4, 2)
+    classes[0, 0, 1] = classes[0, 1, 0] = classes[1, 0, 1] = 1
+    for layer, suffix in ((0, "_0"), (1, "")):
+        expected = sigmoid_focal_loss(logits[layer], classes)[counted].sum() / 3
+        torch.testing.assert_close(terms["class_dn" + suffix], expected)
+        distance = (boxes[layer, 0, :2] - targets.boxes[0]).abs().sum() + (boxes[layer, 1, 0] - targets.boxes[1][0]).abs().sum()
+        torch.testing.assert_close(terms["box_dn" + suffix], distance / 3)
+    total = sum({"class": 2, "box": 5, "giou": 2}[name.split("_")[0]] * value for name, value in terms.items())
+    torch.testing.assert_close(weighted_sum(terms), total)

@@ -67,7 +67,10 @@ def arguments(inputs: list[str], output: Path, *changes: str) -> list[str]:
 
 def metrics(output: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "train_seconds"} for line in lines]
+    return [
+        {name: value for name, value in line.items() if name != "train_seconds" and not name.startswith("time/")}
+        for line in lines
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +158,70 @@ def run_two_processes(arguments: list[str], root: Path) -> None:
         assert process.returncode == 0, errors
 
 
+def test_accumulated_parts_equal_the_whole_batch(inputs: list[str], tmp_path: Path) -> None:
+    changes = ("architecture.dropout=0", "architecture.box_refine=true", "architecture.two_stage=true", "epochs=1")
+    for parts in (1, 2, 4):
+        assert run(main, Config, arguments(inputs, tmp_path / str(parts), *changes, f"accumulate={parts}")) == 0
+    whole, *others = (metrics(tmp_path / str(parts)) for parts in (1, 2, 4))
+    for split in others:
+        assert len(split) == len(whole) == 3
+        for name in ("loss", "class", "box", "giou", "class_enc", "gradient_norm"):
+            assert split[0][name] == pytest.approx(whole[0][name], rel=1e-4), name
+        assert split[1]["loss"] == pytest.approx(whole[1]["loss"], rel=1e-2)
+    assert run(main, Config, arguments(inputs, tmp_path / "bad", "accumulate=3")) == 2
+
+
+def test_every_switch_trains_and_its_detector_comes_back(inputs: list[str], tmp_path: Path) -> None:
+    two_stage = ("architecture.box_refine=true", "architecture.two_stage=true")
+    cases = {
+        "groups": ("architecture.groups=2",),
+        "mixed": (*two_stage, "architecture.mixed_selection=true", "architecture.groups=3", "architecture.denoising=6"),
+        "bf16": ("precision=bf16", *two_stage, "architecture.denoising=4"),
+        "dilation": ("dilation=true", "layer_decay=0.8", "architecture.queries=320", "max_detections=310"),
+    }
+    for name, changes in cases.items():
+        assert run(main, Config, arguments(inputs, tmp_path / name, "epochs=1", *changes)) == 0, name
+        lines = metrics(tmp_path / name)
+        assert all(math.isfinite(value) for line in lines for value in line.values())
+        assert ("class_dn" in lines[0]) is any("denoising" in change for change in changes)
+        model, _ = load_detector(tmp_path / name / "checkpoint_best.pt")
+        found = model.eval()(torch.randn(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.bool))
+        assert found.logits.shape[2] == (320 if name == "dilation" else 5) and found.denoised is None
+
+
+def test_times_of_every_part_are_logged(finished: Path) -> None:
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    parts = {"time/data", "time/forward", "time/matching", "time/loss", "time/backward", "time/step"}
+    for line in lines:
+        assert parts | {"time/images_per_second", "time/data_share"} <= line.keys()
+        total = sum(line[part] for part in parts)
+        assert line["time/images_per_second"] == pytest.approx(4 / total)
+        assert line["time/data_share"] == pytest.approx(line["time/data"] / total)
+
+
+def test_training_goes_on_from_a_whole_detector(finished: Path, inputs: list[str], tmp_path: Path) -> None:
+    source = finished / "checkpoint_best.pt"
+    given = torch.load(source, weights_only=True)["model"]
+    config = config_of(inputs, tmp_path, f"detector={source}", "architecture.queries=8", "freeze=3")
+    model = build_model(config, 1)
+    before = model.query_embed.weight[5:].clone()
+    load_initial_weights(model, config, ["lesion"])
+    own = model.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in given.items() if name != "query_embed.weight")
+    assert torch.equal(own["query_embed.weight"][:5], given["query_embed.weight"])
+    assert torch.equal(own["query_embed.weight"][5:], before)
+    assert not model.backbone.layer2[0].conv1.weight.requires_grad and model.backbone.layer3[0].conv1.weight.requires_grad
+    other = build_model(config, 2)
+    heads = {name: value.clone() for name, value in other.state_dict().items() if name.startswith("class_embed")}
+    load_initial_weights(other, config, ["normal", "lesion"])
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in heads.items())
+    assert run(main, Config, arguments(inputs, tmp_path / "on", f"detector={source}", "epochs=1")) == 0
+    both = (f"detector={source}", f"weights={source}")
+    assert run(main, Config, arguments(inputs, tmp_path / "both", *both)) == 2
+    assert run(main, Config, arguments(inputs, tmp_path / "width", both[0], "architecture.feedforward_dim=48")) == 2
+    assert run(main, Config, arguments(inputs, tmp_path / "freeze", both[0], "freeze=6")) == 2
+
+
 def test_two_processes_equal_one(inputs: list[str], tmp_path: Path, root: Path) -> None:
     changes = ("architecture.dropout=0", "architecture.box_refine=true", "architecture.two_stage=true", "epochs=1")
     assert main(load_config(Config, arguments(inputs, tmp_path / "one", *changes))) == 0
@@ -170,6 +237,13 @@ def test_two_processes_equal_one(inputs: list[str], tmp_path: Path, root: Path) 
     assert two[0]["gradient_norm"] == pytest.approx(one[0]["gradient_norm"], rel=1e-3)
 
 
+def loss_of(detections: Detections, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss as a step computes it."""
+    return engine.batch_loss(
+        detections, batch, engine.match_batch(detections, batch), engine.count_boxes([batch], torch.device("cpu"))
+    )
+
+
 def test_steps_lower_the_loss(inputs: list[str], tmp_path: Path) -> None:
     config = config_of(inputs, tmp_path, "architecture.box_refine=true", "architecture.two_stage=true")
     world = World(0, 1, torch.device("cpu"))
@@ -179,7 +253,7 @@ def test_steps_lower_the_loss(inputs: list[str], tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(engine.parameter_groups(model, 1e-3, 1e-3))
     losses = []
     for _ in range(12):
-        loss, _ = engine.batch_loss(model(batch.images, batch.padding), batch)
+        loss, _ = loss_of(model(batch.images, batch.padding), batch)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -198,7 +272,7 @@ def test_loss_that_is_no_number_names_images_and_terms() -> None:
 def test_diverged_network_stops_with_that_error(
     inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def diverged(model: nn.Module, images: torch.Tensor, padding: torch.Tensor) -> Detections:
+    def diverged(model: nn.Module, images: torch.Tensor, padding: torch.Tensor, annotated: object) -> Detections:
         shape = (2, len(images), 5)
         return Detections(torch.full((*shape, 1), float("nan")), torch.rand(*shape, 4))
 
@@ -227,29 +301,34 @@ def test_settings_that_cannot_work_are_user_errors(inputs: list[str], tmp_path: 
         build_model(config_of(inputs, tmp_path, "norm=frozen"), 1)
     torch.save(Backbone("resnet34", "batch").state_dict(), tmp_path / "resnet34.pt")
     with pytest.raises(UserError, match="weights of another architecture"):
-        load_initial_weights(Backbone("resnet18", "frozen"), config_of(inputs, tmp_path, f"weights={tmp_path / 'resnet34.pt'}"))
+        config = config_of(inputs, tmp_path, f"weights={tmp_path / 'resnet34.pt'}")
+        load_initial_weights(build_model(config), config, ["lesion"])
 
 
 def test_given_weights_are_used_and_their_stem_kept(inputs: list[str], tmp_path: Path) -> None:
     torch.save(Backbone("resnet18", "batch").state_dict(), tmp_path / "resnet18.pt")
     weights = torch.load(tmp_path / "resnet18.pt", weights_only=True)
-    for freeze in (True, False):
-        config = config_of(inputs, tmp_path, "norm=frozen", f"weights={tmp_path / 'resnet18.pt'}", f"freeze_stem={freeze}")
-        trunk = build_model(config).backbone
-        load_initial_weights(trunk, config)
+    for freeze in (2, 0):
+        config = config_of(inputs, tmp_path, "norm=frozen", f"weights={tmp_path / 'resnet18.pt'}", f"freeze={freeze}")
+        model = build_model(config)
+        load_initial_weights(model, config, ["lesion"])
+        trunk = model.backbone
         assert torch.equal(trunk.layer4[0].conv1.weight, weights["layer4.0.conv1.weight"])
-        assert trunk.conv1.weight.requires_grad is not freeze and trunk.layer2[0].conv1.weight.requires_grad
-    scratch = Backbone("resnet18", "batch")
-    load_initial_weights(scratch, config_of(inputs, tmp_path))
+        assert trunk.conv1.weight.requires_grad is (freeze == 0) and trunk.layer2[0].conv1.weight.requires_grad
+    scratch = build_model(config_of(inputs, tmp_path))
+    load_initial_weights(scratch, config_of(inputs, tmp_path), ["lesion"])
     assert all(parameter.requires_grad for parameter in scratch.parameters())
 
 
 def test_parameter_groups_are_the_published_ones() -> None:
     model = DeformableDETR(Backbone("resnet18", "frozen"), 1, Architecture(32, 2, 32, 1, 1, queries=3))
-    model.backbone.freeze_stem()
+    model.backbone.freeze(2)
     groups = engine.parameter_groups(model, 2e-4, 2e-5)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     transformer, backbone, slow = ({names[id(p)] for p in group["params"]} for group in groups)
+    decayed = engine.parameter_groups(model, 2e-4, 2e-5, layer_decay=0.5)
+    rates = {names[id(p)].split(".")[1]: group["lr"] for group in decayed[1:-1] for p in group["params"]}
+    assert rates == pytest.approx({"layer4": 2e-5, "layer3": 1e-5, "layer2": 0.5e-5})
     assert all(name.startswith("backbone.layer") and not name.startswith("backbone.layer1") for name in backbone)
     assert {name.split(".")[-2] for name in slow} == {"reference_points", "sampling_offsets"}
     assert [group["lr"] for group in groups] == pytest.approx([2e-4, 2e-5, 2e-5])
@@ -279,9 +358,9 @@ def test_loss_uses_every_box_and_both_stages() -> None:
     boxes = [torch.rand(2, 4), torch.zeros(0, 4)]
     labels = [torch.zeros(2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)]
     batch = Batch(torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.bool), boxes, labels, [0, 1])
-    loss, terms = engine.batch_loss(detections, batch)
+    loss, terms = loss_of(detections, batch)
     assert {f"{kind}{suffix}" for kind in ("class", "box", "giou") for suffix in ("", "_0", "_enc")} == set(terms)
     twice = Batch(batch.images, batch.padding, [boxes[0].repeat(2, 1), boxes[1]], [labels[0].repeat(2), labels[1]], [0, 1])
-    assert engine.batch_loss(detections, twice)[1]["class"] < terms["class"]  # divided by four boxes instead of two
+    assert loss_of(detections, twice)[1]["class"] < terms["class"]  # divided by four boxes instead of two
     weights = {"class": 2, "box": 5, "giou": 2}
     torch.testing.assert_close(loss, sum(weights[name.partition("_")[0]] * value for name, value in terms.items()))

@@ -1,0 +1,123 @@
+"""Split one COCO annotation file into several, by lists of names (Pascal VOC's ImageSets) or at random by groups of images.
+
+Images of one slide or patient must not be on two sides: `group` says which part of a file name they share. Ids, categories and
+all other content stay as they are.
+
+    python -m detection_kd.split_coco annotations=bccd/coco.json lists=bccd/ImageSets/Main output=runs/bccd/annotations
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.cli import launch
+from common.config import REQUIRED, key
+from common.errors import UserError
+from common.files import read_json, write_json
+
+logger = logging.getLogger(__name__)
+SPLITS = ("train", "val", "test")
+
+
+@dataclass
+class Config:
+    """Keys of `split_coco`."""
+
+    annotations: str = key(REQUIRED, "COCO JSON to split", path=True)
+    output: str = key(REQUIRED, "folder that gets train.json, val.json and test.json", runtime=True)
+    lists: str = key("", "folder with train.txt, val.txt, test.txt: an image name a line, with or without ending", path=True)
+    shares: list[float] = key([0.7, 0.15, 0.15], "shares of train, val and test, without lists")
+    group: str = key("", "regular expression; images whose names match alike stay together, as ^[^_]+; empty: each on its own")
+    seed: int = key(0, "of the drawing, without lists")
+
+
+def main(config: Config) -> int:
+    """Write a file for every split that has images."""
+    document = read_json(config.annotations, "a COCO document")
+    try:
+        names = [str(image["file_name"]) for image in document["images"]]
+        image_ids = [annotation["image_id"] for annotation in document["annotations"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{config.annotations}: expected a COCO document (images, annotations), found {error!r}") from None
+    sides = listed(names, Path(config.lists)) if config.lists else drawn(names, config.shares, config.group, config.seed)
+    unused = sides.count("")
+    if unused:
+        logger.info("%s: %d of %d images are in no list", config.annotations, unused, len(names))
+    boxes = Counter(image_ids)
+    for split in SPLITS:
+        images = [image for image, side in zip(document["images"], sides, strict=True) if side == split]
+        if images:
+            write_json(Path(config.output) / f"{split}.json", part(document, images))
+            logger.info("%s: %d images, %d boxes", split, len(images), sum(boxes[image["id"]] for image in images))
+    return 0
+
+
+def listed(names: list[str], folder: Path) -> list[str]:
+    """The split of every image by `<split>.txt`, "" where it is in none.
+
+    Raises:
+        UserError: no list, a name without image, or one in two lists.
+    """
+    places = {alias: index for index, name in enumerate(names) for alias in (name, Path(name).name, Path(name).stem)}
+    sides = [""] * len(names)
+    files = [file for split in SPLITS if (file := folder / f"{split}.txt").is_file()]
+    if not files:
+        raise UserError(f"lists={folder}: expected train.txt, val.txt or test.txt, found none")
+    for file in files:
+        for name in file.read_text(encoding="utf-8").split():
+            if name not in places:
+                raise UserError(f"{file}: '{name}' is not among the {len(names)} images of the annotations")
+            if sides[places[name]]:
+                raise UserError(f"{file}: '{name}' is in {sides[places[name]]}.txt too")
+            sides[places[name]] = file.stem
+    return sides
+
+
+def drawn(names: list[str], shares: list[float], group: str, seed: int) -> list[str]:
+    """A random split of every image; groups stay together, so that shares are met as nearly as their sizes allow.
+
+    Raises:
+        UserError: shares that do not make a whole, or a name that `group` does not match.
+    """
+    if len(shares) != len(SPLITS) or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+        raise UserError(f"shares={shares}: expected three shares that sum to 1, of train, val and test")
+    members: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        members.setdefault(_group(name, group), []).append(index)
+    order = np.random.default_rng(seed).permutation(len(members))
+    groups = list(members.values())
+    sides, counts = [""] * len(names), np.zeros(len(SPLITS))
+    for number in order:
+        missing = np.array(shares) * len(names) - counts
+        side = int(missing.argmax())
+        counts[side] += len(groups[number])
+        for index in groups[number]:
+            sides[index] = SPLITS[side]
+    return sides
+
+
+def _group(name: str, pattern: str) -> str:
+    if not pattern:
+        return name
+    found = re.search(pattern, name)
+    if found is None:
+        raise UserError(f"group='{pattern}': does not match image '{name}'")
+    return found.group()
+
+
+def part(document: dict[str, Any], images: list[dict[str, Any]]) -> dict[str, Any]:
+    """The document with these images and their annotations only."""
+    kept = {image["id"] for image in images}
+    annotations = [annotation for annotation in document["annotations"] if annotation["image_id"] in kept]
+    return {**document, "images": images, "annotations": annotations}
+
+
+if __name__ == "__main__":
+    launch(main, Config)

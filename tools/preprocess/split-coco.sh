@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Split one COCO annotation file into train, val and test: by lists of names, or at random by groups of images.
+#   ANNOTATIONS=data/bccd/coco.json LISTS=data/bccd/ImageSets/Main OUTPUT=runs/bccd/annotations bash tools/preprocess/split-coco.sh
+# All keys: bash tools/preprocess/split-coco.sh --help
+set -euo pipefail
+: "${ANNOTATIONS:=}"
+: "${LISTS:=}"
+: "${OUTPUT:=runs/annotations}"
+# shellcheck source=tools/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
+run_python detection_kd.split_coco ${ANNOTATIONS:+annotations="$ANNOTATIONS"} ${LISTS:+lists="$LISTS"} output="$OUTPUT" "$@"
