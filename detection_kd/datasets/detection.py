@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -22,13 +22,14 @@ from torchvision.tv_tensors import BoundingBoxFormat
 from common.errors import UserError
 from common.seed import epoch_generator, seed_worker
 from detection_kd.datasets.coco import ImageRecord
+from patch_encoder.models.encoder_table import IMAGENET
 
 
 @dataclass
 class Sample:
-    """One transformed image: (3, H, W) pixels, (N, 4) cxcywh fractions, (N,) class indices, and its record's number."""
+    """One transformed image: (3, H, W) bytes, (N, 4) cxcywh fractions, (N,) class indices, and its record's number."""
 
-    image: Float[Tensor, "3 h w"]
+    image: UInt8[Tensor, "3 h w"]
     boxes: Float[Tensor, "n 4"]
     labels: Tensor
     index: int
@@ -39,24 +40,25 @@ class Batch:
     """Samples padded to one size, on the right and at the bottom.
 
     Attributes:
-        images: (B, 3, H, W), 0 in the padding.
+        images: (B, 3, H, W), 0 in the padding; bytes from the loader, after `to` ImageNet-normalised float32.
         padding: (B, H, W), True where a pixel is padding.
         boxes: per image (N_b, 4) cxcywh fractions of the unpadded image.
         labels: per image (N_b,) class indices.
         indices: numbers of the images in the set.
     """
 
-    images: Float[Tensor, "b 3 h w"]
+    images: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b 3 h w"]
     padding: Bool[Tensor, "b h w"]
     boxes: list[Tensor]
     labels: list[Tensor]
     indices: list[int]
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device, images channels-last."""
+        """The batch on a device, images channels-last and normalised there: a quarter of the bytes to copy."""
+        padding = self.padding.to(device, non_blocking=True)
         return Batch(
-            self.images.to(device, non_blocking=True, memory_format=torch.channels_last),
-            self.padding.to(device, non_blocking=True),
+            normalised(self.images.to(device, non_blocking=True, memory_format=torch.channels_last), padding),
+            padding,
             [boxes.to(device, non_blocking=True) for boxes in self.boxes],
             [labels.to(device, non_blocking=True) for labels in self.labels],
             self.indices,
@@ -66,6 +68,12 @@ class Batch:
         """The batch in page-locked memory, for DataLoader."""
         boxes, labels = [b.pin_memory() for b in self.boxes], [label.pin_memory() for label in self.labels]
         return Batch(self.images.pin_memory(), self.padding.pin_memory(), boxes, labels, self.indices)
+
+
+def normalised(images: UInt8[Tensor, "b 3 h w"], padding: Bool[Tensor, "b h w"]) -> Float[Tensor, "b 3 h w"]:
+    """Bytes -> float32 with ImageNet's mean and standard deviation, 0 in the padding."""
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in IMAGENET)
+    return images.float().div_(255).sub_(mean).div_(std).masked_fill_(padding[:, None], 0.0)
 
 
 class DetectionDataset(Dataset[Sample]):
@@ -111,7 +119,8 @@ def read_image(record: ImageRecord) -> Image.Image:
     """
     try:
         with Image.open(record.path) as image:
-            rgb = image.convert("RGB")
+            rgb = image if image.mode == "RGB" else image.convert("RGB")
+            rgb.load()
     except OSError as error:  # UnidentifiedImageError is one
         raise UserError(f"{record.path}: expected an image, cannot be read: {error}") from None
     if rgb.size != (record.width, record.height):
@@ -125,7 +134,7 @@ def collate(samples: list[Sample], pad_to: int = 0) -> Batch:
     """Pad samples to the largest height and width among them, at least `pad_to` px."""
     height = max(pad_to, *(sample.image.shape[1] for sample in samples))
     width = max(pad_to, *(sample.image.shape[2] for sample in samples))
-    images = torch.zeros(len(samples), 3, height, width)
+    images = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
     padding = torch.ones(len(samples), height, width, dtype=torch.bool)
     for row, sample in enumerate(samples):
         _, h, w = sample.image.shape

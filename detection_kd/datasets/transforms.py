@@ -1,8 +1,8 @@
 """Image and box transforms of detector training and evaluation.
 
-Source: DETR and Deformable DETR, `datasets/coco.py`: horizontal flip; a random short side, or first a random crop; ImageNet
-normalisation. Differences: sizes are arguments; `symmetry` adds the other flips and rotations by 90 degrees, because a slide
-has no up or down. On torchvision's transforms v2, which move boxes with their image.
+Source: DETR and Deformable DETR, `datasets/coco.py`: horizontal flip; a random short side, or first a random crop. Differences:
+sizes are arguments; `symmetry` adds the other flips and rotations by 90 degrees, because a slide has no up or down; pixels stay
+bytes, a batch is normalised on its device. On torchvision's transforms v2, which move boxes with their image.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 
 
 class Transpose(v2.Transform):
@@ -93,10 +91,8 @@ def eval_transform(size: int, max_size: int) -> v2.Compose:
 
 
 def _finish() -> list[v2.Transform]:
-    """Boxes inside the image and with an area; float image, ImageNet normalised."""
+    """Boxes inside the image and with an area."""
     return [
         v2.ClampBoundingBoxes(),
         v2.SanitizeBoundingBoxes(min_size=1, labels_getter=lambda sample: sample[1]["labels"]),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(MEAN, STD),
     ]

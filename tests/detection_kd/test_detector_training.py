@@ -249,7 +249,9 @@ def test_steps_lower_the_loss(inputs: list[str], tmp_path: Path) -> None:
     world = World(0, 1, torch.device("cpu"))
     torch.manual_seed(0)
     model = build_model(config).train()
-    batch = next(iter(train_detector.training_batches(config, world, train_detector.read_sets(config)[0], epoch=0)))
+    batch = next(iter(train_detector.training_batches(config, world, train_detector.read_sets(config)[0], epoch=0))).to(
+        torch.device("cpu")
+    )
     optimizer = torch.optim.AdamW(engine.parameter_groups(model, 1e-3, 1e-3))
     losses = []
     for _ in range(12):
