@@ -1,4 +1,7 @@
-"""Shared fixtures: one thread a process, tiny slides in real formats, the folder of real data when it is there."""
+"""Shared fixtures: one thread a process, tiny slides in real formats, the folder of real data when it is there.
+
+Files that take long are started first, so that workers end together.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,15 @@ from tests.helpers import draw_slide, write_pyramid
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("WSI_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+
+LONG = ("test_quickstart", "test_detector_training", "test_d2vfm", "test_mil_benchmark", "test_sample_cohort")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Longest files first; the order is otherwise kept."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(scope="session", autouse=True)

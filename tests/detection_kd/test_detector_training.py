@@ -225,7 +225,7 @@ def test_training_goes_on_from_a_whole_detector(finished: Path, inputs: list[str
 def test_two_processes_equal_one(inputs: list[str], tmp_path: Path, root: Path) -> None:
     changes = ("architecture.dropout=0", "architecture.box_refine=true", "architecture.two_stage=true", "epochs=1")
     assert main(load_config(Config, arguments(inputs, tmp_path / "one", *changes))) == 0
-    run_two_processes(arguments(inputs, tmp_path / "two", *changes), root)
+    run_two_processes(arguments(inputs, tmp_path / "two", *changes, "accumulate=2"), root)
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert len(one) == len(two) == 3  # two steps and the epoch
     for first, second in zip(one, two, strict=True):
