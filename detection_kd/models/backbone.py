@@ -8,7 +8,6 @@ or group norm for training without given weights; the forward pass stops at the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,16 +84,18 @@ class Backbone(nn.Module):
             upto: last map to compute.
         """
         x = images if self.same_statistics else images * self.scale + self.shift
-        maps = list(self._maps(x, upto)) if self.steps else self.trunk(x)[: upto + 1]
+        maps = self._maps(x, upto) if self.steps else self.trunk(x)[: upto + 1]
         return [map.permute(0, 3, 1, 2).contiguous() for map in maps] if self.channels_last else maps
 
-    def _maps(self, x: Tensor, upto: int) -> Iterator[Tensor]:
+    def _maps(self, x: Tensor, upto: int) -> list[Tensor]:
+        maps = []
         for step in self.steps:
             x = getattr(self, step)(x)
             if step in self.taps:
-                yield x
-            if step == self.taps[upto]:
-                return
+                maps.append(x)
+            if len(maps) > upto:
+                break
+        return maps
 
     def truncate(self, upto: int) -> None:
         """Drop what comes after map `upto`, for good; nothing for trunks that cannot be cut."""
