@@ -26,7 +26,8 @@
 using std::min;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
 using cudaStream_t = void*;
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t last_error;
+inline cudaError_t cudaGetLastError() { return last_error; }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid"; }
 
 struct Index {
@@ -56,6 +57,11 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 }
 inline float __half2float(__half x) { return x; }
 inline __half __float2half_rn(float x) { return __half(x); }
+inline float __uint_as_float(uint32_t bits) {
+  float result;
+  memcpy(&result, &bits, 4);
+  return result;
+}
 template <class T>
 T __ldcs(const T* from) { return *from; }
 template <class T>
@@ -133,6 +139,7 @@ inline void run_block(std::mt19937& order) {
 }
 
 inline void run(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
+  last_error = blocks == 0 ? cudaErrorInvalidConfiguration : cudaSuccess;
   std::mt19937 order(0);
   if (fibers.size() < threads) fibers.resize(threads);
   body = &kernel, gridDim.x = blocks, blockDim.x = threads;

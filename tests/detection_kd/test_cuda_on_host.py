@@ -54,7 +54,7 @@ class CudaCall(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "cells", "queries")),
-        *((name, ctypes.c_int) for name in ("heads", "dim", "points")),
+        *((name, ctypes.c_int) for name in ("heads", "dim", "points", "row_bytes")),
         ("levels", Levels),
         *((name, ctypes.c_void_p) for name in POINTERS),
         ("headroom", ctypes.c_int),
@@ -165,6 +165,14 @@ def test_fixed_point_sums_do_not_overflow_where_everything_falls_on_one_cell(our
     grad = torch.full((2, 7, 12), 1.99)
     found = run_ours(ours, (value, locations, weights), shapes, points, grad, deterministic=True)
     torch.testing.assert_close(found[1], torch.full_like(value, 7 * 18 * 1.75 * 1.99))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_levels_that_are_all_empty_give_zeros(ours: ctypes.CDLL, deterministic: bool) -> None:
+    shapes, points = [(0, 3), (2, 0)], [2, 2]
+    inputs = make_inputs(8, shapes, points, torch.float32)
+    found = run_ours(ours, inputs, shapes, points, torch.ones(2, 7, 24), deterministic)
+    assert not any(tensor.any() for tensor in found)
 
 
 def test_the_classic_kernels_equal_the_reference(classic: ctypes.CDLL) -> None:
