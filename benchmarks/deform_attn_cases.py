@@ -21,7 +21,7 @@ BATCH, HEADS, DIM, POINTS = 2, 8, 32, 4
 CASES = [("encoder", "local"), ("encoder", "uniform"), ("decoder", "local")]
 Inputs = tuple[Tensor, Tensor, Tensor]
 Op = Callable[[Tensor, Tensor, Tensor], Tensor]
-Call = Callable[[], None]
+Call = Callable[[], object]
 
 
 def make_inputs(shape: str, offsets: str, device: str) -> Inputs:
