@@ -102,7 +102,14 @@ def find_nvcc() -> tuple[str | None, str]:
 
 
 def cuda_units(ops: Path, nvcc: str, architectures: list[str]) -> list[Unit]:
-    """The CUDA units of an `ops` folder.
+    """The CUDA units of an `ops` folder; arguments and errors as of `cuda_command`."""
+    command = cuda_command(nvcc, architectures)
+    sources = sorted([*(ops / "csrc" / "cuda").glob("*.cu"), *(ops / "csrc" / "cuda").glob("*.cpp")])
+    return [Unit(source, command) for source in sources]
+
+
+def cuda_command(nvcc: str, architectures: list[str]) -> tuple[str, ...]:
+    """The command that compiles one CUDA unit, less the two file names.
 
     Args:
         architectures: compute capabilities without the dot ("90"); empty: those of the GPUs here, without any ARCHITECTURES.
@@ -128,9 +135,7 @@ def cuda_units(ops: Path, nvcc: str, architectures: list[str]) -> list[Unit]:
         "-Xcompiler=-fPIC,-fvisibility=hidden",
         *code,
     ]
-    command = (nvcc, *flags, *_includes([TORCH_INCLUDE, *map(str, packaged)]), "-c")
-    sources = sorted([*(ops / "csrc" / "cuda").glob("*.cu"), *(ops / "csrc" / "cuda").glob("*.cpp")])
-    return [Unit(source, command) for source in sources]
+    return (nvcc, *flags, *_includes([TORCH_INCLUDE, *map(str, packaged)]), "-c")
 
 
 def build(ops: Path, kind: str, units: list[Unit], force: bool = False) -> bool:

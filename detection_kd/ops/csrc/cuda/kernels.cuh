@@ -11,6 +11,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstring>
+
 #include "launch.h"
 
 namespace deform_attn {
@@ -26,21 +28,58 @@ struct alignas(sizeof(S) * N) Chunk {
   S item[N];
 };
 
+// One point of a (sample, query, head), as its group shares it.
+template <class Real>
+struct alignas(16) Point {
+  int row[4];  // cell of corner 00, 01, 10, 11 (y, x); -1 outside of the level
+  Real weight[4];
+};
+
 __device__ inline float widen(float x) { return x; }
 __device__ inline double widen(double x) { return x; }
 __device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float widen(__half x) { return __half2float(x); }
+
+template <class S, class Real, int kItems>
+__device__ inline void widen(const Chunk<S, kItems>& from, Real (&to)[kItems]) {
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) to[i] = widen(from.item[i]);
+}
+// A bfloat16 is the upper half of a float: one instruction a number, where the two are taken from their 32 bits.
+__device__ inline void widen(const Chunk<__nv_bfloat16, 8>& from, float (&to)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; i += 2) {
+    uint32_t two;
+    memcpy(&two, &from.item[i], sizeof(two));
+    to[i] = __uint_as_float(two << 16);
+    to[i + 1] = __uint_as_float(two & 0xffff0000u);
+  }
+}
+
+// Row `row` of a map whose rows of channels lie `row_bytes` apart: one 32 x 32 + 64 bit multiplication and addition.
+template <class T>
+__device__ inline const T* row_at(const T* map, int row, uint32_t row_bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(map) + uint64_t(uint32_t(row)) * row_bytes);
+}
+template <class T>
+__device__ inline T* row_at(T* map, int row, uint32_t row_bytes) {
+  return reinterpret_cast<T*>(reinterpret_cast<char*>(map) + uint64_t(uint32_t(row)) * row_bytes);
+}
+
+// The chunks of a point's four corners, zeros for those outside; all loads are under way before the first one is used.
+template <class S, class Real, int kItems>
+__device__ inline void load_corners(const S* value, const Point<Real>& point, uint32_t row_bytes, Chunk<S, kItems> (&rows)[4]) {
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    rows[c] = {};
+    if (point.row[c] >= 0) rows[c] = *reinterpret_cast<const Chunk<S, kItems>*>(row_at(value, point.row[c], row_bytes));
+  }
+}
+
 __device__ inline void narrow(float x, float* out) { *out = x; }
 __device__ inline void narrow(double x, double* out) { *out = x; }
 __device__ inline void narrow(float x, __nv_bfloat16* out) { *out = __float2bfloat16_rn(x); }
 __device__ inline void narrow(float x, __half* out) { *out = __float2half_rn(x); }
-
-// One point of a (sample, query, head), as its group shares it.
-template <class Real>
-struct Point {
-  int row[4];  // cell of corner 00, 01, 10, 11 (y, x); -1 outside of the level
-  Real weight[4];
-};
 
 template <class Real>
 struct Place {
@@ -97,7 +136,7 @@ struct Group {
 template <class S, class Real, int kLanes, int kItems>
 __global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant__ CudaCall<S, Real> call) {
   constexpr int kBlock = points_at_once(kLanes);
-  __shared__ Point<Real> table[kThreads / kLanes][kBlock];
+  __shared__ Point<Real> table[kThreads / kLanes][kBlock + 1];  // + 1: the groups of a warp read other banks
   const Group<kLanes> group;
   if (group.index >= call.batch * call.queries * call.heads) return;
   Point<Real>* points = table[group.slot];
@@ -115,12 +154,14 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant
 #pragma unroll 4
       for (int p = 0; p < count; ++p) {
         const Point<Real> point = points[p];
+        Chunk<S, kItems> rows[4];
+        load_corners(value + channel, point, call.row_bytes, rows);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          Chunk<S, kItems> row = {};
-          if (point.row[c] >= 0) row = *reinterpret_cast<const Chunk<S, kItems>*>(value + point.row[c] * stride + channel);
+          Real x[kItems];
+          widen(rows[c], x);
 #pragma unroll
-          for (int i = 0; i < kItems; ++i) sum[i] += point.weight[c] * widen(row.item[i]);
+          for (int i = 0; i < kItems; ++i) sum[i] += point.weight[c] * x[i];
         }
       }
     }
@@ -182,7 +223,7 @@ __device__ inline void sum_lanes(Real (&s)[4], unsigned mask) {
 template <class S, class Real, int kLanes, int kItems>
 __global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constant__ CudaCall<S, Real> call) {
   constexpr int kBlock = points_at_once(kLanes);
-  __shared__ Point<Real> table[kThreads / kLanes][kBlock];
+  __shared__ Point<Real> table[kThreads / kLanes][kBlock + 1];  // + 1: the groups of a warp read other banks
   __shared__ Real dots[kThreads / kLanes][kBlock][4];
   const Group<kLanes> group;
   if (group.index >= call.batch * call.queries * call.heads) return;
@@ -190,6 +231,13 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constan
   const int head = int(group.index % call.heads);
   const int64_t sample = group.index / call.heads / call.queries, stride = int64_t(call.heads) * call.dim;
   const int64_t base = sample * call.cells * stride + int64_t(head) * call.dim;
+  const uint32_t grad_row_bytes = call.row_bytes / sizeof(S) * sizeof(Real);
+  const uint32_t fixed_row_bytes = call.row_bytes / sizeof(S) * sizeof(*call.fixed);
+  const S* grad_out = call.grad_out + group.index * call.dim;
+  const bool once = call.dim <= kLanes * kItems;  // a lane has one chunk, which stays in registers
+  Real g[kItems] = {};
+  if (once && group.lane * kItems < call.dim)
+    widen(*reinterpret_cast<const Chunk<S, kItems>*>(grad_out + group.lane * kItems), g);
   const double scale = call.fixed != nullptr ? fixed_scale(call.bound, call.headroom) : 0.0;
   for (int first = 0; first < call.points; first += kBlock) {
     const int count = min(kBlock, call.points - first);
@@ -204,23 +252,25 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constan
       const Point<Real> point = points[p];
       Real s[4] = {};
       for (int channel = group.lane * kItems; channel < call.dim; channel += kLanes * kItems) {
-        const auto chunk = *reinterpret_cast<const Chunk<S, kItems>*>(call.grad_out + group.index * call.dim + channel);
-        Real g[kItems];
+        if (!once) widen(*reinterpret_cast<const Chunk<S, kItems>*>(grad_out + channel), g);
+        Chunk<S, kItems> rows[4];
+        load_corners(call.value + base + channel, point, call.row_bytes, rows);
 #pragma unroll
-        for (int i = 0; i < kItems; ++i) g[i] = widen(chunk.item[i]);
+        for (int c = 0; c < 4; ++c) {
+          Real x[kItems];
+          widen(rows[c], x);
+#pragma unroll
+          for (int i = 0; i < kItems; ++i) s[c] += g[i] * x[i];
+        }
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           if (point.row[c] < 0) continue;
-          const int64_t at = base + point.row[c] * stride + channel;
-          const auto row = *reinterpret_cast<const Chunk<S, kItems>*>(call.value + at);
           Real scaled[kItems];
 #pragma unroll
-          for (int i = 0; i < kItems; ++i) {
-            s[c] += g[i] * widen(row.item[i]);
-            scaled[i] = point.weight[c] * g[i];
-          }
-          if (call.fixed != nullptr) add_fixed(call.fixed + at, scaled, scale);
-          else add(call.grad_value + at, scaled);
+          for (int i = 0; i < kItems; ++i) scaled[i] = point.weight[c] * g[i];
+          const int64_t at = base + channel;
+          if (call.fixed != nullptr) add_fixed(row_at(call.fixed + at, point.row[c], fixed_row_bytes), scaled, scale);
+          else add(row_at(call.grad_value + at, point.row[c], grad_row_bytes), scaled);
         }
       }
       sum_lanes<Real, kLanes>(s, group.mask);
@@ -275,8 +325,10 @@ cudaError_t launch_lanes(const CudaCall<S, Real>& call, bool backward, cudaStrea
 }
 
 template <class S, class Real>
-cudaError_t launch_any(const CudaCall<S, Real>& call, bool backward, cudaStream_t stream) {
+cudaError_t launch_any(CudaCall<S, Real> call, bool backward, cudaStream_t stream) {
   constexpr int kItems = 16 / sizeof(S);
+  if (int64_t(call.heads) * call.dim > INT32_MAX / 8) return cudaErrorInvalidConfiguration;  // row_bytes, of 8 a number
+  call.row_bytes = uint32_t(call.heads) * call.dim * sizeof(S);
   const auto address = reinterpret_cast<uintptr_t>(call.value) | reinterpret_cast<uintptr_t>(call.out) |
                        reinterpret_cast<uintptr_t>(call.grad_out);  // a view may start anywhere
   if (call.dim % kItems == 0 && address % 16 == 0) return launch_lanes<S, Real, kItems>(call, backward, stream);
@@ -296,8 +348,8 @@ cudaError_t launch_backward(const CudaCall<S, Real>& call, cudaStream_t stream) 
   if (status != cudaSuccess || call.fixed == nullptr) return status;
   const int64_t count = call.batch * call.cells * call.heads * call.dim;
   const int64_t blocks = (count + 255) / 256;
-  from_fixed_kernel<<<unsigned(blocks < 65535 ? blocks : 65535), 256, 0, stream>>>(call.fixed, call.bound, call.headroom, call.grad_value,
-                                                                                     count);
+  const unsigned some = unsigned(blocks < 65535 ? blocks : 65535);
+  from_fixed_kernel<<<some, 256, 0, stream>>>(call.fixed, call.bound, call.headroom, call.grad_value, count);
   return cudaGetLastError();
 }
 

@@ -20,6 +20,7 @@ template <class S, class Real>
 struct CudaCall {
   int64_t batch, cells, queries;
   int heads, dim, points;
+  uint32_t row_bytes;  // from one cell of `value` to the next; the launch sets it
   Levels levels;
   const S* value;            // (batch, cells, heads, dim)
   const Real* locations;     // (batch, queries, heads, points, 2)

@@ -1,0 +1,1 @@
+"""Figures against named baselines, both in one run."""
