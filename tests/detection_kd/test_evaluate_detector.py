@@ -25,6 +25,7 @@ TINY = [
     "precision=fp32", "device=cpu", "architecture.hidden_dim=32", "architecture.heads=2", "architecture.feedforward_dim=32",
     "architecture.encoder_layers=1", "architecture.decoder_layers=1", "architecture.queries=60", "architecture.levels=2",
     "augmentation.sizes=[48]", "augmentation.crop_sizes=[]", "augmentation.eval_size=48", "augmentation.max_size=64",
+    "augmentation.pad_to=96",
 ]  # fmt: skip
 IDS = [7, 2, 40]  # neither contiguous nor in order
 NAMES = ["HSIL", "ASC", "none of these"]
