@@ -31,10 +31,11 @@ from common.seed import seed_everything
 from common.step_times import StepTimes
 from detection_kd import engine
 from detection_kd.datasets.coco import DetectionSet, read_coco, same_categories
-from detection_kd.datasets.coco_metrics import average_precision
+from detection_kd.datasets.coco_metrics import Prediction, average_precision
 from detection_kd.datasets.detection import DetectionDataset, epoch_indices, loader
 from detection_kd.datasets.froc import froc
 from detection_kd.datasets.transforms import eval_transform, train_transform
+from detection_kd.figures import write_detection_pictures
 from detection_kd.models.backbone import HUB, NORMS, RESNETS, STAGES, Backbone, build_pretrained, trunk_weights
 from detection_kd.models.checkpoint_import import load_published
 from detection_kd.models.deformable_detr import DeformableDETR, describe_detector
@@ -95,6 +96,7 @@ class Config:
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
     workers: int = key(2, "image loading processes of each training process", runtime=True)
     compile: bool = key(False, "compile the backbone with torch.compile", runtime=True)
+    overlays: int = key(12, "validation images to draw at the best epoch, beside the curves; 0: no pictures", runtime=True)
     log_every: int = key(50, "steps between lines in metrics.jsonl", runtime=True)
     overwrite: bool = key(False, "start afresh over another run", runtime=True)
     tracker: Tracker = group(Tracker, "Weights & Biases")
@@ -234,21 +236,28 @@ def _loader(config: Config, world: World, dataset: DetectionDataset, indices: Se
     )
 
 
-def evaluate(job: Job, model: nn.Module, val: DetectionSet) -> dict[str, float]:
-    """COCO metrics and FROC on the validation images of all processes."""
+def evaluate(job: Job, model: nn.Module, val: DetectionSet) -> tuple[dict[str, float], list[Prediction]]:
+    """COCO metrics and FROC on the validation images of all processes, and the detections."""
     config, world, sizes = job.config, job.world, job.config.augmentation
     dataset = DetectionDataset(val.images, eval_transform(sizes.eval_size, sizes.max_size))
     indices = range(len(dataset))[world.rank :: world.size]
     batches = _loader(config, world, dataset, indices)
     shown = progress(batches, "evaluation", len(batches), "batch", enabled=world.is_main)
     predictions = engine.detect(model, shown, val.images, config.max_detections, job.precision)
-    return average_precision(val, predictions, config.max_detections) | froc(val, predictions)
+    return average_precision(val, predictions, config.max_detections) | froc(val, predictions), predictions
 
 
 def fingerprints(config: Config) -> dict[str, str]:
     """Digests of the files that decide the result."""
     files = {"train": config.train, "val": config.val, "weights": config.weights, "detector": config.detector}
     return {name: sha256_file(path) for name, path in files.items() if path}
+
+
+def draw(run: Run, val: DetectionSet, predictions: list[Prediction], config: Config) -> None:
+    """Curves and overlays of the best epoch so far."""
+    if config.overlays:
+        shown = {"max_detections": config.max_detections, "overlays": config.overlays}
+        write_detection_pictures(run.path, val, predictions, **shown)
 
 
 def save_backbone(run: Run) -> None:
@@ -288,12 +297,13 @@ def main(config: Config) -> int:
         values = train_one_epoch(job, model, train, optimizer, scaler, epoch) | {"train_seconds": time.monotonic() - begun}
         state = {"config": describe_detector(plain, train.categories) | {"training": to_dict(config)}, "epoch": epoch + 1}
         if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
-            metrics = evaluate(job, shown, val)
+            metrics, predictions = evaluate(job, shown, val)
             values |= metrics
             if metrics["AP"] >= best.get("AP", 0.0):
                 best = {"epoch": epoch + 1, **metrics}
                 if world.is_main:
                     save_checkpoint(run.best, model=shown.state_dict(), best=best, **state)
+                    draw(run, val, predictions, config)
         if world.is_main:
             resumed = {"optimizer": optimizer, "scaler": scaler, **averages}
             parts = {name: part.state_dict() for name, part in resumed.items()}

@@ -1,8 +1,9 @@
-"""Tiny slides and cohorts in real formats, and scripts killed on the way."""
+"""Tiny slides and cohorts in real formats, scripts killed on the way, and scripts on two processes."""
 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -62,6 +63,26 @@ def kill_when(ready: Callable[[], bool], module: str, arguments: list[str]) -> N
     process.kill()
     _, errors = process.communicate()
     assert ended is None and ready(), f"{module} ended with {ended} before it could be killed: {errors[-2000:]}"
+
+
+def run_two_processes(module: str, arguments: list[str]) -> None:
+    """A script of ours as torchrun starts it, without paying for torchrun's own start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
 
 
 def line_count(path: Path) -> int:

@@ -44,10 +44,17 @@ class ImageRecord:
 
 @dataclass
 class DetectionSet:
-    """A checked annotation file: images in the file's order, class names in the order of the class indices."""
+    """A checked annotation file.
+
+    Attributes:
+        images: in the file's order.
+        categories: class names, in the order of the class indices.
+        category_ids: the file's category ids; one a class, or with one class for all of them each of the file's.
+    """
 
     images: list[ImageRecord]
     categories: list[str]
+    category_ids: list[int] = field(default_factory=list)
 
 
 def read_coco(path: str | Path, images: str | Path, *, class_agnostic: bool = False) -> DetectionSet:
@@ -67,6 +74,7 @@ def read_coco(path: str | Path, images: str | Path, *, class_agnostic: bool = Fa
             raise UserError(f"{path}: expected lists images, annotations and categories; '{name}' is missing")
     records = _read_images(content["images"], Path(images), path)
     indices, names = _read_categories(content["categories"], path)
+    category_ids = list(indices)
     if class_agnostic:
         indices, names = dict.fromkeys(indices, 0), [AGNOSTIC]
     dropped, kept = _read_annotations(content["annotations"], records, indices, path)
@@ -74,7 +82,7 @@ def read_coco(path: str | Path, images: str | Path, *, class_agnostic: bool = Fa
         logger.info("%s: dropped %d of %d boxes: no area inside their image", path, dropped, dropped + kept)
     if not kept:
         raise UserError(f"{path}: expected annotated boxes, found none in {len(records)} images")
-    return DetectionSet(list(records.values()), names)
+    return DetectionSet(list(records.values()), names, category_ids)
 
 
 def _read_images(entries: list[Any], root: Path, source: str | Path) -> dict[int, ImageRecord]:
@@ -150,5 +158,5 @@ def same_categories(train: DetectionSet, val: DetectionSet) -> None:
     if train.categories != val.categories:
         raise UserError(
             f"validation annotations: expected the training categories {train.categories}, found {val.categories}; "
-            "use the same categories list in both files or class_agnostic=true"
+            "use the same categories list in both files, or train with class_agnostic=true"
         )

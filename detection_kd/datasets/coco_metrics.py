@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detection_kd.datasets.coco import DetectionSet
+
+RECALLS = np.linspace(0, 1, 101)  # where COCO reads precision
 
 
 @dataclass
@@ -46,16 +49,9 @@ def average_precision(annotated: DetectionSet, predictions: list[Prediction], ma
     Returns:
         Named values; a size or category without any annotation has none. With several categories also `AP/<category>`.
     """
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = _coco(annotated)
-        rows = [row for prediction in sorted(predictions, key=lambda p: p.index) for row in _rows(prediction)]
-        found = truth.loadRes(rows) if rows else _coco(DetectionSet([], annotated.categories))
-        evaluation = COCOeval(truth, found, "bbox")
-        evaluation.params.maxDets = [max_detections]
-        evaluation.evaluate()
-        evaluation.accumulate()
-    precision = evaluation.eval["precision"][..., 0]  # (IoU, recall, class, area)
-    recall = evaluation.eval["recall"][..., 0, 0]  # (IoU, class), all areas
+    evaluated = _evaluate(annotated, predictions, max_detections)
+    precision = evaluated["precision"][..., 0]  # (IoU, recall, class, area)
+    recall = evaluated["recall"][..., 0, 0]  # (IoU, class), all areas
     values = {
         "AP": precision[..., 0],
         "AP50": precision[0, ..., 0],
@@ -68,6 +64,46 @@ def average_precision(annotated: DetectionSet, predictions: list[Prediction], ma
     if len(annotated.categories) > 1:
         values |= {f"AP/{name}": precision[:, :, index, 0] for index, name in enumerate(annotated.categories)}
     return {name: float(value[value > -1].mean()) for name, value in values.items() if (value > -1).any()}
+
+
+def precision_recall(
+    annotated: DetectionSet, predictions: list[Prediction], iou: float, max_detections: int = 100
+) -> dict[str, Float[np.ndarray, " recalls"]]:
+    """Precision at RECALLS of every category, boxes of all sizes; its mean is the category's AP at this overlap.
+
+    Args:
+        annotated: images with boxes.
+        predictions: one entry per image; an image without entry counts as without detections.
+        iou: overlap from which on a box is right.
+        max_detections: detections per image that count.
+
+    Returns:
+        By category, the highest precision at that recall or a higher one, 0 where it is never reached. A category without
+        any annotation has none.
+    """
+    precision = _evaluate(annotated, predictions, max_detections, iou)["precision"][0, :, :, 0, 0]  # (recall, class)
+    return {name: curve for name, curve in zip(annotated.categories, precision.T, strict=True) if (curve > -1).all()}
+
+
+def _evaluate(
+    annotated: DetectionSet, predictions: list[Prediction], max_detections: int, iou: float | None = None
+) -> dict[str, np.ndarray]:
+    """pycocotools' `precision` (IoU, recall, class, area, 1) and `recall` (IoU, class, area, 1), -1 where nothing is annotated.
+
+    With `iou` at that overlap alone, and for boxes of all sizes alone.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = _coco(annotated)
+        rows = [row for prediction in sorted(predictions, key=lambda p: p.index) for row in _rows(prediction)]
+        found = truth.loadRes(rows) if rows else _coco(DetectionSet([], annotated.categories))
+        evaluation = COCOeval(truth, found, "bbox")
+        evaluation.params.maxDets = [max_detections]
+        if iou is not None:
+            evaluation.params.iouThrs = np.array([iou])
+            evaluation.params.areaRng, evaluation.params.areaRngLbl = evaluation.params.areaRng[:1], ["all"]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return {name: evaluation.eval[name] for name in ("precision", "recall")}
 
 
 def _coco(annotated: DetectionSet) -> COCO:

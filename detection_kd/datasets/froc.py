@@ -9,7 +9,7 @@ lies in a crowd region.
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from detection_kd.datasets.coco import DetectionSet, ImageRecord
 from detection_kd.datasets.coco_metrics import Prediction
@@ -30,19 +30,31 @@ def froc(annotated: DetectionSet, predictions: list[Prediction], iou: float = 0.
         `sensitivity@0.25` ... `sensitivity@8` and `FROC`, in 0..1. A rate between two that the scores can be cut at has the
         sensitivity of the lower one.
     """
+    false_rate, sensitivity = froc_curve(annotated, predictions, iou)
+    found = {f"sensitivity@{rate:g}": float(sensitivity[false_rate <= rate].max()) for rate in RATES}
+    return found | {"FROC": float(np.mean(list(found.values())))}
+
+
+def froc_curve(
+    annotated: DetectionSet, predictions: list[Prediction], iou: float = 0.5
+) -> tuple[Float[np.ndarray, " cuts"], Float[np.ndarray, " cuts"]]:
+    """False positives an image and sensitivity at every cut of the scores, both rising from 0 (no detection) to all of them."""
     lesions = sum(int((~record.crowd).sum()) for record in annotated.images)
     scores, kinds = [np.zeros(0)], [np.zeros(0, np.int64)]
     for prediction in predictions:
         scores.append(np.asarray(prediction.scores, np.float64))
         kinds.append(judge(annotated.images[prediction.index], prediction, iou))
     points = operating_points(np.concatenate(scores), np.concatenate(kinds))
-    false_rate, sensitivity = points[0] / max(1, len(annotated.images)), points[1] / max(1, lesions)
-    found = {f"sensitivity@{rate:g}": float(sensitivity[false_rate <= rate].max()) for rate in RATES}
-    return found | {"FROC": float(np.mean(list(found.values())))}
+    return points[0] / max(1, len(annotated.images)), points[1] / max(1, lesions)
 
 
-def judge(record: ImageRecord, prediction: Prediction, iou: float) -> np.ndarray:
-    """HIT, FALSE or IGNORED for every detection of an image, int64 (N,); the highest score claims a lesion first."""
+def judge(record: ImageRecord, prediction: Prediction, iou: float) -> Int[np.ndarray, " n"]:
+    """HIT, FALSE or IGNORED for every detection of an image; the highest score claims a lesion first."""
+    return match(record, prediction, iou)[0]
+
+
+def match(record: ImageRecord, prediction: Prediction, iou: float) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " m"]]:
+    """`judge`, and which of the image's boxes were found (a crowd region never is)."""
     kinds = np.full(len(prediction.scores), FALSE, np.int64)
     overlaps, within = _overlaps(prediction.boxes, record.boxes)
     same = prediction.labels[:, None] == record.labels[None, :]
@@ -54,7 +66,7 @@ def judge(record: ImageRecord, prediction: Prediction, iou: float) -> np.ndarray
         if candidates.size and candidates.max() >= 0:
             free[candidates.argmax()] = False
             kinds[index] = HIT
-    return kinds
+    return kinds, ~free
 
 
 def operating_points(scores: np.ndarray, kinds: np.ndarray) -> np.ndarray:

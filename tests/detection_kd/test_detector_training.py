@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +22,7 @@ from detection_kd.models.backbone import Backbone, load_backbone
 from detection_kd.models.deformable_detr import DeformableDETR, load_detector
 from detection_kd.models.deformable_transformer import Architecture, Detections
 from detection_kd.train_detector import Config, build_model, load_initial_weights, main, place
-from tests.helpers import kill_when, line_count
+from tests.helpers import kill_when, line_count, run_two_processes
 
 TINY = [
     "backbone=resnet18", "norm=group", "pretrained=false", "epochs=2", "batch_size=4", "workers=0", "log_every=1", "lr=0.001",
@@ -87,6 +83,8 @@ def test_run_directory_is_complete(finished: Path) -> None:
     lines = metrics(finished)
     assert [line["epoch"] for line in lines if "step" not in line] == [1, 2]
     assert [line["step"] for line in lines if "step" in line] == [0, 1, 2, 3]
+    assert (finished / "precision_recall.png").stat().st_size > 5_000 and (finished / "froc.png").stat().st_size > 5_000
+    assert len(list((finished / "overlays").glob("*.jpg"))) == 3
     model, config = load_detector(finished / "checkpoint_best.pt")
     assert config["categories"] == ["lesion"] and config["training"]["lr"] == 0.001
     for name in ("backbone.pt", "checkpoint_best.pt"):
@@ -136,26 +134,6 @@ def test_moving_average_is_what_is_kept_and_survives_a_kill(inputs: list[str], t
         assert all(torch.equal(value, last["average"][f"module.{name}"]) for name, value in best["model"].items())
     assert any(not torch.equal(value, last["model"][name]) for name, value in best["model"].items())
     assert run(main, Config, arguments(inputs, tmp_path / "bad", "ema=1")) == 2
-
-
-def run_two_processes(arguments: list[str], root: Path) -> None:
-    """The script as torchrun starts it, without paying for torchrun's own start."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(root)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "detection_kd.train_detector", *arguments],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
 
 
 def test_accumulated_parts_equal_the_whole_batch(inputs: list[str], tmp_path: Path) -> None:
@@ -222,10 +200,10 @@ def test_training_goes_on_from_a_whole_detector(finished: Path, inputs: list[str
     assert run(main, Config, arguments(inputs, tmp_path / "freeze", both[0], "freeze=6")) == 2
 
 
-def test_two_processes_equal_one(inputs: list[str], tmp_path: Path, root: Path) -> None:
+def test_two_processes_equal_one(inputs: list[str], tmp_path: Path) -> None:
     changes = ("architecture.dropout=0", "architecture.box_refine=true", "architecture.two_stage=true", "epochs=1")
     assert main(load_config(Config, arguments(inputs, tmp_path / "one", *changes))) == 0
-    run_two_processes(arguments(inputs, tmp_path / "two", *changes, "accumulate=2"), root)
+    run_two_processes("detection_kd.train_detector", arguments(inputs, tmp_path / "two", *changes, "accumulate=2"))
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert len(one) == len(two) == 3  # two steps and the epoch
     for first, second in zip(one, two, strict=True):
