@@ -26,6 +26,7 @@ class OpenSlideFile(Slide):
         try:
             self.width, self.height = self._handle.dimensions
             self.downsamples = tuple(float(d) for d in self._handle.level_downsamples)
+            self.level_sizes = tuple(self._handle.level_dimensions)
             self.properties = dict(self._handle.properties)
         except openslide.OpenSlideError as error:
             raise SlideError(f"slide {path}: OpenSlide cannot open it: {error}") from None
