@@ -7,7 +7,7 @@ CLAM's readers take the file (same dataset, `patch_size` px read at `patch_level
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -157,3 +157,9 @@ def coordinate_attributes(path: str | Path) -> dict[str, Any]:
             }
     except (OSError, KeyError):
         return {}
+
+
+def tile_pattern_of(files: Iterable[Path]) -> str:
+    """How the tile folders of a cohort name their tiles, by the first of its coordinates files or bags."""
+    first = next(iter(sorted(files)), None)
+    return str(coordinate_attributes(first).get("tile_pattern", "")) if first else ""

@@ -98,6 +98,10 @@ class Slide(ABC):
                 out[top : top + height, left : left + width] = np.asarray(part)
         return out
 
+    def transparent_share(self) -> float | None:
+        """Share of the slide that the scanner took no picture of (shown white), None where the format cannot say cheaply."""
+        return None
+
     def reopen(self) -> None:
         """Forget all that was read and open the file anew, as after a file system went away."""
         self.close()
