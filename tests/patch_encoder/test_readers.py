@@ -214,6 +214,7 @@ def test_dicom_folder_is_one_slide(real_data: Path, tmp_path: Path) -> None:
         ("tile_x{x}_y{y}.png", "tile_x{x}_y{y}.png"),
         (r".*_(?P<y>\d+)_(?P<x>\d+)\.png", "case 1_{y}_{x}.png"),
         ("r{row}c{col}.png", "r{row}c{col}.png"),
+        ("a+(1).{row}-{col}.png", "a+(1).{row}-{col}.png"),  # no regular expression: all but the fields is literal
         (r"(?P<col>\d{3})-(?P<row>\d{3})\.(png|jpg)", "{col:03d}-{row:03d}.png"),
     ],
 )
