@@ -23,7 +23,7 @@ from common.files import atomic_path
 from common.progress import Progress
 from patch_encoder.bags import bag_header, write_bag
 from patch_encoder.cohort import find_slides, locate, read_labels
-from patch_encoder.coordinates import Coordinates, read_coordinates
+from patch_encoder.coordinates import Coordinates, read_coordinates, tile_pattern_of
 from patch_encoder.datasets.tiles import SlideJob, TileBatch, TileSequence, collate
 from patch_encoder.failures import Failures
 from patch_encoder.models.encoders import Encoder
@@ -64,10 +64,11 @@ def cohort_jobs(slides: str, coords: str, labels: str, failures: Failures) -> li
         labels: labels.csv, or empty for every slide that is found.
         failures: gets slides without coordinates or without tissue.
     """
-    records = read_labels(labels) if labels else []
-    paths = locate(records, slides) if records else find_slides(slides)
-    mpps = {record.slide_id: record.mpp for record in records}
     folder = Path(coords) / "coords" if (Path(coords) / "coords").is_dir() else Path(coords)
+    pattern = tile_pattern_of(folder.glob("[!.]*.h5"))
+    records = read_labels(labels) if labels else []
+    paths = locate(records, slides, pattern) if records else find_slides(slides, pattern)
+    mpps = {record.slide_id: record.mpp for record in records}
     jobs = []
     for slide_id, path in paths.items():
         try:
