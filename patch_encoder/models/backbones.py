@@ -64,6 +64,9 @@ def _timm(row: EncoderRow) -> nn.Module:
     options = {key: _layer(value) for key, value in row.options.items()}
     layer = options.pop("layer", None)
     network = timm.create_model(row.model, pretrained=False, num_classes=0, **options)
+    tokens = getattr(network, "num_prefix_tokens", -1)
+    if row.pool and (tokens < 0 or (tokens == 0 and row.pool != "mean")):
+        raise UserError(f"encoder '{row.model}': pool={row.pool} is for transformers with a class token; use pool=published")
     if layer:
         return TruncatedResNet(network, layer)
     return TokenPool(network, row.pool) if row.pool else network

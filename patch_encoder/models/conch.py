@@ -8,6 +8,7 @@ They are open_clip's and TITAN's own classes; here is what the image needs of th
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,11 +78,11 @@ def conch_v1_5(**trunk: int) -> Conch:
     return _conch(LinearAttentionPool, {"embed_dim": 1024, "depth": 24, "num_heads": 16, "init_values": 1e-6, **trunk}, 768)
 
 
-def _conch(pool: type[nn.Module], trunk: dict[str, float], dim: int) -> Conch:
+def _conch(pool: type[nn.Module], trunk: dict[str, Any], dim: int) -> Conch:
     from timm.models.vision_transformer import VisionTransformer
 
     settings = {"img_size": 448, "patch_size": 16, "num_classes": 0, **trunk}
-    return Conch(VisionTransformer(**settings), pool(dim, int(settings["embed_dim"])), dim)  # type: ignore[arg-type]
+    return Conch(VisionTransformer(**settings), pool(dim, settings["embed_dim"]), dim)
 
 
 def fit_positions(weights: dict[str, Tensor], grid: int) -> dict[str, Tensor]:

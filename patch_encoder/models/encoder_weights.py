@@ -158,13 +158,15 @@ def load(network: nn.Module, row: EncoderRow, state: dict[str, Tensor], source: 
         state = musk.to_timm(state)
     inside, outside = _divided(state, core.state_dict().keys())
     inside = _native(inside, core, row)
-    own = core.state_dict()
+    own = core.state_dict().keys()
     unused = [key for key in inside if key not in own and key.startswith(HEADS + _cut_off(core, row))]
-    unused += [key for key in outside if key.startswith(HEADS + TEXT_TOWER)]
-    if unused:
-        logger.info("%s: %d keys beside the encoder left out: %s", source, len(unused), ", ".join(_roots(unused)))
-    kept = inside | {key: value for key, value in outside.items() if key not in own}
-    load_weights(core, {key: value for key, value in kept.items() if key not in unused}, source)
+    # outside the encoder's prefix a key may bear the name of one inside
+    beside = [key for key in outside if key.startswith(HEADS + TEXT_TOWER)]
+    if unused or beside:
+        roots = sorted({".".join(key.split(".")[:2]) for key in unused + beside})
+        logger.info("%s: %d keys beside the encoder left out: %s", source, len(unused + beside), ", ".join(roots[:8]))
+    strange = {f"{key} (outside)" if key in own else key: outside[key] for key in outside.keys() - set(beside)}
+    load_weights(core, {key: value for key, value in inside.items() if key not in unused} | strange, source)
 
 
 def _divided(state: dict[str, Tensor], own: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -187,7 +189,3 @@ def _cut_off(core: nn.Module, row: EncoderRow) -> tuple[str, ...]:
     """Prefixes of what the published network has and this row does not use."""
     stages = tuple(f"layer{s}." for s in range(1, 5) if isinstance(getattr(core, f"layer{s}", None), nn.Identity))
     return stages + (conch.UNUSED if row.library == "conch" else ())
-
-
-def _roots(keys: Iterable[str]) -> list[str]:
-    return sorted({".".join(key.split(".")[:2]) for key in keys})[:8]

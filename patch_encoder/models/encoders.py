@@ -117,7 +117,7 @@ def _with_pool(row: EncoderRow, pool: str, name: str) -> EncoderRow:
     if pool in (POOLS[0], row.pool):
         return row
     has_tokens = row.library == "transformers" and row.model.startswith(("ViT", "Dinov2", "DINOv3ViT"))
-    if not (has_tokens or (row.library == "timm" and row.model.startswith(("vit", "beit", "eva", "deit")))):
+    if not has_tokens and row.library != "timm":
         raise UserError(f"encoder '{name}': pool={pool} is for transformers with a class token; use pool=published")
     token_width = row.width // 2 if row.pool == "cls_mean" else row.width
     return replace(row, pool=pool, width=token_width * (2 if pool == "cls_mean" else 1))
