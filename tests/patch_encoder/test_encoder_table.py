@@ -67,3 +67,19 @@ def test_row_says_what_a_user_has_to_know(name: str) -> None:
     assert row.fit.size
     # CONCH, MUSK and DINOv3 aside, all are 224
     assert row.fit.size == {"conch": 448, "conch_v1_5": 448, "musk": 384}.get(name, 256 if name.startswith("dinov3") else 224)
+
+
+@pytest.mark.parametrize("name", [name for name, row in ENCODERS.items() if row.weights.startswith("timm/")])
+def test_hub_names_are_those_that_the_libraries_know(name: str) -> None:
+    import open_clip
+    import timm
+
+    row = ENCODERS[name]
+    if row.library == "timm":
+        published = timm.get_pretrained_cfg(row.weights.removeprefix("timm/"))
+        assert published.hf_hub_id == row.weights
+        assert row.weights.removeprefix("timm/") in timm.list_pretrained()
+        assert (tuple(published.mean), tuple(published.std)) == row.statistics
+    else:
+        architecture = row.model.removesuffix("-quickgelu")
+        assert open_clip.get_pretrained_cfg(architecture, "openai")["hf_hub"].strip("/") == row.weights
