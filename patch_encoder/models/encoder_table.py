@@ -1,8 +1,8 @@
 """The encoders by name: library, weights, input, width, licence. One row each.
 
 Widths, inputs and poolings are those of the model cards and of TRIDENT's table; a test builds every row without
-storage and compares. The names of TS2G-KD's own set (`resnet18` ... `gigapath`, `clip`, `mae`, `dinov2`) keep its
-settings: the whole tile resized to 224, L2 norm for clip, biomedclip and dinov2.
+storage and compares. The names that TS2G-KD uses (`resnet18/34/50`, `clip`, `biomedclip`, `plip`, `mae`, `dinov2`) keep
+its settings: the whole tile resized to 224, L2 norm for clip, biomedclip and dinov2; its `gigapath` is that with crop=false.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _resnet(depth: int, width: int, layer: int) -> EncoderRow:
     )  # fmt: skip
 
 
-def _dinov2(size: str, letter: str, width: int, registers: bool) -> EncoderRow:
+def _dinov2(size: str, width: int, registers: bool) -> EncoderRow:
     model = f"vit_{size}_patch14_{'reg4_' if registers else ''}dinov2"
     return EncoderRow(
         "timm", model, f"timm/{model}.lvd142m", width, CROPPED, pool="cls", licence="Apache-2.0",
@@ -190,14 +190,14 @@ NATURAL_ROWS = {
     "dino_vits8": _dino("small", 8, 384),
     "dino_vitb16": _dino("base", 16, 768),
     "dino_vitb8": _dino("base", 8, 768),
-    "dinov2_vits14": _dinov2("small", "s", 384, registers=False),
-    "dinov2_vitb14": _dinov2("base", "b", 768, registers=False),
-    "dinov2_vitl14": _dinov2("large", "l", 1024, registers=False),
-    "dinov2_vitg14": _dinov2("giant", "g", 1536, registers=False),
-    "dinov2_vits14_reg": _dinov2("small", "s", 384, registers=True),
-    "dinov2_vitb14_reg": _dinov2("base", "b", 768, registers=True),
-    "dinov2_vitl14_reg": _dinov2("large", "l", 1024, registers=True),
-    "dinov2_vitg14_reg": _dinov2("giant", "g", 1536, registers=True),
+    "dinov2_vits14": _dinov2("small", 384, registers=False),
+    "dinov2_vitb14": _dinov2("base", 768, registers=False),
+    "dinov2_vitl14": _dinov2("large", 1024, registers=False),
+    "dinov2_vitg14": _dinov2("giant", 1536, registers=False),
+    "dinov2_vits14_reg": _dinov2("small", 384, registers=True),
+    "dinov2_vitb14_reg": _dinov2("base", 768, registers=True),
+    "dinov2_vitl14_reg": _dinov2("large", 1024, registers=True),
+    "dinov2_vitg14_reg": _dinov2("giant", 1536, registers=True),
     "dinov3_vits16": _dinov3("small", 384),
     "dinov3_vits16plus": _dinov3("small_plus", 384),
     "dinov3_vitb16": _dinov3("base", 768),

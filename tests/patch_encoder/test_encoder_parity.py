@@ -139,6 +139,31 @@ def test_vit_of_transformers_is_vit_of_timm(pool: str) -> None:
     same(network, reference, 32)
 
 
+def test_dinov3_of_transformers_is_dinov3_of_timm() -> None:
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+    config = DINOv3ViTConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256, image_size=64, patch_size=16,
+        num_register_tokens=4,
+    )  # fmt: skip
+    reference = TransformersPool(drawn(DINOv3ViTModel(config)), "cls")
+    state = reference.model.state_dict()
+    weights = {name: value for name, value in state.items() if not name.endswith(("q_proj.bias", "v_proj.bias", "mask_token"))}
+    rules = [
+        (r"embeddings\.patch_embeddings", "patch_embed.proj"), (r"register_tokens", "reg_token"), (r"^embeddings\.", ""),
+        (r"(model\.)?layer\.", "blocks."), (r"attention\.(qkv|q_proj\.bias|v_proj\.bias)", r"attn.\1"),
+        (r"([qv])_proj\.bias", r"\1_bias"), (r"attention\.o_proj", "attn.proj"), (r"layer_scale(\d)\.lambda1", r"gamma_\1"),
+        (r"up_proj", "fc1"), (r"down_proj", "fc2"),
+    ]  # fmt: skip
+    biases = {name: value for name, value in state.items() if name.endswith(("q_proj.bias", "v_proj.bias"))}
+    native = renamed(joined(weights, ("q_proj", "k_proj", "v_proj"), "qkv") | biases, rules)
+    row = EncoderRow("timm", ENCODERS["dinov3_vits16"].model, "", 64, pool="cls",
+                     options={"embed_dim": 64, "depth": 2, "num_heads": 2, "img_size": 64})  # fmt: skip
+    network = initialised(row).eval()
+    load(network, row, native, "test")
+    same(network, reference, 64)
+
+
 def test_pools_by_hand() -> None:
     tokens = torch.arange(2 * 7 * 3, dtype=torch.float32).view(2, 7, 3)
     assert torch.equal(pool_tokens(tokens, "cls", 3), tokens[:, 0])
