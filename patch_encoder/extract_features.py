@@ -15,19 +15,25 @@ from common.config import key
 from patch_encoder.engine import extract
 from patch_encoder.extraction_keys import ExtractionKeys
 from patch_encoder.models.encoders import Encoder, build_encoder
+from patch_encoder.models.pooling import POOLS
 
 
 @dataclass
 class Config(ExtractionKeys):
     """Keys of feature extraction."""
 
-    encoder: str = key("stain_texture", "name in patch_encoder/models/encoder_table.py, or timm:<model>")
+    encoder: str = key(
+        "stain_texture", "a name that list_encoders prints, timm:<model>, open_clip:<model>/<tag>, hf:<repo>, dino"
+    )
     weights: str = key("", "local weights file or folder; empty: from the encoder's hub; random: untrained")
+    pool: str = key("published", "features of a transformer: class token, mean of patch tokens, or both", choices=POOLS)
+    layer: int = key(0, "stage of a ResNet that is pooled, 1 to 4; 0: as the table says")
+    crop: bool = key(True, "centre crop where the encoder's own processor has one; false: the whole tile, resized")
 
 
 def build_model(config: Config) -> Encoder:
     """The encoder of this configuration."""
-    return build_encoder(config.encoder, config.weights)
+    return build_encoder(config.encoder, config.weights, config.pool, config.layer, config.crop)
 
 
 def main(config: Config) -> int:

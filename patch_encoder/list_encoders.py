@@ -1,0 +1,180 @@
+"""List the encoders that features can be extracted with; or check one: size, cost and time of a tile on this device.
+
+    python -m patch_encoder.list_encoders
+    python -m patch_encoder.list_encoders json=true
+    python -m patch_encoder.list_encoders verify=uni weights=UNI/pytorch_model.bin
+
+`verify` loads the encoder as extraction would (weights= empty: from its hub; random: untrained) and encodes random tiles.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.cli import launch
+from common.config import key
+from common.device import PRECISIONS, autocast, pick_device, pick_precision
+from common.errors import UserError
+from patch_encoder.models.encoder_names import PATTERNS
+from patch_encoder.models.encoder_table import ENCODERS
+from patch_encoder.models.encoders import Encoder, build_encoder
+from patch_encoder.models.pooling import POOLS
+
+COLUMNS = ("name", "dim", "input", "mpp", "tile", "precision", "library", "licence", "gated", "hub")
+
+
+@dataclass
+class Config:
+    """Keys of the list and of the check."""
+
+    json: bool = key(False, "print JSON instead of a table")
+    match: str = key("", "list only names that contain this text")
+    verify: str = key("", "build this encoder, encode random tiles and print what it costs")
+    weights: str = key("", "verify: local weights file or folder; empty: from the hub; random: untrained")
+    pool: str = key("published", "verify: features of a transformer", choices=POOLS)
+    layer: int = key(0, "verify: stage of a ResNet, 1 to 4; 0: as the table says")
+    batch_size: int = key(8, "verify: tiles a batch")
+    rounds: int = key(3, "verify: timed batches after one to warm up; the median counts")
+    device: str = key("auto", "auto, cpu, cuda or cuda:N")
+    precision: str = key("auto", "auto: bf16 where the device has it, else fp32", choices=PRECISIONS)
+
+
+def table(match: str = "") -> list[dict[str, Any]]:
+    """One dict a row of the encoder table, JSON-ready, with what a list and a person need."""
+    return [
+        {
+            "name": name,
+            "dim": row.width,
+            "input": row.fit.size,
+            "mpp": row.mpp,
+            "tile": row.tile,
+            "precision": row.precision,
+            "library": row.library,
+            "licence": row.licence,
+            "gated": row.gated,
+            "hub": row.weights,
+            "transform": repr(row.fit),
+            "mean": row.statistics[0],
+            "std": row.statistics[1],
+            "pool": row.pool or "published",
+            "l2_normalised": row.normalise,
+            "citation": row.citation,
+        }
+        for name, row in ENCODERS.items()
+        if match in name
+    ]
+
+
+def as_text(rows: Sequence[dict[str, Any]]) -> str:
+    """Columns padded to their longest entry; `-` where there is nothing to say."""
+    shown = [[_cell(row[column]) for column in COLUMNS] for row in rows]
+    widths = [max(len(line[i]) for line in [list(COLUMNS), *shown]) for i in range(len(COLUMNS))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in [list(COLUMNS), *shown]]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value in (None, "") else str(value)
+
+
+def random_batch(encoder: Encoder, count: int, side: int) -> tuple[torch.Tensor, float]:
+    """Random tiles through the encoder's own transform; seconds a tile, as one worker would take."""
+    generator = np.random.default_rng(0)
+    tiles = [generator.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(count)]
+    encoder.transform(tiles[0])
+    start = time.perf_counter()
+    items = [encoder.transform(tile) for tile in tiles]
+    return torch.stack(items), (time.perf_counter() - start) / count
+
+
+def gflops(encoder: Encoder, batch: torch.Tensor) -> float | None:
+    """10^9 floating-point operations a tile, a multiply-add as two; None for a classical descriptor."""
+    if not any(True for _ in encoder.model.parameters()):
+        return None
+    # attention spelt out: fused kernels are not counted on every device
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.inference_mode(),
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
+        encoder.model(batch[:1])
+    return counter.get_total_flops() / 1e9
+
+
+@torch.inference_mode()
+def seconds(encoder: Encoder, batch: torch.Tensor, precision: str, rounds: int) -> tuple[float, torch.Tensor]:
+    """(median seconds a batch on its device, features), after one batch to warm up."""
+    times = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        with autocast(batch.device, precision):
+            features = encoder.model(batch)
+        if batch.device.type == "cuda":
+            torch.cuda.synchronize(batch.device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:]), features.float().cpu()
+
+
+def check(config: Config) -> dict[str, Any]:
+    """Build the encoder and measure it.
+
+    Raises:
+        UserError: it cannot be built, or its features are not finite or not of the table's width.
+    """
+    device = pick_device(config.device)
+    precision = pick_precision(config.precision, device)
+    encoder = build_encoder(config.verify, config.weights, config.pool, config.layer)
+    row = ENCODERS.get(config.verify)
+    side = (row.tile if row else None) or 256
+    batch, transformed = random_batch(encoder, config.batch_size, side)
+    batch = batch.to(device)
+    encoder.model.to(device, memory_format=torch.channels_last)
+    counted = gflops(encoder, batch)
+    elapsed, features = seconds(encoder, batch, precision, config.rounds)
+    if features.shape != (config.batch_size, encoder.dim) or not features.isfinite().all():
+        raise UserError(
+            f"encoder '{config.verify}': expected finite features ({config.batch_size}, {encoder.dim}) in {precision}, found "
+            f"{tuple(features.shape)}, {int((~features.isfinite()).sum())} not finite; try precision=fp32"
+        )
+    return {
+        "encoder": encoder.name,
+        "dim": encoder.dim,
+        "parameters": sum(parameter.numel() for parameter in encoder.model.parameters()),
+        "gflops_a_tile": counted,
+        "ms_a_tile": 1000 * elapsed / config.batch_size,
+        "transform_ms_a_tile": 1000 * transformed,
+        "tile": side,
+        "device": str(device),
+        "precision": precision,
+        "batch_size": config.batch_size,
+        "transform": encoder.provenance["transform"],
+        "weights_sha256": encoder.provenance["weights_sha256"],
+        "feature_mean_and_std": [float(features.mean()), float(features.std())],
+    }
+
+
+def main(config: Config) -> None:
+    if config.verify:
+        result = check(config)
+        lines = "\n".join(f"{name}: {round(value, 4) if isinstance(value, float) else value}" for name, value in result.items())
+        print(json.dumps(result, indent=2) if config.json else lines)
+        return
+    rows = table(config.match)
+    if not rows:
+        raise UserError(f"match='{config.match}': expected part of an encoder's name, found none with it; leave match empty")
+    print(json.dumps(rows, indent=2) if config.json else f"{as_text(rows)}\n\nand by name: {', '.join(PATTERNS)}")
+
+
+if __name__ == "__main__":
+    launch(main, Config)
