@@ -25,7 +25,7 @@ from patch_encoder.tissue.settings import INKS
 
 MEASURES = {
     "blur": "variance of the Laplacian of grey values at the target resolution; higher is sharper",
-    "pen": "share of pixels with the colour of ink",
+    "pen": "share with the colour of ink",
     "background": "share of pixels that are bright and without colour",
     "saturation": "mean HSV saturation, 0..1",
     "darkness": "mean optical density over pixels and channels",
@@ -56,7 +56,8 @@ def measure_tile(tile: UInt8[np.ndarray, "side side 3"], least_od: float = 0.3) 
     side = min(SMALL, tile.shape[0])
     small = cv2.resize(tile, (side, side), interpolation=cv2.INTER_AREA)
     high, low = small.max(-1), small.min(-1)
-    pen = ink_pixels(np.asarray(small), INKS, least_od).mean()
+    # single dark nuclei are no ink: colours of a sixteenth of the tile's side
+    pen = ink_pixels(np.asarray(cv2.resize(tile, (16, 16), interpolation=cv2.INTER_AREA)), INKS, least_od).mean()
     background = ((low > BRIGHT) & (high - low < PALE)).mean()
     saturation = ((high - low) / np.maximum(high, 1)).mean()
     return float(deviation[0, 0] ** 2), float(pen), float(background), float(saturation), float(_OD[small].mean())
