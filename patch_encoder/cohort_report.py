@@ -130,7 +130,9 @@ def page(config: Config, rows: Sequence[Row]) -> str:
             "row": row,
             "image": picture(config, row.slide, embed),
             "link": relative(Path(config.tiles) / "overlays" / f"{row.slide}.jpg", config.output),
-            "shapes": {n: bars(histogram(row.values[n], e), 64.0, 20.0) for n, e in edges.items() if len(row.values.get(n, ()))},
+            "shapes": {
+                n: bars(histogram(row.values[n], e), 64.0, 20.0) for n, e in edges.items() if len(row.values.get(n, ()))
+            },
         }
         for row in rows
     ]

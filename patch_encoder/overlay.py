@@ -83,10 +83,11 @@ def _outlines(picture: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]
     contours, hierarchy = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     if hierarchy is None:
         return
-    width = max(1, round(max(picture.shape[:2]) / 500))
+    crowded = len(contours) > 150  # around many cells the rim would hide the cells
+    width = 1 if crowded else max(1, round(max(picture.shape[:2]) / 500))
     holes = [contour for contour, link in zip(contours, hierarchy[0]) if link[3] != -1]
     outer = [contour for contour, link in zip(contours, hierarchy[0]) if link[3] == -1]
-    if len(contours) < 500:  # around thousands of cells the rim would hide the cells
+    if not crowded:
         cv2.polylines(picture, contours, True, (255, 255, 255), width + 2, cv2.LINE_AA)
     cv2.polylines(picture, outer, True, TISSUE, width, cv2.LINE_AA)
     cv2.polylines(picture, holes, True, HOLE, width, cv2.LINE_AA)

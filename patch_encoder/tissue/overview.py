@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from jaxtyping import UInt8
@@ -12,15 +13,26 @@ from patch_encoder.slides.base import Slide
 
 MAX_SIDE = 4096  # px of the picture that a mask is computed on
 BLOCK = 2048  # px of a level that are read at a time
+LARGE, KEPT_SIDE = 8192, 2048  # px of a level whose overview is kept, and of that overview
 
 
 def read_overview(slide: Slide, max_side: int) -> UInt8[np.ndarray, "h w 3"]:
-    """The slide with max(h, w) <= max_side: means over the pixels of the nearest finer level."""
+    """The slide with max(h, w) <= max_side: means over the pixels of the nearest finer level.
+
+    Where that level is a large one, all its pixels have to be decoded: this is done once, at KEPT_SIDE, and kept with the slide.
+    """
     scale = max(1.0, max(slide.width, slide.height) / max_side)
     size = (max(1, round(slide.width / scale)), max(1, round(slide.height / scale)))
     # a level up to 1 % coarser counts as the level itself
     level = max(i for i, downsample in enumerate(slide.downsamples) if i == 0 or downsample <= scale * 1.01)
-    return _read_level(slide, level, size)
+    if max_side >= KEPT_SIDE or max(level_size(slide, level)) <= LARGE:
+        return _read_level(slide, level, size)
+    if slide not in _kept:
+        _kept[slide] = read_overview(slide, KEPT_SIDE)
+    return np.asarray(Image.fromarray(_kept[slide]).resize(size, Image.Resampling.BOX))
+
+
+_kept: WeakKeyDictionary[Slide, np.ndarray] = WeakKeyDictionary()
 
 
 def read_level(slide: Slide, level: int, max_side: int = MAX_SIDE) -> UInt8[np.ndarray, "h w 3"]:

@@ -179,6 +179,18 @@ def test_overview_in_blocks_is_the_mean_of_its_pixels(tmp_path: Path, monkeypatc
         assert abs(reduced.shape[0] * reduced.shape[1] / 64**2 - 1) < 0.05
 
 
+def test_a_large_level_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("patch_encoder.tissue.overview.LARGE", 400)
+    monkeypatch.setattr("patch_encoder.tissue.overview.KEPT_SIDE", 256)
+    with open_slide(write_pyramid(tmp_path / "a.tiff", draw_slide(512), levels=(1,))) as slide:
+        plain, reads = slide.read, []
+        monkeypatch.setattr(slide, "read", lambda *place: reads.append(place) or plain(*place))
+        small, smaller = read_overview(slide, 128), read_overview(slide, 64)
+        assert len(reads) == 1 and small.shape == (128, 128, 3) and smaller.shape == (64, 64, 3)
+        expected = np.asarray(Image.fromarray(draw_slide(512)).resize((128, 128), Image.Resampling.BOX)).astype(int)
+        assert np.abs(small - expected).max() <= 2
+
+
 MEASURE = """
 import resource, sys
 from patch_encoder.slides import open_slide
