@@ -2,8 +2,10 @@
 
     python -m patch_encoder.tile_slides slides=cohort/slides output=runs/tiles target_mpp=0.5 tile_size=256
 
-Writes `<output>/coords/<slide_id>.h5`, `<output>/overlays/<slide_id>.jpg` (what was taken for tissue, which tiles were
-cut) and `<output>/tiling.csv` (tiles and tissue share a slide). Finished slides are skipped.
+Writes below `<output>`: `coords/<slide_id>.h5`, `overlays/<slide_id>.jpg` (what was taken for tissue, which tiles were cut,
+what was dropped), `thumbnails/`, `tissue/<slide_id>.geojson` (outlines for QuPath) and `tiling.csv`. Finished slides are
+skipped; slides that cannot be read are listed in `failures.csv`. `quality=true` measures every tile, so that `filter_tiles`
+can cut by sharpness, ink or background later.
 """
 
 from __future__ import annotations
@@ -11,36 +13,39 @@ from __future__ import annotations
 import json
 import logging
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
 
 from common.cli import launch
 from common.config import REQUIRED, group, key
+from common.differences import differences
 from common.errors import UserError
-from common.files import atomic_path, write_csv
+from common.files import atomic_path, sha256_file, write_csv
 from common.progress import progress
 from patch_encoder.cohort import find_slides, locate, read_labels
-from patch_encoder.coordinates import Coordinates, coordinate_attributes, read_coordinates, write_coordinates
+from patch_encoder.coordinates import Coordinates, TileGeometry, coordinate_attributes, read_coordinates
 from patch_encoder.failures import Failures
 from patch_encoder.overlay import mask_overlay
-from patch_encoder.slides import open_slide
+from patch_encoder.slides import Slide, open_slide
 from patch_encoder.tiling import grid, tile_geometry, tissue_share
-from patch_encoder.tissue import TissueSettings, tissue_mask
+from patch_encoder.tissue import METHODS, Tissue, TissueSettings, find_tissue
+from patch_encoder.tissue.annotation import annotation_file
+from patch_encoder.tissue.clam import contour_grid, resolve
+from patch_encoder.tissue.geojson import write_geojson
+from patch_encoder.tissue.outlines import mask_outlines
+from patch_encoder.tissue.quality import Cuts, count_reasons, measure_tiles, reasons, write_tiles
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Tissue:
-    """See patch_encoder.tissue.TissueSettings."""
-
-    mpp: float = key(8.0, "resolution of the tissue mask, um per pixel")
-    floor: float = key(0.05, "lowest saturation (0..1) that Otsu may choose")
-    median: float = key(24.0, "side of the median filter on saturation, um")
-    closing: float = key(16.0, "radius of the closing, um")
-    min_area: float = key(2000.0, "smaller parts are dropped, um^2")
+COLUMNS = ["slide", "tiles", "tissue_share", "mpp", "tissue_mm2", "dropped"]
+THUMBNAIL = 256  # px
 
 
 @dataclass
@@ -59,46 +64,121 @@ class Config:
     mpp: float | None = key(None, "um per pixel at level 0 for slides that do not say")
     tile_pattern: str = key("", "how tile folders name their tiles, as in tile_x{x}_y{y}.png; empty: <row>_<col>")
     pictures: bool = key(False, "plain pictures (png, jpg, ...) are slides too; labelled ones always are")
-    method: str = key("auto", "tissue detection", choices=("auto", "hsv_otsu", "none"))
-    tissue: Tissue = group(Tissue, "tissue detection settings")
+    method: str = key("auto", "tissue detection; auto: existing tiles of a tile folder, else hsv_otsu", choices=METHODS)
+    grid: str = key("slide", "one grid over the slide, or CLAM's grid per contour (method=clam)", choices=("slide", "contour"))
+    quality: bool = key(False, "measure sharpness, ink, background and stain of every tile (reads every tile)")
+    min_blur: float | None = key(None, "drop tiles whose Laplacian has less variance than this; null: none")
+    max_pen: float | None = key(None, "drop tiles with a larger share of ink; null: none")
+    max_background: float | None = key(None, "drop tiles with a larger share of empty glass; null: none")
+    min_saturation: float | None = key(None, "drop tiles of less mean saturation, 0..1; null: none")
+    max_darkness: float | None = key(None, "drop tiles of more mean optical density; null: none")
+    tissue: TissueSettings = group(TissueSettings, "tissue detection settings")
     workers: int = key(2, "slides worked on at a time", runtime=True)
     overwrite: bool = key(False, "tile slides again that were tiled with other settings", runtime=True)
 
 
+Job = tuple[str, Path, float | None]  # slide id, file, mpp that was given
+
+
+def cuts_of(config: Config) -> Cuts:
+    """The quality cuts of a configuration."""
+    return Cuts(**{field.name: getattr(config, field.name) for field in fields(Cuts)})
+
+
 def settings_stamp(config: Config) -> str:
     """The settings that decide a slide's tiles, as stored in its coordinates file."""
-    names = ("tile_size", "target_mpp", "overlap", "min_tissue", "mpp", "method")
-    later = {"step": None, "pad": False, "tile_pattern": ""}
-    # keys that came later count where they are used: coordinates of before stay
-    used = {name: getattr(config, name) for name, default in later.items() if getattr(config, name) != default}
-    stamp = {name: getattr(config, name) for name in names} | used
-    return json.dumps(stamp | {"tissue": asdict(config.tissue)}, sort_keys=True)
+    free = {"slides", "output", "labels", "workers", "overwrite", "pictures"}
+    return json.dumps({name: value for name, value in asdict(config).items() if name not in free}, sort_keys=True)
 
 
-def tile_one(job: tuple[str, Path, float | None], config: Config, stamp: str) -> dict[str, object]:
-    """Tile one slide; returns its row of tiling.csv, with `error` when it could not be read."""
+def same_settings(found: str | None, expected: str) -> bool:
+    """Whether two stamps mean the same; a key that an older stamp lacks stands at its default."""
+    try:
+        return found is not None and _filled(json.loads(found)) == _filled(json.loads(expected))
+    except (json.JSONDecodeError, AttributeError):
+        return False
+
+
+def _difference(found: str | None, expected: str) -> str:
+    try:
+        return differences(_filled(json.loads(found or "{}")), _filled(json.loads(expected)))
+    except (json.JSONDecodeError, AttributeError):
+        return "the file does not say which"
+
+
+def _filled(stamp: dict[str, Any]) -> dict[str, Any]:
+    def over(default: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        filled = {
+            name: over(v, given.get(name, {})) if isinstance(v, dict) else given.get(name, v) for name, v in default.items()
+        }
+        return {**given, **filled}
+
+    filled = over(json.loads(settings_stamp(Config(slides="", output=""))), stamp)
+    del filled["tissue"]["file"]["folder"]  # what lies in it counts, not where it lies
+    return filled
+
+
+def drawn_digest(slide_id: str, config: Config) -> str:
+    """Digest of the slide's annotation with method=file, else ''."""
+    return sha256_file(annotation_file(config.tissue.file.folder, slide_id)) if config.method == "file" else ""
+
+
+def tile_one(job: Job, config: Config, stamp: str) -> dict[str, object]:
+    """Tile one slide; returns its id and number of tiles, or `error` when it could not be read."""
     slide_id, path, mpp = job
-    output = Path(config.output)
+    cv2.setNumThreads(1)  # one core a worker
     try:
         with open_slide(path, mpp, config.tile_pattern) as slide:
-            geometry = tile_geometry(slide, config.tile_size, config.target_mpp, config.overlap, config.step)
-            mask = tissue_mask(slide, config.method, TissueSettings(**asdict(config.tissue)))
-            corners = grid(geometry, config.pad)
-            kept = corners[tissue_share(mask, corners, geometry) >= config.min_tissue]
-            coordinates = Coordinates(kept, geometry)
-            with atomic_path(output / "overlays" / f"{slide_id}.jpg") as temporary:
-                mask_overlay(slide, mask, coordinates).save(temporary, "JPEG", quality=85)
+            return _tile(slide, job, config, stamp)
     except UserError as error:
         return {"slide": slide_id, "error": str(error)}
-    write_coordinates(
-        output / "coords" / f"{slide_id}.h5",
-        coordinates,
-        {"settings": stamp, "mpp_given": repr(mpp), "tissue_share": f"{mask.mean():.4f}"},
-    )
-    return {"slide": slide_id, "tiles": len(kept), "tissue_share": f"{mask.mean():.4f}"}
 
 
-def is_done(job: tuple[str, Path, float | None], config: Config, stamp: str) -> bool:
+def _tile(slide: Slide, job: Job, config: Config, stamp: str) -> dict[str, object]:
+    output, (slide_id, _, mpp) = Path(config.output), job
+    geometry = tile_geometry(slide, config.tile_size, config.target_mpp, config.overlap, config.step)
+    tissue = find_tissue(slide, config.method, config.tissue)
+    corners = candidate_tiles(slide, tissue, geometry, config.grid, config.pad)
+    share = tissue_share(tissue.mask, corners, geometry)
+    if config.grid == "slide":
+        corners, share = corners[share >= config.min_tissue], share[share >= config.min_tissue]
+    quality = measure_tiles(slide, geometry, corners, config.tissue.ink_od) if config.quality else {}
+    why = reasons(quality, cuts_of(config), len(corners))
+    keep = why == ""
+    coordinates = Coordinates(corners[keep], geometry)
+    dropped = {str(reason): corners[why == reason] for reason in sorted(set(why[~keep]))}
+    write_pictures(output, slide, tissue, coordinates, dropped)
+    scale = slide.width / tissue.mask.shape[1], slide.height / tissue.mask.shape[0]
+    outlines = [outline.scaled(*scale) for outline in mask_outlines(tissue.mask)]
+    write_geojson(output / "tissue" / f"{slide_id}.geojson", outlines, slide.mpp)
+    extra = {"settings": stamp, "mpp_given": repr(mpp), "tissue_share": f"{tissue.mask.mean():.4f}"}
+    extra |= {"dropped": json.dumps(count_reasons(why)), "drawn": drawn_digest(slide_id, config)}
+    measured = {name: values[keep] for name, values in {**quality, "tissue": share}.items()}
+    # written last: a slide counts as finished once it has coordinates
+    write_tiles(output / "coords" / f"{slide_id}.h5", coordinates, extra, measured)
+    return {"slide": slide_id, "tiles": len(coordinates.coords)}
+
+
+def candidate_tiles(slide: Slide, tissue: Tissue, geometry: TileGeometry, how: str, pad: bool) -> np.ndarray:
+    """Corners before any share of tissue is asked for, (N, 2); with `contour` CLAM's own choice."""
+    if how == "slide":
+        return grid(geometry, pad)
+    scale = slide.width / tissue.mask.shape[1], slide.height / tissue.mask.shape[0]
+    side = geometry.patch_size_level0
+    return contour_grid(tissue.contours, scale, side, geometry.step, (slide.width, slide.height))
+
+
+def write_pictures(output: Path, slide: Slide, tissue: Tissue, coordinates: Coordinates, dropped: dict[str, Any]) -> None:
+    """The overlay with its legend, and a thumbnail for cohort_report."""
+    with_legend, alone = mask_overlay(slide, tissue, coordinates, dropped)
+    with atomic_path(output / "overlays" / f"{slide.slide_id}.jpg") as temporary:
+        with_legend.save(temporary, "JPEG", quality=88)
+    alone.thumbnail((THUMBNAIL, THUMBNAIL))
+    with atomic_path(output / "thumbnails" / f"{slide.slide_id}.jpg") as temporary:
+        alone.save(temporary, "JPEG", quality=80)
+
+
+def is_done(job: Job, config: Config, stamp: str) -> bool:
     """Whether the slide's coordinates are there, valid and of these settings.
 
     Raises:
@@ -108,13 +188,30 @@ def is_done(job: tuple[str, Path, float | None], config: Config, stamp: str) -> 
     attributes = coordinate_attributes(path)
     if config.overwrite or not attributes:
         return False
-    found, expected = (attributes.get("settings"), attributes.get("mpp_given")), (stamp, repr(job[2]))
-    if found != expected:
-        raise UserError(f"{path}: tiled with {found}, asked for {expected}; choose another output or set overwrite=true")
-    return True
+    found, given = attributes.get("settings"), attributes.get("mpp_given")
+    if not same_settings(found, stamp) or given != repr(job[2]):
+        changed = _difference(found, stamp) or f"mpp given {given} -> {job[2]!r}"
+        raise UserError(f"{path}: tiled with other settings ({changed}); choose another output or set overwrite=true")
+    return not attributes.get("drawn") or attributes["drawn"] == drawn_digest(job[0], config)
+
+
+def check(config: Config) -> None:
+    """Refuse what does not go together before any slide is opened."""
+    if cuts_of(config).any() and not config.quality:
+        raise UserError("min_blur, max_pen, ...: expected quality=true, found false; cuts need measured tiles")
+    if config.grid == "contour" and config.method != "clam":
+        raise UserError(
+            f"grid=contour: expected method=clam, found method={config.method}; only CLAM has contours to start from"
+        )
+    if config.method == "file" and not config.tissue.file.folder:
+        raise UserError("method=file: expected tissue.file.folder=<folder of annotations>, found none")
+    mthresh = resolve(config.tissue.clam).mthresh
+    if config.method == "clam" and (mthresh < 1 or mthresh % 2 == 0):
+        raise UserError(f"tissue.clam.mthresh={mthresh}: expected an odd side of the median filter; take {mthresh + 1}")
 
 
 def main(config: Config) -> int:
+    check(config)
     mpps: dict[str, float | None] = {}
     if config.labels:
         records = read_labels(config.labels)
@@ -136,7 +233,7 @@ def main(config: Config) -> int:
     return failures.write(Path(config.output))
 
 
-def run_jobs(todo: list[tuple[str, Path, float | None]], config: Config, stamp: str):
+def run_jobs(todo: list[Job], config: Config, stamp: str):
     """Rows of tiling.csv, in the order of the jobs, from `config.workers` processes."""
     work = partial(tile_one, config=config, stamp=stamp)
     if config.workers <= 1 or len(todo) <= 1:
@@ -148,16 +245,18 @@ def run_jobs(todo: list[tuple[str, Path, float | None]], config: Config, stamp: 
 
 def write_table(output: Path, slide_ids: list[str]) -> None:
     """tiling.csv over all slides that have coordinates now."""
-    rows = []
-    for slide_id in slide_ids:
-        path = output / "coords" / f"{slide_id}.h5"
-        if path.is_file():
-            coordinates = read_coordinates(path)
-            share = coordinate_attributes(path).get("tissue_share", "")
-            rows.append(
-                {"slide": slide_id, "tiles": len(coordinates.coords), "tissue_share": share, "mpp": coordinates.geometry.mpp}
-            )
-    write_csv(output / "tiling.csv", ["slide", "tiles", "tissue_share", "mpp"], rows)
+    rows = [table_row(slide_id, path) for slide_id in slide_ids if (path := output / "coords" / f"{slide_id}.h5").is_file()]
+    write_csv(output / "tiling.csv", COLUMNS, rows)
+
+
+def table_row(slide_id: str, path: Path) -> dict[str, object]:
+    """One slide's row of tiling.csv, from its coordinates file."""
+    coordinates, attributes = read_coordinates(path), coordinate_attributes(path)
+    geometry, share = coordinates.geometry, attributes.get("tissue_share", "")
+    area = geometry.level0_width * geometry.level0_height * geometry.mpp**2 / 1e6
+    dropped = sum(json.loads(attributes.get("dropped", "{}")).values())
+    row = {"slide": slide_id, "tiles": len(coordinates.coords), "tissue_share": share, "mpp": geometry.mpp}
+    return row | {"tissue_mm2": f"{area * float(share):.3f}" if area and share else "", "dropped": dropped}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,113 @@
+"""What lies on a slide and is no tissue, by shape: rings of air bubbles, edges of the coverslip, flat areas, dust."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+from jaxtyping import Bool, Float32, UInt8
+from scipy import ndimage
+
+from patch_encoder.tissue.regions import grow_mask, open_mask
+
+BUBBLE = 200.0  # um; smaller rings are cells or glands
+ROUND, HOLLOW = 0.7, 0.6  # 4 pi area / perimeter^2 of a bubble, and the least share of it that its hole covers
+COARSE = 8.0  # um per pixel that lines are looked for at
+FILLED, BESIDE = 0.8, 0.5  # share of a line that is marked, and the most that may be on both sides of it
+
+
+def bubble_mask(mask: Bool[np.ndarray, "h w"], mpp: float) -> Bool[np.ndarray, "h w"]:
+    """Thin closed rings: round from outside, hollow inside."""
+    found = np.zeros(mask.shape, dtype=np.uint8)
+    contours, hierarchy = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    for number, contour in enumerate(contours):
+        area = cv2.contourArea(contour)
+        if hierarchy[0][number, 3] != -1 or area * mpp**2 < BUBBLE**2:
+            continue
+        holes = [contours[hole] for hole in np.flatnonzero(hierarchy[0][:, 3] == number)]
+        hollow = max((cv2.contourArea(hole) for hole in holes), default=0.0)
+        if hollow > HOLLOW * area and 4 * np.pi * area > ROUND * cv2.arcLength(contour, True) ** 2:
+            cv2.drawContours(found, [contour], -1, 1, cv2.FILLED)
+            cv2.drawContours(found, [max(holes, key=cv2.contourArea)], -1, 0, cv2.FILLED)
+            cv2.drawContours(found, [max(holes, key=cv2.contourArea)], -1, 1, 1)
+    return found.astype(bool) & mask
+
+
+def line_mask(
+    mask: Bool[np.ndarray, "h w"], mpp: float, length: float = 2000.0, width: float = 60.0
+) -> Bool[np.ndarray, "h w"]:
+    """Thin straight parts, as edges of coverslips and mounting medium leave them.
+
+    Hough transform over what an opening of `width` um removes; a segment counts when it is marked along its way and
+    clear on both sides, so that a field of many cells has none.
+    """
+    if length <= 0 or length > max(mask.shape) * mpp * 1.5:
+        return np.zeros_like(mask)
+    thin = mask & ~open_mask(mask, max(1, round(width / 2 / mpp)))
+    # long and straight shows on coarse pixels, too, and costs a fraction there
+    factor = max(1, int(COARSE / mpp))
+    pixels, thickness = round(length / mpp / factor), max(3, round(width / mpp / factor))
+    coarse, coarse_thin = _reduced(mask, factor), _reduced(thin, factor)
+    found = np.zeros(coarse.shape, dtype=np.uint8)
+    segments = cv2.HoughLinesP(
+        coarse_thin.astype(np.uint8),
+        1,
+        np.pi / 720,
+        max(10, pixels // 2),
+        minLineLength=pixels,
+        maxLineGap=max(2, pixels // 40),
+    )
+    for x0, y0, x1, y1 in np.reshape(segments if segments is not None else [], (-1, 4)).astype(int).tolist():
+        if _stands_alone(coarse, (x0, y0), (x1, y1), thickness):
+            cv2.line(found, (x0, y0), (x1, y1), 1, thickness)
+    whole = np.repeat(np.repeat(found, factor, axis=0), factor, axis=1)
+    return whole[: mask.shape[0], : mask.shape[1]].astype(bool) & thin
+
+
+def _reduced(mask: np.ndarray, factor: int) -> np.ndarray:
+    """Blocks of factor x factor pixels of which a third is marked, which a line across it reaches."""
+    height, width = mask.shape
+    padded = np.pad(mask, ((0, -height % factor), (0, -width % factor)))
+    blocks = padded.reshape(padded.shape[0] // factor, factor, padded.shape[1] // factor, factor)
+    return blocks.mean(axis=(1, 3)) >= 1 / 3
+
+
+def _stands_alone(mask: np.ndarray, start: tuple[int, int], end: tuple[int, int], thickness: int) -> bool:
+    a, b = np.array(start, dtype=float), np.array(end, dtype=float)
+    along = np.linspace(a, b, int(np.hypot(*(b - a))) + 1)
+    across = np.array([-(b - a)[1], (b - a)[0]]) / np.hypot(*(b - a))
+    height, width = mask.shape
+
+    def share(offset: float) -> float:
+        x, y = np.rint(along + offset * across).astype(int).T
+        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+        return float(mask[y[inside], x[inside]].mean()) if inside.any() else 0.0
+
+    return share(0.0) >= FILLED and (share(-1.5 * thickness) + share(1.5 * thickness)) / 2 <= BESIDE
+
+
+def flat_mask(
+    mask: Bool[np.ndarray, "h w"], picture: UInt8[np.ndarray, "h w 3"], mpp: float, width: float = 300.0
+) -> Bool[np.ndarray, "h w"]:
+    """Parts at least `width` um wide without any texture: mounting medium, holder, label. Cells have edges and nuclei."""
+    grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    mean = cv2.blur(grey, (5, 5))
+    variance = np.maximum(cv2.blur(grey * grey, (5, 5)) - mean * mean, 0)
+    noise = float(np.percentile(variance[::4, ::4], 2))  # of what is flattest on this slide
+    radius = max(1, round(width / 2 / mpp))
+    flat = open_mask(mask & (variance < max(4.0, 4 * noise)), radius)
+    return mask & grow_mask(flat, max(1, radius // 4))
+
+
+def dust_mask(
+    mask: Bool[np.ndarray, "h w"], od: Float32[np.ndarray, "h w 3"], mpp: float, largest: float = 5000.0
+) -> Bool[np.ndarray, "h w"]:
+    """Parts below `largest` um^2 without colour: every channel is absorbed alike, which no stain does."""
+    labels, count = ndimage.label(mask)
+    if count == 0:
+        return mask
+    flat, area = labels.ravel(), np.bincount(labels.ravel())
+    channels = np.stack([np.bincount(flat, od[..., c].ravel()) for c in range(3)]) / np.maximum(area, 1)
+    grey = channels.min(0) > 0.75 * channels.max(0)
+    small = area * mpp**2 < largest
+    grey[0] = False
+    return (grey & small)[labels]

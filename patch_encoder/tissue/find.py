@@ -1,0 +1,138 @@
+"""One function behind which all methods of tissue detection stand, and what is dropped after each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Bool
+
+from common.errors import UserError
+from patch_encoder.slides.base import Slide
+from patch_encoder.slides.tile_folder import TileFolder
+from patch_encoder.tissue.annotation import annotated_mask
+from patch_encoder.tissue.artefacts import bubble_mask, line_mask
+from patch_encoder.tissue.clam import clam_contours, contours_mask, segmentation_level
+from patch_encoder.tissue.cytology import cytology_mask
+from patch_encoder.tissue.ink import ink_mask
+from patch_encoder.tissue.outlines import Outline
+from patch_encoder.tissue.overview import MAX_SIDE, read_level, read_overview
+from patch_encoder.tissue.regions import area_filter, fill_holes
+from patch_encoder.tissue.saturation import otsu_mask
+from patch_encoder.tissue.settings import INKS, TissueSettings
+
+METHODS = ("auto", "hsv_otsu", "clam", "cytology", "file", "none")
+ASSUMED_MPP = 0.5  # of a slide of unknown resolution: it decides the scale of the mask, not of the tiles
+
+
+@dataclass(frozen=True)
+class Tissue:
+    """What a method found on one slide; all masks cover the whole slide.
+
+    Attributes:
+        mask: bool (h, w), tissue.
+        dropped: what was taken for tissue and then dropped, by reason (pen, artefact, small): bool (h, w).
+        contours: with method clam, its contours in px of the mask and in their order.
+    """
+
+    mask: np.ndarray
+    dropped: dict[str, np.ndarray] = field(default_factory=dict)
+    contours: list[Outline] = field(default_factory=list)
+
+
+def tissue_mask(slide: Slide, method: str, settings: TissueSettings) -> Bool[np.ndarray, "h w"]:
+    """bool (h, w) over the whole slide; see `find_tissue`."""
+    return find_tissue(slide, method, settings).mask
+
+
+def find_tissue(slide: Slide, method: str, settings: TissueSettings) -> Tissue:
+    """Tissue of a slide; a slide without any gives an empty mask.
+
+    Args:
+        slide: an open slide.
+        method: one of METHODS. `none`: everything; `auto`: every tile that exists of a tile folder, else `hsv_otsu`.
+        settings: see TissueSettings.
+
+    Raises:
+        UserError: method `file` and no annotation that can be used.
+        SlideError: pixels that cannot be decoded.
+    """
+    if method not in METHODS:
+        raise UserError(f"method={method}: expected one of {', '.join(METHODS)}")
+    if method == "none":
+        return Tissue(np.ones((1, 1), dtype=bool))
+    if method == "auto" and isinstance(slide, TileFolder):
+        return Tissue(_existing_tiles(slide))
+    if method == "file":
+        width, height = mask_size(slide, settings.mpp)
+        return Tissue(annotated_mask(slide, (height, width), settings.file))
+    return _FOUND["hsv_otsu" if method == "auto" else method](slide, settings)
+
+
+def mask_size(slide: Slide, mpp: float) -> tuple[int, int]:
+    """(width, height) of a mask at `mpp` um per pixel, at least 64 and at most MAX_SIDE px a side."""
+    longest = max(slide.width, slide.height)
+    side = min(max(int(longest * (slide.mpp or ASSUMED_MPP) / mpp), 64), MAX_SIDE)
+    scale = max(1.0, longest / side)
+    return max(1, round(slide.width / scale)), max(1, round(slide.height / scale))
+
+
+def _existing_tiles(slide: TileFolder) -> np.ndarray:
+    assert slide.tile_side is not None
+    mask = np.zeros((slide.height // slide.tile_side, slide.width // slide.tile_side), dtype=bool)
+    for row, col in slide.cells:
+        mask[row, col] = True
+    return mask
+
+
+def _by_saturation(slide: Slide, settings: TissueSettings) -> Tissue:
+    overview, mpp = _overview(slide, settings)
+    return _clean(otsu_mask(overview, mpp, settings), overview, mpp, settings, _inks(settings, ()))
+
+
+def _by_density(slide: Slide, settings: TissueSettings) -> Tissue:
+    overview, mpp = _overview(slide, settings)
+    mask, artefact = cytology_mask(overview, mpp, settings.closing, settings.cytology)
+    found = _clean(mask, overview, mpp, settings, inks := _inks(settings, INKS))
+    # ink is flat, too: it is called ink
+    ink = (mask | artefact) & ink_mask(overview, mpp, inks, settings.ink_od, settings.ink_width)
+    return Tissue(found.mask, {**found.dropped, "pen": ink, "artefact": (found.dropped["artefact"] | artefact) & ~ink})
+
+
+def _as_clam(slide: Slide, settings: TissueSettings) -> Tissue:
+    picture = read_level(slide, segmentation_level(slide, settings.clam))
+    scale = slide.width / picture.shape[1], slide.height / picture.shape[0]
+    contours, before = clam_contours(picture, scale, settings.clam)
+    mask = contours_mask(contours, picture.shape[:2])
+    mpp = (slide.mpp or ASSUMED_MPP) * scale[0]
+    ink = ink_mask(picture, mpp, _inks(settings, ()), settings.ink_od, settings.ink_width) & before
+    return Tissue(mask & ~ink, {"pen": ink, "small": before & ~mask & ~ink}, contours)
+
+
+def _overview(slide: Slide, settings: TissueSettings) -> tuple[np.ndarray, float]:
+    overview = read_overview(slide, max(mask_size(slide, settings.mpp)))
+    return overview, (slide.mpp or ASSUMED_MPP) * max(slide.width, slide.height) / max(overview.shape[:2])
+
+
+def _inks(settings: TissueSettings, automatic: tuple[str, ...]) -> list[str]:
+    return list(automatic) if settings.inks == ["auto"] else [ink for ink in settings.inks if ink != "auto"]
+
+
+def _clean(mask: np.ndarray, overview: np.ndarray, mpp: float, settings: TissueSettings, inks: list[str]) -> Tissue:
+    """Without ink, bubbles and lines, without small parts, small holes filled."""
+    ink = mask & ink_mask(overview, mpp, inks, settings.ink_od, settings.ink_width)
+    rest = mask & ~ink
+    artefact = np.zeros_like(mask)
+    if settings.bubbles:
+        artefact = rest & (bubble_mask(rest, mpp) | line_mask(rest, mpp))
+    rest = fill_holes(rest & ~artefact, settings.min_hole / mpp**2)
+    kept = area_filter(rest, settings.min_area / mpp**2)
+    return Tissue(kept, {"pen": ink, "artefact": artefact, "small": rest & ~kept})
+
+
+_FOUND: dict[str, Callable[[Slide, TissueSettings], Tissue]] = {
+    "hsv_otsu": _by_saturation,
+    "clam": _as_clam,
+    "cytology": _by_density,
+}

@@ -1,0 +1,146 @@
+"""What a tile is worth: sharpness, ink, empty glass, stain; measured on its pixels, kept beside its coordinates, cut later.
+
+Sharpness is the variance of the Laplacian (Pech-Pacheco et al., ICPR 2000) at the tile's target resolution: it depends
+on stain and resolution, so a threshold is found from a cohort's own histogram (cohort_report) and not from a paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import cv2
+import h5py
+import numpy as np
+from jaxtyping import Int64, UInt8
+
+from common.errors import UserError
+from common.files import atomic_path
+from patch_encoder.coordinates import Coordinates, TileGeometry, coordinate_attributes, read_coordinates, write_coordinates
+from patch_encoder.slides.base import Slide
+from patch_encoder.tiling import read_tile
+from patch_encoder.tissue.ink import ink_pixels
+from patch_encoder.tissue.settings import INKS
+
+MEASURES = {
+    "blur": "variance of the Laplacian of grey values at the target resolution; higher is sharper",
+    "pen": "share with the colour of ink",
+    "background": "share of pixels that are bright and without colour",
+    "saturation": "mean HSV saturation, 0..1",
+    "darkness": "mean optical density over pixels and channels",
+}
+SMALL = 64  # px a side that colours are measured at
+BRIGHT, PALE = 200, 20  # background: darkest channel above BRIGHT, channels no further than PALE apart
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Which tiles are dropped; None: none for this reason."""
+
+    min_blur: float | None = None
+    max_pen: float | None = None
+    max_background: float | None = None
+    min_saturation: float | None = None
+    max_darkness: float | None = None
+
+    def any(self) -> bool:
+        """Whether anything would be dropped at all."""
+        return any(value is not None for value in asdict(self).values())
+
+
+def measure_tile(tile: UInt8[np.ndarray, "side side 3"], least_od: float = 0.3) -> tuple[float, ...]:
+    """The MEASURES of one tile, in their order."""
+    grey = cv2.cvtColor(tile, cv2.COLOR_RGB2GRAY)
+    _, deviation = cv2.meanStdDev(cv2.Laplacian(grey, cv2.CV_16S))
+    side = min(SMALL, tile.shape[0])
+    small = cv2.resize(tile, (side, side), interpolation=cv2.INTER_AREA)
+    high, low = small.max(-1), small.min(-1)
+    # single dark nuclei are no ink: colours of a sixteenth of the tile's side
+    pen = ink_pixels(np.asarray(cv2.resize(tile, (16, 16), interpolation=cv2.INTER_AREA)), INKS, least_od).mean()
+    background = ((low > BRIGHT) & (high - low < PALE)).mean()
+    saturation = ((high - low) / np.maximum(high, 1)).mean()
+    return float(deviation[0, 0] ** 2), float(pen), float(background), float(saturation), float(_OD[small].mean())
+
+
+_OD = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256)
+
+
+def measure_tiles(
+    slide: Slide, geometry: TileGeometry, corners: Int64[np.ndarray, "N 2"], least_od: float = 0.3
+) -> dict[str, np.ndarray]:
+    """MEASURES of tiles, float32 (N,) each; one tile is in memory at a time.
+
+    Raises:
+        SlideError: a tile cannot be decoded.
+    """
+    rows = [measure_tile(read_tile(slide, geometry, int(x), int(y)), least_od) for x, y in corners]
+    table = np.array(rows, dtype=np.float32).reshape(-1, len(MEASURES))
+    return {name: table[:, column] for column, name in enumerate(MEASURES)}
+
+
+def reasons(quality: Mapping[str, np.ndarray], cuts: Cuts, count: int) -> np.ndarray:
+    """Why each tile is dropped, '' when it is kept: text (N,). Ink counts before background, background before blur.
+
+    Raises:
+        UserError: a cut whose measure is not there.
+    """
+    found = np.full(count, "", dtype="<U10")
+    for name, low, high in (
+        ("blur", cuts.min_blur, None),
+        ("saturation", cuts.min_saturation, None),
+        ("darkness", None, cuts.max_darkness),
+        ("background", None, cuts.max_background),
+        ("pen", None, cuts.max_pen),
+    ):
+        if low is None and high is None:
+            continue
+        if name not in quality:
+            raise UserError(f"expected '{name}' of every tile, found {sorted(quality)}; tile with quality=true first")
+        values = quality[name]
+        found[(values < low) if low is not None else (values > high)] = name
+    return found
+
+
+def write_tiles(
+    path: str | Path, coordinates: Coordinates, extra: Mapping[str, str], quality: Mapping[str, np.ndarray]
+) -> None:
+    """A coordinates file with one dataset a measure beside `coords`, written atomically; other readers see `coords` alone."""
+    with atomic_path(path) as temporary:
+        write_coordinates(temporary, coordinates, extra)
+        with h5py.File(temporary, "a") as file:
+            for name, values in quality.items():
+                file.create_dataset(name, data=values.astype(np.float32)).attrs["meaning"] = MEASURES.get(name, name)
+
+
+def read_quality(path: str | Path) -> dict[str, np.ndarray]:
+    """The measures beside the coordinates, {} when the tiles were not measured."""
+    with h5py.File(path, "r") as file:
+        found = {name: file[name] for name in (*MEASURES, "tissue") if name in file}
+        return {name: item[()] for name, item in found.items() if isinstance(item, h5py.Dataset)}
+
+
+def filter_coordinates(source: str | Path, target: str | Path, cuts: Cuts) -> dict[str, int]:
+    """Write the tiles of `source` that pass the cuts to `target`; returns how many were dropped for which reason.
+
+    Raises:
+        UserError: no coordinates file, or its tiles were not measured.
+    """
+    coordinates, quality = read_coordinates(source), read_quality(source)
+    try:
+        why = reasons(quality, cuts, len(coordinates.coords))
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    keep = why == ""
+    own = set(asdict(coordinates.geometry))
+    extra = {name: value for name, value in coordinate_attributes(source).items() if name not in own}
+    extra["cuts"] = ", ".join(f"{name}={value:g}" for name, value in asdict(cuts).items() if value is not None)
+    kept = Coordinates(coordinates.coords[keep], coordinates.geometry)
+    write_tiles(target, kept, extra, {name: values[keep] for name, values in quality.items()})
+    return count_reasons(why)
+
+
+def count_reasons(why: np.ndarray) -> dict[str, int]:
+    """Reason -> number of tiles, without the kept ones."""
+    names, counts = np.unique(why[why != ""], return_counts=True)
+    return {str(name): int(count) for name, count in zip(names, counts)}
