@@ -48,7 +48,7 @@ def mask_overlay(
         cut: reason -> level-0 corners of the tiles that were dropped for it.
         max_side: longest side of the picture, px.
     """
-    picture = np.ascontiguousarray(read_overview(slide, max_side))
+    picture = np.array(read_overview(slide, max_side))
     scale, side = picture.shape[1] / slide.width, coordinates.geometry.patch_size_level0
     for reason, mask in tissue.dropped.items():
         _hatch(picture, _resized(mask, picture.shape[:2]), DROPPED[reason][0])

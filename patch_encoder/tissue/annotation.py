@@ -91,7 +91,7 @@ def picture_mask(path: Path, slide: Slide, shape: tuple[int, int]) -> Bool[np.nd
     if len(values) > 2:
         raise UserError(f"{path}: expected two values (glass, tissue), found {len(values)}; save a mask of two values")
     mask = (pixels == values[-1]) & (values[-1] > 0)
-    small = Image.fromarray(mask.astype(np.uint8) * 255).resize(shape[::-1], Image.Resampling.BOX)
+    small = Image.fromarray(mask.astype(np.uint8) * 255).resize((shape[1], shape[0]), Image.Resampling.BOX)
     return np.asarray(small) >= 128
 
 

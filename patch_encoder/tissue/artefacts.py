@@ -5,9 +5,8 @@ from __future__ import annotations
 import cv2
 import numpy as np
 from jaxtyping import Bool, Float32, UInt8
-from scipy import ndimage
 
-from patch_encoder.tissue.regions import grow_mask, open_mask
+from patch_encoder.tissue.regions import grow_mask, label_parts, open_mask
 
 BUBBLE = 200.0  # um; smaller rings are cells or glands
 ROUND, HOLLOW = 0.7, 0.6  # 4 pi area / perimeter^2 of a bubble, and the least share of it that its hole covers
@@ -23,7 +22,7 @@ def bubble_mask(mask: Bool[np.ndarray, "h w"], mpp: float) -> Bool[np.ndarray, "
         area = cv2.contourArea(contour)
         if hierarchy[0][number, 3] != -1 or area * mpp**2 < BUBBLE**2:
             continue
-        holes = [contours[hole] for hole in np.flatnonzero(hierarchy[0][:, 3] == number)]
+        holes = [contours[hole] for hole in np.flatnonzero(hierarchy[0][:, 3] == number).tolist()]
         hollow = max((cv2.contourArea(hole) for hole in holes), default=0.0)
         if hollow > HOLLOW * area and 4 * np.pi * area > ROUND * cv2.arcLength(contour, True) ** 2:
             cv2.drawContours(found, [contour], -1, 1, cv2.FILLED)
@@ -102,7 +101,7 @@ def dust_mask(
     mask: Bool[np.ndarray, "h w"], od: Float32[np.ndarray, "h w 3"], mpp: float, largest: float = 5000.0
 ) -> Bool[np.ndarray, "h w"]:
     """Parts below `largest` um^2 without colour: every channel is absorbed alike, which no stain does."""
-    labels, count = ndimage.label(mask)
+    labels, count = label_parts(mask)
     if count == 0:
         return mask
     flat, area = labels.ravel(), np.bincount(labels.ravel())

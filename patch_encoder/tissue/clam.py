@@ -78,8 +78,8 @@ def clam_contours(
     parents = hierarchy[0][:, 3]
     tile = int(REFERENCE**2 / (scale[0] * scale[1]))
     kept = []
-    for number in np.flatnonzero(parents == -1):
-        holes = [contours[hole] for hole in np.flatnonzero(parents == number)]
+    for number in np.flatnonzero(parents == -1).tolist():
+        holes = [contours[hole] for hole in np.flatnonzero(parents == number).tolist()]
         area = cv2.contourArea(contours[number]) - sum(cv2.contourArea(hole) for hole in holes)
         if area > 0 and area > parameters.a_t * tile:
             largest = sorted(holes, key=cv2.contourArea, reverse=True)[: parameters.max_n_holes]

@@ -11,11 +11,9 @@ from __future__ import annotations
 import cv2
 import numpy as np
 from jaxtyping import Bool, Float32, UInt8
-from scipy import ndimage
-from skimage.morphology import disk
 
 from patch_encoder.tissue.artefacts import bubble_mask, dust_mask, flat_mask, line_mask
-from patch_encoder.tissue.regions import close_mask
+from patch_encoder.tissue.regions import close_mask, disc, label_parts
 from patch_encoder.tissue.settings import CytologySettings
 
 BLOCK = 40.0  # um; the glass is estimated on blocks of this side
@@ -68,7 +66,7 @@ def local_glass(picture: UInt8[np.ndarray, "h w 3"], mpp: float, window: float) 
     slide = np.percentile(bright.reshape(-1, 3), 99, axis=0).astype(np.float32)
     radius = max(1, min(round(window / 2 / (side * mpp)), max(bright.shape[:2])))
     padded = np.pad(bright, ((radius, radius), (radius, radius), (0, 0)), mode="edge")
-    closed = cv2.morphologyEx(padded, cv2.MORPH_CLOSE, disk(radius))[radius:-radius, radius:-radius]
+    closed = cv2.morphologyEx(padded, cv2.MORPH_CLOSE, disc(radius))[radius:-radius, radius:-radius]
     closed = np.ascontiguousarray(closed, dtype=np.float32)
     relative = closed / np.maximum(slide, 1)
     is_glass = (relative.min(-1) > GLASS) & (np.ptp(relative, axis=-1) < COLOURLESS)
@@ -89,7 +87,7 @@ def _bright_blocks(picture: np.ndarray, side: int) -> np.ndarray:
 
 def _with_core(weak: np.ndarray, strong: np.ndarray) -> np.ndarray:
     """The 8-connected parts of `weak` that have a pixel of `strong`."""
-    labels, count = ndimage.label(weak, structure=np.ones((3, 3)))
+    labels, count = label_parts(weak, corners=True)
     kept = np.zeros(count + 1, dtype=bool)
     kept[np.unique(labels[strong & weak])] = True
     kept[0] = False

@@ -89,8 +89,9 @@ def _shapes(feature: dict[str, Any], source: str) -> Iterator[Shape]:
         for part in geometry.get("geometries", []):
             yield from _shapes({"geometry": part, "properties": feature.get("properties")}, source)
         return
-    polygons = {"Polygon": [geometry.get("coordinates")], "MultiPolygon": geometry.get("coordinates")}.get(kind, [])
-    for polygon in polygons or []:
+    coordinates = geometry.get("coordinates") or []
+    polygons = [coordinates] if kind == "Polygon" else coordinates if kind == "MultiPolygon" else []
+    for polygon in polygons:
         rings = [_ring(ring, source) for ring in polygon or []]
         if rings:
             yield Shape(Outline(rings[0], rings[1:]), name)

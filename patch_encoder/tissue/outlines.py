@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Bool
-from scipy import ndimage
+
+from patch_encoder.tissue.regions import label_parts
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Outline:
 
 def mask_outlines(mask: Bool[np.ndarray, "h w"]) -> list[Outline]:
     """The 4-connected parts of a mask, points on the corners of pixels: pixel (row, col) spans (col, row)-(col+1, row+1)."""
-    labels, count = ndimage.label(mask)
+    labels, count = label_parts(mask)
     outers: list[np.ndarray | None] = [None] * count
     holes: list[list[np.ndarray]] = [[] for _ in range(count)]
     padded = np.pad(labels, 1)
@@ -35,7 +36,7 @@ def mask_outlines(mask: Bool[np.ndarray, "h w"]) -> list[Outline]:
         (x, y), (next_x, _) = ring[0], ring[1]
         # the first stretch is horizontal and has tissue on its right: below it eastwards, above it westwards
         row, col = (y, x) if next_x > x else (y - 1, x - 1)
-        part = padded[row + 1, col + 1] - 1
+        part = int(padded[row + 1, col + 1]) - 1
         if signed_area(ring) > 0:
             outers[part] = ring
         else:

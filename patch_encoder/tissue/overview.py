@@ -19,7 +19,7 @@ LARGE, KEPT_SIDE = 8192, 2048  # px of a level whose overview is kept, and of th
 def read_overview(slide: Slide, max_side: int) -> UInt8[np.ndarray, "h w 3"]:
     """The slide with max(h, w) <= max_side: means over the pixels of the nearest finer level.
 
-    Where that level is large, all its pixels have to be decoded: this is done once, at KEPT_SIDE, and kept with the slide.
+    Where that level is a large one, all its pixels have to be decoded: done once, at KEPT_SIDE, and kept with the slide.
     """
     scale = max(1.0, max(slide.width, slide.height) / max_side)
     size = (max(1, round(slide.width / scale)), max(1, round(slide.height / scale)))

@@ -54,7 +54,7 @@ def measure_tile(tile: UInt8[np.ndarray, "side side 3"], least_od: float = 0.3) 
     grey = cv2.cvtColor(tile, cv2.COLOR_RGB2GRAY)
     _, deviation = cv2.meanStdDev(cv2.Laplacian(grey, cv2.CV_16S))
     side = min(SMALL, tile.shape[0])
-    small = cv2.resize(tile, (side, side), interpolation=cv2.INTER_AREA)
+    small = np.asarray(cv2.resize(tile, (side, side), interpolation=cv2.INTER_AREA), dtype=np.uint8)
     high, low = small.max(-1), small.min(-1)
     # single dark nuclei are no ink: colours of a sixteenth of the tile's side
     pen = ink_pixels(np.asarray(cv2.resize(tile, (16, 16), interpolation=cv2.INTER_AREA)), INKS, least_od).mean()

@@ -6,7 +6,20 @@ import cv2
 import numpy as np
 from jaxtyping import Bool
 from scipy import ndimage
-from skimage.morphology import disk
+
+
+def disc(radius: int) -> np.ndarray:
+    """Structuring element: uint8 (2 radius + 1, 2 radius + 1)."""
+    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
+    return (x * x + y * y <= radius * radius).astype(np.uint8)
+
+
+def label_parts(mask: Bool[np.ndarray, "h w"], corners: bool = False) -> tuple[np.ndarray, int]:
+    """(number of the connected part of each pixel, 0 for none; how many there are); `corners` join parts, too."""
+    labels = np.empty(mask.shape, dtype=np.int32)
+    count = ndimage.label(mask, structure=np.ones((3, 3)) if corners else None, output=labels)
+    assert isinstance(count, int)
+    return labels, count
 
 
 def close_mask(mask: Bool[np.ndarray, "h w"], radius: int) -> Bool[np.ndarray, "h w"]:
@@ -14,7 +27,7 @@ def close_mask(mask: Bool[np.ndarray, "h w"], radius: int) -> Bool[np.ndarray, "
     if radius <= 0:
         return mask
     padded = np.pad(mask, radius).astype(np.uint8)
-    closed = cv2.morphologyEx(padded, cv2.MORPH_CLOSE, disk(radius))
+    closed = cv2.morphologyEx(padded, cv2.MORPH_CLOSE, disc(radius))
     return closed[radius:-radius, radius:-radius].astype(bool)
 
 
@@ -23,18 +36,18 @@ def open_mask(mask: Bool[np.ndarray, "h w"], radius: int) -> Bool[np.ndarray, "h
     if radius <= 0:
         return mask
     padded = np.pad(mask, radius, mode="edge").astype(np.uint8)
-    opened = cv2.morphologyEx(padded, cv2.MORPH_OPEN, disk(radius))
+    opened = cv2.morphologyEx(padded, cv2.MORPH_OPEN, disc(radius))
     return opened[radius:-radius, radius:-radius].astype(bool)
 
 
 def grow_mask(mask: Bool[np.ndarray, "h w"], radius: int) -> Bool[np.ndarray, "h w"]:
     """Dilation with a disc."""
-    return cv2.dilate(mask.astype(np.uint8), disk(radius)).astype(bool) if radius > 0 else mask
+    return cv2.dilate(mask.astype(np.uint8), disc(radius)).astype(bool) if radius > 0 else mask
 
 
 def area_filter(mask: Bool[np.ndarray, "h w"], min_pixels: float) -> Bool[np.ndarray, "h w"]:
     """The 4-connected parts of at least this many pixels."""
-    labels, count = ndimage.label(mask)
+    labels, count = label_parts(mask)
     if count == 0:
         return mask
     areas = np.bincount(labels.ravel()).astype(float)
@@ -46,7 +59,7 @@ def fill_holes(mask: Bool[np.ndarray, "h w"], max_pixels: float) -> Bool[np.ndar
     """The mask with holes below this many pixels filled; what reaches the border is no hole."""
     if max_pixels <= 0:
         return mask
-    labels, _ = ndimage.label(~mask)
+    labels, _ = label_parts(~mask)
     areas = np.bincount(labels.ravel()).astype(float)
     areas[0] = np.inf  # tissue itself
     edge = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])

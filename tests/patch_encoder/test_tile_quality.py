@@ -207,6 +207,17 @@ def test_colours_stand_where_things_are(tmp_path: Path) -> None:
     assert len({colour for colour, _ in DROPPED.values()} | {TISSUE, TILE}) == len(DROPPED) + 1, "each its own colour"
 
 
+def test_slides_with_one_large_level_are_tiled(cohort: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("patch_encoder.tissue.overview.LARGE", 300)
+    write_pyramid(cohort / "slides" / "one.tiff", draw_slide(512), levels=(1,))
+    write_pyramid(cohort / "slides" / "two.tiff", draw_slide(512), levels=(1, 2, 4))
+    assert tile(cohort) == 0
+    one, two = (read_coordinates(cohort / "tiles" / "coords" / f"{name}.h5").coords for name in ("one", "two"))
+    np.testing.assert_array_equal(one, two)
+    for folder in ("overlays", "thumbnails"):
+        assert (cohort / "tiles" / folder / "one.jpg").is_file()
+
+
 def test_overlay_of_a_blank_slide_and_a_tile_folder(tmp_path: Path, tile_folder: Path) -> None:
     write_pyramid(tmp_path / "slides" / "blank.tiff", np.full((300, 100, 3), 240, np.uint8))
     assert tile(tmp_path, "target_mpp=null") == 0
