@@ -61,12 +61,11 @@ def choose(scores: np.ndarray, top_k: int, extra_random: int, seed: Sequence[int
 
 
 def native_tile(slide: Slide, geometry: TileGeometry, patch: Patch) -> tuple[str, Path] | None:
-    """`<row>_<col>` and file of a tile folder's own tile, when the patch is exactly that."""
+    """Name and file of a tile folder's own tile, when the patch is exactly that."""
     if not isinstance(slide, TileFolder) or {geometry.patch_size, geometry.target_size} != {slide.tile_side}:
         return None
-    (row, dy), (col, dx) = divmod(patch.y, geometry.patch_size), divmod(patch.x, geometry.patch_size)
-    file = slide.cells.get((row, col))
-    return None if dx or dy or file is None else (file.stem, file)
+    file = slide.tile_at(patch.x, patch.y)
+    return None if file is None else (file.stem, file)
 
 
 def cut(job: CutJob) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +11,10 @@ import pandas as pd
 
 from common.errors import UserError, did_you_mean
 from common.files import safe_id
-from patch_encoder.slides.tile_folder import TILE_NAME
-
-SLIDE_SUFFIXES = frozenset(
-    (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm", ".czi")
-)
+from patch_encoder.slides.names import DICOM_SUFFIX, PICTURE_SUFFIXES, SLIDE_SUFFIXES, slide_id_of, suffix_of
+from patch_encoder.slides.resolution import is_plausible
+from patch_encoder.slides.tile_pattern import TilePattern
+from patch_encoder.slides.tile_pattern import tile_pattern as compile_pattern
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,8 @@ def _record(path: Path, line: int, row: dict[str, str]) -> SlideRecord:
         mpp = float(text) if text else None
     except ValueError:
         mpp = -1.0
-    if mpp is not None and not mpp > 0:
-        raise UserError(f"{path} line {line}: expected mpp in um per pixel, found '{text}'")
+    if mpp is not None and not is_plausible(mpp):
+        raise UserError(f"{path} line {line}: expected mpp in um per level-0 pixel, 0.05 to 10, found '{text}'")
     slide_id = safe_id(row["slide_id"].strip())
     return SlideRecord(row["case_id"].strip(), slide_id, row["label"].strip(), row.get("split", "").strip() or None, mpp)
 
@@ -90,49 +89,70 @@ def class_names(records: Sequence[SlideRecord], positive: str | None = None) -> 
     return names
 
 
-def find_slides(root: str | Path) -> dict[str, Path]:
-    """Slide id -> file or tile folder, anywhere below `root`, sorted by id.
+def find_slides(root: str | Path, tile_pattern: str = "", pictures: bool = False) -> dict[str, Path]:
+    """Slide id -> file, tile folder or DICOM folder, anywhere below `root` or `root` itself, sorted by id.
+
+    Args:
+        root: any tree; a slide file is a cohort of one.
+        tile_pattern: how tile folders name their tiles (patch_encoder.slides.tile_pattern).
+        pictures: plain pictures (PNG, JPEG, ...) are slides too; they are without being asked for where nothing else is.
 
     Raises:
-        UserError: no slide there, or two slides with one id.
+        UserError: no slide there, two slides with one id, or DICOM files between other slides.
     """
-    root = Path(root)
+    root, pattern = Path(root), compile_pattern(tile_pattern)
+    if root.is_file():
+        return {slide_id_of(root): root}
     if not root.is_dir():
         raise UserError(f"slides={root}: expected a folder of slides, found none")
+    paths = _walk(root, pattern, SLIDE_SUFFIXES | (PICTURE_SUFFIXES if pictures else set()), set())
+    found = _by_id(paths or _walk(root, pattern, PICTURE_SUFFIXES, set()))
+    if not found:
+        raise UserError(
+            f"slides={root}: expected slides ({' '.join(sorted(SLIDE_SUFFIXES))}), pictures or folders of tiles "
+            f"({tile_pattern or '<row>_<col>'}), found none"
+        )
+    return found
+
+
+def _by_id(paths: Sequence[Path]) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for path in _walk(root):
-        slide_id = path.name if path.is_dir() else path.stem
+    for path in paths:
+        slide_id = slide_id_of(path)
         if slide_id in found:
             raise UserError(f"slide id '{slide_id}': expected one slide, found {found[slide_id]} and {path}; rename one")
         found[slide_id] = path
-    if not found:
-        raise UserError(
-            f"slides={root}: expected slides ({' '.join(sorted(SLIDE_SUFFIXES))}) or folders of <row>_<col> tiles, found none"
-        )
     return dict(sorted(found.items()))
 
 
-def _walk(folder: Path) -> list[Path]:
-    """Slides below a folder; a folder with tiles in it is one slide and not searched further."""
-    slides: list[Path] = []
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            is_tile_folder = any(TILE_NAME.match(child.name) for child in entry.iterdir())
-            slides += [entry] if is_tile_folder else _walk(entry)
-        elif entry.suffix.lower() in SLIDE_SUFFIXES:
-            slides.append(entry)
-    return slides
+def _walk(folder: Path, pattern: TilePattern, suffixes: Set[str], seen: set[Path]) -> list[Path]:
+    """Slides of a folder; one with tiles or one DICOM series in it is a slide itself and not searched further."""
+    resolved = folder.resolve()
+    if resolved in seen:  # a link that leads back up
+        return []
+    seen.add(resolved)
+    if pattern.in_folder(folder):
+        return [folder]
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    files = [entry for entry in entries if entry.is_file() and suffix_of(entry) in suffixes]
+    dicom = [file for file in files if suffix_of(file) == DICOM_SUFFIX]
+    if dicom and len(dicom) == len(files):
+        return [folder]
+    if len(dicom) > 1:
+        raise UserError(
+            f"{folder}: expected a folder of its own for each DICOM series, found {len(dicom)} files beside other slides; "
+            "move them into folders"
+        )
+    return files + [slide for entry in entries if entry.is_dir() for slide in _walk(entry, pattern, suffixes, seen)]
 
 
-def locate(records: Sequence[SlideRecord], root: str | Path) -> dict[str, Path]:
-    """Slide id -> path for every record, in the records' order.
+def locate(records: Sequence[SlideRecord], root: str | Path, tile_pattern: str = "", pictures: bool = False) -> dict[str, Path]:
+    """Slide id -> path for every record, in the records' order; the other arguments are those of `find_slides`.
 
     Raises:
         UserError: a labelled slide is not below `root`.
     """
-    found = find_slides(root)
+    found = find_slides(root, tile_pattern, pictures)
     unknown = [record.slide_id for record in records if record.slide_id not in found]
     if unknown:
         raise UserError(

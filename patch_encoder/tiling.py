@@ -15,6 +15,7 @@ from PIL import Image
 from common.errors import UserError
 from patch_encoder.coordinates import TileGeometry
 from patch_encoder.slides.base import Slide
+from patch_encoder.slides.resolution import REMEDY
 
 LEVEL_TOLERANCE = 1.01  # a level up to 1 % coarser than the target counts as the target's own level
 
@@ -31,8 +32,8 @@ def tile_geometry(slide: Slide, target_size: int, target_mpp: float | None, over
     if target_mpp is not None:
         if slide.mpp is None:
             raise UserError(
-                f"slide {slide.slide_id}: expected its resolution in um per pixel, the file has none; "
-                "give it in the mpp column of labels.csv, as mpp=..., or set target_mpp=null to tile level 0 as it is"
+                f"slide {slide.slide_id}: expected its resolution in um per pixel, found {slide.resolution.source}; "
+                f"{REMEDY}, or set target_mpp=null to tile level 0 as it is"
             )
         scale = target_mpp / slide.mpp
         if scale < 0.5:

@@ -1,98 +1,134 @@
-"""Slides that a cytology scanner exported as a folder of `<row>_<col>.jpg|png` tiles (the layout of TS2G-KD)."""
+"""Slides that a scanner exported as a folder of tiles, `<row>_<col>.jpg|png` (the layout of TS2G-KD) or any other naming."""
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from patch_encoder.slides.base import Slide, SlideError
+from patch_encoder.slides.base import RegionError, Slide, SlideError
+from patch_encoder.slides.pixels import as_rgb
+from patch_encoder.slides.resolution import resolution_of
+from patch_encoder.slides.tile_pattern import tile_pattern as compile_pattern
 
-TILE_NAME = re.compile(r"^(\d+)_(\d+)\.(?:jpg|jpeg|png)$", re.IGNORECASE)
 CACHED_TILES = 16
 
 
 class TileFolder(Slide):
     """The mosaic of all tiles as one slide with one level; places without a tile are white.
 
+    Tiles that are named by pixels may stand anywhere, overlap (the later one is on top) and be smaller at the border.
+
     Attributes:
-        cells: (row, col) -> file, sorted by row, then column.
+        tiles: (x, y) level-0 corner -> file, sorted by y, then x.
+        cells: (row, col) of the lattice of tile sides -> a file that covers some of it, sorted by row, then column.
     """
 
-    def __init__(self, path: Path, mpp: float | None = None) -> None:
-        self.slide_id = path.name
-        self.path = path
-        found = ((TILE_NAME.match(file.name), file) for file in path.iterdir())
-        self.cells = dict(sorted(((int(m[1]), int(m[2])), file) for m, file in found if m))
-        if not self.cells:
-            raise SlideError(f"slide {path}: expected tiles named <row>_<col>.jpg or .png, found none")
-        self.tile_side: int = self._side_of_first()
-        self.height = (max(row for row, _ in self.cells) + 1) * self.tile_side
-        self.width = (max(col for _, col in self.cells) + 1) * self.tile_side
-        self.mpp = mpp
+    def __init__(self, path: Path, mpp: float | None = None, tile_pattern: str = "") -> None:
+        self.slide_id, self.path, self.tile_pattern = path.name, path, tile_pattern
+        pattern = compile_pattern(tile_pattern)
+        found = ((pattern.place(file.name), file) for file in sorted(path.iterdir()) if not file.name.startswith("."))
+        places = sorted((place[::-1], file) for place, file in found if place is not None)
+        if not places:
+            expected = f"matching tile_pattern={tile_pattern}" if tile_pattern else "named <row>_<col>.jpg or .png"
+            raise SlideError(f"slide {path}: expected tiles {expected}, found none")
+        self._strict = not pattern.in_pixels
+        self.tile_side: int = self._side_of(places[0][1])
+        unit = self.tile_side if self._strict else 1
+        self.tiles = {(x * unit, y * unit): file for (y, x), file in places}
+        if len(self.tiles) < len(places):
+            raise SlideError(f"slide {path}: expected one file a tile, found {len(places)} files for {len(self.tiles)} places")
+        self.width, self.height = self._extent()
+        self._corners: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for x, y in self.tiles:
+            for row, col in self._cells_of(x, y, self.tile_side):
+                if row * self.tile_side < self.height and col * self.tile_side < self.width:
+                    self._corners.setdefault((row, col), []).append((x, y))
+        self.cells = {cell: self.tiles[corners[0]] for cell, corners in sorted(self._corners.items())}
+        self.resolution = resolution_of({}, self.slide_id, given=mpp)
         self.downsamples = (1.0,)
+        self.format = "tile folder"
         self._cache: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
-    def _side_of_first(self) -> int:
-        file = next(iter(self.cells.values()))
+    def _size_of(self, file: Path) -> tuple[int, int]:
         try:
             with Image.open(file) as image:
-                width, height = image.size
+                return image.size
         except (OSError, UnidentifiedImageError) as error:
             raise SlideError(f"slide {self.slide_id}: tile {file.name} cannot be decoded: {error}") from None
+
+    def _extent(self) -> tuple[int, int]:
+        """(width, height) in whole cells, by the sizes of the last tile to the right and of the last one down."""
+        right, down = max(self.tiles), max(self.tiles, key=lambda corner: corner[::-1])
+        ends = (right[0] + self.tile_side, down[1] + self.tile_side)
+        if not self._strict:
+            ends = (right[0] + self._size_of(self.tiles[right])[0], down[1] + self._size_of(self.tiles[down])[1])
+        side = self.tile_side
+        return -(-ends[0] // side) * side, -(-ends[1] // side) * side
+
+    def _side_of(self, file: Path) -> int:
+        width, height = self._size_of(file)
         if width != height:
             raise SlideError(f"slide {self.slide_id}: expected square tiles, found {file.name} of {width}x{height} px")
         return width
 
+    def _cells_of(self, x: int, y: int, size: int) -> list[tuple[int, int]]:
+        side = self.tile_side
+        rows, cols = range(y // side, (y + size - 1) // side + 1), range(x // side, (x + size - 1) // side + 1)
+        return [(row, col) for row in rows for col in cols]
+
     def corners(self) -> np.ndarray:
         """Level-0 top-left corners of the tiles that exist, int64 (N, 2), (x, y)."""
-        return np.array([(col, row) for row, col in self.cells], dtype=np.int64) * self.tile_side
+        return np.array(list(self.tiles), dtype=np.int64)
+
+    def tile_at(self, x: int, y: int) -> Path | None:
+        """The file whose corner is exactly there."""
+        return self.tiles.get((x, y))
 
     def read(self, x: int, y: int, size: int, level: int = 0) -> np.ndarray:
         assert level == 0, level
         out = np.full((size, size, 3), 255, dtype=np.uint8)
-        side = self.tile_side
-        for row in range(y // side, (y + size - 1) // side + 1):
-            for col in range(x // side, (x + size - 1) // side + 1):
-                if (row, col) not in self.cells:
-                    continue
-                # overlap of this tile with the square, in mosaic pixels
-                top, left = max(y, row * side), max(x, col * side)
-                bottom, right = min(y + size, (row + 1) * side), min(x + size, (col + 1) * side)
-                part = self._tile(row, col)[top - row * side : bottom - row * side, left - col * side : right - col * side]
-                out[top - y : bottom - y, left - x : right - x] = part
+        touched = {corner: None for cell in self._cells_of(x, y, size) for corner in self._corners.get(cell, ())}
+        for left, top in sorted(touched, key=lambda corner: corner[::-1]):
+            tile = self._tile(left, top)
+            # overlap of this tile with the square, in mosaic pixels
+            x0, y0 = max(x, left), max(y, top)
+            x1, y1 = min(x + size, left + tile.shape[1]), min(y + size, top + tile.shape[0])
+            if x1 > x0 and y1 > y0:
+                out[y0 - y : y1 - y, x0 - x : x1 - x] = tile[y0 - top : y1 - top, x0 - left : x1 - left]
         return out
 
-    def _tile(self, row: int, col: int) -> np.ndarray:
-        if (row, col) in self._cache:
-            self._cache.move_to_end((row, col))
-            return self._cache[row, col]
-        file = self.cells[row, col]
+    def _tile(self, x: int, y: int) -> np.ndarray:
+        if (x, y) in self._cache:
+            self._cache.move_to_end((x, y))
+            return self._cache[x, y]
+        file, side = self.tiles[x, y], self.tile_side
         try:
             with Image.open(file) as image:
-                pixels = np.asarray(image.convert("RGB"))
-        except (OSError, UnidentifiedImageError) as error:
-            raise SlideError(f"slide {self.slide_id}: tile {file.name} cannot be decoded: {error}") from None
-        if pixels.shape[:2] != (self.tile_side, self.tile_side):
-            found = f"{pixels.shape[1]}x{pixels.shape[0]}"
-            raise SlideError(f"slide {self.slide_id}: tile {file.name}: expected {self.tile_side} px a side, found {found}")
-        self._cache[row, col] = pixels
+                pixels = as_rgb(np.asarray(image if image.mode in ("RGB", "RGBA", "L") else image.convert("RGBA")))
+        except (OSError, UnidentifiedImageError, SyntaxError) as error:
+            raise RegionError(f"slide {self.slide_id}: tile {file.name} cannot be decoded: {error}") from None
+        height, width = pixels.shape[:2]
+        if max(height, width) > side or (self._strict and (height, width) != (side, side)):
+            raise RegionError(f"slide {self.slide_id}: tile {file.name}: expected {side} px a side, found {width}x{height}")
+        self._cache[x, y] = pixels
         if len(self._cache) > CACHED_TILES:
             self._cache.popitem(last=False)
         return pixels
 
     def thumbnail(self, max_side: int) -> np.ndarray:
+        # tile by tile and not block by block: a mosaic may be huge and nearly empty
         scale = max(1.0, max(self.width, self.height) / max_side)
         out = np.full((max(1, round(self.height / scale)), max(1, round(self.width / scale)), 3), 255, dtype=np.uint8)
-        for row, col in self.cells:
-            top, left = round(row * self.tile_side / scale), round(col * self.tile_side / scale)
-            bottom = min(round((row + 1) * self.tile_side / scale), out.shape[0])
-            right = min(round((col + 1) * self.tile_side / scale), out.shape[1])
+        for x, y in self.tiles:
+            tile = self._tile(x, y)
+            top, left = round(y / scale), round(x / scale)
+            bottom = min(round((y + tile.shape[0]) / scale), out.shape[0])
+            right = min(round((x + tile.shape[1]) / scale), out.shape[1])
             if bottom > top and right > left:
-                small = Image.fromarray(self._tile(row, col)).resize((right - left, bottom - top), Image.Resampling.BOX)
+                small = Image.fromarray(tile).resize((right - left, bottom - top), Image.Resampling.BOX)
                 out[top:bottom, left:right] = np.asarray(small)
         return out
 

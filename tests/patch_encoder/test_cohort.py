@@ -82,3 +82,56 @@ def test_ambiguous_and_unknown_slides_are_refused(tmp_path: Path) -> None:
         find_slides(tmp_path / "b")
     with pytest.raises(UserError, match="expected a folder"):
         find_slides(tmp_path / "nowhere")
+
+
+def tree(root: Path, *names: str) -> dict[str, str]:
+    """Make empty files and give what is found among them."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return {slide_id: str(path.relative_to(root)) for slide_id, path in find_slides(root).items()}
+
+
+def test_compound_suffixes_and_dots_in_ids(tmp_path: Path) -> None:
+    assert tree(tmp_path, "TCGA-01.f2.svs", "A.1.ome.tif", "B.OME.TIFF", "C.qptiff") == {
+        "A.1": "A.1.ome.tif",
+        "B": "B.OME.TIFF",
+        "C": "C.qptiff",
+        "TCGA-01.f2": "TCGA-01.f2.svs",
+    }
+    with pytest.raises(UserError, match="slide id 'A.1': expected one slide"):
+        tree(tmp_path, "deep/er/A.1.svs")
+
+
+def test_pictures_count_when_nothing_else_is_there_or_when_asked_for(tmp_path: Path) -> None:
+    assert tree(tmp_path, "a/P1.png", "P2.jpeg", "notes.txt") == {"P1": "a/P1.png", "P2": "P2.jpeg"}
+    assert tree(tmp_path, "S1.svs") == {"S1": "S1.svs"}
+    assert set(find_slides(tmp_path, pictures=True)) == {"P1", "P2", "S1"}
+
+
+def test_folders_that_are_slides(tmp_path: Path) -> None:
+    found = tree(tmp_path / "cohort", "T1/0_0.png", "T1/photo.png", "D1/1.dcm", "D1/2.dcm", "D2/x/only.dcm", "S1.svs")
+    assert found == {"D1": "D1", "S1": "S1.svs", "T1": "T1", "x": "D2/x"}
+    # the folder or file itself
+    assert find_slides(tmp_path / "cohort" / "T1") == {"T1": tmp_path / "cohort" / "T1"}
+    assert find_slides(tmp_path / "cohort" / "D1") == {"D1": tmp_path / "cohort" / "D1"}
+    assert find_slides(tmp_path / "cohort" / "S1.svs") == {"S1": tmp_path / "cohort" / "S1.svs"}
+    with pytest.raises(UserError, match="a folder of its own for each DICOM series, found 2 files"):
+        tree(tmp_path / "cohort", "b1.dcm", "b2.dcm")
+
+
+def test_tile_folders_by_pattern(tmp_path: Path) -> None:
+    tree(tmp_path, "T1/tile_x0_y0.png", "T2/tile_x9_y0.png")
+    assert set(find_slides(tmp_path)) == {"tile_x0_y0", "tile_x9_y0"}, "pictures, as no pattern says otherwise"
+    assert set(find_slides(tmp_path, "tile_x{x}_y{y}.png")) == {"T1", "T2"}
+
+
+def test_links_that_lead_back_end(tmp_path: Path) -> None:
+    assert tree(tmp_path, "a/S1.svs") == {"S1": "a/S1.svs"}
+    (tmp_path / "a" / "up").symlink_to(tmp_path, target_is_directory=True)
+    assert set(find_slides(tmp_path)) == {"S1"}
+
+
+def test_names_that_are_no_ids_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="plain file name"):
+        tree(tmp_path, "a\\..\\b.svs")

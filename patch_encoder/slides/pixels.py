@@ -1,0 +1,41 @@
+"""Whatever a file stores -> RGB bytes: transparency on white, grey three times, everything deeper refused."""
+
+from __future__ import annotations
+
+import tempfile
+
+import numpy as np
+from jaxtyping import UInt8
+
+KEPT_BYTES = 512 * 2**20  # larger pictures are kept in a file, so that memory can let go of them
+
+
+def on_white(rgba: UInt8[np.ndarray, "h w 4"]) -> UInt8[np.ndarray, "h w 3"]:
+    """RGBA (alpha 0 where the scanner took no picture) composed on white, as glass looks."""
+    alpha = rgba[..., 3:]
+    if alpha.size == 0 or alpha.min() == 255:
+        return rgba[..., :3]
+    mixed = rgba[..., :3].astype(np.uint16) * alpha + 255 * (255 - alpha.astype(np.uint16))
+    return (mixed // 255).astype(np.uint8)
+
+
+def as_rgb(pixels: np.ndarray, has_alpha: bool = True) -> UInt8[np.ndarray, "h w 3"]:
+    """Grey, grey + alpha, RGB or RGBA bytes (h, w) or (h, w, 1..4) as RGB; a fourth channel that is no alpha goes."""
+    assert pixels.dtype == np.uint8, pixels.dtype
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    channels = pixels.shape[2]
+    if channels <= 2:
+        grey = np.repeat(pixels[..., :1], 3, axis=2)
+        pixels = np.concatenate([grey, pixels[..., 1:]], axis=2)
+    return on_white(pixels) if pixels.shape[2] == 4 and has_alpha else pixels[..., :3]
+
+
+def keep(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    """The same pixels, in a nameless memory-mapped file when they are many."""
+    if pixels.nbytes <= KEPT_BYTES:
+        return np.ascontiguousarray(pixels)
+    with tempfile.TemporaryFile() as stream:
+        mapped = np.memmap(stream, dtype=np.uint8, mode="w+", shape=pixels.shape)
+    mapped[:] = pixels
+    return mapped

@@ -1,0 +1,180 @@
+"""TIFF files that OpenSlide refuses (strips, OME-TIFF, single level) through tifffile: decoded segment by segment.
+
+The pyramid is that of the file's first series (OME SubIFDs or pages of falling size). Levels whose layout has no segments of
+whole RGB pixels (planes apart) are decoded once and kept.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections import OrderedDict
+from functools import cached_property
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import tifffile
+
+from patch_encoder.slides.array_slide import ArraySlide
+from patch_encoder.slides.base import RegionError, SlideError
+from patch_encoder.slides.names import slide_id_of
+from patch_encoder.slides.pixels import as_rgb, keep
+from patch_encoder.slides.resolution import resolution_of
+
+CACHED_BYTES = 256 * 2**20  # decoded segments a handle keeps
+AXES = ("YX", "YXS", "SYX", "CYX")
+UNITS = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6, "inch": 25400.0}
+JPEG = {6, 7, 34892, 33007}
+READ_ERRORS = (OSError, ValueError, RuntimeError, IndexError, NotImplementedError, struct.error, tifffile.TiffFileError)
+
+
+class TiffFile(ArraySlide):
+    """A TIFF handle of tifffile; memory holds the segments read last."""
+
+    def __init__(self, path: Path, mpp: float | None = None) -> None:
+        self.slide_id, self.path = slide_id_of(path), path
+        try:
+            self._file = tifffile.TiffFile(path)
+            self._levels = _levels(self._file)
+            self._pages = [level.pages[0].aspage() for level in self._levels]
+            found = [(level.axes, level.shape, str(level.dtype)) for level in self._levels]
+            self.properties = _resolution_properties(self._file)
+        except READ_ERRORS as error:
+            raise SlideError(f"slide {path}: expected a TIFF file, found another or a truncated one: {error}") from None
+        if any(axes not in AXES or dtype != "uint8" or _channels(axes, shape) not in (1, 3, 4) for axes, shape, dtype in found):
+            self._file.close()
+            raise SlideError(
+                f"slide {path}: expected a TIFF of 8-bit grey or RGB pixels, found {found[0][2]} of shape {found[0][1]} "
+                f"({found[0][0]}); convert it to 8-bit RGB"
+            )
+        self.level_sizes = tuple((shape[axes.index("X")], shape[axes.index("Y")]) for axes, shape, _ in found)
+        self.width, self.height = self.level_sizes[0]
+        self.downsamples = tuple((self.width / w + self.height / h) / 2 for w, h in self.level_sizes)
+        self.format = f"tifffile {'OME-TIFF' if self._file.is_ome else 'TIFF'}"
+        self.resolution = resolution_of(self.properties, self.slide_id, given=mpp)
+        self._segments: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._whole: dict[int, np.ndarray] = {}
+
+    def cut(self, level: int, left: int, top: int, right: int, bottom: int) -> np.ndarray:
+        try:
+            if not self._in_segments[level]:
+                return self._decoded(level)[top:bottom, left:right]
+            return self._assemble(level, left, top, right, bottom)
+        except READ_ERRORS as error:
+            raise RegionError(
+                f"slide {self.slide_id}: pixels at ({left}, {top}) of level {level} cannot be decoded: {error}"
+            ) from None
+
+    @cached_property
+    def _in_segments(self) -> list[bool]:
+        """Whether a level is one page whose segments hold whole pixels."""
+        pairs = zip(self._levels, self._pages, strict=True)
+        return [level.axes in ("YX", "YXS") and len(level.pages) == 1 and _is_plain(page) for level, page in pairs]
+
+    def _assemble(self, level: int, left: int, top: int, right: int, bottom: int) -> np.ndarray:
+        page = self._pages[level]
+        width = page.tilewidth if page.is_tiled else page.imagewidth
+        height = page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength)
+        across = math.ceil(page.imagewidth / width)
+        out = np.empty((bottom - top, right - left, 3), np.uint8)
+        for row in range(top // height, (bottom - 1) // height + 1):
+            for col in range(left // width, (right - 1) // width + 1):
+                segment = self._segment(level, row * across + col, width, height)
+                y0, y1 = max(top, row * height), min(bottom, (row + 1) * height)
+                x0, x1 = max(left, col * width), min(right, (col + 1) * width)
+                part = segment[y0 - row * height : y1 - row * height, x0 - col * width : x1 - col * width]
+                out[y0 - top : y1 - top, x0 - left : x1 - left] = part
+        return out
+
+    def _segment(self, level: int, index: int, width: int, height: int) -> np.ndarray:
+        """RGB of one tile or strip, at most (height, width)."""
+        if (level, index) in self._segments:
+            self._segments.move_to_end((level, index))
+            return self._segments[level, index]
+        page = self._pages[level]
+        count = page.databytecounts[index]
+        if count == 0:
+            return np.full((height, width, 3), 255, np.uint8)  # a sparse file's empty place
+        stream = self._file.filehandle
+        stream.seek(page.dataoffsets[index])
+        data = stream.read(count)
+        if len(data) != count:
+            raise OSError(f"segment {index} has {len(data)} of {count} bytes, the file is truncated")
+        # libjpeg paints what is missing grey without an error
+        if page.compression in JPEG and (not data.startswith(b"\xff\xd8") or b"\xff\xd9" not in data[-16:]):
+            raise OSError(f"segment {index} is no whole JPEG stream")
+        tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader} if page.compression in JPEG else {}
+        decoded = page.decode(data, index, **tables)[0]
+        assert decoded is not None
+        pixels = np.ascontiguousarray(as_rgb(_positive(decoded[0], page), _has_alpha(page)))
+        self._segments[level, index] = pixels
+        while len(self._segments) > 1 and sum(part.nbytes for part in self._segments.values()) > CACHED_BYTES:
+            self._segments.popitem(last=False)
+        return pixels
+
+    def _decoded(self, level: int) -> np.ndarray:
+        if level not in self._whole:
+            series = self._levels[level]
+            pixels = series.asarray()
+            if series.axes[0] in "SC":
+                pixels = np.moveaxis(pixels, 0, -1)
+            self._whole[level] = keep(as_rgb(_positive(pixels, self._pages[level]), _has_alpha(self._pages[level])))
+        return self._whole[level]
+
+    def reopen(self) -> None:
+        self._file.close()
+        self._file = tifffile.TiffFile(self.path)
+        self._levels = _levels(self._file)
+        self._pages = [level.pages[0].aspage() for level in self._levels]
+
+    def close(self) -> None:
+        self._file.close()
+        self._segments.clear()
+        self._whole.clear()
+
+
+def _levels(file: tifffile.TiffFile) -> list[tifffile.TiffPageSeries]:
+    """The first series' levels, largest first."""
+    return sorted(file.series[0].levels, key=lambda level: -level.shape[level.axes.index("X")] if "X" in level.axes else 0)
+
+
+def _channels(axes: str, shape: tuple[int, ...]) -> int:
+    return next((shape[axes.index(axis)] for axis in "SC" if axis in axes), 1)
+
+
+def _is_plain(page: tifffile.TiffPage) -> bool:
+    # photometric: white is zero, black is zero, RGB, YCbCr; palettes are looked up by asarray only
+    return page.planarconfig == 1 and page.photometric in (0, 1, 2, 6) and page.imagedepth == 1
+
+
+def _positive(pixels: np.ndarray, page: tifffile.TiffPage) -> np.ndarray:
+    return 255 - pixels if page.photometric == 0 else pixels
+
+
+def _has_alpha(page: tifffile.TiffPage) -> bool:
+    return any(int(sample) in (1, 2) for sample in page.extrasamples)
+
+
+def _resolution_properties(file: tifffile.TiffFile) -> dict[str, str]:
+    """Pixel size as `openslide.mpp-*` from OME metadata, and the resolution tags of the first page."""
+    properties: dict[str, str] = {}
+    page = file.series[0].keyframe
+    for name in ("XResolution", "YResolution"):
+        if name in page.tags:
+            numerator, denominator = page.tags[name].value
+            properties[f"tiff.{name}"] = str(numerator / denominator if denominator else 0)
+    unit = {2: "inch", 3: "centimeter", 4: "millimeter", 5: "micrometer"}
+    properties["tiff.ResolutionUnit"] = (
+        unit.get(int(page.tags["ResolutionUnit"].value), "") if "ResolutionUnit" in page.tags else ""
+    )
+    if file.is_ome and file.ome_metadata:
+        try:
+            pixels = next(e for e in ElementTree.fromstring(file.ome_metadata).iter() if e.tag.endswith("}Pixels"))
+        except (ElementTree.ParseError, StopIteration):
+            return properties
+        for axis in "XY":
+            value, name = pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm")
+            if value and name in UNITS:
+                properties[f"openslide.mpp-{axis.lower()}"] = str(float(value) * UNITS[name])
+    return properties
