@@ -1,138 +1,159 @@
-"""Building encoder networks through timm, open_clip and transformers, and loading their weights strictly."""
+"""Building encoder networks through timm, open_clip and transformers, and loading their weights strictly.
+
+Only the image tower is built, and always from the table's settings: a hub gives weights, never code.
+"""
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from common.checkpoint import load_weights, read_weights
 from common.errors import UserError
+from common.files import read_json
+from patch_encoder.models import conch
+from patch_encoder.models.convolution_stem import ConvStem
 from patch_encoder.models.encoder_table import EncoderRow
+from patch_encoder.models.encoder_weights import HEADS, TEXT_TOWER, hub_file, load, local_file, read_state
+from patch_encoder.models.pooling import TokenPool, TransformersPool, TruncatedResNet
 
-NETWORK_ERRORS = (OSError, RuntimeError, ValueError)
-
-
-class TruncatedResNet(nn.Module):
-    """A timm ResNet up to `out_stage` (1..4), global average pooled: (B, 3, H, W) -> (B, C)."""
-
-    def __init__(self, trunk: nn.Module, out_stage: int) -> None:
-        super().__init__()
-        for stage in range(out_stage + 1, 5):
-            setattr(trunk, f"layer{stage}", nn.Identity())
-        self.trunk = trunk
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, C)."""
-        return self.trunk.forward_features(pixels).mean(dim=(2, 3))  # type: ignore[operator]
+LAYERS = {"ConvStem": ConvStem, "silu": nn.SiLU}
 
 
-class ClipVision(nn.Module):
-    """The projected image embedding of transformers' CLIP: (B, 3, H, W) -> (B, 512)."""
+def build_backbone(row: EncoderRow, weights: str, name: str) -> nn.Module:
+    """The network of a table row.
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, 512)."""
-        return self.model(pixel_values=pixels).image_embeds
-
-
-def build_backbone(row: EncoderRow, *, pretrained: bool, name: str) -> nn.Module:
-    """The network of a table row, with its hub's weights when `pretrained`.
+    Args:
+        row: the encoder's row.
+        weights: empty: from its hub; `random`: initialised only; else a local file (`#student` chooses a part) or folder.
+        name: for errors.
 
     Raises:
-        UserError: the hub cannot be reached; says which weights to fetch and where to give them.
+        UserError: weights that cannot be had or do not fit.
     """
-    builders = {"timm": _timm, "open_clip": _open_clip, "open_clip_timm": _open_clip_timm, "transformers": _transformers}
-    try:
-        return builders[row.library](row, pretrained)
-    except NETWORK_ERRORS as error:
-        if not pretrained:
-            raise
-        reason = str(error).strip().split("\n")[0][:160]
-        raise UserError(
-            f"encoder '{name}': its weights could not be had from the hub ({reason}); "
-            f"fetch '{row.weights}' on a machine with network and give the file or folder as weights=..."
-        ) from error
+    if weights == "random":
+        return initialised(row)
+    path, _, choice = weights.partition("#")
+    file = local_file(Path(path), row) if path else hub_file(row, name)
+    state = read_state(file, choice)
+    if row.library == "transformers":
+        return TransformersPool(_transformers_loaded(row, state, str(file)), row.pool)
+    network = initialised(_published_tower(row, file.parent, name, from_hub=not path))
+    load(network, row, state, str(file))
+    return network
 
 
-def _timm(row: EncoderRow, pretrained: bool) -> nn.Module:
+def initialised(row: EncoderRow) -> nn.Module:
+    """The network of a row with initial weights (on the meta device: none)."""
+    if row.library == "timm":
+        return _timm(row)
+    if row.library == "open_clip":
+        return _open_clip(row)
+    if row.library == "transformers":
+        return TransformersPool(_transformers_class(row)(_transformers_config(row), **_arguments(row)), row.pool)
+    return {"conch": conch.conch_v1, "conch_v1_5": conch.conch_v1_5}[row.library]()
+
+
+def _timm(row: EncoderRow) -> nn.Module:
     import timm
 
-    options = dict(row.options)
-    out_stage = options.pop("out_stage", None)
-    overlay = {"hf_hub_id": row.weights} if pretrained else None
-    network = timm.create_model(row.model, pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay, **options)
-    return TruncatedResNet(network, out_stage) if out_stage else network
+    options = {key: _layer(value) for key, value in row.options.items()}
+    layer = options.pop("layer", None)
+    network = timm.create_model(row.model, pretrained=False, num_classes=0, **options)
+    if layer:
+        return TruncatedResNet(network, layer)
+    return TokenPool(network, row.pool) if row.pool else network
 
 
-def _open_clip(row: EncoderRow, pretrained: bool) -> nn.Module:
+def _layer(value: Any) -> Any:
+    import timm.layers
+
+    if not isinstance(value, str):
+        return value
+    return LAYERS.get(value) or getattr(timm.layers, value, value)
+
+
+def _open_clip(row: EncoderRow) -> nn.Module:
+    import open_clip
+    from open_clip.model import _build_vision_tower
+
+    published = row.options.get("vision_cfg")
+    settings = {"vision_cfg": published, **row.options} if published else dict(open_clip.get_model_config(row.model) or {})
+    vision = {**settings["vision_cfg"], "timm_model_pretrained": False}
+    quick_gelu = row.options.get("quick_gelu", settings.get("quick_gelu", False))
+    return _build_vision_tower(row.width, vision, quick_gelu)
+
+
+def _published_tower(row: EncoderRow, folder: Path, name: str, *, from_hub: bool) -> EncoderRow:
+    """The row with the image tower that stands beside the weights (`open_clip_config.json`), where there is one."""
+    if row.library != "open_clip":
+        return row
+    file = folder / "open_clip_config.json"
+    if from_hub and not file.is_file():
+        file = hub_file(row, name, ["open_clip_config.json"])
+    if not file.is_file():
+        return row
+    settings = read_json(file, "an open_clip configuration")
+    settings = settings.get("model_cfg", settings)
+    if settings.get("embed_dim") != row.width:
+        raise UserError(f"{file}: expected embed_dim {row.width} for '{name}', found {settings.get('embed_dim')}")
+    # some published files leave out that the tower was trained with QuickGELU: then the table's own setting counts
+    quick_gelu = {"quick_gelu": settings["quick_gelu"]} if "quick_gelu" in settings else {}
+    return replace(row, options={**_quick_gelu(row), **quick_gelu, "vision_cfg": settings["vision_cfg"]})
+
+
+def _quick_gelu(row: EncoderRow) -> dict[str, bool]:
     import open_clip
 
-    if pretrained:
-        model, _ = open_clip.create_model_from_pretrained(f"hf-hub:{row.weights}")
-        return model.visual
-    return open_clip.create_model(row.model, pretrained=None).visual
+    published = open_clip.get_model_config(row.model) or {}
+    return {"quick_gelu": bool(row.options.get("quick_gelu", published.get("quick_gelu", False)))}
 
 
-def _open_clip_timm(row: EncoderRow, pretrained: bool) -> nn.Module:
-    import open_clip
-    from open_clip.timm_model import TimmModel
+def _transformers_class(row: EncoderRow) -> Any:
+    import transformers
 
-    if pretrained:
-        model, _ = open_clip.create_model_from_pretrained(f"hf-hub:{row.weights}")
-        return model.visual
-    return TimmModel(row.model, embed_dim=row.width, image_size=row.input_size, pool="", proj="linear", pretrained=False)
+    return getattr(transformers, row.model)
 
 
-def _transformers(row: EncoderRow, pretrained: bool) -> nn.Module:
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    if pretrained:
-        return ClipVision(CLIPVisionModelWithProjection.from_pretrained(row.weights))
-    # CLIP ViT-B/32, the architecture of PLIP
-    return ClipVision(CLIPVisionModelWithProjection(CLIPVisionConfig(patch_size=32, projection_dim=row.width)))
+def _transformers_config(row: EncoderRow) -> Any:
+    return _transformers_class(row).config_class(**row.options)
 
 
-def load_backbone_weights(network: nn.Module, row: EncoderRow, path: Path) -> None:
-    """Load a local file, or a folder that holds one weights file, into the network; every key has to fit.
-
-    Raises:
-        UserError: no file, several files, or weights of another architecture.
-    """
-    file = _weights_file(path)
-    weights = read_weights(file, "a weights file")
-    weights = weights.get("model", weights.get("state_dict", weights))
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"{file}: expected a state dict of tensors for '{row.model}', found {type(weights).__name__}")
-    load_weights(network, _renamed(weights, network), str(file))
+def _arguments(row: EncoderRow) -> dict[str, bool]:
+    return {"add_pooling_layer": False} if row.model == "ViTModel" else {}
 
 
-def _weights_file(path: Path) -> Path:
-    if path.is_dir():
-        files = [file for suffix in ("safetensors", "bin", "pt", "pth") for file in sorted(path.glob(f"*.{suffix}"))]
-        if len(files) != 1:
-            raise UserError(
-                f"weights={path}: expected one weights file in the folder, found {[f.name for f in files]}; name the file"
-            )
-        return files[0]
-    if not path.is_file():
-        raise UserError(f"weights={path}: expected a weights file, found none")
-    return path
+def _transformers_loaded(row: EncoderRow, state: dict[str, Tensor], source: str) -> nn.Module:
+    """The model with a state dict; transformers itself translates key names of its older versions."""
+    state = _known_prefix_removed(state)
+    config = _transformers_config(row)
+    for name, value in state.items():
+        if name.endswith("embeddings.position_embeddings"):
+            config.image_size = math.isqrt(value.shape[1] - 1) * config.patch_size
+    model, report = _transformers_class(row).from_pretrained(
+        None, config=config, state_dict=state, output_loading_info=True, dtype=torch.float32,
+        ignore_mismatched_sizes=True, **_arguments(row),
+    )  # fmt: skip
+    unexpected = [key for key in report["unexpected_keys"] if not key.startswith(HEADS + TEXT_TOWER)]
+    missing = [key for key in report["missing_keys"] if not key.endswith("mask_token")]
+    reshaped = [str(entry) for entry in report["mismatched_keys"]]
+    if missing or unexpected or reshaped:
+        raise UserError(
+            f"{source}: weights of another architecture: {len(missing)} missing {sorted(missing)[:2]}, {len(unexpected)} "
+            f"unexpected {sorted(unexpected)[:2]}, {len(reshaped)} of another shape {sorted(reshaped)[:2]}; give the weights "
+            f"of a {row.model} with the same settings"
+        )
+    return model
 
 
-def _renamed(weights: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """The entries of `weights` that the network has a place for, under the network's own names.
-
-    Known wrappings are taken off; what a full model has beside the image tower (text tower, classifier, layers behind
-    a truncation) is left out. What is then missing is refused by the strict loading that follows.
-    """
-    own = network.state_dict()
-    for prefix in ("", "visual.", "model.", "module.", "backbone."):
-        for added in ("", "model.", "trunk."):
-            renamed = {f"{added}{key.removeprefix(prefix)}": value for key, value in weights.items() if key.startswith(prefix)}
-            if own.keys() <= renamed.keys():
-                return {key: renamed[key] for key in own}
-    return weights
+def _known_prefix_removed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`backbone.` and the like, where every key has it or stands beside the encoder."""
+    for prefix in ("backbone.", "model.", "encoder.model.", "network.model."):
+        inside = [key for key in state if key.startswith(prefix)]
+        if inside and all(key.startswith((prefix, *HEADS)) for key in state):
+            return {key.removeprefix(prefix): state[key] for key in inside}
+    return state

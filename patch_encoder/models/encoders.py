@@ -7,28 +7,30 @@ device inside the module. Encoders load from a local file or folder (`weights=`)
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
 from torch import Tensor, nn
 
-from common.errors import UserError, did_you_mean
+from common.errors import UserError
 from common.files import sha256_bytes
-from patch_encoder.models.backbones import build_backbone, load_backbone_weights
-from patch_encoder.models.encoder_table import ENCODERS, IMAGENET, EncoderRow
+from patch_encoder.models.backbones import build_backbone
+from patch_encoder.models.encoder_names import find_row
+from patch_encoder.models.encoder_table import EncoderRow, Statistics
 from patch_encoder.models.mean_colour import mean_colour
+from patch_encoder.models.pooling import POOLS
 from patch_encoder.models.stain_texture import DIM as STAIN_TEXTURE_DIM
 from patch_encoder.models.stain_texture import stain_texture
+from patch_encoder.models.transforms import Describe, ToInputSize
 
 RANDOM = "random"
 CLASSICAL: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
     "stain_texture": (STAIN_TEXTURE_DIM, stain_texture),
     "mean_colour": (3, mean_colour),
 }
+LAYER_WIDTHS = {"resnet18": (64, 128, 256, 512), "resnet34": (64, 128, 256, 512), "resnet50": (256, 512, 1024, 2048)}
 
 
 @dataclass(frozen=True)
@@ -50,40 +52,10 @@ class Encoder:
     provenance: dict[str, str]
 
 
-class ToInputSize:
-    """uint8 (H, W, 3) -> uint8 (3, side, side): bicubic with antialiasing; `side=None` keeps the tile's own size."""
-
-    def __init__(self, side: int | None) -> None:
-        self.side = side
-
-    def __call__(self, tile: np.ndarray) -> UInt8[Tensor, "3 h w"]:
-        if self.side is not None and tile.shape[:2] != (self.side, self.side):
-            tile = np.asarray(Image.fromarray(tile).resize((self.side, self.side), Image.Resampling.BICUBIC))
-        return torch.from_numpy(np.array(tile)).permute(2, 0, 1).contiguous()
-
-    def __repr__(self) -> str:
-        return f"resize({self.side}, bicubic)" if self.side else "native size"
-
-
-class Describe:
-    """uint8 (H, W, 3) -> float32 (D,): a classical descriptor, computed in the workers."""
-
-    def __init__(self, descriptor: Callable[[np.ndarray], np.ndarray]) -> None:
-        self.descriptor = descriptor
-
-    def __call__(self, tile: np.ndarray) -> Float[Tensor, " d"]:
-        return torch.from_numpy(self.descriptor(tile))
-
-    def __repr__(self) -> str:
-        return self.descriptor.__name__
-
-
 class PixelEncoder(nn.Module):
     """Scale and normalise pixels, then the network; optionally L2-normalise its output."""
 
-    def __init__(
-        self, network: nn.Module, statistics: tuple[tuple[float, ...], tuple[float, ...]], normalise: bool = False
-    ) -> None:
+    def __init__(self, network: nn.Module, statistics: Statistics, normalise: bool = False) -> None:
         super().__init__()
         self.network = network
         self.normalise = normalise
@@ -98,54 +70,68 @@ class PixelEncoder(nn.Module):
         return nn.functional.normalize(features.float(), dim=-1) if self.normalise else features
 
 
-def build_encoder(name: str, weights: str = "") -> Encoder:
+def build_encoder(name: str, weights: str = "", pool: str = "published", layer: int = 0, crop: bool = True) -> Encoder:
     """An encoder by name.
 
     Args:
-        name: a row of `encoder_table.ENCODERS`, or `timm:<model name>`.
+        name: a row of `encoder_table.ENCODERS`, or a pattern of `encoder_names`.
         weights: local file or folder; empty: from the encoder's hub; `random`: initialised only (for cost and tests).
+        pool: published, or cls | mean | cls_mean of a transformer's tokens.
+        layer: stage 1 to 4 of a ResNet that is pooled; 0: as the row says.
+        crop: centre crop where the encoder's own processor has one; else the whole tile is resized to its input.
 
     Raises:
-        UserError: unknown name, weights that are missing or of another architecture, hub out of reach.
+        UserError: unknown name, an option that the encoder does not have, weights that are missing or of another
+            architecture, hub out of reach.
     """
     if name in CLASSICAL:
-        dim, descriptor = CLASSICAL[name]
-        transform = Describe(descriptor)
-        return Encoder(
-            name, dim, transform, nn.Identity(), {"encoder": name, "weights_sha256": "none", "transform": repr(transform)}
-        )
-    row = _row(name)
-    network = build_backbone(row, pretrained=weights == "", name=name)
-    if weights not in ("", RANDOM):
-        load_backbone_weights(network, row, Path(weights))
-    module = PixelEncoder(network, row.statistics, row.normalise).eval().requires_grad_(False)
-    transform = ToInputSize(row.input_size)
+        return _classical(name, pool, layer)
+    row = find_row(name, weights)
+    chosen = _with_layer(_with_pool(row, pool, name), layer, name)
+    fit = chosen.fit if crop else chosen.fit.whole()
+    network = build_backbone(chosen, weights, name)
+    module = PixelEncoder(network, chosen.statistics, chosen.normalise).eval().requires_grad_(False)
+    transform = ToInputSize(fit)
+    changed = (pool,) * (chosen.pool != row.pool) + (f"layer{layer}",) * (chosen.options != row.options)
+    label = "-".join((name, *changed))
     provenance = {
-        "encoder": name,
+        "encoder": label,
         "weights_sha256": weights_digest(network),
-        "transform": f"{transform!r}, mean/std {row.statistics}, L2 {row.normalise}",
+        "transform": f"{transform!r}, mean/std {chosen.statistics}, L2 {chosen.normalise}",
     }
-    return Encoder(name.replace(":", "_").replace("/", "_"), row.width, transform, module, provenance)
+    return Encoder(label.replace(":", "_").replace("/", "_"), chosen.width, transform, module, provenance)
 
 
-def _row(name: str) -> EncoderRow:
-    if name in ENCODERS:
-        return ENCODERS[name]
-    if not name.startswith("timm:"):
-        raise UserError(f"encoder '{name}': expected a known encoder or timm:<model>; {did_you_mean(name, ENCODERS)}")
-    import timm
+def _classical(name: str, pool: str, layer: int) -> Encoder:
+    if pool != POOLS[0] or layer:
+        raise UserError(f"encoder '{name}': expected pool=published and layer=0, found pool={pool} layer={layer}")
+    dim, descriptor = CLASSICAL[name]
+    transform = Describe(descriptor)
+    provenance = {"encoder": name, "weights_sha256": "none", "transform": repr(transform)}
+    return Encoder(name, dim, transform, nn.Identity(), provenance)
 
-    model = name.removeprefix("timm:")
-    if not timm.is_model(model.split(".")[0]):
+
+def _with_pool(row: EncoderRow, pool: str, name: str) -> EncoderRow:
+    if pool not in POOLS:
+        raise UserError(f"encoder '{name}': pool expected one of {', '.join(POOLS)}, found '{pool}'")
+    if pool in (POOLS[0], row.pool):
+        return row
+    has_tokens = row.library == "transformers" and row.model.startswith(("ViT", "Dinov2", "DINOv3ViT"))
+    if not (has_tokens or (row.library == "timm" and row.model.startswith(("vit", "beit", "eva", "deit")))):
+        raise UserError(f"encoder '{name}': pool={pool} is for transformers with a class token; use pool=published")
+    token_width = row.width // 2 if row.pool == "cls_mean" else row.width
+    return replace(row, pool=pool, width=token_width * (2 if pool == "cls_mean" else 1))
+
+
+def _with_layer(row: EncoderRow, layer: int, name: str) -> EncoderRow:
+    if layer in (0, row.options.get("layer")):
+        return row
+    widths = LAYER_WIDTHS.get(row.model.split(".")[0])
+    if widths is None or layer not in (1, 2, 3, 4):
         raise UserError(
-            f"encoder '{name}': timm {timm.__version__} has no such model; {did_you_mean(model, timm.list_models())}"
+            f"encoder '{name}': layer expected 1 to 4 and a ResNet-18, 34 or 50, found layer={layer} for {row.model}"
         )
-    config = timm.get_pretrained_cfg(model)
-    side = config.input_size[-1] if config else 224
-    statistics = (tuple(config.mean), tuple(config.std)) if config else IMAGENET
-    with torch.device("meta"):
-        width = timm.create_model(model, num_classes=0).num_features
-    return EncoderRow("timm", model, f"timm/{model}", width, statistics, side)
+    return replace(row, width=widths[layer - 1], options={**row.options, "layer": layer})
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -271,12 +271,12 @@ def test_digest_follows_the_weights() -> None:
 
 
 def test_unreachable_hub_says_what_to_fetch_and_where_to_put_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    import timm
+    import huggingface_hub
 
     def offline(*args: object, **kwargs: object) -> None:
         raise OSError("no route to host")
 
-    monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     with pytest.raises(UserError, match=r"fetch 'timm/resnet18.tv_in1k'.*weights="):
         build_encoder("resnet18")
 
