@@ -77,7 +77,7 @@ def cut(job: CutJob) -> None:
     bag = read_bag(job.bag)
     geometry = TileGeometry.from_attributes(bag.attributes, str(job.bag))
     images = []
-    with open_slide(job.slide, job.mpp) as slide:
+    with open_slide(job.slide, job.mpp, geometry.tile_pattern) as slide:
         for patch in job.patches:
             native = native_tile(slide, geometry, patch)
             name = native[0] if native else f"{patch.x}_{patch.y}"

@@ -78,7 +78,7 @@ def make_example(choice: Choice, checkpoint: Path, bag_file: Path, slide_file: P
     attention = examine(model, sample, device).attention.numpy()
     rows = np.argsort(-attention, kind="stable")[:top]
     geometry = TileGeometry.from_attributes(bag.attributes, str(bag_file))
-    with open_slide(slide_file, mpp) as slide:
+    with open_slide(slide_file, mpp, geometry.tile_pattern) as slide:
         overview = mark_tiles(slide.thumbnail(THUMBNAIL_SIDE), geometry, slide.width, bag.coords[rows])
         tiles = [(jpeg_uri(read_tile(slide, geometry, *bag.coords[row].tolist())), float(attention[row])) for row in rows]
     return Example(choice, len(bag.features), jpeg_uri(overview), tiles)

@@ -39,6 +39,7 @@ from mil.splits import Split, carve, split_values
 from mil.workers import run_all
 from patch_encoder.bags import read_bag
 from patch_encoder.cohort import locate
+from patch_encoder.coordinates import tile_pattern_of
 from patch_encoder.failures import Failures
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def make_cuts(
 ) -> list[CutJob]:
     """Score and choose the tiles of every slide; slides whose bag cannot be used are entered in `failures`."""
     device = pick_device(config.device)
-    paths = locate(slides.records, config.slides)
+    paths = locate(slides.records, config.slides, tile_pattern_of(files.values()))
     jobs = []
     for record in slides.records:
         name, bag = record.slide_id, files[record.slide_id]

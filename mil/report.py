@@ -25,6 +25,7 @@ from mil.figures import interval_figure, roc_figure
 from mil.results import Finished, number, read_finished
 from patch_encoder.bags import bag_files
 from patch_encoder.cohort import find_slides, read_labels
+from patch_encoder.coordinates import tile_pattern_of
 from patch_encoder.failures import Failures
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,8 @@ def make_examples(
     if name not in runs:
         raise UserError(f"examples_of={name}: expected one of the feature sets {', '.join(runs)}")
     first = [run for run in runs[name] if run.seed == runs[name][0].seed]
-    slides, bags = find_slides(config.slides), bag_files(summary["features"][name])
+    bags = bag_files(summary["features"][name])
+    slides = find_slides(config.slides, tile_pattern_of(bags.values()))
     mpps = {record.slide_id: record.mpp for record in read_labels(config.labels)} if config.labels else {}
     examples = []
     for choice in choose_slides(first, summary["classes"], config.examples):

@@ -149,10 +149,16 @@ def _walk(folder: Path, pattern: TilePattern, suffixes: Set[str], seen: set[Path
 def locate(records: Sequence[SlideRecord], root: str | Path, tile_pattern: str = "", pictures: bool = False) -> dict[str, Path]:
     """Slide id -> path for every record, in the records' order; the other arguments are those of `find_slides`.
 
+    A record that is no slide may be a plain picture: its row asks for it.
+
     Raises:
         UserError: a labelled slide is not below `root`.
     """
     found = find_slides(root, tile_pattern, pictures)
+    missing = {record.slide_id for record in records} - found.keys()
+    if missing and Path(root).is_dir():
+        plain = _walk(Path(root), compile_pattern(tile_pattern), PICTURE_SUFFIXES, set())
+        found |= _by_id([path for path in plain if slide_id_of(path) in missing])
     unknown = [record.slide_id for record in records if record.slide_id not in found]
     if unknown:
         raise UserError(

@@ -1,20 +1,25 @@
 """Coordinates on disk: `coords/<slide_id>.h5`, dataset `coords` int64 (N, 2), level-0 top-left (x, y), with attributes.
 
-CLAM and TRIDENT readers take the file (same dataset, `patch_size` px read at `patch_level`); theirs are read here.
+CLAM's readers take the file (same dataset, `patch_size` px read at `patch_level`); theirs and TRIDENT's are read here, where
+`patch_size` means other things. `convert_coordinates` writes the files of the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+from jaxtyping import Int
 
 from common.errors import UserError
 from common.files import atomic_path, sha256_bytes
+
+FULL_GEOMETRY = "tile_geometry"  # attribute of files in other layouts: a TileGeometry as JSON, which they cannot say
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class TileGeometry:
         mpp: micrometres per level-0 pixel; 0 when unknown.
         overlap: share of a tile's side that it has in common with its neighbour, 0 <= overlap < 1.
         level0_width, level0_height: size of the slide in pixels.
+        step_level0: level-0 pixels from tile to tile when the user set them; 0: by the overlap.
+        tile_pattern: how the names of a tile folder's tiles are read; empty for `<row>_<col>` and for slide files.
     """
 
     name: str
@@ -43,6 +50,13 @@ class TileGeometry:
     overlap: float
     level0_width: int
     level0_height: int
+    step_level0: int = 0
+    tile_pattern: str = ""
+
+    @property
+    def step(self) -> int:
+        """Level-0 pixels from a tile's corner to its neighbour's."""
+        return self.step_level0 or max(1, round(self.patch_size_level0 * (1 - self.overlap)))
 
     @staticmethod
     def from_attributes(attributes: Mapping[str, Any], source: str) -> TileGeometry:
@@ -51,28 +65,60 @@ class TileGeometry:
             raise UserError(
                 f"{source}: expected the attribute 'patch_size' on 'coords', found {sorted(attributes)}; tile the slide again"
             )
-        values = dict(attributes)
-        downsample = float(np.ravel(values.get("downsample", 1.0))[0])
-        values.setdefault("patch_size_level0", round(int(values["patch_size"]) * downsample))
-        values.setdefault("target_size", values["patch_size"])
+        if FULL_GEOMETRY in attributes:
+            return _checked(json.loads(str(attributes[FULL_GEOMETRY])), source)
+        values = _trident(attributes) if _is_trident(attributes) else _clam(attributes)
         defaults = {"name": Path(source).stem, "patch_level": 0, "target_mpp": 0.0, "mpp": 0.0, "overlap": 0.0}
-        defaults |= {"level0_width": 0, "level0_height": 0}
-        types = {"str": str, "int": int, "float": float}
-        return TileGeometry(
-            **{f.name: types[str(f.type)](values.get(f.name, defaults.get(f.name))) for f in fields(TileGeometry)}
-        )
+        return _checked(defaults | {"level0_width": 0, "level0_height": 0} | values, source)
+
+
+def _checked(values: Mapping[str, Any], source: str) -> TileGeometry:
+    """The fields out of a mapping, as their types."""
+    types = {"str": str, "int": int, "float": float}
+    try:
+        return TileGeometry(**{f.name: types[str(f.type)](values[f.name]) for f in fields(TileGeometry) if f.name in values})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source}: expected a tile geometry in the attributes of 'coords', found {error}") from None
+
+
+def _is_trident(attributes: Mapping[str, Any]) -> bool:
+    return "patch_size_level0" in attributes and "patch_level" not in attributes
+
+
+def _trident(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """TRIDENT's `patch_size` and `overlap` are px after resampling; it stores no level, and level 0 is always right."""
+    target = int(attributes["patch_size"])
+    changed = {"patch_size": attributes["patch_size_level0"], "target_size": target, "patch_level": 0}
+    return dict(attributes) | changed | {"overlap": float(attributes.get("overlap", 0)) / target}
+
+
+def _clam(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """CLAM's `patch_size` is px of `patch_level`, as ours; `custom_downsample` (before 2022) shrinks them after reading."""
+    values = dict(attributes)
+    downsample = float(np.ravel(values.get("downsample", 1.0))[0])
+    values.setdefault("patch_size_level0", round(int(values["patch_size"]) * downsample))
+    values.setdefault("target_size", round(int(values["patch_size"]) / float(values.get("custom_downsample", 1))))
+    if "level_dim" in values:
+        values.setdefault("level0_width", round(float(values["level_dim"][0]) * downsample))
+        values.setdefault("level0_height", round(float(values["level_dim"][1]) * downsample))
+    return values
 
 
 @dataclass(frozen=True)
 class Coordinates:
     """Top-left corners of a slide's tiles, int64 (N, 2) in level-0 pixels, and how they are read."""
 
-    coords: np.ndarray
+    coords: Int[np.ndarray, "tiles 2"]
     geometry: TileGeometry
 
     def digest(self) -> str:
         """Hex digest of corners and geometry; part of a bag's provenance."""
-        return sha256_bytes(self.coords.astype("<i8").tobytes(), repr(asdict(self.geometry)).encode())
+        geometry = asdict(self.geometry)
+        for field in fields(TileGeometry):
+            # fields that came later count only where they are used: earlier digests stay
+            if field.default is not MISSING and geometry[field.name] == field.default:
+                del geometry[field.name]
+        return sha256_bytes(self.coords.astype("<i8").tobytes(), repr(geometry).encode())
 
 
 def write_coordinates(path: str | Path, coordinates: Coordinates, extra: Mapping[str, str] | None = None) -> None:
@@ -111,3 +157,9 @@ def coordinate_attributes(path: str | Path) -> dict[str, Any]:
             }
     except (OSError, KeyError):
         return {}
+
+
+def tile_pattern_of(files: Iterable[Path]) -> str:
+    """How the tile folders of a cohort name their tiles, by the first of its coordinates files or bags."""
+    first = next(iter(sorted(files)), None)
+    return str(coordinate_attributes(first).get("tile_pattern", "")) if first else ""

@@ -25,7 +25,7 @@ from common.progress import Progress
 from patch_encoder.assembly import UNREADABLE, Assembly
 from patch_encoder.bags import bag_header
 from patch_encoder.cohort import find_slides, locate, read_labels
-from patch_encoder.coordinates import Coordinates, read_coordinates
+from patch_encoder.coordinates import Coordinates, read_coordinates, tile_pattern_of
 from patch_encoder.datasets.tiles import SlideJob, TileBatch, TileSequence, collate
 from patch_encoder.disk_space import check_room, full_disk_explained
 from patch_encoder.failures import Failures
@@ -80,10 +80,11 @@ def cohort_jobs(slides: str, coords: str, labels: str, failures: Failures, shard
         shard: the part of the cohort that is wanted; None: all of it.
     """
     shard = shard or Shard()
-    records = read_labels(labels) if labels else []
-    paths = locate(records, slides) if records else find_slides(slides)
-    mpps = {record.slide_id: record.mpp for record in records}
     folder = Path(coords) / "coords" if (Path(coords) / "coords").is_dir() else Path(coords)
+    pattern = tile_pattern_of(folder.glob("[!.]*.h5"))
+    records = read_labels(labels) if labels else []
+    paths = locate(records, slides, pattern) if records else find_slides(slides, pattern)
+    mpps = {record.slide_id: record.mpp for record in records}
     jobs, without = [], {}
     for slide_id, path in paths.items():
         try:

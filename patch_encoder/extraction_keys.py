@@ -27,9 +27,7 @@ class ExtractionKeys:
     dtype: str = key("float32", "type of the stored features", choices=("float16", "float32"))
     pt: bool = key(False, "also write pt_files/<slide_id>.pt")
     overwrite: bool = key(False, "replace bags of another provenance", runtime=True)
-    shard: str = key(
-        "", "i/n: every n-th slide by size, for process i (from 1) of n on the same cohort and output", runtime=True
-    )
+    shard: str = key("", "i/n: every n-th slide by size, for process i (from 1) of n over one cohort", runtime=True)
 
     def settings(self) -> ExtractSettings:
         """What the extraction loop needs of these keys, with device and precision resolved."""

@@ -53,8 +53,12 @@ class Config:
     tile_size: int = key(256, "side of a tile in pixels at target_mpp")
     target_mpp: float | None = key(0.5, "um per pixel of the tiles; null: level 0 as it is")
     overlap: float = key(0.0, "share of its side that a tile has in common with its neighbour")
+    step: int | None = key(None, "px at target_mpp from tile to tile, instead of an overlap")
+    pad: bool = key(False, "also tiles that run past the right and lower border, white there")
     min_tissue: float = key(0.1, "smallest share of a tile that has to be tissue")
     mpp: float | None = key(None, "um per pixel at level 0 for slides that do not say")
+    tile_pattern: str = key("", "how tile folders name their tiles, as in tile_x{x}_y{y}.png; empty: <row>_<col>")
+    pictures: bool = key(False, "plain pictures (png, jpg, ...) are slides too; labelled ones always are")
     method: str = key("auto", "tissue detection", choices=("auto", "hsv_otsu", "none"))
     tissue: Tissue = group(Tissue, "tissue detection settings")
     workers: int = key(2, "slides worked on at a time", runtime=True)
@@ -64,7 +68,11 @@ class Config:
 def settings_stamp(config: Config) -> str:
     """The settings that decide a slide's tiles, as stored in its coordinates file."""
     names = ("tile_size", "target_mpp", "overlap", "min_tissue", "mpp", "method")
-    return json.dumps({name: getattr(config, name) for name in names} | {"tissue": asdict(config.tissue)}, sort_keys=True)
+    later = {"step": None, "pad": False, "tile_pattern": ""}
+    # keys that came later count where they are used: coordinates of before stay
+    used = {name: getattr(config, name) for name, default in later.items() if getattr(config, name) != default}
+    stamp = {name: getattr(config, name) for name in names} | used
+    return json.dumps(stamp | {"tissue": asdict(config.tissue)}, sort_keys=True)
 
 
 def tile_one(job: tuple[str, Path, float | None], config: Config, stamp: str) -> dict[str, object]:
@@ -72,10 +80,10 @@ def tile_one(job: tuple[str, Path, float | None], config: Config, stamp: str) ->
     slide_id, path, mpp = job
     output = Path(config.output)
     try:
-        with open_slide(path, mpp) as slide:
-            geometry = tile_geometry(slide, config.tile_size, config.target_mpp, config.overlap)
+        with open_slide(path, mpp, config.tile_pattern) as slide:
+            geometry = tile_geometry(slide, config.tile_size, config.target_mpp, config.overlap, config.step)
             mask = tissue_mask(slide, config.method, TissueSettings(**asdict(config.tissue)))
-            corners = grid(geometry)
+            corners = grid(geometry, config.pad)
             kept = corners[tissue_share(mask, corners, geometry) >= config.min_tissue]
             coordinates = Coordinates(kept, geometry)
             with atomic_path(output / "overlays" / f"{slide_id}.jpg") as temporary:
@@ -110,10 +118,10 @@ def main(config: Config) -> int:
     mpps: dict[str, float | None] = {}
     if config.labels:
         records = read_labels(config.labels)
-        slides = locate(records, config.slides)
+        slides = locate(records, config.slides, config.tile_pattern, config.pictures)
         mpps = {record.slide_id: record.mpp for record in records}
     else:
-        slides = find_slides(config.slides)
+        slides = find_slides(config.slides, config.tile_pattern, config.pictures)
     stamp = settings_stamp(config)
     jobs = [(slide_id, path, mpps.get(slide_id) or config.mpp) for slide_id, path in slides.items()]
     todo = [job for job in jobs if not is_done(job, config, stamp)]

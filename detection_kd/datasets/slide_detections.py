@@ -31,7 +31,7 @@ class Found(NamedTuple):
 def own_part(coordinates: Coordinates) -> Int[np.ndarray, "tiles 4"]:
     """The part of every tile whose detections it keeps, xyxy in level-0 px of the tile; unbounded where no neighbour is."""
     side = coordinates.geometry.patch_size_level0
-    step = max(1, round(side * (1 - coordinates.geometry.overlap)))
+    step = min(side, coordinates.geometry.step)
     far = 4 * side
     there = {(int(x), int(y)) for x, y in coordinates.coords}
     low, high = (side - step) // 2, side - (side - step) + (side - step) // 2

@@ -97,7 +97,8 @@ class TileSequence(Dataset):
         if index not in self._open:
             while len(self._open) >= OPEN_SLIDES:
                 self._open.popitem(last=False)[1].close()
-            self._open[index] = open_slide(self.jobs[index].path, self.jobs[index].mpp)
+            job = self.jobs[index]
+            self._open[index] = open_slide(job.path, job.mpp, job.coordinates.geometry.tile_pattern)
         self._open.move_to_end(index)
         return self._open[index]
 

@@ -11,13 +11,7 @@ from patch_encoder.slides.base import Slide
 
 
 class ArraySlide(Slide):
-    """Reads squares out of levels that are cut with integer pixel bounds.
-
-    Attributes:
-        level_sizes: (width, height) of each level in its own pixels.
-    """
-
-    level_sizes: tuple[tuple[int, int], ...]
+    """Reads squares out of levels that are cut with integer pixel bounds."""
 
     @abstractmethod
     def cut(self, level: int, left: int, top: int, right: int, bottom: int) -> np.ndarray:

@@ -32,6 +32,7 @@ class Slide(ABC):
         width, height: size of level 0 in pixels.
         resolution: um per level-0 pixel, where it comes from, objective power.
         downsamples: level-0 pixels per pixel of each level, ascending from 1.0; not always powers of two.
+        level_sizes: (width, height) of each level in its own pixels.
         format: reader and vendor, for people.
         tile_side: side of the scanner's own tiles for a tile folder, else None.
         tile_pattern: how the file names of a tile folder's tiles are read; empty for `<row>_<col>` and for files.
@@ -44,6 +45,7 @@ class Slide(ABC):
     height: int
     resolution: Resolution
     downsamples: tuple[float, ...]
+    level_sizes: tuple[tuple[int, int], ...]
     format: str
     tile_side: int | None = None
     tile_pattern: str = ""
@@ -95,6 +97,10 @@ class Slide(ABC):
                 part = Image.fromarray(block).resize((width, height), Image.Resampling.BOX, box=box)
                 out[top : top + height, left : left + width] = np.asarray(part)
         return out
+
+    def transparent_share(self) -> float | None:
+        """Share of the slide that the scanner took no picture of (shown white), None where the format cannot say cheaply."""
+        return None
 
     def reopen(self) -> None:
         """Forget all that was read and open the file anew, as after a file system went away."""

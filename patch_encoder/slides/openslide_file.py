@@ -12,6 +12,8 @@ from patch_encoder.slides.names import slide_id_of
 from patch_encoder.slides.pixels import on_white
 from patch_encoder.slides.resolution import resolution_of
 
+OVERVIEW_PIXELS = 2**24  # a lowest level up to this size is looked at as a whole
+
 
 class UnsupportedError(SlideError):
     """No format of OpenSlide's; another reader may take the file."""
@@ -26,6 +28,7 @@ class OpenSlideFile(Slide):
         try:
             self.width, self.height = self._handle.dimensions
             self.downsamples = tuple(float(d) for d in self._handle.level_downsamples)
+            self.level_sizes = tuple(self._handle.level_dimensions)
             self.properties = dict(self._handle.properties)
         except openslide.OpenSlideError as error:
             raise SlideError(f"slide {path}: OpenSlide cannot open it: {error}") from None
@@ -50,6 +53,18 @@ class OpenSlideFile(Slide):
             self.reopen()
             raise RegionError(f"slide {self.slide_id}: pixels at ({x}, {y}) level {level} cannot be decoded: {error}") from None
         return on_white(np.asarray(region))
+
+    def transparent_share(self) -> float | None:
+        level = len(self.level_sizes) - 1
+        width, height = self.level_sizes[level]
+        if width * height > OVERVIEW_PIXELS:
+            return None
+        try:
+            alpha = np.asarray(self._handle.read_region((0, 0), level, (width, height)))[..., 3]
+        except openslide.OpenSlideError:
+            self.reopen()
+            return None
+        return float((alpha < 255).mean())
 
     def reopen(self) -> None:
         before, self._handle = self._handle, self._open()

@@ -28,6 +28,7 @@ REMEDY = "give it in the mpp column of labels.csv or as mpp=..."
 # key of x, key of y, um per unit
 KEYS = (
     ("openslide.mpp-x", "openslide.mpp-y", 1.0),
+    ("ome.PhysicalSizeX", "ome.PhysicalSizeY", 1.0),
     ("aperio.MPP", "aperio.MPP", 1.0),
     ("ventana.ScanRes", "ventana.ScanRes", 1.0),
     ("sakura.ResolutionMmPerPix", "sakura.ResolutionMmPerPix", 1000.0),
@@ -111,7 +112,7 @@ def resolution_of(
         for doubt in doubts:
             announce(f"slide {slide_id}: {doubt}; {found.source} is used")
         return Resolution(found.mpp, found.source, power)
-    why = "; ".join(doubts) or "the file has none"
+    why = "; ".join(doubts) or "the file does not say"
     if power is None:
         return Resolution(None, f"none: {why}")
     # 40x is 0.25 um/px on the scanners in use; a convention, not a measurement

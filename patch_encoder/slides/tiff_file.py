@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections import OrderedDict
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from xml.etree import ElementTree
@@ -26,7 +27,19 @@ CACHED_BYTES = 256 * 2**20  # decoded segments a handle keeps
 AXES = ("YX", "YXS", "SYX", "CYX")
 UNITS = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6, "inch": 25400.0}
 JPEG = {6, 7, 34892, 33007}
-READ_ERRORS = (OSError, ValueError, RuntimeError, IndexError, NotImplementedError, struct.error, tifffile.TiffFileError)
+# a damaged file shows in any step of parsing it
+READ_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    ArithmeticError,
+    TypeError,
+    AttributeError,
+    MemoryError,
+    struct.error,
+    tifffile.TiffFileError,
+)
 
 
 class TiffFile(ArraySlide):
@@ -34,24 +47,26 @@ class TiffFile(ArraySlide):
 
     def __init__(self, path: Path, mpp: float | None = None) -> None:
         self.slide_id, self.path = slide_id_of(path), path
-        try:
-            self._file = tifffile.TiffFile(path)
-            self._levels = _levels(self._file)
-            self._pages = [level.pages[0].aspage() for level in self._levels]
-            found = [(level.axes, level.shape, str(level.dtype)) for level in self._levels]
-            self.properties = _resolution_properties(self._file)
-        except READ_ERRORS as error:
-            raise SlideError(f"slide {path}: expected a TIFF file, found another or a truncated one: {error}") from None
-        if any(axes not in AXES or dtype != "uint8" or _channels(axes, shape) not in (1, 3, 4) for axes, shape, dtype in found):
-            self._file.close()
-            raise SlideError(
-                f"slide {path}: expected a TIFF of 8-bit grey or RGB pixels, found {found[0][2]} of shape {found[0][1]} "
-                f"({found[0][0]}); convert it to 8-bit RGB"
-            )
-        self.level_sizes = tuple((shape[axes.index("X")], shape[axes.index("Y")]) for axes, shape, _ in found)
+        with ExitStack() as stack:
+            try:
+                self._file = stack.enter_context(tifffile.TiffFile(path))
+                self._levels = _levels(self._file)
+                self._pages = [level.pages[0].aspage() for level in self._levels]
+                layouts = [(level.axes, level.shape, str(level.dtype)) for level in self._levels]
+                self.properties = _resolution_properties(self._file)
+                self.format = f"tifffile {'OME-TIFF' if self._file.is_ome else 'TIFF'}"
+            except READ_ERRORS as error:
+                raise SlideError(f"slide {path}: expected a TIFF file, found another or a damaged one: {error}") from None
+            for axes, shape, dtype in layouts:
+                if axes not in AXES or dtype != "uint8" or _channels(axes, shape) not in (1, 3, 4) or 0 in shape:
+                    raise SlideError(
+                        f"slide {path}: expected a TIFF of 8-bit grey or RGB pixels, found {dtype} of shape {shape} ({axes}); "
+                        "convert it to 8-bit RGB"
+                    )
+            stack.pop_all()  # stays open
+        self.level_sizes = tuple((shape[axes.index("X")], shape[axes.index("Y")]) for axes, shape, _ in layouts)
         self.width, self.height = self.level_sizes[0]
         self.downsamples = tuple((self.width / w + self.height / h) / 2 for w, h in self.level_sizes)
-        self.format = f"tifffile {'OME-TIFF' if self._file.is_ome else 'TIFF'}"
         self.resolution = resolution_of(self.properties, self.slide_id, given=mpp)
         self._segments: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._whole: dict[int, np.ndarray] = {}
@@ -128,6 +143,11 @@ class TiffFile(ArraySlide):
         self._levels = _levels(self._file)
         self._pages = [level.pages[0].aspage() for level in self._levels]
 
+    def __del__(self) -> None:
+        # loaders keep handles until they go themselves; tifffile leaves its file open then
+        if hasattr(self, "_file"):
+            self._file.close()
+
     def close(self) -> None:
         self._file.close()
         self._segments.clear()
@@ -157,7 +177,7 @@ def _has_alpha(page: tifffile.TiffPage) -> bool:
 
 
 def _resolution_properties(file: tifffile.TiffFile) -> dict[str, str]:
-    """Pixel size as `openslide.mpp-*` from OME metadata, and the resolution tags of the first page."""
+    """Pixel size in um from OME metadata, and the resolution tags of the first page."""
     properties: dict[str, str] = {}
     page = file.series[0].keyframe
     for name in ("XResolution", "YResolution"):
@@ -176,5 +196,5 @@ def _resolution_properties(file: tifffile.TiffFile) -> dict[str, str]:
         for axis in "XY":
             value, name = pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm")
             if value and name in UNITS:
-                properties[f"openslide.mpp-{axis.lower()}"] = str(float(value) * UNITS[name])
+                properties[f"ome.PhysicalSize{axis}"] = str(float(value) * UNITS[name])
     return properties

@@ -48,7 +48,7 @@ class TileFolder(Slide):
                     self._corners.setdefault((row, col), []).append((x, y))
         self.cells = {cell: self.tiles[corners[0]] for cell, corners in sorted(self._corners.items())}
         self.resolution = resolution_of({}, self.slide_id, given=mpp)
-        self.downsamples = (1.0,)
+        self.downsamples, self.level_sizes = (1.0,), ((self.width, self.height),)
         self.format = "tile folder"
         self._cache: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 

@@ -135,3 +135,12 @@ def test_links_that_lead_back_end(tmp_path: Path) -> None:
 def test_names_that_are_no_ids_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="plain file name"):
         tree(tmp_path, "a\\..\\b.svs")
+
+
+def test_a_labelled_picture_is_asked_for(tmp_path: Path) -> None:
+    tree(tmp_path, "S1.svs", "S1.png", "P1.png", "a/P2.png", "b/P2.jpg")
+    records = read_labels(labels(tmp_path, "case_id,slide_id,label\n1,S1,a\n2,P1,b\n"))
+    assert locate(records, tmp_path) == {"S1": tmp_path / "S1.svs", "P1": tmp_path / "P1.png"}
+    records = read_labels(labels(tmp_path, "case_id,slide_id,label\n1,S1,a\n2,P2,b\n"))
+    with pytest.raises(UserError, match="slide id 'P2': expected one slide"):
+        locate(records, tmp_path)

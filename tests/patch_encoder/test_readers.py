@@ -133,7 +133,7 @@ def test_ome_pyramid_levels_and_pixel_size(tmp_path: Path) -> None:
         writer.write(half, subfiletype=1, **options)
     with open_slide(tmp_path / "P.ome.tif") as slide:
         assert (slide.downsamples, slide.mpp) == ((1.0, 2.0), pytest.approx(0.25))
-        assert slide.resolution.source == "openslide.mpp-x"
+        assert slide.resolution.source == "ome.PhysicalSizeX"
         assert np.array_equal(slide.read(100, 60, 40, level=1), half[30:70, 50:90])
 
 
@@ -308,3 +308,30 @@ def test_real_ome_tiff_fields(real_data: Path) -> None:
 
 def test_a_plain_pyramid_stays_openslides(tmp_path: Path) -> None:
     assert open_slide(write_pyramid(tmp_path / "a.tif", draw_slide(128))).format == "openslide generic-tiff"
+
+
+def test_damaged_files_are_slide_errors_whatever_breaks(tmp_path: Path) -> None:
+    rng, image = np.random.default_rng(0), noise(90, 120)
+    tifffile.imwrite(tmp_path / "a.ome.tif", image, tile=(32, 32), photometric="rgb", compression="deflate")
+    tifffile.imwrite(tmp_path / "b.tif", image, rowsperstrip=8, photometric="rgb", compression="lzw")
+    for name in ("c.png", "d.jpg", "e.webp"):
+        Image.fromarray(image).save(tmp_path / name)
+    refused = 0
+    for whole in sorted(tmp_path.iterdir()):
+        for number in range(40):
+            data = bytearray(whole.read_bytes())
+            if number % 2:
+                place = rng.integers(0, len(data))
+                data[place : place + 100] = bytes(len(data[place : place + 100]))
+            else:
+                data[rng.integers(0, 400)] = rng.integers(0, 256)
+            broken = tmp_path / f"broken.{whole.name}"
+            broken.write_bytes(data)
+            try:
+                with open_slide(broken) as slide:
+                    slide.read(0, 0, 64)
+                    slide.read(60, 40, 64)
+            except SlideError as error:
+                assert "broken" in str(error)
+                refused += 1
+    assert refused > 50

@@ -7,10 +7,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from common.cli import run
 from common.errors import UserError
+from common.files import sha256_bytes
 from patch_encoder import tile_slides
 from patch_encoder.coordinates import Coordinates, TileGeometry, read_coordinates, write_coordinates
 from patch_encoder.slides import open_slide
@@ -197,3 +199,66 @@ def test_workers_give_the_same_tiles(tmp_path: Path) -> None:
     for index in range(3):
         name = f"tiles/coords/S00{index}.h5"
         assert read_coordinates(one / name).digest() == read_coordinates(two / name).digest()
+
+
+def test_step_and_border() -> None:
+    wide = geometry(level0_width=200, level0_height=64)
+    assert grid(wide, pad=True).tolist() == [[0, 0], [64, 0], [128, 0], [192, 0]], "the last one runs past the border"
+    assert grid(geometry(level0_width=192, level0_height=64), pad=True).tolist() == [[0, 0], [64, 0], [128, 0]]
+    assert grid(geometry(level0_width=40, level0_height=30), pad=True).tolist() == [[0, 0]]
+    overlapping = geometry(level0_width=130, level0_height=64, overlap=0.5)
+    assert grid(overlapping, pad=True)[:, 0].tolist() == [0, 32, 64, 96], "no tile that shows nothing new"
+    assert grid(geometry(level0_width=200, level0_height=64, step_level0=100))[:, 0].tolist() == [0, 100]
+    assert geometry(overlap=0.25).step == 48
+
+
+def test_step_is_in_target_pixels(slide_path: Path) -> None:
+    with open_slide(slide_path) as slide:
+        found = tile_geometry(slide, 64, 1.0, step=48)
+        assert (found.step, found.overlap, found.patch_size_level0) == (96, 0.25, 128)
+        gaps = tile_geometry(slide, 64, 1.0, step=100)
+        assert (gaps.step, gaps.overlap) == (200, 0.0)
+        padded = tile_geometry(slide, 100, 0.5)
+        corners = grid(padded, pad=True)
+        assert corners.max() == 500
+        assert (read_tile(slide, padded, 500, 500)[12:] == 255).all(), "white past the border"
+        for options in ({"step": 0}, {"step": 32, "overlap": 0.5}, {"overlap": 1.5}, {"overlap": -0.1}):
+            with pytest.raises(UserError, match="expected"):
+                tile_geometry(slide, 64, 1.0, **options)
+        with pytest.raises(UserError, match="tile_size=0"):
+            tile_geometry(slide, 0, 1.0)
+
+
+def test_truncated_downsamples_do_not_shorten_tiles(tmp_path: Path) -> None:
+    """CLAM's parity slide at a quarter of its size: level sizes rounded up give a downsample of 3.995, which int() makes 3."""
+    width, height = 2046, 1534
+    coarse = np.random.default_rng(0).integers(0, 256, (height // 32, width // 32, 3), dtype=np.uint8)
+    pixels = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    lower = np.asarray(Image.fromarray(pixels).resize((512, 384), Image.Resampling.BOX))
+    with tifffile.TiffWriter(tmp_path / "parity.tif") as writer:
+        for level, image in enumerate((pixels, lower)):
+            options = {"resolution": (40000, 40000), "resolutionunit": "CENTIMETER"} if level == 0 else {}
+            writer.write(image, tile=(256, 256), photometric="rgb", subfiletype=int(level > 0), **options)
+    with open_slide(tmp_path / "parity.tif") as slide:
+        downsample = slide.downsamples[1]
+        assert 3.99 < downsample < 4
+        found = tile_geometry(slide, 64, 1.0)
+        assert (found.patch_level, found.patch_size, found.patch_size_level0, found.step) == (1, 64, 256, 256)
+        corners = grid(found)
+        truncated = 64 * int(downsample)
+        assert (len(corners), len(grid(geometry(**vars(found) | {"patch_size_level0": truncated})))) == (7 * 5, 10 * 7)
+        ours, theirs = [], []
+        for x, y in corners.tolist():
+            tile = read_tile(slide, found, x, y).astype(int)
+            for errors, side in ((ours, 256), (theirs, truncated)):
+                part = Image.fromarray(pixels[y : y + side, x : x + side])
+                errors.append(np.abs(tile - np.asarray(part.resize((64, 64), Image.Resampling.BOX))).mean())
+    assert max(ours) < 2 < 20 < min(theirs), "the tile shows the square that its coordinates name"
+
+
+def test_digests_of_earlier_coordinates_stay() -> None:
+    coordinates = Coordinates(np.array([[0, 64]]), geometry())
+    earlier = {name: value for name, value in vars(geometry()).items() if name not in ("step_level0", "tile_pattern")}
+    assert coordinates.digest() == sha256_bytes(np.array([[0, 64]], "<i8").tobytes(), repr(earlier).encode())
+    assert coordinates.digest() != Coordinates(coordinates.coords, geometry(tile_pattern="{x}_{y}.png")).digest()
+    assert coordinates.digest() != Coordinates(coordinates.coords, geometry(step_level0=32)).digest()

@@ -1,0 +1,144 @@
+"""Convert tile coordinates from and to the layouts of CLAM, TRIDENT, STAMP, INTELLIGENS (`.npy`) and QuPath (GeoJSON).
+
+    python -m patch_encoder.convert_coordinates input=clam/patches to=ours output=runs/tiles slides=cohort/slides
+
+One file or every one of a folder. Writes `coords/<slide_id>.h5` (ours), `patches/<slide_id>.h5` (CLAM),
+`patches/<slide_id>_patches.h5` (TRIDENT) or `<slide_id>.npy|.geojson|.h5` below `output`. Files that are there with the same
+content are kept, other content is refused; slides that fail are listed in `failures.csv` and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.cli import launch
+from common.config import REQUIRED, key
+from common.errors import UserError
+from common.files import atomic_path, safe_id
+from common.progress import progress
+from patch_encoder.cohort import find_slides, read_labels
+from patch_encoder.coordinate_formats import LAYOUTS, Source, content, detect
+from patch_encoder.coordinates import Coordinates
+from patch_encoder.failures import Failures
+from patch_encoder.slides import open_slide
+from patch_encoder.slides.base import Slide
+
+logger = logging.getLogger(__name__)
+STAGE = "convert_coordinates"
+SUFFIXES = (".h5", ".npy", ".geojson")
+FOLDERS = ("coords", "patches", "h5_files", "")
+
+
+@dataclass
+class Config:
+    """Keys of the conversion."""
+
+    input: str = key(REQUIRED, "a coordinates file, or a folder of them (also its coords/, patches/ or h5_files/)", path=True)
+    output: str = key(REQUIRED, "folder that gets the converted files", runtime=True)
+    to: str = key(REQUIRED, "layout to write", choices=tuple(LAYOUTS))
+    source: str = key("auto", "layout of the input; auto: by suffix and attributes", choices=("auto", *LAYOUTS))
+    slides: str = key("", "folder of slides: sizes, levels and mpp that the input does not say; corners are checked", path=True)
+    labels: str = key("", "labels.csv: take mpp from it", path=True)
+    mpp: float | None = key(None, "um per pixel at level 0 of all slides that labels.csv does not give")
+    tile_size: int = key(256, "side in level-0 px of the tiles of .npy files, which do not say")
+    tile_pattern: str = key("", "how tile folders name their tiles, as in tile_x{x}_y{y}.png; empty: <row>_<col>")
+    overwrite: bool = key(False, "replace files of other content", runtime=True)
+
+
+def input_files(path: Path) -> dict[str, Path]:
+    """Slide id -> coordinates file.
+
+    Raises:
+        UserError: none there, or two of one slide.
+    """
+    if path.is_file():
+        return {file_slide_id(path): path}
+    for folder in FOLDERS:
+        found: dict[str, Path] = {}
+        for file in sorted((path / folder).glob("*")):
+            if file.suffix in SUFFIXES and not file.name.startswith("."):
+                if (slide_id := file_slide_id(file)) in found:
+                    raise UserError(f"slide '{slide_id}': expected one coordinates file, found {found[slide_id]} and {file}")
+                found[slide_id] = file
+        if found:
+            return found
+    raise UserError(f"input={path}: expected coordinates files ({', '.join(SUFFIXES)}), found none")
+
+
+def file_slide_id(path: Path) -> str:
+    """The id in a file's name; TRIDENT's ends in `_patches`."""
+    return safe_id(path.stem.removesuffix("_patches"))
+
+
+def checked(coordinates: Coordinates, slide: Slide | None) -> Coordinates:
+    """Coordinates that belong to the slide.
+
+    Raises:
+        UserError: they were made for a slide of another size, or lie outside.
+    """
+    if slide is None:
+        return coordinates
+    geometry, size = coordinates.geometry, (slide.width, slide.height)
+    made_for = (geometry.level0_width, geometry.level0_height)
+    if made_for not in ((0, 0), size):
+        raise UserError(f"slide {slide.slide_id}: coordinates are of a slide of {made_for} px, found one of {size} px")
+    if len(coordinates.coords) and ((coordinates.coords < 0).any() or (coordinates.coords >= size).any()):
+        raise UserError(f"slide {slide.slide_id}: {size[0]}x{size[1]} px, but tiles lie outside; were they made at level 0?")
+    return coordinates
+
+
+def convert(config: Config, slide_id: str, file: Path, slide_path: Path | None, mpp: float | None, target: Path) -> bool:
+    """Convert one file; whether something was written.
+
+    Raises:
+        UserError: unreadable, not sayable in the layout, or other content is there.
+    """
+    layout = LAYOUTS[config.to]
+    reader = LAYOUTS[detect(file) if config.source == "auto" else config.source].read
+    slide = open_slide(slide_path, mpp, config.tile_pattern) if slide_path else None
+    try:
+        source = Source(slide_id, slide, mpp, config.tile_size)
+        coordinates = checked(reader(file, source), slide)
+        if not target.is_file():
+            with atomic_path(target) as temporary:
+                layout.write(temporary, coordinates, source, Path(config.output))
+            return True
+        with tempfile.TemporaryDirectory() as folder:
+            fresh = Path(folder, target.name)
+            layout.write(fresh, coordinates, source, Path(config.output))
+            if content(fresh) == content(target):
+                return False
+        if not config.overwrite:
+            raise UserError(f"{target}: other coordinates are there; choose another output or set overwrite=true")
+        with atomic_path(target) as temporary:
+            layout.write(temporary, coordinates, source, Path(config.output))
+        return True
+    finally:
+        if slide is not None:
+            slide.close()
+
+
+def main(config: Config) -> int:
+    files = input_files(Path(config.input))
+    slides = find_slides(config.slides, config.tile_pattern) if config.slides else {}
+    mpps = {record.slide_id: record.mpp for record in read_labels(config.labels)} if config.labels else {}
+    failures, written = Failures(STAGE), 0
+    for slide_id, file in progress(files.items(), "converting", len(files), "slides"):
+        try:
+            if slides and slide_id not in slides:
+                raise UserError(f"slide {slide_id}: expected it below {config.slides}, found no such slide")
+            target = Path(config.output) / LAYOUTS[config.to].name.format(slide_id)
+            mpp = mpps.get(slide_id) or config.mpp
+            written += convert(config, slide_id, file, slides.get(slide_id), mpp, target)
+        except UserError as error:
+            failures.add(slide_id, str(error))
+    kept = len(files) - written - len(failures.rows)
+    logger.info("%s: %d slides to %s: %d written, %d as they were", STAGE, len(files), config.to, written, kept)
+    return failures.write(Path(config.output))
+
+
+if __name__ == "__main__":
+    launch(main, Config)
