@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -67,8 +68,9 @@ class Assembly:
 
     def close(self) -> None:
         """Leave nothing of slides that are not finished."""
-        for slide in self._slides.values():
-            _discard(slide)
+        with ExitStack() as stack:  # all of them, even when a signal interrupts one
+            for slide in self._slides.values():
+                stack.callback(_discard, slide)
         self._slides.clear()
 
     def _append(self, index: int, slide: _Slide, rows: np.ndarray) -> None:

@@ -23,7 +23,7 @@ from common.files import AtomicFile, atomic_path, sha256_bytes
 FEATURE_KEYS = ("features", "feats")
 FOLDERS = ("h5_files", "pt_files", "pt", "")
 BAG_OVERHEAD = 64 * 1024  # bytes of HDF5 structure and attributes, generously
-DIGEST_ROWS = 4096
+DIGEST_BYTES = 1 << 20  # read back at a time
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,9 @@ class BagWriter:
             del self._file["features"]
             self._file.create_dataset("features", data=kept)
         stored, digest = self._file["features"], hashlib.sha256()
-        for start in range(0, self._rows, DIGEST_ROWS):
-            digest.update(stored[start : start + DIGEST_ROWS].tobytes())
+        step = max(1, DIGEST_BYTES // (stored.dtype.itemsize * stored.shape[1]))
+        for start in range(0, self._rows, step):
+            digest.update(stored[start : start + step].tobytes())
         digest.update(coords.astype("<i8").tobytes())
         stored.attrs.update(dict(provenance) | {"sha256": digest.hexdigest()})
         self._file.create_dataset("coords", data=coords.astype(np.int64)).attrs.update(dict(attributes))
@@ -113,9 +114,11 @@ class BagWriter:
 
     def discard(self) -> None:
         """Leave nothing behind; after `finish` this does nothing."""
-        if self._file is not None:
-            self._file.close()
-        self._target.discard()
+        try:
+            if self._file is not None:
+                self._file.close()
+        finally:
+            self._target.discard()
 
 
 def _reserve(path: Path, size: int) -> None:

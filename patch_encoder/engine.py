@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -155,14 +155,11 @@ def encode_slides(
     limits = {"dtype": settings.dtype, "pt": settings.pt, "max_bad_tiles": settings.max_bad_tiles}
     assembly = Assembly(jobs, provenance, folder, failures, **limits)
     waiting = Stopwatch()
-    try:
-        bar = Progress(f"{encoder.name} features", len(sequence), "tiles", enabled=show)
-        with full_disk_explained(folder), lost_workers_explained(), bar:
-            for batch, features in encoded(waiting.over(tile_batches(sequence, settings)), network, settings.dtype):
-                assembly.take(batch, features)
-                bar.advance(sum(count for _, count in batch.counted))
-    finally:
-        assembly.close()
+    bar = Progress(f"{encoder.name} features", len(sequence), "tiles", enabled=show)
+    with full_disk_explained(folder), lost_workers_explained(), bar, closing(assembly):
+        for batch, features in encoded(waiting.over(tile_batches(sequence, settings)), network, settings.dtype):
+            assembly.take(batch, features)
+            bar.advance(sum(count for _, count in batch.counted))
     return Report(len(jobs), len(sequence), waiting.seconds, waiting.total, failures.rows)
 
 

@@ -19,7 +19,7 @@ class Failures:
     """
 
     def __init__(self, stage: str, part: str = "") -> None:
-        self.stage = stage
+        self.stage, self.part = stage, part
         self.name = f"failures.{part}.csv" if part else "failures.csv"
         self.rows: list[dict[str, str]] = []
 
@@ -37,6 +37,10 @@ class Failures:
     def write(self, folder: Path) -> int:
         """Write the list (removed when nothing failed) and return the exit status of the stage: 0 or 1."""
         path = folder / self.name
+        if not self.part:
+            # the whole cohort was gone over: what its parts once listed no longer counts
+            for old in folder.glob("failures.*-of-*.csv"):
+                old.unlink(missing_ok=True)
         if not self.rows:
             path.unlink(missing_ok=True)
             return 0
