@@ -139,7 +139,13 @@ def extract(encoder: Encoder, slides: str, coords: str, labels: str, output: str
 
 
 def encode_slides(
-    jobs: Sequence[SlideJob], encoder: Encoder, folder: Path, settings: ExtractSettings, show: bool = True
+    jobs: Sequence[SlideJob],
+    encoder: Encoder,
+    folder: Path,
+    settings: ExtractSettings,
+    *,
+    show: bool = True,
+    network: Network | None = None,
 ) -> Report:
     """Encode slides to `folder/h5_files/<slide_id>.h5`, one after the other.
 
@@ -147,10 +153,11 @@ def encode_slides(
         jobs: the slides.
         encoder, folder, settings: what, where and how.
         show: a bar, or a line every so often.
+        network: the encoder's network when it is ready from an earlier call.
     """
     failures = Failures(STAGE)
     sequence = TileSequence(jobs, encoder.transform)
-    network = Network(encoder.model, settings.device, settings.precision, settings.batch_size, settings.compiler)
+    network = network or Network(encoder.model, settings.device, settings.precision, settings.batch_size, settings.compiler)
     provenance = [bag_provenance(encoder, job.coordinates, settings) for job in jobs]
     limits = {"dtype": settings.dtype, "pt": settings.pt, "max_bad_tiles": settings.max_bad_tiles}
     assembly = Assembly(jobs, provenance, folder, failures, **limits)

@@ -55,7 +55,7 @@ class Network:
         self._model = model.to(device, memory_format=torch.channels_last).eval()
         self._ready = False
 
-    @torch.no_grad()  # not inference_mode: compiled code is guarded by the kind of tensor, and batches from workers are ordinary
+    @torch.no_grad()  # inference_mode would guard compiled code by the kind of tensor: ordinary from workers, not when padded
     def launch(self, items: Tensor) -> Launched:
         """Start on items (n, ...); the caller goes on while CUDA computes.
 
