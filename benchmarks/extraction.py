@@ -2,10 +2,11 @@
 
     python benchmarks/extraction.py [--device cpu] [--tiles 96] [--compile] [--json]
 
-ResNet-50 up to layer3 (random weights), tiles of 256 px resized to 224, from a slide of 20,000 x 20,000 px (JPEG tiles, rendered
-once into `--cache`) and from a tile folder. The classic loop is CLAM's design: fp32, coordinates file and slide opened for every
-tile, float32 normalised in the workers, one HDF5 append a batch. In a round every contestant runs once; figures are medians over
-rounds, ratios medians of the rounds' ratios. Memory: peak of a process of its own for some tiles and for ten times as many.
+ResNet-50 up to layer3 (random weights), tiles of 256 px resized to 224, from a slide of 20,000 x 20,000 px (JPEG tiles,
+rendered once into `--cache`) and from a tile folder. The classic loop is CLAM's design: fp32, coordinates file and slide opened
+for every tile, float32 normalised in the workers, one HDF5 append a batch. In a round every contestant runs once; figures are
+medians over rounds, ratios medians of the rounds' ratios. Memory: peak of a process of its own for some tiles and for ten times
+as many.
 """
 
 from __future__ import annotations
@@ -257,9 +258,8 @@ def main() -> None:
     if a.json:
         print(json.dumps({"tiles_per_second": medians, "ratios": found, "met": verdicts(found), "amx": amx} | asdict_of(a)))
         return
-    print(
-        f"{a.device}, {a.threads} threads, {a.workers} workers, {'AMX' if amx else 'no AMX'}; {a.tiles} tiles, {a.rounds} rounds"
-    )
+    cpu = "AMX" if amx else "no AMX"
+    print(f"{a.device}, {a.threads} threads, {a.workers} workers, {cpu}; {a.tiles} tiles a contestant, {a.rounds} rounds")
     for name, rate in medians.items():
         print(f"  {name:36} {rate:8.1f} tiles/s")
     for name, value in found.items():

@@ -21,6 +21,7 @@ from common.device import autocast
 from common.errors import UserError
 
 logger = logging.getLogger(__name__)
+CPU_TILES_A_THREAD = 4
 FOLDING_TOLERANCE = 1e-3  # of the largest output
 
 
@@ -44,14 +45,18 @@ class Network:
     Args:
         model: batch of items -> (B, D).
         device, precision: resolved.
-        batch_size: rows of every batch that a network with weights sees.
+        batch_size: tiles of a batch. A network with weights sees all of them at once, on a CPU a few a thread at a time: larger
+            activations fall out of the caches and are mapped anew for every layer.
         compiler: backend of torch.compile; empty: not compiled.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, precision: str, batch_size: int, compiler: str = "") -> None:
         self.device, self.precision, self.compiler = device, precision, compiler
         # a module without weights (a descriptor that the workers compute) would only compute the padding
-        self.batch_size = batch_size if any(True for _ in model.parameters()) else 0
+        has_weights = any(True for _ in model.parameters())
+        at_most = CPU_TILES_A_THREAD * torch.get_num_threads() if device.type == "cpu" else batch_size
+        self.rows = min(batch_size, at_most) if has_weights else 0
+        self.batch_size = batch_size
         self._model = model.to(device, memory_format=torch.channels_last).eval()
         self._ready = False
 
@@ -62,20 +67,23 @@ class Network:
         Raises:
             UserError: the batch does not fit in the device's memory, or the network cannot be compiled.
         """
-        rows = len(items)
         with _explained(self.batch_size, self.device):
-            items = padded(items, self.batch_size).to(self.device, non_blocking=True)
-            if not self._ready:
-                self._prepare(items)
-            with autocast(self.device, self.precision):
-                features = self._model(items)[:rows].float()
+            parts = [self._features(part) for part in items.split(self.rows or len(items))]
             # to pinned memory on CUDA
-            host = features.to("cpu", non_blocking=True)
+            host = torch.cat(parts).to("cpu", non_blocking=True)
         if self.device.type != "cuda":
             return Launched(host, None)
         done = torch.cuda.Event()
         done.record()
         return Launched(host, done)
+
+    def _features(self, items: Tensor) -> Tensor:
+        """float32 (n, D) of at most `rows` items, on the device."""
+        filled = padded(items, self.rows).to(self.device, non_blocking=True)
+        if not self._ready:
+            self._prepare(filled)
+        with autocast(self.device, self.precision):
+            return self._model(filled)[: len(items)].float()
 
     def _prepare(self, items: Tensor) -> None:
         self._model, self._ready = fold_batch_norms(self._model, items[:2]), True
