@@ -16,23 +16,38 @@ from typing import Any
 from common.errors import UserError
 
 
-@contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; on success it is synced to disk and renamed, on failure removed.
+class AtomicFile:
+    """A file that is written under a temporary name beside `path` for as long as it takes, then renamed or removed.
 
     Temporary files that a killed process of this machine left for the same target are removed first.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_orphans(path)
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_orphans(self.path)
+        self.temporary = self.path.with_name(f".{self.path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+    def commit(self) -> None:
+        """Sync to disk and rename."""
+        _sync(self.temporary)
+        os.replace(self.temporary, self.path)
+        _sync(self.path.parent)
+
+    def discard(self) -> None:
+        """Remove what was not committed."""
+        self.temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; on success it is synced to disk and renamed, on failure removed."""
+    file = AtomicFile(path)
     try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
+        yield file.temporary
+        file.commit()
     finally:
-        temporary.unlink(missing_ok=True)
+        file.discard()
 
 
 def _sync(path: Path) -> None:

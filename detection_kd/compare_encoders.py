@@ -25,8 +25,9 @@ from common.files import write_json
 from detection_kd.models.student import student_encoder
 from patch_encoder.coordinates import Coordinates
 from patch_encoder.datasets.tiles import SlideJob, TileSequence
-from patch_encoder.engine import ExtractSettings, cohort_jobs, encode, tile_batches
+from patch_encoder.engine import ExtractSettings, cohort_jobs, encoded, tile_batches
 from patch_encoder.failures import Failures
+from patch_encoder.inference import Network
 from patch_encoder.models.encoders import Encoder, build_encoder
 
 logger = logging.getLogger(__name__)
@@ -89,10 +90,10 @@ def gflops(encoder: Encoder, jobs: list[SlideJob]) -> float | None:
 def one_round(encoder: Encoder, jobs: list[SlideJob], settings: ExtractSettings) -> float:
     """Tiles per second, from the slide files to features in memory."""
     sequence = TileSequence(jobs, encoder.transform)
-    model = encoder.model.to(settings.device, memory_format=torch.channels_last)
+    network = Network(encoder.model, settings.device, settings.precision, settings.batch_size)
     start = time.perf_counter()
-    for batch in tile_batches(sequence, settings):
-        encode(model, batch, settings)
+    for _ in encoded(tile_batches(sequence, settings), network, settings.dtype):
+        pass
     return len(sequence) / (time.perf_counter() - start)
 
 

@@ -125,7 +125,7 @@ def slides_of(
     broken: set[int] = set()
     with Progress("detections", len(sequence), "tiles") as bar:
         for batch in tile_batches(sequence, settings):
-            for index, error in batch.failures:
+            for index, _, error in batch.failures:
                 broken.add(index)
                 failures.add(jobs[index].slide_id, error)
             if batch.items is not None:
@@ -145,8 +145,8 @@ def main(config: Config) -> int:
     settings = config.settings()
     model, description = build_model(config)
     model = model.to(settings.device).eval()
-    output, failures = Path(config.output), Failures(STAGE)
-    jobs = cohort_jobs(config.slides, config.coords, config.labels, failures)
+    output, failures = Path(config.output), Failures(STAGE, settings.shard.name)
+    jobs = cohort_jobs(config.slides, config.coords, config.labels, failures, settings.shard)
     wanted = {job.slide_id: provenance(config, job, settings.precision) for job in jobs}
     documents = {slide_id: output / "coco" / f"{slide_id}.json" for slide_id in wanted}
     todo = [job for job in jobs if not is_done(documents[job.slide_id], wanted[job.slide_id], config.overwrite)]

@@ -14,12 +14,12 @@ from common.config import REQUIRED, key
 from common.files import safe_id
 from detection_kd.models.student import student_encoder
 from patch_encoder.engine import extract
-from patch_encoder.extraction_keys import ExtractionKeys
+from patch_encoder.extraction_keys import FeatureKeys
 from patch_encoder.models.encoders import Encoder
 
 
 @dataclass
-class Config(ExtractionKeys):
+class Config(FeatureKeys):
     """Keys of student extraction (published: batches of 16, fp32)."""
 
     student: str = key(REQUIRED, "checkpoint of train_d2vfm", path=True)

@@ -6,6 +6,8 @@ The tile geometry stands in the attributes of `coords` (as in CLAM and TRIDENT),
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +18,12 @@ import numpy as np
 
 from common.checkpoint import load_tensors
 from common.errors import UserError
-from common.files import atomic_path, sha256_bytes
+from common.files import AtomicFile, atomic_path, sha256_bytes
 
 FEATURE_KEYS = ("features", "feats")
 FOLDERS = ("h5_files", "pt_files", "pt", "")
+BAG_OVERHEAD = 64 * 1024  # bytes of HDF5 structure and attributes, generously
+DIGEST_BYTES = 1 << 20  # read back at a time
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,73 @@ def write_bag(
 
 def _digest(features: np.ndarray, coords: np.ndarray) -> str:
     return sha256_bytes(np.ascontiguousarray(features).tobytes(), coords.astype("<i8").tobytes())
+
+
+class BagWriter:
+    """A bag that grows batch by batch under a temporary name, so that memory need not hold a slide's features.
+
+    The room of the whole bag is taken on the disk first: a full disk is an OSError here, before the slide is encoded, and not
+    inside HDF5, which does not survive it.
+    """
+
+    def __init__(self, path: str | Path, shape: tuple[int, int], dtype: str) -> None:
+        self._target = AtomicFile(path)
+        self._rows = 0
+        self._file: h5py.File | None = None
+        size = shape[0] * (shape[1] * np.dtype(dtype).itemsize + 16) + BAG_OVERHEAD
+        try:
+            _reserve(self._target.temporary, size)
+            with h5py.File(self._target.temporary, "w") as file:
+                file.create_dataset("features", shape, dtype)
+            _reserve(self._target.temporary, size)
+            self._file = h5py.File(self._target.temporary, "r+")
+        except BaseException:
+            self.discard()
+            raise
+
+    def append(self, rows: np.ndarray) -> None:
+        """The features (n, D) of the next n tiles."""
+        assert self._file is not None
+        self._file["features"][self._rows : self._rows + len(rows)] = rows
+        self._rows += len(rows)
+
+    def features(self) -> np.ndarray:
+        """All that was appended, (n, D)."""
+        assert self._file is not None
+        return self._file["features"][: self._rows]
+
+    def finish(self, coords: np.ndarray, attributes: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+        """Add corners (n, 2), geometry and provenance of the n tiles that were appended, and put the bag in its place."""
+        assert self._file is not None and len(coords) == self._rows, (coords.shape, self._rows)
+        if self._rows < len(self._file["features"]):
+            kept = self.features()
+            del self._file["features"]
+            self._file.create_dataset("features", data=kept)
+        stored, digest = self._file["features"], hashlib.sha256()
+        step = max(1, DIGEST_BYTES // (stored.dtype.itemsize * stored.shape[1]))
+        for start in range(0, self._rows, step):
+            digest.update(stored[start : start + step].tobytes())
+        digest.update(coords.astype("<i8").tobytes())
+        stored.attrs.update(dict(provenance) | {"sha256": digest.hexdigest()})
+        self._file.create_dataset("coords", data=coords.astype(np.int64)).attrs.update(dict(attributes))
+        self._file.close()
+        self._target.commit()
+
+    def discard(self) -> None:
+        """Leave nothing behind; after `finish` this does nothing."""
+        try:
+            if self._file is not None:
+                self._file.close()
+        finally:
+            self._target.discard()
+
+
+def _reserve(path: Path, size: int) -> None:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    finally:
+        os.close(descriptor)
 
 
 def read_bag(path: str | Path) -> Bag:

@@ -1,14 +1,17 @@
 """The extraction loop that every encoder shares: decode in workers, encode on the device, one atomic file a slide.
 
-Batches fill across slide boundaries, so that small slides do not waste the device; memory holds the slides in flight
-only. The slide is the unit of resuming: a killed run leaves whole bags and no halves.
+Batches fill across slide boundaries, so that small slides do not waste the device; features go to disk as they come, so that
+memory does not grow with slides. The slide is the unit of resuming: a killed run leaves whole bags and no halves.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +19,20 @@ import torch
 from torch.utils.data import DataLoader
 
 from common import __version__
-from common.device import autocast
 from common.differences import differences
 from common.errors import UserError
-from common.files import atomic_path
 from common.progress import Progress
-from patch_encoder.bags import bag_header, write_bag
+from patch_encoder.assembly import UNREADABLE, Assembly
+from patch_encoder.bags import bag_header
 from patch_encoder.cohort import find_slides, locate, read_labels
 from patch_encoder.coordinates import Coordinates, read_coordinates, tile_pattern_of
 from patch_encoder.datasets.tiles import SlideJob, TileBatch, TileSequence, collate
+from patch_encoder.disk_space import check_room, full_disk_explained
 from patch_encoder.failures import Failures
+from patch_encoder.inference import Launched, Network
 from patch_encoder.models.encoders import Encoder
+from patch_encoder.ray_extraction import RaySettings, Report, work_on_ray
+from patch_encoder.shards import Shard
 
 logger = logging.getLogger(__name__)
 STAGE = "extract_features"
@@ -44,6 +50,10 @@ class ExtractSettings:
         dtype: float16 or float32 on disk.
         pt: write `pt_files/<slide_id>.pt` as well.
         overwrite: replace bags of another provenance.
+        compiler: backend of torch.compile; empty: not compiled.
+        max_bad_tiles: largest share of a slide's tiles that may be unreadable.
+        shard: the part of the cohort that this process works on.
+        ray: where Ray's workers run; None: in this process.
     """
 
     device: torch.device
@@ -53,9 +63,13 @@ class ExtractSettings:
     dtype: str = "float32"
     pt: bool = False
     overwrite: bool = False
+    compiler: str = ""
+    max_bad_tiles: float = 0.0
+    shard: Shard = field(default_factory=Shard)
+    ray: RaySettings | None = None
 
 
-def cohort_jobs(slides: str, coords: str, labels: str, failures: Failures) -> list[SlideJob]:
+def cohort_jobs(slides: str, coords: str, labels: str, failures: Failures, shard: Shard | None = None) -> list[SlideJob]:
     """One job per slide of the cohort that has tiles; the others are entered in `failures`.
 
     Args:
@@ -63,24 +77,29 @@ def cohort_jobs(slides: str, coords: str, labels: str, failures: Failures) -> li
         coords: folder of coordinates files (`coords/` or its parent).
         labels: labels.csv, or empty for every slide that is found.
         failures: gets slides without coordinates or without tissue.
+        shard: the part of the cohort that is wanted; None: all of it.
     """
+    shard = shard or Shard()
     folder = Path(coords) / "coords" if (Path(coords) / "coords").is_dir() else Path(coords)
     pattern = tile_pattern_of(folder.glob("[!.]*.h5"))
     records = read_labels(labels) if labels else []
     paths = locate(records, slides, pattern) if records else find_slides(slides, pattern)
     mpps = {record.slide_id: record.mpp for record in records}
-    jobs = []
+    jobs, without = [], {}
     for slide_id, path in paths.items():
         try:
             coordinates = read_coordinates(folder / f"{slide_id}.h5")
         except UserError as error:
-            failures.add(slide_id, str(error))
+            without[slide_id] = str(error)
             continue
         if len(coordinates.coords) == 0:
-            failures.add(slide_id, "no tissue: 0 tiles; remove the slide from labels.csv or loosen the tissue settings")
+            without[slide_id] = "no tissue: 0 tiles; remove the slide from labels.csv or loosen the tissue settings"
             continue
         jobs.append(SlideJob(slide_id, path, coordinates, mpps.get(slide_id) or coordinates.geometry.mpp or None))
-    return jobs
+    if shard.index == 1:  # once, not in every part
+        for slide_id, error in without.items():
+            failures.add(slide_id, error)
+    return shard.of(jobs)
 
 
 def bag_provenance(encoder: Encoder, coordinates: Coordinates, settings: ExtractSettings) -> dict[str, str]:
@@ -94,31 +113,61 @@ def bag_provenance(encoder: Encoder, coordinates: Coordinates, settings: Extract
 
 
 def extract(encoder: Encoder, slides: str, coords: str, labels: str, output: str, settings: ExtractSettings) -> int:
-    """Encode a cohort into `<output>/<encoder name>/`; returns the exit status: 1 when slides failed (failures.csv)."""
-    failures = Failures(STAGE)
+    """Encode a cohort into `<output>/<encoder name>/`; returns the exit status: 1 when slides failed (failures.csv).
+
+    Raises:
+        UserError: a bag of another provenance is there and `settings.overwrite` is off, or the features do not fit on the disk.
+    """
+    failures = Failures(STAGE, settings.shard.name)
     folder = Path(output) / encoder.name
-    extract_cohort(cohort_jobs(slides, coords, labels, failures), encoder, folder, settings, failures)
+    jobs = cohort_jobs(slides, coords, labels, failures, settings.shard)
+    todo = [job for job in jobs if settings.overwrite or not _is_done(job, encoder, folder, settings)]
+    logger.info("%s: %s: %d slides, %d already done", STAGE, encoder.name, len(jobs), len(jobs) - len(todo))
+    check_room(folder, todo, encoder.dim, settings.dtype, settings.pt)
+    start = time.perf_counter()
+    if settings.ray is None:
+        report = encode_slides(todo, encoder, folder, settings)
+    else:
+        alone = replace(settings, ray=None)
+        work = partial(encode_slides, encoder=encoder, folder=folder.absolute(), settings=alone, show=False)
+        bundle = 8 * settings.batch_size
+        report = work_on_ray(todo, work, settings.ray, on_cuda=settings.device.type == "cuda", least_tiles=bundle)
+    for row in report.failures:
+        failures.add(row["slide"], row["error"])
+    logger.info("%s: %s", STAGE, report.summary(time.perf_counter() - start))
     return failures.write(folder)
 
 
-def extract_cohort(
-    jobs: Sequence[SlideJob], encoder: Encoder, folder: Path, settings: ExtractSettings, failures: Failures
-) -> None:
-    """Encode every slide that has no valid bag yet, to `folder/h5_files/<slide_id>.h5`.
+def encode_slides(
+    jobs: Sequence[SlideJob],
+    encoder: Encoder,
+    folder: Path,
+    settings: ExtractSettings,
+    *,
+    show: bool = True,
+    network: Network | None = None,
+) -> Report:
+    """Encode slides to `folder/h5_files/<slide_id>.h5`, one after the other.
 
-    Raises:
-        UserError: a bag of another provenance is there and `settings.overwrite` is off.
+    Args:
+        jobs: the slides.
+        encoder, folder, settings: what, where and how.
+        show: a bar, or a line every so often.
+        network: the encoder's network when it is ready from an earlier call.
     """
-    todo = [job for job in jobs if settings.overwrite or not _is_done(job, encoder, folder, settings)]
-    logger.info("%s: %s: %d slides, %d already done", STAGE, encoder.name, len(jobs), len(jobs) - len(todo))
-    sequence = TileSequence(todo, encoder.transform)
-    model = encoder.model.to(settings.device, memory_format=torch.channels_last)
-    with Progress(f"{encoder.name} features", len(sequence), "tiles") as bar:
-        assembly = Assembly(todo, encoder, folder, settings, failures)
-        for batch in tile_batches(sequence, settings):
-            features = encode(model, batch, settings)
+    failures = Failures(STAGE)
+    sequence = TileSequence(jobs, encoder.transform)
+    network = network or Network(encoder.model, settings.device, settings.precision, settings.batch_size, settings.compiler)
+    provenance = [bag_provenance(encoder, job.coordinates, settings) for job in jobs]
+    limits = {"dtype": settings.dtype, "pt": settings.pt, "max_bad_tiles": settings.max_bad_tiles}
+    assembly = Assembly(jobs, provenance, folder, failures, **limits)
+    waiting = Stopwatch()
+    bar = Progress(f"{encoder.name} features", len(sequence), "tiles", enabled=show)
+    with full_disk_explained(folder), lost_workers_explained(), bar, closing(assembly):
+        for batch, features in encoded(waiting.over(tile_batches(sequence, settings)), network, settings.dtype):
             assembly.take(batch, features)
             bar.advance(sum(count for _, count in batch.counted))
+    return Report(len(jobs), len(sequence), waiting.seconds, waiting.total, failures.rows)
 
 
 def _is_done(job: SlideJob, encoder: Encoder, folder: Path, settings: ExtractSettings) -> bool:
@@ -126,19 +175,25 @@ def _is_done(job: SlideJob, encoder: Encoder, folder: Path, settings: ExtractSet
     if not path.is_file():
         return False
     (count, dim), attributes = bag_header(path)
+    tiles, unreadable = len(job.coordinates.coords), int(attributes.get(UNREADABLE, 0))
     expected = bag_provenance(encoder, job.coordinates, settings)
-    found = {name: attributes.get(name) for name in COMPARED}
-    wanted = {name: expected[name] for name in COMPARED}
-    if found != wanted or (count, dim) != (len(job.coordinates.coords), encoder.dim):
-        changed = differences(found | {"shape": [count, dim]}, wanted | {"shape": [len(job.coordinates.coords), encoder.dim]})
+    found = {name: attributes.get(name) for name in COMPARED} | {"shape": [count + unreadable, dim]}
+    wanted = {name: expected[name] for name in COMPARED} | {"shape": [tiles, encoder.dim]}
+    if found != wanted:
+        changed = differences(found, wanted)
         raise UserError(f"{path}: holds features of another provenance: {changed}; choose another output or set overwrite=true")
+    if unreadable > settings.max_bad_tiles * tiles:
+        raise UserError(
+            f"{path}: expected at most {settings.max_bad_tiles:g} of the tiles missing, found {unreadable} of {tiles} that "
+            "could not be read; raise max_bad_tiles, or mend the slide and set overwrite=true"
+        )
     return not settings.pt or (folder / "pt_files" / f"{job.slide_id}.pt").is_file()
 
 
-def tile_batches(sequence: TileSequence, settings: ExtractSettings) -> DataLoader:
+def tile_batches(sequence: TileSequence, settings: ExtractSettings) -> Iterator[TileBatch]:
     """Batches in order, decoded by workers while the device computes."""
-    workers = min(settings.workers, len(sequence))
-    return DataLoader(
+    workers = min(settings.workers, -(-len(sequence) // settings.batch_size))
+    loader = DataLoader(
         sequence,
         batch_size=settings.batch_size,
         num_workers=workers,
@@ -146,56 +201,56 @@ def tile_batches(sequence: TileSequence, settings: ExtractSettings) -> DataLoade
         pin_memory=settings.device.type == "cuda",
         multiprocessing_context="fork" if workers and settings.device.type == "cpu" else None,
     )
+    with lost_workers_explained():
+        yield from loader
 
 
-@torch.inference_mode()
-def encode(model: torch.nn.Module, batch: TileBatch, settings: ExtractSettings) -> np.ndarray:
-    """Features of a batch, (B, D) in the dtype that is stored; (0, 0) when nothing could be read."""
-    if batch.items is None:
-        return np.empty((0, 0), dtype=settings.dtype)
-    with autocast(settings.device, settings.precision):
-        features = model(batch.items.to(settings.device, non_blocking=True))
-    return features.float().cpu().numpy().astype(settings.dtype)
+def encoded(batches: Iterable[TileBatch], network: Network, dtype: str) -> Iterator[tuple[TileBatch, np.ndarray]]:
+    """Batches with the features (B, D) of what could be read, in the dtype that is stored.
+
+    One batch behind: the device has its next work before the host stores what is ready.
+    """
+    before: tuple[TileBatch, Launched | None] | None = None
+    for batch in batches:
+        started = network.launch(batch.items) if batch.items is not None else None
+        if before is not None:
+            yield before[0], _stored(before[1], dtype)
+        before = batch, started
+    if before is not None:
+        yield before[0], _stored(before[1], dtype)
 
 
-class Assembly:
-    """Collects features slide by slide and writes each bag once its last tile has come."""
+def _stored(launched: Launched | None, dtype: str) -> np.ndarray:
+    if launched is None:
+        return np.empty((0, 0), dtype=dtype)
+    return launched.features().to(getattr(torch, dtype)).numpy()
 
-    def __init__(
-        self, jobs: Sequence[SlideJob], encoder: Encoder, folder: Path, settings: ExtractSettings, failures: Failures
-    ) -> None:
-        self.jobs, self.encoder, self.folder = jobs, encoder, folder
-        self.settings, self.failures = settings, failures
-        self._parts: dict[int, list[np.ndarray]] = {}
-        self._missing: dict[int, int] = {}
-        self._failed: set[int] = set()
 
-    def take(self, batch: TileBatch, features: np.ndarray) -> None:
-        """Enter one batch; tiles of a slide come in order."""
-        for index, error in batch.failures:
-            self._failed.add(index)
-            self.failures.add(self.jobs[index].slide_id, error)
-        slides = batch.slides.numpy()
-        for index, count in batch.counted:
-            missing = self._missing.setdefault(index, len(self.jobs[index].coordinates.coords))
-            self._missing[index] = missing - count
-            self._parts.setdefault(index, []).append(features[slides == index])
-            if self._missing[index] == 0:
-                self._finish(index)
+@contextmanager
+def lost_workers_explained() -> Iterator[None]:
+    """A decoding process that was killed is one line; torch raises wherever the main process happens to be."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a decoding process was killed, as the system does when memory runs out ({str(error).split('. ')[0]}); finished "
+            "slides are kept: lower workers= or batch_size= and start again"
+        ) from None
 
-    def _finish(self, index: int) -> None:
-        parts = self._parts.pop(index)
-        del self._missing[index]
-        if index in self._failed:
-            return
-        job, features = self.jobs[index], np.concatenate(parts)
-        bad = int((~np.isfinite(features).all(axis=1)).sum())
-        if bad:
-            self.failures.add(job.slide_id, f"{self.encoder.name} gave NaN or infinity for {bad} of {len(features)} tiles")
-            return
-        provenance = bag_provenance(self.encoder, job.coordinates, self.settings)
-        if self.settings.pt:
-            with atomic_path(self.folder / "pt_files" / f"{job.slide_id}.pt") as temporary:
-                torch.save(torch.from_numpy(features), temporary)
-        path = self.folder / "h5_files" / f"{job.slide_id}.h5"
-        write_bag(path, features, job.coordinates.coords, asdict(job.coordinates.geometry), provenance)
+
+class Stopwatch:
+    """How long an iterator keeps its consumer waiting, in seconds, and how long the whole loop takes."""
+
+    def __init__(self) -> None:
+        self.seconds = self.total = 0.0
+
+    def over(self, items: Iterable[TileBatch]) -> Iterator[TileBatch]:
+        """The same items, timed."""
+        start = before = time.perf_counter()
+        for item in items:
+            self.seconds += time.perf_counter() - before
+            yield item
+            before = time.perf_counter()
+        self.total = time.perf_counter() - start

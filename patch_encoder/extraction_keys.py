@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.config import REQUIRED, key
 from common.device import PRECISIONS, pick_device, pick_precision
+from common.errors import UserError
 from patch_encoder.engine import ExtractSettings
+from patch_encoder.ray_extraction import RaySettings, import_ray
+from patch_encoder.shards import Shard
 
 
 @dataclass
 class ExtractionKeys:
-    """Keys of extraction; a script's `Config` inherits them and adds those of its encoder."""
+    """Keys of every pass over a cohort's tiles; a script's `Config` inherits them and adds those of its encoder."""
 
     slides: str = key(REQUIRED, "folder of slides, any tree", path=True)
     coords: str = key(REQUIRED, "folder of coordinates files, as tile_slides wrote it", path=True)
@@ -24,9 +27,39 @@ class ExtractionKeys:
     dtype: str = key("float32", "type of the stored features", choices=("float16", "float32"))
     pt: bool = key(False, "also write pt_files/<slide_id>.pt")
     overwrite: bool = key(False, "replace bags of another provenance", runtime=True)
+    shard: str = key("", "i/n: every n-th slide by size, for process i (from 1) of n over one cohort", runtime=True)
 
     def settings(self) -> ExtractSettings:
         """What the extraction loop needs of these keys, with device and precision resolved."""
+        for name, least in (("batch_size", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)}: expected at least {least}")
         device = pick_device(self.device)
         precision = pick_precision(self.precision, device)
-        return ExtractSettings(device, precision, self.batch_size, self.workers, self.dtype, self.pt, self.overwrite)
+        shard = Shard.parse(self.shard)
+        return ExtractSettings(
+            device, precision, self.batch_size, self.workers, self.dtype, self.pt, self.overwrite, shard=shard
+        )
+
+
+@dataclass
+class FeatureKeys(ExtractionKeys):
+    """Keys of the scripts that write feature bags."""
+
+    max_bad_tiles: float = key(0.0, "largest share of a slide's tiles that may be unreadable; the bag is then without them")
+    compile: bool = key(False, "torch.compile the network: a minute at the start, faster from then on", runtime=True)
+    engine: str = key("local", "this process, or the GPUs and machines of Ray", choices=("local", "ray"), runtime=True)
+    ray_address: str = key("", "a running cluster (auto, host:6379); empty: RAY_ADDRESS, else this machine", runtime=True)
+    ray_workers: int = key(0, "Ray workers; 0: one a GPU, or as many as there are CPUs for", runtime=True)
+    ray_cpus: int = key(0, "CPUs of a Ray worker; 0: one and its decoding processes", runtime=True)
+
+    def settings(self) -> ExtractSettings:
+        """The same with what concerns features."""
+        if not 0 <= self.max_bad_tiles <= 1:
+            raise UserError(f"max_bad_tiles={self.max_bad_tiles}: expected a share, 0 <= max_bad_tiles <= 1")
+        ray = None
+        if self.engine == "ray":
+            import_ray()
+            ray = RaySettings(self.ray_address, self.ray_workers, self.ray_cpus or self.workers + 1)
+        compiler = "inductor" if self.compile else ""
+        return replace(super().settings(), max_bad_tiles=self.max_bad_tiles, compiler=compiler, ray=ray)

@@ -11,10 +11,16 @@ logger = logging.getLogger(__name__)
 
 
 class Failures:
-    """The slides that could not be worked on in this run of a stage."""
+    """The slides that could not be worked on in this run of a stage.
 
-    def __init__(self, stage: str) -> None:
-        self.stage = stage
+    Args:
+        stage: name of the stage.
+        part: `1-of-4` for a process that has a part of the cohort: its list is `failures.1-of-4.csv`.
+    """
+
+    def __init__(self, stage: str, part: str = "") -> None:
+        self.stage, self.part = stage, part
+        self.name = f"failures.{part}.csv" if part else "failures.csv"
         self.rows: list[dict[str, str]] = []
 
     def add(self, slide_id: str, error: str) -> None:
@@ -24,9 +30,17 @@ class Failures:
         logger.error("%s: slide %s failed: %s", self.stage, slide_id, error)
         self.rows.append({"slide": slide_id, "stage": self.stage, "error": error})
 
+    def note(self, slide_id: str, remark: str) -> None:
+        """Log what is wrong with a slide that is used all the same."""
+        logger.warning("%s: slide %s: %s", self.stage, slide_id, remark)
+
     def write(self, folder: Path) -> int:
-        """Write `failures.csv` (removed when nothing failed) and return the exit status of the stage: 0 or 1."""
-        path = folder / "failures.csv"
+        """Write the list (removed when nothing failed) and return the exit status of the stage: 0 or 1."""
+        path = folder / self.name
+        if not self.part:
+            # the whole cohort was gone over: what its parts once listed no longer counts
+            for old in folder.glob("failures.*-of-*.csv"):
+                old.unlink(missing_ok=True)
         if not self.rows:
             path.unlink(missing_ok=True)
             return 0

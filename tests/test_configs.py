@@ -35,7 +35,7 @@ def module_and_arguments(words: list[str]) -> tuple[str, list[str]]:
     words = [word for word in words if not re.fullmatch(r"[A-Z_0-9]+=.*", word)]
     if words[0] == "bash":
         script = (ROOT / words[1]).read_text()
-        found = re.search(r"^run_(?:module|python) ([\w.]+)", script, re.MULTILINE)
+        found = re.search(r"^run_(?:module|python|shards) ([\w.]+)", script, re.MULTILINE)
         assert found, words[1]
         return found[1], words[2:]
     index = len(words) - 1 - words[::-1].index("-m")

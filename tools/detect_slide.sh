@@ -11,5 +11,5 @@ set -euo pipefail
 : "${LABELS:=}"
 # shellcheck source=tools/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-run_python detection_kd.detect_slide ${SLIDES:+slides="$SLIDES"} coords="$COORDS" ${DETECTOR:+detector="$DETECTOR"} \
+run_shards detection_kd.detect_slide ${SLIDES:+slides="$SLIDES"} coords="$COORDS" ${DETECTOR:+detector="$DETECTOR"} \
   output="$OUTPUT" ${LABELS:+labels="$LABELS"} "$@"

@@ -2,7 +2,7 @@
 # Sourced by the stage scripts: where the repository is, which Python, how many processes.
 #
 #   PYTHON   interpreter; default: <repository>/.venv/bin/python when it is there, else python3 (always so with ENV=active)
-#   GPUS     processes on this machine; default: the number of GPUs seen; 0 or 1: plain Python
+#   GPUS     processes on this machine; default: the number of GPUs seen; 0 or 1: plain Python (extraction: default 1)
 #   NNODES   machines; default 1. With more: RDZV_ENDPOINT=host:port of the first one, the same command on each
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -51,4 +51,37 @@ run_module() {
     rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT")
   fi
   run_python torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$((GPUS > 0 ? GPUS : 1))" -m "$@"
+}
+
+# run_shards <module> <arguments>: GPUS processes that share a cohort, each on a GPU of its own where there are GPUs; the status is
+# the worst of theirs
+run_shards() {
+  : "${GPUS:=1}"
+  local argument
+  for argument in "$@"; do
+    # a shard of the user's choice, or Ray, is one process here
+    [[ "$argument" == --help || "$argument" == -h || "$argument" == shard=* || "$argument" == engine=ray ]] && GPUS=1
+  done
+  if ((GPUS <= 1)); then
+    run_python "$@"
+    return
+  fi
+  local module=$1 seen pids=() status=0 index
+  shift
+  seen=$(count_gpus)
+  for ((index = 0; index < GPUS; index++)); do
+    local device=()
+    ((seen > 0)) && device=("device=cuda:$((index % seen))")
+    run_python "$module" ${device[@]+"${device[@]}"} "$@" "shard=$((index + 1))/$GPUS" &
+    pids+=($!)
+  done
+  # shellcheck disable=SC2064
+  trap "kill ${pids[*]} 2>/dev/null || true" EXIT
+  for index in "${pids[@]}"; do
+    local one=0
+    wait "$index" || one=$?
+    ((one > status)) && status=$one
+  done
+  trap - EXIT
+  return "$status"
 }

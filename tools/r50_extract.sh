@@ -11,5 +11,5 @@ set -euo pipefail
 : "${WORKERS:=8}"
 # shellcheck source=tools/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-run_python detection_kd.extract_student ${SLIDES:+slides="$SLIDES"} coords="$COORDS" ${STUDENT:+student="$STUDENT"} \
+run_shards detection_kd.extract_student ${SLIDES:+slides="$SLIDES"} coords="$COORDS" ${STUDENT:+student="$STUDENT"} \
   output="$OUTPUT" ${LABELS:+labels="$LABELS"} workers="$WORKERS" "$@"

@@ -12,5 +12,5 @@ set -euo pipefail
 : "${WORKERS:=8}"
 # shellcheck source=tools/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
-run_python patch_encoder.extract_features ${SLIDES:+slides="$SLIDES"} coords="$COORDS" output="$OUTPUT" \
+run_shards patch_encoder.extract_features ${SLIDES:+slides="$SLIDES"} coords="$COORDS" output="$OUTPUT" \
   ${ENCODER:+encoder="$ENCODER"} ${WEIGHTS:+weights="$WEIGHTS"} ${LABELS:+labels="$LABELS"} workers="$WORKERS" "$@"
