@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,8 @@ def test_all_kinds_give_the_same_features(cohort: Path) -> None:
 def test_step_and_pad_reach_the_grid_and_the_settings(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tile(cohort) == 0
     plain = read_coordinates(cohort / "tiles" / "coords" / "pyramid.h5")
-    assert "pad" not in coordinate_attributes(cohort / "tiles" / "coords" / "pyramid.h5")["settings"]
+    settings = json.loads(coordinate_attributes(cohort / "tiles" / "coords" / "pyramid.h5")["settings"])
+    assert settings["pad"] is False and settings["step"] is None and "pictures" not in settings
     assert tile(cohort, "pad=true", "step=48") == 2
     assert "overwrite=true" in capsys.readouterr().err
     assert tile(cohort, "pad=true", "step=48", "overwrite=true") == 0
