@@ -138,6 +138,8 @@ def _create(name: str, norm: str, dilation: bool, source: str) -> nn.Module:
     options: dict[str, Any] = {"output_stride": 16} if dilation else {}
     if norm == "group":
         options["norm_layer"] = "groupnorm"
+    if name in RESNETS:
+        options["zero_init_last"] = False  # as published and in torchvision: short trainings from scratch suffer from zeros
     build = partial(timm.create_model, _tagged(name), features_only=True, out_indices=(-3, -2, -1), **options)
     try:
         with torch.device("meta"):

@@ -53,6 +53,14 @@ def test_freezing_leaves_stem_and_layer1() -> None:
     assert frozen == {"conv1", "bn1", "layer1"} and trained == {"layer2", "layer3", "layer4"}
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_trunks_from_scratch_start_as_torchvisions_do(name: str) -> None:
+    torch.manual_seed(5)
+    expected = torchvision.models.get_model(name, weights=None).state_dict()
+    torch.manual_seed(5)
+    assert all(torch.equal(value, expected[key]) for key, value in Backbone(name, "batch").state_dict().items())
+
+
 def test_dilated_last_stage_equals_torchvisions() -> None:
     torch.manual_seed(0)
     full = torchvision.models.resnet50(weights=None, replace_stride_with_dilation=[False, False, True]).eval()
