@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from common.device import autocast
@@ -66,7 +65,7 @@ class Network:
         Raises:
             UserError: the batch does not fit in the device's memory, or the network cannot be compiled.
         """
-        with _explained(self.batch_size, self.device):
+        with _explained(self.batch_size, self.device, _compile_errors() if self.compiler else ()):
             parts = [self._features(part) for part in items.split(self.rows or len(items))]
             # to pinned memory on CUDA
             host = torch.cat(parts).to("cpu", non_blocking=True)
@@ -99,15 +98,21 @@ def padded(items: Tensor, rows: int) -> Tensor:
     return torch.cat([items, items.new_zeros(rows - len(items), *items.shape[1:])])
 
 
+def _compile_errors() -> tuple[type[Exception], ...]:
+    from torch._dynamo.exc import TorchDynamoException  # two seconds, which a run without torch.compile need not wait
+
+    return (TorchDynamoException,)
+
+
 @contextmanager
-def _explained(batch_size: int, device: torch.device) -> Iterator[None]:
+def _explained(batch_size: int, device: torch.device, compile_errors: tuple[type[Exception], ...]) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
         raise UserError(
             f"batch_size={batch_size}: does not fit in the memory of {device}; set batch_size={max(1, batch_size // 2)}"
         ) from None
-    except TorchDynamoException as error:
+    except compile_errors as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"compile=true: torch.compile cannot compile this network here: {reason}; set compile=false") from None
 
