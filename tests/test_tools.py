@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from common.cli import run
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted([*(ROOT / "tools").rglob("*.sh"), *(ROOT / "tools").rglob("*.sbatch")])
@@ -35,31 +38,62 @@ def test_shellcheck_clean(script: Path) -> None:
     assert not any(line.rstrip().endswith(" python") or "/home/" in line for line in text.splitlines())
 
 
-@pytest.mark.parametrize("script", RUNNABLE, ids=lambda p: p.name)
-def test_help_works_from_any_folder(script: Path, tmp_path: Path) -> None:
+def started(script: Path, arguments: list[str], folder: Path) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """A script called from `folder` with an interpreter that only notes its arguments; what it was called with."""
+    noted, interpreter = folder.parent / "noted", folder.parent / "interpreter"
+    interpreter.write_text(f"#!/usr/bin/env bash\nprintf '%s\\0' \"$@\" >{noted}\n")
+    interpreter.chmod(0o755)
+    environment = ENVIRONMENT | {"PYTHON": str(interpreter), "GPUS": "0"}
     done = subprocess.run(
-        ["bash", str(script), "--help"], capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT, check=False
+        ["bash", str(script), *arguments], capture_output=True, text=True, cwd=folder, env=environment, check=False
     )
+    return done, noted.read_text().split("\0")[:-1] if noted.exists() else []
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An empty folder far from the repository."""
+    (tmp_path / "anywhere").mkdir()
+    return tmp_path / "anywhere"
+
+
+@pytest.mark.parametrize("script", RUNNABLE, ids=lambda p: p.name)
+def test_help_works_from_any_folder(script: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done, called = started(script, ["--help"], folder)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.strip()) > 20
-    assert not list(tmp_path.iterdir()), "asking for help leaves nothing behind"
+    text = done.stdout
+    if called:
+        assert called[0] == "-m", "one plain process, no torchrun"
+        module = importlib.import_module(called[1])
+        assert run(module.main, module.Config, called[2:]) == 0
+        text = capsys.readouterr().out
+    assert len(text.strip()) > 20
+    assert not list(folder.iterdir()), "asking for help leaves nothing behind"
 
 
 @pytest.mark.parametrize(
     "script", [s for s in RUNNABLE if s.name not in {"setup.sh", "test.sh", "quickstart.sh"}], ids=lambda p: p.name
 )
-def test_unknown_keys_are_refused_before_any_work(script: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        ["bash", str(script), "no_such_key=1"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**ENVIRONMENT, "GPUS": "0"},
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
-    assert "unknown key 'no_such_key'" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_unknown_keys_are_refused_before_any_work(
+    script: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, called = started(script, ["no_such_key=1"], folder)
+    assert done.returncode == 0, done.stderr
+    assert (called[0], called[-1]) == ("-m", "no_such_key=1")
+    module = importlib.import_module(called[1])
+    monkeypatch.chdir(folder)
+    assert run(module.main, module.Config, called[2:]) == 2
+    assert "unknown key 'no_such_key'" in capsys.readouterr().err
+    assert not list(folder.iterdir())
+
+
+def test_a_stage_runs_with_the_real_interpreter_from_any_folder(folder: Path) -> None:
+    for argument, status, expected in (("--help", 0, "target_mpp"), ("no_such_key=1", 2, "unknown key 'no_such_key'")):
+        command = ["bash", str(ROOT / "tools" / "preprocess" / "tile-slides.sh"), argument]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=ENVIRONMENT, check=False)
+        assert done.returncode == status, done.stderr
+        assert expected in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_quickstart_refuses_a_folder_without_data(tmp_path: Path) -> None:
