@@ -1,0 +1,149 @@
+"""Macenko's stain separation and normalisation (Macenko et al., "A method for normalizing histology slides for quantitative
+analysis", ISBI 2009), for a batch of tiles at once.
+
+As published: pixels above GLASS in every colour, the plane of the two largest eigenvectors of their covariance, the directions
+at the 1st and 99th percentile of the angle in it, haematoxylin the one with more red, least squares for the amounts, the 99th
+percentile of each amount as its strength. Differences: angles are measured from the mean direction, so that they cannot wrap
+whatever sign the eigenvectors have; strengths are those of stained pixels and not of the glass around them (`glass=True`: as
+published); a stain that a tile does not have is not invented: it is marked absent, and the target's is put in its place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+
+from patch_encoder.stain.optical_density import GLASS, optical_density, recolour, stained_pixels
+from patch_encoder.stain.percentiles import highest_percent, lowest_percent
+
+ALPHA = 1.0
+"""Percent of the angles and of the amounts that are beyond the extremes."""
+LEAST_STAINED, LEAST_KEPT = 0.05, 0.01
+"""Share of the pixels that has to be stained, else a tile counts as blank, and that has to be above GLASS in every colour, else
+it has one stain at most."""
+LEAST_ANGLE = 0.21
+"""Radians (12 degrees) between the extremes below which they are one stain and its noise: noise of 4 grey levels spreads one
+stain over 11 degrees; the common H and E are 22 apart."""
+LARGEST_GAIN = 4.0
+"""No stain is strengthened more than so many times: what is that faint is noise for the most part."""
+COMMON = ((0.5626, 0.2159), (0.7201, 0.8012), (0.4062, 0.5581))
+"""Densities of haematoxylin and eosin (columns) in red, green and blue; the reference that the published code comes with."""
+COMMON_STRENGTH = (1.9705, 1.0308)
+
+
+@dataclass(frozen=True)
+class StainProfile:
+    """Stains of B pictures.
+
+    Attributes:
+        matrix: float32 (B, 3, 2), unit columns: density of haematoxylin and of eosin in red, green, blue.
+        strength: float32 (B, 2), 99th percentile of the amount of each.
+        present: bool (B, 2); where false, matrix and strength are the common ones. Neither is: blank, or no H&E.
+    """
+
+    matrix: Float[Tensor, "b 3 2"]
+    strength: Float[Tensor, "b 2"]
+    present: Bool[Tensor, "b 2"]
+
+    def to(self, device: torch.device) -> StainProfile:
+        """The same on another device."""
+        return StainProfile(self.matrix.to(device), self.strength.to(device), self.present.to(device))
+
+
+def common_profile() -> StainProfile:
+    """The published code's reference, (1, ...)."""
+    return StainProfile(torch.tensor([COMMON]), torch.tensor([COMMON_STRENGTH]), torch.ones(1, 2, dtype=torch.bool))
+
+
+def fit_macenko(
+    tiles: UInt8[Tensor, "*b 3 h w"], alpha: float = ALPHA, beta: float = GLASS, *, glass: bool = False
+) -> StainProfile:
+    """The stains of each tile.
+
+    Args:
+        tiles: uint8 (B, 3, H, W), or (3, H, W) for a batch of one.
+        alpha: percent of the angles beyond each extreme.
+        beta: density below which a pixel is clear.
+        glass: clear pixels count in the strengths, as in the published code.
+    """
+    density = optical_density(tiles)
+    tissue, kept = stained_pixels(tiles, beta)
+    matrix, two = _two_stains(density, kept, alpha)
+    lone, which = _one_stain(density, tissue)
+    enough = tissue.sum(-1) >= LEAST_STAINED * tissue.shape[-1]
+    present = (two[:, None] | which) & enough[:, None]
+    common = common_profile().to(density.device)
+    matrix = torch.where(two[:, None, None], matrix, torch.where(which[:, None], lone[..., None], common.matrix))
+    amounts = unmixing(matrix) @ density  # (B, 2, N)
+    counted = torch.ones_like(tissue) if glass else tissue
+    strength = torch.stack([highest_percent(amounts[:, stain], counted, ALPHA) for stain in range(2)], -1)
+    present = present & (strength > beta / 2)
+    matrix = torch.where(present[:, None], matrix, common.matrix)
+    return StainProfile(matrix, torch.where(present, strength, common.strength), present)
+
+
+def _two_stains(
+    density: Float[Tensor, "b 3 n"], kept: Bool[Tensor, "b n"], alpha: float
+) -> tuple[Float[Tensor, "b 3 2"], Bool[Tensor, " b"]]:
+    """(directions of haematoxylin and eosin, whether they are two); sums in float64, the same for any number of threads."""
+    count = kept.sum(-1)
+    weight = kept.unsqueeze(1).to(density)
+    mean = (density * weight).sum(-1, dtype=torch.float64) / count.clamp_min(1)[:, None]  # (B, 3)
+    centred = ((density - mean.to(density)[..., None]) * weight).double()
+    covariance = centred @ centred.mT / (count - 1).clamp_min(1)[:, None, None]
+    plane = torch.linalg.eigh(covariance).eigenvectors[..., 1:]  # (B, 3, 2)
+    heading = torch.nn.functional.normalize(plane.mT @ mean[..., None], dim=1)  # (B, 2, 1)
+    across = torch.cat((-heading[:, 1:], heading[:, :1]), 1)
+    basis = (plane @ torch.cat((heading, across), -1)).to(density)  # first column: the mean direction in the plane
+    place = basis.mT @ density
+    angle = torch.atan2(place[:, 1], place[:, 0])
+    low, high = lowest_percent(angle, kept, alpha), highest_percent(angle, kept, alpha)
+    two = (high - low >= LEAST_ANGLE) & (count >= LEAST_KEPT * kept.shape[-1])
+    ends = torch.stack((low, high), 1).nan_to_num(posinf=0, neginf=0)
+    found = basis @ torch.stack((ends.cos(), ends.sin()), 1)  # (B, 3, 2)
+    redder_first = found[:, :1].argsort(dim=-1, descending=True, stable=True).expand(-1, 3, -1)
+    return found.gather(-1, redder_first), two
+
+
+def _one_stain(
+    density: Float[Tensor, "b 3 n"], tissue: Bool[Tensor, "b n"]
+) -> tuple[Float[Tensor, "b 3"], Bool[Tensor, "b 2"]]:
+    """(mean direction, which stain it is): the nearer of the common two, or neither when it is nearer to grey."""
+    total = (density * tissue.unsqueeze(1)).sum(-1, dtype=torch.float64)
+    direction = torch.nn.functional.normalize(total, dim=-1).to(density)
+    grey = torch.ones(3, 1, device=density.device)
+    known = torch.cat((common_profile().matrix[0].to(density), grey), -1)
+    nearest = (direction @ torch.nn.functional.normalize(known, dim=0)).argmax(-1)
+    return direction, torch.nn.functional.one_hot(nearest, 3)[:, :2].bool()
+
+
+def unmixing(matrix: Float[Tensor, "b 3 2"]) -> Float[Tensor, "b 2 3"]:
+    """Density -> amounts by least squares: (M^T M)^-1 M^T, in closed form."""
+    gram = matrix.mT @ matrix
+    a, b, d = gram[:, 0, 0], gram[:, 0, 1], gram[:, 1, 1]
+    inverse = torch.stack((d, -b, -b, a), -1).view(-1, 2, 2) / (a * d - b * b)[:, None, None]
+    return inverse @ matrix.mT
+
+
+def normalise_macenko(
+    tiles: UInt8[Tensor, "*b 3 h w"], source: StainProfile, target: StainProfile
+) -> UInt8[Tensor, "*b 3 h w"]:
+    """Tiles of the stains `source` with the colours and strengths of `target`.
+
+    Args:
+        tiles: uint8 (B, 3, H, W) or (3, H, W).
+        source: the tiles' own stains: B of them, or one for all.
+        target: one, or B.
+
+    Returns:
+        As `tiles`; those whose source has no stain are unchanged.
+    """
+    source, target = source.to(tiles.device), target.to(tiles.device)
+    matrix = torch.where(source.present[:, None], source.matrix, target.matrix)
+    gain = torch.where(source.present, (target.strength / source.strength).clamp_max(LARGEST_GAIN), 1.0)
+    map_ = (target.matrix * gain[:, None]) @ unmixing(matrix)
+    identity = torch.eye(3, device=tiles.device).expand_as(map_)
+    return recolour(tiles, torch.where(source.present.any(-1)[:, None, None], map_, identity))
