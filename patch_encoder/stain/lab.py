@@ -18,7 +18,9 @@ WHITE = (0.95047, 1.0, 1.08883)
 LAB = ((0.0, 116.0, 0.0), (500.0, -500.0, 0.0), (0.0, 200.0, -200.0))
 """L + 16, a and b of the cube roots f(X), f(Y), f(Z)."""
 DARK = 0.008856
-"""Below it f is a straight line, 7.787 t + 16 / 116."""
+"""Below it f is a straight line, 7.787 t + 16 / 116, which meets the cube root there: f is the root of what is above plus the
+line of what is below, without a choice a pixel. The gamma of sRGB likewise."""
+ROOT = DARK ** (1 / 3)
 
 
 @lru_cache(maxsize=8)
@@ -40,7 +42,7 @@ def to_lab(tiles: UInt8[Tensor, "*b 3 h w"]) -> Float[Tensor, "b 3 n"]:
     rows = batched(tiles)
     linear = light.index_select(0, rows.reshape(-1).int()).view(rows.shape)
     ratio = xyz.float() @ linear
-    root = torch.where(ratio > DARK, _power(ratio.clamp_min(DARK), 1 / 3), ratio * 7.787 + 16 / 116)
+    root = _power(ratio.clamp_min(DARK), 1 / 3).add_(ratio.sub_(DARK).clamp_max_(0), alpha=7.787)
     shift = torch.tensor([[-16.0], [0.0], [0.0]], device=tiles.device)
     return torch.baddbmm(shift, lab.float().expand(len(root), 3, 3), root)
 
@@ -51,10 +53,11 @@ def rgb_of_lab(lab: Float[Tensor, "b 3 n"], gain: Float[Tensor, "b 3"], shift: F
     back = torch.linalg.inv(matrix)
     moved = shift.double() + torch.tensor([16.0, 0.0, 0.0], dtype=torch.float64, device=lab.device)
     root = torch.baddbmm((moved @ back.mT)[..., None].float(), (back * gain.double()[:, None]).float(), lab)
-    ratio = torch.where(root > DARK ** (1 / 3), root * root * root, (root - 16 / 116) / 7.787)
+    upper = root.clamp_min(ROOT)
+    ratio = torch.addcmul(root.sub_(ROOT).clamp_max_(0).mul_(1 / 7.787), upper * upper, upper)
     linear = (torch.linalg.inv(xyz).float() @ ratio).clamp_(0, 1)
     curved = _power(linear.clamp_min(0.0031308), 1 / 2.4).mul_(1.055).sub_(0.055)
-    return torch.where(linear > 0.0031308, curved, linear * 12.92).mul_(255)
+    return curved.add_(linear.sub_(0.0031308).clamp_max_(0), alpha=12.92).mul_(255)
 
 
 def from_lab(lab: Float[Tensor, "b 3 n"]) -> UInt8[Tensor, "b 3 n"]:

@@ -10,14 +10,15 @@ published); a stain that a tile does not have is not invented: it is marked abse
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Float64, Int64, UInt8
 from torch import Tensor
 
 from patch_encoder.stain.optical_density import GLASS, optical_density, recolour, stained_pixels
-from patch_encoder.stain.percentiles import highest_percent, lowest_percent
+from patch_encoder.stain.percentiles import percentiles
 
 ALPHA = 1.0
 """Percent of the angles and of the amounts that are beyond the extremes."""
@@ -31,6 +32,8 @@ LARGEST_GAIN = 4.0
 """No stain is strengthened more than so many times: what is that faint is noise for the most part."""
 COMMON = ((0.5626, 0.2159), (0.7201, 0.8012), (0.4062, 0.5581))
 """Densities of haematoxylin and eosin (columns) in red, green and blue; the reference that the published code comes with."""
+RUN = 1024  # pixels summed in float32
+DEEPEST = 16.0  # largest amount of a stain that is told apart
 COMMON_STRENGTH = (1.9705, 1.0308)
 
 
@@ -71,51 +74,60 @@ def fit_macenko(
     """
     density = optical_density(tiles)
     tissue, kept = stained_pixels(tiles, beta)
-    matrix, two = _two_stains(density, kept, alpha)
-    lone, which = _one_stain(density, tissue)
-    enough = tissue.sum(-1) >= LEAST_STAINED * tissue.shape[-1]
+    counts = torch.stack((tissue.count_nonzero(-1), kept.count_nonzero(-1)), -1)  # (B, 2)
+    sums = moments(density, torch.stack((tissue, kept), 1).to(density))  # (B, 3, 2)
+    matrix, two = _two_stains(density, kept, sums[..., 1], counts[:, 1], alpha)
+    lone, which = _one_stain(sums[..., 0])
+    enough = counts[:, 0] >= LEAST_STAINED * tissue.shape[-1]
     present = (two[:, None] | which) & enough[:, None]
     common = common_profile().to(density.device)
     matrix = torch.where(two[:, None, None], matrix, torch.where(which[:, None], lone[..., None], common.matrix))
     amounts = unmixing(matrix) @ density  # (B, 2, N)
     counted = torch.ones_like(tissue) if glass else tissue
-    strength = torch.stack([highest_percent(amounts[:, stain], counted, ALPHA) for stain in range(2)], -1)
+    ranks = percentiles(amounts.flatten(0, 1), counted.repeat_interleave(2, 0), (100 - ALPHA,), (0.0, DEEPEST))
+    strength = ranks.view(-1, 2)
     present = present & (strength > beta / 2)
     matrix = torch.where(present[:, None], matrix, common.matrix)
     return StainProfile(matrix, torch.where(present, strength, common.strength), present)
 
 
+def moments(a: Float[Tensor, "b p n"], b: Float[Tensor, "b q n"]) -> Float64[Tensor, "b p q"]:
+    """a b^T: products in float32 over short runs of pixels, their sums in float64, the same for any number of threads."""
+    padding = -a.shape[-1] % RUN
+    a, b = (torch.nn.functional.pad(part, (0, padding)) if padding else part for part in (a, b))
+    runs = (part.unflatten(-1, (-1, RUN)).transpose(1, 2) for part in (a, b))  # (B, runs, p, RUN)
+    left, right = runs
+    return (left @ right.mT).sum(1, dtype=torch.float64)
+
+
 def _two_stains(
-    density: Float[Tensor, "b 3 n"], kept: Bool[Tensor, "b n"], alpha: float
+    density: Float[Tensor, "b 3 n"],
+    kept: Bool[Tensor, "b n"],
+    total: Float64[Tensor, "b 3"],
+    count: Int64[Tensor, " b"],
+    alpha: float,
 ) -> tuple[Float[Tensor, "b 3 2"], Bool[Tensor, " b"]]:
-    """(directions of haematoxylin and eosin, whether they are two); sums in float64, the same for any number of threads."""
-    count = kept.sum(-1)
-    weight = kept.unsqueeze(1).to(density)
-    mean = (density * weight).sum(-1, dtype=torch.float64) / count.clamp_min(1)[:, None]  # (B, 3)
-    centred = ((density - mean.to(density)[..., None]) * weight).double()
-    covariance = centred @ centred.mT / (count - 1).clamp_min(1)[:, None, None]
-    plane = torch.linalg.eigh(covariance).eigenvectors[..., 1:]  # (B, 3, 2)
+    """(directions of haematoxylin and eosin in the kept pixels of that sum and number, whether they are two)."""
+    mean = total / count.clamp_min(1)[:, None]
+    centred = (density - mean.to(density)[..., None]).mul_(kept.unsqueeze(1))
+    plane = torch.linalg.eigh(moments(centred, centred)).eigenvectors[..., 1:]  # (B, 3, 2)
     heading = torch.nn.functional.normalize(plane.mT @ mean[..., None], dim=1)  # (B, 2, 1)
     across = torch.cat((-heading[:, 1:], heading[:, :1]), 1)
     basis = (plane @ torch.cat((heading, across), -1)).to(density)  # first column: the mean direction in the plane
     place = basis.mT @ density
     angle = torch.atan2(place[:, 1], place[:, 0])
-    low, high = lowest_percent(angle, kept, alpha), highest_percent(angle, kept, alpha)
-    two = (high - low >= LEAST_ANGLE) & (count >= LEAST_KEPT * kept.shape[-1])
-    ends = torch.stack((low, high), 1).nan_to_num(posinf=0, neginf=0)
+    ends = percentiles(angle, kept, (alpha, 100 - alpha), (-math.pi / 2, math.pi / 2))
+    two = (ends[:, 1] - ends[:, 0] >= LEAST_ANGLE) & (count >= LEAST_KEPT * kept.shape[-1])
     found = basis @ torch.stack((ends.cos(), ends.sin()), 1)  # (B, 3, 2)
     redder_first = found[:, :1].argsort(dim=-1, descending=True, stable=True).expand(-1, 3, -1)
     return found.gather(-1, redder_first), two
 
 
-def _one_stain(
-    density: Float[Tensor, "b 3 n"], tissue: Bool[Tensor, "b n"]
-) -> tuple[Float[Tensor, "b 3"], Bool[Tensor, "b 2"]]:
+def _one_stain(total: Float64[Tensor, "b 3"]) -> tuple[Float[Tensor, "b 3"], Bool[Tensor, "b 2"]]:
     """(mean direction, which stain it is): the nearer of the common two, or neither when it is nearer to grey."""
-    total = (density * tissue.unsqueeze(1)).sum(-1, dtype=torch.float64)
-    direction = torch.nn.functional.normalize(total, dim=-1).to(density)
-    grey = torch.ones(3, 1, device=density.device)
-    known = torch.cat((common_profile().matrix[0].to(density), grey), -1)
+    direction = torch.nn.functional.normalize(total, dim=-1).float()
+    common = common_profile().matrix[0].to(direction)
+    known = torch.cat((common, torch.ones_like(common[:, :1])), -1)
     nearest = (direction @ torch.nn.functional.normalize(known, dim=0)).argmax(-1)
     return direction, torch.nn.functional.one_hot(nearest, 3)[:, :2].bool()
 

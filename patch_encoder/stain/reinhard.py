@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from patch_encoder.stain.lab import rgb_of_lab, to_lab
-from patch_encoder.stain.macenko import LARGEST_GAIN, LEAST_STAINED
+from patch_encoder.stain.macenko import LARGEST_GAIN, LEAST_STAINED, moments
 from patch_encoder.stain.optical_density import batched, pixels_of, stained_pixels, tissue_weight
 
 
@@ -44,14 +44,15 @@ def fit_reinhard(tiles: UInt8[Tensor, "*b 3 h w"], *, masked: bool = True) -> Co
 
 def _statistics(tiles: Tensor, lab: Float[Tensor, "b 3 n"], masked: bool) -> ColourStatistics:
     tissue, _ = stained_pixels(tiles)
-    present = tissue.sum(-1) >= LEAST_STAINED * tissue.shape[-1]
-    weight = (tissue if masked else torch.ones_like(tissue)).unsqueeze(1).to(lab)
-    count = weight.sum(-1, dtype=torch.float64)  # (B, 1)
-    mean = (lab * weight).sum(-1, dtype=torch.float64) / count.clamp_min(1)
-    away = (lab - mean.to(lab)[..., None]).square_().mul_(weight)
-    spread = (away.sum(-1, dtype=torch.float64) / (count - 1).clamp_min(1)).sqrt()
-    mean, spread = mean.masked_fill(~present[:, None], 0), spread.masked_fill(~present[:, None], 1)
-    return ColourStatistics(mean.to(lab), spread.to(lab), present)
+    count = tissue.count_nonzero(-1)[:, None]
+    present = count >= LEAST_STAINED * tissue.shape[-1]
+    counted = tissue if masked else torch.ones_like(tissue)
+    count = count if masked else torch.full_like(count, tissue.shape[-1])
+    mean = moments(lab, counted.unsqueeze(1).to(lab))[..., 0] / count.clamp_min(1)  # (B, 3)
+    away = (lab - mean.to(lab)[..., None]).mul_(counted.unsqueeze(1))
+    spread = (moments(away, away).diagonal(dim1=1, dim2=2) / (count - 1).clamp_min(1)).sqrt()
+    mean, spread = mean.masked_fill(~present, 0), spread.masked_fill(~present, 1)
+    return ColourStatistics(mean.to(lab), spread.to(lab), present[:, 0])
 
 
 def normalise_reinhard(
@@ -74,8 +75,6 @@ def normalise_reinhard(
     shift = target.mean - gain * source.mean
     gain, shift = (part.expand(len(lab), 3) for part in (gain, shift))
     new = rgb_of_lab(lab, gain, shift)
-    before = batched(tiles)
-    if masked:
-        new = torch.lerp(before.float(), new, tissue_weight(tiles).unsqueeze(1))
-    present = source.present.expand(len(lab))[:, None, None]
-    return torch.where(present, pixels_of(new), before).view(tiles.shape)
+    weight = tissue_weight(tiles) if masked else torch.ones_like(lab[:, 0])
+    weight = weight.mul_(source.present.to(lab)[:, None]).unsqueeze(1)
+    return pixels_of(torch.lerp(batched(tiles).float(), new, weight)).view(tiles.shape)
