@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from patch_encoder.stain.optical_density import batched, pixels_of
+from patch_encoder.stain.optical_density import batched, mixed, pixels_of
 
 XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
 WHITE = (0.95047, 1.0, 1.08883)
@@ -41,10 +41,11 @@ def to_lab(tiles: UInt8[Tensor, "*b 3 h w"]) -> Float[Tensor, "b 3 n"]:
     light, xyz, lab = _constants(tiles.device)
     rows = batched(tiles)
     linear = light.index_select(0, rows.reshape(-1).int()).view(rows.shape)
-    ratio = xyz.float() @ linear
+    ratio = mixed(xyz.float()[None], linear)
     root = _power(ratio.clamp_min(DARK), 1 / 3).add_(ratio.sub_(DARK).clamp_max_(0), alpha=7.787)
-    shift = torch.tensor([[-16.0], [0.0], [0.0]], device=tiles.device)
-    return torch.baddbmm(shift, lab.float().expand(len(root), 3, 3), root)
+    out = mixed(lab.float()[None], root)
+    out[:, 0] -= 16
+    return out
 
 
 def rgb_of_lab(lab: Float[Tensor, "b 3 n"], gain: Float[Tensor, "b 3"], shift: Float[Tensor, "b 3"]) -> Float[Tensor, "b 3 n"]:
@@ -52,10 +53,10 @@ def rgb_of_lab(lab: Float[Tensor, "b 3 n"], gain: Float[Tensor, "b 3"], shift: F
     _, xyz, matrix = _constants(lab.device)
     back = torch.linalg.inv(matrix)
     moved = shift.double() + torch.tensor([16.0, 0.0, 0.0], dtype=torch.float64, device=lab.device)
-    root = torch.baddbmm((moved @ back.mT)[..., None].float(), (back * gain.double()[:, None]).float(), lab)
+    root = mixed((back * gain.double()[:, None]).float(), lab).add_((moved @ back.mT)[..., None].float())
     upper = root.clamp_min(ROOT)
     ratio = torch.addcmul(root.sub_(ROOT).clamp_max_(0).mul_(1 / 7.787), upper * upper, upper)
-    linear = (torch.linalg.inv(xyz).float() @ ratio).clamp_(0, 1)
+    linear = mixed(torch.linalg.inv(xyz).float()[None], ratio).clamp_(0, 1)
     curved = _power(linear.clamp_min(0.0031308), 1 / 2.4).mul_(1.055).sub_(0.055)
     return curved.add_(linear.sub_(0.0031308).clamp_max_(0), alpha=12.92).mul_(255)
 

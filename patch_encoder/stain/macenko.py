@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64, UInt8
 from torch import Tensor
 
-from patch_encoder.stain.optical_density import GLASS, optical_density, recolour, stained_pixels
+from patch_encoder.stain.optical_density import GLASS, mixed, optical_density, recolour, stained_pixels
 from patch_encoder.stain.percentiles import percentiles
 
 ALPHA = 1.0
@@ -28,11 +28,12 @@ it has one stain at most."""
 LEAST_ANGLE = 0.21
 """Radians (12 degrees) between the extremes below which they are one stain and its noise: noise of 4 grey levels spreads one
 stain over 11 degrees; the common H and E are 22 apart."""
+LARGEST_ANGLE = 1.4
+"""Radians (80 degrees); densities are positive, so what is further apart is no pair of stains."""
 LARGEST_GAIN = 4.0
 """No stain is strengthened more than so many times: what is that faint is noise for the most part."""
 COMMON = ((0.5626, 0.2159), (0.7201, 0.8012), (0.4062, 0.5581))
 """Densities of haematoxylin and eosin (columns) in red, green and blue; the reference that the published code comes with."""
-RUN = 1024  # pixels summed in float32
 DEEPEST = 16.0  # largest amount of a stain that is told apart
 COMMON_STRENGTH = (1.9705, 1.0308)
 
@@ -82,7 +83,7 @@ def fit_macenko(
     present = (two[:, None] | which) & enough[:, None]
     common = common_profile().to(density.device)
     matrix = torch.where(two[:, None, None], matrix, torch.where(which[:, None], lone[..., None], common.matrix))
-    amounts = unmixing(matrix) @ density  # (B, 2, N)
+    amounts = mixed(unmixing(matrix), density)  # (B, 2, N)
     counted = torch.ones_like(tissue) if glass else tissue
     ranks = percentiles(amounts.flatten(0, 1), counted.repeat_interleave(2, 0), (100 - ALPHA,), (0.0, DEEPEST))
     strength = ranks.view(-1, 2)
@@ -92,12 +93,8 @@ def fit_macenko(
 
 
 def moments(a: Float[Tensor, "b p n"], b: Float[Tensor, "b q n"]) -> Float64[Tensor, "b p q"]:
-    """a b^T: products in float32 over short runs of pixels, their sums in float64, the same for any number of threads."""
-    padding = -a.shape[-1] % RUN
-    a, b = (torch.nn.functional.pad(part, (0, padding)) if padding else part for part in (a, b))
-    runs = (part.unflatten(-1, (-1, RUN)).transpose(1, 2) for part in (a, b))  # (B, runs, p, RUN)
-    left, right = runs
-    return (left @ right.mT).sum(1, dtype=torch.float64)
+    """a b^T in float64, so that neither threads nor batches change what is float32 afterwards."""
+    return a.double() @ b.double().mT
 
 
 def _two_stains(
@@ -114,10 +111,11 @@ def _two_stains(
     heading = torch.nn.functional.normalize(plane.mT @ mean[..., None], dim=1)  # (B, 2, 1)
     across = torch.cat((-heading[:, 1:], heading[:, :1]), 1)
     basis = (plane @ torch.cat((heading, across), -1)).to(density)  # first column: the mean direction in the plane
-    place = basis.mT @ density
+    place = mixed(basis.mT, density)
     angle = torch.atan2(place[:, 1], place[:, 0])
     ends = percentiles(angle, kept, (alpha, 100 - alpha), (-math.pi / 2, math.pi / 2))
-    two = (ends[:, 1] - ends[:, 0] >= LEAST_ANGLE) & (count >= LEAST_KEPT * kept.shape[-1])
+    apart = ends[:, 1] - ends[:, 0]
+    two = (apart >= LEAST_ANGLE) & (apart <= LARGEST_ANGLE) & (count >= LEAST_KEPT * kept.shape[-1])
     found = basis @ torch.stack((ends.cos(), ends.sin()), 1)  # (B, 3, 2)
     redder_first = found[:, :1].argsort(dim=-1, descending=True, stable=True).expand(-1, 3, -1)
     return found.gather(-1, redder_first), two
@@ -159,3 +157,10 @@ def normalise_macenko(
     map_ = (target.matrix * gain[:, None]) @ unmixing(matrix)
     identity = torch.eye(3, device=tiles.device).expand_as(map_)
     return recolour(tiles, torch.where(source.present.any(-1)[:, None, None], map_, identity))
+
+
+def one_stain_alone(tiles: UInt8[Tensor, "*b 3 h w"], source: StainProfile, stain: int) -> UInt8[Tensor, "*b 3 h w"]:
+    """Tiles with haematoxylin (0) or eosin (1) alone, in its own colour; white where the source has none of it."""
+    source = source.to(tiles.device)
+    column = source.matrix[..., stain : stain + 1] * source.present[:, stain, None, None]
+    return recolour(tiles, column @ unmixing(source.matrix)[:, stain : stain + 1])

@@ -68,6 +68,13 @@ def pixels_of(intensity: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     return intensity.add_(0.5).clamp_(0, 255).to(torch.uint8)
 
 
+def mixed(matrix: Float[Tensor, "#b p 3"], rows: Float[Tensor, "#b 3 n"]) -> Float[Tensor, "_ p n"]:
+    """matrix @ rows, spelt out: a matrix product rounds otherwise for a batch than for its tiles one by one."""
+    first, second, third = rows.unsqueeze(1).unbind(2)  # (B, 1, N)
+    a, b, c = matrix.unsqueeze(-1).unbind(2)  # (B, P, 1)
+    return (first * a).add_(second * b).add_(third * c)
+
+
 def recolour(
     tiles: UInt8[Tensor, "*b 3 h w"],
     matrix: Float[Tensor, "b 3 3"],
@@ -83,5 +90,4 @@ def recolour(
     if offset is not None:
         constant = constant - offset
     matrix, constant = (part.to(logarithm).expand(len(logarithm), *part.shape[1:]) for part in (matrix, constant))
-    mixed = torch.baddbmm(constant.unsqueeze(-1), matrix, logarithm)
-    return pixels_of(mixed.exp_().sub_(1)).view(tiles.shape)
+    return pixels_of(mixed(matrix, logarithm).add_(constant.unsqueeze(-1)).exp_().sub_(1)).view(tiles.shape)
