@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64, UInt8
@@ -57,6 +58,7 @@ class StainProfile:
         return StainProfile(self.matrix.to(device), self.strength.to(device), self.present.to(device))
 
 
+@lru_cache(maxsize=1)
 def common_profile() -> StainProfile:
     """The published code's reference, (1, ...)."""
     return StainProfile(torch.tensor([COMMON]), torch.tensor([COMMON_STRENGTH]), torch.ones(1, 2, dtype=torch.bool))

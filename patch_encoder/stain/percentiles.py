@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-BINS = 1 << 15
+BINS = 1 << 13
 
 
 def percentiles(

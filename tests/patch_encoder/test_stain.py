@@ -23,7 +23,7 @@ from patch_encoder.stain.macenko import (
 )
 from patch_encoder.stain.normaliser import common_colours
 from patch_encoder.stain.optical_density import optical_density, recolour, stained_pixels
-from patch_encoder.stain.percentiles import percentiles
+from patch_encoder.stain.percentiles import BINS, percentiles
 from patch_encoder.stain.reinhard import fit_reinhard, normalise_reinhard
 from tests.patch_encoder.stain_fixture import RUIFROK_HE, degrees, draw_tile, picture
 
@@ -233,7 +233,7 @@ def test_moments_and_percentiles_against_numpy() -> None:
     found = percentiles(rows, mask, (1.0, 50.0, 99.0), (-8.0, 8.0))
     for row in range(2):
         expected = np.percentile(rows[row][mask[row]].numpy(), (1, 50, 99), method="nearest")
-        assert np.allclose(found[row].numpy(), expected, atol=16 / 2**15)
+        assert np.allclose(found[row].numpy(), expected, atol=16 / BINS)
     assert found[2].tolist() == [-8.0, -8.0, -8.0]
 
 
