@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int64, UInt8
+from jaxtyping import Bool, Float, Float64, UInt8
 from torch import Tensor
 
 from patch_encoder.stain.optical_density import GLASS, mixed, optical_density, recolour, stained_pixels
@@ -77,11 +77,9 @@ def fit_macenko(
     """
     density = optical_density(tiles)
     tissue, kept = stained_pixels(tiles, beta)
-    counts = torch.stack((tissue.count_nonzero(-1), kept.count_nonzero(-1)), -1)  # (B, 2)
-    sums = moments(density, torch.stack((tissue, kept), 1).to(density))  # (B, 3, 2)
-    matrix, two = _two_stains(density, kept, sums[..., 1], counts[:, 1], alpha)
-    lone, which = _one_stain(sums[..., 0])
-    enough = counts[:, 0] >= LEAST_STAINED * tissue.shape[-1]
+    matrix, two = _two_stains(density, kept, alpha)
+    lone, which = _one_stain(moments(density, tissue.unsqueeze(1).to(density))[..., 0])
+    enough = tissue.count_nonzero(-1) >= LEAST_STAINED * tissue.shape[-1]
     present = (two[:, None] | which) & enough[:, None]
     common = common_profile().to(density.device)
     matrix = torch.where(two[:, None, None], matrix, torch.where(which[:, None], lone[..., None], common.matrix))
@@ -100,16 +98,14 @@ def moments(a: Float[Tensor, "b p n"], b: Float[Tensor, "b q n"]) -> Float64[Ten
 
 
 def _two_stains(
-    density: Float[Tensor, "b 3 n"],
-    kept: Bool[Tensor, "b n"],
-    total: Float64[Tensor, "b 3"],
-    count: Int64[Tensor, " b"],
-    alpha: float,
+    density: Float[Tensor, "b 3 n"], kept: Bool[Tensor, "b n"], alpha: float
 ) -> tuple[Float[Tensor, "b 3 2"], Bool[Tensor, " b"]]:
-    """(directions of haematoxylin and eosin in the kept pixels of that sum and number, whether they are two)."""
-    mean = total / count.clamp_min(1)[:, None]
-    centred = (density - mean.to(density)[..., None]).mul_(kept.unsqueeze(1))
-    plane = torch.linalg.eigh(moments(centred, centred)).eigenvectors[..., 1:]  # (B, 3, 2)
+    """(directions of haematoxylin and eosin in the kept pixels, whether they are two)."""
+    count = kept.count_nonzero(-1)
+    chosen = (density * kept.unsqueeze(1)).double()
+    mean = chosen.sum(-1) / count.clamp_min(1)[:, None]
+    scatter = chosen @ chosen.mT - count[:, None, None] * mean[:, :, None] * mean[:, None]  # (B, 3, 3)
+    plane = torch.linalg.eigh(scatter).eigenvectors[..., 1:]  # (B, 3, 2)
     heading = torch.nn.functional.normalize(plane.mT @ mean[..., None], dim=1)  # (B, 2, 1)
     across = torch.cat((-heading[:, 1:], heading[:, :1]), 1)
     basis = (plane @ torch.cat((heading, across), -1)).to(density)  # first column: the mean direction in the plane
