@@ -50,7 +50,7 @@ class Config:
     tile_size: int = key(256, "side of a tile, pixels of level 0")
     stain_target: str = key("", "picture of H&E whose stain the tiles get; empty: a common reference", path=True)
     stain_scope: str = key("slide", "stain statistics of the slide, or of each tile", choices=SCOPES)
-    alpha: float = key(0.1, "augmentation: stains are multiplied by 1 +- alpha (stain jitter: three times that)")
+    alpha: float = key(0.1, "augmentation: stains are multiplied by 1 +- alpha (stain jitter: three times alpha)")
     beta: float = key(0.05, "augmentation: and shifted by +- beta, optical density")
     seed: int = key(0, "of the augmentation's draws")
 

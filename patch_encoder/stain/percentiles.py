@@ -1,7 +1,6 @@
 """Percentiles of masked rows for a whole batch at once, by counting into fine bins.
 
-Nearest rank, then its place within the bin by proportion: the error is well below a bin's width, at a third of the time of
-sorting or selecting. Counts are integers, so that the result is the same for any number of threads and any batch.
+Nearest rank, then its place within the bin by proportion: the error is below a bin's width, and nothing is sorted. Counts are integers, so that the result is the same for any number of threads and any batch.
 """
 
 from __future__ import annotations
