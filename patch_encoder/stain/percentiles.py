@@ -1,6 +1,7 @@
 """Percentiles of masked rows for a whole batch at once, by counting into fine bins.
 
-Nearest rank, then its place within the bin by proportion: the error is below a bin's width, and nothing is sorted. Counts are integers, so that the result is the same for any number of threads and any batch.
+Nearest rank, then its place within the bin by proportion: the error is below a bin's width, and nothing is sorted. Counts are
+integers, so that the result is the same for any number of threads and any batch.
 """
 
 from __future__ import annotations
