@@ -33,10 +33,11 @@ from patch_encoder.inference import Launched, Network
 from patch_encoder.models.encoders import Encoder
 from patch_encoder.ray_extraction import RaySettings, Report, work_on_ray
 from patch_encoder.shards import Shard
+from patch_encoder.stain.normaliser import Normaliser
 
 logger = logging.getLogger(__name__)
 STAGE = "extract_features"
-COMPARED = ("encoder", "weights_sha256", "transform", "precision", "dtype", "coordinates")
+COMPARED = ("encoder", "weights_sha256", "transform", "precision", "dtype", "coordinates", "stain")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class ExtractSettings:
         max_bad_tiles: largest share of a slide's tiles that may be unreadable.
         shard: the part of the cohort that this process works on.
         ray: where Ray's workers run; None: in this process.
+        stain: stain normalisation of the tiles; None: as they are.
     """
 
     device: torch.device
@@ -67,6 +69,7 @@ class ExtractSettings:
     max_bad_tiles: float = 0.0
     shard: Shard = field(default_factory=Shard)
     ray: RaySettings | None = None
+    stain: Normaliser | None = None
 
 
 def cohort_jobs(slides: str, coords: str, labels: str, failures: Failures, shard: Shard | None = None) -> list[SlideJob]:
@@ -103,13 +106,14 @@ def cohort_jobs(slides: str, coords: str, labels: str, failures: Failures, shard
 
 
 def bag_provenance(encoder: Encoder, coordinates: Coordinates, settings: ExtractSettings) -> dict[str, str]:
-    """What decides a bag's numbers, plus the software version."""
-    return encoder.provenance | {
+    """What decides a bag's numbers, plus the software version; no entry `stain` where tiles are taken as they are."""
+    provenance = encoder.provenance | {
         "precision": settings.precision,
         "dtype": settings.dtype,
         "coordinates": coordinates.digest(),
         "software_version": __version__,
     }
+    return provenance | ({"stain": settings.stain.provenance} if settings.stain else {})
 
 
 def extract(encoder: Encoder, slides: str, coords: str, labels: str, output: str, settings: ExtractSettings) -> int:
@@ -156,7 +160,7 @@ def encode_slides(
         network: the encoder's network when it is ready from an earlier call.
     """
     failures = Failures(STAGE)
-    sequence = TileSequence(jobs, encoder.transform)
+    sequence = TileSequence(jobs, encoder.transform, settings.stain)
     network = network or Network(encoder.model, settings.device, settings.precision, settings.batch_size, settings.compiler)
     provenance = [bag_provenance(encoder, job.coordinates, settings) for job in jobs]
     limits = {"dtype": settings.dtype, "pt": settings.pt, "max_bad_tiles": settings.max_bad_tiles}
@@ -178,7 +182,7 @@ def _is_done(job: SlideJob, encoder: Encoder, folder: Path, settings: ExtractSet
     tiles, unreadable = len(job.coordinates.coords), int(attributes.get(UNREADABLE, 0))
     expected = bag_provenance(encoder, job.coordinates, settings)
     found = {name: attributes.get(name) for name in COMPARED} | {"shape": [count + unreadable, dim]}
-    wanted = {name: expected[name] for name in COMPARED} | {"shape": [tiles, encoder.dim]}
+    wanted = {name: expected.get(name) for name in COMPARED} | {"shape": [tiles, encoder.dim]}
     if found != wanted:
         changed = differences(found, wanted)
         raise UserError(f"{path}: holds features of another provenance: {changed}; choose another output or set overwrite=true")

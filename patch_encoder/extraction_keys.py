@@ -10,6 +10,7 @@ from common.errors import UserError
 from patch_encoder.engine import ExtractSettings
 from patch_encoder.ray_extraction import RaySettings, import_ray
 from patch_encoder.shards import Shard
+from patch_encoder.stain.normaliser import KINDS, SCOPES, build_normaliser
 
 
 @dataclass
@@ -47,6 +48,9 @@ class FeatureKeys(ExtractionKeys):
     """Keys of the scripts that write feature bags."""
 
     max_bad_tiles: float = key(0.0, "largest share of a slide's tiles that may be unreadable; the bag is then without them")
+    stain: str = key("none", "stain normalisation of the tiles before the encoder", choices=KINDS)
+    stain_target: str = key("", "picture of H&E whose stain the tiles get; empty: a common reference", path=True)
+    stain_scope: str = key("slide", "stain statistics of 64 tiles of the slide, or of each tile", choices=SCOPES)
     compile: bool = key(False, "torch.compile the network: a minute at the start, faster from then on", runtime=True)
     engine: str = key("local", "this process, or the GPUs and machines of Ray", choices=("local", "ray"), runtime=True)
     ray_address: str = key("", "a running cluster (auto, host:6379); empty: RAY_ADDRESS, else this machine", runtime=True)
@@ -62,4 +66,5 @@ class FeatureKeys(ExtractionKeys):
             import_ray()
             ray = RaySettings(self.ray_address, self.ray_workers, self.ray_cpus or self.workers + 1)
         compiler = "inductor" if self.compile else ""
-        return replace(super().settings(), max_bad_tiles=self.max_bad_tiles, compiler=compiler, ray=ray)
+        stain = build_normaliser(self.stain, self.stain_target, self.stain_scope)
+        return replace(super().settings(), max_bad_tiles=self.max_bad_tiles, compiler=compiler, ray=ray, stain=stain)

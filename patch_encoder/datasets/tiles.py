@@ -16,6 +16,8 @@ from torch.utils.data import Dataset, default_collate
 from common.errors import UserError
 from patch_encoder.coordinates import Coordinates
 from patch_encoder.slides import RegionError, Slide, SlideError, open_slide
+from patch_encoder.stain.normaliser import Normaliser
+from patch_encoder.stain.slide_stains import SlideStains
 from patch_encoder.tiling import read_tile
 
 OPEN_SLIDES = 4  # handles a worker keeps
@@ -67,9 +69,12 @@ class TileSequence(Dataset):
     Each worker opens a slide once and keeps the few that it used last. A slide that does not open is not tried again.
     """
 
-    def __init__(self, jobs: Sequence[SlideJob], transform: Callable[[np.ndarray], Tensor]) -> None:
+    def __init__(
+        self, jobs: Sequence[SlideJob], transform: Callable[[np.ndarray], Tensor], stain: Normaliser | None = None
+    ) -> None:
         self.jobs = list(jobs)
         self.transform = transform
+        self.stains = SlideStains(stain, [job.coordinates for job in jobs], self._read) if stain else None
         self.ends = np.cumsum([len(job.coordinates.coords) for job in jobs])
         self._open: OrderedDict[int, Slide] = OrderedDict()
         self._closed: dict[int, str] = {}
@@ -83,15 +88,21 @@ class TileSequence(Dataset):
         number = index - int(self.ends[slide_index] - len(job.coordinates.coords))
         if slide_index in self._closed:
             return slide_index, BadTile(slide_index, number, self._closed[slide_index])
-        x, y = job.coordinates.coords[number]
         try:
-            tile = read_tile(self._slide(slide_index), job.coordinates.geometry, int(x), int(y))
+            tile = self._read(slide_index, number)
+            if self.stains is not None:
+                tile = self.stains(tile, slide_index, number)
         except RegionError as error:
             return slide_index, BadTile(slide_index, number, str(error))
         except SlideError as error:
             self._closed[slide_index] = str(error)
             return slide_index, BadTile(slide_index, number, str(error))
         return slide_index, self.transform(tile)
+
+    def _read(self, index: int, number: int) -> np.ndarray:
+        coordinates = self.jobs[index].coordinates
+        x, y = coordinates.coords[number]
+        return read_tile(self._slide(index), coordinates.geometry, int(x), int(y))
 
     def _slide(self, index: int) -> Slide:
         if index not in self._open:
