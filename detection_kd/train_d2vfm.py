@@ -10,15 +10,12 @@ and its BatchNorm in any case. With `cache` the backbone runs once, for this run
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -31,19 +28,20 @@ from common.device import PRECISIONS, autocast, pick_precision
 from common.distributed import World, gather_rows, init_distributed, mean_dict, wrap
 from common.ema import moving_average
 from common.errors import UserError
-from common.files import sha256_file, write_csv
+from common.files import sha256_file
 from common.progress import progress
-from common.run import Run, Tracker, open_run
+from common.run import Tracker, open_run
 from common.seed import epoch_generator, seed_everything, seed_worker
 from detection_kd.datasets.distillation import DistillationTiles, Pair, pairs_digest, read_pairs, split_by_slide
 from detection_kd.feature_cache import DTYPES, CachedMaps, CacheKey, cached_maps, whole_batch
 from detection_kd.losses.feature_regression import FEATURE_LOSSES
 from detection_kd.losses.feature_sum import ExtraTerms, FeatureSum, feature_sum
-from detection_kd.metrics import agreement, r2_by_dimension
+from detection_kd.metrics import agreement
 from detection_kd.models.adapter import ADAPTERS
 from detection_kd.models.backbone import load_backbone
 from detection_kd.models.pooling import POOLINGS
 from detection_kd.models.student import FrozenMaps, Head, Student, student_config
+from detection_kd.student_report import write_report
 from patch_encoder.cohort import read_labels
 from patch_encoder.models.encoder_table import IMAGENET
 from patch_encoder.models.encoders import PixelEncoder
@@ -253,26 +251,6 @@ def make_loaders(config: Config, world: World, train: Dataset, val: Dataset) -> 
     return train_loader, DataLoader(val, batch, **options)
 
 
-def write_report(
-    run: Run, config: Config, student: Tensor, teacher: Tensor, val_pairs: list[Pair], labels: dict[str, str]
-) -> None:
-    """R2 of every dimension, and pictures, of the best epoch's features of the validation tiles."""
-    r2, spread = r2_by_dimension(student, teacher).tolist(), teacher.std(dim=0, correction=0).tolist()
-    rows = [
-        {"dimension": i, "r2": "" if math.isnan(value) else f"{value:.6f}", "teacher_std": f"{deviation:.6g}"}
-        for i, (value, deviation) in enumerate(zip(r2, spread, strict=True))
-    ]
-    write_csv(run.path / "r2_by_dimension.csv", ("dimension", "r2", "teacher_std"), rows)
-    if not config.pictures:
-        return
-    from detection_kd.student_figures import write_student_pictures  # matplotlib and scikit-learn load for seconds
-
-    groups = [labels.get(pair.slide_id, "no label") if labels else pair.slide_id for pair in val_pairs]
-    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    features = (student.cpu().numpy(), teacher.cpu().numpy())
-    write_student_pictures(run.path, *features, groups, np.asarray(r2), lines, "label" if labels else "slide")
-
-
 def main(config: Config) -> None:
     world = init_distributed(config.device)
     labels = {record.slide_id: record.label for record in read_labels(config.labels)} if config.labels else {}
@@ -320,8 +298,8 @@ def main(config: Config) -> None:
         logger.info("epoch %d/%d: %s", epoch + 1, config.epochs, reported)
     if world.is_main:
         load_weights(shown, load_checkpoint(run.best)["model"], str(run.best))
-        features = predict(evaluated, val_loader, precision, world.device)
-        write_report(run, config, *features, split_by_slide(pairs, config.val_share, config.seed)[1], labels)
+        slides = [pair.slide_id for pair in split_by_slide(pairs, config.val_share, config.seed)[1]]
+        write_report(run.path, *predict(evaluated, val_loader, precision, world.device), slides, labels, config.pictures)
     trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
     run.finish(best | {"trained_parameters": trained})
     logger.info("train_d2vfm: finished, best epoch %s", best)
