@@ -34,7 +34,7 @@ BATCH = 32  # tiles; fixed, so that cached features do not depend on the trainin
 PROBES = 8  # tiles that are computed again before a file is used
 TOLERANCE = 0.05  # of a probe's norm: other batches and 16-bit arithmetic stay far below it
 DTYPES = ("float32", "float16")
-Maps = Float[np.ndarray, "n c h w"]
+Maps = Float[np.ndarray, "n _c _h _w"]
 
 
 @dataclass(frozen=True)

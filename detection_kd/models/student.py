@@ -141,7 +141,7 @@ def student_config(student: Student, teacher: str) -> dict[str, Any]:
 
 
 def load_student(path: str | Path) -> tuple[Student, dict[str, Any]]:
-    """Rebuild a student from its checkpoint alone; all of it comes frozen.
+    """Rebuild a student from its checkpoint alone.
 
     Raises:
         UserError: no checkpoint, or one of something else.
