@@ -40,7 +40,7 @@ def write_student_pictures(
     epochs: Sequence[Mapping[str, Any]],
     grouped_by: str = "slide",
 ) -> None:
-    """Write `student_vs_teacher.png`, `learning_curves.png` and `r2_by_dimension.png`.
+    """Write `student_vs_teacher.png`, `learning_curves.png` and `r2_by_dimension.png`; the first needs a teacher that varies.
 
     Args:
         folder: where to.
@@ -51,13 +51,18 @@ def write_student_pictures(
         grouped_by: what `groups` are, for the legend.
     """
     folder = Path(folder)
-    save_figure(plane_figure(student, teacher, groups, grouped_by), folder / "student_vs_teacher.png")
+    if np.ptp(teacher, axis=0).any():
+        save_figure(plane_figure(student, teacher, groups, grouped_by), folder / "student_vs_teacher.png")
     save_figure(curves_figure(epochs), folder / "learning_curves.png")
     save_figure(r2_figure(r2), folder / "r2_by_dimension.png")
 
 
 def plane_figure(student: Features, teacher: Features, groups: Sequence[str], grouped_by: str = "slide") -> Figure:
     """Teacher and student side by side in the teacher's first two principal components, coloured by group."""
+    cosine = np.mean(
+        np.sum(student * teacher, 1) / (np.linalg.norm(student, axis=1) * np.linalg.norm(teacher, axis=1)).clip(1e-12)
+    )
+    titles = (f"teacher, {len(teacher):,} tiles", f"student, mean cosine {cosine:.3f}")
     chosen = np.random.default_rng(0).permutation(len(teacher))[:MOST_POINTS]
     student, teacher, names = student[chosen], teacher[chosen], shown_groups([groups[i] for i in chosen])
     rows = [principal_plane(student, teacher)]
@@ -67,13 +72,13 @@ def plane_figure(student: Features, teacher: Features, groups: Sequence[str], gr
         figure = Figure(figsize=(8.6, 3.9 * len(rows)), layout="constrained")
         panels = figure.subplots(len(rows), 2, squeeze=False, sharex="row", sharey="row")
         for row, (points, labels) in zip(panels, rows, strict=True):
-            for axes, title, places in zip(row, ("teacher", "student"), points, strict=True):
+            for axes, title, places in zip(row, titles, points, strict=True):
                 _scatter(axes, places, names)
                 axes.set(title=title, xlabel=labels[0])
             row[0].set_ylabel(labels[1])
         handles, texts = panels[0][0].get_legend_handles_labels()
         legend = {"frameon": False, "fontsize": 8, "title": grouped_by, "title_fontsize": 8, "alignment": "left"}
-        figure.legend(handles, texts, loc="outside right upper", markerscale=2.0, **legend)
+        figure.legend(handles, texts, loc="outside right upper", markerscale=6 / _diameter(len(names)), **legend)
         return figure
 
 
@@ -87,14 +92,28 @@ def shown_groups(groups: Sequence[str]) -> list[str]:
 
 
 def _scatter(axes: Axes, points: Float[np.ndarray, "n 2"], names: Sequence[str]) -> None:
-    ordered = sorted(set(names), key=lambda name: (name != OTHERS, name))  # others below the rest
+    ordered = sorted(set(names), key=lambda name: (name == OTHERS, name))
     colours = dict(zip((name for name in ordered if name != OTHERS), COLOURS, strict=False)) | {OTHERS: GREY}
-    size = float(np.clip(4000 / len(points), 4, 30))
+    size = _diameter(len(points)) ** 2
     for name in ordered:
         mine = points[np.asarray(names) == name]
         text = name.replace("$", r"\$")
-        axes.scatter(mine[:, 0], mine[:, 1], s=size, color=colours[name], alpha=0.7, linewidths=0, label=text)
+        axes.scatter(
+            mine[:, 0],
+            mine[:, 1],
+            s=size,
+            color=colours[name],
+            alpha=0.7,
+            linewidths=0,
+            label=text,
+            zorder=1 if name == OTHERS else 2,
+        )
     axes.set(xticks=[], yticks=[])
+
+
+def _diameter(points: int) -> float:
+    """Of a point, so that many leave room between them; points of 1/72 inch."""
+    return float(np.sqrt(np.clip(4000 / points, 4, 30)))
 
 
 def principal_plane(student: Features, teacher: Features) -> tuple[list[Float[np.ndarray, "n 2"]], list[str]]:
@@ -148,7 +167,7 @@ def r2_figure(r2: Float[np.ndarray, " d"]) -> Figure:
     with rc_context(STYLE):
         figure = Figure(figsize=(5.4, 3.4), layout="constrained")
         axes = figure.subplots()
-        axes.hist(known.clip(-0.5, 1), bins=np.linspace(-0.5, 1, 61), color=COLOURS[0])
+        axes.hist(known.clip(-0.5, 1), bins=np.linspace(-0.5, 1, 31), color=COLOURS[0])
         if len(known):
             median = float(np.median(known))
             axes.axvline(max(median, -0.5), color=COLOURS[1], linewidth=1.5, label=f"median {median:.3f}")

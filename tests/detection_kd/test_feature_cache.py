@@ -70,7 +70,8 @@ def test_rows_are_what_the_backbone_gives(pairs_root: Path, backbone_path: Path,
 
 def test_items_are_turn_by_turn_and_batches_are_items() -> None:
     turns = [
-        [np.random.default_rng(t).normal(size=(5, 3, 2, 2)).astype(np.float16), np.full((5, 4, 1, 1), t)] for t in range(2)
+        [np.random.default_rng(t).normal(size=(5, 3, 2, 2)).astype(np.float16), np.full((5, 4, 1, 1), t, np.float32)]
+        for t in range(2)
     ]
     teacher = torch.arange(5.0)[:, None]
     tiles = CachedMaps(turns, teacher, rows=[4, 0, 2])
