@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,6 +82,33 @@ def gather_objects(value: object) -> list[object]:
     gathered: list[object] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+class _GatherRows(torch.autograd.Function):
+    """See `gather_rows`."""
+
+    @staticmethod
+    def forward(context: Any, rows: torch.Tensor) -> torch.Tensor:
+        context.share = len(rows)
+        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, rows)
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        start = dist.get_rank() * context.share
+        return gradient[start : start + context.share] * dist.get_world_size()
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of all processes in rank order, for a loss over the whole batch that every process computes alike.
+
+    The gradient reaches this process's rows, times the number of processes: DistributedDataParallel averages over processes
+    what has to be added here. All processes give equally many rows.
+    """
+    if not dist.is_initialized():
+        return rows
+    return _GatherRows.apply(rows.contiguous())
 
 
 def wrap(model: nn.Module, world: World) -> nn.Module:

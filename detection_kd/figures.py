@@ -60,15 +60,16 @@ def write_detection_pictures(
     """
     folder = Path(folder)
     curves = {overlap: precision_recall(annotated, predictions, overlap, max_detections) for overlap in OVERLAPS}
-    _save(precision_recall_figure(curves), folder / "precision_recall.png")
-    _save(froc_figure(*froc_curve(annotated, predictions, iou), iou), folder / "froc.png")
+    save_figure(precision_recall_figure(curves), folder / "precision_recall.png")
+    save_figure(froc_figure(*froc_curve(annotated, predictions, iou), iou), folder / "froc.png")
     for old in (folder / "overlays").glob("*.jpg"):
         old.unlink()
     chosen = choose_images(judge_set(annotated, predictions, score, iou), overlays)
     write_overlays(folder / "overlays", chosen, annotated.categories, score)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG atomically."""
     with rc_context(STYLE), atomic_path(path) as temporary:  # ticks are made while saving
         figure.savefig(temporary, format="png", dpi=150, metadata={"Software": None})
 

@@ -4,40 +4,50 @@
     torchrun --nproc_per_node=4 -m detection_kd.train_d2vfm --config configs/ts2gkd/d2vfm_gigapath.yaml ...
 
 Writes a run directory; `checkpoint_best.pt` (best cosine similarity on held-out slides) is the student that
-`extract_student` takes. Only the adapter is trained; the backbone and its BatchNorm statistics stay as they are.
+`extract_student` takes. Pooling and adapter are trained; the backbone stays as it is, but for the last stages with `unfreeze`,
+and its BatchNorm in any case. With `cache` the backbone runs once, for this run and for all that differ in what comes after it.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler, TensorDataset
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from common.checkpoint import resume, save_checkpoint
+from common.checkpoint import load_checkpoint, load_weights, resume, save_checkpoint
 from common.cli import launch
 from common.config import REQUIRED, group, key, to_dict
 from common.device import PRECISIONS, autocast, pick_precision
-from common.distributed import World, init_distributed, mean_dict, unwrap, wrap
+from common.distributed import World, gather_rows, init_distributed, mean_dict, wrap
+from common.ema import moving_average
 from common.errors import UserError
 from common.files import sha256_file
 from common.progress import progress
 from common.run import Tracker, open_run
 from common.seed import epoch_generator, seed_everything, seed_worker
 from detection_kd.datasets.distillation import DistillationTiles, Pair, pairs_digest, read_pairs, split_by_slide
+from detection_kd.feature_cache import DTYPES, CachedMaps, CacheKey, cached_maps, whole_batch
 from detection_kd.losses.feature_regression import FEATURE_LOSSES
-from detection_kd.metrics import feature_agreement
+from detection_kd.losses.feature_sum import ExtraTerms, FeatureSum, feature_sum
+from detection_kd.metrics import agreement
 from detection_kd.models.adapter import ADAPTERS
 from detection_kd.models.backbone import load_backbone
-from detection_kd.models.student import Pooled, Student, student_config
+from detection_kd.models.pooling import POOLINGS
+from detection_kd.models.student import FrozenMaps, Head, Student, student_config
+from detection_kd.student_report import write_report
+from patch_encoder.cohort import read_labels
 from patch_encoder.models.encoder_table import IMAGENET
 from patch_encoder.models.encoders import PixelEncoder
 
 logger = logging.getLogger(__name__)
-POOLING_BATCH = 32  # tiles; fixed, so that cached features do not depend on the training batch
+REPORTED = ("loss", "cosine", "r2", "knn_10")
 
 
 @dataclass
@@ -50,20 +60,30 @@ class Config:
     teacher: str = key("", "name of the teacher, kept in the checkpoint")
     needle: int = key(1, "backbone stage that is pooled: 0, 1, 2 = layer2, layer3, layer4")
     input_scale: float = key(1.0, "resize tiles by this factor first, to the resolution that the detector was trained at")
+    needles: list[int] = key([], "several stages, pooled each on its own and concatenated, instead of needle")
+    pooling: str = key("mean", "how maps are pooled; gem and attention have parameters", choices=POOLINGS)
     adapter: str = key("mpa", "adapter", choices=ADAPTERS)
+    unfreeze: int = key(0, "train the last so many of the stages that are used, normalisation layers excepted; published: 0")
+    unfreeze_lr: float = key(0.01, "with unfreeze: factor of lr for those stages")
     loss: str = key("mse", "feature loss", choices=tuple(FEATURE_LOSSES))
-    loss_weight: float = key(2.0, "factor on the loss")
+    loss_weight: float = key(2.0, "factor on the loss; 0: extra terms only")
+    extra: ExtraTerms = group(ExtraTerms, "weights of further terms")
     epochs: int = key(4, "epochs")
     lr_drop: int = key(2, "epoch after which the learning rate is divided by 10")
     batch_size: int = key(40, "tiles a step over all processes")
     lr: float = key(2e-3, "learning rate (AdamW)")
     weight_decay: float = key(1e-4, "weight decay")
     clip_norm: float = key(0.1, "gradient clipping, L2 norm; 0: off")
+    ema: float = key(0.0, "decay of a moving average of the weights, which is then evaluated and kept (as 0.999); 0: off")
     augment: bool = key(True, "flip and turn tiles; the teacher's feature stays that of the tile as it was")
     scales: list[float] = key([1.0], "a step's tiles are resized by one of these factors, drawn at random")
     cache: bool = key(False, "compute the frozen backbone's features once and train the adapter on them; needs augment=false")
     views: int = key(1, "with cache: quarter turns of every training tile that are cached, 1 to 4")
+    cache_dir: str = key("", "folder of the cached features, shared by runs; empty: d2vfm_cache beside the run", runtime=True)
+    cache_dtype: str = key("float32", "numbers in the cache", choices=DTYPES)
     val_share: float = key(0.1, "share of slides held out for validation")
+    labels: str = key("", "labels.csv: colours of student_vs_teacher.png; empty: by slide", path=True)
+    pictures: bool = key(True, "draw student against teacher, learning curves, R2 by dimension", runtime=True)
     seed: int = key(42, "seed of the split, initial weights, shuffling and augmentation")
     precision: str = key("auto", "auto: bf16 where the device has it", choices=PRECISIONS)
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
@@ -74,30 +94,66 @@ class Config:
 
 def build_model(config: Config, dim: int) -> tuple[Student, dict[str, Any]]:
     """The student for a teacher of width `dim`, and what a checkpoint needs to rebuild it."""
-    if config.needle not in (0, 1, 2):
-        raise UserError(f"needle={config.needle}: expected 0, 1 or 2 (layer2, layer3, layer4)")
+    needles = config.needles or [config.needle]
+    if not set(needles) <= {0, 1, 2} or needles != sorted(set(needles)):
+        raise UserError(
+            f"needle={config.needle} needles={config.needles}: expected 0, 1 or 2 (layer2, layer3, layer4), ascending"
+        )
     if not 0 < config.input_scale <= 4:
         raise UserError(f"input_scale={config.input_scale}: expected a factor above 0, at most 4")
+    if not 0 <= config.unfreeze <= max(needles) + 3 or config.unfreeze_lr <= 0:
+        raise UserError(
+            f"unfreeze={config.unfreeze} unfreeze_lr={config.unfreeze_lr:g}: expected 0 to {max(needles) + 3} stages "
+            "(the last that is used, the one before, ..., the stem) and a factor above 0"
+        )
+    if config.unfreeze and config.cache:
+        raise UserError("cache=true unfreeze>0: expected one of them, since features of a stage that is trained change")
     backbone, _ = load_backbone(config.backbone)
-    student = Student(backbone, config.needle, config.adapter, dim, config.input_scale)
+    student = Student(backbone, needles, config.adapter, dim, config.input_scale, config.pooling, config.unfreeze)
     return student, student_config(student, config.teacher)
 
 
+def parameter_groups(student: Student, lr: float, unfreeze_lr: float) -> list[dict[str, Any]]:
+    """Pooling and adapter at `lr`, stages that are trained at `unfreeze_lr` times that."""
+    groups: list[dict[str, Any]] = [{"params": [*student.pooling.parameters(), *student.adapter.parameters()], "lr": lr}]
+    stages = [parameter for parameter in student.backbone.parameters() if parameter.requires_grad]
+    return [*groups, {"params": stages, "lr": lr * unfreeze_lr}] if stages else groups
+
+
+def network(student: Student, config: Config, world: World) -> nn.Module:
+    """What takes the items of the sets: the whole student, or what comes behind the cached features."""
+    module = Head(student) if config.cache else PixelEncoder(student, IMAGENET)
+    return module.to(world.device, memory_format=torch.channels_last)
+
+
+@dataclass
+class Job:
+    """What a step needs beside model and data."""
+
+    config: Config
+    world: World
+    precision: str
+    loss: FeatureSum
+    student: Student
+    average: AveragedModel | None
+
+
 def train_one_epoch(
-    model: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer, config: Config, world: World, epoch: int
-) -> float:
-    """One pass over the training pairs; returns the mean loss over steps and processes."""
-    precision = pick_precision(config.precision, world.device)
-    loss_of = FEATURE_LOSSES[config.loss]
+    job: Job, model: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer, epoch: int
+) -> dict[str, float]:
+    """One pass over the training pairs; mean loss, and its terms when there are several, over steps and processes."""
+    config, world = job.config, job.world
     model.train()
-    total = torch.zeros(())
-    for step, (tiles, teacher) in enumerate(
+    sums: dict[str, Tensor] = {}
+    for step, (inputs, teacher) in enumerate(
         progress(loader, f"epoch {epoch + 1}", len(loader), "steps", enabled=world.is_main)
     ):
-        tiles = rescale(tiles.to(world.device, non_blocking=True), config.scales, config.seed, epoch, step)
-        with autocast(world.device, precision):
-            student = model(tiles)
-        loss = config.loss_weight * loss_of(student.float(), teacher.to(world.device, non_blocking=True))
+        inputs = on_device(inputs, world.device)
+        if isinstance(inputs, Tensor):
+            inputs = rescale(inputs, config.scales, config.seed, epoch, step)
+        with autocast(world.device, job.precision):
+            features = model(inputs)
+        loss, terms = job.loss(features.float(), teacher.to(world.device, non_blocking=True), gather_rows)
         if not torch.isfinite(loss):
             raise UserError(f"epoch {epoch + 1} step {step + 1}: the loss is {loss.item()}; lower lr or set precision=fp32")
         optimizer.zero_grad(set_to_none=True)
@@ -105,8 +161,19 @@ def train_one_epoch(
         if config.clip_norm > 0:
             nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         optimizer.step()
-        total += loss.detach().cpu()
-    return mean_dict({"loss": total / max(1, len(loader))})["loss"]
+        if job.average is not None:
+            job.average.update_parameters(job.student)
+        parts = {f"loss_{name}": value for name, value in terms.items()} if len(terms) > 1 else {}
+        for name, value in {"loss": loss, **parts}.items():
+            sums[name] = sums.get(name, torch.zeros(())) + value.detach().cpu()
+    return mean_dict({name: value / max(1, len(loader)) for name, value in sums.items()})
+
+
+def on_device(inputs: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
+    """Tiles, or a list of cached maps, moved."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device, non_blocking=True)
+    return [x.to(device, non_blocking=True) for x in inputs]
 
 
 def rescale(tiles: Tensor, scales: list[float], seed: int, epoch: int, step: int) -> Tensor:
@@ -121,18 +188,20 @@ def rescale(tiles: Tensor, scales: list[float], seed: int, epoch: int, step: int
 
 
 @torch.inference_mode()
-def validate(model: nn.Module, loader: DataLoader, precision: str, device: torch.device) -> dict[str, float]:
-    """Agreement with the teacher on held-out slides."""
+def predict(model: nn.Module, loader: DataLoader, precision: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Features (N, D) of the student and of the teacher on held-out slides, in the order of the set."""
     model.eval()
     students, teachers = [], []
-    for tiles, teacher in loader:
+    for inputs, teacher in loader:
         with autocast(device, precision):
-            students.append(model(tiles.to(device)).float().cpu())
-        teachers.append(teacher)
-    return feature_agreement(torch.cat(students), torch.cat(teachers))
+            students.append(model(on_device(inputs, device)).float())
+        teachers.append(teacher.to(device))
+    return torch.cat(students), torch.cat(teachers)
 
 
-def make_sets(config: Config, student: Student, pairs: list[Pair], world: World) -> tuple[Dataset, Dataset]:
+def make_sets(
+    config: Config, student: Student, pairs: list[Pair], world: World, inputs: dict[str, str]
+) -> tuple[Dataset, Dataset]:
     """Training and validation set: tiles, or what the frozen backbone makes of them when `cache`."""
     train_pairs, val_pairs = split_by_slide(pairs, config.val_share, config.seed)
     train = DistillationTiles(train_pairs, augment=config.augment, seed=config.seed)
@@ -143,22 +212,30 @@ def make_sets(config: Config, student: Student, pairs: list[Pair], world: World)
         raise UserError("cache=true: expected augment=false and scales=[1.0], since cached features cannot be augmented")
     if not 1 <= config.views <= 4:
         raise UserError(f"views={config.views}: expected 1 to 4 quarter turns")
-    turned = [DistillationTiles(train_pairs, augment=False, seed=config.seed, turns=turns) for turns in range(config.views)]
-    return pooled_set(student, ConcatDataset(turned), config, world), pooled_set(student, val, config, world)
+    turned = [DistillationTiles(pairs, augment=False, seed=config.seed, turns=turns) for turns in range(config.views)]
+    return cached_sets(config, student, pairs, turned, (train_pairs, val_pairs), world, inputs)
 
 
-@torch.inference_mode()
-def pooled_set(student: Student, tiles: Dataset, config: Config, world: World) -> TensorDataset:
-    """(pooled feature (C,), teacher feature (D,)) of every tile; the backbone is frozen, so once is enough."""
+def cached_sets(
+    config: Config,
+    student: Student,
+    pairs: list[Pair],
+    turned: Sequence[Dataset],
+    parts: tuple[list[Pair], list[Pair]],
+    world: World,
+    inputs: dict[str, str],
+) -> tuple[CachedMaps, CachedMaps]:
+    """Training pairs in all turns and validation pairs as they are, of features that all runs on this set share."""
     precision = pick_precision(config.precision, world.device)
-    frozen = PixelEncoder(Pooled(student), IMAGENET).to(world.device, memory_format=torch.channels_last).eval()
-    loader = DataLoader(tiles, POOLING_BATCH, num_workers=config.workers)
-    pooled, teachers = [], []
-    for batch, teacher in progress(loader, "backbone features", len(loader), "batches", enabled=world.is_main):
-        with autocast(world.device, precision):
-            pooled.append(frozen(batch.to(world.device)).float().cpu())
-        teachers.append(teacher)
-    return TensorDataset(torch.cat(pooled).clone(), torch.cat(teachers))
+    pooled = student.pooling.kind == "mean"
+    name = CacheKey(inputs["backbone"], inputs["dataset"], config.input_scale, pooled, precision, config.cache_dtype)
+    folder = Path(config.cache_dir or Path(config.output).absolute().parent / "d2vfm_cache")
+    frozen = FrozenMaps(student).to(world.device, memory_format=torch.channels_last).eval()
+    turns = cached_maps(folder, name, frozen, student.needles, turned, world, config.workers)
+    place = {id(pair): row for row, pair in enumerate(pairs)}
+    teacher = torch.stack([pair.feature for pair in pairs])
+    train_rows, val_rows = ([place[id(pair)] for pair in part] for part in parts)
+    return CachedMaps(turns, teacher, train_rows), CachedMaps(turns[:1], teacher, val_rows)
 
 
 def make_loaders(config: Config, world: World, train: Dataset, val: Dataset) -> tuple[DataLoader, DataLoader]:
@@ -168,14 +245,16 @@ def make_loaders(config: Config, world: World, train: Dataset, val: Dataset) -> 
     count = len(train)  # type: ignore[arg-type]
     sampler = DistributedSampler(train, world.size, world.rank, shuffle=True, seed=config.seed)
     batch = config.batch_size // world.size
-    workers = 0 if config.cache else config.workers
-    options = {"num_workers": workers, "pin_memory": world.device.type == "cuda", "worker_init_fn": seed_worker}
+    options: dict[str, Any] = {"pin_memory": world.device.type == "cuda", "worker_init_fn": seed_worker}
+    options |= {"num_workers": 0, "collate_fn": whole_batch} if config.cache else {"num_workers": config.workers}
     train_loader = DataLoader(train, batch, sampler=sampler, drop_last=count >= config.batch_size, **options)
     return train_loader, DataLoader(val, batch, **options)
 
 
 def main(config: Config) -> None:
     world = init_distributed(config.device)
+    labels = {record.slide_id: record.label for record in read_labels(config.labels)} if config.labels else {}
+    loss = feature_sum(config.loss, config.loss_weight, config.extra)
     pairs = read_pairs(config.dataset)
     seed_everything(config.seed)
     student, rebuild = build_model(config, dim=len(pairs[0].feature))
@@ -184,34 +263,45 @@ def main(config: Config) -> None:
     if run.results is not None:
         logger.info("train_d2vfm: %s is finished: %s", run.path, run.results)
         return
-    train, val = make_sets(config, student, pairs, world)
-    trained = student.adapter if config.cache else PixelEncoder(student, IMAGENET)
-    model = wrap(trained.to(world.device, memory_format=torch.channels_last), world)
-    optimizer = torch.optim.AdamW(student.adapter.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    train, val = make_sets(config, student, pairs, world, inputs)
+    model = wrap(network(student, config, world), world)
+    average = moving_average(student, config.ema)
+    shown = student if average is None else average.module  # what is evaluated and kept
+    evaluated = network(shown, config, world)
+    optimizer = torch.optim.AdamW(parameter_groups(student, config.lr, config.unfreeze_lr), weight_decay=config.weight_decay)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config.lr_drop)
     train_loader, val_loader = make_loaders(config, world, train, val)
     precision = pick_precision(config.precision, world.device)
-    start, best = resume(run.last, student, optimizer=optimizer, scheduler=scheduler)
+    job = Job(config, world, precision, loss, student, average)
+    resumed: dict[str, Any] = {"optimizer": optimizer, "scheduler": scheduler}
+    resumed |= {} if average is None else {"average": average}
+    start, best = resume(run.last, student, **resumed)
     run.forget_after(start)
     for epoch in range(start, config.epochs):
         train_loader.sampler.set_epoch(epoch)  # type: ignore[union-attr]
         if isinstance(train, DistillationTiles):
             train.epoch = epoch
         train_loader.generator = epoch_generator(config.seed, epoch)
-        loss = train_one_epoch(model, train_loader, optimizer, config, world, epoch)
+        losses = train_one_epoch(job, model, train_loader, optimizer, epoch)
         scheduler.step()
-        metrics = {"loss": loss, **validate(unwrap(model), val_loader, precision, world.device)}
+        metrics = {**losses, **agreement(*predict(evaluated, val_loader, precision, world.device))}
         improved = metrics["cosine"] > best.get("cosine", -2.0)
         best = {"epoch": epoch + 1, **metrics} if improved else best
         if world.is_main:
             state = {"config": to_dict(config) | {"student": rebuild}, "epoch": epoch + 1, "best": best}
             if improved:
-                save_checkpoint(run.best, model=student.state_dict(), **state)
-            parts = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+                save_checkpoint(run.best, model=shown.state_dict(), **state)
+            parts = {name: part.state_dict() for name, part in resumed.items()}
             save_checkpoint(run.last, model=student.state_dict(), **state, **parts)
         run.log({"epoch": epoch + 1, **metrics, "lr": optimizer.param_groups[0]["lr"]})
-        logger.info("epoch %d/%d: loss %.4f, cosine %.4f, R2 %.4f", epoch + 1, config.epochs, *metrics.values())
-    run.finish(best)
+        reported = ", ".join(f"{name} {metrics[name]:.4f}" for name in REPORTED if name in metrics)
+        logger.info("epoch %d/%d: %s", epoch + 1, config.epochs, reported)
+    if world.is_main:
+        load_weights(shown, load_checkpoint(run.best)["model"], str(run.best))
+        slides = [pair.slide_id for pair in split_by_slide(pairs, config.val_share, config.seed)[1]]
+        write_report(run.path, *predict(evaluated, val_loader, precision, world.device), slides, labels, config.pictures)
+    trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+    run.finish(best | {"trained_parameters": trained})
     logger.info("train_d2vfm: finished, best epoch %s", best)
 
 

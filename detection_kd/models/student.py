@@ -1,71 +1,128 @@
-"""The D2VFM student: a frozen detector backbone up to one stage, global average pooling, an adapter.
+"""The D2VFM student: a frozen detector backbone up to one stage, global pooling, an adapter.
 
 TS2G-KD runs all stages whatever the needle; here the backbone stops at the stage that the adapter needs. What is
-frozen stays frozen under `train()`, BatchNorm statistics included.
+frozen stays frozen under `train()`, BatchNorm statistics included. Beyond TS2G-KD, all off by default: several stages
+side by side, pooling with parameters, and training of the last stages that are used.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.checkpoint import load_checkpoint, load_weights
 from common.errors import UserError
 from detection_kd.models.adapter import Adapter
 from detection_kd.models.backbone import Backbone
+from detection_kd.models.pooling import StagePooling
 from patch_encoder.models.encoder_table import IMAGENET
 from patch_encoder.models.encoders import Encoder, PixelEncoder, ToInputSize, weights_digest
 
+NORM_LAYERS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
+
 
 class Student(nn.Module):
-    """Backbone stage `needle` (0, 1, 2 = layer2, layer3, layer4) -> pooled (B, C) -> adapter (B, D).
+    """Backbone stages `needle` (0, 1, 2 = layer2, layer3, layer4) -> pooled (B, C) -> adapter (B, D).
 
-    `input_scale` resizes the tile first (published: 1.0, the tile as it is): a detector that was trained on fields at
-    half their resolution knows cells at half their size, and a smaller tile costs less by the square.
+    Args:
+        backbone: the detector's trunk; cut behind the last stage that is used.
+        needle: the stage that is pooled; several are pooled each on its own and concatenated.
+        adapter: one of `ADAPTERS`.
+        dim: width D of the teacher.
+        input_scale: resizes the tile first (published: 1.0, the tile as it is): a detector that was trained on fields at
+            half their resolution knows cells at half their size, and a smaller tile costs less by the square.
+        pooling: one of `POOLINGS`.
+        unfreeze: how many of the used stages are trained, counted from the last; never their normalisation layers.
     """
 
-    def __init__(self, backbone: Backbone, needle: int, adapter: str, dim: int, input_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        needle: int | Sequence[int],
+        adapter: str,
+        dim: int,
+        input_scale: float = 1.0,
+        pooling: str = "mean",
+        unfreeze: int = 0,
+    ) -> None:
         super().__init__()
+        self.needles = (needle,) if isinstance(needle, int) else tuple(needle)
+        self.needle = max(self.needles)
         self.backbone = backbone.requires_grad_(False)
-        self.backbone.truncate(needle)
-        self.needle = needle
+        self.backbone.truncate(self.needle)
+        self.unfreeze = unfreeze
+        for parameter in self._last_stages():
+            parameter.requires_grad_(True)
         self.input_scale = input_scale
-        self.adapter = Adapter(adapter, backbone.channels[needle], dim)
+        channels = [backbone.channels[stage] for stage in self.needles]
+        self.pooling = StagePooling(pooling, channels)
+        self.adapter = Adapter(adapter, sum(channels), dim)
+
+    def _last_stages(self) -> list[nn.Parameter]:
+        """Parameters of the last `unfreeze` stages, without those of normalisation layers."""
+        own = dict(self.backbone.named_parameters())
+        norms = {id(p) for m in self.backbone.modules() if isinstance(m, NORM_LAYERS) for p in m.parameters(recurse=False)}
+        last = self.needle + 2  # needle 0 is stage 2 of stem (0) and strides 4 (1), 8 (2), 16 (3), 32 (4)
+        found = [own[name] for name, stage in self.backbone.stages().items() if last - self.unfreeze < stage <= last]
+        return [parameter for parameter in found if id(parameter) not in norms]
 
     def train(self, mode: bool = True) -> Student:
-        """Training mode for the adapter only."""
+        """Training mode for pooling and adapter only; BatchNorm of a stage that is trained keeps its statistics."""
         super().train(mode)
         self.backbone.eval()
         return self
 
-    def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c"]:
-        """Normalised pixels -> globally pooled features of the needle's stage; no gradient reaches the backbone."""
-        with torch.no_grad():
+    def maps(self, pixels: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _c _h _w"]]:
+        """Normalised pixels -> maps of the needles; autograd sees the stages that are trained and nothing before them."""
+        with torch.set_grad_enabled(self.unfreeze > 0 and torch.is_grad_enabled()):
             if self.input_scale != 1.0:
                 pixels = nn.functional.interpolate(
                     pixels, scale_factor=self.input_scale, mode="bilinear", antialias=True, recompute_scale_factor=True
                 ).contiguous(memory_format=torch.channels_last)
-            return self.backbone(pixels, upto=self.needle)[-1].mean(dim=(2, 3))
+            maps = self.backbone(pixels, upto=self.needle)
+            return [maps[stage] for stage in self.needles]
+
+    def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c"]:
+        """Normalised pixels -> globally pooled features of the needles."""
+        return self.pooling(self.maps(pixels))
 
     def forward(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Normalised pixels (B, 3, H, W) -> (B, D)."""
         return self.adapter(self.pooled(pixels))
 
 
-class Pooled(nn.Module):
-    """The frozen half of a student as a module of its own: normalised pixels (B, 3, H, W) -> (B, C)."""
+class FrozenMaps(PixelEncoder):
+    """The half of a student that is not trained: uint8 tiles (B, 3, H, W) -> what its `Head` takes.
+
+    Where pooling has no parameters it is done here, and a map is left with one cell (B, C, 1, 1).
+    """
+
+    def __init__(self, student: Student) -> None:
+        super().__init__(student, IMAGENET)
+
+    @torch.no_grad()
+    def forward(self, pixels: UInt8[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _c _h _w"]]:
+        """uint8 (B, 3, H, W) -> [(B, C, h, w), ...], a map a needle."""
+        maps = self.network.maps(self.scaled(pixels))
+        return [x.mean(dim=(2, 3), keepdim=True) for x in maps] if self.network.pooling.kind == "mean" else maps
+
+
+class Head(nn.Module):
+    """The other half, pooling and adapter, on what `FrozenMaps` gives: the student's output."""
 
     def __init__(self, student: Student) -> None:
         super().__init__()
-        self.student = student
+        self.pooling, self.adapter = student.pooling, student.adapter
 
-    def forward(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c"]:
-        """(B, 3, H, W) -> (B, C)."""
-        return self.student.pooled(pixels)
+    def forward(self, maps: Sequence[Float[Tensor, "b _c _h _w"]]) -> Float[Tensor, "b d"]:
+        """[(B, C, h, w), ...] -> (B, D)."""
+        return self.adapter(self.pooling(maps))
 
 
 def student_config(student: Student, teacher: str) -> dict[str, Any]:
@@ -73,6 +130,9 @@ def student_config(student: Student, teacher: str) -> dict[str, Any]:
     return {
         "backbone": student.backbone.describe(),
         "needle": student.needle,
+        "needles": list(student.needles),
+        "pooling": student.pooling.kind,
+        "unfreeze": student.unfreeze,
         "adapter": student.adapter.kind,
         "dim": student.adapter.out.out_features,
         "input_scale": student.input_scale,
@@ -91,7 +151,9 @@ def load_student(path: str | Path) -> tuple[Student, dict[str, Any]]:
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a D2VFM checkpoint (config.student), found keys {sorted(content['config'])[:6]}")
     backbone = Backbone.from_description(config["backbone"])
-    student = Student(backbone, config["needle"], config["adapter"], config["dim"], config["input_scale"])
+    needles = config.get("needles") or config["needle"]  # checkpoints of one stage and the mean name neither
+    pooling = config.get("pooling", "mean")
+    student = Student(backbone, needles, config["adapter"], config["dim"], config["input_scale"], pooling)
     load_weights(student, content["model"], str(path))
     return student.eval(), config
 
@@ -105,8 +167,10 @@ def student_encoder(path: str | Path, name: str) -> Encoder:
     """
     student, config = load_student(path)
     transform = ToInputSize(None)
+    needles = "+".join(map(str, student.needles))
+    pooled = "" if student.pooling.kind == "mean" else f" {student.pooling.kind}"
     provenance = {
-        "encoder": f"d2vfm {config['adapter']} needle {config['needle']} scale {config['input_scale']:g}",
+        "encoder": f"d2vfm {config['adapter']} needle {needles}{pooled} scale {config['input_scale']:g}",
         "weights_sha256": weights_digest(student),
         "transform": f"{transform!r}, mean/std {IMAGENET}",
     }

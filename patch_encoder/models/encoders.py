@@ -63,10 +63,13 @@ class PixelEncoder(nn.Module):
         self.register_buffer("mean", mean * 255, persistent=False)
         self.register_buffer("std", std * 255, persistent=False)
 
+    def scaled(self, pixels: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        """uint8 -> normalised pixels, channels last."""
+        return ((pixels.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
     def forward(self, pixels: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """uint8 (B, 3, H, W) -> (B, D)."""
-        scaled = ((pixels.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        features = self.network(scaled)
+        features = self.network(self.scaled(pixels))
         return nn.functional.normalize(features.float(), dim=-1) if self.normalise else features
 
 

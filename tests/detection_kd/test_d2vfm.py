@@ -11,10 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
-from common.checkpoint import save_checkpoint
 from common.cli import run
 from common.errors import UserError
 from detection_kd import extract_student, train_d2vfm
@@ -27,9 +25,8 @@ from detection_kd.models.student import Student, load_student, student_encoder
 from patch_encoder import tile_slides
 from patch_encoder.bags import read_bag
 from patch_encoder.slides import open_slide
+from tests.detection_kd.d2vfm_runs import DIM, arguments, train
 from tests.helpers import kill_when, line_count, make_cohort
-
-DIM = 12
 
 
 def by_hand(kind: str, adapter: Adapter, x: torch.Tensor) -> torch.Tensor:
@@ -41,6 +38,11 @@ def by_hand(kind: str, adapter: Adapter, x: torch.Tensor) -> torch.Tensor:
     s = torch.relu
     if kind == "p":
         return linear(adapter.out, s(x))
+    if kind == "ln":
+        spread = (x.var(dim=1, correction=0, keepdim=True) + 1e-5).sqrt()
+        normed = (x - x.mean(dim=1, keepdim=True)) / spread * adapter.norm.weight + adapter.norm.bias
+        y = linear(adapter.down, normed)
+        return linear(adapter.out, y * (1 + torch.erf(y / 2**0.5)) / 2)
     hidden = linear(adapter.down, s(x))
     if kind == "m":
         return linear(adapter.out, s(hidden))
@@ -107,44 +109,6 @@ def test_input_scale_shrinks_the_tile_first() -> None:
     small = nn.functional.interpolate(x, size=(32, 32), mode="bilinear", antialias=True)
     expected = Student(backbone, 0, "p", DIM).pooled(small)
     assert torch.allclose(Student(backbone, 0, "p", DIM, input_scale=0.5).pooled(x), expected, atol=1e-6)
-
-
-@pytest.fixture
-def backbone_path(tmp_path: Path) -> Path:
-    """A random small backbone as train_detector writes it."""
-    torch.manual_seed(1)
-    backbone = Backbone("resnet18", "frozen")
-    save_checkpoint(tmp_path / "backbone.pt", model=backbone.state_dict(), config=backbone.describe(), epoch=1)
-    return tmp_path / "backbone.pt"
-
-
-@pytest.fixture
-def pairs_root(tmp_path: Path) -> Path:
-    """24 pairs on 4 slides; the teacher's feature is a fixed function of the tile's colour."""
-    rng = np.random.default_rng(0)
-    root, images = tmp_path / "distillation", []
-    mixing = torch.from_numpy(rng.normal(size=(3, DIM)).astype(np.float32))
-    for slide in range(4):
-        folder = root / "wsi_root" / f"S{slide}"
-        folder.mkdir(parents=True)
-        for index in range(6):
-            colour = rng.integers(0, 255, 3)
-            pixels = np.clip(colour + rng.integers(-20, 20, (64, 64, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / f"{index}_0.jpg", quality=95)
-            torch.save(torch.from_numpy(colour.astype(np.float32) / 255) @ mixing, folder / f"{index}_0.pt")
-            images.append({"id": len(images), "file_name": f"S{slide}/{index}_0.jpg", "width": 64, "height": 64})
-    (root / "ann_root").mkdir()
-    (root / "ann_root" / "ann.json").write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
-    return root
-
-
-def arguments(pairs_root: Path, backbone_path: Path, output: Path, *extra: str) -> list[str]:
-    base = [f"dataset={pairs_root}", f"backbone={backbone_path}", f"output={output}", "batch_size=4", "device=cpu", "workers=0"]
-    return [*base, "precision=fp32", "val_share=0.25", "scales=[1.0,0.75]", "epochs=3", *extra]
-
-
-def train(*args: object) -> int:
-    return run(train_d2vfm.main, train_d2vfm.Config, arguments(*args))  # type: ignore[arg-type]
 
 
 def test_pairs_are_read_split_by_slide_and_augmented_repeatably(pairs_root: Path) -> None:
