@@ -12,6 +12,7 @@ Problems are listed beside the output: `problems.csv` (pairs of a folder; tiles 
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -89,12 +90,20 @@ def is_done(output: Path, provenance: Mapping[str, Any], overwrite: bool) -> boo
     """
     if overwrite or not output.exists():
         return False
-    found = {name: value for name, value in Pack(output).provenance.items() if name != "software_version"}
+    found = dict(Pack(output).provenance)
+    found.pop("software_version", None)
     failed = found.pop("failed", [])
-    if found != provenance:
-        changed = differences(found, dict(provenance))
+    known, wanted = _without(found, failed), _without(dict(provenance), failed)
+    if known != wanted:
+        changed = differences(known, wanted)
         raise UserError(f"{output}: holds another packed set: {changed}; choose another output or set overwrite=true")
     return not failed
+
+
+def _without(provenance: dict[str, Any], failed: Sequence[str]) -> dict[str, Any]:
+    """A provenance but for slides that failed, which may have been mended."""
+    slides = provenance.get("slides", {})
+    return provenance | {"slides": {name: digest for name, digest in slides.items() if name not in failed}}
 
 
 def pack_folder(config: Config, output: Path) -> int:
@@ -224,7 +233,7 @@ def pack_slides(config: Config, output: Path) -> int:
     jobs = find_jobs(config, output, ranking, failures)
     if not jobs:
         raise UserError(f"features={config.features}: expected bags of the slides, found none that fits")
-    parts = "".join(f"{job.slide_id}:{part_provenance(job, digest)}\n" for job in jobs)
+    slides = {job.slide_id: sha256_bytes(json.dumps(part_provenance(job, digest)).encode()) for job in jobs}
     settings = {
         "tiles": config.tiles,
         "seed": config.seed,
@@ -232,7 +241,7 @@ def pack_slides(config: Config, output: Path) -> int:
         "encoding": config.encoding,
         "dtype": jobs[0].dtype,
     }
-    provenance = {"source": "slides", "teacher": one_teacher(jobs), **settings, "slides": sha256_bytes(parts.encode())}
+    provenance = {"source": "slides", "teacher": one_teacher(jobs), **settings, "slides": slides}
     if is_done(output, provenance, config.overwrite) and not failures.rows:
         logger.info("%s: %s is there already", STAGE, output)
         return 0

@@ -65,11 +65,6 @@ class TileAugmentation:
         return pixels.permute(1, 2, 0).numpy()
 
 
-def uniform(generator: torch.Generator, low: float, high: float, count: int = 1) -> Tensor:
-    """float32 (count,) in [low, high)."""
-    return low + (high - low) * torch.rand(count, generator=generator)
-
-
 def random_crop(tile: UInt8[Tensor, "3 h w"], generator: torch.Generator) -> UInt8[Tensor, "3 h w"]:
     """Half of the tiles: a square of 384 to 600 px out of the tile resized to 400, 500 or 600, at the tile's own size."""
     drawn = torch.rand(4, generator=generator)
@@ -96,7 +91,7 @@ def hed_jitter(tile: UInt8[Tensor, "3 h w"], generator: torch.Generator, strengt
 
 def colour_jitter(tile: UInt8[Tensor, "3 h w"], generator: torch.Generator, strength: float) -> UInt8[Tensor, "3 h w"]:
     """Brightness, contrast and saturation, each scaled by 1 -+ strength."""
-    factors = uniform(generator, max(0.0, 1 - strength), 1 + strength, 3).tolist()
+    factors = (1 + strength * (2 * torch.rand(3, generator=generator) - 1)).tolist()
     for adjust, factor in zip((F.adjust_brightness, F.adjust_contrast, F.adjust_saturation), factors):
         tile = adjust(tile, factor)
     return tile
@@ -104,7 +99,9 @@ def colour_jitter(tile: UInt8[Tensor, "3 h w"], generator: torch.Generator, stre
 
 def random_blur(tile: UInt8[Tensor, "3 h w"], generator: torch.Generator, most: float) -> UInt8[Tensor, "3 h w"]:
     """Half of the tiles: a Gaussian blur with a sigma of up to `most` px."""
-    chosen, sigma = float(uniform(generator, 0, 1)), float(uniform(generator, min(LEAST_BLUR, most), most))
-    if chosen >= BLUR_SHARE:
+    drawn = torch.rand(2, generator=generator).tolist()
+    if drawn[0] >= BLUR_SHARE:
         return tile
+    low = min(LEAST_BLUR, most)
+    sigma = low + drawn[1] * (most - low)
     return F.gaussian_blur(tile, [2 * max(1, round(3 * sigma)) + 1] * 2, [sigma, sigma])
