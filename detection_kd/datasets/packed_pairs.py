@@ -54,7 +54,7 @@ class Pack:
         try:
             with h5py.File(self.path, "r") as file:
                 self._read(file)
-        except (OSError, KeyError, json.JSONDecodeError) as error:
+        except (OSError, KeyError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError) as error:
             raise UserError(f"{path}: expected a packed distillation set, cannot be read: {error}; pack it again") from None
         self._descriptor: tuple[int, int] | None = None
 

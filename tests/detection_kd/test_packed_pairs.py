@@ -122,6 +122,12 @@ def damage(path: Path, kind: str) -> None:
             file.attrs["format"] = "distillation pairs 0"
         elif kind == "no names":
             del file["names"]
+        elif kind == "numbers as names":
+            del file["names"]
+            file["names"] = np.arange(12)
+        elif kind == "group":
+            del file["names"]
+            file.create_group("names")
         elif kind == "offsets":
             file["offsets"][3] = 10**9
         elif kind == "compressed":
@@ -130,7 +136,9 @@ def damage(path: Path, kind: str) -> None:
             file.create_dataset("images", data=content, compression="gzip")
 
 
-@pytest.mark.parametrize("kind", ["text", "cut off", "format", "no names", "offsets", "compressed"])
+@pytest.mark.parametrize(
+    "kind", ["text", "cut off", "format", "no names", "numbers as names", "group", "offsets", "compressed"]
+)
 def test_a_broken_file_is_one_line(kind: str, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "set.h5"
     pack(f"dataset={folder}", f"output={output}")
