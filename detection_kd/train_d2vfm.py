@@ -10,7 +10,7 @@ Writes a run directory; `checkpoint_best.pt` (best cosine similarity on held-out
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,32 +28,19 @@ from common.files import sha256_file
 from common.progress import progress
 from common.run import Tracker, open_run
 from common.seed import epoch_generator, seed_everything, seed_worker
+from detection_kd.augmentation_keys import AugmentationKeys
 from detection_kd.datasets.distillation import DistillationTiles, Pair, pairs_digest, read_pairs, split_by_slide
-from detection_kd.datasets.pair_problems import decode_tile
-from detection_kd.datasets.tile_augmentation import TileAugmentation
 from detection_kd.losses.feature_regression import FEATURE_LOSSES
 from detection_kd.metrics import feature_agreement
 from detection_kd.models.adapter import ADAPTERS
 from detection_kd.models.backbone import load_backbone
-from detection_kd.models.online_teacher import OnlineTeacher, build_online_teacher
+from detection_kd.models.online_teacher import OnlineTeacher, online_teacher
 from detection_kd.models.student import Pooled, Student, student_config
 from patch_encoder.models.encoder_table import IMAGENET
 from patch_encoder.models.encoders import PixelEncoder
 
 logger = logging.getLogger(__name__)
 POOLING_BATCH = 32  # tiles; fixed, so that cached features do not depend on the training batch
-COMPARED_TILES = 8  # tiles on which an online teacher is compared with the stored features
-
-
-@dataclass
-class Augmentation:
-    """What `augment` adds to flips and turns; published: crop=true sizes=[480,512,...,800]."""
-
-    sizes: list[int] = key([], "a step's tiles are resized to one of these sides, drawn at random, px; empty: scales")
-    crop: bool = key(False, "cut half of the tiles at random, as Deformable DETR, and bring them back to their size")
-    stain: float = key(0.0, "scale and shift the stains' densities by up to this, 0.05 is mild; 0: off")
-    colour: float = key(0.0, "scale brightness, contrast and saturation by 1 -+ this; 0: off")
-    blur: float = key(0.0, "blur half of the tiles with a sigma of up to this, px; 0: off")
 
 
 @dataclass
@@ -77,7 +64,7 @@ class Config:
     clip_norm: float = key(0.1, "gradient clipping, L2 norm; 0: off")
     augment: bool = key(True, "flip and turn tiles; the teacher's feature stays that of the tile as it was")
     scales: list[float] = key([1.0], "a step's tiles are resized by one of these factors, drawn at random")
-    augmentation: Augmentation = group(Augmentation, "further augmentation")
+    augmentation: AugmentationKeys = group(AugmentationKeys, "further augmentation")
     online_teacher: str = key("", "encoder that is run on the augmented tiles; empty: the stored features of plain tiles")
     teacher_weights: str = key("", "its local weights file or folder; empty: from its hub")
     teacher_crop: bool = key(True, "its centre crop, as `crop` of extract_features")
@@ -169,55 +156,15 @@ def make_sets(
 ) -> tuple[Dataset, Dataset]:
     """Training and validation set: tiles, or what the frozen backbone makes of them when `cache`."""
     train_pairs, val_pairs = split_by_slide(pairs, config.val_share, config.seed)
-    options = asdict(config.augmentation)
-    del options["sizes"]  # a step's tiles are of one size: drawn in the loop
-    view = online.transform if online else None
-    settings = {"augment": config.augment, "augmentation": TileAugmentation(**options), "teacher_view": view}
-    train = DistillationTiles(train_pairs, seed=config.seed, **settings)
+    options = {"augmentation": config.augmentation.of_tiles(), "teacher_view": online.transform if online else None}
+    train = DistillationTiles(train_pairs, augment=config.augment, seed=config.seed, **options)
     val = DistillationTiles(val_pairs, augment=False, seed=config.seed)
     if not config.cache:
         return train, val
-    turned = [DistillationTiles(train_pairs, augment=False, seed=config.seed, turns=turns) for turns in range(config.views)]
-    return pooled_set(student, ConcatDataset(turned), config, world), pooled_set(student, val, config, world)
-
-
-def check_augmentation(config: Config) -> None:
-    """Refuse keys that contradict each other or would do nothing.
-
-    Raises:
-        UserError: one of them.
-    """
-    extra = config.augmentation
-    if config.cache and (config.augment or config.scales != [1.0] or extra.sizes or config.online_teacher):
-        raise UserError(
-            "cache=true: expected augment=false, scales=[1.0], no augmentation.sizes and no online_teacher, since cached "
-            "features cannot be augmented"
-        )
     if not 1 <= config.views <= 4:
         raise UserError(f"views={config.views}: expected 1 to 4 quarter turns")
-    if not config.scales or not all(0 < scale <= 4 for scale in config.scales):
-        raise UserError(f"scales={config.scales}: expected factors above 0, at most 4")
-    if extra.sizes and (config.scales != [1.0] or min(extra.sizes) < 32):
-        raise UserError(f"augmentation.sizes={extra.sizes}: expected sides of at least 32 px, and scales=[1.0] with them")
-    if not (0 <= extra.stain < 1 and 0 <= extra.colour <= 1 and 0 <= extra.blur <= 10):
-        raise UserError(
-            f"augmentation: expected 0 <= stain < 1, 0 <= colour <= 1, 0 <= blur <= 10, found {extra.stain:g}, "
-            f"{extra.colour:g}, {extra.blur:g}"
-        )
-    if not config.augment and (extra.crop or extra.stain or extra.colour or extra.blur):
-        raise UserError("augmentation.crop, stain, colour, blur: expected augment=true with them, found augment=false")
-
-
-def make_teacher(config: Config, pairs: list[Pair], world: World) -> OnlineTeacher | None:
-    """The teacher that runs on augmented tiles, compared with the stored features, when one is asked for."""
-    if not config.online_teacher:
-        return None
-    precision = pick_precision(config.precision, world.device)
-    weights, crop = config.teacher_weights, config.teacher_crop
-    teacher = build_online_teacher(config.online_teacher, weights, crop, world.device, precision)
-    few = pairs[:: max(1, len(pairs) // COMPARED_TILES)][:COMPARED_TILES]
-    teacher.check([decode_tile(pair.picture()) for pair in few], torch.stack([pair.feature for pair in few]))
-    return teacher
+    turned = [DistillationTiles(train_pairs, augment=False, seed=config.seed, turns=turns) for turns in range(config.views)]
+    return pooled_set(student, ConcatDataset(turned), config, world), pooled_set(student, val, config, world)
 
 
 @torch.inference_mode()
@@ -249,14 +196,15 @@ def make_loaders(config: Config, world: World, train: Dataset, val: Dataset) -> 
 
 def main(config: Config) -> None:
     world = init_distributed(config.device)
-    check_augmentation(config)
+    config.augmentation.check(config.augment, config.scales, config.cache, config.online_teacher)
     report = Path(config.output) / "problems.csv" if world.is_main else None
     checks = {"verify": config.verify, "skip_bad": config.skip_bad}
     pairs = read_pairs(config.dataset, report=report, show=world.is_main, **checks)
     seed_everything(config.seed)
     student, rebuild = build_model(config, dim=len(pairs[0].feature))
     inputs = {"dataset": pairs_digest(pairs), "backbone": sha256_file(config.backbone)}
-    online = make_teacher(config, pairs, world)
+    wanted = config.online_teacher, config.teacher_weights, config.teacher_crop
+    online = online_teacher(*wanted, pairs, world.device, pick_precision(config.precision, world.device))
     inputs |= {"online_teacher": online.digest} if online else {}
     run = open_run(config.output, config, world, inputs=inputs, overwrite=config.overwrite, tracker=config.tracker)
     if run.results is not None:

@@ -15,9 +15,12 @@ from torch import Tensor
 
 from common.device import autocast
 from common.errors import UserError
+from detection_kd.datasets.pair_problems import decode_tile
+from detection_kd.datasets.pairs import Pair
 from patch_encoder.models.encoders import Encoder, build_encoder
 
 logger = logging.getLogger(__name__)
+COMPARED_TILES = 8
 LEAST_AGREEMENT = 0.9  # cosine; the same teacher on a tile that was stored as JPEG is far above
 
 
@@ -65,3 +68,15 @@ class OnlineTeacher:
 def build_online_teacher(name: str, weights: str, crop: bool, device: torch.device, precision: str) -> OnlineTeacher:
     """The encoder of that name with local weights or those of its hub; `crop` as in extract_features."""
     return OnlineTeacher(build_encoder(name, weights, crop=crop), device, precision)
+
+
+def online_teacher(
+    name: str, weights: str, crop: bool, pairs: Sequence[Pair], device: torch.device, precision: str
+) -> OnlineTeacher | None:
+    """The same, compared with the stored features of a few of the pairs; None without a name."""
+    if not name:
+        return None
+    teacher = build_online_teacher(name, weights, crop, device, precision)
+    few = pairs[:: max(1, len(pairs) // COMPARED_TILES)][:COMPARED_TILES]
+    teacher.check([decode_tile(pair.picture()) for pair in few], torch.stack([pair.feature for pair in few]))
+    return teacher
