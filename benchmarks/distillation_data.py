@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import resource
 import shutil
 import statistics
 import sys
@@ -71,25 +72,40 @@ def bytes_only(pairs: list[Pair]) -> int:
     return len(pairs)
 
 
-def measure(sources: dict[str, Path], a: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """{form: {what: figure}}, medians over rounds in which the forms take turns."""
+def cpu_seconds() -> float:
+    """Of this process and of workers that have ended: what other jobs of the machine do not change."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def one_round(path: Path, a: argparse.Namespace) -> tuple[dict[str, float], str]:
+    """({what: figure}, digest of the pairs) of one form."""
     calls: dict[str, Callable[[list[Pair]], int]] = {
-        "loader tiles/s": lambda pairs: loaded(pairs, a.workers, a.batch),
-        "bytes only tiles/s": bytes_only,
+        "loader": lambda pairs: loaded(pairs, a.workers, a.batch),
+        "bytes only": bytes_only,
     }
-    figures: dict[str, dict[str, list[float]]] = {form: {} for form in sources}
-    digests = set()
-    for _ in range(a.rounds):
-        for form, path in sources.items():
-            start = time.perf_counter()
-            pairs = read_pairs(path)
-            figures[form].setdefault("check s", []).append(time.perf_counter() - start)
-            digests.add(pairs_digest(pairs))
-            for name, call in calls.items():
-                start = time.perf_counter()
-                figures[form].setdefault(name, []).append(call(pairs) / (time.perf_counter() - start))
-    assert len(digests) == 1, "both forms hold the same pairs"
-    return {form: {name: statistics.median(values) for name, values in found.items()} for form, found in figures.items()}
+    start = time.perf_counter()
+    pairs = read_pairs(path)
+    found = {"check s": time.perf_counter() - start}
+    for name, call in calls.items():
+        start, used = time.perf_counter(), cpu_seconds()
+        count = call(pairs)
+        found[f"{name} tiles/s"] = count / (time.perf_counter() - start)
+        found[f"{name} CPU ms/tile"] = 1000 * (cpu_seconds() - used) / count
+    return found, pairs_digest(pairs)
+
+
+def measure(sources: dict[str, Path], a: argparse.Namespace) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """({form: {what: figure}}, {what: packed / folder}): medians over rounds, ratios within a round."""
+    rounds: list[dict[str, dict[str, float]]] = []
+    for number in range(a.rounds):
+        order = list(sources) if number % 2 else list(sources)[::-1]
+        results = {form: one_round(sources[form], a) for form in order}
+        assert len({digest for _, digest in results.values()}) == 1, "both forms hold the same pairs"
+        rounds.append({form: found for form, (found, _) in results.items()})
+    names = list(rounds[0]["folder"])
+    medians = {form: {name: statistics.median(r[form][name] for r in rounds) for name in names} for form in sources}
+    return medians, {name: statistics.median(r["packed"][name] / r["folder"][name] for r in rounds) for name in names}
 
 
 def on_disk(path: Path) -> dict[str, float]:
@@ -114,16 +130,16 @@ def main() -> None:
     render(sources["folder"], a.pairs)
     pack(sources["folder"], sources["packed"])
     disk = {form: on_disk(path) for form, path in sources.items()}
-    found = measure(sources, a)
-    found = {form: disk[form] | values for form, values in found.items()}
-    ratios = {name: found["packed"][name] / found["folder"][name] for name in found["folder"]}
+    medians, ratios = measure(sources, a)
+    found = {form: disk[form] | values for form, values in medians.items()}
+    ratios = {name: disk["packed"][name] / disk["folder"][name] for name in disk["folder"]} | ratios
     shutil.rmtree(a.cache, ignore_errors=True)
     if a.json:
         print(json.dumps(found | {"packed / folder": ratios} | {"pairs": a.pairs, "workers": a.workers, "batch": a.batch}))
         return
     print(f"{a.pairs} pairs, tiles of {TILE} px, D = {DIM}, {a.workers} workers, {a.rounds} rounds")
     for name, ratio in ratios.items():
-        print(f"  {name:20} folder {found['folder'][name]:10.1f}   packed {found['packed'][name]:10.1f}   ratio {ratio:8.4f}")
+        print(f"  {name:24} folder {found['folder'][name]:10.2f}   packed {found['packed'][name]:10.2f}   ratio {ratio:8.4f}")
 
 
 if __name__ == "__main__":
