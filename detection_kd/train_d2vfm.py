@@ -32,6 +32,7 @@ from common.files import sha256_file
 from common.progress import progress
 from common.run import Tracker, open_run
 from common.seed import epoch_generator, seed_everything, seed_worker
+from detection_kd.augmentation_keys import AugmentationKeys
 from detection_kd.datasets.distillation import DistillationTiles, Pair, pairs_digest, read_pairs, split_by_slide
 from detection_kd.feature_cache import DTYPES, CachedMaps, CacheKey, cached_maps, whole_batch
 from detection_kd.losses.feature_regression import FEATURE_LOSSES
@@ -39,6 +40,7 @@ from detection_kd.losses.feature_sum import ExtraTerms, FeatureSum, feature_sum
 from detection_kd.metrics import agreement
 from detection_kd.models.adapter import ADAPTERS
 from detection_kd.models.backbone import load_backbone
+from detection_kd.models.online_teacher import OnlineTeacher, online_teacher
 from detection_kd.models.pooling import POOLINGS
 from detection_kd.models.student import FrozenMaps, Head, Student, student_config
 from detection_kd.student_report import write_report
@@ -54,7 +56,7 @@ REPORTED = ("loss", "cosine", "r2", "knn_10")
 class Config:
     """Keys of the D2VFM stage; the defaults are the published ones."""
 
-    dataset: str = key(REQUIRED, "distillation set (folder with wsi_root/ and ann_root/)", path=True)
+    dataset: str = key(REQUIRED, "distillation set: folder with wsi_root/ and ann_root/, or packed .h5", path=True)
     backbone: str = key(REQUIRED, "backbone.pt of train_detector, or a whole detector checkpoint", path=True)
     output: str = key(REQUIRED, "run directory", runtime=True)
     teacher: str = key("", "name of the teacher, kept in the checkpoint")
@@ -77,6 +79,12 @@ class Config:
     ema: float = key(0.0, "decay of a moving average of the weights, which is then evaluated and kept (as 0.999); 0: off")
     augment: bool = key(True, "flip and turn tiles; the teacher's feature stays that of the tile as it was")
     scales: list[float] = key([1.0], "a step's tiles are resized by one of these factors, drawn at random")
+    augmentation: AugmentationKeys = group(AugmentationKeys, "further augmentation")
+    online_teacher: str = key("", "encoder that is run on the augmented tiles; empty: the stored features of plain tiles")
+    teacher_weights: str = key("", "its local weights file or folder; empty: from its hub")
+    teacher_crop: bool = key(True, "its centre crop, as `crop` of extract_features")
+    verify: bool = key(False, "decode every tile before training; else only its header is read", runtime=True)
+    skip_bad: bool = key(False, "train without the pairs that have problems", runtime=True)
     cache: bool = key(False, "compute the frozen backbone's features once and train the adapter on them; needs augment=false")
     views: int = key(1, "with cache: quarter turns of every training tile that are cached, 1 to 4")
     cache_dir: str = key("", "folder of the cached features, shared by runs; empty: d2vfm_cache beside the run", runtime=True)
@@ -136,6 +144,7 @@ class Job:
     loss: FeatureSum
     student: Student
     average: AveragedModel | None
+    online: OnlineTeacher | None
 
 
 def train_one_epoch(
@@ -148,9 +157,11 @@ def train_one_epoch(
     for step, (inputs, teacher) in enumerate(
         progress(loader, f"epoch {epoch + 1}", len(loader), "steps", enabled=world.is_main)
     ):
+        if job.online is not None:
+            teacher = job.online(teacher)
         inputs = on_device(inputs, world.device)
         if isinstance(inputs, Tensor):
-            inputs = rescale(inputs, config.scales, config.seed, epoch, step)
+            inputs = rescale(inputs, config.scales, config.augmentation.sizes, config.seed, epoch, step)
         with autocast(world.device, job.precision):
             features = model(inputs)
         loss, terms = job.loss(features.float(), teacher.to(world.device, non_blocking=True), gather_rows)
@@ -176,10 +187,11 @@ def on_device(inputs: Tensor | list[Tensor], device: torch.device) -> Tensor | l
     return [x.to(device, non_blocking=True) for x in inputs]
 
 
-def rescale(tiles: Tensor, scales: list[float], seed: int, epoch: int, step: int) -> Tensor:
-    """uint8 (B, 3, H, W) resized by a factor that follows (seed, epoch, step), the same on every process."""
+def rescale(tiles: Tensor, scales: list[float], sizes: list[int], seed: int, epoch: int, step: int) -> Tensor:
+    """uint8 (B, 3, H, W) resized by a factor or to a short side by (seed, epoch, step), the same on every process."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 1_000_003 + step)
-    scale = scales[int(torch.randint(len(scales), (1,), generator=generator))]
+    choices = [side / min(tiles.shape[-2:]) for side in sizes] or scales
+    scale = choices[int(torch.randint(len(choices), (1,), generator=generator))]
     if scale == 1.0:
         return tiles
     size = [max(32, round(side * scale)) for side in tiles.shape[-2:]]
@@ -200,16 +212,20 @@ def predict(model: nn.Module, loader: DataLoader, precision: str, device: torch.
 
 
 def make_sets(
-    config: Config, student: Student, pairs: list[Pair], world: World, inputs: dict[str, str]
+    config: Config,
+    student: Student,
+    pairs: list[Pair],
+    world: World,
+    inputs: dict[str, str],
+    online: OnlineTeacher | None = None,
 ) -> tuple[Dataset, Dataset]:
     """Training and validation set: tiles, or what the frozen backbone makes of them when `cache`."""
     train_pairs, val_pairs = split_by_slide(pairs, config.val_share, config.seed)
-    train = DistillationTiles(train_pairs, augment=config.augment, seed=config.seed)
+    options = {"augmentation": config.augmentation.of_tiles(), "teacher_view": online.transform if online else None}
+    train = DistillationTiles(train_pairs, augment=config.augment, seed=config.seed, **options)
     val = DistillationTiles(val_pairs, augment=False, seed=config.seed)
     if not config.cache:
         return train, val
-    if config.augment or config.scales != [1.0]:
-        raise UserError("cache=true: expected augment=false and scales=[1.0], since cached features cannot be augmented")
     if not 1 <= config.views <= 4:
         raise UserError(f"views={config.views}: expected 1 to 4 quarter turns")
     turned = [DistillationTiles(pairs, augment=False, seed=config.seed, turns=turns) for turns in range(config.views)]
@@ -253,17 +269,23 @@ def make_loaders(config: Config, world: World, train: Dataset, val: Dataset) -> 
 
 def main(config: Config) -> None:
     world = init_distributed(config.device)
+    config.augmentation.check(config.augment, config.scales, config.cache, config.online_teacher)
     labels = {record.slide_id: record.label for record in read_labels(config.labels)} if config.labels else {}
     loss = feature_sum(config.loss, config.loss_weight, config.extra)
-    pairs = read_pairs(config.dataset)
+    report = Path(config.output) / "problems.csv" if world.is_main else None
+    checks = {"verify": config.verify, "skip_bad": config.skip_bad}
+    pairs = read_pairs(config.dataset, report=report, show=world.is_main, **checks)
     seed_everything(config.seed)
     student, rebuild = build_model(config, dim=len(pairs[0].feature))
     inputs = {"dataset": pairs_digest(pairs), "backbone": sha256_file(config.backbone)}
+    wanted = config.online_teacher, config.teacher_weights, config.teacher_crop
+    online = online_teacher(*wanted, pairs, world.device, pick_precision(config.precision, world.device))
+    inputs |= {"online_teacher": online.digest} if online else {}
     run = open_run(config.output, config, world, inputs=inputs, overwrite=config.overwrite, tracker=config.tracker)
     if run.results is not None:
         logger.info("train_d2vfm: %s is finished: %s", run.path, run.results)
         return
-    train, val = make_sets(config, student, pairs, world, inputs)
+    train, val = make_sets(config, student, pairs, world, inputs, online)
     model = wrap(network(student, config, world), world)
     average = moving_average(student, config.ema)
     shown = student if average is None else average.module  # what is evaluated and kept
@@ -272,7 +294,7 @@ def main(config: Config) -> None:
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config.lr_drop)
     train_loader, val_loader = make_loaders(config, world, train, val)
     precision = pick_precision(config.precision, world.device)
-    job = Job(config, world, precision, loss, student, average)
+    job = Job(config, world, precision, loss, student, average, online)
     resumed: dict[str, Any] = {"optimizer": optimizer, "scheduler": scheduler}
     resumed |= {} if average is None else {"average": average}
     start, best = resume(run.last, student, **resumed)

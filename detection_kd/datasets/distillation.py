@@ -1,68 +1,21 @@
-"""The distillation set: tiles with their teacher's features, as `mil.rank_patches` writes it.
-
-<root>/wsi_root/<slide>/<patch>.jpg    the tile
-<root>/wsi_root/<slide>/<patch>.pt     its teacher feature, float32 (D,)
-<root>/ann_root/ann.json               COCO-style list of the images
-"""
+"""The distillation set as training items: fingerprint, split by slide, tiles with their teacher's features."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.checkpoint import load_tensors
 from common.errors import UserError
-from common.files import read_json, sha256_bytes
+from common.files import sha256_bytes
+from detection_kd.datasets.pair_problems import decode_tile
+from detection_kd.datasets.pairs import Pair, read_pairs
+from detection_kd.datasets.tile_augmentation import TileAugmentation
 
-
-@dataclass(frozen=True)
-class Pair:
-    """One tile and its teacher feature (D,)."""
-
-    slide_id: str
-    image: Path
-    feature: Tensor
-
-
-def read_pairs(root: str | Path) -> list[Pair]:
-    """All pairs of a distillation set, checked before any training.
-
-    Raises:
-        UserError: one line with the number of broken pairs and the first of them: missing image or feature, feature
-            that is no finite vector or of another width.
-    """
-    root = Path(root)
-    listing = read_json(root / "ann_root" / "ann.json", "the list of distillation images")
-    if not isinstance(listing, dict) or not listing.get("images"):
-        raise UserError(f"{root}/ann_root/ann.json: expected a COCO-style file with images, found none")
-    pairs, problems = [], []
-    for entry in listing["images"]:
-        image = root / "wsi_root" / entry["file_name"]
-        try:
-            pairs.append(_read_pair(image))
-        except UserError as error:
-            problems.append(str(error))
-    widths = sorted({len(pair.feature) for pair in pairs})
-    if len(widths) > 1:
-        problems.append(f"features of several widths {widths}")
-    if problems:
-        raise UserError(f"{root}: {len(problems)} of {len(listing['images'])} pairs cannot be used, first: {problems[0]}")
-    return pairs
-
-
-def _read_pair(image: Path) -> Pair:
-    if not image.is_file():
-        raise UserError(f"{image}: expected a tile, found no file")
-    feature = load_tensors(image.with_suffix(".pt"), "a teacher feature")
-    if not isinstance(feature, Tensor) or feature.dim() != 1 or not torch.isfinite(feature).all():
-        raise UserError(f"{image.with_suffix('.pt')}: expected one finite vector (D,)")
-    return Pair(image.parent.name, image, feature.float())
+__all__ = ["DistillationTiles", "Pair", "pairs_digest", "read_pairs", "split_by_slide"]
 
 
 def pairs_digest(pairs: list[Pair]) -> str:
@@ -85,17 +38,36 @@ def split_by_slide(pairs: list[Pair], val_share: float, seed: int) -> tuple[list
 
 
 class DistillationTiles(Dataset):
-    """Item: (tile uint8 (3, H, W), teacher feature float32 (D,)); flipped and turned at random when `augment`.
+    """Item: (tile uint8 (3, H, W), teacher feature float32 (D,)); the tile augmented when `augment`.
 
     The augmentation of an item follows (seed, epoch, index) alone, so that workers, resuming and the number of
     processes do not change it. Without it every tile is turned by `turns` quarters.
+
+    Args:
+        pairs: the pairs.
+        augment: flips and turns, and what `augmentation` adds.
+        seed: of the augmentation.
+        turns: quarter turns of every tile without augmentation.
+        augmentation: None: flips and turns alone.
+        teacher_view: transform of a teacher that runs on the augmented tile; its result takes the feature's place.
     """
 
-    def __init__(self, pairs: list[Pair], *, augment: bool, seed: int, turns: int = 0) -> None:
+    def __init__(
+        self,
+        pairs: list[Pair],
+        *,
+        augment: bool,
+        seed: int,
+        turns: int = 0,
+        augmentation: TileAugmentation | None = None,
+        teacher_view: Callable[[np.ndarray], Tensor] | None = None,
+    ) -> None:
         self.pairs = pairs
         self.augment = augment
         self.seed = seed
         self.turns = turns
+        self.augmentation = augmentation or TileAugmentation()
+        self.teacher_view = teacher_view
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -104,13 +76,13 @@ class DistillationTiles(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         pair = self.pairs[index]
         try:
-            with Image.open(pair.image) as image:
-                tile = np.asarray(image.convert("RGB"))
-        except (OSError, UnidentifiedImageError) as error:
+            tile = decode_tile(pair.picture())
+        except (OSError, ValueError) as error:
             raise UserError(f"{pair.image}: expected a tile, cannot be decoded: {error}") from None
         if self.augment:
-            turns, flip = np.random.default_rng((self.seed, self.epoch, index)).integers((4, 2))
-            tile = np.rot90(tile[:, ::-1] if flip else tile, turns)
+            tile = self.augmentation(tile, np.random.default_rng((self.seed, self.epoch, index)))
         else:
             tile = np.rot90(tile, self.turns)
-        return torch.from_numpy(tile.copy()).permute(2, 0, 1), pair.feature
+        tile = np.ascontiguousarray(tile)
+        target = pair.feature if self.teacher_view is None else self.teacher_view(tile)
+        return torch.from_numpy(tile.copy()).permute(2, 0, 1), target

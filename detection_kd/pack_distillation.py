@@ -1,0 +1,300 @@
+"""Pack a distillation set into one file for training, from the folder of rank_patches or straight from slides and teacher bags.
+
+    python -m detection_kd.pack_distillation dataset=runs/distillation output=runs/distillation.h5
+    python -m detection_kd.pack_distillation slides=cohort/slides coords=runs/tiles features=runs/features/gigapath tiles=50 \\
+        output=runs/distillation.h5
+
+A folder's pictures keep their bytes; training on either form gives the same batches. From slides, tiles are all, drawn at
+random, or the highest of a ranking; finished slides wait in `<output>.parts/` for the others, so that a killed run goes on.
+Problems are listed beside the output: `problems.csv` (pairs of a folder; tiles that coordinates and bags do not share) and
+`failures.csv` (slides; the exit status is then 1 and the file holds the others).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from common import __version__
+from common.cli import launch
+from common.config import REQUIRED, key
+from common.differences import differences
+from common.errors import UserError
+from common.files import read_json, sha256_bytes, sha256_file
+from common.progress import progress
+from detection_kd.datasets.cut_pairs import JPEG_QUALITY, CutJob, Ranking, cut_slide, features_of, read_ranking
+from detection_kd.datasets.distillation import pairs_digest, read_pairs
+from detection_kd.datasets.packed_pairs import SUFFIXES, UNKNOWN, Pack, PackWriter
+from detection_kd.datasets.pair_problems import Problems
+from patch_encoder.bags import bag_digest, bag_files
+from patch_encoder.cohort import SlideRecord, find_slides, locate, read_labels
+from patch_encoder.coordinates import tile_pattern_of
+from patch_encoder.disk_space import full_disk_explained
+from patch_encoder.failures import Failures
+
+logger = logging.getLogger(__name__)
+STAGE = "pack_distillation"
+MISMATCHES = {"without_feature": "tile without feature", "without_tile": "feature without tile"}
+ENCODINGS = ("jpeg", "png")
+
+
+@dataclass
+class Config:
+    """Keys of packing."""
+
+    output: str = key(REQUIRED, "the packed file, .h5", runtime=True)
+    dataset: str = key("", "folder with wsi_root/ and ann_root/ to be packed; or give slides and features", path=True)
+    slides: str = key("", "folder of slides, any tree", path=True)
+    features: str = key("", "folder of the teacher's feature bags", path=True)
+    coords: str = key("", "folder of coordinates files; empty: the corners in the bags", path=True)
+    labels: str = key("", "labels.csv: only its slides, and mpp from it", path=True)
+    subset: str = key("", "only slides with this value in the split column (or one of several: train,val); empty: all")
+    tiles: int = key(0, "tiles of each slide, at random or the highest of the ranking; 0: all")
+    ranking: str = key("", "csv with slide_id,x,y,score, or ann_root/ann.json of rank_patches; empty: at random", path=True)
+    encoding: str = key("jpeg", "of tiles that are cut; a tile folder's own JPEGs are copied", choices=ENCODINGS)
+    dtype: str = key(
+        "auto", "stored features; auto: as in the bags, float32 from a folder", choices=("auto", "float16", "float32")
+    )
+    seed: int = key(2024, "seed of the random tiles")
+    verify: bool = key(False, "decode every picture of a folder; else only its header is read", runtime=True)
+    skip_bad: bool = key(False, "leave pairs of a folder that have problems out instead of stopping")
+    workers: int = key(1, "slides cut at a time", runtime=True)
+    overwrite: bool = key(False, "replace a packed set of another provenance", runtime=True)
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work before anything is read."""
+    if bool(config.dataset) == bool(config.slides) or bool(config.slides) != bool(config.features):
+        raise UserError("expected either dataset=, or slides= and features= (and coords=), found neither or parts of both")
+    if Path(config.output).suffix not in SUFFIXES:
+        raise UserError(f"output={config.output}: expected a file that ends in {' or '.join(SUFFIXES)}")
+    if config.tiles < 0 or config.workers < 1:
+        raise UserError(f"tiles={config.tiles}, workers={config.workers}: expected at least 0 and at least 1")
+    if config.subset and not config.labels:
+        raise UserError(f"subset={config.subset}: expected labels= with it, found none")
+
+
+def is_done(output: Path, provenance: Mapping[str, Any], overwrite: bool) -> bool:
+    """Whether the file is there, whole, of this provenance and without slides that failed.
+
+    Raises:
+        UserError: it holds another set.
+    """
+    if overwrite or not output.exists():
+        return False
+    found = dict(Pack(output).provenance)
+    found.pop("software_version", None)
+    failed = found.pop("failed", [])
+    known, wanted = _without(found, failed), _without(dict(provenance), failed)
+    if known != wanted:
+        changed = differences(known, wanted)
+        raise UserError(f"{output}: holds another packed set: {changed}; choose another output or set overwrite=true")
+    return not failed
+
+
+def _without(provenance: dict[str, Any], failed: Sequence[str]) -> dict[str, Any]:
+    """A provenance but for slides that failed, which may have been mended."""
+    slides = provenance.get("slides", {})
+    return provenance | {"slides": {name: digest for name, digest in slides.items() if name not in failed}}
+
+
+def pack_folder(config: Config, output: Path) -> int:
+    """Pack a folder in the order of its list; pictures keep their bytes."""
+    root = Path(config.dataset)
+    report = output.parent / "problems.csv"
+    pairs = read_pairs(root, report=report, verify=config.verify, skip_bad=config.skip_bad, show=True)
+    stamp = root / "distillation.json"
+    made_by = read_json(stamp, "a distillation set's provenance") if stamp.is_file() else {}
+    dtype = "float32" if config.dtype == "auto" else config.dtype
+    provenance = {"source": "folder", "distillation": made_by, "pairs": pairs_digest(pairs), "dtype": dtype}
+    if is_done(output, provenance, config.overwrite):
+        logger.info("%s: %s is there already", STAGE, output)
+        return 0
+    corners = listed_corners(root)
+    with full_disk_explained(output.parent), PackWriter(output, dtype) as writer:
+        for pair in progress(pairs, "packing", len(pairs), "pairs"):
+            corner = corners.get(f"{pair.slide_id}/{pair.image.name}", UNKNOWN)
+            writer.append(pair.slide_id, pair.image.name, pair.picture(), pair.feature.numpy(), corner)
+        writer.finish(provenance | {"software_version": __version__})
+    said(output, len(pairs))
+    return 0
+
+
+def listed_corners(root: Path) -> dict[str, tuple[int, int]]:
+    """<slide>/<patch>.jpg -> (x, y), where the list has them."""
+    images = read_json(root / "ann_root" / "ann.json", "the list of distillation images")["images"]
+    entries = (entry for entry in images if isinstance(entry, dict))
+    return {
+        str(e.get("file_name")): (e["x"], e["y"])
+        for e in entries
+        if isinstance(e.get("x"), int) and isinstance(e.get("y"), int)
+    }
+
+
+def find_jobs(config: Config, output: Path, ranking: dict[str, Ranking] | None, failures: Failures) -> list[CutJob]:
+    """One job per slide that has a teacher bag; the others are entered in `failures`."""
+    bags = bag_files(config.features)
+    folder = Path(config.coords) if config.coords else None
+    if folder is not None and (folder / "coords").is_dir():
+        folder = folder / "coords"
+    pattern = tile_pattern_of(folder.glob("[!.]*.h5") if folder else bags.values())
+    records = chosen_records(config)
+    paths = locate(records, config.slides, pattern) if records else find_slides(config.slides, pattern)
+    mpps = {record.slide_id: record.mpp for record in records}
+    dtypes = {features_of(bags[slide_id])[0] for slide_id in paths if slide_id in bags}
+    stored = config.dtype if config.dtype != "auto" else "float16" if dtypes == {"float16"} else "float32"
+    jobs = []
+    for slide_id, path in paths.items():
+        coords = folder / f"{slide_id}.h5" if folder else None
+        if slide_id not in bags:
+            failures.add(slide_id, f"expected a teacher bag in {config.features}, found none")
+        elif coords is not None and not coords.is_file():
+            failures.add(slide_id, f"{coords}: expected a coordinates file, found none")
+        else:
+            scores = None if ranking is None else ranking.get(slide_id, {})
+            wanted = (config.tiles, config.seed, scores, config.encoding, stored)
+            part = output.with_name(f"{output.name}.parts") / f"{slide_id}.h5"
+            jobs.append(CutJob(slide_id, path, mpps.get(slide_id), coords, bags[slide_id], *wanted, part))
+    return jobs
+
+
+def chosen_records(config: Config) -> list[SlideRecord]:
+    """The rows of labels.csv that take part; none without one."""
+    if not config.labels:
+        return []
+    values = {value.strip() for value in config.subset.split(",") if value.strip()}
+    records = [record for record in read_labels(config.labels) if not values or record.split in values]
+    if not records:
+        raise UserError(f"subset={config.subset}: expected slides with it in the split column of {config.labels}, found none")
+    return records
+
+
+def part_provenance(job: CutJob, ranking: str) -> dict[str, Any]:
+    """What decides the pairs of one slide."""
+    quality = JPEG_QUALITY if job.encoding == "jpeg" else None
+    settings = {"tiles": job.count, "seed": job.seed, "ranking": ranking, "encoding": job.encoding, "jpeg_quality": quality}
+    coords = sha256_file(job.coords) if job.coords else None
+    return settings | {"dtype": job.dtype, "bag": bag_digest(job.bag), "coords": coords}
+
+
+def one_teacher(jobs: Sequence[CutJob]) -> dict[str, str]:
+    """The encoder that made all bags, {} where they do not say.
+
+    Raises:
+        UserError: bags of several encoders.
+    """
+    found = {job.slide_id: features_of(job.bag)[1] for job in jobs}
+    first = jobs[0].slide_id
+    for slide_id, encoder in found.items():
+        if encoder != found[first]:
+            changed = differences(found[first], encoder)
+            raise UserError(f"expected bags of one teacher, found two: slides {first} and {slide_id} differ in {changed}")
+    return found[first]
+
+
+def cut(job: CutJob, ranking: str) -> str | None:
+    """Cut a slide unless its part is there; one line on what went wrong, or None."""
+    try:
+        provenance = part_provenance(job, ranking)
+        if job.part.exists():
+            found = Pack(job.part).provenance
+            if {name: found.get(name) for name in provenance} == provenance:
+                return None
+        with full_disk_explained(job.part.parent):
+            cut_slide(job, provenance)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def cut_all(jobs: Sequence[CutJob], ranking: str, workers: int) -> Iterator[str | None]:
+    """Outcomes in the order of the jobs."""
+    work = partial(cut, ranking=ranking)
+    if workers <= 1 or len(jobs) <= 1:
+        yield from map(work, jobs)
+        return
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn")) as pool:
+        yield from pool.map(work, jobs)
+
+
+def pack_slides(config: Config, output: Path) -> int:
+    """Cut, then join the slides' parts; returns 1 when slides failed."""
+    failures = Failures(STAGE)
+    ranking = read_ranking(config.ranking) if config.ranking else None
+    digest = sha256_file(config.ranking) if config.ranking else ""
+    jobs = find_jobs(config, output, ranking, failures)
+    if not jobs:
+        raise UserError(f"features={config.features}: expected bags of the slides, found none that fits")
+    slides = {job.slide_id: sha256_bytes(json.dumps(part_provenance(job, digest)).encode()) for job in jobs}
+    settings = {
+        "tiles": config.tiles,
+        "seed": config.seed,
+        "ranking": digest,
+        "encoding": config.encoding,
+        "dtype": jobs[0].dtype,
+    }
+    provenance = {"source": "slides", "teacher": one_teacher(jobs), **settings, "slides": slides}
+    if is_done(output, provenance, config.overwrite) and not failures.rows:
+        logger.info("%s: %s is there already", STAGE, output)
+        return 0
+    done = []
+    for job, error in zip(jobs, progress(cut_all(jobs, digest, config.workers), "cutting tiles", len(jobs), "slides")):
+        if error is None:
+            done.append(Pack(job.part))
+        else:
+            failures.add(job.slide_id, error)
+    list_mismatches(done, output)
+    if not done:
+        failures.write(output.parent)
+        raise UserError(f"{output}: no slide could be cut, see {output.parent / failures.name}")
+    failed = [row["slide"] for row in failures.rows]
+    join(done, output, jobs[0].dtype, provenance | {"failed": failed, "software_version": __version__})
+    if not failed:
+        shutil.rmtree(jobs[0].part.parent, ignore_errors=True)
+    return failures.write(output.parent)
+
+
+def join(parts: Sequence[Pack], output: Path, dtype: str, provenance: dict[str, Any]) -> None:
+    """One packed set of many, in their order."""
+    with full_disk_explained(output.parent), PackWriter(output, dtype) as writer:
+        for part in progress(parts, "joining", len(parts), "slides"):
+            for row in range(len(part)):
+                corner = tuple(part.coords[row].tolist())
+                writer.append(part.slides[row], part.names[row], part.picture(row), part.features[row].numpy(), corner)
+            part.close()
+        writer.finish(provenance)
+    said(output, sum(len(part) for part in parts))
+
+
+def list_mismatches(parts: Sequence[Pack], output: Path) -> None:
+    """problems.csv: tiles that only the coordinates or only the bag of a slide has; those in common are used."""
+    problems, report = Problems(), output.parent / "problems.csv"
+    for part in parts:
+        for name, kind in MISMATCHES.items():
+            for x, y in part.provenance["mismatches"][name]:
+                problems.add(part.path.stem, f"{x}_{y}", kind, f"slide {part.path.stem}: {kind} at {x},{y}")
+    problems.settle(output, sum(len(part) for part in parts), report, skip_bad=True)
+
+
+def said(output: Path, count: int) -> None:
+    """What was made."""
+    logger.info("%s: %d pairs in %s (%.1f MiB)", STAGE, count, output, output.stat().st_size / 2**20)
+
+
+def main(config: Config) -> int:
+    check(config)
+    output = Path(config.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return pack_folder(config, output) if config.dataset else pack_slides(config, output)
+
+
+if __name__ == "__main__":
+    launch(main, Config)
