@@ -1,10 +1,10 @@
 """A D2VFM student as an ONNX file: float32, or int8 for CPUs with VNNI; and such a file as one more encoder.
 
-Batch, height and width are free (a fixed size was not faster), the input is uint8 pixels and the normalisation lies in the
-graph, BatchNorm in the convolutions. Post-training static quantisation after Jacob et al., CVPR 2018, as onnxruntime does it
-(QDQ): weights int8 by channel, activations uint8 with MinMax ranges, since vpdpbusd multiplies uint8 by int8 (int8 activations
-ran at a quarter of the speed). Only feature maps are int8, from the first convolution to the last: pooling and adapter are
-a thousandth of the work and stay float32, whatever they are.
+Batch, height and width are free (a fixed size was not faster; a student that resizes has one), the input is uint8 pixels and
+the normalisation lies in the graph, BatchNorm in the convolutions. Post-training static quantisation after Jacob et al., CVPR
+2018, as onnxruntime does it (QDQ): weights int8 by channel, activations uint8 with MinMax ranges, since vpdpbusd multiplies
+uint8 by int8 (int8 activations ran at a quarter of the speed). Only feature maps are int8, from the first convolution to the
+last: pooling and adapter are a thousandth of the work and stay float32, whatever they are.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from patch_encoder.models.encoders import Encoder
 from patch_encoder.models.onnx_network import OnnxNetwork, open_session
 from patch_encoder.models.transforms import ToInputSize
 
+logger = logging.getLogger(__name__)
 OPSET = 20
 KEY = "d2vfm"  # metadata of the file: what it is, as JSON
 RECORD = "export.json"
@@ -63,22 +64,37 @@ def export_onnx(module: nn.Module, tiles: UInt8[Tensor, "b 3 h w"], path: Path, 
     """
     onnx = import_onnx()
     folded = fold_batch_norms(module, tiles[:2])
-    sizes = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-    names: dict[str, Any] = {"input_names": ["pixels"], "output_names": ["features"]}
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # deprecations between torch and its exporter
-            program = torch.onnx.export(
-                folded, (tiles[:2],), dynamo=True, dynamic_shapes=(sizes,), opset_version=OPSET, verbose=False, **names
-            )
-    except torch.onnx.OnnxExporterError as error:
-        reason = next((line for line in str(error).splitlines()[1:] if line.strip()), str(error).splitlines()[0])
-        raise UserError(f"export: torch cannot export this student to ONNX: {reason.strip()[:200]}") from None
-    assert program is not None
-    model = program.model_proto
+        model = _program(folded, tiles[:2], (0, 2, 3))
+    except torch.onnx.OnnxExporterError:
+        logger.info("export: this student cannot be exported for any tile size, only for %d x %d px", *tiles.shape[2:])
+        model = _fixed_size(folded, tiles[:2])
     _strip(model)
     onnx.helper.set_model_props(model, {KEY: json.dumps(note, sort_keys=True)})
     onnx.save(model, str(path))
+
+
+def _fixed_size(module: nn.Module, tiles: Tensor) -> Any:
+    """What resizes (input_scale) is exported for one tile size."""
+    try:
+        return _program(module, tiles, (0,))
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise UserError(f"export: torch cannot export this student to ONNX: {reason[:200]}") from None
+
+
+@torch.no_grad()
+def _program(module: nn.Module, tiles: Tensor, free: tuple[int, ...]) -> Any:
+    """The exported model, with these dimensions of its input free."""
+    sizes = dict.fromkeys(free, torch.export.Dim.DYNAMIC)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations between torch and its exporter
+        program = torch.onnx.export(
+            module, (tiles,), dynamo=True, dynamic_shapes=(sizes,), opset_version=OPSET, verbose=False,
+            input_names=["pixels"], output_names=["features"],
+        )  # fmt: skip
+    assert program is not None
+    return program.model_proto
 
 
 def _strip(model: Any) -> None:

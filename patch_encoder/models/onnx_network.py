@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from common.errors import UserError
 
 REQUIREMENT = "onnxruntime>=1.20,<2"
-FLOAT_TYPE = "tensor(float)"
 
 
 def import_onnxruntime() -> Any:
@@ -54,11 +53,21 @@ class OnnxNetwork(nn.Module):
         pixels = pixels.contiguous()
         if self._session is None or self._device != pixels.device:
             self._session, self._device = open_session(self.path, pixels.device), pixels.device
-        name = self._session.get_inputs()[0].name
+        name = self._checked_input(pixels)
         if pixels.device.type == "cpu":
             (features,) = self._session.run(None, {name: pixels.numpy()})
             return torch.from_numpy(features)
         return self._on_cuda(name, pixels)
+
+    def _checked_input(self, pixels: Tensor) -> str:
+        """The input's name, when the file takes tiles of this size."""
+        source = self._session.get_inputs()[0]
+        if any(isinstance(side, int) and side != found for side, found in zip(source.shape[2:], pixels.shape[2:])):
+            raise UserError(
+                f"{self.path}: expected tiles of {source.shape[3]} x {source.shape[2]} px, for which it was exported, found "
+                f"{pixels.shape[3]} x {pixels.shape[2]}; export the student on these tiles"
+            )
+        return source.name
 
     def _on_cuda(self, name: str, pixels: Tensor) -> Tensor:
         """In place on the device, in torch's own stream: nothing waits for the host."""

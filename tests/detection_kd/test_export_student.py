@@ -18,7 +18,7 @@ from torch import nn
 from common.checkpoint import save_checkpoint
 from common.cli import run
 from common.errors import UserError
-from detection_kd import export_student, extract_student
+from detection_kd import compare_encoders, export_student, extract_student
 from detection_kd.models.backbone import Backbone
 from detection_kd.models.student import Student, student_config, student_encoder
 from detection_kd.models.student_onnx import any_student_encoder, feature_map_nodes
@@ -292,16 +292,18 @@ def test_distillation_tiles_and_scaled_students_are_exported_too(cohort: Path, t
     assert run(export_student.main, export_student.Config, keys) == 0
     record = json.loads((tmp_path / "out" / "export.json").read_text())
     assert record["forms"] == ["onnx"] and record["cosine"]["onnx"]["min"] >= 0.999
-    tiles = torch.stack([torch.from_numpy(textured(50 + i, 96)).permute(2, 0, 1) for i in range(2)])
-    found = OnnxNetwork(tmp_path / "out" / "student.onnx", DIM)(tiles)
+    network = OnnxNetwork(tmp_path / "out" / "student.onnx", DIM)
+    tiles = torch.stack([torch.from_numpy(textured(50 + i, SIDE)).permute(2, 0, 1) for i in range(2)])
+    found = network(tiles)
+    with pytest.raises(UserError, match="expected tiles of 64 x 64 px, for which it was exported, found 96 x 64"):
+        network(torch.zeros(1, 3, 64, 96, dtype=torch.uint8))
     expected = student_encoder(tmp_path / "half.pt", "s").model(tiles)
     assert nn.functional.cosine_similarity(found, expected).min() >= 0.999
 
 
 def test_one_student_gives_one_file(cohort: Path, exported: Path, tmp_path: Path) -> None:
-    assert export(cohort, tmp_path / "again") == 0
-    for name in export_student.FILES.values():
-        assert (tmp_path / "again" / name).read_bytes() == (exported / name).read_bytes()
+    assert export(cohort, tmp_path / "again", "int8=false") == 0
+    assert (tmp_path / "again" / "student.onnx").read_bytes() == (exported / "student.onnx").read_bytes()
 
 
 @pytest.mark.parametrize("norm", ["frozen", "batch"])
@@ -345,3 +347,26 @@ def test_compiled_student_has_the_same_features(cohort: Path, root: Path, backen
     code = COMPILED.format(path=str(cohort / "student.pt"), backend=backend)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_comparison_takes_options_of_encoders_and_exported_students(
+    cohort: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = on_cohort(cohort, tmp_path / "cost.json", "tiles=4", "rounds=1", "batch_size=4", "workers=0", "precision=fp32")
+    encoders = "encoders=[resnet18=random layer=1 crop=false, resnet18=random layer=2]"
+    done = run(compare_encoders.main, compare_encoders.Config, [*keys, encoders, f"student={exported}/student_int8.onnx"])
+    assert done == 0, capsys.readouterr().err
+    costs = json.loads((tmp_path / "cost.json").read_text())
+    assert {name: cost["dim"] for name, cost in costs.items()} == {
+        "resnet18-layer1": 64,
+        "resnet18-layer2": 128,
+        "student_int8": DIM,
+    }
+    assert costs["resnet18-layer1"]["gflops"] < costs["resnet18-layer2"]["gflops"] and costs["student_int8"]["gflops"] is None
+    for encoders, message in (
+        ("encoders=[resnet18=random layer=9]", "layer expected one of 0, 1, 2, 3, 4, found '9'"),
+        ("encoders=[resnet18=random, resnet18=random crop=false]", "expected encoders of different names"),
+        ("encoders=[resnet18=random layre=2]", "layre=2"),
+    ):
+        assert run(compare_encoders.main, compare_encoders.Config, [*keys, encoders, "overwrite=true"]) == 2
+        assert message in capsys.readouterr().err
