@@ -2,8 +2,8 @@
 
     python benchmarks/student.py [--device cpu] [--rounds 3] [--compile] [--bf16] [--memory] [--json]
 
-Random weights; the student is ResNet-50 up to `--needles` with the adapter mpa to 768. Tiles are 224 px for everyone, the
-student also at its published 256 (native size). Forms: `published` (all stages whatever the needle, no folding, one batch,
+Random weights; the student is ResNet-50 up to `--needles` with the adapter mpa to 768. Tiles are 224 px for everyone, with
+`--native` the student also at its published 256. Forms: `published` (all stages whatever the needle, no folding, one batch,
 channels first: TS2G-KD's loop), `fp32` and `bf16` (ours in PyTorch), `onnx` and `int8` (onnxruntime). In a round every
 contestant encodes a batch (ViT-g one tile); figures are medians over rounds, ratios medians of the rounds' ratios, each side
 in its faster form where `--compile` gives two. Slides per hour: extraction end to end, decoding included, over a rendered slide
@@ -46,8 +46,15 @@ from patch_encoder.models.encoders import Encoder, PixelEncoder, build_encoder
 from patch_encoder.models.onnx_network import OnnxNetwork
 from patch_encoder.models.transforms import ToInputSize
 
-VITS = {"vit_b16": "vit_base_patch16_224", "vit_b32": "vit_base_patch32_224", "vit_l16": "vit_large_patch16_224"}
-ENCODERS = {"vit_g14": "gigapath", "resnet50_layer3": "resnet50"}
+GIGAPATH = {"img_size": 224, "patch_size": 16, "mlp_ratio": 5.33334}
+VITS: dict[str, tuple[str, dict]] = {
+    "vit_b16": ("vit_base_patch16_224", {}),
+    "vit_b32": ("vit_base_patch32_224", {}),
+    "vit_l16": ("vit_large_patch16_224", {}),
+    "vit_g14": ("vit_giant_patch14_dinov2", GIGAPATH),
+}
+ENCODERS = {"resnet50_layer3": "resnet50"}
+FORMS = ("published", "fp32", "onnx", "int8")
 BARS = {("student_n1", "vit_b16"): 4.0, ("student_n1", "vit_g14"): 30.0}
 DIM, INPUT, TILE, SLIDE = 768, 224, 256, 10_000
 
@@ -75,7 +82,10 @@ def build(model: str, form: str = "fp32") -> nn.Module:
         return PixelEncoder(inner, IMAGENET).eval().requires_grad_(False)
     if model in ENCODERS:
         return build_encoder(ENCODERS[model], "random").model
-    return PixelEncoder(timm.create_model(VITS[model], num_classes=0), IMAGENET).eval().requires_grad_(False)
+    name, options = VITS[model]
+    # timm's own initial values take a minute for a billion weights
+    vit = timm.create_model(name, num_classes=0, weight_init="skip", **options)
+    return PixelEncoder(vit, IMAGENET).eval().requires_grad_(False)
 
 
 def side_of(model: str) -> int:
@@ -113,10 +123,10 @@ def contestants(a: argparse.Namespace) -> list[tuple[str, str]]:
     """(model, form) of everyone."""
     forms = ["fp32", *["fp32 compiled"] * a.compile, *["bf16"] * a.bf16, *["bf16 compiled"] * (a.bf16 and a.compile)]
     students = [f"student_n{needle}" for needle in a.needles]
-    out = [(s, form) for s in students for form in ("published", *forms, "onnx", "int8")]
-    out += [(f"student_n1@{TILE}", form) for form in ("published", "fp32", "onnx", "int8") if 1 in a.needles]
+    out = [(s, form) for s in students for form in [*a.forms, *forms[1:]]]
+    out += [(f"student_n1@{TILE}", form) for form in a.forms if 1 in a.needles and a.native]
     out += [(m, form) for m in a.models for form in (forms if m != "vit_g14" else ["fp32"])]
-    return [*out, *[("vit_b16", "onnx")] * ("vit_b16" in a.models)]
+    return [*out, *[("vit_b16", "onnx")] * ("vit_b16" in a.models and "onnx" in a.forms)]
 
 
 def counts(model: str, form: str) -> dict[str, float]:
@@ -178,24 +188,17 @@ def best(rates: dict[str, float], model: str, precision: str) -> float:
 
 def ratios(rounds: list[dict[str, float]], a: argparse.Namespace) -> dict[str, float]:
     """Medians over rounds of the ratios within a round."""
-    sides: dict[str, Callable[[dict[str, float]], float]] = {}
-    for needle in a.needles:
-        student = f"student_n{needle}"
-        for form in ("fp32", "onnx", "int8"):
-            sides[f"{student} {form} / {student} published"] = lambda r, s=student, f=form: (
-                (best(r, s, f) if f == "fp32" else r[f"{s} {f}"]) / r[f"{s} published"]
-            )
-        for other in a.models:
-            for form in ("fp32", "onnx", "int8", *["bf16"] * (a.bf16 and other != "vit_g14")):
-                sides[f"{student} {form} / {other} {'bf16' if form == 'bf16' else 'fp32'}"] = (
-                    lambda r, s=student, f=form, o=other: (
-                        (best(r, s, f) if f in ("fp32", "bf16") else r[f"{s} {f}"])
-                        / best(r, o, "bf16" if f == "bf16" else "fp32")
-                    )
-                )
-        if "vit_b16" in a.models:
-            sides[f"{student} onnx / vit_b16 onnx"] = lambda r, s=student: r[f"{s} onnx"] / r["vit_b16 onnx"]
-    return {name: statistics.median(side(r) for r in rounds) for name, side in sides.items()}
+    pairs = []
+    for student in (f"student_n{needle}" for needle in a.needles):
+        for form in [*(form for form in a.forms if form != "published"), *["bf16"] * a.bf16]:
+            pairs += [(student, form, student, "published")] if "published" in a.forms else []
+            pairs += [(student, form, other, "bf16" if form == "bf16" else "fp32") for other in a.models]
+            pairs += [(student, form, "vit_b16", "onnx")] if form == "onnx" and "vit_b16" in a.models else []
+    return {
+        f"{one} {form} / {other} {its}": statistics.median(best(r, one, form) / best(r, other, its) for r in rounds)
+        for one, form, other, its in pairs
+        if any(f"{other} {its}" == name for name in rounds[0])
+    }
 
 
 def verdicts(found: dict[str, float]) -> dict[str, bool]:
@@ -216,6 +219,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--needles", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--models", nargs="*", default=[*VITS, *ENCODERS], choices=[*VITS, *ENCODERS])
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS, help="of the student")
+    parser.add_argument("--native", action="store_true", help=f"the student of needle 1 at {TILE} px as well")
     parser.add_argument("--compile", action="store_true", help="compiled forms as well (a minute or two each)")
     parser.add_argument("--bf16", action="store_true", help="bf16 as well; slow on CPUs that emulate it")
     parser.add_argument("--memory", action="store_true", help="peak memory, a process each")
@@ -237,6 +242,7 @@ def measure(a: argparse.Namespace, folder: Path) -> dict[str, dict]:
             call()
             rates[name] = rows / (time.perf_counter() - start)
         rounds.append(rates)
+        print(f"round {len(rounds)}:", {name: round(rate, 2) for name, rate in rates.items()}, file=sys.stderr)
     rows: dict[str, dict] = {name: {"tiles_per_second": statistics.median(r[name] for r in rounds)} for name in calls}
     del calls
     for model, form in contestants(a):

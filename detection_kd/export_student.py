@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def draw_tiles(config: Config) -> tuple[UInt8[Tensor, "c 3 h w"], UInt8[Tensor, 
         if getattr(config, name) < least:
             raise UserError(f"{name}={getattr(config, name)}: expected at least {least}")
     wanted = config.calibration_tiles + config.check_tiles
-    drawn = [tile for tile, _ in zip(tiles_in(config), range(wanted))]
+    drawn = list(islice(tiles_in(config), wanted))
     if len(drawn) < wanted:
         raise UserError(
             f"export_student: expected {wanted} tiles (calibration_tiles + check_tiles), found {len(drawn)}; lower the two"
@@ -184,7 +185,8 @@ def main(config: Config) -> None:
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export.", dir=output) as folder:
         cosines = export(config, encoder, Path(folder), calibration, held_out)
-        (output / RECORD).unlink(missing_ok=True)
+        for name in (RECORD, *FILES.values()):
+            (output / name).unlink(missing_ok=True)
         digests = {}
         for form in cosines:
             with atomic_path(output / FILES[form]) as temporary:

@@ -34,6 +34,7 @@ OPSET = 20
 KEY = "d2vfm"  # metadata of the file: what it is, as JSON
 RECORD = "export.json"
 FILES = {"onnx": "student.onnx", "int8": "student_int8.onnx"}
+NOTED = {"form", "dim", "encoder", "transform"}
 PASSES_MAPS_ON = ("Relu", "Clip", "MaxPool", "Add")
 
 
@@ -177,7 +178,13 @@ def read_note(path: str | Path) -> dict[str, Any]:
         known = read_json(record, "the record of export_student").get("files", {}).get(Path(path).name)
         if known is not None and known != sha256_file(path):
             raise UserError(f"{path}: damaged: its digest is not that of {RECORD}; export it again with overwrite=true")
-    return json.loads(text)
+    try:
+        note = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: expected a note of export_student in its metadata, found {error}; export it again") from None
+    if not (isinstance(note, dict) and note.keys() >= NOTED and note["form"] in FILES):
+        raise UserError(f"{path}: expected a note of export_student with {', '.join(sorted(NOTED))}; export it again")
+    return note
 
 
 def exported_encoder(path: str | Path, name: str, device: torch.device) -> Encoder:

@@ -236,11 +236,14 @@ def test_extraction_refuses_files_and_settings_that_cannot_be(
     foreign = onnx.load(str(exported / "student.onnx"))
     foreign.ClearField("metadata_props")
     onnx.save(foreign, str(tmp_path / "foreign.onnx"))
+    onnx.helper.set_model_props(foreign, {"d2vfm": "{}"})
+    onnx.save(foreign, str(tmp_path / "empty.onnx"))
     good = exported / "student.onnx"
     for student, extra, message in (
         (tmp_path / "cut.onnx", [], "cut.onnx: expected an ONNX file, onnxruntime cannot read it"),
         (tmp_path / "text.onnx", [], "text.onnx: expected an ONNX file, onnxruntime cannot read it"),
         (tmp_path / "foreign.onnx", [], "expected a student of export_student, found another ONNX file"),
+        (tmp_path / "empty.onnx", [], "expected a note of export_student with dim, encoder, form, transform"),
         (good, ["compile=true"], "set compile=false"),
         (good, ["precision=bf16"], "set precision=auto"),
     ):
