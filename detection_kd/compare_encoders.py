@@ -1,6 +1,7 @@
 """What teacher and student cost, measured in one run: GFLOPs, parameters, tiles per second.
 
     python -m detection_kd.compare_encoders slides=... coords=... encoders=[stain_texture] student=... output=cost.json
+    ... encoders='[resnet50=random layer=2, dinov2_vitb14=weights.safetensors pool=mean crop=false]'
 
 Every encoder goes over the same tiles of the cohort in turn, several rounds, decoding included, so that a machine that
 is busy for a while is busy for all of them; the median round counts.
@@ -9,10 +10,12 @@ is busy for a while is busy for all of them; the median round counts.
 from __future__ import annotations
 
 import logging
+import re
 import statistics
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,15 +25,22 @@ from common.config import REQUIRED, key
 from common.device import PRECISIONS, pick_device, pick_precision
 from common.errors import UserError
 from common.files import write_json
-from detection_kd.models.student import student_encoder
+from detection_kd.models.student_onnx import any_student_encoder
 from patch_encoder.coordinates import Coordinates
 from patch_encoder.datasets.tiles import SlideJob, TileSequence
 from patch_encoder.engine import ExtractSettings, cohort_jobs, encoded, tile_batches
 from patch_encoder.failures import Failures
 from patch_encoder.inference import Network
 from patch_encoder.models.encoders import Encoder, build_encoder
+from patch_encoder.models.pooling import POOLS
 
 logger = logging.getLogger(__name__)
+READERS: dict[str, dict[str, Any]] = {
+    "pool": {name: name for name in POOLS},
+    "layer": {str(layer): layer for layer in range(5)},
+    "crop": {"true": True, "false": False},
+}
+OPTION = re.compile(rf"\s+({'|'.join(READERS)})=(\S*)\s*$")
 
 
 @dataclass
@@ -40,9 +50,9 @@ class Config:
     slides: str = key(REQUIRED, "folder of slides, any tree", path=True)
     coords: str = key(REQUIRED, "folder of coordinates files", path=True)
     output: str = key(REQUIRED, "JSON file to write; kept when it is there", runtime=True)
-    encoders: list[str] = key([], "encoders of the table, name or name=weights")
-    student: str = key("", "checkpoint of train_d2vfm", path=True)
-    name: str = key("student", "name of the student")
+    encoders: list[str] = key([], "encoders: name or name=weights, then pool=..., layer=..., crop=... after spaces")
+    student: str = key("", "checkpoint of train_d2vfm, or an .onnx file of export_student", path=True)
+    name: str = key("", "name of the student; empty: student, student_onnx or student_int8")
     labels: str = key("", "labels.csv", path=True)
     tiles: int = key(512, "tiles a round")
     rounds: int = key(3, "rounds; the median counts")
@@ -55,12 +65,26 @@ class Config:
 
 def build_model(config: Config) -> list[Encoder]:
     """All encoders to be compared."""
-    encoders = [build_encoder(*(spec.split("=", 1))) for spec in config.encoders]
+    encoders = [encoder_of(spec) for spec in config.encoders]
     if config.student:
-        encoders.append(student_encoder(config.student, config.name))
+        encoders.append(any_student_encoder(config.student, config.name, pick_device(config.device)))
     if not encoders:
         raise UserError("compare_encoders: expected encoders=[...] or student=..., found neither")
+    names = [encoder.name for encoder in encoders]
+    if len(set(names)) < len(names):
+        raise UserError(f"compare_encoders: expected encoders of different names, found {names}; the table has one row a name")
     return encoders
+
+
+def encoder_of(spec: str) -> Encoder:
+    """The encoder of `name[=weights] [pool=...] [layer=...] [crop=true|false]`; a path to weights may hold spaces."""
+    options: dict[str, Any] = {}
+    while match := OPTION.search(spec):
+        spec, (name, text) = spec[: match.start()], match.groups()
+        if text not in READERS[name]:
+            raise UserError(f"encoders: {name} expected one of {', '.join(READERS[name])}, found '{text}'")
+        options[name] = READERS[name][text]
+    return build_encoder(*spec.strip().split("=", 1), **options)
 
 
 def first_tiles(jobs: list[SlideJob], count: int) -> list[SlideJob]:

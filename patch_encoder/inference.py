@@ -15,13 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.ops import FrozenBatchNorm2d
 
 from common.device import autocast
 from common.errors import UserError
+from patch_encoder.models.onnx_network import OnnxNetwork
 
 logger = logging.getLogger(__name__)
 CPU_ROWS = 8  # the same for any number of threads: the last bits of a feature may hang on it
 FOLDING_TOLERANCE = 1e-3  # of the largest output
+NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)  # the second is what a detector's trunk has
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Network:
     def __init__(self, model: nn.Module, device: torch.device, precision: str, batch_size: int, compiler: str = "") -> None:
         self.device, self.precision, self.compiler = device, precision, compiler
         # a module without weights (a descriptor that the workers compute) would only compute the padding
-        has_weights = any(True for _ in model.parameters())
+        has_weights = isinstance(model, OnnxNetwork) or any(True for _ in model.parameters())
         self.rows = 0 if not has_weights else min(batch_size, CPU_ROWS) if device.type == "cpu" else batch_size
         self.batch_size = batch_size
         self._model = model.to(device, memory_format=torch.channels_last).eval()
@@ -118,7 +121,7 @@ def _explained(batch_size: int, device: torch.device, compile_errors: tuple[type
 
 
 def fold_batch_norms(model: nn.Module, example: Tensor) -> nn.Module:
-    """A copy with every BatchNorm2d folded into its convolution; the model itself where there is none.
+    """A copy with every batch norm folded into its convolution; the model itself where there is none.
 
     A pair is a convolution whose output, when `example` passes, is a BatchNorm's input. Whether something else takes that
     output too cannot be seen, so the copy is compared on `example` and dropped when it differs.
@@ -149,7 +152,7 @@ def _pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
         calls[name] = calls.get(name, 0) + 1
         outputs[id(output)] = (name, output)
 
-    def match(name: str, module: nn.BatchNorm2d, source: Tensor) -> None:
+    def match(name: str, module: nn.BatchNorm2d | FrozenBatchNorm2d, source: Tensor) -> None:
         calls[name] = calls.get(name, 0) + 1
         if id(source) in outputs and not module.training and module.running_var is not None:
             pairs.append((outputs[id(source)][0], name))
@@ -158,9 +161,9 @@ def _pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
     for name, module in model.named_modules():
         if type(module) is nn.Conv2d:
             handles.append(module.register_forward_hook(lambda _, __, output, name=name: remember(name, output)))
-        elif type(module) is nn.BatchNorm2d:
+        elif type(module) in NORMS:
             handles.append(module.register_forward_pre_hook(lambda own, args, name=name: match(name, own, args[0])))
-    if any(type(module) is nn.BatchNorm2d for module in model.modules()):
+    if any(type(module) in NORMS for module in model.modules()):
         model(example)
     for handle in handles:
         handle.remove()
