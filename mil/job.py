@@ -95,7 +95,7 @@ def run_job(job: Job, run: Run, world: World) -> dict[str, Any]:
         model.fit([sample.features for sample in train])
     if start is not None:
         inner: Any = model.model if isinstance(model, Standardised) else model
-        inner.start_from({name.removeprefix("model."): tensor for name, tensor in start.items()})
+        inner.start_from(start)
     model.to(world.device)
     config = {"network": network, "class_names": list(classes), "features_digest": job.features_digest}
     best = train_model(model, train, val, settings.training, settings.seed, run, config, world)
@@ -136,7 +136,10 @@ def train_plain(job: Job, world: World) -> dict[str, torch.Tensor] | None:
     if run.results is None:
         run_job(plain_job, run, world)
         barrier()
-    return load_checkpoint(run.best, f"the plain {plain[0]} model's checkpoint")["model"]
+    weights = load_checkpoint(run.best, f"the plain {plain[0]} model's checkpoint")["model"]
+    if job.settings.standardize:  # the statistics are those of the same slides
+        weights = {name.removeprefix("model."): w for name, w in weights.items() if name.startswith("model.")}
+    return weights
 
 
 @lru_cache(maxsize=1)

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
+from common.errors import UserError, did_you_mean
 from mil.engine import Recipe
 from mil.models.options import checked
 
@@ -69,5 +70,10 @@ def resolve(
     hints = get_type_hints(Recipe)
     allowed = {item.name: hints[item.name] for item in fields(Recipe)} | {"dropout": float}
     values |= checked(changes or {}, allowed, f"recipes: {model}")
+    for item in fields(Recipe):
+        choices = item.metadata["choices"]
+        if choices and values.get(item.name, choices[0]) not in choices:
+            found = values[item.name]
+            raise UserError(f"recipes: {model}: {item.name}: unknown value '{found}'; {did_you_mean(found, choices)}")
     dropout = values.pop("dropout", dropout)
     return replace(training, **values), dropout

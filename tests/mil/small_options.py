@@ -7,7 +7,7 @@ from typing import Any
 from mil.models import MODELS
 
 OF_MODEL: dict[str, dict[str, Any]] = {
-    "multihead_abmil": {"heads": 3},
+    "multihead_abmil": {"hidden": 16, "heads": 3},
     "dsmil": {},
     "clam_sb": {"hidden": 16, "attention": 8, "instances": 3},
     "clam_mb": {"hidden": 16, "attention": 8, "instances": 3},
