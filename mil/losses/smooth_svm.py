@@ -1,6 +1,6 @@
 """Smooth top-1 SVM loss (Berrada, Zisserman, Kumar, "Smooth Loss Functions for Deep Top-k Classification", ICLR 2018).
 
-Top-1 case of equation 11 in closed form: tau * log sum_j exp((s_j + alpha [j != y]) / tau) - s_y. As in the authors'
+Top-1 case in closed form: tau * log sum_j exp((s_j + alpha [j != y]) / tau) - s_y. As in the authors'
 code, a sample whose two highest scores are further apart than tau * ln 1000 takes the hard loss, max instead of the
 smooth maximum. CLAM trains its instance classifiers with it. Differences: any number of classes and no other k, so
 that neither the package nor its recursion over polynomials is needed.

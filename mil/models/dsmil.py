@@ -1,8 +1,8 @@
 """DSMIL: dual-stream multiple instance learning (Li, Li, Eliceiri, CVPR 2021, arXiv 2011.08939).
 
-Instance stream: every tile is classified, the highest logit of each class is the stream's (section 3.2). Bag stream:
+Instance stream: every tile is classified, the highest logit of each class is the stream's. Bag stream:
 tiles are weighted by the softmax of their query's product with the query of that class's highest tile, the critical
-instance (equations 3 to 5). Both streams are trained with weight 0.5; the slide's logits are their mean (equation 6).
+instance. Both streams are trained with weight 0.5; the slide's logits are their mean.
 As in the authors' code: two-layer query with tanh, values are the tiles themselves (`passing_v=True`: dropout, linear,
 ReLU before), the bag classifier sees all classes' bags. Differences: the task's criterion in place of a sigmoid per
 class; inference averages logits, not probabilities; `hidden` > 0 embeds tiles first (Linear, ReLU, dropout), as

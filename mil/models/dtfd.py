@@ -1,8 +1,8 @@
 """DTFD-MIL: double-tier feature distillation MIL (Zhang et al., CVPR 2022, arXiv 2203.12081).
 
 Tier 1: the bag is split at random into pseudo-bags that inherit the slide's label; each is pooled by gated attention
-and classified. Tier 2: gated attention over what the pseudo-bags distil, by the class activation (equation 7: softmax
-of W a_k h_k) or the attention of their tiles: `maxs` the highest tile, `maxmins` the highest and the lowest, `mas`
+and classified. Tier 2: gated attention over what the pseudo-bags distil, by the class activation (softmax of
+W a_k h_k) or the attention of their tiles: `maxs` the highest tile, `maxmins` the highest and the lowest, `mas`
 the most attended, `afs` the pooled feature. Loss: mean cross-entropy of tier 1 plus that of tier 2.
 
 Gradients: the distilled features are detached. The authors' two optimisers drop tier 2's gradients into tier 1 at
@@ -43,7 +43,7 @@ NAMES = {
 
 
 class Gated(nn.Module):
-    """Scores w (tanh(V h) * sigmoid(U h)) before the softmax (equation 2 with the gate of ABMIL)."""
+    """Scores w (tanh(V h) * sigmoid(U h)) before the softmax (ABMIL's gate)."""
 
     def __init__(self, hidden: int, attention: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""ILRA-MIL: iterative low-rank attention (Xiang, Zhang, "Exploring Low-Rank Property in MIL for WSI", ICLR 2023).
+"""ILRA-MIL: iterative low-rank attention (Xiang et al., "Exploring Low-Rank Property in MIL for WSI", ICLR 2023).
 
 Two gated attention blocks (GAB, equation 16) let the tiles see each other through r latent vectors: latents attend to
 the tiles, the tiles to the result, so that cost is linear in N. Non-local pooling: one learned query attends to the

@@ -1,8 +1,8 @@
 """MHIM-MIL: masked hard instance mining (Tang et al., ICCV 2023, arXiv 2307.15254), over ABMIL, DSMIL or TransMIL.
 
 A teacher, the moving average of the student, looks at the whole bag; tiles are then masked at random, by low and by
-high teacher attention (section 3.2), and the student learns from the rest: its task loss plus alpha times the soft
-cross-entropy of its bag feature to the teacher's (equation 8). The high ratio falls by cosine to `high_final`, the
+high teacher attention, and the student learns from the rest: its task loss plus alpha times the soft
+cross-entropy of its bag feature to the teacher's. The high ratio falls by cosine to `high_final`, the
 decay rises by cosine to `ema_final`; where training stands is part of the state dict. The teacher has no gradient and
 keeps its dropout; inference is the student's. Several attention maps vote: a tile counts in how many it is among the
 highest. Published defaults: Camelyon16's of the authors, for DSMIL those of ABMIL.
@@ -129,7 +129,7 @@ class MHIM(nn.Module):
 
 
 def feature_loss(student: Float[Tensor, "r f"], teacher: Float[Tensor, "r f"], temperature: float) -> Float[Tensor, ""]:
-    """Soft cross-entropy over the feature's units, the teacher's sharpened; mean over rows (equation 8)."""
+    """Soft cross-entropy over the feature's units, the teacher's sharpened; mean over rows."""
     aim = torch.softmax(teacher.float() / temperature, dim=1)
     return -(aim * torch.log_softmax(student.float(), dim=1)).sum(1).mean()
 

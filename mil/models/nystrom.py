@@ -1,7 +1,7 @@
 """Nystrom self-attention: softmax(Q K') from m landmarks, memory linear in N (Xiong et al., AAAI 2021, arXiv 2102.03902).
 
-Equation 13: softmax(Q K~') pinv(softmax(Q~ K~')) softmax(Q~ K'), landmarks Q~, K~ the means of m runs of neighbours,
-pinv by 6 iterations of equation 11; plus a depthwise convolution (33) of the values. Layer names are those of the
+Attention is softmax(Q K~') pinv(softmax(Q~ K~')) softmax(Q~ K'), landmarks Q~, K~ the means of m runs of neighbours,
+pinv by 6 iterations; plus a depthwise convolution (33) of the values. Layer names are those of the
 PyPI package nystrom-attention, whose weights fit. As there, zeros are put in front until the length is a multiple of
 m, and they take part. Differences: one sequence at a time; the factors are multiplied from the right, so that no
 N x m x m product is made; the attention of one token can be had without the others'.
@@ -59,7 +59,7 @@ class NystromAttention(nn.Module):
 
 
 def pseudo_inverse(x: Float[Tensor, "h m m"], iterations: int) -> Float[Tensor, "h m m"]:
-    """Moore-Penrose inverse by Razavi's iteration (equation 11), scaled by the largest norms over all heads."""
+    """Moore-Penrose inverse by an iteration of third order, scaled by the largest norms over all heads."""
     size = x.abs()
     z = x.transpose(1, 2) / (size.sum(-1).max() * size.sum(-2).max())
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)

@@ -17,7 +17,7 @@ BAG = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
 
 
 def smooth_top_k(scores: list[float], y: int, k: int, tau: float) -> float:
-    """Berrada et al., equation 8: log-sum-exp over all k-subsets, with a margin where y is missing."""
+    """Berrada et al.: log-sum-exp over all k-subsets, with a margin where y is missing."""
 
     def mean(chosen: tuple[int, ...]) -> float:
         return sum(scores[j] for j in chosen) / k

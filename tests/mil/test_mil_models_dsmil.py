@@ -36,7 +36,7 @@ def streams_by_hand(model: DSMIL, x: torch.Tensor) -> tuple[torch.Tensor, torch.
 @torch.no_grad()
 @pytest.mark.parametrize(("nonlinear", "passing_v"), [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize("classes", [1, 3])
-def test_streams_are_equations_3_to_6(classes: int, nonlinear: bool, passing_v: bool):
+def test_streams_are_their_loops(classes: int, nonlinear: bool, passing_v: bool):
     torch.manual_seed(0)
     model = DSMIL(6, classes, nonlinear=nonlinear, passing_v=passing_v).eval()
     highest, pooled, maps = streams_by_hand(model, BAG)

@@ -1,4 +1,4 @@
-"""Recipes, options and optimisers of the MIL models; every model learns; teacher and slow weights resume bit for bit."""
+"""Recipes, options, optimisers and schedules of the MIL models, in the training and in the benchmark."""
 
 from __future__ import annotations
 
