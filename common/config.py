@@ -64,8 +64,7 @@ def load_config(config_class: type[T], arguments: Sequence[str], *, check_paths:
     """
     config = OmegaConf.structured(config_class)
     file, assignments = _split_arguments(config_class, arguments)
-    if file is not None:
-        _merge_file(config, config_class, file)
+    given = _merge_file(config, config_class, file) if file is not None else []
     for name, value in assignments:
         _assign(config, config_class, name, value, source="command line")
     missing = sorted(OmegaConf.missing_keys(config))
@@ -74,7 +73,20 @@ def load_config(config_class: type[T], arguments: Sequence[str], *, check_paths:
     result = OmegaConf.to_object(config)
     for name, field, value in walk(result):
         _check_value(name, field, value, check_paths)
+    result._given = frozenset([*given, *(name for name, _ in assignments)])
     return result  # type: ignore[return-value]
+
+
+def given_keys(config: Any) -> frozenset[str]:
+    """Keys that a file or the command line gave; of a configuration made in code, those that differ from the default."""
+    if hasattr(config, "_given"):
+        return config._given
+    default = {name: field for name, _, field in _fields(type(config))}
+    return frozenset(name for name, _, value in walk(config) if value != _default(default[name]))
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _split_arguments(config_class: type, arguments: Sequence[str]) -> tuple[Path | None, list[tuple[str, str]]]:
@@ -98,7 +110,8 @@ def _split_arguments(config_class: type, arguments: Sequence[str]) -> tuple[Path
     return file, assignments
 
 
-def _merge_file(config: DictConfig, config_class: type, file: Path) -> None:
+def _merge_file(config: DictConfig, config_class: type, file: Path) -> list[str]:
+    """Merge a YAML file; returns the dotted names that it sets."""
     if not file.is_file():
         raise ConfigError(f"--config {file}: expected a YAML file, found none; {nearest_path(file)}")
     try:
@@ -106,11 +119,13 @@ def _merge_file(config: DictConfig, config_class: type, file: Path) -> None:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: expected YAML, found {' '.join(str(error).split())}") from None
     if content is None:
-        return
+        return []
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: expected 'key: value' lines, found a {type(content).__name__}")
-    for name, value in _flatten(content, dict(_leaves(config_class))):
+    values = dict(_flatten(content, dict(_leaves(config_class))))
+    for name, value in values.items():
         _assign(config, config_class, name, value, source=str(file))
+    return list(values)
 
 
 def _flatten(content: dict[str, Any], leaves: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,7 @@ of threads around shell strings, and no threshold is chosen on the slides that a
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,18 @@ from typing import Any
 import yaml
 
 from common.cli import launch
-from common.config import REQUIRED, group, key, to_dict
+from common.config import REQUIRED, given_keys, group, key, to_dict
 from common.device import pick_device
 from common.distributed import World, init_distributed
-from common.errors import UserError
+from common.errors import UserError, did_you_mean
 from common.files import read_json, safe_id, write_csv, write_json, write_text
 from common.progress import progress
 from mil.datasets.bags import bags_digest, find_bags
 from mil.datasets.labels import LabelledSlides, read_labelled_slides
 from mil.engine import Recipe
 from mil.job import Job, Settings, open_job, run_job
-from mil.models import MODELS
+from mil.models import MODELS, check_options
+from mil.recipes import resolve
 from mil.results import add_headline, read_finished, summarise_sets, text_table, write_summary_table, write_tables
 from mil.splits import PROTOCOLS, make_splits, split_values, write_splits
 from mil.workers import run_all
@@ -50,6 +51,8 @@ class Config:
     models: list[str] = key(["mean", "max", "abmil"], "slide classifiers", choices=tuple(MODELS))
     headline: str = key("abmil", "classifier whose AUC stands for a feature set", choices=tuple(MODELS))
     seeds: list[int] = key([2024, 2025, 2026], "training seeds")
+    options: dict[str, Any] = key({}, "options of models, {model: {name: value}}")
+    recipes: dict[str, Any] = key({}, "changes of single models' recipes, {model: {training key: value}}")
     dropout: float = key(0.25, "probability of dropping a hidden unit")
     standardize: bool = key(False, "standardise features with the training slides' mean and std")
     protocol: str = key("cv", "cv: stratified folds by patient; fixed: the split column of labels.csv", choices=PROTOCOLS)
@@ -59,7 +62,7 @@ class Config:
     subset: str = key("", "use only slides with this value in the split column (or one of several: train,val); empty: all")
     positive: str | None = key(None, "label of the positive class; null: the last one in alphabetical order")
     skip_missing: bool = key(False, "leave slides without a bag in any of the feature sets out instead of stopping")
-    training: Recipe = group(Recipe, "training recipe")
+    training: Recipe = group(Recipe, "training recipe; keys that are not given are each model's published ones")
     resamples: int = key(2000, "bootstrap resamples of the confidence intervals")
     cost: str = key("", "JSON: {feature set: {gflops, parameters, tiles_per_second}}", path=True)
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
@@ -90,8 +93,26 @@ def common_slides(config: Config, folders: dict[str, Path]) -> tuple[LabelledSli
     return slides.only(shared), files
 
 
+def model_settings(config: Config) -> dict[str, Settings]:
+    """Model -> its settings (with the first seed): published recipe < keys that were given < `recipes` of the model."""
+    for name, block in (("options", config.options), ("recipes", config.recipes)):
+        for model, values in block.items():
+            if model not in config.models:
+                raise UserError(f"{name}: unknown model '{model}'; {did_you_mean(model, config.models)}")
+            if not isinstance(values, dict):
+                raise UserError(f"{name}: {model}: expected {{name: value}}, found {values!r}")
+    settings = {}
+    for model in config.models:
+        options = check_options(model, config.options.get(model, {}))
+        changes = config.recipes.get(model, {})
+        recipe, dropout = resolve(model, config.training, config.dropout, given_keys(config), changes)
+        settings[model] = Settings(model, dropout, config.standardize, config.seeds[0], recipe, options)
+    return settings
+
+
 def make_jobs(config: Config, slides: LabelledSlides, files: dict[str, dict[str, Path]]) -> list[Job]:
     """Every feature set x model x seed x fold."""
+    settings = model_settings(config)
     splits = make_splits(slides, config.protocol, config.folds, config.val_fraction, config.split_seed)
     write_splits(Path(config.output) / "splits", splits)
     jobs = []
@@ -99,10 +120,9 @@ def make_jobs(config: Config, slides: LabelledSlides, files: dict[str, dict[str,
         digest, bag_list = bags_digest(bags), tuple(bags.items())
         for model in config.models:
             for seed in config.seeds:
-                settings = Settings(model, config.dropout, config.standardize, seed, config.training)
                 for split in splits:
                     output = Path(config.output) / "runs" / name / model / f"seed{seed}_fold{split.fold}"
-                    jobs.append(Job(output, settings, slides, split, bag_list, digest))
+                    jobs.append(Job(output, replace(settings[model], seed=seed), slides, split, bag_list, digest))
     return jobs
 
 

@@ -7,10 +7,10 @@ comes from the validation slides (the original takes the evaluated ones), and a 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +23,33 @@ from torch.nn.parallel import DistributedDataParallel
 from common.checkpoint import load_checkpoint, load_weights, resume, save_checkpoint
 from common.config import key
 from common.device import autocast
-from common.distributed import World, all_reduce_mean, wrap
+from common.distributed import World, all_reduce_mean, unwrap, wrap
 from common.errors import UserError
 from common.run import Run
 from common.seed import epoch_generator
 from mil.metrics import auc, youden_threshold
 from mil.models import MILOutput, build
+from mil.optim import OPTIMIZERS, SCHEDULES, lr_factor, make_optimizer
 
 
 @dataclass
 class Recipe:
-    """How a slide classifier is trained; the defaults are TS2G-KD's."""
+    """How a slide classifier is trained; the defaults are TS2G-KD's, other models' are in mil/recipes.py."""
 
     epochs: int = key(200, "epochs, and the length of the cosine schedule")
     patience: int = key(20, "stop after so many epochs without a better validation AUC (or equal AUC and lower loss)")
     min_epochs: int = key(70, "do not stop early before this epoch")
-    lr: float = key(2e-4, "Adam learning rate at the start")
-    weight_decay: float = key(1e-5, "Adam weight decay")
+    optimizer: str = key("adam", "optimiser", choices=OPTIMIZERS)
+    lr: float = key(2e-4, "learning rate at the start")
+    weight_decay: float = key(1e-5, "weight decay")
+    beta1: float = key(0.9, "decay of the optimiser's mean of gradients")
+    beta2: float = key(0.999, "decay of the optimiser's mean of squared gradients")
+    schedule: str = key("cosine", "learning rate by epoch; step: x 0.2 half-way", choices=SCHEDULES)
+    lr_min: float = key(0.0, "learning rate at the end of the cosine")
+    clip_norm: float = key(0.0, "largest gradient norm; 0: gradients are not clipped")
     accumulate: int = key(1, "bags per optimiser step, over all processes; their gradients are averaged")
     class_weights: bool = key(False, "weigh the loss by inverse class frequency, mean 1 over the training slides")
+    balanced: bool = key(False, "draw the bags of an epoch with replacement, every class equally often")
     precision: str = key("fp32", "computing precision", choices=("fp32", "bf16"))
     save_every: int = key(10, "epochs between two checkpoints", runtime=True)
 
@@ -68,30 +76,43 @@ def train_one_epoch(
     recipe: Recipe,
     world: World,
     order: Sequence[int],
+    epoch: int = 0,
 ) -> float:
-    """One pass over the training bags in the given order; returns the mean loss."""
+    """One pass over the training bags in the given order, after `epoch` others; returns the mean loss."""
     model.train()
+    after_step = getattr(unwrap(model), "after_step", None)
+    steps = -(-len(order) // recipe.accumulate)
     weights = class_weights(samples) if recipe.class_weights else {}
     total = torch.zeros(1, device=world.device)
-    for group in batches(order, recipe.accumulate):
+    for step, group in enumerate(batches(order, recipe.accumulate), start=epoch * steps + 1):
         optimizer.zero_grad(set_to_none=True)
         # gradients are averaged over processes, so that each process sums loss * size / len(group);
         # a process that has no bag in a last, short group repeats one at weight 0 to take part in the average
         mine = group[world.rank :: world.size]
         share = world.size / len(group) if mine else 0.0
-        for index in mine or group[:1]:
-            sample = samples[index]
-            with _sync(model, index == (mine or group)[-1] or not mine), autocast(world.device, recipe.precision):
-                logits = model(*sample.to(world.device)).logits
-                loss = bag_loss(logits, sample.target) * weights.get(sample.target, 1.0)
+        taken = mine or group[:1]
+        for place, sample in enumerate((samples[index] for index in taken), start=1):
+            with _sync(model, place == len(taken)), autocast(world.device, recipe.precision):
+                output = model(*sample.to(world.device), target=sample.target)
+                loss = training_loss(output, sample.target) * weights.get(sample.target, 1.0)
                 if not torch.isfinite(loss):
                     raise UserError(
                         f"slide {sample.slide_id}: expected a finite loss, found {float(loss.detach())}; lower training.lr"
                     )
                 (loss * share).backward()
             total += loss.detach() * bool(mine)
+        if recipe.clip_norm:
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
         optimizer.step()
+        if after_step is not None:
+            after_step(step / (recipe.epochs * steps))
     return float(all_reduce_mean(total)) * world.size / len(order)
+
+
+def training_loss(output: MILOutput, target: int) -> Float[Tensor, ""]:
+    """Weighted criteria of the output's streams (of its logits where it has none) plus its auxiliary loss."""
+    loss = sum(weight * bag_loss(logits, target) for logits, weight in output.streams or ((output.logits, 1.0),))
+    return loss if output.auxiliary is None else loss + output.auxiliary
 
 
 def bag_loss(logits: Float[Tensor, " c"], target: int) -> Float[Tensor, ""]:
@@ -104,6 +125,15 @@ def class_weights(samples: Sequence[Sample]) -> dict[int, float]:
     targets = [sample.target for sample in samples]
     present = set(targets)
     return {c: len(targets) / (len(present) * targets.count(c)) for c in present}
+
+
+def epoch_order(samples: Sequence[Sample], balanced: bool, generator: torch.Generator) -> list[int]:
+    """Indices of an epoch's bags: all of them shuffled, or as many drawn with every class equally likely."""
+    if not balanced:
+        return torch.randperm(len(samples), generator=generator).tolist()
+    weights = class_weights(samples)
+    odds = torch.tensor([weights[sample.target] for sample in samples], dtype=torch.float64)
+    return torch.multinomial(odds, len(samples), replacement=True, generator=generator).tolist()
 
 
 def batches(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -187,14 +217,17 @@ def train_model(
         raise UserError(
             f"training.accumulate={recipe.accumulate}: expected a multiple of the number of processes, {world.size}"
         )
-    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: (1 + math.cos(math.pi * epoch / recipe.epochs)) / 2)
+    betas = (recipe.beta1, recipe.beta2)
+    optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay, betas)
+    floor = recipe.lr_min / recipe.lr if recipe.lr else 0.0
+    factor = partial(lr_factor, recipe.schedule, epochs=recipe.epochs, floor=floor)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     epoch, best = resume(run.last, model, optimizer=optimizer, scheduler=scheduler)
     run.forget_after(epoch)
     parallel = wrap(model, world)
     while not is_over(epoch, best, recipe):
-        order = torch.randperm(len(train), generator=epoch_generator(seed, epoch)).tolist()
-        loss = train_one_epoch(parallel, train, optimizer, recipe, world, order)
+        order = epoch_order(train, recipe.balanced, epoch_generator(seed, epoch))
+        loss = train_one_epoch(parallel, train, optimizer, recipe, world, order, epoch)
         values = validate(model, val, world.device, recipe.precision)
         run.log(
             {

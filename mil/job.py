@@ -6,15 +6,18 @@ The unit that `train` runs once and `benchmark` many times, in any process and a
 from __future__ import annotations
 
 import csv
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from common.distributed import World
+from common.checkpoint import load_checkpoint
+from common.distributed import World, barrier
 from common.files import sha256_bytes, write_csv
 from common.run import Run, Tracker, open_run
 from common.seed import seed_everything
@@ -22,8 +25,10 @@ from mil.datasets.bags import Bags, load_bags
 from mil.datasets.labels import LabelledSlides
 from mil.engine import Recipe, Sample, predict, train_model
 from mil.metrics import Predictions, evaluate, predict_class
-from mil.models import Standardised, build
+from mil.models import Standardised, build, plain_model
 from mil.splits import Split
+
+PLAIN = "plain"  # folder of the model that a teacher-student model starts from
 
 
 @dataclass
@@ -35,6 +40,12 @@ class Settings:
     standardize: bool
     seed: int
     training: Recipe = field(default_factory=Recipe)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def network(self, dim: int, classes: int) -> dict[str, Any]:
+        """What `build` needs for features of width `dim`."""
+        network = {"name": self.model, "dim": dim, "classes": classes}
+        return network | {"standardize": self.standardize, "dropout": self.dropout, **self.options}
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,8 @@ def open_job(job: Job, world: World, *, overwrite: bool = False, tracker: Tracke
     Raises:
         UserError: the directory holds a run with other settings, bags, labels or split.
     """
+    if overwrite and world.is_main:
+        shutil.rmtree(job.output / PLAIN, ignore_errors=True)
     labels = repr((job.slides.classes, [(r.slide_id, r.case_id, r.label) for r in job.slides.records]))
     inputs = {"features": job.features_digest, "labels": sha256_bytes(labels.encode()), "split": job.split.digest()}
     return open_run(job.output, job.settings, world, inputs=inputs, overwrite=overwrite, tracker=tracker)
@@ -74,12 +87,15 @@ def run_job(job: Job, run: Run, world: World) -> dict[str, Any]:
     bags = cached_bags(job.files, job.features_digest)
     settings, classes = job.settings, job.slides.classes
     train, val, test = (samples_of(bags, job.slides, ids) for ids in (job.split.train, job.split.val, job.split.test))
-    network = {"name": settings.model, "dim": bags.dim, "classes": len(classes)}
-    network |= {"standardize": settings.standardize, "dropout": settings.dropout}
+    network = settings.network(bags.dim, len(classes))
+    start = train_plain(job, world)
     seed_everything(settings.seed)
     model = build(**network)
     if isinstance(model, Standardised):
         model.fit([sample.features for sample in train])
+    if start is not None:
+        inner: Any = model.model if isinstance(model, Standardised) else model
+        inner.start_from(start)
     model.to(world.device)
     config = {"network": network, "class_names": list(classes), "features_digest": job.features_digest}
     best = train_model(model, train, val, settings.training, settings.seed, run, config, world)
@@ -104,6 +120,26 @@ def run_job(job: Job, run: Run, world: World) -> dict[str, Any]:
         write_csv(job.output / "predictions.csv", prediction_header(classes), rows)
     run.finish(results)
     return results
+
+
+def train_plain(job: Job, world: World) -> dict[str, torch.Tensor] | None:
+    """Weights of the plain model that a teacher-student model starts from, trained on the same split in `plain/`.
+
+    It is trained within the job, so that no teacher has seen another fold's slides; None for every other model.
+    """
+    plain = plain_model(job.settings.model, job.settings.options)
+    if plain is None:
+        return None
+    settings = replace(job.settings, model=plain[0], options=plain[1])
+    plain_job = replace(job, output=job.output / PLAIN, settings=settings)
+    run = open_job(plain_job, world)
+    if run.results is None:
+        run_job(plain_job, run, world)
+        barrier()
+    weights = load_checkpoint(run.best, f"the plain {plain[0]} model's checkpoint")["model"]
+    if job.settings.standardize:  # the statistics are those of the same slides
+        weights = {name.removeprefix("model."): w for name, w in weights.items() if name.startswith("model.")}
+    return weights
 
 
 @lru_cache(maxsize=1)

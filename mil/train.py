@@ -2,8 +2,9 @@
 
     python -m mil.train labels=cohort/labels.csv features=runs/features/resnet50 output=runs/mil/abmil_fold0 model=abmil fold=0
 
-Writes a run directory with predictions.csv (validation and test slides of the fold). Under torchrun the bags of a step
-are shared out among the processes (`training.accumulate` has to be a multiple of their number).
+Keys of the recipe that are not given are the published ones of the model (mil/recipes.py); `options='{heads: 4}'` are
+the model's own. Writes a run directory with predictions.csv (validation and test slides of the fold). Under torchrun
+the bags of a step are shared out among the processes (`training.accumulate` has to be a multiple of their number).
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from common.cli import launch
-from common.config import REQUIRED, group, key
+from common.config import REQUIRED, given_keys, group, key
 from common.distributed import init_distributed
 from common.errors import UserError
 from common.run import Tracker
@@ -23,7 +25,8 @@ from mil.datasets.bags import bags_digest, find_bags
 from mil.datasets.labels import read_labelled_slides
 from mil.engine import Recipe
 from mil.job import Job, Settings, open_job, run_job
-from mil.models import MODELS
+from mil.models import MODELS, check_options
+from mil.recipes import resolve
 from mil.splits import PROTOCOLS, make_splits, split_values
 
 logger = logging.getLogger(__name__)
@@ -37,6 +40,7 @@ class Config:
     features: str = key(REQUIRED, "folder of feature bags", path=True)
     output: str = key(REQUIRED, "run directory", runtime=True)
     model: str = key("abmil", "slide classifier", choices=tuple(MODELS))
+    options: dict[str, Any] = key({}, "the model's options, {name: value}; the README lists them")
     dropout: float = key(0.25, "probability of dropping a hidden unit")
     standardize: bool = key(False, "standardise features with the training slides' mean and std")
     seed: int = key(2024, "seed of weights, dropout and order")
@@ -48,7 +52,7 @@ class Config:
     subset: str = key("", "use only slides with this value in the split column (or one of several: train,val); empty: all")
     positive: str | None = key(None, "label of the positive class; null: the last one in alphabetical order")
     skip_missing: bool = key(False, "leave labelled slides without a bag out instead of stopping")
-    training: Recipe = group(Recipe, "training recipe")
+    training: Recipe = group(Recipe, "training recipe; keys that are not given are the model's published ones")
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
     threads: int = key(1, "CPU threads; bags are small, so that one is often the fastest", runtime=True)
     overwrite: bool = key(False, "start afresh over another run", runtime=True)
@@ -56,14 +60,16 @@ class Config:
 
 
 def build_job(config: Config) -> Job:
-    """Labels, bags and split of this training, checked."""
+    """Model, labels, bags and split of this training, checked."""
+    options = check_options(config.model, config.options)
+    recipe, dropout = resolve(config.model, config.training, config.dropout, given_keys(config))
     slides = read_labelled_slides(config.labels, split_values(config.protocol, config.subset), config.positive)
     files = find_bags(config.features, slides.slide_ids, skip_missing=config.skip_missing)
     slides = slides.only(files)
     splits = make_splits(slides, config.protocol, config.folds, config.val_fraction, config.split_seed)
     if not 0 <= config.fold < len(splits):
         raise UserError(f"fold={config.fold}: expected 0 to {len(splits) - 1} with protocol={config.protocol}")
-    settings = Settings(config.model, config.dropout, config.standardize, config.seed, config.training)
+    settings = Settings(config.model, dropout, config.standardize, config.seed, recipe, options)
     return Job(Path(config.output), settings, slides, splits[config.fold], tuple(files.items()), bags_digest(files))
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mil.models.dropout import Dropout
-from mil.models.output import MILOutput, initialise
+from mil.models.output import MILOutput, Packed, Target, initialise
 
 
 class MaxMIL(nn.Module):
@@ -28,9 +28,18 @@ class MaxMIL(nn.Module):
         self.tile = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), Dropout(dropout), nn.Linear(hidden, classes))
         initialise(self)
 
-    def forward(self, features: Float[Tensor, "n d"], coords: Int[Tensor, "n 2"] | None = None) -> MILOutput:
+    def forward(
+        self, features: Float[Tensor, "n d"], coords: Int[Tensor, "n 2"] | None = None, target: Target | None = None
+    ) -> MILOutput:
         """Slide logits (C,); attention is the share of the C maxima that the tile supplies."""
-        logits = self.tile(features)  # (N, C)
+        return MILOutput(*self._maxima(self.tile(features)))
+
+    def forward_packed(self, features: Float[Tensor, "t d"], offsets: Int[Tensor, " b1"]) -> Packed:
+        """Several bags, their tiles one after the other."""
+        parts = [self._maxima(logits) for logits in self.tile(features).split(offsets.diff().tolist())]
+        return Packed(torch.stack([maxima for maxima, _ in parts]), torch.cat([share for _, share in parts]))
+
+    def _maxima(self, logits: Float[Tensor, "n c"]) -> tuple[Float[Tensor, " c"], Float[Tensor, " n"]]:
         maxima, winners = logits.max(0)  # (C,), (C,)
         share = torch.bincount(winners, minlength=len(logits)) / len(winners)
-        return MILOutput(maxima, share.to(logits.dtype))
+        return maxima, share.to(logits.dtype)

@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mil.models.dropout import Dropout
-from mil.models.output import MILOutput, initialise
+from mil.models.output import MILOutput, Packed, Target, initialise
+from mil.models.segments import bag_of_tile, segment_sum
 
 
 class MeanMIL(nn.Module):
@@ -29,10 +30,19 @@ class MeanMIL(nn.Module):
         self.tile = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), Dropout(dropout), nn.Linear(hidden, classes))
         initialise(self)
 
-    def forward(self, features: Float[Tensor, "n d"], coords: Int[Tensor, "n 2"] | None = None) -> MILOutput:
+    def forward(
+        self, features: Float[Tensor, "n d"], coords: Int[Tensor, "n 2"] | None = None, target: Target | None = None
+    ) -> MILOutput:
         """Slide logits (C,); attention is 1/N for every tile, its exact weight in the mean."""
         logits = self.tile(features)  # (N, C)
         return MILOutput(logits.mean(0), torch.full_like(logits[:, 0], 1 / len(logits)))
+
+    def forward_packed(self, features: Float[Tensor, "t d"], offsets: Int[Tensor, " b1"]) -> Packed:
+        """Several bags, their tiles one after the other."""
+        lengths = offsets.diff()
+        bag = bag_of_tile(offsets)
+        logits = segment_sum(self.tile(features), bag, len(lengths)) / lengths[:, None]
+        return Packed(logits, (1 / lengths.to(logits.dtype))[bag])
 
     def score_tiles(self, features: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         """Risk of each tile: its logit of the positive class (the last one; class 1 of two)."""

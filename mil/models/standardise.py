@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mil.models.output import MILOutput
+from mil.models.output import MILOutput, Target
 
 
 class Standardised(nn.Module):
@@ -42,10 +42,21 @@ class Standardised(nn.Module):
         self.mean.copy_(mean)
         self.std.copy_(torch.where(std > 1e-6 * (1 + mean.abs()), std, torch.ones_like(std)))
 
-    def forward(self, features: Float[Tensor, "n d"], coords: Int[Tensor, "n 2"] | None = None) -> MILOutput:
+    def standardised(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """(x - mean) / std."""
+        return (features - self.mean) / self.std
+
+    def forward(
+        self, features: Float[Tensor, "n d"], coords: Int[Tensor, "n 2"] | None = None, target: Target | None = None
+    ) -> MILOutput:
         """As the model's."""
-        return self.model((features - self.mean) / self.std, coords)
+        return self.model(self.standardised(features), coords, target)
 
     def score_tiles(self, features: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         """As the model's."""
-        return self.model.score_tiles((features - self.mean) / self.std)
+        return self.model.score_tiles(self.standardised(features))
+
+    def after_step(self, progress: float) -> None:
+        """As the model's, where it has a teacher or a schedule."""
+        if hasattr(self.model, "after_step"):
+            self.model.after_step(progress)

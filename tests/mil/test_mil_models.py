@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from common.errors import UserError
-from mil.models import MODELS, build
+from mil.models import build
 from mil.models.abmil import ABMIL
 from mil.models.dropout import Dropout
 from mil.models.standardise import Standardised
@@ -66,8 +66,20 @@ def test_abmil_is_equation_8_or_9(gated: bool, activation: str):
     torch.testing.assert_close(output.logits, model.head.weight @ z + model.head.bias, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("heads", [1, 3])
+def test_heads_of_abmil_pool_side_by_side(heads: int):
+    torch.manual_seed(0)
+    model = ABMIL(6, 2, heads=heads).eval()
+    h = torch.relu(model.embed[0](BAG))
+    a = torch.softmax(torch.relu(model.attend[0](h)) @ model.score.weight.T, 0)  # (N, H)
+    bags = torch.cat([a[:, i] @ h for i in range(heads)])
+    output = model(BAG)
+    torch.testing.assert_close(output.logits, model.head.weight @ bags + model.head.bias)
+    torch.testing.assert_close(output.attention, a.mean(1))
+
+
 @pytest.mark.parametrize("standardize", [False, True])
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", ["mean", "max", "abmil", "gated_abmil"])
 def test_every_model_is_a_set_function(name: str, standardize: bool):
     model = model_of(name, 3, standardize=standardize)
     output, order = model(BAG), torch.randperm(9)

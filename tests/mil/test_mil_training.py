@@ -24,7 +24,7 @@ from common.distributed import World
 from common.errors import UserError
 from mil.engine import Recipe, Sample, bag_loss, class_weights, is_better, is_over, load_classifier, train_one_epoch
 from mil.metrics import youden_threshold
-from mil.models import MODELS, build
+from mil.models import build
 from mil.train import Config, build_job, main
 from patch_encoder.bags import read_bag, write_bag
 
@@ -63,7 +63,7 @@ def samples(count: int = 6, seed: int = 0) -> list[Sample]:
     return [Sample(f"s{i}", torch.randn(4 + i, 5, generator=generator), None, i % 2) for i in range(count)]
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", ["mean", "max", "abmil", "gated_abmil"])
 def test_every_model_trains_and_leaves_a_whole_run_directory(make_cohort, tmp_path: Path, name: str):
     results = train(make_cohort(), tmp_path / "run", f"model={name}", "standardize=true")
     assert {"auc", "f1", "sensitivity", "specificity", "accuracy", "balanced_accuracy"} == set(results["test"])

@@ -1,0 +1,1 @@
+"""Losses of MIL models beyond the task's criterion, as functions of tensors."""

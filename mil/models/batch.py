@@ -1,0 +1,45 @@
+"""Several bags at a time: the same answers as one bag at a time (to 1e-6), for bags of any lengths.
+
+A model that gains by it has `forward_packed(features (T, D), offsets (B + 1,)) -> Packed`: all tiles of all bags go
+through its layers together, and softmaxes and sums stay within the bags. The other models take the bags in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mil.models.output import Packed
+from mil.models.standardise import Standardised
+
+
+def forward_bags(model: nn.Module, bags: Sequence[Tensor], coords: Sequence[Tensor | None] | None = None) -> Packed:
+    """The model on each of B bags (N_i, D) with coords (N_i, 2); packed where the model can."""
+    offsets = torch.tensor([0, *(len(bag) for bag in bags)], device=bags[0].device).cumsum(0)
+    inner = model.model if isinstance(model, Standardised) else model
+    if hasattr(inner, "forward_packed"):
+        features = torch.cat(list(bags))
+        features = model.standardised(features) if isinstance(model, Standardised) else features
+        return inner.forward_packed(features, offsets)
+    places = coords or [None] * len(bags)
+    outputs = [model(bag, place) for bag, place in zip(bags, places, strict=True)]
+    return Packed(torch.stack([output.logits for output in outputs]), torch.cat([output.attention for output in outputs]))
+
+
+def forward_padded(
+    model: nn.Module,
+    features: Float[Tensor, "b n d"],
+    lengths: Sequence[int],
+    coords: Int[Tensor, "b n 2"] | None = None,
+) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b n"]]:
+    """As `forward_bags` for a padded batch: logits (B, C), attention (B, N) that is 0 behind each bag's length."""
+    bags = [bag[:length] for bag, length in zip(features, lengths, strict=True)]
+    places = None if coords is None else [place[:length] for place, length in zip(coords, lengths, strict=True)]
+    result = forward_bags(model, bags, places)
+    attention = features.new_zeros(features.shape[:2])
+    for row, part in zip(attention, result.attention.split(list(lengths)), strict=True):
+        row[: len(part)] = part
+    return result.logits, attention

@@ -1,0 +1,128 @@
+"""RRT-MIL: re-embedded regional transformer over ABMIL (Tang et al., CVPR 2024, arXiv 2402.17228).
+
+Embedded tiles fill a square in the order of the bag (zeros behind), which is cut into 8 x 8 regions. R-MSA: attention
+within each region, with EPEG, a convolution of the attention logits along the queries, as position code. CR-MSA: each
+region is summed up in k tokens, which attend to each other across regions, and is handed the result back. Norm, then
+ABMIL's pooling and head. Both layers are x + attention(norm(x)); no feed-forward layers, as in the authors' defaults.
+As there, the zeros take part in attention; the order of the tiles matters and coordinates are not looked at.
+Differences: none in the network; the ablations' other position codes are left out.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from common.errors import UserError
+from mil.models.abmil import ABMIL
+from mil.models.dropout import Dropout
+from mil.models.output import MILOutput, Target, initialise
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention within each of W sets of P tokens; `epeg` > 0: kernel of the convolution of the logits."""
+
+    def __init__(self, dim: int, heads: int, dropout: float, epeg: int = 0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.pe = nn.Conv2d(heads, heads, (epeg, 1), padding=(epeg // 2, 0), groups=heads) if epeg else None
+        self.proj = nn.Sequential(nn.Linear(dim, dim), Dropout(dropout))
+
+    def forward(self, x: Float[Tensor, "w p f"]) -> Float[Tensor, "w p f"]:
+        """Same shape as x."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (W, H, P, F/H)
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # (W, H, P, P)
+        if self.pe is not None:
+            logits = logits + self.pe(logits)
+        return self.proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class CrossRegion(nn.Module):
+    """k tokens a region, attention across regions token by token, and the way back to the tiles."""
+
+    def __init__(self, dim: int, heads: int, dropout: float, tokens: int) -> None:
+        super().__init__()
+        self.phi = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(dim, tokens), a=math.sqrt(5)))
+        self.attn = SelfAttention(dim, heads, dropout)
+
+    def forward(self, x: Float[Tensor, "w p f"]) -> Float[Tensor, "w p f"]:
+        """Same shape as x, W regions of P tiles."""
+        logits = (x @ self.phi).transpose(1, 2)  # (W, k, P)
+        summary = logits.softmax(2) @ x  # (W, k, F)
+        seen = self.attn(summary.transpose(0, 1)).transpose(0, 1)
+        low, high = logits.amin(2, keepdim=True), logits.amax(2, keepdim=True)
+        back = logits.softmax(1) * (logits - low) / (high - low + 1e-8)
+        return back.transpose(1, 2) @ seen
+
+
+class Regional(nn.Module):
+    """x + attention(norm(x)) with the tiles cut into regions."""
+
+    def __init__(self, dim: int, attention: nn.Module, regions: int) -> None:
+        super().__init__()
+        self.norm, self.attn, self.regions = nn.LayerNorm(dim), attention, regions
+
+    def forward(self, x: Float[Tensor, "n f"]) -> Float[Tensor, "n f"]:
+        """Same shape as x."""
+        n, r = len(x), self.regions
+        side = -(-(math.isqrt(n - 1) + 1) // r) * r  # of the square: the next multiple of r
+        square = pad(self.norm(x), (0, 0, 0, side * side - n)).view(r, side // r, r, side // r, -1)
+        seen = self.attn(square.transpose(1, 2).reshape(r * r, (side // r) ** 2, -1))
+        square = seen.view(r, r, side // r, side // r, -1).transpose(1, 2)
+        return x + square.reshape(side * side, -1)[:n]
+
+
+class RRT(nn.Module):
+    """Re-embedded tiles under ABMIL.
+
+    Args:
+        dim: feature width D.
+        classes: number of classes C.
+        dropout: probability of dropping a unit of the embedding.
+        hidden: width.
+        heads: of both attentions.
+        regions: the square is cut into regions x regions.
+        epeg: kernel of the position code, odd.
+        tokens: k of CR-MSA.
+        attention_dropout: probability of dropping an output unit of an attention.
+        shortcut: add the embedded tiles to the re-embedded ones (`all_shortcut` of the authors).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        classes: int,
+        dropout: float = 0.25,
+        hidden: int = 512,
+        heads: int = 8,
+        regions: int = 8,
+        epeg: int = 15,
+        tokens: int = 3,
+        attention_dropout: float = 0.1,
+        shortcut: bool = False,
+    ) -> None:
+        super().__init__()
+        if hidden % heads or epeg % 2 == 0:
+            raise UserError(f"hidden={hidden}, epeg={epeg}: expected a multiple of heads={heads} and an odd number")
+        self.shortcut = shortcut
+        self.pooling = ABMIL(dim, classes, dropout, hidden)  # embedding, attention pooling and head
+        self.region = Regional(hidden, SelfAttention(hidden, heads, attention_dropout, epeg), regions)
+        self.cross = Regional(hidden, CrossRegion(hidden, heads, attention_dropout, tokens), regions)
+        self.norm = nn.LayerNorm(hidden)
+        initialise(self)
+        nn.init.xavier_normal_(self.region.attn.pe.weight)  # type: ignore[union-attr, arg-type]
+        nn.init.zeros_(self.region.attn.pe.bias)  # type: ignore[union-attr, arg-type]
+
+    def forward(
+        self, features: Float[Tensor, "n d"], coords: Int[Tensor, "n 2"] | None = None, target: Target | None = None
+    ) -> MILOutput:
+        """Slide logits (C,); attention is that of the pooling over re-embedded tiles."""
+        embedded = self.pooling.embed(features)
+        x = self.cross(self.region(embedded))
+        logits, _, scores, _ = self.pooling.pool(self.norm(x + embedded if self.shortcut else x))
+        return MILOutput(logits, scores.mean(0))
