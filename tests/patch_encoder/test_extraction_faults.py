@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import h5py
@@ -137,29 +135,6 @@ def test_killed_in_the_middle_and_started_again_gives_the_same_files(cohort: Pat
     assert not hidden(cohort / "features"), "the orphan is gone"
 
 
-def children(pid: int) -> list[int]:
-    found = Path(f"/proc/{pid}/task/{pid}/children")
-    return [int(child) for child in found.read_text().split()] if found.exists() else []
-
-
-def test_a_killed_decoding_process_is_one_line(cohort: Path, root: Path) -> None:
-    command = [sys.executable, "-m", "patch_encoder.extract_features"]
-    arguments = keys(cohort, "encoder=stain_texture", "workers=2", "batch_size=1")
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
-    part = cohort / "features" / "stain_texture" / "h5_files"
-    deadline = time.monotonic() + 120
-    while not (part.is_dir() and hidden(part)) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    os.kill(children(process.pid)[0], signal.SIGKILL)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2, errors
-    lines = [line for line in errors.splitlines() if " INFO " not in line]
-    assert len(lines) == 1 and "a decoding process was killed" in lines[0] and "workers=" in lines[0], errors
-    assert not hidden(part)
-    assert extract(cohort, "encoder=stain_texture") == 0
-
-
 def test_two_processes_on_one_output_do_each_other_no_harm(cohort: Path, root: Path) -> None:
     command = [sys.executable, "-m", "patch_encoder.extract_features", *keys(cohort, "batch_size=1")]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
@@ -240,8 +215,6 @@ def test_a_bag_takes_its_room_before_the_first_row(tmp_path: Path) -> None:
 def test_other_errors_of_the_system_are_not_called_a_full_disk(tmp_path: Path) -> None:
     with pytest.raises(PermissionError), disk_space.full_disk_explained(tmp_path):
         raise PermissionError(errno.EACCES, "no")
-    with pytest.raises(RuntimeError, match="shape"), engine.lost_workers_explained():
-        raise RuntimeError("shape mismatch")
 
 
 def test_memory_does_not_grow_with_the_tiles_of_a_slide(tile_folder: Path, tmp_path: Path) -> None:
