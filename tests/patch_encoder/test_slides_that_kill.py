@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -258,7 +259,7 @@ def test_a_bundle_that_kills_ray_workers_is_taken_apart_and_the_slide_that_does_
 class FakeRay:
     """What `_Pool` uses of Ray, in this process: an actor dies when its work raises SystemExit."""
 
-    class exceptions:  # noqa: N801 - a module there
+    class exceptions:
         class RayActorError(Exception):
             pass
 
@@ -271,7 +272,7 @@ class FakeRay:
     def remote(self, **_: object) -> Callable[[type], object]:
         def wrap(worker: type) -> SimpleNamespace:
             def start(work: Callable) -> SimpleNamespace:
-                return SimpleNamespace(run=SimpleNamespace(remote=lambda jobs: SimpleNamespace(work=work, jobs=jobs)))
+                return SimpleNamespace(run=SimpleNamespace(remote=lambda jobs: partial(work, jobs)))
 
             return SimpleNamespace(remote=start)
 
@@ -283,9 +284,9 @@ class FakeRay:
     def wait(self, references: list) -> tuple[list, list]:
         return references[:1], references[1:]
 
-    def get(self, reference: SimpleNamespace) -> ray_extraction.Report:
+    def get(self, reference: Callable[[], ray_extraction.Report]) -> ray_extraction.Report:
         try:
-            return reference.work(reference.jobs)
+            return reference()
         except SystemExit as error:
             raise self.exceptions.RayActorError(f"actor died\n{error}") from None
 
