@@ -14,6 +14,7 @@ from common.files import atomic_path
 from patch_encoder.bags import BagWriter
 from patch_encoder.datasets.tiles import BadTile, SlideJob, TileBatch
 from patch_encoder.failures import Failures
+from patch_encoder.slides.identity import slide_identity
 
 UNREADABLE = "unreadable_tiles"  # attribute of `features` in a bag that lacks some
 
@@ -105,7 +106,12 @@ class Assembly:
             self.failures.add(job.slide_id, f"{name} gave NaN or infinity for {slide.not_finite} of {len(corners)} tiles")
             return
         assert slide.writer is not None
-        provenance: dict[str, object] = dict(self.provenance[index])
+        try:
+            provenance: dict[str, object] = dict(self.provenance[index]) | slide_identity(job.path)
+        except OSError as error:
+            _discard(slide)
+            self.failures.add(job.slide_id, f"slide {job.path}: was read, and then: {error}")
+            return
         if slide.bad:
             self.failures.note(job.slide_id, f"{missing}, the bag is without them; the first: {slide.bad[0].error}")
             corners = np.delete(corners, [bad.tile for bad in slide.bad], axis=0)

@@ -24,7 +24,7 @@ from common.progress import Progress
 from patch_encoder import decoding
 from patch_encoder.assembly import UNREADABLE, Assembly
 from patch_encoder.bags import bag_header
-from patch_encoder.cohort import find_slides, locate, read_labels
+from patch_encoder.cohort import find_wanted, locate, read_labels
 from patch_encoder.coordinates import Coordinates, read_coordinates, tile_pattern_of
 from patch_encoder.datasets.tiles import SlideJob, TileBatch, TileSequence
 from patch_encoder.disk_space import check_room, full_disk_explained
@@ -83,9 +83,11 @@ def cohort_jobs(slides: str, coords: str, labels: str, failures: Failures, shard
     """
     shard = shard or Shard()
     folder = Path(coords) / "coords" if (Path(coords) / "coords").is_dir() else Path(coords)
-    pattern = tile_pattern_of(folder.glob("[!.]*.h5"))
+    tiled = sorted(folder.glob("[!.]*.h5"))
+    pattern = tile_pattern_of(tiled)
     records = read_labels(labels) if labels else []
-    paths = locate(records, slides, pattern) if records else find_slides(slides, pattern)
+    # without labels, a picture is a slide where it was tiled as one
+    paths = locate(records, slides, pattern) if records else find_wanted({path.stem for path in tiled}, slides, pattern)
     mpps = {record.slide_id: record.mpp for record in records}
     jobs, without = [], {}
     for slide_id, path in paths.items():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from patch_encoder.coordinates import Coordinates
+from patch_encoder.coordinates import Coordinates, TileGeometry
 from patch_encoder.isolation import alive
 from patch_encoder.slides import RegionError, Slide, SlideError, open_slide
 from patch_encoder.tiling import read_tile
@@ -119,9 +119,21 @@ class TileSequence:
             while len(self._open) >= OPEN_SLIDES:
                 self._open.popitem(last=False)[1].close()
             job = self.jobs[index]
-            self._open[index] = open_slide(job.path, job.mpp, job.coordinates.geometry.tile_pattern)
+            slide = open_slide(job.path, job.mpp, job.coordinates.geometry.tile_pattern)
+            self._open[index] = slide
+            check_size(slide, job.coordinates.geometry)
         self._open.move_to_end(index)
         return self._open[index]
+
+
+def check_size(slide: Slide, geometry: TileGeometry) -> None:
+    """Refuse coordinates of a slide of another size (those that do not say, as CLAM's, are taken)."""
+    found, expected = (slide.width, slide.height), (geometry.level0_width, geometry.level0_height)
+    if all(expected) and found != expected:
+        raise SlideError(
+            f"slide {slide.slide_id}: expected {expected[0]} x {expected[1]} px as when it was tiled, found {found[0]} x "
+            f"{found[1]}: another slide of that name; tile it again"
+        )
 
 
 def collate(items: Sequence[tuple[int, Tensor | BadTile]], place: Place = torch.empty) -> TileBatch:
