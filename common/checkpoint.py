@@ -47,7 +47,8 @@ def read_weights(path: str | Path, what: str) -> dict[str, Any]:
         from safetensors.torch import load_file
 
         try:
-            return load_file(path)
+            # copies: what the library gives is the file itself, mapped, and a file that is written over kills who maps it
+            return {name: tensor.clone() for name, tensor in load_file(path).items()}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: expected {what}, cannot be read: {error}") from None
     content = load_tensors(path, what)
