@@ -87,7 +87,8 @@ def render(cache: Path, tiles: int) -> dict[str, SlideJob]:
     }
     jobs = {}
     for path, coords in corners.items():
-        geometry = TileGeometry(path.stem, TILE, TILE, 0, TILE, 0.5, 0.5, 0.0, SIDE, SIDE)
+        across, down = (SIDE, SIDE) if path is slide else (coords.max(0) + TILE).tolist()
+        geometry = TileGeometry(path.stem, TILE, TILE, 0, TILE, 0.5, 0.5, 0.0, across, down)
         jobs["slide" if path is slide else "tile folder"] = SlideJob(path.stem, path, Coordinates(coords, geometry), 0.5)
     return jobs
 

@@ -47,7 +47,8 @@ def read_weights(path: str | Path, what: str) -> dict[str, Any]:
         from safetensors.torch import load_file
 
         try:
-            return load_file(path)
+            # copies: what the library gives is the file itself, mapped, and a file that is written over kills who maps it
+            return {name: tensor.clone() for name, tensor in load_file(path).items()}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: expected {what}, cannot be read: {error}") from None
     content = load_tensors(path, what)
@@ -66,7 +67,10 @@ def load_checkpoint(path: str | Path, what: str = "a checkpoint") -> dict[str, A
 
 
 def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
-    """Load a state dict strictly; another architecture's weights are a UserError that names the first differences."""
+    """Load a state dict strictly; another architecture's weights are a UserError that names the first differences.
+
+    A module whose parameters are on the meta device takes the tensors themselves, in its own dtypes.
+    """
     own = module.state_dict()
     missing = [name for name in own if name not in weights]
     unexpected = [name for name in weights if name not in own]
@@ -78,7 +82,10 @@ def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], source: st
             f"{len(unexpected)} unexpected {unexpected[:2]}, {len(reshaped)} of another shape {shapes[:2]}; "
             f"give the weights of a {type(module).__name__} with the same settings"
         )
-    module.load_state_dict(weights)
+    empty = any(parameter.is_meta for parameter in module.parameters())
+    if empty:
+        weights = {name: value.to(own[name].dtype).contiguous() for name, value in weights.items()}
+    module.load_state_dict(weights, assign=empty)
 
 
 def resume(path: str | Path, model: nn.Module, **parts: Any) -> tuple[int, dict[str, Any]]:

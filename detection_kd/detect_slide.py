@@ -125,9 +125,9 @@ def slides_of(
     broken: set[int] = set()
     with Progress("detections", len(sequence), "tiles") as bar:
         for batch in tile_batches(sequence, settings):
-            for index, _, error in batch.failures:
-                broken.add(index)
-                failures.add(jobs[index].slide_id, error)
+            for bad in batch.failures:
+                broken.add(bad.slide)
+                failures.add(jobs[bad.slide].slide_id, bad.error)
             if batch.items is not None:
                 owners = batch.slides.tolist()
                 sides = [jobs[index].coordinates.geometry.patch_size_level0 for index in owners]

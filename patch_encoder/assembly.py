@@ -14,6 +14,7 @@ from common.files import atomic_path
 from patch_encoder.bags import BagWriter
 from patch_encoder.datasets.tiles import BadTile, SlideJob, TileBatch
 from patch_encoder.failures import Failures
+from patch_encoder.slides.identity import slide_identity
 
 UNREADABLE = "unreadable_tiles"  # attribute of `features` in a bag that lacks some
 
@@ -26,6 +27,7 @@ class _Slide:
     writer: BagWriter | None = None
     bad: list[BadTile] = field(default_factory=list)
     not_finite: int = 0
+    given_up: str = ""
 
 
 class Assembly:
@@ -61,7 +63,9 @@ class Assembly:
         for index, count in batch.counted:
             slide = self._slides.setdefault(index, _Slide(len(self.jobs[index].coordinates.coords)))
             slide.missing -= count
-            slide.bad += [bad for bad in batch.failures if bad.slide == index]
+            bad = [bad for bad in batch.failures if bad.slide == index]
+            slide.bad += bad
+            slide.given_up = slide.given_up or next((tile.error for tile in bad if tile.given_up), "")
             self._append(index, slide, features[owners == index])
             if slide.missing == 0:
                 self._finish(index, self._slides.pop(index))
@@ -75,7 +79,7 @@ class Assembly:
 
     def _append(self, index: int, slide: _Slide, rows: np.ndarray) -> None:
         slide.not_finite += int((~np.isfinite(rows).all(axis=1)).sum()) if len(rows) else 0
-        if slide.not_finite or self._too_many(index, slide):
+        if slide.given_up or slide.not_finite or self._too_many(index, slide):
             _discard(slide)
         elif len(rows):
             if slide.writer is None:
@@ -90,6 +94,9 @@ class Assembly:
         job = self.jobs[index]
         corners = job.coordinates.coords
         missing = f"{len(slide.bad)} of {len(corners)} tiles cannot be read"
+        if slide.given_up:
+            self.failures.add(job.slide_id, slide.given_up)
+            return
         if self._too_many(index, slide) or len(slide.bad) == len(corners):
             reason = f"{missing} (max_bad_tiles={self.max_bad_tiles:g}), the first: {slide.bad[0].error}"
             self.failures.add(job.slide_id, reason)
@@ -99,7 +106,12 @@ class Assembly:
             self.failures.add(job.slide_id, f"{name} gave NaN or infinity for {slide.not_finite} of {len(corners)} tiles")
             return
         assert slide.writer is not None
-        provenance: dict[str, object] = dict(self.provenance[index])
+        try:
+            provenance: dict[str, object] = dict(self.provenance[index]) | slide_identity(job.path)
+        except OSError as error:
+            _discard(slide)
+            self.failures.add(job.slide_id, f"slide {job.path}: was read, and then: {error}")
+            return
         if slide.bad:
             self.failures.note(job.slide_id, f"{missing}, the bag is without them; the first: {slide.bad[0].error}")
             corners = np.delete(corners, [bad.tile for bad in slide.bad], axis=0)

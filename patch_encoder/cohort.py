@@ -146,6 +146,16 @@ def _walk(folder: Path, pattern: TilePattern, suffixes: Set[str], seen: set[Path
     return files + [slide for entry in entries if entry.is_dir() for slide in _walk(entry, pattern, suffixes, seen)]
 
 
+def find_wanted(wanted: Set[str], root: str | Path, tile_pattern: str = "", pictures: bool = False) -> dict[str, Path]:
+    """All that `find_slides` finds, and plain pictures of the ids in `wanted` that it does not."""
+    found = find_slides(root, tile_pattern, pictures)
+    missing = wanted - found.keys()
+    if missing and Path(root).is_dir():
+        plain = _walk(Path(root), compile_pattern(tile_pattern), PICTURE_SUFFIXES, set())
+        found |= _by_id([path for path in plain if slide_id_of(path) in missing])
+    return dict(sorted(found.items()))
+
+
 def locate(records: Sequence[SlideRecord], root: str | Path, tile_pattern: str = "", pictures: bool = False) -> dict[str, Path]:
     """Slide id -> path for every record, in the records' order; the other arguments are those of `find_slides`.
 
@@ -154,11 +164,7 @@ def locate(records: Sequence[SlideRecord], root: str | Path, tile_pattern: str =
     Raises:
         UserError: a labelled slide is not below `root`.
     """
-    found = find_slides(root, tile_pattern, pictures)
-    missing = {record.slide_id for record in records} - found.keys()
-    if missing and Path(root).is_dir():
-        plain = _walk(Path(root), compile_pattern(tile_pattern), PICTURE_SUFFIXES, set())
-        found |= _by_id([path for path in plain if slide_id_of(path) in missing])
+    found = find_wanted({record.slide_id for record in records}, root, tile_pattern, pictures)
     unknown = [record.slide_id for record in records if record.slide_id not in found]
     if unknown:
         raise UserError(

@@ -9,24 +9,24 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from common import __version__
 from common.differences import differences
 from common.errors import UserError
 from common.progress import Progress
+from patch_encoder import decoding
 from patch_encoder.assembly import UNREADABLE, Assembly
 from patch_encoder.bags import bag_header
-from patch_encoder.cohort import find_slides, locate, read_labels
+from patch_encoder.cohort import find_wanted, locate, read_labels
 from patch_encoder.coordinates import Coordinates, read_coordinates, tile_pattern_of
-from patch_encoder.datasets.tiles import SlideJob, TileBatch, TileSequence, collate
+from patch_encoder.datasets.tiles import SlideJob, TileBatch, TileSequence
 from patch_encoder.disk_space import check_room, full_disk_explained
 from patch_encoder.failures import Failures
 from patch_encoder.inference import Launched, Network
@@ -53,6 +53,7 @@ class ExtractSettings:
         overwrite: replace bags of another provenance.
         compiler: backend of torch.compile; empty: not compiled.
         max_bad_tiles: largest share of a slide's tiles that may be unreadable.
+        read_timeout: seconds that a decoding process may take over one tile.
         shard: the part of the cohort that this process works on.
         ray: where Ray's workers run; None: in this process.
         stain: stain normalisation of the tiles; None: as they are.
@@ -67,6 +68,7 @@ class ExtractSettings:
     overwrite: bool = False
     compiler: str = ""
     max_bad_tiles: float = 0.0
+    read_timeout: float = 300.0
     shard: Shard = field(default_factory=Shard)
     ray: RaySettings | None = None
     stain: Normaliser | None = None
@@ -84,9 +86,11 @@ def cohort_jobs(slides: str, coords: str, labels: str, failures: Failures, shard
     """
     shard = shard or Shard()
     folder = Path(coords) / "coords" if (Path(coords) / "coords").is_dir() else Path(coords)
-    pattern = tile_pattern_of(folder.glob("[!.]*.h5"))
+    tiled = sorted(folder.glob("[!.]*.h5"))
+    pattern = tile_pattern_of(tiled)
     records = read_labels(labels) if labels else []
-    paths = locate(records, slides, pattern) if records else find_slides(slides, pattern)
+    # without labels, a picture is a slide where it was tiled as one
+    paths = locate(records, slides, pattern) if records else find_wanted({path.stem for path in tiled}, slides, pattern)
     mpps = {record.slide_id: record.mpp for record in records}
     jobs, without = [], {}
     for slide_id, path in paths.items():
@@ -167,8 +171,9 @@ def encode_slides(
     assembly = Assembly(jobs, provenance, folder, failures, **limits)
     waiting = Stopwatch()
     bar = Progress(f"{encoder.name} features", len(sequence), "tiles", enabled=show)
-    with full_disk_explained(folder), lost_workers_explained(), bar, closing(assembly):
-        for batch, features in encoded(waiting.over(tile_batches(sequence, settings)), network, settings.dtype):
+    batches = tile_batches(sequence, settings)
+    with full_disk_explained(folder), bar, closing(assembly), closing(batches):
+        for batch, features in encoded(waiting.over(batches), network, settings.dtype):
             assembly.take(batch, features)
             bar.advance(sum(count for _, count in batch.counted))
     return Report(len(jobs), len(sequence), waiting.seconds, waiting.total, failures.rows)
@@ -196,17 +201,10 @@ def _is_done(job: SlideJob, encoder: Encoder, folder: Path, settings: ExtractSet
 
 def tile_batches(sequence: TileSequence, settings: ExtractSettings) -> Iterator[TileBatch]:
     """Batches in order, decoded by workers while the device computes."""
-    workers = min(settings.workers, -(-len(sequence) // settings.batch_size))
-    loader = DataLoader(
-        sequence,
-        batch_size=settings.batch_size,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=settings.device.type == "cuda",
-        multiprocessing_context="fork" if workers and settings.device.type == "cpu" else None,
-    )
-    with lost_workers_explained():
-        yield from loader
+    found = decoding.batches(sequence, settings.batch_size, settings.workers, settings.read_timeout)
+    with closing(found):
+        for batch in found:
+            yield batch.pin_memory() if settings.device.type == "cuda" else batch
 
 
 def encoded(batches: Iterable[TileBatch], network: Network, dtype: str) -> Iterator[tuple[TileBatch, np.ndarray]]:
@@ -228,20 +226,6 @@ def _stored(launched: Launched | None, dtype: str) -> np.ndarray:
     if launched is None:
         return np.empty((0, 0), dtype=dtype)
     return launched.features().to(getattr(torch, dtype)).numpy()
-
-
-@contextmanager
-def lost_workers_explained() -> Iterator[None]:
-    """A decoding process that was killed is one line; torch raises wherever the main process happens to be."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            f"a decoding process was killed, as the system does when memory runs out ({str(error).split('. ')[0]}); finished "
-            "slides are kept: lower workers= or batch_size= and start again"
-        ) from None
 
 
 class Stopwatch:

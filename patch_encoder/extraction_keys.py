@@ -8,6 +8,7 @@ from common.config import REQUIRED, key
 from common.device import PRECISIONS, pick_device, pick_precision
 from common.errors import UserError
 from patch_encoder.engine import ExtractSettings
+from patch_encoder.isolation import check_workers
 from patch_encoder.ray_extraction import RaySettings, import_ray
 from patch_encoder.shards import Shard
 from patch_encoder.stain.normaliser import KINDS, SCOPES, build_normaliser
@@ -22,7 +23,8 @@ class ExtractionKeys:
     output: str = key(REQUIRED, "features folder; bags go to <output>/<encoder>/h5_files", runtime=True)
     labels: str = key("", "labels.csv: encode only its slides, and take mpp from it", path=True)
     batch_size: int = key(64, "tiles a batch", runtime=True)
-    workers: int = key(2, "decoding processes; 0 decodes in the main process", runtime=True)
+    workers: int = key(2, "decoding processes; 0: the main process, which a slide that crashes its reader ends", runtime=True)
+    read_timeout: float = key(300.0, "seconds a tile may take before its slide is given up (not with workers=0)", runtime=True)
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
     precision: str = key("auto", "auto: bf16 where the device has it, else fp32", choices=PRECISIONS)
     dtype: str = key("float32", "type of the stored features", choices=("float16", "float32"))
@@ -32,15 +34,16 @@ class ExtractionKeys:
 
     def settings(self) -> ExtractSettings:
         """What the extraction loop needs of these keys, with device and precision resolved."""
-        for name, least in (("batch_size", 1), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)}: expected at least {least}")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size={self.batch_size}: expected at least 1")
+        check_workers(self.workers, self.read_timeout)
         device = pick_device(self.device)
         precision = pick_precision(self.precision, device)
         shard = Shard.parse(self.shard)
         return ExtractSettings(
-            device, precision, self.batch_size, self.workers, self.dtype, self.pt, self.overwrite, shard=shard
-        )
+            device, precision, self.batch_size, self.workers, self.dtype, self.pt, self.overwrite,
+            read_timeout=self.read_timeout, shard=shard,
+        )  # fmt: skip
 
 
 @dataclass

@@ -20,8 +20,10 @@ import numpy as np
 from common.cli import launch
 from common.config import REQUIRED, key
 from common.errors import UserError
+from common.progress import progress
 from patch_encoder.cohort import find_slides, locate, read_labels
 from patch_encoder.coordinates import TileGeometry
+from patch_encoder.isolation import Lost, Raised, alive, check_workers, isolated
 from patch_encoder.slides import RegionError, Slide, open_slide
 from patch_encoder.tiling import grid, tile_geometry
 
@@ -41,6 +43,8 @@ class Config:
     tile_pattern: str = key("", "how tile folders name their tiles, as in tile_x{x}_y{y}.png; empty: <row>_<col>")
     pictures: bool = key(False, "plain pictures (png, jpg, ...) are slides too; they are anyway where nothing else is")
     sample: int = key(16, "tiles to decode, spread over the slide; 0: none")
+    workers: int = key(2, "slides at a time; 0: in the main process, which a slide that crashes its reader ends")
+    read_timeout: float = key(300.0, "seconds without progress that give a slide up (not with workers=0)")
     details: bool = key(False, "everything about each slide instead of a row")
     json: bool = key(False, "print a JSON list instead")
 
@@ -57,6 +61,15 @@ def inspect_one(slide_id: str, path: Path, mpp: float | None, config: Config) ->
         geometry, entry["plan"] = plan(slide, config)
         entry["regions"] = probe(slide, geometry, config.sample)
     return entry
+
+
+def inspect_all(jobs: Sequence[tuple[str, Path, float | None]], config: Config) -> list[dict[str, Any]]:
+    """`inspect_one` of every slide, in order; one that crashes or hangs its reader has that as its error."""
+    entries: list[dict[str, Any]] = [{"slide": slide_id, "path": str(path)} for slide_id, path, _ in jobs]
+    work = isolated(lambda job: inspect_one(*job, config), jobs, config.workers, config.read_timeout)
+    for number, result in progress(work, "inspected", len(jobs), "slides"):
+        entries[number] = entries[number] | {"error": result.reason} if isinstance(result, (Lost, Raised)) else result
+    return entries
 
 
 def facts(slide: Slide) -> dict[str, Any]:
@@ -105,6 +118,7 @@ def probe(slide: Slide, geometry: TileGeometry | None, sample: int) -> dict[str,
         reads += [(x, y, geometry.patch_size, geometry.patch_level) for x, y in chosen.tolist()]
     errors = []
     for x, y, size, level in reads:
+        alive()
         try:
             slide.read(x, y, size, level)
         except RegionError as error:
@@ -192,6 +206,7 @@ def describe(entry: dict[str, Any]) -> str:
 
 
 def main(config: Config) -> int:
+    check_workers(config.workers, config.read_timeout)
     if config.sample < 0:
         raise UserError(f"sample={config.sample}: expected 0 or more tiles")
     mpps: dict[str, float | None] = {}
@@ -201,7 +216,8 @@ def main(config: Config) -> int:
         mpps = {record.slide_id: record.mpp for record in records}
     else:
         slides = find_slides(config.slides, config.tile_pattern, config.pictures)
-    entries = [inspect_one(slide_id, path, mpps.get(slide_id) or config.mpp, config) for slide_id, path in slides.items()]
+    jobs = [(slide_id, path, mpps.get(slide_id) or config.mpp) for slide_id, path in slides.items()]
+    entries = inspect_all(jobs, config)
     if config.json:
         print(json.dumps(entries, indent=2, allow_nan=False))
     elif config.details or len(entries) == 1:

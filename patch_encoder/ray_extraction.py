@@ -1,13 +1,15 @@
 """A cohort on many GPUs or machines through Ray: free workers take the largest bundle of slides that is left.
 
-A worker that dies is replaced, and what it was at is done again. Slides, coordinates and output are reached by the same paths
-on every machine, and the repository lies at the same place.
+A worker that dies is replaced, and what it was at is done again; a bundle that goes on killing workers is taken apart, and a
+slide that does so alone is listed. Slides, coordinates and output are reached by the same paths on every machine, and the
+repository lies at the same place.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,8 @@ from patch_encoder.shards import bundles, tile_count
 
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
-ATTEMPTS = 3  # a bundle that has killed so many workers is given up
+ATTEMPTS = 3  # a bundle that has killed so many workers is taken apart, a slide given up
+HOPELESS = 3  # slides given up before anything was done: it is not for the slides
 BUNDLES_A_WORKER = 4  # at least, as far as there are slides, so that workers end together
 
 
@@ -147,32 +150,32 @@ class _Pool:
 
     def run(self, waiting: list[list[SlideJob]], count: int) -> Report:
         report = NOTHING
-        attempts = dict.fromkeys(range(len(waiting)), 0)
-        queue = list(range(len(waiting)))
-        running: dict[Any, tuple[int, Any]] = {}
+        queue = deque((bundle, 0) for bundle in waiting)  # with the workers that died over it
+        running: dict[Any, tuple[list[SlideJob], int, Any]] = {}
         idle = [self._actor.remote(self._work) for _ in range(min(count, len(waiting)))]
         logger.info("engine=ray: %d workers, %d bundles of slides", len(idle), len(queue))
         with Progress("features", sum(map(tile_count, waiting)), "tiles") as bar:
             while queue or running:
                 while queue and idle:
-                    index, worker = queue.pop(0), idle.pop()
-                    attempts[index] += 1
-                    running[worker.run.remote(waiting[index])] = index, worker
+                    (bundle, died), worker = queue.popleft(), idle.pop()
+                    running[worker.run.remote(bundle)] = bundle, died, worker
                 (done, *_), _ = self.ray.wait(list(running))
-                index, worker = running.pop(done)
-                found = self._result(done, waiting[index], attempts[index])
-                if found is None:
+                bundle, died, worker = running.pop(done)
+                found = self._result(done)
+                if isinstance(found, str):
                     self.ray.kill(worker)
                     worker = self._actor.remote(self._work)
-                    queue.insert(0, index)
-                else:
-                    report += found
-                    bar.advance(found.tiles)
+                    again, found = after_death(bundle, died + 1, found)
+                    queue.extendleft(reversed(again))
+                report += found
+                if len(report.failures) == report.slides == HOPELESS and all("died" in row["error"] for row in report.failures):
+                    raise UserError(f"engine=ray: {report.failures[-1]['error']}; lower batch_size or workers")
+                bar.advance(found.tiles)
                 idle.append(worker)
         return report
 
-    def _result(self, reference: Any, jobs: list[SlideJob], attempt: int) -> Report | None:
-        """What a worker gives back, None when it died."""
+    def _result(self, reference: Any) -> Report | str:
+        """What a worker gives back, the reason when it died."""
         try:
             return self.ray.get(reference)
         except self.ray.exceptions.RayTaskError as error:
@@ -180,13 +183,21 @@ class _Pool:
                 raise UserError(str(error.cause)) from None
             raise
         except self.ray.exceptions.RayActorError as error:
-            names = ", ".join(job.slide_id for job in jobs[:3])
-            if attempt >= ATTEMPTS:
-                raise UserError(
-                    f"engine=ray: {attempt} workers died over the slides {names}: {_line(error)}; lower batch_size or workers"
-                ) from None
-            logger.warning("engine=ray: a worker died, its slides are done again: %s%s", names, ", ..." * (len(jobs) > 3))
-            return None
+            return _line(error)
+
+
+def after_death(bundle: list[SlideJob], died: int, reason: str) -> tuple[list[tuple[list[SlideJob], int]], Report]:
+    """What is left to do of a bundle that so many workers died over, each with its count of deaths, and what is given up."""
+    names = ", ".join(job.slide_id for job in bundle[:3])
+    if died < ATTEMPTS:
+        logger.warning("engine=ray: a worker died, its slides are done again: %s%s", names, ", ..." * (len(bundle) > 3))
+        return [(bundle, died)], NOTHING
+    if len(bundle) > 1:
+        logger.warning("engine=ray: %d workers died over %d slides, each is now done alone: %s", died, len(bundle), names)
+        # one more try each: the one among them that kills has had its others
+        return [([job], ATTEMPTS - 1) for job in bundle], NOTHING
+    error = f"{died} workers of Ray died over it, the last: {reason}"
+    return [], Report(1, tile_count(bundle), 0.0, 0.0, [{"slide": names, "stage": "extract_features", "error": error}])
 
 
 def _line(error: Exception) -> str:

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import json
 import logging
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from common.progress import progress
 from patch_encoder.cohort import find_slides, locate, read_labels
 from patch_encoder.coordinates import Coordinates, TileGeometry, coordinate_attributes, read_coordinates
 from patch_encoder.failures import Failures
+from patch_encoder.isolation import Lost, Raised, check_workers, isolated
 from patch_encoder.overlay import mask_overlay
 from patch_encoder.slides import Slide, open_slide
 from patch_encoder.tiling import grid, tile_geometry, tissue_share
@@ -73,7 +73,8 @@ class Config:
     min_saturation: float | None = key(None, "drop tiles of less mean saturation, 0..1; null: none")
     max_darkness: float | None = key(None, "drop tiles of more mean optical density; null: none")
     tissue: TissueSettings = group(TissueSettings, "tissue detection settings")
-    workers: int = key(2, "slides worked on at a time", runtime=True)
+    workers: int = key(2, "slides at a time; 0: in the main process, which a slide that crashes its reader ends", runtime=True)
+    read_timeout: float = key(300.0, "seconds without progress that give a slide up (not with workers=0)", runtime=True)
     overwrite: bool = key(False, "tile slides again that were tiled with other settings", runtime=True)
 
 
@@ -87,7 +88,7 @@ def cuts_of(config: Config) -> Cuts:
 
 def settings_stamp(config: Config) -> str:
     """The settings that decide a slide's tiles, as stored in its coordinates file."""
-    free = {"slides", "output", "labels", "workers", "overwrite", "pictures"}
+    free = {"slides", "output", "labels", "workers", "read_timeout", "overwrite", "pictures"}
     return json.dumps({name: value for name, value in asdict(config).items() if name not in free}, sort_keys=True)
 
 
@@ -124,14 +125,10 @@ def drawn_digest(slide_id: str, config: Config) -> str:
 
 
 def tile_one(job: Job, config: Config, stamp: str) -> dict[str, object]:
-    """Tile one slide; returns its id and number of tiles, or `error` when it could not be read."""
-    slide_id, path, mpp = job
-    cv2.setNumThreads(1)  # one core a worker
-    try:
-        with open_slide(path, mpp, config.tile_pattern) as slide:
-            return _tile(slide, job, config, stamp)
-    except UserError as error:
-        return {"slide": slide_id, "error": str(error)}
+    """Tile one slide; returns its id and number of tiles."""
+    _, path, mpp = job
+    with open_slide(path, mpp, config.tile_pattern) as slide:
+        return _tile(slide, job, config, stamp)
 
 
 def _tile(slide: Slide, job: Job, config: Config, stamp: str) -> dict[str, object]:
@@ -197,6 +194,7 @@ def is_done(job: Job, config: Config, stamp: str) -> bool:
 
 def check(config: Config) -> None:
     """Refuse what does not go together before any slide is opened."""
+    check_workers(config.workers, config.read_timeout)
     if cuts_of(config).any() and not config.quality:
         raise UserError("min_blur, max_pen, ...: expected quality=true, found false; cuts need measured tiles")
     if config.grid == "contour" and config.method != "clam":
@@ -233,14 +231,12 @@ def main(config: Config) -> int:
     return failures.write(Path(config.output))
 
 
-def run_jobs(todo: list[Job], config: Config, stamp: str):
-    """Rows of tiling.csv, in the order of the jobs, from `config.workers` processes."""
+def run_jobs(todo: list[Job], config: Config, stamp: str) -> Iterator[dict[str, object]]:
+    """What `tile_one` gives, as slides are ready; `error` instead for those that failed."""
+    cv2.setNumThreads(1)  # one core a worker; before the fork, which takes no threads along
     work = partial(tile_one, config=config, stamp=stamp)
-    if config.workers <= 1 or len(todo) <= 1:
-        yield from map(work, todo)
-        return
-    with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(work, todo)
+    for number, result in isolated(work, todo, config.workers, config.read_timeout):
+        yield {"slide": todo[number][0], "error": result.reason} if isinstance(result, (Lost, Raised)) else result
 
 
 def write_table(output: Path, slide_ids: list[str]) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from common.errors import UserError
 from patch_encoder.coordinates import TileGeometry
+from patch_encoder.isolation import alive
 from patch_encoder.slides.base import Slide
 from patch_encoder.slides.resolution import REMEDY
 
@@ -131,6 +132,7 @@ def read_tile(slide: Slide, where: TileGeometry | Mapping[str, Any], x: int, y: 
         uint8 (target_size, target_size, 3).
     """
     geometry = where if isinstance(where, TileGeometry) else TileGeometry.from_attributes(where, slide.slide_id)
+    alive()
     tile = slide.read(int(x), int(y), geometry.patch_size, geometry.patch_level)
     if geometry.patch_size == geometry.target_size:
         return tile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import tifffile
@@ -63,6 +65,18 @@ def kill_when(ready: Callable[[], bool], module: str, arguments: list[str]) -> N
     process.kill()
     _, errors = process.communicate()
     assert ended is None and ready(), f"{module} ended with {ended} before it could be killed: {errors[-2000:]}"
+
+
+def die(number: int) -> NoReturn:
+    """What a native library does to its process, without pytest's own report of it."""
+    faulthandler.disable()
+    os.kill(os.getpid(), number)
+    raise AssertionError("a deadly signal returns")
+
+
+def children() -> set[int]:
+    """Processes that this one started and that are not gone."""
+    return {int(pid) for pid in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()}
 
 
 def run_two_processes(module: str, arguments: list[str]) -> None:

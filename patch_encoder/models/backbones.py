@@ -20,6 +20,7 @@ from patch_encoder.models.convolution_stem import ConvStem
 from patch_encoder.models.encoder_table import EncoderRow
 from patch_encoder.models.encoder_weights import HEADS, TEXT_TOWER, hub_file, load, local_file, read_state
 from patch_encoder.models.pooling import TokenPool, TransformersPool, TruncatedResNet
+from patch_encoder.models.uninitialised import uninitialised
 
 LAYERS = {"ConvStem": ConvStem, "silu": nn.SiLU}
 
@@ -42,7 +43,8 @@ def build_backbone(row: EncoderRow, weights: str, name: str) -> nn.Module:
     state = read_state(file, choice)
     if row.library == "transformers":
         return TransformersPool(_transformers_loaded(row, state, str(file)), row.pool)
-    network = initialised(_published_tower(row, file.parent, name, from_hub=not path))
+    with uninitialised():
+        network = initialised(_published_tower(row, file.parent, name, from_hub=not path))
     load(network, row, state, str(file))
     return network
 

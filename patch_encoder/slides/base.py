@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from common.errors import UserError
+from patch_encoder.isolation import alive
 from patch_encoder.slides.resolution import Resolution
 
 BLOCK = 2048  # px of a level that an overview reads at a time
@@ -89,6 +90,7 @@ class Slide(ABC):
         out = np.empty((out_height, out_width, 3), np.uint8)
         for top in range(0, out_height, count):
             for left in range(0, out_width, count):
+                alive()
                 height, width = min(count, out_height - top), min(count, out_width - left)
                 x, y = math.floor(left * step_x), math.floor(top * step_y)
                 right, bottom = (left + width) * step_x - x, (top + height) * step_y - y

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from patch_encoder.isolation import alive
 from patch_encoder.slides.base import Slide
 
 MAX_SIDE = 4096  # px of the picture that a mask is computed on
@@ -61,6 +62,7 @@ def _read_level(slide: Slide, level: int, size: tuple[int, int]) -> np.ndarray:
             box = (left * step_x - x, top * step_y - y, right * step_x - x, bottom * step_y - y)
             side = math.ceil(round(max(box[2], box[3]), 6))
             downsample = slide.downsamples[level]
+            alive()
             block = Image.fromarray(slide.read(round(x * downsample), round(y * downsample), side, level))
             out[top:bottom, left:right] = np.asarray(block.resize((right - left, bottom - top), Image.Resampling.BOX, box=box))
     return out
