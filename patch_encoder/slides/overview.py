@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+import cv2
 import numpy as np
 from jaxtyping import Float32, Float64, Shaped, UInt8
 from PIL import Image
@@ -67,7 +68,7 @@ def read_overview(slide: Slide, max_side: int) -> Overview:
     kept = _kept[slide]
     if kept.pixels.shape[1::-1] == size:
         return kept
-    return Overview(np.asarray(Image.fromarray(kept.pixels).resize(size, Image.Resampling.BOX)), kept.damage)
+    return Overview(np.asarray(cv2.resize(kept.pixels, size, interpolation=cv2.INTER_AREA), dtype=np.uint8), kept.damage)
 
 
 _kept: WeakKeyDictionary[Slide, Overview] = WeakKeyDictionary()
