@@ -1,8 +1,8 @@
-"""Convert tile coordinates from and to the layouts of CLAM, TRIDENT, STAMP, INTELLIGENS (`.npy`) and QuPath (GeoJSON).
+"""Convert tile coordinates from and to the layouts of CLAM, TRIDENT, AtlasPatch, STAMP, INTELLIGENS (`.npy`) and QuPath.
 
     python -m patch_encoder.convert_coordinates input=clam/patches to=ours output=runs/tiles slides=cohort/slides
 
-One file or every one of a folder. Writes `coords/<slide_id>.h5` (ours), `patches/<slide_id>.h5` (CLAM),
+One file or every one of a folder. Writes `coords/<slide_id>.h5` (ours), `patches/<slide_id>.h5` (CLAM, AtlasPatch),
 `patches/<slide_id>_patches.h5` (TRIDENT) or `<slide_id>.npy|.geojson|.h5` below `output`. Files that are there with the same
 content are kept, other content is refused; slides that fail are listed in `failures.csv` and the exit status is 1.
 """
