@@ -48,6 +48,10 @@ logger = logging.getLogger(__name__)
 
 
 COLUMNS = ["slide", "tiles", "tissue_share", "mpp", "tissue_mm2", "dropped", "unreadable"]
+SMALL_PARTS = {
+    "clam": "; all parts are smaller than tissue.clam.a_t, as cells of a smear are: lower it, or take method=cytology",
+    "min_area": "; all parts are smaller than tissue.min_area",
+}
 OVERLAY, THUMBNAIL = 1024, 256  # px of the longest side
 
 
@@ -171,7 +175,9 @@ def _tile(slide: Slide, job: Job, config: Config, stamp: str) -> dict[str, objec
     measured = {name: values[keep] for name, values in {**quality, "tissue": share}.items()}
     # written last: a slide counts as finished once it has coordinates
     write_tiles(output / "coords" / f"{slide_id}.h5", coordinates, extra, measured)
-    return {"slide": slide_id, "tiles": len(coordinates.coords), "unreadable": extra["unreadable"]}
+    small = not tissue.mask.any() and "small" in tissue.dropped and tissue.dropped["small"].any()
+    hint = SMALL_PARTS["clam" if config.method == "clam" else "min_area"] if small else ""
+    return {"slide": slide_id, "tiles": len(coordinates.coords), "unreadable": extra["unreadable"], "hint": hint}
 
 
 def checked_damages(slide: Slide, tissue: Tissue, view: Overview, most: float) -> list[Damage]:
@@ -262,7 +268,7 @@ def main(config: Config) -> int:
         if row["unreadable"]:
             logger.warning("tile_slides: slide %s: %s, no tiles there", row["slide"], row["unreadable"])
         if row["tiles"] == 0:
-            logger.warning("tile_slides: slide %s: no tissue found, 0 tiles", row["slide"])
+            logger.warning("tile_slides: slide %s: no tissue found, 0 tiles%s", row["slide"], row["hint"])
     write_table(Path(config.output), [job[0] for job in jobs])
     return failures.write(Path(config.output))
 

