@@ -129,7 +129,7 @@ def test_broken_slides_are_listed_and_damage_is_told(cohort: Path) -> None:
         for name in (BROKEN[0], BROKEN[2]):
             assert "expected a format that OpenSlide reads" in failures[name]["error"]
         row = table(cohort / method / "tiling.csv")[BROKEN[3]]
-        assert row["unreadable"].endswith(" of 108 blocks unreadable") and 8 <= int(row["unreadable"].split()[0]) <= 24
+        assert row["unreadable"] == "27 of 108 blocks unreadable"
     whole, damaged = (corners(cohort, "none")[name] for name in ("cmu-1-small-region", BROKEN[3]))
     kept = {tuple(xy) for xy in damaged.tolist()}
     assert kept < {tuple(xy) for xy in whole.tolist()} and len(kept) > 0.5 * len(whole)
@@ -181,13 +181,13 @@ def test_outlines_are_tissue_again(cohort: Path) -> None:
 
 @pytest.mark.parametrize("to", LAYOUTS)
 def test_coordinates_to_other_layouts_and_back(cohort: Path, to: str) -> None:
-    shared = [f"slides={cohort}/slides", f"labels={cohort}/labels.csv"]
+    shared = ["pictures=true", f"slides={cohort}/slides", f"labels={cohort}/labels.csv"]
     source = cohort / "convert"
     for name in SLIDES:
         (source / "coords").mkdir(parents=True, exist_ok=True)
         shutil.copy(cohort / "none" / "coords" / f"{name}.h5", source / "coords")
-    assert call(convert_coordinates, f"input={source}", f"to={to}", f"output={cohort}/{to}", *shared) == 0
-    assert call(convert_coordinates, f"input={cohort}/{to}", "to=ours", f"output={cohort}/from_{to}", *shared) == 0
+    assert call(convert_coordinates, f"input={source}", f"to={to}", f"output={cohort}/to_{to}", *shared) == 0
+    assert call(convert_coordinates, f"input={cohort}/to_{to}", "to=ours", f"output={cohort}/from_{to}", *shared) == 0
     for name in SLIDES:
         before, after = (read_coordinates(folder / "coords" / f"{name}.h5") for folder in (source, cohort / f"from_{to}"))
         np.testing.assert_array_equal(after.coords, before.coords)
