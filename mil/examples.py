@@ -16,6 +16,7 @@ from mil.results import Finished
 from patch_encoder.bags import read_bag
 from patch_encoder.coordinates import TileGeometry
 from patch_encoder.slides import open_slide
+from patch_encoder.slides.overview import read_overview
 from patch_encoder.tiling import read_tile
 
 THUMBNAIL_SIDE = 460
@@ -79,6 +80,6 @@ def make_example(choice: Choice, checkpoint: Path, bag_file: Path, slide_file: P
     rows = np.argsort(-attention, kind="stable")[:top]
     geometry = TileGeometry.from_attributes(bag.attributes, str(bag_file))
     with open_slide(slide_file, mpp, geometry.tile_pattern) as slide:
-        overview = mark_tiles(slide.thumbnail(THUMBNAIL_SIDE), geometry, slide.width, bag.coords[rows])
+        overview = mark_tiles(read_overview(slide, THUMBNAIL_SIDE).pixels, geometry, slide.width, bag.coords[rows])
         tiles = [(jpeg_uri(read_tile(slide, geometry, *bag.coords[row].tolist())), float(attention[row])) for row in rows]
     return Example(choice, len(bag.features), jpeg_uri(overview), tiles)

@@ -158,7 +158,7 @@ def page(config: Config, rows: Sequence[Row]) -> str:
     )
 
 
-def short(value: float | None) -> str:
+def short(value: float | int | None) -> str:
     """A number in few digits, a dash for none."""
     if value is None:
         return "–"

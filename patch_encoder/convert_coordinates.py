@@ -1,8 +1,8 @@
-"""Convert tile coordinates from and to the layouts of CLAM, TRIDENT, STAMP, INTELLIGENS (`.npy`) and QuPath (GeoJSON).
+"""Convert tile coordinates from and to the layouts of CLAM, TRIDENT, AtlasPatch, STAMP, INTELLIGENS (`.npy`) and QuPath.
 
     python -m patch_encoder.convert_coordinates input=clam/patches to=ours output=runs/tiles slides=cohort/slides
 
-One file or every one of a folder. Writes `coords/<slide_id>.h5` (ours), `patches/<slide_id>.h5` (CLAM),
+One file or every one of a folder. Writes `coords/<slide_id>.h5` (ours), `patches/<slide_id>.h5` (CLAM, AtlasPatch),
 `patches/<slide_id>_patches.h5` (TRIDENT) or `<slide_id>.npy|.geojson|.h5` below `output`. Files that are there with the same
 content are kept, other content is refused; slides that fail are listed in `failures.csv` and the exit status is 1.
 """
@@ -45,6 +45,7 @@ class Config:
     mpp: float | None = key(None, "um per pixel at level 0 of all slides that labels.csv does not give")
     tile_size: int = key(256, "side in level-0 px of the tiles of .npy files, which do not say")
     tile_pattern: str = key("", "how tile folders name their tiles, as in tile_x{x}_y{y}.png; empty: <row>_<col>")
+    pictures: bool = key(False, "plain pictures (png, jpg, ...) are slides too; they are anyway where nothing else is")
     overwrite: bool = key(False, "replace files of other content", runtime=True)
 
 
@@ -123,7 +124,7 @@ def convert(config: Config, slide_id: str, file: Path, slide_path: Path | None, 
 
 def main(config: Config) -> int:
     files = input_files(Path(config.input))
-    slides = find_slides(config.slides, config.tile_pattern) if config.slides else {}
+    slides = find_slides(config.slides, config.tile_pattern, config.pictures) if config.slides else {}
     mpps = {record.slide_id: record.mpp for record in read_labels(config.labels)} if config.labels else {}
     failures, written = Failures(STAGE), 0
     for slide_id, file in progress(files.items(), "converting", len(files), "slides"):

@@ -1,7 +1,8 @@
-"""Coordinates in the layouts of other tools: CLAM, TRIDENT, STAMP, INTELLIGENS (`.npy`), GeoJSON for QuPath.
+"""Coordinates in the layouts of other tools: CLAM, TRIDENT, AtlasPatch, STAMP, INTELLIGENS (`.npy`), GeoJSON for QuPath.
 
 CLAM and TRIDENT: `coords` int64 (N, 2) in level-0 px with their attributes; what those cannot say stands beside them as one
-JSON attribute, so that a file of ours comes back as it was. STAMP: micrometres, float32. INTELLIGENS: the bare corners of tiles
+JSON attribute, so that a file of ours comes back as it was. AtlasPatch: int32 (N, 5), x and y in level-0 px, width, height and
+level of what is read, attributes of the file. STAMP: micrometres, float32. INTELLIGENS: the bare corners of tiles
 of 256 px of level 0. GeoJSON: one square a tile, the shape WSInfer writes.
 """
 
@@ -100,6 +101,33 @@ def read_npy(path: Path, source: Source) -> Coordinates:
     return Coordinates(corners.astype(np.int64), square_geometry(source, source.tile_size, source.tile_size))
 
 
+def read_atlaspatch(path: Path, source: Source) -> Coordinates:
+    """AtlasPatch: every row says what is read; one size and one level a slide."""
+    try:
+        with h5py.File(path, "r") as file:
+            rows, attributes = file["coords"][()], {**file.attrs, **file["coords"].attrs}
+    except (OSError, KeyError) as error:
+        raise UserError(f"{path}: expected AtlasPatch's 'coords', cannot be read: {error}") from None
+    missing = {"patch_size", "patch_size_level0"} - set(attributes)
+    if rows.ndim != 2 or rows.shape[1] != 5 or missing:
+        raise UserError(f"{path}: expected coords (N, 5), patch_size and patch_size_level0, found {rows.shape}, no {missing}")
+    if FULL_GEOMETRY in attributes:
+        geometry = TileGeometry.from_attributes(attributes, str(path))
+        return Coordinates(rows[:, :2].astype(np.int64), replace(geometry, name=source.slide_id))
+    reads = np.unique(rows[:, 2:], axis=0)
+    if len(reads) > 1 or (len(reads) and reads[0, 0] != reads[0, 1]):
+        raise UserError(
+            f"{path}: expected square tiles of one size and level, found (width, height, level) {reads.tolist()[:3]}"
+        )
+    target = int(attributes["patch_size"])
+    geometry = square_geometry(source, int(attributes["patch_size_level0"]), target)
+    if len(reads):
+        geometry = replace(geometry, patch_size=int(reads[0, 0]), patch_level=int(reads[0, 2]))
+    size = {name: int(attributes.get(name, getattr(geometry, name))) for name in ("level0_width", "level0_height")}
+    geometry = replace(geometry, overlap=float(attributes.get("overlap", 0)) / target, **size)
+    return Coordinates(rows[:, :2].astype(np.int64), geometry)
+
+
 def read_stamp(path: Path, source: Source) -> Coordinates:
     """STAMP: corners in um, of a feature file or of one that we wrote."""
     mpp = source.need_mpp(path)
@@ -175,6 +203,29 @@ def write_trident(path: Path, coordinates: Coordinates, source: Source, folder: 
     write_h5(path, coordinates.coords, attributes | {FULL_GEOMETRY: json.dumps(asdict(geometry))})
 
 
+def write_atlaspatch(path: Path, coordinates: Coordinates, source: Source, folder: Path) -> None:
+    """AtlasPatch's `patches/<slide>.h5`; magnifications are whole there, the sides of tiles do not follow from them."""
+    geometry = coordinates.geometry
+    mpp = source.need_mpp(path, geometry)
+    read = [geometry.patch_size, geometry.patch_size, geometry.patch_level]
+    rows = np.concatenate([coordinates.coords, np.tile(read, (len(coordinates.coords), 1))], axis=1)
+    if rows.size and rows.max() > np.iinfo(np.int32).max:
+        raise UserError(f"{source.slide_id}: AtlasPatch's layout has 32-bit corners, found {rows.max()}")
+    attributes = {
+        "patch_size": geometry.target_size,
+        "patch_size_level0": geometry.patch_size_level0,
+        "level0_magnification": round(10 / mpp),
+        "target_magnification": max(1, round(10 / mpp * geometry.target_size / geometry.patch_size_level0)),
+        "overlap": max(0, round(geometry.target_size * (1 - geometry.step / geometry.patch_size_level0))),
+        "level0_width": geometry.level0_width,
+        "level0_height": geometry.level0_height,
+        "num_patches": len(rows),
+    }
+    with h5py.File(path, "w", track_order=False) as file:
+        file.create_dataset("coords", data=rows.astype(np.int32), track_times=False)
+        file.attrs.update(attributes | {FULL_GEOMETRY: json.dumps(asdict(geometry))})
+
+
 def magnifications(geometry: TileGeometry, mpp: float) -> tuple[float | int, float | int]:
     """(level 0, target) such that TRIDENT's round(patch_size * level0 / target) is our level-0 side.
 
@@ -233,6 +284,7 @@ LAYOUTS = {
     "ours": Layout(read_h5, write_ours, "coords/{}.h5"),
     "clam": Layout(read_h5, write_clam, "patches/{}.h5"),
     "trident": Layout(read_h5, write_trident, "patches/{}_patches.h5"),
+    "atlaspatch": Layout(read_atlaspatch, write_atlaspatch, "patches/{}.h5"),
     "npy": Layout(read_npy, write_npy, "{}.npy"),
     "stamp": Layout(read_stamp, write_stamp, "{}.h5"),
     "geojson": Layout(read_geojson, write_geojson, "{}.geojson"),
@@ -250,12 +302,16 @@ def detect(path: Path) -> str:
     try:
         with h5py.File(path, "r") as file:
             attributes = set(file.attrs) | (set(file["coords"].attrs) if "coords" in file else set())
+            if "coords" in file and file["coords"].shape[1:] == (5,):
+                return "atlaspatch"
     except OSError as error:
         raise UserError(f"{path}: expected coordinates (.h5, .npy, .geojson), cannot be read: {error}") from None
     for name, mark in (("stamp", "unit"), ("trident", "level0_magnification"), ("ours", "target_size"), ("clam", "patch_size")):
         if mark in attributes:
             return name
-    raise UserError(f"{path}: expected coordinates of ours, CLAM, TRIDENT or STAMP, found the attributes {sorted(attributes)}")
+    raise UserError(
+        f"{path}: expected coordinates of ours, CLAM, TRIDENT, AtlasPatch or STAMP, found the attributes {sorted(attributes)}"
+    )
 
 
 def content(path: Path) -> Any:

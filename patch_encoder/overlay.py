@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from patch_encoder.coordinates import Coordinates
 from patch_encoder.slides.base import Slide
+from patch_encoder.slides.overview import Overview
 from patch_encoder.tissue.find import Tissue
-from patch_encoder.tissue.overview import read_overview
 
 Colour = tuple[int, int, int]
 TISSUE, HOLE, TILE = (0, 158, 115), (0, 90, 160), (0, 114, 178)
@@ -28,36 +28,40 @@ DROPPED: dict[str, tuple[Colour, str]] = {
     "darkness": ((20, 20, 20), "too dark"),
     "artefact": ((70, 70, 70), "edge, bubble, dust"),
     "small": ((170, 60, 130), "too small"),
+    "unreadable": ((90, 90, 90), "unreadable"),
 }
 INK, QUIET = (30, 38, 46), (100, 110, 120)
 
 
 def mask_overlay(
     slide: Slide,
+    view: Overview,
     tissue: Tissue,
     coordinates: Coordinates,
     cut: Mapping[str, Int64[np.ndarray, "N 2"]] | None = None,
-    max_side: int = 1024,
 ) -> tuple[Image.Image, Image.Image]:
     """(picture with a legend below, the same picture alone).
 
     Args:
-        slide: an open slide.
+        slide: what is shown; nothing is read from it.
+        view: its picture; what could not be decoded is hatched.
         tissue: what was found on it.
         coordinates: the kept tiles.
         cut: reason -> level-0 corners of the tiles that were dropped for it.
-        max_side: longest side of the picture, px.
     """
-    picture = np.array(read_overview(slide, max_side))
+    picture = np.array(view.pixels)
     scale, side = picture.shape[1] / slide.width, coordinates.geometry.patch_size_level0
-    for reason, mask in tissue.dropped.items():
+    dropped = dict(tissue.dropped)
+    if view.damage.count:
+        dropped["unreadable"] = view.damage.mask((slide.width, slide.height), picture.shape[:2])
+    for reason, mask in dropped.items():
         _hatch(picture, _resized(mask, picture.shape[:2]), DROPPED[reason][0])
     _tiles(picture, coordinates.coords * scale, side * scale, TILE)
     for reason, corners in (cut or {}).items():
         _tiles(picture, corners * scale, side * scale, DROPPED[reason][0], crossed=True)
     _outlines(picture, _resized(tissue.mask, picture.shape[:2]))
     entries = [("tissue", TISSUE, "line"), ("hole", HOLE, "line"), (f"{len(coordinates.coords):,} tiles", TILE, "tile")]
-    entries += [(DROPPED[r][1], DROPPED[r][0], "hatch") for r, mask in tissue.dropped.items() if mask.any()]
+    entries += [(DROPPED[r][1], DROPPED[r][0], "hatch") for r, mask in dropped.items() if mask.any()]
     entries += [(f"{len(c):,} {DROPPED[r][1]}", DROPPED[r][0], "cross") for r, c in (cut or {}).items() if len(c)]
     alone = Image.fromarray(picture)
     return _with_legend(alone, entries, slide, scale), alone

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -32,7 +33,9 @@ from patch_encoder.coordinates import Coordinates, TileGeometry, coordinate_attr
 from patch_encoder.failures import Failures
 from patch_encoder.isolation import Lost, Raised, check_workers, isolated
 from patch_encoder.overlay import mask_overlay
-from patch_encoder.slides import Slide, open_slide
+from patch_encoder.slides import Slide, SlideError, open_slide
+from patch_encoder.slides.damage import Damage
+from patch_encoder.slides.overview import Overview, read_overview
 from patch_encoder.tiling import grid, tile_geometry, tissue_share
 from patch_encoder.tissue import METHODS, Tissue, TissueSettings, find_tissue
 from patch_encoder.tissue.annotation import annotation_file
@@ -44,8 +47,12 @@ from patch_encoder.tissue.quality import Cuts, count_reasons, measure_tiles, rea
 logger = logging.getLogger(__name__)
 
 
-COLUMNS = ["slide", "tiles", "tissue_share", "mpp", "tissue_mm2", "dropped"]
-THUMBNAIL = 256  # px
+COLUMNS = ["slide", "tiles", "tissue_share", "mpp", "tissue_mm2", "dropped", "unreadable"]
+SMALL_PARTS = {
+    "clam": "; all parts are smaller than tissue.clam.a_t, as cells of a smear are: lower it, or take method=cytology",
+    "min_area": "; all parts are smaller than tissue.min_area",
+}
+OVERLAY, THUMBNAIL = 1024, 256  # px of the longest side
 
 
 @dataclass
@@ -72,8 +79,10 @@ class Config:
     max_background: float | None = key(None, "drop tiles with a larger share of empty glass; null: none")
     min_saturation: float | None = key(None, "drop tiles of less mean saturation, 0..1; null: none")
     max_darkness: float | None = key(None, "drop tiles of more mean optical density; null: none")
+    max_unreadable: float = key(0.25, "largest share of a slide that may fail to decode; the rest is tiled")
     tissue: TissueSettings = group(TissueSettings, "tissue detection settings")
     workers: int = key(2, "slides at a time; 0: in the main process, which a slide that crashes its reader ends", runtime=True)
+    threads: int = key(0, "threads that read a slide; 0: as many as there are cores for each of the workers", runtime=True)
     read_timeout: float = key(300.0, "seconds without progress that give a slide up (not with workers=0)", runtime=True)
     overwrite: bool = key(False, "tile slides again that were tiled with other settings", runtime=True)
 
@@ -88,7 +97,7 @@ def cuts_of(config: Config) -> Cuts:
 
 def settings_stamp(config: Config) -> str:
     """The settings that decide a slide's tiles, as stored in its coordinates file."""
-    free = {"slides", "output", "labels", "workers", "read_timeout", "overwrite", "pictures"}
+    free = {"slides", "output", "labels", "workers", "threads", "read_timeout", "overwrite", "pictures"}
     return json.dumps({name: value for name, value in asdict(config).items() if name not in free}, sort_keys=True)
 
 
@@ -128,32 +137,58 @@ def tile_one(job: Job, config: Config, stamp: str) -> dict[str, object]:
     """Tile one slide; returns its id and number of tiles."""
     _, path, mpp = job
     with open_slide(path, mpp, config.tile_pattern) as slide:
+        slide.threads = threads_each(config)
         return _tile(slide, job, config, stamp)
+
+
+def threads_each(config: Config) -> int:
+    """Threads of one slide."""
+    return config.threads or max(1, len(os.sched_getaffinity(0)) // max(1, config.workers))
 
 
 def _tile(slide: Slide, job: Job, config: Config, stamp: str) -> dict[str, object]:
     output, (slide_id, _, mpp) = Path(config.output), job
     geometry = tile_geometry(slide, config.tile_size, config.target_mpp, config.overlap, config.step)
     tissue = find_tissue(slide, config.method, config.tissue)
+    view = read_overview(slide, OVERLAY)
+    damages = checked_damages(slide, tissue, view, config.max_unreadable)
     corners = candidate_tiles(slide, tissue, geometry, config.grid, config.pad)
     share = tissue_share(tissue.mask, corners, geometry)
     if config.grid == "slide":
         corners, share = corners[share >= config.min_tissue], share[share >= config.min_tissue]
-    quality = measure_tiles(slide, geometry, corners, config.tissue.ink_od) if config.quality else {}
-    why = reasons(quality, cuts_of(config), len(corners))
+    lost = np.any([damage.touched(corners, geometry.patch_size_level0) for damage in damages], axis=0)
+    quality = measure_tiles(slide, geometry, corners, config.tissue.ink_od, ~lost) if config.quality else {}
+    why = np.where(lost | np.isnan(quality.get("blur", share)), "unreadable", reasons(quality, cuts_of(config), len(corners)))
     keep = why == ""
     coordinates = Coordinates(corners[keep], geometry)
     dropped = {str(reason): corners[why == reason] for reason in sorted(set(why[~keep]))}
-    write_pictures(output, slide, tissue, coordinates, dropped)
+    write_pictures(output, slide, view, tissue, coordinates, dropped)
     scale = slide.width / tissue.mask.shape[1], slide.height / tissue.mask.shape[0]
     outlines = [outline.scaled(*scale) for outline in mask_outlines(tissue.mask)]
     write_geojson(output / "tissue" / f"{slide_id}.geojson", outlines, slide.mpp)
     extra = {"settings": stamp, "mpp_given": repr(mpp), "tissue_share": f"{tissue.mask.mean():.4f}"}
+    extra["unreadable"] = str(max(damages, key=lambda damage: damage.share)) if any(d.count for d in damages) else ""
     extra |= {"dropped": json.dumps(count_reasons(why)), "drawn": drawn_digest(slide_id, config)}
     measured = {name: values[keep] for name, values in {**quality, "tissue": share}.items()}
     # written last: a slide counts as finished once it has coordinates
     write_tiles(output / "coords" / f"{slide_id}.h5", coordinates, extra, measured)
-    return {"slide": slide_id, "tiles": len(coordinates.coords)}
+    small = not tissue.mask.any() and "small" in tissue.dropped and tissue.dropped["small"].any()
+    hint = SMALL_PARTS["clam" if config.method == "clam" else "min_area"] if small else ""
+    return {"slide": slide_id, "tiles": len(coordinates.coords), "unreadable": extra["unreadable"], "hint": hint}
+
+
+def checked_damages(slide: Slide, tissue: Tissue, view: Overview, most: float) -> list[Damage]:
+    """What could not be decoded of the pictures that were looked at.
+
+    Raises:
+        SlideError: it is more than `most` of the slide.
+    """
+    damages = [damage for damage in (tissue.damage, view.damage) if damage is not None]
+    for damage in damages:
+        if damage.share > most:
+            told = damage.error.replace(f"slide {slide.slide_id}: ", "")
+            raise SlideError(f"slide {slide.slide_id}: {damage}, more than max_unreadable={most:g}; first: {told}")
+    return damages
 
 
 def candidate_tiles(slide: Slide, tissue: Tissue, geometry: TileGeometry, how: str, pad: bool) -> np.ndarray:
@@ -165,9 +200,11 @@ def candidate_tiles(slide: Slide, tissue: Tissue, geometry: TileGeometry, how: s
     return contour_grid(tissue.contours, scale, side, geometry.step, (slide.width, slide.height))
 
 
-def write_pictures(output: Path, slide: Slide, tissue: Tissue, coordinates: Coordinates, dropped: dict[str, Any]) -> None:
+def write_pictures(
+    output: Path, slide: Slide, view: Overview, tissue: Tissue, coordinates: Coordinates, dropped: dict[str, Any]
+) -> None:
     """The overlay with its legend, and a thumbnail for cohort_report."""
-    with_legend, alone = mask_overlay(slide, tissue, coordinates, dropped)
+    with_legend, alone = mask_overlay(slide, view, tissue, coordinates, dropped)
     with atomic_path(output / "overlays" / f"{slide.slide_id}.jpg") as temporary:
         with_legend.save(temporary, "JPEG", quality=88)
     alone.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -225,8 +262,11 @@ def main(config: Config) -> int:
     for row in progress(run_jobs(todo, config, stamp), "tiling", len(todo), "slides"):
         if "error" in row:
             failures.add(str(row["slide"]), str(row["error"]))
-        elif row["tiles"] == 0:
-            logger.warning("tile_slides: slide %s: no tissue found, 0 tiles", row["slide"])
+            continue
+        if row["unreadable"]:
+            logger.warning("tile_slides: slide %s: %s, no tiles there", row["slide"], row["unreadable"])
+        if row["tiles"] == 0:
+            logger.warning("tile_slides: slide %s: no tissue found, 0 tiles%s", row["slide"], row["hint"])
     write_table(Path(config.output), [job[0] for job in jobs])
     return failures.write(Path(config.output))
 
@@ -252,7 +292,8 @@ def table_row(slide_id: str, path: Path) -> dict[str, object]:
     area = geometry.level0_width * geometry.level0_height * geometry.mpp**2 / 1e6
     dropped = sum(json.loads(attributes.get("dropped", "{}")).values())
     row = {"slide": slide_id, "tiles": len(coordinates.coords), "tissue_share": share, "mpp": geometry.mpp}
-    return row | {"tissue_mm2": f"{area * float(share):.3f}" if area and share else "", "dropped": dropped}
+    row |= {"tissue_mm2": f"{area * float(share):.3f}" if area and share else "", "dropped": dropped}
+    return row | {"unreadable": attributes.get("unreadable", "")}
 
 
 if __name__ == "__main__":

@@ -41,6 +41,22 @@ def test_every_file_has_its_line_and_every_line_its_file() -> None:
         assert any(fnmatch(name, path) or (path.endswith("/") and name.startswith(path)) for name in files), path
 
 
+def test_each_file_has_one_line_in_order() -> None:
+    """Alphabetical within a folder, files before folders: two branches that add a file clash instead of doubling it."""
+    listed = tree()
+    assert not [path for path in set(listed) if listed.count(path) > 1]
+    tops = [path for path in listed if path.endswith("/")]
+    for top in tops:
+        inside = [path[len(top) :] for path in listed if path.startswith(top) and path != top]
+        assert inside == sorted(inside, key=lambda path: ("/" in path, path.rpartition("/")[0], path)), top
+
+
+def test_no_sentence_is_said_twice() -> None:
+    sentences = [" ".join(text.split()) for text in re.split(r"(?<=[.:;])\s", README.split("## The house")[0])]
+    long = [text for text in sentences if len(text) > 25 and "|" not in text]
+    assert not [text for text in set(long) if long.count(text) > 1]
+
+
 def test_commands_name_files_that_exist() -> None:
     for path in re.findall(r"(?:tools|configs)/[\w./-]+\.(?:sh|sbatch|yaml)", README):
         assert (ROOT / path).is_file(), path

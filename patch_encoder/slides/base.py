@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
 from common.errors import UserError
-from patch_encoder.isolation import alive
 from patch_encoder.slides.resolution import Resolution
-
-BLOCK = 2048  # px of a level that an overview reads at a time
 
 
 class SlideError(UserError):
@@ -26,7 +22,7 @@ class RegionError(SlideError):
 
 
 class Slide(ABC):
-    """A pyramid of RGB pixels. Coordinates are level-0 pixels, (x, y) from the top-left corner.
+    """A pyramid of RGB pixels. Coordinates are level-0 pixels, (x, y) from the top-left corner. Threads may read at a time.
 
     Attributes:
         slide_id: file name without its suffix (`.ome.tif` is one), or folder name.
@@ -39,6 +35,8 @@ class Slide(ABC):
         tile_pattern: how the file names of a tile folder's tiles are read; empty for `<row>_<col>` and for files.
         associated: (width, height) of pictures beside the pyramid (label, macro, thumbnail).
         properties: what the file says about itself.
+        tiff_path: the file, where it is a TIFF whose pages are the levels as they are.
+        threads: how many may read an overview or measure tiles.
     """
 
     slide_id: str
@@ -52,6 +50,8 @@ class Slide(ABC):
     tile_pattern: str = ""
     associated: Mapping[str, tuple[int, int]] = {}
     properties: Mapping[str, str] = {}
+    tiff_path: Path | None = None
+    threads: int = 1
 
     @property
     def mpp(self) -> float | None:
@@ -75,30 +75,9 @@ class Slide(ABC):
             SlideError: the file is gone.
         """
 
-    def thumbnail(self, max_side: int) -> UInt8[np.ndarray, "h w 3"]:
-        """The whole slide as uint8 (h, w, 3) with max(h, w) <= max_side, and at least 1 px a side.
-
-        Mean over the pixels of the nearest finer level, read block by block: a slide without lower levels needs no more memory.
-        """
-        scale = max(1.0, max(self.width, self.height) / max_side)
-        out_width, out_height = max(1, round(self.width / scale)), max(1, round(self.height / scale))
-        level = max(i for i, downsample in enumerate(self.downsamples) if i == 0 or downsample <= scale * 1.01)
-        downsample = self.downsamples[level]
-        # pixels of the level per pixel of the overview
-        step_x, step_y = self.width / downsample / out_width, self.height / downsample / out_height
-        count = max(1, int(BLOCK / max(step_x, step_y)))
-        out = np.empty((out_height, out_width, 3), np.uint8)
-        for top in range(0, out_height, count):
-            for left in range(0, out_width, count):
-                alive()
-                height, width = min(count, out_height - top), min(count, out_width - left)
-                x, y = math.floor(left * step_x), math.floor(top * step_y)
-                right, bottom = (left + width) * step_x - x, (top + height) * step_y - y
-                block = self.read(round(x * downsample), round(y * downsample), math.ceil(round(max(right, bottom), 6)), level)
-                box = (left * step_x - x, top * step_y - y, right, bottom)
-                part = Image.fromarray(block).resize((width, height), Image.Resampling.BOX, box=box)
-                out[top : top + height, left : left + width] = np.asarray(part)
-        return out
+    def is_blank(self, x: int, y: int, size: int) -> bool:
+        """Whether a square is known to be white without reading it: places of a tile folder without tiles."""
+        return False
 
     def transparent_share(self) -> float | None:
         """Share of the slide that the scanner took no picture of (shown white), None where the format cannot say cheaply."""

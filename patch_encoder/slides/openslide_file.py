@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
 import openslide
+from PIL import Image
 
 from patch_encoder.slides.base import RegionError, Slide, SlideError
 from patch_encoder.slides.names import slide_id_of
 from patch_encoder.slides.pixels import on_white
 from patch_encoder.slides.resolution import resolution_of
 
+PLAIN_TIFF = ("generic-tiff", "aperio")  # vendors whose tiles stand on one lattice without overlap
 OVERVIEW_PIXELS = 2**24  # a lowest level up to this size is looked at as a whole
 
 
@@ -20,11 +23,15 @@ class UnsupportedError(SlideError):
 
 
 class OpenSlideFile(Slide):
-    """An OpenSlide handle. A failed read poisons OpenSlide's handle for good, so it is replaced before the error is raised."""
+    """An OpenSlide handle, shared by threads.
+
+    A failed read poisons OpenSlide's handle for good, for reads that are under way in other threads, too: a failed read is done
+    again on a handle of its own, and the shared one is replaced before an error is raised.
+    """
 
     def __init__(self, path: Path, mpp: float | None = None, slide_id: str = "") -> None:
         self.slide_id, self.path = slide_id or slide_id_of(path), path
-        self._handle = self._open()
+        self._handle, self._lock = self._open(), threading.Lock()
         try:
             self.width, self.height = self._handle.dimensions
             self.downsamples = tuple(float(d) for d in self._handle.level_downsamples)
@@ -32,6 +39,8 @@ class OpenSlideFile(Slide):
             self.properties = dict(self._handle.properties)
         except openslide.OpenSlideError as error:
             raise SlideError(f"slide {path}: OpenSlide cannot open it: {error}") from None
+        if self.properties.get(openslide.PROPERTY_NAME_VENDOR) in PLAIN_TIFF:
+            self.tiff_path = path
         self.format = f"openslide {self.properties.get(openslide.PROPERTY_NAME_VENDOR, 'unknown')}"
         self.associated = _associated_sizes(self.properties)
         self.resolution = resolution_of(self.properties, self.slide_id, (self.width, self.height), mpp)
@@ -49,10 +58,19 @@ class OpenSlideFile(Slide):
     def read(self, x: int, y: int, size: int, level: int = 0) -> np.ndarray:
         try:
             region = self._handle.read_region((int(x), int(y)), level, (size, size))
-        except openslide.OpenSlideError as error:
-            self.reopen()
-            raise RegionError(f"slide {self.slide_id}: pixels at ({x}, {y}) level {level} cannot be decoded: {error}") from None
+        except openslide.OpenSlideError:
+            region = self._read_alone(x, y, size, level)
         return on_white(np.asarray(region))
+
+    def _read_alone(self, x: int, y: int, size: int, level: int) -> Image.Image:
+        with self._lock:
+            self._handle = self._open()
+            try:
+                with self._open() as own:
+                    return own.read_region((int(x), int(y)), level, (size, size))
+            except openslide.OpenSlideError as error:
+                place = f"pixels at ({x}, {y}) level {level}"
+                raise RegionError(f"slide {self.slide_id}: {place} cannot be decoded: {error}") from None
 
     def transparent_share(self) -> float | None:
         level = len(self.level_sizes) - 1
@@ -67,8 +85,8 @@ class OpenSlideFile(Slide):
         return float((alpha < 255).mean())
 
     def reopen(self) -> None:
-        before, self._handle = self._handle, self._open()
-        before.close()
+        # the handle before is closed once no thread reads from it any more
+        self._handle = self._open()
 
     def close(self) -> None:
         self._handle.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -51,7 +52,7 @@ class PictureFile(ArraySlide):
                 f"slide {path}: {self.width}x{self.height} px are too many for a picture; convert it to a tiled TIFF"
             )
         self.downsamples, self.level_sizes = (1.0,), ((self.width, self.height),)
-        self._mode = MODES[mode]
+        self._mode, self._lock = MODES[mode], threading.Lock()
         self.resolution = resolution_of(_density_properties(*map(float, density)), self.slide_id, given=mpp)
 
     @cached_property
@@ -64,7 +65,9 @@ class PictureFile(ArraySlide):
             raise RegionError(f"slide {self.slide_id}: {self.path.name} cannot be decoded: {error}") from None
 
     def cut(self, level: int, left: int, top: int, right: int, bottom: int) -> np.ndarray:
-        return self._pixels[top:bottom, left:right]
+        with self._lock:  # decoded once, however many threads ask first
+            pixels = self._pixels
+        return pixels[top:bottom, left:right]
 
     def close(self) -> None:
         self.__dict__.pop("_pixels", None)

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import struct
 import tempfile
 
 import numpy as np
+import tifffile
 from jaxtyping import UInt8
 
+# of tifffile: a damaged file shows in any step of parsing it
+READ_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    ArithmeticError,
+    TypeError,
+    AttributeError,
+    MemoryError,
+    struct.error,
+    tifffile.TiffFileError,
+)
 KEPT_BYTES = 512 * 2**20  # larger pictures are kept in a file, so that memory can let go of them
 
 

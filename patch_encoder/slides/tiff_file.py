@@ -7,7 +7,7 @@ whole RGB pixels (planes apart) are decoded once and kept.
 from __future__ import annotations
 
 import math
-import struct
+import threading
 from collections import OrderedDict
 from contextlib import ExitStack
 from functools import cached_property
@@ -20,26 +20,13 @@ import tifffile
 from patch_encoder.slides.array_slide import ArraySlide
 from patch_encoder.slides.base import RegionError, SlideError
 from patch_encoder.slides.names import slide_id_of
-from patch_encoder.slides.pixels import as_rgb, keep
+from patch_encoder.slides.pixels import READ_ERRORS, as_rgb, keep
 from patch_encoder.slides.resolution import resolution_of
 
 CACHED_BYTES = 256 * 2**20  # decoded segments a handle keeps
 AXES = ("YX", "YXS", "SYX", "CYX")
 UNITS = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6, "inch": 25400.0}
 JPEG = {6, 7, 34892, 33007}
-# a damaged file shows in any step of parsing it
-READ_ERRORS = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    LookupError,
-    ArithmeticError,
-    TypeError,
-    AttributeError,
-    MemoryError,
-    struct.error,
-    tifffile.TiffFileError,
-)
 
 
 class TiffFile(ArraySlide):
@@ -70,6 +57,8 @@ class TiffFile(ArraySlide):
         self.resolution = resolution_of(self.properties, self.slide_id, given=mpp)
         self._segments: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._whole: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
+        self.tiff_path = path
 
     def cut(self, level: int, left: int, top: int, right: int, bottom: int) -> np.ndarray:
         try:
@@ -104,16 +93,17 @@ class TiffFile(ArraySlide):
 
     def _segment(self, level: int, index: int, width: int, height: int) -> np.ndarray:
         """RGB of one tile or strip, at most (height, width)."""
-        if (level, index) in self._segments:
-            self._segments.move_to_end((level, index))
-            return self._segments[level, index]
         page = self._pages[level]
         count = page.databytecounts[index]
-        if count == 0:
-            return np.full((height, width, 3), 255, np.uint8)  # a sparse file's empty place
-        stream = self._file.filehandle
-        stream.seek(page.dataoffsets[index])
-        data = stream.read(count)
+        with self._lock:
+            if (level, index) in self._segments:
+                self._segments.move_to_end((level, index))
+                return self._segments[level, index]
+            if count == 0:
+                return np.full((height, width, 3), 255, np.uint8)  # a sparse file's empty place
+            stream = self._file.filehandle
+            stream.seek(page.dataoffsets[index])
+            data = stream.read(count)
         if len(data) != count:
             raise OSError(f"segment {index} has {len(data)} of {count} bytes, the file is truncated")
         # libjpeg paints what is missing grey without an error
@@ -123,19 +113,21 @@ class TiffFile(ArraySlide):
         decoded = page.decode(data, index, **tables)[0]
         assert decoded is not None
         pixels = np.ascontiguousarray(as_rgb(_positive(decoded[0], page), _has_alpha(page)))
-        self._segments[level, index] = pixels
-        while len(self._segments) > 1 and sum(part.nbytes for part in self._segments.values()) > CACHED_BYTES:
-            self._segments.popitem(last=False)
+        with self._lock:
+            self._segments[level, index] = pixels
+            while len(self._segments) > 1 and sum(part.nbytes for part in self._segments.values()) > CACHED_BYTES:
+                self._segments.popitem(last=False)
         return pixels
 
     def _decoded(self, level: int) -> np.ndarray:
-        if level not in self._whole:
-            series = self._levels[level]
-            pixels = series.asarray()
-            if series.axes[0] in "SC":
-                pixels = np.moveaxis(pixels, 0, -1)
-            self._whole[level] = keep(as_rgb(_positive(pixels, self._pages[level]), _has_alpha(self._pages[level])))
-        return self._whole[level]
+        with self._lock:
+            if level not in self._whole:
+                series = self._levels[level]
+                pixels = series.asarray()
+                if series.axes[0] in "SC":
+                    pixels = np.moveaxis(pixels, 0, -1)
+                self._whole[level] = keep(as_rgb(_positive(pixels, self._pages[level]), _has_alpha(self._pages[level])))
+            return self._whole[level]
 
     def reopen(self) -> None:
         self._file.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from pathlib import Path
 
@@ -51,6 +52,7 @@ class TileFolder(Slide):
         self.downsamples, self.level_sizes = (1.0,), ((self.width, self.height),)
         self.format = "tile folder"
         self._cache: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
 
     def _size_of(self, file: Path) -> tuple[int, int]:
         try:
@@ -101,9 +103,10 @@ class TileFolder(Slide):
         return out
 
     def _tile(self, x: int, y: int) -> np.ndarray:
-        if (x, y) in self._cache:
-            self._cache.move_to_end((x, y))
-            return self._cache[x, y]
+        with self._lock:
+            if (x, y) in self._cache:
+                self._cache.move_to_end((x, y))
+                return self._cache[x, y]
         file, side = self.tiles[x, y], self.tile_side
         try:
             with Image.open(file) as image:
@@ -113,24 +116,15 @@ class TileFolder(Slide):
         height, width = pixels.shape[:2]
         if max(height, width) > side or (self._strict and (height, width) != (side, side)):
             raise RegionError(f"slide {self.slide_id}: tile {file.name}: expected {side} px a side, found {width}x{height}")
-        self._cache[x, y] = pixels
-        if len(self._cache) > CACHED_TILES:
-            self._cache.popitem(last=False)
+        with self._lock:
+            self._cache[x, y] = pixels
+            if len(self._cache) > CACHED_TILES:
+                self._cache.popitem(last=False)
         return pixels
 
-    def thumbnail(self, max_side: int) -> np.ndarray:
-        # tile by tile and not block by block: a mosaic may be huge and nearly empty
-        scale = max(1.0, max(self.width, self.height) / max_side)
-        out = np.full((max(1, round(self.height / scale)), max(1, round(self.width / scale)), 3), 255, dtype=np.uint8)
-        for x, y in self.tiles:
-            tile = self._tile(x, y)
-            top, left = round(y / scale), round(x / scale)
-            bottom = min(round((y + tile.shape[0]) / scale), out.shape[0])
-            right = min(round((x + tile.shape[1]) / scale), out.shape[1])
-            if bottom > top and right > left:
-                small = Image.fromarray(tile).resize((right - left, bottom - top), Image.Resampling.BOX)
-                out[top:bottom, left:right] = np.asarray(small)
-        return out
+    def is_blank(self, x: int, y: int, size: int) -> bool:
+        # a mosaic may be huge and nearly empty
+        return not any(cell in self._corners for cell in self._cells_of(x, y, size))
 
     def close(self) -> None:
         self._cache.clear()

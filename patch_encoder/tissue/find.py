@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Bool
 
 from common.errors import UserError
 from patch_encoder.slides.base import Slide
+from patch_encoder.slides.damage import Damage
+from patch_encoder.slides.overview import MAX_SIDE, Overview, read_level, read_overview
 from patch_encoder.slides.tile_folder import TileFolder
 from patch_encoder.tissue.annotation import annotated_mask
 from patch_encoder.tissue.artefacts import bubble_mask, line_mask
@@ -17,7 +19,6 @@ from patch_encoder.tissue.clam import clam_contours, contours_mask, segmentation
 from patch_encoder.tissue.cytology import cytology_mask
 from patch_encoder.tissue.ink import ink_mask
 from patch_encoder.tissue.outlines import Outline
-from patch_encoder.tissue.overview import MAX_SIDE, read_level, read_overview
 from patch_encoder.tissue.regions import area_filter, fill_holes
 from patch_encoder.tissue.saturation import otsu_mask
 from patch_encoder.tissue.settings import INKS, TissueSettings
@@ -34,11 +35,13 @@ class Tissue:
         mask: bool (h, w), tissue.
         dropped: what was taken for tissue and then dropped, by reason (pen, artefact, small): bool (h, w).
         contours: with method clam, its contours in px of the mask and in their order.
+        damage: what could not be decoded and is no tissue therefore; None when no pixels were looked at.
     """
 
     mask: np.ndarray
     dropped: dict[str, np.ndarray] = field(default_factory=dict)
     contours: list[Outline] = field(default_factory=list)
+    damage: Damage | None = None
 
 
 def tissue_mask(slide: Slide, method: str, settings: TissueSettings) -> Bool[np.ndarray, "h w"]:
@@ -56,7 +59,7 @@ def find_tissue(slide: Slide, method: str, settings: TissueSettings) -> Tissue:
 
     Raises:
         UserError: method `file` and no annotation that can be used.
-        SlideError: pixels that cannot be decoded.
+        SlideError: the file is gone.
     """
     if method not in METHODS:
         raise UserError(f"method={method}: expected one of {', '.join(METHODS)}")
@@ -87,32 +90,47 @@ def _existing_tiles(slide: TileFolder) -> np.ndarray:
 
 
 def _by_saturation(slide: Slide, settings: TissueSettings) -> Tissue:
-    overview, mpp = _overview(slide, settings)
-    return _clean(otsu_mask(overview, mpp, settings), overview, mpp, settings, _inks(settings, ()))
+    view, overview, mpp = _overview(slide, settings)
+    found = _clean(otsu_mask(overview, mpp, settings), overview, mpp, settings, _inks(settings, ()))
+    return _readable(slide, found, view)
 
 
 def _by_density(slide: Slide, settings: TissueSettings) -> Tissue:
-    overview, mpp = _overview(slide, settings)
+    view, overview, mpp = _overview(slide, settings)
     mask, artefact = cytology_mask(overview, mpp, settings.closing, settings.cytology)
     found = _clean(mask, overview, mpp, settings, inks := _inks(settings, INKS))
     # ink is flat, too: it is called ink
     ink = (mask | artefact) & ink_mask(overview, mpp, inks, settings.ink_od, settings.ink_width)
-    return Tissue(found.mask, {**found.dropped, "pen": ink, "artefact": (found.dropped["artefact"] | artefact) & ~ink})
+    dropped = {**found.dropped, "pen": ink, "artefact": (found.dropped["artefact"] | artefact) & ~ink}
+    return _readable(slide, Tissue(found.mask, dropped), view)
 
 
 def _as_clam(slide: Slide, settings: TissueSettings) -> Tissue:
-    picture = read_level(slide, segmentation_level(slide, settings.clam))
+    view = read_level(slide, segmentation_level(slide, settings.clam))
+    picture = view.on_glass((slide.width, slide.height))
     scale = slide.width / picture.shape[1], slide.height / picture.shape[0]
     contours, before = clam_contours(picture, scale, settings.clam)
     mask = contours_mask(contours, picture.shape[:2])
     mpp = (slide.mpp or ASSUMED_MPP) * scale[0]
     ink = ink_mask(picture, mpp, _inks(settings, ()), settings.ink_od, settings.ink_width) & before
-    return Tissue(mask & ~ink, {"pen": ink, "small": before & ~mask & ~ink}, contours)
+    found = Tissue(mask & ~ink, {"pen": ink, "small": before & ~mask & ~ink}, contours)
+    return _readable(slide, found, view)
 
 
-def _overview(slide: Slide, settings: TissueSettings) -> tuple[np.ndarray, float]:
-    overview = read_overview(slide, max(mask_size(slide, settings.mpp)))
-    return overview, (slide.mpp or ASSUMED_MPP) * max(slide.width, slide.height) / max(overview.shape[:2])
+def _overview(slide: Slide, settings: TissueSettings) -> tuple[Overview, np.ndarray, float]:
+    """(what was read, the same with glass for what could not be, um per pixel)."""
+    view = read_overview(slide, max(mask_size(slide, settings.mpp)))
+    mpp = (slide.mpp or ASSUMED_MPP) * max(slide.width, slide.height) / max(view.pixels.shape[:2])
+    return view, view.on_glass((slide.width, slide.height)), mpp
+
+
+def _readable(slide: Slide, found: Tissue, view: Overview) -> Tissue:
+    """Without what could not be decoded."""
+    if not view.damage.count:
+        return replace(found, damage=view.damage)
+    lost = view.damage.mask((slide.width, slide.height), found.mask.shape)
+    dropped = {reason: mask & ~lost for reason, mask in found.dropped.items()}
+    return replace(found, mask=found.mask & ~lost, dropped=dropped, damage=view.damage)
 
 
 def _inks(settings: TissueSettings, automatic: tuple[str, ...]) -> list[str]:

@@ -7,18 +7,19 @@ on stain and resolution, so a threshold is found from a cohort's own histogram (
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import cv2
 import h5py
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import Bool, Int64, UInt8
 
 from common.errors import UserError
 from common.files import atomic_path
 from patch_encoder.coordinates import Coordinates, TileGeometry, coordinate_attributes, read_coordinates, write_coordinates
-from patch_encoder.slides.base import Slide
+from patch_encoder.slides.base import RegionError, Slide
 from patch_encoder.tiling import read_tile
 from patch_encoder.tissue.ink import ink_pixels
 from patch_encoder.tissue.settings import INKS
@@ -30,6 +31,7 @@ MEASURES = {
     "saturation": "mean HSV saturation, 0..1",
     "darkness": "mean optical density over pixels and channels",
 }
+RUN = 32  # neighbouring tiles that one thread measures one after another: they share what a reader keeps decoded
 SMALL = 64  # px a side that colours are measured at
 BRIGHT, PALE = 200, 20  # background: darkest channel above BRIGHT, channels no further than PALE apart
 
@@ -67,15 +69,31 @@ _OD = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256)
 
 
 def measure_tiles(
-    slide: Slide, geometry: TileGeometry, corners: Int64[np.ndarray, "N 2"], least_od: float = 0.3
+    slide: Slide,
+    geometry: TileGeometry,
+    corners: Int64[np.ndarray, "N 2"],
+    least_od: float = 0.3,
+    wanted: Bool[np.ndarray, " N"] | None = None,
 ) -> dict[str, np.ndarray]:
-    """MEASURES of tiles, float32 (N,) each; one tile is in memory at a time.
+    """MEASURES of tiles, float32 (N,) each, NaN for tiles that cannot be decoded or are not wanted.
 
-    Raises:
-        SlideError: a tile cannot be decoded.
+    `slide.threads` tiles are in memory at a time; the numbers do not depend on how many.
     """
-    rows = [measure_tile(read_tile(slide, geometry, int(x), int(y)), least_od) for x, y in corners]
-    table = np.array(rows, dtype=np.float32).reshape(-1, len(MEASURES))
+    table = np.full((len(corners), len(MEASURES)), np.nan, dtype=np.float32)
+
+    def measure(first: int) -> None:
+        for row in range(first, min(first + RUN, len(corners))):
+            if wanted is not None and not wanted[row]:
+                continue
+            x, y = corners[row].tolist()
+            try:
+                table[row] = measure_tile(read_tile(slide, geometry, x, y), least_od)
+            except RegionError:
+                continue
+
+    with ThreadPoolExecutor(max(1, slide.threads)) as pool:
+        for _ in pool.map(measure, range(0, len(corners), RUN)):
+            pass
     return {name: table[:, column] for column, name in enumerate(MEASURES)}
 
 

@@ -20,7 +20,9 @@ class ClamSettings:
     mthresh: int | None = key(None, "side of the median filter on saturation, px of the level, odd; null: the preset's")
     close: int | None = key(None, "side of the closing, px of the level; null: the preset's")
     use_otsu: bool | None = key(None, "Otsu's threshold instead of sthresh; null: the preset's")
-    a_t: float | None = key(None, "smallest tissue part, in tiles of 512 px at level 0; null: the preset's")
+    a_t: float | None = key(
+        None, "smallest tissue part, in tiles of 512 px at level 0; cells of a smear are smaller; null: the preset's"
+    )
     a_h: float | None = key(None, "smallest hole, in tiles of 512 px at level 0; null: the preset's")
     max_n_holes: int | None = key(None, "largest holes that are looked at, a tissue part; null: the preset's")
     keep_ids: list[int] = key([], "numbers of the tissue parts to keep; empty: all")

@@ -79,7 +79,7 @@ def ours_tiles(path: Path, slide_path: Path) -> list[np.ndarray]:
         return [read_tile(slide, found.geometry, x, y) for x, y in found.coords.tolist()]
 
 
-@pytest.mark.parametrize("to", ["clam", "trident", "stamp", "geojson"])
+@pytest.mark.parametrize("to", ["clam", "trident", "atlaspatch", "stamp", "geojson"])
 @pytest.mark.parametrize("target_mpp", [0.5, 0.75, 1.0])
 def test_there_and_back_keeps_the_tiles(tiled: Path, to: str, target_mpp: float) -> None:
     before = write(tiled, tiled / "slides" / "S1.tiff", target_mpp)
@@ -89,7 +89,7 @@ def test_there_and_back_keeps_the_tiles(tiled: Path, to: str, target_mpp: float)
     assert np.array_equal(after.coords, before.coords)
     assert after.geometry == replace(before.geometry, target_mpp=after.geometry.target_mpp, mpp=after.geometry.mpp)
     assert after.geometry.target_mpp == pytest.approx(target_mpp, rel=1e-6)
-    if to in ("clam", "trident"):
+    if to in ("clam", "trident", "atlaspatch"):
         assert after.digest() == before.digest(), "everything comes back, bit by bit"
 
 
@@ -174,6 +174,53 @@ def test_clams_own_files(tmp_path: Path) -> None:
     assert (geometry.patch_level, geometry.patch_size, geometry.patch_size_level0, geometry.target_size) == (1, 32, 128, 32)
     assert (geometry.mpp, geometry.target_mpp, geometry.level0_width) == (0.5, 2.0, 512)
     assert TileGeometry.from_attributes({"patch_size": 512, "custom_downsample": 2}, "x").target_size == 256
+
+
+def atlaspatch_tiles(path: Path, slide: Path) -> list[np.ndarray]:
+    """As AtlasPatch reads: each row says what to read, the file's attributes how large the tile is."""
+    with h5py.File(path, "r") as file:
+        attributes, rows = dict(file.attrs), file["coords"][:]
+        assert rows.dtype == np.int32 and attributes["num_patches"] == len(rows)
+    assert all(int(attributes[name]) > 0 for name in ("patch_size_level0", "patch_size", "target_magnification"))
+    size = (int(attributes["patch_size"]),) * 2
+    with openslide.OpenSlide(str(slide)) as handle:
+        regions = [handle.read_region((x, y), level, (w, h)).convert("RGB") for x, y, w, h, level in rows.tolist()]
+    return [np.asarray(region.resize(size, Image.Resampling.BICUBIC)) for region in regions]
+
+
+def test_atlaspatch_reads_what_we_write(tiled: Path) -> None:
+    assert convert(tiled, "tiles", "atlaspatch", "atlas") == 0
+    theirs = atlaspatch_tiles(tiled / "atlas" / "patches" / "S1.h5", tiled / "slides" / "S1.tiff")
+    ours = ours_tiles(tiled / "tiles" / "coords" / "S1.h5", tiled / "slides" / "S1.tiff")
+    assert len(theirs) > 5
+    assert all(np.array_equal(a, b) for a, b in zip(theirs, ours, strict=True))
+
+
+def test_atlaspatchs_own_files(tmp_path: Path) -> None:
+    rows = np.array([[0, 64, 64, 64, 1], [128, 64, 64, 64, 1]], dtype=np.int32)
+    attributes = {"patch_size": 32, "patch_size_level0": 128, "level0_magnification": 20, "target_magnification": 5}
+
+    def write_rows(content: np.ndarray) -> Path:
+        with h5py.File(tmp_path / "S1.h5", "w") as file:
+            file.create_dataset("coords", data=content)
+            file.create_dataset("passports", data=np.array([b"S1__x0"] * len(content)))
+            file.attrs.update(attributes | {"overlap": 8, "level0_width": 512, "level0_height": 500, "wsi_path": "/x/S1.svs"})
+        return tmp_path / "S1.h5"
+
+    path = write_rows(rows)
+    assert detect(path) == "atlaspatch"
+    with open_slide(write_pyramid(tmp_path / "S1.tiff", draw_slide(512))) as slide:
+        found = LAYOUTS["atlaspatch"].read(path, Source("S1", slide))
+    geometry = found.geometry
+    assert found.coords.tolist() == [[0, 64], [128, 64]]
+    assert (geometry.patch_size, geometry.patch_level, geometry.patch_size_level0, geometry.target_size) == (64, 1, 128, 32)
+    assert (geometry.mpp, geometry.target_mpp, geometry.overlap, geometry.level0_height) == (0.5, 2.0, 0.25, 500)
+    for bad in (np.array([[0, 0, 64, 64, 1], [64, 0, 64, 64, 2]]), np.array([[0, 0, 65, 64, 0]])):
+        with pytest.raises(UserError, match="square tiles of one size and level"):
+            LAYOUTS["atlaspatch"].read(write_rows(bad), Source("S1"))
+    del attributes["patch_size_level0"]
+    with pytest.raises(UserError, match=r"patch_size_level0, found \(2, 5\), no {'patch_size_level0'}"):
+        LAYOUTS["atlaspatch"].read(write_rows(rows), Source("S1"))
 
 
 def test_stamp_is_in_micrometres(tiled: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from common.errors import UserError
 from patch_encoder.slides import RegionError, SlideError, open_slide, pixels
+from patch_encoder.slides.overview import read_overview
 from patch_encoder.slides.picture_file import PictureFile
 from patch_encoder.slides.tiff_file import TiffFile
 from tests.helpers import draw_slide, write_pyramid
@@ -41,7 +42,7 @@ def test_pictures_are_read_like_slides(tmp_path: Path, name: str) -> None:
         assert (slide.slide_id, slide.width, slide.height, slide.downsamples, slide.mpp) == ("a", 100, 70, (1.0,), 0.5)
         for x, y in CORNERS:
             assert np.array_equal(slide.read(x, y, 32), white_outside(expected, x, y, 32))
-        assert slide.thumbnail(50).shape == (35, 50, 3)
+        assert read_overview(slide, 50).pixels.shape == (35, 50, 3)
 
 
 def test_a_picture_is_decoded_once_a_handle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,8 +179,8 @@ def test_blockwise_overview_is_the_overview_of_the_whole(
 ) -> None:
     image = noise(190, 300)
     Image.fromarray(image).save(tmp_path / "a.png")
-    monkeypatch.setattr("patch_encoder.slides.base.BLOCK", 64)
-    found = open_slide(tmp_path / "a.png").thumbnail(max_side)
+    monkeypatch.setattr("patch_encoder.slides.overview.BLOCK", 64)
+    found = read_overview(open_slide(tmp_path / "a.png"), max_side).pixels
     scale = max(1.0, 300 / max_side)
     expected = Image.fromarray(image).resize((round(300 / scale), round(190 / scale)), Image.Resampling.BOX)
     assert np.abs(found.astype(int) - np.asarray(expected)).max() <= 1
@@ -233,7 +234,7 @@ def test_tiles_of_any_naming(tmp_path: Path, pattern: str, name: str) -> None:
         for x, y in CORNERS:
             assert np.array_equal(slide.read(x, y, 40), white_outside(image, x, y, 40))
         assert slide.tile_at(32, 64) is not None and slide.tile_at(33, 64) is None  # type: ignore[attr-defined]
-        assert np.abs(slide.thumbnail(64).mean() - image.mean()) < 1
+        assert np.abs(read_overview(slide, 64).pixels.mean() - image.mean()) < 1
     with pytest.raises(SlideError, match="found none"):
         open_slide(folder)
 

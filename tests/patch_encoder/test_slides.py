@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from patch_encoder.slides import SlideError, open_slide
+from patch_encoder.slides.overview import read_overview
 from tests.helpers import draw_slide, write_pyramid
 
 
@@ -36,8 +37,8 @@ def test_outside_the_slide_is_white(slide_path: Path) -> None:
 def test_thumbnail_keeps_proportions(tmp_path: Path) -> None:
     path = write_pyramid(tmp_path / "wide.tiff", np.tile(draw_slide(256), (1, 2, 1)))
     with open_slide(path) as slide:
-        assert slide.thumbnail(100).shape == (50, 100, 3)
-        assert slide.thumbnail(10_000).shape == (256, 512, 3)
+        assert read_overview(slide, 100).pixels.shape == (50, 100, 3)
+        assert read_overview(slide, 10_000).pixels.shape == (256, 512, 3)
 
 
 def test_given_mpp_wins_and_absent_mpp_is_none(tmp_path: Path) -> None:
@@ -56,7 +57,7 @@ def test_tile_folder_is_a_mosaic(tile_folder: Path) -> None:
         crossing = slide.read(32, 32, 64)
         assert [crossing[0, 0, 0], crossing[0, 63, 0], crossing[63, 0, 0], crossing[63, 63, 0]] == [20, 40, 60, 255]
         assert (slide.read(-10, -10, 12)[:10] == 255).all()
-        thumbnail = slide.thumbnail(48)
+        thumbnail = read_overview(slide, 48).pixels
         assert thumbnail.shape == (48, 32, 3)
         assert thumbnail[40, 20, 0] == 120
 

@@ -16,6 +16,7 @@ from patch_encoder import filter_tiles, tile_slides
 from patch_encoder.coordinates import Coordinates, coordinate_attributes, read_coordinates
 from patch_encoder.overlay import DROPPED, TILE, TISSUE, mask_overlay
 from patch_encoder.slides import open_slide
+from patch_encoder.slides.overview import read_overview
 from patch_encoder.tiling import grid, tile_geometry
 from patch_encoder.tissue import Tissue
 from patch_encoder.tissue.annotation import annotated_mask
@@ -90,7 +91,11 @@ def test_tiles_are_measured_and_cut_now_or_later(cohort: Path, capsys: pytest.Ca
     assert all(values.shape == (len(found.coords),) for values in quality.values())
     with open_slide(cohort / "slides" / "marked.tiff") as slide:
         again = measure_tiles(slide, found.geometry, found.coords)
-    np.testing.assert_array_equal(again["blur"], quality["blur"])
+        slide.threads = 3
+        threaded = measure_tiles(slide, found.geometry, found.coords)
+    for name in MEASURES:
+        np.testing.assert_array_equal(again[name], quality[name])
+        np.testing.assert_array_equal(threaded[name], quality[name])
     lower = found.coords[:, 1] >= 256
     limit = (quality["blur"][lower].max() + np.median(quality["blur"][~lower])) / 2
     cuts = [f"min_blur={limit}", "max_pen=0.2"]
@@ -189,7 +194,7 @@ def test_colours_stand_where_things_are(tmp_path: Path) -> None:
         geometry = tile_geometry(slide, 64, None)
         tiles = grid(geometry)
         chosen, cut = Coordinates(tiles[[18]], geometry), {"blur": tiles[[38]]}  # (128, 128) and (384, 256)
-        page, picture = mask_overlay(slide, Tissue(mask, {"pen": pen}), chosen, cut)
+        page, picture = mask_overlay(slide, read_overview(slide, 1024), Tissue(mask, {"pen": pen}), chosen, cut)
     pixels = np.asarray(picture).astype(int)
 
     def near(colour: tuple[int, int, int], tolerance: int = 3) -> np.ndarray:
@@ -208,7 +213,7 @@ def test_colours_stand_where_things_are(tmp_path: Path) -> None:
 
 
 def test_slides_with_one_large_level_are_tiled(cohort: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("patch_encoder.tissue.overview.LARGE", 300)
+    monkeypatch.setattr("patch_encoder.slides.overview.LARGE", 300)
     write_pyramid(cohort / "slides" / "one.tiff", draw_slide(512), levels=(1,))
     write_pyramid(cohort / "slides" / "two.tiff", draw_slide(512), levels=(1, 2, 4))
     assert tile(cohort) == 0

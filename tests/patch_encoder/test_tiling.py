@@ -168,7 +168,7 @@ def test_stage_tiles_a_cohort_and_goes_on(tmp_path: Path, capsys: pytest.Capture
     with Image.open(root / "tiles" / "overlays" / "S001.jpg") as overlay:
         assert overlay.size[0] == 512 and overlay.size[1] > 540  # with its legend
     table = (root / "tiles" / "tiling.csv").read_text().splitlines()
-    assert table[0] == "slide,tiles,tissue_share,mpp,tissue_mm2,dropped"
+    assert table[0] == "slide,tiles,tissue_share,mpp,tissue_mm2,dropped,unreadable"
     assert len(table) == 4
     before = (root / "tiles" / "coords" / "S001.h5").stat().st_mtime_ns
     assert tile(root, "target_mpp=1.0") == 0

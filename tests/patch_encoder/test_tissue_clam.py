@@ -9,6 +9,7 @@ import pytest
 from scipy import ndimage
 
 from patch_encoder.slides import open_slide
+from patch_encoder.slides.overview import read_level
 from patch_encoder.tiling import grid, tile_geometry, tissue_share
 from patch_encoder.tissue import ClamSettings, TissueSettings, find_tissue
 from patch_encoder.tissue.clam import (
@@ -20,7 +21,6 @@ from patch_encoder.tissue.clam import (
     segmentation_level,
     threshold,
 )
-from patch_encoder.tissue.overview import read_level
 from tests.helpers import write_pyramid
 from tests.patch_encoder import clam_fixture
 
@@ -34,7 +34,7 @@ def pyramid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def clam_tiles(path: Path, settings: ClamSettings) -> np.ndarray:
     with open_slide(path) as slide:
-        picture = read_level(slide, segmentation_level(slide, settings))
+        picture = read_level(slide, segmentation_level(slide, settings)).pixels
         scale = slide.width / picture.shape[1], slide.height / picture.shape[0]
         contours, _ = clam_contours(picture, scale, settings)
         return contour_grid(contours, scale, 256, 256, (slide.width, slide.height))

@@ -12,10 +12,10 @@ import tifffile
 from PIL import Image
 
 from patch_encoder.slides import open_slide
+from patch_encoder.slides.overview import read_level, read_overview
 from patch_encoder.tissue import TissueSettings, find_tissue
 from patch_encoder.tissue.artefacts import bubble_mask, dust_mask, flat_mask, line_mask
 from patch_encoder.tissue.ink import ink_mask, ink_pixels
-from patch_encoder.tissue.overview import read_level, read_overview
 from patch_encoder.tissue.regions import area_filter, fill_holes
 from patch_encoder.tissue.settings import INKS
 from tests.helpers import draw_slide, write_pyramid
@@ -166,26 +166,26 @@ def test_holes_of_tissue_are_filled_up_to_min_hole(tmp_path: Path) -> None:
 def test_overview_in_blocks_is_the_mean_of_its_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     path = write_pyramid(tmp_path / "a.tiff", picture, levels=(1, 2))
-    monkeypatch.setattr("patch_encoder.tissue.overview.BLOCK", 128)
+    monkeypatch.setattr("patch_encoder.slides.overview.BLOCK", 128)
     with open_slide(path) as slide:
-        found = read_overview(slide, 100)
-        level = read_level(slide, 1)
+        found = read_overview(slide, 100).pixels
+        level = read_level(slide, 1).pixels
         half = np.asarray(Image.fromarray(picture).resize((shape[1] // 2, shape[0] // 2), Image.Resampling.BOX))
         np.testing.assert_array_equal(level, half)
         expected = np.asarray(Image.fromarray(half).resize(found.shape[1::-1], Image.Resampling.BOX))
         # a pixel on the border of two blocks may fall to either
         assert max(found.shape[:2]) == 100 and np.abs(found.astype(int) - expected).mean() < 0.5
-        reduced = read_level(slide, 0, max_side=64)
+        reduced = read_level(slide, 0, max_side=64).pixels
         assert abs(reduced.shape[0] * reduced.shape[1] / 64**2 - 1) < 0.05
 
 
 def test_a_large_level_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("patch_encoder.tissue.overview.LARGE", 400)
-    monkeypatch.setattr("patch_encoder.tissue.overview.KEPT_SIDE", 256)
+    monkeypatch.setattr("patch_encoder.slides.overview.LARGE", 400)
+    monkeypatch.setattr("patch_encoder.slides.overview.KEPT_SIDE", 256)
     with open_slide(write_pyramid(tmp_path / "a.tiff", draw_slide(512), levels=(1,))) as slide:
         plain, reads = slide.read, []
         monkeypatch.setattr(slide, "read", lambda *place: reads.append(place) or plain(*place))
-        small, smaller = read_overview(slide, 128), read_overview(slide, 64)
+        small, smaller = (read_overview(slide, side).pixels for side in (128, 64))
         assert len(reads) == 1 and small.shape == (128, 128, 3) and smaller.shape == (64, 64, 3)
         expected = np.asarray(Image.fromarray(draw_slide(512)).resize((128, 128), Image.Resampling.BOX)).astype(int)
         assert np.abs(small - expected).max() <= 2

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Convert tile coordinates from and to the layouts of CLAM, TRIDENT, STAMP, INTELLIGENS (.npy) and QuPath (GeoJSON).
+# Convert tile coordinates from and to the layouts of CLAM, TRIDENT, AtlasPatch, STAMP, INTELLIGENS (.npy) and QuPath.
 #   INPUT=runs/tiles TO=geojson OUTPUT=runs/geojson bash tools/preprocess/convert-coordinates.sh
 #   INPUT=clam/patches TO=ours OUTPUT=runs/tiles SLIDES=cohort/slides bash tools/preprocess/convert-coordinates.sh
 # All keys: bash tools/preprocess/convert-coordinates.sh --help

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,12 @@ import tifffile
 from PIL import Image
 
 from common.cli import run
-from patch_encoder import inspect_slides
-from tests.helpers import draw_slide, make_cohort, write_pyramid
+from patch_encoder.inspect import Config, main
+from tests.helpers import ROOT, draw_slide, make_cohort, write_pyramid
 
 
 def inspect(slides: Path, *extra: str) -> int:
-    return run(inspect_slides.main, inspect_slides.Config, [f"slides={slides}", *extra])
+    return run(main, Config, [f"slides={slides}", *extra])
 
 
 def test_a_row_a_slide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,10 +41,38 @@ def test_json_has_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (entry["slide"], entry["width"], entry["height"], entry["error"]) == ("S1", 510, 510, "")
     assert [level["downsample"] for level in entry["levels"]] == [1.0, 3.0]
     assert (entry["mpp"], entry["mpp_source"], entry["objective_power"]) == (pytest.approx(0.5), "openslide.mpp-x", None)
-    expected = {"level": 1, "read_size": 80, "level0_size": 240, "resample": 0.75, "tiles": 4, "error": ""}
-    assert entry["plan"] == expected
+    expected = {"level": 1, "downsample": 3.0, "read_size": 80, "level0_size": 240, "resample": 0.75, "mpp": 2.0}
+    assert entry["plan"] == expected | {"tiles": 4, "error": ""}
     assert entry["regions"] == {"read": 5, "unreadable": 0, "first_error": ""}
     assert entry["transparent_share"] == 0.0
+
+
+def test_a_level_is_named_with_its_true_downsample(real_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = real_data / "wsi_openslide" / "DERIVED-cmu-1-small-region-pyramid.tiff"
+    assert inspect(path, "target_mpp=2.2", "tile_size=64", "json=true", "sample=0") == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    downsample = (2220 / 555 + 2967 / 741) / 2
+    assert (entry["plan"]["level"], entry["plan"]["downsample"]) == (2, pytest.approx(downsample, abs=1e-5))
+    assert entry["plan"]["level0_size"] == round(64 * 2.2 / 0.499)
+    assert entry["plan"]["read_size"] == round(entry["plan"]["level0_size"] / downsample) == 70
+    assert entry["plan"]["mpp"] == pytest.approx(entry["plan"]["read_size"] * downsample * 0.499 / 64, abs=1e-4)
+
+
+CHECK = """
+import sys
+import inspect, patch_encoder.inspect
+assert inspect.signature(patch_encoder.inspect.main).parameters, "the standard library's module keeps its name"
+assert sys.modules["inspect"] is not sys.modules["patch_encoder.inspect"]
+"""
+
+
+def test_the_name_does_not_hide_the_standard_library(tmp_path: Path) -> None:
+    """As the command, as an import, and in processes that are spawned from a script beside it."""
+    root = make_cohort(tmp_path, 2)
+    tiles = ["patch_encoder.tile_slides", f"slides={root}/slides", f"output={tmp_path}/tiles", "workers=2", "tile_size=64"]
+    for arguments in (["-c", CHECK], ["-m", "patch_encoder.inspect", f"slides={root}/slides"], ["-m", *tiles]):
+        subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)
+    assert len(list((tmp_path / "tiles" / "coords").iterdir())) == 2
 
 
 def test_one_slide_is_told_in_full(real_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,13 +84,14 @@ def test_one_slide_is_told_in_full(real_data: Path, capsys: pytest.CaptureFixtur
         "0.499 (openslide.mpp-x)",
         "20x",
         "label 387x463, macro 1280x431, thumbnail 574x768",
-        "257 px of level 0 (257 px of level 0), resampled x0.99611; 88 tiles in the grid",
+        "257 px of level 0 at 1/1 (257 px of level 0), resampled x0.99611; 88 tiles in the grid",
         "16 of 16 decode",
     ):
         assert expected in told
     assert inspect(real_data / "wsi_tiny_fixtures" / "boxes.tiff", "target_mpp=null", "tile_size=32") == 0
     told = capsys.readouterr().out
     assert "unknown (none: openslide.mpp-x says 352.778 um, outside 0.05 to 10" in told
+    assert "32 px of level 0 at 1/1 (32 px of level 0), resampled x1; 63 tiles" in told
     assert "588 bytes, not applied" in told
     assert "level 3        37 x 31 px, 1/8.08631" in told
 

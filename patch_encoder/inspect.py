@@ -1,6 +1,6 @@
 """Say what the readers make of a slide, or of every slide of a folder, before hours are spent on it.
 
-    python -m patch_encoder.inspect_slides slides=cohort/slides target_mpp=0.5 tile_size=256
+    python -m patch_encoder.inspect slides=cohort/slides target_mpp=0.5 tile_size=256
 
 One row a slide: format, size, levels, mpp and where it comes from, what is read for a tile at the target resolution, how many
 tiles the grid has, whether sampled regions decode. One slide alone, or `details=true`, gives everything; `json=true` the same
@@ -97,11 +97,15 @@ def plan(slide: Slide, config: Config) -> tuple[TileGeometry | None, dict[str, A
         geometry = tile_geometry(slide, config.tile_size, config.target_mpp, config.overlap)
     except UserError as error:
         return None, {"error": str(error)}
+    downsample = slide.downsamples[geometry.patch_level]
     return geometry, {
         "level": geometry.patch_level,
+        "downsample": round(downsample, 5),
         "read_size": geometry.patch_size,
         "level0_size": geometry.patch_size_level0,
         "resample": round(geometry.target_size / geometry.patch_size, 5),
+        # whole pixels are read, so this is near target_mpp and seldom equal to it
+        "mpp": None if slide.mpp is None else round(geometry.patch_size * downsample * slide.mpp / geometry.target_size, 5),
         "tiles": len(grid(geometry)),
         "error": "",
     }
@@ -196,8 +200,8 @@ def describe(entry: dict[str, Any]) -> str:
     for index, level in enumerate(entry["levels"]):
         lines[f"level {index}"] = f"{level['width']} x {level['height']} px, 1/{level['downsample']:g}"
     lines["a tile"] = reads["error"] or (
-        f"{reads['read_size']} px of level {reads['level']} ({reads['level0_size']} px of level 0), "
-        f"resampled x{reads['resample']:g}; {reads['tiles']} tiles in the grid"
+        f"{reads['read_size']} px of level {reads['level']} at 1/{reads['downsample']:g} "
+        f"({reads['level0_size']} px of level 0), resampled x{reads['resample']:g}; {reads['tiles']} tiles in the grid"
     )
     lines["regions"] = f"{regions['read'] - regions['unreadable']} of {regions['read']} decode"
     if regions["unreadable"]:
