@@ -132,7 +132,7 @@ def main(config: Config) -> None:
             found = rows_of(slide, min(share, config.tiles - len(rows)), config.tile_size)
         rows += [(row.name, variants(row, chosen, config, generator)) for row in found]
     if not rows:
-        raise UserError(f"slides={config.slides}: expected tiles that can be read, found none; look with inspect_slides")
+        raise UserError(f"slides={config.slides}: expected tiles that can be read, found none; look with patch_encoder.inspect")
     with atomic_path(config.output) as temporary:
         page(rows, min(config.tile_size, 224)).save(temporary, format="PNG")
     logger.info("stain_preview: %d tiles in %s", len(rows), config.output)

@@ -20,7 +20,7 @@ import torch
 
 from common.cli import run
 from common.errors import UserError
-from patch_encoder import decoding, extract_features, inspect_slides, ray_extraction, tile_slides
+from patch_encoder import decoding, extract_features, inspect, ray_extraction, tile_slides
 from patch_encoder.coordinates import Coordinates, TileGeometry, read_coordinates
 from patch_encoder.datasets import tiles as tile_module
 from patch_encoder.datasets.tiles import SlideJob, TileSequence
@@ -198,18 +198,18 @@ def test_tiling_goes_on_after_slides_that_kill_hang_or_have_a_bug(
 def test_inspection_says_which_slides_kill(
     cohort: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def inspect(*extra: str) -> int:
+    def look(*extra: str) -> int:
         keys = [f"slides={cohort}/slides", "tile_size=64", *extra]
-        return run(inspect_slides.main, inspect_slides.Config, keys)
+        return run(inspect.main, inspect.Config, keys)
 
-    assert inspect("workers=0", "json=true") == 0
+    assert look("workers=0", "json=true") == 0
     clean = json.loads(capsys.readouterr().out)
     struck(monkeypatch, "S001", lambda: die(signal.SIGSEGV))
-    assert inspect("workers=2", "json=true") == 1
+    assert look("workers=2", "json=true") == 1
     found = json.loads(capsys.readouterr().out)
     assert found[1] == {"slide": "S001", "path": str(cohort / "slides" / "S001.tiff"), "error": SEGFAULT}
     assert [found[0], *found[2:]] == [clean[0], *clean[2:]]
-    assert inspect() == 1
+    assert look() == 1
     assert f"S001: {SEGFAULT}" in capsys.readouterr().out
     assert not children()
 
@@ -218,7 +218,7 @@ def test_numbers_that_cannot_be(cohort: Path, capsys: pytest.CaptureFixture[str]
     assert extract(cohort, "read_timeout=0") == 2
     assert tile(cohort, "read_timeout=-3") == 2
     assert tile(cohort, "workers=-1") == 2
-    assert run(inspect_slides.main, inspect_slides.Config, [f"slides={cohort}/slides", "read_timeout=nan"]) == 2
+    assert run(inspect.main, inspect.Config, [f"slides={cohort}/slides", "read_timeout=nan"]) == 2
     assert capsys.readouterr().err.count("expected") == 4
 
 
