@@ -89,7 +89,7 @@ class TileGrid:
         return (self.positions + 0.5) / 2**level - 0.5
 
 
-def build_grid(coords: Sequence[Int[Tensor, "_ 2"]], levels: int = 1, step: float | None = None) -> TileGrid:
+def build_grid(coords: Sequence[Int[Tensor, "_ 2"]], levels: int = 1, step: int | float | None = None) -> TileGrid:
     """Index the tiles of a batch of bags; host work, linear in tiles and cells but for one sort.
 
     Args:
@@ -139,14 +139,14 @@ class _Bag(NamedTuple):
     step: float
 
 
-def _index_bag(coords: np.ndarray, levels: int, step: float | None) -> _Bag:
-    step = infer_step(coords) if step is None else step
+def _index_bag(coords: np.ndarray, levels: int, step: int | float | None) -> _Bag:
+    step = float(infer_step(coords) if step is None else step)
     positions = grid_positions(coords, step)
     width, height = (int(size) for size in positions.max(0, initial=-1) + 1)
     if width * height > MAX_CELLS:
         raise UserError(
-            f"coords: expected tiles of one slide, found a grid of {height} x {width} cells for {len(coords)} tiles with a step "
-            f"of {step:g} px; give the step between neighbouring tiles (step=)"
+            f"coords: expected tiles of one slide, found {len(coords)} tiles on a grid of {height} x {width} cells, "
+            f"the step being {step:g} px; give the step between neighbouring tiles (step=)"
         )
     flat = positions[:, 1] * width + positions[:, 0]
     map_, cells = _number(flat, height, width)
@@ -174,7 +174,7 @@ def _number(flat: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.n
     return map_.reshape(height, width), cells
 
 
-def grid_positions(coords: Int[np.ndarray, "n 2"], step: float) -> Int64[np.ndarray, "n 2"]:
+def grid_positions(coords: Int[np.ndarray, "n 2"], step: int | float) -> Int64[np.ndarray, "n 2"]:
     """Nearest cell (x, y) of each corner, counted from the leftmost and the uppermost tile.
 
     Halves go up, so that tiles a step or more apart never share a cell, also where parts of a slide are tiled on grids of

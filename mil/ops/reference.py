@@ -38,7 +38,7 @@ def sparse_deform_attn_reference(
             for point in range(at.shape[2]):
                 total = total + by[:, :, point, None] * _sample(wide, map_, at[:, :, point], renormalise)
         sums.append(total)
-    return torch.cat([wide.new_zeros(0, *wide.shape[1:]), *sums]).flatten(1).to(value.dtype)
+    return torch.cat([wide[:0], *sums]).flatten(1).to(value.dtype)
 
 
 def _sample(value: Tensor, map_: Tensor, at: Float[Tensor, "q heads 2"], renormalise: bool) -> Float[Tensor, "q heads dim"]:
