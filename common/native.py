@@ -3,9 +3,9 @@
     <package>/ops/csrc/cpu/*.cpp        -> <package>/ops/build/lib<name>_cpu.so
     <package>/ops/csrc/cuda/*.{cpp,cu}  -> <package>/ops/build/lib<name>_cuda.so   (name: the package)
 
-The sources include only torch's stable ABI and what the operators share in `common/csrc`, so one build serves every torch from 2.10 on. A unit named `*_avx512.cpp` or
-`*_avx2.cpp` is compiled for that instruction set, all others for what every processor of the architecture has; which one
-runs is decided at run time, so a build can be copied to another machine.
+The sources include only torch's stable ABI and what the operators share in `common/csrc`, so one build serves every torch
+from 2.10 on. A unit named `*_avx512.cpp` or `*_avx2.cpp` is compiled for that instruction set, all others for what every
+processor of the architecture has; which one runs is decided at run time, so a build can be copied to another machine.
 """
 
 from __future__ import annotations

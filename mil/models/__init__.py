@@ -10,6 +10,7 @@ from torch import nn
 
 from common.errors import UserError, did_you_mean
 from mil.models.abmil import ABMIL
+from mil.models.deform_mil import DeformMIL
 from mil.models.max import MaxMIL
 from mil.models.mean import MeanMIL
 from mil.models.output import MILOutput
@@ -20,9 +21,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "max": MaxMIL,
     "abmil": ABMIL,
     "gated_abmil": partial(ABMIL, gated=True),
+    "deform_mil": DeformMIL,
 }
 
-__all__ = ["ABMIL", "MODELS", "MILOutput", "MaxMIL", "MeanMIL", "Standardised", "build"]
+__all__ = ["ABMIL", "MODELS", "DeformMIL", "MILOutput", "MaxMIL", "MeanMIL", "Standardised", "build"]
 
 
 def build(name: str, dim: int, classes: int, *, standardize: bool = False, **options: Any) -> nn.Module:

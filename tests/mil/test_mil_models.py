@@ -67,7 +67,7 @@ def test_abmil_is_equation_8_or_9(gated: bool, activation: str):
 
 
 @pytest.mark.parametrize("standardize", [False, True])
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "deform_mil"])  # that one needs coords: test_deform_mil.py
 def test_every_model_is_a_set_function(name: str, standardize: bool):
     model = model_of(name, 3, standardize=standardize)
     output, order = model(BAG), torch.randperm(9)
