@@ -6,8 +6,8 @@
 //   dx = A / n [(1 - ly)(t01 - t00) + ly (t11 - t10)],   dy = A / n [(1 - lx)(t10 - t00) + lx (t11 - t01)]
 // with t_c = p_c s_c, less p_c o when renormalised: the quotient rule, since n moves with the location too.
 //
-// Forward is cut by queries: the table of a query is made and its rows are asked for while the query before is summed up.
-// Backward is cut by (section of rows, head): the head's values and their gradient are first laid side by side, so that a
+// Forward is cut by queries: the corners of a query are listed and its rows are asked for before the query before it is summed
+// up, and only corners with a tile are visited. Backward is cut by (section of rows, head): the head's values and their gradient are first laid side by side, so that a
 // window of the map fits the second-level cache. A corner that is nowhere reads a row of zeros and writes a row that is thrown
 // away: it never multiplies a value that it does not own, which might be infinite.
 #pragma once
@@ -16,14 +16,22 @@
 namespace deform_attn {
 namespace {
 
-// sum[channel ...] += weight * row, over the corners of points [first, end) of a table.
+// The corners of a query that have a tile, head by head.
+template <class Real, class S>
+struct Corners {
+  Corners(int64_t heads, int64_t points) : from(4 * heads * points), weight(4 * heads * points), end(heads) {}
+
+  Memory<const S*> from;  // the head's values
+  Memory<Real> weight;
+  Memory<int64_t> end;    // of each head
+};
+
+// sum[channel ...] = sum of weight * values, over corners [first, end).
 template <class Real, class S>
 struct Gather {
-  const Table<Real>& table;
+  const S* const* from;
+  const Real* weight;
   int64_t first, end;
-  const S* value;  // of the head
-  int64_t stride;
-  const S* zeros;
   Real* sum;
 
   template <class P, int kCount>
@@ -32,80 +40,96 @@ struct Gather {
     P sums[kChains][kCount];
     for (int chain = 0; chain < kChains; ++chain)
       for (int v = 0; v < kCount; ++v) sums[chain][v] = P::all(0);
-    for (int64_t i = first; i < end; ++i) {
-      for (int c = 0; c < 4; ++c) {
-        const int64_t row = table.row[c][i];
-        const S* const there = value + row * stride;
-        const S* from = (__builtin_expect_with_probability(row < 0, 0, 0.5) ? zeros : there) + channel;
-        const P weight = P::all(table.weight[c][i]);
-        for (int v = 0; v < kCount; ++v)
-          sums[c % kChains][v] = sums[c % kChains][v].add_product(weight, P::load(from + v * P::kSize));
-      }
-    }
+    int64_t i = first;
+    for (; i + kChains <= end; i += kChains)
+      for (int chain = 0; chain < kChains; ++chain) add(sums[chain], i + chain, channel);
+    for (; i < end; ++i) add(sums[0], i, channel);
     for (int v = 0; v < kCount; ++v) {
       P total = sums[0][v];
       for (int chain = 1; chain < kChains; ++chain) total = total + sums[chain][v];
       total.store(sum + channel + v * P::kSize);
     }
   }
+
+  template <class P, int kCount>
+  void add(P (&sums)[kCount], int64_t i, int64_t channel) const {
+    const P w = P::all(weight[i]);
+    for (int v = 0; v < kCount; ++v) sums[v] = sums[v].add_product(w, P::load(from[i] + channel + v * P::kSize));
+  }
 };
+
+// Lists the corners of a table that have a tile, and asks for their values. One that is not finite reads zeros.
+template <class Real, class S>
+inline void list(const Table<Real>& table, const Call& call, const S* value, const S* zeros, Corners<Real, S>& corners) {
+  const S** from = corners.from.get();
+  Real* weight = corners.weight.get();
+  int64_t count = 0;
+  for (int64_t head = 0; head < call.heads; ++head, value += call.dim) {
+    for (int64_t i = head * call.points; i < (head + 1) * call.points; ++i)
+      for (int c = 0; c < 4; ++c) {  // without a jump: whether a tile is there cannot be foreseen
+        const int64_t row = table.row[c][i];
+        const Real w = table.weight[c][i];
+        from[count] = __builtin_expect_with_probability(row < 0, 0, 0.5) ? zeros : value + row * call.heads * call.dim;
+        weight[count] = w;
+        count += (row >= 0) | (w != w);
+      }
+    corners.end.get()[head] = count;
+  }
+  for (int64_t i = 0; i < count; ++i) prefetch(from[i], call.dim);
+}
 
 template <class Real, class S>
 void forward_of(const Call& call, int64_t begin, int64_t end) {
-  const int64_t heads = call.heads, dim = call.dim, points = call.points, stride = heads * dim, all = heads * points;
-  const int64_t size = (all + kBlock - 1) / kBlock * kBlock;
+  const int64_t heads = call.heads, dim = call.dim, all = heads * call.points;
   const Real* locations = static_cast<const Real*>(call.locations);
   const Real* weights = static_cast<const Real*>(call.weights);
-  const S* value = static_cast<const S*>(call.value);
   const Memory<S> zeros(dim);
   const Memory<Real> scratch(dim);
-  Table<Real> tables[2] = {Table<Real>(size), Table<Real>(size)};
+  Table<Real> table((all + kBlock - 1) / kBlock * kBlock);
+  Corners<Real, S> corners[2] = {{heads, call.points}, {heads, call.points}};
   int64_t bag = 0;
   const auto prepare = [&](int64_t query) {
     while (query >= call.bag_end[bag]) ++bag;
-    Table<Real>& table = tables[query % 2];
     fill(table, call, locations + query * all * 2, weights + query * all, call.points_of[bag], all);
-    for (int64_t head = 0; head < heads; ++head)
-      for (int c = 0; c < 4; ++c)
-        for (int64_t i = head * points; i < (head + 1) * points; ++i)
-          if (const int64_t row = table.row[c][i]; row >= 0) prefetch(value + row * stride + head * dim, dim);
+    list(table, call, static_cast<const S*>(call.value), zeros.get(), corners[query % 2]);
   };
   prepare(begin);
   for (int64_t query = begin; query < end; ++query) {
     if (query + 1 < end) prepare(query + 1);
-    for (int64_t head = 0; head < heads; ++head) {
-      S* out = static_cast<S*>(call.out) + query * stride + head * dim;
+    const Corners<Real, S>& ready = corners[query % 2];
+    S* out = static_cast<S*>(call.out) + query * heads * dim;
+    int64_t first = 0;
+    for (int64_t head = 0; head < heads; ++head, out += dim) {
       Real* sum = scratch.get();
       if constexpr (kSame<Real, S>) sum = out;
-      const int64_t first = head * points;
-      over_channels<Real>(dim, Gather<Real, S>{tables[query % 2], first, first + points, value + head * dim, stride, zeros.get(), sum});
+      const int64_t last = ready.end.get()[head];
+      over_channels<Real>(dim, Gather<Real, S>{ready.from.get(), ready.weight.get(), first, last, sum});
       if constexpr (!kSame<Real, S>)
         for (int64_t d = 0; d < dim; ++d) narrow(sum[d], out + d);
+      first = last;
     }
   }
 }
 
-// f(pointer of the storage's type)
-template <class F>
+// f(pointer of the storage's type); double is computed in double and nothing else is.
+template <class Real, class F>
 inline void as_stored(Storage storage, const void* data, F&& f) {
-  switch (storage) {
-    case Storage::kFloat: return f(static_cast<const float*>(data));
-    case Storage::kDouble: return f(static_cast<const double*>(data));
-    case Storage::kBFloat16: return f(static_cast<const BFloat16*>(data));
-    case Storage::kHalf: return f(static_cast<const Half*>(data));
-  }
+  if constexpr (kSame<Real, double>) return f(static_cast<const double*>(data));
+  else if (storage == Storage::kBFloat16) f(static_cast<const BFloat16*>(data));
+  else if (storage == Storage::kHalf) f(static_cast<const Half*>(data));
+  else f(static_cast<const float*>(data));
 }
 
 // `count` rows of `dim` numbers, `from_stride` and `to_stride` apart.
 template <class Real>
 inline void widen_rows(Storage storage, const void* data, int64_t offset, int64_t from_stride, int64_t count, int64_t dim,
                        Real* to, int64_t to_stride) {
-  as_stored(storage, data, [&](auto from) {
+  as_stored<Real>(storage, data, [&](auto from) {
     constexpr int64_t kAhead = 6;  // the other heads lie between two rows
     from += offset;
     for (int64_t row = 0; row < count; ++row, from += from_stride, to += to_stride) {
       prefetch(from + kAhead * from_stride, dim);
-      for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<Real>(widen(from[d]));
+      for (int64_t d = 0; d < dim; ++d) to[d] = widen(from[d]);
     }
   });
 }
