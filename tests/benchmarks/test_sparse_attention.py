@@ -12,6 +12,13 @@ import torch
 
 from benchmarks.sparse_attention import contestants, judge, measure_tiles, op, scattered
 from benchmarks.sparse_attn_cases import make_inputs, make_slide, slide_grid
+from mil.ops.compiled import choose_kernels, unavailable
+
+
+@pytest.fixture(autouse=True)
+def _compiled_op() -> None:
+    if reason := unavailable("cpu"):
+        pytest.fail(f"the suite runs on the compiled op: {reason}")
 
 
 def test_slides_have_as_many_tiles_and_cells_as_they_say() -> None:
@@ -30,6 +37,7 @@ def test_contestants_agree_and_run() -> None:
         assert {"dense", "baseline", "renormalised", "bfloat16"} <= set(found)
         for call in found.values():
             call()
+    choose_kernels("auto")
 
 
 def test_bars_are_judged_by_the_default_kernels_and_the_largest_slide() -> None:
