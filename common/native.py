@@ -3,9 +3,9 @@
     <package>/ops/csrc/cpu/*.cpp        -> <package>/ops/build/lib<name>_cpu.so
     <package>/ops/csrc/cuda/*.{cpp,cu}  -> <package>/ops/build/lib<name>_cuda.so   (name: the package)
 
-The sources include only torch's stable ABI, so one build serves every torch from 2.10 on. A unit named `*_avx512.cpp` or
-`*_avx2.cpp` is compiled for that instruction set, all others for what every processor of the architecture has; which one
-runs is decided at run time, so a build can be copied to another machine.
+The sources include only torch's stable ABI and what the operators share in `common/csrc`, so one build serves every torch
+from 2.10 on. A unit named `*_avx512.cpp` or `*_avx2.cpp` is compiled for that instruction set, all others for what every
+processor of the architecture has; which one runs is decided at run time, so a build can be copied to another machine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import os
 import platform
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from common.errors import UserError
 from common.files import atomic_path, write_text
 
 TORCH_INCLUDE = str(Path(torch.__file__).parent / "include")
+SHARED = Path(__file__).resolve().parent / "csrc"
+"""Headers that the operators of several packages share."""
 TORCH_TARGET = "0x020a000000000000"
 """Version of torch's stable ABI that the sources are written for: 2.10."""
 COMMON_FLAGS = ["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}ULL"]
@@ -86,7 +89,9 @@ def cpu_units(ops: Path) -> list[Unit]:
     units = []
     for source in sorted((ops / "csrc" / "cpu").glob("*.cpp")):
         extra = next((flags for end, flags in X86_FLAGS.items() if source.stem.endswith(end)), []) if x86 else []
-        units.append(Unit(source, (compiler, *COMMON_FLAGS, *CPU_FLAGS, *extra, *_includes([TORCH_INCLUDE]), "-c")))
+        units.append(
+            Unit(source, (compiler, *COMMON_FLAGS, *CPU_FLAGS, *extra, *_includes([TORCH_INCLUDE]), f"-I{SHARED}", "-c"))
+        )
     return units
 
 
@@ -135,11 +140,18 @@ def cuda_command(nvcc: str, architectures: list[str]) -> tuple[str, ...]:
         "-Xcompiler=-fPIC,-fvisibility=hidden",
         *code,
     ]
-    return (nvcc, *flags, *_includes([TORCH_INCLUDE, *map(str, packaged)]), "-c")
+    return (nvcc, *flags, *_includes([TORCH_INCLUDE, *map(str, packaged)]), f"-I{SHARED}", "-c")
 
 
-def build(ops: Path, kind: str, units: list[Unit], force: bool = False) -> bool:
+def build(ops: Path, kind: str, units: list[Unit], force: bool = False, pool: Executor | None = None) -> bool:
     """Compile and link one library, unless it is there for the same sources and commands; the log is kept beside it.
+
+    Args:
+        ops: the folder with csrc/.
+        kind: "cpu" or "cuda".
+        units: what to compile.
+        force: even if it is there.
+        pool: where the compilers run; libraries that are built at the same time share one. None: a process a core.
 
     Returns:
         Whether anything was built.
@@ -156,9 +168,9 @@ def build(ops: Path, kind: str, units: list[Unit], force: bool = False) -> bool:
     library.parent.mkdir(exist_ok=True)
     stamp.unlink(missing_ok=True)
     objects = [library.parent / f"{kind}_{unit.source.name}.o" for unit in units]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        commands = [[*unit.command, str(unit.source), "-o", str(to)] for unit, to in zip(units, objects)]
-        done = list(pool.map(_compile, commands))
+    commands = [[*unit.command, str(unit.source), "-o", str(to)] for unit, to in zip(units, objects)]
+    with nullcontext(pool) if pool else ThreadPoolExecutor(os.cpu_count()) as compilers:
+        done = list(compilers.map(_compile, commands))
     with atomic_path(library) as temporary:
         if all(status == 0 for status, _ in done):
             # symbols of torch come from the libraries that `import torch` has loaded
@@ -192,9 +204,9 @@ def _compile(command: list[str]) -> tuple[int, str]:
 
 def _digest(ops: Path, kind: str, units: list[Unit]) -> str:
     digest = hashlib.sha256()
-    shared = (ops / "csrc").glob("*")
-    for file in sorted(path for path in [*shared, *(ops / "csrc" / kind).rglob("*")] if path.is_file()):
-        digest.update(str(file.relative_to(ops)).encode() + b"\0" + file.read_bytes())
+    sources = [*SHARED.glob("*"), *(ops / "csrc").glob("*"), *(ops / "csrc" / kind).rglob("*")]
+    for file in sorted(path for path in sources if path.is_file()):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
     for unit in units:
         digest.update("\0".join(unit.command).encode())
     compiler = subprocess.run([units[0].command[0], "--version"], capture_output=True, text=True, check=False).stdout

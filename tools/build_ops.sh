@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build the compiled operators (multi-scale deformable attention) ahead of time; does nothing when they are up to date.
+# Build the compiled operators (deformable attention, dense and over sparse bags) ahead of time; does nothing when they are up to date.
 #   bash tools/build_ops.sh                       CPU; CUDA too where nvcc and a CUDA torch are there
 #   bash tools/build_ops.sh architectures=[90]    for these compute capabilities (else the GPUs here, else all)
 # Logs: <package>/ops/build/*.log. All keys: bash tools/build_ops.sh --help

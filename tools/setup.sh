@@ -5,9 +5,9 @@
 #   REQUIREMENTS=det bash tools/setup.sh    detection_kd and patch_encoder only (det) or mil only (mil)
 #   ENV=active bash tools/setup.sh      use the environment that is active (conda, venv) as it is; only check it
 #   PYTHON_BASE=python3.12 bash ...     the interpreter to build from (>= 3.10)
-#   ARCHITECTURES=80,90 bash ...        CUDA architectures of the compiled op; default: this machine's GPUs
+#   ARCHITECTURES=80,90 bash ...        CUDA architectures of the compiled ops; default: this machine's GPUs
 #
-# Then it builds the compiled op. Running it again does nothing unless requirements or sources have changed.
+# Then it builds the compiled ops. Running it again does nothing unless requirements or sources have changed.
 set -euo pipefail
 : "${ENV:=venv}"
 : "${REQUIREMENTS:=all}"
@@ -18,18 +18,27 @@ if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
   exit 0
 fi
 
-# build_ops PYTHON: the compiled op, unless it is newer than its sources; for CUDA only where a GPU is, or when asked to
+# build_ops PYTHON: the compiled ops, unless newer than their sources; for CUDA only where a GPU is, or when asked to
 build_ops() {
-  local stamp="$root/detection_kd/ops/build/libdetection_kd_cpu.stamp" options=()
-  if [[ "$REQUIREMENTS" == mil ]]; then return; fi
+  local packages=(detection_kd mil) package stamp stale=() options=()
+  case "$REQUIREMENTS" in
+    det) packages=(detection_kd) ;;
+    mil) packages=(mil) ;;
+  esac
   if [[ -n "${ARCHITECTURES:-}" ]]; then
     options=("architectures=[$ARCHITECTURES]")
   elif ! command -v nvidia-smi >/dev/null; then
     options=(cuda=no)
   fi
-  if [[ ! -f "$stamp" || -n "$(find "$root/detection_kd/ops/csrc" "$root/common/native.py" -newer "$stamp" -print -quit)" ]]; then
-    PYTHON="$1" bash "$root/tools/build_ops.sh" "${options[@]}" ||
-      echo "warning: the attention op is not built; its plain PyTorch form will run, many times slower" >&2
+  for package in "${packages[@]}"; do
+    stamp="$root/$package/ops/build/lib${package}_cpu.stamp"
+    if [[ ! -f "$stamp" || -n "$(find "$root/$package/ops/csrc" "$root/common/csrc" "$root/common/native.py" -newer "$stamp" -print -quit)" ]]; then
+      stale+=("$package/ops")
+    fi
+  done
+  if ((${#stale[@]})); then
+    PYTHON="$1" bash "$root/tools/build_ops.sh" "ops=[$(IFS=,; echo "${stale[*]}")]" "${options[@]}" ||
+      echo "warning: the attention ops are not built; their plain PyTorch form will run, many times slower" >&2
   fi
 }
 

@@ -12,6 +12,7 @@ from common.errors import UserError, did_you_mean
 from mil.models.abmil import ABMIL
 from mil.models.batch import forward_bags, forward_padded
 from mil.models.clam import CLAM
+from mil.models.deform_mil import DeformMIL
 from mil.models.dsmil import DSMIL
 from mil.models.dtfd import DTFD
 from mil.models.ilra import ILRA
@@ -40,6 +41,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "dtfd": DTFD,
     "ilra": ILRA,
     "rrt": RRT,
+    "deform_mil": DeformMIL,
 }
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "MHIM",
     "MODELS",
     "RRT",
+    "DeformMIL",
     "MILOutput",
     "MaxMIL",
     "MeanMIL",

@@ -1,7 +1,8 @@
 """Several bags at a time: the same answers as one bag at a time (to 1e-6), for bags of any lengths.
 
 A model that gains by it has `forward_packed(features (T, D), offsets (B + 1,)) -> Packed`: all tiles of all bags go
-through its layers together, and softmaxes and sums stay within the bags. The other models take the bags in turn.
+through its layers together, and softmaxes and sums stay within the bags; or, where tiles have places, `forward_batch(bags,
+coords) -> outputs`. The other models take the bags in turn.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ def forward_bags(model: nn.Module, bags: Sequence[Tensor], coords: Sequence[Tens
         features = model.standardised(features) if isinstance(model, Standardised) else features
         return inner.forward_packed(features, offsets)
     places = coords or [None] * len(bags)
-    outputs = [model(bag, place) for bag, place in zip(bags, places, strict=True)]
+    if hasattr(inner, "forward_batch") and coords is not None:
+        plain = [model.standardised(bag) for bag in bags] if isinstance(model, Standardised) else bags
+        outputs = inner.forward_batch(plain, coords)
+    else:
+        outputs = [model(bag, place) for bag, place in zip(bags, places, strict=True)]
     return Packed(torch.stack([output.logits for output in outputs]), torch.cat([output.attention for output in outputs]))
 
 

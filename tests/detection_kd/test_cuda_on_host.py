@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.classic_deform_attn import FOLDER as BENCHMARKS
 from benchmarks.classic_deform_attn import ClassicAttention, load_kernels
+from common.native import SHARED
 from detection_kd.ops.compiled import OPS
 from detection_kd.ops.reference import ms_deform_attn_reference
 from tests.cuda_on_host import build_for_host
@@ -66,7 +67,9 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The kernels of the op."""
     folder = OPS / "csrc" / "cuda"
     library = tmp_path_factory.mktemp("ours") / "libours.so"
-    return ctypes.CDLL(str(build_for_host([folder / "launch.h", folder / "kernels.cuh"], library, ENTRY)))
+    return ctypes.CDLL(
+        str(build_for_host([SHARED / "cuda_lanes.cuh", folder / "launch.h", folder / "kernels.cuh"], library, ENTRY))
+    )
 
 
 @pytest.fixture(scope="module")

@@ -36,9 +36,10 @@ def test_batches_are_one_bag_at_a_time(name: str, standardize: bool):
     torch.testing.assert_close(together.attention, torch.cat([output.attention for output in alone]), **close)
     # what stands in the padding must not matter
     padded = torch.full((4, 19, 6), torch.nan)
-    for row, bag in zip(padded, BAGS, strict=True):
-        row[: len(bag)] = bag
-    logits, attention = forward_padded(model, padded, LENGTHS)
+    places = torch.full((4, 19, 2), -7)
+    for row, place, bag, corners in zip(padded, places, BAGS, COORDS, strict=True):
+        row[: len(bag)], place[: len(bag)] = bag, corners
+    logits, attention = forward_padded(model, padded, LENGTHS, places)
     torch.testing.assert_close(logits, together.logits, **close)
     for row, output, n in zip(attention, alone, LENGTHS, strict=True):
         torch.testing.assert_close(row[:n], output.attention, **close)
@@ -50,22 +51,22 @@ def test_batches_are_one_bag_at_a_time(name: str, standardize: bool):
 @pytest.mark.parametrize("name", list(MODELS))
 def test_attention_is_a_distribution_and_evaluation_repeats_itself(name: str, classes: int):
     model = model_of(name, classes)
-    for bag in BAGS:
-        output = model(bag, None, 0)
+    for bag, places in zip(BAGS, COORDS, strict=True):
+        output = model(bag, places, 0)
         assert output.logits.shape == (classes,) and output.attention.shape == (len(bag),)
         assert (output.attention >= 0).all() and float(output.attention.sum()) == pytest.approx(1.0, abs=1e-5)
         assert output.streams == () and output.auxiliary is None  # evaluation
         torch.rand(3)  # wherever the generator stands
-        again = model(bag)
+        again = model(bag, places)
         assert torch.equal(output.logits, again.logits) and torch.equal(output.attention, again.attention)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", list(MODELS))
 def test_order_matters_where_it_is_said_to(name: str):
-    model, bag = model_of(name), BAGS[2]
+    model, bag, places = model_of(name), BAGS[2], COORDS[2]
     order = torch.randperm(19, generator=torch.Generator().manual_seed(3))
-    output, shuffled = model(bag), model(bag[order])
+    output, shuffled = model(bag, places), model(bag[order], places[order])
     same = torch.allclose(output.logits, shuffled.logits, atol=1e-5) and torch.allclose(
         output.attention[order], shuffled.attention, atol=1e-5
     )
@@ -76,14 +77,14 @@ def test_order_matters_where_it_is_said_to(name: str):
 def test_every_weight_that_is_trained_gets_a_gradient(name: str):
     """In one bag, whatever its class: distributed training waits for all of them."""
     model = model_of(name).train()
-    for bag in (BAGS[2], BAGS[1]):
+    for bag, places in ((BAGS[2], COORDS[2]), (BAGS[1], COORDS[1])):
         model.zero_grad()
-        output = model(bag, None, 1)
+        output = model(bag, places, 1)
         assert output.attention.shape == (len(bag),)
         training_loss(output, 1).backward()
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
-    plain = model(BAGS[2])
+    plain = model(BAGS[2], COORDS[2])
     assert plain.streams == () and plain.auxiliary is None  # training, no target
 
 

@@ -32,10 +32,11 @@ def arguments(cohort: Path, output: Path, name: str, *more: str) -> list[str]:
 def problem(count: int, seed: int, signs: int) -> list[Sample]:
     """Bags of 12 tiles; `signs` of a positive bag's are of another kind."""
     generator, samples = torch.Generator().manual_seed(seed), []
+    places = torch.tensor([(64 * x, 64 * y) for y in range(3) for x in range(4)])
     for i in range(count):
         tiles = torch.randn(12, 8, generator=generator)
         tiles[:signs, 0] += 5.0 * (i % 2)
-        samples.append(Sample(str(i), tiles[torch.randperm(12, generator=generator)], None, i % 2))
+        samples.append(Sample(str(i), tiles[torch.randperm(12, generator=generator)], places, i % 2))
     return samples
 
 

@@ -81,7 +81,7 @@ def test_every_model_trains_and_leaves_a_whole_run_directory(make_cohort, tmp_pa
     for row in rows:
         bag = read_bag(tmp_path / "cohort" / "bags" / "h5_files" / f"{row['slide_id']}.h5")
         with torch.no_grad():
-            probability = model(torch.from_numpy(bag.features)).logits.softmax(0)[1]
+            probability = model(torch.from_numpy(bag.features), torch.from_numpy(bag.coords)).logits.softmax(0)[1]
         assert float(row["prob_pos"]) == pytest.approx(float(probability), rel=1e-5)
         assert (row["predicted"] == "pos") == (float(row["prob_pos"]) >= results["threshold"])
 

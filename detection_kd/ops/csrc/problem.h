@@ -1,32 +1,20 @@
 // Shapes, dtypes and checks that the CPU and the CUDA binding share, on torch's stable ABI (torch >= 2.10).
 #pragma once
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <cstdint>
 #include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-namespace deform_attn {
+#include "stable_tensor.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+namespace deform_attn {
 
 struct Problem {
   int64_t batch, cells, heads, dim, queries, points;
   std::vector<int64_t> shapes;            // H0, W0, H1, W1, ...
   std::vector<int64_t> points_per_level;  // sums to `points`
 };
-
-// float64 values are computed in float64, everything else in float32; locations and weights come in that type.
-inline ScalarType compute_type(const Tensor& value) {
-  return value.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
 
 inline void check_like(const Tensor& tensor, const char* name, const std::vector<int64_t>& sizes, ScalarType type,
                        const Tensor& value) {

@@ -1,45 +1,6 @@
-// Run-time choice of the instruction set, so that one build runs on every processor of the architecture.
-#include <atomic>
-#include <cstring>
-
+// Run-time choice of the instruction set.
 #include "call.h"
+// after the kernels that it chooses from
+#include "choose_kernels.h"
 
-namespace deform_attn {
-namespace {
-
-bool runs(const Kernels* kernels) {
-  if (kernels == nullptr) return false;
-#if defined(__x86_64__)
-  if (std::strcmp(kernels->name, "avx512") == 0)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-  if (std::strcmp(kernels->name, "avx2") == 0)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-#endif
-  return true;
-}
-
-const Kernels* find(const char* name) {
-  const Kernels* fastest_first[] = {kernels_avx512(), kernels_avx2(), kernels_baseline()};
-  for (const Kernels* kernels : fastest_first)
-    if (runs(kernels) && (std::strcmp(name, "auto") == 0 || std::strcmp(name, kernels->name) == 0)) return kernels;
-  return nullptr;
-}
-
-std::atomic<const Kernels*> chosen{nullptr};
-
-}  // namespace
-
-const Kernels& kernels() {
-  if (chosen.load() == nullptr) chosen.store(find("auto"));
-  return *chosen.load();
-}
-
-}  // namespace deform_attn
-
-extern "C" const char* deform_attn_choose_kernels(const char* name) {
-  const deform_attn::Kernels* found = deform_attn::find(name);
-  if (found == nullptr) return nullptr;
-  deform_attn::chosen.store(found);
-  return found->name;
-}
+extern "C" const char* deform_attn_choose_kernels(const char* name) { return deform_attn::choose(name); }

@@ -14,7 +14,7 @@
 // grid_sample does, and reads nothing.
 #pragma once
 #include "call.h"
-#include "simd.h"
+#include "lanes.h"
 
 namespace deform_attn {
 namespace {
@@ -28,26 +28,7 @@ struct Block {
   alignas(64) Real padded[3 * kBlock];  // the last block's locations and weights, padded
 };
 
-template <class A, class B>
-constexpr bool kSame = false;
-template <class A>
-constexpr bool kSame<A, A> = true;
-
 constexpr int64_t kAhead = 6;  // queries between a prefetch and its use
-
-// Zeroed memory of one task.
-template <class T>
-class Memory {
- public:
-  explicit Memory(int64_t count) : data_(static_cast<T*>(__builtin_calloc(static_cast<std::size_t>(count + 64), sizeof(T)))) {}
-  ~Memory() { __builtin_free(data_); }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-  T* get() const { return data_; }
-
- private:
-  T* data_;
-};
 
 // The cells of one sample and head: `stride` numbers from one to the next.
 template <class T>
@@ -55,13 +36,6 @@ struct Cells {
   T* data;
   int64_t stride;
 };
-
-// What a later query reads of one tensor. The hardware does not foresee it: the other heads lie between two queries.
-template <class T>
-inline void prefetch(const T* from, int64_t count) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from + i);
-}
 
 // Copies the values of a head to rows of `stride` numbers, the row after the last one stays zero.
 template <class T, class S>
@@ -76,47 +50,9 @@ inline void pack(const S* value, const Call& call, T* packed, int64_t stride) {
   }
 }
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-
-// One number for each of some points, in the compiler's own vectors.
-template <class Real>
-struct Lanes;
-template <>
-struct Lanes<float> {
-  static constexpr int kSize = kVectorBytes / sizeof(float);
-  typedef float R __attribute__((vector_size(kVectorBytes)));
-  using Integer = int32_t;
-  typedef int32_t I __attribute__((vector_size(kVectorBytes)));
-};
-template <>
-struct Lanes<double> {
-  static constexpr int kSize = kVectorBytes / sizeof(double);
-  typedef double R __attribute__((vector_size(kVectorBytes)));
-  using Integer = int64_t;
-  typedef int64_t I __attribute__((vector_size(kVectorBytes)));
-};
-
-template <class V, class T>
-inline V load_lanes(const T* from, unsigned step = 1) {
-  V out;
-  for (unsigned i = 0; i < sizeof(V) / sizeof(out[0]); ++i) out[i] = from[i * step];
-  return out;
-}
-
 template <class I>
 inline void store_rows(I rows, int32_t* to) {
   for (unsigned i = 0; i < sizeof(I) / sizeof(rows[0]); ++i) to[i] = static_cast<int32_t>(rows[i]);
-}
-
-template <class V, class T>
-inline void store_lanes(const V& lanes, T* to) {
-  __builtin_memcpy(to, &lanes, sizeof lanes);
 }
 
 // Points [at, at + Lanes::kSize) of a block, of which locations, weights and levels are given.
@@ -171,23 +107,6 @@ inline void fill(Block<Real>& block, const Call& call, const Real* locations, co
     const Points levels{table.width + first + at, table.height + first + at, table.start + first + at};
     fill_lanes(block, at, locations + 2 * at, weights + at, levels, row_outside);
   }
-}
-
-// Channels are read `count` packs at a time; what is left over is read in narrower packs, at last one by one.
-template <class P, int kCount, class F>
-inline int64_t in_packs(int64_t channel, int64_t dim, F&& f) {
-  for (; channel + kCount * P::kSize <= dim; channel += kCount * P::kSize) f.template operator()<P, kCount>(channel);
-  return channel;
-}
-
-template <class Real, class F>
-inline void over_channels(int64_t dim, F&& f) {
-  constexpr int kWide = kVectorBytes / sizeof(Real), kNarrow = 16 / sizeof(Real);
-  constexpr int kAtOnce = kVectorBytes == 64 ? 2 : 4;  // 32 channels of float32 in one go, on AVX2 and AVX-512
-  int64_t channel = in_packs<Pack<Real, kWide>, kAtOnce>(0, dim, f);
-  channel = in_packs<Pack<Real, kWide>, 1>(channel, dim, f);
-  if constexpr (kNarrow < kWide) channel = in_packs<Pack<Real, kNarrow>, 1>(channel, dim, f);
-  in_packs<Pack<Real, 1>, 1>(channel, dim, f);
 }
 
 // Row of a corner; outside of the level it is `elsewhere`. In packed cells the row of corners outside is a real one, the last.
