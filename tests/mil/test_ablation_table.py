@@ -36,7 +36,7 @@ def study(tmp_path: Path) -> Path:
     plan = {"teacher": "stain", "references": ["colour"], "variants": variants}
     sets = {}
     for name, (speed, abmil, mean) in MEASURED.items():
-        entries = {"abmil": {"auc_mean": abmil, "auc_ci": [abmil - 0.1, min(1, abmil + 0.1)]}}
+        entries = {"abmil": {"auc_mean": abmil, "auc_ci": [abmil - 0.1, min(1.0, abmil + 0.1)]}}
         entries["mean"] = {"auc_mean": mean, "auc_ci": None}
         if name != "default":
             entries["abmil"] |= {"auc_difference": abmil - 0.9, "auc_difference_ci": [abmil - 1, abmil - 0.8]}
@@ -77,7 +77,7 @@ def test_rows_in_order_with_what_is_known(study: Path) -> None:
     assert [row["kind"] for row in rows] == ["variant"] * 6 + ["teacher", "reference"]
     default, failed, lacking = rows[0], rows[4], rows[5]
     assert (default["cosine"], default["r2"], default["knn_10"], default["seconds"]) == (0.97, -0.5, 0.25, 12.5)
-    assert default["auc"]["abmil"] == {"mean": 0.9, "ci": [0.8, 1], "difference": None, "difference_ci": None}
+    assert default["auc"]["abmil"] == {"mean": 0.9, "ci": [0.8, 1.0], "difference": None, "difference_ci": None}
     assert failed["error"] == FAILED and failed["auc"] == {} and failed["seconds"] is None and failed["gflops"] is None
     assert lacking["error"] == "not in the benchmark"
     assert not any(row["error"] for row in rows if row["name"] in MEASURED)
