@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-import common.ablation as ablation
 from common.ablation import DEFAULT, Config, Study, assignments, expand, main
 from common.config import load_config
 from common.errors import UserError
@@ -135,4 +134,3 @@ def test_a_stage_leaves_its_log_its_time_and_its_error(tmp_path: Path) -> None:
     assert error == "command line: unknown key 'gird'; did you mean 'grid'?"
     notes = {stage["name"]: stage["seconds"] for stage in json.loads((tmp_path / "stages.json").read_text())["stages"]}
     assert notes["help"] > 0 and notes["wrong one"] is None
-    assert ablation.DEFAULT == "default"
