@@ -81,13 +81,13 @@ def _front(axes: Axes, points: Sequence[tuple[float, Mapping[str, Any], float]])
     if front:
         axes.plot(*zip(*front, strict=True), color="#d1495b", linewidth=1.2, linestyle="--", label="Pareto front", zorder=1)
         axes.plot(*zip(*front, strict=True), "o", color="none", markeredgecolor="#d1495b", markersize=13, markeredgewidth=1.4)
+    heights = {place: 9 + 13 * (i % 2) for i, (place, _) in enumerate(front)}  # names of neighbours do not overlap
     for place, row, auc in points:
         if row["pareto"] or row["factor"] in {"default", "teacher", "reference"}:
-            above = row["pareto"]
             axes.annotate(
                 row["name"],
                 (place, auc),
-                (4, 9 if above else -14),
+                (4, heights.get(place, -14)),
                 textcoords="offset points",
                 fontsize=8,
                 ha="left",
