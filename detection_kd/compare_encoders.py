@@ -4,7 +4,8 @@
     ... encoders='[resnet50=random layer=2, dinov2_vitb14=weights.safetensors pool=mean crop=false]'
 
 Every encoder goes over the same tiles of the cohort in turn, several rounds, decoding included, so that a machine that
-is busy for a while is busy for all of them; the median round counts.
+is busy for a while is busy for all of them; the median round counts. Of `students` (a study's variants) those that do the same
+work but for their adapter are timed once: a difference of adapters is smaller than the noise of a clock.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from common.cli import launch
 from common.config import REQUIRED, key
 from common.device import PRECISIONS, pick_device, pick_precision
 from common.errors import UserError
-from common.files import write_json
+from common.files import safe_id, write_json
+from detection_kd.models.student import Student, student_encoder
 from detection_kd.models.student_onnx import any_student_encoder
 from patch_encoder.coordinates import Coordinates
 from patch_encoder.datasets.tiles import SlideJob, TileSequence
@@ -53,6 +55,7 @@ class Config:
     encoders: list[str] = key([], "encoders: name or name=weights, then pool=..., layer=..., crop=... after spaces")
     student: str = key("", "checkpoint of train_d2vfm, or an .onnx file of export_student", path=True)
     name: str = key("", "name of the student; empty: student, student_onnx or student_int8")
+    students: list[str] = key([], "further students, name=checkpoint; of equal trunk and pooling the first is timed")
     labels: str = key("", "labels.csv", path=True)
     tiles: int = key(512, "tiles a round")
     rounds: int = key(3, "rounds; the median counts")
@@ -68,8 +71,13 @@ def build_model(config: Config) -> list[Encoder]:
     encoders = [encoder_of(spec) for spec in config.encoders]
     if config.student:
         encoders.append(any_student_encoder(config.student, config.name, pick_device(config.device)))
+    for entry in config.students:
+        name, found, path = entry.partition("=")
+        if not found or not path:
+            raise UserError(f"students: expected name=checkpoint, found '{entry}'")
+        encoders.append(student_encoder(path, safe_id(name.strip(), "student")))
     if not encoders:
-        raise UserError("compare_encoders: expected encoders=[...] or student=..., found neither")
+        raise UserError("compare_encoders: expected encoders=[...], student=... or students=[...], found none of them")
     names = [encoder.name for encoder in encoders]
     if len(set(names)) < len(names):
         raise UserError(f"compare_encoders: expected encoders of different names, found {names}; the table has one row a name")
@@ -85,6 +93,14 @@ def encoder_of(spec: str) -> Encoder:
             raise UserError(f"encoders: {name} expected one of {', '.join(READERS[name])}, found '{text}'")
         options[name] = READERS[name][text]
     return build_encoder(*spec.strip().split("=", 1), **options)
+
+
+def work_of(encoder: Encoder) -> str:
+    """Equal for students that differ in weights and adapter alone, and so run for the same time."""
+    network = getattr(encoder.model, "network", None)
+    if not isinstance(network, Student):
+        return encoder.name
+    return repr((network.backbone.describe(), network.needles, network.pooling.kind, network.input_scale))
 
 
 def first_tiles(jobs: list[SlideJob], count: int) -> list[SlideJob]:
@@ -131,18 +147,19 @@ def main(config: Config) -> None:
     failures = Failures("compare_encoders")
     jobs = first_tiles(cohort_jobs(config.slides, config.coords, config.labels, failures), config.tiles)
     encoders = build_model(config)
-    rates: dict[str, list[float]] = {encoder.name: [] for encoder in encoders}
+    timed = list({work_of(encoder): encoder for encoder in reversed(encoders)}.values())[::-1]  # the first of each kind
+    rates: dict[str, list[float]] = {work_of(encoder): [] for encoder in timed}
     for round_index in range(config.rounds + 1):
-        for encoder in encoders:
+        for encoder in timed:
             rate = one_round(encoder, jobs if round_index else first_tiles(jobs, config.batch_size), settings)
             if round_index:  # round 0 warms up
-                rates[encoder.name].append(rate)
+                rates[work_of(encoder)].append(rate)
     costs = {}
     for encoder in encoders:
         costs[encoder.name] = {
             "gflops": gflops(encoder, jobs),
             "parameters": sum(parameter.numel() for parameter in encoder.model.parameters()),
-            "tiles_per_second": statistics.median(rates[encoder.name]),
+            "tiles_per_second": statistics.median(rates[work_of(encoder)]),
             "dim": encoder.dim,
             "precision": settings.precision,
             "device": str(device),

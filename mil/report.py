@@ -20,6 +20,8 @@ from common.cli import launch
 from common.config import REQUIRED, key
 from common.errors import UserError
 from common.files import read_json, write_json, write_text
+from mil.ablation_figure import read_ablation
+from mil.ablation_rows import signed
 from mil.examples import Example, choose_slides, make_example
 from mil.figures import interval_figure, roc_figure
 from mil.results import Finished, number, read_finished
@@ -46,6 +48,7 @@ class Config:
     examples_of: str = key("", "feature set whose example slides are shown; empty: the second one, or the only one")
     examples: int = key(3, "example slides called right, and as many called wrong")
     tiles: int = key(6, "tiles shown of each example slide")
+    ablation: str = key("", "folder of an ablation (tools/ablation.sh), which becomes a section", path=True)
 
 
 def read_runs(benchmark: Path, summary: dict[str, Any]) -> dict[str, list[Finished]]:
@@ -111,6 +114,7 @@ def page(config: Config, summary: dict[str, Any], stages: list[dict[str, Any]], 
     binary = len(summary["classes"]) == 2
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters |= {"number": number}
+    environment.globals |= {"signed": signed}
     return environment.get_template("report.html.j2").render(
         title=config.title,
         summary=summary,
@@ -123,6 +127,7 @@ def page(config: Config, summary: dict[str, Any], stages: list[dict[str, Any]], 
         errors=[example for example in examples if not example.choice.right],
         examples_of=config.examples_of or list(runs)[min(1, len(runs) - 1)],
         slides_given=bool(config.slides),
+        ablation=read_ablation(Path(config.ablation)) if config.ablation else None,
         version=__version__,
         date=time.strftime("%Y-%m-%d"),
     )

@@ -129,7 +129,7 @@ def extract(encoder: Encoder, slides: str, coords: str, labels: str, output: str
     failures = Failures(STAGE, settings.shard.name)
     folder = Path(output) / encoder.name
     jobs = cohort_jobs(slides, coords, labels, failures, settings.shard)
-    todo = [job for job in jobs if settings.overwrite or not _is_done(job, encoder, folder, settings)]
+    todo = [job for job in jobs if settings.overwrite or not is_done(job, encoder, folder, settings)]
     logger.info("%s: %s: %d slides, %d already done", STAGE, encoder.name, len(jobs), len(jobs) - len(todo))
     check_room(folder, todo, encoder.dim, settings.dtype, settings.pt)
     start = time.perf_counter()
@@ -179,7 +179,8 @@ def encode_slides(
     return Report(len(jobs), len(sequence), waiting.seconds, waiting.total, failures.rows)
 
 
-def _is_done(job: SlideJob, encoder: Encoder, folder: Path, settings: ExtractSettings) -> bool:
+def is_done(job: SlideJob, encoder: Encoder, folder: Path, settings: ExtractSettings) -> bool:
+    """Whether the slide's bag is there and holds what would be written; UserError when it holds something else."""
     path = folder / "h5_files" / f"{job.slide_id}.h5"
     if not path.is_file():
         return False

@@ -81,12 +81,16 @@ class Student(nn.Module):
     def maps(self, pixels: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _c _h _w"]]:
         """Normalised pixels -> maps of the needles; autograd sees the stages that are trained and nothing before them."""
         with torch.set_grad_enabled(self.unfreeze > 0 and torch.is_grad_enabled()):
-            if self.input_scale != 1.0:
-                pixels = nn.functional.interpolate(
-                    pixels, scale_factor=self.input_scale, mode="bilinear", antialias=True, recompute_scale_factor=True
-                ).contiguous(memory_format=torch.channels_last)
-            maps = self.backbone(pixels, upto=self.needle)
+            maps = self.all_maps(pixels)
             return [maps[stage] for stage in self.needles]
+
+    def all_maps(self, pixels: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _c _h _w"]]:
+        """Normalised pixels -> maps of every stage up to the last needle."""
+        if self.input_scale != 1.0:
+            pixels = nn.functional.interpolate(
+                pixels, scale_factor=self.input_scale, mode="bilinear", antialias=True, recompute_scale_factor=True
+            ).contiguous(memory_format=torch.channels_last)
+        return self.backbone(pixels, upto=self.needle)
 
     def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c"]:
         """Normalised pixels -> globally pooled features of the needles."""
