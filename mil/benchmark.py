@@ -33,7 +33,8 @@ from mil.job import Job, Settings, open_job, run_job
 from mil.models import MODELS, check_options
 from mil.recipes import resolve
 from mil.results import add_headline, read_finished, summarise_sets, text_table, write_summary_table, write_tables
-from mil.splits import PROTOCOLS, make_splits, split_values, write_splits
+from mil.split_files import checked_splits, known_slides, stored_splits, write_splits
+from mil.splits import PROTOCOLS, make_splits, split_values
 from mil.workers import run_all
 from patch_encoder.bags import bag_header
 
@@ -56,6 +57,9 @@ class Config:
     dropout: float = key(0.25, "probability of dropping a hidden unit")
     standardize: bool = key(False, "standardise features with the training slides' mean and std")
     protocol: str = key("cv", "cv: stratified folds by patient; fixed: the split column of labels.csv", choices=PROTOCOLS)
+    splits: str = key(
+        "", "folder of splits_<k>.csv (mil.make_splits, CLAM); instead of protocol, folds and the like", path=True
+    )
     folds: int = key(5, "number of folds, for protocol=cv")
     val_fraction: float = key(0.2, "share of the training patients for validation")
     split_seed: int = key(2024, "seed of the folds")
@@ -87,6 +91,8 @@ def feature_names(config: Config) -> dict[str, Path]:
 def common_slides(config: Config, folders: dict[str, Path]) -> tuple[LabelledSlides, dict[str, dict[str, Path]]]:
     """The labelled slides that every feature set has, and their bags per feature set."""
     slides = read_labelled_slides(config.labels, split_values(config.protocol, config.subset), config.positive)
+    if config.splits:
+        slides = known_slides(config.splits, stored_splits(config.splits), slides)
     found = {name: find_bags(folder, slides.slide_ids, skip_missing=config.skip_missing) for name, folder in folders.items()}
     shared = [slide for slide in slides.slide_ids if all(slide in files for files in found.values())]
     files = {name: {slide: files[slide] for slide in shared} for name, files in found.items()}
@@ -113,7 +119,10 @@ def model_settings(config: Config) -> dict[str, Settings]:
 def make_jobs(config: Config, slides: LabelledSlides, files: dict[str, dict[str, Path]]) -> list[Job]:
     """Every feature set x model x seed x fold."""
     settings = model_settings(config)
-    splits = make_splits(slides, config.protocol, config.folds, config.val_fraction, config.split_seed)
+    if config.splits:
+        splits = checked_splits(stored_splits(config.splits), slides, slides.slide_ids)
+    else:
+        splits = make_splits(slides, config.protocol, config.folds, config.val_fraction, config.split_seed)
     write_splits(Path(config.output) / "splits", splits)
     jobs = []
     for name, bags in files.items():
@@ -159,7 +168,7 @@ def summarise_benchmark(config: Config, slides: LabelledSlides, files: dict[str,
     write_summary_table(output / "summary.csv", summary)
     feature_sets = add_headline(summary, encoder_costs(config, files), config.headline)
     protocol = {
-        "name": config.protocol,
+        "name": "files" if config.splits else config.protocol,
         "folds": len({run.test.fold for run in finished}),
         "seeds": config.seeds,
         "resamples": config.resamples,
