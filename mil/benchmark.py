@@ -3,10 +3,12 @@
     python -m mil.benchmark labels=cohort/labels.csv features='[runs/features/resnet50, runs/features/student]' \\
         output=runs/benchmark workers=2
 
-Writes results.csv (a row per run), summary.csv and summary.json (mean, std, 95 % CI), predictions.csv, splits/ and one
-run directory per training. Started again, it does what is missing; its tables are made from the run directories, so
-that they do not depend on interruptions or on `workers`. Difference from TS2G-KD's benchmark: one process pool instead
-of threads around shell strings, and no threshold is chosen on the slides that are judged.
+Writes results.csv (a row per run), summary.csv, .json, .md and .tex (mean, std, 95 % CI), delong.csv (tests between all
+pairs), operating_points.csv and screening.csv (two classes), predictions.csv, splits/ and one run directory per training;
+`python -m mil.evaluate benchmark=<output>` adds pictures. Started again, it does what is missing; its tables are made
+from the run directories, so that they do not depend on interruptions or on `workers`. Difference from TS2G-KD's
+benchmark: one process pool instead of threads around shell strings, and no threshold is chosen on the slides that are
+judged.
 """
 
 from __future__ import annotations
@@ -29,12 +31,14 @@ from common.progress import progress
 from mil.datasets.bags import bags_digest, find_bags
 from mil.datasets.labels import LabelledSlides, read_labelled_slides
 from mil.engine import Recipe
+from mil.evaluation.tables import write_evaluation
 from mil.job import Job, Settings, open_job, run_job
 from mil.models import MODELS, check_options
 from mil.recipes import resolve
-from mil.results import add_headline, read_finished, summarise_sets, text_table, write_summary_table, write_tables
+from mil.results import add_headline, read_finished, text_table, write_predictions
 from mil.split_files import checked_splits, known_slides, stored_splits, write_splits
 from mil.splits import PROTOCOLS, make_splits, split_values
+from mil.tasks import classification
 from mil.workers import run_all
 from patch_encoder.bags import bag_header
 
@@ -68,6 +72,7 @@ class Config:
     skip_missing: bool = key(False, "leave slides without a bag in any of the feature sets out instead of stopping")
     training: Recipe = group(Recipe, "training recipe; keys that are not given are each model's published ones")
     resamples: int = key(2000, "bootstrap resamples of the confidence intervals")
+    xlsx: bool = key(False, "write all tables as evaluation.xlsx too", runtime=True)
     cost: str = key("", "JSON: {feature set: {gflops, parameters, tiles_per_second}}", path=True)
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
     workers: int = key(1, "trainings at a time; each process holds one feature set in memory", runtime=True)
@@ -163,9 +168,9 @@ def summarise_benchmark(config: Config, slides: LabelledSlides, files: dict[str,
         for job in jobs
         if (job.output / "results.json").is_file()
     ]
-    write_tables(output, finished, slides.classes)
-    summary = summarise_sets(finished, config.resamples, config.split_seed)
-    write_summary_table(output / "summary.csv", summary)
+    write_predictions(output, finished, slides.classes)
+    task = classification(slides.classes)
+    summary = write_evaluation(output, finished, task, config.resamples, config.split_seed, config.xlsx)
     feature_sets = add_headline(summary, encoder_costs(config, files), config.headline)
     protocol = {
         "name": "files" if config.splits else config.protocol,

@@ -78,7 +78,7 @@ def test_clustered_variance_is_obuchowskis_and_the_bootstraps():
     mine = float((parts**2).sum())
     assert mine == pytest.approx(obuchowski, rel=0.01)
     independent = float((auc_parts(positive, scores[None], np.arange(len(index)), len(index))[1] ** 2).sum())
-    assert mine > 1.3 * independent  # slides of a patient taken for patients promise too much
+    assert mine > 1.05 * independent  # slides of a patient taken for patients promise too much
     run = Predictions(0, index.astype(str), positive.astype(int), two(scores), None)
     assert np.sqrt(mine) == pytest.approx(bootstrap([run], 3000, 0)["auc"].std(), rel=0.06)
 
