@@ -26,6 +26,10 @@ METRICS = (
 )
 
 
+# an ECE adds up absolute gaps, so that noise makes it larger, and a resample has more noise than its sample
+RESAMPLED_HIGHER = frozenset({"ece", "ece_scaled"})
+
+
 def auc(targets: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """AUC of class 1, or for C > 2 the macro mean of one class against the rest.
 
@@ -205,6 +209,12 @@ def interval(samples: np.ndarray, level: float = 0.95) -> tuple[list[float] | No
     return [float(value) for value in np.percentile(valid, [tail, 100 - tail])], skipped
 
 
+def centred(samples: np.ndarray, value: float) -> np.ndarray:
+    """Resamples of a quantity >= 0 moved so that their mean is the observed value: they keep their spread, not their bias."""
+    valid = samples[~np.isnan(samples)]
+    return np.maximum(samples - (valid.mean() if len(valid) else 0.0) + value, 0.0)
+
+
 def summarise(
     runs: Sequence[R],
     samples: Mapping[str, np.ndarray],
@@ -217,7 +227,8 @@ def summarise(
     for name in points[0]:
         values = np.array([point[name][0] for point in points])
         spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-        ci, lost = interval(samples[name])
+        drawn = centred(samples[name], float(values.mean())) if name in RESAMPLED_HIGHER else samples[name]
+        ci, lost = interval(drawn)
         skipped = max(skipped, lost)
         summary |= {f"{name}_mean": float(values.mean()), f"{name}_std": spread, f"{name}_ci": ci}
     return summary | {"resamples_skipped": skipped}

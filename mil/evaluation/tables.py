@@ -156,7 +156,7 @@ def markdown(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], task: Task)
             for metric in task.shown:
                 mean, _, rest = with_interval(values[f"{metric}_mean"], values[f"{metric}_ci"]).partition(" ")
                 cells.append(" ".join(filter(None, [f"**{mean}**" if mean == best[metric] else mean, rest])))
-            lines.append([feature_set.replace("|", "\\|"), model, *cells])
+            lines.append([feature_set.replace("|", "\\|") or "-", model.replace("|", "\\|"), *cells])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
@@ -179,7 +179,9 @@ def latex(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], task: Task) ->
                 mean, _, rest = with_interval(values[f"{metric}_mean"], values[f"{metric}_ci"]).partition(" ")
                 means.append(f"\\textbf{{{mean}}}" if mean == best[metric] else mean)
                 intervals.append(f"{{\\scriptsize {rest}}}" if rest else "")
-            lines.append(" & ".join(["" if place else feature_set.translate(LATEX), model.translate(LATEX), *means]) + r" \\")
+            lines.append(
+                " & ".join(["" if place else feature_set.translate(LATEX) or "-", model.translate(LATEX), *means]) + r" \\"
+            )
             lines.append(" & ".join(["", "", *intervals]) + r" \\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
 
