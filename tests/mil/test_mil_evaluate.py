@@ -15,8 +15,8 @@ from sklearn import metrics as sk
 from common.cli import run as run_script
 from mil import benchmark
 from mil.evaluate import Config, main, table_runs, with_threshold
-from mil.evaluation.calibration import fit_temperature
 from mil.evaluation import pictures
+from mil.evaluation.calibration import fit_temperature
 from mil.evaluation.pictures import mean_curve
 from mil.evaluation.ranking import GRID, roc_curves
 from mil.evaluation.tables import screening_rows
