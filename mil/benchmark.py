@@ -3,10 +3,12 @@
     python -m mil.benchmark labels=cohort/labels.csv features='[runs/features/resnet50, runs/features/student]' \\
         output=runs/benchmark workers=2
 
-Writes results.csv (a row per run), summary.csv and summary.json (mean, std, 95 % CI), predictions.csv, splits/ and one
-run directory per training. Started again, it does what is missing; its tables are made from the run directories, so
-that they do not depend on interruptions or on `workers`. Difference from TS2G-KD's benchmark: one process pool instead
-of threads around shell strings, and no threshold is chosen on the slides that are judged.
+Writes results.csv (a row per run), summary.csv, .json, .md and .tex (mean, std, 95 % CI), delong.csv (tests between all
+pairs), operating_points.csv and screening.csv (two classes), predictions.csv, splits/ and one run directory per training;
+`python -m mil.evaluate benchmark=<output>` adds pictures. Started again, it does what is missing; its tables are made
+from the run directories, so that they do not depend on interruptions or on `workers`. Difference from TS2G-KD's
+benchmark: one process pool instead of threads around shell strings, and no threshold is chosen on the slides that are
+judged.
 """
 
 from __future__ import annotations
@@ -29,11 +31,14 @@ from common.progress import progress
 from mil.datasets.bags import bags_digest, find_bags
 from mil.datasets.labels import LabelledSlides, read_labelled_slides
 from mil.engine import Recipe
+from mil.evaluation.tables import write_evaluation
 from mil.job import Job, Settings, open_job, run_job
 from mil.models import MODELS, check_options
 from mil.recipes import resolve
-from mil.results import add_headline, read_finished, summarise_sets, text_table, write_summary_table, write_tables
-from mil.splits import PROTOCOLS, make_splits, split_values, write_splits
+from mil.results import add_headline, read_finished, text_table, write_predictions
+from mil.split_files import checked_splits, known_slides, stored_splits, write_splits
+from mil.splits import PROTOCOLS, make_splits, split_values
+from mil.tasks import classification
 from mil.workers import run_all
 from patch_encoder.bags import bag_header
 
@@ -56,6 +61,9 @@ class Config:
     dropout: float = key(0.25, "probability of dropping a hidden unit")
     standardize: bool = key(False, "standardise features with the training slides' mean and std")
     protocol: str = key("cv", "cv: stratified folds by patient; fixed: the split column of labels.csv", choices=PROTOCOLS)
+    splits: str = key(
+        "", "folder of splits_<k>.csv (mil.make_splits, CLAM); instead of protocol, folds and the like", path=True
+    )
     folds: int = key(5, "number of folds, for protocol=cv")
     val_fraction: float = key(0.2, "share of the training patients for validation")
     split_seed: int = key(2024, "seed of the folds")
@@ -64,6 +72,7 @@ class Config:
     skip_missing: bool = key(False, "leave slides without a bag in any of the feature sets out instead of stopping")
     training: Recipe = group(Recipe, "training recipe; keys that are not given are each model's published ones")
     resamples: int = key(2000, "bootstrap resamples of the confidence intervals")
+    xlsx: bool = key(False, "write all tables as evaluation.xlsx too", runtime=True)
     cost: str = key("", "JSON: {feature set: {gflops, parameters, tiles_per_second}}", path=True)
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
     workers: int = key(1, "trainings at a time; each process holds one feature set in memory", runtime=True)
@@ -87,6 +96,8 @@ def feature_names(config: Config) -> dict[str, Path]:
 def common_slides(config: Config, folders: dict[str, Path]) -> tuple[LabelledSlides, dict[str, dict[str, Path]]]:
     """The labelled slides that every feature set has, and their bags per feature set."""
     slides = read_labelled_slides(config.labels, split_values(config.protocol, config.subset), config.positive)
+    if config.splits:
+        slides = known_slides(config.splits, stored_splits(config.splits), slides)
     found = {name: find_bags(folder, slides.slide_ids, skip_missing=config.skip_missing) for name, folder in folders.items()}
     shared = [slide for slide in slides.slide_ids if all(slide in files for files in found.values())]
     files = {name: {slide: files[slide] for slide in shared} for name, files in found.items()}
@@ -113,7 +124,10 @@ def model_settings(config: Config) -> dict[str, Settings]:
 def make_jobs(config: Config, slides: LabelledSlides, files: dict[str, dict[str, Path]]) -> list[Job]:
     """Every feature set x model x seed x fold."""
     settings = model_settings(config)
-    splits = make_splits(slides, config.protocol, config.folds, config.val_fraction, config.split_seed)
+    if config.splits:
+        splits = checked_splits(stored_splits(config.splits), slides, slides.slide_ids)
+    else:
+        splits = make_splits(slides, config.protocol, config.folds, config.val_fraction, config.split_seed)
     write_splits(Path(config.output) / "splits", splits)
     jobs = []
     for name, bags in files.items():
@@ -154,12 +168,12 @@ def summarise_benchmark(config: Config, slides: LabelledSlides, files: dict[str,
         for job in jobs
         if (job.output / "results.json").is_file()
     ]
-    write_tables(output, finished, slides.classes)
-    summary = summarise_sets(finished, config.resamples, config.split_seed)
-    write_summary_table(output / "summary.csv", summary)
+    write_predictions(output, finished, slides.classes)
+    task = classification(slides.classes)
+    summary = write_evaluation(output, finished, task, config.resamples, config.split_seed, config.xlsx)
     feature_sets = add_headline(summary, encoder_costs(config, files), config.headline)
     protocol = {
-        "name": config.protocol,
+        "name": "files" if config.splits else config.protocol,
         "folds": len({run.test.fold for run in finished}),
         "seeds": config.seeds,
         "resamples": config.resamples,

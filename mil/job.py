@@ -24,6 +24,7 @@ from common.seed import seed_everything
 from mil.datasets.bags import Bags, load_bags
 from mil.datasets.labels import LabelledSlides
 from mil.engine import Recipe, Sample, predict, train_model
+from mil.evaluation.calibration import fit_temperature
 from mil.metrics import Predictions, evaluate, predict_class
 from mil.models import Standardised, build, plain_model
 from mil.splits import Split
@@ -109,11 +110,15 @@ def run_job(job: Job, run: Run, world: World) -> dict[str, Any]:
     }
     results |= {"threshold": threshold, "val_auc": best["auc"]}
     rows = []
+    temperature = 1.0
     for name, samples in (("val", val), ("test", test)):
         if not samples:
             continue
         probabilities = predict(model, samples, world.device, settings.training.precision).softmax(1).double().numpy()
         said = predictions_of(job, samples, probabilities, threshold)
+        if name == "val":
+            temperature = fit_temperature(said.targets, probabilities)
+        said = replace(said, temperature=temperature)
         results[name] = {metric: float(value[0]) for metric, value in evaluate(said).items()}
         rows += prediction_rows(said, [s.slide_id for s in samples], classes, name)
     if world.is_main:

@@ -3,42 +3,31 @@
 S slides, C classes, B weightings of the slides: a plain metric has one weighting of ones, a bootstrap has one a
 resample, so that both are the same code. Two classes: class 1 is positive. More: macro averages, one class against
 the rest. The threshold is Youden's (J = sensitivity + specificity - 1, Cancer 1950) and is given to the functions,
-because it has to come from other slides than the ones they judge.
+because it has to come from other slides than the ones they judge; so does the temperature. ECE, kappa and the areas
+are in mil/evaluation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-METRICS = ("auc", "f1", "sensitivity", "specificity", "accuracy", "balanced_accuracy")
+from mil.evaluation.agreement import kappa
+from mil.evaluation.calibration import apply_temperature, brier, expected_calibration_error, stated_and_true
+from mil.evaluation.ranking import average_precision, binary_auc, ratio
+
+METRICS = (
+    *("auc", "f1", "sensitivity", "specificity", "accuracy", "balanced_accuracy"),
+    *("auprc", "kappa", "brier", "ece", "ece_scaled"),
+)
 
 
-def binary_auc(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve = P(score of a positive > score of a negative) + P(equal) / 2.
-
-    Args:
-        positive: bool (S,).
-        scores: (S,), higher is more positive.
-        weights: (B, S), how often each slide counts.
-
-    Returns:
-        (B,), NaN where the weighting leaves no positive or no negative.
-    """
-    order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # one group per distinct score
-    ordered = weights[:, order].astype(np.float64)
-    of_positives = np.add.reduceat(ordered * positive[order], starts, axis=1)
-    of_negatives = np.add.reduceat(ordered * ~positive[order], starts, axis=1)
-    below = np.cumsum(of_negatives, axis=1) - of_negatives
-    wins = (of_positives * (below + of_negatives / 2)).sum(1)
-    return _ratio(wins, of_positives.sum(1) * of_negatives.sum(1))
-
-
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    return np.divide(numerator, denominator, out=np.full(np.shape(numerator), np.nan), where=denominator > 0)
+# an ECE adds up absolute gaps, so that noise makes it larger, and a resample has more noise than its sample
+RESAMPLED_HIGHER = frozenset({"ece", "ece_scaled"})
 
 
 def auc(targets: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -55,6 +44,25 @@ def auc(targets: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | No
     weights = np.ones((1, len(targets))) if weights is None else weights
     judged = [1] if probabilities.shape[1] == 2 else range(probabilities.shape[1])
     return np.mean([binary_auc(targets == c, probabilities[:, c], weights) for c in judged], axis=0)
+
+
+def auprc(targets: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Average precision of class 1, or for C > 2 the macro mean of one class against the rest, (B,)."""
+    weights = np.ones((1, len(targets))) if weights is None else weights
+    judged = [1] if probabilities.shape[1] == 2 else range(probabilities.shape[1])
+    return np.mean([average_precision(targets == c, probabilities[:, c], weights) for c in judged], axis=0)
+
+
+def calibration(run: Predictions, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Brier score, ECE, and ECE after temperature scaling, each (B,)."""
+    weights = np.ones((1, len(run.targets))) if weights is None else weights
+    scaled = apply_temperature(run.probabilities, run.temperature)
+    raw, mended = (stated_and_true(run.targets, p) for p in (run.probabilities, scaled))
+    return {
+        "brier": brier(run.targets, run.probabilities, weights),
+        "ece": expected_calibration_error(*raw, weights),
+        "ece_scaled": expected_calibration_error(*mended, weights),
+    }
 
 
 def youden_threshold(positive: np.ndarray, scores: np.ndarray) -> float:
@@ -94,36 +102,50 @@ def rates(counts: np.ndarray) -> dict[str, np.ndarray]:
     total = counts.sum((1, 2))
     hits = np.diagonal(counts, axis1=1, axis2=2)  # (B, C)
     true, called = counts.sum(2), counts.sum(1)
-    recall = _ratio(hits, true)
-    f1 = _ratio(2 * hits, true + called)
-    specificity = _ratio(total[:, None] - true - called + hits, total[:, None] - true)
+    recall = ratio(hits, true)
+    f1 = ratio(2 * hits, true + called)
+    specificity = ratio(total[:, None] - true - called + hits, total[:, None] - true)
     pick = (lambda per_class: per_class[:, 1]) if counts.shape[1] == 2 else (lambda per_class: per_class.mean(1))
     return {
         "f1": pick(f1),
         "sensitivity": pick(recall),
         "specificity": pick(specificity),
-        "accuracy": _ratio(hits.sum(1), total),
+        "accuracy": ratio(hits.sum(1), total),
         "balanced_accuracy": recall.mean(1),
     }
 
 
 @dataclass(frozen=True)
-class Predictions:
-    """What one trained model says about the test slides of its fold.
+class Judged:
+    """What one trained model says about the test slides of its fold, in any kind of task: what resampling has to know.
 
     Attributes:
         fold: number of the fold.
         cases: (S,) patient of each slide.
-        targets: int (S,).
-        probabilities: (S, C).
-        threshold: cut on class 1, chosen on the fold's validation slides; None for C > 2.
     """
 
     fold: int
     cases: np.ndarray
+
+
+@dataclass(frozen=True)
+class Predictions(Judged):
+    """Class probabilities.
+
+    Attributes:
+        targets: int (S,).
+        probabilities: (S, C).
+        threshold: cut on class 1, chosen on the fold's validation slides; None for C > 2.
+        temperature: divides the logits, fitted on the fold's validation slides; only `ece_scaled` uses it.
+    """
+
     targets: np.ndarray
     probabilities: np.ndarray
     threshold: float | None
+    temperature: float = 1.0
+
+
+R = TypeVar("R", bound=Judged)
 
 
 def evaluate(run: Predictions, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -131,6 +153,8 @@ def evaluate(run: Predictions, weights: np.ndarray | None = None) -> dict[str, n
     classes = run.probabilities.shape[1]
     counts = confusion(run.targets, predict_class(run.probabilities, run.threshold), classes, weights)
     values = {"auc": auc(run.targets, run.probabilities, weights), **rates(counts)}
+    values |= {"auprc": auprc(run.targets, run.probabilities, weights), "kappa": kappa(counts)}
+    values |= calibration(run, weights)
     present = (counts.sum(2) > 0).all(1)
     return {name: np.where(present, value, np.nan) for name, value in values.items()}
 
@@ -143,15 +167,36 @@ def resample_patients(cases: np.ndarray, resamples: int, seed: Sequence[int]) ->
     return drawn[:, index]
 
 
-def bootstrap(runs: Sequence[Predictions], resamples: int, seed: int) -> dict[str, np.ndarray]:
-    """Resampled means over runs (folds and training seeds) of every metric, (B,) each.
+def resample_runs(runs: Sequence[Judged], resamples: int, seed: int) -> dict[int, np.ndarray]:
+    """Bootstrap weights (B, S) of the test slides of every fold.
 
-    Patients are resampled within each fold, in the same way for every run of the fold, so that two lists of runs over
-    the same folds can be subtracted resample by resample. NaN where any fold lost a class.
+    Patients are resampled within each fold. Where folds share test patients (repeated or nested cross-validation), they
+    are drawn once from all patients instead, so that a patient counts equally often wherever he is tested; drawing him
+    anew in every fold would make the same patients pass for more of them.
     """
-    weights = {run.fold: resample_patients(run.cases, resamples, (seed, run.fold)) for run in runs}
-    values = [evaluate(run, weights[run.fold]) for run in runs]
-    return {name: np.mean([value[name] for value in values], axis=0) for name in METRICS}
+    cases = {run.fold: run.cases for run in runs}
+    tested = Counter(case for ids in cases.values() for case in np.unique(ids).tolist())
+    if max(tested.values()) == 1:
+        return {fold: resample_patients(ids, resamples, (seed, fold)) for fold, ids in cases.items()}
+    patients = np.array(sorted(tested))
+    drawn = resample_patients(patients, resamples, (seed,))
+    return {fold: drawn[:, np.searchsorted(patients, ids)] for fold, ids in cases.items()}
+
+
+def bootstrap(
+    runs: Sequence[R],
+    resamples: int,
+    seed: int,
+    judge: Callable[[R, np.ndarray], Mapping[str, np.ndarray]] = evaluate,  # type: ignore[assignment]
+) -> dict[str, np.ndarray]:
+    """Resampled means over runs (folds and training seeds) of every metric of `judge`, (B,) each.
+
+    Every run of a fold gets the same resamples, so that two lists of runs over the same folds can be subtracted
+    resample by resample. NaN where any fold lost a class.
+    """
+    weights = resample_runs(runs, resamples, seed)
+    values = [judge(run, weights[run.fold]) for run in runs]
+    return {name: np.mean([value[name] for value in values], axis=0) for name in values[0]}
 
 
 def interval(samples: np.ndarray, level: float = 0.95) -> tuple[list[float] | None, int]:
@@ -164,14 +209,26 @@ def interval(samples: np.ndarray, level: float = 0.95) -> tuple[list[float] | No
     return [float(value) for value in np.percentile(valid, [tail, 100 - tail])], skipped
 
 
-def summarise(runs: Sequence[Predictions], samples: Mapping[str, np.ndarray]) -> dict[str, object]:
-    """`<metric>_mean`, `_std` (over runs) and `_ci` (of the mean) of every metric, and the skipped resamples."""
+def centred(samples: np.ndarray, value: float) -> np.ndarray:
+    """Resamples of a quantity >= 0 moved so that their mean is the observed value: they keep their spread, not their bias."""
+    valid = samples[~np.isnan(samples)]
+    return np.maximum(samples - (valid.mean() if len(valid) else 0.0) + value, 0.0)
+
+
+def summarise(
+    runs: Sequence[R],
+    samples: Mapping[str, np.ndarray],
+    judge: Callable[[R], Mapping[str, np.ndarray]] = evaluate,  # type: ignore[assignment]
+) -> dict[str, object]:
+    """`<metric>_mean`, `_std` (over runs) and `_ci` (of the mean) of every metric, and the most skipped resamples."""
     summary: dict[str, object] = {"runs": len(runs)}
-    points = [evaluate(run) for run in runs]
+    points = [judge(run) for run in runs]
     skipped = 0
-    for name in METRICS:
+    for name in points[0]:
         values = np.array([point[name][0] for point in points])
         spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-        ci, skipped = interval(samples[name])
+        drawn = centred(samples[name], float(values.mean())) if name in RESAMPLED_HIGHER else samples[name]
+        ci, lost = interval(drawn)
+        skipped = max(skipped, lost)
         summary |= {f"{name}_mean": float(values.mean()), f"{name}_std": spread, f"{name}_ci": ci}
     return summary | {"resamples_skipped": skipped}

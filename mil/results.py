@@ -3,75 +3,107 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.files import read_json, write_csv
+from mil.evaluation.calibration import fit_temperature
 from mil.job import prediction_header, read_predictions
-from mil.metrics import METRICS, Predictions, bootstrap, evaluate, interval, summarise
+from mil.metrics import Judged, bootstrap, interval, summarise
+from mil.tasks import Task
 
 COST_KEYS = ("dim", "parameters", "gflops", "tiles_per_second")
+PLACE = ("feature_set", "model", "seed", "fold")
+EXTRA = ("threshold", "temperature", "val_auc", "best_epoch", "epochs")
 
 
 @dataclass(frozen=True)
 class Finished:
-    """One finished run of a benchmark: its place in the grid, predictions on the test slides, rows as written."""
+    """One finished run: its place in the grid, predictions on the test slides, rows as written.
+
+    Attributes:
+        results: what else is known of the run; results.csv takes EXTRA from it.
+        test: of any kind of task; in a benchmark class probabilities.
+        rows: of the test slides.
+        val: predictions on the validation slides, from which cuts and temperature come; None: there are none.
+    """
 
     feature_set: str
     model: str
     seed: int
     results: dict[str, Any]
-    test: Predictions
+    test: Any
     rows: list[dict[str, str]]
+    val: Any = None
+
+    @property
+    def slides(self) -> tuple[str, ...]:
+        """Ids of the test slides."""
+        return tuple(row["slide_id"] for row in self.rows)
 
 
 def read_finished(path: Path, feature_set: str, classes: Sequence[str]) -> Finished:
     """Read a finished run directory."""
     results = read_json(path / "results.json", "a run's results")
-    test, rows = read_predictions(path / "predictions.csv", classes, "test", results["threshold"])
-    return Finished(feature_set, results["model"], results["seed"], results, test, rows)
+    table = path / "predictions.csv"
+    val, _ = read_predictions(table, classes, "val", results["threshold"])
+    test, rows = read_predictions(table, classes, "test", results["threshold"])
+    temperature = fit_temperature(val.targets, val.probabilities)
+    val, test = replace(val, temperature=temperature), replace(test, temperature=temperature)
+    return Finished(feature_set, results["model"], results["seed"], {**results, "temperature": temperature}, test, rows, val)
 
 
-def write_tables(output: Path, finished: Sequence[Finished], classes: Sequence[str]) -> None:
-    """results.csv (one row a run) and predictions.csv (test slides of every run)."""
-    place = ["feature_set", "model", "seed", "fold"]
-    write_csv(
-        output / "results.csv",
-        [*place, *METRICS, "threshold", "val_auc", "best_epoch", "epochs"],
-        [
-            {"feature_set": run.feature_set, "model": run.model, "seed": run.seed, "fold": run.test.fold}
-            | {name: repr(float(value[0])) for name, value in evaluate(run.test).items()}
-            | {name: run.results[name] for name in ("threshold", "val_auc", "best_epoch", "epochs")}
-            for run in finished
-        ],
-    )
+def write_results(output: Path, finished: Sequence[Finished], task: Task) -> list[dict[str, Any]]:
+    """results.csv: one row a feature set, model, seed and fold; returns the rows."""
+    rows = [
+        {"feature_set": run.feature_set, "model": run.model, "seed": run.seed, "fold": run.test.fold}
+        | {name: repr(float(value[0])) for name, value in task.judge(run.test).items()}
+        | {name: run.results.get(name) for name in EXTRA}
+        for run in finished
+    ]
+    write_csv(output / "results.csv", [*PLACE, *task.metrics, *EXTRA], rows)
+    return rows
+
+
+def write_predictions(output: Path, finished: Sequence[Finished], classes: Sequence[str]) -> None:
+    """predictions.csv: test slides of every run."""
     rows = [
         {"feature_set": run.feature_set, "model": run.model, "seed": run.seed, **row} for run in finished for row in run.rows
     ]
     write_csv(output / "predictions.csv", ["feature_set", "model", "seed", *prediction_header(classes)], rows)
 
 
-def summarise_sets(finished: Sequence[Finished], resamples: int, seed: int) -> dict[str, dict[str, dict[str, Any]]]:
-    """Feature set -> model -> means, stds and intervals; with `auc_difference` to the first set on the same folds and seeds."""
-    grouped: dict[tuple[str, str], list[Finished]] = {}
+def grouped(finished: Sequence[Finished]) -> dict[tuple[str, str], list[Finished]]:
+    """(feature set, model) -> its runs, in the order of their first appearance."""
+    groups: dict[tuple[str, str], list[Finished]] = {}
     for run in finished:
-        grouped.setdefault((run.feature_set, run.model), []).append(run)
-    samples = {place: bootstrap([run.test for run in runs], resamples, seed) for place, runs in grouped.items()}
+        groups.setdefault((run.feature_set, run.model), []).append(run)
+    return groups
+
+
+def summarise_sets(finished: Sequence[Finished], task: Task, resamples: int, seed: int) -> dict[str, dict[str, dict[str, Any]]]:
+    """Feature set -> model -> means, stds and intervals; with `auc_difference` to the first set on the same folds and seeds."""
+    groups = grouped(finished)
+    tests = {place: [run.test for run in runs] for place, runs in groups.items()}
+    samples = {place: bootstrap(runs, resamples, seed, task.judge) for place, runs in tests.items()}
     summary: dict[str, dict[str, dict[str, Any]]] = {}
-    for (feature_set, model), runs in grouped.items():
-        values = summarise([run.test for run in runs], samples[feature_set, model])
-        first = next(name for name, _ in grouped)
-        if feature_set != first and _places(grouped.get((first, model), [])) == _places(runs):
+    for (feature_set, model), runs in groups.items():
+        values = summarise(tests[feature_set, model], samples[feature_set, model], task.judge)
+        first = next(name for name, _ in groups)
+        same = feature_set != first and _places(groups.get((first, model), [])) == _places(runs)
+        if same and "auc" in task.metrics:
             difference = samples[feature_set, model]["auc"] - samples[first, model]["auc"]
-            point = np.mean([evaluate(run.test)["auc"][0] for run in runs]) - float(
-                np.mean([evaluate(run.test)["auc"][0] for run in grouped[first, model]])
-            )
+            point = _mean_auc(tests[feature_set, model], task) - _mean_auc(tests[first, model], task)
             values |= {"auc_difference": point, "auc_difference_ci": interval(difference)[0]}
         summary.setdefault(feature_set, {})[model] = values
     return summary
+
+
+def _mean_auc(runs: Sequence[Judged], task: Task) -> float:
+    return float(np.mean([task.judge(run)["auc"][0] for run in runs]))
 
 
 def _places(runs: Sequence[Finished]) -> set[tuple[int, int]]:
@@ -90,25 +122,18 @@ def add_headline(
     return combined
 
 
-def write_summary_table(path: Path, summary: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-    """summary.csv: one row a feature set and model."""
-    header = [
-        "feature_set",
-        "model",
-        "runs",
-        *(f"{m}_{part}" for m in METRICS for part in ("mean", "std", "ci_low", "ci_high")),
-        "resamples_skipped",
-    ]
+def summary_rows(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """One row a feature set and model: `<metric>_mean`, `_std`, `_ci_low`, `_ci_high`."""
     rows = []
     for feature_set, models in summary.items():
         for model, values in models.items():
             row: dict[str, Any] = {"feature_set": feature_set, "model": model, "runs": values["runs"]}
-            for metric in METRICS:
+            for metric in metrics:
                 low, high = values[f"{metric}_ci"] or (None, None)
                 row |= {f"{metric}_mean": values[f"{metric}_mean"], f"{metric}_std": values[f"{metric}_std"]}
                 row |= {f"{metric}_ci_low": low, f"{metric}_ci_high": high}
             rows.append(row | {"resamples_skipped": values["resamples_skipped"]})
-    write_csv(path, header, rows)
+    return rows
 
 
 def with_interval(value: float | None, ci: Sequence[float] | None) -> str:

@@ -1,28 +1,28 @@
 """Patient-level splits: stratified K folds, or the official one; no patient is ever on two sides of a fold.
 
 `cv`: scikit-learn's StratifiedGroupKFold over cases gives the test folds; each fold's validation set is carved from
-the rest in the same way. `fixed`: the `split` column of labels.csv (train, val, test). Splits are stored as CLAM
-reads them: one `splits_<fold>.csv` with columns train, val, test.
+the rest in the same way, or the rest is divided into inner folds that validate one after the other (nested). `fixed`:
+the `split` column of labels.csv (train, val, test). Splits are numbered in the order repeat, outer fold, inner fold;
+mil/split_files.py stores them.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
-from pathlib import Path
 
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
 from common.errors import UserError
-from common.files import sha256_bytes, write_csv
+from common.files import sha256_bytes
 from mil.datasets.labels import LabelledSlides
 
 logger = logging.getLogger(__name__)
 PROTOCOLS = ("cv", "fixed")
 SETS = ("train", "val", "test")
+Ids = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,26 @@ class Split:
         return sha256_bytes(repr((self.train, self.val, self.test)).encode())
 
 
-def make_splits(slides: LabelledSlides, protocol: str, folds: int, val_fraction: float, seed: int) -> list[Split]:
-    """All folds of a protocol (`fixed` has one).
+def make_splits(
+    slides: LabelledSlides,
+    protocol: str,
+    folds: int,
+    val_fraction: float,
+    seed: int,
+    inner_folds: int = 0,
+    repeats: int = 1,
+) -> list[Split]:
+    """All splits of a protocol (`fixed` has one, or `inner_folds` of them).
 
     Args:
         slides: the labelled slides; `fixed` takes those whose split is one of SETS.
         protocol: `cv` or `fixed`.
         folds: number of test folds, for `cv`.
         val_fraction: share of the training patients that becomes the validation set.
-        seed: decides every draw.
+        seed: decides every draw; repeat r draws with seed + r.
+        inner_folds: with 2 or more, that many splits a test set: every other patient validates once (nested
+            cross-validation) and `val_fraction` is not used. 0: one validation set a test set.
+        repeats: how often the `cv` folds are drawn anew.
 
     Raises:
         UserError: too few patients per class, or a set without all classes; with the numbers.
@@ -55,15 +66,24 @@ def make_splits(slides: LabelledSlides, protocol: str, folds: int, val_fraction:
     assert protocol in PROTOCOLS, protocol
     if not 0 < val_fraction <= 0.5:
         raise UserError(f"val_fraction={val_fraction}: expected a share of the training patients, 0 < val_fraction <= 0.5")
-    splits = (
-        _cross_validation(slides, folds, val_fraction, seed) if protocol == "cv" else [_official(slides, val_fraction, seed)]
-    )
+    if inner_folds < 0 or inner_folds == 1 or repeats < 1:
+        raise UserError(
+            f"inner_folds={inner_folds}, repeats={repeats}: expected 0 or at least 2 inner folds, at least 1 repeat"
+        )
+    if protocol == "fixed":
+        sides = list(_official(slides, val_fraction, seed, inner_folds))
+    else:
+        drawn = (_cross_validation(slides, folds, val_fraction, seed + repeat, inner_folds) for repeat in range(repeats))
+        sides = [side for repeat in drawn for side in repeat]
+    splits = [Split(number, *side) for number, side in enumerate(sides)]
     for split in splits:
         check_split(slides, split)
     return splits
 
 
-def _cross_validation(slides: LabelledSlides, folds: int, val_fraction: float, seed: int) -> list[Split]:
+def _cross_validation(
+    slides: LabelledSlides, folds: int, val_fraction: float, seed: int, inner_folds: int
+) -> Iterator[tuple[Ids, Ids, Ids]]:
     if folds < 2:
         raise UserError(f"folds={folds}: expected at least 2")
     fewest = min(patients_per_class(slides).values())
@@ -71,26 +91,42 @@ def _cross_validation(slides: LabelledSlides, folds: int, val_fraction: float, s
         raise UserError(f"folds={folds}: expected at least {folds} patients per class, found {_counts(slides)}; lower folds")
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     ids = np.array(slides.slide_ids)
-    splits = []
-    for fold, (rest, test) in enumerate(splitter.split(ids, slides.targets, slides.cases)):
-        train, val = carve(slides.only(ids[rest].tolist()), val_fraction, seed)
-        splits.append(Split(fold, train, val, tuple(ids[test].tolist())))
-    return splits
+    for rest, test in splitter.split(ids, slides.targets, slides.cases):
+        for train, val in _validations(slides.only(ids[rest].tolist()), val_fraction, seed, inner_folds):
+            yield train, val, tuple(ids[test].tolist())
 
 
-def _official(slides: LabelledSlides, val_fraction: float, seed: int) -> Split:
-    named = {name: [r.slide_id for r in slides.records if r.split == name] for name in SETS}
+def _official(slides: LabelledSlides, val_fraction: float, seed: int, inner_folds: int) -> Iterator[tuple[Ids, Ids, Ids]]:
+    official = {name: [r.slide_id for r in slides.records if r.split == name] for name in SETS}
     for name in ("train", "test"):
-        if not named[name]:
+        if not official[name]:
             found = sorted({r.split or "(empty)" for r in slides.records})
             raise UserError(f"protocol=fixed: expected slides with split '{name}', found {', '.join(found)}; use protocol=cv")
-    if named["val"]:
-        return Split(0, tuple(named["train"]), tuple(named["val"]), tuple(named["test"]))
-    train, val = carve(slides.only(named["train"]), val_fraction, seed)
-    logger.info(
-        "protocol=fixed: no split 'val'; %d of %d training slides become the validation set", len(val), len(named["train"])
-    )
-    return Split(0, train, val, tuple(named["test"]))
+    test = tuple(official["test"])
+    if official["val"] and not inner_folds:
+        yield tuple(official["train"]), tuple(official["val"]), test
+        return
+    for train, val in _validations(slides.only(official["train"] + official["val"]), val_fraction, seed, inner_folds):
+        if not official["val"] and not inner_folds:
+            count = len(train) + len(val)
+            logger.info("protocol=fixed: no split 'val'; %d of %d training slides become the validation set", len(val), count)
+        yield train, val, test
+
+
+def _validations(slides: LabelledSlides, val_fraction: float, seed: int, inner_folds: int) -> Iterator[tuple[Ids, Ids]]:
+    """(train, validation) ids out of the slides that are in no test set."""
+    if not inner_folds:
+        yield carve(slides, val_fraction, seed)
+        return
+    if min(patients_per_class(slides).values()) < inner_folds:
+        raise UserError(
+            f"inner_folds={inner_folds}: expected at least as many training patients per class, found {_counts(slides)}; "
+            "lower inner_folds"
+        )
+    ids = np.array(slides.slide_ids)
+    splitter = StratifiedGroupKFold(inner_folds, shuffle=True, random_state=seed)
+    for train, val in splitter.split(ids, slides.targets, slides.cases):
+        yield tuple(ids[train].tolist()), tuple(ids[val].tolist())
 
 
 def carve(slides: LabelledSlides, fraction: float, seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -132,8 +168,9 @@ def check_split(slides: LabelledSlides, split: Split) -> None:
     for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
         shared = sorted(cases[first] & cases[second])
         if shared:
+            more = f" (and {len(shared) - 1} more: {named(shared[1:])})" if len(shared) > 1 else ""
             raise UserError(
-                f"split {split.fold}: case '{shared[0]}' is in {first} and in {second}; give a patient one split in labels.csv"
+                f"split {split.fold}: case '{shared[0]}' is in {first} and in {second}{more}; give a patient one side"
             )
     for name, ids in sets.items():
         absent = [label for label, count in patients_per_class(slides.only(ids)).items() if count == 0]
@@ -144,9 +181,6 @@ def check_split(slides: LabelledSlides, split: Split) -> None:
             )
 
 
-def write_splits(folder: Path, splits: Sequence[Split]) -> None:
-    """One `splits_<fold>.csv` a fold."""
-    for split in splits:
-        rows = zip_longest(split.train, split.val, split.test, fillvalue="")
-        named: list[dict[str, str]] = [{"train": train, "val": val, "test": test} for train, val, test in rows]
-        write_csv(folder / f"splits_{split.fold}.csv", SETS, named)
+def named(ids: Sequence[str], most: int = 5) -> str:
+    """The first few ids, for a message."""
+    return ", ".join(ids[:most]) + (", ..." if len(ids) > most else "")

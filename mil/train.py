@@ -27,6 +27,7 @@ from mil.engine import Recipe
 from mil.job import Job, Settings, open_job, run_job
 from mil.models import MODELS, check_options
 from mil.recipes import resolve
+from mil.split_files import checked_splits, known_slides, stored_splits
 from mil.splits import PROTOCOLS, make_splits, split_values
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,9 @@ class Config:
     standardize: bool = key(False, "standardise features with the training slides' mean and std")
     seed: int = key(2024, "seed of weights, dropout and order")
     protocol: str = key("cv", "cv: stratified folds by patient; fixed: the split column of labels.csv", choices=PROTOCOLS)
+    splits: str = key(
+        "", "folder of splits_<k>.csv (mil.make_splits, CLAM); instead of protocol, folds and the like", path=True
+    )
     folds: int = key(5, "number of folds, for protocol=cv")
     fold: int = key(0, "which fold to train")
     val_fraction: float = key(0.2, "share of the training patients for validation")
@@ -64,13 +68,20 @@ def build_job(config: Config) -> Job:
     options = check_options(config.model, config.options)
     recipe, dropout = resolve(config.model, config.training, config.dropout, given_keys(config))
     slides = read_labelled_slides(config.labels, split_values(config.protocol, config.subset), config.positive)
+    stored = stored_splits(config.splits) if config.splits else []
+    slides = known_slides(config.splits, stored, slides) if stored else slides
     files = find_bags(config.features, slides.slide_ids, skip_missing=config.skip_missing)
     slides = slides.only(files)
-    splits = make_splits(slides, config.protocol, config.folds, config.val_fraction, config.split_seed)
-    if not 0 <= config.fold < len(splits):
-        raise UserError(f"fold={config.fold}: expected 0 to {len(splits) - 1} with protocol={config.protocol}")
+    if stored:
+        splits = checked_splits(stored, slides, files)
+    else:
+        splits = make_splits(slides, config.protocol, config.folds, config.val_fraction, config.split_seed)
+    split = {split.fold: split for split in splits}.get(config.fold)
+    if split is None:
+        source = f"splits={config.splits}" if stored else f"protocol={config.protocol}"
+        raise UserError(f"fold={config.fold}: expected {splits[0].fold} to {splits[-1].fold} with {source}")
     settings = Settings(config.model, dropout, config.standardize, config.seed, recipe, options)
-    return Job(Path(config.output), settings, slides, splits[config.fold], tuple(files.items()), bags_digest(files))
+    return Job(Path(config.output), settings, slides, split, tuple(files.items()), bags_digest(files))
 
 
 def main(config: Config) -> int | None:

@@ -14,7 +14,8 @@ import torch
 from common.errors import UserError
 from mil.datasets.bags import bags_digest, find_bags, load_bags
 from mil.datasets.labels import LabelledSlides, read_labelled_slides
-from mil.splits import SETS, Split, carve, check_split, make_splits, split_values, write_splits
+from mil.split_files import write_splits
+from mil.splits import SETS, Split, carve, check_split, make_splits, split_values
 from patch_encoder.bags import write_bag
 from patch_encoder.cohort import SlideRecord
 

@@ -1,0 +1,122 @@
+"""Evaluate slide classifiers: tables with intervals and tests, and pictures, from a benchmark or from prediction tables.
+
+    python -m mil.evaluate benchmark=runs/mil
+    python -m mil.evaluate predictions='[ours.csv, clam.csv]' output=runs/compared
+    python -m mil.evaluate predictions='[cox.csv]' task=cox output=runs/survival
+
+Writes results.csv, summary.csv, summary.md, summary.tex; for classes delong.csv and pictures of ROC, precision-recall and
+reliability; for two classes operating_points.csv, screening.csv and its picture. Every cut and every temperature comes
+from validation slides. mil/evaluation/prediction_files.py says what a table of predictions has to hold.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from common.cli import launch
+from common.config import key
+from common.errors import UserError
+from common.files import read_json
+from mil.evaluation.operating import Held, threshold_for
+from mil.evaluation.prediction_files import class_order, read_runs, read_table
+from mil.evaluation.tables import markdown, screening_rows, write_evaluation
+from mil.results import Finished, read_finished
+from mil.tasks import KINDS, Task, classification
+
+logger = logging.getLogger(__name__)
+RULES = ("youden", "sensitivity", "specificity")
+
+
+@dataclass
+class Config:
+    """Keys of an evaluation."""
+
+    benchmark: str = key("", "folder that mil.benchmark wrote", path=True)
+    predictions: list[str] = key([], "tables of predictions, instead of a benchmark", path=True)
+    output: str = key("", "folder of tables and pictures; empty: <benchmark>/evaluation", runtime=True)
+    task: str = key("", "kind of task of the predictions; empty: one class a slide", choices=("", *KINDS))
+    positive: str | None = key(None, "positive class of two; null: the last column prob_<class>")
+    threshold: str = key("youden", "cut on two classes, chosen on validation slides: best J, or a rate to reach", choices=RULES)
+    target: float = key(0.95, "the rate that threshold=sensitivity or specificity has to reach on validation slides")
+    resamples: int = key(2000, "bootstrap resamples of the confidence intervals")
+    seed: int = key(2024, "seed of the resamples")
+    xlsx: bool = key(False, "write all tables as evaluation.xlsx too", runtime=True)
+    plots: bool = key(True, "draw pictures", runtime=True)
+    form: str = key("png", "file format of the pictures", choices=("png", "svg", "pdf"), runtime=True)
+
+
+def benchmark_runs(folder: Path) -> tuple[list[Finished], Task]:
+    """Finished runs of a benchmark, in the order of its own tables."""
+    summary = read_json(folder / "summary.json", "a benchmark's summary")
+    finished = []
+    for name in summary["feature_sets"]:
+        for model in summary["models"]:
+            found = [
+                read_finished(p.parent, name, summary["classes"])
+                for p in (folder / "runs" / name / model).glob("*/results.json")
+            ]
+            finished += sorted(found, key=lambda run: (run.seed, run.test.fold))
+    if not finished:
+        raise UserError(f"{folder}: expected finished runs below runs/, found none")
+    return finished, classification(tuple(summary["classes"]))
+
+
+def table_runs(paths: list[str], kind: str, positive: str | None) -> tuple[list[Finished], Task]:
+    """Runs of prediction tables, all of the same classes."""
+    classes = class_order(read_table(paths[0])[0], positive)
+    if not kind and len(classes) < 2:
+        raise UserError(
+            f"{paths[0]}: expected columns prob_<class> of two classes or more, or task=cox or discrete; found none"
+        )
+    task = Task(kind, classes) if kind else classification(classes)
+    if task.kind == "binary" and len(classes) != 2:
+        raise UserError(f"task=binary: expected two columns prob_<class> in {paths[0]}, found {len(classes)}")
+    return [run for path in paths for run in read_runs(path, task)], task
+
+
+def with_threshold(finished: list[Finished], rule: str, target: float) -> list[Finished]:
+    """Runs whose cut reaches the target on their validation slides."""
+    if rule == "youden":
+        return finished
+    changed = []
+    for run in finished:
+        if run.val is None:
+            raise UserError(f"threshold={rule}: expected validation slides (split val) of model {run.model}, found none")
+        cut = threshold_for(Held(rule, target), run.val.targets == 1, run.val.probabilities[:, 1])
+        results = {**run.results, "threshold": cut}
+        changed.append(
+            replace(run, results=results, test=replace(run.test, threshold=cut), val=replace(run.val, threshold=cut))
+        )
+    return changed
+
+
+def main(config: Config) -> None:
+    if bool(config.benchmark) == bool(config.predictions):
+        raise UserError("expected either benchmark=<folder> or predictions='[<table>, ...]'; give one of them")
+    if not config.output and not config.benchmark:
+        raise UserError("missing key 'output': expected a folder; add output=...")
+    if not 0 < config.target <= 1:
+        raise UserError(f"target={config.target}: expected a rate, 0 < target <= 1")
+    if config.benchmark:
+        finished, task = benchmark_runs(Path(config.benchmark))
+    else:
+        finished, task = table_runs(config.predictions, config.task, config.positive)
+    if task.kind == "binary":
+        finished = with_threshold(finished, config.threshold, config.target)
+    output = Path(config.output or f"{config.benchmark}/evaluation")
+    summary = write_evaluation(output, finished, task, config.resamples, config.seed, config.xlsx)
+    if config.plots and task.kind in {"binary", "multiclass"}:
+        from mil.evaluation.pictures import draw_all  # matplotlib takes a second to load
+
+        screened = task.kind == "binary" and all(run.val is not None for run in finished)
+        rows = screening_rows(finished, config.resamples, config.seed) if screened else []
+        for path in draw_all(output / "plots", finished, rows, config.seed, config.form):
+            logger.info("evaluate: %s", path)
+    print(markdown(summary, task), end="")
+    logger.info("evaluate: tables in %s", output)
+
+
+if __name__ == "__main__":
+    launch(main, Config)

@@ -1,0 +1,63 @@
+"""Several labels a slide, each there or not: metrics per label, then macro (mean over labels) and micro (all cells as one).
+
+Every label has a probability of its own and a cut of its own, chosen on the validation slides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mil.evaluation.ranking import average_precision, binary_auc, ratio
+from mil.metrics import Judged, youden_threshold
+
+
+@dataclass(frozen=True)
+class LabelPredictions(Judged):
+    """Probabilities of L labels.
+
+    Attributes:
+        targets: bool (S, L).
+        probabilities: (S, L).
+        thresholds: (L,), from the validation slides.
+    """
+
+    targets: np.ndarray
+    probabilities: np.ndarray
+    thresholds: np.ndarray
+
+
+def label_thresholds(targets: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Youden's cut of every label, (L,); 0.5 for one that all or none of these slides have."""
+    cuts = np.full(targets.shape[1], 0.5)
+    for label in range(targets.shape[1]):
+        if 0 < targets[:, label].sum() < len(targets):
+            cuts[label] = youden_threshold(targets[:, label], probabilities[:, label])
+    return cuts
+
+
+def evaluate_labels(run: LabelPredictions, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """AUC, average precision and F1, macro and micro; the share of slides with all labels right; Hamming loss. Each (B,).
+
+    A weighting that leaves a label without a positive or without a negative gives NaN in all of them.
+    """
+    weights = np.ones((1, len(run.targets))) if weights is None else weights
+    labels = range(run.targets.shape[1])
+    cells = np.repeat(weights, len(labels), axis=1)  # the micro view: (B, S * L), labels of a slide side by side
+    columns = [(run.targets[:, label], run.probabilities[:, label]) for label in labels]
+    called = run.probabilities >= run.thresholds
+    hits, marked, true = weights @ (called & run.targets), weights @ called, weights @ run.targets  # (B, L)
+    wrong = run.targets != called
+    values = {
+        "auc_macro": np.mean([binary_auc(*column, weights) for column in columns], axis=0),
+        "auc_micro": binary_auc(run.targets.ravel(), run.probabilities.ravel(), cells),
+        "auprc_macro": np.mean([average_precision(*column, weights) for column in columns], axis=0),
+        "auprc_micro": average_precision(run.targets.ravel(), run.probabilities.ravel(), cells),
+        "f1_macro": ratio(2 * hits, marked + true).mean(1),
+        "f1_micro": ratio(2 * hits.sum(1), (marked + true).sum(1)),
+        "exact_match": ratio(weights @ ~wrong.any(1), weights.sum(1)),
+        "hamming_loss": ratio(weights @ wrong.mean(1), weights.sum(1)),
+    }
+    present = ((true > 0) & (true < weights.sum(1, keepdims=True))).all(1)
+    return {name: np.where(present, value, np.nan) for name, value in values.items()}

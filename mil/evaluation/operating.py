@@ -1,0 +1,114 @@
+"""Cuts for a wanted sensitivity or specificity, and what a laboratory gains from them.
+
+The cut is chosen on the validation slides of a fold and then judged on its test slides, so that both the sensitivity and
+the specificity that were reached are results. The value read from the test slides' own ROC curve is given beside it
+under a name that says so (`test_curve_...`): it is what a perfectly placed cut would have given.
+
+Screening view: slides below the cut are signed out without being looked at. What counts is the share of negative slides
+signed out, and the positives among them, which are missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mil.evaluation.ranking import ratio, sensitivity_on_curve, specificity_on_curve
+from mil.metrics import Predictions, interval, resample_runs
+
+SENSITIVITY, SPECIFICITY = "sensitivity", "specificity"
+
+
+@dataclass(frozen=True)
+class Held:
+    """What is held fixed: `sensitivity` or `specificity`, and at which value."""
+
+    rate: str
+    target: float
+
+    @property
+    def other(self) -> str:
+        """The rate that is looked for."""
+        return SPECIFICITY if self.rate == SENSITIVITY else SENSITIVITY
+
+
+FIXED = tuple(Held(rate, target) for rate in (SPECIFICITY, SENSITIVITY) for target in (0.9, 0.95))
+SCREENING = tuple(Held(SENSITIVITY, target) for target in (0.95, 0.98, 0.995))
+
+
+def threshold_for(held: Held, positive: np.ndarray, scores: np.ndarray) -> float:
+    """The cut of `scores >= cut` that reaches the held rate on these slides and gives up least of the other one.
+
+    It lies half-way between the last score that has to be on its side and the next one.
+
+    Args:
+        positive: bool (S,), validation slides.
+        scores: (S,), their probability of the positive class.
+    """
+    if held.rate == SPECIFICITY:  # the same with signs turned: negatives have to be below the cut
+        cut = -threshold_for(Held(SENSITIVITY, held.target), ~positive, -scores)
+        return float(np.nextafter(cut, np.inf))
+    needed = max(1, int(np.ceil(held.target * positive.sum() - 1e-9)))
+    last = np.sort(scores[positive])[-needed]
+    below = scores[scores < last]
+    return float((last + below.max()) / 2) if len(below) else float(last)
+
+
+def achieved(run: Predictions, threshold: float, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Sensitivity and specificity of a cut on the test slides, each (B,)."""
+    positive = run.targets == 1
+    called = run.probabilities[:, 1] >= threshold
+    return {
+        SENSITIVITY: ratio(weights @ (positive & called), weights @ positive),
+        SPECIFICITY: ratio(weights @ (~positive & ~called), weights @ ~positive),
+    }
+
+
+def on_curve(held: Held, run: Predictions, weights: np.ndarray) -> np.ndarray:
+    """The other rate where the test slides' own ROC curve has the held one, (B,)."""
+    best = specificity_on_curve if held.rate == SENSITIVITY else sensitivity_on_curve
+    return best(run.targets == 1, run.probabilities[:, 1], weights, held.target)
+
+
+def operating_point(
+    held: Held, val: Sequence[Predictions], test: Sequence[Predictions], resamples: int, seed: int
+) -> dict[str, object]:
+    """Mean over runs of what the validation slides' cuts reach on the test slides, with 95 % intervals by patient.
+
+    Returns:
+        `sensitivity`, `specificity`, `test_curve_<the other rate>`, each with `_ci_low` and `_ci_high`; `missed`, the mean
+        number of missed positives a run, `positives` a run, and the same for the `negatives` and the `signed_out`;
+        `val_sensitivity` and `val_specificity`, which the same cuts have where they were chosen.
+    """
+    weights = resample_runs(test, resamples, seed)
+    cuts = [threshold_for(held, run.targets == 1, run.probabilities[:, 1]) for run in val]
+    samples: dict[str, list[np.ndarray]] = {SENSITIVITY: [], SPECIFICITY: [], f"test_curve_{held.other}": []}
+    for run, cut in zip(test, cuts, strict=True):
+        # the first weighting is the slides as they are
+        each = np.concatenate([np.ones((1, len(run.cases))), weights[run.fold]])
+        for name, value in achieved(run, cut, each).items():
+            samples[name].append(value)
+        samples[f"test_curve_{held.other}"].append(on_curve(held, run, each))
+    row: dict[str, object] = {"held": held.rate, "target": held.target}
+    for name, values in samples.items():
+        mean = np.mean(values, axis=0)
+        low, high = interval(mean[1:])[0] or (None, None)
+        row |= {name: float(mean[0]), f"{name}_ci_low": low, f"{name}_ci_high": high}
+    return row | _counts(test, cuts) | _where_chosen(val, cuts)
+
+
+def _counts(test: Sequence[Predictions], cuts: Sequence[float]) -> dict[str, float]:
+    counted = []
+    for run, cut in zip(test, cuts, strict=True):
+        positive, below = run.targets == 1, run.probabilities[:, 1] < cut
+        counted.append([positive.sum(), (positive & below).sum(), (~positive).sum(), (~positive & below).sum()])
+    names = ("positives", "missed", "negatives", "signed_out")
+    return dict(zip(names, np.mean(counted, axis=0).tolist(), strict=True))
+
+
+def _where_chosen(val: Sequence[Predictions], cuts: Sequence[float]) -> dict[str, float]:
+    reached = [achieved(run, cut, np.ones((1, len(run.cases)))) for run, cut in zip(val, cuts, strict=True)]
+    rates = {f"val_{name}": float(np.mean([r[name][0] for r in reached])) for name in (SENSITIVITY, SPECIFICITY)}
+    return rates | {"val_positives": float(np.mean([(run.targets == 1).sum() for run in val]))}

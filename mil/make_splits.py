@@ -1,0 +1,111 @@
+"""Make the splits of a cohort, once, as files that CLAM and this project's trainings read.
+
+    python -m mil.make_splits labels=cohort/labels.csv output=cohort/splits folds=5
+    python -m mil.train ... splits=cohort/splits fold=0
+
+Stratified by label and drawn by patient; `inner_folds=4` nests a cross-validation in every outer fold, `repeats=3` draws
+the folds three times, `protocol=fixed` takes the official test set. Files that are there are never remade: other ones
+are an error that names the first difference, unless `overwrite=true`. `check=true` makes nothing and checks `output`.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.cli import launch
+from common.config import REQUIRED, identity, key
+from common.errors import UserError
+from common.files import sha256_file, write_json
+from mil.datasets.bags import find_bags
+from mil.datasets.labels import LabelledSlides, read_labelled_slides
+from mil.split_files import checked_splits, known_slides, numbered, stored_splits, write_clam_splits
+from mil.splits import PROTOCOLS, SETS, Split, make_splits, split_values
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Config:
+    """Keys of the splits."""
+
+    labels: str = key(REQUIRED, "labels.csv: case_id,slide_id,label (and split)", path=True)
+    output: str = key(REQUIRED, "folder that gets splits_<k>.csv", runtime=True)
+    features: list[str] = key([], "folders of feature bags that every slide has to be in; empty: not looked at", path=True)
+    protocol: str = key("cv", "cv: stratified folds by patient; fixed: the split column of labels.csv", choices=PROTOCOLS)
+    folds: int = key(5, "number of test folds, for protocol=cv")
+    inner_folds: int = key(0, "validation folds within every outer fold (nested CV); 0: one validation set of val_fraction")
+    repeats: int = key(1, "how often the folds are drawn, with seed, seed + 1, ...")
+    val_fraction: float = key(0.2, "share of the training patients for validation, without inner_folds")
+    seed: int = key(2024, "seed of the draws")
+    subset: str = key("", "use only slides with this value in the split column (or one of several: train,val); empty: all")
+    positive: str | None = key(None, "label of the positive class; null: the last one in alphabetical order")
+    check: bool = key(False, "make nothing: check the files in output", runtime=True)
+    overwrite: bool = key(False, "replace splits that are there", runtime=True)
+
+
+def settle(output: Path, splits: list[Split], slides: LabelledSlides, overwrite: bool) -> bool:
+    """Whether the splits have to be written; False where the same ones are there.
+
+    Raises:
+        UserError: other splits are there.
+    """
+    if overwrite or not numbered(output):
+        return True
+    stored = {split.fold: split for split in stored_splits(output)}
+    for number in sorted(stored.keys() | {split.fold for split in splits}):
+        old, new = stored.get(number), next((split for split in splits if split.fold == number), None)
+        if old != new:
+            found = f"splits_{number}.csv differs" if old and new else f"splits_{number}.csv is {'extra' if old else 'missing'}"
+            raise UserError(
+                f"{output}: expected no splits or the same ones, found others ({found}); use them as they are with "
+                "splits=<folder>, choose another output, or give overwrite=true"
+            )
+    return False
+
+
+def remove_others(output: Path, splits: list[Split]) -> None:
+    """Remove files of splits that are no longer made: a reader would take them for splits of the same draw."""
+    for number in set(numbered(output)) - {split.fold for split in splits}:
+        for suffix in ("", "_bool", "_descriptor"):
+            (output / f"splits_{number}{suffix}.csv").unlink(missing_ok=True)
+
+
+def report(splits: list[Split], slides: LabelledSlides) -> None:
+    """One line a split: slides and patients of its sets."""
+    for split in splits:
+        parts = {name: slides.only(getattr(split, name)) for name in SETS}
+        sizes = (f"{name} {len(p.records)} slides of {len(set(p.cases.tolist()))} patients" for name, p in parts.items())
+        logger.info("split %d: %s", split.fold, ", ".join(sizes))
+
+
+def main(config: Config) -> None:
+    output = Path(config.output)
+    slides = read_labelled_slides(config.labels, split_values(config.protocol, config.subset), config.positive)
+    if config.check:
+        splits = stored_splits(output)
+        slides = known_slides(output, splits, slides)
+    available = set(slides.slide_ids)
+    for folder in config.features:
+        available &= set(find_bags(folder, slides.slide_ids))
+    if config.check:
+        report(checked_splits(splits, slides, available), slides)
+        logger.info("%s: %d splits, no patient on two sides, no slide twice, every class in every set", output, len(splits))
+        return
+    splits = make_splits(
+        slides, config.protocol, config.folds, config.val_fraction, config.seed, config.inner_folds, config.repeats
+    )
+    if settle(output, splits, slides, config.overwrite):
+        write_clam_splits(output, splits, slides)
+        remove_others(output, splits)
+        write_json(
+            output / "splits.json", {**identity(config), "labels_sha256": sha256_file(config.labels), "splits": len(splits)}
+        )
+    else:
+        logger.info("%s: the same splits are there already; left as they are", output)
+    report(splits, slides)
+
+
+if __name__ == "__main__":
+    launch(main, Config)
