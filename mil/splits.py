@@ -7,6 +7,7 @@ reads them: one `splits_<fold>.csv` with columns train, val, test.
 
 from __future__ import annotations
 
+import csv
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -150,3 +151,25 @@ def write_splits(folder: Path, splits: Sequence[Split]) -> None:
         rows = zip_longest(split.train, split.val, split.test, fillvalue="")
         named: list[dict[str, str]] = [{"train": train, "val": val, "test": test} for train, val, test in rows]
         write_csv(folder / f"splits_{split.fold}.csv", SETS, named)
+
+
+def read_splits(folder: Path) -> list[Split]:
+    """Inverse of `write_splits`: every `splits_<fold>.csv` of a folder, by fold.
+
+    Raises:
+        UserError: no such file, or one without the columns train, val, test.
+    """
+    paths = {path.stem.removeprefix("splits_"): path for path in folder.glob("splits_*.csv")}
+    numbers = sorted(int(number) for number in paths if number.isdigit())
+    if not numbers:
+        raise UserError(f"{folder}: expected splits_<fold>.csv, found none; give a finished benchmark")
+    splits = []
+    for number in numbers:
+        with paths[str(number)].open(encoding="utf-8", newline="") as stream:
+            reader = csv.DictReader(stream)
+            if not set(SETS) <= set(reader.fieldnames or ()):
+                raise UserError(f"{paths[str(number)]}: expected columns {', '.join(SETS)}, found {reader.fieldnames}")
+            rows = list(reader)
+        columns = {name: tuple(row[name] for row in rows if row[name]) for name in SETS}
+        splits.append(Split(number, columns["train"], columns["val"], columns["test"]))
+    return splits
