@@ -28,7 +28,7 @@ from common.cli import launch
 from common.config import REQUIRED, key
 from common.distributed import World
 from common.errors import UserError
-from common.files import safe_id, sha256_bytes, sha256_file, write_csv, write_json
+from common.files import read_json, safe_id, sha256_bytes, sha256_file, write_csv, write_json
 from common.run import open_run
 from mil.datasets.bags import find_bags
 from mil.datasets.detections import find_detections, read_all, slide_vector
@@ -36,7 +36,16 @@ from mil.datasets.labels import LabelledSlides, read_labelled_slides
 from mil.detection_channel import write_channels
 from mil.job import prediction_header, prediction_rows
 from mil.metrics import Predictions, auc, evaluate, youden_threshold
-from mil.results import Finished, add_headline, read_finished, summarise_sets, text_table, write_summary_table, write_tables
+from mil.results import (
+    COST_KEYS,
+    Finished,
+    add_headline,
+    read_finished,
+    summarise_sets,
+    text_table,
+    write_summary_table,
+    write_tables,
+)
 from mil.splits import PROTOCOLS, Split, check_split, make_splits, read_splits, split_values, write_splits
 
 logger = logging.getLogger(__name__)
@@ -159,19 +168,22 @@ def splits_of(config: Config, slides: LabelledSlides) -> list[Split]:
     return splits
 
 
-def benchmark_rows(folder: Path, classes: Sequence[str]) -> list[Finished]:
-    """The finished runs of a benchmark, in the order of its folders."""
-    paths = sorted((folder / "runs").glob("*/*/seed*_fold*/results.json"))
-    return [read_finished(path.parent, path.parents[2].name, classes) for path in paths]
+def benchmark_rows(folder: Path, classes: Sequence[str]) -> tuple[list[Finished], dict[str, dict[str, Any]]]:
+    """The finished runs of a benchmark, its feature sets in the order of its summary, and what their encoders cost."""
+    sets = read_json(folder / "summary.json", "a finished benchmark's summary")["feature_sets"]
+    paths = [path for name in sets for path in sorted((folder / "runs" / name).glob("*/seed*_fold*/results.json"))]
+    costs = {name: {cost: entry.get(cost) for cost in COST_KEYS} for name, entry in sets.items()}
+    return [read_finished(path.parent, path.parents[2].name, classes) for path in paths], costs
 
 
-def write_all(config: Config, classes: Sequence[str], finished: list[Finished]) -> None:
+def write_all(config: Config, classes: Sequence[str], finished: list[Finished], costs: dict[str, dict[str, Any]]) -> None:
     """results.csv, predictions.csv, summary.csv and summary.json, and the table on the screen."""
     output = Path(config.output)
     write_tables(output, finished, classes)
     summary = summarise_sets(finished, config.resamples, config.split_seed)
     write_summary_table(output / "summary.csv", summary)
-    sets = add_headline(summary, {}, "logistic")
+    # the table's headline columns: of a benchmark's own sets they are in its summary
+    sets = add_headline(summary, costs, "logistic")
     models = list(dict.fromkeys(run.model for run in finished))
     write_json(output / "summary.json", {"feature_sets": sets, "models": models, "classes": list(classes)})
     print(text_table(sets, models))
@@ -204,14 +216,14 @@ def main(config: Config) -> int:
     vectors = {slide: np.array(list(row.values())) for slide, row in features.items()}
     digest = sha256_bytes(*(f"{slide}:{sha256_file(path)}\n".encode() for slide, path in sorted(files.items())))
     write_splits(output / "splits", splits)
-    finished = benchmark_rows(Path(config.benchmark), slides.classes) if config.benchmark else []
+    finished, costs = benchmark_rows(Path(config.benchmark), slides.classes) if config.benchmark else ([], {})
     for model in MODELS:
         settings = Settings(model, config.top_k, config.thresholds, config.c, config.split_seed)
         for split in splits:
             path = output / "runs" / config.name / model / f"seed{settings.seed}_fold{split.fold}"
             run_fold(path, settings, slides, split, vectors, digest, config.overwrite)
             finished.append(read_finished(path, config.name, slides.classes))
-    write_all(config, slides.classes, finished)
+    write_all(config, slides.classes, finished, costs)
     if config.channel:
         source = Path(config.channel)
         target = Path(config.channel_output or output / "features" / f"{source.name}_detections")
