@@ -39,6 +39,9 @@ DTFD = Published(
 # config_ilra_camelyon16_imagenet.yaml of the authors
 ILRA = Published({"lr": 1e-4, "weight_decay": 0.0, "epochs": 100, "patience": 100, "min_epochs": 100}, dropout=0.0)
 
+# dropout of the authors' code; their classical sets have a recipe of their own (mil/classic_recipes.py)
+MINET = Published(dropout=0.5)
+
 PUBLISHED: dict[str, Published] = {
     "dsmil": DSMIL,
     "clam_sb": CLAM,
@@ -46,6 +49,10 @@ PUBLISHED: dict[str, Published] = {
     "transmil": TRANSMIL,
     "dtfd": DTFD,
     "ilra": ILRA,
+    "minet_instance": MINET,
+    "minet_embedding": MINET,
+    "minet_deep": MINET,
+    "minet_residual": MINET,
 }
 
 

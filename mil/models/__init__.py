@@ -19,8 +19,9 @@ from mil.models.ilra import ILRA
 from mil.models.max import MaxMIL
 from mil.models.mean import MeanMIL
 from mil.models.mhim import MHIM, plain_options
+from mil.models.minet import MINet
 from mil.models.options import checked, option_types
-from mil.models.output import MILOutput, Packed
+from mil.models.output import MILOutput, Packed, Stream
 from mil.models.rrt import RRT
 from mil.models.standardise import Standardised
 from mil.models.transmil import TransMIL
@@ -31,6 +32,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "abmil": ABMIL,
     "gated_abmil": partial(ABMIL, gated=True),
     "multihead_abmil": partial(ABMIL, heads=4),
+    "minet_instance": partial(MINet, level="instance"),
+    "minet_embedding": partial(MINet, level="embedding"),
+    "minet_deep": partial(MINet, level="deep"),
+    "minet_residual": partial(MINet, level="residual"),
     "dsmil": DSMIL,
     "clam_sb": partial(CLAM, branches=False),
     "clam_mb": partial(CLAM, branches=True),
@@ -55,10 +60,12 @@ __all__ = [
     "RRT",
     "DeformMIL",
     "MILOutput",
+    "MINet",
     "MaxMIL",
     "MeanMIL",
     "Packed",
     "Standardised",
+    "Stream",
     "TransMIL",
     "build",
     "check_options",

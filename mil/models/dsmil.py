@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from common.checkpoint import load_weights, read_weights
 from common.errors import UserError
 from mil.models.dropout import Dropout
-from mil.models.output import MILOutput, Packed, Pooled, Target, initialise
+from mil.models.output import MILOutput, Packed, Pooled, Stream, Target, initialise
 from mil.models.segments import bag_of_tile, segment_pool, segment_softmax
 
 QUERY = 128
@@ -81,7 +81,9 @@ class DSMIL(nn.Module):
         products = [(queries * critical[bag, c]).sum(1) for c in range(tiles.shape[1])]
         a = segment_softmax(torch.stack(products, 1) / QUERY**0.5, bag, bags)  # (T, C)
         pooled = self.head(segment_pool(a, self.value(h), bag, bags)).squeeze(2)  # (B, C)
-        return Packed((pooled + torch.stack([part.values for part in parts])) / 2, a.mean(1))
+        highest = torch.stack([part.values for part in parts])  # (B, C)
+        streams = (Stream(highest, 0.5), Stream(pooled, 0.5)) if self.training else ()
+        return Packed((pooled + highest) / 2, a.mean(1), streams)
 
     def pool(self, h: Float[Tensor, "n f"]) -> Pooled:
         """From embedded tiles on; the scores are the bag stream's attention, a row a class."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from common.checkpoint import load_weights, read_weights
 from common.errors import UserError, did_you_mean
 from mil.models.dropout import Dropout
-from mil.models.output import MILOutput, Target, initialise
+from mil.models.output import MILOutput, Packed, Stream, Target, initialise
 from mil.models.segments import segment_pool, segment_softmax
 
 DISTIL = ("afs", "maxs", "maxmins", "mas")
@@ -96,20 +96,30 @@ class DTFD(nn.Module):
         self, features: Float[Tensor, "n d"], coords: Int[Tensor, "n 2"] | None = None, target: Target | None = None
     ) -> MILOutput:
         """Slide logits (C,) of tier 2; attention is the tile's in its pseudo-bag times that of what the pseudo-bag hands on."""
-        h = self.embed(features)  # (N, 512)
-        group = self.split(len(h)).to(h.device)
-        count = min(self.groups, len(h))
-        a = segment_softmax(self.attention(h), group, count)  # (N, 1)
-        pooled = segment_pool(a, h, group, count)[:, 0]  # (G, 512)
+        packed = self.forward_packed(features, torch.tensor([0, len(features)], device=features.device))
+        if not packed.streams or target is None:
+            return MILOutput(packed.logits[0], packed.attention)
+        tier2, tier1 = (stream.logits for stream in packed.streams)
+        return MILOutput(tier2[0], packed.attention, ((tier2[0], 1.0), *((row, 1 / len(tier1)) for row in tier1)))
+
+    def forward_packed(self, features: Float[Tensor, "t d"], offsets: Int[Tensor, " b1"]) -> Packed:
+        """Several bags, their tiles one after the other, and so their pseudo-bags."""
+        h = self.embed(features)  # (T, 512)
+        lengths = offsets.diff().tolist()
+        counts = torch.tensor([min(self.groups, n) for n in lengths])
+        starts = counts.cumsum(0) - counts  # first pseudo-bag of each bag
+        local = zip((self.split(n) for n in lengths), starts.tolist(), strict=True)
+        group = torch.cat([places + start for places, start in local]).to(h.device)  # pseudo-bag of each tile
+        bag, groups = torch.repeat_interleave(counts).to(h.device), int(counts.sum())  # bag of each pseudo-bag
+        a = segment_softmax(self.attention(h), group, groups)  # (T, 1)
+        pooled = segment_pool(a, h, group, groups)[:, 0]  # (G, 512)
         tier1 = self.head(self.drop(pooled))  # (G, C)
         handed, origin = self.distilled(h.detach(), a.detach().squeeze(1), group, pooled.detach(), tier1.detach())
-        b = self.attention2(handed).softmax(0).squeeze(1)  # (M,)
-        logits = self.head2(self.drop(b @ handed))
-        share = b.new_zeros(count).index_add(0, origin, b)  # tier-2 attention of each pseudo-bag
-        attention = a.squeeze(1) * share[group]
-        if not self.training or target is None:
-            return MILOutput(logits, attention)
-        return MILOutput(logits, attention, ((logits, 1.0), *((row, 1 / count) for row in tier1)))
+        b = segment_softmax(self.attention2(handed), bag[origin], len(lengths))  # (M, 1)
+        logits = self.head2(self.drop(segment_pool(b, handed, bag[origin], len(lengths))[:, 0]))
+        share = b.new_zeros(groups).index_add(0, origin, b.squeeze(1))  # tier-2 attention of each pseudo-bag
+        streams = (Stream(logits, 1.0), Stream(tier1, 1.0, bag)) if self.training else ()
+        return Packed(logits, a.squeeze(1) * share[group], streams)
 
     def split(self, n: int) -> Int[Tensor, " n"]:
         """Pseudo-bag of each tile: sizes differ by one at most; at random while training."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 # what a model may be told while training: the class, or a vector with 1 for every class that is present
@@ -34,16 +34,32 @@ class MILOutput(NamedTuple):
     auxiliary: Tensor | None = None
 
 
+class Stream(NamedTuple):
+    """Further logits of B bags that get the task's criterion.
+
+    Attributes:
+        logits: (R, C); R is B, or with `bag` any number.
+        weight: of the criterion; with `bag` of its mean over the rows of a bag.
+        bag: (R,) bag of each row, rows of a bag side by side; None: row i is bag i.
+    """
+
+    logits: Float[Tensor, "r c"]
+    weight: float
+    bag: Int[Tensor, " r"] | None = None
+
+
 class Packed(NamedTuple):
     """The results of B bags whose tiles stand one after the other.
 
     Attributes:
         logits: (B, C).
         attention: (T,) for the T tiles of all bags; sums to 1 in each bag.
+        streams: as in MILOutput, filled while training only; empty: `logits` with weight 1.
     """
 
     logits: Float[Tensor, "b c"]
     attention: Float[Tensor, " t"]
+    streams: tuple[Stream, ...] = ()
 
 
 class Pooled(NamedTuple):

@@ -1,4 +1,4 @@
-"""Softmax and weighted sums within the bags of a packed batch: tiles of all bags one after the other."""
+"""Softmax, maximum and weighted sums within the bags of a packed batch: tiles of all bags one after the other."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ def bag_of_tile(offsets: Int[Tensor, " b1"]) -> Int[Tensor, " t"]:
 
 def segment_softmax(scores: Float[Tensor, "t k"], bag: Int[Tensor, " t"], bags: int) -> Float[Tensor, "t k"]:
     """Softmax over the tiles of each bag, column by column."""
-    index = bag[:, None].expand_as(scores)
-    top = torch.full((bags, scores.shape[1]), -torch.inf, dtype=scores.dtype, device=scores.device)
-    top = top.scatter_reduce(0, index, scores.detach(), "amax")
-    raised = (scores - top[bag]).exp()
+    raised = (scores - segment_max(scores.detach(), bag, bags)[bag]).exp()
     return raised / segment_sum(raised, bag, bags)[bag]
+
+
+def segment_max(values: Float[Tensor, "t f"], bag: Int[Tensor, " t"], bags: int) -> Float[Tensor, "b f"]:
+    """Maximum over the tiles of each bag, column by column; tiles that tie share the gradient."""
+    lowest = torch.full((bags, values.shape[1]), -torch.inf, dtype=values.dtype, device=values.device)
+    return lowest.scatter_reduce(0, bag[:, None].expand_as(values), values, "amax")
 
 
 def segment_sum(values: Float[Tensor, "t f"], bag: Int[Tensor, " t"], bags: int) -> Float[Tensor, "b f"]:

@@ -16,6 +16,7 @@ from mil.models.dsmil import DSMIL, load_published
 BAG = torch.randn(11, 6, generator=torch.Generator().manual_seed(0))
 
 
+@torch.no_grad()
 def streams_by_hand(model: DSMIL, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Highest tile logits, bag logits and attention of each class, tile by tile."""
     tiles = [model.instance.weight @ t + model.instance.bias for t in x]
