@@ -26,15 +26,7 @@ from detection_kd.models.student import student_encoder
 from patch_encoder.assembly import Assembly
 from patch_encoder.datasets.tiles import SlideJob, TileSequence
 from patch_encoder.disk_space import check_room, full_disk_explained
-from patch_encoder.engine import (
-    ExtractSettings,
-    bag_provenance,
-    cohort_jobs,
-    encoded,
-    is_done,
-    lost_workers_explained,
-    tile_batches,
-)
+from patch_encoder.engine import ExtractSettings, bag_provenance, cohort_jobs, encoded, is_done, tile_batches
 from patch_encoder.extraction_keys import FeatureKeys
 from patch_encoder.failures import Failures
 from patch_encoder.inference import Network
@@ -91,13 +83,13 @@ def encode_together(group: list[Member], jobs: list[SlideJob], output: Path, set
     failures = [Failures(STAGE, settings.shard.name) for _ in group]
     with ExitStack() as stack:
         stack.enter_context(full_disk_explained(output))
-        stack.enter_context(lost_workers_explained())
+        batches = stack.enter_context(closing(tile_batches(sequence, settings)))
         bar = stack.enter_context(Progress("features of students", len(sequence), "tiles"))
         assemblies = []
         for (encoder, folder), failed in zip(pairs, failures, strict=True):
             provenance = [bag_provenance(encoder, job.coordinates, settings) for job in todo]
             assemblies.append(stack.enter_context(closing(Assembly(todo, provenance, folder, failed, **limits))))
-        for batch, features in encoded(tile_batches(sequence, settings), network, settings.dtype) if todo else ():
+        for batch, features in encoded(batches, network, settings.dtype) if todo else ():
             for assembly, columns in zip(assemblies, module.columns, strict=True):
                 assembly.take(batch, features[:, columns])
             bar.advance(sum(count for _, count in batch.counted))

@@ -34,20 +34,13 @@ from mil.datasets.bags import find_bags
 from mil.datasets.detections import find_detections, read_all, slide_vector
 from mil.datasets.labels import LabelledSlides, read_labelled_slides
 from mil.detection_channel import write_channels
+from mil.evaluation.tables import write_evaluation
 from mil.job import prediction_header, prediction_rows
 from mil.metrics import Predictions, auc, evaluate, youden_threshold
-from mil.results import (
-    COST_KEYS,
-    Finished,
-    add_headline,
-    read_finished,
-    summarise_sets,
-    text_table,
-    write_summary_table,
-    write_tables,
-)
+from mil.results import COST_KEYS, Finished, add_headline, read_finished, text_table, write_predictions
 from mil.split_files import stored_splits, write_splits
 from mil.splits import PROTOCOLS, Split, check_split, make_splits, split_values
+from mil.tasks import classification
 
 logger = logging.getLogger(__name__)
 MODELS = ("topk", "logistic")
@@ -180,9 +173,8 @@ def benchmark_rows(folder: Path, classes: Sequence[str]) -> tuple[list[Finished]
 def write_all(config: Config, classes: Sequence[str], finished: list[Finished], costs: dict[str, dict[str, Any]]) -> None:
     """results.csv, predictions.csv, summary.csv and summary.json, and the table on the screen."""
     output = Path(config.output)
-    write_tables(output, finished, classes)
-    summary = summarise_sets(finished, config.resamples, config.split_seed)
-    write_summary_table(output / "summary.csv", summary)
+    write_predictions(output, finished, classes)
+    summary = write_evaluation(output, finished, classification(tuple(classes)), config.resamples, config.split_seed)
     # the table's headline columns: of a benchmark's own sets they are in its summary
     sets = add_headline(summary, costs, "logistic")
     models = list(dict.fromkeys(run.model for run in finished))

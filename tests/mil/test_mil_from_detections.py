@@ -248,5 +248,5 @@ def test_a_benchmark_of_other_slides_is_refused(cohort: Path, tmp_path: Path):
     with pytest.raises(UserError, match="its split 0 holds slide x9"):
         main(load_config(Config, arguments(cohort, tmp_path / "out", f"benchmark={tmp_path}/mil")))
     (tmp_path / "mil" / "splits" / "splits_0.csv").write_text("train,test\ns00,s01\n")
-    with pytest.raises(UserError, match="expected columns train, val, test"):
+    with pytest.raises(UserError, match="expected the columns train, val, test"):
         main(load_config(Config, arguments(cohort, tmp_path / "out", f"benchmark={tmp_path}/mil")))
