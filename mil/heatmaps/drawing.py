@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -48,6 +49,7 @@ class Heat:
         return colour_table(self.colours)[np.clip(np.rint(values * 255), 0, 255).astype(np.uint8)]
 
 
+@lru_cache
 def colour_table(name: str) -> UInt8[np.ndarray, "256 3"]:
     """The colours from low to high."""
     return (colormaps[name](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
@@ -76,7 +78,11 @@ def value_map(
         low = np.ceil(coords[:, axis] * scale[axis] - 0.5 - 1e-9).astype(np.int64)
         high = np.ceil((coords[:, axis] + side) * scale[axis] - 0.5 - 1e-9).astype(np.int64)
         spans.append((np.clip(low - start, 0, length), np.clip(np.maximum(high, low + 1) - start, 0, length)))
-    (x0, x1), (y0, y1) = spans
+    seen = (spans[0][1] > spans[0][0]) & (spans[1][1] > spans[1][0])
+    (x0, x1), (y0, y1) = ((low[seen], high[seen]) for low, high in spans)
+    values = values[seen]
+    if not len(values):
+        return np.zeros((height, width)), np.zeros((height, width), dtype=bool)
     total, count = np.zeros((height + 1, width + 1)), np.zeros((height + 1, width + 1), dtype=np.int64)
     for y, x, sign in ((y0, x0, 1), (y0, x1, -1), (y1, x0, -1), (y1, x1, 1)):
         np.add.at(total, (y, x), sign * values)
@@ -92,8 +98,9 @@ def blend(
     """A part of the slide with its heat; (left, top) is where the part begins, in its own pixels."""
     height, width = picture.shape[:2]
     values, covered = value_map(heat.coords, heat.values, heat.side, scale, (left, top, width, height))
-    share = heat.alpha * covered[..., None]
-    return np.rint(picture * (1 - share) + heat.colour(values) * share).astype(np.uint8)
+    out, share = picture.copy(), np.float32(heat.alpha)
+    out[covered] = np.rint(picture[covered] * (1 - share) + heat.colour(values[covered]) * share).astype(np.uint8)
+    return out
 
 
 def heat_layer(heat: Heat, size: tuple[int, int], scale: tuple[float, float]) -> Image.Image:
@@ -171,7 +178,7 @@ def scale_bar(
         draw.text((x - font.getlength("resolution unknown"), y - 4), "resolution unknown", fill=QUIET, font=font)
         return
     length = round_length(110 * mpp)
-    text = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm"
+    text = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} um"
     draw.text((x - font.getlength(text), y - 5), text, fill=INK, font=font)
     end = x - font.getlength(text) - 8
     draw.rectangle((end - length / mpp, y, end, y + 4), fill=INK)

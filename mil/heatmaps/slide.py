@@ -136,7 +136,7 @@ def write_pictures(
         blended = draw_cover(blended, heat, scale)
     second = f"{len(heat.coords):,} tiles"
     with atomic_path(output / "heatmaps" / f"{slide_id}.png") as temporary:
-        framed(blended, heat, title, second, mpp / scale[0] if mpp else None).save(temporary, "PNG")
+        framed(blended, heat, title, second, mpp / scale[0] if mpp else None).save(temporary, "PNG", compress_level=4)
     folder = output / "pictures" / slide_id
     small = Image.fromarray(overview)
     small.thumbnail((PAGE_SIDE, PAGE_SIDE), Image.Resampling.BOX)
