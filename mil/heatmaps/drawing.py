@@ -147,7 +147,7 @@ def framed(picture: UInt8[np.ndarray, "h w 3"], heat: Heat, title: str, second: 
     page = Image.new("RGB", (width, picture.shape[0] + 74), "white")
     page.paste(Image.fromarray(picture), ((width - picture.shape[1]) // 2, 0))
     draw, top = ImageDraw.Draw(page), picture.shape[0]
-    room = width - 2 * margin - 130
+    room = width - 2.0 * margin - 130
     draw.text((margin, top + 8), fitting(title, font, room), fill=INK, font=font)
     draw.text((width - margin - small.getlength(fitting(second, small, room)), top + 48), fitting(second, small, room / 2),
               fill=QUIET, font=small)  # fmt: skip
