@@ -149,8 +149,7 @@ def framed(picture: UInt8[np.ndarray, "h w 3"], heat: Heat, title: str, second: 
     draw, top = ImageDraw.Draw(page), picture.shape[0]
     room = width - 2.0 * margin - 130
     draw.text((margin, top + 8), fitting(title, font, room), fill=INK, font=font)
-    draw.text((width - margin - small.getlength(fitting(second, small, room)), top + 48), fitting(second, small, room / 2),
-              fill=QUIET, font=small)  # fmt: skip
+    draw.text((width - margin - small.getlength(second), top + 48), second, fill=QUIET, font=small)
     low, name, high = heat.low, heat.name, heat.high
     x = margin + small.getlength(low) + 8
     draw.text((margin, top + 48), low, fill=INK, font=small)

@@ -189,7 +189,7 @@ def test_frame_has_bar_and_scale() -> None:
     row = (page[300 + 14] == (30, 38, 46)).all(1)
     lengths = np.diff(np.flatnonzero(np.diff(np.concatenate([[0], row, [0]]))))[::2]
     assert 101 in lengths  # 100 um at 1 um per pixel
-    assert [round_length(most) for most in (1, 99, 110, 4999)] == [1, 50, 100, 2000]
+    assert [round_length(most) for most in (1.0, 99.0, 110.0, 4999.0)] == [1, 50, 100, 2000]
     ringed = draw_outlines(
         np.full((50, 50, 3), 200, dtype=np.uint8), [np.array([[20, 20], [80, 20], [80, 80], [20, 80]])], (0.5, 0.5)
     )

@@ -38,11 +38,9 @@ def judged(index: int, probability: float, positive: bool, fold: int = 0) -> Jud
 
 
 def record(slide: str) -> dict[str, object]:
-    chosen = [
-        {"kind": kind, "rank": rank, "tile": rank, "x": 64 * rank, "y": 0, "value": 0.1, "percentile": 9.0, "file": f"{kind}{rank}.jpg"}
-        for kind, count in (("top", 12), ("low", 6))
-        for rank in range(1, count + 1)
-    ]  # fmt: skip
+    places = [("top", rank) for rank in range(1, 13)] + [("low", rank) for rank in range(1, 7)]
+    where = {"y": 0, "value": 0.1, "percentile": 9.0}
+    chosen = [{"kind": k, "rank": r, "tile": r, "x": 64 * r, **where, "file": f"{k}{r}.jpg"} for k, r in places]
     known = {"tiles": 900 + len(slide), "tiles_half": 30, "mpp": 0.5, "width": 4000, "height": 3000, "side": 64, "low": "0"}
     known |= {"high": "100", "bar": "percentile", "shown": "attention", "class_name": "tumour", "gallery": True}
     return known | {"picture": [400, 300], "chosen": chosen, "slide": slide}
