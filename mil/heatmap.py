@@ -57,7 +57,7 @@ class Config:
     split: str = key(
         "test", "slides of a run directory; all: validation and unpredicted ones too", choices=("test", "val", "all")
     )
-    only: list[str] = key([], "slide ids to draw; empty: all. The pages show what is drawn", runtime=True)
+    only: list[str] = key([], "slide ids to draw; empty: all. The page lists the others without pictures", runtime=True)
     feature_set: str = key("", "of a benchmark; empty: its first one")
     model: str = key("", "of a benchmark; empty: its headline")
     seed: int | None = key(None, "training seed of a benchmark; null: its first one")
