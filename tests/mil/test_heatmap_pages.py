@@ -152,4 +152,4 @@ def test_a_thousand_slides_are_quick(thousand: Path) -> None:
     said = re.search(r"<title>ready (\d+) loaded (\d+)</title>", browse(page, f"file://{thousand}/timed.html"))
     assert said and time.monotonic() - started < 60
     print(f"{page.stat().st_size / 1e6:.2f} MB, DOM ready after {said[1]} ms, loaded after {said[2]} ms")
-    assert int(said[1]) < 15000  # a busy machine; idle: well below a second
+    assert int(said[1]) < 15000  # generous: the machine may be busy
