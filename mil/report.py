@@ -32,6 +32,7 @@ from patch_encoder.failures import Failures
 
 logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
+HEATMAPS = "heatmaps/index.html"  # of mil.heatmap with output=<output>/heatmaps
 SUMMARY_KEYS = ("auc_mean", "auc_ci", "tiles_per_second", "gflops", "parameters", "dim")
 
 
@@ -128,6 +129,7 @@ def page(config: Config, summary: dict[str, Any], stages: list[dict[str, Any]], 
         examples_of=config.examples_of or list(runs)[min(1, len(runs) - 1)],
         slides_given=bool(config.slides),
         ablation=read_ablation(Path(config.ablation)) if config.ablation else None,
+        heatmaps=(Path(config.output) / HEATMAPS).is_file(),
         version=__version__,
         date=time.strftime("%Y-%m-%d"),
     )

@@ -32,3 +32,9 @@ def test_script_passes_its_variables_and_arguments_on(root: Path, tmp_path: Path
     assert {"labels=my labels.csv", "output=out put"} <= set(passed) and passed[-1] == "dropout=0.5"
     assert ("features=[a b,c]" if "benchmark" in script else "features=a b,c") in passed
     assert run(root, script, tmp_path, "--help").stdout.splitlines()[-1] == "--help"
+
+
+def test_heatmap_script_leaves_out_what_is_not_given(root: Path, tmp_path: Path):
+    done = run(root, "tools/heatmap.sh", tmp_path, "drawing.tiff=true", RUN="my run", SLIDES="s l", OUTPUT="out put")
+    expected = ["-m", "mil.heatmap", "run=my run", "output=out put", "slides=s l", "drawing.tiff=true"]
+    assert done.returncode == 0 and done.stdout.splitlines() == expected

@@ -1,0 +1,193 @@
+"""Where a trained slide classifier looked: heatmaps, top tiles, and pages to look through a cohort.
+
+    python -m mil.heatmap run=runs/mil/abmil_fold0 features=runs/features/uni slides=cohort/slides output=runs/heatmaps
+    python -m mil.heatmap run=runs/benchmark slides=cohort/slides output=runs/heatmaps feature_set=student model=abmil
+
+Source: CLAM's heatmaps and top tiles (Lu, Williamson et al., Nature BME 2021). Different: any of the models, no second pass
+over the slide (the bag's own tiles are drawn), the slides of a benchmark are judged by the fold that tests them.
+
+Writes index.html, slides/<slide>.html, heatmaps/<slide>.png, scores/<slide>.csv, geojson/, tiff/ on request, pictures/ (what
+the pages show), summary.json and failures.csv. Slides that are there are skipped; pages are written anew each time.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from common.cli import launch
+from common.config import REQUIRED, group, key
+from common.device import pick_device
+from common.differences import differences
+from common.errors import UserError, did_you_mean
+from common.files import atomic_path, read_json, safe_id, sha256_file, write_json
+from common.progress import progress
+from mil.engine import load_classifier
+from mil.heatmaps.drawing import colour_table
+from mil.heatmaps.pages import write_pages
+from mil.heatmaps.settings import Drawing, check_drawing
+from mil.heatmaps.slide import Inputs, draw_slide
+from mil.heatmaps.sources import Judged, Source, from_benchmark, from_run, is_benchmark
+from patch_encoder.bags import bag_digest, bag_files
+from patch_encoder.cohort import find_slides, read_labels
+from patch_encoder.coordinates import tile_pattern_of
+from patch_encoder.failures import Failures
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Config:
+    """Keys of the heatmaps."""
+
+    run: str = key(REQUIRED, "run directory of mil.train, or folder of mil.benchmark", path=True)
+    output: str = key(REQUIRED, "folder that gets index.html and the pictures", runtime=True)
+    features: str = key("", "folder of feature bags; empty: a benchmark's own (a run directory needs it)", path=True)
+    slides: str = key("", "folder of slides; empty: tiles are drawn on white and no tile is shown", path=True)
+    labels: str = key("", "labels.csv, for the mpp of slides that do not say", path=True)
+    tissue: str = key("", "folder of tissue outlines <slide>.geojson, as tile_slides writes it", path=True)
+    split: str = key(
+        "test", "slides of a run directory; all: validation and unpredicted ones too", choices=("test", "val", "all")
+    )
+    only: list[str] = key([], "slide ids to draw; empty: all. The page lists the others without pictures", runtime=True)
+    feature_set: str = key("", "of a benchmark; empty: its first one")
+    model: str = key("", "of a benchmark; empty: its headline")
+    seed: int | None = key(None, "training seed of a benchmark; null: its first one")
+    drawing: Drawing = group(Drawing, "how slides are drawn")
+    title: str = key("Heatmaps", "title of the page", runtime=True)
+    device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
+    threads: int = key(1, "CPU threads", runtime=True)
+    overwrite: bool = key(False, "draw slides anew that were drawn from other inputs or with other settings", runtime=True)
+
+
+def read_source(config: Config) -> tuple[Source, dict[str, Path]]:
+    """The judged slides and the bags, checked against each other."""
+    folder = Path(config.run)
+    if is_benchmark(folder):
+        if config.split != "test":
+            raise UserError(f"split={config.split}: expected test for a benchmark, whose slides are each tested once")
+        source = from_benchmark(folder, config.feature_set, config.model, config.seed)
+        return source, bag_files(config.features or source.features)
+    if not config.features:
+        raise UserError("features: expected the folder of bags that the run was trained on, found none; add features=...")
+    bags = bag_files(config.features)
+    return from_run(folder, config.features, bags, config.split), bags
+
+
+def choose(source: Source, only: list[str]) -> list[Judged]:
+    """The slides to draw."""
+    known = [judged.slide_id for judged in source.slides]
+    for name in only:
+        if name not in known:
+            raise UserError(f"only: slide '{name}' is none of the {len(known)} slides; {did_you_mean(name, known)}")
+    return [judged for judged in source.slides if not only or judged.slide_id in only]
+
+
+@lru_cache(maxsize=1)
+def checkpoint_digest(path: Path) -> str:
+    """Fingerprint of a fold's weights."""
+    return sha256_file(path)
+
+
+def made_from(judged: Judged, inputs: Inputs, drawing: Drawing) -> dict[str, Any]:
+    """What decides a slide's files: weights, bag, the slide's size and date, settings."""
+    slide = inputs.slide
+    stamp = "" if slide is None else f"{slide.stat().st_size}:{slide.stat().st_mtime_ns}"
+    found = {"weights": checkpoint_digest(judged.checkpoint), "bag": bag_digest(inputs.bag), "slide": stamp, "mpp": inputs.mpp}
+    found["tissue"] = sha256_file(inputs.tissue) if inputs.tissue else ""
+    return found | {"drawing": asdict(drawing)}
+
+
+def find_inputs(config: Config, chosen: list[Judged], bags: dict[str, Path]) -> dict[str, Inputs]:
+    """Bag, slide, mpp and outline of every slide that has a bag, and where slides are given a slide."""
+    slides = find_slides(config.slides, tile_pattern_of(bags.values())) if config.slides else {}
+    mpps = {record.slide_id: record.mpp for record in read_labels(config.labels)} if config.labels else {}
+    found = {}
+    for judged in chosen:
+        name = safe_id(judged.slide_id)
+        if name in bags and (name in slides or not config.slides):
+            outline = Path(config.tissue) / f"{name}.geojson" if config.tissue else None
+            tissue = outline if outline is not None and outline.is_file() else None
+            found[name] = Inputs(bags[name], slides.get(name), mpps.get(name), tissue)
+    return found
+
+
+def is_done(output: Path, slide_id: str, wanted: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the slide was drawn from the same.
+
+    Raises:
+        UserError: it was drawn from something else.
+    """
+    path = output / "records" / f"{slide_id}.json"
+    if overwrite or not path.is_file():
+        return False
+    found = read_json(path, "a slide's record").get("made_from", {})
+    if found != wanted:
+        changed = differences(found, wanted)
+        raise UserError(f"{path}: drawn with other settings or inputs ({changed}); choose another output or set overwrite=true")
+    return True
+
+
+def draw_all(config: Config, source: Source, pending: list[tuple[Judged, Inputs, dict[str, Any]]], failures: Failures) -> None:
+    """Draw slides, fold by fold: one model is in memory."""
+    device, output = pick_device(config.device), Path(config.output)
+    loaded: tuple[Path, nn.Module] | None = None
+    for judged, inputs, stamp in progress(pending, "heatmaps", len(pending), "slides"):
+        try:
+            if loaded is None or loaded[0] != judged.checkpoint:
+                loaded = judged.checkpoint, load_classifier(judged.checkpoint, device)[0]
+            draw_slide(output, judged, inputs, loaded[1], source.classes, config.drawing, stamp)
+        except (UserError, OSError) as error:
+            failures.add(judged.slide_id, str(error))
+
+
+def main(config: Config) -> int:
+    torch.set_num_threads(config.threads)
+    output, failures = Path(config.output), Failures("heatmap")
+    source, bags = read_source(config)
+    check_drawing(config.drawing, source.classes)
+    chosen = choose(source, config.only)
+    inputs = find_inputs(config, chosen, bags)
+    pending = []
+    for judged in chosen:
+        name = judged.slide_id
+        if name not in inputs:
+            where = (
+                f"a bag below {config.features or source.features}" if name not in bags else f"a slide below {config.slides}"
+            )
+            failures.add(name, f"expected {where}, found none")
+            continue
+        stamp = made_from(judged, inputs[name], config.drawing)
+        if not is_done(output, name, stamp, config.overwrite):
+            pending.append((judged, inputs[name], stamp))
+    logger.info("heatmap: %s: %d slides, %d drawn already", source.title, len(chosen), len(inputs) - len(pending))
+    bar = np.repeat(colour_table(config.drawing.colours)[None], 8, axis=0)
+    with atomic_path(output / "pictures" / "colours.png") as temporary:
+        Image.fromarray(bar).save(temporary, "PNG")
+    draw_all(config, source, pending, failures)
+    finish(config, source, failures)
+    return failures.write(output)
+
+
+def finish(config: Config, source: Source, failures: Failures) -> None:
+    """Pages and summary.json over all slides that were drawn, now or before."""
+    output = Path(config.output)
+    failed = {row["slide"]: row["error"] for row in failures.rows}
+    paths = {judged.slide_id: output / "records" / f"{judged.slide_id}.json" for judged in source.slides}
+    records = {n: read_json(path, "a slide's record") for n, path in paths.items() if path.is_file() and n not in failed}
+    numbers = write_pages(output, source, records, failed, config.title)
+    write_json(output / "summary.json", {"model": source.title, "classes": list(source.classes), "slides": len(source.slides),
+                                         "drawn": len(records), **numbers})  # fmt: skip
+    logger.info("heatmap: %d slides drawn, %d failed: %s", len(records), len(failed), output / "index.html")
+
+
+if __name__ == "__main__":
+    launch(main, Config)

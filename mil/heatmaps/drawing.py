@@ -1,0 +1,189 @@
+"""Tile values as colours over a slide: overlapping tiles averaged, a picture with colour bar and scale bar.
+
+Source: CLAM's heatmaps (Lu, Williamson et al., Nature BME 2021): values as percentile ranks, the mean of all tiles that cover
+a pixel, blended over the slide. Different: a colour map that is perceptually uniform (CLAM's jet is not), a bar that says what
+colours mean, and any scale or part of the slide can be drawn for itself, so that a large picture needs no memory of its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+from matplotlib import colormaps
+from PIL import Image, ImageDraw, ImageFont
+
+COLOURS = ("viridis", "cividis", "magma", "inferno", "plasma")
+INK, QUIET, OUTLINE = (30, 38, 46), (100, 110, 120), (20, 20, 20)
+WHITE = (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class Heat:
+    """What is drawn.
+
+    Attributes:
+        coords: (N, 2) level-0 corners (x, y).
+        values: (N,) between 0 and 1, what colours show.
+        side: of a tile in level-0 px.
+        low, high: what the ends of the colour bar say.
+        name: what the values are.
+        colours: one of COLOURS.
+        alpha: share of the colour in a pixel, the rest is slide.
+    """
+
+    coords: Int[np.ndarray, "n 2"]
+    values: Float[np.ndarray, " n"]
+    side: int
+    low: str
+    high: str
+    name: str
+    colours: str = "viridis"
+    alpha: float = 0.5
+
+    def colour(self, values: np.ndarray) -> np.ndarray:
+        """uint8 (..., 3) of values between 0 and 1."""
+        return colour_table(self.colours)[np.clip(np.rint(values * 255), 0, 255).astype(np.uint8)]
+
+
+@lru_cache
+def colour_table(name: str) -> UInt8[np.ndarray, "256 3"]:
+    """The colours from low to high."""
+    return (colormaps[name](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+
+
+def value_map(
+    coords: Int[np.ndarray, "n 2"],
+    values: Float[np.ndarray, " n"],
+    side: int,
+    scale: tuple[float, float],
+    box: tuple[int, int, int, int],
+) -> tuple[Float[np.ndarray, "h w"], Bool[np.ndarray, "h w"]]:
+    """Mean of the tiles that cover each pixel's centre (0 where none does), and which pixels are covered.
+
+    A tile smaller than a pixel takes the pixel of its corner. Sums run over corners of rectangles (a 2-D difference array),
+    so that the time is that of tiles plus pixels, not of their product.
+
+    Args:
+        coords, values, side: tiles in level-0 px.
+        scale: map pixels per level-0 px along x and y.
+        box: (left, top, width, height) of the part wanted, in map pixels.
+    """
+    left, top, width, height = box
+    spans = []
+    for axis, (start, length) in enumerate(((left, width), (top, height))):
+        low = np.ceil(coords[:, axis] * scale[axis] - 0.5 - 1e-9).astype(np.int64)
+        high = np.ceil((coords[:, axis] + side) * scale[axis] - 0.5 - 1e-9).astype(np.int64)
+        spans.append((np.clip(low - start, 0, length), np.clip(np.maximum(high, low + 1) - start, 0, length)))
+    seen = (spans[0][1] > spans[0][0]) & (spans[1][1] > spans[1][0])
+    (x0, x1), (y0, y1) = ((low[seen], high[seen]) for low, high in spans)
+    values = values[seen]
+    if not len(values):
+        return np.zeros((height, width)), np.zeros((height, width), dtype=bool)
+    total, count = np.zeros((height + 1, width + 1)), np.zeros((height + 1, width + 1), dtype=np.int64)
+    for y, x, sign in ((y0, x0, 1), (y0, x1, -1), (y1, x0, -1), (y1, x1, 1)):
+        np.add.at(total, (y, x), sign * values)
+        np.add.at(count, (y, x), sign)
+    total, count = total.cumsum(0).cumsum(1)[:-1, :-1], count.cumsum(0).cumsum(1)[:-1, :-1]
+    covered = count > 0
+    return np.divide(total, count, out=np.zeros_like(total), where=covered), covered
+
+
+def blend(
+    picture: UInt8[np.ndarray, "h w 3"], heat: Heat, scale: tuple[float, float], left: int = 0, top: int = 0
+) -> UInt8[np.ndarray, "h w 3"]:
+    """A part of the slide with its heat; (left, top) is where the part begins, in its own pixels."""
+    height, width = picture.shape[:2]
+    values, covered = value_map(heat.coords, heat.values, heat.side, scale, (left, top, width, height))
+    out, share = picture.copy(), np.float32(heat.alpha)
+    out[covered] = np.rint(picture[covered] * (1 - share) + heat.colour(values[covered]) * share).astype(np.uint8)
+    return out
+
+
+def heat_layer(heat: Heat, size: tuple[int, int], scale: tuple[float, float]) -> Image.Image:
+    """The heat alone, for a page to lay over the slide: RGBA, transparent where no tile is."""
+    values, covered = value_map(heat.coords, heat.values, heat.side, scale, (0, 0, *size))
+    return Image.fromarray(np.dstack([heat.colour(values), covered.astype(np.uint8) * 255]))
+
+
+def draw_outlines(picture: UInt8[np.ndarray, "h w 3"], rings: Iterable[np.ndarray], scale: tuple[float, float]) -> np.ndarray:
+    """Rings (K, 2) in level-0 px as a dark line on a white one, legible on any colour."""
+    image = Image.fromarray(picture)
+    draw = ImageDraw.Draw(image)
+    width = max(1, round(max(image.size) / 700))
+    closed = [[(x * scale[0], y * scale[1]) for x, y in (*ring.tolist(), ring[0].tolist())] for ring in rings]
+    for points in closed:
+        draw.line(points, fill=WHITE, width=width + 2)
+    for points in closed:
+        draw.line(points, fill=OUTLINE, width=width)
+    return np.asarray(image)
+
+
+def draw_cover(picture: UInt8[np.ndarray, "h w 3"], heat: Heat, scale: tuple[float, float]) -> np.ndarray:
+    """A thin line around the tiles, where no tissue outline is known."""
+    height, width = picture.shape[:2]
+    _, covered = value_map(heat.coords, heat.values, heat.side, scale, (0, 0, width, height))
+    padded = np.pad(covered, 1)
+    inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    edged = picture.copy()
+    edged[covered & ~inside] = OUTLINE
+    return edged
+
+
+def framed(picture: UInt8[np.ndarray, "h w 3"], heat: Heat, title: str, second: str, mpp: float | None) -> Image.Image:
+    """The picture on white, below it the title, the colour bar and the scale bar.
+
+    Args:
+        picture: the blended slide.
+        heat: what its colours show.
+        title, second: two lines of text.
+        mpp: um per pixel of the picture, None when unknown.
+    """
+    font, small = ImageFont.load_default(size=16), ImageFont.load_default(size=13)
+    margin, width = 14, max(picture.shape[1], 560)
+    page = Image.new("RGB", (width, picture.shape[0] + 74), "white")
+    page.paste(Image.fromarray(picture), ((width - picture.shape[1]) // 2, 0))
+    draw, top = ImageDraw.Draw(page), picture.shape[0]
+    room = width - 2.0 * margin - 130
+    draw.text((margin, top + 8), fitting(title, font, room), fill=INK, font=font)
+    draw.text((width - margin - small.getlength(second), top + 48), second, fill=QUIET, font=small)
+    low, name, high = heat.low, heat.name, heat.high
+    x = margin + small.getlength(low) + 8
+    draw.text((margin, top + 48), low, fill=INK, font=small)
+    bar = np.repeat(colour_table(heat.colours)[None], 14, axis=0)
+    page.paste(Image.fromarray(bar).resize((180, 14)), (round(x), top + 50))
+    draw.text((x + 188, top + 48), f"{high}   {name}", fill=INK, font=small)
+    scale_bar(draw, small, mpp, width - margin, top + 12)
+    return page
+
+
+def fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+    """The text, cut with dots where it is too long."""
+    if font.getlength(text) <= width:
+        return text
+    while len(text) > 1 and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def scale_bar(
+    draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, mpp: float | None, x: int, y: int
+) -> None:
+    """The longest round length of at most 110 px, its right end at x."""
+    if not mpp:
+        draw.text((x - font.getlength("resolution unknown"), y - 4), "resolution unknown", fill=QUIET, font=font)
+        return
+    length = round_length(110 * mpp)
+    text = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} um"
+    draw.text((x - font.getlength(text), y - 5), text, fill=INK, font=font)
+    end = x - font.getlength(text) - 8
+    draw.rectangle((end - length / mpp, y, end, y + 4), fill=INK)
+
+
+def round_length(most: float) -> float:
+    """The largest of 1, 2, 5 times a power of ten that is no more than `most` um."""
+    lengths: Sequence[float] = [digit * 10.0**power for power in range(-2, 7) for digit in (1, 2, 5)]
+    return max((length for length in lengths if length <= most), default=lengths[0])

@@ -1,0 +1,99 @@
+"""The pages: index.html on the cohort, slides/<slide>.html on each; plain files with relative links, opened from a disk.
+
+Pictures stay beside the pages and load when they come into view, so that a thousand slides open at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from common import __version__
+from common.files import write_text
+from mil.heatmaps import figures
+from mil.heatmaps.gallery import say_value
+from mil.heatmaps.sources import Source, facts
+from mil.metrics import evaluate
+
+TEMPLATES = Path(__file__).parent.parent / "templates"
+
+
+def environment() -> Environment:
+    """Templates with their filters; all text is escaped."""
+    loader = FileSystemLoader(TEMPLATES)
+    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made.filters |= {"link": lambda text: quote(str(text), safe=""), "said": say_value}
+    return made
+
+
+def rows(source: Source, records: Mapping[str, dict[str, Any]], failed: Mapping[str, str]) -> list[dict[str, Any]]:
+    """One row a slide, the worst error first: wrong slides by how little the label was given, then the others likewise."""
+    found = []
+    for judged in source.slides:
+        record = records.get(judged.slide_id)
+        row = {**facts(judged, source.classes), **(record or {}), "error": failed.get(judged.slide_id, "")}
+        row["drawn"] = record is not None
+        row["status"] = "failed" if row["error"] else {True: "right", False: "wrong", None: "unknown"}[row["right"]]
+        given = row["probabilities"].get(row["label"])
+        # 1 to 2 for errors, 0 to 1 for the others, below for what cannot be told
+        row["miss"] = -1.0 if given is None or row["right"] is None else (1 - given) + (not row["right"])
+        row["top"] = next((tile for tile in row.get("chosen", []) if tile["kind"] == "top"), None)
+        found.append(row)
+    return sorted(found, key=lambda row: (not row["error"], -row["miss"], row["slide"]))
+
+
+def cohort_figures(source: Source) -> dict[str, Any]:
+    """Pictures and numbers of the test predictions; empty without them."""
+    if not source.runs:
+        return {}
+    scores, hits = figures.judged_scores(source.runs)
+    bins = figures.reliability(scores, hits)
+    counts = figures.confusion_counts(source.runs, len(source.classes))
+    points = [evaluate(run) for run in source.runs]
+    means = {name: float(sum(point[name][0] for point in points) / len(points)) for name in points[0]}
+    return {
+        "roc": figures.roc(source.runs, source.classes),
+        "reliability": figures.reliability_figure(bins, source.classes[1] if len(source.classes) == 2 else "the called class"),
+        "confusion": figures.confusion_figure(counts, source.classes),
+        "scores": figures.scores_figure(source.runs, source.classes),
+        "counts": counts.tolist(),
+        "metrics": {name: value if value == value else None for name, value in means.items()},
+        "ece": figures.calibration_error(bins),
+        "brier": figures.brier(source.runs),
+    }
+
+
+def write_pages(
+    output: Path, source: Source, records: Mapping[str, dict[str, Any]], failed: Mapping[str, str], title: str
+) -> dict[str, Any]:
+    """Write all pages; returns the numbers of the cohort's page."""
+    listed, made = rows(source, records, failed), environment()
+    numbers = cohort_figures(source)
+    common = {"title": title, "classes": source.classes, "version": __version__, "date": time.strftime("%Y-%m-%d")}
+    page = made.get_template("heat_index.html.j2").render(
+        rows=listed,
+        figures=numbers,
+        model=source.title,
+        folds=len(source.runs),
+        statuses=Counter(row["status"] for row in listed),
+        **common,
+    )
+    write_text(output / "index.html", page)
+    template = made.get_template("heat_slide.html.j2")
+    drawn = [row for row in listed if row["drawn"]]
+    for index, row in enumerate(drawn):
+        neighbours = {"before": _name(drawn, index - 1), "after": _name(drawn, index + 1)}
+        extras = {kind: (output / kind / f"{row['slide']}.{kind}").is_file() for kind in ("geojson", "tiff")}
+        text = template.render(row=row, model=source.title, extras=extras, **neighbours, **common)
+        write_text(output / "slides" / f"{row['slide']}.html", text)
+    return {name: numbers[name] for name in ("metrics", "ece", "brier", "counts") if name in numbers}
+
+
+def _name(drawn: Sequence[dict[str, Any]], index: int) -> str:
+    return drawn[index]["slide"] if 0 <= index < len(drawn) else ""

@@ -1,0 +1,180 @@
+"""One slide from its bag to its files: heatmap, layers for the page, gallery, GeoJSON, TIFF, CSV; the record comes last.
+
+heatmaps/<slide>.png       the slide with its heat, colour bar and scale bar
+pictures/<slide>/          overview.jpg, heat.png (transparent), thumbnail.jpg, gallery.jpg, strip.jpg, tiles/
+scores/<slide>.csv         a row a tile
+geojson/, tiff/            on request
+records/<slide>.json       what the pages show, and what the files were made from
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from common.errors import UserError
+from common.files import atomic_path, write_json, write_text
+from mil.heatmaps.drawing import Heat, blend, draw_cover, draw_outlines, framed, heat_layer
+from mil.heatmaps.gallery import choose_tiles, save_jpeg, write_gallery
+from mil.heatmaps.pyramid import write_heat_pyramid
+from mil.heatmaps.scores import TileScores, percentile_ranks, score_bag, write_scores
+from mil.heatmaps.settings import Drawing, picture_side
+from mil.heatmaps.sources import Judged, facts
+from patch_encoder.coordinates import Coordinates
+from patch_encoder.geojson_tiles import tiles_geojson
+from patch_encoder.slides import Slide, open_slide
+from patch_encoder.tissue.geojson import read_geojson
+
+PAGE_SIDE, THUMBNAIL = 1100, 200  # px of the pictures in a slide's page and in the cohort's table
+SAME = 0.02  # a probability further than this from predictions.csv (bf16 runs differ by less) is of another bag
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Files of one slide; slide and tissue may be missing."""
+
+    bag: Path
+    slide: Path | None
+    mpp: float | None
+    tissue: Path | None
+
+
+def draw_slide(
+    output: Path,
+    judged: Judged,
+    inputs: Inputs,
+    model: nn.Module,
+    classes: Sequence[str],
+    drawing: Drawing,
+    made_from: dict[str, Any],
+) -> None:
+    """Write all files of a slide.
+
+    Raises:
+        UserError: a bag or slide that cannot be used, a bag that is not the one that was predicted.
+    """
+    device = next(model.parameters()).device if any(True for _ in model.parameters()) else torch.device("cpu")
+    scores = score_bag(model, inputs.bag, judged.slide_id, classes, drawing.value, drawing.of_class, judged.threshold, device)
+    _check_prediction(judged, scores, classes)
+    geometry = scores.coordinates.geometry
+    opened = nullcontext() if inputs.slide is None else open_slide(inputs.slide, inputs.mpp, geometry.tile_pattern)
+    with opened as slide:
+        extent = _extent(slide, scores.coordinates)
+        mpp = (slide.mpp if slide is not None else geometry.mpp) or 0.0
+        heat = make_heat(scores, drawing)
+        title = f"{judged.slide_id}   {_verdict(judged, scores, classes)}"
+        side = picture_side(drawing, slide, extent, mpp)
+        overview = slide.thumbnail(side) if slide is not None else _white(extent, side)
+        files = write_pictures(output, judged.slide_id, overview, heat, extent, mpp, inputs.tissue, title)
+        chosen = choose_tiles(scores, drawing.top, drawing.low)
+        if slide is not None:
+            write_gallery(output / "pictures" / judged.slide_id, slide, scores, chosen, title)
+        if drawing.tiff:
+            target = output / "tiff" / f"{judged.slide_id}.tiff"
+            write_heat_pyramid(target, slide, heat, extent, mpp, drawing.tiff_max_side)
+    if drawing.geojson:
+        write_text(output / "geojson" / f"{judged.slide_id}.geojson", tiles_geojson(scores.coordinates, scores.columns()))
+    write_scores(output / "scores" / f"{judged.slide_id}.csv", scores)
+    record = {**facts(judged, classes), "made_from": made_from, "tiles": len(scores.values), "mpp": mpp or None}
+    record |= {"probabilities": dict(zip(classes, scores.slide.tolist(), strict=True)), "shown": scores.shown}
+    record |= {"class_name": scores.class_name, "width": extent[0], "height": extent[1], "side": geometry.patch_size_level0}
+    record |= {"tiles_half": tiles_for_half(scores.attention), "gallery": slide is not None, "picture": list(files)}
+    record |= {"low": heat.low, "high": heat.high, "bar": heat.name, "chosen": [tile.record() for tile in chosen]}
+    write_json(output / "records" / f"{judged.slide_id}.json", record)
+
+
+def make_heat(scores: TileScores, drawing: Drawing) -> Heat:
+    """Values between 0 and 1 with what the ends of the colour bar say.
+
+    Percentile: rank / 100. Raw: attention over the slide's highest, so that colours differ; a probability as it is.
+    """
+    values = scores.values
+    what = "attention" if scores.shown == "attention" else f"probability of {scores.class_name}, tile alone"
+    if drawing.scale == "percentile":
+        shown, low, high, name = percentile_ranks(values) / 100, "0", "100", f"percentile of {what}"
+    elif scores.shown == "attention":
+        most = float(values.max())
+        shown, low, high, name = values / most, "0", f"{100 * most:.3g} %", "of the slide's attention"
+    else:
+        shown, low, high, name = values, "0", "1", what
+    side = scores.coordinates.geometry.patch_size_level0
+    return Heat(scores.coordinates.coords, shown, side, low, high, name, drawing.colours, drawing.alpha)
+
+
+def tiles_for_half(attention: np.ndarray) -> int:
+    """The fewest tiles that hold half of the attention: how concentrated it is."""
+    return int(np.searchsorted(np.cumsum(np.sort(attention)[::-1]), 0.5 - 1e-12) + 1)
+
+
+def write_pictures(
+    output: Path,
+    slide_id: str,
+    overview: np.ndarray,
+    heat: Heat,
+    extent: tuple[int, int],
+    mpp: float,
+    tissue: Path | None,
+    title: str,
+) -> tuple[int, int]:
+    """The PNG, and beside it what the page shows; returns (width, height) of the latter's pictures."""
+    scale = overview.shape[1] / extent[0], overview.shape[0] / extent[1]
+    if heat_is_alone := bool((overview == 255).all()):
+        heat = Heat(**{**heat.__dict__, "alpha": 1.0})
+    blended = blend(overview, heat, scale)
+    if tissue is not None:
+        rings = [ring for shape in read_geojson(tissue) for ring in (shape.outline.outer, *shape.outline.holes)]
+        blended = draw_outlines(blended, rings, scale)
+    elif not heat_is_alone:
+        blended = draw_cover(blended, heat, scale)
+    second = f"{len(heat.coords):,} tiles"
+    with atomic_path(output / "heatmaps" / f"{slide_id}.png") as temporary:
+        framed(blended, heat, title, second, mpp / scale[0] if mpp else None).save(temporary, "PNG", compress_level=4)
+    folder = output / "pictures" / slide_id
+    small = Image.fromarray(overview)
+    small.thumbnail((PAGE_SIDE, PAGE_SIDE), Image.Resampling.BOX)
+    save_jpeg(folder / "overview.jpg", small, 82)
+    with atomic_path(folder / "heat.png") as temporary:
+        layer = heat_layer(heat, small.size, (small.width / extent[0], small.height / extent[1]))
+        layer.quantize(128, Image.Quantize.FASTOCTREE).save(temporary, "PNG", optimize=True)
+    thumbnail = Image.fromarray(blended)
+    thumbnail.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    save_jpeg(folder / "thumbnail.jpg", thumbnail, 78)
+    return small.size
+
+
+def _white(extent: tuple[int, int], side: int) -> np.ndarray:
+    scale = side / max(extent)
+    return np.full((max(1, round(extent[1] * scale)), max(1, round(extent[0] * scale)), 3), 255, dtype=np.uint8)
+
+
+def _extent(slide: Slide | None, coordinates: Coordinates) -> tuple[int, int]:
+    """(width, height) of level 0: the slide's, else what the bag says, else as far as the tiles go."""
+    if slide is not None:
+        return slide.width, slide.height
+    geometry = coordinates.geometry
+    reach = coordinates.coords.max(0) + geometry.patch_size_level0
+    return geometry.level0_width or int(reach[0]), geometry.level0_height or int(reach[1])
+
+
+def _check_prediction(judged: Judged, scores: TileScores, classes: Sequence[str]) -> None:
+    for name, said, found in zip(classes, judged.probabilities, scores.slide.tolist(), strict=False):
+        if abs(said - found) > SAME:
+            raise UserError(
+                f"slide {judged.slide_id}: expected probability {said:.3f} of {name} as in predictions.csv, found {found:.3f}; "
+                "the bag is not the one that the model was tested on: give its features= folder or train again"
+            )
+
+
+def _verdict(judged: Judged, scores: TileScores, classes: Sequence[str]) -> str:
+    """`label tumour, called normal (0.81)`."""
+    called = judged.predicted or classes[int(scores.slide.argmax())]
+    said = f"called {called} ({scores.slide[list(classes).index(called)]:.2f})"
+    return f"label {judged.label}, {said}" if judged.label else said
