@@ -19,7 +19,7 @@ from mil.models.max import MaxMIL
 from mil.models.mean import MeanMIL
 from mil.models.mhim import MHIM, plain_options
 from mil.models.options import checked, option_types
-from mil.models.output import MILOutput, Packed
+from mil.models.output import MILOutput, Packed, Target
 from mil.models.rrt import RRT
 from mil.models.standardise import Standardised
 from mil.models.transmil import TransMIL
@@ -56,6 +56,7 @@ __all__ = [
     "MeanMIL",
     "Packed",
     "Standardised",
+    "Target",
     "TransMIL",
     "build",
     "check_options",
