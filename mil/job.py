@@ -6,6 +6,7 @@ The unit that `train` runs once and `benchmark` many times, in any process and a
 from __future__ import annotations
 
 import csv
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -161,7 +162,9 @@ def finish_task(
     for name, samples in sets.items():
         if samples:
             logits = predict(model, samples, world.device, job.settings.training.precision)
-            results[name] = task.judge(logits, [sample.target for sample in samples])
+            judged = task.judge(logits, [sample.target for sample in samples])
+            # a score that does not exist (no pair to compare) is null in JSON
+            results[name] = {key: value if math.isfinite(value) else None for key, value in judged.items()}
             ids = [sample.slide_id for sample in samples]
             said = task.said(logits.double()).numpy()
             rows += task_rows(task, job.aims, ids, [case_of[slide] for slide in ids], said, job.split.fold, name)

@@ -127,7 +127,8 @@ def _all_of(problems: Mapping[str, str], count: int) -> str:
     if len(lines) == 1:
         return lines[0]
     shown = " | ".join(lines[:10]) + (" | ..." if len(lines) > 10 else "")
-    return f"{len(lines)} of {count} bags cannot be used ({', '.join(list(problems)[:10])}); skip_bad=true leaves them out: {shown}"
+    names = ", ".join(list(problems)[:10])
+    return f"{len(lines)} of {count} bags cannot be used ({names}); skip_bad=true leaves them out: {shown}"
 
 
 def free_memory() -> int:
