@@ -30,9 +30,9 @@ from common.run import Run
 from common.seed import epoch_generator
 from mil.metrics import youden_threshold
 from mil.models import MILOutput, Target, build
+from mil.objectives import CLASSES, SURVIVAL, Objective
 from mil.optim import OPTIMIZERS, SCHEDULES, lr_factor, make_optimizer
 from mil.prefetch import on_device, prefetch
-from mil.tasks import CLASSES, SURVIVAL, Task
 from patch_encoder.stored_bags import StoredBag
 
 
@@ -54,8 +54,8 @@ class Recipe:
     accumulate: int = key(1, "bags per optimiser step, over all processes; their gradients are averaged")
     max_tiles: int = key(0, "tiles of a bag that a training step sees, drawn anew in every epoch; 0: all of them")
     smoothing: float = key(0.0, "average of the validation score over epochs, s * past + (1 - s) * new; 0: the score itself")
-    label_smoothing: float = key(0.0, "label smoothing of task=classes and task=labels")
-    focal: float = key(0.0, "gamma of the focal loss of task=classes and task=labels; 0: cross-entropy")
+    label_smoothing: float = key(0.0, "label smoothing of task=classes and task=multilabel")
+    focal: float = key(0.0, "gamma of the focal loss of task=classes and task=multilabel; 0: cross-entropy")
     class_weights: bool = key(False, "weigh the loss by inverse class frequency, mean 1 over the training slides")
     balanced: bool = key(False, "draw the bags of an epoch with replacement, every class equally often")
     precision: str = key("fp32", "computing precision", choices=("fp32", "bf16"))
@@ -64,7 +64,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Sample:
-    """One labelled bag: features (N, D) in memory or on disk, coords (N, 2) or None, target as mil.tasks has it.
+    """One labelled bag: features (N, D) in memory or on disk, coords (N, 2) or None, target as mil.objectives has it.
 
     `stratum` is the class that balanced sampling sees where the target is no class.
     """
@@ -96,14 +96,14 @@ def train_one_epoch(
     world: World,
     order: Sequence[int],
     epoch: int = 0,
-    task: Task = CLASSES,
+    task: Objective = CLASSES,
     seed: int = 0,
 ) -> float:
     """One pass over the training bags in the given order, after `epoch` others; returns the mean loss."""
     model.train()
     after_step = getattr(unwrap(model), "after_step", None)
     steps = -(-len(order) // recipe.accumulate)
-    weights = class_weights(samples) if recipe.class_weights and task.kind != "labels" else {}
+    weights = class_weights(samples) if recipe.class_weights and task.kind != "multilabel" else {}
     total = torch.zeros(1, device=world.device)
     groups = list(batches(range(len(order)), recipe.accumulate))
     # gradients are averaged over processes, so that each process sums loss * size / len(group);
@@ -140,7 +140,7 @@ def train_one_epoch(
     return float(all_reduce_mean(total)) * world.size / len(order)
 
 
-def training_loss(output: MILOutput, target: Target, task: Task = CLASSES) -> Float[Tensor, ""]:
+def training_loss(output: MILOutput, target: Target, task: Objective = CLASSES) -> Float[Tensor, ""]:
     """Weighted criteria of the output's streams (of its logits where it has none) plus its auxiliary loss."""
     loss = sum(weight * task.loss(logits, target) for logits, weight in output.streams or ((output.logits, 1.0),))
     return loss if output.auxiliary is None else loss + output.auxiliary
@@ -214,7 +214,7 @@ def examine(model: nn.Module, sample: Sample, device: torch.device) -> MILOutput
 
 
 def validate(
-    model: nn.Module, samples: Sequence[Sample], device: torch.device, precision: str, task: Task = CLASSES
+    model: nn.Module, samples: Sequence[Sample], device: torch.device, precision: str, task: Objective = CLASSES
 ) -> dict[str, float]:
     """The task's score, its loss and, with two classes, Youden's threshold on the validation bags."""
     logits = predict(model, samples, device, precision)
@@ -260,7 +260,7 @@ def is_over(epoch: int, best: Mapping[str, Any], recipe: Recipe) -> bool:
     return bool(best) and epoch >= recipe.min_epochs and epoch - best["epoch"] >= recipe.patience
 
 
-def check_recipe(recipe: Recipe, task: Task, world: World) -> None:
+def check_recipe(recipe: Recipe, task: Objective, world: World) -> None:
     """Refuse what does not go together, before any work."""
     if recipe.accumulate % world.size:
         raise UserError(
@@ -286,7 +286,7 @@ def train_model(
     run: Run,
     config: dict[str, Any],
     world: World,
-    task: Task = CLASSES,
+    task: Objective = CLASSES,
 ) -> dict[str, Any]:
     """Train, or go on from the run's last checkpoint, and leave the model with its best weights.
 

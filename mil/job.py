@@ -29,9 +29,9 @@ from mil.datasets.targets import Targets
 from mil.engine import Recipe, Sample, check_recipe, predict, train_model
 from mil.metrics import Predictions, evaluate, predict_class
 from mil.models import Standardised, build, plain_model
+from mil.objective_results import make_objective, task_header, task_rows
+from mil.objectives import Objective
 from mil.splits import Split
-from mil.task_results import make_task, task_header, task_rows
-from mil.tasks import Task
 
 PLAIN = "plain"  # folder of the model that a teacher-student model starts from
 
@@ -104,7 +104,7 @@ def run_job(job: Job, run: Run, world: World) -> dict[str, Any]:
     """Train (or go on), predict validation and test slides, write predictions.csv and results.json; returns the latter."""
     settings, classes, recipe = job.settings, job.slides.classes, job.settings.training
     weighted = (recipe.label_smoothing, recipe.focal, recipe.class_weights)
-    task = make_task(job.aims, job.split.train, *weighted, settings.intervals)
+    task = make_objective(job.aims, job.split.train, *weighted, settings.intervals)
     check_recipe(recipe, task, world)
     bags = cached_bags(job.files, job.features_digest, job.memory)
     train, val, test = (samples_of(bags, job, ids) for ids in (job.split.train, job.split.val, job.split.test))
@@ -151,7 +151,7 @@ def finish_task(
     job: Job,
     run: Run,
     world: World,
-    task: Task,
+    task: Objective,
     model: nn.Module,
     sets: dict[str, list[Sample]],
     results: dict[str, Any],

@@ -26,9 +26,9 @@ from mil.datasets.targets import read_targets
 from mil.engine import Recipe
 from mil.job import Job, Settings, open_job, run_job
 from mil.models import MODELS, check_options
+from mil.objectives import SCORES, TASKS
 from mil.recipes import resolve
 from mil.splits import PROTOCOLS, make_splits, split_values
-from mil.tasks import SCORES, TASKS
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Config:
     labels: str = key(REQUIRED, "labels.csv: case_id,slide_id,label (and split); time,event for survival", path=True)
     features: str = key(REQUIRED, "folder of feature bags", path=True)
     output: str = key(REQUIRED, "run directory", runtime=True)
-    task: str = key("classes", "classes; labels (a|b); ordinal (grades); cox or discrete (survival)", choices=TASKS)
+    task: str = key("classes", "classes; multilabel (a|b); ordinal (grades); cox or discrete (survival)", choices=TASKS)
     grades: list[str] = key([], "names of the grades from the lowest, for task=ordinal; empty: whole numbers")
     intervals: int = key(4, "intervals of time with about as many events each, for task=discrete")
     model: str = key("abmil", "slide classifier", choices=tuple(MODELS))

@@ -1,6 +1,6 @@
 """What labels.csv says of each slide, for every task.
 
-`classes`: one name in `label`. `labels`: names joined by `|` in `label`; a slide without any has `-`. `ordinal`: a grade
+`classes`: one name in `label`. `multilabel`: names joined by `|` in `label`; a slide without any has `-`. `ordinal`: a grade
 in `label`; whole numbers are ordered by value, other names by `grades`. `cox`, `discrete`: columns `time` (> 0) and
 `event` (1 or 0) in place of `label`. Folds are stratified by class, grade, event, or by the rarest label of a slide.
 """
@@ -21,7 +21,7 @@ from common.errors import UserError, did_you_mean
 from common.files import safe_id
 from mil.datasets.labels import LabelledSlides, read_labelled_slides
 from mil.models.output import Target
-from mil.tasks import SURVIVAL
+from mil.objectives import SURVIVAL
 from patch_encoder.cohort import SlideRecord, read_labels
 
 NONE = "-"  # the label of a slide that has none of several
@@ -33,7 +33,7 @@ class Targets:
     """The targets of a cohort; plain data, so that it can be sent to another process.
 
     Attributes:
-        kind: one of mil.tasks.TASKS.
+        kind: one of mil.objectives.TASKS.
         names: classes, labels or grades in order; of survival none.
         values: slide id -> class or grade; 0 or 1 for every label; or (time, event).
     """
@@ -59,7 +59,7 @@ def read_targets(
 
     Args:
         path: labels.csv.
-        kind: one of mil.tasks.TASKS.
+        kind: one of mil.objectives.TASKS.
         subset: values of the `split` column; empty: all rows.
         positive: of two `classes`, the positive one.
         grades: of `ordinal`, all grades from the lowest; empty: they are whole numbers.
@@ -74,7 +74,7 @@ def read_targets(
         return slides, Targets(kind, slides.classes, slides.target_of())
     records = _survival_records(Path(path)) if kind in SURVIVAL else read_labels(path)
     records = _chosen(path, records, subset)
-    if kind == "labels":
+    if kind == "multilabel":
         return _several_labels(path, records)
     if kind == "ordinal":
         return _grades(path, records, grades)
@@ -103,7 +103,7 @@ def _several_labels(path: str | Path, records: list[SlideRecord]) -> tuple[Label
     rarest = {slide: min(has, key=lambda name: (counts[name], name), default=NONE) for slide, has in found.items()}
     strata = [SlideRecord(r.case_id, r.slide_id, rarest[r.slide_id], r.split, r.mpp) for r in records]
     present = tuple(sorted(set(rarest.values())))
-    return LabelledSlides(tuple(strata), present), Targets("labels", names, values)
+    return LabelledSlides(tuple(strata), present), Targets("multilabel", names, values)
 
 
 def _grades(path: str | Path, records: list[SlideRecord], grades: Sequence[str]) -> tuple[LabelledSlides, Targets]:

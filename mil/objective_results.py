@@ -9,17 +9,19 @@ import numpy as np
 
 from common.errors import UserError
 from mil.datasets.targets import NONE, Targets
-from mil.tasks import SURVIVAL, Task, interval_edges
+from mil.objectives import SURVIVAL, Objective, interval_edges
 
 
-def make_task(targets: Targets, train: Sequence[str], smoothing: float, focal: float, weighted: bool, intervals: int) -> Task:
+def make_objective(
+    targets: Targets, train: Sequence[str], smoothing: float, focal: float, weighted: bool, intervals: int
+) -> Objective:
     """The task with what it takes from the training slides: intervals of the times, weights of the labels.
 
     Args:
         targets: of the cohort.
         train: slide ids of the training set, and no others.
         smoothing, focal: of the loss.
-        weighted: `labels`: weigh the positives of each label by negatives / positives.
+        weighted: `multilabel`: weigh the positives of each label by negatives / positives.
         intervals: of `discrete`.
     """
     edges: tuple[float, ...] = ()
@@ -27,7 +29,7 @@ def make_task(targets: Targets, train: Sequence[str], smoothing: float, focal: f
     if targets.kind == "discrete":
         aims = targets.stacked(train).numpy()
         edges = interval_edges(aims[:, 0], aims[:, 1] > 0, intervals)
-    if targets.kind == "labels" and weighted:
+    if targets.kind == "multilabel" and weighted:
         positives = targets.stacked(train).sum(0)
         absent = [name for name, count in zip(targets.names, positives.tolist(), strict=True) if count == 0]
         if absent:
@@ -35,10 +37,10 @@ def make_task(targets: Targets, train: Sequence[str], smoothing: float, focal: f
                 f"class_weights: expected every label in the training set, '{absent[0]}' is absent; use fewer folds"
             )
         weights = tuple(((len(train) - positives) / positives).tolist())
-    return Task(targets.kind, targets.names, edges, smoothing, focal, weights)
+    return Objective(targets.kind, targets.names, edges, smoothing, focal, weights)
 
 
-def task_header(task: Task) -> list[str]:
+def task_header(task: Objective) -> list[str]:
     """Columns of predictions.csv."""
     place = ["slide_id", "case_id", "fold", "split"]
     if task.kind in SURVIVAL:
@@ -47,7 +49,7 @@ def task_header(task: Task) -> list[str]:
 
 
 def task_rows(
-    task: Task, targets: Targets, slide_ids: Sequence[str], cases: Sequence[str], said: np.ndarray, fold: int, split: str
+    task: Objective, targets: Targets, slide_ids: Sequence[str], cases: Sequence[str], said: np.ndarray, fold: int, split: str
 ) -> list[dict[str, Any]]:
     """Rows of predictions.csv.
 
@@ -74,6 +76,6 @@ def task_rows(
     return rows
 
 
-def _joined(task: Task, shares: Sequence[float]) -> str:
+def _joined(task: Objective, shares: Sequence[float]) -> str:
     """The labels with a share of at least 1/2."""
     return "|".join(name for name, share in zip(task.names, shares, strict=True) if share >= 0.5) or NONE

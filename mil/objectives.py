@@ -2,7 +2,7 @@
 
 A task says how many outputs a model has, which criterion its logits get, what of the target a model is told while it
 trains (CLAM's and DTFD-MIL's instance losses), and by what the epochs are compared. Targets: `classes` and `ordinal`
-an int; `labels` a vector (L,) of 0 and 1; `cox` and `discrete` a vector (time, event).
+an int; `multilabel` a vector (L,) of 0 and 1; `cox` and `discrete` a vector (time, event).
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from mil.losses.survival import cox_loss, discrete_loss, discrete_risk
 from mil.metrics import auc, binary_auc
 from mil.models.output import MILOutput, Target
 
-TASKS = ("classes", "labels", "ordinal", "cox", "discrete")
+TASKS = ("classes", "multilabel", "ordinal", "cox", "discrete")
 SURVIVAL = ("cox", "discrete")
 # by what epochs are compared; higher is better
-SCORES = {"classes": "auc", "labels": "auc", "ordinal": "kappa", "cox": "c_index", "discrete": "c_index"}
+SCORES = {"classes": "auc", "multilabel": "auc", "ordinal": "kappa", "cox": "c_index", "discrete": "c_index"}
 
 
 @dataclass(frozen=True)
-class Task:
+class Objective:
     """One question to a slide.
 
     Attributes:
         kind: one of TASKS.
         names: classes, labels or grades in order; of survival none.
         edges: of `discrete`, the K - 1 times that separate its K intervals.
-        smoothing: label smoothing of `classes` and `labels`.
+        smoothing: label smoothing of `classes` and `multilabel`.
         focal: gamma of the focal loss of both; 0: cross-entropy.
-        weights: of the positives of each of `labels`; empty: 1.
+        weights: of the positives of each of `multilabel`; empty: 1.
     """
 
     kind: str = "classes"
@@ -54,8 +54,10 @@ class Task:
         if not 0 <= self.smoothing < 1 or self.focal < 0:
             found = f"label_smoothing={self.smoothing}, focal={self.focal}"
             raise UserError(f"{found}: expected 0 <= label_smoothing < 1 and focal >= 0")
-        if (self.smoothing or self.focal) and self.kind not in ("classes", "labels"):
-            raise UserError(f"task={self.kind}: label_smoothing and focal are of task=classes and task=labels; leave them at 0")
+        if (self.smoothing or self.focal) and self.kind not in ("classes", "multilabel"):
+            raise UserError(
+                f"task={self.kind}: label_smoothing and focal are of task=classes and task=multilabel; leave them at 0"
+            )
 
     @property
     def outputs(self) -> int:
@@ -74,7 +76,7 @@ class Task:
 
     def told(self, target: Target) -> Target:
         """What the model hears: the class, or a vector with 1 for every output that the bag is evidence for."""
-        if self.kind in ("classes", "labels"):
+        if self.kind in ("classes", "multilabel"):
             return target
         told = torch.zeros(self.outputs)
         if self.kind == "ordinal":
@@ -96,7 +98,7 @@ class Task:
         if self.kind == "ordinal":
             return corn_loss(logits, int(target))
         assert isinstance(target, Tensor), self.kind
-        if self.kind == "labels":
+        if self.kind == "multilabel":
             weights = torch.tensor(self.weights, device=logits.device) if self.weights else None
             return label_loss(logits, target.to(logits.device), weights, self.smoothing, self.focal)
         assert self.kind == "discrete", self.kind
@@ -120,7 +122,7 @@ class Task:
         """Probabilities (S, number of names), or of survival the risk (S, 1): higher dies earlier."""
         if self.kind == "classes":
             return logits.softmax(1)
-        if self.kind == "labels":
+        if self.kind == "multilabel":
             return logits.sigmoid()
         if self.kind == "ordinal":
             return corn_probabilities(logits)
@@ -141,7 +143,7 @@ class Task:
         aims = np.stack([np.asarray(target) for target in targets])
         if self.kind == "classes":
             return float(auc(aims, said)[0])
-        if self.kind == "labels":
+        if self.kind == "multilabel":
             ones = np.ones((1, len(aims)))
             values = np.array([binary_auc(aims[:, k] > 0, said[:, k], ones)[0] for k in range(aims.shape[1])])
             known = values[~np.isnan(values)]  # a label that no validation slide has says nothing
@@ -151,17 +153,17 @@ class Task:
         return c_index(said[:, 0], aims[:, 0], aims[:, 1] > 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """For a checkpoint; `Task(**values)` with lists made tuples is the inverse."""
+        """For a checkpoint; `Objective(**values)` with lists made tuples is the inverse."""
         lists = {"names": list(self.names), "edges": list(self.edges), "weights": list(self.weights)}
         return {"kind": self.kind, "smoothing": self.smoothing, "focal": self.focal, **lists}
 
 
-CLASSES = Task()
+CLASSES = Objective()
 
 
-def task_of(values: dict[str, Any]) -> Task:
-    """Inverse of `Task.to_dict`."""
-    return Task(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+def objective_of(values: dict[str, Any]) -> Objective:
+    """Inverse of `Objective.to_dict`."""
+    return Objective(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def interval_edges(times: np.ndarray, events: np.ndarray, intervals: int) -> tuple[float, ...]:

@@ -24,8 +24,8 @@ from mil.losses.ordinal import corn_loss, corn_probabilities
 from mil.losses.survival import cox_loss, discrete_loss, discrete_risk
 from mil.models import MODELS, build
 from mil.models.output import MILOutput
-from mil.task_results import make_task
-from mil.tasks import Task, c_index, interval_edges, quadratic_kappa, task_of
+from mil.objective_results import make_objective
+from mil.objectives import Objective, c_index, interval_edges, objective_of, quadratic_kappa
 from mil.train import Config, main
 from tests.mil.small_options import SMALL
 
@@ -34,15 +34,15 @@ GENERATOR = np.random.default_rng(0)
 TIMES = np.array([3.0, 1.0, 4.0, 1.0, 5.0, 3.0, 2.0, 6.0])
 EVENTS = np.array([1, 1, 0, 1, 1, 0, 0, 1], dtype=bool)
 TASKS = {
-    "classes": Task("classes", ("a", "b", "c")),
-    "labels": Task("labels", ("a", "b", "c"), weights=(1.0, 2.0, 0.5)),
-    "ordinal": Task("ordinal", ("0", "1", "2", "3")),
-    "cox": Task("cox"),
-    "discrete": Task("discrete", edges=(2.0, 4.0)),
+    "classes": Objective("classes", ("a", "b", "c")),
+    "multilabel": Objective("multilabel", ("a", "b", "c"), weights=(1.0, 2.0, 0.5)),
+    "ordinal": Objective("ordinal", ("0", "1", "2", "3")),
+    "cox": Objective("cox"),
+    "discrete": Objective("discrete", edges=(2.0, 4.0)),
 }
 TARGETS = {
     "classes": [0, 1, 2, 0],
-    "labels": [torch.tensor(v) for v in ([1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 1.0])],
+    "multilabel": [torch.tensor(v) for v in ([1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 1.0])],
     "ordinal": [0, 3, 1, 2],
     "cox": [torch.tensor(v) for v in ([1.0, 1.0], [3.0, 0.0], [2.0, 1.0], [5.0, 1.0])],
 }
@@ -123,7 +123,7 @@ def test_intervals_hold_about_as_many_events():
     assert len(edges) == 3 and counts.max() - counts.min() <= 1
     with pytest.raises(UserError, match="intervals=4: expected as many different event times"):
         interval_edges(np.ones(9), np.ones(9, dtype=bool), 4)
-    task = Task("discrete", edges=(2.0, 4.0))
+    task = Objective("discrete", edges=(2.0, 4.0))
     assert [task.interval(torch.tensor([t, 1.0])) for t in (1.9, 2.0, 3.9, 4.0)] == [0, 1, 1, 2]
 
 
@@ -143,7 +143,7 @@ def test_cox_over_streams_is_the_weighted_sum_and_small_bags_fall_back_on_their_
     times, events = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, True, False])
     second = torch.stack([risks[0, 2], risks[1, 2], risks[2, 0]])
     expected = 0.7 * cox_loss(risks[:, 1], times, events) + 0.3 * cox_loss(second, times, events) + 0.5
-    torch.testing.assert_close(Task("cox").step_loss(outputs, aims), expected)
+    torch.testing.assert_close(Objective("cox").step_loss(outputs, aims), expected)
 
 
 @pytest.mark.parametrize("kind", list(TASKS))
@@ -164,7 +164,7 @@ def test_every_model_trains_on_every_task(name: str, kind: str):
     assert said.shape == (4, 1 if kind in ("cox", "discrete") else len(task.names))
     if kind in ("classes", "ordinal"):
         torch.testing.assert_close(said.sum(1), torch.ones(4))
-    assert task_of(json.loads(json.dumps(task.to_dict()))) == task
+    assert objective_of(json.loads(json.dumps(task.to_dict()))) == task
 
 
 def test_what_does_not_go_together_is_refused():
@@ -175,7 +175,7 @@ def test_what_does_not_go_together_is_refused():
     with pytest.raises(UserError, match="task=discrete: training.class_weights"):
         check_recipe(Recipe(class_weights=True), TASKS["discrete"], CPU)
     with pytest.raises(UserError, match="task=ordinal: label_smoothing and focal"):
-        Task("ordinal", ("0", "1"), smoothing=0.1)
+        Objective("ordinal", ("0", "1"), smoothing=0.1)
 
 
 def rewrite(cohort: Path, header: str, cells) -> Path:
@@ -187,7 +187,7 @@ def rewrite(cohort: Path, header: str, cells) -> Path:
 
 
 COHORTS = {
-    "labels": ("label", lambda i, positive: "|".join(["a"] * positive + ["b"] * (i % 3 == 0)) or "-"),
+    "multilabel": ("label", lambda i, positive: "|".join(["a"] * positive + ["b"] * (i % 3 == 0)) or "-"),
     "ordinal": ("label", lambda i, positive: str(2 * positive + (i // 2) % 2)),
     "cox": ("time,event", lambda i, positive: f"{(1 if positive else 9) + i / 100},{int(i % 4 != 3)}"),
 }
@@ -197,12 +197,19 @@ COHORTS["discrete"] = COHORTS["cox"]
 @pytest.mark.parametrize("kind", list(COHORTS))
 def test_a_run_of_every_task_from_its_labels(make_cohort, tmp_path: Path, kind: str):
     cohort = rewrite(make_cohort(slides=48, signal=5.0), *COHORTS[kind])
-    more = ["device=cpu", "training.epochs=15", "training.min_epochs=15", "training.lr=3e-3", "folds=2", "training.accumulate=4"]
+    more = [
+        "device=cpu",
+        "training.epochs=15",
+        "training.min_epochs=15",
+        "training.lr=3e-3",
+        "folds=2",
+        "training.accumulate=4",
+    ]
     more += ["intervals=2", f"task={kind}", "dropout=0.0"]
     config = load_config(Config, [f"labels={cohort}/labels.csv", f"features={cohort}/bags", f"output={tmp_path}/run", *more])
     assert main(config) is None
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    score = {"labels": "auc", "ordinal": "kappa"}.get(kind, "c_index")
+    score = {"multilabel": "auc", "ordinal": "kappa"}.get(kind, "c_index")
     assert results["task"] == kind and math.isfinite(results[f"val_{score}"]) and score in results["test"]
     with (tmp_path / "run" / "predictions.csv").open() as stream:
         rows = [row for row in csv.DictReader(stream) if row["split"] == "test"]
@@ -224,7 +231,7 @@ def test_a_run_of_every_task_from_its_labels(make_cohort, tmp_path: Path, kind: 
         ("cox", "c,x,nan,1,train", "expected a time > 0"),
         ("discrete", "c,x,3,dead,train", r"slide x\): expected event 1 \(it happened\) or 0 \(censored\), found 'dead'"),
         ("ordinal", "c,x,high,,train", "slide x: expected a grade that is a whole number, found 'high'"),
-        ("labels", "c,x,a||b,,train", r"slide x: expected different labels joined by '\|'"),
+        ("multilabel", "c,x,a||b,,train", r"slide x: expected different labels joined by '\|'"),
     ],
 )
 def test_a_cell_that_is_no_target_is_named(tmp_path: Path, kind: str, row: str, message: str):
@@ -247,7 +254,7 @@ def test_targets_name_columns_grades_and_doubles(tmp_path: Path):
     with pytest.raises(UserError, match="found 's2' more than once"):
         read_targets(table, "cox")
     table.write_text("case_id,slide_id,label\nc1,s1,a|b\nc2,s2,-\nc3,s3,a\n")
-    slides, targets = read_targets(table, "labels")
+    slides, targets = read_targets(table, "multilabel")
     assert [targets.of(s).tolist() for s in ("s1", "s2", "s3")] == [[1, 1], [0, 0], [1, 0]]
     assert [record.label for record in slides.records] == ["b", "-", "a"]  # the rarest
-    assert make_task(targets, ["s1", "s2", "s3"], 0.0, 0.0, True, 4).weights == (0.5, 2.0)
+    assert make_objective(targets, ["s1", "s2", "s3"], 0.0, 0.0, True, 4).weights == (0.5, 2.0)
