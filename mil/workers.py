@@ -59,10 +59,12 @@ def run_all(
     pool = [_start(_on(work, device), device, threads) for device in places]
     try:
         while waiting or any(worker.job is not None for worker in pool):
-            for worker in pool:
+            for place, worker in enumerate(pool):
                 if worker.job is None and waiting:
-                    _send(worker, waiting.popleft(), jobs, attempts)
-            for index, error in _finished(pool, work, threads):
+                    if worker.pipe.closed:  # it died
+                        pool[place] = _start(_on(work, worker.device), worker.device, threads)
+                    _send(pool[place], waiting.popleft(), jobs, attempts)
+            for index, error in _finished(pool):
                 if error is _DIED and attempts[index] < ATTEMPTS:
                     logger.warning("a worker process died at its job; it is tried once more")
                     waiting.append(index)
@@ -100,21 +102,20 @@ def _send(worker: _Worker, index: int, jobs: Sequence[T], attempts: list[int]) -
         return
 
 
-def _finished(pool: list[_Worker], work: Callable[..., object], threads: int) -> Iterator[tuple[int, str | None]]:
-    """Jobs that have ended, waiting for at least one; a dead process is replaced in the pool."""
-    busy = {worker.pipe: place for place, worker in enumerate(pool) if worker.job is not None}
+def _finished(pool: Sequence[_Worker]) -> Iterator[tuple[int, str | None]]:
+    """Jobs that have ended, waiting for at least one; the pipe of a dead process is closed."""
+    busy = {worker.pipe: worker for worker in pool if worker.job is not None}
     for pipe in wait(list(busy)):
-        place = busy[pipe]  # type: ignore[index]
-        worker = pool[place]
+        worker = busy[pipe]  # type: ignore[index]
         index = worker.job
         assert index is not None
         try:
             error = worker.pipe.recv()
-            worker.job = None
         except (EOFError, ConnectionResetError):
             worker.pipe.close()
             worker.process.join()
-            error, pool[place] = _DIED, _start(_on(work, worker.device), worker.device, threads)
+            error = _DIED
+        worker.job = None
         yield index, error
 
 

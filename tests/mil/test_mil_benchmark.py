@@ -195,8 +195,8 @@ def test_bad_feature_sets_are_refused(cohort: Path, tmp_path: Path, more: list[s
 
 
 def test_a_worker_that_dies_is_an_error_not_a_hang():
-    outcomes = list(run_all(os._exit, [9, 9, 9], 2, 1))
-    assert len(outcomes) == 3 and all("worker process died" in error for _, error in outcomes)
+    outcomes = list(run_all(os._exit, [9, 9], 2, 1))
+    assert len(outcomes) == 2 and all("worker process died" in error for _, error in outcomes)
 
 
 def test_a_killed_job_is_tried_once_more_and_takes_no_other_with_it(tmp_path: Path):
