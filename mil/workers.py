@@ -60,10 +60,9 @@ def run_all(
     try:
         while waiting or any(worker.job is not None for worker in pool):
             for place, worker in enumerate(pool):
-                if worker.job is None and waiting:
-                    if worker.pipe.closed:  # it died
-                        pool[place] = _start(_on(work, worker.device), worker.device, threads)
-                    _send(pool[place], waiting.popleft(), jobs, attempts)
+                if worker.pipe.closed and waiting:  # it died
+                    pool[place] = _start(_on(work, worker.device), worker.device, threads)
+            _hand_out(pool, waiting, jobs, attempts)
             for index, error in _finished(pool):
                 if error is _DIED and attempts[index] < ATTEMPTS:
                     logger.warning("a worker process died at its job; it is tried once more")
@@ -93,13 +92,16 @@ def _start(work: Callable[..., object], device: str | None, threads: int) -> _Wo
     return _Worker(process, ours, device)
 
 
-def _send(worker: _Worker, index: int, jobs: Sequence[T], attempts: list[int]) -> None:
-    worker.job = index
-    attempts[index] += 1
-    try:
-        worker.pipe.send(jobs[index])
-    except (BrokenPipeError, ConnectionResetError):  # it died idle: its end of the pipe reports it to _finished
-        return
+def _hand_out(pool: Sequence[_Worker], waiting: deque[int], jobs: Sequence[T], attempts: list[int]) -> None:
+    """A waiting job for every idle process."""
+    for worker in pool:
+        if worker.job is None and waiting:
+            worker.job = waiting.popleft()
+            attempts[worker.job] += 1
+            try:
+                worker.pipe.send(jobs[worker.job])
+            except (BrokenPipeError, ConnectionResetError):  # it died idle: the end of the pipe says so to _finished
+                continue
 
 
 def _finished(pool: Sequence[_Worker]) -> Iterator[tuple[int, str | None]]:
