@@ -20,7 +20,7 @@ from mil.models import ABMIL, CLAM, DSMIL, DTFD, ILRA, MHIM, MaxMIL, MeanMIL, MI
 from mil.models.ilra import CrossAttention
 from mil.models.output import as_attention
 
-BLOCK = 8192  # tiles at a time: 32 MB of 1,024 float32 features
+BLOCK = 2048  # tiles at a time: 8 MB of 1,024 float32 features
 
 
 @runtime_checkable
