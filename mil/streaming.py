@@ -61,22 +61,26 @@ class Reader:
 class Pool:
     """sum_n softmax(s)_n v_n of K maps over blocks; `sums` is (K, F) and `weights` the (K, N) softmax at the end."""
 
-    def __init__(self) -> None:
-        self.scores: list[Tensor] = []
+    def __init__(self, tiles: int) -> None:
+        self.tiles, self.seen = tiles, 0
+        # one piece for all: many small ones between the blocks would keep the heap from shrinking
+        self.scores = torch.empty(0)
         self.top = self.total = self.sums = torch.empty(0)
 
     def add(self, scores: Float[Tensor, "k n"], values: Float[Tensor, "*k n f"]) -> None:
         """Scores of a block, and its values: one for all maps, or (K, N, F)."""
-        top = scores.amax(1) if not self.scores else torch.maximum(self.top, scores.amax(1))
+        top = scores.amax(1) if not self.seen else torch.maximum(self.top, scores.amax(1))
         raised = (scores - top[:, None]).exp()
         sums = (raised[:, None] @ values)[:, 0] if values.ndim == 3 else raised @ values
-        if self.scores:
+        if self.seen:
             kept = (self.top - top).exp()
             self.total, self.sums = self.total * kept + raised.sum(1), self.sums * kept[:, None] + sums
         else:
             self.total, self.sums = raised.sum(1), sums
+            self.scores = scores.new_empty(len(scores), self.tiles)
         self.top = top
-        self.scores.append(scores)
+        self.scores[:, self.seen : self.seen + scores.shape[1]] = scores
+        self.seen += scores.shape[1]
 
     def pooled(self) -> Float[Tensor, "k f"]:
         """The weighted sums."""
@@ -84,7 +88,7 @@ class Pool:
 
     def weights(self) -> Float[Tensor, "k n"]:
         """The weight of every tile."""
-        return (torch.cat(self.scores, 1) - self.top[:, None]).exp_().div_(self.total[:, None])
+        return (self.scores - self.top[:, None]).exp_().div_(self.total[:, None])
 
 
 @torch.inference_mode()
@@ -147,7 +151,7 @@ def _highest(blocks: Iterator[Tensor]) -> tuple[Float[Tensor, " c"], Int[Tensor,
 
 
 def _abmil(model: ABMIL, bag: Reader) -> MILOutput:
-    pool = Pool()
+    pool = Pool(len(bag))
     for block in bag:
         h = model.embed(block)
         pool.add(model._scores(h).T, h)
@@ -155,7 +159,7 @@ def _abmil(model: ABMIL, bag: Reader) -> MILOutput:
 
 
 def _clam(model: CLAM, bag: Reader) -> MILOutput:
-    pool = Pool()
+    pool = Pool(len(bag))
     for block in bag:
         h = model.embed(block)
         pool.add(model._scores(h).T, h)
@@ -167,7 +171,7 @@ def _dsmil(model: DSMIL, bag: Reader) -> MILOutput:
     """First pass: the critical tiles; second: what their queries weigh."""
     highest, critical = _highest(model.instance(model.embed(block)) for block in bag)
     asked = model.query(model.embed(bag.rows(critical)))  # (C, 128)
-    pool = Pool()
+    pool = Pool(len(bag))
     for block in bag:
         h = model.embed(block)
         pool.add(asked @ model.query(h).T / asked.shape[1] ** 0.5, model.value(h))
@@ -179,7 +183,7 @@ def _dtfd(model: DTFD, bag: Reader) -> MILOutput:
     """First pass: the pseudo-bags; second, where tiles are ranked by class activation: the ranks."""
     group = model.split(len(bag)).to(bag.device)
     count = min(model.groups, len(bag))
-    pools, start, scores = [Pool() for _ in range(count)], 0, []
+    pools, start, scores = [Pool(int((group == g).sum())) for g in range(count)], 0, []
     for block in bag:
         h = model.embed(block)
         scores.append(model.attention(h).squeeze(1))
@@ -211,7 +215,9 @@ def _handed(model: DTFD, bag: Reader, a: Tensor, group: Tensor, pooled: Tensor) 
     return model.embed(bag.rows(chosen)), group[chosen]
 
 
-def _attended(layer: CrossAttention, queries: Tensor, keys: Callable[[], Iterator[Tensor]]) -> tuple[Tensor, Tensor]:
+def _attended(
+    layer: CrossAttention, queries: Tensor, keys: Callable[[], Iterator[Tensor]], tiles: int
+) -> tuple[Tensor, Tensor]:
     """`CrossAttention.forward` over blocks of keys: its output, and the mean over heads of the first query's attention."""
     mha = layer.attention
     width, heads = mha.embed_dim, mha.num_heads
@@ -223,7 +229,7 @@ def _attended(layer: CrossAttention, queries: Tensor, keys: Callable[[], Iterato
         return x.unflatten(1, (heads, -1)).transpose(0, 1)  # (H, rows, F / H)
 
     asked = split(q @ w_q.T + b_q) * (width // heads) ** -0.5
-    pools = [Pool() for _ in range(len(queries))]
+    pools = [Pool(tiles) for _ in range(len(queries))]
     for block in keys():
         k, v = split(layer.fc_k(block) @ w_k.T + b_k), split(layer.fc_v(block) @ w_v.T + b_v)
         scores = asked @ k.transpose(1, 2)  # (H, r, n)
@@ -244,8 +250,8 @@ def _ilra(model: ILRA, bag: Reader) -> MILOutput:
             yield block
 
     for gab in model.blocks:
-        lows.append(_attended(gab.project_forward, gab.latent, tiles)[0])
-    out, attention = _attended(model.pooling, model.query, tiles)
+        lows.append(_attended(gab.project_forward, gab.latent, tiles, len(bag))[0])
+    out, attention = _attended(model.pooling, model.query, tiles, len(bag))
     return MILOutput(model.head(out[0]), as_attention(attention))
 
 

@@ -70,7 +70,7 @@ def test_every_other_model_streams():
 def test_pool_is_softmax_whatever_the_order_of_the_scores():
     scores, values = torch.randn(2, 40) * 30, torch.randn(40, 3)
     for order in (torch.arange(40), scores[0].argsort(), scores[0].argsort(descending=True)):
-        pool = Pool()
+        pool = Pool(40)
         for part in order.split(7):
             pool.add(scores[:, part], values[part])
         torch.testing.assert_close(pool.pooled(), scores.softmax(1) @ values)
