@@ -189,7 +189,7 @@ def rewrite(cohort: Path, header: str, cells) -> Path:
 COHORTS = {
     "multilabel": ("label", lambda i, positive: "|".join(["a"] * positive + ["b"] * (i % 3 == 0)) or "-"),
     "ordinal": ("label", lambda i, positive: str(2 * positive + (i // 2) % 2)),
-    "cox": ("time,event", lambda i, positive: f"{(1 if positive else 9) + i / 100},{int(i % 4 != 3)}"),
+    "cox": ("time,event", lambda i, positive: f"{1 if positive else 9},{int(i % 4 != 3)}"),
 }
 COHORTS["discrete"] = COHORTS["cox"]
 
