@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from common.distributed import World, init_distributed
 from common.errors import UserError, did_you_mean
 from common.files import read_json, safe_id, write_csv, write_json, write_text
 from common.progress import progress
-from mil.datasets.bags import bags_digest, find_bags
+from mil.datasets.bags import bags_digest, find_bags, memory_of, usable_bags
 from mil.datasets.labels import LabelledSlides, read_labelled_slides
 from mil.engine import Recipe
 from mil.evaluation.tables import write_evaluation
@@ -70,11 +69,14 @@ class Config:
     subset: str = key("", "use only slides with this value in the split column (or one of several: train,val); empty: all")
     positive: str | None = key(None, "label of the positive class; null: the last one in alphabetical order")
     skip_missing: bool = key(False, "leave slides without a bag in any of the feature sets out instead of stopping")
+    skip_bad: bool = key(False, "leave slides with an unreadable, empty or NaN bag in any feature set out instead of stopping")
     training: Recipe = group(Recipe, "training recipe; keys that are not given are each model's published ones")
     resamples: int = key(2000, "bootstrap resamples of the confidence intervals")
     xlsx: bool = key(False, "write all tables as evaluation.xlsx too", runtime=True)
     cost: str = key("", "JSON: {feature set: {gflops, parameters, tiles_per_second}}", path=True)
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
+    devices: list[str] = key([], "devices that the processes share, [cuda:0, cuda:1]; empty: `device` for all", runtime=True)
+    ram_gb: float = key(0.0, "GB of bags in memory, a process; 0: half of what is free, shared by the workers", runtime=True)
     workers: int = key(1, "trainings at a time; each process holds one feature set in memory", runtime=True)
     threads: int = key(1, "CPU threads of each process", runtime=True)
     overwrite: bool = key(False, "train again what was trained with other settings or inputs", runtime=True)
@@ -99,6 +101,7 @@ def common_slides(config: Config, folders: dict[str, Path]) -> tuple[LabelledSli
     if config.splits:
         slides = known_slides(config.splits, stored_splits(config.splits), slides)
     found = {name: find_bags(folder, slides.slide_ids, skip_missing=config.skip_missing) for name, folder in folders.items()}
+    found = {name: usable_bags(files) if config.skip_bad else files for name, files in found.items()}
     shared = [slide for slide in slides.slide_ids if all(slide in files for files in found.values())]
     files = {name: {slide: files[slide] for slide in shared} for name, files in found.items()}
     return slides.only(shared), files
@@ -128,6 +131,7 @@ def make_jobs(config: Config, slides: LabelledSlides, files: dict[str, dict[str,
         splits = checked_splits(stored_splits(config.splits), slides, slides.slide_ids)
     else:
         splits = make_splits(slides, config.protocol, config.folds, config.val_fraction, config.split_seed)
+    memory = memory_of(config.ram_gb, max(config.workers, len(config.devices)))
     write_splits(Path(config.output) / "splits", splits)
     jobs = []
     for name, bags in files.items():
@@ -136,7 +140,7 @@ def make_jobs(config: Config, slides: LabelledSlides, files: dict[str, dict[str,
             for seed in config.seeds:
                 for split in splits:
                     output = Path(config.output) / "runs" / name / model / f"seed{seed}_fold{split.fold}"
-                    jobs.append(Job(output, replace(settings[model], seed=seed), slides, split, bag_list, digest))
+                    jobs.append(Job(output, replace(settings[model], seed=seed), slides, split, bag_list, digest, None, memory))
     return jobs
 
 
@@ -210,8 +214,12 @@ def main(config: Config) -> int:
         "benchmark: %d slides, %d trainings, %d finished already", len(slides.records), len(jobs), len(jobs) - len(pending)
     )
     failures = []
-    work = partial(run_one, device=config.device)
-    for job, error in progress(run_all(work, pending, config.workers, config.threads), "trainings", len(pending), "runs"):
+    devices = config.devices or [config.device]
+    for device in devices:
+        pick_device(device)  # a device that is not there stops the benchmark before it has begun
+    workers = max(config.workers, len(config.devices))
+    ended = run_all(run_one, pending, workers, config.threads, devices)
+    for job, error in progress(ended, "trainings", len(pending), "runs"):
         if error is not None:
             name = str(job.output.relative_to(output / "runs"))
             logger.error("benchmark: %s failed: %s", name, error)

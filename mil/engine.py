@@ -11,13 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from common.checkpoint import load_checkpoint, load_weights, resume, save_checkpoint
@@ -27,9 +28,12 @@ from common.distributed import World, all_reduce_mean, unwrap, wrap
 from common.errors import UserError
 from common.run import Run
 from common.seed import epoch_generator
-from mil.metrics import auc, youden_threshold
-from mil.models import MILOutput, build
+from mil.metrics import youden_threshold
+from mil.models import MILOutput, Target, build
+from mil.objectives import CLASSES, SURVIVAL, Objective
 from mil.optim import OPTIMIZERS, SCHEDULES, lr_factor, make_optimizer
+from mil.prefetch import on_device, prefetch
+from patch_encoder.stored_bags import StoredBag
 
 
 @dataclass
@@ -48,6 +52,10 @@ class Recipe:
     lr_min: float = key(0.0, "learning rate at the end of the cosine")
     clip_norm: float = key(0.0, "largest gradient norm; 0: gradients are not clipped")
     accumulate: int = key(1, "bags per optimiser step, over all processes; their gradients are averaged")
+    max_tiles: int = key(0, "tiles of a bag that a training step sees, drawn anew in every epoch; 0: all of them")
+    smoothing: float = key(0.0, "average of the validation score over epochs, s * past + (1 - s) * new; 0: the score itself")
+    label_smoothing: float = key(0.0, "label smoothing of task=classes and task=multilabel")
+    focal: float = key(0.0, "gamma of the focal loss of task=classes and task=multilabel; 0: cross-entropy")
     class_weights: bool = key(False, "weigh the loss by inverse class frequency, mean 1 over the training slides")
     balanced: bool = key(False, "draw the bags of an epoch with replacement, every class equally often")
     precision: str = key("fp32", "computing precision", choices=("fp32", "bf16"))
@@ -56,17 +64,28 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Sample:
-    """One labelled bag: features (N, D), coords (N, 2) or None, class index."""
+    """One labelled bag: features (N, D) in memory or on disk, coords (N, 2) or None, target as mil.objectives has it.
+
+    `stratum` is the class that balanced sampling sees where the target is no class.
+    """
 
     slide_id: str
-    features: Tensor
+    features: Tensor | StoredBag
     coords: Tensor | None
-    target: int
+    target: Target
+    stratum: int = 0
+
+    def load(self, tiles: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Features, as they are stored, and coords; of the given tiles only, or of all."""
+        if isinstance(self.features, StoredBag):
+            features = self.features.read() if tiles is None else self.features.rows(tiles)
+        else:
+            features = self.features if tiles is None else self.features[tiles]
+        return features, self.coords if tiles is None or self.coords is None else self.coords[tiles]
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Features and coords on the device."""
-        coords = None if self.coords is None else self.coords.to(device, non_blocking=True)
-        return self.features.to(device, non_blocking=True), coords
+        """Float32 features and coords on the device."""
+        return on_device(self.load(), device)
 
 
 def train_one_epoch(
@@ -77,30 +96,42 @@ def train_one_epoch(
     world: World,
     order: Sequence[int],
     epoch: int = 0,
+    task: Objective = CLASSES,
+    seed: int = 0,
 ) -> float:
     """One pass over the training bags in the given order, after `epoch` others; returns the mean loss."""
     model.train()
     after_step = getattr(unwrap(model), "after_step", None)
     steps = -(-len(order) // recipe.accumulate)
-    weights = class_weights(samples) if recipe.class_weights else {}
+    weights = class_weights(samples) if recipe.class_weights and task.kind != "multilabel" else {}
     total = torch.zeros(1, device=world.device)
-    for step, group in enumerate(batches(order, recipe.accumulate), start=epoch * steps + 1):
+    groups = list(batches(range(len(order)), recipe.accumulate))
+    # gradients are averaged over processes, so that each process sums loss * size / len(group);
+    # a process that has no bag in a last, short group repeats one at weight 0 to take part in the average
+    taken = [group[world.rank :: world.size] or group[:1] for group in groups]
+    bags = draws([(samples[order[place]], place) for part in taken for place in part], recipe.max_tiles, seed + epoch)
+    loaded = prefetch(bags, world.device)
+    for step, (group, places) in enumerate(zip(groups, taken, strict=True), start=epoch * steps + 1):
         optimizer.zero_grad(set_to_none=True)
-        # gradients are averaged over processes, so that each process sums loss * size / len(group);
-        # a process that has no bag in a last, short group repeats one at weight 0 to take part in the average
-        mine = group[world.rank :: world.size]
+        mine = len(group) > world.rank
         share = world.size / len(group) if mine else 0.0
-        taken = mine or group[:1]
-        for place, sample in enumerate((samples[index] for index in taken), start=1):
-            with _sync(model, place == len(taken)), autocast(world.device, recipe.precision):
-                output = model(*sample.to(world.device), target=sample.target)
-                loss = training_loss(output, sample.target) * weights.get(sample.target, 1.0)
-                if not torch.isfinite(loss):
-                    raise UserError(
-                        f"slide {sample.slide_id}: expected a finite loss, found {float(loss.detach())}; lower training.lr"
-                    )
+        outputs, targets = [], []
+        for sample, bag in islice(loaded, len(places)):
+            with _sync(model, len(targets) + 1 == len(places)), autocast(world.device, recipe.precision):
+                output = model(*on_device(bag, world.device), target=task.told(sample.target))
+                targets.append(sample.target)
+                if task.needs_all_bags:
+                    outputs.append(output)
+                    continue
+                loss = training_loss(output, sample.target, task) * weights.get(sample.target, 1.0)
+                _check_loss(loss, f"slide {sample.slide_id}")
                 (loss * share).backward()
-            total += loss.detach() * bool(mine)
+            total += loss.detach() * mine
+        if outputs:
+            loss = task.step_loss(outputs, targets)
+            _check_loss(loss, f"step {step}")
+            loss.backward()
+            total += loss.detach() * len(group)
         if recipe.clip_norm:
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
         optimizer.step()
@@ -109,22 +140,40 @@ def train_one_epoch(
     return float(all_reduce_mean(total)) * world.size / len(order)
 
 
-def training_loss(output: MILOutput, target: int) -> Float[Tensor, ""]:
+def training_loss(output: MILOutput, target: Target, task: Objective = CLASSES) -> Float[Tensor, ""]:
     """Weighted criteria of the output's streams (of its logits where it has none) plus its auxiliary loss."""
-    loss = sum(weight * bag_loss(logits, target) for logits, weight in output.streams or ((output.logits, 1.0),))
+    loss = sum(weight * task.loss(logits, target) for logits, weight in output.streams or ((output.logits, 1.0),))
     return loss if output.auxiliary is None else loss + output.auxiliary
 
 
-def bag_loss(logits: Float[Tensor, " c"], target: int) -> Float[Tensor, ""]:
-    """Cross-entropy of one bag, in fp32."""
-    return cross_entropy(logits.float()[None], torch.tensor([target], device=logits.device))
+def _check_loss(loss: Tensor, where: str) -> None:
+    if not torch.isfinite(loss):
+        raise UserError(f"{where}: expected a finite loss, found {float(loss.detach())}; lower training.lr")
+
+
+def draws(bags: Sequence[tuple[Sample, int]], tiles: int, seed: int) -> Iterator[tuple[Sample, Tensor | None]]:
+    """Each sample with its tiles of this pass: all (None), or `tiles` of them in the order of the bag.
+
+    The draw depends on the seed and the bag's place in the epoch alone, not on who loads it.
+    """
+    for sample, place in bags:
+        if not 0 < tiles < len(sample.features):
+            yield sample, None
+            continue
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + place)
+        yield sample, torch.randperm(len(sample.features), generator=generator)[:tiles].sort().values
 
 
 def class_weights(samples: Sequence[Sample]) -> dict[int, float]:
     """S / (C n_c) for every class c: mean 1 over the samples."""
-    targets = [sample.target for sample in samples]
+    targets = [stratum_of(sample) for sample in samples]
     present = set(targets)
     return {c: len(targets) / (len(present) * targets.count(c)) for c in present}
+
+
+def stratum_of(sample: Sample) -> int:
+    """The class of a bag, or what stands for it."""
+    return sample.target if isinstance(sample.target, int) else sample.stratum
 
 
 def epoch_order(samples: Sequence[Sample], balanced: bool, generator: torch.Generator) -> list[int]:
@@ -132,7 +181,7 @@ def epoch_order(samples: Sequence[Sample], balanced: bool, generator: torch.Gene
     if not balanced:
         return torch.randperm(len(samples), generator=generator).tolist()
     weights = class_weights(samples)
-    odds = torch.tensor([weights[sample.target] for sample in samples], dtype=torch.float64)
+    odds = torch.tensor([weights[stratum_of(sample)] for sample in samples], dtype=torch.float64)
     return torch.multinomial(odds, len(samples), replacement=True, generator=generator).tolist()
 
 
@@ -151,7 +200,8 @@ def predict(model: nn.Module, samples: Sequence[Sample], device: torch.device, p
     """Logits (S, C) of the samples, on the CPU."""
     model.eval()
     with autocast(device, precision):
-        logits = [model(*sample.to(device)).logits.float() for sample in samples]
+        bags = prefetch([(sample, None) for sample in samples], device)
+        logits = [model(*on_device(bag, device)).logits.float() for _, bag in bags]
     return torch.stack(logits).cpu()
 
 
@@ -163,20 +213,44 @@ def examine(model: nn.Module, sample: Sample, device: torch.device) -> MILOutput
     return MILOutput(output.logits.float().cpu(), output.attention.float().cpu())
 
 
-def validate(model: nn.Module, samples: Sequence[Sample], device: torch.device, precision: str) -> dict[str, float]:
-    """AUC, loss and, with two classes, Youden's threshold on the validation bags."""
+def validate(
+    model: nn.Module, samples: Sequence[Sample], device: torch.device, precision: str, task: Objective = CLASSES
+) -> dict[str, float]:
+    """The task's score, its loss and, with two classes, Youden's threshold on the validation bags."""
     logits = predict(model, samples, device, precision)
-    targets = torch.tensor([sample.target for sample in samples])
-    probabilities = logits.softmax(1).numpy()
-    values = {"auc": float(auc(targets.numpy(), probabilities)[0]), "loss": float(cross_entropy(logits, targets))}
-    if logits.shape[1] == 2:
-        values["threshold"] = youden_threshold(targets.numpy() == 1, probabilities[:, 1])
+    targets = [sample.target for sample in samples]
+    values = task.judge(logits, targets)
+    if task.kind == "classes" and logits.shape[1] == 2:
+        values["threshold"] = youden_threshold(np.array(targets) == 1, logits.softmax(1).numpy()[:, 1])
     return values
 
 
-def is_better(value: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
-    """Higher validation AUC, or the same with a lower loss."""
-    return not best or (value["auc"], -value["loss"]) > (best["auc"], -best["loss"])
+def is_better(value: Mapping[str, Any], best: Mapping[str, Any], score: str = "auc") -> bool:
+    """Higher validation score, or the same with a lower loss."""
+    return not best or (value[score], -value["loss"]) > (best[score], -best["loss"])
+
+
+class Smoother:
+    """Moving average of the validation score and loss, by which epochs are compared: s * past + (1 - s) * new.
+
+    Starts at the first epoch's values; with s = 0 it is the values themselves.
+    """
+
+    def __init__(self, share: float) -> None:
+        if not 0 <= share < 1:
+            raise UserError(f"training.smoothing={share}: expected the share of the past, 0 <= smoothing < 1")
+        self.share, self.values = share, {}
+
+    def __call__(self, values: Mapping[str, float], score: str) -> dict[str, float]:
+        """The averages after one more epoch."""
+        new = {name: values[name] for name in (score, "loss")}
+        past = self.values or new
+        self.values = {name: self.share * past[name] + (1 - self.share) * new[name] for name in new} if self.share else new
+        return dict(self.values)
+
+    def load_state_dict(self, values: Mapping[str, float]) -> None:
+        """Go on from a checkpoint."""
+        self.values = dict(values)
 
 
 def is_over(epoch: int, best: Mapping[str, Any], recipe: Recipe) -> bool:
@@ -184,6 +258,23 @@ def is_over(epoch: int, best: Mapping[str, Any], recipe: Recipe) -> bool:
     if epoch >= recipe.epochs:
         return True
     return bool(best) and epoch >= recipe.min_epochs and epoch - best["epoch"] >= recipe.patience
+
+
+def check_recipe(recipe: Recipe, task: Objective, world: World) -> None:
+    """Refuse what does not go together, before any work."""
+    if recipe.accumulate % world.size:
+        raise UserError(
+            f"training.accumulate={recipe.accumulate}: expected a multiple of the number of processes, {world.size}"
+        )
+    if task.needs_all_bags and (world.size > 1 or recipe.accumulate < 2):
+        raise UserError(
+            f"task={task.kind}: expected one process and training.accumulate of 2 or more, the slides that are compared in a "
+            f"step; found {world.size} and {recipe.accumulate}"
+        )
+    if recipe.class_weights and task.kind in SURVIVAL:
+        raise UserError(f"task={task.kind}: training.class_weights is of classes, labels and grades; leave it out")
+    if recipe.max_tiles < 0:
+        raise UserError(f"training.max_tiles={recipe.max_tiles}: expected a number of tiles, or 0 for all")
 
 
 def train_model(
@@ -195,6 +286,7 @@ def train_model(
     run: Run,
     config: dict[str, Any],
     world: World,
+    task: Objective = CLASSES,
 ) -> dict[str, Any]:
     """Train, or go on from the run's last checkpoint, and leave the model with its best weights.
 
@@ -206,48 +298,52 @@ def train_model(
         run: gets metrics.jsonl, checkpoint_last.pt and checkpoint_best.pt.
         config: plain dict from which `load_classifier` rebuilds the model.
         world: processes; `recipe.accumulate` bags a step are shared out among them.
+        task: what the slides are asked.
 
     Returns:
-        Validation `auc`, `loss`, `epoch` and `threshold` of the best epoch, and `epochs` that were run.
+        Validation score under its name (`auc`), `loss`, `epoch` and `threshold` of the best epoch, and `epochs` that were run.
 
     Raises:
-        UserError: the loss is not finite; fewer bags a step than processes.
+        UserError: the loss is not finite; fewer bags a step than processes; a recipe that the task does not go with.
     """
-    if recipe.accumulate % world.size:
-        raise UserError(
-            f"training.accumulate={recipe.accumulate}: expected a multiple of the number of processes, {world.size}"
-        )
+    check_recipe(recipe, task, world)
     betas = (recipe.beta1, recipe.beta2)
     optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay, betas)
     floor = recipe.lr_min / recipe.lr if recipe.lr else 0.0
     factor = partial(lr_factor, recipe.schedule, epochs=recipe.epochs, floor=floor)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    epoch, best = resume(run.last, model, optimizer=optimizer, scheduler=scheduler)
+    smoother = Smoother(recipe.smoothing)
+    parts = {"smoother": smoother} if recipe.smoothing else {}
+    epoch, best = resume(run.last, model, optimizer=optimizer, scheduler=scheduler, **parts)
     run.forget_after(epoch)
     parallel = wrap(model, world)
     while not is_over(epoch, best, recipe):
         order = epoch_order(train, recipe.balanced, epoch_generator(seed, epoch))
-        loss = train_one_epoch(parallel, train, optimizer, recipe, world, order, epoch)
-        values = validate(model, val, world.device, recipe.precision)
+        loss = train_one_epoch(parallel, train, optimizer, recipe, world, order, epoch, task, seed)
+        values = validate(model, val, world.device, recipe.precision, task)
+        compared = smoother(values, task.score)
         run.log(
             {
                 "epoch": epoch + 1,
                 "lr": scheduler.get_last_lr()[0],
                 "train_loss": loss,
-                "val_auc": values["auc"],
+                f"val_{task.score}": values[task.score],
                 "val_loss": values["loss"],
             }
+            | ({f"val_{task.score}_smoothed": compared[task.score]} if recipe.smoothing else {})
         )
         scheduler.step()
         epoch += 1
-        if is_better(values, best):
+        if is_better(compared, best.get("compared", best), task.score):
             best = {
                 **values,
+                **({"compared": compared} if recipe.smoothing else {}),
                 "epoch": epoch,
                 "model": {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()},
             }
         if world.is_main and (epoch % recipe.save_every == 0 or is_over(epoch, best, recipe)):
             states = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+            states |= {name: dict(part.values) for name, part in parts.items()}
             save_checkpoint(run.last, model=model.state_dict(), config=config, epoch=epoch, best=best, **states)
             summary = {name: value for name, value in best.items() if name != "model"}
             save_checkpoint(run.best, model=best["model"], config=config, epoch=best["epoch"], best=summary)

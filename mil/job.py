@@ -6,6 +6,7 @@ The unit that `train` runs once and `benchmark` many times, in any process and a
 from __future__ import annotations
 
 import csv
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from common.checkpoint import load_checkpoint
 from common.distributed import World, barrier
@@ -23,10 +25,13 @@ from common.run import Run, Tracker, open_run
 from common.seed import seed_everything
 from mil.datasets.bags import Bags, load_bags
 from mil.datasets.labels import LabelledSlides
-from mil.engine import Recipe, Sample, predict, train_model
+from mil.datasets.targets import Targets
+from mil.engine import Recipe, Sample, check_recipe, predict, train_model
 from mil.evaluation.calibration import fit_temperature
 from mil.metrics import Predictions, evaluate, predict_class
 from mil.models import Standardised, build, plain_model
+from mil.objective_results import make_objective, task_header, task_rows
+from mil.objectives import Objective
 from mil.splits import Split
 
 PLAIN = "plain"  # folder of the model that a teacher-student model starts from
@@ -42,6 +47,8 @@ class Settings:
     seed: int
     training: Recipe = field(default_factory=Recipe)
     options: dict[str, Any] = field(default_factory=dict)
+    task: str = "classes"
+    intervals: int = 4
 
     def network(self, dim: int, classes: int) -> dict[str, Any]:
         """What `build` needs for features of width `dim`."""
@@ -60,6 +67,8 @@ class Job:
         split: train, validation and test slides.
         files: (slide id, bag file) of all of them.
         features_digest: fingerprint of the bags.
+        targets: of the slides where the task is not one class a slide.
+        memory: bytes for bags that are kept in memory; None: half of what is free.
     """
 
     output: Path
@@ -68,6 +77,13 @@ class Job:
     split: Split
     files: tuple[tuple[str, Path], ...]
     features_digest: str
+    targets: Targets | None = None
+    memory: int | None = None
+
+    @property
+    def aims(self) -> Targets:
+        """The targets of any task."""
+        return self.targets or Targets("classes", self.slides.classes, self.slides.target_of())
 
 
 def open_job(job: Job, world: World, *, overwrite: bool = False, tracker: Tracker | None = None) -> Run:
@@ -79,16 +95,21 @@ def open_job(job: Job, world: World, *, overwrite: bool = False, tracker: Tracke
     if overwrite and world.is_main:
         shutil.rmtree(job.output / PLAIN, ignore_errors=True)
     labels = repr((job.slides.classes, [(r.slide_id, r.case_id, r.label) for r in job.slides.records]))
+    if job.targets is not None:
+        labels += repr((job.targets.names, [(slide, job.targets.values[slide]) for slide in job.slides.slide_ids]))
     inputs = {"features": job.features_digest, "labels": sha256_bytes(labels.encode()), "split": job.split.digest()}
     return open_run(job.output, job.settings, world, inputs=inputs, overwrite=overwrite, tracker=tracker)
 
 
 def run_job(job: Job, run: Run, world: World) -> dict[str, Any]:
     """Train (or go on), predict validation and test slides, write predictions.csv and results.json; returns the latter."""
-    bags = cached_bags(job.files, job.features_digest)
-    settings, classes = job.settings, job.slides.classes
-    train, val, test = (samples_of(bags, job.slides, ids) for ids in (job.split.train, job.split.val, job.split.test))
-    network = settings.network(bags.dim, len(classes))
+    settings, classes, recipe = job.settings, job.slides.classes, job.settings.training
+    weighted = (recipe.label_smoothing, recipe.focal, recipe.class_weights)
+    task = make_objective(job.aims, job.split.train, *weighted, settings.intervals)
+    check_recipe(recipe, task, world)
+    bags = cached_bags(job.files, job.features_digest, job.memory)
+    train, val, test = (samples_of(bags, job, ids) for ids in (job.split.train, job.split.val, job.split.test))
+    network = settings.network(bags.dim, task.outputs)
     start = train_plain(job, world)
     seed_everything(settings.seed)
     model = build(**network)
@@ -98,8 +119,9 @@ def run_job(job: Job, run: Run, world: World) -> dict[str, Any]:
         inner: Any = model.model if isinstance(model, Standardised) else model
         inner.start_from(start)
     model.to(world.device)
-    config = {"network": network, "class_names": list(classes), "features_digest": job.features_digest}
-    best = train_model(model, train, val, settings.training, settings.seed, run, config, world)
+    config = {"network": network, "class_names": list(task.names), "features_digest": job.features_digest}
+    config |= {"task": task.to_dict()} if job.targets is not None else {}
+    best = train_model(model, train, val, settings.training, settings.seed, run, config, world, task)
     threshold = best.get("threshold")
     results = {
         "model": settings.model,
@@ -108,6 +130,9 @@ def run_job(job: Job, run: Run, world: World) -> dict[str, Any]:
         "best_epoch": best["epoch"],
         "epochs": best["epochs"],
     }
+    if job.targets is not None:
+        sets = {"val": val, "test": test}
+        return finish_task(job, run, world, task, model, sets, results | {f"val_{task.score}": best[task.score]})
     results |= {"threshold": threshold, "val_auc": best["auc"]}
     rows = []
     temperature = 1.0
@@ -123,6 +148,34 @@ def run_job(job: Job, run: Run, world: World) -> dict[str, Any]:
         rows += prediction_rows(said, [s.slide_id for s in samples], classes, name)
     if world.is_main:
         write_csv(job.output / "predictions.csv", prediction_header(classes), rows)
+    run.finish(results)
+    return results
+
+
+def finish_task(
+    job: Job,
+    run: Run,
+    world: World,
+    task: Objective,
+    model: nn.Module,
+    sets: dict[str, list[Sample]],
+    results: dict[str, Any],
+) -> dict[str, Any]:
+    """predictions.csv and results.json of a task that is not one class a slide."""
+    case_of = {record.slide_id: record.case_id for record in job.slides.records}
+    rows = []
+    for name, samples in sets.items():
+        if samples:
+            logits = predict(model, samples, world.device, job.settings.training.precision)
+            judged = task.judge(logits, [sample.target for sample in samples])
+            # a score that does not exist (no pair to compare) is null in JSON
+            results[name] = {key: value if math.isfinite(value) else None for key, value in judged.items()}
+            ids = [sample.slide_id for sample in samples]
+            said = task.said(logits.double()).numpy()
+            rows += task_rows(task, job.aims, ids, [case_of[slide] for slide in ids], said, job.split.fold, name)
+    results |= {"task": task.kind}
+    if world.is_main:
+        write_csv(job.output / "predictions.csv", task_header(task), rows)
     run.finish(results)
     return results
 
@@ -148,15 +201,15 @@ def train_plain(job: Job, world: World) -> dict[str, torch.Tensor] | None:
 
 
 @lru_cache(maxsize=1)
-def cached_bags(files: tuple[tuple[str, Path], ...], digest: str) -> Bags:
+def cached_bags(files: tuple[tuple[str, Path], ...], digest: str, memory: int | None = None) -> Bags:
     """The bags of one feature set, kept for the next job of this process; `digest` tells apart bags that were replaced."""
-    return load_bags(dict(files))
+    return load_bags(dict(files), memory)
 
 
-def samples_of(bags: Bags, slides: LabelledSlides, slide_ids: Sequence[str]) -> list[Sample]:
+def samples_of(bags: Bags, job: Job, slide_ids: Sequence[str]) -> list[Sample]:
     """Labelled bags in the order of `slide_ids`."""
-    targets = slides.target_of()
-    return [Sample(slide, bags.features[slide], bags.coords[slide], targets[slide]) for slide in slide_ids]
+    strata, aims = job.slides.target_of(), job.aims
+    return [Sample(slide, bags.features[slide], bags.coords[slide], aims.of(slide), strata[slide]) for slide in slide_ids]
 
 
 def predictions_of(job: Job, samples: Sequence[Sample], probabilities: np.ndarray, threshold: float | None) -> Predictions:

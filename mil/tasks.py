@@ -56,8 +56,8 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
 
 
 def grades(logits: np.ndarray) -> np.ndarray:
-    """(S, C - 1) logits of "above grade k" -> (S, C) probabilities of the grades."""
-    above = np.minimum.accumulate(sigmoid(logits), axis=1)
+    """(S, C - 1) logits of "above grade k, given above k - 1" (CORN, as mil.losses.ordinal) -> (S, C) probabilities."""
+    above = np.cumprod(sigmoid(logits), axis=1)
     bounds = np.pad(above, ((0, 0), (1, 1)), constant_values=((0, 0), (1, 0)))
     return bounds[:, :-1] - bounds[:, 1:]
 

@@ -21,11 +21,12 @@ from common.config import REQUIRED, given_keys, group, key
 from common.distributed import init_distributed
 from common.errors import UserError
 from common.run import Tracker
-from mil.datasets.bags import bags_digest, find_bags
-from mil.datasets.labels import read_labelled_slides
+from mil.datasets.bags import bags_digest, find_bags, memory_of, usable_bags
+from mil.datasets.targets import read_targets
 from mil.engine import Recipe
 from mil.job import Job, Settings, open_job, run_job
 from mil.models import MODELS, check_options
+from mil.objectives import SCORES, TASKS
 from mil.recipes import resolve
 from mil.split_files import checked_splits, known_slides, stored_splits
 from mil.splits import PROTOCOLS, make_splits, split_values
@@ -37,9 +38,12 @@ logger = logging.getLogger(__name__)
 class Config:
     """Keys of one training."""
 
-    labels: str = key(REQUIRED, "labels.csv: case_id,slide_id,label (and split)", path=True)
+    labels: str = key(REQUIRED, "labels.csv: case_id,slide_id,label (and split); time,event for survival", path=True)
     features: str = key(REQUIRED, "folder of feature bags", path=True)
     output: str = key(REQUIRED, "run directory", runtime=True)
+    task: str = key("classes", "classes; multilabel (a|b); ordinal (grades); cox or discrete (survival)", choices=TASKS)
+    grades: list[str] = key([], "names of the grades from the lowest, for task=ordinal; empty: whole numbers")
+    intervals: int = key(4, "intervals of time with about as many events each, for task=discrete")
     model: str = key("abmil", "slide classifier", choices=tuple(MODELS))
     options: dict[str, Any] = key({}, "the model's options, {name: value}; the README lists them")
     dropout: float = key(0.25, "probability of dropping a hidden unit")
@@ -56,9 +60,11 @@ class Config:
     subset: str = key("", "use only slides with this value in the split column (or one of several: train,val); empty: all")
     positive: str | None = key(None, "label of the positive class; null: the last one in alphabetical order")
     skip_missing: bool = key(False, "leave labelled slides without a bag out instead of stopping")
+    skip_bad: bool = key(False, "leave slides whose bag is unreadable, empty, NaN or of another width out instead of stopping")
     training: Recipe = group(Recipe, "training recipe; keys that are not given are the model's published ones")
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
     threads: int = key(1, "CPU threads; bags are small, so that one is often the fastest", runtime=True)
+    ram_gb: float = key(0.0, "GB of bags in memory, the rest is read at every use; 0: half of what is free", runtime=True)
     overwrite: bool = key(False, "start afresh over another run", runtime=True)
     tracker: Tracker = group(Tracker, "experiment tracking")
 
@@ -67,10 +73,12 @@ def build_job(config: Config) -> Job:
     """Model, labels, bags and split of this training, checked."""
     options = check_options(config.model, config.options)
     recipe, dropout = resolve(config.model, config.training, config.dropout, given_keys(config))
-    slides = read_labelled_slides(config.labels, split_values(config.protocol, config.subset), config.positive)
+    values = split_values(config.protocol, config.subset)
+    slides, targets = read_targets(config.labels, config.task, values, config.positive, config.grades)
     stored = stored_splits(config.splits) if config.splits else []
     slides = known_slides(config.splits, stored, slides) if stored else slides
     files = find_bags(config.features, slides.slide_ids, skip_missing=config.skip_missing)
+    files = usable_bags(files) if config.skip_bad else files
     slides = slides.only(files)
     if stored:
         splits = checked_splits(stored, slides, files)
@@ -80,8 +88,11 @@ def build_job(config: Config) -> Job:
     if split is None:
         source = f"splits={config.splits}" if stored else f"protocol={config.protocol}"
         raise UserError(f"fold={config.fold}: expected {splits[0].fold} to {splits[-1].fold} with {source}")
-    settings = Settings(config.model, dropout, config.standardize, config.seed, recipe, options)
-    return Job(Path(config.output), settings, slides, split, tuple(files.items()), bags_digest(files))
+    told = {"task": config.task, "intervals": config.intervals}
+    settings = Settings(config.model, dropout, config.standardize, config.seed, recipe, options, **told)
+    asked = None if config.task == "classes" else targets
+    digest, memory = bags_digest(files), memory_of(config.ram_gb)
+    return Job(Path(config.output), settings, slides, split, tuple(files.items()), digest, asked, memory)
 
 
 def main(config: Config) -> int | None:
@@ -94,13 +105,9 @@ def main(config: Config) -> int | None:
         return None
     results = run_job(job, run, world)
     if world.is_main:
-        logger.info(
-            "%s: best epoch %d of %d, validation AUC %.4f",
-            run.path,
-            results["best_epoch"],
-            results["epochs"],
-            results["val_auc"],
-        )
+        score = SCORES[config.task]
+        line = "%s: best epoch %d of %d, validation %s %.4f"
+        logger.info(line, run.path, results["best_epoch"], results["epochs"], score, results[f"val_{score}"])
         logger.info("test: %s", ", ".join(f"{name} {value:.4f}" for name, value in results["test"].items()))
     return None
 

@@ -138,6 +138,8 @@ def read_bag(path: str | Path) -> Bag:
     path = Path(path)
     if path.suffix == ".pt":
         tensor = load_tensors(path, "a feature bag, one tensor (N, D)")
+        if isinstance(tensor, dict):
+            tensor = next((tensor[name] for name in FEATURE_KEYS if name in tensor), tensor)
         if not hasattr(tensor, "numpy"):
             raise UserError(f"{path}: expected one tensor (N, D), found {type(tensor).__name__}")
         features, coords, attributes = tensor.float().numpy(), None, {}
@@ -152,7 +154,7 @@ def read_bag(path: str | Path) -> Bag:
 def _read_h5(path: Path) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
     try:
         with h5py.File(path, "r") as file:
-            name = _feature_key(path, file)
+            name = feature_key(path, file)
             features = file[name][()]
             attributes = {**file.attrs, **file[name].attrs}
             coords = None
@@ -168,7 +170,8 @@ def _read_h5(path: Path) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]
     )
 
 
-def _feature_key(path: Path, file: h5py.File) -> str:
+def feature_key(path: Path, file: h5py.File) -> str:
+    """Name of the dataset that holds the features."""
     for name in FEATURE_KEYS:
         if name in file:
             return name
@@ -194,7 +197,7 @@ def bag_header(path: str | Path) -> tuple[tuple[int, int], dict[str, Any]]:
     """((N, D), attributes of `features` and `coords`) of an `.h5` bag without reading its features."""
     try:
         with h5py.File(path, "r") as file:
-            dataset = file[_feature_key(Path(path), file)]
+            dataset = file[feature_key(Path(path), file)]
             attributes = {**dataset.attrs, **(file["coords"].attrs if "coords" in file else {})}
             return tuple(dataset.shape[-2:]), {k: v.item() if isinstance(v, np.generic) else v for k, v in attributes.items()}
     except OSError as error:

@@ -1,24 +1,28 @@
-"""A cohort's feature bags in memory, checked before any training starts.
+"""A cohort's feature bags, checked before any training starts: in memory up to a budget, on disk beyond it.
 
-Bags are held as float32 on the CPU: N x D x 4 bytes a slide (10,000 tiles of 1,024 features: 40 MB).
+Bags in memory keep the precision of their file: N x D x 2 or 4 bytes a slide (10,000 tiles of 1,024 features in half
+precision: 20 MB). Bags on disk are read at every use, ahead of the device (mil/prefetch.py). Results do not depend on
+where a bag lies.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from common.errors import UserError
 from common.files import sha256_bytes
-from patch_encoder.bags import bag_digest, bag_files, read_bag
+from patch_encoder.bags import bag_digest, bag_files
+from patch_encoder.stored_bags import StoredBag, check_finite, open_bag
 
 logger = logging.getLogger(__name__)
+CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -26,13 +30,13 @@ class Bags:
     """Bags of one encoder, by slide id.
 
     Attributes:
-        features: (N, D) float32 each.
+        features: (N, D) each, float16 or float32 as stored; a StoredBag for those beyond the memory budget.
         coords: (N, 2) int64 level-0 corners each, None where the file has none.
         attributes: attributes of each file: tile geometry and provenance.
         dim: D.
     """
 
-    features: dict[str, Tensor]
+    features: dict[str, Tensor | StoredBag]
     coords: dict[str, Tensor | None]
     attributes: dict[str, dict[str, Any]]
     dim: int
@@ -55,24 +59,97 @@ def find_bags(folder: str | Path, slide_ids: Sequence[str], *, skip_missing: boo
     return {slide: found[slide] for slide in slide_ids if slide in found}
 
 
-def load_bags(files: Mapping[str, Path]) -> Bags:
-    """Read all bags.
+def load_bags(files: Mapping[str, Path], memory: int | None = None) -> Bags:
+    """Open and check all bags, and read them as far as `memory` bytes go (None: half of what is free).
 
     Raises:
-        UserError: a bag that `read_bag` refuses (NaN, infinite, empty, unreadable), or one of another width.
+        UserError: every bag that is unreadable, empty, not finite or of another width than most, in one line.
     """
-    bags = Bags({}, {}, {}, 0)
-    widths: dict[int, str] = {}
+    budget = free_memory() // 2 if memory is None else memory
+    opened, problems = _opened(files)
+    bags = Bags({}, {}, {}, next((bag.shape[1] for bag in opened.values()), 0))
+    for slide, bag in opened.items():
+        held = bag.read() if bag.nbytes <= budget else None
+        budget -= 0 if held is None else bag.nbytes
+        if _is_finite(bag, held, slide, problems):
+            bags.features[slide] = bag if held is None else held
+            bags.coords[slide], bags.attributes[slide] = bag.coords, bag.attributes
+    if problems:
+        raise UserError(_all_of(problems, len(files)))
+    left = sum(isinstance(features, StoredBag) for features in bags.features.values())
+    if left:
+        logger.info("bags: %d of %d stay on disk and are read at every use (ram_gb)", left, len(files))
+    return bags
+
+
+def usable_bags(files: Mapping[str, Path]) -> dict[str, Path]:
+    """The files that `load_bags` takes; the others are logged. Every feature is read once."""
+    opened, problems = _opened(files)
+    good = {slide: files[slide] for slide, bag in opened.items() if _is_finite(bag, None, slide, problems)}
+    if problems and not good:
+        raise UserError(_all_of(problems, len(files)))
+    if problems:
+        logger.warning("%s; left out", _all_of(problems, len(files)))
+    return good
+
+
+def _opened(files: Mapping[str, Path]) -> tuple[dict[str, StoredBag], dict[str, str]]:
+    """Headers of the bags, and what is wrong with the others."""
+    opened: dict[str, StoredBag] = {}
+    problems: dict[str, str] = {}
     for slide, path in files.items():
-        bag = read_bag(path)
-        widths.setdefault(bag.features.shape[1], slide)
-        if len(widths) > 1:
-            (first, example), (other, odd) = list(widths.items())[:2]
-            raise UserError(f"{path}: expected {first} features as in slide {example}, found {other} in {odd}; use one encoder")
-        bags.features[slide] = torch.from_numpy(bag.features)
-        bags.coords[slide] = None if bag.coords is None else torch.from_numpy(bag.coords)
-        bags.attributes[slide] = bag.attributes
-    return Bags(bags.features, bags.coords, bags.attributes, next(iter(widths)))
+        try:
+            opened[slide] = open_bag(path)
+        except UserError as error:
+            problems[slide] = str(error)
+    widths = Counter(bag.shape[1] for bag in opened.values())
+    width = widths.most_common(1)[0][0] if widths else 0
+    example = next((slide for slide, bag in opened.items() if bag.shape[1] == width), "")
+    for slide in [slide for slide, bag in opened.items() if bag.shape[1] != width]:
+        bag = opened.pop(slide)
+        problems[slide] = (
+            f"{bag.path}: expected {width} features as in slide {example}, found {bag.shape[1]} in {slide}; use one encoder"
+        )
+    return opened, problems
+
+
+def _is_finite(bag: StoredBag, features: Tensor | None, slide: str, problems: dict[str, str]) -> bool:
+    try:
+        check_finite(bag, features)
+    except UserError as error:
+        problems[slide] = str(error)
+    return slide not in problems
+
+
+def _all_of(problems: Mapping[str, str], count: int) -> str:
+    """One line for all bad bags; one alone keeps its own."""
+    lines = list(problems.values())
+    if len(lines) == 1:
+        return lines[0]
+    shown = " | ".join(lines[:10]) + (" | ..." if len(lines) > 10 else "")
+    names = ", ".join(list(problems)[:10])
+    return f"{len(lines)} of {count} bags cannot be used ({names}); skip_bad=true leaves them out: {shown}"
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: what the machine has free, and the container's limit."""
+    free = 1 << 62
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+        limit = (CGROUP / "memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, max(0, int(limit) - int((CGROUP / "memory.current").read_text())))
+    except (OSError, KeyError):  # another system, or no container: what was found so far holds
+        return free
+    return free
+
+
+def memory_of(ram_gb: float, workers: int = 1) -> int:
+    """Bytes for the bags of each of `workers` processes; 0 GB: half of what is free, shared by them."""
+    if ram_gb < 0:
+        raise UserError(f"ram_gb={ram_gb}: expected gigabytes for the bags of a process, or 0 for half of the free memory")
+    return int(ram_gb * 1e9) if ram_gb else free_memory() // 2 // max(1, workers)
 
 
 def bags_digest(files: Mapping[str, Path]) -> str:

@@ -21,7 +21,7 @@ from mil.models.mean import MeanMIL
 from mil.models.mhim import MHIM, plain_options
 from mil.models.minet import MINet
 from mil.models.options import checked, option_types
-from mil.models.output import MILOutput, Packed, Stream
+from mil.models.output import MILOutput, Packed, Stream, Target
 from mil.models.rrt import RRT
 from mil.models.standardise import Standardised
 from mil.models.transmil import TransMIL
@@ -66,6 +66,7 @@ __all__ = [
     "Packed",
     "Standardised",
     "Stream",
+    "Target",
     "TransMIL",
     "build",
     "check_options",

@@ -142,15 +142,19 @@ class DTFD(nn.Module):
         if self.distil == "afs":
             return pooled, torch.arange(len(pooled), device=h.device)
         scores = a if self.distil == "mas" else self.activation(h, a, group, tier1)
+        chosen = self.chosen(scores, group, len(pooled))
+        return h[chosen], group[chosen]
+
+    def chosen(self, scores: Float[Tensor, " n"], group: Int[Tensor, " n"], count: int) -> Int[Tensor, " m"]:
+        """The tiles that each of `count` pseudo-bags hands on: highest (and lowest) scores, ties in order of the bag."""
         tiles = []
-        for g in range(len(pooled)):
+        for g in range(count):
             members = torch.nonzero(group == g).squeeze(1)
             order = members[scores[members].sort(descending=True, stable=True).indices]
             tiles.append(order[: self.each])
             if self.distil == "maxmins":
                 tiles.append(order[-self.each :])
-        chosen = torch.cat(tiles)
-        return h[chosen], group[chosen]
+        return torch.cat(tiles)
 
     @torch.no_grad()
     def activation(

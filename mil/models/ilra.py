@@ -43,9 +43,15 @@ class CrossAttention(nn.Module):
         """Queries that have seen the keys, and on request the attention, the mean over heads."""
         q = self.fc_q(queries)
         seen, attention = self.attention(q, self.fc_k(keys), self.fc_v(keys), need_weights=weights)
+        return self.finish(queries, q, seen), attention
+
+    def finish(
+        self, queries: Float[Tensor, "q e"], q: Float[Tensor, "q d"], seen: Float[Tensor, "q d"]
+    ) -> Float[Tensor, "q d"]:
+        """From what the queries have seen on: residual, norm, feed-forward layer, norm, gate."""
         out = self.norm0(q + seen)
         out = self.norm1(out + relu(self.fc_o(out)))
-        return (out if self.gate is None else out * self.gate(queries)), attention
+        return out if self.gate is None else out * self.gate(queries)
 
 
 class GAB(nn.Module):

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mil.models.output import MILOutput, Target
+from patch_encoder.stored_bags import StoredBag
+
+PART = 1 << 16  # tiles that are summed at a time
 
 
 class Standardised(nn.Module):
@@ -33,11 +36,11 @@ class Standardised(nn.Module):
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
 
-    def fit(self, bags: Sequence[Float[Tensor, "_ d"]]) -> None:
-        """Mean and std of all tiles of `bags`; a feature that never varies keeps std 1."""
+    def fit(self, bags: Sequence[Float[Tensor, "_ d"] | StoredBag]) -> None:
+        """Mean and std of all tiles of `bags`, in memory or on disk; a feature that never varies keeps std 1."""
         count = sum(len(bag) for bag in bags)
-        mean = torch.stack([bag.sum(0, dtype=torch.float64) for bag in bags]).sum(0) / count
-        variance = torch.stack([(bag - mean).square().sum(0) for bag in bags]).sum(0) / count
+        mean = torch.stack([_sum(bag, lambda part: part.double()) for bag in bags]).sum(0) / count
+        variance = torch.stack([_sum(bag, lambda part: (part - mean).square()) for bag in bags]).sum(0) / count
         std = variance.sqrt()
         self.mean.copy_(mean)
         self.std.copy_(torch.where(std > 1e-6 * (1 + mean.abs()), std, torch.ones_like(std)))
@@ -60,3 +63,9 @@ class Standardised(nn.Module):
         """As the model's, where it has a teacher or a schedule."""
         if hasattr(self.model, "after_step"):
             self.model.after_step(progress)
+
+
+def _sum(bag: Tensor | StoredBag, of: Callable[[Tensor], Tensor]) -> Float[Tensor, " d"]:
+    """Sum of a function of the tiles, part by part; the parts are the same for a bag in memory and on disk."""
+    parts = bag.blocks(PART) if isinstance(bag, StoredBag) else bag.split(PART)
+    return torch.stack([of(part).sum(0) for part in parts]).sum(0)

@@ -23,6 +23,7 @@ from mil.benchmark import Config, main
 from mil.results import number, text_table
 from mil.workers import run_all
 from patch_encoder.bags import read_bag, write_bag
+from tests.mil.light_jobs import dies_on, leaves_its_device
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = ("results.csv", "summary.csv", "predictions.csv", "summary.json", "splits/splits_0.csv")
@@ -194,8 +195,34 @@ def test_bad_feature_sets_are_refused(cohort: Path, tmp_path: Path, more: list[s
 
 
 def test_a_worker_that_dies_is_an_error_not_a_hang():
-    outcomes = list(run_all(os._exit, [9, 9, 9], 2, 1))
-    assert len(outcomes) == 3 and all("worker process died" in error for _, error in outcomes)
+    outcomes = list(run_all(os._exit, [9, 9], 2, 1))
+    assert len(outcomes) == 2 and all("worker process died" in error for _, error in outcomes)
+
+
+def test_a_killed_job_is_tried_once_more_and_takes_no_other_with_it(tmp_path: Path):
+    jobs = [(f"j{i}", tmp_path, {1: 1, 3: 9}.get(i, 0)) for i in range(5)]
+    outcomes = {job[0]: error for job, error in run_all(dies_on, jobs, 2, 1)}
+    assert len(outcomes) == 5 and {name for name, error in outcomes.items() if error} == {"j3"}
+    assert "died twice over it" in outcomes["j3"]
+    assert len(list(tmp_path.glob("*.done"))) == 4
+    tries = {f"j{i}": len(list(tmp_path.glob(f"j{i}.try*"))) for i in range(5)}
+    assert tries["j1"] == 2 and tries["j3"] == 2 and all(tries[f"j{i}"] == 1 for i in (0, 2, 4))
+
+
+def test_processes_share_the_devices(tmp_path: Path):
+    assert [error for _, error in run_all(leaves_its_device, [tmp_path] * 4, 3, 1, ["a", "b"])] == [None] * 4
+    used = [path.name.split(".") for path in tmp_path.iterdir()]
+    assert {device for device, _ in used} == {"a", "b"} and len({pid for _, pid in used}) == len(used) <= 3
+    (alone := tmp_path / "alone").mkdir()
+    (alone / "b.0").touch()
+    assert [error for _, error in run_all(leaves_its_device, [alone], 3, 1, ["a", "b"])] == [None]
+    assert (alone / f"a.{os.getpid()}").exists()
+
+
+def test_a_device_that_is_not_there_stops_before_any_training(cohort: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="device 'gpu0': expected auto, cpu, cuda"):
+        main(load_config(Config, arguments(cohort, tmp_path / "out", "devices=[cpu,gpu0]")))
+    assert not list((tmp_path / "out").glob("runs/*/*/*/metrics.jsonl"))
 
 
 def test_numbers_are_short():

@@ -22,7 +22,8 @@ from common.cli import run as run_script
 from common.config import load_config
 from common.distributed import World
 from common.errors import UserError
-from mil.engine import Recipe, Sample, bag_loss, class_weights, is_better, is_over, load_classifier, train_one_epoch
+from mil.engine import Recipe, Sample, class_weights, is_better, is_over, load_classifier, train_one_epoch
+from mil.losses.classification import class_loss
 from mil.metrics import youden_threshold
 from mil.models import build
 from mil.train import Config, build_job, main
@@ -201,8 +202,8 @@ def test_class_weights_are_inverse_frequencies_with_mean_one():
     torch.testing.assert_close(heavy.tile[3].bias - start, 2 * (model.tile[3].bias - start))
 
 
-def test_bag_loss_is_cross_entropy():
-    assert float(bag_loss(torch.tensor([0.0, math.log(3.0)]), 1)) == pytest.approx(-math.log(0.75))
+def test_class_loss_is_cross_entropy():
+    assert float(class_loss(torch.tensor([0.0, math.log(3.0)]), 1)) == pytest.approx(-math.log(0.75))
 
 
 def test_selection_prefers_auc_then_loss():
