@@ -8,6 +8,14 @@ from pathlib import Path
 
 import pytest
 
+PLAIN = {
+    "tools/mil_splits.sh": ("mil.make_splits", {"LABELS": "my labels.csv", "OUTPUT": "out put"}, "labels=my labels.csv"),
+    "tools/mil_evaluate.sh": (
+        "mil.evaluate",
+        {"PREDICTIONS": "a b.csv,c.csv", "OUTPUT": "out put"},
+        "predictions=[a b.csv,c.csv]",
+    ),
+}
 SCRIPTS = {"tools/mil_benchmark.sh": "mil.benchmark", "tools/preprocess/filter.sh": "mil.rank_patches"}
 
 
@@ -32,3 +40,11 @@ def test_script_passes_its_variables_and_arguments_on(root: Path, tmp_path: Path
     assert {"labels=my labels.csv", "output=out put"} <= set(passed) and passed[-1] == "dropout=0.5"
     assert ("features=[a b,c]" if "benchmark" in script else "features=a b,c") in passed
     assert run(root, script, tmp_path, "--help").stdout.splitlines()[-1] == "--help"
+
+
+@pytest.mark.parametrize("script", list(PLAIN))
+def test_script_without_a_recipe_does_so_too(root: Path, tmp_path: Path, script: str):
+    module, given, expected = PLAIN[script]
+    done = run(root, script, tmp_path, "seed=3", **given)
+    assert done.stdout.splitlines() == ["-m", module, expected, "output=out put", "seed=3"], done.stderr
+    assert run(root, script, tmp_path).stdout.splitlines() == ["-m", module]
