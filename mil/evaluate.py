@@ -66,10 +66,10 @@ def benchmark_runs(folder: Path) -> tuple[list[Finished], Task]:
 def table_runs(paths: list[str], kind: str, positive: str | None) -> tuple[list[Finished], Task]:
     """Runs of prediction tables, all of the same classes."""
     classes = class_order(read_table(paths[0])[0], positive)
-    if not kind and len(classes) < 2:
-        raise UserError(
-            f"{paths[0]}: expected columns prob_<class> of two classes or more, or task=cox or discrete; found none"
-        )
+    fewest = {"cox": 0, "discrete": 0, "multilabel": 1}.get(kind, 2)
+    if len(classes) < fewest:
+        asked = f"task={kind}" if kind else "one class a slide"
+        raise UserError(f"{paths[0]}: {asked}: expected {fewest} columns prob_<class> or more, found {len(classes)}")
     task = Task(kind, classes) if kind else classification(classes)
     if task.kind == "binary" and len(classes) != 2:
         raise UserError(f"task=binary: expected two columns prob_<class> in {paths[0]}, found {len(classes)}")

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
+from common.files import safe_id
 from mil.evaluation.calibration import fit_temperature
 from mil.evaluation.multilabel import LabelPredictions, label_thresholds
 from mil.evaluation.survival import RiskPredictions
@@ -69,7 +70,10 @@ def read_runs(path: str | Path, task: Task) -> list[Finished]:
         raise UserError(f"{path}: task={task.kind}: expected the columns {', '.join(needed)}, found no {absent[0]}")
     runs: dict[tuple[str, str, int, int], dict[str, Rows]] = {}
     for row in rows:
-        place = (row.get("feature_set") or "", row.get("model") or Path(path).stem)
+        feature_set = row.get("feature_set") or ""
+        if feature_set:
+            safe_id(feature_set, f"{path}: feature set")  # it becomes part of a picture's file name
+        place = (feature_set, row.get("model") or Path(path).stem)
         sides = runs.setdefault((*place, _integer(row, "seed", path), _integer(row, "fold", path)), {"val": [], "test": []})
         split = row.get("split") or "test"
         if split not in sides:

@@ -284,6 +284,17 @@ def test_faulty_keys_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_names_do_not_leave_the_folder_and_columns_have_to_be_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = [{**row, "feature_set": "../up"} for row in read(table(tmp_path / "said.csv"))]
+    assert evaluate(f"predictions=[{write(tmp_path / 'up.csv', rows)}]", f"output={tmp_path}/out") == 2
+    assert "feature set '../up': expected a plain file name" in capsys.readouterr().err
+    for kind in ("", "multilabel", "ordinal"):
+        given = [f"task={kind}"] if kind else []
+        path = write(tmp_path / "cox.csv", rows_of("cox"))
+        assert evaluate(f"predictions=[{path}]", f"output={tmp_path}/out", *given) == 2
+        assert "columns prob_<class> or more, found 0" in capsys.readouterr().err
+
+
 def test_positive_class_may_be_the_first_column(tmp_path: Path):
     path = table(tmp_path / "said.csv")
     first, second = (table_runs([str(path)], "", positive)[0][0].test for positive in ("p", "n"))

@@ -8,6 +8,14 @@ from pathlib import Path
 
 import pytest
 
+PLAIN = {
+    "tools/mil_splits.sh": ("mil.make_splits", {"LABELS": "my labels.csv", "OUTPUT": "out put"}, "labels=my labels.csv"),
+    "tools/mil_evaluate.sh": (
+        "mil.evaluate",
+        {"PREDICTIONS": "a b.csv,c.csv", "OUTPUT": "out put"},
+        "predictions=[a b.csv,c.csv]",
+    ),
+}
 SCRIPTS = {"tools/mil_benchmark.sh": "mil.benchmark", "tools/preprocess/filter.sh": "mil.rank_patches"}
 
 
@@ -38,3 +46,11 @@ def test_heatmap_script_leaves_out_what_is_not_given(root: Path, tmp_path: Path)
     done = run(root, "tools/heatmap.sh", tmp_path, "drawing.tiff=true", RUN="my run", SLIDES="s l", OUTPUT="out put")
     expected = ["-m", "mil.heatmap", "run=my run", "output=out put", "slides=s l", "drawing.tiff=true"]
     assert done.returncode == 0 and done.stdout.splitlines() == expected
+
+
+@pytest.mark.parametrize("script", list(PLAIN))
+def test_script_without_a_recipe_does_so_too(root: Path, tmp_path: Path, script: str):
+    module, given, expected = PLAIN[script]
+    done = run(root, script, tmp_path, "seed=3", **given)
+    assert done.stdout.splitlines() == ["-m", module, expected, "output=out put", "seed=3"], done.stderr
+    assert run(root, script, tmp_path).stdout.splitlines() == ["-m", module]
