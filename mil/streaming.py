@@ -2,8 +2,9 @@
 
 Softmax pooling in one pass as in "Online normalizer calculation for softmax" (Milakov, Gimelshein, 2018): sums are kept
 relative to the highest score so far. Models whose slide statistic is such a reduction have an entry in STREAMED; ILRA
-goes over the bag once a layer. TransMIL (the tiles' square is convolved and goes through two layers) and RRT-MIL
-(attention within a region is quadratic in its tiles) have none. Scores stay in memory: 4 bytes a tile and map.
+goes over the bag once a layer. TransMIL (the tiles' square is convolved and goes through two layers), RRT-MIL (attention
+within a region is quadratic in its tiles), DeformMIL (tiles look around) and the small MI-Nets have none. Scores stay in
+memory: 4 bytes a tile and map.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def stream(model: nn.Module, source: Source, device: torch.device, tiles: int = 
         tiles: of a block.
 
     Raises:
-        UserError: the model is not a reduction over tiles.
+        UserError: the model has no entry in STREAMED.
     """
     assert not model.training
     wrapper = model if isinstance(model, Standardised) else None
@@ -111,8 +112,8 @@ def stream(model: nn.Module, source: Source, device: torch.device, tiles: int = 
     way = STREAMED.get(type(inner))
     if way is None:
         raise UserError(
-            f"{type(inner).__name__}: expected a model that is a reduction over tiles to stream a bag, found one whose tiles "
-            f"depend on each other; use one of {', '.join(kind.__name__ for kind in STREAMED)}"
+            f"{type(inner).__name__}: expected a model that is a reduction over tiles to stream a bag, found one that has no "
+            f"such form here; use one of {', '.join(kind.__name__ for kind in STREAMED)}"
         )
     output = way(inner, Reader(source, device, wrapper, tiles))
     return MILOutput(output.logits.float().cpu(), output.attention.float().cpu())

@@ -151,7 +151,8 @@ def test_cox_over_streams_is_the_weighted_sum_and_small_bags_fall_back_on_their_
 def test_every_model_trains_on_every_task(name: str, kind: str):
     task = TASKS[kind]
     torch.manual_seed(0)
-    bags = [Sample(str(i), torch.randn(12, 6), None, target, i % 2) for i, target in enumerate(TARGETS[kind])]
+    places = torch.tensor([(x, y) for y in range(3) for x in range(4)])
+    bags = [Sample(str(i), torch.randn(12, 6), places, target, i % 2) for i, target in enumerate(TARGETS[kind])]
     model = build(name, 6, task.outputs, dropout=0.0, **SMALL[name])
     recipe = Recipe(accumulate=4, epochs=1, balanced=True)
     before = {key: value.clone() for key, value in model.named_parameters()}
