@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.memory import peak_memory as own_peak
 from patch_encoder.coordinates import Coordinates, TileGeometry, write_coordinates
 from patch_encoder.datasets.tiles import SlideJob, TileSequence
 from patch_encoder.engine import ExtractSettings, encode_slides, tile_batches
@@ -209,8 +210,7 @@ def run_for_peak(tiles: int, cache: Path) -> None:
     job = SlideJob("one", folder, Coordinates(np.zeros((tiles, 2), np.int64), geometry), 0.5)
     report = encode_slides([job], encoder, cache / "peak", ExtractSettings(torch.device("cpu"), "fp32", 64, 1), show=False)
     assert not report.failures, report.failures
-    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(1024 * sum(peaks))
+    print(own_peak() + 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 def verdicts(found: dict[str, float]) -> dict[str, bool]:

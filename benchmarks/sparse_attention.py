@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.deform_attn_cases import Call, Inputs, compare, contestant
 from benchmarks.sparse_attn_cases import POINTS, dense, make_inputs, slide_grid
+from common.memory import peak_memory
 from mil.ops.compiled import choose_kernels, sparse_deform_attn_compiled, unavailable
 from mil.ops.grid import SparseMaps
 
@@ -119,7 +120,7 @@ def child(tiles: int, what: str, name: str) -> None:
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     inputs = make_inputs(grid)
     contestant(partial(op if name == "sparse" else scattered, grid.index), inputs, what)()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 1e6)
+    print((peak_memory() - before) / 1e6)
 
 
 def measure_tiles(largest: int, rounds: int) -> list[dict[str, Any]]:

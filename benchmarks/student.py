@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.extraction import texture, tiles_of
+from common.memory import peak_memory as own_peak
 from detection_kd.models.adapter import Adapter
 from detection_kd.models.backbone import Backbone
 from detection_kd.models.student import Student
@@ -178,7 +178,7 @@ def run_for_peak(a: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         call_of(*a.peak, a, Path(folder))[0]()
     cuda = a.device.startswith("cuda")
-    print(torch.cuda.max_memory_allocated() >> 20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+    print(torch.cuda.max_memory_allocated() >> 20 if cuda else own_peak() >> 20)
 
 
 def best(rates: dict[str, float], model: str, precision: str) -> float:

@@ -31,6 +31,7 @@ from mil.heatmaps.sources import Judged, facts
 from patch_encoder.coordinates import Coordinates
 from patch_encoder.geojson_tiles import tiles_geojson
 from patch_encoder.slides import Slide, open_slide
+from patch_encoder.slides.overview import read_overview
 from patch_encoder.tissue.geojson import read_geojson
 
 PAGE_SIDE, THUMBNAIL = 1100, 200  # px of the pictures in a slide's page and in the cohort's table
@@ -72,7 +73,7 @@ def draw_slide(
         heat = make_heat(scores, drawing)
         title = f"{judged.slide_id}   {_verdict(judged, scores, classes)}"
         side = picture_side(drawing, slide, extent, mpp)
-        overview = slide.thumbnail(side) if slide is not None else _white(extent, side)
+        overview = read_overview(slide, side).pixels if slide is not None else _white(extent, side)
         files = write_pictures(output, judged.slide_id, overview, heat, extent, mpp, inputs.tissue, title)
         chosen = choose_tiles(scores, drawing.top, drawing.low)
         if slide is not None:

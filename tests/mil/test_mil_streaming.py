@@ -84,16 +84,17 @@ def test_memory_is_that_of_a_block(tmp_path: Path):
         for start in range(0, 100_000, 10_000):
             file["features"][start : start + 10_000] = np.float16(start / 1e5)
     code = f"""
-import resource, torch
+import torch
+from common.memory import peak_memory
 from mil.models import build
 from mil.streaming import stream
 from patch_encoder.stored_bags import open_bag
 torch.set_num_threads(1)
 model = build("gated_abmil", 512, 2, hidden=32, attention=16).eval()
 bag = open_bag({str(tmp_path / "large.h5")!r})
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_memory()
 output = stream(model, bag, torch.device("cpu"), 4096)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, len(output.attention))
+print((peak_memory() - before) / 2**20, len(output.attention))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
     grown, tiles = done.stdout.split()

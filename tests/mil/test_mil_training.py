@@ -24,7 +24,7 @@ from common.distributed import World
 from common.errors import UserError
 from mil.engine import Recipe, Sample, class_weights, is_better, is_over, load_classifier, train_one_epoch
 from mil.losses.classification import class_loss
-from mil.metrics import youden_threshold
+from mil.metrics import METRICS, youden_threshold
 from mil.models import build
 from mil.train import Config, build_job, main
 from patch_encoder.bags import read_bag, write_bag
@@ -67,7 +67,7 @@ def samples(count: int = 6, seed: int = 0) -> list[Sample]:
 @pytest.mark.parametrize("name", ["mean", "max", "abmil", "gated_abmil"])
 def test_every_model_trains_and_leaves_a_whole_run_directory(make_cohort, tmp_path: Path, name: str):
     results = train(make_cohort(), tmp_path / "run", f"model={name}", "standardize=true")
-    assert {"auc", "f1", "sensitivity", "specificity", "accuracy", "balanced_accuracy"} == set(results["test"])
+    assert set(METRICS) == set(results["test"])
     files = {"config.yaml", "metrics.jsonl", "checkpoint_last.pt", "checkpoint_best.pt", "results.json", "environment.json"}
     assert files | {"predictions.csv"} <= {p.name for p in (tmp_path / "run").iterdir()}
     model, content = load_classifier(tmp_path / "run" / "checkpoint_best.pt", torch.device("cpu"))

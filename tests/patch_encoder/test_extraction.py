@@ -187,7 +187,7 @@ def test_bad_bags_are_named(tmp_path: Path) -> None:
     for reader in (read_bag, bag_header):
         with pytest.raises(UserError, match="cannot be read"):
             reader(tmp_path / "cut.h5")
-    torch.save({"features": torch.ones(2, 2)}, tmp_path / "dict.pt")
+    torch.save({"weights": torch.ones(2, 2)}, tmp_path / "dict.pt")
     with pytest.raises(UserError, match="expected one tensor"):
         read_bag(tmp_path / "dict.pt")
     with pytest.raises(UserError, match="found none"):
