@@ -9,6 +9,7 @@ import numpy as np
 
 from common.errors import UserError
 from mil.datasets.targets import NONE, Targets
+from mil.evaluation.ordinal import grade
 from mil.objectives import SURVIVAL, Objective, interval_edges
 
 
@@ -69,7 +70,7 @@ def task_rows(
             continue
         probabilities = {f"prob_{name}": repr(p) for name, p in zip(task.names, numbers, strict=True)}
         if isinstance(value, int):
-            row |= {"label": task.names[value], "predicted": task.names[int(np.argmax(numbers))]}
+            row |= {"label": task.names[value], "predicted": task.names[int(grade(np.array([numbers]))[0])]}
         else:
             row |= {"label": _joined(task, value), "predicted": _joined(task, numbers)}
         rows.append(row | probabilities)

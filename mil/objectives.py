@@ -18,10 +18,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from common.errors import UserError
+from mil.evaluation.agreement import kappa
+from mil.evaluation.ordinal import grade
+from mil.evaluation.survival import concordance_index
 from mil.losses.classification import class_loss, label_loss
 from mil.losses.ordinal import corn_loss, corn_probabilities
 from mil.losses.survival import cox_loss, discrete_loss, discrete_risk
-from mil.metrics import auc, binary_auc
+from mil.metrics import auc, binary_auc, confusion
 from mil.models.output import MILOutput, Target
 
 TASKS = ("classes", "multilabel", "ordinal", "cox", "discrete")
@@ -141,16 +144,16 @@ class Objective:
 
     def _score(self, said: np.ndarray, targets: Sequence[Target]) -> float:
         aims = np.stack([np.asarray(target) for target in targets])
+        ones = np.ones((1, len(aims)))
         if self.kind == "classes":
             return float(auc(aims, said)[0])
         if self.kind == "multilabel":
-            ones = np.ones((1, len(aims)))
             values = np.array([binary_auc(aims[:, k] > 0, said[:, k], ones)[0] for k in range(aims.shape[1])])
             known = values[~np.isnan(values)]  # a label that no validation slide has says nothing
             return float(known.mean()) if len(known) else float("nan")
         if self.kind == "ordinal":
-            return quadratic_kappa(aims, said.argmax(1), len(self.names))
-        return c_index(said[:, 0], aims[:, 0], aims[:, 1] > 0)
+            return float(kappa(confusion(aims, grade(said), len(self.names), ones), 2)[0])
+        return float(concordance_index(aims[:, 0], aims[:, 1] > 0, said[:, 0], ones)[0])
 
     def to_dict(self) -> dict[str, Any]:
         """For a checkpoint; `Objective(**values)` with lists made tuples is the inverse."""
@@ -182,24 +185,3 @@ def interval_edges(times: np.ndarray, events: np.ndarray, intervals: int) -> tup
             "events; lower intervals"
         )
     return tuple(edges.tolist())
-
-
-def c_index(risks: np.ndarray, times: np.ndarray, events: np.ndarray) -> float:
-    """Harrell's concordance (JAMA 1982): share of the comparable pairs whose earlier event has the higher risk, ties 1/2.
-
-    A pair is comparable when the earlier of two different times is an event, or at equal times one of the two is.
-    """
-    earlier = (times[:, None] < times) | ((times[:, None] == times) & ~events)
-    comparable = earlier & events[:, None]
-    wins = (risks[:, None] > risks) + 0.5 * (risks[:, None] == risks)
-    return float((wins * comparable).sum() / comparable.sum()) if comparable.any() else float("nan")
-
-
-def quadratic_kappa(targets: np.ndarray, predicted: np.ndarray, grades: int) -> float:
-    """Cohen's kappa with quadratic weights (Psychological Bulletin 1968)."""
-    places = np.arange(grades)
-    cost = (places[:, None] - places) ** 2
-    found = np.zeros((grades, grades))
-    np.add.at(found, (targets, predicted), 1)
-    chance = np.outer(found.sum(1), found.sum(0)) / found.sum()
-    return float(1 - (cost * found).sum() / (cost * chance).sum()) if (cost * chance).any() else float("nan")

@@ -3,7 +3,7 @@
 Columns: `slide_id`, `case_id`, and by kind of task
 
     binary, multiclass, ordinal   label, prob_<class> for every class
-    multilabel                    label (names joined by ';', empty for none), prob_<label> for every label
+    multilabel                    label (names joined by '|', '-' for none), prob_<label> for every label
     cox, discrete                 time, event (0 or 1), risk
 
 Optional: `model` (else the file's name), `feature_set`, `seed`, `fold`, `split` (val or test; without it all rows are
@@ -23,6 +23,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import safe_id
+from mil.datasets.targets import NONE
 from mil.evaluation.calibration import fit_temperature
 from mil.evaluation.multilabel import LabelPredictions, label_thresholds
 from mil.evaluation.survival import RiskPredictions
@@ -136,7 +137,8 @@ def _numbers(path: str | Path, task: Task, fold: int, rows: Rows) -> Any:
 
 
 def _labels(row: dict[str, str], task: Task, path: str | Path, one: bool = False) -> list[str]:
-    names = [row["label"]] if one else [name.strip() for name in row["label"].split(";") if name.strip()]
+    label = row["label"].strip()
+    names = [row["label"]] if one else [] if label in ("", NONE) else [name.strip() for name in label.split("|")]
     unknown = [name for name in names if name not in task.classes]
     if unknown:
         raise UserError(f"{path}: slide {row['slide_id']}: label '{unknown[0]}' has no column prob_{unknown[0]}")

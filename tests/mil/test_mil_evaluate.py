@@ -200,7 +200,7 @@ def rows_of(kind: str) -> list[dict[str, object]]:
         row: dict[str, object] = {"slide_id": f"s{i}", "case_id": f"c{i}"}
         if kind == "multilabel":
             has = generator.random(2) < 0.5
-            row["label"] = ";".join(name for name, there in zip(("ink", "fold"), has, strict=True) if there)
+            row["label"] = "|".join(name for name, there in zip(("ink", "fold"), has, strict=True) if there) or "-"
             row |= {
                 f"prob_{name}": 0.6 * generator.random() + 0.4 * there for name, there in zip(("ink", "fold"), has, strict=True)
             }

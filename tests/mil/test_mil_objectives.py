@@ -14,9 +14,11 @@ import torch
 from sklearn.metrics import cohen_kappa_score
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from common.cli import run as run_script
 from common.config import load_config
 from common.distributed import World
 from common.errors import UserError
+from mil import evaluate
 from mil.datasets.targets import read_targets
 from mil.engine import Recipe, Sample, check_recipe, predict, train_one_epoch
 from mil.losses.classification import class_loss, label_loss
@@ -25,7 +27,7 @@ from mil.losses.survival import cox_loss, discrete_loss, discrete_risk
 from mil.models import MODELS, build
 from mil.models.output import MILOutput
 from mil.objective_results import make_objective
-from mil.objectives import Objective, c_index, interval_edges, objective_of, quadratic_kappa
+from mil.objectives import Objective, interval_edges, objective_of
 from mil.train import Config, main
 from tests.mil.small_options import SMALL
 
@@ -99,21 +101,34 @@ def test_discrete_likelihood_by_hand():
     assert float(discrete_risk(logits[None])[0]) == pytest.approx(-survival.sum(), rel=1e-5)
 
 
-def test_c_index_counts_pairs():
-    risks = np.array([0.1, 0.9, 0.1, 0.3, 0.2, 0.5, 0.5, 0.0])
+def test_what_logits_mean():
+    logits = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(Objective("classes", ("a", "b", "c")).said(logits), logits.softmax(1))
+    torch.testing.assert_close(Objective("multilabel", ("a", "b", "c")).said(logits), logits.sigmoid())
+    grades = Objective("ordinal", ("1", "2", "3", "4"))
+    above = logits.sigmoid().cumprod(1)  # P(y > k) = P(y > k | y > k - 1) P(y > k - 1)
+    said = grades.said(logits)
+    torch.testing.assert_close(said.flip(1).cumsum(1).flip(1)[:, 1:], above)
+    torch.testing.assert_close(said.sum(1), torch.ones(20, dtype=torch.float64))
+    assert torch.equal(Objective("cox").said(logits[:, :1]), logits[:, :1])
+    assert grades.outputs == 3 and Objective("discrete", edges=(1.0, 2.0)).outputs == 3 and Objective("cox").outputs == 1
+
+
+def test_epochs_are_compared_by_what_evaluation_reports():
+    """Harrell's index against a loop over pairs, quadratic kappa of the median grade against scikit-learn."""
+    risks = torch.tensor([0.1, 0.9, 0.1, 0.3, 0.2, 0.5, 0.5, 0.0])
     wins = pairs = 0.0
     for i, j in itertools.permutations(range(8), 2):
         if EVENTS[i] and (TIMES[i] < TIMES[j] or (TIMES[i] == TIMES[j] and not EVENTS[j])):
             pairs += 1
             wins += 1.0 if risks[i] > risks[j] else 0.5 if risks[i] == risks[j] else 0.0
-    assert c_index(risks, TIMES, EVENTS) == pytest.approx(wins / pairs)
-    assert c_index(-TIMES + 0.1 * EVENTS, TIMES, EVENTS) == 1.0 and math.isnan(c_index(risks, TIMES, EVENTS & False))
-
-
-def test_kappa_is_sklearns():
-    targets, predicted = GENERATOR.integers(0, 4, 30), GENERATOR.integers(0, 4, 30)
-    expected = cohen_kappa_score(targets, predicted, weights="quadratic")
-    assert quadratic_kappa(targets, predicted, 4) == pytest.approx(expected)
+    aims = [torch.tensor([time, float(event)]) for time, event in zip(TIMES, EVENTS, strict=True)]
+    assert Objective("cox").judge(risks[:, None], aims)["c_index"] == pytest.approx(wins / pairs)
+    task, targets = Objective("ordinal", ("1", "2", "3", "4")), GENERATOR.integers(0, 4, 30)
+    logits = torch.randn(30, 3, generator=torch.Generator().manual_seed(2))
+    called = (task.said(logits).cumsum(1) >= 0.5).int().argmax(1)
+    expected = cohen_kappa_score(targets, called, weights="quadratic", labels=range(4))
+    assert task.judge(logits, targets.tolist())["kappa"] == pytest.approx(expected)
 
 
 def test_intervals_hold_about_as_many_events():
@@ -214,15 +229,21 @@ def test_a_run_of_every_task_from_its_labels(make_cohort, tmp_path: Path, kind: 
     assert results["task"] == kind and math.isfinite(results[f"val_{score}"]) and score in results["test"]
     with (tmp_path / "run" / "predictions.csv").open() as stream:
         rows = [row for row in csv.DictReader(stream) if row["split"] == "test"]
-    if score == "c_index":  # the written rows give the written figure, and the easy signal is found
-        columns = [np.array([float(row[name]) for row in rows]) for name in ("risk", "time", "event")]
-        assert results["test"]["c_index"] == pytest.approx(c_index(columns[0], columns[1], columns[2] > 0))
+    if score == "c_index":  # the easy signal is found
         assert results["test"]["c_index"] > 0.6
     elif kind == "ordinal":
-        table = [[float(row[f"prob_{g}"]) for g in range(4)] for row in rows]
-        assert [row["predicted"] for row in rows] == [str(g) for g in np.argmax(table, 1)]
+        below = np.cumsum([[float(row[f"prob_{g}"]) for g in range(4)] for row in rows], axis=1)
+        assert [row["predicted"] for row in rows] == [str(g) for g in (below >= 0.5).argmax(1)]
     else:
         assert all((float(row["prob_a"]) >= 0.5) == ("a" in row["predicted"]) for row in rows)
+    # mil.evaluate reads what mil.train wrote, and finds the same figure
+    table = f"predictions=[{tmp_path}/run/predictions.csv]"
+    given = [table, f"task={kind}", f"output={tmp_path}/evaluation", "resamples=20"]
+    assert run_script(evaluate.main, evaluate.Config, given) == 0
+    with (tmp_path / "evaluation" / "results.csv").open() as stream:
+        (judged,) = csv.DictReader(stream)
+    name = {"multilabel": "auc_macro", "ordinal": "kappa_quadratic"}.get(kind, "c_index")
+    assert float(judged[name]) == pytest.approx(results["test"][score], abs=1e-5)
 
 
 @pytest.mark.parametrize(
