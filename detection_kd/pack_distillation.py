@@ -15,11 +15,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +37,7 @@ from patch_encoder.cohort import SlideRecord, find_slides, locate, read_labels
 from patch_encoder.coordinates import tile_pattern_of
 from patch_encoder.disk_space import full_disk_explained
 from patch_encoder.failures import Failures
+from patch_encoder.isolation import Lost, Raised, check_workers, isolated
 
 logger = logging.getLogger(__name__)
 STAGE = "pack_distillation"
@@ -66,7 +65,8 @@ class Config:
     seed: int = key(2024, "seed of the random tiles")
     verify: bool = key(False, "decode every picture of a folder; else only its header is read", runtime=True)
     skip_bad: bool = key(False, "leave pairs of a folder that have problems out instead of stopping")
-    workers: int = key(1, "slides cut at a time", runtime=True)
+    workers: int = key(2, "slides at a time; 0: in the main process, which a slide that crashes its reader ends", runtime=True)
+    read_timeout: float = key(300.0, "seconds without progress that give a slide up (not with workers=0)", runtime=True)
     overwrite: bool = key(False, "replace a packed set of another provenance", runtime=True)
 
 
@@ -76,8 +76,9 @@ def check(config: Config) -> None:
         raise UserError("expected either dataset=, or slides= and features= (and coords=), found neither or parts of both")
     if Path(config.output).suffix not in SUFFIXES:
         raise UserError(f"output={config.output}: expected a file that ends in {' or '.join(SUFFIXES)}")
-    if config.tiles < 0 or config.workers < 1:
-        raise UserError(f"tiles={config.tiles}, workers={config.workers}: expected at least 0 and at least 1")
+    check_workers(config.workers, config.read_timeout)
+    if config.tiles < 0:
+        raise UserError(f"tiles={config.tiles}: expected at least 0")
     if config.subset and not config.labels:
         raise UserError(f"subset={config.subset}: expected labels= with it, found none")
 
@@ -200,29 +201,27 @@ def one_teacher(jobs: Sequence[CutJob]) -> dict[str, str]:
     return found[first]
 
 
-def cut(job: CutJob, ranking: str) -> str | None:
-    """Cut a slide unless its part is there; one line on what went wrong, or None."""
-    try:
-        provenance = part_provenance(job, ranking)
-        if job.part.exists():
-            found = Pack(job.part).provenance
-            if {name: found.get(name) for name in provenance} == provenance:
-                return None
-        with full_disk_explained(job.part.parent):
-            cut_slide(job, provenance)
-    except UserError as error:
-        return str(error)
-    return None
+def cut(job: CutJob, ranking: str) -> None:
+    """Cut a slide unless its part is there."""
+    provenance = part_provenance(job, ranking)
+    if job.part.exists():
+        found = Pack(job.part).provenance
+        if {name: found.get(name) for name in provenance} == provenance:
+            return
+    with full_disk_explained(job.part.parent):
+        cut_slide(job, provenance)
 
 
-def cut_all(jobs: Sequence[CutJob], ranking: str, workers: int) -> Iterator[str | None]:
-    """Outcomes in the order of the jobs."""
-    work = partial(cut, ranking=ranking)
-    if workers <= 1 or len(jobs) <= 1:
-        yield from map(work, jobs)
-        return
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn")) as pool:
-        yield from pool.map(work, jobs)
+def cut_all(jobs: Sequence[CutJob], ranking: str, config: Config, failures: Failures) -> list[CutJob]:
+    """The jobs whose part is there, in their order; the others are entered in `failures`."""
+    done = []
+    outcomes = isolated(partial(cut, ranking=ranking), jobs, config.workers, config.read_timeout)
+    for number, result in progress(outcomes, "cutting tiles", len(jobs), "slides"):
+        if isinstance(result, (Lost, Raised)):
+            failures.add(jobs[number].slide_id, result.reason)
+        else:
+            done.append(number)
+    return [jobs[number] for number in sorted(done)]
 
 
 def pack_slides(config: Config, output: Path) -> int:
@@ -245,12 +244,7 @@ def pack_slides(config: Config, output: Path) -> int:
     if is_done(output, provenance, config.overwrite) and not failures.rows:
         logger.info("%s: %s is there already", STAGE, output)
         return 0
-    done = []
-    for job, error in zip(jobs, progress(cut_all(jobs, digest, config.workers), "cutting tiles", len(jobs), "slides")):
-        if error is None:
-            done.append(Pack(job.part))
-        else:
-            failures.add(job.slide_id, error)
+    done = [Pack(job.part) for job in cut_all(jobs, digest, config, failures)]
     list_mismatches(done, output)
     if not done:
         failures.write(output.parent)

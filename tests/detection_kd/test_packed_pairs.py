@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import pickle
 import shutil
+import signal
 from pathlib import Path
 
 import h5py
@@ -24,7 +25,7 @@ from patch_encoder import extract_features, tile_slides
 from patch_encoder.bags import read_bag, write_bag
 from patch_encoder.slides import open_slide
 from tests.detection_kd.distillation_sets import SIDE, write_backbone, write_set
-from tests.helpers import draw_slide, make_cohort
+from tests.helpers import die, draw_slide, make_cohort
 
 TILE = 64
 
@@ -319,14 +320,25 @@ def test_a_killed_run_goes_on_from_its_finished_slides(cohort: Path, tmp_path: P
 
     monkeypatch.setattr(pack_distillation, "cut_slide", dies)
     with pytest.raises(KeyboardInterrupt):
-        from_slides(cohort, tmp_path / "set.h5", "tiles=2")
+        from_slides(cohort, tmp_path / "set.h5", "tiles=2", "workers=0")
     assert not (tmp_path / "set.h5").exists() and calls == ["S000", "S001"]
     monkeypatch.setattr(pack_distillation, "cut_slide", lambda *a: (calls.append(a[0].slide_id), cut(*a)))
-    assert from_slides(cohort, tmp_path / "set.h5", "tiles=2") == 0
+    assert from_slides(cohort, tmp_path / "set.h5", "tiles=2", "workers=0") == 0
     assert calls == ["S000", "S001", "S001", "T2"]
     assert from_slides(cohort, tmp_path / "whole.h5", "tiles=2") == 0
     images = [Pack(tmp_path / f"{name}.h5").images_sha256 for name in ("set", "whole")]
     assert images[0] == images[1]
+
+
+def test_a_slide_that_crashes_its_reader_is_listed(cohort: Path, tmp_path: Path, monkeypatch) -> None:
+    cut = pack_distillation.cut_slide
+    monkeypatch.setattr(
+        pack_distillation, "cut_slide", lambda job, made: die(signal.SIGSEGV) if job.slide_id == "S001" else cut(job, made)
+    )
+    assert from_slides(cohort, tmp_path / "set.h5", "tiles=2") == 1
+    failure = next(csv.DictReader((tmp_path / "failures.csv").read_text().splitlines()))
+    assert (failure["slide"], failure["error"]) == ("S001", "the reader crashed (signal 11, SIGSEGV)")
+    assert set(Pack(tmp_path / "set.h5").slides) == {"S000", "T2"}
 
 
 def test_bags_of_two_teachers_are_refused(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
