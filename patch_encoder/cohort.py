@@ -172,3 +172,13 @@ def locate(records: Sequence[SlideRecord], root: str | Path, tile_pattern: str =
             f"{did_you_mean(unknown[0], found)}"
         )
     return {record.slide_id: found[record.slide_id] for record in records}
+
+
+def slides_and_mpps(
+    root: str | Path, labels: str = "", tile_pattern: str = "", pictures: bool = False
+) -> tuple[dict[str, Path], dict[str, float | None]]:
+    """The slides of labels.csv, or without one every slide that is found; and the mpp that labels.csv gives them."""
+    if not labels:
+        return find_slides(root, tile_pattern, pictures), {}
+    records = read_labels(labels)
+    return locate(records, root, tile_pattern, pictures), {record.slide_id: record.mpp for record in records}

@@ -21,7 +21,7 @@ from common.cli import launch
 from common.config import REQUIRED, key
 from common.errors import UserError
 from common.progress import progress
-from patch_encoder.cohort import find_slides, locate, read_labels
+from patch_encoder.cohort import slides_and_mpps
 from patch_encoder.coordinates import TileGeometry
 from patch_encoder.isolation import Lost, Raised, alive, check_workers, isolated
 from patch_encoder.slides import RegionError, Slide, open_slide
@@ -213,13 +213,7 @@ def main(config: Config) -> int:
     check_workers(config.workers, config.read_timeout)
     if config.sample < 0:
         raise UserError(f"sample={config.sample}: expected 0 or more tiles")
-    mpps: dict[str, float | None] = {}
-    if config.labels:
-        records = read_labels(config.labels)
-        slides = locate(records, config.slides, config.tile_pattern, config.pictures)
-        mpps = {record.slide_id: record.mpp for record in records}
-    else:
-        slides = find_slides(config.slides, config.tile_pattern, config.pictures)
+    slides, mpps = slides_and_mpps(config.slides, config.labels, config.tile_pattern, config.pictures)
     jobs = [(slide_id, path, mpps.get(slide_id) or config.mpp) for slide_id, path in slides.items()]
     entries = inspect_all(jobs, config)
     if config.json:

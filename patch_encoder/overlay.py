@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Int64, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from patch_encoder.captions import INK, fitting, scale_bar
 from patch_encoder.coordinates import Coordinates
 from patch_encoder.slides.base import Slide
 from patch_encoder.slides.overview import Overview
@@ -30,7 +31,6 @@ DROPPED: dict[str, tuple[Colour, str]] = {
     "small": ((170, 60, 130), "too small"),
     "unreadable": ((90, 90, 90), "unreadable"),
 }
-INK, QUIET = (30, 38, 46), (100, 110, 120)
 
 
 def mask_overlay(
@@ -129,8 +129,8 @@ def _with_legend(picture: Image.Image, entries: Sequence[Entry], slide: Slide, s
     page = Image.new("RGB", (width, picture.height + y + line + 4), "white")
     page.paste(picture, ((width - picture.width) // 2, 0))
     draw = ImageDraw.Draw(page)
-    _scale_bar(draw, small, slide, scale, width - margin, picture.height + 12)
-    draw.text((margin, picture.height + 9), _fitting(slide.slide_id, font, width - 210.0), fill=INK, font=font)
+    scale_bar(draw, small, slide.mpp and slide.mpp / scale, width - margin, picture.height + 14)
+    draw.text((margin, picture.height + 9), fitting(slide.slide_id, font, width - 210.0), fill=INK, font=font)
     for (text, colour, kind), (x, y) in zip(entries, places):
         swatch = np.full((14, 18, 3), 255, dtype=np.uint8)
         _swatch(swatch, colour, kind)
@@ -148,26 +148,3 @@ def _swatch(swatch: np.ndarray, colour: Colour, kind: str) -> None:
         part = np.ascontiguousarray(swatch[:14, 2:16])
         _tiles(part, np.array([[0.0, 0.0]]), 14.0, colour, crossed=kind == "cross")
         swatch[:14, 2:16] = part
-
-
-def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while len(text) > 1 and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
-
-
-def _scale_bar(
-    draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, slide: Slide, scale: float, x: int, y: int
-) -> None:
-    if not slide.mpp:
-        draw.text((x - font.getlength("resolution unknown"), y - 2), "resolution unknown", fill=QUIET, font=font)
-        return
-    # the longest round length of at most 100 px
-    per_pixel = slide.mpp / scale
-    length = max(d * 10.0**e for e in range(-1, 6) for d in (1, 2, 5) if d * 10.0**e <= max(100 * per_pixel, 0.1))
-    text, pixels = (f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} um"), length / per_pixel
-    draw.text((x - font.getlength(text), y - 4), text, fill=INK, font=font)
-    end = x - font.getlength(text) - 8
-    draw.rectangle((end - pixels, y + 2, end, y + 5), fill=INK)

@@ -28,7 +28,7 @@ from common.differences import differences
 from common.errors import UserError
 from common.files import atomic_path, sha256_file, write_csv
 from common.progress import progress
-from patch_encoder.cohort import find_slides, locate, read_labels
+from patch_encoder.cohort import slides_and_mpps
 from patch_encoder.coordinates import Coordinates, TileGeometry, coordinate_attributes, read_coordinates
 from patch_encoder.failures import Failures
 from patch_encoder.isolation import Lost, Raised, check_workers, isolated
@@ -247,13 +247,7 @@ def check(config: Config) -> None:
 
 def main(config: Config) -> int:
     check(config)
-    mpps: dict[str, float | None] = {}
-    if config.labels:
-        records = read_labels(config.labels)
-        slides = locate(records, config.slides, config.tile_pattern, config.pictures)
-        mpps = {record.slide_id: record.mpp for record in records}
-    else:
-        slides = find_slides(config.slides, config.tile_pattern, config.pictures)
+    slides, mpps = slides_and_mpps(config.slides, config.labels, config.tile_pattern, config.pictures)
     stamp = settings_stamp(config)
     jobs = [(slide_id, path, mpps.get(slide_id) or config.mpp) for slide_id, path in slides.items()]
     todo = [job for job in jobs if not is_done(job, config, stamp)]

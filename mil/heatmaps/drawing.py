@@ -7,7 +7,7 @@ colours mean, and any scale or part of the slide can be drawn for itself, so tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,8 +16,10 @@ from jaxtyping import Bool, Float, Int, UInt8
 from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 
+from patch_encoder.captions import INK, QUIET, fitting, scale_bar
+
 COLOURS = ("viridis", "cividis", "magma", "inferno", "plasma")
-INK, QUIET, OUTLINE = (30, 38, 46), (100, 110, 120), (20, 20, 20)
+OUTLINE = (20, 20, 20)
 WHITE = (255, 255, 255)
 
 
@@ -158,32 +160,3 @@ def framed(picture: UInt8[np.ndarray, "h w 3"], heat: Heat, title: str, second: 
     draw.text((x + 188, top + 48), f"{high}   {name}", fill=INK, font=small)
     scale_bar(draw, small, mpp, width - margin, top + 12)
     return page
-
-
-def fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    """The text, cut with dots where it is too long."""
-    if font.getlength(text) <= width:
-        return text
-    while len(text) > 1 and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
-
-
-def scale_bar(
-    draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, mpp: float | None, x: int, y: int
-) -> None:
-    """The longest round length of at most 110 px, its right end at x."""
-    if not mpp:
-        draw.text((x - font.getlength("resolution unknown"), y - 4), "resolution unknown", fill=QUIET, font=font)
-        return
-    length = round_length(110 * mpp)
-    text = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} um"
-    draw.text((x - font.getlength(text), y - 5), text, fill=INK, font=font)
-    end = x - font.getlength(text) - 8
-    draw.rectangle((end - length / mpp, y, end, y + 4), fill=INK)
-
-
-def round_length(most: float) -> float:
-    """The largest of 1, 2, 5 times a power of ten that is no more than `most` um."""
-    lengths: Sequence[float] = [digit * 10.0**power for power in range(-2, 7) for digit in (1, 2, 5)]
-    return max((length for length in lengths if length <= most), default=lengths[0])

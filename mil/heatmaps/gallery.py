@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from common.files import atomic_path
-from mil.heatmaps.drawing import INK, QUIET, fitting
 from mil.heatmaps.scores import TileScores, percentile_ranks, ranking
+from patch_encoder.captions import INK, QUIET, fitting
 from patch_encoder.slides.base import Slide
 from patch_encoder.tiling import read_tile
 

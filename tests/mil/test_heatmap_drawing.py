@@ -14,7 +14,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss
 
 from common.errors import UserError
-from mil.heatmaps.drawing import Heat, blend, colour_table, draw_outlines, framed, heat_layer, round_length, value_map
+from mil.heatmaps.drawing import Heat, blend, colour_table, draw_outlines, framed, heat_layer, value_map
 from mil.heatmaps.figures import brier, calibration_error, confusion_counts, judged_scores, reliability, roc, wilson
 from mil.heatmaps.gallery import choose_tiles, say_value, write_gallery
 from mil.heatmaps.pyramid import downsample_for, write_heat_pyramid
@@ -22,6 +22,7 @@ from mil.heatmaps.scores import TileScores, percentile_ranks
 from mil.heatmaps.settings import Drawing, check_drawing, picture_side
 from mil.heatmaps.slide import make_heat, tiles_for_half
 from mil.metrics import Predictions
+from patch_encoder.captions import round_length
 from patch_encoder.coordinates import Coordinates, TileGeometry
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.array_slide import ArraySlide

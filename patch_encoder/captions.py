@@ -1,0 +1,42 @@
+"""What stands beside a picture of a slide: text that fits, and a scale bar of a round length."""
+
+from __future__ import annotations
+
+from PIL import ImageDraw, ImageFont
+
+INK, QUIET = (30, 38, 46), (100, 110, 120)
+LONGEST = 110  # px of a scale bar
+ROUND = [digit * 10.0**power for power in range(-2, 7) for digit in (1, 2, 5)]  # um
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def fitting(text: str, font: Font, width: float) -> str:
+    """The text, cut with dots where it is wider than `width` px."""
+    if font.getlength(text) <= width:
+        return text
+    while len(text) > 1 and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def scale_bar(draw: ImageDraw.ImageDraw, font: Font, mpp: float | None, x: int, y: int) -> None:
+    """The longest round length of at most LONGEST px and how long it is, its right end at x.
+
+    Args:
+        draw, font: of the picture.
+        mpp: um per pixel of the picture; None or 0: unknown, which is said instead.
+        x, y: right end and top of the bar, px.
+    """
+    if not mpp:
+        draw.text((x - font.getlength("resolution unknown"), y - 4), "resolution unknown", fill=QUIET, font=font)
+        return
+    length = round_length(LONGEST * mpp)
+    text = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} um"
+    draw.text((x - font.getlength(text), y - 5), text, fill=INK, font=font)
+    end = x - font.getlength(text) - 8
+    draw.rectangle((end - length / mpp, y, end, y + 4), fill=INK)
+
+
+def round_length(most: float) -> float:
+    """The largest of 1, 2, 5 times a power of ten that is no more than `most` um."""
+    return max((length for length in ROUND if length <= most), default=ROUND[0])
