@@ -1,9 +1,10 @@
-"""The whole main road, small: every stage real, killed and started again, over finished work, on real pictures."""
+"""The whole main road, small: every stage real, killed and started again over finished work, on real pictures."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,23 +86,24 @@ def test_summary_has_what_it_promises(whole: Path) -> None:
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
-def test_second_run_over_finished_work_changes_nothing(whole: Path) -> None:
-    kept = ("cohort/slides/*.tiff", "tiles/coords/*.h5", "features/*/h5_files/*.h5", "*/checkpoint_*.pt", "mil/runs/**/*.pt")
+def test_killed_while_making_again_what_was_lost_gives_the_same_table_and_leaves_the_rest(whole: Path) -> None:
+    """The last stages' results are removed; a run that makes them again is killed, the next one goes on over finished work."""
+    first, summary = table(whole), json.loads((whole / "summary.json").read_text())
+    kept = ("cohort/slides/*.tiff", "tiles/coords/*.h5", "features/*_*/h5_files/*.h5", "*/checkpoint_*.pt")
     before = {path: path.stat().st_mtime_ns for pattern in kept for path in whole.glob(pattern)}
     assert len(before) > 50
-    assert json.loads((whole / "summary.json").read_text()) == finish(whole, **EMBEDDED)
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-
-
-def test_killed_on_the_way_gives_the_same_table(whole: Path, tmp_path: Path) -> None:
-    run = tmp_path / "cut"
+    for lost in ("features/student", "mil"):
+        shutil.rmtree(whole / lost)
+    (whole / "summary.json").unlink()
     # every stage has a SIGKILL test of its own, beside its script's tests
-    kill_when(run, "features/student/h5_files/*.h5", **EMBEDDED)
-    assert not (run / "summary.json").exists()
-    cut, expected = finish(run, **EMBEDDED), json.loads((whole / "summary.json").read_text())
-    assert table(run) == table(whole)
-    for name, row in expected["feature_sets"].items():
-        assert {key: cut["feature_sets"][name][key] for key in METRICS} == {key: row[key] for key in METRICS}
+    kill_when(whole, "features/student/h5_files/*.h5", **EMBEDDED)
+    bag = next(whole.glob("features/student/h5_files/*.h5"))
+    made = bag.stat().st_mtime_ns
+    again = finish(whole, **EMBEDDED)
+    assert table(whole) == first
+    for name, row in summary["feature_sets"].items():
+        assert {key: again["feature_sets"][name][key] for key in METRICS} == {key: row[key] for key in METRICS}
+    assert {path: path.stat().st_mtime_ns for path in before} == before and bag.stat().st_mtime_ns == made
 
 
 def test_real_pictures(real_data: Path, tmp_path: Path) -> None:
