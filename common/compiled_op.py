@@ -9,8 +9,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from common.native import library_path, load_library
 
 logger = logging.getLogger(__name__)
 AUTOCAST = (torch._C.DispatchKey.AutocastCPU, torch._C.DispatchKey.AutocastCUDA)
+AUTOCAST_SET = torch._C.DispatchKeySet(AUTOCAST[0]) | torch._C.DispatchKeySet(AUTOCAST[1])
 BACKENDS = ("auto", "compiled", "reference")
 
 
@@ -110,12 +111,9 @@ def bound_of(grad_out: Tensor, value: Tensor, weights: Tensor) -> Tensor | None:
     return None
 
 
-@contextmanager
-def below_autocast() -> Iterator[None]:
-    """What is called here is not cast once more."""
-    keys = torch._C.DispatchKeySet(AUTOCAST[0]) | torch._C.DispatchKeySet(AUTOCAST[1])
-    with torch._C._ExcludeDispatchKeyGuard(keys):
-        yield
+def below_autocast() -> AbstractContextManager[object]:
+    """What is called in this context is not cast once more."""
+    return torch._C._ExcludeDispatchKeyGuard(AUTOCAST_SET)
 
 
 def takes_compiled(
