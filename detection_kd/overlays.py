@@ -11,19 +11,20 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from common.files import atomic_path, safe_id
 from detection_kd.datasets.detection import read_image
 from detection_kd.datasets.froc import FALSE, HIT
 from detection_kd.datasets.operating_point import Judged
+from patch_encoder.captions import caption_font
 
 HIT_COLOUR, FALSE_COLOUR, MISS_COLOUR, NEITHER_COLOUR = (0, 128, 94), (204, 78, 0), (0, 94, 168), (110, 110, 110)
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 SIDES = (800, 1000)  # least and most px of a panel's long side
 LEAST_WIDTH = 420  # px of a panel, so that its heading fits
 GAP, BAND = 16, 34  # px between panels, and of the lines of text above and below
-FONT, SMALL = ImageFont.load_default(size=16), ImageFont.load_default(size=14)
+FONT, SMALL = caption_font(15), caption_font(13)
 Box = tuple[float, float, float, float]
 
 

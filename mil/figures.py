@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from mil.metrics import Predictions
+from patch_encoder.captions import caption_font
 from patch_encoder.coordinates import TileGeometry
 
 COLOURS = ("#1b6ca8", "#d1495b", "#5f8d3e", "#8a5a9e", "#c98a1b", "#4a4a4a")
@@ -107,10 +108,11 @@ def mark_tiles(overview: np.ndarray, geometry: TileGeometry, slide_width: int, c
     draw = ImageDraw.Draw(image)
     side = max(6.0, geometry.patch_size_level0 * scale)
     width = max(2, round(max(overview.shape) / 250))
-    font = ImageFont.load_default(size=13)
+    size = max(13, round(max(overview.shape) / 26))  # the page shows the overview at half its size
+    font = caption_font(size)
     for rank, (x, y) in reversed(list(enumerate(corners * scale, start=1))):
         draw.rectangle((x, y, x + side, y + side), outline=MARK, width=width)
-        label_y = y - 15 if y >= 15 else y + side + 1
+        label_y = y - size - 2 if y >= size + 2 else y + side + 1
         box = draw.textbbox((x + 2, label_y), str(rank), font=font)
         draw.rectangle((box[0] - 2, box[1] - 1, box[2] + 2, box[3] + 1), fill=MARK)
         draw.text((x + 2, label_y), str(rank), fill="white", font=font)

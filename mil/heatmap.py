@@ -13,15 +13,16 @@ the pages show), summary.json and failures.csv. Slides that are there are skippe
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
 from common.cli import launch
 from common.config import REQUIRED, group, key
@@ -33,15 +34,28 @@ from common.progress import progress
 from mil.engine import load_classifier
 from mil.heatmaps.drawing import colour_table
 from mil.heatmaps.pages import write_pages
+from mil.heatmaps.scores import TileScores
 from mil.heatmaps.settings import Drawing, check_drawing
-from mil.heatmaps.slide import Inputs, draw_slide
+from mil.heatmaps.slide import Inputs, draw_slide, judge
 from mil.heatmaps.sources import Judged, Source, from_benchmark, from_run, is_benchmark
 from patch_encoder.bags import bag_digest, bag_files
 from patch_encoder.cohort import find_slides, read_labels
 from patch_encoder.coordinates import tile_pattern_of
 from patch_encoder.failures import Failures
+from patch_encoder.isolation import Lost, Raised, check_workers, isolated
 
 logger = logging.getLogger(__name__)
+Pending = tuple[Judged, Inputs, dict[str, Any]]  # a slide, its files, and what decides its pictures
+
+
+@dataclass(frozen=True)
+class SlideJob:
+    """A slide to draw; `scores` is an error where it could not be judged."""
+
+    judged: Judged
+    inputs: Inputs
+    stamp: dict[str, Any]
+    scores: TileScores | str
 
 
 @dataclass
@@ -64,7 +78,9 @@ class Config:
     drawing: Drawing = group(Drawing, "how slides are drawn")
     title: str = key("Heatmaps", "title of the page", runtime=True)
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
-    threads: int = key(1, "CPU threads", runtime=True)
+    workers: int = key(2, "slides at a time; 0: in the main process, which a slide that crashes its reader ends", runtime=True)
+    threads: int = key(1, "CPU threads of the model", runtime=True)
+    read_timeout: float = key(300.0, "seconds without progress that give a slide up (not with workers=0)", runtime=True)
     overwrite: bool = key(False, "draw slides anew that were drawn from other inputs or with other settings", runtime=True)
 
 
@@ -136,27 +152,64 @@ def is_done(output: Path, slide_id: str, wanted: dict[str, Any], overwrite: bool
     return True
 
 
-def draw_all(config: Config, source: Source, pending: list[tuple[Judged, Inputs, dict[str, Any]]], failures: Failures) -> None:
-    """Draw slides, fold by fold: one model is in memory."""
-    device, output = pick_device(config.device), Path(config.output)
-    loaded: tuple[Path, nn.Module] | None = None
-    for judged, inputs, stamp in progress(pending, "heatmaps", len(pending), "slides"):
+class Scored(Sequence[SlideJob]):
+    """The slides that are left to draw, each judged when it is its turn: the scores of one slide are in memory, and one model.
+
+    Args:
+        pending: slides with what they are drawn from, fold by fold.
+        classes: names in the order of the logits.
+        drawing: settings.
+        device: where the models run.
+    """
+
+    def __init__(self, pending: Sequence[Pending], classes: Sequence[str], drawing: Drawing, device: torch.device) -> None:
+        self._pending, self._classes, self._drawing = pending, classes, drawing
+        self._model = lru_cache(maxsize=1)(lambda checkpoint: load_classifier(checkpoint, device)[0])
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def __getitem__(self, number: int) -> SlideJob:
+        judged, inputs, stamp = self._pending[number]
         try:
-            if loaded is None or loaded[0] != judged.checkpoint:
-                loaded = judged.checkpoint, load_classifier(judged.checkpoint, device)[0]
-            draw_slide(output, judged, inputs, loaded[1], source.classes, config.drawing, stamp)
+            scores = judge(judged, inputs.bag, self._model(judged.checkpoint), self._classes, self._drawing)
         except (UserError, OSError) as error:
-            failures.add(judged.slide_id, str(error))
+            return SlideJob(judged, inputs, stamp, str(error))
+        return SlideJob(judged, inputs, stamp, scores)
+
+
+def draw_one(job: SlideJob, output: Path, classes: Sequence[str], drawing: Drawing) -> None:
+    """Draw a judged slide.
+
+    Raises:
+        UserError: the slide cannot be used, or could not be judged.
+    """
+    if isinstance(job.scores, str):
+        raise UserError(job.scores)
+    draw_slide(output, job.judged, job.inputs, job.scores, classes, drawing, job.stamp)
+
+
+def draw_all(config: Config, source: Source, pending: Sequence[Pending], device: torch.device, failures: Failures) -> None:
+    """Judge slides here, on the device, and draw them in processes that do nothing but read and draw."""
+    cv2.setNumThreads(1)  # one core a process; before the fork, which takes no threads along
+    jobs = Scored(pending, source.classes, config.drawing, device)
+    work = partial(draw_one, output=Path(config.output), classes=source.classes, drawing=config.drawing)
+    outcomes = isolated(work, jobs, config.workers, config.read_timeout)
+    for number, result in progress(outcomes, "heatmaps", len(jobs), "slides"):
+        if isinstance(result, (Lost, Raised)):
+            failures.add(pending[number][0].slide_id, result.reason)
 
 
 def main(config: Config) -> int:
     torch.set_num_threads(config.threads)
     output, failures = Path(config.output), Failures("heatmap")
+    check_workers(config.workers, config.read_timeout)
+    device = pick_device(config.device)
     source, bags = read_source(config)
     check_drawing(config.drawing, source.classes)
     chosen = choose(source, config.only)
     inputs = find_inputs(config, chosen, bags)
-    pending = []
+    pending: list[Pending] = []
     for judged in chosen:
         name = judged.slide_id
         if name not in inputs:
@@ -172,7 +225,7 @@ def main(config: Config) -> int:
     bar = np.repeat(colour_table(config.drawing.colours)[None], 8, axis=0)
     with atomic_path(output / "pictures" / "colours.png") as temporary:
         Image.fromarray(bar).save(temporary, "PNG")
-    draw_all(config, source, pending, failures)
+    draw_all(config, source, pending, device, failures)
     finish(config, source, failures)
     return failures.write(output)
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from pathlib import Path
+
+import matplotlib
 from PIL import ImageDraw, ImageFont
 
 INK, QUIET = (30, 38, 46), (100, 110, 120)
-LONGEST = 110  # px of a scale bar
+TITLE, TEXT = 15, 12  # px of the first line and of all else
+LONGEST = 110  # px of a scale bar beside text of TEXT px
 ROUND = [digit * 10.0**power for power in range(-2, 7) for digit in (1, 2, 5)]  # um
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Font = ImageFont.FreeTypeFont
+
+
+@lru_cache
+def caption_font(size: int | float) -> Font:
+    """DejaVu Sans, which matplotlib brings along: Pillow's own font has neither µ nor accents, Greek or Cyrillic."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
 def fitting(text: str, font: Font, width: float) -> str:
@@ -20,7 +31,7 @@ def fitting(text: str, font: Font, width: float) -> str:
 
 
 def scale_bar(draw: ImageDraw.ImageDraw, font: Font, mpp: float | None, x: int, y: int) -> None:
-    """The longest round length of at most LONGEST px and how long it is, its right end at x.
+    """The longest round length of at most LONGEST px and how long it is, its right end at x; all in proportion to the text.
 
     Args:
         draw, font: of the picture.
@@ -28,13 +39,19 @@ def scale_bar(draw: ImageDraw.ImageDraw, font: Font, mpp: float | None, x: int, 
         x, y: right end and top of the bar, px.
     """
     if not mpp:
-        draw.text((x - font.getlength("resolution unknown"), y - 4), "resolution unknown", fill=QUIET, font=font)
+        draw.text((x, y + 2), "resolution unknown", fill=QUIET, font=font, anchor="rm")
         return
-    length = round_length(LONGEST * mpp)
-    text = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} um"
-    draw.text((x - font.getlength(text), y - 5), text, fill=INK, font=font)
-    end = x - font.getlength(text) - 8
-    draw.rectangle((end - length / mpp, y, end, y + 4), fill=INK)
+    size = font.size / TEXT
+    length = round_length(LONGEST * size * mpp)
+    text = said_length(length)
+    draw.text((x, y + 2 * size), text, fill=INK, font=font, anchor="rm")
+    end = x - font.getlength(text) - 8 * size
+    draw.rectangle((end - length / mpp, y, end, y + 4 * size), fill=INK)
+
+
+def said_length(length: float) -> str:
+    """A length in um for people."""
+    return f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm"
 
 
 def round_length(most: float) -> float:

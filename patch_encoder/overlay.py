@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 import cv2
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from patch_encoder.captions import INK, fitting, scale_bar
+from patch_encoder.captions import INK, TEXT, TITLE, caption_font, fitting, scale_bar
 from patch_encoder.coordinates import Coordinates
 from patch_encoder.slides.base import Slide
 from patch_encoder.slides.overview import Overview
@@ -59,8 +59,9 @@ def mask_overlay(
     _tiles(picture, coordinates.coords * scale, side * scale, TILE)
     for reason, corners in (cut or {}).items():
         _tiles(picture, corners * scale, side * scale, DROPPED[reason][0], crossed=True)
-    _outlines(picture, _resized(tissue.mask, picture.shape[:2]))
-    entries = [("tissue", TISSUE, "line"), ("hole", HOLE, "line"), (f"{len(coordinates.coords):,} tiles", TILE, "tile")]
+    has_holes = _outlines(picture, _resized(tissue.mask, picture.shape[:2]))
+    entries = [("tissue", TISSUE, "line"), *([("hole", HOLE, "line")] if has_holes else [])]
+    entries += [(f"{len(coordinates.coords):,} tiles", TILE, "tile")]
     entries += [(DROPPED[r][1], DROPPED[r][0], "hatch") for r, mask in dropped.items() if mask.any()]
     entries += [(f"{len(c):,} {DROPPED[r][1]}", DROPPED[r][0], "cross") for r, c in (cut or {}).items() if len(c)]
     alone = Image.fromarray(picture)
@@ -82,11 +83,11 @@ def _hatch(picture: np.ndarray, mask: np.ndarray, colour: Colour) -> None:
     picture[y, x] = (picture[y, x] * (1 - share) + np.array(colour) * share).astype(np.uint8)
 
 
-def _outlines(picture: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> None:
-    """Tissue and its holes, on a white rim that keeps the line legible on any stain."""
+def _outlines(picture: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> bool:
+    """Tissue and its holes, on a white rim that keeps the line legible on any stain; whether there are holes."""
     contours, hierarchy = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     if hierarchy is None:
-        return
+        return False
     crowded = len(contours) > 150  # around many cells the rim would hide the cells
     width = 1 if crowded else max(1, round(max(picture.shape[:2]) / 500))
     holes = [contour for contour, link in zip(contours, hierarchy[0]) if link[3] != -1]
@@ -95,6 +96,7 @@ def _outlines(picture: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]
         cv2.polylines(picture, contours, True, (255, 255, 255), width + 2, cv2.LINE_AA)
     cv2.polylines(picture, outer, True, TISSUE, width, cv2.LINE_AA)
     cv2.polylines(picture, holes, True, HOLE, width, cv2.LINE_AA)
+    return bool(holes)
 
 
 def _tiles(picture: np.ndarray, corners: np.ndarray, side: float, colour: Colour, crossed: bool = False) -> None:
@@ -117,7 +119,7 @@ Entry = tuple[str, Colour, str]
 
 def _with_legend(picture: Image.Image, entries: Sequence[Entry], slide: Slide, scale: float) -> Image.Image:
     """The picture on white, below it the name, a scale bar and what the colours mean."""
-    font, small = ImageFont.load_default(size=15), ImageFont.load_default(size=13)
+    font, small = caption_font(TITLE), caption_font(TEXT)
     width, margin, line = max(picture.width, 460), 12, 24
     places, x, y = [], margin, 38
     for text, _, _ in entries:

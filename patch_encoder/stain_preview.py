@@ -19,13 +19,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from common.cli import launch
 from common.config import REQUIRED, key
 from common.errors import UserError
 from common.files import atomic_path
+from patch_encoder.captions import INK, QUIET, TEXT, TITLE, caption_font
 from patch_encoder.cohort import find_slides
 from patch_encoder.slides import RegionError, Slide, open_slide
 from patch_encoder.stain.augment import HedJitter, StainJitter
@@ -36,7 +37,6 @@ from patch_encoder.stain.optical_density import stained_pixels
 logger = logging.getLogger(__name__)
 COLUMNS = ("original", "Reinhard", "Macenko", "haematoxylin", "eosin", "HED jitter", "HED jitter", "stain jitter")
 GAP, HEAD, LABEL = 4, 24, 18
-INK, QUIET = (30, 38, 46), (100, 110, 120)
 CANDIDATES, GRID = 64, 64  # places of a slide that are looked at, and pixels a side that count in its statistics
 
 
@@ -102,7 +102,7 @@ def variants(row: Row, methods: dict[str, Normaliser], config: Config, generator
 
 def page(rows: Sequence[tuple[str, list[np.ndarray]]], side: int) -> Image.Image:
     """All pictures on white, columns named once, rows by slide and corner."""
-    font, small = ImageFont.load_default(size=14), ImageFont.load_default(size=12)
+    font, small = caption_font(TITLE), caption_font(TEXT)
     step = side + GAP
     sheet = Image.new("RGB", (GAP + step * len(COLUMNS), HEAD + (step + LABEL) * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)

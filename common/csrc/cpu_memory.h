@@ -1,4 +1,4 @@
-// Memory of results on the CPU: large pages, zeros from all threads.
+// Tensors on the CPU: how kernels are told of their storage, large pages for results, zeros from all threads.
 #pragma once
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -6,10 +6,20 @@
 
 #include <cstring>
 
+#include "cpu_kernels.h"
 #include "stable_tensor.h"
 
 namespace deform_attn {
 namespace {
+
+Storage storage_of(const Tensor& value) {
+  switch (value.scalar_type()) {
+    case ScalarType::Double: return Storage::kDouble;
+    case ScalarType::BFloat16: return Storage::kBFloat16;
+    case ScalarType::Half: return Storage::kHalf;
+    default: return Storage::kFloat;
+  }
+}
 
 // Asks for large pages under a result that is about to be written for the first time: one fault in place of 512.
 void* large_pages(const Tensor& tensor) {

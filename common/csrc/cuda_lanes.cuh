@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace deform_attn {
 namespace {
@@ -140,6 +141,41 @@ __global__ void from_fixed_kernel(const unsigned long long* fixed, const Real* b
   const int64_t step = int64_t(gridDim.x) * blockDim.x;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step)
     out[i] = scale > 0 ? Real(double(static_cast<long long>(fixed[i])) / scale) : Real(largest - largest);
+}
+
+template <class Call>
+cudaError_t sum_up_fixed(const Call& call, int64_t count, cudaStream_t stream) {
+  const int64_t blocks = (count + 255) / 256;
+  const unsigned some = unsigned(blocks < 65535 ? blocks : 65535);
+  from_fixed_kernel<<<some, 256, 0, stream>>>(call.fixed, call.bound, call.headroom, call.grad_value, count);
+  return cudaGetLastError();
+}
+
+template <int kValue>
+using Constant = std::integral_constant<int, kValue>;
+
+// f(lanes of a group, channels of a lane): as many lanes as there are chunks of channels, at most a warp.
+template <int kItems, class F>
+cudaError_t with_lanes(int dim, F&& f) {
+  const int chunks = (dim + kItems - 1) / kItems;
+  if (chunks <= 1) return f(Constant<1>{}, Constant<kItems>{});
+  if (chunks <= 2) return f(Constant<2>{}, Constant<kItems>{});
+  if (chunks <= 4) return f(Constant<4>{}, Constant<kItems>{});
+  if (chunks <= 8) return f(Constant<8>{}, Constant<kItems>{});
+  if (chunks <= 16) return f(Constant<16>{}, Constant<kItems>{});
+  return f(Constant<32>{}, Constant<kItems>{});
+}
+
+// Sets row_bytes; lanes take 16 bytes of channels where every row begins at a multiple of 16, else one channel.
+template <class S, class Call, class F>
+cudaError_t with_chunks(Call& call, F&& f) {
+  constexpr int kItems = 16 / sizeof(S);
+  if (int64_t(call.heads) * call.dim > INT32_MAX / 8) return cudaErrorInvalidConfiguration;  // row_bytes, of 8 a number
+  call.row_bytes = uint32_t(call.heads) * call.dim * sizeof(S);
+  const auto address = reinterpret_cast<uintptr_t>(call.value) | reinterpret_cast<uintptr_t>(call.out) |
+                       reinterpret_cast<uintptr_t>(call.grad_out);  // a view may start anywhere
+  if (call.dim % kItems == 0 && address % 16 == 0) return with_lanes<kItems>(call.dim, f);
+  return with_lanes<1>(call.dim, f);
 }
 
 }  // namespace

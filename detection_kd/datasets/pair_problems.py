@@ -92,6 +92,14 @@ def picture_size(picture: bytes | Path, verify: bool) -> tuple[int, int]:
         raise ValueError(" ".join(str(error).split())) from None
 
 
+def size_by_header(start: bytes) -> tuple[int, int] | None:
+    """(width, height) by a picture's first bytes; None where its header is longer or it is no picture."""
+    try:
+        return picture_size(start, verify=False)
+    except ValueError:
+        return None
+
+
 def decode_tile(picture: bytes) -> np.ndarray:
     """uint8 (H, W, 3) of an encoded picture.
 

@@ -23,7 +23,7 @@ from common.errors import UserError
 from common.files import read_json, safe_id
 from common.progress import progress
 from detection_kd.datasets.packed_pairs import Pack, is_packed
-from detection_kd.datasets.pair_problems import Problems, picture_size
+from detection_kd.datasets.pair_problems import Problems, picture_size, size_by_header
 
 PICTURES = (".jpg", ".jpeg", ".png")
 HEADER = 8192  # bytes that mostly hold a picture's header
@@ -186,12 +186,8 @@ def _packed_pairs(path: Path, problems: Problems, verify: bool, show: bool) -> l
 
 
 def _packed_size(pack: Pack, row: int, image: Path, problems: Problems, verify: bool) -> tuple[int, int] | None:
-    if not verify:
-        try:
-            return picture_size(pack.picture(row, HEADER), verify=False)
-        except ValueError:
-            pass  # a long header, perhaps: the whole picture tells
-    return _checked_size(pack.slides[row], image, pack.picture(row), problems, verify)
+    size = None if verify else size_by_header(pack.picture(row, HEADER))
+    return size or _checked_size(pack.slides[row], image, pack.picture(row), problems, verify)
 
 
 def _of_one_kind(pairs: list[Pair], sizes: Sequence[tuple[int, int]], problems: Problems) -> list[Pair]:

@@ -5,33 +5,16 @@ The schema and the kernels are in `csrc`; `tools/build_ops.sh` builds them.
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.native import library_path, load_library
+from common.compiled_op import CompiledOp, below_autocast, bound_of, compute_dtype, empty_gradients
 
 OPS = Path(__file__).resolve().parent
-FORWARD, BACKWARD = "detection_kd::ms_deform_attn", "detection_kd::ms_deform_attn_backward"
-AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA")
-_library: torch.library.Library | None = None  # registrations live as long as this does
-
-
-@cache
-def unavailable(device_type: str) -> str | None:
-    """Why the compiled op cannot run on "cpu" or "cuda"; None where it can. Loads it on the first call."""
-    if device_type not in {"cpu", "cuda"}:
-        return f"there is no compiled kernel for {device_type}"
-    if device_type == "cuda":
-        return unavailable("cpu") or load_library(library_path(OPS, "cuda"))
-    reason = load_library(library_path(OPS, "cpu"))
-    if reason is None:
-        _register()
-    return reason
+BACKWARD = "detection_kd::ms_deform_attn_backward"
 
 
 def ms_deform_attn_compiled(
@@ -52,33 +35,6 @@ def ms_deform_attn_compiled(
     return torch.ops.detection_kd.ms_deform_attn(value, spatial_shapes, points, locations, weights)
 
 
-def choose_kernels(name: str) -> str | None:
-    """Pin the CPU kernels to "avx512", "avx2" or "baseline", for tests and measurements; "auto" undoes it.
-
-    Returns:
-        The name in force, None where this processor does not have it.
-    """
-    assert unavailable("cpu") is None
-    choose = ctypes.CDLL(str(library_path(OPS, "cpu"))).deform_attn_choose_kernels
-    choose.restype = ctypes.c_char_p
-    found = choose(name.encode())
-    return found.decode() if found else None
-
-
-def _register() -> None:
-    global _library
-    torch.library.register_fake(FORWARD, _fake_forward)
-    torch.library.register_fake(BACKWARD, _fake_backward)
-    torch.library.register_autograd(FORWARD, _backward, setup_context=_save)
-    _library = torch.library.Library("detection_kd", "IMPL")
-    for key in AUTOCAST_KEYS:
-        _library.impl("ms_deform_attn", _autocast, key)
-
-
-def _compute_dtype(value: Tensor) -> torch.dtype:
-    return torch.float64 if value.dtype == torch.float64 else torch.float32
-
-
 def _fake_forward(value: Tensor, spatial_shapes: list[int], points: list[int], locations: Tensor, weights: Tensor) -> Tensor:
     return value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
 
@@ -92,13 +48,7 @@ def _fake_backward(
     weights: Tensor,
     bound: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    contiguous = torch.contiguous_format
-    grad_value = torch.empty_like(value, dtype=_compute_dtype(value), memory_format=contiguous)
-    return (
-        grad_value,
-        torch.empty_like(locations, memory_format=contiguous),
-        torch.empty_like(weights, memory_format=contiguous),
-    )
+    return empty_gradients(value, locations, weights)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -108,9 +58,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, Tensor, Tensor]:
     value, locations, weights = ctx.saved_tensors
-    bound = None
-    if value.is_cuda and torch.are_deterministic_algorithms_enabled() and grad_out.numel() and weights.numel():
-        bound = grad_out.abs().amax().to(weights.dtype) * weights.abs().amax()
+    bound = bound_of(grad_out, value, weights)
     grad_value, grad_locations, grad_weights = torch.ops.detection_kd.ms_deform_attn_backward(
         grad_out, value, ctx.spatial_shapes, ctx.points, locations, weights, bound
     )
@@ -119,9 +67,19 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, Tensor, T
 
 def _autocast(value: Tensor, spatial_shapes: list[int], points: list[int], locations: Tensor, weights: Tensor) -> Tensor:
     """Values stay as they come; locations and weights are raised to the precision that the kernels compute in."""
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-        torch._C.DispatchKey.AutocastCUDA
-    )
-    with torch._C._ExcludeDispatchKeyGuard(keys):
-        dtype = _compute_dtype(value)
+    with below_autocast():
+        dtype = compute_dtype(value)
         return ms_deform_attn_compiled(value, spatial_shapes, points, locations.to(dtype), weights.to(dtype))
+
+
+OP = CompiledOp(
+    ops=OPS,
+    namespace="detection_kd",
+    name="ms_deform_attn",
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    save=_save,
+    backward=_backward,
+    autocast=_autocast,
+)
+unavailable, choose_kernels = OP.unavailable, OP.choose_kernels

@@ -6,21 +6,15 @@ DEFORM_ATTN_BACKEND=auto|compiled|reference chooses; `compiled` is an error wher
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from common.errors import UserError
+from common import compiled_op
 from detection_kd.ops.compiled import ms_deform_attn_compiled, unavailable
 from detection_kd.ops.reference import ms_deform_attn_reference
-
-logger = logging.getLogger(__name__)
-BACKENDS = ("auto", "compiled", "reference")
 
 
 def ms_deform_attn(
@@ -80,19 +74,4 @@ def takes_compiled(device_type: str) -> bool:
     Raises:
         UserError: DEFORM_ATTN_BACKEND is unknown, or `compiled` and the op is not there.
     """
-    backend = os.environ.get("DEFORM_ATTN_BACKEND", "auto")
-    if backend not in BACKENDS:
-        raise UserError(f"DEFORM_ATTN_BACKEND={backend}: expected one of {', '.join(BACKENDS)}")
-    if backend == "reference":
-        return False
-    reason = unavailable(device_type)
-    if reason and backend == "compiled":
-        raise UserError(f"DEFORM_ATTN_BACKEND=compiled: {reason}")
-    if reason:
-        _warn_once(reason)
-    return reason is None
-
-
-@cache
-def _warn_once(reason: str) -> None:
-    logger.warning("deformable attention runs in plain PyTorch, many times slower: %s", reason)
+    return compiled_op.takes_compiled(None, "DEFORM_ATTN_BACKEND", device_type, unavailable, "deformable attention")

@@ -14,9 +14,9 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from matplotlib import colormaps
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from patch_encoder.captions import INK, QUIET, fitting, scale_bar
+from patch_encoder.captions import INK, LONGEST, QUIET, TEXT, TITLE, caption_font, fitting, scale_bar
 
 COLOURS = ("viridis", "cividis", "magma", "inferno", "plasma")
 OUTLINE = (20, 20, 20)
@@ -144,19 +144,22 @@ def framed(picture: UInt8[np.ndarray, "h w 3"], heat: Heat, title: str, second: 
         title, second: two lines of text.
         mpp: um per pixel of the picture, None when unknown.
     """
-    font, small = ImageFont.load_default(size=16), ImageFont.load_default(size=13)
-    margin, width = 14, max(picture.shape[1], 560)
-    page = Image.new("RGB", (width, picture.shape[0] + 74), "white")
+    width = max(picture.shape[1], 560)
+    size = max(1.0, width / 900)  # a large picture is looked at as a whole: its text grows with it
+    font, small, margin = caption_font(TITLE * size), caption_font(TEXT * size), round(14 * size)
+    page = Image.new("RGB", (width, picture.shape[0] + round(74 * size)), "white")
     page.paste(Image.fromarray(picture), ((width - picture.shape[1]) // 2, 0))
     draw, top = ImageDraw.Draw(page), picture.shape[0]
-    room = width - 2.0 * margin - 130
-    draw.text((margin, top + 8), fitting(title, font, room), fill=INK, font=font)
-    draw.text((width - margin - small.getlength(second), top + 48), second, fill=QUIET, font=small)
-    low, name, high = heat.low, heat.name, heat.high
-    x = margin + small.getlength(low) + 8
-    draw.text((margin, top + 48), low, fill=INK, font=small)
-    bar = np.repeat(colour_table(heat.colours)[None], 14, axis=0)
-    page.paste(Image.fromarray(bar).resize((180, 14)), (round(x), top + 50))
-    draw.text((x + 188, top + 48), f"{high}   {name}", fill=INK, font=small)
-    scale_bar(draw, small, mpp, width - margin, top + 12)
+    first, middle = top + round(12 * size), top + round(57 * size)  # the scale bar's top, the middle of the second line
+    room = width - 2.0 * margin - LONGEST * size - 70 * size
+    draw.text((margin, first + 2 * size), fitting(title, font, room), fill=INK, font=font, anchor="lm")
+    scale_bar(draw, small, mpp, width - margin, first)
+    draw.text((width - margin, middle), second, fill=QUIET, font=small, anchor="rm")
+    draw.text((margin, middle), heat.low, fill=INK, font=small, anchor="lm")
+    x, height = round(margin + small.getlength(heat.low) + 8 * size), round(14 * size)
+    bar = Image.fromarray(np.repeat(colour_table(heat.colours)[None], height, axis=0)).resize((round(180 * size), height))
+    page.paste(bar, (x, middle - height // 2))
+    room = width - x - bar.width - 16 * size - 2.0 * margin - small.getlength(second)
+    text = fitting(f"{heat.high}   {heat.name}", small, room)
+    draw.text((x + bar.width + 8 * size, middle), text, fill=INK, font=small, anchor="lm")
     return page

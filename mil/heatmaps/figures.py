@@ -141,5 +141,6 @@ def scores_figure(runs: Sequence[Predictions], classes: Sequence[str]) -> str:
             if run.threshold is not None and len(classes) == 2:
                 axes.axvline(run.threshold, color="#333333", linewidth=0.9, linestyle=":")
         axes.set(xlabel=f"probability of {what}", ylabel="slides", xlim=(0, 1))
+        axes.yaxis.get_major_locator().set_params(integer=True)
         figure.legend(frameon=False, loc="outside upper center", ncols=min(4, len(classes)))  # clear of the bars
         return svg_uri(figure)

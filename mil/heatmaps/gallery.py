@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from common.files import atomic_path
 from mil.heatmaps.scores import TileScores, percentile_ranks, ranking
-from patch_encoder.captions import INK, QUIET, fitting
+from patch_encoder.captions import INK, QUIET, TEXT, TITLE, caption_font, fitting
 from patch_encoder.slides.base import Slide
 from patch_encoder.tiling import read_tile
 
@@ -73,7 +73,7 @@ def write_gallery(folder: Path, slide: Slide, scores: TileScores, tiles: Sequenc
 
 def sheet(pictures: Sequence[np.ndarray], tiles: Sequence[TopTile], shown: str, title: str) -> Image.Image:
     """All tiles on white, highest first, each with rank, value and corner."""
-    font, small = ImageFont.load_default(size=16), ImageFont.load_default(size=12)
+    font, small = caption_font(TITLE), caption_font(TEXT)
     groups = [(kind, [i for i, tile in enumerate(tiles) if tile.kind == kind]) for kind in ("top", "low")]
     groups = [(kind, members) for kind, members in groups if members]
     rows = sum(-(-len(members) // COLUMNS) for _, members in groups)

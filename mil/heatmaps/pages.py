@@ -20,6 +20,7 @@ from mil.heatmaps import figures
 from mil.heatmaps.gallery import say_value
 from mil.heatmaps.sources import Source, facts
 from mil.metrics import evaluate
+from patch_encoder.captions import round_length, said_length
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 
@@ -43,9 +44,16 @@ def rows(source: Source, records: Mapping[str, dict[str, Any]], failed: Mapping[
         given = row["probabilities"].get(row["label"])
         # 1 to 2 for errors, 0 to 1 for the others, below for what cannot be told
         row["miss"] = -1.0 if given is None or row["right"] is None else (1 - given) + (not row["right"])
+        row["scale"] = scale_of(row) if row.get("mpp") else None
         row["top"] = next((tile for tile in row.get("chosen", []) if tile["kind"] == "top"), None)
         found.append(row)
     return sorted(found, key=lambda row: (not row["error"], -row["miss"], row["slide"]))
+
+
+def scale_of(row: Mapping[str, Any]) -> tuple[str, float]:
+    """(what a scale bar below the slide's picture says, its length in per cent of the picture's width)."""
+    length = round_length(0.25 * row["width"] * row["mpp"])
+    return said_length(length), 100 * length / (row["width"] * row["mpp"])
 
 
 def cohort_figures(source: Source) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from PIL import Image
 from common.files import atomic_path
 from mil.heatmaps.drawing import Heat, blend
 from patch_encoder.datasets.pyramid import halved
+from patch_encoder.isolation import alive
 from patch_encoder.slides.base import Slide
 
 TILE = 256
@@ -85,6 +86,7 @@ def write_heat_pyramid(
 
 
 def _read(slide: Slide | None, x: int, y: int, down: int) -> UInt8[np.ndarray, "256 256 3"]:
+    alive()
     if slide is None:
         return np.full((TILE, TILE, 3), 255, dtype=np.uint8)
     level = max(i for i, downsample in enumerate(slide.downsamples) if i == 0 or downsample <= down * 1.01)

@@ -48,23 +48,32 @@ class Inputs:
     tissue: Path | None
 
 
+def judge(judged: Judged, bag: Path, model: nn.Module, classes: Sequence[str], drawing: Drawing) -> TileScores:
+    """What the model says of the slide's tiles.
+
+    Raises:
+        UserError: a bag that cannot be used, or that is not the one that was predicted.
+    """
+    device = next(model.parameters()).device if any(True for _ in model.parameters()) else torch.device("cpu")
+    scores = score_bag(model, bag, judged.slide_id, classes, drawing.value, drawing.of_class, judged.threshold, device)
+    _check_prediction(judged, scores, classes)
+    return scores
+
+
 def draw_slide(
     output: Path,
     judged: Judged,
     inputs: Inputs,
-    model: nn.Module,
+    scores: TileScores,
     classes: Sequence[str],
     drawing: Drawing,
     made_from: dict[str, Any],
 ) -> None:
-    """Write all files of a slide.
+    """Write all files of a judged slide.
 
     Raises:
-        UserError: a bag or slide that cannot be used, a bag that is not the one that was predicted.
+        UserError: a slide that cannot be used.
     """
-    device = next(model.parameters()).device if any(True for _ in model.parameters()) else torch.device("cpu")
-    scores = score_bag(model, inputs.bag, judged.slide_id, classes, drawing.value, drawing.of_class, judged.threshold, device)
-    _check_prediction(judged, scores, classes)
     geometry = scores.coordinates.geometry
     opened = nullcontext() if inputs.slide is None else open_slide(inputs.slide, inputs.mpp, geometry.tile_pattern)
     with opened as slide:

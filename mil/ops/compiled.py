@@ -5,34 +5,17 @@ The schema and the kernels are in `csrc`; `tools/build_ops.sh` builds them.
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.native import library_path, load_library
+from common.compiled_op import CompiledOp, below_autocast, bound_of, compute_dtype, empty_gradients
 from mil.ops.grid import SparseMaps
 
 OPS = Path(__file__).resolve().parent
-FORWARD, BACKWARD = "mil::sparse_deform_attn", "mil::sparse_deform_attn_backward"
-AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA")
-_library: torch.library.Library | None = None  # registrations live as long as this does
-
-
-@cache
-def unavailable(device_type: str) -> str | None:
-    """Why the compiled op cannot run on "cpu" or "cuda"; None where it can. Loads it on the first call."""
-    if device_type not in {"cpu", "cuda"}:
-        return f"there is no compiled kernel for {device_type}"
-    if device_type == "cuda":
-        return unavailable("cpu") or load_library(library_path(OPS, "cuda"))
-    reason = load_library(library_path(OPS, "cpu"))
-    if reason is None:
-        _register()
-    return reason
+BACKWARD = "mil::sparse_deform_attn_backward"
 
 
 def sparse_deform_attn_compiled(
@@ -52,33 +35,6 @@ def sparse_deform_attn_compiled(
         (Q, heads * D) in the dtype of `value`.
     """
     return torch.ops.mil.sparse_deform_attn(value, *index, points, locations, weights, renormalise)
-
-
-def choose_kernels(name: str) -> str | None:
-    """Pin the CPU kernels to "avx512", "avx2" or "baseline", for tests and measurements; "auto" undoes it.
-
-    Returns:
-        The name in force, None where this processor does not have it.
-    """
-    assert unavailable("cpu") is None
-    choose = ctypes.CDLL(str(library_path(OPS, "cpu"))).sparse_deform_attn_choose_kernels
-    choose.restype = ctypes.c_char_p
-    found = choose(name.encode())
-    return found.decode() if found else None
-
-
-def _register() -> None:
-    global _library
-    torch.library.register_fake(FORWARD, _fake_forward)
-    torch.library.register_fake(BACKWARD, _fake_backward)
-    torch.library.register_autograd(FORWARD, _backward, setup_context=_save)
-    _library = torch.library.Library("mil", "IMPL")
-    for key in AUTOCAST_KEYS:
-        _library.impl("sparse_deform_attn", _autocast, key)
-
-
-def _compute_dtype(value: Tensor) -> torch.dtype:
-    return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
 def _fake_forward(
@@ -106,13 +62,7 @@ def _fake_backward(
     renormalise: bool,
     bound: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    contiguous = torch.contiguous_format
-    grad_value = torch.empty_like(value, dtype=_compute_dtype(value), memory_format=contiguous)
-    return (
-        grad_value,
-        torch.empty_like(locations, memory_format=contiguous),
-        torch.empty_like(weights, memory_format=contiguous),
-    )
+    return empty_gradients(value, locations, weights)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -122,9 +72,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     value, maps, shapes, bags, locations, weights = ctx.saved_tensors
-    bound = None
-    if value.is_cuda and torch.are_deterministic_algorithms_enabled() and grad_out.numel() and weights.numel():
-        bound = grad_out.abs().amax().to(weights.dtype) * weights.abs().amax()
+    bound = bound_of(grad_out, value, weights)
     grad_value, grad_locations, grad_weights = torch.ops.mil.sparse_deform_attn_backward(
         grad_out, value, maps, shapes, bags, ctx.points, locations, weights, ctx.renormalise, bound
     )
@@ -142,9 +90,19 @@ def _autocast(
     renormalise: bool,
 ) -> Tensor:
     """Values stay as they come; locations and weights are raised to the precision that the kernels compute in."""
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-        torch._C.DispatchKey.AutocastCUDA
-    )
-    with torch._C._ExcludeDispatchKeyGuard(keys):
-        dtype, index = _compute_dtype(value), SparseMaps(maps, shapes, bags)
+    with below_autocast():
+        dtype, index = compute_dtype(value), SparseMaps(maps, shapes, bags)
         return sparse_deform_attn_compiled(value, index, points, locations.to(dtype), weights.to(dtype), renormalise)
+
+
+OP = CompiledOp(
+    ops=OPS,
+    namespace="mil",
+    name="sparse_deform_attn",
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    save=_save,
+    backward=_backward,
+    autocast=_autocast,
+)
+unavailable, choose_kernels = OP.unavailable, OP.choose_kernels

@@ -6,22 +6,16 @@ The compiled op (`tools/build_ops.sh`) where it is built, else the PyTorch refer
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from common.errors import UserError
+from common import compiled_op
 from mil.ops.compiled import sparse_deform_attn_compiled, unavailable
 from mil.ops.grid import SparseMaps
 from mil.ops.reference import sparse_deform_attn_reference
-
-logger = logging.getLogger(__name__)
-BACKENDS = ("auto", "compiled", "reference")
 
 
 def sparse_deform_attn(
@@ -53,7 +47,7 @@ def sparse_deform_attn(
         points: points of each level, when they differ; then locations are (Q, heads, sum of points, 2) and weights
             (Q, heads, sum of points), level by level.
         renormalise: divide each sample by the bilinear weights of its corners that have a tile (0 where none has).
-        backend: one of BACKENDS; None: what SPARSE_ATTN_BACKEND says, else auto.
+        backend: auto, compiled or reference; None: what SPARSE_ATTN_BACKEND says, else auto.
 
     Returns:
         Heads side by side, in the dtype of `value`. Locations and weights are used in float32 (float64 for float64 values)
@@ -84,20 +78,4 @@ def takes_compiled(device_type: str, backend: str | None = None) -> bool:
     Raises:
         UserError: the backend is unknown, or `compiled` and the op is not there.
     """
-    name = "backend" if backend else "SPARSE_ATTN_BACKEND"
-    backend = backend or os.environ.get("SPARSE_ATTN_BACKEND", "auto")
-    if backend not in BACKENDS:
-        raise UserError(f"{name}={backend}: expected one of {', '.join(BACKENDS)}")
-    if backend == "reference":
-        return False
-    reason = unavailable(device_type)
-    if reason and backend == "compiled":
-        raise UserError(f"{name}=compiled: {reason}")
-    if reason:
-        _warn_once(reason)
-    return reason is None
-
-
-@cache
-def _warn_once(reason: str) -> None:
-    logger.warning("sparse deformable attention runs in plain PyTorch, many times slower: %s", reason)
+    return compiled_op.takes_compiled(backend, "SPARSE_ATTN_BACKEND", device_type, unavailable, "sparse deformable attention")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.compiled_op import warn_once
 from common.errors import UserError
 from common.native import Unit, build, cpu_units, library_path
 from detection_kd.ops import ms_deform_attn as door
@@ -365,13 +366,13 @@ def test_the_door_says_once_why_it_takes_the_reference(
 ) -> None:
     monkeypatch.setattr(door, "unavailable", lambda device_type: "it is not built")
     monkeypatch.setenv("DEFORM_ATTN_BACKEND", "auto")
-    door._warn_once.cache_clear()
+    warn_once.cache_clear()
     value, shapes, locations, weights, points = make_case(4, 3)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             ms_deform_attn(value, shapes, locations, weights, points)
     assert len(caplog.records) == 1 and "it is not built" in caplog.text
-    door._warn_once.cache_clear()
+    warn_once.cache_clear()
     monkeypatch.setenv("DEFORM_ATTN_BACKEND", "compiled")
     with pytest.raises(UserError, match="it is not built"):
         ms_deform_attn(value, shapes, locations, weights, points)

@@ -21,6 +21,8 @@ from common.errors import UserError
 from detection_kd import train_d2vfm
 from detection_kd.datasets.distillation import DistillationTiles, pairs_digest, read_pairs
 from detection_kd.datasets.packed_pairs import Pack, PackWriter
+from detection_kd.datasets.pair_problems import size_by_header
+from detection_kd.datasets.pairs import HEADER
 from patch_encoder import extract_features, tile_slides
 from patch_encoder.bags import read_bag, write_bag
 from patch_encoder.slides import open_slide
@@ -163,6 +165,18 @@ def test_problems_inside_a_packed_set(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="1 changed pictures"):
         read_pairs(output, verify=True)
     assert len(read_pairs(output, skip_bad=True)) == 9
+
+
+def test_a_header_of_any_length_tells_the_size(folder: Path, tmp_path: Path) -> None:
+    tile = sorted(folder.rglob("*.jpg"))[0]
+    with Image.open(tile) as image:
+        image.load()
+    image.save(tile, comment=b"x" * 3 * HEADER)
+    output = tmp_path / "set.h5"
+    assert pack(f"dataset={folder}", f"output={output}") == 0
+    starts = [size_by_header(Pack(output).picture(row, HEADER)) for row in range(2)]
+    assert starts == [None, (SIDE, SIDE)], "the first one's is longer than what is read of it"
+    assert len(read_pairs(output)) == 12
 
 
 def test_float16_that_cannot_hold_a_feature_is_refused(tmp_path: Path) -> None:

@@ -31,31 +31,31 @@ def one_thread():
 
 @pytest.fixture
 def make_cohort(tmp_path: Path) -> Callable[..., Path]:
-    """`make_cohort(slides=.., dim=.., signal=.., pictures=..)` -> folder with labels.csv, bags/h5_files/ and slides/."""
+    """`make_cohort(name=.., slides=.., dim=.., signal=.., pictures=..)` -> folder below tmp_path, see `write_cohort`."""
+    return lambda name="cohort", **options: write_cohort(tmp_path / name, **options)
 
-    def make(
-        slides: int = 24, dim: int = 8, signal: float = 4.0, pictures: bool = False, seed: int = 0, name: str = "cohort"
-    ) -> Path:
-        root = tmp_path / name
-        generator = np.random.default_rng(seed)
-        rows = ["case_id,slide_id,label,split"]
-        for i in range(slides):
-            slide_id, positive = f"s{i:02d}", i % 2
-            features = generator.normal(size=(12, dim)).astype(np.float32)
-            features[:3, 0] += signal * positive
-            corners = np.array([(c, r) for r in range(3) for c in range(4)]) * SIDE
-            write_bag(root / "bags" / "h5_files" / f"{slide_id}.h5", features, corners, geometry(slide_id, 4, 3))
-            # two slides a patient for the first third
-            case = i // 4 * 4 + i % 2 if i < slides // 3 else i
-            split = ("train", "train", "train", "train", "test", "test")[case % 6]
-            rows.append(f"case{case:02d},{slide_id},{'pos' if positive else 'neg'},{split}")
-            if pictures:
-                folder = root / "slides" / slide_id
-                folder.mkdir(parents=True)
-                for x, y in corners // SIDE:
-                    pixels = np.full((SIDE, SIDE, 3), 20 * (y * 4 + x), dtype=np.uint8)
-                    Image.fromarray(pixels).save(folder / f"{y}_{x}.jpg", quality=95)
-        (root / "labels.csv").write_text("\n".join(rows) + "\n")
-        return root
 
-    return make
+def write_cohort(
+    root: Path, slides: int = 24, dim: int = 8, signal: float = 4.0, pictures: bool = False, seed: int = 0
+) -> Path:
+    """A folder with labels.csv, bags/h5_files/ and slides/."""
+    generator = np.random.default_rng(seed)
+    rows = ["case_id,slide_id,label,split"]
+    for i in range(slides):
+        slide_id, positive = f"s{i:02d}", i % 2
+        features = generator.normal(size=(12, dim)).astype(np.float32)
+        features[:3, 0] += signal * positive
+        corners = np.array([(c, r) for r in range(3) for c in range(4)]) * SIDE
+        write_bag(root / "bags" / "h5_files" / f"{slide_id}.h5", features, corners, geometry(slide_id, 4, 3))
+        # two slides a patient for the first third
+        case = i // 4 * 4 + i % 2 if i < slides // 3 else i
+        split = ("train", "train", "train", "train", "test", "test")[case % 6]
+        rows.append(f"case{case:02d},{slide_id},{'pos' if positive else 'neg'},{split}")
+        if pictures:
+            folder = root / "slides" / slide_id
+            folder.mkdir(parents=True)
+            for x, y in corners // SIDE:
+                pixels = np.full((SIDE, SIDE, 3), 20 * (y * 4 + x), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{y}_{x}.jpg", quality=95)
+    (root / "labels.csv").write_text("\n".join(rows) + "\n")
+    return root

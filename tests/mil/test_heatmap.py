@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import signal
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -18,26 +20,43 @@ import mil.benchmark as benchmark
 import mil.train as training
 from common.cli import run
 from common.config import load_config
+from common.errors import UserError
+from mil import heatmap
 from mil.engine import load_classifier
-from mil.heatmap import Config, main
+from mil.heatmap import Config, Scored, draw_one, main
 from mil.heatmaps.scores import percentile_ranks, score_bag
+from mil.heatmaps.settings import Drawing
+from mil.heatmaps.slide import Inputs
 from mil.heatmaps.sources import from_benchmark
 from mil.report import Config as ReportConfig
 from mil.report import main as report
 from patch_encoder.bags import read_bag, write_bag
 from patch_encoder.geojson_tiles import read_squares
+from patch_encoder.slides.tile_folder import TileFolder
 from patch_encoder.tissue.geojson import write_geojson
 from patch_encoder.tissue.outlines import Outline
+from tests.helpers import children, die
+from tests.mil.conftest import write_cohort
 
 SMALL = ["device=cpu", "training.epochs=2", "training.min_epochs=1"]
 
 
-@pytest.fixture
-def bench(make_cohort, tmp_path: Path) -> Path:
-    """A cohort with pictures in `cohort`, a finished benchmark in `bench`."""
-    cohort = make_cohort(pictures=True, slides=16)
-    sources = [f"labels={cohort}/labels.csv", f"features=[{cohort}/bags]", f"output={tmp_path}/bench", "models=[mean,abmil]"]
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a cohort that has pictures, and a benchmark of it, made once."""
+    root = tmp_path_factory.mktemp("trained")
+    cohort = write_cohort(root / "cohort", pictures=True, slides=16)
+    sources = [f"labels={cohort}/labels.csv", f"features=[{cohort}/bags]", f"output={root}/bench", "models=[mean,abmil]"]
     assert benchmark.main(load_config(benchmark.Config, [*sources, *SMALL, "folds=2", "seeds=[3]", "resamples=10"])) == 0
+    return root
+
+
+@pytest.fixture
+def bench(trained: Path, tmp_path: Path) -> Path:
+    """A copy to spoil: the cohort in `cohort`, the finished benchmark in `bench`, which says where its bags are."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    summary = tmp_path / "bench" / "summary.json"
+    summary.write_text(summary.read_text().replace(str(trained), str(tmp_path)))
     return tmp_path / "bench"
 
 
@@ -221,3 +240,58 @@ def test_report_leads_to_the_heatmaps(bench: Path):
     assert 'href="heatmaps/index.html"' in (bench.parent / "page" / "report.html").read_text()
     assert report(load_config(ReportConfig, [f"benchmark={bench}", f"output={bench.parent}/other"])) == 0
     assert "heatmaps/index.html" not in (bench.parent / "other" / "report.html").read_text()
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Relative path -> bytes of all files but the list of failures."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "failures.csv")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_processes_change_no_byte_and_a_slide_that_kills_one_is_listed(bench: Path, monkeypatch: pytest.MonkeyPatch):
+    before, read = children(), TileFolder.read
+    names = ["s00", "s01", "s02", "s03"]
+    options = [f"only=[{','.join(names)}]", "drawing.tiff=true"]
+    for workers in (0, 2):
+        assert run(main, Config, arguments(bench, f"by{workers}", *options, f"workers={workers}")) == 0
+    expected = tree(bench.parent / "by0")
+    assert tree(bench.parent / "by2") == expected
+
+    def struck(self: TileFolder, *place: int) -> np.ndarray:
+        if self.slide_id == "s01":
+            die(signal.SIGSEGV)
+        if self.slide_id == "s03":
+            time.sleep(60)
+        return read(self, *place)
+
+    monkeypatch.setattr(TileFolder, "read", struck)
+    given = arguments(bench, "struck", *options, "workers=2", "read_timeout=1")
+    assert run(main, Config, given) == 1 and children() == before
+    with (bench.parent / "struck" / "failures.csv").open() as stream:
+        failed = {row["slide"]: row["error"] for row in csv.DictReader(stream)}
+    assert failed == {"s01": "the reader crashed (signal 11, SIGSEGV)", "s03": "the reader did not answer for 1 s"}
+    text = links(bench.parent / "struck" / "index.html").text
+    assert "the reader crashed" in text and "did not answer" in text
+    drawn = {path.stem for path in (bench.parent / "struck" / "records").iterdir()}
+    assert drawn == {"s00", "s02"}
+    times = {path: path.stat().st_mtime_ns for path in (bench.parent / "struck" / "heatmaps").iterdir()}
+    monkeypatch.setattr(TileFolder, "read", read)
+    assert run(main, Config, given) == 0 and tree(bench.parent / "struck") == expected  # the two that were missing
+    assert all(path.stat().st_mtime_ns == then for path, then in times.items())
+
+
+def test_one_slide_is_judged_at_a_time(bench: Path, monkeypatch: pytest.MonkeyPatch):
+    source = from_benchmark(bench, "", "abmil", None)
+    loads = []
+    monkeypatch.setattr(heatmap, "load_classifier", lambda path, device: (loads.append(path), load_classifier(path, device))[1])
+    bag = bench.parent / "cohort" / "bags" / "h5_files"
+    pending = [(judged, Inputs(bag / f"{judged.slide_id}.h5", None, None, None), {}) for judged in source.slides]
+    jobs = Scored(pending, source.classes, Drawing(), torch.device("cpu"))
+    assert loads == [] and len(jobs) == 16
+    assert [job.judged for job in jobs] == source.slides
+    assert loads == sorted({judged.checkpoint for judged in source.slides}) and len(loads) == 2
+    (bag / "s00.h5").write_bytes(b"none")
+    broken = next(job for job in jobs if job.judged.slide_id == "s00")
+    assert isinstance(broken.scores, str) and "s00.h5" in broken.scores
+    with pytest.raises(UserError, match="s00.h5"):
+        draw_one(broken, bench.parent / "out", source.classes, Drawing())

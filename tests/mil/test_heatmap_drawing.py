@@ -17,12 +17,13 @@ from common.errors import UserError
 from mil.heatmaps.drawing import Heat, blend, colour_table, draw_outlines, framed, heat_layer, value_map
 from mil.heatmaps.figures import brier, calibration_error, confusion_counts, judged_scores, reliability, roc, wilson
 from mil.heatmaps.gallery import choose_tiles, say_value, write_gallery
+from mil.heatmaps.pages import scale_of
 from mil.heatmaps.pyramid import downsample_for, write_heat_pyramid
 from mil.heatmaps.scores import TileScores, percentile_ranks
 from mil.heatmaps.settings import Drawing, check_drawing, picture_side
 from mil.heatmaps.slide import make_heat, tiles_for_half
 from mil.metrics import Predictions
-from patch_encoder.captions import round_length
+from patch_encoder.captions import caption_font, round_length, said_length
 from patch_encoder.coordinates import Coordinates, TileGeometry
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.array_slide import ArraySlide
@@ -190,6 +191,12 @@ def test_frame_has_bar_and_scale() -> None:
     row = (page[300 + 14] == (30, 38, 46)).all(1)
     lengths = np.diff(np.flatnonzero(np.diff(np.concatenate([[0], row, [0]]))))[::2]
     assert 101 in lengths  # 100 um at 1 um per pixel
+    large = np.asarray(framed(np.full((30, 1800, 3), 255, dtype=np.uint8), heat([[0, 0]], [1.0], 9), "t", "9 tiles", 1.0))
+    row = (large[30 + 28] == (30, 38, 46)).all(1)
+    assert large.shape == (178, 1800, 3) and 201 in np.diff(np.flatnonzero(np.diff(np.concatenate([[0], row, [0]]))))[::2]
+    assert (said_length(50.0), said_length(2000.0)) == ("50 µm", "2 mm")
+    assert {bytes(caption_font(12).getmask(sign)) for sign in "µéß"}.isdisjoint({bytes(caption_font(12).getmask("\uffff"))})
+    assert scale_of({"width": 4000, "mpp": 0.5}) == ("500 µm", 25.0)
     assert [round_length(most) for most in (1.0, 99.0, 110.0, 4999.0)] == [1, 50, 100, 2000]
     ringed = draw_outlines(
         np.full((50, 50, 3), 200, dtype=np.uint8), [np.array([[20, 20], [80, 20], [80, 80], [20, 80]])], (0.5, 0.5)

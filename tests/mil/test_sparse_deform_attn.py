@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.sparse_attn_cases import dense
+from common.compiled_op import warn_once
 from common.errors import UserError
 from mil.ops import sparse_deform_attn as door
 from mil.ops.compiled import BACKWARD, choose_kernels, unavailable
@@ -351,13 +352,13 @@ def test_the_door_says_once_why_it_takes_the_reference(
 ) -> None:
     monkeypatch.setattr(door, "unavailable", lambda device_type: "it is not built")
     monkeypatch.setenv("SPARSE_ATTN_BACKEND", "auto")
-    door._warn_once.cache_clear()
+    warn_once.cache_clear()
     case: Case = make_case(4, 5)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             run(case)
     assert len(caplog.records) == 1 and "it is not built" in caplog.text
-    door._warn_once.cache_clear()
+    warn_once.cache_clear()
     with pytest.raises(UserError, match="backend=compiled: it is not built"):
         run(case, "compiled")
     monkeypatch.setenv("SPARSE_ATTN_BACKEND", "fast")

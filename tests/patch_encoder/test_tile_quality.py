@@ -14,7 +14,7 @@ from scipy import ndimage
 from common.cli import run
 from patch_encoder import filter_tiles, tile_slides
 from patch_encoder.coordinates import Coordinates, coordinate_attributes, read_coordinates
-from patch_encoder.overlay import DROPPED, TILE, TISSUE, mask_overlay
+from patch_encoder.overlay import DROPPED, HOLE, TILE, TISSUE, mask_overlay
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.overview import read_overview
 from patch_encoder.tiling import grid, tile_geometry
@@ -195,6 +195,10 @@ def test_colours_stand_where_things_are(tmp_path: Path) -> None:
         tiles = grid(geometry)
         chosen, cut = Coordinates(tiles[[18]], geometry), {"blur": tiles[[38]]}  # (128, 128) and (384, 256)
         page, picture = mask_overlay(slide, read_overview(slide, 1024), Tissue(mask, {"pen": pen}), chosen, cut)
+        mask[38:42, 38:42] = False
+        holed, _ = mask_overlay(slide, read_overview(slide, 1024), Tissue(mask, {}), chosen)
+    legends = [(np.asarray(sheet)[512:] == HOLE).all(-1).any() for sheet in (page, holed)]
+    assert legends == [False, True], "a hole is explained where there is one"
     pixels = np.asarray(picture).astype(int)
 
     def near(colour: tuple[int, int, int], tolerance: int = 3) -> np.ndarray:

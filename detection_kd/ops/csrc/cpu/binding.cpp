@@ -6,15 +6,6 @@
 namespace deform_attn {
 namespace {
 
-Storage storage_of(const Tensor& value) {
-  switch (value.scalar_type()) {
-    case ScalarType::Double: return Storage::kDouble;
-    case ScalarType::BFloat16: return Storage::kBFloat16;
-    case ScalarType::Half: return Storage::kHalf;
-    default: return Storage::kFloat;
-  }
-}
-
 // Level size and start of every point, padded to whole blocks with levels of size 0.
 struct PointTable {
   explicit PointTable(const Problem& p) {

@@ -3,4 +3,4 @@
 // after the kernels that it chooses from
 #include "choose_kernels.h"
 
-extern "C" const char* deform_attn_choose_kernels(const char* name) { return deform_attn::choose(name); }
+extern "C" const char* ms_deform_attn_choose_kernels(const char* name) { return deform_attn::choose(name); }

@@ -175,27 +175,11 @@ cudaError_t launch(const CudaCall<S, Real>& call, bool backward, cudaStream_t st
   return cudaGetLastError();
 }
 
-// As many lanes as there are chunks of channels, at most a warp.
-template <class S, class Real, int kItems>
-cudaError_t launch_lanes(const CudaCall<S, Real>& call, bool backward, cudaStream_t stream) {
-  const int chunks = (call.dim + kItems - 1) / kItems;
-  if (chunks <= 1) return launch<S, Real, 1, kItems>(call, backward, stream);
-  if (chunks <= 2) return launch<S, Real, 2, kItems>(call, backward, stream);
-  if (chunks <= 4) return launch<S, Real, 4, kItems>(call, backward, stream);
-  if (chunks <= 8) return launch<S, Real, 8, kItems>(call, backward, stream);
-  if (chunks <= 16) return launch<S, Real, 16, kItems>(call, backward, stream);
-  return launch<S, Real, 32, kItems>(call, backward, stream);
-}
-
 template <class S, class Real>
 cudaError_t launch_any(CudaCall<S, Real> call, bool backward, cudaStream_t stream) {
-  constexpr int kItems = 16 / sizeof(S);
-  if (int64_t(call.heads) * call.dim > INT32_MAX / 8) return cudaErrorInvalidConfiguration;  // row_bytes, of 8 a number
-  call.row_bytes = uint32_t(call.heads) * call.dim * sizeof(S);
-  const auto address = reinterpret_cast<uintptr_t>(call.value) | reinterpret_cast<uintptr_t>(call.out) |
-                       reinterpret_cast<uintptr_t>(call.grad_out);  // a view may start anywhere
-  if (call.dim % kItems == 0 && address % 16 == 0) return launch_lanes<S, Real, kItems>(call, backward, stream);
-  return launch_lanes<S, Real, 1>(call, backward, stream);
+  return with_chunks<S>(call, [&](auto lanes, auto items) {
+    return launch<S, Real, decltype(lanes)::value, decltype(items)::value>(call, backward, stream);
+  });
 }
 
 }  // namespace
@@ -209,11 +193,7 @@ template <class S, class Real>
 cudaError_t launch_backward(const CudaCall<S, Real>& call, cudaStream_t stream) {
   const cudaError_t status = launch_any(call, true, stream);
   if (status != cudaSuccess || call.fixed == nullptr) return status;
-  const int64_t count = call.batch * call.cells * call.heads * call.dim;
-  const int64_t blocks = (count + 255) / 256;
-  const unsigned some = unsigned(blocks < 65535 ? blocks : 65535);
-  from_fixed_kernel<<<some, 256, 0, stream>>>(call.fixed, call.bound, call.headroom, call.grad_value, count);
-  return cudaGetLastError();
+  return sum_up_fixed(call, call.batch * call.cells * call.heads * call.dim, stream);
 }
 
 }  // namespace deform_attn

@@ -5,15 +5,6 @@
 namespace deform_attn {
 namespace {
 
-Storage storage_of(const Tensor& value) {
-  switch (value.scalar_type()) {
-    case ScalarType::Double: return Storage::kDouble;
-    case ScalarType::BFloat16: return Storage::kBFloat16;
-    case ScalarType::Half: return Storage::kHalf;
-    default: return Storage::kFloat;
-  }
-}
-
 Call make_call(const Problem& p, const Tensor& value, const Tensor& maps, const Tensor& locations, const Tensor& weights,
                bool renormalise) {
   Call call{};

@@ -1,21 +1,8 @@
 // One call of sparse deformable attention, in plain types: what the binding hands to the kernels of each instruction set.
 #pragma once
-#include <cstdint>
+#include "cpu_kernels.h"
 
 namespace deform_attn {
-
-// Points are handled in blocks of this many; the arrays of `Points` are padded to a multiple of it.
-constexpr int kBlock = 16;
-
-enum class Storage { kFloat, kDouble, kBFloat16, kHalf };
-
-// Where points look, by point: the size of the map of its bag and level, and where that map starts among all maps.
-// Padding has size 0, so that no corner of it is ever inside.
-struct Points {
-  const int32_t* width;
-  const int32_t* height;
-  const int32_t* start;
-};
 
 // One bag at one level.
 struct Map {
@@ -30,7 +17,8 @@ struct Section {
   int64_t first_map, end_map;
 };
 
-// All tensors contiguous. `Real` below is double for kDouble and float else.
+// All tensors contiguous. `Real` below is double for kDouble and float else. Items of forward: queries, of backward:
+// sections * heads.
 struct Call {
   Storage storage;
   bool renormalise;
@@ -50,23 +38,6 @@ struct Call {
   void* grad_locations;   // Real, as locations
   void* grad_weights;     // Real, as weights
 };
-
-struct Kernels {
-  const char* name;
-  // queries [begin, end)
-  void (*forward)(const Call& call, int64_t begin, int64_t end);
-  // items [begin, end) of sections * heads; an item owns its part of grad_value, so nothing is added by two threads and the
-  // order of additions is that of the queries whatever the number of threads
-  void (*backward)(const Call& call, int64_t begin, int64_t end);
-};
-
-// Null where the unit was not built (another architecture).
-const Kernels* kernels_avx512();
-const Kernels* kernels_avx2();
-const Kernels* kernels_baseline();
-
-// The fastest that this processor runs, unless `choose_kernels` was called.
-const Kernels& kernels();
 
 }  // namespace deform_attn
 
