@@ -7,7 +7,6 @@ import numpy as np
 from jaxtyping import Bool
 from scipy import ndimage
 
-
 ROWS = 2048  # rows of distances in memory at a time
 
 
