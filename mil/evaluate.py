@@ -23,7 +23,7 @@ from mil.evaluation.operating import Held, threshold_for
 from mil.evaluation.prediction_files import class_order, read_runs, read_table
 from mil.evaluation.tables import markdown, screening_rows, write_evaluation
 from mil.results import Finished, read_finished
-from mil.tasks import KINDS, Task, classification
+from mil.tasks import KINDS, Task, classification, task_of
 
 logger = logging.getLogger(__name__)
 RULES = ("youden", "sensitivity", "specificity")
@@ -50,17 +50,15 @@ class Config:
 def benchmark_runs(folder: Path) -> tuple[list[Finished], Task]:
     """Finished runs of a benchmark, in the order of its own tables."""
     summary = read_json(folder / "summary.json", "a benchmark's summary")
+    task = task_of(summary.get("task", "classes"), summary["classes"])
     finished = []
     for name in summary["feature_sets"]:
         for model in summary["models"]:
-            found = [
-                read_finished(p.parent, name, summary["classes"])
-                for p in (folder / "runs" / name / model).glob("*/results.json")
-            ]
+            found = [read_finished(p.parent, name, task) for p in (folder / "runs" / name / model).glob("*/results.json")]
             finished += sorted(found, key=lambda run: (run.seed, run.test.fold))
     if not finished:
         raise UserError(f"{folder}: expected finished runs below runs/, found none")
-    return finished, classification(tuple(summary["classes"]))
+    return finished, task
 
 
 def table_runs(paths: list[str], kind: str, positive: str | None) -> tuple[list[Finished], Task]:
