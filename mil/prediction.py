@@ -50,7 +50,7 @@ def predict(
     samples: Sequence[Loadable],
     device: torch.device,
     precision: str = "fp32",
-    whole: int = WHOLE_BYTES,
+    whole: int | None = None,
 ) -> Float[Tensor, "s c"]:
     """Logits (S, C) of the samples, on the CPU.
 
@@ -59,9 +59,10 @@ def predict(
         samples: bags in memory or on disk.
         device: where to compute.
         precision: of whole bags; streamed ones are float32.
-        whole: bytes of float32 features up to which a bag is read whole.
+        whole: bytes of float32 features up to which a bag is read whole; None: WHOLE_BYTES.
     """
     model.eval()
+    whole = WHOLE_BYTES if whole is None else whole
     large = [float_bytes(sample.features) > whole for sample in samples]
     if any(large) and not can_stream(model):
         say_whole(name_of(model), whole)

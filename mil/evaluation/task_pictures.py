@@ -34,13 +34,13 @@ def survival_figure(groups: Mapping[str, RiskGroups]) -> Figure:
 
 
 def _draw_curves(axes: Axes, halves: RiskGroups) -> None:
-    for name, high, colour in HALVES:
+    for _, high, colour in HALVES:
         part = halves.high == high
         if not part.any():
             continue
         curve = kaplan_meier(halves.times[part], halves.events[part])
         times, survival = np.append(0, curve.times), np.append(1, curve.survival)
-        axes.step(times, survival, where="post", color=colour, linewidth=1.6, label=f"{name}, {part.sum()} patients")
+        axes.step(times, survival, where="post", color=colour, linewidth=1.6)
         low, high_end = (np.append(1, np.where(np.isnan(end), curve.survival, end)) for end in (curve.low, curve.high))
         axes.fill_between(times, low, high_end, step="post", color=colour, alpha=0.13, linewidth=0)
         ends = halves.times[part & ~halves.events]
@@ -48,18 +48,17 @@ def _draw_curves(axes: Axes, halves: RiskGroups) -> None:
         axes.plot(ends, at, "|", color=colour, markersize=6, markeredgewidth=0.9)
     axes.set(ylabel="share without an event", ylim=(-0.02, 1.03))
     axes.set_xlim(left=0)
-    axes.legend(loc="lower left", frameon=False)
 
 
 def _write_at_risk(axes: Axes, halves: RiskGroups) -> None:
-    """Patients still followed at some times, under the curves; the time axis is theirs."""
+    """Patients still followed at some times, under the curves whose names they bear."""
     ticks = [tick for tick in axes.get_xticks() if 0 <= tick <= halves.times.max()]
-    for row, (_, high, colour) in enumerate(HALVES):
+    for row, (name, high, colour) in enumerate(HALVES):
         times = halves.times[halves.high == high]
+        axes.annotate(name, (0, row), (-14, 0), textcoords="offset points", color=colour, ha="right", va="center", fontsize=8)
         for tick in ticks:
             axes.text(tick, row, str(int((times >= tick).sum())), color=colour, ha="center", va="center", fontsize=8)
-    axes.set(ylim=(1.6, -0.6), yticks=[], xticks=ticks, xlabel="time")
-    axes.set_ylabel("at risk", rotation=0, ha="right", va="center")
+    axes.set(ylim=(1.6, -0.6), yticks=[], xticks=ticks, xlabel="time; numbers: patients at risk")
     axes.spines["left"].set_visible(False)
 
 
