@@ -4,9 +4,9 @@
     python -m mil.evaluate predictions='[ours.csv, clam.csv]' output=runs/compared
     python -m mil.evaluate predictions='[cox.csv]' task=cox output=runs/survival
 
-Writes results.csv, summary.csv, summary.md, summary.tex; for classes delong.csv and pictures of ROC, precision-recall and
-reliability; for two classes operating_points.csv, screening.csv and its picture. Every cut and every temperature comes
-from validation slides. mil/evaluation/prediction_files.py says what a table of predictions has to hold.
+Writes results.csv, summary.csv, summary.md, summary.tex, the tables of the task (mil/evaluation/tables.py) and pictures: of
+classes ROC, precision-recall, reliability and, of two, screening; of grades the confusion, of survival the risk halves. Every
+cut and every temperature comes from validation slides. mil/evaluation/prediction_files.py says what a table has to hold.
 """
 
 from __future__ import annotations
@@ -90,6 +90,19 @@ def with_threshold(finished: list[Finished], rule: str, target: float) -> list[F
     return changed
 
 
+def draw(folder: Path, finished: list[Finished], task: Task, config: Config) -> list[Path]:
+    """The pictures of the task."""
+    if task.kind not in {"binary", "multiclass"}:
+        from mil.evaluation.task_pictures import draw_task
+
+        return draw_task(folder, finished, task, config.form)
+    from mil.evaluation.pictures import draw_all  # matplotlib takes a second to load
+
+    screened = task.kind == "binary" and all(run.val is not None for run in finished)
+    rows = screening_rows(finished, config.resamples, config.seed) if screened else []
+    return draw_all(folder, finished, rows, config.seed, config.form)
+
+
 def main(config: Config) -> None:
     if bool(config.benchmark) == bool(config.predictions):
         raise UserError("expected either benchmark=<folder> or predictions='[<table>, ...]'; give one of them")
@@ -105,12 +118,8 @@ def main(config: Config) -> None:
         finished = with_threshold(finished, config.threshold, config.target)
     output = Path(config.output or f"{config.benchmark}/evaluation")
     summary = write_evaluation(output, finished, task, config.resamples, config.seed, config.xlsx)
-    if config.plots and task.kind in {"binary", "multiclass"}:
-        from mil.evaluation.pictures import draw_all  # matplotlib takes a second to load
-
-        screened = task.kind == "binary" and all(run.val is not None for run in finished)
-        rows = screening_rows(finished, config.resamples, config.seed) if screened else []
-        for path in draw_all(output / "plots", finished, rows, config.seed, config.form):
+    if config.plots:
+        for path in draw(output / "plots", finished, task, config):
             logger.info("evaluate: %s", path)
     print(markdown(summary, task), end="")
     logger.info("evaluate: tables in %s", output)

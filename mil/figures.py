@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from common.files import atomic_path
 from mil.metrics import Predictions
 from patch_encoder.coordinates import TileGeometry
 
@@ -89,6 +91,15 @@ def interval_figure(
 
 def _cycle(count: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
+def save_picture(figure: Figure, path: Path) -> Path:
+    """Write a figure in the format of its suffix; the same figure gives the same bytes."""
+    form = path.suffix.removeprefix(".")
+    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(form, {})
+    with rc_context(STYLE), atomic_path(path) as temporary:
+        figure.savefig(temporary, format=form, dpi=150, metadata=metadata)
+    return path
 
 
 def svg_uri(figure: Figure) -> str:

@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mil.evaluation.risk_groups import RiskGroups, kaplan_meier
+from mil.evaluation.prediction_rows import SURVIVAL
+from mil.evaluation.risk_groups import RiskGroups, kaplan_meier, risk_groups
 from mil.evaluation.task_tables import grade_counts
-from mil.figures import COLOURS, STYLE
-from mil.results import Finished
+from mil.figures import COLOURS, STYLE, save_picture
+from mil.results import Finished, grouped
+from mil.tasks import Task
 
 HALVES = (("lower risk", False, COLOURS[0]), ("higher risk", True, COLOURS[1]))
 ACROSS = 2  # panels side by side
+
+
+def draw_task(folder: Path, finished: Sequence[Finished], task: Task, form: str) -> list[Path]:
+    """The picture of every feature set, e.g. `student_survival.png`; of several labels there is none."""
+    sets: dict[str, dict[str, list[Finished]]] = {}
+    for (feature_set, model), runs in grouped(finished).items():
+        sets.setdefault(feature_set, {})[model] = runs
+    written = []
+    for name, models in sets.items():
+        start = f"{name}_" if name else ""
+        if task.kind == "ordinal":
+            written.append(save_picture(grade_figure(models, task.classes), folder / f"{start}confusion.{form}"))
+        elif task.kind in SURVIVAL:
+            halves = {model: risk_groups(runs) for model, runs in models.items()}
+            written.append(save_picture(survival_figure(halves), folder / f"{start}survival.{form}"))
+    return written
 
 
 def survival_figure(groups: Mapping[str, RiskGroups]) -> Figure:

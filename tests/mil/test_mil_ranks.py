@@ -19,6 +19,7 @@ from common.config import load_config
 from common.errors import UserError
 from mil import ranks
 from mil.ranks import Ranks, device_of, join
+from tests.mil.task_cohorts import rewrite
 
 TABLES = ("results.csv", "summary.csv", "summary.json", "summary.md", "summary.tex", "predictions.csv", "comparisons.csv")
 WHOLE = (*TABLES, "risk_groups.csv", "splits/splits_0.csv", "splits/splits_1.csv", "config.yaml")
@@ -86,19 +87,10 @@ def test_devices_are_not_named_under_torchrun(make_cohort, tmp_path: Path, monke
         benchmark.main(load_config(benchmark.Config, given))
 
 
-def survival(cohort: Path) -> Path:
-    rows = list(csv.DictReader((cohort / "labels.csv").open()))
-    lines = [
-        f"{r['case_id']},{r['slide_id']},{i % 7 + 1 + 3 * (r['label'] == 'neg')},{int(i % 4 != 3)}" for i, r in enumerate(rows)
-    ]
-    (cohort / "labels.csv").write_text("\n".join(["case_id,slide_id,time,event", *lines]) + "\n")
-    return cohort
-
-
 def test_two_processes_write_the_tables_of_one(make_cohort, tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch):
     """One training kills its process wherever it runs: it is listed, the others go on, and the tables are those of one process
     in which it fails. Started again without torchrun, the benchmark is the one that nothing happened to."""
-    cohort = survival(make_cohort(slides=32))
+    cohort = rewrite(make_cohort(slides=32), "cox")
     recipe = ["epochs=2", "min_epochs=1", "accumulate=4"]
     more = ["task=cox", "device=cpu", "folds=2", "seeds=[1]", "models=[mean,max]", "headline=max", "resamples=50"]
     given = [f"labels={cohort}/labels.csv", f"features=[{cohort}/bags]", *more, *(f"training.{key}" for key in recipe)]
