@@ -1,4 +1,4 @@
-"""Prediction of large bags block by block: the whole bag's answer, wherever it lies, in bounded memory, through mil.train too."""
+"""Large bags are predicted block by block: the whole bag's answer, wherever it lies, in bounded memory, in mil.train too."""
 
 from __future__ import annotations
 
@@ -94,11 +94,11 @@ def test_training_predicts_large_bags_by_streaming(make_cohort, tmp_path: Path, 
 
 
 def test_memory_of_a_prediction_does_not_grow_with_the_bag(tmp_path: Path):
-    """120,000 x 512 in half precision is 123 MB, 246 MB as float32 (larger than WHOLE_BYTES): less than 50 MB are taken for it.
+    """72,000 x 512 in half precision is 74 MB, 147 MB as float32 (larger than WHOLE_BYTES): less than 35 MB are taken for it.
 
     A bag of three blocks goes first, streamed as well: what the libraries set aside at their first call stays.
     """
-    for name, tiles in (("small", 6_000), ("large", 120_000)):
+    for name, tiles in (("small", 6_000), ("large", 72_000)):
         with h5py.File(tmp_path / f"{name}.h5", "w") as file:
             file.create_dataset("features", (tiles, 512), "float16")
             for start in range(0, tiles, 6_000):
@@ -112,8 +112,8 @@ from mil.models import build
 from mil.prediction import predict
 torch.set_num_threads(1)
 device = torch.device("cpu")
-for name in ("gated_abmil", "dtfd", "dsmil"):
-    model = build(name, 512, 2, hidden=32, attention=16) if name != "dsmil" else build(name, 512, 2)
+for name in ("gated_abmil", "dtfd"):
+    model = build(name, 512, 2, hidden=32, attention=16)
     one, two = (
         [Sample(s, b, None, 0) for s, b in load_bags({{s: {str(tmp_path)!r} + "/" + s + ".h5"}}, 0).features.items()]
         for s in ("small", "large")
@@ -125,4 +125,4 @@ for name in ("gated_abmil", "dtfd", "dsmil"):
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True)
     grown = [float(line) for line in done.stdout.split()]
-    assert len(grown) == 3 and max(grown) < 50, grown
+    assert len(grown) == 2 and max(grown) < 35, grown
