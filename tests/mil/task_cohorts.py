@@ -10,7 +10,7 @@ from pathlib import Path
 COHORTS: dict[str, tuple[str, Callable[[int, bool], str]]] = {
     "multilabel": ("label", lambda i, positive: "|".join(["a"] * positive + ["b"] * (i % 3 == 0)) or "-"),
     "ordinal": ("label", lambda i, positive: str(2 * positive + (i // 2) % 2)),
-    "cox": ("time,event", lambda i, positive: f"{(1 if positive else 9) + i / 100},{int(i % 4 != 3)}"),
+    "cox": ("time,event", lambda i, positive: f"{1 if positive else 9},{int(i % 4 != 3)}"),
 }
 COHORTS["discrete"] = COHORTS["cox"]
 
