@@ -3,12 +3,12 @@
     python -m mil.benchmark labels=cohort/labels.csv features='[runs/features/resnet50, runs/features/student]' \\
         output=runs/benchmark workers=2
 
-Writes results.csv (a row per run), summary.csv, .json, .md and .tex (mean, std, 95 % CI), delong.csv (tests between all
-pairs), operating_points.csv and screening.csv (two classes), predictions.csv, splits/ and one run directory per training;
-`python -m mil.evaluate benchmark=<output>` adds pictures. Started again, it does what is missing; its tables are made
-from the run directories, so that they do not depend on interruptions or on `workers`. Difference from TS2G-KD's
-benchmark: one process pool instead of threads around shell strings, and no threshold is chosen on the slides that are
-judged.
+Writes results.csv (a row per run), summary.csv, .json, .md and .tex (mean, std, 95 % CI), delong.csv or comparisons.csv (tests
+between all pairs), the tables of the task (mil/evaluation/tables.py), predictions.csv, splits/ and one run directory per
+training; `python -m mil.evaluate benchmark=<output>` adds pictures. Started again, it does what is missing; its tables are made
+from the run directories, so that they do not depend on interruptions, on `workers` or on torchrun, whose processes share the
+trainings out (mil/ranks.py). Difference from TS2G-KD's benchmark: one process pool instead of threads around shell strings, and
+no threshold is chosen on the slides that are judged.
 """
 
 from __future__ import annotations
@@ -18,26 +18,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from common.cli import launch
 from common.config import REQUIRED, given_keys, group, key, to_dict
 from common.device import pick_device
-from common.distributed import World, init_distributed
+from common.distributed import World
 from common.errors import UserError, did_you_mean
 from common.files import read_json, safe_id, write_csv, write_json, write_text
-from common.progress import progress
+from common.progress import Progress
 from mil.datasets.bags import bags_digest, find_bags, memory_of, usable_bags
-from mil.datasets.labels import LabelledSlides, read_labelled_slides
-from mil.engine import Recipe
+from mil.datasets.labels import LabelledSlides
+from mil.datasets.targets import Targets, read_targets
+from mil.engine import Recipe, check_recipe
 from mil.evaluation.tables import write_evaluation
 from mil.job import Job, Settings, open_job, run_job
 from mil.models import MODELS, check_options
+from mil.objective_results import make_objective
+from mil.objectives import TASKS
+from mil.ranks import Ranks, device_of, join
 from mil.recipes import resolve
-from mil.results import add_headline, read_finished, text_table, write_predictions
+from mil.results import CLASS_COLUMNS, add_headline, read_finished, text_table, write_predictions
 from mil.split_files import checked_splits, known_slides, stored_splits, write_splits
-from mil.splits import PROTOCOLS, make_splits, split_values
-from mil.tasks import classification
+from mil.splits import PROTOCOLS, Split, make_splits, split_values
+from mil.tasks import task_of
 from mil.workers import run_all
 from patch_encoder.bags import bag_header
 
@@ -48,12 +53,15 @@ logger = logging.getLogger(__name__)
 class Config:
     """Keys of the benchmark."""
 
-    labels: str = key(REQUIRED, "labels.csv: case_id,slide_id,label (and split)", path=True)
+    labels: str = key(REQUIRED, "labels.csv: case_id,slide_id,label (and split); time,event for survival", path=True)
     features: list[str] = key([], "folders of feature bags; the first is what the others are compared with", path=True)
     output: str = key(REQUIRED, "folder of the benchmark", runtime=True)
     names: list[str] = key([], "names of the feature sets; empty: the folders' names")
+    task: str = key("classes", "classes; multilabel (a|b); ordinal (grades); cox or discrete (survival)", choices=TASKS)
+    grades: list[str] = key([], "names of the grades from the lowest, for task=ordinal; empty: whole numbers")
+    intervals: int = key(4, "intervals of time with about as many events each, for task=discrete")
     models: list[str] = key(["mean", "max", "abmil"], "slide classifiers", choices=tuple(MODELS))
-    headline: str = key("abmil", "classifier whose AUC stands for a feature set", choices=tuple(MODELS))
+    headline: str = key("abmil", "classifier whose figure stands for a feature set", choices=tuple(MODELS))
     seeds: list[int] = key([2024, 2025, 2026], "training seeds")
     options: dict[str, Any] = key({}, "options of models, {model: {name: value}}")
     recipes: dict[str, Any] = key({}, "changes of single models' recipes, {model: {training key: value}}")
@@ -77,7 +85,7 @@ class Config:
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
     devices: list[str] = key([], "devices that the processes share, [cuda:0, cuda:1]; empty: `device` for all", runtime=True)
     ram_gb: float = key(0.0, "GB of bags in memory, a process; 0: half of what is free, shared by the workers", runtime=True)
-    workers: int = key(1, "trainings at a time; each process holds one feature set in memory", runtime=True)
+    workers: int = key(1, "trainings at a time (in each process of torchrun), each with a feature set in memory", runtime=True)
     threads: int = key(1, "CPU threads of each process", runtime=True)
     overwrite: bool = key(False, "train again what was trained with other settings or inputs", runtime=True)
 
@@ -95,16 +103,32 @@ def feature_names(config: Config) -> dict[str, Path]:
     return {safe_id(name, "feature set"): folder for name, folder in zip(names, folders, strict=True)}
 
 
-def common_slides(config: Config, folders: dict[str, Path]) -> tuple[LabelledSlides, dict[str, dict[str, Path]]]:
-    """The labelled slides that every feature set has, and their bags per feature set."""
-    slides = read_labelled_slides(config.labels, split_values(config.protocol, config.subset), config.positive)
-    if config.splits:
-        slides = known_slides(config.splits, stored_splits(config.splits), slides)
+@dataclass(frozen=True)
+class Cohort:
+    """What every training has in common: labelled slides with a bag in every feature set, targets, splits, bags by set."""
+
+    slides: LabelledSlides
+    targets: Targets
+    splits: list[Split]
+    files: dict[str, dict[str, Path]]
+
+
+def read_cohort(config: Config, folders: dict[str, Path]) -> Cohort:
+    """Labels, bags and splits, checked."""
+    values = split_values(config.protocol, config.subset)
+    slides, targets = read_targets(config.labels, config.task, values, config.positive, config.grades)
+    stored = stored_splits(config.splits) if config.splits else []
+    slides = known_slides(config.splits, stored, slides) if stored else slides
     found = {name: find_bags(folder, slides.slide_ids, skip_missing=config.skip_missing) for name, folder in folders.items()}
     found = {name: usable_bags(files) if config.skip_bad else files for name, files in found.items()}
     shared = [slide for slide in slides.slide_ids if all(slide in files for files in found.values())]
     files = {name: {slide: files[slide] for slide in shared} for name, files in found.items()}
-    return slides.only(shared), files
+    slides = slides.only(shared)
+    if stored:
+        splits = checked_splits(stored, slides, shared)
+    else:
+        splits = make_splits(slides, config.protocol, config.folds, config.val_fraction, config.split_seed)
+    return Cohort(slides, targets, splits, files)
 
 
 def model_settings(config: Config) -> dict[str, Settings]:
@@ -120,27 +144,39 @@ def model_settings(config: Config) -> dict[str, Settings]:
         options = check_options(model, config.options.get(model, {}))
         changes = config.recipes.get(model, {})
         recipe, dropout = resolve(model, config.training, config.dropout, given_keys(config), changes)
-        settings[model] = Settings(model, dropout, config.standardize, config.seeds[0], recipe, options)
+        told = {"task": config.task, "intervals": config.intervals}
+        settings[model] = Settings(model, dropout, config.standardize, config.seeds[0], recipe, options, **told)
     return settings
 
 
-def make_jobs(config: Config, slides: LabelledSlides, files: dict[str, dict[str, Path]]) -> list[Job]:
+def check_tasks(cohort: Cohort, settings: dict[str, Settings]) -> None:
+    """Refuse before any training what one of them would refuse."""
+    alone = World(0, 1, torch.device("cpu"))
+    for name, one in settings.items():
+        recipe = one.training
+        for split in cohort.splits:
+            weighted = (recipe.label_smoothing, recipe.focal, recipe.class_weights)
+            try:
+                check_recipe(recipe, make_objective(cohort.targets, split.train, *weighted, one.intervals), alone)
+            except UserError as error:
+                raise UserError(f"model {name}, split {split.fold}: {error}") from None
+
+
+def make_jobs(config: Config, cohort: Cohort, processes: int) -> list[Job]:
     """Every feature set x model x seed x fold."""
     settings = model_settings(config)
-    if config.splits:
-        splits = checked_splits(stored_splits(config.splits), slides, slides.slide_ids)
-    else:
-        splits = make_splits(slides, config.protocol, config.folds, config.val_fraction, config.split_seed)
-    memory = memory_of(config.ram_gb, max(config.workers, len(config.devices)))
-    write_splits(Path(config.output) / "splits", splits)
+    check_tasks(cohort, settings)
+    memory = memory_of(config.ram_gb, processes)
+    targets = None if config.task == "classes" else cohort.targets
     jobs = []
-    for name, bags in files.items():
+    for name, bags in cohort.files.items():
         digest, bag_list = bags_digest(bags), tuple(bags.items())
         for model in config.models:
             for seed in config.seeds:
-                for split in splits:
+                for split in cohort.splits:
                     output = Path(config.output) / "runs" / name / model / f"seed{seed}_fold{split.fold}"
-                    jobs.append(Job(output, replace(settings[model], seed=seed), slides, split, bag_list, digest, None, memory))
+                    one = replace(settings[model], seed=seed)
+                    jobs.append(Job(output, one, cohort.slides, split, bag_list, digest, targets, memory))
     return jobs
 
 
@@ -164,72 +200,114 @@ def bag_width(path: Path) -> int | None:
     return bag_header(path)[0][1] if path.suffix == ".h5" else None
 
 
-def summarise_benchmark(config: Config, slides: LabelledSlides, files: dict[str, dict[str, Path]], jobs: list[Job]) -> None:
+def summarise_benchmark(config: Config, cohort: Cohort, jobs: list[Job]) -> None:
     """Write all tables from the finished runs and print the benchmark."""
-    output = Path(config.output)
-    finished = [
-        read_finished(job.output, job.output.parents[1].name, slides.classes)
-        for job in jobs
-        if (job.output / "results.json").is_file()
-    ]
-    write_predictions(output, finished, slides.classes)
-    task = classification(slides.classes)
+    output, names = Path(config.output), cohort.targets.names
+    task = task_of(config.task, names)
+    done = [job for job in jobs if (job.output / "results.json").is_file()]
+    finished = [read_finished(job.output, job.output.parents[1].name, task) for job in done]
+    write_predictions(output, finished)
     summary = write_evaluation(output, finished, task, config.resamples, config.split_seed, config.xlsx)
-    feature_sets = add_headline(summary, encoder_costs(config, files), config.headline)
+    feature_sets = add_headline(summary, encoder_costs(config, cohort.files), config.headline, task.headline)
     protocol = {
         "name": "files" if config.splits else config.protocol,
         "folds": len({run.test.fold for run in finished}),
         "seeds": config.seeds,
         "resamples": config.resamples,
+        "split_seed": config.split_seed,
     }
     protocol |= {
         "val_fraction": config.val_fraction,
-        "slides": len(slides.records),
-        "patients": len(set(slides.cases.tolist())),
+        "slides": len(cohort.slides.records),
+        "patients": len(set(cohort.slides.cases.tolist())),
     }
     protocol |= {"runs": len(finished), "runs_missing": len(jobs) - len(finished)}
     content = {
+        "task": config.task,
+        "metric": task.headline,
         "feature_sets": feature_sets,
         "headline": config.headline,
         "models": config.models,
-        "classes": list(slides.classes),
+        "classes": list(names),
     }
-    content |= {"protocol": protocol, "features": {name: str(next(iter(bags.values())).parent) for name, bags in files.items()}}
-    write_json(output / "summary.json", content)
-    print(text_table(feature_sets, config.models))
+    folders = {name: str(next(iter(bags.values())).parent) for name, bags in cohort.files.items()}
+    write_json(output / "summary.json", content | {"protocol": protocol, "features": folders})
+    print(text_table(feature_sets, config.models, CLASS_COLUMNS if config.task == "classes" else task.shown))
+
+
+def train_pending(config: Config, pending: list[Job]) -> dict[int, str]:
+    """Train in this process and its workers; number of a failed job -> error."""
+    failed = {}
+    devices = config.devices or [config.device]
+    numbers = {job.output: number for number, job in enumerate(pending)}
+    with Progress("trainings", len(pending), "runs") as bar:
+        for job, error in run_all(run_one, pending, max(config.workers, len(config.devices)), config.threads, devices):
+            bar.advance()
+            if error is not None:
+                logger.error("benchmark: %s failed: %s", name_of(job), error)
+                failed[numbers[job.output]] = error
+    return failed
+
+
+def train_shared(config: Config, pending: list[Job], ranks: Ranks) -> dict[int, str]:
+    """Train what this process of torchrun gets; on the first one: number of a failed job -> error, of all processes."""
+    device = device_of(config.device, ranks)
+    numbers = {job.output: number for number, job in enumerate(pending)}
+    claimed = (pending[number] for number in ranks.claims(len(pending)))
+    with Progress("trainings", len(pending), "runs", enabled=ranks.is_main) as bar:
+        for job, error in run_all(run_one, claimed, config.workers, config.threads, [device], apart=True):
+            if error is not None:
+                logger.error("benchmark: %s failed: %s", name_of(job), error)
+            ranks.report(numbers[job.output], error)
+            bar.advance(ranks.ended() - bar.count)
+        if ranks.is_main:
+            return ranks.wait(len(pending), lambda ended: bar.advance(ended - bar.count))
+    ranks.leave()
+    return {}
+
+
+def name_of(job: Job) -> str:
+    """`<feature set>/<model>/seed<seed>_fold<fold>`."""
+    return "/".join(job.output.parts[-3:])
+
+
+def unfinished(config: Config, cohort: Cohort, jobs: list[Job]) -> list[int]:
+    """Numbers of the jobs that have no result; writes what belongs to the whole benchmark and opens every run directory."""
+    output = Path(config.output)
+    write_splits(output / "splits", cohort.splits)
+    write_text(output / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+    world = World(0, 1, pick_device(config.device))
+    pending = [i for i, job in enumerate(jobs) if open_job(job, world, overwrite=config.overwrite).results is None]
+    slides = len(cohort.slides.records)
+    logger.info("benchmark: %d slides, %d trainings, %d finished already", slides, len(jobs), len(jobs) - len(pending))
+    return pending
 
 
 def main(config: Config) -> int:
-    world = init_distributed(config.device)
-    if world.size > 1:
-        raise UserError(
-            f"benchmark: expected one process, found {world.size}; start it without torchrun, with workers={world.size}"
-        )
-    output = Path(config.output)
-    slides, files = common_slides(config, feature_names(config))
-    jobs = make_jobs(config, slides, files)
-    write_text(output / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
-    pending = [job for job in jobs if open_job(job, world, overwrite=config.overwrite).results is None]
-    logger.info(
-        "benchmark: %d slides, %d trainings, %d finished already", len(slides.records), len(jobs), len(jobs) - len(pending)
-    )
-    failures = []
-    devices = config.devices or [config.device]
-    for device in devices:
+    ranks = join()
+    if ranks and config.devices:
+        raise UserError("devices: expected none under torchrun, whose processes have a GPU each; leave it out")
+    for device in config.devices:
         pick_device(device)  # a device that is not there stops the benchmark before it has begun
-    workers = max(config.workers, len(config.devices))
-    ended = run_all(run_one, pending, workers, config.threads, devices)
-    for job, error in progress(ended, "trainings", len(pending), "runs"):
-        if error is not None:
-            name = str(job.output.relative_to(output / "runs"))
-            logger.error("benchmark: %s failed: %s", name, error)
-            failures.append({"job": name, "stage": "benchmark", "error": error})
-    write_csv(output / "failures.csv", ["job", "stage", "error"], failures) if failures else (output / "failures.csv").unlink(
-        missing_ok=True
-    )
+    cohort = read_cohort(config, feature_names(config))
+    processes = config.workers * ranks.local_size if ranks else max(config.workers, len(config.devices))
+    jobs = make_jobs(config, cohort, processes)
+    if ranks:
+        pending = [jobs[number] for number in ranks.agree(lambda: unfinished(config, cohort, jobs))]
+        failed = train_shared(config, pending, ranks)
+        if not ranks.is_main:
+            return 0  # the first process says which jobs have failed
+    else:
+        pending = [jobs[number] for number in unfinished(config, cohort, jobs)]
+        failed = train_pending(config, pending)
+    failures = [{"job": name_of(pending[i]), "stage": "benchmark", "error": failed[i]} for i in sorted(failed)]
+    list_of_failures = Path(config.output) / "failures.csv"
+    list_of_failures.unlink(missing_ok=True)
+    if failures:
+        write_csv(list_of_failures, ["job", "stage", "error"], failures)
     if len(failures) == len(jobs):
         raise UserError(f"benchmark: all {len(jobs)} trainings failed, the first with: {failures[0]['error']}")
-    summarise_benchmark(config, slides, files, jobs)
+    summarise_benchmark(config, cohort, jobs)
     return 1 if failures else 0
 
 

@@ -32,6 +32,7 @@ from mil.metrics import youden_threshold
 from mil.models import MILOutput, Target, build
 from mil.objectives import CLASSES, SURVIVAL, Objective
 from mil.optim import OPTIMIZERS, SCHEDULES, lr_factor, make_optimizer
+from mil.prediction import predict
 from mil.prefetch import on_device, prefetch
 from patch_encoder.stored_bags import StoredBag
 
@@ -196,16 +197,6 @@ def _sync(model: nn.Module, last: bool) -> Any:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, samples: Sequence[Sample], device: torch.device, precision: str = "fp32") -> Float[Tensor, "s c"]:
-    """Logits (S, C) of the samples, on the CPU."""
-    model.eval()
-    with autocast(device, precision):
-        bags = prefetch([(sample, None) for sample in samples], device)
-        logits = [model(*on_device(bag, device)).logits.float() for _, bag in bags]
-    return torch.stack(logits).cpu()
-
-
-@torch.inference_mode()
 def examine(model: nn.Module, sample: Sample, device: torch.device) -> MILOutput:
     """Logits and attention of one bag, fp32, on the CPU."""
     model.eval()
@@ -246,6 +237,10 @@ class Smoother:
         new = {name: values[name] for name in (score, "loss")}
         past = self.values or new
         self.values = {name: self.share * past[name] + (1 - self.share) * new[name] for name in new} if self.share else new
+        return dict(self.values)
+
+    def state_dict(self) -> dict[str, float]:
+        """For a checkpoint."""
         return dict(self.values)
 
     def load_state_dict(self, values: Mapping[str, float]) -> None:
@@ -307,14 +302,10 @@ def train_model(
         UserError: the loss is not finite; fewer bags a step than processes; a recipe that the task does not go with.
     """
     check_recipe(recipe, task, world)
-    betas = (recipe.beta1, recipe.beta2)
-    optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay, betas)
-    floor = recipe.lr_min / recipe.lr if recipe.lr else 0.0
-    factor = partial(lr_factor, recipe.schedule, epochs=recipe.epochs, floor=floor)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    optimizer, scheduler = optimizer_of(model, recipe)
     smoother = Smoother(recipe.smoothing)
-    parts = {"smoother": smoother} if recipe.smoothing else {}
-    epoch, best = resume(run.last, model, optimizer=optimizer, scheduler=scheduler, **parts)
+    parts = {"optimizer": optimizer, "scheduler": scheduler} | ({"smoother": smoother} if recipe.smoothing else {})
+    epoch, best = resume(run.last, model, **parts)
     run.forget_after(epoch)
     parallel = wrap(model, world)
     while not is_over(epoch, best, recipe):
@@ -322,33 +313,47 @@ def train_model(
         loss = train_one_epoch(parallel, train, optimizer, recipe, world, order, epoch, task, seed)
         values = validate(model, val, world.device, recipe.precision, task)
         compared = smoother(values, task.score)
-        run.log(
-            {
-                "epoch": epoch + 1,
-                "lr": scheduler.get_last_lr()[0],
-                "train_loss": loss,
-                f"val_{task.score}": values[task.score],
-                "val_loss": values["loss"],
-            }
-            | ({f"val_{task.score}_smoothed": compared[task.score]} if recipe.smoothing else {})
-        )
+        rate = scheduler.get_last_lr()[0]
         scheduler.step()
         epoch += 1
+        line = {"epoch": epoch, "lr": rate, "train_loss": loss, f"val_{task.score}": values[task.score]}
+        line |= {"val_loss": values["loss"]}
+        run.log(line | ({f"val_{task.score}_smoothed": compared[task.score]} if recipe.smoothing else {}))
         if is_better(compared, best.get("compared", best), task.score):
-            best = {
-                **values,
-                **({"compared": compared} if recipe.smoothing else {}),
-                "epoch": epoch,
-                "model": {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()},
-            }
+            best = values | ({"compared": compared} if recipe.smoothing else {})
+            best |= {"epoch": epoch, "model": weights_on_cpu(model)}
         if world.is_main and (epoch % recipe.save_every == 0 or is_over(epoch, best, recipe)):
-            states = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-            states |= {name: dict(part.values) for name, part in parts.items()}
-            save_checkpoint(run.last, model=model.state_dict(), config=config, epoch=epoch, best=best, **states)
-            summary = {name: value for name, value in best.items() if name != "model"}
-            save_checkpoint(run.best, model=best["model"], config=config, epoch=best["epoch"], best=summary)
+            save_epoch(run, model, config, epoch, best, parts)
     model.load_state_dict(best["model"])
-    return {name: value for name, value in best.items() if name != "model"} | {"epochs": epoch}
+    return without_weights(best) | {"epochs": epoch}
+
+
+def optimizer_of(model: nn.Module, recipe: Recipe) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """The recipe's optimiser and its schedule by epoch."""
+    betas = (recipe.beta1, recipe.beta2)
+    optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay, betas)
+    floor = recipe.lr_min / recipe.lr if recipe.lr else 0.0
+    factor = partial(lr_factor, recipe.schedule, epochs=recipe.epochs, floor=floor)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def weights_on_cpu(model: nn.Module) -> dict[str, Tensor]:
+    """A copy that further training leaves alone."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+
+
+def without_weights(best: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of the best epoch besides its weights."""
+    return {name: value for name, value in best.items() if name != "model"}
+
+
+def save_epoch(
+    run: Run, model: nn.Module, config: dict[str, Any], epoch: int, best: Mapping[str, Any], parts: Mapping[str, Any]
+) -> None:
+    """The run's last checkpoint, with all that resuming needs, and its best one."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    save_checkpoint(run.last, model=model.state_dict(), config=config, epoch=epoch, best=dict(best), **states)
+    save_checkpoint(run.best, model=best["model"], config=config, epoch=best["epoch"], best=without_weights(best))
 
 
 def load_classifier(path: str | Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:

@@ -4,9 +4,9 @@
     python -m mil.evaluate predictions='[ours.csv, clam.csv]' output=runs/compared
     python -m mil.evaluate predictions='[cox.csv]' task=cox output=runs/survival
 
-Writes results.csv, summary.csv, summary.md, summary.tex; for classes delong.csv and pictures of ROC, precision-recall and
-reliability; for two classes operating_points.csv, screening.csv and its picture. Every cut and every temperature comes
-from validation slides. mil/evaluation/prediction_files.py says what a table of predictions has to hold.
+Writes results.csv, summary.csv, summary.md, summary.tex, the tables of the task (mil/evaluation/tables.py) and pictures: of
+classes ROC, precision-recall, reliability and, of two, screening; of grades the confusion, of survival the risk halves. Every
+cut and every temperature comes from validation slides. mil/evaluation/prediction_files.py says what a table has to hold.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mil.evaluation.operating import Held, threshold_for
 from mil.evaluation.prediction_files import class_order, read_runs, read_table
 from mil.evaluation.tables import markdown, screening_rows, write_evaluation
 from mil.results import Finished, read_finished
-from mil.tasks import KINDS, Task, classification
+from mil.tasks import KINDS, Task, classification, task_of
 
 logger = logging.getLogger(__name__)
 RULES = ("youden", "sensitivity", "specificity")
@@ -50,17 +50,15 @@ class Config:
 def benchmark_runs(folder: Path) -> tuple[list[Finished], Task]:
     """Finished runs of a benchmark, in the order of its own tables."""
     summary = read_json(folder / "summary.json", "a benchmark's summary")
+    task = task_of(summary.get("task", "classes"), summary["classes"])
     finished = []
     for name in summary["feature_sets"]:
         for model in summary["models"]:
-            found = [
-                read_finished(p.parent, name, summary["classes"])
-                for p in (folder / "runs" / name / model).glob("*/results.json")
-            ]
+            found = [read_finished(p.parent, name, task) for p in (folder / "runs" / name / model).glob("*/results.json")]
             finished += sorted(found, key=lambda run: (run.seed, run.test.fold))
     if not finished:
         raise UserError(f"{folder}: expected finished runs below runs/, found none")
-    return finished, classification(tuple(summary["classes"]))
+    return finished, task
 
 
 def table_runs(paths: list[str], kind: str, positive: str | None) -> tuple[list[Finished], Task]:
@@ -92,6 +90,19 @@ def with_threshold(finished: list[Finished], rule: str, target: float) -> list[F
     return changed
 
 
+def draw(folder: Path, finished: list[Finished], task: Task, config: Config) -> list[Path]:
+    """The pictures of the task."""
+    if task.kind not in {"binary", "multiclass"}:
+        from mil.evaluation.task_pictures import draw_task
+
+        return draw_task(folder, finished, task, config.form)
+    from mil.evaluation.pictures import draw_all  # matplotlib takes a second to load
+
+    screened = task.kind == "binary" and all(run.val is not None for run in finished)
+    rows = screening_rows(finished, config.resamples, config.seed) if screened else []
+    return draw_all(folder, finished, rows, config.seed, config.form)
+
+
 def main(config: Config) -> None:
     if bool(config.benchmark) == bool(config.predictions):
         raise UserError("expected either benchmark=<folder> or predictions='[<table>, ...]'; give one of them")
@@ -107,12 +118,8 @@ def main(config: Config) -> None:
         finished = with_threshold(finished, config.threshold, config.target)
     output = Path(config.output or f"{config.benchmark}/evaluation")
     summary = write_evaluation(output, finished, task, config.resamples, config.seed, config.xlsx)
-    if config.plots and task.kind in {"binary", "multiclass"}:
-        from mil.evaluation.pictures import draw_all  # matplotlib takes a second to load
-
-        screened = task.kind == "binary" and all(run.val is not None for run in finished)
-        rows = screening_rows(finished, config.resamples, config.seed) if screened else []
-        for path in draw_all(output / "plots", finished, rows, config.seed, config.form):
+    if config.plots:
+        for path in draw(output / "plots", finished, task, config):
             logger.info("evaluate: %s", path)
     print(markdown(summary, task), end="")
     logger.info("evaluate: tables in %s", output)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
+from common.files import atomic_path
 from mil.metrics import Predictions
 from patch_encoder.captions import caption_font
 from patch_encoder.coordinates import TileGeometry
@@ -64,19 +66,24 @@ def roc_figure(runs: Mapping[str, Sequence[Predictions]], aucs: Mapping[str, flo
         return svg_uri(figure)
 
 
-def interval_figure(feature_sets: Mapping[str, Mapping[str, Any]], models: Sequence[str]) -> str:
-    """Mean AUC with its confidence interval, a row per feature set and classifier."""
+def interval_figure(
+    feature_sets: Mapping[str, Mapping[str, Any]], models: Sequence[str], metric: str = "auc", name: str = "AUC"
+) -> str:
+    """Mean of a metric with its confidence interval, a row per feature set and classifier; dashed: without knowledge."""
     rows = [(name, model, entry[model]) for name, entry in feature_sets.items() for model in models if model in entry]
+    rows = [row for row in rows if row[2][f"{metric}_mean"] is not None]
     colours = dict(zip(feature_sets, _cycle(len(feature_sets)), strict=True))
     with rc_context(STYLE):
         figure = Figure(figsize=(4.6, 1.0 + 0.28 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
-        axes.axvline(0.5, color="#bbbbbb", linewidth=0.8, linestyle="--")
-        for y, (name, _, values) in enumerate(rows):
-            low, high = values["auc_ci"] or (values["auc_mean"], values["auc_mean"])
-            axes.plot([low, high], [y, y], color=colours[name], linewidth=1.6, solid_capstyle="butt")
-            axes.plot(values["auc_mean"], y, "o", color=colours[name], markersize=4.5)
-        axes.set(yticks=range(len(rows)), yticklabels=[f"{name} · {model}" for name, model, _ in rows], xlabel="AUC, 95 % CI")
+        axes.axvline(0.0 if metric.startswith("kappa") else 0.5, color="#bbbbbb", linewidth=0.8, linestyle="--")
+        for y, (feature_set, _, values) in enumerate(rows):
+            mean = values[f"{metric}_mean"]
+            low, high = values[f"{metric}_ci"] or (mean, mean)
+            axes.plot([low, high], [y, y], color=colours[feature_set], linewidth=1.6, solid_capstyle="butt")
+            axes.plot(mean, y, "o", color=colours[feature_set], markersize=4.5)
+        labels = [f"{feature_set} · {model}" for feature_set, model, _ in rows]
+        axes.set(yticks=range(len(rows)), yticklabels=labels, xlabel=f"{name}, 95 % CI")
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.grid(axis="x", color="#eeeeee")
         axes.set_axisbelow(True)
@@ -85,6 +92,15 @@ def interval_figure(feature_sets: Mapping[str, Mapping[str, Any]], models: Seque
 
 def _cycle(count: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
+def save_picture(figure: Figure, path: Path) -> Path:
+    """Write a figure in the format of its suffix; the same figure gives the same bytes."""
+    form = path.suffix.removeprefix(".")
+    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(form, {})
+    with rc_context(STYLE), atomic_path(path) as temporary:
+        figure.savefig(temporary, format=form, dpi=150, metadata=metadata)
+    return path
 
 
 def svg_uri(figure: Figure) -> str:

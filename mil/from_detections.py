@@ -167,13 +167,13 @@ def benchmark_rows(folder: Path, classes: Sequence[str]) -> tuple[list[Finished]
     sets = read_json(folder / "summary.json", "a finished benchmark's summary")["feature_sets"]
     paths = [path for name in sets for path in sorted((folder / "runs" / name).glob("*/seed*_fold*/results.json"))]
     costs = {name: {cost: entry.get(cost) for cost in COST_KEYS} for name, entry in sets.items()}
-    return [read_finished(path.parent, path.parents[2].name, classes) for path in paths], costs
+    return [read_finished(path.parent, path.parents[2].name, classification(tuple(classes))) for path in paths], costs
 
 
 def write_all(config: Config, classes: Sequence[str], finished: list[Finished], costs: dict[str, dict[str, Any]]) -> None:
     """results.csv, predictions.csv, summary.csv and summary.json, and the table on the screen."""
     output = Path(config.output)
-    write_predictions(output, finished, classes)
+    write_predictions(output, finished)
     summary = write_evaluation(output, finished, classification(tuple(classes)), config.resamples, config.split_seed)
     # the table's headline columns: of a benchmark's own sets they are in its summary
     sets = add_headline(summary, costs, "logistic")
@@ -215,7 +215,7 @@ def main(config: Config) -> int:
         for split in splits:
             path = output / "runs" / config.name / model / f"seed{settings.seed}_fold{split.fold}"
             run_fold(path, settings, slides, split, vectors, digest, config.overwrite)
-            finished.append(read_finished(path, config.name, slides.classes))
+            finished.append(read_finished(path, config.name, classification(slides.classes)))
     write_all(config, slides.classes, finished, costs)
     if config.channel:
         source = Path(config.channel)

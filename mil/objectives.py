@@ -178,10 +178,11 @@ def interval_edges(times: np.ndarray, events: np.ndarray, intervals: int) -> tup
     """
     if intervals < 2:
         raise UserError(f"intervals={intervals}: expected at least 2")
-    edges = np.unique(np.quantile(times[events], np.linspace(0, 1, intervals + 1)[1:-1])) if events.any() else np.empty(0)
-    if len(edges) != intervals - 1:
+    different = len(np.unique(times[events]))
+    edges = np.unique(np.quantile(times[events], np.linspace(0, 1, intervals + 1)[1:-1])) if different else np.empty(0)
+    if different < intervals or len(edges) != intervals - 1:
         raise UserError(
-            f"intervals={intervals}: expected as many different event times in the training set, found {int(events.sum())} "
-            "events; lower intervals"
+            f"intervals={intervals}: expected as many different event times in the training set, found {different} in "
+            f"{int(events.sum())} events; lower intervals"
         )
     return tuple(edges.tolist())

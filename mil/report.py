@@ -2,14 +2,15 @@
 
     python -m mil.report benchmark=runs/benchmark output=runs/report slides=cohort/slides stages=runs/stages.json
 
-Shows the table with its intervals, ROC curves, stage times, and for some test slides where the attention went.
+Shows the table with its intervals, what the task has (ROC of two classes, a row a label, grades against called grades,
+survival of the risk halves), stage times, and for some test slides of tasks with one class a slide where the attention went.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,15 @@ from common.errors import UserError
 from common.files import read_json, write_json, write_text
 from mil.ablation_figure import read_ablation
 from mil.ablation_rows import signed
+from mil.evaluation.risk_groups import risk_groups
+from mil.evaluation.tables import title
+from mil.evaluation.task_pictures import grade_figure, survival_figure
+from mil.evaluation.task_tables import per_label_rows
 from mil.examples import Example, choose_slides, make_example
-from mil.figures import interval_figure, roc_figure
-from mil.results import Finished, number, read_finished
+from mil.figures import interval_figure, roc_figure, svg_uri
+from mil.objectives import SCORES, SURVIVAL
+from mil.results import CLASS_COLUMNS, COST_KEYS, Finished, number, read_finished
+from mil.tasks import Task, task_of
 from patch_encoder.bags import bag_files
 from patch_encoder.cohort import find_slides, read_labels
 from patch_encoder.coordinates import tile_pattern_of
@@ -33,7 +40,15 @@ from patch_encoder.failures import Failures
 logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
 HEATMAPS = "heatmaps/index.html"  # of mil.heatmap with output=<output>/heatmaps
-SUMMARY_KEYS = ("auc_mean", "auc_ci", "tiles_per_second", "gflops", "parameters", "dim")
+ROC_SAYS = "ROC curves of {headline} on the test slides: mean over folds and seeds, band of one standard deviation."
+GRADES_SAY = (
+    "Test slides of {headline} by true and called grade (the median of its probabilities), summed over folds, mean over seeds; "
+    "colour: share of the true grade."
+)
+SURVIVAL_SAYS = (
+    "Kaplan-Meier curves of the test patients of {headline}: those above the median risk of the validation patients, in most "
+    "of the runs that tested them, and the others. Bands: 95 % (Greenwood, log-log); ticks: end of the observation."
+)
 
 
 @dataclass
@@ -52,12 +67,21 @@ class Config:
     ablation: str = key("", "folder of an ablation (tools/ablation.sh), which becomes a section", path=True)
 
 
-def read_runs(benchmark: Path, summary: dict[str, Any]) -> dict[str, list[Finished]]:
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the page: data URI, what it is, and its caption."""
+
+    uri: str
+    what: str
+    caption: str
+
+
+def read_runs(benchmark: Path, summary: dict[str, Any], task: Task) -> dict[str, list[Finished]]:
     """Finished runs of the headline classifier, by feature set, in order of seed and fold."""
     runs: dict[str, list[Finished]] = {}
     for name in summary["feature_sets"]:
         folders = sorted(path.parent for path in (benchmark / "runs" / name / summary["headline"]).glob("*/results.json"))
-        runs[name] = [read_finished(folder, name, summary["classes"]) for folder in folders]
+        runs[name] = [read_finished(folder, name, task) for folder in folders]
     return {name: sorted(found, key=lambda run: (run.seed, run.test.fold)) for name, found in runs.items() if found}
 
 
@@ -99,40 +123,77 @@ def make_examples(
     return examples
 
 
-def differences(summary: dict[str, Any]) -> list[tuple[str, float, list[float] | None]]:
-    """(feature set, AUC difference to the first one, its interval) for the headline classifier."""
+def differences(summary: dict[str, Any], metric: str) -> list[tuple[str, float, list[float] | None]]:
+    """(feature set, difference to the first one, its interval) for the headline classifier."""
     found = {name: entry.get(summary["headline"], {}) for name, entry in summary["feature_sets"].items()}
-    return [(name, e["auc_difference"], e["auc_difference_ci"]) for name, e in found.items() if "auc_difference" in e]
+    key = f"{metric}_difference"
+    return [(name, entry[key], entry[f"{key}_ci"]) for name, entry in found.items() if entry.get(key) is not None]
+
+
+def pictures(summary: dict[str, Any], task: Task, runs: dict[str, list[Finished]]) -> list[Picture]:
+    """What the task has, then the intervals that every task has."""
+    headline, metric, name = summary["headline"], task.headline, title(task.headline)
+    drawn = []
+    if task.kind == "binary":
+        aucs = {name: summary["feature_sets"][name][headline]["auc_mean"] for name in runs}
+        roc = roc_figure({name: [run.test for run in found] for name, found in runs.items()}, aucs)
+        drawn = [Picture(roc, "ROC curves", ROC_SAYS)]
+    elif task.kind == "ordinal":
+        drawn = [Picture(svg_uri(grade_figure(runs, task.classes)), "confusion by grade", GRADES_SAY)]
+    elif task.kind in SURVIVAL:
+        halves = {name: risk_groups(found) for name, found in runs.items()}
+        drawn = [Picture(svg_uri(survival_figure(halves)), "survival of the risk halves", SURVIVAL_SAYS)]
+    drawn = [replace(picture, caption=picture.caption.format(headline=headline)) for picture in drawn]
+    intervals = interval_figure(summary["feature_sets"], summary["models"], metric, name)
+    return [
+        *drawn,
+        Picture(intervals, f"{name} with confidence intervals", f"Mean test {name} with its 95 % confidence interval."),
+    ]
 
 
 def page(config: Config, summary: dict[str, Any], stages: list[dict[str, Any]], failures: Failures) -> str:
     """The HTML."""
-    runs = read_runs(Path(config.benchmark), summary)
+    task = task_of(summary.get("task", "classes"), summary["classes"])
+    runs = read_runs(Path(config.benchmark), summary, task)
     if not runs:
         raise UserError(f"{config.benchmark}: expected finished runs of the classifier '{summary['headline']}', found none")
-    examples = make_examples(config, summary, runs, failures) if config.slides else []
-    aucs = {name: summary["feature_sets"][name][summary["headline"]]["auc_mean"] for name in runs}
-    binary = len(summary["classes"]) == 2
+    one_class = task.kind in {"binary", "multiclass", "ordinal"}
+    examples = make_examples(config, summary, runs, failures) if config.slides and one_class else []
+    labels: list[dict[str, Any]] = []
+    if task.kind == "multilabel":
+        every = [run for found in runs.values() for run in found]
+        protocol = summary["protocol"]
+        labels = per_label_rows(every, task.classes, protocol["resamples"], protocol["split_seed"])
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters |= {"number": number}
+    environment.filters |= {"number": number, "known": known}
     environment.globals |= {"signed": signed}
     return environment.get_template("report.html.j2").render(
         title=config.title,
         summary=summary,
+        task=task,
+        metric=title(task.headline),
+        columns=[(name, title(name)) for name in (CLASS_COLUMNS if "auc" in task.metrics else task.shown)],
+        score=title(SCORES[summary.get("task", "classes")]),
+        labels=labels,
         stages=stages,
         total=sum(stage["seconds"] for stage in stages),
-        roc=roc_figure({name: [run.test for run in found] for name, found in runs.items()}, aucs) if binary else None,
-        intervals=interval_figure(summary["feature_sets"], summary["models"]),
-        differences=differences(summary),
+        pictures=pictures(summary, task, runs),
+        differences=differences(summary, task.headline),
         examples=[example for example in examples if example.choice.right],
         errors=[example for example in examples if not example.choice.right],
         examples_of=config.examples_of or list(runs)[min(1, len(runs) - 1)],
-        slides_given=bool(config.slides),
+        slides_given=bool(config.slides) and one_class,
+        one_class=one_class,
         ablation=read_ablation(Path(config.ablation)) if config.ablation else None,
         heatmaps=(Path(config.output) / HEATMAPS).is_file(),
         version=__version__,
         date=time.strftime("%Y-%m-%d"),
     )
+
+
+def known(value: float | None, form: str = "%.3f") -> str:
+    """A number in a cell, `-` when there is none."""
+    return "-" if value is None else form % value
 
 
 def main(config: Config) -> int:
@@ -141,7 +202,9 @@ def main(config: Config) -> int:
     stages = read_stages(config.stages)
     failures = Failures("report")
     write_text(output / "report.html", page(config, summary, stages, failures))
-    feature_sets = {name: {key: entry[key] for key in SUMMARY_KEYS} for name, entry in summary["feature_sets"].items()}
+    metric = summary.get("metric", "auc")
+    kept = (f"{metric}_mean", f"{metric}_ci", *reversed(COST_KEYS))
+    feature_sets = {name: {key: entry[key] for key in kept} for name, entry in summary["feature_sets"].items()}
     times = {stage["name"]: {"seconds": stage["seconds"], "peak_mib": stage.get("peak_mib")} for stage in stages}
     wall = sum(stage["seconds"] for stage in stages) if stages else None
     write_json(output / "summary.json", {"feature_sets": feature_sets, "wall_seconds": wall, "stages": times})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,14 +11,28 @@ from typing import Any
 import numpy as np
 
 from common.files import read_json, write_csv
-from mil.evaluation.calibration import fit_temperature
-from mil.job import prediction_header, read_predictions
+from mil.evaluation.prediction_rows import cut_on_validation, predictions_of_rows
 from mil.metrics import Judged, bootstrap, interval, summarise
 from mil.tasks import Task
 
 COST_KEYS = ("dim", "parameters", "gflops", "tiles_per_second")
 PLACE = ("feature_set", "model", "seed", "fold")
-EXTRA = ("threshold", "temperature", "val_auc", "best_epoch", "epochs")
+CLASS_COLUMNS = (
+    "auc",
+    "f1",
+    "sensitivity",
+    "specificity",
+    "balanced_accuracy",
+)  # of a benchmark's table, the one with interval first
+SHORT = {
+    "auc": "AUC",
+    "f1": "F1",
+    "sensitivity": "sens",
+    "specificity": "spec",
+    "balanced_accuracy": "bal.acc",
+    "c_index": "C-index",
+}
+Samples = dict[tuple[str, str], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -25,8 +40,8 @@ class Finished:
     """One finished run: its place in the grid, predictions on the test slides, rows as written.
 
     Attributes:
-        results: what else is known of the run; results.csv takes EXTRA from it.
-        test: of any kind of task; in a benchmark class probabilities.
+        results: what else is known of the run; results.csv takes some of it.
+        test: predictions of the task's kind.
         rows: of the test slides.
         val: predictions on the validation slides, from which cuts and temperature come; None: there are none.
     """
@@ -45,35 +60,40 @@ class Finished:
         return tuple(row["slide_id"] for row in self.rows)
 
 
-def read_finished(path: Path, feature_set: str, classes: Sequence[str]) -> Finished:
+def read_finished(path: Path, feature_set: str, task: Task) -> Finished:
     """Read a finished run directory."""
     results = read_json(path / "results.json", "a run's results")
     table = path / "predictions.csv"
-    val, _ = read_predictions(table, classes, "val", results["threshold"])
-    test, rows = read_predictions(table, classes, "test", results["threshold"])
-    temperature = fit_temperature(val.targets, val.probabilities)
-    val, test = replace(val, temperature=temperature), replace(test, temperature=temperature)
-    return Finished(feature_set, results["model"], results["seed"], {**results, "temperature": temperature}, test, rows, val)
+    with table.open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    sides = {split: [row for row in rows if row["split"] == split] for split in ("val", "test")}
+    said = [predictions_of_rows(table, task, results["fold"], side) for side in sides.values()]
+    val, test = cut_on_validation(task, *said)
+    if task.kind in {"binary", "multiclass"}:  # the training has chosen its cut, of float32 probabilities
+        val, test = (replace(part, threshold=results["threshold"]) for part in (val, test))
+        results |= {"temperature": test.temperature}
+    return Finished(feature_set, results["model"], results["seed"], results, test, sides["test"], val)
 
 
 def write_results(output: Path, finished: Sequence[Finished], task: Task) -> list[dict[str, Any]]:
     """results.csv: one row a feature set, model, seed and fold; returns the rows."""
+    extra = (*task.chosen, "best_epoch", "epochs")
     rows = [
         {"feature_set": run.feature_set, "model": run.model, "seed": run.seed, "fold": run.test.fold}
         | {name: repr(float(value[0])) for name, value in task.judge(run.test).items()}
-        | {name: run.results.get(name) for name in EXTRA}
+        | {name: run.results.get(name) for name in extra}
         for run in finished
     ]
-    write_csv(output / "results.csv", [*PLACE, *task.metrics, *EXTRA], rows)
+    write_csv(output / "results.csv", [*PLACE, *task.metrics, *extra], rows)
     return rows
 
 
-def write_predictions(output: Path, finished: Sequence[Finished], classes: Sequence[str]) -> None:
+def write_predictions(output: Path, finished: Sequence[Finished]) -> None:
     """predictions.csv: test slides of every run."""
     rows = [
         {"feature_set": run.feature_set, "model": run.model, "seed": run.seed, **row} for run in finished for row in run.rows
     ]
-    write_csv(output / "predictions.csv", ["feature_set", "model", "seed", *prediction_header(classes)], rows)
+    write_csv(output / "predictions.csv", list(rows[0]), rows)
 
 
 def grouped(finished: Sequence[Finished]) -> dict[tuple[str, str], list[Finished]]:
@@ -84,26 +104,37 @@ def grouped(finished: Sequence[Finished]) -> dict[tuple[str, str], list[Finished
     return groups
 
 
-def summarise_sets(finished: Sequence[Finished], task: Task, resamples: int, seed: int) -> dict[str, dict[str, dict[str, Any]]]:
-    """Feature set -> model -> means, stds and intervals; with `auc_difference` to the first set on the same folds and seeds."""
-    groups = grouped(finished)
+def resampled(finished: Sequence[Finished], task: Task, resamples: int, seed: int) -> Samples:
+    """Bootstrap by patient of every metric, by (feature set, model); the same patients in every one of them."""
+    return {
+        place: bootstrap([run.test for run in runs], resamples, seed, task.judge) for place, runs in grouped(finished).items()
+    }
+
+
+def summarise_sets(finished: Sequence[Finished], task: Task, samples: Samples) -> dict[str, dict[str, dict[str, Any]]]:
+    """Feature set -> model -> means, stds and intervals; a mean that does not exist is None.
+
+    With `<headline metric>_difference` to the first set on the same folds and seeds.
+    """
+    groups, metric = grouped(finished), task.headline
     tests = {place: [run.test for run in runs] for place, runs in groups.items()}
-    samples = {place: bootstrap(runs, resamples, seed, task.judge) for place, runs in tests.items()}
     summary: dict[str, dict[str, dict[str, Any]]] = {}
     for (feature_set, model), runs in groups.items():
         values = summarise(tests[feature_set, model], samples[feature_set, model], task.judge)
+        values = {name: None if value != value else value for name, value in values.items()}
         first = next(name for name, _ in groups)
-        same = feature_set != first and _places(groups.get((first, model), [])) == _places(runs)
-        if same and "auc" in task.metrics:
-            difference = samples[feature_set, model]["auc"] - samples[first, model]["auc"]
-            point = _mean_auc(tests[feature_set, model], task) - _mean_auc(tests[first, model], task)
-            values |= {"auc_difference": point, "auc_difference_ci": interval(difference)[0]}
+        if feature_set != first and _places(groups.get((first, model), [])) == _places(runs):
+            difference = samples[feature_set, model][metric] - samples[first, model][metric]
+            point = mean_of(tests[feature_set, model], task) - mean_of(tests[first, model], task)
+            values[f"{metric}_difference"] = None if point != point else point
+            values[f"{metric}_difference_ci"] = interval(difference)[0]
         summary.setdefault(feature_set, {})[model] = values
     return summary
 
 
-def _mean_auc(runs: Sequence[Judged], task: Task) -> float:
-    return float(np.mean([task.judge(run)["auc"][0] for run in runs]))
+def mean_of(runs: Sequence[Judged], task: Task) -> float:
+    """The headline metric's mean over runs."""
+    return float(np.mean([task.judge(run)[task.headline][0] for run in runs]))
 
 
 def _places(runs: Sequence[Finished]) -> set[tuple[int, int]]:
@@ -111,13 +142,13 @@ def _places(runs: Sequence[Finished]) -> set[tuple[int, int]]:
 
 
 def add_headline(
-    summary: Mapping[str, dict[str, Any]], cost: Mapping[str, Mapping[str, Any]], headline: str
+    summary: Mapping[str, dict[str, Any]], cost: Mapping[str, Mapping[str, Any]], headline: str, metric: str = "auc"
 ) -> dict[str, dict[str, Any]]:
-    """summary.json's `feature_sets`: per model, plus the AUC of the headline model and the encoder's cost (None: unknown)."""
+    """summary.json's `feature_sets`: per model, plus the headline model's metric and the encoder's cost (None: unknown)."""
     combined = {}
     for name, models in summary.items():
         best = models.get(headline, {})
-        combined[name] = dict(models) | {"auc_mean": best.get("auc_mean"), "auc_ci": best.get("auc_ci")}
+        combined[name] = dict(models) | {key: best.get(key) for key in (f"{metric}_mean", f"{metric}_ci")}
         combined[name] |= {key: cost.get(name, {}).get(key) for key in COST_KEYS}
     return combined
 
@@ -155,21 +186,12 @@ def number(value: float | int | None) -> str:
     return f"{value:.3g}"
 
 
-def text_table(feature_sets: Mapping[str, Mapping[str, Any]], models: Sequence[str]) -> str:
-    """The benchmark for a terminal, one row a feature set and model."""
-    header = [
-        "feature set",
-        "dim",
-        "params",
-        "GFLOPs/tile",
-        "tiles/s",
-        "model",
-        "AUC [95 % CI]",
-        "F1",
-        "sens",
-        "spec",
-        "bal.acc",
-    ]
+def text_table(
+    feature_sets: Mapping[str, Mapping[str, Any]], models: Sequence[str], metrics: Sequence[str] = CLASS_COLUMNS
+) -> str:
+    """The benchmark for a terminal, one row a feature set and model; the first metric with its interval."""
+    first, *others = (SHORT.get(metric, metric.replace("_", " ")) for metric in metrics)
+    header = ["feature set", "dim", "params", "GFLOPs/tile", "tiles/s", "model", f"{first} [95 % CI]", *others]
     rows = [header]
     for name, entry in feature_sets.items():
         encoder = [name, *(number(entry[key]) for key in COST_KEYS)]
@@ -177,8 +199,8 @@ def text_table(feature_sets: Mapping[str, Mapping[str, Any]], models: Sequence[s
             if model not in entry:
                 continue
             values = entry[model]
-            metrics = [f"{values[f'{m}_mean']:.3f}" for m in ("f1", "sensitivity", "specificity", "balanced_accuracy")]
-            rows.append([*encoder, model, with_interval(values["auc_mean"], values["auc_ci"]), *metrics])
+            cells = [with_interval(values[f"{metric}_mean"], None) for metric in metrics[1:]]
+            rows.append([*encoder, model, with_interval(values[f"{metrics[0]}_mean"], values[f"{metrics[0]}_ci"]), *cells])
             encoder = [""] * len(encoder)
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -184,15 +184,14 @@ def _dtfd(model: DTFD, bag: Reader) -> MILOutput:
     """First pass: the pseudo-bags; second, where tiles are ranked by class activation: the ranks."""
     group = model.split(len(bag)).to(bag.device)
     count = min(model.groups, len(bag))
-    pools, start, scores = [Pool(int((group == g).sum())) for g in range(count)], 0, []
+    pools, start = [Pool(int((group == g).sum())) for g in range(count)], 0
+    a = torch.empty(len(bag), device=bag.device)
     for block in bag:
-        h = model.embed(block)
-        scores.append(model.attention(h).squeeze(1))
-        here = group[start : start + len(block)]
+        h, part = model.embed(block), slice(start, start + len(block))
+        a[part], here = model.attention(h).squeeze(1), group[part]
         for g in here.unique().tolist():
-            pools[g].add(scores[-1][here == g][None], h[here == g])
+            pools[g].add(a[part][here == g][None], h[here == g])
         start += len(block)
-    a = torch.cat(scores)
     for g, pool in enumerate(pools):
         a[group == g] = pool.weights()[0]
     pooled = torch.cat([pool.pooled() for pool in pools])
@@ -205,14 +204,14 @@ def _dtfd(model: DTFD, bag: Reader) -> MILOutput:
 def _handed(model: DTFD, bag: Reader, a: Tensor, group: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
     if model.distil == "afs":
         return pooled, torch.arange(len(pooled), device=bag.device)
-    ranks, tier1, start = [a], model.head(pooled), 0
+    ranks, tier1, start = a, model.head(pooled), 0
     if model.distil != "mas":
-        ranks = []
+        ranks = torch.empty_like(a)
         for block in bag:
             part = slice(start, start + len(block))
-            ranks.append(model.activation(model.embed(block), a[part], group[part], tier1))
+            ranks[part] = model.activation(model.embed(block), a[part], group[part], tier1)
             start += len(block)
-    chosen = model.chosen(torch.cat(ranks), group, len(pooled))
+    chosen = model.chosen(ranks, group, len(pooled))
     return model.embed(bag.rows(chosen)), group[chosen]
 
 

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,21 +34,23 @@ RISK_METRICS = ("c_index", "event_share")
 
 @dataclass(frozen=True)
 class Kind:
-    """Judge, its metrics, and those that a short table shows."""
+    """Judge, its metrics, those that a short table shows, and what a run chooses on its validation slides."""
 
     judge: Callable[..., dict[str, np.ndarray]]
     metrics: tuple[str, ...]
     shown: tuple[str, ...]
+    chosen: tuple[str, ...] = ()
 
 
+CLASS_CHOSEN = ("threshold", "temperature", "val_auc")
 CLASS_SHOWN = ("auc", "auprc", "f1", "sensitivity", "specificity", "balanced_accuracy", "kappa", "ece", "ece_scaled")
 KINDS = {
-    "binary": Kind(evaluate, METRICS, CLASS_SHOWN),
-    "multiclass": Kind(evaluate, METRICS, CLASS_SHOWN),
-    "multilabel": Kind(evaluate_labels, LABEL_METRICS, LABEL_METRICS[:-1]),
-    "ordinal": Kind(evaluate_grades, GRADE_METRICS, GRADE_METRICS),
-    "cox": Kind(evaluate_risks, RISK_METRICS, RISK_METRICS[:1]),
-    "discrete": Kind(evaluate_risks, RISK_METRICS, RISK_METRICS[:1]),
+    "binary": Kind(evaluate, METRICS, CLASS_SHOWN, CLASS_CHOSEN),
+    "multiclass": Kind(evaluate, METRICS, CLASS_SHOWN, CLASS_CHOSEN),
+    "multilabel": Kind(evaluate_labels, LABEL_METRICS, LABEL_METRICS[:-1], ("val_auc",)),
+    "ordinal": Kind(evaluate_grades, GRADE_METRICS, GRADE_METRICS, ("val_kappa",)),
+    "cox": Kind(evaluate_risks, RISK_METRICS, RISK_METRICS[:1], ("val_c_index",)),
+    "discrete": Kind(evaluate_risks, RISK_METRICS, RISK_METRICS[:1], ("val_c_index",)),
 }
 
 
@@ -74,11 +76,26 @@ class Task:
         """The metrics of a short table, the one to rank by first."""
         return KINDS[self.kind].shown
 
+    @property
+    def headline(self) -> str:
+        """The metric to rank by."""
+        return self.shown[0]
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """What a run chooses, or is chosen by, on its validation slides: further columns of results.csv."""
+        return KINDS[self.kind].chosen
+
     def judge(self, run: Any, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Every metric of `run`, predictions of this kind, for B weightings of its slides."""
         return KINDS[self.kind].judge(run, weights)
 
 
+def task_of(asked: str, names: Sequence[str]) -> Task:
+    """The task that a training was asked (mil.objectives.TASKS), with its classes, labels or grades."""
+    return classification(tuple(names)) if asked == "classes" else Task(asked, tuple(names))
+
+
 def classification(classes: tuple[str, ...]) -> Task:
-    """The task of a benchmark: one class a slide."""
+    """One class a slide."""
     return Task("binary" if len(classes) == 2 else "multiclass", classes)

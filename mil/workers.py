@@ -10,12 +10,13 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -38,43 +39,87 @@ class _Worker:
 
 
 def run_all(
-    work: Callable[..., object], jobs: Sequence[T], workers: int, threads: int, devices: Sequence[str] = ()
+    work: Callable[..., object],
+    jobs: Iterable[T],
+    workers: int,
+    threads: int,
+    devices: Sequence[str] = (),
+    apart: bool = False,
 ) -> Iterator[tuple[T, str | None]]:
     """Run `work(job)` for every job; yields (job, error or None) as they end.
 
     Args:
         work: importable function (processes are spawned); it leaves its results on disk.
-        jobs: picklable.
+        jobs: picklable; the next one is asked for when a process is free.
         workers: processes; 1 runs in this one.
         threads: torch threads of each process.
         devices: `work(job, device=...)` with these, shared out among the processes in turn; empty: `work(job)`.
+        apart: a single worker is a process of its own too, so that a job that kills it leaves this one alive.
     """
-    if workers <= 1 or len(jobs) <= 1:
+    most = len(jobs) if isinstance(jobs, Sized) else workers
+    if not apart and min(workers, most) <= 1:
         torch.set_num_threads(threads)
         for job in jobs:
             yield job, _error(_on(work, devices[0] if devices else None), job)
         return
-    places = [devices[i % len(devices)] if devices else None for i in range(min(workers, len(jobs)))]
-    waiting, attempts = deque(range(len(jobs))), [0] * len(jobs)
+    places = [devices[i % len(devices)] if devices else None for i in range(min(workers, most))]
     pool = [_start(_on(work, device), device, threads) for device in places]
     try:
-        while waiting or any(worker.job is not None for worker in pool):
-            for place, worker in enumerate(pool):
-                if worker.pipe.closed and waiting:  # it died
-                    pool[place] = _start(_on(work, worker.device), worker.device, threads)
-            _hand_out(pool, waiting, jobs, attempts)
-            for index, error in _finished(pool):
-                if error is _DIED and attempts[index] < ATTEMPTS:
-                    logger.warning("a worker process died at its job; it is tried once more")
-                    waiting.append(index)
-                else:
-                    yield jobs[index], error
+        yield from _shared_out(work, pool, _Queue(iter(jobs)), threads)
     finally:
         for worker in pool:
             worker.pipe.close()  # an idle worker leaves; one that is still at work is stopped
             if worker.job is not None:
                 worker.process.terminate()
             worker.process.join()
+
+
+def _shared_out(
+    work: Callable[..., object], pool: list[_Worker], queue: _Queue[T], threads: int
+) -> Iterator[tuple[T, str | None]]:
+    """(job, error or None) as they end, with a job for every idle process; one that died is replaced when there is work."""
+    while True:
+        for place, worker in enumerate(pool):
+            index = queue.next() if worker.job is None else None
+            if index is not None:
+                if worker.pipe.closed:
+                    pool[place] = _start(_on(work, worker.device), worker.device, threads)
+                _hand_out(pool[place], index, queue.taken[index])
+        if all(worker.job is None for worker in pool):
+            return
+        for index, error in _finished(pool):
+            if error is _DIED and queue.again(index):
+                logger.warning("a worker process died at its job; it is tried once more")
+            else:
+                yield queue.taken[index], error
+
+
+class _Queue(Generic[T]):
+    """Jobs in order, each asked for when it is needed; those that a process died over come once more, at the end."""
+
+    def __init__(self, jobs: Iterator[T]) -> None:
+        self.jobs = jobs
+        self.taken: list[T] = []
+        self.attempts: list[int] = []
+        self.waiting: deque[int] = deque()
+
+    def next(self) -> int | None:
+        """Number of the next job in `taken`; None: there is none now."""
+        for job in self.jobs:
+            self.taken.append(job)
+            self.attempts.append(1)
+            return len(self.taken) - 1
+        if not self.waiting:
+            return None
+        index = self.waiting.popleft()
+        self.attempts[index] += 1
+        return index
+
+    def again(self, index: int) -> bool:
+        """Put a job back that has not been tried ATTEMPTS times."""
+        if self.attempts[index] < ATTEMPTS:
+            self.waiting.append(index)
+        return self.attempts[index] < ATTEMPTS
 
 
 _DIED = "a worker process died twice over it (out of memory, or killed); start again, with fewer workers if it was memory"
@@ -92,16 +137,10 @@ def _start(work: Callable[..., object], device: str | None, threads: int) -> _Wo
     return _Worker(process, ours, device)
 
 
-def _hand_out(pool: Sequence[_Worker], waiting: deque[int], jobs: Sequence[T], attempts: list[int]) -> None:
-    """A waiting job for every idle process."""
-    for worker in pool:
-        if worker.job is None and waiting:
-            worker.job = waiting.popleft()
-            attempts[worker.job] += 1
-            try:
-                worker.pipe.send(jobs[worker.job])
-            except (BrokenPipeError, ConnectionResetError):  # it died idle: the end of the pipe says so to _finished
-                continue
+def _hand_out(worker: _Worker, index: int, job: Any) -> None:
+    worker.job = index
+    with suppress(BrokenPipeError, ConnectionResetError):  # it died idle: the end of the pipe says so to _finished
+        worker.pipe.send(job)
 
 
 def _finished(pool: Sequence[_Worker]) -> Iterator[tuple[int, str | None]]:

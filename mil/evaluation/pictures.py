@@ -17,10 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from common.files import atomic_path
 from mil.evaluation.calibration import apply_temperature, expected_calibration_error, reliability, stated_and_true
 from mil.evaluation.ranking import GRID, precision_curves, roc_curves
-from mil.figures import COLOURS, STYLE
+from mil.figures import COLOURS, STYLE, save_picture
 from mil.metrics import Predictions, auc, auprc, resample_runs
 from mil.results import Finished, grouped
 
@@ -51,11 +50,7 @@ def draw_all(
         if rows:
             figures["screening"] = screening_figure(rows)
         for kind, figure in figures.items():
-            path = folder / f"{f'{name}_' if name else ''}{kind}.{form}"
-            metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(form, {})
-            with rc_context(STYLE), atomic_path(path) as temporary:
-                figure.savefig(temporary, format=form, dpi=150, metadata=metadata)
-            written.append(path)
+            written.append(save_picture(figure, folder / f"{f'{name}_' if name else ''}{kind}.{form}"))
     return written
 
 

@@ -15,25 +15,16 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from common.errors import UserError
 from common.files import safe_id
-from mil.datasets.targets import NONE
-from mil.evaluation.calibration import fit_temperature
-from mil.evaluation.multilabel import LabelPredictions, label_thresholds
-from mil.evaluation.survival import RiskPredictions
-from mil.metrics import Predictions, youden_threshold
+from mil.evaluation.prediction_rows import SURVIVAL, Row, cut_on_validation, predictions_of_rows
 from mil.results import Finished
 from mil.splits import named
 from mil.tasks import Task
 
-Rows = list[dict[str, str]]
-SURVIVAL = ("cox", "discrete")
+Rows = list[Row]
 
 
 def read_table(path: str | Path) -> tuple[list[str], Rows]:
@@ -96,63 +87,12 @@ def _run(path: str | Path, task: Task, feature_set: str, model: str, seed: int, 
     both = sorted({row["case_id"] for row in val} & {row["case_id"] for row in test})
     if both:
         raise UserError(f"{path}: model {model}, fold {fold}: {len(both)} cases are in val and in test: {named(both)}")
-    said = _numbers(path, task, fold, test)
-    chosen = _numbers(path, task, fold, val) if val else None
-    return with_cuts(Finished(feature_set, model, seed, {}, said, test, chosen), task)
-
-
-def with_cuts(run: Finished, task: Task) -> Finished:
-    """The run with thresholds and temperature from its validation slides, where it has some."""
-    if run.val is None or task.kind not in {"binary", "multiclass", "multilabel"}:
-        return run
-    if task.kind == "multilabel":
-        cuts: dict[str, Any] = {"thresholds": label_thresholds(run.val.targets, run.val.probabilities)}
-    else:
-        binary = task.kind == "binary"
-        cuts = {"temperature": fit_temperature(run.val.targets, run.val.probabilities)}
-        cuts["threshold"] = youden_threshold(run.val.targets == 1, run.val.probabilities[:, 1]) if binary else None
-    results = {**run.results, **{name: value for name, value in cuts.items() if name != "thresholds"}}
-    return replace(run, results=results, test=replace(run.test, **cuts), val=replace(run.val, **cuts))
-
-
-def _numbers(path: str | Path, task: Task, fold: int, rows: Rows) -> Any:
-    cases = np.array([row["case_id"] for row in rows])
-    if task.kind in SURVIVAL:
-        times, events, risks = (np.array([_float(row, name, path) for row in rows]) for name in ("time", "event", "risk"))
-        if (times < 0).any() or not np.isin(events, (0, 1)).all():
-            raise UserError(f"{path}: expected times of 0 or more and events of 0 or 1, found others")
-        return RiskPredictions(fold, cases, times, events == 1, risks)
-    probabilities = np.array([[_float(row, f"prob_{name}", path) for name in task.classes] for row in rows])
-    if (probabilities < 0).any() or (probabilities > 1).any():
-        raise UserError(f"{path}: expected probabilities from 0 to 1, found {probabilities.min():g} to {probabilities.max():g}")
-    if task.kind == "multilabel":
-        targets = np.array([[name in _labels(row, task, path) for name in task.classes] for row in rows])
-        return LabelPredictions(fold, cases, targets, probabilities, np.full(len(task.classes), 0.5))
-    sums = probabilities.sum(1)
-    if np.abs(sums - 1).max() > 1e-3:
-        worst = int(np.abs(sums - 1).argmax())
-        raise UserError(f"{path}: slide {rows[worst]['slide_id']}: expected probabilities that sum to 1, found {sums[worst]:g}")
-    indices = np.array([task.classes.index(*_labels(row, task, path, one=True)) for row in rows])
-    return Predictions(fold, cases, indices, probabilities, None)
-
-
-def _labels(row: dict[str, str], task: Task, path: str | Path, one: bool = False) -> list[str]:
-    label = row["label"].strip()
-    names = [row["label"]] if one else [] if label in ("", NONE) else [name.strip() for name in label.split("|")]
-    unknown = [name for name in names if name not in task.classes]
-    if unknown:
-        raise UserError(f"{path}: slide {row['slide_id']}: label '{unknown[0]}' has no column prob_{unknown[0]}")
-    return names
-
-
-def _float(row: dict[str, str], name: str, path: str | Path) -> float:
-    try:
-        value = float(row[name])
-    except (TypeError, ValueError):
-        value = float("nan")
-    if not np.isfinite(value):
-        raise UserError(f"{path}: slide {row['slide_id']}: expected a finite number in {name}, found '{row[name]}'")
-    return value
+    said = predictions_of_rows(path, task, fold, test)
+    if not val:
+        return Finished(feature_set, model, seed, {}, said, test)
+    chosen, said = cut_on_validation(task, predictions_of_rows(path, task, fold, val), said)
+    cuts = {name: getattr(said, name) for name in ("threshold", "temperature") if task.kind in {"binary", "multiclass"}}
+    return Finished(feature_set, model, seed, cuts, said, test, chosen)
 
 
 def _integer(row: dict[str, str], name: str, path: str | Path) -> int:

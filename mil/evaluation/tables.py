@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
 from common.files import atomic_path, write_csv, write_text
-from mil.evaluation.delong import compare, holm
+from mil.evaluation.comparisons import comparison_table
 from mil.evaluation.operating import FIXED, SCREENING, SENSITIVITY, SPECIFICITY, Held, operating_point
-from mil.results import Finished, grouped, summarise_sets, summary_rows, with_interval, write_results
+from mil.evaluation.prediction_rows import SURVIVAL
+from mil.evaluation.task_tables import confusion_rows, per_label_rows, risk_group_rows
+from mil.results import Finished, grouped, resampled, summarise_sets, summary_rows, with_interval, write_results
 from mil.tasks import Task
 
 LOWER_IS_BETTER = {"brier", "ece", "ece_scaled", "hamming_loss", "mean_absolute_error"}
@@ -51,22 +52,22 @@ class Table:
 def write_evaluation(
     output: Path, finished: Sequence[Finished], task: Task, resamples: int, seed: int, workbook: bool = False
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """results.csv, summary.csv, summary.md, summary.tex; for classes delong.csv; for two of them operating_points.csv and
-    screening.csv, where the runs have validation slides; evaluation.xlsx on request.
+    """results.csv, summary.csv, summary.md, summary.tex, and the tables of the task; evaluation.xlsx on request.
+
+    Classes: delong.csv; two of them, where the runs have validation slides: operating_points.csv and screening.csv.
+    Labels: delong.csv and labels.csv. Grades: comparisons.csv and confusion.csv. Survival: comparisons.csv, risk_groups.csv.
 
     Returns:
         Feature set -> model -> means, stds and intervals.
     """
     if workbook:
         _openpyxl()
+    samples = resampled(finished, task, resamples, seed)
     tables = [Table("results", write_results(output, finished, task))]
-    summary = summarise_sets(finished, task, resamples, seed)
+    summary = summarise_sets(finished, task, samples)
     tables.append(Table("summary", summary_rows(summary, task.metrics)))
-    if task.kind in {"binary", "multiclass"}:
-        tables.append(Table("delong", comparison_rows(finished)))
-    if task.kind == "binary" and all(run.val is not None for run in finished):
-        tables.append(Table("operating_points", operating_rows(finished, FIXED, resamples, seed)))
-        tables.append(Table("screening", screening_rows(finished, resamples, seed)))
+    tables.append(Table(*comparison_table(finished, task, samples)))
+    tables += task_tables(finished, task, resamples, seed)
     for table in tables[1:]:
         if table.rows:
             write_csv(output / f"{table.name}.csv", table.header, table.rows)
@@ -79,25 +80,18 @@ def write_evaluation(
     return summary
 
 
-def comparison_rows(finished: Sequence[Finished]) -> list[dict[str, Any]]:
-    """DeLong tests of all pairs that judged the same test slides in the same folds, Holm-corrected over all of them."""
-    tested: dict[tuple[str, str], tuple[tuple[int, tuple[str, ...]], ...]] = {}
-    groups = grouped(finished)
-    for place, runs in groups.items():
-        tested[place] = tuple(sorted({(run.test.fold, run.slides) for run in runs}))
-    rows = []
-    for _, places in groupby(sorted(tested, key=lambda place: tested[place]), key=lambda place: tested[place]):
-        mine = sorted(places, key=list(groups).index)
-        named = {str(index): [run.test for run in groups[place]] for index, place in enumerate(mine)}
-        for pair in compare(named):
-            a, b = mine[int(pair.first)], mine[int(pair.second)]
-            row: dict[str, Any] = {"feature_set_a": a[0], "model_a": a[1], "feature_set_b": b[0], "model_b": b[1]}
-            row |= {"auc_a": pair.aucs[0], "auc_b": pair.aucs[1], "difference": pair.difference}
-            row |= {"ci_low": pair.ci[0], "ci_high": pair.ci[1], "standard_error": pair.error, "z": pair.z, "p": pair.p}
-            rows.append(row)
-    for row, corrected in zip(rows, holm([row["p"] for row in rows]), strict=True):
-        row["p_holm"] = corrected
-    return rows
+def task_tables(finished: Sequence[Finished], task: Task, resamples: int, seed: int) -> list[Table]:
+    """What only one kind of task has."""
+    if task.kind == "binary" and all(run.val is not None for run in finished):
+        points = operating_rows(finished, FIXED, resamples, seed)
+        return [Table("operating_points", points), Table("screening", screening_rows(finished, resamples, seed))]
+    if task.kind == "multilabel":
+        return [Table("labels", per_label_rows(finished, task.classes, resamples, seed))]
+    if task.kind == "ordinal":
+        return [Table("confusion", confusion_rows(finished, task.classes))]
+    if task.kind in SURVIVAL:
+        return [Table("risk_groups", risk_group_rows(finished))]
+    return []
 
 
 def operating_rows(finished: Sequence[Finished], points: Sequence[Held], resamples: int, seed: int) -> list[dict[str, Any]]:
@@ -142,7 +136,8 @@ def title(metric: str) -> str:
 def best_of(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], metric: str) -> str:
     """The best mean of a metric as a table shows it, so that equal figures are marked alike."""
     means = [values[f"{metric}_mean"] for models in summary.values() for values in models.values()]
-    return f"{(min if metric in LOWER_IS_BETTER else max)(means):.3f}"
+    known = [mean for mean in means if mean is not None]
+    return f"{(min if metric in LOWER_IS_BETTER else max)(known):.3f}" if known else ""
 
 
 def markdown(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], task: Task) -> str:

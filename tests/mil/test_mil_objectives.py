@@ -30,6 +30,7 @@ from mil.objective_results import make_objective
 from mil.objectives import Objective, interval_edges, objective_of
 from mil.train import Config, main
 from tests.mil.small_options import SMALL
+from tests.mil.task_cohorts import COHORTS, rewrite
 
 CPU = World(0, 1, torch.device("cpu"))
 GENERATOR = np.random.default_rng(0)
@@ -194,25 +195,9 @@ def test_what_does_not_go_together_is_refused():
         Objective("ordinal", ("0", "1"), smoothing=0.1)
 
 
-def rewrite(cohort: Path, header: str, cells) -> Path:
-    with (cohort / "labels.csv").open() as stream:
-        rows = list(csv.DictReader(stream))
-    lines = [f"{r['case_id']},{r['slide_id']},{cells(i, r['label'] == 'pos')},{r['split']}" for i, r in enumerate(rows)]
-    (cohort / "labels.csv").write_text("\n".join([f"case_id,slide_id,{header},split", *lines]) + "\n")
-    return cohort
-
-
-COHORTS = {
-    "multilabel": ("label", lambda i, positive: "|".join(["a"] * positive + ["b"] * (i % 3 == 0)) or "-"),
-    "ordinal": ("label", lambda i, positive: str(2 * positive + (i // 2) % 2)),
-    "cox": ("time,event", lambda i, positive: f"{1 if positive else 9},{int(i % 4 != 3)}"),
-}
-COHORTS["discrete"] = COHORTS["cox"]
-
-
 @pytest.mark.parametrize("kind", list(COHORTS))
 def test_a_run_of_every_task_from_its_labels(make_cohort, tmp_path: Path, kind: str):
-    cohort = rewrite(make_cohort(slides=48, signal=5.0), *COHORTS[kind])
+    cohort = rewrite(make_cohort(slides=48, signal=5.0), kind)
     more = [
         "device=cpu",
         "training.epochs=15",
