@@ -127,6 +127,10 @@ def model(output: Path) -> dict[str, torch.Tensor]:
     return torch.load(output / "checkpoint_last.pt", weights_only=True)["model"]
 
 
+def losses(output: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_online_teacher_without_augmentation_is_the_stored_one(folder: Path, tmp_path: Path) -> None:
     assert train(folder, tmp_path / "stored", "augment=false") == 0
     assert train(folder, tmp_path / "online", "augment=false", "online_teacher=stain_texture") == 0
@@ -191,10 +195,10 @@ def test_two_processes_with_a_teacher_are_one(folder: Path, tmp_path: Path) -> N
     run_two_processes("detection_kd.train_d2vfm", keys(folder, tmp_path / "two", *online))
     one, two = model(tmp_path / "one"), model(tmp_path / "two")
     assert all(torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-5) for name in one)
-    losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("one", "two")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 2
+    one_losses, two_losses = (losses(tmp_path / name) for name in ("one", "two"))
+    assert one_losses == pytest.approx(two_losses, rel=1e-4) and len(one_losses) == 2
     assert train(folder, tmp_path / "stored", *online[2:]) == 0
-    assert abs(json.loads((tmp_path / "stored" / "metrics.jsonl").open().readline())["loss"] / losses[0][0] - 1) > 1e-3
+    assert abs(losses(tmp_path / "stored")[0] / one_losses[0] - 1) > 1e-3, "the teacher is asked"
 
 
 def test_a_teacher_gets_no_gradient() -> None:
