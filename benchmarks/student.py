@@ -1,6 +1,6 @@
 """What a student costs in each of its forms beside foundation models of common sizes, all in one process, interleaved.
 
-    python benchmarks/student.py [--device cpu] [--rounds 3] [--compile] [--bf16] [--memory] [--json]
+    python benchmarks/student.py [--device cpu] [--rounds 3] [--compile] [--bf16] [--memory] [--json] [--output FILE]
 
 Random weights; the student is ResNet-50 up to `--needles` with the adapter mpa to 768. Tiles are 224 px for everyone, with
 `--native` the student also at its published 256. Forms: `published` (all stages whatever the needle, no folding, one batch,
@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.extraction import texture, tiles_of
+from common.files import write_json
 from common.memory import peak_memory as own_peak
 from detection_kd.models.adapter import Adapter
 from detection_kd.models.backbone import Backbone
@@ -57,6 +58,7 @@ ENCODERS = {"resnet50_layer3": "resnet50"}
 FORMS = ("published", "fp32", "onnx", "int8")
 BARS = {("student_n1", "vit_b16"): 4.0, ("student_n1", "vit_g14"): 30.0}
 DIM, INPUT, TILE, SLIDE = 768, 224, 256, 10_000
+START = time.perf_counter()
 
 
 class Published(nn.Module):
@@ -212,7 +214,8 @@ def verdicts(found: dict[str, float]) -> dict[str, bool]:
     return out
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("batch", 8), ("rounds", 3), ("threads", 2), ("workers", 2), ("tiles", 32)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -226,14 +229,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--memory", action="store_true", help="peak memory, a process each")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true")
-    return parser.parse_args()
+    parser.add_argument("--output", type=Path, help="JSON file that keeps everything, every round as well")
+    return parser.parse_args(arguments)
 
 
 def measure(a: argparse.Namespace, folder: Path) -> dict[str, dict]:
     """Rates, ratios, verdicts and costs."""
-    calls = {f"{model} {form}": call_of(model, form, a, folder) for model, form in contestants(a)}
-    for call, _, _ in calls.values():
-        call()
+    calls = {}
+    for model, form in contestants(a):
+        say(f"preparing {model} {form}")
+        calls[f"{model} {form}"] = call_of(model, form, a, folder)
+        calls[f"{model} {form}"][0]()
     rounds: list[dict[str, float]] = []
     for _ in range(a.rounds):
         rates = {}
@@ -242,30 +248,40 @@ def measure(a: argparse.Namespace, folder: Path) -> dict[str, dict]:
             call()
             rates[name] = rows / (time.perf_counter() - start)
         rounds.append(rates)
-        print(f"round {len(rounds)}:", {name: round(rate, 2) for name, rate in rates.items()}, file=sys.stderr)
+        say(f"round {len(rounds)}: { ({name: round(rate, 2) for name, rate in rates.items()}) }")
     rows: dict[str, dict] = {name: {"tiles_per_second": statistics.median(r[name] for r in rounds)} for name in calls}
     del calls
     for model, form in contestants(a):
         rows[f"{model} {form}"] |= counts(model, form)
         if a.memory:
+            say(f"memory of {model} {form}")
             rows[f"{model} {form}"]["peak_mib"] = peak_memory(model, form, a)
     for model, form in (("student_n1", "fp32"), ("student_n1", "onnx"), ("student_n1", "int8"), ("vit_b16", "fp32")):
-        if f"{model} {form}" in rows:
+        if f"{model} {form}" in rows and a.tiles:
+            say(f"end to end {model} {form}")
             rows[f"{model} {form}"]["slides_per_hour"] = end_to_end(model, form, a, folder)
     found = ratios(rounds, a)
-    return {"contestants": rows, "ratios": found, "met": verdicts(found)}
+    return {"contestants": rows, "rounds": rounds, "ratios": found, "met": verdicts(found)}
 
 
-def main() -> None:
-    a = parse()
+def say(what: str) -> None:
+    """Progress, with the seconds since the start."""
+    print(f"{time.perf_counter() - START:5.0f} s {what}", file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    a = parse(arguments)
     torch.set_num_threads(a.threads)
     if a.peak:
         run_for_peak(a)
         return
     with tempfile.TemporaryDirectory() as folder:
         found = measure(a, Path(folder))
+    found["arguments"] = {name: value for name, value in vars(a).items() if name not in ("peak", "output")}
+    if a.output:
+        write_json(a.output, found)
     if a.json:
-        print(json.dumps(found | {"arguments": vars(a)}))
+        print(json.dumps(found))
         return
     print(f"{a.device}, {a.threads} threads, {a.batch} tiles a batch, {a.rounds} rounds")
     for name, row in found["contestants"].items():

@@ -1,4 +1,4 @@
-"""An encoder's network made ready for inference: channels last, BatchNorm folded, compiled on request, batches of one shape.
+"""An encoder's network made ready for inference: channels last, BatchNorm folded, fused or compiled, batches of one shape.
 
 Every batch that the network sees has the same shape (a last, partial one is padded): kernels are chosen by shape, so a tile
 has the same features to the last bit whichever batch it falls into, and compiled code is compiled once.
@@ -19,6 +19,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from common.device import autocast
 from common.errors import UserError
+from patch_encoder.fused_network import FusedNetwork
 from patch_encoder.models.onnx_network import OnnxNetwork
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class Network:
         self.rows = 0 if not has_weights else min(batch_size, CPU_ROWS) if device.type == "cpu" else batch_size
         self.batch_size = batch_size
         self._model = model.to(device, memory_format=torch.channels_last).eval()
+        self._fused: FusedNetwork | None = None
         self._ready = False
 
     @torch.no_grad()  # inference_mode would guard compiled code by the kind of tensor: ordinary from workers, not when padded
@@ -83,6 +85,8 @@ class Network:
         filled = padded(items, self.rows).to(self.device, non_blocking=True)
         if not self._ready:
             self._prepare(filled)
+        if self._fused is not None:
+            return self._fused(filled)[: len(items)].float()
         with autocast(self.device, self.precision):
             return self._model(filled)[: len(items)].float()
 
@@ -92,6 +96,8 @@ class Network:
             # freezing: weights become constants that are laid out for their kernels once
             options = {"freezing": True} if self.compiler == "inductor" else None
             self._model = torch.compile(self._model, backend=self.compiler, dynamic=False, options=options)
+        elif self.device.type == "cpu":
+            self._fused = FusedNetwork(self._model, self.precision)
 
 
 def padded(items: Tensor, rows: int) -> Tensor:

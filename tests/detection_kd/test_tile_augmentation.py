@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from skimage.color import rgb_from_hed
 from torch import nn
@@ -23,6 +25,7 @@ from patch_encoder.models.encoders import Encoder, PixelEncoder, build_encoder
 from patch_encoder.models.transforms import Fit, ToInputSize
 from patch_encoder.stain.augment import HedJitter
 from tests.detection_kd.distillation_sets import SIDE, write_backbone, write_set
+from tests.helpers import run_two_processes
 
 ALL = {"crop": True, "stain": HedJitter(0.1, 0.1), "colour": 0.2, "blur": 1.5}
 
@@ -108,16 +111,24 @@ def folder(tmp_path: Path) -> Path:
     return write_set(tmp_path / "set")
 
 
-def train(folder: Path, output: Path, *more: str) -> int:
+def keys(folder: Path, output: Path, *more: str) -> list[str]:
     backbone = output.parent / "backbone.pt"
     if not backbone.exists():
         write_backbone(backbone)
     base = [f"dataset={folder}", f"backbone={backbone}", f"output={output}", "device=cpu", "workers=0", "precision=fp32"]
-    return run(train_d2vfm.main, train_d2vfm.Config, [*base, "epochs=1", "batch_size=4", "val_share=0.3", *more])
+    return [*base, "epochs=1", "batch_size=4", "val_share=0.3", *more]
+
+
+def train(folder: Path, output: Path, *more: str) -> int:
+    return run(train_d2vfm.main, train_d2vfm.Config, keys(folder, output, *more))
 
 
 def model(output: Path) -> dict[str, torch.Tensor]:
     return torch.load(output / "checkpoint_last.pt", weights_only=True)["model"]
+
+
+def losses(output: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_online_teacher_without_augmentation_is_the_stored_one(folder: Path, tmp_path: Path) -> None:
@@ -150,25 +161,44 @@ def tiny_torch(monkeypatch: pytest.MonkeyPatch) -> str:
     return "tiny"
 
 
-def test_a_torch_teacher_gives_its_stored_features(folder: Path, tmp_path: Path, tiny_torch: str) -> None:
-    import timm
-
+def write_teacher(folder: Path, name: str, weights: Path) -> None:
+    """Random weights of timm's test_vit, and their features of the plain tiles as the stored ones."""
     torch.manual_seed(0)
-    weights = tmp_path / "vit.pth"
     torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), weights)
-    encoder = build_encoder(tiny_torch, str(weights))
+    encoder = build_encoder(name, str(weights))
     pairs = read_pairs(folder)
     plain = DistillationTiles(pairs, augment=False, seed=0)
     with torch.no_grad():
         for index, pair in enumerate(pairs):
             item = encoder.transform(plain[index][0].permute(1, 2, 0).numpy())
             torch.save(encoder.model(item[None])[0], pair.image.with_suffix(".pt"))
+
+
+def test_a_torch_teacher_gives_its_stored_features(folder: Path, tmp_path: Path, tiny_torch: str) -> None:
+    weights = tmp_path / "vit.pth"
+    write_teacher(folder, tiny_torch, weights)
     online = ["augment=false", f"online_teacher={tiny_torch}", f"teacher_weights={weights}"]
     assert train(folder, tmp_path / "stored", "augment=false") == 0
     assert train(folder, tmp_path / "online", *online) == 0
     stored, found = model(tmp_path / "stored"), model(tmp_path / "online")
     assert all(torch.allclose(stored[name], found[name], atol=1e-4) for name in stored)
     assert train(folder, tmp_path / "online", *online[1:], "scales=[1.0]") == 2, "another run"
+
+
+def test_two_processes_with_a_teacher_are_one(folder: Path, tmp_path: Path) -> None:
+    """Each shows the teacher its own augmented tiles: the same tiles as in one process, wherever they fall."""
+    weights = tmp_path / "vit.pth"
+    write_teacher(folder, "timm:test_vit", weights)
+    online = ["online_teacher=timm:test_vit", f"teacher_weights={weights}", "epochs=2", "augmentation.crop=true"]
+    online += ["augmentation.colour=0.2", "augmentation.sizes=[32,40]", "extra.distance=1", "pictures=false"]
+    assert train(folder, tmp_path / "one", *online) == 0
+    run_two_processes("detection_kd.train_d2vfm", keys(folder, tmp_path / "two", *online))
+    one, two = model(tmp_path / "one"), model(tmp_path / "two")
+    assert all(torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-5) for name in one)
+    one_losses, two_losses = (losses(tmp_path / name) for name in ("one", "two"))
+    assert one_losses == pytest.approx(two_losses, rel=1e-4) and len(one_losses) == 2
+    assert train(folder, tmp_path / "stored", *online[2:]) == 0
+    assert abs(losses(tmp_path / "stored")[0] / one_losses[0] - 1) > 1e-3, "the teacher is asked"
 
 
 def test_a_teacher_gets_no_gradient() -> None:
