@@ -38,14 +38,14 @@ def test_abmil_on_musk1_is_far_above_chance(real_data: Path, tmp_path: Path):
         pytest.skip(f"{source} not found")
     assert write_musk(source, tmp_path) == 92
     training = ["training.epochs=6", "training.min_epochs=6", "training.lr=1e-3", "standardize=true", "positive=musk"]
-    options = ["models=[abmil]", "seeds=[2024]", "folds=5", "device=cpu", *training]
+    options = ["models=[abmil]", "seeds=[2024]", "folds=2", "device=cpu", *training]
     config = load_config(
         Config, [f"labels={tmp_path}/labels.csv", f"features=[{tmp_path}/bags]", f"output={tmp_path}/out", *options]
     )
     assert main(config) == 0
     with (tmp_path / "out" / "results.csv").open() as stream:
         aucs = [float(row["auc"]) for row in csv.DictReader(stream)]
-    assert len(aucs) == 5 and np.mean(aucs) > 0.8
+    assert len(aucs) == 2 and np.mean(aucs) > 0.8
 
 
 def test_feature_bags_of_another_project_are_read(real_data: Path):
