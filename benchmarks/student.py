@@ -85,9 +85,11 @@ def build(model: str, form: str = "fp32") -> nn.Module:
     if model in ENCODERS:
         return build_encoder(ENCODERS[model], "random").model
     name, options = VITS[model]
-    # timm's own initial values take a minute for a billion weights
-    vit = timm.create_model(name, num_classes=0, weight_init="skip", **options)
-    return PixelEncoder(vit, IMAGENET).eval().requires_grad_(False)
+    # timm's own initial values take a minute for a billion weights; without any, features are not finite
+    vit = timm.create_model(name, num_classes=0, weight_init="skip", **options).requires_grad_(False)
+    for key, value in vit.named_parameters():
+        value.normal_(std=0.02) if value.ndim > 1 else value.fill_(not key.endswith("bias"))
+    return PixelEncoder(vit, IMAGENET).eval()
 
 
 def side_of(model: str) -> int:
