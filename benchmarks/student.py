@@ -88,7 +88,10 @@ def build(model: str, form: str = "fp32") -> nn.Module:
     # timm's own initial values take a minute for a billion weights; without any, features are not finite
     vit = timm.create_model(name, num_classes=0, weight_init="skip", **options).requires_grad_(False)
     for key, value in vit.named_parameters():
-        value.normal_(std=0.02) if value.ndim > 1 else value.fill_(not key.endswith("bias"))
+        if value.ndim > 1:
+            value.normal_(std=0.02)
+        else:
+            value.fill_(0.0 if key.endswith("bias") else 1.0)
     return PixelEncoder(vit, IMAGENET).eval()
 
 
@@ -253,7 +256,10 @@ def measure(a: argparse.Namespace, folder: Path) -> dict[str, dict]:
             call()
             rates[name] = rows / (time.perf_counter() - start)
         rounds.append(rates)
-        say(f"round {len(rounds)}: { ({name: round(rate, 2) for name, rate in rates.items()}) }")
+        if a.output:
+            write_json(a.output, {"rounds": rounds})  # what comes after the rounds takes longer than they do
+        rounded = {name: round(rate, 2) for name, rate in rates.items()}
+        say(f"round {len(rounds)}: {rounded}")
     rows: dict[str, dict] = {name: {"tiles_per_second": statistics.median(r[name] for r in rounds)} for name in calls}
     del calls
     for model, form in contestants(a):

@@ -49,7 +49,7 @@ Pending = tuple[Judged, Inputs, dict[str, Any]]  # a slide, its files, and what 
 
 
 @dataclass(frozen=True)
-class SlideJob:
+class DrawingJob:
     """A slide to draw; `scores` is an error where it could not be judged."""
 
     judged: Judged
@@ -152,7 +152,7 @@ def is_done(output: Path, slide_id: str, wanted: dict[str, Any], overwrite: bool
     return True
 
 
-class Scored(Sequence[SlideJob]):
+class Scored(Sequence[DrawingJob]):
     """The slides that are left to draw, each judged when it is its turn: the scores of one slide are in memory, and one model.
 
     Args:
@@ -169,16 +169,16 @@ class Scored(Sequence[SlideJob]):
     def __len__(self) -> int:
         return len(self._pending)
 
-    def __getitem__(self, number: int) -> SlideJob:
+    def __getitem__(self, number: int) -> DrawingJob:
         judged, inputs, stamp = self._pending[number]
         try:
             scores = judge(judged, inputs.bag, self._model(judged.checkpoint), self._classes, self._drawing)
         except (UserError, OSError) as error:
-            return SlideJob(judged, inputs, stamp, str(error))
-        return SlideJob(judged, inputs, stamp, scores)
+            return DrawingJob(judged, inputs, stamp, str(error))
+        return DrawingJob(judged, inputs, stamp, scores)
 
 
-def draw_one(job: SlideJob, output: Path, classes: Sequence[str], drawing: Drawing) -> None:
+def draw_one(job: DrawingJob, output: Path, classes: Sequence[str], drawing: Drawing) -> None:
     """Draw a judged slide.
 
     Raises:

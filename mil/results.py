@@ -17,13 +17,8 @@ from mil.tasks import Task
 
 COST_KEYS = ("dim", "parameters", "gflops", "tiles_per_second")
 PLACE = ("feature_set", "model", "seed", "fold")
-CLASS_COLUMNS = (
-    "auc",
-    "f1",
-    "sensitivity",
-    "specificity",
-    "balanced_accuracy",
-)  # of a benchmark's table, the one with interval first
+# of a benchmark of classes in a terminal; the first one is shown with its interval
+CLASS_COLUMNS = ("auc", "f1", "sensitivity", "specificity", "balanced_accuracy")
 SHORT = {
     "auc": "AUC",
     "f1": "F1",

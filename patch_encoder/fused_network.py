@@ -62,7 +62,9 @@ def fuse(model: nn.Module, example: Tensor, precision: str = "fp32") -> GraphMod
         return None
     try:
         graph = _traced(model, example, precision)
-        gained = sum([_fuse_convolution(graph, node) for node in list(graph.graph.nodes) if _fits(graph, node)])
+        gained = 0
+        for node in list(graph.graph.nodes):
+            gained += _fuse_convolution(graph, node) if _fits(graph, node) else 0
         if not gained:
             return None
         graph.graph.eliminate_dead_code()

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import safe_id
-from mil.evaluation.prediction_rows import SURVIVAL, Row, cut_on_validation, predictions_of_rows
+from mil.evaluation.prediction_rows import Row, cut_on_validation, predictions_of_rows
+from mil.objectives import SURVIVAL
 from mil.results import Finished
 from mil.splits import named
 from mil.tasks import Task

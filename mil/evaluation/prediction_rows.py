@@ -15,10 +15,10 @@ from mil.evaluation.calibration import fit_temperature
 from mil.evaluation.multilabel import LabelPredictions, label_thresholds
 from mil.evaluation.survival import RiskPredictions
 from mil.metrics import Predictions, youden_threshold
+from mil.objectives import SURVIVAL
 from mil.tasks import Task
 
 Row = dict[str, str]
-SURVIVAL = ("cox", "discrete")
 
 
 def predictions_of_rows(path: str | Path, task: Task, fold: int, rows: Sequence[Row]) -> Any:

@@ -11,8 +11,8 @@ from common.errors import UserError
 from common.files import atomic_path, write_csv, write_text
 from mil.evaluation.comparisons import comparison_table
 from mil.evaluation.operating import FIXED, SCREENING, SENSITIVITY, SPECIFICITY, Held, operating_point
-from mil.evaluation.prediction_rows import SURVIVAL
 from mil.evaluation.task_tables import confusion_rows, per_label_rows, risk_group_rows
+from mil.objectives import SURVIVAL
 from mil.results import Finished, grouped, resampled, summarise_sets, summary_rows, with_interval, write_results
 from mil.tasks import Task
 

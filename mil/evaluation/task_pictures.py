@@ -10,10 +10,10 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mil.evaluation.prediction_rows import SURVIVAL
 from mil.evaluation.risk_groups import RiskGroups, kaplan_meier, risk_groups
 from mil.evaluation.task_tables import grade_counts
 from mil.figures import COLOURS, STYLE, save_picture
+from mil.objectives import SURVIVAL
 from mil.results import Finished, grouped
 from mil.tasks import Task
 
