@@ -1,18 +1,20 @@
 """Slide classifiers: bags a second by model and bag size, against a classic one-bag loop, interleaved in one process.
 
-    python benchmarks/mil.py [--models abmil clam_sb] [--tiles 1000 10000] [--memory] [--stream 1000000] [--json]
+    python benchmarks/mil.py --memory --stream 1000000      every model, bags of 1,000, 10,000 and 100,000 tiles
+    ... --models abmil clam_sb --tiles 1000 --json          less of it; the figures for a machine
 
 Features of 1,024 numbers in half precision, one `.h5` a bag, random. The classic loop is CLAM's design: a DataLoader
 without workers opens the file for every bag, makes float32 of it, batches of one, one optimiser step each; the model is
 the same. A round runs every contestant once; figures are medians, ratios medians of the rounds' ratios. `--memory` takes
 the peak of a process of its own for every cell; `--stream` sends one large bag through every model that allows it. Time
-and memory are linear when ten times the tiles cost less than LINEAR times as much.
+and memory are linear when ten times the tiles cost less than LINEAR times as much. `--output` keeps every cell as it comes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -31,8 +33,11 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.progress import say
+from benchmarks.sparse_attn_cases import make_slide
 from common.device import pick_device
 from common.distributed import World
+from common.files import write_json
 from mil.datasets.bags import load_bags
 from mil.engine import Recipe, Sample, predict, train_one_epoch
 from mil.models import MODELS, build
@@ -54,17 +59,20 @@ class ClassicBags(Dataset):  # type: ignore[type-arg]
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         with h5py.File(self.files[index], "r") as file:
-            return torch.from_numpy(file["features"][()].astype(np.float32)), index % 2
+            return torch.from_numpy(file["features"][()].astype(np.float32)), torch.from_numpy(file["coords"][()]), index % 2
 
 
 def write_bags(folder: Path, tiles: int, bags: int) -> list[Path]:
     """Random bags of one size; rows repeat after 4,096, which no model can make use of."""
+    side = 1 + math.isqrt(2 * tiles)  # half of the slide is tissue
+    coords = make_slide(tiles, side, side).numpy()
     rows = np.random.default_rng(tiles).normal(size=(4096, DIM)).astype(np.float16)
     files = [folder / f"{tiles}_{i}.h5" for i in range(bags)]
     for file in files:
         with h5py.File(file, "w") as stored:
+            stored["coords"] = coords
             dataset = stored.create_dataset("features", (tiles, DIM), "float16")
             for start in range(0, tiles, len(rows)):
                 dataset[start : start + len(rows)] = rows[: tiles - start]
@@ -74,9 +82,9 @@ def write_bags(folder: Path, tiles: int, bags: int) -> list[Path]:
 def classic_train(model: nn.Module, files: list[Path], optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """One step a bag."""
     model.train()
-    for features, target in DataLoader(ClassicBags(files), batch_size=1, num_workers=0):
+    for features, coords, target in DataLoader(ClassicBags(files), batch_size=1, num_workers=0):
         optimizer.zero_grad()
-        output = model(features[0].to(device), None, int(target))
+        output = model(features[0].to(device), coords[0], int(target))
         losses = [w * cross_entropy(x[None], target.to(device)) for x, w in output.streams or ((output.logits, 1.0),)]
         loss = sum(losses) if output.auxiliary is None else sum(losses) + output.auxiliary
         loss.backward()
@@ -88,8 +96,8 @@ def classic_train(model: nn.Module, files: list[Path], optimizer: torch.optim.Op
 def classic_predict(model: nn.Module, files: list[Path], device: torch.device) -> None:
     """One forward a bag."""
     model.eval()
-    for features, _ in DataLoader(ClassicBags(files), batch_size=1, num_workers=0):
-        model(features[0].to(device)).logits.cpu()
+    for features, coords, _ in DataLoader(ClassicBags(files), batch_size=1, num_workers=0):
+        model(features[0].to(device), coords[0]).logits.cpu()
 
 
 def contestants(name: str, files: list[Path], device: torch.device) -> dict[str, Callable[[], Any]]:
@@ -97,7 +105,7 @@ def contestants(name: str, files: list[Path], device: torch.device) -> dict[str,
     torch.manual_seed(0)
     model = build(name, DIM, 2).to(device)
     bags = load_bags({file.stem: file for file in files})
-    samples = [Sample(slide, features, None, i % 2) for i, (slide, features) in enumerate(bags.features.items())]
+    samples = [Sample(slide, features, bags.coords[slide], i % 2) for i, (slide, features) in enumerate(bags.features.items())]
     optimizer, world, order = torch.optim.Adam(model.parameters(), 1e-4), World(0, 1, device), range(len(samples))
     recipe = Recipe(epochs=1)
     return {
@@ -139,14 +147,15 @@ def child(name: str, file: Path, what: str) -> dict[str, float]:
     """In a process of its own: seconds and growth of one training step, or of one streamed bag."""
     device, model = torch.device("cpu"), build(name, DIM, 2)
     optimizer = torch.optim.Adam(model.parameters(), 1e-4)
-    small = Sample("small", torch.zeros(64, DIM), None, 0)
+    small = Sample("small", torch.zeros(64, DIM), make_slide(64, 16, 16), 0)
     train_one_epoch(model, [small], optimizer, Recipe(epochs=1), World(0, 1, device), [0])  # libraries and optimiser state
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of the imports
     before, start = status_mb("VmRSS"), time.perf_counter()
     if what == "stream":
         stream(model.eval(), open_bag(file), device)
     else:
-        bag = Sample("bag", open_bag(file), None, 0)
+        stored = open_bag(file)
+        bag = Sample("bag", stored, stored.coords, 0)
         train_one_epoch(model, [bag], optimizer, Recipe(epochs=1), World(0, 1, device), [0])
     return {"seconds": time.perf_counter() - start, "mb": status_mb("VmHWM") - before, "peak_mb": status_mb("VmHWM")}
 
@@ -193,8 +202,8 @@ def table(report: dict[str, Any]) -> str:
 def arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["mean", "abmil", "clam_sb"], choices=list(MODELS))
-    parser.add_argument("--tiles", nargs="+", type=int, default=[1000, 10000])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--tiles", nargs="+", type=int, default=[1_000, 10_000, 100_000])
     parser.add_argument("--bags", type=int, default=4, help="bags of a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
@@ -202,6 +211,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--memory", action="store_true", help="peak of a training step, in a process of its own")
     parser.add_argument("--stream", type=int, default=0, help="tiles of a bag that is streamed through each model")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--output", type=Path, help="JSON file that keeps every cell as it comes")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -209,6 +219,14 @@ def arguments() -> argparse.Namespace:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """All cells."""
     device, cells, streamed = pick_device(options.device), [], []
+    report: dict[str, Any] = {"device": str(device), "threads": options.threads, "cells": cells, "streamed": streamed}
+
+    def keep(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
+        rows.append(row)
+        say(f"{row['model']} {row['tiles']}")
+        if options.output:
+            write_json(options.output, report)
+
     with tempfile.TemporaryDirectory() as folder:
         for tiles in options.tiles:
             files = write_bags(Path(folder), tiles, max(1, min(options.bags, 100_000 // tiles)))
@@ -216,14 +234,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 row = {"model": name, "tiles": tiles, **measure(name, files, device, options.rounds)}
                 if options.memory:
                     row["train_mb"] = in_child(name, files[0], "train", options.threads)["mb"]
-                cells.append(row)
+                keep(cells, row)
         if options.stream:
             file = write_bags(Path(folder), options.stream, 1)[0]
             for name in options.models:
                 if can_stream(build(name, DIM, 2).eval()):
                     found = in_child(name, file, "stream", options.threads)
-                    streamed.append({"model": name, "tiles": options.stream, **found})
-    return {"device": str(device), "threads": options.threads, "cells": cells, "linear": linear(cells), "streamed": streamed}
+                    keep(streamed, {"model": name, "tiles": options.stream, **found})
+    report["linear"] = linear(cells)
+    if options.output:
+        write_json(options.output, report)
+    return report
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.extraction import texture, tiles_of
+from benchmarks.progress import say
 from common.files import write_json
 from common.memory import peak_memory as own_peak
 from detection_kd.models.adapter import Adapter
@@ -58,7 +59,6 @@ ENCODERS = {"resnet50_layer3": "resnet50"}
 FORMS = ("published", "fp32", "onnx", "int8")
 BARS = {("student_n1", "vit_b16"): 4.0, ("student_n1", "vit_g14"): 30.0}
 DIM, INPUT, TILE, SLIDE = 768, 224, 256, 10_000
-START = time.perf_counter()
 
 
 class Published(nn.Module):
@@ -273,11 +273,6 @@ def measure(a: argparse.Namespace, folder: Path) -> dict[str, dict]:
             rows[f"{model} {form}"]["slides_per_hour"] = end_to_end(model, form, a, folder)
     found = ratios(rounds, a)
     return {"contestants": rows, "rounds": rounds, "ratios": found, "met": verdicts(found)}
-
-
-def say(what: str) -> None:
-    """Progress, with the seconds since the start."""
-    print(f"{time.perf_counter() - START:5.0f} s {what}", file=sys.stderr, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

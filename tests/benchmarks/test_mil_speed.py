@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 
 import pytest
 
 from benchmarks import mil
 
 
-def test_cells_have_figures(monkeypatch: pytest.MonkeyPatch):
+def test_cells_have_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(mil, "DIM", 16)
+    kept = tmp_path / "kept.json"
     options = argparse.Namespace(
-        models=["mean"], tiles=[5, 50], bags=2, rounds=1, device="cpu", threads=1, memory=False, stream=0
+        models=["mean"], tiles=[5, 50], bags=2, rounds=1, device="cpu", threads=1, memory=False, stream=0, output=kept
     )
     report = mil.run(options)
+    assert json.loads(kept.read_text()) == report
     assert [(row["model"], row["tiles"]) for row in report["cells"]] == [("mean", 5), ("mean", 50)]
     assert all(row[what] > 0 for row in report["cells"] for what in ("train", "predict / classic"))
     assert "mean: 5 -> 50 tiles" in mil.table(report)

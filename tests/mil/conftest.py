@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import mil.benchmark as benchmark
 from patch_encoder.bags import write_bag
 
 SIDE = 16
@@ -33,6 +35,25 @@ def one_thread():
 def make_cohort(tmp_path: Path) -> Callable[..., Path]:
     """`make_cohort(name=.., slides=.., dim=.., signal=.., pictures=..)` -> folder below tmp_path, see `write_cohort`."""
     return lambda name="cohort", **options: write_cohort(tmp_path / name, **options)
+
+
+@pytest.fixture
+def failing_training(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], AbstractContextManager[None]]:
+    """`with failing_training("max/seed1_fold1", "out of memory"):` one training of the benchmark raises, the others run."""
+    train = benchmark.run_job
+
+    @contextmanager
+    def failing(place: str, error: str) -> Iterator[None]:
+        def run_job(job, run, world):
+            if job.output.match(place):
+                raise RuntimeError(error)
+            return train(job, run, world)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(benchmark, "run_job", run_job)
+            yield
+
+    return failing
 
 
 def write_cohort(

@@ -43,7 +43,7 @@ class Memory(ArraySlide):
         return self.pixels[top:bottom, left:right]
 
     def close(self) -> None:
-        pass
+        """Nothing is open."""
 
 
 def heat(coords: list[list[int]], values: list[float], side: int, alpha: float = 0.5) -> Heat:

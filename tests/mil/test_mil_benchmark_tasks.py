@@ -61,21 +61,13 @@ def judged(kind: str, rows: list[dict[str, str]]) -> float:
 
 @pytest.mark.parametrize("kind", list(COHORTS))
 def test_from_labels_to_the_report(
-    make_cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+    make_cohort, tmp_path: Path, failing_training, capsys: pytest.CaptureFixture[str], kind: str
 ):
     cohort, output, metric = rewrite(make_cohort(slides=32, signal=4.0), kind), tmp_path / "out", HEADLINES[kind]
-    whole = benchmark.run_job
-
-    def fails_once(job, run, world):
-        if job.output.match("max/seed1_fold1"):
-            raise RuntimeError("out of memory")
-        return whole(job, run, world)
-
-    monkeypatch.setattr(benchmark, "run_job", fails_once)
-    assert start(cohort, output, kind) == 1
+    with failing_training("max/seed1_fold1", "out of memory"):
+        assert start(cohort, output, kind) == 1
     assert [row["job"] for row in read(output / "failures.csv")] == ["bags/max/seed1_fold1"]
     assert not (output / f"{TABLES[kind][0]}.csv").exists()  # other folds are not compared
-    monkeypatch.setattr(benchmark, "run_job", whole)
     assert start(cohort, output, kind, "xlsx=true") == 0 and not (output / "failures.csv").exists()
     rows, said = read(output / "results.csv"), read(output / "predictions.csv")
     assert len(rows) == 4 and {row["split"] for row in said} == {"test"}

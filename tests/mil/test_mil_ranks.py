@@ -106,21 +106,13 @@ def test_two_processes_write_the_tables_of_one(make_cohort, tmp_path: Path, root
     with (tmp_path / "two" / "failures.csv").open() as stream:
         (failure,) = csv.DictReader(stream)
     assert failure["job"] == "bags/max/seed1_fold1" and "died twice" in failure["error"]
-    whole = benchmark.run_job
-
-    def fails(job, run, world):
-        if job.output.match("max/seed1_fold1"):
-            raise RuntimeError("killed")
-        return whole(job, run, world)
-
-    monkeypatch.setattr(benchmark, "run_job", fails)
-    assert start("one") == 1
+    with failing_training("max/seed1_fold1", "killed"):
+        assert start("one") == 1
     for table in TABLES:
         first, second = ((tmp_path / name / table) for name in ("one", "two"))
         assert first.is_file() == second.is_file() and (not first.is_file() or first.read_bytes() == second.read_bytes()), table
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["protocol"]["runs_missing"] == 1
     assert done.stdout.count("feature set") == 1  # the first process alone prints the table
-    monkeypatch.setattr(benchmark, "run_job", whole)
     assert start("two") == 0 and start("one") == 0 and not (tmp_path / "two" / "failures.csv").exists()
     for table in WHOLE:
         text = [(tmp_path / name / table).read_text().replace(str(tmp_path / name), "") for name in ("one", "two")]
