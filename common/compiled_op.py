@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 AUTOCAST = (torch._C.DispatchKey.AutocastCPU, torch._C.DispatchKey.AutocastCUDA)
 AUTOCAST_SET = torch._C.DispatchKeySet(AUTOCAST[0]) | torch._C.DispatchKeySet(AUTOCAST[1])
 BACKENDS = ("auto", "compiled", "reference")
+Door = TypeVar("Door", bound=Callable[..., Any])
 
 
 @dataclass
@@ -87,6 +89,12 @@ class CompiledOp:
         self._library = torch.library.Library(self.namespace, "IMPL")
         for key in AUTOCAST:
             self._library.impl(self.name, self.autocast, key.name)
+
+
+def constant(function: Door) -> Door:
+    """`torch.compiler.assume_constant_result`, without loading torch._dynamo for it, which takes as long as torch does."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def compute_dtype(value: Tensor) -> torch.dtype:

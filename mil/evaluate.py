@@ -5,8 +5,9 @@
     python -m mil.evaluate predictions='[cox.csv]' task=cox output=runs/survival
 
 Writes results.csv, summary.csv, summary.md, summary.tex, the tables of the task (mil/evaluation/tables.py) and pictures: of
-classes ROC, precision-recall, reliability and, of two, screening; of grades the confusion, of survival the risk halves. Every
-cut and every temperature comes from validation slides. mil/evaluation/prediction_files.py says what a table has to hold.
+classes ROC, precision-recall, reliability and, of two, screening; of labels ROC one by one, of grades the confusion, of
+survival the risk halves. Every cut and every temperature comes from validation slides. mil/evaluation/prediction_files.py says
+what a table has to hold.
 """
 
 from __future__ import annotations

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 
 from common.errors import UserError
+from mil.datasets.targets import NONE
 from mil.engine import Sample, examine, load_classifier
 from mil.figures import jpeg_uri, mark_tiles
+from mil.objectives import SURVIVAL
 from mil.results import Finished
+from mil.tasks import Task
 from patch_encoder.bags import read_bag
 from patch_encoder.coordinates import TileGeometry
 from patch_encoder.slides import open_slide
@@ -20,22 +24,37 @@ from patch_encoder.slides.overview import read_overview
 from patch_encoder.tiling import read_tile
 
 THUMBNAIL_SIDE = 460
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A test slide to show: true and predicted class, probability of the predicted one, and the run that says so."""
+    """A test slide to show.
+
+    Attributes:
+        slide_id: the slide.
+        fold: of the run that judged it.
+        label: what is known of it.
+        called: what the classifier makes of it.
+        detail: how sure that is.
+        right: False where `called` contradicts `label`.
+    """
 
     slide_id: str
-    label: str
-    predicted: str
-    probability: float
     fold: int
+    label: str
+    called: str
+    detail: str
+    right: bool = True
 
-    @property
-    def right(self) -> bool:
-        """Whether the prediction is the label."""
-        return self.label == self.predicted
+
+@dataclass(frozen=True)
+class Group(Generic[T]):
+    """What stands under one heading of the page, and the sentence that stands there where it is empty."""
+
+    title: str
+    none: str
+    slides: list[T]
 
 
 @dataclass(frozen=True)
@@ -48,20 +67,52 @@ class Example:
     top: list[tuple[str, float]]
 
 
-def choose_slides(runs: Sequence[Finished], classes: Sequence[str], each: int) -> list[Choice]:
-    """Up to `each` correctly called slides that are not of the first (negative) class, and up to `each` errors.
+def choose_slides(runs: Sequence[Finished], task: Task, each: int) -> list[Group[Choice]]:
+    """Up to `each` slides that are called right and not negative, and as many errors; of risks the highest and the lowest.
 
-    The most confident of both: what the classifier knows best, and what it gets wrong without doubt.
+    The most confident of both: what the classifier knows best, and what it gets wrong without doubt. Of several labels the
+    confidence is the product of theirs. Risks of two folds have no common scale, so that places within a fold are compared.
     """
-    choices = [
-        Choice(row["slide_id"], row["label"], row["predicted"], float(row[f"prob_{row['predicted']}"]), run.test.fold)
-        for run in runs
-        for row in run.rows
-    ]
-    choices.sort(key=lambda choice: (-choice.probability, choice.slide_id))
-    hits = [choice for choice in choices if choice.right and choice.label != classes[0]]
+    if task.kind in SURVIVAL:
+        ranked = sorted((item for run in runs for item in _risks(run)), key=lambda item: (item[0], item[1].slide_id))
+        chosen = [choice for _, choice in ranked]
+        return [Group("Highest risk", "No slide.", chosen[::-1][:each]), Group("Lowest risk", "No slide.", chosen[:each])]
+    said = (item for run in runs for item in (_labels(run, task) if task.kind == "multilabel" else _classes(run)))
+    choices = [choice for _, choice in sorted(said, key=lambda item: (-item[0], item[1].slide_id))]
+    negative = NONE if task.kind == "multilabel" else task.classes[0]
+    hits = [choice for choice in choices if choice.right and choice.label != negative]
     errors = [choice for choice in choices if not choice.right]
-    return hits[:each] + errors[:each]
+    return [
+        Group("Called right", "No slide that is not negative was called right.", hits[:each]),
+        Group("Called wrong", "No test slide was called wrong.", errors[:each]),
+    ]
+
+
+def _classes(run: Finished) -> Iterator[tuple[float, Choice]]:
+    for row in run.rows:
+        sure, right = float(row[f"prob_{row['predicted']}"]), row["label"] == row["predicted"]
+        yield sure, Choice(row["slide_id"], run.test.fold, row["label"], row["predicted"], f"probability {sure:.2f}", right)
+
+
+def _labels(run: Finished, task: Task) -> Iterator[tuple[float, Choice]]:
+    """Each label is called at its cut, which comes from the validation slides."""
+    called = run.test.probabilities >= run.test.thresholds
+    sure = np.where(called, run.test.probabilities, 1 - run.test.probabilities).prod(1)
+    for row, there, here, share, probabilities in zip(
+        run.rows, run.test.targets, called, sure.tolist(), run.test.probabilities, strict=True
+    ):
+        names = ["|".join(np.array(task.classes)[marked]) or NONE for marked in (there, here)]
+        detail = ", ".join(f"{name} {p:.2f}" for name, p in zip(task.classes, probabilities, strict=True))
+        yield share, Choice(row["slide_id"], run.test.fold, *names, detail, bool((there == here).all()))
+
+
+def _risks(run: Finished) -> Iterator[tuple[float, Choice]]:
+    risks = run.test.risks
+    for row, risk in zip(run.rows, risks.tolist(), strict=True):
+        below = float((risks < risk).mean())
+        label = f"{'event at' if int(row['event']) else 'no event until'} {float(row['time']):g}"
+        detail = f"above {100 * below:.0f} % of the fold's test slides"
+        yield below, Choice(row["slide_id"], run.test.fold, label, f"risk {risk:.3g}", detail)
 
 
 def make_example(choice: Choice, checkpoint: Path, bag_file: Path, slide_file: Path, mpp: float | None, top: int) -> Example:

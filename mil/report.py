@@ -2,8 +2,8 @@
 
     python -m mil.report benchmark=runs/benchmark output=runs/report slides=cohort/slides stages=runs/stages.json
 
-Shows the table with its intervals, what the task has (ROC of two classes, a row a label, grades against called grades,
-survival of the risk halves), stage times, and for some test slides of tasks with one class a slide where the attention went.
+Shows the table with its intervals, what the task has (ROC of two classes or of every label, a row a label, grades against
+called grades, survival of the risk halves), stage times, and for some test slides where the attention went.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from mil.ablation_figure import read_ablation
 from mil.ablation_rows import signed
 from mil.evaluation.risk_groups import risk_groups
 from mil.evaluation.tables import title
-from mil.evaluation.task_pictures import grade_figure, survival_figure
+from mil.evaluation.task_pictures import grade_figure, label_figure, survival_figure
 from mil.evaluation.task_tables import per_label_rows
-from mil.examples import Example, choose_slides, make_example
+from mil.examples import Choice, Example, Group, choose_slides, make_example
 from mil.figures import interval_figure, roc_figure, svg_uri
 from mil.objectives import SCORES, SURVIVAL
 from mil.results import CLASS_COLUMNS, COST_KEYS, Finished, number, read_finished
@@ -41,6 +41,9 @@ logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
 HEATMAPS = "heatmaps/index.html"  # of mil.heatmap with output=<output>/heatmaps
 ROC_SAYS = "ROC curves of {headline} on the test slides: mean over folds and seeds, band of one standard deviation."
+LABELS_SAY = (
+    "ROC curves of {headline} by label on the test slides: means over the folds and seeds that have slides of both kinds."
+)
 GRADES_SAY = (
     "Test slides of {headline} by true and called grade (the median of its probabilities), summed over folds, mean over seeds; "
     "colour: share of the true grade."
@@ -62,7 +65,7 @@ class Config:
     stages: str = key("", "JSON with seconds and peak memory of each stage", path=True)
     title: str = key("Slide-level results", "title of the page")
     examples_of: str = key("", "feature set whose example slides are shown; empty: the second one, or the only one")
-    examples: int = key(3, "example slides called right, and as many called wrong")
+    examples: int = key(3, "example slides called right, and as many called wrong; of survival the highest and lowest risks")
     tiles: int = key(6, "tiles shown of each example slide")
     ablation: str = key("", "folder of an ablation (tools/ablation.sh), which becomes a section", path=True)
 
@@ -96,9 +99,11 @@ def read_stages(path: str) -> list[dict[str, Any]]:
 
 
 def make_examples(
-    config: Config, summary: dict[str, Any], runs: dict[str, list[Finished]], failures: Failures
-) -> list[Example]:
-    """Example slides of one feature set, from the first seed's runs."""
+    config: Config, summary: dict[str, Any], task: Task, runs: dict[str, list[Finished]], failures: Failures
+) -> list[Group[Example]]:
+    """Example slides of one feature set, from the first seed's runs; none without slides."""
+    if not config.slides:
+        return []
     names = list(runs)
     name = config.examples_of or names[min(1, len(names) - 1)]
     if name not in runs:
@@ -107,20 +112,22 @@ def make_examples(
     bags = bag_files(summary["features"][name])
     slides = find_slides(config.slides, tile_pattern_of(bags.values()))
     mpps = {record.slide_id: record.mpp for record in read_labels(config.labels)} if config.labels else {}
-    examples = []
-    for choice in choose_slides(first, summary["classes"], config.examples):
+
+    def make(choice: Choice) -> Example | None:
         slide_id = choice.slide_id
         folder = Path(config.benchmark) / "runs" / name / summary["headline"] / f"seed{first[0].seed}_fold{choice.fold}"
         try:
             if slide_id not in slides or slide_id not in bags:
                 raise UserError(f"expected the slide below {config.slides} and its bag in {summary['features'][name]}")
             checkpoint = folder / "checkpoint_best.pt"
-            examples.append(
-                make_example(choice, checkpoint, bags[slide_id], slides[slide_id], mpps.get(slide_id), config.tiles)
-            )
+            return make_example(choice, checkpoint, bags[slide_id], slides[slide_id], mpps.get(slide_id), config.tiles)
         except UserError as error:
             failures.add(slide_id, str(error))
-    return examples
+            return None
+
+    groups = choose_slides(first, task, config.examples)
+    made = [[example for choice in group.slides if (example := make(choice))] for group in groups]
+    return [Group(group.title, group.none, examples) for group, examples in zip(groups, made, strict=True)]
 
 
 def differences(summary: dict[str, Any], metric: str) -> list[tuple[str, float, list[float] | None]]:
@@ -138,6 +145,8 @@ def pictures(summary: dict[str, Any], task: Task, runs: dict[str, list[Finished]
         aucs = {name: summary["feature_sets"][name][headline]["auc_mean"] for name in runs}
         roc = roc_figure({name: [run.test for run in found] for name, found in runs.items()}, aucs)
         drawn = [Picture(roc, "ROC curves", ROC_SAYS)]
+    elif task.kind == "multilabel":
+        drawn = [Picture(svg_uri(label_figure(runs, task.classes)), "ROC curves by label", LABELS_SAY)]
     elif task.kind == "ordinal":
         drawn = [Picture(svg_uri(grade_figure(runs, task.classes)), "confusion by grade", GRADES_SAY)]
     elif task.kind in SURVIVAL:
@@ -157,8 +166,7 @@ def page(config: Config, summary: dict[str, Any], stages: list[dict[str, Any]], 
     runs = read_runs(Path(config.benchmark), summary, task)
     if not runs:
         raise UserError(f"{config.benchmark}: expected finished runs of the classifier '{summary['headline']}', found none")
-    one_class = task.kind in {"binary", "multiclass", "ordinal"}
-    examples = make_examples(config, summary, runs, failures) if config.slides and one_class else []
+    examples = make_examples(config, summary, task, runs, failures)
     labels: list[dict[str, Any]] = []
     if task.kind == "multilabel":
         every = [run for found in runs.values() for run in found]
@@ -179,11 +187,8 @@ def page(config: Config, summary: dict[str, Any], stages: list[dict[str, Any]], 
         total=sum(stage["seconds"] for stage in stages),
         pictures=pictures(summary, task, runs),
         differences=differences(summary, task.headline),
-        examples=[example for example in examples if example.choice.right],
-        errors=[example for example in examples if not example.choice.right],
+        examples=examples,
         examples_of=config.examples_of or list(runs)[min(1, len(runs) - 1)],
-        slides_given=bool(config.slides) and one_class,
-        one_class=one_class,
         ablation=read_ablation(Path(config.ablation)) if config.ablation else None,
         heatmaps=(Path(config.output) / HEATMAPS).is_file(),
         version=__version__,

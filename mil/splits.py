@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.model_selection import StratifiedGroupKFold
 
 from common.errors import UserError
 from common.files import sha256_bytes
@@ -89,11 +88,9 @@ def _cross_validation(
     fewest = min(patients_per_class(slides).values())
     if fewest < folds:
         raise UserError(f"folds={folds}: expected at least {folds} patients per class, found {_counts(slides)}; lower folds")
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    ids = np.array(slides.slide_ids)
-    for rest, test in splitter.split(ids, slides.targets, slides.cases):
-        for train, val in _validations(slides.only(ids[rest].tolist()), val_fraction, seed, inner_folds):
-            yield train, val, tuple(ids[test].tolist())
+    for rest, test in _group_folds(slides, folds, seed):
+        for train, val in _validations(slides.only(rest), val_fraction, seed, inner_folds):
+            yield train, val, test
 
 
 def _official(slides: LabelledSlides, val_fraction: float, seed: int, inner_folds: int) -> Iterator[tuple[Ids, Ids, Ids]]:
@@ -123,10 +120,7 @@ def _validations(slides: LabelledSlides, val_fraction: float, seed: int, inner_f
             f"inner_folds={inner_folds}: expected at least as many training patients per class, found {_counts(slides)}; "
             "lower inner_folds"
         )
-    ids = np.array(slides.slide_ids)
-    splitter = StratifiedGroupKFold(inner_folds, shuffle=True, random_state=seed)
-    for train, val in splitter.split(ids, slides.targets, slides.cases):
-        yield tuple(ids[train].tolist()), tuple(ids[val].tolist())
+    yield from _group_folds(slides, inner_folds, seed)
 
 
 def carve(slides: LabelledSlides, fraction: float, seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -135,9 +129,17 @@ def carve(slides: LabelledSlides, fraction: float, seed: int) -> tuple[tuple[str
     if fewest < 2:
         raise UserError(f"validation set: expected 2 training patients or more per class, found {_counts(slides)}; lower folds")
     parts = min(round(1 / fraction), fewest)
+    return next(_group_folds(slides, parts, seed))
+
+
+def _group_folds(slides: LabelledSlides, folds: int, seed: int) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """(rest, held out) slide ids of each fold: patients whole, classes in proportion."""
+    from sklearn.model_selection import StratifiedGroupKFold  # seconds to load, which workers need not wait
+
     ids = np.array(slides.slide_ids)
-    train, val = next(StratifiedGroupKFold(parts, shuffle=True, random_state=seed).split(ids, slides.targets, slides.cases))
-    return tuple(ids[train].tolist()), tuple(ids[val].tolist())
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    for rest, held_out in splitter.split(ids, slides.targets, slides.cases):
+        yield tuple(ids[rest].tolist()), tuple(ids[held_out].tolist())
 
 
 def split_values(protocol: str, subset: str) -> tuple[str, ...]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-
-import pandas as pd
 
 from common.errors import UserError, did_you_mean
 from common.files import safe_id
@@ -34,21 +33,7 @@ def read_labels(path: str | Path) -> list[SlideRecord]:
     Raises:
         UserError: missing file or column, empty cell, duplicate slide, mpp that is no positive number.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: expected a label table (case_id,slide_id,label), found no file")
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: expected a comma-separated label table, found {error}") from None
-    for column in ("case_id", "slide_id", "label"):
-        if column not in table.columns:
-            raise UserError(
-                f"{path}: expected columns case_id,slide_id,label; '{column}' is missing, {did_you_mean(column, table.columns)}"
-            )
-    records = [_record(path, line, row) for line, row in enumerate(table.to_dict("records"), start=2)]
-    if not records:
-        raise UserError(f"{path}: expected at least one slide, found only the header")
+    records = [_record(Path(path), line, row) for line, row in read_rows(path, ("case_id", "slide_id", "label"))]
     repeated = [slide for slide, count in Counter(r.slide_id for r in records).items() if count > 1]
     if repeated:
         raise UserError(
@@ -58,19 +43,49 @@ def read_labels(path: str | Path) -> list[SlideRecord]:
     return records
 
 
+def read_rows(path: str | Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
+    """(line number, row) of a comma-separated table with a header; names and cells are stripped of blanks.
+
+    Raises:
+        UserError: no file, no text, a column is missing, a row with more cells than the header, no rows.
+    """
+    path, what = Path(path), ",".join(columns)
+    if not path.is_file():
+        raise UserError(f"{path}: expected a table ({what}), found no file")
+    rows = []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, restval="", strict=True)
+            names = [name.strip() for name in reader.fieldnames or []]
+            if not names:
+                raise UserError(f"{path}: expected a comma-separated table ({what}), found an empty file")
+            reader.fieldnames = names
+            for row in reader:
+                if None in row:
+                    raise UserError(f"{path} line {reader.line_num}: expected {len(names)} cells, found more")
+                rows.append((reader.line_num, {name: cell.strip() for name, cell in row.items()}))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: expected a comma-separated table ({what}), found {error}") from None
+    absent = [column for column in columns if column not in names]
+    if absent:
+        raise UserError(f"{path}: expected columns {what}; '{absent[0]}' is missing, {did_you_mean(absent[0], names)}")
+    if not rows:
+        raise UserError(f"{path}: expected at least one slide, found only the header")
+    return rows
+
+
 def _record(path: Path, line: int, row: dict[str, str]) -> SlideRecord:
     for column in ("case_id", "slide_id", "label"):
-        if not row[column].strip():
+        if not row[column]:
             raise UserError(f"{path} line {line}: expected a {column}, found an empty cell")
-    text = row.get("mpp", "").strip()
+    text = row.get("mpp", "")
     try:
         mpp = float(text) if text else None
     except ValueError:
         mpp = -1.0
     if mpp is not None and not is_plausible(mpp):
         raise UserError(f"{path} line {line}: expected mpp in um per level-0 pixel, 0.05 to 10, found '{text}'")
-    slide_id = safe_id(row["slide_id"].strip())
-    return SlideRecord(row["case_id"].strip(), slide_id, row["label"].strip(), row.get("split", "").strip() or None, mpp)
+    return SlideRecord(row["case_id"], safe_id(row["slide_id"]), row["label"], row.get("split") or None, mpp)
 
 
 def class_names(records: Sequence[SlideRecord], positive: str | None = None) -> list[str]:

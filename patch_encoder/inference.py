@@ -11,11 +11,11 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.ops import FrozenBatchNorm2d
 
 from common.device import autocast
 from common.errors import UserError
@@ -25,7 +25,7 @@ from patch_encoder.models.onnx_network import OnnxNetwork
 logger = logging.getLogger(__name__)
 CPU_ROWS = 8  # the same for any number of threads: the last bits of a feature may hang on it
 FOLDING_TOLERANCE = 1e-3  # of the largest output
-NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)  # the second is what a detector's trunk has
+NORMS = ("BatchNorm2d", "FrozenBatchNorm2d")  # by name, since torchvision, which has the second, takes seconds to load
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
         calls[name] = calls.get(name, 0) + 1
         outputs[id(output)] = (name, output)
 
-    def match(name: str, module: nn.BatchNorm2d | FrozenBatchNorm2d, source: Tensor) -> None:
+    def match(name: str, module: Any, source: Tensor) -> None:
         calls[name] = calls.get(name, 0) + 1
         if id(source) in outputs and not module.training and module.running_var is not None:
             pairs.append((outputs[id(source)][0], name))
@@ -167,9 +167,9 @@ def _pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
     for name, module in model.named_modules():
         if type(module) is nn.Conv2d:
             handles.append(module.register_forward_hook(lambda _, __, output, name=name: remember(name, output)))
-        elif type(module) in NORMS:
+        elif type(module).__name__ in NORMS:
             handles.append(module.register_forward_pre_hook(lambda own, args, name=name: match(name, own, args[0])))
-    if any(type(module) in NORMS for module in model.modules()):
+    if any(type(module).__name__ in NORMS for module in model.modules()):
         model(example)
     for handle in handles:
         handle.remove()

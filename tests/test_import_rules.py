@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,6 +94,15 @@ def test_no_import_cycles() -> None:
 
     for name in graph:
         visit(name, ())
+
+
+def test_stages_start_without_what_they_may_never_use() -> None:
+    """Each of these takes about as long to load as torch: a stage over finished work, a worker or --help would wait for it."""
+    stages = "patch_encoder.tile_slides, patch_encoder.extract_features, mil.train, mil.rank_patches"
+    heavy = "{'torch._dynamo', 'torchvision', 'timm', 'open_clip', 'transformers', 'pandas', 'sklearn', 'scipy.stats'}"
+    code = f"import sys, {stages}\nprint(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_no_unsafe_loading_and_no_bare_except() -> None:

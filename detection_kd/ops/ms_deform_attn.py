@@ -67,7 +67,7 @@ def _check(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], points: Seq
         )
 
 
-@torch.compiler.assume_constant_result
+@compiled_op.constant
 def takes_compiled(device_type: str) -> bool:
     """Whether `ms_deform_attn` goes to the compiled op on "cpu", "cuda", ...
 

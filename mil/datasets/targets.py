@@ -7,7 +7,6 @@ in `label`; whole numbers are ordered by value, other names by `grades`. `cox`, 
 
 from __future__ import annotations
 
-import csv
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -22,10 +21,11 @@ from common.files import safe_id
 from mil.datasets.labels import LabelledSlides, read_labelled_slides
 from mil.models.output import Target
 from mil.objectives import SURVIVAL
-from patch_encoder.cohort import SlideRecord, read_labels
+from patch_encoder.cohort import SlideRecord, read_labels, read_rows
 
 NONE = "-"  # the label of a slide that has none of several
 EVENTS = ("censored", "event")
+SURVIVAL_COLUMNS = ("case_id", "slide_id", "time", "event")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def read_targets(
         return _several_labels(path, records)
     if kind == "ordinal":
         return _grades(path, records, grades)
-    times = _times(Path(path))
+    times = {row["slide_id"]: float(row["time"]) for _, row in read_rows(path, SURVIVAL_COLUMNS)}
     values = {r.slide_id: (times[r.slide_id], float(r.label == EVENTS[1])) for r in records}
     return LabelledSlides(tuple(records), _present(path, records, EVENTS)), Targets(kind, (), values)
 
@@ -133,29 +133,10 @@ def _present(path: str | Path, records: Sequence[SlideRecord], names: Sequence[s
     return present
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        raise UserError(f"{path}: expected a table (case_id,slide_id,time,event), found no file")
-    with path.open(encoding="utf-8", newline="") as stream:
-        rows = [
-            {(name or "").strip(): (cell or "").strip() for name, cell in row.items() if name} for row in csv.DictReader(stream)
-        ]
-    if not rows:
-        raise UserError(f"{path}: expected at least one slide, found only the header")
-    return rows
-
-
-def _times(path: Path) -> dict[str, float]:
-    return {row["slide_id"]: float(row["time"]) for row in _rows(path)}
-
-
 def _survival_records(path: Path) -> list[SlideRecord]:
     """Rows of the table with `censored` or `event` as their label."""
     records: list[SlideRecord] = []
-    for line, row in enumerate(_rows(path), start=2):
-        missing = [name for name in ("case_id", "slide_id", "time", "event") if name not in row]
-        if missing:
-            raise UserError(f"{path}: expected columns case_id,slide_id,time,event; '{missing[0]}' is missing")
+    for line, row in read_rows(path, SURVIVAL_COLUMNS):
         where = f"{path} line {line} (slide {row['slide_id']})"
         if not row["case_id"]:
             raise UserError(f"{where}: expected a case_id, found an empty cell")

@@ -8,7 +8,6 @@ often it is right (top-label, as published). Difference: 10 bins of equal width,
 from __future__ import annotations
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
 BINS = 10
 TEMPERATURES = (0.05, 20.0)  # where the search ends when the validation slides are separated without an error
@@ -66,6 +65,8 @@ def fit_temperature(targets: np.ndarray, probabilities: np.ndarray) -> float:
 
     The likelihood is concave in 1 / temperature, so that a search along one line finds the best.
     """
+    from scipy.optimize import minimize_scalar  # a second to load
+
     logs = np.log(np.maximum(probabilities, TINY))
     rows = np.arange(len(targets))
 

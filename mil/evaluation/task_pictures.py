@@ -1,4 +1,4 @@
-"""Pictures that one kind of task has: survival of the risk halves, grades against called grades; a panel a model or set."""
+"""Pictures that one kind of task has: ROC curves label by label, survival of the risk halves, grades against called grades."""
 
 from __future__ import annotations
 
@@ -10,31 +10,73 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mil.evaluation.multilabel import LabelPredictions
+from mil.evaluation.pictures import BANDS, looks
+from mil.evaluation.ranking import binary_auc
 from mil.evaluation.risk_groups import RiskGroups, kaplan_meier, risk_groups
 from mil.evaluation.task_tables import grade_counts
-from mil.figures import COLOURS, STYLE, save_picture
+from mil.figures import COLOURS, GRID, STYLE, roc_points, save_picture
 from mil.objectives import SURVIVAL
 from mil.results import Finished, grouped
 from mil.tasks import Task
 
 HALVES = (("lower risk", False, COLOURS[0]), ("higher risk", True, COLOURS[1]))
 ACROSS = 2  # panels side by side
+LABELS_ACROSS = 3
 
 
 def draw_task(folder: Path, finished: Sequence[Finished], task: Task, form: str) -> list[Path]:
-    """The picture of every feature set, e.g. `student_survival.png`; of several labels there is none."""
+    """The picture of every feature set, e.g. `student_survival.png`."""
     sets: dict[str, dict[str, list[Finished]]] = {}
     for (feature_set, model), runs in grouped(finished).items():
         sets.setdefault(feature_set, {})[model] = runs
     written = []
     for name, models in sets.items():
         start = f"{name}_" if name else ""
-        if task.kind == "ordinal":
+        if task.kind == "multilabel":
+            written.append(save_picture(label_figure(models, task.classes), folder / f"{start}labels.{form}"))
+        elif task.kind == "ordinal":
             written.append(save_picture(grade_figure(models, task.classes), folder / f"{start}confusion.{form}"))
         elif task.kind in SURVIVAL:
             halves = {model: risk_groups(runs) for model, runs in models.items()}
             written.append(save_picture(survival_figure(halves), folder / f"{start}survival.{form}"))
     return written
+
+
+def label_figure(runs: Mapping[str, Sequence[Finished]], labels: Sequence[str]) -> Figure:
+    """ROC curves, a panel a label, a line a model or feature set: means over the runs whose test slides are of both kinds."""
+    across = min(len(labels), LABELS_ACROSS)
+    down, few = -(-len(labels) // across), len(runs) <= BANDS
+    with rc_context(STYLE):
+        figure = Figure(figsize=(3.1 * across, 3.2 * down + (0 if few else 0.4 + 0.09 * len(runs))), layout="constrained")
+        panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
+        for axes in panels[len(labels) :]:
+            axes.set_axis_off()
+        for column, (axes, label) in enumerate(zip(panels, labels, strict=False)):
+            axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8, linestyle="--")
+            for (name, of_name), look in zip(runs.items(), looks(len(runs)), strict=True):
+                mean, area = _mean_of_label([run.test for run in of_name], column)
+                said = f"{name}  {'-' if np.isnan(area) else f'{area:.3f}'}" if few else name
+                axes.plot(np.append(0, GRID), np.append(0, mean), label=said, linewidth=1.6, **look)
+            axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+            axes.set_title(label, fontsize=9)
+            if few:
+                axes.legend(loc="lower right", frameon=False, fontsize=8, title="mean AUC", title_fontsize=8, alignment="right")
+        figure.supxlabel("1 - specificity", fontsize=9)
+        figure.supylabel("sensitivity", fontsize=9)
+        if not few:
+            figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=2)
+        return figure
+
+
+def _mean_of_label(said: Sequence[LabelPredictions], column: int) -> tuple[np.ndarray, float]:
+    """The mean curve (101,) and the mean AUC of a label, NaN without a run that has both kinds."""
+    pairs = [(run.targets[:, column], run.probabilities[:, column]) for run in said]
+    told = [pair for pair in pairs if 0 < pair[0].sum() < len(pair[0])]
+    if not told:
+        return np.full(len(GRID), np.nan), float("nan")
+    areas = [binary_auc(*pair, np.ones((1, len(pair[0]))))[0] for pair in told]
+    return np.mean([roc_points(*pair) for pair in told], axis=0), float(np.mean(areas))
 
 
 def survival_figure(groups: Mapping[str, RiskGroups]) -> Figure:

@@ -15,7 +15,7 @@ import math
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import conv2d, pad, scaled_dot_product_attention
 
 from common.errors import UserError
 from mil.models.abmil import ABMIL
@@ -24,22 +24,27 @@ from mil.models.output import MILOutput, Target, initialise
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention within each of W sets of P tokens; `epeg` > 0: kernel of the convolution of the logits."""
+    """Multi-head attention within each of W sets of P tokens; `epeg` > 0: kernel of the convolution of the logits.
+
+    The logits of query i are q_i . k_j, so that their convolution along i is the convolution of q times k: no (P, P) matrix is
+    made. The convolution's bias, which shifts all logits of a query alike, is what softmax does not see.
+    """
 
     def __init__(self, dim: int, heads: int, dropout: float, epeg: int = 0) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.pe = nn.Conv2d(heads, heads, (epeg, 1), padding=(epeg // 2, 0), groups=heads) if epeg else None
+        if self.pe is not None:
+            self.pe.bias.requires_grad_(False)  # type: ignore[union-attr]
         self.proj = nn.Sequential(nn.Linear(dim, dim), Dropout(dropout))
 
     def forward(self, x: Float[Tensor, "w p f"]) -> Float[Tensor, "w p f"]:
         """Same shape as x."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (W, H, P, F/H)
-        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # (W, H, P, P)
         if self.pe is not None:
-            logits = logits + self.pe(logits)
-        return self.proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+            q = q + conv2d(q, self.pe.weight, padding=self.pe.padding, groups=self.heads)
+        return self.proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class CrossRegion(nn.Module):

@@ -71,7 +71,7 @@ def sparse_deform_attn(
     return sparse_deform_attn_reference(value, index, points, locations, weights, renormalise)
 
 
-@torch.compiler.assume_constant_result
+@compiled_op.constant
 def takes_compiled(device_type: str, backend: str | None = None) -> bool:
     """Whether `sparse_deform_attn` goes to the compiled op on "cpu", "cuda", ...
 

@@ -31,5 +31,5 @@ def test_growth_beyond_linear_is_said():
     rows = [cell("abmil", 10, 100.0, 0.0), cell("abmil", 100, 9.0, 150.0), cell("mean", 10, 90.0, 40.0)]
     rows += [cell("mean", 100, 7.0, 50.0), cell("rrt", 10, 9.0, 1.0), cell("rrt", 100, 0.1, 9.0)]
     assert {row["model"]: row["met"] for row in mil.linear(rows)} == {"abmil": True, "mean": False, "rrt": True}
-    rows[1]["train_mb"] = 500.0
-    assert not mil.linear(rows)[0]["met"]
+    rows[1]["train_mb"] = rows[5]["train_mb"] = 500.0
+    assert [row["met"] for row in mil.linear(rows)] == [False, False, False]

@@ -63,7 +63,7 @@ def judged(kind: str, rows: list[dict[str, str]]) -> float:
 def test_from_labels_to_the_report(
     make_cohort, tmp_path: Path, failing_training, capsys: pytest.CaptureFixture[str], kind: str
 ):
-    cohort, output, metric = rewrite(make_cohort(slides=32, signal=4.0), kind), tmp_path / "out", HEADLINES[kind]
+    cohort, output, metric = rewrite(make_cohort(slides=32, pictures=True), kind), tmp_path / "out", HEADLINES[kind]
     with failing_training("max/seed1_fold1", "out of memory"):
         assert start(cohort, output, kind) == 1
     assert [row["job"] for row in read(output / "failures.csv")] == ["bags/max/seed1_fold1"]
@@ -86,16 +86,16 @@ def test_from_labels_to_the_report(
     book = openpyxl.load_workbook(output / "evaluation.xlsx")
     assert book.sheetnames == ["results", "summary", *TABLES[kind]]
     assert not (output / "screening.csv").exists()
-    finished_is_left_alone(cohort, output, kind, monkeypatch)
+    finished_is_left_alone(cohort, output, kind, failing_training)
     evaluated_as_it_did_itself(output, kind)
-    the_page_has_what_the_task_has(output, tmp_path / "report", kind)
+    the_page_has_what_the_task_has(output, tmp_path / "report", kind, cohort / "slides")
 
 
-def finished_is_left_alone(cohort: Path, output: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def finished_is_left_alone(cohort: Path, output: Path, kind: str, failing_training) -> None:
     files = [output / name for name in ("results.csv", "summary.json", "summary.md", *(f"{t}.csv" for t in TABLES[kind]))]
     before = [file.read_bytes() for file in files]
-    monkeypatch.setattr(benchmark, "run_job", lambda *_: pytest.fail("trained again"))
-    assert start(cohort, output, kind) == 0
+    with failing_training("*", "trained again"):
+        assert start(cohort, output, kind) == 0
     assert before == [file.read_bytes() for file in files]
 
 
@@ -105,14 +105,15 @@ def evaluated_as_it_did_itself(output: Path, kind: str) -> None:
     for name in names:
         assert (output / name).read_bytes() == (output / "evaluation" / name).read_bytes(), name
     plots = {path.name for path in (output / "evaluation" / "plots").glob("*")}
-    assert plots == {"multilabel": set(), "ordinal": {"bags_confusion.png"}}.get(kind, {"bags_survival.png"})
+    assert plots == {"multilabel": {"bags_labels.png"}, "ordinal": {"bags_confusion.png"}}.get(kind, {"bags_survival.png"})
 
 
-def the_page_has_what_the_task_has(output: Path, target: Path, kind: str) -> None:
-    assert report.main(load_config(report.Config, [f"benchmark={output}", f"output={target}"])) == 0
+def the_page_has_what_the_task_has(output: Path, target: Path, kind: str, slides: Path) -> None:
+    given = [f"benchmark={output}", f"output={target}", f"slides={slides}", "examples=2", "tiles=3"]
+    assert report.main(load_config(report.Config, given)) == 0
     html = re.sub(r"data:[^\"]*", "", (target / "report.html").read_text())
     entry = json.loads((output / "summary.json").read_text())["feature_sets"]["bags"]["max"]
-    assert f"{entry[f'{HEADLINES[kind]}_mean']:.3f}" in html and "ROC" not in html
+    assert f"{entry[f'{HEADLINES[kind]}_mean']:.3f}" in html and ("ROC curves by label" in html) == (kind == "multilabel")
     assert ("Youden" in html) == (kind == "multilabel")
     shown = {"multilabel": "Label by label", "ordinal": "confusion by grade"}
     for task in COHORTS:
@@ -121,8 +122,32 @@ def the_page_has_what_the_task_has(output: Path, target: Path, kind: str) -> Non
     if kind == "multilabel":
         for row in [row for row in read(output / "labels.csv") if row["model"] == "max"]:
             assert f"{float(row['auc']):.3f} <span" in html and f"{row['positives']} of {row['slides']}" in html
+    has_its_example_slides(re.sub(r"\s+", " ", html), output, kind)
     figures = json.loads((target / "summary.json").read_text())["feature_sets"]["bags"]
     assert figures[f"{HEADLINES[kind]}_mean"] == entry[f"{HEADLINES[kind]}_mean"] and figures["dim"] == 8
+
+
+def has_its_example_slides(html: str, output: Path, kind: str) -> None:
+    """Each stands under its heading, as predictions.csv has it."""
+    first, second = ("Highest risk", "Lowest risk") if HEADLINES[kind] == "c_index" else ("Called right", "Called wrong")
+    groups = dict(zip(("first", "second"), html.split(f"<h3>{first}</h3>")[1].split(f"<h3>{second}</h3>"), strict=True))
+    said = {row["slide_id"]: row for row in read(output / "predictions.csv") if row["model"] == "max"}
+    shown = {name: re.findall(r"<h4>(s\d+)</h4> <div class=\"quiet\">(.*?)</div>", part) for name, part in groups.items()}
+    for name, slides in shown.items():
+        assert len(slides) <= 2
+        for slide, words in slides:
+            row, words = said[slide], re.sub(r"<.*?>", "", words)
+            if HEADLINES[kind] == "c_index":
+                fold = [float(r["risk"]) for r in said.values() if r["fold"] == row["fold"]]
+                assert f"risk {float(row['risk']):.3g} " in words
+                assert float(row["risk"]) == (max(fold) if name == "first" else min(fold))
+                when = "event at" if row["event"] == "1" else "no event until"
+                assert words.startswith(f"{when} {float(row['time']):g}, risk")
+            else:
+                assert words.startswith(f"label {row['label']}, called ")
+                assert (f"called {row['label']} (" in words) == (name == "first")
+    assert len(shown["first"]) == len(shown["second"]) == 2 or HEADLINES[kind] != "c_index"
+    assert any(shown.values())
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,7 @@ def test_other_tasks_have_their_tables(tmp_path: Path, kind: str, columns: list[
     for name in columns:
         assert float(summary[0][f"{name}_ci_low"]) <= float(summary[0][f"{name}_mean"]) <= float(summary[0][f"{name}_ci_high"])
     drawn = {path.name for path in (tmp_path / "out" / "plots").glob("*")}
-    assert drawn == {"multilabel": set(), "ordinal": {"confusion.png"}}.get(kind, {"survival.png"})
+    assert drawn == {"multilabel": {"labels.png"}, "ordinal": {"confusion.png"}}.get(kind, {"survival.png"})
     assert not any((tmp_path / "out" / f"{name}.csv").exists() for name in ("delong", "comparisons"))
     assert "- | said |" in (tmp_path / "out" / "summary.md").read_text()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -87,9 +88,10 @@ def test_devices_are_not_named_under_torchrun(make_cohort, tmp_path: Path, monke
         benchmark.main(load_config(benchmark.Config, given))
 
 
-def test_two_processes_write_the_tables_of_one(make_cohort, tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch):
-    """One training kills its process wherever it runs: it is listed, the others go on, and the tables are those of one process
-    in which it fails. Started again without torchrun, the benchmark is the one that nothing happened to."""
+def test_two_machines_write_the_tables_of_one_process(make_cohort, tmp_path: Path, root: Path, failing_training):
+    """Two torchruns that share a disk. One training kills its process wherever it runs: it is listed, the others go on, and the
+    tables are those of one process in which it fails. Started again without torchrun, the benchmark is the one that nothing
+    happened to."""
     cohort = rewrite(make_cohort(slides=32), "cox")
     recipe = ["epochs=2", "min_epochs=1", "accumulate=4"]
     more = ["task=cox", "device=cpu", "folds=2", "seeds=[1]", "models=[mean,max]", "headline=max", "resamples=50"]
@@ -98,11 +100,16 @@ def test_two_processes_write_the_tables_of_one(make_cohort, tmp_path: Path, root
     def start(name: str) -> int:
         return benchmark.main(load_config(benchmark.Config, [*given, f"output={tmp_path / name}"]))
 
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "tests.mil.dying_benchmark", *given, f"output={tmp_path}/two"]
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        endpoint = f"localhost:{probe.getsockname()[1]}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
+    command += [f"--rdzv-endpoint={endpoint}", "-m", "tests.mil.dying_benchmark", *given, f"output={tmp_path}/two"]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 1, done.stderr[-3000:]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    machines = [subprocess.Popen(command, env=environment, cwd=root, **streams) for _ in range(2)]
+    said = [machine.communicate(timeout=280) for machine in machines]
+    assert 1 in [machine.returncode for machine in machines], [errors[-3000:] for _, errors in said]
     with (tmp_path / "two" / "failures.csv").open() as stream:
         (failure,) = csv.DictReader(stream)
     assert failure["job"] == "bags/max/seed1_fold1" and "died twice" in failure["error"]
@@ -112,7 +119,7 @@ def test_two_processes_write_the_tables_of_one(make_cohort, tmp_path: Path, root
         first, second = ((tmp_path / name / table) for name in ("one", "two"))
         assert first.is_file() == second.is_file() and (not first.is_file() or first.read_bytes() == second.read_bytes()), table
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["protocol"]["runs_missing"] == 1
-    assert done.stdout.count("feature set") == 1  # the first process alone prints the table
+    assert sum(out.count("feature set") for out, _ in said) == 1  # the first process alone prints the table
     assert start("two") == 0 and start("one") == 0 and not (tmp_path / "two" / "failures.csv").exists()
     for table in WHOLE:
         text = [(tmp_path / name / table).read_text().replace(str(tmp_path / name), "") for name in ("one", "two")]

@@ -14,17 +14,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import roc_curve
+from sklearn.metrics import roc_auc_score, roc_curve
 
 import mil.benchmark as benchmark
 from common.config import load_config
 from common.errors import UserError
 from mil.engine import load_classifier
-from mil.examples import Choice, choose_slides, make_example
+from mil.evaluation.multilabel import LabelPredictions
+from mil.evaluation.survival import RiskPredictions
+from mil.evaluation.task_pictures import label_figure
+from mil.examples import Choice, Group, choose_slides, make_example
 from mil.figures import GRID, MARK, mark_tiles, roc_points
 from mil.metrics import Predictions
 from mil.report import Config, main
 from mil.results import Finished
+from mil.tasks import Task, classification
 from patch_encoder.bags import read_bag
 from patch_encoder.coordinates import TileGeometry
 
@@ -149,14 +153,46 @@ def test_examples_are_the_most_confident_hits_and_errors():
     said = Predictions(0, np.array([]), np.array([]), np.array([]), None)
     rows = [row("a", "pos", "pos", 0.6), row("b", "pos", "pos", 0.9), row("c", "neg", "neg", 0.99), row("d", "pos", "neg", 0.7)]
     run = Finished("set", "abmil", 1, {}, said, [*rows, row("e", "neg", "pos", 0.8)])
-    assert [choice.slide_id for choice in choose_slides([run], ["neg", "pos"], 1)] == ["b", "e"]
-    assert [choice.slide_id for choice in choose_slides([run], ["neg", "pos"], 9)] == ["b", "a", "e", "d"]
+    task = classification(("neg", "pos"))
+    assert names(choose_slides([run], task, 1)) == {"Called right": ["b"], "Called wrong": ["e"]}
+    assert names(choose_slides([run], task, 9)) == {"Called right": ["b", "a"], "Called wrong": ["e", "d"]}
+
+
+def names(groups: list[Group[Choice]]) -> dict[str, list[str]]:
+    return {group.title: [choice.slide_id for choice in group.slides] for group in groups}
+
+
+def test_examples_of_several_labels_are_called_at_the_cut_of_each():
+    targets = np.array([[1, 0], [0, 0], [1, 1], [0, 1]], dtype=bool)
+    probabilities = np.array([[0.3, 0.1], [0.1, 0.1], [0.9, 0.6], [0.1, 0.7]])
+    said = LabelPredictions(2, np.array([]), targets, probabilities, np.array([0.2, 0.65]))
+    run = Finished("set", "abmil", 1, {}, said, [{"slide_id": slide} for slide in "abcd"])
+    groups = choose_slides([run], Task("multilabel", ("ink", "fold")), 9)
+    # d is surer than a, the negative b is not shown, the second label of c is missed
+    assert names(groups) == {"Called right": ["d", "a"], "Called wrong": ["c"]}
+    (wrong,) = groups[1].slides
+    assert (wrong.label, wrong.called, wrong.detail, wrong.fold) == ("ink|fold", "ink", "ink 0.90, fold 0.60", 2)
+
+
+def test_examples_of_survival_are_the_outer_places_within_a_fold():
+    def run(fold: int, risks: dict[str, float]) -> Finished:
+        values = np.array(list(risks.values()))
+        said = RiskPredictions(fold, np.array([]), np.ones(len(risks)), np.ones(len(risks), bool), values)
+        rows = [{"slide_id": slide, "time": "2.50", "event": str(int(slide != "y"))} for slide in risks]
+        return Finished("set", "abmil", 1, {}, said, rows)
+
+    runs = [run(0, {"a": 0.1, "b": 0.2, "c": 0.3, "d": 0.4}), run(1, {"x": 70.0, "y": 60.0})]
+    high, low = choose_slides(runs, Task("cox", ()), 2)
+    assert names([high, low]) == {"Highest risk": ["d", "x"], "Lowest risk": ["a", "y"]}
+    assert high.slides[0].detail == "above 75 % of the fold's test slides" and high.slides[0].called == "risk 0.4"
+    assert [choice.label for choice in low.slides] == ["event at 2.5", "no event until 2.5"]
 
 
 def test_example_shows_the_tiles_with_most_attention(finished: Path, tmp_path: Path):
     checkpoint = tmp_path / "bench" / "runs" / "teacher" / "abmil" / "seed1_fold0" / "checkpoint_best.pt"
     bag_file = finished / "bags" / "h5_files" / "s05.h5"
-    example = make_example(Choice("s05", "pos", "pos", 0.9, 0), checkpoint, bag_file, finished / "slides" / "s05", None, 4)
+    choice = Choice("s05", 0, "pos", "pos", "probability 0.90")
+    example = make_example(choice, checkpoint, bag_file, finished / "slides" / "s05", None, 4)
     model, _ = load_classifier(checkpoint, torch.device("cpu"))
     bag = read_bag(bag_file)
     with torch.no_grad():
@@ -167,6 +203,31 @@ def test_example_shows_the_tiles_with_most_attention(finished: Path, tmp_path: P
     for (uri, _), (x, y) in zip(example.top, bag.coords[best] // 16, strict=True):
         with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as picture:
             assert abs(np.asarray(picture).mean() - 20 * (y * 4 + x)) <= 2
+
+
+def test_roc_curves_of_labels_are_means_over_the_runs_that_have_both_kinds():
+    generator = np.random.default_rng(0)
+    runs = []
+    for fold in range(2):
+        targets = generator.random((30, 4)) < 0.4
+        targets[:, 3] = fold == 1  # every slide of fold 1, none of fold 0
+        targets[:, 1] &= fold == 0
+        said = LabelPredictions(fold, np.array([]), targets, generator.random((30, 4)), np.full(4, 0.5))
+        runs.append(Finished("set", "abmil", 1, {}, said, []))
+    figure = label_figure({"abmil": runs, "mean": runs[:1]}, ["a", "b", "c", "d"])
+    panels = [axes for axes in figure.axes if axes.get_title()]
+    assert [axes.get_title() for axes in panels] == ["a", "b", "c", "d"]
+    for column, axes in enumerate(panels[:3]):
+        told = [run.test for run in runs if run.test.targets[:, column].any()]
+        assert len(told) == (1 if column == 1 else 2)
+        curves = [roc_points(run.targets[:, column], run.probabilities[:, column]) for run in told]
+        np.testing.assert_allclose(axes.lines[1].get_ydata()[1:], np.mean(curves, axis=0))
+        area = np.mean([roc_auc_score(run.targets[:, column], run.probabilities[:, column]) for run in told])
+        assert axes.get_legend().get_texts()[0].get_text() == f"abmil  {area:.3f}"
+    assert np.isnan(panels[3].lines[1].get_ydata()[1:]).all()
+    assert panels[3].get_legend().get_texts()[0].get_text() == "abmil  -"
+    many = label_figure({f"model {i}": runs for i in range(9)}, ["a"])
+    assert len(many.legends[0].get_texts()) == 9 and many.axes[0].get_legend() is None
 
 
 def test_roc_points_follow_the_steps_of_the_curve():

@@ -33,12 +33,27 @@ def test_ids_keep_their_zeros_and_optional_columns_are_optional(tmp_path: Path) 
         ("case_id,slide_id,label\n1,../x,a\n", "plain file name"),
         ("case_id,slide_id,label,mpp\n1,2,a,half\n", "found 'half'"),
         ("case_id,slide_id,label,mpp\n1,2,a,-1\n", "expected mpp"),
-        ("", "comma-separated"),
+        ("", "comma-separated table .* found an empty file"),
+        ("case_id,slide_id,label\n1,2\n", "line 2: expected a label"),
+        ("case_id,slide_id,label\n1,2,a\n\n1,3,a,b\n", "line 4: expected 3 cells, found more"),
+        ('case_id,slide_id,label\n1,2,"a\n', "comma-separated table"),
+        ("case_id,slide,label\n1,2,a\n", "'slide_id' is missing, did you mean 'slide'"),
     ],
 )
 def test_bad_tables_are_refused(tmp_path: Path, text: str, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         read_labels(labels(tmp_path, text))
+
+
+def test_table_from_a_spreadsheet(tmp_path: Path) -> None:
+    """A byte order mark, carriage returns, blanks, quotes and empty lines change nothing; another encoding is refused."""
+    path = tmp_path / "labels.csv"
+    path.write_bytes('\ufeffcase_id, slide_id ,label\r\n\r\n1,"007"," a, b "\r\n\r\n'.encode())
+    (record,) = read_labels(path)
+    assert (record.case_id, record.slide_id, record.label) == ("1", "007", "a, b")
+    path.write_bytes("case_id,slide_id,label\n1,2,ß\n".encode("latin-1"))
+    with pytest.raises(UserError, match="comma-separated table .*can't decode"):
+        read_labels(path)
 
 
 def test_missing_table(tmp_path: Path) -> None:
