@@ -38,6 +38,7 @@ from benchmarks.sparse_attn_cases import make_slide
 from common.device import pick_device
 from common.distributed import World
 from common.files import write_json
+from common.memory import reuse_large_blocks
 from mil.datasets.bags import load_bags
 from mil.engine import Recipe, Sample, predict, train_one_epoch
 from mil.models import MODELS, build
@@ -110,8 +111,8 @@ def contestants(name: str, files: list[Path], device: torch.device) -> dict[str,
     recipe = Recipe(epochs=1)
     return {
         "train": lambda: train_one_epoch(model, samples, optimizer, recipe, world, order),
-        "train classic": lambda: classic_train(model, files, optimizer, device),
         "predict": lambda: predict(model, samples, device),
+        "train classic": lambda: classic_train(model, files, optimizer, device),
         "predict classic": lambda: classic_predict(model, files, device),
     }
 
@@ -250,6 +251,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
+    if options.device == "cpu":
+        reuse_large_blocks()  # as mil.train does; for the classic loop too, which shares the process
     if options.child:
         name, file, what = options.child
         print(json.dumps(child(name, Path(file), what)))

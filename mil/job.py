@@ -21,6 +21,7 @@ from torch import nn
 from common.checkpoint import load_checkpoint
 from common.distributed import World, barrier
 from common.files import sha256_bytes, write_csv
+from common.memory import reuse_large_blocks
 from common.run import Run, Tracker, open_run
 from common.seed import seed_everything
 from mil.datasets.bags import Bags, load_bags
@@ -121,6 +122,8 @@ def run_job(job: Job, run: Run, world: World) -> dict[str, Any]:
     model.to(world.device)
     config = {"network": network, "class_names": list(task.names), "features_digest": job.features_digest}
     config |= {"task": task.to_dict()} if job.targets is not None else {}
+    if world.device.type == "cpu":
+        reuse_large_blocks()  # after the bags were read, which stay
     best = train_model(model, train, val, settings.training, settings.seed, run, config, world, task)
     threshold = best.get("threshold")
     results = {

@@ -48,8 +48,8 @@ def label_figure(runs: Mapping[str, Sequence[Finished]], labels: Sequence[str]) 
     across = min(len(labels), LABELS_ACROSS)
     down, few = -(-len(labels) // across), len(runs) <= BANDS
     with rc_context(STYLE):
-        figure = Figure(figsize=(3.1 * across, 3.2 * down + (0 if few else 0.4 + 0.09 * len(runs))), layout="constrained")
-        panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
+        figure = Figure(figsize=(3.1 * across, 3.3 * down + (0 if few else 0.4 + 0.09 * len(runs))), layout="constrained")
+        panels = figure.subplots(down, across, squeeze=False).ravel()
         for axes in panels[len(labels) :]:
             axes.set_axis_off()
         for column, (axes, label) in enumerate(zip(panels, labels, strict=False)):
@@ -58,12 +58,11 @@ def label_figure(runs: Mapping[str, Sequence[Finished]], labels: Sequence[str]) 
                 mean, area = _mean_of_label([run.test for run in of_name], column)
                 said = f"{name}  {'-' if np.isnan(area) else f'{area:.3f}'}" if few else name
                 axes.plot(np.append(0, GRID), np.append(0, mean), label=said, linewidth=1.6, **look)
-            axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+            axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1, xlabel="1 - specificity")
+            axes.set_ylabel("sensitivity" if column % across == 0 else "")
             axes.set_title(label, fontsize=9)
             if few:
                 axes.legend(loc="lower right", frameon=False, fontsize=8, title="mean AUC", title_fontsize=8, alignment="right")
-        figure.supxlabel("1 - specificity", fontsize=9)
-        figure.supylabel("sensitivity", fontsize=9)
         if not few:
             figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=2)
         return figure
