@@ -262,7 +262,6 @@ def train_shared(config: Config, pending: list[Job], ranks: Ranks) -> dict[int, 
             bar.advance(ranks.ended() - bar.count)
         if ranks.is_main:
             return ranks.wait(len(pending), lambda ended: bar.advance(ended - bar.count))
-    ranks.leave()
     return {}
 
 
@@ -292,14 +291,23 @@ def main(config: Config) -> int:
     cohort = read_cohort(config, feature_names(config))
     processes = config.workers * ranks.local_size if ranks else max(config.workers, len(config.devices))
     jobs = make_jobs(config, cohort, processes)
-    if ranks:
-        pending = [jobs[number] for number in ranks.agree(lambda: unfinished(config, cohort, jobs))]
-        failed = train_shared(config, pending, ranks)
-        if not ranks.is_main:
-            return 0  # the first process says which jobs have failed
-    else:
+    if ranks is None:
         pending = [jobs[number] for number in unfinished(config, cohort, jobs)]
-        failed = train_pending(config, pending)
+        return conclude(config, cohort, jobs, pending, train_pending(config, pending))
+    pending = [jobs[number] for number in ranks.agree(lambda: unfinished(config, cohort, jobs))]
+    failed = train_shared(config, pending, ranks)
+    if not ranks.is_main:
+        return ranks.leave()
+    status = 1
+    try:
+        status = conclude(config, cohort, jobs, pending, failed)
+    finally:
+        ranks.end(status)
+    return status
+
+
+def conclude(config: Config, cohort: Cohort, jobs: list[Job], pending: list[Job], failed: dict[int, str]) -> int:
+    """The tables, failures.csv, and the exit status."""
     failures = [{"job": name_of(pending[i]), "stage": "benchmark", "error": failed[i]} for i in sorted(failed)]
     list_of_failures = Path(config.output) / "failures.csv"
     list_of_failures.unlink(missing_ok=True)

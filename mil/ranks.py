@@ -83,9 +83,23 @@ class Ranks:
         """Jobs that have ended, on all processes."""
         return self.store.add("ended", 0)
 
-    def leave(self) -> None:
-        """Say that this process asks for no more jobs: the last that it says."""
+    def leave(self) -> int:
+        """Say that this process asks for no more jobs, and wait for the status that all processes end with.
+
+        torchrun on this machine would otherwise wait minutes for one that has failed on another.
+        """
         self.store.add("left", 1)
+        try:
+            while not self.store.check(["status"]):
+                time.sleep(POLL_SECONDS)
+            return int(self.store.get("status"))
+        except (RuntimeError, OSError):  # the store went with the first process
+            return 1
+
+    def end(self, status: int) -> int:
+        """On the first process: let the others end, with this status."""
+        self.store.set("status", str(status))
+        return status
 
     def wait(self, count: int, note: Callable[[int], None]) -> dict[int, str]:
         """Wait until all jobs have ended and all other processes have left; number -> error of the failed jobs.
