@@ -75,15 +75,15 @@ def choose_slides(runs: Sequence[Finished], task: Task, each: int) -> list[Group
     """
     if task.kind in SURVIVAL:
         ranked = sorted((item for run in runs for item in _risks(run)), key=lambda item: (item[0], item[1].slide_id))
-        chosen = [choice for _, choice in ranked]
+        chosen, each = [choice for _, choice in ranked], min(each, len(ranked) // 2)  # no slide in both groups
         return [Group("Highest risk", "No slide.", chosen[::-1][:each]), Group("Lowest risk", "No slide.", chosen[:each])]
     said = (item for run in runs for item in (_labels(run, task) if task.kind == "multilabel" else _classes(run)))
     choices = [choice for _, choice in sorted(said, key=lambda item: (-item[0], item[1].slide_id))]
-    negative = NONE if task.kind == "multilabel" else task.classes[0]
+    negative, positive = (NONE, "with a label") if task.kind == "multilabel" else (task.classes[0], "of a positive class")
     hits = [choice for choice in choices if choice.right and choice.label != negative]
     errors = [choice for choice in choices if not choice.right]
     return [
-        Group("Called right", "No slide that is not negative was called right.", hits[:each]),
+        Group("Called right", f"No slide {positive} was called right.", hits[:each]),
         Group("Called wrong", "No test slide was called wrong.", errors[:each]),
     ]
 

@@ -132,7 +132,7 @@ def carve(slides: LabelledSlides, fraction: float, seed: int) -> tuple[tuple[str
     return next(_group_folds(slides, parts, seed))
 
 
-def _group_folds(slides: LabelledSlides, folds: int, seed: int) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
+def _group_folds(slides: LabelledSlides, folds: int, seed: int) -> Iterator[tuple[Ids, Ids]]:
     """(rest, held out) slide ids of each fold: patients whole, classes in proportion."""
     from sklearn.model_selection import StratifiedGroupKFold  # seconds to load, which workers need not wait
 

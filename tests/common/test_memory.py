@@ -1,4 +1,4 @@
-"""Peak memory: of this process, not of the one that started it; freed blocks that are used again, or given back."""
+"""Peak memory: of this process, not of the one that started it; freed blocks that are used again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def page_faults() -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
-def test_large_blocks_are_reused_until_told_otherwise(root: Path) -> None:
+def test_large_blocks_are_reused(root: Path) -> None:
     code = "from common.memory import reuse_large_blocks as reuse; from tests.common.test_memory import page_faults\n"
     code += "first = page_faults(); assert reuse(); page_faults(); print(first, page_faults())"
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)

@@ -26,24 +26,13 @@ from mil.metrics import Predictions
 from patch_encoder.captions import caption_font, round_length, said_length
 from patch_encoder.coordinates import Coordinates, TileGeometry
 from patch_encoder.slides import open_slide
-from patch_encoder.slides.array_slide import ArraySlide
-from patch_encoder.slides.resolution import resolution_of
+from patch_encoder.slides.base import Slide
 
 
-class Memory(ArraySlide):
-    """A picture as a slide of one level."""
-
-    def __init__(self, pixels: np.ndarray, mpp: float) -> None:
-        self.pixels, self.slide_id = pixels, "memory"
-        self.height, self.width = pixels.shape[:2]
-        self.resolution, self.format = resolution_of({}, "memory", given=mpp), "array"
-        self.downsamples, self.level_sizes = (1.0,), ((self.width, self.height),)
-
-    def cut(self, level: int, left: int, top: int, right: int, bottom: int) -> np.ndarray:
-        return self.pixels[top:bottom, left:right]
-
-    def close(self) -> None:
-        """Nothing is open."""
+def picture_slide(folder: Path, pixels: np.ndarray, mpp: float) -> Slide:
+    """A slide of one level; its picture is written to the folder."""
+    Image.fromarray(pixels).save(folder / "picture.png")
+    return open_slide(folder / "picture.png", mpp)
 
 
 def heat(coords: list[list[int]], values: list[float], side: int, alpha: float = 0.5) -> Heat:
@@ -136,7 +125,7 @@ def test_gallery_shows_the_tiles_of_the_slide(tmp_path: Path) -> None:
         pixels[y : y + 16, x : x + 16] = 25 * index
     given = scores([0.05, 0.1, 0.15, 0.2, 0.3, 0.1, 0.06, 0.04])
     chosen = choose_tiles(given, 2, 1)
-    write_gallery(tmp_path, Memory(pixels, mpp=0.5), given, chosen, "s")
+    write_gallery(tmp_path, picture_slide(tmp_path, pixels, mpp=0.5), given, chosen, "s")
     assert sorted(path.name for path in (tmp_path / "tiles").iterdir()) == [
         "low_01_x48_y16.jpg",
         "top_01_x0_y16.jpg",
@@ -154,8 +143,10 @@ def test_pyramid_opens_in_openslide(tmp_path: Path) -> None:
     pixels[:, 1000:] = 120
     shown = heat([[0, 0], [1024, 512]], [0.0, 1.0], 512)
     assert [downsample_for(w, 10, 1050) for w in (1050, 1051, 2100, 2101)] == [1, 2, 2, 4]
-    write_heat_pyramid(tmp_path / "a.tiff", Memory(pixels, mpp=0.25), shown, (2100, 1400), 0.25, 1050)
-    with openslide.OpenSlide(tmp_path / "a.tiff") as slide:
+    output = tmp_path / "out"
+    output.mkdir()
+    write_heat_pyramid(output / "a.tiff", picture_slide(tmp_path, pixels, mpp=0.25), shown, (2100, 1400), 0.25, 1050)
+    with openslide.OpenSlide(output / "a.tiff") as slide:
         assert slide.level_dimensions == ((1050, 700), (525, 350), (263, 175)) or slide.level_count == 4
         assert float(slide.properties["openslide.mpp-x"]) == pytest.approx(0.5)
         assert slide.level_downsamples[1] == pytest.approx(2, rel=0.01)
@@ -165,13 +156,13 @@ def test_pyramid_opens_in_openslide(tmp_path: Path) -> None:
             assert np.abs(region[size[1] * 9 // 10, size[0] // 4] - 240).max() <= 3
             assert np.abs(region[size[1] // 10, size[0] // 10] - (240 + table[0]) // 2).max() <= 4
             assert np.abs(region[size[1] // 2, size[0] * 6 // 10] - (120 + table[255]) // 2).max() <= 4
-    with tifffile.TiffFile(tmp_path / "a.tiff") as file:
+    with tifffile.TiffFile(output / "a.tiff") as file:
         page = file.pages[0]
         assert page.is_tiled and page.compression.name == "JPEG" and page.tilewidth == 256
         assert max(file.pages[-1].shape[:2]) <= 256
-    with open_slide(tmp_path / "a.tiff") as slide:
+    with open_slide(output / "a.tiff") as slide:
         assert slide.mpp == pytest.approx(0.5)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.tiff"]
+    assert [path.name for path in output.iterdir()] == ["a.tiff"]
 
 
 def test_pyramid_without_slide_or_resolution(tmp_path: Path) -> None:
@@ -204,8 +195,8 @@ def test_frame_has_bar_and_scale() -> None:
     assert (ringed[10, 25] == 20).all() and (ringed[25, 25] == 200).all() and (ringed[11, 25] == 255).all()
 
 
-def test_sizes_and_settings() -> None:
-    slide = Memory(np.zeros((400, 800, 3), np.uint8), mpp=0.5)
+def test_sizes_and_settings(tmp_path: Path) -> None:
+    slide = picture_slide(tmp_path, np.zeros((400, 800, 3), np.uint8), mpp=0.5)
     assert picture_side(Drawing(max_side=300), slide, (800, 400), 0.5) == 300
     assert picture_side(Drawing(level=0), slide, (800, 400), 0.5) == 800
     assert picture_side(Drawing(mpp=2.0), slide, (800, 400), 0.5) == 200

@@ -186,6 +186,7 @@ def test_examples_of_survival_are_the_outer_places_within_a_fold():
     assert names([high, low]) == {"Highest risk": ["d", "x"], "Lowest risk": ["a", "y"]}
     assert high.slides[0].detail == "above 75 % of the fold's test slides" and high.slides[0].called == "risk 0.4"
     assert [choice.label for choice in low.slides] == ["event at 2.5", "no event until 2.5"]
+    assert names(choose_slides(runs, Task("cox", ()), 9)) == {"Highest risk": ["d", "x", "c"], "Lowest risk": ["a", "y", "b"]}
 
 
 def test_example_shows_the_tiles_with_most_attention(finished: Path, tmp_path: Path):
