@@ -231,7 +231,7 @@ def test_ctrl_c_ends_an_extraction_that_hangs(cohort: Path, root: Path) -> None:
     script = (
         "import sys, time; from patch_encoder import extract_features as e; from common.cli import launch;"
         "from patch_encoder.slides.openslide_file import OpenSlideFile as o; import os;"
-        "o.read = lambda *_: print(os.getpid(), flush=True) or time.sleep(60); launch(e.main, e.Config)"
+        "o.read = lambda *_: os.write(1, b'%d\\n' % os.getpid()) and time.sleep(60); launch(e.main, e.Config)"  # in one piece
     )
     base = [f"slides={cohort}/slides", f"coords={cohort}/tiles", f"output={cohort}/features", "encoder=mean_colour"]
     process = subprocess.Popen(
