@@ -5,9 +5,10 @@
 
 Features of 1,024 numbers in half precision, one `.h5` a bag, random. The classic loop is CLAM's design: a DataLoader
 without workers opens the file for every bag, makes float32 of it, batches of one, one optimiser step each; the model is
-the same. A round runs every contestant once; figures are medians, ratios medians of the rounds' ratios. `--memory` takes
-the peak of a process of its own for every cell; `--stream` sends one large bag through every model that allows it. Time
-and memory are linear when ten times the tiles cost less than LINEAR times as much. `--output` keeps every cell as it comes.
+the same. A round runs every contestant once on every size, with as many bags of each; figures are medians, ratios medians of
+the rounds' ratios, those between sizes too: a machine whose speed drifts does so for all. `--memory` takes the peak of a
+process of its own for every cell; `--stream` sends one large bag through every model that allows it. Time and memory are
+linear when ten times the tiles cost less than LINEAR times as much. `--output` keeps every model as it comes.
 """
 
 from __future__ import annotations
@@ -126,13 +127,21 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(name: str, files: list[Path], device: torch.device, rounds: int) -> dict[str, float]:
-    """Bags a second of every contestant, and ours over the classic loop."""
-    entries = contestants(name, files, device)
-    for work in entries.values():
-        work()
-    runs = [{what: seconds(work, device) for what, work in entries.items()} for _ in range(rounds)]
-    row = {what: len(files) / statistics.median(run[what] for run in runs) for what in entries}
+def measure(name: str, sizes: dict[int, list[Path]], device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """A row for each size: bags a second of every contestant, and ours over the classic loop."""
+    entries = {tiles: contestants(name, files, device) for tiles, files in sizes.items()}
+    runs: dict[int, list[dict[str, float]]] = {tiles: [] for tiles in sizes}
+    for turn in range(rounds + 1):
+        for tiles, works in entries.items():
+            run = {what: seconds(work, device) / len(sizes[tiles]) for what, work in works.items()}
+            if turn:  # the first one warms up
+                runs[tiles].append(run)
+    return [{"model": name, "tiles": tiles, **rates(taken), "runs": taken} for tiles, taken in runs.items()]
+
+
+def rates(runs: list[dict[str, float]]) -> dict[str, float]:
+    """Of the seconds a bag of every round."""
+    row = {what: 1 / statistics.median(run[what] for run in runs) for what in runs[0]}
     for what in ("train", "predict"):
         row[f"{what} / classic"] = statistics.median(run[f"{what} classic"] / run[what] for run in runs)
     return row
@@ -175,7 +184,8 @@ def linear(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         more = cells.get((name, 10 * tiles))
         if more is None:
             continue
-        ratios = {what: row[what] / more[what] for what in ("train", "predict")}
+        rounds = list(zip(row["runs"], more["runs"], strict=True))
+        ratios = {what: statistics.median(b[what] / a[what] for a, b in rounds) for what in ("train", "predict")}
         if "train_mb" in row:
             ratios["memory"] = more["train_mb"] / max(row["train_mb"], FLOOR_MB)
         met = all(ratio < LINEAR for what, ratio in ratios.items() if what == "memory" or name not in QUADRATIC)
@@ -222,26 +232,26 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     device, cells, streamed = pick_device(options.device), [], []
     report: dict[str, Any] = {"device": str(device), "threads": options.threads, "cells": cells, "streamed": streamed}
 
-    def keep(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
-        rows.append(row)
-        say(f"{row['model']} {row['tiles']}")
+    def keep(rows: list[dict[str, Any]], more: list[dict[str, Any]]) -> None:
+        rows += more
+        say(more[0]["model"])
         if options.output:
             write_json(options.output, report)
 
     with tempfile.TemporaryDirectory() as folder:
-        for tiles in options.tiles:
-            files = write_bags(Path(folder), tiles, max(1, min(options.bags, 100_000 // tiles)))
-            for name in options.models:
-                row = {"model": name, "tiles": tiles, **measure(name, files, device, options.rounds)}
-                if options.memory:
-                    row["train_mb"] = in_child(name, files[0], "train", options.threads)["mb"]
-                keep(cells, row)
+        sizes = {tiles: write_bags(Path(folder), tiles, options.bags) for tiles in options.tiles}
+        for name in options.models:
+            rows = measure(name, sizes, device, options.rounds)
+            if options.memory:
+                for row in rows:
+                    row["train_mb"] = in_child(name, sizes[row["tiles"]][0], "train", options.threads)["mb"]
+            keep(cells, rows)
         if options.stream:
             file = write_bags(Path(folder), options.stream, 1)[0]
             for name in options.models:
                 if can_stream(build(name, DIM, 2).eval()):
                     found = in_child(name, file, "stream", options.threads)
-                    keep(streamed, {"model": name, "tiles": options.stream, **found})
+                    keep(streamed, [{"model": name, "tiles": options.stream, **found}])
     report["linear"] = linear(cells)
     if options.output:
         write_json(options.output, report)

@@ -22,6 +22,7 @@ from mil.models.ilra import CrossAttention
 from mil.models.output import as_attention
 
 BLOCK = 2048  # tiles at a time: 8 MB of 1,024 float32 features
+KEPT_BYTES = 256 << 20  # of embeddings that a second pass finds again: 131,072 tiles of 512 numbers
 
 
 @runtime_checkable
@@ -57,6 +58,26 @@ class Reader:
     def _ready(self, block: Tensor) -> Tensor:
         block = block.to(self.device).float()
         return block if self.wrapper is None else self.wrapper.standardised(block)
+
+
+class Embedded:
+    """Embeddings of a bag's blocks; further passes make them anew only where they take more than KEPT_BYTES."""
+
+    def __init__(self, embed: nn.Module, bag: Reader) -> None:
+        self.embed, self.bag = embed, bag
+        self.kept: list[Tensor] = []
+
+    def __iter__(self) -> Iterator[Float[Tensor, "_ f"]]:
+        if self.kept:
+            yield from self.kept
+            return
+        made = []
+        for block in self.bag:
+            h = self.embed(block)
+            if 4 * len(self.bag) * h.shape[1] <= KEPT_BYTES:
+                made.append(h)
+            yield h
+        self.kept = made
 
 
 class Pool:
@@ -170,11 +191,11 @@ def _clam(model: CLAM, bag: Reader) -> MILOutput:
 
 def _dsmil(model: DSMIL, bag: Reader) -> MILOutput:
     """First pass: the critical tiles; second: what their queries weigh."""
-    highest, critical = _highest(model.instance(model.embed(block)) for block in bag)
+    embedded = Embedded(model.embed, bag)
+    highest, critical = _highest(model.instance(h) for h in embedded)
     asked = model.query(model.embed(bag.rows(critical)))  # (C, 128)
     pool = Pool(len(bag))
-    for block in bag:
-        h = model.embed(block)
+    for h in embedded:
         pool.add(asked @ model.query(h).T / asked.shape[1] ** 0.5, model.value(h))
     logits = (highest + model.head(pool.pooled()[None])[0, :, 0]) / 2
     return MILOutput(logits, pool.weights().mean(0))
@@ -186,31 +207,32 @@ def _dtfd(model: DTFD, bag: Reader) -> MILOutput:
     count = min(model.groups, len(bag))
     pools, start = [Pool(int((group == g).sum())) for g in range(count)], 0
     a = torch.empty(len(bag), device=bag.device)
-    for block in bag:
-        h, part = model.embed(block), slice(start, start + len(block))
+    embedded = Embedded(model.embed, bag)
+    for h in embedded:
+        part = slice(start, start + len(h))
         a[part], here = model.attention(h).squeeze(1), group[part]
         for g in here.unique().tolist():
             pools[g].add(a[part][here == g][None], h[here == g])
-        start += len(block)
+        start += len(h)
     for g, pool in enumerate(pools):
         a[group == g] = pool.weights()[0]
     pooled = torch.cat([pool.pooled() for pool in pools])
-    handed, origin = _handed(model, bag, a, group, pooled)
+    handed, origin = _handed(model, bag, embedded, a, group, pooled)
     b = model.attention2(handed).softmax(0).squeeze(1)
     share = b.new_zeros(count).index_add(0, origin, b)
     return MILOutput(model.head2(b @ handed), a * share[group])
 
 
-def _handed(model: DTFD, bag: Reader, a: Tensor, group: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+def _handed(model: DTFD, bag: Reader, embedded: Embedded, a: Tensor, group: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
     if model.distil == "afs":
         return pooled, torch.arange(len(pooled), device=bag.device)
     ranks, tier1, start = a, model.head(pooled), 0
     if model.distil != "mas":
         ranks = torch.empty_like(a)
-        for block in bag:
-            part = slice(start, start + len(block))
-            ranks[part] = model.activation(model.embed(block), a[part], group[part], tier1)
-            start += len(block)
+        for h in embedded:
+            part = slice(start, start + len(h))
+            ranks[part] = model.activation(h, a[part], group[part], tier1)
+            start += len(h)
     chosen = model.chosen(ranks, group, len(pooled))
     return model.embed(bag.rows(chosen)), group[chosen]
 

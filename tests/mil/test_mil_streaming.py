@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from common.errors import UserError
+from mil import streaming
 from mil.models import MODELS, MILOutput, build
 from mil.streaming import STREAMED, Pool, can_stream, stream
 from patch_encoder.stored_bags import open_bag
@@ -53,6 +54,21 @@ def test_blocks_give_the_whole_bags_answer(bag_file: Path, name: str, options: d
         torch.testing.assert_close(found.logits, whole.logits, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found.attention, whole.attention, rtol=1e-4, atol=1e-6)
         assert float(found.attention.sum()) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(("name", "options", "passes"), [["dsmil", {"hidden": 6}, 2], ["dtfd", {"distil": "maxmins"}, 2]])
+def test_embeddings_that_fit_into_memory_are_made_once(
+    bag_file: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: dict, passes: int
+):
+    model, tiles, found = trained(name, 2, **options), [], []
+    model.model.embed.register_forward_hook(lambda _, bag, __: tiles.append(len(bag[0])))
+    for bound in (4 * TILES * (model.model.embed[0].out_features), 0):
+        monkeypatch.setattr(streaming, "KEPT_BYTES", bound)
+        found.append((stream(model, open_bag(bag_file), CPU, 8), sum(tiles)))
+        tiles.clear()
+    (kept, once), (again, more) = found
+    assert torch.equal(kept.logits, again.logits) and torch.equal(kept.attention, again.attention)
+    assert more - once == (passes - 1) * TILES and TILES < once < 2 * TILES  # and the rows asked for by number
 
 
 @pytest.mark.parametrize("name", REFUSED)
