@@ -86,6 +86,7 @@ class Config:
     devices: list[str] = key([], "devices that the processes share, [cuda:0, cuda:1]; empty: `device` for all", runtime=True)
     ram_gb: float = key(0.0, "GB of bags in memory, a process; 0: half of what is free, shared by the workers", runtime=True)
     workers: int = key(1, "trainings at a time (in each process of torchrun), each with a feature set in memory", runtime=True)
+    isolated: bool = key(True, "train in processes of their own, which may crash; false: in this one (debugger)", runtime=True)
     threads: int = key(1, "CPU threads of each process", runtime=True)
     overwrite: bool = key(False, "train again what was trained with other settings or inputs", runtime=True)
 
@@ -236,12 +237,13 @@ def summarise_benchmark(config: Config, cohort: Cohort, jobs: list[Job]) -> None
 
 
 def train_pending(config: Config, pending: list[Job]) -> dict[int, str]:
-    """Train in this process and its workers; number of a failed job -> error."""
+    """Train in workers, or in this process; number of a failed job -> error."""
     failed = {}
     devices = config.devices or [config.device]
+    workers = max(config.workers, len(config.devices))
     numbers = {job.output: number for number, job in enumerate(pending)}
     with Progress("trainings", len(pending), "runs") as bar:
-        for job, error in run_all(run_one, pending, max(config.workers, len(config.devices)), config.threads, devices):
+        for job, error in run_all(run_one, pending, workers, config.threads, devices, config.isolated):
             bar.advance()
             if error is not None:
                 logger.error("benchmark: %s failed: %s", name_of(job), error)
@@ -255,7 +257,7 @@ def train_shared(config: Config, pending: list[Job], ranks: Ranks) -> dict[int, 
     numbers = {job.output: number for number, job in enumerate(pending)}
     claimed = (pending[number] for number in ranks.claims(len(pending)))
     with Progress("trainings", len(pending), "runs", enabled=ranks.is_main) as bar:
-        for job, error in run_all(run_one, claimed, config.workers, config.threads, [device], apart=True):
+        for job, error in run_all(run_one, claimed, config.workers, config.threads, [device]):
             if error is not None:
                 logger.error("benchmark: %s failed: %s", name_of(job), error)
             ranks.report(numbers[job.output], error)

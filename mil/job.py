@@ -10,7 +10,6 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from mil.objective_results import make_objective, task_header, task_rows
 from mil.objectives import Objective
 from mil.splits import Split
 
+_kept: dict[tuple[object, ...], Bags] = {}  # of `cached_bags`: one at most
 PLAIN = "plain"  # folder of the model that a teacher-student model starts from
 
 
@@ -203,10 +203,13 @@ def train_plain(job: Job, world: World) -> dict[str, torch.Tensor] | None:
     return weights
 
 
-@lru_cache(maxsize=1)
 def cached_bags(files: tuple[tuple[str, Path], ...], digest: str, memory: int | None = None) -> Bags:
     """The bags of one feature set, kept for the next job of this process; `digest` tells apart bags that were replaced."""
-    return load_bags(dict(files), memory)
+    asked = (files, digest, memory)
+    if asked not in _kept:
+        _kept.clear()  # before the next set comes: both together may not fit
+        _kept[asked] = load_bags(dict(files), memory)
+    return _kept[asked]
 
 
 def samples_of(bags: Bags, job: Job, slide_ids: Sequence[str]) -> list[Sample]:

@@ -18,7 +18,7 @@ import torch
 
 from common.cli import launch
 from common.config import REQUIRED, given_keys, group, key
-from common.distributed import init_distributed
+from common.distributed import init_distributed, local_processes
 from common.errors import UserError
 from common.run import Tracker
 from mil.datasets.bags import bags_digest, find_bags, memory_of, usable_bags
@@ -91,7 +91,7 @@ def build_job(config: Config) -> Job:
     told = {"task": config.task, "intervals": config.intervals}
     settings = Settings(config.model, dropout, config.standardize, config.seed, recipe, options, **told)
     asked = None if config.task == "classes" else targets
-    digest, memory = bags_digest(files), memory_of(config.ram_gb)
+    digest, memory = bags_digest(files), memory_of(config.ram_gb, local_processes())
     return Job(Path(config.output), settings, slides, split, tuple(files.items()), digest, asked, memory)
 
 

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import sha256_bytes
+from common.memory import free_memory
 from patch_encoder.bags import bag_digest, bag_files
 from patch_encoder.stored_bags import StoredBag, check_finite, open_bag
 
 logger = logging.getLogger(__name__)
-CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -131,20 +131,6 @@ def _all_of(problems: Mapping[str, str], count: int) -> str:
     return f"{len(lines)} of {count} bags cannot be used ({names}); skip_bad=true leaves them out: {shown}"
 
 
-def free_memory() -> int:
-    """Bytes that this process may still take: what the machine has free, and the container's limit."""
-    free = 1 << 62
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-        limit = (CGROUP / "memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, max(0, int(limit) - int((CGROUP / "memory.current").read_text())))
-    except (OSError, KeyError):  # another system, or no container: what was found so far holds
-        return free
-    return free
-
-
 def memory_of(ram_gb: float, workers: int = 1) -> int:
     """Bytes for the bags of each of `workers` processes; 0 GB: half of what is free, shared by them."""
     if ram_gb < 0:
@@ -153,5 +139,20 @@ def memory_of(ram_gb: float, workers: int = 1) -> int:
 
 
 def bags_digest(files: Mapping[str, Path]) -> str:
-    """Fingerprint of a set of bags: changes with any slide, feature or coordinate."""
-    return sha256_bytes(*(f"{slide}:{bag_digest(path)}\n".encode() for slide, path in sorted(files.items())))
+    """Fingerprint of a set of bags: changes with any slide, feature or coordinate.
+
+    Raises:
+        UserError: as `load_bags`, whose checks the bags of others go through here first.
+    """
+    _, problems = _opened(files)
+    lines = []
+    for slide, path in sorted(files.items()):
+        if slide in problems:
+            continue
+        try:
+            lines.append(f"{slide}:{bag_digest(path)}\n".encode())
+        except UserError as error:
+            problems[slide] = str(error)
+    if problems:
+        raise UserError(_all_of(problems, len(files)))
+    return sha256_bytes(*lines)

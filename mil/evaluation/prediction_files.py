@@ -37,6 +37,10 @@ def read_table(path: str | Path) -> tuple[list[str], Rows]:
     if absent or not rows:
         found = ", ".join(header) if absent else "no rows"
         raise UserError(f"{path}: expected rows with slide_id and case_id, found {found or 'nothing'}")
+    for number, row in enumerate(rows, start=2):
+        for name in ("slide_id", "case_id"):
+            if not (row[name] or "").strip():
+                raise UserError(f"{path}, line {number}: expected a {name}, found none; without patients, repeat the slide_id")
     return header, rows
 
 
@@ -72,6 +76,9 @@ def read_runs(path: str | Path, task: Task) -> list[Finished]:
         if split not in sides:
             raise UserError(f"{path}: slide {row['slide_id']}: expected split val or test, found '{split}'")
         sides[split].append(row)
+    for sides in runs.values():
+        for side in sides.values():
+            side.sort(key=lambda row: row["slide_id"])  # tests between models go slide by slide
     return [_run(path, task, *place, **sides) for place, sides in runs.items()]
 
 

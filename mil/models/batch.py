@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from mil.models.output import Packed
 from mil.models.standardise import Standardised
@@ -44,7 +46,5 @@ def forward_padded(
     bags = [bag[:length] for bag, length in zip(features, lengths, strict=True)]
     places = None if coords is None else [place[:length] for place, length in zip(coords, lengths, strict=True)]
     result = forward_bags(model, bags, places)
-    attention = features.new_zeros(features.shape[:2])
-    for row, part in zip(attention, result.attention.split(list(lengths)), strict=True):
-        row[: len(part)] = part
-    return result.logits, attention
+    attention = pad_sequence(result.attention.split(list(lengths)), batch_first=True)
+    return result.logits, pad(attention, (0, features.shape[1] - attention.shape[1]))

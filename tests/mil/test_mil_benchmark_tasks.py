@@ -31,7 +31,16 @@ TABLES = {
 
 def arguments(cohort: Path, output: Path, kind: str, *more: str) -> list[str]:
     recipe = ["epochs=2", "min_epochs=1", "accumulate=4", "lr=1e-3"]
-    grid = ["device=cpu", "folds=2", "seeds=[1]", "models=[mean,max]", "headline=max", "resamples=40", "intervals=2"]
+    grid = [
+        "device=cpu",
+        "isolated=false",
+        "folds=2",
+        "seeds=[1]",
+        "models=[mean,max]",
+        "headline=max",
+        "resamples=40",
+        "intervals=2",
+    ]
     paths = [f"labels={cohort}/labels.csv", f"features=[{cohort}/bags]", f"output={output}", f"task={kind}"]
     return [*paths, *grid, *(f"training.{key}" for key in recipe), *more]
 

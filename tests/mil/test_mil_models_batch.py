@@ -46,6 +46,20 @@ def test_batches_are_one_bag_at_a_time(name: str, standardize: bool):
         assert not row[n:].any()
 
 
+@pytest.mark.parametrize("name", list(MODELS))
+def test_gradients_of_a_padded_batch_are_those_of_its_bags(name: str):
+    model = model_of(name)
+    sum(model(bag, places).logits.square().sum() for bag, places in zip(BAGS, COORDS, strict=True)).backward()
+    alone = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    padded, places = (torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in (BAGS, COORDS))
+    logits, attention = forward_padded(model, padded, LENGTHS, places)
+    assert attention.shape == (4, 19)
+    logits.square().sum().backward()
+    for key, gradient in alone.items():
+        torch.testing.assert_close(model.get_parameter(key).grad, gradient, rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("classes", [1, 2, 3])
 @pytest.mark.parametrize("name", list(MODELS))

@@ -177,7 +177,16 @@ def test_engine_tells_a_model_how_far_it_is(monkeypatch: pytest.MonkeyPatch):
 def test_benchmark_takes_options_and_recipes_of_single_models(make_cohort, tmp_path: Path):
     cohort = make_cohort()
     blocks = ["options={dtfd: {hidden: 8, distil: mas}}", "recipes={dtfd: {lr: 1e-3}, max: {epochs: 1}}"]
-    run = ["seeds=[1]", "folds=2", "training.epochs=2", "training.min_epochs=1", "device=cpu", "resamples=20", *blocks]
+    run = [
+        "seeds=[1]",
+        "folds=2",
+        "training.epochs=2",
+        "training.min_epochs=1",
+        "device=cpu",
+        "isolated=false",
+        "resamples=20",
+        *blocks,
+    ]
     paths = [f"labels={cohort}/labels.csv", f"features=[{cohort}/bags]", f"output={tmp_path}/out", "models=[max,dtfd]"]
     config = load_config(BenchmarkConfig, [*paths, *run])
     settings = model_settings(config)
