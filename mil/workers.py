@@ -66,7 +66,7 @@ def run_all(
         for job in jobs:
             yield job, _error(_on(work, devices[0] if devices else None), job)
         return
-    FORKS.set_forkserver_preload([_module_of(work)])  # heeded when the first process starts
+    FORKS.set_forkserver_preload([__name__, _module_of(work)])  # heeded when the first process starts
     places = [devices[i % len(devices)] if devices else None for i in range(min(workers, most))]
     pool = [_start(_on(work, device), device, threads) for device in places]
     try:

@@ -79,7 +79,9 @@ def read_runs(path: str | Path, task: Task) -> list[Finished]:
     for sides in runs.values():
         for side in sides.values():
             side.sort(key=lambda row: row["slide_id"])  # tests between models go slide by slide
-    return [_run(path, task, *place, **sides) for place, sides in runs.items()]
+    models = list(dict.fromkeys((feature_set, model) for feature_set, model, _, _ in runs))
+    in_order = sorted(runs, key=lambda place: (models.index(place[:2]), *place[2:]))
+    return [_run(path, task, *place, **runs[place]) for place in in_order]
 
 
 def _run(path: str | Path, task: Task, feature_set: str, model: str, seed: int, fold: int, val: Rows, test: Rows) -> Finished:
