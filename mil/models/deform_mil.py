@@ -94,7 +94,8 @@ class DeformMIL(nn.Module):
         heads: attention heads.
         points: sampled positions per tile, head and level.
         renormalise: see `SparseDeformAttn`.
-        step: level-0 pixels between neighbouring tiles; 0: the commonest distance in each bag.
+        step: level-0 pixels between neighbouring tiles; 0: the slide's, by its bag file or all of its tiles (`SlideCoords`); of
+            plain coords the commonest distance in each bag.
     """
 
     def __init__(
