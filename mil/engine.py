@@ -33,6 +33,7 @@ from common.seed import epoch_generator
 from mil.metrics import youden_threshold
 from mil.models import MILOutput, Target, build
 from mil.objectives import CLASSES, SURVIVAL, Objective
+from mil.ops.slide_coords import on_slide
 from mil.optim import OPTIMIZERS, SCHEDULES, lr_factor, make_optimizer
 from mil.prediction import is_streamed, predict, source_of
 from mil.prefetch import on_device, prefetch
@@ -87,7 +88,8 @@ class Sample:
             features = self.features.read() if tiles is None else self.features.rows(tiles)
         else:
             features = self.features if tiles is None else self.features[tiles]
-        return features, self.coords if tiles is None or self.coords is None else self.coords[tiles]
+        coords = None if self.coords is None else on_slide(self.coords)  # the grid is all tiles', whichever are drawn
+        return features, coords if tiles is None or coords is None else coords[tiles]
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Float32 features and coords on the device."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from common.errors import UserError
+from mil.datasets.bags import placed
 from mil.datasets.targets import NONE
 from mil.engine import Sample, examine, load_classifier
 from mil.figures import jpeg_uri, mark_tiles
@@ -126,7 +127,7 @@ def make_example(choice: Choice, checkpoint: Path, bag_file: Path, slide_file: P
         raise UserError(f"{bag_file}: expected coords (N, 2) to draw tiles, found none")
     device = torch.device("cpu")
     model, _ = load_classifier(checkpoint, device)
-    sample = Sample(choice.slide_id, torch.from_numpy(bag.features), torch.from_numpy(bag.coords), 0)
+    sample = Sample(choice.slide_id, torch.from_numpy(bag.features), placed(torch.from_numpy(bag.coords), bag.attributes), 0)
     attention = examine(model, sample, device).attention.numpy()
     rows = np.argsort(-attention, kind="stable")[:top]
     geometry = TileGeometry.from_attributes(bag.attributes, str(bag_file))

@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Int
 from torch import Tensor
 
 from common.errors import UserError
 from common.files import sha256_bytes
 from common.memory import free_memory
+from mil.ops.slide_coords import SlideCoords, on_slide
 from patch_encoder.bags import bag_digest, bag_files
+from patch_encoder.coordinates import FULL_GEOMETRY, TileGeometry
 from patch_encoder.stored_bags import StoredBag, check_finite, open_bag
 
 logger = logging.getLogger(__name__)
@@ -31,7 +34,7 @@ class Bags:
 
     Attributes:
         features: (N, D) each, float16 or float32 as stored; a StoredBag for those beyond the memory budget.
-        coords: (N, 2) int64 level-0 corners each, None where the file has none.
+        coords: (N, 2) int64 level-0 corners each, on their slide's grid (`SlideCoords`), None where the file has none.
         attributes: attributes of each file: tile geometry and provenance.
         dim: D.
     """
@@ -73,13 +76,25 @@ def load_bags(files: Mapping[str, Path], memory: int | None = None) -> Bags:
         budget -= 0 if held is None else bag.nbytes
         if _is_finite(bag, held, slide, problems):
             bags.features[slide] = bag if held is None else held
-            bags.coords[slide], bags.attributes[slide] = bag.coords, bag.attributes
+            bags.attributes[slide] = bag.attributes
+            bags.coords[slide] = None if bag.coords is None else placed(bag.coords, bag.attributes)
     if problems:
         raise UserError(_all_of(problems, len(files)))
     left = sum(isinstance(features, StoredBag) for features in bags.features.values())
     if left:
         logger.info("bags: %d of %d stay on disk and are read at every use (ram_gb)", left, len(files))
     return bags
+
+
+def placed(coords: Int[Tensor, "n 2"], attributes: Mapping[str, Any]) -> SlideCoords:
+    """A bag's coords on the grid that its attributes state; where these leave it open, the coords themselves decide."""
+    try:
+        geometry = TileGeometry.from_attributes(attributes, "")
+        step, side = geometry.step, max(0, geometry.patch_size_level0)
+    except (UserError, ValueError, TypeError, ArithmeticError):  # whoever reads tiles says what is wrong with their size
+        return on_slide(coords)
+    stated = "overlap" in attributes or FULL_GEOMETRY in attributes  # CLAM writes its patch size, but not its step
+    return on_slide(coords, step if stated else 0, side)
 
 
 def usable_bags(files: Mapping[str, Path]) -> dict[str, Path]:

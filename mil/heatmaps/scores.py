@@ -20,6 +20,7 @@ from torch import nn
 
 from common.errors import UserError
 from common.files import write_csv
+from mil.datasets.bags import placed
 from mil.engine import Sample, examine
 from mil.metrics import predict_class
 from mil.models import forward_bags
@@ -95,7 +96,7 @@ def score_bag(
     if bag.coords is None:
         raise UserError(f"{bag_file}: expected coords (N, 2) to place tiles, found none; extract the slide again")
     geometry = TileGeometry.from_attributes(bag.attributes, str(bag_file))
-    sample = Sample(slide_id, torch.from_numpy(bag.features), torch.from_numpy(bag.coords), 0)
+    sample = Sample(slide_id, torch.from_numpy(bag.features), placed(torch.from_numpy(bag.coords), bag.attributes), 0)
     output = examine(model, sample, device)
     attention, slide = output.attention.double().numpy(), output.logits.double().softmax(0).numpy()
     if not (np.isfinite(attention).all() and np.isfinite(slide).all()):
