@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from common.errors import UserError
-from mil.models import build
+from mil.models import MODELS, build
 from mil.models.abmil import ABMIL
 from mil.models.dropout import Dropout
 from mil.models.standardise import Standardised
@@ -99,6 +100,18 @@ def test_weights_start_xavier_normal_and_biases_zero():
     weight = ABMIL(400, 2).embed[0].weight
     assert abs(float(weight.detach().std()) - math.sqrt(2 / (400 + 512))) < 1e-3
     assert not model.embed[0].bias.any() and not model.head.bias.any()
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "deform_mil"])
+def test_every_linear_layer_starts_so(name: str):
+    torch.manual_seed(0)
+    model = build(name, 64, 3)
+    layers = {n: layer for n, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    assert layers
+    for layer in layers.values():
+        assert layer.bias is None or not layer.bias.any()
+        expected = math.sqrt(2 / sum(layer.weight.shape))
+        assert abs(float(layer.weight.detach().std()) / expected - 1) < 4 / math.sqrt(2 * layer.weight.numel())
 
 
 def test_standardised_uses_the_fitted_statistics_only():

@@ -118,6 +118,13 @@ def test_loss_is_bag_and_instance_loss(
     assert model.embed[0].weight.grad.any()  # tiles are not detached
 
 
+def test_published_sizes():
+    """The authors' small model: 790,791 parameters with two classes on 1,024 wide features."""
+    model = CLAM(1024, 2)
+    assert sum(p.numel() for p in model.parameters()) == 790_791
+    assert (model.instances, model.bag_weight, model.embed[2].dropped) == (8, 0.7, 64)
+
+
 def test_bags_smaller_than_the_number_of_instances_train():
     model = CLAM(6, 2, hidden=16, attention=8, instances=8).train()
     for n in (1, 3, 9):

@@ -103,6 +103,12 @@ def test_published_sizes():
     )
 
 
+def test_class_token_starts_normal():
+    torch.manual_seed(0)
+    token = TransMIL(8, 2).cls_token.detach()
+    assert token.shape == (1, 512) and abs(float(token.std()) - 1) < 0.15 and abs(float(token.mean())) < 0.15
+
+
 def test_ten_thousand_tiles_take_seconds():
     model, bag = TransMIL(64, 2, hidden=128).eval(), torch.randn(10_000, 64)
     start = time.perf_counter()
