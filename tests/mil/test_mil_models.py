@@ -130,6 +130,16 @@ def test_standardised_uses_the_fitted_statistics_only():
     assert {"mean", "std"} <= set(model.state_dict())
 
 
+def test_small_features_are_standardised_and_rounding_is_not():
+    values = torch.linspace(-1, 1, 50)[:, None]
+    model = Standardised(model_of("mean"), 6)
+    scale, shift = torch.tensor([1e-4, 1e-2, 1e-7, 1.0, 0.0, 3.0]), torch.tensor([0.0, 1.0, 100.0, 0.0, 5.0, -2.0])
+    model.fit([values * scale + shift])
+    expected = scale * float(values.std(correction=0))
+    expected[[2, 4]] = 1.0  # below the rounding of their mean
+    torch.testing.assert_close(model.std, expected, rtol=1e-3, atol=0.0)
+
+
 def test_dropout_keeps_the_expectation_and_stops_in_evaluation():
     torch.manual_seed(0)
     layer, ones = Dropout(0.25), torch.ones(400, 501)
