@@ -51,6 +51,10 @@ def test_smooth_svm_is_softplus_of_two_classes_and_hard_when_far_apart():
     assert float(smooth_top1_svm(near, torch.tensor([0]))) == pytest.approx(math.log1p(math.exp(1 - 0.5)), abs=1e-6)
     assert float(smooth_top1_svm(far, torch.tensor([0]))) == 0.0
     assert float(smooth_top1_svm(far, torch.tensor([1]))) == pytest.approx(8.0)
+    # far apart is in units of tau: 4 of 0.5 are 8, of 2 they are 2
+    middle = torch.tensor([[5.0, 1.0]])
+    assert float(smooth_top1_svm(middle, torch.tensor([0]), tau=0.5)) == 0.0
+    assert float(smooth_top1_svm(far, torch.tensor([0]), tau=2.0)) == pytest.approx(2 * math.log1p(math.exp(-3)), rel=1e-5)
     both = torch.cat([near, far])
     mean = (math.log1p(math.exp(0.5)) + 8.0) / 2
     assert float(smooth_top1_svm(both, torch.tensor([0, 1]))) == pytest.approx(mean, abs=1e-6)
