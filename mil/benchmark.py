@@ -60,6 +60,8 @@ class Config:
     task: str = key("classes", "classes; multilabel (a|b); ordinal (grades); cox or discrete (survival)", choices=TASKS)
     grades: list[str] = key([], "names of the grades from the lowest, for task=ordinal; empty: whole numbers")
     intervals: int = key(4, "intervals of time with about as many events each, for task=discrete")
+    # alpha of Zadeh and Schmid: -log S of the censored slides times 1 - alpha; 0 is the likelihood, 1 leaves them out
+    censored_alpha: float = key(0.0, "slides without an event weigh 1 - this in the loss, 0 to 1, for task=discrete")
     models: list[str] = key(["mean", "max", "abmil"], "slide classifiers", choices=tuple(MODELS))
     headline: str = key("abmil", "classifier whose figure stands for a feature set", choices=tuple(MODELS))
     seeds: list[int] = key([2024, 2025, 2026], "training seeds")
@@ -145,7 +147,7 @@ def model_settings(config: Config) -> dict[str, Settings]:
         options = check_options(model, config.options.get(model, {}))
         changes = config.recipes.get(model, {})
         recipe, dropout = resolve(model, config.training, config.dropout, given_keys(config), changes)
-        told = {"task": config.task, "intervals": config.intervals}
+        told = {"task": config.task, "intervals": config.intervals, "censored_alpha": config.censored_alpha}
         settings[model] = Settings(model, dropout, config.standardize, config.seeds[0], recipe, options, **told)
     return settings
 
@@ -156,9 +158,9 @@ def check_tasks(cohort: Cohort, settings: dict[str, Settings]) -> None:
     for name, one in settings.items():
         recipe = one.training
         for split in cohort.splits:
-            weighted = (recipe.label_smoothing, recipe.focal, recipe.class_weights)
+            weighted = (recipe.label_smoothing, recipe.focal, recipe.class_weights, one.intervals, one.censored_alpha)
             try:
-                check_recipe(recipe, make_objective(cohort.targets, split.train, *weighted, one.intervals), alone)
+                check_recipe(recipe, make_objective(cohort.targets, split.train, *weighted), alone)
             except UserError as error:
                 raise UserError(f"model {name}, split {split.fold}: {error}") from None
 

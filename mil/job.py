@@ -50,6 +50,7 @@ class Settings:
     options: dict[str, Any] = field(default_factory=dict)
     task: str = "classes"
     intervals: int = 4
+    censored_alpha: float = 0.0
 
     def network(self, dim: int, classes: int) -> dict[str, Any]:
         """What `build` needs for features of width `dim`."""
@@ -86,6 +87,13 @@ class Job:
         """The targets of any task."""
         return self.targets or Targets("classes", self.slides.classes, self.slides.target_of())
 
+    @property
+    def objective(self) -> Objective:
+        """The task with what it takes from the training slides."""
+        settings, recipe = self.settings, self.settings.training
+        weighted = (recipe.label_smoothing, recipe.focal, recipe.class_weights)
+        return make_objective(self.aims, self.split.train, *weighted, settings.intervals, settings.censored_alpha)
+
 
 def open_job(job: Job, world: World, *, overwrite: bool = False, tracker: Tracker | None = None) -> Run:
     """The job's run directory; `results` is set when it is finished.
@@ -104,10 +112,8 @@ def open_job(job: Job, world: World, *, overwrite: bool = False, tracker: Tracke
 
 def run_job(job: Job, run: Run, world: World) -> dict[str, Any]:
     """Train (or go on), predict validation and test slides, write predictions.csv and results.json; returns the latter."""
-    settings, classes, recipe = job.settings, job.slides.classes, job.settings.training
-    weighted = (recipe.label_smoothing, recipe.focal, recipe.class_weights)
-    task = make_objective(job.aims, job.split.train, *weighted, settings.intervals)
-    check_recipe(recipe, task, world)
+    settings, classes, task = job.settings, job.slides.classes, job.objective
+    check_recipe(settings.training, task, world)
     bags = cached_bags(job.files, job.features_digest, job.memory)
     train, val, test = (samples_of(bags, job, ids) for ids in (job.split.train, job.split.val, job.split.test))
     network = settings.network(bags.dim, task.outputs)

@@ -166,6 +166,8 @@ def has_its_example_slides(html: str, output: Path, kind: str) -> None:
         ("discrete", ["intervals=40"], "split 0: intervals=40: expected as many different event times"),
         ("ordinal", ["grades=[0,1,2]"], "expected one of the grades, found '3'"),
         ("multilabel", ["grades=[a,b]"], "task=multilabel: grades are of task=ordinal"),
+        ("discrete", ["censored_alpha=1.5"], "split 0: censored_alpha=1.5: expected a share"),
+        ("cox", ["censored_alpha=0.5"], "task=cox: censored_alpha is of task=discrete"),
         ("ordinal", ["training.focal=2.0"], "task=ordinal: label_smoothing and focal"),
     ],
 )
