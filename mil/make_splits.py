@@ -65,13 +65,6 @@ def settle(output: Path, splits: list[Split], slides: LabelledSlides, overwrite:
     return False
 
 
-def remove_others(output: Path, splits: list[Split]) -> None:
-    """Remove files of splits that are no longer made: a reader would take them for splits of the same draw."""
-    for number in set(numbered(output)) - {split.fold for split in splits}:
-        for suffix in ("", "_bool", "_descriptor"):
-            (output / f"splits_{number}{suffix}.csv").unlink(missing_ok=True)
-
-
 def report(splits: list[Split], slides: LabelledSlides) -> None:
     """One line a split: slides and patients of its sets."""
     for split in splits:
@@ -98,7 +91,6 @@ def main(config: Config) -> None:
     )
     if settle(output, splits, slides, config.overwrite):
         write_clam_splits(output, splits, slides)
-        remove_others(output, splits)
         write_json(
             output / "splits.json", {**identity(config), "labels_sha256": sha256_file(config.labels), "splits": len(splits)}
         )
