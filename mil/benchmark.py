@@ -94,8 +94,9 @@ class Config:
 
 def check(config: Config) -> None:
     """Refuse lists that no benchmark can be made of."""
-    folders = [str(Path(folder).resolve()) for folder in config.features]
-    for name, values in (("models", config.models), ("seeds", config.seeds), ("features", folders)):
+    folders = [Path(folder).resolve() for folder in config.features]
+    lists: dict[str, list[Any]] = {"models": config.models, "seeds": config.seeds, "features": folders}
+    for name, values in lists.items():
         twice = next((value for value in values if values.count(value) > 1), None)
         if twice is not None:
             raise UserError(f"{name}: expected each one once, found {twice} {values.count(twice)} times; leave the others out")
