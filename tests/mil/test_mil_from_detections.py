@@ -327,12 +327,12 @@ def test_what_is_no_benchmark_of_these_classes_is_refused(cohort: Path, tmp_path
 def test_refused_it_changes_nothing(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / "out"
     assert main(load_config(Config, arguments(cohort, output, "folds=3"))) == 0
-    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file() and path.name != "environment.json"}
+    files = [path for path in output.rglob("*") if path.is_file() and path.name != "environment.json"]
+    before = [path.read_bytes() for path in files]
     for more in (["folds=2"], ["folds=3", "top_k=2"]):
         assert run_script(main, Config, arguments(cohort, output, *more)) == 2
         assert "holds another run" in capsys.readouterr().err
-    now = {path: path.read_bytes() for path in output.rglob("*") if path.is_file() and path.name != "environment.json"}
-    assert now == before
+        assert [path.read_bytes() for path in files] == before, more
     assert run_script(main, Config, arguments(cohort, output, "folds=2", "overwrite=true")) == 0
     assert sorted(path.name for path in (output / "splits").iterdir()) == ["splits_0.csv", "splits_1.csv"]
     runs = evaluate.benchmark_runs(output)[0]
