@@ -63,7 +63,9 @@ class Config:
     # alpha of Zadeh and Schmid: -log S of the censored slides times 1 - alpha; 0 is the likelihood, 1 leaves them out
     censored_alpha: float = key(0.0, "slides without an event weigh 1 - this in the loss, 0 to 1, for task=discrete")
     models: list[str] = key(["mean", "max", "abmil"], "slide classifiers", choices=tuple(MODELS))
-    headline: str = key("abmil", "classifier whose figure stands for a feature set", choices=tuple(MODELS))
+    headline: str = key(
+        "", "classifier whose figure stands for a feature set; empty: abmil, without it the first", choices=("", *MODELS)
+    )
     seeds: list[int] = key([2024, 2025, 2026], "training seeds")
     options: dict[str, Any] = key({}, "options of models, {model: {name: value}}")
     recipes: dict[str, Any] = key({}, "changes of single models' recipes, {model: {training key: value}}")
@@ -91,6 +93,30 @@ class Config:
     isolated: bool = key(True, "train in processes of their own, which may crash; false: in this one (debugger)", runtime=True)
     threads: int = key(1, "CPU threads of each process", runtime=True)
     overwrite: bool = key(False, "train again what was trained with other settings or inputs", runtime=True)
+
+
+def check(config: Config) -> None:
+    """Refuse lists that no benchmark can be made of."""
+    folders = [Path(folder).resolve() for folder in config.features]
+    lists: dict[str, list[Any]] = {"models": config.models, "seeds": config.seeds, "features": folders}
+    for name, values in lists.items():
+        twice = next((value for value in values if values.count(value) > 1), None)
+        if twice is not None:
+            raise UserError(f"{name}: expected each one once, found {twice} {values.count(twice)} times; leave the others out")
+    if not config.models:
+        raise UserError("models: expected at least one slide classifier, found none; add models=[abmil, ...]")
+    if not config.seeds or not all(0 <= seed < 2**32 for seed in config.seeds):
+        raise UserError(f"seeds: expected at least one whole number in 0..2^32-1 and no other, found {config.seeds}")
+    if config.headline and config.headline not in config.models:
+        raise UserError(
+            f"headline={config.headline}: expected one of the models, {', '.join(config.models)}; add it to models or leave "
+            "headline out"
+        )
+
+
+def headline_of(config: Config) -> str:
+    """The classifier that stands for a feature set."""
+    return config.headline or ("abmil" if "abmil" in config.models else config.models[0])
 
 
 def feature_names(config: Config) -> dict[str, Path]:
@@ -211,7 +237,7 @@ def summarise_benchmark(config: Config, cohort: Cohort, jobs: list[Job]) -> None
     finished = [read_finished(job.output, job.output.parents[1].name, task) for job in done]
     write_predictions(output, finished)
     summary = write_evaluation(output, finished, task, config.resamples, config.split_seed, config.xlsx)
-    feature_sets = add_headline(summary, encoder_costs(config, cohort.files), config.headline, task.headline)
+    feature_sets = add_headline(summary, encoder_costs(config, cohort.files), headline_of(config), task.headline)
     protocol = {
         "name": "files" if config.splits else config.protocol,
         "folds": len({run.test.fold for run in finished}),
@@ -226,10 +252,11 @@ def summarise_benchmark(config: Config, cohort: Cohort, jobs: list[Job]) -> None
     }
     protocol |= {"runs": len(finished), "runs_missing": len(jobs) - len(finished)}
     content = {
+        "runs": {"seeds": config.seeds, "folds": [split.fold for split in cohort.splits]},
         "task": config.task,
         "metric": task.headline,
         "feature_sets": feature_sets,
-        "headline": config.headline,
+        "headline": headline_of(config),
         "models": config.models,
         "classes": list(names),
     }
@@ -275,18 +302,24 @@ def name_of(job: Job) -> str:
 
 
 def unfinished(config: Config, cohort: Cohort, jobs: list[Job]) -> list[int]:
-    """Numbers of the jobs that have no result; writes what belongs to the whole benchmark and opens every run directory."""
+    """Numbers of the jobs that have no result; opens every run directory, then writes what belongs to the whole benchmark."""
     output = Path(config.output)
+    world = World(0, 1, pick_device(config.device))
+    if config.overwrite:
+        (output / "summary.json").unlink(missing_ok=True)  # the runs it speaks of are trained again, on other splits perhaps
+    # those that are there first: one of another benchmark is refused before anything is written
+    there_first = sorted(range(len(jobs)), key=lambda number: not jobs[number].output.is_dir())
+    opened = {number: open_job(jobs[number], world, overwrite=config.overwrite) for number in there_first}
+    pending = [number for number in range(len(jobs)) if opened[number].results is None]
     write_splits(output / "splits", cohort.splits)
     write_text(output / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
-    world = World(0, 1, pick_device(config.device))
-    pending = [i for i, job in enumerate(jobs) if open_job(job, world, overwrite=config.overwrite).results is None]
     slides = len(cohort.slides.records)
     logger.info("benchmark: %d slides, %d trainings, %d finished already", slides, len(jobs), len(jobs) - len(pending))
     return pending
 
 
 def main(config: Config) -> int:
+    check(config)
     ranks = join()
     if ranks and config.devices:
         raise UserError("devices: expected none under torchrun, whose processes have a GPU each; leave it out")

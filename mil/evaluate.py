@@ -20,6 +20,7 @@ from common.cli import launch
 from common.config import key
 from common.errors import UserError
 from common.files import read_json
+from mil.benchmark_folder import run_folders
 from mil.evaluation.operating import Held, threshold_for
 from mil.evaluation.prediction_files import class_order, read_runs, read_table
 from mil.evaluation.tables import markdown, screening_rows, write_evaluation
@@ -55,8 +56,7 @@ def benchmark_runs(folder: Path) -> tuple[list[Finished], Task]:
     finished = []
     for name in summary["feature_sets"]:
         for model in summary["models"]:
-            found = [read_finished(p.parent, name, task) for p in (folder / "runs" / name / model).glob("*/results.json")]
-            finished += sorted(found, key=lambda run: (run.seed, run.test.fold))
+            finished += [read_finished(path, name, task) for path in run_folders(folder, summary, name, model)]
     if not finished:
         raise UserError(f"{folder}: expected finished runs below runs/, found none")
     return finished, task

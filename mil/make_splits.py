@@ -3,9 +3,10 @@
     python -m mil.make_splits labels=cohort/labels.csv output=cohort/splits folds=5
     python -m mil.train ... splits=cohort/splits fold=0
 
-Stratified by label and drawn by patient; `inner_folds=4` nests a cross-validation in every outer fold, `repeats=3` draws
-the folds three times, `protocol=fixed` takes the official test set. Files that are there are never remade: other ones
-are an error that names the first difference, unless `overwrite=true`. `check=true` makes nothing and checks `output`.
+Stratified by label (by event, grade or a slide's rarest label with the `task=` of the training) and drawn by patient;
+`inner_folds=4` nests a cross-validation in every outer fold, `repeats=3` draws the folds three times, `protocol=fixed` takes
+the official test set. Files that are there are never remade: other ones are an error that names the first difference, unless
+`overwrite=true`. `check=true` makes nothing and checks `output`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from common.config import REQUIRED, identity, key
 from common.errors import UserError
 from common.files import sha256_file, write_json
 from mil.datasets.bags import find_bags
-from mil.datasets.labels import LabelledSlides, read_labelled_slides
+from mil.datasets.labels import LabelledSlides
+from mil.datasets.targets import read_targets
+from mil.objectives import TASKS
 from mil.split_files import checked_splits, known_slides, numbered, stored_splits, write_clam_splits
 from mil.splits import PROTOCOLS, SETS, Split, make_splits, split_values
 
@@ -30,9 +33,11 @@ logger = logging.getLogger(__name__)
 class Config:
     """Keys of the splits."""
 
-    labels: str = key(REQUIRED, "labels.csv: case_id,slide_id,label (and split)", path=True)
+    labels: str = key(REQUIRED, "labels.csv: case_id,slide_id,label (and split); time,event for survival", path=True)
     output: str = key(REQUIRED, "folder that gets splits_<k>.csv", runtime=True)
     features: list[str] = key([], "folders of feature bags that every slide has to be in; empty: not looked at", path=True)
+    task: str = key("classes", "classes; multilabel (a|b); ordinal (grades); cox or discrete (survival)", choices=TASKS)
+    grades: list[str] = key([], "names of the grades from the lowest, for task=ordinal; empty: whole numbers")
     protocol: str = key("cv", "cv: stratified folds by patient; fixed: the split column of labels.csv", choices=PROTOCOLS)
     folds: int = key(5, "number of test folds, for protocol=cv")
     inner_folds: int = key(0, "validation folds within every outer fold (nested CV); 0: one validation set of val_fraction")
@@ -65,13 +70,6 @@ def settle(output: Path, splits: list[Split], slides: LabelledSlides, overwrite:
     return False
 
 
-def remove_others(output: Path, splits: list[Split]) -> None:
-    """Remove files of splits that are no longer made: a reader would take them for splits of the same draw."""
-    for number in set(numbered(output)) - {split.fold for split in splits}:
-        for suffix in ("", "_bool", "_descriptor"):
-            (output / f"splits_{number}{suffix}.csv").unlink(missing_ok=True)
-
-
 def report(splits: list[Split], slides: LabelledSlides) -> None:
     """One line a split: slides and patients of its sets."""
     for split in splits:
@@ -82,7 +80,8 @@ def report(splits: list[Split], slides: LabelledSlides) -> None:
 
 def main(config: Config) -> None:
     output = Path(config.output)
-    slides = read_labelled_slides(config.labels, split_values(config.protocol, config.subset), config.positive)
+    values = split_values(config.protocol, config.subset)
+    slides, _ = read_targets(config.labels, config.task, values, config.positive, config.grades)
     if config.check:
         splits = stored_splits(output)
         slides = known_slides(output, splits, slides)
@@ -98,7 +97,6 @@ def main(config: Config) -> None:
     )
     if settle(output, splits, slides, config.overwrite):
         write_clam_splits(output, splits, slides)
-        remove_others(output, splits)
         write_json(
             output / "splits.json", {**identity(config), "labels_sha256": sha256_file(config.labels), "splits": len(splits)}
         )

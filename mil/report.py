@@ -23,6 +23,7 @@ from common.errors import UserError
 from common.files import read_json, write_json, write_text
 from mil.ablation_figure import read_ablation
 from mil.ablation_rows import signed
+from mil.benchmark_folder import run_folders
 from mil.evaluation.risk_groups import risk_groups
 from mil.evaluation.tables import title
 from mil.evaluation.task_pictures import grade_figure, label_figure, survival_figure
@@ -83,9 +84,9 @@ def read_runs(benchmark: Path, summary: dict[str, Any], task: Task) -> dict[str,
     """Finished runs of the headline classifier, by feature set, in order of seed and fold."""
     runs: dict[str, list[Finished]] = {}
     for name in summary["feature_sets"]:
-        folders = sorted(path.parent for path in (benchmark / "runs" / name / summary["headline"]).glob("*/results.json"))
+        folders = run_folders(benchmark, summary, name, summary["headline"])
         runs[name] = [read_finished(folder, name, task) for folder in folders]
-    return {name: sorted(found, key=lambda run: (run.seed, run.test.fold)) for name, found in runs.items() if found}
+    return {name: found for name, found in runs.items() if found}
 
 
 def read_stages(path: str) -> list[dict[str, Any]]:

@@ -21,9 +21,12 @@ from mil.splits import SETS, Split, check_split, named, patients_per_class
 
 
 def write_splits(folder: Path, splits: Sequence[Split]) -> None:
-    """One `splits_<fold>.csv` a fold."""
+    """One `splits_<fold>.csv` a fold, and no others: a reader would take them for splits of the same draw."""
     for split in splits:
         write_csv(folder / f"splits_{split.fold}.csv", SETS, _columns(split))
+    for number in set(numbered(folder)) - {split.fold for split in splits}:
+        for suffix in ("", "_bool", "_descriptor"):
+            (folder / f"splits_{number}{suffix}.csv").unlink(missing_ok=True)
 
 
 def write_clam_splits(folder: Path, splits: Sequence[Split], slides: LabelledSlides) -> None:

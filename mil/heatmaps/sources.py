@@ -10,6 +10,7 @@ from typing import Any
 from common.checkpoint import load_checkpoint
 from common.errors import UserError, did_you_mean
 from common.files import read_json
+from mil.benchmark_folder import run_folders
 from mil.job import read_predictions
 from mil.metrics import Predictions
 
@@ -114,7 +115,7 @@ def from_benchmark(folder: Path, feature_set: str, model: str, seed: int | None)
     name = _choice("feature_set", feature_set, list(summary["feature_sets"]), next(iter(summary["feature_sets"])))
     chosen = _choice("model", model, summary["models"], summary["headline"])
     grid = folder / "runs" / name / chosen
-    folders = sorted((path.parent for path in grid.glob("seed*_fold*/results.json")), key=_place)
+    folders = run_folders(folder, summary, name, chosen)
     seeds = sorted({_place(path)[0] for path in folders})
     if not folders or (seed is not None and seed not in seeds):
         raise UserError(f"{grid}: expected finished runs{f' of seed {seed}' if seed is not None else ''}, found seeds {seeds}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import h5py
@@ -15,10 +16,12 @@ from common.cli import run as run_script
 from common.config import load_config
 from common.errors import UserError
 from detection_kd.datasets.slide_detections import Found, coco_document
+from mil import evaluate, make_splits
 from mil.benchmark import Config as BenchmarkConfig
 from mil.benchmark import main as run_benchmark
 from mil.datasets.detections import SlideDetections, find_detections, read_all, read_detections, slide_vector, tile_channels
 from mil.from_detections import Config, Settings, fit, main, probabilities
+from mil.split_files import stored_splits
 from patch_encoder.bags import read_bag, write_bag
 from patch_encoder.coordinates import Coordinates, TileGeometry
 from tests.mil.conftest import SIDE, geometry
@@ -178,8 +181,9 @@ def test_rows_stand_in_the_benchmarks_table(cohort: Path, tmp_path: Path, capsys
     assert summary["bags"]["dim"] == 8 and "detections" in capsys.readouterr().out
     results = json.loads((tmp_path / "out/runs/detections/topk/seed2024_fold0/results.json").read_text())
     said = [r for r in read_csv(tmp_path / "out/runs/detections/topk/seed2024_fold0/predictions.csv") if r["split"] == "test"]
-    squares = [2 * (float(r["prob_pos"]) - (r["label"] == "pos")) ** 2 for r in said]
-    assert results["test"]["brier"] == pytest.approx(np.mean(squares))
+    squares = [(float(r["prob_pos"]) - (r["label"] == "pos")) ** 2 for r in said]
+    row = next(row for row in rows if (row["model"], row["fold"]) == ("topk", "0"))
+    assert results["test"]["brier"] == float(row["brier"]) == pytest.approx(np.mean(squares))
 
 
 def test_started_again_it_does_nothing_and_other_detections_are_refused(
@@ -242,11 +246,115 @@ def test_wrong_numbers_are_one_line(cohort: Path, tmp_path: Path, wrong: str, me
 
 def test_a_benchmark_of_other_slides_is_refused(cohort: Path, tmp_path: Path):
     (tmp_path / "mil" / "splits").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"summary.json: expected a finished benchmark's summary, found no file"):
+        main(load_config(Config, arguments(cohort, tmp_path / "out", f"benchmark={tmp_path}/mil")))
+    (tmp_path / "mil" / "summary.json").write_text(json.dumps({"classes": ["neg", "pos"], "feature_sets": {}, "models": []}))
     with pytest.raises(UserError, match=r"expected splits_0.csv"):
         main(load_config(Config, arguments(cohort, tmp_path / "out", f"benchmark={tmp_path}/mil")))
     (tmp_path / "mil" / "splits" / "splits_0.csv").write_text("train,val,test\ns00,s01,x9\n")
-    with pytest.raises(UserError, match="its split 0 holds slide x9"):
+    with pytest.raises(UserError, match="1 of 3 slides have no row in labels.csv: x9"):
         main(load_config(Config, arguments(cohort, tmp_path / "out", f"benchmark={tmp_path}/mil")))
     (tmp_path / "mil" / "splits" / "splits_0.csv").write_text("train,test\ns00,s01\n")
     with pytest.raises(UserError, match="expected the columns train, val, test"):
         main(load_config(Config, arguments(cohort, tmp_path / "out", f"benchmark={tmp_path}/mil")))
+
+
+def made_benchmark(cohort: Path, output: Path, *more: str) -> Path:
+    small = ["models=[mean]", "seeds=[1]", "training.epochs=1", "training.min_epochs=1", "resamples=20", "device=cpu"]
+    base = [f"labels={cohort}/labels.csv", f"features=[{cohort}/bags]", f"output={output}", "folds=2"]
+    assert run_benchmark(load_config(BenchmarkConfig, [*base, *small, *more])) == 0
+    return output
+
+
+def places(output: Path) -> list[tuple[str, ...]]:
+    keys = ("feature_set", "model", "seed", "fold")
+    return [tuple(row[key] for key in keys) for row in read_csv(output / "results.csv")]
+
+
+def test_the_classes_are_the_benchmarks(cohort: Path, tmp_path: Path):
+    """With its other positive class the benchmark's rows are those of its own table."""
+    mil = made_benchmark(cohort, tmp_path / "mil", "positive=neg")
+    beside = arguments(cohort, tmp_path / "out", f"benchmark={mil}")
+    with pytest.raises(UserError, match="positive=pos: expected 'neg', the positive class of .*mil, whose cuts"):
+        main(load_config(Config, [*beside, "positive=pos"]))
+    assert main(load_config(Config, beside)) == 0
+    rows = read_csv(tmp_path / "out" / "results.csv")
+    assert rows[:2] == read_csv(mil / "results.csv") and len(rows) == 2 + 4
+    said = read_csv(tmp_path / "out/runs/detections/topk/seed2024_fold0/predictions.csv")
+    cut = json.loads((tmp_path / "out/runs/detections/topk/seed2024_fold0/results.json").read_text())["threshold"]
+    assert all((row["predicted"] == "neg") == (float(row["prob_neg"]) >= cut) for row in said)
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["classes"] == ["pos", "neg"]
+    assert main(load_config(Config, [*beside, "positive=neg"])) == 0
+
+
+def test_rows_of_before_are_not_the_benchmarks(cohort: Path, tmp_path: Path):
+    mil = made_benchmark(cohort, tmp_path / "mil", "folds=3", "seeds=[1,2]")
+    made_benchmark(cohort, mil, "overwrite=true")
+    shutil.copytree(mil / "runs" / "bags" / "mean", mil / "runs" / "bags" / "max")
+    (mil / "splits" / "splits_2.csv").write_bytes((mil / "splits" / "splits_0.csv").read_bytes())  # as older ones left it
+    assert main(load_config(Config, arguments(cohort, tmp_path / "out", f"benchmark={mil}"))) == 0
+    own = [("detections", model, "2024", fold) for model in ("topk", "logistic") for fold in "01"]
+    assert places(tmp_path / "out") == [("bags", "mean", "1", "0"), ("bags", "mean", "1", "1"), *own]
+    assert len(list((tmp_path / "out" / "splits").iterdir())) == 2
+    tests = {(row["feature_set_a"], row["feature_set_b"]) for row in read_csv(tmp_path / "out" / "delong.csv")}
+    assert ("bags", "detections") in tests
+
+
+def test_a_benchmark_whose_splits_are_not_its_runs_is_refused(cohort: Path, tmp_path: Path):
+    mil = made_benchmark(cohort, tmp_path / "mil")
+    files = [mil / "splits" / f"splits_{fold}.csv" for fold in (0, 1)]
+    first, second = (path.read_text() for path in files)
+    files[0].write_text(second)
+    files[1].write_text(first)
+    with pytest.raises(UserError, match="found other test slides in fold 0 of bags/mean; start mil.benchmark on it again"):
+        main(load_config(Config, arguments(cohort, tmp_path / "out", f"benchmark={mil}")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_benchmark_of_these_classes_is_refused(cohort: Path, tmp_path: Path):
+    mil = tmp_path / "mil"
+    (mil / "splits").mkdir(parents=True)
+    (mil / "splits" / "splits_0.csv").write_text("train,val,test\ns00,s01,s02\n")
+    for summary, message in (
+        ({"task": "cox", "classes": []}, "expected a benchmark of task=classes, found task=cox"),
+        ({"classes": ["neg", "other"]}, "slide s01: expected a class of .*mil, neg, other, found 'pos'"),
+    ):
+        (mil / "summary.json").write_text(json.dumps({"feature_sets": {}, "models": [], **summary}))
+        with pytest.raises(UserError, match=message):
+            main(load_config(Config, arguments(cohort, tmp_path / "out", f"benchmark={mil}")))
+
+
+def test_refused_it_changes_nothing(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    output = tmp_path / "out"
+    assert main(load_config(Config, arguments(cohort, output, "folds=3"))) == 0
+    files = [path for path in output.rglob("*") if path.is_file() and path.name != "environment.json"]
+    before = [path.read_bytes() for path in files]
+    for more in (["folds=2"], ["folds=3", "top_k=2"]):
+        assert run_script(main, Config, arguments(cohort, output, *more)) == 2
+        assert "holds another run" in capsys.readouterr().err
+        assert [path.read_bytes() for path in files] == before, more
+    assert run_script(main, Config, arguments(cohort, output, "folds=2", "overwrite=true")) == 0
+    assert sorted(path.name for path in (output / "splits").iterdir()) == ["splits_0.csv", "splits_1.csv"]
+    runs = evaluate.benchmark_runs(output)[0]
+    assert [("detections", run.model, str(run.seed), str(run.test.fold)) for run in runs] == places(output)
+
+
+def test_stored_splits_are_taken(cohort: Path, tmp_path: Path):
+    folder = tmp_path / "splits"
+    make_splits.main(load_config(make_splits.Config, [f"labels={cohort}/labels.csv", f"output={folder}", "folds=3", "seed=8"]))
+    assert main(load_config(Config, arguments(cohort, tmp_path / "out", f"splits={folder}"))) == 0
+    assert stored_splits(tmp_path / "out" / "splits") == stored_splits(folder)
+    tested = {(row["fold"], row["slide_id"]) for row in read_csv(tmp_path / "out" / "predictions.csv")}
+    assert tested == {(str(split.fold), slide) for split in stored_splits(folder) for slide in split.test}
+    text = (folder / "splits_1.csv").read_text()
+    split = stored_splits(folder)[1]
+    (folder / "splits_1.csv").write_text(text.replace(split.test[0], "lost"))
+    with pytest.raises(UserError, match="1 of 25 slides have no row in labels.csv: lost"):
+        main(load_config(Config, arguments(cohort, tmp_path / "other", f"splits={folder}")))
+    (folder / "splits_1.csv").write_text("train,val,test\ns00,s01,s04\ns05,s02,s07\n")  # s00 and s02 are one patient's
+    with pytest.raises(UserError, match="split 1: case 'case00' is in train and in val"):
+        main(load_config(Config, arguments(cohort, tmp_path / "other", f"splits={folder}")))
+    with pytest.raises(UserError, match="expected either benchmark=<folder>, whose splits are taken, or splits=<folder>"):
+        main(load_config(Config, arguments(cohort, tmp_path / "other", f"splits={folder}", f"benchmark={folder}")))
+    with pytest.raises(UserError, match="expected another folder than the benchmark's"):
+        main(load_config(Config, arguments(cohort, folder, f"benchmark={folder}")))

@@ -14,9 +14,13 @@ from common.config import load_config
 from common.errors import UserError
 from mil import benchmark, make_splits, train
 from mil.datasets.labels import LabelledSlides
-from mil.split_files import checked_splits, known_slides, stored_splits, write_clam_splits
+from mil.split_files import checked_splits, known_slides, stored_splits, write_clam_splits, write_splits
 from mil.splits import SETS, Split
 from patch_encoder.cohort import SlideRecord
+from tests.mil.task_cohorts import COHORTS, rewrite
+
+EVENTS = ["censored", "event"]
+STRATA = {"multilabel": ["-", "a", "b"], "ordinal": list("0123"), "cox": EVENTS, "discrete": EVENTS}
 
 
 def cohort(patients: int = 24) -> LabelledSlides:
@@ -167,3 +171,37 @@ def test_train_and_benchmark_read_them_back(make_cohort, tmp_path: Path, capsys:
     capsys.readouterr()
     assert run_script(benchmark.main, benchmark.Config, bench) == 2
     assert "1 of 24 slides have no row in labels.csv: lost" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", list(COHORTS))
+def test_splits_of_every_task_are_those_its_trainings_draw(
+    make_cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+):
+    root, folder = rewrite(make_cohort(slides=32), kind), tmp_path / "splits"
+    made = [f"labels={root}/labels.csv", f"output={folder}", "folds=3", "seed=6", f"task={kind}"]
+    assert run_script(make_splits.main, make_splits.Config, made) == 0
+    small = [f"labels={root}/labels.csv", f"task={kind}", "training.accumulate=4", "folds=3", "split_seed=6", "fold=1"]
+    one = [*small, f"features={root}/bags", f"output={tmp_path}/run"]
+    drawn = train.build_job(load_config(train.Config, one)).split
+    assert stored_splits(folder)[1] == drawn
+    stored = train.build_job(load_config(train.Config, [*one, f"splits={folder}", "split_seed=7"])).split
+    assert stored == drawn
+    described = pd.read_csv(folder / "splits_1_descriptor.csv", index_col=0)
+    assert described.index.astype(str).tolist() == STRATA[kind] and (described[list(SETS)] > 0).all(axis=None)
+    assert run_script(make_splits.main, make_splits.Config, [*made, "check=true"]) == 0
+    case_of = {row["slide_id"]: row["case_id"] for row in read(root / "labels.csv")}
+    moved = next(s for s in drawn.train if list(case_of.values()).count(case_of[s]) == 2)
+    leaky = Split(1, tuple(s for s in drawn.train if s != moved), drawn.val, (*drawn.test, moved))
+    write_splits(folder, [leaky])
+    capsys.readouterr()
+    assert run_script(make_splits.main, make_splits.Config, [*made, "check=true"]) == 2
+    assert f"split 1: case '{case_of[moved]}' is in train and in test" in capsys.readouterr().err
+
+
+def test_named_grades_need_their_order(make_cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    root = make_cohort()
+    made = [f"labels={root}/labels.csv", f"output={tmp_path}/splits", "folds=2", "task=ordinal"]
+    assert run_script(make_splits.main, make_splits.Config, made) == 2
+    assert "name the grades from the lowest with grades=[...]" in capsys.readouterr().err
+    assert run_script(make_splits.main, make_splits.Config, [*made, "grades=[pos,neg]"]) == 0
+    assert pd.read_csv(tmp_path / "splits" / "splits_0_descriptor.csv", index_col=0).index.tolist() == ["pos", "neg"]

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -47,7 +48,8 @@ def finished(make_cohort, tmp_path: Path) -> Path:
         "resamples=50",
         "models=[mean,abmil]",
     ]
-    sources = [f"labels={cohort}/labels.csv", f"features=[{cohort}/bags,{cohort}/bags]", "names=[teacher,<student>]"]
+    shutil.copytree(cohort / "bags", cohort / "more")
+    sources = [f"labels={cohort}/labels.csv", f"features=[{cohort}/bags,{cohort}/more]", "names=[teacher,<student>]"]
     assert benchmark.main(load_config(benchmark.Config, [*sources, f"output={tmp_path}/bench", *small])) == 0
     return cohort
 
