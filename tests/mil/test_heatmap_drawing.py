@@ -23,6 +23,7 @@ from mil.heatmaps.scores import TileScores, percentile_ranks
 from mil.heatmaps.settings import Drawing, check_drawing, picture_side
 from mil.heatmaps.slide import make_heat, tiles_for_half
 from mil.metrics import Predictions
+from mil.tasks import classification
 from patch_encoder.captions import caption_font, round_length, said_length
 from patch_encoder.coordinates import Coordinates, TileGeometry
 from patch_encoder.slides import open_slide
@@ -216,7 +217,7 @@ def test_sizes_and_settings(tmp_path: Path) -> None:
         ({"mpp": -1.0}, "more than 0"),
     ):
         with pytest.raises(UserError, match=words):
-            check_drawing(Drawing(**changed), ("a", "b"))
+            check_drawing(Drawing(**changed), classification(("a", "b")))
 
 
 def predictions(seed: int = 0, classes: int = 2, slides: int = 120) -> Predictions:
