@@ -95,7 +95,7 @@ def choose_slides(runs: Sequence[Finished], task: Task, each: int) -> list[Group
 def _once(said: Iterable[tuple[float, Choice]], calls: bool = True) -> list[tuple[float, Choice]]:
     """One entry a slide: what most of its runs call it (of equally many the first), shown by the first run that does.
 
-    The confidence is the mean over the runs that call it so; risks are called nothing, their places are averaged over all.
+    The confidence is the mean over all runs, 0 for those that call it something else; of risks it is the mean place.
     """
     tested: dict[str, list[tuple[float, Choice]]] = {}
     for item in said:
@@ -107,7 +107,7 @@ def _once(said: Iterable[tuple[float, Choice]], calls: bool = True) -> list[tupl
             continue
         most = Counter(choice.called for _, choice in items).most_common(1)[0][0]
         agreed = [item for item in items if item[1].called == most] if calls else items
-        sure, first = float(np.mean([sure for sure, _ in agreed])), agreed[0][1]
+        sure, first = sum(sure for sure, _ in agreed) / len(items), agreed[0][1]
         count = (
             f"{len(agreed)} of {len(items)} runs say so" if calls else f"{100 * sure:.0f} % on average over {len(items)} runs"
         )

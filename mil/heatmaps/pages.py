@@ -132,7 +132,7 @@ def task_figures(source: Source) -> tuple[dict[str, Any], list[Figure]]:
         curves = svg_uri(label_figure({source.runs[0].model: source.runs}, task.classes))
         return {}, [Figure(curves, "ROC by label", "test slides, mean over the runs that have slides of both kinds.", True)]
     counts = figures.confusion_counts(tests, len(task.classes), task.kind == "ordinal")
-    says = {"binary": "at the threshold of the validation slides; ", "ordinal": "called: the median grade; "}.get(task.kind, "")
+    says = "at the threshold of the validation slides; " if task.kind == "binary" else ""
     confusion = Figure(figures.confusion_figure(counts, task.classes), "Confusion", f"{says}per cent of the label.{each}")
     if task.kind == "ordinal":
         return {"counts": counts.tolist()}, [confusion]
@@ -164,13 +164,12 @@ def write_pages(
     numbers = cohort_figures(source)
     task = source.task
     judged = task.classes[1:] if task.kind == "binary" else columns(task)
-    common = {"title": title, "task": task, "survival": task.kind in SURVIVAL, "version": __version__}
+    common = {"title": title, "task": task, "survival": task.kind in SURVIVAL, "judged": judged, "version": __version__}
     common |= {"date": time.strftime("%Y-%m-%d")}
     page = made.get_template("heat_index.html.j2").render(
         rows=listed,
         figures=numbers,
         model=source.title,
-        judged=judged,
         runs=len(source.runs),
         most=max(len(slide.runs) for slide in source.slides),
         statuses=Counter(row["status"] for row in listed),

@@ -197,6 +197,11 @@ def _check_prediction(judged: Judged, scores: TileScores, names: Sequence[str]) 
 
 def verdict(judged: Judged, scores: TileScores, task: Task) -> str:
     """What the model that the slide is drawn by makes of it: `label tumour, called normal (0.81)`, `event at 9, risk 0.3`."""
+    told = _told(judged, scores, task)
+    return f"{told}, fold {judged.fold}" if judged.others else told
+
+
+def _told(judged: Judged, scores: TileScores, task: Task) -> str:
     if task.kind in SURVIVAL:
         return ", ".join(filter(None, [judged.label, f"risk {scores.slide[0]:.3g}"]))
     if task.kind == "multilabel":

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,9 @@ def test_the_surest_error_comes_first() -> None:
     assert [row["slide"] for row in listed] == ["S4", "S2", "S1", "S3", "S0"]
     assert [row["status"] for row in listed] == ["failed", "wrong", "wrong", "right", "right"]
     assert listed[1]["miss"] == pytest.approx(1.9) and listed[4]["miss"] == pytest.approx(0.1)
+    others = judged(5, 0.2, True, 1), judged(5, 0.9, True, 2)
+    (twice,) = rows(source([replace(judged(5, 0.1, True), others=others)]), {}, {})
+    assert (twice["status"], twice["votes"], twice["fold"]) == ("wrong", 2, 0) and twice["said"]["tumour"] == pytest.approx(0.4)
     unlabelled = Judged("x", "", "", "", (), None, "", Path("w.pt"))
     row = rows(Source(classification(CLASSES), "bags", [unlabelled], [], "abmil"), {}, {})[0]
     assert (row["status"], row["miss"], row["drawn"]) == ("unknown", -1.0, False)
