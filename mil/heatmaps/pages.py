@@ -126,7 +126,8 @@ def task_figures(source: Source) -> tuple[dict[str, Any], list[Figure]]:
     each = " Every slide counts once for each run that tests it." if again > 1 else ""
     if task.kind in SURVIVAL:
         curves = svg_uri(survival_figure({source.runs[0].model: risk_groups(source.runs)}))
-        says = "test patients above and below the median risk of the validation patients (in most of the runs that test them)."
+        most = ", in most of the runs that test them" if again > 1 else ""
+        says = f"test patients above and below the median risk of the validation patients{most}."
         return {}, [Figure(curves, "Survival of the risk halves", says, True)]
     if task.kind == "multilabel":
         curves = svg_uri(label_figure({source.runs[0].model: source.runs}, task.classes))
