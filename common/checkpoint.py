@@ -22,8 +22,13 @@ from common.seed import rng_state, set_rng_state
 def save_checkpoint(path: str | Path, *, model: dict[str, Any], config: dict[str, Any], epoch: int, **state: Any) -> None:
     """Write a checkpoint atomically; `state` takes `best`, `optimizer`, `scheduler`, `scaler` state dicts."""
     content = {"model": model, "config": config, "epoch": epoch, "rng": rng_state(), **state}
-    with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+    save_tensors(path, content)
+
+
+def save_tensors(path: str | Path, content: Any) -> None:
+    """`torch.save`, atomically; the same content is the same bytes: given a path, torch would put the file's name inside."""
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        torch.save(content, stream)
 
 
 def load_tensors(path: str | Path, what: str) -> Any:

@@ -40,6 +40,11 @@ def init_distributed(device: str) -> World:
     return World(dist.get_rank(), size, chosen)
 
 
+def local_processes() -> int:
+    """Processes of torchrun on this machine; without it one."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def shutdown() -> None:
     """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():

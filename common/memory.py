@@ -1,8 +1,9 @@
-"""The peak memory of this process alone, and what becomes of the memory that it frees."""
+"""Memory: the peak of this process alone, what is free for it, and what becomes of what it frees."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import resource
 import sys
@@ -24,6 +25,45 @@ def peak_memory() -> int:
         return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process may still take: what the machine has free, within every limit that it is under (a container's,
+    a batch system's job and the groups above it; control groups of version 1 and 2)."""
+    try:
+        lines = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+        entries = [line.split(":", 2) for line in (proc / "self" / "cgroup").read_text().splitlines()]
+    except (OSError, KeyError):  # another system
+        return _physical_memory()
+    for number, controllers, name in entries:
+        if number == "0":
+            root, files = groups, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root, files = groups / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        place = root / name.lstrip("/")
+        for folder in (place, *place.parents):
+            if folder == root or root in folder.parents:
+                free = min(free, _left_in(folder, *files))
+    return free
+
+
+def _left_in(folder: Path, limit: str, used: str, inactive: str) -> int:
+    """Limit less use of a control group; pages of files that the kernel would drop are not in use."""
+    try:
+        most = (folder / limit).read_text().strip()
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        taken = int((folder / used).read_text()) - int(stat.get(inactive, 0))
+    except OSError:  # the root has no limit, and a container may not see the groups above its own
+        return sys.maxsize
+    return sys.maxsize if most == "max" else max(0, int(most) - taken)
+
+
+def _physical_memory() -> int:
+    """Half of what the machine has, where nothing says what is free."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def reuse_large_blocks() -> bool:

@@ -60,6 +60,8 @@ class Config:
     task: str = key("classes", "classes; multilabel (a|b); ordinal (grades); cox or discrete (survival)", choices=TASKS)
     grades: list[str] = key([], "names of the grades from the lowest, for task=ordinal; empty: whole numbers")
     intervals: int = key(4, "intervals of time with about as many events each, for task=discrete")
+    # alpha of Zadeh and Schmid: -log S of the censored slides times 1 - alpha; 0 is the likelihood, 1 leaves them out
+    censored_alpha: float = key(0.0, "slides without an event weigh 1 - this in the loss, 0 to 1, for task=discrete")
     models: list[str] = key(["mean", "max", "abmil"], "slide classifiers", choices=tuple(MODELS))
     headline: str = key("abmil", "classifier whose figure stands for a feature set", choices=tuple(MODELS))
     seeds: list[int] = key([2024, 2025, 2026], "training seeds")
@@ -86,6 +88,7 @@ class Config:
     devices: list[str] = key([], "devices that the processes share, [cuda:0, cuda:1]; empty: `device` for all", runtime=True)
     ram_gb: float = key(0.0, "GB of bags in memory, a process; 0: half of what is free, shared by the workers", runtime=True)
     workers: int = key(1, "trainings at a time (in each process of torchrun), each with a feature set in memory", runtime=True)
+    isolated: bool = key(True, "train in processes of their own, which may crash; false: in this one (debugger)", runtime=True)
     threads: int = key(1, "CPU threads of each process", runtime=True)
     overwrite: bool = key(False, "train again what was trained with other settings or inputs", runtime=True)
 
@@ -144,7 +147,7 @@ def model_settings(config: Config) -> dict[str, Settings]:
         options = check_options(model, config.options.get(model, {}))
         changes = config.recipes.get(model, {})
         recipe, dropout = resolve(model, config.training, config.dropout, given_keys(config), changes)
-        told = {"task": config.task, "intervals": config.intervals}
+        told = {"task": config.task, "intervals": config.intervals, "censored_alpha": config.censored_alpha}
         settings[model] = Settings(model, dropout, config.standardize, config.seeds[0], recipe, options, **told)
     return settings
 
@@ -155,9 +158,9 @@ def check_tasks(cohort: Cohort, settings: dict[str, Settings]) -> None:
     for name, one in settings.items():
         recipe = one.training
         for split in cohort.splits:
-            weighted = (recipe.label_smoothing, recipe.focal, recipe.class_weights)
+            weighted = (recipe.label_smoothing, recipe.focal, recipe.class_weights, one.intervals, one.censored_alpha)
             try:
-                check_recipe(recipe, make_objective(cohort.targets, split.train, *weighted, one.intervals), alone)
+                check_recipe(recipe, make_objective(cohort.targets, split.train, *weighted), alone)
             except UserError as error:
                 raise UserError(f"model {name}, split {split.fold}: {error}") from None
 
@@ -236,12 +239,13 @@ def summarise_benchmark(config: Config, cohort: Cohort, jobs: list[Job]) -> None
 
 
 def train_pending(config: Config, pending: list[Job]) -> dict[int, str]:
-    """Train in this process and its workers; number of a failed job -> error."""
+    """Train in workers, or in this process; number of a failed job -> error."""
     failed = {}
     devices = config.devices or [config.device]
+    workers = max(config.workers, len(config.devices))
     numbers = {job.output: number for number, job in enumerate(pending)}
     with Progress("trainings", len(pending), "runs") as bar:
-        for job, error in run_all(run_one, pending, max(config.workers, len(config.devices)), config.threads, devices):
+        for job, error in run_all(run_one, pending, workers, config.threads, devices, config.isolated):
             bar.advance()
             if error is not None:
                 logger.error("benchmark: %s failed: %s", name_of(job), error)
@@ -255,7 +259,7 @@ def train_shared(config: Config, pending: list[Job], ranks: Ranks) -> dict[int, 
     numbers = {job.output: number for number, job in enumerate(pending)}
     claimed = (pending[number] for number in ranks.claims(len(pending)))
     with Progress("trainings", len(pending), "runs", enabled=ranks.is_main) as bar:
-        for job, error in run_all(run_one, claimed, config.workers, config.threads, [device], apart=True):
+        for job, error in run_all(run_one, claimed, config.workers, config.threads, [device]):
             if error is not None:
                 logger.error("benchmark: %s failed: %s", name_of(job), error)
             ranks.report(numbers[job.output], error)

@@ -190,7 +190,7 @@ def main(config: Config) -> int:
     pending = [job for job in jobs if job.missing(config.overwrite)]
     logger.info("classic: %d methods on sets, %d finished already", len(jobs), len(jobs) - len(pending))
     failures = []
-    outcomes = run_all(partial(run_job, overwrite=config.overwrite), pending, config.workers, config.threads)
+    outcomes = run_all(partial(run_job, overwrite=config.overwrite), pending, config.workers, config.threads, apart=False)
     for job, error in progress(outcomes, "methods on sets", len(pending), "jobs"):
         if error is not None:
             logger.error("classic: %s on %s failed: %s", job.method, job.name, error)

@@ -38,13 +38,15 @@ def _abmil(dim: int, gated: bool) -> nn.Module:
     return Deep(ABMIL(128, 2, activation="tanh", gated=gated, **ATTENTION), dim)
 
 
-def _minet(level: str) -> Callable[[int], nn.Module]:
-    return lambda dim: build(f"minet_{level}", dim, 2, dropout=0.5)
+def _minet(level: str, pooling: str = "max") -> Callable[[int], nn.Module]:
+    return lambda dim: build(f"minet_{level}", dim, 2, dropout=0.5, pooling=pooling)
 
 
 # method -> network for features of width D
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "mi_net": _minet("instance"),
+    "mi_net_mean": _minet("instance", "mean"),
+    "mi_net_lse": _minet("instance", "lse"),
     "mi_net_embedding": _minet("embedding"),
     "mi_net_deep": _minet("deep"),
     "mi_net_residual": _minet("residual"),

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from common.checkpoint import save_tensors
 from common.differences import differences
 from common.errors import UserError
 from common.files import atomic_path, read_json, write_json
@@ -84,8 +85,7 @@ def cut(job: CutJob) -> None:
             write_picture(job.folder / f"{name}.jpg", slide, geometry, patch, native[1] if native else None)
             feature = job.folder / f"{name}.pt"
             if not feature.is_file():
-                with atomic_path(feature) as temporary:
-                    torch.save(torch.from_numpy(bag.features[patch.row]), temporary)
+                save_tensors(feature, torch.from_numpy(bag.features[patch.row]))
             size = geometry.target_size
             image = {"file_name": f"{job.slide_id}/{name}.jpg", "width": size, "height": size, "slide_id": job.slide_id}
             images.append(

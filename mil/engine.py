@@ -7,6 +7,8 @@ comes from the validation slides (the original takes the evaluated ones), and a 
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -31,10 +33,14 @@ from common.seed import epoch_generator
 from mil.metrics import youden_threshold
 from mil.models import MILOutput, Target, build
 from mil.objectives import CLASSES, SURVIVAL, Objective
+from mil.ops.slide_coords import on_slide
 from mil.optim import OPTIMIZERS, SCHEDULES, lr_factor, make_optimizer
-from mil.prediction import predict
+from mil.prediction import is_streamed, predict, source_of
 from mil.prefetch import on_device, prefetch
+from mil.streaming import stream
 from patch_encoder.stored_bags import StoredBag
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -82,7 +88,8 @@ class Sample:
             features = self.features.read() if tiles is None else self.features.rows(tiles)
         else:
             features = self.features if tiles is None else self.features[tiles]
-        return features, self.coords if tiles is None or self.coords is None else self.coords[tiles]
+        coords = None if self.coords is None else on_slide(self.coords)  # the grid is all tiles', whichever are drawn
+        return features, coords if tiles is None or coords is None else coords[tiles]
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Float32 features and coords on the device."""
@@ -198,8 +205,10 @@ def _sync(model: nn.Module, last: bool) -> Any:
 
 @torch.inference_mode()
 def examine(model: nn.Module, sample: Sample, device: torch.device) -> MILOutput:
-    """Logits and attention of one bag, fp32, on the CPU."""
+    """Logits and attention of one bag, fp32, on the CPU; a very large one is streamed, as in `predict`."""
     model.eval()
+    if is_streamed(model, sample.features):
+        return stream(model, source_of(sample.features), device)
     output = model(*sample.to(device))
     return MILOutput(output.logits.float().cpu(), output.attention.float().cpu())
 
@@ -217,8 +226,13 @@ def validate(
 
 
 def is_better(value: Mapping[str, Any], best: Mapping[str, Any], score: str = "auc") -> bool:
-    """Higher validation score, or the same with a lower loss."""
-    return not best or (value[score], -value["loss"]) > (best[score], -best["loss"])
+    """Higher validation score, or the same with a lower loss; a score that is not a number is below all others."""
+    return not best or _rank(value, score) > _rank(best, score)
+
+
+def _rank(value: Mapping[str, Any], score: str) -> tuple[float, float]:
+    known = not math.isnan(value[score])
+    return (value[score] if known else -math.inf), -value["loss"]
 
 
 class Smoother:
@@ -235,9 +249,14 @@ class Smoother:
     def __call__(self, values: Mapping[str, float], score: str) -> dict[str, float]:
         """The averages after one more epoch."""
         new = {name: values[name] for name in (score, "loss")}
-        past = self.values or new
-        self.values = {name: self.share * past[name] + (1 - self.share) * new[name] for name in new} if self.share else new
+        self.values = {name: self._mean(self.values.get(name, math.nan), new[name]) for name in new}
         return dict(self.values)
+
+    def _mean(self, past: float, new: float) -> float:
+        """What is no number (a score of slides that cannot be ranked) leaves the average alone."""
+        if math.isnan(past) or math.isnan(new) or not self.share:
+            return past if self.share and math.isnan(new) else new
+        return self.share * past + (1 - self.share) * new
 
     def state_dict(self) -> dict[str, float]:
         """For a checkpoint."""
@@ -272,6 +291,19 @@ def check_recipe(recipe: Recipe, task: Objective, world: World) -> None:
         raise UserError(f"training.max_tiles={recipe.max_tiles}: expected a number of tiles, or 0 for all")
 
 
+def check_validation(val: Sequence[Sample], task: Objective) -> None:
+    """Refuse or report validation slides among which there is nothing to rank: the score would be no number at every epoch."""
+    if task.kind not in (*SURVIVAL, "multilabel"):
+        return
+    score = task.judge(torch.zeros(len(val), task.outputs), [sample.target for sample in val])[task.score]
+    if not math.isnan(score):
+        return
+    found = f"task={task.kind}: {len(val)} validation slides, among which val_{task.score} has nothing to compare"
+    if task.kind == "cox":  # nor has the loss
+        raise UserError(f"{found}; expected an event and a slide that was followed for longer: use fewer folds or other splits")
+    logger.warning("%s: the best epoch is the one with the lowest loss; use fewer folds or other splits", found)
+
+
 def train_model(
     model: nn.Module,
     train: Sequence[Sample],
@@ -302,6 +334,7 @@ def train_model(
         UserError: the loss is not finite; fewer bags a step than processes; a recipe that the task does not go with.
     """
     check_recipe(recipe, task, world)
+    check_validation(val, task)
     optimizer, scheduler = optimizer_of(model, recipe)
     smoother = Smoother(recipe.smoothing)
     parts = {"optimizer": optimizer, "scheduler": scheduler} | ({"smoother": smoother} if recipe.smoothing else {})

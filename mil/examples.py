@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 
+from mil.datasets.bags import placed
 from mil.datasets.targets import NONE
 from mil.engine import Sample, examine, load_classifier
 from mil.figures import jpeg_uri, mark_tiles
@@ -157,13 +158,14 @@ def make_example(
     Raises:
         UserError: unreadable or not finite bag, bag without coordinates, unreadable slide.
     """
-    bag, placed = open_placed(bag_file, coordinates_file(bag_file, coords))
+    bag, where = open_placed(bag_file, coordinates_file(bag_file, coords))
     check_finite(bag)
     device = torch.device("cpu")
     model, _ = load_classifier(checkpoint, device)
-    attention = examine(model, Sample(choice.slide_id, bag, bag.coords, 0), device).attention.numpy()
-    rows, geometry = np.argsort(-attention, kind="stable")[:top], placed.geometry
+    sample = Sample(choice.slide_id, bag, placed(torch.from_numpy(where.coords), bag.attributes), 0)
+    attention = examine(model, sample, device).attention.numpy()
+    rows, geometry = np.argsort(-attention, kind="stable")[:top], where.geometry
     with open_slide(slide_file, mpp, geometry.tile_pattern) as slide:
-        overview = mark_tiles(read_overview(slide, THUMBNAIL_SIDE).pixels, geometry, slide.width, placed.coords[rows])
-        tiles = [(jpeg_uri(read_tile(slide, geometry, *placed.coords[row].tolist())), float(attention[row])) for row in rows]
+        overview = mark_tiles(read_overview(slide, THUMBNAIL_SIDE).pixels, geometry, slide.width, where.coords[rows])
+        tiles = [(jpeg_uri(read_tile(slide, geometry, *where.coords[row].tolist())), float(attention[row])) for row in rows]
     return Example(choice, len(bag), jpeg_uri(overview), tiles)

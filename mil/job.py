@@ -10,7 +10,6 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from mil.objective_results import make_objective, task_header, task_rows
 from mil.objectives import Objective
 from mil.splits import Split
 
+_kept: dict[tuple[object, ...], Bags] = {}  # of `cached_bags`: one at most
 PLAIN = "plain"  # folder of the model that a teacher-student model starts from
 
 
@@ -50,6 +50,7 @@ class Settings:
     options: dict[str, Any] = field(default_factory=dict)
     task: str = "classes"
     intervals: int = 4
+    censored_alpha: float = 0.0
 
     def network(self, dim: int, classes: int) -> dict[str, Any]:
         """What `build` needs for features of width `dim`."""
@@ -86,6 +87,13 @@ class Job:
         """The targets of any task."""
         return self.targets or Targets("classes", self.slides.classes, self.slides.target_of())
 
+    @property
+    def objective(self) -> Objective:
+        """The task with what it takes from the training slides."""
+        settings, recipe = self.settings, self.settings.training
+        weighted = (recipe.label_smoothing, recipe.focal, recipe.class_weights)
+        return make_objective(self.aims, self.split.train, *weighted, settings.intervals, settings.censored_alpha)
+
 
 def open_job(job: Job, world: World, *, overwrite: bool = False, tracker: Tracker | None = None) -> Run:
     """The job's run directory; `results` is set when it is finished.
@@ -104,10 +112,8 @@ def open_job(job: Job, world: World, *, overwrite: bool = False, tracker: Tracke
 
 def run_job(job: Job, run: Run, world: World) -> dict[str, Any]:
     """Train (or go on), predict validation and test slides, write predictions.csv and results.json; returns the latter."""
-    settings, classes, recipe = job.settings, job.slides.classes, job.settings.training
-    weighted = (recipe.label_smoothing, recipe.focal, recipe.class_weights)
-    task = make_objective(job.aims, job.split.train, *weighted, settings.intervals)
-    check_recipe(recipe, task, world)
+    settings, classes, task = job.settings, job.slides.classes, job.objective
+    check_recipe(settings.training, task, world)
     bags = cached_bags(job.files, job.features_digest, job.memory)
     train, val, test = (samples_of(bags, job, ids) for ids in (job.split.train, job.split.val, job.split.test))
     network = settings.network(bags.dim, task.outputs)
@@ -203,10 +209,13 @@ def train_plain(job: Job, world: World) -> dict[str, torch.Tensor] | None:
     return weights
 
 
-@lru_cache(maxsize=1)
 def cached_bags(files: tuple[tuple[str, Path], ...], digest: str, memory: int | None = None) -> Bags:
     """The bags of one feature set, kept for the next job of this process; `digest` tells apart bags that were replaced."""
-    return load_bags(dict(files), memory)
+    asked = (files, digest, memory)
+    if asked not in _kept:
+        _kept.clear()  # before the next set comes: both together may not fit
+        _kept[asked] = load_bags(dict(files), memory)
+    return _kept[asked]
 
 
 def samples_of(bags: Bags, job: Job, slide_ids: Sequence[str]) -> list[Sample]:

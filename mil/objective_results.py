@@ -14,7 +14,13 @@ from mil.objectives import SURVIVAL, Objective, interval_edges
 
 
 def make_objective(
-    targets: Targets, train: Sequence[str], smoothing: float, focal: float, weighted: bool, intervals: int
+    targets: Targets,
+    train: Sequence[str],
+    smoothing: float,
+    focal: float,
+    weighted: bool,
+    intervals: int,
+    alpha: float = 0.0,
 ) -> Objective:
     """The task with what it takes from the training slides: intervals of the times, weights of the labels.
 
@@ -23,7 +29,7 @@ def make_objective(
         train: slide ids of the training set, and no others.
         smoothing, focal: of the loss.
         weighted: `multilabel`: weigh the positives of each label by negatives / positives.
-        intervals: of `discrete`.
+        intervals, alpha: of `discrete`.
     """
     edges: tuple[float, ...] = ()
     weights: tuple[float, ...] = ()
@@ -38,7 +44,7 @@ def make_objective(
                 f"class_weights: expected every label in the training set, '{absent[0]}' is absent; use fewer folds"
             )
         weights = tuple(((len(train) - positives) / positives).tolist())
-    return Objective(targets.kind, targets.names, edges, smoothing, focal, weights)
+    return Objective(targets.kind, targets.names, edges, smoothing, focal, weights, alpha)
 
 
 def task_header(task: Objective) -> list[str]:

@@ -44,6 +44,7 @@ class Objective:
         smoothing: label smoothing of `classes` and `multilabel`.
         focal: gamma of the focal loss of both; 0: cross-entropy.
         weights: of the positives of each of `multilabel`; empty: 1.
+        alpha: of `discrete`: slides without an event weigh 1 - alpha.
     """
 
     kind: str = "classes"
@@ -52,6 +53,7 @@ class Objective:
     smoothing: float = 0.0
     focal: float = 0.0
     weights: tuple[float, ...] = ()
+    alpha: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.smoothing < 1 or self.focal < 0:
@@ -61,6 +63,10 @@ class Objective:
             raise UserError(
                 f"task={self.kind}: label_smoothing and focal are of task=classes and task=multilabel; leave them at 0"
             )
+        if not 0 <= self.alpha <= 1:
+            raise UserError(f"censored_alpha={self.alpha}: expected a share, 0 <= censored_alpha <= 1")
+        if self.alpha and self.kind != "discrete":
+            raise UserError(f"task={self.kind}: censored_alpha is of task=discrete; leave it at 0")
 
     @property
     def outputs(self) -> int:
@@ -105,7 +111,7 @@ class Objective:
             weights = torch.tensor(self.weights, device=logits.device) if self.weights else None
             return label_loss(logits, target.to(logits.device), weights, self.smoothing, self.focal)
         assert self.kind == "discrete", self.kind
-        return discrete_loss(logits, self.interval(target), bool(target[1]))
+        return discrete_loss(logits, self.interval(target), bool(target[1]), self.alpha)
 
     def step_loss(self, outputs: Sequence[MILOutput], targets: Sequence[Tensor]) -> Float[Tensor, ""]:
         """`cox`: partial likelihood over a step's bags, stream by stream, plus the mean of their auxiliary losses.
@@ -158,7 +164,7 @@ class Objective:
     def to_dict(self) -> dict[str, Any]:
         """For a checkpoint; `Objective(**values)` with lists made tuples is the inverse."""
         lists = {"names": list(self.names), "edges": list(self.edges), "weights": list(self.weights)}
-        return {"kind": self.kind, "smoothing": self.smoothing, "focal": self.focal, **lists}
+        return {"kind": self.kind, "smoothing": self.smoothing, "focal": self.focal, "alpha": self.alpha, **lists}
 
 
 CLASSES = Objective()

@@ -62,11 +62,7 @@ def predict(
         whole: bytes of float32 features up to which a bag is read whole; None: WHOLE_BYTES.
     """
     model.eval()
-    whole = WHOLE_BYTES if whole is None else whole
-    large = [float_bytes(sample.features) > whole for sample in samples]
-    if any(large) and not can_stream(model):
-        say_whole(name_of(model), whole)
-        large = [False] * len(samples)
+    large = [is_streamed(model, sample.features, whole) for sample in samples]
     loaded = prefetch([(sample, None) for sample, streams in zip(samples, large, strict=True) if not streams], device)
     logits = []
     for sample, streams in zip(samples, large, strict=True):
@@ -77,6 +73,16 @@ def predict(
         with autocast(device, precision):
             logits.append(model(*on_device(bag, device)).logits.float())
     return torch.stack([row.cpu() for row in logits])
+
+
+def is_streamed(model: nn.Module, features: Any, whole: int | None = None) -> bool:
+    """Whether a bag is too large to be read whole, and the model can do without; says once if it cannot."""
+    whole = WHOLE_BYTES if whole is None else whole
+    if float_bytes(features) <= whole:
+        return False
+    if not can_stream(model):
+        say_whole(name_of(model), whole)
+    return can_stream(model)
 
 
 def float_bytes(features: Any) -> int:

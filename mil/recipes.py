@@ -1,8 +1,8 @@
 """The published training recipe of each model: what `training.*` and `dropout` are where they are not given.
 
-TS2G-KD's recipe (engine.Recipe's defaults) is that of Mean, Max, ABMIL, RRT-MIL and MHIM-MIL, whose code bases share
-it. Each entry names its source; what the engine does otherwise is said beside it. Selection is by validation AUC and
-the loss is the task's own in all of them.
+TS2G-KD's recipe (engine.Recipe's defaults) is that of Mean, Max, ABMIL and, by our choice, DeformMIL; RRT-MIL and
+MHIM-MIL share all of it but when they stop. Each entry names its source; what the engine does otherwise is said beside
+it. Selection is by validation AUC and the loss is the task's own in all of them.
 """
 
 from __future__ import annotations
@@ -39,6 +39,12 @@ DTFD = Published(
 # config_ilra_camelyon16_imagenet.yaml of the authors
 ILRA = Published({"lr": 1e-4, "weight_decay": 0.0, "epochs": 100, "patience": 100, "min_epochs": 100}, dropout=0.0)
 
+# main.py of both repositories on Camelyon16, whose commands the models' defaults are (on TCGA 20 and 70, as TS2G-KD)
+CAMELYON16 = Published({"patience": 30, "min_epochs": 130})
+
+# ours, not published: DT-MIL, whose idea it has, is another network; TS2G-KD's recipe unchanged
+DEFORM_MIL = Published()
+
 # dropout of the authors' code; their classical sets have a recipe of their own (mil/classic_recipes.py)
 MINET = Published(dropout=0.5)
 
@@ -49,6 +55,11 @@ PUBLISHED: dict[str, Published] = {
     "transmil": TRANSMIL,
     "dtfd": DTFD,
     "ilra": ILRA,
+    "rrt": CAMELYON16,
+    "mhim_abmil": CAMELYON16,
+    "mhim_dsmil": CAMELYON16,
+    "mhim_transmil": CAMELYON16,
+    "deform_mil": DEFORM_MIL,
     "minet_instance": MINET,
     "minet_embedding": MINET,
     "minet_deep": MINET,

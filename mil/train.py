@@ -18,12 +18,12 @@ import torch
 
 from common.cli import launch
 from common.config import REQUIRED, given_keys, group, key
-from common.distributed import init_distributed
+from common.distributed import init_distributed, local_processes
 from common.errors import UserError
 from common.run import Tracker
 from mil.datasets.bags import bags_digest, find_bags, memory_of, usable_bags
 from mil.datasets.targets import read_targets
-from mil.engine import Recipe
+from mil.engine import Recipe, check_recipe
 from mil.job import Job, Settings, open_job, run_job
 from mil.models import MODELS, check_options
 from mil.objectives import SCORES, TASKS
@@ -44,6 +44,8 @@ class Config:
     task: str = key("classes", "classes; multilabel (a|b); ordinal (grades); cox or discrete (survival)", choices=TASKS)
     grades: list[str] = key([], "names of the grades from the lowest, for task=ordinal; empty: whole numbers")
     intervals: int = key(4, "intervals of time with about as many events each, for task=discrete")
+    # alpha of Zadeh and Schmid: -log S of the censored slides times 1 - alpha; 0 is the likelihood, 1 leaves them out
+    censored_alpha: float = key(0.0, "slides without an event weigh 1 - this in the loss, 0 to 1, for task=discrete")
     model: str = key("abmil", "slide classifier", choices=tuple(MODELS))
     options: dict[str, Any] = key({}, "the model's options, {name: value}; the README lists them")
     dropout: float = key(0.25, "probability of dropping a hidden unit")
@@ -88,10 +90,10 @@ def build_job(config: Config) -> Job:
     if split is None:
         source = f"splits={config.splits}" if stored else f"protocol={config.protocol}"
         raise UserError(f"fold={config.fold}: expected {splits[0].fold} to {splits[-1].fold} with {source}")
-    told = {"task": config.task, "intervals": config.intervals}
+    told = {"task": config.task, "intervals": config.intervals, "censored_alpha": config.censored_alpha}
     settings = Settings(config.model, dropout, config.standardize, config.seed, recipe, options, **told)
     asked = None if config.task == "classes" else targets
-    digest, memory = bags_digest(files), memory_of(config.ram_gb)
+    digest, memory = bags_digest(files), memory_of(config.ram_gb, local_processes())
     return Job(Path(config.output), settings, slides, split, tuple(files.items()), digest, asked, memory)
 
 
@@ -99,6 +101,7 @@ def main(config: Config) -> int | None:
     world = init_distributed(config.device)
     torch.set_num_threads(config.threads)
     job = build_job(config)
+    check_recipe(job.settings.training, job.objective, world)  # before there is a run directory
     run = open_job(job, world, overwrite=config.overwrite, tracker=config.tracker)
     if run.results is not None:
         logger.info("%s: finished already", run.path)

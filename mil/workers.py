@@ -1,13 +1,16 @@
 """Jobs in several processes of this machine: results do not depend on how many, a failing job does not stop the rest.
 
 Each process has a pipe of its own, so that one that is killed (out of memory, a driver's crash) takes its job alone
-with it: a fresh process tries that job once more, then it is reported as failed and the others go on.
+with it: a fresh process tries that job once more, then it is reported as failed and the others go on. A process whose
+GPU context is broken (a failed assertion in a kernel stays with it) leaves, and counts as one that died. Processes are
+forked off a server that has imported what they need and never touches a GPU: the next one is there at once.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -24,7 +27,7 @@ from common.errors import UserError
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-SPAWN = get_context("spawn")
+FORKS = get_context("forkserver")
 ATTEMPTS = 2  # processes that may die over one job
 
 
@@ -44,17 +47,18 @@ def run_all(
     workers: int,
     threads: int,
     devices: Sequence[str] = (),
-    apart: bool = False,
+    apart: bool = True,
 ) -> Iterator[tuple[T, str | None]]:
     """Run `work(job)` for every job; yields (job, error or None) as they end.
 
     Args:
-        work: importable function (processes are spawned); it leaves its results on disk.
+        work: importable function (processes start anew); it leaves its results on disk.
         jobs: picklable; the next one is asked for when a process is free.
-        workers: processes; 1 runs in this one.
+        workers: processes.
         threads: torch threads of each process.
         devices: `work(job, device=...)` with these, shared out among the processes in turn; empty: `work(job)`.
-        apart: a single worker is a process of its own too, so that a job that kills it leaves this one alive.
+        apart: no job runs in this process, so that one that kills its process leaves this one alive; False: a single
+            worker is this process (for a debugger, and for jobs that cannot kill).
     """
     most = len(jobs) if isinstance(jobs, Sized) else workers
     if not apart and min(workers, most) <= 1:
@@ -62,6 +66,7 @@ def run_all(
         for job in jobs:
             yield job, _error(_on(work, devices[0] if devices else None), job)
         return
+    FORKS.set_forkserver_preload([__name__, _module_of(work)])  # heeded when the first process starts
     places = [devices[i % len(devices)] if devices else None for i in range(min(workers, most))]
     pool = [_start(_on(work, device), device, threads) for device in places]
     try:
@@ -125,13 +130,20 @@ class _Queue(Generic[T]):
 _DIED = "a worker process died twice over it (out of memory, or killed); start again, with fewer workers if it was memory"
 
 
+def _module_of(work: Callable[..., object]) -> str:
+    """Where a function is imported from, under its own name if that is the program that runs."""
+    module = (work.func if isinstance(work, partial) else work).__module__
+    spec = sys.modules[module].__spec__
+    return module if spec is None else spec.name
+
+
 def _on(work: Callable[..., object], device: str | None) -> Callable[..., object]:
     return work if device is None else partial(work, device=device)
 
 
 def _start(work: Callable[..., object], device: str | None, threads: int) -> _Worker:
-    ours, theirs = SPAWN.Pipe()
-    process = SPAWN.Process(target=_serve, args=(theirs, work, threads), daemon=False)
+    ours, theirs = FORKS.Pipe()
+    process = FORKS.Process(target=_serve, args=(theirs, work, threads), daemon=False)
     process.start()
     theirs.close()
     return _Worker(process, ours, device)
@@ -170,7 +182,22 @@ def _serve(pipe: Connection, work: Callable[..., object], threads: int) -> None:
             job = pipe.recv()
         except EOFError:
             return
-        pipe.send(_error(work, job))
+        error = _error(work, job)
+        if error is not None and _is_gpu_lost():
+            os._exit(1)  # the pipe's end says so
+        pipe.send(error)
+
+
+def _is_gpu_lost() -> bool:
+    """Whether this process's CUDA context fails whatever comes next: an assertion or bad access in a kernel is for good."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        logger.error("the GPU's context is lost: %s", str(error).split("\n", 1)[0])
+        return True
+    return False
 
 
 def _error(work: Callable[[T], object], job: T) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.files import atomic_path
+from common.checkpoint import save_tensors
 from patch_encoder.bags import BagWriter
 from patch_encoder.datasets.tiles import BadTile, SlideJob, TileBatch
 from patch_encoder.failures import Failures
@@ -118,8 +118,8 @@ class Assembly:
             provenance[UNREADABLE] = len(slide.bad)
         try:
             if self.pt:
-                with atomic_path(self.folder / "pt_files" / f"{job.slide_id}.pt") as temporary:
-                    torch.save(torch.from_numpy(slide.writer.features()), temporary)
+                features = torch.from_numpy(slide.writer.features())
+                save_tensors(self.folder / "pt_files" / f"{job.slide_id}.pt", features)
             # last: where it is, the slide is done
             slide.writer.finish(corners, asdict(job.coordinates.geometry), provenance)
         finally:

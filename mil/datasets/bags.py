@@ -14,15 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Int
 from torch import Tensor
 
 from common.errors import UserError
 from common.files import sha256_bytes
+from common.memory import free_memory
+from mil.ops.slide_coords import SlideCoords, on_slide
 from patch_encoder.bags import bag_digest, bag_files
+from patch_encoder.coordinates import FULL_GEOMETRY, TileGeometry
 from patch_encoder.stored_bags import StoredBag, check_finite, open_bag
 
 logger = logging.getLogger(__name__)
-CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Bags:
 
     Attributes:
         features: (N, D) each, float16 or float32 as stored; a StoredBag for those beyond the memory budget.
-        coords: (N, 2) int64 level-0 corners each, None where the file has none.
+        coords: (N, 2) int64 level-0 corners each, on their slide's grid (`SlideCoords`), None where the file has none.
         attributes: attributes of each file: tile geometry and provenance.
         dim: D.
     """
@@ -73,13 +76,25 @@ def load_bags(files: Mapping[str, Path], memory: int | None = None) -> Bags:
         budget -= 0 if held is None else bag.nbytes
         if _is_finite(bag, held, slide, problems):
             bags.features[slide] = bag if held is None else held
-            bags.coords[slide], bags.attributes[slide] = bag.coords, bag.attributes
+            bags.attributes[slide] = bag.attributes
+            bags.coords[slide] = None if bag.coords is None else placed(bag.coords, bag.attributes)
     if problems:
         raise UserError(_all_of(problems, len(files)))
     left = sum(isinstance(features, StoredBag) for features in bags.features.values())
     if left:
         logger.info("bags: %d of %d stay on disk and are read at every use (ram_gb)", left, len(files))
     return bags
+
+
+def placed(coords: Int[Tensor, "n 2"], attributes: Mapping[str, Any]) -> SlideCoords:
+    """A bag's coords on the grid that its attributes state; where these leave it open, the coords themselves decide."""
+    try:
+        geometry = TileGeometry.from_attributes(attributes, "")
+        step, side = geometry.step, max(0, geometry.patch_size_level0)
+    except (UserError, ValueError, TypeError, ArithmeticError):  # whoever reads tiles says what is wrong with their size
+        return on_slide(coords)
+    stated = "overlap" in attributes or FULL_GEOMETRY in attributes  # CLAM writes its patch size, but not its step
+    return on_slide(coords, step if stated else 0, side)
 
 
 def usable_bags(files: Mapping[str, Path]) -> dict[str, Path]:
@@ -131,20 +146,6 @@ def _all_of(problems: Mapping[str, str], count: int) -> str:
     return f"{len(lines)} of {count} bags cannot be used ({names}); skip_bad=true leaves them out: {shown}"
 
 
-def free_memory() -> int:
-    """Bytes that this process may still take: what the machine has free, and the container's limit."""
-    free = 1 << 62
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-        limit = (CGROUP / "memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, max(0, int(limit) - int((CGROUP / "memory.current").read_text())))
-    except (OSError, KeyError):  # another system, or no container: what was found so far holds
-        return free
-    return free
-
-
 def memory_of(ram_gb: float, workers: int = 1) -> int:
     """Bytes for the bags of each of `workers` processes; 0 GB: half of what is free, shared by them."""
     if ram_gb < 0:
@@ -153,5 +154,20 @@ def memory_of(ram_gb: float, workers: int = 1) -> int:
 
 
 def bags_digest(files: Mapping[str, Path]) -> str:
-    """Fingerprint of a set of bags: changes with any slide, feature or coordinate."""
-    return sha256_bytes(*(f"{slide}:{bag_digest(path)}\n".encode() for slide, path in sorted(files.items())))
+    """Fingerprint of a set of bags: changes with any slide, feature or coordinate.
+
+    Raises:
+        UserError: as `load_bags`, whose checks the bags of others go through here first.
+    """
+    _, problems = _opened(files)
+    lines = []
+    for slide, path in sorted(files.items()):
+        if slide in problems:
+            continue
+        try:
+            lines.append(f"{slide}:{bag_digest(path)}\n".encode())
+        except UserError as error:
+            problems[slide] = str(error)
+    if problems:
+        raise UserError(_all_of(problems, len(files)))
+    return sha256_bytes(*lines)

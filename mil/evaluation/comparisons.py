@@ -6,6 +6,7 @@ quadratic kappa and of the C-index.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations, groupby
@@ -21,6 +22,7 @@ from mil.results import Finished, Samples, grouped, mean_of
 from mil.tasks import Task
 
 Place = tuple[str, str]
+logger = logging.getLogger(__name__)
 
 
 def comparison_table(finished: Sequence[Finished], task: Task, samples: Samples) -> tuple[str, list[dict[str, Any]]]:
@@ -31,6 +33,7 @@ def comparison_table(finished: Sequence[Finished], task: Task, samples: Samples)
         task: what they were asked.
         samples: bootstrap by patient, from mil.results.resampled.
     """
+    warn_of_other_slides(finished)
     if task.kind in {"binary", "multiclass"}:
         return "delong", corrected(delong_rows(finished))
     if task.kind == "multilabel":
@@ -51,6 +54,14 @@ def same_slides(finished: Sequence[Finished]) -> Iterator[dict[Place, list[Finis
     tested = {place: tuple(sorted({(run.test.fold, run.slides) for run in runs})) for place, runs in groups.items()}
     for _, places in groupby(sorted(tested, key=lambda place: tested[place]), key=lambda place: tested[place]):
         yield {place: groups[place] for place in sorted(places, key=list(groups).index)}
+
+
+def warn_of_other_slides(finished: Sequence[Finished]) -> None:
+    """Models are compared on one set of test slides; say which are not."""
+    groups = [[" ".join(filter(None, place)) for place in places] for places in same_slides(finished)]
+    if len(groups) > 1:
+        apart = " | ".join(", ".join(names) for names in groups)
+        logger.warning("models that were not tested on the same slides in the same folds are not compared: %s", apart)
 
 
 def delong_rows(finished: Sequence[Finished]) -> list[dict[str, Any]]:

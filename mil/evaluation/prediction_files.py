@@ -37,6 +37,10 @@ def read_table(path: str | Path) -> tuple[list[str], Rows]:
     if absent or not rows:
         found = ", ".join(header) if absent else "no rows"
         raise UserError(f"{path}: expected rows with slide_id and case_id, found {found or 'nothing'}")
+    for number, row in enumerate(rows, start=2):
+        for name in ("slide_id", "case_id"):
+            if not (row[name] or "").strip():
+                raise UserError(f"{path}, line {number}: expected a {name}, found none; without patients, repeat the slide_id")
     return header, rows
 
 
@@ -72,7 +76,12 @@ def read_runs(path: str | Path, task: Task) -> list[Finished]:
         if split not in sides:
             raise UserError(f"{path}: slide {row['slide_id']}: expected split val or test, found '{split}'")
         sides[split].append(row)
-    return [_run(path, task, *place, **sides) for place, sides in runs.items()]
+    for sides in runs.values():
+        for side in sides.values():
+            side.sort(key=lambda row: row["slide_id"])  # tests between models go slide by slide
+    models = list(dict.fromkeys((feature_set, model) for feature_set, model, _, _ in runs))
+    in_order = sorted(runs, key=lambda place: (models.index(place[:2]), *place[2:]))
+    return [_run(path, task, *place, **runs[place]) for place in in_order]
 
 
 def _run(path: str | Path, task: Task, feature_set: str, model: str, seed: int, fold: int, val: Rows, test: Rows) -> Finished:

@@ -19,6 +19,7 @@ from torch import nn
 
 from common.errors import UserError
 from common.files import write_csv
+from mil.datasets.bags import placed
 from mil.engine import Sample, examine
 from mil.evaluation.ordinal import grade
 from mil.models import forward_bags
@@ -95,7 +96,7 @@ def score_bag(
     """
     bag, coordinates = open_placed(bag_file, coords_file)
     check_finite(bag)
-    sample = Sample(bag_file.stem, bag, bag.coords, 0)
+    sample = Sample(bag_file.stem, bag, placed(torch.from_numpy(coordinates.coords), bag.attributes), 0)
     output = examine(model, sample, device)
     attention, slide = output.attention.double().numpy(), task.said(output.logits.double()[None])[0].numpy()
     if not (np.isfinite(attention).all() and np.isfinite(slide).all()):

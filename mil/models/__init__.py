@@ -10,6 +10,7 @@ from torch import nn
 
 from common.errors import UserError, did_you_mean
 from mil.models.abmil import ABMIL
+from mil.models.bag_check import BagCheck
 from mil.models.batch import forward_bags, forward_padded
 from mil.models.clam import CLAM
 from mil.models.deform_mil import DeformMIL
@@ -79,7 +80,9 @@ __all__ = [
 def build(name: str, dim: int, classes: int, *, standardize: bool = False, dropout: float = 0.25, **options: Any) -> nn.Module:
     """A model by name for D = `dim` features and C = `classes` classes; `options` are its constructor's."""
     model = MODELS[_known(name)](dim, classes, dropout, **check_options(name, options))
-    return Standardised(model, dim) if standardize else model
+    model = Standardised(model, dim) if standardize else model
+    model.register_forward_pre_hook(BagCheck(dim), with_kwargs=True)
+    return model
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

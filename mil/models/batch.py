@@ -12,13 +12,23 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
+from common.errors import UserError
+from mil.models.bag_check import check_bags, in_dtype_of
 from mil.models.output import Packed
 from mil.models.standardise import Standardised
 
 
 def forward_bags(model: nn.Module, bags: Sequence[Tensor], coords: Sequence[Tensor | None] | None = None) -> Packed:
-    """The model on each of B bags (N_i, D) with coords (N_i, 2); packed where the model can."""
+    """The model on each of B bags (N_i, D) with coords (N_i, 2); packed where the model can.
+
+    Raises:
+        UserError: no bags, one without a tile, or one without the coordinates that the model needs.
+    """
+    check_bags(bags)
+    bags = [in_dtype_of(model, bag) for bag in bags]
     offsets = torch.tensor([0, *(len(bag) for bag in bags)], device=bags[0].device).cumsum(0)
     inner = model.model if isinstance(model, Standardised) else model
     if hasattr(inner, "forward_packed"):
@@ -40,11 +50,15 @@ def forward_padded(
     lengths: Sequence[int],
     coords: Int[Tensor, "b n 2"] | None = None,
 ) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b n"]]:
-    """As `forward_bags` for a padded batch: logits (B, C), attention (B, N) that is 0 behind each bag's length."""
+    """As `forward_bags` for a padded batch: logits (B, C), attention (B, N) that is 0 behind each bag's length.
+
+    Raises:
+        UserError: as there; a length that is not one of 1 to N.
+    """
+    if len(lengths) != len(features) or not all(1 <= length <= features.shape[1] for length in lengths):
+        raise UserError(f"lengths: expected {len(features)} of 1 to {features.shape[1]} tiles, found {list(lengths)}")
     bags = [bag[:length] for bag, length in zip(features, lengths, strict=True)]
     places = None if coords is None else [place[:length] for place, length in zip(coords, lengths, strict=True)]
     result = forward_bags(model, bags, places)
-    attention = features.new_zeros(features.shape[:2])
-    for row, part in zip(attention, result.attention.split(list(lengths)), strict=True):
-        row[: len(part)] = part
-    return result.logits, attention
+    attention = pad_sequence(result.attention.split(list(lengths)), batch_first=True)
+    return result.logits, pad(attention, (0, features.shape[1] - attention.shape[1]))

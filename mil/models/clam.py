@@ -4,6 +4,7 @@ Gated attention over embedded tiles: one map for all classes (SB) or one a class
 classifier). While training, the B tiles of highest and the B of lowest attention of the slide's class are classified
 as evidence for and against it by that class's instance classifier, with the smooth top-1 SVM loss; loss = 0.7 bag +
 0.3 instance. As in the authors' code the attention branches' dropout is 0.25 whenever `dropout` is not 0.
+Three or more classes that exclude each other are the authors' task 2, which asks for `--subtyping`; two are task 1.
 Differences: a bag of fewer than B tiles takes all of them (the original stops); Xavier initialisation, as in the
 published version (its later default is torch's); the bag loss is the task's criterion.
 """
@@ -32,6 +33,9 @@ class CLAM(nn.Module):
         attention: width of the attention layer (256 small, 384 big).
         instances: B, tiles of highest and of lowest attention that are classified.
         subtyping: classes exclude each other: the most attended tiles are evidence against the slide's other classes.
+            None: by task, True for three classes or more. False for two, of which one is often "no tumour": tumour
+            slides have such tiles too; and where outputs do not exclude each other (labels, thresholds between grades)
+            or say nothing about the absent ones (intervals of survival, none of them in a censored slide).
         bag_weight: share of the bag loss.
     """
 
@@ -44,7 +48,7 @@ class CLAM(nn.Module):
         hidden: int = 512,
         attention: int = 256,
         instances: int = 8,
-        subtyping: bool = False,
+        subtyping: bool | None = None,
         bag_weight: float = 0.7,
     ) -> None:
         super().__init__()
@@ -69,7 +73,10 @@ class CLAM(nn.Module):
         attention = a[int(logits.argmax()) if self.branches else 0]
         if not self.training or target is None:
             return MILOutput(logits, attention)
-        auxiliary = (1 - self.bag_weight) * self.instance_loss(h, a, present(target, len(self.instance_heads)))
+        classes = len(self.instance_heads)
+        # what is told as a number is one of the classes
+        subtyping = isinstance(target, int) and classes > 2 if self.subtyping is None else self.subtyping
+        auxiliary = (1 - self.bag_weight) * self.instance_loss(h, a, present(target, classes), subtyping)
         return MILOutput(logits, attention, ((logits, self.bag_weight),), auxiliary)
 
     def forward_packed(self, features: Float[Tensor, "t d"], offsets: Int[Tensor, " b1"]) -> Packed:
@@ -81,13 +88,16 @@ class CLAM(nn.Module):
         chosen = logits.argmax(1)[bag] if self.branches else torch.zeros_like(bag)
         return Packed(logits, a.gather(1, chosen[:, None]).squeeze(1))
 
-    def instance_loss(self, h: Float[Tensor, "n f"], a: Float[Tensor, "k n"], targets: list[int]) -> Float[Tensor, ""]:
+    def instance_loss(
+        self, h: Float[Tensor, "n f"], a: Float[Tensor, "k n"], targets: list[int], subtyping: bool
+    ) -> Float[Tensor, ""]:
         """Sum over classes of their instance classifier's loss; with subtyping the mean.
 
         Args:
             h: embedded tiles; gradients reach the embedding.
             a: attention maps, one or one a class.
             targets: classes of the slide.
+            subtyping: the other classes' loss too.
         """
         size = min(self.instances, len(h))
         weight = torch.stack([head.weight for head in self.instance_heads])  # (C, 2, 512); all of them get a gradient
@@ -99,11 +109,11 @@ class CLAM(nn.Module):
             if c in targets:
                 tiles = torch.cat([tiles, (-own).topk(size).indices])
                 labels = torch.cat([labels, torch.zeros_like(labels)])
-            elif not self.subtyping:
+            elif not subtyping:
                 continue
             losses.append(smooth_top1_svm((h[tiles] @ weight[c].T + bias[c]).float(), labels))
         total = sum(losses, start=0.0 * (weight.sum() + bias.sum()))
-        return total / len(weight) if self.subtyping else total
+        return total / len(weight) if subtyping else total
 
     def _scores(self, h: Float[Tensor, "n f"]) -> Float[Tensor, "n k"]:
         return self.score(self.attend(h) * self.gate(h))

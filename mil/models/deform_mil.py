@@ -94,7 +94,8 @@ class DeformMIL(nn.Module):
         heads: attention heads.
         points: sampled positions per tile, head and level.
         renormalise: see `SparseDeformAttn`.
-        step: level-0 pixels between neighbouring tiles; 0: the commonest distance in each bag.
+        step: level-0 pixels between neighbouring tiles; 0: the slide's, by its bag file or all of its tiles (`SlideCoords`); of
+            plain coords the commonest distance in each bag.
     """
 
     def __init__(
@@ -134,21 +135,37 @@ class DeformMIL(nn.Module):
         Raises:
             UserError: the bag has no coordinates, or they do not lie on a grid of reasonable size.
         """
-        if coords is None:
-            raise UserError(
-                "DeformMIL: expected coordinates of the tiles (coords of the bag file), found none; take another model"
-            )
         return self.forward_batch([features], [coords])[0]
 
-    def forward_batch(self, features: Sequence[Float[Tensor, "_ d"]], coords: Sequence[Int[Tensor, "_ 2"]]) -> list[MILOutput]:
-        """Several bags at a time, packed one after the other: the same results as one by one."""
-        grid = build_grid(coords, self.levels, self.step or None).to(features[0].device)
+    def forward_batch(
+        self, features: Sequence[Float[Tensor, "_ d"]], coords: Sequence[Int[Tensor, "_ 2"] | None]
+    ) -> list[MILOutput]:
+        """Several bags at a time, packed one after the other: the same results as one by one.
+
+        Raises:
+            UserError: as `forward`.
+        """
+        grid = build_grid(_places(features, coords), self.levels, self.step or None).to(features[0].device)
         x, position = self.embed(torch.cat(list(features))), sine_encoding(grid.positions, self.width)
         position = position.to(x.dtype)
         for layer in self.encoder:
             x = layer(x, position, grid)
         tokens, attention = self.decoder(x, position, grid.index.bags.tolist())
         return [MILOutput(logits, weights) for logits, weights in zip(self.head(tokens), attention)]
+
+
+def _places(features: Sequence[Tensor], coords: Sequence[Tensor | None]) -> list[Tensor]:
+    """The coords of every bag, a row for each tile, or a UserError."""
+    for bag, places in zip(features, coords, strict=True):
+        if places is None:
+            raise UserError(
+                "DeformMIL: expected coordinates of the tiles (coords of the bag file), found none"
+                + (f" for {sum(one is None for one in coords)} of {len(coords)} bags" if len(coords) > 1 else "")
+                + "; take another model"
+            )
+        if places.shape != (len(bag), 2):
+            raise UserError(f"DeformMIL: expected coords ({len(bag)}, 2) of as many tiles, found {tuple(places.shape)}")
+    return [places for places in coords if places is not None]
 
 
 def sine_encoding(positions: Float[Tensor, "n 2"], dim: int) -> Float[Tensor, "n {dim}"]:

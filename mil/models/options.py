@@ -5,15 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, get_type_hints
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from common.errors import UserError, did_you_mean
 
 # what `build` hands over by itself
 FIXED = ("dim", "classes", "dropout")
+KINDS = {NoneType: "null"}  # as users write it
 
 
-def option_types(make: Callable[..., Any]) -> dict[str, type]:
+def option_types(make: Callable[..., Any]) -> dict[str, Any]:
     """Name -> type of the options of a model of MODELS.
 
     What a partial of MODELS sets is a new default when it is a number; names and switches make the model what it is
@@ -27,7 +29,7 @@ def option_types(make: Callable[..., Any]) -> dict[str, type]:
     return {name: hints[name] for name in names if name not in preset and name not in FIXED}
 
 
-def checked(values: Mapping[str, Any], expected: Mapping[str, type], what: str) -> dict[str, Any]:
+def checked(values: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> dict[str, Any]:
     """The values with whole numbers made floats where a float is expected; `what` names them in errors.
 
     Raises:
@@ -40,8 +42,9 @@ def checked(values: Mapping[str, Any], expected: Mapping[str, type], what: str) 
         kind = expected[name]
         if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
             value = _number(value)  # YAML 1.1 reads 1e-4 (no dot) as text
-        if type(value) is not kind:
-            raise UserError(f"{what}: {name}: expected {kind.__name__}, found {value!r}")
+        kinds = get_args(kind) or (kind,)  # `bool | None`: or null
+        if type(value) not in kinds:
+            raise UserError(f"{what}: {name}: expected {' or '.join(KINDS.get(k, k.__name__) for k in kinds)}, found {value!r}")
         result[name] = value
     return result
 

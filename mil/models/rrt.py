@@ -3,9 +3,12 @@
 Embedded tiles fill a square in the order of the bag (zeros behind), which is cut into 8 x 8 regions. R-MSA: attention
 within each region, with EPEG, a convolution of the attention logits along the queries, as position code. CR-MSA: each
 region is summed up in k tokens, which attend to each other across regions, and is handed the result back. Norm, then
-ABMIL's pooling and head. Both layers are x + attention(norm(x)); no feed-forward layers, as in the authors' defaults.
+ABMIL's pooling and head. Both layers are x + attention(norm(x)); no feed-forward layers, as in all published commands.
 As there, the zeros take part in attention; the order of the tiles matters and coordinates are not looked at.
-Differences: none in the network; the ablations' other position codes are left out.
+Defaults: the command C16-R50 of the authors' README (--da_act=tanh --epeg_k=15 --crmsa_k=1 --all_shortcut) and their
+main.py for the rest. The others differ in `epeg`, `tokens`, `cross_heads`, `cross_mlp` and `shortcut`: TCGA-NSCLC-PLIP is
+epeg=13 tokens=3 cross_heads=1 cross_mlp=true, TCGA-BRCA-R50 epeg=17 tokens=3 cross_heads=1 shortcut=false.
+Differences: `regions` is of both layers (the authors' --region_num leaves CR-MSA at 8); their ablations are left out.
 """
 
 from __future__ import annotations
@@ -50,14 +53,20 @@ class SelfAttention(nn.Module):
 class CrossRegion(nn.Module):
     """k tokens a region, attention across regions token by token, and the way back to the tiles."""
 
-    def __init__(self, dim: int, heads: int, dropout: float, tokens: int) -> None:
+    def __init__(self, dim: int, heads: int, dropout: float, tokens: int, mlp: bool) -> None:
         super().__init__()
-        self.phi = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(dim, tokens), a=math.sqrt(5)))
+        self.phi: nn.Module | nn.Parameter
+        if mlp:
+            layers = nn.Linear(dim, dim // 4, bias=False), nn.Tanh(), nn.Linear(dim // 4, tokens, bias=False)
+            self.phi = nn.Sequential(*layers)
+        else:
+            self.phi = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(dim, tokens), a=math.sqrt(5)))
         self.attn = SelfAttention(dim, heads, dropout)
 
     def forward(self, x: Float[Tensor, "w p f"]) -> Float[Tensor, "w p f"]:
         """Same shape as x, W regions of P tiles."""
-        logits = (x @ self.phi).transpose(1, 2)  # (W, k, P)
+        logits = self.phi(x) if isinstance(self.phi, nn.Module) else x @ self.phi
+        logits = logits.transpose(1, 2)  # (W, k, P)
         summary = logits.softmax(2) @ x  # (W, k, F)
         seen = self.attn(summary.transpose(0, 1)).transpose(0, 1)
         low, high = logits.amin(2, keepdim=True), logits.amax(2, keepdim=True)
@@ -90,12 +99,15 @@ class RRT(nn.Module):
         classes: number of classes C.
         dropout: probability of dropping a unit of the embedding.
         hidden: width.
-        heads: of both attentions.
+        heads: of R-MSA.
         regions: the square is cut into regions x regions.
-        epeg: kernel of the position code, odd.
-        tokens: k of CR-MSA.
+        epeg: kernel of the position code, odd (`epeg_k` of the authors).
+        tokens: k of CR-MSA (`crmsa_k`).
+        cross_heads: of CR-MSA (`crmsa_heads`).
+        cross_mlp: the tokens' weights from two layers with tanh in place of one (`crmsa_mlp`).
         attention_dropout: probability of dropping an output unit of an attention.
-        shortcut: add the embedded tiles to the re-embedded ones (`all_shortcut` of the authors).
+        shortcut: add the embedded tiles to the re-embedded ones (`all_shortcut`).
+        activation: `relu` or `tanh`, of the pooling's attention (`da_act`).
     """
 
     def __init__(
@@ -107,17 +119,24 @@ class RRT(nn.Module):
         heads: int = 8,
         regions: int = 8,
         epeg: int = 15,
-        tokens: int = 3,
+        tokens: int = 1,
+        cross_heads: int = 8,
+        cross_mlp: bool = False,
         attention_dropout: float = 0.1,
-        shortcut: bool = False,
+        shortcut: bool = True,
+        activation: str = "tanh",
     ) -> None:
         super().__init__()
-        if hidden % heads or epeg % 2 == 0:
-            raise UserError(f"hidden={hidden}, epeg={epeg}: expected a multiple of heads={heads} and an odd number")
+        for name, count in (("heads", heads), ("cross_heads", cross_heads)):
+            if count < 1 or hidden % count:
+                raise UserError(f"hidden={hidden}: expected a multiple of {name}={count}")
+        if epeg % 2 == 0 or regions < 1 or tokens < 1:
+            raise UserError(f"epeg={epeg}, regions={regions}, tokens={tokens}: expected an odd number and at least 1 of both")
         self.shortcut = shortcut
-        self.pooling = ABMIL(dim, classes, dropout, hidden)  # embedding, attention pooling and head
+        # embedding, attention pooling and head
+        self.pooling = ABMIL(dim, classes, dropout, hidden, activation=activation)
         self.region = Regional(hidden, SelfAttention(hidden, heads, attention_dropout, epeg), regions)
-        self.cross = Regional(hidden, CrossRegion(hidden, heads, attention_dropout, tokens), regions)
+        self.cross = Regional(hidden, CrossRegion(hidden, cross_heads, attention_dropout, tokens, cross_mlp), regions)
         self.norm = nn.LayerNorm(hidden)
         initialise(self)
         nn.init.xavier_normal_(self.region.attn.pe.weight)  # type: ignore[union-attr, arg-type]

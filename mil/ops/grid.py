@@ -21,9 +21,8 @@ from jaxtyping import Float, Int, Int32, Int64
 from torch import Tensor
 
 from common.errors import UserError
-
-MAX_CELLS = 2**26
-"""Cells of one bag's map at level 0: 268 MB. A slide of 300,000 px a side has 1.4 million cells of 256 px."""
+from mil.ops.slide_coords import SlideCoords
+from mil.ops.steps import MAX_CELLS, infer_step
 
 
 class SparseMaps(NamedTuple):
@@ -93,14 +92,15 @@ def build_grid(coords: Sequence[Int[Tensor, "_ 2"]], levels: int = 1, step: int 
     """Index the tiles of a batch of bags; host work, linear in tiles and cells but for one sort.
 
     Args:
-        coords: level-0 corners (x, y) of the tiles of each bag.
+        coords: level-0 corners (x, y) of the tiles of each bag; cells count from its leftmost and its uppermost tile, of
+            `SlideCoords` from those of its slide.
         levels: L >= 1.
-        step: level-0 pixels between neighbouring tiles; None: of each bag, as `infer_step` finds it.
+        step: level-0 pixels between neighbouring tiles; None: of each bag its slide's, or as `infer_step` finds it.
 
     Raises:
         UserError: a bag's map would have more than 2^26 cells: its tiles lie too far apart for the step.
     """
-    bags = [_index_bag(bag.cpu().numpy().astype(np.int64), levels, step) for bag in coords]
+    bags = [_index_bag(bag, levels, step) for bag in coords]
     sizes = np.array([bag.sizes for bag in bags]).reshape(len(bags), levels)
     before = sizes.cumsum(0) - sizes  # (B, L) rows of the bags before, in each level
     starts = before + (sizes.sum(0).cumsum() - sizes.sum(0))  # (B, L) first row of each map
@@ -139,9 +139,13 @@ class _Bag(NamedTuple):
     step: float
 
 
-def _index_bag(coords: np.ndarray, levels: int, step: int | float | None) -> _Bag:
-    step = float(infer_step(coords) if step is None else step)
-    positions = grid_positions(coords, step)
+def _index_bag(bag: Tensor, levels: int, step: int | float | None) -> _Bag:
+    coords = bag.cpu().numpy().astype(np.int64)
+    if isinstance(bag, SlideCoords):
+        step, origin = bag.grid.step if step is None else float(step), bag.grid.origin
+    else:
+        step, origin = float(infer_step(coords) if step is None else step), None
+    positions = grid_positions(coords, step, origin)
     width, height = (int(size) for size in positions.max(0, initial=-1) + 1)
     if width * height > MAX_CELLS:
         raise UserError(
@@ -150,7 +154,7 @@ def _index_bag(coords: np.ndarray, levels: int, step: int | float | None) -> _Ba
         )
     flat = positions[:, 1] * width + positions[:, 0]
     map_, cells = _number(flat, height, width)
-    bag = _Bag([map_], [], positions, map_.ravel()[flat].astype(np.int64), [len(cells)], step)
+    index = _Bag([map_], [], positions, map_.ravel()[flat].astype(np.int64), [len(cells)], step)
     for _ in range(1, levels):
         y, x = np.divmod(cells, max(width, 1))
         height, width = (height + 1) // 2, (width + 1) // 2
@@ -158,10 +162,10 @@ def _index_bag(coords: np.ndarray, levels: int, step: int | float | None) -> _Ba
         map_, cells = _number(parents, height, width)
         table = np.full((len(cells), 4), -1, np.int64)
         table[map_.ravel()[parents], y % 2 * 2 + x % 2] = np.arange(len(y))
-        bag.maps.append(map_)
-        bag.children.append(table)
-        bag.sizes.append(len(cells))
-    return bag
+        index.maps.append(map_)
+        index.children.append(table)
+        index.sizes.append(len(cells))
+    return index
 
 
 def _number(flat: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -174,41 +178,18 @@ def _number(flat: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.n
     return map_.reshape(height, width), cells
 
 
-def grid_positions(coords: Int[np.ndarray, "n 2"], step: int | float) -> Int64[np.ndarray, "n 2"]:
-    """Nearest cell (x, y) of each corner, counted from the leftmost and the uppermost tile.
+def grid_positions(
+    coords: Int[np.ndarray, "n 2"], step: int | float, origin: Int[np.ndarray, " 2"] | None = None
+) -> Int64[np.ndarray, "n 2"]:
+    """Nearest cell (x, y) of each corner, counted from `origin`, or from the leftmost and the uppermost tile.
 
     Halves go up, so that tiles a step or more apart never share a cell, also where parts of a slide are tiled on grids of
     their own.
     """
     if not step > 0:
         raise UserError(f"step={step}: expected a positive number of level-0 pixels")
-    return np.floor((coords - coords.min(0, initial=2**62)) / step + 0.5).astype(np.int64)
-
-
-def infer_step(coords: Int[np.ndarray, "n 2"]) -> float:
-    """Commonest distance between neighbours in a row or column of tiles, the smallest of several; 1 where there is none.
-
-    Distances within a pixel or 1 % of it are averaged: steps that are no whole number of pixels alternate between two.
-    """
-    coords = coords - coords.min(0, initial=2**62)
-    distances = np.concatenate((_neighbours(coords[:, 1], coords[:, 0]), _neighbours(coords[:, 0], coords[:, 1])))
-    if not len(distances):  # no two tiles in one row or column
-        distances = np.concatenate([np.diff(np.unique(axis)) for axis in coords.T])
-    if not len(distances):
-        return 1.0
-    values, counts = np.unique(distances, return_counts=True)
-    commonest = values[counts.argmax()]
-    near = np.abs(values - commonest) <= max(1, commonest // 100)
-    return float((values * counts)[near].sum() / counts[near].sum())
-
-
-def _neighbours(line: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """Positive distances between consecutive places on the same line."""
-    length = int(place.max(initial=0)) + 1
-    keys = np.sort(line * length + place)
-    distances = np.diff(keys)
-    same = keys[1:] // length == keys[:-1] // length
-    return distances[same & (distances > 0)]
+    origin = coords.min(0, initial=2**62) if origin is None else origin
+    return np.floor((coords - origin) / step + 0.5).astype(np.int64)
 
 
 def _joined(parts: list[np.ndarray], empty: tuple[int, ...], dtype: type) -> np.ndarray:

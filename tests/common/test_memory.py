@@ -1,4 +1,4 @@
-"""Peak memory: of this process, not of the one that started it; freed blocks that are used again."""
+"""Memory: the peak of this process alone, what is free within limits, freed blocks that are used again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.memory import peak_memory
+from common.memory import free_memory, peak_memory
 
 
 def test_peak_of_a_small_child_of_a_large_parent(root: Path) -> None:
@@ -20,6 +20,35 @@ def test_peak_of_a_small_child_of_a_large_parent(root: Path) -> None:
     before, after = map(int, done.stdout.split())
     assert peak_memory() > large.nbytes
     assert before < 100e6 and 50e6 < after - before < 80e6
+
+
+def group(folder: Path, names: tuple[str, str], limit: str, used: int, stat: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in zip((*names, "memory.stat"), (limit, str(used), stat), strict=True):
+        (folder / name).write_text(f"{text}\n")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_is_within_every_limit(tmp_path: Path, version: int) -> None:
+    proc, groups = tmp_path / "proc", tmp_path / "groups"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
+    own = {1: "7:blkio:/\n4:memory:/slurm/job\n0::/\n", 2: "0::/slurm/job\n"}[version]
+    (proc / "self" / "cgroup").write_text(own)
+    names = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("memory.max", "memory.current")}[version]
+    dropped = {1: "inactive_file 1\ntotal_inactive_file 500", 2: "anon 7\ninactive_file 500"}[version]
+    root = groups / "memory" if version == 1 else groups
+    assert free_memory(proc, groups) == 8000 * 1024
+    group(root / "slurm" / "job", names, str(2**62) if version == 1 else "max", 900, dropped)
+    assert free_memory(proc, groups) == 8000 * 1024
+    group(root / "slurm", names, "6000", 1700, dropped)  # the group above is full to 1,200
+    assert free_memory(proc, groups) == 4800
+    group(root / "slurm" / "job", names, "5000", 900, dropped)
+    assert free_memory(proc, groups) == 4600
+    group(root / "slurm" / "job", names, "5000", 9000, dropped)
+    assert free_memory(proc, groups) == 0
+    (proc / "meminfo").unlink()
+    assert free_memory(proc, groups) > 10**8
 
 
 def page_faults() -> int:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.checkpoint import load_checkpoint, load_tensors, load_weights, resume, save_checkpoint
+from common.checkpoint import load_checkpoint, load_tensors, load_weights, resume, save_checkpoint, save_tensors
 from common.config import key
 from common.device import autocast, pick_device, pick_precision
 from common.distributed import World, all_reduce_mean, gather_objects, mean_dict
@@ -31,6 +31,15 @@ class Config:
 
 def start(path: Path, config: Config, overwrite: bool = False, **inputs: str) -> Run:
     return open_run(path, config, WORLD, inputs=inputs, overwrite=overwrite, tracker=Tracker())
+
+
+def test_saved_tensors_are_the_same_bytes_under_any_name(tmp_path: Path) -> None:
+    """Not so with `torch.save(content, path)`, which puts the (temporary) file's name, with machine and process, inside."""
+    content = {"model": {"weight": torch.arange(3.0)}, "epoch": 4}
+    for name in ("a.pt", "another.pt"):
+        save_tensors(tmp_path / name, content)
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "another.pt").read_bytes()
+    assert torch.equal(load_tensors(tmp_path / "a.pt", "tensors")["model"]["weight"], torch.arange(3.0))
 
 
 def test_same_run_goes_on_and_another_is_refused(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import signal
 import time
 from pathlib import Path
 
+import torch
+
 
 def dies_on(job: tuple[str, Path, int]) -> None:
     """Killed as often as the job says, then leaves a file; every try leaves one too."""
@@ -24,3 +26,21 @@ def leaves_its_device(folder: Path, device: str) -> None:
     deadline = time.monotonic() + 60
     while len({path.name.split(".")[0] for path in folder.iterdir()}) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
+
+
+def loses_its_gpu(job: tuple[str, Path, bool]) -> None:
+    """As a failed assertion in a kernel: the first try fails with whatever this process does on its GPU from then on."""
+    name, folder, fails = job
+    tries = len(list(folder.glob(f"{name}.try*")))
+    (folder / f"{name}.try{tries}").touch()
+    if fails and not tries:
+        torch.cuda.is_initialized = lambda: True
+        torch.cuda.synchronize = lost
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    time.sleep(0.1)
+
+
+def lost() -> None:
+    """What CUDA says then."""
+    raise RuntimeError("CUDA error: device-side assert triggered\nCompile with TORCH_USE_CUDA_DSA")

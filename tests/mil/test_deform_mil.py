@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from common.errors import UserError
-from mil.models import build
+from mil.models import build, forward_bags
 from mil.models.deform_mil import DeformMIL, sine_encoding
 
 SMALL = {"width": 32, "depth": 1, "levels": 1, "heads": 4, "points": 1, "dropout": 0.0}
@@ -121,6 +121,13 @@ def test_what_it_cannot_do_is_said_in_one_line() -> None:
     model = build("deform_mil", 6, 2, width=32)
     with pytest.raises(UserError, match="DeformMIL: expected coordinates of the tiles"):
         model(torch.randn(3, 6))
+    (bag, other), (coords, _) = bags_of_random_tiles((5, 3))
+    with pytest.raises(UserError, match=r"^DeformMIL: expected coordinates .* found none for 1 of 2 bags; take another model$"):
+        forward_bags(model, [bag, other], [coords, None])
+    with pytest.raises(UserError, match="^DeformMIL: expected coordinates .* found none; take another model$"):
+        forward_bags(model, [bag, other])
+    with pytest.raises(UserError, match=r"expected coords \(3, 2\) of as many tiles, found \(5, 2\)"):
+        forward_bags(model, [other], [coords])
     with pytest.raises(UserError, match="width=30: expected a multiple of heads=8|found width=30"):
         DeformMIL(6, 2, width=30)
     with pytest.raises(UserError, match="width=36: expected a multiple of heads=8"):

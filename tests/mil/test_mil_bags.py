@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from common.distributed import World
 from common.errors import UserError
-from mil.datasets.bags import find_bags, free_memory, load_bags, memory_of, usable_bags
+from mil.datasets.bags import bags_digest, find_bags, load_bags, memory_of, usable_bags
 from mil.engine import Recipe, Sample, Smoother, draws, predict, train_one_epoch
 from mil.models import Standardised, build
 from mil.prefetch import prefetch
@@ -76,6 +77,9 @@ def test_all_bad_bags_come_in_one_line_or_are_left_out(make_cohort, caplog: pyte
     with pytest.raises(UserError) as caught:
         load_bags(files)
     line = str(caught.value)
+    with pytest.raises(UserError) as digested:  # what comes before it in a stage
+        bags_digest(files)
+    assert str(digested.value) == line
     assert "\n" not in line and line.startswith("4 of 6 bags cannot be used") and "skip_bad=true" in line
     for part in ("s01.h5: expected finite", "s02.h5: expected at least one tile", "s03.h5: expected 8 features", "s04.h5"):
         assert part in line
@@ -111,9 +115,10 @@ def test_memory_budget_decides_where_and_nothing_else(make_cohort, caplog: pytes
     assert "4 of 6 stay on disk" in caplog.text
 
 
-def test_memory_of_a_process():
+def test_memory_of_a_process(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mil.datasets.bags.free_memory", lambda: 4800)
+    assert memory_of(0.0) == 2400 and memory_of(0.0, 3) == 800
     assert memory_of(2.5) == 2_500_000_000 and memory_of(2.5, 4) == 2_500_000_000
-    assert 0 < memory_of(0.0, 4) <= free_memory() // 7
     with pytest.raises(UserError, match="ram_gb=-1"):
         memory_of(-1.0)
 
@@ -163,6 +168,13 @@ def test_smoothed_selection_is_a_moving_average():
         expected = 0.75 * expected + 0.25 * score
         assert plain(values, "auc") == {"auc": score, "loss": 1.0}
         assert smooth(values, "auc")["auc"] == pytest.approx(expected)
+    before = smooth.values["auc"]
+    assert smooth({"auc": math.nan, "loss": 1.0}, "auc") == {"auc": before, "loss": 1.0}
+    assert math.isnan(plain({"auc": math.nan, "loss": 1.0}, "auc")["auc"])
+    unknown = Smoother(0.5)
+    for score in (math.nan, 0.6, 0.8):
+        unknown({"auc": score, "loss": 1.0}, "auc")
+    assert unknown.values["auc"] == pytest.approx(0.7)
     again = Smoother(0.75)
     again.load_state_dict(smooth.values)
     assert again({"auc": 1.0, "loss": 0.0}, "auc") == smooth({"auc": 1.0, "loss": 0.0}, "auc")

@@ -23,7 +23,7 @@ from mil.benchmark import Config, main
 from mil.results import number, text_table
 from mil.workers import run_all
 from patch_encoder.bags import read_bag, write_bag
-from tests.mil.light_jobs import dies_on, leaves_its_device
+from tests.mil.light_jobs import dies_on, leaves_its_device, loses_its_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = ("results.csv", "summary.csv", "predictions.csv", "summary.json", "splits/splits_0.csv")
@@ -32,6 +32,7 @@ TABLES = ("results.csv", "summary.csv", "predictions.csv", "summary.json", "spli
 def arguments(cohort: Path, output: Path, *more: str) -> list[str]:
     small = [
         "device=cpu",
+        "isolated=false",
         "folds=2",
         "seeds=[1]",
         "training.epochs=3",
@@ -187,8 +188,19 @@ def test_bad_feature_sets_are_refused(cohort: Path, tmp_path: Path, more: list[s
 
 
 def test_a_worker_that_dies_is_an_error_not_a_hang():
-    outcomes = list(run_all(os._exit, [9, 9], 2, 1))
-    assert len(outcomes) == 2 and all("worker process died" in error for _, error in outcomes)
+    for jobs, workers in (([9, 9], 2), ([9, 9], 1), ([9], 4)):
+        outcomes = list(run_all(os._exit, jobs, workers, 1))
+        assert len(outcomes) == len(jobs) and all("worker process died" in error for _, error in outcomes)
+
+
+def test_a_process_whose_gpu_context_is_lost_takes_no_other_job(tmp_path: Path):
+    """One of two workers is struck at its first job: a fresh process does that one again, and the others are well."""
+    jobs = [("a", tmp_path, True), *((name, tmp_path, False) for name in "bcdef")]
+    for workers in (1, 2):
+        assert [error for _, error in run_all(loses_its_gpu, jobs, workers, 1)] == [None] * 6
+        assert len(list(tmp_path.glob("a.try*"))) == 2
+        for path in tmp_path.iterdir():
+            path.unlink()
 
 
 def test_a_killed_job_is_tried_once_more_and_takes_no_other_with_it(tmp_path: Path):
@@ -207,7 +219,7 @@ def test_processes_share_the_devices(tmp_path: Path):
     assert {device for device, _ in used} == {"a", "b"} and len({pid for _, pid in used}) == len(used) <= 3
     (alone := tmp_path / "alone").mkdir()
     (alone / "b.0").touch()
-    assert [error for _, error in run_all(leaves_its_device, [alone], 3, 1, ["a", "b"])] == [None]
+    assert [error for _, error in run_all(leaves_its_device, [alone], 3, 1, ["a", "b"], apart=False)] == [None]
     assert (alone / f"a.{os.getpid()}").exists()
 
 

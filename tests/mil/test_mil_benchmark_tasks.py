@@ -31,7 +31,16 @@ TABLES = {
 
 def arguments(cohort: Path, output: Path, kind: str, *more: str) -> list[str]:
     recipe = ["epochs=2", "min_epochs=1", "accumulate=4", "lr=1e-3"]
-    grid = ["device=cpu", "folds=2", "seeds=[1]", "models=[mean,max]", "headline=max", "resamples=40", "intervals=2"]
+    grid = [
+        "device=cpu",
+        "isolated=false",
+        "folds=2",
+        "seeds=[1]",
+        "models=[mean,max]",
+        "headline=max",
+        "resamples=40",
+        "intervals=2",
+    ]
     paths = [f"labels={cohort}/labels.csv", f"features=[{cohort}/bags]", f"output={output}", f"task={kind}"]
     return [*paths, *grid, *(f"training.{key}" for key in recipe), *more]
 
@@ -157,6 +166,8 @@ def has_its_example_slides(html: str, output: Path, kind: str) -> None:
         ("discrete", ["intervals=40"], "split 0: intervals=40: expected as many different event times"),
         ("ordinal", ["grades=[0,1,2]"], "expected one of the grades, found '3'"),
         ("multilabel", ["grades=[a,b]"], "task=multilabel: grades are of task=ordinal"),
+        ("discrete", ["censored_alpha=1.5"], "split 0: censored_alpha=1.5: expected a share"),
+        ("cox", ["censored_alpha=0.5"], "task=cox: censored_alpha is of task=discrete"),
         ("ordinal", ["training.focal=2.0"], "task=ordinal: label_smoothing and focal"),
     ],
 )

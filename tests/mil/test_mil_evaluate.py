@@ -101,6 +101,22 @@ def test_tables_are_what_the_predictions_say(tmp_path: Path, capsys: pytest.Capt
     assert cells[0][4] == "auc" and cells[1][4] == pytest.approx(float(results[0]["auc"])) and len(cells) == 5
 
 
+def test_tables_may_list_the_slides_in_any_order(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    a, b = table(tmp_path / "a.csv", models=("a",)), table(tmp_path / "b.csv", models=("a", "b"))
+    rows = [row for row in read(b) if row["model"] == "b"]
+    write(b, rows)
+    write(tmp_path / "c.csv", [row | {"model": "b"} for row in reversed(rows)])
+    for name in "bc":
+        assert evaluate(f"predictions=[{a},{tmp_path}/{name}.csv]", f"output={tmp_path}/{name}", "plots=false") == 0
+    for file in ("results.csv", "summary.csv", "delong.csv"):
+        assert (tmp_path / "b" / file).read_bytes() == (tmp_path / "c" / file).read_bytes()
+    assert not caplog.text
+    write(tmp_path / "c.csv", [row | {"model": "c"} for row in rows if row["slide_id"] != "s7"])
+    assert evaluate(f"predictions=[{a},{b},{tmp_path}/c.csv]", f"output={tmp_path}/d", "plots=false") == 0
+    assert len(read(tmp_path / "d" / "delong.csv")) == 1
+    assert "not tested on the same slides in the same folds are not compared: a, b | c" in caplog.text
+
+
 def test_screening_counts_are_those_of_the_validation_cut(tmp_path: Path):
     path = table(tmp_path / "said.csv")
     evaluate(f"predictions=[{path}]", f"output={tmp_path}/out", "plots=false")
@@ -254,6 +270,7 @@ def change(index: int, **values: object):
         (change(3, label="q"), "slide s3: label 'q' has no column prob_q"),
         (change(3, split="train"), "slide s3: expected split val or test, found 'train'"),
         (change(3, fold="one"), "slide s3: expected a whole number in fold, found 'one'"),
+        (change(3, case_id=" "), "said.csv, line 5: expected a case_id, found none"),
         (change(4, slide_id="s5"), "expected every .* slide once, found twice: s5"),
         (change(0, case_id="c5", split="test"), "1 cases are in val and in test: c5"),
     ],

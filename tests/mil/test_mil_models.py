@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from common.errors import UserError
-from mil.models import build
+from mil.models import MODELS, build
 from mil.models.abmil import ABMIL
 from mil.models.dropout import Dropout
 from mil.models.standardise import Standardised
@@ -101,6 +102,18 @@ def test_weights_start_xavier_normal_and_biases_zero():
     assert not model.embed[0].bias.any() and not model.head.bias.any()
 
 
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "deform_mil"])
+def test_every_linear_layer_starts_so(name: str):
+    torch.manual_seed(0)
+    model = build(name, 64, 3)
+    layers = {n: layer for n, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    assert layers
+    for layer in layers.values():
+        assert layer.bias is None or not layer.bias.any()
+        expected = math.sqrt(2 / sum(layer.weight.shape))
+        assert abs(float(layer.weight.detach().std()) / expected - 1) < 4 / math.sqrt(2 * layer.weight.numel())
+
+
 def test_standardised_uses_the_fitted_statistics_only():
     bags = [torch.randn(5, 6) * 3 + 7, torch.randn(11, 6) - 2]
     for bag in bags:
@@ -115,6 +128,16 @@ def test_standardised_uses_the_fitted_statistics_only():
     torch.testing.assert_close(model(BAG).logits, model.model((BAG - model.mean) / model.std).logits)
     torch.testing.assert_close(model.score_tiles(BAG), model.model.score_tiles((BAG - model.mean) / model.std))
     assert {"mean", "std"} <= set(model.state_dict())
+
+
+def test_small_features_are_standardised_and_rounding_is_not():
+    values = torch.linspace(-1, 1, 50)[:, None]
+    model = Standardised(model_of("mean"), 6)
+    scale, shift = torch.tensor([1e-4, 1e-2, 1e-7, 1.0, 0.0, 3.0]), torch.tensor([0.0, 1.0, 100.0, 0.0, 5.0, -2.0])
+    model.fit([values * scale + shift])
+    expected = scale * float(values.std(correction=0))
+    expected[[2, 4]] = 1.0  # below the rounding of their mean
+    torch.testing.assert_close(model.std, expected, rtol=1e-3, atol=0.0)
 
 
 def test_dropout_keeps_the_expectation_and_stops_in_evaluation():

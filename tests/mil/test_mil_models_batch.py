@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from common.errors import UserError
 from mil.engine import training_loss
 from mil.models import MODELS, build, forward_bags, forward_padded
 from mil.models.output import as_attention
@@ -44,6 +47,55 @@ def test_batches_are_one_bag_at_a_time(name: str, standardize: bool):
     for row, output, n in zip(attention, alone, LENGTHS, strict=True):
         torch.testing.assert_close(row[:n], output.attention, **close)
         assert not row[n:].any()
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_gradients_of_a_padded_batch_are_those_of_its_bags(name: str):
+    model = model_of(name)
+    sum(model(bag, places).logits.square().sum() for bag, places in zip(BAGS, COORDS, strict=True)).backward()
+    alone = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    padded, places = (torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in (BAGS, COORDS))
+    logits, attention = forward_padded(model, padded, LENGTHS, places)
+    assert attention.shape == (4, 19)
+    logits.square().sum().backward()
+    for key, gradient in alone.items():
+        torch.testing.assert_close(model.get_parameter(key).grad, gradient, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_half_precision_is_cast_to_the_weights(name: str, standardize: bool):
+    model, low = model_of(name, standardize=standardize), [bag.half() for bag in BAGS]
+    expected = forward_bags(model, [bag.float() for bag in low], COORDS)
+    assert torch.equal(forward_bags(model, low, COORDS).logits, expected.logits)
+    output = model(low[0].float(), COORDS[0]).logits
+    assert torch.equal(model(low[0], COORDS[0]).logits, output)
+    assert torch.equal(model(coords=COORDS[0], features=low[0]).logits, output)
+    with torch.autocast("cpu", torch.bfloat16):  # which knows no float16
+        assert torch.equal(model(low[0], COORDS[0]).logits, model(low[0].float(), COORDS[0]).logits)
+        assert forward_bags(model, [bag.bfloat16() for bag in BAGS], COORDS).logits.isfinite().all()
+    wide = model.double()(BAGS[0].double(), COORDS[0]).logits
+    assert wide.dtype == torch.float64 and model(BAGS[0].bfloat16(), COORDS[0]).logits.dtype == torch.float64
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_bags_that_are_none_are_refused_in_one_line(name: str, standardize: bool):
+    model, bag, places = model_of(name, standardize=standardize), BAGS[0], COORDS[0]
+    for bad in (bag[:0], bag[:, :5], bag[None]):
+        found = re.escape(f"bag: expected features (N, 6) of at least one tile, found {tuple(bad.shape)}")
+        with pytest.raises(UserError, match=f"^{found}$"):
+            model(bad, places[: len(bad)])
+    for bad in (bag[:0], bag[:, :5], bag[0]):
+        with pytest.raises(UserError, match=r"^bag 1 \(from 0\) of 2: expected features \(N, 6\) of at least one tile, found"):
+            forward_bags(model, [bag, bad], [places, places[: len(bad)]])
+    with pytest.raises(UserError, match="at least one bag, found none"):
+        forward_bags(model, [])
+    for lengths in ([3, 0], [3, 6], [3]):
+        with pytest.raises(UserError, match=rf"lengths: expected 2 of 1 to 5 tiles, found {re.escape(str(lengths))}"):
+            forward_padded(model, torch.stack([bag, bag]), lengths, torch.stack([places, places]))
 
 
 @torch.no_grad()

@@ -63,6 +63,13 @@ def test_forward_is_two_tiers(distil: str, classes: int, groups: int, instances:
     torch.testing.assert_close(output.attention, attention, rtol=1e-5, atol=1e-6)
 
 
+def test_published_sizes():
+    """Parameters of the reduction, of both attentions and of both classifiers; groups and tiles as in the authors' defaults."""
+    model = DTFD(1024, 2)
+    assert sum(p.numel() for p in model.parameters()) == 524_288 + 131_457 + 1_026 + 132_483
+    assert (model.groups, model.each, model.distil, model.drop.dropped) == (4, 1, "afs", 0)
+
+
 def test_pseudo_bags_are_random_while_training_and_never_empty():
     model = DTFD(6, 2, hidden=16, groups=4)
     splits = [model.train().split(13) for _ in range(3)]

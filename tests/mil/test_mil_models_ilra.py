@@ -54,6 +54,15 @@ def test_blocks_and_pooling_are_attention_through_latents(rank: int, layers: int
     torch.testing.assert_close(output.attention, attention[0], rtol=1e-5, atol=1e-6)
 
 
+def test_latents_and_query_start_xavier_uniform():
+    torch.manual_seed(0)
+    model = ILRA(8, 2, rank=4)
+    for start, rows in ((model.blocks[0].latent, 4), (model.blocks[1].latent, 4), (model.query, 1)):
+        bound = (6 / (rows + 256)) ** 0.5
+        assert start.shape == (rows, 256) and 0.9 * bound < float(start.detach().abs().max()) <= bound
+        assert abs(float(start.detach().std()) - bound / 3**0.5) < 0.2 * bound
+
+
 def test_published_sizes():
     model = ILRA(1024, 2)
     assert len(model.blocks) == 2 and model.blocks[0].latent.shape == (1, 256)

@@ -81,6 +81,19 @@ def test_loss_is_task_and_feature_loss(monkeypatch: pytest.MonkeyPatch):
         assert not output.attention[~keep].any() and float(output.attention.sum()) == pytest.approx(1.0, abs=1e-5)
 
 
+def test_tiles_are_ranked_by_the_teachers_first_layer(monkeypatch: pytest.MonkeyPatch):
+    model, heard = model_of("mhim_transmil").train(), []
+    with torch.no_grad():
+        for p in model.teacher.parameters():
+            p.add_(0.1 * torch.randn_like(p))  # no longer the student
+    model.teacher.eval()
+    monkeypatch.setattr(model, "kept", lambda scores: heard.append(scores) or torch.ones(20, dtype=torch.bool))
+    model(BAG, None, 1)
+    with torch.no_grad():
+        first, second = (model.teacher.pool(model.teacher.embed(BAG), layer=i).scores for i in (0, 1))
+        assert torch.equal(heard[0], first) and not torch.allclose(first, second, atol=1e-4)
+
+
 def test_feature_loss_is_lowest_for_the_teachers_own_shape():
     teacher = torch.randn(2, 8)
     assert feature_loss(teacher / 0.1, teacher, 0.1) < feature_loss(teacher.roll(1, dims=1) / 0.1, teacher, 0.1)

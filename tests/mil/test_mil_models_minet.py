@@ -121,3 +121,9 @@ def test_losses_of_packed_bags_are_those_of_single_bags(make):
     torch.manual_seed(5)
     together = bag_losses(model.forward_packed(torch.cat(BAGS), OFFSETS), targets)
     torch.testing.assert_close(together, alone)
+
+
+def test_log_odds_are_kept_finite_at_1e_7_and_exact_before():
+    found = log_odds(torch.tensor([[0.0, 1e-5, 0.25, 1.0]], dtype=torch.float64))[0].tolist()
+    edge = math.log(1e-7 / (1 - 1e-7))
+    assert found == pytest.approx([edge, math.log(1e-5 / (1 - 1e-5)), math.log(1 / 3), -edge], rel=1e-6)

@@ -72,21 +72,25 @@ def test_model_is_the_published_forward(n: int):
     bag = torch.randn(n, 6)
     h = torch.relu(bag @ model.embed[0].weight.T + model.embed[0].bias)
     side = next(s for s in range(1, 9) if s * s >= n)
-    x = torch.cat([model.cls_token, h, h[: side * side - n]])[None]
+    x, maps = torch.cat([model.cls_token, h, h[: side * side - n]])[None], []
     for i, layer in enumerate((model.layer1, model.layer2)):
         normed = layer_norm(x, (16,), layer.norm.weight, layer.norm.bias)
         seen, attention = package_of(layer.attn, 16)(normed, return_attn=True)
         x = x + seen
+        rows = attention[0, :, -(side * side + 1), -side * side :]  # of the class token, without itself
+        maps.append(rows[:, :n].clone())
+        maps[-1][:, : side * side - n] += rows[:, n:]  # what the repeated tiles got
         if i == 0:
             x = torch.cat([x[:, :1], model.pos_layer(x[0, 1:])[None]], dim=1)
     token = layer_norm(x[0, 0], (16,), model.norm.weight, model.norm.bias)
     output = model(bag)
     torch.testing.assert_close(output.logits, model.head.weight @ token + model.head.bias, rtol=1e-5, atol=1e-5)
-    row = attention[0, :, -(side * side + 1), -side * side :].mean(0)  # of the class token, without itself
-    own = row[:n].clone()
-    own[: side * side - n] += row[n:]  # what the repeated tiles got
-    own = own.clamp(min=0)
+    own = maps[1].mean(0).clamp(min=0)
     torch.testing.assert_close(output.attention, own / own.sum(), rtol=1e-4, atol=1e-5)
+    # MHIM-MIL ranks by the first layer (--attn_layer=0 of its authors' commands)
+    pooled = model.pool(model.embed(bag))
+    torch.testing.assert_close(pooled.scores, maps[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pooled.bag, token[None], rtol=1e-5, atol=1e-5)
 
 
 def test_published_sizes():
@@ -97,6 +101,12 @@ def test_published_sizes():
         sum(p.numel() for p in model.parameters())
         == 1024 * 512 + 512 + 512 + 2 * (4 * 512 * 512 + 512 + 8 * 33 + 1024) + 512 * (49 + 25 + 9 + 3) + 1024 + 1026
     )
+
+
+def test_class_token_starts_normal():
+    torch.manual_seed(0)
+    token = TransMIL(8, 2).cls_token.detach()
+    assert token.shape == (1, 512) and abs(float(token.std()) - 1) < 0.15 and abs(float(token.mean())) < 0.15
 
 
 def test_ten_thousand_tiles_take_seconds():

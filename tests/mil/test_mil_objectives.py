@@ -19,8 +19,10 @@ from common.config import load_config
 from common.distributed import World
 from common.errors import UserError
 from mil import evaluate
+from mil.benchmark import Config as BenchmarkConfig
+from mil.benchmark import main as benchmark_main
 from mil.datasets.targets import read_targets
-from mil.engine import Recipe, Sample, check_recipe, predict, train_one_epoch
+from mil.engine import Recipe, Sample, check_recipe, load_classifier, predict, train_one_epoch
 from mil.losses.classification import class_loss, label_loss
 from mil.losses.ordinal import corn_loss, corn_probabilities
 from mil.losses.survival import cox_loss, discrete_loss, discrete_risk
@@ -41,7 +43,7 @@ TASKS = {
     "multilabel": Objective("multilabel", ("a", "b", "c"), weights=(1.0, 2.0, 0.5)),
     "ordinal": Objective("ordinal", ("0", "1", "2", "3")),
     "cox": Objective("cox"),
-    "discrete": Objective("discrete", edges=(2.0, 4.0)),
+    "discrete": Objective("discrete", edges=(2.0, 4.0), alpha=0.25),
 }
 TARGETS = {
     "classes": [0, 1, 2, 0],
@@ -100,6 +102,34 @@ def test_discrete_likelihood_by_hand():
     assert float(discrete_loss(logits, 1, False, 0.4)) == pytest.approx(-0.6 * math.log((1 - h[0]) * (1 - h[1])), rel=1e-5)
     survival = np.cumprod([1 - x for x in h])
     assert float(discrete_risk(logits[None])[0]) == pytest.approx(-survival.sum(), rel=1e-5)
+
+
+def test_alpha_weighs_the_censored_slides_of_the_task():
+    logits, plain = torch.tensor([0.2, -1.0, 0.5]), Objective("discrete", edges=(2.0, 4.0))
+    died, left = torch.tensor([3.0, 1.0]), torch.tensor([3.0, 0.0])
+    for alpha in (0.0, 0.4, 1.0):
+        task = Objective("discrete", edges=(2.0, 4.0), alpha=alpha)
+        torch.testing.assert_close(task.loss(logits, left), (1 - alpha) * plain.loss(logits, left))
+        torch.testing.assert_close(task.loss(logits, died), plain.loss(logits, died))
+
+
+def test_alpha_goes_through_training_and_benchmark(make_cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    cohort = rewrite(make_cohort(slides=32), "discrete")
+    shared = [f"labels={cohort}/labels.csv", "device=cpu", "folds=2", "training.epochs=2", "task=discrete", "intervals=2"]
+    said = {}
+    for name, more in (("plain", []), ("zero", ["censored_alpha=0"]), ("half", ["censored_alpha=0.5"])):
+        config = load_config(Config, [*shared, f"features={cohort}/bags", f"output={tmp_path}/{name}", "model=max", *more])
+        assert main(config) is None
+        said[name] = (tmp_path / name / "predictions.csv").read_text()
+        content = load_classifier(tmp_path / name / "checkpoint_best.pt", CPU.device)[1]
+        assert objective_of(content["config"]["task"]).alpha == (0.5 if name == "half" else 0.0)
+    assert said["plain"] == said["zero"] != said["half"]
+    grid = [*shared, f"features=[{cohort}/bags]", f"output={tmp_path}/all", "models=[max]", "headline=max", "seeds=[2024]"]
+    assert benchmark_main(load_config(BenchmarkConfig, [*grid, "resamples=20", "censored_alpha=0.5"])) == 0
+    assert (tmp_path / "all/runs/bags/max/seed2024_fold0/predictions.csv").read_text() == said["half"]
+    refused = [*shared, f"features={cohort}/bags", f"output={tmp_path}/none", "model=max", "censored_alpha=2"]
+    assert run_script(main, Config, refused) == 2 and not (tmp_path / "none").exists()
+    assert "censored_alpha=2.0: expected a share" in capsys.readouterr().err
 
 
 def test_what_logits_mean():
@@ -193,6 +223,11 @@ def test_what_does_not_go_together_is_refused():
         check_recipe(Recipe(class_weights=True), TASKS["discrete"], CPU)
     with pytest.raises(UserError, match="task=ordinal: label_smoothing and focal"):
         Objective("ordinal", ("0", "1"), smoothing=0.1)
+    with pytest.raises(UserError, match="task=cox: censored_alpha is of task=discrete"):
+        Objective("cox", alpha=0.5)
+    for share in (-0.1, 1.1, math.nan):
+        with pytest.raises(UserError, match=r"censored_alpha=.*: expected a share, 0 <= censored_alpha <= 1"):
+            Objective("discrete", edges=(1.0,), alpha=share)
 
 
 @pytest.mark.parametrize("kind", list(COHORTS))

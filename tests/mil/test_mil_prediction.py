@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from common.config import load_config
-from mil import prediction
+from mil import engine, prediction
 from mil.datasets.bags import load_bags
 from mil.engine import Sample
 from mil.models import MODELS, build
@@ -64,6 +64,20 @@ def test_large_bags_have_the_answer_of_whole_ones(
     torch.testing.assert_close(found[0][[0, 2]], expected[[0, 2]], rtol=1e-5, atol=1e-5)  # float32 in spite of bf16
     assert torch.equal(found[0], found[1])  # on disk or in memory
     torch.testing.assert_close(found[0][[1, 3]], expected[[1, 3]], rtol=0.1, atol=0.1)
+
+
+def test_attention_of_a_large_bag_is_streamed(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    model = build("gated_abmil", DIM, 3, **SMALL["gated_abmil"]).eval()
+    large = [engine.examine(model, bag, CPU) for bag in samples(files, 0)]
+    asked = []
+    monkeypatch.setattr(engine, "stream", lambda *given: asked.append(len(given[1])) or stream(*given, 16))
+    monkeypatch.setattr(prediction, "WHOLE_BYTES", 9 * DIM * 4)
+    for bag, whole in zip(samples(files, 0), large, strict=True):
+        output = engine.examine(model, bag, CPU)
+        torch.testing.assert_close(output.logits, whole.logits, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(output.attention, whole.attention, rtol=1e-5, atol=1e-6)
+    assert asked == [40, 65]
 
 
 def test_what_is_large_does_not_depend_on_the_file(files: dict[str, Path]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,14 @@ import torch
 from PIL import Image
 
 import mil.distillation_set as distillation_set
+import mil.rank_patches as rank_patches
 from common.cli import run as run_script
 from common.config import load_config
 from common.errors import UserError
 from mil.distillation_set import choose
 from mil.engine import load_classifier
 from mil.rank_patches import Config, main
+from mil.workers import run_all
 from patch_encoder.bags import read_bag, write_bag
 
 
@@ -121,6 +124,7 @@ def test_killed_and_restarted_is_the_same_set(make_cohort, tmp_path: Path, monke
         original(*arguments)
 
     monkeypatch.setattr(distillation_set, "write_picture", dies)
+    monkeypatch.setattr(rank_patches, "run_all", partial(run_all, apart=False))
     with pytest.raises(KeyboardInterrupt):
         rank(cohort, tmp_path / "parts")
     monkeypatch.undo()

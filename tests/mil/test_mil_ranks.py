@@ -107,7 +107,7 @@ def test_two_machines_write_the_tables_of_one_process(make_cohort, tmp_path: Pat
     given = [f"labels={cohort}/labels.csv", f"features=[{cohort}/bags]", *more, *(f"training.{key}" for key in recipe)]
 
     def start(name: str) -> int:
-        return benchmark.main(load_config(benchmark.Config, [*given, f"output={tmp_path / name}"]))
+        return benchmark.main(load_config(benchmark.Config, [*given, "isolated=false", f"output={tmp_path / name}"]))
 
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

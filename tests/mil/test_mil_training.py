@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,14 +19,19 @@ from sklearn.metrics import roc_auc_score
 from torch.nn.functional import cross_entropy
 
 import mil.engine as engine
+import mil.job as jobs
+from common.checkpoint import load_checkpoint
 from common.cli import run as run_script
 from common.config import load_config
 from common.distributed import World
 from common.errors import UserError
+from common.run import Run
+from mil.datasets.bags import find_bags, load_bags
 from mil.engine import Recipe, Sample, class_weights, is_better, is_over, load_classifier, train_one_epoch
 from mil.losses.classification import class_loss
 from mil.metrics import METRICS, youden_threshold
 from mil.models import build
+from mil.objectives import Objective
 from mil.train import Config, build_job, main
 from patch_encoder.bags import read_bag, write_bag
 
@@ -211,6 +217,49 @@ def test_selection_prefers_auc_then_loss():
     assert is_better({"auc": 0.9, "loss": 9.0}, best) and is_better({"auc": 0.8, "loss": 0.4}, best)
     assert not is_better({"auc": 0.8, "loss": 0.5}, best) and not is_better({"auc": 0.7, "loss": 0.1}, best)
     assert is_better({"auc": 0.0, "loss": 1.0}, {})
+    unknown = {"auc": math.nan, "loss": 0.5}
+    assert is_better({"auc": 0.0, "loss": 1.0}, unknown) and not is_better(unknown, {"auc": 0.0, "loss": 1.0})
+    assert is_better({"auc": math.nan, "loss": 0.4}, unknown) and not is_better({"auc": math.nan, "loss": 0.6}, unknown)
+
+
+@pytest.mark.parametrize(("smoothing", "best"), [[0.0, 2], [0.6, 5]])
+def test_the_epoch_is_chosen_by_the_smoothed_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smoothing: float, best: int
+):
+    """A lucky second epoch is the best one only where scores are not averaged."""
+    scores = iter([0.5, 0.9, 0.6, 0.8, 0.8, 0.7])
+    monkeypatch.setattr(engine, "validate", lambda *_: {"auc": next(scores), "loss": 1.0, "threshold": 0.5})
+    run = Run(tmp_path, None, None, True)
+    recipe = Recipe(epochs=6, min_epochs=6, smoothing=smoothing, lr=1e-3)
+    found = engine.train_model(build("mean", 5, 2), samples(), samples(), recipe, 0, run, {}, CPU)
+    assert found["epoch"] == best
+    assert load_checkpoint(run.best, "a checkpoint")["epoch"] == best
+
+
+def test_an_epoch_draws_tiles_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    seen, load = [], Sample.load
+    monkeypatch.setattr(Sample, "load", lambda bag, tiles=None: (seen.append(tuple(tiles.tolist())), load(bag, tiles))[1])
+    bags = [Sample(f"s{i}", torch.randn(40, 5), None, i % 2) for i in range(3)]
+    model, recipe = build("mean", 5, 2), Recipe(max_tiles=6)
+    for epoch in (0, 1, 0):
+        train_one_epoch(model, bags, torch.optim.SGD(model.parameters(), 0.0), recipe, CPU, range(3), epoch, seed=4)
+    assert len(set(seen)) == 6 and seen[:3] == seen[6:]
+
+
+def test_validation_slides_that_cannot_be_ranked(caplog: pytest.LogCaptureFixture):
+    """The only event is the last thing that happens: no pair is comparable."""
+    aims = [(3.0, 0.0), (5.0, 0.0), (9.0, 1.0)]
+    bags = [Sample(f"s{i}", torch.zeros(4, 5), None, torch.tensor(aim)) for i, aim in enumerate(aims)]
+    with pytest.raises(
+        UserError, match=r"3 validation slides, among which val_c_index has nothing to compare; expected an event"
+    ):
+        engine.check_validation(bags, Objective("cox"))
+    engine.check_validation(bags, Objective("discrete", edges=(4.0,)))
+    assert "the best epoch is the one with the lowest loss" in caplog.text
+    caplog.clear()
+    bags.append(Sample("s3", torch.zeros(4, 5), None, torch.tensor((12.0, 0.0))))
+    engine.check_validation(bags, Objective("cox"))
+    assert not caplog.text
 
 
 def test_early_stopping_waits_for_patience_and_min_epochs():
@@ -241,6 +290,30 @@ def test_loss_that_is_not_finite_names_the_slide():
 
 def test_bf16_trains(make_cohort, tmp_path: Path):
     assert train(make_cohort(), tmp_path / "run", "training.precision=bf16")["epochs"] == 6
+
+
+def test_processes_of_torchrun_share_the_memory(make_cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = load_config(Config, arguments(make_cohort(), tmp_path / "unused"))
+    monkeypatch.setattr("mil.datasets.bags.free_memory", lambda: 8000)
+    assert build_job(config).memory == 4000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert build_job(config).memory == 1000
+
+
+def test_the_next_feature_set_comes_when_the_last_one_has_gone(make_cohort, monkeypatch: pytest.MonkeyPatch):
+    sets = [find_bags(make_cohort(name, slides=4) / "bags", ["s00", "s01"]) for name in ("a", "b")]
+    alive: list[weakref.ref] = []
+
+    def load(files, memory):
+        assert not any(bags() for bags in alive)
+        bags = load_bags(files, memory)
+        alive.append(weakref.ref(bags))
+        return bags
+
+    monkeypatch.setattr(jobs, "load_bags", load)
+    for files in (sets[0], sets[0], sets[1], sets[0]):
+        jobs.cached_bags(tuple(files.items()), "digest")
+    assert len(alive) == 3
 
 
 def test_bad_fold_and_foreign_checkpoint_are_refused(make_cohort, tmp_path: Path):

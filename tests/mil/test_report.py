@@ -39,6 +39,7 @@ def finished(make_cohort, tmp_path: Path) -> Path:
     cohort = make_cohort(pictures=True, signal=3.0)
     small = [
         "device=cpu",
+        "isolated=false",
         "folds=2",
         "seeds=[1]",
         "training.epochs=2",

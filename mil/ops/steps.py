@@ -1,0 +1,74 @@
+"""The step of a grid of tiles, level-0 pixels from one to the next, found from their corners alone.
+
+Tiles that were laid on a grid show it: the commonest distance between neighbours. Tiles that were not (a few that a detector
+chose, what is left of a slide that is nearly empty) have one too, by accident: it is not taken where they lie on no grid of it
+and few have a neighbour there, or most are much nearer or farther than it says.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Int
+from scipy.spatial import KDTree
+
+MAX_CELLS = 2**26
+"""Cells of one bag's map at level 0: 268 MB. A slide of 300,000 px a side has 1.4 million cells of 256 px."""
+FAR = 8  # times as far as a step, or as near, are the nearest tiles when it is none of theirs
+SHARE = 0.1  # of the tiles have a neighbour at a step, at least
+
+
+def infer_step(coords: Int[np.ndarray, "n 2"], side: int | float = 0) -> float:
+    """Commonest distance between neighbours in a row or column of tiles, the smallest of several; 1 where there is none.
+
+    Distances within a pixel or 1 % of it are averaged: steps that are no whole number of pixels alternate between two.
+    Where that is an accident: the `side` of a tile, or the median distance of a tile from its nearest.
+    """
+    coords = coords - coords.min(0, initial=2**62)
+    distances = np.concatenate((_neighbours(coords[:, 1], coords[:, 0]), _neighbours(coords[:, 0], coords[:, 1])))
+    if not len(distances):  # no two tiles in one row or column
+        distances = np.concatenate([np.diff(np.unique(axis)) for axis in coords.T])
+    if not len(distances):
+        return 1.0
+    values, counts = np.unique(distances, return_counts=True)
+    commonest = values[counts.argmax()]
+    near = np.abs(values - commonest) <= max(1, commonest // 100)
+    step = float((values * counts)[near].sum() / counts[near].sum())
+    if _on_its_grid(coords, step):
+        return step
+    nearest, common = _nearest(coords), counts[near].sum() >= max(2, SHARE * len(coords))
+    return step if common and nearest / FAR <= step <= nearest * FAR else float(side or nearest)
+
+
+def fitting_step(coords: Int[np.ndarray, "n 2"], step: float) -> float:
+    """The step, doubled until a map of MAX_CELLS holds all tiles."""
+    width, height = (float(extent) for extent in np.ptp(coords, axis=0)) if len(coords) else (0.0, 0.0)
+    while (width / step + 2) * (height / step + 2) > MAX_CELLS:
+        step *= 2
+    return step
+
+
+def agree(one: float, other: float) -> bool:
+    """Whether two steps are the same, within a pixel or 1 %."""
+    return abs(one - other) <= max(1.0, other / 100)
+
+
+def _on_its_grid(coords: np.ndarray, step: float) -> bool:
+    """All tiles are within a pixel or 1 % of the grid; one of a few pixels fits any tiles and says nothing."""
+    tolerance = max(1.0, step / 100)
+    return step > 8 * tolerance and bool((np.abs(coords - np.rint(coords / step) * step) <= tolerance).all())
+
+
+def _nearest(coords: np.ndarray) -> float:
+    """Median distance of a tile from its nearest, the longer of x and y."""
+    places = np.unique(coords, axis=0)
+    distances, _ = KDTree(places).query(places, k=2, p=np.inf)
+    return float(np.median(distances[:, 1]))
+
+
+def _neighbours(line: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Positive distances between consecutive places on the same line."""
+    length = int(place.max(initial=0)) + 1
+    keys = np.sort(line * length + place)
+    distances = np.diff(keys)
+    same = keys[1:] // length == keys[:-1] // length
+    return distances[same & (distances > 0)]
