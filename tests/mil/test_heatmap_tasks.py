@@ -224,6 +224,10 @@ def test_bags_are_handed_on_as_they_are_stored(plain: Path, monkeypatch: pytest.
     monkeypatch.setattr(StoredBag, "read", lambda bag: pytest.fail("the whole bag was read"))
     alone = tiles_alone(model, task, seen[0], CPU)[:, 1]
     np.testing.assert_allclose(alone, scores.values, rtol=1e-6)
+    monkeypatch.setattr("mil.prediction.WHOLE_BYTES", 0)  # every bag is a very large one
+    streamed = score_bag(model, task, bag, coords / "s03.h5", "probability", "pos", CPU)
+    np.testing.assert_allclose(streamed.attention, scores.attention, rtol=1e-5)
+    np.testing.assert_allclose(streamed.slide, scores.slide, rtol=1e-5)
     with torch.inference_mode():
         tiles = torch.load(bag, weights_only=True).float()
         expected = [float(load_classifier(weights, CPU)[0](tile[None], None).logits.softmax(0)[1]) for tile in tiles]
