@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 
-from common.errors import UserError
 from mil.datasets.bags import placed
 from mil.datasets.targets import NONE
 from mil.engine import Sample, examine, load_classifier
 from mil.figures import jpeg_uri, mark_tiles
+from mil.objective_results import follow_up
 from mil.objectives import SURVIVAL
 from mil.results import Finished
 from mil.tasks import Task
-from patch_encoder.bags import read_bag
-from patch_encoder.coordinates import TileGeometry
+from patch_encoder.placed_bags import coordinates_file, open_placed
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.overview import read_overview
+from patch_encoder.stored_bags import check_finite
 from patch_encoder.tiling import read_tile
 
 THUMBNAIL_SIDE = 460
@@ -73,13 +74,16 @@ def choose_slides(runs: Sequence[Finished], task: Task, each: int) -> list[Group
 
     The most confident of both: what the classifier knows best, and what it gets wrong without doubt. Of several labels the
     confidence is the product of theirs. Risks of two folds have no common scale, so that places within a fold are compared.
+    A slide that several runs test (nested, repeated cross-validation) stands there once, see `_once`.
     """
     if task.kind in SURVIVAL:
-        ranked = sorted((item for run in runs for item in _risks(run)), key=lambda item: (item[0], item[1].slide_id))
+        ranked = sorted(
+            _once((item for run in runs for item in _risks(run)), calls=False), key=lambda item: (item[0], item[1].slide_id)
+        )
         chosen, each = [choice for _, choice in ranked], min(each, len(ranked) // 2)  # no slide in both groups
         return [Group("Highest risk", "No slide.", chosen[::-1][:each]), Group("Lowest risk", "No slide.", chosen[:each])]
     said = (item for run in runs for item in (_labels(run, task) if task.kind == "multilabel" else _classes(run)))
-    choices = [choice for _, choice in sorted(said, key=lambda item: (-item[0], item[1].slide_id))]
+    choices = [choice for _, choice in sorted(_once(said), key=lambda item: (-item[0], item[1].slide_id))]
     negative, positive = (NONE, "with a label") if task.kind == "multilabel" else (task.classes[0], "of a positive class")
     hits = [choice for choice in choices if choice.right and choice.label != negative]
     errors = [choice for choice in choices if not choice.right]
@@ -87,6 +91,29 @@ def choose_slides(runs: Sequence[Finished], task: Task, each: int) -> list[Group
         Group("Called right", f"No slide {positive} was called right.", hits[:each]),
         Group("Called wrong", "No test slide was called wrong.", errors[:each]),
     ]
+
+
+def _once(said: Iterable[tuple[float, Choice]], calls: bool = True) -> list[tuple[float, Choice]]:
+    """One entry a slide: what most of its runs call it (of equally many the first), shown by the first run that does.
+
+    The confidence is the mean over all runs, 0 for those that call it something else; of risks it is the mean place.
+    """
+    tested: dict[str, list[tuple[float, Choice]]] = {}
+    for item in said:
+        tested.setdefault(item[1].slide_id, []).append(item)
+    found = []
+    for items in tested.values():
+        if len(items) == 1:
+            found += items
+            continue
+        most = Counter(choice.called for _, choice in items).most_common(1)[0][0]
+        agreed = [item for item in items if item[1].called == most] if calls else items
+        sure, first = sum(sure for sure, _ in agreed) / len(items), agreed[0][1]
+        count = (
+            f"{len(agreed)} of {len(items)} runs say so" if calls else f"{100 * sure:.0f} % on average over {len(items)} runs"
+        )
+        found.append((sure, replace(first, detail=f"{first.detail}; {count}")))
+    return found
 
 
 def _classes(run: Finished) -> Iterator[tuple[float, Choice]]:
@@ -111,27 +138,34 @@ def _risks(run: Finished) -> Iterator[tuple[float, Choice]]:
     risks = run.test.risks
     for row, risk in zip(run.rows, risks.tolist(), strict=True):
         below = float((risks < risk).mean())
-        label = f"{'event at' if int(row['event']) else 'no event until'} {float(row['time']):g}"
+        label = follow_up(float(row["time"]), bool(int(row["event"])))
         detail = f"above {100 * below:.0f} % of the fold's test slides"
         yield below, Choice(row["slide_id"], run.test.fold, label, f"risk {risk:.3g}", detail)
 
 
-def make_example(choice: Choice, checkpoint: Path, bag_file: Path, slide_file: Path, mpp: float | None, top: int) -> Example:
+def make_example(
+    choice: Choice, checkpoint: Path, bag_file: Path, slide_file: Path, mpp: float | None, top: int, coords: str | Path = ""
+) -> Example:
     """Attention of the fold's model over the slide, drawn.
 
+    Args:
+        choice, checkpoint: the slide, and the model that judges it.
+        bag_file, slide_file: its files.
+        mpp: of the slide where it does not say.
+        top: number of tiles.
+        coords: folder with coordinates, for a bag that has none.
+
     Raises:
-        UserError: bag without coordinates, unreadable slide.
+        UserError: unreadable or not finite bag, bag without coordinates, unreadable slide.
     """
-    bag = read_bag(bag_file)
-    if bag.coords is None:
-        raise UserError(f"{bag_file}: expected coords (N, 2) to draw tiles, found none")
+    bag, where = open_placed(bag_file, coordinates_file(bag_file, coords))
+    check_finite(bag)
     device = torch.device("cpu")
     model, _ = load_classifier(checkpoint, device)
-    sample = Sample(choice.slide_id, torch.from_numpy(bag.features), placed(torch.from_numpy(bag.coords), bag.attributes), 0)
+    sample = Sample(choice.slide_id, bag, placed(torch.from_numpy(where.coords), bag.attributes), 0)
     attention = examine(model, sample, device).attention.numpy()
-    rows = np.argsort(-attention, kind="stable")[:top]
-    geometry = TileGeometry.from_attributes(bag.attributes, str(bag_file))
+    rows, geometry = np.argsort(-attention, kind="stable")[:top], where.geometry
     with open_slide(slide_file, mpp, geometry.tile_pattern) as slide:
-        overview = mark_tiles(read_overview(slide, THUMBNAIL_SIDE).pixels, geometry, slide.width, bag.coords[rows])
-        tiles = [(jpeg_uri(read_tile(slide, geometry, *bag.coords[row].tolist())), float(attention[row])) for row in rows]
-    return Example(choice, len(bag.features), jpeg_uri(overview), tiles)
+        overview = mark_tiles(read_overview(slide, THUMBNAIL_SIDE).pixels, geometry, slide.width, where.coords[rows])
+        tiles = [(jpeg_uri(read_tile(slide, geometry, *where.coords[row].tolist())), float(attention[row])) for row in rows]
+    return Example(choice, len(bag), jpeg_uri(overview), tiles)

@@ -4,7 +4,8 @@
     python -m mil.heatmap run=runs/benchmark slides=cohort/slides output=runs/heatmaps feature_set=student model=abmil
 
 Source: CLAM's heatmaps and top tiles (Lu, Williamson et al., Nature BME 2021). Different: any of the models, no second pass
-over the slide (the bag's own tiles are drawn), the slides of a benchmark are judged by the fold that tests them.
+over the slide (the bag's own tiles are drawn), any task (survival: the risk), the slides of a benchmark are judged by the fold
+that tests them; where several do, as in nested cross-validation, a slide is drawn by the first and counted in all.
 
 Writes index.html, slides/<slide>.html, heatmaps/<slide>.png, scores/<slide>.csv, geojson/, tiff/ on request, pictures/ (what
 the pages show), summary.json and failures.csv. Slides that are there are skipped; pages are written anew each time.
@@ -23,6 +24,7 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from common.cli import launch
 from common.config import REQUIRED, group, key
@@ -38,11 +40,14 @@ from mil.heatmaps.scores import TileScores
 from mil.heatmaps.settings import Drawing, check_drawing
 from mil.heatmaps.slide import Inputs, draw_slide, judge
 from mil.heatmaps.sources import Judged, Source, from_benchmark, from_run, is_benchmark
+from mil.objectives import Objective, objective_of
+from mil.tasks import Task
 from patch_encoder.bags import bag_digest, bag_files
 from patch_encoder.cohort import find_slides, read_labels
 from patch_encoder.coordinates import tile_pattern_of
 from patch_encoder.failures import Failures
 from patch_encoder.isolation import Lost, Raised, check_workers, isolated
+from patch_encoder.placed_bags import REMEDY, coordinates_file, has_places
 
 logger = logging.getLogger(__name__)
 Pending = tuple[Judged, Inputs, dict[str, Any]]  # a slide, its files, and what decides its pictures
@@ -66,6 +71,9 @@ class Config:
     output: str = key(REQUIRED, "folder that gets index.html and the pictures", runtime=True)
     features: str = key("", "folder of feature bags; empty: a benchmark's own (a run directory needs it)", path=True)
     slides: str = key("", "folder of slides; empty: tiles are drawn on white and no tile is shown", path=True)
+    coords: str = key(
+        "", "folder of <slide>.h5 with coordinates, for bags without (.pt); empty: h5_files/ beside them", path=True
+    )
     labels: str = key("", "labels.csv, for the mpp of slides that do not say", path=True)
     tissue: str = key("", "folder of tissue outlines <slide>.geojson, as tile_slides writes it", path=True)
     split: str = key(
@@ -89,7 +97,7 @@ def read_source(config: Config) -> tuple[Source, dict[str, Path]]:
     folder = Path(config.run)
     if is_benchmark(folder):
         if config.split != "test":
-            raise UserError(f"split={config.split}: expected test for a benchmark, whose slides are each tested once")
+            raise UserError(f"split={config.split}: expected test for a benchmark, whose test slides are drawn")
         source = from_benchmark(folder, config.feature_set, config.model, config.seed)
         return source, bag_files(config.features or source.features)
     if not config.features:
@@ -119,6 +127,8 @@ def made_from(judged: Judged, inputs: Inputs, drawing: Drawing) -> dict[str, Any
     stamp = "" if slide is None else f"{slide.stat().st_size}:{slide.stat().st_mtime_ns}"
     found = {"weights": checkpoint_digest(judged.checkpoint), "bag": bag_digest(inputs.bag), "slide": stamp, "mpp": inputs.mpp}
     found["tissue"] = sha256_file(inputs.tissue) if inputs.tissue else ""
+    if inputs.coords:
+        found["coords"] = sha256_file(inputs.coords)
     return found | {"drawing": asdict(drawing)}
 
 
@@ -132,7 +142,13 @@ def find_inputs(config: Config, chosen: list[Judged], bags: dict[str, Path]) -> 
         if name in bags and (name in slides or not config.slides):
             outline = Path(config.tissue) / f"{name}.geojson" if config.tissue else None
             tissue = outline if outline is not None and outline.is_file() else None
-            found[name] = Inputs(bags[name], slides.get(name), mpps.get(name), tissue)
+            needed = config.coords or not has_places(bags[name])
+            coords = coordinates_file(bags[name], config.coords) if needed else None
+            found[name] = Inputs(bags[name], slides.get(name), mpps.get(name), tissue, coords)
+    lost = [given.bag for given in found.values() if given.coords is None and not has_places(given.bag)]
+    if lost and len(lost) == len(found):
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise UserError(f"{lost[0]}{more}: expected coordinates to place their tiles, which .pt files have none of; {REMEDY}")
     return found
 
 
@@ -157,14 +173,13 @@ class Scored(Sequence[DrawingJob]):
 
     Args:
         pending: slides with what they are drawn from, fold by fold.
-        classes: names in the order of the logits.
         drawing: settings.
         device: where the models run.
     """
 
-    def __init__(self, pending: Sequence[Pending], classes: Sequence[str], drawing: Drawing, device: torch.device) -> None:
-        self._pending, self._classes, self._drawing = pending, classes, drawing
-        self._model = lru_cache(maxsize=1)(lambda checkpoint: load_classifier(checkpoint, device)[0])
+    def __init__(self, pending: Sequence[Pending], drawing: Drawing, device: torch.device) -> None:
+        self._pending, self._drawing = pending, drawing
+        self._model = lru_cache(maxsize=1)(lambda checkpoint: load_asked(checkpoint, device))
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -172,13 +187,20 @@ class Scored(Sequence[DrawingJob]):
     def __getitem__(self, number: int) -> DrawingJob:
         judged, inputs, stamp = self._pending[number]
         try:
-            scores = judge(judged, inputs.bag, self._model(judged.checkpoint), self._classes, self._drawing)
+            scores = judge(judged, inputs, *self._model(judged.checkpoint), self._drawing)
         except (UserError, OSError) as error:
             return DrawingJob(judged, inputs, stamp, str(error))
         return DrawingJob(judged, inputs, stamp, scores)
 
 
-def draw_one(job: DrawingJob, output: Path, classes: Sequence[str], drawing: Drawing) -> None:
+def load_asked(checkpoint: Path, device: torch.device) -> tuple[nn.Module, Objective]:
+    """A trained classifier, and what it is asked."""
+    model, content = load_classifier(checkpoint, device)
+    config = content["config"]
+    return model, objective_of(config["task"]) if "task" in config else Objective(names=tuple(config["class_names"]))
+
+
+def draw_one(job: DrawingJob, output: Path, task: Task, drawing: Drawing) -> None:
     """Draw a judged slide.
 
     Raises:
@@ -186,14 +208,14 @@ def draw_one(job: DrawingJob, output: Path, classes: Sequence[str], drawing: Dra
     """
     if isinstance(job.scores, str):
         raise UserError(job.scores)
-    draw_slide(output, job.judged, job.inputs, job.scores, classes, drawing, job.stamp)
+    draw_slide(output, job.judged, job.inputs, job.scores, task, drawing, job.stamp)
 
 
 def draw_all(config: Config, source: Source, pending: Sequence[Pending], device: torch.device, failures: Failures) -> None:
     """Judge slides here, on the device, and draw them in processes that do nothing but read and draw."""
     cv2.setNumThreads(1)  # one core a process; before the fork, which takes no threads along
-    jobs = Scored(pending, source.classes, config.drawing, device)
-    work = partial(draw_one, output=Path(config.output), classes=source.classes, drawing=config.drawing)
+    jobs = Scored(pending, config.drawing, device)
+    work = partial(draw_one, output=Path(config.output), task=source.task, drawing=config.drawing)
     outcomes = isolated(work, jobs, config.workers, config.read_timeout)
     for number, result in progress(outcomes, "heatmaps", len(jobs), "slides"):
         if isinstance(result, (Lost, Raised)):
@@ -206,7 +228,7 @@ def main(config: Config) -> int:
     check_workers(config.workers, config.read_timeout)
     device = pick_device(config.device)
     source, bags = read_source(config)
-    check_drawing(config.drawing, source.classes)
+    check_drawing(config.drawing, source.task)
     chosen = choose(source, config.only)
     inputs = find_inputs(config, chosen, bags)
     pending: list[Pending] = []
@@ -237,8 +259,8 @@ def finish(config: Config, source: Source, failures: Failures) -> None:
     paths = {judged.slide_id: output / "records" / f"{judged.slide_id}.json" for judged in source.slides}
     records = {n: read_json(path, "a slide's record") for n, path in paths.items() if path.is_file() and n not in failed}
     numbers = write_pages(output, source, records, failed, config.title)
-    write_json(output / "summary.json", {"model": source.title, "classes": list(source.classes), "slides": len(source.slides),
-                                         "drawn": len(records), **numbers})  # fmt: skip
+    known = {"model": source.title, "task": source.task.kind, "classes": list(source.task.classes)}
+    write_json(output / "summary.json", {**known, "slides": len(source.slides), "drawn": len(records), **numbers})
     logger.info("heatmap: %d slides drawn, %d failed: %s", len(records), len(failed), output / "index.html")
 
 

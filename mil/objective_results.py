@@ -55,6 +55,11 @@ def task_header(task: Objective) -> list[str]:
     return [*place, "label", "predicted", *(f"prob_{name}" for name in task.names)]
 
 
+def follow_up(time: float, event: bool) -> str:
+    """The label of survival in words."""
+    return f"{'event at' if event else 'no event until'} {time:g}"
+
+
 def task_rows(
     task: Objective, targets: Targets, slide_ids: Sequence[str], cases: Sequence[str], said: np.ndarray, fold: int, split: str
 ) -> list[dict[str, Any]]:

@@ -63,6 +63,7 @@ class Config:
     output: str = key(REQUIRED, "folder that gets report.html and summary.json", runtime=True)
     slides: str = key("", "folder of slides, for the example slides; empty: none are shown", path=True)
     labels: str = key("", "labels.csv, for the mpp of slides that do not say", path=True)
+    coords: str = key("", "folder of <slide>.h5 with coordinates, for example slides whose bags have none (.pt)", path=True)
     stages: str = key("", "JSON with seconds and peak memory of each stage", path=True)
     title: str = key("Slide-level results", "title of the page")
     examples_of: str = key("", "feature set whose example slides are shown; empty: the second one, or the only one")
@@ -121,7 +122,8 @@ def make_examples(
             if slide_id not in slides or slide_id not in bags:
                 raise UserError(f"expected the slide below {config.slides} and its bag in {summary['features'][name]}")
             checkpoint = folder / "checkpoint_best.pt"
-            return make_example(choice, checkpoint, bags[slide_id], slides[slide_id], mpps.get(slide_id), config.tiles)
+            files = checkpoint, bags[slide_id], slides[slide_id]
+            return make_example(choice, *files, mpps.get(slide_id), config.tiles, config.coords)
         except UserError as error:
             failures.add(slide_id, str(error))
             return None

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from mil.evaluation.ordinal import grade
 from mil.figures import COLOURS, STYLE, roc_figure, svg_uri
 from mil.metrics import Predictions, binary_auc, confusion, predict_class
 
@@ -29,19 +30,27 @@ def judged_scores(runs: Sequence[Predictions]) -> tuple[np.ndarray, np.ndarray]:
     return probabilities.max(1), probabilities.argmax(1) == targets
 
 
-def reliability(scores: Float[np.ndarray, " s"], hits: np.ndarray, bins: int = BINS) -> list[dict[str, float]]:
-    """Filled bins: mean score, share of hits, its interval, slides."""
+def reliability(
+    scores: Float[np.ndarray, " s"], hits: np.ndarray, bins: int = BINS, repeats: float = 1.0
+) -> list[dict[str, float]]:
+    """Filled bins: mean score, share of hits, its interval, answers.
+
+    Args:
+        scores, hits: of every answer.
+        bins: of equal width.
+        repeats: answers a slide, for the interval: ten models on one slide are not ten slides.
+    """
     index = np.minimum((scores * bins).astype(int), bins - 1)
     found = []
     for number in np.unique(index).tolist():
         inside = index == number
         count, share = int(inside.sum()), float(hits[inside].mean())
-        low, high = wilson(share, count)
+        low, high = wilson(share, max(1.0, count / repeats))
         found.append({"score": float(scores[inside].mean()), "share": share, "low": low, "high": high, "slides": count})
     return found
 
 
-def wilson(share: float, count: int) -> tuple[float, float]:
+def wilson(share: float, count: int | float) -> tuple[float, float]:
     """Wilson's interval of a share of `count` slides."""
     centre = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
     half = Z / (1 + Z**2 / count) * np.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
@@ -99,12 +108,13 @@ def reliability_figure(bins: Sequence[dict[str, float]], what: str) -> str:
         return svg_uri(figure)
 
 
-def confusion_counts(runs: Sequence[Predictions], classes: int) -> np.ndarray:
-    """(C, C) slides by true and called class, each fold at its own validation threshold."""
-    return sum(
-        (confusion(run.targets, predict_class(run.probabilities, run.threshold), classes)[0] for run in runs),
-        np.zeros((classes, classes)),
-    ).astype(int)
+def confusion_counts(runs: Sequence[Predictions], classes: int, ordered: bool = False) -> np.ndarray:
+    """(C, C) answers by true and called class, each fold at its own validation threshold; of grades by the median one."""
+    total = np.zeros((classes, classes))
+    for run in runs:
+        called = grade(run.probabilities) if ordered else predict_class(run.probabilities, run.threshold)
+        total += confusion(run.targets, called, classes)[0]
+    return total.astype(int)
 
 
 def confusion_figure(counts: np.ndarray, classes: Sequence[str]) -> str:

@@ -55,8 +55,8 @@ def choose_tiles(scores: TileScores, top: int, low: int) -> list[TopTile]:
 
 
 def say_value(value: float, shown: str) -> str:
-    """Attention as a share of the slide's, a probability as it is."""
-    return f"{100 * value:.3g} %" if shown == "attention" else f"{value:.3f}"
+    """Attention as a share of the slide's, a probability or a risk as it is."""
+    return {"attention": f"{100 * value:.3g} %", "probability": f"{value:.3f}"}.get(shown, f"{value:.3g}")
 
 
 def write_gallery(folder: Path, slide: Slide, scores: TileScores, tiles: Sequence[TopTile], title: str) -> None:

@@ -1,14 +1,13 @@
-"""What a slide classifier thinks of each tile of a bag: attention, and the class probability of the tile alone.
+"""What a slide classifier thinks of each tile of a bag: attention, and what it says of the tile alone.
 
-Attention is the model's own (README, "Slide classifiers"): non-negative, sums to 1 over the slide. The probability is that
-of a bag with this one tile, softmax over the model's logits; for Mean-MIL and Max-MIL it is the tile's own classification,
-for attention models it asks what the classifier would say of nothing but this tile, and need not agree with attention.
+Attention is the model's own (README, "Slide classifiers"): non-negative, sums to 1 over the slide. The probability (of
+survival the risk) is that of a bag with this one tile; for Mean-MIL and Max-MIL it is the tile's own classification, for
+attention models it asks what the classifier would say of nothing but this tile, and need not agree with attention.
 Percentile ranks are CLAM's (ties share their mean rank), 100 for the highest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +21,16 @@ from common.errors import UserError
 from common.files import write_csv
 from mil.datasets.bags import placed
 from mil.engine import Sample, examine
-from mil.metrics import predict_class
+from mil.evaluation.ordinal import grade
 from mil.models import forward_bags
-from patch_encoder.bags import read_bag
-from patch_encoder.coordinates import Coordinates, TileGeometry
+from mil.objectives import SURVIVAL, Objective
+from mil.prediction import source_of
+from patch_encoder.coordinates import Coordinates
+from patch_encoder.placed_bags import open_placed
+from patch_encoder.stored_bags import check_finite
 
-VALUES = ("auto", "attention", "probability")
+VALUES = ("auto", "attention", "probability", "risk")
+RISK = "risk"
 BLOCK = 1024  # tiles whose bags of one go through the model together
 
 
@@ -38,15 +41,15 @@ class TileScores:
     Attributes:
         coordinates: N tiles and how they are read.
         attention: (N,), sums to 1.
-        probability: (N,) of class `class_name` for the tile alone, None when not asked for.
-        shown: "attention" or "probability", what the heatmap is of.
-        class_name: the class that `probability` is of.
-        slide: (C,) class probabilities of the whole bag.
+        alone: (N,) probability of `class_name`, or the risk, for the tile alone; None when not asked for.
+        shown: "attention", "probability" or "risk", what the heatmap is of.
+        class_name: the class, label or grade that a probability is of.
+        slide: (C,) what is said of the whole bag: probabilities of classes, labels or grades, or the risk.
     """
 
     coordinates: Coordinates
     attention: Float[np.ndarray, " n"]
-    probability: Float[np.ndarray, " n"] | None
+    alone: Float[np.ndarray, " n"] | None
     shown: str
     class_name: str
     slide: Float[np.ndarray, " c"]
@@ -54,13 +57,13 @@ class TileScores:
     @property
     def values(self) -> Float[np.ndarray, " n"]:
         """What the heatmap is of."""
-        return self.attention if self.shown == "attention" or self.probability is None else self.probability
+        return self.attention if self.alone is None else self.alone
 
     def columns(self) -> dict[str, np.ndarray]:
         """Name -> (N,): every score, and the percentile rank of the shown one."""
         named = {"attention": self.attention}
-        if self.probability is not None:
-            named[f"probability {self.class_name}"] = self.probability
+        if self.alone is not None:
+            named[f"probability {self.class_name}" if self.shown == "probability" else self.shown] = self.alone
         return named | {"percentile": percentile_ranks(self.values)}
 
 
@@ -71,55 +74,61 @@ def percentile_ranks(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]
 
 def score_bag(
     model: nn.Module,
+    task: Objective,
     bag_file: Path,
-    slide_id: str,
-    classes: Sequence[str],
+    coords_file: Path | None,
     value: str,
     class_name: str,
-    threshold: float | None,
     device: torch.device,
 ) -> TileScores:
-    """Judge one bag.
+    """Judge one bag; features are read block by block where the model allows it (mil/prediction.py).
 
     Args:
         model: a trained classifier on the device.
-        bag_file: the slide's bag, with coords.
-        classes: names in the order of the logits.
+        task: what it was trained for.
+        bag_file: the slide's bag.
+        coords_file: where its tiles lie, for a bag that does not say.
         value: one of VALUES; auto takes attention unless it is the same for every tile (Mean-MIL).
-        class_name: class of `probability`; empty: the second of two, else the one that is called.
-        threshold: cut on the second of two classes.
+        class_name: class, label or grade of a probability; empty: the second of two classes, else the likeliest one.
 
     Raises:
-        UserError: unreadable bag, no coords or geometry, scores that are not finite.
+        UserError: unreadable bag, no coords or geometry, features or scores that are not finite.
     """
-    bag = read_bag(bag_file)
-    if bag.coords is None:
-        raise UserError(f"{bag_file}: expected coords (N, 2) to place tiles, found none; extract the slide again")
-    geometry = TileGeometry.from_attributes(bag.attributes, str(bag_file))
-    sample = Sample(slide_id, torch.from_numpy(bag.features), placed(torch.from_numpy(bag.coords), bag.attributes), 0)
+    bag, coordinates = open_placed(bag_file, coords_file)
+    check_finite(bag)
+    sample = Sample(bag_file.stem, bag, placed(torch.from_numpy(coordinates.coords), bag.attributes), 0)
     output = examine(model, sample, device)
-    attention, slide = output.attention.double().numpy(), output.logits.double().softmax(0).numpy()
+    attention, slide = output.attention.double().numpy(), task.said(output.logits.double()[None])[0].numpy()
     if not (np.isfinite(attention).all() and np.isfinite(slide).all()):
         raise UserError(f"{bag_file}: expected finite attention and logits, found others; check the bag's encoder")
     shown = value
     if value == "auto":
-        shown = "probability" if len(attention) > 1 and np.ptp(attention) < 1e-9 / len(attention) else "attention"
-    called = classes[int(predict_class(slide[None], threshold)[0])]
-    name = class_name or (classes[1] if len(classes) == 2 else called)
-    probability = tile_probabilities(model, sample, device)[:, classes.index(name)] if shown == "probability" else None
-    return TileScores(Coordinates(bag.coords, geometry), attention, probability, shown, name, slide)
+        single = RISK if task.kind in SURVIVAL else "probability"
+        shown = single if len(attention) > 1 and np.ptp(attention) < 1e-9 / len(attention) else "attention"
+    name = class_name or likeliest(task, slide)
+    column = task.names.index(name) if task.names else 0
+    alone = None if shown == "attention" else tiles_alone(model, task, sample, device)[:, column]
+    return TileScores(coordinates, attention, alone, shown, name, slide)
+
+
+def likeliest(task: Objective, said: Float[np.ndarray, " c"]) -> str:
+    """The name that a heatmap is of where none is asked for; of survival there is none."""
+    if task.kind in SURVIVAL:
+        return ""
+    if task.kind == "classes" and len(task.names) == 2:
+        return task.names[1]
+    return task.names[int(grade(said[None])[0] if task.kind == "ordinal" else said.argmax())]
 
 
 @torch.inference_mode()
-def tile_probabilities(model: nn.Module, sample: Sample, device: torch.device) -> Float[np.ndarray, "n c"]:
-    """Class probabilities of each tile as a bag of its own."""
-    features, coords = sample.to(device)
-    places = None if coords is None else list(coords.split(1))
-    found = []
-    for start in range(0, len(features), BLOCK):
-        bags = list(features[start : start + BLOCK].split(1))
-        logits = forward_bags(model, bags, None if places is None else places[start : start + BLOCK]).logits
-        found.append(logits.double().softmax(1).cpu().numpy())
+def tiles_alone(model: nn.Module, task: Objective, sample: Sample, device: torch.device) -> Float[np.ndarray, "n c"]:
+    """What the task makes of each tile as a bag of its own; memory of one block of the stored bag."""
+    found, start = [], 0
+    for block in source_of(sample.features).blocks(BLOCK):
+        bags = list(block.to(device).float().split(1))
+        places = None if sample.coords is None else list(sample.coords[start : start + len(block)].to(device).split(1))
+        found.append(task.said(forward_bags(model, bags, places).logits.double()).cpu().numpy())
+        start += len(block)
     return np.concatenate(found)
 
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from common.config import key
 from common.errors import UserError
 from mil.heatmaps.drawing import COLOURS
-from mil.heatmaps.scores import VALUES
+from mil.heatmaps.scores import RISK, VALUES
+from mil.objectives import SURVIVAL
+from mil.tasks import Task
 from patch_encoder.slides.base import Slide
 
 LARGEST = 20000  # px a side of a PNG
@@ -18,9 +20,11 @@ class Drawing:
     """How a slide is drawn."""
 
     value: str = key(
-        "auto", "attention; probability of the tile alone; auto: attention unless all tiles share it", choices=VALUES
+        "auto",
+        "attention; probability (survival: risk) of the tile alone; auto: attention unless all share it",
+        choices=VALUES,
     )
-    of_class: str = key("", "class of value=probability; empty: the positive one of two, else the predicted one")
+    of_class: str = key("", "class, label or grade of value=probability; empty: the positive one of two, else the likeliest")
     scale: str = key("percentile", "percentile: rank within the slide; raw: the values", choices=("percentile", "raw"))
     colours: str = key("viridis", "colour map, all perceptually uniform", choices=COLOURS)
     alpha: float = key(0.5, "share of the colour in a pixel, the rest is slide")
@@ -34,12 +38,17 @@ class Drawing:
     tiff_max_side: int = key(16384, "longest side of the pyramid's first level in px")
 
 
-def check_drawing(drawing: Drawing, classes: tuple[str, ...]) -> None:
+def check_drawing(drawing: Drawing, task: Task) -> None:
     """Refuse what does not go together, before any slide is opened."""
+    wrong, instead = ("probability", RISK) if task.kind in SURVIVAL else (RISK, "probability")
+    if drawing.value == wrong:
+        raise UserError(f"value={wrong}: expected attention or {instead} for a run of task={task.kind}; set value={instead}")
+    if drawing.of_class and task.kind in SURVIVAL:
+        raise UserError(f"of_class={drawing.of_class}: a run of task={task.kind} has a risk and no classes; leave it out")
     if drawing.level is not None and drawing.mpp is not None:
         raise UserError(f"level={drawing.level}, mpp={drawing.mpp}: expected one of them, found both; leave one out")
-    if drawing.of_class and drawing.of_class not in classes:
-        raise UserError(f"of_class={drawing.of_class}: expected one of {', '.join(classes)}")
+    if drawing.of_class and drawing.of_class not in task.classes:
+        raise UserError(f"of_class={drawing.of_class}: expected one of {', '.join(task.classes)}")
     if not 0 < drawing.alpha <= 1:
         raise UserError(f"alpha={drawing.alpha}: expected a share, 0 < alpha <= 1")
     for name, least in (("max_side", 64), ("tiff_max_side", 256), ("top", 1), ("low", 0)):

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,15 @@ from torch import nn
 
 from common.errors import UserError
 from common.files import atomic_path, write_json, write_text
+from mil.evaluation.ordinal import grade
 from mil.heatmaps.drawing import Heat, blend, draw_cover, draw_outlines, framed, heat_layer
 from mil.heatmaps.gallery import choose_tiles, save_jpeg, write_gallery
 from mil.heatmaps.pyramid import write_heat_pyramid
-from mil.heatmaps.scores import TileScores, percentile_ranks, score_bag, write_scores
+from mil.heatmaps.scores import RISK, TileScores, percentile_ranks, score_bag, write_scores
 from mil.heatmaps.settings import Drawing, picture_side
-from mil.heatmaps.sources import Judged, facts
+from mil.heatmaps.sources import Judged, columns, facts
+from mil.objectives import SURVIVAL, Objective
+from mil.tasks import Task
 from patch_encoder.coordinates import Coordinates
 from patch_encoder.geojson_tiles import tiles_geojson
 from patch_encoder.slides import Slide, open_slide
@@ -35,28 +39,30 @@ from patch_encoder.slides.overview import read_overview
 from patch_encoder.tissue.geojson import read_geojson
 
 PAGE_SIDE, THUMBNAIL = 1100, 200  # px of the pictures in a slide's page and in the cohort's table
-SAME = 0.02  # a probability further than this from predictions.csv (bf16 runs differ by less) is of another bag
+# a probability, or the share of a risk, further than this from predictions.csv (bf16 runs differ by less) is of another bag
+SAME = 0.02
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Files of one slide; slide and tissue may be missing."""
+    """Files of one slide; slide, tissue and coordinates (which most bags have) may be missing."""
 
     bag: Path
     slide: Path | None
     mpp: float | None
     tissue: Path | None
+    coords: Path | None = None
 
 
-def judge(judged: Judged, bag: Path, model: nn.Module, classes: Sequence[str], drawing: Drawing) -> TileScores:
+def judge(judged: Judged, inputs: Inputs, model: nn.Module, task: Objective, drawing: Drawing) -> TileScores:
     """What the model says of the slide's tiles.
 
     Raises:
         UserError: a bag that cannot be used, or that is not the one that was predicted.
     """
     device = next(model.parameters()).device if any(True for _ in model.parameters()) else torch.device("cpu")
-    scores = score_bag(model, bag, judged.slide_id, classes, drawing.value, drawing.of_class, judged.threshold, device)
-    _check_prediction(judged, scores, classes)
+    scores = score_bag(model, task, inputs.bag, inputs.coords, drawing.value, drawing.of_class, device)
+    _check_prediction(judged, scores, task.names or (RISK,))
     return scores
 
 
@@ -65,7 +71,7 @@ def draw_slide(
     judged: Judged,
     inputs: Inputs,
     scores: TileScores,
-    classes: Sequence[str],
+    task: Task,
     drawing: Drawing,
     made_from: dict[str, Any],
 ) -> None:
@@ -80,7 +86,7 @@ def draw_slide(
         extent = _extent(slide, scores.coordinates)
         mpp = (slide.mpp if slide is not None else geometry.mpp) or 0.0
         heat = make_heat(scores, drawing)
-        title = f"{judged.slide_id}   {_verdict(judged, scores, classes)}"
+        title = f"{judged.slide_id}   {verdict(judged, scores, task)}"
         side = picture_side(drawing, slide, extent, mpp)
         overview = read_overview(slide, side).pixels if slide is not None else _white(extent, side)
         files = write_pictures(output, judged.slide_id, overview, heat, extent, mpp, inputs.tissue, title)
@@ -93,8 +99,8 @@ def draw_slide(
     if drawing.geojson:
         write_text(output / "geojson" / f"{judged.slide_id}.geojson", tiles_geojson(scores.coordinates, scores.columns()))
     write_scores(output / "scores" / f"{judged.slide_id}.csv", scores)
-    record = {**facts(judged, classes), "made_from": made_from, "tiles": len(scores.values), "mpp": mpp or None}
-    record |= {"probabilities": dict(zip(classes, scores.slide.tolist(), strict=True)), "shown": scores.shown}
+    record = {**facts(judged, task), "made_from": made_from, "tiles": len(scores.values), "mpp": mpp or None}
+    record |= {"said": dict(zip(columns(task), scores.slide.tolist(), strict=True)), "shown": scores.shown}
     record |= {"class_name": scores.class_name, "width": extent[0], "height": extent[1], "side": geometry.patch_size_level0}
     record |= {"tiles_half": tiles_for_half(scores.attention), "gallery": slide is not None, "picture": list(files)}
     record |= {"low": heat.low, "high": heat.high, "bar": heat.name, "chosen": [tile.record() for tile in chosen]}
@@ -104,15 +110,20 @@ def draw_slide(
 def make_heat(scores: TileScores, drawing: Drawing) -> Heat:
     """Values between 0 and 1 with what the ends of the colour bar say.
 
-    Percentile: rank / 100. Raw: attention over the slide's highest, so that colours differ; a probability as it is.
+    Percentile: rank / 100. Raw: attention over the slide's highest, so that colours differ; a probability as it is; a risk
+    between the slide's lowest and highest.
     """
     values = scores.values
-    what = "attention" if scores.shown == "attention" else f"probability of {scores.class_name}, tile alone"
+    alone = {"probability": f"probability of {scores.class_name}, tile alone", RISK: "risk, tile alone"}
+    what = alone.get(scores.shown, scores.shown)
     if drawing.scale == "percentile":
         shown, low, high, name = percentile_ranks(values) / 100, "0", "100", f"percentile of {what}"
     elif scores.shown == "attention":
         most = float(values.max())
         shown, low, high, name = values / most, "0", f"{100 * most:.3g} %", "of the slide's attention"
+    elif scores.shown == RISK:
+        least, most = float(values.min()), float(values.max())
+        shown, low, high, name = (values - least) / ((most - least) or 1.0), f"{least:.3g}", f"{most:.3g}", what
     else:
         shown, low, high, name = values, "0", "1", what
     side = scores.coordinates.geometry.patch_size_level0
@@ -174,17 +185,30 @@ def _extent(slide: Slide | None, coordinates: Coordinates) -> tuple[int, int]:
     return geometry.level0_width or int(reach[0]), geometry.level0_height or int(reach[1])
 
 
-def _check_prediction(judged: Judged, scores: TileScores, classes: Sequence[str]) -> None:
-    for name, said, found in zip(classes, judged.probabilities, scores.slide.tolist(), strict=False):
-        if abs(said - found) > SAME:
+def _check_prediction(judged: Judged, scores: TileScores, names: Sequence[str]) -> None:
+    for name, said, found in zip(names, judged.said, scores.slide.tolist(), strict=False):
+        if abs(said - found) > SAME * max(1.0, abs(said)):
+            what = "a risk of {:.3f}" if name == RISK else f"probability {{:.3f}} of {name}"
             raise UserError(
-                f"slide {judged.slide_id}: expected probability {said:.3f} of {name} as in predictions.csv, found {found:.3f}; "
+                f"slide {judged.slide_id}: expected {what.format(said)} as in predictions.csv, found {found:.3f}; "
                 "the bag is not the one that the model was tested on: give its features= folder or train again"
             )
 
 
-def _verdict(judged: Judged, scores: TileScores, classes: Sequence[str]) -> str:
-    """`label tumour, called normal (0.81)`."""
-    called = judged.predicted or classes[int(scores.slide.argmax())]
-    said = f"called {called} ({scores.slide[list(classes).index(called)]:.2f})"
+def verdict(judged: Judged, scores: TileScores, task: Task) -> str:
+    """What the model that the slide is drawn by makes of it: `label tumour, called normal (0.81)`, `event at 9, risk 0.3`."""
+    told = _told(judged, scores, task)
+    return f"{told}, fold {judged.fold}" if judged.others else told
+
+
+def _told(judged: Judged, scores: TileScores, task: Task) -> str:
+    if task.kind in SURVIVAL:
+        return ", ".join(filter(None, [judged.label, f"risk {scores.slide[0]:.3g}"]))
+    if task.kind == "multilabel":
+        found = [f"{name} {share:.2f}" for name, share in zip(task.classes, scores.slide, strict=True)]
+        said = ", ".join([f"called {judged.predicted}", *found] if judged.predicted else found)
+    else:
+        chosen = grade if task.kind == "ordinal" else partial(np.argmax, axis=1)
+        called = judged.predicted or task.classes[int(chosen(scores.slide[None])[0])]
+        said = f"called {called} ({scores.slide[task.classes.index(called)]:.2f})"
     return f"label {judged.label}, {said}" if judged.label else said

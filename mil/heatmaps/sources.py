@@ -1,62 +1,97 @@
-"""Which model judges which slide: a run directory's own test slides, or for a benchmark the fold that tests the slide."""
+"""Which model judges which slide: a run directory's own test slides, or for a benchmark the folds that test the slide.
+
+With nested or repeated cross-validation several models test a slide. It is drawn once, by the first of them, and its numbers
+are those of all: the mean of the probabilities and the call of most models. Metrics of the cohort stay those of single runs.
+"""
 
 from __future__ import annotations
 
+import csv
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from common.checkpoint import load_checkpoint
 from common.errors import UserError, did_you_mean
 from common.files import read_json
 from mil.benchmark_folder import run_folders
-from mil.job import read_predictions
-from mil.metrics import Predictions
+from mil.datasets.targets import NONE
+from mil.evaluation.ordinal import grade
+from mil.evaluation.prediction_rows import cut_on_validation, predictions_of_rows
+from mil.heatmaps.scores import RISK
+from mil.metrics import predict_class
+from mil.objective_results import follow_up
+from mil.objectives import SURVIVAL
+from mil.results import Finished
+from mil.tasks import Task, task_of
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A slide and what its model said.
+    """A slide and what a model said.
 
     Attributes:
-        label: true class, '' when it is not known.
-        predicted: class at the validation threshold, '' where the run made no prediction.
-        probabilities: of each class, in the order of Source.classes; empty without a prediction.
+        label: true class, grade or labels (joined by |), of survival the time; '' when it is not known.
+        predicted: what the run calls it; '' where the run made no prediction, and of survival.
+        said: the run's probabilities, in the order of the task's classes, or its risk; empty without a prediction.
         fold: of the run; None without a prediction.
         split: test or val, '' for a slide outside both.
         checkpoint: weights of the model that judges it.
+        cuts: class or label -> probability from which it is called, chosen on the run's validation slides.
+        place: of survival, the share of the run's slides with a lower risk.
+        others: the same slide in the further runs that test it.
     """
 
     slide_id: str
     case_id: str
     label: str
     predicted: str
-    probabilities: tuple[float, ...]
+    said: tuple[float, ...]
     fold: int | None
     split: str
     checkpoint: Path
-    threshold: float | None
+    cuts: Mapping[str, float] = field(default_factory=dict)
+    place: float | None = None
+    others: tuple[Judged, ...] = ()
+
+    @property
+    def runs(self) -> tuple[Judged, ...]:
+        """What every run said, the one that the slide is drawn by first."""
+        return (self, *self.others)
+
+    @property
+    def called(self) -> str:
+        """What most runs call it; of equally many the first one's."""
+        return Counter(run.predicted for run in self.runs).most_common(1)[0][0]
 
     @property
     def right(self) -> bool | None:
-        """Whether the prediction is the label; None when one of them is not known."""
-        return self.predicted == self.label if self.label and self.predicted else None
+        """Whether the call is the label; None when one of them is not known."""
+        return self.called == self.label if self.label and self.called else None
 
 
 @dataclass(frozen=True)
 class Source:
-    """A run or a benchmark: class names, folder of bags, judged slides, test predictions of every fold, a name for people."""
+    """A run or a benchmark: its task, folder of bags, judged slides, runs with their predictions, a name for people."""
 
-    classes: tuple[str, ...]
+    task: Task
     features: str
     slides: list[Judged]
-    runs: list[Predictions]
+    runs: list[Finished]
     title: str
 
 
-def read_run(folder: Path, split: str) -> tuple[tuple[str, ...], list[Judged], Predictions | None, str]:
-    """(classes, slides of `split`, predictions on them, model's name) of one finished training.
+def columns(task: Task) -> tuple[str, ...]:
+    """Names of the numbers that a model says of a slide."""
+    return (RISK,) if task.kind in SURVIVAL else task.classes
+
+
+def read_run(folder: Path, split: str) -> tuple[Task, list[Judged], Finished | None]:
+    """(task, slides of `split`, predictions on them) of one finished training.
 
     Raises:
         UserError: not finished, or no classifier.
@@ -66,51 +101,68 @@ def read_run(folder: Path, split: str) -> tuple[tuple[str, ...], list[Judged], P
     config = load_checkpoint(checkpoint, "a slide classifier's checkpoint")["config"]
     if "class_names" not in config:
         raise UserError(f"{checkpoint}: expected a slide classifier with class names, found config keys {sorted(config)}")
-    classes, threshold = tuple(config["class_names"]), results.get("threshold")
+    task = task_of(config.get("task", {}).get("kind", "classes"), config["class_names"])
     table = folder / "predictions.csv"
     if not table.is_file():
         raise UserError(f"{table}: expected the run's predictions, found no file; train again")
+    with table.open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    sides = {name: found for name in ("val", "test") if (found := [row for row in rows if row["split"] == name])}
+    if split not in sides:
+        return task, [], None
     try:
-        said, rows = read_predictions(table, classes, split, threshold)
-    except IndexError:
-        return classes, [], None, str(results["model"])
+        said = {name: predictions_of_rows(table, task, results["fold"], found) for name, found in sides.items()}
     except KeyError as error:
-        raise UserError(
-            f"{table}: expected columns slide_id, label, prob_<class> of a classifier, {error} is missing"
-        ) from None
-    slides = [
-        Judged(
-            row["slide_id"],
-            row["case_id"],
-            row["label"],
-            row["predicted"],
-            tuple(said.probabilities[index].tolist()),
-            said.fold,
-            split,
-            checkpoint,
-            threshold,
-        )
-        for index, row in enumerate(rows)
-    ]
-    return classes, slides, said, str(results["model"])
+        raise UserError(f"{table}: expected the columns of a run of {task.kind}, {error} is missing; train again") from None
+    if "val" in said:
+        said["val"], said[split] = cut_on_validation(task, said["val"], said[split])
+    if task.kind in {"binary", "multiclass"}:  # the training has chosen its cut
+        said = {name: replace(part, threshold=results["threshold"]) for name, part in said.items()}
+    run = Finished("", results["model"], results["seed"], results, said[split], sides[split], said.get("val"))
+    return task, _judged(run, task, split, checkpoint), run
+
+
+def _judged(run: Finished, task: Task, split: str, checkpoint: Path) -> list[Judged]:
+    """The slides of a run, one by one."""
+    said, ids = run.test, [(row["slide_id"], row["case_id"]) for row in run.rows]
+    place = (said.fold, split, checkpoint)
+    if task.kind in SURVIVAL:
+        shares = [float((said.risks < risk).mean()) for risk in said.risks]
+        told = [follow_up(float(time), bool(event)) for time, event in zip(said.times, said.events, strict=True)]
+        found = zip(ids, told, said.risks.tolist(), shares, strict=True)
+        return [Judged(*who, label, "", (risk,), *place, place=share) for who, label, risk, share in found]
+    cuts: dict[str, float] = {}
+    if task.kind == "multilabel":
+        labels, called = (_joined(there, task) for there in (said.targets, said.probabilities >= said.thresholds))
+        cuts = dict(zip(task.classes, said.thresholds.tolist(), strict=True))
+    else:
+        chosen = grade(said.probabilities) if task.kind == "ordinal" else predict_class(said.probabilities, said.threshold)
+        labels, called = ([task.classes[index] for index in indices] for indices in (said.targets, chosen))
+        cuts = {task.classes[1]: said.threshold} if said.threshold is not None else {}
+    found = zip(ids, labels, called, said.probabilities.tolist(), strict=True)
+    return [Judged(*who, label, call, tuple(values), *place, cuts) for who, label, call, values in found]
+
+
+def _joined(there: np.ndarray, task: Task) -> list[str]:
+    return ["|".join(np.array(task.classes)[row]) or NONE for row in there]
 
 
 def from_run(folder: Path, features: str, bags: Mapping[str, Path], split: str) -> Source:
     """The slides of a run directory; `split=all` adds validation slides and every bag that the run did not predict."""
-    classes, slides, said, model = read_run(folder, "val" if split == "val" else "test")
+    task, slides, run = read_run(folder, "val" if split == "val" else "test")
+    model = str(read_json(folder / "results.json", "a run's results")["model"])
     if split == "all":
         slides += read_run(folder, "val")[1]
         known = {slide.slide_id for slide in slides}
         weights = folder / "checkpoint_best.pt"
-        threshold = read_json(folder / "results.json", "a run's results").get("threshold")
-        slides += [Judged(name, "", "", "", (), None, "", weights, threshold) for name in bags if name not in known]
+        slides += [Judged(name, "", "", "", (), None, "", weights) for name in bags if name not in known]
     if not slides:
         raise UserError(f"{folder}: expected {split} slides in predictions.csv, found none; use split=val or split=all")
-    return Source(classes, features, slides, [said] if said is not None else [], model)
+    return Source(task, features, slides, [run] if run is not None else [], model)
 
 
 def from_benchmark(folder: Path, feature_set: str, model: str, seed: int | None) -> Source:
-    """The test slides of every fold, each judged by the model that did not train on it."""
+    """The test slides of every fold, each judged by the models that did not train on it; each slide stands there once."""
     summary = read_json(folder / "summary.json", "a benchmark's summary")
     name = _choice("feature_set", feature_set, list(summary["feature_sets"]), next(iter(summary["feature_sets"])))
     chosen = _choice("model", model, summary["models"], summary["headline"])
@@ -120,14 +172,17 @@ def from_benchmark(folder: Path, feature_set: str, model: str, seed: int | None)
     if not folders or (seed is not None and seed not in seeds):
         raise UserError(f"{grid}: expected finished runs{f' of seed {seed}' if seed is not None else ''}, found seeds {seeds}")
     first = seeds[0] if seed is None else seed
-    slides: list[Judged] = []
-    runs: list[Predictions] = []
+    tested: dict[str, list[Judged]] = {}
+    runs: list[Finished] = []
     for path in folders:
         if _place(path)[0] == first:
-            _, found, said, _ = read_run(path, "test")
-            slides += found
-            runs += [said] if said is not None else []
-    return Source(tuple(summary["classes"]), str(summary["features"][name]), slides, runs, f"{chosen} on {name}, seed {first}")
+            _, found, run = read_run(path, "test")
+            runs += [run] if run is not None else []
+            for judged in found:
+                tested.setdefault(judged.slide_id, []).append(judged)
+    slides = [replace(found[0], others=tuple(found[1:])) for found in tested.values()]
+    task = task_of(summary.get("task", "classes"), summary["classes"])
+    return Source(task, str(summary["features"][name]), slides, runs, f"{chosen} on {name}, seed {first}")
 
 
 def _place(folder: Path) -> tuple[int, int]:
@@ -146,13 +201,19 @@ def is_benchmark(folder: Path) -> bool:
     return (folder / "summary.json").is_file() and not (folder / "checkpoint_best.pt").is_file()
 
 
-def facts(slide: Judged, classes: Sequence[str]) -> dict[str, Any]:
-    """What a page says about the slide's prediction, as plain values."""
-    values: dict[str, Any] = {
-        "slide": slide.slide_id,
-        "case": slide.case_id,
-        "label": slide.label,
-        "predicted": slide.predicted,
-    }
-    values |= {"probabilities": dict(zip(classes, slide.probabilities, strict=False)), "fold": slide.fold, "split": slide.split}
-    return values | {"right": slide.right, "threshold": slide.threshold}
+def facts(slide: Judged, task: Task) -> dict[str, Any]:
+    """What a page says about the slide, as plain values: `said` is the mean over the runs that test it.
+
+    Risks of two runs have no common scale: the risk is the first run's, `place` the mean share of slides with a lower one.
+    """
+    names = columns(task)
+    values: dict[str, Any] = {"slide": slide.slide_id, "case": slide.case_id, "label": slide.label, "predicted": slide.called}
+    means = slide.said if task.kind in SURVIVAL else np.mean([run.said for run in slide.runs], axis=0).tolist()
+    values |= {"said": dict(zip(names, means, strict=False)), "fold": slide.fold, "split": slide.split, "right": slide.right}
+    values["place"] = None if slide.place is None else float(np.mean([run.place for run in slide.runs]))
+    values["runs"] = [
+        {"fold": run.fold, "said": dict(zip(names, run.said, strict=False)), "predicted": run.predicted, "cuts": dict(run.cuts)}
+        | {"place": run.place}
+        for run in slide.runs
+    ]
+    return values

@@ -28,6 +28,7 @@ from mil.heatmaps.scores import percentile_ranks, score_bag
 from mil.heatmaps.settings import Drawing
 from mil.heatmaps.slide import Inputs
 from mil.heatmaps.sources import from_benchmark
+from mil.objectives import Objective
 from mil.report import Config as ReportConfig
 from mil.report import main as report
 from patch_encoder.bags import read_bag, write_bag
@@ -120,7 +121,7 @@ def test_each_slide_is_judged_by_the_fold_that_tests_it(bench: Path):
         record = json.loads((output / "records" / f"{judged.slide_id}.json").read_text())
         order = np.argsort(-expected.attention.numpy(), kind="stable")
         assert [tile["tile"] for tile in record["chosen"] if tile["kind"] == "top"] == order[:12].tolist()
-        np.testing.assert_allclose(list(record["probabilities"].values()), judged.probabilities, atol=1e-5)
+        np.testing.assert_allclose(list(record["said"].values()), judged.said, atol=1e-5)
     summary = json.loads((output / "summary.json").read_text())
     assert summary["drawn"] == 16 and np.array(summary["counts"]).sum() == 16 and not (output / "failures.csv").exists()
     listed = links(output / "index.html")
@@ -146,7 +147,7 @@ def test_a_model_without_attention_of_its_own_shows_probabilities(bench: Path):
     judged = next(slide for slide in from_benchmark(bench, "", "mean", None).slides if slide.slide_id == "s01")
     model, _ = load_classifier(judged.checkpoint, torch.device("cpu"))
     file = bench.parent / "cohort" / "bags" / "h5_files" / "s01.h5"
-    found = score_bag(model, file, "s01", ("neg", "pos"), "probability", "neg", None, torch.device("cpu"))
+    found = score_bag(model, Objective(names=("neg", "pos")), file, None, "probability", "neg", torch.device("cpu"))
     features = torch.from_numpy(read_bag(file).features)
     with torch.inference_mode():
         expected = torch.stack([model(tile[None], None).logits.softmax(0)[0] for tile in features])
@@ -286,7 +287,7 @@ def test_one_slide_is_judged_at_a_time(bench: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(heatmap, "load_classifier", lambda path, device: (loads.append(path), load_classifier(path, device))[1])
     bag = bench.parent / "cohort" / "bags" / "h5_files"
     pending = [(judged, Inputs(bag / f"{judged.slide_id}.h5", None, None, None), {}) for judged in source.slides]
-    jobs = Scored(pending, source.classes, Drawing(), torch.device("cpu"))
+    jobs = Scored(pending, Drawing(), torch.device("cpu"))
     assert loads == [] and len(jobs) == 16
     assert [job.judged for job in jobs] == source.slides
     assert loads == sorted({judged.checkpoint for judged in source.slides}) and len(loads) == 2
@@ -294,4 +295,4 @@ def test_one_slide_is_judged_at_a_time(bench: Path, monkeypatch: pytest.MonkeyPa
     broken = next(job for job in jobs if job.judged.slide_id == "s00")
     assert isinstance(broken.scores, str) and "s00.h5" in broken.scores
     with pytest.raises(UserError, match="s00.h5"):
-        draw_one(broken, bench.parent / "out", source.classes, Drawing())
+        draw_one(broken, bench.parent / "out", source.task, Drawing())

@@ -23,6 +23,7 @@ from mil.heatmaps.scores import TileScores, percentile_ranks
 from mil.heatmaps.settings import Drawing, check_drawing, picture_side
 from mil.heatmaps.slide import make_heat, tiles_for_half
 from mil.metrics import Predictions
+from mil.tasks import classification
 from patch_encoder.captions import caption_font, round_length, said_length
 from patch_encoder.coordinates import Coordinates, TileGeometry
 from patch_encoder.slides import open_slide
@@ -43,8 +44,8 @@ def scores(values: list[float], shown: str = "attention", side: int = 16) -> Til
     count = len(values)
     coords = np.stack([np.arange(count) % 4, np.arange(count) // 4], axis=1) * side
     geometry = TileGeometry("s", side, side, 0, side, 0.5, 0.5, 0.0, 4 * side, -(-count // 4) * side)
-    probability = np.array(values) if shown == "probability" else None
-    return TileScores(Coordinates(coords, geometry), np.array(values), probability, shown, "pos", np.array([0.4, 0.6]))
+    alone = None if shown == "attention" else np.array(values)
+    return TileScores(Coordinates(coords, geometry), np.array(values), alone, shown, "pos", np.array([0.4, 0.6]))
 
 
 def test_values_are_averaged_where_tiles_overlap() -> None:
@@ -102,6 +103,9 @@ def test_what_the_colours_mean() -> None:
     assert raw.high == "40 %"
     alone = make_heat(scores([0.1, 0.9], "probability"), Drawing(scale="raw"))
     assert alone.values.tolist() == [0.1, 0.9] and alone.high == "1" and "pos" in alone.name
+    risk = make_heat(scores([-2.0, 0.0, 2.0], "risk"), Drawing(scale="raw"))
+    assert risk.values.tolist() == [0.0, 0.5, 1.0] and (risk.low, risk.high, risk.name) == ("-2", "2", "risk, tile alone")
+    assert (make_heat(scores([1.5, 1.5], "risk"), Drawing(scale="raw")).values == 0).all()
     assert tiles_for_half(np.array([0.1, 0.3, 0.2, 0.4])) == 2 and tiles_for_half(np.array([0.5, 0.5])) == 1
 
 
@@ -116,6 +120,7 @@ def test_top_and_low_tiles_in_order() -> None:
     ]
     assert (chosen[2].x, chosen[2].y, chosen[2].file) == (0, 16, "top_03_x0_y16.jpg") and chosen[0].percentile == 90
     assert say_value(0.1234, "attention") == "12.3 %" and say_value(0.1234, "probability") == "0.123"
+    assert say_value(-1.23456, "risk") == "-1.23"
 
 
 def test_gallery_shows_the_tiles_of_the_slide(tmp_path: Path) -> None:
@@ -216,7 +221,7 @@ def test_sizes_and_settings(tmp_path: Path) -> None:
         ({"mpp": -1.0}, "more than 0"),
     ):
         with pytest.raises(UserError, match=words):
-            check_drawing(Drawing(**changed), ("a", "b"))
+            check_drawing(Drawing(**changed), classification(("a", "b")))
 
 
 def predictions(seed: int = 0, classes: int = 2, slides: int = 120) -> Predictions:
@@ -237,6 +242,8 @@ def test_calibration_against_scikit_learn() -> None:
     assert (
         calibration_error([{"share": 0.5, "score": 0.25, "slides": 3.0}, {"share": 1.0, "score": 1.0, "slides": 1.0}]) == 0.1875
     )
+    twice = reliability(np.tile(values, 2), np.tile(hits, 2), repeats=2.0)  # as wide as of the slides: they are no more
+    np.testing.assert_allclose([(r["low"], r["high"]) for r in twice], [(r["low"], r["high"]) for r in found])
     low, high = wilson(0.5, 10)
     assert (round(low, 4), round(high, 4)) == (0.2366, 0.7634)  # Wilson's interval of 5 in 10
 
@@ -246,6 +253,10 @@ def test_confusion_uses_the_validation_threshold() -> None:
     called = (run.probabilities[:, 1] >= 0.6).astype(int)
     counts = confusion_counts([run, run], 2)
     assert counts[1, 0] == 2 * ((run.targets == 1) & (called == 0)).sum() and counts.sum() == 240
+    graded = predictions(classes=3)  # of grades the median one
+    middle = (graded.probabilities.cumsum(1) < 0.5).sum(1)
+    assert np.trace(confusion_counts([graded], 3, ordered=True)) == (middle == graded.targets).sum()
+    assert (confusion_counts([graded], 3) != confusion_counts([graded], 3, ordered=True)).any()
     three = predictions(classes=3)
     assert roc([three], ("a", "b", "c")) is not None and roc([], ("a", "b")) is None
     assert judged_scores([three])[1].mean() == (three.probabilities.argmax(1) == three.targets).mean()

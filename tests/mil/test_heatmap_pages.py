@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from common.files import write_text
 from mil.heatmaps.pages import rows, write_pages
 from mil.heatmaps.sources import Judged, Source
 from mil.metrics import Predictions
+from mil.results import Finished
+from mil.tasks import classification
 
 CLASSES = ("normal", "tumour")
 
@@ -32,9 +35,8 @@ def judged(index: int, probability: float, positive: bool, fold: int = 0) -> Jud
         fold,
         "test",
         Path("w.pt"),
-        0.5,
     )
-    return Judged(*place)
+    return Judged(*place, cuts={"tumour": 0.5})
 
 
 def record(slide: str) -> dict[str, object]:
@@ -51,9 +53,10 @@ def source(slides: list[Judged]) -> Source:
     for fold in sorted({slide.fold or 0 for slide in slides}):
         inside = [slide for slide in slides if slide.fold == fold]
         targets = np.array([CLASSES.index(slide.label) for slide in inside])
-        said = np.array([slide.probabilities for slide in inside])
-        runs.append(Predictions(fold, np.array([slide.case_id for slide in inside]), targets, said, 0.5))
-    return Source(CLASSES, "bags", slides, runs, "abmil")
+        said = np.array([slide.said for slide in inside])
+        test = Predictions(fold, np.array([slide.case_id for slide in inside]), targets, said, 0.5)
+        runs.append(Finished("", "abmil", 1, {}, test, [{"slide_id": slide.slide_id} for slide in inside]))
+    return Source(classification(CLASSES), "bags", slides, runs, "abmil")
 
 
 def test_the_surest_error_comes_first() -> None:
@@ -62,8 +65,11 @@ def test_the_surest_error_comes_first() -> None:
     assert [row["slide"] for row in listed] == ["S4", "S2", "S1", "S3", "S0"]
     assert [row["status"] for row in listed] == ["failed", "wrong", "wrong", "right", "right"]
     assert listed[1]["miss"] == pytest.approx(1.9) and listed[4]["miss"] == pytest.approx(0.1)
-    unlabelled = Judged("x", "", "", "", (), None, "", Path("w.pt"), None)
-    row = rows(Source(CLASSES, "bags", [unlabelled], [], "abmil"), {}, {})[0]
+    others = judged(5, 0.2, True, 1), judged(5, 0.9, True, 2)
+    (twice,) = rows(source([replace(judged(5, 0.1, True), others=others)]), {}, {})
+    assert (twice["status"], twice["votes"], twice["fold"]) == ("wrong", 2, 0) and twice["said"]["tumour"] == pytest.approx(0.4)
+    unlabelled = Judged("x", "", "", "", (), None, "", Path("w.pt"))
+    row = rows(Source(classification(CLASSES), "bags", [unlabelled], [], "abmil"), {}, {})[0]
     assert (row["status"], row["miss"], row["drawn"]) == ("unknown", -1.0, False)
 
 

@@ -26,7 +26,8 @@ def cohort(make_cohort) -> Path:
 
 
 def arguments(cohort: Path, output: Path, *more: str) -> list[str]:
-    small = ["device=cpu", "seeds=[1]", "models=[mean]", "resamples=20", "training.epochs=1", "training.min_epochs=1"]
+    small = ["device=cpu", "isolated=false", "seeds=[1]", "models=[mean]", "resamples=20", "training.epochs=1"]
+    small += ["training.min_epochs=1"]
     return [f"labels={cohort}/labels.csv", f"features=[{cohort}/bags]", f"output={output}", *small, *more]
 
 

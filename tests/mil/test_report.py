@@ -161,6 +161,23 @@ def test_examples_are_the_most_confident_hits_and_errors():
     assert names(choose_slides([run], task, 9)) == {"Called right": ["b", "a"], "Called wrong": ["e", "d"]}
 
 
+def test_a_slide_of_several_runs_is_one_example():
+    def run(fold: int, said: dict[str, tuple[str, float]]) -> Finished:
+        rows = [{"slide_id": s, "label": "pos", "predicted": call, f"prob_{call}": str(p)} for s, (call, p) in said.items()]
+        return Finished("set", "abmil", 1, {}, Predictions(fold, np.array([]), np.array([]), np.array([]), None), rows)
+
+    first = run(0, {"a": ("neg", 0.9), "b": ("pos", 0.6), "c": ("pos", 0.9)})
+    runs = [first, run(1, {"a": ("pos", 0.8), "b": ("pos", 0.8), "c": ("neg", 0.9)}), run(2, {"a": ("pos", 0.7)})]
+    right, wrong = choose_slides(runs, classification(("neg", "pos")), 9)
+    assert names([right, wrong]) == {"Called right": ["b", "a", "c"], "Called wrong": []}
+    # b: (0.6 + 0.8) / 2; a: (0.8 + 0.7) / 3, shown by the first run that says so; c: 0.9 / 2
+    assert [(choice.fold, choice.detail) for choice in right.slides] == [
+        (0, "probability 0.60; 2 of 2 runs say so"),
+        (1, "probability 0.80; 2 of 3 runs say so"),
+        (0, "probability 0.90; 1 of 2 runs say so"),
+    ]
+
+
 def names(groups: list[Group[Choice]]) -> dict[str, list[str]]:
     return {group.title: [choice.slide_id for choice in group.slides] for group in groups}
 
@@ -190,6 +207,10 @@ def test_examples_of_survival_are_the_outer_places_within_a_fold():
     assert high.slides[0].detail == "above 75 % of the fold's test slides" and high.slides[0].called == "risk 0.4"
     assert [choice.label for choice in low.slides] == ["event at 2.5", "no event until 2.5"]
     assert names(choose_slides(runs, Task("cox", ()), 9)) == {"Highest risk": ["d", "x", "c"], "Lowest risk": ["a", "y", "b"]}
+    twice = [*runs, run(2, {"d": 1.0, "a": 9.0})]  # d: above 75 % and 0 %, a: 0 % and 50 %
+    high, low = choose_slides(twice, Task("cox", ()), 9)
+    assert names([high, low]) == {"Highest risk": ["x", "c", "d"], "Lowest risk": ["y", "a", "b"]}
+    assert high.slides[2].fold == 0 and high.slides[2].detail.endswith("slides; 38 % on average over 2 runs")
 
 
 def test_example_shows_the_tiles_with_most_attention(finished: Path, tmp_path: Path):
