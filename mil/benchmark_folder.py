@@ -12,7 +12,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
+from common.files import read_json
 from mil.splits import PROTOCOLS
+
+NEEDED = ("feature_sets", "models", "classes", "headline", "features")
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """summary.json of a folder that `mil.benchmark` wrote, for what looks at its networks.
+
+    Raises:
+        UserError: there is none, or it is another stage's.
+    """
+    summary = read_json(folder / "summary.json", "a benchmark's summary")
+    absent = [name for name in NEEDED if name not in summary]
+    if absent:
+        raise UserError(
+            f"{folder}: expected a folder that mil.benchmark wrote, found a summary.json without {', '.join(absent)}; the "
+            "tables of mil.from_detections have no networks to look at, mil.evaluate reads them"
+        )
+    return summary
 
 
 def belonging(summary: Mapping[str, Any]) -> tuple[set[int] | None, set[int] | None]:

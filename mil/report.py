@@ -23,7 +23,7 @@ from common.errors import UserError
 from common.files import read_json, write_json, write_text
 from mil.ablation_figure import read_ablation
 from mil.ablation_rows import signed
-from mil.benchmark_folder import run_folders
+from mil.benchmark_folder import read_summary, run_folders
 from mil.evaluation.risk_groups import risk_groups
 from mil.evaluation.tables import title
 from mil.evaluation.task_pictures import grade_figure, label_figure, survival_figure
@@ -206,7 +206,7 @@ def known(value: float | None, form: str = "%.3f") -> str:
 
 def main(config: Config) -> int:
     output = Path(config.output)
-    summary = read_json(Path(config.benchmark) / "summary.json", "a benchmark's summary")
+    summary = read_summary(Path(config.benchmark))
     stages = read_stages(config.stages)
     failures = Failures("report")
     write_text(output / "report.html", page(config, summary, stages, failures))

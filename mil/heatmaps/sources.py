@@ -18,7 +18,7 @@ import numpy as np
 from common.checkpoint import load_checkpoint
 from common.errors import UserError, did_you_mean
 from common.files import read_json
-from mil.benchmark_folder import run_folders
+from mil.benchmark_folder import read_summary, run_folders
 from mil.datasets.targets import NONE
 from mil.evaluation.ordinal import grade
 from mil.evaluation.prediction_rows import cut_on_validation, predictions_of_rows
@@ -163,7 +163,7 @@ def from_run(folder: Path, features: str, bags: Mapping[str, Path], split: str) 
 
 def from_benchmark(folder: Path, feature_set: str, model: str, seed: int | None) -> Source:
     """The test slides of every fold, each judged by the models that did not train on it; each slide stands there once."""
-    summary = read_json(folder / "summary.json", "a benchmark's summary")
+    summary = read_summary(folder)
     name = _choice("feature_set", feature_set, list(summary["feature_sets"]), next(iter(summary["feature_sets"])))
     chosen = _choice("model", model, summary["models"], summary["headline"])
     grid = folder / "runs" / name / chosen

@@ -16,7 +16,7 @@ from common.cli import run as run_script
 from common.config import load_config
 from common.errors import UserError
 from detection_kd.datasets.slide_detections import Found, coco_document
-from mil import evaluate, make_splits
+from mil import evaluate, heatmap, make_splits, report
 from mil.benchmark import Config as BenchmarkConfig
 from mil.benchmark import main as run_benchmark
 from mil.datasets.detections import SlideDetections, find_detections, read_all, read_detections, slide_vector, tile_channels
@@ -298,6 +298,11 @@ def test_rows_of_before_are_not_the_benchmarks(cohort: Path, tmp_path: Path):
     assert len(list((tmp_path / "out" / "splits").iterdir())) == 2
     tests = {(row["feature_set_a"], row["feature_set_b"]) for row in read_csv(tmp_path / "out" / "delong.csv")}
     assert ("bags", "detections") in tests
+    for stage in (heatmap, report):
+        key = "run" if stage is heatmap else "benchmark"
+        given = [f"{key}={tmp_path}/out", f"output={tmp_path}/looked"]
+        with pytest.raises(UserError, match="without headline, features; the tables of mil.from_detections have no networks"):
+            stage.main(load_config(stage.Config, given))
 
 
 def test_a_benchmark_whose_splits_are_not_its_runs_is_refused(cohort: Path, tmp_path: Path):
