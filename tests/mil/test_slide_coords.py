@@ -15,8 +15,9 @@ import torch
 from common.distributed import World
 from mil.datasets.bags import load_bags, placed
 from mil.engine import Recipe, Sample, draws, examine, train_one_epoch
-from mil.heatmaps.scores import tile_probabilities
+from mil.heatmaps.scores import tiles_alone
 from mil.models import build
+from mil.objectives import CLASSES
 from mil.ops.grid import build_grid, infer_step
 from mil.ops.slide_coords import SlideCoords, on_slide
 from mil.ops.steps import MAX_CELLS
@@ -75,7 +76,7 @@ def test_the_model_sees_a_draw_as_a_part_of_its_bag() -> None:
 
 def test_a_tile_alone_is_a_bag_of_its_own() -> None:
     coords, x, model = tissue(5), torch.randn(5, 6), deform().eval()
-    found = tile_probabilities(model, Sample("s", x, coords, 0), CPU.device)
+    found = tiles_alone(model, CLASSES, Sample("s", x, coords, 0), CPU.device)
     expected = [model(x[i : i + 1], coords[i : i + 1]).logits.softmax(0).tolist() for i in range(5)]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 

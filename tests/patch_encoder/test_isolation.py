@@ -109,12 +109,13 @@ def test_results_in_mapped_memory_outlive_their_process_and_positions_are_told()
 
 
 SCRIPT = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is deaf to it
 from patch_encoder.isolation import isolated
 def job(number):
     os.write(1, f"{os.getpid()}\\n".encode())  # in one piece
     if number == 0:
-        import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # as deaf as native code
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # as deaf as native code
     time.sleep(60)
 for result in isolated(job, [0, 1], 2):
     pass

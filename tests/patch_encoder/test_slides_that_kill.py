@@ -229,7 +229,8 @@ def test_numbers_that_cannot_be(cohort: Path, capsys: pytest.CaptureFixture[str]
 
 def test_ctrl_c_ends_an_extraction_that_hangs(cohort: Path, root: Path) -> None:
     script = (
-        "import sys, time; from patch_encoder import extract_features as e; from common.cli import launch;"
+        "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler);"  # a background job is deaf to it
+        "from patch_encoder import extract_features as e; from common.cli import launch;"
         "from patch_encoder.slides.openslide_file import OpenSlideFile as o; import os;"
         "o.read = lambda *_: os.write(1, b'%d\\n' % os.getpid()) and time.sleep(60); launch(e.main, e.Config)"  # in one piece
     )
