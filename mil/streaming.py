@@ -262,14 +262,22 @@ def _attended(
 
 
 def _ilra(model: ILRA, bag: Reader) -> MILOutput:
-    """A block's tiles are made anew in every pass, from the latents of the layers below."""
+    """A block's tiles are made in every pass from the latents of the layers below; anew where they take over KEPT_BYTES."""
     lows: list[Tensor] = []
+    kept: list[Tensor] = []
+    layers = 0  # that `kept` has behind it
 
     def tiles() -> Iterator[Tensor]:
-        for block in bag:
-            for gab, low in zip(model.blocks, lows, strict=False):
+        nonlocal kept, layers
+        start, made = layers, []
+        for block in kept or bag:
+            for gab, low in zip(model.blocks[start:], lows[start:], strict=False):
                 block = gab.project_backward(block, low)[0]
+            if lows and 4 * len(bag) * block.shape[1] <= KEPT_BYTES:
+                made.append(block)
             yield block
+        if made:
+            kept, layers = made, len(lows)
 
     for gab in model.blocks:
         lows.append(_attended(gab.project_forward, gab.latent, tiles, len(bag))[0])

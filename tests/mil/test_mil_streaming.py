@@ -71,6 +71,22 @@ def test_embeddings_that_fit_into_memory_are_made_once(
     assert more - once == (passes - 1) * TILES and TILES < once < 2 * TILES  # and the rows asked for by number
 
 
+@pytest.mark.parametrize(("bound", "passes"), [[4 * TILES * 64, 1], [0, 3]])
+def test_tiles_of_ilra_that_fit_into_memory_go_through_each_layer_once(
+    bag_file: Path, monkeypatch: pytest.MonkeyPatch, bound: int, passes: int
+):
+    model = build("ilra", DIM, 2, hidden=64, heads=4, rank=3, layers=3).eval()
+    with torch.inference_mode():
+        whole = model(open_bag(bag_file).read().float())
+    tiles = []
+    model.blocks[0].project_backward.register_forward_hook(lambda _, given, __: tiles.append(len(given[0])))
+    monkeypatch.setattr(streaming, "KEPT_BYTES", bound)
+    found = stream(model, open_bag(bag_file), CPU, 8)
+    torch.testing.assert_close(found.logits, whole.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.attention, whole.attention, rtol=1e-4, atol=1e-6)
+    assert sum(tiles) == passes * TILES
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_models_without_a_streaming_form_are_refused(bag_file: Path, name: str):
     model = trained(name, 2)
