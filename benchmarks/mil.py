@@ -222,7 +222,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--memory", action="store_true", help="peak of a training step, in a process of its own")
     parser.add_argument("--stream", type=int, default=0, help="tiles of a bag that is streamed through each model")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--output", type=Path, help="JSON file that keeps every cell as it comes")
+    parser.add_argument("--output", type=Path, help="JSON file that keeps every model as it comes")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
 

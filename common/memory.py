@@ -33,10 +33,11 @@ def free_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup"
     try:
         lines = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
-        entries = [line.split(":", 2) for line in (proc / "self" / "cgroup").read_text().splitlines()]
     except (OSError, KeyError):  # another system
         return _physical_memory()
-    for number, controllers, name in entries:
+    own = proc / "self" / "cgroup"
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        number, controllers, name = line.split(":", 2)
         if number == "0":
             root, files = groups, ("memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):

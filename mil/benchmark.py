@@ -31,7 +31,7 @@ from common.progress import Progress
 from mil.datasets.bags import bags_digest, find_bags, memory_of, usable_bags
 from mil.datasets.labels import LabelledSlides
 from mil.datasets.targets import Targets, read_targets
-from mil.engine import Recipe, check_recipe
+from mil.engine import Recipe, check_recipe, check_validation
 from mil.evaluation.tables import write_evaluation
 from mil.job import Job, Settings, open_job, run_job
 from mil.models import MODELS, check_options
@@ -43,7 +43,7 @@ from mil.results import CLASS_COLUMNS, add_headline, read_finished, text_table, 
 from mil.split_files import checked_splits, known_slides, stored_splits, write_splits
 from mil.splits import PROTOCOLS, Split, make_splits, split_values
 from mil.tasks import task_of
-from mil.workers import run_all
+from mil.workers import check_workers, run_all
 from patch_encoder.bags import bag_header
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,8 @@ class Config:
 
 
 def check(config: Config) -> None:
-    """Refuse lists that no benchmark can be made of."""
+    """Refuse what no benchmark can be made of."""
+    check_workers(config.workers)
     folders = [Path(folder).resolve() for folder in config.features]
     lists: dict[str, list[Any]] = {"models": config.models, "seeds": config.seeds, "features": folders}
     for name, values in lists.items():
@@ -181,12 +182,15 @@ def model_settings(config: Config) -> dict[str, Settings]:
 def check_tasks(cohort: Cohort, settings: dict[str, Settings]) -> None:
     """Refuse before any training what one of them would refuse."""
     alone = World(0, 1, torch.device("cpu"))
-    for name, one in settings.items():
+    for number, (name, one) in enumerate(settings.items()):
         recipe = one.training
         for split in cohort.splits:
             weighted = (recipe.label_smoothing, recipe.focal, recipe.class_weights, one.intervals, one.censored_alpha)
             try:
-                check_recipe(recipe, make_objective(cohort.targets, split.train, *weighted), alone)
+                task = make_objective(cohort.targets, split.train, *weighted)
+                check_recipe(recipe, task, alone)
+                if number == 0:  # the slides are those of all models
+                    check_validation([cohort.targets.of(slide) for slide in split.val], task)
             except UserError as error:
                 raise UserError(f"model {name}, split {split.fold}: {error}") from None
 
@@ -286,7 +290,7 @@ def train_shared(config: Config, pending: list[Job], ranks: Ranks) -> dict[int, 
     numbers = {job.output: number for number, job in enumerate(pending)}
     claimed = (pending[number] for number in ranks.claims(len(pending)))
     with Progress("trainings", len(pending), "runs", enabled=ranks.is_main) as bar:
-        for job, error in run_all(run_one, claimed, config.workers, config.threads, [device]):
+        for job, error in run_all(run_one, claimed, config.workers, config.threads, [device], config.isolated):
             if error is not None:
                 logger.error("benchmark: %s failed: %s", name_of(job), error)
             ranks.report(numbers[job.output], error)

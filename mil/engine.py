@@ -254,9 +254,9 @@ class Smoother:
 
     def _mean(self, past: float, new: float) -> float:
         """What is no number (a score of slides that cannot be ranked) leaves the average alone."""
-        if math.isnan(past) or math.isnan(new) or not self.share:
-            return past if self.share and math.isnan(new) else new
-        return self.share * past + (1 - self.share) * new
+        if not self.share or math.isnan(past):
+            return new
+        return past if math.isnan(new) else self.share * past + (1 - self.share) * new
 
     def state_dict(self) -> dict[str, float]:
         """For a checkpoint."""
@@ -291,14 +291,14 @@ def check_recipe(recipe: Recipe, task: Objective, world: World) -> None:
         raise UserError(f"training.max_tiles={recipe.max_tiles}: expected a number of tiles, or 0 for all")
 
 
-def check_validation(val: Sequence[Sample], task: Objective) -> None:
+def check_validation(targets: Sequence[Target], task: Objective) -> None:
     """Refuse or report validation slides among which there is nothing to rank: the score would be no number at every epoch."""
     if task.kind not in (*SURVIVAL, "multilabel"):
         return
-    score = task.judge(torch.zeros(len(val), task.outputs), [sample.target for sample in val])[task.score]
+    score = task.judge(torch.zeros(len(targets), task.outputs), targets)[task.score]
     if not math.isnan(score):
         return
-    found = f"task={task.kind}: {len(val)} validation slides, among which val_{task.score} has nothing to compare"
+    found = f"task={task.kind}: {len(targets)} validation slides, among which val_{task.score} has nothing to compare"
     if task.kind == "cox":  # nor has the loss
         raise UserError(f"{found}; expected an event and a slide that was followed for longer: use fewer folds or other splits")
     logger.warning("%s: the best epoch is the one with the lowest loss; use fewer folds or other splits", found)
@@ -334,7 +334,6 @@ def train_model(
         UserError: the loss is not finite; fewer bags a step than processes; a recipe that the task does not go with.
     """
     check_recipe(recipe, task, world)
-    check_validation(val, task)
     optimizer, scheduler = optimizer_of(model, recipe)
     smoother = Smoother(recipe.smoothing)
     parts = {"optimizer": optimizer, "scheduler": scheduler} | ({"smoother": smoother} if recipe.smoothing else {})

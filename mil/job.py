@@ -5,7 +5,6 @@ The unit that `train` runs once and `benchmark` many times, in any process and a
 
 from __future__ import annotations
 
-import csv
 import math
 import shutil
 from collections.abc import Sequence
@@ -250,16 +249,3 @@ def prediction_rows(said: Predictions, slide_ids: Sequence[str], classes: Sequen
         row["predicted"] = classes[predicted]
         rows.append(row | {f"prob_{name}": repr(float(p)) for name, p in zip(classes, said.probabilities[i], strict=True)})
     return rows
-
-
-def read_predictions(
-    path: Path, classes: Sequence[str], split: str, threshold: float | None
-) -> tuple[Predictions, list[dict[str, str]]]:
-    """The `split` rows of a predictions.csv, as numbers and as they stand."""
-    with path.open(encoding="utf-8", newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["split"] == split]
-    probabilities = np.array([[float(row[f"prob_{name}"]) for name in classes] for row in rows])
-    targets = np.array([list(classes).index(row["label"]) for row in rows])
-    return Predictions(
-        int(rows[0]["fold"]), np.array([row["case_id"] for row in rows]), targets, probabilities, threshold
-    ), rows

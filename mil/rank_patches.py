@@ -36,7 +36,7 @@ from mil.engine import Recipe, load_classifier
 from mil.job import Job, Settings, open_job, run_job
 from mil.models import MeanMIL, Standardised
 from mil.splits import Split, carve, split_values
-from mil.workers import run_all
+from mil.workers import check_workers, run_all
 from patch_encoder.bags import read_bag
 from patch_encoder.cohort import locate
 from patch_encoder.coordinates import tile_pattern_of
@@ -127,6 +127,7 @@ def make_cuts(
 def main(config: Config) -> int:
     if config.top_k < 1 or config.extra_random < 0:
         raise UserError(f"top_k={config.top_k}, extra_random={config.extra_random}: expected at least 1 and at least 0")
+    check_workers(config.workers)
     world = init_distributed(config.device)
     if world.size > 1:
         raise UserError(f"rank_patches: expected one process, found {world.size}; start it without torchrun, with workers=N")

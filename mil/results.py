@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from common.errors import UserError
 from common.files import read_json, write_csv
 from mil.evaluation.prediction_rows import cut_on_validation, predictions_of_rows
 from mil.metrics import Judged, bootstrap, interval, summarise
@@ -56,18 +57,41 @@ class Finished:
 
 
 def read_finished(path: Path, feature_set: str, task: Task) -> Finished:
-    """Read a finished run directory."""
-    results = read_json(path / "results.json", "a run's results")
-    table = path / "predictions.csv"
+    """Read a finished run directory.
+
+    Raises:
+        UserError: not finished, or without predictions of test slides.
+    """
+    run = read_side(path, feature_set, task, "test")
+    if run is None:
+        raise UserError(f"{path}: expected test slides in predictions.csv, found none; train again")
+    return run
+
+
+def read_side(path: Path, feature_set: str, task: Task, split: str) -> Finished | None:
+    """A finished run with `test` and `rows` of its slides of `split` (test or val); None where it has none of them.
+
+    Raises:
+        UserError: not finished, no predictions, or those of another task.
+    """
+    results, table = read_json(path / "results.json", "a finished run of mil.train or mil.benchmark"), path / "predictions.csv"
+    if not table.is_file():
+        raise UserError(f"{table}: expected the run's predictions, found no file; train again")
     with table.open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    sides = {split: [row for row in rows if row["split"] == split] for split in ("val", "test")}
-    said = [predictions_of_rows(table, task, results["fold"], side) for side in sides.values()]
-    val, test = cut_on_validation(task, *said)
+    sides = {name: found for name in ("val", "test") if (found := [row for row in rows if row["split"] == name])}
+    if split not in sides:
+        return None
+    try:
+        said = {name: predictions_of_rows(table, task, results["fold"], found) for name, found in sides.items()}
+    except KeyError as error:
+        raise UserError(f"{table}: expected the columns of a run of {task.kind}, {error} is missing; train again") from None
+    if "val" in said:
+        said["val"], said[split] = cut_on_validation(task, said["val"], said[split])
     if task.kind in {"binary", "multiclass"}:  # the training has chosen its cut, of float32 probabilities
-        val, test = (replace(part, threshold=results["threshold"]) for part in (val, test))
-        results |= {"temperature": test.temperature}
-    return Finished(feature_set, results["model"], results["seed"], results, test, sides["test"], val)
+        said = {name: replace(part, threshold=results["threshold"]) for name, part in said.items()}
+        results |= {"temperature": said[split].temperature}
+    return Finished(feature_set, results["model"], results["seed"], results, said[split], sides[split], said.get("val"))
 
 
 def write_results(output: Path, finished: Sequence[Finished], task: Task) -> list[dict[str, Any]]:

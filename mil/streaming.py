@@ -9,7 +9,8 @@ memory: 4 bytes a tile and map.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from mil.models import ABMIL, CLAM, DSMIL, DTFD, ILRA, MHIM, MaxMIL, MeanMIL, MILOutput, Standardised
-from mil.models.ilra import CrossAttention
+from mil.models.ilra import GAB, CrossAttention
 from mil.models.output import as_attention
 
 BLOCK = 2048  # tiles at a time: 8 MB of 1,024 float32 features
@@ -60,24 +61,31 @@ class Reader:
         return block if self.wrapper is None else self.wrapper.standardised(block)
 
 
-class Embedded:
-    """Embeddings of a bag's blocks; further passes make them anew only where they take more than KEPT_BYTES."""
+class Made:
+    """What is made of a bag's blocks; further passes make it anew only where it takes more than KEPT_BYTES.
 
-    def __init__(self, embed: nn.Module, bag: Reader) -> None:
-        self.embed, self.bag = embed, bag
-        self.kept: list[Tensor] = []
+    Args:
+        make: (n, E) to (n, F).
+        blocks: what it is made of; let go of once the result is kept.
+        tiles: of the bag.
+    """
+
+    def __init__(self, make: Callable[[Tensor], Tensor], blocks: Iterable[Tensor], tiles: int) -> None:
+        self.make, self.blocks, self.tiles = make, blocks, tiles
+        self.kept = False
 
     def __iter__(self) -> Iterator[Float[Tensor, "_ f"]]:
         if self.kept:
-            yield from self.kept
+            yield from self.blocks
             return
         made = []
-        for block in self.bag:
-            h = self.embed(block)
-            if 4 * len(self.bag) * h.shape[1] <= KEPT_BYTES:
+        for block in self.blocks:
+            h = self.make(block)
+            if 4 * self.tiles * h.shape[1] <= KEPT_BYTES:
                 made.append(h)
             yield h
-        self.kept = made
+        if made:
+            self.blocks, self.kept = made, True
 
 
 class Pool:
@@ -191,7 +199,7 @@ def _clam(model: CLAM, bag: Reader) -> MILOutput:
 
 def _dsmil(model: DSMIL, bag: Reader) -> MILOutput:
     """First pass: the critical tiles; second: what their queries weigh."""
-    embedded = Embedded(model.embed, bag)
+    embedded = Made(model.embed, bag, len(bag))
     highest, critical = _highest(model.instance(h) for h in embedded)
     asked = model.query(model.embed(bag.rows(critical)))  # (C, 128)
     pool = Pool(len(bag))
@@ -207,7 +215,7 @@ def _dtfd(model: DTFD, bag: Reader) -> MILOutput:
     count = min(model.groups, len(bag))
     pools, start = [Pool(int((group == g).sum())) for g in range(count)], 0
     a = torch.empty(len(bag), device=bag.device)
-    embedded = Embedded(model.embed, bag)
+    embedded = Made(model.embed, bag, len(bag))
     for h in embedded:
         part = slice(start, start + len(h))
         a[part], here = model.attention(h).squeeze(1), group[part]
@@ -223,7 +231,7 @@ def _dtfd(model: DTFD, bag: Reader) -> MILOutput:
     return MILOutput(model.head2(b @ handed), a * share[group])
 
 
-def _handed(model: DTFD, bag: Reader, embedded: Embedded, a: Tensor, group: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+def _handed(model: DTFD, bag: Reader, embedded: Made, a: Tensor, group: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
     if model.distil == "afs":
         return pooled, torch.arange(len(pooled), device=bag.device)
     ranks, tier1, start = a, model.head(pooled), 0
@@ -237,9 +245,7 @@ def _handed(model: DTFD, bag: Reader, embedded: Embedded, a: Tensor, group: Tens
     return model.embed(bag.rows(chosen)), group[chosen]
 
 
-def _attended(
-    layer: CrossAttention, queries: Tensor, keys: Callable[[], Iterator[Tensor]], tiles: int
-) -> tuple[Tensor, Tensor]:
+def _attended(layer: CrossAttention, queries: Tensor, keys: Iterable[Tensor], tiles: int) -> tuple[Tensor, Tensor]:
     """`CrossAttention.forward` over blocks of keys: its output, and the mean over heads of the first query's attention."""
     mha = layer.attention
     width, heads = mha.embed_dim, mha.num_heads
@@ -252,7 +258,7 @@ def _attended(
 
     asked = split(q @ w_q.T + b_q) * (width // heads) ** -0.5
     pools = [Pool(tiles) for _ in range(len(queries))]
-    for block in keys():
+    for block in keys:
         k, v = split(layer.fc_k(block) @ w_k.T + b_k), split(layer.fc_v(block) @ w_v.T + b_v)
         scores = asked @ k.transpose(1, 2)  # (H, r, n)
         for r, pool in enumerate(pools):
@@ -262,27 +268,17 @@ def _attended(
 
 
 def _ilra(model: ILRA, bag: Reader) -> MILOutput:
-    """A block's tiles are made in every pass from the latents of the layers below; anew where they take over KEPT_BYTES."""
-    lows: list[Tensor] = []
-    kept: list[Tensor] = []
-    layers = 0  # that `kept` has behind it
-
-    def tiles() -> Iterator[Tensor]:
-        nonlocal kept, layers
-        start, made = layers, []
-        for block in kept or bag:
-            for gab, low in zip(model.blocks[start:], lows[start:], strict=False):
-                block = gab.project_backward(block, low)[0]
-            if lows and 4 * len(bag) * block.shape[1] <= KEPT_BYTES:
-                made.append(block)
-            yield block
-        if made:
-            kept, layers = made, len(lows)
-
+    """A pass over the tiles for each layer, and one for the pooling."""
+    tiles: Iterable[Tensor] = bag
     for gab in model.blocks:
-        lows.append(_attended(gab.project_forward, gab.latent, tiles, len(bag))[0])
+        low, _ = _attended(gab.project_forward, gab.latent, tiles, len(bag))
+        tiles = Made(partial(_handed_back, gab, low), tiles, len(bag))
     out, attention = _attended(model.pooling, model.query, tiles, len(bag))
     return MILOutput(model.head(out[0]), as_attention(attention))
+
+
+def _handed_back(gab: GAB, low: Float[Tensor, "r f"], block: Float[Tensor, "n e"]) -> Float[Tensor, "n f"]:
+    return gab.project_backward(block, low)[0]
 
 
 STREAMED: dict[type[nn.Module], Callable[[Any, Reader], MILOutput]] = {

@@ -23,7 +23,7 @@ from common.errors import UserError
 from common.run import Tracker
 from mil.datasets.bags import bags_digest, find_bags, memory_of, usable_bags
 from mil.datasets.targets import read_targets
-from mil.engine import Recipe, check_recipe
+from mil.engine import Recipe, check_recipe, check_validation
 from mil.job import Job, Settings, open_job, run_job
 from mil.models import MODELS, check_options
 from mil.objectives import SCORES, TASKS
@@ -102,6 +102,7 @@ def main(config: Config) -> int | None:
     torch.set_num_threads(config.threads)
     job = build_job(config)
     check_recipe(job.settings.training, job.objective, world)  # before there is a run directory
+    check_validation([job.aims.of(slide) for slide in job.split.val], job.objective)
     run = open_job(job, world, overwrite=config.overwrite, tracker=config.tracker)
     if run.results is not None:
         logger.info("%s: finished already", run.path)

@@ -60,6 +60,7 @@ def run_all(
         apart: no job runs in this process, so that one that kills its process leaves this one alive; False: a single
             worker is this process (for a debugger, and for jobs that cannot kill).
     """
+    check_workers(workers)
     most = len(jobs) if isinstance(jobs, Sized) else workers
     if not apart and min(workers, most) <= 1:
         torch.set_num_threads(threads)
@@ -77,6 +78,12 @@ def run_all(
             if worker.job is not None:
                 worker.process.terminate()
             worker.process.join()
+
+
+def check_workers(workers: int) -> None:
+    """Refuse a number of processes that would do nothing."""
+    if workers < 1:
+        raise UserError(f"workers={workers}: expected at least 1")
 
 
 def _shared_out(

@@ -6,7 +6,6 @@ are those of all: the mean of the probabilities and the call of most models. Met
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,6 @@ from common.files import read_json
 from mil.benchmark_folder import read_summary, run_folders
 from mil.datasets.targets import NONE
 from mil.evaluation.ordinal import grade
-from mil.evaluation.prediction_rows import cut_on_validation, predictions_of_rows
 from mil.heatmaps.scores import RISK
 from mil.metrics import predict_class
 from mil.objective_results import follow_up
@@ -96,29 +94,15 @@ def read_run(folder: Path, split: str) -> tuple[Task, list[Judged], Finished | N
     Raises:
         UserError: not finished, or no classifier.
     """
-    results = read_json(folder / "results.json", "a finished run of mil.train or mil.benchmark")
+    read_json(folder / "results.json", "a finished run of mil.train or mil.benchmark")  # what is missing first, is said first
     checkpoint = folder / "checkpoint_best.pt"
     config = load_checkpoint(checkpoint, "a slide classifier's checkpoint")["config"]
     if "class_names" not in config:
         raise UserError(f"{checkpoint}: expected a slide classifier with class names, found config keys {sorted(config)}")
     task = task_of(config.get("task", {}).get("kind", "classes"), config["class_names"])
-    table = folder / "predictions.csv"
-    if not table.is_file():
-        raise UserError(f"{table}: expected the run's predictions, found no file; train again")
-    with table.open(encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    sides = {name: found for name in ("val", "test") if (found := [row for row in rows if row["split"] == name])}
-    if split not in sides:
+    run = read_side(folder, "", task, split)
+    if run is None:
         return task, [], None
-    try:
-        said = {name: predictions_of_rows(table, task, results["fold"], found) for name, found in sides.items()}
-    except KeyError as error:
-        raise UserError(f"{table}: expected the columns of a run of {task.kind}, {error} is missing; train again") from None
-    if "val" in said:
-        said["val"], said[split] = cut_on_validation(task, said["val"], said[split])
-    if task.kind in {"binary", "multiclass"}:  # the training has chosen its cut
-        said = {name: replace(part, threshold=results["threshold"]) for name, part in said.items()}
-    run = Finished("", results["model"], results["seed"], results, said[split], sides[split], said.get("val"))
     return task, _judged(run, task, split, checkpoint), run
 
 

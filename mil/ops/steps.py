@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Int
-from scipy.spatial import KDTree
 
 MAX_CELLS = 2**26
 """Cells of one bag's map at level 0: 268 MB. A slide of 300,000 px a side has 1.4 million cells of 256 px."""
@@ -60,6 +59,8 @@ def _on_its_grid(coords: np.ndarray, step: float) -> bool:
 
 def _nearest(coords: np.ndarray) -> float:
     """Median distance of a tile from its nearest, the longer of x and y."""
+    from scipy.spatial import KDTree  # a while to load, and for odd slides alone
+
     places = np.unique(coords, axis=0)
     distances, _ = KDTree(places).query(places, k=2, p=np.inf)
     return float(np.median(distances[:, 1]))

@@ -169,9 +169,24 @@ def has_its_example_slides(html: str, output: Path, kind: str) -> None:
         ("discrete", ["censored_alpha=1.5"], "split 0: censored_alpha=1.5: expected a share"),
         ("cox", ["censored_alpha=0.5"], "task=cox: censored_alpha is of task=discrete"),
         ("ordinal", ["training.focal=2.0"], "task=ordinal: label_smoothing and focal"),
+        ("ordinal", ["workers=0"], "workers=0: expected at least 1"),
     ],
 )
 def test_what_a_task_refuses_is_said_before_any_training(make_cohort, tmp_path: Path, kind: str, more: list[str], message: str):
     with pytest.raises(UserError, match=message):
         start(rewrite(make_cohort(slides=32), kind), tmp_path / "out", kind, *more)
+    assert not (tmp_path / "out").exists()
+
+
+def test_validation_slides_that_cannot_be_ranked_are_refused_before_any_training(make_cohort, tmp_path: Path):
+    """All events at one time, after all other slides' last: no pair is comparable."""
+    cohort = rewrite(make_cohort(slides=32), "cox")
+    with (cohort / "labels.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    with (cohort / "labels.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(row | {"time": "5" if row["event"] == "1" else "1"} for row in rows)
+    with pytest.raises(UserError, match="split 0: task=cox: .* among which val_c_index has nothing"):
+        start(cohort, tmp_path / "out", "cox")
     assert not (tmp_path / "out").exists()

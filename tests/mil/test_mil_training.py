@@ -249,16 +249,16 @@ def test_an_epoch_draws_tiles_of_its_own(monkeypatch: pytest.MonkeyPatch):
 def test_validation_slides_that_cannot_be_ranked(caplog: pytest.LogCaptureFixture):
     """The only event is the last thing that happens: no pair is comparable."""
     aims = [(3.0, 0.0), (5.0, 0.0), (9.0, 1.0)]
-    bags = [Sample(f"s{i}", torch.zeros(4, 5), None, torch.tensor(aim)) for i, aim in enumerate(aims)]
+    targets = [torch.tensor(aim) for aim in aims]
     with pytest.raises(
         UserError, match=r"3 validation slides, among which val_c_index has nothing to compare; expected an event"
     ):
-        engine.check_validation(bags, Objective("cox"))
-    engine.check_validation(bags, Objective("discrete", edges=(4.0,)))
+        engine.check_validation(targets, Objective("cox"))
+    engine.check_validation(targets, Objective("discrete", edges=(4.0,)))
     assert "the best epoch is the one with the lowest loss" in caplog.text
     caplog.clear()
-    bags.append(Sample("s3", torch.zeros(4, 5), None, torch.tensor((12.0, 0.0))))
-    engine.check_validation(bags, Objective("cox"))
+    targets.append(torch.tensor((12.0, 0.0)))
+    engine.check_validation(targets, Objective("cox"))
     assert not caplog.text
 
 
