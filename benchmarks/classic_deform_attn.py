@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from common.errors import UserError
-from common.native import Unit, build, cuda_command, find_nvcc, library_path
+from common.ops.native import Unit, build, cuda_command, find_nvcc, library_path
 
 FOLDER = Path(__file__).resolve().parent
 POINTERS = ("value", "shapes", "starts", "locations", "attention")

@@ -41,10 +41,10 @@ from common.distributed import World
 from common.files import write_json
 from common.memory import reuse_large_blocks
 from mil.datasets.bags import load_bags
-from mil.engine import Recipe, Sample, predict, train_one_epoch
 from mil.models import MODELS, build
-from mil.streaming import can_stream, stream
-from patch_encoder.stored_bags import open_bag
+from mil.training.engine import Recipe, Sample, predict, train_one_epoch
+from mil.training.streaming import can_stream, stream
+from patch_encoder.bags.bag import open_bag
 
 DIM = 1024
 LINEAR = 12.0  # at most, for ten times the tiles

@@ -20,8 +20,8 @@ import cv2
 import numpy as np
 import tifffile
 
-from patch_encoder.coordinates import read_coordinates
-from patch_encoder.datasets.cytology.smear import draw_smear, plan_smear
+from patch_encoder.demo.cytology.smear import draw_smear, plan_smear
+from patch_encoder.tiles.coordinates import read_coordinates
 
 PIECE, TILE = 2048, 512
 RUNS = {

@@ -21,10 +21,10 @@ import yaml
 
 from common import __version__
 from common.config import identity, key, to_dict
-from common.differences import differences
 from common.distributed import World, barrier
 from common.errors import UserError
 from common.files import read_json, write_json, write_text
+from common.provenance import differences
 
 
 @dataclass

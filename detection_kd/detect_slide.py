@@ -21,17 +21,17 @@ from torch import Tensor, nn
 from common.cli import launch
 from common.config import REQUIRED, key
 from common.device import autocast
-from common.differences import differences
 from common.errors import UserError
 from common.files import read_json, sha256_file, write_json
 from common.progress import Progress
+from common.provenance import differences
 from detection_kd.datasets.slide_detections import Found, centred_in, coco_document, merge, own_part, write_geojson
 from detection_kd.engine import post_process
 from detection_kd.models.deformable_detr import load_detector
-from patch_encoder.datasets.tiles import SlideJob, TileSequence
-from patch_encoder.engine import ExtractSettings, cohort_jobs, tile_batches
-from patch_encoder.extraction_keys import ExtractionKeys
-from patch_encoder.failures import Failures
+from patch_encoder.cohort.failures import Failures
+from patch_encoder.extraction.keys import ExtractionKeys
+from patch_encoder.extraction.loop import ExtractSettings, cohort_jobs, tile_batches
+from patch_encoder.extraction.tile_batches import SlideJob, TileSequence
 from patch_encoder.models.encoder_table import IMAGENET
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from common.device import autocast
 from common.distributed import gather_objects, mean_number
 from common.errors import UserError
 from detection_kd.datasets.coco import ImageRecord
-from detection_kd.datasets.coco_metrics import Prediction
 from detection_kd.datasets.detection import Batch
+from detection_kd.evaluation.coco_metrics import Prediction
 from detection_kd.losses.boxes import cxcywh_to_xyxy
 from detection_kd.losses.matcher import Match
 from detection_kd.losses.set_criterion import (

@@ -29,13 +29,13 @@ from common.progress import progress
 from common.run import Run, open_run
 from detection_kd import engine
 from detection_kd.datasets.coco import DetectionSet, read_coco, same_categories
-from detection_kd.datasets.coco_metrics import Prediction, average_precision
-from detection_kd.datasets.coco_results import write_results
 from detection_kd.datasets.detection import DetectionDataset, loader
-from detection_kd.datasets.froc import froc
-from detection_kd.datasets.operating_point import counts, judge_set
 from detection_kd.datasets.transforms import eval_transform
-from detection_kd.figures import write_detection_pictures
+from detection_kd.evaluation.coco_metrics import Prediction, average_precision
+from detection_kd.evaluation.coco_results import write_results
+from detection_kd.evaluation.froc import froc
+from detection_kd.evaluation.operating_point import counts, judge_set
+from detection_kd.figures.detection import write_detection_pictures
 from detection_kd.models.deformable_detr import DeformableDETR, load_detector
 
 logger = logging.getLogger(__name__)

@@ -26,15 +26,15 @@ from torch import Tensor, nn
 from common import __version__
 from common.cli import launch
 from common.config import REQUIRED, key
-from common.differences import differences
 from common.errors import UserError
 from common.files import atomic_path, read_json, sha256_bytes, sha256_file, write_json
+from common.provenance import differences
 from detection_kd.datasets.distillation import DistillationTiles, read_pairs
 from detection_kd.models.student import load_student, student_encoder
 from detection_kd.models.student_onnx import FILES, OPSET, RECORD, export_onnx, import_onnx, quantise, student_note
-from patch_encoder.datasets.tiles import TileSequence
-from patch_encoder.engine import cohort_jobs
-from patch_encoder.failures import Failures
+from patch_encoder.cohort.failures import Failures
+from patch_encoder.extraction.loop import cohort_jobs
+from patch_encoder.extraction.tile_batches import TileSequence
 from patch_encoder.models.encoders import Encoder
 from patch_encoder.models.onnx_network import OnnxNetwork, import_onnxruntime
 from patch_encoder.models.transforms import ToInputSize

@@ -17,8 +17,8 @@ from common.device import pick_device
 from common.errors import UserError
 from common.files import safe_id
 from detection_kd.models.student_onnx import any_student_encoder
-from patch_encoder.engine import ExtractSettings, extract
-from patch_encoder.extraction_keys import FeatureKeys
+from patch_encoder.extraction.keys import FeatureKeys
+from patch_encoder.extraction.loop import ExtractSettings, extract
 from patch_encoder.models.encoders import Encoder
 
 

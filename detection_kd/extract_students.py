@@ -23,13 +23,13 @@ from common.files import safe_id
 from common.progress import Progress
 from detection_kd.models.shared_trunk import Member, SharedTrunk, by_trunk
 from detection_kd.models.student import student_encoder
-from patch_encoder.assembly import Assembly
-from patch_encoder.datasets.tiles import SlideJob, TileSequence
-from patch_encoder.disk_space import check_room, full_disk_explained
-from patch_encoder.engine import ExtractSettings, bag_provenance, cohort_jobs, encoded, is_done, tile_batches
-from patch_encoder.extraction_keys import FeatureKeys
-from patch_encoder.failures import Failures
-from patch_encoder.inference import Network
+from patch_encoder.cohort.disk_space import check_room, full_disk_explained
+from patch_encoder.cohort.failures import Failures
+from patch_encoder.extraction.bag_assembly import Assembly
+from patch_encoder.extraction.keys import FeatureKeys
+from patch_encoder.extraction.loop import ExtractSettings, bag_provenance, cohort_jobs, encoded, is_done, tile_batches
+from patch_encoder.extraction.network import Network
+from patch_encoder.extraction.tile_batches import SlideJob, TileSequence
 
 logger = logging.getLogger(__name__)
 STAGE = "extract_students"

@@ -24,20 +24,20 @@ from typing import Any
 from common import __version__
 from common.cli import launch
 from common.config import REQUIRED, key
-from common.differences import differences
 from common.errors import UserError
 from common.files import read_json, sha256_bytes, sha256_file
+from common.processes.isolation import Lost, Raised, check_workers, isolated
 from common.progress import progress
+from common.provenance import differences
 from detection_kd.datasets.cut_pairs import JPEG_QUALITY, CutJob, Ranking, cut_slide, features_of, read_ranking
 from detection_kd.datasets.distillation import pairs_digest, read_pairs
 from detection_kd.datasets.packed_pairs import SUFFIXES, UNKNOWN, Pack, PackWriter
 from detection_kd.datasets.pair_problems import Problems
-from patch_encoder.bags import bag_digest, bag_files
-from patch_encoder.cohort import SlideRecord, find_slides, locate, read_labels
-from patch_encoder.coordinates import tile_pattern_of
-from patch_encoder.disk_space import full_disk_explained
-from patch_encoder.failures import Failures
-from patch_encoder.isolation import Lost, Raised, check_workers, isolated
+from patch_encoder.bags.files import bag_digest, bag_files
+from patch_encoder.cohort.disk_space import full_disk_explained
+from patch_encoder.cohort.failures import Failures
+from patch_encoder.cohort.labels import SlideRecord, find_slides, locate, read_labels
+from patch_encoder.tiles.coordinates import tile_pattern_of
 
 logger = logging.getLogger(__name__)
 STAGE = "pack_distillation"

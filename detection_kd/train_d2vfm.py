@@ -32,19 +32,19 @@ from common.files import sha256_file
 from common.progress import progress
 from common.run import Tracker, open_run
 from common.seed import epoch_generator, seed_everything, seed_worker
-from detection_kd.augmentation_keys import AugmentationKeys
+from detection_kd.datasets.augmentation_keys import AugmentationKeys
 from detection_kd.datasets.distillation import DistillationTiles, Pair, pairs_digest, read_pairs, split_by_slide
-from detection_kd.feature_cache import DTYPES, CachedMaps, CacheKey, cached_maps, whole_batch
+from detection_kd.datasets.feature_cache import DTYPES, CachedMaps, CacheKey, cached_maps, whole_batch
+from detection_kd.evaluation.feature_agreement import agreement
+from detection_kd.figures.student_report import write_report
 from detection_kd.losses.feature_regression import FEATURE_LOSSES
 from detection_kd.losses.feature_sum import ExtraTerms, FeatureSum, feature_sum
-from detection_kd.metrics import agreement
 from detection_kd.models.adapter import ADAPTERS
 from detection_kd.models.backbone import load_backbone
 from detection_kd.models.online_teacher import OnlineTeacher, online_teacher
 from detection_kd.models.pooling import POOLINGS
 from detection_kd.models.student import FrozenMaps, Head, Student, student_config
-from detection_kd.student_report import write_report
-from patch_encoder.cohort import read_labels
+from patch_encoder.cohort.labels import read_labels
 from patch_encoder.models.encoder_table import IMAGENET
 from patch_encoder.models.encoders import PixelEncoder
 

@@ -28,14 +28,14 @@ from common.files import sha256_file
 from common.progress import progress
 from common.run import Run, Tracker, open_run
 from common.seed import seed_everything
-from common.step_times import StepTimes
+from common.step_timer import StepTimes
 from detection_kd import engine
 from detection_kd.datasets.coco import DetectionSet, read_coco, same_categories
-from detection_kd.datasets.coco_metrics import Prediction, average_precision
 from detection_kd.datasets.detection import DetectionDataset, epoch_indices, loader
-from detection_kd.datasets.froc import froc
 from detection_kd.datasets.transforms import eval_transform, train_transform
-from detection_kd.figures import write_detection_pictures
+from detection_kd.evaluation.coco_metrics import Prediction, average_precision
+from detection_kd.evaluation.froc import froc
+from detection_kd.figures.detection import write_detection_pictures
 from detection_kd.models.backbone import HUB, NORMS, RESNETS, STAGES, Backbone, build_pretrained, trunk_weights
 from detection_kd.models.checkpoint_import import load_published
 from detection_kd.models.deformable_detr import DeformableDETR, describe_detector

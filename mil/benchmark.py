@@ -7,7 +7,7 @@ Writes results.csv (a row per run), summary.csv, .json, .md and .tex (mean, std,
 between all pairs), the tables of the task (mil/evaluation/tables.py), predictions.csv, splits/ and one run directory per
 training; `python -m mil.evaluate benchmark=<output>` adds pictures. Started again, it does what is missing; its tables are made
 from the run directories, so that they do not depend on interruptions, on `workers` or on torchrun, whose processes share the
-trainings out (mil/ranks.py). Difference from TS2G-KD's benchmark: one process pool instead of threads around shell strings, and
+trainings out (mil/training/rank_queue.py). Difference from TS2G-KD's benchmark: one process pool instead of threads around shell strings, and
 no threshold is chosen on the slides that are judged.
 """
 
@@ -27,24 +27,24 @@ from common.device import pick_device
 from common.distributed import World
 from common.errors import UserError, did_you_mean
 from common.files import read_json, safe_id, write_csv, write_json, write_text
+from common.processes.workers import check_workers, run_all
 from common.progress import Progress
 from mil.datasets.bags import bags_digest, find_bags, memory_of, usable_bags
 from mil.datasets.labels import LabelledSlides
-from mil.datasets.targets import Targets, read_targets
-from mil.engine import Recipe, check_recipe, check_validation
+from mil.datasets.split_files import checked_splits, known_slides, stored_splits, write_splits
+from mil.datasets.splits import PROTOCOLS, Split, make_splits, split_values
+from mil.evaluation.runs import CLASS_COLUMNS, add_headline, read_finished, text_table, write_predictions
 from mil.evaluation.tables import write_evaluation
-from mil.job import Job, Settings, open_job, run_job
 from mil.models import MODELS, check_options
-from mil.objective_results import make_objective
-from mil.objectives import TASKS
-from mil.ranks import Ranks, device_of, join
-from mil.recipes import resolve
-from mil.results import CLASS_COLUMNS, add_headline, read_finished, text_table, write_predictions
-from mil.split_files import checked_splits, known_slides, stored_splits, write_splits
-from mil.splits import PROTOCOLS, Split, make_splits, split_values
-from mil.tasks import task_of
-from mil.workers import check_workers, run_all
-from patch_encoder.bags import bag_header
+from mil.tasks.kinds import task_of
+from mil.tasks.objective_results import make_objective
+from mil.tasks.targets import Targets, read_targets
+from mil.tasks.task import TASKS
+from mil.training.engine import Recipe, check_recipe, check_validation
+from mil.training.fold_run import Job, Settings, open_job, run_job
+from mil.training.rank_queue import Ranks, device_of, join
+from mil.training.recipes import resolve
+from patch_encoder.bags.files import bag_header
 
 logger = logging.getLogger(__name__)
 

@@ -20,12 +20,12 @@ from common.cli import launch
 from common.config import key
 from common.errors import UserError
 from common.files import read_json
-from mil.benchmark_folder import run_folders
+from mil.evaluation.benchmark_folder import run_folders
 from mil.evaluation.operating import Held, threshold_for
 from mil.evaluation.prediction_files import class_order, read_runs, read_table
+from mil.evaluation.runs import Finished, read_finished
 from mil.evaluation.tables import markdown, screening_rows, write_evaluation
-from mil.results import Finished, read_finished
-from mil.tasks import KINDS, Task, classification, task_of
+from mil.tasks.kinds import KINDS, Task, classification, task_of
 
 logger = logging.getLogger(__name__)
 RULES = ("youden", "sensitivity", "specificity")
@@ -94,10 +94,10 @@ def with_threshold(finished: list[Finished], rule: str, target: float) -> list[F
 def draw(folder: Path, finished: list[Finished], task: Task, config: Config) -> list[Path]:
     """The pictures of the task."""
     if task.kind not in {"binary", "multiclass"}:
-        from mil.evaluation.task_pictures import draw_task
+        from mil.figures.by_task import draw_task
 
         return draw_task(folder, finished, task, config.form)
-    from mil.evaluation.pictures import draw_all  # matplotlib takes a second to load
+    from mil.figures.curves import draw_all  # matplotlib takes a second to load
 
     screened = task.kind == "binary" and all(run.val is not None for run in finished)
     rows = screening_rows(finished, config.resamples, config.seed) if screened else []

@@ -29,25 +29,25 @@ from torch import nn
 from common.cli import launch
 from common.config import REQUIRED, group, key
 from common.device import pick_device
-from common.differences import differences
 from common.errors import UserError, did_you_mean
 from common.files import atomic_path, read_json, safe_id, sha256_file, write_json
+from common.processes.isolation import Lost, Raised, check_workers, isolated
 from common.progress import progress
-from mil.engine import load_classifier
+from common.provenance import differences
 from mil.heatmaps.drawing import colour_table
 from mil.heatmaps.pages import write_pages
 from mil.heatmaps.scores import TileScores
 from mil.heatmaps.settings import Drawing, check_drawing
 from mil.heatmaps.slide import Inputs, draw_slide, judge
 from mil.heatmaps.sources import Judged, Source, from_benchmark, from_run, is_benchmark
-from mil.objectives import Objective, objective_of
-from mil.tasks import Task
-from patch_encoder.bags import bag_digest, bag_files
-from patch_encoder.cohort import find_slides, read_labels
-from patch_encoder.coordinates import tile_pattern_of
-from patch_encoder.failures import Failures
-from patch_encoder.isolation import Lost, Raised, check_workers, isolated
-from patch_encoder.placed_bags import REMEDY, coordinates_file, has_places
+from mil.tasks.kinds import Task
+from mil.tasks.task import Objective, objective_of
+from mil.training.engine import load_classifier
+from patch_encoder.bags.files import bag_digest, bag_files
+from patch_encoder.bags.placed_bags import REMEDY, coordinates_file, has_places
+from patch_encoder.cohort.failures import Failures
+from patch_encoder.cohort.labels import find_slides, read_labels
+from patch_encoder.tiles.coordinates import tile_pattern_of
 
 logger = logging.getLogger(__name__)
 Pending = tuple[Judged, Inputs, dict[str, Any]]  # a slide, its files, and what decides its pictures

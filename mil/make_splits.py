@@ -21,10 +21,10 @@ from common.errors import UserError
 from common.files import sha256_file, write_json
 from mil.datasets.bags import find_bags
 from mil.datasets.labels import LabelledSlides
-from mil.datasets.targets import read_targets
-from mil.objectives import TASKS
-from mil.split_files import checked_splits, known_slides, numbered, stored_splits, write_clam_splits
-from mil.splits import PROTOCOLS, SETS, Split, make_splits, split_values
+from mil.datasets.split_files import checked_splits, known_slides, numbered, stored_splits, write_clam_splits
+from mil.datasets.splits import PROTOCOLS, SETS, Split, make_splits, split_values
+from mil.tasks.targets import read_targets
+from mil.tasks.task import TASKS
 
 logger = logging.getLogger(__name__)
 

@@ -28,19 +28,19 @@ from common.device import pick_device
 from common.distributed import World, init_distributed
 from common.errors import UserError
 from common.files import sha256_bytes
+from common.processes.workers import check_workers, run_all
 from common.progress import progress
 from mil.datasets.bags import bags_digest, find_bags
+from mil.datasets.distillation_set import JPEG_QUALITY, CutJob, Patch, choose, claim_root, cut, is_done, write_annotations
 from mil.datasets.labels import LabelledSlides, read_labelled_slides
-from mil.distillation_set import JPEG_QUALITY, CutJob, Patch, choose, claim_root, cut, is_done, write_annotations
-from mil.engine import Recipe, load_classifier
-from mil.job import Job, Settings, open_job, run_job
+from mil.datasets.splits import Split, carve, split_values
 from mil.models import MeanMIL, Standardised
-from mil.splits import Split, carve, split_values
-from mil.workers import check_workers, run_all
-from patch_encoder.bags import read_bag
-from patch_encoder.cohort import locate
-from patch_encoder.coordinates import tile_pattern_of
-from patch_encoder.failures import Failures
+from mil.training.engine import Recipe, load_classifier
+from mil.training.fold_run import Job, Settings, open_job, run_job
+from patch_encoder.bags.files import read_bag
+from patch_encoder.cohort.failures import Failures
+from patch_encoder.cohort.labels import locate
+from patch_encoder.tiles.coordinates import tile_pattern_of
 
 logger = logging.getLogger(__name__)
 STAGE = "rank_patches"

@@ -21,22 +21,20 @@ from common.cli import launch
 from common.config import REQUIRED, key
 from common.errors import UserError
 from common.files import read_json, write_json, write_text
-from mil.ablation_figure import read_ablation
-from mil.ablation_rows import signed
-from mil.benchmark_folder import read_summary, run_folders
+from mil.evaluation.benchmark_folder import read_summary, run_folders
 from mil.evaluation.risk_groups import risk_groups
+from mil.evaluation.runs import CLASS_COLUMNS, COST_KEYS, Finished, number, read_finished
 from mil.evaluation.tables import title
-from mil.evaluation.task_pictures import grade_figure, label_figure, survival_figure
 from mil.evaluation.task_tables import per_label_rows
-from mil.examples import Choice, Example, Group, choose_slides, make_example
-from mil.figures import interval_figure, roc_figure, svg_uri
-from mil.objectives import SCORES, SURVIVAL
-from mil.results import CLASS_COLUMNS, COST_KEYS, Finished, number, read_finished
-from mil.tasks import Task, task_of
-from patch_encoder.bags import bag_files
-from patch_encoder.cohort import find_slides, read_labels
-from patch_encoder.coordinates import tile_pattern_of
-from patch_encoder.failures import Failures
+from mil.figures.by_task import grade_figure, label_figure, survival_figure
+from mil.figures.example_slides import Choice, Example, Group, choose_slides, make_example
+from mil.figures.report import interval_figure, roc_figure, svg_uri
+from mil.tasks.kinds import Task, task_of
+from mil.tasks.task import SCORES, SURVIVAL
+from patch_encoder.bags.files import bag_files
+from patch_encoder.cohort.failures import Failures
+from patch_encoder.cohort.labels import find_slides, read_labels
+from patch_encoder.tiles.coordinates import tile_pattern_of
 
 logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
@@ -69,7 +67,6 @@ class Config:
     examples_of: str = key("", "feature set whose example slides are shown; empty: the second one, or the only one")
     examples: int = key(3, "example slides called right, and as many called wrong; of survival the highest and lowest risks")
     tiles: int = key(6, "tiles shown of each example slide")
-    ablation: str = key("", "folder of an ablation (tools/ablation.sh), which becomes a section", path=True)
 
 
 @dataclass(frozen=True)
@@ -177,7 +174,6 @@ def page(config: Config, summary: dict[str, Any], stages: list[dict[str, Any]], 
         labels = per_label_rows(every, task.classes, protocol["resamples"], protocol["split_seed"])
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters |= {"number": number, "known": known}
-    environment.globals |= {"signed": signed}
     return environment.get_template("report.html.j2").render(
         title=config.title,
         summary=summary,
@@ -192,7 +188,6 @@ def page(config: Config, summary: dict[str, Any], stages: list[dict[str, Any]], 
         differences=differences(summary, task.headline),
         examples=examples,
         examples_of=config.examples_of or list(runs)[min(1, len(runs) - 1)],
-        ablation=read_ablation(Path(config.ablation)) if config.ablation else None,
         heatmaps=(Path(config.output) / HEATMAPS).is_file(),
         version=__version__,
         date=time.strftime("%Y-%m-%d"),

@@ -2,7 +2,7 @@
 
     python -m mil.train labels=cohort/labels.csv features=runs/features/resnet50 output=runs/mil/abmil_fold0 model=abmil fold=0
 
-Keys of the recipe that are not given are the published ones of the model (mil/recipes.py); `options='{heads: 4}'` are
+Keys of the recipe that are not given are the published ones of the model (mil/training/recipes.py); `options='{heads: 4}'` are
 the model's own. Writes a run directory with predictions.csv (validation and test slides of the fold). Under torchrun
 the bags of a step are shared out among the processes (`training.accumulate` has to be a multiple of their number).
 """
@@ -22,14 +22,14 @@ from common.distributed import init_distributed, local_processes
 from common.errors import UserError
 from common.run import Tracker
 from mil.datasets.bags import bags_digest, find_bags, memory_of, usable_bags
-from mil.datasets.targets import read_targets
-from mil.engine import Recipe, check_recipe, check_validation
-from mil.job import Job, Settings, open_job, run_job
+from mil.datasets.split_files import checked_splits, known_slides, stored_splits
+from mil.datasets.splits import PROTOCOLS, make_splits, split_values
 from mil.models import MODELS, check_options
-from mil.objectives import SCORES, TASKS
-from mil.recipes import resolve
-from mil.split_files import checked_splits, known_slides, stored_splits
-from mil.splits import PROTOCOLS, make_splits, split_values
+from mil.tasks.targets import read_targets
+from mil.tasks.task import SCORES, TASKS
+from mil.training.engine import Recipe, check_recipe, check_validation
+from mil.training.fold_run import Job, Settings, open_job, run_job
+from mil.training.recipes import resolve
 
 logger = logging.getLogger(__name__)
 

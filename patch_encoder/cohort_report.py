@@ -28,8 +28,8 @@ from common import __version__
 from common.cli import launch
 from common.config import REQUIRED, key
 from common.files import atomic_path, write_text
-from patch_encoder.cohort import read_labels
-from patch_encoder.cohort_summary import Row, bin_edges, histogram, read_rows
+from patch_encoder.cohort.labels import read_labels
+from patch_encoder.cohort.summary import Row, bin_edges, histogram, read_rows
 
 logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"

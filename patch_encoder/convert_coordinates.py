@@ -19,12 +19,12 @@ from common.config import REQUIRED, key
 from common.errors import UserError
 from common.files import atomic_path, safe_id
 from common.progress import progress
-from patch_encoder.cohort import find_slides, read_labels
-from patch_encoder.coordinate_formats import LAYOUTS, Source, content, detect
-from patch_encoder.coordinates import Coordinates
-from patch_encoder.failures import Failures
+from patch_encoder.cohort.failures import Failures
+from patch_encoder.cohort.labels import find_slides, read_labels
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.base import Slide
+from patch_encoder.tiles.coordinates import Coordinates
+from patch_encoder.tiles.formats import LAYOUTS, Source, content, detect
 
 logger = logging.getLogger(__name__)
 STAGE = "convert_coordinates"

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from common.cli import launch
 from common.config import key
-from patch_encoder.engine import extract
-from patch_encoder.extraction_keys import FeatureKeys
+from patch_encoder.extraction.keys import FeatureKeys
+from patch_encoder.extraction.loop import extract
 from patch_encoder.models.encoders import Encoder, build_encoder
 from patch_encoder.models.pooling import POOLS
 

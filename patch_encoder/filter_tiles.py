@@ -17,8 +17,8 @@ from common.config import REQUIRED, key
 from common.errors import UserError
 from common.files import write_csv
 from common.progress import progress
-from patch_encoder.coordinates import read_coordinates
-from patch_encoder.failures import Failures
+from patch_encoder.cohort.failures import Failures
+from patch_encoder.tiles.coordinates import read_coordinates
 from patch_encoder.tissue.quality import MEASURES, Cuts, filter_coordinates
 
 logger = logging.getLogger(__name__)

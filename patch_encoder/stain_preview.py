@@ -26,13 +26,13 @@ from common.cli import launch
 from common.config import REQUIRED, key
 from common.errors import UserError
 from common.files import atomic_path
-from patch_encoder.captions import INK, QUIET, TEXT, TITLE, caption_font
-from patch_encoder.cohort import find_slides
+from patch_encoder.cohort.labels import find_slides
 from patch_encoder.slides import RegionError, Slide, open_slide
 from patch_encoder.stain.augment import HedJitter, StainJitter
 from patch_encoder.stain.macenko import StainProfile, one_stain_alone
 from patch_encoder.stain.normaliser import SCOPES, Normaliser, as_tensor, build_normaliser, thinned
 from patch_encoder.stain.optical_density import stained_pixels
+from patch_encoder.viz.captions import INK, QUIET, TEXT, TITLE, caption_font
 
 logger = logging.getLogger(__name__)
 COLUMNS = ("original", "Reinhard", "Macenko", "haematoxylin", "eosin", "HED jitter", "HED jitter", "stain jitter")
@@ -132,7 +132,7 @@ def main(config: Config) -> None:
             found = rows_of(slide, min(share, config.tiles - len(rows)), config.tile_size)
         rows += [(row.name, variants(row, chosen, config, generator)) for row in found]
     if not rows:
-        raise UserError(f"slides={config.slides}: expected tiles that can be read, found none; look with patch_encoder.inspect")
+        raise UserError(f"slides={config.slides}: expected tiles that can be read, found none; look with patch_encoder.inspect_slides")
     with atomic_path(config.output) as temporary:
         page(rows, min(config.tile_size, 224)).save(temporary, format="PNG")
     logger.info("stain_preview: %d tiles in %s", len(rows), config.output)

@@ -24,25 +24,25 @@ import numpy as np
 
 from common.cli import launch
 from common.config import REQUIRED, group, key
-from common.differences import differences
 from common.errors import UserError
 from common.files import atomic_path, sha256_file, write_csv
+from common.processes.isolation import Lost, Raised, check_workers, isolated
 from common.progress import progress
-from patch_encoder.cohort import slides_and_mpps
-from patch_encoder.coordinates import Coordinates, TileGeometry, coordinate_attributes, read_coordinates
-from patch_encoder.failures import Failures
-from patch_encoder.isolation import Lost, Raised, check_workers, isolated
-from patch_encoder.overlay import mask_overlay
+from common.provenance import differences
+from patch_encoder.cohort.failures import Failures
+from patch_encoder.cohort.labels import slides_and_mpps
 from patch_encoder.slides import Slide, SlideError, open_slide
 from patch_encoder.slides.damage import Damage
 from patch_encoder.slides.overview import Overview, read_overview
-from patch_encoder.tiling import grid, tile_geometry, tissue_share
+from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, coordinate_attributes, read_coordinates
+from patch_encoder.tiles.grid import grid, tile_geometry, tissue_share
 from patch_encoder.tissue import METHODS, Tissue, TissueSettings, find_tissue
 from patch_encoder.tissue.annotation import annotation_file
 from patch_encoder.tissue.clam import contour_grid, resolve
 from patch_encoder.tissue.geojson import write_geojson
 from patch_encoder.tissue.outlines import mask_outlines
 from patch_encoder.tissue.quality import Cuts, count_reasons, measure_tiles, reasons, write_tiles
+from patch_encoder.viz.overlay import mask_overlay
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers import draw_slide, write_pyramid
+from tests.helpers import ROOT, draw_slide, write_pyramid
 
-ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("WSI_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 

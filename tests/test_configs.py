@@ -13,8 +13,8 @@ import yaml
 
 from common.config import load_config
 from common.errors import UserError
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.helpers import ROOT
+
 PACKAGES = ("common", "patch_encoder", "detection_kd", "mil")
 ALLOWED = {
     "common": {"common"},

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from detection_kd.models.student import load_student
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 # the quickstart's own pipeline with fewer slides and epochs: it has to run, not to be good
 SMALL = {
     "DETECTOR": "epochs=2 architecture.encoder_layers=1 architecture.decoder_layers=1",

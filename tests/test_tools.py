@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from common.cli import run
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted([*(ROOT / "tools").rglob("*.sh"), *(ROOT / "tools").rglob("*.sbatch")])
 RUNNABLE = [script for script in SCRIPTS if script.name != "lib.sh" and "slurm" not in script.parts]
 ENVIRONMENT = {**os.environ, "ENV": "active", "PYTHON": sys.executable, "PYTHON_BASE": sys.executable, "OMP_NUM_THREADS": "1"}

@@ -11,5 +11,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 : "${OUTPUT:=${BASE:-runs}/ablation}"
 : "${GRID:=one}"
 recipes="$ROOT/configs/quickstart"
-run_python common.ablation --config "$CONFIG" ${BASE:+base="$BASE"} output="$OUTPUT" grid="$GRID" \
+run_python studies.ablation --config "$CONFIG" ${BASE:+base="$BASE"} output="$OUTPUT" grid="$GRID" \
   rank_config="$recipes/rank.yaml" d2vfm_config="$recipes/d2vfm.yaml" mil_config="$recipes/mil.yaml" "$@"

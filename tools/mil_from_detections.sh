@@ -11,5 +11,5 @@ set -euo pipefail
 : "${OUTPUT:=runs/mil_detections}"
 # shellcheck source=tools/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-run_python mil.from_detections detections="$DETECTIONS" ${LABELS:+labels="$LABELS"} ${BENCHMARK:+benchmark="$BENCHMARK"} \
+run_python mil.classify_detections detections="$DETECTIONS" ${LABELS:+labels="$LABELS"} ${BENCHMARK:+benchmark="$BENCHMARK"} \
   ${CHANNEL:+channel="$CHANNEL"} output="$OUTPUT" "$@"

@@ -41,7 +41,7 @@ main() {
     local name="$1"
     shift
     echo "== $name"
-    "$PYTHON" -m common.timing "$RUN/stages.json" "$name" -- "$PYTHON" -m "$@"
+    "$PYTHON" -m common.stage_timer "$RUN/stages.json" "$name" -- "$PYTHON" -m "$@"
   }
 
   # the user's own fields keep their categories; the rendered ones have one
@@ -52,7 +52,7 @@ main() {
     : "${RUN:=runs/quickstart}"
     cohort="$RUN/cohort" categories=()
     # shellcheck disable=SC2086
-    stage "render cohort" patch_encoder.sample_cohort --config "$configs/cohort.yaml" output="$cohort" $COHORT
+    stage "render cohort" patch_encoder.demo.render_cohort --config "$configs/cohort.yaml" output="$cohort" $COHORT
   elif [[ -f "$DATA/labels.csv" ]]; then
     : "${RUN:=runs/quickstart-$(basename "$DATA")}"
     cohort="$DATA"
@@ -66,7 +66,7 @@ main() {
     : "${RUN:=runs/quickstart-bccd}"
     cohort="$RUN/cohort" split_cv='' split_pretrain=train protocol=fixed
     # shellcheck disable=SC2086
-    stage "compose cohort" patch_encoder.compose_cohort --config "$configs/compose.yaml" output="$cohort" \
+    stage "compose cohort" patch_encoder.demo.compose_cohort --config "$configs/compose.yaml" output="$cohort" \
       source="$DATA/bccd/JPEGImages" annotations="$DATA/bccd/coco_derived.json" splits="$DATA/bccd/ImageSets/Main" $COHORT
   else
     echo "error: DATA=$DATA: expected labels.csv with slides/ and detection/, or bccd/, found neither" >&2
@@ -90,7 +90,7 @@ main() {
   stage "student features" detection_kd.extract_student --config "$configs/student.yaml" "${on_cohort[@]}" coords="$tiles" \
     student="$student" output="$features"
   # shellcheck disable=SC2086
-  stage "encoder cost" detection_kd.compare_encoders encoders='[stain_texture,mean_colour]' student="$student" "${on_cohort[@]}" \
+  stage "encoder cost" studies.measure_encoders encoders='[stain_texture,mean_colour]' student="$student" "${on_cohort[@]}" \
     coords="$tiles" output="$RUN/encoder_cost.json" $COST
   # shellcheck disable=SC2086
   stage "mil benchmark" mil.benchmark --config "$configs/mil.yaml" labels="$cohort/labels.csv" protocol="$protocol" subset="$split_cv" \

@@ -1,7 +1,7 @@
 """Pairs straight from slides: a slide's tiles, matched by their corners with its teacher bag, chosen, cut and encoded.
 
 The tile is what extraction gives the student: read at its geometry, not resized further. A tile folder's own JPEGs are copied,
-as in `mil.distillation_set`, whose names (`<row>_<col>` for such tiles, else `<x>_<y>`) and JPEG settings are kept, so that the
+as in `mil.datasets.distillation_set`, whose names (`<row>_<col>` for such tiles, else `<x>_<y>`) and JPEG settings are kept, so that the
 same tiles give the same bytes on either road.
 """
 
@@ -22,11 +22,11 @@ from PIL import Image
 from common.errors import UserError
 from common.files import read_json
 from detection_kd.datasets.packed_pairs import PackWriter
-from patch_encoder.bags import Bag, bag_header, read_bag
-from patch_encoder.coordinates import Coordinates, TileGeometry, read_coordinates
+from patch_encoder.bags.files import Bag, bag_header, read_bag
 from patch_encoder.slides import Slide, open_slide
 from patch_encoder.slides.tile_folder import TileFolder
-from patch_encoder.tiling import read_tile
+from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, read_coordinates
+from patch_encoder.tiles.grid import read_tile
 
 JPEG_QUALITY = 95
 READ_BY = ("patch_size", "patch_level", "target_size")  # what two geometries have to agree in

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torchvision.ops import batched_nms
 
 from common.files import write_json
-from patch_encoder.coordinates import Coordinates
+from patch_encoder.tiles.coordinates import Coordinates
 
 
 class Found(NamedTuple):

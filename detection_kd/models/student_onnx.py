@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.files import read_json, sha256_file
 from detection_kd.models.student import student_encoder
-from patch_encoder.inference import fold_batch_norms
+from patch_encoder.extraction.network import fold_batch_norms
 from patch_encoder.models.encoders import Encoder
 from patch_encoder.models.onnx_network import OnnxNetwork, open_session
 from patch_encoder.models.transforms import ToInputSize

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.compiled_op import CompiledOp, below_autocast, bound_of, compute_dtype, empty_gradients
+from common.ops.compiled_op import CompiledOp, below_autocast, bound_of, compute_dtype, empty_gradients
 
 OPS = Path(__file__).resolve().parent
 BACKWARD = "detection_kd::ms_deform_attn_backward"

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from common import compiled_op
+from common.ops import compiled_op
 from detection_kd.ops.compiled import ms_deform_attn_compiled, unavailable
 from detection_kd.ops.reference import ms_deform_attn_reference
 

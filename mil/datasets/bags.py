@@ -1,7 +1,7 @@
 """A cohort's feature bags, checked before any training starts: in memory up to a budget, on disk beyond it.
 
 Bags in memory keep the precision of their file: N x D x 2 or 4 bytes a slide (10,000 tiles of 1,024 features in half
-precision: 20 MB). Bags on disk are read at every use, ahead of the device (mil/prefetch.py). Results do not depend on
+precision: 20 MB). Bags on disk are read at every use, ahead of the device (mil/training/prefetch.py). Results do not depend on
 where a bag lies.
 """
 
@@ -21,9 +21,9 @@ from common.errors import UserError
 from common.files import sha256_bytes
 from common.memory import free_memory
 from mil.ops.slide_coords import SlideCoords, on_slide
-from patch_encoder.bags import bag_digest, bag_files
-from patch_encoder.coordinates import FULL_GEOMETRY, TileGeometry
-from patch_encoder.stored_bags import StoredBag, check_finite, open_bag
+from patch_encoder.bags.bag import StoredBag, check_finite, open_bag
+from patch_encoder.bags.files import bag_digest, bag_files
+from patch_encoder.tiles.coordinates import FULL_GEOMETRY, TileGeometry
 
 logger = logging.getLogger(__name__)
 

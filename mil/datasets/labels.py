@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError, did_you_mean
-from patch_encoder.cohort import SlideRecord, class_names, read_labels
+from patch_encoder.cohort.labels import SlideRecord, class_names, read_labels
 
 logger = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from mil.evaluation.delong import Comparison, compare, holm
-from mil.evaluation.multilabel import LabelPredictions
 from mil.evaluation.paired import paired_difference, warn_of_floor
-from mil.metrics import Predictions
-from mil.results import Finished, Samples, grouped, mean_of
-from mil.tasks import Task
+from mil.evaluation.runs import Finished, Samples, grouped, mean_of
+from mil.tasks.classification import Predictions
+from mil.tasks.kinds import Task
+from mil.tasks.multilabel import LabelPredictions
 
 Place = tuple[str, str]
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def comparison_table(finished: Sequence[Finished], task: Task, samples: Samples)
     Args:
         finished: all runs.
         task: what they were asked.
-        samples: bootstrap by patient, from mil.results.resampled.
+        samples: bootstrap by patient, from mil.evaluation.runs.resampled.
     """
     warn_of_other_slides(finished)
     if task.kind in {"binary", "multiclass"}:

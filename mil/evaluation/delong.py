@@ -20,7 +20,7 @@ from itertools import combinations
 import numpy as np
 from scipy.stats import norm, rankdata
 
-from mil.metrics import Predictions
+from mil.tasks.classification import Predictions
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mil.evaluation.ranking import ratio, sensitivity_on_curve, specificity_on_curve
-from mil.metrics import Predictions, interval, resample_runs
+from common.metrics.ranking import ratio, sensitivity_on_curve, specificity_on_curve
+from mil.tasks.classification import Predictions, interval, resample_runs
 
 SENSITIVITY, SPECIFICITY = "sensitivity", "specificity"
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mil.metrics import interval
+from mil.tasks.classification import interval
 
 logger = logging.getLogger(__name__)
 

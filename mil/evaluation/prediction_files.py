@@ -19,11 +19,11 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import safe_id
-from mil.evaluation.prediction_rows import Row, cut_on_validation, predictions_of_rows
-from mil.objectives import SURVIVAL
-from mil.results import Finished
-from mil.splits import named
-from mil.tasks import Task
+from mil.datasets.splits import named
+from mil.evaluation.runs import Finished
+from mil.tasks.kinds import Task
+from mil.tasks.prediction_rows import Row, cut_on_validation, predictions_of_rows
+from mil.tasks.task import SURVIVAL
 
 Rows = list[Row]
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import CensoredData, ecdf, logrank
 
-from mil.evaluation.survival import RiskPredictions
-from mil.results import Finished
+from mil.evaluation.runs import Finished
+from mil.tasks.survival import RiskPredictions
 
 
 @dataclass(frozen=True)

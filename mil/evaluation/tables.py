@@ -11,10 +11,10 @@ from common.errors import UserError
 from common.files import atomic_path, write_csv, write_text
 from mil.evaluation.comparisons import comparison_table
 from mil.evaluation.operating import FIXED, SCREENING, SENSITIVITY, SPECIFICITY, Held, operating_point
+from mil.evaluation.runs import Finished, grouped, resampled, summarise_sets, summary_rows, with_interval, write_results
 from mil.evaluation.task_tables import confusion_rows, per_label_rows, risk_group_rows
-from mil.objectives import SURVIVAL
-from mil.results import Finished, grouped, resampled, summarise_sets, summary_rows, with_interval, write_results
-from mil.tasks import Task
+from mil.tasks.kinds import Task
+from mil.tasks.task import SURVIVAL
 
 LOWER_IS_BETTER = {"brier", "ece", "ece_scaled", "hamming_loss", "mean_absolute_error"}
 TITLES = {

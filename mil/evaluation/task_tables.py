@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from mil.evaluation.multilabel import judge_labels
-from mil.evaluation.ordinal import grade
 from mil.evaluation.risk_groups import kaplan_meier, median_survival, risk_groups
-from mil.metrics import confusion, interval, resample_runs
-from mil.results import Finished, grouped
+from mil.evaluation.runs import Finished, grouped
+from mil.tasks.classification import confusion, interval, resample_runs
+from mil.tasks.multilabel import judge_labels
+from mil.tasks.ordinal import grade
 
 
 def per_label_rows(finished: Sequence[Finished], labels: Sequence[str], resamples: int, seed: int) -> list[dict[str, Any]]:

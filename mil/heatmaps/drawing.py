@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from matplotlib import colormaps
 from PIL import Image, ImageDraw
 
-from patch_encoder.captions import INK, LONGEST, QUIET, TEXT, TITLE, caption_font, fitting, scale_bar
+from patch_encoder.viz.captions import INK, LONGEST, QUIET, TEXT, TITLE, caption_font, fitting, scale_bar
 
 COLOURS = ("viridis", "cividis", "magma", "inferno", "plasma")
 OUTLINE = (20, 20, 20)

@@ -14,9 +14,9 @@ from jaxtyping import Float
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from mil.evaluation.ordinal import grade
-from mil.figures import COLOURS, STYLE, roc_figure, svg_uri
-from mil.metrics import Predictions, binary_auc, confusion, predict_class
+from mil.figures.report import COLOURS, STYLE, roc_figure, svg_uri
+from mil.tasks.classification import Predictions, binary_auc, confusion, predict_class
+from mil.tasks.ordinal import grade
 
 BINS = 10
 Z = 1.959964  # of a 95 % interval

@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw
 
 from common.files import atomic_path
 from mil.heatmaps.scores import TileScores, percentile_ranks, ranking
-from patch_encoder.captions import INK, QUIET, TEXT, TITLE, caption_font, fitting
 from patch_encoder.slides.base import Slide
-from patch_encoder.tiling import read_tile
+from patch_encoder.tiles.grid import read_tile
+from patch_encoder.viz.captions import INK, QUIET, TEXT, TITLE, caption_font, fitting
 
 CELL, GAP, CAPTION, COLUMNS = 168, 10, 36, 6  # px of a sheet's tile, between tiles, of the text below; tiles a row
 STRIP, SHOWN = 56, 4  # px and number of the tiles in the cohort's table

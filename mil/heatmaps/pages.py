@@ -20,14 +20,14 @@ from common import __version__
 from common.files import write_text
 from mil.evaluation.risk_groups import risk_groups
 from mil.evaluation.tables import title as metric_title
-from mil.evaluation.task_pictures import label_figure, survival_figure
-from mil.figures import svg_uri
+from mil.figures.by_task import label_figure, survival_figure
+from mil.figures.report import svg_uri
 from mil.heatmaps import figures
 from mil.heatmaps.gallery import say_value
 from mil.heatmaps.sources import Source, columns, facts
-from mil.objectives import SURVIVAL
-from mil.tasks import Task
-from patch_encoder.captions import round_length, said_length
+from mil.tasks.kinds import Task
+from mil.tasks.task import SURVIVAL
+from patch_encoder.viz.captions import round_length, said_length
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 CLASS_CARDS = ("auc", "sensitivity", "specificity", "balanced_accuracy")

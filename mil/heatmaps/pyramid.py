@@ -17,9 +17,9 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from common.files import atomic_path
+from common.processes.isolation import alive
 from mil.heatmaps.drawing import Heat, blend
-from patch_encoder.datasets.pyramid import halved
-from patch_encoder.isolation import alive
+from patch_encoder.demo.pyramid import halved
 from patch_encoder.slides.base import Slide
 
 TILE = 256

@@ -20,14 +20,14 @@ from torch import nn
 from common.errors import UserError
 from common.files import write_csv
 from mil.datasets.bags import placed
-from mil.engine import Sample, examine
-from mil.evaluation.ordinal import grade
 from mil.models import forward_bags
-from mil.objectives import SURVIVAL, Objective
-from mil.prediction import source_of
-from patch_encoder.coordinates import Coordinates
-from patch_encoder.placed_bags import open_placed
-from patch_encoder.stored_bags import check_finite
+from mil.tasks.ordinal import grade
+from mil.tasks.task import SURVIVAL, Objective
+from mil.training.engine import Sample, examine
+from mil.training.prediction import source_of
+from patch_encoder.bags.bag import check_finite
+from patch_encoder.bags.placed_bags import open_placed
+from patch_encoder.tiles.coordinates import Coordinates
 
 VALUES = ("auto", "attention", "probability", "risk")
 RISK = "risk"
@@ -81,7 +81,7 @@ def score_bag(
     class_name: str,
     device: torch.device,
 ) -> TileScores:
-    """Judge one bag; features are read block by block where the model allows it (mil/prediction.py).
+    """Judge one bag; features are read block by block where the model allows it (mil/training/prediction.py).
 
     Args:
         model: a trained classifier on the device.

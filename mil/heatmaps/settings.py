@@ -8,8 +8,8 @@ from common.config import key
 from common.errors import UserError
 from mil.heatmaps.drawing import COLOURS
 from mil.heatmaps.scores import RISK, VALUES
-from mil.objectives import SURVIVAL
-from mil.tasks import Task
+from mil.tasks.kinds import Task
+from mil.tasks.task import SURVIVAL
 from patch_encoder.slides.base import Slide
 
 LARGEST = 20000  # px a side of a PNG

@@ -23,19 +23,19 @@ from torch import nn
 
 from common.errors import UserError
 from common.files import atomic_path, write_json, write_text
-from mil.evaluation.ordinal import grade
 from mil.heatmaps.drawing import Heat, blend, draw_cover, draw_outlines, framed, heat_layer
 from mil.heatmaps.gallery import choose_tiles, save_jpeg, write_gallery
 from mil.heatmaps.pyramid import write_heat_pyramid
 from mil.heatmaps.scores import RISK, TileScores, percentile_ranks, score_bag, write_scores
 from mil.heatmaps.settings import Drawing, picture_side
 from mil.heatmaps.sources import Judged, columns, facts
-from mil.objectives import SURVIVAL, Objective
-from mil.tasks import Task
-from patch_encoder.coordinates import Coordinates
-from patch_encoder.geojson_tiles import tiles_geojson
+from mil.tasks.kinds import Task
+from mil.tasks.ordinal import grade
+from mil.tasks.task import SURVIVAL, Objective
 from patch_encoder.slides import Slide, open_slide
 from patch_encoder.slides.overview import read_overview
+from patch_encoder.tiles.coordinates import Coordinates
+from patch_encoder.tiles.geojson import tiles_geojson
 from patch_encoder.tissue.geojson import read_geojson
 
 PAGE_SIDE, THUMBNAIL = 1100, 200  # px of the pictures in a slide's page and in the cohort's table

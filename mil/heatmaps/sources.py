@@ -17,15 +17,15 @@ import numpy as np
 from common.checkpoint import load_checkpoint
 from common.errors import UserError, did_you_mean
 from common.files import read_json
-from mil.benchmark_folder import read_summary, run_folders
-from mil.datasets.targets import NONE
-from mil.evaluation.ordinal import grade
+from mil.evaluation.benchmark_folder import read_summary, run_folders
+from mil.evaluation.runs import Finished
 from mil.heatmaps.scores import RISK
-from mil.metrics import predict_class
-from mil.objective_results import follow_up
-from mil.objectives import SURVIVAL
-from mil.results import Finished
-from mil.tasks import Task, task_of
+from mil.tasks.classification import predict_class
+from mil.tasks.kinds import Task, task_of
+from mil.tasks.objective_results import follow_up
+from mil.tasks.ordinal import grade
+from mil.tasks.targets import NONE
+from mil.tasks.task import SURVIVAL
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ decay rises by cosine to `ema_final`; where training stands is part of the state
 keeps its dropout; inference is the student's. Several attention maps vote: a tile counts in how many it is among the
 highest. Published defaults: Camelyon16's of the authors, for DSMIL those of ABMIL.
 
-Start (`teacher_init`): the teacher from a plain model that mil.job trains first on the same split, the student's
+Start (`teacher_init`): the teacher from a plain model that mil.training.fold_run trains first on the same split, the student's
 embedding too. Differences: ties of votes go to the higher mean attention; a mask that would leave nothing masks
 nothing; over TransMIL the kept tiles fill a new square (the authors pad for the position code only).
 """

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mil.models.output import MILOutput, Target
-from patch_encoder.stored_bags import StoredBag
+from patch_encoder.bags.bag import StoredBag
 
 PART = 1 << 16  # tiles that are summed at a time
 

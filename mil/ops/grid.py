@@ -21,8 +21,8 @@ from jaxtyping import Float, Int, Int32, Int64
 from torch import Tensor
 
 from common.errors import UserError
+from mil.ops.grid_step import MAX_CELLS, infer_step
 from mil.ops.slide_coords import SlideCoords
-from mil.ops.steps import MAX_CELLS, infer_step
 
 
 class SparseMaps(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int, Int64
 from torch import Tensor
 
-from mil.ops.steps import agree, fitting_step, infer_step
+from mil.ops.grid_step import agree, fitting_step, infer_step
 
 logger = logging.getLogger(__name__)
 KEEPING = {Tensor.__getitem__, Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.pin_memory, Tensor.clone, Tensor.detach}

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from common import compiled_op
+from common.ops import compiled_op
 from mil.ops.compiled import sparse_deform_attn_compiled, unavailable
 from mil.ops.grid import SparseMaps
 from mil.ops.reference import sparse_deform_attn_reference

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import sha256_bytes
+from patch_encoder.descriptors.mean_colour import mean_colour
+from patch_encoder.descriptors.stain_texture import DIM as STAIN_TEXTURE_DIM
+from patch_encoder.descriptors.stain_texture import stain_texture
 from patch_encoder.models.backbones import build_backbone
 from patch_encoder.models.encoder_names import find_row
 from patch_encoder.models.encoder_table import EncoderRow, Statistics
-from patch_encoder.models.mean_colour import mean_colour
 from patch_encoder.models.pooling import POOLS
-from patch_encoder.models.stain_texture import DIM as STAIN_TEXTURE_DIM
-from patch_encoder.models.stain_texture import stain_texture
 from patch_encoder.models.transforms import Describe, ToInputSize
 
 RANDOM = "random"

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Shaped, UInt8
 from PIL import Image
 
-from patch_encoder.isolation import alive
+from common.processes.isolation import alive
 from patch_encoder.slides.base import RegionError, Slide
 from patch_encoder.slides.damage import CELL, Damage
 from patch_encoder.slides.reduced_jpeg import ReducedJpeg

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from patch_encoder.coordinates import Coordinates
 from patch_encoder.slides import RegionError
 from patch_encoder.stain.macenko import StainProfile
 from patch_encoder.stain.normaliser import Normaliser, Statistics, as_tensor, thinned
+from patch_encoder.tiles.coordinates import Coordinates
 
 logger = logging.getLogger(__name__)
 SAMPLE, GRID = 64, 64

@@ -18,9 +18,15 @@ from jaxtyping import Bool, Int64, UInt8
 
 from common.errors import UserError
 from common.files import atomic_path
-from patch_encoder.coordinates import Coordinates, TileGeometry, coordinate_attributes, read_coordinates, write_coordinates
 from patch_encoder.slides.base import RegionError, Slide
-from patch_encoder.tiling import read_tile
+from patch_encoder.tiles.coordinates import (
+    Coordinates,
+    TileGeometry,
+    coordinate_attributes,
+    read_coordinates,
+    write_coordinates,
+)
+from patch_encoder.tiles.grid import read_tile
 from patch_encoder.tissue.ink import ink_pixels
 from patch_encoder.tissue.settings import INKS
 

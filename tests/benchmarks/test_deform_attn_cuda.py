@@ -20,7 +20,7 @@ from benchmarks.deform_attn_cases import LEVELS, POINTS, Inputs, compiled, make_
 from benchmarks.deform_attn_cuda import BARS, PASSES, Contestant, bars, check, contestants, measure, table
 from benchmarks.ms_deform_attn import run_cuda
 from common.errors import UserError
-from common.native import find_nvcc
+from common.ops.native import find_nvcc
 from detection_kd.ops.compiled import unavailable
 
 ARCHITECTURES = os.environ.get("ARCHITECTURES", "90").split(",")

@@ -11,7 +11,7 @@ from PIL import Image
 
 from common.checkpoint import save_checkpoint
 from detection_kd.models.backbone import Backbone
-from patch_encoder.models.stain_texture import stain_texture
+from patch_encoder.descriptors.stain_texture import stain_texture
 
 SIDE = 32
 

@@ -17,13 +17,13 @@ from common.cli import run
 from common.errors import UserError
 from detection_kd import extract_student, train_d2vfm
 from detection_kd.datasets.distillation import DistillationTiles, pairs_digest, read_pairs, split_by_slide
+from detection_kd.evaluation.feature_agreement import feature_agreement
 from detection_kd.losses.feature_regression import cosine_loss, mae_loss, mse_loss
-from detection_kd.metrics import feature_agreement
 from detection_kd.models.adapter import ADAPTERS, Adapter
 from detection_kd.models.backbone import Backbone
 from detection_kd.models.student import Student, load_student, student_encoder
 from patch_encoder import tile_slides
-from patch_encoder.bags import read_bag
+from patch_encoder.bags.files import read_bag
 from patch_encoder.slides import open_slide
 from tests.detection_kd.d2vfm_runs import DIM, arguments, train
 from tests.helpers import kill_when, line_count, make_cohort

@@ -17,7 +17,7 @@ from detection_kd import detect_slide
 from detection_kd.datasets.slide_detections import Found, merge, own_part
 from detection_kd.models.deformable_transformer import Detections
 from patch_encoder import tile_slides
-from patch_encoder.coordinates import Coordinates, TileGeometry
+from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
 from tests.helpers import write_pyramid
 
 # (x, y, side) in level-0 px: inside a tile, on a vertical seam, on a crossing of seams, at the slide's corner

@@ -18,14 +18,15 @@ from torch import nn
 from common.checkpoint import save_checkpoint
 from common.cli import run
 from common.errors import UserError
-from detection_kd import compare_encoders, export_student, extract_student
+from detection_kd import export_student, extract_student
 from detection_kd.models.backbone import Backbone
 from detection_kd.models.student import Student, student_config, student_encoder
 from detection_kd.models.student_onnx import any_student_encoder, feature_map_nodes
-from patch_encoder.bags import read_bag
-from patch_encoder.coordinates import Coordinates, TileGeometry, write_coordinates
-from patch_encoder.inference import Network, fold_batch_norms
+from patch_encoder.bags.files import read_bag
+from patch_encoder.extraction.network import Network, fold_batch_norms
 from patch_encoder.models.onnx_network import OnnxNetwork
+from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, write_coordinates
+from studies import measure_encoders as compare_encoders
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -333,7 +334,7 @@ def test_bf16_student_agrees_with_fp32(cohort: Path) -> None:
 COMPILED = """
 import torch
 from detection_kd.models.student import student_encoder
-from patch_encoder.inference import Network
+from patch_encoder.extraction.network import Network
 torch._dynamo.config.error_on_recompile = True
 tiles = torch.randint(0, 255, (5, 3, 64, 64), dtype=torch.uint8)
 student, cpu = student_encoder({path!r}, "s").model, torch.device("cpu")

@@ -12,11 +12,12 @@ import torch
 
 from common.checkpoint import save_checkpoint
 from common.cli import run
-from detection_kd import compare_encoders, extract_student, extract_students
+from detection_kd import extract_student, extract_students
 from detection_kd.models.backbone import load_backbone
 from detection_kd.models.shared_trunk import Member, by_trunk
 from detection_kd.models.student import Student, student_config, student_encoder
 from patch_encoder import tile_slides
+from studies import measure_encoders as compare_encoders
 from tests.helpers import make_cohort
 
 DIM = 5

@@ -8,4 +8,4 @@ set -euo pipefail
 : "${LABELS:=}"
 # shellcheck source=tools/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
-run_python patch_encoder.inspect ${SLIDES:+slides="$SLIDES"} ${LABELS:+labels="$LABELS"} "$@"
+run_python patch_encoder.inspect_slides ${SLIDES:+slides="$SLIDES"} ${LABELS:+labels="$LABELS"} "$@"

@@ -1,0 +1,1 @@
+"""Metrics that more than one stage needs, as pure functions of arrays."""

@@ -1,0 +1,1 @@
+"""Everything the two compiled operators share: building, loading, registration with PyTorch."""

@@ -1,0 +1,1 @@
+"""The classical MIL sets (Musk, Fox, Tiger, Elephant) by their published protocol."""

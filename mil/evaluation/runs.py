@@ -1,0 +1,227 @@
+"""The tables of a benchmark, made from its run directories alone: the same whether it ran in one go or in ten."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import UserError
+from common.files import read_json, write_csv
+from mil.tasks.classification import Judged, bootstrap, interval, summarise
+from mil.tasks.kinds import Task
+from mil.tasks.prediction_rows import cut_on_validation, predictions_of_rows
+
+COST_KEYS = ("dim", "parameters", "gflops", "tiles_per_second")
+PLACE = ("feature_set", "model", "seed", "fold")
+# of a benchmark of classes in a terminal; the first one is shown with its interval
+CLASS_COLUMNS = ("auc", "f1", "sensitivity", "specificity", "balanced_accuracy")
+SHORT = {
+    "auc": "AUC",
+    "f1": "F1",
+    "sensitivity": "sens",
+    "specificity": "spec",
+    "balanced_accuracy": "bal.acc",
+    "c_index": "C-index",
+}
+Samples = dict[tuple[str, str], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One finished run: its place in the grid, predictions on the test slides, rows as written.
+
+    Attributes:
+        results: what else is known of the run; results.csv takes some of it.
+        test: predictions of the task's kind.
+        rows: of the test slides.
+        val: predictions on the validation slides, from which cuts and temperature come; None: there are none.
+    """
+
+    feature_set: str
+    model: str
+    seed: int
+    results: dict[str, Any]
+    test: Any
+    rows: list[dict[str, str]]
+    val: Any = None
+
+    @property
+    def slides(self) -> tuple[str, ...]:
+        """Ids of the test slides."""
+        return tuple(row["slide_id"] for row in self.rows)
+
+
+def read_finished(path: Path, feature_set: str, task: Task) -> Finished:
+    """Read a finished run directory.
+
+    Raises:
+        UserError: not finished, or without predictions of test slides.
+    """
+    run = read_side(path, feature_set, task, "test")
+    if run is None:
+        raise UserError(f"{path}: expected test slides in predictions.csv, found none; train again")
+    return run
+
+
+def read_side(path: Path, feature_set: str, task: Task, split: str) -> Finished | None:
+    """A finished run with `test` and `rows` of its slides of `split` (test or val); None where it has none of them.
+
+    Raises:
+        UserError: not finished, no predictions, or those of another task.
+    """
+    results, table = read_json(path / "results.json", "a finished run of mil.train or mil.benchmark"), path / "predictions.csv"
+    if not table.is_file():
+        raise UserError(f"{table}: expected the run's predictions, found no file; train again")
+    with table.open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    sides = {name: found for name in ("val", "test") if (found := [row for row in rows if row["split"] == name])}
+    if split not in sides:
+        return None
+    try:
+        said = {name: predictions_of_rows(table, task, results["fold"], found) for name, found in sides.items()}
+    except KeyError as error:
+        raise UserError(f"{table}: expected the columns of a run of {task.kind}, {error} is missing; train again") from None
+    if "val" in said:
+        said["val"], said[split] = cut_on_validation(task, said["val"], said[split])
+    if task.kind in {"binary", "multiclass"}:  # the training has chosen its cut, of float32 probabilities
+        said = {name: replace(part, threshold=results["threshold"]) for name, part in said.items()}
+        results |= {"temperature": said[split].temperature}
+    return Finished(feature_set, results["model"], results["seed"], results, said[split], sides[split], said.get("val"))
+
+
+def write_results(output: Path, finished: Sequence[Finished], task: Task) -> list[dict[str, Any]]:
+    """results.csv: one row a feature set, model, seed and fold; returns the rows."""
+    extra = (*task.chosen, "best_epoch", "epochs")
+    rows = [
+        {"feature_set": run.feature_set, "model": run.model, "seed": run.seed, "fold": run.test.fold}
+        | {name: repr(float(value[0])) for name, value in task.judge(run.test).items()}
+        | {name: run.results.get(name) for name in extra}
+        for run in finished
+    ]
+    write_csv(output / "results.csv", [*PLACE, *task.metrics, *extra], rows)
+    return rows
+
+
+def write_predictions(output: Path, finished: Sequence[Finished]) -> None:
+    """predictions.csv: test slides of every run."""
+    rows = [
+        {"feature_set": run.feature_set, "model": run.model, "seed": run.seed, **row} for run in finished for row in run.rows
+    ]
+    write_csv(output / "predictions.csv", list(rows[0]), rows)
+
+
+def grouped(finished: Sequence[Finished]) -> dict[tuple[str, str], list[Finished]]:
+    """(feature set, model) -> its runs, in the order of their first appearance."""
+    groups: dict[tuple[str, str], list[Finished]] = {}
+    for run in finished:
+        groups.setdefault((run.feature_set, run.model), []).append(run)
+    return groups
+
+
+def resampled(finished: Sequence[Finished], task: Task, resamples: int, seed: int) -> Samples:
+    """Bootstrap by patient of every metric, by (feature set, model); the same patients in every one of them."""
+    return {
+        place: bootstrap([run.test for run in runs], resamples, seed, task.judge) for place, runs in grouped(finished).items()
+    }
+
+
+def summarise_sets(finished: Sequence[Finished], task: Task, samples: Samples) -> dict[str, dict[str, dict[str, Any]]]:
+    """Feature set -> model -> means, stds and intervals; a mean that does not exist is None.
+
+    With `<headline metric>_difference` to the first set on the same folds and seeds.
+    """
+    groups, metric = grouped(finished), task.headline
+    tests = {place: [run.test for run in runs] for place, runs in groups.items()}
+    summary: dict[str, dict[str, dict[str, Any]]] = {}
+    for (feature_set, model), runs in groups.items():
+        values = summarise(tests[feature_set, model], samples[feature_set, model], task.judge)
+        values = {name: None if value != value else value for name, value in values.items()}
+        first = next(name for name, _ in groups)
+        if feature_set != first and _places(groups.get((first, model), [])) == _places(runs):
+            difference = samples[feature_set, model][metric] - samples[first, model][metric]
+            point = mean_of(tests[feature_set, model], task) - mean_of(tests[first, model], task)
+            values[f"{metric}_difference"] = None if point != point else point
+            values[f"{metric}_difference_ci"] = interval(difference)[0]
+        summary.setdefault(feature_set, {})[model] = values
+    return summary
+
+
+def mean_of(runs: Sequence[Judged], task: Task) -> float:
+    """The headline metric's mean over runs."""
+    return float(np.mean([task.judge(run)[task.headline][0] for run in runs]))
+
+
+def _places(runs: Sequence[Finished]) -> set[tuple[int, int]]:
+    return {(run.seed, run.test.fold) for run in runs}
+
+
+def add_headline(
+    summary: Mapping[str, dict[str, Any]], cost: Mapping[str, Mapping[str, Any]], headline: str, metric: str = "auc"
+) -> dict[str, dict[str, Any]]:
+    """summary.json's `feature_sets`: per model, plus the headline model's metric and the encoder's cost (None: unknown)."""
+    combined = {}
+    for name, models in summary.items():
+        best = models.get(headline, {})
+        combined[name] = dict(models) | {key: best.get(key) for key in (f"{metric}_mean", f"{metric}_ci")}
+        combined[name] |= {key: cost.get(name, {}).get(key) for key in COST_KEYS}
+    return combined
+
+
+def summary_rows(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """One row a feature set and model: `<metric>_mean`, `_std`, `_ci_low`, `_ci_high`."""
+    rows = []
+    for feature_set, models in summary.items():
+        for model, values in models.items():
+            row: dict[str, Any] = {"feature_set": feature_set, "model": model, "runs": values["runs"]}
+            for metric in metrics:
+                low, high = values[f"{metric}_ci"] or (None, None)
+                row |= {f"{metric}_mean": values[f"{metric}_mean"], f"{metric}_std": values[f"{metric}_std"]}
+                row |= {f"{metric}_ci_low": low, f"{metric}_ci_high": high}
+            rows.append(row | {"resamples_skipped": values["resamples_skipped"]})
+    return rows
+
+
+def with_interval(value: float | None, ci: Sequence[float] | None) -> str:
+    """`0.912 [0.850, 0.961]`, `-` when unknown."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" + (f" [{ci[0]:.3f}, {ci[1]:.3f}]" if ci else "")
+
+
+def number(value: float | int | None) -> str:
+    """Three significant digits with k, M, G for thousands, `-` when unknown."""
+    if value is None:
+        return "-"
+    for limit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3g}{letter}"
+    if 0 < value < 1e-3:
+        return "<0.001"
+    return f"{value:.3g}"
+
+
+def text_table(
+    feature_sets: Mapping[str, Mapping[str, Any]], models: Sequence[str], metrics: Sequence[str] = CLASS_COLUMNS
+) -> str:
+    """The benchmark for a terminal, one row a feature set and model; the first metric with its interval."""
+    first, *others = (SHORT.get(metric, metric.replace("_", " ")) for metric in metrics)
+    header = ["feature set", "dim", "params", "GFLOPs/tile", "tiles/s", "model", f"{first} [95 % CI]", *others]
+    rows = [header]
+    for name, entry in feature_sets.items():
+        encoder = [name, *(number(entry[key]) for key in COST_KEYS)]
+        for model in models:
+            if model not in entry:
+                continue
+            values = entry[model]
+            cells = [with_interval(values[f"{metric}_mean"], None) for metric in metrics[1:]]
+            rows.append([*encoder, model, with_interval(values[f"{metrics[0]}_mean"], values[f"{metrics[0]}_ci"]), *cells])
+            encoder = [""] * len(encoder)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Figures of slide classifiers: curves, figures by task, example slides, report figures."""

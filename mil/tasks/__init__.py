@@ -1,0 +1,1 @@
+"""What a slide classifier is asked, one module per kind of task: targets, loss, metrics."""

@@ -1,0 +1,1 @@
+"""Training a slide classifier on one fold and applying it: engine, recipes, optimisers, prediction."""

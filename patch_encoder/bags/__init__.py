@@ -1,0 +1,1 @@
+"""Feature bags on disk: writing, reading, checking, and assembling them from batches."""

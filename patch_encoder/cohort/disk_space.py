@@ -1,0 +1,63 @@
+"""Room for the features of a run: estimated before it starts, and said in one line when it runs out on the way."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+from patch_encoder.bags.files import BAG_OVERHEAD
+from patch_encoder.extraction.tile_batches import SlideJob
+
+REMEDY = "free some, choose output= on another disk, or store dtype=float16"
+
+
+def bag_bytes(tiles: int, dim: int, dtype: str, pt: bool) -> int:
+    """Bytes of one slide on the disk: N x (D x bytes + 16 of coordinates), the features again with `pt`, a fixed part each."""
+    features = tiles * dim * np.dtype(dtype).itemsize
+    return features + 16 * tiles + BAG_OVERHEAD + (features + BAG_OVERHEAD if pt else 0)
+
+
+def check_room(folder: Path, jobs: Sequence[SlideJob], dim: int, dtype: str, pt: bool) -> None:
+    """Compare what these slides will take with what is free.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    needed = sum(bag_bytes(len(job.coordinates.coords), dim, dtype, pt) for job in jobs)
+    free = shutil.disk_usage(_existing(folder)).free
+    if needed > free:
+        raise UserError(
+            f"{folder}: expected {_readable(needed)} free for the features of {len(jobs)} slides, found {_readable(free)}; "
+            f"{REMEDY}"
+        )
+
+
+@contextmanager
+def full_disk_explained(folder: Path) -> Iterator[None]:
+    """A full disk on the way is one line; slides that are finished stay."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(_existing(folder)).free
+        raise UserError(
+            f"{folder}: the disk is full or the quota used up ({_readable(free)} free); finished slides are kept: {REMEDY}, "
+            "and start again"
+        ) from None
+
+
+def _existing(folder: Path) -> Path:
+    folder = folder.absolute()
+    return folder if folder.exists() else _existing(folder.parent)
+
+
+def _readable(size: int) -> str:
+    power = min(4, max(0, (size.bit_length() - 1) // 10))
+    return f"{size / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

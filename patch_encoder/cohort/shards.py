@@ -1,0 +1,59 @@
+"""A cohort dealt out: to processes that know only their number, or in bundles to whoever is free."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.errors import UserError
+from patch_encoder.extraction.tile_batches import SlideJob
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `index` (from 1) of `count`."""
+
+    index: int = 1
+    count: int = 1
+
+    @staticmethod
+    def parse(text: str) -> Shard:
+        """`i/n`; empty: the whole.
+
+        Raises:
+            UserError: anything else.
+        """
+        found = re.fullmatch(r"(\d+)/(\d+)", text or "1/1")
+        if found is None or not 1 <= int(found[1]) <= int(found[2]):
+            raise UserError(f"shard={text}: expected i/n with 1 <= i <= n, as shard=1/4 ... shard=4/4 for four processes")
+        return Shard(int(found[1]), int(found[2]))
+
+    @property
+    def name(self) -> str:
+        """`1-of-4`; empty for the whole."""
+        return f"{self.index}-of-{self.count}" if self.count > 1 else ""
+
+    def of(self, jobs: Sequence[SlideJob]) -> list[SlideJob]:
+        """Every count-th slide by size, so that all parts take about as long; depends on the cohort alone."""
+        return largest_first(jobs)[self.index - 1 :: self.count] if self.count > 1 else list(jobs)
+
+
+def tile_count(jobs: Sequence[SlideJob]) -> int:
+    """Tiles of all jobs."""
+    return sum(len(job.coordinates.coords) for job in jobs)
+
+
+def largest_first(jobs: Sequence[SlideJob]) -> list[SlideJob]:
+    """By falling number of tiles, ties by slide id."""
+    return sorted(jobs, key=lambda job: (-len(job.coordinates.coords), job.slide_id))
+
+
+def bundles(jobs: Sequence[SlideJob], least: int) -> list[list[SlideJob]]:
+    """Largest first; slides below `least` tiles share a bundle of about that many, so that they share batches."""
+    out: list[list[SlideJob]] = []
+    for job in largest_first(jobs):
+        if not out or tile_count(out[-1]) >= least:
+            out.append([])
+        out[-1].append(job)
+    return out

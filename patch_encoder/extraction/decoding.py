@@ -1,0 +1,135 @@
+"""Batches of tiles in order, decoded by processes while the device computes; a slide that crashes or hangs them is given up.
+
+The main process knows from shared memory which tile a process died at. That batch is read again by a new process, and when
+another one dies at the same slide, all its tiles count as unreadable: the batches stay what they are, so that every other bag
+is the same to the last byte.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.processes.isolation import Lost, Mapped, Pool, Raised
+from patch_encoder.extraction.tile_batches import TileBatch, TileSequence
+
+logger = logging.getLogger(__name__)
+AHEAD = 2  # batches a process, read or being read, that wait for the device
+UNEXPLAINED = 3  # deaths outside any slide, one after the other, that end the run
+
+
+class Verdicts:
+    """Which slides are given up: those that a process was lost over, and another one when they were tried once more.
+
+    Attributes:
+        given_up: slide index -> reason.
+    """
+
+    def __init__(self, sequence: TileSequence) -> None:
+        self.given_up: dict[int, str] = {}
+        self._jobs = sequence.jobs
+        self._struck: dict[int, float] = {}  # slide index -> when a process was lost over it
+        self._unexplained = 0
+
+    def acquit(self) -> None:
+        """A batch has come."""
+        self._unexplained = 0
+
+    def enter(self, lost: Lost) -> None:
+        """A process was lost; raises a UserError when that happens again and again outside any slide."""
+        if not lost.reason:  # the batch only waited for that process
+            return
+        if lost.at is None:
+            self._unexplained += 1
+            logger.warning("%s, at no slide; its batch is read again", lost.reason)
+            if self._unexplained == UNEXPLAINED:
+                raise UserError(
+                    f"{self._unexplained} decoding processes were lost one after the other, the last: {lost.reason}; finished "
+                    "slides are kept: lower workers= or batch_size= and start again"
+                )
+            return
+        slide, tile = lost.at
+        job = self._jobs[slide]
+        reason = f"{lost.reason} at tile {tile + 1} of {len(job.coordinates.coords)}"
+        if slide not in self._struck:
+            logger.warning("slide %s: %s; it is tried once more", job.slide_id, reason)
+            self._struck[slide] = time.monotonic()
+        elif lost.since > self._struck[slide]:  # else a neighbour at the same slide, lost together with the first
+            self.given_up[slide] = f"{reason}, and so did another before it; the slide is given up"
+
+
+def batches(sequence: TileSequence, batch_size: int, workers: int, timeout: float) -> Iterator[TileBatch]:
+    """All tiles in order.
+
+    Args:
+        sequence: the tiles.
+        batch_size: tiles a batch.
+        workers: processes; 0: in this one, where a slide that crashes or hangs its reader ends the run.
+        timeout: seconds that one tile may take.
+
+    Raises:
+        UserError: tiles of several sizes, or processes that die for no slide's sake.
+    """
+    spans = [range(start, min(start + batch_size, len(sequence))) for start in range(0, len(sequence), batch_size)]
+    if workers == 0:
+        yield from (sequence.batch(span, {}) for span in spans)
+        return
+    verdicts, waiting, done = Verdicts(sequence), list(range(len(spans))), dict[int, TileBatch]()
+    with closing(Pool(partial(_read, sequence), min(workers, len(spans)), timeout, AHEAD)) as pool:
+        for wanted in range(len(spans)):
+            while True:
+                # a batch that is read again comes first: the device waits for it
+                while waiting and pool.room and waiting[0] < wanted + AHEAD * workers:
+                    number = heapq.heappop(waiting)
+                    pool.submit(number, (spans[number], verdicts.given_up))
+                if wanted in done:
+                    break
+                for number, result in pool.wait():
+                    if isinstance(result, Lost):
+                        verdicts.enter(result)
+                        heapq.heappush(waiting, number)
+                    else:
+                        verdicts.acquit()
+                        done[number] = _received(result)
+            yield done.pop(wanted)
+
+
+def _read(sequence: TileSequence, job: tuple[range, dict[int, str]]) -> Any:
+    """In a worker: the batch as plain values, its tiles in memory that the main process maps too."""
+    memory: list[Mapped] = []
+
+    def place(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        memory.append(Mapped((shape, dtype), math.prod(shape) * dtype.itemsize))
+        return torch.frombuffer(memory[0].memory, dtype=dtype).view(shape)
+
+    batch = sequence.batch(*job, place)
+    plain = batch.slides.numpy(), batch.failures, batch.counted
+    if not memory:
+        return plain
+    memory[0].value = (plain, *memory[0].value)
+    return memory[0]
+
+
+def _received(result: Any) -> TileBatch:
+    if isinstance(result, Raised):
+        if result.by_user:
+            raise UserError(result.reason)
+        raise RuntimeError(f"a decoding process raised\n{result.traceback}")
+    items = None
+    if isinstance(result, Mapped):
+        plain, shape, dtype = result.value
+        items = torch.frombuffer(result.memory, dtype=dtype).view(shape)
+    else:
+        plain = result
+    slides, failures, counted = plain
+    return TileBatch(items, torch.from_numpy(slides), failures, counted)

@@ -1,0 +1,245 @@
+"""The extraction loop that every encoder shares: decode in workers, encode on the device, one atomic file a slide.
+
+Batches fill across slide boundaries, so that small slides do not waste the device; features go to disk as they come, so that
+memory does not grow with slides. The slide is the unit of resuming: a killed run leaves whole bags and no halves.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import __version__
+from common.errors import UserError
+from common.progress import Progress
+from common.provenance import differences
+from patch_encoder.bags.files import bag_header
+from patch_encoder.cohort.disk_space import check_room, full_disk_explained
+from patch_encoder.cohort.failures import Failures
+from patch_encoder.cohort.labels import find_wanted, locate, read_labels
+from patch_encoder.cohort.shards import Shard
+from patch_encoder.extraction import decoding
+from patch_encoder.extraction.bag_assembly import UNREADABLE, Assembly
+from patch_encoder.extraction.network import Launched, Network
+from patch_encoder.extraction.ray_backend import RaySettings, Report, work_on_ray
+from patch_encoder.extraction.tile_batches import SlideJob, TileBatch, TileSequence
+from patch_encoder.models.encoders import Encoder
+from patch_encoder.stain.normaliser import Normaliser
+from patch_encoder.tiles.coordinates import Coordinates, read_coordinates, tile_pattern_of
+
+logger = logging.getLogger(__name__)
+STAGE = "extract_features"
+COMPARED = ("encoder", "weights_sha256", "transform", "precision", "dtype", "coordinates", "stain")
+
+
+@dataclass(frozen=True)
+class ExtractSettings:
+    """How to run, and in which precision.
+
+    Attributes:
+        device, precision: resolved names (`cpu`, `cuda:0`; `fp32`, `bf16`, `fp16`).
+        batch_size: tiles a batch.
+        workers: decoding processes; 0 decodes in the main process.
+        dtype: float16 or float32 on disk.
+        pt: write `pt_files/<slide_id>.pt` as well.
+        overwrite: replace bags of another provenance.
+        compiler: backend of torch.compile; empty: not compiled.
+        max_bad_tiles: largest share of a slide's tiles that may be unreadable.
+        read_timeout: seconds that a decoding process may take over one tile.
+        shard: the part of the cohort that this process works on.
+        ray: where Ray's workers run; None: in this process.
+        stain: stain normalisation of the tiles; None: as they are.
+    """
+
+    device: torch.device
+    precision: str
+    batch_size: int
+    workers: int
+    dtype: str = "float32"
+    pt: bool = False
+    overwrite: bool = False
+    compiler: str = ""
+    max_bad_tiles: float = 0.0
+    read_timeout: float = 300.0
+    shard: Shard = field(default_factory=Shard)
+    ray: RaySettings | None = None
+    stain: Normaliser | None = None
+
+
+def cohort_jobs(slides: str, coords: str, labels: str, failures: Failures, shard: Shard | None = None) -> list[SlideJob]:
+    """One job per slide of the cohort that has tiles; the others are entered in `failures`.
+
+    Args:
+        slides: folder of slides.
+        coords: folder of coordinates files (`coords/` or its parent).
+        labels: labels.csv, or empty for every slide that is found.
+        failures: gets slides without coordinates or without tissue.
+        shard: the part of the cohort that is wanted; None: all of it.
+    """
+    shard = shard or Shard()
+    folder = Path(coords) / "coords" if (Path(coords) / "coords").is_dir() else Path(coords)
+    tiled = sorted(folder.glob("[!.]*.h5"))
+    pattern = tile_pattern_of(tiled)
+    records = read_labels(labels) if labels else []
+    # without labels, a picture is a slide where it was tiled as one
+    paths = locate(records, slides, pattern) if records else find_wanted({path.stem for path in tiled}, slides, pattern)
+    mpps = {record.slide_id: record.mpp for record in records}
+    jobs, without = [], {}
+    for slide_id, path in paths.items():
+        try:
+            coordinates = read_coordinates(folder / f"{slide_id}.h5")
+        except UserError as error:
+            without[slide_id] = str(error)
+            continue
+        if len(coordinates.coords) == 0:
+            without[slide_id] = "no tissue: 0 tiles; remove the slide from labels.csv or loosen the tissue settings"
+            continue
+        jobs.append(SlideJob(slide_id, path, coordinates, mpps.get(slide_id) or coordinates.geometry.mpp or None))
+    if shard.index == 1:  # once, not in every part
+        for slide_id, error in without.items():
+            failures.add(slide_id, error)
+    return shard.of(jobs)
+
+
+def bag_provenance(encoder: Encoder, coordinates: Coordinates, settings: ExtractSettings) -> dict[str, str]:
+    """What decides a bag's numbers, plus the software version; no entry `stain` where tiles are taken as they are."""
+    provenance = encoder.provenance | {
+        "precision": settings.precision,
+        "dtype": settings.dtype,
+        "coordinates": coordinates.digest(),
+        "software_version": __version__,
+    }
+    return provenance | ({"stain": settings.stain.provenance} if settings.stain else {})
+
+
+def extract(encoder: Encoder, slides: str, coords: str, labels: str, output: str, settings: ExtractSettings) -> int:
+    """Encode a cohort into `<output>/<encoder name>/`; returns the exit status: 1 when slides failed (failures.csv).
+
+    Raises:
+        UserError: a bag of another provenance is there and `settings.overwrite` is off, or the features do not fit on the disk.
+    """
+    failures = Failures(STAGE, settings.shard.name)
+    folder = Path(output) / encoder.name
+    jobs = cohort_jobs(slides, coords, labels, failures, settings.shard)
+    todo = [job for job in jobs if settings.overwrite or not is_done(job, encoder, folder, settings)]
+    logger.info("%s: %s: %d slides, %d already done", STAGE, encoder.name, len(jobs), len(jobs) - len(todo))
+    check_room(folder, todo, encoder.dim, settings.dtype, settings.pt)
+    start = time.perf_counter()
+    if settings.ray is None:
+        report = encode_slides(todo, encoder, folder, settings)
+    else:
+        alone = replace(settings, ray=None)
+        work = partial(encode_slides, encoder=encoder, folder=folder.absolute(), settings=alone, show=False)
+        bundle = 8 * settings.batch_size
+        report = work_on_ray(todo, work, settings.ray, on_cuda=settings.device.type == "cuda", least_tiles=bundle)
+    for row in report.failures:
+        failures.add(row["slide"], row["error"])
+    logger.info("%s: %s", STAGE, report.summary(time.perf_counter() - start))
+    return failures.write(folder)
+
+
+def encode_slides(
+    jobs: Sequence[SlideJob],
+    encoder: Encoder,
+    folder: Path,
+    settings: ExtractSettings,
+    *,
+    show: bool = True,
+    network: Network | None = None,
+) -> Report:
+    """Encode slides to `folder/h5_files/<slide_id>.h5`, one after the other.
+
+    Args:
+        jobs: the slides.
+        encoder, folder, settings: what, where and how.
+        show: a bar, or a line every so often.
+        network: the encoder's network when it is ready from an earlier call.
+    """
+    failures = Failures(STAGE)
+    sequence = TileSequence(jobs, encoder.transform, settings.stain)
+    network = network or Network(encoder.model, settings.device, settings.precision, settings.batch_size, settings.compiler)
+    provenance = [bag_provenance(encoder, job.coordinates, settings) for job in jobs]
+    limits = {"dtype": settings.dtype, "pt": settings.pt, "max_bad_tiles": settings.max_bad_tiles}
+    assembly = Assembly(jobs, provenance, folder, failures, **limits)
+    waiting = Stopwatch()
+    bar = Progress(f"{encoder.name} features", len(sequence), "tiles", enabled=show)
+    batches = tile_batches(sequence, settings)
+    with full_disk_explained(folder), bar, closing(assembly), closing(batches):
+        for batch, features in encoded(waiting.over(batches), network, settings.dtype):
+            assembly.take(batch, features)
+            bar.advance(sum(count for _, count in batch.counted))
+    return Report(len(jobs), len(sequence), waiting.seconds, waiting.total, failures.rows)
+
+
+def is_done(job: SlideJob, encoder: Encoder, folder: Path, settings: ExtractSettings) -> bool:
+    """Whether the slide's bag is there and holds what would be written; UserError when it holds something else."""
+    path = folder / "h5_files" / f"{job.slide_id}.h5"
+    if not path.is_file():
+        return False
+    (count, dim), attributes = bag_header(path)
+    tiles, unreadable = len(job.coordinates.coords), int(attributes.get(UNREADABLE, 0))
+    expected = bag_provenance(encoder, job.coordinates, settings)
+    found = {name: attributes.get(name) for name in COMPARED} | {"shape": [count + unreadable, dim]}
+    wanted = {name: expected.get(name) for name in COMPARED} | {"shape": [tiles, encoder.dim]}
+    if found != wanted:
+        changed = differences(found, wanted)
+        raise UserError(f"{path}: holds features of another provenance: {changed}; choose another output or set overwrite=true")
+    if unreadable > settings.max_bad_tiles * tiles:
+        raise UserError(
+            f"{path}: expected at most {settings.max_bad_tiles:g} of the tiles missing, found {unreadable} of {tiles} that "
+            "could not be read; raise max_bad_tiles, or mend the slide and set overwrite=true"
+        )
+    return not settings.pt or (folder / "pt_files" / f"{job.slide_id}.pt").is_file()
+
+
+def tile_batches(sequence: TileSequence, settings: ExtractSettings) -> Iterator[TileBatch]:
+    """Batches in order, decoded by workers while the device computes."""
+    found = decoding.batches(sequence, settings.batch_size, settings.workers, settings.read_timeout)
+    with closing(found):
+        for batch in found:
+            yield batch.pin_memory() if settings.device.type == "cuda" else batch
+
+
+def encoded(batches: Iterable[TileBatch], network: Network, dtype: str) -> Iterator[tuple[TileBatch, np.ndarray]]:
+    """Batches with the features (B, D) of what could be read, in the dtype that is stored.
+
+    One batch behind: the device has its next work before the host stores what is ready.
+    """
+    before: tuple[TileBatch, Launched | None] | None = None
+    for batch in batches:
+        started = network.launch(batch.items) if batch.items is not None else None
+        if before is not None:
+            yield before[0], _stored(before[1], dtype)
+        before = batch, started
+    if before is not None:
+        yield before[0], _stored(before[1], dtype)
+
+
+def _stored(launched: Launched | None, dtype: str) -> np.ndarray:
+    if launched is None:
+        return np.empty((0, 0), dtype=dtype)
+    return launched.features().to(getattr(torch, dtype)).numpy()
+
+
+class Stopwatch:
+    """How long an iterator keeps its consumer waiting, in seconds, and how long the whole loop takes."""
+
+    def __init__(self) -> None:
+        self.seconds = self.total = 0.0
+
+    def over(self, items: Iterable[TileBatch]) -> Iterator[TileBatch]:
+        """The same items, timed."""
+        start = before = time.perf_counter()
+        for item in items:
+            self.seconds += time.perf_counter() - before
+            yield item
+            before = time.perf_counter()
+        self.total = time.perf_counter() - start

@@ -1,0 +1,1 @@
+"""Tile coordinates: the grid, the file, other tools' formats, GeoJSON."""

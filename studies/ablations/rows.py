@@ -1,0 +1,119 @@
+"""The rows of an ablation: what its stages left on disk, a variant a row, and which rows no other beats in AUC and speed."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError, did_you_mean
+from common.files import read_json
+
+AGREEMENT = ("cosine", "r2", "knn_10")
+COST = ("tiles_per_second", "gflops", "parameters")
+KINDS = ("variant", "teacher", "reference")
+
+
+def read_rows(study: Path, model: str = "") -> tuple[list[dict[str, Any]], list[str], str]:
+    """(rows, classifiers, classifier of the front) of a study's folder.
+
+    A row has `name`, `factor`, `kind` (one of KINDS), AGREEMENT, COST, `seconds` of its training, `auc` (classifier -> mean,
+    ci, difference, difference_ci), `pareto`, and `error`, empty unless the variant failed. What is not known is None.
+
+    Args:
+        study: folder that studies.ablation wrote.
+        model: classifier whose AUC makes the front; empty: the benchmark's headline.
+
+    Raises:
+        UserError: no study, no benchmark of it, or none with that classifier.
+    """
+    plan = read_json(study / "study.json", "a study of studies.ablation")
+    if not isinstance(plan, dict) or not {"teacher", "references", "variants"} <= set(plan):
+        raise UserError(f"{study}/study.json: expected teacher, references and variants, found another shape")
+    summary = read_json(study / "mil" / "summary.json", "the study's benchmark")
+    sets, models, headline = summary["feature_sets"], summary["models"], model or summary["headline"]
+    if headline not in models:
+        raise UserError(f"model={headline}: expected a classifier of the benchmark; {did_you_mean(headline, models)}")
+    errors = read_failures(study / "failures.csv")
+    seconds = read_seconds(study / "stages.json")
+    rows = []
+    for variant in plan["variants"]:
+        name = variant["name"]
+        results = read_results(study / "students" / name / "results.json")
+        row = {"name": name, "factor": variant["factor"], "kind": "variant"}
+        row |= {key: results.get(key) for key in AGREEMENT} | {"seconds": seconds.get(f"train {name}")}
+        rows.append(row | of_benchmark(sets.get(name), models) | {"error": errors.get(name, missing(name, sets))})
+    for kind, names in (("teacher", [plan["teacher"]]), ("reference", plan["references"])):
+        for name in names:
+            row = {"name": name, "factor": kind, "kind": kind} | dict.fromkeys((*AGREEMENT, "seconds"))
+            rows.append(row | of_benchmark(sets.get(name), models) | {"error": missing(name, sets)})
+    points = [point_of(row, headline) if row["kind"] == "variant" else None for row in rows]
+    for row, on_front in zip(rows, pareto(points), strict=True):
+        row["pareto"] = on_front
+    return rows, models, headline
+
+
+def missing(name: str, sets: Mapping[str, Any]) -> str:
+    """Why a row has no AUC, empty when it has one."""
+    return "" if name in sets else "not in the benchmark"
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """A training's results, empty where it did not end."""
+    return read_json(path, "a run's results") if path.is_file() else {}
+
+
+def read_failures(path: Path) -> dict[str, str]:
+    """Variant -> stage and error."""
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8", newline="") as stream:
+        return {row["variant"]: f"{row['stage']}: {row['error']}" for row in csv.DictReader(stream)}
+
+
+def read_seconds(path: Path) -> dict[str, float]:
+    """Stage -> seconds of its first successful run."""
+    stages = read_json(path, "stage times")["stages"] if path.is_file() else []
+    return {stage["name"]: stage["seconds"] for stage in stages if stage["seconds"] is not None}
+
+
+def of_benchmark(entry: Mapping[str, Any] | None, models: Sequence[str]) -> dict[str, Any]:
+    """COST and `auc` of one feature set."""
+    if entry is None:
+        return {**dict.fromkeys(COST), "auc": {}}
+    auc = {
+        model: {
+            "mean": entry[model]["auc_mean"],
+            "ci": entry[model]["auc_ci"],
+            "difference": entry[model].get("auc_difference"),
+            "difference_ci": entry[model].get("auc_difference_ci"),
+        }
+        for model in models
+        if model in entry
+    }
+    return {**{key: entry.get(key) for key in COST}, "auc": auc}
+
+
+def signed(value: float | None, ci: Sequence[float] | None) -> str:
+    """`-0.012 [-0.050, +0.021]`, `-` when unknown."""
+    if value is None:
+        return "-"
+    return f"{value:+.3f}" + (f" [{ci[0]:+.3f}, {ci[1]:+.3f}]" if ci else "")
+
+
+def point_of(row: Mapping[str, Any], model: str) -> tuple[float, float] | None:
+    """(tiles a second, AUC), None where either is not known."""
+    auc = row["auc"].get(model, {}).get("mean")
+    speed = row["tiles_per_second"]
+    return None if auc is None or speed is None else (speed, auc)
+
+
+def pareto(points: Sequence[tuple[float, float] | None]) -> list[bool]:
+    """Whether no other point is at least as good in both coordinates and better in one; None never is on the front."""
+
+    def beaten(point: tuple[float, float]) -> bool:
+        others = [other for other in points if other is not None and other != point]
+        return any(other[0] >= point[0] and other[1] >= point[1] for other in others)
+
+    return [point is not None and not beaten(point) for point in points]

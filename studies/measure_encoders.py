@@ -1,0 +1,172 @@
+"""What teacher and student cost, measured in one run: GFLOPs, parameters, tiles per second.
+
+    python -m studies.measure_encoders slides=... coords=... encoders=[stain_texture] student=... output=cost.json
+    ... encoders='[resnet50=random layer=2, dinov2_vitb14=weights.safetensors pool=mean crop=false]'
+
+Every encoder goes over the same tiles of the cohort in turn, several rounds, decoding included, so that a machine that
+is busy for a while is busy for all of them; the median round counts. Of `students` (a study's variants) those that do the same
+work but for their adapter are timed once: a difference of adapters is smaller than the noise of a clock.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import statistics
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.cli import launch
+from common.config import REQUIRED, key
+from common.device import PRECISIONS, pick_device, pick_precision
+from common.errors import UserError
+from common.files import safe_id, write_json
+from detection_kd.models.student import Student, student_encoder
+from detection_kd.models.student_onnx import any_student_encoder
+from patch_encoder.cohort.failures import Failures
+from patch_encoder.extraction.loop import ExtractSettings, cohort_jobs, encoded, tile_batches
+from patch_encoder.extraction.network import Network
+from patch_encoder.extraction.tile_batches import SlideJob, TileSequence
+from patch_encoder.models.encoders import Encoder, build_encoder
+from patch_encoder.models.pooling import POOLS
+from patch_encoder.tiles.coordinates import Coordinates
+
+logger = logging.getLogger(__name__)
+READERS: dict[str, dict[str, Any]] = {
+    "pool": {name: name for name in POOLS},
+    "layer": {str(layer): layer for layer in range(5)},
+    "crop": {"true": True, "false": False},
+}
+OPTION = re.compile(rf"\s+({'|'.join(READERS)})=(\S*)\s*$")
+
+
+@dataclass
+class Config:
+    """Keys of the cost measurement."""
+
+    slides: str = key(REQUIRED, "folder of slides, any tree", path=True)
+    coords: str = key(REQUIRED, "folder of coordinates files", path=True)
+    output: str = key(REQUIRED, "JSON file to write; kept when it is there", runtime=True)
+    encoders: list[str] = key([], "encoders: name or name=weights, then pool=..., layer=..., crop=... after spaces")
+    student: str = key("", "checkpoint of train_d2vfm, or an .onnx file of export_student", path=True)
+    name: str = key("", "name of the student; empty: student, student_onnx or student_int8")
+    students: list[str] = key([], "further students, name=checkpoint; of equal trunk and pooling the first is timed")
+    labels: str = key("", "labels.csv", path=True)
+    tiles: int = key(512, "tiles a round")
+    rounds: int = key(3, "rounds; the median counts")
+    batch_size: int = key(64, "tiles a batch")
+    workers: int = key(2, "decoding processes")
+    device: str = key("auto", "auto, cpu, cuda or cuda:N")
+    precision: str = key("auto", "auto: bf16 where the device has it", choices=PRECISIONS)
+    overwrite: bool = key(False, "measure again", runtime=True)
+
+
+def build_model(config: Config) -> list[Encoder]:
+    """All encoders to be compared."""
+    encoders = [encoder_of(spec) for spec in config.encoders]
+    if config.student:
+        encoders.append(any_student_encoder(config.student, config.name, pick_device(config.device)))
+    for entry in config.students:
+        name, found, path = entry.partition("=")
+        if not found or not path:
+            raise UserError(f"students: expected name=checkpoint, found '{entry}'")
+        encoders.append(student_encoder(path, safe_id(name.strip(), "student")))
+    if not encoders:
+        raise UserError("compare_encoders: expected encoders=[...], student=... or students=[...], found none of them")
+    names = [encoder.name for encoder in encoders]
+    if len(set(names)) < len(names):
+        raise UserError(f"compare_encoders: expected encoders of different names, found {names}; the table has one row a name")
+    return encoders
+
+
+def encoder_of(spec: str) -> Encoder:
+    """The encoder of `name[=weights] [pool=...] [layer=...] [crop=true|false]`; a path to weights may hold spaces."""
+    options: dict[str, Any] = {}
+    while match := OPTION.search(spec):
+        spec, (name, text) = spec[: match.start()], match.groups()
+        if text not in READERS[name]:
+            raise UserError(f"encoders: {name} expected one of {', '.join(READERS[name])}, found '{text}'")
+        options[name] = READERS[name][text]
+    return build_encoder(*spec.strip().split("=", 1), **options)
+
+
+def work_of(encoder: Encoder) -> str:
+    """Equal for students that differ in weights and adapter alone, and so run for the same time."""
+    network = getattr(encoder.model, "network", None)
+    if not isinstance(network, Student):
+        return encoder.name
+    return repr((network.backbone.describe(), network.needles, network.pooling.kind, network.input_scale))
+
+
+def first_tiles(jobs: list[SlideJob], count: int) -> list[SlideJob]:
+    """The jobs cut down to `count` tiles in all, an equal share from each slide."""
+    share = -(-count // len(jobs))
+    cut, left = [], count
+    for job in jobs:
+        coords = job.coordinates.coords[: min(share, left)]
+        left -= len(coords)
+        if len(coords):
+            cut.append(replace(job, coordinates=Coordinates(coords, job.coordinates.geometry)))
+    return cut
+
+
+def gflops(encoder: Encoder, jobs: list[SlideJob]) -> float | None:
+    """10^9 floating-point operations a tile (a multiply-add counts as two); None for a classical descriptor."""
+    if not any(True for _ in encoder.model.parameters()):
+        return None
+    _, item = TileSequence(jobs, encoder.transform)[0]
+    assert isinstance(item, torch.Tensor), item
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        encoder.model.cpu()(item[None])
+    return counter.get_total_flops() / 1e9
+
+
+def one_round(encoder: Encoder, jobs: list[SlideJob], settings: ExtractSettings) -> float:
+    """Tiles per second, from the slide files to features in memory."""
+    sequence = TileSequence(jobs, encoder.transform)
+    network = Network(encoder.model, settings.device, settings.precision, settings.batch_size)
+    start = time.perf_counter()
+    for _ in encoded(tile_batches(sequence, settings), network, settings.dtype):
+        pass
+    return len(sequence) / (time.perf_counter() - start)
+
+
+def main(config: Config) -> None:
+    output = Path(config.output)
+    if output.is_file() and not config.overwrite:
+        logger.info("compare_encoders: %s is there", output)
+        return
+    device = pick_device(config.device)
+    settings = ExtractSettings(device, pick_precision(config.precision, device), config.batch_size, config.workers)
+    failures = Failures("compare_encoders")
+    jobs = first_tiles(cohort_jobs(config.slides, config.coords, config.labels, failures), config.tiles)
+    encoders = build_model(config)
+    timed = list({work_of(encoder): encoder for encoder in reversed(encoders)}.values())[::-1]  # the first of each kind
+    rates: dict[str, list[float]] = {work_of(encoder): [] for encoder in timed}
+    for round_index in range(config.rounds + 1):
+        for encoder in timed:
+            rate = one_round(encoder, jobs if round_index else first_tiles(jobs, config.batch_size), settings)
+            if round_index:  # round 0 warms up
+                rates[work_of(encoder)].append(rate)
+    costs = {}
+    for encoder in encoders:
+        costs[encoder.name] = {
+            "gflops": gflops(encoder, jobs),
+            "parameters": sum(parameter.numel() for parameter in encoder.model.parameters()),
+            "tiles_per_second": statistics.median(rates[work_of(encoder)]),
+            "dim": encoder.dim,
+            "precision": settings.precision,
+            "device": str(device),
+        }
+        logger.info("%s: %s", encoder.name, costs[encoder.name])
+    write_json(output, costs)
+
+
+if __name__ == "__main__":
+    launch(main, Config)

@@ -1,0 +1,234 @@
+"""Heatmaps beyond one class and one test a slide: nested cross-validation, every task, bags without coordinates."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import mil.benchmark as benchmark
+import mil.figures.example_slides as examples
+import mil.heatmaps.scores as tile_scores
+from common.cli import run
+from common.config import load_config
+from common.errors import UserError
+from mil.datasets.splits import Split
+from mil.evaluate import benchmark_runs
+from mil.figures.example_slides import Choice, make_example
+from mil.heatmap import Config, load_asked, main
+from mil.heatmaps.scores import score_bag, tiles_alone
+from mil.heatmaps.sources import Judged, from_benchmark
+from mil.tasks.classification import confusion, predict_class
+from mil.training.engine import load_classifier
+from patch_encoder.bags.bag import StoredBag
+from patch_encoder.bags.files import read_bag, write_bag
+from patch_encoder.bags.placed_bags import coordinates_file, open_placed
+from tests.mil.conftest import write_cohort
+from tests.mil.tasks.task_cohorts import rewrite
+
+SMALL = ["device=cpu", "training.epochs=1", "training.min_epochs=1", "resamples=5", "headline=abmil", "models=[abmil]"]
+CPU = torch.device("cpu")
+
+
+def train(cohort: Path, output: Path, *more: str) -> Path:
+    sources = [f"labels={cohort}/labels.csv", f"output={output}", *SMALL]
+    given = more if any(key.startswith("features=") for key in more) else (f"features=[{cohort}/bags]", *more)
+    assert benchmark.main(load_config(benchmark.Config, [*sources, *given])) == 0
+    return output
+
+
+def draw(bench: Path, name: str, *more: str) -> int:
+    return run(main, Config, [f"run={bench}", f"output={bench.parent}/{name}", "device=cpu", "workers=0", *more])
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.fixture(scope="module")
+def nested(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A benchmark whose slides are tested twice, by splits that differ in training and validation, with two seeds."""
+    root = tmp_path_factory.mktemp("nested")
+    cohort = write_cohort(root / "cohort", slides=16, signal=2.0)
+    ids = [f"s{i:02d}" for i in range(16)]
+    halves = [tuple(ids[:8]), tuple(ids[8:])]  # patients have at most the slides of one group of four
+    splits = []
+    for number, (rest, test) in enumerate([(halves[0], halves[1]), (halves[1], halves[0])]):
+        parts = [rest[:4], rest[4:]]
+        splits += [Split(2 * number, parts[0], parts[1], test), Split(2 * number + 1, parts[1], parts[0], test)]
+    benchmark.write_splits(root / "splits", splits)
+    return train(cohort, root / "bench", f"splits={root}/splits", "seeds=[1,2]")
+
+
+def test_a_slide_that_several_runs_test_is_drawn_once(nested: Path, capsys: pytest.CaptureFixture[str]):
+    output = nested.parent / "heat"
+    assert draw(nested, "heat") == 0
+    source = from_benchmark(nested, "", "", None)
+    assert len(source.slides) == 16 == len({slide.slide_id for slide in source.slides})
+    assert [(run.seed, run.test.fold) for run in source.runs] == [(1, fold) for fold in range(4)]
+    assert all([run.fold for run in slide.runs] in ([0, 1], [2, 3]) for slide in source.slides)
+    html = (output / "index.html").read_text()
+    listed = dict(re.findall(r'<tr data-slide="(s\d\d)".*? data-p0="([\d.]+)">', html))
+    rows = [row for row in table(nested / "predictions.csv") if row["seed"] == "1"]
+    assert len(re.findall("<tr data-slide", html)) == 16 == len(listed) and len(rows) == 32
+    for slide, shown in listed.items():
+        told = [row for row in rows if row["slide_id"] == slide]
+        assert float(shown) == pytest.approx(np.mean([float(row["prob_pos"]) for row in told]), abs=1e-6)
+        page = (output / "slides" / f"{slide}.html").read_text()
+        assert (
+            "of 2 runs" in page
+            and f"<dt>fold {told[1]['fold']}</dt><dd>{told[1]['predicted']} (pos {float(told[1]['prob_pos']):.3f}" in page
+        )
+        first = min(told, key=lambda row: int(row["fold"]))
+        record = json.loads((output / "records" / f"{slide}.json").read_text())
+        assert record["fold"] == int(first["fold"]) and record["said"]["pos"] == pytest.approx(
+            float(first["prob_pos"]), abs=1e-5
+        )
+    summary, expected = json.loads((output / "summary.json").read_text()), [r for r in benchmark_runs(nested)[0] if r.seed == 1]
+    assert summary["slides"] == summary["drawn"] == 16
+    counts = sum(confusion(r.test.targets, predict_class(r.test.probabilities, r.test.threshold), 2)[0] for r in expected)
+    assert summary["counts"] == counts.tolist() and np.sum(summary["counts"]) == 32
+    aucs = [float(row["auc"]) for row in table(nested / "results.csv") if row["seed"] == "1"]
+    assert summary["metrics"]["auc"] == pytest.approx(np.mean(aucs))
+    before = {path: path.stat().st_mtime_ns for path in (output / "heatmaps").iterdir()}
+    assert draw(nested, "heat") == 0, capsys.readouterr().err
+    assert len(before) == 16 and before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_the_call_is_that_of_most_runs() -> None:
+    def said(call: str, *others: Judged) -> Judged:
+        return Judged("s", "c", "b", call, (0.5, 0.5), 0, "test", Path("w.pt"), others=others)
+
+    assert (said("a").called, said("a").right) == ("a", False)
+    three = said("a", said("b"), said("b"))
+    assert (three.called, three.right) == ("b", True)
+    assert said("a", said("b")).called == "a"  # of equally many the first
+
+
+TASKS = {"multilabel": "a", "ordinal": "2", "cox": "", "discrete": ""}
+
+
+@pytest.mark.parametrize("kind", list(TASKS))
+def test_every_task_has_attention_a_score_and_tiles_of_their_own(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    cohort, name = rewrite(write_cohort(tmp_path / "cohort", slides=24, signal=2.0), kind), TASKS[kind]
+    if kind == "discrete":  # wants different times
+        lines = (cohort / "labels.csv").read_text().splitlines()
+        later = [re.sub(r",(1|9),", rf",\g<1>{i:02d},", line) for i, line in enumerate(lines)]
+        (cohort / "labels.csv").write_text("\n".join(later) + "\n")
+    extra = ["intervals=2"] if kind == "discrete" else []
+    bench = train(cohort, tmp_path / "bench", f"task={kind}", "folds=2", "seeds=[1]", "training.accumulate=4", *extra)
+    survival, value = kind in ("cox", "discrete"), "risk" if kind in ("cox", "discrete") else "probability"
+    assert draw(bench, "heat", "only=[s00,s01,s20]") == 0
+    columns = ["risk"] if survival else [key for key in table(bench / "predictions.csv")[0] if key.startswith("prob_")]
+    for row in table(bench / "predictions.csv"):
+        if row["slide_id"] not in ("s00", "s01", "s20"):
+            continue
+        record = json.loads((tmp_path / "heat" / "records" / f"{row['slide_id']}.json").read_text())
+        assert record["shown"] == "attention"
+        np.testing.assert_allclose(list(record["said"].values()), [float(row[key]) for key in columns], atol=1e-5)
+    page = (tmp_path / "heat" / "index.html").read_text()
+    assert page.count("<tr data-slide") == 24 and ("higher than" in page) == survival and (">p(" in page) != survival
+    (chart,) = re.findall(r'<figure.*?alt="(.*?)"', page)
+    assert chart == {"multilabel": "ROC by label", "ordinal": "Confusion"}.get(kind, "Survival of the risk halves")
+    metric = json.loads((bench / "summary.json").read_text())["metric"]
+    found = json.loads((tmp_path / "heat" / "summary.json").read_text())["metrics"][metric]
+    means = [float(row[metric]) for row in table(bench / "results.csv")]
+    assert found is None if np.isnan(np.mean(means)) else found == pytest.approx(np.mean(means))
+
+    given = [f"drawing.value={value}", "only=[s01]", *([f"drawing.of_class={name}"] if name else [])]
+    assert draw(bench, "alone", *given) == 0
+    judged = next(slide for slide in from_benchmark(bench, "", "", None).slides if slide.slide_id == "s01")
+    (model, task), features = load_asked(judged.checkpoint, CPU), read_bag(cohort / "bags" / "h5_files" / "s01.h5").features
+    with torch.inference_mode():
+        logits = torch.stack([model(torch.from_numpy(tile[None]), None).logits for tile in features]).double()
+    expected = task.said(logits)[:, task.names.index(name) if name else 0].numpy()
+    column = value + (f"_{name}" if name else "")
+    values = [float(row[column]) for row in table(tmp_path / "alone" / "scores" / "s01.csv")]
+    np.testing.assert_allclose(values, expected, atol=1e-5)
+    record = json.loads((tmp_path / "alone" / "records" / "s01.json").read_text())
+    assert (record["shown"], record["class_name"]) == (value, name) and np.ptp(expected) > 0
+
+    wrong = "probability" if survival else "risk"
+    for argument in (f"drawing.value={wrong}", "drawing.of_class=nobody"):
+        capsys.readouterr()
+        assert draw(bench, "none", argument) == 2
+        assert argument.partition(".")[2] in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A benchmark on `.pt` bags; coordinates are elsewhere, in `cohort/bags/h5_files`."""
+    root = tmp_path_factory.mktemp("plain")
+    cohort = write_cohort(root / "cohort", slides=16, pictures=True)
+    (root / "only" / "pt_files").mkdir(parents=True)
+    for path in (cohort / "bags" / "h5_files").iterdir():
+        torch.save(torch.from_numpy(read_bag(path).features).half(), root / "only" / "pt_files" / f"{path.stem}.pt")
+    return train(cohort, root / "bench", f"features=[{root}/only]", "folds=2", "seeds=[1]")
+
+
+def test_bags_without_coordinates_take_those_of_a_file(plain: Path, capsys: pytest.CaptureFixture[str]):
+    root = plain.parent
+    assert draw(plain, "heat") == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(errors) == 1 and "and 15 more" in errors[0] and "add coords=" in errors[0] and not (root / "heat").exists()
+    coords = root / "cohort" / "bags" / "h5_files"
+    assert draw(plain, "heat", f"coords={coords}", "only=[s00,s01]") == 0
+    rows, bag = table(root / "heat" / "scores" / "s01.csv"), read_bag(coords / "s01.h5")
+    assert [(int(row["x"]), int(row["y"])) for row in rows] == [tuple(corner) for corner in bag.coords.tolist()]
+    few = root / "few" / "s01_patches.h5"  # TRIDENT's name
+    write_bag(few, bag.features[:5], bag.coords[:5], bag.attributes)
+    shutil.copy(coords / "s00.h5", few.parent)
+    assert draw(plain, "fewer", f"coords={few.parent}", "only=[s00,s01,s02]") == 1
+    failed = {row["slide"]: row["error"] for row in table(root / "fewer" / "failures.csv")}
+    assert set(failed) == {"s01", "s02"} and "expected the 12 tiles" in failed["s01"] and "found 5" in failed["s01"]
+    assert "add coords=" in failed["s02"]
+
+
+def test_coordinates_beside_the_bags_are_found(tmp_path: Path):
+    cohort = write_cohort(tmp_path, slides=2)
+    source, bag = cohort / "bags" / "h5_files" / "s01.h5", cohort / "bags" / "pt_files" / "s01.pt"
+    bag.parent.mkdir()
+    torch.save(torch.zeros(12, 3), bag)
+    assert coordinates_file(bag) == source and coordinates_file(source) is None and coordinates_file(bag, tmp_path) is None
+    stored, placed = open_placed(bag, source)
+    assert torch.equal(stored.coords, torch.from_numpy(placed.coords)) and placed.geometry.patch_size_level0 == 16
+    own, _ = open_placed(source, None)
+    assert own.path == source
+    torch.save({"features": torch.zeros(12, 3), "coords": torch.zeros(12, 2)}, bag)
+    with pytest.raises(UserError, match=r"expected the coords that .*s01.pt holds"):
+        open_placed(bag, source)
+
+
+def test_bags_are_handed_on_as_they_are_stored(plain: Path, monkeypatch: pytest.MonkeyPatch):
+    """Half precision on disk, never a float32 copy of the bag: `examine` decides what to read."""
+    root, seen = plain.parent, []
+    weights = plain / "runs" / "only" / "abmil" / "seed1_fold0" / "checkpoint_best.pt"
+    for module in (tile_scores, examples):
+        examine = module.examine
+        monkeypatch.setattr(module, "examine", lambda m, sample, d, use=examine: (seen.append(sample), use(m, sample, d))[1])
+    (model, task), bag = load_asked(weights, CPU), root / "only" / "pt_files" / "s03.pt"
+    coords = root / "cohort" / "bags" / "h5_files"
+    scores = score_bag(model, task, bag, coords / "s03.h5", "probability", "pos", CPU)
+    choice = Choice("s03", 0, "pos", "pos", "")
+    make_example(choice, weights, bag, root / "cohort" / "slides" / "s03", None, 2, coords)
+    assert len(seen) == 2 and all(isinstance(sample.features, StoredBag) for sample in seen)
+    assert {sample.features.dtype for sample in seen} == {"float16"}
+    monkeypatch.setattr(tile_scores, "BLOCK", 5)
+    monkeypatch.setattr(StoredBag, "read", lambda bag: pytest.fail("the whole bag was read"))
+    alone = tiles_alone(model, task, seen[0], CPU)[:, 1]
+    np.testing.assert_allclose(alone, scores.values, rtol=1e-6)
+    monkeypatch.setattr("mil.training.prediction.WHOLE_BYTES", 0)  # every bag is a very large one
+    streamed = score_bag(model, task, bag, coords / "s03.h5", "probability", "pos", CPU)
+    np.testing.assert_allclose(streamed.attention, scores.attention, rtol=1e-5)
+    np.testing.assert_allclose(streamed.slide, scores.slide, rtol=1e-5)
+    with torch.inference_mode():
+        tiles = torch.load(bag, weights_only=True).float()
+        expected = [float(load_classifier(weights, CPU)[0](tile[None], None).logits.softmax(0)[1]) for tile in tiles]
+    np.testing.assert_allclose(alone, expected, rtol=1e-5)

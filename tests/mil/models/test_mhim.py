@@ -1,0 +1,168 @@
+"""MHIM-MIL: masks counted by hand, the loss, teacher and schedules, and a start from the plain model."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from common.errors import UserError
+from mil.models import MODELS, build, plain_model
+from mil.models.mhim import MHIM, cosine, feature_loss, keep_mask, plain_options, ranked
+from mil.training.engine import training_loss
+from tests.mil.models.small_options import SMALL
+
+BAG = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+NAMES = ["mhim_abmil", "mhim_dsmil", "mhim_transmil"]
+
+
+def model_of(name: str, **options) -> MHIM:
+    torch.manual_seed(1)
+    return build(name, 6, 2, dropout=0.0, **SMALL[name] | options)
+
+
+def test_published_settings():
+    """Of the authors' README for Camelyon16; TransMIL has its own."""
+    abmil, transmil = build("mhim_abmil", 6, 2), build("mhim_transmil", 6, 2)
+    assert (abmil.random, abmil.low, abmil.high, abmil.high_share) == (0.5, 0.0, (0.01, 0.0), 0.5)
+    assert (transmil.random, transmil.low, transmil.high, transmil.high_share) == (0.0, 0.8, (0.03, 0.0), 0.5)
+    assert abmil.ema == (0.9999, 0.9999) and transmil.ema == (0.9999, 1.0)
+    assert abmil.alpha == transmil.alpha == 0.1 and abmil.temperature == 0.1
+
+
+def test_masks_are_counted_from_the_attention():
+    scores = torch.arange(40.0)[None] / 40  # tile n has attention n / 40
+    for _ in range(5):
+        random = ~keep_mask(scores, 0.3, 0.0, 0.0, 1.0)
+        assert int(random.sum()) == 12
+        low = ~keep_mask(scores, 0.0, 0.22, 0.0, 1.0)
+        assert torch.nonzero(low).flatten().tolist() == list(range(9))  # ceil(8.8)
+        high = ~keep_mask(scores, 0.0, 0.0, 0.1, 0.5)  # half of the ceil(40 * 0.1 / 0.5) = 8 highest
+        assert int(high.sum()) == 4 and set(torch.nonzero(high).flatten().tolist()) <= set(range(32, 40))
+        every = ~keep_mask(scores, 0.0, 0.0, 0.1, 1.0)
+        assert torch.nonzero(every).flatten().tolist() == list(range(36, 40))
+        union = ~keep_mask(scores, 0.0, 0.1, 0.1, 1.0)
+        assert torch.nonzero(union).flatten().tolist() == [0, 1, 2, 3, 36, 37, 38, 39]
+        wide = ~keep_mask(scores, 0.0, 0.0, 0.6, 0.5)  # more than the share allows: any 60 %
+        assert int(wide.sum()) == 24
+    draws = {tuple(keep_mask(scores, 0.0, 0.0, 0.1, 0.5).tolist()) for _ in range(20)}
+    assert len(draws) > 5
+    assert keep_mask(scores, 1.0, 0.0, 0.0, 1.0).all()  # nothing would be left
+    assert keep_mask(scores[:, :1], 0.5, 0.0, 0.01, 0.5).tolist() == [True]
+
+
+def test_heads_vote():
+    scores = torch.tensor([[9.0, 8.0, 0.0, 1.0, 2.0], [0.0, 9.0, 8.0, 1.0, 2.0], [0.0, 9.0, 1.0, 2.0, 8.0]])
+    # tile 1 is in all three pairs of highest, 0, 2 and 4 in one each; of these 4 has the highest mean
+    assert ranked(scores, 2, largest=True).tolist() == [1, 4]
+    # lowest pairs: {2, 3}, {0, 3}, {0, 2}: two votes each for 0, 2 and 3, lowest means 3 (4/3) and then 0 and 2 (3)
+    assert ranked(scores, 2, largest=False).tolist()[0] == 3
+
+
+def test_loss_is_task_and_feature_loss(monkeypatch: pytest.MonkeyPatch):
+    for name in NAMES:
+        model = model_of(name).train()
+        for part in (model.student, model.teacher):
+            part.eval()  # no dropout inside the attention: the streams can be computed again
+        keep = torch.arange(20) % 3 != 0
+        monkeypatch.setattr(model, "kept", lambda scores, keep=keep: keep)
+        output = model(BAG, None, 1)
+        seen, judged = model.student.pool(model.student.embed(BAG[keep])), model.teacher.pool(model.teacher.embed(BAG))
+        parts = [w * cross_entropy(logits[None], torch.tensor([1])) for logits, w in seen.streams]
+        rows = []
+        for s, t in zip(seen.bag, judged.bag, strict=True):
+            aim = [math.exp(float(v.detach()) / 0.1) for v in t - t.max()]
+            rows.append(-sum(p / sum(aim) * v for p, v in zip(aim, torch.log_softmax(s, 0), strict=True)))
+        expected = sum(parts) + 0.1 * sum(rows) / len(rows)
+        torch.testing.assert_close(training_loss(output, 1), expected, rtol=1e-5, atol=1e-5)
+        assert not output.attention[~keep].any() and float(output.attention.sum()) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_tiles_are_ranked_by_the_teachers_first_layer(monkeypatch: pytest.MonkeyPatch):
+    model, heard = model_of("mhim_transmil").train(), []
+    with torch.no_grad():
+        for p in model.teacher.parameters():
+            p.add_(0.1 * torch.randn_like(p))  # no longer the student
+    model.teacher.eval()
+    monkeypatch.setattr(model, "kept", lambda scores: heard.append(scores) or torch.ones(20, dtype=torch.bool))
+    model(BAG, None, 1)
+    with torch.no_grad():
+        first, second = (model.teacher.pool(model.teacher.embed(BAG), layer=i).scores for i in (0, 1))
+        assert torch.equal(heard[0], first) and not torch.allclose(first, second, atol=1e-4)
+
+
+def test_feature_loss_is_lowest_for_the_teachers_own_shape():
+    teacher = torch.randn(2, 8)
+    assert feature_loss(teacher / 0.1, teacher, 0.1) < feature_loss(teacher.roll(1, dims=1) / 0.1, teacher, 0.1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_teacher_has_no_gradient_and_follows_the_student(name: str):
+    model = model_of(name, ema=0.9, ema_final=1.0).train()
+    start = {n: p.clone() for n, p in model.teacher.named_parameters()}
+    for n, p in model.student.named_parameters():
+        torch.testing.assert_close(p, start[n])  # they start alike
+    training_loss(model(BAG, None, 0), 0).backward()
+    assert all(p.grad is None for p in model.teacher.parameters())
+    with torch.no_grad():
+        for p in model.student.parameters():
+            p += 1.0
+    model.after_step(0.5)
+    for n, p in model.teacher.named_parameters():
+        torch.testing.assert_close(p.detach(), start[n] + 0.1)
+    model.after_step(1.0)  # taken half-way: the decay is (0.9 + 1) / 2
+    for n, p in model.teacher.named_parameters():
+        torch.testing.assert_close(p.detach(), start[n] + 0.1 + 0.05 * 0.9)
+    assert float(model.progress) == 1.0
+    assert {"progress"} | {f"teacher.{n}" for n in start} <= set(model.state_dict())
+
+
+def test_high_mask_fades_with_progress():
+    model, scores = model_of("mhim_abmil", random=0.0, high=0.2, high_share=1.0), torch.rand(1, 100)
+    counts = []
+    for done in (0.0, 0.5, 0.75, 1.0):
+        model.progress.fill_(done)
+        counts.append(int((~model.kept(scores)).sum()))
+    assert counts == [20, 10, 3, 0]  # ceil(100 * 0.2 * (1 + cos(pi done)) / 2)
+    assert cosine(0.9, 1.0, 0.0) == pytest.approx(0.9) and cosine(0.9, 1.0, 1.0) == 1.0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_inference_is_the_students(name: str):
+    model = model_of(name).eval()
+    for p in model.teacher.parameters():
+        p.fill_(torch.nan)
+    assert torch.equal(model(BAG, None, 1).logits, model.student(BAG).logits)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_start_from_a_plain_model(name: str):
+    model = model_of(name)
+    base, options = plain_model(name, SMALL[name])
+    assert options["hidden"] == 16 and isinstance(MODELS[name], partial) and MODELS[name].keywords["base"] == base
+    torch.manual_seed(9)
+    plain = build(base, 6, 2, **options)
+    head = model.student.head.weight.detach().clone()
+    model.start_from(plain.state_dict())
+    for n, w in plain.state_dict().items():
+        assert torch.equal(model.teacher.state_dict()[n], w)
+    assert torch.equal(model.student.embed[0].weight, plain.embed[0].weight) and torch.equal(model.student.head.weight, head)
+    with pytest.raises(UserError, match="plain model: weights of another architecture"):
+        model.start_from(build("mean", 6, 2).state_dict())
+
+
+def test_plain_models():
+    assert plain_model("mhim_dsmil", {}) == ("dsmil", {"hidden": 512})
+    assert plain_model("mhim_abmil", {"teacher_init": False}) is None and plain_model("abmil", {}) is None
+    assert plain_options("transmil", {"heads": 4, "low": 0.5}) == {"hidden": 512, "heads": 4}
+
+
+def test_shares_outside_0_to_1_are_refused():
+    with pytest.raises(UserError, match="low=1.5: expected a share"):
+        MHIM(6, 2, low=1.5)
+    with pytest.raises(UserError, match="high_share=0"):
+        MHIM(6, 2, high_share=0.0)

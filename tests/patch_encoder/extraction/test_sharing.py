@@ -1,0 +1,149 @@
+"""A cohort on several processes: shards without coordination, the script that starts them, and Ray with a worker that dies."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.cli import run
+from common.errors import UserError
+from patch_encoder import extract_features, tile_slides
+from patch_encoder.cohort.shards import Shard, bundles, tile_count
+from patch_encoder.extraction import ray_backend as ray_extraction
+from patch_encoder.extraction.tile_batches import SlideJob
+from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
+from tests.helpers import draw_slide, make_cohort, write_pyramid
+
+
+def job(name: str, tiles: int) -> SlideJob:
+    geometry = TileGeometry(name, 8, 8, 0, 8, 0.0, 0.0, 0.0, 8, 8)
+    return SlideJob(name, Path(name), Coordinates(np.zeros((tiles, 2), np.int64), geometry), None)
+
+
+JOBS = [job(f"S{index}", tiles) for index, tiles in enumerate((5, 90, 3, 40, 40, 2, 1))]
+
+
+def test_shards_part_a_cohort_by_size() -> None:
+    parts = [Shard.parse(f"{index}/3").of(JOBS) for index in (1, 2, 3)]
+    assert [[len(j.coordinates.coords) for j in part] for part in parts] == [[90, 5, 1], [40, 3], [40, 2]]
+    assert sorted(j.slide_id for part in parts for j in part) == sorted(j.slide_id for j in JOBS)
+    assert Shard.parse("2/3").of(JOBS[::-1]) == parts[1], "the order of the folder does not matter"
+    assert Shard.parse("").of(JOBS) == JOBS and Shard.parse("").name == "" and Shard.parse("2/3").name == "2-of-3"
+    for text in ("0/2", "3/2", "1", "a/b", "1/2/3", "-1/2"):
+        with pytest.raises(UserError, match="expected i/n"):
+            Shard.parse(text)
+
+
+def test_bundles_are_largest_first_and_small_slides_share_one() -> None:
+    found = [[len(j.coordinates.coords) for j in bundle] for bundle in bundles(JOBS, 6)]
+    assert found == [[90], [40], [40], [5, 3], [2, 1]]
+    assert len(bundles(JOBS, 1)) == len(JOBS)
+    assert tile_count(JOBS) == 181 and bundles([], 5) == []
+
+
+@pytest.fixture
+def cohort(tmp_path: Path) -> Path:
+    """A larger slide and three small ones, tiled at 32 px."""
+    root = make_cohort(tmp_path)
+    write_pyramid(root / "slides" / "S003.tiff", draw_slide(1024, seed=3))
+    (root / "labels.csv").write_text((root / "labels.csv").read_text() + "C3,S003,negative\n")
+    keys = ["tile_size=32", "tissue.mpp=2", "tissue.median=4", "tissue.closing=4", "tissue.min_area=50", "workers=1"]
+    assert run(tile_slides.main, tile_slides.Config, [f"slides={root}/slides", f"output={root}/tiles", *keys]) == 0
+    return root
+
+
+def keys(root: Path, *extra: str) -> list[str]:
+    base = [f"slides={root}/slides", f"coords={root}/tiles", f"output={root}/features", "encoder=stain_texture"]
+    return [*base, "device=cpu", "precision=fp32", "workers=0", "batch_size=16", *extra]
+
+
+def extract(root: Path, *extra: str) -> int:
+    return run(extract_features.main, extract_features.Config, keys(root, *extra))
+
+
+def as_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "stain_texture" / "h5_files").iterdir())}
+
+
+def environment(root: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ENV": "active", "PYTHON": sys.executable}
+
+
+def test_shards_keep_lists_of_their_own_and_the_whole_run_clears_them(cohort: Path) -> None:
+    folder = cohort / "features" / "mean_colour"
+    largest, smallest = cohort / "slides" / "S003.tiff", cohort / "slides" / "S000.tiff"  # one in each part
+    whole = largest.read_bytes(), smallest.read_bytes()
+    largest.write_bytes(whole[0][:500])
+    smallest.write_bytes(whole[1][:500])
+    (cohort / "tiles" / "coords" / "S001.h5").unlink()
+    assert [extract(cohort, "encoder=mean_colour", f"shard={i}/2") for i in (1, 2)] == [1, 1]
+    lists = {path.name: path.read_text() for path in folder.glob("failures*")}
+    assert sum(text.count("S001") > 0 for text in lists.values()) == 1, "what no part can do is listed once"
+    assert "S003" in lists["failures.1-of-2.csv"] and "failures.csv" not in lists
+    largest.write_bytes(whole[0])
+    smallest.write_bytes(whole[1])
+    assert extract(cohort, "encoder=mean_colour") == 1  # S001 still has no coordinates
+    assert [path.name for path in folder.glob("failures*")] == ["failures.csv"]
+
+
+def test_script_starts_a_process_a_gpu_and_takes_the_worst_status(cohort: Path, root: Path) -> None:
+    script = ["bash", str(root / "tools" / "preprocess" / "extract-features.sh")]
+    shared = environment(root) | {"GPUS": "2", "COORDS": f"{cohort}/tiles", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*script, *keys(cohort)], env=shared, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(re.findall(r"(\d) slides, 0 already done", done.stderr)) == ["2", "2"]
+    assert extract(cohort, f"output={cohort}/alone") == 0
+    assert as_bytes(cohort / "features") == as_bytes(cohort / "alone")
+    (cohort / "slides" / "S003.tiff").write_bytes(b"broken")
+    done = subprocess.run(
+        [*script, *keys(cohort, f"output={cohort}/again")], env=shared, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+
+
+def test_ray_that_is_not_there_is_one_line(
+    cohort: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert extract(cohort, "engine=ray") == 2
+    error = capsys.readouterr().err
+    assert "expected the package ray, found none; pip install" in error and error.count("\n") == 1
+    assert not (cohort / "features").exists()
+
+
+def test_workers_that_the_cluster_has_no_room_for_are_refused() -> None:
+    settings = ray_extraction.RaySettings("", 0, 4)
+    assert ray_extraction._worker_count({"CPU": 13.0}, settings, on_cuda=False) == 3
+    assert ray_extraction._worker_count({"CPU": 64.0, "GPU": 2.0}, settings, on_cuda=True) == 2
+    for resources, on_cuda in (({"CPU": 3.0}, False), ({"CPU": 64.0}, True)):
+        with pytest.raises(UserError, match="expected room for 1 workers of 4 CPUs"):
+            ray_extraction._worker_count(resources, settings, on_cuda=on_cuda)
+
+
+def test_a_worker_of_ray_that_is_killed_is_replaced_and_its_slide_done_again(cohort: Path, root: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is an optional dependency")
+    command = [sys.executable, "-m", "patch_encoder.extract_features", *keys(cohort, "batch_size=2")]
+    ray_keys = ["engine=ray", "ray_workers=2", "ray_cpus=1"]
+    process = subprocess.Popen([*command, *ray_keys], env=environment(root), stderr=subprocess.PIPE, text=True)
+    # the hidden file of the largest slide has its worker's process id in its name
+    part = cohort / "features" / "stain_texture" / "h5_files"
+    deadline = time.monotonic() + 300
+    while not (under_way := list(part.glob(".S003.h5.*.tmp"))) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert under_way, process.communicate()[1][-3000:]
+    os.kill(int(under_way[0].name.split(".")[-2]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+    assert "a worker died, its slides are done again: S003" in errors
+    assert "4 slides encoded, 0 failed" in errors
+    assert extract(cohort, f"output={cohort}/alone") == 0
+    assert as_bytes(cohort / "features") == as_bytes(cohort / "alone")
+    assert not [path for path in part.iterdir() if path.name.startswith(".")]
