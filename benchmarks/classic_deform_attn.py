@@ -1,7 +1,8 @@
-"""The classic CUDA kernels of multi-scale deformable attention (`csrc/classic_ms_deform_attn.cu`) as a torch function.
+"""The classic CUDA kernels of multi-scale deformable attention (`csrc/classic_ms_deform_attn.cu`)
+as a torch function.
 
-Built on first use by the machinery that builds the op itself, into the git-ignored `build/` beside this file; called
-through a plain C interface on raw pointers and the current stream.
+Built on first use by the machinery that builds the op itself, into the git-ignored `build/` beside
+this file; called through a plain C interface on raw pointers and the current stream.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ COUNTS = ("batch", "cells", "heads", "dim", "levels", "queries", "points")
 class Problem(ctypes.Structure):
     """`Call` of the CUDA source."""
 
-    _fields_ = [*((name, ctypes.c_void_p) for name in POINTERS), *((name, ctypes.c_int) for name in COUNTS)]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_int) for name in COUNTS),
+    ]
 
 
 def build_kernels(folder: Path = FOLDER, architectures: Sequence[str] = ()) -> ctypes.CDLL:
@@ -43,7 +47,11 @@ def build_kernels(folder: Path = FOLDER, architectures: Sequence[str] = ()) -> c
     if nvcc is None:
         raise UserError(f"the kernels of the benchmark cannot be built: {reason}")
     command = cuda_command(nvcc, list(architectures))
-    build(folder, "benchmark", [Unit(source, command) for source in sorted((folder / "csrc").glob("*.cu"))])
+    build(
+        folder,
+        "benchmark",
+        [Unit(source, command) for source in sorted((folder / "csrc").glob("*.cu"))],
+    )
     return load_kernels(library_path(folder, "benchmark"))
 
 
@@ -61,7 +69,9 @@ def launch(library: ctypes.CDLL, function: str, like: Tensor, *arguments: Any) -
         RuntimeError: CUDA refused the launch.
     """
     stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
-    pointers = [ctypes.c_void_p(item.data_ptr()) if isinstance(item, Tensor) else item for item in arguments]
+    pointers = [
+        ctypes.c_void_p(item.data_ptr()) if isinstance(item, Tensor) else item for item in arguments
+    ]
     with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
         status = getattr(library, function)(*pointers, ctypes.c_void_p(stream))
     if status:
@@ -69,9 +79,13 @@ def launch(library: ctypes.CDLL, function: str, like: Tensor, *arguments: Any) -
 
 
 class ClassicAttention:
-    """Value (N, S, M, D), locations (N, Q, M, L*P, 2), weights (N, Q, M, L*P) -> (N, Q, M * D), float32, all contiguous."""
+    """Value (N, S, M, D), locations (N, Q, M, L*P, 2), weights (N, Q, M, L*P) -> (N, Q, M * D),
+    float32, all contiguous.
+    """
 
-    def __init__(self, library: ctypes.CDLL, levels: Sequence[tuple[int, int]], points: int, device: str) -> None:
+    def __init__(
+        self, library: ctypes.CDLL, levels: Sequence[tuple[int, int]], points: int, device: str
+    ) -> None:
         """`points` on each of the `levels` (H, W)."""
         self.library, self.points = library, points
         self.shapes = torch.tensor(levels, dtype=torch.int64)
@@ -89,7 +103,9 @@ class ClassicAttention:
         launch(self.library, "classic_forward", value, ctypes.byref(problem), out)
         return out
 
-    def backward(self, grad_out: Tensor, value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, grad_out: Tensor, value: Tensor, locations: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Zeros and one launch."""
         problem, grad_out = self._problem(value, locations, weights), grad_out.contiguous()
         grads = torch.zeros_like(value), torch.empty_like(locations), torch.empty_like(weights)
@@ -108,7 +124,9 @@ class ClassicAttention:
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, locations: Tensor, weights: Tensor, op: ClassicAttention) -> Tensor:
+    def forward(
+        ctx: Any, value: Tensor, locations: Tensor, weights: Tensor, op: ClassicAttention
+    ) -> Tensor:
         ctx.op = op
         ctx.save_for_backward(value, locations, weights)
         return op.forward(value, locations, weights)

@@ -1,7 +1,7 @@
 """Times on a CUDA device, the bandwidths that it reaches in the same run, and what the machine is.
 
-Calls are timed with events behind a kernel that keeps the device busy while they are queued: the time is that of the device
-from the first call's start to the last one's end, without the host's.
+Calls are timed with events behind a kernel that keeps the device busy while they are queued: the
+time is that of the device from the first call's start to the last one's end, without the host's.
 """
 
 from __future__ import annotations
@@ -27,14 +27,19 @@ class EventClock:
     """Milliseconds of one call, the mean over `iterations` calls in a row."""
 
     def __init__(self, iterations: int, flush: bool) -> None:
-        """With `flush`, a buffer of twice the L2 cache is overwritten before every call; else the caches are warm."""
+        """With `flush`, a buffer of twice the L2 cache is overwritten before every call; else the
+        caches are warm.
+        """
         self.iterations = iterations
         size = 2 * torch.cuda.get_device_properties().L2_cache_size
         self.buffer = torch.empty(size, dtype=torch.uint8, device="cuda") if flush else None
 
     def __call__(self, call: Call) -> float:
         runs, calls = (self.iterations, 1) if self.buffer is not None else (1, self.iterations)
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(runs)]
+        events = [
+            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            for _ in range(runs)
+        ]
         call()
         torch.cuda._sleep(QUEUE_CYCLES)
         for start, end in events:
@@ -93,7 +98,9 @@ def machine() -> dict[str, str | int]:
 
 
 def driver() -> dict[str, str]:
-    """What nvidia-smi says of the current device; empty where it is not there or does not answer."""
+    """What nvidia-smi says of the current device; empty where it is not there or does not
+    answer.
+    """
     if not shutil.which("nvidia-smi"):
         return {}
     command = [

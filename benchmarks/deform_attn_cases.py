@@ -1,8 +1,9 @@
-"""Multi-scale deformable attention as the benchmark calls it: inputs, the op, the `grid_sample` form, rounds of both.
+"""Multi-scale deformable attention as the benchmark calls it: inputs, the op, the `grid_sample`
+form, rounds of both.
 
-Shapes: the encoder of Deformable DETR on an 800 x 1066 image (batch 2, levels 100x134 ... 13x17, 8 heads of 32 channels, 4
-points) and its decoder (300 queries). Locations: `local` as a trained encoder has them (a normal of 3 cells around the query),
-`uniform` anywhere.
+Shapes: the encoder of Deformable DETR on an 800 x 1066 image (batch 2, levels 100x134 ... 13x17, 8
+heads of 32 channels, 4 points) and its decoder (300 queries). Locations: `local` as a trained
+encoder has them (a normal of 3 cells around the query), `uniform` anywhere.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def make_inputs(shape: str, offsets: str, device: str) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     cells = sum(height * width for height, width in LEVELS)
     if shape == "encoder":  # every cell is a query
-        centres = torch.cat([_centres(height, width) for height, width in LEVELS]).expand(BATCH, -1, -1)
+        centres = torch.cat([_centres(height, width) for height, width in LEVELS]).expand(
+            BATCH, -1, -1
+        )
     else:
         centres = torch.rand(BATCH, 300, 2, generator=generator)
     size = (BATCH, centres.shape[1], HEADS, len(LEVELS), POINTS)
@@ -37,7 +40,9 @@ def make_inputs(shape: str, offsets: str, device: str) -> Inputs:
         locations = torch.rand(*size, 2, generator=generator)
     else:
         sizes = torch.tensor([(width, height) for height, width in LEVELS])[:, None]  # (L, 1, 2)
-        locations = centres[:, :, None, None, None] + 3 * torch.randn(*size, 2, generator=generator) / sizes
+        locations = (
+            centres[:, :, None, None, None] + 3 * torch.randn(*size, 2, generator=generator) / sizes
+        )
     weights = torch.randn(size, generator=generator).flatten(3).softmax(-1)
     value = torch.randn(BATCH, cells, HEADS, DIM, generator=generator)
     return value.to(device), locations.flatten(3, 4).to(device), weights.to(device)
@@ -82,8 +87,12 @@ def contestant(function: Op, inputs: Inputs, what: str) -> Call:
     return backward
 
 
-def compare(contestants: dict[str, Call], clock: Callable[[Call], float], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each over rounds in which all take turns, after one round that does not count."""
+def compare(
+    contestants: dict[str, Call], clock: Callable[[Call], float], rounds: int
+) -> dict[str, float]:
+    """Median milliseconds of each over rounds in which all take turns, after one round that does
+    not count.
+    """
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for round_ in range(rounds + 1):
         for name, call in contestants.items():

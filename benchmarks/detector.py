@@ -1,10 +1,12 @@
-"""The whole detector against transformers' Deformable DETR: same architecture, same weights, interleaved in one process.
+"""The whole detector against transformers' Deformable DETR: same architecture, same weights,
+interleaved in one process.
 
     python benchmarks/detector.py [--device cuda] [--side 800] [--json]
 
-Two passes of the published model (ResNet-50, 6 + 6 layers, 300 queries) over one image with 20 boxes: inference, and a training
-step without the optimiser (forward, matching, losses of all layers, backward). Figures are medians over rounds; in a round each
-contestant runs once. Losses are not equal (transformers weighs classes by 1, not 2), their cost is.
+Two passes of the published model (ResNet-50, 6 + 6 layers, 300 queries) over one image with 20
+boxes: inference, and a training step without the optimiser (forward, matching, losses of all
+layers, backward). Figures are medians over rounds; in a round each contestant runs once. Losses are
+not equal (transformers weighs classes by 1, not 2), their cost is.
 """
 
 from __future__ import annotations
@@ -36,15 +38,23 @@ CLASSES, BOXES = 10, 20
 
 def transformers_model() -> DeformableDetrForObjectDetection:
     """transformers' model with random weights."""
-    backbone = TimmBackboneConfig(backbone="resnet50", out_indices=[2, 3, 4], use_pretrained_backbone=False)
-    return DeformableDetrForObjectDetection(DeformableDetrConfig(backbone_config=backbone, num_labels=CLASSES))
+    backbone = TimmBackboneConfig(
+        backbone="resnet50", out_indices=[2, 3, 4], use_pretrained_backbone=False
+    )
+    return DeformableDetrForObjectDetection(
+        DeformableDetrConfig(backbone_config=backbone, num_labels=CLASSES)
+    )
 
 
 def our_model(theirs: DeformableDetrForObjectDetection) -> DeformableDETR:
     """Ours with the same weights."""
     model = DeformableDETR(Backbone("resnet50", "frozen"), CLASSES, Architecture())
     prefix = "model.backbone.model."
-    weights = {f"backbone.{name.removeprefix(prefix)}": v for name, v in theirs.state_dict().items() if name.startswith(prefix)}
+    weights = {
+        f"backbone.{name.removeprefix(prefix)}": v
+        for name, v in theirs.state_dict().items()
+        if name.startswith(prefix)
+    }
     model.load_state_dict(from_huggingface(theirs.state_dict()) | weights, strict=True)
     return model
 
@@ -66,7 +76,10 @@ def contestants(side: int, device: torch.device) -> dict[str, dict[str, Callable
     ours = our_model(theirs).to(device)
     theirs.to(device)
     batch = make_batch(side, device)
-    mask, annotations = (~batch.padding).long(), [{"class_labels": batch.labels[0], "boxes": batch.boxes[0]}]
+    mask, annotations = (
+        (~batch.padding).long(),
+        [{"class_labels": batch.labels[0], "boxes": batch.boxes[0]}],
+    )
 
     def our_inference() -> Tensor:
         with torch.inference_mode():
@@ -99,7 +112,9 @@ def backward(model: nn.Module, loss: Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--side", type=int, default=800, help="short side of the image, px")
@@ -123,11 +138,23 @@ def main() -> None:
         medians = {who: statistics.median(values) for who, values in times.items()}
         rows.append({"pass": name, **medians, "ratio": medians["transformers"] / medians["ours"]})
     if arguments.json:
-        print(json.dumps({"threads": arguments.threads, "torch": torch.__version__, "side": arguments.side, "rows": rows}))
+        print(
+            json.dumps(
+                {
+                    "threads": arguments.threads,
+                    "torch": torch.__version__,
+                    "side": arguments.side,
+                    "rows": rows,
+                }
+            )
+        )
         return
     print(f"{'pass':14} {'transformers':>14} {'ours':>12} {'ratio':>7}")
     for row in rows:
-        print(f"{row['pass']:14} {row['transformers']:11.0f} ms {row['ours']:9.0f} ms {row['ratio']:6.2f}x")
+        print(
+            f"{row['pass']:14} {row['transformers']:11.0f} ms {row['ours']:9.0f} ms "
+            f"{row['ratio']:6.2f}x"
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Reading a distillation set: a folder of jpg + pt pairs against one packed file, interleaved in one process.
+"""Reading a distillation set: a folder of jpg + pt pairs against one packed file, interleaved in
+one process.
 
     python benchmarks/distillation_data.py --pairs 2000 --workers 2 [--json]
 
-Says for both forms: files, MiB, seconds until every pair is checked, and tiles a second of the training loader (medians of
-rounds; files are in the system's cache, which a cold or a distant disk has not). `bytes only` leaves decoding out.
+Says for both forms: files, MiB, seconds until every pair is checked, and tiles a second of the
+training loader (medians of rounds; files are in the system's cache, which a cold or a distant disk
+has not). `bytes only` leaves decoding out.
 """
 
 from __future__ import annotations
@@ -43,11 +45,19 @@ def render(root: Path, pairs: int) -> None:
         folder = root / "wsi_root" / slide
         folder.mkdir(parents=True, exist_ok=True)
         y, x = rng.integers(0, 40, 2)
-        field = Image.fromarray(base[y : y + TILE // 8, x : x + TILE // 8]).resize((TILE, TILE), Image.Resampling.BICUBIC)
+        field = Image.fromarray(base[y : y + TILE // 8, x : x + TILE // 8]).resize(
+            (TILE, TILE), Image.Resampling.BICUBIC
+        )
         field.save(folder / f"{patch}.jpg", quality=95, subsampling=0)
-        torch.save(torch.from_numpy(rng.normal(size=DIM).astype(np.float32)), folder / f"{patch}.pt")
-        images.append({"id": index + 1, "file_name": f"{slide}/{patch}.jpg", "width": TILE, "height": TILE})
-    write_json(root / "ann_root" / "ann.json", {"images": images, "annotations": [], "categories": []})
+        torch.save(
+            torch.from_numpy(rng.normal(size=DIM).astype(np.float32)), folder / f"{patch}.pt"
+        )
+        images.append(
+            {"id": index + 1, "file_name": f"{slide}/{patch}.jpg", "width": TILE, "height": TILE}
+        )
+    write_json(
+        root / "ann_root" / "ann.json", {"images": images, "annotations": [], "categories": []}
+    )
 
 
 def pack(root: Path, output: Path) -> None:
@@ -62,7 +72,10 @@ def loaded(pairs: list[Pair], workers: int, batch: int) -> int:
     """Tiles that the training loader gave, flips and turns included."""
     tiles = DistillationTiles(pairs, augment=True, seed=0)
     order = torch.Generator().manual_seed(0)
-    return sum(len(batch) for batch, _ in DataLoader(tiles, batch, shuffle=True, generator=order, num_workers=workers))
+    return sum(
+        len(batch)
+        for batch, _ in DataLoader(tiles, batch, shuffle=True, generator=order, num_workers=workers)
+    )
 
 
 def bytes_only(pairs: list[Pair]) -> int:
@@ -73,7 +86,9 @@ def bytes_only(pairs: list[Pair]) -> int:
 
 
 def cpu_seconds() -> float:
-    """Of this process and of workers that have ended: what other jobs of the machine do not change."""
+    """Of this process and of workers that have ended: what other jobs of the machine do not
+    change.
+    """
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
@@ -95,17 +110,29 @@ def one_round(path: Path, a: argparse.Namespace) -> tuple[dict[str, float], str]
     return found, pairs_digest(pairs)
 
 
-def measure(sources: dict[str, Path], a: argparse.Namespace) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """({form: {what: figure}}, {what: packed / folder}): medians over rounds, ratios within a round."""
+def measure(
+    sources: dict[str, Path], a: argparse.Namespace
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """({form: {what: figure}}, {what: packed / folder}): medians over rounds, ratios within a
+    round.
+    """
     rounds: list[dict[str, dict[str, float]]] = []
     for number in range(a.rounds):
         order = list(sources) if number % 2 else list(sources)[::-1]
         results = {form: one_round(sources[form], a) for form in order}
-        assert len({digest for _, digest in results.values()}) == 1, "both forms hold the same pairs"
+        assert len({digest for _, digest in results.values()}) == 1, (
+            "both forms hold the same pairs"
+        )
         rounds.append({form: found for form, (found, _) in results.items()})
     names = list(rounds[0]["folder"])
-    medians = {form: {name: statistics.median(r[form][name] for r in rounds) for name in names} for form in sources}
-    return medians, {name: statistics.median(r["packed"][name] / r["folder"][name] for r in rounds) for name in names}
+    medians = {
+        form: {name: statistics.median(r[form][name] for r in rounds) for name in names}
+        for form in sources
+    }
+    return medians, {
+        name: statistics.median(r["packed"][name] / r["folder"][name] for r in rounds)
+        for name in names
+    }
 
 
 def on_disk(path: Path) -> dict[str, float]:
@@ -115,10 +142,16 @@ def on_disk(path: Path) -> dict[str, float]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, default in (("pairs", 2000), ("batch", 40), ("rounds", 3), ("workers", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--cache", type=Path, default=Path(__file__).resolve().parents[1] / "runs" / "benchmark_distillation")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path(__file__).resolve().parents[1] / "runs" / "benchmark_distillation",
+    )
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
@@ -135,11 +168,20 @@ def main() -> None:
     ratios = {name: disk["packed"][name] / disk["folder"][name] for name in disk["folder"]} | ratios
     shutil.rmtree(a.cache, ignore_errors=True)
     if a.json:
-        print(json.dumps(found | {"packed / folder": ratios} | {"pairs": a.pairs, "workers": a.workers, "batch": a.batch}))
+        print(
+            json.dumps(
+                found
+                | {"packed / folder": ratios}
+                | {"pairs": a.pairs, "workers": a.workers, "batch": a.batch}
+            )
+        )
         return
     print(f"{a.pairs} pairs, tiles of {TILE} px, D = {DIM}, {a.workers} workers, {a.rounds} rounds")
     for name, ratio in ratios.items():
-        print(f"  {name:24} folder {found['folder'][name]:10.2f}   packed {found['packed'][name]:10.2f}   ratio {ratio:8.4f}")
+        print(
+            f"  {name:24} folder {found['folder'][name]:10.2f}   packed "
+            f"{found['packed'][name]:10.2f}   ratio {ratio:8.4f}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Feature extraction: read alone, network alone and end to end, and a loop of the classic design, interleaved in one process.
+"""Feature extraction: read alone, network alone and end to end, and a loop of the classic design,
+interleaved in one process.
 
     python benchmarks/extraction.py [--device cpu] [--tiles 96] [--compile] [--json]
 
-ResNet-50 up to layer3 (random weights), tiles of 256 px resized to 224, from a slide of 20,000 x 20,000 px (JPEG tiles,
-rendered once into `--cache`) and from a tile folder. The classic loop is CLAM's design: fp32, coordinates file and slide opened
-for every tile, float32 normalised in the workers, one HDF5 append a batch. In a round every contestant runs once; figures are
-medians over rounds, ratios medians of the rounds' ratios. Memory: peak of a process of its own for some tiles and for ten times
-as many.
+ResNet-50 up to layer3 (random weights), tiles of 256 px resized to 224, from a slide of 20,000 x
+20,000 px (JPEG tiles, rendered once into `--cache`) and from a tile folder. The classic loop is
+CLAM's design: fp32, coordinates file and slide opened for every tile, float32 normalised in the
+workers, one HDF5 append a batch. In a round every contestant runs once; figures are medians over
+rounds, ratios medians of the rounds' ratios. Memory: peak of a process of its own for some tiles
+and for ten times as many.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ def texture() -> np.ndarray:
     rng = np.random.default_rng(0)
     field = np.zeros((2048, 2048))
     for cells, weight in ((16, 0.4), (128, 0.4), (512, 0.2)):
-        noise = Image.fromarray(rng.random((cells, cells), np.float32)).resize((2048, 2048), Image.Resampling.BICUBIC)
+        noise = Image.fromarray(rng.random((cells, cells), np.float32)).resize(
+            (2048, 2048), Image.Resampling.BICUBIC
+        )
         field += weight * np.asarray(noise)
     share = np.clip((field - 0.35) / 0.3, 0, 1)[..., None]
     return (share * (90, 50, 140) + (1 - share) * (235, 190, 220)).astype(np.uint8)
@@ -67,14 +71,18 @@ def tiles_of(block: np.ndarray, count: int) -> Iterator[np.ndarray]:
 
 
 def render(cache: Path, tiles: int) -> dict[str, SlideJob]:
-    """The slide and the tile folder, drawn where they are not there yet; `tiles` of each, spread over the slide."""
+    """The slide and the tile folder, drawn where they are not there yet; `tiles` of each, spread
+    over the slide.
+    """
     slide, folder, across = cache / "slide.tiff", cache / "folder", -(-SIDE // TILE)
     if not slide.is_file():
         cache.mkdir(parents=True, exist_ok=True)
         with tifffile.TiffWriter(cache / "part.tiff", bigtiff=True) as writer:
             writer.write(
-                tiles_of(texture(), across**2), shape=(SIDE, SIDE, 3), dtype=np.uint8, tile=(TILE, TILE), compression="jpeg",
-                compressionargs={"level": 80}, photometric="rgb", resolution=(20000, 20000), resolutionunit="CENTIMETER",
+                tiles_of(texture(), across**2), shape=(SIDE, SIDE, 3), dtype=np.uint8,
+                tile=(TILE, TILE), compression="jpeg",
+                compressionargs={"level": 80}, photometric="rgb", resolution=(20000, 20000),
+                resolutionunit="CENTIMETER",
             )  # fmt: skip
         (cache / "part.tiff").rename(slide)
     if len(list(folder.glob("*.jpg"))) < tiles:
@@ -90,7 +98,9 @@ def render(cache: Path, tiles: int) -> dict[str, SlideJob]:
     for path, coords in corners.items():
         across, down = (SIDE, SIDE) if path is slide else (coords.max(0) + TILE).tolist()
         geometry = TileGeometry(path.stem, TILE, TILE, 0, TILE, 0.5, 0.5, 0.0, across, down)
-        jobs["slide" if path is slide else "tile folder"] = SlideJob(path.stem, path, Coordinates(coords, geometry), 0.5)
+        jobs["slide" if path is slide else "tile folder"] = SlideJob(
+            path.stem, path, Coordinates(coords, geometry), 0.5
+        )
     return jobs
 
 
@@ -116,7 +126,9 @@ class ClassicTiles(Dataset):
         return (scaled - self.mean) / self.std, np.array([x, y])
 
 
-def classic(network: nn.Module, job: SlideJob, coordinates: Path, output: Path, a: argparse.Namespace) -> None:
+def classic(
+    network: nn.Module, job: SlideJob, coordinates: Path, output: Path, a: argparse.Namespace
+) -> None:
     """The classic loop."""
     output.unlink(missing_ok=True)
     loader = DataLoader(ClassicTiles(job.path, coordinates), a.batch, num_workers=a.workers)
@@ -126,26 +138,43 @@ def classic(network: nn.Module, job: SlideJob, coordinates: Path, output: Path, 
             with h5py.File(output, "a") as file:
                 for name, rows in (("features", features), ("coords", corners.numpy())):
                     if name not in file:
-                        file.create_dataset(name, data=rows, maxshape=(None, rows.shape[1]), chunks=(1, rows.shape[1]))
+                        file.create_dataset(
+                            name,
+                            data=rows,
+                            maxshape=(None, rows.shape[1]),
+                            chunks=(1, rows.shape[1]),
+                        )
                     else:
                         file[name].resize(len(file[name]) + len(rows), axis=0)
                         file[name][-len(rows) :] = rows
 
 
-def contestants(encoder: Encoder, jobs: dict[str, SlideJob], a: argparse.Namespace) -> dict[str, Callable[[], int]]:
+def contestants(
+    encoder: Encoder, jobs: dict[str, SlideJob], a: argparse.Namespace
+) -> dict[str, Callable[[], int]]:
     """{name: run}, each gives the number of tiles it went over."""
     device, work, calls = torch.device(a.device), a.cache / "out", {}
     pixels = torch.randint(0, 255, (a.batch, 3, INPUT, INPUT), dtype=torch.uint8)
-    kinds = [(p, compiler) for p in a.precisions for compiler in ("", *(["inductor"] if a.compile else []))]
+    kinds = [
+        (p, compiler)
+        for p in a.precisions
+        for compiler in ("", *(["inductor"] if a.compile else []))
+    ]
     slow = copy.deepcopy(encoder.model.network).to(device)
 
     def settings(precision: str, compiler: str = "") -> ExtractSettings:
         return ExtractSettings(device, precision, a.batch, a.workers, compiler=compiler)
 
     def read(job: SlideJob) -> int:
-        many = replace(job, coordinates=Coordinates(np.tile(job.coordinates.coords, (8, 1)), job.coordinates.geometry))
+        many = replace(
+            job,
+            coordinates=Coordinates(
+                np.tile(job.coordinates.coords, (8, 1)), job.coordinates.geometry
+            ),
+        )
         return sum(
-            sum(n for _, n in b.counted) for b in tile_batches(TileSequence([many], encoder.transform), settings("fp32"))
+            sum(n for _, n in b.counted)
+            for b in tile_batches(TileSequence([many], encoder.transform), settings("fp32"))
         )
 
     def model(network: Network) -> int:
@@ -155,7 +184,9 @@ def contestants(encoder: Encoder, jobs: dict[str, SlideJob], a: argparse.Namespa
 
     def whole(job: SlideJob, precision: str, network: Network) -> int:
         shutil.rmtree(work, ignore_errors=True)
-        report = encode_slides([job], encoder, work, settings(precision), show=False, network=network)
+        report = encode_slides(
+            [job], encoder, work, settings(precision), show=False, network=network
+        )
         assert not report.failures, report.failures
         return report.tiles
 
@@ -170,7 +201,9 @@ def contestants(encoder: Encoder, jobs: dict[str, SlideJob], a: argparse.Namespa
         network = Network(copy.deepcopy(encoder.model), device, precision, a.batch, compiler)
         calls[f"model {label}"] = lambda network=network: model(network)
         for name, job in jobs.items():
-            calls[f"{name} end to end {label}"] = lambda job=job, p=precision, n=network: whole(job, p, n)
+            calls[f"{name} end to end {label}"] = lambda job=job, p=precision, n=network: whole(
+                job, p, n
+            )
     for name, job in jobs.items():
         calls[f"{name} read"] = lambda job=job: read(job)
     return calls | {"slide classic": lambda: old(jobs["slide"])}
@@ -185,14 +218,19 @@ def ratios(rounds: list[dict[str, float]]) -> dict[str, float]:
             parts = [r[name] / min(r[f"{source} read"], r[f"model {kind}"]) for r in rounds]
             out[f"{source} {kind}: end to end / smaller part"] = statistics.median(parts)
             if source == "slide":
-                out[f"slide: {kind} / classic"] = statistics.median(r[name] / r["slide classic"] for r in rounds)
+                out[f"slide: {kind} / classic"] = statistics.median(
+                    r[name] / r["slide classic"] for r in rounds
+                )
     return out
 
 
 def peak_memory(tiles: int, cache: Path) -> int:
     """Bytes, of a fresh process that encodes a slide of so many tiles to 1024 numbers each."""
     done = subprocess.run(
-        [sys.executable, __file__, "--peak", str(tiles), "--cache", str(cache)], capture_output=True, text=True, check=True
+        [sys.executable, __file__, "--peak", str(tiles), "--cache", str(cache)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return int(done.stdout.split()[-1])
 
@@ -208,7 +246,13 @@ def run_for_peak(tiles: int, cache: Path) -> None:
     Image.fromarray(texture()[:TILE, :TILE]).save(folder / "0_0.jpg")
     geometry = TileGeometry("one", TILE, TILE, 0, TILE, 0.5, 0.5, 0.0, TILE, TILE)
     job = SlideJob("one", folder, Coordinates(np.zeros((tiles, 2), np.int64), geometry), 0.5)
-    report = encode_slides([job], encoder, cache / "peak", ExtractSettings(torch.device("cpu"), "fp32", 64, 1), show=False)
+    report = encode_slides(
+        [job],
+        encoder,
+        cache / "peak",
+        ExtractSettings(torch.device("cpu"), "fp32", 64, 1),
+        show=False,
+    )
     assert not report.failures, report.failures
     print(own_peak() + 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
@@ -224,13 +268,28 @@ def verdicts(found: dict[str, float]) -> dict[str, bool]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("tiles", 96), ("batch", 32), ("rounds", 3), ("workers", 2), ("threads", 2), ("peak", 0)):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in (
+        ("tiles", 96),
+        ("batch", 32),
+        ("rounds", 3),
+        ("workers", 2),
+        ("threads", 2),
+        ("peak", 0),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
-    parser.add_argument("--compile", action="store_true", help="the compiled network as well (a minute or two each)")
-    parser.add_argument("--cache", type=Path, default=Path(__file__).resolve().parents[1] / "runs" / "benchmark_extraction")
+    parser.add_argument(
+        "--compile", action="store_true", help="the compiled network as well (a minute or two each)"
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path(__file__).resolve().parents[1] / "runs" / "benchmark_extraction",
+    )
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
@@ -243,7 +302,10 @@ def main() -> None:
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
     calls = contestants(build_encoder("resnet50", weights="random"), render(a.cache, a.tiles), a)
-    for name, call in calls.items():  # warm up: networks are folded and compiled, files come into the cache
+    for (
+        name,
+        call,
+    ) in calls.items():  # warm up: networks are folded and compiled, files come into the cache
         if not name.endswith("classic"):
             call()
     rounds: list[dict[str, float]] = []
@@ -253,14 +315,24 @@ def main() -> None:
             start = time.perf_counter()
             rates[name] = call() / (time.perf_counter() - start)
         rounds.append(rates)
-    found = ratios(rounds) | {"memory, 10x the tiles": peak_memory(20_000, a.cache) / peak_memory(2_000, a.cache)}
+    found = ratios(rounds) | {
+        "memory, 10x the tiles": peak_memory(20_000, a.cache) / peak_memory(2_000, a.cache)
+    }
     medians = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
     amx = bool(torch.cpu._is_amx_tile_supported())
     if a.json:
-        print(json.dumps({"tiles_per_second": medians, "ratios": found, "met": verdicts(found), "amx": amx} | asdict_of(a)))
+        print(
+            json.dumps(
+                {"tiles_per_second": medians, "ratios": found, "met": verdicts(found), "amx": amx}
+                | asdict_of(a)
+            )
+        )
         return
     cpu = "AMX" if amx else "no AMX"
-    print(f"{a.device}, {a.threads} threads, {a.workers} workers, {cpu}; {a.tiles} tiles a contestant, {a.rounds} rounds")
+    print(
+        f"{a.device}, {a.threads} threads, {a.workers} workers, {cpu}; {a.tiles} tiles a "
+        f"contestant, {a.rounds} rounds"
+    )
     for name, rate in medians.items():
         print(f"  {name:36} {rate:8.1f} tiles/s")
     for name, value in found.items():
@@ -270,7 +342,9 @@ def main() -> None:
 
 def asdict_of(a: argparse.Namespace) -> dict[str, object]:
     """The arguments, for --json."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(a).items()}
+    return {
+        name: str(value) if isinstance(value, Path) else value for name, value in vars(a).items()
+    }
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Hungarian matching of a crowded batch: ours against the published form, interleaved in one process.
+"""Hungarian matching of a crowded batch: ours against the published form, interleaved in one
+process.
 
     python benchmarks/matching.py [--queries 1000 --boxes 500 --batch 8 --layers 6]
 
-The published form (DETR, Deformable DETR) computes the cost of every prediction of the batch with every box of the batch,
-layer by layer, and solves image by image on slices of it. Ours computes costs within images, all layers at once, sends them
-to the host in one transfer with the boxes as rows, and solves on all cores.
+The published form (DETR, Deformable DETR) computes the cost of every prediction of the batch with
+every box of the batch, layer by layer, and solves image by image on slices of it. Ours computes
+costs within images, all layers at once, sends them to the host in one transfer with the boxes as
+rows, and solves on all cores.
 """
 
 from __future__ import annotations
@@ -37,7 +39,11 @@ def published(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list
         negative = (1 - ALPHA) * probability**GAMMA * -(1 - probability + 1e-8).log()
         positive = ALPHA * (1 - probability) ** GAMMA * -(probability + 1e-8).log()
         overlap = generalized_iou(cxcywh_to_xyxy(found)[:, None], cxcywh_to_xyxy(all_targets)[None])
-        cost = 2 * (positive - negative)[:, all_labels] + 5 * torch.cdist(found, all_targets, p=1) - 2 * overlap
+        cost = (
+            2 * (positive - negative)[:, all_labels]
+            + 5 * torch.cdist(found, all_targets, p=1)
+            - 2 * overlap
+        )
         cost = cost.view(*logits.shape[1:3], -1).cpu()
         for image, part in enumerate(cost.split(counts, -1)):
             linear_sum_assignment(part[image])
@@ -50,8 +56,17 @@ def clock(call: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("queries", 1000), ("boxes", 500), ("batch", 8), ("layers", 6), ("rounds", 3), ("classes", 10)):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in (
+        ("queries", 1000),
+        ("boxes", 500),
+        ("batch", 8),
+        ("layers", 6),
+        ("rounds", 3),
+        ("classes", 10),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu")
     a = parser.parse_args()
@@ -66,7 +81,10 @@ def main() -> None:
         times["published"].append(clock(lambda: published(*arguments)))
         times["ours"].append(clock(lambda: match(*arguments)))
     medians = {name: statistics.median(values) for name, values in times.items()}
-    print(f"{a.queries} queries x {a.boxes} boxes x batch {a.batch} x {a.layers} layers on {a.device}:")
+    print(
+        f"{a.queries} queries x {a.boxes} boxes x batch {a.batch} x {a.layers} layers on "
+        f"{a.device}:"
+    )
     for name, seconds in medians.items():
         print(f"  {name:10} {1e3 * seconds:8.0f} ms   {medians['published'] / seconds:5.1f}x")
 

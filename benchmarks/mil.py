@@ -1,14 +1,18 @@
-"""Slide classifiers: bags a second by model and bag size, against a classic one-bag loop, interleaved in one process.
+"""Slide classifiers: bags a second by model and bag size, against a classic one-bag loop,
+interleaved in one process.
 
-    python benchmarks/mil.py --memory --stream 1000000      every model, bags of 1,000, 10,000 and 100,000 tiles
-    ... --models abmil clam_sb --tiles 1000 --json          less of it; the figures for a machine
+    python benchmarks/mil.py --memory --stream 1000000      every model, bags of 1,000, 10,000 and
+    100,000 tiles ... --models abmil clam_sb --tiles 1000 --json          less of it; the figures
+    for a machine
 
-Features of 1,024 numbers in half precision, one `.h5` a bag, random. The classic loop is CLAM's design: a DataLoader
-without workers opens the file for every bag, makes float32 of it, batches of one, one optimiser step each; the model is
-the same. A round runs every contestant once on every size, with as many bags of each; figures are medians, ratios medians of
-the rounds' ratios, those between sizes too: a machine whose speed drifts does so for all. `--memory` takes the peak of a
-process of its own for every cell; `--stream` sends one large bag through every model that allows it. Time and memory are
-linear when ten times the tiles cost less than LINEAR times as much. `--output` keeps every model as it comes.
+Features of 1,024 numbers in half precision, one `.h5` a bag, random. The classic loop is CLAM's
+design: a DataLoader without workers opens the file for every bag, makes float32 of it, batches of
+one, one optimiser step each; the model is the same. A round runs every contestant once on every
+size, with as many bags of each; figures are medians, ratios medians of the rounds' ratios, those
+between sizes too: a machine whose speed drifts does so for all. `--memory` takes the peak of a
+process of its own for every cell; `--stream` sends one large bag through every model that allows
+it. Time and memory are linear when ten times the tiles cost less than LINEAR times as much.
+`--output` keeps every model as it comes.
 """
 
 from __future__ import annotations
@@ -63,7 +67,11 @@ class ClassicBags(Dataset):  # type: ignore[type-arg]
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         with h5py.File(self.files[index], "r") as file:
-            return torch.from_numpy(file["features"][()].astype(np.float32)), torch.from_numpy(file["coords"][()]), index % 2
+            return (
+                torch.from_numpy(file["features"][()].astype(np.float32)),
+                torch.from_numpy(file["coords"][()]),
+                index % 2,
+            )
 
 
 def write_bags(folder: Path, tiles: int, bags: int) -> list[Path]:
@@ -81,13 +89,18 @@ def write_bags(folder: Path, tiles: int, bags: int) -> list[Path]:
     return files
 
 
-def classic_train(model: nn.Module, files: list[Path], optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+def classic_train(
+    model: nn.Module, files: list[Path], optimizer: torch.optim.Optimizer, device: torch.device
+) -> None:
     """One step a bag."""
     model.train()
     for features, coords, target in DataLoader(ClassicBags(files), batch_size=1, num_workers=0):
         optimizer.zero_grad()
         output = model(features[0].to(device), coords[0], int(target))
-        losses = [w * cross_entropy(x[None], target.to(device)) for x, w in output.streams or ((output.logits, 1.0),)]
+        losses = [
+            w * cross_entropy(x[None], target.to(device))
+            for x, w in output.streams or ((output.logits, 1.0),)
+        ]
         loss = sum(losses) if output.auxiliary is None else sum(losses) + output.auxiliary
         loss.backward()
         optimizer.step()
@@ -107,8 +120,15 @@ def contestants(name: str, files: list[Path], device: torch.device) -> dict[str,
     torch.manual_seed(0)
     model = build(name, DIM, 2).to(device)
     bags = load_bags({file.stem: file for file in files})
-    samples = [Sample(slide, features, bags.coords[slide], i % 2) for i, (slide, features) in enumerate(bags.features.items())]
-    optimizer, world, order = torch.optim.Adam(model.parameters(), 1e-4), World(0, 1, device), range(len(samples))
+    samples = [
+        Sample(slide, features, bags.coords[slide], i % 2)
+        for i, (slide, features) in enumerate(bags.features.items())
+    ]
+    optimizer, world, order = (
+        torch.optim.Adam(model.parameters(), 1e-4),
+        World(0, 1, device),
+        range(len(samples)),
+    )
     recipe = Recipe(epochs=1)
     return {
         "train": lambda: train_one_epoch(model, samples, optimizer, recipe, world, order),
@@ -127,7 +147,9 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(name: str, sizes: dict[int, list[Path]], device: torch.device, rounds: int) -> list[dict[str, Any]]:
+def measure(
+    name: str, sizes: dict[int, list[Path]], device: torch.device, rounds: int
+) -> list[dict[str, Any]]:
     """A row for each size: bags a second of every contestant, and ours over the classic loop."""
     entries = {tiles: contestants(name, files, device) for tiles, files in sizes.items()}
     runs: dict[int, list[dict[str, float]]] = {tiles: [] for tiles in sizes}
@@ -136,14 +158,19 @@ def measure(name: str, sizes: dict[int, list[Path]], device: torch.device, round
             run = {what: seconds(work, device) / len(sizes[tiles]) for what, work in works.items()}
             if turn:  # the first one warms up
                 runs[tiles].append(run)
-    return [{"model": name, "tiles": tiles, **rates(taken), "runs": taken} for tiles, taken in runs.items()]
+    return [
+        {"model": name, "tiles": tiles, **rates(taken), "runs": taken}
+        for tiles, taken in runs.items()
+    ]
 
 
 def rates(runs: list[dict[str, float]]) -> dict[str, float]:
     """Of the seconds a bag of every round."""
     row = {what: 1 / statistics.median(run[what] for run in runs) for what in runs[0]}
     for what in ("train", "predict"):
-        row[f"{what} / classic"] = statistics.median(run[f"{what} classic"] / run[what] for run in runs)
+        row[f"{what} / classic"] = statistics.median(
+            run[f"{what} classic"] / run[what] for run in runs
+        )
     return row
 
 
@@ -158,7 +185,9 @@ def child(name: str, file: Path, what: str) -> dict[str, float]:
     device, model = torch.device("cpu"), build(name, DIM, 2)
     optimizer = torch.optim.Adam(model.parameters(), 1e-4)
     small = Sample("small", torch.zeros(64, DIM), make_slide(64, 16, 16), 0)
-    train_one_epoch(model, [small], optimizer, Recipe(epochs=1), World(0, 1, device), [0])  # libraries and optimiser state
+    train_one_epoch(
+        model, [small], optimizer, Recipe(epochs=1), World(0, 1, device), [0]
+    )  # libraries and optimiser state
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of the imports
     before, start = status_mb("VmRSS"), time.perf_counter()
     if what == "stream":
@@ -167,17 +196,32 @@ def child(name: str, file: Path, what: str) -> dict[str, float]:
         stored = open_bag(file)
         bag = Sample("bag", stored, stored.coords, 0)
         train_one_epoch(model, [bag], optimizer, Recipe(epochs=1), World(0, 1, device), [0])
-    return {"seconds": time.perf_counter() - start, "mb": status_mb("VmHWM") - before, "peak_mb": status_mb("VmHWM")}
+    return {
+        "seconds": time.perf_counter() - start,
+        "mb": status_mb("VmHWM") - before,
+        "peak_mb": status_mb("VmHWM"),
+    }
 
 
 def in_child(name: str, file: Path, what: str, threads: int) -> dict[str, float]:
     """`child` in a fresh process."""
-    command = [sys.executable, __file__, "--child", name, str(file), what, "--threads", str(threads)]
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        name,
+        str(file),
+        what,
+        "--threads",
+        str(threads),
+    ]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def linear(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Cost of ten times the tiles, for every pair of cells that is there, and whether it is what it should be."""
+    """Cost of ten times the tiles, for every pair of cells that is there, and whether it is what it
+    should be.
+    """
     cells = {(row["model"], row["tiles"]): row for row in rows}
     result = []
     for (name, tiles), row in cells.items():
@@ -185,10 +229,17 @@ def linear(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if more is None:
             continue
         rounds = list(zip(row["runs"], more["runs"], strict=True))
-        ratios = {what: statistics.median(b[what] / a[what] for a, b in rounds) for what in ("train", "predict")}
+        ratios = {
+            what: statistics.median(b[what] / a[what] for a, b in rounds)
+            for what in ("train", "predict")
+        }
         if "train_mb" in row:
             ratios["memory"] = more["train_mb"] / max(row["train_mb"], FLOOR_MB)
-        met = all(ratio < LINEAR for what, ratio in ratios.items() if what == "memory" or name not in QUADRATIC)
+        met = all(
+            ratio < LINEAR
+            for what, ratio in ratios.items()
+            if what == "memory" or name not in QUADRATIC
+        )
         result.append({"model": name, "tiles": tiles, **ratios, "met": met})
     return result
 
@@ -198,29 +249,44 @@ def table(report: dict[str, Any]) -> str:
     lines = ["model            tiles    train/s  / classic  predict/s  / classic  train MB"]
     for row in report["cells"]:
         memory = f"{row['train_mb']:9.0f}" if "train_mb" in row else ""
-        figures = f"{row['train']:9.2f} {row['train / classic']:10.2f} {row['predict']:10.2f} {row['predict / classic']:10.2f}"
+        figures = (
+            f"{row['train']:9.2f} {row['train / classic']:10.2f} {row['predict']:10.2f} "
+            f"{row['predict / classic']:10.2f}"
+        )
         lines.append(f"{row['model']:<15}{row['tiles']:>8} {figures} {memory}")
     for row in report["linear"]:
-        ratios = ", ".join(f"{what} x {row[what]:.1f}" for what in ("train", "predict", "memory") if what in row)
+        ratios = ", ".join(
+            f"{what} x {row[what]:.1f}" for what in ("train", "predict", "memory") if what in row
+        )
         lines.append(
-            f"{row['model']}: {row['tiles']} -> {10 * row['tiles']} tiles: {ratios}: {'ok' if row['met'] else 'NOT LINEAR'}"
+            f"{row['model']}: {row['tiles']} -> {10 * row['tiles']} tiles: {ratios}: "
+            f"{'ok' if row['met'] else 'NOT LINEAR'}"
         )
     for row in report["streamed"]:
-        lines.append(f"{row['model']}: {row['tiles']} tiles streamed in {row['seconds']:.1f} s, peak {row['peak_mb']:.0f} MB")
+        lines.append(
+            f"{row['model']}: {row['tiles']} tiles streamed in {row['seconds']:.1f} s, peak "
+            f"{row['peak_mb']:.0f} MB"
+        )
     return "\n".join(lines)
 
 
 def arguments() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--tiles", nargs="+", type=int, default=[1_000, 10_000, 100_000])
     parser.add_argument("--bags", type=int, default=4, help="bags of a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--memory", action="store_true", help="peak of a training step, in a process of its own")
-    parser.add_argument("--stream", type=int, default=0, help="tiles of a bag that is streamed through each model")
+    parser.add_argument(
+        "--memory", action="store_true", help="peak of a training step, in a process of its own"
+    )
+    parser.add_argument(
+        "--stream", type=int, default=0, help="tiles of a bag that is streamed through each model"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--output", type=Path, help="JSON file that keeps every model as it comes")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
@@ -230,7 +296,12 @@ def arguments() -> argparse.Namespace:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """All cells."""
     device, cells, streamed = pick_device(options.device), [], []
-    report: dict[str, Any] = {"device": str(device), "threads": options.threads, "cells": cells, "streamed": streamed}
+    report: dict[str, Any] = {
+        "device": str(device),
+        "threads": options.threads,
+        "cells": cells,
+        "streamed": streamed,
+    }
 
     def keep(rows: list[dict[str, Any]], more: list[dict[str, Any]]) -> None:
         rows += more
@@ -244,7 +315,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             rows = measure(name, sizes, device, options.rounds)
             if options.memory:
                 for row in rows:
-                    row["train_mb"] = in_child(name, sizes[row["tiles"]][0], "train", options.threads)["mb"]
+                    row["train_mb"] = in_child(
+                        name, sizes[row["tiles"]][0], "train", options.threads
+                    )["mb"]
             keep(cells, rows)
         if options.stream:
             file = write_bags(Path(folder), options.stream, 1)[0]
@@ -262,7 +335,8 @@ def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
     if options.device == "cpu":
-        reuse_large_blocks()  # as mil.train does; for the classic loop too, which shares the process
+        # as mil.train does; for the classic loop too, which shares the process
+        reuse_large_blocks()
     if options.child:
         name, file, what = options.child
         print(json.dumps(child(name, Path(file), what)))

@@ -1,12 +1,15 @@
-"""Multi-scale deformable attention: the compiled op against the `grid_sample` form, interleaved in one process.
+"""Multi-scale deformable attention: the compiled op against the `grid_sample` form, interleaved in
+one process.
 
-    python benchmarks/ms_deform_attn.py                      CPU, every instruction set that this processor has
-    python benchmarks/ms_deform_attn.py --device cuda        CUDA, also against kernels of the classic design, with rooflines
-    ... --flush-l2                                           CUDA, L2 overwritten before every call
-    ... --json                                               the figures for a machine
+    python benchmarks/ms_deform_attn.py                      CPU, every instruction set that this
+    processor has python benchmarks/ms_deform_attn.py --device cuda        CUDA, also against
+    kernels of the classic design, with rooflines ... --flush-l2
+    CUDA, L2 overwritten before every call ... --json
+    the figures for a machine
 
-Shapes and locations are those of `deform_attn_cases.py`. Every figure is the median over rounds; a round runs each contestant
-once, one after the other, so that all of them see the same state of a noisy machine.
+Shapes and locations are those of `deform_attn_cases.py`. Every figure is the median over rounds; a
+round runs each contestant once, one after the other, so that all of them see the same state of a
+noisy machine.
 """
 
 from __future__ import annotations
@@ -80,13 +83,22 @@ def run_cpu(threads: int, rounds: int) -> dict[str, Any]:
             for name, milliseconds in times.items():
                 ratio = times["grid_sample"] / milliseconds
                 rows.append(
-                    {"shape": shape, "offsets": offsets, "pass": what, "kernel": name, "ms": milliseconds, "ratio": ratio}
+                    {
+                        "shape": shape,
+                        "offsets": offsets,
+                        "pass": what,
+                        "kernel": name,
+                        "ms": milliseconds,
+                        "ratio": ratio,
+                    }
                 )
     return {"threads": threads, "torch": torch.__version__, "rows": rows}
 
 
 def run_cuda(rounds: int, iterations: int, flush: bool) -> dict[str, Any]:
-    """Every case and pass with bytes and rooflines; builds the classic kernels where they are not built."""
+    """Every case and pass with bytes and rooflines; builds the classic kernels where they are not
+    built.
+    """
     if not torch.cuda.is_available():
         raise UserError("device cuda: torch finds no CUDA device here")
     library = build_kernels()
@@ -98,22 +110,37 @@ def run_cuda(rounds: int, iterations: int, flush: bool) -> dict[str, Any]:
         rows += measure(case, make_inputs(*case, "cuda"), entries, timer, rounds, bandwidth)
     caches = "flushed" if flush else "warm"
     settings = {"rounds": rounds, "iterations": iterations, "caches": caches}
-    return {"machine": machine(), **settings, "bandwidth_gbs": bandwidth, "rows": rows, "bars": bars(rows)}
+    return {
+        "machine": machine(),
+        **settings,
+        "bandwidth_gbs": bandwidth,
+        "rows": rows,
+        "bars": bars(rows),
+    }
 
 
 def print_cpu(report: dict[str, Any]) -> None:
     print(f"{'shape':8} {'offsets':8} {'pass':17} {'kernel':12} {'ms':>9} {'vs grid_sample':>15}")
     for row in report["rows"]:
-        print(f"{row['shape']:8} {row['offsets']:8} {row['pass']:17} {row['kernel']:12} {row['ms']:9.2f} {row['ratio']:14.1f}x")
+        print(
+            f"{row['shape']:8} {row['offsets']:8} {row['pass']:17} {row['kernel']:12} "
+            f"{row['ms']:9.2f} {row['ratio']:14.1f}x"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--iterations", type=int, default=10, help="CUDA: calls of a contestant in a round")
-    parser.add_argument("--flush-l2", action="store_true", help="CUDA: overwrite the L2 cache before every call")
+    parser.add_argument(
+        "--iterations", type=int, default=10, help="CUDA: calls of a contestant in a round"
+    )
+    parser.add_argument(
+        "--flush-l2", action="store_true", help="CUDA: overwrite the L2 cache before every call"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
     if reason := unavailable(arguments.device):

@@ -1,9 +1,11 @@
-"""The bytes that multi-scale deformable attention moves, and what share of a memory's bandwidth a measured time is.
+"""The bytes that multi-scale deformable attention moves, and what share of a memory's bandwidth a
+measured time is.
 
-Two rooflines. DRAM: every input is read once and every output is written once, whatever the kernel does in between. L2: every
-corner of a point that lies inside of its map is a row of channels that has to come from a cache, and in the backward also a
-row that is added to the gradient of the values; rows that the first-level cache still holds cost L2 nothing, so that a share
-of more than 1 is possible. Pure arithmetic, no device.
+Two rooflines. DRAM: every input is read once and every output is written once, whatever the kernel
+does in between. L2: every corner of a point that lies inside of its map is a row of channels that
+has to come from a cache, and in the backward also a row that is added to the gradient of the
+values; rows that the first-level cache still holds cost L2 nothing, so that a share of more than 1
+is possible. Pure arithmetic, no device.
 """
 
 from __future__ import annotations
@@ -28,11 +30,15 @@ class Traffic:
         return Traffic(self.compulsory + other.compulsory, self.gathered + other.gathered)
 
 
-def corners_inside(locations: Tensor, shapes: Sequence[tuple[int, int]], points: Sequence[int]) -> int:
-    """How many corners of all points an op has to read: 4 a point between cells, fewer at the border, 0 outside.
+def corners_inside(
+    locations: Tensor, shapes: Sequence[tuple[int, int]], points: Sequence[int]
+) -> int:
+    """How many corners of all points an op has to read: 4 a point between cells, fewer at the
+    border, 0 outside.
 
     Args:
-        locations: (N, Q, M, P, 2) as (x, y) fractions of the level, level by level; P is the sum of `points`.
+        locations: (N, Q, M, P, 2) as (x, y) fractions of the level, level by level; P is the sum of
+            `points`.
         shapes: (H, W) of each level.
         points: points of each level.
     """
@@ -50,14 +56,17 @@ def _inside(position: Tensor, size: int) -> Tensor:
 
 
 def forward_traffic(value: Tensor, locations: Tensor, corners: int) -> Traffic:
-    """Value (N, S, M, D) and locations (N, Q, M, P, 2) with their weights are read, (N, Q, M * D) is written.
+    """Value (N, S, M, D) and locations (N, Q, M, P, 2) with their weights are read, (N, Q, M * D)
+    is written.
 
     Args:
         corners: what `corners_inside` found.
     """
     element, dim = value.element_size(), value.shape[3]
     out = locations.shape[0] * locations.shape[1] * locations.shape[2] * dim
-    return Traffic(element * (value.numel() + out) + _location_bytes(locations), element * corners * dim)
+    return Traffic(
+        element * (value.numel() + out) + _location_bytes(locations), element * corners * dim
+    )
 
 
 def backward_traffic(value: Tensor, locations: Tensor, corners: int, sum_bytes: int = 4) -> Traffic:
@@ -85,4 +94,9 @@ def rooflines(milliseconds: float, traffic: Traffic, dram: float, l2: float) -> 
     """Achieved GB/s and their share of the measured bandwidths `dram` and `l2` (GB/s)."""
     compulsory = gigabytes_per_second(traffic.compulsory, milliseconds)
     gathered = gigabytes_per_second(traffic.gathered, milliseconds)
-    return {"dram_gbs": compulsory, "dram_share": compulsory / dram, "l2_gbs": gathered, "l2_share": gathered / l2}
+    return {
+        "dram_gbs": compulsory,
+        "dram_share": compulsory / dram,
+        "l2_gbs": gathered,
+        "l2_share": gathered / l2,
+    }

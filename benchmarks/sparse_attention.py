@@ -1,11 +1,14 @@
-"""Sparse deformable attention: the compiled op against scattering to a dense map and `grid_sample`, interleaved in one process.
+"""Sparse deformable attention: the compiled op against scattering to a dense map and `grid_sample`,
+interleaved in one process.
 
-    python benchmarks/sparse_attention.py              every size, instruction set and dtype; memory; time against tiles
-    ... --sizes 6000 --largest 100000 --json           less of it; the figures for a machine
+    python benchmarks/sparse_attention.py              every size, instruction set and dtype;
+    memory; time against tiles ... --sizes 6000 --largest 100000 --json           less of it; the
+    figures for a machine
 
-Slides are those of `sparse_attn_cases.py`. Times are medians over rounds in which all contestants take turns; time
-against tiles is that of the processors, which other jobs on the machine touch less. Memory is the peak resident size of a child
-process that makes the inputs and calls once, above its size before that.
+Slides are those of `sparse_attn_cases.py`. Times are medians over rounds in which all contestants
+take turns; time against tiles is that of the processors, which other jobs on the machine touch
+less. Memory is the peak resident size of a child process that makes the inputs and calls once,
+above its size before that.
 """
 
 from __future__ import annotations
@@ -49,12 +52,20 @@ def processor(call: Call) -> float:
     return 1e3 * (time.process_time() - start)
 
 
-def op(index: SparseMaps, value: torch.Tensor, locations: torch.Tensor, weights: torch.Tensor, **how: Any) -> torch.Tensor:
+def op(
+    index: SparseMaps,
+    value: torch.Tensor,
+    locations: torch.Tensor,
+    weights: torch.Tensor,
+    **how: Any,
+) -> torch.Tensor:
     """The compiled op, on one level."""
     return sparse_deform_attn_compiled(value, index, [POINTS], locations, weights, **how)
 
 
-def scattered(index: SparseMaps, value: torch.Tensor, locations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def scattered(
+    index: SparseMaps, value: torch.Tensor, locations: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
     """The dense form, on one level."""
     return dense(value, index, [POINTS], locations, weights)
 
@@ -70,14 +81,20 @@ def pinned(kernels: str, call: Call) -> Call:
 
 
 def contestants(index: SparseMaps, inputs: Inputs, what: str) -> dict[str, Call]:
-    """The dense form, each instruction set in float32, and the fastest one renormalised and with 16-bit values."""
+    """The dense form, each instruction set in float32, and the fastest one renormalised and with
+    16-bit values.
+    """
     found = {"dense": contestant(partial(scattered, index), inputs, what)}
     for kernels in ("baseline", "avx2", "avx512"):
         if choose_kernels(kernels):
             found[kernels] = pinned(kernels, contestant(partial(op, index), inputs, what))
-    found["renormalised"] = pinned("auto", contestant(partial(op, index, renormalise=True), inputs, what))
+    found["renormalised"] = pinned(
+        "auto", contestant(partial(op, index, renormalise=True), inputs, what)
+    )
     for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
-        found[name] = pinned("auto", contestant(partial(op, index), (inputs[0].to(dtype), *inputs[1:]), what))
+        found[name] = pinned(
+            "auto", contestant(partial(op, index), (inputs[0].to(dtype), *inputs[1:]), what)
+        )
     return found
 
 
@@ -90,7 +107,9 @@ def measure_sizes(sizes: list[int], rounds: int) -> list[dict[str, Any]]:
         for what in ("forward", "forward+backward"):
             times = compare(contestants(grid.index, inputs, what), clock, rounds)
             for name, ms in times.items():
-                rows.append({"tiles": tiles, "grid": SIZES[tiles], "pass": what, "kernel": name, "ms": ms})
+                rows.append(
+                    {"tiles": tiles, "grid": SIZES[tiles], "pass": what, "kernel": name, "ms": ms}
+                )
                 rows[-1]["ratio"] = times["dense"] / ms
     return rows
 
@@ -101,7 +120,9 @@ def measure_memory(sizes: list[int]) -> list[dict[str, Any]]:
     for tiles in sizes:
         for what in ("forward", "forward+backward"):
             found = {name: _child_memory(tiles, what, name) for name in ("dense", "sparse")}
-            rows.append({"tiles": tiles, "pass": what, **found, "share": found["sparse"] / found["dense"]})
+            rows.append(
+                {"tiles": tiles, "pass": what, **found, "share": found["sparse"] / found["dense"]}
+            )
     return rows
 
 
@@ -124,7 +145,9 @@ def child(tiles: int, what: str, name: str) -> None:
 
 
 def measure_tiles(largest: int, rounds: int) -> list[dict[str, Any]]:
-    """Forward on slides of more and more tiles, tissue a sixth of the grid; and the time to make and index them."""
+    """Forward on slides of more and more tiles, tissue a sixth of the grid; and the time to make
+    and index them.
+    """
     rows = []
     for tiles in [count for count in TILES if count <= largest]:
         side = round((6 * tiles) ** 0.5)
@@ -132,20 +155,37 @@ def measure_tiles(largest: int, rounds: int) -> list[dict[str, Any]]:
         grid = slide_grid(tiles, side, side)
         ready = time.perf_counter() - start
         inputs = make_inputs(grid)
-        ms = compare({"op": contestant(partial(op, grid.index), inputs, "forward")}, processor, rounds)["op"]
-        rows.append({"tiles": tiles, "ms": ms, "us_a_tile": 1e3 * ms / tiles, "index_ms": 1e3 * ready})
+        ms = compare(
+            {"op": contestant(partial(op, grid.index), inputs, "forward")}, processor, rounds
+        )["op"]
+        rows.append(
+            {"tiles": tiles, "ms": ms, "us_a_tile": 1e3 * ms / tiles, "index_ms": 1e3 * ready}
+        )
     return rows
 
 
 def judge(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Each bar, what was found and whether it is met; bars without a measurement are left out.
 
-    The ratio is the worst of all slides with the instruction set that runs by itself here, the share that of the largest slide.
+    The ratio is the worst of all slides with the instruction set that runs by itself here, the
+    share that of the largest slide.
     """
     largest = max(row["tiles"] for row in report["times"])
-    fastest = next(row["kernel"] for row in reversed(report["times"]) if row["kernel"] in ("baseline", "avx2", "avx512"))
-    forward = [row["ratio"] for row in report["times"] if row["pass"] == "forward" and row["kernel"] == fastest]
-    share = [row["share"] for row in report["memory"] if row["tiles"] == largest and row["pass"] == "forward"]
+    fastest = next(
+        row["kernel"]
+        for row in reversed(report["times"])
+        if row["kernel"] in ("baseline", "avx2", "avx512")
+    )
+    forward = [
+        row["ratio"]
+        for row in report["times"]
+        if row["pass"] == "forward" and row["kernel"] == fastest
+    ]
+    share = [
+        row["share"]
+        for row in report["memory"]
+        if row["tiles"] == largest and row["pass"] == "forward"
+    ]
     by_tiles = {row["tiles"]: row["us_a_tile"] for row in report["tiles"]}
     growth = [by_tiles[max(by_tiles)] / by_tiles[100_000]] if 100_000 in by_tiles else []
     found = {"forward ratio": min(forward, default=None), "memory share": max(share, default=None)}
@@ -167,7 +207,10 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"{'tiles':>7} {'grid':>9} {'pass':17} {'kernel':13} {'ms':>9} {'vs dense':>9}")
     for row in report["times"]:
         grid = "x".join(map(str, row["grid"]))
-        print(f"{row['tiles']:7} {grid:>9} {row['pass']:17} {row['kernel']:13} {row['ms']:9.2f} {row['ratio']:8.1f}x")
+        print(
+            f"{row['tiles']:7} {grid:>9} {row['pass']:17} {row['kernel']:13} {row['ms']:9.2f} "
+            f"{row['ratio']:8.1f}x"
+        )
     for row in report["memory"]:
         megabytes = f"dense {row['dense']:7.0f} MB  sparse {row['sparse']:6.0f} MB"
         print(f"memory {row['tiles']:7} {row['pass']:17} {megabytes}  {row['share']:.2f}")
@@ -175,15 +218,32 @@ def print_report(report: dict[str, Any]) -> None:
         times = f"forward {row['ms']:8.1f} ms of processors, {row['us_a_tile']:.3f} us a tile"
         print(f"{row['tiles']:9} tiles: {times}; slide and index {row['index_ms']:.0f} ms")
     for row in report["bars"]:
-        print(f"{row['bar']}: {row['found']:.2f}, bar {row['wanted']:g}: {'met' if row['met'] else 'not met'}")
+        print(
+            f"{row['bar']}: {row['found']:.2f}, bar {row['wanted']:g}: "
+            f"{'met' if row['met'] else 'not met'}"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), choices=list(SIZES), help="slides, by tiles")
-    parser.add_argument("--largest", type=int, default=TILES[-1], help="tiles of the largest slide for time against tiles")
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=list(SIZES),
+        choices=list(SIZES),
+        help="slides, by tiles",
+    )
+    parser.add_argument(
+        "--largest",
+        type=int,
+        default=TILES[-1],
+        help="tiles of the largest slide for time against tiles",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

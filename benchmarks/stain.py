@@ -2,10 +2,11 @@
 
     python benchmarks/stain.py [--side 256] [--tiles 8] [--threads 1] [--json]
 
-Tiles are drawn from a stain matrix with noise. torchstain (torch and numpy backends) takes tile by tile and fits each. Ours: a
-batch with a fit on all pixels of each tile, tile by tile as extraction does it with scope=tile (statistics on a grid of about
-128 x 128 pixels), and with scope=slide, where the fit is done once. Figures are medians over rounds, ratios medians of the
-rounds' ratios to torchstain's torch backend; processor seconds, so that other work on the machine counts less.
+Tiles are drawn from a stain matrix with noise. torchstain (torch and numpy backends) takes tile by
+tile and fits each. Ours: a batch with a fit on all pixels of each tile, tile by tile as extraction
+does it with scope=tile (statistics on a grid of about 128 x 128 pixels), and with scope=slide,
+where the fit is done once. Figures are medians over rounds, ratios medians of the rounds' ratios to
+torchstain's torch backend; processor seconds, so that other work on the machine counts less.
 """
 
 from __future__ import annotations
@@ -34,8 +35,13 @@ REFERENCE = "torchstain, torch"
 def draw(count: int, side: int) -> Tensor:
     """uint8 (count, 3, side, side), mixtures of the common haematoxylin and eosin."""
     generator = torch.Generator().manual_seed(0)
-    amounts = torch.rand(count, 2, side * side, generator=generator).pow_(2) * torch.tensor([1.8, 1.0])[:, None]
-    light = 240 * torch.exp(-(torch.tensor(COMMON) @ amounts)) + 2 * torch.randn(count, 3, side * side, generator=generator)
+    amounts = (
+        torch.rand(count, 2, side * side, generator=generator).pow_(2)
+        * torch.tensor([1.8, 1.0])[:, None]
+    )
+    light = 240 * torch.exp(-(torch.tensor(COMMON) @ amounts)) + 2 * torch.randn(
+        count, 3, side * side, generator=generator
+    )
     return light.round().clamp(0, 255).to(torch.uint8).view(count, 3, side, side)
 
 
@@ -48,17 +54,25 @@ def contestants(tiles: Tensor) -> dict[str, dict[str, Callable[[], object]]]:
     for backend, items in (("torch", list(tiles)), ("numpy", arrays)):
         macenko, reinhard = MacenkoNormalizer(backend=backend), ReinhardNormalizer(backend=backend)
         reinhard.fit(items[0])
-        calls["macenko"][f"torchstain, {backend}"] = lambda m=macenko, i=items: [m.normalize(t, stains=False) for t in i]
-        calls["reinhard"][f"torchstain, {backend}"] = lambda r=reinhard, i=items: [r.normalize(t) for t in i]
+        calls["macenko"][f"torchstain, {backend}"] = lambda m=macenko, i=items: [
+            m.normalize(t, stains=False) for t in i
+        ]
+        calls["reinhard"][f"torchstain, {backend}"] = lambda r=reinhard, i=items: [
+            r.normalize(t) for t in i
+        ]
     common, colours = common_profile(), common_colours()
-    calls["macenko"]["ours, batch, all pixels"] = lambda: normalise_macenko(tiles, fit_macenko(tiles), common)
+    calls["macenko"]["ours, batch, all pixels"] = lambda: normalise_macenko(
+        tiles, fit_macenko(tiles), common
+    )
     calls["reinhard"]["ours, batch, all pixels"] = lambda: normalise_reinhard(tiles, None, colours)
     for kind, named in calls.items():
         option = build_normaliser(kind, "", "slide")
         assert option is not None
         slide = option.fit(tiles[0])
         named["ours, scope=tile"] = lambda o=option: [o.apply(array) for array in arrays]
-        named["ours, scope=slide"] = lambda o=option, s=slide: [o.apply(array, s) for array in arrays]
+        named["ours, scope=slide"] = lambda o=option, s=slide: [
+            o.apply(array, s) for array in arrays
+        ]
     generator = torch.Generator().manual_seed(0)
     profile = fit_macenko(tiles)
     jitters = {
@@ -75,7 +89,9 @@ def clock(call: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, default in (("side", 256), ("tiles", 8), ("rounds", 9), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", action="store_true")
@@ -95,7 +111,10 @@ def main() -> None:
     if a.json:
         print(json.dumps({"figures": out} | vars(a)))
         return
-    print(f"{a.tiles} tiles of {a.side} px, {a.threads} threads, {a.rounds} rounds; torch {torch.__version__}")
+    print(
+        f"{a.tiles} tiles of {a.side} px, {a.threads} threads, {a.rounds} rounds; torch "
+        f"{torch.__version__}"
+    )
     for method, rows in out.items():
         for name, row in rows.items():
             ratio = f"{row['ratio']:6.2f}x" if "ratio" in row else ""

@@ -1,13 +1,16 @@
-"""What a student costs in each of its forms beside foundation models of common sizes, all in one process, interleaved.
+"""What a student costs in each of its forms beside foundation models of common sizes, all in one
+process, interleaved.
 
-    python benchmarks/student.py [--device cpu] [--rounds 3] [--compile] [--bf16] [--memory] [--json] [--output FILE]
+    python benchmarks/student.py [--device cpu] [--rounds 3] [--compile] [--bf16] [--memory]
+    [--json] [--output FILE]
 
-Random weights; the student is ResNet-50 up to `--needles` with the adapter mpa to 768. Tiles are 224 px for everyone, with
-`--native` the student also at its published 256. Forms: `published` (all stages whatever the needle, no folding, one batch,
-channels first: TS2G-KD's loop), `fp32` and `bf16` (ours in PyTorch), `onnx` and `int8` (onnxruntime). In a round every
-contestant encodes a batch (ViT-g one tile); figures are medians over rounds, ratios medians of the rounds' ratios, each side
-in its faster form where `--compile` gives two. Slides per hour: extraction end to end, decoding included, over a rendered slide
-of `--tiles` tiles of 256 px, at 10,000 tiles a slide.
+Random weights; the student is ResNet-50 up to `--needles` with the adapter mpa to 768. Tiles are
+224 px for everyone, with `--native` the student also at its published 256. Forms: `published` (all
+stages whatever the needle, no folding, one batch, channels first: TS2G-KD's loop), `fp32` and
+`bf16` (ours in PyTorch), `onnx` and `int8` (onnxruntime). In a round every contestant encodes a
+batch (ViT-g one tile); figures are medians over rounds, ratios medians of the rounds' ratios, each
+side in its faster form where `--compile` gives two. Slides per hour: extraction end to end,
+decoding included, over a rendered slide of `--tiles` tiles of 256 px, at 10,000 tiles a slide.
 """
 
 from __future__ import annotations
@@ -70,7 +73,9 @@ class Published(nn.Module):
         self.adapter = Adapter("mpa", self.backbone.channels[needle], DIM)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.adapter(self.backbone(pixels.contiguous(), upto=2)[self.needle].mean(dim=(2, 3)))
+        return self.adapter(
+            self.backbone(pixels.contiguous(), upto=2)[self.needle].mean(dim=(2, 3))
+        )
 
 
 def build(model: str, form: str = "fp32") -> nn.Module:
@@ -79,14 +84,19 @@ def build(model: str, form: str = "fp32") -> nn.Module:
     if model.startswith("student"):
         needle = int(model[len("student_n")])
         inner: nn.Module = (
-            Published(needle) if form == "published" else Student(Backbone("resnet50", "frozen"), needle, "mpa", DIM)
+            Published(needle)
+            if form == "published"
+            else Student(Backbone("resnet50", "frozen"), needle, "mpa", DIM)
         )
         return PixelEncoder(inner, IMAGENET).eval().requires_grad_(False)
     if model in ENCODERS:
         return build_encoder(ENCODERS[model], "random").model
     name, options = VITS[model]
-    # timm's own initial values take a minute for a billion weights; without any, features are not finite
-    vit = timm.create_model(name, num_classes=0, weight_init="skip", **options).requires_grad_(False)
+    # timm's own initial values take a minute for a billion weights; without any, features are not
+    # finite
+    vit = timm.create_model(name, num_classes=0, weight_init="skip", **options).requires_grad_(
+        False
+    )
     for key, value in vit.named_parameters():
         if value.ndim > 1:
             value.normal_(std=0.02)
@@ -103,12 +113,22 @@ def side_of(model: str) -> int:
 def pixels_of(model: str, count: int) -> Tensor:
     """uint8 (count, 3, side, side) with texture, since calibration looks at it."""
     side = side_of(model)
-    return torch.stack([torch.from_numpy(t[:side, :side].copy()).permute(2, 0, 1) for t in tiles_of(texture(), count)])
+    return torch.stack(
+        [
+            torch.from_numpy(t[:side, :side].copy()).permute(2, 0, 1)
+            for t in tiles_of(texture(), count)
+        ]
+    )
 
 
-def call_of(model: str, form: str, a: argparse.Namespace, folder: Path) -> tuple[Callable[[], object], int, nn.Module]:
+def call_of(
+    model: str, form: str, a: argparse.Namespace, folder: Path
+) -> tuple[Callable[[], object], int, nn.Module]:
     """(one batch of this contestant, its tiles, the module that it calls)."""
-    device, rows = torch.device(a.device), 1 if model == "vit_g14" and a.device == "cpu" else a.batch
+    device, rows = (
+        torch.device(a.device),
+        1 if model == "vit_g14" and a.device == "cpu" else a.batch,
+    )
     module, pixels = build(model, form), pixels_of(model, max(rows, 2))[:rows]
     if form == "published":
         module = module.to(device)
@@ -122,13 +142,20 @@ def call_of(model: str, form: str, a: argparse.Namespace, folder: Path) -> tuple
             plain = folder / f"{model}_int8.onnx"
         module = OnnxNetwork(plain, DIM)
     precision = "bf16" if form.startswith("bf16") else "fp32"
-    network = Network(module, device, precision, rows, "inductor" if form.endswith("compiled") else "")
+    network = Network(
+        module, device, precision, rows, "inductor" if form.endswith("compiled") else ""
+    )
     return lambda: network.launch(pixels).features(), rows, module
 
 
 def contestants(a: argparse.Namespace) -> list[tuple[str, str]]:
     """(model, form) of everyone."""
-    forms = ["fp32", *["fp32 compiled"] * a.compile, *["bf16"] * a.bf16, *["bf16 compiled"] * (a.bf16 and a.compile)]
+    forms = [
+        "fp32",
+        *["fp32 compiled"] * a.compile,
+        *["bf16"] * a.bf16,
+        *["bf16 compiled"] * (a.bf16 and a.compile),
+    ]
     students = [f"student_n{needle}" for needle in a.needles]
     out = [(s, form) for s in students for form in [*a.forms, *forms[1:]]]
     out += [(f"student_n1@{TILE}", form) for form in a.forms if 1 in a.needles and a.native]
@@ -145,7 +172,8 @@ def counts(model: str, form: str) -> dict[str, float]:
         module(torch.empty(1, 3, side_of(model), side_of(model), dtype=torch.uint8, device="meta"))
     return {
         "gflops": counter.get_total_flops() / 1e9,
-        "parameters_m": sum(v.numel() for n, v in module.state_dict().items() if "running" not in n) / 1e6,
+        "parameters_m": sum(v.numel() for n, v in module.state_dict().items() if "running" not in n)
+        / 1e6,
     }
 
 
@@ -158,13 +186,16 @@ def end_to_end(model: str, form: str, a: argparse.Namespace, folder: Path) -> fl
     geometry = TileGeometry("slide", TILE, TILE, 0, TILE, 0.5, 0.5, 0.0, 2048, 2048)
     _, _, module = call_of(model, form, a, folder)
     fit = ToInputSize(None if side_of(model) == TILE else INPUT)
-    encoder = Encoder(f"{model}_{form}", ENCODER_WIDTHS.get(model, DIM), fit, module, {"encoder": model})
+    encoder = Encoder(
+        f"{model}_{form}", ENCODER_WIDTHS.get(model, DIM), fit, module, {"encoder": model}
+    )
     settings = ExtractSettings(torch.device(a.device), "fp32", a.batch, a.workers)
     network = Network(module, settings.device, "fp32", a.batch)
     network.launch(pixels_of(model, a.batch)).features()  # fold, open
     start = time.perf_counter()
     report = encode_slides(
-        [SlideJob("slide", slide, Coordinates(corners, geometry), 0.5)], encoder, folder / "bags", settings, show=False,
+        [SlideJob("slide", slide, Coordinates(corners, geometry), 0.5)], encoder, folder / "bags",
+        settings, show=False,
         network=network,
     )  # fmt: skip
     assert not report.failures, report.failures
@@ -176,8 +207,20 @@ ENCODER_WIDTHS = {"vit_l16": 1024, "vit_g14": 1536, "resnet50_layer3": 1024}
 
 def peak_memory(model: str, form: str, a: argparse.Namespace) -> int:
     """MiB of a fresh process that encodes one batch; on CUDA, of the device."""
-    command = [sys.executable, __file__, "--peak", model, form, "--batch", str(a.batch), "--device", a.device]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    command = [
+        sys.executable,
+        __file__,
+        "--peak",
+        model,
+        form,
+        "--batch",
+        str(a.batch),
+        "--device",
+        a.device,
+    ]
+    return int(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+    )
 
 
 def run_for_peak(a: argparse.Namespace) -> None:
@@ -190,7 +233,11 @@ def run_for_peak(a: argparse.Namespace) -> None:
 
 def best(rates: dict[str, float], model: str, precision: str) -> float:
     """The faster of a model's PyTorch forms of this precision."""
-    return max(rate for name, rate in rates.items() if name in (f"{model} {precision}", f"{model} {precision} compiled"))
+    return max(
+        rate
+        for name, rate in rates.items()
+        if name in (f"{model} {precision}", f"{model} {precision} compiled")
+    )
 
 
 def ratios(rounds: list[dict[str, float]], a: argparse.Namespace) -> dict[str, float]:
@@ -199,17 +246,27 @@ def ratios(rounds: list[dict[str, float]], a: argparse.Namespace) -> dict[str, f
     for student in (f"student_n{needle}" for needle in a.needles):
         for form in [*(form for form in a.forms if form != "published"), *["bf16"] * a.bf16]:
             pairs += [(student, form, student, "published")] if "published" in a.forms else []
-            pairs += [(student, form, other, "bf16" if form == "bf16" else "fp32") for other in a.models]
-            pairs += [(student, form, "vit_b16", "onnx")] if form == "onnx" and "vit_b16" in a.models else []
+            pairs += [
+                (student, form, other, "bf16" if form == "bf16" else "fp32") for other in a.models
+            ]
+            pairs += (
+                [(student, form, "vit_b16", "onnx")]
+                if form == "onnx" and "vit_b16" in a.models
+                else []
+            )
     return {
-        f"{one} {form} / {other} {its}": statistics.median(best(r, one, form) / best(r, other, its) for r in rounds)
+        f"{one} {form} / {other} {its}": statistics.median(
+            best(r, one, form) / best(r, other, its) for r in rounds
+        )
         for one, form, other, its in pairs
         if any(f"{other} {its}" == name for name in rounds[0])
     }
 
 
 def verdicts(found: dict[str, float]) -> dict[str, bool]:
-    """Whether each ratio that has a bar meets it: equal precision, PyTorch against PyTorch, ONNX against ONNX."""
+    """Whether each ratio that has a bar meets it: equal precision, PyTorch against PyTorch, ONNX
+    against ONNX.
+    """
     out = {}
     for (student, other), bar in BARS.items():
         for form in ("fp32", "onnx", "bf16"):
@@ -221,20 +278,40 @@ def verdicts(found: dict[str, float]) -> dict[str, bool]:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("batch", 8), ("rounds", 3), ("threads", 2), ("workers", 2), ("tiles", 32)):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in (
+        ("batch", 8),
+        ("rounds", 3),
+        ("threads", 2),
+        ("workers", 2),
+        ("tiles", 32),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--needles", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--models", nargs="*", default=[*VITS, *ENCODERS], choices=[*VITS, *ENCODERS])
-    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS, help="of the student")
-    parser.add_argument("--native", action="store_true", help=f"the student of needle 1 at {TILE} px as well")
-    parser.add_argument("--compile", action="store_true", help="compiled forms as well (a minute or two each)")
-    parser.add_argument("--bf16", action="store_true", help="bf16 as well; slow on CPUs that emulate it")
+    parser.add_argument(
+        "--models", nargs="*", default=[*VITS, *ENCODERS], choices=[*VITS, *ENCODERS]
+    )
+    parser.add_argument(
+        "--forms", nargs="+", default=list(FORMS), choices=FORMS, help="of the student"
+    )
+    parser.add_argument(
+        "--native", action="store_true", help=f"the student of needle 1 at {TILE} px as well"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compiled forms as well (a minute or two each)"
+    )
+    parser.add_argument(
+        "--bf16", action="store_true", help="bf16 as well; slow on CPUs that emulate it"
+    )
     parser.add_argument("--memory", action="store_true", help="peak memory, a process each")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--output", type=Path, help="JSON file that keeps everything, every round as well")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file that keeps everything, every round as well"
+    )
     return parser.parse_args(arguments)
 
 
@@ -257,17 +334,26 @@ def measure(a: argparse.Namespace, folder: Path) -> dict[str, dict]:
             rates[name] = rows / (time.perf_counter() - start)
         rounds.append(rates)
         if a.output:
-            write_json(a.output, {"rounds": rounds})  # what comes after the rounds takes longer than they do
+            write_json(
+                a.output, {"rounds": rounds}
+            )  # what comes after the rounds takes longer than they do
         rounded = {name: round(rate, 2) for name, rate in rates.items()}
         say(f"round {len(rounds)}: {rounded}")
-    rows: dict[str, dict] = {name: {"tiles_per_second": statistics.median(r[name] for r in rounds)} for name in calls}
+    rows: dict[str, dict] = {
+        name: {"tiles_per_second": statistics.median(r[name] for r in rounds)} for name in calls
+    }
     del calls
     for model, form in contestants(a):
         rows[f"{model} {form}"] |= counts(model, form)
         if a.memory:
             say(f"memory of {model} {form}")
             rows[f"{model} {form}"]["peak_mib"] = peak_memory(model, form, a)
-    for model, form in (("student_n1", "fp32"), ("student_n1", "onnx"), ("student_n1", "int8"), ("vit_b16", "fp32")):
+    for model, form in (
+        ("student_n1", "fp32"),
+        ("student_n1", "onnx"),
+        ("student_n1", "int8"),
+        ("vit_b16", "fp32"),
+    ):
         if f"{model} {form}" in rows and a.tiles:
             say(f"end to end {model} {form}")
             rows[f"{model} {form}"]["slides_per_hour"] = end_to_end(model, form, a, folder)
@@ -283,7 +369,9 @@ def main(arguments: list[str] | None = None) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         found = measure(a, Path(folder))
-    found["arguments"] = {name: value for name, value in vars(a).items() if name not in ("peak", "output")}
+    found["arguments"] = {
+        name: value for name, value in vars(a).items() if name not in ("peak", "output")
+    }
     if a.output:
         write_json(a.output, found)
     if a.json:
@@ -293,7 +381,10 @@ def main(arguments: list[str] | None = None) -> None:
     for name, row in found["contestants"].items():
         print(f"  {name:32}" + "".join(f" {key} {value:9.2f}" for key, value in row.items()))
     for name, value in found["ratios"].items():
-        print(f"  {name:56} {value:7.2f}  " + {True: "met", False: "not met", None: ""}[found["met"].get(name)])
+        print(
+            f"  {name:56} {value:7.2f}  "
+            + {True: "met", False: "not met", None: ""}[found["met"].get(name)]
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Seconds and peak memory of tiling one rendered slide, with and without a pyramid, by method; tiles measured a second.
+"""Seconds and peak memory of tiling one rendered slide, with and without a pyramid, by method;
+tiles measured a second.
 
     python -m benchmarks.tile_slide --side 20000 --folder runs/tile_slide
 
-The slide is a rendered smear on glass, repeated in mirrored pieces, as a JPEG-compressed tiled TIFF. Each run is a child
-process, so that its peak memory is its own. Nothing is compared: the numbers are of the machine that prints them.
+The slide is a rendered smear on glass, repeated in mirrored pieces, as a JPEG-compressed tiled
+TIFF. Each run is a child process, so that its peak memory is its own. Nothing is compared: the
+numbers are of the machine that prints them.
 """
 
 from __future__ import annotations
@@ -36,11 +38,16 @@ RUNS = {
 def pieces(smear: np.ndarray, side: int, factor: int) -> Iterator[np.ndarray]:
     """TIFF tiles of a level, row by row: a disc of mirrored smears on glass."""
     small = cv2.resize(smear, (PIECE // factor, PIECE // factor), interpolation=cv2.INTER_AREA)
-    views = [np.ascontiguousarray(v) for v in (small, small[::-1], small[:, ::-1], small[::-1, ::-1])]
+    views = [
+        np.ascontiguousarray(v) for v in (small, small[::-1], small[:, ::-1], small[::-1, ::-1])
+    ]
     glass, count = np.full((TILE, TILE, 3), smear.max((0, 1)), dtype=np.uint8), len(small)
     for top in range(0, side // factor, TILE):
         for left in range(0, side // factor, TILE):
-            if np.hypot(top + TILE / 2 - side / factor / 2, left + TILE / 2 - side / factor / 2) > 0.42 * side / factor:
+            if (
+                np.hypot(top + TILE / 2 - side / factor / 2, left + TILE / 2 - side / factor / 2)
+                > 0.42 * side / factor
+            ):
                 yield glass
                 continue
             view = views[(top // count % 2) * 2 + left // count % 2]
@@ -49,7 +56,9 @@ def pieces(smear: np.ndarray, side: int, factor: int) -> Iterator[np.ndarray]:
 
 
 def render(path: Path, side: int, factors: tuple[int, ...]) -> Path:
-    """A slide of side x side px at 0.25 um per pixel with the given levels; kept when it is there."""
+    """A slide of side x side px at 0.25 um per pixel with the given levels; kept when it is
+    there.
+    """
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,21 +81,42 @@ def render(path: Path, side: int, factors: tuple[int, ...]) -> Path:
 
 def measure(slides: Path, output: Path, keys: list[str]) -> tuple[float, float]:
     """(seconds, peak MiB) of tile_slides as a child process."""
-    arguments = [f"slides={slides}", f"output={output}", "target_mpp=0.5", "overwrite=true", "workers=1", *keys]
+    arguments = [
+        f"slides={slides}",
+        f"output={output}",
+        "target_mpp=0.5",
+        "overwrite=true",
+        "workers=1",
+        *keys,
+    ]
     started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "patch_encoder.tile_slides", *arguments], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "patch_encoder.tile_slides", *arguments], stderr=subprocess.DEVNULL
+    )
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise SystemExit(f"tile_slides {' '.join(arguments)} ended with {os.waitstatus_to_exitcode(status)}")
+        raise SystemExit(
+            f"tile_slides {' '.join(arguments)} ended with {os.waitstatus_to_exitcode(status)}"
+        )
     return time.perf_counter() - started, usage.ru_maxrss / 1024
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--side", type=int, default=20000, help="px of level 0")
-    parser.add_argument("--folder", type=Path, default=Path("runs/tile_slide"), help="gets the slides and their tiles")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/tile_slide"),
+        help="gets the slides and their tiles",
+    )
     arguments = parser.parse_args()
-    print(f"{arguments.side} x {arguments.side} px, one process, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    print(
+        f"{arguments.side} x {arguments.side} px, one process, {os.cpu_count()} cores, load "
+        f"{os.getloadavg()[0]:.1f}"
+    )
     print(f"{'levels':10}{'method':22}{'seconds':>9}{'peak MiB':>10}{'tiles':>8}{'tiles/s':>9}")
     for name, factors in (("pyramid", (1, 4, 16)), ("one", (1,))):
         render(arguments.folder / name / "slide.tiff", arguments.side, factors)

@@ -1,7 +1,8 @@
-"""Checkpoints: one `.pt` that holds plain containers and tensors, written atomically, loaded with `weights_only=True`.
+"""Checkpoints: one `.pt` that holds plain containers and tensors, written atomically, loaded with
+`weights_only=True`.
 
-Keys: `model`, `config` (plain dict: enough to rebuild the model), `epoch` (epochs completed), `best`; for resuming
-`optimizer`, `scheduler`, `scaler`, `rng`.
+Keys: `model`, `config` (plain dict: enough to rebuild the model), `epoch` (epochs completed),
+`best`; for resuming `optimizer`, `scheduler`, `scaler`, `rng`.
 """
 
 from __future__ import annotations
@@ -19,62 +20,86 @@ from common.files import atomic_path
 from common.seed import rng_state, set_rng_state
 
 
-def save_checkpoint(path: str | Path, *, model: dict[str, Any], config: dict[str, Any], epoch: int, **state: Any) -> None:
-    """Write a checkpoint atomically; `state` takes `best`, `optimizer`, `scheduler`, `scaler` state dicts."""
+def save_checkpoint(
+    path: str | Path, *, model: dict[str, Any], config: dict[str, Any], epoch: int, **state: Any
+) -> None:
+    """Write a checkpoint atomically; `state` takes `best`, `optimizer`, `scheduler`, `scaler` state
+    dicts.
+    """
     content = {"model": model, "config": config, "epoch": epoch, "rng": rng_state(), **state}
     save_tensors(path, content)
 
 
 def save_tensors(path: str | Path, content: Any) -> None:
-    """`torch.save`, atomically; the same content is the same bytes: given a path, torch would put the file's name inside."""
+    """`torch.save`, atomically; the same content is the same bytes: given a path, torch would put
+    the file's name inside.
+    """
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
         torch.save(content, stream)
 
 
 def load_tensors(path: str | Path, what: str) -> Any:
-    """`torch.load(weights_only=True)` on the CPU; a missing, truncated or pickled-code file is a UserError."""
+    """`torch.load(weights_only=True)` on the CPU; a missing, truncated or pickled-code file is a
+    UserError.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: expected {what}, found no file")
     try:
-        # published checkpoints keep their command line beside the weights; a Namespace is a plain container
+        # published checkpoints keep their command line beside the weights; a Namespace is a plain
+        # container
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"{path}: expected {what} (tensors and plain containers only), cannot be read: {reason}") from None
+        raise UserError(
+            f"{path}: expected {what} (tensors and plain containers only), cannot be read: {reason}"
+        ) from None
 
 
 def read_weights(path: str | Path, what: str) -> dict[str, Any]:
-    """The dict in a `.safetensors` file or in a torch file that `load_tensors` takes, else UserError."""
+    """The dict in a `.safetensors` file or in a torch file that `load_tensors` takes, else
+    UserError.
+    """
     if Path(path).suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
-            # copies: what the library gives is the file itself, mapped, and a file that is written over kills who maps it
+            # copies: what the library gives is the file itself, mapped, and a file that is written
+            # over kills who maps it
             return {name: tensor.clone() for name, tensor in load_file(path).items()}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: expected {what}, cannot be read: {error}") from None
     content = load_tensors(path, what)
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected {what} (a dict of tensors), found {type(content).__name__}")
+        raise UserError(
+            f"{path}: expected {what} (a dict of tensors), found {type(content).__name__}"
+        )
     return content
 
 
 def load_checkpoint(path: str | Path, what: str = "a checkpoint") -> dict[str, Any]:
     """A checkpoint's content with `model`, `config` and `epoch` present, else UserError."""
     content = load_tensors(path, what)
-    missing = [name for name in ("model", "config", "epoch") if not isinstance(content, dict) or name not in content]
+    missing = [
+        name
+        for name in ("model", "config", "epoch")
+        if not isinstance(content, dict) or name not in content
+    ]
     if missing:
-        raise UserError(f"{path}: expected {what} with keys model, config, epoch; '{missing[0]}' is missing")
+        raise UserError(
+            f"{path}: expected {what} with keys model, config, epoch; '{missing[0]}' is missing"
+        )
     return content
 
 
 def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
-    """Load a state dict strictly; another architecture's weights are a UserError that names the first differences.
+    """Load a state dict strictly; another architecture's weights are a UserError that names the
+    first differences.
 
-    A module whose parameters are on the meta device takes the tensors themselves, in its own dtypes.
+    A module whose parameters are on the meta device takes the tensors themselves, in its own
+    dtypes.
     """
     own = module.state_dict()
     missing = [name for name in own if name not in weights]
@@ -84,7 +109,8 @@ def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], source: st
         shapes = [f"{n} {tuple(weights[n].shape)} for {tuple(own[n].shape)}" for n in reshaped]
         raise UserError(
             f"{source}: weights of another architecture: {len(missing)} missing {missing[:2]}, "
-            f"{len(unexpected)} unexpected {unexpected[:2]}, {len(reshaped)} of another shape {shapes[:2]}; "
+            f"{len(unexpected)} unexpected {unexpected[:2]}, {len(reshaped)} of another shape "
+            f"{shapes[:2]}; "
             f"give the weights of a {type(module).__name__} with the same settings"
         )
     empty = any(parameter.is_meta for parameter in module.parameters())
@@ -94,7 +120,8 @@ def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], source: st
 
 
 def resume(path: str | Path, model: nn.Module, **parts: Any) -> tuple[int, dict[str, Any]]:
-    """Put model, optimizer, scheduler, scaler and all generators back to where the checkpoint left them.
+    """Put model, optimizer, scheduler, scaler and all generators back to where the checkpoint left
+    them.
 
     Args:
         path: `checkpoint_last.pt` of the run; when absent nothing changes.

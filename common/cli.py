@@ -18,7 +18,9 @@ T = TypeVar("T")
 
 def launch(main: Callable[[T], int | None], config_class: type[T]) -> None:
     """Run `main(config)` and leave the process with its status."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
+    )
     sys.exit(run(main, config_class, sys.argv[1:]))
 
 
@@ -30,8 +32,12 @@ def run(main: Callable[[T], int | None], config_class: type[T], arguments: list[
         print(f"{_title(main)}\n\n{request}")
         return 0
     except UserError as error:
-        # from a loader process the message comes as a whole traceback, whose last line is the message
-        print(f"error: {str(error).splitlines()[-1].removeprefix('common.errors.UserError: ')}", file=sys.stderr)
+        # from a loader process the message comes as a whole traceback, whose last line is the
+        # message
+        print(
+            f"error: {str(error).splitlines()[-1].removeprefix('common.errors.UserError: ')}",
+            file=sys.stderr,
+        )
         return 2
     finally:
         _leave_process_group()

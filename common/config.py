@@ -1,8 +1,10 @@
-"""Typed configuration: dataclass defaults < YAML file < `key=value` on the command line, merged strictly.
+"""Typed configuration: dataclass defaults < YAML file < `key=value` on the command line, merged
+strictly.
 
-The merge is OmegaConf's structured configs; this module adds what a person at a terminal needs: one-line errors that
-give expected, found and the nearest valid name, `--help` from the same dataclass, and checks of choices and paths
-before any work starts. Config objects stop at the entry point: code below takes plain arguments.
+The merge is OmegaConf's structured configs; this module adds what a person at a terminal needs:
+one-line errors that give expected, found and the nearest valid name, `--help` from the same
+dataclass, and checks of choices and paths before any work starts. Config objects stop at the entry
+point: code below takes plain arguments.
 """
 
 from __future__ import annotations
@@ -30,16 +32,24 @@ class HelpRequested(Exception):
     """`--help` was given; the message is the text to print."""
 
 
-def key(default: Any, help: str, *, choices: Sequence[str] | None = None, path: bool = False, runtime: bool = False) -> Any:
+def key(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    path: bool = False,
+    runtime: bool = False,
+) -> Any:
     """A configuration field.
 
     Args:
         default: default value, or `REQUIRED` when the user has to give one.
         help: one line for `--help`, with the unit.
         choices: valid strings, checked when the configuration is loaded.
-        path: names an input file or folder that has to exist (an empty string or None means "not used").
-        runtime: changes where or how fast the work is done but not its result (device, workers, overwrite): not
-            part of a run's identity.
+        path: names an input file or folder that has to exist (an empty string or None means "not
+            used").
+        runtime: changes where or how fast the work is done but not its result (device, workers,
+            overwrite): not part of a run's identity.
     """
     metadata = {"help": help, "choices": choices, "path": path, "runtime": runtime}
     if isinstance(default, (list, dict)):
@@ -59,7 +69,8 @@ def load_config(config_class: type[T], arguments: Sequence[str], *, check_paths:
     """Merge defaults, `--config FILE` and `key=value` arguments into one typed object.
 
     Raises:
-        ConfigError: unknown key, wrong type, missing required key, unknown choice, path that does not exist.
+        ConfigError: unknown key, wrong type, missing required key, unknown choice, path that does
+            not exist.
         HelpRequested: `--help` or `-h` is among the arguments.
     """
     config = OmegaConf.structured(config_class)
@@ -69,7 +80,10 @@ def load_config(config_class: type[T], arguments: Sequence[str], *, check_paths:
         _assign(config, config_class, name, value, source="command line")
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
-        raise ConfigError(f"missing key '{missing[0]}': expected a value, found none; add {missing[0]}=... (see --help)")
+        raise ConfigError(
+            f"missing key '{missing[0]}': expected a value, found none; add {missing[0]}=... (see "
+            "--help)"
+        )
     result = OmegaConf.to_object(config)
     for name, field, value in walk(result):
         _check_value(name, field, value, check_paths)
@@ -78,7 +92,9 @@ def load_config(config_class: type[T], arguments: Sequence[str], *, check_paths:
 
 
 def given_keys(config: Any) -> frozenset[str]:
-    """Keys that a file or the command line gave; of a configuration made in code, those that differ from the default."""
+    """Keys that a file or the command line gave; of a configuration made in code, those that differ
+    from the default.
+    """
     if hasattr(config, "_given"):
         return config._given
     default = {name: field for name, _, field in _fields(type(config))}
@@ -86,10 +102,14 @@ def given_keys(config: Any) -> frozenset[str]:
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return (
+        field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    )
 
 
-def _split_arguments(config_class: type, arguments: Sequence[str]) -> tuple[Path | None, list[tuple[str, str]]]:
+def _split_arguments(
+    config_class: type, arguments: Sequence[str]
+) -> tuple[Path | None, list[tuple[str, str]]]:
     file: Path | None = None
     assignments: list[tuple[str, str]] = []
     queue = list(arguments)
@@ -100,7 +120,9 @@ def _split_arguments(config_class: type, arguments: Sequence[str]) -> tuple[Path
         if argument == "--config" or argument.startswith("--config="):
             value = argument.partition("=")[2] or (queue.pop(0) if queue else "")
             if not value:
-                raise ConfigError("--config: expected the path of a YAML file, found nothing after it")
+                raise ConfigError(
+                    "--config: expected the path of a YAML file, found nothing after it"
+                )
             file = Path(value)
         elif "=" in argument and not argument.startswith("-"):
             name, _, value = argument.partition("=")
@@ -113,7 +135,9 @@ def _split_arguments(config_class: type, arguments: Sequence[str]) -> tuple[Path
 def _merge_file(config: DictConfig, config_class: type, file: Path) -> list[str]:
     """Merge a YAML file; returns the dotted names that it sets."""
     if not file.is_file():
-        raise ConfigError(f"--config {file}: expected a YAML file, found none; {nearest_path(file)}")
+        raise ConfigError(
+            f"--config {file}: expected a YAML file, found none; {nearest_path(file)}"
+        )
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -128,7 +152,9 @@ def _merge_file(config: DictConfig, config_class: type, file: Path) -> list[str]
     return list(values)
 
 
-def _flatten(content: dict[str, Any], leaves: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(
+    content: dict[str, Any], leaves: dict[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
     """Nested mapping -> dotted names; a key whose type is a mapping stays whole."""
     for name, value in content.items():
         dotted = f"{prefix}{name}"
@@ -154,7 +180,9 @@ def _assign(config: DictConfig, config_class: type, name: str, value: Any, sourc
             value = float(value)
         OmegaConf.update(config, name, value, merge=False)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError):
-        raise ConfigError(f"{source}: key '{name}': expected {_type_name(expected)}, found {value!r}") from None
+        raise ConfigError(
+            f"{source}: key '{name}': expected {_type_name(expected)}, found {value!r}"
+        ) from None
 
 
 def _leaves(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -168,11 +196,17 @@ def _leaves(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not hasattr(hint, "__args__") else str(hint).replace("typing.", "")
+    return (
+        hint.__name__
+        if isinstance(hint, type) and not hasattr(hint, "__args__")
+        else str(hint).replace("typing.", "")
+    )
 
 
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
-    """(dotted name, field, value) of every key of a configuration object, nested blocks included."""
+    """(dotted name, field, value) of every key of a configuration object, nested blocks
+    included.
+    """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -186,10 +220,14 @@ def _check_value(name: str, field: dataclasses.Field[Any], value: Any, check_pat
     for item in value if isinstance(value, list) else [value]:
         if choices and item not in choices:
             raise ConfigError(
-                f"key '{name}': expected one of {', '.join(choices)}, found '{item}'; {did_you_mean(str(item), choices)}"
+                f"key '{name}': expected one of {', '.join(choices)}, found '{item}'; "
+                f"{did_you_mean(str(item), choices)}"
             )
         if check_paths and field.metadata.get("path") and item and not Path(item).exists():
-            raise ConfigError(f"key '{name}': expected an existing path, found none at {item}; {nearest_path(Path(item))}")
+            raise ConfigError(
+                f"key '{name}': expected an existing path, found none at {item}; "
+                f"{nearest_path(Path(item))}"
+            )
 
 
 def nearest_path(path: Path) -> str:
@@ -205,15 +243,21 @@ def describe(config_class: type) -> str:
     """The `--help` text: every key with type, default and meaning."""
     lines = ["usage: --config FILE.yaml key=value ...", "", "keys (type = default): meaning"]
     for name, hint, field in _fields(config_class):
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+        default = (
+            field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        )  # type: ignore[misc]
         shown = "required" if default == MISSING else repr(default)
         choices = field.metadata.get("choices")
         lines.append(f"  {name} ({_type_name(hint)} = {shown})")
-        lines.append(f"      {field.metadata['help']}" + (f" [{' | '.join(choices)}]" if choices else ""))
+        lines.append(
+            f"      {field.metadata['help']}" + (f" [{' | '.join(choices)}]" if choices else "")
+        )
     return "\n".join(lines)
 
 
-def _fields(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
+def _fields(
+    config_class: type, prefix: str = ""
+) -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
     hints = get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         if dataclasses.is_dataclass(hints[field.name]):
@@ -228,7 +272,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """The keys that decide the result: no runtime keys and no paths (their contents are fingerprinted instead)."""
+    """The keys that decide the result: no runtime keys and no paths (their contents are
+    fingerprinted instead).
+    """
     return {
         name: value
         for name, field, value in walk(config)

@@ -27,7 +27,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         raise UserError(f"device '{name}': expected auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            f"device '{name}': expected a CUDA GPU, found none that torch {torch.__version__} can use; set device=cpu"
+            f"device '{name}': expected a CUDA GPU, found none that torch {torch.__version__} can "
+            "use; set device=cpu"
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -35,7 +36,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """`auto` -> bf16 where the device has it in hardware (CUDA; CPUs with AMX or AVX512-BF16), else fp32."""
+    """`auto` -> bf16 where the device has it in hardware (CUDA; CPUs with AMX or AVX512-BF16), else
+    fp32.
+    """
     if name not in PRECISIONS:
         raise UserError(f"precision '{name}': expected one of {', '.join(PRECISIONS)}")
     if name != "auto":
@@ -48,7 +51,10 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 def _cpu_has_bf16() -> bool:
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    checks = (
+        getattr(torch.cpu, name, None)
+        for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    )
     return any(check is not None and check() for check in checks)
 
 

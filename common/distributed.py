@@ -1,4 +1,6 @@
-"""Processes started by torchrun: set-up (nccl on GPUs, gloo on CPUs), reductions, and one process as the plain case."""
+"""Processes started by torchrun: set-up (nccl on GPUs, gloo on CPUs), reductions, and one process
+as the plain case.
+"""
 
 from __future__ import annotations
 
@@ -106,10 +108,11 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Rows of all processes in rank order, for a loss over the whole batch that every process computes alike.
+    """Rows of all processes in rank order, for a loss over the whole batch that every process
+    computes alike.
 
-    The gradient reaches this process's rows, times the number of processes: DistributedDataParallel averages over processes
-    what has to be added here. All processes give equally many rows.
+    The gradient reaches this process's rows, times the number of processes: DistributedDataParallel
+    averages over processes what has to be added here. All processes give equally many rows.
     """
     if not dist.is_initialized():
         return rows
@@ -120,7 +123,9 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
     """DistributedDataParallel with more than one process, the model itself with one."""
     if world.size == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
+    return DistributedDataParallel(
+        model, device_ids=[world.device] if world.device.type == "cuda" else None
+    )
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -1,7 +1,7 @@
 """An exponential moving average of a model's weights, which is what gets evaluated and kept.
 
-On torch's `AveragedModel`. Difference: the decay grows with the number of updates, min(decay, (1 + n) / (10 + n)), so that
-short runs do not drag their random start along.
+On torch's `AveragedModel`. Difference: the decay grows with the number of updates, min(decay, (1 +
+n) / (10 + n)), so that short runs do not drag their random start along.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from common.errors import UserError
 def moving_average(model: nn.Module, decay: float) -> AveragedModel | None:
     """The average of a model, updated with `update_parameters(model)`; None for decay 0.
 
-    Floating-point buffers (statistics of batch norm) are averaged like weights, counters are copied.
+    Floating-point buffers (statistics of batch norm) are averaged like weights, counters are
+    copied.
 
     Raises:
         UserError: the decay is not in [0, 1).

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Bad input: one line that gives expected, found and remedy. Entry points print it without a traceback."""
+    """Bad input: one line that gives expected, found and remedy. Entry points print it without a
+    traceback.
+    """
 
 
 def did_you_mean(name: str, valid: Iterable[object]) -> str:
@@ -16,4 +18,8 @@ def did_you_mean(name: str, valid: Iterable[object]) -> str:
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     if close:
         return f"did you mean '{close[0]}'?"
-    return f"valid: {', '.join(options[:40])}" + (", ..." if len(options) > 40 else "") if options else "nothing is valid here"
+    return (
+        f"valid: {', '.join(options[:40])}" + (", ..." if len(options) > 40 else "")
+        if options
+        else "nothing is valid here"
+    )

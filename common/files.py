@@ -1,4 +1,6 @@
-"""Files that are whole or absent: temporary name in the same folder, fsync, rename; ids that stay inside their root."""
+"""Files that are whole or absent: temporary name in the same folder, fsync, rename; ids that stay
+inside their root.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,20 @@ from common.errors import UserError
 
 
 class AtomicFile:
-    """A file that is written under a temporary name beside `path` for as long as it takes, then renamed or removed.
+    """A file that is written under a temporary name beside `path` for as long as it takes, then
+    renamed or removed.
 
-    Temporary files that a killed process of this machine left for the same target are removed first.
+    Temporary files that a killed process of this machine left for the same target are removed
+    first.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _remove_orphans(self.path)
-        self.temporary = self.path.with_name(f".{self.path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+        self.temporary = self.path.with_name(
+            f".{self.path.name}.{socket.gethostname()}.{os.getpid()}.tmp"
+        )
 
     def commit(self) -> None:
         """Sync to disk and rename."""
@@ -41,7 +47,9 @@ class AtomicFile:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; on success it is synced to disk and renamed, on failure removed."""
+    """Yield a temporary name beside `path`; on success it is synced to disk and renamed, on failure
+    removed.
+    """
     file = AtomicFile(path)
     try:
         yield file.temporary
@@ -89,8 +97,12 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
-    """Write a comma-separated table atomically, one mapping a row, columns in the order of `header`."""
+def write_csv(
+    path: str | Path, header: Sequence[str], rows: Iterable[Mapping[str, object]]
+) -> None:
+    """Write a comma-separated table atomically, one mapping a row, columns in the order of
+    `header`.
+    """
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, fieldnames=list(header), lineterminator="\n")
     writer.writeheader()
@@ -109,9 +121,17 @@ def read_json(path: str | Path, what: str) -> Any:
 
 
 def safe_id(identifier: str, what: str = "slide id") -> str:
-    """Return the id if it is one plain file name, so that `root / f"{id}.h5"` stays inside `root`; else UserError."""
-    if not identifier or identifier in {".", ".."} or any(character in identifier for character in "/\\\0\n\r"):
-        raise UserError(f"{what} {identifier!r}: expected a plain file name without '/', '\\' or line breaks")
+    """Return the id if it is one plain file name, so that `root / f"{id}.h5"` stays inside `root`;
+    else UserError.
+    """
+    if (
+        not identifier
+        or identifier in {".", ".."}
+        or any(character in identifier for character in "/\\\0\n\r")
+    ):
+        raise UserError(
+            f"{what} {identifier!r}: expected a plain file name without '/', '\\' or line breaks"
+        )
     return identifier
 
 

@@ -1,4 +1,6 @@
-"""Memory: the peak of this process alone, what is free for it, and what becomes of what it frees."""
+"""Memory: the peak of this process alone, what is free for it, and what becomes of what it
+frees.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 def peak_memory() -> int:
     """Largest resident size so far, bytes.
 
-    `getrusage` says the larger of this process's peak and that of the process that started it (Linux hands the figure on at
-    exec), so that a small child of a large parent seems to be large, and never to grow.
+    `getrusage` says the larger of this process's peak and that of the process that started it
+    (Linux hands the figure on at exec), so that a small child of a large parent seems to be large,
+    and never to grow.
     """
     status = Path("/proc/self/status")
     if status.is_file():
@@ -28,8 +31,9 @@ def peak_memory() -> int:
 
 
 def free_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process may still take: what the machine has free, within every limit that it is under (a container's,
-    a batch system's job and the groups above it; control groups of version 1 and 2)."""
+    """Bytes that this process may still take: what the machine has free, within every limit that it
+    is under (a container's, a batch system's job and the groups above it; control groups of version
+    1 and 2)."""
     try:
         lines = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
@@ -41,7 +45,10 @@ def free_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup"
         if number == "0":
             root, files = groups, ("memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):
-            root, files = groups / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            root, files = (
+                groups / "memory",
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+            )
         else:
             continue
         place = root / name.lstrip("/")
@@ -52,7 +59,9 @@ def free_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup"
 
 
 def _left_in(folder: Path, limit: str, used: str, inactive: str) -> int:
-    """Limit less use of a control group; pages of files that the kernel would drop are not in use."""
+    """Limit less use of a control group; pages of files that the kernel would drop are not in
+    use.
+    """
     try:
         most = (folder / limit).read_text().strip()
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
@@ -70,12 +79,14 @@ def _physical_memory() -> int:
 def reuse_large_blocks() -> bool:
     """Let blocks of up to 1 GiB that are freed serve the next ones.
 
-    glibc maps a large block anew every time, and the kernel clears it page by page: tensors of 100,000 tiles in a network are
-    such blocks, and a training step on them takes a sixth to a third less time when they are reused. The process keeps what it
-    once needed until it ends.
+    glibc maps a large block anew every time, and the kernel clears it page by page: tensors of
+    100,000 tiles in a network are such blocks, and a training step on them takes a sixth to a third
+    less time when they are reused. The process keeps what it once needed until it ends.
 
     Returns:
         Whether the C library could be told; others than glibc cannot.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, 2**30) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    return mallopt is not None and bool(
+        mallopt(M_MMAP_THRESHOLD, 2**30) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    )

@@ -1,4 +1,6 @@
-"""Progress of anything longer than seconds: a tqdm bar at a terminal, a plain line every so often elsewhere."""
+"""Progress of anything longer than seconds: a tqdm bar at a terminal, a plain line every so often
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,24 @@ logger = logging.getLogger(__name__)
 class Progress:
     """A counter with rate and remaining time; use as a context manager and call `advance`."""
 
-    def __init__(self, label: str, total: int, unit: str, *, enabled: bool = True, every_seconds: float = 15.0) -> None:
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        unit: str,
+        *,
+        enabled: bool = True,
+        every_seconds: float = 15.0,
+    ) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.count = 0
         self._start = self._said = time.monotonic()
         self._every = every_seconds
         self._enabled = enabled
         terminal = enabled and sys.stderr.isatty()
-        self._bar = tqdm(total=total, desc=label, unit=unit, dynamic_ncols=True) if terminal else None
+        self._bar = (
+            tqdm(total=total, desc=label, unit=unit, dynamic_ncols=True) if terminal else None
+        )
 
     def __enter__(self) -> Progress:
         return self
@@ -44,10 +56,20 @@ class Progress:
             self._said = now
             rate = self.count / (now - self._start)
             remaining = (self.total - self.count) / rate if rate else float("inf")
-            logger.info("%s: %d/%d %s, %.1f/s, %.0f s left", self.label, self.count, self.total, self.unit, rate, remaining)
+            logger.info(
+                "%s: %d/%d %s, %.1f/s, %.0f s left",
+                self.label,
+                self.count,
+                self.total,
+                self.unit,
+                rate,
+                remaining,
+            )
 
 
-def progress(items: Iterable[T], label: str, total: int, unit: str = "it", *, enabled: bool = True) -> Iterator[T]:
+def progress(
+    items: Iterable[T], label: str, total: int, unit: str = "it", *, enabled: bool = True
+) -> Iterator[T]:
     """Iterate with progress."""
     with Progress(label, total, unit, enabled=enabled) as counter:
         for item in items:

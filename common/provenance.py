@@ -13,7 +13,9 @@ def differences(found: dict[str, Any], expected: dict[str, Any], limit: int = 4)
         for name in sorted(flat_found.keys() | flat_expected.keys())
         if flat_found.get(name) != flat_expected.get(name)
     ]
-    return ", ".join(lines[:limit]) + (f" and {len(lines) - limit} more" if len(lines) > limit else "")
+    return ", ".join(lines[:limit]) + (
+        f" and {len(lines) - limit} more" if len(lines) > limit else ""
+    )
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""A run directory: resolved config, one JSON object a step or epoch, checkpoints, results, environment.
+"""A run directory: resolved config, one JSON object a step or epoch, checkpoints, results,
+environment.
 
-A run is identified by the configuration keys that decide its result and by fingerprints of its inputs. The same run
-started again goes on from its last checkpoint, or does nothing when it is finished; another run is never mixed into
-the directory of the first.
+A run is identified by the configuration keys that decide its result and by fingerprints of its
+inputs. The same run started again goes on from its last checkpoint, or does nothing when it is
+finished; another run is never mixed into the directory of the first.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from common.provenance import differences
 class Tracker:
     """Weights & Biases; metrics.jsonl is written in any case."""
 
-    mode: str = key("disabled", "Weights & Biases mode", choices=("disabled", "offline", "online"), runtime=True)
+    mode: str = key(
+        "disabled", "Weights & Biases mode", choices=("disabled", "offline", "online"), runtime=True
+    )
     project: str = key("wsi", "Weights & Biases project", runtime=True)
 
 
@@ -44,7 +47,9 @@ class Run:
         last, best: where checkpoints go.
     """
 
-    def __init__(self, path: Path, results: dict[str, Any] | None, tracker: Any, writes: bool) -> None:
+    def __init__(
+        self, path: Path, results: dict[str, Any] | None, tracker: Any, writes: bool
+    ) -> None:
         self.path = path
         self.results = results
         self.last = path / "checkpoint_last.pt"
@@ -127,13 +132,16 @@ def open_run(
     return Run(path, results, _start_tracker(tracker, path, config, world), world.is_main)
 
 
-def _same_or_cleared(path: Path, found: dict[str, Any], expected: dict[str, Any], overwrite: bool) -> None:
+def _same_or_cleared(
+    path: Path, found: dict[str, Any], expected: dict[str, Any], overwrite: bool
+) -> None:
     if json.loads(json.dumps(expected)) == found:
         if not overwrite:
             return
     elif not overwrite:
         raise UserError(
-            f"{path}: holds another run: {differences(found, expected)}; choose another output or set overwrite=true"
+            f"{path}: holds another run: {differences(found, expected)}; choose another output or "
+            "set overwrite=true"
         )
     for name in ("results.json", "metrics.jsonl", "checkpoint_last.pt", "checkpoint_best.pt"):
         (path / name).unlink(missing_ok=True)
@@ -142,7 +150,11 @@ def _same_or_cleared(path: Path, found: dict[str, Any], expected: dict[str, Any]
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, git commit and hardware, for environment.json."""
     commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        ["git", "rev-parse", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.strip()
     return {
         "software_version": __version__,
@@ -150,7 +162,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -164,8 +178,14 @@ def _start_tracker(tracker: Tracker | None, path: Path, config: Any, world: Worl
         import wandb
     except ImportError:
         raise UserError(
-            f"tracker.mode={tracker.mode}: expected the package wandb; install it or set tracker.mode=disabled"
+            f"tracker.mode={tracker.mode}: expected the package wandb; install it or set "
+            "tracker.mode=disabled"
         ) from None
     return wandb.init(
-        project=tracker.project, name=path.name, dir=str(path), config=to_dict(config), mode=tracker.mode, resume="allow"
+        project=tracker.project,
+        name=path.name,
+        dir=str(path),
+        config=to_dict(config),
+        mode=tracker.mode,
+        resume="allow",
     )

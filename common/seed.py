@@ -1,4 +1,6 @@
-"""Seeds for python, numpy, torch and workers, and the state needed to go on exactly where a run stopped."""
+"""Seeds for python, numpy, torch and workers, and the state needed to go on exactly where a run
+stopped.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +26,27 @@ def seed_worker(_: int) -> None:
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """A generator for one epoch's shuffling and worker seeds, so that an epoch can be repeated on its own."""
+    """A generator for one epoch's shuffling and worker seeds, so that an epoch can be repeated on
+    its own.
+    """
     return torch.Generator().manual_seed(seed * 100_003 + epoch)
 
 
 def rng_state() -> dict[str, Any]:
-    """States of all generators as plain containers and tensors, loadable with `weights_only=True`."""
+    """States of all generators as plain containers and tensors, loadable with
+    `weights_only=True`.
+    """
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "python": [version, list(internal), gauss],
-        "numpy": [str(name), torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [
+            str(name),
+            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

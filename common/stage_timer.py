@@ -1,8 +1,10 @@
 """Run one stage as a child process and note its wall time and peak memory, once, in a JSON file.
 
-    python -m common.stage_timer runs/stages.json tile_slides -- python -m patch_encoder.tile_slides ...
+    python -m common.stage_timer runs/stages.json tile_slides -- python -m patch_encoder.tile_slides
+    ...
 
-The first successful run of a stage is the one that counts; running it again over finished work leaves the note alone.
+The first successful run of a stage is the one that counts; running it again over finished work
+leaves the note alone.
 """
 
 from __future__ import annotations
@@ -37,7 +39,16 @@ def main(arguments: list[str]) -> int:
     if status == 0:
         # the largest single process among the stage's processes
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-        _note(file, notes, {"name": name, "seconds": round(seconds, 1), "peak_mib": round(peak), "attempts": attempts + 1})
+        _note(
+            file,
+            notes,
+            {
+                "name": name,
+                "seconds": round(seconds, 1),
+                "peak_mib": round(peak),
+                "attempts": attempts + 1,
+            },
+        )
     return status
 
 
@@ -47,7 +58,9 @@ def _status(returncode: int) -> int:
 
 def _note(file: Path, notes: dict, stage: dict) -> None:
     kept = [other for other in notes["stages"] if other["name"] != stage["name"]]
-    index = next((i for i, other in enumerate(notes["stages"]) if other["name"] == stage["name"]), len(kept))
+    index = next(
+        (i for i, other in enumerate(notes["stages"]) if other["name"] == stage["name"]), len(kept)
+    )
     notes["stages"] = [*kept[:index], stage, *kept[index:]]
     write_json(file, notes)
 

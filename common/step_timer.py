@@ -1,7 +1,8 @@
 """Where the time of a training loop goes: seconds by part of a step, without slowing the loop.
 
-On CUDA the marks are events in the stream, read when a report is asked for: a part then has the time that the device was
-busy with it or waited for it, and what overlaps the device's work costs nothing.
+On CUDA the marks are events in the stream, read when a report is asked for: a part then has the
+time that the device was busy with it or waited for it, and what overlaps the device's work costs
+nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class StepTimes:
         """Log entries of the steps since the last report.
 
         Returns:
-            `time/<part>` seconds a step, `time/images_per_second`, and `time/data_share`, the share spent waiting for images.
+            `time/<part>` seconds a step, `time/images_per_second`, and `time/data_share`, the share
+            spent waiting for images.
         """
         seconds, steps = self._read()
         for part, value in seconds.items():
@@ -80,4 +82,6 @@ class StepTimes:
 
 def _between(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:
     """Seconds."""
-    return before.elapsed_time(after) / 1e3 if isinstance(before, torch.cuda.Event) else after - before
+    return (
+        before.elapsed_time(after) / 1e3 if isinstance(before, torch.cuda.Event) else after - before
+    )

@@ -1,9 +1,13 @@
-"""Run a trained detector over whole slides or tile folders: every slide's lesions as COCO JSON and as GeoJSON for QuPath.
+"""Run a trained detector over whole slides or tile folders: every slide's lesions as COCO JSON and
+as GeoJSON for QuPath.
 
-    python -m detection_kd.detect_slide slides=cohort/slides coords=tiles detector=detector/checkpoint_best.pt output=found
+    python -m detection_kd.detect_slide slides=cohort/slides coords=tiles
+    detector=detector/checkpoint_best.pt output=found
 
-Reads: slides, coordinates of `tile_slides` (overlap=0.25 keeps lesions on seams whole), a checkpoint of `train_detector`.
-Writes: `<output>/coco/<slide_id>.json`, `<output>/geojson/<slide_id>.geojson`, `failures.csv`. A slide is the unit of resuming.
+Reads: slides, coordinates of `tile_slides` (overlap=0.25 keeps lesions on seams whole), a
+checkpoint of `train_detector`.
+Writes: `<output>/coco/<slide_id>.json`, `<output>/geojson/<slide_id>.geojson`, `failures.csv`. A
+slide is the unit of resuming.
 """
 
 from __future__ import annotations
@@ -25,7 +29,14 @@ from common.errors import UserError
 from common.files import read_json, sha256_file, write_json
 from common.progress import Progress
 from common.provenance import differences
-from detection_kd.datasets.slide_detections import Found, centred_in, coco_document, merge, own_part, write_geojson
+from detection_kd.datasets.slide_detections import (
+    Found,
+    centred_in,
+    coco_document,
+    merge,
+    own_part,
+    write_geojson,
+)
 from detection_kd.engine import post_process
 from detection_kd.models.deformable_detr import load_detector
 from patch_encoder.cohort.failures import Failures
@@ -43,7 +54,11 @@ class Config(ExtractionKeys):
     """Keys of detection on slides (`dtype` and `pt` do not matter here)."""
 
     detector: str = key(REQUIRED, "checkpoint of train_detector", path=True)
-    scale: float = key(1.0, "factor on a tile's side before the detector; fields of 256 px trained at eval_size=128: 0.5")
+    scale: float = key(
+        1.0,
+        "factor on a tile's side before the detector; fields of 256 px trained at eval_size=128: "
+        "0.5",
+    )
     min_score: float = key(0.3, "detections below it are dropped")
     max_detections: int = key(300, "most detections a tile")
     nms_iou: float = key(0.5, "overlap above which the weaker of two boxes of a class goes")
@@ -65,7 +80,10 @@ def provenance(config: Config, job: SlideJob, precision: str) -> dict[str, Any]:
     """What decides a slide's detections."""
     names = ("scale", "min_score", "max_detections", "nms_iou")
     settings = {name: getattr(config, name) for name in names} | {"precision": precision}
-    return settings | {"detector_sha256": sha256_file(config.detector), "coordinates": job.coordinates.digest()}
+    return settings | {
+        "detector_sha256": sha256_file(config.detector),
+        "coordinates": job.coordinates.digest(),
+    }
 
 
 def is_done(path: Path, wanted: dict[str, Any], overwrite: bool) -> bool:
@@ -75,27 +93,43 @@ def is_done(path: Path, wanted: dict[str, Any], overwrite: bool) -> bool:
     found = read_json(path, "detections of a slide").get("info", {})
     if found != wanted:
         changed = differences(found, wanted)
-        raise UserError(f"{path}: holds detections of another run: {changed}; choose another output or set overwrite=true")
+        raise UserError(
+            f"{path}: holds detections of another run: {changed}; choose another output or set "
+            "overwrite=true"
+        )
     return True
 
 
 @torch.inference_mode()
-def detect_tiles(model: nn.Module, tiles: Tensor, config: Config, settings: ExtractSettings, sides: list[int]) -> list[Found]:
-    """Detections of a batch of tiles uint8 (B, 3, H, W), in level-0 px of each tile, whose sides these are."""
+def detect_tiles(
+    model: nn.Module, tiles: Tensor, config: Config, settings: ExtractSettings, sides: list[int]
+) -> list[Found]:
+    """Detections of a batch of tiles uint8 (B, 3, H, W), in level-0 px of each tile, whose sides
+    these are.
+    """
     pixels = tiles.to(settings.device, non_blocking=True).float().div_(255)
     if config.scale != 1.0:
-        pixels = nn.functional.interpolate(pixels, scale_factor=config.scale, mode="bilinear", antialias=True)
+        pixels = nn.functional.interpolate(
+            pixels, scale_factor=config.scale, mode="bilinear", antialias=True
+        )
     mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in IMAGENET)
     images = ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
     padding = torch.zeros(len(images), *images.shape[-2:], dtype=torch.bool, device=images.device)
     with autocast(settings.device, settings.precision):
         detections = model(images, padding)
-    found = (Found(*item) for item in post_process(detections, [(side, side) for side in sides], config.max_detections))
+    found = (
+        Found(*item)
+        for item in post_process(
+            detections, [(side, side) for side in sides], config.max_detections
+        )
+    )
     return [Found(*(values[item.scores >= config.min_score] for values in item)) for item in found]
 
 
 class Assembly:
-    """Collects the detections of tiles, which come in order, and gives a slide's once its last tile is through."""
+    """Collects the detections of tiles, which come in order, and gives a slide's once its last tile
+    is through.
+    """
 
     def __init__(self, jobs: list[SlideJob]) -> None:
         self.jobs = jobs
@@ -118,9 +152,15 @@ class Assembly:
 
 
 def slides_of(
-    model: nn.Module, jobs: list[SlideJob], config: Config, settings: ExtractSettings, failures: Failures
+    model: nn.Module,
+    jobs: list[SlideJob],
+    config: Config,
+    settings: ExtractSettings,
+    failures: Failures,
 ) -> Iterator[tuple[SlideJob, Found]]:
-    """Every slide with its merged detections as soon as its last tile is through; slides with a broken tile are left out."""
+    """Every slide with its merged detections as soon as its last tile is through; slides with a
+    broken tile are left out.
+    """
     sequence, assembly = TileSequence(jobs, to_tensor), Assembly(jobs)
     broken: set[int] = set()
     with Progress("detections", len(sequence), "tiles") as bar:
@@ -131,7 +171,9 @@ def slides_of(
             if batch.items is not None:
                 owners = batch.slides.tolist()
                 sides = [jobs[index].coordinates.geometry.patch_size_level0 for index in owners]
-                for index, found in zip(owners, detect_tiles(model, batch.items, config, settings, sides), strict=True):
+                for index, found in zip(
+                    owners, detect_tiles(model, batch.items, config, settings, sides), strict=True
+                ):
                     if index not in broken:
                         assembly.add(index, found)
             for index, count in batch.counted:
@@ -149,13 +191,19 @@ def main(config: Config) -> int:
     jobs = cohort_jobs(config.slides, config.coords, config.labels, failures, settings.shard)
     wanted = {job.slide_id: provenance(config, job, settings.precision) for job in jobs}
     documents = {slide_id: output / "coco" / f"{slide_id}.json" for slide_id in wanted}
-    todo = [job for job in jobs if not is_done(documents[job.slide_id], wanted[job.slide_id], config.overwrite)]
+    todo = [
+        job
+        for job in jobs
+        if not is_done(documents[job.slide_id], wanted[job.slide_id], config.overwrite)
+    ]
     logger.info("%s: %d slides, %d already done", STAGE, len(jobs), len(jobs) - len(todo))
     categories = description["categories"]
     for job, found in slides_of(model, todo, config, settings, failures):
         write_geojson(output / "geojson" / f"{job.slide_id}.geojson", found, categories)
         # last: where it is, the slide is done
-        document = coco_document(found, job.coordinates, job.path.name, categories, wanted[job.slide_id])
+        document = coco_document(
+            found, job.coordinates, job.path.name, categories, wanted[job.slide_id]
+        )
         write_json(documents[job.slide_id], document)
         logger.info("%s: %d detections", job.slide_id, len(found.scores))
     return failures.write(output)

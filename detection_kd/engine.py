@@ -1,4 +1,6 @@
-"""What the scripts of detection_kd share: optimiser groups, learning rate, loss of a batch, detections of a set."""
+"""What the scripts of detection_kd share: optimiser groups, learning rate, loss of a batch,
+detections of a set.
+"""
 
 from __future__ import annotations
 
@@ -36,13 +38,21 @@ from detection_kd.models.backbone import STAGES
 from detection_kd.models.deformable_detr import DeformableDETR
 from detection_kd.models.deformable_transformer import Detections
 
-SLOW = ("reference_points", "sampling_offsets")  # a tenth of the learning rate (arXiv:2010.04159, appendix A.3)
+SLOW = (
+    "reference_points",
+    "sampling_offsets",
+)  # a tenth of the learning rate (arXiv:2010.04159, appendix A.3)
 
 
 def parameter_groups(
-    model: DeformableDETR, lr: float, lr_backbone: float, slow_factor: float = 0.1, layer_decay: float = 1.0
+    model: DeformableDETR,
+    lr: float,
+    lr_backbone: float,
+    slow_factor: float = 0.1,
+    layer_decay: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Trainable parameters by learning rate: transformer and heads, what places sampling points, and the backbone's stages.
+    """Trainable parameters by learning rate: transformer and heads, what places sampling points,
+    and the backbone's stages.
 
     Args:
         model: the unwrapped detector.
@@ -62,12 +72,15 @@ def parameter_groups(
             kind, rate = f"backbone-{depth}", lr_backbone * layer_decay**depth
         elif any(part in name for part in SLOW):
             kind, rate = "slow", lr * slow_factor
-        groups.setdefault(kind, {"params": [], "lr": rate, "initial_lr": rate})["params"].append(parameter)
+        groups.setdefault(kind, {"params": [], "lr": rate, "initial_lr": rate})["params"].append(
+            parameter
+        )
     return [groups[kind] for kind in sorted(groups, key=lambda kind: (kind != "transformer", kind))]
 
 
 def rate_factor(step: int, steps: int, *, warmup: int, drop: int, cosine: bool) -> float:
-    """Factor of the learning rate at a step: linear warm-up, then constant with one drop to a tenth, or a half cosine to 0.
+    """Factor of the learning rate at a step: linear warm-up, then constant with one drop to a
+    tenth, or a half cosine to 0.
 
     Args:
         step: optimiser steps done.
@@ -91,7 +104,9 @@ def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 @dataclass
 class Matches:
-    """Which prediction answers for which annotation: [layer][group][image] of the decoder, [image] of the first stage."""
+    """Which prediction answers for which annotation: [layer][group][image] of the decoder, [image]
+    of the first stage.
+    """
 
     decoder: list[list[list[Match]]]
     proposals: list[Match] | None
@@ -102,14 +117,25 @@ def match_batch(detections: Detections, batch: Batch) -> Matches:
     targets = Targets(batch.labels, batch.boxes)
     proposals = None
     if detections.proposal_logits is not None and detections.proposal_boxes is not None:
-        proposals = match_proposals(detections.proposal_logits.detach(), detections.proposal_boxes.detach(), targets)
-    found = match_groups(detections.logits.detach(), detections.boxes.detach(), targets, detections.groups)
+        proposals = match_proposals(
+            detections.proposal_logits.detach(), detections.proposal_boxes.detach(), targets
+        )
+    found = match_groups(
+        detections.logits.detach(), detections.boxes.detach(), targets, detections.groups
+    )
     return Matches(found, proposals)
 
 
 def count_boxes(batches: Sequence[Batch], device: torch.device) -> float:
-    """Annotated boxes of all parts of an optimiser step, mean over processes, at least 1: what every loss is divided by."""
-    return max(mean_number(float(sum(len(labels) for batch in batches for labels in batch.labels)), device), 1.0)
+    """Annotated boxes of all parts of an optimiser step, mean over processes, at least 1: what
+    every loss is divided by.
+    """
+    return max(
+        mean_number(
+            float(sum(len(labels) for batch in batches for labels in batch.labels)), device
+        ),
+        1.0,
+    )
 
 
 def batch_loss(
@@ -124,13 +150,23 @@ def batch_loss(
         num_boxes: from `count_boxes`.
     """
     targets = Targets(batch.labels, batch.boxes)
-    terms = detection_losses(detections.logits, detections.boxes, matches.decoder, targets, num_boxes)
+    terms = detection_losses(
+        detections.logits, detections.boxes, matches.decoder, targets, num_boxes
+    )
     if matches.proposals is not None:
         assert detections.proposal_logits is not None and detections.proposal_boxes is not None
-        terms |= proposal_losses(detections.proposal_logits, detections.proposal_boxes, matches.proposals, targets, num_boxes)
+        terms |= proposal_losses(
+            detections.proposal_logits,
+            detections.proposal_boxes,
+            matches.proposals,
+            targets,
+            num_boxes,
+        )
     if detections.denoised is not None:
         logits, boxes, noised = detections.denoised
-        terms |= denoising_losses(logits, boxes, noised.matches, noised.counted, targets, num_boxes * noised.groups)
+        terms |= denoising_losses(
+            logits, boxes, noised.matches, noised.counted, targets, num_boxes * noised.groups
+        )
     return weighted_sum(terms), terms
 
 
@@ -143,15 +179,24 @@ def parts_of_steps(batches: Iterable[Batch], parts: int) -> Iterator[list[Batch]
 
 def added(sums: dict[str, Tensor], values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Sums of named scalars, on their device."""
-    return {name: sums[name] + value.detach() if name in sums else value.detach() for name, value in values.items()}
+    return {
+        name: sums[name] + value.detach() if name in sums else value.detach()
+        for name, value in values.items()
+    }
 
 
 def synchronised(model: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Processes exchange gradients after the last part of a step only."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
+    return (
+        model.no_sync()
+        if isinstance(model, DistributedDataParallel) and not last
+        else nullcontext()
+    )
 
 
-def require_finite(loss: Float[Tensor, ""], terms: dict[str, Float[Tensor, ""]], images: list[object]) -> None:
+def require_finite(
+    loss: Float[Tensor, ""], terms: dict[str, Float[Tensor, ""]], images: list[object]
+) -> None:
     """UserError that names images and terms when the loss is no finite number."""
     if not torch.isfinite(loss):
         bad = [name for name, value in terms.items() if not torch.isfinite(value)]
@@ -163,9 +208,15 @@ def require_finite(loss: Float[Tensor, ""], terms: dict[str, Float[Tensor, ""]],
 
 @torch.no_grad()
 def detect(
-    model: nn.Module, batches: Iterable[Batch], records: list[ImageRecord], max_detections: int, precision: str
+    model: nn.Module,
+    batches: Iterable[Batch],
+    records: list[ImageRecord],
+    max_detections: int,
+    precision: str,
 ) -> list[Prediction]:
-    """Detections of every image of `batches`, in px of the original images, of all processes together."""
+    """Detections of every image of `batches`, in px of the original images, of all processes
+    together.
+    """
     model.eval()
     device = next(model.parameters()).device
     predictions = []
@@ -174,7 +225,9 @@ def detect(
         with autocast(device, precision):
             found = model(batch.images, batch.padding)
         sizes = [(records[index].width, records[index].height) for index in batch.indices]
-        for index, item in zip(batch.indices, post_process(found, sizes, max_detections), strict=True):
+        for index, item in zip(
+            batch.indices, post_process(found, sizes, max_detections), strict=True
+        ):
             predictions.append(Prediction(index, *item))
     return [prediction for part in gather_objects(predictions) for prediction in part]  # type: ignore[attr-defined]
 
@@ -194,8 +247,16 @@ def post_process(
     """
     logits, boxes = detections.logits[-1], cxcywh_to_xyxy(detections.boxes[-1]).clamp(0, 1)
     queries, classes = logits.shape[1:]
-    scores, pairs = logits.sigmoid().flatten(1).topk(min(max_detections, queries * classes), dim=1)  # (B, N)
+    scores, pairs = (
+        logits.sigmoid().flatten(1).topk(min(max_detections, queries * classes), dim=1)
+    )  # (B, N)
     chosen = boxes.gather(1, (pairs // classes)[..., None].expand(-1, -1, 4))  # (B, N, 4)
-    extents = torch.tensor(sizes, dtype=chosen.dtype, device=chosen.device).repeat(1, 2)[:, None]  # (B, 1, 4)
-    arrays = ((chosen * extents).cpu().numpy(), scores.cpu().numpy(), (pairs % classes).cpu().numpy())
+    extents = torch.tensor(sizes, dtype=chosen.dtype, device=chosen.device).repeat(1, 2)[
+        :, None
+    ]  # (B, 1, 4)
+    arrays = (
+        (chosen * extents).cpu().numpy(),
+        scores.cpu().numpy(),
+        (pairs % classes).cpu().numpy(),
+    )
     return list(zip(*arrays, strict=True))

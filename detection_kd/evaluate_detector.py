@@ -1,10 +1,13 @@
-"""Evaluate a trained detector on annotated images: COCO metrics, FROC, predictions, curves, and pictures to look at.
+"""Evaluate a trained detector on annotated images: COCO metrics, FROC, predictions, curves, and
+pictures to look at.
 
-    python -m detection_kd.evaluate_detector detector=detector/checkpoint_best.pt annotations=test.json images=images output=out
+    python -m detection_kd.evaluate_detector detector=detector/checkpoint_best.pt
+    annotations=test.json images=images output=out
 
-Reads: a checkpoint of `train_detector`, COCO boxes with the categories it was trained on. Writes a run directory with
-`results.json`, `predictions.json` (COCO results), `precision_recall.png`, `froc.png` and `overlays/<image id>.jpg`. Runs under
-torchrun; sizes and classes are those of the checkpoint's training, so that its validation set gives the same figures again.
+Reads: a checkpoint of `train_detector`, COCO boxes with the categories it was trained on. Writes a
+run directory with `results.json`, `predictions.json` (COCO results), `precision_recall.png`,
+`froc.png` and `overlays/<image id>.jpg`. Runs under torchrun; sizes and classes are those of the
+checkpoint's training, so that its validation set gives the same figures again.
 """
 
 from __future__ import annotations
@@ -53,27 +56,48 @@ class Config:
     eval_size: int = key(0, "short side of an image, px; 0: as in the detector's training")
     max_size: int = key(0, "most px of the long side; 0: as in the detector's training")
     max_detections: int = key(100, "detections an image that are kept and counted")
-    iou: float = key(0.5, "overlap from which on a box has found a lesion, in FROC, counts and overlays")
+    iou: float = key(
+        0.5, "overlap from which on a box has found a lesion, in FROC, counts and overlays"
+    )
     score: float = key(0.3, "detections below it are neither in the overlays nor in the counts")
-    overlays: int = key(12, "images to draw: half of them those with most errors, the others at random")
-    batch_size: int = key(1, "images a batch of each process; above 1 smaller images are padded, which moves scores a little")
-    precision: str = key("auto", "arithmetic of the network; boxes are always fp32", choices=PRECISIONS)
+    overlays: int = key(
+        12, "images to draw: half of them those with most errors, the others at random"
+    )
+    batch_size: int = key(
+        1,
+        "images a batch of each process; above 1 smaller images are padded, which moves scores a "
+        "little",
+    )
+    precision: str = key(
+        "auto", "arithmetic of the network; boxes are always fp32", choices=PRECISIONS
+    )
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
     workers: int = key(2, "image loading processes of each process", runtime=True)
     overwrite: bool = key(False, "replace the evaluation of other settings", runtime=True)
 
 
 def resolve(config: Config, training: dict[str, Any]) -> Config:
-    """The keys with their values checked, and sizes taken from the checkpoint's training where they are 0."""
+    """The keys with their values checked, and sizes taken from the checkpoint's training where they
+    are 0.
+    """
     limits = {"max_detections": 1, "overlays": 0, "batch_size": 1, "eval_size": 0, "max_size": 0}
     for name, least in limits.items():
         if getattr(config, name) < least:
             raise UserError(f"{name}={getattr(config, name)}: expected at least {least}")
     if not 0 < config.iou <= 1 or not 0 <= config.score <= 1:
-        raise UserError(f"iou={config.iou}, score={config.score}: expected an overlap in (0, 1] and a score in [0, 1]")
-    sizes = {name: getattr(config, name) or training.get("augmentation", {}).get(name, 0) for name in ("eval_size", "max_size")}
+        raise UserError(
+            f"iou={config.iou}, score={config.score}: expected an overlap in (0, 1] and a score "
+            "in [0, 1]"
+        )
+    sizes = {
+        name: getattr(config, name) or training.get("augmentation", {}).get(name, 0)
+        for name in ("eval_size", "max_size")
+    }
     if not all(sizes.values()):
-        raise UserError(f"{config.detector}: holds no training settings to take sizes from; give eval_size= and max_size=")
+        raise UserError(
+            f"{config.detector}: holds no training settings to take sizes from; give eval_size= "
+            "and max_size="
+        )
     return replace(config, **sizes)
 
 
@@ -93,48 +117,73 @@ def read_annotated(config: Config, description: dict[str, Any]) -> DetectionSet:
 def open_output(config: Config, world: World) -> Run:
     """The run directory, which is never that of a training."""
     if next(Path(config.output).glob("checkpoint_*.pt"), None) is not None:
-        raise UserError(f"output={config.output}: expected a folder for the evaluation, found a training run; choose another")
-    inputs = {"detector": sha256_file(config.detector), "annotations": sha256_file(config.annotations)}
+        raise UserError(
+            f"output={config.output}: expected a folder for the evaluation, found a training run; "
+            "choose another"
+        )
+    inputs = {
+        "detector": sha256_file(config.detector),
+        "annotations": sha256_file(config.annotations),
+    }
     return open_run(config.output, config, world, inputs=inputs, overwrite=config.overwrite)
 
 
-def detect(model: nn.Module, annotated: DetectionSet, config: Config, world: World, pad_to: int) -> list[Prediction]:
+def detect(
+    model: nn.Module, annotated: DetectionSet, config: Config, world: World, pad_to: int
+) -> list[Prediction]:
     """Detections of every image, found by all processes together."""
     dataset = DetectionDataset(annotated.images, eval_transform(config.eval_size, config.max_size))
     indices = range(len(dataset))[world.rank :: world.size]
     pin = world.device.type == "cuda"
-    batches = loader(dataset, indices, config.batch_size, workers=config.workers, pad_to=pad_to, pin=pin)
+    batches = loader(
+        dataset, indices, config.batch_size, workers=config.workers, pad_to=pad_to, pin=pin
+    )
     shown = progress(batches, "evaluation", len(batches), "batch", enabled=world.is_main)
-    predictions = engine.detect(model, shown, annotated.images, config.max_detections, config.precision)
+    predictions = engine.detect(
+        model, shown, annotated.images, config.max_detections, config.precision
+    )
     for prediction in predictions:
         if not (np.isfinite(prediction.boxes).all() and np.isfinite(prediction.scores).all()):
             image = annotated.images[prediction.index].path
-            raise UserError(f"{image}: expected finite boxes and scores, found NaN; set precision=fp32 or check the detector")
+            raise UserError(
+                f"{image}: expected finite boxes and scores, found NaN; set precision=fp32 or "
+                "check the detector"
+            )
     return predictions
 
 
-def summarise(annotated: DetectionSet, predictions: list[Prediction], config: Config, seconds: float) -> dict[str, Any]:
+def summarise(
+    annotated: DetectionSet, predictions: list[Prediction], config: Config, seconds: float
+) -> dict[str, Any]:
     """Content of results.json but for the digests."""
-    metrics = average_precision(annotated, predictions, config.max_detections) | froc(annotated, predictions, config.iou)
+    metrics = average_precision(annotated, predictions, config.max_detections) | froc(
+        annotated, predictions, config.iou
+    )
     images = len(annotated.images)
     return metrics | {
         "images": images,
         "boxes": sum(int((~record.crowd).sum()) for record in annotated.images),
         "seconds": round(seconds, 3),
         "images_per_second": round(images / seconds, 3),
-        "at_score": counts(judge_set(annotated, predictions, config.score, config.iou), annotated.categories),
+        "at_score": counts(
+            judge_set(annotated, predictions, config.score, config.iou), annotated.categories
+        ),
         "settings": identity(config),
     }
 
 
 def main(config: Config) -> int:
-    """Detect, measure, and leave figures and pictures in the run directory; finished work is left alone."""
+    """Detect, measure, and leave figures and pictures in the run directory; finished work is left
+    alone.
+    """
     world = init_distributed(config.device)
     if not world.is_main:
         logging.getLogger().setLevel(logging.WARNING)
     model, description = build_model(config)
     training = description.get("training", {})
-    config = replace(resolve(config, training), precision=pick_precision(config.precision, world.device))
+    config = replace(
+        resolve(config, training), precision=pick_precision(config.precision, world.device)
+    )
     annotated = read_annotated(config, description)
     run = open_output(config, world)
     if run.results is not None:
@@ -142,14 +191,24 @@ def main(config: Config) -> int:
         return 0
     model.to(world.device).backbone.to(memory_format=torch.channels_last)
     begun = time.monotonic()
-    predictions = detect(model, annotated, config, world, training.get("augmentation", {}).get("pad_to", 0))
+    predictions = detect(
+        model, annotated, config, world, training.get("augmentation", {}).get("pad_to", 0)
+    )
     results = summarise(annotated, predictions, config, time.monotonic() - begun)
     if not world.is_main:
         return 0
     write_results(run.path / "predictions.json", annotated, predictions)
-    shown = {"max_detections": config.max_detections, "iou": config.iou, "score": config.score, "overlays": config.overlays}
+    shown = {
+        "max_detections": config.max_detections,
+        "iou": config.iou,
+        "score": config.score,
+        "overlays": config.overlays,
+    }
     write_detection_pictures(run.path, annotated, predictions, **shown)
-    digests = {"detector_sha256": sha256_file(config.detector), "annotations_sha256": sha256_file(config.annotations)}
+    digests = {
+        "detector_sha256": sha256_file(config.detector),
+        "annotations_sha256": sha256_file(config.annotations),
+    }
     run.finish(results | digests)  # last: where it is, the evaluation is done
     logger.info("%s: %s", run.path, ", ".join(f"{name} {results[name]:.3f}" for name in REPORTED))
     return 0

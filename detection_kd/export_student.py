@@ -1,9 +1,12 @@
-"""Export a D2VFM student to ONNX, float32 and int8, and compare each file with the PyTorch student on tiles.
+"""Export a D2VFM student to ONNX, float32 and int8, and compare each file with the PyTorch student
+on tiles.
 
-    python -m detection_kd.export_student student=runs/d2vfm/checkpoint_best.pt slides=... coords=... output=runs/export
+    python -m detection_kd.export_student student=runs/d2vfm/checkpoint_best.pt slides=...
+    coords=... output=runs/export
 
-Writes `student.onnx`, `student_int8.onnx` and `export.json` (digests, versions, cosines on tiles that calibrated nothing). A
-file whose features are not the student's is an error, and nothing is written. `extract_student` takes the files as `student=`.
+Writes `student.onnx`, `student_int8.onnx` and `export.json` (digests, versions, cosines on tiles
+that calibrated nothing). A file whose features are not the student's is an error, and nothing is
+written. `extract_student` takes the files as `student=`.
 """
 
 from __future__ import annotations
@@ -31,7 +34,15 @@ from common.files import atomic_path, read_json, sha256_bytes, sha256_file, writ
 from common.provenance import differences
 from detection_kd.datasets.distillation import DistillationTiles, read_pairs
 from detection_kd.models.student import load_student, student_encoder
-from detection_kd.models.student_onnx import FILES, OPSET, RECORD, export_onnx, import_onnx, quantise, student_note
+from detection_kd.models.student_onnx import (
+    FILES,
+    OPSET,
+    RECORD,
+    export_onnx,
+    import_onnx,
+    quantise,
+    student_note,
+)
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.extraction.loop import cohort_jobs
 from patch_encoder.extraction.tile_batches import TileSequence
@@ -49,13 +60,17 @@ class Config:
     """Keys of the export."""
 
     student: str = key(REQUIRED, "checkpoint of train_d2vfm", path=True)
-    output: str = key(REQUIRED, "folder for student.onnx, student_int8.onnx and export.json", runtime=True)
+    output: str = key(
+        REQUIRED, "folder for student.onnx, student_int8.onnx and export.json", runtime=True
+    )
     slides: str = key("", "folder of slides, whose tiles calibrate and check", path=True)
     coords: str = key("", "folder of coordinates files of these slides", path=True)
     labels: str = key("", "labels.csv: only its slides", path=True)
     dataset: str = key("", "distillation set, in place of slides and coords", path=True)
     int8: bool = key(True, "write student_int8.onnx as well")
-    narrow_weights: bool = key(False, "int8 weights of 7 bits, for CPUs without VNNI, whose sums overflow")
+    narrow_weights: bool = key(
+        False, "int8 weights of 7 bits, for CPUs without VNNI, whose sums overflow"
+    )
     calibration_tiles: int = key(64, "tiles from which the ranges of int8 are taken")
     check_tiles: int = key(32, "other tiles, on which the files are compared with PyTorch")
     seed: int = key(0, "which tiles are drawn")
@@ -63,16 +78,24 @@ class Config:
 
 
 def tiles_in(config: Config) -> Iterator[UInt8[Tensor, "3 h w"]]:
-    """The tiles of the cohort or the distillation set in random order; those that cannot be read are passed over."""
+    """The tiles of the cohort or the distillation set in random order; those that cannot be read
+    are passed over.
+    """
     generator = np.random.default_rng(config.seed)
     if config.dataset:
         pairs = DistillationTiles(read_pairs(config.dataset), augment=False, seed=0)
-        yield from (pairs[int(index)][0].contiguous() for index in generator.permutation(len(pairs)))
+        yield from (
+            pairs[int(index)][0].contiguous() for index in generator.permutation(len(pairs))
+        )
         return
     if not (config.slides and config.coords):
-        raise UserError("export_student: expected slides=... and coords=..., or dataset=..., for tiles to compare on")
+        raise UserError(
+            "export_student: expected slides=... and coords=..., or dataset=..., for tiles to "
+            "compare on"
+        )
     sequence = TileSequence(
-        cohort_jobs(config.slides, config.coords, config.labels, Failures("export_student")), ToInputSize(None)
+        cohort_jobs(config.slides, config.coords, config.labels, Failures("export_student")),
+        ToInputSize(None),
     )
     items = (sequence[int(index)][1] for index in generator.permutation(len(sequence)))
     yield from (item for item in items if isinstance(item, Tensor))
@@ -91,11 +114,15 @@ def draw_tiles(config: Config) -> tuple[UInt8[Tensor, "c 3 h w"], UInt8[Tensor, 
     drawn = list(islice(tiles_in(config), wanted))
     if len(drawn) < wanted:
         raise UserError(
-            f"export_student: expected {wanted} tiles (calibration_tiles + check_tiles), found {len(drawn)}; lower the two"
+            f"export_student: expected {wanted} tiles (calibration_tiles + check_tiles), found "
+            f"{len(drawn)}; lower the two"
         )
     shapes = sorted({tuple(tile.shape) for tile in drawn})
     if len(shapes) > 1:
-        raise UserError(f"expected tiles of one size, found {shapes[0]} and {shapes[-1]}; tile the cohort with one tile_size")
+        raise UserError(
+            f"expected tiles of one size, found {shapes[0]} and {shapes[-1]}; tile the cohort "
+            "with one tile_size"
+        )
     tiles = torch.stack(drawn)
     return tiles[: config.calibration_tiles], tiles[config.calibration_tiles :]
 
@@ -106,7 +133,9 @@ def features_of(module: nn.Module, tiles: UInt8[Tensor, "n 3 h w"]) -> Float[Ten
     return torch.cat([module(part).float() for part in tiles.split(4)])
 
 
-def agreement(found: Float[Tensor, "n d"], expected: Float[Tensor, "n d"], form: str) -> dict[str, float]:
+def agreement(
+    found: Float[Tensor, "n d"], expected: Float[Tensor, "n d"], form: str
+) -> dict[str, float]:
     """Cosines between two sets of features of the same tiles.
 
     Raises:
@@ -115,22 +144,41 @@ def agreement(found: Float[Tensor, "n d"], expected: Float[Tensor, "n d"], form:
     cosines = nn.functional.cosine_similarity(found.double(), expected.double(), dim=1)
     least, mean = cosines.min().item(), cosines.mean().item()
     if not least >= BARS[form]:
-        remedy = "give more calibration_tiles, or set int8=false" if form == "int8" else "report the student's architecture"
+        remedy = (
+            "give more calibration_tiles, or set int8=false"
+            if form == "int8"
+            else "report the student's architecture"
+        )
         raise UserError(
-            f"export: {FILES[form]}: expected cosine >= {BARS[form]} with the PyTorch student on every tile, found {least:.4f} "
+            f"export: {FILES[form]}: expected cosine >= {BARS[form]} with the PyTorch student on "
+            f"every tile, found {least:.4f} "
             f"(mean {mean:.4f} of {len(cosines)} tiles); nothing was written; {remedy}"
         )
     return {"min": least, "mean": mean}
 
 
-def identity(config: Config, encoder: Encoder, calibration: Tensor, held_out: Tensor) -> dict[str, Any]:
+def identity(
+    config: Config, encoder: Encoder, calibration: Tensor, held_out: Tensor
+) -> dict[str, Any]:
     """What decides the files."""
     used = calibration if config.int8 else calibration[:2]
-    digests = [sha256_bytes(str(tuple(tiles.shape)).encode(), tiles.numpy().tobytes()) for tiles in (used, held_out)]
+    digests = [
+        sha256_bytes(str(tuple(tiles.shape)).encode(), tiles.numpy().tobytes())
+        for tiles in (used, held_out)
+    ]
     return {
         "student_sha256": encoder.provenance["weights_sha256"],
-        "calibration": {"method": "MinMax", "tiles": len(used), "sha256": digests[0], "narrow_weights": config.narrow_weights},
-        "held_out": {"tiles": len(held_out), "size": list(held_out.shape[2:]), "sha256": digests[1]},
+        "calibration": {
+            "method": "MinMax",
+            "tiles": len(used),
+            "sha256": digests[0],
+            "narrow_weights": config.narrow_weights,
+        },
+        "held_out": {
+            "tiles": len(held_out),
+            "size": list(held_out.shape[2:]),
+            "sha256": digests[1],
+        },
         "opset": OPSET,
         "forms": list(FILES) if config.int8 else ["onnx"],
     }
@@ -148,11 +196,15 @@ def is_done(output: Path, wanted: dict[str, Any]) -> bool:
     found = {name: record.get(name) for name in IDENTITY}
     if found != wanted:
         raise UserError(
-            f"{output}: holds another export: {differences(found, wanted)}; choose another output or set overwrite=true"
+            f"{output}: holds another export: {differences(found, wanted)}; choose another output "
+            "or set overwrite=true"
         )
     for name, digest in record["files"].items():
         if not (output / name).is_file() or sha256_file(output / name) != digest:
-            raise UserError(f"{output / name}: missing or damaged, its digest is not that of {RECORD}; set overwrite=true")
+            raise UserError(
+                f"{output / name}: missing or damaged, its digest is not that of {RECORD}; set "
+                "overwrite=true"
+            )
     return True
 
 
@@ -168,8 +220,12 @@ def export(
             export_onnx(encoder.model, calibration, path, note)
         else:
             quantise(folder / FILES["onnx"], path, calibration, note, config.narrow_weights)
-        cosines[form] = agreement(features_of(OnnxNetwork(path, encoder.dim), held_out), expected, form)
-        logger.info("export_student: %s: cosine min %.6f, mean %.6f", FILES[form], *cosines[form].values())
+        cosines[form] = agreement(
+            features_of(OnnxNetwork(path, encoder.dim), held_out), expected, form
+        )
+        logger.info(
+            "export_student: %s: cosine min %.6f, mean %.6f", FILES[form], *cosines[form].values()
+        )
     return cosines
 
 
@@ -192,8 +248,13 @@ def main(config: Config) -> None:
             with atomic_path(output / FILES[form]) as temporary:
                 os.replace(Path(folder) / FILES[form], temporary)
             digests[FILES[form]] = sha256_file(output / FILES[form])
-    versions = {name: version(name) for name in ("torch", "onnx", "onnxruntime")} | {"software": __version__}
-    write_json(output / RECORD, wanted | {"files": digests, "cosine": cosines, "bars": BARS, "versions": versions})
+    versions = {name: version(name) for name in ("torch", "onnx", "onnxruntime")} | {
+        "software": __version__
+    }
+    write_json(
+        output / RECORD,
+        wanted | {"files": digests, "cosine": cosines, "bars": BARS, "versions": versions},
+    )
 
 
 if __name__ == "__main__":

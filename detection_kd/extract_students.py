@@ -1,11 +1,14 @@
-"""Encode a cohort with many D2VFM students at once: those of one trunk share its pass over the tiles.
+"""Encode a cohort with many D2VFM students at once: those of one trunk share its pass over the
+tiles.
 
-    python -m detection_kd.extract_students students='[a=runs/a/checkpoint_best.pt, b=runs/b/checkpoint_best.pt]' \\
+    python -m detection_kd.extract_students students='[a=runs/a/checkpoint_best.pt,
+    b=runs/b/checkpoint_best.pt]' \\
         slides=... coords=... output=runs/features
 
-Writes the bags that `extract_student` would write for each of them, to the last bit, `<output>/<name>/h5_files/<slide>.h5`.
-Reading, decoding and the trunk are nearly all of an extraction, so that thirty adapters of a study cost little more than one. A
-student whose trunk was trained (`unfreeze`) is encoded alone. A slide that has all its bags is skipped.
+Writes the bags that `extract_student` would write for each of them, to the last bit,
+`<output>/<name>/h5_files/<slide>.h5`. Reading, decoding and the trunk are nearly all of an
+extraction, so that thirty adapters of a study cost little more than one. A student whose trunk was
+trained (`unfreeze`) is encoded alone. A slide that has all its bags is skipped.
 """
 
 from __future__ import annotations
@@ -27,7 +30,14 @@ from patch_encoder.cohort.disk_space import check_room, full_disk_explained
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.extraction.bag_assembly import Assembly
 from patch_encoder.extraction.keys import FeatureKeys
-from patch_encoder.extraction.loop import ExtractSettings, bag_provenance, cohort_jobs, encoded, is_done, tile_batches
+from patch_encoder.extraction.loop import (
+    ExtractSettings,
+    bag_provenance,
+    cohort_jobs,
+    encoded,
+    is_done,
+    tile_batches,
+)
 from patch_encoder.extraction.network import Network
 from patch_encoder.extraction.tile_batches import SlideJob, TileSequence
 
@@ -44,7 +54,10 @@ class Config(FeatureKeys):
     def settings(self) -> ExtractSettings:
         """The same, without what a pass for many encoders does not have."""
         if self.engine != "local":
-            raise UserError(f"engine={self.engine}: expected local for several students at once; take extract_student for Ray")
+            raise UserError(
+                f"engine={self.engine}: expected local for several students at once; take "
+                "extract_student for Ray"
+            )
         return super().settings()
 
 
@@ -63,7 +76,9 @@ def build_model(config: Config) -> list[list[Member]]:
     return by_trunk(members)
 
 
-def encode_together(group: list[Member], jobs: list[SlideJob], output: Path, settings: ExtractSettings) -> list[Failures]:
+def encode_together(
+    group: list[Member], jobs: list[SlideJob], output: Path, settings: ExtractSettings
+) -> list[Failures]:
     """One pass over the slides that lack a bag; the failures of each student.
 
     Raises:
@@ -72,12 +87,20 @@ def encode_together(group: list[Member], jobs: list[SlideJob], output: Path, set
     encoders = [member.encoder for member in group]
     folders = [output / encoder.name for encoder in encoders]
     pairs = list(zip(encoders, folders, strict=True))
-    todo = [job for job in jobs if settings.overwrite or not all(is_done(job, *pair, settings) for pair in pairs)]
+    todo = [
+        job
+        for job in jobs
+        if settings.overwrite or not all(is_done(job, *pair, settings) for pair in pairs)
+    ]
     names = ", ".join(encoder.name for encoder in encoders)
-    logger.info("%s: %s: %d slides, %d already done", STAGE, names, len(jobs), len(jobs) - len(todo))
+    logger.info(
+        "%s: %s: %d slides, %d already done", STAGE, names, len(jobs), len(jobs) - len(todo)
+    )
     module = SharedTrunk(group)
     check_room(output, todo, sum(module.dims), settings.dtype, settings.pt)
-    network = Network(module, settings.device, settings.precision, settings.batch_size, settings.compiler)
+    network = Network(
+        module, settings.device, settings.precision, settings.batch_size, settings.compiler
+    )
     sequence = TileSequence(todo, encoders[0].transform, settings.stain)
     limits = {"dtype": settings.dtype, "pt": settings.pt, "max_bad_tiles": settings.max_bad_tiles}
     failures = [Failures(STAGE, settings.shard.name) for _ in group]
@@ -88,7 +111,9 @@ def encode_together(group: list[Member], jobs: list[SlideJob], output: Path, set
         assemblies = []
         for (encoder, folder), failed in zip(pairs, failures, strict=True):
             provenance = [bag_provenance(encoder, job.coordinates, settings) for job in todo]
-            assemblies.append(stack.enter_context(closing(Assembly(todo, provenance, folder, failed, **limits))))
+            assemblies.append(
+                stack.enter_context(closing(Assembly(todo, provenance, folder, failed, **limits)))
+            )
         for batch, features in encoded(batches, network, settings.dtype) if todo else ():
             for assembly, columns in zip(assemblies, module.columns, strict=True):
                 assembly.take(batch, features[:, columns])
@@ -109,7 +134,13 @@ def main(config: Config) -> int:
                 failed.add(row["slide"], row["error"])
             status = max(status, failed.write(Path(config.output) / member.encoder.name))
     count = sum(len(group) for group in groups)
-    logger.info("%s: %d students in %d passes, %.1f s", STAGE, count, len(groups), time.perf_counter() - start)
+    logger.info(
+        "%s: %d students in %d passes, %.1f s",
+        STAGE,
+        count,
+        len(groups),
+        time.perf_counter() - start,
+    )
     return status
 
 

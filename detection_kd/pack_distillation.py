@@ -1,12 +1,15 @@
-"""Pack a distillation set into one file for training, from the folder of rank_patches or straight from slides and teacher bags.
+"""Pack a distillation set into one file for training, from the folder of rank_patches or straight
+from slides and teacher bags.
 
     python -m detection_kd.pack_distillation dataset=runs/distillation output=runs/distillation.h5
-    python -m detection_kd.pack_distillation slides=cohort/slides coords=runs/tiles features=runs/features/gigapath tiles=50 \\
+    python -m detection_kd.pack_distillation slides=cohort/slides coords=runs/tiles
+    features=runs/features/gigapath tiles=50 \\
         output=runs/distillation.h5
 
-A folder's pictures keep their bytes; training on either form gives the same batches. From slides, tiles are all, drawn at
-random, or the highest of a ranking; finished slides wait in `<output>.parts/` for the others, so that a killed run goes on.
-Problems are listed beside the output: `problems.csv` (pairs of a folder; tiles that coordinates and bags do not share) and
+A folder's pictures keep their bytes; training on either form gives the same batches. From slides,
+tiles are all, drawn at random, or the highest of a ranking; finished slides wait in
+`<output>.parts/` for the others, so that a killed run goes on. Problems are listed beside the
+output: `problems.csv` (pairs of a folder; tiles that coordinates and bags do not share) and
 `failures.csv` (slides; the exit status is then 1 and the file holds the others).
 """
 
@@ -29,7 +32,14 @@ from common.files import read_json, sha256_bytes, sha256_file
 from common.processes.isolation import Lost, Raised, check_workers, isolated
 from common.progress import progress
 from common.provenance import differences
-from detection_kd.datasets.cut_pairs import JPEG_QUALITY, CutJob, Ranking, cut_slide, features_of, read_ranking
+from detection_kd.datasets.cut_pairs import (
+    JPEG_QUALITY,
+    CutJob,
+    Ranking,
+    cut_slide,
+    features_of,
+    read_ranking,
+)
 from detection_kd.datasets.distillation import pairs_digest, read_pairs
 from detection_kd.datasets.packed_pairs import SUFFIXES, UNKNOWN, Pack, PackWriter
 from detection_kd.datasets.pair_problems import Problems
@@ -50,32 +60,63 @@ class Config:
     """Keys of packing."""
 
     output: str = key(REQUIRED, "the packed file, .h5", runtime=True)
-    dataset: str = key("", "folder with wsi_root/ and ann_root/ to be packed; or give slides and features", path=True)
+    dataset: str = key(
+        "",
+        "folder with wsi_root/ and ann_root/ to be packed; or give slides and features",
+        path=True,
+    )
     slides: str = key("", "folder of slides, any tree", path=True)
     features: str = key("", "folder of the teacher's feature bags", path=True)
     coords: str = key("", "folder of coordinates files; empty: the corners in the bags", path=True)
     labels: str = key("", "labels.csv: only its slides, and mpp from it", path=True)
-    subset: str = key("", "only slides with this value in the split column (or one of several: train,val); empty: all")
+    subset: str = key(
+        "",
+        "only slides with this value in the split column (or one of several: train,val); empty: "
+        "all",
+    )
     tiles: int = key(0, "tiles of each slide, at random or the highest of the ranking; 0: all")
-    ranking: str = key("", "csv with slide_id,x,y,score, or ann_root/ann.json of rank_patches; empty: at random", path=True)
-    encoding: str = key("jpeg", "of tiles that are cut; a tile folder's own JPEGs are copied", choices=ENCODINGS)
+    ranking: str = key(
+        "",
+        "csv with slide_id,x,y,score, or ann_root/ann.json of rank_patches; empty: at random",
+        path=True,
+    )
+    encoding: str = key(
+        "jpeg", "of tiles that are cut; a tile folder's own JPEGs are copied", choices=ENCODINGS
+    )
     dtype: str = key(
-        "auto", "stored features; auto: as in the bags, float32 from a folder", choices=("auto", "float16", "float32")
+        "auto",
+        "stored features; auto: as in the bags, float32 from a folder",
+        choices=("auto", "float16", "float32"),
     )
     seed: int = key(2024, "seed of the random tiles")
-    verify: bool = key(False, "decode every picture of a folder; else only its header is read", runtime=True)
-    skip_bad: bool = key(False, "leave pairs of a folder that have problems out instead of stopping")
-    workers: int = key(2, "slides at a time; 0: in the main process, which a slide that crashes its reader ends", runtime=True)
-    read_timeout: float = key(300.0, "seconds without progress that give a slide up (not with workers=0)", runtime=True)
+    verify: bool = key(
+        False, "decode every picture of a folder; else only its header is read", runtime=True
+    )
+    skip_bad: bool = key(
+        False, "leave pairs of a folder that have problems out instead of stopping"
+    )
+    workers: int = key(
+        2,
+        "slides at a time; 0: in the main process, which a slide that crashes its reader ends",
+        runtime=True,
+    )
+    read_timeout: float = key(
+        300.0, "seconds without progress that give a slide up (not with workers=0)", runtime=True
+    )
     overwrite: bool = key(False, "replace a packed set of another provenance", runtime=True)
 
 
 def check(config: Config) -> None:
     """Refuse what cannot work before anything is read."""
     if bool(config.dataset) == bool(config.slides) or bool(config.slides) != bool(config.features):
-        raise UserError("expected either dataset=, or slides= and features= (and coords=), found neither or parts of both")
+        raise UserError(
+            "expected either dataset=, or slides= and features= (and coords=), found neither or "
+            "parts of both"
+        )
     if Path(config.output).suffix not in SUFFIXES:
-        raise UserError(f"output={config.output}: expected a file that ends in {' or '.join(SUFFIXES)}")
+        raise UserError(
+            f"output={config.output}: expected a file that ends in {' or '.join(SUFFIXES)}"
+        )
     check_workers(config.workers, config.read_timeout)
     if config.tiles < 0:
         raise UserError(f"tiles={config.tiles}: expected at least 0")
@@ -97,25 +138,37 @@ def is_done(output: Path, provenance: Mapping[str, Any], overwrite: bool) -> boo
     known, wanted = _without(found, failed), _without(dict(provenance), failed)
     if known != wanted:
         changed = differences(known, wanted)
-        raise UserError(f"{output}: holds another packed set: {changed}; choose another output or set overwrite=true")
+        raise UserError(
+            f"{output}: holds another packed set: {changed}; choose another output or set "
+            "overwrite=true"
+        )
     return not failed
 
 
 def _without(provenance: dict[str, Any], failed: Sequence[str]) -> dict[str, Any]:
     """A provenance but for slides that failed, which may have been mended."""
     slides = provenance.get("slides", {})
-    return provenance | {"slides": {name: digest for name, digest in slides.items() if name not in failed}}
+    return provenance | {
+        "slides": {name: digest for name, digest in slides.items() if name not in failed}
+    }
 
 
 def pack_folder(config: Config, output: Path) -> int:
     """Pack a folder in the order of its list; pictures keep their bytes."""
     root = Path(config.dataset)
     report = output.parent / "problems.csv"
-    pairs = read_pairs(root, report=report, verify=config.verify, skip_bad=config.skip_bad, show=True)
+    pairs = read_pairs(
+        root, report=report, verify=config.verify, skip_bad=config.skip_bad, show=True
+    )
     stamp = root / "distillation.json"
     made_by = read_json(stamp, "a distillation set's provenance") if stamp.is_file() else {}
     dtype = "float32" if config.dtype == "auto" else config.dtype
-    provenance = {"source": "folder", "distillation": made_by, "pairs": pairs_digest(pairs), "dtype": dtype}
+    provenance = {
+        "source": "folder",
+        "distillation": made_by,
+        "pairs": pairs_digest(pairs),
+        "dtype": dtype,
+    }
     if is_done(output, provenance, config.overwrite):
         logger.info("%s: %s is there already", STAGE, output)
         return 0
@@ -123,7 +176,9 @@ def pack_folder(config: Config, output: Path) -> int:
     with full_disk_explained(output.parent), PackWriter(output, dtype) as writer:
         for pair in progress(pairs, "packing", len(pairs), "pairs"):
             corner = corners.get(f"{pair.slide_id}/{pair.image.name}", UNKNOWN)
-            writer.append(pair.slide_id, pair.image.name, pair.picture(), pair.feature.numpy(), corner)
+            writer.append(
+                pair.slide_id, pair.image.name, pair.picture(), pair.feature.numpy(), corner
+            )
         writer.finish(provenance | {"software_version": __version__})
     said(output, len(pairs))
     return 0
@@ -140,7 +195,9 @@ def listed_corners(root: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def find_jobs(config: Config, output: Path, ranking: dict[str, Ranking] | None, failures: Failures) -> list[CutJob]:
+def find_jobs(
+    config: Config, output: Path, ranking: dict[str, Ranking] | None, failures: Failures
+) -> list[CutJob]:
     """One job per slide that has a teacher bag; the others are entered in `failures`."""
     bags = bag_files(config.features)
     folder = Path(config.coords) if config.coords else None
@@ -148,10 +205,18 @@ def find_jobs(config: Config, output: Path, ranking: dict[str, Ranking] | None, 
         folder = folder / "coords"
     pattern = tile_pattern_of(folder.glob("[!.]*.h5") if folder else bags.values())
     records = chosen_records(config)
-    paths = locate(records, config.slides, pattern) if records else find_slides(config.slides, pattern)
+    paths = (
+        locate(records, config.slides, pattern) if records else find_slides(config.slides, pattern)
+    )
     mpps = {record.slide_id: record.mpp for record in records}
     dtypes = {features_of(bags[slide_id])[0] for slide_id in paths if slide_id in bags}
-    stored = config.dtype if config.dtype != "auto" else "float16" if dtypes == {"float16"} else "float32"
+    stored = (
+        config.dtype
+        if config.dtype != "auto"
+        else "float16"
+        if dtypes == {"float16"}
+        else "float32"
+    )
     jobs = []
     for slide_id, path in paths.items():
         coords = folder / f"{slide_id}.h5" if folder else None
@@ -163,7 +228,9 @@ def find_jobs(config: Config, output: Path, ranking: dict[str, Ranking] | None, 
             scores = None if ranking is None else ranking.get(slide_id, {})
             wanted = (config.tiles, config.seed, scores, config.encoding, stored)
             part = output.with_name(f"{output.name}.parts") / f"{slide_id}.h5"
-            jobs.append(CutJob(slide_id, path, mpps.get(slide_id), coords, bags[slide_id], *wanted, part))
+            jobs.append(
+                CutJob(slide_id, path, mpps.get(slide_id), coords, bags[slide_id], *wanted, part)
+            )
     return jobs
 
 
@@ -172,16 +239,27 @@ def chosen_records(config: Config) -> list[SlideRecord]:
     if not config.labels:
         return []
     values = {value.strip() for value in config.subset.split(",") if value.strip()}
-    records = [record for record in read_labels(config.labels) if not values or record.split in values]
+    records = [
+        record for record in read_labels(config.labels) if not values or record.split in values
+    ]
     if not records:
-        raise UserError(f"subset={config.subset}: expected slides with it in the split column of {config.labels}, found none")
+        raise UserError(
+            f"subset={config.subset}: expected slides with it in the split column of "
+            f"{config.labels}, found none"
+        )
     return records
 
 
 def part_provenance(job: CutJob, ranking: str) -> dict[str, Any]:
     """What decides the pairs of one slide."""
     quality = JPEG_QUALITY if job.encoding == "jpeg" else None
-    settings = {"tiles": job.count, "seed": job.seed, "ranking": ranking, "encoding": job.encoding, "jpeg_quality": quality}
+    settings = {
+        "tiles": job.count,
+        "seed": job.seed,
+        "ranking": ranking,
+        "encoding": job.encoding,
+        "jpeg_quality": quality,
+    }
     coords = sha256_file(job.coords) if job.coords else None
     return settings | {"dtype": job.dtype, "bag": bag_digest(job.bag), "coords": coords}
 
@@ -197,7 +275,10 @@ def one_teacher(jobs: Sequence[CutJob]) -> dict[str, str]:
     for slide_id, encoder in found.items():
         if encoder != found[first]:
             changed = differences(found[first], encoder)
-            raise UserError(f"expected bags of one teacher, found two: slides {first} and {slide_id} differ in {changed}")
+            raise UserError(
+                f"expected bags of one teacher, found two: slides {first} and {slide_id} differ "
+                f"in {changed}"
+            )
     return found[first]
 
 
@@ -212,7 +293,9 @@ def cut(job: CutJob, ranking: str) -> None:
         cut_slide(job, provenance)
 
 
-def cut_all(jobs: Sequence[CutJob], ranking: str, config: Config, failures: Failures) -> list[CutJob]:
+def cut_all(
+    jobs: Sequence[CutJob], ranking: str, config: Config, failures: Failures
+) -> list[CutJob]:
     """The jobs whose part is there, in their order; the others are entered in `failures`."""
     done = []
     outcomes = isolated(partial(cut, ranking=ranking), jobs, config.workers, config.read_timeout)
@@ -231,8 +314,13 @@ def pack_slides(config: Config, output: Path) -> int:
     digest = sha256_file(config.ranking) if config.ranking else ""
     jobs = find_jobs(config, output, ranking, failures)
     if not jobs:
-        raise UserError(f"features={config.features}: expected bags of the slides, found none that fits")
-    slides = {job.slide_id: sha256_bytes(json.dumps(part_provenance(job, digest)).encode()) for job in jobs}
+        raise UserError(
+            f"features={config.features}: expected bags of the slides, found none that fits"
+        )
+    slides = {
+        job.slide_id: sha256_bytes(json.dumps(part_provenance(job, digest)).encode())
+        for job in jobs
+    }
     settings = {
         "tiles": config.tiles,
         "seed": config.seed,
@@ -250,7 +338,12 @@ def pack_slides(config: Config, output: Path) -> int:
         failures.write(output.parent)
         raise UserError(f"{output}: no slide could be cut, see {output.parent / failures.name}")
     failed = [row["slide"] for row in failures.rows]
-    join(done, output, jobs[0].dtype, provenance | {"failed": failed, "software_version": __version__})
+    join(
+        done,
+        output,
+        jobs[0].dtype,
+        provenance | {"failed": failed, "software_version": __version__},
+    )
     if not failed:
         shutil.rmtree(jobs[0].part.parent, ignore_errors=True)
     return failures.write(output.parent)
@@ -262,25 +355,37 @@ def join(parts: Sequence[Pack], output: Path, dtype: str, provenance: dict[str, 
         for part in progress(parts, "joining", len(parts), "slides"):
             for row in range(len(part)):
                 corner = tuple(part.coords[row].tolist())
-                writer.append(part.slides[row], part.names[row], part.picture(row), part.features[row].numpy(), corner)
+                writer.append(
+                    part.slides[row],
+                    part.names[row],
+                    part.picture(row),
+                    part.features[row].numpy(),
+                    corner,
+                )
             part.close()
         writer.finish(provenance)
     said(output, sum(len(part) for part in parts))
 
 
 def list_mismatches(parts: Sequence[Pack], output: Path) -> None:
-    """problems.csv: tiles that only the coordinates or only the bag of a slide has; those in common are used."""
+    """problems.csv: tiles that only the coordinates or only the bag of a slide has; those in common
+    are used.
+    """
     problems, report = Problems(), output.parent / "problems.csv"
     for part in parts:
         for name, kind in MISMATCHES.items():
             for x, y in part.provenance["mismatches"][name]:
-                problems.add(part.path.stem, f"{x}_{y}", kind, f"slide {part.path.stem}: {kind} at {x},{y}")
+                problems.add(
+                    part.path.stem, f"{x}_{y}", kind, f"slide {part.path.stem}: {kind} at {x},{y}"
+                )
     problems.settle(output, sum(len(part) for part in parts), report, skip_bad=True)
 
 
 def said(output: Path, count: int) -> None:
     """What was made."""
-    logger.info("%s: %d pairs in %s (%.1f MiB)", STAGE, count, output, output.stat().st_size / 2**20)
+    logger.info(
+        "%s: %d pairs in %s (%.1f MiB)", STAGE, count, output, output.stat().st_size / 2**20
+    )
 
 
 def main(config: Config) -> int:

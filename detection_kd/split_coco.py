@@ -1,9 +1,11 @@
-"""Split one COCO annotation file into several, by lists of names (Pascal VOC's ImageSets) or at random by groups of images.
+"""Split one COCO annotation file into several, by lists of names (Pascal VOC's ImageSets) or at
+random by groups of images.
 
-Images of one slide or patient must not be on two sides: `group` says which part of a file name they share. Ids, categories and
-all other content stay as they are.
+Images of one slide or patient must not be on two sides: `group` says which part of a file name they
+share. Ids, categories and all other content stay as they are.
 
-    python -m detection_kd.split_coco annotations=bccd/coco.json lists=bccd/ImageSets/Main output=runs/bccd/annotations
+    python -m detection_kd.split_coco annotations=bccd/coco.json lists=bccd/ImageSets/Main
+    output=runs/bccd/annotations
 """
 
 from __future__ import annotations
@@ -32,9 +34,17 @@ class Config:
 
     annotations: str = key(REQUIRED, "COCO JSON to split", path=True)
     output: str = key(REQUIRED, "folder that gets train.json, val.json and test.json", runtime=True)
-    lists: str = key("", "folder with train.txt, val.txt, test.txt: an image name a line, with or without ending", path=True)
+    lists: str = key(
+        "",
+        "folder with train.txt, val.txt, test.txt: an image name a line, with or without ending",
+        path=True,
+    )
     shares: list[float] = key([0.7, 0.15, 0.15], "shares of train, val and test, without lists")
-    group: str = key("", "regular expression; images whose names match alike stay together, as ^[^_]+; empty: each on its own")
+    group: str = key(
+        "",
+        "regular expression; images whose names match alike stay together, as ^[^_]+; empty: each "
+        "on its own",
+    )
     seed: int = key(0, "of the drawing, without lists")
 
 
@@ -45,17 +55,30 @@ def main(config: Config) -> int:
         names = [str(image["file_name"]) for image in document["images"]]
         image_ids = [annotation["image_id"] for annotation in document["annotations"]]
     except (KeyError, TypeError) as error:
-        raise UserError(f"{config.annotations}: expected a COCO document (images, annotations), found {error!r}") from None
-    sides = listed(names, Path(config.lists)) if config.lists else drawn(names, config.shares, config.group, config.seed)
+        raise UserError(
+            f"{config.annotations}: expected a COCO document (images, annotations), found {error!r}"
+        ) from None
+    sides = (
+        listed(names, Path(config.lists))
+        if config.lists
+        else drawn(names, config.shares, config.group, config.seed)
+    )
     unused = sides.count("")
     if unused:
         logger.info("%s: %d of %d images are in no list", config.annotations, unused, len(names))
     boxes = Counter(image_ids)
     for split in SPLITS:
-        images = [image for image, side in zip(document["images"], sides, strict=True) if side == split]
+        images = [
+            image for image, side in zip(document["images"], sides, strict=True) if side == split
+        ]
         if images:
             write_json(Path(config.output) / f"{split}.json", part(document, images))
-            logger.info("%s: %d images, %d boxes", split, len(images), sum(boxes[image["id"]] for image in images))
+            logger.info(
+                "%s: %d images, %d boxes",
+                split,
+                len(images),
+                sum(boxes[image["id"]] for image in images),
+            )
     return 0
 
 
@@ -65,7 +88,11 @@ def listed(names: list[str], folder: Path) -> list[str]:
     Raises:
         UserError: no list, a name without image, or one in two lists.
     """
-    places = {alias: index for index, name in enumerate(names) for alias in (name, Path(name).name, Path(name).stem)}
+    places = {
+        alias: index
+        for index, name in enumerate(names)
+        for alias in (name, Path(name).name, Path(name).stem)
+    }
     sides = [""] * len(names)
     files = [file for split in SPLITS if (file := folder / f"{split}.txt").is_file()]
     if not files:
@@ -73,7 +100,9 @@ def listed(names: list[str], folder: Path) -> list[str]:
     for file in files:
         for name in file.read_text(encoding="utf-8").split():
             if name not in places:
-                raise UserError(f"{file}: '{name}' is not among the {len(names)} images of the annotations")
+                raise UserError(
+                    f"{file}: '{name}' is not among the {len(names)} images of the annotations"
+                )
             if sides[places[name]]:
                 raise UserError(f"{file}: '{name}' is in {sides[places[name]]}.txt too")
             sides[places[name]] = file.stem
@@ -81,13 +110,16 @@ def listed(names: list[str], folder: Path) -> list[str]:
 
 
 def drawn(names: list[str], shares: list[float], group: str, seed: int) -> list[str]:
-    """A random split of every image; groups stay together, so that shares are met as nearly as their sizes allow.
+    """A random split of every image; groups stay together, so that shares are met as nearly as
+    their sizes allow.
 
     Raises:
         UserError: shares that do not make a whole, or a name that `group` does not match.
     """
     if len(shares) != len(SPLITS) or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-        raise UserError(f"shares={shares}: expected three shares that sum to 1, of train, val and test")
+        raise UserError(
+            f"shares={shares}: expected three shares that sum to 1, of train, val and test"
+        )
     members: dict[str, list[int]] = {}
     for index, name in enumerate(names):
         members.setdefault(_group(name, group), []).append(index)
@@ -115,7 +147,9 @@ def _group(name: str, pattern: str) -> str:
 def part(document: dict[str, Any], images: list[dict[str, Any]]) -> dict[str, Any]:
     """The document with these images and their annotations only."""
     kept = {image["id"] for image in images}
-    annotations = [annotation for annotation in document["annotations"] if annotation["image_id"] in kept]
+    annotations = [
+        annotation for annotation in document["annotations"] if annotation["image_id"] in kept
+    ]
     return {**document, "images": images, "annotations": annotations}
 
 

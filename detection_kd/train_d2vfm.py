@@ -1,11 +1,14 @@
-"""D2VFM: train an adapter so that a frozen detector backbone reproduces a foundation model's features.
+"""D2VFM: train an adapter so that a frozen detector backbone reproduces a foundation model's
+features.
 
-    python -m detection_kd.train_d2vfm --config configs/quickstart/d2vfm.yaml dataset=... backbone=... output=...
-    torchrun --nproc_per_node=4 -m detection_kd.train_d2vfm --config configs/ts2gkd/d2vfm_gigapath.yaml ...
+    python -m detection_kd.train_d2vfm --config configs/quickstart/d2vfm.yaml dataset=...
+    backbone=... output=... torchrun --nproc_per_node=4 -m detection_kd.train_d2vfm --config
+    configs/ts2gkd/d2vfm_gigapath.yaml ...
 
-Writes a run directory; `checkpoint_best.pt` (best cosine similarity on held-out slides) is the student that
-`extract_student` takes. Pooling and adapter are trained; the backbone stays as it is, but for the last stages with `unfreeze`,
-and its BatchNorm in any case. With `cache` the backbone runs once, for this run and for all that differ in what comes after it.
+Writes a run directory; `checkpoint_best.pt` (best cosine similarity on held-out slides) is the
+student that `extract_student` takes. Pooling and adapter are trained; the backbone stays as it is,
+but for the last stages with `unfreeze`, and its BatchNorm in any case. With `cache` the backbone
+runs once, for this run and for all that differ in what comes after it.
 """
 
 from __future__ import annotations
@@ -33,8 +36,20 @@ from common.progress import progress
 from common.run import Tracker, open_run
 from common.seed import epoch_generator, seed_everything, seed_worker
 from detection_kd.datasets.augmentation_keys import AugmentationKeys
-from detection_kd.datasets.distillation import DistillationTiles, Pair, pairs_digest, read_pairs, split_by_slide
-from detection_kd.datasets.feature_cache import DTYPES, CachedMaps, CacheKey, cached_maps, whole_batch
+from detection_kd.datasets.distillation import (
+    DistillationTiles,
+    Pair,
+    pairs_digest,
+    read_pairs,
+    split_by_slide,
+)
+from detection_kd.datasets.feature_cache import (
+    DTYPES,
+    CachedMaps,
+    CacheKey,
+    cached_maps,
+    whole_batch,
+)
 from detection_kd.evaluation.feature_agreement import agreement
 from detection_kd.figures.student_report import write_report
 from detection_kd.losses.feature_regression import FEATURE_LOSSES
@@ -56,16 +71,30 @@ REPORTED = ("loss", "cosine", "r2", "knn_10")
 class Config:
     """Keys of the D2VFM stage; the defaults are the published ones."""
 
-    dataset: str = key(REQUIRED, "distillation set: folder with wsi_root/ and ann_root/, or packed .h5", path=True)
-    backbone: str = key(REQUIRED, "backbone.pt of train_detector, or a whole detector checkpoint", path=True)
+    dataset: str = key(
+        REQUIRED, "distillation set: folder with wsi_root/ and ann_root/, or packed .h5", path=True
+    )
+    backbone: str = key(
+        REQUIRED, "backbone.pt of train_detector, or a whole detector checkpoint", path=True
+    )
     output: str = key(REQUIRED, "run directory", runtime=True)
     teacher: str = key("", "name of the teacher, kept in the checkpoint")
     needle: int = key(1, "backbone stage that is pooled: 0, 1, 2 = layer2, layer3, layer4")
-    input_scale: float = key(1.0, "resize tiles by this factor first, to the resolution that the detector was trained at")
-    needles: list[int] = key([], "several stages, pooled each on its own and concatenated, instead of needle")
-    pooling: str = key("mean", "how maps are pooled; gem and attention have parameters", choices=POOLINGS)
+    input_scale: float = key(
+        1.0, "resize tiles by this factor first, to the resolution that the detector was trained at"
+    )
+    needles: list[int] = key(
+        [], "several stages, pooled each on its own and concatenated, instead of needle"
+    )
+    pooling: str = key(
+        "mean", "how maps are pooled; gem and attention have parameters", choices=POOLINGS
+    )
     adapter: str = key("mpa", "adapter", choices=ADAPTERS)
-    unfreeze: int = key(0, "train the last so many of the stages that are used, normalisation layers excepted; published: 0")
+    unfreeze: int = key(
+        0,
+        "train the last so many of the stages that are used, normalisation layers excepted; "
+        "published: 0",
+    )
     unfreeze_lr: float = key(0.01, "with unfreeze: factor of lr for those stages")
     loss: str = key("mse", "feature loss", choices=tuple(FEATURE_LOSSES))
     loss_weight: float = key(2.0, "factor on the loss; 0: extra terms only")
@@ -76,22 +105,46 @@ class Config:
     lr: float = key(2e-3, "learning rate (AdamW)")
     weight_decay: float = key(1e-4, "weight decay")
     clip_norm: float = key(0.1, "gradient clipping, L2 norm; 0: off")
-    ema: float = key(0.0, "decay of a moving average of the weights, which is then evaluated and kept (as 0.999); 0: off")
-    augment: bool = key(True, "flip and turn tiles; the teacher's feature stays that of the tile as it was")
-    scales: list[float] = key([1.0], "a step's tiles are resized by one of these factors, drawn at random")
+    ema: float = key(
+        0.0,
+        "decay of a moving average of the weights, which is then evaluated and kept (as 0.999); "
+        "0: off",
+    )
+    augment: bool = key(
+        True, "flip and turn tiles; the teacher's feature stays that of the tile as it was"
+    )
+    scales: list[float] = key(
+        [1.0], "a step's tiles are resized by one of these factors, drawn at random"
+    )
     augmentation: AugmentationKeys = group(AugmentationKeys, "further augmentation")
-    online_teacher: str = key("", "encoder that is run on the augmented tiles; empty: the stored features of plain tiles")
+    online_teacher: str = key(
+        "", "encoder that is run on the augmented tiles; empty: the stored features of plain tiles"
+    )
     teacher_weights: str = key("", "its local weights file or folder; empty: from its hub")
     teacher_crop: bool = key(True, "its centre crop, as `crop` of extract_features")
-    verify: bool = key(False, "decode every tile before training; else only its header is read", runtime=True)
+    verify: bool = key(
+        False, "decode every tile before training; else only its header is read", runtime=True
+    )
     skip_bad: bool = key(False, "train without the pairs that have problems", runtime=True)
-    cache: bool = key(False, "compute the frozen backbone's features once and train the adapter on them; needs augment=false")
+    cache: bool = key(
+        False,
+        "compute the frozen backbone's features once and train the adapter on them; needs "
+        "augment=false",
+    )
     views: int = key(1, "with cache: quarter turns of every training tile that are cached, 1 to 4")
-    cache_dir: str = key("", "folder of the cached features, shared by runs; empty: d2vfm_cache beside the run", runtime=True)
+    cache_dir: str = key(
+        "",
+        "folder of the cached features, shared by runs; empty: d2vfm_cache beside the run",
+        runtime=True,
+    )
     cache_dtype: str = key("float32", "numbers in the cache", choices=DTYPES)
     val_share: float = key(0.1, "share of slides held out for validation")
-    labels: str = key("", "labels.csv: colours of student_vs_teacher.png; empty: by slide", path=True)
-    pictures: bool = key(True, "draw student against teacher, learning curves, R2 by dimension", runtime=True)
+    labels: str = key(
+        "", "labels.csv: colours of student_vs_teacher.png; empty: by slide", path=True
+    )
+    pictures: bool = key(
+        True, "draw student against teacher, learning curves, R2 by dimension", runtime=True
+    )
     seed: int = key(42, "seed of the split, initial weights, shuffling and augmentation")
     precision: str = key("auto", "auto: bf16 where the device has it", choices=PRECISIONS)
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
@@ -105,31 +158,42 @@ def build_model(config: Config, dim: int) -> tuple[Student, dict[str, Any]]:
     needles = config.needles or [config.needle]
     if not set(needles) <= {0, 1, 2} or needles != sorted(set(needles)):
         raise UserError(
-            f"needle={config.needle} needles={config.needles}: expected 0, 1 or 2 (layer2, layer3, layer4), ascending"
+            f"needle={config.needle} needles={config.needles}: expected 0, 1 or 2 (layer2, "
+            "layer3, layer4), ascending"
         )
     if not 0 < config.input_scale <= 4:
         raise UserError(f"input_scale={config.input_scale}: expected a factor above 0, at most 4")
     if not 0 <= config.unfreeze <= max(needles) + 3 or config.unfreeze_lr <= 0:
         raise UserError(
-            f"unfreeze={config.unfreeze} unfreeze_lr={config.unfreeze_lr:g}: expected 0 to {max(needles) + 3} stages "
+            f"unfreeze={config.unfreeze} unfreeze_lr={config.unfreeze_lr:g}: expected 0 to "
+            f"{max(needles) + 3} stages "
             "(the last that is used, the one before, ..., the stem) and a factor above 0"
         )
     if config.unfreeze and config.cache:
-        raise UserError("cache=true unfreeze>0: expected one of them, since features of a stage that is trained change")
+        raise UserError(
+            "cache=true unfreeze>0: expected one of them, since features of a stage that is "
+            "trained change"
+        )
     backbone, _ = load_backbone(config.backbone)
-    student = Student(backbone, needles, config.adapter, dim, config.input_scale, config.pooling, config.unfreeze)
+    student = Student(
+        backbone, needles, config.adapter, dim, config.input_scale, config.pooling, config.unfreeze
+    )
     return student, student_config(student, config.teacher)
 
 
 def parameter_groups(student: Student, lr: float, unfreeze_lr: float) -> list[dict[str, Any]]:
     """Pooling and adapter at `lr`, stages that are trained at `unfreeze_lr` times that."""
-    groups: list[dict[str, Any]] = [{"params": [*student.pooling.parameters(), *student.adapter.parameters()], "lr": lr}]
+    groups: list[dict[str, Any]] = [
+        {"params": [*student.pooling.parameters(), *student.adapter.parameters()], "lr": lr}
+    ]
     stages = [parameter for parameter in student.backbone.parameters() if parameter.requires_grad]
     return [*groups, {"params": stages, "lr": lr * unfreeze_lr}] if stages else groups
 
 
 def network(student: Student, config: Config, world: World) -> nn.Module:
-    """What takes the items of the sets: the whole student, or what comes behind the cached features."""
+    """What takes the items of the sets: the whole student, or what comes behind the cached
+    features.
+    """
     module = Head(student) if config.cache else PixelEncoder(student, IMAGENET)
     return module.to(world.device, memory_format=torch.channels_last)
 
@@ -150,7 +214,9 @@ class Job:
 def train_one_epoch(
     job: Job, model: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer, epoch: int
 ) -> dict[str, float]:
-    """One pass over the training pairs; mean loss, and its terms when there are several, over steps and processes."""
+    """One pass over the training pairs; mean loss, and its terms when there are several, over steps
+    and processes.
+    """
     config, world = job.config, job.world
     model.train()
     sums: dict[str, Tensor] = {}
@@ -161,12 +227,19 @@ def train_one_epoch(
             teacher = job.online(teacher)
         inputs = on_device(inputs, world.device)
         if isinstance(inputs, Tensor):
-            inputs = rescale(inputs, config.scales, config.augmentation.sizes, config.seed, epoch, step)
+            inputs = rescale(
+                inputs, config.scales, config.augmentation.sizes, config.seed, epoch, step
+            )
         with autocast(world.device, job.precision):
             features = model(inputs)
-        loss, terms = job.loss(features.float(), teacher.to(world.device, non_blocking=True), gather_rows)
+        loss, terms = job.loss(
+            features.float(), teacher.to(world.device, non_blocking=True), gather_rows
+        )
         if not torch.isfinite(loss):
-            raise UserError(f"epoch {epoch + 1} step {step + 1}: the loss is {loss.item()}; lower lr or set precision=fp32")
+            raise UserError(
+                f"epoch {epoch + 1} step {step + 1}: the loss is {loss.item()}; lower lr or set "
+                "precision=fp32"
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if config.clip_norm > 0:
@@ -187,8 +260,12 @@ def on_device(inputs: Tensor | list[Tensor], device: torch.device) -> Tensor | l
     return [x.to(device, non_blocking=True) for x in inputs]
 
 
-def rescale(tiles: Tensor, scales: list[float], sizes: list[int], seed: int, epoch: int, step: int) -> Tensor:
-    """uint8 (B, 3, H, W) resized by a factor or to a short side by (seed, epoch, step), the same on every process."""
+def rescale(
+    tiles: Tensor, scales: list[float], sizes: list[int], seed: int, epoch: int, step: int
+) -> Tensor:
+    """uint8 (B, 3, H, W) resized by a factor or to a short side by (seed, epoch, step), the same on
+    every process.
+    """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 1_000_003 + step)
     choices = [side / min(tiles.shape[-2:]) for side in sizes] or scales
     scale = choices[int(torch.randint(len(choices), (1,), generator=generator))]
@@ -200,8 +277,12 @@ def rescale(tiles: Tensor, scales: list[float], sizes: list[int], seed: int, epo
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, loader: DataLoader, precision: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Features (N, D) of the student and of the teacher on held-out slides, in the order of the set."""
+def predict(
+    model: nn.Module, loader: DataLoader, precision: str, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Features (N, D) of the student and of the teacher on held-out slides, in the order of the
+    set.
+    """
     model.eval()
     students, teachers = [], []
     for inputs, teacher in loader:
@@ -219,16 +300,24 @@ def make_sets(
     inputs: dict[str, str],
     online: OnlineTeacher | None = None,
 ) -> tuple[Dataset, Dataset]:
-    """Training and validation set: tiles, or what the frozen backbone makes of them when `cache`."""
+    """Training and validation set: tiles, or what the frozen backbone makes of them when
+    `cache`.
+    """
     train_pairs, val_pairs = split_by_slide(pairs, config.val_share, config.seed)
-    options = {"augmentation": config.augmentation.of_tiles(), "teacher_view": online.transform if online else None}
+    options = {
+        "augmentation": config.augmentation.of_tiles(),
+        "teacher_view": online.transform if online else None,
+    }
     train = DistillationTiles(train_pairs, augment=config.augment, seed=config.seed, **options)
     val = DistillationTiles(val_pairs, augment=False, seed=config.seed)
     if not config.cache:
         return train, val
     if not 1 <= config.views <= 4:
         raise UserError(f"views={config.views}: expected 1 to 4 quarter turns")
-    turned = [DistillationTiles(pairs, augment=False, seed=config.seed, turns=turns) for turns in range(config.views)]
+    turned = [
+        DistillationTiles(pairs, augment=False, seed=config.seed, turns=turns)
+        for turns in range(config.views)
+    ]
     return cached_sets(config, student, pairs, turned, (train_pairs, val_pairs), world, inputs)
 
 
@@ -241,10 +330,19 @@ def cached_sets(
     world: World,
     inputs: dict[str, str],
 ) -> tuple[CachedMaps, CachedMaps]:
-    """Training pairs in all turns and validation pairs as they are, of features that all runs on this set share."""
+    """Training pairs in all turns and validation pairs as they are, of features that all runs on
+    this set share.
+    """
     precision = pick_precision(config.precision, world.device)
     pooled = student.pooling.kind == "mean"
-    name = CacheKey(inputs["backbone"], inputs["dataset"], config.input_scale, pooled, precision, config.cache_dtype)
+    name = CacheKey(
+        inputs["backbone"],
+        inputs["dataset"],
+        config.input_scale,
+        pooled,
+        precision,
+        config.cache_dtype,
+    )
     folder = Path(config.cache_dir or Path(config.output).absolute().parent / "d2vfm_cache")
     frozen = FrozenMaps(student).to(world.device, memory_format=torch.channels_last).eval()
     turns = cached_maps(folder, name, frozen, student.needles, turned, world, config.workers)
@@ -254,23 +352,40 @@ def cached_sets(
     return CachedMaps(turns, teacher, train_rows), CachedMaps(turns[:1], teacher, val_rows)
 
 
-def make_loaders(config: Config, world: World, train: Dataset, val: Dataset) -> tuple[DataLoader, DataLoader]:
+def make_loaders(
+    config: Config, world: World, train: Dataset, val: Dataset
+) -> tuple[DataLoader, DataLoader]:
     """Training loader (sharded over processes) and validation loader (whole, on every process)."""
     if config.batch_size % world.size:
-        raise UserError(f"batch_size={config.batch_size}: expected a multiple of the {world.size} processes")
+        raise UserError(
+            f"batch_size={config.batch_size}: expected a multiple of the {world.size} processes"
+        )
     count = len(train)  # type: ignore[arg-type]
     sampler = DistributedSampler(train, world.size, world.rank, shuffle=True, seed=config.seed)
     batch = config.batch_size // world.size
-    options: dict[str, Any] = {"pin_memory": world.device.type == "cuda", "worker_init_fn": seed_worker}
-    options |= {"num_workers": 0, "collate_fn": whole_batch} if config.cache else {"num_workers": config.workers}
-    train_loader = DataLoader(train, batch, sampler=sampler, drop_last=count >= config.batch_size, **options)
+    options: dict[str, Any] = {
+        "pin_memory": world.device.type == "cuda",
+        "worker_init_fn": seed_worker,
+    }
+    options |= (
+        {"num_workers": 0, "collate_fn": whole_batch}
+        if config.cache
+        else {"num_workers": config.workers}
+    )
+    train_loader = DataLoader(
+        train, batch, sampler=sampler, drop_last=count >= config.batch_size, **options
+    )
     return train_loader, DataLoader(val, batch, **options)
 
 
 def main(config: Config) -> None:
     world = init_distributed(config.device)
     config.augmentation.check(config.augment, config.scales, config.cache, config.online_teacher)
-    labels = {record.slide_id: record.label for record in read_labels(config.labels)} if config.labels else {}
+    labels = (
+        {record.slide_id: record.label for record in read_labels(config.labels)}
+        if config.labels
+        else {}
+    )
     loss = feature_sum(config.loss, config.loss_weight, config.extra)
     report = Path(config.output) / "problems.csv" if world.is_main else None
     checks = {"verify": config.verify, "skip_bad": config.skip_bad}
@@ -279,9 +394,18 @@ def main(config: Config) -> None:
     student, rebuild = build_model(config, dim=len(pairs[0].feature))
     inputs = {"dataset": pairs_digest(pairs), "backbone": sha256_file(config.backbone)}
     wanted = config.online_teacher, config.teacher_weights, config.teacher_crop
-    online = online_teacher(*wanted, pairs, world.device, pick_precision(config.precision, world.device))
+    online = online_teacher(
+        *wanted, pairs, world.device, pick_precision(config.precision, world.device)
+    )
     inputs |= {"online_teacher": online.digest} if online else {}
-    run = open_run(config.output, config, world, inputs=inputs, overwrite=config.overwrite, tracker=config.tracker)
+    run = open_run(
+        config.output,
+        config,
+        world,
+        inputs=inputs,
+        overwrite=config.overwrite,
+        tracker=config.tracker,
+    )
     if run.results is not None:
         logger.info("train_d2vfm: %s is finished: %s", run.path, run.results)
         return
@@ -290,7 +414,9 @@ def main(config: Config) -> None:
     average = moving_average(student, config.ema)
     shown = student if average is None else average.module  # what is evaluated and kept
     evaluated = network(shown, config, world)
-    optimizer = torch.optim.AdamW(parameter_groups(student, config.lr, config.unfreeze_lr), weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(student, config.lr, config.unfreeze_lr), weight_decay=config.weight_decay
+    )
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config.lr_drop)
     train_loader, val_loader = make_loaders(config, world, train, val)
     precision = pick_precision(config.precision, world.device)
@@ -310,7 +436,11 @@ def main(config: Config) -> None:
         improved = metrics["cosine"] > best.get("cosine", -2.0)
         best = {"epoch": epoch + 1, **metrics} if improved else best
         if world.is_main:
-            state = {"config": to_dict(config) | {"student": rebuild}, "epoch": epoch + 1, "best": best}
+            state = {
+                "config": to_dict(config) | {"student": rebuild},
+                "epoch": epoch + 1,
+                "best": best,
+            }
             if improved:
                 save_checkpoint(run.best, model=shown.state_dict(), **state)
             parts = {name: part.state_dict() for name, part in resumed.items()}
@@ -321,8 +451,16 @@ def main(config: Config) -> None:
     if world.is_main:
         load_weights(shown, load_checkpoint(run.best)["model"], str(run.best))
         slides = [pair.slide_id for pair in split_by_slide(pairs, config.val_share, config.seed)[1]]
-        write_report(run.path, *predict(evaluated, val_loader, precision, world.device), slides, labels, config.pictures)
-    trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+        write_report(
+            run.path,
+            *predict(evaluated, val_loader, precision, world.device),
+            slides,
+            labels,
+            config.pictures,
+        )
+    trained = sum(
+        parameter.numel() for parameter in student.parameters() if parameter.requires_grad
+    )
     run.finish(best | {"trained_parameters": trained})
     logger.info("train_d2vfm: finished, best epoch %s", best)
 

@@ -1,7 +1,8 @@
-"""Train the lesion detector (Deformable DETR) on COCO-format boxes; its backbone is what later stages distil from.
+"""Train the lesion detector (Deformable DETR) on COCO-format boxes; its backbone is what later
+stages distil from.
 
-Source: TS2G-KD stage 1; Deformable DETR (Zhu et al., ICLR 2021). Writes a run directory and in it `backbone.pt`, the trunk of
-the best epoch by validation AP.
+Source: TS2G-KD stage 1; Deformable DETR (Zhu et al., ICLR 2021). Writes a run directory and in it
+`backbone.pt`, the trunk of the best epoch by validation AP.
 """
 
 from __future__ import annotations
@@ -36,13 +37,30 @@ from detection_kd.datasets.transforms import eval_transform, train_transform
 from detection_kd.evaluation.coco_metrics import Prediction, average_precision
 from detection_kd.evaluation.froc import froc
 from detection_kd.figures.detection import write_detection_pictures
-from detection_kd.models.backbone import HUB, NORMS, RESNETS, STAGES, Backbone, build_pretrained, trunk_weights
+from detection_kd.models.backbone import (
+    HUB,
+    NORMS,
+    RESNETS,
+    STAGES,
+    Backbone,
+    build_pretrained,
+    trunk_weights,
+)
 from detection_kd.models.checkpoint_import import load_published
 from detection_kd.models.deformable_detr import DeformableDETR, describe_detector
 from detection_kd.models.deformable_transformer import Architecture
 
 logger = logging.getLogger(__name__)
-REPORTED = ("loss", "AP", "AP50", "AR", "FROC", "train_seconds", "time/images_per_second", "time/data_share")
+REPORTED = (
+    "loss",
+    "AP",
+    "AP50",
+    "AR",
+    "FROC",
+    "train_seconds",
+    "time/images_per_second",
+    "time/data_share",
+)
 
 
 @dataclass
@@ -51,11 +69,15 @@ class Augmentation:
 
     sizes: list[int] = key(list(range(480, 801, 32)), "short sides to choose from, px")
     max_size: int = key(1333, "most px of the long side")
-    crop_sizes: list[int] = key([400, 500, 600], "short sides before a random crop, px; [] never crops")
+    crop_sizes: list[int] = key(
+        [400, 500, 600], "short sides before a random crop, px; [] never crops"
+    )
     crop_range: list[int] = key([384, 600], "smallest and largest side of a crop, px")
     symmetry: bool = key(False, "also flip upside down and rotate by 90 degrees")
     eval_size: int = key(800, "short side in evaluation, px")
-    pad_to: int = key(0, "pad batches to at least this side, px; 0: to the largest image of the batch")
+    pad_to: int = key(
+        0, "pad batches to at least this side, px; 0: to the largest image of the batch"
+    )
 
 
 @dataclass
@@ -67,36 +89,74 @@ class Config:
     val: str = key(REQUIRED, "COCO JSON to evaluate on", path=True)
     images: str = key(REQUIRED, "folder that the file names in both are relative to", path=True)
     class_agnostic: bool = key(False, "one class 'lesion' instead of the annotated categories")
-    backbone: str = key("resnet50", f"trunk: {', '.join(RESNETS)}, or any timm model with maps of strides 8, 16 and 32 px")
-    norm: str = key("frozen", "normalisation of the trunk; frozen needs trained weights; batch: as it comes", choices=NORMS)
-    dilation: bool = key(False, "the trunk's last stage keeps stride 16 and dilates its convolutions (DC5)")
+    backbone: str = key(
+        "resnet50",
+        f"trunk: {', '.join(RESNETS)}, or any timm model with maps of strides 8, 16 and 32 px",
+    )
+    norm: str = key(
+        "frozen",
+        "normalisation of the trunk; frozen needs trained weights; batch: as it comes",
+        choices=NORMS,
+    )
+    dilation: bool = key(
+        False, "the trunk's last stage keeps stride 16 and dilates its convolutions (DC5)"
+    )
     pretrained: bool = key(True, "start from ImageNet weights (fetched once from timm's hub)")
-    weights: str = key("", "start from the trunk in this file instead (state dict, detector, or timm's format)", path=True)
-    detector: str = key("", "start from this whole detector: ours, the official layout or Hugging Face's", path=True)
-    freeze: int = key(2, "stages of a trunk with given weights that stay as they are, of stem and strides 4, 8, 16, 32")
+    weights: str = key(
+        "",
+        "start from the trunk in this file instead (state dict, detector, or timm's format)",
+        path=True,
+    )
+    detector: str = key(
+        "", "start from this whole detector: ours, the official layout or Hugging Face's", path=True
+    )
+    freeze: int = key(
+        2,
+        "stages of a trunk with given weights that stay as they are, of stem and strides 4, 8, "
+        "16, 32",
+    )
     architecture: Architecture = group(Architecture, "transformer")
     augmentation: Augmentation = group(Augmentation, "image sizes")
     epochs: int = key(50, "passes over the training images")
     batch_size: int = key(32, "images a step, over all processes")
-    accumulate: int = key(1, "parts that a step's images are computed in, one after the other, to save memory")
+    accumulate: int = key(
+        1, "parts that a step's images are computed in, one after the other, to save memory"
+    )
     lr: float = key(2e-4, "learning rate of transformer and heads")
     lr_backbone: float = key(2e-5, "learning rate of the backbone")
-    layer_decay: float = key(1.0, "factor of lr_backbone from each stage of the trunk to the one before; 1: the same for all")
+    layer_decay: float = key(
+        1.0,
+        "factor of lr_backbone from each stage of the trunk to the one before; 1: the same for all",
+    )
     slow_factor: float = key(0.1, "factor of lr for sampling offsets and reference points")
     weight_decay: float = key(1e-4, "AdamW weight decay")
     clip: float = key(0.1, "largest gradient norm")
-    ema: float = key(0.0, "decay of a moving average of the weights, which is then evaluated and kept (as 0.999); 0: off")
-    schedule: str = key("step", "learning rate: one drop to a tenth, or half a cosine to 0", choices=("step", "cosine"))
+    ema: float = key(
+        0.0,
+        "decay of a moving average of the weights, which is then evaluated and kept (as 0.999); "
+        "0: off",
+    )
+    schedule: str = key(
+        "step",
+        "learning rate: one drop to a tenth, or half a cosine to 0",
+        choices=("step", "cosine"),
+    )
     drop_epoch: int = key(40, "epoch after which schedule=step drops")
     warmup_steps: int = key(0, "steps of linear warm-up")
     eval_every: int = key(1, "epochs between evaluations; the last epoch is always evaluated")
     max_detections: int = key(100, "detections an image that are kept and counted")
     seed: int = key(42, "seed of weights, shuffling and augmentation")
-    precision: str = key("auto", "arithmetic of the network; losses and boxes are always fp32", choices=PRECISIONS)
+    precision: str = key(
+        "auto", "arithmetic of the network; losses and boxes are always fp32", choices=PRECISIONS
+    )
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
     workers: int = key(2, "image loading processes of each training process", runtime=True)
     compile: bool = key(False, "compile the backbone with torch.compile", runtime=True)
-    overlays: int = key(12, "validation images to draw at the best epoch, beside the curves; 0: no pictures", runtime=True)
+    overlays: int = key(
+        12,
+        "validation images to draw at the best epoch, beside the curves; 0: no pictures",
+        runtime=True,
+    )
     log_every: int = key(50, "steps between lines in metrics.jsonl", runtime=True)
     overwrite: bool = key(False, "start afresh over another run", runtime=True)
     tracker: Tracker = group(Tracker, "Weights & Biases")
@@ -105,32 +165,49 @@ class Config:
 def build_model(config: Config, classes: int = 1) -> DeformableDETR:
     """The detector with random weights."""
     if config.norm == "frozen" and not (config.pretrained or config.weights or config.detector):
-        raise UserError("norm=frozen: expected trained weights, found pretrained=false and no weights=; set norm=batch|group")
-    return DeformableDETR(Backbone(config.backbone, config.norm, config.dilation), classes, config.architecture)
+        raise UserError(
+            "norm=frozen: expected trained weights, found pretrained=false and no weights=; set "
+            "norm=batch|group"
+        )
+    return DeformableDETR(
+        Backbone(config.backbone, config.norm, config.dilation), classes, config.architecture
+    )
 
 
 def load_initial_weights(model: DeformableDETR, config: Config, categories: list[str]) -> None:
-    """Weights of the files that are given, else ImageNet's, else none; given weights keep their first stages."""
+    """Weights of the files that are given, else ImageNet's, else none; given weights keep their
+    first stages.
+    """
     if not 0 <= config.freeze <= STAGES:
         raise UserError(f"freeze={config.freeze}: expected 0 to {STAGES} stages")
     if config.weights and config.detector:
         raise UserError("weights= and detector= are both given: expected one of them")
     if config.weights or (config.pretrained and not config.detector):
-        trunk = build_pretrained(config.backbone, config.norm, config.dilation, config.weights or HUB)
+        trunk = build_pretrained(
+            config.backbone, config.norm, config.dilation, config.weights or HUB
+        )
         model.backbone.load_state_dict(trunk.state_dict())
     if config.detector:
         fresh = load_published(model, config.detector, categories)
-        logger.info("%s: weights taken%s", config.detector, f" but for {', '.join(fresh)}" if fresh else "")
+        logger.info(
+            "%s: weights taken%s", config.detector, f" but for {', '.join(fresh)}" if fresh else ""
+        )
     if config.weights or config.pretrained or config.detector:
         model.backbone.freeze(config.freeze)
 
 
 def read_sets(config: Config) -> tuple[DetectionSet, DetectionSet]:
     """Training and validation annotations, checked."""
-    train, val = (read_coco(path, config.images, class_agnostic=config.class_agnostic) for path in (config.train, config.val))
+    train, val = (
+        read_coco(path, config.images, class_agnostic=config.class_agnostic)
+        for path in (config.train, config.val)
+    )
     same_categories(train, val)
     if len(train.images) < config.batch_size:
-        raise UserError(f"batch_size={config.batch_size}: expected at most the {len(train.images)} training images")
+        raise UserError(
+            f"batch_size={config.batch_size}: expected at most the {len(train.images)} training "
+            "images"
+        )
     return train, val
 
 
@@ -147,8 +224,13 @@ def place(model: DeformableDETR, config: Config, world: World) -> nn.Module:
         model.backbone.compile()
     if world.size > 1 and config.norm == "batch":
         if world.device.type != "cuda":
-            raise UserError(f"norm=batch: expected CUDA with {world.size} processes, found {world.device.type}; set norm=group")
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place: the detector itself is no batch norm
+            raise UserError(
+                f"norm=batch: expected CUDA with {world.size} processes, found "
+                f"{world.device.type}; set norm=group"
+            )
+        nn.SyncBatchNorm.convert_sync_batchnorm(
+            model
+        )  # in place: the detector itself is no batch norm
     return wrap(model, world)
 
 
@@ -164,19 +246,36 @@ class Job:
 
 
 def train_one_epoch(
-    job: Job, model: nn.Module, train: DetectionSet, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, epoch: int
+    job: Job,
+    model: nn.Module,
+    train: DetectionSet,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    epoch: int,
 ) -> dict[str, float]:
-    """One pass over the training images; returns the means of the loss and its terms, and where the time went."""
+    """One pass over the training images; returns the means of the loss and its terms, and where the
+    time went.
+    """
     config, world = job.config, job.world
-    seed_everything((config.seed * 100_003 + epoch) * 1_009 + world.rank)  # dropout does not depend on earlier epochs
+    seed_everything(
+        (config.seed * 100_003 + epoch) * 1_009 + world.rank
+    )  # dropout does not depend on earlier epochs
     batches = training_batches(config, world, train, epoch)
     steps = len(batches) // config.accumulate
-    rate = {"warmup": config.warmup_steps, "drop": config.drop_epoch * steps, "cosine": config.schedule == "cosine"}
+    rate = {
+        "warmup": config.warmup_steps,
+        "drop": config.drop_epoch * steps,
+        "cosine": config.schedule == "cosine",
+    }
     sums: dict[str, Tensor] = {}
     times = StepTimes(world.device, config.batch_size)
     model.train()
     shown = progress(
-        engine.parts_of_steps(batches, config.accumulate), f"epoch {epoch + 1}", steps, "step", enabled=world.is_main
+        engine.parts_of_steps(batches, config.accumulate),
+        f"epoch {epoch + 1}",
+        steps,
+        "step",
+        enabled=world.is_main,
     )
     for number, parts in enumerate(shown):
         times.mark("data")
@@ -194,7 +293,9 @@ def train_one_epoch(
                 matches = engine.match_batch(detections, batch)
                 times.mark("matching")
                 loss, terms = engine.batch_loss(detections, batch, matches, num_boxes)
-                engine.require_finite(loss, terms, [train.images[index].id for index in batch.indices])
+                engine.require_finite(
+                    loss, terms, [train.images[index].id for index in batch.indices]
+                )
                 times.mark("loss")
                 scaler.scale(loss).backward()
                 times.mark("backward")
@@ -209,23 +310,35 @@ def train_one_epoch(
         times.mark("step")
         if step % config.log_every == 0:
             rates = {"lr": optimizer.param_groups[0]["lr"], "gradient_norm": norm.item()}
-            job.run.log({"epoch": epoch + 1, "step": step, **rates, **mean_dict(values), **times.report()})
+            job.run.log(
+                {"epoch": epoch + 1, "step": step, **rates, **mean_dict(values), **times.report()}
+            )
     return {name: value / steps for name, value in mean_dict(sums).items()} | times.whole()
 
 
-def training_batches(config: Config, world: World, train: DetectionSet, epoch: int) -> DataLoader[Any]:
+def training_batches(
+    config: Config, world: World, train: DetectionSet, epoch: int
+) -> DataLoader[Any]:
     """This process's batches of one epoch."""
     sizes = config.augmentation
     low, high = sizes.crop_range
     transform = train_transform(
-        sizes.sizes, sizes.max_size, crop_sizes=sizes.crop_sizes, crop_range=(low, high), symmetry=sizes.symmetry
+        sizes.sizes,
+        sizes.max_size,
+        crop_sizes=sizes.crop_sizes,
+        crop_range=(low, high),
+        symmetry=sizes.symmetry,
     )
     dataset = DetectionDataset(train.images, transform, config.seed, epoch)
-    indices = epoch_indices(len(dataset), config.batch_size, config.seed, epoch, world.rank, world.size)
+    indices = epoch_indices(
+        len(dataset), config.batch_size, config.seed, epoch, world.rank, world.size
+    )
     return _loader(config, world, dataset, indices)
 
 
-def _loader(config: Config, world: World, dataset: DetectionDataset, indices: Sequence[int]) -> DataLoader[Any]:
+def _loader(
+    config: Config, world: World, dataset: DetectionDataset, indices: Sequence[int]
+) -> DataLoader[Any]:
     return loader(
         dataset,
         indices,
@@ -236,7 +349,9 @@ def _loader(config: Config, world: World, dataset: DetectionDataset, indices: Se
     )
 
 
-def evaluate(job: Job, model: nn.Module, val: DetectionSet) -> tuple[dict[str, float], list[Prediction]]:
+def evaluate(
+    job: Job, model: nn.Module, val: DetectionSet
+) -> tuple[dict[str, float], list[Prediction]]:
     """COCO metrics and FROC on the validation images of all processes, and the detections."""
     config, world, sizes = job.config, job.world, job.config.augmentation
     dataset = DetectionDataset(val.images, eval_transform(sizes.eval_size, sizes.max_size))
@@ -244,12 +359,19 @@ def evaluate(job: Job, model: nn.Module, val: DetectionSet) -> tuple[dict[str, f
     batches = _loader(config, world, dataset, indices)
     shown = progress(batches, "evaluation", len(batches), "batch", enabled=world.is_main)
     predictions = engine.detect(model, shown, val.images, config.max_detections, job.precision)
-    return average_precision(val, predictions, config.max_detections) | froc(val, predictions), predictions
+    return average_precision(val, predictions, config.max_detections) | froc(
+        val, predictions
+    ), predictions
 
 
 def fingerprints(config: Config) -> dict[str, str]:
     """Digests of the files that decide the result."""
-    files = {"train": config.train, "val": config.val, "weights": config.weights, "detector": config.detector}
+    files = {
+        "train": config.train,
+        "val": config.val,
+        "weights": config.weights,
+        "detector": config.detector,
+    }
     return {name: sha256_file(path) for name, path in files.items() if path}
 
 
@@ -264,7 +386,12 @@ def save_backbone(run: Run) -> None:
     """Leave the trunk of the best epoch beside the checkpoints, for the next stage."""
     content = load_checkpoint(run.best)
     weights = trunk_weights(content)
-    save_checkpoint(run.path / "backbone.pt", model=weights, config=content["config"]["backbone"], epoch=content["epoch"])
+    save_checkpoint(
+        run.path / "backbone.pt",
+        model=weights,
+        config=content["config"]["backbone"],
+        epoch=content["epoch"],
+    )
 
 
 def main(config: Config) -> int:
@@ -279,14 +406,23 @@ def main(config: Config) -> int:
     load_initial_weights(plain, config, train.categories)
     model = place(plain, config, world)
     inputs = fingerprints(config)
-    run = open_run(config.output, config, world, inputs=inputs, overwrite=config.overwrite, tracker=config.tracker)
+    run = open_run(
+        config.output,
+        config,
+        world,
+        inputs=inputs,
+        overwrite=config.overwrite,
+        tracker=config.tracker,
+    )
     if run.results is not None:
         logger.info("%s: finished run, AP %.3f; nothing to do", run.path, run.results["AP"])
         return 0
     average = moving_average(plain, config.ema)
     shown = plain if average is None else average.module  # what is evaluated and kept
     job = Job(config, world, run, precision, average)
-    groups = engine.parameter_groups(plain, config.lr, config.lr_backbone, config.slow_factor, config.layer_decay)
+    groups = engine.parameter_groups(
+        plain, config.lr, config.lr_backbone, config.slow_factor, config.layer_decay
+    )
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
     averages = {} if average is None else {"average": average}
@@ -294,8 +430,13 @@ def main(config: Config) -> int:
     run.forget_after(start)
     for epoch in range(start, config.epochs):
         begun = time.monotonic()
-        values = train_one_epoch(job, model, train, optimizer, scaler, epoch) | {"train_seconds": time.monotonic() - begun}
-        state = {"config": describe_detector(plain, train.categories) | {"training": to_dict(config)}, "epoch": epoch + 1}
+        values = train_one_epoch(job, model, train, optimizer, scaler, epoch) | {
+            "train_seconds": time.monotonic() - begun
+        }
+        state = {
+            "config": describe_detector(plain, train.categories) | {"training": to_dict(config)},
+            "epoch": epoch + 1,
+        }
         if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
             metrics, predictions = evaluate(job, shown, val)
             values |= metrics
@@ -309,7 +450,11 @@ def main(config: Config) -> int:
             parts = {name: part.state_dict() for name, part in resumed.items()}
             save_checkpoint(run.last, model=plain.state_dict(), best=best, **parts, **state)
         run.log({"epoch": epoch + 1, **values})
-        logger.info("epoch %d: %s", epoch + 1, ", ".join(f"{name} {values[name]:.3f}" for name in REPORTED if name in values))
+        logger.info(
+            "epoch %d: %s",
+            epoch + 1,
+            ", ".join(f"{name} {values[name]:.3f}" for name in REPORTED if name in values),
+        )
     if world.is_main:
         save_backbone(run)
     run.finish(best)

@@ -1,1 +1,3 @@
-"""Everything between feature bags and a slide label: models, training, benchmark, ranking, report."""
+"""Everything between feature bags and a slide label: models, training, benchmark, ranking,
+report.
+"""

@@ -1,14 +1,17 @@
 """Compare feature sets: every model, seed and fold on each of them, with the same splits.
 
-    python -m mil.benchmark labels=cohort/labels.csv features='[runs/features/resnet50, runs/features/student]' \\
+    python -m mil.benchmark labels=cohort/labels.csv features='[runs/features/resnet50,
+    runs/features/student]' \\
         output=runs/benchmark workers=2
 
-Writes results.csv (a row per run), summary.csv, .json, .md and .tex (mean, std, 95 % CI), delong.csv or comparisons.csv (tests
-between all pairs), the tables of the task (mil/evaluation/tables.py), predictions.csv, splits/ and one run directory per
-training; `python -m mil.evaluate benchmark=<output>` adds pictures. Started again, it does what is missing; its tables are made
-from the run directories, so that they do not depend on interruptions, on `workers` or on torchrun, whose processes share the
-trainings out (mil/training/rank_queue.py). Difference from TS2G-KD's benchmark: one process pool instead of threads around shell strings, and
-no threshold is chosen on the slides that are judged.
+Writes results.csv (a row per run), summary.csv, .json, .md and .tex (mean, std, 95 % CI),
+delong.csv or comparisons.csv (tests between all pairs), the tables of the task
+(mil/evaluation/tables.py), predictions.csv, splits/ and one run directory per training; `python -m
+mil.evaluate benchmark=<output>` adds pictures. Started again, it does what is missing; its tables
+are made from the run directories, so that they do not depend on interruptions, on `workers` or on
+torchrun, whose processes share the trainings out (mil/training/rank_queue.py). Difference from
+TS2G-KD's benchmark: one process pool instead of threads around shell strings, and no threshold is
+chosen on the slides that are judged.
 """
 
 from __future__ import annotations
@@ -33,7 +36,13 @@ from mil.datasets.bags import bags_digest, find_bags, memory_of, usable_bags
 from mil.datasets.labels import LabelledSlides
 from mil.datasets.split_files import checked_splits, known_slides, stored_splits, write_splits
 from mil.datasets.splits import PROTOCOLS, Split, make_splits, split_values
-from mil.evaluation.runs import CLASS_COLUMNS, add_headline, read_finished, text_table, write_predictions
+from mil.evaluation.runs import (
+    CLASS_COLUMNS,
+    add_headline,
+    read_finished,
+    text_table,
+    write_predictions,
+)
 from mil.evaluation.tables import write_evaluation
 from mil.models import MODELS, check_options
 from mil.tasks.kinds import task_of
@@ -53,64 +62,134 @@ logger = logging.getLogger(__name__)
 class Config:
     """Keys of the benchmark."""
 
-    labels: str = key(REQUIRED, "labels.csv: case_id,slide_id,label (and split); time,event for survival", path=True)
-    features: list[str] = key([], "folders of feature bags; the first is what the others are compared with", path=True)
+    labels: str = key(
+        REQUIRED,
+        "labels.csv: case_id,slide_id,label (and split); time,event for survival",
+        path=True,
+    )
+    features: list[str] = key(
+        [], "folders of feature bags; the first is what the others are compared with", path=True
+    )
     output: str = key(REQUIRED, "folder of the benchmark", runtime=True)
     names: list[str] = key([], "names of the feature sets; empty: the folders' names")
-    task: str = key("classes", "classes; multilabel (a|b); ordinal (grades); cox or discrete (survival)", choices=TASKS)
-    grades: list[str] = key([], "names of the grades from the lowest, for task=ordinal; empty: whole numbers")
+    task: str = key(
+        "classes",
+        "classes; multilabel (a|b); ordinal (grades); cox or discrete (survival)",
+        choices=TASKS,
+    )
+    grades: list[str] = key(
+        [], "names of the grades from the lowest, for task=ordinal; empty: whole numbers"
+    )
     intervals: int = key(4, "intervals of time with about as many events each, for task=discrete")
-    # alpha of Zadeh and Schmid: -log S of the censored slides times 1 - alpha; 0 is the likelihood, 1 leaves them out
-    censored_alpha: float = key(0.0, "slides without an event weigh 1 - this in the loss, 0 to 1, for task=discrete")
+    # alpha of Zadeh and Schmid: -log S of the censored slides times 1 - alpha; 0 is the likelihood,
+    # 1 leaves them out
+    censored_alpha: float = key(
+        0.0, "slides without an event weigh 1 - this in the loss, 0 to 1, for task=discrete"
+    )
     models: list[str] = key(["mean", "max", "abmil"], "slide classifiers", choices=tuple(MODELS))
     headline: str = key(
-        "", "classifier whose figure stands for a feature set; empty: abmil, without it the first", choices=("", *MODELS)
+        "",
+        "classifier whose figure stands for a feature set; empty: abmil, without it the first",
+        choices=("", *MODELS),
     )
     seeds: list[int] = key([2024, 2025, 2026], "training seeds")
     options: dict[str, Any] = key({}, "options of models, {model: {name: value}}")
-    recipes: dict[str, Any] = key({}, "changes of single models' recipes, {model: {training key: value}}")
+    recipes: dict[str, Any] = key(
+        {}, "changes of single models' recipes, {model: {training key: value}}"
+    )
     dropout: float = key(0.25, "probability of dropping a hidden unit")
     standardize: bool = key(False, "standardise features with the training slides' mean and std")
-    protocol: str = key("cv", "cv: stratified folds by patient; fixed: the split column of labels.csv", choices=PROTOCOLS)
+    protocol: str = key(
+        "cv",
+        "cv: stratified folds by patient; fixed: the split column of labels.csv",
+        choices=PROTOCOLS,
+    )
     splits: str = key(
-        "", "folder of splits_<k>.csv (mil.make_splits, CLAM); instead of protocol, folds and the like", path=True
+        "",
+        "folder of splits_<k>.csv (mil.make_splits, CLAM); instead of protocol, folds and the like",
+        path=True,
     )
     folds: int = key(5, "number of folds, for protocol=cv")
     val_fraction: float = key(0.2, "share of the training patients for validation")
     split_seed: int = key(2024, "seed of the folds")
-    subset: str = key("", "use only slides with this value in the split column (or one of several: train,val); empty: all")
-    positive: str | None = key(None, "label of the positive class; null: the last one in alphabetical order")
-    skip_missing: bool = key(False, "leave slides without a bag in any of the feature sets out instead of stopping")
-    skip_bad: bool = key(False, "leave slides with an unreadable, empty or NaN bag in any feature set out instead of stopping")
-    training: Recipe = group(Recipe, "training recipe; keys that are not given are each model's published ones")
+    subset: str = key(
+        "",
+        "use only slides with this value in the split column (or one of several: train,val); "
+        "empty: all",
+    )
+    positive: str | None = key(
+        None, "label of the positive class; null: the last one in alphabetical order"
+    )
+    skip_missing: bool = key(
+        False, "leave slides without a bag in any of the feature sets out instead of stopping"
+    )
+    skip_bad: bool = key(
+        False,
+        "leave slides with an unreadable, empty or NaN bag in any feature set out instead of "
+        "stopping",
+    )
+    training: Recipe = group(
+        Recipe, "training recipe; keys that are not given are each model's published ones"
+    )
     resamples: int = key(2000, "bootstrap resamples of the confidence intervals")
     xlsx: bool = key(False, "write all tables as evaluation.xlsx too", runtime=True)
     cost: str = key("", "JSON: {feature set: {gflops, parameters, tiles_per_second}}", path=True)
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
-    devices: list[str] = key([], "devices that the processes share, [cuda:0, cuda:1]; empty: `device` for all", runtime=True)
-    ram_gb: float = key(0.0, "GB of bags in memory, a process; 0: half of what is free, shared by the workers", runtime=True)
-    workers: int = key(1, "trainings at a time (in each process of torchrun), each with a feature set in memory", runtime=True)
-    isolated: bool = key(True, "train in processes of their own, which may crash; false: in this one (debugger)", runtime=True)
+    devices: list[str] = key(
+        [],
+        "devices that the processes share, [cuda:0, cuda:1]; empty: `device` for all",
+        runtime=True,
+    )
+    ram_gb: float = key(
+        0.0,
+        "GB of bags in memory, a process; 0: half of what is free, shared by the workers",
+        runtime=True,
+    )
+    workers: int = key(
+        1,
+        "trainings at a time (in each process of torchrun), each with a feature set in memory",
+        runtime=True,
+    )
+    isolated: bool = key(
+        True,
+        "train in processes of their own, which may crash; false: in this one (debugger)",
+        runtime=True,
+    )
     threads: int = key(1, "CPU threads of each process", runtime=True)
-    overwrite: bool = key(False, "train again what was trained with other settings or inputs", runtime=True)
+    overwrite: bool = key(
+        False, "train again what was trained with other settings or inputs", runtime=True
+    )
 
 
 def check(config: Config) -> None:
     """Refuse what no benchmark can be made of."""
     check_workers(config.workers)
     folders = [Path(folder).resolve() for folder in config.features]
-    lists: dict[str, list[Any]] = {"models": config.models, "seeds": config.seeds, "features": folders}
+    lists: dict[str, list[Any]] = {
+        "models": config.models,
+        "seeds": config.seeds,
+        "features": folders,
+    }
     for name, values in lists.items():
         twice = next((value for value in values if values.count(value) > 1), None)
         if twice is not None:
-            raise UserError(f"{name}: expected each one once, found {twice} {values.count(twice)} times; leave the others out")
+            raise UserError(
+                f"{name}: expected each one once, found {twice} {values.count(twice)} times; "
+                "leave the others out"
+            )
     if not config.models:
-        raise UserError("models: expected at least one slide classifier, found none; add models=[abmil, ...]")
+        raise UserError(
+            "models: expected at least one slide classifier, found none; add models=[abmil, ...]"
+        )
     if not config.seeds or not all(0 <= seed < 2**32 for seed in config.seeds):
-        raise UserError(f"seeds: expected at least one whole number in 0..2^32-1 and no other, found {config.seeds}")
+        raise UserError(
+            "seeds: expected at least one whole number in 0..2^32-1 and no other, found "
+            f"{config.seeds}"
+        )
     if config.headline and config.headline not in config.models:
         raise UserError(
-            f"headline={config.headline}: expected one of the models, {', '.join(config.models)}; add it to models or leave "
+            f"headline={config.headline}: expected one of the models, {', '.join(config.models)}; "
+            "add it to models or leave "
             "headline out"
         )
 
@@ -123,19 +202,30 @@ def headline_of(config: Config) -> str:
 def feature_names(config: Config) -> dict[str, Path]:
     """Name -> folder of every feature set."""
     if not config.features:
-        raise UserError("features: expected at least one folder of feature bags, found none; add features=[folder, ...]")
+        raise UserError(
+            "features: expected at least one folder of feature bags, found none; add "
+            "features=[folder, ...]"
+        )
     folders = [Path(folder) for folder in config.features]
     names = config.names or [
-        folder.name if folder.name not in {"h5_files", "pt_files", "pt"} else folder.parent.name for folder in folders
+        folder.name if folder.name not in {"h5_files", "pt_files", "pt"} else folder.parent.name
+        for folder in folders
     ]
     if len(names) != len(folders) or len(set(names)) != len(names):
-        raise UserError(f"names: expected {len(folders)} different names for the feature sets, found {names}; set names=[...]")
-    return {safe_id(name, "feature set"): folder for name, folder in zip(names, folders, strict=True)}
+        raise UserError(
+            f"names: expected {len(folders)} different names for the feature sets, found {names}; "
+            "set names=[...]"
+        )
+    return {
+        safe_id(name, "feature set"): folder for name, folder in zip(names, folders, strict=True)
+    }
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """What every training has in common: labelled slides with a bag in every feature set, targets, splits, bags by set."""
+    """What every training has in common: labelled slides with a bag in every feature set, targets,
+    splits, bags by set.
+    """
 
     slides: LabelledSlides
     targets: Targets
@@ -146,36 +236,59 @@ class Cohort:
 def read_cohort(config: Config, folders: dict[str, Path]) -> Cohort:
     """Labels, bags and splits, checked."""
     values = split_values(config.protocol, config.subset)
-    slides, targets = read_targets(config.labels, config.task, values, config.positive, config.grades)
+    slides, targets = read_targets(
+        config.labels, config.task, values, config.positive, config.grades
+    )
     stored = stored_splits(config.splits) if config.splits else []
     slides = known_slides(config.splits, stored, slides) if stored else slides
-    found = {name: find_bags(folder, slides.slide_ids, skip_missing=config.skip_missing) for name, folder in folders.items()}
-    found = {name: usable_bags(files) if config.skip_bad else files for name, files in found.items()}
-    shared = [slide for slide in slides.slide_ids if all(slide in files for files in found.values())]
+    found = {
+        name: find_bags(folder, slides.slide_ids, skip_missing=config.skip_missing)
+        for name, folder in folders.items()
+    }
+    found = {
+        name: usable_bags(files) if config.skip_bad else files for name, files in found.items()
+    }
+    shared = [
+        slide for slide in slides.slide_ids if all(slide in files for files in found.values())
+    ]
     files = {name: {slide: files[slide] for slide in shared} for name, files in found.items()}
     slides = slides.only(shared)
     if stored:
         splits = checked_splits(stored, slides, shared)
     else:
-        splits = make_splits(slides, config.protocol, config.folds, config.val_fraction, config.split_seed)
+        splits = make_splits(
+            slides, config.protocol, config.folds, config.val_fraction, config.split_seed
+        )
     return Cohort(slides, targets, splits, files)
 
 
 def model_settings(config: Config) -> dict[str, Settings]:
-    """Model -> its settings (with the first seed): published recipe < keys that were given < `recipes` of the model."""
+    """Model -> its settings (with the first seed): published recipe < keys that were given <
+    `recipes` of the model.
+    """
     for name, block in (("options", config.options), ("recipes", config.recipes)):
         for model, values in block.items():
             if model not in config.models:
-                raise UserError(f"{name}: unknown model '{model}'; {did_you_mean(model, config.models)}")
+                raise UserError(
+                    f"{name}: unknown model '{model}'; {did_you_mean(model, config.models)}"
+                )
             if not isinstance(values, dict):
                 raise UserError(f"{name}: {model}: expected {{name: value}}, found {values!r}")
     settings = {}
     for model in config.models:
         options = check_options(model, config.options.get(model, {}))
         changes = config.recipes.get(model, {})
-        recipe, dropout = resolve(model, config.training, config.dropout, given_keys(config), changes)
-        told = {"task": config.task, "intervals": config.intervals, "censored_alpha": config.censored_alpha}
-        settings[model] = Settings(model, dropout, config.standardize, config.seeds[0], recipe, options, **told)
+        recipe, dropout = resolve(
+            model, config.training, config.dropout, given_keys(config), changes
+        )
+        told = {
+            "task": config.task,
+            "intervals": config.intervals,
+            "censored_alpha": config.censored_alpha,
+        }
+        settings[model] = Settings(
+            model, dropout, config.standardize, config.seeds[0], recipe, options, **told
+        )
     return settings
 
 
@@ -185,7 +298,13 @@ def check_tasks(cohort: Cohort, settings: dict[str, Settings]) -> None:
     for number, (name, one) in enumerate(settings.items()):
         recipe = one.training
         for split in cohort.splits:
-            weighted = (recipe.label_smoothing, recipe.focal, recipe.class_weights, one.intervals, one.censored_alpha)
+            weighted = (
+                recipe.label_smoothing,
+                recipe.focal,
+                recipe.class_weights,
+                one.intervals,
+                one.censored_alpha,
+            )
             try:
                 task = make_objective(cohort.targets, split.train, *weighted)
                 check_recipe(recipe, task, alone)
@@ -207,9 +326,13 @@ def make_jobs(config: Config, cohort: Cohort, processes: int) -> list[Job]:
         for model in config.models:
             for seed in config.seeds:
                 for split in cohort.splits:
-                    output = Path(config.output) / "runs" / name / model / f"seed{seed}_fold{split.fold}"
+                    output = (
+                        Path(config.output) / "runs" / name / model / f"seed{seed}_fold{split.fold}"
+                    )
                     one = replace(settings[model], seed=seed)
-                    jobs.append(Job(output, one, cohort.slides, split, bag_list, digest, targets, memory))
+                    jobs.append(
+                        Job(output, one, cohort.slides, split, bag_list, digest, targets, memory)
+                    )
     return jobs
 
 
@@ -225,7 +348,10 @@ def encoder_costs(config: Config, files: dict[str, dict[str, Path]]) -> dict[str
     unknown = sorted(set(costs) - set(files))
     if unknown:
         logger.info("cost: no feature set is called %s", ", ".join(unknown))
-    return {name: {**costs.get(name, {}), "dim": bag_width(next(iter(bags.values())))} for name, bags in files.items()}
+    return {
+        name: {**costs.get(name, {}), "dim": bag_width(next(iter(bags.values())))}
+        for name, bags in files.items()
+    }
 
 
 def bag_width(path: Path) -> int | None:
@@ -240,8 +366,12 @@ def summarise_benchmark(config: Config, cohort: Cohort, jobs: list[Job]) -> None
     done = [job for job in jobs if (job.output / "results.json").is_file()]
     finished = [read_finished(job.output, job.output.parents[1].name, task) for job in done]
     write_predictions(output, finished)
-    summary = write_evaluation(output, finished, task, config.resamples, config.split_seed, config.xlsx)
-    feature_sets = add_headline(summary, encoder_costs(config, cohort.files), headline_of(config), task.headline)
+    summary = write_evaluation(
+        output, finished, task, config.resamples, config.split_seed, config.xlsx
+    )
+    feature_sets = add_headline(
+        summary, encoder_costs(config, cohort.files), headline_of(config), task.headline
+    )
     protocol = {
         "name": "files" if config.splits else config.protocol,
         "folds": len({run.test.fold for run in finished}),
@@ -266,7 +396,11 @@ def summarise_benchmark(config: Config, cohort: Cohort, jobs: list[Job]) -> None
     }
     folders = {name: str(next(iter(bags.values())).parent) for name, bags in cohort.files.items()}
     write_json(output / "summary.json", content | {"protocol": protocol, "features": folders})
-    print(text_table(feature_sets, config.models, CLASS_COLUMNS if config.task == "classes" else task.shown))
+    print(
+        text_table(
+            feature_sets, config.models, CLASS_COLUMNS if config.task == "classes" else task.shown
+        )
+    )
 
 
 def train_pending(config: Config, pending: list[Job]) -> dict[int, str]:
@@ -276,7 +410,9 @@ def train_pending(config: Config, pending: list[Job]) -> dict[int, str]:
     workers = max(config.workers, len(config.devices))
     numbers = {job.output: number for number, job in enumerate(pending)}
     with Progress("trainings", len(pending), "runs") as bar:
-        for job, error in run_all(run_one, pending, workers, config.threads, devices, config.isolated):
+        for job, error in run_all(
+            run_one, pending, workers, config.threads, devices, config.isolated
+        ):
             bar.advance()
             if error is not None:
                 logger.error("benchmark: %s failed: %s", name_of(job), error)
@@ -285,12 +421,16 @@ def train_pending(config: Config, pending: list[Job]) -> dict[int, str]:
 
 
 def train_shared(config: Config, pending: list[Job], ranks: Ranks) -> dict[int, str]:
-    """Train what this process of torchrun gets; on the first one: number of a failed job -> error, of all processes."""
+    """Train what this process of torchrun gets; on the first one: number of a failed job -> error,
+    of all processes.
+    """
     device = device_of(config.device, ranks)
     numbers = {job.output: number for number, job in enumerate(pending)}
     claimed = (pending[number] for number in ranks.claims(len(pending)))
     with Progress("trainings", len(pending), "runs", enabled=ranks.is_main) as bar:
-        for job, error in run_all(run_one, claimed, config.workers, config.threads, [device], config.isolated):
+        for job, error in run_all(
+            run_one, claimed, config.workers, config.threads, [device], config.isolated
+        ):
             if error is not None:
                 logger.error("benchmark: %s failed: %s", name_of(job), error)
             ranks.report(numbers[job.output], error)
@@ -306,19 +446,30 @@ def name_of(job: Job) -> str:
 
 
 def unfinished(config: Config, cohort: Cohort, jobs: list[Job]) -> list[int]:
-    """Numbers of the jobs that have no result; opens every run directory, then writes what belongs to the whole benchmark."""
+    """Numbers of the jobs that have no result; opens every run directory, then writes what belongs
+    to the whole benchmark.
+    """
     output = Path(config.output)
     world = World(0, 1, pick_device(config.device))
     if config.overwrite:
-        (output / "summary.json").unlink(missing_ok=True)  # the runs it speaks of are trained again, on other splits perhaps
+        (output / "summary.json").unlink(
+            missing_ok=True
+        )  # the runs it speaks of are trained again, on other splits perhaps
     # those that are there first: one of another benchmark is refused before anything is written
     there_first = sorted(range(len(jobs)), key=lambda number: not jobs[number].output.is_dir())
-    opened = {number: open_job(jobs[number], world, overwrite=config.overwrite) for number in there_first}
+    opened = {
+        number: open_job(jobs[number], world, overwrite=config.overwrite) for number in there_first
+    }
     pending = [number for number in range(len(jobs)) if opened[number].results is None]
     write_splits(output / "splits", cohort.splits)
     write_text(output / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
     slides = len(cohort.slides.records)
-    logger.info("benchmark: %d slides, %d trainings, %d finished already", slides, len(jobs), len(jobs) - len(pending))
+    logger.info(
+        "benchmark: %d slides, %d trainings, %d finished already",
+        slides,
+        len(jobs),
+        len(jobs) - len(pending),
+    )
     return pending
 
 
@@ -326,11 +477,15 @@ def main(config: Config) -> int:
     check(config)
     ranks = join()
     if ranks and config.devices:
-        raise UserError("devices: expected none under torchrun, whose processes have a GPU each; leave it out")
+        raise UserError(
+            "devices: expected none under torchrun, whose processes have a GPU each; leave it out"
+        )
     for device in config.devices:
         pick_device(device)  # a device that is not there stops the benchmark before it has begun
     cohort = read_cohort(config, feature_names(config))
-    processes = config.workers * ranks.local_size if ranks else max(config.workers, len(config.devices))
+    processes = (
+        config.workers * ranks.local_size if ranks else max(config.workers, len(config.devices))
+    )
     jobs = make_jobs(config, cohort, processes)
     if ranks is None:
         pending = [jobs[number] for number in unfinished(config, cohort, jobs)]
@@ -347,15 +502,22 @@ def main(config: Config) -> int:
     return status
 
 
-def conclude(config: Config, cohort: Cohort, jobs: list[Job], pending: list[Job], failed: dict[int, str]) -> int:
+def conclude(
+    config: Config, cohort: Cohort, jobs: list[Job], pending: list[Job], failed: dict[int, str]
+) -> int:
     """The tables, failures.csv, and the exit status."""
-    failures = [{"job": name_of(pending[i]), "stage": "benchmark", "error": failed[i]} for i in sorted(failed)]
+    failures = [
+        {"job": name_of(pending[i]), "stage": "benchmark", "error": failed[i]}
+        for i in sorted(failed)
+    ]
     list_of_failures = Path(config.output) / "failures.csv"
     list_of_failures.unlink(missing_ok=True)
     if failures:
         write_csv(list_of_failures, ["job", "stage", "error"], failures)
     if len(failures) == len(jobs):
-        raise UserError(f"benchmark: all {len(jobs)} trainings failed, the first with: {failures[0]['error']}")
+        raise UserError(
+            f"benchmark: all {len(jobs)} trainings failed, the first with: {failures[0]['error']}"
+        )
     summarise_benchmark(config, cohort, jobs)
     return 1 if failures else 0
 

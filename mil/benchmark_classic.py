@@ -1,10 +1,13 @@
-"""The classical MIL sets (Musk1, Musk2, Fox, Tiger, Elephant) by the published protocol: 10-fold cross-validation, 5 repeats.
+"""The classical MIL sets (Musk1, Musk2, Fox, Tiger, Elephant) by the published protocol: 10-fold
+cross-validation, 5 repeats.
 
-    python -m mil.benchmark_classic data=../shared/data/mil_classic output=runs/mil_classic workers=2
+    python -m mil.benchmark_classic data=../shared/data/mil_classic output=runs/mil_classic
+    workers=2
 
-Writes `<output>/runs/<set>/<method>/repeat_<r>.json` (what every fold's model says of its test bags), `table.csv` (method,
-set, accuracy mean and std over repeats, published figure), `table.md` and `bar.txt`. A repeat that is there and of the same
-settings is not trained again. Nothing is chosen by test bags: the number of epochs is fixed, the last weights count.
+Writes `<output>/runs/<set>/<method>/repeat_<r>.json` (what every fold's model says of its test
+bags), `table.csv` (method, set, accuracy mean and std over repeats, published figure), `table.md`
+and `bar.txt`. A repeat that is there and of the same settings is not trained again. Nothing is
+chosen by test bags: the number of epochs is fixed, the last weights count.
 """
 
 from __future__ import annotations
@@ -49,7 +52,9 @@ class Config:
     folds: int = key(10, "folds")
     batch: int = key(16, "bags a step; published: 1; the learning rate is scaled with it")
     epochs: int = key(0, "epochs; 0: the published number")
-    seed: int = key(2024, "decides initial weights, order of the bags, and folds where the set comes without")
+    seed: int = key(
+        2024, "decides initial weights, order of the bags, and folds where the set comes without"
+    )
     workers: int = key(1, "processes", runtime=True)
     threads: int = key(1, "CPU threads of each process", runtime=True)
     overwrite: bool = key(False, "train again what was trained with other settings", runtime=True)
@@ -79,7 +84,10 @@ class Job:
         common = {"data": classic.digest(), "folds": folds, "method": self.method}
         if self.method in SIMPLE:
             return common
-        return common | {"recipe": asdict(recipe_of(self.method, self.name, self.batch, self.epochs)), "seed": self.seed}
+        return common | {
+            "recipe": asdict(recipe_of(self.method, self.name, self.batch, self.epochs)),
+            "seed": self.seed,
+        }
 
     def missing(self, overwrite: bool) -> list[int]:
         """Repeats without a result.
@@ -92,12 +100,18 @@ class Job:
         for repeat in range(self.repeats):
             path = self.path(repeat)
             if path.is_file():
-                found, wanted = read_json(path, "a repeat's results").get("identity"), self.identity(classic, masks[repeat])
+                found, wanted = (
+                    read_json(path, "a repeat's results").get("identity"),
+                    self.identity(classic, masks[repeat]),
+                )
                 if found == wanted:
                     continue
                 if not overwrite:
                     changed = differences(found or {}, wanted)
-                    raise UserError(f"{path}: holds another run: {changed}; choose another output or set overwrite=true")
+                    raise UserError(
+                        f"{path}: holds another run: {changed}; choose another output or set "
+                        "overwrite=true"
+                    )
             absent.append(repeat)
         return absent
 
@@ -117,15 +131,27 @@ def run_job(job: Job, overwrite: bool) -> None:
     """Train and write what is missing."""
     classic, masks = job.inputs()
     absent = job.missing(overwrite)
-    said = simple_results(job, classic, masks, absent) if job.method in SIMPLE else deep_results(job, classic, masks, absent)
+    said = (
+        simple_results(job, classic, masks, absent)
+        if job.method in SIMPLE
+        else deep_results(job, classic, masks, absent)
+    )
     for repeat in absent:
         right = said[repeat] == classic.targets
-        content = {"identity": job.identity(classic, masks[repeat]), "predicted": said[repeat].tolist()}
-        content |= {"fold": masks[repeat].argmax(0).tolist(), "accuracy": accuracy(right, masks[repeat])}
+        content = {
+            "identity": job.identity(classic, masks[repeat]),
+            "predicted": said[repeat].tolist(),
+        }
+        content |= {
+            "fold": masks[repeat].argmax(0).tolist(),
+            "accuracy": accuracy(right, masks[repeat]),
+        }
         write_json(job.path(repeat), content)
 
 
-def simple_results(job: Job, classic: ClassicSet, masks: np.ndarray, repeats: list[int]) -> dict[int, np.ndarray]:
+def simple_results(
+    job: Job, classic: ClassicSet, masks: np.ndarray, repeats: list[int]
+) -> dict[int, np.ndarray]:
     """Repeat -> class of every bag (B,), by the model of the fold that tests it."""
     vectors, results = bag_vectors(classic.bags), {}
     for repeat in repeats:
@@ -135,10 +161,17 @@ def simple_results(job: Job, classic: ClassicSet, masks: np.ndarray, repeats: li
     return results
 
 
-def deep_results(job: Job, classic: ClassicSet, masks: np.ndarray, repeats: list[int]) -> dict[int, np.ndarray]:
-    """As `simple_results`; the initial weights depend on repeat and fold alone, the order of the bags on the seed."""
+def deep_results(
+    job: Job, classic: ClassicSet, masks: np.ndarray, repeats: list[int]
+) -> dict[int, np.ndarray]:
+    """As `simple_results`; the initial weights depend on repeat and fold alone, the order of the
+    bags on the seed.
+    """
     bags = [torch.from_numpy(bag) for bag in classic.bags]
-    targets, tests = torch.from_numpy(classic.targets), torch.from_numpy(masks[repeats]).flatten(0, 1)
+    targets, tests = (
+        torch.from_numpy(classic.targets),
+        torch.from_numpy(masks[repeats]).flatten(0, 1),
+    )
     models = []
     for repeat in repeats:
         for fold in range(job.folds):
@@ -146,11 +179,17 @@ def deep_results(job: Job, classic: ClassicSet, masks: np.ndarray, repeats: list
             models.append(NETWORKS[job.method](bags[0].shape[1]))
     seed_everything(job.seed)
     recipe = recipe_of(job.method, job.name, job.batch, job.epochs)
-    logits = train_stacked(models, bags, targets, ~tests, recipe, torch.Generator().manual_seed(job.seed))
+    logits = train_stacked(
+        models, bags, targets, ~tests, recipe, torch.Generator().manual_seed(job.seed)
+    )
     if not torch.isfinite(logits).all():
-        raise UserError(f"{job.method} on {job.name}: expected finite logits, training diverged; lower batch")
+        raise UserError(
+            f"{job.method} on {job.name}: expected finite logits, training diverged; lower batch"
+        )
     said = logits.argmax(2).view(len(repeats), job.folds, -1)
-    own = tests.view(len(repeats), job.folds, -1).long().argmax(1, keepdim=True)  # the fold that tests each bag
+    own = (
+        tests.view(len(repeats), job.folds, -1).long().argmax(1, keepdim=True)
+    )  # the fold that tests each bag
     return dict(zip(repeats, said.gather(1, own)[:, 0].numpy(), strict=True))
 
 
@@ -159,11 +198,16 @@ def make_jobs(config: Config) -> list[Job]:
     for what, values, valid in (("sets", config.sets, SETS), ("methods", config.methods, METHODS)):
         unknown = [value for value in values if value not in valid]
         if unknown or not values:
-            raise UserError(f"{what}: unknown value '{(unknown or [''])[0]}'; {did_you_mean((unknown or [''])[0], valid)}")
+            raise UserError(
+                f"{what}: unknown value '{(unknown or [''])[0]}'; "
+                f"{did_you_mean((unknown or [''])[0], valid)}"
+            )
     for what, least in (("repeats", 1), ("folds", 2), ("batch", 1), ("epochs", 0)):
         if getattr(config, what) < least:
             raise UserError(f"{what}={getattr(config, what)}: expected at least {least}")
-    shared = {name: getattr(config, name) for name in ("repeats", "folds", "batch", "epochs", "seed")}
+    shared = {
+        name: getattr(config, name) for name in ("repeats", "folds", "batch", "epochs", "seed")
+    }
     pairs = [(name, method) for name in config.sets for method in config.methods]
     return [Job(config.data, config.output, name, method, **shared) for name, method in pairs]
 
@@ -188,15 +232,27 @@ def write_tables(output: Path, jobs: list[Job], sets: list[str]) -> None:
 def main(config: Config) -> int:
     jobs, output = make_jobs(config), Path(config.output)
     pending = [job for job in jobs if job.missing(config.overwrite)]
-    logger.info("classic: %d methods on sets, %d finished already", len(jobs), len(jobs) - len(pending))
+    logger.info(
+        "classic: %d methods on sets, %d finished already", len(jobs), len(jobs) - len(pending)
+    )
     failures = []
-    outcomes = run_all(partial(run_job, overwrite=config.overwrite), pending, config.workers, config.threads, apart=False)
+    outcomes = run_all(
+        partial(run_job, overwrite=config.overwrite),
+        pending,
+        config.workers,
+        config.threads,
+        apart=False,
+    )
     for job, error in progress(outcomes, "methods on sets", len(pending), "jobs"):
         if error is not None:
             logger.error("classic: %s on %s failed: %s", job.method, job.name, error)
-            failures.append({"method": job.method, "set": job.name, "stage": "classic", "error": error})
+            failures.append(
+                {"method": job.method, "set": job.name, "stage": "classic", "error": error}
+            )
     header = ["method", "set", "stage", "error"]
-    write_csv(output / "failures.csv", header, failures) if failures else (output / "failures.csv").unlink(missing_ok=True)
+    write_csv(output / "failures.csv", header, failures) if failures else (
+        output / "failures.csv"
+    ).unlink(missing_ok=True)
     write_tables(output, jobs, config.sets)
     return 1 if failures else 0
 

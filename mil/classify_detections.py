@@ -1,12 +1,15 @@
-"""From detector to slide: what `detect_slide` found becomes a slide-level score, and a channel beside tile features.
+"""From detector to slide: what `detect_slide` found becomes a slide-level score, and a channel
+beside tile features.
 
-    python -m mil.classify_detections detections=runs/detections labels=cohort/labels.csv output=runs/mil_detections
+    python -m mil.classify_detections detections=runs/detections labels=cohort/labels.csv
+    output=runs/mil_detections
 
-Two models a fold: `topk`, the mean of the k highest confidences behind a logistic curve, and `logistic`, all features of a
-slide (mil/datasets/detections.py) in a logistic regression that is calibrated (Platt 1999) on training slides it was not
-fitted to. Run directories, results.csv, predictions.csv and summary.csv are those of `mil.benchmark`; with `benchmark=` the
-splits and the order of the classes are the benchmark's and its rows stand in the same tables; `splits=<folder>` takes splits
-from files. `channel=<features>` also writes bags with two more columns.
+Two models a fold: `topk`, the mean of the k highest confidences behind a logistic curve, and
+`logistic`, all features of a slide (mil/datasets/detections.py) in a logistic regression that is
+calibrated (Platt 1999) on training slides it was not fitted to. Run directories, results.csv,
+predictions.csv and summary.csv are those of `mil.benchmark`; with `benchmark=` the splits and the
+order of the classes are the benchmark's and its rows stand in the same tables; `splits=<folder>`
+takes splits from files. `channel=<features>` also writes bags with two more columns.
 """
 
 from __future__ import annotations
@@ -38,7 +41,14 @@ from mil.datasets.labels import LabelledSlides, read_labelled_slides
 from mil.datasets.split_files import checked_splits, known_slides, stored_splits, write_splits
 from mil.datasets.splits import PROTOCOLS, Split, make_splits, split_values
 from mil.evaluation.benchmark_folder import belonging, run_folders
-from mil.evaluation.runs import COST_KEYS, Finished, add_headline, read_finished, text_table, write_predictions
+from mil.evaluation.runs import (
+    COST_KEYS,
+    Finished,
+    add_headline,
+    read_finished,
+    text_table,
+    write_predictions,
+)
 from mil.evaluation.tables import write_evaluation
 from mil.tasks.classification import Predictions, auc, evaluate, youden_threshold
 from mil.tasks.kinds import classification
@@ -56,25 +66,48 @@ class Config:
     labels: str = key(REQUIRED, "labels.csv: case_id,slide_id,label (and split)", path=True)
     output: str = key(REQUIRED, "folder of the tables", runtime=True)
     benchmark: str = key(
-        "", "finished mil.benchmark whose splits, classes and rows are taken; empty: splits by the keys below", path=True
+        "",
+        "finished mil.benchmark whose splits, classes and rows are taken; empty: splits by the "
+        "keys below",
+        path=True,
     )
     name: str = key("detections", "name of the feature set in the tables")
     top_k: int = key(5, "highest confidences that are pooled")
     thresholds: list[float] = key([0.3, 0.5, 0.7], "confidences above which detections are counted")
     c: float = key(0.1, "inverse strength of the logistic model's L2 penalty")
     splits: str = key(
-        "", "folder of splits_<k>.csv (mil.make_splits, CLAM); instead of protocol, folds and the like", path=True
+        "",
+        "folder of splits_<k>.csv (mil.make_splits, CLAM); instead of protocol, folds and the like",
+        path=True,
     )
-    protocol: str = key("cv", "cv: stratified folds by patient; fixed: the split column of labels.csv", choices=PROTOCOLS)
+    protocol: str = key(
+        "cv",
+        "cv: stratified folds by patient; fixed: the split column of labels.csv",
+        choices=PROTOCOLS,
+    )
     folds: int = key(5, "number of folds, for protocol=cv")
     val_fraction: float = key(0.2, "share of the training patients for validation")
     split_seed: int = key(2024, "seed of the folds, and of those of the calibration")
-    subset: str = key("", "use only slides with this value in the split column (or one of several); empty: all")
-    positive: str | None = key(None, "label of the positive class; null: the benchmark's, or the last one by alphabet")
-    channel: str = key("", "folder of feature bags; they are written anew with detections as two more columns", path=True)
-    channel_output: str = key("", "folder of the new bags; empty: <output>/features/<name of channel>_detections", runtime=True)
+    subset: str = key(
+        "", "use only slides with this value in the split column (or one of several); empty: all"
+    )
+    positive: str | None = key(
+        None, "label of the positive class; null: the benchmark's, or the last one by alphabet"
+    )
+    channel: str = key(
+        "",
+        "folder of feature bags; they are written anew with detections as two more columns",
+        path=True,
+    )
+    channel_output: str = key(
+        "",
+        "folder of the new bags; empty: <output>/features/<name of channel>_detections",
+        runtime=True,
+    )
     resamples: int = key(2000, "bootstrap resamples of the confidence intervals")
-    overwrite: bool = key(False, "replace what was made with other settings or inputs", runtime=True)
+    overwrite: bool = key(
+        False, "replace what was made with other settings or inputs", runtime=True
+    )
 
 
 @dataclass
@@ -92,20 +125,29 @@ def fit(settings: Settings, vectors: np.ndarray, targets: np.ndarray, cases: np.
     """A calibrated classifier of the training slides.
 
     Args:
-        settings: `topk` takes the first column alone and needs no calibration: it is Platt's curve itself.
+        settings: `topk` takes the first column alone and needs no calibration: it is Platt's curve
+            itself.
         vectors: (S, F) features.
         targets: (S,) class indices.
-        cases: (S,) patients; those a calibration is made on are not those that the model was fitted to.
+        cases: (S,) patients; those a calibration is made on are not those that the model was fitted
+            to.
     """
     if settings.model == "topk":
-        return make_pipeline(StandardScaler(), LogisticRegression(C=1e3, max_iter=2000)).fit(vectors[:, :1], targets)
+        return make_pipeline(StandardScaler(), LogisticRegression(C=1e3, max_iter=2000)).fit(
+            vectors[:, :1], targets
+        )
     model = make_pipeline(StandardScaler(), LogisticRegression(C=settings.c, max_iter=2000))
     patients = min(len(set(cases[targets == label])) for label in np.unique(targets))
     if patients < 2:
-        raise UserError(f"calibration: expected 2 training patients or more per class, found {patients}; lower folds")
+        raise UserError(
+            f"calibration: expected 2 training patients or more per class, found {patients}; "
+            "lower folds"
+        )
     folds = StratifiedGroupKFold(min(5, patients), shuffle=True, random_state=settings.seed)
     inner = list(folds.split(vectors, targets, cases))
-    return CalibratedClassifierCV(model, method="sigmoid", cv=inner, ensemble=False).fit(vectors, targets)
+    return CalibratedClassifierCV(model, method="sigmoid", cv=inner, ensemble=False).fit(
+        vectors, targets
+    )
 
 
 def probabilities(settings: Settings, model: Any, vectors: np.ndarray) -> np.ndarray:
@@ -113,30 +155,57 @@ def probabilities(settings: Settings, model: Any, vectors: np.ndarray) -> np.nda
     return model.predict_proba(vectors[:, :1] if settings.model == "topk" else vectors)
 
 
-def open_fold(output: Path, settings: Settings, slides: LabelledSlides, split: Split, digest: str, again: bool) -> Run:
+def open_fold(
+    output: Path, settings: Settings, slides: LabelledSlides, split: Split, digest: str, again: bool
+) -> Run:
     """The run directory of one model on one fold; `results` is set when it is finished.
 
     Raises:
         UserError: the directory holds a run with other settings, detections, labels or split.
     """
     labels = repr((slides.classes, [(r.slide_id, r.case_id, r.label) for r in slides.records]))
-    inputs = {"detections": digest, "labels": sha256_bytes(labels.encode()), "split": split.digest()}
-    return open_run(output, settings, World(0, 1, torch.device("cpu")), inputs=inputs, overwrite=again)
+    inputs = {
+        "detections": digest,
+        "labels": sha256_bytes(labels.encode()),
+        "split": split.digest(),
+    }
+    return open_run(
+        output, settings, World(0, 1, torch.device("cpu")), inputs=inputs, overwrite=again
+    )
 
 
-def run_fold(run: Run, settings: Settings, slides: LabelledSlides, split: Split, vectors: dict[str, np.ndarray]) -> None:
+def run_fold(
+    run: Run,
+    settings: Settings,
+    slides: LabelledSlides,
+    split: Split,
+    vectors: dict[str, np.ndarray],
+) -> None:
     """Fit one model on one fold and write its predictions."""
     sets = {}
     case_of = {record.slide_id: record.case_id for record in slides.records}
     for name, ids in (("train", split.train), ("val", split.val), ("test", split.test)):
         targets = np.array([slides.target_of()[slide] for slide in ids], dtype=np.int64)
-        sets[name] = (np.stack([vectors[slide] for slide in ids]), targets, np.array([case_of[slide] for slide in ids]))
+        sets[name] = (
+            np.stack([vectors[slide] for slide in ids]),
+            targets,
+            np.array([case_of[slide] for slide in ids]),
+        )
     model = fit(settings, *sets["train"])
     said = {name: probabilities(settings, model, sets[name][0]) for name in ("val", "test")}
     positive = sets["val"][1] == 1
     threshold = youden_threshold(positive, said["val"][:, 1]) if len(slides.classes) == 2 else None
-    results: dict[str, Any] = {"model": settings.model, "seed": settings.seed, "fold": split.fold, "threshold": threshold}
-    results |= {"best_epoch": None, "epochs": None, "val_auc": float(auc(sets["val"][1], said["val"])[0])}
+    results: dict[str, Any] = {
+        "model": settings.model,
+        "seed": settings.seed,
+        "fold": split.fold,
+        "threshold": threshold,
+    }
+    results |= {
+        "best_epoch": None,
+        "epochs": None,
+        "val_auc": float(auc(sets["val"][1], said["val"])[0]),
+    }
     rows = []
     for name, ids in (("val", split.val), ("test", split.test)):
         predictions = Predictions(split.fold, sets[name][2], sets[name][1], said[name], threshold)
@@ -157,22 +226,34 @@ def read_benchmark(config: Config) -> dict[str, Any]:
     summary = read_json(Path(config.benchmark) / "summary.json", "a finished benchmark's summary")
     task, classes = summary.get("task", "classes"), summary["classes"]
     if task != "classes":
-        raise UserError(f"{config.benchmark}: expected a benchmark of task=classes, found task={task}; leave benchmark out")
+        raise UserError(
+            f"{config.benchmark}: expected a benchmark of task=classes, found task={task}; leave "
+            "benchmark out"
+        )
     if config.positive not in (None, classes[-1]):
         raise UserError(
-            f"positive={config.positive}: expected '{classes[-1]}', the positive class of {config.benchmark}, whose cuts and "
+            f"positive={config.positive}: expected '{classes[-1]}', the positive class of "
+            f"{config.benchmark}, whose cuts and "
             "probabilities are of that class; leave positive out"
         )
     return summary
 
 
 def read_cohort(config: Config, summary: dict[str, Any]) -> tuple[LabelledSlides, list[Split]]:
-    """The slides and their splits: the benchmark's, with its classes; those of `splits`; or new ones by the same rules."""
-    slides = read_labelled_slides(config.labels, split_values(config.protocol, config.subset), config.positive)
+    """The slides and their splits: the benchmark's, with its classes; those of `splits`; or new
+    ones by the same rules.
+    """
+    slides = read_labelled_slides(
+        config.labels, split_values(config.protocol, config.subset), config.positive
+    )
     folder = config.splits or (f"{config.benchmark}/splits" if summary else "")
     if not folder:
-        splits = make_splits(slides, config.protocol, config.folds, config.val_fraction, config.split_seed)
-        return slides.only({slide for split in splits for slide in (*split.train, *split.val, *split.test)}), splits
+        splits = make_splits(
+            slides, config.protocol, config.folds, config.val_fraction, config.split_seed
+        )
+        return slides.only(
+            {slide for split in splits for slide in (*split.train, *split.val, *split.test)}
+        ), splits
     folds = belonging(summary)[1]
     splits = [split for split in stored_splits(folder) if folds is None or split.fold in folds]
     slides = known_slides(folder, splits, slides)
@@ -181,7 +262,8 @@ def read_cohort(config: Config, summary: dict[str, Any]) -> tuple[LabelledSlides
         other = next((record for record in slides.records if record.label not in classes), None)
         if other is not None:
             raise UserError(
-                f"{config.labels}: slide {other.slide_id}: expected a class of {config.benchmark}, {', '.join(classes)}, found "
+                f"{config.labels}: slide {other.slide_id}: expected a class of "
+                f"{config.benchmark}, {', '.join(classes)}, found "
                 f"'{other.label}'; give the benchmark's labels"
             )
         slides = LabelledSlides(slides.records, classes)
@@ -191,7 +273,8 @@ def read_cohort(config: Config, summary: dict[str, Any]) -> tuple[LabelledSlides
 def benchmark_rows(
     folder: Path, summary: dict[str, Any], splits: Sequence[Split]
 ) -> tuple[list[Finished], dict[str, dict[str, Any]]]:
-    """The finished runs of a benchmark, its feature sets in the order of its summary, and what their encoders cost.
+    """The finished runs of a benchmark, its feature sets in the order of its summary, and what
+    their encoders cost.
 
     Raises:
         UserError: a run that was not tested on the benchmark's splits.
@@ -207,22 +290,44 @@ def benchmark_rows(
     for run in finished:
         if set(run.slides) != tested.get(run.test.fold):
             raise UserError(
-                f"{folder}: expected runs on the splits in {folder}/splits, found other test slides in fold {run.test.fold} of "
-                f"{run.feature_set}/{run.model}; start mil.benchmark on it again, with the keys that these runs were made with"
+                f"{folder}: expected runs on the splits in {folder}/splits, found other test "
+                f"slides in fold {run.test.fold} of "
+                f"{run.feature_set}/{run.model}; start mil.benchmark on it again, with the keys "
+                "that these runs were made with"
             )
-    return finished, {name: {cost: entry.get(cost) for cost in COST_KEYS} for name, entry in sets.items()}
+    return finished, {
+        name: {cost: entry.get(cost) for cost in COST_KEYS} for name, entry in sets.items()
+    }
 
 
-def open_all(config: Config, slides: LabelledSlides, splits: Sequence[Split], digest: str) -> list[tuple[Settings, Split, Run]]:
-    """Every model on every fold with its run directory; one that holds another run is refused before anything is written."""
+def open_all(
+    config: Config, slides: LabelledSlides, splits: Sequence[Split], digest: str
+) -> list[tuple[Settings, Split, Run]]:
+    """Every model on every fold with its run directory; one that holds another run is refused
+    before anything is written.
+    """
     if config.overwrite:
-        (Path(config.output) / "summary.json").unlink(missing_ok=True)  # the runs it speaks of are fitted again
+        (Path(config.output) / "summary.json").unlink(
+            missing_ok=True
+        )  # the runs it speaks of are fitted again
     runs = []
     for model in MODELS:
         settings = Settings(model, config.top_k, config.thresholds, config.c, config.split_seed)
         for split in splits:
-            path = Path(config.output) / "runs" / config.name / model / f"seed{settings.seed}_fold{split.fold}"
-            runs.append((settings, split, open_fold(path, settings, slides, split, digest, config.overwrite)))
+            path = (
+                Path(config.output)
+                / "runs"
+                / config.name
+                / model
+                / f"seed{settings.seed}_fold{split.fold}"
+            )
+            runs.append(
+                (
+                    settings,
+                    split,
+                    open_fold(path, settings, slides, split, digest, config.overwrite),
+                )
+            )
     return runs
 
 
@@ -234,13 +339,21 @@ def write_all(
     splits: Sequence[Split],
 ) -> None:
     """results.csv, predictions.csv, summary.csv and summary.json, and the table on the screen."""
-    output, own = Path(config.output), {"seeds": [config.split_seed], "folds": [split.fold for split in splits]}
+    output, own = (
+        Path(config.output),
+        {"seeds": [config.split_seed], "folds": [split.fold for split in splits]},
+    )
     write_predictions(output, finished)
-    summary = write_evaluation(output, finished, classification(tuple(classes)), config.resamples, config.split_seed)
+    summary = write_evaluation(
+        output, finished, classification(tuple(classes)), config.resamples, config.split_seed
+    )
     # the table's headline columns: of a benchmark's own sets they are in its summary
     sets = add_headline(summary, costs, "logistic")
     models = list(dict.fromkeys(run.model for run in finished))
-    write_json(output / "summary.json", {"runs": own, "feature_sets": sets, "models": models, "classes": list(classes)})
+    write_json(
+        output / "summary.json",
+        {"runs": own, "feature_sets": sets, "models": models, "classes": list(classes)},
+    )
     print(text_table(sets, models))
 
 
@@ -249,16 +362,26 @@ def check(config: Config) -> None:
     if config.top_k < 1:
         raise UserError(f"top_k={config.top_k}: expected at least 1")
     if not config.thresholds or not all(0 <= t <= 1 for t in config.thresholds):
-        raise UserError(f"thresholds={config.thresholds}: expected confidences in 0..1, at least one")
+        raise UserError(
+            f"thresholds={config.thresholds}: expected confidences in 0..1, at least one"
+        )
     if config.c <= 0:
         raise UserError(f"c={config.c}: expected a number above 0")
     safe_id(config.name, "feature set")
     if config.benchmark and config.splits:
-        raise UserError("expected either benchmark=<folder>, whose splits are taken, or splits=<folder>; give one of them")
+        raise UserError(
+            "expected either benchmark=<folder>, whose splits are taken, or splits=<folder>; give "
+            "one of them"
+        )
     if config.benchmark and Path(config.benchmark).resolve() == Path(config.output).resolve():
-        raise UserError(f"output={config.output}: expected another folder than the benchmark's, whose tables stay; set output=")
+        raise UserError(
+            f"output={config.output}: expected another folder than the benchmark's, whose tables "
+            "stay; set output="
+        )
     if config.benchmark and (Path(config.benchmark) / "runs" / config.name).is_dir():
-        raise UserError(f"name={config.name}: the benchmark has a feature set of that name; set name=")
+        raise UserError(
+            f"name={config.name}: the benchmark has a feature set of that name; set name="
+        )
 
 
 def main(config: Config) -> int:
@@ -268,13 +391,24 @@ def main(config: Config) -> int:
     slides, splits = read_cohort(config, summary)
     files = find_detections(config.detections, slides.slide_ids)
     bags = find_bags(Path(config.channel), slides.slide_ids) if config.channel else {}
-    finished, costs = benchmark_rows(Path(config.benchmark), summary, splits) if summary else ([], {})
+    finished, costs = (
+        benchmark_rows(Path(config.benchmark), summary, splits) if summary else ([], {})
+    )
     found = read_all(files)
-    digest = sha256_bytes(*(f"{slide}:{sha256_file(path)}\n".encode() for slide, path in sorted(files.items())))
+    digest = sha256_bytes(
+        *(f"{slide}:{sha256_file(path)}\n".encode() for slide, path in sorted(files.items()))
+    )
     runs = open_all(config, slides, splits, digest)
-    features = {slide: slide_vector(found[slide], config.top_k, config.thresholds) for slide in slides.slide_ids}
+    features = {
+        slide: slide_vector(found[slide], config.top_k, config.thresholds)
+        for slide in slides.slide_ids
+    }
     header = ["slide_id", *next(iter(features.values()))]
-    write_csv(output / "slide_features.csv", header, [{"slide_id": slide, **row} for slide, row in features.items()])
+    write_csv(
+        output / "slide_features.csv",
+        header,
+        [{"slide_id": slide, **row} for slide, row in features.items()],
+    )
     write_splits(output / "splits", splits)
     vectors = {slide: np.array(list(row.values())) for slide, row in features.items()}
     for settings, split, run in runs:
@@ -283,7 +417,9 @@ def main(config: Config) -> int:
         finished.append(read_finished(run.path, config.name, classification(slides.classes)))
     write_all(config, slides.classes, finished, costs, splits)
     if config.channel:
-        target = Path(config.channel_output or output / "features" / f"{Path(config.channel).name}_detections")
+        target = Path(
+            config.channel_output or output / "features" / f"{Path(config.channel).name}_detections"
+        )
         count = write_channels(bags, found, files, target, config.overwrite)
         logger.info("%s: %d bags written, %d there already", target, count, len(bags) - count)
     return 0

@@ -1,13 +1,15 @@
-"""Evaluate slide classifiers: tables with intervals and tests, and pictures, from a benchmark or from prediction tables.
+"""Evaluate slide classifiers: tables with intervals and tests, and pictures, from a benchmark or
+from prediction tables.
 
     python -m mil.evaluate benchmark=runs/mil
     python -m mil.evaluate predictions='[ours.csv, clam.csv]' output=runs/compared
     python -m mil.evaluate predictions='[cox.csv]' task=cox output=runs/survival
 
-Writes results.csv, summary.csv, summary.md, summary.tex, the tables of the task (mil/evaluation/tables.py) and pictures: of
-classes ROC, precision-recall, reliability and, of two, screening; of labels ROC one by one, of grades the confusion, of
-survival the risk halves. Every cut and every temperature comes from validation slides. mil/evaluation/prediction_files.py says
-what a table has to hold.
+Writes results.csv, summary.csv, summary.md, summary.tex, the tables of the task
+(mil/evaluation/tables.py) and pictures: of classes ROC, precision-recall, reliability and, of two,
+screening; of labels ROC one by one, of grades the confusion, of survival the risk halves. Every cut
+and every temperature comes from validation slides. mil/evaluation/prediction_files.py says what a
+table has to hold.
 """
 
 from __future__ import annotations
@@ -37,16 +39,28 @@ class Config:
 
     benchmark: str = key("", "folder that mil.benchmark wrote", path=True)
     predictions: list[str] = key([], "tables of predictions, instead of a benchmark", path=True)
-    output: str = key("", "folder of tables and pictures; empty: <benchmark>/evaluation", runtime=True)
-    task: str = key("", "kind of task of the predictions; empty: one class a slide", choices=("", *KINDS))
+    output: str = key(
+        "", "folder of tables and pictures; empty: <benchmark>/evaluation", runtime=True
+    )
+    task: str = key(
+        "", "kind of task of the predictions; empty: one class a slide", choices=("", *KINDS)
+    )
     positive: str | None = key(None, "positive class of two; null: the last column prob_<class>")
-    threshold: str = key("youden", "cut on two classes, chosen on validation slides: best J, or a rate to reach", choices=RULES)
-    target: float = key(0.95, "the rate that threshold=sensitivity or specificity has to reach on validation slides")
+    threshold: str = key(
+        "youden",
+        "cut on two classes, chosen on validation slides: best J, or a rate to reach",
+        choices=RULES,
+    )
+    target: float = key(
+        0.95, "the rate that threshold=sensitivity or specificity has to reach on validation slides"
+    )
     resamples: int = key(2000, "bootstrap resamples of the confidence intervals")
     seed: int = key(2024, "seed of the resamples")
     xlsx: bool = key(False, "write all tables as evaluation.xlsx too", runtime=True)
     plots: bool = key(True, "draw pictures", runtime=True)
-    form: str = key("png", "file format of the pictures", choices=("png", "svg", "pdf"), runtime=True)
+    form: str = key(
+        "png", "file format of the pictures", choices=("png", "svg", "pdf"), runtime=True
+    )
 
 
 def benchmark_runs(folder: Path) -> tuple[list[Finished], Task]:
@@ -56,7 +70,10 @@ def benchmark_runs(folder: Path) -> tuple[list[Finished], Task]:
     finished = []
     for name in summary["feature_sets"]:
         for model in summary["models"]:
-            finished += [read_finished(path, name, task) for path in run_folders(folder, summary, name, model)]
+            finished += [
+                read_finished(path, name, task)
+                for path in run_folders(folder, summary, name, model)
+            ]
     if not finished:
         raise UserError(f"{folder}: expected finished runs below runs/, found none")
     return finished, task
@@ -68,10 +85,15 @@ def table_runs(paths: list[str], kind: str, positive: str | None) -> tuple[list[
     fewest = {"cox": 0, "discrete": 0, "multilabel": 1}.get(kind, 2)
     if len(classes) < fewest:
         asked = f"task={kind}" if kind else "one class a slide"
-        raise UserError(f"{paths[0]}: {asked}: expected {fewest} columns prob_<class> or more, found {len(classes)}")
+        raise UserError(
+            f"{paths[0]}: {asked}: expected {fewest} columns prob_<class> or more, found "
+            f"{len(classes)}"
+        )
     task = Task(kind, classes) if kind else classification(classes)
     if task.kind == "binary" and len(classes) != 2:
-        raise UserError(f"task=binary: expected two columns prob_<class> in {paths[0]}, found {len(classes)}")
+        raise UserError(
+            f"task=binary: expected two columns prob_<class> in {paths[0]}, found {len(classes)}"
+        )
     return [run for path in paths for run in read_runs(path, task)], task
 
 
@@ -82,11 +104,19 @@ def with_threshold(finished: list[Finished], rule: str, target: float) -> list[F
     changed = []
     for run in finished:
         if run.val is None:
-            raise UserError(f"threshold={rule}: expected validation slides (split val) of model {run.model}, found none")
+            raise UserError(
+                f"threshold={rule}: expected validation slides (split val) of model {run.model}, "
+                "found none"
+            )
         cut = threshold_for(Held(rule, target), run.val.targets == 1, run.val.probabilities[:, 1])
         results = {**run.results, "threshold": cut}
         changed.append(
-            replace(run, results=results, test=replace(run.test, threshold=cut), val=replace(run.val, threshold=cut))
+            replace(
+                run,
+                results=results,
+                test=replace(run.test, threshold=cut),
+                val=replace(run.val, threshold=cut),
+            )
         )
     return changed
 
@@ -106,7 +136,9 @@ def draw(folder: Path, finished: list[Finished], task: Task, config: Config) -> 
 
 def main(config: Config) -> None:
     if bool(config.benchmark) == bool(config.predictions):
-        raise UserError("expected either benchmark=<folder> or predictions='[<table>, ...]'; give one of them")
+        raise UserError(
+            "expected either benchmark=<folder> or predictions='[<table>, ...]'; give one of them"
+        )
     if not config.output and not config.benchmark:
         raise UserError("missing key 'output': expected a folder; add output=...")
     if not 0 < config.target <= 1:

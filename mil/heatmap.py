@@ -1,14 +1,17 @@
 """Where a trained slide classifier looked: heatmaps, top tiles, and pages to look through a cohort.
 
-    python -m mil.heatmap run=runs/mil/abmil_fold0 features=runs/features/uni slides=cohort/slides output=runs/heatmaps
-    python -m mil.heatmap run=runs/benchmark slides=cohort/slides output=runs/heatmaps feature_set=student model=abmil
+    python -m mil.heatmap run=runs/mil/abmil_fold0 features=runs/features/uni slides=cohort/slides
+    output=runs/heatmaps python -m mil.heatmap run=runs/benchmark slides=cohort/slides
+    output=runs/heatmaps feature_set=student model=abmil
 
-Source: CLAM's heatmaps and top tiles (Lu, Williamson et al., Nature BME 2021). Different: any of the models, no second pass
-over the slide (the bag's own tiles are drawn), any task (survival: the risk), the slides of a benchmark are judged by the fold
-that tests them; where several do, as in nested cross-validation, a slide is drawn by the first and counted in all.
+Source: CLAM's heatmaps and top tiles (Lu, Williamson et al., Nature BME 2021). Different: any of
+the models, no second pass over the slide (the bag's own tiles are drawn), any task (survival: the
+risk), the slides of a benchmark are judged by the fold that tests them; where several do, as in
+nested cross-validation, a slide is drawn by the first and counted in all.
 
-Writes index.html, slides/<slide>.html, heatmaps/<slide>.png, scores/<slide>.csv, geojson/, tiff/ on request, pictures/ (what
-the pages show), summary.json and failures.csv. Slides that are there are skipped; pages are written anew each time.
+Writes index.html, slides/<slide>.html, heatmaps/<slide>.png, scores/<slide>.csv, geojson/, tiff/ on
+request, pictures/ (what the pages show), summary.json and failures.csv. Slides that are there are
+skipped; pages are written anew each time.
 """
 
 from __future__ import annotations
@@ -69,27 +72,52 @@ class Config:
 
     run: str = key(REQUIRED, "run directory of mil.train, or folder of mil.benchmark", path=True)
     output: str = key(REQUIRED, "folder that gets index.html and the pictures", runtime=True)
-    features: str = key("", "folder of feature bags; empty: a benchmark's own (a run directory needs it)", path=True)
-    slides: str = key("", "folder of slides; empty: tiles are drawn on white and no tile is shown", path=True)
+    features: str = key(
+        "", "folder of feature bags; empty: a benchmark's own (a run directory needs it)", path=True
+    )
+    slides: str = key(
+        "", "folder of slides; empty: tiles are drawn on white and no tile is shown", path=True
+    )
     coords: str = key(
-        "", "folder of <slide>.h5 with coordinates, for bags without (.pt); empty: h5_files/ beside them", path=True
+        "",
+        "folder of <slide>.h5 with coordinates, for bags without (.pt); empty: h5_files/ beside "
+        "them",
+        path=True,
     )
     labels: str = key("", "labels.csv, for the mpp of slides that do not say", path=True)
-    tissue: str = key("", "folder of tissue outlines <slide>.geojson, as tile_slides writes it", path=True)
-    split: str = key(
-        "test", "slides of a run directory; all: validation and unpredicted ones too", choices=("test", "val", "all")
+    tissue: str = key(
+        "", "folder of tissue outlines <slide>.geojson, as tile_slides writes it", path=True
     )
-    only: list[str] = key([], "slide ids to draw; empty: all. The page lists the others without pictures", runtime=True)
+    split: str = key(
+        "test",
+        "slides of a run directory; all: validation and unpredicted ones too",
+        choices=("test", "val", "all"),
+    )
+    only: list[str] = key(
+        [],
+        "slide ids to draw; empty: all. The page lists the others without pictures",
+        runtime=True,
+    )
     feature_set: str = key("", "of a benchmark; empty: its first one")
     model: str = key("", "of a benchmark; empty: its headline")
     seed: int | None = key(None, "training seed of a benchmark; null: its first one")
     drawing: Drawing = group(Drawing, "how slides are drawn")
     title: str = key("Heatmaps", "title of the page", runtime=True)
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
-    workers: int = key(2, "slides at a time; 0: in the main process, which a slide that crashes its reader ends", runtime=True)
+    workers: int = key(
+        2,
+        "slides at a time; 0: in the main process, which a slide that crashes its reader ends",
+        runtime=True,
+    )
     threads: int = key(1, "CPU threads of the model", runtime=True)
-    read_timeout: float = key(300.0, "seconds without progress that give a slide up (not with workers=0)", runtime=True)
-    overwrite: bool = key(False, "draw slides anew that were drawn from other inputs or with other settings", runtime=True)
+    read_timeout: float = key(
+        300.0, "seconds without progress that give a slide up (not with workers=0)", runtime=True
+    )
+    overwrite: bool = key(
+        False,
+        "draw slides anew that were drawn from other inputs or with other settings",
+        runtime=True,
+    )
 
 
 def read_source(config: Config) -> tuple[Source, dict[str, Path]]:
@@ -97,11 +125,16 @@ def read_source(config: Config) -> tuple[Source, dict[str, Path]]:
     folder = Path(config.run)
     if is_benchmark(folder):
         if config.split != "test":
-            raise UserError(f"split={config.split}: expected test for a benchmark, whose test slides are drawn")
+            raise UserError(
+                f"split={config.split}: expected test for a benchmark, whose test slides are drawn"
+            )
         source = from_benchmark(folder, config.feature_set, config.model, config.seed)
         return source, bag_files(config.features or source.features)
     if not config.features:
-        raise UserError("features: expected the folder of bags that the run was trained on, found none; add features=...")
+        raise UserError(
+            "features: expected the folder of bags that the run was trained on, found none; add "
+            "features=..."
+        )
     bags = bag_files(config.features)
     return from_run(folder, config.features, bags, config.split), bags
 
@@ -111,7 +144,10 @@ def choose(source: Source, only: list[str]) -> list[Judged]:
     known = [judged.slide_id for judged in source.slides]
     for name in only:
         if name not in known:
-            raise UserError(f"only: slide '{name}' is none of the {len(known)} slides; {did_you_mean(name, known)}")
+            raise UserError(
+                f"only: slide '{name}' is none of the {len(known)} slides; "
+                f"{did_you_mean(name, known)}"
+            )
     return [judged for judged in source.slides if not only or judged.slide_id in only]
 
 
@@ -125,7 +161,12 @@ def made_from(judged: Judged, inputs: Inputs, drawing: Drawing) -> dict[str, Any
     """What decides a slide's files: weights, bag, the slide's size and date, settings."""
     slide = inputs.slide
     stamp = "" if slide is None else f"{slide.stat().st_size}:{slide.stat().st_mtime_ns}"
-    found = {"weights": checkpoint_digest(judged.checkpoint), "bag": bag_digest(inputs.bag), "slide": stamp, "mpp": inputs.mpp}
+    found = {
+        "weights": checkpoint_digest(judged.checkpoint),
+        "bag": bag_digest(inputs.bag),
+        "slide": stamp,
+        "mpp": inputs.mpp,
+    }
     found["tissue"] = sha256_file(inputs.tissue) if inputs.tissue else ""
     if inputs.coords:
         found["coords"] = sha256_file(inputs.coords)
@@ -133,9 +174,15 @@ def made_from(judged: Judged, inputs: Inputs, drawing: Drawing) -> dict[str, Any
 
 
 def find_inputs(config: Config, chosen: list[Judged], bags: dict[str, Path]) -> dict[str, Inputs]:
-    """Bag, slide, mpp and outline of every slide that has a bag, and where slides are given a slide."""
+    """Bag, slide, mpp and outline of every slide that has a bag, and where slides are given a
+    slide.
+    """
     slides = find_slides(config.slides, tile_pattern_of(bags.values())) if config.slides else {}
-    mpps = {record.slide_id: record.mpp for record in read_labels(config.labels)} if config.labels else {}
+    mpps = (
+        {record.slide_id: record.mpp for record in read_labels(config.labels)}
+        if config.labels
+        else {}
+    )
     found = {}
     for judged in chosen:
         name = safe_id(judged.slide_id)
@@ -145,10 +192,15 @@ def find_inputs(config: Config, chosen: list[Judged], bags: dict[str, Path]) -> 
             needed = config.coords or not has_places(bags[name])
             coords = coordinates_file(bags[name], config.coords) if needed else None
             found[name] = Inputs(bags[name], slides.get(name), mpps.get(name), tissue, coords)
-    lost = [given.bag for given in found.values() if given.coords is None and not has_places(given.bag)]
+    lost = [
+        given.bag for given in found.values() if given.coords is None and not has_places(given.bag)
+    ]
     if lost and len(lost) == len(found):
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        raise UserError(f"{lost[0]}{more}: expected coordinates to place their tiles, which .pt files have none of; {REMEDY}")
+        raise UserError(
+            f"{lost[0]}{more}: expected coordinates to place their tiles, which .pt files have "
+            f"none of; {REMEDY}"
+        )
     return found
 
 
@@ -164,12 +216,16 @@ def is_done(output: Path, slide_id: str, wanted: dict[str, Any], overwrite: bool
     found = read_json(path, "a slide's record").get("made_from", {})
     if found != wanted:
         changed = differences(found, wanted)
-        raise UserError(f"{path}: drawn with other settings or inputs ({changed}); choose another output or set overwrite=true")
+        raise UserError(
+            f"{path}: drawn with other settings or inputs ({changed}); choose another output or "
+            "set overwrite=true"
+        )
     return True
 
 
 class Scored(Sequence[DrawingJob]):
-    """The slides that are left to draw, each judged when it is its turn: the scores of one slide are in memory, and one model.
+    """The slides that are left to draw, each judged when it is its turn: the scores of one slide
+    are in memory, and one model.
 
     Args:
         pending: slides with what they are drawn from, fold by fold.
@@ -197,7 +253,9 @@ def load_asked(checkpoint: Path, device: torch.device) -> tuple[nn.Module, Objec
     """A trained classifier, and what it is asked."""
     model, content = load_classifier(checkpoint, device)
     config = content["config"]
-    return model, objective_of(config["task"]) if "task" in config else Objective(names=tuple(config["class_names"]))
+    return model, objective_of(config["task"]) if "task" in config else Objective(
+        names=tuple(config["class_names"])
+    )
 
 
 def draw_one(job: DrawingJob, output: Path, task: Task, drawing: Drawing) -> None:
@@ -211,8 +269,16 @@ def draw_one(job: DrawingJob, output: Path, task: Task, drawing: Drawing) -> Non
     draw_slide(output, job.judged, job.inputs, job.scores, task, drawing, job.stamp)
 
 
-def draw_all(config: Config, source: Source, pending: Sequence[Pending], device: torch.device, failures: Failures) -> None:
-    """Judge slides here, on the device, and draw them in processes that do nothing but read and draw."""
+def draw_all(
+    config: Config,
+    source: Source,
+    pending: Sequence[Pending],
+    device: torch.device,
+    failures: Failures,
+) -> None:
+    """Judge slides here, on the device, and draw them in processes that do nothing but read and
+    draw.
+    """
     cv2.setNumThreads(1)  # one core a process; before the fork, which takes no threads along
     jobs = Scored(pending, config.drawing, device)
     work = partial(draw_one, output=Path(config.output), task=source.task, drawing=config.drawing)
@@ -236,14 +302,21 @@ def main(config: Config) -> int:
         name = judged.slide_id
         if name not in inputs:
             where = (
-                f"a bag below {config.features or source.features}" if name not in bags else f"a slide below {config.slides}"
+                f"a bag below {config.features or source.features}"
+                if name not in bags
+                else f"a slide below {config.slides}"
             )
             failures.add(name, f"expected {where}, found none")
             continue
         stamp = made_from(judged, inputs[name], config.drawing)
         if not is_done(output, name, stamp, config.overwrite):
             pending.append((judged, inputs[name], stamp))
-    logger.info("heatmap: %s: %d slides, %d drawn already", source.title, len(chosen), len(inputs) - len(pending))
+    logger.info(
+        "heatmap: %s: %d slides, %d drawn already",
+        source.title,
+        len(chosen),
+        len(inputs) - len(pending),
+    )
     bar = np.repeat(colour_table(config.drawing.colours)[None], 8, axis=0)
     with atomic_path(output / "pictures" / "colours.png") as temporary:
         Image.fromarray(bar).save(temporary, "PNG")
@@ -256,12 +329,23 @@ def finish(config: Config, source: Source, failures: Failures) -> None:
     """Pages and summary.json over all slides that were drawn, now or before."""
     output = Path(config.output)
     failed = {row["slide"]: row["error"] for row in failures.rows}
-    paths = {judged.slide_id: output / "records" / f"{judged.slide_id}.json" for judged in source.slides}
-    records = {n: read_json(path, "a slide's record") for n, path in paths.items() if path.is_file() and n not in failed}
+    paths = {
+        judged.slide_id: output / "records" / f"{judged.slide_id}.json" for judged in source.slides
+    }
+    records = {
+        n: read_json(path, "a slide's record")
+        for n, path in paths.items()
+        if path.is_file() and n not in failed
+    }
     numbers = write_pages(output, source, records, failed, config.title)
     known = {"model": source.title, "task": source.task.kind, "classes": list(source.task.classes)}
-    write_json(output / "summary.json", {**known, "slides": len(source.slides), "drawn": len(records), **numbers})
-    logger.info("heatmap: %d slides drawn, %d failed: %s", len(records), len(failed), output / "index.html")
+    write_json(
+        output / "summary.json",
+        {**known, "slides": len(source.slides), "drawn": len(records), **numbers},
+    )
+    logger.info(
+        "heatmap: %d slides drawn, %d failed: %s", len(records), len(failed), output / "index.html"
+    )
 
 
 if __name__ == "__main__":

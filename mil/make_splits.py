@@ -3,10 +3,11 @@
     python -m mil.make_splits labels=cohort/labels.csv output=cohort/splits folds=5
     python -m mil.train ... splits=cohort/splits fold=0
 
-Stratified by label (by event, grade or a slide's rarest label with the `task=` of the training) and drawn by patient;
-`inner_folds=4` nests a cross-validation in every outer fold, `repeats=3` draws the folds three times, `protocol=fixed` takes
-the official test set. Files that are there are never remade: other ones are an error that names the first difference, unless
-`overwrite=true`. `check=true` makes nothing and checks `output`.
+Stratified by label (by event, grade or a slide's rarest label with the `task=` of the training) and
+drawn by patient; `inner_folds=4` nests a cross-validation in every outer fold, `repeats=3` draws
+the folds three times, `protocol=fixed` takes the official test set. Files that are there are never
+remade: other ones are an error that names the first difference, unless `overwrite=true`.
+`check=true` makes nothing and checks `output`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from common.errors import UserError
 from common.files import sha256_file, write_json
 from mil.datasets.bags import find_bags
 from mil.datasets.labels import LabelledSlides
-from mil.datasets.split_files import checked_splits, known_slides, numbered, stored_splits, write_clam_splits
+from mil.datasets.split_files import (
+    checked_splits,
+    known_slides,
+    numbered,
+    stored_splits,
+    write_clam_splits,
+)
 from mil.datasets.splits import PROTOCOLS, SETS, Split, make_splits, split_values
 from mil.tasks.targets import read_targets
 from mil.tasks.task import TASKS
@@ -33,19 +40,47 @@ logger = logging.getLogger(__name__)
 class Config:
     """Keys of the splits."""
 
-    labels: str = key(REQUIRED, "labels.csv: case_id,slide_id,label (and split); time,event for survival", path=True)
+    labels: str = key(
+        REQUIRED,
+        "labels.csv: case_id,slide_id,label (and split); time,event for survival",
+        path=True,
+    )
     output: str = key(REQUIRED, "folder that gets splits_<k>.csv", runtime=True)
-    features: list[str] = key([], "folders of feature bags that every slide has to be in; empty: not looked at", path=True)
-    task: str = key("classes", "classes; multilabel (a|b); ordinal (grades); cox or discrete (survival)", choices=TASKS)
-    grades: list[str] = key([], "names of the grades from the lowest, for task=ordinal; empty: whole numbers")
-    protocol: str = key("cv", "cv: stratified folds by patient; fixed: the split column of labels.csv", choices=PROTOCOLS)
+    features: list[str] = key(
+        [], "folders of feature bags that every slide has to be in; empty: not looked at", path=True
+    )
+    task: str = key(
+        "classes",
+        "classes; multilabel (a|b); ordinal (grades); cox or discrete (survival)",
+        choices=TASKS,
+    )
+    grades: list[str] = key(
+        [], "names of the grades from the lowest, for task=ordinal; empty: whole numbers"
+    )
+    protocol: str = key(
+        "cv",
+        "cv: stratified folds by patient; fixed: the split column of labels.csv",
+        choices=PROTOCOLS,
+    )
     folds: int = key(5, "number of test folds, for protocol=cv")
-    inner_folds: int = key(0, "validation folds within every outer fold (nested CV); 0: one validation set of val_fraction")
+    inner_folds: int = key(
+        0,
+        "validation folds within every outer fold (nested CV); 0: one validation set of "
+        "val_fraction",
+    )
     repeats: int = key(1, "how often the folds are drawn, with seed, seed + 1, ...")
-    val_fraction: float = key(0.2, "share of the training patients for validation, without inner_folds")
+    val_fraction: float = key(
+        0.2, "share of the training patients for validation, without inner_folds"
+    )
     seed: int = key(2024, "seed of the draws")
-    subset: str = key("", "use only slides with this value in the split column (or one of several: train,val); empty: all")
-    positive: str | None = key(None, "label of the positive class; null: the last one in alphabetical order")
+    subset: str = key(
+        "",
+        "use only slides with this value in the split column (or one of several: train,val); "
+        "empty: all",
+    )
+    positive: str | None = key(
+        None, "label of the positive class; null: the last one in alphabetical order"
+    )
     check: bool = key(False, "make nothing: check the files in output", runtime=True)
     overwrite: bool = key(False, "replace splits that are there", runtime=True)
 
@@ -60,11 +95,19 @@ def settle(output: Path, splits: list[Split], slides: LabelledSlides, overwrite:
         return True
     stored = {split.fold: split for split in stored_splits(output)}
     for number in sorted(stored.keys() | {split.fold for split in splits}):
-        old, new = stored.get(number), next((split for split in splits if split.fold == number), None)
+        old, new = (
+            stored.get(number),
+            next((split for split in splits if split.fold == number), None),
+        )
         if old != new:
-            found = f"splits_{number}.csv differs" if old and new else f"splits_{number}.csv is {'extra' if old else 'missing'}"
+            found = (
+                f"splits_{number}.csv differs"
+                if old and new
+                else f"splits_{number}.csv is {'extra' if old else 'missing'}"
+            )
             raise UserError(
-                f"{output}: expected no splits or the same ones, found others ({found}); use them as they are with "
+                f"{output}: expected no splits or the same ones, found others ({found}); use them "
+                "as they are with "
                 "splits=<folder>, choose another output, or give overwrite=true"
             )
     return False
@@ -74,7 +117,10 @@ def report(splits: list[Split], slides: LabelledSlides) -> None:
     """One line a split: slides and patients of its sets."""
     for split in splits:
         parts = {name: slides.only(getattr(split, name)) for name in SETS}
-        sizes = (f"{name} {len(p.records)} slides of {len(set(p.cases.tolist()))} patients" for name, p in parts.items())
+        sizes = (
+            f"{name} {len(p.records)} slides of {len(set(p.cases.tolist()))} patients"
+            for name, p in parts.items()
+        )
         logger.info("split %d: %s", split.fold, ", ".join(sizes))
 
 
@@ -90,15 +136,30 @@ def main(config: Config) -> None:
         available &= set(find_bags(folder, slides.slide_ids))
     if config.check:
         report(checked_splits(splits, slides, available), slides)
-        logger.info("%s: %d splits, no patient on two sides, no slide twice, every class in every set", output, len(splits))
+        logger.info(
+            "%s: %d splits, no patient on two sides, no slide twice, every class in every set",
+            output,
+            len(splits),
+        )
         return
     splits = make_splits(
-        slides, config.protocol, config.folds, config.val_fraction, config.seed, config.inner_folds, config.repeats
+        slides,
+        config.protocol,
+        config.folds,
+        config.val_fraction,
+        config.seed,
+        config.inner_folds,
+        config.repeats,
     )
     if settle(output, splits, slides, config.overwrite):
         write_clam_splits(output, splits, slides)
         write_json(
-            output / "splits.json", {**identity(config), "labels_sha256": sha256_file(config.labels), "splits": len(splits)}
+            output / "splits.json",
+            {
+                **identity(config),
+                "labels_sha256": sha256_file(config.labels),
+                "splits": len(splits),
+            },
         )
     else:
         logger.info("%s: the same splits are there already; left as they are", output)

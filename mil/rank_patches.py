@@ -1,15 +1,19 @@
-"""Choose the tiles that a student learns from: the riskiest of every training slide, with their teacher feature.
+"""Choose the tiles that a student learns from: the riskiest of every training slide, with their
+teacher feature.
 
-    python -m mil.rank_patches labels=cohort/labels.csv features=runs/features/teacher slides=cohort/slides \\
+    python -m mil.rank_patches labels=cohort/labels.csv features=runs/features/teacher
+    slides=cohort/slides \\
         output=runs/distillation subset=pretrain
 
-Source: TS2G-KD, distillation set: a Mean-MIL on teacher features scores each tile by its class-1 logit, the top K = 50
-tiles of a slide are kept. Differences: scores are stored in ann.json, the ranker is selected on a patient-level
-validation share of the training slides, `extra_random` can add tiles that nobody finds risky, and tiles are cut from
-any slide (a tile folder's own JPEGs are copied as they are).
+Source: TS2G-KD, distillation set: a Mean-MIL on teacher features scores each tile by its class-1
+logit, the top K = 50 tiles of a slide are kept. Differences: scores are stored in ann.json, the
+ranker is selected on a patient-level validation share of the training slides, `extra_random` can
+add tiles that nobody finds risky, and tiles are cut from any slide (a tile folder's own JPEGs are
+copied as they are).
 
-Writes `wsi_root/<slide>/<patch>.jpg` + `.pt` (teacher feature, (D,) float32), `ann_root/ann.json` (COCO),
-`distillation.json` (provenance) and `ranker/` (the run of the Mean-MIL). Finished slides are skipped.
+Writes `wsi_root/<slide>/<patch>.jpg` + `.pt` (teacher feature, (D,) float32), `ann_root/ann.json`
+(COCO), `distillation.json` (provenance) and `ranker/` (the run of the Mean-MIL). Finished slides
+are skipped.
 """
 
 from __future__ import annotations
@@ -31,7 +35,16 @@ from common.files import sha256_bytes
 from common.processes.workers import check_workers, run_all
 from common.progress import progress
 from mil.datasets.bags import bags_digest, find_bags
-from mil.datasets.distillation_set import JPEG_QUALITY, CutJob, Patch, choose, claim_root, cut, is_done, write_annotations
+from mil.datasets.distillation_set import (
+    JPEG_QUALITY,
+    CutJob,
+    Patch,
+    choose,
+    claim_root,
+    cut,
+    is_done,
+    write_annotations,
+)
 from mil.datasets.labels import LabelledSlides, read_labelled_slides
 from mil.datasets.splits import Split, carve, split_values
 from mil.models import MeanMIL, Standardised
@@ -54,8 +67,14 @@ class Config:
     features: str = key(REQUIRED, "folder of the teacher's feature bags", path=True)
     slides: str = key(REQUIRED, "folder of slides, any tree", path=True)
     output: str = key(REQUIRED, "root of the distillation set", runtime=True)
-    subset: str = key("", "use only slides with this value in the split column (or one of several: train,val); empty: all")
-    positive: str | None = key(None, "label of the positive class; null: the last one in alphabetical order")
+    subset: str = key(
+        "",
+        "use only slides with this value in the split column (or one of several: train,val); "
+        "empty: all",
+    )
+    positive: str | None = key(
+        None, "label of the positive class; null: the last one in alphabetical order"
+    )
     top_k: int = key(50, "tiles with the highest score that are kept of each slide")
     extra_random: int = key(0, "further tiles of each slide, drawn at random from the rest")
     seed: int = key(2024, "seed of the ranker and of the random tiles")
@@ -71,7 +90,9 @@ class Config:
 
 
 @torch.inference_mode()
-def patches_of(model: MeanMIL | Standardised, bag: Path, config: Config, device: torch.device) -> tuple[Patch, ...]:
+def patches_of(
+    model: MeanMIL | Standardised, bag: Path, config: Config, device: torch.device
+) -> tuple[Patch, ...]:
     """Score a slide's tiles and choose among them.
 
     Raises:
@@ -79,37 +100,69 @@ def patches_of(model: MeanMIL | Standardised, bag: Path, config: Config, device:
     """
     content = read_bag(bag)
     if content.coords is None:
-        raise UserError(f"{bag}: expected coords (N, 2) beside the features, found none; extract the slide again")
+        raise UserError(
+            f"{bag}: expected coords (N, 2) beside the features, found none; extract the slide "
+            "again"
+        )
     scores = model.score_tiles(torch.from_numpy(content.features).to(device)).cpu().numpy()
-    rows = choose(scores, config.top_k, config.extra_random, (config.seed, zlib.crc32(bag.stem.encode())))
+    rows = choose(
+        scores, config.top_k, config.extra_random, (config.seed, zlib.crc32(bag.stem.encode()))
+    )
     chosen = ((int(row), *content.coords[row].tolist(), float(scores[row])) for row in rows)
-    return tuple(Patch(row, x, y, score, rank < config.top_k) for rank, (row, x, y, score) in enumerate(chosen))
+    return tuple(
+        Patch(row, x, y, score, rank < config.top_k)
+        for rank, (row, x, y, score) in enumerate(chosen)
+    )
 
 
-def train_ranker(config: Config, slides: LabelledSlides, files: dict[str, Path], world: World) -> Path:
-    """Train (or find finished) the Mean-MIL on all slides but a validation share; returns its best checkpoint."""
+def train_ranker(
+    config: Config, slides: LabelledSlides, files: dict[str, Path], world: World
+) -> Path:
+    """Train (or find finished) the Mean-MIL on all slides but a validation share; returns its best
+    checkpoint.
+    """
     train, val = carve(slides, config.val_fraction, config.seed)
     settings = Settings("mean", config.dropout, config.standardize, config.seed, config.training)
     output = Path(config.output) / "ranker"
-    job = Job(output, settings, slides, Split(0, train, val, ()), tuple(files.items()), bags_digest(files))
+    job = Job(
+        output, settings, slides, Split(0, train, val, ()), tuple(files.items()), bags_digest(files)
+    )
     run = open_job(job, world, overwrite=config.overwrite)
     if run.results is None:
         results = run_job(job, run, world)
-        logger.info("%s: ranker: best epoch %d, validation AUC %.3f", STAGE, results["best_epoch"], results["val_auc"])
+        logger.info(
+            "%s: ranker: best epoch %d, validation AUC %.3f",
+            STAGE,
+            results["best_epoch"],
+            results["val_auc"],
+        )
     return run.best
 
 
-def provenance_of(config: Config, files: dict[str, Path], content: dict[str, Any]) -> dict[str, Any]:
+def provenance_of(
+    config: Config, files: dict[str, Path], content: dict[str, Any]
+) -> dict[str, Any]:
     """What decides the distillation set: teacher bags, ranker weights, and the numbers of tiles."""
     weights = sha256_bytes(*(tensor.numpy().tobytes() for tensor in content["model"].values()))
     settings = {name: getattr(config, name) for name in ("top_k", "extra_random", "seed")}
-    return {"teacher": bags_digest(files), "ranker": weights, "jpeg_quality": JPEG_QUALITY, **settings}
+    return {
+        "teacher": bags_digest(files),
+        "ranker": weights,
+        "jpeg_quality": JPEG_QUALITY,
+        **settings,
+    }
 
 
 def make_cuts(
-    config: Config, slides: LabelledSlides, files: dict[str, Path], model: MeanMIL | Standardised, failures: Failures
+    config: Config,
+    slides: LabelledSlides,
+    files: dict[str, Path],
+    model: MeanMIL | Standardised,
+    failures: Failures,
 ) -> list[CutJob]:
-    """Score and choose the tiles of every slide; slides whose bag cannot be used are entered in `failures`."""
+    """Score and choose the tiles of every slide; slides whose bag cannot be used are entered in
+    `failures`.
+    """
     device = pick_device(config.device)
     paths = locate(slides.records, config.slides, tile_pattern_of(files.values()))
     jobs = []
@@ -120,17 +173,27 @@ def make_cuts(
         except UserError as error:
             failures.add(name, str(error))
             continue
-        jobs.append(CutJob(name, paths[name], record.mpp, bag, Path(config.output) / "wsi_root" / name, patches))
+        jobs.append(
+            CutJob(
+                name, paths[name], record.mpp, bag, Path(config.output) / "wsi_root" / name, patches
+            )
+        )
     return jobs
 
 
 def main(config: Config) -> int:
     if config.top_k < 1 or config.extra_random < 0:
-        raise UserError(f"top_k={config.top_k}, extra_random={config.extra_random}: expected at least 1 and at least 0")
+        raise UserError(
+            f"top_k={config.top_k}, extra_random={config.extra_random}: expected at least 1 and "
+            "at least 0"
+        )
     check_workers(config.workers)
     world = init_distributed(config.device)
     if world.size > 1:
-        raise UserError(f"rank_patches: expected one process, found {world.size}; start it without torchrun, with workers=N")
+        raise UserError(
+            f"rank_patches: expected one process, found {world.size}; start it without torchrun, "
+            "with workers=N"
+        )
     torch.set_num_threads(config.threads)
     root = Path(config.output)
     slides = read_labelled_slides(config.labels, split_values("cv", config.subset), config.positive)
@@ -144,7 +207,9 @@ def main(config: Config) -> int:
     jobs = make_cuts(config, slides, files, model, failures)
     todo = [job for job in jobs if not is_done(job)]
     logger.info("%s: %d slides, %d already done", STAGE, len(jobs), len(jobs) - len(todo))
-    for job, error in progress(run_all(cut, todo, config.workers, config.threads), "cutting tiles", len(todo), "slides"):
+    for job, error in progress(
+        run_all(cut, todo, config.workers, config.threads), "cutting tiles", len(todo), "slides"
+    ):
         if error is not None:
             failures.add(job.slide_id, error)
     images, cut_slides = write_annotations(root, jobs, provenance)

@@ -1,9 +1,11 @@
 """A page on a benchmark that one can send around: report.html, whole in itself, and summary.json.
 
-    python -m mil.report benchmark=runs/benchmark output=runs/report slides=cohort/slides stages=runs/stages.json
+    python -m mil.report benchmark=runs/benchmark output=runs/report slides=cohort/slides
+    stages=runs/stages.json
 
-Shows the table with its intervals, what the task has (ROC of two classes or of every label, a row a label, grades against
-called grades, survival of the risk halves), stage times, and for some test slides where the attention went.
+Shows the table with its intervals, what the task has (ROC of two classes or of every label, a row a
+label, grades against called grades, survival of the risk halves), stage times, and for some test
+slides where the attention went.
 """
 
 from __future__ import annotations
@@ -39,17 +41,24 @@ from patch_encoder.tiles.coordinates import tile_pattern_of
 logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
 HEATMAPS = "heatmaps/index.html"  # of mil.heatmap with output=<output>/heatmaps
-ROC_SAYS = "ROC curves of {headline} on the test slides: mean over folds and seeds, band of one standard deviation."
+ROC_SAYS = (
+    "ROC curves of {headline} on the test slides: mean over folds and seeds, band of one "
+    "standard deviation."
+)
 LABELS_SAY = (
-    "ROC curves of {headline} by label on the test slides: means over the folds and seeds that have slides of both kinds."
+    "ROC curves of {headline} by label on the test slides: means over the folds and "
+    "seeds that have slides of both kinds."
 )
 GRADES_SAY = (
-    "Test slides of {headline} by true and called grade (the median of its probabilities), summed over folds, mean over seeds; "
+    "Test slides of {headline} by true and called grade (the median of its probabilities), summed "
+    "over folds, mean over seeds; "
     "colour: share of the true grade."
 )
 SURVIVAL_SAYS = (
-    "Kaplan-Meier curves of the test patients of {headline}: those above the median risk of the validation patients, in most "
-    "of the runs that tested them, and the others. Bands: 95 % (Greenwood, log-log); ticks: end of the observation."
+    "Kaplan-Meier curves of the test patients of {headline}: those above the median risk of the "
+    "validation patients, in most "
+    "of the runs that tested them, and the others. Bands: 95 % (Greenwood, log-log); ticks: end "
+    "of the observation."
 )
 
 
@@ -59,13 +68,25 @@ class Config:
 
     benchmark: str = key(REQUIRED, "folder that mil.benchmark wrote", path=True)
     output: str = key(REQUIRED, "folder that gets report.html and summary.json", runtime=True)
-    slides: str = key("", "folder of slides, for the example slides; empty: none are shown", path=True)
+    slides: str = key(
+        "", "folder of slides, for the example slides; empty: none are shown", path=True
+    )
     labels: str = key("", "labels.csv, for the mpp of slides that do not say", path=True)
-    coords: str = key("", "folder of <slide>.h5 with coordinates, for example slides whose bags have none (.pt)", path=True)
+    coords: str = key(
+        "",
+        "folder of <slide>.h5 with coordinates, for example slides whose bags have none (.pt)",
+        path=True,
+    )
     stages: str = key("", "JSON with seconds and peak memory of each stage", path=True)
     title: str = key("Slide-level results", "title of the page")
-    examples_of: str = key("", "feature set whose example slides are shown; empty: the second one, or the only one")
-    examples: int = key(3, "example slides called right, and as many called wrong; of survival the highest and lowest risks")
+    examples_of: str = key(
+        "", "feature set whose example slides are shown; empty: the second one, or the only one"
+    )
+    examples: int = key(
+        3,
+        "example slides called right, and as many called wrong; of survival the highest and "
+        "lowest risks",
+    )
     tiles: int = key(6, "tiles shown of each example slide")
 
 
@@ -93,12 +114,19 @@ def read_stages(path: str) -> list[dict[str, Any]]:
         return []
     content = read_json(path, "stage times")
     if not isinstance(content, dict) or not isinstance(content.get("stages"), list):
-        raise UserError(f"{path}: expected {{'stages': [{{name, seconds, peak_mib}}, ...]}}, found another shape")
+        raise UserError(
+            f"{path}: expected {{'stages': [{{name, seconds, peak_mib}}, ...]}}, found another "
+            "shape"
+        )
     return [stage for stage in content["stages"] if stage.get("seconds") is not None]
 
 
 def make_examples(
-    config: Config, summary: dict[str, Any], task: Task, runs: dict[str, list[Finished]], failures: Failures
+    config: Config,
+    summary: dict[str, Any],
+    task: Task,
+    runs: dict[str, list[Finished]],
+    failures: Failures,
 ) -> list[Group[Example]]:
     """Example slides of one feature set, from the first seed's runs; none without slides."""
     if not config.slides:
@@ -110,14 +138,27 @@ def make_examples(
     first = [run for run in runs[name] if run.seed == runs[name][0].seed]
     bags = bag_files(summary["features"][name])
     slides = find_slides(config.slides, tile_pattern_of(bags.values()))
-    mpps = {record.slide_id: record.mpp for record in read_labels(config.labels)} if config.labels else {}
+    mpps = (
+        {record.slide_id: record.mpp for record in read_labels(config.labels)}
+        if config.labels
+        else {}
+    )
 
     def make(choice: Choice) -> Example | None:
         slide_id = choice.slide_id
-        folder = Path(config.benchmark) / "runs" / name / summary["headline"] / f"seed{first[0].seed}_fold{choice.fold}"
+        folder = (
+            Path(config.benchmark)
+            / "runs"
+            / name
+            / summary["headline"]
+            / f"seed{first[0].seed}_fold{choice.fold}"
+        )
         try:
             if slide_id not in slides or slide_id not in bags:
-                raise UserError(f"expected the slide below {config.slides} and its bag in {summary['features'][name]}")
+                raise UserError(
+                    f"expected the slide below {config.slides} and its bag in "
+                    f"{summary['features'][name]}"
+                )
             checkpoint = folder / "checkpoint_best.pt"
             files = checkpoint, bags[slide_id], slides[slide_id]
             return make_example(choice, *files, mpps.get(slide_id), config.tiles, config.coords)
@@ -127,14 +168,25 @@ def make_examples(
 
     groups = choose_slides(first, task, config.examples)
     made = [[example for choice in group.slides if (example := make(choice))] for group in groups]
-    return [Group(group.title, group.none, examples) for group, examples in zip(groups, made, strict=True)]
+    return [
+        Group(group.title, group.none, examples)
+        for group, examples in zip(groups, made, strict=True)
+    ]
 
 
-def differences(summary: dict[str, Any], metric: str) -> list[tuple[str, float, list[float] | None]]:
+def differences(
+    summary: dict[str, Any], metric: str
+) -> list[tuple[str, float, list[float] | None]]:
     """(feature set, difference to the first one, its interval) for the headline classifier."""
-    found = {name: entry.get(summary["headline"], {}) for name, entry in summary["feature_sets"].items()}
+    found = {
+        name: entry.get(summary["headline"], {}) for name, entry in summary["feature_sets"].items()
+    }
     key = f"{metric}_difference"
-    return [(name, entry[key], entry[f"{key}_ci"]) for name, entry in found.items() if entry.get(key) is not None]
+    return [
+        (name, entry[key], entry[f"{key}_ci"])
+        for name, entry in found.items()
+        if entry.get(key) is not None
+    ]
 
 
 def pictures(summary: dict[str, Any], task: Task, runs: dict[str, list[Finished]]) -> list[Picture]:
@@ -146,40 +198,64 @@ def pictures(summary: dict[str, Any], task: Task, runs: dict[str, list[Finished]
         roc = roc_figure({name: [run.test for run in found] for name, found in runs.items()}, aucs)
         drawn = [Picture(roc, "ROC curves", ROC_SAYS)]
     elif task.kind == "multilabel":
-        drawn = [Picture(svg_uri(label_figure(runs, task.classes)), "ROC curves by label", LABELS_SAY)]
+        drawn = [
+            Picture(svg_uri(label_figure(runs, task.classes)), "ROC curves by label", LABELS_SAY)
+        ]
     elif task.kind == "ordinal":
-        drawn = [Picture(svg_uri(grade_figure(runs, task.classes)), "confusion by grade", GRADES_SAY)]
+        drawn = [
+            Picture(svg_uri(grade_figure(runs, task.classes)), "confusion by grade", GRADES_SAY)
+        ]
     elif task.kind in SURVIVAL:
         halves = {name: risk_groups(found) for name, found in runs.items()}
-        drawn = [Picture(svg_uri(survival_figure(halves)), "survival of the risk halves", SURVIVAL_SAYS)]
-    drawn = [replace(picture, caption=picture.caption.format(headline=headline)) for picture in drawn]
+        drawn = [
+            Picture(svg_uri(survival_figure(halves)), "survival of the risk halves", SURVIVAL_SAYS)
+        ]
+    drawn = [
+        replace(picture, caption=picture.caption.format(headline=headline)) for picture in drawn
+    ]
     intervals = interval_figure(summary["feature_sets"], summary["models"], metric, name)
     return [
         *drawn,
-        Picture(intervals, f"{name} with confidence intervals", f"Mean test {name} with its 95 % confidence interval."),
+        Picture(
+            intervals,
+            f"{name} with confidence intervals",
+            f"Mean test {name} with its 95 % confidence interval.",
+        ),
     ]
 
 
-def page(config: Config, summary: dict[str, Any], stages: list[dict[str, Any]], failures: Failures) -> str:
+def page(
+    config: Config, summary: dict[str, Any], stages: list[dict[str, Any]], failures: Failures
+) -> str:
     """The HTML."""
     task = task_of(summary.get("task", "classes"), summary["classes"])
     runs = read_runs(Path(config.benchmark), summary, task)
     if not runs:
-        raise UserError(f"{config.benchmark}: expected finished runs of the classifier '{summary['headline']}', found none")
+        raise UserError(
+            f"{config.benchmark}: expected finished runs of the classifier "
+            f"'{summary['headline']}', found none"
+        )
     examples = make_examples(config, summary, task, runs, failures)
     labels: list[dict[str, Any]] = []
     if task.kind == "multilabel":
         every = [run for found in runs.values() for run in found]
         protocol = summary["protocol"]
         labels = per_label_rows(every, task.classes, protocol["resamples"], protocol["split_seed"])
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
     environment.filters |= {"number": number, "known": known}
     return environment.get_template("report.html.j2").render(
         title=config.title,
         summary=summary,
         task=task,
         metric=title(task.headline),
-        columns=[(name, title(name)) for name in (CLASS_COLUMNS if "auc" in task.metrics else task.shown)],
+        columns=[
+            (name, title(name)) for name in (CLASS_COLUMNS if "auc" in task.metrics else task.shown)
+        ],
         score=title(SCORES[summary.get("task", "classes")]),
         labels=labels,
         stages=stages,
@@ -207,10 +283,18 @@ def main(config: Config) -> int:
     write_text(output / "report.html", page(config, summary, stages, failures))
     metric = summary.get("metric", "auc")
     kept = (f"{metric}_mean", f"{metric}_ci", *reversed(COST_KEYS))
-    feature_sets = {name: {key: entry[key] for key in kept} for name, entry in summary["feature_sets"].items()}
-    times = {stage["name"]: {"seconds": stage["seconds"], "peak_mib": stage.get("peak_mib")} for stage in stages}
+    feature_sets = {
+        name: {key: entry[key] for key in kept} for name, entry in summary["feature_sets"].items()
+    }
+    times = {
+        stage["name"]: {"seconds": stage["seconds"], "peak_mib": stage.get("peak_mib")}
+        for stage in stages
+    }
     wall = sum(stage["seconds"] for stage in stages) if stages else None
-    write_json(output / "summary.json", {"feature_sets": feature_sets, "wall_seconds": wall, "stages": times})
+    write_json(
+        output / "summary.json",
+        {"feature_sets": feature_sets, "wall_seconds": wall, "stages": times},
+    )
     logger.info("report: %s", output / "report.html")
     return failures.write(output)
 

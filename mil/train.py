@@ -1,10 +1,12 @@
 """Train one slide classifier on one feature folder and one fold.
 
-    python -m mil.train labels=cohort/labels.csv features=runs/features/resnet50 output=runs/mil/abmil_fold0 model=abmil fold=0
+    python -m mil.train labels=cohort/labels.csv features=runs/features/resnet50
+    output=runs/mil/abmil_fold0 model=abmil fold=0
 
-Keys of the recipe that are not given are the published ones of the model (mil/training/recipes.py); `options='{heads: 4}'` are
-the model's own. Writes a run directory with predictions.csv (validation and test slides of the fold). Under torchrun
-the bags of a step are shared out among the processes (`training.accumulate` has to be a multiple of their number).
+Keys of the recipe that are not given are the published ones of the model (mil/training/recipes.py);
+`options='{heads: 4}'` are the model's own. Writes a run directory with predictions.csv (validation
+and test slides of the fold). Under torchrun the bags of a step are shared out among the processes
+(`training.accumulate` has to be a multiple of their number).
 """
 
 from __future__ import annotations
@@ -38,35 +40,72 @@ logger = logging.getLogger(__name__)
 class Config:
     """Keys of one training."""
 
-    labels: str = key(REQUIRED, "labels.csv: case_id,slide_id,label (and split); time,event for survival", path=True)
+    labels: str = key(
+        REQUIRED,
+        "labels.csv: case_id,slide_id,label (and split); time,event for survival",
+        path=True,
+    )
     features: str = key(REQUIRED, "folder of feature bags", path=True)
     output: str = key(REQUIRED, "run directory", runtime=True)
-    task: str = key("classes", "classes; multilabel (a|b); ordinal (grades); cox or discrete (survival)", choices=TASKS)
-    grades: list[str] = key([], "names of the grades from the lowest, for task=ordinal; empty: whole numbers")
+    task: str = key(
+        "classes",
+        "classes; multilabel (a|b); ordinal (grades); cox or discrete (survival)",
+        choices=TASKS,
+    )
+    grades: list[str] = key(
+        [], "names of the grades from the lowest, for task=ordinal; empty: whole numbers"
+    )
     intervals: int = key(4, "intervals of time with about as many events each, for task=discrete")
-    # alpha of Zadeh and Schmid: -log S of the censored slides times 1 - alpha; 0 is the likelihood, 1 leaves them out
-    censored_alpha: float = key(0.0, "slides without an event weigh 1 - this in the loss, 0 to 1, for task=discrete")
+    # alpha of Zadeh and Schmid: -log S of the censored slides times 1 - alpha; 0 is the likelihood,
+    # 1 leaves them out
+    censored_alpha: float = key(
+        0.0, "slides without an event weigh 1 - this in the loss, 0 to 1, for task=discrete"
+    )
     model: str = key("abmil", "slide classifier", choices=tuple(MODELS))
     options: dict[str, Any] = key({}, "the model's options, {name: value}; the README lists them")
     dropout: float = key(0.25, "probability of dropping a hidden unit")
     standardize: bool = key(False, "standardise features with the training slides' mean and std")
     seed: int = key(2024, "seed of weights, dropout and order")
-    protocol: str = key("cv", "cv: stratified folds by patient; fixed: the split column of labels.csv", choices=PROTOCOLS)
+    protocol: str = key(
+        "cv",
+        "cv: stratified folds by patient; fixed: the split column of labels.csv",
+        choices=PROTOCOLS,
+    )
     splits: str = key(
-        "", "folder of splits_<k>.csv (mil.make_splits, CLAM); instead of protocol, folds and the like", path=True
+        "",
+        "folder of splits_<k>.csv (mil.make_splits, CLAM); instead of protocol, folds and the like",
+        path=True,
     )
     folds: int = key(5, "number of folds, for protocol=cv")
     fold: int = key(0, "which fold to train")
     val_fraction: float = key(0.2, "share of the training patients for validation")
     split_seed: int = key(2024, "seed of the folds")
-    subset: str = key("", "use only slides with this value in the split column (or one of several: train,val); empty: all")
-    positive: str | None = key(None, "label of the positive class; null: the last one in alphabetical order")
+    subset: str = key(
+        "",
+        "use only slides with this value in the split column (or one of several: train,val); "
+        "empty: all",
+    )
+    positive: str | None = key(
+        None, "label of the positive class; null: the last one in alphabetical order"
+    )
     skip_missing: bool = key(False, "leave labelled slides without a bag out instead of stopping")
-    skip_bad: bool = key(False, "leave slides whose bag is unreadable, empty, NaN or of another width out instead of stopping")
-    training: Recipe = group(Recipe, "training recipe; keys that are not given are the model's published ones")
+    skip_bad: bool = key(
+        False,
+        "leave slides whose bag is unreadable, empty, NaN or of another width out instead of "
+        "stopping",
+    )
+    training: Recipe = group(
+        Recipe, "training recipe; keys that are not given are the model's published ones"
+    )
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
-    threads: int = key(1, "CPU threads; bags are small, so that one is often the fastest", runtime=True)
-    ram_gb: float = key(0.0, "GB of bags in memory, the rest is read at every use; 0: half of what is free", runtime=True)
+    threads: int = key(
+        1, "CPU threads; bags are small, so that one is often the fastest", runtime=True
+    )
+    ram_gb: float = key(
+        0.0,
+        "GB of bags in memory, the rest is read at every use; 0: half of what is free",
+        runtime=True,
+    )
     overwrite: bool = key(False, "start afresh over another run", runtime=True)
     tracker: Tracker = group(Tracker, "experiment tracking")
 
@@ -76,7 +115,9 @@ def build_job(config: Config) -> Job:
     options = check_options(config.model, config.options)
     recipe, dropout = resolve(config.model, config.training, config.dropout, given_keys(config))
     values = split_values(config.protocol, config.subset)
-    slides, targets = read_targets(config.labels, config.task, values, config.positive, config.grades)
+    slides, targets = read_targets(
+        config.labels, config.task, values, config.positive, config.grades
+    )
     stored = stored_splits(config.splits) if config.splits else []
     slides = known_slides(config.splits, stored, slides) if stored else slides
     files = find_bags(config.features, slides.slide_ids, skip_missing=config.skip_missing)
@@ -85,16 +126,28 @@ def build_job(config: Config) -> Job:
     if stored:
         splits = checked_splits(stored, slides, files)
     else:
-        splits = make_splits(slides, config.protocol, config.folds, config.val_fraction, config.split_seed)
+        splits = make_splits(
+            slides, config.protocol, config.folds, config.val_fraction, config.split_seed
+        )
     split = {split.fold: split for split in splits}.get(config.fold)
     if split is None:
         source = f"splits={config.splits}" if stored else f"protocol={config.protocol}"
-        raise UserError(f"fold={config.fold}: expected {splits[0].fold} to {splits[-1].fold} with {source}")
-    told = {"task": config.task, "intervals": config.intervals, "censored_alpha": config.censored_alpha}
-    settings = Settings(config.model, dropout, config.standardize, config.seed, recipe, options, **told)
+        raise UserError(
+            f"fold={config.fold}: expected {splits[0].fold} to {splits[-1].fold} with {source}"
+        )
+    told = {
+        "task": config.task,
+        "intervals": config.intervals,
+        "censored_alpha": config.censored_alpha,
+    }
+    settings = Settings(
+        config.model, dropout, config.standardize, config.seed, recipe, options, **told
+    )
     asked = None if config.task == "classes" else targets
     digest, memory = bags_digest(files), memory_of(config.ram_gb, local_processes())
-    return Job(Path(config.output), settings, slides, split, tuple(files.items()), digest, asked, memory)
+    return Job(
+        Path(config.output), settings, slides, split, tuple(files.items()), digest, asked, memory
+    )
 
 
 def main(config: Config) -> int | None:
@@ -111,8 +164,12 @@ def main(config: Config) -> int | None:
     if world.is_main:
         score = SCORES[config.task]
         line = "%s: best epoch %d of %d, validation %s %.4f"
-        logger.info(line, run.path, results["best_epoch"], results["epochs"], score, results[f"val_{score}"])
-        logger.info("test: %s", ", ".join(f"{name} {value:.4f}" for name, value in results["test"].items()))
+        logger.info(
+            line, run.path, results["best_epoch"], results["epochs"], score, results[f"val_{score}"]
+        )
+        logger.info(
+            "test: %s", ", ".join(f"{name} {value:.4f}" for name, value in results["test"].items())
+        )
     return None
 
 

@@ -1,9 +1,12 @@
-"""One HTML page on a cohort: every slide with its tissue, tiles, resolution, quality, bags and errors.
+"""One HTML page on a cohort: every slide with its tissue, tiles, resolution, quality, bags and
+errors.
 
-    python -m patch_encoder.cohort_report tiles=runs/tiles output=runs/tiles/report features=[runs/features/gigapath]
+    python -m patch_encoder.cohort_report tiles=runs/tiles output=runs/tiles/report
+    features=[runs/features/gigapath]
 
-Reads what the stages left on disk, opens no slide. Writes `<output>/cohort.html`, which needs no network and no other
-file (thumbnails inside it) up to 2,000 slides; with more, or `embed=false`, thumbnails lie in `<output>/thumbnails/`.
+Reads what the stages left on disk, opens no slide. Writes `<output>/cohort.html`, which needs no
+network and no other file (thumbnails inside it) up to 2,000 slides; with more, or `embed=false`,
+thumbnails lie in `<output>/thumbnails/`.
 """
 
 from __future__ import annotations
@@ -33,7 +36,10 @@ from patch_encoder.cohort.summary import Row, bin_edges, histogram, read_rows
 
 logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
-THUMBNAIL, EMBEDDED = 160, 2000  # px of a picture in the table; slides up to which pictures stand in the page
+THUMBNAIL, EMBEDDED = (
+    160,
+    2000,
+)  # px of a picture in the table; slides up to which pictures stand in the page
 MEASURES = {  # name -> heading, logarithmic, what it says
     "blur": ("sharpness", True, "variance of the Laplacian; low: blurred"),
     "saturation": ("saturation", False, "mean HSV saturation; low: pale or empty"),
@@ -49,8 +55,14 @@ class Config:
 
     tiles: str = key(REQUIRED, "folder that tile_slides wrote", path=True)
     output: str = key(REQUIRED, "folder that gets cohort.html", runtime=True)
-    features: list[str] = key([], "folders of feature bags, <features>/<encoder>: is there a bag for every slide", path=True)
-    labels: str = key("", "labels.csv: shows labels, and slides of it that were not tiled", path=True)
+    features: list[str] = key(
+        [],
+        "folders of feature bags, <features>/<encoder>: is there a bag for every slide",
+        path=True,
+    )
+    labels: str = key(
+        "", "labels.csv: shows labels, and slides of it that were not tiled", path=True
+    )
     title: str = key("Cohort", "title of the page")
     embed: bool | None = key(None, "thumbnails inside the page; null: up to 2,000 slides")
 
@@ -84,7 +96,9 @@ def picture(config: Config, slide: str, embed: bool) -> str:
 
 
 def relative(path: Path, output: str) -> str:
-    """A path as the page's own folder sees it, escaped for a link; '' when the file is not there."""
+    """A path as the page's own folder sees it, escaped for a link; '' when the file is not
+    there.
+    """
     return quote(os.path.relpath(path, output)) if path.is_file() else ""
 
 
@@ -94,7 +108,10 @@ def bars(counts: Sequence[int], width: float, height: float) -> str:
     if most == 0:
         return ""
     step = width / len(counts)
-    tops = [f"V{height * (1 - count / most):.1f}H{(index + 1) * step:.1f}" for index, count in enumerate(counts)]
+    tops = [
+        f"V{height * (1 - count / most):.1f}H{(index + 1) * step:.1f}"
+        for index, count in enumerate(counts)
+    ]
     return f"M0 {height:g}" + "".join(tops) + f"V{height:g}Z"
 
 
@@ -109,20 +126,36 @@ def charts(rows: Sequence[Row], edges: dict[str, np.ndarray]) -> list[dict[str, 
             limits = np.linspace(0, max(values), 25)
             counts = np.histogram(values, limits)[0].tolist()
             found.append(
-                {"heading": heading, "what": what, "path": bars(counts, 240.0, 64.0), "low": 0.0, "high": float(limits[-1])}
+                {
+                    "heading": heading,
+                    "what": what,
+                    "path": bars(counts, 240.0, 64.0),
+                    "low": 0.0,
+                    "high": float(limits[-1]),
+                }
             )
     for name, limits in edges.items():
         heading, logarithmic, what = MEASURES[name]
         pooled = np.concatenate([row.values[name] for row in rows if len(row.values.get(name, ()))])
         heading += " (log)" if logarithmic else ""
         shape = bars(histogram(pooled, limits), 240.0, 64.0)
-        found.append({"heading": heading, "what": what, "path": shape, "low": float(limits[0]), "high": float(limits[-1])})
+        found.append(
+            {
+                "heading": heading,
+                "what": what,
+                "path": shape,
+                "low": float(limits[0]),
+                "high": float(limits[-1]),
+            }
+        )
     return found
 
 
 def page(config: Config, rows: Sequence[Row]) -> str:
     """The HTML."""
-    found = {name: bin_edges(rows, name, logarithmic) for name, (_, logarithmic, _) in MEASURES.items()}
+    found = {
+        name: bin_edges(rows, name, logarithmic) for name, (_, logarithmic, _) in MEASURES.items()
+    }
     edges = {name: limits for name, limits in found.items() if limits is not None}
     embed = len(rows) <= EMBEDDED if config.embed is None else config.embed
     entries = [
@@ -131,12 +164,19 @@ def page(config: Config, rows: Sequence[Row]) -> str:
             "image": picture(config, row.slide, embed),
             "link": relative(Path(config.tiles) / "overlays" / f"{row.slide}.jpg", config.output),
             "shapes": {
-                n: bars(histogram(row.values[n], e), 64.0, 20.0) for n, e in edges.items() if len(row.values.get(n, ()))
+                n: bars(histogram(row.values[n], e), 64.0, 20.0)
+                for n, e in edges.items()
+                if len(row.values.get(n, ()))
             },
         }
         for row in rows
     ]
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
     environment.filters["short"] = short
     return environment.get_template("cohort.html.j2").render(
         title=config.title,
@@ -166,13 +206,23 @@ def short(value: float | int | None) -> str:
 
 
 def main(config: Config) -> int:
-    labels = {record.slide_id: record.label for record in read_labels(config.labels)} if config.labels else {}
+    labels = (
+        {record.slide_id: record.label for record in read_labels(config.labels)}
+        if config.labels
+        else {}
+    )
     rows = read_rows(Path(config.tiles), config.features, labels)
     target = Path(config.output) / "cohort.html"
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, page(config, rows))
     failed = sum(row.status == "failed" for row in rows)
-    logger.info("cohort_report: %d slides, %d failed, %.1f MB: %s", len(rows), failed, target.stat().st_size / 1e6, target)
+    logger.info(
+        "cohort_report: %d slides, %d failed, %.1f MB: %s",
+        len(rows),
+        failed,
+        target.stat().st_size / 1e6,
+        target,
+    )
     return 0
 
 

@@ -1,10 +1,13 @@
-"""Convert tile coordinates from and to the layouts of CLAM, TRIDENT, AtlasPatch, STAMP, INTELLIGENS (`.npy`) and QuPath.
+"""Convert tile coordinates from and to the layouts of CLAM, TRIDENT, AtlasPatch, STAMP, INTELLIGENS
+(`.npy`) and QuPath.
 
-    python -m patch_encoder.convert_coordinates input=clam/patches to=ours output=runs/tiles slides=cohort/slides
+    python -m patch_encoder.convert_coordinates input=clam/patches to=ours output=runs/tiles
+    slides=cohort/slides
 
-One file or every one of a folder. Writes `coords/<slide_id>.h5` (ours), `patches/<slide_id>.h5` (CLAM, AtlasPatch),
-`patches/<slide_id>_patches.h5` (TRIDENT) or `<slide_id>.npy|.geojson|.h5` below `output`. Files that are there with the same
-content are kept, other content is refused; slides that fail are listed in `failures.csv` and the exit status is 1.
+One file or every one of a folder. Writes `coords/<slide_id>.h5` (ours), `patches/<slide_id>.h5`
+(CLAM, AtlasPatch), `patches/<slide_id>_patches.h5` (TRIDENT) or `<slide_id>.npy|.geojson|.h5` below
+`output`. Files that are there with the same content are kept, other content is refused; slides that
+fail are listed in `failures.csv` and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -36,16 +39,33 @@ FOLDERS = ("coords", "patches", "h5_files", "")
 class Config:
     """Keys of the conversion."""
 
-    input: str = key(REQUIRED, "a coordinates file, or a folder of them (also its coords/, patches/ or h5_files/)", path=True)
+    input: str = key(
+        REQUIRED,
+        "a coordinates file, or a folder of them (also its coords/, patches/ or h5_files/)",
+        path=True,
+    )
     output: str = key(REQUIRED, "folder that gets the converted files", runtime=True)
     to: str = key(REQUIRED, "layout to write", choices=tuple(LAYOUTS))
-    source: str = key("auto", "layout of the input; auto: by suffix and attributes", choices=("auto", *LAYOUTS))
-    slides: str = key("", "folder of slides: sizes, levels and mpp that the input does not say; corners are checked", path=True)
+    source: str = key(
+        "auto", "layout of the input; auto: by suffix and attributes", choices=("auto", *LAYOUTS)
+    )
+    slides: str = key(
+        "",
+        "folder of slides: sizes, levels and mpp that the input does not say; corners are checked",
+        path=True,
+    )
     labels: str = key("", "labels.csv: take mpp from it", path=True)
-    mpp: float | None = key(None, "um per pixel at level 0 of all slides that labels.csv does not give")
+    mpp: float | None = key(
+        None, "um per pixel at level 0 of all slides that labels.csv does not give"
+    )
     tile_size: int = key(256, "side in level-0 px of the tiles of .npy files, which do not say")
-    tile_pattern: str = key("", "how tile folders name their tiles, as in tile_x{x}_y{y}.png; empty: <row>_<col>")
-    pictures: bool = key(False, "plain pictures (png, jpg, ...) are slides too; they are anyway where nothing else is")
+    tile_pattern: str = key(
+        "", "how tile folders name their tiles, as in tile_x{x}_y{y}.png; empty: <row>_<col>"
+    )
+    pictures: bool = key(
+        False,
+        "plain pictures (png, jpg, ...) are slides too; they are anyway where nothing else is",
+    )
     overwrite: bool = key(False, "replace files of other content", runtime=True)
 
 
@@ -62,7 +82,10 @@ def input_files(path: Path) -> dict[str, Path]:
         for file in sorted((path / folder).glob("*")):
             if file.suffix in SUFFIXES and not file.name.startswith("."):
                 if (slide_id := file_slide_id(file)) in found:
-                    raise UserError(f"slide '{slide_id}': expected one coordinates file, found {found[slide_id]} and {file}")
+                    raise UserError(
+                        f"slide '{slide_id}': expected one coordinates file, found "
+                        f"{found[slide_id]} and {file}"
+                    )
                 found[slide_id] = file
         if found:
             return found
@@ -85,13 +108,28 @@ def checked(coordinates: Coordinates, slide: Slide | None) -> Coordinates:
     geometry, size = coordinates.geometry, (slide.width, slide.height)
     made_for = (geometry.level0_width, geometry.level0_height)
     if made_for not in ((0, 0), size):
-        raise UserError(f"slide {slide.slide_id}: coordinates are of a slide of {made_for} px, found one of {size} px")
-    if len(coordinates.coords) and ((coordinates.coords < 0).any() or (coordinates.coords >= size).any()):
-        raise UserError(f"slide {slide.slide_id}: {size[0]}x{size[1]} px, but tiles lie outside; were they made at level 0?")
+        raise UserError(
+            f"slide {slide.slide_id}: coordinates are of a slide of {made_for} px, found one of "
+            f"{size} px"
+        )
+    if len(coordinates.coords) and (
+        (coordinates.coords < 0).any() or (coordinates.coords >= size).any()
+    ):
+        raise UserError(
+            f"slide {slide.slide_id}: {size[0]}x{size[1]} px, but tiles lie outside; were they "
+            "made at level 0?"
+        )
     return coordinates
 
 
-def convert(config: Config, slide_id: str, file: Path, slide_path: Path | None, mpp: float | None, target: Path) -> bool:
+def convert(
+    config: Config,
+    slide_id: str,
+    file: Path,
+    slide_path: Path | None,
+    mpp: float | None,
+    target: Path,
+) -> bool:
     """Convert one file; whether something was written.
 
     Raises:
@@ -113,7 +151,10 @@ def convert(config: Config, slide_id: str, file: Path, slide_path: Path | None, 
             if content(fresh) == content(target):
                 return False
         if not config.overwrite:
-            raise UserError(f"{target}: other coordinates are there; choose another output or set overwrite=true")
+            raise UserError(
+                f"{target}: other coordinates are there; choose another output or set "
+                "overwrite=true"
+            )
         with atomic_path(target) as temporary:
             layout.write(temporary, coordinates, source, Path(config.output))
         return True
@@ -124,20 +165,35 @@ def convert(config: Config, slide_id: str, file: Path, slide_path: Path | None, 
 
 def main(config: Config) -> int:
     files = input_files(Path(config.input))
-    slides = find_slides(config.slides, config.tile_pattern, config.pictures) if config.slides else {}
-    mpps = {record.slide_id: record.mpp for record in read_labels(config.labels)} if config.labels else {}
+    slides = (
+        find_slides(config.slides, config.tile_pattern, config.pictures) if config.slides else {}
+    )
+    mpps = (
+        {record.slide_id: record.mpp for record in read_labels(config.labels)}
+        if config.labels
+        else {}
+    )
     failures, written = Failures(STAGE), 0
     for slide_id, file in progress(files.items(), "converting", len(files), "slides"):
         try:
             if slides and slide_id not in slides:
-                raise UserError(f"slide {slide_id}: expected it below {config.slides}, found no such slide")
+                raise UserError(
+                    f"slide {slide_id}: expected it below {config.slides}, found no such slide"
+                )
             target = Path(config.output) / LAYOUTS[config.to].name.format(slide_id)
             mpp = mpps.get(slide_id) or config.mpp
             written += convert(config, slide_id, file, slides.get(slide_id), mpp, target)
         except UserError as error:
             failures.add(slide_id, str(error))
     kept = len(files) - written - len(failures.rows)
-    logger.info("%s: %d slides to %s: %d written, %d as they were", STAGE, len(files), config.to, written, kept)
+    logger.info(
+        "%s: %d slides to %s: %d written, %d as they were",
+        STAGE,
+        len(files),
+        config.to,
+        written,
+        kept,
+    )
     return failures.write(Path(config.output))
 
 

@@ -1,9 +1,11 @@
 """Encode every tile of a cohort with one encoder: one feature bag a slide.
 
-    python -m patch_encoder.extract_features slides=cohort/slides coords=runs/tiles output=runs/features encoder=stain_texture
+    python -m patch_encoder.extract_features slides=cohort/slides coords=runs/tiles
+    output=runs/features encoder=stain_texture
 
-Writes `<output>/<encoder>/h5_files/<slide_id>.h5` (and `pt_files/<slide_id>.pt` on request). Finished slides are
-skipped; slides that fail are listed in `<output>/<encoder>/failures.csv` and the exit status is 1.
+Writes `<output>/<encoder>/h5_files/<slide_id>.h5` (and `pt_files/<slide_id>.pt` on request).
+Finished slides are skipped; slides that fail are listed in `<output>/<encoder>/failures.csv` and
+the exit status is 1.
 """
 
 from __future__ import annotations
@@ -23,12 +25,22 @@ class Config(FeatureKeys):
     """Keys of feature extraction."""
 
     encoder: str = key(
-        "stain_texture", "a name that list_encoders prints, timm:<model>, open_clip:<model>/<tag>, hf:<repo>, dino"
+        "stain_texture",
+        "a name that list_encoders prints, timm:<model>, open_clip:<model>/<tag>, hf:<repo>, dino",
     )
-    weights: str = key("", "local weights file or folder; empty: from the encoder's hub; random: untrained")
-    pool: str = key("published", "features of a transformer: class token, mean of patch tokens, or both", choices=POOLS)
+    weights: str = key(
+        "", "local weights file or folder; empty: from the encoder's hub; random: untrained"
+    )
+    pool: str = key(
+        "published",
+        "features of a transformer: class token, mean of patch tokens, or both",
+        choices=POOLS,
+    )
     layer: int = key(0, "stage of a ResNet that is pooled, 1 to 4; 0: as the table says")
-    crop: bool = key(True, "centre crop where the encoder's own processor has one; false: the whole tile, resized")
+    crop: bool = key(
+        True,
+        "centre crop where the encoder's own processor has one; false: the whole tile, resized",
+    )
 
 
 def build_model(config: Config) -> Encoder:
@@ -37,7 +49,14 @@ def build_model(config: Config) -> Encoder:
 
 
 def main(config: Config) -> int:
-    return extract(build_model(config), config.slides, config.coords, config.labels, config.output, config.settings())
+    return extract(
+        build_model(config),
+        config.slides,
+        config.coords,
+        config.labels,
+        config.output,
+        config.settings(),
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Cut the tiles of a finished tiling by sharpness, ink, empty glass or stain, without reading a slide again.
+"""Cut the tiles of a finished tiling by sharpness, ink, empty glass or stain, without reading a
+slide again.
 
-    python -m patch_encoder.filter_tiles tiles=runs/tiles output=runs/tiles_sharp min_blur=80 max_pen=0.05
+    python -m patch_encoder.filter_tiles tiles=runs/tiles output=runs/tiles_sharp min_blur=80
+    max_pen=0.05
 
-Reads `<tiles>/coords/*.h5` of `tile_slides quality=true`, writes `<output>/coords/` and `<output>/filtering.csv`. The tiles
-that stay keep their order; cohort_report shows where a threshold lies among a cohort's tiles.
+Reads `<tiles>/coords/*.h5` of `tile_slides quality=true`, writes `<output>/coords/` and
+`<output>/filtering.csv`. The tiles that stay keep their order; cohort_report shows where a
+threshold lies among a cohort's tiles.
 """
 
 from __future__ import annotations
@@ -30,9 +33,13 @@ class Config:
 
     tiles: str = key(REQUIRED, "folder that tile_slides wrote with quality=true", path=True)
     output: str = key(REQUIRED, "folder that gets coords/ and filtering.csv", runtime=True)
-    min_blur: float | None = key(None, "drop tiles whose Laplacian has less variance than this; null: none")
+    min_blur: float | None = key(
+        None, "drop tiles whose Laplacian has less variance than this; null: none"
+    )
     max_pen: float | None = key(None, "drop tiles with a larger share of ink; null: none")
-    max_background: float | None = key(None, "drop tiles with a larger share of empty glass; null: none")
+    max_background: float | None = key(
+        None, "drop tiles with a larger share of empty glass; null: none"
+    )
     min_saturation: float | None = key(None, "drop tiles of less mean saturation, 0..1; null: none")
     max_darkness: float | None = key(None, "drop tiles of more mean optical density; null: none")
 
@@ -44,19 +51,34 @@ def main(config: Config) -> int:
     if not files:
         raise UserError(f"tiles={config.tiles}: expected coords/*.h5 of tile_slides, found none")
     if not cuts.any():
-        raise UserError("expected at least one of min_blur, max_pen, max_background, min_saturation, max_darkness; found none")
+        raise UserError(
+            "expected at least one of min_blur, max_pen, max_background, min_saturation, "
+            "max_darkness; found none"
+        )
     if source.resolve() == target.resolve():
-        raise UserError(f"output={config.output}: expected another folder than tiles, or the dropped tiles would be lost")
+        raise UserError(
+            f"output={config.output}: expected another folder than tiles, or the dropped tiles "
+            "would be lost"
+        )
     failures, rows = Failures("filter_tiles"), []
     for path in progress(files, "filtering", len(files), "slides"):
         try:
             dropped = filter_coordinates(path, target / path.name, cuts)
-            rows.append({"slide": path.stem, "tiles": len(read_coordinates(target / path.name).coords), **dropped})
+            rows.append(
+                {
+                    "slide": path.stem,
+                    "tiles": len(read_coordinates(target / path.name).coords),
+                    **dropped,
+                }
+            )
         except UserError as error:
             failures.add(path.stem, str(error))
     table = [dict.fromkeys(MEASURES, 0) | row for row in rows]
     write_csv(Path(config.output) / "filtering.csv", ["slide", "tiles", *MEASURES], table)
-    kept, lost = sum(row["tiles"] for row in table), sum(row[name] for row in table for name in MEASURES)
+    kept, lost = (
+        sum(row["tiles"] for row in table),
+        sum(row[name] for row in table for name in MEASURES),
+    )
     logger.info("filter_tiles: %d of %d tiles stay", kept, kept + lost)
     return failures.write(Path(config.output))
 

@@ -1,10 +1,12 @@
-"""Say what the readers make of a slide, or of every slide of a folder, before hours are spent on it.
+"""Say what the readers make of a slide, or of every slide of a folder, before hours are spent on
+it.
 
     python -m patch_encoder.inspect_slides slides=cohort/slides target_mpp=0.5 tile_size=256
 
-One row a slide: format, size, levels, mpp and where it comes from, what is read for a tile at the target resolution, how many
-tiles the grid has, whether sampled regions decode. One slide alone, or `details=true`, gives everything; `json=true` the same
-for programs. The exit status is 1 when a slide cannot be opened or a sampled region cannot be decoded.
+One row a slide: format, size, levels, mpp and where it comes from, what is read for a tile at the
+target resolution, how many tiles the grid has, whether sampled regions decode. One slide alone, or
+`details=true`, gives everything; `json=true` the same for programs. The exit status is 1 when a
+slide cannot be opened or a sampled region cannot be decoded.
 """
 
 from __future__ import annotations
@@ -40,11 +42,20 @@ class Config:
     tile_size: int = key(256, "side of a tile in pixels at target_mpp")
     overlap: float = key(0.0, "share of its side that a tile has in common with its neighbour")
     mpp: float | None = key(None, "um per pixel at level 0 of slides that labels.csv does not give")
-    tile_pattern: str = key("", "how tile folders name their tiles, as in tile_x{x}_y{y}.png; empty: <row>_<col>")
-    pictures: bool = key(False, "plain pictures (png, jpg, ...) are slides too; they are anyway where nothing else is")
+    tile_pattern: str = key(
+        "", "how tile folders name their tiles, as in tile_x{x}_y{y}.png; empty: <row>_<col>"
+    )
+    pictures: bool = key(
+        False,
+        "plain pictures (png, jpg, ...) are slides too; they are anyway where nothing else is",
+    )
     sample: int = key(16, "tiles to decode, spread over the slide; 0: none")
-    workers: int = key(2, "slides at a time; 0: in the main process, which a slide that crashes its reader ends")
-    read_timeout: float = key(300.0, "seconds without progress that give a slide up (not with workers=0)")
+    workers: int = key(
+        2, "slides at a time; 0: in the main process, which a slide that crashes its reader ends"
+    )
+    read_timeout: float = key(
+        300.0, "seconds without progress that give a slide up (not with workers=0)"
+    )
     details: bool = key(False, "everything about each slide instead of a row")
     json: bool = key(False, "print a JSON list instead")
 
@@ -63,12 +74,24 @@ def inspect_one(slide_id: str, path: Path, mpp: float | None, config: Config) ->
     return entry
 
 
-def inspect_all(jobs: Sequence[tuple[str, Path, float | None]], config: Config) -> list[dict[str, Any]]:
-    """`inspect_one` of every slide, in order; one that crashes or hangs its reader has that as its error."""
-    entries: list[dict[str, Any]] = [{"slide": slide_id, "path": str(path)} for slide_id, path, _ in jobs]
-    work = isolated(lambda job: inspect_one(*job, config), jobs, config.workers, config.read_timeout)
+def inspect_all(
+    jobs: Sequence[tuple[str, Path, float | None]], config: Config
+) -> list[dict[str, Any]]:
+    """`inspect_one` of every slide, in order; one that crashes or hangs its reader has that as its
+    error.
+    """
+    entries: list[dict[str, Any]] = [
+        {"slide": slide_id, "path": str(path)} for slide_id, path, _ in jobs
+    ]
+    work = isolated(
+        lambda job: inspect_one(*job, config), jobs, config.workers, config.read_timeout
+    )
     for number, result in progress(work, "inspected", len(jobs), "slides"):
-        entries[number] = entries[number] | {"error": result.reason} if isinstance(result, (Lost, Raised)) else result
+        entries[number] = (
+            entries[number] | {"error": result.reason}
+            if isinstance(result, (Lost, Raised))
+            else result
+        )
     return entries
 
 
@@ -105,7 +128,9 @@ def plan(slide: Slide, config: Config) -> tuple[TileGeometry | None, dict[str, A
         "level0_size": geometry.patch_size_level0,
         "resample": round(geometry.target_size / geometry.patch_size, 5),
         # whole pixels are read, so this is near target_mpp and seldom equal to it
-        "mpp": None if slide.mpp is None else round(geometry.patch_size * downsample * slide.mpp / geometry.target_size, 5),
+        "mpp": None
+        if slide.mpp is None
+        else round(geometry.patch_size * downsample * slide.mpp / geometry.target_size, 5),
         "tiles": len(grid(geometry)),
         "error": "",
     }
@@ -115,7 +140,16 @@ def probe(slide: Slide, geometry: TileGeometry | None, sample: int) -> dict[str,
     """Decode tiles spread over the grid, and one region in the middle of every other level."""
     reads = []
     for level, downsample in enumerate(slide.downsamples if sample else ()):
-        reads.append((*(max(0, round((side - PROBE * downsample) / 2)) for side in (slide.width, slide.height)), PROBE, level))
+        reads.append(
+            (
+                *(
+                    max(0, round((side - PROBE * downsample) / 2))
+                    for side in (slide.width, slide.height)
+                ),
+                PROBE,
+                level,
+            )
+        )
     if geometry is not None and len(corners := grid(geometry)) and sample:
         chosen = corners[np.unique(np.linspace(0, len(corners) - 1, sample).round().astype(int))]
         reads = [read for read in reads if read[3] != geometry.patch_level]
@@ -127,15 +161,24 @@ def probe(slide: Slide, geometry: TileGeometry | None, sample: int) -> dict[str,
             slide.read(x, y, size, level)
         except RegionError as error:
             errors.append(str(error))
-    return {"read": len(reads), "unreadable": len(errors), "first_error": errors[0] if errors else ""}
+    return {
+        "read": len(reads),
+        "unreadable": len(errors),
+        "first_error": errors[0] if errors else "",
+    }
 
 
 def table(entries: Sequence[dict[str, Any]]) -> str:
     """One row a slide, columns as wide as they need, and what is wrong below."""
-    rows = [("slide", "format", "size", "levels", "mpp", "from", "power", "reads", "tiles", "regions")]
+    rows = [
+        ("slide", "format", "size", "levels", "mpp", "from", "power", "reads", "tiles", "regions")
+    ]
     rows += [_row(entry) for entry in entries]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join([*lines, *_grouped(entries)])
 
@@ -145,9 +188,12 @@ def _grouped(entries: Sequence[dict[str, Any]]) -> list[str]:
     slides: dict[str, list[str]] = {}
     for entry in entries:
         for problem in problems(entry):
-            slides.setdefault(problem.replace(f"slide {entry['slide']}: ", ""), []).append(entry["slide"])
+            slides.setdefault(problem.replace(f"slide {entry['slide']}: ", ""), []).append(
+                entry["slide"]
+            )
     return [
-        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {problem}" for problem, names in slides.items()
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {problem}"
+        for problem, names in slides.items()
     ]
 
 
@@ -155,7 +201,11 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
     if entry["error"]:
         return (entry["slide"], "unreadable", *[""] * 8)
     reads, regions = entry["plan"], entry["regions"]
-    what = f"{reads['read_size']} px of level {reads['level']}, x{reads['resample']:.4g}" if not reads["error"] else "-"
+    what = (
+        f"{reads['read_size']} px of level {reads['level']}, x{reads['resample']:.4g}"
+        if not reads["error"]
+        else "-"
+    )
     return (
         entry["slide"],
         entry["format"],
@@ -177,7 +227,10 @@ def problems(entry: dict[str, Any]) -> list[str]:
     found = [entry["plan"]["error"]] if entry["plan"]["error"] else []
     regions = entry["regions"]
     if regions["unreadable"]:
-        found.append(f"{regions['unreadable']} of {regions['read']} regions cannot be decoded; first: {regions['first_error']}")
+        found.append(
+            f"{regions['unreadable']} of {regions['read']} regions cannot be decoded; first: "
+            f"{regions['first_error']}"
+        )
     return found
 
 
@@ -185,23 +238,35 @@ def describe(entry: dict[str, Any]) -> str:
     """Everything about one slide, a line each."""
     if entry["error"]:
         return f"{entry['slide']}\n  error          {entry['error']}"
-    power, share, reads, regions = entry["objective_power"], entry["transparent_share"], entry["plan"], entry["regions"]
+    power, share, reads, regions = (
+        entry["objective_power"],
+        entry["transparent_share"],
+        entry["plan"],
+        entry["regions"],
+    )
     lines = {
         "path": entry["path"],
         "format": entry["format"],
         "size": f"{entry['width']} x {entry['height']} px",
-        "mpp": f"{'unknown' if entry['mpp'] is None else format(entry['mpp'], '.5g')} ({entry['mpp_source']})",
+        "mpp": f"{'unknown' if entry['mpp'] is None else format(entry['mpp'], '.5g')} "
+        f"({entry['mpp_source']})",
         "objective": "unknown" if power is None else f"{power:g}x",
         "background": f"#{entry['background']}" if entry["background"] else "not given",
         "transparent": "unknown" if share is None else f"{share:.1%} of the slide, read as white",
-        "colour profile": f"{entry['icc_bytes']} bytes, not applied" if entry["icc_bytes"] else "none",
-        "beside it": ", ".join(f"{name} {w}x{h}" for name, (w, h) in entry["associated"].items()) or "nothing",
+        "colour profile": f"{entry['icc_bytes']} bytes, not applied"
+        if entry["icc_bytes"]
+        else "none",
+        "beside it": ", ".join(f"{name} {w}x{h}" for name, (w, h) in entry["associated"].items())
+        or "nothing",
     }
     for index, level in enumerate(entry["levels"]):
-        lines[f"level {index}"] = f"{level['width']} x {level['height']} px, 1/{level['downsample']:g}"
+        lines[f"level {index}"] = (
+            f"{level['width']} x {level['height']} px, 1/{level['downsample']:g}"
+        )
     lines["a tile"] = reads["error"] or (
         f"{reads['read_size']} px of level {reads['level']} at 1/{reads['downsample']:g} "
-        f"({reads['level0_size']} px of level 0), resampled x{reads['resample']:g}; {reads['tiles']} tiles in the grid"
+        f"({reads['level0_size']} px of level 0), resampled x{reads['resample']:g}; "
+        f"{reads['tiles']} tiles in the grid"
     )
     lines["regions"] = f"{regions['read'] - regions['unreadable']} of {regions['read']} decode"
     if regions["unreadable"]:
@@ -213,7 +278,9 @@ def main(config: Config) -> int:
     check_workers(config.workers, config.read_timeout)
     if config.sample < 0:
         raise UserError(f"sample={config.sample}: expected 0 or more tiles")
-    slides, mpps = slides_and_mpps(config.slides, config.labels, config.tile_pattern, config.pictures)
+    slides, mpps = slides_and_mpps(
+        config.slides, config.labels, config.tile_pattern, config.pictures
+    )
     jobs = [(slide_id, path, mpps.get(slide_id) or config.mpp) for slide_id, path in slides.items()]
     entries = inspect_all(jobs, config)
     if config.json:

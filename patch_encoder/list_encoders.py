@@ -1,10 +1,12 @@
-"""List the encoders that features can be extracted with; or check one: size, cost and time of a tile on this device.
+"""List the encoders that features can be extracted with; or check one: size, cost and time of a
+tile on this device.
 
     python -m patch_encoder.list_encoders
     python -m patch_encoder.list_encoders json=true
     python -m patch_encoder.list_encoders verify=uni weights=UNI/pytorch_model.bin
 
-`verify` loads the encoder as extraction would (weights= empty: from its hub; random: untrained) and encodes random tiles.
+`verify` loads the encoder as extraction would (weights= empty: from its hub; random: untrained) and
+encodes random tiles.
 """
 
 from __future__ import annotations
@@ -39,13 +41,17 @@ class Config:
     json: bool = key(False, "print JSON instead of a table")
     match: str = key("", "list only names that contain this text")
     verify: str = key("", "build this encoder, encode random tiles and print what it costs")
-    weights: str = key("", "verify: local weights file or folder; empty: from the hub; random: untrained")
+    weights: str = key(
+        "", "verify: local weights file or folder; empty: from the hub; random: untrained"
+    )
     pool: str = key("published", "verify: features of a transformer", choices=POOLS)
     layer: int = key(0, "verify: stage of a ResNet, 1 to 4; 0: as the table says")
     batch_size: int = key(8, "verify: tiles a batch")
     rounds: int = key(3, "verify: timed batches after one to warm up; the median counts")
     device: str = key("auto", "auto, cpu, cuda or cuda:N")
-    precision: str = key("auto", "auto: bf16 where the device has it, else fp32", choices=PRECISIONS)
+    precision: str = key(
+        "auto", "auto: bf16 where the device has it, else fp32", choices=PRECISIONS
+    )
 
 
 def table(match: str = "") -> list[dict[str, Any]]:
@@ -78,7 +84,10 @@ def as_text(rows: Sequence[dict[str, Any]]) -> str:
     """Columns padded to their longest entry; `-` where there is nothing to say."""
     shown = [[_cell(row[column]) for column in COLUMNS] for row in rows]
     widths = [max(len(line[i]) for line in [list(COLUMNS), *shown]) for i in range(len(COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in [list(COLUMNS), *shown]]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
+        for line in [list(COLUMNS), *shown]
+    ]
     return "\n".join(lines)
 
 
@@ -89,7 +98,9 @@ def _cell(value: Any) -> str:
 
 
 def random_batch(encoder: Encoder, count: int, side: int) -> tuple[torch.Tensor, float]:
-    """Random tiles through the encoder's own transform; seconds a tile, as one worker would take."""
+    """Random tiles through the encoder's own transform; seconds a tile, as one worker would
+    take.
+    """
     generator = np.random.default_rng(0)
     tiles = [generator.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(count)]
     encoder.transform(tiles[0])
@@ -99,7 +110,9 @@ def random_batch(encoder: Encoder, count: int, side: int) -> tuple[torch.Tensor,
 
 
 def gflops(encoder: Encoder, batch: torch.Tensor) -> float | None:
-    """10^9 floating-point operations a tile, a multiply-add as two; None for a classical descriptor."""
+    """10^9 floating-point operations a tile, a multiply-add as two; None for a classical
+    descriptor.
+    """
     if not any(True for _ in encoder.model.parameters()):
         return None
     # attention spelt out: fused kernels are not counted on every device
@@ -113,7 +126,9 @@ def gflops(encoder: Encoder, batch: torch.Tensor) -> float | None:
 
 
 @torch.inference_mode()
-def seconds(encoder: Encoder, batch: torch.Tensor, precision: str, rounds: int) -> tuple[float, torch.Tensor]:
+def seconds(
+    encoder: Encoder, batch: torch.Tensor, precision: str, rounds: int
+) -> tuple[float, torch.Tensor]:
     """(median seconds a batch on its device, features), after one batch to warm up."""
     times = []
     for _ in range(rounds + 1):
@@ -144,8 +159,10 @@ def check(config: Config) -> dict[str, Any]:
     elapsed, features = seconds(encoder, batch, precision, config.rounds)
     if features.shape != (config.batch_size, encoder.dim) or not features.isfinite().all():
         raise UserError(
-            f"encoder '{config.verify}': expected finite features ({config.batch_size}, {encoder.dim}) in {precision}, found "
-            f"{tuple(features.shape)}, {int((~features.isfinite()).sum())} not finite; try precision=fp32"
+            f"encoder '{config.verify}': expected finite features ({config.batch_size}, "
+            f"{encoder.dim}) in {precision}, found "
+            f"{tuple(features.shape)}, {int((~features.isfinite()).sum())} not finite; try "
+            "precision=fp32"
         )
     return {
         "encoder": encoder.name,
@@ -167,13 +184,23 @@ def check(config: Config) -> dict[str, Any]:
 def main(config: Config) -> None:
     if config.verify:
         result = check(config)
-        lines = "\n".join(f"{name}: {round(value, 4) if isinstance(value, float) else value}" for name, value in result.items())
+        lines = "\n".join(
+            f"{name}: {round(value, 4) if isinstance(value, float) else value}"
+            for name, value in result.items()
+        )
         print(json.dumps(result, indent=2) if config.json else lines)
         return
     rows = table(config.match)
     if not rows:
-        raise UserError(f"match='{config.match}': expected part of an encoder's name, found none with it; leave match empty")
-    print(json.dumps(rows, indent=2) if config.json else f"{as_text(rows)}\n\nand by name: {', '.join(PATTERNS)}")
+        raise UserError(
+            f"match='{config.match}': expected part of an encoder's name, found none with it; "
+            "leave match empty"
+        )
+    print(
+        json.dumps(rows, indent=2)
+        if config.json
+        else f"{as_text(rows)}\n\nand by name: {', '.join(PATTERNS)}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Look at what stain normalisation and augmentation make of a slide's tiles, or of picture files, before thousands are encoded.
+"""Look at what stain normalisation and augmentation make of a slide's tiles, or of picture files,
+before thousands are encoded.
 
-    python -m patch_encoder.stain_preview slides=cohort/slides/S001.svs output=preview.png
-    python -m patch_encoder.stain_preview slides=pictures output=preview.png tiles=6 stain_target=target.png
+    python -m patch_encoder.stain_preview slides=cohort/slides/S001.svs output=preview.png python -m
+    patch_encoder.stain_preview slides=pictures output=preview.png tiles=6 stain_target=target.png
 
-One picture: a row a tile, columns original, Reinhard and Macenko (statistics of the slide, as extraction takes them by
-default), haematoxylin alone, eosin alone, and three draws of augmentation. Of a folder every slide or picture gives an equal
-share of rows.
+One picture: a row a tile, columns original, Reinhard and Macenko (statistics of the slide, as
+extraction takes them by default), haematoxylin alone, eosin alone, and three draws of augmentation.
+Of a folder every slide or picture gives an equal share of rows.
 """
 
 from __future__ import annotations
@@ -35,9 +36,21 @@ from patch_encoder.stain.optical_density import stained_pixels
 from patch_encoder.viz.captions import INK, QUIET, TEXT, TITLE, caption_font
 
 logger = logging.getLogger(__name__)
-COLUMNS = ("original", "Reinhard", "Macenko", "haematoxylin", "eosin", "HED jitter", "HED jitter", "stain jitter")
+COLUMNS = (
+    "original",
+    "Reinhard",
+    "Macenko",
+    "haematoxylin",
+    "eosin",
+    "HED jitter",
+    "HED jitter",
+    "stain jitter",
+)
 GAP, HEAD, LABEL = 4, 24, 18
-CANDIDATES, GRID = 64, 64  # places of a slide that are looked at, and pixels a side that count in its statistics
+CANDIDATES, GRID = (
+    64,
+    64,
+)  # places of a slide that are looked at, and pixels a side that count in its statistics
 
 
 @dataclass
@@ -48,9 +61,15 @@ class Config:
     output: str = key(REQUIRED, "the picture (.png) that is written", runtime=True)
     tiles: int = key(5, "rows in all")
     tile_size: int = key(256, "side of a tile, pixels of level 0")
-    stain_target: str = key("", "picture of H&E whose stain the tiles get; empty: a common reference", path=True)
-    stain_scope: str = key("slide", "stain statistics of the slide, or of each tile", choices=SCOPES)
-    alpha: float = key(0.1, "augmentation: stains are multiplied by 1 +- alpha (stain jitter: three times alpha)")
+    stain_target: str = key(
+        "", "picture of H&E whose stain the tiles get; empty: a common reference", path=True
+    )
+    stain_scope: str = key(
+        "slide", "stain statistics of the slide, or of each tile", choices=SCOPES
+    )
+    alpha: float = key(
+        0.1, "augmentation: stains are multiplied by 1 +- alpha (stain jitter: three times alpha)"
+    )
     beta: float = key(0.05, "augmentation: and shifted by +- beta, optical density")
     seed: int = key(0, "of the augmentation's draws")
 
@@ -64,7 +83,9 @@ class Row(NamedTuple):
 
 
 def rows_of(slide: Slide, count: int, size: int) -> list[Row]:
-    """The `count` places with most tissue, out of a grid of CANDIDATES over the slide; in reading order."""
+    """The `count` places with most tissue, out of a grid of CANDIDATES over the slide; in reading
+    order.
+    """
     side = min(size, slide.width, slide.height)
     across = max(1, round((CANDIDATES * slide.width / slide.height) ** 0.5))
     down = max(1, round(CANDIDATES / across))
@@ -81,21 +102,35 @@ def rows_of(slide: Slide, count: int, size: int) -> list[Row]:
     tissue = [float(stained_pixels(tile)[0].float().mean()) for *_, tile in found]
     chosen: list[int] = []
     for index in sorted(range(len(found)), key=lambda i: -tissue[i]):
-        apart = all(max(abs(found[index][k] - found[other][k]) for k in (0, 1)) >= side for other in chosen)
+        apart = all(
+            max(abs(found[index][k] - found[other][k]) for k in (0, 1)) >= side for other in chosen
+        )
         if apart and len(chosen) < count:
             chosen.append(index)
-    return [Row(f"{slide.slide_id}  ({found[i][0]}, {found[i][1]})", found[i][2], pixels) for i in sorted(chosen)]
+    return [
+        Row(f"{slide.slide_id}  ({found[i][0]}, {found[i][1]})", found[i][2], pixels)
+        for i in sorted(chosen)
+    ]
 
 
-def variants(row: Row, methods: dict[str, Normaliser], config: Config, generator: torch.Generator) -> list[np.ndarray]:
+def variants(
+    row: Row, methods: dict[str, Normaliser], config: Config, generator: torch.Generator
+) -> list[np.ndarray]:
     """The row's pictures, uint8 (H, W, 3), in the order of COLUMNS."""
     tile = row.tile.permute(1, 2, 0).numpy()
-    source = {kind: method.fit(row.slide if config.stain_scope == "slide" else row.tile) for kind, method in methods.items()}
+    source = {
+        kind: method.fit(row.slide if config.stain_scope == "slide" else row.tile)
+        for kind, method in methods.items()
+    }
     stains = source["macenko"]
     assert isinstance(stains, StainProfile)
     hed, own = HedJitter(config.alpha, config.beta), StainJitter(3 * config.alpha, config.beta)
     tensors = [one_stain_alone(row.tile, stains, stain) for stain in (0, 1)]
-    tensors += [hed(row.tile, generator), hed(row.tile, generator), own(row.tile, generator, stains)]
+    tensors += [
+        hed(row.tile, generator),
+        hed(row.tile, generator),
+        own(row.tile, generator, stains),
+    ]
     normalised = [methods[kind].apply(tile, source[kind]) for kind in ("reinhard", "macenko")]
     return [tile, *normalised, *(tensor.permute(1, 2, 0).numpy() for tensor in tensors)]
 
@@ -104,10 +139,14 @@ def page(rows: Sequence[tuple[str, list[np.ndarray]]], side: int) -> Image.Image
     """All pictures on white, columns named once, rows by slide and corner."""
     font, small = caption_font(TITLE), caption_font(TEXT)
     step = side + GAP
-    sheet = Image.new("RGB", (GAP + step * len(COLUMNS), HEAD + (step + LABEL) * len(rows)), "white")
+    sheet = Image.new(
+        "RGB", (GAP + step * len(COLUMNS), HEAD + (step + LABEL) * len(rows)), "white"
+    )
     draw = ImageDraw.Draw(sheet)
     for column, name in enumerate(COLUMNS):
-        draw.text((GAP + column * step + side / 2, HEAD / 2), name, fill=INK, font=font, anchor="mm")
+        draw.text(
+            (GAP + column * step + side / 2, HEAD / 2), name, fill=INK, font=font, anchor="mm"
+        )
     for line, (name, pictures) in enumerate(rows):
         top = HEAD + line * (step + LABEL)
         draw.text((GAP, top + 1), name, fill=QUIET, font=small)
@@ -121,7 +160,10 @@ def main(config: Config) -> None:
     for name in ("tiles", "tile_size"):
         if getattr(config, name) < 1:
             raise UserError(f"{name}={getattr(config, name)}: expected at least 1")
-    methods = {kind: build_normaliser(kind, config.stain_target, config.stain_scope) for kind in ("reinhard", "macenko")}
+    methods = {
+        kind: build_normaliser(kind, config.stain_target, config.stain_scope)
+        for kind in ("reinhard", "macenko")
+    }
     chosen = {kind: method for kind, method in methods.items() if method is not None}
     path = Path(config.slides)
     paths = list(find_slides(config.slides).values()) if path.is_dir() else [path]
@@ -132,7 +174,10 @@ def main(config: Config) -> None:
             found = rows_of(slide, min(share, config.tiles - len(rows)), config.tile_size)
         rows += [(row.name, variants(row, chosen, config, generator)) for row in found]
     if not rows:
-        raise UserError(f"slides={config.slides}: expected tiles that can be read, found none; look with patch_encoder.inspect_slides")
+        raise UserError(
+            f"slides={config.slides}: expected tiles that can be read, found none; look with "
+            "patch_encoder.inspect_slides"
+        )
     with atomic_path(config.output) as temporary:
         page(rows, min(config.tile_size, 224)).save(temporary, format="PNG")
     logger.info("stain_preview: %d tiles in %s", len(rows), config.output)

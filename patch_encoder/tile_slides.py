@@ -1,11 +1,13 @@
 """Find the tissue of every slide of a cohort and write the coordinates of its tiles.
 
-    python -m patch_encoder.tile_slides slides=cohort/slides output=runs/tiles target_mpp=0.5 tile_size=256
+    python -m patch_encoder.tile_slides slides=cohort/slides output=runs/tiles target_mpp=0.5
+    tile_size=256
 
-Writes below `<output>`: `coords/<slide_id>.h5`, `overlays/<slide_id>.jpg` (what was taken for tissue, which tiles were cut,
-what was dropped), `thumbnails/`, `tissue/<slide_id>.geojson` (outlines for QuPath) and `tiling.csv`. Finished slides are
-skipped; slides that cannot be read are listed in `failures.csv`. `quality=true` measures every tile, so that `filter_tiles`
-can cut by sharpness, ink or background later.
+Writes below `<output>`: `coords/<slide_id>.h5`, `overlays/<slide_id>.jpg` (what was taken for
+tissue, which tiles were cut, what was dropped), `thumbnails/`, `tissue/<slide_id>.geojson`
+(outlines for QuPath) and `tiling.csv`. Finished slides are skipped; slides that cannot be read are
+listed in `failures.csv`. `quality=true` measures every tile, so that `filter_tiles` can cut by
+sharpness, ink or background later.
 """
 
 from __future__ import annotations
@@ -34,7 +36,12 @@ from patch_encoder.cohort.labels import slides_and_mpps
 from patch_encoder.slides import Slide, SlideError, open_slide
 from patch_encoder.slides.damage import Damage
 from patch_encoder.slides.overview import Overview, read_overview
-from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, coordinate_attributes, read_coordinates
+from patch_encoder.tiles.coordinates import (
+    Coordinates,
+    TileGeometry,
+    coordinate_attributes,
+    read_coordinates,
+)
 from patch_encoder.tiles.grid import grid, tile_geometry, tissue_share
 from patch_encoder.tissue import METHODS, Tissue, TissueSettings, find_tissue
 from patch_encoder.tissue.annotation import annotation_file
@@ -49,7 +56,8 @@ logger = logging.getLogger(__name__)
 
 COLUMNS = ["slide", "tiles", "tissue_share", "mpp", "tissue_mm2", "dropped", "unreadable"]
 SMALL_PARTS = {
-    "clam": "; all parts are smaller than tissue.clam.a_t, as cells of a smear are: lower it, or take method=cytology",
+    "clam": "; all parts are smaller than tissue.clam.a_t, as cells of a smear are: lower it, or "
+    "take method=cytology",
     "min_area": "; all parts are smaller than tissue.min_area",
 }
 OVERLAY, THUMBNAIL = 1024, 256  # px of the longest side
@@ -69,22 +77,54 @@ class Config:
     pad: bool = key(False, "also tiles that run past the right and lower border, white there")
     min_tissue: float = key(0.1, "smallest share of a tile that has to be tissue")
     mpp: float | None = key(None, "um per pixel at level 0 for slides that do not say")
-    tile_pattern: str = key("", "how tile folders name their tiles, as in tile_x{x}_y{y}.png; empty: <row>_<col>")
-    pictures: bool = key(False, "plain pictures (png, jpg, ...) are slides too; labelled ones always are")
-    method: str = key("auto", "tissue detection; auto: existing tiles of a tile folder, else hsv_otsu", choices=METHODS)
-    grid: str = key("slide", "one grid over the slide, or CLAM's grid per contour (method=clam)", choices=("slide", "contour"))
-    quality: bool = key(False, "measure sharpness, ink, background and stain of every tile (reads every tile)")
-    min_blur: float | None = key(None, "drop tiles whose Laplacian has less variance than this; null: none")
+    tile_pattern: str = key(
+        "", "how tile folders name their tiles, as in tile_x{x}_y{y}.png; empty: <row>_<col>"
+    )
+    pictures: bool = key(
+        False, "plain pictures (png, jpg, ...) are slides too; labelled ones always are"
+    )
+    method: str = key(
+        "auto",
+        "tissue detection; auto: existing tiles of a tile folder, else hsv_otsu",
+        choices=METHODS,
+    )
+    grid: str = key(
+        "slide",
+        "one grid over the slide, or CLAM's grid per contour (method=clam)",
+        choices=("slide", "contour"),
+    )
+    quality: bool = key(
+        False, "measure sharpness, ink, background and stain of every tile (reads every tile)"
+    )
+    min_blur: float | None = key(
+        None, "drop tiles whose Laplacian has less variance than this; null: none"
+    )
     max_pen: float | None = key(None, "drop tiles with a larger share of ink; null: none")
-    max_background: float | None = key(None, "drop tiles with a larger share of empty glass; null: none")
+    max_background: float | None = key(
+        None, "drop tiles with a larger share of empty glass; null: none"
+    )
     min_saturation: float | None = key(None, "drop tiles of less mean saturation, 0..1; null: none")
     max_darkness: float | None = key(None, "drop tiles of more mean optical density; null: none")
-    max_unreadable: float = key(0.25, "largest share of a slide that may fail to decode; the rest is tiled")
+    max_unreadable: float = key(
+        0.25, "largest share of a slide that may fail to decode; the rest is tiled"
+    )
     tissue: TissueSettings = group(TissueSettings, "tissue detection settings")
-    workers: int = key(2, "slides at a time; 0: in the main process, which a slide that crashes its reader ends", runtime=True)
-    threads: int = key(0, "threads that read a slide; 0: as many as there are cores for each of the workers", runtime=True)
-    read_timeout: float = key(300.0, "seconds without progress that give a slide up (not with workers=0)", runtime=True)
-    overwrite: bool = key(False, "tile slides again that were tiled with other settings", runtime=True)
+    workers: int = key(
+        2,
+        "slides at a time; 0: in the main process, which a slide that crashes its reader ends",
+        runtime=True,
+    )
+    threads: int = key(
+        0,
+        "threads that read a slide; 0: as many as there are cores for each of the workers",
+        runtime=True,
+    )
+    read_timeout: float = key(
+        300.0, "seconds without progress that give a slide up (not with workers=0)", runtime=True
+    )
+    overwrite: bool = key(
+        False, "tile slides again that were tiled with other settings", runtime=True
+    )
 
 
 Job = tuple[str, Path, float | None]  # slide id, file, mpp that was given
@@ -97,8 +137,19 @@ def cuts_of(config: Config) -> Cuts:
 
 def settings_stamp(config: Config) -> str:
     """The settings that decide a slide's tiles, as stored in its coordinates file."""
-    free = {"slides", "output", "labels", "workers", "threads", "read_timeout", "overwrite", "pictures"}
-    return json.dumps({name: value for name, value in asdict(config).items() if name not in free}, sort_keys=True)
+    free = {
+        "slides",
+        "output",
+        "labels",
+        "workers",
+        "threads",
+        "read_timeout",
+        "overwrite",
+        "pictures",
+    }
+    return json.dumps(
+        {name: value for name, value in asdict(config).items() if name not in free}, sort_keys=True
+    )
 
 
 def same_settings(found: str | None, expected: str) -> bool:
@@ -119,7 +170,8 @@ def _difference(found: str | None, expected: str) -> str:
 def _filled(stamp: dict[str, Any]) -> dict[str, Any]:
     def over(default: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         filled = {
-            name: over(v, given.get(name, {})) if isinstance(v, dict) else given.get(name, v) for name, v in default.items()
+            name: over(v, given.get(name, {})) if isinstance(v, dict) else given.get(name, v)
+            for name, v in default.items()
         }
         return {**given, **filled}
 
@@ -130,7 +182,11 @@ def _filled(stamp: dict[str, Any]) -> dict[str, Any]:
 
 def drawn_digest(slide_id: str, config: Config) -> str:
     """Digest of the slide's annotation with method=file, else ''."""
-    return sha256_file(annotation_file(config.tissue.file.folder, slide_id)) if config.method == "file" else ""
+    return (
+        sha256_file(annotation_file(config.tissue.file.folder, slide_id))
+        if config.method == "file"
+        else ""
+    )
 
 
 def tile_one(job: Job, config: Config, stamp: str) -> dict[str, object]:
@@ -148,7 +204,9 @@ def threads_each(config: Config) -> int:
 
 def _tile(slide: Slide, job: Job, config: Config, stamp: str) -> dict[str, object]:
     output, (slide_id, _, mpp) = Path(config.output), job
-    geometry = tile_geometry(slide, config.tile_size, config.target_mpp, config.overlap, config.step)
+    geometry = tile_geometry(
+        slide, config.tile_size, config.target_mpp, config.overlap, config.step
+    )
     tissue = find_tissue(slide, config.method, config.tissue)
     view = read_overview(slide, OVERLAY)
     damages = checked_damages(slide, tissue, view, config.max_unreadable)
@@ -156,9 +214,19 @@ def _tile(slide: Slide, job: Job, config: Config, stamp: str) -> dict[str, objec
     share = tissue_share(tissue.mask, corners, geometry)
     if config.grid == "slide":
         corners, share = corners[share >= config.min_tissue], share[share >= config.min_tissue]
-    lost = np.any([damage.touched(corners, geometry.patch_size_level0) for damage in damages], axis=0)
-    quality = measure_tiles(slide, geometry, corners, config.tissue.ink_od, ~lost) if config.quality else {}
-    why = np.where(lost | np.isnan(quality.get("blur", share)), "unreadable", reasons(quality, cuts_of(config), len(corners)))
+    lost = np.any(
+        [damage.touched(corners, geometry.patch_size_level0) for damage in damages], axis=0
+    )
+    quality = (
+        measure_tiles(slide, geometry, corners, config.tissue.ink_od, ~lost)
+        if config.quality
+        else {}
+    )
+    why = np.where(
+        lost | np.isnan(quality.get("blur", share)),
+        "unreadable",
+        reasons(quality, cuts_of(config), len(corners)),
+    )
     keep = why == ""
     coordinates = Coordinates(corners[keep], geometry)
     dropped = {str(reason): corners[why == reason] for reason in sorted(set(why[~keep]))}
@@ -167,14 +235,21 @@ def _tile(slide: Slide, job: Job, config: Config, stamp: str) -> dict[str, objec
     outlines = [outline.scaled(*scale) for outline in mask_outlines(tissue.mask)]
     write_geojson(output / "tissue" / f"{slide_id}.geojson", outlines, slide.mpp)
     extra = {"settings": stamp, "mpp_given": repr(mpp), "tissue_share": f"{tissue.mask.mean():.4f}"}
-    extra["unreadable"] = str(max(damages, key=lambda damage: damage.share)) if any(d.count for d in damages) else ""
+    extra["unreadable"] = (
+        str(max(damages, key=lambda damage: damage.share)) if any(d.count for d in damages) else ""
+    )
     extra |= {"dropped": json.dumps(count_reasons(why)), "drawn": drawn_digest(slide_id, config)}
     measured = {name: values[keep] for name, values in {**quality, "tissue": share}.items()}
     # written last: a slide counts as finished once it has coordinates
     write_tiles(output / "coords" / f"{slide_id}.h5", coordinates, extra, measured)
     small = not tissue.mask.any() and "small" in tissue.dropped and tissue.dropped["small"].any()
     hint = SMALL_PARTS["clam" if config.method == "clam" else "min_area"] if small else ""
-    return {"slide": slide_id, "tiles": len(coordinates.coords), "unreadable": extra["unreadable"], "hint": hint}
+    return {
+        "slide": slide_id,
+        "tiles": len(coordinates.coords),
+        "unreadable": extra["unreadable"],
+        "hint": hint,
+    }
 
 
 def checked_damages(slide: Slide, tissue: Tissue, view: Overview, most: float) -> list[Damage]:
@@ -187,11 +262,16 @@ def checked_damages(slide: Slide, tissue: Tissue, view: Overview, most: float) -
     for damage in damages:
         if damage.share > most:
             told = damage.error.replace(f"slide {slide.slide_id}: ", "")
-            raise SlideError(f"slide {slide.slide_id}: {damage}, more than max_unreadable={most:g}; first: {told}")
+            raise SlideError(
+                f"slide {slide.slide_id}: {damage}, more than max_unreadable={most:g}; first: "
+                f"{told}"
+            )
     return damages
 
 
-def candidate_tiles(slide: Slide, tissue: Tissue, geometry: TileGeometry, how: str, pad: bool) -> np.ndarray:
+def candidate_tiles(
+    slide: Slide, tissue: Tissue, geometry: TileGeometry, how: str, pad: bool
+) -> np.ndarray:
     """Corners before any share of tissue is asked for, (N, 2); with `contour` CLAM's own choice."""
     if how == "slide":
         return grid(geometry, pad)
@@ -201,7 +281,12 @@ def candidate_tiles(slide: Slide, tissue: Tissue, geometry: TileGeometry, how: s
 
 
 def write_pictures(
-    output: Path, slide: Slide, view: Overview, tissue: Tissue, coordinates: Coordinates, dropped: dict[str, Any]
+    output: Path,
+    slide: Slide,
+    view: Overview,
+    tissue: Tissue,
+    coordinates: Coordinates,
+    dropped: dict[str, Any],
 ) -> None:
     """The overlay with its legend, and a thumbnail for cohort_report."""
     with_legend, alone = mask_overlay(slide, view, tissue, coordinates, dropped)
@@ -225,7 +310,10 @@ def is_done(job: Job, config: Config, stamp: str) -> bool:
     found, given = attributes.get("settings"), attributes.get("mpp_given")
     if not same_settings(found, stamp) or given != repr(job[2]):
         changed = _difference(found, stamp) or f"mpp given {given} -> {job[2]!r}"
-        raise UserError(f"{path}: tiled with other settings ({changed}); choose another output or set overwrite=true")
+        raise UserError(
+            f"{path}: tiled with other settings ({changed}); choose another output or set "
+            "overwrite=true"
+        )
     return not attributes.get("drawn") or attributes["drawn"] == drawn_digest(job[0], config)
 
 
@@ -233,21 +321,31 @@ def check(config: Config) -> None:
     """Refuse what does not go together before any slide is opened."""
     check_workers(config.workers, config.read_timeout)
     if cuts_of(config).any() and not config.quality:
-        raise UserError("min_blur, max_pen, ...: expected quality=true, found false; cuts need measured tiles")
+        raise UserError(
+            "min_blur, max_pen, ...: expected quality=true, found false; cuts need measured tiles"
+        )
     if config.grid == "contour" and config.method != "clam":
         raise UserError(
-            f"grid=contour: expected method=clam, found method={config.method}; only CLAM has contours to start from"
+            f"grid=contour: expected method=clam, found method={config.method}; only CLAM has "
+            "contours to start from"
         )
     if config.method == "file" and not config.tissue.file.folder:
-        raise UserError("method=file: expected tissue.file.folder=<folder of annotations>, found none")
+        raise UserError(
+            "method=file: expected tissue.file.folder=<folder of annotations>, found none"
+        )
     mthresh = resolve(config.tissue.clam).mthresh
     if config.method == "clam" and (mthresh < 1 or mthresh % 2 == 0):
-        raise UserError(f"tissue.clam.mthresh={mthresh}: expected an odd side of the median filter; take {mthresh + 1}")
+        raise UserError(
+            f"tissue.clam.mthresh={mthresh}: expected an odd side of the median filter; take "
+            f"{mthresh + 1}"
+        )
 
 
 def main(config: Config) -> int:
     check(config)
-    slides, mpps = slides_and_mpps(config.slides, config.labels, config.tile_pattern, config.pictures)
+    slides, mpps = slides_and_mpps(
+        config.slides, config.labels, config.tile_pattern, config.pictures
+    )
     stamp = settings_stamp(config)
     jobs = [(slide_id, path, mpps.get(slide_id) or config.mpp) for slide_id, path in slides.items()]
     todo = [job for job in jobs if not is_done(job, config, stamp)]
@@ -258,9 +356,13 @@ def main(config: Config) -> int:
             failures.add(str(row["slide"]), str(row["error"]))
             continue
         if row["unreadable"]:
-            logger.warning("tile_slides: slide %s: %s, no tiles there", row["slide"], row["unreadable"])
+            logger.warning(
+                "tile_slides: slide %s: %s, no tiles there", row["slide"], row["unreadable"]
+            )
         if row["tiles"] == 0:
-            logger.warning("tile_slides: slide %s: no tissue found, 0 tiles%s", row["slide"], row["hint"])
+            logger.warning(
+                "tile_slides: slide %s: no tissue found, 0 tiles%s", row["slide"], row["hint"]
+            )
     write_table(Path(config.output), [job[0] for job in jobs])
     return failures.write(Path(config.output))
 
@@ -270,12 +372,20 @@ def run_jobs(todo: list[Job], config: Config, stamp: str) -> Iterator[dict[str, 
     cv2.setNumThreads(1)  # one core a worker; before the fork, which takes no threads along
     work = partial(tile_one, config=config, stamp=stamp)
     for number, result in isolated(work, todo, config.workers, config.read_timeout):
-        yield {"slide": todo[number][0], "error": result.reason} if isinstance(result, (Lost, Raised)) else result
+        yield (
+            {"slide": todo[number][0], "error": result.reason}
+            if isinstance(result, (Lost, Raised))
+            else result
+        )
 
 
 def write_table(output: Path, slide_ids: list[str]) -> None:
     """tiling.csv over all slides that have coordinates now."""
-    rows = [table_row(slide_id, path) for slide_id in slide_ids if (path := output / "coords" / f"{slide_id}.h5").is_file()]
+    rows = [
+        table_row(slide_id, path)
+        for slide_id in slide_ids
+        if (path := output / "coords" / f"{slide_id}.h5").is_file()
+    ]
     write_csv(output / "tiling.csv", COLUMNS, rows)
 
 
@@ -285,8 +395,16 @@ def table_row(slide_id: str, path: Path) -> dict[str, object]:
     geometry, share = coordinates.geometry, attributes.get("tissue_share", "")
     area = geometry.level0_width * geometry.level0_height * geometry.mpp**2 / 1e6
     dropped = sum(json.loads(attributes.get("dropped", "{}")).values())
-    row = {"slide": slide_id, "tiles": len(coordinates.coords), "tissue_share": share, "mpp": geometry.mpp}
-    row |= {"tissue_mm2": f"{area * float(share):.3f}" if area and share else "", "dropped": dropped}
+    row = {
+        "slide": slide_id,
+        "tiles": len(coordinates.coords),
+        "tissue_share": share,
+        "mpp": geometry.mpp,
+    }
+    row |= {
+        "tissue_mm2": f"{area * float(share):.3f}" if area and share else "",
+        "dropped": dropped,
+    }
     return row | {"unreadable": attributes.get("unreadable", "")}
 
 

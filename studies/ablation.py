@@ -1,11 +1,14 @@
-"""Run an ablation of D2VFM on a cohort: every variant ranked, distilled, extracted, classified; then one table.
+"""Run an ablation of D2VFM on a cohort: every variant ranked, distilled, extracted, classified;
+then one table.
 
-    python -m studies.ablation --config configs/ablation/quickstart.yaml base=runs/quickstart output=runs/quickstart/ablation
+    python -m studies.ablation --config configs/ablation/quickstart.yaml base=runs/quickstart
+    output=runs/quickstart/ablation
 
-A variant is the default with one factor changed (`grid=one`), or any combination (`grid=full`). Stages are started as child
-processes and decide themselves what is there and valid, so that a study that was killed goes on, and one that got a further
-value trains that alone. Variants share what they have in common: the distillation set (`rank.*`), the cached features of the
-trunk, its pass over the cohort. A variant that fails is listed in failures.csv, and the others go on.
+A variant is the default with one factor changed (`grid=one`), or any combination (`grid=full`).
+Stages are started as child processes and decide themselves what is there and valid, so that a study
+that was killed goes on, and one that got a further value trains that alone. Variants share what
+they have in common: the distillation set (`rank.*`), the cached features of the trunk, its pass
+over the cohort. A variant that fails is listed in failures.csv, and the others go on.
 """
 
 from __future__ import annotations
@@ -33,19 +36,37 @@ RANKING = "rank."  # keys of the ranking stage; all others are of the distillati
 class Config:
     """Keys of an ablation."""
 
-    base: str = key("", "folder of a quickstart: cohort, tiles, features and detector are taken from it", path=True)
+    base: str = key(
+        "",
+        "folder of a quickstart: cohort, tiles, features and detector are taken from it",
+        path=True,
+    )
     slides: str = key("", "folder of slides; empty: <base>/cohort/slides", path=True)
     labels: str = key("", "labels.csv; empty: <base>/cohort/labels.csv", path=True)
     coords: str = key("", "folder of coordinates; empty: <base>/tiles", path=True)
-    features: str = key("", "folder of the teacher's and the references' bags; empty: <base>/features", path=True)
-    backbone: str = key("", "backbone of the detector; empty: <base>/detector/backbone.pt", path=True)
+    features: str = key(
+        "", "folder of the teacher's and the references' bags; empty: <base>/features", path=True
+    )
+    backbone: str = key(
+        "", "backbone of the detector; empty: <base>/detector/backbone.pt", path=True
+    )
     output: str = key(REQUIRED, "folder of the study", runtime=True)
-    teacher: str = key("stain_texture", "the teacher: an encoder, whose bags lie in <features>/<teacher>")
+    teacher: str = key(
+        "stain_texture", "the teacher: an encoder, whose bags lie in <features>/<teacher>"
+    )
     references: list[str] = key(["mean_colour"], "encoders that are shown beside it")
-    encoders: list[str] = key([], "how compare_encoders is told of teacher and references (weights); empty: by name")
-    default: dict[str, Any] = key({}, "the default variant: keys of train_d2vfm, and rank.<key> of rank_patches")
+    encoders: list[str] = key(
+        [], "how compare_encoders is told of teacher and references (weights); empty: by name"
+    )
+    default: dict[str, Any] = key(
+        {}, "the default variant: keys of train_d2vfm, and rank.<key> of rank_patches"
+    )
     factors: dict[str, Any] = key({}, "what is varied: {key: [value or {key: value, ...}, ...]}")
-    grid: str = key("one", "one: one factor at a time around the default; full: every combination", choices=("one", "full"))
+    grid: str = key(
+        "one",
+        "one: one factor at a time around the default; full: every combination",
+        choices=("one", "full"),
+    )
     rank_config: str = key("configs/quickstart/rank.yaml", "recipe of rank_patches", path=True)
     d2vfm_config: str = key("configs/quickstart/d2vfm.yaml", "recipe of train_d2vfm", path=True)
     mil_config: str = key("configs/quickstart/mil.yaml", "recipe of the benchmark", path=True)
@@ -58,7 +79,9 @@ class Config:
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table: its name, the factor that makes it differ from the default, and all its keys."""
+    """One row of the table: its name, the factor that makes it differ from the default, and all its
+    keys.
+    """
 
     name: str
     factor: str
@@ -67,12 +90,22 @@ class Variant:
     def of_stage(self, ranking: bool) -> dict[str, Any]:
         """Keys of the ranking, or of the distillation."""
         cut = len(RANKING) if ranking else 0
-        return {name[cut:]: value for name, value in self.settings.items() if name.startswith(RANKING) == ranking}
+        return {
+            name[cut:]: value
+            for name, value in self.settings.items()
+            if name.startswith(RANKING) == ranking
+        }
 
 
 def text_of(value: Any) -> str:
     """A value as part of a file name: [0, 1] is 0+1."""
-    return "+".join(map(str, value)) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+    return (
+        "+".join(map(str, value))
+        if isinstance(value, list)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def changes(factor: str, value: Any) -> dict[str, Any]:
@@ -90,26 +123,53 @@ def expand(default: Mapping[str, Any], factors: Mapping[str, Any], grid: str) ->
         if not isinstance(values, list) or not values:
             raise UserError(f"factors: {factor}: expected a list of values, found {values!r}")
         if not all(isinstance(value, dict) for value in values) and factor not in default:
-            raise UserError(f"factors: {factor}: expected its default value in default:, {did_you_mean(factor, default)}")
+            raise UserError(
+                f"factors: {factor}: expected its default value in default:, "
+                f"{did_you_mean(factor, default)}"
+            )
     if grid == "one":
-        choices = [((factor, changes(factor, value)),) for factor, values in factors.items() for value in values]
+        choices = [
+            ((factor, changes(factor, value)),)
+            for factor, values in factors.items()
+            for value in values
+        ]
     else:
-        single = [[(factor, changes(factor, value)) for value in values] for factor, values in factors.items()]
+        single = [
+            [(factor, changes(factor, value)) for value in values]
+            for factor, values in factors.items()
+        ]
         choices = list(itertools.product(*single))
     variants = {DEFAULT: Variant(DEFAULT, DEFAULT, dict(default))}
     for combination in choices:
-        changed = {name: value for _, parts in combination for name, value in parts.items() if default.get(name) != value}
-        factor = "+".join(factor for factor, parts in combination if any(name in changed for name in parts))
+        changed = {
+            name: value
+            for _, parts in combination
+            for name, value in parts.items()
+            if default.get(name) != value
+        }
+        factor = "+".join(
+            factor for factor, parts in combination if any(name in changed for name in parts)
+        )
         shown = {name: value for name, value in changed.items() if value is not False}
-        name = "_".join(f"{key.removeprefix('extra.')}-{text_of(value)}" for key, value in shown.items()) or DEFAULT
-        variants.setdefault(safe_id(name, "variant"), Variant(name, factor or DEFAULT, {**default, **changed}))
+        name = (
+            "_".join(
+                f"{key.removeprefix('extra.')}-{text_of(value)}" for key, value in shown.items()
+            )
+            or DEFAULT
+        )
+        variants.setdefault(
+            safe_id(name, "variant"), Variant(name, factor or DEFAULT, {**default, **changed})
+        )
     return list(variants.values())
 
 
 def assignments(settings: Mapping[str, Any]) -> list[str]:
     """`key=value` words as scripts take them."""
     shown = {True: "true", False: "false"}
-    return [f"{name}={shown[value] if isinstance(value, bool) else value}" for name, value in settings.items()]
+    return [
+        f"{name}={shown[value] if isinstance(value, bool) else value}"
+        for name, value in settings.items()
+    ]
 
 
 @dataclass
@@ -121,17 +181,28 @@ class Study:
     failures: list[dict[str, str]]
 
     def stage(self, name: str, module: str, arguments: Sequence[str]) -> str:
-        """Run one stage with its output in logs/<name>.log; the last line of its error, empty when it went well."""
+        """Run one stage with its output in logs/<name>.log; the last line of its error, empty when
+        it went well.
+        """
         logger.info("== %s", name)
         log = self.output / "logs" / f"{name.replace(' ', '_')}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        timed = [sys.executable, "-m", "common.stage_timer", str(self.output / "stages.json"), name, "--"]
+        timed = [
+            sys.executable,
+            "-m",
+            "common.stage_timer",
+            str(self.output / "stages.json"),
+            name,
+            "--",
+        ]
         with log.open("w", encoding="utf-8") as stream:
             command = [*timed, sys.executable, "-m", module, *arguments]
             status = subprocess.run(command, stdout=stream, stderr=stream, check=False).returncode
         if status == 0:
             return ""
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [f"exit status {status}"]
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [
+            f"exit status {status}"
+        ]
         return lines[-1].removeprefix("error: ")
 
     def fail(self, name: str, stage: str, error: str) -> None:
@@ -155,7 +226,12 @@ def ranked(study: Study, config: Config, variants: Sequence[Variant]) -> dict[st
         folder = study.output / "distillation" / safe_id(name, "ranking")
         if name not in errors:
             teacher = f"features={study.inputs['features']}/{config.teacher}"
-            given = [f"slides={study.inputs['slides']}", f"labels={study.inputs['labels']}", teacher, f"output={folder}"]
+            given = [
+                f"slides={study.inputs['slides']}",
+                f"labels={study.inputs['labels']}",
+                teacher,
+                f"output={folder}",
+            ]
             recipe = ["--config", config.rank_config, *config.rank, *assignments(settings)]
             errors[name] = study.stage(f"rank {name}", "mil.rank_patches", [*recipe, *given])
         if errors[name]:
@@ -165,23 +241,42 @@ def ranked(study: Study, config: Config, variants: Sequence[Variant]) -> dict[st
     return folders
 
 
-def distilled(study: Study, config: Config, variants: Sequence[Variant], sets: Mapping[str, Path]) -> dict[str, Path]:
+def distilled(
+    study: Study, config: Config, variants: Sequence[Variant], sets: Mapping[str, Path]
+) -> dict[str, Path]:
     """Variant -> checkpoint of its student."""
     students: dict[str, Path] = {}
     wanted = [variant for variant in variants if variant.name in sets]
     for variant in wanted:
         run = study.output / "students" / variant.name
-        given = [f"dataset={sets[variant.name]}", f"backbone={study.inputs['backbone']}", f"output={run}"]
-        shared = [f"teacher={config.teacher}", f"cache_dir={study.output / 'cache'}", "pictures=false"]
-        recipe = ["--config", config.d2vfm_config, *config.d2vfm, *assignments(variant.of_stage(ranking=False))]
-        if error := study.stage(f"train {variant.name}", "detection_kd.train_d2vfm", [*recipe, *shared, *given]):
+        given = [
+            f"dataset={sets[variant.name]}",
+            f"backbone={study.inputs['backbone']}",
+            f"output={run}",
+        ]
+        shared = [
+            f"teacher={config.teacher}",
+            f"cache_dir={study.output / 'cache'}",
+            "pictures=false",
+        ]
+        recipe = [
+            "--config",
+            config.d2vfm_config,
+            *config.d2vfm,
+            *assignments(variant.of_stage(ranking=False)),
+        ]
+        if error := study.stage(
+            f"train {variant.name}", "detection_kd.train_d2vfm", [*recipe, *shared, *given]
+        ):
             study.fail(variant.name, "train_d2vfm", error)
         else:
             students[variant.name] = run / "checkpoint_best.pt"
     return students
 
 
-def extracted(study: Study, config: Config, students: dict[str, Path], on_cohort: Sequence[str]) -> dict[str, Path]:
+def extracted(
+    study: Study, config: Config, students: dict[str, Path], on_cohort: Sequence[str]
+) -> dict[str, Path]:
     """The students whose bags are all there."""
     names = "[" + ",".join(f"'{name}={path}'" for name, path in students.items()) + "]"
     features = study.output / "features"
@@ -191,18 +286,30 @@ def extracted(study: Study, config: Config, students: dict[str, Path], on_cohort
     if error and not failed:
         raise UserError(f"student features: {error} (see {study.output}/logs)")
     for name in failed:
-        study.fail(name, "extract_students", f"slides failed, listed in {features / name / 'failures.csv'}")
+        study.fail(
+            name, "extract_students", f"slides failed, listed in {features / name / 'failures.csv'}"
+        )
     return {name: path for name, path in students.items() if name not in failed}
 
 
-def measured(study: Study, config: Config, students: dict[str, Path], on_cohort: Sequence[str]) -> Path:
-    """Tiles per second, GFLOPs and parameters of all encoders from one run; measured anew when one is not in the file."""
+def measured(
+    study: Study, config: Config, students: dict[str, Path], on_cohort: Sequence[str]
+) -> Path:
+    """Tiles per second, GFLOPs and parameters of all encoders from one run; measured anew when one
+    is not in the file.
+    """
     path = study.output / "cost.json"
     encoders = config.encoders or [config.teacher, *config.references]
     known = read_json(path, "encoder costs") if path.is_file() else {}
     again = ["overwrite=true"] if not set(students) <= set(known) else []
     names = "[" + ",".join(f"'{name}={checkpoint}'" for name, checkpoint in students.items()) + "]"
-    arguments = [f"encoders=[{','.join(encoders)}]", f"students={names}", f"output={path}", *config.cost, *again]
+    arguments = [
+        f"encoders=[{','.join(encoders)}]",
+        f"students={names}",
+        f"output={path}",
+        *config.cost,
+        *again,
+    ]
     study.need("encoder cost", "studies.measure_encoders", [*on_cohort, *arguments])
     return path
 
@@ -220,29 +327,48 @@ def inputs_of(config: Config) -> dict[str, str]:
     for name, place in places.items():
         given = getattr(config, name)
         if not given and not config.base:
-            raise UserError(f"missing key '{name}': expected {name}=... or base=<folder of a quickstart>, found neither")
+            raise UserError(
+                f"missing key '{name}': expected {name}=... or base=<folder of a quickstart>, "
+                "found neither"
+            )
         found[name] = given or str(Path(config.base) / place)
         if not Path(found[name]).exists():
-            raise UserError(f"{found[name]}: expected the {name} of a cohort, found nothing; run tools/quickstart.sh first")
+            raise UserError(
+                f"{found[name]}: expected the {name} of a cohort, found nothing; run "
+                "tools/quickstart.sh first"
+            )
     for name in (config.teacher, *config.references):
         if not (Path(found["features"]) / name).is_dir():
-            raise UserError(f"{found['features']}/{name}: expected feature bags, found none; extract them first")
+            raise UserError(
+                f"{found['features']}/{name}: expected feature bags, found none; extract them first"
+            )
     return found
 
 
 def main(config: Config) -> int:
     variants = expand(config.default, config.factors, config.grid)
     study = Study(Path(config.output), inputs_of(config), [])
-    rows = [{"name": variant.name, "factor": variant.factor, "settings": dict(variant.settings)} for variant in variants]
-    write_json(study.output / "study.json", {"teacher": config.teacher, "references": config.references, "variants": rows})
+    rows = [
+        {"name": variant.name, "factor": variant.factor, "settings": dict(variant.settings)}
+        for variant in variants
+    ]
+    write_json(
+        study.output / "study.json",
+        {"teacher": config.teacher, "references": config.references, "variants": rows},
+    )
     students = distilled(study, config, variants, ranked(study, config, variants))
     if not students:
-        raise UserError(f"ablation: all {len(variants)} variants failed, the first with: {study.failures[0]['error']}")
+        raise UserError(
+            f"ablation: all {len(variants)} variants failed, the first with: "
+            f"{study.failures[0]['error']}"
+        )
     on_cohort = [f"{name}={study.inputs[name]}" for name in ("slides", "labels", "coords")]
     students = extracted(study, config, students, on_cohort)
     cost = measured(study, config, students, on_cohort)
     folders = [f"{study.output}/features/{name}" for name in students]
-    folders += [f"{study.inputs['features']}/{name}" for name in (config.teacher, *config.references)]
+    folders += [
+        f"{study.inputs['features']}/{name}" for name in (config.teacher, *config.references)
+    ]
     sets = [f"features=[{','.join(folders)}]", f"labels={study.inputs['labels']}", f"cost={cost}"]
     recipe = ["--config", config.mil_config, *config.mil]
     study.need("mil benchmark", "mil.benchmark", [*recipe, *sets, f"output={study.output / 'mil'}"])
@@ -251,7 +377,12 @@ def main(config: Config) -> int:
     if study.failures:
         write_csv(failures, ["variant", "stage", "error"], study.failures)
     study.need("table", "studies.ablation_table", [f"study={study.output}"])
-    logger.info("ablation: %d variants, %d failed: %s", len(variants), len(study.failures), study.output / "ablation.html")
+    logger.info(
+        "ablation: %d variants, %d failed: %s",
+        len(variants),
+        len(study.failures),
+        study.output / "ablation.html",
+    )
     return 1 if study.failures else 0
 
 

@@ -1,9 +1,11 @@
-"""The table of an ablation: ablation.csv, .md, .json, .png (AUC against tiles a second) and .html, from what its stages left.
+"""The table of an ablation: ablation.csv, .md, .json, .png (AUC against tiles a second) and .html,
+from what its stages left.
 
     python -m studies.ablation_table study=runs/quickstart/ablation
 
-Reads the benchmark's summary, each training's results.json, stage times and the list of failures; runs nothing. The front is
-drawn by point estimates; whether two variants differ is for the paired interval of their difference to say.
+Reads the benchmark's summary, each training's results.json, stage times and the list of failures;
+runs nothing. The front is drawn by point estimates; whether two variants differ is for the paired
+interval of their difference to say.
 """
 
 from __future__ import annotations
@@ -44,18 +46,32 @@ class Config:
 
 def auc_cells(values: Mapping[str, Any]) -> list[float | None]:
     """AUC_PARTS of one classifier."""
-    (low, high), (below, above) = values.get("ci") or (None, None), values.get("difference_ci") or (None, None)
+    (low, high), (below, above) = (
+        values.get("ci") or (None, None),
+        values.get("difference_ci") or (None, None),
+    )
     return [values.get("mean"), low, high, values.get("difference"), below, above]
 
 
-def csv_rows(rows: Sequence[Mapping[str, Any]], models: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
+def csv_rows(
+    rows: Sequence[Mapping[str, Any]], models: Sequence[str]
+) -> tuple[list[str], list[dict[str, Any]]]:
     """Header and rows of ablation.csv; what is not known is empty."""
     plain = ["variant", "factor", "kind", *AGREEMENT]
     aucs = [f"auc_{model}_{part}" for model in models for part in AUC_PARTS]
     table = []
     for row in rows:
-        cells = {"variant": row["name"], **{name: row[name] for name in ("factor", "kind", *AGREEMENT, *COST, "seconds")}}
-        cells |= dict(zip(aucs, [cell for model in models for cell in auc_cells(row["auc"].get(model, {}))], strict=True))
+        cells = {
+            "variant": row["name"],
+            **{name: row[name] for name in ("factor", "kind", *AGREEMENT, *COST, "seconds")},
+        }
+        cells |= dict(
+            zip(
+                aucs,
+                [cell for model in models for cell in auc_cells(row["auc"].get(model, {}))],
+                strict=True,
+            )
+        )
         table.append(cells | {"pareto": int(row["pareto"]), "error": row["error"]})
     return [*plain, *aucs, *COST, "seconds", "pareto", "error"], table
 
@@ -63,14 +79,29 @@ def csv_rows(rows: Sequence[Mapping[str, Any]], models: Sequence[str]) -> tuple[
 def markdown(rows: Sequence[Mapping[str, Any]], models: Sequence[str], headline: str) -> str:
     """ablation.md, the table for a README."""
     titles = [f"AUC ({model})" for model in models]
-    header = ["variant", *AGREEMENT, *titles, f"difference ({headline})", "tiles/s", "GFLOPs", "parameters", "seconds"]
+    header = [
+        "variant",
+        *AGREEMENT,
+        *titles,
+        f"difference ({headline})",
+        "tiles/s",
+        "GFLOPs",
+        "parameters",
+        "seconds",
+    ]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in rows:
         values = row["auc"].get(headline, {})
         name = f"**{row['name']}**" if row["pareto"] else row["name"]
         cells = [name, *("-" if row[key] is None else f"{row[key]:.3f}" for key in AGREEMENT)]
-        cells += [with_interval(row["auc"].get(m, {}).get("mean"), row["auc"].get(m, {}).get("ci")) for m in models]
-        cells += [signed(values.get("difference"), values.get("difference_ci")), *(number(row[key]) for key in COST)]
+        cells += [
+            with_interval(row["auc"].get(m, {}).get("mean"), row["auc"].get(m, {}).get("ci"))
+            for m in models
+        ]
+        cells += [
+            signed(values.get("difference"), values.get("difference_ci")),
+            *(number(row[key]) for key in COST),
+        ]
         cells.append("failed" if row["error"] else number(row["seconds"]))
         lines.append("| " + " | ".join(cells) + " |")
     failed = [f"- {row['name']}: {row['error']}" for row in rows if row["error"]]
@@ -79,18 +110,27 @@ def markdown(rows: Sequence[Mapping[str, Any]], models: Sequence[str], headline:
 
 def page(content: Mapping[str, Any], title: str) -> str:
     """ablation.html, whole in itself."""
-    environment = Environment(loader=FileSystemLoader([TEMPLATES, SHARED_TEMPLATES]), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader([TEMPLATES, SHARED_TEMPLATES]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
     environment.filters |= {"number": number}
     environment.globals |= {"signed": signed}
     date = time.strftime("%Y-%m-%d")
-    return environment.get_template("ablation.html.j2").render(title=title, ablation=content, version=__version__, date=date)
+    return environment.get_template("ablation.html.j2").render(
+        title=title, ablation=content, version=__version__, date=date
+    )
 
 
 def main(config: Config) -> None:
     study = Path(config.study)
     rows, models, model = read_rows(study, config.model)
     if not any(point_of(row, model) for row in rows):
-        raise UserError(f"{study}: expected a row with AUC ({model}) and tiles a second, found none")
+        raise UserError(
+            f"{study}: expected a row with AUC ({model}) and tiles a second, found none"
+        )
     output = Path(config.output or study)
     header, table = csv_rows(rows, models)
     write_csv(output / "ablation.csv", header, table)

@@ -1,11 +1,13 @@
 """What teacher and student cost, measured in one run: GFLOPs, parameters, tiles per second.
 
-    python -m studies.measure_encoders slides=... coords=... encoders=[stain_texture] student=... output=cost.json
-    ... encoders='[resnet50=random layer=2, dinov2_vitb14=weights.safetensors pool=mean crop=false]'
+    python -m studies.measure_encoders slides=... coords=... encoders=[stain_texture] student=...
+    output=cost.json ... encoders='[resnet50=random layer=2, dinov2_vitb14=weights.safetensors
+    pool=mean crop=false]'
 
-Every encoder goes over the same tiles of the cohort in turn, several rounds, decoding included, so that a machine that
-is busy for a while is busy for all of them; the median round counts. Of `students` (a study's variants) those that do the same
-work but for their adapter are timed once: a difference of adapters is smaller than the noise of a clock.
+Every encoder goes over the same tiles of the cohort in turn, several rounds, decoding included, so
+that a machine that is busy for a while is busy for all of them; the median round counts. Of
+`students` (a study's variants) those that do the same work but for their adapter are timed once: a
+difference of adapters is smaller than the noise of a clock.
 """
 
 from __future__ import annotations
@@ -52,10 +54,16 @@ class Config:
     slides: str = key(REQUIRED, "folder of slides, any tree", path=True)
     coords: str = key(REQUIRED, "folder of coordinates files", path=True)
     output: str = key(REQUIRED, "JSON file to write; kept when it is there", runtime=True)
-    encoders: list[str] = key([], "encoders: name or name=weights, then pool=..., layer=..., crop=... after spaces")
-    student: str = key("", "checkpoint of train_d2vfm, or an .onnx file of export_student", path=True)
+    encoders: list[str] = key(
+        [], "encoders: name or name=weights, then pool=..., layer=..., crop=... after spaces"
+    )
+    student: str = key(
+        "", "checkpoint of train_d2vfm, or an .onnx file of export_student", path=True
+    )
     name: str = key("", "name of the student; empty: student, student_onnx or student_int8")
-    students: list[str] = key([], "further students, name=checkpoint; of equal trunk and pooling the first is timed")
+    students: list[str] = key(
+        [], "further students, name=checkpoint; of equal trunk and pooling the first is timed"
+    )
     labels: str = key("", "labels.csv", path=True)
     tiles: int = key(512, "tiles a round")
     rounds: int = key(3, "rounds; the median counts")
@@ -70,27 +78,39 @@ def build_model(config: Config) -> list[Encoder]:
     """All encoders to be compared."""
     encoders = [encoder_of(spec) for spec in config.encoders]
     if config.student:
-        encoders.append(any_student_encoder(config.student, config.name, pick_device(config.device)))
+        encoders.append(
+            any_student_encoder(config.student, config.name, pick_device(config.device))
+        )
     for entry in config.students:
         name, found, path = entry.partition("=")
         if not found or not path:
             raise UserError(f"students: expected name=checkpoint, found '{entry}'")
         encoders.append(student_encoder(path, safe_id(name.strip(), "student")))
     if not encoders:
-        raise UserError("compare_encoders: expected encoders=[...], student=... or students=[...], found none of them")
+        raise UserError(
+            "compare_encoders: expected encoders=[...], student=... or students=[...], found none "
+            "of them"
+        )
     names = [encoder.name for encoder in encoders]
     if len(set(names)) < len(names):
-        raise UserError(f"compare_encoders: expected encoders of different names, found {names}; the table has one row a name")
+        raise UserError(
+            f"compare_encoders: expected encoders of different names, found {names}; the table "
+            "has one row a name"
+        )
     return encoders
 
 
 def encoder_of(spec: str) -> Encoder:
-    """The encoder of `name[=weights] [pool=...] [layer=...] [crop=true|false]`; a path to weights may hold spaces."""
+    """The encoder of `name[=weights] [pool=...] [layer=...] [crop=true|false]`; a path to weights
+    may hold spaces.
+    """
     options: dict[str, Any] = {}
     while match := OPTION.search(spec):
         spec, (name, text) = spec[: match.start()], match.groups()
         if text not in READERS[name]:
-            raise UserError(f"encoders: {name} expected one of {', '.join(READERS[name])}, found '{text}'")
+            raise UserError(
+                f"encoders: {name} expected one of {', '.join(READERS[name])}, found '{text}'"
+            )
         options[name] = READERS[name][text]
     return build_encoder(*spec.strip().split("=", 1), **options)
 
@@ -100,7 +120,9 @@ def work_of(encoder: Encoder) -> str:
     network = getattr(encoder.model, "network", None)
     if not isinstance(network, Student):
         return encoder.name
-    return repr((network.backbone.describe(), network.needles, network.pooling.kind, network.input_scale))
+    return repr(
+        (network.backbone.describe(), network.needles, network.pooling.kind, network.input_scale)
+    )
 
 
 def first_tiles(jobs: list[SlideJob], count: int) -> list[SlideJob]:
@@ -116,7 +138,9 @@ def first_tiles(jobs: list[SlideJob], count: int) -> list[SlideJob]:
 
 
 def gflops(encoder: Encoder, jobs: list[SlideJob]) -> float | None:
-    """10^9 floating-point operations a tile (a multiply-add counts as two); None for a classical descriptor."""
+    """10^9 floating-point operations a tile (a multiply-add counts as two); None for a classical
+    descriptor.
+    """
     if not any(True for _ in encoder.model.parameters()):
         return None
     _, item = TileSequence(jobs, encoder.transform)[0]
@@ -143,15 +167,23 @@ def main(config: Config) -> None:
         logger.info("compare_encoders: %s is there", output)
         return
     device = pick_device(config.device)
-    settings = ExtractSettings(device, pick_precision(config.precision, device), config.batch_size, config.workers)
+    settings = ExtractSettings(
+        device, pick_precision(config.precision, device), config.batch_size, config.workers
+    )
     failures = Failures("compare_encoders")
-    jobs = first_tiles(cohort_jobs(config.slides, config.coords, config.labels, failures), config.tiles)
+    jobs = first_tiles(
+        cohort_jobs(config.slides, config.coords, config.labels, failures), config.tiles
+    )
     encoders = build_model(config)
-    timed = list({work_of(encoder): encoder for encoder in reversed(encoders)}.values())[::-1]  # the first of each kind
+    timed = list({work_of(encoder): encoder for encoder in reversed(encoders)}.values())[
+        ::-1
+    ]  # the first of each kind
     rates: dict[str, list[float]] = {work_of(encoder): [] for encoder in timed}
     for round_index in range(config.rounds + 1):
         for encoder in timed:
-            rate = one_round(encoder, jobs if round_index else first_tiles(jobs, config.batch_size), settings)
+            rate = one_round(
+                encoder, jobs if round_index else first_tiles(jobs, config.batch_size), settings
+            )
             if round_index:  # round 0 warms up
                 rates[work_of(encoder)].append(rate)
     costs = {}

@@ -1,4 +1,5 @@
-"""Shared fixtures: one thread a process, tiny slides in real formats, the folder of real data when it is there.
+"""Shared fixtures: one thread a process, tiny slides in real formats, the folder of real data when
+it is there.
 
 Files that take long are started first, so that workers end together.
 """
@@ -17,7 +18,13 @@ from tests.helpers import ROOT, draw_slide, write_pyramid
 DATA = Path(os.environ.get("WSI_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 
-LONG = ("test_quickstart", "test_detector_training", "test_d2vfm", "test_mil_benchmark", "test_sample_cohort")
+LONG = (
+    "test_quickstart",
+    "test_detector_training",
+    "test_d2vfm",
+    "test_mil_benchmark",
+    "test_sample_cohort",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -53,9 +60,13 @@ def slide_path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tile_folder(tmp_path: Path) -> Path:
-    """A 3 x 2 tile folder of 64 px tiles, one place empty; tile (r, c) has the grey value 40 r + 20 c + 20."""
+    """A 3 x 2 tile folder of 64 px tiles, one place empty; tile (r, c) has the grey value 40 r + 20
+    c + 20.
+    """
     folder = tmp_path / "slides" / "007"
     folder.mkdir(parents=True)
     for row, col in ((0, 0), (0, 1), (1, 0), (2, 0), (2, 1)):
-        Image.new("RGB", (64, 64), (40 * row + 20 * col + 20,) * 3).save(folder / f"{row}_{col}.png")
+        Image.new("RGB", (64, 64), (40 * row + 20 * col + 20,) * 3).save(
+            folder / f"{row}_{col}.png"
+        )
     return folder

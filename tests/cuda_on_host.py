@@ -1,4 +1,6 @@
-"""Compile CUDA sources with the host's C++ compiler against `cuda_on_host.h`, which runs their kernels thread by thread."""
+"""Compile CUDA sources with the host's C++ compiler against `cuda_on_host.h`, which runs their
+kernels thread by thread.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ FLAGS += ["-fsanitize=alignment,signed-integer-overflow,bounds", "-fno-sanitize-
 
 
 def build_for_host(sources: list[Path], library: Path, extra: str = "") -> Path:
-    """One library of CUDA sources and, after them, of `extra` C++; skips the test where there is no g++.
+    """One library of CUDA sources and, after them, of `extra` C++; skips the test where there is no
+    g++.
 
     Misaligned accesses and overflows of signed integers end the process.
     """
@@ -30,6 +33,11 @@ def build_for_host(sources: list[Path], library: Path, extra: str = "") -> Path:
     assert not any("<<<" in part for part in parts)
     unit = library.with_suffix(".cpp")
     unit.write_text("\n".join([*parts, extra]))
-    done = subprocess.run([compiler, *FLAGS, str(unit), "-o", str(library)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [compiler, *FLAGS, str(unit), "-o", str(library)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[:3000]
     return library

@@ -1,4 +1,6 @@
-"""Tiny slides and cohorts in real formats, scripts killed on the way, and scripts on two processes."""
+"""Tiny slides and cohorts in real formats, scripts killed on the way, and scripts on two
+processes.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +33,27 @@ def draw_slide(side: int, seed: int = 0) -> np.ndarray:
     return pixels
 
 
-def write_pyramid(path: Path, pixels: np.ndarray, mpp: float | None = 0.5, levels: tuple[int, ...] = (1, 2, 4)) -> Path:
+def write_pyramid(
+    path: Path, pixels: np.ndarray, mpp: float | None = 0.5, levels: tuple[int, ...] = (1, 2, 4)
+) -> Path:
     """A tiled pyramidal TIFF that OpenSlide opens."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tifffile.TiffWriter(path) as writer:
         for index, factor in enumerate(levels):
-            options = {"tile": (64, 64), "compression": "deflate", "photometric": "rgb", "subfiletype": int(index > 0)}
+            options = {
+                "tile": (64, 64),
+                "compression": "deflate",
+                "photometric": "rgb",
+                "subfiletype": int(index > 0),
+            }
             if mpp is not None:
-                options |= {"resolution": (1e4 / (mpp * factor),) * 2, "resolutionunit": "CENTIMETER"}
-            small = Image.fromarray(pixels).resize((pixels.shape[1] // factor, pixels.shape[0] // factor), Image.Resampling.BOX)
+                options |= {
+                    "resolution": (1e4 / (mpp * factor),) * 2,
+                    "resolutionunit": "CENTIMETER",
+                }
+            small = Image.fromarray(pixels).resize(
+                (pixels.shape[1] // factor, pixels.shape[0] // factor), Image.Resampling.BOX
+            )
             writer.write(np.asarray(small), **options)
     return path
 
@@ -57,14 +71,21 @@ def make_cohort(root: Path, count: int = 3) -> Path:
 def kill_when(ready: Callable[[], bool], module: str, arguments: list[str]) -> None:
     """Start a script of ours and SIGKILL it as soon as `ready()`; fails if it ended before that."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 120
     while not ready() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     ended = process.poll()
     process.kill()
     _, errors = process.communicate()
-    assert ended is None and ready(), f"{module} ended with {ended} before it could be killed: {errors[-2000:]}"
+    assert ended is None and ready(), (
+        f"{module} ended with {ended} before it could be killed: {errors[-2000:]}"
+    )
 
 
 def die(number: int) -> NoReturn:
@@ -76,7 +97,10 @@ def die(number: int) -> NoReturn:
 
 def children() -> set[int]:
     """Processes that this one started and that are not gone."""
-    return {int(pid) for pid in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()}
+    return {
+        int(pid)
+        for pid in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    }
 
 
 def run_two_processes(module: str, arguments: list[str]) -> None:
@@ -84,11 +108,18 @@ def run_two_processes(module: str, arguments: list[str]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+    shared = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONPATH": str(ROOT),
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            env=os.environ
+            | shared
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -1,4 +1,6 @@
-"""Every YAML in configs/: its header says what it is and how to run it, and that command builds the model."""
+"""Every YAML in configs/: its header says what it is and how to run it, and that command builds the
+model.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def header(path: Path) -> tuple[list[str], list[str]]:
 
 
 def module_and_arguments(words: list[str]) -> tuple[str, list[str]]:
-    """The module that a header's command runs, directly or through a script of tools/, and its arguments."""
+    """The module that a header's command runs, directly or through a script of tools/, and its
+    arguments.
+    """
     words = [word for word in words if not re.fullmatch(r"[A-Z_0-9]+=.*", word)]
     if words[0] == "bash":
         script = (ROOT / words[1]).read_text()
@@ -55,13 +59,20 @@ def test_header_command_builds_the_model(path: Path, monkeypatch: pytest.MonkeyP
     assert str(path.relative_to(ROOT)) in arguments, f"{path}: the command names another file"
     monkeypatch.chdir(ROOT)
     script = importlib.import_module(module_name)
-    # what stands in a script's own defaults (output, labels) is not in the header; paths are the user's
-    missing = {name: "x" for name in required(script.Config)} | dict(a.split("=", 1) for a in arguments if "=" in a)
-    config = load_config(script.Config, [*arguments[:2], *(f"{k}={v}" for k, v in missing.items())], check_paths=False)
+    # what stands in a script's own defaults (output, labels) is not in the header; paths are the
+    # user's
+    missing = {name: "x" for name in required(script.Config)} | dict(
+        a.split("=", 1) for a in arguments if "=" in a
+    )
+    config = load_config(
+        script.Config,
+        [*arguments[:2], *(f"{k}={v}" for k, v in missing.items())],
+        check_paths=False,
+    )
     for name in yaml.safe_load(path.read_text()) or {}:
-        assert re.search(rf"^\s*{name}:.*#|^{name}:\s*$|#.*\n{name}:", path.read_text(), re.MULTILINE), (
-            f"{path}: '{name}' has no comment"
-        )
+        assert re.search(
+            rf"^\s*{name}:.*#|^{name}:\s*$|#.*\n{name}:", path.read_text(), re.MULTILINE
+        ), f"{path}: '{name}' has no comment"
     build(script, config)
 
 
@@ -72,7 +83,9 @@ def required(config_class: type) -> list[str]:
 
 
 def build(script: object, config: object) -> None:
-    """`build_model` on the meta device, where the script has one; weights of the user's are not there."""
+    """`build_model` on the meta device, where the script has one; weights of the user's are not
+    there.
+    """
     build_model = getattr(script, "build_model", None)
     if build_model is None:
         return
@@ -80,16 +93,22 @@ def build(script: object, config: object) -> None:
     if module == "patch_encoder.extract_features":
         from patch_encoder.models.encoders import build_encoder
 
-        # open_clip moves its model to a device while it builds it, which storage-less tensors do not stand
+        # open_clip moves its model to a device while it builds it, which storage-less tensors do
+        # not stand
         with torch.device("cpu" if config.encoder == "clip" else "meta"):  # type: ignore[attr-defined]
             encoder = build_encoder(config.encoder, "random")  # type: ignore[attr-defined]
         assert encoder.dim > 0
         return
     try:
-        # these read weights of an earlier run where there are any, which storage-less tensors cannot take
+        # these read weights of an earlier run where there are any, which storage-less tensors
+        # cannot take
         reads = {"detection_kd.train_d2vfm", "detection_kd.extract_student"}
         with torch.device("cpu" if module in reads else "meta"):
-            model = build_model(config, 512) if module == "detection_kd.train_d2vfm" else build_model(config)
+            model = (
+                build_model(config, 512)
+                if module == "detection_kd.train_d2vfm"
+                else build_model(config)
+            )
         assert model is not None
     except UserError as error:
         # only what the user brings may be missing

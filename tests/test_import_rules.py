@@ -1,4 +1,6 @@
-"""Imports point down: common <- patch_encoder <- detection_kd | mil; scripts never import scripts, losses never models."""
+"""Imports point down: common <- patch_encoder <- detection_kd | mil; scripts never import scripts,
+losses never models.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +44,18 @@ def is_script(path: Path) -> bool:
     return 'if __name__ == "__main__":' in path.read_text()
 
 
-SCRIPTS = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES if is_script(path)}
+SCRIPTS = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES if is_script(path)
+}
 
 
 def test_there_is_something_to_check() -> None:
     assert len(MODULES) > 50
-    assert {"detection_kd.train_detector", "mil.benchmark", "patch_encoder.extract_features"} <= SCRIPTS
+    assert {
+        "detection_kd.train_detector",
+        "mil.benchmark",
+        "patch_encoder.extract_features",
+    } <= SCRIPTS
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -63,9 +71,11 @@ def test_imports_point_down(path: Path) -> None:
         if parts[0] != package or len(parts) < 2 or parts[0] == "common":
             continue
         inside = parts[1] in LAYERS
-        assert inside or not (ROOT / package / f"{parts[1]}.py").is_file() or parts[1] not in {"engine"}, (
-            f"{path} imports {name}"
-        )
+        assert (
+            inside
+            or not (ROOT / package / f"{parts[1]}.py").is_file()
+            or parts[1] not in {"engine"}
+        ), f"{path} imports {name}"
         if folder in {"losses", "ops"} and inside:
             assert parts[1] in {"ops", folder}, f"{path}: a {folder} module imports {name}"
 
@@ -81,7 +91,9 @@ def test_no_import_cycles() -> None:
     for path in MODULES:
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         graph[name] = own_imports(path) - {name}
-    graph = {name: {target for target in targets if target in graph} for name, targets in graph.items()}
+    graph = {
+        name: {target for target in targets if target in graph} for name, targets in graph.items()
+    }
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
@@ -98,22 +110,35 @@ def test_no_import_cycles() -> None:
 
 
 def test_stages_start_without_what_they_may_never_use() -> None:
-    """Each of these takes about as long to load as torch: a stage over finished work, a worker or --help would wait for it."""
-    stages = "patch_encoder.tile_slides, patch_encoder.extract_features, mil.train, mil.rank_patches"
-    heavy = "{'torch._dynamo', 'torchvision', 'timm', 'open_clip', 'transformers', 'pandas', 'sklearn', 'scipy.stats'}"
+    """Each of these takes about as long to load as torch: a stage over finished work, a worker or
+    --help would wait for it.
+    """
+    stages = (
+        "patch_encoder.tile_slides, patch_encoder.extract_features, mil.train, mil.rank_patches"
+    )
+    heavy = (
+        "{'torch._dynamo', 'torchvision', 'timm', 'open_clip', 'transformers', 'pandas', "
+        "'sklearn', 'scipy.stats'}"
+    )
     code = f"import sys, {stages}\nprint(sorted({heavy} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 
 def test_no_unsafe_loading_and_no_bare_except() -> None:
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
-            assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"{path}:{node.lineno}: bare except"
+            assert not (isinstance(node, ast.ExceptHandler) and node.type is None), (
+                f"{path}:{node.lineno}: bare except"
+            )
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 assert called not in {"eval", "exec", "pickle.load", "pickle.loads", "os.system"}, (
                     f"{path}:{node.lineno}: {called}"
                 )
                 keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                assert called != "torch.load" or keywords.get("weights_only") == "True", f"{path}:{node.lineno}: torch.load"
+                assert called != "torch.load" or keywords.get("weights_only") == "True", (
+                    f"{path}:{node.lineno}: torch.load"
+                )

@@ -1,4 +1,6 @@
-"""The whole main road, small: every stage real, killed and started again over finished work, on real pictures."""
+"""The whole main road, small: every stage real, killed and started again over finished work, on
+real pictures.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +31,19 @@ METRICS = ("auc_mean", "auc_ci")
 
 
 def quickstart(run: Path, **settings: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "ENV": "active", "PYTHON": sys.executable, "PYTHON_BASE": sys.executable}
+    environment = {
+        **os.environ,
+        "ENV": "active",
+        "PYTHON": sys.executable,
+        "PYTHON_BASE": sys.executable,
+    }
     environment |= {"OMP_NUM_THREADS": "2", **SMALL, **settings, "RUN": str(run)}
     command = ["bash", str(ROOT / "tools" / "quickstart.sh")]
     with (run.parent / f"{run.name}.log").open("a") as log:
         streams = {"stdout": log, "stderr": log, "text": True}
-        return subprocess.Popen(command, env=environment, cwd=run.parent, start_new_session=True, **streams)
+        return subprocess.Popen(
+            command, env=environment, cwd=run.parent, start_new_session=True, **streams
+        )
 
 
 def finish(run: Path, **settings: str) -> dict:
@@ -57,7 +66,12 @@ def kill_when(run: Path, sign: str, **settings: str) -> None:
 
 def times(run: Path) -> dict[Path, int]:
     """When each slide, coordinates, features and checkpoint was written."""
-    kept = ("cohort/slides/*.tiff", "tiles/coords/*.h5", "features/*/h5_files/*.h5", "*/checkpoint_*.pt")
+    kept = (
+        "cohort/slides/*.tiff",
+        "tiles/coords/*.h5",
+        "features/*/h5_files/*.h5",
+        "*/checkpoint_*.pt",
+    )
     return {path: path.stat().st_mtime_ns for pattern in kept for path in run.glob(pattern)}
 
 
@@ -67,7 +81,9 @@ def table(run: Path) -> str:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One run, killed while it extracts and started again (every stage has a SIGKILL test beside its script's tests)."""
+    """One run, killed while it extracts and started again (every stage has a SIGKILL test beside
+    its script's tests).
+    """
     run = tmp_path_factory.mktemp("quickstart") / "whole"
     kill_when(run, "features/student/h5_files/*.h5", **EMBEDDED)
     made = times(run)
@@ -86,7 +102,11 @@ def test_summary_has_what_it_promises(whole: Path) -> None:
         assert row["tiles_per_second"] > 0, name
     assert sets["student"]["gflops"] > 0.1
     student, _ = load_student(whole / "d2vfm" / "checkpoint_best.pt")
-    assert sets["student"]["parameters"] == sum(parameter.numel() for parameter in student.parameters()) > 5e5
+    assert (
+        sets["student"]["parameters"]
+        == sum(parameter.numel() for parameter in student.parameters())
+        > 5e5
+    )
     assert sets["stain_texture"]["parameters"] == 0
     assert summary["wall_seconds"] > 0
     assert len(summary["stages"]) >= 10
@@ -96,7 +116,9 @@ def test_summary_has_what_it_promises(whole: Path) -> None:
 
 
 def test_what_is_lost_is_made_again_without_a_kill_to_the_same_table(whole: Path) -> None:
-    """The last stages' results are removed and made anew, this time in one go; the rest is left alone."""
+    """The last stages' results are removed and made anew, this time in one go; the rest is left
+    alone.
+    """
     first, summary = table(whole), json.loads((whole / "summary.json").read_text())
     for lost in ("features/student", "mil"):
         shutil.rmtree(whole / lost)
@@ -106,7 +128,9 @@ def test_what_is_lost_is_made_again_without_a_kill_to_the_same_table(whole: Path
     again = finish(whole, **EMBEDDED)
     assert table(whole) == first
     for name, row in summary["feature_sets"].items():
-        assert {key: again["feature_sets"][name][key] for key in METRICS} == {key: row[key] for key in METRICS}
+        assert {key: again["feature_sets"][name][key] for key in METRICS} == {
+            key: row[key] for key in METRICS
+        }
     assert before.items() <= times(whole).items()
 
 

@@ -1,4 +1,6 @@
-"""The shell scripts: clean, runnable from anywhere, `--help`, and refusing what they do not know."""
+"""The shell scripts: clean, runnable from anywhere, `--help`, and refusing what they do not
+know.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,13 @@ from tests.helpers import ROOT
 
 SCRIPTS = sorted([*(ROOT / "tools").rglob("*.sh"), *(ROOT / "tools").rglob("*.sbatch")])
 RUNNABLE = [script for script in SCRIPTS if script.name != "lib.sh" and "slurm" not in script.parts]
-ENVIRONMENT = {**os.environ, "ENV": "active", "PYTHON": sys.executable, "PYTHON_BASE": sys.executable, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {
+    **os.environ,
+    "ENV": "active",
+    "PYTHON": sys.executable,
+    "PYTHON_BASE": sys.executable,
+    "OMP_NUM_THREADS": "1",
+}
 
 
 def shellcheck() -> str:
@@ -30,22 +38,37 @@ def shellcheck() -> str:
 @pytest.mark.parametrize("script", [*SCRIPTS, ROOT / ".ci" / "run"], ids=lambda p: p.name)
 def test_shellcheck_clean(script: Path) -> None:
     done = subprocess.run(
-        [shellcheck(), "-x", "-P", str(ROOT), str(script)], capture_output=True, text=True, cwd=ROOT, check=False
+        [shellcheck(), "-x", "-P", str(ROOT), str(script)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
     )
     assert done.returncode == 0, done.stdout
     text = script.read_text()
     assert "set -euo pipefail" in text or script.name == "lib.sh"
-    assert not any(line.rstrip().endswith(" python") or "/home/" in line for line in text.splitlines())
+    assert not any(
+        line.rstrip().endswith(" python") or "/home/" in line for line in text.splitlines()
+    )
 
 
-def started(script: Path, arguments: list[str], folder: Path) -> tuple[subprocess.CompletedProcess[str], list[str]]:
-    """A script called from `folder` with an interpreter that only notes its arguments; what it was called with."""
+def started(
+    script: Path, arguments: list[str], folder: Path
+) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """A script called from `folder` with an interpreter that only notes its arguments; what it was
+    called with.
+    """
     noted, interpreter = folder.parent / "noted", folder.parent / "interpreter"
     interpreter.write_text(f"#!/usr/bin/env bash\nprintf '%s\\0' \"$@\" >{noted}\n")
     interpreter.chmod(0o755)
     environment = ENVIRONMENT | {"PYTHON": str(interpreter), "GPUS": "0"}
     done = subprocess.run(
-        ["bash", str(script), *arguments], capture_output=True, text=True, cwd=folder, env=environment, check=False
+        ["bash", str(script), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+        check=False,
     )
     return done, noted.read_text().split("\0")[:-1] if noted.exists() else []
 
@@ -58,7 +81,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("script", RUNNABLE, ids=lambda p: p.name)
-def test_help_works_from_any_folder(script: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_works_from_any_folder(
+    script: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     done, called = started(script, ["--help"], folder)
     assert done.returncode == 0, done.stderr
     text = done.stdout
@@ -72,7 +97,9 @@ def test_help_works_from_any_folder(script: Path, folder: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    "script", [s for s in RUNNABLE if s.name not in {"setup.sh", "test.sh", "quickstart.sh"}], ids=lambda p: p.name
+    "script",
+    [s for s in RUNNABLE if s.name not in {"setup.sh", "test.sh", "quickstart.sh"}],
+    ids=lambda p: p.name,
 )
 def test_unknown_keys_are_refused_before_any_work(
     script: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -88,9 +115,14 @@ def test_unknown_keys_are_refused_before_any_work(
 
 
 def test_a_stage_runs_with_the_real_interpreter_from_any_folder(folder: Path) -> None:
-    for argument, status, expected in (("--help", 0, "target_mpp"), ("no_such_key=1", 2, "unknown key 'no_such_key'")):
+    for argument, status, expected in (
+        ("--help", 0, "target_mpp"),
+        ("no_such_key=1", 2, "unknown key 'no_such_key'"),
+    ):
         command = ["bash", str(ROOT / "tools" / "preprocess" / "tile-slides.sh"), argument]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=ENVIRONMENT, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=folder, env=ENVIRONMENT, check=False
+        )
         assert done.returncode == status, done.stderr
         assert expected in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
@@ -115,17 +147,31 @@ def test_quickstart_refuses_a_folder_without_data(tmp_path: Path) -> None:
 
 def test_setup_takes_an_active_environment_as_it_is() -> None:
     done = subprocess.run(
-        ["bash", str(ROOT / "tools" / "setup.sh")], env=ENVIRONMENT, capture_output=True, text=True, check=False
+        ["bash", str(ROOT / "tools" / "setup.sh")],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stdout) == (0, "")
     wrong = ENVIRONMENT | {"REQUIREMENTS": "gpu"}
-    done = subprocess.run(["bash", str(ROOT / "tools" / "setup.sh")], env=wrong, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", str(ROOT / "tools" / "setup.sh")],
+        env=wrong,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2
 
 
 def test_requirement_files_agree() -> None:
     def lines(name: str) -> dict[str, str]:
-        rows = (line.split("#") for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#"))
+        rows = (
+            line.split("#")
+            for line in (ROOT / name).read_text().splitlines()
+            if line and not line.startswith("#")
+        )
         found = {}
         for requirement, comment in rows:
             assert comment.strip(), f"{name}: {requirement} has no comment"
@@ -134,4 +180,6 @@ def test_requirement_files_agree() -> None:
         return found
 
     det, mil = lines("requirements-det.txt"), lines("requirements-mil.txt")
-    assert {name: det[name] for name in det.keys() & mil.keys()} == {name: mil[name] for name in det.keys() & mil.keys()}
+    assert {name: det[name] for name in det.keys() & mil.keys()} == {
+        name: mil[name] for name in det.keys() & mil.keys()
+    }

@@ -12,7 +12,8 @@ def kappa(counts: np.ndarray, power: int = 0) -> np.ndarray:
 
     Args:
         counts: true class by called class.
-        power: 0: every wrong call counts the same; 1 linear, 2 quadratic: a call counts by |true - called| ** power.
+        power: 0: every wrong call counts the same; 1 linear, 2 quadratic: a call counts by |true -
+            called| ** power.
 
     Returns:
         (B,), NaN where all labels and calls are of one class.

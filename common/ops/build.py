@@ -1,9 +1,10 @@
-"""Build the compiled operators ahead of time: always the CPU unit, the CUDA unit where nvcc and a CUDA torch are there.
+"""Build the compiled operators ahead of time: always the CPU unit, the CUDA unit where nvcc and a
+CUDA torch are there.
 
     python -m common.ops.build cuda=yes architectures=[90]
 
-All libraries at the same time, a compiler a core. Again over finished work it does nothing. The compiler's output is kept in
-`<ops>/build/*.log`.
+All libraries at the same time, a compiler a core. Again over finished work it does nothing. The
+compiler's output is kept in `<ops>/build/*.log`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from pathlib import Path
 from common.cli import launch
 from common.config import key
 from common.errors import UserError
-from common.ops.native import Unit, build, cpu_units, cuda_units, find_nvcc, library_path, load_library
+from common.ops.native import (
+    Unit,
+    build,
+    cpu_units,
+    cuda_units,
+    find_nvcc,
+    library_path,
+    load_library,
+)
 
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,15 +39,26 @@ Library = tuple[Path, str, list[Unit]]
 class Config:
     """Keys of the build."""
 
-    ops: list[str] = key(["detection_kd/ops", "mil/ops"], "folders with csrc/, from the repository's root")
-    cuda: str = key("auto", "auto: where nvcc and a CUDA torch are there; yes: fail without; no", choices=("auto", "yes", "no"))
-    architectures: list[str] = key([], "compute capabilities without the dot, as in [80,90]; empty: this machine's")
+    ops: list[str] = key(
+        ["detection_kd/ops", "mil/ops"], "folders with csrc/, from the repository's root"
+    )
+    cuda: str = key(
+        "auto",
+        "auto: where nvcc and a CUDA torch are there; yes: fail without; no",
+        choices=("auto", "yes", "no"),
+    )
+    architectures: list[str] = key(
+        [], "compute capabilities without the dot, as in [80,90]; empty: this machine's"
+    )
     force: bool = key(False, "build again what is built already")
 
 
 def main(config: Config) -> int:
     wanted = [library for name in config.ops for library in libraries(ROOT / name, config)]
-    with ThreadPoolExecutor(os.cpu_count()) as compilers, ThreadPoolExecutor(len(wanted)) as builders:
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as compilers,
+        ThreadPoolExecutor(len(wanted)) as builders,
+    ):
         list(builders.map(partial(build_one, force=config.force, compilers=compilers), wanted))
     for ops, kind, _ in wanted:  # the CPU library of an operator comes first: it has the schema
         if reason := load_library(library_path(ops, kind)):

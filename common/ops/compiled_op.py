@@ -1,7 +1,9 @@
-"""A compiled operator with its gradient: loading it, telling torch about it, pinning its kernels, and when it is taken.
+"""A compiled operator with its gradient: loading it, telling torch about it, pinning its kernels,
+and when it is taken.
 
-For operators that give gradients to values, sampling locations and attention weights, computed in float32 (float64 for float64
-values). A package's `ops/compiled.py` holds what is its own: the schema's shapes, what is saved for the gradient, the call.
+For operators that give gradients to values, sampling locations and attention weights, computed in
+float32 (float64 for float64 values). A package's `ops/compiled.py` holds what is its own: the
+schema's shapes, what is saved for the gradient, the call.
 """
 
 from __future__ import annotations
@@ -54,19 +56,24 @@ class CompiledOp:
     _library: torch.library.Library | None = None  # registrations live as long as this does
 
     def unavailable(self, device_type: str) -> str | None:
-        """Why the compiled op cannot run on "cpu" or "cuda"; None where it can. Loads it on the first call."""
+        """Why the compiled op cannot run on "cpu" or "cuda"; None where it can. Loads it on the
+        first call.
+        """
         if device_type not in self._reasons:
             self._reasons[device_type] = self._load(device_type)
         return self._reasons[device_type]
 
     def choose_kernels(self, name: str) -> str | None:
-        """Pin the CPU kernels to "avx512", "avx2" or "baseline", for tests and measurements; "auto" undoes it.
+        """Pin the CPU kernels to "avx512", "avx2" or "baseline", for tests and measurements; "auto"
+        undoes it.
 
         Returns:
             The name in force, None where this processor does not have it.
         """
         assert self.unavailable("cpu") is None
-        choose = getattr(ctypes.CDLL(str(library_path(self.ops, "cpu"))), f"{self.name}_choose_kernels")
+        choose = getattr(
+            ctypes.CDLL(str(library_path(self.ops, "cpu"))), f"{self.name}_choose_kernels"
+        )
         choose.restype = ctypes.c_char_p
         found = choose(name.encode())
         return found.decode() if found else None
@@ -92,7 +99,9 @@ class CompiledOp:
 
 
 def constant(function: Door) -> Door:
-    """`torch.compiler.assume_constant_result`, without loading torch._dynamo for it, which takes as long as torch does."""
+    """`torch.compiler.assume_constant_result`, without loading torch._dynamo for it, which takes as
+    long as torch does.
+    """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
@@ -102,7 +111,9 @@ def compute_dtype(value: Tensor) -> torch.dtype:
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
-def empty_gradients(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def empty_gradients(
+    value: Tensor, locations: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """What a backward returns, contiguous and unwritten."""
     contiguous = torch.contiguous_format
     return (
@@ -113,8 +124,15 @@ def empty_gradients(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[
 
 
 def bound_of(grad_out: Tensor, value: Tensor, weights: Tensor) -> Tensor | None:
-    """A scalar that no contribution to the values' gradient exceeds, where CUDA has to add up deterministically; else None."""
-    if value.is_cuda and torch.are_deterministic_algorithms_enabled() and grad_out.numel() and weights.numel():
+    """A scalar that no contribution to the values' gradient exceeds, where CUDA has to add up
+    deterministically; else None.
+    """
+    if (
+        value.is_cuda
+        and torch.are_deterministic_algorithms_enabled()
+        and grad_out.numel()
+        and weights.numel()
+    ):
         return grad_out.abs().amax().to(weights.dtype) * weights.abs().amax()
     return None
 
@@ -125,7 +143,11 @@ def below_autocast() -> AbstractContextManager[object]:
 
 
 def takes_compiled(
-    asked: str | None, variable: str, device_type: str, unavailable: Callable[[str], str | None], what: str
+    asked: str | None,
+    variable: str,
+    device_type: str,
+    unavailable: Callable[[str], str | None],
+    what: str,
 ) -> bool:
     """Whether a door goes to its compiled op; a reference in its place is warned of once.
 

@@ -1,11 +1,14 @@
-"""Compiled operators: C++ and CUDA sources beside a package's `ops`, built ahead of time, loaded where they are there.
+"""Compiled operators: C++ and CUDA sources beside a package's `ops`, built ahead of time, loaded
+where they are there.
 
     <package>/ops/csrc/cpu/*.cpp        -> <package>/ops/build/lib<name>_cpu.so
-    <package>/ops/csrc/cuda/*.{cpp,cu}  -> <package>/ops/build/lib<name>_cuda.so   (name: the package)
+    <package>/ops/csrc/cuda/*.{cpp,cu}  -> <package>/ops/build/lib<name>_cuda.so   (name: the
+    package)
 
-The sources include only torch's stable ABI and what the operators share in `common/csrc`, so one build serves every torch
-from 2.10 on. A unit named `*_avx512.cpp` or `*_avx2.cpp` is compiled for that instruction set, all others for what every
-processor of the architecture has; which one runs is decided at run time, so a build can be copied to another machine.
+The sources include only torch's stable ABI and what the operators share in `common/csrc`, so one
+build serves every torch from 2.10 on. A unit named `*_avx512.cpp` or `*_avx2.cpp` is compiled for
+that instruction set, all others for what every processor of the architecture has; which one runs is
+decided at run time, so a build can be copied to another machine.
 """
 
 from __future__ import annotations
@@ -44,16 +47,28 @@ CPU_FLAGS = [
     "-Wno-psabi",
 ]
 X86_FLAGS = {
-    "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+    "_avx512": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mfma",
+        "-mf16c",
+        "-mprefer-vector-width=512",
+    ],
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
 }
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
-"""CUDA architectures of a build on a machine without a GPU, as far as nvcc knows them; the last one also as PTX."""
+"""CUDA architectures of a build on a machine without a GPU, as far as nvcc knows them; the last one
+also as PTX.
+"""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One source file and the command that turns it into an object file, less the two file names."""
+    """One source file and the command that turns it into an object file, less the two file
+    names.
+    """
 
     source: Path
     command: tuple[str, ...]
@@ -84,13 +99,30 @@ def cpu_units(ops: Path) -> list[Unit]:
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
     compiler = next(filter(None, map(shutil.which, names)), None)
     if not compiler:
-        raise UserError(f"C++ compiler: expected one of {', '.join(names)}, found none; install g++ or set CXX")
+        raise UserError(
+            f"C++ compiler: expected one of {', '.join(names)}, found none; install g++ or set CXX"
+        )
     x86 = platform.machine() in {"x86_64", "AMD64"}
     units = []
     for source in sorted((ops / "csrc" / "cpu").glob("*.cpp")):
-        extra = next((flags for end, flags in X86_FLAGS.items() if source.stem.endswith(end)), []) if x86 else []
+        extra = (
+            next((flags for end, flags in X86_FLAGS.items() if source.stem.endswith(end)), [])
+            if x86
+            else []
+        )
         units.append(
-            Unit(source, (compiler, *COMMON_FLAGS, *CPU_FLAGS, *extra, *_includes([TORCH_INCLUDE]), f"-I{SHARED}", "-c"))
+            Unit(
+                source,
+                (
+                    compiler,
+                    *COMMON_FLAGS,
+                    *CPU_FLAGS,
+                    *extra,
+                    *_includes([TORCH_INCLUDE]),
+                    f"-I{SHARED}",
+                    "-c",
+                ),
+            )
         )
     return units
 
@@ -100,7 +132,11 @@ def find_nvcc() -> tuple[str | None, str]:
     if torch.version.cuda is None:
         return None, "torch was installed without CUDA"
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    nvcc = (
+        str(Path(home, "bin", "nvcc"))
+        if home
+        else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    )
     if not Path(nvcc).is_file():
         return None, f"nvcc was not found ({nvcc}); set CUDA_HOME"
     return nvcc, ""
@@ -109,7 +145,9 @@ def find_nvcc() -> tuple[str | None, str]:
 def cuda_units(ops: Path, nvcc: str, architectures: list[str]) -> list[Unit]:
     """The CUDA units of an `ops` folder; arguments and errors as of `cuda_command`."""
     command = cuda_command(nvcc, architectures)
-    sources = sorted([*(ops / "csrc" / "cuda").glob("*.cu"), *(ops / "csrc" / "cuda").glob("*.cpp")])
+    sources = sorted(
+        [*(ops / "csrc" / "cuda").glob("*.cu"), *(ops / "csrc" / "cuda").glob("*.cpp")]
+    )
     return [Unit(source, command) for source in sources]
 
 
@@ -117,17 +155,23 @@ def cuda_command(nvcc: str, architectures: list[str]) -> tuple[str, ...]:
     """The command that compiles one CUDA unit, less the two file names.
 
     Args:
-        architectures: compute capabilities without the dot ("90"); empty: those of the GPUs here, without any ARCHITECTURES.
+        architectures: compute capabilities without the dot ("90"); empty: those of the GPUs here,
+            without any ARCHITECTURES.
 
     Raises:
         UserError: nvcc does not know one of them.
     """
-    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        [nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True
+    ).stdout
     known = {line.removeprefix("compute_") for line in listed.split()}
     wanted = architectures or _visible() or [name for name in ARCHITECTURES if name in known]
     unknown = [name for name in wanted if name not in known]
     if unknown:
-        raise UserError(f"architectures: nvcc does not know {', '.join(unknown)}; it knows {', '.join(sorted(known, key=int))}")
+        raise UserError(
+            f"architectures: nvcc does not know {', '.join(unknown)}; it knows "
+            f"{', '.join(sorted(known, key=int))}"
+        )
     code = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in wanted]
     code.append(f"-gencode=arch=compute_{wanted[-1]},code=compute_{wanted[-1]}")
     # headers of the toolkit that torch's own packages bring, for an nvcc that comes without
@@ -143,15 +187,19 @@ def cuda_command(nvcc: str, architectures: list[str]) -> tuple[str, ...]:
     return (nvcc, *flags, *_includes([TORCH_INCLUDE, *map(str, packaged)]), f"-I{SHARED}", "-c")
 
 
-def build(ops: Path, kind: str, units: list[Unit], force: bool = False, pool: Executor | None = None) -> bool:
-    """Compile and link one library, unless it is there for the same sources and commands; the log is kept beside it.
+def build(
+    ops: Path, kind: str, units: list[Unit], force: bool = False, pool: Executor | None = None
+) -> bool:
+    """Compile and link one library, unless it is there for the same sources and commands; the log
+    is kept beside it.
 
     Args:
         ops: the folder with csrc/.
         kind: "cpu" or "cuda".
         units: what to compile.
         force: even if it is there.
-        pool: where the compilers run; libraries that are built at the same time share one. None: a process a core.
+        pool: where the compilers run; libraries that are built at the same time share one. None: a
+            process a core.
 
     Returns:
         Whether anything was built.
@@ -168,20 +216,33 @@ def build(ops: Path, kind: str, units: list[Unit], force: bool = False, pool: Ex
     library.parent.mkdir(exist_ok=True)
     stamp.unlink(missing_ok=True)
     objects = [library.parent / f"{kind}_{unit.source.name}.o" for unit in units]
-    commands = [[*unit.command, str(unit.source), "-o", str(to)] for unit, to in zip(units, objects)]
+    commands = [
+        [*unit.command, str(unit.source), "-o", str(to)] for unit, to in zip(units, objects)
+    ]
     with nullcontext(pool) if pool else ThreadPoolExecutor(os.cpu_count()) as compilers:
         done = list(compilers.map(_compile, commands))
     with atomic_path(library) as temporary:
         if all(status == 0 for status, _ in done):
             # symbols of torch come from the libraries that `import torch` has loaded
             torch_lib = Path(torch.__file__).parent / "lib"
-            flags = ["-shared", f"-L{torch_lib}", "-ltorch_cpu", *(["-ltorch_cuda"] if kind == "cuda" else [])]
-            done.append(_compile([units[0].command[0], *map(str, objects), *flags, "-o", str(temporary)]))
+            flags = [
+                "-shared",
+                f"-L{torch_lib}",
+                "-ltorch_cpu",
+                *(["-ltorch_cuda"] if kind == "cuda" else []),
+            ]
+            done.append(
+                _compile([units[0].command[0], *map(str, objects), *flags, "-o", str(temporary)])
+            )
         write_text(log, "\n".join(text for _, text in done))
         if any(status != 0 for status, _ in done):
             first = next(text for status, text in done if status != 0)
-            lines = [line for line in first.splitlines() if "error" in line] or first.splitlines()[-1:]
-            raise UserError(f"{library.name}: the compiler failed: {lines[0].strip()[:300]}; whole log: {log}")
+            lines = [line for line in first.splitlines() if "error" in line] or first.splitlines()[
+                -1:
+            ]
+            raise UserError(
+                f"{library.name}: the compiler failed: {lines[0].strip()[:300]}; whole log: {log}"
+            )
     for file in objects:
         file.unlink()
     write_text(stamp, wanted)
@@ -189,7 +250,9 @@ def build(ops: Path, kind: str, units: list[Unit], force: bool = False, pool: Ex
 
 
 def _visible() -> list[str]:
-    capabilities = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+    capabilities = {
+        torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())
+    }
     return [f"{major}{minor}" for major, minor in sorted(capabilities)]
 
 
@@ -209,5 +272,7 @@ def _digest(ops: Path, kind: str, units: list[Unit]) -> str:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     for unit in units:
         digest.update("\0".join(unit.command).encode())
-    compiler = subprocess.run([units[0].command[0], "--version"], capture_output=True, text=True, check=False).stdout
+    compiler = subprocess.run(
+        [units[0].command[0], "--version"], capture_output=True, text=True, check=False
+    ).stdout
     return hashlib.sha256(digest.digest() + compiler.encode()).hexdigest()

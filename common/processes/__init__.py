@@ -1,1 +1,3 @@
-"""Work in supervised processes of this machine: crashes, hangs and Ctrl-C are survived and reported."""
+"""Work in supervised processes of this machine: crashes, hangs and Ctrl-C are survived and
+reported.
+"""

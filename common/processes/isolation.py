@@ -1,8 +1,10 @@
-"""Jobs in processes of their own: a native library that crashes or hangs takes down its process and nothing else.
+"""Jobs in processes of their own: a native library that crashes or hangs takes down its process and
+nothing else.
 
-Each process has a pipe of its own, so that one that dies in the middle of anything blocks no other, and three numbers of shared
-memory that say what it is at and since when. `concurrent.futures` gives up the whole pool when one process dies, and torch's
-DataLoader raises wherever the main process happens to be; neither notices one that hangs.
+Each process has a pipe of its own, so that one that dies in the middle of anything blocks no other,
+and three numbers of shared memory that say what it is at and since when. `concurrent.futures` gives
+up the whole pool when one process dies, and torch's DataLoader raises wherever the main process
+happens to be; neither notices one that hangs.
 """
 
 from __future__ import annotations
@@ -28,11 +30,15 @@ from common.errors import UserError
 logger = logging.getLogger(__name__)
 GRACE = 2.0  # seconds that a process has to tidy up before it is killed
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_slot: Any = None  # of this process, when it works for a pool: (since, what it is at), 0: at nothing
+_slot: Any = (
+    None  # of this process, when it works for a pool: (since, what it is at), 0: at nothing
+)
 
 
 def alive(*at: int) -> None:
-    """Say before anything that may take long or crash that this process is alive, and which two things it is at."""
+    """Say before anything that may take long or crash that this process is alive, and which two
+    things it is at.
+    """
     if _slot is not None:
         _slot[1 : 1 + len(at)] = at
         _slot[0] = time.monotonic()
@@ -63,7 +69,9 @@ class Lost:
 
 @dataclass(frozen=True)
 class Raised:
-    """A job that raised: the reason for people, the traceback for the log, whether it is the user who can mend it."""
+    """A job that raised: the reason for people, the traceback for the log, whether it is the user
+    who can mend it.
+    """
 
     reason: str
     traceback: str
@@ -77,7 +85,8 @@ class Raised:
 
 
 class Mapped:
-    """A result with its bulk in memory that both processes map: it is copied by none and outlives the one that wrote it.
+    """A result with its bulk in memory that both processes map: it is copied by none and outlives
+    the one that wrote it.
 
     Args:
         value: the rest of the result.
@@ -120,7 +129,9 @@ class Pool:
         depth: jobs that a process is given at a time, so that it need not wait for the next one.
     """
 
-    def __init__(self, function: Callable[[Any], Any], count: int, timeout: float, depth: int = 1) -> None:
+    def __init__(
+        self, function: Callable[[Any], Any], count: int, timeout: float, depth: int = 1
+    ) -> None:
         self._function, self._timeout, self._depth = function, timeout, depth
         self._context = get_context("fork")
         self._workers: list[_Worker] = []
@@ -145,7 +156,9 @@ class Pool:
             worker.pipe.send((key, job))
 
     def wait(self) -> list[tuple[int, Any]]:
-        """(key, result, Raised or Lost) of what has come, at least one; a lost job may be submitted again."""
+        """(key, result, Raised or Lost) of what has come, at least one; a lost job may be submitted
+        again.
+        """
         assert self.busy
         while True:
             busy = {worker.pipe: worker for worker in self._workers if worker.keys}
@@ -154,7 +167,9 @@ class Pool:
             for worker in self._workers:
                 since = worker.slot[0]
                 if worker.keys and since and time.monotonic() - since > self._timeout:
-                    found += self._replace(worker, f"the reader did not answer for {self._timeout:g} s")
+                    found += self._replace(
+                        worker, f"the reader did not answer for {self._timeout:g} s"
+                    )
             if found:
                 return found
 
@@ -173,7 +188,9 @@ class Pool:
     def _start(self) -> _Worker:
         slot = self._context.RawArray("d", 3)
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(self._function, theirs, slot, os.getpid()), daemon=True)
+        process = self._context.Process(
+            target=_serve, args=(self._function, theirs, slot, os.getpid()), daemon=True
+        )
         process.start()
         theirs.close()  # so that the process's death is the end of the pipe
         return _Worker(process, ours, slot)
@@ -215,7 +232,9 @@ def _serve(function: Callable[[Any], Any], pipe: Any, slot: Any, parent: int) ->
     global _slot
     _slot = slot
     _die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process, which ends this one
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the main process, which ends this one
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)  # the threads of the main process are not in a fork
@@ -248,7 +267,8 @@ def _die_with(parent: int) -> None:
 def isolated(
     function: Callable[[Any], Any], jobs: Sequence[Any], workers: int, timeout: float = math.inf
 ) -> Iterator[tuple[int, Any]]:
-    """(number of the job, its result or Raised or Lost), as they are ready; a lost job is tried once more, after all others.
+    """(number of the job, its result or Raised or Lost), as they are ready; a lost job is tried
+    once more, after all others.
 
     Args:
         function: job -> result.
@@ -256,7 +276,9 @@ def isolated(
         workers: processes; 0: in this one, where a crash or a hang is not survived.
         timeout: seconds without `alive` after which a job hangs.
     """
-    for number, result in _in_processes(function, jobs, workers, timeout) if workers else _here(function, jobs):
+    for number, result in (
+        _in_processes(function, jobs, workers, timeout) if workers else _here(function, jobs)
+    ):
         if isinstance(result, Raised) and not result.by_user:
             logger.error("%s", result.traceback.rstrip())
         yield number, result
@@ -282,7 +304,12 @@ def _in_processes(
                 pool.submit(number, jobs[number])
             for number, result in pool.wait():
                 if isinstance(result, Lost) and number not in tried:
-                    logger.warning("job %d of %d: %s; it is tried once more", number + 1, len(jobs), result.reason)
+                    logger.warning(
+                        "job %d of %d: %s; it is tried once more",
+                        number + 1,
+                        len(jobs),
+                        result.reason,
+                    )
                     tried.add(number)
                     waiting.append(number)
                 else:

@@ -1,9 +1,11 @@
-"""Jobs in several processes of this machine: results do not depend on how many, a failing job does not stop the rest.
+"""Jobs in several processes of this machine: results do not depend on how many, a failing job does
+not stop the rest.
 
-Each process has a pipe of its own, so that one that is killed (out of memory, a driver's crash) takes its job alone
-with it: a fresh process tries that job once more, then it is reported as failed and the others go on. A process whose
-GPU context is broken (a failed assertion in a kernel stays with it) leaves, and counts as one that died. Processes are
-forked off a server that has imported what they need and never touches a GPU: the next one is there at once.
+Each process has a pipe of its own, so that one that is killed (out of memory, a driver's crash)
+takes its job alone with it: a fresh process tries that job once more, then it is reported as failed
+and the others go on. A process whose GPU context is broken (a failed assertion in a kernel stays
+with it) leaves, and counts as one that died. Processes are forked off a server that has imported
+what they need and never touches a GPU: the next one is there at once.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ ATTEMPTS = 2  # processes that may die over one job
 
 @dataclass
 class _Worker:
-    """A process, our end of its pipe, the device it works on, and the index of the job it has (None: idle)."""
+    """A process, our end of its pipe, the device it works on, and the index of the job it has
+    (None: idle).
+    """
 
     process: Any
     pipe: Connection
@@ -56,9 +60,11 @@ def run_all(
         jobs: picklable; the next one is asked for when a process is free.
         workers: processes.
         threads: torch threads of each process.
-        devices: `work(job, device=...)` with these, shared out among the processes in turn; empty: `work(job)`.
-        apart: no job runs in this process, so that one that kills its process leaves this one alive; False: a single
-            worker is this process (for a debugger, and for jobs that cannot kill).
+        devices: `work(job, device=...)` with these, shared out among the processes in turn; empty:
+            `work(job)`.
+        apart: no job runs in this process, so that one that kills its process leaves this one
+            alive; False: a single worker is this process (for a debugger, and for jobs that cannot
+            kill).
     """
     check_workers(workers)
     most = len(jobs) if isinstance(jobs, Sized) else workers
@@ -67,7 +73,9 @@ def run_all(
         for job in jobs:
             yield job, _error(_on(work, devices[0] if devices else None), job)
         return
-    FORKS.set_forkserver_preload([__name__, _module_of(work)])  # heeded when the first process starts
+    FORKS.set_forkserver_preload(
+        [__name__, _module_of(work)]
+    )  # heeded when the first process starts
     places = [devices[i % len(devices)] if devices else None for i in range(min(workers, most))]
     pool = [_start(_on(work, device), device, threads) for device in places]
     try:
@@ -89,7 +97,9 @@ def check_workers(workers: int) -> None:
 def _shared_out(
     work: Callable[..., object], pool: list[_Worker], queue: _Queue[T], threads: int
 ) -> Iterator[tuple[T, str | None]]:
-    """(job, error or None) as they end, with a job for every idle process; one that died is replaced when there is work."""
+    """(job, error or None) as they end, with a job for every idle process; one that died is
+    replaced when there is work.
+    """
     while True:
         for place, worker in enumerate(pool):
             index = queue.next() if worker.job is None else None
@@ -107,7 +117,9 @@ def _shared_out(
 
 
 class _Queue(Generic[T]):
-    """Jobs in order, each asked for when it is needed; those that a process died over come once more, at the end."""
+    """Jobs in order, each asked for when it is needed; those that a process died over come once
+    more, at the end.
+    """
 
     def __init__(self, jobs: Iterator[T]) -> None:
         self.jobs = jobs
@@ -134,7 +146,10 @@ class _Queue(Generic[T]):
         return self.attempts[index] < ATTEMPTS
 
 
-_DIED = "a worker process died twice over it (out of memory, or killed); start again, with fewer workers if it was memory"
+_DIED = (
+    "a worker process died twice over it (out of memory, or killed); start again, with fewer "
+    "workers if it was memory"
+)
 
 
 def _module_of(work: Callable[..., object]) -> str:
@@ -158,7 +173,9 @@ def _start(work: Callable[..., object], device: str | None, threads: int) -> _Wo
 
 def _hand_out(worker: _Worker, index: int, job: Any) -> None:
     worker.job = index
-    with suppress(BrokenPipeError, ConnectionResetError):  # it died idle: the end of the pipe says so to _finished
+    with suppress(
+        BrokenPipeError, ConnectionResetError
+    ):  # it died idle: the end of the pipe says so to _finished
         worker.pipe.send(job)
 
 
@@ -180,8 +197,12 @@ def _finished(pool: Sequence[_Worker]) -> Iterator[tuple[int, str | None]]:
 
 
 def _serve(pipe: Connection, work: Callable[..., object], threads: int) -> None:
-    """A worker process: jobs in, one line on what went wrong (or None) out, until the pipe is closed."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    """A worker process: jobs in, one line on what went wrong (or None) out, until the pipe is
+    closed.
+    """
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
+    )
     torch.set_num_threads(threads)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     while True:
@@ -196,7 +217,9 @@ def _serve(pipe: Connection, work: Callable[..., object], threads: int) -> None:
 
 
 def _is_gpu_lost() -> bool:
-    """Whether this process's CUDA context fails whatever comes next: an assertion or bad access in a kernel is for good."""
+    """Whether this process's CUDA context fails whatever comes next: an assertion or bad access in
+    a kernel is for good.
+    """
     if not torch.cuda.is_initialized():
         return False
     try:
@@ -208,7 +231,9 @@ def _is_gpu_lost() -> bool:
 
 
 def _error(work: Callable[[T], object], job: T) -> str | None:
-    """One line on what went wrong. Any exception of a job is caught here, logged whole and reported by the caller."""
+    """One line on what went wrong. Any exception of a job is caught here, logged whole and reported
+    by the caller.
+    """
     try:
         work(job)
     except UserError as error:

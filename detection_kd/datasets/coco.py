@@ -1,7 +1,8 @@
 """COCO-format detection annotations, read and checked as a whole before any work starts.
 
-Source: the object detection format of COCO (Lin et al., ECCV 2014). Differences: category ids may be any integers and get
-contiguous class indices in the order of their ids; boxes are clipped to the image; what cannot be used is counted in one line.
+Source: the object detection format of COCO (Lin et al., ECCV 2014). Differences: category ids may
+be any integers and get contiguous class indices in the order of their ids; boxes are clipped to the
+image; what cannot be used is counted in one line.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class DetectionSet:
     Attributes:
         images: in the file's order.
         categories: class names, in the order of the class indices.
-        category_ids: the file's category ids; one a class, or with one class for all of them each of the file's.
+        category_ids: the file's category ids; one a class, or with one class for all of them each
+            of the file's.
     """
 
     images: list[ImageRecord]
@@ -57,7 +59,9 @@ class DetectionSet:
     category_ids: list[int] = field(default_factory=list)
 
 
-def read_coco(path: str | Path, images: str | Path, *, class_agnostic: bool = False) -> DetectionSet:
+def read_coco(
+    path: str | Path, images: str | Path, *, class_agnostic: bool = False
+) -> DetectionSet:
     """Read and check an annotation file.
 
     Args:
@@ -66,12 +70,15 @@ def read_coco(path: str | Path, images: str | Path, *, class_agnostic: bool = Fa
         class_agnostic: one class, "lesion", instead of the file's categories.
 
     Raises:
-        UserError: broken JSON, a missing image file, an unknown image or category id, a box that is no box, no box at all.
+        UserError: broken JSON, a missing image file, an unknown image or category id, a box that is
+            no box, no box at all.
     """
     content = read_json(path, "COCO annotations")
     for name in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
-            raise UserError(f"{path}: expected lists images, annotations and categories; '{name}' is missing")
+            raise UserError(
+                f"{path}: expected lists images, annotations and categories; '{name}' is missing"
+            )
     records = _read_images(content["images"], Path(images), path)
     indices, names = _read_categories(content["categories"], path)
     category_ids = list(indices)
@@ -79,7 +86,9 @@ def read_coco(path: str | Path, images: str | Path, *, class_agnostic: bool = Fa
         indices, names = dict.fromkeys(indices, 0), [AGNOSTIC]
     dropped, kept = _read_annotations(content["annotations"], records, indices, path)
     if dropped:
-        logger.info("%s: dropped %d of %d boxes: no area inside their image", path, dropped, dropped + kept)
+        logger.info(
+            "%s: dropped %d of %d boxes: no area inside their image", path, dropped, dropped + kept
+        )
     if not kept:
         raise UserError(f"{path}: expected annotated boxes, found none in {len(records)} images")
     return DetectionSet(list(records.values()), names, category_ids)
@@ -89,17 +98,27 @@ def _read_images(entries: list[Any], root: Path, source: str | Path) -> dict[int
     records: dict[int, ImageRecord] = {}
     for entry in entries:
         try:
-            record = ImageRecord(entry["id"], root / entry["file_name"], int(entry["width"]), int(entry["height"]))
+            record = ImageRecord(
+                entry["id"], root / entry["file_name"], int(entry["width"]), int(entry["height"])
+            )
         except (KeyError, TypeError, ValueError):
-            raise UserError(f"{source}: expected images with id, file_name, width, height; found {entry!r:.200}") from None
+            raise UserError(
+                f"{source}: expected images with id, file_name, width, height; found {entry!r:.200}"
+            ) from None
         if record.id in records:
             raise UserError(f"{source}: expected unique image ids, found {record.id} twice")
         if record.width < 1 or record.height < 1:
-            raise UserError(f"{source}: image {record.id}: expected a size, found {record.width} x {record.height} px")
+            raise UserError(
+                f"{source}: image {record.id}: expected a size, found {record.width} x "
+                f"{record.height} px"
+            )
         records[record.id] = record
     missing = [record.path for record in records.values() if not record.path.is_file()]
     if missing:
-        raise UserError(f"{source}: {len(missing)} of {len(records)} image files are missing, first {missing[0]}; see images=")
+        raise UserError(
+            f"{source}: {len(missing)} of {len(records)} image files are missing, first "
+            f"{missing[0]}; see images="
+        )
     return records
 
 
@@ -107,18 +126,27 @@ def _read_categories(entries: list[Any], source: str | Path) -> tuple[dict[int, 
     try:
         names = {entry["id"]: str(entry["name"]) for entry in entries}
     except (KeyError, TypeError):
-        raise UserError(f"{source}: expected categories with id and name, found {entries!r:.200}") from None
+        raise UserError(
+            f"{source}: expected categories with id and name, found {entries!r:.200}"
+        ) from None
     if len(names) < len(entries) or not names:
-        raise UserError(f"{source}: expected categories with unique ids, found {len(entries)} with {len(names)} ids")
+        raise UserError(
+            f"{source}: expected categories with unique ids, found {len(entries)} with "
+            f"{len(names)} ids"
+        )
     order = sorted(names)
-    return {identifier: index for index, identifier in enumerate(order)}, [names[identifier] for identifier in order]
+    return {identifier: index for index, identifier in enumerate(order)}, [
+        names[identifier] for identifier in order
+    ]
 
 
 def _read_annotations(
     entries: list[Any], records: dict[int, ImageRecord], indices: dict[int, int], source: str | Path
 ) -> tuple[int, int]:
     """Fill the records; returns how many boxes were dropped and kept."""
-    found: dict[int, list[tuple[np.ndarray, int, bool]]] = {identifier: [] for identifier in records}
+    found: dict[int, list[tuple[np.ndarray, int, bool]]] = {
+        identifier: [] for identifier in records
+    }
     dropped = 0
     for entry in entries:
         box = _read_box(entry, records, indices, source)
@@ -127,7 +155,9 @@ def _read_annotations(
         if (clipped[2:] <= clipped[:2]).any():
             dropped += 1
             continue
-        found[record.id].append((clipped, indices[entry["category_id"]], bool(entry.get("iscrowd", 0))))
+        found[record.id].append(
+            (clipped, indices[entry["category_id"]], bool(entry.get("iscrowd", 0)))
+        )
     for identifier, items in found.items():
         if items:
             boxes, labels, crowd = zip(*items, strict=True)
@@ -137,19 +167,34 @@ def _read_annotations(
     return dropped, sum(int((~record.crowd).sum()) for record in records.values())
 
 
-def _read_box(entry: Any, records: dict[int, ImageRecord], indices: dict[int, int], source: str | Path) -> np.ndarray:
+def _read_box(
+    entry: Any, records: dict[int, ImageRecord], indices: dict[int, int], source: str | Path
+) -> np.ndarray:
     """A checked annotation's box, xyxy px."""
     label = f"{source}: annotation {entry.get('id') if isinstance(entry, dict) else entry!r:.50}"
     try:
-        image, category, box = entry["image_id"], entry["category_id"], np.array(entry["bbox"], np.float64)
+        image, category, box = (
+            entry["image_id"],
+            entry["category_id"],
+            np.array(entry["bbox"], np.float64),
+        )
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{label}: expected image_id, category_id, bbox of 4 numbers, found {entry!r:.200}") from None
+        raise UserError(
+            f"{label}: expected image_id, category_id, bbox of 4 numbers, found {entry!r:.200}"
+        ) from None
     if image not in records:
-        raise UserError(f"{label}: image_id {image!r} is not among the file's {len(records)} images")
+        raise UserError(
+            f"{label}: image_id {image!r} is not among the file's {len(records)} images"
+        )
     if category not in indices:
-        raise UserError(f"{label}: category_id {category!r} is not among the file's categories {sorted(indices)}")
+        raise UserError(
+            f"{label}: category_id {category!r} is not among the file's categories "
+            f"{sorted(indices)}"
+        )
     if box.shape != (4,) or not np.isfinite(box).all():
-        raise UserError(f"{label}: expected bbox [x, y, width, height] in px, found {entry['bbox']}")
+        raise UserError(
+            f"{label}: expected bbox [x, y, width, height] in px, found {entry['bbox']}"
+        )
     return np.concatenate((box[:2], box[:2] + box[2:]))
 
 
@@ -157,6 +202,7 @@ def same_categories(train: DetectionSet, val: DetectionSet) -> None:
     """UserError unless both sets have the same classes in the same order."""
     if train.categories != val.categories:
         raise UserError(
-            f"validation annotations: expected the training categories {train.categories}, found {val.categories}; "
+            f"validation annotations: expected the training categories {train.categories}, found "
+            f"{val.categories}; "
             "use the same categories list in both files, or train with class_agnostic=true"
         )

@@ -1,8 +1,10 @@
-"""Pairs straight from slides: a slide's tiles, matched by their corners with its teacher bag, chosen, cut and encoded.
+"""Pairs straight from slides: a slide's tiles, matched by their corners with its teacher bag,
+chosen, cut and encoded.
 
-The tile is what extraction gives the student: read at its geometry, not resized further. A tile folder's own JPEGs are copied,
-as in `mil.datasets.distillation_set`, whose names (`<row>_<col>` for such tiles, else `<x>_<y>`) and JPEG settings are kept, so that the
-same tiles give the same bytes on either road.
+The tile is what extraction gives the student: read at its geometry, not resized further. A tile
+folder's own JPEGs are copied, as in `mil.datasets.distillation_set`, whose names (`<row>_<col>` for
+such tiles, else `<x>_<y>`) and JPEG settings are kept, so that the same tiles give the same bytes
+on either road.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ Ranking = Mapping[tuple[int, int], float]  # corner -> score
 
 @dataclass(frozen=True)
 class CutJob:
-    """One slide: where it, its coordinates (None: the bag's own) and its teacher bag lie, and which tiles are wanted.
+    """One slide: where it, its coordinates (None: the bag's own) and its teacher bag lie, and which
+    tiles are wanted.
 
     Attributes:
         count: tiles to keep; 0: all.
@@ -58,7 +61,9 @@ class CutJob:
 
 @dataclass(frozen=True)
 class Matched:
-    """Tiles that coordinates and bag have in common: corners (N, 2), their rows in the bag, and what only one side has."""
+    """Tiles that coordinates and bag have in common: corners (N, 2), their rows in the bag, and
+    what only one side has.
+    """
 
     corners: Int[np.ndarray, "n 2"]
     rows: Int[np.ndarray, " n"]
@@ -70,35 +75,67 @@ def match(bag: Bag, coordinates: Coordinates | None, source: Path) -> tuple[Matc
     """Match a bag's rows with tiles by their corners, in the order of the bag.
 
     Raises:
-        UserError: neither has corners, tiles that are read otherwise than the bag's, lengths that differ where the bag has no
-            corners, or no tile in common.
+        UserError: neither has corners, tiles that are read otherwise than the bag's, lengths that
+            differ where the bag has no corners, or no tile in common.
     """
     rows = np.arange(len(bag.features))
     if bag.coords is None:
         if coordinates is None or len(coordinates.coords) != len(rows):
-            found = "none" if coordinates is None else f"{len(coordinates.coords)} tiles for {len(rows)} features"
-            raise UserError(f"{source}: a bag without corners: expected coordinates of the same length, found {found}")
+            found = (
+                "none"
+                if coordinates is None
+                else f"{len(coordinates.coords)} tiles for {len(rows)} features"
+            )
+            raise UserError(
+                f"{source}: a bag without corners: expected coordinates of the same length, found "
+                f"{found}"
+            )
         return Matched(coordinates.coords, rows, [], []), coordinates.geometry
-    own = TileGeometry.from_attributes(bag.attributes, str(source)) if "patch_size" in bag.attributes else None
+    own = (
+        TileGeometry.from_attributes(bag.attributes, str(source))
+        if "patch_size" in bag.attributes
+        else None
+    )
     if coordinates is None:
         if own is None:
-            raise UserError(f"{source}: expected the tile geometry in the bag's attributes, found none; give coords=")
+            raise UserError(
+                f"{source}: expected the tile geometry in the bag's attributes, found none; give "
+                "coords="
+            )
         return Matched(bag.coords, rows, [], []), own
     geometry = coordinates.geometry
-    changed = [name for name in READ_BY if own is not None and getattr(own, name) != getattr(geometry, name)]
+    changed = [
+        name
+        for name in READ_BY
+        if own is not None and getattr(own, name) != getattr(geometry, name)
+    ]
     if changed:
-        said = ", ".join(f"{name} {getattr(own, name)} -> {getattr(geometry, name)}" for name in changed)
-        raise UserError(f"{source}: features of other tiles than the coordinates': {said}; extract the slide again")
-    tiles, encoded = ({(int(x), int(y)): None for x, y in corners} for corners in (coordinates.coords, bag.coords))
+        said = ", ".join(
+            f"{name} {getattr(own, name)} -> {getattr(geometry, name)}" for name in changed
+        )
+        raise UserError(
+            f"{source}: features of other tiles than the coordinates': {said}; extract the slide "
+            "again"
+        )
+    tiles, encoded = (
+        {(int(x), int(y)): None for x, y in corners} for corners in (coordinates.coords, bag.coords)
+    )
     kept = np.array([(int(x), int(y)) in tiles for x, y in bag.coords], dtype=bool)
     if not kept.any():
-        raise UserError(f"{source}: expected the corners of the tiles, found none in common; extract the slide again")
-    lost, strange = ([corner for corner in one if corner not in other] for one, other in ((tiles, encoded), (encoded, tiles)))
+        raise UserError(
+            f"{source}: expected the corners of the tiles, found none in common; extract the "
+            "slide again"
+        )
+    lost, strange = (
+        [corner for corner in one if corner not in other]
+        for one, other in ((tiles, encoded), (encoded, tiles))
+    )
     return Matched(bag.coords[kept], rows[kept], lost, strange), geometry
 
 
 def choose(job: CutJob, matched: Matched) -> Int[np.ndarray, " m"]:
-    """Which of the matched tiles are kept: all in order, the highest of the ranking, or so many at random in order.
+    """Which of the matched tiles are kept: all in order, the highest of the ranking, or so many at
+    random in order.
 
     Raises:
         UserError: the ranking knows none of the slide's tiles.
@@ -109,7 +146,9 @@ def choose(job: CutJob, matched: Matched) -> Int[np.ndarray, " m"]:
         order = np.argsort(-np.array(scores), kind="stable")
         order = order[np.isfinite(np.array(scores)[order])]
         if not len(order):
-            raise UserError(f"slide {job.slide_id}: expected tiles of the ranking, found none of {total}")
+            raise UserError(
+                f"slide {job.slide_id}: expected tiles of the ranking, found none of {total}"
+            )
         return order[: job.count or None]
     if not job.count or job.count >= total:
         return np.arange(total)
@@ -117,9 +156,13 @@ def choose(job: CutJob, matched: Matched) -> Int[np.ndarray, " m"]:
     return np.sort(drawn[: job.count])
 
 
-def encode_tile(slide: Slide, geometry: TileGeometry, x: int, y: int, encoding: str) -> tuple[str, bytes]:
+def encode_tile(
+    slide: Slide, geometry: TileGeometry, x: int, y: int, encoding: str
+) -> tuple[str, bytes]:
     """File name and bytes of one tile; a tile folder's own JPEG as it is."""
-    if isinstance(slide, TileFolder) and {geometry.patch_size, geometry.target_size} == {slide.tile_side}:
+    if isinstance(slide, TileFolder) and {geometry.patch_size, geometry.target_size} == {
+        slide.tile_side
+    }:
         file = slide.tile_at(x, y)
         if file is not None and file.suffix.lower() in {".jpg", ".jpeg"}:
             return f"{file.stem}.jpg", file.read_bytes()
@@ -143,7 +186,10 @@ def cut_slide(job: CutJob, provenance: Mapping[str, Any]) -> None:
     bag = read_bag(job.bag)
     coordinates = read_coordinates(job.coords) if job.coords else None
     matched, geometry = match(bag, coordinates, job.bag)
-    with open_slide(job.slide, job.mpp, geometry.tile_pattern) as slide, PackWriter(job.part, job.dtype) as writer:
+    with (
+        open_slide(job.slide, job.mpp, geometry.tile_pattern) as slide,
+        PackWriter(job.part, job.dtype) as writer,
+    ):
         for index in choose(job, matched):
             x, y = matched.corners[index].tolist()
             name, picture = encode_tile(slide, geometry, x, y, job.encoding)
@@ -154,7 +200,8 @@ def cut_slide(job: CutJob, provenance: Mapping[str, Any]) -> None:
 
 
 def read_ranking(path: str | Path) -> dict[str, Ranking]:
-    """Slide id -> scores of its tiles, of a table `slide_id,x,y,score` or of the `ann.json` that rank_patches leaves.
+    """Slide id -> scores of its tiles, of a table `slide_id,x,y,score` or of the `ann.json` that
+    rank_patches leaves.
 
     Raises:
         UserError: neither of them.
@@ -165,15 +212,21 @@ def read_ranking(path: str | Path) -> dict[str, Ranking]:
             entries = read_json(path, "a ranking of tiles")["images"]
         else:
             entries = pd.read_csv(path, dtype={"slide_id": str}).to_dict("records")
-        rows = [(str(e["slide_id"]), (int(e["x"]), int(e["y"])), float(e["score"])) for e in entries]
+        rows = [
+            (str(e["slide_id"]), (int(e["x"]), int(e["y"])), float(e["score"])) for e in entries
+        ]
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{path}: expected a ranking (csv with slide_id,x,y,score, or rank_patches' ann.json), cannot be read: {error!r}"
+            f"{path}: expected a ranking (csv with slide_id,x,y,score, or rank_patches' "
+            f"ann.json), cannot be read: {error!r}"
         ) from None
     if not rows or not np.isfinite([score for *_, score in rows]).all():
-        raise UserError(f"{path}: expected finite scores of tiles, found {'NaN or infinity' if rows else 'none'}")
+        raise UserError(
+            f"{path}: expected finite scores of tiles, found "
+            f"{'NaN or infinity' if rows else 'none'}"
+        )
     found: dict[str, dict[tuple[int, int], float]] = {}
     for slide_id, corner, score in rows:
         found.setdefault(slide_id, {})[corner] = score
@@ -184,4 +237,6 @@ def features_of(bag: Path) -> tuple[str, dict[str, str]]:
     """(dtype on disk, encoder provenance) of a bag."""
     attributes = bag_header(bag)[1] if bag.suffix == ".h5" else {}
     names = ("encoder", "weights_sha256", "transform", "precision")
-    return str(attributes.get("dtype", "float32")), {name: str(attributes[name]) for name in names if name in attributes}
+    return str(attributes.get("dtype", "float32")), {
+        name: str(attributes[name]) for name in names if name in attributes
+    }

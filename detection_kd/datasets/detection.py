@@ -1,6 +1,7 @@
 """Images and boxes of a detection set as training samples and padded batches.
 
-A sample depends on (seed, epoch, index) alone: a resumed run and a run on more processes or workers see the same pixels.
+A sample depends on (seed, epoch, index) alone: a resumed run and a run on more processes or workers
+see the same pixels.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from patch_encoder.models.encoder_table import IMAGENET
 
 @dataclass
 class Sample:
-    """One transformed image: (3, H, W) bytes, (N, 4) cxcywh fractions, (N,) class indices, and its record's number."""
+    """One transformed image: (3, H, W) bytes, (N, 4) cxcywh fractions, (N,) class indices, and its
+    record's number.
+    """
 
     image: UInt8[Tensor, "3 h w"]
     boxes: Float[Tensor, "n 4"]
@@ -40,7 +43,8 @@ class Batch:
     """Samples padded to one size, on the right and at the bottom.
 
     Attributes:
-        images: (B, 3, H, W), 0 in the padding; bytes from the loader, after `to` ImageNet-normalised float32.
+        images: (B, 3, H, W), 0 in the padding; bytes from the loader, after `to`
+            ImageNet-normalised float32.
         padding: (B, H, W), True where a pixel is padding.
         boxes: per image (N_b, 4) cxcywh fractions of the unpadded image.
         labels: per image (N_b,) class indices.
@@ -54,10 +58,15 @@ class Batch:
     indices: list[int]
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device, images channels-last and normalised there: a quarter of the bytes to copy."""
+        """The batch on a device, images channels-last and normalised there: a quarter of the bytes
+        to copy.
+        """
         padding = self.padding.to(device, non_blocking=True)
         return Batch(
-            normalised(self.images.to(device, non_blocking=True, memory_format=torch.channels_last), padding),
+            normalised(
+                self.images.to(device, non_blocking=True, memory_format=torch.channels_last),
+                padding,
+            ),
             padding,
             [boxes.to(device, non_blocking=True) for boxes in self.boxes],
             [labels.to(device, non_blocking=True) for labels in self.labels],
@@ -66,11 +75,18 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory, for DataLoader."""
-        boxes, labels = [b.pin_memory() for b in self.boxes], [label.pin_memory() for label in self.labels]
-        return Batch(self.images.pin_memory(), self.padding.pin_memory(), boxes, labels, self.indices)
+        boxes, labels = (
+            [b.pin_memory() for b in self.boxes],
+            [label.pin_memory() for label in self.labels],
+        )
+        return Batch(
+            self.images.pin_memory(), self.padding.pin_memory(), boxes, labels, self.indices
+        )
 
 
-def normalised(images: UInt8[Tensor, "b 3 h w"], padding: Bool[Tensor, "b h w"]) -> Float[Tensor, "b 3 h w"]:
+def normalised(
+    images: UInt8[Tensor, "b 3 h w"], padding: Bool[Tensor, "b h w"]
+) -> Float[Tensor, "b 3 h w"]:
     """Bytes -> float32 with ImageNet's mean and standard deviation, 0 in the padding."""
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in IMAGENET)
     return images.float().div_(255).sub_(mean).div_(std).masked_fill_(padding[:, None], 0.0)
@@ -86,7 +102,13 @@ class DetectionDataset(Dataset[Sample]):
         epoch: epochs before this one.
     """
 
-    def __init__(self, records: Sequence[ImageRecord], transform: Callable[..., Any], seed: int = 0, epoch: int = 0) -> None:
+    def __init__(
+        self,
+        records: Sequence[ImageRecord],
+        transform: Callable[..., Any],
+        seed: int = 0,
+        epoch: int = 0,
+    ) -> None:
         self.records, self.transform, self.seed, self.epoch = records, transform, seed, epoch
 
     def __len__(self) -> int:
@@ -98,7 +120,9 @@ class DetectionDataset(Dataset[Sample]):
         kept = ~record.crowd
         target = {
             "boxes": tv_tensors.BoundingBoxes(
-                torch.from_numpy(record.boxes[kept]), format=BoundingBoxFormat.XYXY, canvas_size=(record.height, record.width)
+                torch.from_numpy(record.boxes[kept]),
+                format=BoundingBoxFormat.XYXY,
+                canvas_size=(record.height, record.width),
             ),
             "labels": torch.from_numpy(record.labels[kept]),
         }
@@ -106,7 +130,9 @@ class DetectionDataset(Dataset[Sample]):
             torch.manual_seed(((self.seed * 100_003 + self.epoch) * 1_000_003 + index) % 2**63)
             image, target = self.transform(image, target)
         height, width = image.shape[-2:]
-        boxes = F.convert_bounding_box_format(target["boxes"], new_format=BoundingBoxFormat.CXCYWH).as_subclass(Tensor)
+        boxes = F.convert_bounding_box_format(
+            target["boxes"], new_format=BoundingBoxFormat.CXCYWH
+        ).as_subclass(Tensor)
         boxes = boxes / torch.tensor([width, height, width, height])
         return Sample(image.as_subclass(Tensor), boxes, target["labels"], index)
 
@@ -125,7 +151,8 @@ def read_image(record: ImageRecord) -> Image.Image:
         raise UserError(f"{record.path}: expected an image, cannot be read: {error}") from None
     if rgb.size != (record.width, record.height):
         raise UserError(
-            f"{record.path}: expected {record.width} x {record.height} px as annotated, found {rgb.width} x {rgb.height} px"
+            f"{record.path}: expected {record.width} x {record.height} px as annotated, found "
+            f"{rgb.width} x {rgb.height} px"
         )
     return rgb
 
@@ -140,11 +167,20 @@ def collate(samples: list[Sample], pad_to: int = 0) -> Batch:
         _, h, w = sample.image.shape
         images[row, :, :h, :w] = sample.image
         padding[row, :h, :w] = False
-    return Batch(images, padding, [s.boxes for s in samples], [s.labels for s in samples], [s.index for s in samples])
+    return Batch(
+        images,
+        padding,
+        [s.boxes for s in samples],
+        [s.labels for s in samples],
+        [s.index for s in samples],
+    )
 
 
-def epoch_indices(images: int, batch_size: int, seed: int, epoch: int, rank: int = 0, processes: int = 1) -> list[int]:
-    """This process's share of an epoch's shuffled images; the union over processes of each step is the same global batch.
+def epoch_indices(
+    images: int, batch_size: int, seed: int, epoch: int, rank: int = 0, processes: int = 1
+) -> list[int]:
+    """This process's share of an epoch's shuffled images; the union over processes of each step is
+    the same global batch.
 
     The images that do not fill a last batch are left to other epochs, as published.
     """
@@ -153,7 +189,13 @@ def epoch_indices(images: int, batch_size: int, seed: int, epoch: int, rank: int
 
 
 def loader(
-    dataset: DetectionDataset, indices: Sequence[int], batch_size: int, *, workers: int, pad_to: int = 0, pin: bool = False
+    dataset: DetectionDataset,
+    indices: Sequence[int],
+    batch_size: int,
+    *,
+    workers: int,
+    pad_to: int = 0,
+    pin: bool = False,
 ) -> DataLoader[Sample]:
     """Batches of `indices` in their order; `batch_size` images of this process each."""
     return DataLoader(

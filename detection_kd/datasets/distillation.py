@@ -1,4 +1,6 @@
-"""The distillation set as training items: fingerprint, split by slide, tiles with their teacher's features."""
+"""The distillation set as training items: fingerprint, split by slide, tiles with their teacher's
+features.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,12 @@ __all__ = ["DistillationTiles", "Pair", "pairs_digest", "read_pairs", "split_by_
 
 
 def pairs_digest(pairs: list[Pair]) -> str:
-    """Fingerprint of a distillation set: names and features (a tile's pixels are what its feature was made from)."""
-    return sha256_bytes(*(f"{p.slide_id}/{p.image.name}".encode() + p.feature.numpy().tobytes() for p in pairs))
+    """Fingerprint of a distillation set: names and features (a tile's pixels are what its feature
+    was made from).
+    """
+    return sha256_bytes(
+        *(f"{p.slide_id}/{p.image.name}".encode() + p.feature.numpy().tobytes() for p in pairs)
+    )
 
 
 def split_by_slide(pairs: list[Pair], val_share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
@@ -31,17 +37,23 @@ def split_by_slide(pairs: list[Pair], val_share: float, seed: int) -> tuple[list
     """
     slides = sorted({pair.slide_id for pair in pairs})
     if len(slides) < 2:
-        raise UserError(f"distillation set: expected at least two slides to validate on one of them, found {len(slides)}")
+        raise UserError(
+            "distillation set: expected at least two slides to validate on one of them, found "
+            f"{len(slides)}"
+        )
     order = np.random.default_rng(seed).permutation(len(slides))
     held_out = {slides[i] for i in order[: max(1, round(val_share * len(slides)))]}
-    return [p for p in pairs if p.slide_id not in held_out], [p for p in pairs if p.slide_id in held_out]
+    return [p for p in pairs if p.slide_id not in held_out], [
+        p for p in pairs if p.slide_id in held_out
+    ]
 
 
 class DistillationTiles(Dataset):
-    """Item: (tile uint8 (3, H, W), teacher feature float32 (D,)); the tile augmented when `augment`.
+    """Item: (tile uint8 (3, H, W), teacher feature float32 (D,)); the tile augmented when
+    `augment`.
 
-    The augmentation of an item follows (seed, epoch, index) alone, so that workers, resuming and the number of
-    processes do not change it. Without it every tile is turned by `turns` quarters.
+    The augmentation of an item follows (seed, epoch, index) alone, so that workers, resuming and
+    the number of processes do not change it. Without it every tile is turned by `turns` quarters.
 
     Args:
         pairs: the pairs.
@@ -49,7 +61,8 @@ class DistillationTiles(Dataset):
         seed: of the augmentation.
         turns: quarter turns of every tile without augmentation.
         augmentation: None: flips and turns alone.
-        teacher_view: transform of a teacher that runs on the augmented tile; its result takes the feature's place.
+        teacher_view: transform of a teacher that runs on the augmented tile; its result takes the
+            feature's place.
     """
 
     def __init__(

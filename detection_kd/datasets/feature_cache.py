@@ -1,9 +1,12 @@
-"""What a frozen backbone makes of a set of tiles, on disk: computed once, memory-mapped by every run that can use it.
+"""What a frozen backbone makes of a set of tiles, on disk: computed once, memory-mapped by every
+run that can use it.
 
-One `.npy` (N, C, h, w) a stage and quarter turn, named by a digest of everything that decides its numbers (backbone, tiles,
-input scale, precision) and by nothing else: runs with other adapters, losses, splits or seeds share it, and a run that adds a
-stage computes only that one. Pooling without parameters is done before (h = w = 1); else whole maps are kept, which takes
-h x w times the room. Every process fills its share of the rows of a temporary file of full size, which is then renamed.
+One `.npy` (N, C, h, w) a stage and quarter turn, named by a digest of everything that decides its
+numbers (backbone, tiles, input scale, precision) and by nothing else: runs with other adapters,
+losses, splits or seeds share it, and a run that adds a stage computes only that one. Pooling
+without parameters is done before (h = w = 1); else whole maps are kept, which takes h x w times the
+room. Every process fills its share of the rows of a temporary file of full size, which is then
+renamed.
 """
 
 from __future__ import annotations
@@ -62,7 +65,8 @@ class CacheKey:
 
 
 class CachedMaps(Dataset):
-    """Item: (a map (C, h, w) a stage, teacher feature (D,)); all chosen rows of the first turn, then of the second, ...
+    """Item: (a map (C, h, w) a stage, teacher feature (D,)); all chosen rows of the first turn,
+    then of the second, ...
 
     Args:
         turns: by turn and stage, (N, C, h, w).
@@ -70,7 +74,9 @@ class CachedMaps(Dataset):
         rows: which of the N are in this set.
     """
 
-    def __init__(self, turns: Sequence[Sequence[Maps]], teacher: Float[Tensor, "n d"], rows: Sequence[int]) -> None:
+    def __init__(
+        self, turns: Sequence[Sequence[Maps]], teacher: Float[Tensor, "n d"], rows: Sequence[int]
+    ) -> None:
         self.turns, self.teacher, self.rows = turns, teacher, np.asarray(rows, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -107,12 +113,14 @@ def cached_maps(
     world: World,
     workers: int,
 ) -> list[list[Maps]]:
-    """Maps of all tiles by quarter turn and stage, memory-mapped; files that are missing or do not fit are made.
+    """Maps of all tiles by quarter turn and stage, memory-mapped; files that are missing or do not
+    fit are made.
 
     Args:
         folder: of the cache.
         key: what the files are named by.
-        frozen: uint8 tiles (B, 3, H, W) -> [(B, C, h, w), ...], one a stage of `needles`; on its device.
+        frozen: uint8 tiles (B, 3, H, W) -> [(B, C, h, w), ...], one a stage of `needles`; on its
+            device.
         needles: stages.
         turned: the same tiles in each quarter turn.
         world: this process; all take part.
@@ -133,11 +141,20 @@ def cached_maps(
     missing: list[str] = gather_objects([str(job.path) for job in jobs])[0]  # type: ignore[assignment] # as the first sees it
     jobs = [job for job in jobs if str(job.path) in missing]
     if world.is_main and jobs:
-        _require_room(folder, sum(int(np.prod(job.shape)) for job in jobs) * np.dtype(key.dtype).itemsize)
+        _require_room(
+            folder, sum(int(np.prod(job.shape)) for job in jobs) * np.dtype(key.dtype).itemsize
+        )
     for turn, tiles in enumerate(turned):
         mine = [job for job in jobs if job.tiles is tiles]
         if mine:
-            _fill(mine, key, frozen, world, workers, f"backbone features, turn {turn + 1} of {len(turned)}")
+            _fill(
+                mine,
+                key,
+                frozen,
+                world,
+                workers,
+                f"backbone features, turn {turn + 1} of {len(turned)}",
+            )
     return [[np.load(path, mmap_mode="r") for path in files] for files in paths]
 
 
@@ -156,19 +173,32 @@ def _spread(count: int) -> list[int]:
 
 
 def _batches(
-    frozen: nn.Module, tiles: Dataset, rows: Sequence[int], key: CacheKey, world: World, workers: int = 0, title: str = ""
+    frozen: nn.Module,
+    tiles: Dataset,
+    rows: Sequence[int],
+    key: CacheKey,
+    world: World,
+    workers: int = 0,
+    title: str = "",
 ) -> Iterator[list[Maps]]:
     loader = DataLoader(Subset(tiles, rows), BATCH, num_workers=workers)
-    for pixels, _ in progress(loader, title, len(loader), "batches", enabled=bool(title) and world.is_main):
+    for pixels, _ in progress(
+        loader, title, len(loader), "batches", enabled=bool(title) and world.is_main
+    ):
         with autocast(world.device, key.precision):
             maps = [x.to(getattr(torch, key.dtype)).cpu() for x in frozen(pixels.to(world.device))]
         if not all(x.isfinite().all() for x in maps):
-            raise UserError(f"backbone features: expected finite {key.dtype} numbers, found others; set cache_dtype=float32")
+            raise UserError(
+                f"backbone features: expected finite {key.dtype} numbers, found others; set "
+                "cache_dtype=float32"
+            )
         yield [x.numpy() for x in maps]
 
 
 def _usable(path: Path, shape: tuple[int, ...], probe: Maps, dtype: str) -> bool:
-    """Whether the file has this shape and type, and the numbers that the backbone gives for the probed tiles now."""
+    """Whether the file has this shape and type, and the numbers that the backbone gives for the
+    probed tiles now.
+    """
     if not path.is_file():
         return False
     try:
@@ -189,13 +219,17 @@ def _require_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{folder}: expected {needed / 2**20:,.0f} MiB free for the backbone's features, found {free / 2**20:,.0f}; "
-            "set cache_dir= to another disk, cache_dtype=float16, pooling=mean (one cell a map), or cache=false"
+            f"{folder}: expected {needed / 2**20:,.0f} MiB free for the backbone's features, "
+            f"found {free / 2**20:,.0f}; "
+            "set cache_dir= to another disk, cache_dtype=float16, pooling=mean (one cell a map), "
+            "or cache=false"
         )
     logger.info("%s: %.1f MiB of backbone features to compute", folder, needed / 2**20)
 
 
-def _fill(jobs: list[_Job], key: CacheKey, frozen: nn.Module, world: World, workers: int, title: str) -> None:
+def _fill(
+    jobs: list[_Job], key: CacheKey, frozen: nn.Module, world: World, workers: int, title: str
+) -> None:
     """Make the files of one turn; process r of n writes the r-th of n blocks of rows."""
     outputs = [AtomicFile(job.path) for job in jobs] if world.is_main else []
     try:
@@ -205,7 +239,11 @@ def _fill(jobs: list[_Job], key: CacheKey, frozen: nn.Module, world: World, work
         arrays = [np.load(name, mmap_mode="r+") for name in names]
         count = jobs[0].shape[0]
         start, end = (count * rank // world.size for rank in (world.rank, world.rank + 1))
-        for maps in _batches(frozen, jobs[0].tiles, range(start, end), key, world, workers, title) if end > start else ():
+        for maps in (
+            _batches(frozen, jobs[0].tiles, range(start, end), key, world, workers, title)
+            if end > start
+            else ()
+        ):
             for array, job in zip(arrays, jobs, strict=True):
                 array[start : start + len(maps[0])] = maps[job.stage]
             start += len(maps[0])
@@ -222,7 +260,9 @@ def _fill(jobs: list[_Job], key: CacheKey, frozen: nn.Module, world: World, work
 
 
 def _reserve(path: Path, shape: tuple[int, ...], dtype: str) -> None:
-    """An empty array file whose room on the disk is taken: a full disk shows here, not as a crash while it is mapped."""
+    """An empty array file whose room on the disk is taken: a full disk shows here, not as a crash
+    while it is mapped.
+    """
     np.lib.format.open_memmap(path, "w+", np.dtype(dtype), shape).flush()
     with path.open("r+b") as stream:
         try:
@@ -230,4 +270,6 @@ def _reserve(path: Path, shape: tuple[int, ...], dtype: str) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise UserError(f"{path.parent}: the disk is full; set cache_dir= to another disk or cache=false") from None
+            raise UserError(
+                f"{path.parent}: the disk is full; set cache_dir= to another disk or cache=false"
+            ) from None

@@ -1,16 +1,16 @@
-"""A distillation set in one HDF5 file: 90,000 pairs are two large arrays instead of 180,000 small files.
+"""A distillation set in one HDF5 file: 90,000 pairs are two large arrays instead of 180,000 small
+files.
 
-    images    uint8 (total,)     the encoded pictures, one behind the other, their bytes as they were
-    offsets   int64 (N + 1,)     picture i is images[offsets[i]:offsets[i + 1]]
-    features  float16|32 (N, D)  teacher features
-    names     text (N,)          file name of each picture, <patch>.jpg
-    slides    int32 (N,)         row of slide_ids
-    slide_ids text (S,)
-    coords    int64 (N, 2)       level-0 corners (x, y); -1 where they are not known
-    provenance text              JSON
+    images    uint8 (total,)     the encoded pictures, one behind the other, their bytes as they
+    were offsets   int64 (N + 1,)     picture i is images[offsets[i]:offsets[i + 1]] features
+    float16|32 (N, D)  teacher features names     text (N,)          file name of each picture,
+    <patch>.jpg slides    int32 (N,)         row of slide_ids slide_ids text (S,) coords    int64
+    (N, 2)       level-0 corners (x, y); -1 where they are not known provenance text
+    JSON
 
-with `format` and `images_sha256` as attributes of the file. `images` is contiguous: a picture is one read at a known place
-of the file, without HDF5, whose handles are not safe to share between processes that fork.
+with `format` and `images_sha256` as attributes of the file. `images` is contiguous: a picture is
+one read at a known place of the file, without HDF5, whose handles are not safe to share between
+processes that fork.
 """
 
 from __future__ import annotations
@@ -54,8 +54,18 @@ class Pack:
         try:
             with h5py.File(self.path, "r") as file:
                 self._read(file)
-        except (OSError, KeyError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError) as error:
-            raise UserError(f"{path}: expected a packed distillation set, cannot be read: {error}; pack it again") from None
+        except (
+            OSError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+            json.JSONDecodeError,
+        ) as error:
+            raise UserError(
+                f"{path}: expected a packed distillation set, cannot be read: {error}; pack it "
+                "again"
+            ) from None
         self._descriptor: tuple[int, int] | None = None
 
     def _read(self, file: h5py.File) -> None:
@@ -67,17 +77,32 @@ class Pack:
         slide_ids = file["slide_ids"].asstr()[()]
         slides = file["slides"][()]
         self.names = list(file["names"].asstr()[()])
-        self.features: Float[Tensor, "n d"] = torch.from_numpy(file["features"][()].astype(np.float32))
+        self.features: Float[Tensor, "n d"] = torch.from_numpy(
+            file["features"][()].astype(np.float32)
+        )
         self.coords = file["coords"][()]
         self.offsets = file["offsets"][()]
         self.provenance: dict[str, Any] = json.loads(file["provenance"].asstr()[()])
         self.images_sha256 = str(file.attrs["images_sha256"])
         self._start = file["images"].id.get_offset() if len(file["images"]) else 0
-        lengths = {len(self.names), len(self.features), len(self.coords), len(self.offsets) - 1, len(slides)}
-        consistent = len(lengths) == 1 and (np.diff(self.offsets) >= 0).all() and self._start is not None
+        lengths = {
+            len(self.names),
+            len(self.features),
+            len(self.coords),
+            len(self.offsets) - 1,
+            len(slides),
+        }
+        consistent = (
+            len(lengths) == 1 and (np.diff(self.offsets) >= 0).all() and self._start is not None
+        )
         consistent = consistent and self.offsets[0] == 0 and self.offsets[-1] == len(file["images"])
-        if not consistent or (len(slides) and not 0 <= slides.min() <= slides.max() < len(slide_ids)):
-            raise UserError(f"{self.path}: expected arrays of one length and contiguous images, found others; pack it again")
+        if not consistent or (
+            len(slides) and not 0 <= slides.min() <= slides.max() < len(slide_ids)
+        ):
+            raise UserError(
+                f"{self.path}: expected arrays of one length and contiguous images, found others; "
+                "pack it again"
+            )
         self.slides = [str(slide_ids[index]) for index in slides]
 
     def __len__(self) -> int:
@@ -120,8 +145,8 @@ class Pack:
 class PackWriter:
     """A packed set that grows pair by pair; memory does not grow with its pictures and features.
 
-    They go to nameless files in the target's folder first, since HDF5 has to know the size of a contiguous array, and nothing
-    is left of them when the process is killed.
+    They go to nameless files in the target's folder first, since HDF5 has to know the size of a
+    contiguous array, and nothing is left of them when the process is killed.
 
     Args:
         path: the file.
@@ -131,7 +156,10 @@ class PackWriter:
     def __init__(self, path: str | Path, dtype: str = "float32") -> None:
         self._target, self._dtype = AtomicFile(path), np.dtype(dtype)
         # closed by __exit__
-        self._images, self._features = (tempfile.TemporaryFile(dir=self._target.path.parent) for _ in range(2))  # noqa: SIM115
+        self._images, self._features = (
+            tempfile.TemporaryFile(dir=self._target.path.parent)  # noqa: SIM115
+            for _ in range(2)
+        )
         self._digest = hashlib.sha256()
         self._names: list[str] = []
         self._slides: list[int] = []
@@ -147,8 +175,16 @@ class PackWriter:
         self._features.close()
         self._target.discard()
 
-    def append(self, slide_id: str, name: str, picture: bytes, feature: np.ndarray, corner: tuple[int, int] = UNKNOWN) -> None:
-        """One pair: slide, file name of the picture, its bytes, the teacher's feature (D,), the tile's level-0 corner.
+    def append(
+        self,
+        slide_id: str,
+        name: str,
+        picture: bytes,
+        feature: np.ndarray,
+        corner: tuple[int, int] = UNKNOWN,
+    ) -> None:
+        """One pair: slide, file name of the picture, its bytes, the teacher's feature (D,), the
+        tile's level-0 corner.
 
         Raises:
             UserError: a feature of another width, or one that float16 cannot hold.
@@ -158,7 +194,8 @@ class PackWriter:
             stored = feature.astype(self._dtype)
         if stored.shape != (self._dim,) or not np.isfinite(stored).all():
             raise UserError(
-                f"slide {slide_id}, {name}: expected a feature of width {self._dim} that {self._dtype} can hold, "
+                f"slide {slide_id}, {name}: expected a feature of width {self._dim} that "
+                f"{self._dtype} can hold, "
                 f"found width {feature.shape} up to {np.abs(feature).max():g}"
             )
         self._images.write(picture)
@@ -179,7 +216,10 @@ class PackWriter:
         needed = total + count * (self._dim * self._dtype.itemsize + 256)
         free = shutil.disk_usage(self._target.path.parent).free
         if needed > free:  # HDF5 does not survive a full disk
-            raise UserError(f"{self._target.path}: expected {needed >> 20} MiB free on the disk, found {free >> 20}")
+            raise UserError(
+                f"{self._target.path}: expected {needed >> 20} MiB free on the disk, found "
+                f"{free >> 20}"
+            )
         with h5py.File(self._target.temporary, "w") as file:
             file.attrs.update({"format": FORMAT, "images_sha256": self._digest.hexdigest()})
             file["provenance"] = json.dumps(provenance)  # an attribute holds 64 KiB at most
@@ -190,7 +230,9 @@ class PackWriter:
             file["coords"] = np.array(self._coords, dtype=np.int64).reshape(-1, 2)
             file["slides"] = np.array(self._slides, dtype=np.int32)
             for name, texts in (("names", self._names), ("slide_ids", list(self._ids))):
-                file.create_dataset(name, data=texts, shape=(len(texts),), dtype=h5py.string_dtype())
+                file.create_dataset(
+                    name, data=texts, shape=(len(texts),), dtype=h5py.string_dtype()
+                )
         self._target.commit()
 
 

@@ -1,6 +1,8 @@
-"""What is wrong with a distillation set: every problem of every pair, collected before training and told in one line.
+"""What is wrong with a distillation set: every problem of every pair, collected before training and
+told in one line.
 
-The line gives counts by kind and the first problem; the whole list is a table `slide,patch,kind,detail`.
+The line gives counts by kind and the first problem; the whole list is a table
+`slide,patch,kind,detail`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,13 @@ from common.files import write_csv
 
 logger = logging.getLogger(__name__)
 COLUMNS = ("slide", "patch", "kind", "detail")
-UNDECODABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
+UNDECODABLE = (
+    OSError,
+    UnidentifiedImageError,
+    SyntaxError,
+    ValueError,
+    Image.DecompressionBombError,
+)
 
 
 @dataclass(frozen=True)
@@ -70,9 +78,16 @@ class Problems:
             write_csv(report, COLUMNS, (asdict(problem) for problem in self.found))
             listed = f", all in {report}"
         first = self.found[0]
-        line = f"{source}: {len(self.found)} problems ({self.summary()}){listed}; first: {first.detail}"
+        line = (
+            f"{source}: {len(self.found)} problems ({self.summary()}){listed}; first: "
+            f"{first.detail}"
+        )
         if not skip_bad or not usable:
-            remedy = "mend the set, or set skip_bad=true to do without them" if usable else "no pair is left to train on"
+            remedy = (
+                "mend the set, or set skip_bad=true to do without them"
+                if usable
+                else "no pair is left to train on"
+            )
             raise UserError(f"{line}; {remedy}")
         logger.warning("%s; going on with the other %d pairs", line, usable)
 
@@ -93,7 +108,9 @@ def picture_size(picture: bytes | Path, verify: bool) -> tuple[int, int]:
 
 
 def size_by_header(start: bytes) -> tuple[int, int] | None:
-    """(width, height) by a picture's first bytes; None where its header is longer or it is no picture."""
+    """(width, height) by a picture's first bytes; None where its header is longer or it is no
+    picture.
+    """
     try:
         return picture_size(start, verify=False)
     except ValueError:

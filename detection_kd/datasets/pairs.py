@@ -1,10 +1,12 @@
-"""Pairs of a tile and its teacher's feature, read from a folder or a packed file, every one checked before training.
+"""Pairs of a tile and its teacher's feature, read from a folder or a packed file, every one checked
+before training.
 
 <root>/wsi_root/<slide>/<patch>.jpg    the tile
 <root>/wsi_root/<slide>/<patch>.pt     its teacher feature, float32 (D,)
 <root>/ann_root/ann.json               COCO-style list of the images
 
-is what `mil.rank_patches` writes; `pack_distillation` makes one HDF5 file of it. Both give the same pairs in the same order.
+is what `mil.rank_patches` writes; `pack_distillation` makes one HDF5 file of it. Both give the same
+pairs in the same order.
 """
 
 from __future__ import annotations
@@ -52,7 +54,12 @@ class Pair:
 
 
 def read_pairs(
-    source: str | Path, *, report: Path | None = None, verify: bool = False, skip_bad: bool = False, show: bool = False
+    source: str | Path,
+    *,
+    report: Path | None = None,
+    verify: bool = False,
+    skip_bad: bool = False,
+    show: bool = False,
 ) -> list[Pair]:
     """All pairs of a distillation set, checked before any training.
 
@@ -64,8 +71,9 @@ def read_pairs(
         show: progress.
 
     Raises:
-        UserError: one line with the number of problems by kind and the first of them: picture or feature missing or
-            unreadable, not finite, of another width or size than most, twice there, not in the list or only there.
+        UserError: one line with the number of problems by kind and the first of them: picture or
+            feature missing or unreadable, not finite, of another width or size than most, twice
+            there, not in the list or only there.
     """
     source, problems = Path(source), Problems()
     read = _packed_pairs if is_packed(source) else _folder_pairs
@@ -75,17 +83,29 @@ def read_pairs(
     return kept
 
 
-def _folder_pairs(root: Path, problems: Problems, verify: bool, show: bool) -> list[tuple[Pair, tuple[int, int]]]:
+def _folder_pairs(
+    root: Path, problems: Problems, verify: bool, show: bool
+) -> list[tuple[Pair, tuple[int, int]]]:
     listing = read_json(root / "ann_root" / "ann.json", "the list of distillation images")
-    if not isinstance(listing, dict) or not isinstance(listing.get("images"), list) or not listing["images"]:
-        raise UserError(f"{root}/ann_root/ann.json: expected a COCO-style file with images, found none")
+    if (
+        not isinstance(listing, dict)
+        or not isinstance(listing.get("images"), list)
+        or not listing["images"]
+    ):
+        raise UserError(
+            f"{root}/ann_root/ann.json: expected a COCO-style file with images, found none"
+        )
     found, listed = [], set[Path]()
-    for entry in progress(listing["images"], "checking pairs", len(listing["images"]), "pairs", enabled=show):
+    for entry in progress(
+        listing["images"], "checking pairs", len(listing["images"]), "pairs", enabled=show
+    ):
         image = _listed_image(root, entry, problems)
         if image is None:
             continue
         if image in listed:
-            problems.add(image.parent.name, image.stem, "duplicate", f"{image}: listed more than once")
+            problems.add(
+                image.parent.name, image.stem, "duplicate", f"{image}: listed more than once"
+            )
             continue
         listed.add(image)
         pair = _folder_pair(image, entry, problems, verify)
@@ -102,12 +122,21 @@ def _listed_image(root: Path, entry: Any, problems: Problems) -> Path | None:
         slide_id, patch = str(name).split("/")
         return root / "wsi_root" / safe_id(slide_id) / safe_id(patch, "patch")
     except ValueError:
-        problems.add("", str(name), "bad entry", f"ann.json: expected file_name <slide>/<patch>.jpg, found {name!r}")
+        problems.add(
+            "",
+            str(name),
+            "bad entry",
+            f"ann.json: expected file_name <slide>/<patch>.jpg, found {name!r}",
+        )
         return None
 
 
-def _folder_pair(image: Path, entry: Any, problems: Problems, verify: bool) -> tuple[Pair, tuple[int, int]] | None:
-    """The pair of an entry, or None when it is entered in `problems` (picture and feature both looked at)."""
+def _folder_pair(
+    image: Path, entry: Any, problems: Problems, verify: bool
+) -> tuple[Pair, tuple[int, int]] | None:
+    """The pair of an entry, or None when it is entered in `problems` (picture and feature both
+    looked at).
+    """
     before = len(problems.found)
     slide_id, patch, size = image.parent.name, image.stem, None
     if not image.is_file():
@@ -116,7 +145,9 @@ def _folder_pair(image: Path, entry: Any, problems: Problems, verify: bool) -> t
         size = _checked_size(slide_id, image, image, problems, verify)
     said = (entry.get("width"), entry.get("height"))
     if size is not None and None not in said and said != size:
-        problems.add(slide_id, patch, "listing disagrees", f"{image}: listed with {said} px, found {size}")
+        problems.add(
+            slide_id, patch, "listing disagrees", f"{image}: listed with {said} px, found {size}"
+        )
     feature = _folder_feature(image.with_suffix(".pt"), problems)
     if size is None or feature is None or len(problems.found) > before:
         return None
@@ -137,19 +168,37 @@ def _checked_size(
 def _folder_feature(path: Path, problems: Problems) -> Tensor | None:
     slide_id, patch = path.parent.name, path.stem
     if not path.is_file():
-        problems.add(slide_id, patch, "missing feature", f"{path}: expected a teacher feature, found no file")
+        problems.add(
+            slide_id, patch, "missing feature", f"{path}: expected a teacher feature, found no file"
+        )
         return None
     try:
         feature = load_tensors(path, "a teacher feature")
     except UserError as error:
         problems.add(slide_id, patch, "unreadable feature", str(error))
         return None
-    if not isinstance(feature, Tensor) or feature.dim() != 1 or not len(feature) or not feature.is_floating_point():
-        found = f"{feature.dtype} {tuple(feature.shape)}" if isinstance(feature, Tensor) else type(feature).__name__
-        problems.add(slide_id, patch, "unreadable feature", f"{path}: expected one vector (D,) of floats, found {found}")
+    if (
+        not isinstance(feature, Tensor)
+        or feature.dim() != 1
+        or not len(feature)
+        or not feature.is_floating_point()
+    ):
+        found = (
+            f"{feature.dtype} {tuple(feature.shape)}"
+            if isinstance(feature, Tensor)
+            else type(feature).__name__
+        )
+        problems.add(
+            slide_id,
+            patch,
+            "unreadable feature",
+            f"{path}: expected one vector (D,) of floats, found {found}",
+        )
         return None
     if not torch.isfinite(feature).all():
-        problems.add(slide_id, patch, "not finite", f"{path}: expected finite numbers, found NaN or infinity")
+        problems.add(
+            slide_id, patch, "not finite", f"{path}: expected finite numbers, found NaN or infinity"
+        )
         return None
     return feature.float()
 
@@ -158,17 +207,30 @@ def _unlisted(folder: Path, listed: set[Path], problems: Problems) -> None:
     """Files that the list does not know."""
     names = {image.with_suffix("") for image in listed}
     for file in sorted(folder.glob("*/*")):
-        if file.name.startswith(".") or file.suffix.lower() not in (*PICTURES, ".pt") or file.with_suffix("") in names:
+        if (
+            file.name.startswith(".")
+            or file.suffix.lower() not in (*PICTURES, ".pt")
+            or file.with_suffix("") in names
+        ):
             continue
-        alone = file.suffix == ".pt" and not any(file.with_suffix(suffix).is_file() for suffix in PICTURES)
+        alone = file.suffix == ".pt" and not any(
+            file.with_suffix(suffix).is_file() for suffix in PICTURES
+        )
         kind = "feature without picture" if alone else "not listed"
         problems.add(file.parent.name, file.stem, kind, f"{file}: found, but not in ann.json")
 
 
-def _packed_pairs(path: Path, problems: Problems, verify: bool, show: bool) -> list[tuple[Pair, tuple[int, int]]]:
+def _packed_pairs(
+    path: Path, problems: Problems, verify: bool, show: bool
+) -> list[tuple[Pair, tuple[int, int]]]:
     pack = Pack(path)
     if verify and not pack.intact():
-        problems.add("", "", "changed pictures", f"{path}: the pictures are not those that were packed; pack the set again")
+        problems.add(
+            "",
+            "",
+            "changed pictures",
+            f"{path}: the pictures are not those that were packed; pack the set again",
+        )
     finite = torch.isfinite(pack.features).all(dim=1)
     found, seen = [], set[tuple[str, str]]()
     for row in progress(range(len(pack)), "checking pairs", len(pack), "pairs", enabled=show):
@@ -178,27 +240,42 @@ def _packed_pairs(path: Path, problems: Problems, verify: bool, show: bool) -> l
             problems.add(slide_id, image.stem, "duplicate", f"{image}: packed more than once")
         seen.add((slide_id, name))
         if not finite[row]:
-            problems.add(slide_id, image.stem, "not finite", f"{image}: expected a finite feature, found NaN or infinity")
+            problems.add(
+                slide_id,
+                image.stem,
+                "not finite",
+                f"{image}: expected a finite feature, found NaN or infinity",
+            )
         size = _packed_size(pack, row, image, problems, verify)
         if size is not None and len(problems.found) == before:
             found.append((Pair(slide_id, image, pack.features[row], pack, row), size))
     return found
 
 
-def _packed_size(pack: Pack, row: int, image: Path, problems: Problems, verify: bool) -> tuple[int, int] | None:
+def _packed_size(
+    pack: Pack, row: int, image: Path, problems: Problems, verify: bool
+) -> tuple[int, int] | None:
     size = None if verify else size_by_header(pack.picture(row, HEADER))
     return size or _checked_size(pack.slides[row], image, pack.picture(row), problems, verify)
 
 
-def _of_one_kind(pairs: list[Pair], sizes: Sequence[tuple[int, int]], problems: Problems) -> list[Pair]:
-    """The pairs whose width and tile size are those of most; the others are entered in `problems`."""
+def _of_one_kind(
+    pairs: list[Pair], sizes: Sequence[tuple[int, int]], problems: Problems
+) -> list[Pair]:
+    """The pairs whose width and tile size are those of most; the others are entered in
+    `problems`.
+    """
     widths = [len(pair.feature) for pair in pairs]
     width, size = (_most_frequent(values) for values in (widths, sizes))
     kept = []
     for pair, own_width, own_size in zip(pairs, widths, sizes):
         add = _adder(problems, pair)
         if own_width != width:
-            add("other width", f"{pair.image}: expected a feature of width {width} as most have, found {own_width}")
+            add(
+                "other width",
+                f"{pair.image}: expected a feature of width {width} as most have, found "
+                f"{own_width}",
+            )
         if own_size != size:
             add("other size", f"{pair.image}: expected {size} px as most have, found {own_size}")
         if (own_width, own_size) == (width, size):

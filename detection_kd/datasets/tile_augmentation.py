@@ -1,8 +1,10 @@
-"""Augmentation of single tiles: flips and quarter turns; on request random crops, stain, colour and blur.
+"""Augmentation of single tiles: flips and quarter turns; on request random crops, stain, colour and
+blur.
 
-Source: TS2G-KD takes Deformable DETR's (`datasets/coco.py`): a flip; half of the pictures are resized to a short side of 400,
-500 or 600 px, cut to 384 to 600 px and resized. Differences: all eight symmetries, since a slide has no up or down; the cut is
-square and brought back to the tile's own size, since tiles of a batch have one shape (its size follows in the training loop).
+Source: TS2G-KD takes Deformable DETR's (`datasets/coco.py`): a flip; half of the pictures are
+resized to a short side of 400, 500 or 600 px, cut to 384 to 600 px and resized. Differences: all
+eight symmetries, since a slide has no up or down; the cut is square and brought back to the tile's
+own size, since tiles of a batch have one shape (its size follows in the training loop).
 Stain: any jitter of `patch_encoder.stain.augment`.
 """
 
@@ -19,7 +21,11 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 StainJitter = Callable[[Tensor, torch.Generator], Tensor]
-CROP_FROM, CROP_RANGE, CROP_SHARE = (400, 500, 600), (384, 600), 0.5  # published, px and share of the tiles
+CROP_FROM, CROP_RANGE, CROP_SHARE = (
+    (400, 500, 600),
+    (384, 600),
+    0.5,
+)  # published, px and share of the tiles
 BLUR_SHARE, LEAST_BLUR = 0.5, 0.1  # share of the tiles; px
 
 
@@ -40,7 +46,9 @@ class TileAugmentation:
     blur: float = 0.0
 
     def __call__(self, tile: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """uint8 (H, W, 3) -> uint8 (H, W, 3); sides swap when a tile that is not square is turned."""
+        """uint8 (H, W, 3) -> uint8 (H, W, 3); sides swap when a tile that is not square is
+        turned.
+        """
         turns, flip = rng.integers((4, 2))
         tile = np.rot90(tile[:, ::-1] if flip else tile, turns)
         if not (self.crop or self.stain or self.colour or self.blur):
@@ -59,7 +67,9 @@ class TileAugmentation:
 
 
 def random_crop(tile: UInt8[Tensor, "3 h w"], generator: torch.Generator) -> UInt8[Tensor, "3 h w"]:
-    """Half of the tiles: a square of 384 to 600 px out of the tile resized to 400, 500 or 600, at the tile's own size."""
+    """Half of the tiles: a square of 384 to 600 px out of the tile resized to 400, 500 or 600, at
+    the tile's own size.
+    """
     drawn = torch.rand(4, generator=generator)
     if drawn[0] >= CROP_SHARE:
         return tile
@@ -68,19 +78,29 @@ def random_crop(tile: UInt8[Tensor, "3 h w"], generator: torch.Generator) -> UIn
     share = (low + float(drawn[1]) * (min(high, side) - low)) / side
     height, width = tile.shape[1:]
     size = [max(1, round(share * height)), max(1, round(share * width))]
-    top, left = (int(float(u) * (full - cut + 1)) for u, full, cut in zip(drawn[2:], (height, width), size))
-    return F.resized_crop(tile, top, left, *size, [height, width], InterpolationMode.BILINEAR, antialias=True)
+    top, left = (
+        int(float(u) * (full - cut + 1)) for u, full, cut in zip(drawn[2:], (height, width), size)
+    )
+    return F.resized_crop(
+        tile, top, left, *size, [height, width], InterpolationMode.BILINEAR, antialias=True
+    )
 
 
-def colour_jitter(tile: UInt8[Tensor, "3 h w"], generator: torch.Generator, strength: float) -> UInt8[Tensor, "3 h w"]:
+def colour_jitter(
+    tile: UInt8[Tensor, "3 h w"], generator: torch.Generator, strength: float
+) -> UInt8[Tensor, "3 h w"]:
     """Brightness, contrast and saturation, each scaled by 1 -+ strength."""
     factors = (1 + strength * (2 * torch.rand(3, generator=generator) - 1)).tolist()
-    for adjust, factor in zip((F.adjust_brightness, F.adjust_contrast, F.adjust_saturation), factors):
+    for adjust, factor in zip(
+        (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation), factors
+    ):
         tile = adjust(tile, factor)
     return tile
 
 
-def random_blur(tile: UInt8[Tensor, "3 h w"], generator: torch.Generator, most: float) -> UInt8[Tensor, "3 h w"]:
+def random_blur(
+    tile: UInt8[Tensor, "3 h w"], generator: torch.Generator, most: float
+) -> UInt8[Tensor, "3 h w"]:
     """Half of the tiles: a Gaussian blur with a sigma of up to `most` px."""
     drawn = torch.rand(2, generator=generator).tolist()
     if drawn[0] >= BLUR_SHARE:

@@ -1,8 +1,9 @@
 """Image and box transforms of detector training and evaluation.
 
-Source: DETR and Deformable DETR, `datasets/coco.py`: horizontal flip; a random short side, or first a random crop. Differences:
-sizes are arguments; `symmetry` adds the other flips and rotations by 90 degrees, because a slide has no up or down; pixels stay
-bytes, a batch is normalised on its device. On torchvision's transforms v2, which move boxes with their image.
+Source: DETR and Deformable DETR, `datasets/coco.py`: horizontal flip; a random short side, or first
+a random crop. Differences: sizes are arguments; `symmetry` adds the other flips and rotations by 90
+degrees, because a slide has no up or down; pixels stay bytes, a batch is normalised on its device.
+On torchvision's transforms v2, which move boxes with their image.
 """
 
 from __future__ import annotations
@@ -25,12 +26,16 @@ class Transpose(v2.Transform):
         if isinstance(inpt, tv_tensors.BoundingBoxes):
             swapped = inpt.as_subclass(torch.Tensor)[:, [1, 0, 3, 2]]
             height, width = inpt.canvas_size
-            return tv_tensors.BoundingBoxes(swapped, format=inpt.format, canvas_size=(width, height))
+            return tv_tensors.BoundingBoxes(
+                swapped, format=inpt.format, canvas_size=(width, height)
+            )
         return inpt
 
 
 class RandomSizeCrop(v2.Transform):
-    """Cut a random rectangle whose sides lie between `low` and `high` px, or the image where it is smaller."""
+    """Cut a random rectangle whose sides lie between `low` and `high` px, or the image where it is
+    smaller.
+    """
 
     def __init__(self, low: int, high: int) -> None:
         super().__init__()
@@ -40,7 +45,9 @@ class RandomSizeCrop(v2.Transform):
         """Position and size of the rectangle, px."""
         height, width = v2.functional.get_size(flat_inputs[0])
         crop_height, crop_width = (self._side(side) for side in (height, width))
-        top, left = (_randint(0, side - crop) for side, crop in ((height, crop_height), (width, crop_width)))
+        top, left = (
+            _randint(0, side - crop) for side, crop in ((height, crop_height), (width, crop_width))
+        )
         return {"top": top, "left": left, "height": crop_height, "width": crop_width}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
@@ -78,7 +85,9 @@ def train_transform(
         steps += [v2.RandomVerticalFlip(), v2.RandomApply([Transpose()], p=0.5)]
     resize = v2.RandomShortestSize(list(sizes), max_size)
     if crop_sizes:
-        crop = v2.Compose([v2.RandomShortestSize(list(crop_sizes)), RandomSizeCrop(*crop_range), resize])
+        crop = v2.Compose(
+            [v2.RandomShortestSize(list(crop_sizes)), RandomSizeCrop(*crop_range), resize]
+        )
         steps.append(v2.RandomChoice([resize, crop]))
     else:
         steps.append(resize)

@@ -1,1 +1,3 @@
-"""How good a detector or a student is: COCO metrics, FROC, operating points, agreement with the teacher."""
+"""How good a detector or a student is: COCO metrics, FROC, operating points, agreement with the
+teacher.
+"""

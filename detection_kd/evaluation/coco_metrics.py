@@ -1,7 +1,8 @@
 """Average precision as COCO defines it, computed in the process.
 
-Source: pycocotools `COCOeval`. Differences: annotations and predictions are passed in memory, nothing is printed, no prediction
-at all gives 0 instead of an error, and `max_detections` may differ from 100.
+Source: pycocotools `COCOeval`. Differences: annotations and predictions are passed in memory,
+nothing is printed, no prediction at all gives 0 instead of an error, and `max_detections` may
+differ from 100.
 """
 
 from __future__ import annotations
@@ -38,8 +39,11 @@ class Prediction:
     labels: np.ndarray
 
 
-def average_precision(annotated: DetectionSet, predictions: list[Prediction], max_detections: int = 100) -> dict[str, float]:
-    """AP (mean over IoU 0.50:0.95), AP50, AP75, AP of small, medium and large boxes, and AR, each in 0..1.
+def average_precision(
+    annotated: DetectionSet, predictions: list[Prediction], max_detections: int = 100
+) -> dict[str, float]:
+    """AP (mean over IoU 0.50:0.95), AP50, AP75, AP of small, medium and large boxes, and AR, each
+    in 0..1.
 
     Args:
         annotated: images with boxes.
@@ -47,7 +51,8 @@ def average_precision(annotated: DetectionSet, predictions: list[Prediction], ma
         max_detections: detections per image that count.
 
     Returns:
-        Named values; a size or category without any annotation has none. With several categories also `AP/<category>`.
+        Named values; a size or category without any annotation has none. With several categories
+        also `AP/<category>`.
     """
     evaluated = _evaluate(annotated, predictions, max_detections)
     precision = evaluated["precision"][..., 0]  # (IoU, recall, class, area)
@@ -62,14 +67,22 @@ def average_precision(annotated: DetectionSet, predictions: list[Prediction], ma
         "AR": recall,
     }
     if len(annotated.categories) > 1:
-        values |= {f"AP/{name}": precision[:, :, index, 0] for index, name in enumerate(annotated.categories)}
-    return {name: float(value[value > -1].mean()) for name, value in values.items() if (value > -1).any()}
+        values |= {
+            f"AP/{name}": precision[:, :, index, 0]
+            for index, name in enumerate(annotated.categories)
+        }
+    return {
+        name: float(value[value > -1].mean())
+        for name, value in values.items()
+        if (value > -1).any()
+    }
 
 
 def precision_recall(
     annotated: DetectionSet, predictions: list[Prediction], iou: float, max_detections: int = 100
 ) -> dict[str, Float[np.ndarray, " recalls"]]:
-    """Precision at RECALLS of every category, boxes of all sizes; its mean is the category's AP at this overlap.
+    """Precision at RECALLS of every category, boxes of all sizes; its mean is the category's AP at
+    this overlap.
 
     Args:
         annotated: images with boxes.
@@ -78,29 +91,46 @@ def precision_recall(
         max_detections: detections per image that count.
 
     Returns:
-        By category, the highest precision at that recall or a higher one, 0 where it is never reached. A category without
-        any annotation has none.
+        By category, the highest precision at that recall or a higher one, 0 where it is never
+        reached. A category without any annotation has none.
     """
-    precision = _evaluate(annotated, predictions, max_detections, iou)["precision"][0, :, :, 0, 0]  # (recall, class)
-    return {name: curve for name, curve in zip(annotated.categories, precision.T, strict=True) if (curve > -1).all()}
+    precision = _evaluate(annotated, predictions, max_detections, iou)["precision"][
+        0, :, :, 0, 0
+    ]  # (recall, class)
+    return {
+        name: curve
+        for name, curve in zip(annotated.categories, precision.T, strict=True)
+        if (curve > -1).all()
+    }
 
 
 def _evaluate(
-    annotated: DetectionSet, predictions: list[Prediction], max_detections: int, iou: float | None = None
+    annotated: DetectionSet,
+    predictions: list[Prediction],
+    max_detections: int,
+    iou: float | None = None,
 ) -> dict[str, np.ndarray]:
-    """pycocotools' `precision` (IoU, recall, class, area, 1) and `recall` (IoU, class, area, 1), -1 where nothing is annotated.
+    """pycocotools' `precision` (IoU, recall, class, area, 1) and `recall` (IoU, class, area, 1), -1
+    where nothing is annotated.
 
     With `iou` at that overlap alone, and for boxes of all sizes alone.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         truth = _coco(annotated)
-        rows = [row for prediction in sorted(predictions, key=lambda p: p.index) for row in _rows(prediction)]
+        rows = [
+            row
+            for prediction in sorted(predictions, key=lambda p: p.index)
+            for row in _rows(prediction)
+        ]
         found = truth.loadRes(rows) if rows else _coco(DetectionSet([], annotated.categories))
         evaluation = COCOeval(truth, found, "bbox")
         evaluation.params.maxDets = [max_detections]
         if iou is not None:
             evaluation.params.iouThrs = np.array([iou])
-            evaluation.params.areaRng, evaluation.params.areaRngLbl = evaluation.params.areaRng[:1], ["all"]
+            evaluation.params.areaRng, evaluation.params.areaRngLbl = (
+                evaluation.params.areaRng[:1],
+                ["all"],
+            )
         evaluation.evaluate()
         evaluation.accumulate()
     return {name: evaluation.eval[name] for name in ("precision", "recall")}
@@ -117,13 +147,20 @@ def _coco(annotated: DetectionSet) -> COCO:
             "iscrowd": int(crowd),
         }
         for index, record in enumerate(annotated.images)
-        for (x0, y0, x1, y1), label, crowd in zip(record.boxes, record.labels, record.crowd, strict=True)
+        for (x0, y0, x1, y1), label, crowd in zip(
+            record.boxes, record.labels, record.crowd, strict=True
+        )
     ]
     coco = COCO()
     coco.dataset = {
-        "images": [{"id": index, "width": r.width, "height": r.height} for index, r in enumerate(annotated.images)],
+        "images": [
+            {"id": index, "width": r.width, "height": r.height}
+            for index, r in enumerate(annotated.images)
+        ],
         "annotations": [box | {"id": number + 1} for number, box in enumerate(boxes)],
-        "categories": [{"id": index + 1, "name": name} for index, name in enumerate(annotated.categories)],
+        "categories": [
+            {"id": index + 1, "name": name} for index, name in enumerate(annotated.categories)
+        ],
     }
     coco.createIndex()
     return coco
@@ -137,5 +174,7 @@ def _rows(prediction: Prediction) -> list[dict[str, Any]]:
             "bbox": [float(x0), float(y0), float(x1 - x0), float(y1 - y0)],
             "score": float(score),
         }
-        for (x0, y0, x1, y1), score, label in zip(prediction.boxes, prediction.scores, prediction.labels, strict=True)
+        for (x0, y0, x1, y1), score, label in zip(
+            prediction.boxes, prediction.scores, prediction.labels, strict=True
+        )
     ]

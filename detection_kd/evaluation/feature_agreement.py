@@ -1,6 +1,8 @@
-"""How well a student reproduces its teacher: directions, variance by dimension, neighbourhoods, geometry of the whole.
+"""How well a student reproduces its teacher: directions, variance by dimension, neighbourhoods,
+geometry of the whole.
 
-`agreement` is what a training reports; its parts are functions of their own. Large sets are taken in blocks of rows.
+`agreement` is what a training reports; its parts are functions of their own. Large sets are taken
+in blocks of rows.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ BLOCK = 2048  # rows whose similarities to all others are held at a time
 
 
 def agreement(student: Float[Tensor, "n d"], teacher: Float[Tensor, "n d"]) -> dict[str, float]:
-    """Everything below over N tiles as named numbers; neighbourhoods only at k below N - 1, where they can differ.
+    """Everything below over N tiles as named numbers; neighbourhoods only at k below N - 1, where
+    they can differ.
 
     Returns:
-        `cosine`, `r2` (`feature_agreement`); `r2_p10`, `r2_median`, `r2_p90` over dimensions; `knn_1`, `knn_5`, `knn_10`;
-        `cka`.
+        `cosine`, `r2` (`feature_agreement`); `r2_p10`, `r2_median`, `r2_p90` over dimensions;
+        `knn_1`, `knn_5`, `knn_10`; `cka`.
     """
     sizes = [k for k in NEIGHBOURS if k < len(teacher) - 1]
     return (
@@ -33,12 +36,15 @@ def agreement(student: Float[Tensor, "n d"], teacher: Float[Tensor, "n d"]) -> d
     )
 
 
-def feature_agreement(student: Float[Tensor, "n d"], teacher: Float[Tensor, "n d"]) -> dict[str, float]:
+def feature_agreement(
+    student: Float[Tensor, "n d"], teacher: Float[Tensor, "n d"]
+) -> dict[str, float]:
     """Agreement over N tiles.
 
     Returns:
-        `cosine`: mean cosine similarity. `r2`: variance-weighted coefficient of determination over all dimensions,
-        1 - sum (student - teacher)^2 / sum (teacher - mean teacher)^2; 0 is what predicting the mean gets.
+        `cosine`: mean cosine similarity. `r2`: variance-weighted coefficient of determination over
+            all dimensions, 1 - sum (student - teacher)^2 / sum (teacher - mean teacher)^2; 0 is
+            what predicting the mean gets.
     """
     residual = (student - teacher).square().sum()
     variance = (teacher - teacher.mean(dim=0)).square().sum()
@@ -46,7 +52,9 @@ def feature_agreement(student: Float[Tensor, "n d"], teacher: Float[Tensor, "n d
     return {"cosine": F.cosine_similarity(student, teacher, dim=-1).mean().item(), "r2": float(r2)}
 
 
-def r2_by_dimension(student: Float[Tensor, "n d"], teacher: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
+def r2_by_dimension(
+    student: Float[Tensor, "n d"], teacher: Float[Tensor, "n d"]
+) -> Float[Tensor, " d"]:
     """R2 of every dimension, not weighted; NaN where the teacher does not vary."""
     residual = (student - teacher).double().square().sum(dim=0)
     variance = (teacher.double() - teacher.double().mean(dim=0)).square().sum(dim=0)
@@ -54,18 +62,27 @@ def r2_by_dimension(student: Float[Tensor, "n d"], teacher: Float[Tensor, "n d"]
 
 
 def r2_quantiles(r2: Float[Tensor, " d"]) -> dict[str, float]:
-    """Quantiles of R2 over the dimensions in which the teacher varies; 0 where it varies in none."""
+    """Quantiles of R2 over the dimensions in which the teacher varies; 0 where it varies in
+    none.
+    """
     known = r2[~r2.isnan()]
-    return {name: known.quantile(share).item() if len(known) else 0.0 for name, share in QUANTILES.items()}
+    return {
+        name: known.quantile(share).item() if len(known) else 0.0
+        for name, share in QUANTILES.items()
+    }
 
 
 def neighbour_agreement(
     student: Float[Tensor, "n d"], teacher: Float[Tensor, "n d"], sizes: Sequence[int] = NEIGHBOURS
 ) -> dict[int, float]:
-    """Mean share of a tile's k nearest other tiles (cosine) that student and teacher have in common; chance is k / (N - 1)."""
+    """Mean share of a tile's k nearest other tiles (cosine) that student and teacher have in
+    common; chance is k / (N - 1).
+    """
     if not sizes:
         return {}
-    of_student, of_teacher = (nearest_neighbours(x, max(sizes)) for x in (student, teacher))  # (N, k), nearest first
+    of_student, of_teacher = (
+        nearest_neighbours(x, max(sizes)) for x in (student, teacher)
+    )  # (N, k), nearest first
     shared = {}
     for k in sizes:
         same = of_student[:, :k, None] == of_teacher[:, None, :k]  # (N, k, k)
@@ -74,7 +91,9 @@ def neighbour_agreement(
 
 
 def nearest_neighbours(x: Float[Tensor, "n d"], k: int) -> Int[Tensor, "n k"]:
-    """Indices of the k rows of largest cosine similarity to each row, nearest first, the row itself left out."""
+    """Indices of the k rows of largest cosine similarity to each row, nearest first, the row itself
+    left out.
+    """
     unit = F.normalize(x, dim=-1)
     found = []
     for start in range(0, len(unit), BLOCK):
@@ -86,7 +105,8 @@ def nearest_neighbours(x: Float[Tensor, "n d"], k: int) -> Int[Tensor, "n k"]:
 
 
 def linear_cka(student: Float[Tensor, "n d"], teacher: Float[Tensor, "n e"]) -> float:
-    """Linear centred kernel alignment (Kornblith et al., ICML 2019, eq. 4 in feature form), 0 to 1; 0 for constant features.
+    """Linear centred kernel alignment (Kornblith et al., ICML 2019, eq. 4 in feature form), 0 to 1;
+    0 for constant features.
 
     |X' Y|^2 / (|X' X| |Y' Y|) for centred X, Y; blind to rotation and scale.
     """

@@ -1,9 +1,11 @@
-"""Free-response ROC: the share of lesions found, against the false positives an image that it costs.
+"""Free-response ROC: the share of lesions found, against the false positives an image that it
+costs.
 
-Source: the lesion evaluation of CAMELYON16 (Ehteshami Bejnordi et al., JAMA 2017): sensitivity at 1/4, 1/2, 1, 2, 4 and 8 false
-positives an image, and their mean. Differences: a lesion is found by a box of its class that overlaps it enough, not by a
-point; all classes count together. As there, a second hit on a lesion is neither a hit nor a false positive; nor is a box that
-lies in a crowd region.
+Source: the lesion evaluation of CAMELYON16 (Ehteshami Bejnordi et al., JAMA 2017): sensitivity at
+1/4, 1/2, 1, 2, 4 and 8 false positives an image, and their mean. Differences: a lesion is found by
+a box of its class that overlaps it enough, not by a point; all classes count together. As there, a
+second hit on a lesion is neither a hit nor a false positive; nor is a box that lies in a crowd
+region.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ RATES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 HIT, FALSE, IGNORED = 1, 0, -1
 
 
-def froc(annotated: DetectionSet, predictions: list[Prediction], iou: float = 0.5) -> dict[str, float]:
+def froc(
+    annotated: DetectionSet, predictions: list[Prediction], iou: float = 0.5
+) -> dict[str, float]:
     """Sensitivity at each of RATES false positives an image, and their mean.
 
     Args:
@@ -27,18 +31,22 @@ def froc(annotated: DetectionSet, predictions: list[Prediction], iou: float = 0.
         iou: overlap from which on a box has found a lesion.
 
     Returns:
-        `sensitivity@0.25` ... `sensitivity@8` and `FROC`, in 0..1. A rate between two that the scores can be cut at has the
-        sensitivity of the lower one.
+        `sensitivity@0.25` ... `sensitivity@8` and `FROC`, in 0..1. A rate between two that the
+        scores can be cut at has the sensitivity of the lower one.
     """
     false_rate, sensitivity = froc_curve(annotated, predictions, iou)
-    found = {f"sensitivity@{rate:g}": float(sensitivity[false_rate <= rate].max()) for rate in RATES}
+    found = {
+        f"sensitivity@{rate:g}": float(sensitivity[false_rate <= rate].max()) for rate in RATES
+    }
     return found | {"FROC": float(np.mean(list(found.values())))}
 
 
 def froc_curve(
     annotated: DetectionSet, predictions: list[Prediction], iou: float = 0.5
 ) -> tuple[Float[np.ndarray, " cuts"], Float[np.ndarray, " cuts"]]:
-    """False positives an image and sensitivity at every cut of the scores, both rising from 0 (no detection) to all of them."""
+    """False positives an image and sensitivity at every cut of the scores, both rising from 0 (no
+    detection) to all of them.
+    """
     lesions = sum(int((~record.crowd).sum()) for record in annotated.images)
     scores, kinds = [np.zeros(0)], [np.zeros(0, np.int64)]
     for prediction in predictions:
@@ -49,11 +57,15 @@ def froc_curve(
 
 
 def judge(record: ImageRecord, prediction: Prediction, iou: float) -> Int[np.ndarray, " n"]:
-    """HIT, FALSE or IGNORED for every detection of an image; the highest score claims a lesion first."""
+    """HIT, FALSE or IGNORED for every detection of an image; the highest score claims a lesion
+    first.
+    """
     return match(record, prediction, iou)[0]
 
 
-def match(record: ImageRecord, prediction: Prediction, iou: float) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " m"]]:
+def match(
+    record: ImageRecord, prediction: Prediction, iou: float
+) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " m"]]:
     """`judge`, and which of the image's boxes were found (a crowd region never is)."""
     kinds = np.full(len(prediction.scores), FALSE, np.int64)
     overlaps, within = _overlaps(prediction.boxes, record.boxes)
@@ -70,10 +82,14 @@ def match(record: ImageRecord, prediction: Prediction, iou: float) -> tuple[Int[
 
 
 def operating_points(scores: np.ndarray, kinds: np.ndarray) -> np.ndarray:
-    """(false positives, hits) at every cut of the scores, from none to all detections, float64 (2, cuts)."""
+    """(false positives, hits) at every cut of the scores, from none to all detections, float64 (2,
+    cuts).
+    """
     order = np.argsort(-scores, kind="stable")
     counts = np.stack([np.cumsum(kinds[order] == kind) for kind in (FALSE, HIT)]).astype(np.float64)
-    ends = np.append(np.diff(scores[order]) != 0, True) if len(order) else np.zeros(0, bool)  # equal scores go together
+    ends = (
+        np.append(np.diff(scores[order]) != 0, True) if len(order) else np.zeros(0, bool)
+    )  # equal scores go together
     return np.concatenate((np.zeros((2, 1)), counts[:, ends]), 1)
 
 

@@ -1,7 +1,8 @@
-"""What a detector finds, misses and makes up at one score: per image, in numbers per category, and which images to look at.
+"""What a detector finds, misses and makes up at one score: per image, in numbers per category, and
+which images to look at.
 
-Hits are those of `froc.match`: a lesion is found by a box of its class that overlaps it enough; a second hit on a lesion and a
-box in a crowd region count neither way.
+Hits are those of `froc.match`: a lesion is found by a box of its class that overlaps it enough; a
+second hit on a lesion and a box in a crowd region count neither way.
 """
 
 from __future__ import annotations
@@ -43,20 +44,30 @@ class Judged:
         return int(self.missed.sum() + (self.kinds == FALSE).sum())
 
 
-def judge_set(annotated: DetectionSet, predictions: list[Prediction], score: float, iou: float) -> list[Judged]:
-    """Every image of the set, with its detections of at least that score; an image without entry has none."""
+def judge_set(
+    annotated: DetectionSet, predictions: list[Prediction], score: float, iou: float
+) -> list[Judged]:
+    """Every image of the set, with its detections of at least that score; an image without entry
+    has none.
+    """
     by_index = {prediction.index: prediction for prediction in predictions}
     judged = []
     for index, record in enumerate(annotated.images):
-        prediction = by_index.get(index) or Prediction(index, np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64))
+        prediction = by_index.get(index) or Prediction(
+            index, np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64)
+        )
         kept = prediction.scores >= score
-        left = Prediction(index, prediction.boxes[kept], prediction.scores[kept], prediction.labels[kept])
+        left = Prediction(
+            index, prediction.boxes[kept], prediction.scores[kept], prediction.labels[kept]
+        )
         judged.append(Judged(record, left, *match(record, left, iou)))
     return judged
 
 
 def counts(judged: list[Judged], categories: list[str]) -> dict[str, dict[str, int]]:
-    """Per category: `hits`, `misses` (by the annotated class) and `false_positives` (by the detected class)."""
+    """Per category: `hits`, `misses` (by the annotated class) and `false_positives` (by the
+    detected class).
+    """
     table = {name: {"hits": 0, "misses": 0, "false_positives": 0} for name in categories}
     for image in judged:
         detected, annotated = image.prediction.labels, image.record.labels
@@ -69,12 +80,17 @@ def counts(judged: list[Judged], categories: list[str]) -> dict[str, dict[str, i
 
 
 def choose_images(judged: list[Judged], number: int, seed: int = 0) -> list[Judged]:
-    """Images to look at, in the set's order: half of them those with most errors, the others drawn from the rest.
+    """Images to look at, in the set's order: half of them those with most errors, the others drawn
+    from the rest.
 
     Of the drawn ones, images that hold a lesion or a detection come before empty ones.
     """
     order = sorted(range(len(judged)), key=lambda index: -judged[index].errors)
     worst = [index for index in order if judged[index].errors][: (number + 1) // 2]
-    rest = [int(index) for index in np.random.default_rng(seed).permutation(len(judged)) if index not in worst]
+    rest = [
+        int(index)
+        for index in np.random.default_rng(seed).permutation(len(judged))
+        if index not in worst
+    ]
     rest.sort(key=lambda index: not len(judged[index].found) + len(judged[index].kinds))
     return [judged[index] for index in sorted(worst + rest[: number - len(worst)])]

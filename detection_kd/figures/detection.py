@@ -1,6 +1,8 @@
-"""Pictures of a detector's quality: precision against recall, sensitivity against false positives, examples.
+"""Pictures of a detector's quality: precision against recall, sensitivity against false positives,
+examples.
 
-Drawn with matplotlib's object interface (no global state) as PNG. Colours: Okabe and Ito (2008), safe for colour-blind readers.
+Drawn with matplotlib's object interface (no global state) as PNG. Colours: Okabe and Ito (2008),
+safe for colour-blind readers.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ def write_detection_pictures(
     score: float = 0.3,
     overlays: int = 12,
 ) -> None:
-    """Write `precision_recall.png`, `froc.png` and `overlays/<image id>.jpg`; overlays of earlier runs go.
+    """Write `precision_recall.png`, `froc.png` and `overlays/<image id>.jpg`; overlays of earlier
+    runs go.
 
     Args:
         folder: where to.
@@ -59,7 +62,10 @@ def write_detection_pictures(
         overlays: images to draw, see `choose_images`.
     """
     folder = Path(folder)
-    curves = {overlap: precision_recall(annotated, predictions, overlap, max_detections) for overlap in OVERLAPS}
+    curves = {
+        overlap: precision_recall(annotated, predictions, overlap, max_detections)
+        for overlap in OVERLAPS
+    }
     save_figure(precision_recall_figure(curves), folder / "precision_recall.png")
     save_figure(froc_figure(*froc_curve(annotated, predictions, iou), iou), folder / "froc.png")
     for old in (folder / "overlays").glob("*.jpg"):
@@ -75,7 +81,8 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def precision_recall_figure(curves: Mapping[float, Curves]) -> Figure:
-    """A panel per overlap with a line per category and their mean; the legend gives AP at each overlap.
+    """A panel per overlap with a line per category and their mean; the legend gives AP at each
+    overlap.
 
     Args:
         curves: by overlap and category, precision at RECALLS; the same categories at every overlap.
@@ -91,12 +98,18 @@ def precision_recall_figure(curves: Mapping[float, Curves]) -> Figure:
             for number, curve in enumerate(by_name.values()):
                 axes.plot(*_until_unreached(curve), **_line(number))
             if len(names) > 1:
-                axes.plot(*_until_unreached(np.mean(list(by_name.values()), 0)), color=MEAN, linewidth=2.4)
+                axes.plot(
+                    *_until_unreached(np.mean(list(by_name.values()), 0)), color=MEAN, linewidth=2.4
+                )
             _unit_axes(axes, f"IoU {overlap:g}")
         panels[0].set_ylabel("precision")
-        title = " " * 9 + "   ".join(f"AP{100 * overlap:.0f}" for overlap in curves)  # above the numbers
+        title = " " * 9 + "   ".join(
+            f"AP{100 * overlap:.0f}" for overlap in curves
+        )  # above the numbers
         style = {"frameon": False, "alignment": "left", "fontsize": 8, "title_fontsize": 8}
-        figure.legend(handles, labels, loc="outside right upper", ncols=columns, title=title, **style)
+        figure.legend(
+            handles, labels, loc="outside right upper", ncols=columns, title=title, **style
+        )
         return figure
 
 
@@ -107,14 +120,18 @@ def _line(number: int) -> dict[str, Any]:
 
 
 def _legend(curves: Mapping[float, Curves], names: list[str]) -> tuple[list[Line2D], list[str]]:
-    """Lines and texts: AP at every overlap, then the name (which matplotlib must not take for a formula)."""
+    """Lines and texts: AP at every overlap, then the name (which matplotlib must not take for a
+    formula).
+    """
 
     def text(values: list[float], name: str) -> str:
         short = name if len(name) <= 28 else name[:26] + ".."
         return "  ".join(f"{value:.3f}" for value in values) + "   " + short.replace("$", r"\$")
 
     handles = [Line2D([], [], **_line(number)) for number in range(len(names))]
-    labels = [text([float(by_name[name].mean()) for by_name in curves.values()], name) for name in names]
+    labels = [
+        text([float(by_name[name].mean()) for by_name in curves.values()], name) for name in names
+    ]
     if len(names) > 1:
         means = [float(np.mean(list(by_name.values()))) for by_name in curves.values()]
         handles.insert(0, Line2D([], [], color=MEAN, linewidth=2.4))
@@ -139,8 +156,11 @@ def _unit_axes(axes: Axes, title: str) -> None:
     axes.set_axisbelow(True)
 
 
-def froc_figure(false_rate: Float[np.ndarray, " cuts"], sensitivity: Float[np.ndarray, " cuts"], iou: float) -> Figure:
-    """Sensitivity against false positives an image, on a logarithmic axis, with the value at each of RATES.
+def froc_figure(
+    false_rate: Float[np.ndarray, " cuts"], sensitivity: Float[np.ndarray, " cuts"], iou: float
+) -> Figure:
+    """Sensitivity against false positives an image, on a logarithmic axis, with the value at each
+    of RATES.
 
     Args:
         false_rate: false positives an image at every cut, rising.
@@ -157,15 +177,35 @@ def froc_figure(false_rate: Float[np.ndarray, " cuts"], sensitivity: Float[np.nd
         x, y = np.append(low, false_rate[inside].clip(low)), np.append(start, sensitivity[inside])
         axes.step(x, np.maximum.accumulate(y), where="post", color=COLOURS[0], linewidth=1.6)
         # on to the right edge: dotted where no detection is left to add
-        axes.plot([x[-1], high], [y[-1]] * 2, color=COLOURS[0], linewidth=1.6, linestyle=":" if inside.all() else "-")
+        axes.plot(
+            [x[-1], high],
+            [y[-1]] * 2,
+            color=COLOURS[0],
+            linewidth=1.6,
+            linestyle=":" if inside.all() else "-",
+        )
         axes.plot(RATES, values, "o", color=COLOURS[1], markersize=5, clip_on=False, zorder=3)
         for rate, value in zip(RATES, values, strict=True):
-            axes.annotate(f"{value:.2f}", (rate, value), (-3, 4), textcoords="offset points", ha="right", fontsize=8)
+            axes.annotate(
+                f"{value:.2f}",
+                (rate, value),
+                (-3, 4),
+                textcoords="offset points",
+                ha="right",
+                fontsize=8,
+            )
         axes.set_xscale("log", base=2)
         axes.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
         axes.minorticks_off()
-        axes.set(xlim=(low, high), ylim=(0, 1.02), xlabel="false positives an image", ylabel="sensitivity")
-        axes.set_title(f"FROC {np.mean(values):.3f}: mean of the six marked rates, IoU {iou:g}", pad=12)
+        axes.set(
+            xlim=(low, high),
+            ylim=(0, 1.02),
+            xlabel="false positives an image",
+            ylabel="sensitivity",
+        )
+        axes.set_title(
+            f"FROC {np.mean(values):.3f}: mean of the six marked rates, IoU {iou:g}", pad=12
+        )
         axes.grid(color="#eeeeee")
         axes.set_axisbelow(True)
         return figure

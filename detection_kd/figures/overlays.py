@@ -1,7 +1,9 @@
-"""An image's annotated boxes beside its detections: hits, false positives and misses in colours that everyone can tell apart.
+"""An image's annotated boxes beside its detections: hits, false positives and misses in colours
+that everyone can tell apart.
 
-Colours: Okabe and Ito (2008), safe for colour-blind readers; each line has a white rim, so that it shows on any stain, and a
-missed box is dashed besides. A label that finds no free place beside its box is left out.
+Colours: Okabe and Ito (2008), safe for colour-blind readers; each line has a white rim, so that it
+shows on any stain, and a missed box is dashed besides. A label that finds no free place beside its
+box is left out.
 """
 
 from __future__ import annotations
@@ -19,7 +21,12 @@ from detection_kd.evaluation.froc import FALSE, HIT
 from detection_kd.evaluation.operating_point import Judged
 from patch_encoder.viz.captions import caption_font
 
-HIT_COLOUR, FALSE_COLOUR, MISS_COLOUR, NEITHER_COLOUR = (0, 128, 94), (204, 78, 0), (0, 94, 168), (110, 110, 110)
+HIT_COLOUR, FALSE_COLOUR, MISS_COLOUR, NEITHER_COLOUR = (
+    (0, 128, 94),
+    (204, 78, 0),
+    (0, 94, 168),
+    (110, 110, 110),
+)
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 SIDES = (800, 1000)  # least and most px of a panel's long side
 LEAST_WIDTH = 420  # px of a panel, so that its heading fits
@@ -28,11 +35,15 @@ FONT, SMALL = caption_font(15), caption_font(13)
 Box = tuple[float, float, float, float]
 
 
-def write_overlays(folder: Path, judged: Sequence[Judged], categories: list[str], score: float) -> None:
+def write_overlays(
+    folder: Path, judged: Sequence[Judged], categories: list[str], score: float
+) -> None:
     """Write `<image id>.jpg` for each image."""
     for image in judged:
         with atomic_path(folder / f"{safe_id(str(image.record.id), 'image id')}.jpg") as temporary:
-            draw_overlay(image, categories, score).save(temporary, "JPEG", quality=92, subsampling=0)
+            draw_overlay(image, categories, score).save(
+                temporary, "JPEG", quality=92, subsampling=0
+            )
 
 
 def draw_overlay(judged: Judged, categories: list[str], score: float) -> Image.Image:
@@ -44,7 +55,10 @@ def draw_overlay(judged: Judged, categories: list[str], score: float) -> Image.I
     column = max(size[0], LEAST_WIDTH)
     sheet = Image.new("RGB", (2 * column + 3 * GAP, size[1] + 2 * BAND), PAPER)
     draw = ImageDraw.Draw(sheet)
-    panels = (_annotation(judged, pixels, scale, categories), _detections(judged, pixels, scale, categories))
+    panels = (
+        _annotation(judged, pixels, scale, categories),
+        _detections(judged, pixels, scale, categories),
+    )
     for number, (panel, heading) in enumerate(zip(panels, _headings(judged, score), strict=True)):
         left = GAP + number * (column + GAP)
         draw.text((left, BAND / 2), heading, INK, FONT, anchor="lm")
@@ -56,10 +70,15 @@ def draw_overlay(judged: Judged, categories: list[str], score: float) -> Image.I
 def _headings(judged: Judged, score: float) -> tuple[str, str]:
     found, missed = int(judged.found.sum()), int(judged.missed.sum())
     hits, wrong = (int((judged.kinds == kind).sum()) for kind in (HIT, FALSE))
-    return f"annotation: found {found}, missed {missed}", f"score {score:.2f} and above: hits {hits}, false positives {wrong}"
+    return (
+        f"annotation: found {found}, missed {missed}",
+        f"score {score:.2f} and above: hits {hits}, false positives {wrong}",
+    )
 
 
-def _annotation(judged: Judged, pixels: Image.Image, scale: float, categories: list[str]) -> Image.Image:
+def _annotation(
+    judged: Judged, pixels: Image.Image, scale: float, categories: list[str]
+) -> Image.Image:
     """The image with its annotated boxes."""
     record = judged.record
     colours = np.where(judged.found[:, None], HIT_COLOUR, MISS_COLOUR)
@@ -68,11 +87,20 @@ def _annotation(judged: Judged, pixels: Image.Image, scale: float, categories: l
     return _draw_boxes(pixels, record.boxes * scale, colours, texts, judged.missed)
 
 
-def _detections(judged: Judged, pixels: Image.Image, scale: float, categories: list[str]) -> Image.Image:
+def _detections(
+    judged: Judged, pixels: Image.Image, scale: float, categories: list[str]
+) -> Image.Image:
     """The image with its detections."""
     found = judged.prediction
-    colours = np.array([{HIT: HIT_COLOUR, FALSE: FALSE_COLOUR}.get(kind, NEITHER_COLOUR) for kind in judged.kinds.tolist()])
-    names = [_short(categories[label]) + " " if len(categories) > 1 else "" for label in found.labels]
+    colours = np.array(
+        [
+            {HIT: HIT_COLOUR, FALSE: FALSE_COLOUR}.get(kind, NEITHER_COLOUR)
+            for kind in judged.kinds.tolist()
+        ]
+    )
+    names = [
+        _short(categories[label]) + " " if len(categories) > 1 else "" for label in found.labels
+    ]
     texts = [f"{name}{value:.2f}" for name, value in zip(names, found.scores, strict=True)]
     return _draw_boxes(pixels, found.boxes * scale, colours, texts, np.zeros(len(texts), bool))
 
@@ -82,27 +110,48 @@ def _short(name: str, most: int = 14) -> str:
 
 
 def _draw_boxes(
-    pixels: Image.Image, boxes: Float[np.ndarray, "n 4"], colours: np.ndarray, texts: list[str], dashed: np.ndarray
+    pixels: Image.Image,
+    boxes: Float[np.ndarray, "n 4"],
+    colours: np.ndarray,
+    texts: list[str],
+    dashed: np.ndarray,
 ) -> Image.Image:
-    """A copy of the panel with boxes in px of it, the first ones on top, and their labels above all boxes."""
+    """A copy of the panel with boxes in px of it, the first ones on top, and their labels above all
+    boxes.
+    """
     panel = pixels.copy()
     draw = ImageDraw.Draw(panel)
-    items = [(tuple(box), tuple(colour)) for box, colour in zip(boxes.tolist(), colours.tolist(), strict=True)]
+    items = [
+        (tuple(box), tuple(colour))
+        for box, colour in zip(boxes.tolist(), colours.tolist(), strict=True)
+    ]
     for (box, colour), dash in reversed(list(zip(items, dashed.tolist(), strict=True))):
         x0, y0, x1, y1 = box
         draw.rectangle((x0 - 1, y0 - 1, max(x0, x1) + 1, max(y0, y1) + 1), outline=PAPER, width=4)
         _outline(draw, box, colour, dash)
     placed: list[Box] = []
     for (box, colour), text in zip(items, texts, strict=True):
-        place = _free_place(box, SMALL.getbbox(text, anchor="lt")[2:], panel.size, placed) if text else None
+        place = (
+            _free_place(box, SMALL.getbbox(text, anchor="lt")[2:], panel.size, placed)
+            if text
+            else None
+        )
         if place is not None:
             placed.append(place)
             draw.rectangle(place, fill=colour)
-            draw.text(((place[0] + place[2]) / 2, (place[1] + place[3]) / 2), text, PAPER, SMALL, anchor="mm")
+            draw.text(
+                ((place[0] + place[2]) / 2, (place[1] + place[3]) / 2),
+                text,
+                PAPER,
+                SMALL,
+                anchor="mm",
+            )
     return panel
 
 
-def _outline(draw: ImageDraw.ImageDraw, box: Box, colour: tuple[int, ...], dashed: bool, dash: int = 6) -> None:
+def _outline(
+    draw: ImageDraw.ImageDraw, box: Box, colour: tuple[int, ...], dashed: bool, dash: int = 6
+) -> None:
     """A frame of 2 px, whole or in dashes."""
     x0, y0, x1, y1 = box
     if not dashed:
@@ -116,8 +165,12 @@ def _outline(draw: ImageDraw.ImageDraw, box: Box, colour: tuple[int, ...], dashe
             draw.rectangle((x, start, x + 1, min(start + dash, y1)), fill=colour)
 
 
-def _free_place(box: Box, text: tuple[float | int, float | int], panel: tuple[int, int], taken: list[Box]) -> Box | None:
-    """Where a label of this size fits at its box without touching another one: above, below, inside; None: nowhere."""
+def _free_place(
+    box: Box, text: tuple[float | int, float | int], panel: tuple[int, int], taken: list[Box]
+) -> Box | None:
+    """Where a label of this size fits at its box without touching another one: above, below,
+    inside; None: nowhere.
+    """
     (x0, y0, x1, y1), width, height = box, text[0] + 6.0, text[1] + 6.0
     corners = [(x, y) for y in (y0 - height, y1 + 1, y0, y1 - height) for x in (x0, x1 - width)]
     for x, y in corners:
@@ -133,7 +186,9 @@ def _touch(a: Box, b: Box) -> bool:
 
 
 def _legend(draw: ImageDraw.ImageDraw, sheet: tuple[int, int], name: str) -> None:
-    """The meaning of the colours at the bottom right, the file's name at the bottom left as far as there is room."""
+    """The meaning of the colours at the bottom right, the file's name at the bottom left as far as
+    there is room.
+    """
     x, y = sheet[0] - GAP, sheet[1] - BAND / 2
     entries = [
         ("second hit or crowd", NEITHER_COLOUR),

@@ -1,7 +1,9 @@
-"""Pictures of a student beside its teacher: tiles in the teacher's principal plane, learning curves, R2 by dimension.
+"""Pictures of a student beside its teacher: tiles in the teacher's principal plane, learning
+curves, R2 by dimension.
 
-Axes are fitted on the teacher alone and the student is projected into them, so that a tile lies at the same place in both
-panels where the student is right. With the package umap-learn a second row shows UMAP, fitted in the same way.
+Axes are fitted on the teacher alone and the student is projected into them, so that a tile lies at
+the same place in both panels where the student is right. With the package umap-learn a second row
+shows UMAP, fitted in the same way.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ def write_student_pictures(
     epochs: Sequence[Mapping[str, Any]],
     grouped_by: str = "slide",
 ) -> None:
-    """Write `student_vs_teacher.png`, `learning_curves.png` and `r2_by_dimension.png`; the first needs a teacher that varies.
+    """Write `student_vs_teacher.png`, `learning_curves.png` and `r2_by_dimension.png`; the first
+    needs a teacher that varies.
 
     Args:
         folder: where to.
@@ -52,21 +55,34 @@ def write_student_pictures(
     """
     folder = Path(folder)
     if np.ptp(teacher, axis=0).any():
-        save_figure(plane_figure(student, teacher, groups, grouped_by), folder / "student_vs_teacher.png")
+        save_figure(
+            plane_figure(student, teacher, groups, grouped_by), folder / "student_vs_teacher.png"
+        )
     save_figure(curves_figure(epochs), folder / "learning_curves.png")
     save_figure(r2_figure(r2), folder / "r2_by_dimension.png")
 
 
-def plane_figure(student: Features, teacher: Features, groups: Sequence[str], grouped_by: str = "slide") -> Figure:
-    """Teacher and student side by side in the teacher's first two principal components, coloured by group."""
+def plane_figure(
+    student: Features, teacher: Features, groups: Sequence[str], grouped_by: str = "slide"
+) -> Figure:
+    """Teacher and student side by side in the teacher's first two principal components, coloured by
+    group.
+    """
     cosine = np.mean(
-        np.sum(student * teacher, 1) / (np.linalg.norm(student, axis=1) * np.linalg.norm(teacher, axis=1)).clip(1e-12)
+        np.sum(student * teacher, 1)
+        / (np.linalg.norm(student, axis=1) * np.linalg.norm(teacher, axis=1)).clip(1e-12)
     )
     titles = (f"teacher, {len(teacher):,} tiles", f"student, mean cosine {cosine:.3f}")
     chosen = np.random.default_rng(0).permutation(len(teacher))[:MOST_POINTS]
-    student, teacher, names = student[chosen], teacher[chosen], shown_groups([groups[i] for i in chosen])
+    student, teacher, names = (
+        student[chosen],
+        teacher[chosen],
+        shown_groups([groups[i] for i in chosen]),
+    )
     rows = [principal_plane(student, teacher)]
-    if importlib.util.find_spec("umap") is not None and len(teacher) > 15:  # its number of neighbours
+    if (
+        importlib.util.find_spec("umap") is not None and len(teacher) > 15
+    ):  # its number of neighbours
         rows.append(umap_plane(student, teacher))
     with rc_context(STYLE):
         figure = Figure(figsize=(8.6, 3.9 * len(rows)), layout="constrained")
@@ -77,23 +93,42 @@ def plane_figure(student: Features, teacher: Features, groups: Sequence[str], gr
                 axes.set(title=title, xlabel=labels[0])
             row[0].set_ylabel(labels[1])
         handles, texts = panels[0][0].get_legend_handles_labels()
-        legend = {"frameon": False, "fontsize": 8, "title": grouped_by, "title_fontsize": 8, "alignment": "left"}
-        figure.legend(handles, texts, loc="outside right upper", markerscale=6 / _diameter(len(names)), **legend)
+        legend = {
+            "frameon": False,
+            "fontsize": 8,
+            "title": grouped_by,
+            "title_fontsize": 8,
+            "alignment": "left",
+        }
+        figure.legend(
+            handles,
+            texts,
+            loc="outside right upper",
+            markerscale=6 / _diameter(len(names)),
+            **legend,
+        )
         return figure
 
 
 def shown_groups(groups: Sequence[str]) -> list[str]:
-    """The groups with the most members keep their names, the rest become `others`, when there are more than colours."""
+    """The groups with the most members keep their names, the rest become `others`, when there are
+    more than colours.
+    """
     counts = Counter(groups)
     if len(counts) <= len(COLOURS):
         return list(groups)
-    kept = {name for name, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[: len(COLOURS)]}
+    kept = {
+        name
+        for name, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[: len(COLOURS)]
+    }
     return [name if name in kept else OTHERS for name in groups]
 
 
 def _scatter(axes: Axes, points: Float[np.ndarray, "n 2"], names: Sequence[str]) -> None:
     ordered = sorted(set(names), key=lambda name: (name == OTHERS, name))
-    colours = dict(zip((name for name in ordered if name != OTHERS), COLOURS, strict=False)) | {OTHERS: GREY}
+    colours = dict(zip((name for name in ordered if name != OTHERS), COLOURS, strict=False)) | {
+        OTHERS: GREY
+    }
     size = _diameter(len(points)) ** 2
     for name in ordered:
         mine = points[np.asarray(names) == name]
@@ -116,30 +151,47 @@ def _diameter(points: int) -> float:
     return float(np.sqrt(np.clip(4000 / points, 4, 30)))
 
 
-def principal_plane(student: Features, teacher: Features) -> tuple[list[Float[np.ndarray, "n 2"]], list[str]]:
-    """[teacher, student] in the teacher's first two components, and the axes' labels with their share of its variance."""
+def principal_plane(
+    student: Features, teacher: Features
+) -> tuple[list[Float[np.ndarray, "n 2"]], list[str]]:
+    """[teacher, student] in the teacher's first two components, and the axes' labels with their
+    share of its variance.
+    """
     wanted = min(2, *teacher.shape)
-    plane = PCA(wanted, svd_solver="full" if min(teacher.shape) < 500 else "randomized", random_state=0).fit(teacher)
+    plane = PCA(
+        wanted, svd_solver="full" if min(teacher.shape) < 500 else "randomized", random_state=0
+    ).fit(teacher)
     points = [np.pad(plane.transform(x), ((0, 0), (0, 2 - wanted))) for x in (teacher, student)]
     shares = np.pad(plane.explained_variance_ratio_, (0, 2 - wanted))
-    return points, [f"PC {i + 1} of the teacher ({share:.0%} of its variance)" for i, share in enumerate(shares)]
+    return points, [
+        f"PC {i + 1} of the teacher ({share:.0%} of its variance)" for i, share in enumerate(shares)
+    ]
 
 
-def umap_plane(student: Features, teacher: Features) -> tuple[list[Float[np.ndarray, "n 2"]], list[str]]:
+def umap_plane(
+    student: Features, teacher: Features
+) -> tuple[list[Float[np.ndarray, "n 2"]], list[str]]:
     """[teacher, student] in a UMAP of the teacher (McInnes et al., 2018), and the axes' labels."""
     import umap
 
     plane = umap.UMAP(n_components=2, metric="cosine", random_state=0, n_jobs=1).fit(teacher)
-    return [np.asarray(plane.embedding_), np.asarray(plane.transform(student))], ["UMAP 1 of the teacher", "UMAP 2"]
+    return [np.asarray(plane.embedding_), np.asarray(plane.transform(student))], [
+        "UMAP 1 of the teacher",
+        "UMAP 2",
+    ]
 
 
 def curves_figure(epochs: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss, agreement and neighbourhoods by epoch; the best epoch by cosine, which is the one kept, is marked."""
+    """Loss, agreement and neighbourhoods by epoch; the best epoch by cosine, which is the one kept,
+    is marked.
+    """
     x = [line["epoch"] for line in epochs]
     best = max(epochs, key=lambda line: line["cosine"])["epoch"]
     with rc_context(STYLE):
         figure = Figure(figsize=(9.6, 3.1), layout="constrained")
-        for axes, (title, names) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
+        for axes, (title, names) in zip(
+            figure.subplots(1, len(CURVES)), CURVES.items(), strict=True
+        ):
             axes.axvline(best, color=GREY, linewidth=1, linestyle=":")
             drawn = [name for name in names if all(name in line for line in epochs)]
             for colour, name in zip(COLOURS, drawn, strict=False):
@@ -157,12 +209,20 @@ def curves_figure(epochs: Sequence[Mapping[str, Any]]) -> Figure:
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(color="#eeeeee")
             if drawn:
-                axes.legend(frameon=False, fontsize=8, title=f"at epoch {best}", title_fontsize=8, alignment="left")
+                axes.legend(
+                    frameon=False,
+                    fontsize=8,
+                    title=f"at epoch {best}",
+                    title_fontsize=8,
+                    alignment="left",
+                )
         return figure
 
 
 def r2_figure(r2: Float[np.ndarray, " d"]) -> Figure:
-    """Histogram of R2 over the teacher's dimensions; what lies below -0.5 is counted in the first bar."""
+    """Histogram of R2 over the teacher's dimensions; what lies below -0.5 is counted in the first
+    bar.
+    """
     known = r2[~np.isnan(r2)]
     with rc_context(STYLE):
         figure = Figure(figsize=(5.4, 3.4), layout="constrained")
@@ -170,9 +230,15 @@ def r2_figure(r2: Float[np.ndarray, " d"]) -> Figure:
         axes.hist(known.clip(-0.5, 1), bins=np.linspace(-0.5, 1, 31), color=COLOURS[0])
         if len(known):
             median = float(np.median(known))
-            axes.axvline(max(median, -0.5), color=COLOURS[1], linewidth=1.5, label=f"median {median:.3f}")
+            axes.axvline(
+                max(median, -0.5), color=COLOURS[1], linewidth=1.5, label=f"median {median:.3f}"
+            )
             axes.legend(frameon=False, fontsize=8)
         below = int((known < -0.5).sum())
-        axes.set(xlim=(-0.5, 1), xlabel="R2 (1: exact, 0: no better than the mean)", ylabel="dimensions of the teacher")
+        axes.set(
+            xlim=(-0.5, 1),
+            xlabel="R2 (1: exact, 0: no better than the mean)",
+            ylabel="dimensions of the teacher",
+        )
         axes.set_title(f"{len(known)} dimensions" + f", {below} below -0.5" * (below > 0), pad=8)
         return figure

@@ -1,4 +1,6 @@
-"""What a finished D2VFM training leaves beside its checkpoints: R2 of every dimension as a table, and pictures."""
+"""What a finished D2VFM training leaves beside its checkpoints: R2 of every dimension as a table,
+and pictures.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ def write_report(
     labels: Mapping[str, str],
     pictures: bool,
 ) -> None:
-    """Write `r2_by_dimension.csv` (empty where the teacher does not vary) and, with `pictures`, those of `student_figures`.
+    """Write `r2_by_dimension.csv` (empty where the teacher does not vary) and, with `pictures`,
+    those of `student_figures`.
 
     Args:
         folder: run directory with `metrics.jsonl`.
@@ -34,17 +37,31 @@ def write_report(
         labels: label by slide; empty: tiles are coloured by slide.
         pictures: whether to draw.
     """
-    r2, spread = r2_by_dimension(student, teacher).tolist(), teacher.std(dim=0, correction=0).tolist()
+    r2, spread = (
+        r2_by_dimension(student, teacher).tolist(),
+        teacher.std(dim=0, correction=0).tolist(),
+    )
     rows = [
-        {"dimension": i, "r2": "" if math.isnan(value) else f"{value:.6f}", "teacher_std": f"{deviation:.6g}"}
+        {
+            "dimension": i,
+            "r2": "" if math.isnan(value) else f"{value:.6f}",
+            "teacher_std": f"{deviation:.6g}",
+        }
         for i, (value, deviation) in enumerate(zip(r2, spread, strict=True))
     ]
     write_csv(folder / "r2_by_dimension.csv", COLUMNS, rows)
     if not pictures:
         return
-    from detection_kd.figures.student import write_student_pictures  # matplotlib and scikit-learn load for seconds
+    from detection_kd.figures.student import (
+        write_student_pictures,
+    )  # matplotlib and scikit-learn load for seconds
 
     groups = [labels.get(slide, "no label") if labels else slide for slide in slides]
-    epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    epochs = [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     features = (student.cpu().numpy(), teacher.cpu().numpy())
-    write_student_pictures(folder, *features, groups, np.asarray(r2), epochs, "label" if labels else "slide")
+    write_student_pictures(
+        folder, *features, groups, np.asarray(r2), epochs, "label" if labels else "slide"
+    )

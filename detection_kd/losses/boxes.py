@@ -1,7 +1,7 @@
 """Box formats and overlaps.
 
-Source: generalized IoU, Rezatofighi et al., CVPR 2019, arXiv:1902.09630, algorithm 1. Difference from torchvision: boxes
-without area are allowed (their IoU is 0) and never give NaN.
+Source: generalized IoU, Rezatofighi et al., CVPR 2019, arXiv:1902.09630, algorithm 1. Difference
+from torchvision: boxes without area are allowed (their IoU is 0) and never give NaN.
 
 Formats: "cxcywh" = centre x, centre y, width, height; "xyxy" = left, top, right, bottom.
 """
@@ -25,19 +25,35 @@ def xyxy_to_cxcywh(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
     return torch.cat(((low + high) / 2, high - low), -1)
 
 
-def generalized_iou(a: Float[Tensor, "*#n 4"], b: Float[Tensor, "*#n 4"]) -> Float[Tensor, "*_pairs"]:
-    """Generalized IoU in [-1, 1] of xyxy boxes, element by element; shapes broadcast: (Q, 1, 4), (1, N, 4) -> (Q, N)."""
-    overlap = (torch.min(a[..., 2:], b[..., 2:]) - torch.max(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+def generalized_iou(
+    a: Float[Tensor, "*#n 4"], b: Float[Tensor, "*#n 4"]
+) -> Float[Tensor, "*_pairs"]:
+    """Generalized IoU in [-1, 1] of xyxy boxes, element by element; shapes broadcast: (Q, 1, 4),
+    (1, N, 4) -> (Q, N).
+    """
+    overlap = (
+        (torch.min(a[..., 2:], b[..., 2:]) - torch.max(a[..., :2], b[..., :2]))
+        .clamp(min=0)
+        .prod(-1)
+    )
     union = area(a) + area(b) - overlap
-    hull = (torch.max(a[..., 2:], b[..., 2:]) - torch.min(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    hull = (
+        (torch.max(a[..., 2:], b[..., 2:]) - torch.min(a[..., :2], b[..., :2]))
+        .clamp(min=0)
+        .prod(-1)
+    )
     tiny = torch.finfo(a.dtype).eps ** 2
     return overlap / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
 
 
-def pairwise_generalized_iou(a: Float[Tensor, "*l n 4"], b: Float[Tensor, "*l q 4"]) -> Float[Tensor, "*l n q"]:
-    """Generalized IoU of every pair; the same as `generalized_iou(a[:, None], b)` in a third of the time.
+def pairwise_generalized_iou(
+    a: Float[Tensor, "*l n 4"], b: Float[Tensor, "*l q 4"]
+) -> Float[Tensor, "*l n q"]:
+    """Generalized IoU of every pair; the same as `generalized_iou(a[:, None], b)` in a third of the
+    time.
 
-    Coordinate by coordinate: an operation along an axis of 2 or 4 numbers is slow, on CPUs most of all.
+    Coordinate by coordinate: an operation along an axis of 2 or 4 numbers is slow, on CPUs most of
+    all.
     """
     ax0, ay0, ax1, ay1 = a[..., :, None].unbind(-2)  # each (n, 1)
     bx0, by0, bx1, by1 = b[..., None, :, :].unbind(-1)  # each (1, q)

@@ -1,7 +1,8 @@
 """The loss of D2VFM: the published term and any further ones, weighted and added.
 
-Terms of single tiles are means over a process's share of the batch. Terms of pairs and triplets need the batch as a whole:
-`gather` brings it together, so that many processes compute what one would.
+Terms of single tiles are means over a process's share of the batch. Terms of pairs and triplets
+need the batch as a whole: `gather` brings it together, so that many processes compute what one
+would.
 """
 
 from __future__ import annotations
@@ -28,11 +29,15 @@ class ExtraTerms:
     mae: float = key(0.0, "weight of mae, beside loss")
     cosine: float = key(0.0, "weight of cosine, beside loss")
     smooth_l1: float = key(0.0, "weight of smooth_l1, beside loss")
-    distance: float = key(0.0, "weight of RKD's pairwise distances (its paper: 25 beside a task's loss of about 1)")
+    distance: float = key(
+        0.0, "weight of RKD's pairwise distances (its paper: 25 beside a task's loss of about 1)"
+    )
     angle: float = key(0.0, "weight of RKD's angles of triplets (its paper: 50)")
     contrastive: float = key(0.0, "weight of InfoNCE between student and teacher within the batch")
     temperature: float = key(0.1, "temperature of contrastive")
-    beta: float = key(1.0, "smooth_l1, as loss or here: the difference at which it turns from squared to linear")
+    beta: float = key(
+        1.0, "smooth_l1, as loss or here: the difference at which it turns from squared to linear"
+    )
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,10 @@ class FeatureSum:
     batchwise: dict[str, FeatureLoss]
 
     def __call__(
-        self, student: Float[Tensor, "b d"], teacher: Float[Tensor, "b d"], gather: Callable[[Tensor], Tensor]
+        self,
+        student: Float[Tensor, "b d"],
+        teacher: Float[Tensor, "b d"],
+        gather: Callable[[Tensor], Tensor],
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """The weighted sum, and its terms before weighting.
 
@@ -57,7 +65,9 @@ class FeatureSum:
         if self.batchwise:
             student, teacher = gather(student), gather(teacher)
             terms |= {name: term(student, teacher) for name, term in self.batchwise.items()}
-        return sum((self.weights[name] * value for name, value in terms.items()), student.new_zeros(())), terms
+        return sum(
+            (self.weights[name] * value for name, value in terms.items()), student.new_zeros(())
+        ), terms
 
 
 def feature_sum(loss: str, loss_weight: float, extra: ExtraTerms) -> FeatureSum:
@@ -68,7 +78,8 @@ def feature_sum(loss: str, loss_weight: float, extra: ExtraTerms) -> FeatureSum:
     """
     if extra.temperature <= 0 or extra.beta <= 0:
         raise UserError(
-            f"extra.temperature={extra.temperature:g} extra.beta={extra.beta:g}: expected both above 0, found one that is not"
+            f"extra.temperature={extra.temperature:g} extra.beta={extra.beta:g}: expected both "
+            "above 0, found one that is not"
         )
     tilewise = dict(FEATURE_LOSSES) | {"smooth_l1": partial(smooth_l1_loss, beta=extra.beta)}
     batchwise: dict[str, FeatureLoss] = {
@@ -79,9 +90,17 @@ def feature_sum(loss: str, loss_weight: float, extra: ExtraTerms) -> FeatureSum:
     weights = {name: float(getattr(extra, name)) for name in (*tilewise, *batchwise)}
     weights[loss] += loss_weight
     if min(weights.values()) < 0 or loss_weight < 0:
-        raise UserError(f"loss weights: expected none below 0, found loss_weight={loss_weight:g} and {weights}")
+        raise UserError(
+            f"loss weights: expected none below 0, found loss_weight={loss_weight:g} and {weights}"
+        )
     used = {name: weight for name, weight in weights.items() if weight > 0}
     if not used:
-        raise UserError("loss_weight=0: expected a weight above 0 for at least one term, found none; set one of extra.*")
-    kept = [{name: term for name, term in terms.items() if name in used} for terms in (tilewise, batchwise)]
+        raise UserError(
+            "loss_weight=0: expected a weight above 0 for at least one term, found none; set one "
+            "of extra.*"
+        )
+    kept = [
+        {name: term for name, term in terms.items() if name in used}
+        for terms in (tilewise, batchwise)
+    ]
     return FeatureSum(used, *kept)

@@ -1,9 +1,10 @@
 """One-to-one matching of predictions and annotated boxes.
 
-Source: DETR (Carion et al., ECCV 2020), equation 1, with the focal class cost of Deformable DETR (arXiv:2010.04159,
-appendix A.3). Differences: costs are computed within an image only (memory does not grow with the square of the batch),
-those of all layers go to the CPU in one transfer, boxes are the rows (scipy's solver is twice as fast on wide matrices as on
-tall ones), and the problems are solved on several threads.
+Source: DETR (Carion et al., ECCV 2020), equation 1, with the focal class cost of Deformable DETR
+(arXiv:2010.04159, appendix A.3). Differences: costs are computed within an image only (memory does
+not grow with the square of the batch), those of all layers go to the CPU in one transfer, boxes are
+the rows (scipy's solver is twice as fast on wide matrices as on tall ones), and the problems are
+solved on several threads.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def matching_cost(
     targets: Float[Tensor, "n 4"],
 ) -> Float[Tensor, "*l n q"]:
     """Cost of every pair of target and prediction of one image; boxes are cxcywh fractions."""
-    present = (1 - ALPHA) * -F.logsigmoid(-logits) * logits.sigmoid() ** GAMMA  # cost of the class being absent
+    present = (
+        (1 - ALPHA) * -F.logsigmoid(-logits) * logits.sigmoid() ** GAMMA
+    )  # cost of the class being absent
     absent = ALPHA * -F.logsigmoid(logits) * (-logits).sigmoid() ** GAMMA
     cost = CLASS_COST * (absent - present).mT[..., labels, :]  # (*l, n, q)
     targets = targets.expand(*boxes.shape[:-2], -1, -1)
@@ -45,7 +48,10 @@ def matching_cost(
 
 @torch.no_grad()
 def match(
-    logits: Float[Tensor, "l b q classes"], boxes: Float[Tensor, "l b q 4"], labels: list[Tensor], targets: list[Tensor]
+    logits: Float[Tensor, "l b q classes"],
+    boxes: Float[Tensor, "l b q 4"],
+    labels: list[Tensor],
+    targets: list[Tensor],
 ) -> list[list[Match]]:
     """The cheapest one-to-one matching of every layer and image.
 
@@ -59,7 +65,9 @@ def match(
         [layer][image] -> (predictions, targets), both of length min(Q, N_b).
     """
     layers, images = logits.shape[:2]
-    problems = (_costs_on_device if logits.is_cuda else _costs_on_host)(logits, boxes, labels, targets)
+    problems = (_costs_on_device if logits.is_cuda else _costs_on_host)(
+        logits, boxes, labels, targets
+    )
     threads = min(os.cpu_count() or 1, len(problems), MOST_THREADS)
     if sum(cost.numel() for cost in problems) < WORTH_THREADS or threads == 1:
         solved = list(map(_assign, problems))
@@ -69,17 +77,26 @@ def match(
     return [solved[start : start + images] for start in range(0, layers * images, images)]
 
 
-def _costs_on_device(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Tensor]) -> list[Tensor]:
+def _costs_on_device(
+    logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Tensor]
+) -> list[Tensor]:
     """Costs (N_b, Q) of every layer and image: few launches, one transfer."""
     layers, _, queries = logits.shape[:3]
     pairs = zip(labels, targets, strict=True)
-    costs = [matching_cost(logits[:, i].float(), boxes[:, i].float(), *pair).flatten() for i, pair in enumerate(pairs)]
+    costs = [
+        matching_cost(logits[:, i].float(), boxes[:, i].float(), *pair).flatten()
+        for i, pair in enumerate(pairs)
+    ]
     parts = torch.cat(costs).cpu().split([len(cost) for cost in costs])
     return [part.view(layers, -1, queries)[layer] for layer in range(layers) for part in parts]
 
 
-def _costs_on_host(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Tensor]) -> list[Tensor]:
-    """The same, one problem at a time, so that intermediate results stay in the processor's caches."""
+def _costs_on_host(
+    logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Tensor]
+) -> list[Tensor]:
+    """The same, one problem at a time, so that intermediate results stay in the processor's
+    caches.
+    """
     pairs = list(zip(labels, targets, strict=True))
     return [
         matching_cost(layer_logits[i].float(), layer_boxes[i].float(), *pair)
@@ -89,6 +106,9 @@ def _costs_on_host(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets:
 
 
 def _assign(cost: Float[Tensor, "n q"]) -> Match:
-    # a diverged prediction must not stop the assignment: the loss itself will say so, with the images' names
-    rows, columns = linear_sum_assignment(cost.nan_to_num_(nan=1e6, posinf=1e6, neginf=-1e6).numpy())
+    # a diverged prediction must not stop the assignment: the loss itself will say so, with the
+    # images' names
+    rows, columns = linear_sum_assignment(
+        cost.nan_to_num_(nan=1e6, posinf=1e6, neginf=-1e6).numpy()
+    )
     return torch.as_tensor(columns, dtype=torch.int64), torch.as_tensor(rows, dtype=torch.int64)

@@ -1,7 +1,8 @@
-"""D2VFM's adapters: from the detector's pooled features to the foundation model's (TS2G-KD, D2VFM stage).
+"""D2VFM's adapters: from the detector's pooled features to the foundation model's (TS2G-KD, D2VFM
+stage).
 
-x (B, C) are globally pooled features of one backbone stage, D the teacher's width, s() is ReLU, all linear layers have
-zero biases and Kaiming-uniform (fan-in) weights at the start:
+x (B, C) are globally pooled features of one backbone stage, D the teacher's width, s() is ReLU, all
+linear layers have zero biases and Kaiming-uniform (fan-in) weights at the start:
 
     p    W s(x)
     m    W2 s(W1 s(x))                          W1: C -> C/4, W2: C/4 -> D
@@ -10,8 +11,8 @@ zero biases and Kaiming-uniform (fan-in) weights at the start:
     mpa  P s(x + W2 s(W1 s(x)))                 the published default
     ln   W2 gelu(W1 N(x))                       W1: C -> C, W2: C -> D, N: LayerNorm; not of TS2G-KD
 
-The published `ma` adds x (C wide) to W1 s(x) (C/4 wide) and cannot run; here the shortcut is a linear projection R, as
-in a ResNet block that changes its width.
+The published `ma` adds x (C wide) to W1 s(x) (C/4 wide) and cannot run; here the shortcut is a
+linear projection R, as in a ResNet block that changes its width.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""The detector's convolutional trunk, rebuilt from its checkpoint alone by the stages that distil from it.
+"""The detector's convolutional trunk, rebuilt from its checkpoint alone by the stages that distil
+from it.
 
-Source: He et al., CVPR 2016; frozen statistics and frozen first stages as in DETR and Deformable DETR, dilation of the last
-stage as in their "DC5" models. On timm's feature extractors: any timm model with maps of strides 8, 16 and 32 px will do;
-`resnet18|34|50|101` have torchvision's parameter names and, from the hub, its ImageNet weights. Differences: trainable batch
-or group norm for training without given weights; the forward pass stops at the stage that is asked for.
+Source: He et al., CVPR 2016; frozen statistics and frozen first stages as in DETR and Deformable
+DETR, dilation of the last stage as in their "DC5" models. On timm's feature extractors: any timm
+model with maps of strides 8, 16 and 32 px will do; `resnet18|34|50|101` have torchvision's
+parameter names and, from the hub, its ImageNet weights. Differences: trainable batch or group norm
+for training without given weights; the forward pass stops at the stage that is asked for.
 """
 
 from __future__ import annotations
@@ -25,12 +27,18 @@ from patch_encoder.models.encoder_table import IMAGENET
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 NORMS = (
-    "frozen",  # batch norm keeps statistics and affine parameters of the given weights, as published
+    # batch norm keeps statistics and affine parameters of the given weights, as published
+    "frozen",
     "batch",  # as the model has it, trainable
     "group",  # the same in training and evaluation, whatever the batch; ResNets only
 )
 # published detectors, ours, transformers' detectors
-PREFIXES = ("backbone.0.body.", "backbone.", "model.backbone.conv_encoder.model.", "model.backbone.model.")
+PREFIXES = (
+    "backbone.0.body.",
+    "backbone.",
+    "model.backbone.conv_encoder.model.",
+    "model.backbone.model.",
+)
 STAGES = 5  # stem, and strides 4, 8, 16, 32
 HUB = "hub"
 
@@ -45,7 +53,8 @@ class Backbone(nn.Module):
         source: "": random weights; "hub": timm's; else a weights file in timm's own format.
 
     Attributes:
-        channels: channels of the maps of strides 8, 16 and 32 px; their index is the "needle" of D2VFM.
+        channels: channels of the maps of strides 8, 16 and 32 px; their index is the "needle" of
+            D2VFM.
 
     Raises:
         UserError: no such model, no such maps, or weights that cannot be had.
@@ -54,7 +63,9 @@ class Backbone(nn.Module):
     def __init__(self, name: str, norm: str, dilation: bool = False, source: str = "") -> None:
         super().__init__()
         if norm not in NORMS:
-            raise UserError(f"norm '{norm}': expected one of {', '.join(NORMS)}; {did_you_mean(norm, NORMS)}")
+            raise UserError(
+                f"norm '{norm}': expected one of {', '.join(NORMS)}; {did_you_mean(norm, NORMS)}"
+            )
         trunk = _create(name, norm, dilation, source)
         self.name, self.norm, self.dilation = name, norm, dilation
         self.channels: tuple[int, int, int] = tuple(trunk.feature_info.channels())
@@ -72,20 +83,29 @@ class Backbone(nn.Module):
         config = timm.get_pretrained_cfg(_tagged(name), allow_unregistered=True)
         self.same_statistics = config is None or (tuple(config.mean), tuple(config.std)) == IMAGENET
         if config is not None and not self.same_statistics:
-            (mean, std), (own_mean, own_std) = (torch.tensor(pair) for pair in (IMAGENET, (config.mean, config.std)))
+            (mean, std), (own_mean, own_std) = (
+                torch.tensor(pair) for pair in (IMAGENET, (config.mean, config.std))
+            )
             self.register_buffer("scale", (std / own_std).view(3, 1, 1), persistent=False)
-            self.register_buffer("shift", ((mean - own_mean) / own_std).view(3, 1, 1), persistent=False)
+            self.register_buffer(
+                "shift", ((mean - own_mean) / own_std).view(3, 1, 1), persistent=False
+            )
 
-    def forward(self, images: Float[Tensor, "b 3 h w"], upto: int = 2) -> list[Float[Tensor, "b _c _h _w"]]:
+    def forward(
+        self, images: Float[Tensor, "b 3 h w"], upto: int = 2
+    ) -> list[Float[Tensor, "b _c _h _w"]]:
         """Maps of strides 8, 16, 32, no further than number `upto` (0, 1 or 2).
 
         Args:
-            images: normalised with ImageNet's mean and standard deviation, whatever the trunk was trained with.
+            images: normalised with ImageNet's mean and standard deviation, whatever the trunk was
+                trained with.
             upto: last map to compute.
         """
         x = images if self.same_statistics else images * self.scale + self.shift
         maps = self._maps(x, upto) if self.steps else self.trunk(x)[: upto + 1]
-        return [map.permute(0, 3, 1, 2).contiguous() for map in maps] if self.channels_last else maps
+        return (
+            [map.permute(0, 3, 1, 2).contiguous() for map in maps] if self.channels_last else maps
+        )
 
     def _maps(self, x: Tensor, upto: int) -> list[Tensor]:
         maps = []
@@ -104,14 +124,21 @@ class Backbone(nn.Module):
             self.steps.remove(step)
 
     def stages(self) -> dict[str, int]:
-        """Stage 0 (stem) ... 4 (stride 32) of every parameter; it belongs to the first map that lies behind it."""
+        """Stage 0 (stem) ... 4 (stride 32) of every parameter; it belongs to the first map that
+        lies behind it.
+        """
         order = [_flat(name) for name, _ in self.named_modules()]
-        ends = [max((i for i, name in enumerate(order) if _within(name, stage)), default=-1) for stage in self.stage_names]
+        ends = [
+            max((i for i, name in enumerate(order) if _within(name, stage)), default=-1)
+            for stage in self.stage_names
+        ]
         first, last = STAGES - len(ends), STAGES - 1
         found = {}
         for name, _ in self.named_parameters():
             module = order.index(_flat(name.rpartition(".")[0]))
-            found[name] = next((first + stage for stage, end in enumerate(ends) if module <= end), last)
+            found[name] = next(
+                (first + stage for stage, end in enumerate(ends) if module <= end), last
+            )
         return found
 
     def freeze(self, stages: int) -> None:
@@ -134,22 +161,40 @@ def _create(name: str, norm: str, dilation: bool, source: str) -> nn.Module:
     """timm's feature extractor with maps of strides 8, 16 and 32 px."""
     if not timm.is_model(name.split(".")[0]):
         known = [*RESNETS, *timm.list_models()]
-        raise UserError(f"backbone '{name}': timm {timm.__version__} has no such model; {did_you_mean(name, known)}")
+        raise UserError(
+            f"backbone '{name}': timm {timm.__version__} has no such model; "
+            f"{did_you_mean(name, known)}"
+        )
     options: dict[str, Any] = {"output_stride": 16} if dilation else {}
     if norm == "group":
         options["norm_layer"] = "groupnorm"
     if name in RESNETS:
-        options["zero_init_last"] = False  # as published and in torchvision: short trainings from scratch suffer from zeros
-    build = partial(timm.create_model, _tagged(name), features_only=True, out_indices=(-3, -2, -1), **options)
+        options["zero_init_last"] = (
+            False  # as published and in torchvision: short trainings from scratch suffer from zeros
+        )
+    build = partial(
+        timm.create_model, _tagged(name), features_only=True, out_indices=(-3, -2, -1), **options
+    )
     try:
         with torch.device("meta"):
             strides = build().feature_info.reduction()
-    except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError, NotImplementedError) as error:
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        AttributeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:
         reason = str(error).strip().partition("\n")[0][:160]
-        raise UserError(f"backbone '{name}': cannot be built with norm={norm}, dilation={dilation}: {reason}") from None
+        raise UserError(
+            f"backbone '{name}': cannot be built with norm={norm}, dilation={dilation}: {reason}"
+        ) from None
     wanted = [8, 16, 16] if dilation else [8, 16, 32]
     if strides != wanted:
-        raise UserError(f"backbone '{name}': expected feature maps of strides {wanted} px, found {strides}")
+        raise UserError(
+            f"backbone '{name}': expected feature maps of strides {wanted} px, found {strides}"
+        )
     trunk = _with_weights(build, name, source) if source else build()
     return freeze_batch_norm_2d(trunk) if norm == "frozen" else trunk
 
@@ -162,15 +207,20 @@ def _with_weights(build: partial[nn.Module], name: str, source: str) -> nn.Modul
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0][:160]
         if source != HUB:
-            raise UserError(f"{source}: expected weights of timm's {name}, cannot be used: {reason}") from None
+            raise UserError(
+                f"{source}: expected weights of timm's {name}, cannot be used: {reason}"
+            ) from None
         raise UserError(
-            f"weights of {name}: cannot be fetched ({reason}); fetch timm/{_tagged(name)} from the Hugging Face hub elsewhere "
+            f"weights of {name}: cannot be fetched ({reason}); fetch timm/{_tagged(name)} from "
+            "the Hugging Face hub elsewhere "
             "and give the file as weights=, or train from scratch with pretrained=false norm=batch"
         ) from None
 
 
 def _tagged(name: str) -> str:
-    """timm's name; for the ResNets of the papers torchvision's weights, as published, not timm's own training."""
+    """timm's name; for the ResNets of the papers torchvision's weights, as published, not timm's
+    own training.
+    """
     return f"{name}.tv_in1k" if name in RESNETS else name
 
 
@@ -185,11 +235,12 @@ def _within(module: str, stage: str) -> bool:
 def load_backbone(path: str | Path) -> tuple[Backbone, dict[str, Any]]:
     """The trained trunk of a detector, for use as a fixed feature extractor.
 
-    A trunk trained with batch norm comes back with the statistics frozen (norm "frozen"): the same function as in
-    evaluation mode, which a later `train()` cannot undo.
+    A trunk trained with batch norm comes back with the statistics frozen (norm "frozen"): the same
+    function as in evaluation mode, which a later `train()` cannot undo.
 
     Args:
-        path: `backbone.pt` or a whole checkpoint of `train_detector`, or a file of ResNet weights alone.
+        path: `backbone.pt` or a whole checkpoint of `train_detector`, or a file of ResNet weights
+            alone.
 
     Returns:
         The trunk, and its description (`name`, `norm`, `dilation`).
@@ -213,29 +264,43 @@ def _description(content: Any, weights: dict[str, Tensor], path: str | Path) -> 
         if isinstance(config.get("name"), str) and config.get("norm") in NORMS:
             return config
     if "layer3.0.conv1.weight" not in weights:
-        raise UserError(f"{path}: expected a ResNet trunk (backbone.pt or a detector checkpoint), found {sorted(weights)[:3]}")
+        raise UserError(
+            f"{path}: expected a ResNet trunk (backbone.pt or a detector checkpoint), found "
+            f"{sorted(weights)[:3]}"
+        )
     blocks = sum(name.startswith("layer3.") and name.endswith(".conv1.weight") for name in weights)
     bottleneck = "layer3.0.conv3.weight" in weights
-    name = {(False, 2): "resnet18", (False, 6): "resnet34", (True, 6): "resnet50"}.get((bottleneck, blocks), "resnet101")
+    name = {(False, 2): "resnet18", (False, 6): "resnet34", (True, 6): "resnet50"}.get(
+        (bottleneck, blocks), "resnet101"
+    )
     return {"name": name, "norm": "frozen"}
 
 
 def trunk_weights(content: Any) -> dict[str, Tensor]:
-    """A trunk's weights out of a state dict, a trunk checkpoint or a whole detector's, published or ours."""
+    """A trunk's weights out of a state dict, a trunk checkpoint or a whole detector's, published or
+    ours.
+    """
     weights = content.get("model", content) if isinstance(content, dict) else {}
     for prefix in PREFIXES:
         if any(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+            weights = {
+                name.removeprefix(prefix): value
+                for name, value in weights.items()
+                if name.startswith(prefix)
+            }
     return {name: value for name, value in weights.items() if not name.startswith("fc.")}
 
 
 def fill(backbone: Backbone, weights: dict[str, Tensor], source: str) -> None:
-    """Load weights of the same architecture; the count of batches that batch norm keeps is dropped or set to 0 as needed.
+    """Load weights of the same architecture; the count of batches that batch norm keeps is dropped
+    or set to 0 as needed.
 
     Raises:
         UserError: weights of another architecture.
     """
-    kept = {name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
+    kept = {
+        name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")
+    }
     counts = [name for name, _ in backbone.named_buffers() if name.endswith("num_batches_tracked")]
     load_weights(backbone, kept | {name: torch.tensor(0) for name in counts}, source)
 
@@ -245,7 +310,8 @@ def build_pretrained(name: str, norm: str, dilation: bool, source: str) -> Backb
 
     Args:
         name, norm, dilation: as for `Backbone`.
-        source: "hub", or a file: a ResNet's state dict, a detector's checkpoint (ours or published), or timm's own format.
+        source: "hub", or a file: a ResNet's state dict, a detector's checkpoint (ours or
+            published), or timm's own format.
 
     Raises:
         UserError: weights that cannot be had, or of another architecture.

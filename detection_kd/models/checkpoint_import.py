@@ -1,7 +1,8 @@
-"""Whole detectors from elsewhere: the official layout and Hugging Face's -> our names, fitted to other categories and queries.
+"""Whole detectors from elsewhere: the official layout and Hugging Face's -> our names, fitted to
+other categories and queries.
 
-Source: fundamentalvision/Deformable-DETR and transformers' `DeformableDetrForObjectDetection`, in the names of its releases 4
-and 5.
+Source: fundamentalvision/Deformable-DETR and transformers' `DeformableDetrForObjectDetection`, in
+the names of its releases 4 and 5.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from detection_kd.models.deformable_detr import DeformableDETR
 HUGGINGFACE = (
     (r"^model\.input_proj\.", "input_proj."),
     (r"^model\.query_position_embeddings\.", "query_embed."),
-    (r"^model\.(enc_output|enc_output_norm|pos_trans|pos_trans_norm)\.", r"transformer.proposals.\1."),
+    (
+        r"^model\.(enc_output|enc_output_norm|pos_trans|pos_trans_norm)\.",
+        r"transformer.proposals.\1.",
+    ),
     (r"^model\.(level_embed|reference_points|encoder|decoder)", r"transformer.\1"),
     (r"(?:\.mlp)?\.fc([12])\.", r".linear\1."),
     (r"(encoder\.layers\.\d+)\.self_attn_layer_norm\.", r"\1.norm1."),
@@ -32,14 +36,23 @@ HUGGINGFACE = (
     (r"(decoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm3."),
     (r"\.o_proj\.", ".out_proj."),
 )
-FITTED = re.compile(r"^(transformer\.decoder\.)?class_embed\.|^label_embed\.")  # as wide as there are categories
-OFFICIAL = ((r"^transformer\.(enc_output|enc_output_norm|pos_trans|pos_trans_norm)\.", r"transformer.proposals.\1."),)
+FITTED = re.compile(
+    r"^(transformer\.decoder\.)?class_embed\.|^label_embed\."
+)  # as wide as there are categories
+OFFICIAL = (
+    (
+        r"^transformer\.(enc_output|enc_output_norm|pos_trans|pos_trans_norm)\.",
+        r"transformer.proposals.\1.",
+    ),
+)
 
 
 def load_published(model: DeformableDETR, path: str | Path, categories: list[str]) -> list[str]:
-    """Fill a detector from a checkpoint of ours, of the official code or of Hugging Face, to train it further.
+    """Fill a detector from a checkpoint of ours, of the official code or of Hugging Face, to train
+    it further.
 
-    Class heads start afresh where the file's are of other categories; queries are cut, or new ones stay random.
+    Class heads start afresh where the file's are of other categories; queries are cut, or new ones
+    stay random.
 
     Args:
         model: detector of the same architecture.
@@ -55,21 +68,33 @@ def load_published(model: DeformableDETR, path: str | Path, categories: list[str
     content = read_weights(path, "a detector's weights")
     weights = _our_names(content, path)
     own = model.state_dict()
-    described = content["config"].get("categories", categories) if isinstance(content.get("config"), dict) else categories
+    described = (
+        content["config"].get("categories", categories)
+        if isinstance(content.get("config"), dict)
+        else categories
+    )
     fitted, fresh = {}, []
     for name, value in own.items():
         given = weights.pop(name, None)
-        if FITTED.search(name) and (given is None or given.shape != value.shape or described != categories):
+        if FITTED.search(name) and (
+            given is None or given.shape != value.shape or described != categories
+        ):
             fitted[name] = value
             fresh.append(name)
-        elif name == "query_embed.weight" and given is not None and given.shape[1:] == value.shape[1:]:
+        elif (
+            name == "query_embed.weight"
+            and given is not None
+            and given.shape[1:] == value.shape[1:]
+        ):
             fitted[name] = torch.cat((given[: len(value)], value[len(given) :]))
             fresh += [name] * (len(given) < len(value))
         elif name.endswith("num_batches_tracked"):
             fitted[name] = torch.zeros_like(value)
         elif given is not None:
             fitted[name] = given
-    unknown = {name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
+    unknown = {
+        name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")
+    }
     load_weights(model, fitted | unknown, str(path))
     return fresh
 
@@ -84,15 +109,20 @@ def _our_names(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
         return dict(weights)
     else:
         raise UserError(
-            f"{path}: expected a Deformable DETR (ours, official or Hugging Face's names), found {sorted(weights)[:3]}; "
+            f"{path}: expected a Deformable DETR (ours, official or Hugging Face's names), found "
+            f"{sorted(weights)[:3]}; "
             "a backbone alone goes to weights="
         )
     return renamed | {f"backbone.{name}": value for name, value in trunk_weights(content).items()}
 
 
 def from_huggingface(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of `transformers.DeformableDetrForObjectDetection` without its backbone, under our names."""
-    kept = {name: value for name, value in weights.items() if not name.startswith("model.backbone.")}
+    """Weights of `transformers.DeformableDetrForObjectDetection` without its backbone, under our
+    names.
+    """
+    kept = {
+        name: value for name, value in weights.items() if not name.startswith("model.backbone.")
+    }
     return _join_projections(_rename(kept, HUGGINGFACE))
 
 
@@ -107,14 +137,18 @@ def _rename(weights: dict[str, Tensor], rules: tuple[tuple[str, str], ...]) -> d
     for name, value in weights.items():
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
-        if ".decoder.class_embed." not in name and ".decoder.bbox_embed." not in name:  # the same heads a second time
+        if (
+            ".decoder.class_embed." not in name and ".decoder.bbox_embed." not in name
+        ):  # the same heads a second time
             renamed[name] = value
     return renamed
 
 
 def _join_projections(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Separate q, k and v projections -> one `in_proj`."""
-    joined = {name: value for name, value in weights.items() if not re.search(r"\.[qkv]_proj\.", name)}
+    joined = {
+        name: value for name, value in weights.items() if not re.search(r"\.[qkv]_proj\.", name)
+    }
     for name in weights:
         if ".q_proj." in name:
             parts = [weights[name.replace(".q_proj.", f".{letter}_proj.")] for letter in "qkv"]

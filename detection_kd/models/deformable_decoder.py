@@ -1,7 +1,9 @@
-"""Deformable transformer decoder: object queries attend to each other and to a few cells around their reference.
+"""Deformable transformer decoder: object queries attend to each other and to a few cells around
+their reference.
 
-Source: Deformable DETR (arXiv:2010.04159), section 4.1 and appendix A.4 (iterative box refinement). Difference: the decoder
-returns the boxes of every layer itself, instead of computing them once for the reference and again in the head.
+Source: Deformable DETR (arXiv:2010.04159), section 4.1 and appendix A.4 (iterative box refinement).
+Difference: the decoder returns the boxes of every layer itself, instead of computing them once for
+the reference and again in the head.
 """
 
 from __future__ import annotations
@@ -15,9 +17,13 @@ from detection_kd.models.ms_deform_attn import MSDeformAttn
 
 
 class DecoderLayer(FeedForward):
-    """Self-attention among queries, deformable attention to the encoder's cells, feed-forward network; post-norm."""
+    """Self-attention among queries, deformable attention to the encoder's cells, feed-forward
+    network; post-norm.
+    """
 
-    def __init__(self, dim: int, heads: int, levels: int, points: int, hidden: int, dropout: float) -> None:
+    def __init__(
+        self, dim: int, heads: int, levels: int, points: int, hidden: int, dropout: float
+    ) -> None:
         super().__init__(dim, hidden, dropout)
         self.self_attn = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
         self.cross_attn = MSDeformAttn(dim, heads, levels, points)
@@ -36,13 +42,19 @@ class DecoderLayer(FeedForward):
     ) -> Float[Tensor, "b q d"]:
         """One layer over the queries `x`; norm2 comes before norm1, as in the published weights."""
         q = x + query_position
-        x = self.norm2(x + self.dropout(self.self_attn(q, q, x, need_weights=False, attn_mask=blocked)[0]))
-        attended = self.cross_attn(x + query_position, reference, memory, pyramid.shapes, pyramid.padding)
+        x = self.norm2(
+            x + self.dropout(self.self_attn(q, q, x, need_weights=False, attn_mask=blocked)[0])
+        )
+        attended = self.cross_attn(
+            x + query_position, reference, memory, pyramid.shapes, pyramid.padding
+        )
         return self.norm3(self.feed_forward(self.norm1(x + self.dropout(attended))))
 
 
 class Decoder(nn.Module):
-    """A stack of decoder layers; with `box_refine` each layer starts from the box that the layer before it found."""
+    """A stack of decoder layers; with `box_refine` each layer starts from the box that the layer
+    before it found.
+    """
 
     def __init__(self, layers: list[DecoderLayer], box_refine: bool) -> None:
         super().__init__()
@@ -75,8 +87,12 @@ class Decoder(nn.Module):
         """
         hidden, boxes = [], []
         for layer, head in zip(self.layers, box_heads, strict=True):
-            ratios = pyramid.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)  # (B, levels, coords)
-            x = layer(x, query_position, reference[:, :, None] * ratios[:, None], memory, pyramid, blocked)
+            ratios = pyramid.valid_ratios.repeat(
+                1, 1, reference.shape[-1] // 2
+            )  # (B, levels, coords)
+            x = layer(
+                x, query_position, reference[:, :, None] * ratios[:, None], memory, pyramid, blocked
+            )
             box = shift_reference(head(x), reference)
             if self.box_refine:
                 reference = box.detach()
@@ -85,8 +101,12 @@ class Decoder(nn.Module):
         return torch.stack(hidden), torch.stack(boxes)
 
 
-def shift_reference(delta: Float[Tensor, "b q 4"], reference: Float[Tensor, "b q coords"]) -> Float[Tensor, "b q 4"]:
-    """Box = sigmoid(delta + inverse sigmoid of the reference); a reference without size moves the centre only."""
+def shift_reference(
+    delta: Float[Tensor, "b q 4"], reference: Float[Tensor, "b q coords"]
+) -> Float[Tensor, "b q 4"]:
+    """Box = sigmoid(delta + inverse sigmoid of the reference); a reference without size moves the
+    centre only.
+    """
     start = inverse_sigmoid(reference)
     if start.shape[-1] == 2:
         start = torch.cat((start, torch.zeros_like(start)), -1)

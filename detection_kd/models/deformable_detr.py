@@ -1,10 +1,11 @@
 """Deformable DETR: ResNet trunk, input projections, deformable transformer, class and box heads.
 
-Source: Deformable DETR (Zhu et al., ICLR 2021, arXiv:2010.04159). Parameter names are those of the published checkpoints
-(`backbone.` is ours, see `checkpoint_import`). Differences:
+Source: Deformable DETR (Zhu et al., ICLR 2021, arXiv:2010.04159). Parameter names are those of the
+published checkpoints (`backbone.` is ours, see `checkpoint_import`). Differences:
 - fewer levels are allowed (the coarsest stages are kept), and any trunk of `backbone.py`;
 - heads run in full precision under autocast, because a bfloat16 box is off by 0.4 % of the image;
-- outputs are stacked over decoder layers, and none is optional: the auxiliary losses are part of the method.
+- outputs are stacked over decoder layers, and none is optional: the auxiliary losses are part of
+  the method.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ from torch import Tensor, nn
 from common.checkpoint import load_checkpoint, load_weights
 from common.errors import UserError
 from detection_kd.models.backbone import Backbone
-from detection_kd.models.deformable_transformer import Architecture, DeformableTransformer, Detections
+from detection_kd.models.deformable_transformer import (
+    Architecture,
+    DeformableTransformer,
+    Detections,
+)
 from detection_kd.models.denoising import noised_targets
 
 PRIOR = 0.01  # initial probability of every class (RetinaNet, section 4.1)
@@ -41,7 +46,8 @@ class ClassHead(nn.Linear):
 
 
 class BoxHead(nn.Module):
-    """Three-layer perceptron in full precision that starts at 0 for the centre and at `size` for width and height.
+    """Three-layer perceptron in full precision that starts at 0 for the centre and at `size` for
+    width and height.
 
     Args:
         dim: channels.
@@ -87,7 +93,9 @@ class DeformableDETR(nn.Module):
         if a.box_refine:  # own heads per layer; only the first one starts small, the others refine
             heads = a.decoder_layers + a.two_stage
             sizes = [0.0 if a.two_stage or layer else -2.0 for layer in range(heads)]
-            self.class_embed = nn.ModuleList([ClassHead(a.hidden_dim, classes) for _ in range(heads)])
+            self.class_embed = nn.ModuleList(
+                [ClassHead(a.hidden_dim, classes) for _ in range(heads)]
+            )
             self.bbox_embed = nn.ModuleList([BoxHead(a.hidden_dim, size) for size in sizes])
         else:
             self.class_embed = nn.ModuleList([ClassHead(a.hidden_dim, classes)] * a.decoder_layers)
@@ -109,16 +117,24 @@ class DeformableDETR(nn.Module):
         noised = None
         if self.training and self.label_embed is not None:
             assert annotated is not None, "denoising needs the annotations"
-            noised = noised_targets(*annotated, self.label_embed.num_embeddings, self.architecture.denoising)
+            noised = noised_targets(
+                *annotated, self.label_embed.num_embeddings, self.architecture.denoising
+            )
         features = self.backbone(images)
         pyramid = self.transformer.pyramid(self.project(features), padding)
         queries = None if self.query_embed is None else self.query_embed.weight
-        return self.transformer(pyramid, queries, self.class_embed, self.bbox_embed, noised, self.label_embed)
+        return self.transformer(
+            pyramid, queries, self.class_embed, self.bbox_embed, noised, self.label_embed
+        )
 
-    def project(self, features: list[Float[Tensor, "b _c _h _w"]]) -> list[Float[Tensor, "b d _h2 _w2"]]:
+    def project(
+        self, features: list[Float[Tensor, "b _c _h _w"]]
+    ) -> list[Float[Tensor, "b d _h2 _w2"]]:
         """The coarsest maps in D channels, and one of stride 64 px when there are four levels."""
         maps = features[-self.architecture.levels :]
-        projected = [projection(map) for projection, map in zip(self.input_proj, maps, strict=False)]
+        projected = [
+            projection(map) for projection, map in zip(self.input_proj, maps, strict=False)
+        ]
         if len(self.input_proj) > len(maps):
             projected.append(self.input_proj[-1](features[-1]))
         return projected
@@ -128,37 +144,55 @@ def _check(a: Architecture) -> None:
     if not 1 <= a.levels <= 4:
         raise UserError(f"levels={a.levels}: expected 1, 2, 3 or 4 feature levels")
     if a.hidden_dim % 32 or a.hidden_dim % a.heads:
-        raise UserError(f"hidden_dim={a.hidden_dim}: expected a multiple of 32 and of heads={a.heads}")
+        raise UserError(
+            f"hidden_dim={a.hidden_dim}: expected a multiple of 32 and of heads={a.heads}"
+        )
     if a.decoder_layers < 1 or a.encoder_layers < 0 or a.queries < 1:
         raise UserError(
-            f"decoder_layers={a.decoder_layers}, encoder_layers={a.encoder_layers}, queries={a.queries}: "
+            f"decoder_layers={a.decoder_layers}, encoder_layers={a.encoder_layers}, "
+            f"queries={a.queries}: "
             "expected at least 1, 0 and 1"
         )
     if a.two_stage and not a.box_refine:
         raise UserError("two_stage=true: expected box_refine=true with it, found box_refine=false")
     if a.mixed_selection and not a.two_stage:
-        raise UserError("mixed_selection=true: expected two_stage=true with it, found two_stage=false")
+        raise UserError(
+            "mixed_selection=true: expected two_stage=true with it, found two_stage=false"
+        )
     if a.groups < 1 or a.denoising < 0:
         raise UserError(f"groups={a.groups}, denoising={a.denoising}: expected at least 1 and 0")
     if a.groups > 1 and a.two_stage and not a.mixed_selection:
-        raise UserError(f"groups={a.groups} with two_stage=true: all groups would be the same; set mixed_selection=true")
+        raise UserError(
+            f"groups={a.groups} with two_stage=true: all groups would be the same; set "
+            "mixed_selection=true"
+        )
     if a.denoising and not a.two_stage:
-        raise UserError(f"denoising={a.denoising}: expected two_stage=true with it, found two_stage=false")
+        raise UserError(
+            f"denoising={a.denoising}: expected two_stage=true with it, found two_stage=false"
+        )
 
 
 def _query_embedding(a: Architecture) -> nn.Embedding | None:
-    """Learned queries: position and content, content alone with mixed selection, none with plain two-stage."""
+    """Learned queries: position and content, content alone with mixed selection, none with plain
+    two-stage.
+    """
     if a.two_stage and not a.mixed_selection:
         return None
-    return nn.Embedding(a.groups * a.queries, a.hidden_dim if a.mixed_selection else 2 * a.hidden_dim)
+    return nn.Embedding(
+        a.groups * a.queries, a.hidden_dim if a.mixed_selection else 2 * a.hidden_dim
+    )
 
 
 def _projections(channels: tuple[int, ...], levels: int, dim: int) -> list[nn.Module]:
-    """1x1 convolutions of the coarsest maps; a fourth level is a strided 3x3 convolution of the last one."""
+    """1x1 convolutions of the coarsest maps; a fourth level is a strided 3x3 convolution of the
+    last one.
+    """
     convolutions = [nn.Conv2d(width, dim, 1) for width in channels[-levels:]]
     if levels > len(channels):
         convolutions.append(nn.Conv2d(channels[-1], dim, 3, stride=2, padding=1))
-    for parameter in (parameter for convolution in convolutions for parameter in convolution.parameters()):
+    for parameter in (
+        parameter for convolution in convolutions for parameter in convolution.parameters()
+    ):
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
         else:
@@ -179,7 +213,9 @@ def describe_detector(model: DeformableDETR, categories: list[str]) -> dict[str,
 def build_detector(description: dict[str, Any]) -> DeformableDETR:
     """A detector with fresh weights from its description."""
     backbone = Backbone.from_description(description["backbone"])
-    return DeformableDETR(backbone, len(description["categories"]), Architecture(**description["architecture"]))
+    return DeformableDETR(
+        backbone, len(description["categories"]), Architecture(**description["architecture"])
+    )
 
 
 def load_detector(path: str | Path) -> tuple[DeformableDETR, dict[str, Any]]:
@@ -191,7 +227,9 @@ def load_detector(path: str | Path) -> tuple[DeformableDETR, dict[str, Any]]:
     content = load_checkpoint(path, "a detector checkpoint")
     kind = content["config"].get("kind")
     if kind != "deformable_detr":
-        raise UserError(f"{path}: expected a detector checkpoint (kind deformable_detr), found kind {kind!r}")
+        raise UserError(
+            f"{path}: expected a detector checkpoint (kind deformable_detr), found kind {kind!r}"
+        )
     model = build_detector(content["config"])
     load_weights(model, content["model"], str(path))
     return model, content["config"]

@@ -1,7 +1,8 @@
-"""Deformable transformer encoder: every cell of the feature pyramid attends to a few cells around it, on all levels.
+"""Deformable transformer encoder: every cell of the feature pyramid attends to a few cells around
+it, on all levels.
 
-Source: Deformable DETR (arXiv:2010.04159), section 4.1 and appendix A.4. Difference: no layer at all is allowed (the decoder
-then reads the projected features).
+Source: Deformable DETR (arXiv:2010.04159), section 4.1 and appendix A.4. Difference: no layer at
+all is allowed (the decoder then reads the projected features).
 """
 
 from __future__ import annotations
@@ -51,17 +52,24 @@ class FeedForward(nn.Module):
 class EncoderLayer(FeedForward):
     """Deformable self-attention, then a feed-forward network; post-norm."""
 
-    def __init__(self, dim: int, heads: int, levels: int, points: int, hidden: int, dropout: float) -> None:
+    def __init__(
+        self, dim: int, heads: int, levels: int, points: int, hidden: int, dropout: float
+    ) -> None:
         super().__init__(dim, hidden, dropout)
         self.self_attn = MSDeformAttn(dim, heads, levels, points)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
 
     def forward(
-        self, x: Float[Tensor, "b s d"], pyramid: Pyramid, reference_points: Float[Tensor, "b s levels 2"]
+        self,
+        x: Float[Tensor, "b s d"],
+        pyramid: Pyramid,
+        reference_points: Float[Tensor, "b s levels 2"],
     ) -> Float[Tensor, "b s d"]:
         """One layer over the tokens `x` of the pyramid."""
-        attended = self.self_attn(x + pyramid.positions, reference_points, x, pyramid.shapes, pyramid.padding)
+        attended = self.self_attn(
+            x + pyramid.positions, reference_points, x, pyramid.shapes, pyramid.padding
+        )
         return self.norm2(self.feed_forward(self.norm1(x + self.dropout(attended))))
 
 
@@ -81,10 +89,17 @@ class Encoder(nn.Module):
         return x
 
 
-def cell_centres(shapes: list[tuple[int, int]], valid_ratios: Float[Tensor, "b levels 2"]) -> Float[Tensor, "b s levels 2"]:
+def cell_centres(
+    shapes: list[tuple[int, int]], valid_ratios: Float[Tensor, "b levels 2"]
+) -> Float[Tensor, "b s levels 2"]:
     """Centre (x, y) of every cell, as a fraction of the padded map of every level."""
-    centres = [cell_grid(*shape, valid_ratios) / valid_ratios[:, level, None] for level, shape in enumerate(shapes)]
-    return torch.cat(centres, 1)[:, :, None] * valid_ratios[:, None]  # unpadded fraction -> each level's padded fraction
+    centres = [
+        cell_grid(*shape, valid_ratios) / valid_ratios[:, level, None]
+        for level, shape in enumerate(shapes)
+    ]
+    return (
+        torch.cat(centres, 1)[:, :, None] * valid_ratios[:, None]
+    )  # unpadded fraction -> each level's padded fraction
 
 
 def cell_grid(height: int, width: int, like: Tensor) -> Float[Tensor, "1 {height}*{width} 2"]:

@@ -1,9 +1,10 @@
 """Deformable transformer: feature pyramid -> encoder -> object queries -> decoder.
 
-Source: Deformable DETR (arXiv:2010.04159), figure 2 and appendix A.4; groups of queries in training from Group DETR (Chen et
-al., ICCV 2023, arXiv:2207.13085). Parameter names are those of the published checkpoints but for the two-stage layers, which
-sit in `proposals`. Differences: no encoder layer and a single level are allowed; queries come from learned embeddings or,
-with `two_stage`, from the encoder's cells.
+Source: Deformable DETR (arXiv:2010.04159), figure 2 and appendix A.4; groups of queries in training
+from Group DETR (Chen et al., ICCV 2023, arXiv:2207.13085). Parameter names are those of the
+published checkpoints but for the two-stage layers, which sit in `proposals`. Differences: no
+encoder layer and a single level are allowed; queries come from learned embeddings or, with
+`two_stage`, from the encoder's cells.
 """
 
 from __future__ import annotations
@@ -39,9 +40,19 @@ class Architecture:
     dropout: float = key(0.1, "dropout of the transformer")
     box_refine: bool = key(False, "each decoder layer starts from the box of the layer before")
     two_stage: bool = key(False, "queries come from the encoder's best proposals; needs box_refine")
-    mixed_selection: bool = key(False, "proposals place the queries, their contents are learned (DINO); needs two_stage")
-    groups: int = key(1, "groups of queries in training, each matched on its own (Group DETR); 1: off; inference keeps one")
-    denoising: int = key(0, "noised copies of an image's boxes as extra training queries (DINO: 100); 0: off; needs two_stage")
+    mixed_selection: bool = key(
+        False, "proposals place the queries, their contents are learned (DINO); needs two_stage"
+    )
+    groups: int = key(
+        1,
+        "groups of queries in training, each matched on its own (Group DETR); 1: off; inference "
+        "keeps one",
+    )
+    denoising: int = key(
+        0,
+        "noised copies of an image's boxes as extra training queries (DINO: 100); 0: off; needs "
+        "two_stage",
+    )
 
 
 @dataclass
@@ -88,7 +99,9 @@ class DeformableTransformer(nn.Module):
         self.groups = a.groups
         shape = (a.hidden_dim, a.heads, a.levels, a.points, a.feedforward_dim, a.dropout)
         self.encoder = Encoder([EncoderLayer(*shape) for _ in range(a.encoder_layers)])
-        self.decoder = Decoder([DecoderLayer(*shape) for _ in range(a.decoder_layers)], a.box_refine)
+        self.decoder = Decoder(
+            [DecoderLayer(*shape) for _ in range(a.decoder_layers)], a.box_refine
+        )
         if a.encoder_layers:  # without an encoder nothing reads positions of cells
             self.level_embed = nn.Parameter(torch.empty(a.levels, a.hidden_dim))
         if a.two_stage:
@@ -110,7 +123,9 @@ class DeformableTransformer(nn.Module):
         if hasattr(self, "level_embed"):
             nn.init.normal_(self.level_embed)
 
-    def pyramid(self, features: Sequence[Float[Tensor, "b d _h _w"]], padding: Bool[Tensor, "b h w"]) -> Pyramid:
+    def pyramid(
+        self, features: Sequence[Float[Tensor, "b d _h _w"]], padding: Bool[Tensor, "b h w"]
+    ) -> Pyramid:
         """Flatten the levels' maps and describe where they are padded.
 
         Args:
@@ -118,9 +133,17 @@ class DeformableTransformer(nn.Module):
             padding: True where a pixel of the batch is padding.
         """
         dtype = torch.promote_types(features[0].dtype, torch.float32)
-        masks = [nn.functional.interpolate(padding[None].float(), size=map.shape[-2:])[0].bool() for map in features]
-        ratios = [torch.stack(((~m[:, 0]).to(dtype).mean(1), (~m[:, :, 0]).to(dtype).mean(1)), -1) for m in masks]
-        positions = [sine_position_encoding(m, features[0].shape[1], dtype).flatten(2) for m in masks]
+        masks = [
+            nn.functional.interpolate(padding[None].float(), size=map.shape[-2:])[0].bool()
+            for map in features
+        ]
+        ratios = [
+            torch.stack(((~m[:, 0]).to(dtype).mean(1), (~m[:, :, 0]).to(dtype).mean(1)), -1)
+            for m in masks
+        ]
+        positions = [
+            sine_position_encoding(m, features[0].shape[1], dtype).flatten(2) for m in masks
+        ]
         if hasattr(self, "level_embed"):
             positions = [p + self.level_embed[level][:, None] for level, p in enumerate(positions)]
         return Pyramid(
@@ -144,9 +167,11 @@ class DeformableTransformer(nn.Module):
 
         Args:
             pyramid: from `pyramid`.
-            query_embed: learned positions and contents of the queries (Q, 2 D); contents alone (Q, D) with mixed selection;
-                None with `two_stage` without it. Q counts the queries of all groups.
-            class_heads: one per decoder layer, and with `two_stage` one more for the encoder's cells.
+            query_embed: learned positions and contents of the queries (Q, 2 D); contents alone (Q,
+                D) with mixed selection; None with `two_stage` without it. Q counts the queries of
+                all groups.
+            class_heads: one per decoder layer, and with `two_stage` one more for the encoder's
+                cells.
             box_heads: likewise.
             noised: annotations as extra queries, with `label_embed`, the content of each class.
         """
@@ -154,8 +179,12 @@ class DeformableTransformer(nn.Module):
         layers, groups = len(self.decoder.layers), self.groups if self.training else 1
         proposal_logits = proposal_boxes = None
         if hasattr(self, "proposals"):
-            proposal_logits, box_logits = self.proposals.score(memory, pyramid, class_heads[layers], box_heads[layers])
-            queries = self.from_proposals(self.proposals.select(proposal_logits, box_logits), query_embed, groups)
+            proposal_logits, box_logits = self.proposals.score(
+                memory, pyramid, class_heads[layers], box_heads[layers]
+            )
+            queries = self.from_proposals(
+                self.proposals.select(proposal_logits, box_logits), query_embed, groups
+            )
             proposal_boxes = box_logits.sigmoid()
         else:
             assert query_embed is not None
@@ -179,9 +208,18 @@ class DeformableTransformer(nn.Module):
             return Detections(logits, boxes, proposal_logits, proposal_boxes, None, groups)
         count = noised.labels.shape[1]
         denoised = logits[:, :, :count], boxes[:, :, :count], noised
-        return Detections(logits[:, :, count:], boxes[:, :, count:], proposal_logits, proposal_boxes, denoised, groups)
+        return Detections(
+            logits[:, :, count:],
+            boxes[:, :, count:],
+            proposal_logits,
+            proposal_boxes,
+            denoised,
+            groups,
+        )
 
-    def learned(self, query_embed: Float[Tensor, "q two_d"], memory: Float[Tensor, "b s d"], groups: int) -> Queries:
+    def learned(
+        self, query_embed: Float[Tensor, "q two_d"], memory: Float[Tensor, "b s d"], groups: int
+    ) -> Queries:
         """Queries from embeddings of position and content."""
         used = query_embed[: len(query_embed) // self.groups * groups]
         position, content = used.expand(memory.shape[0], -1, -1).chunk(2, dim=-1)
@@ -189,20 +227,31 @@ class DeformableTransformer(nn.Module):
             return Queries(content, position, self.reference_points(position).sigmoid())
 
     def from_proposals(
-        self, reference: Float[Tensor, "b q 4"], query_embed: Float[Tensor, "all_q d"] | None, groups: int
+        self,
+        reference: Float[Tensor, "b q 4"],
+        query_embed: Float[Tensor, "all_q d"] | None,
+        groups: int,
     ) -> Queries:
         """Queries at the proposals; with learned contents every group gets the same positions."""
         if query_embed is None:
             position, content = self.proposals.encode(reference).chunk(2, dim=-1)
             return Queries(content, position, reference)
         kept = reference.shape[1]
-        rows = query_embed.view(self.groups, -1, query_embed.shape[-1])[:groups, :kept].flatten(0, 1)  # (groups * Q, D)
+        rows = query_embed.view(self.groups, -1, query_embed.shape[-1])[:groups, :kept].flatten(
+            0, 1
+        )  # (groups * Q, D)
         position = self.proposals.encode(reference).repeat(1, groups, 1)
-        return Queries(rows.expand(len(reference), -1, -1), position, reference.repeat(1, groups, 1))
+        return Queries(
+            rows.expand(len(reference), -1, -1), position, reference.repeat(1, groups, 1)
+        )
 
-    def with_noised(self, queries: Queries, noised: NoisedTargets, label_embed: nn.Embedding) -> Queries:
+    def with_noised(
+        self, queries: Queries, noised: NoisedTargets, label_embed: nn.Embedding
+    ) -> Queries:
         """The noised annotations before the queries."""
-        position = self.proposals.encode(noised.boxes.to(queries.reference.dtype))[..., : queries.position.shape[-1]]
+        position = self.proposals.encode(noised.boxes.to(queries.reference.dtype))[
+            ..., : queries.position.shape[-1]
+        ]
         return Queries(
             torch.cat((label_embed(noised.labels).to(queries.content.dtype), queries.content), 1),
             torch.cat((position, queries.position), 1),
@@ -211,7 +260,9 @@ class DeformableTransformer(nn.Module):
 
 
 def apart(sizes: list[int], device: torch.device) -> Bool[Tensor, "q q"] | None:
-    """Self-attention mask of blocks that do not see each other, True where attention is blocked; None for a single block."""
+    """Self-attention mask of blocks that do not see each other, True where attention is blocked;
+    None for a single block.
+    """
     if len(sizes) == 1:
         return None
     block = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)

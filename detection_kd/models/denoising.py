@@ -1,9 +1,11 @@
-"""Contrastive denoising: noised annotations as extra training queries whose right answer is known without matching.
+"""Contrastive denoising: noised annotations as extra training queries whose right answer is known
+without matching.
 
-Source: DINO (Zhang et al., ICLR 2023, arXiv:2203.03605), section 3.3, after DN-DETR (Li et al., CVPR 2022). Every group holds
-each annotation twice: a positive, moved by less than half its size, which has to find its box, and a negative, moved by half
-to a whole size, which has to find nothing. Differences: groups see themselves only, not the matching queries (DN-DETR,
-section 4.4, found no effect of that); slots that pad images with few boxes count nowhere.
+Source: DINO (Zhang et al., ICLR 2023, arXiv:2203.03605), section 3.3, after DN-DETR (Li et al.,
+CVPR 2022). Every group holds each annotation twice: a positive, moved by less than half its size,
+which has to find its box, and a negative, moved by half to a whole size, which has to find nothing.
+Differences: groups see themselves only, not the matching queries (DN-DETR, section 4.4, found no
+effect of that); slots that pad images with few boxes count nowhere.
 """
 
 from __future__ import annotations
@@ -39,7 +41,12 @@ class NoisedTargets:
 
 
 def noised_targets(
-    labels: list[Tensor], boxes: list[Tensor], classes: int, queries: int, label_noise: float = 0.5, box_noise: float = 1.0
+    labels: list[Tensor],
+    boxes: list[Tensor],
+    classes: int,
+    queries: int,
+    label_noise: float = 0.5,
+    box_noise: float = 1.0,
 ) -> NoisedTargets:
     """Noised copies of a batch's annotations, random numbers from torch's generator.
 
@@ -58,7 +65,10 @@ def noised_targets(
     box = torch.full((len(labels), most, 4), 0.5, device=device)
     present = torch.zeros(len(labels), most, dtype=torch.bool, device=device)
     for row, (own_labels, own_boxes) in enumerate(zip(labels, boxes, strict=True)):
-        label[row, : len(own_labels)], box[row, : len(own_boxes)] = own_labels, own_boxes.to(box.dtype)
+        label[row, : len(own_labels)], box[row, : len(own_boxes)] = (
+            own_labels,
+            own_boxes.to(box.dtype),
+        )
         present[row, : len(own_labels)] = True
     starts = torch.arange(groups)[:, None] * 2 * most  # of each group's positives
     matches = [_positives(starts, len(own)) for own in labels]
@@ -75,12 +85,19 @@ def _positives(starts: Tensor, count: int) -> Match:
     return (starts + targets).flatten(), targets.repeat(len(starts))
 
 
-def shifted(boxes: Float[Tensor, "b n 4"], negative: Float[Tensor, " n"], noise: float) -> Float[Tensor, "b n 4"]:
-    """Boxes whose corners moved each way by 0..1 (negatives: 1..2) times `noise` half sizes, inside the image."""
+def shifted(
+    boxes: Float[Tensor, "b n 4"], negative: Float[Tensor, " n"], noise: float
+) -> Float[Tensor, "b n 4"]:
+    """Boxes whose corners moved each way by 0..1 (negatives: 1..2) times `noise` half sizes, inside
+    the image.
+    """
     half = boxes[..., 2:] / 2
     corners = torch.cat((boxes[..., :2] - half, boxes[..., :2] + half), -1)
     way = torch.randint_like(boxes, 2) * 2 - 1
     amount = torch.rand_like(boxes) + negative[:, None]
     moved = (corners + way * amount * half.repeat(1, 1, 2) * noise).clamp(0, 1)
-    low, high = torch.minimum(moved[..., :2], moved[..., 2:]), torch.maximum(moved[..., :2], moved[..., 2:])
+    low, high = (
+        torch.minimum(moved[..., :2], moved[..., 2:]),
+        torch.maximum(moved[..., :2], moved[..., 2:]),
+    )
     return torch.cat(((low + high) / 2, high - low), -1)

@@ -1,7 +1,9 @@
-"""The attention layer around multi-scale deformable attention: projections, sampling offsets, weights.
+"""The attention layer around multi-scale deformable attention: projections, sampling offsets,
+weights.
 
-Source: Deformable DETR (arXiv:2010.04159), section 4.1 and appendix A.2 (initial offsets). Difference: sampling locations
-and weights keep the precision of the reference points (float32) under autocast; only values and projections are lowered.
+Source: Deformable DETR (arXiv:2010.04159), section 4.1 and appendix A.2 (initial offsets).
+Difference: sampling locations and weights keep the precision of the reference points (float32)
+under autocast; only values and projections are lowered.
 """
 
 from __future__ import annotations
@@ -39,12 +41,16 @@ class MSDeformAttn(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Offsets start on `heads` rays, point p at p + 1 cells (appendix A.2); attention starts uniform."""
+        """Offsets start on `heads` rays, point p at p + 1 cells (appendix A.2); attention starts
+        uniform.
+        """
         angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
         ray = torch.stack((angle.cos(), angle.sin()), -1)  # (heads, 2), (x, y)
         ray = ray / ray.abs().amax(-1, keepdim=True)
         steps = torch.arange(1, self.points + 1).view(1, 1, -1, 1)
-        offsets = (ray.view(self.heads, 1, 1, 2) * steps).expand(-1, self.levels, -1, -1)  # (heads, levels, points, 2)
+        offsets = (ray.view(self.heads, 1, 1, 2) * steps).expand(
+            -1, self.levels, -1, -1
+        )  # (heads, levels, points, 2)
         nn.init.zeros_(self.sampling_offsets.weight)
         self.sampling_offsets.bias.copy_(offsets.reshape(-1))
         nn.init.zeros_(self.attention_weights.weight)
@@ -87,11 +93,15 @@ class MSDeformAttn(nn.Module):
         reference_points: Float[Tensor, "b q levels coords"],
         spatial_shapes: Sequence[tuple[int, int]],
     ) -> Float[Tensor, "b q heads levels points 2"]:
-        """Offsets count in cells of the level around a point, in half boxes / `points` around a box."""
+        """Offsets count in cells of the level around a point, in half boxes / `points` around a
+        box.
+        """
         offsets = self.sampling_offsets(query).to(reference_points.dtype)
         offsets = offsets.view(*query.shape[:2], self.heads, self.levels, self.points, 2)
         centre = reference_points[:, :, None, :, None, :2]  # (B, Q, 1, levels, 1, 2)
         if reference_points.shape[-1] == 2:
-            extent = offsets.new_tensor([(max(width, 1), max(height, 1)) for height, width in spatial_shapes])  # (levels, 2)
+            extent = offsets.new_tensor(
+                [(max(width, 1), max(height, 1)) for height, width in spatial_shapes]
+            )  # (levels, 2)
             return centre + offsets / extent[:, None]
         return centre + offsets / self.points * reference_points[:, :, None, :, None, 2:] * 0.5

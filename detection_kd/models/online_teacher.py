@@ -1,6 +1,8 @@
-"""The teacher in the training loop: its features of the augmented tiles themselves, instead of the stored ones of plain tiles.
+"""The teacher in the training loop: its features of the augmented tiles themselves, instead of the
+stored ones of plain tiles.
 
-The teacher's own transform runs in the workers, on the augmented uint8 tile; its network, frozen, runs where the student does.
+The teacher's own transform runs in the workers, on the augmented uint8 tile; its network, frozen,
+runs where the student does.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ class OnlineTeacher:
     def __init__(self, encoder: Encoder, device: torch.device, precision: str) -> None:
         self.name, self.dim, self.transform = encoder.name, encoder.dim, encoder.transform
         self.digest = f"{encoder.provenance['weights_sha256']} {encoder.provenance['transform']}"
-        self._model = encoder.model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self._model = (
+            encoder.model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        )
         self._device, self._precision = device, precision
 
     @torch.no_grad()
@@ -45,28 +49,41 @@ class OnlineTeacher:
             return self._model(items.to(self._device, non_blocking=True)).float()
 
     def check(self, tiles: Sequence[np.ndarray], stored: Float[Tensor, "b d"]) -> None:
-        """Compare with the stored features of the same, unaugmented tiles: validation goes by those.
+        """Compare with the stored features of the same, unaugmented tiles: validation goes by
+        those.
 
         Raises:
             UserError: another width, or features that have little to do with the stored ones.
         """
         if self.dim != stored.shape[1]:
             raise UserError(
-                f"online_teacher={self.name}: expected a teacher of width {stored.shape[1]} as the stored features, found "
+                f"online_teacher={self.name}: expected a teacher of width {stored.shape[1]} as "
+                "the stored features, found "
                 f"{self.dim}; name the encoder that made the set"
             )
         found = self(torch.stack([self.transform(tile) for tile in tiles])).cpu()
         agreement = float(torch.nn.functional.cosine_similarity(found, stored).mean())
-        logger.info("online teacher %s: cosine %.4f with the stored features of %d tiles", self.name, agreement, len(stored))
+        logger.info(
+            "online teacher %s: cosine %.4f with the stored features of %d tiles",
+            self.name,
+            agreement,
+            len(stored),
+        )
         if not agreement >= LEAST_AGREEMENT:
             raise UserError(
-                f"online_teacher={self.name}: expected the stored features of plain tiles, found a cosine of {agreement:.3f} "
-                "with them; give the weights (teacher_weights) and crop (teacher_crop) that made the set"
+                f"online_teacher={self.name}: expected the stored features of plain tiles, found "
+                f"a cosine of {agreement:.3f} "
+                "with them; give the weights (teacher_weights) and crop (teacher_crop) that made "
+                "the set"
             )
 
 
-def build_online_teacher(name: str, weights: str, crop: bool, device: torch.device, precision: str) -> OnlineTeacher:
-    """The encoder of that name with local weights or those of its hub; `crop` as in extract_features."""
+def build_online_teacher(
+    name: str, weights: str, crop: bool, device: torch.device, precision: str
+) -> OnlineTeacher:
+    """The encoder of that name with local weights or those of its hub; `crop` as in
+    extract_features.
+    """
     return OnlineTeacher(build_encoder(name, weights, crop=crop), device, precision)
 
 
@@ -78,5 +95,7 @@ def online_teacher(
         return None
     teacher = build_online_teacher(name, weights, crop, device, precision)
     few = pairs[:: max(1, len(pairs) // COMPARED_TILES)][:COMPARED_TILES]
-    teacher.check([decode_tile(pair.picture()) for pair in few], torch.stack([pair.feature for pair in few]))
+    teacher.check(
+        [decode_tile(pair.picture()) for pair in few], torch.stack([pair.feature for pair in few])
+    )
     return teacher

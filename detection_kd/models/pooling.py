@@ -1,10 +1,13 @@
-"""From a backbone's maps to one vector a tile: the mean (TS2G-KD), generalised mean, or attention; stages are concatenated.
+"""From a backbone's maps to one vector a tile: the mean (TS2G-KD), generalised mean, or attention;
+stages are concatenated.
 
-    mean        1/hw sum x                                   as published, no parameters
-    gem         (1/hw sum max(x, eps)^p)^(1/p)               p learned, one a stage (Radenovic et al., TPAMI 2019, eq. 5)
-    attention   sum a x,  a = softmax(w tanh(V x + b))       the attention of ABMIL (Ilse et al., ICML 2018, eq. 8) over cells
+    mean        1/hw sum x                                   as published, no parameters gem
+    (1/hw sum max(x, eps)^p)^(1/p)               p learned, one a stage (Radenovic et al., TPAMI
+    2019, eq. 5) attention   sum a x,  a = softmax(w tanh(V x + b))       the attention of ABMIL
+    (Ilse et al., ICML 2018, eq. 8) over cells
 
-Differences: w starts at zero, so that attention starts as the mean; GeM runs in float32 under autocast.
+Differences: w starts at zero, so that attention starts as the mean; GeM runs in float32 under
+autocast.
 """
 
 from __future__ import annotations

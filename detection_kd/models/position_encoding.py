@@ -1,7 +1,8 @@
 """Sine encodings of positions.
 
-Source: DETR (Carion et al., ECCV 2020), appendix A.4, in the variant of Deformable DETR: cell centres (cumulative sum
-minus 0.5), normalised by the unpadded extent. Always computed in at least float32.
+Source: DETR (Carion et al., ECCV 2020), appendix A.4, in the variant of Deformable DETR: cell
+centres (cumulative sum minus 0.5), normalised by the unpadded extent. Always computed in at least
+float32.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ def sine(angles: Float[Tensor, "*shape"], dim: int) -> Float[Tensor, "*shape {di
     return torch.stack((phase.sin(), phase.cos()), dim=-1).flatten(-2)
 
 
-def sine_position_encoding(padding: Bool[Tensor, "b h w"], dim: int, dtype: torch.dtype) -> Float[Tensor, "b {dim} h w"]:
+def sine_position_encoding(
+    padding: Bool[Tensor, "b h w"], dim: int, dtype: torch.dtype
+) -> Float[Tensor, "b {dim} h w"]:
     """Encoding of every cell of a feature map: first half of the channels says y, second half x.
 
     Args:

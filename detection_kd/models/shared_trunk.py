@@ -1,6 +1,7 @@
 """Several D2VFM students on one trunk: it runs once, then each student's pooling and adapter.
 
-A student of layer2 and one of layer3 share the stages that both have: the trunk of the deepest gives the maps of all.
+A student of layer2 and one of layer3 share the stages that both have: the trunk of the deepest
+gives the maps of all.
 """
 
 from __future__ import annotations
@@ -45,12 +46,17 @@ class SharedTrunk(PixelEncoder):
     def forward(self, pixels: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """uint8 (B, 3, H, W) -> (B, D1 + D2 + ...)."""
         maps = self.network.all_maps(self.scaled(pixels))
-        outputs = [head([maps[stage] for stage in stages]) for head, stages in zip(self.heads, self._needles, strict=True)]
+        outputs = [
+            head([maps[stage] for stage in stages])
+            for head, stages in zip(self.heads, self._needles, strict=True)
+        ]
         return torch.cat([output.float() for output in outputs], dim=1)
 
 
 def by_trunk(members: Sequence[Member]) -> list[list[Member]]:
-    """Members whose trunks are equal in the stages that they share, and that see tiles at one scale, together."""
+    """Members whose trunks are equal in the stages that they share, and that see tiles at one
+    scale, together.
+    """
     groups: list[list[Member]] = []
     for member in sorted(members, key=lambda member: -member.student.needle):
         for group in groups:

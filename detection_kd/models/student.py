@@ -1,8 +1,9 @@
 """The D2VFM student: a frozen detector backbone up to one stage, global pooling, an adapter.
 
-TS2G-KD runs all stages whatever the needle; here the backbone stops at the stage that the adapter needs. What is
-frozen stays frozen under `train()`, BatchNorm statistics included. Beyond TS2G-KD, all off by default: several stages
-side by side, pooling with parameters, and training of the last stages that are used.
+TS2G-KD runs all stages whatever the needle; here the backbone stops at the stage that the adapter
+needs. What is frozen stays frozen under `train()`, BatchNorm statistics included. Beyond TS2G-KD,
+all off by default: several stages side by side, pooling with parameters, and training of the last
+stages that are used.
 """
 
 from __future__ import annotations
@@ -28,17 +29,20 @@ NORM_LAYERS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 class Student(nn.Module):
-    """Backbone stages `needle` (0, 1, 2 = layer2, layer3, layer4) -> pooled (B, C) -> adapter (B, D).
+    """Backbone stages `needle` (0, 1, 2 = layer2, layer3, layer4) -> pooled (B, C) -> adapter (B,
+    D).
 
     Args:
         backbone: the detector's trunk; cut behind the last stage that is used.
         needle: the stage that is pooled; several are pooled each on its own and concatenated.
         adapter: one of `ADAPTERS`.
         dim: width D of the teacher.
-        input_scale: resizes the tile first (published: 1.0, the tile as it is): a detector that was trained on fields at
-            half their resolution knows cells at half their size, and a smaller tile costs less by the square.
+        input_scale: resizes the tile first (published: 1.0, the tile as it is): a detector that was
+            trained on fields at half their resolution knows cells at half their size, and a smaller
+            tile costs less by the square.
         pooling: one of `POOLINGS`.
-        unfreeze: how many of the used stages are trained, counted from the last; never their normalisation layers.
+        unfreeze: how many of the used stages are trained, counted from the last; never their
+            normalisation layers.
     """
 
     def __init__(
@@ -67,19 +71,34 @@ class Student(nn.Module):
     def _last_stages(self) -> list[nn.Parameter]:
         """Parameters of the last `unfreeze` stages, without those of normalisation layers."""
         own = dict(self.backbone.named_parameters())
-        norms = {id(p) for m in self.backbone.modules() if isinstance(m, NORM_LAYERS) for p in m.parameters(recurse=False)}
-        last = self.needle + 2  # needle 0 is stage 2 of stem (0) and strides 4 (1), 8 (2), 16 (3), 32 (4)
-        found = [own[name] for name, stage in self.backbone.stages().items() if last - self.unfreeze < stage <= last]
+        norms = {
+            id(p)
+            for m in self.backbone.modules()
+            if isinstance(m, NORM_LAYERS)
+            for p in m.parameters(recurse=False)
+        }
+        last = (
+            self.needle + 2
+        )  # needle 0 is stage 2 of stem (0) and strides 4 (1), 8 (2), 16 (3), 32 (4)
+        found = [
+            own[name]
+            for name, stage in self.backbone.stages().items()
+            if last - self.unfreeze < stage <= last
+        ]
         return [parameter for parameter in found if id(parameter) not in norms]
 
     def train(self, mode: bool = True) -> Student:
-        """Training mode for pooling and adapter only; BatchNorm of a stage that is trained keeps its statistics."""
+        """Training mode for pooling and adapter only; BatchNorm of a stage that is trained keeps
+        its statistics.
+        """
         super().train(mode)
         self.backbone.eval()
         return self
 
     def maps(self, pixels: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _c _h _w"]]:
-        """Normalised pixels -> maps of the needles; autograd sees the stages that are trained and nothing before them."""
+        """Normalised pixels -> maps of the needles; autograd sees the stages that are trained and
+        nothing before them.
+        """
         with torch.set_grad_enabled(self.unfreeze > 0 and torch.is_grad_enabled()):
             maps = self.all_maps(pixels)
             return [maps[stage] for stage in self.needles]
@@ -88,7 +107,11 @@ class Student(nn.Module):
         """Normalised pixels -> maps of every stage up to the last needle."""
         if self.input_scale != 1.0:
             pixels = nn.functional.interpolate(
-                pixels, scale_factor=self.input_scale, mode="bilinear", antialias=True, recompute_scale_factor=True
+                pixels,
+                scale_factor=self.input_scale,
+                mode="bilinear",
+                antialias=True,
+                recompute_scale_factor=True,
             ).contiguous(memory_format=torch.channels_last)
         return self.backbone(pixels, upto=self.needle)
 
@@ -114,7 +137,11 @@ class FrozenMaps(PixelEncoder):
     def forward(self, pixels: UInt8[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _c _h _w"]]:
         """uint8 (B, 3, H, W) -> [(B, C, h, w), ...], a map a needle."""
         maps = self.network.maps(self.scaled(pixels))
-        return [x.mean(dim=(2, 3), keepdim=True) for x in maps] if self.network.pooling.kind == "mean" else maps
+        return (
+            [x.mean(dim=(2, 3), keepdim=True) for x in maps]
+            if self.network.pooling.kind == "mean"
+            else maps
+        )
 
 
 class Head(nn.Module):
@@ -153,17 +180,25 @@ def load_student(path: str | Path) -> tuple[Student, dict[str, Any]]:
     content = load_checkpoint(path, "a D2VFM checkpoint")
     config = content["config"].get("student")
     if not isinstance(config, dict):
-        raise UserError(f"{path}: expected a D2VFM checkpoint (config.student), found keys {sorted(content['config'])[:6]}")
+        raise UserError(
+            f"{path}: expected a D2VFM checkpoint (config.student), found keys "
+            f"{sorted(content['config'])[:6]}"
+        )
     backbone = Backbone.from_description(config["backbone"])
-    needles = config.get("needles") or config["needle"]  # checkpoints of one stage and the mean name neither
+    needles = (
+        config.get("needles") or config["needle"]
+    )  # checkpoints of one stage and the mean name neither
     pooling = config.get("pooling", "mean")
-    student = Student(backbone, needles, config["adapter"], config["dim"], config["input_scale"], pooling)
+    student = Student(
+        backbone, needles, config["adapter"], config["dim"], config["input_scale"], pooling
+    )
     load_weights(student, content["model"], str(path))
     return student.eval(), config
 
 
 def student_encoder(path: str | Path, name: str) -> Encoder:
-    """The student as one more encoder: tiles at their native size, ImageNet statistics (as TS2G-KD extracts).
+    """The student as one more encoder: tiles at their native size, ImageNet statistics (as TS2G-KD
+    extracts).
 
     Args:
         path: checkpoint of `train_d2vfm`.
@@ -174,7 +209,8 @@ def student_encoder(path: str | Path, name: str) -> Encoder:
     needles = "+".join(map(str, student.needles))
     pooled = "" if student.pooling.kind == "mean" else f" {student.pooling.kind}"
     provenance = {
-        "encoder": f"d2vfm {config['adapter']} needle {needles}{pooled} scale {config['input_scale']:g}",
+        "encoder": f"d2vfm {config['adapter']} needle {needles}{pooled} scale "
+        f"{config['input_scale']:g}",
         "weights_sha256": weights_digest(student),
         "transform": f"{transform!r}, mean/std {IMAGENET}",
     }

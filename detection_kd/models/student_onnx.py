@@ -1,9 +1,12 @@
-"""A D2VFM student as an ONNX file: float32, or int8 for CPUs with VNNI; and such a file as one more encoder.
+"""A D2VFM student as an ONNX file: float32, or int8 for CPUs with VNNI; and such a file as one more
+encoder.
 
-Batch, height and width are free (a fixed size was not faster; a student that resizes has one), the input is uint8 pixels and
-the normalisation lies in the graph, BatchNorm in the convolutions. Post-training static quantisation after Jacob et al., CVPR
-2018, as onnxruntime does it (QDQ): weights int8 by channel, activations uint8 with MinMax ranges, since vpdpbusd multiplies
-uint8 by int8 (int8 activations ran at a quarter of the speed). Only feature maps are int8, from the first convolution to the
+Batch, height and width are free (a fixed size was not faster; a student that resizes has one), the
+input is uint8 pixels and the normalisation lies in the graph, BatchNorm in the convolutions.
+Post-training static quantisation after Jacob et al., CVPR 2018, as onnxruntime does it (QDQ):
+weights int8 by channel, activations uint8 with MinMax ranges, since vpdpbusd multiplies uint8 by
+int8 (int8 activations ran at a quarter of the speed). Only feature maps are int8, from the first
+convolution to the
 last: pooling and adapter are a thousandth of the work and stay float32, whatever they are.
 """
 
@@ -51,7 +54,9 @@ def import_onnx() -> Any:
     return onnx
 
 
-def export_onnx(module: nn.Module, tiles: UInt8[Tensor, "b 3 h w"], path: Path, note: dict[str, Any]) -> None:
+def export_onnx(
+    module: nn.Module, tiles: UInt8[Tensor, "b 3 h w"], path: Path, note: dict[str, Any]
+) -> None:
     """Write a float32 module of uint8 pixels as an ONNX file.
 
     Args:
@@ -68,7 +73,10 @@ def export_onnx(module: nn.Module, tiles: UInt8[Tensor, "b 3 h w"], path: Path, 
     try:
         model = _program(folded, tiles[:2], (0, 2, 3))
     except torch.onnx.OnnxExporterError:
-        logger.info("export: this student cannot be exported for any tile size, only for %d x %d px", *tiles.shape[2:])
+        logger.info(
+            "export: this student cannot be exported for any tile size, only for %d x %d px",
+            *tiles.shape[2:],
+        )
         model = _fixed_size(folded, tiles[:2])
     _strip(model)
     onnx.helper.set_model_props(model, {KEY: json.dumps(note, sort_keys=True)})
@@ -81,7 +89,9 @@ def _fixed_size(module: nn.Module, tiles: Tensor) -> Any:
         return _program(module, tiles, (0,))
     except torch.onnx.OnnxExporterError as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise UserError(f"export: torch cannot export this student to ONNX: {reason[:200]}") from None
+        raise UserError(
+            f"export: torch cannot export this student to ONNX: {reason[:200]}"
+        ) from None
 
 
 @torch.no_grad()
@@ -91,7 +101,8 @@ def _program(module: nn.Module, tiles: Tensor, free: tuple[int, ...]) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations between torch and its exporter
         program = torch.onnx.export(
-            module, (tiles,), dynamo=True, dynamic_shapes=(sizes,), opset_version=OPSET, verbose=False,
+            module, (tiles,), dynamo=True, dynamic_shapes=(sizes,), opset_version=OPSET,
+            verbose=False,
             input_names=["pixels"], output_names=["features"],
         )  # fmt: skip
     assert program is not None
@@ -99,19 +110,33 @@ def _program(module: nn.Module, tiles: Tensor, free: tuple[int, ...]) -> Any:
 
 
 def _strip(model: Any) -> None:
-    """Take out what names the exporting machine's source files, so that one student gives one file."""
+    """Take out what names the exporting machine's source files, so that one student gives one
+    file.
+    """
     graph = model.graph
-    for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+    for part in (
+        model,
+        graph,
+        *graph.node,
+        *graph.input,
+        *graph.output,
+        *graph.value_info,
+        *graph.initializer,
+    ):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
 
 
 def feature_map_nodes(graph: Any) -> list[str]:
-    """Names of the convolutions, and of what passes their maps on: sums, maxima, rectifiers of nothing but maps."""
+    """Names of the convolutions, and of what passes their maps on: sums, maxima, rectifiers of
+    nothing but maps.
+    """
     maps: set[str] = set()
     names = []
     for node in graph.node:  # in topological order
-        if node.op_type == "Conv" or (node.op_type in PASSES_MAPS_ON and node.input[0] in maps and _all_maps(node, maps)):
+        if node.op_type == "Conv" or (
+            node.op_type in PASSES_MAPS_ON and node.input[0] in maps and _all_maps(node, maps)
+        ):
             names.append(node.name)
             maps.update(node.output)
     return names
@@ -121,7 +146,13 @@ def _all_maps(node: Any, maps: set[str]) -> bool:
     return node.op_type != "Add" or all(name in maps for name in node.input)
 
 
-def quantise(source: Path, path: Path, tiles: UInt8[Tensor, "b 3 h w"], note: dict[str, Any], narrow: bool = False) -> None:
+def quantise(
+    source: Path,
+    path: Path,
+    tiles: UInt8[Tensor, "b 3 h w"],
+    note: dict[str, Any],
+    narrow: bool = False,
+) -> None:
     """Write the int8 form of an exported student.
 
     Args:
@@ -129,7 +160,8 @@ def quantise(source: Path, path: Path, tiles: UInt8[Tensor, "b 3 h w"], note: di
         path: file to write.
         tiles: calibration tiles; the ranges of all feature maps are theirs.
         note: what the file is, for its metadata.
-        narrow: weights of 7 bits: CPUs without VNNI add two products in 16 bits, which 8 bits overflow.
+        narrow: weights of 7 bits: CPUs without VNNI add two products in 16 bits, which 8 bits
+            overflow.
 
     Raises:
         UserError: packages missing, or no convolution to quantise.
@@ -147,13 +179,17 @@ def quantise(source: Path, path: Path, tiles: UInt8[Tensor, "b 3 h w"], note: di
 
     nodes = feature_map_nodes(onnx.load(str(source)).graph)
     if not nodes:
-        raise UserError(f"{source.name}: expected a student with convolutions to make int8, found none; set int8=false")
+        raise UserError(
+            f"{source.name}: expected a student with convolutions to make int8, found none; set "
+            "int8=false"
+        )
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)  # its advice to pre-process: BatchNorm is folded, shapes are known
     try:
         q.quantize_static(
-            str(source), str(path), Tiles(), quant_format=q.QuantFormat.QDQ, nodes_to_quantize=nodes, per_channel=True,
+            str(source), str(path), Tiles(), quant_format=q.QuantFormat.QDQ,
+            nodes_to_quantize=nodes, per_channel=True,
             reduce_range=narrow, activation_type=q.QuantType.QUInt8, weight_type=q.QuantType.QInt8,
             calibrate_method=q.CalibrationMethod.MinMax,
         )  # fmt: skip
@@ -165,25 +201,41 @@ def quantise(source: Path, path: Path, tiles: UInt8[Tensor, "b 3 h w"], note: di
 
 
 def read_note(path: str | Path) -> dict[str, Any]:
-    """What an exported file says of itself: `student` (the checkpoint's config), `form` (onnx, int8), `encoder`, `dim`.
+    """What an exported file says of itself: `student` (the checkpoint's config), `form` (onnx,
+    int8), `encoder`, `dim`.
 
     Raises:
         UserError: no file of `export_student`, or one that is no longer what its record says.
     """
-    text = open_session(path, torch.device("cpu"), optimise=False).get_modelmeta().custom_metadata_map.get(KEY)
+    text = (
+        open_session(path, torch.device("cpu"), optimise=False)
+        .get_modelmeta()
+        .custom_metadata_map.get(KEY)
+    )
     if text is None:
         raise UserError(f"{path}: expected a student of export_student, found another ONNX file")
     record = Path(path).with_name(RECORD)
     if record.is_file():
-        known = read_json(record, "the record of export_student").get("files", {}).get(Path(path).name)
+        known = (
+            read_json(record, "the record of export_student").get("files", {}).get(Path(path).name)
+        )
         if known is not None and known != sha256_file(path):
-            raise UserError(f"{path}: damaged: its digest is not that of {RECORD}; export it again with overwrite=true")
+            raise UserError(
+                f"{path}: damaged: its digest is not that of {RECORD}; export it again with "
+                "overwrite=true"
+            )
     try:
         note = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}: expected a note of export_student in its metadata, found {error}; export it again") from None
+        raise UserError(
+            f"{path}: expected a note of export_student in its metadata, found {error}; export it "
+            "again"
+        ) from None
     if not (isinstance(note, dict) and note.keys() >= NOTED and note["form"] in FILES):
-        raise UserError(f"{path}: expected a note of export_student with {', '.join(sorted(NOTED))}; export it again")
+        raise UserError(
+            f"{path}: expected a note of export_student with {', '.join(sorted(NOTED))}; export "
+            "it again"
+        )
     return note
 
 
@@ -201,7 +253,10 @@ def exported_encoder(path: str | Path, name: str, device: torch.device) -> Encod
     note = read_note(path)
     if device.type == "cuda":
         if note["form"] == "int8":
-            raise UserError(f"{path}: int8 is for CPUs, found device={device}; take {FILES['onnx']}, or set device=cpu")
+            raise UserError(
+                f"{path}: int8 is for CPUs, found device={device}; take {FILES['onnx']}, or set "
+                "device=cpu"
+            )
         open_session(path, device)
     provenance = {
         "encoder": f"{note['encoder']}, {note['form']}",
@@ -209,12 +264,18 @@ def exported_encoder(path: str | Path, name: str, device: torch.device) -> Encod
         "transform": note["transform"],
     }
     return Encoder(
-        name or f"student_{note['form']}", note["dim"], ToInputSize(None), OnnxNetwork(path, note["dim"]), provenance
+        name or f"student_{note['form']}",
+        note["dim"],
+        ToInputSize(None),
+        OnnxNetwork(path, note["dim"]),
+        provenance,
     )
 
 
 def any_student_encoder(path: str | Path, name: str, device: torch.device) -> Encoder:
-    """A student from its checkpoint or from an exported file (`.onnx`); an empty name is given by the kind of file."""
+    """A student from its checkpoint or from an exported file (`.onnx`); an empty name is given by
+    the kind of file.
+    """
     if Path(path).suffix == ".onnx":
         return exported_encoder(path, name, device)
     return student_encoder(path, name or "student")

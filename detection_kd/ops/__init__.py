@@ -1,1 +1,3 @@
-"""Multi-scale deformable attention: `ms_deform_attn.py` is the door, `reference.py` the specification."""
+"""Multi-scale deformable attention: `ms_deform_attn.py` is the door, `reference.py` the
+specification.
+"""

@@ -1,4 +1,5 @@
-"""The compiled op: loading it, and what torch has to know about it beside the kernels (shapes, gradient, autocast).
+"""The compiled op: loading it, and what torch has to know about it beside the kernels (shapes,
+gradient, autocast).
 
 The schema and the kernels are in `csrc`; `tools/build_ops.sh` builds them.
 """
@@ -11,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.ops.compiled_op import CompiledOp, below_autocast, bound_of, compute_dtype, empty_gradients
+from common.ops.compiled_op import (
+    CompiledOp,
+    below_autocast,
+    bound_of,
+    compute_dtype,
+    empty_gradients,
+)
 
 OPS = Path(__file__).resolve().parent
 BACKWARD = "detection_kd::ms_deform_attn_backward"
@@ -35,7 +42,9 @@ def ms_deform_attn_compiled(
     return torch.ops.detection_kd.ms_deform_attn(value, spatial_shapes, points, locations, weights)
 
 
-def _fake_forward(value: Tensor, spatial_shapes: list[int], points: list[int], locations: Tensor, weights: Tensor) -> Tensor:
+def _fake_forward(
+    value: Tensor, spatial_shapes: list[int], points: list[int], locations: Tensor, weights: Tensor
+) -> Tensor:
     return value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
 
 
@@ -65,11 +74,17 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, Tensor, T
     return grad_value.to(value.dtype), None, None, grad_locations, grad_weights
 
 
-def _autocast(value: Tensor, spatial_shapes: list[int], points: list[int], locations: Tensor, weights: Tensor) -> Tensor:
-    """Values stay as they come; locations and weights are raised to the precision that the kernels compute in."""
+def _autocast(
+    value: Tensor, spatial_shapes: list[int], points: list[int], locations: Tensor, weights: Tensor
+) -> Tensor:
+    """Values stay as they come; locations and weights are raised to the precision that the kernels
+    compute in.
+    """
     with below_autocast():
         dtype = compute_dtype(value)
-        return ms_deform_attn_compiled(value, spatial_shapes, points, locations.to(dtype), weights.to(dtype))
+        return ms_deform_attn_compiled(
+            value, spatial_shapes, points, locations.to(dtype), weights.to(dtype)
+        )
 
 
 OP = CompiledOp(

@@ -1,7 +1,9 @@
-"""A MIL model behind further fully connected layers: the 256-128-64 tile network of the classical MIL benchmarks.
+"""A MIL model behind further fully connected layers: the 256-128-64 tile network of the classical
+MIL benchmarks.
 
-Source: Wang et al. 2018 (MI-Net), whose layers Ilse et al. 2018 (ABMIL) keep. The last of the three is the model's own
-embedding. Difference from the MIL models on slides: those get features that a deep encoder made, and have one layer.
+Source: Wang et al. 2018 (MI-Net), whose layers Ilse et al. 2018 (ABMIL) keep. The last of the three
+is the model's own embedding. Difference from the MIL models on slides: those get features that a
+deep encoder made, and have one layer.
 """
 
 from __future__ import annotations
@@ -28,12 +30,17 @@ class Deep(nn.Module):
     def __init__(self, model: nn.Module, dim: int, widths: tuple[int, ...] = (256, 128)) -> None:
         super().__init__()
         pairs = zip([dim, *widths], widths, strict=False)
-        self.layers = nn.Sequential(*(layer for a, b in pairs for layer in (nn.Linear(a, b), nn.ReLU())))
+        self.layers = nn.Sequential(
+            *(layer for a, b in pairs for layer in (nn.Linear(a, b), nn.ReLU()))
+        )
         initialise(self.layers)
         self.model = model
 
     def forward(
-        self, features: Float[Tensor, "n d"], coords: Int[Tensor, "n 2"] | None = None, target: Target | None = None
+        self,
+        features: Float[Tensor, "n d"],
+        coords: Int[Tensor, "n 2"] | None = None,
+        target: Target | None = None,
     ) -> MILOutput:
         """As the model's."""
         return self.model(self.layers(features), coords, target)

@@ -1,4 +1,6 @@
-"""Simple rows that a deep MIL method has to beat: mean, max and min of a bag's instances into an SVM or a logistic model."""
+"""Simple rows that a deep MIL method has to beat: mean, max and min of a bag's instances into an
+SVM or a logistic model.
+"""
 
 from __future__ import annotations
 

@@ -1,14 +1,16 @@
 """Networks and recipes for the classical MIL sets, as published where they are.
 
-mi-Net and MI-Net: README and code of Wang et al. (yanyongluan/MINNs): 256-128-64, ReLU, dropout 0.5, SGD with Nesterov
-momentum 0.9, lr / (1 + 1e-4 steps), 50 epochs, lr and L2 penalty by set; the penalty l ||w||^2 is a weight decay of 2 l.
-ABMIL takes the same layers and, as far as we remember its appendix, the same rates, with 100 epochs and early stopping on
-a validation set; here it has the 50 epochs and no early stopping, an attention width of 64 and no dropout. DTFD-MIL has
-no published recipe for these sets: ABMIL's, two pseudo-bags (the bags have 5 to 7 instances).
-DSMIL: code of Li et al. (train_mil.py): features as they are, Adam (0.5, 0.9), lr 2e-4 with a cosine, weight decay
-5e-3, 80 epochs.
-Differences: bags of a step are `batch`, not one, the learning rate scaled with it; standardisation by the training bags
-of a fold, where Wang et al. take all bags; the last epoch counts: none is chosen, least of all by test bags.
+mi-Net and MI-Net: README and code of Wang et al. (yanyongluan/MINNs): 256-128-64, ReLU, dropout
+0.5, SGD with Nesterov momentum 0.9, lr / (1 + 1e-4 steps), 50 epochs, lr and L2 penalty by set; the
+penalty l ||w||^2 is a weight decay of 2 l. ABMIL takes the same layers and, as far as we remember
+its appendix, the same rates, with 100 epochs and early stopping on a validation set; here it has
+the 50 epochs and no early stopping, an attention width of 64 and no dropout. DTFD-MIL has no
+published recipe for these sets: ABMIL's, two pseudo-bags (the bags have 5 to 7 instances).
+DSMIL: code of Li et al. (train_mil.py): features as they are, Adam (0.5, 0.9), lr 2e-4 with a
+cosine, weight decay 5e-3, 80 epochs.
+Differences: bags of a step are `batch`, not one, the learning rate scaled with it; standardisation
+by the training bags of a fold, where Wang et al. take all bags; the last epoch counts: none is
+chosen, least of all by test bags.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""The classical multiple instance learning sets: Musk1, Musk2, Fox, Tiger, Elephant, in the forms they are passed on in.
+"""The classical multiple instance learning sets: Musk1, Musk2, Fox, Tiger, Elephant, in the forms
+they are passed on in.
 
-Musk: Dietterich et al., Artificial Intelligence 1997 (a bag is a molecule, an instance a conformation, 166 features);
-the animals: Andrews et al., NIPS 2002 (a bag is a picture, an instance a segment, 230 features). Forms: UCI's `.data`
-(CSV: molecule, conformation, features, label), `.jld` (HDF5 with references; `folds` are 5 repeats x 10 masks of the
-training bags), and three `.mat` files (features, bag of each instance, class of each bag). A set is checked against its
-known counts, and copies of one against each other.
+Musk: Dietterich et al., Artificial Intelligence 1997 (a bag is a molecule, an instance a
+conformation, 166 features); the animals: Andrews et al., NIPS 2002 (a bag is a picture, an instance
+a segment, 230 features). Forms: UCI's `.data` (CSV: molecule, conformation, features, label),
+`.jld` (HDF5 with references; `folds` are 5 repeats x 10 masks of the training bags), and three
+`.mat` files (features, bag of each instance, class of each bag). A set is checked against its known
+counts, and copies of one against each other.
 """
 
 from __future__ import annotations
@@ -55,11 +57,19 @@ class ClassicSet:
 
     def counts(self) -> tuple[int, int, int, int]:
         """As in COUNTS."""
-        return len(self.bags), int(self.targets.sum()), sum(map(len, self.bags)), self.bags[0].shape[1]
+        return (
+            len(self.bags),
+            int(self.targets.sum()),
+            sum(map(len, self.bags)),
+            self.bags[0].shape[1],
+        )
 
     def digest(self) -> str:
         """Fingerprint of bags and classes, in order."""
-        return sha256_bytes(*(bag.astype("<f4").tobytes() for bag in self.bags), self.targets.astype("<i8").tobytes())
+        return sha256_bytes(
+            *(bag.astype("<f4").tobytes() for bag in self.bags),
+            self.targets.astype("<i8").tobytes(),
+        )
 
 
 def read_data(path: Path, name: str) -> ClassicSet:
@@ -72,20 +82,35 @@ def read_data(path: Path, name: str) -> ClassicSet:
                 *values, label = (float(value) for value in row[2:])
                 bags.setdefault(row[0], []).append(values)
                 labels[row[0]] = int(label)
-        return ClassicSet(name, tuple(np.array(rows, np.float32) for rows in bags.values()), np.array(list(labels.values())))
+        return ClassicSet(
+            name,
+            tuple(np.array(rows, np.float32) for rows in bags.values()),
+            np.array(list(labels.values())),
+        )
     except (ValueError, IndexError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: expected lines 'bag,instance,features ...,label', found {error}") from None
+        raise UserError(
+            f"{path}: expected lines 'bag,instance,features ...,label', found {error}"
+        ) from None
 
 
 def read_jld(path: Path, name: str) -> ClassicSet:
     """Julia's HDF5: arrays behind references, stored (D, n), masks packed into 64-bit words."""
     try:
         with h5py.File(path, "r") as file:
-            bags = tuple(np.ascontiguousarray(file[ref][()].T, dtype=np.float32) for ref in file["X"][()])
+            bags = tuple(
+                np.ascontiguousarray(file[ref][()].T, dtype=np.float32) for ref in file["X"][()]
+            )
             targets = _bits(file, file["y"][()]).astype(np.int64)
-            train = np.array([[_bits(file, file[ref][()]) for ref in file[repeat][()]] for repeat in file["folds"][()]])
+            train = np.array(
+                [
+                    [_bits(file, file[ref][()]) for ref in file[repeat][()]]
+                    for repeat in file["folds"][()]
+                ]
+            )
     except (OSError, KeyError, ValueError, TypeError, IndexError) as error:
-        raise UserError(f"{path}: expected a .jld of MIL bags (X, y, folds), found {error}") from None
+        raise UserError(
+            f"{path}: expected a .jld of MIL bags (X, y, folds), found {error}"
+        ) from None
     return ClassicSet(name, bags, targets, ~train)
 
 
@@ -96,43 +121,59 @@ def _bits(file: h5py.File, value: Any) -> Bool[np.ndarray, " n"]:
 
 
 def read_mat(path: Path, name: str) -> ClassicSet:
-    """`<name>_X.mat` (features) with `<name>_Bag2.mat` (bag of each instance) and `<name>_BagI.mat` (class of each bag)."""
+    """`<name>_X.mat` (features) with `<name>_Bag2.mat` (bag of each instance) and `<name>_BagI.mat`
+    (class of each bag).
+    """
     values = []
     for part, variable in (("X", "X"), ("Bag2", "Bag2"), ("BagI", "bagI")):
         file = path.with_name(f"{name}_{part}.mat")
         try:
             values.append(np.asarray(loadmat(file)[variable]))
         except (OSError, KeyError, ValueError, NotImplementedError) as error:
-            raise UserError(f"{file}: expected a MATLAB file with '{variable}', found {error}") from None
+            raise UserError(
+                f"{file}: expected a MATLAB file with '{variable}', found {error}"
+            ) from None
     features, bag, labels = values[0].astype(np.float32), values[1].ravel(), values[2].ravel()
     numbers = np.unique(bag)
     if len(bag) != len(features) or len(numbers) != len(labels):
         raise UserError(
-            f"{path}: expected a bag for each of {len(features)} instances and a class for each bag, found {len(bag)} "
+            f"{path}: expected a bag for each of {len(features)} instances and a class for each "
+            f"bag, found {len(bag)} "
             f"and {len(labels)} for {len(numbers)} bags"
         )
-    return ClassicSet(name, tuple(features[bag == number] for number in numbers), labels.astype(np.int64))
+    return ClassicSet(
+        name, tuple(features[bag == number] for number in numbers), labels.astype(np.int64)
+    )
 
 
 READERS = {".jld": read_jld, ".data": read_data, ".mat": read_mat}
 
 
 def load_set(folder: str | Path, name: str) -> ClassicSet:
-    """A set from a folder: the `.jld` where it is there (it has folds), checked against the other copies.
+    """A set from a folder: the `.jld` where it is there (it has folds), checked against the other
+    copies.
 
     Raises:
-        UserError: no copy, a copy that cannot be read, other counts than the known ones, copies that differ.
+        UserError: no copy, a copy that cannot be read, other counts than the known ones, copies
+            that differ.
     """
     paths = [Path(folder) / file for file in FILES[name] if (Path(folder) / file).is_file()]
     if not paths:
-        raise UserError(f"{folder}: expected one of {', '.join(FILES[name])}, found none; set data=")
+        raise UserError(
+            f"{folder}: expected one of {', '.join(FILES[name])}, found none; set data="
+        )
     first, *others = (READERS[path.suffix](path, name) for path in paths)
     for path, found in zip(paths, (first, *others), strict=True):
         if found.counts() != COUNTS[name]:
-            raise UserError(f"{path}: expected bags, positive bags, instances, features {COUNTS[name]}, found {found.counts()}")
+            raise UserError(
+                f"{path}: expected bags, positive bags, instances, features {COUNTS[name]}, found "
+                f"{found.counts()}"
+            )
     for path, other in zip(paths[1:], others, strict=True):
         if bag_set(other) != bag_set(first):
-            raise UserError(f"{path}: expected the bags of {paths[0].name}, found others; remove the wrong copy")
+            raise UserError(
+                f"{path}: expected the bags of {paths[0].name}, found others; remove the wrong copy"
+            )
         logger.info("%s: %s and %s hold the same bags", name, paths[0].name, path.name)
     if first.folds is not None:
         check_folds(first.folds, f"{paths[0]}")
@@ -142,12 +183,22 @@ def load_set(folder: str | Path, name: str) -> ClassicSet:
 def bag_set(classic: ClassicSet) -> list[tuple[str, int]]:
     """The bags without their order and that of their instances."""
     rows = (sorted(row.astype("<f4").tobytes() for row in bag) for bag in classic.bags)
-    return sorted((sha256_bytes(*row), int(target)) for row, target in zip(rows, classic.targets, strict=True))
+    return sorted(
+        (sha256_bytes(*row), int(target)) for row, target in zip(rows, classic.targets, strict=True)
+    )
 
 
-def make_folds(classic: ClassicSet, repeats: int, folds: int, seed: int) -> Bool[np.ndarray, "r k b"]:
-    """Test masks: those of the file where they are there and as many, else stratified folds drawn anew for every repeat."""
-    if classic.folds is not None and classic.folds.shape[1] == folds and len(classic.folds) >= repeats:
+def make_folds(
+    classic: ClassicSet, repeats: int, folds: int, seed: int
+) -> Bool[np.ndarray, "r k b"]:
+    """Test masks: those of the file where they are there and as many, else stratified folds drawn
+    anew for every repeat.
+    """
+    if (
+        classic.folds is not None
+        and classic.folds.shape[1] == folds
+        and len(classic.folds) >= repeats
+    ):
         return classic.folds[:repeats]
     masks = np.zeros((repeats, folds, len(classic.bags)), dtype=bool)
     for repeat in range(repeats):
@@ -166,4 +217,7 @@ def check_folds(masks: Bool[np.ndarray, "r k b"], source: str) -> None:
     times = masks.sum(1)
     if (times != 1).any():
         repeat, bag = np.argwhere(times != 1)[0]
-        raise UserError(f"{source}: expected every bag in one test fold of a repeat, found bag {bag} in {times[repeat, bag]}")
+        raise UserError(
+            f"{source}: expected every bag in one test fold of a repeat, found bag {bag} in "
+            f"{times[repeat, bag]}"
+        )

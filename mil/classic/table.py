@@ -1,8 +1,10 @@
-"""The table of the classical MIL sets: accuracies of the repeats, published figures beside them, and the bar.
+"""The table of the classical MIL sets: accuracies of the repeats, published figures beside them,
+and the bar.
 
-Published figures are recalled, not read from the papers: mi-Net, MI-Net and their kin (Wang et al. 2018), ABMIL (Ilse
-et al. 2018, table 1), DSMIL (Li et al. 2021). DSMIL's authors' code reports the best test accuracy over all epochs, at a
-threshold tuned on the test fold: it is no figure to compare with.
+Published figures are recalled, not read from the papers: mi-Net, MI-Net and their kin (Wang et al.
+2018), ABMIL (Ilse et al. 2018, table 1), DSMIL (Li et al. 2021). DSMIL's authors' code reports the
+best test accuracy over all epochs, at a threshold tuned on the test fold: it is no figure to
+compare with.
 """
 
 from __future__ import annotations
@@ -52,7 +54,14 @@ class Row:
     def record(self) -> dict[str, object]:
         """A line of table.csv."""
         published = "" if self.published is None else self.published
-        values = (self.method, self.name, f"{self.mean:.4f}", f"{self.std:.4f}", len(self.repeats), published)
+        values = (
+            self.method,
+            self.name,
+            f"{self.mean:.4f}",
+            f"{self.std:.4f}",
+            len(self.repeats),
+            published,
+        )
         return dict(zip(HEADER, values, strict=True))
 
 
@@ -67,7 +76,9 @@ def accuracy(correct: np.ndarray, masks: np.ndarray) -> float:
 
 
 def judge(rows: Sequence[Row]) -> list[tuple[bool, str]]:
-    """(met, line) for every deep row against the better simple one, and for ABMIL against its published figure."""
+    """(met, line) for every deep row against the better simple one, and for ABMIL against its
+    published figure.
+    """
     found = {(row.method, row.name): row for row in rows}
     verdicts = []
     for row in rows:
@@ -76,8 +87,17 @@ def judge(rows: Sequence[Row]) -> list[tuple[bool, str]]:
             continue
         best = max(simple, key=lambda other: other.mean)
         met = row.mean >= best.mean - row.std
-        line = f"{row.method} on {row.name}: {row.mean:.3f} +- {row.std:.3f}, {best.method} {best.mean:.3f} +- {best.std:.3f}"
-        verdicts.append((met, f"{line}: {'not ' * (not met)}within one standard deviation of the better simple row or above"))
+        line = (
+            f"{row.method} on {row.name}: {row.mean:.3f} +- {row.std:.3f}, {best.method} "
+            f"{best.mean:.3f} +- {best.std:.3f}"
+        )
+        verdicts.append(
+            (
+                met,
+                f"{line}: {'not ' * (not met)}within one standard deviation of the better simple "
+                "row or above",
+            )
+        )
         if row.method == "abmil" and row.published is not None:
             near = abs(row.mean - row.published) <= NEAR
             verdicts.append(

@@ -1,10 +1,12 @@
-"""Train many copies of one MIL model at the same time, each on bags of its own: the folds of a cross-validation.
+"""Train many copies of one MIL model at the same time, each on bags of its own: the folds of a
+cross-validation.
 
-The weights of M models are stacked and one step runs all of them (torch.func.vmap over `forward_packed`). All see the
-same bags in the same order; a mask (M, B) says which bags count in whose loss, so that a bag of a model's test fold has
-weight 0 in its loss and gives it no gradient. With M = 10 folds a tenth of the work is for nothing and the rest costs a
-fraction of ten trainings, whose steps on bags of six tiles are all overhead.
-Difference from training one by one: the folds share the shuffling and the dropout masks.
+The weights of M models are stacked and one step runs all of them (torch.func.vmap over
+`forward_packed`). All see the same bags in the same order; a mask (M, B) says which bags count in
+whose loss, so that a bag of a model's test fold has weight 0 in its loss and gives it no gradient.
+With M = 10 folds a tenth of the work is for nothing and the rest costs a fraction of ten trainings,
+whose steps on bags of six tiles are all overhead. Difference from training one by one: the folds
+share the shuffling and the dropout masks.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ class StackedRecipe:
     """How the copies are trained.
 
     Attributes:
-        optimizer: `sgd` (Nesterov momentum `beta1`; weights decay, biases do not) or `adam` (everything decays).
+        optimizer: `sgd` (Nesterov momentum `beta1`; weights decay, biases do not) or `adam`
+            (everything decays).
         lr: learning rate of one bag a step; scaled by `batch` (sgd) or its root (adam).
         weight_decay: added to the gradient, times the weight.
         beta1, beta2: decay of the means of gradients.
@@ -56,10 +59,17 @@ class StackedRecipe:
         """The optimiser of stacked parameters, (M, ...) each."""
         if self.optimizer == "adam":
             betas = (self.beta1, self.beta2)
-            return torch.optim.Adam(parameters, lr=self.lr, betas=betas, weight_decay=self.weight_decay, fused=True)
-        matrices = {"params": [p for p in parameters if p.ndim > 2], "weight_decay": self.weight_decay}
+            return torch.optim.Adam(
+                parameters, lr=self.lr, betas=betas, weight_decay=self.weight_decay, fused=True
+            )
+        matrices = {
+            "params": [p for p in parameters if p.ndim > 2],
+            "weight_decay": self.weight_decay,
+        }
         others = {"params": [p for p in parameters if p.ndim <= 2], "weight_decay": 0.0}
-        return torch.optim.SGD([matrices, others], lr=self.lr, momentum=self.beta1, nesterov=True, fused=True)
+        return torch.optim.SGD(
+            [matrices, others], lr=self.lr, momentum=self.beta1, nesterov=True, fused=True
+        )
 
 
 class _Packed(nn.Module):
@@ -91,7 +101,9 @@ def bag_losses(packed: Packed, targets: Int[Tensor, " b"]) -> Float[Tensor, " b"
 def fold_statistics(
     bags: Sequence[Float[Tensor, "_ d"]], mask: Bool[Tensor, "m b"]
 ) -> tuple[Float[Tensor, "m d"], Float[Tensor, "m d"]]:
-    """Mean and std (M, D) over the tiles of each model's own bags; a feature that never varies has std 1."""
+    """Mean and std (M, D) over the tiles of each model's own bags; a feature that never varies has
+    std 1.
+    """
     means, stds = [], []
     for row in mask.tolist():
         tiles = torch.cat([bag for bag, mine in zip(bags, row, strict=True) if mine]).double()
@@ -109,7 +121,8 @@ def train_stacked(
     recipe: StackedRecipe,
     generator: torch.Generator,
 ) -> Float[Tensor, "m b c"]:
-    """Train M models and return their logits of all B bags, seen and unseen; the caller takes the unseen ones.
+    """Train M models and return their logits of all B bags, seen and unseen; the caller takes the
+    unseen ones.
 
     Args:
         models: freshly initialised, of one kind, with `forward_packed`.
@@ -125,7 +138,14 @@ def train_stacked(
     mean, std = fold_statistics(bags, mask)
     template, weights = packers[0], mask.float()
 
-    def losses(own: dict[str, Tensor], mean: Tensor, std: Tensor, share: Tensor, features: Tensor, offsets: Tensor) -> Tensor:
+    def losses(
+        own: dict[str, Tensor],
+        mean: Tensor,
+        std: Tensor,
+        share: Tensor,
+        features: Tensor,
+        offsets: Tensor,
+    ) -> Tensor:
         packed = functional_call(template, own, (features, offsets, mean, std))
         return (bag_losses(packed, wanted) * share).sum()
 
@@ -148,15 +168,24 @@ def train_stacked(
 
 @torch.no_grad()
 def apply_stacked(
-    template: nn.Module, parameters: dict[str, Tensor], mean: Tensor, std: Tensor, bags: Sequence[Tensor]
+    template: nn.Module,
+    parameters: dict[str, Tensor],
+    mean: Tensor,
+    std: Tensor,
+    bags: Sequence[Tensor],
 ) -> Float[Tensor, "m b c"]:
     """Logits of all bags by every one of the stacked models."""
 
-    def logits(own: dict[str, Tensor], mean: Tensor, std: Tensor, features: Tensor, offsets: Tensor) -> Tensor:
+    def logits(
+        own: dict[str, Tensor], mean: Tensor, std: Tensor, features: Tensor, offsets: Tensor
+    ) -> Tensor:
         return functional_call(template, own, (features, offsets, mean, std)).logits
 
     run = vmap(logits, in_dims=(0, 0, 0, None, None), randomness="same")
-    parts = [run(parameters, mean, std, *pack(bags[start : start + 32])) for start in range(0, len(bags), 32)]
+    parts = [
+        run(parameters, mean, std, *pack(bags[start : start + 32]))
+        for start in range(0, len(bags), 32)
+    ]
     return torch.cat(parts, dim=1)
 
 

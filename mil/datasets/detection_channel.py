@@ -1,4 +1,6 @@
-"""Feature bags with two more columns a tile: highest confidence and number of the detections whose centre lies in it."""
+"""Feature bags with two more columns a tile: highest confidence and number of the detections whose
+centre lies in it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from patch_encoder.tiles.coordinates import TileGeometry
 CHANNELS = "detection_max,detection_count"
 
 
-def write_channel(source: Path, target: Path, found: SlideDetections, detections: Path, *, overwrite: bool = False) -> bool:
+def write_channel(
+    source: Path, target: Path, found: SlideDetections, detections: Path, *, overwrite: bool = False
+) -> bool:
     """Write one slide's bag with the channels appended; False when it is there already.
 
     Args:
@@ -32,30 +36,50 @@ def write_channel(source: Path, target: Path, found: SlideDetections, detections
     Raises:
         UserError: a bag without coords or tile size; a target of other inputs, unless `overwrite`.
     """
-    own = {"source_sha256": bag_digest(source), "detections_sha256": sha256_file(detections), "channels": CHANNELS}
+    own = {
+        "source_sha256": bag_digest(source),
+        "detections_sha256": sha256_file(detections),
+        "channels": CHANNELS,
+    }
     if target.is_file() and not overwrite:
         present = {name: value for name, value in _attributes(target)[0].items() if name in own}
         if present == own:
             return False
         changed = differences(present, own)
-        raise UserError(f"{target}: holds a bag of other inputs: {changed}; choose another output or set overwrite=true")
+        raise UserError(
+            f"{target}: holds a bag of other inputs: {changed}; choose another output or set "
+            "overwrite=true"
+        )
     bag = read_bag(source)
     if bag.coords is None:
-        raise UserError(f"{source}: expected coords beside the features, found none; detections cannot be laid on its tiles")
+        raise UserError(
+            f"{source}: expected coords beside the features, found none; detections cannot be "
+            "laid on its tiles"
+        )
     provenance, attributes = _attributes(source)
     side = TileGeometry.from_attributes(attributes, str(source)).patch_size_level0
     features = np.concatenate([bag.features, tile_channels(found, bag.coords, side)], axis=1)
-    provenance |= own | {"encoder": f"{provenance.get('encoder', source.parent.parent.name)}+detections"}
-    write_bag(target, features, bag.coords, attributes, provenance | {"software_version": __version__})
+    provenance |= own | {
+        "encoder": f"{provenance.get('encoder', source.parent.parent.name)}+detections"
+    }
+    write_bag(
+        target, features, bag.coords, attributes, provenance | {"software_version": __version__}
+    )
     return True
 
 
 def write_channels(
-    bags: Mapping[str, Path], found: Mapping[str, SlideDetections], files: Mapping[str, Path], folder: Path, overwrite: bool
+    bags: Mapping[str, Path],
+    found: Mapping[str, SlideDetections],
+    files: Mapping[str, Path],
+    folder: Path,
+    overwrite: bool,
 ) -> int:
     """`<folder>/h5_files/<slide_id>.h5` for every slide; how many were written."""
     targets = {slide: folder / "h5_files" / f"{slide}.h5" for slide in bags}
-    return sum(write_channel(bags[s], targets[s], found[s], files[s], overwrite=overwrite) for s in bags)
+    return sum(
+        write_channel(bags[s], targets[s], found[s], files[s], overwrite=overwrite) for s in bags
+    )
 
 
 def _attributes(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

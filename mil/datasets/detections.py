@@ -1,8 +1,10 @@
-"""What a detector found on slides, as `detect_slide` writes it: `<folder>/coco/<slide_id>.json`, COCO JSON with scores.
+"""What a detector found on slides, as `detect_slide` writes it: `<folder>/coco/<slide_id>.json`,
+COCO JSON with scores.
 
-Boxes are (x, y, width, height) in level-0 px. A slide's vector is made of pooled confidences and counts: mean of the k
-highest, counts above thresholds, and per category the highest confidence and the count. Counts are log(1 + n), since
-slides differ in area. A slide on which nothing was found is a vector of zeros.
+Boxes are (x, y, width, height) in level-0 px. A slide's vector is made of pooled confidences and
+counts: mean of the k highest, counts above thresholds, and per category the highest confidence and
+the count. Counts are log(1 + n), since slides differ in area. A slide on which nothing was found is
+a vector of zeros.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ def find_detections(folder: str | Path, slide_ids: Sequence[str]) -> dict[str, P
     if missing:
         names = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
         raise UserError(
-            f"{folder}: expected <slide_id>.json of detect_slide, {len(missing)} of {len(files)} slides have none: {names}; "
+            f"{folder}: expected <slide_id>.json of detect_slide, {len(missing)} of {len(files)} "
+            f"slides have none: {names}; "
             "run tools/detect_slide.sh on them (a slide without lesions has a file too)"
         )
     return files
@@ -73,16 +76,26 @@ def read_detections(path: str | Path) -> SlideDetections:
         numbers = [int(row["category_id"]) for row in rows]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path}: expected COCO JSON with images, categories, annotations (bbox, score, category_id), "
+            f"{path}: expected COCO JSON with images, categories, annotations (bbox, score, "
+            "category_id), "
             f"found {type(error).__name__}: {error}"
         ) from None
     if len(images) != 1:
-        raise UserError(f"{path}: expected one image, the slide, found {len(images)}; use the files of detect_slide")
+        raise UserError(
+            f"{path}: expected one image, the slide, found {len(images)}; use the files of "
+            "detect_slide"
+        )
     unknown = sorted(set(numbers) - set(categories))
     if unknown:
-        raise UserError(f"{path}: expected the file's categories {sorted(categories)}, found category_id {unknown[0]}")
+        raise UserError(
+            f"{path}: expected the file's categories {sorted(categories)}, found category_id "
+            f"{unknown[0]}"
+        )
     if not (np.isfinite(boxes).all() and ((scores >= 0) & (scores <= 1)).all()):
-        raise UserError(f"{path}: expected finite boxes and scores in 0..1, found others; run detect_slide again")
+        raise UserError(
+            f"{path}: expected finite boxes and scores in 0..1, found others; run detect_slide "
+            "again"
+        )
     order = list(categories)
     labels = np.array([order.index(number) for number in numbers], np.int64)
     return SlideDetections(boxes, scores, labels, tuple(categories.values()))
@@ -92,7 +105,8 @@ def read_all(files: Mapping[str, Path]) -> dict[str, SlideDetections]:
     """Every slide's detections, of one detector.
 
     Raises:
-        UserError: a file that `read_detections` refuses, or one with other categories than the first.
+        UserError: a file that `read_detections` refuses, or one with other categories than the
+            first.
     """
     found: dict[str, SlideDetections] = {}
     for slide, path in files.items():
@@ -100,17 +114,25 @@ def read_all(files: Mapping[str, Path]) -> dict[str, SlideDetections]:
         first = next(iter(found))
         if found[slide].categories != found[first].categories:
             raise UserError(
-                f"{path}: expected categories {list(found[first].categories)} as on slide {first}, found "
+                f"{path}: expected categories {list(found[first].categories)} as on slide "
+                f"{first}, found "
                 f"{list(found[slide].categories)}; use one detector for the cohort"
             )
     empty = [slide for slide, detections in found.items() if len(detections.scores) == 0]
     if empty:
         names = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
-        logger.info("%d of %d slides have no detection, their features are 0: %s", len(empty), len(found), names)
+        logger.info(
+            "%d of %d slides have no detection, their features are 0: %s",
+            len(empty),
+            len(found),
+            names,
+        )
     return found
 
 
-def slide_vector(found: SlideDetections, top_k: int, thresholds: Sequence[float]) -> dict[str, float]:
+def slide_vector(
+    found: SlideDetections, top_k: int, thresholds: Sequence[float]
+) -> dict[str, float]:
     """Name -> value of a slide's features; `top` is the first.
 
     Args:
@@ -119,7 +141,10 @@ def slide_vector(found: SlideDetections, top_k: int, thresholds: Sequence[float]
         thresholds: confidences above which detections are counted.
     """
     ranked = np.sort(found.scores)[::-1]
-    values: dict[str, Any] = {f"top{top_k}_mean": ranked[:top_k].sum() / top_k, "max": ranked[:1].sum()}
+    values: dict[str, Any] = {
+        f"top{top_k}_mean": ranked[:top_k].sum() / top_k,
+        "max": ranked[:1].sum(),
+    }
     values |= {f"count_{t:g}": np.log1p((found.scores >= t).sum()) for t in thresholds}
     for index, name in enumerate(found.categories):
         own = found.scores[found.labels == index]
@@ -130,7 +155,8 @@ def slide_vector(found: SlideDetections, top_k: int, thresholds: Sequence[float]
 def tile_channels(
     found: SlideDetections, coords: Int[np.ndarray, "tiles 2"], side: int, block: int = 4096
 ) -> Float[np.ndarray, "tiles 2"]:
-    """Highest confidence and number of the detections whose centre lies in each tile; 0, 0 where there is none.
+    """Highest confidence and number of the detections whose centre lies in each tile; 0, 0 where
+    there is none.
 
     Args:
         found: the slide's detections.

@@ -1,8 +1,10 @@
-"""A distillation set on disk: chosen tiles of every slide with their teacher feature, and the list of them.
+"""A distillation set on disk: chosen tiles of every slide with their teacher feature, and the list
+of them.
 
-`<root>/wsi_root/<slide>/<patch>.jpg` + `.pt` ((D,) float32), `<root>/ann_root/ann.json` (COCO images; no annotations)
-and `<root>/distillation.json` (provenance). Layout of TS2G-KD; scores, corners and provenance are ours. Patches are
-named `<row>_<col>` when they are a tile folder's own tiles (whose JPEGs are copied), else `<x>_<y>` in level-0 pixels.
+`<root>/wsi_root/<slide>/<patch>.jpg` + `.pt` ((D,) float32), `<root>/ann_root/ann.json` (COCO
+images; no annotations) and `<root>/distillation.json` (provenance). Layout of TS2G-KD; scores,
+corners and provenance are ours. Patches are named `<row>_<col>` when they are a tile folder's own
+tiles (whose JPEGs are copied), else `<x>_<y>` in level-0 pixels.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ class CutJob:
 
 
 def choose(scores: np.ndarray, top_k: int, extra_random: int, seed: Sequence[int]) -> np.ndarray:
-    """Rows of the `top_k` highest scores, best first, then `extra_random` others; all rows when there are fewer."""
+    """Rows of the `top_k` highest scores, best first, then `extra_random` others; all rows when
+    there are fewer.
+    """
     order = np.argsort(-scores, kind="stable")
     rest = order[top_k:]
     drawn = np.random.default_rng(list(seed)).permutation(rest)[:extra_random]
@@ -63,14 +67,17 @@ def choose(scores: np.ndarray, top_k: int, extra_random: int, seed: Sequence[int
 
 def native_tile(slide: Slide, geometry: TileGeometry, patch: Patch) -> tuple[str, Path] | None:
     """Name and file of a tile folder's own tile, when the patch is exactly that."""
-    if not isinstance(slide, TileFolder) or {geometry.patch_size, geometry.target_size} != {slide.tile_side}:
+    if not isinstance(slide, TileFolder) or {geometry.patch_size, geometry.target_size} != {
+        slide.tile_side
+    }:
         return None
     file = slide.tile_at(patch.x, patch.y)
     return None if file is None else (file.stem, file)
 
 
 def cut(job: CutJob) -> None:
-    """Write picture and teacher feature of every chosen tile that is not there yet, and the slide's rows of ann.json.
+    """Write picture and teacher feature of every chosen tile that is not there yet, and the slide's
+    rows of ann.json.
 
     Raises:
         UserError: the slide cannot be read.
@@ -82,19 +89,34 @@ def cut(job: CutJob) -> None:
         for patch in job.patches:
             native = native_tile(slide, geometry, patch)
             name = native[0] if native else f"{patch.x}_{patch.y}"
-            write_picture(job.folder / f"{name}.jpg", slide, geometry, patch, native[1] if native else None)
+            write_picture(
+                job.folder / f"{name}.jpg", slide, geometry, patch, native[1] if native else None
+            )
             feature = job.folder / f"{name}.pt"
             if not feature.is_file():
                 save_tensors(feature, torch.from_numpy(bag.features[patch.row]))
             size = geometry.target_size
-            image = {"file_name": f"{job.slide_id}/{name}.jpg", "width": size, "height": size, "slide_id": job.slide_id}
+            image = {
+                "file_name": f"{job.slide_id}/{name}.jpg",
+                "width": size,
+                "height": size,
+                "slide_id": job.slide_id,
+            }
             images.append(
-                image | {"x": patch.x, "y": patch.y, "score": patch.score, "chosen": "top" if patch.top else "random"}
+                image
+                | {
+                    "x": patch.x,
+                    "y": patch.y,
+                    "score": patch.score,
+                    "chosen": "top" if patch.top else "random",
+                }
             )
     write_json(done_file(job.folder), images)
 
 
-def write_picture(path: Path, slide: Slide, geometry: TileGeometry, patch: Patch, native: Path | None) -> None:
+def write_picture(
+    path: Path, slide: Slide, geometry: TileGeometry, patch: Patch, native: Path | None
+) -> None:
     """The tile as JPEG; a tile folder's own JPEG is copied."""
     if path.is_file():
         return
@@ -107,7 +129,9 @@ def write_picture(path: Path, slide: Slide, geometry: TileGeometry, patch: Patch
 
 
 def done_file(folder: Path) -> Path:
-    """`ann_root/slides/<slide>.json`: the slide's rows of ann.json, written when its tiles are complete."""
+    """`ann_root/slides/<slide>.json`: the slide's rows of ann.json, written when its tiles are
+    complete.
+    """
     return folder.parents[1] / "ann_root" / "slides" / f"{folder.name}.json"
 
 
@@ -115,9 +139,18 @@ def is_done(job: CutJob) -> bool:
     """Whether the slide's rows and every file they name are there."""
     if not done_file(job.folder).is_file():
         return False
-    names = [Path(image["file_name"]).stem for image in read_json(done_file(job.folder), "a slide's annotations")]
-    present = {file.name for file in job.folder.glob("*") if file.stat().st_size > 0} if job.folder.is_dir() else set()
-    return len(names) == len(job.patches) and all({f"{name}.jpg", f"{name}.pt"} <= present for name in names)
+    names = [
+        Path(image["file_name"]).stem
+        for image in read_json(done_file(job.folder), "a slide's annotations")
+    ]
+    present = (
+        {file.name for file in job.folder.glob("*") if file.stat().st_size > 0}
+        if job.folder.is_dir()
+        else set()
+    )
+    return len(names) == len(job.patches) and all(
+        {f"{name}.jpg", f"{name}.pt"} <= present for name in names
+    )
 
 
 def claim_root(root: Path, provenance: dict[str, Any], overwrite: bool) -> None:
@@ -132,18 +165,31 @@ def claim_root(root: Path, provenance: dict[str, Any], overwrite: bool) -> None:
         return
     if found is not None and not overwrite:
         changed = differences(found, provenance)
-        raise UserError(f"{root}: holds another distillation set: {changed}; choose another output or set overwrite=true")
+        raise UserError(
+            f"{root}: holds another distillation set: {changed}; choose another output or set "
+            "overwrite=true"
+        )
     if found is None and (root / "wsi_root").exists():
-        raise UserError(f"{root / 'wsi_root'}: found without distillation.json, so of unknown origin; choose another output")
+        raise UserError(
+            f"{root / 'wsi_root'}: found without distillation.json, so of unknown origin; choose "
+            "another output"
+        )
     for name in ("wsi_root", "ann_root"):
         shutil.rmtree(root / name, ignore_errors=True)
     write_json(stamp, provenance)
 
 
-def write_annotations(root: Path, jobs: Sequence[CutJob], provenance: dict[str, Any]) -> tuple[int, int]:
+def write_annotations(
+    root: Path, jobs: Sequence[CutJob], provenance: dict[str, Any]
+) -> tuple[int, int]:
     """ann_root/ann.json over all finished slides; returns the numbers of images and of slides."""
     done = [job for job in jobs if is_done(job)]
-    images = [image for job in done for image in read_json(done_file(job.folder), "a slide's annotations")]
+    images = [
+        image for job in done for image in read_json(done_file(job.folder), "a slide's annotations")
+    ]
     numbered = [{"id": index, **image} for index, image in enumerate(images, start=1)]
-    write_json(root / "ann_root" / "ann.json", {"info": provenance, "images": numbered, "annotations": [], "categories": []})
+    write_json(
+        root / "ann_root" / "ann.json",
+        {"info": provenance, "images": numbered, "annotations": [], "categories": []},
+    )
     return len(images), len(done)

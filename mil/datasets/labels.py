@@ -40,7 +40,9 @@ class LabelledSlides:
     @property
     def targets(self) -> np.ndarray:
         """Class index of every slide, (S,) int64."""
-        return np.array([self.classes.index(record.label) for record in self.records], dtype=np.int64)
+        return np.array(
+            [self.classes.index(record.label) for record in self.records], dtype=np.int64
+        )
 
     def only(self, slide_ids: Collection[str]) -> LabelledSlides:
         """The same classes, fewer slides."""
@@ -52,7 +54,9 @@ class LabelledSlides:
         return dict(zip(self.slide_ids, self.targets.tolist(), strict=True))
 
 
-def read_labelled_slides(path: str | Path, subset: Sequence[str] = (), positive: str | None = None) -> LabelledSlides:
+def read_labelled_slides(
+    path: str | Path, subset: Sequence[str] = (), positive: str | None = None
+) -> LabelledSlides:
     """Rows of labels.csv; with `subset`, only those whose `split` column holds one of its values.
 
     Raises:
@@ -64,9 +68,16 @@ def read_labelled_slides(path: str | Path, subset: Sequence[str] = (), positive:
         unknown = [value for value in subset if value not in known]
         if len(unknown) == len(subset):
             raise UserError(
-                f"{path}: expected slides with split {' or '.join(subset)}, found none; {did_you_mean(unknown[0], known)}"
+                f"{path}: expected slides with split {' or '.join(subset)}, found none; "
+                f"{did_you_mean(unknown[0], known)}"
             )
         chosen = [record for record in records if record.split in subset]
-        logger.info("%s: %d of %d slides have split %s", path, len(chosen), len(records), " or ".join(subset))
+        logger.info(
+            "%s: %d of %d slides have split %s",
+            path,
+            len(chosen),
+            len(records),
+            " or ".join(subset),
+        )
         records = chosen
     return LabelledSlides(tuple(records), tuple(class_names(records, positive)))

@@ -1,8 +1,9 @@
 """Splits on disk, as CLAM writes and reads them, and what is wrong with them.
 
-`splits_<k>.csv`: columns train, val, test with slide ids, the shorter ones padded with blanks (an index column in front,
-as pandas writes it, is passed over). `splits_<k>_bool.csv`: a row a slide with three booleans, read where the first form
-is absent. `splits_<k>_descriptor.csv`: slides and patients per class and set, for people.
+`splits_<k>.csv`: columns train, val, test with slide ids, the shorter ones padded with blanks (an
+index column in front, as pandas writes it, is passed over). `splits_<k>_bool.csv`: a row a slide
+with three booleans, read where the first form is absent. `splits_<k>_descriptor.csv`: slides and
+patients per class and set, for people.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from mil.datasets.splits import SETS, Split, check_split, named, patients_per_cl
 
 
 def write_splits(folder: Path, splits: Sequence[Split]) -> None:
-    """One `splits_<fold>.csv` a fold, and no others: a reader would take them for splits of the same draw."""
+    """One `splits_<fold>.csv` a fold, and no others: a reader would take them for splits of the
+    same draw.
+    """
     for split in splits:
         write_csv(folder / f"splits_{split.fold}.csv", SETS, _columns(split))
     for number in set(numbered(folder)) - {split.fold for split in splits}:
@@ -35,10 +38,16 @@ def write_clam_splits(folder: Path, splits: Sequence[Split], slides: LabelledSli
     for split in splits:
         sides = {slide: name for name in SETS for slide in getattr(split, name)}
         rows = [
-            {"": slide, **{name: str(sides[slide] == name) for name in SETS}} for slide in slides.slide_ids if slide in sides
+            {"": slide, **{name: str(sides[slide] == name) for name in SETS}}
+            for slide in slides.slide_ids
+            if slide in sides
         ]
         write_csv(folder / f"splits_{split.fold}_bool.csv", ["", *SETS], rows)
-        write_csv(folder / f"splits_{split.fold}_descriptor.csv", ["", *DESCRIBED], describe(split, slides))
+        write_csv(
+            folder / f"splits_{split.fold}_descriptor.csv",
+            ["", *DESCRIBED],
+            describe(split, slides),
+        )
 
 
 DESCRIBED = (*SETS, *(f"{name}_patients" for name in SETS))
@@ -51,7 +60,10 @@ def describe(split: Split, slides: LabelledSlides) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for label in slides.classes:
         row: dict[str, object] = {"": label}
-        row |= {name: sum(record.label == label for record in part.records) for name, part in parts.items()}
+        row |= {
+            name: sum(record.label == label for record in part.records)
+            for name, part in parts.items()
+        }
         rows.append(row | {f"{name}_patients": patients[name][label] for name in SETS})
     return rows
 
@@ -65,12 +77,16 @@ def stored_splits(folder: str | Path) -> list[Split]:
     """The splits of a folder as they stand, in the order of their numbers.
 
     Raises:
-        UserError: no such files, a column is missing, a slide stands in a split twice, a set is empty.
+        UserError: no such files, a column is missing, a slide stands in a split twice, a set is
+            empty.
     """
     root = Path(folder)
     files = numbered(root)
     if not files:
-        raise UserError(f"{root}: expected splits_0.csv, splits_1.csv, ... with columns train, val, test; found none")
+        raise UserError(
+            f"{root}: expected splits_0.csv, splits_1.csv, ... with columns train, val, test; "
+            "found none"
+        )
     return [_read(number, path) for number, path in sorted(files.items())]
 
 
@@ -91,11 +107,18 @@ def _read(number: int, path: Path) -> Split:
         header, rows = list(reader.fieldnames or []), list(reader)
     absent = [name for name in SETS if name not in header]
     if absent:
-        raise UserError(f"{path}: expected the columns train, val, test, found {', '.join(header) or 'nothing'}")
+        raise UserError(
+            f"{path}: expected the columns train, val, test, found {', '.join(header) or 'nothing'}"
+        )
     if path.stem.endswith("_bool"):
-        sides = {name: [row[header[0]] for row in rows if row[name].strip().lower() == "true"] for name in SETS}
+        sides = {
+            name: [row[header[0]] for row in rows if row[name].strip().lower() == "true"]
+            for name in SETS
+        }
     else:
-        sides = {name: [row[name].strip() for row in rows if (row[name] or "").strip()] for name in SETS}
+        sides = {
+            name: [row[name].strip() for row in rows if (row[name] or "").strip()] for name in SETS
+        }
     counts = Counter(slide for ids in sides.values() for slide in ids)
     twice = [slide for slide, count in counts.items() if count > 1]
     if twice:
@@ -110,7 +133,9 @@ def _read(number: int, path: Path) -> Split:
     return Split(number, tuple(sides["train"]), tuple(sides["val"]), tuple(sides["test"]))
 
 
-def known_slides(folder: str | Path, splits: Sequence[Split], slides: LabelledSlides) -> LabelledSlides:
+def known_slides(
+    folder: str | Path, splits: Sequence[Split], slides: LabelledSlides
+) -> LabelledSlides:
     """The labelled slides that the splits use.
 
     Raises:
@@ -121,17 +146,24 @@ def known_slides(folder: str | Path, splits: Sequence[Split], slides: LabelledSl
     unknown = sorted(used - labelled)
     if unknown:
         raise UserError(
-            f"{folder}: {len(unknown)} of {len(used)} slides have no row in labels.csv: {named(unknown)}; "
+            f"{folder}: {len(unknown)} of {len(used)} slides have no row in labels.csv: "
+            f"{named(unknown)}; "
             f"{did_you_mean(unknown[0], labelled)}"
         )
     return slides.only(used)
 
 
-def checked_splits(splits: Sequence[Split], slides: LabelledSlides, available: Collection[str]) -> list[Split]:
-    """The splits without the slides that are not in `available`, every one checked for leaks and missing classes."""
+def checked_splits(
+    splits: Sequence[Split], slides: LabelledSlides, available: Collection[str]
+) -> list[Split]:
+    """The splits without the slides that are not in `available`, every one checked for leaks and
+    missing classes.
+    """
     kept = []
     for split in splits:
-        sides = (tuple(slide for slide in getattr(split, name) if slide in available) for name in SETS)
+        sides = (
+            tuple(slide for slide in getattr(split, name) if slide in available) for name in SETS
+        )
         kept.append(Split(split.fold, *sides))
         check_split(slides, kept[-1])
     return kept

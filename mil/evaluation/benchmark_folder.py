@@ -1,8 +1,10 @@
-"""Which runs of a benchmark's folder belong to the benchmark: one answer for everything that reads them.
+"""Which runs of a benchmark's folder belong to the benchmark: one answer for everything that reads
+them.
 
-A folder that was used again with fewer folds, seeds, models or feature sets still holds the runs of before. The seeds and the
-numbers of the folds that count stand in summary.json as `runs`. Folders from before it was written are taken by their
-`protocol` as far as that tells, otherwise with every run they hold.
+A folder that was used again with fewer folds, seeds, models or feature sets still holds the runs of
+before. The seeds and the numbers of the folds that count stand in summary.json as `runs`. Folders
+from before it was written are taken by their `protocol` as far as that tells, otherwise with every
+run they hold.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
     absent = [name for name in NEEDED if name not in summary]
     if absent:
         raise UserError(
-            f"{folder}: expected a folder that mil.benchmark wrote, found a summary.json without {', '.join(absent)}; the "
+            f"{folder}: expected a folder that mil.benchmark wrote, found a summary.json without "
+            f"{', '.join(absent)}; the "
             "tables of mil.classify_detections have no networks to look at, mil.evaluate reads them"
         )
     return summary
@@ -39,14 +42,19 @@ def belonging(summary: Mapping[str, Any]) -> tuple[set[int] | None, set[int] | N
     """(seeds, numbers of the folds) of a summary's benchmark; None: the summary does not say."""
     said, protocol = summary.get("runs", {}), summary.get("protocol", {})
     seeds, folds = said.get("seeds", protocol.get("seeds")), said.get("folds")
-    # older: how many folds have a result; drawn folds are numbered from 0, those of files as the files are
+    # older: how many folds have a result; drawn folds are numbered from 0, those of files as the
+    # files are
     if folds is None and protocol.get("name") in PROTOCOLS and not protocol.get("runs_missing"):
         folds = range(protocol["folds"])
     return (None if seeds is None else set(seeds)), (None if folds is None else set(folds))
 
 
-def run_folders(benchmark: Path, summary: Mapping[str, Any], feature_set: str, model: str) -> list[Path]:
-    """Finished runs of a feature set and model that belong to the benchmark, in the order of seed and fold."""
+def run_folders(
+    benchmark: Path, summary: Mapping[str, Any], feature_set: str, model: str
+) -> list[Path]:
+    """Finished runs of a feature set and model that belong to the benchmark, in the order of seed
+    and fold.
+    """
     seeds, folds = belonging(summary)
     found = []
     for results in (benchmark / "runs" / feature_set / model).glob("*/results.json"):

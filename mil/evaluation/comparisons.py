@@ -1,7 +1,8 @@
-"""Tests between all pairs of models that judged the same test slides in the same folds, Holm-corrected over all of them.
+"""Tests between all pairs of models that judged the same test slides in the same folds,
+Holm-corrected over all of them.
 
-Classes: DeLong's test of the AUCs; several labels: the same, label by label; grades and survival: the paired bootstrap of the
-quadratic kappa and of the C-index.
+Classes: DeLong's test of the AUCs; several labels: the same, label by label; grades and survival:
+the paired bootstrap of the quadratic kappa and of the C-index.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ Place = tuple[str, str]
 logger = logging.getLogger(__name__)
 
 
-def comparison_table(finished: Sequence[Finished], task: Task, samples: Samples) -> tuple[str, list[dict[str, Any]]]:
+def comparison_table(
+    finished: Sequence[Finished], task: Task, samples: Samples
+) -> tuple[str, list[dict[str, Any]]]:
     """Name of the table (`delong` or `comparisons`) and its rows.
 
     Args:
@@ -49,19 +52,31 @@ def corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def same_slides(finished: Sequence[Finished]) -> Iterator[dict[Place, list[Finished]]]:
-    """Groups of (feature set, model) with the same test slides in the same folds, in the order of the runs."""
+    """Groups of (feature set, model) with the same test slides in the same folds, in the order of
+    the runs.
+    """
     groups = grouped(finished)
-    tested = {place: tuple(sorted({(run.test.fold, run.slides) for run in runs})) for place, runs in groups.items()}
-    for _, places in groupby(sorted(tested, key=lambda place: tested[place]), key=lambda place: tested[place]):
+    tested = {
+        place: tuple(sorted({(run.test.fold, run.slides) for run in runs}))
+        for place, runs in groups.items()
+    }
+    for _, places in groupby(
+        sorted(tested, key=lambda place: tested[place]), key=lambda place: tested[place]
+    ):
         yield {place: groups[place] for place in sorted(places, key=list(groups).index)}
 
 
 def warn_of_other_slides(finished: Sequence[Finished]) -> None:
     """Models are compared on one set of test slides; say which are not."""
-    groups = [[" ".join(filter(None, place)) for place in places] for places in same_slides(finished)]
+    groups = [
+        [" ".join(filter(None, place)) for place in places] for places in same_slides(finished)
+    ]
     if len(groups) > 1:
         apart = " | ".join(", ".join(names) for names in groups)
-        logger.warning("models that were not tested on the same slides in the same folds are not compared: %s", apart)
+        logger.warning(
+            "models that were not tested on the same slides in the same folds are not compared: %s",
+            apart,
+        )
 
 
 def delong_rows(finished: Sequence[Finished]) -> list[dict[str, Any]]:
@@ -69,23 +84,41 @@ def delong_rows(finished: Sequence[Finished]) -> list[dict[str, Any]]:
     rows = []
     for groups in same_slides(finished):
         places = list(groups)
-        named = {str(index): [run.test for run in groups[place]] for index, place in enumerate(places)}
-        rows += [delong_row(places[int(pair.first)], places[int(pair.second)], pair) for pair in compare(named)]
+        named = {
+            str(index): [run.test for run in groups[place]] for index, place in enumerate(places)
+        }
+        rows += [
+            delong_row(places[int(pair.first)], places[int(pair.second)], pair)
+            for pair in compare(named)
+        ]
     return rows
 
 
 def delong_row(a: Place, b: Place, pair: Comparison) -> dict[str, Any]:
     """One row of delong.csv."""
-    row: dict[str, Any] = {"feature_set_a": a[0], "model_a": a[1], "feature_set_b": b[0], "model_b": b[1]}
+    row: dict[str, Any] = {
+        "feature_set_a": a[0],
+        "model_a": a[1],
+        "feature_set_b": b[0],
+        "model_b": b[1],
+    }
     row |= {"auc_a": pair.aucs[0], "auc_b": pair.aucs[1], "difference": pair.difference}
-    return row | {"ci_low": pair.ci[0], "ci_high": pair.ci[1], "standard_error": pair.error, "z": pair.z, "p": pair.p}
+    return row | {
+        "ci_low": pair.ci[0],
+        "ci_high": pair.ci[1],
+        "standard_error": pair.error,
+        "z": pair.z,
+        "p": pair.p,
+    }
 
 
 def label_rows(finished: Sequence[Finished], labels: Sequence[str]) -> list[dict[str, Any]]:
     """DeLong tests label by label, over the folds whose test slides are of both kinds."""
     rows = []
     for column, label in enumerate(labels):
-        judged = [run for run in finished if 0 < run.test.targets[:, column].sum() < len(run.test.targets)]
+        judged = [
+            run for run in finished if 0 < run.test.targets[:, column].sum() < len(run.test.targets)
+        ]
         of_label = [replace(run, test=one_label(run.test, column)) for run in judged]
         rows += [{"label": label, **row} for row in delong_rows(of_label)]
     return rows
@@ -95,21 +128,37 @@ def one_label(said: LabelPredictions, column: int) -> Predictions:
     """One of several labels as two classes."""
     p = said.probabilities[:, column]
     targets = said.targets[:, column].astype(np.int64)
-    return Predictions(said.fold, said.cases, targets, np.stack([1 - p, p], axis=1), float(said.thresholds[column]))
+    return Predictions(
+        said.fold, said.cases, targets, np.stack([1 - p, p], axis=1), float(said.thresholds[column])
+    )
 
 
 def paired_rows(finished: Sequence[Finished], task: Task, samples: Samples) -> list[dict[str, Any]]:
     """Paired bootstrap of the headline metric."""
     rows, metric, resamples = [], task.headline, 0
     for groups in same_slides(finished):
-        values = {place: mean_of([run.test for run in runs], task) for place, runs in groups.items()}
+        values = {
+            place: mean_of([run.test for run in runs], task) for place, runs in groups.items()
+        }
         for a, b in combinations(groups, 2):
             drawn = [samples[place][metric] for place in (a, b)]
             resamples = len(drawn[0])
             found = paired_difference(values[a] - values[b], *drawn)
             low, high = found.ci or (None, None)
-            row: dict[str, Any] = {"feature_set_a": a[0], "model_a": a[1], "feature_set_b": b[0], "model_b": b[1]}
-            row |= {"metric": metric, "value_a": values[a], "value_b": values[b], "difference": found.value}
-            rows.append(row | {"ci_low": low, "ci_high": high, "resamples": found.resamples, "p": found.p})
+            row: dict[str, Any] = {
+                "feature_set_a": a[0],
+                "model_a": a[1],
+                "feature_set_b": b[0],
+                "model_b": b[1],
+            }
+            row |= {
+                "metric": metric,
+                "value_a": values[a],
+                "value_b": values[b],
+                "difference": found.value,
+            }
+            rows.append(
+                row | {"ci_low": low, "ci_high": high, "resamples": found.resamples, "p": found.p}
+            )
     warn_of_floor(len(rows), resamples)
     return rows

@@ -1,14 +1,17 @@
-"""DeLong tests: are two AUCs on the same test slides different? (DeLong et al. 1988; Sun & Xu 2014 for the fast form).
+"""DeLong tests: are two AUCs on the same test slides different? (DeLong et al. 1988; Sun & Xu 2014
+for the fast form).
 
-An AUC is a mean over slides of placements: of a positive, the share of negatives below it; of a negative, the share of
-positives above it. They come from mid-ranks in S log S. Each patient's part in the AUC's error is the sum of the
-(placement - AUC) of the slides, with the sample-variance factor n / (n - 1); covariances between models are products of
-these parts. With one slide a patient this is DeLong's covariance to the last digit; with more it is Obuchowski's (1997)
-for clustered data, except that she gives the patients who have slides of both classes one common factor.
+An AUC is a mean over slides of placements: of a positive, the share of negatives below it; of a
+negative, the share of positives above it. They come from mid-ranks in S log S. Each patient's part
+in the AUC's error is the sum of the (placement - AUC) of the slides, with the sample-variance
+factor n / (n - 1); covariances between models are products of these parts. With one slide a patient
+this is DeLong's covariance to the last digit; with more it is Obuchowski's (1997) for clustered
+data, except that she gives the patients who have slides of both classes one common factor.
 
-Several folds: the mean of the folds' AUCs is compared, which is what the tables give, and no score of one fold's model is
-ever ranked against a score of another's. Parts add up over folds, seeds and classes, so that a patient who is tested in
-several folds (repeated cross-validation) counts once. The training slides are taken as given.
+Several folds: the mean of the folds' AUCs is compared, which is what the tables give, and no score
+of one fold's model is ever ranked against a score of another's. Parts add up over folds, seeds and
+classes, so that a patient who is tested in several folds (repeated cross-validation) counts once.
+The training slides are taken as given.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ from mil.tasks.classification import Predictions
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models' AUCs on the same slides: difference (first - second), standard error, z and two-sided p."""
+    """Two models' AUCs on the same slides: difference (first - second), standard error, z and
+    two-sided p.
+    """
 
     first: str
     second: str
@@ -48,7 +53,8 @@ class Comparison:
 
 
 def placements(positive: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Of a positive the share of negatives with a lower score, of a negative that of positives with a higher one, (M, S).
+    """Of a positive the share of negatives with a lower score, of a negative that of positives with
+    a higher one, (M, S).
 
     Args:
         positive: bool (S,), with both kinds.
@@ -62,8 +68,11 @@ def placements(positive: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return placed
 
 
-def auc_parts(positive: np.ndarray, scores: np.ndarray, patients: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """AUCs (M,) and every patient's part in their error (M, count): the covariance of the AUCs is parts @ parts.T.
+def auc_parts(
+    positive: np.ndarray, scores: np.ndarray, patients: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """AUCs (M,) and every patient's part in their error (M, count): the covariance of the AUCs is
+    parts @ parts.T.
 
     Args:
         positive: bool (S,).
@@ -84,7 +93,8 @@ def auc_parts(positive: np.ndarray, scores: np.ndarray, patients: np.ndarray, co
 
 
 def mean_auc_parts(runs: Sequence[Predictions], patients: np.ndarray) -> tuple[float, np.ndarray]:
-    """The mean AUC over runs (and, with C > 2, over classes against the rest) and the patients' parts in it, (P,).
+    """The mean AUC over runs (and, with C > 2, over classes against the rest) and the patients'
+    parts in it, (P,).
 
     Args:
         runs: folds and seeds of one model.
@@ -94,7 +104,9 @@ def mean_auc_parts(runs: Sequence[Predictions], patients: np.ndarray) -> tuple[f
     for run in runs:
         index = np.searchsorted(patients, run.cases)
         for c in [1] if run.probabilities.shape[1] == 2 else range(run.probabilities.shape[1]):
-            value, part = auc_parts(run.targets == c, run.probabilities[None, :, c], index, len(patients))
+            value, part = auc_parts(
+                run.targets == c, run.probabilities[None, :, c], index, len(patients)
+            )
             aucs.append(value[0])
             parts.append(part[0])
     return float(np.mean(aucs)), np.mean(parts, axis=0)
@@ -104,7 +116,8 @@ def compare(models: Mapping[str, Sequence[Predictions]]) -> list[Comparison]:
     """Every pair of models, with Holm's correction over all pairs.
 
     Args:
-        models: name -> runs; all models have the same folds and test slides, in any number of seeds.
+        models: name -> runs; all models have the same folds and test slides, in any number of
+            seeds.
     """
     patients = np.unique(np.concatenate([run.cases for runs in models.values() for run in runs]))
     found = {name: mean_auc_parts(runs, patients) for name, runs in models.items()}

@@ -1,11 +1,12 @@
 """Cuts for a wanted sensitivity or specificity, and what a laboratory gains from them.
 
-The cut is chosen on the validation slides of a fold and then judged on its test slides, so that both the sensitivity and
-the specificity that were reached are results. The value read from the test slides' own ROC curve is given beside it
-under a name that says so (`test_curve_...`): it is what a perfectly placed cut would have given.
+The cut is chosen on the validation slides of a fold and then judged on its test slides, so that
+both the sensitivity and the specificity that were reached are results. The value read from the test
+slides' own ROC curve is given beside it under a name that says so (`test_curve_...`): it is what a
+perfectly placed cut would have given.
 
-Screening view: slides below the cut are signed out without being looked at. What counts is the share of negative slides
-signed out, and the positives among them, which are missed.
+Screening view: slides below the cut are signed out without being looked at. What counts is the
+share of negative slides signed out, and the positives among them, which are missed.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ SCREENING = tuple(Held(SENSITIVITY, target) for target in (0.95, 0.98, 0.995))
 
 
 def threshold_for(held: Held, positive: np.ndarray, scores: np.ndarray) -> float:
-    """The cut of `scores >= cut` that reaches the held rate on these slides and gives up least of the other one.
+    """The cut of `scores >= cut` that reaches the held rate on these slides and gives up least of
+    the other one.
 
     It lies half-way between the last score that has to be on its side and the next one.
 
@@ -75,16 +77,22 @@ def on_curve(held: Held, run: Predictions, weights: np.ndarray) -> np.ndarray:
 def operating_point(
     held: Held, val: Sequence[Predictions], test: Sequence[Predictions], resamples: int, seed: int
 ) -> dict[str, object]:
-    """Mean over runs of what the validation slides' cuts reach on the test slides, with 95 % intervals by patient.
+    """Mean over runs of what the validation slides' cuts reach on the test slides, with 95 %
+    intervals by patient.
 
     Returns:
-        `sensitivity`, `specificity`, `test_curve_<the other rate>`, each with `_ci_low` and `_ci_high`; `missed`, the mean
-        number of missed positives a run, `positives` a run, and the same for the `negatives` and the `signed_out`;
-        `val_sensitivity` and `val_specificity`, which the same cuts have where they were chosen.
+        `sensitivity`, `specificity`, `test_curve_<the other rate>`, each with `_ci_low` and
+        `_ci_high`; `missed`, the mean number of missed positives a run, `positives` a run, and the
+        same for the `negatives` and the `signed_out`; `val_sensitivity` and `val_specificity`,
+        which the same cuts have where they were chosen.
     """
     weights = resample_runs(test, resamples, seed)
     cuts = [threshold_for(held, run.targets == 1, run.probabilities[:, 1]) for run in val]
-    samples: dict[str, list[np.ndarray]] = {SENSITIVITY: [], SPECIFICITY: [], f"test_curve_{held.other}": []}
+    samples: dict[str, list[np.ndarray]] = {
+        SENSITIVITY: [],
+        SPECIFICITY: [],
+        f"test_curve_{held.other}": [],
+    }
     for run, cut in zip(test, cuts, strict=True):
         # the first weighting is the slides as they are
         each = np.concatenate([np.ones((1, len(run.cases))), weights[run.fold]])
@@ -103,12 +111,19 @@ def _counts(test: Sequence[Predictions], cuts: Sequence[float]) -> dict[str, flo
     counted = []
     for run, cut in zip(test, cuts, strict=True):
         positive, below = run.targets == 1, run.probabilities[:, 1] < cut
-        counted.append([positive.sum(), (positive & below).sum(), (~positive).sum(), (~positive & below).sum()])
+        counted.append(
+            [positive.sum(), (positive & below).sum(), (~positive).sum(), (~positive & below).sum()]
+        )
     names = ("positives", "missed", "negatives", "signed_out")
     return dict(zip(names, np.mean(counted, axis=0).tolist(), strict=True))
 
 
 def _where_chosen(val: Sequence[Predictions], cuts: Sequence[float]) -> dict[str, float]:
-    reached = [achieved(run, cut, np.ones((1, len(run.cases)))) for run, cut in zip(val, cuts, strict=True)]
-    rates = {f"val_{name}": float(np.mean([r[name][0] for r in reached])) for name in (SENSITIVITY, SPECIFICITY)}
+    reached = [
+        achieved(run, cut, np.ones((1, len(run.cases)))) for run, cut in zip(val, cuts, strict=True)
+    ]
+    rates = {
+        f"val_{name}": float(np.mean([r[name][0] for r in reached]))
+        for name in (SENSITIVITY, SPECIFICITY)
+    }
     return rates | {"val_positives": float(np.mean([(run.targets == 1).sum() for run in val]))}

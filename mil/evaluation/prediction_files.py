@@ -2,12 +2,13 @@
 
 Columns: `slide_id`, `case_id`, and by kind of task
 
-    binary, multiclass, ordinal   label, prob_<class> for every class
-    multilabel                    label (names joined by '|', '-' for none), prob_<label> for every label
-    cox, discrete                 time, event (0 or 1), risk
+    binary, multiclass, ordinal   label, prob_<class> for every class multilabel
+    label (names joined by '|', '-' for none), prob_<label> for every label cox, discrete
+    time, event (0 or 1), risk
 
-Optional: `model` (else the file's name), `feature_set`, `seed`, `fold`, `split` (val or test; without it all rows are
-test). Cuts and temperature come from the rows with split val; without any the most probable class is called (with several
+Optional: `model` (else the file's name), `feature_set`, `seed`, `fold`, `split` (val or test;
+without it all rows are test). Cuts and temperature come from the rows with split val; without any
+the most probable class is called (with several
 labels: 0.5) and nothing is scaled.
 """
 
@@ -36,11 +37,16 @@ def read_table(path: str | Path) -> tuple[list[str], Rows]:
     absent = [name for name in ("slide_id", "case_id") if name not in header]
     if absent or not rows:
         found = ", ".join(header) if absent else "no rows"
-        raise UserError(f"{path}: expected rows with slide_id and case_id, found {found or 'nothing'}")
+        raise UserError(
+            f"{path}: expected rows with slide_id and case_id, found {found or 'nothing'}"
+        )
     for number, row in enumerate(rows, start=2):
         for name in ("slide_id", "case_id"):
             if not (row[name] or "").strip():
-                raise UserError(f"{path}, line {number}: expected a {name}, found none; without patients, repeat the slide_id")
+                raise UserError(
+                    f"{path}, line {number}: expected a {name}, found none; without patients, "
+                    "repeat the slide_id"
+                )
     return header, rows
 
 
@@ -58,23 +64,36 @@ def read_runs(path: str | Path, task: Task) -> list[Finished]:
     """The runs of a table: one a feature set, model, seed and fold.
 
     Raises:
-        UserError: a column is missing, a value is no number or out of range, a label is unknown, a slide is twice in a run.
+        UserError: a column is missing, a value is no number or out of range, a label is unknown, a
+            slide is twice in a run.
     """
     header, rows = read_table(path)
-    needed = ["time", "event", "risk"] if task.kind in SURVIVAL else ["label", *(f"prob_{name}" for name in task.classes)]
+    needed = (
+        ["time", "event", "risk"]
+        if task.kind in SURVIVAL
+        else ["label", *(f"prob_{name}" for name in task.classes)]
+    )
     absent = [name for name in needed if name not in header]
     if absent:
-        raise UserError(f"{path}: task={task.kind}: expected the columns {', '.join(needed)}, found no {absent[0]}")
+        raise UserError(
+            f"{path}: task={task.kind}: expected the columns {', '.join(needed)}, found no "
+            f"{absent[0]}"
+        )
     runs: dict[tuple[str, str, int, int], dict[str, Rows]] = {}
     for row in rows:
         feature_set = row.get("feature_set") or ""
         if feature_set:
             safe_id(feature_set, f"{path}: feature set")  # it becomes part of a picture's file name
         place = (feature_set, row.get("model") or Path(path).stem)
-        sides = runs.setdefault((*place, _integer(row, "seed", path), _integer(row, "fold", path)), {"val": [], "test": []})
+        sides = runs.setdefault(
+            (*place, _integer(row, "seed", path), _integer(row, "fold", path)),
+            {"val": [], "test": []},
+        )
         split = row.get("split") or "test"
         if split not in sides:
-            raise UserError(f"{path}: slide {row['slide_id']}: expected split val or test, found '{split}'")
+            raise UserError(
+                f"{path}: slide {row['slide_id']}: expected split val or test, found '{split}'"
+            )
         sides[split].append(row)
     for sides in runs.values():
         for side in sides.values():
@@ -84,29 +103,54 @@ def read_runs(path: str | Path, task: Task) -> list[Finished]:
     return [_run(path, task, *place, **runs[place]) for place in in_order]
 
 
-def _run(path: str | Path, task: Task, feature_set: str, model: str, seed: int, fold: int, val: Rows, test: Rows) -> Finished:
+def _run(
+    path: str | Path,
+    task: Task,
+    feature_set: str,
+    model: str,
+    seed: int,
+    fold: int,
+    val: Rows,
+    test: Rows,
+) -> Finished:
     for name, rows in (("val", val), ("test", test)):
         ids = [row["slide_id"] for row in rows]
-        twice = sorted({slide for slide in ids if ids.count(slide) > 1}) if len(set(ids)) < len(ids) else []
+        twice = (
+            sorted({slide for slide in ids if ids.count(slide) > 1})
+            if len(set(ids)) < len(ids)
+            else []
+        )
         if twice:
             raise UserError(
-                f"{path}: model {model}, fold {fold}: expected every {name} slide once, found twice: {named(twice)}"
+                f"{path}: model {model}, fold {fold}: expected every {name} slide once, found "
+                f"twice: {named(twice)}"
             )
     if not test:
-        raise UserError(f"{path}: model {model}, fold {fold}: expected rows with split test, found none")
+        raise UserError(
+            f"{path}: model {model}, fold {fold}: expected rows with split test, found none"
+        )
     both = sorted({row["case_id"] for row in val} & {row["case_id"] for row in test})
     if both:
-        raise UserError(f"{path}: model {model}, fold {fold}: {len(both)} cases are in val and in test: {named(both)}")
+        raise UserError(
+            f"{path}: model {model}, fold {fold}: {len(both)} cases are in val and in test: "
+            f"{named(both)}"
+        )
     said = predictions_of_rows(path, task, fold, test)
     if not val:
         return Finished(feature_set, model, seed, {}, said, test)
     chosen, said = cut_on_validation(task, predictions_of_rows(path, task, fold, val), said)
-    cuts = {name: getattr(said, name) for name in ("threshold", "temperature") if task.kind in {"binary", "multiclass"}}
+    cuts = {
+        name: getattr(said, name)
+        for name in ("threshold", "temperature")
+        if task.kind in {"binary", "multiclass"}
+    }
     return Finished(feature_set, model, seed, cuts, said, test, chosen)
 
 
 def _integer(row: dict[str, str], name: str, path: str | Path) -> int:
     text = row.get(name) or "0"
     if not text.lstrip("-").isdigit():
-        raise UserError(f"{path}: slide {row['slide_id']}: expected a whole number in {name}, found '{text}'")
+        raise UserError(
+            f"{path}: slide {row['slide_id']}: expected a whole number in {name}, found '{text}'"
+        )
     return int(text)

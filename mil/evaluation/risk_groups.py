@@ -1,10 +1,12 @@
-"""Patients of higher and of lower risk than the median: their Kaplan-Meier curves and the log-rank test.
+"""Patients of higher and of lower risk than the median: their Kaplan-Meier curves and the log-rank
+test.
 
-A patient counts once: a run's risk of a patient is the mean over the slides, time and event are those of the first slide.
-Each run cuts at the median risk of its validation patients (of its test patients where there are none), since the risks of
-two models have no common scale; a patient belongs to the higher half when most of the runs that tested the patient say so
-(equally many: higher). Curves (Kaplan, Meier, JASA 1958) with Greenwood's variance on the log-log scale, log-rank test
-(Mantel 1966): scipy's.
+A patient counts once: a run's risk of a patient is the mean over the slides, time and event are
+those of the first slide. Each run cuts at the median risk of its validation patients (of its test
+patients where there are none), since the risks of two models have no common scale; a patient
+belongs to the higher half when most of the runs that tested the patient say so (equally many:
+higher). Curves (Kaplan, Meier, JASA 1958) with Greenwood's variance on the log-log scale, log-rank
+test (Mantel 1966): scipy's.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ class RiskGroups:
 
     @property
     def p(self) -> float:
-        """Of the log-rank test that both halves have one survival; NaN without both, or without an event."""
+        """Of the log-rank test that both halves have one survival; NaN without both, or without an
+        event.
+        """
         if self.high.all() or not self.high.any() or not self.events.any():
             return float("nan")
         halves = (censored(self.times[part], self.events[part]) for part in (self.high, ~self.high))
@@ -44,7 +48,9 @@ class RiskGroups:
 
 @dataclass(frozen=True)
 class Curve:
-    """Steps of a survival function: at `times` it falls to `survival`, with a 95 % band (NaN where it does not exist)."""
+    """Steps of a survival function: at `times` it falls to `survival`, with a 95 % band (NaN where
+    it does not exist).
+    """
 
     times: np.ndarray
     survival: np.ndarray
@@ -59,7 +65,10 @@ def censored(times: np.ndarray, events: np.ndarray) -> CensoredData:
 
 def patient_risks(said: RiskPredictions) -> dict[str, float]:
     """Mean risk of every patient's slides."""
-    return {case: float(said.risks[said.cases == case].mean()) for case in np.unique(said.cases).tolist()}
+    return {
+        case: float(said.risks[said.cases == case].mean())
+        for case in np.unique(said.cases).tolist()
+    }
 
 
 def risk_groups(runs: Sequence[Finished]) -> RiskGroups:
@@ -68,28 +77,44 @@ def risk_groups(runs: Sequence[Finished]) -> RiskGroups:
     followed: dict[str, tuple[float, bool]] = {}
     for run in runs:
         risks = patient_risks(run.test)
-        cut = float(np.median(list((risks if run.val is None else patient_risks(run.val)).values())))
+        cut = float(
+            np.median(list((risks if run.val is None else patient_risks(run.val)).values()))
+        )
         for case, risk in risks.items():
             votes.setdefault(case, []).append(risk > cut)
             first = int(np.argmax(run.test.cases == case))
             followed.setdefault(case, (float(run.test.times[first]), bool(run.test.events[first])))
     cases = sorted(votes)
-    times, events = (np.array(column) for column in zip(*(followed[case] for case in cases), strict=True))
-    return RiskGroups(times, events, np.array([2 * sum(votes[case]) >= len(votes[case]) for case in cases]))
+    times, events = (
+        np.array(column) for column in zip(*(followed[case] for case in cases), strict=True)
+    )
+    return RiskGroups(
+        times, events, np.array([2 * sum(votes[case]) >= len(votes[case]) for case in cases])
+    )
 
 
 def kaplan_meier(times: np.ndarray, events: np.ndarray) -> Curve:
     """The product-limit estimate of one group."""
     survival = ecdf(censored(times, events)).sf
     if not events.any():  # scipy's interval needs an event
-        return Curve(survival.quantiles, survival.probabilities, *[np.full(len(survival.quantiles), np.nan)] * 2)
-    with warnings.catch_warnings():  # there is no band before the first event, nor at 0, which scipy warns of
+        return Curve(
+            survival.quantiles,
+            survival.probabilities,
+            *[np.full(len(survival.quantiles), np.nan)] * 2,
+        )
+    with (
+        warnings.catch_warnings()
+    ):  # there is no band before the first event, nor at 0, which scipy warns of
         warnings.simplefilter("ignore", RuntimeWarning)
         band = survival.confidence_interval(method="log-log")
-    return Curve(survival.quantiles, survival.probabilities, band.low.probabilities, band.high.probabilities)
+    return Curve(
+        survival.quantiles, survival.probabilities, band.low.probabilities, band.high.probabilities
+    )
 
 
 def median_survival(curve: Curve) -> float | None:
-    """The first time by which at most half are without an event; None when the curve does not fall so far."""
+    """The first time by which at most half are without an event; None when the curve does not fall
+    so far.
+    """
     below = np.flatnonzero(curve.survival <= 0.5 + 1e-12)
     return float(curve.times[below[0]]) if len(below) else None

@@ -1,4 +1,6 @@
-"""The tables of a benchmark, made from its run directories alone: the same whether it ran in one go or in ten."""
+"""The tables of a benchmark, made from its run directories alone: the same whether it ran in one go
+or in ten.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ class Finished:
         results: what else is known of the run; results.csv takes some of it.
         test: predictions of the task's kind.
         rows: of the test slides.
-        val: predictions on the validation slides, from which cuts and temperature come; None: there are none.
+        val: predictions on the validation slides, from which cuts and temperature come; None: there
+            are none.
     """
 
     feature_set: str
@@ -69,36 +72,66 @@ def read_finished(path: Path, feature_set: str, task: Task) -> Finished:
 
 
 def read_side(path: Path, feature_set: str, task: Task, split: str) -> Finished | None:
-    """A finished run with `test` and `rows` of its slides of `split` (test or val); None where it has none of them.
+    """A finished run with `test` and `rows` of its slides of `split` (test or val); None where it
+    has none of them.
 
     Raises:
         UserError: not finished, no predictions, or those of another task.
     """
-    results, table = read_json(path / "results.json", "a finished run of mil.train or mil.benchmark"), path / "predictions.csv"
+    results, table = (
+        read_json(path / "results.json", "a finished run of mil.train or mil.benchmark"),
+        path / "predictions.csv",
+    )
     if not table.is_file():
         raise UserError(f"{table}: expected the run's predictions, found no file; train again")
     with table.open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    sides = {name: found for name in ("val", "test") if (found := [row for row in rows if row["split"] == name])}
+    sides = {
+        name: found
+        for name in ("val", "test")
+        if (found := [row for row in rows if row["split"] == name])
+    }
     if split not in sides:
         return None
     try:
-        said = {name: predictions_of_rows(table, task, results["fold"], found) for name, found in sides.items()}
+        said = {
+            name: predictions_of_rows(table, task, results["fold"], found)
+            for name, found in sides.items()
+        }
     except KeyError as error:
-        raise UserError(f"{table}: expected the columns of a run of {task.kind}, {error} is missing; train again") from None
+        raise UserError(
+            f"{table}: expected the columns of a run of {task.kind}, {error} is missing; train "
+            "again"
+        ) from None
     if "val" in said:
         said["val"], said[split] = cut_on_validation(task, said["val"], said[split])
-    if task.kind in {"binary", "multiclass"}:  # the training has chosen its cut, of float32 probabilities
+    if task.kind in {
+        "binary",
+        "multiclass",
+    }:  # the training has chosen its cut, of float32 probabilities
         said = {name: replace(part, threshold=results["threshold"]) for name, part in said.items()}
         results |= {"temperature": said[split].temperature}
-    return Finished(feature_set, results["model"], results["seed"], results, said[split], sides[split], said.get("val"))
+    return Finished(
+        feature_set,
+        results["model"],
+        results["seed"],
+        results,
+        said[split],
+        sides[split],
+        said.get("val"),
+    )
 
 
 def write_results(output: Path, finished: Sequence[Finished], task: Task) -> list[dict[str, Any]]:
     """results.csv: one row a feature set, model, seed and fold; returns the rows."""
     extra = (*task.chosen, "best_epoch", "epochs")
     rows = [
-        {"feature_set": run.feature_set, "model": run.model, "seed": run.seed, "fold": run.test.fold}
+        {
+            "feature_set": run.feature_set,
+            "model": run.model,
+            "seed": run.seed,
+            "fold": run.test.fold,
+        }
         | {name: repr(float(value[0])) for name, value in task.judge(run.test).items()}
         | {name: run.results.get(name) for name in extra}
         for run in finished
@@ -110,7 +143,9 @@ def write_results(output: Path, finished: Sequence[Finished], task: Task) -> lis
 def write_predictions(output: Path, finished: Sequence[Finished]) -> None:
     """predictions.csv: test slides of every run."""
     rows = [
-        {"feature_set": run.feature_set, "model": run.model, "seed": run.seed, **row} for run in finished for row in run.rows
+        {"feature_set": run.feature_set, "model": run.model, "seed": run.seed, **row}
+        for run in finished
+        for row in run.rows
     ]
     write_csv(output / "predictions.csv", list(rows[0]), rows)
 
@@ -124,13 +159,18 @@ def grouped(finished: Sequence[Finished]) -> dict[tuple[str, str], list[Finished
 
 
 def resampled(finished: Sequence[Finished], task: Task, resamples: int, seed: int) -> Samples:
-    """Bootstrap by patient of every metric, by (feature set, model); the same patients in every one of them."""
+    """Bootstrap by patient of every metric, by (feature set, model); the same patients in every one
+    of them.
+    """
     return {
-        place: bootstrap([run.test for run in runs], resamples, seed, task.judge) for place, runs in grouped(finished).items()
+        place: bootstrap([run.test for run in runs], resamples, seed, task.judge)
+        for place, runs in grouped(finished).items()
     }
 
 
-def summarise_sets(finished: Sequence[Finished], task: Task, samples: Samples) -> dict[str, dict[str, dict[str, Any]]]:
+def summarise_sets(
+    finished: Sequence[Finished], task: Task, samples: Samples
+) -> dict[str, dict[str, dict[str, Any]]]:
     """Feature set -> model -> means, stds and intervals; a mean that does not exist is None.
 
     With `<headline metric>_difference` to the first set on the same folds and seeds.
@@ -161,26 +201,42 @@ def _places(runs: Sequence[Finished]) -> set[tuple[int, int]]:
 
 
 def add_headline(
-    summary: Mapping[str, dict[str, Any]], cost: Mapping[str, Mapping[str, Any]], headline: str, metric: str = "auc"
+    summary: Mapping[str, dict[str, Any]],
+    cost: Mapping[str, Mapping[str, Any]],
+    headline: str,
+    metric: str = "auc",
 ) -> dict[str, dict[str, Any]]:
-    """summary.json's `feature_sets`: per model, plus the headline model's metric and the encoder's cost (None: unknown)."""
+    """summary.json's `feature_sets`: per model, plus the headline model's metric and the encoder's
+    cost (None: unknown).
+    """
     combined = {}
     for name, models in summary.items():
         best = models.get(headline, {})
-        combined[name] = dict(models) | {key: best.get(key) for key in (f"{metric}_mean", f"{metric}_ci")}
+        combined[name] = dict(models) | {
+            key: best.get(key) for key in (f"{metric}_mean", f"{metric}_ci")
+        }
         combined[name] |= {key: cost.get(name, {}).get(key) for key in COST_KEYS}
     return combined
 
 
-def summary_rows(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], metrics: Sequence[str]) -> list[dict[str, Any]]:
+def summary_rows(
+    summary: Mapping[str, Mapping[str, Mapping[str, Any]]], metrics: Sequence[str]
+) -> list[dict[str, Any]]:
     """One row a feature set and model: `<metric>_mean`, `_std`, `_ci_low`, `_ci_high`."""
     rows = []
     for feature_set, models in summary.items():
         for model, values in models.items():
-            row: dict[str, Any] = {"feature_set": feature_set, "model": model, "runs": values["runs"]}
+            row: dict[str, Any] = {
+                "feature_set": feature_set,
+                "model": model,
+                "runs": values["runs"],
+            }
             for metric in metrics:
                 low, high = values[f"{metric}_ci"] or (None, None)
-                row |= {f"{metric}_mean": values[f"{metric}_mean"], f"{metric}_std": values[f"{metric}_std"]}
+                row |= {
+                    f"{metric}_mean": values[f"{metric}_mean"],
+                    f"{metric}_std": values[f"{metric}_std"],
+                }
                 row |= {f"{metric}_ci_low": low, f"{metric}_ci_high": high}
             rows.append(row | {"resamples_skipped": values["resamples_skipped"]})
     return rows
@@ -206,11 +262,24 @@ def number(value: float | int | None) -> str:
 
 
 def text_table(
-    feature_sets: Mapping[str, Mapping[str, Any]], models: Sequence[str], metrics: Sequence[str] = CLASS_COLUMNS
+    feature_sets: Mapping[str, Mapping[str, Any]],
+    models: Sequence[str],
+    metrics: Sequence[str] = CLASS_COLUMNS,
 ) -> str:
-    """The benchmark for a terminal, one row a feature set and model; the first metric with its interval."""
+    """The benchmark for a terminal, one row a feature set and model; the first metric with its
+    interval.
+    """
     first, *others = (SHORT.get(metric, metric.replace("_", " ")) for metric in metrics)
-    header = ["feature set", "dim", "params", "GFLOPs/tile", "tiles/s", "model", f"{first} [95 % CI]", *others]
+    header = [
+        "feature set",
+        "dim",
+        "params",
+        "GFLOPs/tile",
+        "tiles/s",
+        "model",
+        f"{first} [95 % CI]",
+        *others,
+    ]
     rows = [header]
     for name, entry in feature_sets.items():
         encoder = [name, *(number(entry[key]) for key in COST_KEYS)]
@@ -219,9 +288,19 @@ def text_table(
                 continue
             values = entry[model]
             cells = [with_interval(values[f"{metric}_mean"], None) for metric in metrics[1:]]
-            rows.append([*encoder, model, with_interval(values[f"{metrics[0]}_mean"], values[f"{metrics[0]}_ci"]), *cells])
+            rows.append(
+                [
+                    *encoder,
+                    model,
+                    with_interval(values[f"{metrics[0]}_mean"], values[f"{metrics[0]}_ci"]),
+                    *cells,
+                ]
+            )
             encoder = [""] * len(encoder)
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
     lines.insert(1, "-" * max(map(len, lines)))
     return "\n".join(lines)

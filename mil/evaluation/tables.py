@@ -1,4 +1,6 @@
-"""Everything that is written about a set of runs: CSV tables, a Markdown and a LaTeX table, a workbook."""
+"""Everything that is written about a set of runs: CSV tables, a Markdown and a LaTeX table, a
+workbook.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,23 @@ from typing import Any
 from common.errors import UserError
 from common.files import atomic_path, write_csv, write_text
 from mil.evaluation.comparisons import comparison_table
-from mil.evaluation.operating import FIXED, SCREENING, SENSITIVITY, SPECIFICITY, Held, operating_point
-from mil.evaluation.runs import Finished, grouped, resampled, summarise_sets, summary_rows, with_interval, write_results
+from mil.evaluation.operating import (
+    FIXED,
+    SCREENING,
+    SENSITIVITY,
+    SPECIFICITY,
+    Held,
+    operating_point,
+)
+from mil.evaluation.runs import (
+    Finished,
+    grouped,
+    resampled,
+    summarise_sets,
+    summary_rows,
+    with_interval,
+    write_results,
+)
 from mil.evaluation.task_tables import confusion_rows, per_label_rows, risk_group_rows
 from mil.tasks.kinds import Task
 from mil.tasks.task import SURVIVAL
@@ -50,12 +67,20 @@ class Table:
 
 
 def write_evaluation(
-    output: Path, finished: Sequence[Finished], task: Task, resamples: int, seed: int, workbook: bool = False
+    output: Path,
+    finished: Sequence[Finished],
+    task: Task,
+    resamples: int,
+    seed: int,
+    workbook: bool = False,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """results.csv, summary.csv, summary.md, summary.tex, and the tables of the task; evaluation.xlsx on request.
+    """results.csv, summary.csv, summary.md, summary.tex, and the tables of the task;
+    evaluation.xlsx on request.
 
-    Classes: delong.csv; two of them, where the runs have validation slides: operating_points.csv and screening.csv.
-    Labels: delong.csv and labels.csv. Grades: comparisons.csv and confusion.csv. Survival: comparisons.csv, risk_groups.csv.
+    Classes: delong.csv; two of them, where the runs have validation slides: operating_points.csv
+    and screening.csv.
+    Labels: delong.csv and labels.csv. Grades: comparisons.csv and confusion.csv. Survival:
+    comparisons.csv, risk_groups.csv.
 
     Returns:
         Feature set -> model -> means, stds and intervals.
@@ -84,7 +109,10 @@ def task_tables(finished: Sequence[Finished], task: Task, resamples: int, seed: 
     """What only one kind of task has."""
     if task.kind == "binary" and all(run.val is not None for run in finished):
         points = operating_rows(finished, FIXED, resamples, seed)
-        return [Table("operating_points", points), Table("screening", screening_rows(finished, resamples, seed))]
+        return [
+            Table("operating_points", points),
+            Table("screening", screening_rows(finished, resamples, seed)),
+        ]
     if task.kind == "multilabel":
         return [Table("labels", per_label_rows(finished, task.classes, resamples, seed))]
     if task.kind == "ordinal":
@@ -94,12 +122,16 @@ def task_tables(finished: Sequence[Finished], task: Task, resamples: int, seed: 
     return []
 
 
-def operating_rows(finished: Sequence[Finished], points: Sequence[Held], resamples: int, seed: int) -> list[dict[str, Any]]:
+def operating_rows(
+    finished: Sequence[Finished], points: Sequence[Held], resamples: int, seed: int
+) -> list[dict[str, Any]]:
     """One row a feature set, model and operating point."""
     rows = []
     for (feature_set, model), runs in grouped(finished).items():
         for held in points:
-            row = operating_point(held, [run.val for run in runs], [run.test for run in runs], resamples, seed)
+            row = operating_point(
+                held, [run.val for run in runs], [run.test for run in runs], resamples, seed
+            )
             rows.append({"feature_set": feature_set, "model": model, **row})
     return rows
 
@@ -107,13 +139,16 @@ def operating_rows(finished: Sequence[Finished], points: Sequence[Held], resampl
 def screening_rows(finished: Sequence[Finished], resamples: int, seed: int) -> list[dict[str, Any]]:
     """One row a feature set, model and wanted sensitivity: negatives signed out, positives missed.
 
-    `signed_out_share` is the specificity that the validation slides' cut has on the test slides, `missed_share` what its
-    sensitivity lacks to 1; `test_curve_signed_out_share` is the upper bound, with the cut chosen on the test slides.
+    `signed_out_share` is the specificity that the validation slides' cut has on the test slides,
+    `missed_share` what its sensitivity lacks to 1; `test_curve_signed_out_share` is the upper
+    bound, with the cut chosen on the test slides.
     """
     rows = []
     for row in operating_rows(finished, SCREENING, resamples, seed):
         shares: dict[str, Any] = {"signed_out_share": row[SPECIFICITY]}
-        shares |= {f"signed_out_share_{end}": row[f"{SPECIFICITY}_{end}"] for end in ("ci_low", "ci_high")}
+        shares |= {
+            f"signed_out_share_{end}": row[f"{SPECIFICITY}_{end}"] for end in ("ci_low", "ci_high")
+        }
         low, high = (row[f"{SENSITIVITY}_{end}"] for end in ("ci_low", "ci_high"))
         shares |= {"missed_share": 1 - row[SENSITIVITY]}
         shares |= {
@@ -124,7 +159,14 @@ def screening_rows(finished: Sequence[Finished], resamples: int, seed: int) -> l
         for end in ("", "_ci_low", "_ci_high"):
             shares[f"test_curve_signed_out_share{end}"] = row[f"test_curve_{SPECIFICITY}{end}"]
         shares |= {name: row[name] for name in ("val_sensitivity", "val_positives")}
-        rows.append({"feature_set": row["feature_set"], "model": row["model"], "wanted_sensitivity": row["target"], **shares})
+        rows.append(
+            {
+                "feature_set": row["feature_set"],
+                "model": row["model"],
+                "wanted_sensitivity": row["target"],
+                **shares,
+            }
+        )
     return rows
 
 
@@ -141,7 +183,9 @@ def best_of(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], metric: str)
 
 
 def markdown(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], task: Task) -> str:
-    """A row a feature set and model, `mean [95 % interval]`, the best mean of each column in bold."""
+    """A row a feature set and model, `mean [95 % interval]`, the best mean of each column in
+    bold.
+    """
     best = {metric: best_of(summary, metric) for metric in task.shown}
     lines = [["features", "model", *(title(metric) for metric in task.shown)]]
     lines.append(["---"] * len(lines[0]))
@@ -149,14 +193,21 @@ def markdown(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], task: Task)
         for model, values in models.items():
             cells = []
             for metric in task.shown:
-                mean, _, rest = with_interval(values[f"{metric}_mean"], values[f"{metric}_ci"]).partition(" ")
-                cells.append(" ".join(filter(None, [f"**{mean}**" if mean == best[metric] else mean, rest])))
-            lines.append([feature_set.replace("|", "\\|") or "-", model.replace("|", "\\|"), *cells])
+                mean, _, rest = with_interval(
+                    values[f"{metric}_mean"], values[f"{metric}_ci"]
+                ).partition(" ")
+                cells.append(
+                    " ".join(filter(None, [f"**{mean}**" if mean == best[metric] else mean, rest]))
+                )
+            lines.append(
+                [feature_set.replace("|", "\\|") or "-", model.replace("|", "\\|"), *cells]
+            )
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
 LATEX = str.maketrans(
-    {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    {c: f"\\{c}" for c in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 )
 
 
@@ -164,18 +215,31 @@ def latex(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], task: Task) ->
     """The Markdown table's content as a booktabs `tabular`, intervals small below their means."""
     best = {metric: best_of(summary, metric) for metric in task.shown}
     header = ["features", "model", *(title(metric).translate(LATEX) for metric in task.shown)]
-    lines = ["% \\usepackage{booktabs}", f"\\begin{{tabular}}{{ll{'c' * len(task.shown)}}}", "\\toprule"]
+    lines = [
+        "% \\usepackage{booktabs}",
+        f"\\begin{{tabular}}{{ll{'c' * len(task.shown)}}}",
+        "\\toprule",
+    ]
     lines += [" & ".join(header) + r" \\", "\\midrule"]
     for number, (feature_set, models) in enumerate(summary.items()):
         lines += ["\\addlinespace"] if number else []
         for place, (model, values) in enumerate(models.items()):
             means, intervals = [], []
             for metric in task.shown:
-                mean, _, rest = with_interval(values[f"{metric}_mean"], values[f"{metric}_ci"]).partition(" ")
+                mean, _, rest = with_interval(
+                    values[f"{metric}_mean"], values[f"{metric}_ci"]
+                ).partition(" ")
                 means.append(f"\\textbf{{{mean}}}" if mean == best[metric] else mean)
                 intervals.append(f"{{\\scriptsize {rest}}}" if rest else "")
             lines.append(
-                " & ".join(["" if place else feature_set.translate(LATEX) or "-", model.translate(LATEX), *means]) + r" \\"
+                " & ".join(
+                    [
+                        "" if place else feature_set.translate(LATEX) or "-",
+                        model.translate(LATEX),
+                        *means,
+                    ]
+                )
+                + r" \\"
             )
             lines.append(" & ".join(["", "", *intervals]) + r" \\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
@@ -185,7 +249,9 @@ def _openpyxl() -> Any:
     try:
         import openpyxl
     except ImportError:
-        raise UserError("xlsx=true: expected the package openpyxl, found none; pip install 'openpyxl>=3.1,<4'") from None
+        raise UserError(
+            "xlsx=true: expected the package openpyxl, found none; pip install 'openpyxl>=3.1,<4'"
+        ) from None
     return openpyxl
 
 

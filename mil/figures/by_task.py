@@ -1,4 +1,6 @@
-"""Pictures that one kind of task has: ROC curves label by label, survival of the risk halves, grades against called grades."""
+"""Pictures that one kind of task has: ROC curves label by label, survival of the risk halves,
+grades against called grades.
+"""
 
 from __future__ import annotations
 
@@ -34,21 +36,34 @@ def draw_task(folder: Path, finished: Sequence[Finished], task: Task, form: str)
     for name, models in sets.items():
         start = f"{name}_" if name else ""
         if task.kind == "multilabel":
-            written.append(save_picture(label_figure(models, task.classes), folder / f"{start}labels.{form}"))
+            written.append(
+                save_picture(label_figure(models, task.classes), folder / f"{start}labels.{form}")
+            )
         elif task.kind == "ordinal":
-            written.append(save_picture(grade_figure(models, task.classes), folder / f"{start}confusion.{form}"))
+            written.append(
+                save_picture(
+                    grade_figure(models, task.classes), folder / f"{start}confusion.{form}"
+                )
+            )
         elif task.kind in SURVIVAL:
             halves = {model: risk_groups(runs) for model, runs in models.items()}
-            written.append(save_picture(survival_figure(halves), folder / f"{start}survival.{form}"))
+            written.append(
+                save_picture(survival_figure(halves), folder / f"{start}survival.{form}")
+            )
     return written
 
 
 def label_figure(runs: Mapping[str, Sequence[Finished]], labels: Sequence[str]) -> Figure:
-    """ROC curves, a panel a label, a line a model or feature set: means over the runs whose test slides are of both kinds."""
+    """ROC curves, a panel a label, a line a model or feature set: means over the runs whose test
+    slides are of both kinds.
+    """
     across = min(len(labels), LABELS_ACROSS)
     down, few = -(-len(labels) // across), len(runs) <= BANDS
     with rc_context(STYLE):
-        figure = Figure(figsize=(3.1 * across, 3.3 * down + (0 if few else 0.4 + 0.09 * len(runs))), layout="constrained")
+        figure = Figure(
+            figsize=(3.1 * across, 3.3 * down + (0 if few else 0.4 + 0.09 * len(runs))),
+            layout="constrained",
+        )
         panels = figure.subplots(down, across, squeeze=False).ravel()
         for axes in panels[len(labels) :]:
             axes.set_axis_off()
@@ -62,9 +77,21 @@ def label_figure(runs: Mapping[str, Sequence[Finished]], labels: Sequence[str]) 
             axes.set_ylabel("sensitivity" if column % across == 0 else "")
             axes.set_title(label, fontsize=9)
             if few:
-                axes.legend(loc="lower right", frameon=False, fontsize=8, title="mean AUC", title_fontsize=8, alignment="right")
+                axes.legend(
+                    loc="lower right",
+                    frameon=False,
+                    fontsize=8,
+                    title="mean AUC",
+                    title_fontsize=8,
+                    alignment="right",
+                )
         if not few:
-            figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=2)
+            figure.legend(
+                *panels[0].get_legend_handles_labels(),
+                loc="outside lower center",
+                frameon=False,
+                ncols=2,
+            )
         return figure
 
 
@@ -79,7 +106,9 @@ def _mean_of_label(said: Sequence[LabelPredictions], column: int) -> tuple[np.nd
 
 
 def survival_figure(groups: Mapping[str, RiskGroups]) -> Figure:
-    """Kaplan-Meier curves of the two halves with 95 % bands, ticks where patients were censored, and patients at risk."""
+    """Kaplan-Meier curves of the two halves with 95 % bands, ticks where patients were censored,
+    and patients at risk.
+    """
     down = -(-len(groups) // ACROSS)
     with rc_context(STYLE):
         figure = Figure(figsize=(4.6 * min(len(groups), ACROSS), 3.9 * down), layout="constrained")
@@ -88,7 +117,11 @@ def survival_figure(groups: Mapping[str, RiskGroups]) -> Figure:
             curves, below = panel.subplots(2, 1, sharex=True, height_ratios=[4, 1])
             _draw_curves(curves, halves)
             _write_at_risk(below, halves)
-            said = "" if np.isnan(halves.p) else f", log-rank p {'< 0.001' if halves.p < 0.001 else f'= {halves.p:.3f}'}"
+            said = (
+                ""
+                if np.isnan(halves.p)
+                else f", log-rank p {'< 0.001' if halves.p < 0.001 else f'= {halves.p:.3f}'}"
+            )
             curves.set_title(f"{title}{said}", fontsize=9)
         return figure
 
@@ -101,7 +134,10 @@ def _draw_curves(axes: Axes, halves: RiskGroups) -> None:
         curve = kaplan_meier(halves.times[part], halves.events[part])
         times, survival = np.append(0, curve.times), np.append(1, curve.survival)
         axes.step(times, survival, where="post", color=colour, linewidth=1.6)
-        low, high_end = (np.append(1, np.where(np.isnan(end), curve.survival, end)) for end in (curve.low, curve.high))
+        low, high_end = (
+            np.append(1, np.where(np.isnan(end), curve.survival, end))
+            for end in (curve.low, curve.high)
+        )
         axes.fill_between(times, low, high_end, step="post", color=colour, alpha=0.13, linewidth=0)
         ends = halves.times[part & ~halves.events]
         at = survival[np.searchsorted(times, ends, side="right") - 1]
@@ -115,18 +151,39 @@ def _write_at_risk(axes: Axes, halves: RiskGroups) -> None:
     ticks = [tick for tick in axes.get_xticks() if 0 <= tick <= halves.times.max()]
     for row, (name, high, colour) in enumerate(HALVES):
         times = halves.times[halves.high == high]
-        axes.annotate(name, (0, row), (-14, 0), textcoords="offset points", color=colour, ha="right", va="center", fontsize=8)
+        axes.annotate(
+            name,
+            (0, row),
+            (-14, 0),
+            textcoords="offset points",
+            color=colour,
+            ha="right",
+            va="center",
+            fontsize=8,
+        )
         for tick in ticks:
-            axes.text(tick, row, str(int((times >= tick).sum())), color=colour, ha="center", va="center", fontsize=8)
+            axes.text(
+                tick,
+                row,
+                str(int((times >= tick).sum())),
+                color=colour,
+                ha="center",
+                va="center",
+                fontsize=8,
+            )
     axes.set(ylim=(1.6, -0.6), yticks=[], xticks=ticks, xlabel="time; numbers: patients at risk")
     axes.spines["left"].set_visible(False)
 
 
 def grade_figure(runs: Mapping[str, Sequence[Finished]], grades: Sequence[str]) -> Figure:
-    """True against called grade: slides in each cell (folds summed, mean over seeds); colour: share of the true grade."""
+    """True against called grade: slides in each cell (folds summed, mean over seeds); colour: share
+    of the true grade.
+    """
     side, down = 1.5 + 0.5 * len(grades), -(-len(runs) // ACROSS)
     with rc_context(STYLE):
-        figure = Figure(figsize=(side * min(len(runs), ACROSS) + 0.4, side * down), layout="constrained")
+        figure = Figure(
+            figsize=(side * min(len(runs), ACROSS) + 0.4, side * down), layout="constrained"
+        )
         panels = figure.subplots(down, min(len(runs), ACROSS), squeeze=False).ravel()
         for axes in panels[len(runs) :]:
             axes.set_axis_off()
@@ -138,7 +195,14 @@ def grade_figure(runs: Mapping[str, Sequence[Finished]], grades: Sequence[str]) 
                 colour = "white" if shares[true, called] > 0.55 else "#333333"
                 axes.text(called, true, f"{count:.3g}", ha="center", va="center", color=colour)
             places = range(len(grades))
-            axes.set(xticks=places, yticks=places, xticklabels=grades, yticklabels=grades, xlabel="called", ylabel="true grade")
+            axes.set(
+                xticks=places,
+                yticks=places,
+                xticklabels=grades,
+                yticklabels=grades,
+                xlabel="called",
+                ylabel="true grade",
+            )
             axes.set_title(title, fontsize=9)
             axes.spines[:].set_visible(False)
         return figure

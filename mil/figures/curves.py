@@ -1,8 +1,10 @@
-"""Pictures of an evaluation, one file a kind and feature set: ROC, precision-recall, reliability, screening.
+"""Pictures of an evaluation, one file a kind and feature set: ROC, precision-recall, reliability,
+screening.
 
-ROC and precision-recall are means over folds and seeds (and classes) of the curves, read off at the same abscissa, with
-the middle 95 % of 300 resamples by patient as the band: no score of one fold is ranked against one of another.
-Reliability pools all test slides, since a probability claims to mean the same in every fold.
+ROC and precision-recall are means over folds and seeds (and classes) of the curves, read off at the
+same abscissa, with the middle 95 % of 300 resamples by patient as the band: no score of one fold is
+ranked against one of another. Reliability pools all test slides, since a probability claims to mean
+the same in every fold.
 """
 
 from __future__ import annotations
@@ -17,7 +19,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from common.metrics.calibration import apply_temperature, expected_calibration_error, reliability, stated_and_true
+from common.metrics.calibration import (
+    apply_temperature,
+    expected_calibration_error,
+    reliability,
+    stated_and_true,
+)
 from common.metrics.ranking import GRID, precision_curves, roc_curves
 from mil.evaluation.runs import Finished, grouped
 from mil.figures.report import COLOURS, STYLE, save_picture
@@ -32,9 +39,15 @@ Curves = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 def draw_all(
-    folder: Path, finished: Sequence[Finished], screening: Sequence[Mapping[str, Any]], seed: int, form: str
+    folder: Path,
+    finished: Sequence[Finished],
+    screening: Sequence[Mapping[str, Any]],
+    seed: int,
+    form: str,
 ) -> list[Path]:
-    """roc, pr, reliability and, where there are rows for it, screening of every feature set, e.g. `student_roc.png`."""
+    """roc, pr, reliability and, where there are rows for it, screening of every feature set, e.g.
+    `student_roc.png`.
+    """
     written = []
     sets: dict[str, dict[str, list[Finished]]] = {}
     for (feature_set, model), runs in grouped(finished).items():
@@ -42,25 +55,38 @@ def draw_all(
     for name, models in sets.items():
         tests = {model: [run.test for run in runs] for model, runs in models.items()}
         figures = {
-            "roc": curve_figure(tests, roc_curves, auc, seed, ("1 - specificity", "sensitivity", "AUC")),
-            "pr": curve_figure(tests, precision_curves, auprc, seed, ("recall", "precision", "AUPRC")),
+            "roc": curve_figure(
+                tests, roc_curves, auc, seed, ("1 - specificity", "sensitivity", "AUC")
+            ),
+            "pr": curve_figure(
+                tests, precision_curves, auprc, seed, ("recall", "precision", "AUPRC")
+            ),
             "reliability": reliability_figure(tests),
         }
         rows = [row for row in screening if row["feature_set"] == name]
         if rows:
             figures["screening"] = screening_figure(rows)
         for kind, figure in figures.items():
-            written.append(save_picture(figure, folder / f"{f'{name}_' if name else ''}{kind}.{form}"))
+            written.append(
+                save_picture(figure, folder / f"{f'{name}_' if name else ''}{kind}.{form}")
+            )
     return written
 
 
 def looks(count: int) -> list[dict[str, Any]]:
     """Colour and dashes of each of `count` lines: all colours first, then the same ones dashed."""
-    return [{"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % len(DASHES)]} for i in range(count)]
+    return [
+        {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % len(DASHES)]}
+        for i in range(count)
+    ]
 
 
-def mean_curve(runs: Sequence[Predictions], curves: Curves, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The mean curve over runs (and classes) at GRID, (101,), and the middle 95 % of its resamples, (2, 101)."""
+def mean_curve(
+    runs: Sequence[Predictions], curves: Curves, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The mean curve over runs (and classes) at GRID, (101,), and the middle 95 % of its resamples,
+    (2, 101).
+    """
     weights = resample_runs(runs, RESAMPLES, seed)
     drawn = []
     for run in runs:
@@ -69,17 +95,25 @@ def mean_curve(runs: Sequence[Predictions], curves: Curves, seed: int) -> tuple[
             drawn.append(curves(run.targets == c, run.probabilities[:, c], each))
     mean = np.mean(drawn, axis=0)
     whole = mean[1:][~np.isnan(mean[1:]).any(1)]  # resamples that kept a class in every fold
-    return mean[0], np.percentile(whole, [2.5, 97.5], axis=0) if len(whole) else np.stack([mean[0]] * 2)
+    return mean[0], np.percentile(whole, [2.5, 97.5], axis=0) if len(whole) else np.stack(
+        [mean[0]] * 2
+    )
 
 
 def curve_figure(
-    models: Mapping[str, Sequence[Predictions]], curves: Curves, area: Any, seed: int, names: tuple[str, str, str]
+    models: Mapping[str, Sequence[Predictions]],
+    curves: Curves,
+    area: Any,
+    seed: int,
+    names: tuple[str, str, str],
 ) -> Figure:
     """ROC or precision-recall curves of all models, with bands for as many as can be told apart."""
     x, y, what = names
     few = len(models) <= BANDS
     with rc_context(STYLE):
-        figure = Figure(figsize=(4.8, 4.6 if few else 5.0 + 0.1 * len(models)), layout="constrained")
+        figure = Figure(
+            figsize=(4.8, 4.6 if few else 5.0 + 0.1 * len(models)), layout="constrained"
+        )
         axes = figure.add_subplot()
         axes.plot([0, 1], _chance(models, what), color="#bbbbbb", linewidth=0.8, linestyle="--")
         for (model, runs), look in zip(models.items(), looks(len(models)), strict=True):
@@ -92,23 +126,30 @@ def curve_figure(
         axes.set(xlabel=x, ylabel=y, xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), aspect="equal")
         if few:
             place = "lower right" if what == "AUC" else "lower left"
-            axes.legend(loc=place, frameon=False, title=f"mean {what}, band: 95 %", alignment="left")
+            axes.legend(
+                loc=place, frameon=False, title=f"mean {what}, band: 95 %", alignment="left"
+            )
         else:
             figure.legend(loc="outside lower center", frameon=False, title=f"mean {what}", ncols=2)
         return figure
 
 
 def _chance(models: Mapping[str, Sequence[Predictions]], what: str) -> list[float]:
-    """What a model without any knowledge has: the diagonal, or precision at the share of the class."""
+    """What a model without any knowledge has: the diagonal, or precision at the share of the
+    class.
+    """
     if what == "AUC":
         return [0.0, 1.0]
     runs = [run for of_model in models.values() for run in of_model]
     classes = runs[0].probabilities.shape[1]
-    return [float(np.mean([(run.targets == 1).mean() for run in runs])) if classes == 2 else 1 / classes] * 2
+    return [
+        float(np.mean([(run.targets == 1).mean() for run in runs])) if classes == 2 else 1 / classes
+    ] * 2
 
 
 def reliability_figure(models: Mapping[str, Sequence[Predictions]]) -> Figure:
-    """Stated probability against how often it came true, before (left) and after temperature scaling.
+    """Stated probability against how often it came true, before (left) and after temperature
+    scaling.
 
     Size: slides in the bin; bins of fewer than 5 slides are not joined by the line.
     """
@@ -117,34 +158,63 @@ def reliability_figure(models: Mapping[str, Sequence[Predictions]]) -> Figure:
         figure = Figure(figsize=(9.2, 5.6 + 0.2 * -(-len(models) // 3)), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for (model, runs), look in zip(models.items(), looks(len(models)), strict=True):
-            eces = [_draw_bins(axes, runs, look, scaled) for axes, scaled in zip(panels, (False, True), strict=True)]
+            eces = [
+                _draw_bins(axes, runs, look, scaled)
+                for axes, scaled in zip(panels, (False, True), strict=True)
+            ]
             panels[0].plot([], [], label=f"{model}  {eces[0]:.3f} \u2192 {eces[1]:.3f}", **look)
-        for axes, name in zip(panels, ("as predicted", "after temperature scaling, fitted on validation slides"), strict=True):
+        for axes, name in zip(
+            panels,
+            ("as predicted", "after temperature scaling, fitted on validation slides"),
+            strict=True,
+        ):
             axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8, linestyle="--")
             axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
             axes.set_title(name, fontsize=9)
-            axes.set_xlabel("predicted probability of the positive class" if binary else "probability of the called class")
+            axes.set_xlabel(
+                "predicted probability of the positive class"
+                if binary
+                else "probability of the called class"
+            )
         panels[0].set_ylabel("share of positive slides" if binary else "share called right")
         figure.legend(
-            loc="outside lower center", frameon=False, title="mean ECE before \u2192 after", ncols=min(3, len(models))
+            loc="outside lower center",
+            frameon=False,
+            title="mean ECE before \u2192 after",
+            ncols=min(3, len(models)),
         )
         return figure
 
 
-def _draw_bins(axes: Axes, runs: Sequence[Predictions], look: Mapping[str, Any], scaled: bool) -> float:
+def _draw_bins(
+    axes: Axes, runs: Sequence[Predictions], look: Mapping[str, Any], scaled: bool
+) -> float:
     """Bins of all test slides together; returns the mean ECE of the runs, which the tables give."""
-    used = [apply_temperature(run.probabilities, run.temperature if scaled else 1.0) for run in runs]
-    pairs = [stated_and_true(run.targets, probabilities) for run, probabilities in zip(runs, used, strict=True)]
+    used = [
+        apply_temperature(run.probabilities, run.temperature if scaled else 1.0) for run in runs
+    ]
+    pairs = [
+        stated_and_true(run.targets, probabilities)
+        for run, probabilities in zip(runs, used, strict=True)
+    ]
     stated, true = (np.concatenate(part) for part in zip(*pairs, strict=True))
     mean, share, count = (part[0] for part in reliability(stated, true, np.ones((1, len(stated)))))
     joined = count >= 5
     axes.plot(mean[joined], share[joined], linewidth=1.1, **look)
-    axes.scatter(mean, share, s=10 + 130 * count / count.sum(), color=look["color"], alpha=0.75, linewidth=0)
-    return float(np.mean([expected_calibration_error(*pair, np.ones((1, len(pair[0]))))[0] for pair in pairs]))
+    axes.scatter(
+        mean, share, s=10 + 130 * count / count.sum(), color=look["color"], alpha=0.75, linewidth=0
+    )
+    return float(
+        np.mean(
+            [expected_calibration_error(*pair, np.ones((1, len(pair[0]))))[0] for pair in pairs]
+        )
+    )
 
 
 def screening_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Negatives signed out and positives missed at each wanted sensitivity; hollow: read from the test slides' own curve."""
+    """Negatives signed out and positives missed at each wanted sensitivity; hollow: read from the
+    test slides' own curve.
+    """
     models = list(dict.fromkeys(row["model"] for row in rows))
     wanted = list(dict.fromkeys(row["wanted_sensitivity"] for row in rows))
     with rc_context(STYLE):
@@ -153,25 +223,43 @@ def screening_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         left, right = figure.subplots(1, 2, sharey=True)
         handles = []
         offsets = np.linspace(-0.32, 0.32, len(models)) if len(models) > 1 else np.zeros(1)
-        for index, (model, look, offset) in enumerate(zip(models, looks(len(models)), offsets, strict=True)):
+        for index, (model, look, offset) in enumerate(
+            zip(models, looks(len(models)), offsets, strict=True)
+        ):
             mine = [row for row in rows if row["model"] == model]
             at = np.array([wanted.index(row["wanted_sensitivity"]) for row in mine]) + offset
-            style = {"color": look["color"], "fmt": MARKERS[index // len(COLOURS) % len(MARKERS)], "markersize": 4.5}
+            style = {
+                "color": look["color"],
+                "fmt": MARKERS[index // len(COLOURS) % len(MARKERS)],
+                "markersize": 4.5,
+            }
             for axes, name in ((left, "signed_out_share"), (right, "missed_share")):
-                value, low, high = (100 * np.array([_known(row, name, end) for row in mine]) for end in ENDS)
+                value, low, high = (
+                    100 * np.array([_known(row, name, end) for row in mine]) for end in ENDS
+                )
                 bars = [np.maximum(value - low, 0), np.maximum(high - value, 0)]
                 drawn = axes.errorbar(value, at, xerr=bars, elinewidth=1.4, label=model, **style)
             handles.append(drawn)
             bound = [100 * row["test_curve_signed_out_share"] for row in mine]
             left.plot(bound, at, "D", color=look["color"], markerfacecolor="none", markersize=6)
         for index, value in enumerate(wanted):
-            right.plot([100 * (1 - value)] * 2, [index - 0.45, index + 0.45], color="#888888", linewidth=1.0, linestyle="--")
+            right.plot(
+                [100 * (1 - value)] * 2,
+                [index - 0.45, index + 0.45],
+                color="#888888",
+                linewidth=1.0,
+                linestyle="--",
+            )
         _screening_axes(left, right, wanted)
-        hollow = Line2D([], [], color="#555555", marker="D", markerfacecolor="none", linestyle="", markersize=6)
+        hollow = Line2D(
+            [], [], color="#555555", marker="D", markerfacecolor="none", linestyle="", markersize=6
+        )
         allowed = Line2D([], [], color="#888888", linestyle="--", linewidth=1.0)
         hollow.set_label("best cut on the test slides that keeps the wanted sensitivity")
         allowed.set_label("missed at most, as wanted")
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(models)), frameon=False)
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=min(6, len(models)), frameon=False
+        )
         figure.legend(handles=[hollow, allowed], loc="outside upper center", ncols=2, frameon=False)
         return figure
 
@@ -179,7 +267,11 @@ def screening_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
 def _screening_axes(left: Axes, right: Axes, wanted: Sequence[float]) -> None:
     left.set(yticks=range(len(wanted)), yticklabels=[f"{100 * value:g} %" for value in wanted])
     left.set_ylabel("wanted sensitivity, cut chosen\non validation slides")
-    left.set(xlabel="negative slides signed out, % (bars: 95 % by patient)", xlim=(-2, 102), ylim=(len(wanted) - 0.5, -0.5))
+    left.set(
+        xlabel="negative slides signed out, % (bars: 95 % by patient)",
+        xlim=(-2, 102),
+        ylim=(len(wanted) - 0.5, -0.5),
+    )
     right.set_xlabel("positive slides missed, %")
     right.set_xlim(left=-0.5)
     for axes in (left, right):

@@ -1,4 +1,6 @@
-"""Example slides for the report: which ones to show, and the tiles that the classifier looked at."""
+"""Example slides for the report: which ones to show, and the tiles that the classifier looked
+at.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ class Choice:
 
 @dataclass(frozen=True)
 class Group(Generic[T]):
-    """What stands under one heading of the page, and the sentence that stands there where it is empty."""
+    """What stands under one heading of the page, and the sentence that stands there where it is
+    empty.
+    """
 
     title: str
     none: str
@@ -70,21 +74,40 @@ class Example:
 
 
 def choose_slides(runs: Sequence[Finished], task: Task, each: int) -> list[Group[Choice]]:
-    """Up to `each` slides that are called right and not negative, and as many errors; of risks the highest and the lowest.
+    """Up to `each` slides that are called right and not negative, and as many errors; of risks the
+    highest and the lowest.
 
-    The most confident of both: what the classifier knows best, and what it gets wrong without doubt. Of several labels the
-    confidence is the product of theirs. Risks of two folds have no common scale, so that places within a fold are compared.
-    A slide that several runs test (nested, repeated cross-validation) stands there once, see `_once`.
+    The most confident of both: what the classifier knows best, and what it gets wrong without
+    doubt. Of several labels the confidence is the product of theirs. Risks of two folds have no
+    common scale, so that places within a fold are compared. A slide that several runs test (nested,
+    repeated cross-validation) stands there once, see `_once`.
     """
     if task.kind in SURVIVAL:
         ranked = sorted(
-            _once((item for run in runs for item in _risks(run)), calls=False), key=lambda item: (item[0], item[1].slide_id)
+            _once((item for run in runs for item in _risks(run)), calls=False),
+            key=lambda item: (item[0], item[1].slide_id),
         )
-        chosen, each = [choice for _, choice in ranked], min(each, len(ranked) // 2)  # no slide in both groups
-        return [Group("Highest risk", "No slide.", chosen[::-1][:each]), Group("Lowest risk", "No slide.", chosen[:each])]
-    said = (item for run in runs for item in (_labels(run, task) if task.kind == "multilabel" else _classes(run)))
-    choices = [choice for _, choice in sorted(_once(said), key=lambda item: (-item[0], item[1].slide_id))]
-    negative, positive = (NONE, "with a label") if task.kind == "multilabel" else (task.classes[0], "of a positive class")
+        chosen, each = (
+            [choice for _, choice in ranked],
+            min(each, len(ranked) // 2),
+        )  # no slide in both groups
+        return [
+            Group("Highest risk", "No slide.", chosen[::-1][:each]),
+            Group("Lowest risk", "No slide.", chosen[:each]),
+        ]
+    said = (
+        item
+        for run in runs
+        for item in (_labels(run, task) if task.kind == "multilabel" else _classes(run))
+    )
+    choices = [
+        choice for _, choice in sorted(_once(said), key=lambda item: (-item[0], item[1].slide_id))
+    ]
+    negative, positive = (
+        (NONE, "with a label")
+        if task.kind == "multilabel"
+        else (task.classes[0], "of a positive class")
+    )
     hits = [choice for choice in choices if choice.right and choice.label != negative]
     errors = [choice for choice in choices if not choice.right]
     return [
@@ -94,9 +117,11 @@ def choose_slides(runs: Sequence[Finished], task: Task, each: int) -> list[Group
 
 
 def _once(said: Iterable[tuple[float, Choice]], calls: bool = True) -> list[tuple[float, Choice]]:
-    """One entry a slide: what most of its runs call it (of equally many the first), shown by the first run that does.
+    """One entry a slide: what most of its runs call it (of equally many the first), shown by the
+    first run that does.
 
-    The confidence is the mean over all runs, 0 for those that call it something else; of risks it is the mean place.
+    The confidence is the mean over all runs, 0 for those that call it something else; of risks it
+    is the mean place.
     """
     tested: dict[str, list[tuple[float, Choice]]] = {}
     for item in said:
@@ -110,7 +135,9 @@ def _once(said: Iterable[tuple[float, Choice]], calls: bool = True) -> list[tupl
         agreed = [item for item in items if item[1].called == most] if calls else items
         sure, first = sum(sure for sure, _ in agreed) / len(items), agreed[0][1]
         count = (
-            f"{len(agreed)} of {len(items)} runs say so" if calls else f"{100 * sure:.0f} % on average over {len(items)} runs"
+            f"{len(agreed)} of {len(items)} runs say so"
+            if calls
+            else f"{100 * sure:.0f} % on average over {len(items)} runs"
         )
         found.append((sure, replace(first, detail=f"{first.detail}; {count}")))
     return found
@@ -119,7 +146,17 @@ def _once(said: Iterable[tuple[float, Choice]], calls: bool = True) -> list[tupl
 def _classes(run: Finished) -> Iterator[tuple[float, Choice]]:
     for row in run.rows:
         sure, right = float(row[f"prob_{row['predicted']}"]), row["label"] == row["predicted"]
-        yield sure, Choice(row["slide_id"], run.test.fold, row["label"], row["predicted"], f"probability {sure:.2f}", right)
+        yield (
+            sure,
+            Choice(
+                row["slide_id"],
+                run.test.fold,
+                row["label"],
+                row["predicted"],
+                f"probability {sure:.2f}",
+                right,
+            ),
+        )
 
 
 def _labels(run: Finished, task: Task) -> Iterator[tuple[float, Choice]]:
@@ -130,8 +167,13 @@ def _labels(run: Finished, task: Task) -> Iterator[tuple[float, Choice]]:
         run.rows, run.test.targets, called, sure.tolist(), run.test.probabilities, strict=True
     ):
         names = ["|".join(np.array(task.classes)[marked]) or NONE for marked in (there, here)]
-        detail = ", ".join(f"{name} {p:.2f}" for name, p in zip(task.classes, probabilities, strict=True))
-        yield share, Choice(row["slide_id"], run.test.fold, *names, detail, bool((there == here).all()))
+        detail = ", ".join(
+            f"{name} {p:.2f}" for name, p in zip(task.classes, probabilities, strict=True)
+        )
+        yield (
+            share,
+            Choice(row["slide_id"], run.test.fold, *names, detail, bool((there == here).all())),
+        )
 
 
 def _risks(run: Finished) -> Iterator[tuple[float, Choice]]:
@@ -144,7 +186,13 @@ def _risks(run: Finished) -> Iterator[tuple[float, Choice]]:
 
 
 def make_example(
-    choice: Choice, checkpoint: Path, bag_file: Path, slide_file: Path, mpp: float | None, top: int, coords: str | Path = ""
+    choice: Choice,
+    checkpoint: Path,
+    bag_file: Path,
+    slide_file: Path,
+    mpp: float | None,
+    top: int,
+    coords: str | Path = "",
 ) -> Example:
     """Attention of the fold's model over the slide, drawn.
 
@@ -166,6 +214,14 @@ def make_example(
     attention = examine(model, sample, device).attention.numpy()
     rows, geometry = np.argsort(-attention, kind="stable")[:top], where.geometry
     with open_slide(slide_file, mpp, geometry.tile_pattern) as slide:
-        overview = mark_tiles(read_overview(slide, THUMBNAIL_SIDE).pixels, geometry, slide.width, where.coords[rows])
-        tiles = [(jpeg_uri(read_tile(slide, geometry, *where.coords[row].tolist())), float(attention[row])) for row in rows]
+        overview = mark_tiles(
+            read_overview(slide, THUMBNAIL_SIDE).pixels, geometry, slide.width, where.coords[rows]
+        )
+        tiles = [
+            (
+                jpeg_uri(read_tile(slide, geometry, *where.coords[row].tolist())),
+                float(attention[row]),
+            )
+            for row in rows
+        ]
     return Example(choice, len(bag), jpeg_uri(overview), tiles)

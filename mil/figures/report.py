@@ -34,7 +34,8 @@ GRID = np.linspace(0, 1, 101)
 
 
 def roc_points(positive: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """True-positive rate at the false-positive rates of GRID, (101,): the steps of the ROC curve, ties as diagonals.
+    """True-positive rate at the false-positive rates of GRID, (101,): the steps of the ROC curve,
+    ties as diagonals.
 
     Args:
         positive: bool (S,).
@@ -48,39 +49,81 @@ def roc_points(positive: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 
 def roc_figure(runs: Mapping[str, Sequence[Predictions]], aucs: Mapping[str, float]) -> str:
-    """Mean ROC curve over folds and seeds of every feature set, with a band of one standard deviation."""
+    """Mean ROC curve over folds and seeds of every feature set, with a band of one standard
+    deviation.
+    """
     with rc_context(STYLE):
         figure = Figure(figsize=(4.6, 4.2), layout="constrained")
         axes = figure.add_subplot()
         axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8, linestyle="--")
         for (name, predictions), colour in zip(runs.items(), _cycle(len(runs)), strict=True):
-            curves = np.array([roc_points(run.targets == 1, run.probabilities[:, 1]) for run in predictions])
+            curves = np.array(
+                [roc_points(run.targets == 1, run.probabilities[:, 1]) for run in predictions]
+            )
             mean, spread = curves.mean(0), curves.std(0)
             # every curve begins at (0, 0), which interpolation over vertical steps does not show
-            axes.plot(np.append(0, GRID), np.append(0, mean), color=colour, linewidth=1.6, label=f"{name}  {aucs[name]:.3f}")
-            axes.fill_between(
-                GRID, np.clip(mean - spread, 0, 1), np.clip(mean + spread, 0, 1), color=colour, alpha=0.12, linewidth=0
+            axes.plot(
+                np.append(0, GRID),
+                np.append(0, mean),
+                color=colour,
+                linewidth=1.6,
+                label=f"{name}  {aucs[name]:.3f}",
             )
-        axes.set(xlabel="1 - specificity", ylabel="sensitivity", xlim=(-0.01, 1), ylim=(0, 1.01), aspect="equal")
+            axes.fill_between(
+                GRID,
+                np.clip(mean - spread, 0, 1),
+                np.clip(mean + spread, 0, 1),
+                color=colour,
+                alpha=0.12,
+                linewidth=0,
+            )
+        axes.set(
+            xlabel="1 - specificity",
+            ylabel="sensitivity",
+            xlim=(-0.01, 1),
+            ylim=(0, 1.01),
+            aspect="equal",
+        )
         axes.legend(loc="lower right", frameon=False, title="mean AUC", alignment="right")
         return svg_uri(figure)
 
 
 def interval_figure(
-    feature_sets: Mapping[str, Mapping[str, Any]], models: Sequence[str], metric: str = "auc", name: str = "AUC"
+    feature_sets: Mapping[str, Mapping[str, Any]],
+    models: Sequence[str],
+    metric: str = "auc",
+    name: str = "AUC",
 ) -> str:
-    """Mean of a metric with its confidence interval, a row per feature set and classifier; dashed: without knowledge."""
-    rows = [(name, model, entry[model]) for name, entry in feature_sets.items() for model in models if model in entry]
+    """Mean of a metric with its confidence interval, a row per feature set and classifier; dashed:
+    without knowledge.
+    """
+    rows = [
+        (name, model, entry[model])
+        for name, entry in feature_sets.items()
+        for model in models
+        if model in entry
+    ]
     rows = [row for row in rows if row[2][f"{metric}_mean"] is not None]
     colours = dict(zip(feature_sets, _cycle(len(feature_sets)), strict=True))
     with rc_context(STYLE):
         figure = Figure(figsize=(4.6, 1.0 + 0.28 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
-        axes.axvline(0.0 if metric.startswith("kappa") else 0.5, color="#bbbbbb", linewidth=0.8, linestyle="--")
+        axes.axvline(
+            0.0 if metric.startswith("kappa") else 0.5,
+            color="#bbbbbb",
+            linewidth=0.8,
+            linestyle="--",
+        )
         for y, (feature_set, _, values) in enumerate(rows):
             mean = values[f"{metric}_mean"]
             low, high = values[f"{metric}_ci"] or (mean, mean)
-            axes.plot([low, high], [y, y], color=colours[feature_set], linewidth=1.6, solid_capstyle="butt")
+            axes.plot(
+                [low, high],
+                [y, y],
+                color=colours[feature_set],
+                linewidth=1.6,
+                solid_capstyle="butt",
+            )
             axes.plot(mean, y, "o", color=colours[feature_set], markersize=4.5)
         labels = [f"{feature_set} · {model}" for feature_set, model, _ in rows]
         axes.set(yticks=range(len(rows)), yticklabels=labels, xlabel=f"{name}, 95 % CI")
@@ -117,8 +160,12 @@ def jpeg_uri(pixels: np.ndarray, quality: int = 85) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def mark_tiles(overview: np.ndarray, geometry: TileGeometry, slide_width: int, corners: np.ndarray) -> np.ndarray:
-    """The overview uint8 (h, w, 3) with numbered frames around the tiles at `corners`, (K, 2) level-0 pixels, 1 first."""
+def mark_tiles(
+    overview: np.ndarray, geometry: TileGeometry, slide_width: int, corners: np.ndarray
+) -> np.ndarray:
+    """The overview uint8 (h, w, 3) with numbered frames around the tiles at `corners`, (K, 2)
+    level-0 pixels, 1 first.
+    """
     scale = overview.shape[1] / slide_width
     image = Image.fromarray(overview)
     draw = ImageDraw.Draw(image)

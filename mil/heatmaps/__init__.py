@@ -1,1 +1,3 @@
-"""Where a trained slide classifier looked: scores of tiles, drawings of them, and pages around both."""
+"""Where a trained slide classifier looked: scores of tiles, drawings of them, and pages around
+both.
+"""

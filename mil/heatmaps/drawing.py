@@ -1,8 +1,10 @@
-"""Tile values as colours over a slide: overlapping tiles averaged, a picture with colour bar and scale bar.
+"""Tile values as colours over a slide: overlapping tiles averaged, a picture with colour bar and
+scale bar.
 
-Source: CLAM's heatmaps (Lu, Williamson et al., Nature BME 2021): values as percentile ranks, the mean of all tiles that cover
-a pixel, blended over the slide. Different: a colour map that is perceptually uniform (CLAM's jet is not), a bar that says what
-colours mean, and any scale or part of the slide can be drawn for itself, so that a large picture needs no memory of its size.
+Source: CLAM's heatmaps (Lu, Williamson et al., Nature BME 2021): values as percentile ranks, the
+mean of all tiles that cover a pixel, blended over the slide. Different: a colour map that is
+perceptually uniform (CLAM's jet is not), a bar that says what colours mean, and any scale or part
+of the slide can be drawn for itself, so that a large picture needs no memory of its size.
 """
 
 from __future__ import annotations
@@ -16,7 +18,16 @@ from jaxtyping import Bool, Float, Int, UInt8
 from matplotlib import colormaps
 from PIL import Image, ImageDraw
 
-from patch_encoder.viz.captions import INK, LONGEST, QUIET, TEXT, TITLE, caption_font, fitting, scale_bar
+from patch_encoder.viz.captions import (
+    INK,
+    LONGEST,
+    QUIET,
+    TEXT,
+    TITLE,
+    caption_font,
+    fitting,
+    scale_bar,
+)
 
 COLOURS = ("viridis", "cividis", "magma", "inferno", "plasma")
 OUTLINE = (20, 20, 20)
@@ -64,10 +75,11 @@ def value_map(
     scale: tuple[float, float],
     box: tuple[int, int, int, int],
 ) -> tuple[Float[np.ndarray, "h w"], Bool[np.ndarray, "h w"]]:
-    """Mean of the tiles that cover each pixel's centre (0 where none does), and which pixels are covered.
+    """Mean of the tiles that cover each pixel's centre (0 where none does), and which pixels are
+    covered.
 
-    A tile smaller than a pixel takes the pixel of its corner. Sums run over corners of rectangles (a 2-D difference array),
-    so that the time is that of tiles plus pixels, not of their product.
+    A tile smaller than a pixel takes the pixel of its corner. Sums run over corners of rectangles
+    (a 2-D difference array), so that the time is that of tiles plus pixels, not of their product.
 
     Args:
         coords, values, side: tiles in level-0 px.
@@ -79,13 +91,18 @@ def value_map(
     for axis, (start, length) in enumerate(((left, width), (top, height))):
         low = np.ceil(coords[:, axis] * scale[axis] - 0.5 - 1e-9).astype(np.int64)
         high = np.ceil((coords[:, axis] + side) * scale[axis] - 0.5 - 1e-9).astype(np.int64)
-        spans.append((np.clip(low - start, 0, length), np.clip(np.maximum(high, low + 1) - start, 0, length)))
+        spans.append(
+            (np.clip(low - start, 0, length), np.clip(np.maximum(high, low + 1) - start, 0, length))
+        )
     seen = (spans[0][1] > spans[0][0]) & (spans[1][1] > spans[1][0])
     (x0, x1), (y0, y1) = ((low[seen], high[seen]) for low, high in spans)
     values = values[seen]
     if not len(values):
         return np.zeros((height, width)), np.zeros((height, width), dtype=bool)
-    total, count = np.zeros((height + 1, width + 1)), np.zeros((height + 1, width + 1), dtype=np.int64)
+    total, count = (
+        np.zeros((height + 1, width + 1)),
+        np.zeros((height + 1, width + 1), dtype=np.int64),
+    )
     for y, x, sign in ((y0, x0, 1), (y0, x1, -1), (y1, x0, -1), (y1, x1, 1)):
         np.add.at(total, (y, x), sign * values)
         np.add.at(count, (y, x), sign)
@@ -95,13 +112,23 @@ def value_map(
 
 
 def blend(
-    picture: UInt8[np.ndarray, "h w 3"], heat: Heat, scale: tuple[float, float], left: int = 0, top: int = 0
+    picture: UInt8[np.ndarray, "h w 3"],
+    heat: Heat,
+    scale: tuple[float, float],
+    left: int = 0,
+    top: int = 0,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """A part of the slide with its heat; (left, top) is where the part begins, in its own pixels."""
+    """A part of the slide with its heat; (left, top) is where the part begins, in its own
+    pixels.
+    """
     height, width = picture.shape[:2]
-    values, covered = value_map(heat.coords, heat.values, heat.side, scale, (left, top, width, height))
+    values, covered = value_map(
+        heat.coords, heat.values, heat.side, scale, (left, top, width, height)
+    )
     out, share = picture.copy(), np.float32(heat.alpha)
-    out[covered] = np.rint(picture[covered] * (1 - share) + heat.colour(values[covered]) * share).astype(np.uint8)
+    out[covered] = np.rint(
+        picture[covered] * (1 - share) + heat.colour(values[covered]) * share
+    ).astype(np.uint8)
     return out
 
 
@@ -111,12 +138,17 @@ def heat_layer(heat: Heat, size: tuple[int, int], scale: tuple[float, float]) ->
     return Image.fromarray(np.dstack([heat.colour(values), covered.astype(np.uint8) * 255]))
 
 
-def draw_outlines(picture: UInt8[np.ndarray, "h w 3"], rings: Iterable[np.ndarray], scale: tuple[float, float]) -> np.ndarray:
+def draw_outlines(
+    picture: UInt8[np.ndarray, "h w 3"], rings: Iterable[np.ndarray], scale: tuple[float, float]
+) -> np.ndarray:
     """Rings (K, 2) in level-0 px as a dark line on a white one, legible on any colour."""
     image = Image.fromarray(picture)
     draw = ImageDraw.Draw(image)
     width = max(1, round(max(image.size) / 700))
-    closed = [[(x * scale[0], y * scale[1]) for x, y in (*ring.tolist(), ring[0].tolist())] for ring in rings]
+    closed = [
+        [(x * scale[0], y * scale[1]) for x, y in (*ring.tolist(), ring[0].tolist())]
+        for ring in rings
+    ]
     for points in closed:
         draw.line(points, fill=WHITE, width=width + 2)
     for points in closed:
@@ -124,7 +156,9 @@ def draw_outlines(picture: UInt8[np.ndarray, "h w 3"], rings: Iterable[np.ndarra
     return np.asarray(image)
 
 
-def draw_cover(picture: UInt8[np.ndarray, "h w 3"], heat: Heat, scale: tuple[float, float]) -> np.ndarray:
+def draw_cover(
+    picture: UInt8[np.ndarray, "h w 3"], heat: Heat, scale: tuple[float, float]
+) -> np.ndarray:
     """A thin line around the tiles, where no tissue outline is known."""
     height, width = picture.shape[:2]
     _, covered = value_map(heat.coords, heat.values, heat.side, scale, (0, 0, width, height))
@@ -135,7 +169,9 @@ def draw_cover(picture: UInt8[np.ndarray, "h w 3"], heat: Heat, scale: tuple[flo
     return edged
 
 
-def framed(picture: UInt8[np.ndarray, "h w 3"], heat: Heat, title: str, second: str, mpp: float | None) -> Image.Image:
+def framed(
+    picture: UInt8[np.ndarray, "h w 3"], heat: Heat, title: str, second: str, mpp: float | None
+) -> Image.Image:
     """The picture on white, below it the title, the colour bar and the scale bar.
 
     Args:
@@ -150,14 +186,21 @@ def framed(picture: UInt8[np.ndarray, "h w 3"], heat: Heat, title: str, second: 
     page = Image.new("RGB", (width, picture.shape[0] + round(74 * size)), "white")
     page.paste(Image.fromarray(picture), ((width - picture.shape[1]) // 2, 0))
     draw, top = ImageDraw.Draw(page), picture.shape[0]
-    first, middle = top + round(12 * size), top + round(57 * size)  # the scale bar's top, the middle of the second line
+    first, middle = (
+        top + round(12 * size),
+        top + round(57 * size),
+    )  # the scale bar's top, the middle of the second line
     room = width - 2.0 * margin - LONGEST * size - 70 * size
-    draw.text((margin, first + 2 * size), fitting(title, font, room), fill=INK, font=font, anchor="lm")
+    draw.text(
+        (margin, first + 2 * size), fitting(title, font, room), fill=INK, font=font, anchor="lm"
+    )
     scale_bar(draw, small, mpp, width - margin, first)
     draw.text((width - margin, middle), second, fill=QUIET, font=small, anchor="rm")
     draw.text((margin, middle), heat.low, fill=INK, font=small, anchor="lm")
     x, height = round(margin + small.getlength(heat.low) + 8 * size), round(14 * size)
-    bar = Image.fromarray(np.repeat(colour_table(heat.colours)[None], height, axis=0)).resize((round(180 * size), height))
+    bar = Image.fromarray(np.repeat(colour_table(heat.colours)[None], height, axis=0)).resize(
+        (round(180 * size), height)
+    )
     page.paste(bar, (x, middle - height // 2))
     room = width - x - bar.width - 16 * size - 2.0 * margin - small.getlength(second)
     text = fitting(f"{heat.high}   {heat.name}", small, room)

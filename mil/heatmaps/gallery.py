@@ -1,4 +1,6 @@
-"""The tiles that count most, and for contrast those that count least: single pictures, and all on one sheet."""
+"""The tiles that count most, and for contrast those that count least: single pictures, and all on
+one sheet.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,20 @@ from patch_encoder.slides.base import Slide
 from patch_encoder.tiles.grid import read_tile
 from patch_encoder.viz.captions import INK, QUIET, TEXT, TITLE, caption_font, fitting
 
-CELL, GAP, CAPTION, COLUMNS = 168, 10, 36, 6  # px of a sheet's tile, between tiles, of the text below; tiles a row
+CELL, GAP, CAPTION, COLUMNS = (
+    168,
+    10,
+    36,
+    6,
+)  # px of a sheet's tile, between tiles, of the text below; tiles a row
 STRIP, SHOWN = 56, 4  # px and number of the tiles in the cohort's table
 
 
 @dataclass(frozen=True)
 class TopTile:
-    """A chosen tile: kind `top` or `low`, rank within it (1 first), row in the bag, level-0 corner, value, percentile."""
+    """A chosen tile: kind `top` or `low`, rank within it (1 first), row in the bag, level-0 corner,
+    value, percentile.
+    """
 
     kind: str
     rank: int
@@ -42,7 +51,9 @@ class TopTile:
 
 
 def choose_tiles(scores: TileScores, top: int, low: int) -> list[TopTile]:
-    """The `top` highest values, highest first, then the `low` lowest, lowest first; no tile is in both."""
+    """The `top` highest values, highest first, then the `low` lowest, lowest first; no tile is in
+    both.
+    """
     order, ranks = ranking(scores.values), percentile_ranks(scores.values)
     first = order[:top]
     last = order[len(first) :][::-1][:low]
@@ -50,31 +61,46 @@ def choose_tiles(scores: TileScores, top: int, low: int) -> list[TopTile]:
     for kind, rows in (("top", first), ("low", last)):
         for rank, row in enumerate(rows.tolist(), start=1):
             x, y = scores.coordinates.coords[row].tolist()
-            chosen.append(TopTile(kind, rank, row, x, y, float(scores.values[row]), float(ranks[row])))
+            chosen.append(
+                TopTile(kind, rank, row, x, y, float(scores.values[row]), float(ranks[row]))
+            )
     return chosen
 
 
 def say_value(value: float, shown: str) -> str:
     """Attention as a share of the slide's, a probability or a risk as it is."""
-    return {"attention": f"{100 * value:.3g} %", "probability": f"{value:.3f}"}.get(shown, f"{value:.3g}")
+    return {"attention": f"{100 * value:.3g} %", "probability": f"{value:.3f}"}.get(
+        shown, f"{value:.3g}"
+    )
 
 
-def write_gallery(folder: Path, slide: Slide, scores: TileScores, tiles: Sequence[TopTile], title: str) -> None:
+def write_gallery(
+    folder: Path, slide: Slide, scores: TileScores, tiles: Sequence[TopTile], title: str
+) -> None:
     """`tiles/` (one picture each), gallery.jpg and, for the cohort's table, strip.jpg."""
     pictures = [read_tile(slide, scores.coordinates.geometry, tile.x, tile.y) for tile in tiles]
     for tile, pixels in zip(tiles, pictures, strict=True):
         save_jpeg(folder / "tiles" / tile.file, Image.fromarray(pixels), 90)
     save_jpeg(folder / "gallery.jpg", sheet(pictures, tiles, scores.shown, title), 88)
     strip = Image.new("RGB", (SHOWN * (STRIP + 2) - 2, STRIP), "white")
-    for index, pixels in enumerate(pictures[: min(SHOWN, sum(tile.kind == "top" for tile in tiles))]):
-        strip.paste(Image.fromarray(pixels).resize((STRIP, STRIP), Image.Resampling.BOX), (index * (STRIP + 2), 0))
+    for index, pixels in enumerate(
+        pictures[: min(SHOWN, sum(tile.kind == "top" for tile in tiles))]
+    ):
+        strip.paste(
+            Image.fromarray(pixels).resize((STRIP, STRIP), Image.Resampling.BOX),
+            (index * (STRIP + 2), 0),
+        )
     save_jpeg(folder / "strip.jpg", strip, 80)
 
 
-def sheet(pictures: Sequence[np.ndarray], tiles: Sequence[TopTile], shown: str, title: str) -> Image.Image:
+def sheet(
+    pictures: Sequence[np.ndarray], tiles: Sequence[TopTile], shown: str, title: str
+) -> Image.Image:
     """All tiles on white, highest first, each with rank, value and corner."""
     font, small = caption_font(TITLE), caption_font(TEXT)
-    groups = [(kind, [i for i, tile in enumerate(tiles) if tile.kind == kind]) for kind in ("top", "low")]
+    groups = [
+        (kind, [i for i, tile in enumerate(tiles) if tile.kind == kind]) for kind in ("top", "low")
+    ]
     groups = [(kind, members) for kind, members in groups if members]
     rows = sum(-(-len(members) // COLUMNS) for _, members in groups)
     width = COLUMNS * (CELL + GAP) + GAP
@@ -83,12 +109,25 @@ def sheet(pictures: Sequence[np.ndarray], tiles: Sequence[TopTile], shown: str, 
     draw.text((GAP, 8), fitting(title, font, width - 2.0 * GAP), fill=INK, font=font)
     y = 34
     for kind, members in groups:
-        draw.text((GAP, y + 4), f"{'highest' if kind == 'top' else 'lowest'} {shown}", fill=QUIET, font=small)
+        draw.text(
+            (GAP, y + 4),
+            f"{'highest' if kind == 'top' else 'lowest'} {shown}",
+            fill=QUIET,
+            font=small,
+        )
         y += 26
         for place, index in enumerate(members):
             x, tile = GAP + place % COLUMNS * (CELL + GAP), tiles[index]
-            page.paste(Image.fromarray(pictures[index]).resize((CELL, CELL), Image.Resampling.BICUBIC), (x, y))
-            draw.text((x, y + CELL + 2), f"{tile.rank}   {say_value(tile.value, shown)}", fill=INK, font=small)
+            page.paste(
+                Image.fromarray(pictures[index]).resize((CELL, CELL), Image.Resampling.BICUBIC),
+                (x, y),
+            )
+            draw.text(
+                (x, y + CELL + 2),
+                f"{tile.rank}   {say_value(tile.value, shown)}",
+                fill=INK,
+                font=small,
+            )
             draw.text((x, y + CELL + 17), f"x {tile.x}  y {tile.y}", fill=QUIET, font=small)
             if place % COLUMNS == COLUMNS - 1 or place == len(members) - 1:
                 y += CELL + CAPTION + GAP

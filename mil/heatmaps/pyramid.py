@@ -1,7 +1,9 @@
-"""A heatmap as a slide: the slide's pixels with the heat blended in, a pyramidal TIFF that QuPath and OpenSlide open.
+"""A heatmap as a slide: the slide's pixels with the heat blended in, a pyramidal TIFF that QuPath
+and OpenSlide open.
 
-Tiles of 256 px, JPEG, resolution in the file. Written tile by tile: the first level is read from the slide, each further
-one from the halved tiles of the level above, which lie in a scratch file, so that memory does not grow with the picture.
+Tiles of 256 px, JPEG, resolution in the file. Written tile by tile: the first level is read from
+the slide, each further one from the halved tiles of the level above, which lie in a scratch file,
+so that memory does not grow with the picture.
 """
 
 from __future__ import annotations
@@ -28,12 +30,20 @@ ReadTile = Callable[[int, int], np.ndarray]  # (row, column) -> uint8 (TILE, TIL
 
 
 def downsample_for(width: int, height: int, max_side: int) -> int:
-    """Level-0 px per pixel: the smallest power of two at which the longer side is at most max_side."""
+    """Level-0 px per pixel: the smallest power of two at which the longer side is at most
+    max_side.
+    """
     return 2 ** max(0, math.ceil(math.log2(max(width, height) / max_side)))
 
 
 def write_heat_pyramid(
-    path: Path, slide: Slide | None, heat: Heat, extent: tuple[int, int], mpp: float, max_side: int, quality: int = 85
+    path: Path,
+    slide: Slide | None,
+    heat: Heat,
+    extent: tuple[int, int],
+    mpp: float,
+    max_side: int,
+    quality: int = 85,
 ) -> None:
     """Write atomically.
 
@@ -60,7 +70,11 @@ def write_heat_pyramid(
             last = max(size) <= SMALLEST
             smaller = (-(-size[0] // 2), -(-size[1] // 2))
             with tempfile.TemporaryFile(dir=path.parent) as scratch:
-                below = None if last else np.memmap(scratch, np.uint8, "w+", shape=(smaller[1], smaller[0], 3))
+                below = (
+                    None
+                    if last
+                    else np.memmap(scratch, np.uint8, "w+", shape=(smaller[1], smaller[0], 3))
+                )
                 resolution = 1e4 / (mpp * down * 2**level) if mpp else 0.0
                 writer.write(
                     _tiles(read, size, below),
@@ -73,7 +87,9 @@ def write_heat_pyramid(
                     subfiletype=1 if level else 0,
                     resolution=(resolution, resolution) if mpp else None,
                     resolutionunit="CENTIMETER" if mpp else None,
-                    description=f"{heat.name}: {heat.low} to {heat.high}".encode("ascii", "replace").decode()
+                    description=f"{heat.name}: {heat.low} to {heat.high}".encode(
+                        "ascii", "replace"
+                    ).decode()
                     if not level
                     else None,
                     software=False,
@@ -89,12 +105,16 @@ def _read(slide: Slide | None, x: int, y: int, down: int) -> UInt8[np.ndarray, "
     alive()
     if slide is None:
         return np.full((TILE, TILE, 3), 255, dtype=np.uint8)
-    level = max(i for i, downsample in enumerate(slide.downsamples) if i == 0 or downsample <= down * 1.01)
+    level = max(
+        i for i, downsample in enumerate(slide.downsamples) if i == 0 or downsample <= down * 1.01
+    )
     side = TILE * down / slide.downsamples[level]
     block = slide.read(x, y, math.ceil(round(side, 6)), level)
     if block.shape[0] == TILE:
         return block
-    return np.asarray(Image.fromarray(block).resize((TILE, TILE), Image.Resampling.BOX, box=(0, 0, side, side)))
+    return np.asarray(
+        Image.fromarray(block).resize((TILE, TILE), Image.Resampling.BOX, box=(0, 0, side, side))
+    )
 
 
 def _tiles(read: ReadTile, size: tuple[int, int], below: np.ndarray | None) -> Iterator[np.ndarray]:

@@ -1,9 +1,11 @@
-"""What a slide classifier thinks of each tile of a bag: attention, and what it says of the tile alone.
+"""What a slide classifier thinks of each tile of a bag: attention, and what it says of the tile
+alone.
 
-Attention is the model's own (README, "Slide classifiers"): non-negative, sums to 1 over the slide. The probability (of
-survival the risk) is that of a bag with this one tile; for Mean-MIL and Max-MIL it is the tile's own classification, for
-attention models it asks what the classifier would say of nothing but this tile, and need not agree with attention.
-Percentile ranks are CLAM's (ties share their mean rank), 100 for the highest.
+Attention is the model's own (README, "Slide classifiers"): non-negative, sums to 1 over the slide.
+The probability (of survival the risk) is that of a bag with this one tile; for Mean-MIL and Max-MIL
+it is the tile's own classification, for attention models it asks what the classifier would say of
+nothing but this tile, and need not agree with attention. Percentile ranks are CLAM's (ties share
+their mean rank), 100 for the highest.
 """
 
 from __future__ import annotations
@@ -41,10 +43,12 @@ class TileScores:
     Attributes:
         coordinates: N tiles and how they are read.
         attention: (N,), sums to 1.
-        alone: (N,) probability of `class_name`, or the risk, for the tile alone; None when not asked for.
+        alone: (N,) probability of `class_name`, or the risk, for the tile alone; None when not
+            asked for.
         shown: "attention", "probability" or "risk", what the heatmap is of.
         class_name: the class, label or grade that a probability is of.
-        slide: (C,) what is said of the whole bag: probabilities of classes, labels or grades, or the risk.
+        slide: (C,) what is said of the whole bag: probabilities of classes, labels or grades, or
+            the risk.
     """
 
     coordinates: Coordinates
@@ -63,7 +67,9 @@ class TileScores:
         """Name -> (N,): every score, and the percentile rank of the shown one."""
         named = {"attention": self.attention}
         if self.alone is not None:
-            named[f"probability {self.class_name}" if self.shown == "probability" else self.shown] = self.alone
+            named[
+                f"probability {self.class_name}" if self.shown == "probability" else self.shown
+            ] = self.alone
         return named | {"percentile": percentile_ranks(self.values)}
 
 
@@ -81,7 +87,8 @@ def score_bag(
     class_name: str,
     device: torch.device,
 ) -> TileScores:
-    """Judge one bag; features are read block by block where the model allows it (mil/training/prediction.py).
+    """Judge one bag; features are read block by block where the model allows it
+    (mil/training/prediction.py).
 
     Args:
         model: a trained classifier on the device.
@@ -89,22 +96,35 @@ def score_bag(
         bag_file: the slide's bag.
         coords_file: where its tiles lie, for a bag that does not say.
         value: one of VALUES; auto takes attention unless it is the same for every tile (Mean-MIL).
-        class_name: class, label or grade of a probability; empty: the second of two classes, else the likeliest one.
+        class_name: class, label or grade of a probability; empty: the second of two classes, else
+            the likeliest one.
 
     Raises:
         UserError: unreadable bag, no coords or geometry, features or scores that are not finite.
     """
     bag, coordinates = open_placed(bag_file, coords_file)
     check_finite(bag)
-    sample = Sample(bag_file.stem, bag, placed(torch.from_numpy(coordinates.coords), bag.attributes), 0)
+    sample = Sample(
+        bag_file.stem, bag, placed(torch.from_numpy(coordinates.coords), bag.attributes), 0
+    )
     output = examine(model, sample, device)
-    attention, slide = output.attention.double().numpy(), task.said(output.logits.double()[None])[0].numpy()
+    attention, slide = (
+        output.attention.double().numpy(),
+        task.said(output.logits.double()[None])[0].numpy(),
+    )
     if not (np.isfinite(attention).all() and np.isfinite(slide).all()):
-        raise UserError(f"{bag_file}: expected finite attention and logits, found others; check the bag's encoder")
+        raise UserError(
+            f"{bag_file}: expected finite attention and logits, found others; check the bag's "
+            "encoder"
+        )
     shown = value
     if value == "auto":
         single = RISK if task.kind in SURVIVAL else "probability"
-        shown = single if len(attention) > 1 and np.ptp(attention) < 1e-9 / len(attention) else "attention"
+        shown = (
+            single
+            if len(attention) > 1 and np.ptp(attention) < 1e-9 / len(attention)
+            else "attention"
+        )
     name = class_name or likeliest(task, slide)
     column = task.names.index(name) if task.names else 0
     alone = None if shown == "attention" else tiles_alone(model, task, sample, device)[:, column]
@@ -121,12 +141,20 @@ def likeliest(task: Objective, said: Float[np.ndarray, " c"]) -> str:
 
 
 @torch.inference_mode()
-def tiles_alone(model: nn.Module, task: Objective, sample: Sample, device: torch.device) -> Float[np.ndarray, "n c"]:
-    """What the task makes of each tile as a bag of its own; memory of one block of the stored bag."""
+def tiles_alone(
+    model: nn.Module, task: Objective, sample: Sample, device: torch.device
+) -> Float[np.ndarray, "n c"]:
+    """What the task makes of each tile as a bag of its own; memory of one block of the stored
+    bag.
+    """
     found, start = [], 0
     for block in source_of(sample.features).blocks(BLOCK):
         bags = list(block.to(device).float().split(1))
-        places = None if sample.coords is None else list(sample.coords[start : start + len(block)].to(device).split(1))
+        places = (
+            None
+            if sample.coords is None
+            else list(sample.coords[start : start + len(block)].to(device).split(1))
+        )
         found.append(task.said(forward_bags(model, bags, places).logits.double()).cpu().numpy())
         start += len(block)
     return np.concatenate(found)
@@ -142,7 +170,13 @@ def write_scores(path: Path, scores: TileScores) -> None:
     columns = scores.columns()
     header = ["tile", "x", "y", *(name.replace(" ", "_") for name in columns)]
     rows = [
-        dict(zip(header, (index, x, y, *(repr(float(column[index])) for column in columns.values())), strict=True))
+        dict(
+            zip(
+                header,
+                (index, x, y, *(repr(float(column[index])) for column in columns.values())),
+                strict=True,
+            )
+        )
         for index, (x, y) in enumerate(scores.coordinates.coords.tolist())
     ]
     write_csv(path, header, rows)

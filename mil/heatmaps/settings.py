@@ -21,11 +21,20 @@ class Drawing:
 
     value: str = key(
         "auto",
-        "attention; probability (survival: risk) of the tile alone; auto: attention unless all share it",
+        "attention; probability (survival: risk) of the tile alone; auto: attention unless all "
+        "share it",
         choices=VALUES,
     )
-    of_class: str = key("", "class, label or grade of value=probability; empty: the positive one of two, else the likeliest")
-    scale: str = key("percentile", "percentile: rank within the slide; raw: the values", choices=("percentile", "raw"))
+    of_class: str = key(
+        "",
+        "class, label or grade of value=probability; empty: the positive one of two, else the "
+        "likeliest",
+    )
+    scale: str = key(
+        "percentile",
+        "percentile: rank within the slide; raw: the values",
+        choices=("percentile", "raw"),
+    )
     colours: str = key("viridis", "colour map, all perceptually uniform", choices=COLOURS)
     alpha: float = key(0.5, "share of the colour in a pixel, the rest is slide")
     max_side: int = key(1600, "longest side of the PNG in px, where neither level nor mpp is given")
@@ -33,8 +42,13 @@ class Drawing:
     mpp: float | None = key(None, "um per pixel of the PNG")
     top: int = key(12, "tiles with the highest value to show")
     low: int = key(6, "tiles with the lowest value to show")
-    geojson: bool = key(True, "write geojson/<slide>.geojson: tiles with their values as QuPath measurements")
-    tiff: bool = key(False, "write tiff/<slide>.tiff: a pyramid with the heat blended in, for QuPath and OpenSlide")
+    geojson: bool = key(
+        True, "write geojson/<slide>.geojson: tiles with their values as QuPath measurements"
+    )
+    tiff: bool = key(
+        False,
+        "write tiff/<slide>.tiff: a pyramid with the heat blended in, for QuPath and OpenSlide",
+    )
     tiff_max_side: int = key(16384, "longest side of the pyramid's first level in px")
 
 
@@ -42,11 +56,20 @@ def check_drawing(drawing: Drawing, task: Task) -> None:
     """Refuse what does not go together, before any slide is opened."""
     wrong, instead = ("probability", RISK) if task.kind in SURVIVAL else (RISK, "probability")
     if drawing.value == wrong:
-        raise UserError(f"value={wrong}: expected attention or {instead} for a run of task={task.kind}; set value={instead}")
+        raise UserError(
+            f"value={wrong}: expected attention or {instead} for a run of task={task.kind}; set "
+            f"value={instead}"
+        )
     if drawing.of_class and task.kind in SURVIVAL:
-        raise UserError(f"of_class={drawing.of_class}: a run of task={task.kind} has a risk and no classes; leave it out")
+        raise UserError(
+            f"of_class={drawing.of_class}: a run of task={task.kind} has a risk and no classes; "
+            "leave it out"
+        )
     if drawing.level is not None and drawing.mpp is not None:
-        raise UserError(f"level={drawing.level}, mpp={drawing.mpp}: expected one of them, found both; leave one out")
+        raise UserError(
+            f"level={drawing.level}, mpp={drawing.mpp}: expected one of them, found both; leave "
+            "one out"
+        )
     if drawing.of_class and drawing.of_class not in task.classes:
         raise UserError(f"of_class={drawing.of_class}: expected one of {', '.join(task.classes)}")
     if not 0 < drawing.alpha <= 1:
@@ -75,12 +98,21 @@ def picture_side(drawing: Drawing, slide: Slide | None, extent: tuple[int, int],
     if drawing.level is not None:
         levels = len(slide.downsamples) if slide is not None else 1
         if drawing.level >= levels:
-            raise UserError(f"level={drawing.level}: expected a level of the slide, which has 0 to {levels - 1}; use max_side")
+            raise UserError(
+                f"level={drawing.level}: expected a level of the slide, which has 0 to "
+                f"{levels - 1}; use max_side"
+            )
         side = max(slide.level_sizes[drawing.level]) if slide is not None else max(extent)
     elif drawing.mpp is not None:
         if not mpp:
-            raise UserError(f"mpp={drawing.mpp}: expected a slide with a known resolution, found none; use max_side")
+            raise UserError(
+                f"mpp={drawing.mpp}: expected a slide with a known resolution, found none; use "
+                "max_side"
+            )
         side = round(max(extent) * mpp / drawing.mpp)
     if side > LARGEST:
-        raise UserError(f"a PNG of {side} px a side: expected at most {LARGEST}; take a coarser level or mpp, or tiff=true")
+        raise UserError(
+            f"a PNG of {side} px a side: expected at most {LARGEST}; take a coarser level or mpp, "
+            "or tiff=true"
+        )
     return max(1, min(side, max(extent)))

@@ -1,10 +1,10 @@
-"""One slide from its bag to its files: heatmap, layers for the page, gallery, GeoJSON, TIFF, CSV; the record comes last.
+"""One slide from its bag to its files: heatmap, layers for the page, gallery, GeoJSON, TIFF, CSV;
+the record comes last.
 
-heatmaps/<slide>.png       the slide with its heat, colour bar and scale bar
-pictures/<slide>/          overview.jpg, heat.png (transparent), thumbnail.jpg, gallery.jpg, strip.jpg, tiles/
-scores/<slide>.csv         a row a tile
-geojson/, tiff/            on request
-records/<slide>.json       what the pages show, and what the files were made from
+heatmaps/<slide>.png       the slide with its heat, colour bar and scale bar pictures/<slide>/
+overview.jpg, heat.png (transparent), thumbnail.jpg, gallery.jpg, strip.jpg, tiles/
+scores/<slide>.csv         a row a tile geojson/, tiff/            on request records/<slide>.json
+what the pages show, and what the files were made from
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from patch_encoder.tiles.geojson import tiles_geojson
 from patch_encoder.tissue.geojson import read_geojson
 
 PAGE_SIDE, THUMBNAIL = 1100, 200  # px of the pictures in a slide's page and in the cohort's table
-# a probability, or the share of a risk, further than this from predictions.csv (bf16 runs differ by less) is of another bag
+# a probability, or the share of a risk, further than this from predictions.csv (bf16 runs differ by
+# less) is of another bag
 SAME = 0.02
 
 
@@ -54,14 +55,22 @@ class Inputs:
     coords: Path | None = None
 
 
-def judge(judged: Judged, inputs: Inputs, model: nn.Module, task: Objective, drawing: Drawing) -> TileScores:
+def judge(
+    judged: Judged, inputs: Inputs, model: nn.Module, task: Objective, drawing: Drawing
+) -> TileScores:
     """What the model says of the slide's tiles.
 
     Raises:
         UserError: a bag that cannot be used, or that is not the one that was predicted.
     """
-    device = next(model.parameters()).device if any(True for _ in model.parameters()) else torch.device("cpu")
-    scores = score_bag(model, task, inputs.bag, inputs.coords, drawing.value, drawing.of_class, device)
+    device = (
+        next(model.parameters()).device
+        if any(True for _ in model.parameters())
+        else torch.device("cpu")
+    )
+    scores = score_bag(
+        model, task, inputs.bag, inputs.coords, drawing.value, drawing.of_class, device
+    )
     _check_prediction(judged, scores, task.names or (RISK,))
     return scores
 
@@ -81,7 +90,11 @@ def draw_slide(
         UserError: a slide that cannot be used.
     """
     geometry = scores.coordinates.geometry
-    opened = nullcontext() if inputs.slide is None else open_slide(inputs.slide, inputs.mpp, geometry.tile_pattern)
+    opened = (
+        nullcontext()
+        if inputs.slide is None
+        else open_slide(inputs.slide, inputs.mpp, geometry.tile_pattern)
+    )
     with opened as slide:
         extent = _extent(slide, scores.coordinates)
         mpp = (slide.mpp if slide is not None else geometry.mpp) or 0.0
@@ -89,7 +102,9 @@ def draw_slide(
         title = f"{judged.slide_id}   {verdict(judged, scores, task)}"
         side = picture_side(drawing, slide, extent, mpp)
         overview = read_overview(slide, side).pixels if slide is not None else _white(extent, side)
-        files = write_pictures(output, judged.slide_id, overview, heat, extent, mpp, inputs.tissue, title)
+        files = write_pictures(
+            output, judged.slide_id, overview, heat, extent, mpp, inputs.tissue, title
+        )
         chosen = choose_tiles(scores, drawing.top, drawing.low)
         if slide is not None:
             write_gallery(output / "pictures" / judged.slide_id, slide, scores, chosen, title)
@@ -97,37 +112,77 @@ def draw_slide(
             target = output / "tiff" / f"{judged.slide_id}.tiff"
             write_heat_pyramid(target, slide, heat, extent, mpp, drawing.tiff_max_side)
     if drawing.geojson:
-        write_text(output / "geojson" / f"{judged.slide_id}.geojson", tiles_geojson(scores.coordinates, scores.columns()))
+        write_text(
+            output / "geojson" / f"{judged.slide_id}.geojson",
+            tiles_geojson(scores.coordinates, scores.columns()),
+        )
     write_scores(output / "scores" / f"{judged.slide_id}.csv", scores)
-    record = {**facts(judged, task), "made_from": made_from, "tiles": len(scores.values), "mpp": mpp or None}
-    record |= {"said": dict(zip(columns(task), scores.slide.tolist(), strict=True)), "shown": scores.shown}
-    record |= {"class_name": scores.class_name, "width": extent[0], "height": extent[1], "side": geometry.patch_size_level0}
-    record |= {"tiles_half": tiles_for_half(scores.attention), "gallery": slide is not None, "picture": list(files)}
-    record |= {"low": heat.low, "high": heat.high, "bar": heat.name, "chosen": [tile.record() for tile in chosen]}
+    record = {
+        **facts(judged, task),
+        "made_from": made_from,
+        "tiles": len(scores.values),
+        "mpp": mpp or None,
+    }
+    record |= {
+        "said": dict(zip(columns(task), scores.slide.tolist(), strict=True)),
+        "shown": scores.shown,
+    }
+    record |= {
+        "class_name": scores.class_name,
+        "width": extent[0],
+        "height": extent[1],
+        "side": geometry.patch_size_level0,
+    }
+    record |= {
+        "tiles_half": tiles_for_half(scores.attention),
+        "gallery": slide is not None,
+        "picture": list(files),
+    }
+    record |= {
+        "low": heat.low,
+        "high": heat.high,
+        "bar": heat.name,
+        "chosen": [tile.record() for tile in chosen],
+    }
     write_json(output / "records" / f"{judged.slide_id}.json", record)
 
 
 def make_heat(scores: TileScores, drawing: Drawing) -> Heat:
     """Values between 0 and 1 with what the ends of the colour bar say.
 
-    Percentile: rank / 100. Raw: attention over the slide's highest, so that colours differ; a probability as it is; a risk
-    between the slide's lowest and highest.
+    Percentile: rank / 100. Raw: attention over the slide's highest, so that colours differ; a
+    probability as it is; a risk between the slide's lowest and highest.
     """
     values = scores.values
-    alone = {"probability": f"probability of {scores.class_name}, tile alone", RISK: "risk, tile alone"}
+    alone = {
+        "probability": f"probability of {scores.class_name}, tile alone",
+        RISK: "risk, tile alone",
+    }
     what = alone.get(scores.shown, scores.shown)
     if drawing.scale == "percentile":
         shown, low, high, name = percentile_ranks(values) / 100, "0", "100", f"percentile of {what}"
     elif scores.shown == "attention":
         most = float(values.max())
-        shown, low, high, name = values / most, "0", f"{100 * most:.3g} %", "of the slide's attention"
+        shown, low, high, name = (
+            values / most,
+            "0",
+            f"{100 * most:.3g} %",
+            "of the slide's attention",
+        )
     elif scores.shown == RISK:
         least, most = float(values.min()), float(values.max())
-        shown, low, high, name = (values - least) / ((most - least) or 1.0), f"{least:.3g}", f"{most:.3g}", what
+        shown, low, high, name = (
+            (values - least) / ((most - least) or 1.0),
+            f"{least:.3g}",
+            f"{most:.3g}",
+            what,
+        )
     else:
         shown, low, high, name = values, "0", "1", what
     side = scores.coordinates.geometry.patch_size_level0
-    return Heat(scores.coordinates.coords, shown, side, low, high, name, drawing.colours, drawing.alpha)
+    return Heat(
+        scores.coordinates.coords, shown, side, low, high, name, drawing.colours, drawing.alpha
+    )
 
 
 def tiles_for_half(attention: np.ndarray) -> int:
@@ -145,19 +200,27 @@ def write_pictures(
     tissue: Path | None,
     title: str,
 ) -> tuple[int, int]:
-    """The PNG, and beside it what the page shows; returns (width, height) of the latter's pictures."""
+    """The PNG, and beside it what the page shows; returns (width, height) of the latter's
+    pictures.
+    """
     scale = overview.shape[1] / extent[0], overview.shape[0] / extent[1]
     if heat_is_alone := bool((overview == 255).all()):
         heat = Heat(**{**heat.__dict__, "alpha": 1.0})
     blended = blend(overview, heat, scale)
     if tissue is not None:
-        rings = [ring for shape in read_geojson(tissue) for ring in (shape.outline.outer, *shape.outline.holes)]
+        rings = [
+            ring
+            for shape in read_geojson(tissue)
+            for ring in (shape.outline.outer, *shape.outline.holes)
+        ]
         blended = draw_outlines(blended, rings, scale)
     elif not heat_is_alone:
         blended = draw_cover(blended, heat, scale)
     second = f"{len(heat.coords):,} tiles"
     with atomic_path(output / "heatmaps" / f"{slide_id}.png") as temporary:
-        framed(blended, heat, title, second, mpp / scale[0] if mpp else None).save(temporary, "PNG", compress_level=4)
+        framed(blended, heat, title, second, mpp / scale[0] if mpp else None).save(
+            temporary, "PNG", compress_level=4
+        )
     folder = output / "pictures" / slide_id
     small = Image.fromarray(overview)
     small.thumbnail((PAGE_SIDE, PAGE_SIDE), Image.Resampling.BOX)
@@ -173,11 +236,15 @@ def write_pictures(
 
 def _white(extent: tuple[int, int], side: int) -> np.ndarray:
     scale = side / max(extent)
-    return np.full((max(1, round(extent[1] * scale)), max(1, round(extent[0] * scale)), 3), 255, dtype=np.uint8)
+    return np.full(
+        (max(1, round(extent[1] * scale)), max(1, round(extent[0] * scale)), 3), 255, dtype=np.uint8
+    )
 
 
 def _extent(slide: Slide | None, coordinates: Coordinates) -> tuple[int, int]:
-    """(width, height) of level 0: the slide's, else what the bag says, else as far as the tiles go."""
+    """(width, height) of level 0: the slide's, else what the bag says, else as far as the tiles
+    go.
+    """
     if slide is not None:
         return slide.width, slide.height
     geometry = coordinates.geometry
@@ -190,13 +257,17 @@ def _check_prediction(judged: Judged, scores: TileScores, names: Sequence[str]) 
         if abs(said - found) > SAME * max(1.0, abs(said)):
             what = "a risk of {:.3f}" if name == RISK else f"probability {{:.3f}} of {name}"
             raise UserError(
-                f"slide {judged.slide_id}: expected {what.format(said)} as in predictions.csv, found {found:.3f}; "
-                "the bag is not the one that the model was tested on: give its features= folder or train again"
+                f"slide {judged.slide_id}: expected {what.format(said)} as in predictions.csv, "
+                f"found {found:.3f}; "
+                "the bag is not the one that the model was tested on: give its features= folder "
+                "or train again"
             )
 
 
 def verdict(judged: Judged, scores: TileScores, task: Task) -> str:
-    """What the model that the slide is drawn by makes of it: `label tumour, called normal (0.81)`, `event at 9, risk 0.3`."""
+    """What the model that the slide is drawn by makes of it: `label tumour, called normal (0.81)`,
+    `event at 9, risk 0.3`.
+    """
     told = _told(judged, scores, task)
     return f"{told}, fold {judged.fold}" if judged.others else told
 
@@ -205,7 +276,9 @@ def _told(judged: Judged, scores: TileScores, task: Task) -> str:
     if task.kind in SURVIVAL:
         return ", ".join(filter(None, [judged.label, f"risk {scores.slide[0]:.3g}"]))
     if task.kind == "multilabel":
-        found = [f"{name} {share:.2f}" for name, share in zip(task.classes, scores.slide, strict=True)]
+        found = [
+            f"{name} {share:.2f}" for name, share in zip(task.classes, scores.slide, strict=True)
+        ]
         said = ", ".join([f"called {judged.predicted}", *found] if judged.predicted else found)
     else:
         chosen = grade if task.kind == "ordinal" else partial(np.argmax, axis=1)

@@ -1,7 +1,9 @@
-"""Which model judges which slide: a run directory's own test slides, or for a benchmark the folds that test the slide.
+"""Which model judges which slide: a run directory's own test slides, or for a benchmark the folds
+that test the slide.
 
-With nested or repeated cross-validation several models test a slide. It is drawn once, by the first of them, and its numbers
-are those of all: the mean of the probabilities and the call of most models. Metrics of the cohort stay those of single runs.
+With nested or repeated cross-validation several models test a slide. It is drawn once, by the first
+of them, and its numbers are those of all: the mean of the probabilities and the call of most
+models. Metrics of the cohort stay those of single runs.
 """
 
 from __future__ import annotations
@@ -33,13 +35,16 @@ class Judged:
     """A slide and what a model said.
 
     Attributes:
-        label: true class, grade or labels (joined by |), of survival the time; '' when it is not known.
+        label: true class, grade or labels (joined by |), of survival the time; '' when it is not
+            known.
         predicted: what the run calls it; '' where the run made no prediction, and of survival.
-        said: the run's probabilities, in the order of the task's classes, or its risk; empty without a prediction.
+        said: the run's probabilities, in the order of the task's classes, or its risk; empty
+            without a prediction.
         fold: of the run; None without a prediction.
         split: test or val, '' for a slide outside both.
         checkpoint: weights of the model that judges it.
-        cuts: class or label -> probability from which it is called, chosen on the run's validation slides.
+        cuts: class or label -> probability from which it is called, chosen on the run's validation
+            slides.
         place: of survival, the share of the run's slides with a lower risk.
         others: the same slide in the further runs that test it.
     """
@@ -74,7 +79,9 @@ class Judged:
 
 @dataclass(frozen=True)
 class Source:
-    """A run or a benchmark: its task, folder of bags, judged slides, runs with their predictions, a name for people."""
+    """A run or a benchmark: its task, folder of bags, judged slides, runs with their predictions, a
+    name for people.
+    """
 
     task: Task
     features: str
@@ -94,11 +101,16 @@ def read_run(folder: Path, split: str) -> tuple[Task, list[Judged], Finished | N
     Raises:
         UserError: not finished, or no classifier.
     """
-    read_json(folder / "results.json", "a finished run of mil.train or mil.benchmark")  # what is missing first, is said first
+    read_json(
+        folder / "results.json", "a finished run of mil.train or mil.benchmark"
+    )  # what is missing first, is said first
     checkpoint = folder / "checkpoint_best.pt"
     config = load_checkpoint(checkpoint, "a slide classifier's checkpoint")["config"]
     if "class_names" not in config:
-        raise UserError(f"{checkpoint}: expected a slide classifier with class names, found config keys {sorted(config)}")
+        raise UserError(
+            f"{checkpoint}: expected a slide classifier with class names, found config keys "
+            f"{sorted(config)}"
+        )
     task = task_of(config.get("task", {}).get("kind", "classes"), config["class_names"])
     run = read_side(folder, "", task, split)
     if run is None:
@@ -112,19 +124,35 @@ def _judged(run: Finished, task: Task, split: str, checkpoint: Path) -> list[Jud
     place = (said.fold, split, checkpoint)
     if task.kind in SURVIVAL:
         shares = [float((said.risks < risk).mean()) for risk in said.risks]
-        told = [follow_up(float(time), bool(event)) for time, event in zip(said.times, said.events, strict=True)]
+        told = [
+            follow_up(float(time), bool(event))
+            for time, event in zip(said.times, said.events, strict=True)
+        ]
         found = zip(ids, told, said.risks.tolist(), shares, strict=True)
-        return [Judged(*who, label, "", (risk,), *place, place=share) for who, label, risk, share in found]
+        return [
+            Judged(*who, label, "", (risk,), *place, place=share)
+            for who, label, risk, share in found
+        ]
     cuts: dict[str, float] = {}
     if task.kind == "multilabel":
-        labels, called = (_joined(there, task) for there in (said.targets, said.probabilities >= said.thresholds))
+        labels, called = (
+            _joined(there, task) for there in (said.targets, said.probabilities >= said.thresholds)
+        )
         cuts = dict(zip(task.classes, said.thresholds.tolist(), strict=True))
     else:
-        chosen = grade(said.probabilities) if task.kind == "ordinal" else predict_class(said.probabilities, said.threshold)
-        labels, called = ([task.classes[index] for index in indices] for indices in (said.targets, chosen))
+        chosen = (
+            grade(said.probabilities)
+            if task.kind == "ordinal"
+            else predict_class(said.probabilities, said.threshold)
+        )
+        labels, called = (
+            [task.classes[index] for index in indices] for indices in (said.targets, chosen)
+        )
         cuts = {task.classes[1]: said.threshold} if said.threshold is not None else {}
     found = zip(ids, labels, called, said.probabilities.tolist(), strict=True)
-    return [Judged(*who, label, call, tuple(values), *place, cuts) for who, label, call, values in found]
+    return [
+        Judged(*who, label, call, tuple(values), *place, cuts) for who, label, call, values in found
+    ]
 
 
 def _joined(there: np.ndarray, task: Task) -> list[str]:
@@ -132,29 +160,46 @@ def _joined(there: np.ndarray, task: Task) -> list[str]:
 
 
 def from_run(folder: Path, features: str, bags: Mapping[str, Path], split: str) -> Source:
-    """The slides of a run directory; `split=all` adds validation slides and every bag that the run did not predict."""
+    """The slides of a run directory; `split=all` adds validation slides and every bag that the run
+    did not predict.
+    """
     task, slides, run = read_run(folder, "val" if split == "val" else "test")
     model = str(read_json(folder / "results.json", "a run's results")["model"])
     if split == "all":
         slides += read_run(folder, "val")[1]
         known = {slide.slide_id for slide in slides}
         weights = folder / "checkpoint_best.pt"
-        slides += [Judged(name, "", "", "", (), None, "", weights) for name in bags if name not in known]
+        slides += [
+            Judged(name, "", "", "", (), None, "", weights) for name in bags if name not in known
+        ]
     if not slides:
-        raise UserError(f"{folder}: expected {split} slides in predictions.csv, found none; use split=val or split=all")
+        raise UserError(
+            f"{folder}: expected {split} slides in predictions.csv, found none; use split=val or "
+            "split=all"
+        )
     return Source(task, features, slides, [run] if run is not None else [], model)
 
 
 def from_benchmark(folder: Path, feature_set: str, model: str, seed: int | None) -> Source:
-    """The test slides of every fold, each judged by the models that did not train on it; each slide stands there once."""
+    """The test slides of every fold, each judged by the models that did not train on it; each slide
+    stands there once.
+    """
     summary = read_summary(folder)
-    name = _choice("feature_set", feature_set, list(summary["feature_sets"]), next(iter(summary["feature_sets"])))
+    name = _choice(
+        "feature_set",
+        feature_set,
+        list(summary["feature_sets"]),
+        next(iter(summary["feature_sets"])),
+    )
     chosen = _choice("model", model, summary["models"], summary["headline"])
     grid = folder / "runs" / name / chosen
     folders = run_folders(folder, summary, name, chosen)
     seeds = sorted({_place(path)[0] for path in folders})
     if not folders or (seed is not None and seed not in seeds):
-        raise UserError(f"{grid}: expected finished runs{f' of seed {seed}' if seed is not None else ''}, found seeds {seeds}")
+        raise UserError(
+            f"{grid}: expected finished runs{f' of seed {seed}' if seed is not None else ''}, "
+            f"found seeds {seeds}"
+        )
     first = seeds[0] if seed is None else seed
     tested: dict[str, list[Judged]] = {}
     runs: list[Finished] = []
@@ -166,7 +211,9 @@ def from_benchmark(folder: Path, feature_set: str, model: str, seed: int | None)
                 tested.setdefault(judged.slide_id, []).append(judged)
     slides = [replace(found[0], others=tuple(found[1:])) for found in tested.values()]
     task = task_of(summary.get("task", "classes"), summary["classes"])
-    return Source(task, str(summary["features"][name]), slides, runs, f"{chosen} on {name}, seed {first}")
+    return Source(
+        task, str(summary["features"][name]), slides, runs, f"{chosen} on {name}, seed {first}"
+    )
 
 
 def _place(folder: Path) -> tuple[int, int]:
@@ -176,7 +223,9 @@ def _place(folder: Path) -> tuple[int, int]:
 
 def _choice(key: str, asked: str, known: Sequence[str], default: str) -> str:
     if asked and asked not in known:
-        raise UserError(f"{key}={asked}: expected one of {', '.join(known)}; {did_you_mean(asked, known)}")
+        raise UserError(
+            f"{key}={asked}: expected one of {', '.join(known)}; {did_you_mean(asked, known)}"
+        )
     return asked or default
 
 
@@ -186,17 +235,40 @@ def is_benchmark(folder: Path) -> bool:
 
 
 def facts(slide: Judged, task: Task) -> dict[str, Any]:
-    """What a page says about the slide, as plain values: `said` is the mean over the runs that test it.
+    """What a page says about the slide, as plain values: `said` is the mean over the runs that test
+    it.
 
-    Risks of two runs have no common scale: the risk is the first run's, `place` the mean share of slides with a lower one.
+    Risks of two runs have no common scale: the risk is the first run's, `place` the mean share of
+    slides with a lower one.
     """
     names = columns(task)
-    values: dict[str, Any] = {"slide": slide.slide_id, "case": slide.case_id, "label": slide.label, "predicted": slide.called}
-    means = slide.said if task.kind in SURVIVAL else np.mean([run.said for run in slide.runs], axis=0).tolist()
-    values |= {"said": dict(zip(names, means, strict=False)), "fold": slide.fold, "split": slide.split, "right": slide.right}
-    values["place"] = None if slide.place is None else float(np.mean([run.place for run in slide.runs]))
+    values: dict[str, Any] = {
+        "slide": slide.slide_id,
+        "case": slide.case_id,
+        "label": slide.label,
+        "predicted": slide.called,
+    }
+    means = (
+        slide.said
+        if task.kind in SURVIVAL
+        else np.mean([run.said for run in slide.runs], axis=0).tolist()
+    )
+    values |= {
+        "said": dict(zip(names, means, strict=False)),
+        "fold": slide.fold,
+        "split": slide.split,
+        "right": slide.right,
+    }
+    values["place"] = (
+        None if slide.place is None else float(np.mean([run.place for run in slide.runs]))
+    )
     values["runs"] = [
-        {"fold": run.fold, "said": dict(zip(names, run.said, strict=False)), "predicted": run.predicted, "cuts": dict(run.cuts)}
+        {
+            "fold": run.fold,
+            "said": dict(zip(names, run.said, strict=False)),
+            "predicted": run.predicted,
+            "cuts": dict(run.cuts),
+        }
         | {"place": run.place}
         for run in slide.runs
     ]

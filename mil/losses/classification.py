@@ -1,8 +1,9 @@
-"""Cross-entropy of one bag with label smoothing and focal weight; sigmoid cross-entropy for several labels at once.
+"""Cross-entropy of one bag with label smoothing and focal weight; sigmoid cross-entropy for several
+labels at once.
 
-Smoothing: Szegedy et al., CVPR 2016 (the true class gets 1 - e + e / C). Focal: Lin et al., ICCV 2017, equation 4
-without alpha: (1 - p_t)^gamma, here for any number of classes. Differences: none; with both, the focal weight is that
-of the true class.
+Smoothing: Szegedy et al., CVPR 2016 (the true class gets 1 - e + e / C). Focal: Lin et al., ICCV
+2017, equation 4 without alpha: (1 - p_t)^gamma, here for any number of classes. Differences: none;
+with both, the focal weight is that of the true class.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, softplus
 
 
-def class_loss(logits: Float[Tensor, " c"], target: int, smoothing: float = 0.0, focal: float = 0.0) -> Float[Tensor, ""]:
+def class_loss(
+    logits: Float[Tensor, " c"], target: int, smoothing: float = 0.0, focal: float = 0.0
+) -> Float[Tensor, ""]:
     """Cross-entropy of one bag, in fp32."""
     aim = torch.tensor([target], device=logits.device)
     loss = cross_entropy(logits.float()[None], aim, label_smoothing=smoothing)

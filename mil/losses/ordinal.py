@@ -1,8 +1,10 @@
-"""CORN: conditional ordinal regression for neural networks (Shi, Cao, Raschka, PAA 2023, arXiv 2111.08851).
+"""CORN: conditional ordinal regression for neural networks (Shi, Cao, Raschka, PAA 2023, arXiv
+2111.08851).
 
-K grades, K - 1 logits; sigmoid of logit k is P(y > k | y > k - 1), so that P(y > k), their product, falls with k
-without shared weights. Section 3.3: logit k learns from the bags with y > k - 1 only. Difference: a bag's loss is the
-sum over its tasks, which is -log P(y) exactly; the authors divide by the number of bag-task pairs of the batch.
+K grades, K - 1 logits; sigmoid of logit k is P(y > k | y > k - 1), so that P(y > k), their product,
+falls with k without shared weights. Section 3.3: logit k learns from the bags with y > k - 1 only.
+Difference: a bag's loss is the sum over its tasks, which is -log P(y) exactly; the authors divide
+by the number of bag-task pairs of the batch.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""Smooth top-1 SVM loss (Berrada, Zisserman, Kumar, "Smooth Loss Functions for Deep Top-k Classification", ICLR 2018).
+"""Smooth top-1 SVM loss (Berrada, Zisserman, Kumar, "Smooth Loss Functions for Deep Top-k
+Classification", ICLR 2018).
 
-Top-1 case in closed form: tau * log sum_j exp((s_j + alpha [j != y]) / tau) - s_y. As in the authors'
-code, a sample whose two highest scores are further apart than tau * ln 1000 takes the hard loss, max instead of the
-smooth maximum. CLAM trains its instance classifiers with it. Differences: any number of classes and no other k, so
-that neither the package nor its recursion over polynomials is needed.
+Top-1 case in closed form: tau * log sum_j exp((s_j + alpha [j != y]) / tau) - s_y. As in the
+authors' code, a sample whose two highest scores are further apart than tau * ln 1000 takes the hard
+loss, max instead of the smooth maximum. CLAM trains its instance classifiers with it. Differences:
+any number of classes and no other k, so that neither the package nor its recursion over polynomials
+is needed.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ def smooth_top1_svm(
         tau: temperature; towards 0 the loss becomes the hard one.
     """
     augmented = scores + alpha
-    augmented = augmented.scatter(1, targets[:, None], scores.gather(1, targets[:, None]))  # no margin for the true class
+    augmented = augmented.scatter(
+        1, targets[:, None], scores.gather(1, targets[:, None])
+    )  # no margin for the true class
     true = scores.gather(1, targets[:, None]).squeeze(1)
     smooth = tau * torch.logsumexp(augmented / tau, dim=1) - true
     hard = augmented.amax(1) - true

@@ -1,9 +1,10 @@
 """Survival losses: Cox's partial likelihood and the likelihood of discrete hazards.
 
-Cox: Cox, JRSS B 1972, as -sum_i e_i (r_i - log sum_{t_j >= t_i} exp r_j) over the number of events, ties as Breslow
-(Biometrics 1974): every event of a time has all that are at risk then. Discrete time: Zadeh and Schmid, "Bias in
-Cross-Entropy-Based Training of Deep Survival Networks", TPAMI 2021; sigmoid of logit j is the hazard of interval j.
-Difference from the copies in slide models: through log-sigmoids, without an epsilon.
+Cox: Cox, JRSS B 1972, as -sum_i e_i (r_i - log sum_{t_j >= t_i} exp r_j) over the number of events,
+ties as Breslow (Biometrics 1974): every event of a time has all that are at risk then. Discrete
+time: Zadeh and Schmid, "Bias in Cross-Entropy-Based Training of Deep Survival Networks", TPAMI
+2021; sigmoid of logit j is the hazard of interval j. Difference from the copies in slide models:
+through log-sigmoids, without an epsilon.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 
-def cox_loss(risks: Float[Tensor, " b"], times: Float[Tensor, " b"], events: Bool[Tensor, " b"]) -> Float[Tensor, ""]:
+def cox_loss(
+    risks: Float[Tensor, " b"], times: Float[Tensor, " b"], events: Bool[Tensor, " b"]
+) -> Float[Tensor, ""]:
     """Mean over the events of their negative log partial likelihood; 0 without an event.
 
     Args:
@@ -31,7 +34,9 @@ def cox_loss(risks: Float[Tensor, " b"], times: Float[Tensor, " b"], events: Boo
     return -((r - at_risk) * e).sum() / e.sum().clamp(min=1)
 
 
-def discrete_loss(logits: Float[Tensor, " j"], interval: int, event: bool, alpha: float = 0.0) -> Float[Tensor, ""]:
+def discrete_loss(
+    logits: Float[Tensor, " j"], interval: int, event: bool, alpha: float = 0.0
+) -> Float[Tensor, ""]:
     """Negative log likelihood of one bag.
 
     Args:

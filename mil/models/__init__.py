@@ -1,4 +1,6 @@
-"""Slide classifiers over a bag of tile features: `forward(features (N, D), coords (N, 2)) -> MILOutput`."""
+"""Slide classifiers over a bag of tile features: `forward(features (N, D), coords (N, 2)) ->
+MILOutput`.
+"""
 
 from __future__ import annotations
 
@@ -77,8 +79,18 @@ __all__ = [
 ]
 
 
-def build(name: str, dim: int, classes: int, *, standardize: bool = False, dropout: float = 0.25, **options: Any) -> nn.Module:
-    """A model by name for D = `dim` features and C = `classes` classes; `options` are its constructor's."""
+def build(
+    name: str,
+    dim: int,
+    classes: int,
+    *,
+    standardize: bool = False,
+    dropout: float = 0.25,
+    **options: Any,
+) -> nn.Module:
+    """A model by name for D = `dim` features and C = `classes` classes; `options` are its
+    constructor's.
+    """
     model = MODELS[_known(name)](dim, classes, dropout, **check_options(name, options))
     model = Standardised(model, dim) if standardize else model
     model.register_forward_pre_hook(BagCheck(dim), with_kwargs=True)
@@ -92,14 +104,22 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _known(name: str) -> str:
     if name not in MODELS:
-        raise UserError(f"model '{name}': expected one of {', '.join(MODELS)}; {did_you_mean(name, MODELS)}")
+        raise UserError(
+            f"model '{name}': expected one of {', '.join(MODELS)}; {did_you_mean(name, MODELS)}"
+        )
     return name
 
 
 def plain_model(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """Name and options of the plain model that a teacher-student model starts from; None for the others."""
+    """Name and options of the plain model that a teacher-student model starts from; None for the
+    others.
+    """
     make = MODELS[_known(name)]
-    if not isinstance(make, partial) or make.func is not MHIM or not options.get("teacher_init", True):
+    if (
+        not isinstance(make, partial)
+        or make.func is not MHIM
+        or not options.get("teacher_init", True)
+    ):
         return None
     base = make.keywords["base"]
     return base, plain_options(base, options)

@@ -1,10 +1,12 @@
-"""ABMIL: attention-based deep multiple instance learning (Ilse, Tomczak, Welling, ICML 2018, arXiv 1802.04712).
+"""ABMIL: attention-based deep multiple instance learning (Ilse, Tomczak, Welling, ICML 2018, arXiv
+1802.04712).
 
-Section 2.4: bag z = sum_n a_n h_n (equation 7), with attention (equation 8) or gated attention (equation 9); with
-several heads each has its own a, and their bags stand side by side (the attention branches of the authors' code).
-Differences, those of TS2G-KD: tiles are first embedded by Linear D->512, ReLU, dropout; the attention's first layer
-has ReLU where the paper has tanh (`activation="tanh"` gives the paper's) and no layer of it has a bias; the head is
-one linear layer with a logit per class.
+Section 2.4: bag z = sum_n a_n h_n (equation 7), with attention (equation 8) or gated attention
+(equation 9); with several heads each has its own a, and their bags stand side by side (the
+attention branches of the authors' code). Differences, those of TS2G-KD: tiles are first embedded by
+Linear D->512, ReLU, dropout; the attention's first layer has ReLU where the paper has tanh
+(`activation="tanh"` gives the paper's) and no layer of it has a bias; the head is one linear layer
+with a logit per class.
 """
 
 from __future__ import annotations
@@ -50,14 +52,21 @@ class ABMIL(nn.Module):
         if activation not in ACTIVATIONS:
             raise UserError(f"activation={activation}: {did_you_mean(activation, ACTIVATIONS)}")
         self.embed = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), Dropout(dropout))
-        self.attend = nn.Sequential(nn.Linear(hidden, attention, bias=False), ACTIVATIONS[activation]())
-        self.gate = nn.Sequential(nn.Linear(hidden, attention, bias=False), nn.Sigmoid()) if gated else None
+        self.attend = nn.Sequential(
+            nn.Linear(hidden, attention, bias=False), ACTIVATIONS[activation]()
+        )
+        self.gate = (
+            nn.Sequential(nn.Linear(hidden, attention, bias=False), nn.Sigmoid()) if gated else None
+        )
         self.score = nn.Linear(attention, heads, bias=False)
         self.head = nn.Linear(heads * hidden, classes)
         initialise(self)
 
     def forward(
-        self, features: Float[Tensor, "n d"], coords: Int[Tensor, "n 2"] | None = None, target: Target | None = None
+        self,
+        features: Float[Tensor, "n d"],
+        coords: Int[Tensor, "n 2"] | None = None,
+        target: Target | None = None,
     ) -> MILOutput:
         """Slide logits (C,); attention is a of equation 8 or 9, the mean over heads."""
         logits, _, scores, _ = self.pool(self.embed(features))

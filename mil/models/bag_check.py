@@ -1,7 +1,8 @@
-"""What every model is given: a bag of at least one tile, as wide as the model, in the dtype of its weights.
+"""What every model is given: a bag of at least one tile, as wide as the model, in the dtype of its
+weights.
 
-`build` puts the check before a model's forward, `forward_bags` before its packed one. Features in half precision are cast to
-the weights, unless autocast is on in that very precision.
+`build` puts the check before a model's forward, `forward_bags` before its packed one. Features in
+half precision are cast to the weights, unless autocast is on in that very precision.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ class BagCheck:
 
     def _ready(self, model: nn.Module, features: Tensor) -> Tensor:
         if features.ndim != 2 or features.shape[0] == 0 or features.shape[1] != self.dim:
-            raise UserError(f"bag: expected features (N, {self.dim}) of at least one tile, found {tuple(features.shape)}")
+            raise UserError(
+                f"bag: expected features (N, {self.dim}) of at least one tile, found "
+                f"{tuple(features.shape)}"
+            )
         return in_dtype_of(model, features)
 
 
@@ -54,12 +58,15 @@ def check_bags(bags: Sequence[Tensor]) -> None:
         if bag.ndim != 2 or bag.shape[0] == 0 or bag.shape[1] != dim:
             which = f"bag {number} (from 0) of {len(bags)}"
             raise UserError(
-                f"{which}: expected features (N, {dim}) of at least one tile, found {tuple(bag.shape)}; leave it out"
+                f"{which}: expected features (N, {dim}) of at least one tile, found "
+                f"{tuple(bag.shape)}; leave it out"
             )
 
 
 def in_dtype_of(model: nn.Module, features: Tensor) -> Tensor:
-    """Features in half precision in the dtype of the model's weights; as they are where they have autocast's."""
+    """Features in half precision in the dtype of the model's weights; as they are where they have
+    autocast's.
+    """
     if features.dtype not in HALF:
         return features
     device = features.device.type

@@ -1,8 +1,9 @@
 """Several bags at a time: the same answers as one bag at a time (to 1e-6), for bags of any lengths.
 
-A model that gains by it has `forward_packed(features (T, D), offsets (B + 1,)) -> Packed`: all tiles of all bags go
-through its layers together, and softmaxes and sums stay within the bags; or, where tiles have places, `forward_batch(bags,
-coords) -> outputs`. The other models take the bags in turn.
+A model that gains by it has `forward_packed(features (T, D), offsets (B + 1,)) -> Packed`: all
+tiles of all bags go through its layers together, and softmaxes and sums stay within the bags; or,
+where tiles have places, `forward_batch(bags, coords) -> outputs`. The other models take the bags in
+turn.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from mil.models.output import Packed
 from mil.models.standardise import Standardised
 
 
-def forward_bags(model: nn.Module, bags: Sequence[Tensor], coords: Sequence[Tensor | None] | None = None) -> Packed:
+def forward_bags(
+    model: nn.Module, bags: Sequence[Tensor], coords: Sequence[Tensor | None] | None = None
+) -> Packed:
     """The model on each of B bags (N_i, D) with coords (N_i, 2); packed where the model can.
 
     Raises:
@@ -37,11 +40,16 @@ def forward_bags(model: nn.Module, bags: Sequence[Tensor], coords: Sequence[Tens
         return inner.forward_packed(features, offsets)
     places = coords or [None] * len(bags)
     if hasattr(inner, "forward_batch") and coords is not None:
-        plain = [model.standardised(bag) for bag in bags] if isinstance(model, Standardised) else bags
+        plain = (
+            [model.standardised(bag) for bag in bags] if isinstance(model, Standardised) else bags
+        )
         outputs = inner.forward_batch(plain, coords)
     else:
         outputs = [model(bag, place) for bag, place in zip(bags, places, strict=True)]
-    return Packed(torch.stack([output.logits for output in outputs]), torch.cat([output.attention for output in outputs]))
+    return Packed(
+        torch.stack([output.logits for output in outputs]),
+        torch.cat([output.attention for output in outputs]),
+    )
 
 
 def forward_padded(
@@ -50,15 +58,25 @@ def forward_padded(
     lengths: Sequence[int],
     coords: Int[Tensor, "b n 2"] | None = None,
 ) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b n"]]:
-    """As `forward_bags` for a padded batch: logits (B, C), attention (B, N) that is 0 behind each bag's length.
+    """As `forward_bags` for a padded batch: logits (B, C), attention (B, N) that is 0 behind each
+    bag's length.
 
     Raises:
         UserError: as there; a length that is not one of 1 to N.
     """
-    if len(lengths) != len(features) or not all(1 <= length <= features.shape[1] for length in lengths):
-        raise UserError(f"lengths: expected {len(features)} of 1 to {features.shape[1]} tiles, found {list(lengths)}")
+    if len(lengths) != len(features) or not all(
+        1 <= length <= features.shape[1] for length in lengths
+    ):
+        raise UserError(
+            f"lengths: expected {len(features)} of 1 to {features.shape[1]} tiles, found "
+            f"{list(lengths)}"
+        )
     bags = [bag[:length] for bag, length in zip(features, lengths, strict=True)]
-    places = None if coords is None else [place[:length] for place, length in zip(coords, lengths, strict=True)]
+    places = (
+        None
+        if coords is None
+        else [place[:length] for place, length in zip(coords, lengths, strict=True)]
+    )
     result = forward_bags(model, bags, places)
     attention = pad_sequence(result.attention.split(list(lengths)), batch_first=True)
     return result.logits, pad(attention, (0, features.shape[1] - attention.shape[1]))

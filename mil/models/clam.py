@@ -1,12 +1,15 @@
-"""CLAM-SB and CLAM-MB: clustering-constrained attention MIL (Lu, Williamson et al., Nature BME 2021, arXiv 2004.09666).
+"""CLAM-SB and CLAM-MB: clustering-constrained attention MIL (Lu, Williamson et al., Nature BME
+2021, arXiv 2004.09666).
 
-Gated attention over embedded tiles: one map for all classes (SB) or one a class (MB, each with its own one-logit
-classifier). While training, the B tiles of highest and the B of lowest attention of the slide's class are classified
-as evidence for and against it by that class's instance classifier, with the smooth top-1 SVM loss; loss = 0.7 bag +
-0.3 instance. As in the authors' code the attention branches' dropout is 0.25 whenever `dropout` is not 0.
-Three or more classes that exclude each other are the authors' task 2, which asks for `--subtyping`; two are task 1.
-Differences: a bag of fewer than B tiles takes all of them (the original stops); Xavier initialisation, as in the
-published version (its later default is torch's); the bag loss is the task's criterion.
+Gated attention over embedded tiles: one map for all classes (SB) or one a class (MB, each with its
+own one-logit classifier). While training, the B tiles of highest and the B of lowest attention of
+the slide's class are classified as evidence for and against it by that class's instance classifier,
+with the smooth top-1 SVM loss; loss = 0.7 bag + 0.3 instance. As in the authors' code the attention
+branches' dropout is 0.25 whenever `dropout` is not 0. Three or more classes that exclude each other
+are the authors' task 2, which asks for `--subtyping`; two are task 1.
+Differences: a bag of fewer than B tiles takes all of them (the original stops); Xavier
+initialisation, as in the published version (its later default is torch's); the bag loss is the
+task's criterion.
 """
 
 from __future__ import annotations
@@ -32,10 +35,11 @@ class CLAM(nn.Module):
         hidden: width of the embedding.
         attention: width of the attention layer (256 small, 384 big).
         instances: B, tiles of highest and of lowest attention that are classified.
-        subtyping: classes exclude each other: the most attended tiles are evidence against the slide's other classes.
-            None: by task, True for three classes or more. False for two, of which one is often "no tumour": tumour
-            slides have such tiles too; and where outputs do not exclude each other (labels, thresholds between grades)
-            or say nothing about the absent ones (intervals of survival, none of them in a censored slide).
+        subtyping: classes exclude each other: the most attended tiles are evidence against the
+            slide's other classes. None: by task, True for three classes or more. False for two, of
+            which one is often "no tumour": tumour slides have such tiles too; and where outputs do
+            not exclude each other (labels, thresholds between grades) or say nothing about the
+            absent ones (intervals of survival, none of them in a censored slide).
         bag_weight: share of the bag loss.
     """
 
@@ -60,11 +64,19 @@ class CLAM(nn.Module):
         # MB: row c sees the bag of branch c only
         self.head = nn.Linear(hidden, classes)
         self.instance_heads = nn.ModuleList(nn.Linear(hidden, 2) for _ in range(classes))
-        self.branches, self.instances, self.subtyping, self.bag_weight = branches, instances, subtyping, bag_weight
+        self.branches, self.instances, self.subtyping, self.bag_weight = (
+            branches,
+            instances,
+            subtyping,
+            bag_weight,
+        )
         initialise(self)
 
     def forward(
-        self, features: Float[Tensor, "n d"], coords: Int[Tensor, "n 2"] | None = None, target: Target | None = None
+        self,
+        features: Float[Tensor, "n d"],
+        coords: Int[Tensor, "n 2"] | None = None,
+        target: Target | None = None,
     ) -> MILOutput:
         """Slide logits (C,); attention is the map (MB: of the class with the highest logit)."""
         h = self.embed(features)  # (N, 512)
@@ -75,8 +87,12 @@ class CLAM(nn.Module):
             return MILOutput(logits, attention)
         classes = len(self.instance_heads)
         # what is told as a number is one of the classes
-        subtyping = isinstance(target, int) and classes > 2 if self.subtyping is None else self.subtyping
-        auxiliary = (1 - self.bag_weight) * self.instance_loss(h, a, present(target, classes), subtyping)
+        subtyping = (
+            isinstance(target, int) and classes > 2 if self.subtyping is None else self.subtyping
+        )
+        auxiliary = (1 - self.bag_weight) * self.instance_loss(
+            h, a, present(target, classes), subtyping
+        )
         return MILOutput(logits, attention, ((logits, self.bag_weight),), auxiliary)
 
     def forward_packed(self, features: Float[Tensor, "t d"], offsets: Int[Tensor, " b1"]) -> Packed:
@@ -100,12 +116,17 @@ class CLAM(nn.Module):
             subtyping: the other classes' loss too.
         """
         size = min(self.instances, len(h))
-        weight = torch.stack([head.weight for head in self.instance_heads])  # (C, 2, 512); all of them get a gradient
+        weight = torch.stack(
+            [head.weight for head in self.instance_heads]
+        )  # (C, 2, 512); all of them get a gradient
         bias = torch.stack([head.bias for head in self.instance_heads])
         losses = []
         for c in range(len(weight)):
             own = a[c if self.branches else 0].detach()
-            tiles, labels = own.topk(size).indices, torch.full((size,), int(c in targets), device=h.device)
+            tiles, labels = (
+                own.topk(size).indices,
+                torch.full((size,), int(c in targets), device=h.device),
+            )
             if c in targets:
                 tiles = torch.cat([tiles, (-own).topk(size).indices])
                 labels = torch.cat([labels, torch.zeros_like(labels)])
@@ -119,4 +140,8 @@ class CLAM(nn.Module):
         return self.score(self.attend(h) * self.gate(h))
 
     def _classify(self, bags: Float[Tensor, "b k f"]) -> Float[Tensor, "b c"]:
-        return (bags * self.head.weight).sum(2) + self.head.bias if self.branches else self.head(bags[:, 0])
+        return (
+            (bags * self.head.weight).sum(2) + self.head.bias
+            if self.branches
+            else self.head(bags[:, 0])
+        )

@@ -1,10 +1,12 @@
 """DeformMIL: a deformable transformer over the tiles of a slide.
 
-Source: DT-MIL (Li et al., MICCAI 2021): tiles on a map, a deformable encoder, a class query that decodes the slide.
-Differences: tiles stay a sparse bag (`mil.ops`), so that slides of any size go in whole, where DT-MIL cuts the centre 60 x 60
-from its map; cells without a tile are neither queries nor keys; coarser levels are pooled tiles; the class query attends to
-the tiles by ordinary attention with a key for each real tile only. Position: the sine encoding of DETR, of a tile's distance
-from the uppermost and leftmost tile in cells, so that neighbours look alike on slides of any size.
+Source: DT-MIL (Li et al., MICCAI 2021): tiles on a map, a deformable encoder, a class query that
+decodes the slide.
+Differences: tiles stay a sparse bag (`mil.ops`), so that slides of any size go in whole, where
+DT-MIL cuts the centre 60 x 60 from its map; cells without a tile are neither queries nor keys;
+coarser levels are pooled tiles; the class query attends to the tiles by ordinary attention with a
+key for each real tile only. Position: the sine encoding of DETR, of a tile's distance from the
+uppermost and leftmost tile in cells, so that neighbours look alike on slides of any size.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Sparse deformable self-attention, then a feed-forward network; post-norm, as in Deformable DETR."""
+    """Sparse deformable self-attention, then a feed-forward network; post-norm, as in Deformable
+    DETR.
+    """
 
     def __init__(self, dim: int, hidden: int, dropout: float, **attention: Any) -> None:
         super().__init__()
@@ -48,14 +52,18 @@ class EncoderLayer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Float[Tensor, "n dim"], position: Float[Tensor, "n dim"], grid: TileGrid) -> Float[Tensor, "n dim"]:
+    def forward(
+        self, x: Float[Tensor, "n dim"], position: Float[Tensor, "n dim"], grid: TileGrid
+    ) -> Float[Tensor, "n dim"]:
         """One layer over all tiles of all bags."""
         x = self.norm1(x + self.dropout(self.self_attn(x + position, x, grid)))
         return self.norm2(self.feed_forward(x))
 
 
 class ClassQuery(nn.Module):
-    """A learned query that attends to all tiles of a bag, then a feed-forward network; post-norm."""
+    """A learned query that attends to all tiles of a bag, then a feed-forward network;
+    post-norm.
+    """
 
     def __init__(self, dim: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -76,13 +84,16 @@ class ClassQuery(nn.Module):
         scores = (keys * query).sum(-1).float() / query.shape[1] ** 0.5  # (N, heads)
         weights = [part.softmax(0) for part in scores.split(list(bags))]
         values = self.value_proj(x).unflatten(1, (self.heads, -1)).split(list(bags))
-        pooled = [torch.einsum("nh,nhd->hd", a.to(v.dtype), v).flatten() for a, v in zip(weights, values)]
+        pooled = [
+            torch.einsum("nh,nhd->hd", a.to(v.dtype), v).flatten() for a, v in zip(weights, values)
+        ]
         token = self.norm1(self.query + self.output_proj(torch.stack(pooled)))
         return self.norm2(self.feed_forward(token)), [a.mean(1) for a in weights]
 
 
 class DeformMIL(nn.Module):
-    """Embed, let every tile look at a few places around it, decode one token for the slide, classify.
+    """Embed, let every tile look at a few places around it, decode one token for the slide,
+    classify.
 
     Args:
         dim: feature width D.
@@ -94,8 +105,8 @@ class DeformMIL(nn.Module):
         heads: attention heads.
         points: sampled positions per tile, head and level.
         renormalise: see `SparseDeformAttn`.
-        step: level-0 pixels between neighbouring tiles; 0: the slide's, by its bag file or all of its tiles (`SlideCoords`); of
-            plain coords the commonest distance in each bag.
+        step: level-0 pixels between neighbouring tiles; 0: the slide's, by its bag file or all of
+            its tiles (`SlideCoords`); of plain coords the commonest distance in each bag.
     """
 
     def __init__(
@@ -114,7 +125,8 @@ class DeformMIL(nn.Module):
         super().__init__()
         if width % 4 or min(depth, levels, heads, points) < 1:
             raise UserError(
-                f"expected a width that is a multiple of 4 and at least one layer, level, head and point, found width={width}, "
+                "expected a width that is a multiple of 4 and at least one layer, level, head "
+                f"and point, found width={width}, "
                 f"depth={depth}, levels={levels}, heads={heads}, points={points}"
             )
         self.width, self.levels, self.step = width, levels, step
@@ -122,15 +134,22 @@ class DeformMIL(nn.Module):
         self.head = nn.Linear(width, classes)
         initialise(self)
         attention = {"heads": heads, "levels": levels, "points": points, "renormalise": renormalise}
-        self.encoder = nn.ModuleList(EncoderLayer(width, 4 * width, dropout, **attention) for _ in range(depth))
+        self.encoder = nn.ModuleList(
+            EncoderLayer(width, 4 * width, dropout, **attention) for _ in range(depth)
+        )
         self.decoder = ClassQuery(width, heads, 4 * width, dropout)
 
     def forward(
-        self, features: Float[Tensor, "n d"], coords: Int[Tensor, "n 2"] | None = None, target: object = None
+        self,
+        features: Float[Tensor, "n d"],
+        coords: Int[Tensor, "n 2"] | None = None,
+        target: object = None,
     ) -> MILOutput:
-        """Slide logits (C,); attention is the class query's over the tiles, the mean over its heads.
+        """Slide logits (C,); attention is the class query's over the tiles, the mean over its
+        heads.
 
-        After the encoder a tile speaks for its neighbourhood too, and so does its attention. `target` is not used.
+        After the encoder a tile speaks for its neighbourhood too, and so does its attention.
+        `target` is not used.
 
         Raises:
             UserError: the bag has no coordinates, or they do not lie on a grid of reasonable size.
@@ -145,8 +164,13 @@ class DeformMIL(nn.Module):
         Raises:
             UserError: as `forward`.
         """
-        grid = build_grid(_places(features, coords), self.levels, self.step or None).to(features[0].device)
-        x, position = self.embed(torch.cat(list(features))), sine_encoding(grid.positions, self.width)
+        grid = build_grid(_places(features, coords), self.levels, self.step or None).to(
+            features[0].device
+        )
+        x, position = (
+            self.embed(torch.cat(list(features))),
+            sine_encoding(grid.positions, self.width),
+        )
         position = position.to(x.dtype)
         for layer in self.encoder:
             x = layer(x, position, grid)
@@ -160,11 +184,18 @@ def _places(features: Sequence[Tensor], coords: Sequence[Tensor | None]) -> list
         if places is None:
             raise UserError(
                 "DeformMIL: expected coordinates of the tiles (coords of the bag file), found none"
-                + (f" for {sum(one is None for one in coords)} of {len(coords)} bags" if len(coords) > 1 else "")
+                + (
+                    f" for {sum(one is None for one in coords)} of {len(coords)} bags"
+                    if len(coords) > 1
+                    else ""
+                )
                 + "; take another model"
             )
         if places.shape != (len(bag), 2):
-            raise UserError(f"DeformMIL: expected coords ({len(bag)}, 2) of as many tiles, found {tuple(places.shape)}")
+            raise UserError(
+                f"DeformMIL: expected coords ({len(bag)}, 2) of as many tiles, found "
+                f"{tuple(places.shape)}"
+            )
     return [places for places in coords if places is not None]
 
 

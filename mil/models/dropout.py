@@ -1,8 +1,8 @@
 """Dropout (Srivastava et al., JMLR 2014) from one random byte a unit.
 
-Difference from nn.Dropout: the probability is rounded to a multiple of 1/256 and the kept units are scaled by the
-rounded one, so that the expectation is exact. Torch's CPU generator draws a double for every unit, which took a third
-of an ABMIL training step on bags of some hundred tiles.
+Difference from nn.Dropout: the probability is rounded to a multiple of 1/256 and the kept units are
+scaled by the rounded one, so that the expectation is exact. Torch's CPU generator draws a double
+for every unit, which took a third of an ABMIL training step on bags of some hundred tiles.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """DSMIL: dual-stream multiple instance learning (Li, Li, Eliceiri, CVPR 2021, arXiv 2011.08939).
 
-Instance stream: every tile is classified, the highest logit of each class is the stream's. Bag stream:
-tiles are weighted by the softmax of their query's product with the query of that class's highest tile, the critical
-instance. Both streams are trained with weight 0.5; the slide's logits are their mean.
-As in the authors' code: two-layer query with tanh, values are the tiles themselves (`passing_v=True`: dropout, linear,
-ReLU before), the bag classifier sees all classes' bags. Differences: the task's criterion in place of a sigmoid per
-class; inference averages logits, not probabilities; `hidden` > 0 embeds tiles first (Linear, ReLU, dropout), as
-TS2G-KD and MHIM-MIL do.
+Instance stream: every tile is classified, the highest logit of each class is the stream's. Bag
+stream: tiles are weighted by the softmax of their query's product with the query of that class's
+highest tile, the critical instance. Both streams are trained with weight 0.5; the slide's logits
+are their mean. As in the authors' code: two-layer query with tanh, values are the tiles themselves
+(`passing_v=True`: dropout, linear, ReLU before), the bag classifier sees all classes' bags.
+Differences: the task's criterion in place of a sigmoid per class; inference averages logits, not
+probabilities; `hidden` > 0 embeds tiles first (Linear, ReLU, dropout), as TS2G-KD and MHIM-MIL do.
 """
 
 from __future__ import annotations
@@ -56,20 +56,33 @@ class DSMIL(nn.Module):
     ) -> None:
         super().__init__()
         width = hidden or dim
-        self.embed = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), Dropout(dropout)) if hidden else nn.Identity()
+        self.embed = (
+            nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), Dropout(dropout))
+            if hidden
+            else nn.Identity()
+        )
         self.instance = nn.Linear(width, classes)
         deep = [nn.Linear(width, QUERY), nn.ReLU(), nn.Linear(QUERY, QUERY), nn.Tanh()]
         self.query = nn.Sequential(*deep) if nonlinear else nn.Linear(width, QUERY)
-        self.value = nn.Sequential(Dropout(dropout), nn.Linear(width, width), nn.ReLU()) if passing_v else nn.Identity()
+        self.value = (
+            nn.Sequential(Dropout(dropout), nn.Linear(width, width), nn.ReLU())
+            if passing_v
+            else nn.Identity()
+        )
         self.head = nn.Conv1d(classes, classes, width)
         initialise(self)
 
     def forward(
-        self, features: Float[Tensor, "n d"], coords: Int[Tensor, "n 2"] | None = None, target: Target | None = None
+        self,
+        features: Float[Tensor, "n d"],
+        coords: Int[Tensor, "n 2"] | None = None,
+        target: Target | None = None,
     ) -> MILOutput:
         """Slide logits (C,); attention is the bag stream's, the mean over classes."""
         logits, _, scores, streams = self.pool(self.embed(features))
-        return MILOutput(logits, scores.mean(0), streams if self.training and target is not None else ())
+        return MILOutput(
+            logits, scores.mean(0), streams if self.training and target is not None else ()
+        )
 
     def forward_packed(self, features: Float[Tensor, "t d"], offsets: Int[Tensor, " b1"]) -> Packed:
         """Several bags, their tiles one after the other."""
@@ -77,7 +90,9 @@ class DSMIL(nn.Module):
         h = self.embed(features)
         tiles, queries = self.instance(h), self.query(h)  # (T, C), (T, 128)
         parts = [part.max(0) for part in tiles.split(offsets.diff().tolist())]
-        critical = queries[torch.stack([part.indices for part in parts]) + offsets[:-1, None]]  # (B, C, 128)
+        critical = queries[
+            torch.stack([part.indices for part in parts]) + offsets[:-1, None]
+        ]  # (B, C, 128)
         products = [(queries * critical[bag, c]).sum(1) for c in range(tiles.shape[1])]
         a = segment_softmax(torch.stack(products, 1) / QUERY**0.5, bag, bags)  # (T, C)
         pooled = self.head(segment_pool(a, self.value(h), bag, bags)).squeeze(2)  # (B, C)
@@ -96,16 +111,24 @@ class DSMIL(nn.Module):
 
 
 def load_published(path: str | Path) -> DSMIL:
-    """DSMIL with weights from an aggregator file of the authors' repository; shapes are read from the file."""
+    """DSMIL with weights from an aggregator file of the authors' repository; shapes are read from
+    the file.
+    """
     weights = read_weights(path, "a DSMIL aggregator's weights")
     renamed = {
-        new + name.removeprefix(old): w for name, w in weights.items() for old, new in NAMES.items() if name.startswith(old)
+        new + name.removeprefix(old): w
+        for name, w in weights.items()
+        for old, new in NAMES.items()
+        if name.startswith(old)
     }
     if "head.weight" not in renamed or len(renamed) != len(weights):
         raise UserError(
-            f"{path}: expected a DSMIL aggregator (keys i_classifier.*, b_classifier.*), found {sorted(weights)[:4]}"
+            f"{path}: expected a DSMIL aggregator (keys i_classifier.*, b_classifier.*), found "
+            f"{sorted(weights)[:4]}"
         )
     classes, _, dim = renamed["head.weight"].shape
-    model = DSMIL(dim, classes, nonlinear="query.2.weight" in renamed, passing_v="value.1.weight" in renamed)
+    model = DSMIL(
+        dim, classes, nonlinear="query.2.weight" in renamed, passing_v="value.1.weight" in renamed
+    )
     load_weights(model, renamed, str(path))
     return model.eval()

@@ -1,15 +1,18 @@
 """DTFD-MIL: double-tier feature distillation MIL (Zhang et al., CVPR 2022, arXiv 2203.12081).
 
-Tier 1: the bag is split at random into pseudo-bags that inherit the slide's label; each is pooled by gated attention
-and classified. Tier 2: gated attention over what the pseudo-bags distil, by the class activation (softmax of
-W a_k h_k) or the attention of their tiles: `maxs` the highest tile, `maxmins` the highest and the lowest, `mas`
-the most attended, `afs` the pooled feature. Loss: mean cross-entropy of tier 1 plus that of tier 2.
+Tier 1: the bag is split at random into pseudo-bags that inherit the slide's label; each is pooled
+by gated attention and classified. Tier 2: gated attention over what the pseudo-bags distil, by the
+class activation (softmax of W a_k h_k) or the attention of their tiles: `maxs` the highest tile,
+`maxmins` the highest and the lowest, `mas` the most attended, `afs` the pooled feature. Loss: mean
+cross-entropy of tier 1 plus that of tier 2.
 
-Gradients: the distilled features are detached. The authors' two optimisers drop tier 2's gradients into tier 1 at
-every step, so that this is their algorithm, and one Adam over both tiers makes the same steps (it is elementwise).
-Differences: in evaluation tile i belongs to pseudo-bag i mod G (the original shuffles, so that its answers depend on
-the generator); MAS is in the paper and not in the code; with more than two classes tiles are ranked by the class
-that their pseudo-bag is taken for (with two by the last class, as there); pseudo-bags are never empty.
+Gradients: the distilled features are detached. The authors' two optimisers drop tier 2's gradients
+into tier 1 at every step, so that this is their algorithm, and one Adam over both tiers makes the
+same steps (it is elementwise).
+Differences: in evaluation tile i belongs to pseudo-bag i mod G (the original shuffles, so that its
+answers depend on the generator); MAS is in the paper and not in the code; with more than two
+classes tiles are ranked by the class that their pseudo-bag is taken for (with two by the last
+class, as there); pseudo-bags are never empty.
 """
 
 from __future__ import annotations
@@ -93,14 +96,23 @@ class DTFD(nn.Module):
         initialise(self)
 
     def forward(
-        self, features: Float[Tensor, "n d"], coords: Int[Tensor, "n 2"] | None = None, target: Target | None = None
+        self,
+        features: Float[Tensor, "n d"],
+        coords: Int[Tensor, "n 2"] | None = None,
+        target: Target | None = None,
     ) -> MILOutput:
-        """Slide logits (C,) of tier 2; attention is the tile's in its pseudo-bag times that of what the pseudo-bag hands on."""
-        packed = self.forward_packed(features, torch.tensor([0, len(features)], device=features.device))
+        """Slide logits (C,) of tier 2; attention is the tile's in its pseudo-bag times that of what
+        the pseudo-bag hands on.
+        """
+        packed = self.forward_packed(
+            features, torch.tensor([0, len(features)], device=features.device)
+        )
         if not packed.streams or target is None:
             return MILOutput(packed.logits[0], packed.attention)
         tier2, tier1 = (stream.logits for stream in packed.streams)
-        return MILOutput(tier2[0], packed.attention, ((tier2[0], 1.0), *((row, 1 / len(tier1)) for row in tier1)))
+        return MILOutput(
+            tier2[0], packed.attention, ((tier2[0], 1.0), *((row, 1 / len(tier1)) for row in tier1))
+        )
 
     def forward_packed(self, features: Float[Tensor, "t d"], offsets: Int[Tensor, " b1"]) -> Packed:
         """Several bags, their tiles one after the other, and so their pseudo-bags."""
@@ -109,15 +121,24 @@ class DTFD(nn.Module):
         counts = torch.tensor([min(self.groups, n) for n in lengths])
         starts = counts.cumsum(0) - counts  # first pseudo-bag of each bag
         local = zip((self.split(n) for n in lengths), starts.tolist(), strict=True)
-        group = torch.cat([places + start for places, start in local]).to(h.device)  # pseudo-bag of each tile
-        bag, groups = torch.repeat_interleave(counts).to(h.device), int(counts.sum())  # bag of each pseudo-bag
+        group = torch.cat([places + start for places, start in local]).to(
+            h.device
+        )  # pseudo-bag of each tile
+        bag, groups = (
+            torch.repeat_interleave(counts).to(h.device),
+            int(counts.sum()),
+        )  # bag of each pseudo-bag
         a = segment_softmax(self.attention(h), group, groups)  # (T, 1)
         pooled = segment_pool(a, h, group, groups)[:, 0]  # (G, 512)
         tier1 = self.head(self.drop(pooled))  # (G, C)
-        handed, origin = self.distilled(h.detach(), a.detach().squeeze(1), group, pooled.detach(), tier1.detach())
+        handed, origin = self.distilled(
+            h.detach(), a.detach().squeeze(1), group, pooled.detach(), tier1.detach()
+        )
         b = segment_softmax(self.attention2(handed), bag[origin], len(lengths))  # (M, 1)
         logits = self.head2(self.drop(segment_pool(b, handed, bag[origin], len(lengths))[:, 0]))
-        share = b.new_zeros(groups).index_add(0, origin, b.squeeze(1))  # tier-2 attention of each pseudo-bag
+        share = b.new_zeros(groups).index_add(
+            0, origin, b.squeeze(1)
+        )  # tier-2 attention of each pseudo-bag
         streams = (Stream(logits, 1.0), Stream(tier1, 1.0, bag)) if self.training else ()
         return Packed(logits, a.squeeze(1) * share[group], streams)
 
@@ -145,8 +166,12 @@ class DTFD(nn.Module):
         chosen = self.chosen(scores, group, len(pooled))
         return h[chosen], group[chosen]
 
-    def chosen(self, scores: Float[Tensor, " n"], group: Int[Tensor, " n"], count: int) -> Int[Tensor, " m"]:
-        """The tiles that each of `count` pseudo-bags hands on: highest (and lowest) scores, ties in order of the bag."""
+    def chosen(
+        self, scores: Float[Tensor, " n"], group: Int[Tensor, " n"], count: int
+    ) -> Int[Tensor, " m"]:
+        """The tiles that each of `count` pseudo-bags hands on: highest (and lowest) scores, ties in
+        order of the bag.
+        """
         tiles = []
         for g in range(count):
             members = torch.nonzero(group == g).squeeze(1)
@@ -158,7 +183,11 @@ class DTFD(nn.Module):
 
     @torch.no_grad()
     def activation(
-        self, h: Float[Tensor, "n f"], a: Float[Tensor, " n"], group: Int[Tensor, " n"], tier1: Float[Tensor, "g c"]
+        self,
+        h: Float[Tensor, "n f"],
+        a: Float[Tensor, " n"],
+        group: Int[Tensor, " n"],
+        tier1: Float[Tensor, "g c"],
     ) -> Float[Tensor, " n"]:
         """Class activation of each tile, by which the pseudo-bag's tiles are ranked."""
         cam = (a[:, None] * h) @ self.head.weight.T  # (N, C)
@@ -170,20 +199,38 @@ class DTFD(nn.Module):
 
 
 def load_published(path: str | Path, **options: Any) -> DTFD:
-    """DTFD with weights from a checkpoint of the authors' repository; widths are read from the file.
+    """DTFD with weights from a checkpoint of the authors' repository; widths are read from the
+    file.
 
     Args:
         path: file with the dicts classifier, dim_reduction, attention, att_classifier.
         options: `distil`, `groups`, `instances`, which the file does not hold.
     """
     content = read_weights(path, "a DTFD-MIL checkpoint")
-    nested = {f"{part}.{name}": w for part, block in content.items() if isinstance(block, dict) for name, w in block.items()}
+    nested = {
+        f"{part}.{name}": w
+        for part, block in content.items()
+        if isinstance(block, dict)
+        for name, w in block.items()
+    }
     renamed = {
-        new + name.removeprefix(old): w for name, w in nested.items() for old, new in NAMES.items() if name.startswith(old)
+        new + name.removeprefix(old): w
+        for name, w in nested.items()
+        for old, new in NAMES.items()
+        if name.startswith(old)
     }
     if "embed.0.weight" not in renamed or len(renamed) != len(nested):
-        raise UserError(f"{path}: expected a DTFD-MIL checkpoint (dim_reduction, attention, ...), found {sorted(nested)[:4]}")
+        raise UserError(
+            f"{path}: expected a DTFD-MIL checkpoint (dim_reduction, attention, ...), found "
+            f"{sorted(nested)[:4]}"
+        )
     hidden, dim = renamed["embed.0.weight"].shape
-    model = DTFD(dim, len(renamed["head.bias"]), hidden=hidden, attention=len(renamed["attention.v.bias"]), **options)
+    model = DTFD(
+        dim,
+        len(renamed["head.bias"]),
+        hidden=hidden,
+        attention=len(renamed["attention.v.bias"]),
+        **options,
+    )
     load_weights(model, renamed, str(path))
     return model.eval()

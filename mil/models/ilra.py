@@ -1,10 +1,12 @@
-"""ILRA-MIL: iterative low-rank attention (Xiang et al., "Exploring Low-Rank Property in MIL for WSI", ICLR 2023).
+"""ILRA-MIL: iterative low-rank attention (Xiang et al., "Exploring Low-Rank Property in MIL for
+WSI", ICLR 2023).
 
-Two gated attention blocks (GAB, equation 16) let the tiles see each other through r latent vectors: latents attend to
-the tiles, the tiles to the result, so that cost is linear in N. Non-local pooling: one learned query attends to the
-tiles, a linear head classifies. As in the authors' code: 256 wide, 8 heads, r = 1 latent, layer norms, Xavier weights.
-Differences: the paper's low-rank contrastive pre-training of the encoder is not part of it; dropout on the slide's
-feature is an option of ours (0 in the recipe).
+Two gated attention blocks (GAB, equation 16) let the tiles see each other through r latent vectors:
+latents attend to the tiles, the tiles to the result, so that cost is linear in N. Non-local
+pooling: one learned query attends to the tiles, a linear head classifies. As in the authors' code:
+256 wide, 8 heads, r = 1 latent, layer norms, Xavier weights.
+Differences: the paper's low-rank contrastive pre-training of the encoder is not part of it; dropout
+on the slide's feature is an option of ours (0 in the recipe).
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from mil.models.output import MILOutput, Target, initialise
 
 
 class CrossAttention(nn.Module):
-    """Queries attend to keys; residual, norm, one feed-forward layer, norm; a gate of the queries on top.
+    """Queries attend to keys; residual, norm, one feed-forward layer, norm; a gate of the queries
+    on top.
 
     Args:
         query, key: widths of the inputs.
@@ -31,7 +34,11 @@ class CrossAttention(nn.Module):
 
     def __init__(self, query: int, key: int, dim: int, heads: int, norm: bool, gated: bool) -> None:
         super().__init__()
-        self.fc_q, self.fc_k, self.fc_v = nn.Linear(query, dim), nn.Linear(key, dim), nn.Linear(key, dim)
+        self.fc_q, self.fc_k, self.fc_v = (
+            nn.Linear(query, dim),
+            nn.Linear(key, dim),
+            nn.Linear(key, dim),
+        )
         self.attention = nn.MultiheadAttention(dim, heads)
         self.norm0, self.norm1 = (nn.LayerNorm(dim) if norm else nn.Identity() for _ in range(2))
         self.fc_o = nn.Linear(dim, dim)
@@ -95,7 +102,9 @@ class ILRA(nn.Module):
         norm: bool = True,
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(GAB(dim if i == 0 else hidden, hidden, heads, rank, norm) for i in range(layers))
+        self.blocks = nn.ModuleList(
+            GAB(dim if i == 0 else hidden, hidden, heads, rank, norm) for i in range(layers)
+        )
         self.query = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, hidden)))
         self.pooling = CrossAttention(hidden, hidden, hidden, heads, norm, gated=False)
         self.drop = Dropout(dropout)
@@ -103,7 +112,10 @@ class ILRA(nn.Module):
         initialise(self)
 
     def forward(
-        self, features: Float[Tensor, "n d"], coords: Int[Tensor, "n 2"] | None = None, target: Target | None = None
+        self,
+        features: Float[Tensor, "n d"],
+        coords: Int[Tensor, "n 2"] | None = None,
+        target: Target | None = None,
     ) -> MILOutput:
         """Slide logits (C,); attention is the pooling query's, the mean over heads."""
         tiles = features

@@ -1,7 +1,8 @@
 """Mean-MIL: every tile is classified, the slide is the mean of its tiles' logits.
 
-Source: the mean-pooling baseline of MIL benchmarks; widths as in TS2G-KD, which also ranks tiles with it for its
-distillation set. Differences: none in the network; `score_tiles` gives the ranking a name.
+Source: the mean-pooling baseline of MIL benchmarks; widths as in TS2G-KD, which also ranks tiles
+with it for its distillation set. Differences: none in the network; `score_tiles` gives the ranking
+a name.
 """
 
 from __future__ import annotations
@@ -27,11 +28,16 @@ class MeanMIL(nn.Module):
 
     def __init__(self, dim: int, classes: int, dropout: float = 0.25, hidden: int = 192) -> None:
         super().__init__()
-        self.tile = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), Dropout(dropout), nn.Linear(hidden, classes))
+        self.tile = nn.Sequential(
+            nn.Linear(dim, hidden), nn.ReLU(), Dropout(dropout), nn.Linear(hidden, classes)
+        )
         initialise(self)
 
     def forward(
-        self, features: Float[Tensor, "n d"], coords: Int[Tensor, "n 2"] | None = None, target: Target | None = None
+        self,
+        features: Float[Tensor, "n d"],
+        coords: Int[Tensor, "n 2"] | None = None,
+        target: Target | None = None,
     ) -> MILOutput:
         """Slide logits (C,); attention is 1/N for every tile, its exact weight in the mean."""
         logits = self.tile(features)  # (N, C)

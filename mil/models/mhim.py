@@ -1,15 +1,18 @@
-"""MHIM-MIL: masked hard instance mining (Tang et al., ICCV 2023, arXiv 2307.15254), over ABMIL, DSMIL or TransMIL.
+"""MHIM-MIL: masked hard instance mining (Tang et al., ICCV 2023, arXiv 2307.15254), over ABMIL,
+DSMIL or TransMIL.
 
-A teacher, the moving average of the student, looks at the whole bag; tiles are then masked at random, by low and by
-high teacher attention, and the student learns from the rest: its task loss plus alpha times the soft
-cross-entropy of its bag feature to the teacher's. The high ratio falls by cosine to `high_final`, the
-decay rises by cosine to `ema_final`; where training stands is part of the state dict. The teacher has no gradient and
-keeps its dropout; inference is the student's. Several attention maps vote: a tile counts in how many it is among the
-highest. Published defaults: Camelyon16's of the authors, for DSMIL those of ABMIL.
+A teacher, the moving average of the student, looks at the whole bag; tiles are then masked at
+random, by low and by high teacher attention, and the student learns from the rest: its task loss
+plus alpha times the soft cross-entropy of its bag feature to the teacher's. The high ratio falls by
+cosine to `high_final`, the decay rises by cosine to `ema_final`; where training stands is part of
+the state dict. The teacher has no gradient and keeps its dropout; inference is the student's.
+Several attention maps vote: a tile counts in how many it is among the highest. Published defaults:
+Camelyon16's of the authors, for DSMIL those of ABMIL.
 
-Start (`teacher_init`): the teacher from a plain model that mil.training.fold_run trains first on the same split, the student's
-embedding too. Differences: ties of votes go to the higher mean attention; a mask that would leave nothing masks
-nothing; over TransMIL the kept tiles fill a new square (the authors pad for the position code only).
+Start (`teacher_init`): the teacher from a plain model that mil.training.fold_run trains first on
+the same split, the student's embedding too. Differences: ties of votes go to the higher mean
+attention; a mask that would leave nothing masks nothing; over TransMIL the kept tiles fill a new
+square (the authors pad for the position code only).
 """
 
 from __future__ import annotations
@@ -45,7 +48,8 @@ class MHIM(nn.Module):
         base: `abmil`, `dsmil` or `transmil`.
         hidden: width of the embedding.
         heads, landmarks: of TransMIL's attention.
-        random, low, high: shares of the tiles that are masked at random, by low and by high attention.
+        random, low, high: shares of the tiles that are masked at random, by low and by high
+            attention.
         high_share: of the most attended tiles, high / high_share of the bag, this share is masked.
         high_final: what `high` has come to at the end of training.
         alpha: weight of the feature loss.
@@ -81,9 +85,14 @@ class MHIM(nn.Module):
         ratios = {"random": random, "low": low, "high": high, "high_final": high_final}
         wrong = [f"{name}={ratio}" for name, ratio in ratios.items() if not 0 <= ratio <= 1]
         if wrong or not 0 < high_share <= 1:
-            raise UserError(f"{(wrong or [f'high_share={high_share}'])[0]}: expected a share of the tiles, 0 to 1")
+            raise UserError(
+                f"{(wrong or [f'high_share={high_share}'])[0]}: expected a share of the tiles, 0 "
+                "to 1"
+            )
         given = {"hidden": hidden, "heads": heads, "landmarks": landmarks}
-        self.student = BASES[base](dim, classes, dropout, **{name: given[name] for name in SHARED[base]})
+        self.student = BASES[base](
+            dim, classes, dropout, **{name: given[name] for name in SHARED[base]}
+        )
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.random, self.low, self.high_share = random, low, high_share
         self.high, self.ema = (high, high_final), (ema, ema_final)
@@ -91,7 +100,10 @@ class MHIM(nn.Module):
         self.register_buffer("progress", torch.zeros((), dtype=torch.float64))
 
     def forward(
-        self, features: Float[Tensor, "n d"], coords: Int[Tensor, "n 2"] | None = None, target: Target | None = None
+        self,
+        features: Float[Tensor, "n d"],
+        coords: Int[Tensor, "n 2"] | None = None,
+        target: Target | None = None,
     ) -> MILOutput:
         """Slide logits (C,); attention is the student's own, 0 for tiles that were masked."""
         if not self.training or target is None:
@@ -128,7 +140,9 @@ class MHIM(nn.Module):
         self.student.embed.load_state_dict(self.teacher.embed.state_dict())
 
 
-def feature_loss(student: Float[Tensor, "r f"], teacher: Float[Tensor, "r f"], temperature: float) -> Float[Tensor, ""]:
+def feature_loss(
+    student: Float[Tensor, "r f"], teacher: Float[Tensor, "r f"], temperature: float
+) -> Float[Tensor, ""]:
     """Soft cross-entropy over the feature's units, the teacher's sharpened; mean over rows."""
     aim = torch.softmax(teacher.float() / temperature, dim=1)
     return -(aim * torch.log_softmax(student.float(), dim=1)).sum(1).mean()
@@ -139,7 +153,9 @@ def cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def keep_mask(scores: Float[Tensor, "h n"], random: float, low: float, high: float, high_share: float) -> Bool[Tensor, " n"]:
+def keep_mask(
+    scores: Float[Tensor, "h n"], random: float, low: float, high: float, high_share: float
+) -> Bool[Tensor, " n"]:
     """False for the union of the three masks; all True when nothing would be left.
 
     Args:
@@ -160,8 +176,14 @@ def keep_mask(scores: Float[Tensor, "h n"], random: float, low: float, high: flo
 
 
 def ranked(scores: Float[Tensor, "h n"], k: int, largest: bool) -> Int[Tensor, " k"]:
-    """The k tiles that most heads have among their k highest (or lowest), ties by the mean over heads."""
-    votes = torch.zeros_like(scores).scatter_(1, scores.topk(k, dim=1, largest=largest).indices, 1.0).sum(0)
+    """The k tiles that most heads have among their k highest (or lowest), ties by the mean over
+    heads.
+    """
+    votes = (
+        torch.zeros_like(scores)
+        .scatter_(1, scores.topk(k, dim=1, largest=largest).indices, 1.0)
+        .sum(0)
+    )
     order = scores.mean(0).argsort(descending=largest, stable=True)
     return order[votes[order].argsort(descending=True, stable=True)[:k]]
 

@@ -1,10 +1,12 @@
-"""Nystrom self-attention: softmax(Q K') from m landmarks, memory linear in N (Xiong et al., AAAI 2021, arXiv 2102.03902).
+"""Nystrom self-attention: softmax(Q K') from m landmarks, memory linear in N (Xiong et al., AAAI
+2021, arXiv 2102.03902).
 
-Attention is softmax(Q K~') pinv(softmax(Q~ K~')) softmax(Q~ K'), landmarks Q~, K~ the means of m runs of neighbours,
-pinv by 6 iterations; plus a depthwise convolution (33) of the values. Layer names are those of the
-PyPI package nystrom-attention, whose weights fit. As there, zeros are put in front until the length is a multiple of
-m, and they take part. Differences: one sequence at a time; the factors are multiplied from the right, so that no
-N x m x m product is made; the attention of one token can be had without the others'.
+Attention is softmax(Q K~') pinv(softmax(Q~ K~')) softmax(Q~ K'), landmarks Q~, K~ the means of m
+runs of neighbours, pinv by 6 iterations; plus a depthwise convolution (33) of the values. Layer
+names are those of the PyPI package nystrom-attention, whose weights fit. As there, zeros are put in
+front until the length is a multiple of m, and they take part. Differences: one sequence at a time;
+the factors are multiplied from the right, so that no N x m x m product is made; the attention of
+one token can be had without the others'.
 """
 
 from __future__ import annotations
@@ -30,23 +32,38 @@ class NystromAttention(nn.Module):
         dropout: probability of dropping an output unit.
     """
 
-    def __init__(self, dim: int, heads: int = 8, landmarks: int = 256, iterations: int = 6, dropout: float = 0.1) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        landmarks: int = 256,
+        iterations: int = 6,
+        dropout: float = 0.1,
+    ) -> None:
         super().__init__()
         self.heads, self.landmarks, self.iterations = heads, landmarks, iterations
         self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(dim, dim), Dropout(dropout))
         kernel = (CONVOLUTION, 1)
-        self.res_conv = nn.Conv2d(heads, heads, kernel, padding=(CONVOLUTION // 2, 0), groups=heads, bias=False)
+        self.res_conv = nn.Conv2d(
+            heads, heads, kernel, padding=(CONVOLUTION // 2, 0), groups=heads, bias=False
+        )
 
     def forward(self, x: Float[Tensor, "n f"]) -> tuple[Float[Tensor, "n f"], Float[Tensor, "h n"]]:
-        """Attended tokens (N, F), and each head's attention of the first token to all of them (without gradient)."""
+        """Attended tokens (N, F), and each head's attention of the first token to all of them
+        (without gradient).
+        """
         n, m = len(x), self.landmarks
         front = -n % m
-        q, k, v = (self._split(part) for part in self.to_qkv(pad(x, (0, 0, front, 0))).chunk(3, dim=-1))  # (H, N', F/H)
+        q, k, v = (
+            self._split(part) for part in self.to_qkv(pad(x, (0, 0, front, 0))).chunk(3, dim=-1)
+        )  # (H, N', F/H)
         q = q * q.shape[-1] ** -0.5
         q_marks, k_marks = (part.unflatten(1, (m, -1)).mean(2) for part in (q, k))  # (H, m, F/H)
         first = (q @ k_marks.transpose(1, 2)).softmax(-1)  # (H, N', m)
-        middle = pseudo_inverse((q_marks @ k_marks.transpose(1, 2)).softmax(-1), self.iterations)  # (H, m, m)
+        middle = pseudo_inverse(
+            (q_marks @ k_marks.transpose(1, 2)).softmax(-1), self.iterations
+        )  # (H, m, m)
         last = (q_marks @ k.transpose(1, 2)).softmax(-1)  # (H, m, N')
         out = first @ (middle @ (last @ v)) + self.res_conv(v[None])[0]
         out = self.to_out(out.transpose(0, 1).flatten(1)[front:])
@@ -59,7 +76,9 @@ class NystromAttention(nn.Module):
 
 
 def pseudo_inverse(x: Float[Tensor, "h m m"], iterations: int) -> Float[Tensor, "h m m"]:
-    """Moore-Penrose inverse by an iteration of third order, scaled by the largest norms over all heads."""
+    """Moore-Penrose inverse by an iteration of third order, scaled by the largest norms over all
+    heads.
+    """
     size = x.abs()
     z = x.transpose(1, 2) / (size.sum(-1).max() * size.sum(-2).max())
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)

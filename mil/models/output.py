@@ -1,7 +1,9 @@
-"""What every MIL model returns, and the initialisation that all of them share (TS2G-KD: Xavier-normal, zero biases).
+"""What every MIL model returns, and the initialisation that all of them share (TS2G-KD:
+Xavier-normal, zero biases).
 
-A model whose published loss is more than one cross-entropy says so in its output: `streams` are further logits that
-each get the task's own criterion, `auxiliary` is a loss that needs no criterion. The task stays the engine's affair.
+A model whose published loss is more than one cross-entropy says so in its output: `streams` are
+further logits that each get the task's own criterion, `auxiliary` is a loss that needs no
+criterion. The task stays the engine's affair.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-# what a model may be told while training: the class, or a vector with 1 for every class that is present
+# what a model may be told while training: the class, or a vector with 1 for every class that is
+# present
 Target = int | Tensor
 
 
@@ -21,10 +24,10 @@ class MILOutput(NamedTuple):
 
     Attributes:
         logits: (C,) slide logits; what inference uses.
-        attention: (N,) what each tile contributes to the slide's decision, non-negative, sums to 1; each model's
-            docstring says what it is.
-        streams: ((C,) logits, weight) pairs whose weighted criteria are the training loss; empty: `logits` with weight 1.
-            Filled only while training with a target.
+        attention: (N,) what each tile contributes to the slide's decision, non-negative, sums to 1;
+            each model's docstring says what it is.
+        streams: ((C,) logits, weight) pairs whose weighted criteria are the training loss; empty:
+            `logits` with weight 1. Filled only while training with a target.
         auxiliary: scalar that is added to the training loss, or None.
     """
 
@@ -68,7 +71,8 @@ class Pooled(NamedTuple):
     Attributes:
         logits: (C,) slide logits.
         bag: (R, F) what the classifier sees, a row a class where each class has its own bag.
-        scores: (H, N) attention of each head or class, by which tiles are ranked; need not sum to 1.
+        scores: (H, N) attention of each head or class, by which tiles are ranked; need not sum to
+            1.
         streams: as in MILOutput, filled in any case.
     """
 

@@ -1,14 +1,17 @@
 """RRT-MIL: re-embedded regional transformer over ABMIL (Tang et al., CVPR 2024, arXiv 2402.17228).
 
-Embedded tiles fill a square in the order of the bag (zeros behind), which is cut into 8 x 8 regions. R-MSA: attention
-within each region, with EPEG, a convolution of the attention logits along the queries, as position code. CR-MSA: each
-region is summed up in k tokens, which attend to each other across regions, and is handed the result back. Norm, then
-ABMIL's pooling and head. Both layers are x + attention(norm(x)); no feed-forward layers, as in all published commands.
-As there, the zeros take part in attention; the order of the tiles matters and coordinates are not looked at.
-Defaults: the command C16-R50 of the authors' README (--da_act=tanh --epeg_k=15 --crmsa_k=1 --all_shortcut) and their
-main.py for the rest. The others differ in `epeg`, `tokens`, `cross_heads`, `cross_mlp` and `shortcut`: TCGA-NSCLC-PLIP is
-epeg=13 tokens=3 cross_heads=1 cross_mlp=true, TCGA-BRCA-R50 epeg=17 tokens=3 cross_heads=1 shortcut=false.
-Differences: `regions` is of both layers (the authors' --region_num leaves CR-MSA at 8); their ablations are left out.
+Embedded tiles fill a square in the order of the bag (zeros behind), which is cut into 8 x 8
+regions. R-MSA: attention within each region, with EPEG, a convolution of the attention logits along
+the queries, as position code. CR-MSA: each region is summed up in k tokens, which attend to each
+other across regions, and is handed the result back. Norm, then ABMIL's pooling and head. Both
+layers are x + attention(norm(x)); no feed-forward layers, as in all published commands. As there,
+the zeros take part in attention; the order of the tiles matters and coordinates are not looked at.
+Defaults: the command C16-R50 of the authors' README (--da_act=tanh --epeg_k=15 --crmsa_k=1
+--all_shortcut) and their main.py for the rest. The others differ in `epeg`, `tokens`,
+`cross_heads`, `cross_mlp` and `shortcut`: TCGA-NSCLC-PLIP is epeg=13 tokens=3 cross_heads=1
+cross_mlp=true, TCGA-BRCA-R50 epeg=17 tokens=3 cross_heads=1 shortcut=false.
+Differences: `regions` is of both layers (the authors' --region_num leaves CR-MSA at 8); their
+ablations are left out.
 """
 
 from __future__ import annotations
@@ -27,24 +30,32 @@ from mil.models.output import MILOutput, Target, initialise
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention within each of W sets of P tokens; `epeg` > 0: kernel of the convolution of the logits.
+    """Multi-head attention within each of W sets of P tokens; `epeg` > 0: kernel of the convolution
+    of the logits.
 
-    The logits of query i are q_i . k_j, so that their convolution along i is the convolution of q times k: no (P, P) matrix is
-    made. The convolution's bias, which shifts all logits of a query alike, is what softmax does not see.
+    The logits of query i are q_i . k_j, so that their convolution along i is the convolution of q
+    times k: no (P, P) matrix is made. The convolution's bias, which shifts all logits of a query
+    alike, is what softmax does not see.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float, epeg: int = 0) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.pe = nn.Conv2d(heads, heads, (epeg, 1), padding=(epeg // 2, 0), groups=heads) if epeg else None
+        self.pe = (
+            nn.Conv2d(heads, heads, (epeg, 1), padding=(epeg // 2, 0), groups=heads)
+            if epeg
+            else None
+        )
         if self.pe is not None:
             self.pe.bias.requires_grad_(False)  # type: ignore[union-attr]
         self.proj = nn.Sequential(nn.Linear(dim, dim), Dropout(dropout))
 
     def forward(self, x: Float[Tensor, "w p f"]) -> Float[Tensor, "w p f"]:
         """Same shape as x."""
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (W, H, P, F/H)
+        q, k, v = (
+            self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # (W, H, P, F/H)
         if self.pe is not None:
             q = q + conv2d(q, self.pe.weight, padding=self.pe.padding, groups=self.heads)
         return self.proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
@@ -57,10 +68,16 @@ class CrossRegion(nn.Module):
         super().__init__()
         self.phi: nn.Module | nn.Parameter
         if mlp:
-            layers = nn.Linear(dim, dim // 4, bias=False), nn.Tanh(), nn.Linear(dim // 4, tokens, bias=False)
+            layers = (
+                nn.Linear(dim, dim // 4, bias=False),
+                nn.Tanh(),
+                nn.Linear(dim // 4, tokens, bias=False),
+            )
             self.phi = nn.Sequential(*layers)
         else:
-            self.phi = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(dim, tokens), a=math.sqrt(5)))
+            self.phi = nn.Parameter(
+                nn.init.kaiming_uniform_(torch.empty(dim, tokens), a=math.sqrt(5))
+            )
         self.attn = SelfAttention(dim, heads, dropout)
 
     def forward(self, x: Float[Tensor, "w p f"]) -> Float[Tensor, "w p f"]:
@@ -131,19 +148,29 @@ class RRT(nn.Module):
             if count < 1 or hidden % count:
                 raise UserError(f"hidden={hidden}: expected a multiple of {name}={count}")
         if epeg % 2 == 0 or regions < 1 or tokens < 1:
-            raise UserError(f"epeg={epeg}, regions={regions}, tokens={tokens}: expected an odd number and at least 1 of both")
+            raise UserError(
+                f"epeg={epeg}, regions={regions}, tokens={tokens}: expected an odd number and at "
+                "least 1 of both"
+            )
         self.shortcut = shortcut
         # embedding, attention pooling and head
         self.pooling = ABMIL(dim, classes, dropout, hidden, activation=activation)
-        self.region = Regional(hidden, SelfAttention(hidden, heads, attention_dropout, epeg), regions)
-        self.cross = Regional(hidden, CrossRegion(hidden, cross_heads, attention_dropout, tokens, cross_mlp), regions)
+        self.region = Regional(
+            hidden, SelfAttention(hidden, heads, attention_dropout, epeg), regions
+        )
+        self.cross = Regional(
+            hidden, CrossRegion(hidden, cross_heads, attention_dropout, tokens, cross_mlp), regions
+        )
         self.norm = nn.LayerNorm(hidden)
         initialise(self)
         nn.init.xavier_normal_(self.region.attn.pe.weight)  # type: ignore[union-attr, arg-type]
         nn.init.zeros_(self.region.attn.pe.bias)  # type: ignore[union-attr, arg-type]
 
     def forward(
-        self, features: Float[Tensor, "n d"], coords: Int[Tensor, "n 2"] | None = None, target: Target | None = None
+        self,
+        features: Float[Tensor, "n d"],
+        coords: Int[Tensor, "n 2"] | None = None,
+        target: Target | None = None,
     ) -> MILOutput:
         """Slide logits (C,); attention is that of the pooling over re-embedded tiles."""
         embedded = self.pooling.embed(features)

@@ -1,4 +1,5 @@
-"""Feature standardisation as part of a MIL model: a checkpoint carries the statistics its model was trained with.
+"""Feature standardisation as part of a MIL model: a checkpoint carries the statistics its model was
+trained with.
 
 (x - mean) / std per feature, over all tiles of the training slides of one fold and of nothing else.
 """
@@ -37,10 +38,15 @@ class Standardised(nn.Module):
         self.register_buffer("std", torch.ones(dim))
 
     def fit(self, bags: Sequence[Float[Tensor, "_ d"] | StoredBag]) -> None:
-        """Mean and std of all tiles of `bags`, in memory or on disk; a feature that never varies keeps std 1."""
+        """Mean and std of all tiles of `bags`, in memory or on disk; a feature that never varies
+        keeps std 1.
+        """
         count = sum(len(bag) for bag in bags)
         mean = torch.stack([_sum(bag, lambda part: part.double()) for bag in bags]).sum(0) / count
-        variance = torch.stack([_sum(bag, lambda part: (part - mean).square()) for bag in bags]).sum(0) / count
+        variance = (
+            torch.stack([_sum(bag, lambda part: (part - mean).square()) for bag in bags]).sum(0)
+            / count
+        )
         std = variance.sqrt()
         self.mean.copy_(mean)
         self.std.copy_(torch.where(std > 1e-6 * (1 + mean.abs()), std, torch.ones_like(std)))
@@ -50,7 +56,10 @@ class Standardised(nn.Module):
         return (features - self.mean) / self.std
 
     def forward(
-        self, features: Float[Tensor, "n d"], coords: Int[Tensor, "n 2"] | None = None, target: Target | None = None
+        self,
+        features: Float[Tensor, "n d"],
+        coords: Int[Tensor, "n 2"] | None = None,
+        target: Target | None = None,
     ) -> MILOutput:
         """As the model's."""
         return self.model(self.standardised(features), coords, target)
@@ -66,6 +75,8 @@ class Standardised(nn.Module):
 
 
 def _sum(bag: Tensor | StoredBag, of: Callable[[Tensor], Tensor]) -> Float[Tensor, " d"]:
-    """Sum of a function of the tiles, part by part; the parts are the same for a bag in memory and on disk."""
+    """Sum of a function of the tiles, part by part; the parts are the same for a bag in memory and
+    on disk.
+    """
     parts = bag.blocks(PART) if isinstance(bag, StoredBag) else bag.split(PART)
     return torch.stack([of(part).sum(0) for part in parts]).sum(0)

@@ -1,11 +1,12 @@
-"""TransMIL: correlated multiple instance learning by transformers (Shao et al., NeurIPS 2021, arXiv 2106.00908).
+"""TransMIL: correlated multiple instance learning by transformers (Shao et al., NeurIPS 2021, arXiv
+2106.00908).
 
-Tiles are embedded (Linear, ReLU), the first ones repeated until the bag fills a square (step 1 of algorithm 2), a class
-token put in front; Nystrom attention, the pyramidal position encoder PPEG (convolutions 7, 5 and 3 over the square),
-Nystrom attention, norm, and a linear head on the class token. As in the authors' code: 512 wide, 8 heads, 256
-landmarks, no feed-forward layers. The square follows the order of the tiles in the bag, so that the model is no set
-function and coordinates are not looked at. Differences: optional dropout after the embedding (TS2G-KD's); attention
-is read out.
+Tiles are embedded (Linear, ReLU), the first ones repeated until the bag fills a square (step 1 of
+algorithm 2), a class token put in front; Nystrom attention, the pyramidal position encoder PPEG
+(convolutions 7, 5 and 3 over the square), Nystrom attention, norm, and a linear head on the class
+token. As in the authors' code: 512 wide, 8 heads, 256 landmarks, no feed-forward layers. The square
+follows the order of the tiles in the bag, so that the model is no set function and coordinates are
+not looked at. Differences: optional dropout after the embedding (TS2G-KD's); attention is read out.
 """
 
 from __future__ import annotations
@@ -41,12 +42,16 @@ class PPEG(nn.Module):
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.proj, self.proj1, self.proj2 = (nn.Conv2d(hidden, hidden, k, padding=k // 2, groups=hidden) for k in (7, 5, 3))
+        self.proj, self.proj1, self.proj2 = (
+            nn.Conv2d(hidden, hidden, k, padding=k // 2, groups=hidden) for k in (7, 5, 3)
+        )
 
     def forward(self, tiles: Float[Tensor, "s f"]) -> Float[Tensor, "s f"]:
         """S tiles, S a square number."""
         square = tiles.T.unflatten(1, (math.isqrt(len(tiles)), -1))[None]  # (1, F, side, side)
-        return (square + self.proj(square) + self.proj1(square) + self.proj2(square))[0].flatten(1).T
+        return (
+            (square + self.proj(square) + self.proj1(square) + self.proj2(square))[0].flatten(1).T
+        )
 
 
 class TransMIL(nn.Module):
@@ -85,16 +90,23 @@ class TransMIL(nn.Module):
         initialise(self)
 
     def forward(
-        self, features: Float[Tensor, "n d"], coords: Int[Tensor, "n 2"] | None = None, target: Target | None = None
+        self,
+        features: Float[Tensor, "n d"],
+        coords: Int[Tensor, "n 2"] | None = None,
+        target: Target | None = None,
     ) -> MILOutput:
-        """Slide logits (C,); attention is the class token's in the last layer, mean over heads, negative values cut."""
+        """Slide logits (C,); attention is the class token's in the last layer, mean over heads,
+        negative values cut.
+        """
         logits, _, scores, _ = self.pool(self.embed(features), layer=1)
         return MILOutput(logits, as_attention(scores.mean(0)))
 
     def pool(self, h: Float[Tensor, "n f"], layer: int = 0) -> Pooled:
-        """From embedded tiles on; the scores are the class token's attention in layer 0 or 1, a row a head.
+        """From embedded tiles on; the scores are the class token's attention in layer 0 or 1, a row
+        a head.
 
-        A repeated tile's attention is added to the tile's own. The approximation makes small negative values.
+        A repeated tile's attention is added to the tile's own. The approximation makes small
+        negative values.
         """
         n = len(h)
         side = math.isqrt(n - 1) + 1

@@ -1,1 +1,3 @@
-"""Deformable attention over a sparse bag: `sparse_deform_attn.py` is the door, `reference.py` the specification."""
+"""Deformable attention over a sparse bag: `sparse_deform_attn.py` is the door, `reference.py` the
+specification.
+"""

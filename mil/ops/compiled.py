@@ -1,4 +1,5 @@
-"""The compiled op: loading it, and what torch has to know about it beside the kernels (shapes, gradient, autocast).
+"""The compiled op: loading it, and what torch has to know about it beside the kernels (shapes,
+gradient, autocast).
 
 The schema and the kernels are in `csrc`; `tools/build_ops.sh` builds them.
 """
@@ -11,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.ops.compiled_op import CompiledOp, below_autocast, bound_of, compute_dtype, empty_gradients
+from common.ops.compiled_op import (
+    CompiledOp,
+    below_autocast,
+    bound_of,
+    compute_dtype,
+    empty_gradients,
+)
 from mil.ops.grid import SparseMaps
 
 OPS = Path(__file__).resolve().parent
@@ -19,7 +26,12 @@ BACKWARD = "mil::sparse_deform_attn_backward"
 
 
 def sparse_deform_attn_compiled(
-    value: Tensor, index: SparseMaps, points: list[int], locations: Tensor, weights: Tensor, renormalise: bool = False
+    value: Tensor,
+    index: SparseMaps,
+    points: list[int],
+    locations: Tensor,
+    weights: Tensor,
+    renormalise: bool = False,
 ) -> Tensor:
     """The operator itself; see the schema in `csrc/cpu/binding.cpp`.
 
@@ -89,10 +101,14 @@ def _autocast(
     weights: Tensor,
     renormalise: bool,
 ) -> Tensor:
-    """Values stay as they come; locations and weights are raised to the precision that the kernels compute in."""
+    """Values stay as they come; locations and weights are raised to the precision that the kernels
+    compute in.
+    """
     with below_autocast():
         dtype, index = compute_dtype(value), SparseMaps(maps, shapes, bags)
-        return sparse_deform_attn_compiled(value, index, points, locations.to(dtype), weights.to(dtype), renormalise)
+        return sparse_deform_attn_compiled(
+            value, index, points, locations.to(dtype), weights.to(dtype), renormalise
+        )
 
 
 OP = CompiledOp(

@@ -1,12 +1,15 @@
-"""The index of a sparse bag: tile corners -> integer grid positions, a map cell -> row of each level, pooled levels.
+"""The index of a sparse bag: tile corners -> integer grid positions, a map cell -> row of each
+level, pooled levels.
 
-Source: DT-MIL (Li et al., MICCAI 2021) lays a slide's tiles out on a map for deformable attention. Differences: its map holds
-the features of all cells of a fixed 60 x 60, cut from the centre; here a map holds a row number or -1 and is as large as the
-slide's tissue, no tile is lost, no cell without a tile takes part, and the bags of a batch are packed, not padded.
+Source: DT-MIL (Li et al., MICCAI 2021) lays a slide's tiles out on a map for deformable attention.
+Differences: its map holds the features of all cells of a fixed 60 x 60, cut from the centre; here a
+map holds a row number or -1 and is as large as the slide's tissue, no tile is lost, no cell without
+a tile takes part, and the bags of a batch are packed, not padded.
 
-Rows are level by level, in a level bag by bag, in a bag cell by cell in raster order. Level 0 has one row for each cell with a
-tile; tiles that overlap by more than half and fall into one cell share its row, their mean. Level l + 1 has a row for each
-2 x 2 cells of level l of which at least one has a row, the mean of those that have.
+Rows are level by level, in a level bag by bag, in a bag cell by cell in raster order. Level 0 has
+one row for each cell with a tile; tiles that overlap by more than half and fall into one cell share
+its row, their mean. Level l + 1 has a row for each 2 x 2 cells of level l of which at least one has
+a row, the mean of those that have.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ class SparseMaps(NamedTuple):
     """What the op needs to know of a packed batch of B bags on L levels.
 
     Attributes:
-        maps: row or -1 of every cell, bag by bag, level by level, row by row; on the device of the values.
+        maps: row or -1 of every cell, bag by bag, level by level, row by row; on the device of the
+            values.
         shapes: (H, W) of each map, on the host, so that no layer waits for the device.
         bags: queries of each bag, on the host.
     """
@@ -47,8 +51,8 @@ class TileGrid:
         index: the maps of all bags and levels; queries are the N tiles in their order.
         positions: (x, y) of each tile in cells of its bag's level 0, an integer.
         rows: row of each tile.
-        children: for each level after the first, the four rows of the level before that each row pools, counted from that
-            level's first row; its number of rows where there is none.
+        children: for each level after the first, the four rows of the level before that each row
+            pools, counted from that level's first row; its number of rows where there is none.
         sizes: rows of each level.
         step: level-0 pixels from one cell to the next, of each bag.
     """
@@ -84,27 +88,37 @@ class TileGrid:
         return torch.cat(levels)
 
     def level_positions(self, level: int) -> Float[Tensor, "n 2"]:
-        """Where the centre of each tile lies in cells of a level: a cell of level 1 is 2 x 2 cells, its centre between them."""
+        """Where the centre of each tile lies in cells of a level: a cell of level 1 is 2 x 2 cells,
+        its centre between them.
+        """
         return (self.positions + 0.5) / 2**level - 0.5
 
 
-def build_grid(coords: Sequence[Int[Tensor, "_ 2"]], levels: int = 1, step: int | float | None = None) -> TileGrid:
+def build_grid(
+    coords: Sequence[Int[Tensor, "_ 2"]], levels: int = 1, step: int | float | None = None
+) -> TileGrid:
     """Index the tiles of a batch of bags; host work, linear in tiles and cells but for one sort.
 
     Args:
-        coords: level-0 corners (x, y) of the tiles of each bag; cells count from its leftmost and its uppermost tile, of
-            `SlideCoords` from those of its slide.
+        coords: level-0 corners (x, y) of the tiles of each bag; cells count from its leftmost and
+            its uppermost tile, of `SlideCoords` from those of its slide.
         levels: L >= 1.
-        step: level-0 pixels between neighbouring tiles; None: of each bag its slide's, or as `infer_step` finds it.
+        step: level-0 pixels between neighbouring tiles; None: of each bag its slide's, or as
+            `infer_step` finds it.
 
     Raises:
-        UserError: a bag's map would have more than 2^26 cells: its tiles lie too far apart for the step.
+        UserError: a bag's map would have more than 2^26 cells: its tiles lie too far apart for the
+            step.
     """
     bags = [_index_bag(bag, levels, step) for bag in coords]
     sizes = np.array([bag.sizes for bag in bags]).reshape(len(bags), levels)
     before = sizes.cumsum(0) - sizes  # (B, L) rows of the bags before, in each level
     starts = before + (sizes.sum(0).cumsum() - sizes.sum(0))  # (B, L) first row of each map
-    maps = [np.where(map_ < 0, -1, map_ + start) for bag, row in zip(bags, starts) for map_, start in zip(bag.maps, row)]
+    maps = [
+        np.where(map_ < 0, -1, map_ + start)
+        for bag, row in zip(bags, starts)
+        for map_, start in zip(bag.maps, row)
+    ]
     rows = [bag.rows + start for bag, start in zip(bags, before[:, 0])]
     positions = [bag.positions for bag in bags]
     children = []
@@ -117,7 +131,9 @@ def build_grid(coords: Sequence[Int[Tensor, "_ 2"]], levels: int = 1, step: int 
         children.append(torch.from_numpy(_joined(tables, (0, 4), np.int64)))
     index = SparseMaps(
         torch.from_numpy(_joined([map_.ravel() for map_ in maps], (0,), np.int32)),
-        torch.tensor([[map_.shape for map_ in bag.maps] for bag in bags], dtype=torch.int64).view(len(bags), levels, 2),
+        torch.tensor([[map_.shape for map_ in bag.maps] for bag in bags], dtype=torch.int64).view(
+            len(bags), levels, 2
+        ),
         torch.tensor([len(bag.rows) for bag in bags], dtype=torch.int64),
     )
     return TileGrid(
@@ -149,7 +165,8 @@ def _index_bag(bag: Tensor, levels: int, step: int | float | None) -> _Bag:
     width, height = (int(size) for size in positions.max(0, initial=-1) + 1)
     if width * height > MAX_CELLS:
         raise UserError(
-            f"coords: expected tiles of one slide, found {len(coords)} tiles on a grid of {height} x {width} cells, "
+            f"coords: expected tiles of one slide, found {len(coords)} tiles on a grid of "
+            f"{height} x {width} cells, "
             f"the step being {step:g} px; give the step between neighbouring tiles (step=)"
         )
     flat = positions[:, 1] * width + positions[:, 0]
@@ -169,7 +186,9 @@ def _index_bag(bag: Tensor, levels: int, step: int | float | None) -> _Bag:
 
 
 def _number(flat: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Map (H, W) of row numbers in raster order and the cell of each row, from occupied cells in any order."""
+    """Map (H, W) of row numbers in raster order and the cell of each row, from occupied cells in
+    any order.
+    """
     occupied = np.zeros(height * width, bool)
     occupied[flat] = True
     cells = np.flatnonzero(occupied)
@@ -181,10 +200,11 @@ def _number(flat: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.n
 def grid_positions(
     coords: Int[np.ndarray, "n 2"], step: int | float, origin: Int[np.ndarray, " 2"] | None = None
 ) -> Int64[np.ndarray, "n 2"]:
-    """Nearest cell (x, y) of each corner, counted from `origin`, or from the leftmost and the uppermost tile.
+    """Nearest cell (x, y) of each corner, counted from `origin`, or from the leftmost and the
+    uppermost tile.
 
-    Halves go up, so that tiles a step or more apart never share a cell, also where parts of a slide are tiled on grids of
-    their own.
+    Halves go up, so that tiles a step or more apart never share a cell, also where parts of a slide
+    are tiled on grids of their own.
     """
     if not step > 0:
         raise UserError(f"step={step}: expected a positive number of level-0 pixels")

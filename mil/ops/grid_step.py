@@ -1,8 +1,9 @@
 """The step of a grid of tiles, level-0 pixels from one to the next, found from their corners alone.
 
-Tiles that were laid on a grid show it: the commonest distance between neighbours. Tiles that were not (a few that a detector
-chose, what is left of a slide that is nearly empty) have one too, by accident: it is not taken where they lie on no grid of it
-and few have a neighbour there, or most are much nearer or farther than it says.
+Tiles that were laid on a grid show it: the commonest distance between neighbours. Tiles that were
+not (a few that a detector chose, what is left of a slide that is nearly empty) have one too, by
+accident: it is not taken where they lie on no grid of it and few have a neighbour there, or most
+are much nearer or farther than it says.
 """
 
 from __future__ import annotations
@@ -11,19 +12,25 @@ import numpy as np
 from jaxtyping import Int
 
 MAX_CELLS = 2**26
-"""Cells of one bag's map at level 0: 268 MB. A slide of 300,000 px a side has 1.4 million cells of 256 px."""
+"""Cells of one bag's map at level 0: 268 MB. A slide of 300,000 px a side has 1.4 million cells of
+256 px.
+"""
 FAR = 8  # times as far as a step, or as near, are the nearest tiles when it is none of theirs
 SHARE = 0.1  # of the tiles have a neighbour at a step, at least
 
 
 def infer_step(coords: Int[np.ndarray, "n 2"], side: int | float = 0) -> float:
-    """Commonest distance between neighbours in a row or column of tiles, the smallest of several; 1 where there is none.
+    """Commonest distance between neighbours in a row or column of tiles, the smallest of several; 1
+    where there is none.
 
-    Distances within a pixel or 1 % of it are averaged: steps that are no whole number of pixels alternate between two.
-    Where that is an accident: the `side` of a tile, or the median distance of a tile from its nearest.
+    Distances within a pixel or 1 % of it are averaged: steps that are no whole number of pixels
+    alternate between two. Where that is an accident: the `side` of a tile, or the median distance
+    of a tile from its nearest.
     """
     coords = coords - coords.min(0, initial=2**62)
-    distances = np.concatenate((_neighbours(coords[:, 1], coords[:, 0]), _neighbours(coords[:, 0], coords[:, 1])))
+    distances = np.concatenate(
+        (_neighbours(coords[:, 1], coords[:, 0]), _neighbours(coords[:, 0], coords[:, 1]))
+    )
     if not len(distances):  # no two tiles in one row or column
         distances = np.concatenate([np.diff(np.unique(axis)) for axis in coords.T])
     if not len(distances):
@@ -40,7 +47,9 @@ def infer_step(coords: Int[np.ndarray, "n 2"], side: int | float = 0) -> float:
 
 def fitting_step(coords: Int[np.ndarray, "n 2"], step: float) -> float:
     """The step, doubled until a map of MAX_CELLS holds all tiles."""
-    width, height = (float(extent) for extent in np.ptp(coords, axis=0)) if len(coords) else (0.0, 0.0)
+    width, height = (
+        (float(extent) for extent in np.ptp(coords, axis=0)) if len(coords) else (0.0, 0.0)
+    )
     while (width / step + 2) * (height / step + 2) > MAX_CELLS:
         step *= 2
     return step
@@ -52,9 +61,13 @@ def agree(one: float, other: float) -> bool:
 
 
 def _on_its_grid(coords: np.ndarray, step: float) -> bool:
-    """All tiles are within a pixel or 1 % of the grid; one of a few pixels fits any tiles and says nothing."""
+    """All tiles are within a pixel or 1 % of the grid; one of a few pixels fits any tiles and says
+    nothing.
+    """
     tolerance = max(1.0, step / 100)
-    return step > 8 * tolerance and bool((np.abs(coords - np.rint(coords / step) * step) <= tolerance).all())
+    return step > 8 * tolerance and bool(
+        (np.abs(coords - np.rint(coords / step) * step) <= tolerance).all()
+    )
 
 
 def _nearest(coords: np.ndarray) -> float:

@@ -1,10 +1,11 @@
 """Slide-level metrics and their confidence intervals, as pure functions of arrays.
 
-S slides, C classes, B weightings of the slides: a plain metric has one weighting of ones, a bootstrap has one a
-resample, so that both are the same code. Two classes: class 1 is positive. More: macro averages, one class against
-the rest. The threshold is Youden's (J = sensitivity + specificity - 1, Cancer 1950) and is given to the functions,
-because it has to come from other slides than the ones they judge; so does the temperature. ECE, kappa and the areas
-are in mil/evaluation.
+S slides, C classes, B weightings of the slides: a plain metric has one weighting of ones, a
+bootstrap has one a resample, so that both are the same code. Two classes: class 1 is positive.
+More: macro averages, one class against the rest. The threshold is Youden's (J = sensitivity +
+specificity - 1, Cancer 1950) and is given to the functions, because it has to come from other
+slides than the ones they judge; so does the temperature. ECE, kappa and the areas are in
+mil/evaluation.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from typing import TypeVar
 import numpy as np
 
 from common.metrics.agreement import kappa
-from common.metrics.calibration import apply_temperature, brier, expected_calibration_error, stated_and_true
+from common.metrics.calibration import (
+    apply_temperature,
+    brier,
+    expected_calibration_error,
+    stated_and_true,
+)
 from common.metrics.ranking import average_precision, binary_auc, ratio
 
 METRICS = (
@@ -26,11 +32,14 @@ METRICS = (
 )
 
 
-# an ECE adds up absolute gaps, so that noise makes it larger, and a resample has more noise than its sample
+# an ECE adds up absolute gaps, so that noise makes it larger, and a resample has more noise than
+# its sample
 RESAMPLED_HIGHER = frozenset({"ece", "ece_scaled"})
 
 
-def auc(targets: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+def auc(
+    targets: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None
+) -> np.ndarray:
     """AUC of class 1, or for C > 2 the macro mean of one class against the rest.
 
     Args:
@@ -46,11 +55,17 @@ def auc(targets: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | No
     return np.mean([binary_auc(targets == c, probabilities[:, c], weights) for c in judged], axis=0)
 
 
-def auprc(targets: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Average precision of class 1, or for C > 2 the macro mean of one class against the rest, (B,)."""
+def auprc(
+    targets: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """Average precision of class 1, or for C > 2 the macro mean of one class against the rest,
+    (B,).
+    """
     weights = np.ones((1, len(targets))) if weights is None else weights
     judged = [1] if probabilities.shape[1] == 2 else range(probabilities.shape[1])
-    return np.mean([average_precision(targets == c, probabilities[:, c], weights) for c in judged], axis=0)
+    return np.mean(
+        [average_precision(targets == c, probabilities[:, c], weights) for c in judged], axis=0
+    )
 
 
 def calibration(run: Predictions, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -66,14 +81,17 @@ def calibration(run: Predictions, weights: np.ndarray | None = None) -> dict[str
 
 
 def youden_threshold(positive: np.ndarray, scores: np.ndarray) -> float:
-    """The cut of `scores >= cut` with the greatest sensitivity + specificity; among equals the one nearest to 0.5.
+    """The cut of `scores >= cut` with the greatest sensitivity + specificity; among equals the one
+    nearest to 0.5.
 
     Args:
         positive: bool (S,), validation slides.
         scores: (S,), their probability of the positive class.
     """
     values = np.unique(scores)
-    cuts = np.concatenate([values[:1], (values[:-1] + values[1:]) / 2, np.nextafter(values[-1:], np.inf)])
+    cuts = np.concatenate(
+        [values[:1], (values[:-1] + values[1:]) / 2, np.nextafter(values[-1:], np.inf)]
+    )
     called = scores[None] >= cuts[:, None]
     youden = called[:, positive].mean(1) - called[:, ~positive].mean(1)
     best = cuts[np.isclose(youden, youden.max(), rtol=0, atol=1e-12)]
@@ -81,13 +99,17 @@ def youden_threshold(positive: np.ndarray, scores: np.ndarray) -> float:
 
 
 def predict_class(probabilities: np.ndarray, threshold: float | None) -> np.ndarray:
-    """Class index (S,): of two classes by the threshold on class 1, of more the most probable one."""
+    """Class index (S,): of two classes by the threshold on class 1, of more the most probable
+    one.
+    """
     if probabilities.shape[1] == 2 and threshold is not None:
         return (probabilities[:, 1] >= threshold).astype(np.int64)
     return probabilities.argmax(1)
 
 
-def confusion(targets: np.ndarray, predicted: np.ndarray, classes: int, weights: np.ndarray | None = None) -> np.ndarray:
+def confusion(
+    targets: np.ndarray, predicted: np.ndarray, classes: int, weights: np.ndarray | None = None
+) -> np.ndarray:
     """Weighted counts (B, C, C), true class by predicted class."""
     weights = np.ones((1, len(targets))) if weights is None else weights
     cells = np.eye(classes * classes)[targets * classes + predicted]  # (S, C*C)
@@ -95,7 +117,8 @@ def confusion(targets: np.ndarray, predicted: np.ndarray, classes: int, weights:
 
 
 def rates(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """F1, sensitivity, specificity, accuracy, balanced accuracy of confusion counts (B, C, C), each (B,).
+    """F1, sensitivity, specificity, accuracy, balanced accuracy of confusion counts (B, C, C), each
+    (B,).
 
     Two classes: of class 1. More: macro means over classes. NaN where a class is absent.
     """
@@ -105,7 +128,11 @@ def rates(counts: np.ndarray) -> dict[str, np.ndarray]:
     recall = ratio(hits, true)
     f1 = ratio(2 * hits, true + called)
     specificity = ratio(total[:, None] - true - called + hits, total[:, None] - true)
-    pick = (lambda per_class: per_class[:, 1]) if counts.shape[1] == 2 else (lambda per_class: per_class.mean(1))
+    pick = (
+        (lambda per_class: per_class[:, 1])
+        if counts.shape[1] == 2
+        else (lambda per_class: per_class.mean(1))
+    )
     return {
         "f1": pick(f1),
         "sensitivity": pick(recall),
@@ -117,7 +144,8 @@ def rates(counts: np.ndarray) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class Judged:
-    """What one trained model says about the test slides of its fold, in any kind of task: what resampling has to know.
+    """What one trained model says about the test slides of its fold, in any kind of task: what
+    resampling has to know.
 
     Attributes:
         fold: number of the fold.
@@ -136,7 +164,8 @@ class Predictions(Judged):
         targets: int (S,).
         probabilities: (S, C).
         threshold: cut on class 1, chosen on the fold's validation slides; None for C > 2.
-        temperature: divides the logits, fitted on the fold's validation slides; only `ece_scaled` uses it.
+        temperature: divides the logits, fitted on the fold's validation slides; only `ece_scaled`
+            uses it.
     """
 
     targets: np.ndarray
@@ -151,7 +180,9 @@ R = TypeVar("R", bound=Judged)
 def evaluate(run: Predictions, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """All of METRICS, each (B,); a weighting that lacks a class gives NaN in all of them."""
     classes = run.probabilities.shape[1]
-    counts = confusion(run.targets, predict_class(run.probabilities, run.threshold), classes, weights)
+    counts = confusion(
+        run.targets, predict_class(run.probabilities, run.threshold), classes, weights
+    )
     values = {"auc": auc(run.targets, run.probabilities, weights), **rates(counts)}
     values |= {"auprc": auprc(run.targets, run.probabilities, weights), "kappa": kappa(counts)}
     values |= calibration(run, weights)
@@ -160,24 +191,31 @@ def evaluate(run: Predictions, weights: np.ndarray | None = None) -> dict[str, n
 
 
 def resample_patients(cases: np.ndarray, resamples: int, seed: Sequence[int]) -> np.ndarray:
-    """Bootstrap weights (B, S): patients are drawn with replacement, each with all of its slides."""
+    """Bootstrap weights (B, S): patients are drawn with replacement, each with all of its
+    slides.
+    """
     patients, index = np.unique(cases, return_inverse=True)
     count = len(patients)
-    drawn = np.random.default_rng(list(seed)).multinomial(count, np.full(count, 1 / count), size=resamples)
+    drawn = np.random.default_rng(list(seed)).multinomial(
+        count, np.full(count, 1 / count), size=resamples
+    )
     return drawn[:, index]
 
 
 def resample_runs(runs: Sequence[Judged], resamples: int, seed: int) -> dict[int, np.ndarray]:
     """Bootstrap weights (B, S) of the test slides of every fold.
 
-    Patients are resampled within each fold. Where folds share test patients (repeated or nested cross-validation), they
-    are drawn once from all patients instead, so that a patient counts equally often wherever he is tested; drawing him
-    anew in every fold would make the same patients pass for more of them.
+    Patients are resampled within each fold. Where folds share test patients (repeated or nested
+    cross-validation), they are drawn once from all patients instead, so that a patient counts
+    equally often wherever he is tested; drawing him anew in every fold would make the same patients
+    pass for more of them.
     """
     cases = {run.fold: run.cases for run in runs}
     tested = Counter(case for ids in cases.values() for case in np.unique(ids).tolist())
     if max(tested.values()) == 1:
-        return {fold: resample_patients(ids, resamples, (seed, fold)) for fold, ids in cases.items()}
+        return {
+            fold: resample_patients(ids, resamples, (seed, fold)) for fold, ids in cases.items()
+        }
     patients = np.array(sorted(tested))
     drawn = resample_patients(patients, resamples, (seed,))
     return {fold: drawn[:, np.searchsorted(patients, ids)] for fold, ids in cases.items()}
@@ -191,8 +229,8 @@ def bootstrap(
 ) -> dict[str, np.ndarray]:
     """Resampled means over runs (folds and training seeds) of every metric of `judge`, (B,) each.
 
-    Every run of a fold gets the same resamples, so that two lists of runs over the same folds can be subtracted
-    resample by resample. NaN where any fold lost a class.
+    Every run of a fold gets the same resamples, so that two lists of runs over the same folds can
+    be subtracted resample by resample. NaN where any fold lost a class.
     """
     weights = resample_runs(runs, resamples, seed)
     values = [judge(run, weights[run.fold]) for run in runs]
@@ -200,7 +238,9 @@ def bootstrap(
 
 
 def interval(samples: np.ndarray, level: float = 0.95) -> tuple[list[float] | None, int]:
-    """Percentile interval [low, high] of the valid resamples (None without any), and how many were not valid."""
+    """Percentile interval [low, high] of the valid resamples (None without any), and how many were
+    not valid.
+    """
     valid = samples[~np.isnan(samples)]
     skipped = len(samples) - len(valid)
     if len(valid) == 0:
@@ -210,7 +250,9 @@ def interval(samples: np.ndarray, level: float = 0.95) -> tuple[list[float] | No
 
 
 def centred(samples: np.ndarray, value: float) -> np.ndarray:
-    """Resamples of a quantity >= 0 moved so that their mean is the observed value: they keep their spread, not their bias."""
+    """Resamples of a quantity >= 0 moved so that their mean is the observed value: they keep their
+    spread, not their bias.
+    """
     valid = samples[~np.isnan(samples)]
     return np.maximum(samples - (valid.mean() if len(valid) else 0.0) + value, 0.0)
 
@@ -220,14 +262,20 @@ def summarise(
     samples: Mapping[str, np.ndarray],
     judge: Callable[[R], Mapping[str, np.ndarray]] = evaluate,  # type: ignore[assignment]
 ) -> dict[str, object]:
-    """`<metric>_mean`, `_std` (over runs) and `_ci` (of the mean) of every metric, and the most skipped resamples."""
+    """`<metric>_mean`, `_std` (over runs) and `_ci` (of the mean) of every metric, and the most
+    skipped resamples.
+    """
     summary: dict[str, object] = {"runs": len(runs)}
     points = [judge(run) for run in runs]
     skipped = 0
     for name in points[0]:
         values = np.array([point[name][0] for point in points])
         spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-        drawn = centred(samples[name], float(values.mean())) if name in RESAMPLED_HIGHER else samples[name]
+        drawn = (
+            centred(samples[name], float(values.mean()))
+            if name in RESAMPLED_HIGHER
+            else samples[name]
+        )
         ci, lost = interval(drawn)
         skipped = max(skipped, lost)
         summary |= {f"{name}_mean": float(values.mean()), f"{name}_std": spread, f"{name}_ci": ci}

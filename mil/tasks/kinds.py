@@ -1,4 +1,5 @@
-"""The kinds of question a slide classifier can be asked, and which metrics judge the answers; mil/tasks/task.py trains on them.
+"""The kinds of question a slide classifier can be asked, and which metrics judge the answers;
+mil/tasks/task.py trains on them.
 
 | kind | answers |
 |---|---|
@@ -34,7 +35,9 @@ RISK_METRICS = ("c_index", "event_share")
 
 @dataclass(frozen=True)
 class Kind:
-    """Judge, its metrics, those that a short table shows, and what a run chooses on its validation slides."""
+    """Judge, its metrics, those that a short table shows, and what a run chooses on its validation
+    slides.
+    """
 
     judge: Callable[..., dict[str, np.ndarray]]
     metrics: tuple[str, ...]
@@ -43,7 +46,17 @@ class Kind:
 
 
 CLASS_CHOSEN = ("threshold", "temperature", "val_auc")
-CLASS_SHOWN = ("auc", "auprc", "f1", "sensitivity", "specificity", "balanced_accuracy", "kappa", "ece", "ece_scaled")
+CLASS_SHOWN = (
+    "auc",
+    "auprc",
+    "f1",
+    "sensitivity",
+    "specificity",
+    "balanced_accuracy",
+    "kappa",
+    "ece",
+    "ece_scaled",
+)
 KINDS = {
     "binary": Kind(evaluate, METRICS, CLASS_SHOWN, CLASS_CHOSEN),
     "multiclass": Kind(evaluate, METRICS, CLASS_SHOWN, CLASS_CHOSEN),
@@ -60,7 +73,8 @@ class Task:
 
     Attributes:
         kind: a key of KINDS.
-        classes: names of classes, labels or grades (lowest first), or of the time intervals of `discrete`.
+        classes: names of classes, labels or grades (lowest first), or of the time intervals of
+            `discrete`.
     """
 
     kind: str
@@ -83,7 +97,9 @@ class Task:
 
     @property
     def chosen(self) -> tuple[str, ...]:
-        """What a run chooses, or is chosen by, on its validation slides: further columns of results.csv."""
+        """What a run chooses, or is chosen by, on its validation slides: further columns of
+        results.csv.
+        """
         return KINDS[self.kind].chosen
 
     def judge(self, run: Any, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -92,7 +108,9 @@ class Task:
 
 
 def task_of(asked: str, names: Sequence[str]) -> Task:
-    """The task that a training was asked (mil.tasks.task.TASKS), with its classes, labels or grades."""
+    """The task that a training was asked (mil.tasks.task.TASKS), with its classes, labels or
+    grades.
+    """
     return classification(tuple(names)) if asked == "classes" else Task(asked, tuple(names))
 
 

@@ -1,4 +1,5 @@
-"""Several labels a slide, each there or not: metrics per label, then macro (mean over labels) and micro (all cells as one).
+"""Several labels a slide, each there or not: metrics per label, then macro (mean over labels) and
+micro (all cells as one).
 
 Every label has a probability of its own and a cut of its own, chosen on the validation slides.
 """
@@ -38,9 +39,14 @@ def label_thresholds(targets: np.ndarray, probabilities: np.ndarray) -> np.ndarr
 
 
 def judge_labels(run: LabelPredictions, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """AUC, average precision, F1, sensitivity and specificity of every label, each (B, L), NaN where it does not exist."""
+    """AUC, average precision, F1, sensitivity and specificity of every label, each (B, L), NaN
+    where it does not exist.
+    """
     weights = np.ones((1, len(run.targets))) if weights is None else weights
-    columns = [(run.targets[:, label], run.probabilities[:, label]) for label in range(run.targets.shape[1])]
+    columns = [
+        (run.targets[:, label], run.probabilities[:, label])
+        for label in range(run.targets.shape[1])
+    ]
     called = run.probabilities >= run.thresholds
     hits, marked, true = weights @ (called & run.targets), weights @ called, weights @ run.targets
     return {
@@ -52,15 +58,25 @@ def judge_labels(run: LabelPredictions, weights: np.ndarray | None = None) -> di
     }
 
 
-def evaluate_labels(run: LabelPredictions, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """AUC, average precision and F1, macro and micro; the share of slides with all labels right; Hamming loss. Each (B,).
+def evaluate_labels(
+    run: LabelPredictions, weights: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """AUC, average precision and F1, macro and micro; the share of slides with all labels right;
+    Hamming loss. Each (B,).
 
-    A weighting that leaves a label without a positive or without a negative gives NaN in all of them.
+    A weighting that leaves a label without a positive or without a negative gives NaN in all of
+    them.
     """
     weights = np.ones((1, len(run.targets))) if weights is None else weights
-    cells = np.repeat(weights, run.targets.shape[1], axis=1)  # the micro view: (B, S * L), labels of a slide side by side
+    cells = np.repeat(
+        weights, run.targets.shape[1], axis=1
+    )  # the micro view: (B, S * L), labels of a slide side by side
     called = run.probabilities >= run.thresholds
-    hits, marked, true = weights @ (called & run.targets), weights @ called, weights @ run.targets  # (B, L)
+    hits, marked, true = (
+        weights @ (called & run.targets),
+        weights @ called,
+        weights @ run.targets,
+    )  # (B, L)
     wrong = run.targets != called
     each = judge_labels(run, weights)
     values = {

@@ -1,4 +1,6 @@
-"""The task of one training, and its rows of predictions.csv, for the tasks that are not one class a slide."""
+"""The task of one training, and its rows of predictions.csv, for the tasks that are not one class a
+slide.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ def make_objective(
     intervals: int,
     alpha: float = 0.0,
 ) -> Objective:
-    """The task with what it takes from the training slides: intervals of the times, weights of the labels.
+    """The task with what it takes from the training slides: intervals of the times, weights of the
+    labels.
 
     Args:
         targets: of the cohort.
@@ -38,10 +41,15 @@ def make_objective(
         edges = interval_edges(aims[:, 0], aims[:, 1] > 0, intervals)
     if targets.kind == "multilabel" and weighted:
         positives = targets.stacked(train).sum(0)
-        absent = [name for name, count in zip(targets.names, positives.tolist(), strict=True) if count == 0]
+        absent = [
+            name
+            for name, count in zip(targets.names, positives.tolist(), strict=True)
+            if count == 0
+        ]
         if absent:
             raise UserError(
-                f"class_weights: expected every label in the training set, '{absent[0]}' is absent; use fewer folds"
+                f"class_weights: expected every label in the training set, '{absent[0]}' is "
+                "absent; use fewer folds"
             )
         weights = tuple(((len(train) - positives) / positives).tolist())
     return Objective(targets.kind, targets.names, edges, smoothing, focal, weights, alpha)
@@ -61,7 +69,13 @@ def follow_up(time: float, event: bool) -> str:
 
 
 def task_rows(
-    task: Objective, targets: Targets, slide_ids: Sequence[str], cases: Sequence[str], said: np.ndarray, fold: int, split: str
+    task: Objective,
+    targets: Targets,
+    slide_ids: Sequence[str],
+    cases: Sequence[str],
+    said: np.ndarray,
+    fold: int,
+    split: str,
 ) -> list[dict[str, Any]]:
     """Rows of predictions.csv.
 
@@ -77,11 +91,18 @@ def task_rows(
         value = targets.values[slide]
         if task.kind in SURVIVAL:
             assert isinstance(value, tuple)
-            rows.append(row | {"time": repr(value[0]), "event": int(value[1]), "risk": repr(numbers[0])})
+            rows.append(
+                row | {"time": repr(value[0]), "event": int(value[1]), "risk": repr(numbers[0])}
+            )
             continue
-        probabilities = {f"prob_{name}": repr(p) for name, p in zip(task.names, numbers, strict=True)}
+        probabilities = {
+            f"prob_{name}": repr(p) for name, p in zip(task.names, numbers, strict=True)
+        }
         if isinstance(value, int):
-            row |= {"label": task.names[value], "predicted": task.names[int(grade(np.array([numbers]))[0])]}
+            row |= {
+                "label": task.names[value],
+                "predicted": task.names[int(grade(np.array([numbers]))[0])],
+            }
         else:
             row |= {"label": _joined(task, value), "predicted": _joined(task, numbers)}
         rows.append(row | probabilities)
@@ -90,4 +111,7 @@ def task_rows(
 
 def _joined(task: Objective, shares: Sequence[float]) -> str:
     """The labels with a share of at least 1/2."""
-    return "|".join(name for name, share in zip(task.names, shares, strict=True) if share >= 0.5) or NONE
+    return (
+        "|".join(name for name, share in zip(task.names, shares, strict=True) if share >= 0.5)
+        or NONE
+    )

@@ -1,4 +1,6 @@
-"""Ordered classes (grades): agreement and error grow with the distance between the called and the true grade."""
+"""Ordered classes (grades): agreement and error grow with the distance between the called and the
+true grade.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,15 @@ from mil.tasks.classification import Predictions, confusion
 
 
 def grade(probabilities: np.ndarray) -> np.ndarray:
-    """The median grade, (S,): the first with P(grade <= it) >= 1/2; no other grade has a smaller expected error."""
+    """The median grade, (S,): the first with P(grade <= it) >= 1/2; no other grade has a smaller
+    expected error.
+    """
     return (np.cumsum(probabilities, axis=1) >= 0.5 - 1e-9).argmax(1)
 
 
 def evaluate_grades(run: Predictions, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """Quadratic and linear kappa, mean absolute error, accuracy, balanced accuracy, and the mean AUC of "above grade k".
+    """Quadratic and linear kappa, mean absolute error, accuracy, balanced accuracy, and the mean
+    AUC of "above grade k".
 
     A weighting that lacks a class gives NaN in all of them. Each (B,).
     """
@@ -31,7 +36,9 @@ def evaluate_grades(run: Predictions, weights: np.ndarray | None = None) -> dict
         "mean_absolute_error": ratio(weights @ np.abs(called - run.targets), weights.sum(1)),
         "accuracy": ratio(np.trace(counts, axis1=1, axis2=2), counts.sum((1, 2))),
         "balanced_accuracy": recall.mean(1),
-        "auc_above": np.mean([binary_auc(run.targets >= k, above[:, k], weights) for k in range(1, classes)], axis=0),
+        "auc_above": np.mean(
+            [binary_auc(run.targets >= k, above[:, k], weights) for k in range(1, classes)], axis=0
+        ),
     }
     present = (counts.sum(2) > 0).all(1)
     return {name: np.where(present, value, np.nan) for name, value in values.items()}

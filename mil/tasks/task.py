@@ -1,8 +1,9 @@
 """What a slide classifier is asked: classes, several labels, ordered grades, or survival.
 
-A task says how many outputs a model has, which criterion its logits get, what of the target a model is told while it
-trains (CLAM's and DTFD-MIL's instance losses), and by what the epochs are compared. Targets: `classes` and `ordinal`
-an int; `multilabel` a vector (L,) of 0 and 1; `cox` and `discrete` a vector (time, event).
+A task says how many outputs a model has, which criterion its logits get, what of the target a model
+is told while it trains (CLAM's and DTFD-MIL's instance losses), and by what the epochs are
+compared. Targets: `classes` and `ordinal` an int; `multilabel` a vector (L,) of 0 and 1; `cox` and
+`discrete` a vector (time, event).
 """
 
 from __future__ import annotations
@@ -30,7 +31,13 @@ from mil.tasks.survival import concordance_index
 TASKS = ("classes", "multilabel", "ordinal", "cox", "discrete")
 SURVIVAL = ("cox", "discrete")
 # by what epochs are compared; higher is better
-SCORES = {"classes": "auc", "multilabel": "auc", "ordinal": "kappa", "cox": "c_index", "discrete": "c_index"}
+SCORES = {
+    "classes": "auc",
+    "multilabel": "auc",
+    "ordinal": "kappa",
+    "cox": "c_index",
+    "discrete": "c_index",
+}
 
 
 @dataclass(frozen=True)
@@ -61,17 +68,22 @@ class Objective:
             raise UserError(f"{found}: expected 0 <= label_smoothing < 1 and focal >= 0")
         if (self.smoothing or self.focal) and self.kind not in ("classes", "multilabel"):
             raise UserError(
-                f"task={self.kind}: label_smoothing and focal are of task=classes and task=multilabel; leave them at 0"
+                f"task={self.kind}: label_smoothing and focal are of task=classes and "
+                "task=multilabel; leave them at 0"
             )
         if not 0 <= self.alpha <= 1:
-            raise UserError(f"censored_alpha={self.alpha}: expected a share, 0 <= censored_alpha <= 1")
+            raise UserError(
+                f"censored_alpha={self.alpha}: expected a share, 0 <= censored_alpha <= 1"
+            )
         if self.alpha and self.kind != "discrete":
             raise UserError(f"task={self.kind}: censored_alpha is of task=discrete; leave it at 0")
 
     @property
     def outputs(self) -> int:
         """Logits of a model."""
-        return {"ordinal": len(self.names) - 1, "cox": 1, "discrete": len(self.edges) + 1}.get(self.kind, len(self.names))
+        return {"ordinal": len(self.names) - 1, "cox": 1, "discrete": len(self.edges) + 1}.get(
+            self.kind, len(self.names)
+        )
 
     @property
     def score(self) -> str:
@@ -84,7 +96,9 @@ class Objective:
         return self.kind == "cox"
 
     def told(self, target: Target) -> Target:
-        """What the model hears: the class, or a vector with 1 for every output that the bag is evidence for."""
+        """What the model hears: the class, or a vector with 1 for every output that the bag is
+        evidence for.
+        """
         if self.kind in ("classes", "multilabel"):
             return target
         told = torch.zeros(self.outputs)
@@ -113,22 +127,30 @@ class Objective:
         assert self.kind == "discrete", self.kind
         return discrete_loss(logits, self.interval(target), bool(target[1]), self.alpha)
 
-    def step_loss(self, outputs: Sequence[MILOutput], targets: Sequence[Tensor]) -> Float[Tensor, ""]:
-        """`cox`: partial likelihood over a step's bags, stream by stream, plus the mean of their auxiliary losses.
+    def step_loss(
+        self, outputs: Sequence[MILOutput], targets: Sequence[Tensor]
+    ) -> Float[Tensor, ""]:
+        """`cox`: partial likelihood over a step's bags, stream by stream, plus the mean of their
+        auxiliary losses.
 
-        A bag with fewer streams than the others (small bags of DTFD-MIL) has its logits in their place.
+        A bag with fewer streams than the others (small bags of DTFD-MIL) has its logits in their
+        place.
         """
         aims = torch.stack(list(targets)).to(outputs[0].logits.device)
         longest = max((output.streams for output in outputs), key=len) or ((None, 1.0),)
         total = outputs[0].logits.new_zeros(())
         for place, (_, weight) in enumerate(longest):
-            risks = [out.streams[place][0] if place < len(out.streams) else out.logits for out in outputs]
+            risks = [
+                out.streams[place][0] if place < len(out.streams) else out.logits for out in outputs
+            ]
             total = total + weight * cox_loss(torch.cat(risks), aims[:, 0], aims[:, 1] > 0)
         extra = [output.auxiliary for output in outputs if output.auxiliary is not None]
         return total + (torch.stack(extra).mean() if extra else 0.0)
 
     def said(self, logits: Float[Tensor, "s c"]) -> Float[Tensor, "s _"]:
-        """Probabilities (S, number of names), or of survival the risk (S, 1): higher dies earlier."""
+        """Probabilities (S, number of names), or of survival the risk (S, 1): higher dies
+        earlier.
+        """
         if self.kind == "classes":
             return logits.softmax(1)
         if self.kind == "multilabel":
@@ -145,8 +167,13 @@ class Objective:
             aims = torch.stack(list(targets))  # type: ignore[arg-type]
             loss = cox_loss(logits[:, 0], aims[:, 0], aims[:, 1] > 0)
         else:
-            loss = torch.stack([self.loss(row, target) for row, target in zip(logits, targets, strict=True)]).mean()
-        return {self.score: self._score(self.said(logits).double().numpy(), targets), "loss": float(loss)}
+            loss = torch.stack(
+                [self.loss(row, target) for row, target in zip(logits, targets, strict=True)]
+            ).mean()
+        return {
+            self.score: self._score(self.said(logits).double().numpy(), targets),
+            "loss": float(loss),
+        }
 
     def _score(self, said: np.ndarray, targets: Sequence[Target]) -> float:
         aims = np.stack([np.asarray(target) for target in targets])
@@ -154,7 +181,9 @@ class Objective:
         if self.kind == "classes":
             return float(auc(aims, said)[0])
         if self.kind == "multilabel":
-            values = np.array([binary_auc(aims[:, k] > 0, said[:, k], ones)[0] for k in range(aims.shape[1])])
+            values = np.array(
+                [binary_auc(aims[:, k] > 0, said[:, k], ones)[0] for k in range(aims.shape[1])]
+            )
             known = values[~np.isnan(values)]  # a label that no validation slide has says nothing
             return float(known.mean()) if len(known) else float("nan")
         if self.kind == "ordinal":
@@ -163,8 +192,18 @@ class Objective:
 
     def to_dict(self) -> dict[str, Any]:
         """For a checkpoint; `Objective(**values)` with lists made tuples is the inverse."""
-        lists = {"names": list(self.names), "edges": list(self.edges), "weights": list(self.weights)}
-        return {"kind": self.kind, "smoothing": self.smoothing, "focal": self.focal, "alpha": self.alpha, **lists}
+        lists = {
+            "names": list(self.names),
+            "edges": list(self.edges),
+            "weights": list(self.weights),
+        }
+        return {
+            "kind": self.kind,
+            "smoothing": self.smoothing,
+            "focal": self.focal,
+            "alpha": self.alpha,
+            **lists,
+        }
 
 
 CLASSES = Objective()
@@ -172,7 +211,12 @@ CLASSES = Objective()
 
 def objective_of(values: dict[str, Any]) -> Objective:
     """Inverse of `Objective.to_dict`."""
-    return Objective(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    return Objective(
+        **{
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+    )
 
 
 def interval_edges(times: np.ndarray, events: np.ndarray, intervals: int) -> tuple[float, ...]:
@@ -185,10 +229,15 @@ def interval_edges(times: np.ndarray, events: np.ndarray, intervals: int) -> tup
     if intervals < 2:
         raise UserError(f"intervals={intervals}: expected at least 2")
     different = len(np.unique(times[events]))
-    edges = np.unique(np.quantile(times[events], np.linspace(0, 1, intervals + 1)[1:-1])) if different else np.empty(0)
+    edges = (
+        np.unique(np.quantile(times[events], np.linspace(0, 1, intervals + 1)[1:-1]))
+        if different
+        else np.empty(0)
+    )
     if different < intervals or len(edges) != intervals - 1:
         raise UserError(
-            f"intervals={intervals}: expected as many different event times in the training set, found {different} in "
+            f"intervals={intervals}: expected as many different event times in the training set, "
+            f"found {different} in "
             f"{int(events.sum())} events; lower intervals"
         )
     return tuple(edges.tolist())

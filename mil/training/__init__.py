@@ -1,1 +1,3 @@
-"""Training a slide classifier on one fold and applying it: engine, recipes, optimisers, prediction."""
+"""Training a slide classifier on one fold and applying it: engine, recipes, optimisers,
+prediction.
+"""

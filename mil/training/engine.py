@@ -1,8 +1,10 @@
 """Training and applying a slide classifier, one bag at a time.
 
-Recipe: TS2G-KD's MIL stage: Adam, cosine to 0 by epoch, cross-entropy, early stopping, selection by validation AUC.
-Differences: accumulated gradients are a mean over their bags (the original zeroes them at every bag), the threshold
-comes from the validation slides (the original takes the evaluated ones), and a run can be resumed bit for bit.
+Recipe: TS2G-KD's MIL stage: Adam, cosine to 0 by epoch, cross-entropy, early stopping, selection by
+validation AUC.
+Differences: accumulated gradients are a mean over their bags (the original zeroes them at every
+bag), the threshold comes from the validation slides (the original takes the evaluated ones), and a
+run can be resumed bit for bit.
 """
 
 from __future__ import annotations
@@ -45,10 +47,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Recipe:
-    """How a slide classifier is trained; the defaults are TS2G-KD's, other models' are in mil/training/recipes.py."""
+    """How a slide classifier is trained; the defaults are TS2G-KD's, other models' are in
+    mil/training/recipes.py.
+    """
 
     epochs: int = key(200, "epochs, and the length of the cosine schedule")
-    patience: int = key(20, "stop after so many epochs without a better validation AUC (or equal AUC and lower loss)")
+    patience: int = key(
+        20,
+        "stop after so many epochs without a better validation AUC (or equal AUC and lower loss)",
+    )
     min_epochs: int = key(70, "do not stop early before this epoch")
     optimizer: str = key("adam", "optimiser", choices=OPTIMIZERS)
     lr: float = key(2e-4, "learning rate at the start")
@@ -58,20 +65,35 @@ class Recipe:
     schedule: str = key("cosine", "learning rate by epoch; step: x 0.2 half-way", choices=SCHEDULES)
     lr_min: float = key(0.0, "learning rate at the end of the cosine")
     clip_norm: float = key(0.0, "largest gradient norm; 0: gradients are not clipped")
-    accumulate: int = key(1, "bags per optimiser step, over all processes; their gradients are averaged")
-    max_tiles: int = key(0, "tiles of a bag that a training step sees, drawn anew in every epoch; 0: all of them")
-    smoothing: float = key(0.0, "average of the validation score over epochs, s * past + (1 - s) * new; 0: the score itself")
+    accumulate: int = key(
+        1, "bags per optimiser step, over all processes; their gradients are averaged"
+    )
+    max_tiles: int = key(
+        0, "tiles of a bag that a training step sees, drawn anew in every epoch; 0: all of them"
+    )
+    smoothing: float = key(
+        0.0,
+        "average of the validation score over epochs, s * past + (1 - s) * new; 0: the score "
+        "itself",
+    )
     label_smoothing: float = key(0.0, "label smoothing of task=classes and task=multilabel")
-    focal: float = key(0.0, "gamma of the focal loss of task=classes and task=multilabel; 0: cross-entropy")
-    class_weights: bool = key(False, "weigh the loss by inverse class frequency, mean 1 over the training slides")
-    balanced: bool = key(False, "draw the bags of an epoch with replacement, every class equally often")
+    focal: float = key(
+        0.0, "gamma of the focal loss of task=classes and task=multilabel; 0: cross-entropy"
+    )
+    class_weights: bool = key(
+        False, "weigh the loss by inverse class frequency, mean 1 over the training slides"
+    )
+    balanced: bool = key(
+        False, "draw the bags of an epoch with replacement, every class equally often"
+    )
     precision: str = key("fp32", "computing precision", choices=("fp32", "bf16"))
     save_every: int = key(10, "epochs between two checkpoints", runtime=True)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One labelled bag: features (N, D) in memory or on disk, coords (N, 2) or None, target as mil.tasks.task has it.
+    """One labelled bag: features (N, D) in memory or on disk, coords (N, 2) or None, target as
+    mil.tasks.task has it.
 
     `stratum` is the class that balanced sampling sees where the target is no class.
     """
@@ -88,7 +110,9 @@ class Sample:
             features = self.features.read() if tiles is None else self.features.rows(tiles)
         else:
             features = self.features if tiles is None else self.features[tiles]
-        coords = None if self.coords is None else on_slide(self.coords)  # the grid is all tiles', whichever are drawn
+        coords = (
+            None if self.coords is None else on_slide(self.coords)
+        )  # the grid is all tiles', whichever are drawn
         return features, coords if tiles is None or coords is None else coords[tiles]
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -107,7 +131,9 @@ def train_one_epoch(
     task: Objective = CLASSES,
     seed: int = 0,
 ) -> float:
-    """One pass over the training bags in the given order, after `epoch` others; returns the mean loss."""
+    """One pass over the training bags in the given order, after `epoch` others; returns the mean
+    loss.
+    """
     model.train()
     after_step = getattr(unwrap(model), "after_step", None)
     steps = -(-len(order) // recipe.accumulate)
@@ -115,17 +141,27 @@ def train_one_epoch(
     total = torch.zeros(1, device=world.device)
     groups = list(batches(range(len(order)), recipe.accumulate))
     # gradients are averaged over processes, so that each process sums loss * size / len(group);
-    # a process that has no bag in a last, short group repeats one at weight 0 to take part in the average
+    # a process that has no bag in a last, short group repeats one at weight 0 to take part in the
+    # average
     taken = [group[world.rank :: world.size] or group[:1] for group in groups]
-    bags = draws([(samples[order[place]], place) for part in taken for place in part], recipe.max_tiles, seed + epoch)
+    bags = draws(
+        [(samples[order[place]], place) for part in taken for place in part],
+        recipe.max_tiles,
+        seed + epoch,
+    )
     loaded = prefetch(bags, world.device)
-    for step, (group, places) in enumerate(zip(groups, taken, strict=True), start=epoch * steps + 1):
+    for step, (group, places) in enumerate(
+        zip(groups, taken, strict=True), start=epoch * steps + 1
+    ):
         optimizer.zero_grad(set_to_none=True)
         mine = len(group) > world.rank
         share = world.size / len(group) if mine else 0.0
         outputs, targets = [], []
         for sample, bag in islice(loaded, len(places)):
-            with _sync(model, len(targets) + 1 == len(places)), autocast(world.device, recipe.precision):
+            with (
+                _sync(model, len(targets) + 1 == len(places)),
+                autocast(world.device, recipe.precision),
+            ):
                 output = model(*on_device(bag, world.device), target=task.told(sample.target))
                 targets.append(sample.target)
                 if task.needs_all_bags:
@@ -148,19 +184,31 @@ def train_one_epoch(
     return float(all_reduce_mean(total)) * world.size / len(order)
 
 
-def training_loss(output: MILOutput, target: Target, task: Objective = CLASSES) -> Float[Tensor, ""]:
-    """Weighted criteria of the output's streams (of its logits where it has none) plus its auxiliary loss."""
-    loss = sum(weight * task.loss(logits, target) for logits, weight in output.streams or ((output.logits, 1.0),))
+def training_loss(
+    output: MILOutput, target: Target, task: Objective = CLASSES
+) -> Float[Tensor, ""]:
+    """Weighted criteria of the output's streams (of its logits where it has none) plus its
+    auxiliary loss.
+    """
+    loss = sum(
+        weight * task.loss(logits, target)
+        for logits, weight in output.streams or ((output.logits, 1.0),)
+    )
     return loss if output.auxiliary is None else loss + output.auxiliary
 
 
 def _check_loss(loss: Tensor, where: str) -> None:
     if not torch.isfinite(loss):
-        raise UserError(f"{where}: expected a finite loss, found {float(loss.detach())}; lower training.lr")
+        raise UserError(
+            f"{where}: expected a finite loss, found {float(loss.detach())}; lower training.lr"
+        )
 
 
-def draws(bags: Sequence[tuple[Sample, int]], tiles: int, seed: int) -> Iterator[tuple[Sample, Tensor | None]]:
-    """Each sample with its tiles of this pass: all (None), or `tiles` of them in the order of the bag.
+def draws(
+    bags: Sequence[tuple[Sample, int]], tiles: int, seed: int
+) -> Iterator[tuple[Sample, Tensor | None]]:
+    """Each sample with its tiles of this pass: all (None), or `tiles` of them in the order of the
+    bag.
 
     The draw depends on the seed and the bag's place in the epoch alone, not on who loads it.
     """
@@ -169,7 +217,10 @@ def draws(bags: Sequence[tuple[Sample, int]], tiles: int, seed: int) -> Iterator
             yield sample, None
             continue
         generator = torch.Generator().manual_seed(seed * 1_000_003 + place)
-        yield sample, torch.randperm(len(sample.features), generator=generator)[:tiles].sort().values
+        yield (
+            sample,
+            torch.randperm(len(sample.features), generator=generator)[:tiles].sort().values,
+        )
 
 
 def class_weights(samples: Sequence[Sample]) -> dict[int, float]:
@@ -185,7 +236,9 @@ def stratum_of(sample: Sample) -> int:
 
 
 def epoch_order(samples: Sequence[Sample], balanced: bool, generator: torch.Generator) -> list[int]:
-    """Indices of an epoch's bags: all of them shuffled, or as many drawn with every class equally likely."""
+    """Indices of an epoch's bags: all of them shuffled, or as many drawn with every class equally
+    likely.
+    """
     if not balanced:
         return torch.randperm(len(samples), generator=generator).tolist()
     weights = class_weights(samples)
@@ -200,12 +253,18 @@ def batches(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 def _sync(model: nn.Module, last: bool) -> Any:
     """DDP averages gradients at the last bag of a step only."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
+    return (
+        model.no_sync()
+        if isinstance(model, DistributedDataParallel) and not last
+        else nullcontext()
+    )
 
 
 @torch.inference_mode()
 def examine(model: nn.Module, sample: Sample, device: torch.device) -> MILOutput:
-    """Logits and attention of one bag, fp32, on the CPU; a very large one is streamed, as in `predict`."""
+    """Logits and attention of one bag, fp32, on the CPU; a very large one is streamed, as in
+    `predict`.
+    """
     model.eval()
     if is_streamed(model, sample.features):
         return stream(model, source_of(sample.features), device)
@@ -214,19 +273,29 @@ def examine(model: nn.Module, sample: Sample, device: torch.device) -> MILOutput
 
 
 def validate(
-    model: nn.Module, samples: Sequence[Sample], device: torch.device, precision: str, task: Objective = CLASSES
+    model: nn.Module,
+    samples: Sequence[Sample],
+    device: torch.device,
+    precision: str,
+    task: Objective = CLASSES,
 ) -> dict[str, float]:
-    """The task's score, its loss and, with two classes, Youden's threshold on the validation bags."""
+    """The task's score, its loss and, with two classes, Youden's threshold on the validation
+    bags.
+    """
     logits = predict(model, samples, device, precision)
     targets = [sample.target for sample in samples]
     values = task.judge(logits, targets)
     if task.kind == "classes" and logits.shape[1] == 2:
-        values["threshold"] = youden_threshold(np.array(targets) == 1, logits.softmax(1).numpy()[:, 1])
+        values["threshold"] = youden_threshold(
+            np.array(targets) == 1, logits.softmax(1).numpy()[:, 1]
+        )
     return values
 
 
 def is_better(value: Mapping[str, Any], best: Mapping[str, Any], score: str = "auc") -> bool:
-    """Higher validation score, or the same with a lower loss; a score that is not a number is below all others."""
+    """Higher validation score, or the same with a lower loss; a score that is not a number is below
+    all others.
+    """
     return not best or _rank(value, score) > _rank(best, score)
 
 
@@ -236,14 +305,17 @@ def _rank(value: Mapping[str, Any], score: str) -> tuple[float, float]:
 
 
 class Smoother:
-    """Moving average of the validation score and loss, by which epochs are compared: s * past + (1 - s) * new.
+    """Moving average of the validation score and loss, by which epochs are compared: s * past + (1
+    - s) * new.
 
     Starts at the first epoch's values; with s = 0 it is the values themselves.
     """
 
     def __init__(self, share: float) -> None:
         if not 0 <= share < 1:
-            raise UserError(f"training.smoothing={share}: expected the share of the past, 0 <= smoothing < 1")
+            raise UserError(
+                f"training.smoothing={share}: expected the share of the past, 0 <= smoothing < 1"
+            )
         self.share, self.values = share, {}
 
     def __call__(self, values: Mapping[str, float], score: str) -> dict[str, float]:
@@ -278,30 +350,47 @@ def check_recipe(recipe: Recipe, task: Objective, world: World) -> None:
     """Refuse what does not go together, before any work."""
     if recipe.accumulate % world.size:
         raise UserError(
-            f"training.accumulate={recipe.accumulate}: expected a multiple of the number of processes, {world.size}"
+            f"training.accumulate={recipe.accumulate}: expected a multiple of the number of "
+            f"processes, {world.size}"
         )
     if task.needs_all_bags and (world.size > 1 or recipe.accumulate < 2):
         raise UserError(
-            f"task={task.kind}: expected one process and training.accumulate of 2 or more, the slides that are compared in a "
+            f"task={task.kind}: expected one process and training.accumulate of 2 or more, the "
+            "slides that are compared in a "
             f"step; found {world.size} and {recipe.accumulate}"
         )
     if recipe.class_weights and task.kind in SURVIVAL:
-        raise UserError(f"task={task.kind}: training.class_weights is of classes, labels and grades; leave it out")
+        raise UserError(
+            f"task={task.kind}: training.class_weights is of classes, labels and grades; leave it "
+            "out"
+        )
     if recipe.max_tiles < 0:
-        raise UserError(f"training.max_tiles={recipe.max_tiles}: expected a number of tiles, or 0 for all")
+        raise UserError(
+            f"training.max_tiles={recipe.max_tiles}: expected a number of tiles, or 0 for all"
+        )
 
 
 def check_validation(targets: Sequence[Target], task: Objective) -> None:
-    """Refuse or report validation slides among which there is nothing to rank: the score would be no number at every epoch."""
+    """Refuse or report validation slides among which there is nothing to rank: the score would be
+    no number at every epoch.
+    """
     if task.kind not in (*SURVIVAL, "multilabel"):
         return
     score = task.judge(torch.zeros(len(targets), task.outputs), targets)[task.score]
     if not math.isnan(score):
         return
-    found = f"task={task.kind}: {len(targets)} validation slides, among which val_{task.score} has nothing to compare"
+    found = (
+        f"task={task.kind}: {len(targets)} validation slides, among which val_{task.score} "
+        "has nothing to compare"
+    )
     if task.kind == "cox":  # nor has the loss
-        raise UserError(f"{found}; expected an event and a slide that was followed for longer: use fewer folds or other splits")
-    logger.warning("%s: the best epoch is the one with the lowest loss; use fewer folds or other splits", found)
+        raise UserError(
+            f"{found}; expected an event and a slide that was followed for longer: use fewer "
+            "folds or other splits"
+        )
+    logger.warning(
+        "%s: the best epoch is the one with the lowest loss; use fewer folds or other splits", found
+    )
 
 
 def train_model(
@@ -328,15 +417,19 @@ def train_model(
         task: what the slides are asked.
 
     Returns:
-        Validation score under its name (`auc`), `loss`, `epoch` and `threshold` of the best epoch, and `epochs` that were run.
+        Validation score under its name (`auc`), `loss`, `epoch` and `threshold` of the best epoch,
+        and `epochs` that were run.
 
     Raises:
-        UserError: the loss is not finite; fewer bags a step than processes; a recipe that the task does not go with.
+        UserError: the loss is not finite; fewer bags a step than processes; a recipe that the task
+            does not go with.
     """
     check_recipe(recipe, task, world)
     optimizer, scheduler = optimizer_of(model, recipe)
     smoother = Smoother(recipe.smoothing)
-    parts = {"optimizer": optimizer, "scheduler": scheduler} | ({"smoother": smoother} if recipe.smoothing else {})
+    parts = {"optimizer": optimizer, "scheduler": scheduler} | (
+        {"smoother": smoother} if recipe.smoothing else {}
+    )
     epoch, best = resume(run.last, model, **parts)
     run.forget_after(epoch)
     parallel = wrap(model, world)
@@ -348,9 +441,17 @@ def train_model(
         rate = scheduler.get_last_lr()[0]
         scheduler.step()
         epoch += 1
-        line = {"epoch": epoch, "lr": rate, "train_loss": loss, f"val_{task.score}": values[task.score]}
+        line = {
+            "epoch": epoch,
+            "lr": rate,
+            "train_loss": loss,
+            f"val_{task.score}": values[task.score],
+        }
         line |= {"val_loss": values["loss"]}
-        run.log(line | ({f"val_{task.score}_smoothed": compared[task.score]} if recipe.smoothing else {}))
+        run.log(
+            line
+            | ({f"val_{task.score}_smoothed": compared[task.score]} if recipe.smoothing else {})
+        )
         if is_better(compared, best.get("compared", best), task.score):
             best = values | ({"compared": compared} if recipe.smoothing else {})
             best |= {"epoch": epoch, "model": weights_on_cpu(model)}
@@ -360,7 +461,9 @@ def train_model(
     return without_weights(best) | {"epochs": epoch}
 
 
-def optimizer_of(model: nn.Module, recipe: Recipe) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+def optimizer_of(
+    model: nn.Module, recipe: Recipe
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """The recipe's optimiser and its schedule by epoch."""
     betas = (recipe.beta1, recipe.beta2)
     optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay, betas)
@@ -380,19 +483,35 @@ def without_weights(best: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def save_epoch(
-    run: Run, model: nn.Module, config: dict[str, Any], epoch: int, best: Mapping[str, Any], parts: Mapping[str, Any]
+    run: Run,
+    model: nn.Module,
+    config: dict[str, Any],
+    epoch: int,
+    best: Mapping[str, Any],
+    parts: Mapping[str, Any],
 ) -> None:
     """The run's last checkpoint, with all that resuming needs, and its best one."""
     states = {name: part.state_dict() for name, part in parts.items()}
-    save_checkpoint(run.last, model=model.state_dict(), config=config, epoch=epoch, best=dict(best), **states)
-    save_checkpoint(run.best, model=best["model"], config=config, epoch=best["epoch"], best=without_weights(best))
+    save_checkpoint(
+        run.last, model=model.state_dict(), config=config, epoch=epoch, best=dict(best), **states
+    )
+    save_checkpoint(
+        run.best,
+        model=best["model"],
+        config=config,
+        epoch=best["epoch"],
+        best=without_weights(best),
+    )
 
 
 def load_classifier(path: str | Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
     """A trained slide classifier and its checkpoint content, from the file alone."""
     content = load_checkpoint(path, "a slide classifier's checkpoint")
     if "network" not in content["config"]:
-        raise UserError(f"{path}: expected a slide classifier's checkpoint, found config keys {sorted(content['config'])}")
+        raise UserError(
+            f"{path}: expected a slide classifier's checkpoint, found config keys "
+            f"{sorted(content['config'])}"
+        )
     model = build(**content["config"]["network"])
     load_weights(model, content["model"], str(path))
     return model.to(device).eval(), content

@@ -1,6 +1,7 @@
 """One training of one slide classifier on one fold, in a run directory of its own.
 
-The unit that `train` runs once and `benchmark` many times, in any process and any order with the same result.
+The unit that `train` runs once and `benchmark` many times, in any process and any order with the
+same result.
 """
 
 from __future__ import annotations
@@ -91,10 +92,14 @@ class Job:
         """The task with what it takes from the training slides."""
         settings, recipe = self.settings, self.settings.training
         weighted = (recipe.label_smoothing, recipe.focal, recipe.class_weights)
-        return make_objective(self.aims, self.split.train, *weighted, settings.intervals, settings.censored_alpha)
+        return make_objective(
+            self.aims, self.split.train, *weighted, settings.intervals, settings.censored_alpha
+        )
 
 
-def open_job(job: Job, world: World, *, overwrite: bool = False, tracker: Tracker | None = None) -> Run:
+def open_job(
+    job: Job, world: World, *, overwrite: bool = False, tracker: Tracker | None = None
+) -> Run:
     """The job's run directory; `results` is set when it is finished.
 
     Raises:
@@ -102,19 +107,36 @@ def open_job(job: Job, world: World, *, overwrite: bool = False, tracker: Tracke
     """
     if overwrite and world.is_main:
         shutil.rmtree(job.output / PLAIN, ignore_errors=True)
-    labels = repr((job.slides.classes, [(r.slide_id, r.case_id, r.label) for r in job.slides.records]))
+    labels = repr(
+        (job.slides.classes, [(r.slide_id, r.case_id, r.label) for r in job.slides.records])
+    )
     if job.targets is not None:
-        labels += repr((job.targets.names, [(slide, job.targets.values[slide]) for slide in job.slides.slide_ids]))
-    inputs = {"features": job.features_digest, "labels": sha256_bytes(labels.encode()), "split": job.split.digest()}
-    return open_run(job.output, job.settings, world, inputs=inputs, overwrite=overwrite, tracker=tracker)
+        labels += repr(
+            (
+                job.targets.names,
+                [(slide, job.targets.values[slide]) for slide in job.slides.slide_ids],
+            )
+        )
+    inputs = {
+        "features": job.features_digest,
+        "labels": sha256_bytes(labels.encode()),
+        "split": job.split.digest(),
+    }
+    return open_run(
+        job.output, job.settings, world, inputs=inputs, overwrite=overwrite, tracker=tracker
+    )
 
 
 def run_job(job: Job, run: Run, world: World) -> dict[str, Any]:
-    """Train (or go on), predict validation and test slides, write predictions.csv and results.json; returns the latter."""
+    """Train (or go on), predict validation and test slides, write predictions.csv and results.json;
+    returns the latter.
+    """
     settings, classes, task = job.settings, job.slides.classes, job.objective
     check_recipe(settings.training, task, world)
     bags = cached_bags(job.files, job.features_digest, job.memory)
-    train, val, test = (samples_of(bags, job, ids) for ids in (job.split.train, job.split.val, job.split.test))
+    train, val, test = (
+        samples_of(bags, job, ids) for ids in (job.split.train, job.split.val, job.split.test)
+    )
     network = settings.network(bags.dim, task.outputs)
     start = train_plain(job, world)
     seed_everything(settings.seed)
@@ -125,11 +147,17 @@ def run_job(job: Job, run: Run, world: World) -> dict[str, Any]:
         inner: Any = model.model if isinstance(model, Standardised) else model
         inner.start_from(start)
     model.to(world.device)
-    config = {"network": network, "class_names": list(task.names), "features_digest": job.features_digest}
+    config = {
+        "network": network,
+        "class_names": list(task.names),
+        "features_digest": job.features_digest,
+    }
     config |= {"task": task.to_dict()} if job.targets is not None else {}
     if world.device.type == "cpu":
         reuse_large_blocks()  # after the bags were read, which stay
-    best = train_model(model, train, val, settings.training, settings.seed, run, config, world, task)
+    best = train_model(
+        model, train, val, settings.training, settings.seed, run, config, world, task
+    )
     threshold = best.get("threshold")
     results = {
         "model": settings.model,
@@ -140,14 +168,21 @@ def run_job(job: Job, run: Run, world: World) -> dict[str, Any]:
     }
     if job.targets is not None:
         sets = {"val": val, "test": test}
-        return finish_task(job, run, world, task, model, sets, results | {f"val_{task.score}": best[task.score]})
+        return finish_task(
+            job, run, world, task, model, sets, results | {f"val_{task.score}": best[task.score]}
+        )
     results |= {"threshold": threshold, "val_auc": best["auc"]}
     rows = []
     temperature = 1.0
     for name, samples in (("val", val), ("test", test)):
         if not samples:
             continue
-        probabilities = predict(model, samples, world.device, settings.training.precision).softmax(1).double().numpy()
+        probabilities = (
+            predict(model, samples, world.device, settings.training.precision)
+            .softmax(1)
+            .double()
+            .numpy()
+        )
         said = predictions_of(job, samples, probabilities, threshold)
         if name == "val":
             temperature = fit_temperature(said.targets, probabilities)
@@ -177,10 +212,14 @@ def finish_task(
             logits = predict(model, samples, world.device, job.settings.training.precision)
             judged = task.judge(logits, [sample.target for sample in samples])
             # a score that does not exist (no pair to compare) is null in JSON
-            results[name] = {key: value if math.isfinite(value) else None for key, value in judged.items()}
+            results[name] = {
+                key: value if math.isfinite(value) else None for key, value in judged.items()
+            }
             ids = [sample.slide_id for sample in samples]
             said = task.said(logits.double()).numpy()
-            rows += task_rows(task, job.aims, ids, [case_of[slide] for slide in ids], said, job.split.fold, name)
+            rows += task_rows(
+                task, job.aims, ids, [case_of[slide] for slide in ids], said, job.split.fold, name
+            )
     results |= {"task": task.kind}
     if world.is_main:
         write_csv(job.output / "predictions.csv", task_header(task), rows)
@@ -189,9 +228,11 @@ def finish_task(
 
 
 def train_plain(job: Job, world: World) -> dict[str, torch.Tensor] | None:
-    """Weights of the plain model that a teacher-student model starts from, trained on the same split in `plain/`.
+    """Weights of the plain model that a teacher-student model starts from, trained on the same
+    split in `plain/`.
 
-    It is trained within the job, so that no teacher has seen another fold's slides; None for every other model.
+    It is trained within the job, so that no teacher has seen another fold's slides; None for every
+    other model.
     """
     plain = plain_model(job.settings.model, job.settings.options)
     if plain is None:
@@ -204,12 +245,20 @@ def train_plain(job: Job, world: World) -> dict[str, torch.Tensor] | None:
         barrier()
     weights = load_checkpoint(run.best, f"the plain {plain[0]} model's checkpoint")["model"]
     if job.settings.standardize:  # the statistics are those of the same slides
-        weights = {name.removeprefix("model."): w for name, w in weights.items() if name.startswith("model.")}
+        weights = {
+            name.removeprefix("model."): w
+            for name, w in weights.items()
+            if name.startswith("model.")
+        }
     return weights
 
 
-def cached_bags(files: tuple[tuple[str, Path], ...], digest: str, memory: int | None = None) -> Bags:
-    """The bags of one feature set, kept for the next job of this process; `digest` tells apart bags that were replaced."""
+def cached_bags(
+    files: tuple[tuple[str, Path], ...], digest: str, memory: int | None = None
+) -> Bags:
+    """The bags of one feature set, kept for the next job of this process; `digest` tells apart bags
+    that were replaced.
+    """
     asked = (files, digest, memory)
     if asked not in _kept:
         _kept.clear()  # before the next set comes: both together may not fit
@@ -220,22 +269,43 @@ def cached_bags(files: tuple[tuple[str, Path], ...], digest: str, memory: int | 
 def samples_of(bags: Bags, job: Job, slide_ids: Sequence[str]) -> list[Sample]:
     """Labelled bags in the order of `slide_ids`."""
     strata, aims = job.slides.target_of(), job.aims
-    return [Sample(slide, bags.features[slide], bags.coords[slide], aims.of(slide), strata[slide]) for slide in slide_ids]
+    return [
+        Sample(slide, bags.features[slide], bags.coords[slide], aims.of(slide), strata[slide])
+        for slide in slide_ids
+    ]
 
 
-def predictions_of(job: Job, samples: Sequence[Sample], probabilities: np.ndarray, threshold: float | None) -> Predictions:
+def predictions_of(
+    job: Job, samples: Sequence[Sample], probabilities: np.ndarray, threshold: float | None
+) -> Predictions:
     """Predictions of the samples with their patients."""
     case_of = {record.slide_id: record.case_id for record in job.slides.records}
     cases = np.array([case_of[sample.slide_id] for sample in samples])
-    return Predictions(job.split.fold, cases, np.array([sample.target for sample in samples]), probabilities, threshold)
+    return Predictions(
+        job.split.fold,
+        cases,
+        np.array([sample.target for sample in samples]),
+        probabilities,
+        threshold,
+    )
 
 
 def prediction_header(classes: Sequence[str]) -> list[str]:
     """Columns of predictions.csv."""
-    return ["slide_id", "case_id", "label", "fold", "split", "predicted", *(f"prob_{name}" for name in classes)]
+    return [
+        "slide_id",
+        "case_id",
+        "label",
+        "fold",
+        "split",
+        "predicted",
+        *(f"prob_{name}" for name in classes),
+    ]
 
 
-def prediction_rows(said: Predictions, slide_ids: Sequence[str], classes: Sequence[str], split: str) -> list[dict[str, object]]:
+def prediction_rows(
+    said: Predictions, slide_ids: Sequence[str], classes: Sequence[str], split: str
+) -> list[dict[str, object]]:
     """Rows of predictions.csv; probabilities are written so that they are read back exactly."""
     rows: list[dict[str, object]] = []
     for i, predicted in enumerate(predict_class(said.probabilities, said.threshold)):
@@ -247,5 +317,11 @@ def prediction_rows(said: Predictions, slide_ids: Sequence[str], classes: Sequen
             "split": split,
         }
         row["predicted"] = classes[predicted]
-        rows.append(row | {f"prob_{name}": repr(float(p)) for name, p in zip(classes, said.probabilities[i], strict=True)})
+        rows.append(
+            row
+            | {
+                f"prob_{name}": repr(float(p))
+                for name, p in zip(classes, said.probabilities[i], strict=True)
+            }
+        )
     return rows

@@ -1,8 +1,9 @@
 """Optimisers and schedules of the published MIL recipes, by name.
 
-Lookahead: Zhang, Lucas, Hinton, Ba, "Lookahead Optimizer: k steps forward, 1 step back", NeurIPS 2019; RAdam is
-torch's, with decoupled weight decay as in its authors' code. Difference from the copy that TransMIL uses: the slow
-weights start at the initial weights, as in the paper, not at those of the k-th step.
+Lookahead: Zhang, Lucas, Hinton, Ba, "Lookahead Optimizer: k steps forward, 1 step back", NeurIPS
+2019; RAdam is torch's, with decoupled weight decay as in its authors' code. Difference from the
+copy that TransMIL uses: the slow weights start at the initial weights, as in the paper, not at
+those of the k-th step.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class LookaheadRAdam(torch.optim.RAdam):
         options: of torch's RAdam.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], k: int = 6, alpha: float = 0.5, **options: Any) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], k: int = 6, alpha: float = 0.5, **options: Any
+    ) -> None:
         super().__init__(parameters, decoupled_weight_decay=True, **options)
         self.k, self.alpha = k, alpha
 
@@ -59,7 +62,9 @@ def make_optimizer(
 
 
 def lr_factor(schedule: str, epoch: int, epochs: int, floor: float = 0.0) -> float:
-    """Learning rate of an epoch as a share of the first: cosine from 1 to `floor`; step: 0.2 from half-way on."""
+    """Learning rate of an epoch as a share of the first: cosine from 1 to `floor`; step: 0.2 from
+    half-way on.
+    """
     if schedule == "cosine":
         return (1 + math.cos(math.pi * epoch / epochs)) / 2 * (1 - floor) + floor
     return 0.2 if schedule == "step" and 2 * epoch >= epochs else 1.0

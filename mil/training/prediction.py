@@ -1,8 +1,10 @@
-"""What a trained slide classifier says of bags: whole ones read ahead of the device, very large ones block by block.
+"""What a trained slide classifier says of bags: whole ones read ahead of the device, very large
+ones block by block.
 
-A bag that takes more than WHOLE_BYTES as float32 is streamed (mil/training/streaming.py) where the model allows it, wherever the bag
-lies: what is predicted does not depend on how much of a cohort fits into memory. Streaming computes in float32, since sums over
-hundreds of blocks would lose digits in bfloat16.
+A bag that takes more than WHOLE_BYTES as float32 is streamed (mil/training/streaming.py) where the
+model allows it, wherever the bag
+lies: what is predicted does not depend on how much of a cohort fits into memory. Streaming computes
+in float32, since sums over hundreds of blocks would lose digits in bfloat16.
 """
 
 from __future__ import annotations
@@ -63,7 +65,10 @@ def predict(
     """
     model.eval()
     large = [is_streamed(model, sample.features, whole) for sample in samples]
-    loaded = prefetch([(sample, None) for sample, streams in zip(samples, large, strict=True) if not streams], device)
+    loaded = prefetch(
+        [(sample, None) for sample, streams in zip(samples, large, strict=True) if not streams],
+        device,
+    )
     logits = []
     for sample, streams in zip(samples, large, strict=True):
         if streams:
@@ -76,7 +81,9 @@ def predict(
 
 
 def is_streamed(model: nn.Module, features: Any, whole: int | None = None) -> bool:
-    """Whether a bag is too large to be read whole, and the model can do without; says once if it cannot."""
+    """Whether a bag is too large to be read whole, and the model can do without; says once if it
+    cannot.
+    """
     whole = WHOLE_BYTES if whole is None else whole
     if float_bytes(features) <= whole:
         return False
@@ -105,7 +112,8 @@ def name_of(model: nn.Module) -> str:
 def say_whole(name: str, whole: int) -> None:
     """Once a process: large bags are a matter of memory with this model."""
     logger.warning(
-        "%s: bags of more than %d MiB as float32 are read whole to be predicted, with memory in proportion to their tiles: the "
+        "%s: bags of more than %d MiB as float32 are read whole to be predicted, with memory in "
+        "proportion to their tiles: the "
         "model is no reduction over tiles that could be streamed",
         name,
         whole >> 20,

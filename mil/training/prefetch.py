@@ -27,10 +27,14 @@ class Loadable(Protocol):
 S = TypeVar("S", bound=Loadable)
 
 
-def prefetch(bags: Iterable[tuple[S, Tensor | None]], device: torch.device) -> Iterator[tuple[S, Loaded]]:
-    """(sample, loaded bag) for every (sample, tiles), in order; an error of the thread is raised here.
+def prefetch(
+    bags: Iterable[tuple[S, Tensor | None]], device: torch.device
+) -> Iterator[tuple[S, Loaded]]:
+    """(sample, loaded bag) for every (sample, tiles), in order; an error of the thread is raised
+    here.
 
-    Bags that are in memory are handed on without a thread, unless a GPU wants them in pinned memory.
+    Bags that are in memory are handed on without a thread, unless a GPU wants them in pinned
+    memory.
     """
     bags = list(bags)
     pin = device.type == "cuda"
@@ -50,7 +54,11 @@ def prefetch(bags: Iterable[tuple[S, Tensor | None]], device: torch.device) -> I
 
 def _load(sample: Loadable, tiles: Tensor | None, pin: bool) -> Loaded:
     features, coords = sample.load(tiles)
-    return (features.pin_memory(), None if coords is None else coords.pin_memory()) if pin else (features, coords)
+    return (
+        (features.pin_memory(), None if coords is None else coords.pin_memory())
+        if pin
+        else (features, coords)
+    )
 
 
 def on_device(bag: Loaded, device: torch.device) -> Loaded:

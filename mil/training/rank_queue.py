@@ -1,9 +1,11 @@
-"""Jobs shared out among the processes that torchrun started, on one machine or on several that share a disk.
+"""Jobs shared out among the processes that torchrun started, on one machine or on several that
+share a disk.
 
-There is no collective operation, so that nothing waits for a process that has failed or is hours behind: the processes meet at
-the rendezvous' key-value store. The first one decides what there is to do; every process takes the next job when it has a free
-worker, runs it in a process of its own (common/processes/workers.py), and says how it ended; the first one waits for all jobs and writes the
-tables.
+There is no collective operation, so that nothing waits for a process that has failed or is hours
+behind: the processes meet at the rendezvous' key-value store. The first one decides what there is
+to do; every process takes the next job when it has a free worker, runs it in a process of its own
+(common/processes/workers.py), and says how it ended; the first one waits for all jobs and writes
+the tables.
 """
 
 from __future__ import annotations
@@ -69,7 +71,9 @@ class Ranks:
         return plan
 
     def claims(self, count: int) -> Iterator[int]:
-        """Numbers below `count`, each to one process only: the next one that nobody has, when it is asked for."""
+        """Numbers below `count`, each to one process only: the next one that nobody has, when it is
+        asked for.
+        """
         while (number := self.store.add("claimed", 1) - 1) < count:
             yield number
 
@@ -84,7 +88,8 @@ class Ranks:
         return self.store.add("ended", 0)
 
     def leave(self) -> int:
-        """Say that this process asks for no more jobs, and wait for the status that all processes end with.
+        """Say that this process asks for no more jobs, and wait for the status that all processes
+        end with.
 
         torchrun on this machine would otherwise wait minutes for one that has failed on another.
         """
@@ -102,7 +107,8 @@ class Ranks:
         return status
 
     def wait(self, count: int, note: Callable[[int], None]) -> dict[int, str]:
-        """Wait until all jobs have ended and all other processes have left; number -> error of the failed jobs.
+        """Wait until all jobs have ended and all other processes have left; number -> error of the
+        failed jobs.
 
         Args:
             count: jobs.
@@ -127,7 +133,9 @@ def join() -> Ranks | None:
 
 
 def device_of(name: str, ranks: Ranks) -> str:
-    """A GPU for every process of a machine, in turn where there are fewer; whatever is named otherwise for all."""
+    """A GPU for every process of a machine, in turn where there are fewer; whatever is named
+    otherwise for all.
+    """
     if name in ("auto", "cuda") and torch.cuda.is_available():
         return f"cuda:{ranks.local_rank % torch.cuda.device_count()}"
     return str(pick_device(name))

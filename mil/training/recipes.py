@@ -1,8 +1,10 @@
-"""The published training recipe of each model: what `training.*` and `dropout` are where they are not given.
+"""The published training recipe of each model: what `training.*` and `dropout` are where they are
+not given.
 
-TS2G-KD's recipe (engine.Recipe's defaults) is that of Mean, Max, ABMIL and, by our choice, DeformMIL; RRT-MIL and
-MHIM-MIL share all of it but when they stop. Each entry names its source; what the engine does otherwise is said beside
-it. Selection is by validation AUC and the loss is the task's own in all of them.
+TS2G-KD's recipe (engine.Recipe's defaults) is that of Mean, Max, ABMIL and, by our choice,
+DeformMIL; RRT-MIL and MHIM-MIL share all of it but when they stop. Each entry names its source;
+what the engine does otherwise is said beside it. Selection is by validation AUC and the loss is the
+task's own in all of them.
 """
 
 from __future__ import annotations
@@ -25,27 +27,51 @@ class Published:
 
 
 # train_tcga.py of the authors; they have a sigmoid loss per class
-DSMIL = Published({"weight_decay": 5e-3, "beta1": 0.5, "beta2": 0.9, "lr_min": 5e-6, "patience": 200}, dropout=0.0)
-# README of the authors: weighted sampling, no schedule, early stopping from epoch 50 on (by loss; here by AUC)
+DSMIL = Published(
+    {"weight_decay": 5e-3, "beta1": 0.5, "beta2": 0.9, "lr_min": 5e-6, "patience": 200}, dropout=0.0
+)
+# README of the authors: weighted sampling, no schedule, early stopping from epoch 50 on (by loss;
+# here by AUC)
 CLAM = Published({"schedule": "constant", "min_epochs": 50, "balanced": True})
 # Camelyon/TransMIL.yaml of the authors; they use half precision
 TRANSMIL = Published(
-    {"optimizer": "lookahead_radam", "schedule": "constant", "accumulate": 2, "patience": 10, "min_epochs": 0}, dropout=0.0
+    {
+        "optimizer": "lookahead_radam",
+        "schedule": "constant",
+        "accumulate": 2,
+        "patience": 10,
+        "min_epochs": 0,
+    },
+    dropout=0.0,
 )
-# the authors' defaults; they clip tier by tier, select among the last fifth of the epochs and never stop early
+# the authors' defaults; they clip tier by tier, select among the last fifth of the epochs and never
+# stop early
 DTFD = Published(
-    {"lr": 1e-4, "weight_decay": 1e-4, "schedule": "step", "clip_norm": 5.0, "patience": 200, "min_epochs": 200}, dropout=0.0
+    {
+        "lr": 1e-4,
+        "weight_decay": 1e-4,
+        "schedule": "step",
+        "clip_norm": 5.0,
+        "patience": 200,
+        "min_epochs": 200,
+    },
+    dropout=0.0,
 )
 # config_ilra_camelyon16_imagenet.yaml of the authors
-ILRA = Published({"lr": 1e-4, "weight_decay": 0.0, "epochs": 100, "patience": 100, "min_epochs": 100}, dropout=0.0)
+ILRA = Published(
+    {"lr": 1e-4, "weight_decay": 0.0, "epochs": 100, "patience": 100, "min_epochs": 100},
+    dropout=0.0,
+)
 
-# main.py of both repositories on Camelyon16, whose commands the models' defaults are (on TCGA 20 and 70, as TS2G-KD)
+# main.py of both repositories on Camelyon16, whose commands the models' defaults are (on TCGA 20
+# and 70, as TS2G-KD)
 CAMELYON16 = Published({"patience": 30, "min_epochs": 130})
 
 # ours, not published: DT-MIL, whose idea it has, is another network; TS2G-KD's recipe unchanged
 DEFORM_MIL = Published()
 
-# dropout of the authors' code; their classical sets have a recipe of their own (mil/classic/recipes.py)
+# dropout of the authors' code; their classical sets have a recipe of their own
+# (mil/classic/recipes.py)
 MINET = Published(dropout=0.5)
 
 PUBLISHED: dict[str, Published] = {
@@ -68,7 +94,11 @@ PUBLISHED: dict[str, Published] = {
 
 
 def resolve(
-    model: str, training: Recipe, dropout: float, given: Collection[str], changes: Mapping[str, Any] | None = None
+    model: str,
+    training: Recipe,
+    dropout: float,
+    given: Collection[str],
+    changes: Mapping[str, Any] | None = None,
 ) -> tuple[Recipe, float]:
     """Recipe and dropout of a model: published < keys that were given < `changes`.
 
@@ -82,7 +112,9 @@ def resolve(
         UserError: `changes` has an unknown key or a value of another type.
     """
     published = PUBLISHED.get(model, Published())
-    values = {name: value for name, value in published.training.items() if f"training.{name}" not in given}
+    values = {
+        name: value for name, value in published.training.items() if f"training.{name}" not in given
+    }
     if "dropout" not in given:
         dropout = published.dropout
     hints = get_type_hints(Recipe)
@@ -92,6 +124,9 @@ def resolve(
         choices = item.metadata["choices"]
         if choices and values.get(item.name, choices[0]) not in choices:
             found = values[item.name]
-            raise UserError(f"recipes: {model}: {item.name}: unknown value '{found}'; {did_you_mean(found, choices)}")
+            raise UserError(
+                f"recipes: {model}: {item.name}: unknown value '{found}'; "
+                f"{did_you_mean(found, choices)}"
+            )
     dropout = values.pop("dropout", dropout)
     return replace(training, **values), dropout

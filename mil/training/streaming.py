@@ -1,9 +1,11 @@
-"""A bag of any size through a trained model, block by block: memory of one block and a few numbers a tile, the same answer.
+"""A bag of any size through a trained model, block by block: memory of one block and a few numbers
+a tile, the same answer.
 
-Softmax pooling in one pass as in "Online normalizer calculation for softmax" (Milakov, Gimelshein, 2018): sums are kept
-relative to the highest score so far. Models whose slide statistic is such a reduction have an entry in STREAMED; ILRA
-goes over the bag once a layer. TransMIL (the tiles' square is convolved and goes through two layers), RRT-MIL (attention
-within a region is quadratic in its tiles), DeformMIL (tiles look around) and the small MI-Nets have none. Scores stay in
+Softmax pooling in one pass as in "Online normalizer calculation for softmax" (Milakov, Gimelshein,
+2018): sums are kept relative to the highest score so far. Models whose slide statistic is such a
+reduction have an entry in STREAMED; ILRA goes over the bag once a layer. TransMIL (the tiles'
+square is convolved and goes through two layers), RRT-MIL (attention within a region is quadratic in
+its tiles), DeformMIL (tiles look around) and the small MI-Nets have none. Scores stay in
 memory: 4 bytes a tile and map.
 """
 
@@ -18,7 +20,18 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from common.errors import UserError
-from mil.models import ABMIL, CLAM, DSMIL, DTFD, ILRA, MHIM, MaxMIL, MeanMIL, MILOutput, Standardised
+from mil.models import (
+    ABMIL,
+    CLAM,
+    DSMIL,
+    DTFD,
+    ILRA,
+    MHIM,
+    MaxMIL,
+    MeanMIL,
+    MILOutput,
+    Standardised,
+)
 from mil.models.ilra import GAB, CrossAttention
 from mil.models.output import as_attention
 
@@ -41,9 +54,13 @@ class Source(Protocol):
 
 
 class Reader:
-    """Float32 features of a source on the device, standardised where the model wants it; can be gone over again."""
+    """Float32 features of a source on the device, standardised where the model wants it; can be
+    gone over again.
+    """
 
-    def __init__(self, source: Source, device: torch.device, wrapper: Standardised | None, tiles: int) -> None:
+    def __init__(
+        self, source: Source, device: torch.device, wrapper: Standardised | None, tiles: int
+    ) -> None:
         self.source, self.device, self.wrapper, self.tiles = source, device, wrapper, tiles
 
     def __len__(self) -> int:
@@ -62,7 +79,8 @@ class Reader:
 
 
 class Made:
-    """What is made of a bag's blocks; further passes make it anew only where it takes more than KEPT_BYTES.
+    """What is made of a bag's blocks; further passes make it anew only where it takes more than
+    KEPT_BYTES.
 
     Args:
         make: (n, E) to (n, F).
@@ -70,7 +88,9 @@ class Made:
         tiles: of the bag.
     """
 
-    def __init__(self, make: Callable[[Tensor], Tensor], blocks: Iterable[Tensor], tiles: int) -> None:
+    def __init__(
+        self, make: Callable[[Tensor], Tensor], blocks: Iterable[Tensor], tiles: int
+    ) -> None:
         self.make, self.blocks, self.tiles = make, blocks, tiles
         self.kept = False
 
@@ -89,7 +109,9 @@ class Made:
 
 
 class Pool:
-    """sum_n softmax(s)_n v_n of K maps over blocks; `sums` is (K, F) and `weights` the (K, N) softmax at the end."""
+    """sum_n softmax(s)_n v_n of K maps over blocks; `sums` is (K, F) and `weights` the (K, N)
+    softmax at the end.
+    """
 
     def __init__(self, tiles: int) -> None:
         self.tiles, self.seen = tiles, 0
@@ -104,7 +126,10 @@ class Pool:
         sums = (raised[:, None] @ values)[:, 0] if values.ndim == 3 else raised @ values
         if self.seen:
             kept = (self.top - top).exp()
-            self.total, self.sums = self.total * kept + raised.sum(1), self.sums * kept[:, None] + sums
+            self.total, self.sums = (
+                self.total * kept + raised.sum(1),
+                self.sums * kept[:, None] + sums,
+            )
         else:
             self.total, self.sums = raised.sum(1), sums
             self.scores = scores.new_empty(len(scores), self.tiles)
@@ -141,7 +166,8 @@ def stream(model: nn.Module, source: Source, device: torch.device, tiles: int = 
     way = STREAMED.get(type(inner))
     if way is None:
         raise UserError(
-            f"{type(inner).__name__}: expected a model that is a reduction over tiles to stream a bag, found one that has no "
+            f"{type(inner).__name__}: expected a model that is a reduction over tiles to stream a "
+            "bag, found one that has no "
             f"such form here; use one of {', '.join(kind.__name__ for kind in STREAMED)}"
         )
     output = way(inner, Reader(source, device, wrapper, tiles))
@@ -174,7 +200,10 @@ def _highest(blocks: Iterator[Tensor]) -> tuple[Float[Tensor, " c"], Int[Tensor,
             best, place = values, rows
         else:
             better = values > best
-            best, place = torch.where(better, values, best), torch.where(better, rows + start, place)
+            best, place = (
+                torch.where(better, values, best),
+                torch.where(better, rows + start, place),
+            )
         start += len(block)
     assert best is not None and place is not None
     return best, place
@@ -210,7 +239,9 @@ def _dsmil(model: DSMIL, bag: Reader) -> MILOutput:
 
 
 def _dtfd(model: DTFD, bag: Reader) -> MILOutput:
-    """First pass: the pseudo-bags; second, where tiles are ranked by class activation: the ranks."""
+    """First pass: the pseudo-bags; second, where tiles are ranked by class activation: the
+    ranks.
+    """
     group = model.split(len(bag)).to(bag.device)
     count = min(model.groups, len(bag))
     pools, start = [Pool(int((group == g).sum())) for g in range(count)], 0
@@ -231,7 +262,9 @@ def _dtfd(model: DTFD, bag: Reader) -> MILOutput:
     return MILOutput(model.head2(b @ handed), a * share[group])
 
 
-def _handed(model: DTFD, bag: Reader, embedded: Made, a: Tensor, group: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+def _handed(
+    model: DTFD, bag: Reader, embedded: Made, a: Tensor, group: Tensor, pooled: Tensor
+) -> tuple[Tensor, Tensor]:
     if model.distil == "afs":
         return pooled, torch.arange(len(pooled), device=bag.device)
     ranks, tier1, start = a, model.head(pooled), 0
@@ -245,8 +278,12 @@ def _handed(model: DTFD, bag: Reader, embedded: Made, a: Tensor, group: Tensor, 
     return model.embed(bag.rows(chosen)), group[chosen]
 
 
-def _attended(layer: CrossAttention, queries: Tensor, keys: Iterable[Tensor], tiles: int) -> tuple[Tensor, Tensor]:
-    """`CrossAttention.forward` over blocks of keys: its output, and the mean over heads of the first query's attention."""
+def _attended(
+    layer: CrossAttention, queries: Tensor, keys: Iterable[Tensor], tiles: int
+) -> tuple[Tensor, Tensor]:
+    """`CrossAttention.forward` over blocks of keys: its output, and the mean over heads of the
+    first query's attention.
+    """
     mha = layer.attention
     width, heads = mha.embed_dim, mha.num_heads
     w_q, w_k, w_v = mha.in_proj_weight.split(width)
@@ -277,7 +314,9 @@ def _ilra(model: ILRA, bag: Reader) -> MILOutput:
     return MILOutput(model.head(out[0]), as_attention(attention))
 
 
-def _handed_back(gab: GAB, low: Float[Tensor, "r f"], block: Float[Tensor, "n e"]) -> Float[Tensor, "n f"]:
+def _handed_back(
+    gab: GAB, low: Float[Tensor, "r f"], block: Float[Tensor, "n e"]
+) -> Float[Tensor, "n f"]:
     return gab.project_backward(block, low)[0]
 
 

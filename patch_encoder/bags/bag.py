@@ -1,8 +1,10 @@
-"""Feature bags that stay on disk: whole, some rows, or block by block, in the precision they were stored in.
+"""Feature bags that stay on disk: whole, some rows, or block by block, in the precision they were
+stored in.
 
-A contiguous HDF5 dataset is memory-mapped, a chunked or compressed one is read through HDF5, a `.pt` file is mapped by
-torch. Half precision stays half precision (its float32 is exact), everything else becomes float32. Blocks of HDF5 are
-read into memory of their own, so that the process grows by one block and not by the file.
+A contiguous HDF5 dataset is memory-mapped, a chunked or compressed one is read through HDF5, a
+`.pt` file is mapped by torch. Half precision stays half precision (its float32 is exact),
+everything else becomes float32. Blocks of HDF5 are read into memory of their own, so that the
+process grows by one block and not by the file.
 """
 
 from __future__ import annotations
@@ -70,7 +72,11 @@ class StoredBag:
             return _kept(_tensor(self.path)[0][index])
         if self.offset is not None:
             return _kept(torch.from_numpy(self._mapped()[index.numpy()]))
-        result = torch.empty(len(index), self.shape[1], dtype=torch.float16 if self.dtype == "float16" else torch.float32)
+        result = torch.empty(
+            len(index),
+            self.shape[1],
+            dtype=torch.float16 if self.dtype == "float16" else torch.float32,
+        )
         start = 0
         for block in self.blocks():  # HDF5 takes seconds to pick thousands of single rows
             here = (index >= start) & (index < start + len(block))
@@ -83,13 +89,17 @@ class StoredBag:
         size = tiles or max(1, BLOCK_BYTES * len(self) // max(1, self.nbytes))
         if not self.name:
             whole = _tensor(self.path)[0]
-            yield from (_kept(whole[start : start + size].clone()) for start in range(0, len(self), size))
+            yield from (
+                _kept(whole[start : start + size].clone()) for start in range(0, len(self), size)
+            )
             return
         for start in range(0, len(self), size):
             yield self._read_h5(slice(start, start + size))
 
     def _mapped(self) -> np.ndarray:
-        return np.memmap(self.path, dtype=self.dtype, mode="r", offset=self.offset or 0, shape=self.shape)
+        return np.memmap(
+            self.path, dtype=self.dtype, mode="r", offset=self.offset or 0, shape=self.shape
+        )
 
     def _read_h5(self, rows: slice) -> Tensor:
         try:
@@ -97,7 +107,9 @@ class StoredBag:
                 dataset = file[self.name]
                 block = dataset[rows] if dataset.ndim == 2 else dataset[0, rows]
         except OSError as error:
-            raise UserError(f"{self.path}: expected a feature bag (HDF5), cannot be read: {error}") from None
+            raise UserError(
+                f"{self.path}: expected a feature bag (HDF5), cannot be read: {error}"
+            ) from None
         return _kept(torch.from_numpy(block.astype(block.dtype.newbyteorder("="), copy=False)))
 
 
@@ -110,11 +122,22 @@ def open_bag(path: str | Path) -> StoredBag:
     path = Path(path)
     if path.suffix == ".pt":
         tensor, coords = _tensor(path)
-        bag = StoredBag(path, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), "", None, coords, {})
+        bag = StoredBag(
+            path,
+            tuple(tensor.shape),
+            str(tensor.dtype).removeprefix("torch."),
+            "",
+            None,
+            coords,
+            {},
+        )
     else:
         bag = _open_h5(path)
     if bag.shape[0] == 0:
-        raise UserError(f"{path}: expected at least one tile, found an empty bag; remove the slide from labels.csv")
+        raise UserError(
+            f"{path}: expected at least one tile, found an empty bag; remove the slide from "
+            "labels.csv"
+        )
     if bag.coords is not None and tuple(bag.coords.shape) != (len(bag), 2):
         raise UserError(f"{path}: expected coords ({len(bag)}, 2), found {tuple(bag.coords.shape)}")
     return bag
@@ -129,18 +152,30 @@ def _open_h5(path: Path) -> StoredBag:
                 coords = torch.from_numpy(file["coords"][()].astype(np.int64))
                 attributes |= file["coords"].attrs
             shape = _two_dimensions(path, dataset.shape)
-            offset = dataset.id.get_offset() if dataset.chunks is None and dataset.external is None else None
+            offset = (
+                dataset.id.get_offset()
+                if dataset.chunks is None and dataset.external is None
+                else None
+            )
             if file.userblock_size or not dataset.dtype.isnative:
                 offset = None
             dtype = dataset.dtype.newbyteorder("=").name
     except OSError as error:
-        raise UserError(f"{path}: expected a feature bag (HDF5), cannot be read: {error}; extract the slide again") from None
-    plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in attributes.items()}
+        raise UserError(
+            f"{path}: expected a feature bag (HDF5), cannot be read: {error}; extract the slide "
+            "again"
+        ) from None
+    plain = {
+        key: value.item() if isinstance(value, np.generic) else value
+        for key, value in attributes.items()
+    }
     return StoredBag(path, shape, dtype, name, offset, coords, plain)
 
 
 def _tensor(path: Path) -> tuple[Tensor, Tensor | None]:
-    """Features and coords of a `.pt` file: one tensor, or a dict that has them by name; mapped where the file allows it."""
+    """Features and coords of a `.pt` file: one tensor, or a dict that has them by name; mapped
+    where the file allows it.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError):
@@ -174,5 +209,6 @@ def check_finite(bag: StoredBag, features: Tensor | None = None) -> None:
     bad = sum(int((~torch.isfinite(block).all(1)).sum()) for block in blocks)
     if bad:
         raise UserError(
-            f"{bag.path}: expected finite features, found NaN or infinity in {bad} of {len(bag)} tiles; extract the slide again"
+            f"{bag.path}: expected finite features, found NaN or infinity in {bad} of {len(bag)} "
+            "tiles; extract the slide again"
         )

@@ -1,7 +1,9 @@
-"""Feature bags on disk: `<features>/<encoder>/h5_files/<slide_id>.h5` with `features` (N, D) and `coords` (N, 2).
+"""Feature bags on disk: `<features>/<encoder>/h5_files/<slide_id>.h5` with `features` (N, D) and
+`coords` (N, 2).
 
-The tile geometry stands in the attributes of `coords` (as in CLAM and TRIDENT), the provenance in those of
-`features`. Bags of TS2G-KD (`features` only, or `pt/<slide>.pt`), CLAM and TRIDENT are read too.
+The tile geometry stands in the attributes of `coords` (as in CLAM and TRIDENT), the provenance in
+those of `features`. Bags of TS2G-KD (`features` only, or `pt/<slide>.pt`), CLAM and TRIDENT are
+read too.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ DIGEST_BYTES = 1 << 20  # read back at a time
 
 @dataclass(frozen=True)
 class Bag:
-    """One slide's tile features, float32 (N, D), with their level-0 corners int64 (N, 2) where the file has them."""
+    """One slide's tile features, float32 (N, D), with their level-0 corners int64 (N, 2) where the
+    file has them.
+    """
 
     features: np.ndarray
     coords: np.ndarray | None
@@ -63,10 +67,11 @@ def _digest(features: np.ndarray, coords: np.ndarray) -> str:
 
 
 class BagWriter:
-    """A bag that grows batch by batch under a temporary name, so that memory need not hold a slide's features.
+    """A bag that grows batch by batch under a temporary name, so that memory need not hold a
+    slide's features.
 
-    The room of the whole bag is taken on the disk first: a full disk is an OSError here, before the slide is encoded, and not
-    inside HDF5, which does not survive it.
+    The room of the whole bag is taken on the disk first: a full disk is an OSError here, before the
+    slide is encoded, and not inside HDF5, which does not survive it.
     """
 
     def __init__(self, path: str | Path, shape: tuple[int, int], dtype: str) -> None:
@@ -95,8 +100,12 @@ class BagWriter:
         assert self._file is not None
         return self._file["features"][: self._rows]
 
-    def finish(self, coords: np.ndarray, attributes: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
-        """Add corners (n, 2), geometry and provenance of the n tiles that were appended, and put the bag in its place."""
+    def finish(
+        self, coords: np.ndarray, attributes: Mapping[str, Any], provenance: Mapping[str, Any]
+    ) -> None:
+        """Add corners (n, 2), geometry and provenance of the n tiles that were appended, and put
+        the bag in its place.
+        """
         assert self._file is not None and len(coords) == self._rows, (coords.shape, self._rows)
         if self._rows < len(self._file["features"]):
             kept = self.features()
@@ -108,7 +117,9 @@ class BagWriter:
             digest.update(stored[start : start + step].tobytes())
         digest.update(coords.astype("<i8").tobytes())
         stored.attrs.update(dict(provenance) | {"sha256": digest.hexdigest()})
-        self._file.create_dataset("coords", data=coords.astype(np.int64)).attrs.update(dict(attributes))
+        self._file.create_dataset("coords", data=coords.astype(np.int64)).attrs.update(
+            dict(attributes)
+        )
         self._file.close()
         self._target.commit()
 
@@ -133,7 +144,8 @@ def read_bag(path: str | Path) -> Bag:
     """Read and check a bag (`.h5` or `.pt`).
 
     Raises:
-        UserError: unreadable, no features, empty, not (N, D), NaN or infinite values, coords of another length.
+        UserError: unreadable, no features, empty, not (N, D), NaN or infinite values, coords of
+            another length.
     """
     path = Path(path)
     if path.suffix == ".pt":
@@ -162,11 +174,17 @@ def _read_h5(path: Path) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]
                 coords = file["coords"][()].astype(np.int64)
                 attributes |= file["coords"].attrs
     except OSError as error:
-        raise UserError(f"{path}: expected a feature bag (HDF5), cannot be read: {error}; extract the slide again") from None
+        raise UserError(
+            f"{path}: expected a feature bag (HDF5), cannot be read: {error}; extract the slide "
+            "again"
+        ) from None
     return (
         features,
         coords,
-        {key: value.item() if isinstance(value, np.generic) else value for key, value in attributes.items()},
+        {
+            key: value.item() if isinstance(value, np.generic) else value
+            for key, value in attributes.items()
+        },
     )
 
 
@@ -182,26 +200,37 @@ def _check(path: Path, features: np.ndarray, coords: np.ndarray | None) -> None:
     if features.ndim != 2:
         raise UserError(f"{path}: expected features (N, D), found shape {features.shape}")
     if len(features) == 0:
-        raise UserError(f"{path}: expected at least one tile, found an empty bag; remove the slide from labels.csv")
+        raise UserError(
+            f"{path}: expected at least one tile, found an empty bag; remove the slide from "
+            "labels.csv"
+        )
     if coords is not None and coords.shape != (len(features), 2):
         raise UserError(f"{path}: expected coords ({len(features)}, 2), found {coords.shape}")
     bad = int((~np.isfinite(features).all(axis=1)).sum())
     if bad:
         raise UserError(
-            f"{path}: expected finite features, found NaN or infinity in {bad} of {len(features)} tiles; "
+            f"{path}: expected finite features, found NaN or infinity in {bad} of {len(features)} "
+            "tiles; "
             "extract the slide again"
         )
 
 
 def bag_header(path: str | Path) -> tuple[tuple[int, int], dict[str, Any]]:
-    """((N, D), attributes of `features` and `coords`) of an `.h5` bag without reading its features."""
+    """((N, D), attributes of `features` and `coords`) of an `.h5` bag without reading its
+    features.
+    """
     try:
         with h5py.File(path, "r") as file:
             dataset = file[feature_key(Path(path), file)]
             attributes = {**dataset.attrs, **(file["coords"].attrs if "coords" in file else {})}
-            return tuple(dataset.shape[-2:]), {k: v.item() if isinstance(v, np.generic) else v for k, v in attributes.items()}
+            return tuple(dataset.shape[-2:]), {
+                k: v.item() if isinstance(v, np.generic) else v for k, v in attributes.items()
+            }
     except OSError as error:
-        raise UserError(f"{path}: expected a feature bag (HDF5), cannot be read: {error}; extract the slide again") from None
+        raise UserError(
+            f"{path}: expected a feature bag (HDF5), cannot be read: {error}; extract the slide "
+            "again"
+        ) from None
 
 
 def bag_digest(path: str | Path) -> str:
@@ -216,7 +245,8 @@ def bag_digest(path: str | Path) -> str:
 
 
 def bag_files(folder: str | Path) -> dict[str, Path]:
-    """Slide id -> bag file, for `<features>/<encoder>` or one of its sub-folders; `.h5` wins over `.pt`.
+    """Slide id -> bag file, for `<features>/<encoder>` or one of its sub-folders; `.h5` wins over
+    `.pt`.
 
     Raises:
         UserError: no bag there.
@@ -224,7 +254,13 @@ def bag_files(folder: str | Path) -> dict[str, Path]:
     folder = Path(folder)
     for name in FOLDERS:
         for suffix in (".h5", ".pt"):
-            found = {file.stem: file for file in sorted((folder / name).glob(f"*{suffix}")) if not file.name.startswith(".")}
+            found = {
+                file.stem: file
+                for file in sorted((folder / name).glob(f"*{suffix}"))
+                if not file.name.startswith(".")
+            }
             if found:
                 return found
-    raise UserError(f"{folder}: expected feature bags (h5_files/<slide>.h5 or pt_files/<slide>.pt), found none")
+    raise UserError(
+        f"{folder}: expected feature bags (h5_files/<slide>.h5 or pt_files/<slide>.pt), found none"
+    )

@@ -1,4 +1,6 @@
-"""Room for the features of a run: estimated before it starts, and said in one line when it runs out on the way."""
+"""Room for the features of a run: estimated before it starts, and said in one line when it runs out
+on the way.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ REMEDY = "free some, choose output= on another disk, or store dtype=float16"
 
 
 def bag_bytes(tiles: int, dim: int, dtype: str, pt: bool) -> int:
-    """Bytes of one slide on the disk: N x (D x bytes + 16 of coordinates), the features again with `pt`, a fixed part each."""
+    """Bytes of one slide on the disk: N x (D x bytes + 16 of coordinates), the features again with
+    `pt`, a fixed part each.
+    """
     features = tiles * dim * np.dtype(dtype).itemsize
     return features + 16 * tiles + BAG_OVERHEAD + (features + BAG_OVERHEAD if pt else 0)
 
@@ -33,7 +37,8 @@ def check_room(folder: Path, jobs: Sequence[SlideJob], dim: int, dtype: str, pt:
     free = shutil.disk_usage(_existing(folder)).free
     if needed > free:
         raise UserError(
-            f"{folder}: expected {_readable(needed)} free for the features of {len(jobs)} slides, found {_readable(free)}; "
+            f"{folder}: expected {_readable(needed)} free for the features of {len(jobs)} slides, "
+            f"found {_readable(free)}; "
             f"{REMEDY}"
         )
 
@@ -48,7 +53,8 @@ def full_disk_explained(folder: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(_existing(folder)).free
         raise UserError(
-            f"{folder}: the disk is full or the quota used up ({_readable(free)} free); finished slides are kept: {REMEDY}, "
+            f"{folder}: the disk is full or the quota used up ({_readable(free)} free); finished "
+            f"slides are kept: {REMEDY}, "
             "and start again"
         ) from None
 

@@ -1,4 +1,6 @@
-"""One bad slide never stops a cohort: it is logged at once and listed in `failures.csv` at the end."""
+"""One bad slide never stops a cohort: it is logged at once and listed in `failures.csv` at the
+end.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ class Failures:
 
     Args:
         stage: name of the stage.
-        part: `1-of-4` for a process that has a part of the cohort: its list is `failures.1-of-4.csv`.
+        part: `1-of-4` for a process that has a part of the cohort: its list is
+            `failures.1-of-4.csv`.
     """
 
     def __init__(self, stage: str, part: str = "") -> None:
@@ -35,7 +38,9 @@ class Failures:
         logger.warning("%s: slide %s: %s", self.stage, slide_id, remark)
 
     def write(self, folder: Path) -> int:
-        """Write the list (removed when nothing failed) and return the exit status of the stage: 0 or 1."""
+        """Write the list (removed when nothing failed) and return the exit status of the stage: 0
+        or 1.
+        """
         path = folder / self.name
         if not self.part:
             # the whole cohort was gone over: what its parts once listed no longer counts

@@ -1,4 +1,6 @@
-"""A cohort dealt out: to processes that know only their number, or in bundles to whoever is free."""
+"""A cohort dealt out: to processes that know only their number, or in bundles to whoever is
+free.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ class Shard:
         """
         found = re.fullmatch(r"(\d+)/(\d+)", text or "1/1")
         if found is None or not 1 <= int(found[1]) <= int(found[2]):
-            raise UserError(f"shard={text}: expected i/n with 1 <= i <= n, as shard=1/4 ... shard=4/4 for four processes")
+            raise UserError(
+                f"shard={text}: expected i/n with 1 <= i <= n, as shard=1/4 ... shard=4/4 for "
+                "four processes"
+            )
         return Shard(int(found[1]), int(found[2]))
 
     @property
@@ -35,7 +40,9 @@ class Shard:
         return f"{self.index}-of-{self.count}" if self.count > 1 else ""
 
     def of(self, jobs: Sequence[SlideJob]) -> list[SlideJob]:
-        """Every count-th slide by size, so that all parts take about as long; depends on the cohort alone."""
+        """Every count-th slide by size, so that all parts take about as long; depends on the cohort
+        alone.
+        """
         return largest_first(jobs)[self.index - 1 :: self.count] if self.count > 1 else list(jobs)
 
 
@@ -50,7 +57,9 @@ def largest_first(jobs: Sequence[SlideJob]) -> list[SlideJob]:
 
 
 def bundles(jobs: Sequence[SlideJob], least: int) -> list[list[SlideJob]]:
-    """Largest first; slides below `least` tiles share a bundle of about that many, so that they share batches."""
+    """Largest first; slides below `least` tiles share a bundle of about that many, so that they
+    share batches.
+    """
     out: list[list[SlideJob]] = []
     for job in largest_first(jobs):
         if not out or tile_count(out[-1]) >= least:

@@ -1,4 +1,6 @@
-"""What lies on disk of a cohort, one row a slide: tiles, tissue, resolution, quality, bags, errors; and its histograms."""
+"""What lies on disk of a cohort, one row a slide: tiles, tissue, resolution, quality, bags, errors;
+and its histograms.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,11 @@ def read_rows(tiles: Path, features: Sequence[str], labels: Mapping[str, str]) -
     Raises:
         UserError: nothing was tiled there.
     """
-    rows = {path.stem: read_row(path) for path in sorted((tiles / "coords").glob("*.h5")) if not path.name.startswith(".")}
+    rows = {
+        path.stem: read_row(path)
+        for path in sorted((tiles / "coords").glob("*.h5"))
+        if not path.name.startswith(".")
+    }
     for folder in (tiles, *map(Path, features)):
         for slide, stage, error in read_failures(folder / "failures.csv"):
             row = rows.setdefault(slide, Row(slide))
@@ -87,9 +93,19 @@ def read_row(path: Path) -> Row:
     share = float(attributes["tissue_share"]) if attributes.get("tissue_share") else None
     area = geometry.level0_width * geometry.level0_height * geometry.mpp**2 / 1e6
     step = max(1, count // SAMPLE)
-    row = Row(path.stem, "ok" if count else "no tiles", count, json.loads(attributes.get("dropped") or "{}"), share)
+    row = Row(
+        path.stem,
+        "ok" if count else "no tiles",
+        count,
+        json.loads(attributes.get("dropped") or "{}"),
+        share,
+    )
     row.tissue_mm2 = area * share if share is not None and area else None
-    row.mpp, row.width, row.height = geometry.mpp or None, geometry.level0_width, geometry.level0_height
+    row.mpp, row.width, row.height = (
+        geometry.mpp or None,
+        geometry.level0_width,
+        geometry.level0_height,
+    )
     row.values = {name: values[::step] for name, values in read_quality(path).items()}
     if row.mpp and not PLAUSIBLE[0] <= row.mpp <= PLAUSIBLE[1]:
         row.errors.append(f"implausible resolution: {row.mpp:g} um per pixel")
@@ -101,7 +117,10 @@ def read_failures(path: Path) -> list[tuple[str, str, str]]:
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as stream:
-        return [(row.get("slide", ""), row.get("stage", ""), row.get("error", "")) for row in csv.DictReader(stream)]
+        return [
+            (row.get("slide", ""), row.get("stage", ""), row.get("error", ""))
+            for row in csv.DictReader(stream)
+        ]
 
 
 def _add_bags(rows: dict[str, Row], folder: str) -> None:
@@ -111,11 +130,17 @@ def _add_bags(rows: dict[str, Row], folder: str) -> None:
         row.bags[name] = count
         if row.status == "ok" and count != row.tiles:
             row.status = "no bag"
-            row.errors.append(f"{name}: no bag" if count is None else f"{name}: a bag of {count} tiles, {row.tiles} were cut")
+            row.errors.append(
+                f"{name}: no bag"
+                if count is None
+                else f"{name}: a bag of {count} tiles, {row.tiles} were cut"
+            )
 
 
 def bag_size(path: Path) -> int | None:
-    """Tiles of a bag without reading its features; None when that cannot be told (.pt) or the file is broken."""
+    """Tiles of a bag without reading its features; None when that cannot be told (.pt) or the file
+    is broken.
+    """
     try:
         with h5py.File(path, "r") as file:
             found = next((file[key] for key in ("features", "feats") if key in file), None)
@@ -125,7 +150,9 @@ def bag_size(path: Path) -> int | None:
 
 
 def bin_edges(rows: Sequence[Row], name: str, logarithmic: bool) -> np.ndarray | None:
-    """Edges of BINS bins over the middle 98 % of a measure in the whole cohort; None when no tile has it."""
+    """Edges of BINS bins over the middle 98 % of a measure in the whole cohort; None when no tile
+    has it.
+    """
     parts = [row.values[name] for row in rows if len(row.values.get(name, ()))]
     if not parts:
         return None

@@ -1,1 +1,3 @@
-"""The cohort that the quickstart renders or composes, so that everything runs without a download."""
+"""The cohort that the quickstart renders or composes, so that everything runs without a
+download.
+"""

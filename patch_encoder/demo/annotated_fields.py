@@ -1,7 +1,8 @@
-"""Annotated pictures (COCO boxes, lists of names for train, val, test) cut into tiles that hold a lesion or none.
+"""Annotated pictures (COCO boxes, lists of names for train, val, test) cut into tiles that hold a
+lesion or none.
 
-A field is cut from its top left corner into whole tiles without overlap; what is left at the right and the bottom is
-not used (a 640 x 480 field gives 5 x 3 tiles of 128 px).
+A field is cut from its top left corner into whole tiles without overlap; what is left at the right
+and the bottom is not used (a 640 x 480 field gives 5 x 3 tiles of 128 px).
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Field:
-    """A picture: file name, size in px, and its boxes (category, (x0, y0, x1, y1)) of positive area."""
+    """A picture: file name, size in px, and its boxes (category, (x0, y0, x1, y1)) of positive
+    area.
+    """
 
     file_name: str
     width: int
@@ -30,7 +33,9 @@ class Field:
 
 @dataclass(frozen=True)
 class FieldTile:
-    """A tile of a field: left and top in px, and whether it holds a lesion (never only part of one)."""
+    """A tile of a field: left and top in px, and whether it holds a lesion (never only part of
+    one).
+    """
 
     file_name: str
     x: int
@@ -42,8 +47,8 @@ def read_fields(annotations: Path) -> tuple[dict[str, Field], list[str], int]:
     """Read a COCO document.
 
     Returns:
-        fields by file name without ending, category names in the document's order, and the number of boxes without
-        area that were left out.
+        fields by file name without ending, category names in the document's order, and the number
+        of boxes without area that were left out.
 
     Raises:
         UserError: no COCO document, or two pictures of one name.
@@ -53,33 +58,47 @@ def read_fields(annotations: Path) -> tuple[dict[str, Field], list[str], int]:
         categories = {int(item["id"]): str(item["name"]) for item in document["categories"]}
         boxes, empty = _boxes(document, categories)
         fields = [
-            Field(str(item["file_name"]), int(item["width"]), int(item["height"]), tuple(boxes[item["id"]]))
+            Field(
+                str(item["file_name"]),
+                int(item["width"]),
+                int(item["height"]),
+                tuple(boxes[item["id"]]),
+            )
             for item in document["images"]
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{annotations}: expected a COCO document (images, annotations with bbox, categories), found {error!r}"
+            f"{annotations}: expected a COCO document (images, annotations with bbox, "
+            f"categories), found {error!r}"
         ) from None
     by_name = {Path(field.file_name).stem: field for field in fields}
     if len(by_name) < len(fields):
-        raise UserError(f"{annotations}: expected one picture a name, found {len(fields) - len(by_name)} names twice")
+        raise UserError(
+            f"{annotations}: expected one picture a name, found {len(fields) - len(by_name)} "
+            "names twice"
+        )
     return by_name, list(categories.values()), empty
 
 
-def _boxes(document: dict[str, Any], categories: dict[int, str]) -> tuple[dict[int, list[tuple[str, Box]]], int]:
+def _boxes(
+    document: dict[str, Any], categories: dict[int, str]
+) -> tuple[dict[int, list[tuple[str, Box]]], int]:
     boxes: dict[int, list[tuple[str, Box]]] = defaultdict(list)
     empty = 0
     for item in document["annotations"]:
         x, y, width, height = (float(value) for value in item["bbox"])
         if width > 0 and height > 0:
-            boxes[item["image_id"]].append((categories[item["category_id"]], (x, y, x + width, y + height)))
+            boxes[item["image_id"]].append(
+                (categories[item["category_id"]], (x, y, x + width, y + height))
+            )
         else:
             empty += 1
     return boxes, empty
 
 
 def split_fields(fields: dict[str, Field], splits: Path, source: Path) -> dict[str, list[Field]]:
-    """The fields that `<splits>/{train,val,test}.txt` name (one name a line, without ending), in the order of the lists.
+    """The fields that `<splits>/{train,val,test}.txt` name (one name a line, without ending), in
+    the order of the lists.
 
     Raises:
         UserError: no list, a name without annotations or picture, or a name in two lists.
@@ -93,11 +112,20 @@ def split_fields(fields: dict[str, Field], splits: Path, source: Path) -> dict[s
         chosen[split] = []
         for name in path.read_text(encoding="utf-8").split():
             if name not in fields:
-                raise UserError(f"{path}: '{name}' has no entry in the annotations; {did_you_mean(name, fields)}")
+                raise UserError(
+                    f"{path}: '{name}' has no entry in the annotations; "
+                    f"{did_you_mean(name, fields)}"
+                )
             if name in seen:
-                raise UserError(f"{path}: expected each picture once, found '{name}' in {seen[name]} too; take one out")
+                raise UserError(
+                    f"{path}: expected each picture once, found '{name}' in {seen[name]} too; "
+                    "take one out"
+                )
             if not (source / fields[name].file_name).is_file():
-                raise UserError(f"{source}: expected the picture {fields[name].file_name} that {path.name} names, found none")
+                raise UserError(
+                    f"{source}: expected the picture {fields[name].file_name} that {path.name} "
+                    "names, found none"
+                )
             seen[name] = split
             chosen[split].append(fields[name])
     return chosen
@@ -106,8 +134,9 @@ def split_fields(fields: dict[str, Field], splits: Path, source: Path) -> dict[s
 def cut(field: Field, side: int, lesion: str) -> list[FieldTile]:
     """Tiles of a field, row by row.
 
-    A tile holds a lesion when at least half of the area of one box of the category `lesion` lies in it; it is clean when
-    no such box touches it; any other tile is left out, because its label is not certain.
+    A tile holds a lesion when at least half of the area of one box of the category `lesion` lies in
+    it; it is clean when no such box touches it; any other tile is left out, because its label is
+    not certain.
     """
     targets = [box for category, box in field.boxes if category == lesion]
     tiles = []

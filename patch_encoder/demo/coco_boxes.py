@@ -10,7 +10,9 @@ Box = tuple[Number, Number, Number, Number]
 
 
 def coco_document(
-    images: Iterable[tuple[str, int, int]], boxes: Iterable[Iterable[tuple[str, Box]]], categories: Sequence[str]
+    images: Iterable[tuple[str, int, int]],
+    boxes: Iterable[Iterable[tuple[str, Box]]],
+    categories: Sequence[str],
 ) -> dict[str, Any]:
     """A COCO document with ids from 1 in the given order.
 

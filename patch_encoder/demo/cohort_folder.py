@@ -1,4 +1,6 @@
-"""The folder of a cohort that a script makes: its settings stamp, and what is cleared before other settings take it."""
+"""The folder of a cohort that a script makes: its settings stamp, and what is cleared before other
+settings take it.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,14 @@ PARTS = ("labels.csv", "annotations.json", "tiles.csv", "slides", "detection")
 
 
 def claim(root: Path, maker: str, settings: dict[str, Any], overwrite: bool) -> None:
-    """Make the folder and stamp it with its maker and settings; the same ones again go on with what is there.
+    """Make the folder and stamp it with its maker and settings; the same ones again go on with what
+    is there.
 
     With `overwrite` the cohort that is there is removed (the parts named in PARTS, nothing else).
 
     Raises:
-        UserError: the folder holds a cohort of other settings, or one without a stamp, which may be somebody's data.
+        UserError: the folder holds a cohort of other settings, or one without a stamp, which may be
+            somebody's data.
     """
     stamp = root / STAMP
     expected = json.loads(json.dumps({"maker": maker, "settings": settings}))
@@ -30,7 +34,8 @@ def claim(root: Path, maker: str, settings: dict[str, Any], overwrite: bool) -> 
         present = [name for name in PARTS if (root / name).exists()]
         if present:
             raise UserError(
-                f"{root}: expected an empty folder or a cohort of {maker}, found {present[0]} without {STAMP}; "
+                f"{root}: expected an empty folder or a cohort of {maker}, found {present[0]} "
+                f"without {STAMP}; "
                 "choose another output"
             )
     elif overwrite:

@@ -1,13 +1,16 @@
-"""Compose a cohort of tile-folder slides from annotated pictures: real pixels where no open slides of the kind exist.
+"""Compose a cohort of tile-folder slides from annotated pictures: real pixels where no open slides
+of the kind exist.
 
-A stand-in again: the tiles of a slide come from many fields, so that only what single tiles show can be learned, and
-positives are made to have few lesion tiles. Slides of a split come from that split's fields only, and no tile is used
-twice. The detector's documents are the fields of train and val themselves, copied byte for byte.
+A stand-in again: the tiles of a slide come from many fields, so that only what single tiles show
+can be learned, and positives are made to have few lesion tiles. Slides of a split come from that
+split's fields only, and no tile is used twice. The detector's documents are the fields of train and
+val themselves, copied byte for byte.
 
     python -m patch_encoder.demo.compose_cohort --config configs/quickstart/compose.yaml
 
-Written: labels.csv, slides/<slide>/<row>_<col>.jpg (tiles encoded again, JPEG quality 95 without colour subsampling),
-tiles.csv (where each tile comes from), detection/{train,val}.json, detection/images/* and cohort.json.
+Written: labels.csv, slides/<slide>/<row>_<col>.jpg (tiles encoded again, JPEG quality 95 without
+colour subsampling), tiles.csv (where each tile comes from), detection/{train,val}.json,
+detection/images/* and cohort.json.
 """
 
 from __future__ import annotations
@@ -39,18 +42,28 @@ class Config:
     output: str = key(REQUIRED, "folder of the cohort", runtime=True)
     source: str = key(REQUIRED, "folder with the pictures", path=True)
     annotations: str = key(REQUIRED, "COCO document with the boxes of all pictures", path=True)
-    splits: str = key(REQUIRED, "folder with train.txt, val.txt, test.txt: a picture name without ending a line", path=True)
+    splits: str = key(
+        REQUIRED,
+        "folder with train.txt, val.txt, test.txt: a picture name without ending a line",
+        path=True,
+    )
     lesion_category: str = key("WBC", "category whose boxes are the lesions of the slides")
-    detection_categories: list[str] = key([], "categories of the detector's documents; empty = all of them")
+    detection_categories: list[str] = key(
+        [], "categories of the detector's documents; empty = all of them"
+    )
     tile: int = key(128, "side of a tile, px")
     tiles_per_slide: int = key(40, "tiles of a slide")
     columns: int = key(8, "tiles in a row of a slide")
-    mpp: float = key(0.25, "micrometres a pixel written into labels.csv; nominal, when the pictures do not say")
+    mpp: float = key(
+        0.25, "micrometres a pixel written into labels.csv; nominal, when the pictures do not say"
+    )
     train_slides: int = key(50, "slides of split train, half of them positive")
     val_slides: int = key(22, "slides of split val, half of them positive")
     test_slides: int = key(18, "slides of split test, half of them positive")
     seed: int = key(0, "of the drawing of tiles; 0 or more")
-    overwrite: bool = key(False, "replace the cohort in the folder, whatever its settings", runtime=True)
+    overwrite: bool = key(
+        False, "replace the cohort in the folder, whatever its settings", runtime=True
+    )
 
 
 def main(config: Config) -> int:
@@ -61,30 +74,57 @@ def main(config: Config) -> int:
     wanted = config.detection_categories or categories
     for name in (config.lesion_category, *wanted):
         if name not in categories:
-            raise UserError(f"category '{name}': expected one that {config.annotations} has; {did_you_mean(name, categories)}")
+            raise UserError(
+                f"category '{name}': expected one that {config.annotations} has; "
+                f"{did_you_mean(name, categories)}"
+            )
     if empty:
         logger.info("%s: %d boxes without area left out", config.annotations, empty)
     chosen = split_fields(fields, Path(config.splits), source)
     slides = []
     for number, split in enumerate(SPLITS):
-        tiles = [tile for field in chosen[split] for tile in cut(field, config.tile, config.lesion_category)]
-        slides += compose(split, tiles, getattr(config, f"{split}_slides"), config.tiles_per_slide, (config.seed, number))
+        tiles = [
+            tile
+            for field in chosen[split]
+            for tile in cut(field, config.tile, config.lesion_category)
+        ]
+        slides += compose(
+            split,
+            tiles,
+            getattr(config, f"{split}_slides"),
+            config.tiles_per_slide,
+            (config.seed, number),
+        )
     inputs = {split: sha256_file(Path(config.splits) / f"{split}.txt") for split in SPLITS}
     inputs["annotations"] = sha256_file(config.annotations)
     claim(root, "compose_cohort", {**identity(config), "inputs": inputs}, config.overwrite)
     for slide in progress(slides, "slides", len(slides), "slide"):
-        places = [(place // config.columns, place % config.columns) for place in range(len(slide.tiles))]
-        write_tile_folder(root / "slides" / slide.slide_id, slide.tiles, places, source, config.tile)
+        places = [
+            (place // config.columns, place % config.columns) for place in range(len(slide.tiles))
+        ]
+        write_tile_folder(
+            root / "slides" / slide.slide_id, slide.tiles, places, source, config.tile
+        )
     write_tables(root, slides, config.columns, config.mpp)
     for split in ("train", "val"):
         write_detection(root / "detection", split, chosen[split], wanted, source)
-    logger.info("%s: %d slides, %d positive", root, len(slides), sum(slide.positive for slide in slides))
+    logger.info(
+        "%s: %d slides, %d positive", root, len(slides), sum(slide.positive for slide in slides)
+    )
     return 0
 
 
 def check(config: Config) -> None:
     """Raise UserError on a number that makes no cohort."""
-    lowest = {"tile": 16, "tiles_per_slide": 1, "columns": 1, "seed": 0, "train_slides": 0, "val_slides": 0, "test_slides": 0}
+    lowest = {
+        "tile": 16,
+        "tiles_per_slide": 1,
+        "columns": 1,
+        "seed": 0,
+        "train_slides": 0,
+        "val_slides": 0,
+        "test_slides": 0,
+    }
     for name, low in lowest.items():
         if getattr(config, name) < low:
             raise UserError(f"key '{name}': expected {low} or more, found {getattr(config, name)}")
@@ -109,20 +149,31 @@ def write_tables(root: Path, slides: list[ComposedSlide], columns: int, mpp: flo
     ]
     write_csv(root / "tiles.csv", TILE_COLUMNS, places)
     rows = [
-        {"case_id": slide.slide_id, "slide_id": slide.slide_id, "label": slide.label, "split": slide.split, "mpp": mpp}
+        {
+            "case_id": slide.slide_id,
+            "slide_id": slide.slide_id,
+            "label": slide.label,
+            "split": slide.split,
+            "mpp": mpp,
+        }
         for slide in slides
     ]
     write_csv(root / "labels.csv", LABEL_COLUMNS, rows)
 
 
-def write_detection(folder: Path, split: str, fields: list[Field], categories: list[str], source: Path) -> None:
+def write_detection(
+    folder: Path, split: str, fields: list[Field], categories: list[str], source: Path
+) -> None:
     """`<split>.json` with the boxes of the wanted categories, and the pictures."""
     for field in progress(fields, f"{split} fields", len(fields), "field"):
         target = folder / "images" / field.file_name
         if not target.is_file():
             with atomic_path(target) as temporary:
                 shutil.copyfile(source / field.file_name, temporary)
-    boxes = [[(category, box) for category, box in field.boxes if category in categories] for field in fields]
+    boxes = [
+        [(category, box) for category, box in field.boxes if category in categories]
+        for field in fields
+    ]
     images = [(field.file_name, field.width, field.height) for field in fields]
     write_json(folder / f"{split}.json", coco_document(images, boxes, categories))
 

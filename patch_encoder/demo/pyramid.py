@@ -1,7 +1,8 @@
-"""Write a picture as a slide: a tiled TIFF with halved levels and its resolution, which OpenSlide reads as generic-tiff.
+"""Write a picture as a slide: a tiled TIFF with halved levels and its resolution, which OpenSlide
+reads as generic-tiff.
 
-Pixels are kept without loss (deflate with horizontal differencing). Level k + 1 is the mean of 2 x 2 pixels of level
-k in integer arithmetic.
+Pixels are kept without loss (deflate with horizontal differencing). Level k + 1 is the mean of 2 x
+2 pixels of level k in integer arithmetic.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ SMALLEST = 256
 
 
 def halved(picture: np.ndarray) -> np.ndarray:
-    """Mean over 2 x 2 pixels, rounded half up: (H, W, 3) -> (H // 2, W // 2, 3) uint8; an odd last row or column is cut."""
+    """Mean over 2 x 2 pixels, rounded half up: (H, W, 3) -> (H // 2, W // 2, 3) uint8; an odd last
+    row or column is cut.
+    """
     height, width = picture.shape[0] // 2 * 2, picture.shape[1] // 2 * 2
     wide = picture[:height, :width].astype(np.uint16)
     total = wide[0::2, 0::2] + wide[1::2, 0::2] + wide[0::2, 1::2] + wide[1::2, 1::2]
@@ -63,14 +66,24 @@ def write_pyramid(path: str | Path, picture: np.ndarray, mpp: float, comment: st
 
 
 def holds_pyramid(path: str | Path, side: int, comment: str) -> bool:
-    """Whether the file is such a slide of side x side px with this comment, with all its tiles inside the file."""
+    """Whether the file is such a slide of side x side px with this comment, with all its tiles
+    inside the file.
+    """
     path = Path(path)
     if not path.is_file():
         return False
     try:
         with tifffile.TiffFile(path) as file:
-            ends = [o + n for page in file.pages for o, n in zip(page.dataoffsets, page.databytecounts, strict=True)]
+            ends = [
+                o + n
+                for page in file.pages
+                for o, n in zip(page.dataoffsets, page.databytecounts, strict=True)
+            ]
             first = file.pages[0]
-            return first.shape == (side, side, 3) and first.description == comment and max(ends) <= path.stat().st_size
+            return (
+                first.shape == (side, side, 3)
+                and first.description == comment
+                and max(ends) <= path.stat().st_size
+            )
     except (tifffile.TiffFileError, IndexError, ValueError, OSError):
         return False  # cut short or foreign: it is written anew

@@ -1,4 +1,6 @@
-"""Draw one planned slide or field into its file, unless it is there and whole, and give the boxes of its lesions."""
+"""Draw one planned slide or field into its file, unless it is there and whole, and give the boxes
+of its lesions.
+"""
 
 from __future__ import annotations
 

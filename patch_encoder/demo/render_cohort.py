@@ -1,13 +1,16 @@
-"""Render the embedded cohort: Papanicolaou-stained smears with slide labels, and fields with boxes for the detector.
+"""Render the embedded cohort: Papanicolaou-stained smears with slide labels, and fields with boxes
+for the detector.
 
-Everything is drawn from the seed, so that the quickstart needs no download and two machines hold the same pixels. It is
-a stand-in to run and test the pipeline with; a figure measured on it says nothing about patients.
+Everything is drawn from the seed, so that the quickstart needs no download and two machines hold
+the same pixels. It is a stand-in to run and test the pipeline with; a figure measured on it says
+nothing about patients.
 
     python -m patch_encoder.demo.render_cohort output=runs/cohort seed=0
 
-Written: labels.csv, slides/*.tiff (pyramids), detection/{train,val}.json with detection/images/*.jpg (boxes around whole
-abnormal cells), annotations.json (the same boxes for the slides, level-0 px) and cohort.json (the settings). A killed
-run goes on where it stopped; slides and fields that are there and whole are kept.
+Written: labels.csv, slides/*.tiff (pyramids), detection/{train,val}.json with
+detection/images/*.jpg (boxes around whole abnormal cells), annotations.json (the same boxes for the
+slides, level-0 px) and cohort.json (the settings). A killed run goes on where it stopped; slides
+and fields that are there and whole are kept.
 """
 
 from __future__ import annotations
@@ -52,14 +55,18 @@ class Config:
     seed: int = key(0, "every pixel follows from it; 0 or more")
     side: int = key(1536, "side of a slide at level 0, px")
     mpp: float = key(0.5, "micrometres a pixel, written into the slides; cells are drawn for 0.5")
-    pretrain_slides: int = key(24, "slides of split pretrain (for ranking and distillation), half of them positive")
+    pretrain_slides: int = key(
+        24, "slides of split pretrain (for ranking and distillation), half of them positive"
+    )
     cv_slides: int = key(60, "slides of split cv (for cross-validation), half of them positive")
     double_share: float = key(0.25, "share of the patients that have two slides, 0 to 1")
     field_side: int = key(256, "side of a detection field, px")
     train_fields: int = key(240, "detection fields for training")
     val_fields: int = key(60, "detection fields for validation")
     workers: int = key(0, "processes; 0 = one a CPU core", runtime=True)
-    overwrite: bool = key(False, "replace the cohort in the folder, whatever its settings", runtime=True)
+    overwrite: bool = key(
+        False, "replace the cohort in the folder, whatever its settings", runtime=True
+    )
 
 
 def main(config: Config) -> int:
@@ -69,9 +76,14 @@ def main(config: Config) -> int:
     settings = {**identity(config), "drawing": DRAWING}
     claim(root, "sample_cohort", settings, config.overwrite)
     slides = plan_slides(
-        config.seed, config.side, {"pretrain": config.pretrain_slides, "cv": config.cv_slides}, config.double_share
+        config.seed,
+        config.side,
+        {"pretrain": config.pretrain_slides, "cv": config.cv_slides},
+        config.double_share,
     )
-    fields = plan_fields(config.seed, config.field_side, {"train": config.train_fields, "val": config.val_fields})
+    fields = plan_fields(
+        config.seed, config.field_side, {"train": config.train_fields, "val": config.val_fields}
+    )
     comment = f"sample_cohort {sha256_bytes(repr(sorted(settings.items())).encode())[:16]}"
     draw_slide = partial(render_slide, folder=root / "slides", mpp=config.mpp, comment=comment)
     draw_field = partial(render_field, folder=root / "detection" / "images")
@@ -107,7 +119,8 @@ def check(config: Config) -> None:
 def parallel(workers: int) -> Iterator[Callable[[Callable[[T], R], Iterable[T]], Iterable[R]]]:
     """A `map` over processes, results in order; the plain one for a single process.
 
-    Processes are spawned: a forked one would inherit the locks of the threads that numerical libraries start.
+    Processes are spawned: a forked one would inherit the locks of the threads that numerical
+    libraries start.
     """
     count = workers or len(os.sched_getaffinity(0))
     if count == 1:
@@ -121,10 +134,19 @@ def parallel(workers: int) -> Iterator[Callable[[Callable[[T], R], Iterable[T]],
             raise
 
 
-def write_slide_tables(root: Path, slides: list[PlannedSlide], boxes: list[list[Box]], side: int) -> None:
+def write_slide_tables(
+    root: Path, slides: list[PlannedSlide], boxes: list[list[Box]], side: int
+) -> None:
     """labels.csv (mpp stays empty: the slides carry it) and annotations.json."""
     rows: list[dict[str, Any]] = [
-        {"case_id": s.case_id, "slide_id": s.slide_id, "label": s.label, "split": s.split, "mpp": ""} for s in slides
+        {
+            "case_id": s.case_id,
+            "slide_id": s.slide_id,
+            "label": s.label,
+            "split": s.split,
+            "mpp": "",
+        }
+        for s in slides
     ]
     images = [(f"slides/{s.slide_id}.tiff", side, side) for s in slides]
     write_json(root / "annotations.json", coco_document(images, named(boxes), [CATEGORY]))
@@ -134,7 +156,9 @@ def write_slide_tables(root: Path, slides: list[PlannedSlide], boxes: list[list[
 def write_field_tables(root: Path, fields: list[PlannedField], boxes: list[list[Box]]) -> None:
     """detection/train.json and detection/val.json."""
     for subset in ("train", "val"):
-        chosen = [(field, own) for field, own in zip(fields, boxes, strict=True) if field.subset == subset]
+        chosen = [
+            (field, own) for field, own in zip(fields, boxes, strict=True) if field.subset == subset
+        ]
         images = [(field.name, field.side, field.side) for field, _ in chosen]
         document = coco_document(images, named([own for _, own in chosen]), [CATEGORY])
         write_json(root / "detection" / f"{subset}.json", document)

@@ -1,8 +1,9 @@
-"""Which slides and fields the embedded cohort has: ids, cases, labels, splits and the seed of each picture.
+"""Which slides and fields the embedded cohort has: ids, cases, labels, splits and the seed of each
+picture.
 
-Both classes come from the same distribution of everything except the abnormal cells. Some patients have two slides
-(same label, same split), so that a split by slide instead of by patient is a leak that can be noticed. Fields for the
-detector are pictures of their own, never cut from a slide.
+Both classes come from the same distribution of everything except the abnormal cells. Some patients
+have two slides (same label, same split), so that a split by slide instead of by patient is a leak
+that can be noticed. Fields for the detector are pictures of their own, never cut from a slide.
 """
 
 from __future__ import annotations
@@ -37,8 +38,13 @@ class PlannedSlide:
     def smear(self) -> Smear:
         """What lies on it."""
         rng = _generator((*self.seed, 3))
-        share, marked = ABNORMAL[0] + (ABNORMAL[1] - ABNORMAL[0]) * float(rng.random()), rng.random() < MARKED_SHARE
-        return plan_smear(self.seed, self.side, CELLS, share if self.label == POSITIVE else 0.0, bool(marked))
+        share, marked = (
+            ABNORMAL[0] + (ABNORMAL[1] - ABNORMAL[0]) * float(rng.random()),
+            rng.random() < MARKED_SHARE,
+        )
+        return plan_smear(
+            self.seed, self.side, CELLS, share if self.label == POSITIVE else 0.0, bool(marked)
+        )
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,11 @@ def _generator(seed: tuple[int, ...]) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
 
 
-def plan_slides(seed: int, side: int, counts: dict[str, int], double_share: float) -> list[PlannedSlide]:
-    """Slides of all splits, balanced, ids S0001, S0002, ... in an order that says nothing about the class.
+def plan_slides(
+    seed: int, side: int, counts: dict[str, int], double_share: float
+) -> list[PlannedSlide]:
+    """Slides of all splits, balanced, ids S0001, S0002, ... in an order that says nothing about the
+    class.
 
     Args:
         seed: the cohort's seed.
@@ -82,7 +91,11 @@ def plan_slides(seed: int, side: int, counts: dict[str, int], double_share: floa
     for number, (split, label, count) in enumerate(cases, 1):
         for _ in range(count):
             index = len(slides) + 1
-            slides.append(PlannedSlide(f"C{number:04d}", f"S{index:04d}", label, split, side, (seed, _SLIDES, index)))
+            slides.append(
+                PlannedSlide(
+                    f"C{number:04d}", f"S{index:04d}", label, split, side, (seed, _SLIDES, index)
+                )
+            )
     return slides
 
 
@@ -92,5 +105,7 @@ def plan_fields(seed: int, side: int, counts: dict[str, int]) -> list[PlannedFie
     for subset, count in counts.items():
         for number in range(1, count + 1):
             index = len(fields) + 1
-            fields.append(PlannedField(f"{subset}_{number:04d}.jpg", subset, side, (seed, _FIELDS, index)))
+            fields.append(
+                PlannedField(f"{subset}_{number:04d}.jpg", subset, side, (seed, _FIELDS, index))
+            )
     return fields

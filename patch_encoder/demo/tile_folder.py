@@ -1,4 +1,6 @@
-"""Write a slide as a folder of tiles `<row>_<col>.jpg`, as cytology scanners export them, whole or not at all."""
+"""Write a slide as a folder of tiles `<row>_<col>.jpg`, as cytology scanners export them, whole or
+not at all.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,14 @@ JPEG_QUALITY = 95
 
 
 def write_tile_folder(
-    folder: Path, tiles: Sequence[FieldTile], places: Sequence[tuple[int, int]], source: Path, side: int
+    folder: Path,
+    tiles: Sequence[FieldTile],
+    places: Sequence[tuple[int, int]],
+    source: Path,
+    side: int,
 ) -> None:
-    """Write each tile at its (row, column); a folder that is there is kept, because it appears only when complete.
+    """Write each tile at its (row, column); a folder that is there is kept, because it appears only
+    when complete.
 
     Raises:
         UserError: a picture cannot be read or is smaller than its annotations say.
@@ -33,7 +40,8 @@ def write_tile_folder(
         picture = _picture(source / tile.file_name)
         if tile.x + side > picture.width or tile.y + side > picture.height:
             raise UserError(
-                f"{source / tile.file_name}: expected the size in its annotations, found {picture.width} x {picture.height}; "
+                f"{source / tile.file_name}: expected the size in its annotations, found "
+                f"{picture.width} x {picture.height}; "
                 "correct the annotations"
             )
         with (temporary / f"{row}_{column}.jpg").open("wb") as stream:

@@ -1,8 +1,9 @@
 """How much of a picture is in bright spots of which size: grey openings by growing octagons.
 
-The pattern spectrum of Maragos ("Pattern spectrum and multiscale shape representation", PAMI 1989). Discs are octagons
-here, grown by 3 x 3 crosses and squares in turn: four running minima a step on bytes, where a true disc needs its whole
-area a pixel. Radii above `FINE` are measured at half resolution.
+The pattern spectrum of Maragos ("Pattern spectrum and multiscale shape representation", PAMI 1989).
+Discs are octagons here, grown by 3 x 3 crosses and squares in turn: four running minima a step on
+bytes, where a true disc needs its whole area a pixel. Radii above `FINE` are measured at half
+resolution.
 """
 
 from __future__ import annotations
@@ -13,16 +14,21 @@ from jaxtyping import Float32, UInt8
 FINE = (1, 2, 3, 4)
 COARSE = (7, 9, 11, 13, 17, 21)
 RADII = (*FINE, *COARSE)
-"""Octagon radii in pixels of the tile, the middle one left out; k steps at half resolution reach 2 k + 1 px."""
+"""Octagon radii in pixels of the tile, the middle one left out; k steps at half resolution reach 2
+k + 1 px.
+"""
 
 
-def granulometry(values: UInt8[np.ndarray, "h w"]) -> tuple[Float32[np.ndarray, " r"], Float32[np.ndarray, " r"]]:
+def granulometry(
+    values: UInt8[np.ndarray, "h w"],
+) -> tuple[Float32[np.ndarray, " r"], Float32[np.ndarray, " r"]]:
     """Pattern spectrum and peaks of a picture of bright spots on a dark ground, values 0 to 255.
 
     Returns:
-        spectrum (len(RADII),): mean over pixels of what the opening of each radius takes away beyond the one before,
-        so that entry i holds spots of radius RADII[i - 1] to RADII[i].
-        peaks (len(RADII),): largest value of each opening: how bright the brightest spot of at least that radius is.
+        spectrum (len(RADII),): mean over pixels of what the opening of each radius takes away
+        beyond the one before, so that entry i holds spots of radius RADII[i - 1] to RADII[i]. peaks
+        (len(RADII),): largest value of each opening: how bright the brightest spot of at least that
+        radius is.
     """
     means, peaks = [float(values.mean())], []
     for opened in _openings(values, FINE):
@@ -37,13 +43,16 @@ def granulometry(values: UInt8[np.ndarray, "h w"]) -> tuple[Float32[np.ndarray, 
 
 
 def without_ground(values: UInt8[np.ndarray, "h w"], radius: int) -> UInt8[np.ndarray, "h w"]:
-    """Top-hat: what stands out above the opening by an octagon of `radius` px (odd), taken at half resolution.
+    """Top-hat: what stands out above the opening by an octagon of `radius` px (odd), taken at half
+    resolution.
 
     Nuclei remain, and the cytoplasm that they lie in, however many cells overlap there, does not.
     """
     ground = _openings(halved(values), (radius // 2,))[0].repeat(2, axis=0).repeat(2, axis=1)
     height, width = values.shape
-    ground = np.pad(ground, ((0, height - ground.shape[0]), (0, width - ground.shape[1])), mode="edge")
+    ground = np.pad(
+        ground, ((0, height - ground.shape[0]), (0, width - ground.shape[1])), mode="edge"
+    )
     return values - np.minimum(ground, values)
 
 
@@ -55,9 +64,12 @@ def halved(values: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h2 w2"]:
 
 
 def _openings(values: np.ndarray, radii: tuple[int, ...]) -> list[np.ndarray]:
-    """Opening (H, W) uint8 by the octagon of each radius, in order; what lies outside the picture is left out."""
+    """Opening (H, W) uint8 by the octagon of each radius, in order; what lies outside the picture
+    is left out.
+    """
     height, width = values.shape
-    # one more column, so that rows can lie one behind the other: it is the neutral neighbour of both ends
+    # one more column, so that rows can lie one behind the other: it is the neutral neighbour of
+    # both ends
     eroded = np.full((height, width + 1), 255, dtype=np.uint8)
     eroded[:, :width] = values
     eroded, opened = eroded.ravel(), []
@@ -72,8 +84,12 @@ def _openings(values: np.ndarray, radii: tuple[int, ...]) -> list[np.ndarray]:
     return opened
 
 
-def _spread(flat: np.ndarray, stride: int, step: int, extremum: np.ufunc, neutral: int) -> np.ndarray:
-    """One step of an erosion (minimum) or dilation (maximum): a cross when `step` is odd, else a square."""
+def _spread(
+    flat: np.ndarray, stride: int, step: int, extremum: np.ufunc, neutral: int
+) -> np.ndarray:
+    """One step of an erosion (minimum) or dilation (maximum): a cross when `step` is odd, else a
+    square.
+    """
     result = flat.copy()
     extremum(result[stride:], flat[:-stride], out=result[stride:])
     extremum(result[:-stride], flat[stride:], out=result[:-stride])

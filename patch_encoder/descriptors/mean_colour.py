@@ -1,4 +1,6 @@
-"""The plainest tile descriptor: its mean colour. A baseline that a cohort has to be too hard for."""
+"""The plainest tile descriptor: its mean colour. A baseline that a cohort has to be too hard
+for.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""Size, shape and chromatin of the dark bodies of a tile, by fixed thresholds on the nuclear density.
+"""Size, shape and chromatin of the dark bodies of a tile, by fixed thresholds on the nuclear
+density.
 
-A body is a connected component of pixels above `CHROMATIN` in a lightly smoothed map. Its shape comes from second
-moments: eccentricity, and fill = area / (4 pi sqrt(det covariance)), which is 1 for any ellipse and smaller for a clump
-of nuclei or a ragged scrap.
+A body is a connected component of pixels above `CHROMATIN` in a lightly smoothed map. Its shape
+comes from second
+moments: eccentricity, and fill = area / (4 pi sqrt(det covariance)), which is 1 for any ellipse and
+smaller for a clump of nuclei or a ragged scrap.
 """
 
 from __future__ import annotations
@@ -15,9 +17,13 @@ from scipy.ndimage import label, uniform_filter
 
 CHROMATIN = 0.2205
 DEPTHS = (0.1505, 0.3005, 0.5005, 0.7005)
-"""Densities; box means of bytes never fall on them exactly, so that the order of summation decides nothing."""
+"""Densities; box means of bytes never fall on them exactly, so that the order of summation decides
+nothing.
+"""
 AREAS = (12, 45, 110, 200, 320, 500, 900)
-"""Bounds of the size classes of bodies, px; below the first a body is a speck, above the last a clump or a smear."""
+"""Bounds of the size classes of bodies, px; below the first a body is a speck, above the last a
+clump or a smear.
+"""
 COMPACT = 0.88
 SCALES = (3, 5, 9)
 """Box widths (px) of the differences that measure chromatin texture."""
@@ -36,7 +42,9 @@ NUCLEUS_NAMES = (
 
 @dataclass(frozen=True)
 class Bodies:
-    """Measures (K,) of the K bodies: area px, fill, eccentricity, mean and spread of the density, mean steepness."""
+    """Measures (K,) of the K bodies: area px, fill, eccentricity, mean and spread of the density,
+    mean steepness.
+    """
 
     area: np.ndarray
     fill: np.ndarray
@@ -63,7 +71,9 @@ def nucleus_statistics(nuclear: Float32[np.ndarray, "h w"]) -> Float32[np.ndarra
 
 
 def measure(mask: np.ndarray, nuclear: np.ndarray, steepness: np.ndarray) -> Bodies:
-    """Measure each connected component (4-neighbourhood) of a mask (H, W) that is larger than a speck."""
+    """Measure each connected component (4-neighbourhood) of a mask (H, W) that is larger than a
+    speck.
+    """
     numbers = np.zeros(mask.shape, dtype=np.int32)
     label(mask, output=numbers)
     count = int(numbers.max(initial=0))
@@ -106,7 +116,9 @@ def _largest(bodies: Bodies, chosen: np.ndarray) -> list[float]:
 
 
 def _texture(nuclear: np.ndarray, smooth: np.ndarray) -> list[float]:
-    """Differences from box means over the whole tile and in the core of dark bodies, and what that core is like."""
+    """Differences from box means over the whole tile and in the core of dark bodies, and what that
+    core is like.
+    """
     core = uniform_filter((nuclear > CHROMATIN).astype(np.float32), 7, mode="constant") > 0.999
     filled = bool(core.any())
     boxes = [smooth, *(uniform_filter(nuclear, scale, mode="nearest") for scale in SCALES[1:])]

@@ -1,13 +1,17 @@
-"""A tile descriptor without weights: stain histograms, local binary patterns, granulometry and nucleus statistics.
+"""A tile descriptor without weights: stain histograms, local binary patterns, granulometry and
+nucleus statistics.
 
-The embedded default encoder, so that the whole road runs where no foundation model can be downloaded. Classical parts,
-each from its own file or function: colour deconvolution (Ruifrok and Johnston 2001, matrix of skimage's rgb2hed), local
-binary patterns (`binary_patterns`), pattern spectrum (`granulometry`). Own choices: the nuclear channel is the smaller
-of the red and green optical densities, because haematoxylin absorbs both while eosin, orange G and light green absorb
-one; centring and scaling are constants (`stain_texture_scale`), so a tile's vector does not depend on the cohort.
+The embedded default encoder, so that the whole road runs where no foundation model can be
+downloaded. Classical parts, each from its own file or function: colour deconvolution (Ruifrok and
+Johnston 2001, matrix of skimage's rgb2hed), local binary patterns (`binary_patterns`), pattern
+spectrum (`granulometry`). Own choices: the nuclear channel is the smaller of the red and green
+optical densities, because haematoxylin absorbs both while eosin, orange G and light green absorb
+one; centring and scaling are constants (`stain_texture_scale`), so a tile's vector does not depend
+on the cohort.
 
-Lengths are pixels of the tile, meant for 0.5 um a pixel: a normal nucleus of a squamous cell has a radius of 6 to 8 px.
-Entries are shares or means over the tile except peaks and the largest nucleus, so tiles of any size compare.
+Lengths are pixels of the tile, meant for 0.5 um a pixel: a normal nucleus of a squamous cell has a
+radius of 6 to 8 px. Entries are shares or means over the tile except peaks and the largest nucleus,
+so tiles of any size compare.
 """
 
 from __future__ import annotations
@@ -25,11 +29,15 @@ from patch_encoder.descriptors.stain_texture_scale import SCALE
 
 SMALLEST_SIDE = 16
 LIMIT = 8.0
-"""Entries beyond this many spreads are cut off: another stain or scanner must not drown the rest."""
+"""Entries beyond this many spreads are cut off: another stain or scanner must not drown the
+rest.
+"""
 STEPS = 100
 """Optical density 1 is this many steps of a byte."""
 GROUND = 21
-"""Radius (px) above which dark areas count as ground for the nucleus statistics: larger than abnormal nuclei."""
+"""Radius (px) above which dark areas count as ground for the nucleus statistics: larger than
+abnormal nuclei.
+"""
 BINS = 12
 CHANNELS = ("haematoxylin", "eosin", "nuclear")
 DEEPEST = {"haematoxylin": 0.9, "eosin": 0.3, "nuclear": 1.0}
@@ -37,7 +45,8 @@ DEEPEST = {"haematoxylin": 0.9, "eosin": 0.3, "nuclear": 1.0}
 
 
 def stain_texture(tile: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, " d"]:
-    """Describe a tile by `describe`, centred and scaled by constants and cut off at LIMIT: a vector (DIM,) float32.
+    """Describe a tile by `describe`, centred and scaled by constants and cut off at LIMIT: a vector
+    (DIM,) float32.
 
     Args:
         tile: (H, W, 3) uint8, red green blue, H and W at least 16.
@@ -51,7 +60,12 @@ def stain_texture(tile: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, " d"]
 
 def describe(tile: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, " d"]:
     """The same vector in natural units: roots of shares, densities, pixels; see `feature_names`."""
-    if tile.dtype != np.uint8 or tile.ndim != 3 or tile.shape[2] != 3 or min(tile.shape[:2]) < SMALLEST_SIDE:
+    if (
+        tile.dtype != np.uint8
+        or tile.ndim != 3
+        or tile.shape[2] != 3
+        or min(tile.shape[:2]) < SMALLEST_SIDE
+    ):
         expected = f"expected a tile (H, W, 3) uint8 of at least {SMALLEST_SIDE} px a side"
         raise ValueError(f"{expected}, found {tile.dtype} {tile.shape}")
     density = _density_table().take(np.moveaxis(tile, 2, 0))  # (3, H, W)
@@ -59,17 +73,30 @@ def describe(tile: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, " d"]:
     nuclear_bytes, grey_bytes = _bytes(nuclear), _bytes(density.mean(axis=0))
     spots = without_ground(nuclear_bytes, GROUND)
     bodies = nucleus_statistics(spots.astype(np.float32) / STEPS)
-    parts = (_colours(density, nuclear), _patterns(grey_bytes, nuclear_bytes), _sizes(spots, nuclear_bytes), bodies)
+    parts = (
+        _colours(density, nuclear),
+        _patterns(grey_bytes, nuclear_bytes),
+        _sizes(spots, nuclear_bytes),
+        bodies,
+    )
     return np.concatenate(parts).astype(np.float32)
 
 
 def feature_names() -> list[str]:
     """A name for each entry of the vector, in order."""
     names = [f"{channel}_bin{place}" for channel in CHANNELS for place in range(BINS)]
-    names += [f"density_{what}_{colour}" for what in ("mean", "spread") for colour in ("red", "green", "blue")]
+    names += [
+        f"density_{what}_{colour}"
+        for what in ("mean", "spread")
+        for colour in ("red", "green", "blue")
+    ]
     patterns = [f"r{radius}_{place}" for radius in RINGS for place in range(PATTERNS)]
-    names += [f"pattern_{channel}_{pattern}" for channel in ("grey", "nuclear") for pattern in patterns]
-    names += [f"{what}_r{radius}" for what in ("dark_spots", "darkest", "light_gaps") for radius in RADII]
+    names += [
+        f"pattern_{channel}_{pattern}" for channel in ("grey", "nuclear") for pattern in patterns
+    ]
+    names += [
+        f"{what}_r{radius}" for what in ("dark_spots", "darkest", "light_gaps") for radius in RADII
+    ]
     return names + list(NUCLEUS_NAMES)
 
 
@@ -96,7 +123,9 @@ def _bytes(density: np.ndarray) -> np.ndarray:
 
 
 def _colours(density: np.ndarray, nuclear: np.ndarray) -> np.ndarray:
-    """Square roots of histogram shares (3 * BINS) and mean and spread of the density in each colour (6)."""
+    """Square roots of histogram shares (3 * BINS) and mean and spread of the density in each colour
+    (6).
+    """
     flat = density.reshape(3, -1)
     stains = (*(_unmixing() @ flat), nuclear.ravel())
     shares = []
@@ -107,17 +136,23 @@ def _colours(density: np.ndarray, nuclear: np.ndarray) -> np.ndarray:
 
 
 def _patterns(*channels: np.ndarray) -> np.ndarray:
-    shares = [_rest_first(pattern_shares(channel, radius)) for channel in channels for radius in RINGS]
+    shares = [
+        _rest_first(pattern_shares(channel, radius)) for channel in channels for radius in RINGS
+    ]
     return np.sqrt(np.concatenate(shares))
 
 
 def _rest_first(shares: np.ndarray) -> np.ndarray:
-    """The first share replaced by what is left for the others: most of a tile is empty, and close to 1 little shows."""
+    """The first share replaced by what is left for the others: most of a tile is empty, and close
+    to 1 little shows.
+    """
     return np.concatenate(([1 - shares[0]], shares[1:])).clip(0)
 
 
 def _sizes(spots: np.ndarray, nuclear: np.ndarray) -> np.ndarray:
-    """Granulometry of dark spots (amount, and density of the darkest) and of light gaps in the nuclear channel (amount)."""
+    """Granulometry of dark spots (amount, and density of the darkest) and of light gaps in the
+    nuclear channel (amount).
+    """
     dark, darkest = granulometry(spots)
     light, _ = granulometry(255 - nuclear)
     return np.concatenate((np.sqrt(dark), darkest / STEPS, np.sqrt(light)))

@@ -1,8 +1,9 @@
 """Typical value and spread of each entry of the stain_texture descriptor, two digits each.
 
-What ImageNet's mean and standard deviation are to a network's input: constants, so that a tile's vector never depends
-on the cohort at hand. Measured once over the 128 px tiles with tissue (a tenth of the pixels below 200 in some channel)
-of 12 slides of `sample_cohort` at seed 1000, a cohort that nothing else uses; a spread below 0.005 counts as 0.005.
+What ImageNet's mean and standard deviation are to a network's input: constants, so that a tile's
+vector never depends on the cohort at hand. Measured once over the 128 px tiles with tissue (a tenth
+of the pixels below 200 in some channel) of 12 slides of `sample_cohort` at seed 1000, a cohort that
+nothing else uses; a spread below 0.005 counts as 0.005.
 """
 
 from __future__ import annotations

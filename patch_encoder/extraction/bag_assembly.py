@@ -1,4 +1,6 @@
-"""From batches of features to bags: rows go to their slide's file as they come, a bag is there once its last tile has come."""
+"""From batches of features to bags: rows go to their slide's file as they come, a bag is there once
+its last tile has come.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ class Assembly:
         provenance: of each job's bag.
         folder: gets `h5_files/`, and `pt_files/` when `pt`.
         dtype: float16 or float32.
-        max_bad_tiles: largest share of a slide's tiles that may be unreadable; a slide with more of them fails.
+        max_bad_tiles: largest share of a slide's tiles that may be unreadable; a slide with more of
+            them fails.
         failures: gets the slides that fail.
     """
 
@@ -65,7 +68,9 @@ class Assembly:
             slide.missing -= count
             bad = [bad for bad in batch.failures if bad.slide == index]
             slide.bad += bad
-            slide.given_up = slide.given_up or next((tile.error for tile in bad if tile.given_up), "")
+            slide.given_up = slide.given_up or next(
+                (tile.error for tile in bad if tile.given_up), ""
+            )
             self._append(index, slide, features[owners == index])
             if slide.missing == 0:
                 self._finish(index, self._slides.pop(index))
@@ -84,7 +89,9 @@ class Assembly:
         elif len(rows):
             if slide.writer is None:
                 path = self.folder / "h5_files" / f"{self.jobs[index].slide_id}.h5"
-                slide.writer = BagWriter(path, (len(self.jobs[index].coordinates.coords), rows.shape[1]), self.dtype)
+                slide.writer = BagWriter(
+                    path, (len(self.jobs[index].coordinates.coords), rows.shape[1]), self.dtype
+                )
             slide.writer.append(rows)
 
     def _too_many(self, index: int, slide: _Slide) -> bool:
@@ -98,12 +105,17 @@ class Assembly:
             self.failures.add(job.slide_id, slide.given_up)
             return
         if self._too_many(index, slide) or len(slide.bad) == len(corners):
-            reason = f"{missing} (max_bad_tiles={self.max_bad_tiles:g}), the first: {slide.bad[0].error}"
+            reason = (
+                f"{missing} (max_bad_tiles={self.max_bad_tiles:g}), the first: {slide.bad[0].error}"
+            )
             self.failures.add(job.slide_id, reason)
             return
         if slide.not_finite:
             name = self.provenance[index]["encoder"]
-            self.failures.add(job.slide_id, f"{name} gave NaN or infinity for {slide.not_finite} of {len(corners)} tiles")
+            self.failures.add(
+                job.slide_id,
+                f"{name} gave NaN or infinity for {slide.not_finite} of {len(corners)} tiles",
+            )
             return
         assert slide.writer is not None
         try:
@@ -113,7 +125,9 @@ class Assembly:
             self.failures.add(job.slide_id, f"slide {job.path}: was read, and then: {error}")
             return
         if slide.bad:
-            self.failures.note(job.slide_id, f"{missing}, the bag is without them; the first: {slide.bad[0].error}")
+            self.failures.note(
+                job.slide_id, f"{missing}, the bag is without them; the first: {slide.bad[0].error}"
+            )
             corners = np.delete(corners, [bad.tile for bad in slide.bad], axis=0)
             provenance[UNREADABLE] = len(slide.bad)
         try:

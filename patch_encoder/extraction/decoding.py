@@ -1,8 +1,9 @@
-"""Batches of tiles in order, decoded by processes while the device computes; a slide that crashes or hangs them is given up.
+"""Batches of tiles in order, decoded by processes while the device computes; a slide that crashes
+or hangs them is given up.
 
-The main process knows from shared memory which tile a process died at. That batch is read again by a new process, and when
-another one dies at the same slide, all its tiles count as unreadable: the batches stay what they are, so that every other bag
-is the same to the last byte.
+The main process knows from shared memory which tile a process died at. That batch is read again by
+a new process, and when another one dies at the same slide, all its tiles count as unreadable: the
+batches stay what they are, so that every other bag is the same to the last byte.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ UNEXPLAINED = 3  # deaths outside any slide, one after the other, that end the r
 
 
 class Verdicts:
-    """Which slides are given up: those that a process was lost over, and another one when they were tried once more.
+    """Which slides are given up: those that a process was lost over, and another one when they were
+    tried once more.
 
     Attributes:
         given_up: slide index -> reason.
@@ -46,7 +48,9 @@ class Verdicts:
         self._unexplained = 0
 
     def enter(self, lost: Lost) -> None:
-        """A process was lost; raises a UserError when that happens again and again outside any slide."""
+        """A process was lost; raises a UserError when that happens again and again outside any
+        slide.
+        """
         if not lost.reason:  # the batch only waited for that process
             return
         if lost.at is None:
@@ -54,7 +58,8 @@ class Verdicts:
             logger.warning("%s, at no slide; its batch is read again", lost.reason)
             if self._unexplained == UNEXPLAINED:
                 raise UserError(
-                    f"{self._unexplained} decoding processes were lost one after the other, the last: {lost.reason}; finished "
+                    f"{self._unexplained} decoding processes were lost one after the other, the "
+                    f"last: {lost.reason}; finished "
                     "slides are kept: lower workers= or batch_size= and start again"
                 )
             return
@@ -64,23 +69,31 @@ class Verdicts:
         if slide not in self._struck:
             logger.warning("slide %s: %s; it is tried once more", job.slide_id, reason)
             self._struck[slide] = time.monotonic()
-        elif lost.since > self._struck[slide]:  # else a neighbour at the same slide, lost together with the first
+        elif (
+            lost.since > self._struck[slide]
+        ):  # else a neighbour at the same slide, lost together with the first
             self.given_up[slide] = f"{reason}, and so did another before it; the slide is given up"
 
 
-def batches(sequence: TileSequence, batch_size: int, workers: int, timeout: float) -> Iterator[TileBatch]:
+def batches(
+    sequence: TileSequence, batch_size: int, workers: int, timeout: float
+) -> Iterator[TileBatch]:
     """All tiles in order.
 
     Args:
         sequence: the tiles.
         batch_size: tiles a batch.
-        workers: processes; 0: in this one, where a slide that crashes or hangs its reader ends the run.
+        workers: processes; 0: in this one, where a slide that crashes or hangs its reader ends the
+            run.
         timeout: seconds that one tile may take.
 
     Raises:
         UserError: tiles of several sizes, or processes that die for no slide's sake.
     """
-    spans = [range(start, min(start + batch_size, len(sequence))) for start in range(0, len(sequence), batch_size)]
+    spans = [
+        range(start, min(start + batch_size, len(sequence)))
+        for start in range(0, len(sequence), batch_size)
+    ]
     if workers == 0:
         yield from (sequence.batch(span, {}) for span in spans)
         return
@@ -105,7 +118,9 @@ def batches(sequence: TileSequence, batch_size: int, workers: int, timeout: floa
 
 
 def _read(sequence: TileSequence, job: tuple[range, dict[int, str]]) -> Any:
-    """In a worker: the batch as plain values, its tiles in memory that the main process maps too."""
+    """In a worker: the batch as plain values, its tiles in memory that the main process maps
+    too.
+    """
     memory: list[Mapped] = []
 
     def place(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -16,21 +16,39 @@ from patch_encoder.stain.normaliser import KINDS, SCOPES, build_normaliser
 
 @dataclass
 class ExtractionKeys:
-    """Keys of every pass over a cohort's tiles; a script's `Config` inherits them and adds those of its encoder."""
+    """Keys of every pass over a cohort's tiles; a script's `Config` inherits them and adds those of
+    its encoder.
+    """
 
     slides: str = key(REQUIRED, "folder of slides, any tree", path=True)
     coords: str = key(REQUIRED, "folder of coordinates files, as tile_slides wrote it", path=True)
-    output: str = key(REQUIRED, "features folder; bags go to <output>/<encoder>/h5_files", runtime=True)
+    output: str = key(
+        REQUIRED, "features folder; bags go to <output>/<encoder>/h5_files", runtime=True
+    )
     labels: str = key("", "labels.csv: encode only its slides, and take mpp from it", path=True)
     batch_size: int = key(64, "tiles a batch", runtime=True)
-    workers: int = key(2, "decoding processes; 0: the main process, which a slide that crashes its reader ends", runtime=True)
-    read_timeout: float = key(300.0, "seconds a tile may take before its slide is given up (not with workers=0)", runtime=True)
+    workers: int = key(
+        2,
+        "decoding processes; 0: the main process, which a slide that crashes its reader ends",
+        runtime=True,
+    )
+    read_timeout: float = key(
+        300.0,
+        "seconds a tile may take before its slide is given up (not with workers=0)",
+        runtime=True,
+    )
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
-    precision: str = key("auto", "auto: bf16 where the device has it, else fp32", choices=PRECISIONS)
+    precision: str = key(
+        "auto", "auto: bf16 where the device has it, else fp32", choices=PRECISIONS
+    )
     dtype: str = key("float32", "type of the stored features", choices=("float16", "float32"))
     pt: bool = key(False, "also write pt_files/<slide_id>.pt")
     overwrite: bool = key(False, "replace bags of another provenance", runtime=True)
-    shard: str = key("", "i/n: every n-th slide by size, for process i (from 1) of n over one cohort", runtime=True)
+    shard: str = key(
+        "",
+        "i/n: every n-th slide by size, for process i (from 1) of n over one cohort",
+        runtime=True,
+    )
 
     def settings(self) -> ExtractSettings:
         """What the extraction loop needs of these keys, with device and precision resolved."""
@@ -50,24 +68,51 @@ class ExtractionKeys:
 class FeatureKeys(ExtractionKeys):
     """Keys of the scripts that write feature bags."""
 
-    max_bad_tiles: float = key(0.0, "largest share of a slide's tiles that may be unreadable; the bag is then without them")
+    max_bad_tiles: float = key(
+        0.0, "largest share of a slide's tiles that may be unreadable; the bag is then without them"
+    )
     stain: str = key("none", "stain normalisation of the tiles before the encoder", choices=KINDS)
-    stain_target: str = key("", "picture of H&E whose stain the tiles get; empty: a common reference", path=True)
-    stain_scope: str = key("slide", "stain statistics of 64 tiles of the slide, or of each tile", choices=SCOPES)
-    compile: bool = key(False, "torch.compile the network: a minute at the start, faster from then on", runtime=True)
-    engine: str = key("local", "this process, or the GPUs and machines of Ray", choices=("local", "ray"), runtime=True)
-    ray_address: str = key("", "a running cluster (auto, host:6379); empty: RAY_ADDRESS, else this machine", runtime=True)
-    ray_workers: int = key(0, "Ray workers; 0: one a GPU, or as many as there are CPUs for", runtime=True)
+    stain_target: str = key(
+        "", "picture of H&E whose stain the tiles get; empty: a common reference", path=True
+    )
+    stain_scope: str = key(
+        "slide", "stain statistics of 64 tiles of the slide, or of each tile", choices=SCOPES
+    )
+    compile: bool = key(
+        False, "torch.compile the network: a minute at the start, faster from then on", runtime=True
+    )
+    engine: str = key(
+        "local",
+        "this process, or the GPUs and machines of Ray",
+        choices=("local", "ray"),
+        runtime=True,
+    )
+    ray_address: str = key(
+        "",
+        "a running cluster (auto, host:6379); empty: RAY_ADDRESS, else this machine",
+        runtime=True,
+    )
+    ray_workers: int = key(
+        0, "Ray workers; 0: one a GPU, or as many as there are CPUs for", runtime=True
+    )
     ray_cpus: int = key(0, "CPUs of a Ray worker; 0: one and its decoding processes", runtime=True)
 
     def settings(self) -> ExtractSettings:
         """The same with what concerns features."""
         if not 0 <= self.max_bad_tiles <= 1:
-            raise UserError(f"max_bad_tiles={self.max_bad_tiles}: expected a share, 0 <= max_bad_tiles <= 1")
+            raise UserError(
+                f"max_bad_tiles={self.max_bad_tiles}: expected a share, 0 <= max_bad_tiles <= 1"
+            )
         ray = None
         if self.engine == "ray":
             import_ray()
             ray = RaySettings(self.ray_address, self.ray_workers, self.ray_cpus or self.workers + 1)
         compiler = "inductor" if self.compile else ""
         stain = build_normaliser(self.stain, self.stain_target, self.stain_scope)
-        return replace(super().settings(), max_bad_tiles=self.max_bad_tiles, compiler=compiler, ray=ray, stain=stain)
+        return replace(
+            super().settings(),
+            max_bad_tiles=self.max_bad_tiles,
+            compiler=compiler,
+            ray=ray,
+            stain=stain,
+        )

@@ -1,7 +1,9 @@
-"""The extraction loop that every encoder shares: decode in workers, encode on the device, one atomic file a slide.
+"""The extraction loop that every encoder shares: decode in workers, encode on the device, one
+atomic file a slide.
 
-Batches fill across slide boundaries, so that small slides do not waste the device; features go to disk as they come, so that
-memory does not grow with slides. The slide is the unit of resuming: a killed run leaves whole bags and no halves.
+Batches fill across slide boundaries, so that small slides do not waste the device; features go to
+disk as they come, so that memory does not grow with slides. The slide is the unit of resuming: a
+killed run leaves whole bags and no halves.
 """
 
 from __future__ import annotations
@@ -74,7 +76,9 @@ class ExtractSettings:
     stain: Normaliser | None = None
 
 
-def cohort_jobs(slides: str, coords: str, labels: str, failures: Failures, shard: Shard | None = None) -> list[SlideJob]:
+def cohort_jobs(
+    slides: str, coords: str, labels: str, failures: Failures, shard: Shard | None = None
+) -> list[SlideJob]:
     """One job per slide of the cohort that has tiles; the others are entered in `failures`.
 
     Args:
@@ -90,7 +94,11 @@ def cohort_jobs(slides: str, coords: str, labels: str, failures: Failures, shard
     pattern = tile_pattern_of(tiled)
     records = read_labels(labels) if labels else []
     # without labels, a picture is a slide where it was tiled as one
-    paths = locate(records, slides, pattern) if records else find_wanted({path.stem for path in tiled}, slides, pattern)
+    paths = (
+        locate(records, slides, pattern)
+        if records
+        else find_wanted({path.stem for path in tiled}, slides, pattern)
+    )
     mpps = {record.slide_id: record.mpp for record in records}
     jobs, without = [], {}
     for slide_id, path in paths.items():
@@ -100,17 +108,27 @@ def cohort_jobs(slides: str, coords: str, labels: str, failures: Failures, shard
             without[slide_id] = str(error)
             continue
         if len(coordinates.coords) == 0:
-            without[slide_id] = "no tissue: 0 tiles; remove the slide from labels.csv or loosen the tissue settings"
+            without[slide_id] = (
+                "no tissue: 0 tiles; remove the slide from labels.csv or loosen the tissue settings"
+            )
             continue
-        jobs.append(SlideJob(slide_id, path, coordinates, mpps.get(slide_id) or coordinates.geometry.mpp or None))
+        jobs.append(
+            SlideJob(
+                slide_id, path, coordinates, mpps.get(slide_id) or coordinates.geometry.mpp or None
+            )
+        )
     if shard.index == 1:  # once, not in every part
         for slide_id, error in without.items():
             failures.add(slide_id, error)
     return shard.of(jobs)
 
 
-def bag_provenance(encoder: Encoder, coordinates: Coordinates, settings: ExtractSettings) -> dict[str, str]:
-    """What decides a bag's numbers, plus the software version; no entry `stain` where tiles are taken as they are."""
+def bag_provenance(
+    encoder: Encoder, coordinates: Coordinates, settings: ExtractSettings
+) -> dict[str, str]:
+    """What decides a bag's numbers, plus the software version; no entry `stain` where tiles are
+    taken as they are.
+    """
     provenance = encoder.provenance | {
         "precision": settings.precision,
         "dtype": settings.dtype,
@@ -120,26 +138,38 @@ def bag_provenance(encoder: Encoder, coordinates: Coordinates, settings: Extract
     return provenance | ({"stain": settings.stain.provenance} if settings.stain else {})
 
 
-def extract(encoder: Encoder, slides: str, coords: str, labels: str, output: str, settings: ExtractSettings) -> int:
-    """Encode a cohort into `<output>/<encoder name>/`; returns the exit status: 1 when slides failed (failures.csv).
+def extract(
+    encoder: Encoder, slides: str, coords: str, labels: str, output: str, settings: ExtractSettings
+) -> int:
+    """Encode a cohort into `<output>/<encoder name>/`; returns the exit status: 1 when slides
+    failed (failures.csv).
 
     Raises:
-        UserError: a bag of another provenance is there and `settings.overwrite` is off, or the features do not fit on the disk.
+        UserError: a bag of another provenance is there and `settings.overwrite` is off, or the
+            features do not fit on the disk.
     """
     failures = Failures(STAGE, settings.shard.name)
     folder = Path(output) / encoder.name
     jobs = cohort_jobs(slides, coords, labels, failures, settings.shard)
-    todo = [job for job in jobs if settings.overwrite or not is_done(job, encoder, folder, settings)]
-    logger.info("%s: %s: %d slides, %d already done", STAGE, encoder.name, len(jobs), len(jobs) - len(todo))
+    todo = [
+        job for job in jobs if settings.overwrite or not is_done(job, encoder, folder, settings)
+    ]
+    logger.info(
+        "%s: %s: %d slides, %d already done", STAGE, encoder.name, len(jobs), len(jobs) - len(todo)
+    )
     check_room(folder, todo, encoder.dim, settings.dtype, settings.pt)
     start = time.perf_counter()
     if settings.ray is None:
         report = encode_slides(todo, encoder, folder, settings)
     else:
         alone = replace(settings, ray=None)
-        work = partial(encode_slides, encoder=encoder, folder=folder.absolute(), settings=alone, show=False)
+        work = partial(
+            encode_slides, encoder=encoder, folder=folder.absolute(), settings=alone, show=False
+        )
         bundle = 8 * settings.batch_size
-        report = work_on_ray(todo, work, settings.ray, on_cuda=settings.device.type == "cuda", least_tiles=bundle)
+        report = work_on_ray(
+            todo, work, settings.ray, on_cuda=settings.device.type == "cuda", least_tiles=bundle
+        )
     for row in report.failures:
         failures.add(row["slide"], row["error"])
     logger.info("%s: %s", STAGE, report.summary(time.perf_counter() - start))
@@ -165,7 +195,9 @@ def encode_slides(
     """
     failures = Failures(STAGE)
     sequence = TileSequence(jobs, encoder.transform, settings.stain)
-    network = network or Network(encoder.model, settings.device, settings.precision, settings.batch_size, settings.compiler)
+    network = network or Network(
+        encoder.model, settings.device, settings.precision, settings.batch_size, settings.compiler
+    )
     provenance = [bag_provenance(encoder, job.coordinates, settings) for job in jobs]
     limits = {"dtype": settings.dtype, "pt": settings.pt, "max_bad_tiles": settings.max_bad_tiles}
     assembly = Assembly(jobs, provenance, folder, failures, **limits)
@@ -180,7 +212,9 @@ def encode_slides(
 
 
 def is_done(job: SlideJob, encoder: Encoder, folder: Path, settings: ExtractSettings) -> bool:
-    """Whether the slide's bag is there and holds what would be written; UserError when it holds something else."""
+    """Whether the slide's bag is there and holds what would be written; UserError when it holds
+    something else.
+    """
     path = folder / "h5_files" / f"{job.slide_id}.h5"
     if not path.is_file():
         return False
@@ -191,10 +225,14 @@ def is_done(job: SlideJob, encoder: Encoder, folder: Path, settings: ExtractSett
     wanted = {name: expected.get(name) for name in COMPARED} | {"shape": [tiles, encoder.dim]}
     if found != wanted:
         changed = differences(found, wanted)
-        raise UserError(f"{path}: holds features of another provenance: {changed}; choose another output or set overwrite=true")
+        raise UserError(
+            f"{path}: holds features of another provenance: {changed}; choose another output or "
+            "set overwrite=true"
+        )
     if unreadable > settings.max_bad_tiles * tiles:
         raise UserError(
-            f"{path}: expected at most {settings.max_bad_tiles:g} of the tiles missing, found {unreadable} of {tiles} that "
+            f"{path}: expected at most {settings.max_bad_tiles:g} of the tiles missing, found "
+            f"{unreadable} of {tiles} that "
             "could not be read; raise max_bad_tiles, or mend the slide and set overwrite=true"
         )
     return not settings.pt or (folder / "pt_files" / f"{job.slide_id}.pt").is_file()
@@ -208,7 +246,9 @@ def tile_batches(sequence: TileSequence, settings: ExtractSettings) -> Iterator[
             yield batch.pin_memory() if settings.device.type == "cuda" else batch
 
 
-def encoded(batches: Iterable[TileBatch], network: Network, dtype: str) -> Iterator[tuple[TileBatch, np.ndarray]]:
+def encoded(
+    batches: Iterable[TileBatch], network: Network, dtype: str
+) -> Iterator[tuple[TileBatch, np.ndarray]]:
     """Batches with the features (B, D) of what could be read, in the dtype that is stored.
 
     One batch behind: the device has its next work before the host stores what is ready.
@@ -230,7 +270,9 @@ def _stored(launched: Launched | None, dtype: str) -> np.ndarray:
 
 
 class Stopwatch:
-    """How long an iterator keeps its consumer waiting, in seconds, and how long the whole loop takes."""
+    """How long an iterator keeps its consumer waiting, in seconds, and how long the whole loop
+    takes.
+    """
 
     def __init__(self) -> None:
         self.seconds = self.total = 0.0

@@ -1,7 +1,9 @@
-"""An encoder's network made ready for inference: channels last, BatchNorm folded, fused or compiled, batches of one shape.
+"""An encoder's network made ready for inference: channels last, BatchNorm folded, fused or
+compiled, batches of one shape.
 
-Every batch that the network sees has the same shape (a last, partial one is padded): kernels are chosen by shape, so a tile
-has the same features to the last bit whichever batch it falls into, and compiled code is compiled once.
+Every batch that the network sees has the same shape (a last, partial one is padded): kernels are
+chosen by shape, so a tile has the same features to the last bit whichever batch it falls into, and
+compiled code is compiled once.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ from patch_encoder.models.onnx_network import OnnxNetwork
 logger = logging.getLogger(__name__)
 CPU_ROWS = 8  # the same for any number of threads: the last bits of a feature may hang on it
 FOLDING_TOLERANCE = 1e-3  # of the largest output
-NORMS = ("BatchNorm2d", "FrozenBatchNorm2d")  # by name, since torchvision, which has the second, takes seconds to load
+NORMS = (
+    "BatchNorm2d",
+    "FrozenBatchNorm2d",
+)  # by name, since torchvision, which has the second, takes seconds to load
 
 
 @dataclass(frozen=True)
@@ -43,32 +48,51 @@ class Launched:
 
 
 class Network:
-    """An encoder's module on its device, called with batches of tiles; made ready with the first one.
+    """An encoder's module on its device, called with batches of tiles; made ready with the first
+    one.
 
     Args:
         model: batch of items -> (B, D).
         device, precision: resolved.
-        batch_size: tiles of a batch. A network with weights sees all of them at once, on a CPU few at a time: activations above
-            32 MiB are mapped anew for every layer, a fifth of a ResNet-50's time at 32 tiles.
+        batch_size: tiles of a batch. A network with weights sees all of them at once, on a CPU few
+            at a time: activations above 32 MiB are mapped anew for every layer, a fifth of a
+            ResNet-50's time at 32 tiles.
         compiler: backend of torch.compile; empty: not compiled.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, precision: str, batch_size: int, compiler: str = "") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        precision: str,
+        batch_size: int,
+        compiler: str = "",
+    ) -> None:
         self.device, self.precision, self.compiler = device, precision, compiler
-        # a module without weights (a descriptor that the workers compute) would only compute the padding
+        # a module without weights (a descriptor that the workers compute) would only compute the
+        # padding
         has_weights = isinstance(model, OnnxNetwork) or any(True for _ in model.parameters())
-        self.rows = 0 if not has_weights else min(batch_size, CPU_ROWS) if device.type == "cpu" else batch_size
+        self.rows = (
+            0
+            if not has_weights
+            else min(batch_size, CPU_ROWS)
+            if device.type == "cpu"
+            else batch_size
+        )
         self.batch_size = batch_size
         self._model = model.to(device, memory_format=torch.channels_last).eval()
         self._fused: FusedNetwork | None = None
         self._ready = False
 
-    @torch.no_grad()  # inference_mode would guard compiled code by the kind of tensor: ordinary from workers, not when padded
+    # inference_mode would guard compiled code by the kind of tensor: ordinary from workers, not
+    # when padded
+    @torch.no_grad()
     def launch(self, items: Tensor) -> Launched:
         """Start on items (n, ...); the caller goes on while CUDA computes.
 
         Raises:
-            UserError: the batch does not fit in the device's memory, or the network cannot be compiled.
+            UserError: the batch does not fit in the device's memory, or the network cannot be
+                compiled.
         """
         with _explained(self.batch_size, self.device, _compile_errors() if self.compiler else ()):
             parts = [self._features(part) for part in items.split(self.rows or len(items))]
@@ -95,7 +119,9 @@ class Network:
         if self.compiler:
             # freezing: weights become constants that are laid out for their kernels once
             options = {"freezing": True} if self.compiler == "inductor" else None
-            self._model = torch.compile(self._model, backend=self.compiler, dynamic=False, options=options)
+            self._model = torch.compile(
+                self._model, backend=self.compiler, dynamic=False, options=options
+            )
         elif self.device.type == "cpu":
             self._fused = FusedNetwork(self._model, self.precision)
 
@@ -108,29 +134,39 @@ def padded(items: Tensor, rows: int) -> Tensor:
 
 
 def _compile_errors() -> tuple[type[Exception], ...]:
-    from torch._dynamo.exc import TorchDynamoException  # two seconds, which a run without torch.compile need not wait
+    from torch._dynamo.exc import (
+        TorchDynamoException,
+    )  # two seconds, which a run without torch.compile need not wait
 
     return (TorchDynamoException,)
 
 
 @contextmanager
-def _explained(batch_size: int, device: torch.device, compile_errors: tuple[type[Exception], ...]) -> Iterator[None]:
+def _explained(
+    batch_size: int, device: torch.device, compile_errors: tuple[type[Exception], ...]
+) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
         raise UserError(
-            f"batch_size={batch_size}: does not fit in the memory of {device}; set batch_size={max(1, batch_size // 2)}"
+            f"batch_size={batch_size}: does not fit in the memory of {device}; set "
+            f"batch_size={max(1, batch_size // 2)}"
         ) from None
     except compile_errors as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"compile=true: torch.compile cannot compile this network here: {reason}; set compile=false") from None
+        raise UserError(
+            f"compile=true: torch.compile cannot compile this network here: {reason}; set "
+            "compile=false"
+        ) from None
 
 
 def fold_batch_norms(model: nn.Module, example: Tensor) -> nn.Module:
-    """A copy with every batch norm folded into its convolution; the model itself where there is none.
+    """A copy with every batch norm folded into its convolution; the model itself where there is
+    none.
 
-    A pair is a convolution whose output, when `example` passes, is a BatchNorm's input. Whether something else takes that
-    output too cannot be seen, so the copy is compared on `example` and dropped when it differs.
+    A pair is a convolution whose output, when `example` passes, is a BatchNorm's input. Whether
+    something else takes that output too cannot be seen, so the copy is compared on `example` and
+    dropped when it differs.
     """
     pairs = _pairs(model, example)
     if not pairs:
@@ -150,7 +186,9 @@ def fold_batch_norms(model: nn.Module, example: Tensor) -> nn.Module:
 
 def _pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
     """(convolution, BatchNorm) by name, each called exactly once."""
-    outputs: dict[int, tuple[str, Tensor]] = {}  # the tensors are kept, so that no other gets their id
+    outputs: dict[
+        int, tuple[str, Tensor]
+    ] = {}  # the tensors are kept, so that no other gets their id
     calls: dict[str, int] = {}
     pairs: list[tuple[str, str]] = []
 
@@ -166,9 +204,17 @@ def _pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
     handles = []
     for name, module in model.named_modules():
         if type(module) is nn.Conv2d:
-            handles.append(module.register_forward_hook(lambda _, __, output, name=name: remember(name, output)))
+            handles.append(
+                module.register_forward_hook(
+                    lambda _, __, output, name=name: remember(name, output)
+                )
+            )
         elif type(module).__name__ in NORMS:
-            handles.append(module.register_forward_pre_hook(lambda own, args, name=name: match(name, own, args[0])))
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda own, args, name=name: match(name, own, args[0])
+                )
+            )
     if any(type(module).__name__ in NORMS for module in model.modules()):
         model(example)
     for handle in handles:

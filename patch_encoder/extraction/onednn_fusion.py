@@ -1,8 +1,10 @@
-"""A convolutional network on a CPU with its rectifiers and residual sums inside the convolutions, weights packed once.
+"""A convolutional network on a CPU with its rectifiers and residual sums inside the convolutions,
+weights packed once.
 
-A ResNet-50 whose BatchNorm is folded spends a fifth of its time on passes over memory that only rectify or add, and more on
-laying its weights out anew for every batch. oneDNN does both within a convolution; torch.compile calls those operators on CPUs,
-here they are called without a compiler, on the graph of aten calls that one batch leaves behind when it passes.
+A ResNet-50 whose BatchNorm is folded spends a fifth of its time on passes over memory that only
+rectify or add, and more on laying its weights out anew for every batch. oneDNN does both within a
+convolution; torch.compile calls those operators on CPUs, here they are called without a compiler,
+on the graph of aten calls that one batch leaves behind when it passes.
 """
 
 from __future__ import annotations
@@ -23,13 +25,21 @@ CPU = torch.device("cpu")
 CONVOLUTION, ADD, RELU = aten.convolution.default, aten.add.Tensor, aten.relu.default
 TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}  # of the largest output
 MAX_POOL = aten.max_pool2d_with_indices.default
-FRESH = (CONVOLUTION, ADD, RELU, MAX_POOL, aten.mean.dim)  # what gives memory of its own, and keeps no hold of what it read
+FRESH = (
+    CONVOLUTION,
+    ADD,
+    RELU,
+    MAX_POOL,
+    aten.mean.dim,
+)  # what gives memory of its own, and keeps no hold of what it read
 
 
 class FusedNetwork:
-    """A network in evaluation mode, called with batches on the CPU without gradients; a graph for the last shape that was seen.
+    """A network in evaluation mode, called with batches on the CPU without gradients; a graph for
+    the last shape that was seen.
 
-    Where nothing can be fused, or the graph gives something else than the network, the network itself is called.
+    Where nothing can be fused, or the graph gives something else than the network, the network
+    itself is called.
 
     Args:
         model: batch of items -> (B, D).
@@ -54,7 +64,8 @@ class FusedNetwork:
 
 @torch.no_grad()
 def fuse(model: nn.Module, example: Tensor, precision: str = "fp32") -> GraphModule | None:
-    """The network as a graph for batches like `example`; None where there is nothing to gain, or no way.
+    """The network as a graph for batches like `example`; None where there is nothing to gain, or no
+    way.
 
     The graph holds packed weights, which cannot be saved.
     """
@@ -72,14 +83,18 @@ def fuse(model: nn.Module, example: Tensor, precision: str = "fp32") -> GraphMod
         # not the example: what came of it as a constant would pass
         other = example.flip(0, -1)
         found = graph(other)
-    except RuntimeError as error:  # values that decide what is computed; operators without a form for this layer
+    except (
+        RuntimeError
+    ) as error:  # values that decide what is computed; operators without a form for this layer
         reason = str(error).strip().partition("\n")[0][:160]
         logger.info("convolutions are not fused: %s: %s", type(model).__name__, reason)
         return None
     with autocast(CPU, precision):
         expected = model(other)
     if not (expected - found).abs().max() <= TOLERANCE[precision] * expected.abs().max():
-        logger.info("convolutions are not fused: the graph of %s gives other features", type(model).__name__)
+        logger.info(
+            "convolutions are not fused: the graph of %s gives other features", type(model).__name__
+        )
         return None
     return graph
 
@@ -129,7 +144,9 @@ def _fits(graph: GraphModule, node: Node) -> bool:
 
 
 def _fuse_convolution(graph: GraphModule, node: Node) -> int:
-    """Put one call in place of a convolution, a sum and a rectifier behind it; how many of these it replaces."""
+    """Put one call in place of a convolution, a sum and a rectifier behind it; how many of these it
+    replaces.
+    """
     maps, weight, bias, stride, padding, dilation, _, _, groups = node.args
     packed = torch.ops.mkldnn._reorder_convolution_weight(
         _constant(graph, weight), padding, stride, dilation, groups, list(_meta(maps).shape)
@@ -141,14 +158,31 @@ def _fuse_convolution(graph: GraphModule, node: Node) -> int:
     last = rectified or summed
     layer = (padding, stride, dilation, groups)
     with graph.graph.inserting_before(last):
-        weights = [_buffer(graph, packed), None if bias is None else _buffer(graph, _constant(graph, bias))]
+        weights = [
+            _buffer(graph, packed),
+            None if bias is None else _buffer(graph, _constant(graph, bias)),
+        ]
         if addend is None:
             kind = "none" if rectified is None else "relu"
-            fused = _call(graph.graph, "_convolution_pointwise", "default", maps, *weights, *layer, kind, [], "")
+            fused = _call(
+                graph.graph,
+                "_convolution_pointwise",
+                "default",
+                maps,
+                *weights,
+                *layer,
+                kind,
+                [],
+                "",
+            )
         else:
             kinds = ("add", 1.0, None if rectified is None else "relu", [], "")
             free = _free(addend, total)
-            name, pair = ("_convolution_pointwise_", (addend, maps)) if free else ("_convolution_pointwise", (maps, addend))
+            name, pair = (
+                ("_convolution_pointwise_", (addend, maps))
+                if free
+                else ("_convolution_pointwise", (maps, addend))
+            )
             fused = _call(graph.graph, name, "binary", *pair, *weights, *layer, *kinds)
     fused.meta = dict(last.meta)
     last.replace_all_uses_with(fused)
@@ -176,15 +210,25 @@ def _only_user(node: Node, target: object) -> Node | None:
 def _addend(total: Node, node: Node) -> Node | None:
     """What is added to a convolution's maps, of their shape; None where the sum is another."""
     addends = [argument for argument in total.args if argument is not node]
-    if total.kwargs or len(total.args) != 2 or len(addends) != 1 or not isinstance(addends[0], Node):
+    if (
+        total.kwargs
+        or len(total.args) != 2
+        or len(addends) != 1
+        or not isinstance(addends[0], Node)
+    ):
         return None
     one, other, both = (_meta(part) for part in (node, addends[0], total))
-    alike = other is not None and (one.shape, one.dtype) == (other.shape, other.dtype) == (both.shape, both.dtype)
+    alike = other is not None and (one.shape, one.dtype) == (other.shape, other.dtype) == (
+        both.shape,
+        both.dtype,
+    )
     return addends[0] if alike else None
 
 
 def _free(addend: Node, total: Node) -> bool:
-    """Whether the sum may be written over the addend: its memory is its own, and everyone else has read it by then."""
+    """Whether the sum may be written over the addend: its memory is its own, and everyone else has
+    read it by then.
+    """
     others = [user for user in addend.users if user is not total]
     return _is_fresh(addend) and all(_is_fresh(user) and user < total for user in others)
 
@@ -201,7 +245,10 @@ def _constant(graph: GraphModule, node: object) -> Tensor | None:
         return None
     if node.op == "get_attr":
         return getattr(graph, str(node.target)).detach()
-    if node.target is aten._to_copy.default and (source := _constant(graph, node.args[0])) is not None:
+    if (
+        node.target is aten._to_copy.default
+        and (source := _constant(graph, node.args[0])) is not None
+    ):
         return aten._to_copy.default(source, **node.kwargs)
     return None
 

@@ -1,8 +1,9 @@
-"""A cohort on many GPUs or machines through Ray: free workers take the largest bundle of slides that is left.
+"""A cohort on many GPUs or machines through Ray: free workers take the largest bundle of slides
+that is left.
 
-A worker that dies is replaced, and what it was at is done again; a bundle that goes on killing workers is taken apart, and a
-slide that does so alone is listed. Slides, coordinates and output are reached by the same paths on every machine, and the
-repository lies at the same place.
+A worker that dies is replaced, and what it was at is done again; a bundle that goes on killing
+workers is taken apart, and a slide that does so alone is listed. Slides, coordinates and output are
+reached by the same paths on every machine, and the repository lies at the same place.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class RaySettings:
     """Where Ray's workers run.
 
     Attributes:
-        address: of a running cluster (`auto`, `host:6379`); empty: RAY_ADDRESS, else one on this machine for this run.
+        address: of a running cluster (`auto`, `host:6379`); empty: RAY_ADDRESS, else one on this
+            machine for this run.
         workers: how many; 0: one a GPU, or as many as the CPUs allow.
         cpus: CPUs of each.
     """
@@ -44,7 +46,9 @@ class RaySettings:
 
 @dataclass(frozen=True)
 class Report:
-    """What was done: slides, tiles, seconds spent waiting for tiles out of seconds of the loop, and what failed."""
+    """What was done: slides, tiles, seconds spent waiting for tiles out of seconds of the loop, and
+    what failed.
+    """
 
     slides: int
     tiles: int
@@ -53,7 +57,12 @@ class Report:
     failures: list[dict[str, str]]
 
     def __add__(self, other: Report) -> Report:
-        numbers = (self.slides + other.slides, self.tiles + other.tiles, self.waited + other.waited, self.busy + other.busy)
+        numbers = (
+            self.slides + other.slides,
+            self.tiles + other.tiles,
+            self.waited + other.waited,
+            self.busy + other.busy,
+        )
         return Report(*numbers, self.failures + other.failures)
 
     def summary(self, seconds: float) -> str:
@@ -61,7 +70,8 @@ class Report:
         rate = self.tiles / seconds if seconds else 0.0
         share = self.waited / self.busy if self.busy else 0.0
         return (
-            f"{self.slides - len(self.failures)} slides encoded, {len(self.failures)} failed; {self.tiles} tiles in "
+            f"{self.slides - len(self.failures)} slides encoded, {len(self.failures)} failed; "
+            f"{self.tiles} tiles in "
             f"{seconds:.1f} s, {rate:.1f} tiles/s, {share:.0%} of the time waiting for tiles"
         )
 
@@ -75,7 +85,8 @@ def import_ray() -> Any:
         import ray
     except ImportError:
         raise UserError(
-            "engine=ray: expected the package ray, found none; pip install 'ray>=2.40,<3', or set engine=local"
+            "engine=ray: expected the package ray, found none; pip install 'ray>=2.40,<3', or set "
+            "engine=local"
         ) from None
     return ray
 
@@ -105,9 +116,16 @@ def work_on_ray(
     ray = import_ray()
     environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
     try:
-        ray.init(settings.address or None, runtime_env=environment, include_dashboard=None, logging_level=logging.WARNING)
+        ray.init(
+            settings.address or None,
+            runtime_env=environment,
+            include_dashboard=None,
+            logging_level=logging.WARNING,
+        )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"engine=ray: cannot reach a cluster at '{settings.address}': {_line(error)}; start one") from None
+        raise UserError(
+            f"engine=ray: cannot reach a cluster at '{settings.address}': {_line(error)}; start one"
+        ) from None
     try:
         count = _worker_count(ray.cluster_resources(), settings, on_cuda)
         least = min(least_tiles, math.ceil(tile_count(jobs) / (BUNDLES_A_WORKER * count)))
@@ -124,7 +142,8 @@ def _worker_count(resources: dict[str, float], settings: RaySettings, on_cuda: b
         needed = f"{settings.cpus} CPUs" + (" and a GPU" if on_cuda else "")
         found = ", ".join(f"{resources.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
         raise UserError(
-            f"engine=ray: expected room for {max(1, settings.workers)} workers of {needed}, found {found}; "
+            f"engine=ray: expected room for {max(1, settings.workers)} workers of {needed}, found "
+            f"{found}; "
             "lower ray_workers or ray_cpus"
         )
     return settings.workers or room
@@ -143,7 +162,9 @@ class _Worker:
 class _Pool:
     """Workers of a running cluster; each has one bundle at a time."""
 
-    def __init__(self, ray: Any, work: Callable[[list[SlideJob]], Report], cpus: int, on_cuda: bool) -> None:
+    def __init__(
+        self, ray: Any, work: Callable[[list[SlideJob]], Report], cpus: int, on_cuda: bool
+    ) -> None:
         self.ray = ray
         self._actor = ray.remote(num_cpus=cpus, num_gpus=int(on_cuda))(_Worker)
         self._work = ray.put(work)  # the encoder travels once a machine
@@ -168,8 +189,12 @@ class _Pool:
                     again, found = after_death(bundle, died + 1, found)
                     queue.extendleft(reversed(again))
                 report += found
-                if len(report.failures) == report.slides == HOPELESS and all("died" in row["error"] for row in report.failures):
-                    raise UserError(f"engine=ray: {report.failures[-1]['error']}; lower batch_size or workers")
+                if len(report.failures) == report.slides == HOPELESS and all(
+                    "died" in row["error"] for row in report.failures
+                ):
+                    raise UserError(
+                        f"engine=ray: {report.failures[-1]['error']}; lower batch_size or workers"
+                    )
                 bar.advance(found.tiles)
                 idle.append(worker)
         return report
@@ -186,18 +211,37 @@ class _Pool:
             return _line(error)
 
 
-def after_death(bundle: list[SlideJob], died: int, reason: str) -> tuple[list[tuple[list[SlideJob], int]], Report]:
-    """What is left to do of a bundle that so many workers died over, each with its count of deaths, and what is given up."""
+def after_death(
+    bundle: list[SlideJob], died: int, reason: str
+) -> tuple[list[tuple[list[SlideJob], int]], Report]:
+    """What is left to do of a bundle that so many workers died over, each with its count of deaths,
+    and what is given up.
+    """
     names = ", ".join(job.slide_id for job in bundle[:3])
     if died < ATTEMPTS:
-        logger.warning("engine=ray: a worker died, its slides are done again: %s%s", names, ", ..." * (len(bundle) > 3))
+        logger.warning(
+            "engine=ray: a worker died, its slides are done again: %s%s",
+            names,
+            ", ..." * (len(bundle) > 3),
+        )
         return [(bundle, died)], NOTHING
     if len(bundle) > 1:
-        logger.warning("engine=ray: %d workers died over %d slides, each is now done alone: %s", died, len(bundle), names)
+        logger.warning(
+            "engine=ray: %d workers died over %d slides, each is now done alone: %s",
+            died,
+            len(bundle),
+            names,
+        )
         # one more try each: the one among them that kills has had its others
         return [([job], ATTEMPTS - 1) for job in bundle], NOTHING
     error = f"{died} workers of Ray died over it, the last: {reason}"
-    return [], Report(1, tile_count(bundle), 0.0, 0.0, [{"slide": names, "stage": "extract_features", "error": error}])
+    return [], Report(
+        1,
+        tile_count(bundle),
+        0.0,
+        0.0,
+        [{"slide": names, "stage": "extract_features", "error": error}],
+    )
 
 
 def _line(error: Exception) -> str:

@@ -71,18 +71,24 @@ class TileBatch:
 
 
 class TileSequence:
-    """Tiles of all jobs in order; item i is (slide index, transformed tile) or (slide index, the tile that could not be read).
+    """Tiles of all jobs in order; item i is (slide index, transformed tile) or (slide index, the
+    tile that could not be read).
 
-    Each worker opens a slide once and keeps the few that it used last. A slide that does not open is not tried again, nor is
-    one whose reader raises what it should not.
+    Each worker opens a slide once and keeps the few that it used last. A slide that does not open
+    is not tried again, nor is one whose reader raises what it should not.
     """
 
     def __init__(
-        self, jobs: Sequence[SlideJob], transform: Callable[[np.ndarray], Tensor], stain: Normaliser | None = None
+        self,
+        jobs: Sequence[SlideJob],
+        transform: Callable[[np.ndarray], Tensor],
+        stain: Normaliser | None = None,
     ) -> None:
         self.jobs = list(jobs)
         self.transform = transform
-        self.stains = SlideStains(stain, [job.coordinates for job in jobs], self._read) if stain else None
+        self.stains = (
+            SlideStains(stain, [job.coordinates for job in jobs], self._read) if stain else None
+        )
         self.ends = np.cumsum([len(job.coordinates.coords) for job in jobs])
         self._open: OrderedDict[int, Slide] = OrderedDict()
         self._closed: dict[int, str] = {}
@@ -96,7 +102,9 @@ class TileSequence:
         job = self.jobs[slide_index]
         number = index - int(self.ends[slide_index] - len(job.coordinates.coords))
         if slide_index in self._given_up:
-            return slide_index, BadTile(slide_index, number, self._given_up[slide_index], given_up=True)
+            return slide_index, BadTile(
+                slide_index, number, self._given_up[slide_index], given_up=True
+            )
         if slide_index in self._closed:
             return slide_index, BadTile(slide_index, number, self._closed[slide_index])
         try:
@@ -120,8 +128,12 @@ class TileSequence:
         alive(index, number)
         return read_tile(self._slide(index), coordinates.geometry, int(x), int(y))
 
-    def batch(self, numbers: Sequence[int], given_up: Mapping[int, str], place: Place = torch.empty) -> TileBatch:
-        """These tiles, stacked in memory of the caller's, without reading slides that are given up (index -> reason)."""
+    def batch(
+        self, numbers: Sequence[int], given_up: Mapping[int, str], place: Place = torch.empty
+    ) -> TileBatch:
+        """These tiles, stacked in memory of the caller's, without reading slides that are given up
+        (index -> reason).
+        """
         self._given_up.update(given_up)
         return collate([self[number] for number in numbers], place)
 
@@ -138,17 +150,21 @@ class TileSequence:
 
 
 def check_size(slide: Slide, geometry: TileGeometry) -> None:
-    """Refuse coordinates of a slide of another size (those that do not say, as CLAM's, are taken)."""
+    """Refuse coordinates of a slide of another size (those that do not say, as CLAM's, are
+    taken).
+    """
     found, expected = (slide.width, slide.height), (geometry.level0_width, geometry.level0_height)
     if all(expected) and found != expected:
         raise SlideError(
-            f"slide {slide.slide_id}: expected {expected[0]} x {expected[1]} px as when it was tiled, found {found[0]} x "
+            f"slide {slide.slide_id}: expected {expected[0]} x {expected[1]} px as when it was "
+            f"tiled, found {found[0]} x "
             f"{found[1]}: another slide of that name; tile it again"
         )
 
 
 def collate(items: Sequence[tuple[int, Tensor | BadTile]], place: Place = torch.empty) -> TileBatch:
-    """Stack what was read in memory that `place(shape, dtype=...)` gives; keep the tiles that could not be read apart.
+    """Stack what was read in memory that `place(shape, dtype=...)` gives; keep the tiles that could
+    not be read apart.
 
     Raises:
         UserError: tiles of several sizes, which an encoder at native size cannot take in one batch.
@@ -159,8 +175,15 @@ def collate(items: Sequence[tuple[int, Tensor | BadTile]], place: Place = torch.
     counted = [(index, indices.count(index)) for index in dict.fromkeys(indices)]
     shapes = sorted({tuple(tile.shape) for _, tile in read})
     if len(shapes) > 1:
-        raise UserError(f"expected tiles of one size, found {shapes[0]} and {shapes[-1]}; tile the cohort with one tile_size")
+        raise UserError(
+            f"expected tiles of one size, found {shapes[0]} and {shapes[-1]}; tile the cohort "
+            "with one tile_size"
+        )
     stacked = None
     if read:
-        stacked = torch.stack([tile for _, tile in read], out=place((len(read), *shapes[0]), dtype=read[0][1].dtype))
-    return TileBatch(stacked, torch.tensor([index for index, _ in read], dtype=torch.int64), failures, counted)
+        stacked = torch.stack(
+            [tile for _, tile in read], out=place((len(read), *shapes[0]), dtype=read[0][1].dtype)
+        )
+    return TileBatch(
+        stacked, torch.tensor([index for index, _ in read], dtype=torch.int64), failures, counted
+    )

@@ -1,6 +1,8 @@
-"""Building encoder networks through timm, open_clip and transformers, and loading their weights strictly.
+"""Building encoder networks through timm, open_clip and transformers, and loading their weights
+strictly.
 
-Only the image tower is built, and always from the table's settings: a hub gives weights, never code.
+Only the image tower is built, and always from the table's settings: a hub gives weights, never
+code.
 """
 
 from __future__ import annotations
@@ -18,7 +20,14 @@ from common.files import read_json
 from patch_encoder.models import conch
 from patch_encoder.models.convolution_stem import ConvStem
 from patch_encoder.models.encoder_table import EncoderRow
-from patch_encoder.models.encoder_weights import HEADS, TEXT_TOWER, hub_file, load, local_file, read_state
+from patch_encoder.models.encoder_weights import (
+    HEADS,
+    TEXT_TOWER,
+    hub_file,
+    load,
+    local_file,
+    read_state,
+)
 from patch_encoder.models.pooling import TokenPool, TransformersPool, TruncatedResNet
 from patch_encoder.models.uninitialised import uninitialised
 
@@ -30,7 +39,8 @@ def build_backbone(row: EncoderRow, weights: str, name: str) -> nn.Module:
 
     Args:
         row: the encoder's row.
-        weights: empty: from its hub; `random`: initialised only; else a local file (`#student` chooses a part) or folder.
+        weights: empty: from its hub; `random`: initialised only; else a local file (`#student`
+            chooses a part) or folder.
         name: for errors.
 
     Raises:
@@ -56,7 +66,9 @@ def initialised(row: EncoderRow) -> nn.Module:
     if row.library == "open_clip":
         return _open_clip(row)
     if row.library == "transformers":
-        return TransformersPool(_transformers_class(row)(_transformers_config(row), **_arguments(row)), row.pool)
+        return TransformersPool(
+            _transformers_class(row)(_transformers_config(row), **_arguments(row)), row.pool
+        )
     return {"conch": conch.conch_v1, "conch_v1_5": conch.conch_v1_5}[row.library]()
 
 
@@ -68,7 +80,10 @@ def _timm(row: EncoderRow) -> nn.Module:
     network = timm.create_model(row.model, pretrained=False, num_classes=0, **options)
     tokens = getattr(network, "num_prefix_tokens", -1)
     if row.pool and (tokens < 0 or (tokens == 0 and row.pool != "mean")):
-        raise UserError(f"encoder '{row.model}': pool={row.pool} is for transformers with a class token; use pool=published")
+        raise UserError(
+            f"encoder '{row.model}': pool={row.pool} is for transformers with a class token; use "
+            "pool=published"
+        )
     if layer:
         return TruncatedResNet(network, layer)
     return TokenPool(network, row.pool) if row.pool else network
@@ -87,14 +102,20 @@ def _open_clip(row: EncoderRow) -> nn.Module:
     from open_clip.model import _build_vision_tower
 
     published = row.options.get("vision_cfg")
-    settings = {"vision_cfg": published, **row.options} if published else dict(open_clip.get_model_config(row.model) or {})
+    settings = (
+        {"vision_cfg": published, **row.options}
+        if published
+        else dict(open_clip.get_model_config(row.model) or {})
+    )
     vision = {**settings["vision_cfg"], "timm_model_pretrained": False}
     quick_gelu = row.options.get("quick_gelu", settings.get("quick_gelu", False))
     return _build_vision_tower(row.width, vision, quick_gelu)
 
 
 def _published_tower(row: EncoderRow, folder: Path, name: str, *, from_hub: bool) -> EncoderRow:
-    """The row with the image tower that stands beside the weights (`open_clip_config.json`), where there is one."""
+    """The row with the image tower that stands beside the weights (`open_clip_config.json`), where
+    there is one.
+    """
     if row.library != "open_clip":
         return row
     file = folder / "open_clip_config.json"
@@ -105,10 +126,16 @@ def _published_tower(row: EncoderRow, folder: Path, name: str, *, from_hub: bool
     settings = read_json(file, "an open_clip configuration")
     settings = settings.get("model_cfg", settings)
     if settings.get("embed_dim") != row.width:
-        raise UserError(f"{file}: expected embed_dim {row.width} for '{name}', found {settings.get('embed_dim')}")
-    # some published files leave out that the tower was trained with QuickGELU: then the table's own setting counts
+        raise UserError(
+            f"{file}: expected embed_dim {row.width} for '{name}', found "
+            f"{settings.get('embed_dim')}"
+        )
+    # some published files leave out that the tower was trained with QuickGELU: then the table's own
+    # setting counts
     quick_gelu = {"quick_gelu": settings["quick_gelu"]} if "quick_gelu" in settings else {}
-    return replace(row, options={**_quick_gelu(row), **quick_gelu, "vision_cfg": settings["vision_cfg"]})
+    return replace(
+        row, options={**_quick_gelu(row), **quick_gelu, "vision_cfg": settings["vision_cfg"]}
+    )
 
 
 def _quick_gelu(row: EncoderRow) -> dict[str, bool]:
@@ -133,7 +160,9 @@ def _arguments(row: EncoderRow) -> dict[str, bool]:
 
 
 def _transformers_loaded(row: EncoderRow, state: dict[str, Tensor], source: str) -> nn.Module:
-    """The model with a state dict; transformers itself translates key names of its older versions."""
+    """The model with a state dict; transformers itself translates key names of its older
+    versions.
+    """
     state = _known_prefix_removed(state)
     config = _transformers_config(row)
     for name, value in state.items():
@@ -143,13 +172,17 @@ def _transformers_loaded(row: EncoderRow, state: dict[str, Tensor], source: str)
         None, config=config, state_dict=state, output_loading_info=True, dtype=torch.float32,
         ignore_mismatched_sizes=True, **_arguments(row),
     )  # fmt: skip
-    unexpected = [key for key in report["unexpected_keys"] if not key.startswith(HEADS + TEXT_TOWER)]
+    unexpected = [
+        key for key in report["unexpected_keys"] if not key.startswith(HEADS + TEXT_TOWER)
+    ]
     missing = [key for key in report["missing_keys"] if not key.endswith("mask_token")]
     reshaped = [str(entry) for entry in report["mismatched_keys"]]
     if missing or unexpected or reshaped:
         raise UserError(
-            f"{source}: weights of another architecture: {len(missing)} missing {sorted(missing)[:2]}, {len(unexpected)} "
-            f"unexpected {sorted(unexpected)[:2]}, {len(reshaped)} of another shape {sorted(reshaped)[:2]}; give the weights "
+            f"{source}: weights of another architecture: {len(missing)} missing "
+            f"{sorted(missing)[:2]}, {len(unexpected)} "
+            f"unexpected {sorted(unexpected)[:2]}, {len(reshaped)} of another shape "
+            f"{sorted(reshaped)[:2]}; give the weights "
             f"of a {row.model} with the same settings"
         )
     return model

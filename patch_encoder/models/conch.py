@@ -1,8 +1,10 @@
-"""The image towers of CONCH (Lu et al., Nature Medicine 2024) and CONCH v1.5 (Ding et al., Nature Medicine 2025).
+"""The image towers of CONCH (Lu et al., Nature Medicine 2024) and CONCH v1.5 (Ding et al., Nature
+Medicine 2025).
 
-Both are a ViT whose tokens one learned query attends to, then a LayerNorm; features are taken there, before the
-contrastive projection, unnormalised (`encode_image(proj_contrast=False, normalize=False)`, as CLAM and TRIDENT do).
-They are open_clip's and TITAN's own classes; here is what the image needs of them, under their parameter names.
+Both are a ViT whose tokens one learned query attends to, then a LayerNorm; features are taken
+there, before the contrastive projection, unnormalised (`encode_image(proj_contrast=False,
+normalize=False)`, as CLAM and TRIDENT do). They are open_clip's and TITAN's own classes; here is
+what the image needs of them, under their parameter names.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ class AttentionPool(nn.Module):
     def __init__(self, dim: int, context_dim: int, heads: int = 8) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.zeros(1, dim))
-        self.attn = nn.MultiheadAttention(dim, heads, kdim=context_dim, vdim=context_dim, batch_first=True)
+        self.attn = nn.MultiheadAttention(
+            dim, heads, kdim=context_dim, vdim=context_dim, batch_first=True
+        )
         self.ln_q, self.ln_k = nn.LayerNorm(dim), nn.LayerNorm(context_dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -49,8 +53,12 @@ class LinearAttentionPool(nn.Module):
         """(B, N, C) -> (B, D)."""
         query = self.to_q(self.ln_q(self.query)).expand(len(tokens), -1, -1)
         key, value = self.to_kv(self.ln_k(tokens)).chunk(2, dim=-1)
-        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value))
-        attended = nn.functional.scaled_dot_product_attention(query, key, value)  # (B, heads, 1, D / heads)
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value)
+        )
+        attended = nn.functional.scaled_dot_product_attention(
+            query, key, value
+        )  # (B, heads, 1, D / heads)
         return self.to_out(attended.transpose(1, 2).flatten(2))[:, 0]
 
 
@@ -75,7 +83,11 @@ def conch_v1(**trunk: int) -> Conch:
 
 def conch_v1_5(**trunk: int) -> Conch:
     """ViT-L/16 at 448 px with layer scale, 768-d."""
-    return _conch(LinearAttentionPool, {"embed_dim": 1024, "depth": 24, "num_heads": 16, "init_values": 1e-6, **trunk}, 768)
+    return _conch(
+        LinearAttentionPool,
+        {"embed_dim": 1024, "depth": 24, "num_heads": 16, "init_values": 1e-6, **trunk},
+        768,
+    )
 
 
 def _conch(pool: type[nn.Module], trunk: dict[str, Any], dim: int) -> Conch:
@@ -86,7 +98,9 @@ def _conch(pool: type[nn.Module], trunk: dict[str, Any], dim: int) -> Conch:
 
 
 def fit_positions(weights: dict[str, Tensor], grid: int) -> dict[str, Tensor]:
-    """Positions of another grid are resampled as CONCH v1.5 does: DINO's bicubic, with 0.1 added to the new side."""
+    """Positions of another grid are resampled as CONCH v1.5 does: DINO's bicubic, with 0.1 added to
+    the new side.
+    """
     positions = weights.get("trunk.pos_embed")
     if positions is None or positions.shape[1] == grid * grid + 1:
         return weights
@@ -94,4 +108,8 @@ def fit_positions(weights: dict[str, Tensor], grid: int) -> dict[str, Tensor]:
     patches = positions[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
     scale = (grid + 0.1) / side
     resampled = nn.functional.interpolate(patches, scale_factor=(scale, scale), mode="bicubic")
-    return weights | {"trunk.pos_embed": torch.cat([positions[:, :1], resampled.flatten(2).transpose(1, 2)], dim=1)}
+    return weights | {
+        "trunk.pos_embed": torch.cat(
+            [positions[:, :1], resampled.flatten(2).transpose(1, 2)], dim=1
+        )
+    }

@@ -1,4 +1,5 @@
-"""CTransPath's patch embedding (Wang et al., Medical Image Analysis 2022): two strided 3x3 convolutions, then 1x1.
+"""CTransPath's patch embedding (Wang et al., Medical Image Analysis 2022): two strided 3x3
+convolutions, then 1x1.
 
 It stands in for the 4x4 patch embedding of timm's Swin-T, which is the rest of CTransPath.
 """
@@ -30,7 +31,11 @@ class ConvStem(nn.Module):
         widths = (in_chans, embed_dim // 8, embed_dim // 4)
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
-            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+            layers += [
+                nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(after),
+                nn.ReLU(),
+            ]
         self.proj = nn.Sequential(*layers, nn.Conv2d(widths[-1], embed_dim, 1))
         self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
 

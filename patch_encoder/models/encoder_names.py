@@ -1,9 +1,10 @@
-"""From an encoder's name to its row: the table, or any model of timm, open_clip and transformers, or a DINO checkpoint.
+"""From an encoder's name to its row: the table, or any model of timm, open_clip and transformers,
+or a DINO checkpoint.
 
     timm:<model>[.<tag>]    open_clip:<model>/<pretrained tag>    hf:<repository or folder>    dino
 
-For these, width, input and statistics come from the library's own configuration; `dino` reads size and patch of a ViT
-off its weights (as written by DINO's main_dino.py, or a bare backbone).
+For these, width, input and statistics come from the library's own configuration; `dino` reads size
+and patch of a ViT off its weights (as written by DINO's main_dino.py, or a bare backbone).
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ def find_row(name: str, weights: str = "") -> EncoderRow:
         return _hugging_face(name, model, weights)
     if name == "dino":
         return _dino(weights)
-    raise UserError(f"encoder '{name}': expected a known encoder or {', '.join(PATTERNS)}; {did_you_mean(name, ENCODERS)}")
+    raise UserError(
+        f"encoder '{name}': expected a known encoder or {', '.join(PATTERNS)}; "
+        f"{did_you_mean(name, ENCODERS)}"
+    )
 
 
 def _timm(name: str, model: str) -> EncoderRow:
@@ -49,10 +53,13 @@ def _timm(name: str, model: str) -> EncoderRow:
 
     if not timm.is_model(model.split(".")[0]):
         raise UserError(
-            f"encoder '{name}': timm {timm.__version__} has no such model; {did_you_mean(model, timm.list_models())}"
+            f"encoder '{name}': timm {timm.__version__} has no such model; "
+            f"{did_you_mean(model, timm.list_models())}"
         )
     published = timm.get_pretrained_cfg(model)
-    settings = timm.data.resolve_data_config(pretrained_cfg=published.to_dict() if published else {})
+    settings = timm.data.resolve_data_config(
+        pretrained_cfg=published.to_dict() if published else {}
+    )
     side = settings["input_size"][-1]
     squash = settings["crop_mode"] == "squash"
     fit = Fit(math.floor(side / settings["crop_pct"]), side, settings["interpolation"], squash)
@@ -61,7 +68,9 @@ def _timm(name: str, model: str) -> EncoderRow:
     licence = (published.license or "") if published else ""
     statistics = (tuple(settings["mean"]), tuple(settings["std"]))
     hub = (published.hf_hub_id or "") if published else ""
-    return EncoderRow("timm", model, hub or f"timm/{model}", width, fit, statistics, licence=licence)
+    return EncoderRow(
+        "timm", model, hub or f"timm/{model}", width, fit, statistics, licence=licence
+    )
 
 
 def _open_clip(name: str, model: str) -> EncoderRow:
@@ -70,19 +79,29 @@ def _open_clip(name: str, model: str) -> EncoderRow:
     architecture, _, tag = model.partition("/")
     settings = open_clip.get_model_config(architecture)
     if settings is None:
-        raise UserError(f"encoder '{name}': open_clip has no such model; {did_you_mean(architecture, open_clip.list_models())}")
+        raise UserError(
+            f"encoder '{name}': open_clip has no such model; "
+            f"{did_you_mean(architecture, open_clip.list_models())}"
+        )
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if tag and tag not in tags:
-        raise UserError(f"encoder '{name}': {architecture} has no such weights; {did_you_mean(tag, tags)}")
+        raise UserError(
+            f"encoder '{name}': {architecture} has no such weights; {did_you_mean(tag, tags)}"
+        )
     published = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
     side = settings["vision_cfg"].get("image_size", 224)
     side = side[0] if isinstance(side, (list, tuple)) else side
     squash = published.get("resize_mode") == "squash"
     fit = Fit(side, None if squash else side, published.get("interpolation", "bicubic"), squash)
-    statistics = (tuple(published.get("mean", OPENAI_CLIP[0])), tuple(published.get("std", OPENAI_CLIP[1])))
+    statistics = (
+        tuple(published.get("mean", OPENAI_CLIP[0])),
+        tuple(published.get("std", OPENAI_CLIP[1])),
+    )
     options = {"quick_gelu": True} if published.get("quick_gelu") else {}
     hub = published.get("hf_hub", "").strip("/")
-    return EncoderRow("open_clip", architecture, hub, settings["embed_dim"], fit, statistics, options=options)
+    return EncoderRow(
+        "open_clip", architecture, hub, settings["embed_dim"], fit, statistics, options=options
+    )
 
 
 def _hugging_face(name: str, model: str, weights: str) -> EncoderRow:
@@ -90,24 +109,44 @@ def _hugging_face(name: str, model: str, weights: str) -> EncoderRow:
 
     folder = Path(model) if Path(model).is_dir() else None
     local = Path(weights.partition("#")[0])
-    if weights not in ("", "random") and (local if local.is_dir() else local.parent).joinpath("config.json").is_file():
+    if (
+        weights not in ("", "random")
+        and (local if local.is_dir() else local.parent).joinpath("config.json").is_file()
+    ):
         folder = local if local.is_dir() else local.parent
     hub = EncoderRow("transformers", "", model, 0)
     file = folder / "config.json" if folder else hub_file(hub, name, ["config.json"])
     settings = read_json(file, "a transformers configuration")
     kind = settings.get("model_type", "")
     if kind == "clip":
-        settings = {**settings.get("vision_config", {}), "projection_dim": settings.get("projection_dim", 512)}
+        settings = {
+            **settings.get("vision_config", {}),
+            "projection_dim": settings.get("projection_dim", 512),
+        }
     elif kind not in transformers.CONFIG_MAPPING:
-        raise UserError(f"encoder '{name}': model_type '{kind}' is no model of transformers {transformers.__version__}")
+        raise UserError(
+            f"encoder '{name}': model_type '{kind}' is no model of transformers "
+            f"{transformers.__version__}"
+        )
     architecture = "CLIPVisionModelWithProjection" if kind == "clip" else _model_class(kind, name)
     processor = file.with_name("preprocessor_config.json")
     if not folder and not processor.is_file():
         processor = hub_file(hub, name, ["preprocessor_config.json"])
-    fit, statistics = _processor(read_json(processor, "an image processor's configuration") if processor.is_file() else {})
-    width = settings.get("projection_dim" if kind == "clip" else "hidden_size") or settings.get("hidden_sizes", [0])[-1]
-    options = {key: value for key, value in settings.items() if key not in ("model_type", "architectures", "auto_map")}
-    return EncoderRow("transformers", architecture, str(folder or model), width, fit, statistics, options=options)
+    fit, statistics = _processor(
+        read_json(processor, "an image processor's configuration") if processor.is_file() else {}
+    )
+    width = (
+        settings.get("projection_dim" if kind == "clip" else "hidden_size")
+        or settings.get("hidden_sizes", [0])[-1]
+    )
+    options = {
+        key: value
+        for key, value in settings.items()
+        if key not in ("model_type", "architectures", "auto_map")
+    }
+    return EncoderRow(
+        "transformers", architecture, str(folder or model), width, fit, statistics, options=options
+    )
 
 
 def _model_class(kind: str, name: str) -> str:
@@ -116,34 +155,52 @@ def _model_class(kind: str, name: str) -> str:
     found = MODEL_MAPPING_NAMES.get(kind)
     if not isinstance(found, str):
         raise UserError(
-            f"encoder '{name}': model_type '{kind}' has no single model class; give one of ViT, DINOv2 or CLIP kind"
+            f"encoder '{name}': model_type '{kind}' has no single model class; give one of ViT, "
+            "DINOv2 or CLIP kind"
         )
     return found
 
 
 def _processor(settings: dict[str, Any]) -> tuple[Fit, tuple[tuple[float, ...], tuple[float, ...]]]:
-    """The rule of a `preprocessor_config.json`; without one: 224 px, bicubic, ImageNet's statistics."""
+    """The rule of a `preprocessor_config.json`; without one: 224 px, bicubic, ImageNet's
+    statistics.
+    """
     size, crop = settings.get("size", 224), settings.get("crop_size")
     interpolation = RESAMPLING.get(settings.get("resample", 3), "bicubic")
     side = size if isinstance(size, int) else size.get("shortest_edge") or size.get("height")
     squash = isinstance(size, int) is False and "height" in size
     if isinstance(size, int):
         squash = not settings.get("do_center_crop", False)
-    cropped = (crop if isinstance(crop, int) else (crop or {}).get("height")) if settings.get("do_center_crop") else None
-    statistics = (tuple(settings.get("image_mean", IMAGENET[0])), tuple(settings.get("image_std", IMAGENET[1])))
-    return Fit(side if settings.get("do_resize", True) else None, cropped, interpolation, squash), statistics
+    cropped = (
+        (crop if isinstance(crop, int) else (crop or {}).get("height"))
+        if settings.get("do_center_crop")
+        else None
+    )
+    statistics = (
+        tuple(settings.get("image_mean", IMAGENET[0])),
+        tuple(settings.get("image_std", IMAGENET[1])),
+    )
+    return Fit(
+        side if settings.get("do_resize", True) else None, cropped, interpolation, squash
+    ), statistics
 
 
 def _dino(weights: str) -> EncoderRow:
     if weights in ("", "random"):
-        raise UserError("encoder 'dino': expected weights=<checkpoint>, found none; its size is read off the file")
+        raise UserError(
+            "encoder 'dino': expected weights=<checkpoint>, found none; its size is read off the "
+            "file"
+        )
     path, _, choice = weights.partition("#")
     shape_only = EncoderRow("timm", "", "", 0)
     state = read_state(local_file(Path(path), shape_only), choice)
     names = {key.rsplit("backbone.", 1)[-1]: tuple(value.shape) for key, value in state.items()}
     width = names.get("cls_token", (0,))[-1]
     if width not in DINO_HEADS or "patch_embed.proj.weight" not in names:
-        raise UserError(f"{path}: expected a DINO ViT of width {', '.join(map(str, DINO_HEADS))}, found {list(names)[:3]}")
+        raise UserError(
+            f"{path}: expected a DINO ViT of width {', '.join(map(str, DINO_HEADS))}, found "
+            f"{list(names)[:3]}"
+        )
     patch = names["patch_embed.proj.weight"][-1]
     options = {
         "patch_size": patch,
@@ -153,4 +210,6 @@ def _dino(weights: str) -> EncoderRow:
         "num_heads": DINO_HEADS[width],
         "dynamic_img_size": True,
     }
-    return EncoderRow("timm", "vit_base_patch16_224", "", width, CROPPED, licence="your own", options=options)
+    return EncoderRow(
+        "timm", "vit_base_patch16_224", "", width, CROPPED, licence="your own", options=options
+    )

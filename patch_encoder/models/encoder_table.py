@@ -1,8 +1,9 @@
 """The encoders by name: library, weights, input, width, licence. One row each.
 
-Widths, inputs and poolings are those of the model cards and of TRIDENT's table; a test builds every row without
-storage and compares. The names that TS2G-KD uses (`resnet18/34/50`, `clip`, `biomedclip`, `plip`, `mae`, `dinov2`) keep
-its settings: the whole tile resized to 224, L2 norm for clip, biomedclip and dinov2; its `gigapath` is that with crop=false.
+Widths, inputs and poolings are those of the model cards and of TRIDENT's table; a test builds every
+row without storage and compares. The names that TS2G-KD uses (`resnet18/34/50`, `clip`,
+`biomedclip`, `plip`, `mae`, `dinov2`) keep its settings: the whole tile resized to 224, L2 norm for
+clip, biomedclip and dinov2; its `gigapath` is that with crop=false.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from patch_encoder.models.transforms import Fit
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-OPENAI_CLIP: Statistics = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+OPENAI_CLIP: Statistics = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)
 HALF: Statistics = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 BIOPTIMUS: Statistics = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
 LUNIT: Statistics = ((0.70322989, 0.53606487, 0.66096631), (0.21716536, 0.26081574, 0.20723464))
@@ -34,12 +38,13 @@ class EncoderRow:
     Attributes:
         library: timm, open_clip, transformers, conch, conch_v1_5 or classical.
         model: the library's name of the architecture.
-        weights: where its hub keeps the weights, empty where no hub does; what an error tells the user to fetch.
+        weights: where its hub keeps the weights, empty where no hub does; what an error tells the
+            user to fetch.
         width: D.
         fit: the resize rule of the encoder's own processor.
         statistics: (mean, std) per channel of pixels in [0, 1].
-        pool: features from the last layer's tokens: cls, mean (patch tokens) or cls_mean (both, concatenated); empty:
-            the network's own output.
+        pool: features from the last layer's tokens: cls, mean (patch tokens) or cls_mean (both,
+            concatenated); empty: the network's own output.
         normalise: features are divided by their L2 norm, where published so.
         mpp: resolution it was trained for, um per pixel; None: natural images.
         tile: side in pixels of the tiles that its authors cut at `mpp`; None: nothing said.
@@ -71,7 +76,8 @@ class EncoderRow:
 
 def _resnet(depth: int, width: int, layer: int) -> EncoderRow:
     return EncoderRow(
-        "timm", f"resnet{depth}", f"timm/resnet{depth}.tv_in1k", width, BILINEAR, licence="BSD-3-Clause",
+        "timm", f"resnet{depth}", f"timm/resnet{depth}.tv_in1k", width, BILINEAR,
+        licence="BSD-3-Clause",
         citation="He et al., CVPR 2016", options={"layer": layer},
     )  # fmt: skip
 
@@ -80,7 +86,8 @@ def _dinov2(size: str, width: int, registers: bool) -> EncoderRow:
     model = f"vit_{size}_patch14_{'reg4_' if registers else ''}dinov2"
     return EncoderRow(
         "timm", model, f"timm/{model}.lvd142m", width, CROPPED, pool="cls", licence="Apache-2.0",
-        citation="Oquab et al., TMLR 2024" + ("; Darcet et al., ICLR 2024" if registers else ""), options={"img_size": 224},
+        citation="Oquab et al., TMLR 2024" + ("; Darcet et al., ICLR 2024" if registers else ""),
+        options={"img_size": 224},
     )  # fmt: skip
 
 
@@ -95,7 +102,8 @@ def _dinov3(size: str, width: int, qkvb: bool = True) -> EncoderRow:
 def _mae(size: str, patch: int, width: int) -> EncoderRow:
     model = f"vit_{size}_patch{patch}_224"
     return EncoderRow(
-        "timm", model, f"timm/{model}.mae", width, Fit(224, squash=True, interpolation="bilinear"), licence=NC,
+        "timm", model, f"timm/{model}.mae", width, Fit(224, squash=True, interpolation="bilinear"),
+        licence=NC,
         citation="He et al., CVPR 2022", options={"global_pool": "token"},
     )  # fmt: skip
 
@@ -103,7 +111,13 @@ def _mae(size: str, patch: int, width: int) -> EncoderRow:
 def _dino(size: str, patch: int, width: int) -> EncoderRow:
     model = f"vit_{size}_patch{patch}_224"
     return EncoderRow(
-        "timm", model, f"timm/{model}.dino", width, CROPPED, licence="Apache-2.0", citation="Caron et al., ICCV 2021"
+        "timm",
+        model,
+        f"timm/{model}.dino",
+        width,
+        CROPPED,
+        licence="Apache-2.0",
+        citation="Caron et al., ICCV 2021",
     )
 
 
@@ -114,7 +128,8 @@ def _clip(model: str, hub: str, width: int, **changes: Any) -> EncoderRow:
 
 def _kaiko(model: str, hub: str, width: int, **options: Any) -> EncoderRow:
     return EncoderRow(
-        "timm", model, f"1aurent/{hub}.kaiko_ai_towards_large_pathology_fms", width, BILINEAR, HALF, mpp=0.5, tile=256,
+        "timm", model, f"1aurent/{hub}.kaiko_ai_towards_large_pathology_fms", width, BILINEAR, HALF,
+        mpp=0.5, tile=256,
         licence="kaiko.ai non-commercial", citation="kaiko.ai et al., arXiv 2404.15217",
         options={"dynamic_img_size": True, **options},
     )  # fmt: skip
@@ -123,32 +138,43 @@ def _kaiko(model: str, hub: str, width: int, **options: Any) -> EncoderRow:
 def _lunit(patch: int) -> EncoderRow:
     model = f"vit_small_patch{patch}_224"
     return EncoderRow(
-        "timm", model, f"1aurent/{model}.lunit_dino", 384, Fit(224, 224, "bilinear"), LUNIT, mpp=0.5, tile=224,
+        "timm", model, f"1aurent/{model}.lunit_dino", 384, Fit(224, 224, "bilinear"), LUNIT,
+        mpp=0.5, tile=224,
         licence="Lunit non-commercial", citation="Kang et al., CVPR 2023",
     )  # fmt: skip
 
 
-def _virchow(hub: str, pool: str, width: int, licence: str, citation: str, **options: Any) -> EncoderRow:
+def _virchow(
+    hub: str, pool: str, width: int, licence: str, citation: str, **options: Any
+) -> EncoderRow:
     return EncoderRow(
-        "timm", "vit_huge_patch14_224", f"paige-ai/{hub}", width, BICUBIC, pool=pool, mpp=0.5, tile=224, precision="fp16",
+        "timm", "vit_huge_patch14_224", f"paige-ai/{hub}", width, BICUBIC, pool=pool, mpp=0.5,
+        tile=224, precision="fp16",
         licence=licence, gated=True, citation=citation,
-        options={"img_size": 224, "init_values": 1e-5, "mlp_ratio": 5.3375, "mlp_layer": "SwiGLUPacked", "act_layer": "silu",
+        options={"img_size": 224, "init_values": 1e-5, "mlp_ratio": 5.3375,
+        "mlp_layer": "SwiGLUPacked", "act_layer": "silu",
                  "global_pool": "", "dynamic_img_size": True, **options},
     )  # fmt: skip
 
 
-def _bioptimus(model: str, hub: str, width: int, licence: str, citation: str, **options: Any) -> EncoderRow:
+def _bioptimus(
+    model: str, hub: str, width: int, licence: str, citation: str, **options: Any
+) -> EncoderRow:
     return EncoderRow(
-        "timm", model, f"bioptimus/{hub}", width, BICUBIC, BIOPTIMUS, pool="cls", mpp=0.5, tile=224, precision="fp16",
-        licence=licence, gated=True, citation=citation, options={"img_size": 224, "init_values": 1e-5, **options},
+        "timm", model, f"bioptimus/{hub}", width, BICUBIC, BIOPTIMUS, pool="cls", mpp=0.5, tile=224,
+        precision="fp16",
+        licence=licence, gated=True, citation=citation,
+        options={"img_size": 224, "init_values": 1e-5, **options},
     )  # fmt: skip
 
 
 def _hibou(size: str, width: int, layers: int, heads: int, gated: bool) -> EncoderRow:
     return EncoderRow(
-        "transformers", "Dinov2WithRegistersModel", f"histai/hibou-{size}", width, BICUBIC, HIBOU, pool="cls", mpp=0.5,
+        "transformers", "Dinov2WithRegistersModel", f"histai/hibou-{size}", width, BICUBIC, HIBOU,
+        pool="cls", mpp=0.5,
         tile=224, licence="Apache-2.0", gated=gated, citation="Nechaev et al., arXiv 2406.05074",
-        options={"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "image_size": 224,
+        options={"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "image_size": 224,
                  "patch_size": 14, "num_register_tokens": 4, "use_swiglu_ffn": True},
     )  # fmt: skip
 
@@ -163,23 +189,29 @@ RESNET_ROWS = {
 }
 TS2GKD_ROWS = {
     "dinov2": EncoderRow(
-        "timm", "vit_base_patch14_dinov2", "timm/vit_base_patch14_dinov2.lvd142m", 768, normalise=True,
+        "timm", "vit_base_patch14_dinov2", "timm/vit_base_patch14_dinov2.lvd142m", 768,
+        normalise=True,
         licence="Apache-2.0", citation="Oquab et al., TMLR 2024", options={"img_size": 224},
     ),
     "mae": EncoderRow(
-        "timm", "vit_base_patch16_224", "timm/vit_base_patch16_224.mae", 768, licence=NC, citation="He et al., CVPR 2022",
+        "timm", "vit_base_patch16_224", "timm/vit_base_patch16_224.mae", 768, licence=NC,
+        citation="He et al., CVPR 2022",
         options={"global_pool": "token"},
     ),
     "clip": _clip("ViT-B-16", "laion/CLIP-ViT-B-16-laion2B-s34B-b88K", 512, normalise=True),
     "biomedclip": _clip(
-        "biomedclip", "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", 512, normalise=True,
+        "biomedclip", "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", 512,
+        normalise=True,
         citation="Zhang et al., NEJM AI 2025",
-        options={"vision_cfg": {"timm_model_name": "vit_base_patch16_224", "timm_pool": "", "timm_proj": "linear",
+        options={"vision_cfg": {"timm_model_name": "vit_base_patch16_224", "timm_pool": "",
+        "timm_proj": "linear",
                                 "image_size": 224}},
     ),
     "plip": EncoderRow(
-        "transformers", "CLIPVisionModelWithProjection", "vinid/plip", 512, BICUBIC, OPENAI_CLIP, mpp=0.5, tile=224,
-        licence="MIT", citation="Huang et al., Nature Medicine 2023", options={"patch_size": 32, "projection_dim": 512},
+        "transformers", "CLIPVisionModelWithProjection", "vinid/plip", 512, BICUBIC, OPENAI_CLIP,
+        mpp=0.5, tile=224,
+        licence="MIT", citation="Huang et al., Nature Medicine 2023",
+        options={"patch_size": 32, "projection_dim": 512},
     ),
 }  # fmt: skip
 NATURAL_ROWS = {
@@ -210,57 +242,77 @@ NATURAL_ROWS = {
 }
 PATHOLOGY_ROWS = {
     "uni": EncoderRow(
-        "timm", "vit_large_patch16_224", "MahmoodLab/UNI", 1024, BILINEAR, mpp=0.5, tile=256, precision="fp16", licence=NC_ND,
+        "timm", "vit_large_patch16_224", "MahmoodLab/UNI", 1024, BILINEAR, mpp=0.5, tile=256,
+        precision="fp16", licence=NC_ND,
         gated=True, citation="Chen et al., Nature Medicine 2024",
         options={"img_size": 224, "init_values": 1e-5, "dynamic_img_size": True},
     ),
     "uni2_h": EncoderRow(
-        "timm", "vit_giant_patch14_224", "MahmoodLab/UNI2-h", 1536, BILINEAR, mpp=0.5, tile=256, precision="bf16",
+        "timm", "vit_giant_patch14_224", "MahmoodLab/UNI2-h", 1536, BILINEAR, mpp=0.5, tile=256,
+        precision="bf16",
         licence=NC_ND, gated=True, citation="Chen et al., Nature Medicine 2024",
-        options={"img_size": 224, "depth": 24, "num_heads": 24, "init_values": 1e-5, "embed_dim": 1536,
-                 "mlp_ratio": 2.66667 * 2, "no_embed_class": True, "mlp_layer": "SwiGLUPacked", "act_layer": "silu",
+        options={"img_size": 224, "depth": 24, "num_heads": 24, "init_values": 1e-5,
+        "embed_dim": 1536,
+                 "mlp_ratio": 2.66667 * 2, "no_embed_class": True, "mlp_layer": "SwiGLUPacked",
+                 "act_layer": "silu",
                  "reg_tokens": 8, "dynamic_img_size": True},
     ),
     "conch": EncoderRow(
-        "conch", "conch_ViT-B-16", "MahmoodLab/CONCH", 512, Fit(448, 448), OPENAI_CLIP, mpp=0.5, tile=512, licence=NC_ND,
+        "conch", "conch_ViT-B-16", "MahmoodLab/CONCH", 512, Fit(448, 448), OPENAI_CLIP, mpp=0.5,
+        tile=512, licence=NC_ND,
         gated=True, citation="Lu et al., Nature Medicine 2024", file="pytorch_model.bin",
     ),
     "conch_v1_5": EncoderRow(
-        "conch_v1_5", "conch_v1_5", "MahmoodLab/conchv1_5", 768, Fit(448, 448, "bilinear"), mpp=0.5, tile=512,
-        precision="fp16", licence=NC_ND, gated=True, citation="Ding et al., Nature Medicine 2025 (TITAN)",
+        "conch_v1_5", "conch_v1_5", "MahmoodLab/conchv1_5", 768, Fit(448, 448, "bilinear"), mpp=0.5,
+        tile=512,
+        precision="fp16", licence=NC_ND, gated=True, citation="Ding et al., Nature Medicine 2025 "
+                                                              "(TITAN)",
         file="pytorch_model_vision.bin",
     ),
-    "virchow": _virchow("Virchow", "cls_mean", 2560, "Apache-2.0", "Vorontsov et al., Nature Medicine 2024"),
-    "virchow2": _virchow("Virchow2", "cls_mean", 2560, NC_ND, "Zimmermann et al., arXiv 2408.00738", reg_tokens=4),
-    "virchow2_cls": _virchow("Virchow2", "cls", 1280, NC_ND, "Zimmermann et al., arXiv 2408.00738", reg_tokens=4),
+    "virchow": _virchow("Virchow", "cls_mean", 2560, "Apache-2.0", "Vorontsov et al., Nature "
+                                                                   "Medicine 2024"),
+    "virchow2": _virchow("Virchow2", "cls_mean", 2560, NC_ND, "Zimmermann et al., arXiv "
+                                                              "2408.00738", reg_tokens=4),
+    "virchow2_cls": _virchow("Virchow2", "cls", 1280, NC_ND, "Zimmermann et al., arXiv "
+                                                             "2408.00738", reg_tokens=4),
     "gigapath": EncoderRow(
-        "timm", "vit_giant_patch14_dinov2", "prov-gigapath/prov-gigapath", 1536, CROPPED, mpp=0.5, tile=256, precision="fp16",
+        "timm", "vit_giant_patch14_dinov2", "prov-gigapath/prov-gigapath", 1536, CROPPED, mpp=0.5,
+        tile=256, precision="fp16",
         licence="Apache-2.0, research use", gated=True, citation="Xu et al., Nature 2024",
         options={"img_size": 224, "patch_size": 16, "mlp_ratio": 5.33334, "global_pool": "token"},
     ),
     "h_optimus_0": _bioptimus(
-        "vit_giant_patch14_reg4_dinov2", "H-optimus-0", 1536, "Apache-2.0", "Saillard et al., 2024", dynamic_img_size=False
+        "vit_giant_patch14_reg4_dinov2", "H-optimus-0", 1536, "Apache-2.0", "Saillard et al., "
+                                                                            "2024",
+                                                                            dynamic_img_size=False
     ),
     "h_optimus_1": _bioptimus(
-        "vit_giant_patch14_reg4_dinov2", "H-optimus-1", 1536, NC_ND, "Bioptimus, 2025", dynamic_img_size=False
+        "vit_giant_patch14_reg4_dinov2", "H-optimus-1", 1536, NC_ND, "Bioptimus, 2025",
+        dynamic_img_size=False
     ),
     "h0_mini": _bioptimus(
-        "vit_base_patch14_reg4_dinov2", "H0-mini", 768, NC_ND, "Filiot et al., arXiv 2501.16239", mlp_ratio=5.33334,
+        "vit_base_patch14_reg4_dinov2", "H0-mini", 768, NC_ND, "Filiot et al., arXiv "
+                                                               "2501.16239", mlp_ratio=5.33334,
         mlp_layer="SwiGLUPacked", act_layer="silu",
     ),
     "phikon": EncoderRow(
-        "transformers", "ViTModel", "owkin/phikon", 768, Fit(224, interpolation="bilinear", squash=True), pool="cls", mpp=0.5,
+        "transformers", "ViTModel", "owkin/phikon", 768,
+        Fit(224, interpolation="bilinear", squash=True), pool="cls", mpp=0.5,
         tile=224, licence="Owkin non-commercial", citation="Filiot et al., medRxiv 2023",
         options={"image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-12},
     ),
     "phikon_v2": EncoderRow(
-        "transformers", "Dinov2Model", "owkin/phikon-v2", 1024, BILINEAR, pool="cls", mpp=0.5, tile=224,
+        "transformers", "Dinov2Model", "owkin/phikon-v2", 1024, BILINEAR, pool="cls", mpp=0.5,
+        tile=224,
         licence="Owkin non-commercial", citation="Filiot et al., arXiv 2409.09173",
-        options={"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 224, "patch_size": 16},
+        options={"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "image_size": 224, "patch_size": 16},
     ),
     "ctranspath": EncoderRow(
-        "timm", "swin_tiny_patch4_window7_224", "1aurent/swin_tiny_patch4_window7_224.CTransPath", 768, BILINEAR, mpp=1.0,
-        tile=256, licence="GPL-3.0", citation="Wang et al., Medical Image Analysis 2022", options={"embed_layer": "ConvStem"},
+        "timm", "swin_tiny_patch4_window7_224", "1aurent/swin_tiny_patch4_window7_224.CTransPath",
+        768, BILINEAR, mpp=1.0,
+        tile=256, licence="GPL-3.0", citation="Wang et al., Medical Image Analysis 2022",
+        options={"embed_layer": "ConvStem"},
     ),
     "hibou_b": _hibou("b", 768, 12, 12, gated=False),
     "hibou_l": _hibou("L", 1024, 24, 16, gated=True),
@@ -268,39 +320,52 @@ PATHOLOGY_ROWS = {
     "kaiko_vits8": _kaiko("vit_small_patch8_224", "vit_small_patch8_224", 384),
     "kaiko_vitb16": _kaiko("vit_base_patch16_224", "vit_base_patch16_224", 768),
     "kaiko_vitb8": _kaiko("vit_base_patch8_224", "vit_base_patch8_224", 768),
-    "kaiko_vitl14": _kaiko("vit_large_patch14_reg4_dinov2", "vit_large_patch14_reg4_224", 1024, img_size=224),
+    "kaiko_vitl14": _kaiko("vit_large_patch14_reg4_dinov2", "vit_large_patch14_reg4_224", 1024,
+    img_size=224),
     "gpfm": EncoderRow(
-        "timm", "vit_large_patch14_dinov2", "majiabo/GPFM", 1024, Fit(224, squash=True), pool="cls", mpp=0.5, tile=224,
-        precision="fp16", licence="see its card", citation="Ma et al., Nature Biomedical Engineering 2025",
+        "timm", "vit_large_patch14_dinov2", "majiabo/GPFM", 1024, Fit(224, squash=True), pool="cls",
+        mpp=0.5, tile=224,
+        precision="fp16", licence="see its card", citation="Ma et al., Nature Biomedical "
+                                                           "Engineering 2025",
         options={"img_size": 224, "init_values": 1e-5}, file="GPFM.pth",
     ),
     "lunit_vits8": _lunit(8),
     "lunit_vits16": _lunit(16),
     "midnight12k": EncoderRow(
-        "transformers", "Dinov2Model", "kaiko-ai/midnight", 3072, BILINEAR, HALF, pool="cls_mean", mpp=0.5, tile=224,
+        "transformers", "Dinov2Model", "kaiko-ai/midnight", 3072, BILINEAR, HALF, pool="cls_mean",
+        mpp=0.5, tile=224,
         precision="fp16", licence="MIT", citation="Karasikov et al., arXiv 2504.05186",
-        options={"hidden_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 24, "image_size": 224, "patch_size": 14,
+        options={"hidden_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 24,
+        "image_size": 224, "patch_size": 14,
                  "use_swiglu_ffn": True},
     ),
     "musk": EncoderRow(
-        "timm", "beit3_large_patch16_224", "xiangjx/musk", 1024, Fit(384, 384), HALF, pool="cls", mpp=0.5, tile=384,
+        "timm", "beit3_large_patch16_224", "xiangjx/musk", 1024, Fit(384, 384), HALF, pool="cls",
+        mpp=0.5, tile=384,
         precision="fp16", licence=NC_ND, gated=True, citation="Xiang et al., Nature 2025",
         options={"img_size": 384, "global_pool": "token"},
     ),
     "quiltnet_b32": _clip(
-        "ViT-B-32", "wisdomik/QuiltNet-B-32", 512, mpp=0.5, tile=224, citation="Ikezogwo et al., NeurIPS 2023"
+        "ViT-B-32", "wisdomik/QuiltNet-B-32", 512, mpp=0.5, tile=224, citation="Ikezogwo et al., "
+                                                                               "NeurIPS 2023"
     ),
     "quiltnet_b16": _clip(
-        "ViT-B-16", "wisdomik/QuiltNet-B-16", 512, mpp=0.5, tile=224, citation="Ikezogwo et al., NeurIPS 2023"
+        "ViT-B-16", "wisdomik/QuiltNet-B-16", 512, mpp=0.5, tile=224, citation="Ikezogwo et al., "
+                                                                               "NeurIPS 2023"
     ),
     # INTELLIGENS: 256 px tiles, centre crop, no resizing; published as a file, on no hub
     "brow": EncoderRow(
-        "timm", "vit_base_patch16_224", "", 768, Fit(None, 224), mpp=None, tile=256, licence="see INTELLIGENS",
+        "timm", "vit_base_patch16_224", "", 768, Fit(None, 224), mpp=None, tile=256,
+        licence="see INTELLIGENS",
         citation="Wu et al., 2023",
     ),
 }  # fmt: skip
 CLASSICAL_ROWS = {
-    "stain_texture": EncoderRow("classical", "stain_texture", "", 151, Fit(None), licence="Apache-2.0"),
+    "stain_texture": EncoderRow(
+        "classical", "stain_texture", "", 151, Fit(None), licence="Apache-2.0"
+    ),
     "mean_colour": EncoderRow("classical", "mean_colour", "", 3, Fit(None), licence="Apache-2.0"),
 }
-ENCODERS: dict[str, EncoderRow] = RESNET_ROWS | TS2GKD_ROWS | NATURAL_ROWS | PATHOLOGY_ROWS | CLASSICAL_ROWS
+ENCODERS: dict[str, EncoderRow] = (
+    RESNET_ROWS | TS2GKD_ROWS | NATURAL_ROWS | PATHOLOGY_ROWS | CLASSICAL_ROWS
+)

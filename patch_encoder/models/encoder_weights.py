@@ -1,9 +1,9 @@
 """Encoder weights: from the hub or a local file or folder to the network, every key accounted for.
 
-A file may be a bare state dict or hold it under `teacher`, `student`, `model`, `state_dict` (DINO, DINOv2, timm,
-Lightning, this project), with prefixes of DDP, of `torch.compile` or of the model that the encoder was part of. What a
-published file is known to hold beside the encoder is listed here by name; any other key is an error, and so is a
-missing one.
+A file may be a bare state dict or hold it under `teacher`, `student`, `model`, `state_dict` (DINO,
+DINOv2, timm, Lightning, this project), with prefixes of DDP, of `torch.compile` or of the model
+that the encoder was part of. What a published file is known to hold beside the encoder is listed
+here by name; any other key is an error, and so is a missing one.
 """
 
 from __future__ import annotations
@@ -26,22 +26,36 @@ logger = logging.getLogger(__name__)
 # DINO evaluates the teacher; `file.pth#student` takes another
 CONTAINERS = ("teacher", "student", "model_ema", "state_dict_ema", "state_dict", "model", "network")
 WRAPPERS = ("module.", "_orig_mod.")
-PREFIXES = ("", "backbone.", "encoder.", "visual.trunk.", "visual.", "trunk.", "model.", "network.", "network.trunk.")
+PREFIXES = (
+    "",
+    "backbone.",
+    "encoder.",
+    "visual.trunk.",
+    "visual.",
+    "trunk.",
+    "model.",
+    "network.",
+    "network.trunk.",
+)
 HEADS = (
     "fc.", "head.", "classifier.",  # classifiers; DINO's projection (head.mlp, head.last_layer)
-    "dino_head.", "ibot_head.", "dino_loss.", "ibot_patch_loss.", "projector.", "predictor.", "prototypes.",
+    "dino_head.", "ibot_head.", "dino_loss.", "ibot_patch_loss.", "projector.", "predictor.",
+    "prototypes.",
     "decoder", "mask_token",  # MAE, DINOv2
     "pooler.", "visual_projection.", "vision_head.", "language_head.", "logit_scale",
     "embeddings.mask_token", "embeddings.position_ids", "vision_model.embeddings.position_ids",
 )  # fmt: skip
 TEXT_TOWER = (
-    "text", "transformer.", "token_embedding.", "positional_embedding", "ln_final.", "logit_", "cls_emb", "beit3.text",
+    "text", "transformer.", "token_embedding.", "positional_embedding", "ln_final.", "logit_",
+    "cls_emb", "beit3.text",
 )  # fmt: skip
 FILES = {
     "timm": ("model.safetensors", "pytorch_model.bin"),
-    "open_clip": ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin"),
+    "open_clip": ("open_clip_model.safetensors", "open_clip_pytorch_model.bin",
+    "pytorch_model.bin"),
     "transformers": (
-        "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json",
+        "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json",
+        "pytorch_model.bin.index.json",
     ),
 }  # fmt: skip
 SUFFIXES = ("safetensors", "bin", "pt", "pth", "tar", "ckpt")
@@ -57,13 +71,16 @@ def hub_file(row: EncoderRow, name: str, wanted: Iterable[str] = ()) -> Path:
     """The row's weights in the local cache of its hub, downloaded if need be.
 
     Raises:
-        UserError: the hub cannot be reached or refuses; says what to fetch, where to put it, and what a gated one asks.
+        UserError: the hub cannot be reached or refuses; says what to fetch, where to put it, and
+            what a gated one asks.
     """
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError
 
     if not row.weights:
-        raise UserError(f"encoder '{name}': its weights are on no hub; give the file as weights=...")
+        raise UserError(
+            f"encoder '{name}': its weights are on no hub; give the file as weights=..."
+        )
     wanted = tuple(wanted) or file_names(row)
     reason: Exception | None = None
     for file in wanted:
@@ -80,16 +97,25 @@ def hub_file(row: EncoderRow, name: str, wanted: Iterable[str] = ()) -> Path:
     raise UserError(_unreachable(row, name, wanted, reason))
 
 
-def _unreachable(row: EncoderRow, name: str, wanted: tuple[str, ...], reason: Exception | None) -> str:
+def _unreachable(
+    row: EncoderRow, name: str, wanted: tuple[str, ...], reason: Exception | None
+) -> str:
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError
 
     gated = row.gated or isinstance(reason, GatedRepoError)
-    advice = "; it is gated: accept its licence on its hub page and log in first (hf auth login, or HF_TOKEN)" if gated else ""
+    advice = (
+        "; it is gated: accept its licence on its hub page and log in first (hf auth login, or "
+        "HF_TOKEN)"
+        if gated
+        else ""
+    )
     said = " ".join(str(reason).split())[:120]
     return (
-        f"encoder '{name}': its weights could not be had from the hub ({said}); fetch '{row.weights}' (file "
-        f"{' or '.join(wanted[:2])}) on a machine with network and give the file or folder as weights=..., or copy that "
+        f"encoder '{name}': its weights could not be had from the hub ({said}); fetch "
+        f"'{row.weights}' (file "
+        f"{' or '.join(wanted[:2])}) on a machine with network and give the file or folder as "
+        "weights=..., or copy that "
         f"machine's hub cache to {constants.HF_HUB_CACHE}{advice}"
     )
 
@@ -106,7 +132,8 @@ def local_file(path: Path, row: EncoderRow) -> Path:
     files = [file for suffix in SUFFIXES for file in sorted(path.glob(f"*.{suffix}"))]
     if len(files) != 1:
         raise UserError(
-            f"weights={path}: expected one weights file in the folder, found {[f.name for f in files]}; name the file"
+            f"weights={path}: expected one weights file in the folder, found "
+            f"{[f.name for f in files]}; name the file"
         )
     return files[0]
 
@@ -118,12 +145,16 @@ def shards(path: Path) -> list[Path]:
     index = read_json(path, "an index of weights files")
     names = sorted(set(index.get("weight_map", {}).values())) if isinstance(index, dict) else []
     if not names or any(Path(name).name != name for name in names):
-        raise UserError(f"{path}: expected an index with weight_map -> file names, found {names[:2]}")
+        raise UserError(
+            f"{path}: expected an index with weight_map -> file names, found {names[:2]}"
+        )
     return [path.with_name(name) for name in names]
 
 
 def read_state(path: Path, choice: str = "") -> dict[str, Tensor]:
-    """The state dict of a file or of an index's files, out of its container, without wrappers of DDP and compile."""
+    """The state dict of a file or of an index's files, out of its container, without wrappers of
+    DDP and compile.
+    """
     content: dict[str, Any] = {}
     for file in shards(path) or [path]:
         content |= read_weights(file, "a weights file")
@@ -135,12 +166,17 @@ def read_state(path: Path, choice: str = "") -> dict[str, Tensor]:
 
 def _contained(content: dict[str, Any], choice: str, path: Path) -> dict[str, Tensor]:
     if choice and choice not in content:
-        raise UserError(f"{path}#{choice}: expected the key '{choice}', found {sorted(content)[:8]}")
+        raise UserError(
+            f"{path}#{choice}: expected the key '{choice}', found {sorted(content)[:8]}"
+        )
     while not (content and all(isinstance(value, Tensor) for value in content.values())):
-        found = next((key for key in (choice, *CONTAINERS) if isinstance(content.get(key), dict)), None)
+        found = next(
+            (key for key in (choice, *CONTAINERS) if isinstance(content.get(key), dict)), None
+        )
         if found is None:
             raise UserError(
-                f"{path}: expected a state dict of tensors, or one under {', '.join(CONTAINERS[:6])}; found "
+                f"{path}: expected a state dict of tensors, or one under "
+                f"{', '.join(CONTAINERS[:6])}; found "
                 f"{ {key: type(value).__name__ for key, value in list(content.items())[:4]} }"
             )
         content = content[found]
@@ -148,7 +184,8 @@ def _contained(content: dict[str, Any], choice: str, path: Path) -> dict[str, Te
 
 
 def load(network: nn.Module, row: EncoderRow, state: dict[str, Tensor], source: str) -> None:
-    """Put a state dict into the network; it has to fit key by key once what stands beside the encoder is left out.
+    """Put a state dict into the network; it has to fit key by key once what stands beside the
+    encoder is left out.
 
     Raises:
         UserError: keys that are missing, unexpected or of another shape, with their names.
@@ -159,26 +196,44 @@ def load(network: nn.Module, row: EncoderRow, state: dict[str, Tensor], source: 
     inside, outside = _divided(state, core.state_dict().keys())
     inside = _native(inside, core, row)
     own = core.state_dict().keys()
-    unused = [key for key in inside if key not in own and key.startswith(HEADS + _cut_off(core, row))]
+    unused = [
+        key for key in inside if key not in own and key.startswith(HEADS + _cut_off(core, row))
+    ]
     # outside the encoder's prefix a key may bear the name of one inside
     beside = [key for key in outside if key.startswith(HEADS + TEXT_TOWER)]
     if unused or beside:
         roots = sorted({".".join(key.split(".")[:2]) for key in unused + beside})
-        logger.info("%s: %d keys beside the encoder left out: %s", source, len(unused + beside), ", ".join(roots[:8]))
-    strange = {f"{key} (outside)" if key in own else key: outside[key] for key in outside.keys() - set(beside)}
-    load_weights(core, {key: value for key, value in inside.items() if key not in unused} | strange, source)
+        logger.info(
+            "%s: %d keys beside the encoder left out: %s",
+            source,
+            len(unused + beside),
+            ", ".join(roots[:8]),
+        )
+    strange = {
+        f"{key} (outside)" if key in own else key: outside[key]
+        for key in outside.keys() - set(beside)
+    }
+    load_weights(
+        core, {key: value for key, value in inside.items() if key not in unused} | strange, source
+    )
 
 
-def _divided(state: dict[str, Tensor], own: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _divided(
+    state: dict[str, Tensor], own: Iterable[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The part of `state` under the prefix that fits the network best, without it, and the rest."""
     own = set(own)
     prefix = max(PREFIXES, key=lambda p: sum(f"{p}{key}" in state for key in own))
-    inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    inside = {
+        key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
+    }
     return inside, {key: value for key, value in state.items() if not key.startswith(prefix)}
 
 
 def _native(state: dict[str, Tensor], core: nn.Module, row: EncoderRow) -> dict[str, Tensor]:
-    """Names and position grid as the network has them: timm's own conversion, CONCH's resampling."""
+    """Names and position grid as the network has them: timm's own conversion, CONCH's
+    resampling.
+    """
     if row.library == "conch_v1_5":
         return conch.fit_positions(state, core.trunk.patch_embed.grid_size[0])  # type: ignore[union-attr]
     convert = getattr(sys.modules[type(core).__module__], "checkpoint_filter_fn", None)
@@ -187,5 +242,9 @@ def _native(state: dict[str, Tensor], core: nn.Module, row: EncoderRow) -> dict[
 
 def _cut_off(core: nn.Module, row: EncoderRow) -> tuple[str, ...]:
     """Prefixes of what the published network has and this row does not use."""
-    stages = tuple(f"layer{s}." for s in range(1, 5) if isinstance(getattr(core, f"layer{s}", None), nn.Identity))
+    stages = tuple(
+        f"layer{s}."
+        for s in range(1, 5)
+        if isinstance(getattr(core, f"layer{s}", None), nn.Identity)
+    )
     return stages + (conch.UNUSED if row.library == "conch" else ())

@@ -1,7 +1,9 @@
-"""One small interface over every encoder: a transform for the workers, a module for the device, a width, a provenance.
+"""One small interface over every encoder: a transform for the workers, a module for the device, a
+width, a provenance.
 
-A tile leaves the worker as uint8 (3, H, W), a quarter of float32's traffic; scaling and normalisation run on the
-device inside the module. Encoders load from a local file or folder (`weights=`), else from their hub by name.
+A tile leaves the worker as uint8 (3, H, W), a quarter of float32's traffic; scaling and
+normalisation run on the device inside the module. Encoders load from a local file or folder
+(`weights=`), else from their hub by name.
 """
 
 from __future__ import annotations
@@ -30,7 +32,11 @@ CLASSICAL: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
     "stain_texture": (STAIN_TEXTURE_DIM, stain_texture),
     "mean_colour": (3, mean_colour),
 }
-LAYER_WIDTHS = {"resnet18": (64, 128, 256, 512), "resnet34": (64, 128, 256, 512), "resnet50": (256, 512, 1024, 2048)}
+LAYER_WIDTHS = {
+    "resnet18": (64, 128, 256, 512),
+    "resnet34": (64, 128, 256, 512),
+    "resnet50": (256, 512, 1024, 2048),
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,9 @@ class PixelEncoder(nn.Module):
 
     def scaled(self, pixels: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         """uint8 -> normalised pixels, channels last."""
-        return ((pixels.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        return ((pixels.float() - self.mean) / self.std).contiguous(
+            memory_format=torch.channels_last
+        )
 
     def forward(self, pixels: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """uint8 (B, 3, H, W) -> (B, D)."""
@@ -73,19 +81,23 @@ class PixelEncoder(nn.Module):
         return nn.functional.normalize(features.float(), dim=-1) if self.normalise else features
 
 
-def build_encoder(name: str, weights: str = "", pool: str = "published", layer: int = 0, crop: bool = True) -> Encoder:
+def build_encoder(
+    name: str, weights: str = "", pool: str = "published", layer: int = 0, crop: bool = True
+) -> Encoder:
     """An encoder by name.
 
     Args:
         name: a row of `encoder_table.ENCODERS`, or a pattern of `encoder_names`.
-        weights: local file or folder; empty: from the encoder's hub; `random`: initialised only (for cost and tests).
+        weights: local file or folder; empty: from the encoder's hub; `random`: initialised only
+            (for cost and tests).
         pool: published, or cls | mean | cls_mean of a transformer's tokens.
         layer: stage 1 to 4 of a ResNet that is pooled; 0: as the row says.
-        crop: centre crop where the encoder's own processor has one; else the whole tile is resized to its input.
+        crop: centre crop where the encoder's own processor has one; else the whole tile is resized
+            to its input.
 
     Raises:
-        UserError: unknown name, an option that the encoder does not have, weights that are missing or of another
-            architecture, hub out of reach.
+        UserError: unknown name, an option that the encoder does not have, weights that are missing
+            or of another architecture, hub out of reach.
     """
     if name in CLASSICAL:
         return _classical(name, pool, layer)
@@ -95,19 +107,26 @@ def build_encoder(name: str, weights: str = "", pool: str = "published", layer: 
     network = build_backbone(chosen, weights, name)
     module = PixelEncoder(network, chosen.statistics, chosen.normalise).eval().requires_grad_(False)
     transform = ToInputSize(fit)
-    changed = (pool,) * (chosen.pool != row.pool) + (f"layer{layer}",) * (chosen.options != row.options)
+    changed = (pool,) * (chosen.pool != row.pool) + (f"layer{layer}",) * (
+        chosen.options != row.options
+    )
     label = "-".join((name, *changed))
     provenance = {
         "encoder": label,
         "weights_sha256": weights_digest(network),
         "transform": f"{transform!r}, mean/std {chosen.statistics}, L2 {chosen.normalise}",
     }
-    return Encoder(label.replace(":", "_").replace("/", "_"), chosen.width, transform, module, provenance)
+    return Encoder(
+        label.replace(":", "_").replace("/", "_"), chosen.width, transform, module, provenance
+    )
 
 
 def _classical(name: str, pool: str, layer: int) -> Encoder:
     if pool != POOLS[0] or layer:
-        raise UserError(f"encoder '{name}': expected pool=published and layer=0, found pool={pool} layer={layer}")
+        raise UserError(
+            f"encoder '{name}': expected pool=published and layer=0, found pool={pool} "
+            f"layer={layer}"
+        )
     dim, descriptor = CLASSICAL[name]
     transform = Describe(descriptor)
     provenance = {"encoder": name, "weights_sha256": "none", "transform": repr(transform)}
@@ -116,12 +135,19 @@ def _classical(name: str, pool: str, layer: int) -> Encoder:
 
 def _with_pool(row: EncoderRow, pool: str, name: str) -> EncoderRow:
     if pool not in POOLS:
-        raise UserError(f"encoder '{name}': pool expected one of {', '.join(POOLS)}, found '{pool}'")
+        raise UserError(
+            f"encoder '{name}': pool expected one of {', '.join(POOLS)}, found '{pool}'"
+        )
     if pool in (POOLS[0], row.pool):
         return row
-    has_tokens = row.library == "transformers" and row.model.startswith(("ViT", "Dinov2", "DINOv3ViT"))
+    has_tokens = row.library == "transformers" and row.model.startswith(
+        ("ViT", "Dinov2", "DINOv3ViT")
+    )
     if not has_tokens and row.library != "timm":
-        raise UserError(f"encoder '{name}': pool={pool} is for transformers with a class token; use pool=published")
+        raise UserError(
+            f"encoder '{name}': pool={pool} is for transformers with a class token; use "
+            "pool=published"
+        )
     token_width = row.width // 2 if row.pool == "cls_mean" else row.width
     return replace(row, pool=pool, width=token_width * (2 if pool == "cls_mean" else 1))
 
@@ -132,7 +158,8 @@ def _with_layer(row: EncoderRow, layer: int, name: str) -> EncoderRow:
     widths = LAYER_WIDTHS.get(row.model.split(".")[0])
     if widths is None or layer not in (1, 2, 3, 4):
         raise UserError(
-            f"encoder '{name}': layer expected 1 to 4 and a ResNet-18, 34 or 50, found layer={layer} for {row.model}"
+            f"encoder '{name}': layer expected 1 to 4 and a ResNet-18, 34 or 50, found "
+            f"layer={layer} for {row.model}"
         )
     return replace(row, width=widths[layer - 1], options={**row.options, "layer": layer})
 

@@ -1,8 +1,10 @@
-"""MUSK's image path (Xiang et al., Nature 2025) as timm's ViT: renames the weights of a BEiT-3 (arXiv 2208.10442).
+"""MUSK's image path (Xiang et al., Nature 2025) as timm's ViT: renames the weights of a BEiT-3
+(arXiv 2208.10442).
 
-BEiT-3 keeps two experts a layer, A for images and B for text. Of an image only A is used, and A is a plain ViT with
-inner norms, which timm has as `beit3_large_patch16_224`. Its features are the class token after the last norm, with
-neither the contrastive head nor multi-scale inputs (`with_head=False, ms_aug=False`), as TRIDENT takes them.
+BEiT-3 keeps two experts a layer, A for images and B for text. Of an image only A is used, and A is
+a plain ViT with inner norms, which timm has as `beit3_large_patch16_224`. Its features are the
+class token after the last norm, with neither the contrastive head nor multi-scale inputs
+(`with_head=False, ms_aug=False`), as TRIDENT takes them.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ UNUSED = ("text_embed.", "vision_embed.mask_token")
 
 
 def to_timm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Expert A of a BEiT-3 state dict under timm's names; a dict of other names is handed back as it is."""
+    """Expert A of a BEiT-3 state dict under timm's names; a dict of other names is handed back as
+    it is.
+    """
     if not any(name.startswith(PREFIX) for name in weights):
         return weights
     renamed = {name: tensor for name, tensor in weights.items() if not name.startswith(PREFIX)}

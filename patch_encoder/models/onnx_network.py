@@ -1,7 +1,9 @@
-"""An ONNX file as a torch module, run by onnxruntime: on the CPU, or on CUDA without a copy through the host.
+"""An ONNX file as a torch module, run by onnxruntime: on the CPU, or on CUDA without a copy through
+the host.
 
-The module is its path: pickled (Ray, spawned processes) it travels without weights, and the session is made in the process
-that computes, with the first batch, on as many threads as torch has. Pixels go in as uint8 (B, 3, H, W), features come out.
+The module is its path: pickled (Ray, spawned processes) it travels without weights, and the session
+is made in the process that computes, with the first batch, on as many threads as torch has. Pixels
+go in as uint8 (B, 3, H, W), features come out.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ def import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError:
-        raise UserError(f"ONNX: expected the package onnxruntime, found none; pip install '{REQUIREMENT}'") from None
+        raise UserError(
+            f"ONNX: expected the package onnxruntime, found none; pip install '{REQUIREMENT}'"
+        ) from None
     return onnxruntime
 
 
@@ -62,9 +66,13 @@ class OnnxNetwork(nn.Module):
     def _checked_input(self, pixels: Tensor) -> str:
         """The input's name, when the file takes tiles of this size."""
         source = self._session.get_inputs()[0]
-        if any(isinstance(side, int) and side != found for side, found in zip(source.shape[2:], pixels.shape[2:])):
+        if any(
+            isinstance(side, int) and side != found
+            for side, found in zip(source.shape[2:], pixels.shape[2:])
+        ):
             raise UserError(
-                f"{self.path}: expected tiles of {source.shape[3]} x {source.shape[2]} px, for which it was exported, found "
+                f"{self.path}: expected tiles of {source.shape[3]} x {source.shape[2]} px, for "
+                "which it was exported, found "
                 f"{pixels.shape[3]} x {pixels.shape[2]}; export the student on these tiles"
             )
         return source.name
@@ -89,14 +97,16 @@ def open_session(path: str | Path, device: torch.device, *, optimise: bool = Tru
         optimise: rewrite the graph for speed; a look at the file does without.
 
     Raises:
-        UserError: no such file, a file that onnxruntime cannot read, CUDA without a provider for it.
+        UserError: no such file, a file that onnxruntime cannot read, CUDA without a provider for
+            it.
     """
     runtime = import_onnxruntime()
     if not Path(path).is_file():
         raise UserError(f"{path}: expected an ONNX file, found no file")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    # threads that wait sleep: the decoding processes need the cores, and spinning cost a tenth of the speed
+    # threads that wait sleep: the decoding processes need the cores, and spinning cost a tenth of
+    # the speed
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3  # errors; they are raised as well
     if not optimise:
@@ -105,7 +115,9 @@ def open_session(path: str | Path, device: torch.device, *, optimise: bool = Tru
         return runtime.InferenceSession(str(path), options, providers=_providers(runtime, device))
     except _load_errors(runtime) as error:
         reason = str(error).strip().splitlines()[0][:160]
-        raise UserError(f"{path}: expected an ONNX file, onnxruntime cannot read it: {reason}; export it again") from None
+        raise UserError(
+            f"{path}: expected an ONNX file, onnxruntime cannot read it: {reason}; export it again"
+        ) from None
 
 
 def _providers(runtime: Any, device: torch.device) -> list[Any]:
@@ -113,14 +125,27 @@ def _providers(runtime: Any, device: torch.device) -> list[Any]:
         return ["CPUExecutionProvider"]
     if "CUDAExecutionProvider" not in runtime.get_available_providers():
         raise UserError(
-            f"device={device}: onnxruntime {runtime.__version__} has no CUDA; pip install onnxruntime-gpu, or set device=cpu"
+            f"device={device}: onnxruntime {runtime.__version__} has no CUDA; pip install "
+            "onnxruntime-gpu, or set device=cpu"
         )
     stream = str(torch.cuda.current_stream(device).cuda_stream)
-    return [("CUDAExecutionProvider", {"device_id": device.index or 0, "user_compute_stream": stream})]
+    return [
+        ("CUDAExecutionProvider", {"device_id": device.index or 0, "user_compute_stream": stream})
+    ]
 
 
 def _load_errors(runtime: Any) -> tuple[type[Exception], ...]:
-    """What onnxruntime raises over a file: classes of its own, without a common one below Exception."""
+    """What onnxruntime raises over a file: classes of its own, without a common one below
+    Exception.
+    """
     state = runtime.capi.onnxruntime_pybind11_state
-    names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented", "RuntimeException")
+    names = (
+        "Fail",
+        "InvalidArgument",
+        "InvalidGraph",
+        "InvalidProtobuf",
+        "NoSuchFile",
+        "NotImplemented",
+        "RuntimeException",
+    )
     return (RuntimeError, *(getattr(state, name) for name in names if hasattr(state, name)))

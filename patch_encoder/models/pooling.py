@@ -1,7 +1,9 @@
-"""From a network to one vector a tile: stages of a ResNet, tokens of a transformer, the image half of CLIP.
+"""From a network to one vector a tile: stages of a ResNet, tokens of a transformer, the image half
+of CLIP.
 
-Tokens are taken after the last normalisation: `cls` is the class token, `mean` the mean of the patch tokens (registers
-left out), `cls_mean` both, concatenated (Virchow: Vorontsov et al., 2024; Midnight: Karasikov et al., 2025).
+Tokens are taken after the last normalisation: `cls` is the class token, `mean` the mean of the
+patch tokens (registers left out), `cls_mean` both, concatenated (Virchow: Vorontsov et al., 2024;
+Midnight: Karasikov et al., 2025).
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ POOLS = ("published", "cls", "mean", "cls_mean")
 
 
 def pool_tokens(tokens: Tensor, pool: str, prefix: int) -> Tensor:
-    """(B, prefix + N, D) -> (B, D), or (B, 2 D) for cls_mean; `prefix` counts class token and registers."""
+    """(B, prefix + N, D) -> (B, D), or (B, 2 D) for cls_mean; `prefix` counts class token and
+    registers.
+    """
     parts = {"cls": tokens[:, 0], "mean": tokens[:, prefix:].mean(dim=1)}
     return torch.cat([parts[part] for part in pool.split("_")], dim=-1)
 
@@ -46,14 +50,17 @@ class TokenPool(nn.Module):
         normalise = getattr(self.trunk, "fc_norm", nn.Identity())
         prefix = self.trunk.num_prefix_tokens
         if self.pool == "cls_mean":
-            return torch.cat([normalise(pool_tokens(tokens, part, prefix)) for part in ("cls", "mean")], dim=-1)
+            return torch.cat(
+                [normalise(pool_tokens(tokens, part, prefix)) for part in ("cls", "mean")], dim=-1
+            )
         return normalise(pool_tokens(tokens, self.pool, prefix))
 
 
 class TransformersPool(nn.Module):
     """A transformers vision model: (B, 3, H, W) -> (B, D).
 
-    `pool` empty: the projected image embedding (CLIP), the pooled feature map (ConvNeXt, ResNet), else the class token.
+    `pool` empty: the projected image embedding (CLIP), the pooled feature map (ConvNeXt, ResNet),
+    else the class token.
     """
 
     def __init__(self, model: nn.Module, pool: str) -> None:

@@ -1,8 +1,9 @@
 """What happens to a tile before its encoder sees it: resize and crop in the workers, on bytes.
 
-Every published processor of the table is one of three rules: the shorter side to `side` and a centre crop of `crop`
-(torchvision, timm, open_clip, CLIP's and DINOv2's processors), both sides to `side` (ViT's processors), or a crop only.
-Scaling to [0, 1] and mean/std are left to the device (`PixelEncoder`), so that a tile travels as uint8.
+Every published processor of the table is one of three rules: the shorter side to `side` and a
+centre crop of `crop` (torchvision, timm, open_clip, CLIP's and DINOv2's processors), both sides to
+`side` (ViT's processors), or a crop only. Scaling to [0, 1] and mean/std are left to the device
+(`PixelEncoder`), so that a tile travels as uint8.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
+FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,8 @@ class Fit:
     """How a tile becomes the encoder's input.
 
     Attributes:
-        side: length in pixels that the shorter side is resized to (both sides when `squash`); None: no resizing.
+        side: length in pixels that the shorter side is resized to (both sides when `squash`); None:
+            no resizing.
         crop: side of the centre crop that follows; None: no crop.
         interpolation: bilinear, bicubic or lanczos, all with antialiasing (PIL's).
         squash: resize both sides, whatever the aspect ratio.
@@ -39,7 +45,9 @@ class Fit:
         """uint8 (H, W, 3) -> uint8 (h, w, 3)."""
         height, width = self._resized(*tile.shape[:2])
         if (height, width) != tile.shape[:2]:
-            tile = np.asarray(Image.fromarray(tile).resize((width, height), FILTERS[self.interpolation]))
+            tile = np.asarray(
+                Image.fromarray(tile).resize((width, height), FILTERS[self.interpolation])
+            )
         if self.crop is None:
             return tile
         # torchvision's rounding of an odd margin
@@ -71,7 +79,9 @@ class Fit:
 
 
 class ToInputSize:
-    """uint8 (H, W, 3) -> uint8 (3, h, w) by a `Fit`; a number is a bicubic resize of the whole tile, None keeps its size."""
+    """uint8 (H, W, 3) -> uint8 (3, h, w) by a `Fit`; a number is a bicubic resize of the whole
+    tile, None keeps its size.
+    """
 
     def __init__(self, fit: Fit | int | None) -> None:
         self.fit = fit if isinstance(fit, Fit) else Fit(fit, squash=True)

@@ -1,7 +1,9 @@
-"""Networks built without initial weights, for a state dict to be put in whole: no random numbers, no second copy in memory.
+"""Networks built without initial weights, for a state dict to be put in whole: no random numbers,
+no second copy in memory.
 
-Only parameters go to the meta device, and each as soon as its module has it. Buffers are computed as ever: position tables and
-masks that no file holds have to be right. (accelerate's `init_empty_weights(include_buffers=False)` is the same idea.)
+Only parameters go to the meta device, and each as soon as its module has it. Buffers are computed
+as ever: position tables and masks that no file holds have to be right. (accelerate's
+`init_empty_weights(include_buffers=False)` is the same idea.)
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""One reader interface over whatever a scanner writes: slide files, pictures, DICOM folders, folders of tiles."""
+"""One reader interface over whatever a scanner writes: slide files, pictures, DICOM folders,
+folders of tiles.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,10 @@ def open_slide(path: str | Path, mpp: float | None = None, tile_pattern: str = "
 
     Args:
         path: a slide file, a picture, a folder of tiles, or a folder with one DICOM series.
-        mpp: micrometres per pixel at level 0; wins over what the file says, for files that say nothing or lie.
-        tile_pattern: how a tile folder's file names are read, see patch_encoder.slides.tile_pattern; empty: `<row>_<col>`.
+        mpp: micrometres per pixel at level 0; wins over what the file says, for files that say
+            nothing or lie.
+        tile_pattern: how a tile folder's file names are read, see
+            patch_encoder.slides.tile_pattern; empty: `<row>_<col>`.
 
     Raises:
         SlideError: missing, unreadable or of an unknown format.
@@ -35,7 +39,9 @@ def open_slide(path: str | Path, mpp: float | None = None, tile_pattern: str = "
         is_dicom = not tile_pattern and bool(dicom_files(path))
         return open_dicom_folder(path, mpp) if is_dicom else TileFolder(path, mpp, tile_pattern)
     if not path.is_file():
-        raise SlideError(f"slide {path}: expected a slide file or a folder of tiles, found nothing there")
+        raise SlideError(
+            f"slide {path}: expected a slide file or a folder of tiles, found nothing there"
+        )
     suffix = suffix_of(path)
     if suffix in PICTURE_SUFFIXES:
         return PictureFile(path, mpp)

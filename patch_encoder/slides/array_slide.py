@@ -1,4 +1,6 @@
-"""A slide whose levels are arrays, or can be cut like arrays: what pictures and TIFF files have in common."""
+"""A slide whose levels are arrays, or can be cut like arrays: what pictures and TIFF files have in
+common.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ class ArraySlide(Slide):
             RegionError: they cannot be decoded.
         """
 
-    def read(self, x: int, y: int, size: int, level: int = 0) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    def read(
+        self, x: int, y: int, size: int, level: int = 0
+    ) -> UInt8[np.ndarray, "{size} {size} 3"]:
         width, height = self.level_sizes[level]
         left, top = round(x / self.downsamples[level]), round(y / self.downsamples[level])
         inner_left, inner_right = np.clip([left, left + size], 0, width).tolist()

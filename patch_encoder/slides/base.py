@@ -18,21 +18,26 @@ class SlideError(UserError):
 
 
 class RegionError(SlideError):
-    """Some pixels of a slide cannot be decoded; the slide stays usable, so that the others can be read and these counted."""
+    """Some pixels of a slide cannot be decoded; the slide stays usable, so that the others can be
+    read and these counted.
+    """
 
 
 class Slide(ABC):
-    """A pyramid of RGB pixels. Coordinates are level-0 pixels, (x, y) from the top-left corner. Threads may read at a time.
+    """A pyramid of RGB pixels. Coordinates are level-0 pixels, (x, y) from the top-left corner.
+    Threads may read at a time.
 
     Attributes:
         slide_id: file name without its suffix (`.ome.tif` is one), or folder name.
         width, height: size of level 0 in pixels.
         resolution: um per level-0 pixel, where it comes from, objective power.
-        downsamples: level-0 pixels per pixel of each level, ascending from 1.0; not always powers of two.
+        downsamples: level-0 pixels per pixel of each level, ascending from 1.0; not always powers
+            of two.
         level_sizes: (width, height) of each level in its own pixels.
         format: reader and vendor, for people.
         tile_side: side of the scanner's own tiles for a tile folder, else None.
-        tile_pattern: how the file names of a tile folder's tiles are read; empty for `<row>_<col>` and for files.
+        tile_pattern: how the file names of a tile folder's tiles are read; empty for `<row>_<col>`
+            and for files.
         associated: (width, height) of pictures beside the pyramid (label, macro, thumbnail).
         properties: what the file says about itself.
         tiff_path: the file, where it is a TIFF whose pages are the levels as they are.
@@ -59,7 +64,9 @@ class Slide(ABC):
         return self.resolution.mpp
 
     @abstractmethod
-    def read(self, x: int, y: int, size: int, level: int = 0) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    def read(
+        self, x: int, y: int, size: int, level: int = 0
+    ) -> UInt8[np.ndarray, "{size} {size} 3"]:
         """Read a square.
 
         Args:
@@ -76,11 +83,15 @@ class Slide(ABC):
         """
 
     def is_blank(self, x: int, y: int, size: int) -> bool:
-        """Whether a square is known to be white without reading it: places of a tile folder without tiles."""
+        """Whether a square is known to be white without reading it: places of a tile folder without
+        tiles.
+        """
         return False
 
     def transparent_share(self) -> float | None:
-        """Share of the slide that the scanner took no picture of (shown white), None where the format cannot say cheaply."""
+        """Share of the slide that the scanner took no picture of (shown white), None where the
+        format cannot say cheaply.
+        """
         return None
 
     def reopen(self) -> None:

@@ -1,4 +1,6 @@
-"""Which parts of a slide cannot be decoded: cells of one lattice, counted, so that the rest can be used and the loss told."""
+"""Which parts of a slide cannot be decoded: cells of one lattice, counted, so that the rest can be
+used and the loss told.
+"""
 
 from __future__ import annotations
 
@@ -48,11 +50,19 @@ class Damage:
         return (table[y1, x1] - table[y0, x1] - table[y1, x0] + table[y0, x0]) > 0
 
     def mask(self, size: tuple[int, int], shape: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
-        """The cells as a mask of `shape` (h, w) over a slide of `size` (width, height) level-0 px."""
+        """The cells as a mask of `shape` (h, w) over a slide of `size` (width, height) level-0
+        px.
+        """
         found = np.zeros(shape, dtype=bool)
         scale_x, scale_y = shape[1] / size[0], shape[0] / size[1]
         for row, col in np.argwhere(self.cells).tolist():
-            top, bottom = int(row * self.side * scale_y), int(np.ceil((row + 1) * self.side * scale_y))
-            left, right = int(col * self.side * scale_x), int(np.ceil((col + 1) * self.side * scale_x))
+            top, bottom = (
+                int(row * self.side * scale_y),
+                int(np.ceil((row + 1) * self.side * scale_y)),
+            )
+            left, right = (
+                int(col * self.side * scale_x),
+                int(np.ceil((col + 1) * self.side * scale_x)),
+            )
             found[top:bottom, left:right] = True
         return found

@@ -1,4 +1,6 @@
-"""A folder of DICOM files as one slide: OpenSlide opens any file of a series and finds the others beside it."""
+"""A folder of DICOM files as one slide: OpenSlide opens any file of a series and finds the others
+beside it.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,19 @@ from patch_encoder.slides.base import SlideError
 from patch_encoder.slides.names import DICOM_SUFFIX
 from patch_encoder.slides.openslide_file import OpenSlideFile, UnsupportedError
 
-# tag (0020,000E), explicit VR "UI", little endian: the series' UID stands in a file's first kilobytes
+# tag (0020,000E), explicit VR "UI", little endian: the series' UID stands in a file's first
+# kilobytes
 SERIES_TAG = b"\x20\x00\x0e\x00UI"
 HEADER_BYTES = 1 << 18
 
 
 def dicom_files(folder: Path) -> list[Path]:
     """The DICOM files that lie directly in a folder, sorted."""
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() == DICOM_SUFFIX and not file.name.startswith("."))
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix.lower() == DICOM_SUFFIX and not file.name.startswith(".")
+    )
 
 
 def open_dicom_folder(folder: Path, mpp: float | None = None) -> OpenSlideFile:
@@ -28,14 +35,18 @@ def open_dicom_folder(folder: Path, mpp: float | None = None) -> OpenSlideFile:
     series = {uid for uid in map(series_uid, files) if uid}
     if len(series) > 1:
         raise SlideError(
-            f"slide {folder}: expected one DICOM series a folder, found {len(series)}; give each a folder of its own"
+            f"slide {folder}: expected one DICOM series a folder, found {len(series)}; give each "
+            "a folder of its own"
         )
     for file in files:
         try:
             return OpenSlideFile(file, mpp, slide_id=folder.name)
         except UnsupportedError:
             continue  # an overview or a report of the same series
-    raise SlideError(f"slide {folder}: expected a DICOM whole-slide series, OpenSlide opens none of its {len(files)} files")
+    raise SlideError(
+        f"slide {folder}: expected a DICOM whole-slide series, OpenSlide opens none of its "
+        f"{len(files)} files"
+    )
 
 
 def series_uid(file: Path) -> str:

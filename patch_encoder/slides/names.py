@@ -1,4 +1,6 @@
-"""What a slide is called and which files may be one: suffixes, compound ones too, and the id without them."""
+"""What a slide is called and which files may be one: suffixes, compound ones too, and the id
+without them.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,20 @@ from common.files import safe_id
 OME_SUFFIXES = (".ome.tif", ".ome.tiff", ".ome.btf")
 TIFF_SUFFIXES = frozenset((".tif", ".tiff", ".btf", ".tf8", ".qptiff", *OME_SUFFIXES))
 DICOM_SUFFIX = ".dcm"
-SLIDE_SUFFIXES = TIFF_SUFFIXES | {".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi", DICOM_SUFFIX}
-# pictures also lie beside slides (labels, overviews, tiles of a .vms), so a folder's are slides only when that is meant
+SLIDE_SUFFIXES = TIFF_SUFFIXES | {
+    ".svs",
+    ".ndpi",
+    ".mrxs",
+    ".scn",
+    ".bif",
+    ".vms",
+    ".vmu",
+    ".svslide",
+    ".czi",
+    DICOM_SUFFIX,
+}
+# pictures also lie beside slides (labels, overviews, tiles of a .vms), so a folder's are slides
+# only when that is meant
 PICTURE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".jp2"))
 
 

@@ -1,4 +1,6 @@
-"""Slides in any format that OpenSlide reads (SVS, NDPI, MRXS, SCN, BIF, DICOM, generic tiled TIFF, ...)."""
+"""Slides in any format that OpenSlide reads (SVS, NDPI, MRXS, SCN, BIF, DICOM, generic tiled TIFF,
+...).
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ class UnsupportedError(SlideError):
 class OpenSlideFile(Slide):
     """An OpenSlide handle, shared by threads.
 
-    A failed read poisons OpenSlide's handle for good, for reads that are under way in other threads, too: a failed read is done
-    again on a handle of its own, and the shared one is replaced before an error is raised.
+    A failed read poisons OpenSlide's handle for good, for reads that are under way in other
+    threads, too: a failed read is done again on a handle of its own, and the shared one is replaced
+    before an error is raised.
     """
 
     def __init__(self, path: Path, mpp: float | None = None, slide_id: str = "") -> None:
@@ -43,14 +46,17 @@ class OpenSlideFile(Slide):
             self.tiff_path = path
         self.format = f"openslide {self.properties.get(openslide.PROPERTY_NAME_VENDOR, 'unknown')}"
         self.associated = _associated_sizes(self.properties)
-        self.resolution = resolution_of(self.properties, self.slide_id, (self.width, self.height), mpp)
+        self.resolution = resolution_of(
+            self.properties, self.slide_id, (self.width, self.height), mpp
+        )
 
     def _open(self) -> openslide.OpenSlide:
         try:
             return openslide.OpenSlide(str(self.path))
         except openslide.OpenSlideUnsupportedFormatError:
             raise UnsupportedError(
-                f"slide {self.path}: expected a format that OpenSlide reads, found another or a truncated file"
+                f"slide {self.path}: expected a format that OpenSlide reads, found another or a "
+                "truncated file"
             ) from None
         except openslide.OpenSlideError as error:
             raise SlideError(f"slide {self.path}: OpenSlide cannot open it: {error}") from None
@@ -70,7 +76,9 @@ class OpenSlideFile(Slide):
                     return own.read_region((int(x), int(y)), level, (size, size))
             except openslide.OpenSlideError as error:
                 place = f"pixels at ({x}, {y}) level {level}"
-                raise RegionError(f"slide {self.slide_id}: {place} cannot be decoded: {error}") from None
+                raise RegionError(
+                    f"slide {self.slide_id}: {place} cannot be decoded: {error}"
+                ) from None
 
     def transparent_share(self) -> float | None:
         level = len(self.level_sizes) - 1
@@ -95,5 +103,12 @@ class OpenSlideFile(Slide):
 def _associated_sizes(properties: dict[str, str]) -> dict[str, tuple[int, int]]:
     # from the properties: asking for the pictures would decode them
     prefix, suffix = "openslide.associated.", ".width"
-    names = [key[len(prefix) : -len(suffix)] for key in properties if key.startswith(prefix) and key.endswith(suffix)]
-    return {name: (int(properties[f"{prefix}{name}.width"]), int(properties[f"{prefix}{name}.height"])) for name in names}
+    names = [
+        key[len(prefix) : -len(suffix)]
+        for key in properties
+        if key.startswith(prefix) and key.endswith(suffix)
+    ]
+    return {
+        name: (int(properties[f"{prefix}{name}.width"]), int(properties[f"{prefix}{name}.height"]))
+        for name in names
+    }

@@ -1,7 +1,9 @@
-"""A whole slide as one small picture, read block by block: a slide without lower levels needs no more memory.
+"""A whole slide as one small picture, read block by block: a slide without lower levels needs no
+more memory.
 
-Blocks are read by `slide.threads` threads; large levels of JPEG tiles are decoded at 1/2, 1/4 or 1/8 (`reduced_jpeg`), which
-leaves out most of the work. What cannot be decoded is grey and counted, the rest is there.
+Blocks are read by `slide.threads` threads; large levels of JPEG tiles are decoded at 1/2, 1/4 or
+1/8 (`reduced_jpeg`), which leaves out most of the work. What cannot be decoded is grey and counted,
+the rest is there.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ from patch_encoder.slides.reduced_jpeg import ReducedJpeg
 
 MAX_SIDE = 4096  # px of the picture that a mask is computed on
 BLOCK = 2048  # px of a level that are read at a time
-LARGE, KEPT_SIDE = 4096, 2048  # px of a level whose overview is kept, and the least side of that overview
+LARGE, KEPT_SIDE = (
+    4096,
+    2048,
+)  # px of a level whose overview is kept, and the least side of that overview
 UNREADABLE = 200  # grey value
 MAX_THREADS = 8  # each holds a block
 
@@ -40,16 +45,21 @@ class Overview:
     damage: Damage
 
     def on_glass(self, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
-        """With the colour of the slide's glass instead of what could not be decoded; `size`: the slide's, level-0 px."""
+        """With the colour of the slide's glass instead of what could not be decoded; `size`: the
+        slide's, level-0 px.
+        """
         if not self.damage.count:
             return self.pixels
         out, lost = self.pixels.copy(), self.damage.mask(size, self.pixels.shape[:2])
-        out[lost] = np.percentile(out[~lost], 90, axis=0).astype(np.uint8) if not lost.all() else 255
+        out[lost] = (
+            np.percentile(out[~lost], 90, axis=0).astype(np.uint8) if not lost.all() else 255
+        )
         return out
 
 
 def read_overview(slide: Slide, max_side: int) -> Overview:
-    """The slide with max(h, w) <= max_side, at least 1 px a side: means over the pixels of the nearest finer level.
+    """The slide with max(h, w) <= max_side, at least 1 px a side: means over the pixels of the
+    nearest finer level.
 
     Where that level is a large one it is read once, at KEPT_SIDE or more, and kept with the slide.
 
@@ -59,7 +69,9 @@ def read_overview(slide: Slide, max_side: int) -> Overview:
     scale = max(1.0, max(slide.width, slide.height) / max_side)
     size = (max(1, round(slide.width / scale)), max(1, round(slide.height / scale)))
     # a level up to 1 % coarser counts as the level itself
-    level = max(i for i, downsample in enumerate(slide.downsamples) if i == 0 or downsample <= scale * 1.01)
+    level = max(
+        i for i, downsample in enumerate(slide.downsamples) if i == 0 or downsample <= scale * 1.01
+    )
     if max(slide.level_sizes[level]) <= LARGE or scale == 1:
         return _Reader(slide, level, size).overview()
     if slide not in _kept or max(_kept[slide].pixels.shape) < max(size):
@@ -69,7 +81,10 @@ def read_overview(slide: Slide, max_side: int) -> Overview:
     kept = _kept[slide]
     if kept.pixels.shape[1::-1] == size:
         return kept
-    return Overview(np.asarray(cv2.resize(kept.pixels, size, interpolation=cv2.INTER_AREA), dtype=np.uint8), kept.damage)
+    return Overview(
+        np.asarray(cv2.resize(kept.pixels, size, interpolation=cv2.INTER_AREA), dtype=np.uint8),
+        kept.damage,
+    )
 
 
 _kept: WeakKeyDictionary[Slide, Overview] = WeakKeyDictionary()
@@ -102,7 +117,8 @@ class _Reader:
 
     def overview(self) -> Overview:
         whole = (0, 0, *self.size)
-        # at least two of its pixels for one of the picture: a pixel that is cut in two counts as if it were of one colour
+        # at least two of its pixels for one of the picture: a pixel that is cut in two counts as if
+        # it were of one colour
         factor = next((f for f in (8, 4, 2) if 2 * f <= min(self.step)), 1)
         with ExitStack() as stack:
             reduced = None
@@ -112,11 +128,21 @@ class _Reader:
             boxes = self.boxes(whole, 1)
             if reduced is not None:
                 source = stack.enter_context(reduced)
-                boxes, paint = self.boxes(whole, factor, BLOCK // 4), lambda box: self.paint_reduced(box, source)
-            threads = stack.enter_context(ThreadPoolExecutor(max(1, min(self.slide.threads, MAX_THREADS, len(boxes)))))
+                boxes, paint = (
+                    self.boxes(whole, factor, BLOCK // 4),
+                    lambda box: self.paint_reduced(box, source),
+                )
+            threads = stack.enter_context(
+                ThreadPoolExecutor(max(1, min(self.slide.threads, MAX_THREADS, len(boxes))))
+            )
             for _ in threads.map(paint, boxes):
                 pass
-        return Overview(self.out, Damage(self.cells, CELL * self.slide.downsamples[self.level], min(self.errors, default="")))
+        return Overview(
+            self.out,
+            Damage(
+                self.cells, CELL * self.slide.downsamples[self.level], min(self.errors, default="")
+            ),
+        )
 
     def boxes(self, box: Box, factor: int, block: int = BLOCK) -> list[Box]:
         """Parts of a box of the picture, each of at most `block` px of the level at 1 / factor."""
@@ -125,15 +151,25 @@ class _Reader:
         lefts, tops = range(left, right, count), range(top, bottom, count)
         return [(x, y, min(x + count, right), min(y + count, bottom)) for y in tops for x in lefts]
 
-    def place(self, box: Box, factor: int = 1) -> tuple[int, int, tuple[float, float, float, float]]:
-        """(x, y) of a box in whole pixels of the level at 1 / factor, and the box itself as seen from there."""
+    def place(
+        self, box: Box, factor: int = 1
+    ) -> tuple[int, int, tuple[float, float, float, float]]:
+        """(x, y) of a box in whole pixels of the level at 1 / factor, and the box itself as seen
+        from there.
+        """
         step_x, step_y = self.step[0] / factor, self.step[1] / factor
         x, y = math.floor(box[0] * step_x), math.floor(box[1] * step_y)
-        return x, y, (box[0] * step_x - x, box[1] * step_y - y, box[2] * step_x - x, box[3] * step_y - y)
+        return (
+            x,
+            y,
+            (box[0] * step_x - x, box[1] * step_y - y, box[2] * step_x - x, box[3] * step_y - y),
+        )
 
     def put(self, box: Box, pixels: np.ndarray, part: tuple[float, float, float, float]) -> None:
         left, top, right, bottom = box
-        small = Image.fromarray(pixels).resize((right - left, bottom - top), Image.Resampling.BOX, box=part)
+        small = Image.fromarray(pixels).resize(
+            (right - left, bottom - top), Image.Resampling.BOX, box=part
+        )
         self.out[top:bottom, left:right] = np.asarray(small)
 
     def paint(self, box: Box) -> None:
@@ -161,37 +197,52 @@ class _Reader:
             return
         left, top, right, bottom = box
         rows = area_means(pixels, np.linspace(part[1], part[3], bottom - top + 1))
-        means = area_means(rows.swapaxes(0, 1), np.linspace(part[0], part[2], right - left + 1)).swapaxes(0, 1)
+        means = area_means(
+            rows.swapaxes(0, 1), np.linspace(part[0], part[2], right - left + 1)
+        ).swapaxes(0, 1)
         self.out[top:bottom, left:right] = (means + 0.5).astype(np.uint8)
 
     def what_is_left(self, x: int, y: int, side: int) -> np.ndarray:
         """A block cell by cell; those that cannot be decoded are noted."""
-        out, downsample = np.full((side, side, 3), UNREADABLE, dtype=np.uint8), self.slide.downsamples[self.level]
+        out, downsample = (
+            np.full((side, side, 3), UNREADABLE, dtype=np.uint8),
+            self.slide.downsamples[self.level],
+        )
         rows, cols = self.cells.shape
         for row, col in _cells(x, y, side, rows, cols):
             left, top = col * CELL, row * CELL
             alive()
             try:
-                pixels = self.slide.read(round(left * downsample), round(top * downsample), CELL, self.level)
+                pixels = self.slide.read(
+                    round(left * downsample), round(top * downsample), CELL, self.level
+                )
             except RegionError as error:
                 self.cells[row, col] = True
                 self.errors.append(str(error))
                 continue
             x0, y0 = max(x, left), max(y, top)
             x1, y1 = min(x + side, left + CELL), min(y + side, top + CELL)
-            out[y0 - y : y1 - y, x0 - x : x1 - x] = pixels[y0 - top : y1 - top, x0 - left : x1 - left]
+            out[y0 - y : y1 - y, x0 - x : x1 - x] = pixels[
+                y0 - top : y1 - top, x0 - left : x1 - left
+            ]
         return out
 
 
-def area_means(values: Shaped[np.ndarray, n * rest], edges: Float64[np.ndarray, " bins"]) -> Float32[np.ndarray, _ * rest]:
-    """Means between consecutive edges along the first axis, float32; a value that an edge cuts counts in part."""
+def area_means(
+    values: Shaped[np.ndarray, n * rest], edges: Float64[np.ndarray, " bins"]
+) -> Float32[np.ndarray, _ * rest]:
+    """Means between consecutive edges along the first axis, float32; a value that an edge cuts
+    counts in part.
+    """
     table = np.zeros((len(values) + 1, *values.shape[1:]), dtype=np.float32)
     np.cumsum(values, axis=0, dtype=np.float32, out=table[1:])
     places = np.minimum(edges, len(values))
     low = np.minimum(places.astype(int), len(values) - 1)
     share = (places - low).astype(np.float32).reshape(-1, *[1] * (values.ndim - 1))
     sums = table[low] * (1 - share) + table[low + 1] * share
-    return np.diff(sums, axis=0) / np.diff(places).astype(np.float32).reshape(-1, *[1] * (values.ndim - 1))
+    return np.diff(sums, axis=0) / np.diff(places).astype(np.float32).reshape(
+        -1, *[1] * (values.ndim - 1)
+    )
 
 
 def _cells(x: int, y: int, side: int, rows: int, cols: int) -> Iterable[tuple[int, int]]:

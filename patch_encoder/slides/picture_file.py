@@ -1,4 +1,6 @@
-"""A plain picture (PNG, JPEG, BMP, WebP, JPEG 2000) of any size as a slide with one level, decoded once a handle."""
+"""A plain picture (PNG, JPEG, BMP, WebP, JPEG 2000) of any size as a slide with one level, decoded
+once a handle.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ MAX_PIXELS = 2**32  # 12 GiB decoded
 
 
 class PictureFile(ArraySlide):
-    """Opening reads the header only; the first read decodes the picture, and all others are cut from it."""
+    """Opening reads the header only; the first read decodes the picture, and all others are cut
+    from it.
+    """
 
     def __init__(self, path: Path, mpp: float | None = None) -> None:
         self.slide_id, self.path = slide_id_of(path), path
@@ -45,24 +49,34 @@ class PictureFile(ArraySlide):
             raise SlideError(f"slide {path}: expected a picture, found {error}") from None
         if mode not in MODES:
             raise SlideError(
-                f"slide {path}: expected 8 bits a channel (grey or RGB), found mode {mode}; convert it to 8-bit RGB"
+                f"slide {path}: expected 8 bits a channel (grey or RGB), found mode {mode}; "
+                "convert it to 8-bit RGB"
             )
         if self.width * self.height > MAX_PIXELS:
             raise SlideError(
-                f"slide {path}: {self.width}x{self.height} px are too many for a picture; convert it to a tiled TIFF"
+                f"slide {path}: {self.width}x{self.height} px are too many for a picture; convert "
+                "it to a tiled TIFF"
             )
         self.downsamples, self.level_sizes = (1.0,), ((self.width, self.height),)
         self._mode, self._lock = MODES[mode], threading.Lock()
-        self.resolution = resolution_of(_density_properties(*map(float, density)), self.slide_id, given=mpp)
+        self.resolution = resolution_of(
+            _density_properties(*map(float, density)), self.slide_id, given=mpp
+        )
 
     @cached_property
     def _pixels(self) -> np.ndarray:
         try:
             with _without_limit(), Image.open(self.path) as image:
                 # not .convert() alone: it would drop the transparency that on_white composes
-                return keep(as_rgb(np.asarray(image if image.mode == self._mode else image.convert(self._mode))))
+                return keep(
+                    as_rgb(
+                        np.asarray(image if image.mode == self._mode else image.convert(self._mode))
+                    )
+                )
         except (OSError, ValueError, SyntaxError) as error:
-            raise RegionError(f"slide {self.slide_id}: {self.path.name} cannot be decoded: {error}") from None
+            raise RegionError(
+                f"slide {self.slide_id}: {self.path.name} cannot be decoded: {error}"
+            ) from None
 
     def cut(self, level: int, left: int, top: int, right: int, bottom: int) -> np.ndarray:
         with self._lock:  # decoded once, however many threads ask first
@@ -75,7 +89,9 @@ class PictureFile(ArraySlide):
 
 @contextmanager
 def _without_limit() -> Iterator[None]:
-    """Pillow takes 179 Mpx and more for an attack; slides are larger, and have a limit of their own here."""
+    """Pillow takes 179 Mpx and more for an attack; slides are larger, and have a limit of their own
+    here.
+    """
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         yield
@@ -84,7 +100,9 @@ def _without_limit() -> Iterator[None]:
 
 
 def _density_properties(x: float, y: float) -> dict[str, str]:
-    """A picture's dots per inch when they are a microscope's; 72 or 300 are a program's habit and not worth a word."""
+    """A picture's dots per inch when they are a microscope's; 72 or 300 are a program's habit and
+    not worth a word.
+    """
     if not all(value and is_plausible(25400 / value) for value in (x, y)):
         return {}
     return {"tiff.XResolution": str(x), "tiff.YResolution": str(y), "tiff.ResolutionUnit": "inch"}

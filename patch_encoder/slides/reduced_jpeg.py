@@ -1,7 +1,9 @@
-"""A level of JPEG tiles at 1/2, 1/4 or 1/8 without decoding its pixels: libjpeg's inverse DCT of 4x4, 2x2 or 1x1 coefficients.
+"""A level of JPEG tiles at 1/2, 1/4 or 1/8 without decoding its pixels: libjpeg's inverse DCT of
+4x4, 2x2 or 1x1 coefficients.
 
-The lowest coefficients of a block of 8 x 8 px say what it is on average, so 1/8 equals the mean over its pixels up to rounding.
-Only for files whose tiles tifffile finds where OpenSlide does, and only after one tile has been compared with the reader's.
+The lowest coefficients of a block of 8 x 8 px say what it is on average, so 1/8 equals the mean
+over its pixels up to rounding. Only for files whose tiles tifffile finds where OpenSlide does, and
+only after one tile has been compared with the reader's.
 """
 
 from __future__ import annotations
@@ -28,9 +30,13 @@ DAMAGE = (OSError, UnidentifiedImageError, SyntaxError, ValueError)
 
 
 class ReducedJpeg:
-    """One page of a TIFF; coordinates are pixels of the page at 1 / factor. Used by several threads."""
+    """One page of a TIFF; coordinates are pixels of the page at 1 / factor. Used by several
+    threads.
+    """
 
-    def __init__(self, slide: Slide, file: tifffile.TiffFile, page: tifffile.TiffPage, factor: int) -> None:
+    def __init__(
+        self, slide: Slide, file: tifffile.TiffFile, page: tifffile.TiffPage, factor: int
+    ) -> None:
         self.slide, self.factor, self._file, self._page = slide, factor, file, page
         # a last pixel that is part image, part padding of its tile does not count
         self.size = page.imagewidth // factor, page.imagelength // factor
@@ -41,12 +47,18 @@ class ReducedJpeg:
 
     @staticmethod
     def of(slide: Slide, level: int, factor: int) -> ReducedJpeg | None:
-        """The level of a slide at 1 / factor, None where its file has no JPEG tiles or they look otherwise to the reader."""
+        """The level of a slide at 1 / factor, None where its file has no JPEG tiles or they look
+        otherwise to the reader.
+        """
         if slide.tiff_path is None:
             return None
         try:
             file = tifffile.TiffFile(slide.tiff_path)
-            found = [page for page in file.pages if _suits(page.aspage(), slide.level_sizes[level], factor)]
+            found = [
+                page
+                for page in file.pages
+                if _suits(page.aspage(), slide.level_sizes[level], factor)
+            ]
         except READ_ERRORS:
             return None  # the slide's own reader knows better
         reduced = ReducedJpeg(slide, file, found[0].aspage(), factor) if len(found) == 1 else None
@@ -66,7 +78,9 @@ class ReducedJpeg:
         except RegionError:
             return False
         expected = expected[: found.shape[0] * self.factor, : found.shape[1] * self.factor]
-        expected = np.asarray(Image.fromarray(expected).resize(found.shape[1::-1], Image.Resampling.BOX))
+        expected = np.asarray(
+            Image.fromarray(expected).resize(found.shape[1::-1], Image.Resampling.BOX)
+        )
         return float(np.abs(found.astype(int) - expected).mean()) < TOLERANCE
 
     def cut(self, left: int, top: int, right: int, bottom: int) -> UInt8[np.ndarray, "h w 3"]:
@@ -84,7 +98,9 @@ class ReducedJpeg:
                 y0, y1 = max(top, row * height), min(bottom, (row + 1) * height)
                 x0, x1 = max(left, col * width), min(right, (col + 1) * width)
                 tile = self.tile(row * across + col)
-                part = tile[y0 - row * height : y1 - row * height, x0 - col * width : x1 - col * width]
+                part = tile[
+                    y0 - row * height : y1 - row * height, x0 - col * width : x1 - col * width
+                ]
                 out[y0 - top : y1 - top, x0 - left : x1 - left] = part
         return out
 
@@ -117,7 +133,9 @@ class ReducedJpeg:
             if pixels.shape != (height, width, 3):
                 raise OSError(f"expected {width}x{height} px of RGB, found {pixels.shape}")
         except DAMAGE as error:
-            raise RegionError(f"slide {self.slide.slide_id}: tile {index} cannot be decoded: {error}") from None
+            raise RegionError(
+                f"slide {self.slide.slide_id}: tile {index} cannot be decoded: {error}"
+            ) from None
         return pixels
 
     def __enter__(self) -> ReducedJpeg:

@@ -1,8 +1,9 @@
 """Micrometres per pixel of a slide: from what its file says, checked, and where it came from.
 
-OpenSlide's own keys come first, then the vendors' that it does not map in every version (names after openslide.org's lists of
-properties), then the TIFF resolution, then the objective's power. What lies outside what microscopes give is not believed:
-72 dpi, which drawing programs write, would be 353 um.
+OpenSlide's own keys come first, then the vendors' that it does not map in every version (names
+after openslide.org's lists of properties), then the TIFF resolution, then the objective's power.
+What lies outside what microscopes give is not believed: 72 dpi, which drawing programs write, would
+be 353 um.
 """
 
 from __future__ import annotations
@@ -85,12 +86,18 @@ def check_mpp(mpp: float, what: str) -> float:
     """
     if not is_plausible(mpp):
         low, high = PLAUSIBLE_MPP
-        raise UserError(f"{what}: expected um per level-0 pixel, {low} to {high}, found {mpp:g}; 40x is about 0.25, 20x 0.5")
+        raise UserError(
+            f"{what}: expected um per level-0 pixel, {low} to {high}, found {mpp:g}; 40x is about "
+            "0.25, 20x 0.5"
+        )
     return mpp
 
 
 def resolution_of(
-    properties: Mapping[str, str], slide_id: str, size: tuple[int, int] = (0, 0), given: float | None = None
+    properties: Mapping[str, str],
+    slide_id: str,
+    size: tuple[int, int] = (0, 0),
+    given: float | None = None,
 ) -> Resolution:
     """The resolution by a slide's properties, announced once where it is doubtful.
 
@@ -104,11 +111,17 @@ def resolution_of(
     found, doubts = _from_keys(properties, size)
     if given is not None:
         if found is not None and found.mpp is not None and not _close(given, found.mpp, 1.05):
-            announce(f"slide {slide_id}: mpp {given:g} as given; the file says {found.mpp:.4g} ({found.source})")
+            announce(
+                f"slide {slide_id}: mpp {given:g} as given; the file says {found.mpp:.4g} "
+                f"({found.source})"
+            )
         return Resolution(given, "given", power)
     if found is not None and found.mpp is not None:
         if power is not None and not _close(found.mpp * power, 10.0, POWER_RATIO):
-            announce(f"slide {slide_id}: {found.source} says {found.mpp:.4g} um, but its objective is {power:g}x; {REMEDY}")
+            announce(
+                f"slide {slide_id}: {found.source} says {found.mpp:.4g} um, but its objective is "
+                f"{power:g}x; {REMEDY}"
+            )
         for doubt in doubts:
             announce(f"slide {slide_id}: {doubt}; {found.source} is used")
         return Resolution(found.mpp, found.source, power)
@@ -116,28 +129,41 @@ def resolution_of(
     if power is None:
         return Resolution(None, f"none: {why}")
     # 40x is 0.25 um/px on the scanners in use; a convention, not a measurement
-    announce(f"slide {slide_id}: no mpp ({why}), taken from objective power {power:g}x as {10 / power:.3f}; else {REMEDY}")
+    announce(
+        f"slide {slide_id}: no mpp ({why}), taken from objective power {power:g}x as "
+        f"{10 / power:.3f}; else {REMEDY}"
+    )
     return Resolution(10 / power, "objective power", power)
 
 
-def _from_keys(properties: Mapping[str, str], size: tuple[int, int]) -> tuple[Resolution | None, list[str]]:
+def _from_keys(
+    properties: Mapping[str, str], size: tuple[int, int]
+) -> tuple[Resolution | None, list[str]]:
     """The first believable pair of numbers, and what was said against those before it."""
     doubts: list[str] = []
     for source, x, y in _candidates(properties, size):
         numbers = [value for value in (x, y) if value is not None]
         wrong = [value for value in numbers if not is_plausible(value)]
         if wrong:
-            doubts.append(f"{source} says {wrong[0]:g} um, outside {PLAUSIBLE_MPP[0]} to {PLAUSIBLE_MPP[1]}")
+            doubts.append(
+                f"{source} says {wrong[0]:g} um, outside {PLAUSIBLE_MPP[0]} to {PLAUSIBLE_MPP[1]}"
+            )
         elif not _close(numbers[0], numbers[-1], SQUARE_XY):
-            doubts.append(f"{source} says {numbers[0]:g} by {numbers[-1]:g} um, pixels that are not square")
+            doubts.append(
+                f"{source} says {numbers[0]:g} by {numbers[-1]:g} um, pixels that are not square"
+            )
         else:
             if not _close(numbers[0], numbers[-1], SAME_XY):
-                doubts.append(f"{source} says {numbers[0]:g} by {numbers[-1]:g} um, taken as their mean")
+                doubts.append(
+                    f"{source} says {numbers[0]:g} by {numbers[-1]:g} um, taken as their mean"
+                )
             return Resolution(sum(numbers) / len(numbers), source), doubts
     return None, doubts
 
 
-def _candidates(properties: Mapping[str, str], size: tuple[int, int]) -> Iterator[tuple[str, float | None, float | None]]:
+def _candidates(
+    properties: Mapping[str, str], size: tuple[int, int]
+) -> Iterator[tuple[str, float | None, float | None]]:
     """(key, um of x, um of y), most trusted first; at least one of the two is a number."""
     for key_x, key_y, unit in KEYS:
         yield from _pair(key_x, properties.get(key_x), properties.get(key_y), unit)
@@ -148,7 +174,10 @@ def _candidates(properties: Mapping[str, str], size: tuple[int, int]) -> Iterato
     if any(lengths) and all(size):
         values = [str(length / pixels) if length else None for length, pixels in zip(lengths, size)]
         yield from _pair(HAMAMATSU_KEYS[0], values[0], values[1], 0.001)
-    mirax = [next((v for k, v in properties.items() if k.endswith(suffix)), None) for suffix in MIRAX_SUFFIXES]
+    mirax = [
+        next((v for k, v in properties.items() if k.endswith(suffix)), None)
+        for suffix in MIRAX_SUFFIXES
+    ]
     yield from _pair(f"mirax {MIRAX_SUFFIXES[0]}", mirax[0], mirax[1], 1.0)
     unit = TIFF_UNITS.get(properties.get(TIFF_KEYS[2], "").lower())
     densities = [_number(properties.get(key)) for key in TIFF_KEYS[:2]]
@@ -157,14 +186,18 @@ def _candidates(properties: Mapping[str, str], size: tuple[int, int]) -> Iterato
         yield from _pair(TIFF_KEYS[0], values[0], values[1], unit)
 
 
-def _pair(source: str, x: str | None, y: str | None, unit: float) -> Iterator[tuple[str, float | None, float | None]]:
+def _pair(
+    source: str, x: str | None, y: str | None, unit: float
+) -> Iterator[tuple[str, float | None, float | None]]:
     values = [None if number is None else number * unit for number in (_number(x), _number(y))]
     if values != [None, None]:
         yield source, values[0], values[1]
 
 
 def _number(text: str | None) -> float | None:
-    """A positive number, NaN kept so that it is reported; None for anything else (0 means unknown in several formats)."""
+    """A positive number, NaN kept so that it is reported; None for anything else (0 means unknown
+    in several formats).
+    """
     try:
         value = float(text) if text is not None else 0.0
     except ValueError:

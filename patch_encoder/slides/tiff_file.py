@@ -1,7 +1,8 @@
-"""TIFF files that OpenSlide refuses (strips, OME-TIFF, single level) through tifffile: decoded segment by segment.
+"""TIFF files that OpenSlide refuses (strips, OME-TIFF, single level) through tifffile: decoded
+segment by segment.
 
-The pyramid is that of the file's first series (OME SubIFDs or pages of falling size). Levels whose layout has no segments of
-whole RGB pixels (planes apart) are decoded once and kept.
+The pyramid is that of the file's first series (OME SubIFDs or pages of falling size). Levels whose
+layout has no segments of whole RGB pixels (planes apart) are decoded once and kept.
 """
 
 from __future__ import annotations
@@ -43,17 +44,29 @@ class TiffFile(ArraySlide):
                 self.properties = _resolution_properties(self._file)
                 self.format = f"tifffile {'OME-TIFF' if self._file.is_ome else 'TIFF'}"
             except READ_ERRORS as error:
-                raise SlideError(f"slide {path}: expected a TIFF file, found another or a damaged one: {error}") from None
+                raise SlideError(
+                    f"slide {path}: expected a TIFF file, found another or a damaged one: {error}"
+                ) from None
             for axes, shape, dtype in layouts:
-                if axes not in AXES or dtype != "uint8" or _channels(axes, shape) not in (1, 3, 4) or 0 in shape:
+                if (
+                    axes not in AXES
+                    or dtype != "uint8"
+                    or _channels(axes, shape) not in (1, 3, 4)
+                    or 0 in shape
+                ):
                     raise SlideError(
-                        f"slide {path}: expected a TIFF of 8-bit grey or RGB pixels, found {dtype} of shape {shape} ({axes}); "
+                        f"slide {path}: expected a TIFF of 8-bit grey or RGB pixels, found "
+                        f"{dtype} of shape {shape} ({axes}); "
                         "convert it to 8-bit RGB"
                     )
             stack.pop_all()  # stays open
-        self.level_sizes = tuple((shape[axes.index("X")], shape[axes.index("Y")]) for axes, shape, _ in layouts)
+        self.level_sizes = tuple(
+            (shape[axes.index("X")], shape[axes.index("Y")]) for axes, shape, _ in layouts
+        )
         self.width, self.height = self.level_sizes[0]
-        self.downsamples = tuple((self.width / w + self.height / h) / 2 for w, h in self.level_sizes)
+        self.downsamples = tuple(
+            (self.width / w + self.height / h) / 2 for w, h in self.level_sizes
+        )
         self.resolution = resolution_of(self.properties, self.slide_id, given=mpp)
         self._segments: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._whole: dict[int, np.ndarray] = {}
@@ -67,14 +80,18 @@ class TiffFile(ArraySlide):
             return self._assemble(level, left, top, right, bottom)
         except READ_ERRORS as error:
             raise RegionError(
-                f"slide {self.slide_id}: pixels at ({left}, {top}) of level {level} cannot be decoded: {error}"
+                f"slide {self.slide_id}: pixels at ({left}, {top}) of level {level} cannot be "
+                f"decoded: {error}"
             ) from None
 
     @cached_property
     def _in_segments(self) -> list[bool]:
         """Whether a level is one page whose segments hold whole pixels."""
         pairs = zip(self._levels, self._pages, strict=True)
-        return [level.axes in ("YX", "YXS") and len(level.pages) == 1 and _is_plain(page) for level, page in pairs]
+        return [
+            level.axes in ("YX", "YXS") and len(level.pages) == 1 and _is_plain(page)
+            for level, page in pairs
+        ]
 
     def _assemble(self, level: int, left: int, top: int, right: int, bottom: int) -> np.ndarray:
         page = self._pages[level]
@@ -87,7 +104,9 @@ class TiffFile(ArraySlide):
                 segment = self._segment(level, row * across + col, width, height)
                 y0, y1 = max(top, row * height), min(bottom, (row + 1) * height)
                 x0, x1 = max(left, col * width), min(right, (col + 1) * width)
-                part = segment[y0 - row * height : y1 - row * height, x0 - col * width : x1 - col * width]
+                part = segment[
+                    y0 - row * height : y1 - row * height, x0 - col * width : x1 - col * width
+                ]
                 out[y0 - top : y1 - top, x0 - left : x1 - left] = part
         return out
 
@@ -105,17 +124,28 @@ class TiffFile(ArraySlide):
             stream.seek(page.dataoffsets[index])
             data = stream.read(count)
         if len(data) != count:
-            raise OSError(f"segment {index} has {len(data)} of {count} bytes, the file is truncated")
+            raise OSError(
+                f"segment {index} has {len(data)} of {count} bytes, the file is truncated"
+            )
         # libjpeg paints what is missing grey without an error
-        if page.compression in JPEG and (not data.startswith(b"\xff\xd8") or b"\xff\xd9" not in data[-16:]):
+        if page.compression in JPEG and (
+            not data.startswith(b"\xff\xd8") or b"\xff\xd9" not in data[-16:]
+        ):
             raise OSError(f"segment {index} is no whole JPEG stream")
-        tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader} if page.compression in JPEG else {}
+        tables = (
+            {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader}
+            if page.compression in JPEG
+            else {}
+        )
         decoded = page.decode(data, index, **tables)[0]
         assert decoded is not None
         pixels = np.ascontiguousarray(as_rgb(_positive(decoded[0], page), _has_alpha(page)))
         with self._lock:
             self._segments[level, index] = pixels
-            while len(self._segments) > 1 and sum(part.nbytes for part in self._segments.values()) > CACHED_BYTES:
+            while (
+                len(self._segments) > 1
+                and sum(part.nbytes for part in self._segments.values()) > CACHED_BYTES
+            ):
                 self._segments.popitem(last=False)
         return pixels
 
@@ -126,7 +156,9 @@ class TiffFile(ArraySlide):
                 pixels = series.asarray()
                 if series.axes[0] in "SC":
                     pixels = np.moveaxis(pixels, 0, -1)
-                self._whole[level] = keep(as_rgb(_positive(pixels, self._pages[level]), _has_alpha(self._pages[level])))
+                self._whole[level] = keep(
+                    as_rgb(_positive(pixels, self._pages[level]), _has_alpha(self._pages[level]))
+                )
             return self._whole[level]
 
     def reopen(self) -> None:
@@ -148,7 +180,10 @@ class TiffFile(ArraySlide):
 
 def _levels(file: tifffile.TiffFile) -> list[tifffile.TiffPageSeries]:
     """The first series' levels, largest first."""
-    return sorted(file.series[0].levels, key=lambda level: -level.shape[level.axes.index("X")] if "X" in level.axes else 0)
+    return sorted(
+        file.series[0].levels,
+        key=lambda level: -level.shape[level.axes.index("X")] if "X" in level.axes else 0,
+    )
 
 
 def _channels(axes: str, shape: tuple[int, ...]) -> int:
@@ -178,15 +213,24 @@ def _resolution_properties(file: tifffile.TiffFile) -> dict[str, str]:
             properties[f"tiff.{name}"] = str(numerator / denominator if denominator else 0)
     unit = {2: "inch", 3: "centimeter", 4: "millimeter", 5: "micrometer"}
     properties["tiff.ResolutionUnit"] = (
-        unit.get(int(page.tags["ResolutionUnit"].value), "") if "ResolutionUnit" in page.tags else ""
+        unit.get(int(page.tags["ResolutionUnit"].value), "")
+        if "ResolutionUnit" in page.tags
+        else ""
     )
     if file.is_ome and file.ome_metadata:
         try:
-            pixels = next(e for e in ElementTree.fromstring(file.ome_metadata).iter() if e.tag.endswith("}Pixels"))
+            pixels = next(
+                e
+                for e in ElementTree.fromstring(file.ome_metadata).iter()
+                if e.tag.endswith("}Pixels")
+            )
         except (ElementTree.ParseError, StopIteration):
             return properties
         for axis in "XY":
-            value, name = pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm")
+            value, name = (
+                pixels.get(f"PhysicalSize{axis}"),
+                pixels.get(f"PhysicalSize{axis}Unit", "µm"),
+            )
             if value and name in UNITS:
                 properties[f"ome.PhysicalSize{axis}"] = str(float(value) * UNITS[name])
     return properties

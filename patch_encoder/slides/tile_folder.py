@@ -1,4 +1,6 @@
-"""Slides that a scanner exported as a folder of tiles, `<row>_<col>.jpg|png` (the layout of TS2G-KD) or any other naming."""
+"""Slides that a scanner exported as a folder of tiles, `<row>_<col>.jpg|png` (the layout of
+TS2G-KD) or any other naming.
+"""
 
 from __future__ import annotations
 
@@ -20,34 +22,49 @@ CACHED_TILES = 16
 class TileFolder(Slide):
     """The mosaic of all tiles as one slide with one level; places without a tile are white.
 
-    Tiles that are named by pixels may stand anywhere, overlap (the later one is on top) and be smaller at the border.
+    Tiles that are named by pixels may stand anywhere, overlap (the later one is on top) and be
+    smaller at the border.
 
     Attributes:
         tiles: (x, y) level-0 corner -> file, sorted by y, then x.
-        cells: (row, col) of the lattice of tile sides -> a file that covers some of it, sorted by row, then column.
+        cells: (row, col) of the lattice of tile sides -> a file that covers some of it, sorted by
+            row, then column.
     """
 
     def __init__(self, path: Path, mpp: float | None = None, tile_pattern: str = "") -> None:
         self.slide_id, self.path, self.tile_pattern = path.name, path, tile_pattern
         pattern = compile_pattern(tile_pattern)
-        found = ((pattern.place(file.name), file) for file in sorted(path.iterdir()) if not file.name.startswith("."))
+        found = (
+            (pattern.place(file.name), file)
+            for file in sorted(path.iterdir())
+            if not file.name.startswith(".")
+        )
         places = sorted((place[::-1], file) for place, file in found if place is not None)
         if not places:
-            expected = f"matching tile_pattern={tile_pattern}" if tile_pattern else "named <row>_<col>.jpg or .png"
+            expected = (
+                f"matching tile_pattern={tile_pattern}"
+                if tile_pattern
+                else "named <row>_<col>.jpg or .png"
+            )
             raise SlideError(f"slide {path}: expected tiles {expected}, found none")
         self._strict = not pattern.in_pixels
         self.tile_side: int = self._side_of(places[0][1])
         unit = self.tile_side if self._strict else 1
         self.tiles = {(x * unit, y * unit): file for (y, x), file in places}
         if len(self.tiles) < len(places):
-            raise SlideError(f"slide {path}: expected one file a tile, found {len(places)} files for {len(self.tiles)} places")
+            raise SlideError(
+                f"slide {path}: expected one file a tile, found {len(places)} files for "
+                f"{len(self.tiles)} places"
+            )
         self.width, self.height = self._extent()
         self._corners: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for x, y in self.tiles:
             for row, col in self._cells_of(x, y, self.tile_side):
                 if row * self.tile_side < self.height and col * self.tile_side < self.width:
                     self._corners.setdefault((row, col), []).append((x, y))
-        self.cells = {cell: self.tiles[corners[0]] for cell, corners in sorted(self._corners.items())}
+        self.cells = {
+            cell: self.tiles[corners[0]] for cell, corners in sorted(self._corners.items())
+        }
         self.resolution = resolution_of({}, self.slide_id, given=mpp)
         self.downsamples, self.level_sizes = (1.0,), ((self.width, self.height),)
         self.format = "tile folder"
@@ -59,26 +76,39 @@ class TileFolder(Slide):
             with Image.open(file) as image:
                 return image.size
         except (OSError, UnidentifiedImageError) as error:
-            raise SlideError(f"slide {self.slide_id}: tile {file.name} cannot be decoded: {error}") from None
+            raise SlideError(
+                f"slide {self.slide_id}: tile {file.name} cannot be decoded: {error}"
+            ) from None
 
     def _extent(self) -> tuple[int, int]:
-        """(width, height) in whole cells, by the sizes of the last tile to the right and of the last one down."""
+        """(width, height) in whole cells, by the sizes of the last tile to the right and of the
+        last one down.
+        """
         right, down = max(self.tiles), max(self.tiles, key=lambda corner: corner[::-1])
         ends = (right[0] + self.tile_side, down[1] + self.tile_side)
         if not self._strict:
-            ends = (right[0] + self._size_of(self.tiles[right])[0], down[1] + self._size_of(self.tiles[down])[1])
+            ends = (
+                right[0] + self._size_of(self.tiles[right])[0],
+                down[1] + self._size_of(self.tiles[down])[1],
+            )
         side = self.tile_side
         return -(-ends[0] // side) * side, -(-ends[1] // side) * side
 
     def _side_of(self, file: Path) -> int:
         width, height = self._size_of(file)
         if width != height:
-            raise SlideError(f"slide {self.slide_id}: expected square tiles, found {file.name} of {width}x{height} px")
+            raise SlideError(
+                f"slide {self.slide_id}: expected square tiles, found {file.name} of "
+                f"{width}x{height} px"
+            )
         return width
 
     def _cells_of(self, x: int, y: int, size: int) -> list[tuple[int, int]]:
         side = self.tile_side
-        rows, cols = range(y // side, (y + size - 1) // side + 1), range(x // side, (x + size - 1) // side + 1)
+        rows, cols = (
+            range(y // side, (y + size - 1) // side + 1),
+            range(x // side, (x + size - 1) // side + 1),
+        )
         return [(row, col) for row in rows for col in cols]
 
     def corners(self) -> np.ndarray:
@@ -92,14 +122,20 @@ class TileFolder(Slide):
     def read(self, x: int, y: int, size: int, level: int = 0) -> np.ndarray:
         assert level == 0, level
         out = np.full((size, size, 3), 255, dtype=np.uint8)
-        touched = {corner: None for cell in self._cells_of(x, y, size) for corner in self._corners.get(cell, ())}
+        touched = {
+            corner: None
+            for cell in self._cells_of(x, y, size)
+            for corner in self._corners.get(cell, ())
+        }
         for left, top in sorted(touched, key=lambda corner: corner[::-1]):
             tile = self._tile(left, top)
             # overlap of this tile with the square, in mosaic pixels
             x0, y0 = max(x, left), max(y, top)
             x1, y1 = min(x + size, left + tile.shape[1]), min(y + size, top + tile.shape[0])
             if x1 > x0 and y1 > y0:
-                out[y0 - y : y1 - y, x0 - x : x1 - x] = tile[y0 - top : y1 - top, x0 - left : x1 - left]
+                out[y0 - y : y1 - y, x0 - x : x1 - x] = tile[
+                    y0 - top : y1 - top, x0 - left : x1 - left
+                ]
         return out
 
     def _tile(self, x: int, y: int) -> np.ndarray:
@@ -110,12 +146,21 @@ class TileFolder(Slide):
         file, side = self.tiles[x, y], self.tile_side
         try:
             with Image.open(file) as image:
-                pixels = as_rgb(np.asarray(image if image.mode in ("RGB", "RGBA", "L") else image.convert("RGBA")))
+                pixels = as_rgb(
+                    np.asarray(
+                        image if image.mode in ("RGB", "RGBA", "L") else image.convert("RGBA")
+                    )
+                )
         except (OSError, UnidentifiedImageError, SyntaxError) as error:
-            raise RegionError(f"slide {self.slide_id}: tile {file.name} cannot be decoded: {error}") from None
+            raise RegionError(
+                f"slide {self.slide_id}: tile {file.name} cannot be decoded: {error}"
+            ) from None
         height, width = pixels.shape[:2]
         if max(height, width) > side or (self._strict and (height, width) != (side, side)):
-            raise RegionError(f"slide {self.slide_id}: tile {file.name}: expected {side} px a side, found {width}x{height}")
+            raise RegionError(
+                f"slide {self.slide_id}: tile {file.name}: expected {side} px a side, found "
+                f"{width}x{height}"
+            )
         with self._lock:
             self._cache[x, y] = pixels
             if len(self._cache) > CACHED_TILES:

@@ -1,4 +1,6 @@
-"""How the file names of a tile folder say where a tile lies: `<row>_<col>`, a template, or a regular expression."""
+"""How the file names of a tile folder say where a tile lies: `<row>_<col>`, a template, or a
+regular expression.
+"""
 
 from __future__ import annotations
 
@@ -42,19 +44,25 @@ class TilePattern:
 
 @lru_cache(maxsize=64)
 def tile_pattern(text: str) -> TilePattern:
-    """Compile `tile_x{x}_y{y}.png`, or a regular expression with the groups row and col, or x and y (in pixels).
+    """Compile `tile_x{x}_y{y}.png`, or a regular expression with the groups row and col, or x and y
+    (in pixels).
 
     Raises:
         UserError: neither.
     """
     try:
-        expression = re.compile(_from_template(text) if FIELD.search(text) else text or DEFAULT, re.IGNORECASE)
+        expression = re.compile(
+            _from_template(text) if FIELD.search(text) else text or DEFAULT, re.IGNORECASE
+        )
     except re.error as error:
-        raise UserError(f"tile_pattern={text}: expected a template or a regular expression, found {error}") from None
+        raise UserError(
+            f"tile_pattern={text}: expected a template or a regular expression, found {error}"
+        ) from None
     groups = set(expression.groupindex)
     if groups & {"row", "col", "x", "y"} not in ({"row", "col"}, {"x", "y"}):
         raise UserError(
-            f"tile_pattern={text}: expected {{row}} and {{col}}, or {{x}} and {{y}} in pixels (as a regular expression: "
+            f"tile_pattern={text}: expected {{row}} and {{col}}, or {{x}} and {{y}} in pixels (as "
+            "a regular expression: "
             f"groups (?P<row>\\d+) and so on), found {sorted(groups)}"
         )
     return TilePattern(text, expression, "x" in groups)
@@ -63,4 +71,6 @@ def tile_pattern(text: str) -> TilePattern:
 def _from_template(text: str) -> str:
     """Everything but the fields is meant literally."""
     parts = FIELD.split(text)
-    return "".join(rf"(?P<{part}>\d+)" if index % 2 else re.escape(part) for index, part in enumerate(parts))
+    return "".join(
+        rf"(?P<{part}>\d+)" if index % 2 else re.escape(part) for index, part in enumerate(parts)
+    )

@@ -1,1 +1,3 @@
-"""Stain: separation, normalisation and augmentation of haematoxylin and eosin on batches of uint8 tiles."""
+"""Stain: separation, normalisation and augmentation of haematoxylin and eosin on batches of uint8
+tiles.
+"""

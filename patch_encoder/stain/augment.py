@@ -1,10 +1,11 @@
 """Stain augmentation: each stain of each tile a little stronger or weaker.
 
-`HedJitter`: haematoxylin, eosin and a third stain by Ruifrok and Johnston's fixed matrix (2001), each s' = a s + b with a and b
-drawn (Tellez et al., "Whole-slide mitosis detection in H&E breast histology using PHH3 as a reference to train distilled
-stain-invariant convolutional networks", IEEE TMI 37(9), 2018). `StainJitter`: the same on the two stains that Macenko's method
-finds in the tile. Draws come from the generator on its own device, tile after tile: a batch gives what its tiles give one by
-one.
+`HedJitter`: haematoxylin, eosin and a third stain by Ruifrok and Johnston's fixed matrix (2001),
+each s' = a s + b with a and b drawn (Tellez et al., "Whole-slide mitosis detection in H&E breast
+histology using PHH3 as a reference to train distilled stain-invariant convolutional networks", IEEE
+TMI 37(9), 2018). `StainJitter`: the same on the two stains that Macenko's method finds in the tile.
+Draws come from the generator on its own device, tile after tile: a batch gives what its tiles give
+one by one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from patch_encoder.stain.macenko import StainProfile, fit_macenko, unmixing
 from patch_encoder.stain.optical_density import recolour
 
 RUIFROK = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
-"""Densities of haematoxylin, eosin and DAB (rows) in red, green and blue, as in skimage's rgb2hed."""
+"""Densities of haematoxylin, eosin and DAB (rows) in red, green and blue, as in skimage's
+rgb2hed.
+"""
 WHITE = 256.0
 """Light of the deconvolution: intensity 255 has density 0, so that white has no stain at all."""
 
@@ -36,7 +39,9 @@ def hed_amounts(density: Float[Tensor, "b 3 n"]) -> Float[Tensor, "b 3 n"]:
     return torch.linalg.inv(mixing(density.device)).to(density) @ density
 
 
-def draw(count: int, stains: int, alpha: float, beta: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw(
+    count: int, stains: int, alpha: float, beta: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """(factors, shifts), each (count, stains), uniform in 1 +- alpha and +- beta."""
     drawn = torch.rand(count, stains, 2, generator=generator, device=generator.device) * 2 - 1
     return 1 + alpha * drawn[..., 0], beta * drawn[..., 1]
@@ -52,15 +57,21 @@ class HedJitter:
 
     Attributes:
         alpha: a is uniform in [1 - alpha, 1 + alpha].
-        beta: b is uniform in [-beta, beta], optical density (natural logarithm); glass is tinted too, as published.
+        beta: b is uniform in [-beta, beta], optical density (natural logarithm); glass is tinted
+            too, as published.
     """
 
     alpha: float = 0.05
     beta: float = 0.05
 
-    def __call__(self, tiles: UInt8[Tensor, "*b 3 h w"], generator: torch.Generator) -> UInt8[Tensor, "*b 3 h w"]:
+    def __call__(
+        self, tiles: UInt8[Tensor, "*b 3 h w"], generator: torch.Generator
+    ) -> UInt8[Tensor, "*b 3 h w"]:
         """Tiles (B, 3, H, W) or (3, H, W), each with draws of its own."""
-        factor, shift = (part.to(tiles.device).double() for part in draw(_count(tiles), 3, self.alpha, self.beta, generator))
+        factor, shift = (
+            part.to(tiles.device).double()
+            for part in draw(_count(tiles), 3, self.alpha, self.beta, generator)
+        )
         matrix = mixing(tiles.device)
         mapped = (matrix * factor[:, None]) @ torch.linalg.inv(matrix)
         return recolour(tiles, mapped, shift @ matrix.mT, light=WHITE)
@@ -68,23 +79,36 @@ class HedJitter:
 
 @dataclass(frozen=True)
 class StainJitter:
-    """c' = a c + b for the tile's own haematoxylin and eosin; what is neither stays, and so do blank tiles.
+    """c' = a c + b for the tile's own haematoxylin and eosin; what is neither stays, and so do
+    blank tiles.
 
     Attributes:
         alpha: a is uniform in [1 - alpha, 1 + alpha].
-        beta: b is uniform in [-beta, beta] times the stain's strength in the tile; it tints the glass between its tissue too.
+        beta: b is uniform in [-beta, beta] times the stain's strength in the tile; it tints the
+            glass between its tissue too.
     """
 
     alpha: float = 0.2
     beta: float = 0.1
 
     def __call__(
-        self, tiles: UInt8[Tensor, "*b 3 h w"], generator: torch.Generator, profile: StainProfile | None = None
+        self,
+        tiles: UInt8[Tensor, "*b 3 h w"],
+        generator: torch.Generator,
+        profile: StainProfile | None = None,
     ) -> UInt8[Tensor, "*b 3 h w"]:
-        """Tiles (B, 3, H, W) or (3, H, W), each with draws of its own; `profile`: their stains, fitted here when not given."""
-        factor, shift = (part.to(tiles.device) for part in draw(_count(tiles), 2, self.alpha, self.beta, generator))
+        """Tiles (B, 3, H, W) or (3, H, W), each with draws of its own; `profile`: their stains,
+        fitted here when not given.
+        """
+        factor, shift = (
+            part.to(tiles.device)
+            for part in draw(_count(tiles), 2, self.alpha, self.beta, generator)
+        )
         found = profile.to(tiles.device) if profile else fit_macenko(tiles)
-        factor, shift = torch.where(found.present, factor, 1.0), torch.where(found.present, shift * found.strength, 0.0)
+        factor, shift = (
+            torch.where(found.present, factor, 1.0),
+            torch.where(found.present, shift * found.strength, 0.0),
+        )
         eye = torch.eye(3, device=tiles.device)
         mapped = eye + (found.matrix * (factor - 1)[:, None]) @ unmixing(found.matrix)
         return recolour(tiles, mapped, (found.matrix @ shift[..., None]).squeeze(-1))

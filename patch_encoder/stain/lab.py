@@ -13,13 +13,18 @@ from torch import Tensor
 
 from patch_encoder.stain.optical_density import batched, mixed, pixels_of
 
-XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
+XYZ = (
+    (0.412453, 0.357580, 0.180423),
+    (0.212671, 0.715160, 0.072169),
+    (0.019334, 0.119193, 0.950227),
+)
 WHITE = (0.95047, 1.0, 1.08883)
 LAB = ((0.0, 116.0, 0.0), (500.0, -500.0, 0.0), (0.0, 200.0, -200.0))
 """L + 16, a and b of the cube roots f(X), f(Y), f(Z)."""
 DARK = 0.008856
-"""Below it f is a straight line, 7.787 t + 16 / 116, which meets the cube root there: f is the root of what is above plus the
-line of what is below, without a choice a pixel. The gamma of sRGB likewise."""
+"""Below it f is a straight line, 7.787 t + 16 / 116, which meets the cube root there: f is the root
+of what is above plus the line of what is below, without a choice a pixel. The gamma of sRGB
+likewise."""
 ROOT = DARK ** (1 / 3)
 
 
@@ -29,7 +34,11 @@ def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     byte = torch.arange(256, dtype=torch.float64) / 255
     light = torch.where(byte > 0.04045, ((byte + 0.055) / 1.055) ** 2.4, byte / 12.92)
     xyz = torch.tensor(XYZ, dtype=torch.float64) / torch.tensor(WHITE, dtype=torch.float64)[:, None]
-    return light.float().to(device), xyz.to(device), torch.tensor(LAB, dtype=torch.float64, device=device)
+    return (
+        light.float().to(device),
+        xyz.to(device),
+        torch.tensor(LAB, dtype=torch.float64, device=device),
+    )
 
 
 def _power(values: Tensor, exponent: float) -> Tensor:
@@ -48,12 +57,16 @@ def to_lab(tiles: UInt8[Tensor, "*b 3 h w"]) -> Float[Tensor, "b 3 n"]:
     return out
 
 
-def rgb_of_lab(lab: Float[Tensor, "b 3 n"], gain: Float[Tensor, "b 3"], shift: Float[Tensor, "b 3"]) -> Float[Tensor, "b 3 n"]:
+def rgb_of_lab(
+    lab: Float[Tensor, "b 3 n"], gain: Float[Tensor, "b 3"], shift: Float[Tensor, "b 3"]
+) -> Float[Tensor, "b 3 n"]:
     """RGB in [0, 255] of gain * lab + shift; colours outside sRGB are cut off."""
     _, xyz, matrix = _constants(lab.device)
     back = torch.linalg.inv(matrix)
     moved = shift.double() + torch.tensor([16.0, 0.0, 0.0], dtype=torch.float64, device=lab.device)
-    root = mixed((back * gain.double()[:, None]).float(), lab).add_((moved @ back.mT)[..., None].float())
+    root = mixed((back * gain.double()[:, None]).float(), lab).add_(
+        (moved @ back.mT)[..., None].float()
+    )
     upper = root.clamp_min(ROOT)
     ratio = torch.addcmul(root.sub_(ROOT).clamp_max_(0).mul_(1 / 7.787), upper * upper, upper)
     linear = mixed(torch.linalg.inv(xyz).float()[None], ratio).clamp_(0, 1)

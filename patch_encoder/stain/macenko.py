@@ -1,11 +1,13 @@
-"""Macenko's stain separation and normalisation (Macenko et al., "A method for normalizing histology slides for quantitative
-analysis", ISBI 2009), for a batch of tiles at once.
+"""Macenko's stain separation and normalisation (Macenko et al., "A method for normalizing histology
+slides for quantitative analysis", ISBI 2009), for a batch of tiles at once.
 
-As published: pixels above GLASS in every colour, the plane of the two largest eigenvectors of their covariance, the directions
-at the 1st and 99th percentile of the angle in it, haematoxylin the one with more red, least squares for the amounts, the 99th
-percentile of each amount as its strength. Differences: angles are measured from the mean direction, so that they cannot wrap
-whatever sign the eigenvectors have; strengths are those of stained pixels and not of the glass around them (`glass=True`: as
-published); a stain that a tile does not have is not invented: it is marked absent, and the target's is put in its place.
+As published: pixels above GLASS in every colour, the plane of the two largest eigenvectors of their
+covariance, the directions at the 1st and 99th percentile of the angle in it, haematoxylin the one
+with more red, least squares for the amounts, the 99th percentile of each amount as its strength.
+Differences: angles are measured from the mean direction, so that they cannot wrap whatever sign the
+eigenvectors have; strengths are those of stained pixels and not of the glass around them
+(`glass=True`: as published); a stain that a tile does not have is not invented: it is marked
+absent, and the target's is put in its place.
 """
 
 from __future__ import annotations
@@ -18,23 +20,33 @@ import torch
 from jaxtyping import Bool, Float, Float64, UInt8
 from torch import Tensor
 
-from patch_encoder.stain.optical_density import GLASS, mixed, optical_density, recolour, stained_pixels
+from patch_encoder.stain.optical_density import (
+    GLASS,
+    mixed,
+    optical_density,
+    recolour,
+    stained_pixels,
+)
 from patch_encoder.stain.percentiles import percentiles
 
 ALPHA = 1.0
 """Percent of the angles and of the amounts that are beyond the extremes."""
 LEAST_STAINED, LEAST_KEPT = 0.05, 0.01
-"""Share of the pixels that has to be stained, else a tile counts as blank, and that has to be above GLASS in every colour, else
-it has one stain at most."""
+"""Share of the pixels that has to be stained, else a tile counts as blank, and that has to be above
+GLASS in every colour, else it has one stain at most."""
 LEAST_ANGLE = 0.21
-"""Radians (12 degrees) between the extremes below which they are one stain and its noise: noise of 4 grey levels spreads one
-stain over 11 degrees; the common H and E are 22 apart."""
+"""Radians (12 degrees) between the extremes below which they are one stain and its noise: noise of
+4 grey levels spreads one stain over 11 degrees; the common H and E are 22 apart."""
 LARGEST_ANGLE = 1.4
 """Radians (80 degrees); densities are positive, so what is further apart is no pair of stains."""
 LARGEST_GAIN = 4.0
-"""No stain is strengthened more than so many times: what is that faint is noise for the most part."""
+"""No stain is strengthened more than so many times: what is that faint is noise for the most
+part.
+"""
 COMMON = ((0.5626, 0.2159), (0.7201, 0.8012), (0.4062, 0.5581))
-"""Densities of haematoxylin and eosin (columns) in red, green and blue; the reference that the published code comes with."""
+"""Densities of haematoxylin and eosin (columns) in red, green and blue; the reference that the
+published code comes with.
+"""
 DEEPEST = 16.0  # largest amount of a stain that is told apart
 COMMON_STRENGTH = (1.9705, 1.0308)
 
@@ -44,9 +56,11 @@ class StainProfile:
     """Stains of B pictures.
 
     Attributes:
-        matrix: float32 (B, 3, 2), unit columns: density of haematoxylin and of eosin in red, green, blue.
+        matrix: float32 (B, 3, 2), unit columns: density of haematoxylin and of eosin in red, green,
+            blue.
         strength: float32 (B, 2), 99th percentile of the amount of each.
-        present: bool (B, 2); where false, matrix and strength are the common ones. Neither is: blank, or no H&E.
+        present: bool (B, 2); where false, matrix and strength are the common ones. Neither is:
+            blank, or no H&E.
     """
 
     matrix: Float[Tensor, "b 3 2"]
@@ -55,17 +69,25 @@ class StainProfile:
 
     def to(self, device: torch.device) -> StainProfile:
         """The same on another device."""
-        return StainProfile(self.matrix.to(device), self.strength.to(device), self.present.to(device))
+        return StainProfile(
+            self.matrix.to(device), self.strength.to(device), self.present.to(device)
+        )
 
 
 @lru_cache(maxsize=1)
 def common_profile() -> StainProfile:
     """The published code's reference, (1, ...)."""
-    return StainProfile(torch.tensor([COMMON]), torch.tensor([COMMON_STRENGTH]), torch.ones(1, 2, dtype=torch.bool))
+    return StainProfile(
+        torch.tensor([COMMON]), torch.tensor([COMMON_STRENGTH]), torch.ones(1, 2, dtype=torch.bool)
+    )
 
 
 def fit_macenko(
-    tiles: UInt8[Tensor, "*b 3 h w"], alpha: float = ALPHA, beta: float = GLASS, *, glass: bool = False
+    tiles: UInt8[Tensor, "*b 3 h w"],
+    alpha: float = ALPHA,
+    beta: float = GLASS,
+    *,
+    glass: bool = False,
 ) -> StainProfile:
     """The stains of each tile.
 
@@ -82,10 +104,14 @@ def fit_macenko(
     enough = tissue.count_nonzero(-1) >= LEAST_STAINED * tissue.shape[-1]
     present = (two[:, None] | which) & enough[:, None]
     common = common_profile().to(density.device)
-    matrix = torch.where(two[:, None, None], matrix, torch.where(which[:, None], lone[..., None], common.matrix))
+    matrix = torch.where(
+        two[:, None, None], matrix, torch.where(which[:, None], lone[..., None], common.matrix)
+    )
     amounts = mixed(unmixing(matrix), density)  # (B, 2, N)
     counted = torch.ones_like(tissue) if glass else tissue
-    ranks = percentiles(amounts.flatten(0, 1), counted.repeat_interleave(2, 0), (100 - ALPHA,), (0.0, DEEPEST))
+    ranks = percentiles(
+        amounts.flatten(0, 1), counted.repeat_interleave(2, 0), (100 - ALPHA,), (0.0, DEEPEST)
+    )
     strength = ranks.view(-1, 2)
     present = present & (strength > beta / 2)
     matrix = torch.where(present[:, None], matrix, common.matrix)
@@ -104,11 +130,15 @@ def _two_stains(
     count = kept.count_nonzero(-1)
     chosen = (density * kept.unsqueeze(1)).double()
     mean = chosen.sum(-1) / count.clamp_min(1)[:, None]
-    scatter = chosen @ chosen.mT - count[:, None, None] * mean[:, :, None] * mean[:, None]  # (B, 3, 3)
+    scatter = (
+        chosen @ chosen.mT - count[:, None, None] * mean[:, :, None] * mean[:, None]
+    )  # (B, 3, 3)
     plane = torch.linalg.eigh(scatter).eigenvectors[..., 1:]  # (B, 3, 2)
     heading = torch.nn.functional.normalize(plane.mT @ mean[..., None], dim=1)  # (B, 2, 1)
     across = torch.cat((-heading[:, 1:], heading[:, :1]), 1)
-    basis = (plane @ torch.cat((heading, across), -1)).to(density)  # first column: the mean direction in the plane
+    basis = (plane @ torch.cat((heading, across), -1)).to(
+        density
+    )  # first column: the mean direction in the plane
     place = mixed(basis.mT, density)
     angle = torch.atan2(place[:, 1], place[:, 0])
     ends = percentiles(angle, kept, (alpha, 100 - alpha), (-math.pi / 2, math.pi / 2))
@@ -120,7 +150,9 @@ def _two_stains(
 
 
 def _one_stain(total: Float64[Tensor, "b 3"]) -> tuple[Float[Tensor, "b 3"], Bool[Tensor, "b 2"]]:
-    """(mean direction, which stain it is): the nearer of the common two, or neither when it is nearer to grey."""
+    """(mean direction, which stain it is): the nearer of the common two, or neither when it is
+    nearer to grey.
+    """
     direction = torch.nn.functional.normalize(total, dim=-1).float()
     common = common_profile().matrix[0].to(direction)
     known = torch.cat((common, torch.ones_like(common[:, :1])), -1)
@@ -151,14 +183,20 @@ def normalise_macenko(
     """
     source, target = source.to(tiles.device), target.to(tiles.device)
     matrix = torch.where(source.present[:, None], source.matrix, target.matrix)
-    gain = torch.where(source.present, (target.strength / source.strength).clamp_max(LARGEST_GAIN), 1.0)
+    gain = torch.where(
+        source.present, (target.strength / source.strength).clamp_max(LARGEST_GAIN), 1.0
+    )
     map_ = (target.matrix * gain[:, None]) @ unmixing(matrix)
     identity = torch.eye(3, device=tiles.device).expand_as(map_)
     return recolour(tiles, torch.where(source.present.any(-1)[:, None, None], map_, identity))
 
 
-def one_stain_alone(tiles: UInt8[Tensor, "*b 3 h w"], source: StainProfile, stain: int) -> UInt8[Tensor, "*b 3 h w"]:
-    """Tiles with haematoxylin (0) or eosin (1) alone, in its own colour; white where the source has none of it."""
+def one_stain_alone(
+    tiles: UInt8[Tensor, "*b 3 h w"], source: StainProfile, stain: int
+) -> UInt8[Tensor, "*b 3 h w"]:
+    """Tiles with haematoxylin (0) or eosin (1) alone, in its own colour; white where the source has
+    none of it.
+    """
     source = source.to(tiles.device)
     column = source.matrix[..., stain : stain + 1] * source.present[:, stain, None, None]
     return recolour(tiles, column @ unmixing(source.matrix)[:, stain : stain + 1])

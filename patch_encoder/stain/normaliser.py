@@ -1,8 +1,10 @@
-"""Stain normalisation as an option of extraction: which method, towards which target, statistics of tile or slide.
+"""Stain normalisation as an option of extraction: which method, towards which target, statistics of
+tile or slide.
 
-The built-in target of Macenko is the reference that the published code comes with; that of Reinhard was measured with
-`fit_reinhard` on three public pictures (those of torchstain and tiatoolbox) that Macenko had normalised to it, so that the two
-look alike. Statistics are taken on a grid of pixels and not on all of them.
+The built-in target of Macenko is the reference that the published code comes with; that of Reinhard
+was measured with `fit_reinhard` on three public pictures (those of torchstain and tiatoolbox) that
+Macenko had normalised to it, so that the two look alike. Statistics are taken on a grid of pixels
+and not on all of them.
 """
 
 from __future__ import annotations
@@ -59,14 +61,18 @@ class Normaliser:
         """Statistics of one picture."""
         return fit_macenko(tile) if self.kind == "macenko" else fit_reinhard(tile)
 
-    def apply(self, tile: UInt8[np.ndarray, "h w 3"], source: Statistics | None = None) -> UInt8[np.ndarray, "h w 3"]:
+    def apply(
+        self, tile: UInt8[np.ndarray, "h w 3"], source: Statistics | None = None
+    ) -> UInt8[np.ndarray, "h w 3"]:
         """The tile with the target's stain; `source`: statistics of its slide, else its own."""
         pixels = as_tensor(tile)
         source = source or self.fit(thinned(pixels, TILE_GRID))
         if isinstance(source, StainProfile) and isinstance(self.target, StainProfile):
             new = normalise_macenko(pixels, source, self.target)
         else:
-            assert isinstance(source, ColourStatistics) and isinstance(self.target, ColourStatistics)
+            assert isinstance(source, ColourStatistics) and isinstance(
+                self.target, ColourStatistics
+            )
             new = normalise_reinhard(pixels, source, self.target)
         return new.permute(1, 2, 0).contiguous().numpy()
 
@@ -77,7 +83,9 @@ def as_tensor(tile: UInt8[np.ndarray, "h w 3"]) -> UInt8[Tensor, "3 h w"]:
 
 
 def thinned(tile: UInt8[Tensor, "3 h w"], side: int) -> UInt8[Tensor, "3 a b"]:
-    """Every n-th pixel of every n-th row, at most about side x side of them; colours stay as they are."""
+    """Every n-th pixel of every n-th row, at most about side x side of them; colours stay as they
+    are.
+    """
     step = max(1, math.ceil(max(tile.shape[1:]) / side))
     return tile[:, step // 2 :: step, step // 2 :: step].contiguous()
 
@@ -94,14 +102,26 @@ def build_normaliser(kind: str, target: str, scope: str) -> Normaliser | None:
     """
     if kind == "none":
         if target:
-            raise UserError(f"stain_target={target}: expected stain=macenko or stain=reinhard with it, found stain=none")
+            raise UserError(
+                f"stain_target={target}: expected stain=macenko or stain=reinhard with it, found "
+                "stain=none"
+            )
         return None
     if not target:
-        return Normaliser(kind, scope, common_profile() if kind == "macenko" else common_colours(), BUILT_IN)
-    found = Normaliser(kind, scope, common_profile(), "").fit(thinned(read_target(target), TARGET_GRID))
+        return Normaliser(
+            kind, scope, common_profile() if kind == "macenko" else common_colours(), BUILT_IN
+        )
+    found = Normaliser(kind, scope, common_profile(), "").fit(
+        thinned(read_target(target), TARGET_GRID)
+    )
     if not bool(found.present.all()):
-        expected = "haematoxylin and eosin" if kind == "macenko" else "stained tissue on a twentieth of it"
-        raise UserError(f"stain_target={target}: expected a picture with {expected}, found none; take a field of dense tissue")
+        expected = (
+            "haematoxylin and eosin" if kind == "macenko" else "stained tissue on a twentieth of it"
+        )
+        raise UserError(
+            f"stain_target={target}: expected a picture with {expected}, found none; take a field "
+            "of dense tissue"
+        )
     return Normaliser(kind, scope, found, f"sha256 {sha256_file(target)}")
 
 
@@ -121,9 +141,21 @@ def read_target(path: str) -> UInt8[Tensor, "3 h w"]:
     try:
         with Image.open(Path(path)) as image:
             if image.mode not in {"RGB", "RGBA", "P"}:
-                raise UserError(f"{expected} in 8-bit RGB, found mode {image.mode}; save it as 8-bit RGB")
-            return as_tensor(as_rgb(np.asarray(image.convert("RGBA") if image.mode == "P" else image)))
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                raise UserError(
+                    f"{expected} in 8-bit RGB, found mode {image.mode}; save it as 8-bit RGB"
+                )
+            return as_tensor(
+                as_rgb(np.asarray(image.convert("RGBA") if image.mode == "P" else image))
+            )
+    except (
+        OSError,
+        UnidentifiedImageError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{expected}, found {error}; give a smaller field, or leave stain_target empty") from None
+        raise UserError(
+            f"{expected}, found {error}; give a smaller field, or leave stain_target empty"
+        ) from None

@@ -1,8 +1,10 @@
-"""Optical density of stained tissue, in which stains add up (Beer and Lambert; Ruifrok and Johnston 2001), and the way back.
+"""Optical density of stained tissue, in which stains add up (Beer and Lambert; Ruifrok and Johnston
+2001), and the way back.
 
-Density is -ln((I + 1) / LIGHT), natural logarithm and LIGHT = 240 as in the published Macenko code; here the way back takes the
-1 off again and rounds, so that a picture survives the round trip. All that normalises or augments in density is one affine map
-a tile, so `recolour` does it in one pass over the pixels.
+Density is -ln((I + 1) / LIGHT), natural logarithm and LIGHT = 240 as in the published Macenko code;
+here the way back takes the 1 off again and rounds, so that a picture survives the round trip. All
+that normalises or augments in density is one affine map a tile, so `recolour` does it in one pass
+over the pixels.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ LIGHT = 240.0
 GLASS = 0.15
 """Density below which a pixel is clear (Macenko's beta)."""
 BLACK = 2.5
-"""Density above which no colour can be told: 20 of 255 in every channel is ink, a fold or the slide's frame."""
+"""Density above which no colour can be told: 20 of 255 in every channel is ink, a fold or the
+slide's frame.
+"""
 
 
 def batched(tiles: UInt8[Tensor, "*b 3 h w"]) -> UInt8[Tensor, "b 3 n"]:
@@ -27,32 +31,51 @@ def batched(tiles: UInt8[Tensor, "*b 3 h w"]) -> UInt8[Tensor, "b 3 n"]:
     Raises:
         ValueError: another dtype or shape.
     """
-    if tiles.dtype != torch.uint8 or tiles.ndim not in (3, 4) or tiles.shape[-3] != 3 or tiles.numel() == 0:
+    if (
+        tiles.dtype != torch.uint8
+        or tiles.ndim not in (3, 4)
+        or tiles.shape[-3] != 3
+        or tiles.numel() == 0
+    ):
         found = f"{tiles.dtype} {tuple(tiles.shape)}"
-        raise ValueError(f"expected tiles uint8 (B, 3, H, W) or (3, H, W) with at least a pixel, found {found}")
+        raise ValueError(
+            f"expected tiles uint8 (B, 3, H, W) or (3, H, W) with at least a pixel, found {found}"
+        )
     return tiles.reshape(-1, 3, tiles.shape[-2] * tiles.shape[-1])
 
 
-def optical_density(tiles: UInt8[Tensor, "*b 3 h w"], light: float = LIGHT) -> Float[Tensor, "b 3 n"]:
+def optical_density(
+    tiles: UInt8[Tensor, "*b 3 h w"], light: float = LIGHT
+) -> Float[Tensor, "b 3 n"]:
     """-ln((I + 1) / light), float32."""
     return batched(tiles).float().add_(1).log_().neg_().add_(math.log(light))
 
 
-def stained_pixels(tiles: UInt8[Tensor, "*b 3 h w"], glass: float = GLASS) -> tuple[Bool[Tensor, "b n"], Bool[Tensor, "b n"]]:
-    """(denser than glass in some colour, denser than glass in every colour), black pixels in neither."""
+def stained_pixels(
+    tiles: UInt8[Tensor, "*b 3 h w"], glass: float = GLASS
+) -> tuple[Bool[Tensor, "b n"], Bool[Tensor, "b n"]]:
+    """(denser than glass in some colour, denser than glass in every colour), black pixels in
+    neither.
+    """
     lowest, highest = darkest_and_lightest(tiles)
     coloured = highest > _intensity(BLACK)
     return (lowest <= _intensity(glass)) & coloured, (highest <= _intensity(glass)) & coloured
 
 
-def darkest_and_lightest(tiles: UInt8[Tensor, "*b 3 h w"]) -> tuple[UInt8[Tensor, "b n"], UInt8[Tensor, "b n"]]:
+def darkest_and_lightest(
+    tiles: UInt8[Tensor, "*b 3 h w"],
+) -> tuple[UInt8[Tensor, "b n"], UInt8[Tensor, "b n"]]:
     """Smallest and largest intensity of the three colours of each pixel."""
     red, green, blue = batched(tiles).unbind(1)
-    return torch.minimum(torch.minimum(red, green), blue), torch.maximum(torch.maximum(red, green), blue)
+    return torch.minimum(torch.minimum(red, green), blue), torch.maximum(
+        torch.maximum(red, green), blue
+    )
 
 
 def tissue_weight(tiles: UInt8[Tensor, "*b 3 h w"]) -> Float[Tensor, "b n"]:
-    """1 where tissue is, 0 on glass, a ramp from half of GLASS to GLASS between: no seam where tissue ends."""
+    """1 where tissue is, 0 on glass, a ramp from half of GLASS to GLASS between: no seam where
+    tissue ends.
+    """
     lowest, _ = darkest_and_lightest(tiles)
     tissue, glass = LIGHT * math.exp(-GLASS) - 1, LIGHT * math.exp(-GLASS / 2) - 1
     return lowest.float().sub_(glass).mul_(1 / (tissue - glass)).clamp_(0, 1)
@@ -69,7 +92,9 @@ def pixels_of(intensity: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
 
 
 def mixed(matrix: Float[Tensor, "#b p 3"], rows: Float[Tensor, "#b 3 n"]) -> Float[Tensor, "_ p n"]:
-    """matrix @ rows, spelt out: a matrix product rounds otherwise for a batch than for its tiles one by one."""
+    """matrix @ rows, spelt out: a matrix product rounds otherwise for a batch than for its tiles
+    one by one.
+    """
     first, second, third = rows.unsqueeze(1).unbind(2)  # (B, 1, N)
     a, b, c = matrix.unsqueeze(-1).unbind(2)  # (B, P, 1)
     return (first * a).add_(second * b).add_(third * c)
@@ -81,13 +106,19 @@ def recolour(
     offset: Float[Tensor, "b 3"] | None = None,
     light: float = LIGHT,
 ) -> UInt8[Tensor, "*b 3 h w"]:
-    """Tiles whose density D has become `matrix` D + `offset`, tile by tile; one matrix does for all of them.
+    """Tiles whose density D has become `matrix` D + `offset`, tile by tile; one matrix does for all
+    of them.
 
-    With x = ln(I + 1) and D = ln(light) - x that is I' + 1 = exp(matrix x + (1 - matrix 1) ln(light) - offset).
+    With x = ln(I + 1) and D = ln(light) - x that is I' + 1 = exp(matrix x + (1 - matrix 1)
+    ln(light) - offset).
     """
     logarithm = batched(tiles).float().add_(1).log_()
     constant = (1 - matrix.sum(-1)) * math.log(light)
     if offset is not None:
         constant = constant - offset
-    matrix, constant = (part.to(logarithm).expand(len(logarithm), *part.shape[1:]) for part in (matrix, constant))
-    return pixels_of(mixed(matrix, logarithm).add_(constant.unsqueeze(-1)).exp_().sub_(1)).view(tiles.shape)
+    matrix, constant = (
+        part.to(logarithm).expand(len(logarithm), *part.shape[1:]) for part in (matrix, constant)
+    )
+    return pixels_of(mixed(matrix, logarithm).add_(constant.unsqueeze(-1)).exp_().sub_(1)).view(
+        tiles.shape
+    )

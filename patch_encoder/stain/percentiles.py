@@ -1,7 +1,8 @@
 """Percentiles of masked rows for a whole batch at once, by counting into fine bins.
 
-Nearest rank, then its place within the bin by proportion: the error is below a bin's width, and nothing is sorted. Counts are
-integers, so that the result is the same for any number of threads and any batch.
+Nearest rank, then its place within the bin by proportion: the error is below a bin's width, and
+nothing is sorted. Counts are integers, so that the result is the same for any number of threads and
+any batch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ BINS = 1 << 13
 
 
 def percentiles(
-    values: Float[Tensor, "b n"], mask: Bool[Tensor, "b n"], percents: Sequence[float], limits: tuple[float, float]
+    values: Float[Tensor, "b n"],
+    mask: Bool[Tensor, "b n"],
+    percents: Sequence[float],
+    limits: tuple[float, float],
 ) -> Float[Tensor, "b p"]:
     """The percentiles of each row's masked values, float32.
 
@@ -33,7 +37,9 @@ def percentiles(
     rows = len(values)
     place = ((values - low) * (1 / step)).clamp_(0, BINS - 1).masked_fill_(~mask, BINS).int()
     place += torch.arange(rows, dtype=torch.int32, device=values.device)[:, None] * (BINS + 1)
-    counts = torch.bincount(place.view(-1), minlength=rows * (BINS + 1)).view(rows, BINS + 1)[:, :BINS]
+    counts = torch.bincount(place.view(-1), minlength=rows * (BINS + 1)).view(rows, BINS + 1)[
+        :, :BINS
+    ]
     below = counts.cumsum(-1)
     total = below[:, -1:]
     shares = torch.tensor(percents, dtype=torch.float64, device=values.device) / 100

@@ -1,9 +1,10 @@
-"""Reinhard's colour transfer: mean and spread of each LAB channel become the target's (Reinhard et al., "Color transfer between
-images", IEEE CG&A 21(5), 2001).
+"""Reinhard's colour transfer: mean and spread of each LAB channel become the target's (Reinhard et
+al., "Color transfer between images", IEEE CG&A 21(5), 2001).
 
-Differences: CIELAB instead of l-alpha-beta, as pathology's implementations have it; only stained pixels enter the statistics
-and only they change (`masked=False`: all, the plain form, which tints glass); no spread grows more than LARGEST_GAIN times.
-Tile by tile the method gives every tile the target's mean colour, a tile of one stain too: take it over slides.
+Differences: CIELAB instead of l-alpha-beta, as pathology's implementations have it; only stained
+pixels enter the statistics and only they change (`masked=False`: all, the plain form, which tints
+glass); no spread grows more than LARGEST_GAIN times. Tile by tile the method gives every tile the
+target's mean colour, a tile of one stain too: take it over slides.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class ColourStatistics:
 
     Attributes:
         mean, spread: float32 (B, 3), mean and standard deviation of L, a, b.
-        present: bool (B,), whether there is enough tissue to tell; where false, the numbers are 0 and 1.
+        present: bool (B,), whether there is enough tissue to tell; where false, the numbers are 0
+            and 1.
     """
 
     mean: Float[Tensor, "b 3"]
@@ -34,11 +36,15 @@ class ColourStatistics:
 
     def to(self, device: torch.device) -> ColourStatistics:
         """The same on another device."""
-        return ColourStatistics(self.mean.to(device), self.spread.to(device), self.present.to(device))
+        return ColourStatistics(
+            self.mean.to(device), self.spread.to(device), self.present.to(device)
+        )
 
 
 def fit_reinhard(tiles: UInt8[Tensor, "*b 3 h w"], *, masked: bool = True) -> ColourStatistics:
-    """Mean and spread of each tile's stained pixels (all of them without `masked`); sums in float64."""
+    """Mean and spread of each tile's stained pixels (all of them without `masked`); sums in
+    float64.
+    """
     return _statistics(tiles, to_lab(tiles), masked)
 
 
@@ -56,7 +62,11 @@ def _statistics(tiles: Tensor, lab: Float[Tensor, "b 3 n"], masked: bool) -> Col
 
 
 def normalise_reinhard(
-    tiles: UInt8[Tensor, "*b 3 h w"], source: ColourStatistics | None, target: ColourStatistics, *, masked: bool = True
+    tiles: UInt8[Tensor, "*b 3 h w"],
+    source: ColourStatistics | None,
+    target: ColourStatistics,
+    *,
+    masked: bool = True,
 ) -> UInt8[Tensor, "*b 3 h w"]:
     """Tiles with the target's colours.
 
@@ -70,7 +80,10 @@ def normalise_reinhard(
         As `tiles`; those whose source is not `present` are unchanged.
     """
     lab = to_lab(tiles)
-    source, target = source.to(tiles.device) if source else _statistics(tiles, lab, masked), target.to(tiles.device)
+    source, target = (
+        source.to(tiles.device) if source else _statistics(tiles, lab, masked),
+        target.to(tiles.device),
+    )
     gain = (target.spread / source.spread.clamp_min(1e-6)).clamp_max(LARGEST_GAIN)
     shift = target.mean - gain * source.mean
     gain, shift = (part.expand(len(lab), 3) for part in (gain, shift))

@@ -1,6 +1,7 @@
 """Each slide's stain statistics, measured once in every worker from the same few of its tiles.
 
-The sample follows from the slide's coordinates alone, so that any worker, shard or machine measures the same numbers.
+The sample follows from the slide's coordinates alone, so that any worker, shard or machine measures
+the same numbers.
 """
 
 from __future__ import annotations
@@ -40,13 +41,20 @@ class SlideStains:
     """
 
     def __init__(
-        self, normaliser: Normaliser, coordinates: Sequence[Coordinates], read: Callable[[int, int], np.ndarray]
+        self,
+        normaliser: Normaliser,
+        coordinates: Sequence[Coordinates],
+        read: Callable[[int, int], np.ndarray],
     ) -> None:
         self.normaliser, self.coordinates, self.read = normaliser, coordinates, read
         self._measured: dict[int, Measured] = {}
 
-    def __call__(self, tile: UInt8[np.ndarray, "h w 3"], slide: int, number: int) -> UInt8[np.ndarray, "h w 3"]:
-        """Tile `number` of slide `slide`, normalised; as it is where too little is stained to tell."""
+    def __call__(
+        self, tile: UInt8[np.ndarray, "h w 3"], slide: int, number: int
+    ) -> UInt8[np.ndarray, "h w 3"]:
+        """Tile `number` of slide `slide`, normalised; as it is where too little is stained to
+        tell.
+        """
         if self.normaliser.scope == "tile":
             return self.normaliser.apply(tile)
         if slide not in self._measured:
@@ -57,7 +65,9 @@ class SlideStains:
         return self.normaliser.apply(tile, statistics)
 
     def measure(self, slide: int) -> Measured:
-        """Statistics of up to SAMPLE tiles; those that cannot be read are passed over, SAMPLE of them at most."""
+        """Statistics of up to SAMPLE tiles; those that cannot be read are passed over, SAMPLE of
+        them at most.
+        """
         pixels: list[torch.Tensor] = []
         for number in sample(self.coordinates[slide])[: 2 * SAMPLE]:
             if len(pixels) == SAMPLE:
@@ -67,18 +77,28 @@ class SlideStains:
             except RegionError:
                 continue
         glass = torch.full((3, 1), 255, dtype=torch.uint8)
-        return Measured(self.normaliser.fit(torch.cat(pixels or [glass], 1).unsqueeze(1)), len(pixels))
+        return Measured(
+            self.normaliser.fit(torch.cat(pixels or [glass], 1).unsqueeze(1)), len(pixels)
+        )
 
     def _say(self, slide_id: str, statistics: Statistics, tiles: int) -> None:
         kind = self.normaliser.kind
         if not bool(statistics.present.any()):
             found = f"too little stained tissue in {tiles} sampled tiles"
-            logger.warning("extract_features: slide %s: stain=%s: %s, left as it is", slide_id, kind, found)
+            logger.warning(
+                "extract_features: slide %s: stain=%s: %s, left as it is", slide_id, kind, found
+            )
         elif isinstance(statistics, StainProfile) and not bool(statistics.present.all()):
             name = "haematoxylin" if bool(statistics.present[0, 0]) else "eosin"
-            logger.warning("extract_features: slide %s: stain=%s: found %s alone", slide_id, kind, name)
+            logger.warning(
+                "extract_features: slide %s: stain=%s: found %s alone", slide_id, kind, name
+            )
 
 
 def sample(coordinates: Coordinates) -> np.ndarray:
-    """All tile numbers in an order that only the coordinates decide; its start is a sample from all over the slide."""
-    return np.random.default_rng(int(coordinates.digest()[:16], 16)).permutation(len(coordinates.coords))
+    """All tile numbers in an order that only the coordinates decide; its start is a sample from all
+    over the slide.
+    """
+    return np.random.default_rng(int(coordinates.digest()[:16], 16)).permutation(
+        len(coordinates.coords)
+    )

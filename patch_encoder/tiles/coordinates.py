@@ -1,7 +1,9 @@
-"""Coordinates on disk: `coords/<slide_id>.h5`, dataset `coords` int64 (N, 2), level-0 top-left (x, y), with attributes.
+"""Coordinates on disk: `coords/<slide_id>.h5`, dataset `coords` int64 (N, 2), level-0 top-left (x,
+y), with attributes.
 
-CLAM's readers take the file (same dataset, `patch_size` px read at `patch_level`); theirs and TRIDENT's are read here, where
-`patch_size` means other things. `convert_coordinates` writes the files of the others.
+CLAM's readers take the file (same dataset, `patch_size` px read at `patch_level`); theirs and
+TRIDENT's are read here, where `patch_size` means other things. `convert_coordinates` writes the
+files of the others.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from jaxtyping import Int
 from common.errors import UserError
 from common.files import atomic_path, sha256_bytes
 
-FULL_GEOMETRY = "tile_geometry"  # attribute of files in other layouts: a TileGeometry as JSON, which they cannot say
+# attribute of files in other layouts: a TileGeometry as JSON, which they cannot say
+FULL_GEOMETRY = "tile_geometry"
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class TileGeometry:
         overlap: share of a tile's side that it has in common with its neighbour, 0 <= overlap < 1.
         level0_width, level0_height: size of the slide in pixels.
         step_level0: level-0 pixels from tile to tile when the user set them; 0: by the overlap.
-        tile_pattern: how the names of a tile folder's tiles are read; empty for `<row>_<col>` and for slide files.
+        tile_pattern: how the names of a tile folder's tiles are read; empty for `<row>_<col>` and
+            for slide files.
     """
 
     name: str
@@ -60,15 +64,24 @@ class TileGeometry:
 
     @staticmethod
     def from_attributes(attributes: Mapping[str, Any], source: str) -> TileGeometry:
-        """From HDF5 attributes, of our own files or CLAM's (patch_size, patch_level) or TRIDENT's (patch_size_level0)."""
+        """From HDF5 attributes, of our own files or CLAM's (patch_size, patch_level) or TRIDENT's
+        (patch_size_level0).
+        """
         if "patch_size" not in attributes:
             raise UserError(
-                f"{source}: expected the attribute 'patch_size' on 'coords', found {sorted(attributes)}; tile the slide again"
+                f"{source}: expected the attribute 'patch_size' on 'coords', found "
+                f"{sorted(attributes)}; tile the slide again"
             )
         if FULL_GEOMETRY in attributes:
             return _checked(json.loads(str(attributes[FULL_GEOMETRY])), source)
         values = _trident(attributes) if _is_trident(attributes) else _clam(attributes)
-        defaults = {"name": Path(source).stem, "patch_level": 0, "target_mpp": 0.0, "mpp": 0.0, "overlap": 0.0}
+        defaults = {
+            "name": Path(source).stem,
+            "patch_level": 0,
+            "target_mpp": 0.0,
+            "mpp": 0.0,
+            "overlap": 0.0,
+        }
         return _checked(defaults | {"level0_width": 0, "level0_height": 0} | values, source)
 
 
@@ -76,9 +89,17 @@ def _checked(values: Mapping[str, Any], source: str) -> TileGeometry:
     """The fields out of a mapping, as their types."""
     types = {"str": str, "int": int, "float": float}
     try:
-        return TileGeometry(**{f.name: types[str(f.type)](values[f.name]) for f in fields(TileGeometry) if f.name in values})
+        return TileGeometry(
+            **{
+                f.name: types[str(f.type)](values[f.name])
+                for f in fields(TileGeometry)
+                if f.name in values
+            }
+        )
     except (TypeError, ValueError) as error:
-        raise UserError(f"{source}: expected a tile geometry in the attributes of 'coords', found {error}") from None
+        raise UserError(
+            f"{source}: expected a tile geometry in the attributes of 'coords', found {error}"
+        ) from None
 
 
 def _is_trident(attributes: Mapping[str, Any]) -> bool:
@@ -86,18 +107,28 @@ def _is_trident(attributes: Mapping[str, Any]) -> bool:
 
 
 def _trident(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """TRIDENT's `patch_size` and `overlap` are px after resampling; it stores no level, and level 0 is always right."""
+    """TRIDENT's `patch_size` and `overlap` are px after resampling; it stores no level, and level 0
+    is always right.
+    """
     target = int(attributes["patch_size"])
-    changed = {"patch_size": attributes["patch_size_level0"], "target_size": target, "patch_level": 0}
+    changed = {
+        "patch_size": attributes["patch_size_level0"],
+        "target_size": target,
+        "patch_level": 0,
+    }
     return dict(attributes) | changed | {"overlap": float(attributes.get("overlap", 0)) / target}
 
 
 def _clam(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """CLAM's `patch_size` is px of `patch_level`, as ours; `custom_downsample` (before 2022) shrinks them after reading."""
+    """CLAM's `patch_size` is px of `patch_level`, as ours; `custom_downsample` (before 2022)
+    shrinks them after reading.
+    """
     values = dict(attributes)
     downsample = float(np.ravel(values.get("downsample", 1.0))[0])
     values.setdefault("patch_size_level0", round(int(values["patch_size"]) * downsample))
-    values.setdefault("target_size", round(int(values["patch_size"]) / float(values.get("custom_downsample", 1))))
+    values.setdefault(
+        "target_size", round(int(values["patch_size"]) / float(values.get("custom_downsample", 1)))
+    )
     if "level_dim" in values:
         values.setdefault("level0_width", round(float(values["level_dim"][0]) * downsample))
         values.setdefault("level0_height", round(float(values["level_dim"][1]) * downsample))
@@ -106,7 +137,9 @@ def _clam(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Top-left corners of a slide's tiles, int64 (N, 2) in level-0 pixels, and how they are read."""
+    """Top-left corners of a slide's tiles, int64 (N, 2) in level-0 pixels, and how they are
+    read.
+    """
 
     coords: Int[np.ndarray, "tiles 2"]
     geometry: TileGeometry
@@ -121,8 +154,12 @@ class Coordinates:
         return sha256_bytes(self.coords.astype("<i8").tobytes(), repr(geometry).encode())
 
 
-def write_coordinates(path: str | Path, coordinates: Coordinates, extra: Mapping[str, str] | None = None) -> None:
-    """Write a coordinates file atomically; `extra` become further attributes (how the tissue was found)."""
+def write_coordinates(
+    path: str | Path, coordinates: Coordinates, extra: Mapping[str, str] | None = None
+) -> None:
+    """Write a coordinates file atomically; `extra` become further attributes (how the tissue was
+    found).
+    """
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
         dataset = file.create_dataset("coords", data=coordinates.coords.astype(np.int64))
         dataset.attrs.update(asdict(coordinates.geometry) | dict(extra or {}))
@@ -142,7 +179,10 @@ def read_coordinates(path: str | Path) -> Coordinates:
             assert isinstance(dataset, h5py.Dataset)
             coords, attributes = dataset[()], {**file.attrs, **dataset.attrs}
     except OSError as error:
-        raise UserError(f"{path}: expected a coordinates file (HDF5), cannot be read: {error}; tile the slide again") from None
+        raise UserError(
+            f"{path}: expected a coordinates file (HDF5), cannot be read: {error}; tile the slide "
+            "again"
+        ) from None
     if coords.ndim != 2 or coords.shape[1] != 2:
         raise UserError(f"{path}: expected coords (N, 2), found {coords.shape}")
     return Coordinates(coords.astype(np.int64), TileGeometry.from_attributes(attributes, str(path)))
@@ -153,13 +193,16 @@ def coordinate_attributes(path: str | Path) -> dict[str, Any]:
     try:
         with h5py.File(path, "r") as file:
             return {
-                name: value.item() if isinstance(value, np.generic) else value for name, value in file["coords"].attrs.items()
+                name: value.item() if isinstance(value, np.generic) else value
+                for name, value in file["coords"].attrs.items()
             }
     except (OSError, KeyError):
         return {}
 
 
 def tile_pattern_of(files: Iterable[Path]) -> str:
-    """How the tile folders of a cohort name their tiles, by the first of its coordinates files or bags."""
+    """How the tile folders of a cohort name their tiles, by the first of its coordinates files or
+    bags.
+    """
     first = next(iter(sorted(files)), None)
     return str(coordinate_attributes(first).get("tile_pattern", "")) if first else ""

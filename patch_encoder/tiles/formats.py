@@ -1,9 +1,11 @@
-"""Coordinates in the layouts of other tools: CLAM, TRIDENT, AtlasPatch, STAMP, INTELLIGENS (`.npy`), GeoJSON for QuPath.
+"""Coordinates in the layouts of other tools: CLAM, TRIDENT, AtlasPatch, STAMP, INTELLIGENS
+(`.npy`), GeoJSON for QuPath.
 
-CLAM and TRIDENT: `coords` int64 (N, 2) in level-0 px with their attributes; what those cannot say stands beside them as one
-JSON attribute, so that a file of ours comes back as it was. AtlasPatch: int32 (N, 5), x and y in level-0 px, width, height and
-level of what is read, attributes of the file. STAMP: micrometres, float32. INTELLIGENS: the bare corners of tiles
-of 256 px of level 0. GeoJSON: one square a tile, the shape WSInfer writes.
+CLAM and TRIDENT: `coords` int64 (N, 2) in level-0 px with their attributes; what those cannot say
+stands beside them as one JSON attribute, so that a file of ours comes back as it was. AtlasPatch:
+int32 (N, 5), x and y in level-0 px, width, height and level of what is read, attributes of the
+file. STAMP: micrometres, float32. INTELLIGENS: the bare corners of tiles of 256 px of level 0.
+GeoJSON: one square a tile, the shape WSInfer writes.
 """
 
 from __future__ import annotations
@@ -21,7 +23,13 @@ from jaxtyping import Float, Int
 from common.errors import UserError
 from patch_encoder.slides.base import Slide
 from patch_encoder.slides.resolution import REMEDY
-from patch_encoder.tiles.coordinates import FULL_GEOMETRY, Coordinates, TileGeometry, coordinate_attributes, read_coordinates
+from patch_encoder.tiles.coordinates import (
+    FULL_GEOMETRY,
+    Coordinates,
+    TileGeometry,
+    coordinate_attributes,
+    read_coordinates,
+)
 from patch_encoder.tiles.geojson import read_squares, tiles_geojson
 from patch_encoder.tiles.grid import level_for
 
@@ -51,9 +59,16 @@ class Source:
         Raises:
             UserError: nobody says.
         """
-        mpp = self.mpp or (self.slide.mpp if self.slide else None) or (geometry.mpp if geometry else None)
+        mpp = (
+            self.mpp
+            or (self.slide.mpp if self.slide else None)
+            or (geometry.mpp if geometry else None)
+        )
         if not mpp:
-            raise UserError(f"{path}: expected the slide's um per pixel, found none; {REMEDY}, or give slides=...")
+            raise UserError(
+                f"{path}: expected the slide's um per pixel, found none; {REMEDY}, or give "
+                "slides=..."
+            )
         return mpp
 
 
@@ -83,8 +98,13 @@ def read_h5(path: Path, source: Source) -> Coordinates:
     if not geometry.mpp:
         filled = square_geometry(source, geometry.patch_size_level0, geometry.target_size)
         if detect(path) != "trident" or FULL_GEOMETRY in coordinate_attributes(path):
-            filled = replace(filled, patch_level=geometry.patch_level, patch_size=geometry.patch_size)
-        width, height = geometry.level0_width or filled.level0_width, geometry.level0_height or filled.level0_height
+            filled = replace(
+                filled, patch_level=geometry.patch_level, patch_size=geometry.patch_size
+            )
+        width, height = (
+            geometry.level0_width or filled.level0_width,
+            geometry.level0_height or filled.level0_height,
+        )
         steps = {"overlap": geometry.overlap, "step_level0": geometry.step_level0}
         geometry = replace(filled, level0_width=width, level0_height=height, **steps)
     return Coordinates(found.coords, replace(geometry, name=source.slide_id))
@@ -95,10 +115,17 @@ def read_npy(path: Path, source: Source) -> Coordinates:
     try:
         corners = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: expected a NumPy array of corners (N, 2), cannot be read: {error}") from None
+        raise UserError(
+            f"{path}: expected a NumPy array of corners (N, 2), cannot be read: {error}"
+        ) from None
     if corners.ndim != 2 or corners.shape[1] != 2 or not (corners == np.round(corners)).all():
-        raise UserError(f"{path}: expected whole numbers (N, 2), level-0 px, found {corners.dtype} {corners.shape}")
-    return Coordinates(corners.astype(np.int64), square_geometry(source, source.tile_size, source.tile_size))
+        raise UserError(
+            f"{path}: expected whole numbers (N, 2), level-0 px, found {corners.dtype} "
+            f"{corners.shape}"
+        )
+    return Coordinates(
+        corners.astype(np.int64), square_geometry(source, source.tile_size, source.tile_size)
+    )
 
 
 def read_atlaspatch(path: Path, source: Source) -> Coordinates:
@@ -107,23 +134,32 @@ def read_atlaspatch(path: Path, source: Source) -> Coordinates:
         with h5py.File(path, "r") as file:
             rows, attributes = file["coords"][()], {**file.attrs, **file["coords"].attrs}
     except (OSError, KeyError) as error:
-        raise UserError(f"{path}: expected AtlasPatch's 'coords', cannot be read: {error}") from None
+        raise UserError(
+            f"{path}: expected AtlasPatch's 'coords', cannot be read: {error}"
+        ) from None
     missing = {"patch_size", "patch_size_level0"} - set(attributes)
     if rows.ndim != 2 or rows.shape[1] != 5 or missing:
-        raise UserError(f"{path}: expected coords (N, 5), patch_size and patch_size_level0, found {rows.shape}, no {missing}")
+        raise UserError(
+            f"{path}: expected coords (N, 5), patch_size and patch_size_level0, found "
+            f"{rows.shape}, no {missing}"
+        )
     if FULL_GEOMETRY in attributes:
         geometry = TileGeometry.from_attributes(attributes, str(path))
         return Coordinates(rows[:, :2].astype(np.int64), replace(geometry, name=source.slide_id))
     reads = np.unique(rows[:, 2:], axis=0)
     if len(reads) > 1 or (len(reads) and reads[0, 0] != reads[0, 1]):
         raise UserError(
-            f"{path}: expected square tiles of one size and level, found (width, height, level) {reads.tolist()[:3]}"
+            f"{path}: expected square tiles of one size and level, found (width, height, level) "
+            f"{reads.tolist()[:3]}"
         )
     target = int(attributes["patch_size"])
     geometry = square_geometry(source, int(attributes["patch_size_level0"]), target)
     if len(reads):
         geometry = replace(geometry, patch_size=int(reads[0, 0]), patch_level=int(reads[0, 2]))
-    size = {name: int(attributes.get(name, getattr(geometry, name))) for name in ("level0_width", "level0_height")}
+    size = {
+        name: int(attributes.get(name, getattr(geometry, name)))
+        for name in ("level0_width", "level0_height")
+    }
     geometry = replace(geometry, overlap=float(attributes.get("overlap", 0)) / target, **size)
     return Coordinates(rows[:, :2].astype(np.int64), geometry)
 
@@ -137,9 +173,14 @@ def read_stamp(path: Path, source: Source) -> Coordinates:
     except (OSError, KeyError) as error:
         raise UserError(f"{path}: expected STAMP's 'coords', cannot be read: {error}") from None
     if attributes.get("unit") != "um" or corners.ndim != 2 or corners.shape[1] < 2:
-        raise UserError(f"{path}: expected coords (N, 2) and unit='um', found {corners.shape} and {sorted(attributes)}")
+        raise UserError(
+            f"{path}: expected coords (N, 2) and unit='um', found {corners.shape} and "
+            f"{sorted(attributes)}"
+        )
     side_um = float(attributes.get("tile_size_um", attributes.get("tile_size", 256.0)))
-    geometry = square_geometry(replace(source, mpp=mpp), round(side_um / mpp), int(attributes.get("tile_size_px", 224)))
+    geometry = square_geometry(
+        replace(source, mpp=mpp), round(side_um / mpp), int(attributes.get("tile_size_px", 224))
+    )
     return Coordinates(np.rint(corners[:, :2] / mpp).astype(np.int64), geometry)
 
 
@@ -153,7 +194,9 @@ def read_geojson(path: Path, source: Source) -> Coordinates:
 def write_h5(path: Path, coords: Int[np.ndarray, "n 2"], attributes: Mapping[str, Any]) -> None:
     """`coords` with its attributes; the same bytes for the same content."""
     with h5py.File(path, "w", track_order=False) as file:
-        file.create_dataset("coords", data=coords.astype(np.int64), track_times=False).attrs.update(dict(attributes))
+        file.create_dataset("coords", data=coords.astype(np.int64), track_times=False).attrs.update(
+            dict(attributes)
+        )
 
 
 def write_ours(path: Path, coordinates: Coordinates, source: Source, folder: Path) -> None:
@@ -173,8 +216,15 @@ def write_clam(path: Path, coordinates: Coordinates, source: Source, folder: Pat
         level_size = source.slide.level_sizes[geometry.patch_level]
         downsample = (source.slide.width / level_size[0], source.slide.height / level_size[1])
     elif geometry.patch_level > 0 or not all(level_size):
-        raise UserError(f"{source.slide_id}: CLAM's layout has the size of level {geometry.patch_level} in it; give slides=...")
-    attributes = {"patch_size": geometry.patch_size, "patch_level": geometry.patch_level, "downsample": downsample}
+        raise UserError(
+            f"{source.slide_id}: CLAM's layout has the size of level {geometry.patch_level} in "
+            "it; give slides=..."
+        )
+    attributes = {
+        "patch_size": geometry.patch_size,
+        "patch_level": geometry.patch_level,
+        "downsample": downsample,
+    }
     attributes |= {
         "downsampled_level_dim": level_size,
         "level_dim": level_size,
@@ -204,19 +254,27 @@ def write_trident(path: Path, coordinates: Coordinates, source: Source, folder: 
 
 
 def write_atlaspatch(path: Path, coordinates: Coordinates, source: Source, folder: Path) -> None:
-    """AtlasPatch's `patches/<slide>.h5`; magnifications are whole there, the sides of tiles do not follow from them."""
+    """AtlasPatch's `patches/<slide>.h5`; magnifications are whole there, the sides of tiles do not
+    follow from them.
+    """
     geometry = coordinates.geometry
     mpp = source.need_mpp(path, geometry)
     read = [geometry.patch_size, geometry.patch_size, geometry.patch_level]
     rows = np.concatenate([coordinates.coords, np.tile(read, (len(coordinates.coords), 1))], axis=1)
     if rows.size and rows.max() > np.iinfo(np.int32).max:
-        raise UserError(f"{source.slide_id}: AtlasPatch's layout has 32-bit corners, found {rows.max()}")
+        raise UserError(
+            f"{source.slide_id}: AtlasPatch's layout has 32-bit corners, found {rows.max()}"
+        )
     attributes = {
         "patch_size": geometry.target_size,
         "patch_size_level0": geometry.patch_size_level0,
         "level0_magnification": round(10 / mpp),
-        "target_magnification": max(1, round(10 / mpp * geometry.target_size / geometry.patch_size_level0)),
-        "overlap": max(0, round(geometry.target_size * (1 - geometry.step / geometry.patch_size_level0))),
+        "target_magnification": max(
+            1, round(10 / mpp * geometry.target_size / geometry.patch_size_level0)
+        ),
+        "overlap": max(
+            0, round(geometry.target_size * (1 - geometry.step / geometry.patch_size_level0))
+        ),
         "level0_width": geometry.level0_width,
         "level0_height": geometry.level0_height,
         "num_patches": len(rows),
@@ -227,9 +285,11 @@ def write_atlaspatch(path: Path, coordinates: Coordinates, source: Source, folde
 
 
 def magnifications(geometry: TileGeometry, mpp: float) -> tuple[float | int, float | int]:
-    """(level 0, target) such that TRIDENT's round(patch_size * level0 / target) is our level-0 side.
+    """(level 0, target) such that TRIDENT's round(patch_size * level0 / target) is our level-0
+    side.
 
-    Whole numbers, as TRIDENT writes them, where those give the same side; its reader divides the two, so others work too.
+    Whole numbers, as TRIDENT writes them, where those give the same side; its reader divides the
+    two, so others work too.
     """
     level0 = 10 / mpp
     target = level0 * geometry.target_size / geometry.patch_size_level0
@@ -246,10 +306,16 @@ def write_npy(path: Path, coordinates: Coordinates, source: Source, folder: Path
         UserError: tiles of another size, which a reader of the file could not know.
     """
     geometry = coordinates.geometry
-    if (geometry.patch_size, geometry.patch_level, geometry.patch_size_level0) != (source.tile_size, 0, source.tile_size):
+    if (geometry.patch_size, geometry.patch_level, geometry.patch_size_level0) != (
+        source.tile_size,
+        0,
+        source.tile_size,
+    ):
         raise UserError(
-            f"{source.slide_id}: the .npy layout is read as {source.tile_size} px of level 0, found tiles of "
-            f"{geometry.patch_size_level0} px; tile with target_mpp=null tile_size={source.tile_size}, or give tile_size="
+            f"{source.slide_id}: the .npy layout is read as {source.tile_size} px of level 0, "
+            "found tiles of "
+            f"{geometry.patch_size_level0} px; tile with target_mpp=null "
+            f"tile_size={source.tile_size}, or give tile_size="
         )
     with path.open("wb") as stream:
         np.save(stream, coordinates.coords.astype(np.int64), allow_pickle=False)
@@ -262,7 +328,10 @@ def write_stamp(path: Path, coordinates: Coordinates, source: Source, folder: Pa
     corners: Float[np.ndarray, "n 2"] = (coordinates.coords * mpp).astype(np.float32)
     with h5py.File(path, "w") as file:
         file.create_dataset("coords", data=corners, track_times=False)
-        side = {"tile_size_um": geometry.patch_size_level0 * mpp, "tile_size_px": geometry.target_size}
+        side = {
+            "tile_size_um": geometry.patch_size_level0 * mpp,
+            "tile_size_px": geometry.target_size,
+        }
         file.attrs.update({"unit": "um", "feat_type": "tile", **side})
 
 
@@ -273,7 +342,9 @@ def write_geojson(path: Path, coordinates: Coordinates, source: Source, folder: 
 
 @dataclass(frozen=True)
 class Layout:
-    """One tool's way to keep coordinates: how a file is read and written, and what it is called below the output folder."""
+    """One tool's way to keep coordinates: how a file is read and written, and what it is called
+    below the output folder.
+    """
 
     read: Callable[[Path, Source], Coordinates]
     write: Callable[[Path, Coordinates, Source, Path], None]
@@ -301,27 +372,43 @@ def detect(path: Path) -> str:
         return path.suffix[1:]
     try:
         with h5py.File(path, "r") as file:
-            attributes = set(file.attrs) | (set(file["coords"].attrs) if "coords" in file else set())
+            attributes = set(file.attrs) | (
+                set(file["coords"].attrs) if "coords" in file else set()
+            )
             if "coords" in file and file["coords"].shape[1:] == (5,):
                 return "atlaspatch"
     except OSError as error:
-        raise UserError(f"{path}: expected coordinates (.h5, .npy, .geojson), cannot be read: {error}") from None
-    for name, mark in (("stamp", "unit"), ("trident", "level0_magnification"), ("ours", "target_size"), ("clam", "patch_size")):
+        raise UserError(
+            f"{path}: expected coordinates (.h5, .npy, .geojson), cannot be read: {error}"
+        ) from None
+    for name, mark in (
+        ("stamp", "unit"),
+        ("trident", "level0_magnification"),
+        ("ours", "target_size"),
+        ("clam", "patch_size"),
+    ):
         if mark in attributes:
             return name
     raise UserError(
-        f"{path}: expected coordinates of ours, CLAM, TRIDENT, AtlasPatch or STAMP, found the attributes {sorted(attributes)}"
+        f"{path}: expected coordinates of ours, CLAM, TRIDENT, AtlasPatch or STAMP, found the "
+        f"attributes {sorted(attributes)}"
     )
 
 
 def content(path: Path) -> Any:
-    """What a coordinates file says, to compare two of them: no places, no storage details; None when it is broken."""
+    """What a coordinates file says, to compare two of them: no places, no storage details; None
+    when it is broken.
+    """
     if path.suffix != ".h5":
         return path.read_bytes()
     try:
         with h5py.File(path, "r") as file:
             attributes = {**file.attrs, **file["coords"].attrs}
-            kept = {name: np.ravel(value).tolist() for name, value in attributes.items() if name not in PATHS}
+            kept = {
+                name: np.ravel(value).tolist()
+                for name, value in attributes.items()
+                if name not in PATHS
+            }
             return kept, file["coords"][()].tolist()
     except (OSError, KeyError):
         return None

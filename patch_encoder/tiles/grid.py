@@ -1,7 +1,8 @@
-"""From tissue to tiles: one slide-wide grid at an exact target resolution, and reading one tile of it.
+"""From tissue to tiles: one slide-wide grid at an exact target resolution, and reading one tile of
+it.
 
-CLAM truncates level downsamples to integers and starts a grid per contour; here levels keep their true downsample and
-all tiles of a slide stand on one grid, so none overlap unless asked to.
+CLAM truncates level downsamples to integers and starts a grid per contour; here levels keep their
+true downsample and all tiles of a slide stand on one grid, so none overlap unless asked to.
 """
 
 from __future__ import annotations
@@ -23,38 +24,49 @@ LEVEL_TOLERANCE = 1.01  # a level up to 1 % coarser than the target counts as th
 
 
 def tile_geometry(
-    slide: Slide, target_size: int, target_mpp: float | None, overlap: float = 0.0, step: int | None = None
+    slide: Slide,
+    target_size: int,
+    target_mpp: float | None,
+    overlap: float = 0.0,
+    step: int | None = None,
 ) -> TileGeometry:
-    """How to read tiles of `target_size` px at `target_mpp` (None: level 0 as it is): nearest finer level, then resample.
+    """How to read tiles of `target_size` px at `target_mpp` (None: level 0 as it is): nearest finer
+    level, then resample.
 
     Args:
         slide: an open slide.
         target_size: side of a tile in px at target_mpp.
         target_mpp: um per pixel.
         overlap: share of the side that neighbours have in common.
-        step: px at target_mpp from tile to tile instead of an overlap; larger than target_size leaves gaps.
+        step: px at target_mpp from tile to tile instead of an overlap; larger than target_size
+            leaves gaps.
 
     Raises:
-        UserError: target_mpp is asked for and the slide's mpp is unknown, or finer than what the slide has by 2x; a size,
-            an overlap or a step that gives no grid.
+        UserError: target_mpp is asked for and the slide's mpp is unknown, or finer than what the
+            slide has by 2x; a size, an overlap or a step that gives no grid.
     """
     if target_size < 1:
         raise UserError(f"tile_size={target_size}: expected at least 1 px")
     if not 0 <= overlap < 1:
         raise UserError(f"overlap={overlap}: expected a share of the tile side, 0 <= overlap < 1")
     if step is not None and (step < 1 or overlap):
-        raise UserError(f"step={step}, overlap={overlap}: expected a step of at least 1 px, or an overlap, and not both")
+        raise UserError(
+            f"step={step}, overlap={overlap}: expected a step of at least 1 px, or an overlap, "
+            "and not both"
+        )
     scale = 1.0
     if target_mpp is not None:
         if slide.mpp is None:
             raise UserError(
-                f"slide {slide.slide_id}: expected its resolution in um per pixel, found {slide.resolution.source}; "
+                f"slide {slide.slide_id}: expected its resolution in um per pixel, found "
+                f"{slide.resolution.source}; "
                 f"{REMEDY}, or set target_mpp=null to tile level 0 as it is"
             )
         scale = target_mpp / slide.mpp
         if scale < 0.5:
             raise UserError(
-                f"slide {slide.slide_id}: expected mpp <= {2 * target_mpp} to reach target_mpp={target_mpp}, "
+                f"slide {slide.slide_id}: expected mpp <= {2 * target_mpp} to reach "
+                f"target_mpp={target_mpp}, "
                 f"found {slide.mpp:.4f}"
             )
     level = level_for(slide, scale)
@@ -77,7 +89,11 @@ def tile_geometry(
 
 def level_for(slide: Slide, scale: float) -> int:
     """The coarsest level that still has every pixel of a picture at 1 / scale of level 0."""
-    return max(i for i, downsample in enumerate(slide.downsamples) if i == 0 or downsample <= scale * LEVEL_TOLERANCE)
+    return max(
+        i
+        for i, downsample in enumerate(slide.downsamples)
+        if i == 0 or downsample <= scale * LEVEL_TOLERANCE
+    )
 
 
 def grid(geometry: TileGeometry, pad: bool = False) -> Int[np.ndarray, "tiles 2"]:
@@ -85,8 +101,8 @@ def grid(geometry: TileGeometry, pad: bool = False) -> Int[np.ndarray, "tiles 2"
 
     Args:
         geometry: tile side, step and slide size in level-0 pixels.
-        pad: take the tiles that run past the right and lower border (white there) as well, so that no pixel is left out;
-            else only those wholly inside.
+        pad: take the tiles that run past the right and lower border (white there) as well, so that
+            no pixel is left out; else only those wholly inside.
     """
     side, step = geometry.patch_size_level0, geometry.step
     axes = []
@@ -111,10 +127,14 @@ def tissue_share(mask: np.ndarray, corners: np.ndarray, geometry: TileGeometry) 
     # summed-area table: a tile's sum from four look-ups
     table = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1))
     table[1:, 1:] = mask.cumsum(0).cumsum(1)
-    scale = np.array([mask.shape[1] / geometry.level0_width, mask.shape[0] / geometry.level0_height])
+    scale = np.array(
+        [mask.shape[1] / geometry.level0_width, mask.shape[0] / geometry.level0_height]
+    )
     limit = np.array([mask.shape[1], mask.shape[0]])
     low = np.minimum(np.floor(corners * scale).astype(int), limit - 1)
-    high = np.clip(np.ceil((corners + geometry.patch_size_level0) * scale).astype(int), low + 1, limit)
+    high = np.clip(
+        np.ceil((corners + geometry.patch_size_level0) * scale).astype(int), low + 1, limit
+    )
     (x0, y0), (x1, y1) = low.T, high.T
     total = table[y1, x1] - table[y0, x1] - table[y1, x0] + table[y0, x0]
     return total / ((x1 - x0) * (y1 - y0))
@@ -131,7 +151,11 @@ def read_tile(slide: Slide, where: TileGeometry | Mapping[str, Any], x: int, y: 
     Returns:
         uint8 (target_size, target_size, 3).
     """
-    geometry = where if isinstance(where, TileGeometry) else TileGeometry.from_attributes(where, slide.slide_id)
+    geometry = (
+        where
+        if isinstance(where, TileGeometry)
+        else TileGeometry.from_attributes(where, slide.slide_id)
+    )
     alive()
     tile = slide.read(int(x), int(y), geometry.patch_size, geometry.patch_level)
     if geometry.patch_size == geometry.target_size:

@@ -1,10 +1,17 @@
-"""Where the tissue is, and what only looks like it: methods, ink, artefacts, outlines, tile quality."""
+"""Where the tissue is, and what only looks like it: methods, ink, artefacts, outlines, tile
+quality.
+"""
 
 from __future__ import annotations
 
 from patch_encoder.tissue.find import METHODS, Tissue, find_tissue, tissue_mask
 from patch_encoder.tissue.saturation import hsv_otsu
-from patch_encoder.tissue.settings import ClamSettings, CytologySettings, FileSettings, TissueSettings
+from patch_encoder.tissue.settings import (
+    ClamSettings,
+    CytologySettings,
+    FileSettings,
+    TissueSettings,
+)
 
 __all__ = [
     "METHODS",

@@ -1,4 +1,6 @@
-"""What lies on a slide and is no tissue, by shape: rings of air bubbles, edges of the coverslip, flat areas, dust."""
+"""What lies on a slide and is no tissue, by shape: rings of air bubbles, edges of the coverslip,
+flat areas, dust.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,23 @@ from jaxtyping import Bool, Float32, UInt8
 from patch_encoder.tissue.regions import grow_mask, label_parts, open_mask
 
 BUBBLE = 200.0  # um; smaller rings are cells or glands
-ROUND, HOLLOW = 0.7, 0.6  # 4 pi area / perimeter^2 of a bubble, and the least share of it that its hole covers
+ROUND, HOLLOW = (
+    0.7,
+    0.6,
+)  # 4 pi area / perimeter^2 of a bubble, and the least share of it that its hole covers
 COARSE = 8.0  # um per pixel that lines are looked for at
-FILLED, BESIDE = 0.8, 0.5  # share of a line that is marked, and the most that may be on both sides of it
+FILLED, BESIDE = (
+    0.8,
+    0.5,
+)  # share of a line that is marked, and the most that may be on both sides of it
 
 
 def bubble_mask(mask: Bool[np.ndarray, "h w"], mpp: float) -> Bool[np.ndarray, "h w"]:
     """Thin closed rings: round from outside, hollow inside."""
     found = np.zeros(mask.shape, dtype=np.uint8)
-    contours, hierarchy = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    contours, hierarchy = cv2.findContours(
+        mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
+    )
     for number, contour in enumerate(contours):
         area = cv2.contourArea(contour)
         if hierarchy[0][number, 3] != -1 or area * mpp**2 < BUBBLE**2:
@@ -36,8 +46,8 @@ def line_mask(
 ) -> Bool[np.ndarray, "h w"]:
     """Thin straight parts, as edges of coverslips and mounting medium leave them.
 
-    Hough transform over what an opening of `width` um removes; a segment counts when it is marked along its way and
-    clear on both sides, so that a field of many cells has none.
+    Hough transform over what an opening of `width` um removes; a segment counts when it is marked
+    along its way and clear on both sides, so that a field of many cells has none.
     """
     if length <= 0 or length > max(mask.shape) * mpp * 1.5:
         return np.zeros_like(mask)
@@ -55,7 +65,9 @@ def line_mask(
         minLineLength=pixels,
         maxLineGap=max(2, pixels // 40),
     )
-    for x0, y0, x1, y1 in np.reshape(segments if segments is not None else [], (-1, 4)).astype(int).tolist():
+    for x0, y0, x1, y1 in (
+        np.reshape(segments if segments is not None else [], (-1, 4)).astype(int).tolist()
+    ):
         if _stands_alone(coarse, (x0, y0), (x1, y1), thickness):
             cv2.line(found, (x0, y0), (x1, y1), 1, thickness)
     whole = np.repeat(np.repeat(found, factor, axis=0), factor, axis=1)
@@ -63,14 +75,18 @@ def line_mask(
 
 
 def _reduced(mask: np.ndarray, factor: int) -> np.ndarray:
-    """Blocks of factor x factor pixels of which a third is marked, which a line across it reaches."""
+    """Blocks of factor x factor pixels of which a third is marked, which a line across it
+    reaches.
+    """
     height, width = mask.shape
     padded = np.pad(mask, ((0, -height % factor), (0, -width % factor)))
     blocks = padded.reshape(padded.shape[0] // factor, factor, padded.shape[1] // factor, factor)
     return blocks.mean(axis=(1, 3)) >= 1 / 3
 
 
-def _stands_alone(mask: np.ndarray, start: tuple[int, int], end: tuple[int, int], thickness: int) -> bool:
+def _stands_alone(
+    mask: np.ndarray, start: tuple[int, int], end: tuple[int, int], thickness: int
+) -> bool:
     a, b = np.array(start, dtype=float), np.array(end, dtype=float)
     along = np.linspace(a, b, int(np.hypot(*(b - a))) + 1)
     across = np.array([-(b - a)[1], (b - a)[0]]) / np.hypot(*(b - a))
@@ -85,9 +101,14 @@ def _stands_alone(mask: np.ndarray, start: tuple[int, int], end: tuple[int, int]
 
 
 def flat_mask(
-    mask: Bool[np.ndarray, "h w"], picture: UInt8[np.ndarray, "h w 3"], mpp: float, width: float = 300.0
+    mask: Bool[np.ndarray, "h w"],
+    picture: UInt8[np.ndarray, "h w 3"],
+    mpp: float,
+    width: float = 300.0,
 ) -> Bool[np.ndarray, "h w"]:
-    """Parts at least `width` um wide without any texture: mounting medium, holder, label. Cells have edges and nuclei."""
+    """Parts at least `width` um wide without any texture: mounting medium, holder, label. Cells
+    have edges and nuclei.
+    """
     grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY).astype(np.float32)
     mean = cv2.blur(grey, (5, 5))
     variance = np.maximum(cv2.blur(grey * grey, (5, 5)) - mean * mean, 0)
@@ -98,14 +119,21 @@ def flat_mask(
 
 
 def dust_mask(
-    mask: Bool[np.ndarray, "h w"], od: Float32[np.ndarray, "h w 3"], mpp: float, largest: float = 5000.0
+    mask: Bool[np.ndarray, "h w"],
+    od: Float32[np.ndarray, "h w 3"],
+    mpp: float,
+    largest: float = 5000.0,
 ) -> Bool[np.ndarray, "h w"]:
-    """Parts below `largest` um^2 without colour: every channel is absorbed alike, which no stain does."""
+    """Parts below `largest` um^2 without colour: every channel is absorbed alike, which no stain
+    does.
+    """
     labels, count = label_parts(mask)
     if count == 0:
         return mask
     flat, area = labels.ravel(), np.bincount(labels.ravel())
-    channels = np.stack([np.bincount(flat, od[..., c].ravel()) for c in range(3)]) / np.maximum(area, 1)
+    channels = np.stack([np.bincount(flat, od[..., c].ravel()) for c in range(3)]) / np.maximum(
+        area, 1
+    )
     grey = channels.min(0) > 0.75 * channels.max(0)
     small = area * mpp**2 < largest
     grey[0] = False

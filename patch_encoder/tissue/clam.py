@@ -1,10 +1,12 @@
-"""CLAM's tissue segmentation, parameter by parameter (Lu et al., Nature Biomedical Engineering 5, 2021; its released code).
+"""CLAM's tissue segmentation, parameter by parameter (Lu et al., Nature Biomedical Engineering 5,
+2021; its released code).
 
-Saturation of a low pyramid level, median filter, threshold or Otsu, closing, contours with their holes, both filtered by
-area in units of 512 px tiles at level 0. It is a method for sections: cells of a smear are smaller than any preset's a_t, and
-nothing is left of them. Differences: a slide without any contour has no tissue (CLAM stops), a level with more than 4096^2 px
-is reduced to that many (CLAM reads up to 1e8 px whole and skips what is larger), keep_ids and exclude_ids are lists, and the
-tiles stand on one grid over the slide; `contour_grid` gives CLAM's own grid per contour.
+Saturation of a low pyramid level, median filter, threshold or Otsu, closing, contours with their
+holes, both filtered by area in units of 512 px tiles at level 0. It is a method for sections: cells
+of a smear are smaller than any preset's a_t, and nothing is left of them. Differences: a slide
+without any contour has no tissue (CLAM stops), a level with more than 4096^2 px is reduced to that
+many (CLAM reads up to 1e8 px whole and skips what is larger), keep_ids and exclude_ids are lists,
+and the tiles stand on one grid over the slide; `contour_grid` gives CLAM's own grid per contour.
 """
 
 from __future__ import annotations
@@ -48,20 +50,27 @@ def resolve(settings: ClamSettings) -> ClamParameters:
     names = [field.name for field in fields(ClamParameters)]
     preset = PRESETS[settings.preset]
     given = {name: getattr(settings, name) for name in names}
-    return ClamParameters(**{n: getattr(preset, n) if given[n] is None else given[n] for n in names})
+    return ClamParameters(
+        **{n: getattr(preset, n) if given[n] is None else given[n] for n in names}
+    )
 
 
 def segmentation_level(slide: Slide, settings: ClamSettings) -> int:
     """Given, or the last level whose downsample is not above seg_downsample."""
     if settings.seg_level >= 0:
         return min(settings.seg_level, len(slide.downsamples) - 1)
-    return max(i for i, downsample in enumerate(slide.downsamples) if i == 0 or downsample <= settings.seg_downsample)
+    return max(
+        i
+        for i, downsample in enumerate(slide.downsamples)
+        if i == 0 or downsample <= settings.seg_downsample
+    )
 
 
 def clam_contours(
     picture: UInt8[np.ndarray, "h w 3"], scale: tuple[float, float], settings: ClamSettings
 ) -> tuple[list[Outline], Bool[np.ndarray, "h w"]]:
-    """Kept contours in the order of their numbers, and everything above the threshold before any was dropped.
+    """Kept contours in the order of their numbers, and everything above the threshold before any
+    was dropped.
 
     Args:
         picture: the segmentation level.
@@ -69,7 +78,8 @@ def clam_contours(
         settings: see ClamSettings.
 
     Returns:
-        outlines through the centres of the outermost pixels, in px of the picture (OpenCV's convention, as in CLAM).
+        outlines through the centres of the outermost pixels, in px of the picture (OpenCV's
+        convention, as in CLAM).
     """
     parameters = resolve(settings)
     binary = threshold(picture, parameters)
@@ -84,20 +94,26 @@ def clam_contours(
         area = cv2.contourArea(contours[number]) - sum(cv2.contourArea(hole) for hole in holes)
         if area > 0 and area > parameters.a_t * tile:
             largest = sorted(holes, key=cv2.contourArea, reverse=True)[: parameters.max_n_holes]
-            inner = [hole[:, 0] for hole in largest if cv2.contourArea(hole) > parameters.a_h * tile]
+            inner = [
+                hole[:, 0] for hole in largest if cv2.contourArea(hole) > parameters.a_h * tile
+            ]
             kept.append(Outline(contours[number][:, 0], inner))
     wanted = set(settings.keep_ids or range(len(kept))) - set(settings.exclude_ids)
     return [outline for number, outline in enumerate(kept) if number in wanted], binary > 0
 
 
-def threshold(picture: UInt8[np.ndarray, "h w 3"], parameters: ClamParameters) -> UInt8[np.ndarray, "h w"]:
+def threshold(
+    picture: UInt8[np.ndarray, "h w 3"], parameters: ClamParameters
+) -> UInt8[np.ndarray, "h w"]:
     """Saturation, median filter, threshold, closing: 255 where it may be tissue."""
     saturation = np.ascontiguousarray(cv2.cvtColor(picture, cv2.COLOR_RGB2HSV)[..., 1])
     smooth = cv2.medianBlur(saturation, parameters.mthresh)
     kind = cv2.THRESH_BINARY + (cv2.THRESH_OTSU if parameters.use_otsu else 0)
     _, binary = cv2.threshold(smooth, parameters.sthresh, 255, kind)
     if parameters.close > 0:
-        binary = cv2.morphologyEx(binary, cv2.MORPH_CLOSE, np.ones((parameters.close, parameters.close), np.uint8))
+        binary = cv2.morphologyEx(
+            binary, cv2.MORPH_CLOSE, np.ones((parameters.close, parameters.close), np.uint8)
+        )
     return np.asarray(binary, dtype=np.uint8)
 
 
@@ -105,7 +121,9 @@ def contours_mask(outlines: list[Outline], shape: tuple[int, int]) -> Bool[np.nd
     """Pixels on or inside an outline and not strictly inside one of its holes."""
     mask = np.zeros(shape, dtype=np.uint8)
     # large ones first: a part may lie in the hole of another
-    for outline in sorted(outlines, key=lambda outline: cv2.contourArea(outline.outer), reverse=True):
+    for outline in sorted(
+        outlines, key=lambda outline: cv2.contourArea(outline.outer), reverse=True
+    ):
         cv2.drawContours(mask, [outline.outer], -1, 1, cv2.FILLED)
         cv2.drawContours(mask, outline.holes, -1, 0, cv2.FILLED)
         cv2.drawContours(mask, outline.holes, -1, 1, 1)
@@ -113,11 +131,17 @@ def contours_mask(outlines: list[Outline], shape: tuple[int, int]) -> Bool[np.nd
 
 
 def contour_grid(
-    outlines: list[Outline], scale: tuple[float, float], side: int, step: int, slide_size: tuple[int, int]
+    outlines: list[Outline],
+    scale: tuple[float, float],
+    side: int,
+    step: int,
+    slide_size: tuple[int, int],
 ) -> Int64[np.ndarray, "N 2"]:
-    """CLAM's own tiles (four_pt, padding): a grid per contour from the corner of its box, column by column.
+    """CLAM's own tiles (four_pt, padding): a grid per contour from the corner of its box, column by
+    column.
 
-    A tile is kept when one of four points around its centre lies in the contour and the centre in none of its holes.
+    A tile is kept when one of four points around its centre lies in the contour and the centre in
+    none of its holes.
 
     Args:
         outlines: of `clam_contours`.
@@ -137,12 +161,18 @@ def contour_grid(
         for x in range(left, right, step):
             for y in range(top, bottom, step):
                 if _four_points(outer, x + side // 2, y + side // 2, side // 4) and not any(
-                    cv2.pointPolygonTest(hole, (x + side / 2, y + side / 2), False) > 0 for hole in holes
+                    cv2.pointPolygonTest(hole, (x + side / 2, y + side / 2), False) > 0
+                    for hole in holes
                 ):
                     corners.append((x, y))
     return np.array(corners, dtype=np.int64).reshape(-1, 2)
 
 
 def _four_points(outer: np.ndarray, x: int, y: int, shift: int) -> bool:
-    points = ((x - shift, y - shift), (x + shift, y + shift), (x + shift, y - shift), (x - shift, y + shift))
+    points = (
+        (x - shift, y - shift),
+        (x + shift, y + shift),
+        (x + shift, y - shift),
+        (x - shift, y + shift),
+    )
     return any(cv2.pointPolygonTest(outer, (float(px), float(py)), False) >= 0 for px, py in points)

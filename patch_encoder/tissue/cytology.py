@@ -1,9 +1,11 @@
-"""Cells on glass: optical density above the local glass, parts with a stained core, without edges, bubbles and dust.
+"""Cells on glass: optical density above the local glass, parts with a stained core, without edges,
+bubbles and dust.
 
-Smears and liquid-based preparations cover anything from 0.5 % to 95 % of the glass with thin, pale, scattered cells; a
-threshold chosen from the histogram (Otsu) splits nuclei from cytoplasm on a full slide and noise from noise on an
-empty one. Here the threshold is an optical density (Beer-Lambert) and only the glass is estimated, by a closing of the
-bright picture: it fills what is darker and smaller than a window and leaves steps of brightness where they are.
+Smears and liquid-based preparations cover anything from 0.5 % to 95 % of the glass with thin, pale,
+scattered cells; a threshold chosen from the histogram (Otsu) splits nuclei from cytoplasm on a full
+slide and noise from noise on an empty one. Here the threshold is an optical density (Beer-Lambert)
+and only the glass is estimated, by a closing of the bright picture: it fills what is darker and
+smaller than a window and leaves steps of brightness where they are.
 """
 
 from __future__ import annotations
@@ -17,8 +19,12 @@ from patch_encoder.tissue.regions import close_mask, disc, label_parts
 from patch_encoder.tissue.settings import CytologySettings
 
 BLOCK = 40.0  # um; the glass is estimated on blocks of this side
-GLASS, COLOURLESS = 0.75, 0.08  # glass: at least this share of the brightest, and channels this near each other
-COLOUR = 0.7  # an edge refracts light and takes all channels alike: the least by at least this share of the most
+GLASS, COLOURLESS = (
+    0.75,
+    0.08,
+)  # glass: at least this share of the brightest, and channels this near each other
+# an edge refracts light and takes all channels alike: the least by at least this share of the most
+COLOUR = 0.7
 
 
 def cytology_mask(
@@ -42,15 +48,23 @@ def cytology_mask(
     return close_mask(cells & ~artefact, round(closing / mpp)) & ~flat, artefact
 
 
-def _edges(cells: np.ndarray, density: np.ndarray, mpp: float, settings: CytologySettings) -> np.ndarray:
-    """Lines and rings, looked for among all cells and once more among what has no colour, where cells touch them."""
+def _edges(
+    cells: np.ndarray, density: np.ndarray, mpp: float, settings: CytologySettings
+) -> np.ndarray:
+    """Lines and rings, looked for among all cells and once more among what has no colour, where
+    cells touch them.
+    """
     found = np.zeros_like(cells)
     for mask in (cells, cells & (density.min(-1) > COLOUR * density.max(-1))):
-        found |= line_mask(mask, mpp, settings.line_length, settings.line_width) | bubble_mask(mask, mpp)
+        found |= line_mask(mask, mpp, settings.line_length, settings.line_width) | bubble_mask(
+            mask, mpp
+        )
     return found
 
 
-def optical_density(picture: UInt8[np.ndarray, "h w 3"], glass: Float32[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "h w 3"]:
+def optical_density(
+    picture: UInt8[np.ndarray, "h w 3"], glass: Float32[np.ndarray, "h w 3"]
+) -> Float32[np.ndarray, "h w 3"]:
     """-log10(I / I0) of each channel, I0 the glass there; not below 0."""
     return np.maximum(np.log10(glass + 1) - _LOG[picture], 0)
 
@@ -58,7 +72,9 @@ def optical_density(picture: UInt8[np.ndarray, "h w 3"], glass: Float32[np.ndarr
 _LOG = np.log10(np.arange(256, dtype=np.float32) + 1)
 
 
-def local_glass(picture: UInt8[np.ndarray, "h w 3"], mpp: float, window: float) -> Float32[np.ndarray, "h w 3"]:
+def local_glass(
+    picture: UInt8[np.ndarray, "h w 3"], mpp: float, window: float
+) -> Float32[np.ndarray, "h w 3"]:
     """Brightness of the glass at each pixel; where a window shows none, that of the slide."""
     height, width = picture.shape[:2]
     side = max(1, round(BLOCK / mpp))
@@ -76,11 +92,19 @@ def local_glass(picture: UInt8[np.ndarray, "h w 3"], mpp: float, window: float) 
 
 
 def _bright_blocks(picture: np.ndarray, side: int) -> np.ndarray:
-    """The second brightest row of means: uint8 (h / side, w / side, 3), the 90th percentile of each block."""
+    """The second brightest row of means: uint8 (h / side, w / side, 3), the 90th percentile of each
+    block.
+    """
     height, width = picture.shape[:2]
     rows, cols = -(-height // side), -(-width // side)
-    padded = np.pad(picture, ((0, rows * side - height), (0, cols * side - width), (0, 0)), mode="edge")
-    blocks = padded.reshape(rows, side, cols, side, 3).transpose(0, 2, 4, 1, 3).reshape(rows, cols, 3, side * side)
+    padded = np.pad(
+        picture, ((0, rows * side - height), (0, cols * side - width), (0, 0)), mode="edge"
+    )
+    blocks = (
+        padded.reshape(rows, side, cols, side, 3)
+        .transpose(0, 2, 4, 1, 3)
+        .reshape(rows, cols, 3, side * side)
+    )
     place = int(0.9 * (side * side - 1))
     return np.ascontiguousarray(np.partition(blocks, place, axis=-1)[..., place])
 

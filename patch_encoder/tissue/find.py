@@ -1,4 +1,6 @@
-"""One function behind which all methods of tissue detection stand, and what is dropped after each of them."""
+"""One function behind which all methods of tissue detection stand, and what is dropped after each
+of them.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from patch_encoder.tissue.saturation import otsu_mask
 from patch_encoder.tissue.settings import INKS, TissueSettings
 
 METHODS = ("auto", "hsv_otsu", "clam", "cytology", "file", "none")
-ASSUMED_MPP = 0.5  # of a slide of unknown resolution: it decides the scale of the mask, not of the tiles
+ASSUMED_MPP = (
+    0.5  # of a slide of unknown resolution: it decides the scale of the mask, not of the tiles
+)
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,11 @@ class Tissue:
 
     Attributes:
         mask: bool (h, w), tissue.
-        dropped: what was taken for tissue and then dropped, by reason (pen, artefact, small): bool (h, w).
+        dropped: what was taken for tissue and then dropped, by reason (pen, artefact, small): bool
+            (h, w).
         contours: with method clam, its contours in px of the mask and in their order.
-        damage: what could not be decoded and is no tissue therefore; None when no pixels were looked at.
+        damage: what could not be decoded and is no tissue therefore; None when no pixels were
+            looked at.
     """
 
     mask: np.ndarray
@@ -54,7 +60,8 @@ def find_tissue(slide: Slide, method: str, settings: TissueSettings) -> Tissue:
 
     Args:
         slide: an open slide.
-        method: one of METHODS. `none`: everything; `auto`: every tile that exists of a tile folder, else `hsv_otsu`.
+        method: one of METHODS. `none`: everything; `auto`: every tile that exists of a tile folder,
+            else `hsv_otsu`.
         settings: see TissueSettings.
 
     Raises:
@@ -74,7 +81,9 @@ def find_tissue(slide: Slide, method: str, settings: TissueSettings) -> Tissue:
 
 
 def mask_size(slide: Slide, mpp: float) -> tuple[int, int]:
-    """(width, height) of a mask at `mpp` um per pixel, at least 64 and at most MAX_SIDE px a side."""
+    """(width, height) of a mask at `mpp` um per pixel, at least 64 and at most MAX_SIDE px a
+    side.
+    """
     longest = max(slide.width, slide.height)
     side = min(max(int(longest * (slide.mpp or ASSUMED_MPP) / mpp), 64), MAX_SIDE)
     scale = max(1.0, longest / side)
@@ -101,7 +110,11 @@ def _by_density(slide: Slide, settings: TissueSettings) -> Tissue:
     found = _clean(mask, overview, mpp, settings, inks := _inks(settings, INKS))
     # ink is flat, too: it is called ink
     ink = (mask | artefact) & ink_mask(overview, mpp, inks, settings.ink_od, settings.ink_width)
-    dropped = {**found.dropped, "pen": ink, "artefact": (found.dropped["artefact"] | artefact) & ~ink}
+    dropped = {
+        **found.dropped,
+        "pen": ink,
+        "artefact": (found.dropped["artefact"] | artefact) & ~ink,
+    }
     return _readable(slide, Tissue(found.mask, dropped), view)
 
 
@@ -134,10 +147,16 @@ def _readable(slide: Slide, found: Tissue, view: Overview) -> Tissue:
 
 
 def _inks(settings: TissueSettings, automatic: tuple[str, ...]) -> list[str]:
-    return list(automatic) if settings.inks == ["auto"] else [ink for ink in settings.inks if ink != "auto"]
+    return (
+        list(automatic)
+        if settings.inks == ["auto"]
+        else [ink for ink in settings.inks if ink != "auto"]
+    )
 
 
-def _clean(mask: np.ndarray, overview: np.ndarray, mpp: float, settings: TissueSettings, inks: list[str]) -> Tissue:
+def _clean(
+    mask: np.ndarray, overview: np.ndarray, mpp: float, settings: TissueSettings, inks: list[str]
+) -> Tissue:
     """Without ink, bubbles and lines, without small parts, small holes filled."""
     ink = mask & ink_mask(overview, mpp, inks, settings.ink_od, settings.ink_width)
     rest = mask & ~ink

@@ -1,4 +1,6 @@
-"""Tissue outlines as GeoJSON in level-0 pixels, as QuPath reads and writes them (RFC 7946 geometry, QuPath's properties)."""
+"""Tissue outlines as GeoJSON in level-0 pixels, as QuPath reads and writes them (RFC 7946 geometry,
+QuPath's properties).
+"""
 
 from __future__ import annotations
 
@@ -25,16 +27,26 @@ class Shape:
     name: str
 
 
-def write_geojson(path: str | Path, outlines: Sequence[Outline], mpp: float | None, name: str = "Tissue") -> None:
-    """One Feature a part, holes kept; outlines in level-0 pixels. QuPath: File > Import objects from file."""
-    features = ",\n".join(_feature(outline, number, mpp, name) for number, outline in enumerate(outlines))
+def write_geojson(
+    path: str | Path, outlines: Sequence[Outline], mpp: float | None, name: str = "Tissue"
+) -> None:
+    """One Feature a part, holes kept; outlines in level-0 pixels. QuPath: File > Import objects
+    from file.
+    """
+    features = ",\n".join(
+        _feature(outline, number, mpp, name) for number, outline in enumerate(outlines)
+    )
     write_text(path, f'{{"type": "FeatureCollection", "features": [\n{features}\n]}}\n')
 
 
 def _feature(outline: Outline, number: int, mpp: float | None, name: str) -> str:
-    rings = [np.vstack([ring, ring[:1]]).round(3).tolist() for ring in (outline.outer, *outline.holes)]
+    rings = [
+        np.vstack([ring, ring[:1]]).round(3).tolist() for ring in (outline.outer, *outline.holes)
+    ]
     area = _area(outline)
-    measurements = {"Area px^2": round(area, 1)} | ({"Area mm^2": round(area * mpp**2 / 1e6, 6)} if mpp else {})
+    measurements = {"Area px^2": round(area, 1)} | (
+        {"Area mm^2": round(area * mpp**2 / 1e6, 6)} if mpp else {}
+    )
     return json.dumps(
         {
             "type": "Feature",
@@ -55,7 +67,8 @@ def _area(outline: Outline) -> float:
 
 
 def read_geojson(path: str | Path) -> list[Shape]:
-    """Every polygon of a FeatureCollection, a Feature, a list of Features (older QuPath) or a bare geometry.
+    """Every polygon of a FeatureCollection, a Feature, a list of Features (older QuPath) or a bare
+    geometry.
 
     Raises:
         UserError: no JSON, no GeoJSON, broken coordinates, or only points and lines.
@@ -64,7 +77,9 @@ def read_geojson(path: str | Path) -> list[Shape]:
     features = list(_features(content, str(path)))
     shapes = [shape for feature in features for shape in _shapes(feature, str(path))]
     if features and not shapes:
-        raise UserError(f"{path}: expected Polygon or MultiPolygon, found only points or lines; draw areas")
+        raise UserError(
+            f"{path}: expected Polygon or MultiPolygon, found only points or lines; draw areas"
+        )
     return shapes
 
 
@@ -79,7 +94,10 @@ def _features(content: Any, source: str) -> Iterator[dict[str, Any]]:
     elif isinstance(content, dict) and ("coordinates" in content or "geometries" in content):
         yield {"geometry": content}
     else:
-        raise UserError(f"{source}: expected GeoJSON (FeatureCollection, Feature or a geometry), found {str(content)[:60]!r}")
+        raise UserError(
+            f"{source}: expected GeoJSON (FeatureCollection, Feature or a geometry), found "
+            f"{str(content)[:60]!r}"
+        )
 
 
 def _shapes(feature: dict[str, Any], source: str) -> Iterator[Shape]:
@@ -101,14 +119,20 @@ def _ring(points: Any, source: str) -> np.ndarray:
     try:
         ring = np.array([point[:2] for point in points], dtype=float).reshape(-1, 2)
     except (TypeError, ValueError):
-        raise UserError(f"{source}: expected rings of [x, y] points, found {str(points)[:60]!r}") from None
+        raise UserError(
+            f"{source}: expected rings of [x, y] points, found {str(points)[:60]!r}"
+        ) from None
     if len(ring) < 3 or not np.isfinite(ring).all():
-        raise UserError(f"{source}: expected rings of at least three finite points, found {len(ring)} points")
+        raise UserError(
+            f"{source}: expected rings of at least three finite points, found {len(ring)} points"
+        )
     return ring[:-1] if (ring[0] == ring[-1]).all() else ring
 
 
 def class_name(properties: dict[str, Any]) -> str:
-    """QuPath's classification, in its newer ({'name': ...}) and older (text) form, else `class` or `name`."""
+    """QuPath's classification, in its newer ({'name': ...}) and older (text) form, else `class` or
+    `name`.
+    """
     found = properties.get("classification", properties.get("class", properties.get("name", "")))
     if isinstance(found, dict):
         found = found.get("name") or ": ".join(found.get("names") or [])

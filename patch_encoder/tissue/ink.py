@@ -1,8 +1,10 @@
-"""Pen marks: which pixels are ink, by the ratios of optical densities, which stay the same however thick the ink lies.
+"""Pen marks: which pixels are ink, by the ratios of optical densities, which stay the same however
+thick the ink lies.
 
-Absorption adds up (Beer-Lambert), so a dye has one direction in optical density space, as stains have (Ruifrok and
-Johnston 2001). Haematoxylin takes red and green alike, eosin green only; green ink takes red most and blue no less than
-green, blue ink red and hardly blue, red ink green and blue alike; black ink takes all of it and leaves no colour.
+Absorption adds up (Beer-Lambert), so a dye has one direction in optical density space, as stains
+have (Ruifrok and Johnston 2001). Haematoxylin takes red and green alike, eosin green only; green
+ink takes red most and blue no less than green, blue ink red and hardly blue, red ink green and blue
+alike; black ink takes all of it and leaves no colour.
 """
 
 from __future__ import annotations
@@ -18,9 +20,13 @@ ROWS = 512  # rows of optical densities in memory at a time
 DARK, GREY = 110, 30  # black ink: brightest channel below DARK, channels no further than GREY apart
 
 
-def ink_pixels(picture: UInt8[np.ndarray, "h w 3"], inks: Sequence[str], least_od: float = 0.3) -> Bool[np.ndarray, "h w"]:
+def ink_pixels(
+    picture: UInt8[np.ndarray, "h w 3"], inks: Sequence[str], least_od: float = 0.3
+) -> Bool[np.ndarray, "h w"]:
     """Pixels whose colour is that of one of `inks` (blue, green, red, black)."""
-    bands = (_band(picture[top : top + ROWS], inks, least_od) for top in range(0, len(picture), ROWS))
+    bands = (
+        _band(picture[top : top + ROWS], inks, least_od) for top in range(0, len(picture), ROWS)
+    )
     return np.concatenate(list(bands))
 
 
@@ -44,7 +50,11 @@ _OD = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256)
 
 
 def ink_mask(
-    picture: UInt8[np.ndarray, "h w 3"], mpp: float, inks: Sequence[str], least_od: float = 0.3, width: float = 100.0
+    picture: UInt8[np.ndarray, "h w 3"],
+    mpp: float,
+    inks: Sequence[str],
+    least_od: float = 0.3,
+    width: float = 100.0,
 ) -> Bool[np.ndarray, "h w"]:
     """Pen strokes with their blurred edge.
 

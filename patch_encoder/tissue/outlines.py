@@ -1,7 +1,8 @@
-"""Masks as polygons and back, exactly: outlines run along the edges between pixels, and filling them gives the mask again.
+"""Masks as polygons and back, exactly: outlines run along the edges between pixels, and filling
+them gives the mask again.
 
-OpenCV's contours run through pixel centres, which makes every part half a pixel too small on each side and a line of
-single pixels empty. Here the area of a polygon is the area of its pixels.
+OpenCV's contours run through pixel centres, which makes every part half a pixel too small on each
+side and a line of single pixels empty. Here the area of a polygon is the area of its pixels.
 """
 
 from __future__ import annotations
@@ -27,14 +28,17 @@ class Outline:
 
 
 def mask_outlines(mask: Bool[np.ndarray, "h w"]) -> list[Outline]:
-    """The 4-connected parts of a mask, points on the corners of pixels: pixel (row, col) spans (col, row)-(col+1, row+1)."""
+    """The 4-connected parts of a mask, points on the corners of pixels: pixel (row, col) spans
+    (col, row)-(col+1, row+1).
+    """
     labels, count = label_parts(mask)
     outers: list[np.ndarray | None] = [None] * count
     holes: list[list[np.ndarray]] = [[] for _ in range(count)]
     padded = np.pad(labels, 1)
     for ring in _rings(mask):
         (x, y), (next_x, _) = ring[0], ring[1]
-        # the first stretch is horizontal and has tissue on its right: below it eastwards, above it westwards
+        # the first stretch is horizontal and has tissue on its right: below it eastwards, above it
+        # westwards
         row, col = (y, x) if next_x > x else (y - 1, x - 1)
         part = int(padded[row + 1, col + 1]) - 1
         if signed_area(ring) > 0:
@@ -51,14 +55,20 @@ def signed_area(ring: np.ndarray) -> float:
 
 
 def _rings(mask: np.ndarray) -> list[np.ndarray]:
-    """Closed ways along the borders of the mask, tissue on the right, corners only, the first stretch horizontal.
+    """Closed ways along the borders of the mask, tissue on the right, corners only, the first
+    stretch horizontal.
 
-    Horizontal and vertical stretches alternate. Where two parts touch at a corner, two ways pass it; the one that turns
-    right stays on its part.
+    Horizontal and vertical stretches alternate. Where two parts touch at a corner, two ways pass
+    it; the one that turns right stays on its part.
     """
     east, west, south, north = _runs(mask)
     # travelling -> (where a right turn leads, where a left turn leads)
-    turns = {id(east): (south, north), id(south): (west, east), id(west): (north, south), id(north): (east, west)}
+    turns = {
+        id(east): (south, north),
+        id(south): (west, east),
+        id(west): (north, south),
+        id(north): (east, west),
+    }
     rings = []
     for first in (east, west):
         while first:
@@ -74,17 +84,23 @@ def _rings(mask: np.ndarray) -> list[np.ndarray]:
     return [np.stack([ring % width, ring // width], axis=1) for ring in rings]
 
 
-Runs = dict[int, int]  # corner where a stretch begins -> corner where it ends; a corner is y * (width + 1) + x
+Runs = dict[
+    int, int
+]  # corner where a stretch begins -> corner where it ends; a corner is y * (width + 1) + x
 
 
 def _closes(turns: tuple[Runs, Runs], first: Runs, end: int) -> bool:
-    """Whether the way that comes back to its first corner goes on into its first stretch, not along another part."""
+    """Whether the way that comes back to its first corner goes on into its first stretch, not along
+    another part.
+    """
     right, left = turns
     return right is first or (left is first and end not in right)
 
 
 def _runs(mask: np.ndarray) -> tuple[Runs, Runs, Runs, Runs]:
-    """Straight stretches of border with tissue on their right, by direction: east, west, south, north."""
+    """Straight stretches of border with tissue on their right, by direction: east, west, south,
+    north.
+    """
     width = mask.shape[1] + 1
     # rows of edges: +1 where tissue begins below, -1 where it ends
     rows = _stretches(np.diff(np.pad(mask.astype(np.int8), ((1, 1), (0, 0))), axis=0))
@@ -92,15 +108,29 @@ def _runs(mask: np.ndarray) -> tuple[Runs, Runs, Runs, Runs]:
 
     def link(found: np.ndarray, along_x: bool, sign: int, backwards: bool) -> Runs:
         line, first, last = found[found[:, 3] == sign][:, :3].T
-        starts, ends = (line * width + first, line * width + last) if along_x else (first * width + line, last * width + line)
-        return dict(zip(*((ends.tolist(), starts.tolist()) if backwards else (starts.tolist(), ends.tolist()))))
+        starts, ends = (
+            (line * width + first, line * width + last)
+            if along_x
+            else (first * width + line, last * width + line)
+        )
+        return dict(
+            zip(
+                *(
+                    (ends.tolist(), starts.tolist())
+                    if backwards
+                    else (starts.tolist(), ends.tolist())
+                )
+            )
+        )
 
     east, west = link(rows, True, 1, False), link(rows, True, -1, True)
     return east, west, link(columns, False, -1, False), link(columns, False, 1, True)
 
 
 def _stretches(step: np.ndarray) -> np.ndarray:
-    """(S, 4) line, first, last + 1, sign of every stretch of equal non-zero values along the lines of an int8 (L, N) array."""
+    """(S, 4) line, first, last + 1, sign of every stretch of equal non-zero values along the lines
+    of an int8 (L, N) array.
+    """
     change = np.diff(np.pad(step, ((0, 0), (1, 1))), axis=1) != 0
     lines, places = np.nonzero(change)
     # between two changes of a line the value is constant
@@ -111,7 +141,9 @@ def _stretches(step: np.ndarray) -> np.ndarray:
 
 
 def fill_outlines(outlines: list[Outline], shape: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
-    """Pixels whose centre lies inside an outline (even-odd over its rings); points in pixels of the mask."""
+    """Pixels whose centre lies inside an outline (even-odd over its rings); points in pixels of the
+    mask.
+    """
     mask = np.zeros(shape, dtype=bool)
     for outline in outlines:
         rings = [np.asarray(ring, dtype=float) for ring in (outline.outer, *outline.holes)]
@@ -135,7 +167,11 @@ def _even_odd(rings: list[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
     last = np.clip(np.ceil(high - 0.5), 0, shape[0]).astype(int)
     crossings = np.maximum(last - first, 0)
     edge = np.repeat(np.arange(len(start)), crossings)
-    row = np.arange(crossings.sum()) - np.repeat(np.cumsum(crossings) - crossings, crossings) + first[edge]
+    row = (
+        np.arange(crossings.sum())
+        - np.repeat(np.cumsum(crossings) - crossings, crossings)
+        + first[edge]
+    )
     slope = (end[edge] - start[edge])[:, 0] / (end[edge] - start[edge])[:, 1]
     x = start[edge, 0] + (row + 0.5 - start[edge, 1]) * slope
     column = np.clip(np.ceil(x - 0.5), 0, shape[1]).astype(int)

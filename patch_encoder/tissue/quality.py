@@ -1,7 +1,9 @@
-"""What a tile is worth: sharpness, ink, empty glass, stain; measured on its pixels, kept beside its coordinates, cut later.
+"""What a tile is worth: sharpness, ink, empty glass, stain; measured on its pixels, kept beside its
+coordinates, cut later.
 
-Sharpness is the variance of the Laplacian (Pech-Pacheco et al., ICPR 2000) at the tile's target resolution: it depends
-on stain and resolution, so a threshold is found from a cohort's own histogram (cohort_report) and not from a paper.
+Sharpness is the variance of the Laplacian (Pech-Pacheco et al., ICPR 2000) at the tile's target
+resolution: it depends on stain and resolution, so a threshold is found from a cohort's own
+histogram (cohort_report) and not from a paper.
 """
 
 from __future__ import annotations
@@ -37,9 +39,14 @@ MEASURES = {
     "saturation": "mean HSV saturation, 0..1",
     "darkness": "mean optical density over pixels and channels",
 }
-RUN = 32  # neighbouring tiles that one thread measures one after another: they share what a reader keeps decoded
+# neighbouring tiles that one thread measures one after another: they share what a reader keeps
+# decoded
+RUN = 32
 SMALL = 64  # px a side that colours are measured at
-BRIGHT, PALE = 200, 20  # background: darkest channel above BRIGHT, channels no further than PALE apart
+BRIGHT, PALE = (
+    200,
+    20,
+)  # background: darkest channel above BRIGHT, channels no further than PALE apart
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,9 @@ class Cuts:
         return any(value is not None for value in asdict(self).values())
 
 
-def measure_tile(tile: UInt8[np.ndarray, "side side 3"], least_od: float = 0.3) -> tuple[float, ...]:
+def measure_tile(
+    tile: UInt8[np.ndarray, "side side 3"], least_od: float = 0.3
+) -> tuple[float, ...]:
     """The MEASURES of one tile, in their order."""
     grey = cv2.cvtColor(tile, cv2.COLOR_RGB2GRAY)
     _, deviation = cv2.meanStdDev(cv2.Laplacian(grey, cv2.CV_16S))
@@ -65,10 +74,18 @@ def measure_tile(tile: UInt8[np.ndarray, "side side 3"], least_od: float = 0.3) 
     small = np.asarray(cv2.resize(tile, (side, side), interpolation=cv2.INTER_AREA), dtype=np.uint8)
     high, low = small.max(-1), small.min(-1)
     # single dark nuclei are no ink: colours of a sixteenth of the tile's side
-    pen = ink_pixels(np.asarray(cv2.resize(tile, (16, 16), interpolation=cv2.INTER_AREA)), INKS, least_od).mean()
+    pen = ink_pixels(
+        np.asarray(cv2.resize(tile, (16, 16), interpolation=cv2.INTER_AREA)), INKS, least_od
+    ).mean()
     background = ((low > BRIGHT) & (high - low < PALE)).mean()
     saturation = ((high - low) / np.maximum(high, 1)).mean()
-    return float(deviation[0, 0] ** 2), float(pen), float(background), float(saturation), float(_OD[small].mean())
+    return (
+        float(deviation[0, 0] ** 2),
+        float(pen),
+        float(background),
+        float(saturation),
+        float(_OD[small].mean()),
+    )
 
 
 _OD = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256)
@@ -104,7 +121,8 @@ def measure_tiles(
 
 
 def reasons(quality: Mapping[str, np.ndarray], cuts: Cuts, count: int) -> np.ndarray:
-    """Why each tile is dropped, '' when it is kept: text (N,). Ink counts before background, background before blur.
+    """Why each tile is dropped, '' when it is kept: text (N,). Ink counts before background,
+    background before blur.
 
     Raises:
         UserError: a cut whose measure is not there.
@@ -120,21 +138,31 @@ def reasons(quality: Mapping[str, np.ndarray], cuts: Cuts, count: int) -> np.nda
         if low is None and high is None:
             continue
         if name not in quality:
-            raise UserError(f"expected '{name}' of every tile, found {sorted(quality)}; tile with quality=true first")
+            raise UserError(
+                f"expected '{name}' of every tile, found {sorted(quality)}; tile with "
+                "quality=true first"
+            )
         values = quality[name]
         found[(values < low) if low is not None else (values > high)] = name
     return found
 
 
 def write_tiles(
-    path: str | Path, coordinates: Coordinates, extra: Mapping[str, str], quality: Mapping[str, np.ndarray]
+    path: str | Path,
+    coordinates: Coordinates,
+    extra: Mapping[str, str],
+    quality: Mapping[str, np.ndarray],
 ) -> None:
-    """A coordinates file with one dataset a measure beside `coords`, written atomically; other readers see `coords` alone."""
+    """A coordinates file with one dataset a measure beside `coords`, written atomically; other
+    readers see `coords` alone.
+    """
     with atomic_path(path) as temporary:
         write_coordinates(temporary, coordinates, extra)
         with h5py.File(temporary, "a") as file:
             for name, values in quality.items():
-                file.create_dataset(name, data=values.astype(np.float32)).attrs["meaning"] = MEASURES.get(name, name)
+                file.create_dataset(name, data=values.astype(np.float32)).attrs["meaning"] = (
+                    MEASURES.get(name, name)
+                )
 
 
 def read_quality(path: str | Path) -> dict[str, np.ndarray]:
@@ -145,7 +173,8 @@ def read_quality(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def filter_coordinates(source: str | Path, target: str | Path, cuts: Cuts) -> dict[str, int]:
-    """Write the tiles of `source` that pass the cuts to `target`; returns how many were dropped for which reason.
+    """Write the tiles of `source` that pass the cuts to `target`; returns how many were dropped for
+    which reason.
 
     Raises:
         UserError: no coordinates file, or its tiles were not measured.
@@ -157,8 +186,12 @@ def filter_coordinates(source: str | Path, target: str | Path, cuts: Cuts) -> di
         raise UserError(f"{source}: {error}") from None
     keep = why == ""
     own = set(asdict(coordinates.geometry))
-    extra = {name: value for name, value in coordinate_attributes(source).items() if name not in own}
-    extra["cuts"] = ", ".join(f"{name}={value:g}" for name, value in asdict(cuts).items() if value is not None)
+    extra = {
+        name: value for name, value in coordinate_attributes(source).items() if name not in own
+    }
+    extra["cuts"] = ", ".join(
+        f"{name}={value:g}" for name, value in asdict(cuts).items() if value is not None
+    )
     kept = Coordinates(coordinates.coords[keep], coordinates.geometry)
     write_tiles(target, kept, extra, {name: values[keep] for name, values in quality.items()})
     return count_reasons(why)

@@ -1,8 +1,9 @@
 """Tissue by colour: saturation in HSV against Otsu's threshold.
 
-Otsu, "A threshold selection method from gray-level histograms", IEEE SMC 9(1), 1979; used on saturation as in CLAM
-(Lu et al. 2021). Differences: the working resolution is given in um per pixel and not as a pyramid level, areas in
-um^2, and Otsu may not go below a floor, so that a blank slide gives an empty mask and not its own noise.
+Otsu, "A threshold selection method from gray-level histograms", IEEE SMC 9(1), 1979; used on
+saturation as in CLAM (Lu et al. 2021). Differences: the working resolution is given in um per pixel
+and not as a pyramid level, areas in um^2, and Otsu may not go below a floor, so that a blank slide
+gives an empty mask and not its own noise.
 """
 
 from __future__ import annotations
@@ -25,16 +26,22 @@ def saturation_of(overview: UInt8[np.ndarray, "h w 3"]) -> np.ndarray:
     return np.concatenate(list(bands))
 
 
-def otsu_mask(overview: UInt8[np.ndarray, "h w 3"], mpp: float, settings: TissueSettings) -> Bool[np.ndarray, "h w"]:
+def otsu_mask(
+    overview: UInt8[np.ndarray, "h w 3"], mpp: float, settings: TissueSettings
+) -> Bool[np.ndarray, "h w"]:
     """Threshold and closing; parts of any size are kept."""
-    saturation = ndimage.median_filter(saturation_of(overview), size=max(1, round(settings.median / mpp)))
+    saturation = ndimage.median_filter(
+        saturation_of(overview), size=max(1, round(settings.median / mpp))
+    )
     if saturation.max() - saturation.min() < 1e-6:
         return np.full(saturation.shape, bool(saturation.flat[0] > settings.floor))
     mask = saturation > max(float(threshold_otsu(saturation)), settings.floor)
     return close_mask(mask, round(settings.closing / mpp))
 
 
-def hsv_otsu(overview: UInt8[np.ndarray, "h w 3"], mpp: float, settings: TissueSettings) -> Bool[np.ndarray, "h w"]:
+def hsv_otsu(
+    overview: UInt8[np.ndarray, "h w 3"], mpp: float, settings: TissueSettings
+) -> Bool[np.ndarray, "h w"]:
     """Tissue mask of an overview.
 
     Args:

@@ -17,8 +17,12 @@ Font = ImageFont.FreeTypeFont
 
 @lru_cache
 def caption_font(size: int | float) -> Font:
-    """DejaVu Sans, which matplotlib brings along: Pillow's own font has neither µ nor accents, Greek or Cyrillic."""
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+    """DejaVu Sans, which matplotlib brings along: Pillow's own font has neither µ nor accents,
+    Greek or Cyrillic.
+    """
+    return ImageFont.truetype(
+        Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size
+    )
 
 
 def fitting(text: str, font: Font, width: float) -> str:
@@ -31,7 +35,8 @@ def fitting(text: str, font: Font, width: float) -> str:
 
 
 def scale_bar(draw: ImageDraw.ImageDraw, font: Font, mpp: float | None, x: int, y: int) -> None:
-    """The longest round length of at most LONGEST px and how long it is, its right end at x; all in proportion to the text.
+    """The longest round length of at most LONGEST px and how long it is, its right end at x; all in
+    proportion to the text.
 
     Args:
         draw, font: of the picture.

@@ -1,7 +1,8 @@
-"""A picture per slide that shows what was taken for tissue, which tiles were cut, and what was dropped and why.
+"""A picture per slide that shows what was taken for tissue, which tiles were cut, and what was
+dropped and why.
 
-Colours are those of Okabe and Ito (Color Universal Design, 2008), told apart by people with any colour vision; areas
-are hatched and tiles crossed besides, so that nothing rests on colour alone.
+Colours are those of Okabe and Ito (Color Universal Design, 2008), told apart by people with any
+colour vision; areas are hatched and tiles crossed besides, so that nothing rests on colour alone.
 """
 
 from __future__ import annotations
@@ -62,8 +63,14 @@ def mask_overlay(
     has_holes = _outlines(picture, _resized(tissue.mask, picture.shape[:2]))
     entries = [("tissue", TISSUE, "line"), *([("hole", HOLE, "line")] if has_holes else [])]
     entries += [(f"{len(coordinates.coords):,} tiles", TILE, "tile")]
-    entries += [(DROPPED[r][1], DROPPED[r][0], "hatch") for r, mask in dropped.items() if mask.any()]
-    entries += [(f"{len(c):,} {DROPPED[r][1]}", DROPPED[r][0], "cross") for r, c in (cut or {}).items() if len(c)]
+    entries += [
+        (DROPPED[r][1], DROPPED[r][0], "hatch") for r, mask in dropped.items() if mask.any()
+    ]
+    entries += [
+        (f"{len(c):,} {DROPPED[r][1]}", DROPPED[r][0], "cross")
+        for r, c in (cut or {}).items()
+        if len(c)
+    ]
     alone = Image.fromarray(picture)
     return _with_legend(alone, entries, slide, scale), alone
 
@@ -72,7 +79,9 @@ def _resized(mask: Bool[np.ndarray, "h w"], shape: tuple[int, int]) -> Bool[np.n
     """At the size of the picture; a part that is smaller than its pixels still shows."""
     shrinks = mask.shape[0] > shape[0]
     how = cv2.INTER_AREA if shrinks else cv2.INTER_NEAREST
-    return cv2.resize(mask.astype(np.uint8) * 255, shape[::-1], interpolation=how) >= (96 if shrinks else 128)
+    return cv2.resize(mask.astype(np.uint8) * 255, shape[::-1], interpolation=how) >= (
+        96 if shrinks else 128
+    )
 
 
 def _hatch(picture: np.ndarray, mask: np.ndarray, colour: Colour) -> None:
@@ -84,8 +93,12 @@ def _hatch(picture: np.ndarray, mask: np.ndarray, colour: Colour) -> None:
 
 
 def _outlines(picture: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> bool:
-    """Tissue and its holes, on a white rim that keeps the line legible on any stain; whether there are holes."""
-    contours, hierarchy = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    """Tissue and its holes, on a white rim that keeps the line legible on any stain; whether there
+    are holes.
+    """
+    contours, hierarchy = cv2.findContours(
+        mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
+    )
     if hierarchy is None:
         return False
     crowded = len(contours) > 150  # around many cells the rim would hide the cells
@@ -99,10 +112,14 @@ def _outlines(picture: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]
     return bool(holes)
 
 
-def _tiles(picture: np.ndarray, corners: np.ndarray, side: float, colour: Colour, crossed: bool = False) -> None:
+def _tiles(
+    picture: np.ndarray, corners: np.ndarray, side: float, colour: Colour, crossed: bool = False
+) -> None:
     """A pale fill, and a frame where tiles are large enough for one."""
     layer = picture.copy()
-    boxes = [(round(x), round(y), round(x + side) - 1, round(y + side) - 1) for x, y in corners.tolist()]
+    boxes = [
+        (round(x), round(y), round(x + side) - 1, round(y + side) - 1) for x, y in corners.tolist()
+    ]
     for x0, y0, x1, y1 in boxes:
         cv2.rectangle(layer, (x0, y0), (x1, y1), colour, -1)
     share = 0.5 if crossed else 0.14
@@ -117,7 +134,9 @@ def _tiles(picture: np.ndarray, corners: np.ndarray, side: float, colour: Colour
 Entry = tuple[str, Colour, str]
 
 
-def _with_legend(picture: Image.Image, entries: Sequence[Entry], slide: Slide, scale: float) -> Image.Image:
+def _with_legend(
+    picture: Image.Image, entries: Sequence[Entry], slide: Slide, scale: float
+) -> Image.Image:
     """The picture on white, below it the name, a scale bar and what the colours mean."""
     font, small = caption_font(TITLE), caption_font(TEXT)
     width, margin, line = max(picture.width, 460), 12, 24
@@ -132,7 +151,12 @@ def _with_legend(picture: Image.Image, entries: Sequence[Entry], slide: Slide, s
     page.paste(picture, ((width - picture.width) // 2, 0))
     draw = ImageDraw.Draw(page)
     scale_bar(draw, small, slide.mpp and slide.mpp / scale, width - margin, picture.height + 14)
-    draw.text((margin, picture.height + 9), fitting(slide.slide_id, font, width - 210.0), fill=INK, font=font)
+    draw.text(
+        (margin, picture.height + 9),
+        fitting(slide.slide_id, font, width - 210.0),
+        fill=INK,
+        font=font,
+    )
     for (text, colour, kind), (x, y) in zip(entries, places):
         swatch = np.full((14, 18, 3), 255, dtype=np.uint8)
         _swatch(swatch, colour, kind)

@@ -1,4 +1,6 @@
-"""The picture of an ablation: AUC with its interval against tiles a second, and the front that no variant beats."""
+"""The picture of an ablation: AUC with its interval against tiles a second, and the front that no
+variant beats.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,16 @@ from common.files import atomic_path, read_json
 from mil.figures.report import STYLE
 from studies.ablations.rows import point_of
 
-SPREAD = 0.012  # of the axis, between points of one speed: adapters and losses change no tile's time
+SPREAD = (
+    0.012  # of the axis, between points of one speed: adapters and losses change no tile's time
+)
 MARKERS = {"variant": "o", "teacher": "D", "reference": "s"}
 
 
 def places(speeds: np.ndarray, width: float) -> np.ndarray:
-    """Where points stand on a logarithmic axis: those of equal speed side by side, `width` (natural log) apart."""
+    """Where points stand on a logarithmic axis: those of equal speed side by side, `width` (natural
+    log) apart.
+    """
     logs = np.log(speeds)
     shifted = logs.copy()
     for value in np.unique(logs):
@@ -38,7 +44,10 @@ def draw_ablation(path: Path, rows: Sequence[Mapping[str, Any]], model: str) -> 
     reach = np.log(points[:, 0].max() / points[:, 0].min()) or 1.0
     x = places(points[:, 0], SPREAD * reach)
     factors = list(dict.fromkeys(row["factor"] for row in shown if row["kind"] == "variant"))
-    colours = {factor: colormaps["tab10"](i % 10) for i, factor in enumerate(f for f in factors if f != "default")}
+    colours = {
+        factor: colormaps["tab10"](i % 10)
+        for i, factor in enumerate(f for f in factors if f != "default")
+    }
     colours |= {"default": "black", "teacher": "black", "reference": "#777777"}
     with rc_context(STYLE):
         figure = Figure(figsize=(9.0, 5.2), layout="constrained")
@@ -46,8 +55,15 @@ def draw_ablation(path: Path, rows: Sequence[Mapping[str, Any]], model: str) -> 
         named: set[str] = set()
         for row, place, (_, auc) in zip(shown, x, points, strict=True):
             _point(axes, row, place, auc, model, colours[row["factor"]], named)
-        _front(axes, [(place, row, point[1]) for row, place, point in zip(shown, x, points, strict=True)])
-        axes.set(xscale="log", xlabel="tiles per second, decoding included", ylabel=f"AUC ({model}), 95 % interval")
+        _front(
+            axes,
+            [(place, row, point[1]) for row, place, point in zip(shown, x, points, strict=True)],
+        )
+        axes.set(
+            xscale="log",
+            xlabel="tiles per second, decoding included",
+            ylabel=f"AUC ({model}), 95 % interval",
+        )
         axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -59,29 +75,68 @@ def draw_ablation(path: Path, rows: Sequence[Mapping[str, Any]], model: str) -> 
 
 
 def read_ablation(folder: Path) -> dict[str, Any]:
-    """What studies.ablation_table left there, for a page: rows, classifiers, and the picture as a data URI."""
+    """What studies.ablation_table left there, for a page: rows, classifiers, and the picture as a
+    data URI.
+    """
     content = read_json(folder / "ablation.json", "a table of studies.ablation_table")
     picture = base64.b64encode((folder / "ablation.png").read_bytes()).decode()
     return {**content, "picture": f"data:image/png;base64,{picture}"}
 
 
-def _point(axes: Axes, row: Mapping[str, Any], place: float, auc: float, model: str, colour: Any, named: set[str]) -> None:
+def _point(
+    axes: Axes,
+    row: Mapping[str, Any],
+    place: float,
+    auc: float,
+    model: str,
+    colour: Any,
+    named: set[str],
+) -> None:
     label = row["factor"] if row["kind"] == "variant" else f"{row['name']} ({row['kind']})"
     low, high = row["auc"][model]["ci"] or (auc, auc)
     axes.plot([place, place], [low, high], color=colour, linewidth=1.0, alpha=0.35)
     label = "_nolegend_" if label in named else label
     named.add(label)
     size = 7 if row["kind"] == "variant" and row["factor"] != "default" else 9
-    axes.plot(place, auc, MARKERS[row["kind"]], color=colour, markersize=size, markeredgecolor="white", label=label, ls="")
+    axes.plot(
+        place,
+        auc,
+        MARKERS[row["kind"]],
+        color=colour,
+        markersize=size,
+        markeredgecolor="white",
+        label=label,
+        ls="",
+    )
 
 
 def _front(axes: Axes, points: Sequence[tuple[float, Mapping[str, Any], float]]) -> None:
-    """The front as a line with rings and names; the default and what stands beside are named too."""
-    front = sorted(((place, auc) for place, row, auc in points if row["pareto"]), key=lambda point: point[0])
+    """The front as a line with rings and names; the default and what stands beside are named
+    too.
+    """
+    front = sorted(
+        ((place, auc) for place, row, auc in points if row["pareto"]), key=lambda point: point[0]
+    )
     if front:
-        axes.plot(*zip(*front, strict=True), color="#d1495b", linewidth=1.2, linestyle="--", label="Pareto front", zorder=1)
-        axes.plot(*zip(*front, strict=True), "o", color="none", markeredgecolor="#d1495b", markersize=13, markeredgewidth=1.4)
-    heights = {place: 9 + 13 * (i % 2) for i, (place, _) in enumerate(front)}  # names of neighbours do not overlap
+        axes.plot(
+            *zip(*front, strict=True),
+            color="#d1495b",
+            linewidth=1.2,
+            linestyle="--",
+            label="Pareto front",
+            zorder=1,
+        )
+        axes.plot(
+            *zip(*front, strict=True),
+            "o",
+            color="none",
+            markeredgecolor="#d1495b",
+            markersize=13,
+            markeredgewidth=1.4,
+        )
+    heights = {
+        place: 9 + 13 * (i % 2) for i, (place, _) in enumerate(front)
+    }  # names of neighbours do not overlap
     for place, row, auc in points:
         if row["pareto"] or row["factor"] in {"default", "teacher", "reference"}:
             axes.annotate(

@@ -1,4 +1,6 @@
-"""The rows of an ablation: what its stages left on disk, a variant a row, and which rows no other beats in AUC and speed."""
+"""The rows of an ablation: what its stages left on disk, a variant a row, and which rows no other
+beats in AUC and speed.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ KINDS = ("variant", "teacher", "reference")
 def read_rows(study: Path, model: str = "") -> tuple[list[dict[str, Any]], list[str], str]:
     """(rows, classifiers, classifier of the front) of a study's folder.
 
-    A row has `name`, `factor`, `kind` (one of KINDS), AGREEMENT, COST, `seconds` of its training, `auc` (classifier -> mean,
-    ci, difference, difference_ci), `pareto`, and `error`, empty unless the variant failed. What is not known is None.
+    A row has `name`, `factor`, `kind` (one of KINDS), AGREEMENT, COST, `seconds` of its training,
+    `auc` (classifier -> mean, ci, difference, difference_ci), `pareto`, and `error`, empty unless
+    the variant failed. What is not known is None.
 
     Args:
         study: folder that studies.ablation wrote.
@@ -30,11 +33,20 @@ def read_rows(study: Path, model: str = "") -> tuple[list[dict[str, Any]], list[
     """
     plan = read_json(study / "study.json", "a study of studies.ablation")
     if not isinstance(plan, dict) or not {"teacher", "references", "variants"} <= set(plan):
-        raise UserError(f"{study}/study.json: expected teacher, references and variants, found another shape")
+        raise UserError(
+            f"{study}/study.json: expected teacher, references and variants, found another shape"
+        )
     summary = read_json(study / "mil" / "summary.json", "the study's benchmark")
-    sets, models, headline = summary["feature_sets"], summary["models"], model or summary["headline"]
+    sets, models, headline = (
+        summary["feature_sets"],
+        summary["models"],
+        model or summary["headline"],
+    )
     if headline not in models:
-        raise UserError(f"model={headline}: expected a classifier of the benchmark; {did_you_mean(headline, models)}")
+        raise UserError(
+            f"model={headline}: expected a classifier of the benchmark; "
+            f"{did_you_mean(headline, models)}"
+        )
     errors = read_failures(study / "failures.csv")
     seconds = read_seconds(study / "stages.json")
     rows = []
@@ -42,11 +54,19 @@ def read_rows(study: Path, model: str = "") -> tuple[list[dict[str, Any]], list[
         name = variant["name"]
         results = read_results(study / "students" / name / "results.json")
         row = {"name": name, "factor": variant["factor"], "kind": "variant"}
-        row |= {key: results.get(key) for key in AGREEMENT} | {"seconds": seconds.get(f"train {name}")}
-        rows.append(row | of_benchmark(sets.get(name), models) | {"error": errors.get(name, missing(name, sets))})
+        row |= {key: results.get(key) for key in AGREEMENT} | {
+            "seconds": seconds.get(f"train {name}")
+        }
+        rows.append(
+            row
+            | of_benchmark(sets.get(name), models)
+            | {"error": errors.get(name, missing(name, sets))}
+        )
     for kind, names in (("teacher", [plan["teacher"]]), ("reference", plan["references"])):
         for name in names:
-            row = {"name": name, "factor": kind, "kind": kind} | dict.fromkeys((*AGREEMENT, "seconds"))
+            row = {"name": name, "factor": kind, "kind": kind} | dict.fromkeys(
+                (*AGREEMENT, "seconds")
+            )
             rows.append(row | of_benchmark(sets.get(name), models) | {"error": missing(name, sets)})
     points = [point_of(row, headline) if row["kind"] == "variant" else None for row in rows]
     for row, on_front in zip(rows, pareto(points), strict=True):
@@ -110,7 +130,9 @@ def point_of(row: Mapping[str, Any], model: str) -> tuple[float, float] | None:
 
 
 def pareto(points: Sequence[tuple[float, float] | None]) -> list[bool]:
-    """Whether no other point is at least as good in both coordinates and better in one; None never is on the front."""
+    """Whether no other point is at least as good in both coordinates and better in one; None never
+    is on the front.
+    """
 
     def beaten(point: tuple[float, float]) -> bool:
         others = [other for other in points if other is not None and other != point]

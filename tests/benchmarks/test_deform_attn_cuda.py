@@ -1,4 +1,6 @@
-"""The CUDA half of the attention benchmark, as far as it runs without a GPU; under `-m gpu` the whole of it."""
+"""The CUDA half of the attention benchmark, as far as it runs without a GPU; under `-m gpu` the
+whole of it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,16 @@ from torch import Tensor
 from benchmarks import deform_attn_cases, deform_attn_cuda
 from benchmarks.classic_deform_attn import FOLDER, ClassicAttention, build_kernels
 from benchmarks.deform_attn_cases import LEVELS, POINTS, Inputs, compiled, make_inputs
-from benchmarks.deform_attn_cuda import BARS, PASSES, Contestant, bars, check, contestants, measure, table
+from benchmarks.deform_attn_cuda import (
+    BARS,
+    PASSES,
+    Contestant,
+    bars,
+    check,
+    contestants,
+    measure,
+    table,
+)
 from benchmarks.ms_deform_attn import run_cuda
 from common.errors import UserError
 from common.ops.native import find_nvcc
@@ -45,23 +56,44 @@ def test_every_contestant_is_checked_timed_and_set_against_both_baselines(inputs
     ticks = itertools.count(1)
     entries = contestants(classic=compiled)
     bandwidth = {"dram": 1000.0, "l2": 2000.0}
-    rows = measure(("encoder", "local"), inputs, entries, lambda call: call() or float(next(ticks)), 1, bandwidth)
+    rows = measure(
+        ("encoder", "local"),
+        inputs,
+        entries,
+        lambda call: call() or float(next(ticks)),
+        1,
+        bandwidth,
+    )
     assert [row["kernel"] for row in rows if row["pass"] == "backward"] == list(entries)
     assert {row["pass"] for row in rows} == set(PASSES)
-    assert not any(row["kernel"] == "ours deterministic" and row["pass"] == "forward" for row in rows)
+    assert not any(
+        row["kernel"] == "ours deterministic" and row["pass"] == "forward" for row in rows
+    )
     by = {(row["kernel"], row["pass"]): row for row in rows}
     ours = by["ours", "forward"]
     assert ours["vs_classic"] == by["classic", "forward"]["ms"] / ours["ms"]
     assert by["ours bf16", "forward"]["gathered_bytes"] * 2 == ours["gathered_bytes"]
-    assert by["ours deterministic", "backward"]["gathered_bytes"] > by["ours", "backward"]["gathered_bytes"]
+    assert (
+        by["ours deterministic", "backward"]["gathered_bytes"]
+        > by["ours", "backward"]["gathered_bytes"]
+    )
     assert ours["dram_share"] == pytest.approx(ours["compulsory_bytes"] / ours["ms"] / 1e6 / 1000)
-    report = {"machine": {"gpu": "none"}, "caches": "warm", "bandwidth_gbs": bandwidth, "rows": rows, "bars": bars(rows)}
+    report = {
+        "machine": {"gpu": "none"},
+        "caches": "warm",
+        "bandwidth_gbs": bandwidth,
+        "rows": rows,
+        "bars": bars(rows),
+    }
     assert "bars met: no" in table(json.loads(json.dumps(report)))
 
 
 def test_the_bars_are_the_encoder_in_float32_against_the_classic_kernels() -> None:
     common = {"offsets": "local", "kernel": "ours"}
-    rows = [{**common, "shape": "encoder", "pass": what, "vs_classic": least} for what, least in BARS.items()]
+    rows = [
+        {**common, "shape": "encoder", "pass": what, "vs_classic": least}
+        for what, least in BARS.items()
+    ]
     rows += [{**common, "shape": "decoder", "pass": "forward", "vs_classic": 1.0}]
     rows += [{**common, "shape": "encoder", "pass": "forward+backward", "vs_classic": 1.0}]
     assert [bar["met"] for bar in bars(rows)] == [True, True]
@@ -70,14 +102,17 @@ def test_the_bars_are_the_encoder_in_float32_against_the_classic_kernels() -> No
 
 
 @pytest.mark.parametrize(
-    ("place", "what"), [(0, "gradient of value"), (1, "of locations"), (2, "of weights"), (None, "output")]
+    ("place", "what"),
+    [(0, "gradient of value"), (1, "of locations"), (2, "of weights"), (None, "output")],
 )
 def test_what_is_wrong_is_not_timed(inputs: Inputs, place: int | None, what: str) -> None:
     def wrong(*tensors: Tensor) -> Tensor:
         if place is None:
             return compiled(*tensors) * 1.001
         changed = list(tensors)
-        changed[place] = 0.999 * tensors[place] + 0.001 * tensors[place].detach()  # only its gradient is off
+        changed[place] = (
+            0.999 * tensors[place] + 0.001 * tensors[place].detach()
+        )  # only its gradient is off
         return compiled(*changed)
 
     with pytest.raises(UserError, match=f"classic: {what}: expected errors up to"):
@@ -106,15 +141,27 @@ def test_without_a_device_it_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [("encoder", "uniform"), ("decoder", "local")])
 def test_contestants_equal_the_reference_on_cuda(case: tuple[str, str]) -> None:
-    for name, entry in contestants(ClassicAttention(build_kernels(), LEVELS, POINTS, "cuda")).items():
+    for name, entry in contestants(
+        ClassicAttention(build_kernels(), LEVELS, POINTS, "cuda")
+    ).items():
         check(name, entry, make_inputs(*case, "cuda"))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [[], ["--flush-l2"]])
 def test_the_whole_benchmark_on_cuda(root: Path, options: list[str]) -> None:
-    command = [sys.executable, str(root / "benchmarks" / "ms_deform_attn.py"), "--device", "cuda", "--json", "--rounds", "1"]
-    done = subprocess.run([*command, *options], cwd=root, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        str(root / "benchmarks" / "ms_deform_attn.py"),
+        "--device",
+        "cuda",
+        "--json",
+        "--rounds",
+        "1",
+    ]
+    done = subprocess.run(
+        [*command, *options], cwd=root, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert len(report["rows"]) == 3 * (5 + 6 + 6) and len(report["bars"]) == 4

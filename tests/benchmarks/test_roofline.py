@@ -5,14 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.roofline import Traffic, backward_traffic, corners_inside, forward_traffic, rooflines
+from benchmarks.roofline import (
+    Traffic,
+    backward_traffic,
+    corners_inside,
+    forward_traffic,
+    rooflines,
+)
 
 WIDTH, HEIGHT = 4, 3
 
 
 def corners(*cells: tuple[float, float]) -> int:
     """Corners of points given in cells (x, y) of one map, cell centres at whole numbers."""
-    located = torch.tensor([((x + 0.5) / WIDTH, (y + 0.5) / HEIGHT) for x, y in cells], dtype=torch.float64)
+    located = torch.tensor(
+        [((x + 0.5) / WIDTH, (y + 0.5) / HEIGHT) for x, y in cells], dtype=torch.float64
+    )
     return corners_inside(located.view(1, 1, 1, -1, 2), [(HEIGHT, WIDTH)], [len(cells)])
 
 
@@ -51,8 +59,12 @@ def test_bytes_of_a_small_case() -> None:
     backward = backward_traffic(value, locations, corners=100)
     assert backward == Traffic(8 * values + 4 * out + 24 * points, 100 * 8 * 8)
     low = value.bfloat16()
-    assert forward_traffic(low, locations, 100) == Traffic(2 * values + 2 * out + 12 * points, 100 * 8 * 2)
-    assert backward_traffic(low, locations, 100, sum_bytes=8) == Traffic(4 * values + 2 * out + 24 * points, 100 * 8 * 10)
+    assert forward_traffic(low, locations, 100) == Traffic(
+        2 * values + 2 * out + 12 * points, 100 * 8 * 2
+    )
+    assert backward_traffic(low, locations, 100, sum_bytes=8) == Traffic(
+        4 * values + 2 * out + 24 * points, 100 * 8 * 10
+    )
 
 
 def test_shares_of_the_measured_bandwidths() -> None:

@@ -1,4 +1,6 @@
-"""The sparse attention benchmark: slides have the tiles they say, contestants agree, and bars are judged by the right rows."""
+"""The sparse attention benchmark: slides have the tiles they say, contestants agree, and bars are
+judged by the right rows.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def test_slides_have_as_many_tiles_and_cells_as_they_say() -> None:
 def test_contestants_agree_and_run() -> None:
     grid = slide_grid(100, 20, 15)
     inputs = make_inputs(grid)
-    torch.testing.assert_close(op(grid.index, *inputs), scattered(grid.index, *inputs), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        op(grid.index, *inputs), scattered(grid.index, *inputs), rtol=1e-4, atol=1e-4
+    )
     for what in ("forward", "forward+backward"):
         found = contestants(grid.index, inputs, what)
         assert {"dense", "baseline", "renormalised", "bfloat16"} <= set(found)
@@ -52,22 +56,42 @@ def test_bars_are_judged_by_the_default_kernels_and_the_largest_slide() -> None:
             (50, "forward", "bfloat16", 2.0),
         )
     ]
-    memory = [{"tiles": 6, "pass": "forward", "share": 0.3}, {"tiles": 50, "pass": "forward", "share": 0.21}]
+    memory = [
+        {"tiles": 6, "pass": "forward", "share": 0.3},
+        {"tiles": 50, "pass": "forward", "share": 0.21},
+    ]
     tiles = [{"tiles": 100_000, "us_a_tile": 1.0}, {"tiles": 1_000_000, "us_a_tile": 1.4}]
     bars = judge({"times": times, "memory": memory, "tiles": tiles})
-    assert [(bar["found"], bar["met"]) for bar in bars] == [(15.5, True), (0.21, False), (1.4, True)]
+    assert [(bar["found"], bar["met"]) for bar in bars] == [
+        (15.5, True),
+        (0.21, False),
+        (1.4, True),
+    ]
     assert len(judge({"times": times, "memory": memory, "tiles": tiles[:0]})) == 2
 
 
 def test_time_against_tiles_has_a_row_for_each_size() -> None:
     (row,) = measure_tiles(10_000, rounds=1)
-    assert row["tiles"] == 10_000 and row["ms"] > 0 and row["us_a_tile"] == pytest.approx(row["ms"] / 10)
+    assert (
+        row["tiles"] == 10_000
+        and row["ms"] > 0
+        and row["us_a_tile"] == pytest.approx(row["ms"] / 10)
+    )
 
 
 def test_memory_is_measured_in_a_child(root: Path) -> None:
     found = {}
     for name in ("dense", "sparse"):
-        command = [sys.executable, str(root / "benchmarks" / "sparse_attention.py"), "--child", "6000", "forward", name]
+        command = [
+            sys.executable,
+            str(root / "benchmarks" / "sparse_attention.py"),
+            "--child",
+            "6000",
+            "forward",
+            name,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found[name] = json.loads(done.stdout)
-    assert 10 < found["sparse"] < found["dense"]  # 6,000 rows and as many results of 256 float32 are 12 MB
+    assert (
+        10 < found["sparse"] < found["dense"]
+    )  # 6,000 rows and as many results of 256 float32 are 12 MB

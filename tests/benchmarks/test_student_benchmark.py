@@ -1,4 +1,6 @@
-"""The student's benchmark on tiny stand-ins: what it prints and keeps, ratios by hand, verdicts at the bar."""
+"""The student's benchmark on tiny stand-ins: what it prints and keeps, ratios by hand, verdicts at
+the bar.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,27 @@ from benchmarks.student import BARS, best, contestants, parse, ratios, verdicts
 
 
 def test_ratios_are_medians_of_the_ratios_within_a_round_each_side_in_its_faster_form() -> None:
-    a = parse(["--needles", "1", "--models", "vit_b16", "--forms", "published", "fp32", "onnx", "--compile", "--bf16"])
-    names = ["student_n1 published", "student_n1 fp32", "student_n1 fp32 compiled", "student_n1 bf16", "student_n1 onnx"]
+    a = parse(
+        [
+            "--needles",
+            "1",
+            "--models",
+            "vit_b16",
+            "--forms",
+            "published",
+            "fp32",
+            "onnx",
+            "--compile",
+            "--bf16",
+        ]
+    )
+    names = [
+        "student_n1 published",
+        "student_n1 fp32",
+        "student_n1 fp32 compiled",
+        "student_n1 bf16",
+        "student_n1 onnx",
+    ]
     names += ["vit_b16 fp32", "vit_b16 fp32 compiled", "vit_b16 bf16", "vit_b16 onnx"]
     table = [
         [4.0, 10.0, 12.0, 8.0, 20.0, 3.0, 2.0, 2.0, 5.0],
@@ -35,7 +56,14 @@ def test_ratios_are_medians_of_the_ratios_within_a_round_each_side_in_its_faster
             "student_n1 bf16 / vit_b16 bf16": 4.0,  # of 8/2, 9/3, 9/1
         }
     )
-    assert best({"vit_b16 fp32": 1.0, "vit_b16 fp32 compiled": 2.0, "vit_b16 bf16": 9.0}, "vit_b16", "fp32") == 2.0
+    assert (
+        best(
+            {"vit_b16 fp32": 1.0, "vit_b16 fp32 compiled": 2.0, "vit_b16 bf16": 9.0},
+            "vit_b16",
+            "fp32",
+        )
+        == 2.0
+    )
 
 
 def test_bars_are_met_at_their_edge_and_between_equals_only() -> None:
@@ -56,7 +84,20 @@ def test_bars_are_met_at_their_edge_and_between_equals_only() -> None:
 
 
 def test_contestants_follow_the_options() -> None:
-    a = parse(["--needles", "1", "--models", "vit_b16", "vit_g14", "--forms", "fp32", "onnx", "--native", "--compile"])
+    a = parse(
+        [
+            "--needles",
+            "1",
+            "--models",
+            "vit_b16",
+            "vit_g14",
+            "--forms",
+            "fp32",
+            "onnx",
+            "--native",
+            "--compile",
+        ]
+    )
     assert contestants(a) == [
         ("student_n1", "fp32"),
         ("student_n1", "onnx"),
@@ -84,18 +125,39 @@ class Small(nn.Module):
 def test_a_run_prints_and_keeps_what_it_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(student, "build", lambda model, form="fp32": Small(student.DIM).eval().requires_grad_(False))
+    monkeypatch.setattr(
+        student, "build", lambda model, form="fp32": Small(student.DIM).eval().requires_grad_(False)
+    )
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # of this whole process
     kept = tmp_path / "student.json"
-    options = ["--needles", "1", "--models", "vit_b16", "--forms", "published", "fp32", "--rounds", "2", "--batch", "2"]
+    options = [
+        "--needles",
+        "1",
+        "--models",
+        "vit_b16",
+        "--forms",
+        "published",
+        "fp32",
+        "--rounds",
+        "2",
+        "--batch",
+        "2",
+    ]
     student.main([*options, "--tiles", "4", "--workers", "0", "--json", "--output", str(kept)])
     printed = capsys.readouterr()
     report = json.loads(printed.out)
     assert json.loads(kept.read_text()) == report
-    assert list(report["contestants"]) == ["student_n1 published", "student_n1 fp32", "vit_b16 fp32"]
+    assert list(report["contestants"]) == [
+        "student_n1 published",
+        "student_n1 fp32",
+        "vit_b16 fp32",
+    ]
     rows = report["contestants"]
     assert all(row["tiles_per_second"] > 0 for row in rows.values())
-    assert rows["student_n1 fp32"]["slides_per_hour"] > 0 and "slides_per_hour" not in rows["student_n1 published"]
+    assert (
+        rows["student_n1 fp32"]["slides_per_hour"] > 0
+        and "slides_per_hour" not in rows["student_n1 published"]
+    )
     cells, weights = 28 * 28, 3 * 7 * 7 * student.DIM
     assert rows["vit_b16 fp32"]["gflops"] == pytest.approx(2 * cells * weights / 1e9)
     assert rows["vit_b16 fp32"]["parameters_m"] == pytest.approx((weights + student.DIM) / 1e6)

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from common.config import REQUIRED, ConfigError, HelpRequested, group, identity, key, load_config, to_dict
+from common.config import (
+    REQUIRED,
+    ConfigError,
+    HelpRequested,
+    group,
+    identity,
+    key,
+    load_config,
+    to_dict,
+)
 
 
 @dataclass
@@ -35,7 +44,12 @@ def test_command_line_wins_over_yaml_wins_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("epochs: 5\ndata: x\noptimiser:\n  lr: 1e-3\n")
     config = load("--config", str(file), "epochs=7")
-    assert (config.epochs, config.optimiser.lr, config.optimiser.steps, config.model) == (7, 1e-3, [1, 2], "abmil")
+    assert (config.epochs, config.optimiser.lr, config.optimiser.steps, config.model) == (
+        7,
+        1e-3,
+        [1, 2],
+        "abmil",
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,14 +92,28 @@ def test_text_keeps_its_zeros_and_null_is_none() -> None:
     config = load("data=x", "slide_id=0012", "target=0.5")
     assert (config.slide_id, config.target) == ("0012", 0.5)
     config = load("data=x", "slide_id=null", "target=null", "optimiser.steps=[3]", "fast=true")
-    assert (config.slide_id, config.target, config.optimiser.steps, config.fast) == (None, None, [3], True)
+    assert (config.slide_id, config.target, config.optimiser.steps, config.fast) == (
+        None,
+        None,
+        [3],
+        True,
+    )
 
 
 def test_help_lists_every_key_with_type_default_and_meaning() -> None:
     with pytest.raises(HelpRequested) as request:
         load("--help")
     text = str(request.value)
-    for name in ("data", "model", "epochs", "target", "slide_id", "fast", "optimiser.lr", "optimiser.steps"):
+    for name in (
+        "data",
+        "model",
+        "epochs",
+        "target",
+        "slide_id",
+        "fast",
+        "optimiser.lr",
+        "optimiser.steps",
+    ):
         assert f"  {name} (" in text
     assert "required" in text
     assert "abmil | mean" in text
@@ -94,5 +122,12 @@ def test_help_lists_every_key_with_type_default_and_meaning() -> None:
 
 def test_identity_leaves_out_speed_and_paths() -> None:
     config = load("data=x", "fast=true")
-    assert set(identity(config)) == {"model", "epochs", "target", "slide_id", "optimiser.lr", "optimiser.steps"}
+    assert set(identity(config)) == {
+        "model",
+        "epochs",
+        "target",
+        "slide_id",
+        "optimiser.lr",
+        "optimiser.steps",
+    }
     assert to_dict(config)["optimiser"] == {"lr": 1e-4, "steps": [1, 2]}

@@ -21,9 +21,12 @@ def test_average_by_hand() -> None:
             model.running_mean.fill_(float(10 * update))
             model.num_batches_tracked.fill_(update)
         average.update_parameters(model)
-        # the first update copies; then the decay grows from 1 / 10 at n = 0 to its limit, reached at n = 1
+        # the first update copies; then the decay grows from 1 / 10 at n = 0 to its limit, reached
+        # at n = 1
         decay = min(0.15, (1 + update) / (10 + update))
-        expected = update + 1.0 if expected is None else decay * expected + (1 - decay) * (update + 1)
+        expected = (
+            update + 1.0 if expected is None else decay * expected + (1 - decay) * (update + 1)
+        )
         torch.testing.assert_close(average.module.weight, torch.full((2,), expected))
     assert average.module.num_batches_tracked == 3
     assert 20 < average.module.running_mean[0] < 30

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.files import atomic_path, read_json, safe_id, sha256_file, write_csv, write_json, write_text
+from common.files import (
+    atomic_path,
+    read_json,
+    safe_id,
+    sha256_file,
+    write_csv,
+    write_json,
+    write_text,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Memory: the peak of this process alone, what is free within limits, freed blocks that are used again."""
+"""Memory: the peak of this process alone, what is free within limits, freed blocks that are used
+again.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,13 @@ from common.memory import free_memory, peak_memory
 
 def test_peak_of_a_small_child_of_a_large_parent(root: Path) -> None:
     large = np.ones(40_000_000)  # 320 MB, all of it touched
-    code = "from common.memory import peak_memory; a = peak_memory(); b = b'x' * 60_000_000; print(a, peak_memory())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    code = (
+        "from common.memory import peak_memory; a = peak_memory(); b = b'x' * 60_000_000; "
+        "print(a, peak_memory())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
     before, after = map(int, done.stdout.split())
     assert peak_memory() > large.nbytes
     assert before < 100e6 and 50e6 < after - before < 80e6
@@ -35,8 +42,13 @@ def test_free_memory_is_within_every_limit(tmp_path: Path, version: int) -> None
     (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
     own = {1: "7:blkio:/\n4:memory:/slurm/job\n0::/\n", 2: "0::/slurm/job\n"}[version]
     (proc / "self" / "cgroup").write_text(own)
-    names = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("memory.max", "memory.current")}[version]
-    dropped = {1: "inactive_file 1\ntotal_inactive_file 500", 2: "anon 7\ninactive_file 500"}[version]
+    names = {
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        2: ("memory.max", "memory.current"),
+    }[version]
+    dropped = {1: "inactive_file 1\ntotal_inactive_file 500", 2: "anon 7\ninactive_file 500"}[
+        version
+    ]
     root = groups / "memory" if version == 1 else groups
     assert free_memory(proc, groups) == 8000 * 1024
     group(root / "slurm" / "job", names, str(2**62) if version == 1 else "max", 900, dropped)
@@ -61,9 +73,14 @@ def page_faults() -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_large_blocks_are_reused(root: Path) -> None:
-    code = "from common.memory import reuse_large_blocks as reuse; from tests.common.test_memory import page_faults\n"
+    code = (
+        "from common.memory import reuse_large_blocks as reuse; from tests.common.test_memory "
+        "import page_faults\n"
+    )
     code += "first = page_faults(); assert reuse(); page_faults(); print(first, page_faults())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
     usual, reused = map(int, done.stdout.split())
     # 4 KiB pages, or 2 MiB where the system joins them
     assert usual >= 3 * 19 and reused < usual / 10

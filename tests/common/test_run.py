@@ -1,4 +1,6 @@
-"""A run directory belongs to one run; checkpoints resume bit for bit and refuse what they cannot hold."""
+"""A run directory belongs to one run; checkpoints resume bit for bit and refuse what they cannot
+hold.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,14 @@ import pytest
 import torch
 from torch import nn
 
-from common.checkpoint import load_checkpoint, load_tensors, load_weights, resume, save_checkpoint, save_tensors
+from common.checkpoint import (
+    load_checkpoint,
+    load_tensors,
+    load_weights,
+    resume,
+    save_checkpoint,
+    save_tensors,
+)
 from common.config import key
 from common.device import autocast, pick_device, pick_precision
 from common.distributed import World, all_reduce_mean, gather_objects, mean_dict
@@ -34,12 +43,16 @@ def start(path: Path, config: Config, overwrite: bool = False, **inputs: str) ->
 
 
 def test_saved_tensors_are_the_same_bytes_under_any_name(tmp_path: Path) -> None:
-    """Not so with `torch.save(content, path)`, which puts the (temporary) file's name, with machine and process, inside."""
+    """Not so with `torch.save(content, path)`, which puts the (temporary) file's name, with machine
+    and process, inside.
+    """
     content = {"model": {"weight": torch.arange(3.0)}, "epoch": 4}
     for name in ("a.pt", "another.pt"):
         save_tensors(tmp_path / name, content)
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "another.pt").read_bytes()
-    assert torch.equal(load_tensors(tmp_path / "a.pt", "tensors")["model"]["weight"], torch.arange(3.0))
+    assert torch.equal(
+        load_tensors(tmp_path / "a.pt", "tensors")["model"]["weight"], torch.arange(3.0)
+    )
 
 
 def test_same_run_goes_on_and_another_is_refused(tmp_path: Path) -> None:
@@ -76,7 +89,9 @@ def test_epochs_that_will_be_run_again_are_forgotten(tmp_path: Path) -> None:
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"epoch": 3, "lo')
     run.forget_after(2)
-    assert [json.loads(line)["epoch"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert [
+        json.loads(line)["epoch"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ] == [1, 2]
 
 
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
@@ -96,14 +111,22 @@ def test_resume_is_bit_for_bit(tmp_path: Path) -> None:
     seed_everything(3)
     model, optimizer = new()
     steps(model, optimizer, 2)
-    state = {"model": model.state_dict(), "config": {}, "epoch": 2, "optimizer": optimizer.state_dict(), "best": {"auc": 0.7}}
+    state = {
+        "model": model.state_dict(),
+        "config": {},
+        "epoch": 2,
+        "optimizer": optimizer.state_dict(),
+        "best": {"auc": 0.7},
+    }
     save_checkpoint(tmp_path / "c.pt", **state)
     steps(model, optimizer, 3)
     seed_everything(99)
     again, optimizer_again = new()
     assert resume(tmp_path / "c.pt", again, optimizer=optimizer_again) == (2, {"auc": 0.7})
     steps(again, optimizer_again, 3)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
 
 
 def test_resume_without_a_checkpoint_starts_at_zero(tmp_path: Path) -> None:
@@ -119,7 +142,11 @@ def test_rng_state_covers_python_numpy_and_torch() -> None:
 
 
 def test_epoch_generators_differ_by_epoch_and_seed() -> None:
-    draws = {torch.rand(1, generator=epoch_generator(seed, epoch)).item() for seed in (1, 2) for epoch in (0, 1)}
+    draws = {
+        torch.rand(1, generator=epoch_generator(seed, epoch)).item()
+        for seed in (1, 2)
+        for epoch in (0, 1)
+    }
     assert len(draws) == 4
 
 
@@ -128,7 +155,9 @@ class Evil:
         return (print, ("unpickled",))
 
 
-def test_unsafe_and_broken_checkpoints_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unsafe_and_broken_checkpoints_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.save({"model": Evil()}, tmp_path / "evil.pt")
     torch.save({"model": {}, "config": {}}, tmp_path / "short.pt")
     torch.save({"model": torch.zeros(999)}, tmp_path / "cut.pt")
@@ -144,7 +173,9 @@ def test_unsafe_and_broken_checkpoints_are_refused(tmp_path: Path, capsys: pytes
 
 
 def test_weights_of_another_architecture_are_refused() -> None:
-    with pytest.raises(UserError, match=r"1 of another shape \['weight \(4, 3\) for \(2, 3\)'\]|another shape"):
+    with pytest.raises(
+        UserError, match=r"1 of another shape \['weight \(4, 3\) for \(2, 3\)'\]|another shape"
+    ):
         load_weights(nn.Linear(3, 2), nn.Linear(3, 4).state_dict(), "w.pt")
     with pytest.raises(UserError, match="1 missing"):
         load_weights(nn.Linear(3, 2), nn.Linear(3, 2, bias=False).state_dict(), "w.pt")

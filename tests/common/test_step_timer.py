@@ -20,5 +20,7 @@ def test_parts_of_steps_by_a_clock_of_our_own(monkeypatch: pytest.MonkeyPatch) -
     expected = {"time/data": 0.75, "time/forward": 2.5, "time/step": 1.25}
     report = times.report()
     assert {name: report[name] for name in expected} == pytest.approx(expected)
-    assert report["time/images_per_second"] == pytest.approx(16 / 9) and report["time/data_share"] == pytest.approx(1.5 / 9)
+    assert report["time/images_per_second"] == pytest.approx(16 / 9) and report[
+        "time/data_share"
+    ] == pytest.approx(1.5 / 9)
     assert times.report() == {} and times.whole() == pytest.approx(report)

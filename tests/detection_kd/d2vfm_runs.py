@@ -1,4 +1,6 @@
-"""What the tests of D2VFM train on: a random small backbone, 24 pairs on 4 slides, and the script's arguments."""
+"""What the tests of D2VFM train on: a random small backbone, 24 pairs on 4 slides, and the script's
+arguments.
+"""
 
 from __future__ import annotations
 
@@ -37,17 +39,43 @@ def write_pairs(root: Path) -> Path:
             colour = rng.integers(0, 255, 3)
             pixels = np.clip(colour + rng.integers(-20, 20, (64, 64, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / f"{index}_0.jpg", quality=95)
-            torch.save(torch.from_numpy(colour.astype(np.float32) / 255) @ mixing, folder / f"{index}_0.pt")
-            images.append({"id": len(images), "file_name": f"S{slide}/{index}_0.jpg", "width": 64, "height": 64})
+            torch.save(
+                torch.from_numpy(colour.astype(np.float32) / 255) @ mixing, folder / f"{index}_0.pt"
+            )
+            images.append(
+                {
+                    "id": len(images),
+                    "file_name": f"S{slide}/{index}_0.jpg",
+                    "width": 64,
+                    "height": 64,
+                }
+            )
     (root / "ann_root").mkdir()
-    (root / "ann_root" / "ann.json").write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
+    (root / "ann_root" / "ann.json").write_text(
+        json.dumps({"images": images, "annotations": [], "categories": []})
+    )
     return root
 
 
 def arguments(pairs_root: Path, backbone_path: Path, output: Path, *extra: str) -> list[str]:
     """The script's arguments: three epochs of batches of four on the CPU."""
-    base = [f"dataset={pairs_root}", f"backbone={backbone_path}", f"output={output}", "batch_size=4", "device=cpu", "workers=0"]
-    return [*base, "precision=fp32", "val_share=0.25", "scales=[1.0,0.75]", "epochs=3", "pictures=false", *extra]
+    base = [
+        f"dataset={pairs_root}",
+        f"backbone={backbone_path}",
+        f"output={output}",
+        "batch_size=4",
+        "device=cpu",
+        "workers=0",
+    ]
+    return [
+        *base,
+        "precision=fp32",
+        "val_share=0.25",
+        "scales=[1.0,0.75]",
+        "epochs=3",
+        "pictures=false",
+        *extra,
+    ]
 
 
 def train(*args: object) -> int:

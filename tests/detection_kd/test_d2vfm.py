@@ -1,4 +1,6 @@
-"""D2VFM: adapters as published, what is frozen stays frozen, resume and two processes change nothing."""
+"""D2VFM: adapters as published, what is frozen stays frozen, resume and two processes change
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,12 @@ from torch import nn
 from common.cli import run
 from common.errors import UserError
 from detection_kd import extract_student, train_d2vfm
-from detection_kd.datasets.distillation import DistillationTiles, pairs_digest, read_pairs, split_by_slide
+from detection_kd.datasets.distillation import (
+    DistillationTiles,
+    pairs_digest,
+    read_pairs,
+    split_by_slide,
+)
 from detection_kd.evaluation.feature_agreement import feature_agreement
 from detection_kd.losses.feature_regression import cosine_loss, mae_loss, mse_loss
 from detection_kd.models.adapter import ADAPTERS, Adapter
@@ -40,7 +47,9 @@ def by_hand(kind: str, adapter: Adapter, x: torch.Tensor) -> torch.Tensor:
         return linear(adapter.out, s(x))
     if kind == "ln":
         spread = (x.var(dim=1, correction=0, keepdim=True) + 1e-5).sqrt()
-        normed = (x - x.mean(dim=1, keepdim=True)) / spread * adapter.norm.weight + adapter.norm.bias
+        normed = (
+            x - x.mean(dim=1, keepdim=True)
+        ) / spread * adapter.norm.weight + adapter.norm.bias
         y = linear(adapter.down, normed)
         return linear(adapter.out, y * (1 + torch.erf(y / 2**0.5)) / 2)
     hidden = linear(adapter.down, s(x))
@@ -62,19 +71,30 @@ def test_adapters_compute_the_published_formulas(kind: str) -> None:
     x = torch.randn(5, 32)
     assert torch.allclose(adapter(x), by_hand(kind, adapter, x), atol=1e-5)
     adapter(x).sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in adapter.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.abs().sum() > 0
+        for parameter in adapter.parameters()
+    )
 
 
 def test_losses_by_hand() -> None:
-    student, teacher = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[0.0, 4.0], [0.0, 2.0]])
+    student, teacher = (
+        torch.tensor([[1.0, 2.0], [0.0, 1.0]]),
+        torch.tensor([[0.0, 4.0], [0.0, 2.0]]),
+    )
     assert mse_loss(student, teacher).item() == pytest.approx((1 + 4 + 0 + 1) / 2)
     assert mae_loss(student, teacher).item() == pytest.approx((1 + 2 + 0 + 1) / 2)
-    assert cosine_loss(student, teacher).item() == pytest.approx((1 - 8 / (5**0.5 * 4) + 0) / 2, abs=1e-6)
+    assert cosine_loss(student, teacher).item() == pytest.approx(
+        (1 - 8 / (5**0.5 * 4) + 0) / 2, abs=1e-6
+    )
 
 
 def test_agreement_by_hand() -> None:
     teacher = torch.tensor([[1.0, 0.0], [3.0, 0.0]])
-    assert feature_agreement(teacher, teacher) == {"cosine": pytest.approx(1.0), "r2": pytest.approx(1.0)}
+    assert feature_agreement(teacher, teacher) == {
+        "cosine": pytest.approx(1.0),
+        "r2": pytest.approx(1.0),
+    }
     mean = teacher.mean(dim=0).expand(2, 2)
     assert feature_agreement(mean, teacher)["r2"] == pytest.approx(0.0)
     assert feature_agreement(-teacher, teacher)["cosine"] == pytest.approx(-1.0)
@@ -85,11 +105,17 @@ def test_frozen_parts_stay_bit_identical_under_training() -> None:
     student = Student(Backbone("resnet18", "batch"), needle=1, adapter="mpa", dim=DIM)
     student.train()
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        [p for p in student.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1
+    )
     mse_loss(student(torch.randn(4, 3, 64, 64)), torch.randn(4, DIM)).backward()
     optimizer.step()
-    changed = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {name for name, _ in student.named_parameters() if name.startswith("adapter.")}
+    changed = {
+        name for name, value in student.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert changed == {
+        name for name, _ in student.named_parameters() if name.startswith("adapter.")
+    }
 
 
 def test_student_stops_at_its_needle_and_keeps_no_later_stage() -> None:
@@ -99,8 +125,12 @@ def test_student_stops_at_its_needle_and_keeps_no_later_stage() -> None:
     for needle in (2, 1, 0):
         student = Student(backbone, needle, "p", DIM).eval()
         assert torch.allclose(student.pooled(x), pooled[needle], atol=1e-6)
-        kept = {name.split(".")[1] for name in student.state_dict() if name.startswith("backbone.layer")}
-        assert kept == {"layer1", "layer2", "layer3", "layer4"} - {f"layer{stage}" for stage in range(needle + 3, 5)}
+        kept = {
+            name.split(".")[1] for name in student.state_dict() if name.startswith("backbone.layer")
+        }
+        assert kept == {"layer1", "layer2", "layer3", "layer4"} - {
+            f"layer{stage}" for stage in range(needle + 3, 5)
+        }
 
 
 def test_input_scale_shrinks_the_tile_first() -> None:
@@ -108,7 +138,9 @@ def test_input_scale_shrinks_the_tile_first() -> None:
     x = torch.randn(2, 3, 64, 64)
     small = nn.functional.interpolate(x, size=(32, 32), mode="bilinear", antialias=True)
     expected = Student(backbone, 0, "p", DIM).pooled(small)
-    assert torch.allclose(Student(backbone, 0, "p", DIM, input_scale=0.5).pooled(x), expected, atol=1e-6)
+    assert torch.allclose(
+        Student(backbone, 0, "p", DIM, input_scale=0.5).pooled(x), expected, atol=1e-6
+    )
 
 
 def test_pairs_are_read_split_by_slide_and_augmented_repeatably(pairs_root: Path) -> None:
@@ -124,11 +156,22 @@ def test_pairs_are_read_split_by_slide_and_augmented_repeatably(pairs_root: Path
     assert not all(torch.equal(a, tiles[i][0]) for i, a in enumerate(first))
     plain = DistillationTiles(pairs, augment=False, seed=3)
     for i in range(24):
-        assert torch.equal(first[i].flatten(1).sort().values, plain[i][0].flatten(1).sort().values), "turned, not changed"
+        assert torch.equal(
+            first[i].flatten(1).sort().values, plain[i][0].flatten(1).sort().values
+        ), "turned, not changed"
 
 
 @pytest.mark.parametrize(
-    "fault", ["no image", "no feature", "nan feature", "wide feature", "text feature", "no list", "broken tile"]
+    "fault",
+    [
+        "no image",
+        "no feature",
+        "nan feature",
+        "wide feature",
+        "text feature",
+        "no list",
+        "broken tile",
+    ],
 )
 def test_bad_pairs_are_reported_at_once(pairs_root: Path, fault: str) -> None:
     feature = pairs_root / "wsi_root" / "S1" / "2_0.pt"
@@ -158,7 +201,9 @@ def test_training_learns_resumes_bit_for_bit_and_is_not_repeated(
 ) -> None:
     assert train(pairs_root, backbone_path, tmp_path / "whole", "epochs=4") == 0
     whole = torch.load(tmp_path / "whole" / "checkpoint_last.pt", weights_only=True)
-    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
     assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
     cut_lines = tmp_path / "cut" / "metrics.jsonl"
@@ -170,33 +215,57 @@ def test_training_learns_resumes_bit_for_bit_and_is_not_repeated(
     assert train(pairs_root, backbone_path, tmp_path / "cut", "epochs=4") == 0
     cut = torch.load(tmp_path / "cut" / "checkpoint_last.pt", weights_only=True)
     assert all(torch.equal(whole["model"][name], cut["model"][name]) for name in whole["model"])
-    assert (tmp_path / "cut" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
-    monkeypatch.setattr(train_d2vfm, "train_one_epoch", lambda *_, **__: pytest.fail("trained again"))
+    assert (tmp_path / "cut" / "metrics.jsonl").read_text() == (
+        tmp_path / "whole" / "metrics.jsonl"
+    ).read_text()
+    monkeypatch.setattr(
+        train_d2vfm, "train_one_epoch", lambda *_, **__: pytest.fail("trained again")
+    )
     stamp = (tmp_path / "whole" / "checkpoint_last.pt").stat().st_mtime_ns
     assert train(pairs_root, backbone_path, tmp_path / "whole", "epochs=4") == 0
     assert (tmp_path / "whole" / "checkpoint_last.pt").stat().st_mtime_ns == stamp
 
 
-def test_cached_features_train_the_same_student(pairs_root: Path, backbone_path: Path, tmp_path: Path) -> None:
+def test_cached_features_train_the_same_student(
+    pairs_root: Path, backbone_path: Path, tmp_path: Path
+) -> None:
     still = ["augment=false", "scales=[1.0]"]
     assert train(pairs_root, backbone_path, tmp_path / "tiles", *still) == 0
     assert train(pairs_root, backbone_path, tmp_path / "cached", *still, "cache=true") == 0
-    tiles, cached = (load_student(tmp_path / name / "checkpoint_best.pt")[0].state_dict() for name in ("tiles", "cached"))
+    tiles, cached = (
+        load_student(tmp_path / name / "checkpoint_best.pt")[0].state_dict()
+        for name in ("tiles", "cached")
+    )
     assert tiles.keys() == cached.keys()
     assert all(torch.allclose(tiles[name], cached[name], rtol=1e-3, atol=1e-4) for name in tiles)
     assert train(pairs_root, backbone_path, tmp_path / "r", "cache=true") == 2
     assert train(pairs_root, backbone_path, tmp_path / "r", *still, "cache=true", "views=5") == 2
-    assert train(pairs_root, backbone_path, tmp_path / "turned", *still, "cache=true", "views=4", "epochs=1") == 0
+    assert (
+        train(
+            pairs_root,
+            backbone_path,
+            tmp_path / "turned",
+            *still,
+            "cache=true",
+            "views=4",
+            "epochs=1",
+        )
+        == 0
+    )
 
 
 def test_views_are_quarter_turns(pairs_root: Path) -> None:
     pairs = read_pairs(pairs_root)
-    plain, turned = (DistillationTiles(pairs, augment=False, seed=0, turns=turns)[7] for turns in (0, 1))
+    plain, turned = (
+        DistillationTiles(pairs, augment=False, seed=0, turns=turns)[7] for turns in (0, 1)
+    )
     assert torch.equal(turned[0], torch.rot90(plain[0], 1, (1, 2)))
     assert torch.equal(turned[1], plain[1])
 
 
-def test_two_processes_give_the_losses_of_one(pairs_root: Path, backbone_path: Path, tmp_path: Path, root: Path) -> None:
+def test_two_processes_give_the_losses_of_one(
+    pairs_root: Path, backbone_path: Path, tmp_path: Path, root: Path
+) -> None:
     assert train(pairs_root, backbone_path, tmp_path / "one", "batch_size=6") == 0
     command = [
         sys.executable,
@@ -209,10 +278,15 @@ def test_two_processes_give_the_losses_of_one(pairs_root: Path, backbone_path: P
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     two = arguments(pairs_root, backbone_path, tmp_path / "two", "batch_size=6")
-    done = subprocess.run([*command, *two], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [*command, *two], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     losses = [
-        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        [
+            json.loads(line)["loss"]
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
         for name in ("one", "two")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -236,9 +310,20 @@ def test_student_is_one_more_encoder(pairs_root: Path, backbone_path: Path, tmp_
     assert train(pairs_root, backbone_path, tmp_path / "run", "epochs=1") == 0
     checkpoint = tmp_path / "run" / "checkpoint_best.pt"
     cohort = make_cohort(tmp_path / "cohort", 2)
-    tiling = [f"slides={cohort}/slides", f"output={tmp_path}/tiles", "tile_size=64", "tissue.min_area=50", "workers=1"]
+    tiling = [
+        f"slides={cohort}/slides",
+        f"output={tmp_path}/tiles",
+        "tile_size=64",
+        "tissue.min_area=50",
+        "workers=1",
+    ]
     assert run(tile_slides.main, tile_slides.Config, tiling) == 0
-    extraction = [f"slides={cohort}/slides", f"coords={tmp_path}/tiles", f"student={checkpoint}", f"output={tmp_path}/features"]
+    extraction = [
+        f"slides={cohort}/slides",
+        f"coords={tmp_path}/tiles",
+        f"student={checkpoint}",
+        f"output={tmp_path}/features",
+    ]
     extraction += ["workers=0", "precision=fp32", "device=cpu", "batch_size=5"]
     assert run(extract_student.main, extract_student.Config, extraction) == 0
     bag = read_bag(tmp_path / "features" / "student" / "h5_files" / "S001.h5")

@@ -1,4 +1,6 @@
-"""D2VFM's switches from the command line: each trains and can be reloaded, resumes, and is the same on two processes."""
+"""D2VFM's switches from the command line: each trains and can be reloaded, resumes, and is the same
+on two processes.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,15 @@ from tests.detection_kd.d2vfm_runs import DIM, arguments, train
 from tests.helpers import kill_when, line_count, run_two_processes
 
 STILL = ("augment=false", "scales=[1.0]", "cache=true")
-EVERYTHING = ["needles=[0,1]", "pooling=gem", "adapter=ln", "unfreeze=1", "unfreeze_lr=0.5", "ema=0.9", "loss=smooth_l1"]
+EVERYTHING = [
+    "needles=[0,1]",
+    "pooling=gem",
+    "adapter=ln",
+    "unfreeze=1",
+    "unfreeze_lr=0.5",
+    "ema=0.9",
+    "loss=smooth_l1",
+]
 EVERYTHING += ["extra.distance=3", "extra.angle=5", "extra.contrastive=2", "loss_weight=0.5"]
 
 
@@ -29,10 +39,14 @@ def test_everything_at_once_leaves_results_and_a_student_that_rebuilds_itself(
     assert train(pairs_root, backbone_path, tmp_path / "run", *EVERYTHING, "epochs=1") == 0
     student, config = load_student(tmp_path / "run" / "checkpoint_best.pt")
     assert (student.needles, student.pooling.kind, student.adapter.kind) == ((0, 1), "gem", "ln")
-    assert config["unfreeze"] == 1 and not any(p.requires_grad for p in student.backbone.parameters())
+    assert config["unfreeze"] == 1 and not any(
+        p.requires_grad for p in student.backbone.parameters()
+    )
     backbone = load_backbone(backbone_path)[0].state_dict()
     own = student.backbone.state_dict()
-    changed = {name.split(".")[0] for name, value in own.items() if not torch.equal(value, backbone[name])}
+    changed = {
+        name.split(".")[0] for name, value in own.items() if not torch.equal(value, backbone[name])
+    }
     assert changed == {"layer3"}
     assert all(torch.equal(own[name], backbone[name]) for name in own if "bn" in name)
     encoder = student_encoder(tmp_path / "run" / "checkpoint_best.pt", "student")
@@ -40,67 +54,128 @@ def test_everything_at_once_leaves_results_and_a_student_that_rebuilds_itself(
     assert encoder.model(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)).shape == (2, DIM)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     terms = {"loss", "loss_smooth_l1", "loss_distance", "loss_angle", "loss_contrastive"}
-    assert terms | {"epoch", "cosine", "r2", "r2_median", "knn_1", "cka", "trained_parameters"} <= results.keys()
-    weighted = 0.5 * results["loss_smooth_l1"] + 3 * results["loss_distance"] + 5 * results["loss_angle"]
+    assert (
+        terms | {"epoch", "cosine", "r2", "r2_median", "knn_1", "cka", "trained_parameters"}
+        <= results.keys()
+    )
+    weighted = (
+        0.5 * results["loss_smooth_l1"] + 3 * results["loss_distance"] + 5 * results["loss_angle"]
+    )
     assert results["loss"] == pytest.approx(weighted + 2 * results["loss_contrastive"], rel=1e-4)
     rows = (tmp_path / "run" / "r2_by_dimension.csv").read_text().splitlines()
     assert rows[0] == "dimension,r2,teacher_std" and len(rows) == DIM + 1
 
 
-def test_the_moving_average_is_what_is_validated_and_kept(pairs_root: Path, backbone_path: Path, tmp_path: Path) -> None:
+def test_the_moving_average_is_what_is_validated_and_kept(
+    pairs_root: Path, backbone_path: Path, tmp_path: Path
+) -> None:
     assert train(pairs_root, backbone_path, tmp_path / "cache_plain", *STILL, "epochs=1") == 0
-    assert train(pairs_root, backbone_path, tmp_path / "cache_ema", *STILL, "epochs=1", "ema=0.9") == 0
-    plain, averaged = (load_tensors(tmp_path / name / "checkpoint_last.pt", "it") for name in ("cache_plain", "cache_ema"))
-    assert all(torch.equal(plain["model"][name], averaged["model"][name]) for name in plain["model"]), "same training"
+    assert (
+        train(pairs_root, backbone_path, tmp_path / "cache_ema", *STILL, "epochs=1", "ema=0.9") == 0
+    )
+    plain, averaged = (
+        load_tensors(tmp_path / name / "checkpoint_last.pt", "it")
+        for name in ("cache_plain", "cache_ema")
+    )
+    assert all(
+        torch.equal(plain["model"][name], averaged["model"][name]) for name in plain["model"]
+    ), "same training"
     best = load_tensors(tmp_path / "cache_ema" / "checkpoint_best.pt", "it")
     kept = {name.removeprefix("module."): value for name, value in averaged["average"].items()}
     assert all(torch.equal(kept[name], value) for name, value in best["model"].items())
-    assert not torch.equal(best["model"]["adapter.out.weight"], averaged["model"]["adapter.out.weight"])
-    losses = [[line["loss"] for line in lines(tmp_path / name)] for name in ("cache_plain", "cache_ema")]
+    assert not torch.equal(
+        best["model"]["adapter.out.weight"], averaged["model"]["adapter.out.weight"]
+    )
+    losses = [
+        [line["loss"] for line in lines(tmp_path / name)] for name in ("cache_plain", "cache_ema")
+    ]
     assert losses[0] == losses[1]
-    cosines = [[line["cosine"] for line in lines(tmp_path / name)] for name in ("cache_plain", "cache_ema")]
+    cosines = [
+        [line["cosine"] for line in lines(tmp_path / name)] for name in ("cache_plain", "cache_ema")
+    ]
     assert cosines[0] != cosines[1]
     frozen = load_backbone(backbone_path)[0].state_dict()
     names = [name for name in best["model"] if name.startswith("backbone.")]
-    assert names and all(torch.equal(best["model"][name], frozen[name.removeprefix("backbone.")]) for name in names)
+    assert names and all(
+        torch.equal(best["model"][name], frozen[name.removeprefix("backbone.")]) for name in names
+    )
 
 
-def test_average_and_trained_stage_resume_bit_for_bit(pairs_root: Path, backbone_path: Path, tmp_path: Path) -> None:
+def test_average_and_trained_stage_resume_bit_for_bit(
+    pairs_root: Path, backbone_path: Path, tmp_path: Path
+) -> None:
     settings = [*EVERYTHING, "epochs=3"]
     assert train(pairs_root, backbone_path, tmp_path / "whole", *settings) == 0
     cut = arguments(pairs_root, backbone_path, tmp_path / "cut", *settings)
-    kill_when(lambda: line_count(tmp_path / "cut" / "metrics.jsonl") >= 1, "detection_kd.train_d2vfm", cut)
+    kill_when(
+        lambda: line_count(tmp_path / "cut" / "metrics.jsonl") >= 1, "detection_kd.train_d2vfm", cut
+    )
     assert train(pairs_root, backbone_path, tmp_path / "cut", *settings) == 0
-    whole, again = (load_tensors(tmp_path / name / "checkpoint_last.pt", "a checkpoint") for name in ("whole", "cut"))
+    whole, again = (
+        load_tensors(tmp_path / name / "checkpoint_last.pt", "a checkpoint")
+        for name in ("whole", "cut")
+    )
     for part in ("model", "average"):
         assert all(torch.equal(value, again[part][name]) for name, value in whole[part].items())
-    assert (tmp_path / "cut" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
-    assert (tmp_path / "cut" / "results.json").read_text() == (tmp_path / "whole" / "results.json").read_text()
+    assert (tmp_path / "cut" / "metrics.jsonl").read_text() == (
+        tmp_path / "whole" / "metrics.jsonl"
+    ).read_text()
+    assert (tmp_path / "cut" / "results.json").read_text() == (
+        tmp_path / "whole" / "results.json"
+    ).read_text()
 
 
-def test_two_processes_see_the_whole_batch(pairs_root: Path, backbone_path: Path, tmp_path: Path) -> None:
-    """Terms of pairs and triplets over both processes' tiles, with the gradient of one process; the cache filled by both."""
-    settings = [*STILL, "batch_size=6", "loss_weight=0.05", "extra.distance=1", "extra.contrastive=1", "ema=0.5"]
-    assert train(pairs_root, backbone_path, tmp_path / "one", *settings, f"cache_dir={tmp_path}/first") == 0
+def test_two_processes_see_the_whole_batch(
+    pairs_root: Path, backbone_path: Path, tmp_path: Path
+) -> None:
+    """Terms of pairs and triplets over both processes' tiles, with the gradient of one process; the
+    cache filled by both.
+    """
+    settings = [
+        *STILL,
+        "batch_size=6",
+        "loss_weight=0.05",
+        "extra.distance=1",
+        "extra.contrastive=1",
+        "ema=0.5",
+    ]
+    assert (
+        train(pairs_root, backbone_path, tmp_path / "one", *settings, f"cache_dir={tmp_path}/first")
+        == 0
+    )
     shared = [*settings, f"cache_dir={tmp_path}/second"]
-    run_two_processes("detection_kd.train_d2vfm", arguments(pairs_root, backbone_path, tmp_path / "two", *shared))
+    run_two_processes(
+        "detection_kd.train_d2vfm", arguments(pairs_root, backbone_path, tmp_path / "two", *shared)
+    )
     one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
     for name in ("loss", "loss_mse", "loss_distance", "loss_contrastive", "cosine", "r2"):
-        assert [line[name] for line in one] == pytest.approx([line[name] for line in two], rel=1e-3), name
+        assert [line[name] for line in one] == pytest.approx(
+            [line[name] for line in two], rel=1e-3
+        ), name
     caches = [sorted((tmp_path / folder).iterdir()) for folder in ("first", "second")]
-    assert [path.name for path in caches[0]] == [path.name for path in caches[1]] and len(caches[0]) == 2
+    assert [path.name for path in caches[0]] == [path.name for path in caches[1]] and len(
+        caches[0]
+    ) == 2
 
 
-def test_checkpoints_of_the_first_form_are_read(pairs_root: Path, backbone_path: Path, tmp_path: Path) -> None:
+def test_checkpoints_of_the_first_form_are_read(
+    pairs_root: Path, backbone_path: Path, tmp_path: Path
+) -> None:
     assert train(pairs_root, backbone_path, tmp_path / "run", "epochs=1", "needle=0") == 0
     content = load_tensors(tmp_path / "run" / "checkpoint_best.pt", "a checkpoint")
     for name in ("needles", "pooling", "unfreeze"):
         del content["config"]["student"][name]
     torch.save(content, tmp_path / "old.pt")
-    old, new = (load_student(path)[0] for path in (tmp_path / "old.pt", tmp_path / "run" / "checkpoint_best.pt"))
+    old, new = (
+        load_student(path)[0]
+        for path in (tmp_path / "old.pt", tmp_path / "run" / "checkpoint_best.pt")
+    )
     x = torch.randn(2, 3, 64, 64)
     assert torch.equal(old(x), new(x)) and old.needles == (0,)
-    assert student_encoder(tmp_path / "old.pt", "s").provenance["encoder"] == "d2vfm mpa needle 0 scale 1"
+    assert (
+        student_encoder(tmp_path / "old.pt", "s").provenance["encoder"]
+        == "d2vfm mpa needle 0 scale 1"
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,7 +194,12 @@ def test_checkpoints_of_the_first_form_are_read(pairs_root: Path, backbone_path:
     ],
 )
 def test_settings_that_cannot_work_are_refused_in_one_line(
-    settings: list[str], said: str, pairs_root: Path, backbone_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: list[str],
+    said: str,
+    pairs_root: Path,
+    backbone_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert train(pairs_root, backbone_path, tmp_path / "r", *settings) == 2
     message = capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""Detection on whole slides: seams, coordinates, formats, resuming, broken tiles; with a detector that finds dark squares."""
+"""Detection on whole slides: seams, coordinates, formats, resuming, broken tiles; with a detector
+that finds dark squares.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from patch_encoder import tile_slides
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
 from tests.helpers import write_pyramid
 
-# (x, y, side) in level-0 px: inside a tile, on a vertical seam, on a crossing of seams, at the slide's corner
+# (x, y, side) in level-0 px: inside a tile, on a vertical seam, on a crossing of seams, at the
+# slide's corner
 SQUARES = [(20, 30, 20), (118, 40, 24), (180, 182, 20), (480, 486, 22)]
 
 
@@ -33,7 +36,10 @@ class DarkSquares(nn.Module):
 
     def forward(self, images: Tensor, padding: Tensor) -> Detections:
         height, width = images.shape[-2:]
-        logits, boxes = torch.full((1, len(images), 9, 2), -9.0), torch.full((1, len(images), 9, 4), 0.5)
+        logits, boxes = (
+            torch.full((1, len(images), 9, 2), -9.0),
+            torch.full((1, len(images), 9, 4), 0.5),
+        )
         for index, image in enumerate(images):
             spots = ndimage.find_objects(ndimage.label(image.mean(0).numpy() < -1)[0])
             for number, (rows, columns) in enumerate(spots):
@@ -47,21 +53,40 @@ class DarkSquares(nn.Module):
 
 @pytest.fixture
 def cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A slide with four dark squares, tiles of 128 px that overlap by a quarter, and the stand-in detector."""
+    """A slide with four dark squares, tiles of 128 px that overlap by a quarter, and the stand-in
+    detector.
+    """
     pixels = np.full((512, 512, 3), (200, 120, 190), np.uint8)
     for x, y, side in SQUARES:
         pixels[y : y + side, x : x + side] = 20
     write_pyramid(tmp_path / "slides" / "S1.tiff", pixels)
-    write_pyramid(tmp_path / "slides" / "S2.tiff", np.full((512, 512, 3), (200, 120, 190), np.uint8))
-    keys = [f"slides={tmp_path}/slides", f"output={tmp_path}/tiles", "tile_size=128", "target_mpp=0.5", "overlap=0.25"]
+    write_pyramid(
+        tmp_path / "slides" / "S2.tiff", np.full((512, 512, 3), (200, 120, 190), np.uint8)
+    )
+    keys = [
+        f"slides={tmp_path}/slides",
+        f"output={tmp_path}/tiles",
+        "tile_size=128",
+        "target_mpp=0.5",
+        "overlap=0.25",
+    ]
     assert run(tile_slides.main, tile_slides.Config, [*keys, "min_tissue=0", "workers=0"]) == 0
     (tmp_path / "detector.pt").write_bytes(b"weights")
-    monkeypatch.setattr(detect_slide, "load_detector", lambda path: (DarkSquares(), {"categories": ["other", "square"]}))
+    monkeypatch.setattr(
+        detect_slide,
+        "load_detector",
+        lambda path: (DarkSquares(), {"categories": ["other", "square"]}),
+    )
     return tmp_path
 
 
 def detect(cohort: Path, *changes: str) -> int:
-    keys = [f"slides={cohort}/slides", f"coords={cohort}/tiles", f"output={cohort}/found", f"detector={cohort}/detector.pt"]
+    keys = [
+        f"slides={cohort}/slides",
+        f"coords={cohort}/tiles",
+        f"output={cohort}/found",
+        f"detector={cohort}/detector.pt",
+    ]
     fixed = ["workers=0", "device=cpu", "precision=fp32", "batch_size=3"]
     return run(detect_slide.main, detect_slide.Config, [*keys, *fixed, *changes])
 
@@ -94,17 +119,24 @@ def test_geojson_has_what_qupath_reads(cohort: Path) -> None:
         assert len(ring) == 5 and ring[0] == ring[-1]
         corners.add(tuple(round(v) for v in ring[0]))
         properties = feature["properties"]
-        assert properties["objectType"] == "annotation" and properties["classification"]["name"] == "square"
+        assert (
+            properties["objectType"] == "annotation"
+            and properties["classification"]["name"] == "square"
+        )
         assert all(0 <= c <= 255 for c in properties["classification"]["color"])
         assert 0 < properties["measurements"]["score"] <= 1
     assert corners == {(x, y) for x, y, _ in SQUARES}
 
 
-def test_finished_slides_are_left_alone_and_other_settings_refused(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_slides_are_left_alone_and_other_settings_refused(
+    cohort: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert detect(cohort) == 0
     path = cohort / "found" / "coco" / "S1.json"
     whole, stamp = path.read_bytes(), path.stat().st_mtime_ns
-    (cohort / "found" / "coco" / "S2.json").unlink()  # a run that was killed before its second slide
+    (
+        cohort / "found" / "coco" / "S2.json"
+    ).unlink()  # a run that was killed before its second slide
     assert detect(cohort) == 0
     assert path.stat().st_mtime_ns == stamp and read(cohort, "S2")["annotations"] == []
     assert detect(cohort, "min_score=0.5") == 2
@@ -121,8 +153,21 @@ def test_a_broken_tile_fails_its_slide_only(cohort: Path) -> None:
         Image.new("RGB", (128, 128), (200, 120, 190)).save(folder / f"{row}_0.png")
     labels = cohort / "labels.csv"
     labels.write_text("case_id,slide_id,label,mpp\nA,S1,pos,0.5\nB,S3,neg,0.5\n")
-    keys = [f"slides={cohort}/slides", f"output={cohort}/more", f"labels={labels}", "tile_size=128", "target_mpp=0.5"]
-    assert run(tile_slides.main, tile_slides.Config, [*keys, "overlap=0.25", "min_tissue=0", "workers=0"]) == 0
+    keys = [
+        f"slides={cohort}/slides",
+        f"output={cohort}/more",
+        f"labels={labels}",
+        "tile_size=128",
+        "target_mpp=0.5",
+    ]
+    assert (
+        run(
+            tile_slides.main,
+            tile_slides.Config,
+            [*keys, "overlap=0.25", "min_tissue=0", "workers=0"],
+        )
+        == 0
+    )
     (folder / "1_0.png").write_bytes(b"broken")
     assert detect(cohort, f"coords={cohort}/more", f"labels={labels}") == 1
     assert len(read(cohort)["annotations"]) == len(SQUARES)
@@ -146,7 +191,11 @@ def test_own_parts_share_the_plane_without_gap_or_overlap() -> None:
 def test_suppression_is_within_a_class() -> None:
     boxes = np.array([[0, 0, 10, 10], [1, 0, 11, 10], [0, 1, 10, 11]], np.float32)
     kept = merge(
-        [Found(boxes[:2], np.float32([0.5, 0.9]), np.array([0, 0])), Found(boxes[2:], np.float32([0.4]), np.array([1]))], 0.5
+        [
+            Found(boxes[:2], np.float32([0.5, 0.9]), np.array([0, 0])),
+            Found(boxes[2:], np.float32([0.4]), np.array([1])),
+        ],
+        0.5,
     )
     assert kept.scores.tolist() == pytest.approx([0.9, 0.4]) and kept.labels.tolist() == [0, 1]
     assert merge([], 0.5).boxes.shape == (0, 4)

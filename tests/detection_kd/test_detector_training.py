@@ -1,4 +1,6 @@
-"""The training script: learns, resumes bit for bit, gives the same on two processes, and refuses what cannot work."""
+"""The training script: learns, resumes bit for bit, gives the same on two processes, and refuses
+what cannot work.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +27,21 @@ from detection_kd.train_detector import Config, build_model, load_initial_weight
 from tests.helpers import kill_when, line_count, run_two_processes
 
 TINY = [
-    "backbone=resnet18", "norm=group", "pretrained=false", "epochs=2", "batch_size=4", "workers=0", "log_every=1", "lr=0.001",
-    "precision=fp32", "device=cpu", "architecture.hidden_dim=32", "architecture.heads=2", "architecture.feedforward_dim=32",
-    "architecture.encoder_layers=1", "architecture.decoder_layers=2", "architecture.queries=5", "architecture.levels=2",
-    "augmentation.sizes=[48,64]", "augmentation.crop_sizes=[]", "augmentation.eval_size=64", "augmentation.pad_to=64",
+    "backbone=resnet18", "norm=group", "pretrained=false", "epochs=2", "batch_size=4", "workers=0",
+    "log_every=1", "lr=0.001",
+    "precision=fp32", "device=cpu", "architecture.hidden_dim=32", "architecture.heads=2",
+    "architecture.feedforward_dim=32",
+    "architecture.encoder_layers=1", "architecture.decoder_layers=2", "architecture.queries=5",
+    "architecture.levels=2",
+    "augmentation.sizes=[48,64]", "augmentation.crop_sizes=[]", "augmentation.eval_size=64",
+    "augmentation.pad_to=64",
 ]  # fmt: skip
 
 
 def draw_set(folder: Path, name: str, count: int) -> Path:
-    """`count` 64 px images with one or two dark squares, the last one empty; returns the annotation file."""
+    """`count` 64 px images with one or two dark squares, the last one empty; returns the annotation
+    file.
+    """
     rng = np.random.default_rng(len(name))
     images, annotations = [], []
     for index in range(count):
@@ -41,11 +49,26 @@ def draw_set(folder: Path, name: str, count: int) -> Path:
         for _ in range(int(index < count - 1) * rng.integers(1, 3)):
             x, y, side = (int(v) for v in (*rng.integers(0, 40, 2), rng.integers(12, 24)))
             pixels[y : y + side, x : x + side] = (90, 40, 120)
-            annotations.append({"id": len(annotations), "image_id": index, "category_id": 1, "bbox": [x, y, side, side]})
+            annotations.append(
+                {
+                    "id": len(annotations),
+                    "image_id": index,
+                    "category_id": 1,
+                    "bbox": [x, y, side, side],
+                }
+            )
         Image.fromarray(pixels).save(folder / f"{name}_{index}.png")
         images.append({"id": index, "file_name": f"{name}_{index}.png", "width": 64, "height": 64})
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "lesion"}]}))
+    path.write_text(
+        json.dumps(
+            {
+                "images": images,
+                "annotations": annotations,
+                "categories": [{"id": 1, "name": "lesion"}],
+            }
+        )
+    )
     return path
 
 
@@ -64,7 +87,11 @@ def arguments(inputs: list[str], output: Path, *changes: str) -> list[str]:
 def metrics(output: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [
-        {name: value for name, value in line.items() if name != "train_seconds" and not name.startswith("time/")}
+        {
+            name: value
+            for name, value in line.items()
+            if name != "train_seconds" and not name.startswith("time/")
+        }
         for line in lines
     ]
 
@@ -83,14 +110,19 @@ def test_run_directory_is_complete(finished: Path) -> None:
     lines = metrics(finished)
     assert [line["epoch"] for line in lines if "step" not in line] == [1, 2]
     assert [line["step"] for line in lines if "step" in line] == [0, 1, 2, 3]
-    assert (finished / "precision_recall.png").stat().st_size > 5_000 and (finished / "froc.png").stat().st_size > 5_000
+    assert (finished / "precision_recall.png").stat().st_size > 5_000 and (
+        finished / "froc.png"
+    ).stat().st_size > 5_000
     assert len(list((finished / "overlays").glob("*.jpg"))) == 3
     model, config = load_detector(finished / "checkpoint_best.pt")
     assert config["categories"] == ["lesion"] and config["training"]["lr"] == 0.001
     for name in ("backbone.pt", "checkpoint_best.pt"):
         trunk, description = load_backbone(finished / name)
         assert (description["name"], description["norm"]) == ("resnet18", "group")
-        assert all(torch.equal(value, trunk.state_dict()[key]) for key, value in model.backbone.state_dict().items())
+        assert all(
+            torch.equal(value, trunk.state_dict()[key])
+            for key, value in model.backbone.state_dict().items()
+        )
 
 
 def test_finished_run_is_left_alone_and_other_settings_refused(
@@ -103,43 +135,78 @@ def test_finished_run_is_left_alone_and_other_settings_refused(
     assert "config.lr 0.001 -> 0.002" in capsys.readouterr().err
 
 
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(finished: Path, inputs: list[str], tmp_path: Path) -> None:
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
+    finished: Path, inputs: list[str], tmp_path: Path
+) -> None:
     output = tmp_path / "killed"
     lines = output / "metrics.jsonl"
     # two steps, the epoch, and a step of the second epoch that will be done again
-    kill_when(lambda: line_count(lines) >= 4, "detection_kd.train_detector", arguments(inputs, output))
+    kill_when(
+        lambda: line_count(lines) >= 4, "detection_kd.train_detector", arguments(inputs, output)
+    )
     assert not (output / "results.json").exists()
     assert run(main, Config, arguments(inputs, output)) == 0
     for name in ("checkpoint_last.pt", "checkpoint_best.pt", "backbone.pt"):
-        whole, parts = (torch.load(folder / name, weights_only=True) for folder in (finished, output))
+        whole, parts = (
+            torch.load(folder / name, weights_only=True) for folder in (finished, output)
+        )
         assert whole["model"].keys() == parts["model"].keys()
         assert all(torch.equal(value, parts["model"][key]) for key, value in whole["model"].items())
         assert whole["epoch"] == parts["epoch"]
     assert metrics(output) == metrics(finished)
-    assert json.loads((output / "results.json").read_text()) == json.loads((finished / "results.json").read_text())
+    assert json.loads((output / "results.json").read_text()) == json.loads(
+        (finished / "results.json").read_text()
+    )
 
 
-def test_moving_average_is_what_is_kept_and_survives_a_kill(inputs: list[str], tmp_path: Path) -> None:
+def test_moving_average_is_what_is_kept_and_survives_a_kill(
+    inputs: list[str], tmp_path: Path
+) -> None:
     whole, cut = (tmp_path / name for name in ("whole", "cut"))
     assert run(main, Config, arguments(inputs, whole, "ema=0.9")) == 0
-    kill_when(lambda: line_count(cut / "metrics.jsonl") >= 4, "detection_kd.train_detector", arguments(inputs, cut, "ema=0.9"))
+    kill_when(
+        lambda: line_count(cut / "metrics.jsonl") >= 4,
+        "detection_kd.train_detector",
+        arguments(inputs, cut, "ema=0.9"),
+    )
     assert run(main, Config, arguments(inputs, cut, "ema=0.9")) == 0
     last, best, again = (
         torch.load(path, weights_only=True)
-        for path in (whole / "checkpoint_last.pt", whole / "checkpoint_best.pt", cut / "checkpoint_last.pt")
+        for path in (
+            whole / "checkpoint_last.pt",
+            whole / "checkpoint_best.pt",
+            cut / "checkpoint_last.pt",
+        )
     )
-    assert all(torch.equal(value, again["average"][name]) for name, value in last["average"].items())
+    assert all(
+        torch.equal(value, again["average"][name]) for name, value in last["average"].items()
+    )
     assert last["average"]["n_averaged"] == 4
     if best["epoch"] == last["epoch"]:
-        assert all(torch.equal(value, last["average"][f"module.{name}"]) for name, value in best["model"].items())
+        assert all(
+            torch.equal(value, last["average"][f"module.{name}"])
+            for name, value in best["model"].items()
+        )
     assert any(not torch.equal(value, last["model"][name]) for name, value in best["model"].items())
     assert run(main, Config, arguments(inputs, tmp_path / "bad", "ema=1")) == 2
 
 
 def test_accumulated_parts_equal_the_whole_batch(inputs: list[str], tmp_path: Path) -> None:
-    changes = ("architecture.dropout=0", "architecture.box_refine=true", "architecture.two_stage=true", "epochs=1")
+    changes = (
+        "architecture.dropout=0",
+        "architecture.box_refine=true",
+        "architecture.two_stage=true",
+        "epochs=1",
+    )
     for parts in (1, 2, 4):
-        assert run(main, Config, arguments(inputs, tmp_path / str(parts), *changes, f"accumulate={parts}")) == 0
+        assert (
+            run(
+                main,
+                Config,
+                arguments(inputs, tmp_path / str(parts), *changes, f"accumulate={parts}"),
+            )
+            == 0
+        )
     whole, *others = (metrics(tmp_path / str(parts)) for parts in (1, 2, 4))
     for split in others:
         assert len(split) == len(whole) == 3
@@ -153,23 +220,44 @@ def test_every_switch_trains_and_its_detector_comes_back(inputs: list[str], tmp_
     two_stage = ("architecture.box_refine=true", "architecture.two_stage=true")
     cases = {
         "groups": ("architecture.groups=2",),
-        "mixed": (*two_stage, "architecture.mixed_selection=true", "architecture.groups=3", "architecture.denoising=6"),
+        "mixed": (
+            *two_stage,
+            "architecture.mixed_selection=true",
+            "architecture.groups=3",
+            "architecture.denoising=6",
+        ),
         "bf16": ("precision=bf16", *two_stage, "architecture.denoising=4"),
-        "dilation": ("dilation=true", "layer_decay=0.8", "architecture.queries=320", "max_detections=310"),
+        "dilation": (
+            "dilation=true",
+            "layer_decay=0.8",
+            "architecture.queries=320",
+            "max_detections=310",
+        ),
     }
     for name, changes in cases.items():
-        assert run(main, Config, arguments(inputs, tmp_path / name, "epochs=1", *changes)) == 0, name
+        assert run(main, Config, arguments(inputs, tmp_path / name, "epochs=1", *changes)) == 0, (
+            name
+        )
         lines = metrics(tmp_path / name)
         assert all(math.isfinite(value) for line in lines for value in line.values())
         assert ("class_dn" in lines[0]) is any("denoising" in change for change in changes)
         model, _ = load_detector(tmp_path / name / "checkpoint_best.pt")
         found = model.eval()(torch.randn(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.bool))
-        assert found.logits.shape[2] == (320 if name == "dilation" else 5) and found.denoised is None
+        assert (
+            found.logits.shape[2] == (320 if name == "dilation" else 5) and found.denoised is None
+        )
 
 
 def test_times_of_every_part_are_logged(finished: Path) -> None:
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    parts = {"time/data", "time/forward", "time/matching", "time/loss", "time/backward", "time/step"}
+    parts = {
+        "time/data",
+        "time/forward",
+        "time/matching",
+        "time/loss",
+        "time/backward",
+        "time/step",
+    }
     for line in lines:
         assert parts | {"time/images_per_second", "time/data_share"} <= line.keys()
         total = sum(line[part] for part in parts)
@@ -177,7 +265,9 @@ def test_times_of_every_part_are_logged(finished: Path) -> None:
         assert line["time/data_share"] == pytest.approx(line["time/data"] / total)
 
 
-def test_training_goes_on_from_a_whole_detector(finished: Path, inputs: list[str], tmp_path: Path) -> None:
+def test_training_goes_on_from_a_whole_detector(
+    finished: Path, inputs: list[str], tmp_path: Path
+) -> None:
     source = finished / "checkpoint_best.pt"
     given = torch.load(source, weights_only=True)["model"]
     config = config_of(inputs, tmp_path, f"detector={source}", "architecture.queries=8", "freeze=3")
@@ -185,32 +275,64 @@ def test_training_goes_on_from_a_whole_detector(finished: Path, inputs: list[str
     before = model.query_embed.weight[5:].clone()
     load_initial_weights(model, config, ["lesion"])
     own = model.state_dict()
-    assert all(torch.equal(value, own[name]) for name, value in given.items() if name != "query_embed.weight")
+    assert all(
+        torch.equal(value, own[name])
+        for name, value in given.items()
+        if name != "query_embed.weight"
+    )
     assert torch.equal(own["query_embed.weight"][:5], given["query_embed.weight"])
     assert torch.equal(own["query_embed.weight"][5:], before)
-    assert not model.backbone.layer2[0].conv1.weight.requires_grad and model.backbone.layer3[0].conv1.weight.requires_grad
+    assert (
+        not model.backbone.layer2[0].conv1.weight.requires_grad
+        and model.backbone.layer3[0].conv1.weight.requires_grad
+    )
     other = build_model(config, 2)
-    heads = {name: value.clone() for name, value in other.state_dict().items() if name.startswith("class_embed")}
+    heads = {
+        name: value.clone()
+        for name, value in other.state_dict().items()
+        if name.startswith("class_embed")
+    }
     load_initial_weights(other, config, ["normal", "lesion"])
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in heads.items())
-    assert run(main, Config, arguments(inputs, tmp_path / "on", f"detector={source}", "epochs=1")) == 0
+    assert (
+        run(main, Config, arguments(inputs, tmp_path / "on", f"detector={source}", "epochs=1")) == 0
+    )
     both = (f"detector={source}", f"weights={source}")
     assert run(main, Config, arguments(inputs, tmp_path / "both", *both)) == 2
-    assert run(main, Config, arguments(inputs, tmp_path / "width", both[0], "architecture.feedforward_dim=48")) == 2
+    assert (
+        run(
+            main,
+            Config,
+            arguments(inputs, tmp_path / "width", both[0], "architecture.feedforward_dim=48"),
+        )
+        == 2
+    )
     assert run(main, Config, arguments(inputs, tmp_path / "freeze", both[0], "freeze=6")) == 2
 
 
 def test_two_processes_equal_one(inputs: list[str], tmp_path: Path) -> None:
-    changes = ("architecture.dropout=0", "architecture.box_refine=true", "architecture.two_stage=true", "epochs=1")
+    changes = (
+        "architecture.dropout=0",
+        "architecture.box_refine=true",
+        "architecture.two_stage=true",
+        "epochs=1",
+    )
     assert main(load_config(Config, arguments(inputs, tmp_path / "one", *changes))) == 0
-    run_two_processes("detection_kd.train_detector", arguments(inputs, tmp_path / "two", *changes, "accumulate=2"))
+    run_two_processes(
+        "detection_kd.train_detector", arguments(inputs, tmp_path / "two", *changes, "accumulate=2")
+    )
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert len(one) == len(two) == 3  # two steps and the epoch
     for first, second in zip(one, two, strict=True):
-        terms = [name for name in first if name.partition("_")[0] in ("loss", "class", "box", "giou")]
+        terms = [
+            name for name in first if name.partition("_")[0] in ("loss", "class", "box", "giou")
+        ]
         assert len(terms) == 10
         for name in terms:
-            assert second[name] == pytest.approx(first[name], rel=2e-3, abs=2e-4), (name, first["epoch"])
+            assert second[name] == pytest.approx(first[name], rel=2e-3, abs=2e-4), (
+                name,
+                first["epoch"],
+            )
     assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5)
     assert two[0]["gradient_norm"] == pytest.approx(one[0]["gradient_norm"], rel=1e-3)
 
@@ -218,18 +340,27 @@ def test_two_processes_equal_one(inputs: list[str], tmp_path: Path) -> None:
 def loss_of(detections: Detections, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss as a step computes it."""
     return engine.batch_loss(
-        detections, batch, engine.match_batch(detections, batch), engine.count_boxes([batch], torch.device("cpu"))
+        detections,
+        batch,
+        engine.match_batch(detections, batch),
+        engine.count_boxes([batch], torch.device("cpu")),
     )
 
 
 def test_steps_lower_the_loss(inputs: list[str], tmp_path: Path) -> None:
-    config = config_of(inputs, tmp_path, "architecture.box_refine=true", "architecture.two_stage=true")
+    config = config_of(
+        inputs, tmp_path, "architecture.box_refine=true", "architecture.two_stage=true"
+    )
     world = World(0, 1, torch.device("cpu"))
     torch.manual_seed(0)
     model = build_model(config).train()
-    batch = next(iter(train_detector.training_batches(config, world, train_detector.read_sets(config)[0], epoch=0))).to(
-        torch.device("cpu")
-    )
+    batch = next(
+        iter(
+            train_detector.training_batches(
+                config, world, train_detector.read_sets(config)[0], epoch=0
+            )
+        )
+    ).to(torch.device("cpu"))
     optimizer = torch.optim.AdamW(engine.parameter_groups(model, 1e-3, 1e-3))
     losses = []
     for _ in range(12):
@@ -250,9 +381,14 @@ def test_loss_that_is_no_number_names_images_and_terms() -> None:
 
 
 def test_diverged_network_stops_with_that_error(
-    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    inputs: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def diverged(model: nn.Module, images: torch.Tensor, padding: torch.Tensor, annotated: object) -> Detections:
+    def diverged(
+        model: nn.Module, images: torch.Tensor, padding: torch.Tensor, annotated: object
+    ) -> Detections:
         shape = (2, len(images), 5)
         return Detections(torch.full((*shape, 1), float("nan")), torch.rand(*shape, 4))
 
@@ -267,7 +403,9 @@ def config_of(inputs: list[str], tmp_path: Path, *changes: str) -> Config:
 
 def test_batch_norm_on_many_cpu_processes_is_refused(inputs: list[str], tmp_path: Path) -> None:
     config = config_of(inputs, tmp_path, "norm=batch")
-    with pytest.raises(UserError, match="norm=batch: expected CUDA with 2 processes, found cpu; set norm=group"):
+    with pytest.raises(
+        UserError, match="norm=batch: expected CUDA with 2 processes, found cpu; set norm=group"
+    ):
         place(build_model(config, 1), config, World(0, 2, torch.device("cpu")))
 
 
@@ -289,30 +427,48 @@ def test_given_weights_are_used_and_their_stem_kept(inputs: list[str], tmp_path:
     torch.save(Backbone("resnet18", "batch").state_dict(), tmp_path / "resnet18.pt")
     weights = torch.load(tmp_path / "resnet18.pt", weights_only=True)
     for freeze in (2, 0):
-        config = config_of(inputs, tmp_path, "norm=frozen", f"weights={tmp_path / 'resnet18.pt'}", f"freeze={freeze}")
+        config = config_of(
+            inputs,
+            tmp_path,
+            "norm=frozen",
+            f"weights={tmp_path / 'resnet18.pt'}",
+            f"freeze={freeze}",
+        )
         model = build_model(config)
         load_initial_weights(model, config, ["lesion"])
         trunk = model.backbone
         assert torch.equal(trunk.layer4[0].conv1.weight, weights["layer4.0.conv1.weight"])
-        assert trunk.conv1.weight.requires_grad is (freeze == 0) and trunk.layer2[0].conv1.weight.requires_grad
+        assert (
+            trunk.conv1.weight.requires_grad is (freeze == 0)
+            and trunk.layer2[0].conv1.weight.requires_grad
+        )
     scratch = build_model(config_of(inputs, tmp_path))
     load_initial_weights(scratch, config_of(inputs, tmp_path), ["lesion"])
     assert all(parameter.requires_grad for parameter in scratch.parameters())
 
 
 def test_parameter_groups_are_the_published_ones() -> None:
-    model = DeformableDETR(Backbone("resnet18", "frozen"), 1, Architecture(32, 2, 32, 1, 1, queries=3))
+    model = DeformableDETR(
+        Backbone("resnet18", "frozen"), 1, Architecture(32, 2, 32, 1, 1, queries=3)
+    )
     model.backbone.freeze(2)
     groups = engine.parameter_groups(model, 2e-4, 2e-5)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     transformer, backbone, slow = ({names[id(p)] for p in group["params"]} for group in groups)
     decayed = engine.parameter_groups(model, 2e-4, 2e-5, layer_decay=0.5)
-    rates = {names[id(p)].split(".")[1]: group["lr"] for group in decayed[1:-1] for p in group["params"]}
+    rates = {
+        names[id(p)].split(".")[1]: group["lr"] for group in decayed[1:-1] for p in group["params"]
+    }
     assert rates == pytest.approx({"layer4": 2e-5, "layer3": 1e-5, "layer2": 0.5e-5})
-    assert all(name.startswith("backbone.layer") and not name.startswith("backbone.layer1") for name in backbone)
+    assert all(
+        name.startswith("backbone.layer") and not name.startswith("backbone.layer1")
+        for name in backbone
+    )
     assert {name.split(".")[-2] for name in slow} == {"reference_points", "sampling_offsets"}
     assert [group["lr"] for group in groups] == pytest.approx([2e-4, 2e-5, 2e-5])
-    assert len(transformer) + len(backbone) + len(slow) == sum(p.requires_grad for p in model.parameters())
+    assert len(transformer) + len(backbone) + len(slow) == sum(
+        p.requires_grad for p in model.parameters()
+    )
 
 
 def test_learning_rate_schedules() -> None:
@@ -329,18 +485,36 @@ def test_post_processing_keeps_the_best_pairs_in_pixels() -> None:
     ((found, scores, labels),) = engine.post_process(Detections(logits, boxes), [(200, 100)], 3)
     assert labels.tolist() == [0, 1, 0]
     np.testing.assert_allclose(scores, torch.tensor([2.0, 1.0, 0.0]).sigmoid())
-    np.testing.assert_allclose(found, [[80, 30, 120, 70], [140, 40, 200, 60], [140, 40, 200, 60]], atol=1e-4)
+    np.testing.assert_allclose(
+        found, [[80, 30, 120, 70], [140, 40, 200, 60], [140, 40, 200, 60]], atol=1e-4
+    )
 
 
 def test_loss_uses_every_box_and_both_stages() -> None:
     torch.manual_seed(0)
-    detections = Detections(torch.randn(2, 2, 3, 1), torch.rand(2, 2, 3, 4), torch.randn(2, 6, 1), torch.rand(2, 6, 4))
+    detections = Detections(
+        torch.randn(2, 2, 3, 1), torch.rand(2, 2, 3, 4), torch.randn(2, 6, 1), torch.rand(2, 6, 4)
+    )
     boxes = [torch.rand(2, 4), torch.zeros(0, 4)]
     labels = [torch.zeros(2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)]
-    batch = Batch(torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.bool), boxes, labels, [0, 1])
+    batch = Batch(
+        torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.bool), boxes, labels, [0, 1]
+    )
     loss, terms = loss_of(detections, batch)
-    assert {f"{kind}{suffix}" for kind in ("class", "box", "giou") for suffix in ("", "_0", "_enc")} == set(terms)
-    twice = Batch(batch.images, batch.padding, [boxes[0].repeat(2, 1), boxes[1]], [labels[0].repeat(2), labels[1]], [0, 1])
-    assert loss_of(detections, twice)[1]["class"] < terms["class"]  # divided by four boxes instead of two
+    assert {
+        f"{kind}{suffix}" for kind in ("class", "box", "giou") for suffix in ("", "_0", "_enc")
+    } == set(terms)
+    twice = Batch(
+        batch.images,
+        batch.padding,
+        [boxes[0].repeat(2, 1), boxes[1]],
+        [labels[0].repeat(2), labels[1]],
+        [0, 1],
+    )
+    assert (
+        loss_of(detections, twice)[1]["class"] < terms["class"]
+    )  # divided by four boxes instead of two
     weights = {"class": 2, "box": 5, "giou": 2}
-    torch.testing.assert_close(loss, sum(weights[name.partition("_")[0]] * value for name, value in terms.items()))
+    torch.testing.assert_close(
+        loss, sum(weights[name.partition("_")[0]] * value for name, value in terms.items())
+    )

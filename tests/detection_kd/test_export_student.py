@@ -1,4 +1,6 @@
-"""Exported students: the features of PyTorch within the bars, one more encoder for extraction, and what is refused."""
+"""Exported students: the features of PyTorch within the bars, one more encoder for extraction, and
+what is refused.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = root / "slides" / f"S{slide}"
         folder.mkdir(parents=True)
         for index in range(9):
-            Image.fromarray(textured(20 * slide + index, SIDE)).save(folder / f"{index // 3}_{index % 3}.png")
+            Image.fromarray(textured(20 * slide + index, SIDE)).save(
+                folder / f"{index // 3}_{index % 3}.png"
+            )
         corners = np.array([(index % 3 * SIDE, index // 3 * SIDE) for index in range(9)])
         geometry = TileGeometry(f"S{slide}", SIDE, SIDE, 0, SIDE, 0.5, 0.5, 0.0, 3 * SIDE, 3 * SIDE)
         write_coordinates(root / "coords" / f"S{slide}.h5", Coordinates(corners, geometry))
@@ -85,7 +89,10 @@ def on_cohort(root: Path, output: Path, *extra: str) -> list[str]:
 
 def export(root: Path, output: Path, *extra: str) -> int:
     arguments = on_cohort(
-        root, output, *CHECKS, *([] if any(e.startswith("student=") for e in extra) else [f"student={root}/student.pt"])
+        root,
+        output,
+        *CHECKS,
+        *([] if any(e.startswith("student=") for e in extra) else [f"student={root}/student.pt"]),
     )
     return run(export_student.main, export_student.Config, [*arguments, *extra])
 
@@ -103,16 +110,25 @@ def exported(cohort: Path) -> Path:
 
 
 def cosines(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    return (found * expected).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
+    return (
+        (found * expected).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
+    )
 
 
-def test_exports_give_the_students_features_at_any_size_and_batch(cohort: Path, exported: Path) -> None:
+def test_exports_give_the_students_features_at_any_size_and_batch(
+    cohort: Path, exported: Path
+) -> None:
     """Against the unfolded PyTorch student, on tiles of another size than those that calibrated."""
     model = student_encoder(cohort / "student.pt", "s").model
     for side in (SIDE, 96):
-        tiles = torch.stack([torch.from_numpy(textured(100 + i, side)).permute(2, 0, 1) for i in range(5)])
+        tiles = torch.stack(
+            [torch.from_numpy(textured(100 + i, side)).permute(2, 0, 1) for i in range(5)]
+        )
         expected = model(tiles).numpy()
-        found = {form: OnnxNetwork(exported / name, DIM)(tiles).numpy() for form, name in export_student.FILES.items()}
+        found = {
+            form: OnnxNetwork(exported / name, DIM)(tiles).numpy()
+            for form, name in export_student.FILES.items()
+        }
         assert np.allclose(found["onnx"], expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
         assert cosines(found["int8"], expected).min() >= 0.99
         assert not np.allclose(found["int8"], found["onnx"], rtol=1e-6), "int8 is what it says"
@@ -122,35 +138,63 @@ def test_exports_give_the_students_features_at_any_size_and_batch(cohort: Path, 
 
 def test_record_names_what_was_exported_and_how_well(cohort: Path, exported: Path) -> None:
     record = json.loads((exported / "export.json").read_text())
-    assert record["student_sha256"] == student_encoder(cohort / "student.pt", "s").provenance["weights_sha256"]
     assert (
-        record["cosine"]["onnx"]["min"] >= 0.999 and 0.99 <= record["cosine"]["int8"]["min"] <= record["cosine"]["int8"]["mean"]
+        record["student_sha256"]
+        == student_encoder(cohort / "student.pt", "s").provenance["weights_sha256"]
     )
-    assert (record["calibration"]["tiles"], record["held_out"]["tiles"], record["held_out"]["size"]) == (8, 6, [SIDE, SIDE])
+    assert (
+        record["cosine"]["onnx"]["min"] >= 0.999
+        and 0.99 <= record["cosine"]["int8"]["min"] <= record["cosine"]["int8"]["mean"]
+    )
+    assert (
+        record["calibration"]["tiles"],
+        record["held_out"]["tiles"],
+        record["held_out"]["size"],
+    ) == (8, 6, [SIDE, SIDE])
     assert record["calibration"]["sha256"] != record["held_out"]["sha256"]
     assert set(record["versions"]) == {"torch", "onnx", "onnxruntime", "software"}
-    assert sorted(path.name for path in exported.iterdir()) == ["export.json", "student.onnx", "student_int8.onnx"]
+    assert sorted(path.name for path in exported.iterdir()) == [
+        "export.json",
+        "student.onnx",
+        "student_int8.onnx",
+    ]
 
 
 def test_graph_holds_no_norm_no_path_and_int8_only_where_maps_are(exported: Path) -> None:
-    plain, quantised = (onnx.load(str(exported / name)) for name in ("student.onnx", "student_int8.onnx"))
+    plain, quantised = (
+        onnx.load(str(exported / name)) for name in ("student.onnx", "student_int8.onnx")
+    )
     kinds = [node.op_type for node in plain.graph.node]
     assert "BatchNormalization" not in kinds and kinds.count("Conv") == 15
-    assert kinds.count("Conv") + kinds.count("Add") + kinds.count("Relu") + kinds.count("MaxPool") >= len(
-        feature_map_nodes(plain.graph)
-    )
+    assert kinds.count("Conv") + kinds.count("Add") + kinds.count("Relu") + kinds.count(
+        "MaxPool"
+    ) >= len(feature_map_nodes(plain.graph))
     assert str(Path(__file__).parents[2]).encode() not in (exported / "student.onnx").read_bytes()
-    made_int8 = {i.name for i in quantised.graph.initializer if i.data_type == onnx.TensorProto.INT8 and len(i.dims) == 4}
+    made_int8 = {
+        i.name
+        for i in quantised.graph.initializer
+        if i.data_type == onnx.TensorProto.INT8 and len(i.dims) == 4
+    }
     assert len(made_int8) == 15
-    scales = {i.name: i.dims for i in quantised.graph.initializer if i.name.endswith("weight_scale")}
-    assert sum(len(dims) == 1 and dims[0] >= 64 for dims in scales.values()) == 15, "one scale a channel"
+    scales = {
+        i.name: i.dims for i in quantised.graph.initializer if i.name.endswith("weight_scale")
+    }
+    assert sum(len(dims) == 1 and dims[0] >= 64 for dims in scales.values()) == 15, (
+        "one scale a channel"
+    )
     gemms = [node for node in quantised.graph.node if node.op_type in ("Gemm", "MatMul")]
     floats = {i.name for i in quantised.graph.initializer if i.data_type == onnx.TensorProto.FLOAT}
-    assert len(gemms) == 3 and all(set(node.input[1:]) <= floats for node in gemms), "the adapter stays float"
+    assert len(gemms) == 3 and all(set(node.input[1:]) <= floats for node in gemms), (
+        "the adapter stays float"
+    )
 
 
 def test_export_is_not_repeated_refuses_to_mix_and_notices_damage(
-    cohort: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    cohort: Path,
+    exported: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stamps = {path: path.stat().st_mtime_ns for path in exported.iterdir()}
     with monkeypatch.context() as patch:
@@ -171,12 +215,19 @@ def test_export_is_not_repeated_refuses_to_mix_and_notices_damage(
 
 
 def test_missed_bar_is_an_error_with_the_figure_and_leaves_nothing(
-    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    cohort: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(export_student.BARS, "int8", 0.9999999)
     assert export(cohort, tmp_path / "out") == 2
     error = capsys.readouterr().err
-    assert "student_int8.onnx: expected cosine >= 0.9999999" in error and "found 0.99" in error and error.count("\n") == 1
+    assert (
+        "student_int8.onnx: expected cosine >= 0.9999999" in error
+        and "found 0.99" in error
+        and error.count("\n") == 1
+    )
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -189,7 +240,11 @@ def test_missed_bar_is_an_error_with_the_figure_and_leaves_nothing(
     ],
 )
 def test_export_refuses(
-    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    cohort: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
 ) -> None:
     assert export(cohort, tmp_path / "out", *arguments) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
@@ -197,7 +252,11 @@ def test_export_refuses(
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
 def test_missing_package_is_one_line(
-    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, package: str
+    cohort: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    package: str,
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     assert export(cohort, tmp_path / "out") == 2
@@ -211,7 +270,12 @@ def test_exported_student_is_an_encoder_whose_bags_do_not_mix(
     students = {"student": cohort / "student.pt", "student_onnx": exported / "student.onnx"}
     students["student_int8"] = exported / "student_int8.onnx"
     for student in students.values():
-        assert extract(cohort, tmp_path, student, "workers=2" if student.suffix == ".onnx" else "workers=0") == 0
+        assert (
+            extract(
+                cohort, tmp_path, student, "workers=2" if student.suffix == ".onnx" else "workers=0"
+            )
+            == 0
+        )
     bags = {name: read_bag(tmp_path / name / "h5_files" / "S1.h5") for name in students}
     assert len({bag.attributes["weights_sha256"] for bag in bags.values()}) == 3
     assert bags["student_int8"].attributes["encoder"] == "d2vfm mpa needle 1 scale 1, int8"
@@ -223,13 +287,19 @@ def test_exported_student_is_an_encoder_whose_bags_do_not_mix(
     assert extract(cohort, tmp_path, students["student_int8"]) == 0
     assert (tmp_path / "student_int8" / "h5_files" / "S0.h5").stat().st_mtime_ns == stamp
     again = read_bag(tmp_path / "student_int8" / "h5_files" / "S1.h5")
-    assert np.array_equal(again.features, bags["student_int8"].features), "the same bits whatever the batch"
+    assert np.array_equal(again.features, bags["student_int8"].features), (
+        "the same bits whatever the batch"
+    )
     assert extract(cohort, tmp_path, students["student_int8"], "name=student_onnx") == 2
     assert "another provenance: encoder" in capsys.readouterr().err
 
 
 def test_extraction_refuses_files_and_settings_that_cannot_be(
-    cohort: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    cohort: Path,
+    exported: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = (exported / "student.onnx").read_bytes()
     (tmp_path / "cut.onnx").write_bytes(whole[: len(whole) // 2])
@@ -242,9 +312,21 @@ def test_extraction_refuses_files_and_settings_that_cannot_be(
     good = exported / "student.onnx"
     for student, extra, message in (
         (tmp_path / "cut.onnx", [], "cut.onnx: expected an ONNX file, onnxruntime cannot read it"),
-        (tmp_path / "text.onnx", [], "text.onnx: expected an ONNX file, onnxruntime cannot read it"),
-        (tmp_path / "foreign.onnx", [], "expected a student of export_student, found another ONNX file"),
-        (tmp_path / "empty.onnx", [], "expected a note of export_student with dim, encoder, form, transform"),
+        (
+            tmp_path / "text.onnx",
+            [],
+            "text.onnx: expected an ONNX file, onnxruntime cannot read it",
+        ),
+        (
+            tmp_path / "foreign.onnx",
+            [],
+            "expected a student of export_student, found another ONNX file",
+        ),
+        (
+            tmp_path / "empty.onnx",
+            [],
+            "expected a note of export_student with dim, encoder, form, transform",
+        ),
         (good, ["compile=true"], "set compile=false"),
         (good, ["precision=bf16"], "set precision=auto"),
     ):
@@ -266,7 +348,9 @@ def test_int8_and_missing_providers_are_refused_on_cuda(exported: Path) -> None:
             any_student_encoder(exported / "student.onnx", "", cuda)
 
 
-def test_network_travels_by_path_and_pads_its_batches(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_network_travels_by_path_and_pads_its_batches(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoder = any_student_encoder(exported / "student_int8.onnx", "", CPU)
     tiles = torch.randint(0, 255, (5, 3, SIDE, SIDE), dtype=torch.uint8)
     expected = encoder.model(tiles)
@@ -278,10 +362,14 @@ def test_network_travels_by_path_and_pads_its_batches(exported: Path, monkeypatc
     network = Network(travelled, CPU, "fp32", 4)
     assert network.rows == 4
     parts = [network.launch(part).features() for part in (tiles[:1], tiles[1:4], tiles[4:])]
-    assert torch.equal(torch.cat(parts), torch.cat([network.launch(part).features() for part in tiles.split(4)]))
+    assert torch.equal(
+        torch.cat(parts), torch.cat([network.launch(part).features() for part in tiles.split(4)])
+    )
 
 
-def test_distillation_tiles_and_scaled_students_are_exported_too(cohort: Path, tmp_path: Path) -> None:
+def test_distillation_tiles_and_scaled_students_are_exported_too(
+    cohort: Path, tmp_path: Path
+) -> None:
     root = tmp_path / "distillation"
     (root / "ann_root").mkdir(parents=True)
     (root / "wsi_root" / "S0").mkdir(parents=True)
@@ -291,15 +379,23 @@ def test_distillation_tiles_and_scaled_students_are_exported_too(cohort: Path, t
         torch.save(torch.zeros(DIM), root / "wsi_root" / "S0" / f"{index}_0.pt")
         images.append({"id": index, "file_name": f"S0/{index}_0.jpg"})
     (root / "ann_root" / "ann.json").write_text(json.dumps({"images": images}))
-    keys = [f"student={save_student(tmp_path / 'half.pt', 1, 0.5)}", f"dataset={root}", f"output={tmp_path}/out"]
+    keys = [
+        f"student={save_student(tmp_path / 'half.pt', 1, 0.5)}",
+        f"dataset={root}",
+        f"output={tmp_path}/out",
+    ]
     keys += ["int8=false", "calibration_tiles=2", "check_tiles=3"]
     assert run(export_student.main, export_student.Config, keys) == 0
     record = json.loads((tmp_path / "out" / "export.json").read_text())
     assert record["forms"] == ["onnx"] and record["cosine"]["onnx"]["min"] >= 0.999
     network = OnnxNetwork(tmp_path / "out" / "student.onnx", DIM)
-    tiles = torch.stack([torch.from_numpy(textured(50 + i, SIDE)).permute(2, 0, 1) for i in range(2)])
+    tiles = torch.stack(
+        [torch.from_numpy(textured(50 + i, SIDE)).permute(2, 0, 1) for i in range(2)]
+    )
     found = network(tiles)
-    with pytest.raises(UserError, match="expected tiles of 64 x 64 px, for which it was exported, found 96 x 64"):
+    with pytest.raises(
+        UserError, match="expected tiles of 64 x 64 px, for which it was exported, found 96 x 64"
+    ):
         network(torch.zeros(1, 3, 64, 96, dtype=torch.uint8))
     expected = student_encoder(tmp_path / "half.pt", "s").model(tiles)
     assert nn.functional.cosine_similarity(found, expected).min() >= 0.999
@@ -307,7 +403,9 @@ def test_distillation_tiles_and_scaled_students_are_exported_too(cohort: Path, t
 
 def test_one_student_gives_one_file(cohort: Path, exported: Path, tmp_path: Path) -> None:
     assert export(cohort, tmp_path / "again", "int8=false") == 0
-    assert (tmp_path / "again" / "student.onnx").read_bytes() == (exported / "student.onnx").read_bytes()
+    assert (tmp_path / "again" / "student.onnx").read_bytes() == (
+        exported / "student.onnx"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("norm", ["frozen", "batch"])
@@ -326,7 +424,10 @@ def test_folded_student_has_no_norm_left_and_the_same_features(norm: str) -> Non
 def test_bf16_student_agrees_with_fp32(cohort: Path) -> None:
     tiles = torch.stack([torch.from_numpy(textured(i, SIDE)).permute(2, 0, 1) for i in range(4)])
     found = [
-        Network(student_encoder(cohort / "student.pt", "s").model, CPU, p, 4).launch(tiles).features() for p in ("fp32", "bf16")
+        Network(student_encoder(cohort / "student.pt", "s").model, CPU, p, 4)
+        .launch(tiles)
+        .features()
+        for p in ("fp32", "bf16")
     ]
     assert 0.999 <= nn.functional.cosine_similarity(*found).min() < 0.9999999
 
@@ -349,16 +450,30 @@ assert torch._dynamo.utils.counters["frames"]["total"] >= 1, "nothing was compil
 def test_compiled_student_has_the_same_features(cohort: Path, root: Path, backend: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     code = COMPILED.format(path=str(cohort / "student.pt"), backend=backend)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_comparison_takes_options_of_encoders_and_exported_students(
     cohort: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keys = on_cohort(cohort, tmp_path / "cost.json", "tiles=4", "rounds=1", "batch_size=4", "workers=0", "precision=fp32")
+    keys = on_cohort(
+        cohort,
+        tmp_path / "cost.json",
+        "tiles=4",
+        "rounds=1",
+        "batch_size=4",
+        "workers=0",
+        "precision=fp32",
+    )
     encoders = "encoders=[resnet18=random layer=1 crop=false, resnet18=random layer=2]"
-    done = run(compare_encoders.main, compare_encoders.Config, [*keys, encoders, f"student={exported}/student_int8.onnx"])
+    done = run(
+        compare_encoders.main,
+        compare_encoders.Config,
+        [*keys, encoders, f"student={exported}/student_int8.onnx"],
+    )
     assert done == 0, capsys.readouterr().err
     costs = json.loads((tmp_path / "cost.json").read_text())
     assert {name: cost["dim"] for name, cost in costs.items()} == {
@@ -366,11 +481,20 @@ def test_comparison_takes_options_of_encoders_and_exported_students(
         "resnet18-layer2": 128,
         "student_int8": DIM,
     }
-    assert costs["resnet18-layer1"]["gflops"] < costs["resnet18-layer2"]["gflops"] and costs["student_int8"]["gflops"] is None
+    assert (
+        costs["resnet18-layer1"]["gflops"] < costs["resnet18-layer2"]["gflops"]
+        and costs["student_int8"]["gflops"] is None
+    )
     for encoders, message in (
         ("encoders=[resnet18=random layer=9]", "layer expected one of 0, 1, 2, 3, 4, found '9'"),
-        ("encoders=[resnet18=random, resnet18=random crop=false]", "expected encoders of different names"),
+        (
+            "encoders=[resnet18=random, resnet18=random crop=false]",
+            "expected encoders of different names",
+        ),
         ("encoders=[resnet18=random layre=2]", "layre=2"),
     ):
-        assert run(compare_encoders.main, compare_encoders.Config, [*keys, encoders, "overwrite=true"]) == 2
+        assert (
+            run(compare_encoders.main, compare_encoders.Config, [*keys, encoders, "overwrite=true"])
+            == 2
+        )
         assert message in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""Students extracted together: the bags of one at a time to the last bit, who shares a trunk, resuming, refusals."""
+"""Students extracted together: the bags of one at a time to the last bit, who shares a trunk,
+resuming, refusals.
+"""
 
 from __future__ import annotations
 
@@ -50,30 +52,49 @@ def students(backbone_path: Path, tmp_path: Path) -> dict[str, Path]:
 def cohort(tmp_path: Path) -> Path:
     """Two slides and their tiles."""
     root = make_cohort(tmp_path / "cohort", 2)
-    arguments = [f"slides={root}/slides", f"output={root}/tiles", "tile_size=128", "min_tissue=0.0", "workers=1"]
+    arguments = [
+        f"slides={root}/slides",
+        f"output={root}/tiles",
+        "tile_size=128",
+        "min_tissue=0.0",
+        "workers=1",
+    ]
     assert run(tile_slides.main, tile_slides.Config, arguments) == 0
     return root
 
 
 def sources(cohort: Path, output: Path) -> list[str]:
-    places = [f"slides={cohort}/slides", f"coords={cohort}/tiles", f"labels={cohort}/labels.csv", f"output={output}"]
+    places = [
+        f"slides={cohort}/slides",
+        f"coords={cohort}/tiles",
+        f"labels={cohort}/labels.csv",
+        f"output={output}",
+    ]
     return [*places, "device=cpu", "precision=fp32", "workers=0", "batch_size=5"]
 
 
 def together(cohort: Path, output: Path, students: dict[str, Path], *more: str) -> int:
     listed = "students=[" + ",".join(f"'{name}={path}'" for name, path in students.items()) + "]"
-    return run(extract_students.main, extract_students.Config, [*sources(cohort, output), listed, *more])
+    return run(
+        extract_students.main, extract_students.Config, [*sources(cohort, output), listed, *more]
+    )
 
 
 def bags(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray, dict]]:
     found = {}
     for path in sorted((folder / "h5_files").glob("*.h5")):
         with h5py.File(path) as file:
-            found[path.stem] = (file["features"][()], file["coords"][()], dict(file["features"].attrs))
+            found[path.stem] = (
+                file["features"][()],
+                file["coords"][()],
+                dict(file["features"].attrs),
+            )
     return found
 
 
-def test_bags_are_those_of_one_student_at_a_time(cohort: Path, students: dict[str, Path], tmp_path: Path) -> None:
+def test_bags_are_those_of_one_student_at_a_time(
+    cohort: Path, students: dict[str, Path], tmp_path: Path
+) -> None:
     assert together(cohort, tmp_path / "together", students) == 0
     for name, path in students.items():
         alone = [*sources(cohort, tmp_path / "alone"), f"student={path}", f"name={name}"]
@@ -81,7 +102,10 @@ def test_bags_are_those_of_one_student_at_a_time(cohort: Path, students: dict[st
         expected, found = bags(tmp_path / "alone" / name), bags(tmp_path / "together" / name)
         assert list(expected) == list(found) == ["S000", "S001"]
         for slide in expected:
-            assert np.array_equal(expected[slide][0], found[slide][0]) and np.ptp(found[slide][0], axis=0).min() > 0
+            assert (
+                np.array_equal(expected[slide][0], found[slide][0])
+                and np.ptp(found[slide][0], axis=0).min() > 0
+            )
             assert np.array_equal(expected[slide][1], found[slide][1])
             assert expected[slide][2] == found[slide][2], "provenance and digest"
 
@@ -89,7 +113,11 @@ def test_bags_are_those_of_one_student_at_a_time(cohort: Path, students: dict[st
 def test_who_shares_a_trunk(students: dict[str, Path]) -> None:
     encoders = {name: student_encoder(path, name) for name, path in students.items()}
     groups = by_trunk([Member(encoder, encoder.model.network) for encoder in encoders.values()])
-    assert [[member.encoder.name for member in group] for group in groups] == [["both", "plain", "gem"], ["small"], ["tuned"]]
+    assert [[member.encoder.name for member in group] for group in groups] == [
+        ["both", "plain", "gem"],
+        ["small"],
+        ["tuned"],
+    ]
 
 
 def test_what_is_there_is_kept_and_what_is_stale_refused(
@@ -110,7 +138,9 @@ def test_what_is_there_is_kept_and_what_is_stale_refused(
     assert "holds features of another provenance" in capsys.readouterr().err
 
 
-def test_a_slide_that_fails_is_listed_with_every_student(cohort: Path, students: dict[str, Path], tmp_path: Path) -> None:
+def test_a_slide_that_fails_is_listed_with_every_student(
+    cohort: Path, students: dict[str, Path], tmp_path: Path
+) -> None:
     (cohort / "slides" / "S001.tiff").write_bytes(b"no slide")
     pair = {name: students[name] for name in ("plain", "tuned")}
     assert together(cohort, tmp_path / "features", pair) == 1
@@ -134,7 +164,9 @@ def test_what_cannot_be_students_is_refused(
     assert together(cohort, tmp_path / "features", {"a": students["plain"]}, "engine=ray") == 2
 
 
-def test_cost_times_one_student_of_each_kind(cohort: Path, students: dict[str, Path], tmp_path: Path) -> None:
+def test_cost_times_one_student_of_each_kind(
+    cohort: Path, students: dict[str, Path], tmp_path: Path
+) -> None:
     listed = "students=[" + ",".join(f"'{name}={path}'" for name, path in students.items()) + "]"
     output = tmp_path / "cost.json"
     arguments = [word for word in sources(cohort, output) if not word.startswith("precision")]
@@ -145,5 +177,11 @@ def test_cost_times_one_student_of_each_kind(cohort: Path, students: dict[str, P
     rates = {name: cost["tiles_per_second"] for name, cost in costs.items()}
     assert rates["plain"] == rates["tuned"], "the same work"
     assert len(set(rates.values())) == 5, "each other kind has its own clock"
-    assert costs["both"]["gflops"] > costs["plain"]["gflops"] > costs["gem"]["gflops"] > costs["small"]["gflops"] > 0
+    assert (
+        costs["both"]["gflops"]
+        > costs["plain"]["gflops"]
+        > costs["gem"]["gflops"]
+        > costs["small"]["gflops"]
+        > 0
+    )
     assert costs["both"]["parameters"] > costs["plain"]["parameters"]

@@ -1,4 +1,6 @@
-"""A small cohort on disk with a MIL problem in it: a positive slide holds a few tiles of another kind."""
+"""A small cohort on disk with a MIL problem in it: a positive slide holds a few tiles of another
+kind.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,13 @@ SIDE = 16
 def geometry(slide_id: str, columns: int, rows: int) -> dict[str, object]:
     size = {"patch_size": SIDE, "patch_size_level0": SIDE, "patch_level": 0, "target_size": SIDE}
     scale = {"target_mpp": 0.5, "mpp": 0.5, "overlap": 0.0}
-    return {"name": slide_id, **size, **scale, "level0_width": columns * SIDE, "level0_height": rows * SIDE}
+    return {
+        "name": slide_id,
+        **size,
+        **scale,
+        "level0_width": columns * SIDE,
+        "level0_height": rows * SIDE,
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -33,13 +41,19 @@ def one_thread():
 
 @pytest.fixture
 def make_cohort(tmp_path: Path) -> Callable[..., Path]:
-    """`make_cohort(name=.., slides=.., dim=.., signal=.., pictures=..)` -> folder below tmp_path, see `write_cohort`."""
+    """`make_cohort(name=.., slides=.., dim=.., signal=.., pictures=..)` -> folder below tmp_path,
+    see `write_cohort`.
+    """
     return lambda name="cohort", **options: write_cohort(tmp_path / name, **options)
 
 
 @pytest.fixture
-def failing_training(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], AbstractContextManager[None]]:
-    """`with failing_training("max/seed1_fold1", "out of memory"):` one training of the benchmark raises, the others run."""
+def failing_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[str, str], AbstractContextManager[None]]:
+    """`with failing_training("max/seed1_fold1", "out of memory"):` one training of the benchmark
+    raises, the others run.
+    """
     train = benchmark.run_job
 
     @contextmanager
@@ -57,7 +71,12 @@ def failing_training(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Ab
 
 
 def write_cohort(
-    root: Path, slides: int = 24, dim: int = 8, signal: float = 4.0, pictures: bool = False, seed: int = 0
+    root: Path,
+    slides: int = 24,
+    dim: int = 8,
+    signal: float = 4.0,
+    pictures: bool = False,
+    seed: int = 0,
 ) -> Path:
     """A folder with labels.csv, bags/h5_files/ and slides/."""
     generator = np.random.default_rng(seed)
@@ -67,7 +86,12 @@ def write_cohort(
         features = generator.normal(size=(12, dim)).astype(np.float32)
         features[:3, 0] += signal * positive
         corners = np.array([(c, r) for r in range(3) for c in range(4)]) * SIDE
-        write_bag(root / "bags" / "h5_files" / f"{slide_id}.h5", features, corners, geometry(slide_id, 4, 3))
+        write_bag(
+            root / "bags" / "h5_files" / f"{slide_id}.h5",
+            features,
+            corners,
+            geometry(slide_id, 4, 3),
+        )
         # two slides a patient for the first third
         case = i // 4 * 4 + i % 2 if i < slides // 3 else i
         split = ("train", "train", "train", "train", "test", "test")[case % 6]

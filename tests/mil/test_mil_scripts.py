@@ -9,24 +9,38 @@ from pathlib import Path
 import pytest
 
 PLAIN = {
-    "tools/mil_splits.sh": ("mil.make_splits", {"LABELS": "my labels.csv", "OUTPUT": "out put"}, "labels=my labels.csv"),
+    "tools/mil_splits.sh": (
+        "mil.make_splits",
+        {"LABELS": "my labels.csv", "OUTPUT": "out put"},
+        "labels=my labels.csv",
+    ),
     "tools/mil_evaluate.sh": (
         "mil.evaluate",
         {"PREDICTIONS": "a b.csv,c.csv", "OUTPUT": "out put"},
         "predictions=[a b.csv,c.csv]",
     ),
 }
-SCRIPTS = {"tools/mil_benchmark.sh": "mil.benchmark", "tools/preprocess/filter.sh": "mil.rank_patches"}
+SCRIPTS = {
+    "tools/mil_benchmark.sh": "mil.benchmark",
+    "tools/preprocess/filter.sh": "mil.rank_patches",
+}
 
 
-def run(root: Path, script: str, folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(
+    root: Path, script: str, folder: Path, *arguments: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run a script with a Python that prints its arguments, one a line."""
     echo = folder / "python"
     echo.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
     echo.chmod(0o755)
     environment = {**os.environ, "PYTHON": str(echo), **variables}
     return subprocess.run(
-        ["bash", str(root / script), *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        ["bash", str(root / script), *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -36,15 +50,34 @@ def test_script_passes_its_variables_and_arguments_on(root: Path, tmp_path: Path
     done = run(root, script, tmp_path, "dropout=0.5", **given)
     assert done.returncode == 0, done.stderr
     passed = done.stdout.splitlines()
-    assert passed[:2] == ["-m", SCRIPTS[script]] and passed[2] == "--config" and Path(passed[3]).is_file()
+    assert (
+        passed[:2] == ["-m", SCRIPTS[script]]
+        and passed[2] == "--config"
+        and Path(passed[3]).is_file()
+    )
     assert {"labels=my labels.csv", "output=out put"} <= set(passed) and passed[-1] == "dropout=0.5"
     assert ("features=[a b,c]" if "benchmark" in script else "features=a b,c") in passed
     assert run(root, script, tmp_path, "--help").stdout.splitlines()[-1] == "--help"
 
 
 def test_heatmap_script_leaves_out_what_is_not_given(root: Path, tmp_path: Path):
-    done = run(root, "tools/heatmap.sh", tmp_path, "drawing.tiff=true", RUN="my run", SLIDES="s l", OUTPUT="out put")
-    expected = ["-m", "mil.heatmap", "run=my run", "output=out put", "slides=s l", "drawing.tiff=true"]
+    done = run(
+        root,
+        "tools/heatmap.sh",
+        tmp_path,
+        "drawing.tiff=true",
+        RUN="my run",
+        SLIDES="s l",
+        OUTPUT="out put",
+    )
+    expected = [
+        "-m",
+        "mil.heatmap",
+        "run=my run",
+        "output=out put",
+        "slides=s l",
+        "drawing.tiff=true",
+    ]
     assert done.returncode == 0 and done.stdout.splitlines() == expected
 
 
@@ -52,5 +85,7 @@ def test_heatmap_script_leaves_out_what_is_not_given(root: Path, tmp_path: Path)
 def test_script_without_a_recipe_does_so_too(root: Path, tmp_path: Path, script: str):
     module, given, expected = PLAIN[script]
     done = run(root, script, tmp_path, "seed=3", **given)
-    assert done.stdout.splitlines() == ["-m", module, expected, "output=out put", "seed=3"], done.stderr
+    assert done.stdout.splitlines() == ["-m", module, expected, "output=out put", "seed=3"], (
+        done.stderr
+    )
     assert run(root, script, tmp_path).stdout.splitlines() == ["-m", module]

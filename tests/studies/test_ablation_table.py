@@ -1,4 +1,6 @@
-"""The table of an ablation: the front by hand, rows that are missing or failed, and the same figures in every file."""
+"""The table of an ablation: the front by hand, rows that are missing or failed, and the same
+figures in every file.
+"""
 
 from __future__ import annotations
 
@@ -32,25 +34,44 @@ FAILED = "train_d2vfm: adapter 'x<y>' is unknown, or so"
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
     """Four variants that were measured, one that failed and one that only lacks a benchmark."""
-    variants = [{"name": n, "factor": n.split("-")[0], "settings": {}} for n in [*list(MEASURED)[:4], "adapter-x", "ema-0.9"]]
+    variants = [
+        {"name": n, "factor": n.split("-")[0], "settings": {}}
+        for n in [*list(MEASURED)[:4], "adapter-x", "ema-0.9"]
+    ]
     plan = {"teacher": "stain", "references": ["colour"], "variants": variants}
     sets = {}
     for name, (speed, abmil, mean) in MEASURED.items():
         entries = {"abmil": {"auc_mean": abmil, "auc_ci": [abmil - 0.1, min(1.0, abmil + 0.1)]}}
         entries["mean"] = {"auc_mean": mean, "auc_ci": None}
         if name != "default":
-            entries["abmil"] |= {"auc_difference": abmil - 0.9, "auc_difference_ci": [abmil - 1, abmil - 0.8]}
-        sets[name] = entries | {"tiles_per_second": speed, "gflops": None if name == "stain" else 0.25, "parameters": 2_850_199}
+            entries["abmil"] |= {
+                "auc_difference": abmil - 0.9,
+                "auc_difference_ci": [abmil - 1, abmil - 0.8],
+            }
+        sets[name] = entries | {
+            "tiles_per_second": speed,
+            "gflops": None if name == "stain" else 0.25,
+            "parameters": 2_850_199,
+        }
     summary = {"feature_sets": sets, "models": ["mean", "abmil"], "headline": "abmil"}
-    stages = [{"name": "train default", "seconds": 12.5}, {"name": "train adapter-x", "seconds": None}]
-    for name, content in (("study", plan), ("mil/summary", summary), ("stages", {"stages": stages})):
+    stages = [
+        {"name": "train default", "seconds": 12.5},
+        {"name": "train adapter-x", "seconds": None},
+    ]
+    for name, content in (
+        ("study", plan),
+        ("mil/summary", summary),
+        ("stages", {"stages": stages}),
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     (tmp_path / "students" / "default").mkdir(parents=True)
     agreement = {"cosine": 0.97, "r2": -0.5, "knn_10": 0.25, "epoch": 3}
     (tmp_path / "students" / "default" / "results.json").write_text(json.dumps(agreement))
     quoted = FAILED.removeprefix("train_d2vfm: ")
-    (tmp_path / "failures.csv").write_text(f'variant,stage,error\nadapter-x,train_d2vfm,"{quoted}"\n')
+    (tmp_path / "failures.csv").write_text(
+        f'variant,stage,error\nadapter-x,train_d2vfm,"{quoted}"\n'
+    )
     return tmp_path
 
 
@@ -64,21 +85,51 @@ def test_the_front_by_hand() -> None:
     assert pareto([None]) == [False]
     rng = np.random.default_rng(0)
     points = [(float(a), float(b)) for a, b in rng.integers(0, 8, (60, 2))]
-    ordered = sorted(set(points), reverse=True)  # from the fastest on, every new best AUC is on the front
-    best = {point for i, point in enumerate(ordered) if all(point[1] > other[1] for other in ordered[:i])}
+    ordered = sorted(
+        set(points), reverse=True
+    )  # from the fastest on, every new best AUC is on the front
+    best = {
+        point
+        for i, point in enumerate(ordered)
+        if all(point[1] > other[1] for other in ordered[:i])
+    }
     assert pareto(points) == [point in best for point in points]
 
 
 def test_rows_in_order_with_what_is_known(study: Path) -> None:
     rows, models, model = read_rows(study)
     assert (models, model) == (["mean", "abmil"], "abmil")
-    expected = ["default", "adapter-p", "needles-0", "needles-2", "adapter-x", "ema-0.9", "stain", "colour"]
+    expected = [
+        "default",
+        "adapter-p",
+        "needles-0",
+        "needles-2",
+        "adapter-x",
+        "ema-0.9",
+        "stain",
+        "colour",
+    ]
     assert [row["name"] for row in rows] == expected
     assert [row["kind"] for row in rows] == ["variant"] * 6 + ["teacher", "reference"]
     default, failed, lacking = rows[0], rows[4], rows[5]
-    assert (default["cosine"], default["r2"], default["knn_10"], default["seconds"]) == (0.97, -0.5, 0.25, 12.5)
-    assert default["auc"]["abmil"] == {"mean": 0.9, "ci": [0.8, 1.0], "difference": None, "difference_ci": None}
-    assert failed["error"] == FAILED and failed["auc"] == {} and failed["seconds"] is None and failed["gflops"] is None
+    assert (default["cosine"], default["r2"], default["knn_10"], default["seconds"]) == (
+        0.97,
+        -0.5,
+        0.25,
+        12.5,
+    )
+    assert default["auc"]["abmil"] == {
+        "mean": 0.9,
+        "ci": [0.8, 1.0],
+        "difference": None,
+        "difference_ci": None,
+    }
+    assert (
+        failed["error"] == FAILED
+        and failed["auc"] == {}
+        and failed["seconds"] is None
+        and failed["gflops"] is None
+    )
     assert lacking["error"] == "not in the benchmark"
     assert not any(row["error"] for row in rows if row["name"] in MEASURED)
 
@@ -86,8 +137,13 @@ def test_rows_in_order_with_what_is_known(study: Path) -> None:
 def test_the_front_is_of_variants_and_of_the_chosen_classifier(study: Path) -> None:
     front = {name for name, row in by_name(study).items() if row["pareto"]}
     assert front == {"default", "needles-0", "needles-2"}, "teacher and reference are no variants"
-    assert {name for name, row in by_name(study, "mean").items() if row["pareto"]} == {"adapter-p", "needles-0"}
-    with pytest.raises(UserError, match="expected a classifier of the benchmark; did you mean 'abmil'"):
+    assert {name for name, row in by_name(study, "mean").items() if row["pareto"]} == {
+        "adapter-p",
+        "needles-0",
+    }
+    with pytest.raises(
+        UserError, match="expected a classifier of the benchmark; did you mean 'abmil'"
+    ):
         read_rows(study, "abmli")
 
 
@@ -97,23 +153,40 @@ def test_every_file_has_the_same_figures(study: Path) -> None:
         table = {row["variant"]: row for row in csv.DictReader(stream)}
     assert list(table) == list(by_name(study))
     row = table["needles-2"]
-    assert [float(row[f"auc_abmil_{part}"]) for part in ("mean", "low", "high")] == pytest.approx([0.92, 0.82, 1.0])
+    assert [float(row[f"auc_abmil_{part}"]) for part in ("mean", "low", "high")] == pytest.approx(
+        [0.92, 0.82, 1.0]
+    )
     parts = [float(row[f"auc_abmil_difference{part}"]) for part in ("", "_low", "_high")]
     assert parts == pytest.approx([0.02, -0.08, 0.12])
-    assert (row["auc_mean_mean"], row["auc_mean_low"], row["tiles_per_second"], row["pareto"]) == ("0.6", "", "80.0", "1")
+    assert (row["auc_mean_mean"], row["auc_mean_low"], row["tiles_per_second"], row["pareto"]) == (
+        "0.6",
+        "",
+        "80.0",
+        "1",
+    )
     assert (table["adapter-x"]["error"], table["adapter-x"]["auc_abmil_mean"]) == (FAILED, "")
     markdown = (study / "ablation.md").read_text().splitlines()
     assert len({line.count("|") for line in markdown if line.startswith("|")}) == 1
-    shown = "| **needles-2** | - | - | - | 0.600 | 0.920 [0.820, 1.000] | +0.020 [-0.080, +0.120] | 80 | 0.25 | 2.85M | - |"
+    shown = (
+        "| **needles-2** | - | - | - | 0.600 | 0.920 [0.820, 1.000] | +0.020 [-0.080, +0.120] "
+        "| 80 | 0.25 | 2.85M | - |"
+    )
     assert shown in markdown
     assert f"- adapter-x: {FAILED}" in markdown
     html = (study / "ablation.html").read_text()
-    assert "A &amp; B" in html and "x&lt;y&gt;" in html and "0.920" in html and "+0.020 [-0.080, +0.120]" in html
+    assert (
+        "A &amp; B" in html
+        and "x&lt;y&gt;" in html
+        and "0.920" in html
+        and "+0.020 [-0.080, +0.120]" in html
+    )
     assert not re.search(r'(src|href)="(?!data:|#)', html), "whole in itself"
     assert json.loads((study / "ablation.json").read_text())["headline"] == "abmil"
     with Image.open(study / "ablation.png") as picture:
         pixels = np.asarray(picture.convert("RGB"))
-    assert pixels.shape[1] > 1000 and (pixels.reshape(-1, 3) == (0xD1, 0x49, 0x5B)).all(1).sum() > 100, "the front is drawn"
+    assert (
+        pixels.shape[1] > 1000 and (pixels.reshape(-1, 3) == (0xD1, 0x49, 0x5B)).all(1).sum() > 100
+    ), "the front is drawn"
 
 
 def test_the_same_inputs_give_the_same_bytes(study: Path, tmp_path: Path) -> None:
@@ -125,7 +198,9 @@ def test_the_same_inputs_give_the_same_bytes(study: Path, tmp_path: Path) -> Non
 
 def test_points_of_one_speed_stand_side_by_side() -> None:
     x = places(np.array([100.0, 200.0, 100.0, 100.0]), 0.1)
-    assert x[1] == pytest.approx(200) and np.log(x[[0, 2, 3]] / 100) == pytest.approx([-0.1, 0, 0.1])
+    assert x[1] == pytest.approx(200) and np.log(x[[0, 2, 3]] / 100) == pytest.approx(
+        [-0.1, 0, 0.1]
+    )
 
 
 def test_signed_differences() -> None:
@@ -143,7 +218,9 @@ def test_what_is_no_study_is_refused(study: Path, tmp_path: Path) -> None:
 
 
 def test_a_study_in_which_nothing_was_measured_is_refused(study: Path) -> None:
-    (study / "mil" / "summary.json").write_text(json.dumps({"feature_sets": {}, "models": ["mean"], "headline": "mean"}))
+    (study / "mil" / "summary.json").write_text(
+        json.dumps({"feature_sets": {}, "models": ["mean"], "headline": "mean"})
+    )
     with pytest.raises(UserError, match=r"expected a row with AUC \(mean\) and tiles a second"):
         main(load_config(Config, [f"study={study}"]))
     assert not (study / "ablation.csv").exists()

@@ -1,8 +1,9 @@
 """Cells of a cervical smear: squamous cells of all layers, and abnormal ones.
 
-Sizes are pixels at 0.5 um. Normal nuclei are 4 to 10 px in radius (superficial cells pyknotic, parabasal cells the
-largest). An abnormal cell has an enlarged, dark, irregular nucleus with coarse chromatin, and less cytoplasm for its
-nucleus (the criteria of the Bethesda system for squamous lesions).
+Sizes are pixels at 0.5 um. Normal nuclei are 4 to 10 px in radius (superficial cells pyknotic,
+parabasal cells the largest). An abnormal cell has an enlarged, dark, irregular nucleus with coarse
+chromatin, and less cytoplasm for its nucleus (the criteria of the Bethesda system for squamous
+lesions).
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ BLUR = 6
 
 @dataclass(frozen=True)
 class Drawn:
-    """Something drawn: its density (3, H, W) int16, where the window stands, and where the thing itself is."""
+    """Something drawn: its density (3, H, W) int16, where the window stands, and where the thing
+    itself is.
+    """
 
     row: int
     column: int
@@ -75,21 +78,35 @@ def between(rng: np.random.Generator, low: float, high: float) -> float:
 
 def superficial(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
     """A large thin polygonal cell with a small dark nucleus."""
-    body = Cytoplasm(between(rng, 38.0, 58.0), 14.0, between(rng, 0.72, 1.0), between(rng, 0.55, 0.95), rng.random() < 0.3)
+    body = Cytoplasm(
+        between(rng, 38.0, 58.0),
+        14.0,
+        between(rng, 0.72, 1.0),
+        between(rng, 0.55, 0.95),
+        rng.random() < 0.3,
+    )
     nucleus = Nucleus(between(rng, 3.6, 5.2), 0.05, between(rng, 0.85, 1.4), 0.1, 0.0)
     return _cell(rng, style, centre, body, nucleus, pink=style.pink_share + 0.35)
 
 
 def intermediate(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
     """A polygonal cell with a vesicular nucleus: the most frequent one."""
-    body = Cytoplasm(between(rng, 32.0, 54.0), 16.0, between(rng, 0.65, 1.0), between(rng, 0.6, 1.1), rng.random() < 0.22)
+    body = Cytoplasm(
+        between(rng, 32.0, 54.0),
+        16.0,
+        between(rng, 0.65, 1.0),
+        between(rng, 0.6, 1.1),
+        rng.random() < 0.22,
+    )
     nucleus = Nucleus(between(rng, 5.6, 7.8), 0.07, between(rng, 0.42, 0.75), 0.14, 0.08)
     return _cell(rng, style, centre, body, nucleus, pink=style.pink_share - 0.12)
 
 
 def parabasal(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
     """A small round dense cell with a round nucleus that is large for it."""
-    body = Cytoplasm(between(rng, 15.0, 24.0), 16.0, between(rng, 0.85, 1.0), between(rng, 1.0, 1.5))
+    body = Cytoplasm(
+        between(rng, 15.0, 24.0), 16.0, between(rng, 0.85, 1.0), between(rng, 1.0, 1.5)
+    )
     nucleus = Nucleus(between(rng, 7.0, 9.2), 0.06, between(rng, 0.5, 0.85), 0.14, 0.1)
     return _cell(rng, style, centre, body, nucleus, pink=style.pink_share - 0.2)
 
@@ -103,43 +120,80 @@ def reactive(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
 
 def pyknotic(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
     """A shrunken dense cell whose nucleus is very dark, small and without structure."""
-    body = Cytoplasm(between(rng, 16.0, 32.0), 12.0, between(rng, 0.6, 0.95), between(rng, 1.1, 1.7), rng.random() < 0.4)
+    body = Cytoplasm(
+        between(rng, 16.0, 32.0),
+        12.0,
+        between(rng, 0.6, 0.95),
+        between(rng, 1.1, 1.7),
+        rng.random() < 0.4,
+    )
     nucleus = Nucleus(between(rng, 4.5, 7.0), 0.16, between(rng, 1.3, 1.9), 0.06, 0.0)
     return _cell(rng, style, centre, body, nucleus, pink=style.pink_share + 0.5)
 
 
 def low_grade(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
-    """Abnormal: a mature cell whose nucleus is more than three times a normal one in area, dark and irregular."""
-    body = Cytoplasm(between(rng, 32.0, 50.0), 16.0, between(rng, 0.65, 1.0), between(rng, 0.7, 1.2))
-    nucleus = Nucleus(between(rng, 12.5, 17.0), between(rng, 0.1, 0.2), between(rng, 0.8, 1.15), 0.22, between(rng, 0.3, 0.5))
+    """Abnormal: a mature cell whose nucleus is more than three times a normal one in area, dark and
+    irregular.
+    """
+    body = Cytoplasm(
+        between(rng, 32.0, 50.0), 16.0, between(rng, 0.65, 1.0), between(rng, 0.7, 1.2)
+    )
+    nucleus = Nucleus(
+        between(rng, 12.5, 17.0),
+        between(rng, 0.1, 0.2),
+        between(rng, 0.8, 1.15),
+        0.22,
+        between(rng, 0.3, 0.5),
+    )
     return _cell(rng, style, centre, body, nucleus, pink=style.pink_share)
 
 
 def high_grade(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
     """Abnormal: a small cell nearly filled by a dark, irregular nucleus with coarse chromatin."""
     size = between(rng, 12.5, 18.0)
-    body = Cytoplasm(size * between(rng, 1.35, 1.9), 14.0, between(rng, 0.7, 1.0), between(rng, 1.0, 1.5))
-    nucleus = Nucleus(size, between(rng, 0.14, 0.26), between(rng, 0.9, 1.3), 0.24, between(rng, 0.35, 0.55))
+    body = Cytoplasm(
+        size * between(rng, 1.35, 1.9), 14.0, between(rng, 0.7, 1.0), between(rng, 1.0, 1.5)
+    )
+    nucleus = Nucleus(
+        size, between(rng, 0.14, 0.26), between(rng, 0.9, 1.3), 0.24, between(rng, 0.35, 0.55)
+    )
     return _cell(rng, style, centre, body, nucleus, pink=style.pink_share)
 
 
 Drawing = Callable[[np.random.Generator, Style, Point], Drawn]
-NORMAL: dict[Drawing, float] = {superficial: 0.3, intermediate: 0.4, parabasal: 0.12, reactive: 0.08, pyknotic: 0.1}
+NORMAL: dict[Drawing, float] = {
+    superficial: 0.3,
+    intermediate: 0.4,
+    parabasal: 0.12,
+    reactive: 0.08,
+    pyknotic: 0.1,
+}
 ABNORMAL: dict[Drawing, float] = {low_grade: 0.45, high_grade: 0.55}
 
 
-def _cell(rng: np.random.Generator, style: Style, centre: Point, body: Cytoplasm, nucleus: Nucleus, pink: float) -> Drawn:
+def _cell(
+    rng: np.random.Generator,
+    style: Style,
+    centre: Point,
+    body: Cytoplasm,
+    nucleus: Nucleus,
+    pink: float,
+) -> Drawn:
     reach = max(body.radius * 1.35, nucleus.radius * 1.6) + 8
     row, column, x, y = window(reach, centre)
     room = max(body.radius - nucleus.radius, 0.0)
-    thickness, inside, part = _cytoplasm(rng, x, y, body, least=math.ceil(0.22 * room + nucleus.radius * 1.6) + 6)
+    thickness, inside, part = _cytoplasm(
+        rng, x, y, body, least=math.ceil(0.22 * room + nucleus.radius * 1.6) + 6
+    )
     density = _plasma(rng, style, thickness, (y.shape[0], x.shape[1]), part, pink)
     away, turn = between(rng, 0.0, 0.22) * room, between(rng, 0.0, 2 * math.pi)
     middle = centre[0] + away * math.cos(turn), centre[1] + away * math.sin(turn)
     top, left, nx, ny = window(min(nucleus.radius * 1.6 + 4, reach - away - 2), middle)
     chromatin, core = _chromatin(rng, nx, ny, nucleus)
     row, column = row + part[0].start, column + part[1].start
-    own = np.s_[..., top - row : top - row + core.shape[0], left - column : left - column + core.shape[1]]
+    own = np.s_[
+        ..., top - row : top - row + core.shape[0], left - column : left - column + core.shape[1]
+    ]
     density[own] += stained(chromatin, style["chromatin"])
     inside[own] |= core
     return Drawn(row, column, _focused(rng, density), inside)
@@ -151,7 +205,9 @@ Part = tuple[slice, slice]
 def _cytoplasm(
     rng: np.random.Generator, x: np.ndarray, y: np.ndarray, body: Cytoplasm, least: int
 ) -> tuple[np.ndarray, np.ndarray, Part]:
-    """Thickness and inside of the cell where it is, and which part of the window that is (`least` px around the centre are)."""
+    """Thickness and inside of the cell where it is, and which part of the window that is (`least`
+    px around the centre are).
+    """
     px, py = warped(rng, x, y, between(rng, 3.5, 7.5), 32)
     sides = polygon_sides(rng, body.radius, body.squeeze)
     distance = polygon(px, py, sides, body.corner)
@@ -160,7 +216,12 @@ def _cytoplasm(
         matter = _fold_over(rng, matter, px, py, sides, body)
     shape, part = distance.shape, _occupied(matter, least)
     distance, matter = distance[part], matter[part]
-    mottle = 0.8 + 0.16 * noise(rng, shape, 16)[part] + 0.1 * noise(rng, shape, 8)[part] + 0.07 * noise(rng, shape, 4)[part]
+    mottle = (
+        0.8
+        + 0.16 * noise(rng, shape, 16)[part]
+        + 0.1 * noise(rng, shape, 8)[part]
+        + 0.07 * noise(rng, shape, 4)[part]
+    )
     middle = smoothstep(distance, 0.0, -body.radius)
     thickness = matter * (mottle + np.float32(0.25) * middle) * np.float32(body.depth)
     rim = smoothstep(np.abs(distance + 2), 2.2, 0.0) * matter
@@ -170,51 +231,92 @@ def _cytoplasm(
 
 
 def _occupied(matter: np.ndarray, least: int) -> Part:
-    """Rows and columns with matter and a border for blurring, at least `least` px to each side of the middle."""
+    """Rows and columns with matter and a border for blurring, at least `least` px to each side of
+    the middle.
+    """
     bounds = []
     for axis in (1, 0):
         size = matter.shape[1 - axis]
         found = np.flatnonzero(matter.any(axis=axis))
         first, last = (int(found[0]), int(found[-1])) if found.size else (size // 2, size // 2)
-        bounds.append(slice(max(min(first - BLUR, size // 2 - least), 0), min(max(last + BLUR, size // 2 + least) + 1, size)))
+        bounds.append(
+            slice(
+                max(min(first - BLUR, size // 2 - least), 0),
+                min(max(last + BLUR, size // 2 + least) + 1, size),
+            )
+        )
     return bounds[0], bounds[1]
 
 
 def _fold_over(
-    rng: np.random.Generator, matter: np.ndarray, px: np.ndarray, py: np.ndarray, sides: list[Side], body: Cytoplasm
+    rng: np.random.Generator,
+    matter: np.ndarray,
+    px: np.ndarray,
+    py: np.ndarray,
+    sides: list[Side],
+    body: Cytoplasm,
 ) -> np.ndarray:
-    """The part beyond a line is turned back over the cell: empty beyond the line, doubled before it."""
+    """The part beyond a line is turned back over the cell: empty beyond the line, doubled before
+    it.
+    """
     angle, offset = between(rng, 0.0, 2 * math.pi), body.radius * between(rng, 0.45, 0.75)
     nx, ny = np.float32(math.cos(angle)), np.float32(math.sin(angle))
     beyond = px * nx + py * ny - np.float32(offset)
-    flap = smoothstep(polygon(px - 2 * beyond * nx, py - 2 * beyond * ny, sides, body.corner), 1.4, -1.4)
+    flap = smoothstep(
+        polygon(px - 2 * beyond * nx, py - 2 * beyond * ny, sides, body.corner), 1.4, -1.4
+    )
     return smoothstep(beyond, 1.2, -1.2) * (matter + np.float32(0.9) * flap)
 
 
-def _creases(rng: np.random.Generator, px: np.ndarray, py: np.ndarray, body: Cytoplasm) -> np.ndarray | np.float32:
+def _creases(
+    rng: np.random.Generator, px: np.ndarray, py: np.ndarray, body: Cytoplasm
+) -> np.ndarray | np.float32:
     """Thin dark lines where the cell is wrinkled."""
     total: np.ndarray | np.float32 = np.float32(0)
     for _ in range(int(rng.integers(0, 4)) if body.radius > 28 else 0):
         angle, offset = between(rng, 0.0, math.pi), body.radius * between(rng, -0.6, 0.6)
-        across = px * np.float32(math.cos(angle)) + py * np.float32(math.sin(angle)) - np.float32(offset)
-        along = py * np.float32(math.cos(angle)) - px * np.float32(math.sin(angle)) - np.float32(offset)
-        line = smoothstep(np.abs(across + along * along * np.float32(between(rng, -0.006, 0.006))), between(rng, 1.5, 4.0), 0.0)
-        total = total + line * smoothstep(np.abs(along), body.radius * 0.8, 0.0) * np.float32(between(rng, 0.15, 0.6))
+        across = (
+            px * np.float32(math.cos(angle)) + py * np.float32(math.sin(angle)) - np.float32(offset)
+        )
+        along = (
+            py * np.float32(math.cos(angle)) - px * np.float32(math.sin(angle)) - np.float32(offset)
+        )
+        line = smoothstep(
+            np.abs(across + along * along * np.float32(between(rng, -0.006, 0.006))),
+            between(rng, 1.5, 4.0),
+            0.0,
+        )
+        total = total + line * smoothstep(np.abs(along), body.radius * 0.8, 0.0) * np.float32(
+            between(rng, 0.15, 0.6)
+        )
     return total
 
 
 def _plasma(
-    rng: np.random.Generator, style: Style, thickness: np.ndarray, shape: tuple[int, int], part: Part, pink: float
+    rng: np.random.Generator,
+    style: Style,
+    thickness: np.ndarray,
+    shape: tuple[int, int],
+    part: Part,
+    pink: float,
 ) -> np.ndarray:
-    """Density (3, S, S) between cyan and pink (a cell often takes both), or orange when it is keratinised."""
+    """Density (3, S, S) between cyan and pink (a cell often takes both), or orange when it is
+    keratinised.
+    """
     base = min(max(pink + between(rng, -0.45, 0.45), 0.0), 1.0)
     warm = style["orange"] if rng.random() < 0.12 else style["pink"]
-    share = np.clip(np.float32(base) + np.float32(0.18) * noise(rng, shape, 32)[part], np.float32(0), np.float32(1))
+    share = np.clip(
+        np.float32(base) + np.float32(0.18) * noise(rng, shape, 32)[part],
+        np.float32(0),
+        np.float32(1),
+    )
     warmed = thickness * share
     return stained(thickness - warmed, style["cyan"]) + stained(warmed, warm)
 
 
-def _chromatin(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, nucleus: Nucleus) -> tuple[np.ndarray, np.ndarray]:
+def _chromatin(
+    rng: np.random.Generator, x: np.ndarray, y: np.ndarray, nucleus: Nucleus
+) -> tuple[np.ndarray, np.ndarray]:
     squeeze = np.float32(between(rng, 0.78, 1.0))
     turn = between(rng, 0.0, math.pi)
     c, s = np.float32(math.cos(turn)), np.float32(math.sin(turn))
@@ -223,7 +325,9 @@ def _chromatin(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, nucleus: 
     distance = blob(rng, px, py, nucleus.radius, nucleus.ragged)
     matter = smoothstep(distance, 1.0, -1.0)
     shape = distance.shape
-    grain = np.float32(nucleus.fine) * noise(rng, shape, 4) + np.float32(nucleus.coarse) * noise(rng, shape, 8)
+    grain = np.float32(nucleus.fine) * noise(rng, shape, 4) + np.float32(nucleus.coarse) * noise(
+        rng, shape, 8
+    )
     membrane = smoothstep(np.abs(distance + 1.6), 1.8, 0.0) * np.float32(between(rng, 0.05, 0.3))
     return matter * (np.float32(nucleus.depth) + grain + membrane), matter > 0.5
 

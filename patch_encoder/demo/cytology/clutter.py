@@ -1,6 +1,8 @@
-"""What lies on a smear beside cells and means nothing: inflammation, blood, debris, mucus, bacteria, dust, ink.
+"""What lies on a smear beside cells and means nothing: inflammation, blood, debris, mucus,
+bacteria, dust, ink.
 
-Some of it is as dark and as large as an abnormal nucleus; it is drawn on every slide, whatever its class.
+Some of it is as dark and as large as an abnormal nucleus; it is drawn on every slide, whatever its
+class.
 """
 
 from __future__ import annotations
@@ -50,31 +52,43 @@ def inflammation(rng: np.random.Generator, style: Style, centre: Point) -> Drawn
     density = np.zeros((3, y.shape[0], x.shape[1]), dtype=np.int16)
     for _ in range(count):
         angle, reach = between(rng, 0.0, 2 * math.pi), spread * math.sqrt(float(rng.random()))
-        one = neutrophil(rng, style, (centre[0] + reach * math.cos(angle), centre[1] + reach * math.sin(angle)))
+        one = neutrophil(
+            rng, style, (centre[0] + reach * math.cos(angle), centre[1] + reach * math.sin(angle))
+        )
         top, left = one.row - row, one.column - column
         side = one.density.shape[1]
         density[:, top : top + side, left : left + side] += one.density
     px, py = warped(rng, x, y, 8.0, 32)
-    slime = smoothstep(np.sqrt(px * px + py * py), spread + 10, spread * 0.5) * np.float32(between(rng, 0.1, 0.8))
+    slime = smoothstep(np.sqrt(px * px + py * py), spread + 10, spread * 0.5) * np.float32(
+        between(rng, 0.1, 0.8)
+    )
     density += stained(slime, style["mucus"])
     return Drawn(row, column, density, slime > 0.05)
 
 
 def bare_smudge(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
-    """A smudged bare nucleus: as dark and as large as an abnormal one, but with a soft edge and no structure."""
+    """A smudged bare nucleus: as dark and as large as an abnormal one, but with a soft edge and no
+    structure.
+    """
     radius = between(rng, 8.0, 14.0)
     row, column, x, y = window(radius * 1.9 + 6, centre)
     px, py = warped(rng, x, y, 4.0, 16)
-    matter = smoothstep(blob(rng, px, py, radius, 0.22), between(rng, 3.0, 6.0), -between(rng, 4.0, 8.0))
+    matter = smoothstep(
+        blob(rng, px, py, radius, 0.22), between(rng, 3.0, 6.0), -between(rng, 4.0, 8.0)
+    )
     return _drawn(row, column, matter * np.float32(between(rng, 0.7, 1.35)), style["chromatin"])
 
 
 def debris(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
-    """A dark angular scrap, brown or the colour of nuclei, from a speck to larger than an abnormal nucleus."""
+    """A dark angular scrap, brown or the colour of nuclei, from a speck to larger than an abnormal
+    nucleus.
+    """
     radius = 2.5 + 13 * float(rng.random()) ** 2
     row, column, x, y = window(radius * 2.1 + 6, centre)
     px, py = warped(rng, x, y, radius * 0.4, 8)
-    grain = 1 + np.float32(0.3) * noise(rng, px.shape, 8) + np.float32(0.2) * noise(rng, px.shape, 4)
+    grain = (
+        1 + np.float32(0.3) * noise(rng, px.shape, 8) + np.float32(0.2) * noise(rng, px.shape, 4)
+    )
     matter = smoothstep(blob(rng, px, py, radius, 0.45), 1.2, -1.2) * grain
     colour = style["chromatin"] if rng.random() < 0.45 else style["brown"]
     return _drawn(row, column, matter * np.float32(between(rng, 0.7, 1.8)), colour)
@@ -84,7 +98,9 @@ def red_cell(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
     """A pale orange disc with a lighter middle."""
     row, column, x, y = window(11.0, centre)
     distance = blob(rng, x, y, between(rng, 5.5, 7.0), 0.06)
-    matter = smoothstep(distance, 1.0, -1.0) * (1 - np.float32(0.45) * smoothstep(distance, -2.0, -6.0))
+    matter = smoothstep(distance, 1.0, -1.0) * (
+        1 - np.float32(0.45) * smoothstep(distance, -2.0, -6.0)
+    )
     return _drawn(row, column, matter * np.float32(between(rng, 0.6, 1.1)), style["red_cell"])
 
 
@@ -96,8 +112,14 @@ def mucus(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
     turn, width = between(rng, 0.0, math.pi), between(rng, 4.0, 14.0)
     along = px * np.float32(math.cos(turn)) + py * np.float32(math.sin(turn))
     across = np.abs(py * np.float32(math.cos(turn)) - px * np.float32(math.sin(turn)))
-    fibres = np.float32(0.6) + np.float32(0.5) * noise(rng, across.shape, 16) * noise(rng, across.shape, 8)
-    matter = smoothstep(across, width, width * 0.2) * smoothstep(np.abs(along), length, length * 0.6) * fibres
+    fibres = np.float32(0.6) + np.float32(0.5) * noise(rng, across.shape, 16) * noise(
+        rng, across.shape, 8
+    )
+    matter = (
+        smoothstep(across, width, width * 0.2)
+        * smoothstep(np.abs(along), length, length * 0.6)
+        * fibres
+    )
     return _drawn(row, column, matter * np.float32(between(rng, 0.5, 1.6)), style["mucus"])
 
 
@@ -126,7 +148,9 @@ def blurred_spot(rng: np.random.Generator, style: Style, centre: Point) -> Drawn
     distance = np.sqrt(x * x + y * y) - np.float32(radius)
     disc, border = smoothstep(distance, 7.0, -7.0), smoothstep(np.abs(distance), 6.0, 0.0)
     grey = np.array([1, 1, 0.95], dtype=np.float32)
-    return _drawn(row, column, disc * np.float32(between(rng, 0.015, 0.06)) + border * np.float32(0.012), grey)
+    return _drawn(
+        row, column, disc * np.float32(between(rng, 0.015, 0.06)) + border * np.float32(0.012), grey
+    )
 
 
 CLUTTER: dict[Drawing, tuple[float, float]] = {
@@ -142,8 +166,11 @@ CLUTTER: dict[Drawing, tuple[float, float]] = {
 """Fewest and most of each in a million pixels; a slide draws its own rate between."""
 
 
-def margin(rng: np.random.Generator, style: Style, height: int, width: int, depth: float) -> np.ndarray:
-    """Density (3, height, width) int16 of pen ink or of the cover slip's edge along one side of the picture.
+def margin(
+    rng: np.random.Generator, style: Style, height: int, width: int, depth: float
+) -> np.ndarray:
+    """Density (3, height, width) int16 of pen ink or of the cover slip's edge along one side of the
+    picture.
 
     `depth` is how far the mark reaches into the picture, in pixels.
     """
@@ -151,7 +178,9 @@ def margin(rng: np.random.Generator, style: Style, height: int, width: int, dept
     reach, tilt = depth * between(rng, 0.5, 1.0), between(rng, -0.04, 0.04)
     rows = np.arange(height, dtype=np.float32)[:, None]
     columns = np.arange(width, dtype=np.float32)[None, :]
-    inwards = (rows, height - rows, columns, width - columns)[side] + np.float32(tilt) * (columns if side < 2 else rows)
+    inwards = (rows, height - rows, columns, width - columns)[side] + np.float32(tilt) * (
+        columns if side < 2 else rows
+    )
     inwards = np.broadcast_to(inwards, (height, width))
     if rng.random() < 0.5:
         grey = np.array([0.05, 0.05, 0.045], dtype=np.float32)

@@ -1,4 +1,6 @@
-"""Outlines as signed distances in pixels, negative inside: polygons with soft corners and wavy round bodies."""
+"""Outlines as signed distances in pixels, negative inside: polygons with soft corners and wavy
+round bodies.
+"""
 
 from __future__ import annotations
 
@@ -28,28 +30,37 @@ def warped(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates (S, S) displaced by noise, which makes any outline drawn with them irregular."""
     shape = (y.shape[0], x.shape[1])
-    return x + np.float32(amplitude) * noise(rng, shape, scale), y + np.float32(amplitude) * noise(rng, shape, scale)
+    return x + np.float32(amplitude) * noise(rng, shape, scale), y + np.float32(amplitude) * noise(
+        rng, shape, scale
+    )
 
 
 Side = tuple[float, float, float]
 
 
 def polygon_sides(rng: np.random.Generator, radius: float, squeeze: float) -> list[Side]:
-    """5 to 8 sides (cos, sin, distance from the centre in px) of a random convex polygon; `squeeze` < 1 shortens one axis."""
+    """5 to 8 sides (cos, sin, distance from the centre in px) of a random convex polygon; `squeeze`
+    < 1 shortens one axis.
+    """
     count = int(rng.integers(5, 9))
     turn, axis = float(rng.random()) * 2 * math.pi, float(rng.random()) * math.pi
     sides = []
     for side in range(count):
         angle = turn + (side + 0.55 * float(rng.random())) * 2 * math.pi / count
         along = math.cos(angle - axis)
-        reach = radius * (0.84 + 0.3 * float(rng.random())) * (squeeze + (1 - squeeze) * along * along)
+        reach = (
+            radius * (0.84 + 0.3 * float(rng.random())) * (squeeze + (1 - squeeze) * along * along)
+        )
         sides.append((math.cos(angle), math.sin(angle), reach))
     return sides
 
 
 def polygon(x: np.ndarray, y: np.ndarray, sides: list[Side], corner: float) -> np.ndarray:
     """Distance (S, S) to the polygon with these sides, its corners rounded over `corner` px."""
-    planes = [x * np.float32(cosine) + y * np.float32(sine) - np.float32(reach) for cosine, sine, reach in sides]
+    planes = [
+        x * np.float32(cosine) + y * np.float32(sine) - np.float32(reach)
+        for cosine, sine, reach in sides
+    ]
     distance = planes[0]
     for plane in planes[1:]:
         distance = smooth_maximum(distance, plane, corner)
@@ -57,7 +68,9 @@ def polygon(x: np.ndarray, y: np.ndarray, sides: list[Side], corner: float) -> n
 
 
 def smooth_maximum(a: np.ndarray, b: np.ndarray, width: float) -> np.ndarray:
-    """Maximum with the crease rounded over `width` px (Quilez's polynomial smooth minimum, turned round)."""
+    """Maximum with the crease rounded over `width` px (Quilez's polynomial smooth minimum, turned
+    round).
+    """
     gap = np.abs(a - b)
     np.subtract(np.float32(width), gap, out=gap)
     np.maximum(gap, np.float32(0), out=gap)
@@ -67,10 +80,13 @@ def smooth_maximum(a: np.ndarray, b: np.ndarray, width: float) -> np.ndarray:
     return gap
 
 
-def blob(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, radius: float, ragged: float) -> np.ndarray:
+def blob(
+    rng: np.random.Generator, x: np.ndarray, y: np.ndarray, radius: float, ragged: float
+) -> np.ndarray:
     """Distance (S, S), approximate, to a round body whose radius waves by harmonics 2 to 5.
 
-    cos(k t) and sin(k t) come from powers of the unit vector (x, y) / r, without a trigonometric function a pixel.
+    cos(k t) and sin(k t) come from powers of the unit vector (x, y) / r, without a trigonometric
+    function a pixel.
     """
     r = np.sqrt(x * x + y * y)
     safe = np.maximum(r, np.float32(1e-3))

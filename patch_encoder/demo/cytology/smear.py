@@ -1,7 +1,7 @@
 """A whole picture: what lies where, drawn in windows and summed as integer density.
 
-The plan of a picture (which thing, where, with which random state) is apart from the drawing, so that the boxes of
-abnormal cells are known again without drawing the rest.
+The plan of a picture (which thing, where, with which random state) is apart from the drawing, so
+that the boxes of abnormal cells are known again without drawing the rest.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from patch_encoder.demo.cytology.clutter import CLUTTER, margin
 from patch_encoder.demo.cytology.stain import Style, develop, draw_style
 
 BORDER = 48
-"""Things are placed up to this far (px) outside the picture, so that cells are cut by its edge as in a real field."""
+"""Things are placed up to this far (px) outside the picture, so that cells are cut by its edge as
+in a real field.
+"""
 INSIDE = 20
 """Abnormal cells have their centre at least this far (px) inside: what a label says can be seen."""
 VISIBLE = 0.4
@@ -59,15 +61,21 @@ def _generator(seed: tuple[int, ...]) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
 
 
-def plan_smear(seed: tuple[int, ...], side: int, density: tuple[float, float], abnormal: float, marked: bool = False) -> Smear:
+def plan_smear(
+    seed: tuple[int, ...],
+    side: int,
+    density: tuple[float, float],
+    abnormal: float,
+    marked: bool = False,
+) -> Smear:
     """Plan a square picture.
 
     Args:
         seed: entropy of this picture; every number of the tuple counts.
         side: px.
         density: fewest and most cells in a million pixels.
-        abnormal: share of the cells that is abnormal; they take the place of normal ones, so that the number of cells
-            says nothing about the class.
+        abnormal: share of the cells that is abnormal; they take the place of normal ones, so that
+            the number of cells says nothing about the class.
         marked: whether an edge carries ink or the cover slip's border.
     """
     rng = _generator((*seed, 0))
@@ -81,23 +89,40 @@ def plan_smear(seed: tuple[int, ...], side: int, density: tuple[float, float], a
         count = math.floor(area * between(rng, low, high) + float(rng.random()))
         centres += [_anywhere(rng, side) for _ in range(count)]
         kinds += [kind] * count
-    things = [Thing(kind, centre, (*seed, 1, index)) for index, (kind, centre) in enumerate(zip(kinds, centres, strict=True))]
+    things = [
+        Thing(kind, centre, (*seed, 1, index))
+        for index, (kind, centre) in enumerate(zip(kinds, centres, strict=True))
+    ]
     return Smear(side, side, style, things, seed, marked)
 
 
-def _abnormal_places(rng: np.random.Generator, centres: list[Point], side: int, share: float) -> list[int]:
-    """Which cells are abnormal: none for a share of 0, else at least one, all well inside the picture."""
+def _abnormal_places(
+    rng: np.random.Generator, centres: list[Point], side: int, share: float
+) -> list[int]:
+    """Which cells are abnormal: none for a share of 0, else at least one, all well inside the
+    picture.
+    """
     if share == 0:
         return []
-    inside = [place for place, centre in enumerate(centres) if min(centre) >= INSIDE and max(centre) <= side - INSIDE]
+    inside = [
+        place
+        for place, centre in enumerate(centres)
+        if min(centre) >= INSIDE and max(centre) <= side - INSIDE
+    ]
     if not inside:
         centres[0], inside = (side / 2, side / 2), [0]
-    return [inside[int(place)] for place in rng.permutation(len(inside))[: math.ceil(share * len(inside))]]
+    return [
+        inside[int(place)]
+        for place in rng.permutation(len(inside))[: math.ceil(share * len(inside))]
+    ]
 
 
 def _choose(rng: np.random.Generator, shares: dict[Drawing, float], count: int) -> list[Drawing]:
     kinds, edges = list(shares), np.cumsum(list(shares.values()))
-    return [kinds[int(place)] for place in np.searchsorted(edges[:-1], rng.random(count) * edges[-1], side="right")]
+    return [
+        kinds[int(place)]
+        for place in np.searchsorted(edges[:-1], rng.random(count) * edges[-1], side="right")
+    ]
 
 
 def _anywhere(rng: np.random.Generator, side: int) -> Point:
@@ -130,11 +155,18 @@ def draw_smear(smear: Smear) -> tuple[np.ndarray, list[Box]]:
 
 
 def lesion_boxes(smear: Smear) -> list[Box]:
-    """Boxes (x0, y0, x1, y1) px around whole abnormal cells (cytoplasm and nucleus), clipped to the picture.
+    """Boxes (x0, y0, x1, y1) px around whole abnormal cells (cytoplasm and nucleus), clipped to the
+    picture.
 
-    A cell of which less than `VISIBLE` of the box lies in the picture has none. Only these cells are drawn.
+    A cell of which less than `VISIBLE` of the box lies in the picture has none. Only these cells
+    are drawn.
     """
-    return [box for thing in smear.things if thing.abnormal for box in _visible(thing.draw(smear.style).box(), smear)]
+    return [
+        box
+        for thing in smear.things
+        if thing.abnormal
+        for box in _visible(thing.draw(smear.style).box(), smear)
+    ]
 
 
 def _visible(box: Box, smear: Smear) -> list[Box]:
@@ -147,19 +179,28 @@ def _visible(box: Box, smear: Smear) -> list[Box]:
 def _stamp(canvas: np.ndarray, drawn: Drawn) -> None:
     height, width = drawn.density.shape[1:]
     top, left = max(drawn.row, 0), max(drawn.column, 0)
-    bottom, right = min(drawn.row + height, canvas.shape[1]), min(drawn.column + width, canvas.shape[2])
+    bottom, right = (
+        min(drawn.row + height, canvas.shape[1]),
+        min(drawn.column + width, canvas.shape[2]),
+    )
     if top < bottom and left < right:
-        part = drawn.density[:, top - drawn.row : bottom - drawn.row, left - drawn.column : right - drawn.column]
+        part = drawn.density[
+            :, top - drawn.row : bottom - drawn.row, left - drawn.column : right - drawn.column
+        ]
         canvas[:, top:bottom, left:right] += part
 
 
 def _glass(smear: Smear) -> np.ndarray:
-    """Empty glass: light that falls off towards the edges, and the pen or cover slip of a marked slide."""
+    """Empty glass: light that falls off towards the edges, and the pen or cover slip of a marked
+    slide.
+    """
     rng = _generator((*smear.seed, 2))
     x0, y0 = (between(rng, 0.3, 0.7) for _ in range(2))
     fall = between(rng, 10.0, 45.0)
     x = np.arange(smear.width, dtype=np.float32)[None, :] / np.float32(smear.width) - np.float32(x0)
-    y = np.arange(smear.height, dtype=np.float32)[:, None] / np.float32(smear.height) - np.float32(y0)
+    y = np.arange(smear.height, dtype=np.float32)[:, None] / np.float32(smear.height) - np.float32(
+        y0
+    )
     shade = np.rint((x * x + y * y) * np.float32(fall)).astype(np.int16)
     canvas = np.repeat(shade[None], 3, axis=0)
     if smear.marked:

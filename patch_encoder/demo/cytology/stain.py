@@ -1,7 +1,8 @@
-"""Stains as optical densities, how they differ from slide to slide, and the way from density to pixels.
+"""Stains as optical densities, how they differ from slide to slide, and the way from density to
+pixels.
 
-A pixel is I = I0 * 10^(-density) for each colour channel (Beer-Lambert, with densities that add up; Ruifrok and
-Johnston 2001). Densities are kept as integers of 1 / UNIT.
+A pixel is I = I0 * 10^(-density) for each colour channel (Beer-Lambert, with densities that add up;
+Ruifrok and Johnston 2001). Densities are kept as integers of 1 / UNIT.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Smooth noise fields that tile without a seam, made once a process and cropped at random places.
 
-Value noise (lattice of uniform numbers, smoothstep interpolation), as in Perlin's "An Image Synthesizer" (SIGGRAPH
-1985) but on values and not on gradients: cheaper, and only products and sums.
+Value noise (lattice of uniform numbers, smoothstep interpolation), as in Perlin's "An Image
+Synthesizer" (SIGGRAPH 1985) but on values and not on gradients: cheaper, and only products and
+sums.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ SCALES = (4, 8, 16, 32, 64)
 
 @lru_cache(maxsize=1)
 def _bank() -> dict[int, np.ndarray]:
-    """Noise field (2 * SIDE, 2 * SIDE) float32 in [-1, 1] by lattice spacing, repeated so that crops need no wrap."""
+    """Noise field (2 * SIDE, 2 * SIDE) float32 in [-1, 1] by lattice spacing, repeated so that
+    crops need no wrap.
+    """
     rng = np.random.Generator(np.random.PCG64(20240229))
     return {scale: np.tile(_value_noise(rng, scale), (2, 2)) for scale in SCALES}
 
@@ -37,7 +40,9 @@ def _value_noise(rng: np.random.Generator, scale: int) -> np.ndarray:
 
 
 def noise(rng: np.random.Generator, shape: tuple[int, int], scale: int) -> np.ndarray:
-    """A crop (height, width) float32 in [-1, 1] with details of about `scale` pixels; a view, not to be written to."""
+    """A crop (height, width) float32 in [-1, 1] with details of about `scale` pixels; a view, not
+    to be written to.
+    """
     y, x = (int(value) for value in rng.integers(0, SIDE, 2))
     assert max(shape) <= SIDE
     return _bank()[scale][y : y + shape[0], x : x + shape[1]]

@@ -1,4 +1,6 @@
-"""What the doors of the compiled operators share, with an operator that is not built; the operators' own tests do the rest."""
+"""What the doors of the compiled operators share, with an operator that is not built; the
+operators' own tests do the rest.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,14 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.ops.compiled_op import CompiledOp, bound_of, compute_dtype, empty_gradients, takes_compiled, warn_once
+from common.ops.compiled_op import (
+    CompiledOp,
+    bound_of,
+    compute_dtype,
+    empty_gradients,
+    takes_compiled,
+    warn_once,
+)
 
 
 @pytest.fixture
@@ -24,7 +33,9 @@ def missing(tmp_path: Path) -> CompiledOp:
 
 def test_reasons_say_what_is_missing(missing: CompiledOp) -> None:
     assert "libsome_cpu.so is not built" in str(missing.unavailable("cpu"))
-    assert missing.unavailable("cuda") == missing.unavailable("cpu"), "the CPU library has the schema"
+    assert missing.unavailable("cuda") == missing.unavailable("cpu"), (
+        "the CPU library has the schema"
+    )
     assert missing.unavailable("mps") == "there is no compiled kernel for mps"
 
 
@@ -38,7 +49,9 @@ def test_who_asks_comes_before_the_environment(
     monkeypatch.delenv("SOME_BACKEND", raising=False)
     with caplog.at_level(logging.WARNING):
         assert [takes(), takes(), takes("reference")] == [False] * 3
-    assert [record.getMessage().split(",")[0] for record in caplog.records] == ["some operator runs in plain PyTorch"]
+    assert [record.getMessage().split(",")[0] for record in caplog.records] == [
+        "some operator runs in plain PyTorch"
+    ]
     monkeypatch.setenv("SOME_BACKEND", "compiled")
     assert not takes("auto")
     with pytest.raises(UserError, match="SOME_BACKEND=compiled: .*not built"):

@@ -1,4 +1,6 @@
-"""Processes that really die or hang: what they were at is known, the others go on, nothing is left behind."""
+"""Processes that really die or hang: what they were at is known, the others go on, nothing is left
+behind.
+"""
 
 from __future__ import annotations
 
@@ -45,12 +47,27 @@ def outcomes(jobs: list[str], workers: int, timeout: float = 60.0) -> list[objec
 
 
 def test_one_that_dies_takes_no_other_with_it(caplog: pytest.LogCaptureFixture) -> None:
-    jobs = ["a", f"signal {signal.SIGSEGV:d}", "b", f"signal {signal.SIGKILL:d}", "exit 3", "c", f"signal {signal.SIGABRT:d}"]
+    jobs = [
+        "a",
+        f"signal {signal.SIGSEGV:d}",
+        "b",
+        f"signal {signal.SIGKILL:d}",
+        "exit 3",
+        "c",
+        f"signal {signal.SIGABRT:d}",
+    ]
     found = outcomes(jobs, 2)
-    assert found[0::2] == ["a done", "b done", "the reader ended with status 3", "the reader crashed (signal 6, SIGABRT)"]
+    assert found[0::2] == [
+        "a done",
+        "b done",
+        "the reader ended with status 3",
+        "the reader crashed (signal 6, SIGABRT)",
+    ]
     assert found[1] == "the reader crashed (signal 11, SIGSEGV)"
     assert found[3] == "the reader was killed (signal 9, SIGKILL: out of memory?)"
-    again = [record.getMessage() for record in caplog.records if "tried once more" in record.getMessage()]
+    again = [
+        record.getMessage() for record in caplog.records if "tried once more" in record.getMessage()
+    ]
     assert len(again) == 4, "each had a second try"
 
 
@@ -69,7 +86,9 @@ def test_what_a_job_raises_is_its_result(workers: int, caplog: pytest.LogCapture
         "expected x, found y",
     ]
     text = caplog.text
-    assert text.count("Traceback") == 1 and "misbehave" in text, "where a bug is, but not what the user has to mend"
+    assert text.count("Traceback") == 1 and "misbehave" in text, (
+        "where a bug is, but not what the user has to mend"
+    )
     assert outcomes([], workers) == []
 
 
@@ -136,7 +155,9 @@ def test_no_process_outlives_the_main_one(number: int, root: Path) -> None:
         os.kill(process.pid, number)
     process.wait(20)
     errors = process.stderr.read()
-    assert errors.count("KeyboardInterrupt") == (number == signal.SIGINT), "the main process says so, no worker does"
+    assert errors.count("KeyboardInterrupt") == (number == signal.SIGINT), (
+        "the main process says so, no worker does"
+    )
     deadline = time.monotonic() + 10
     while any(map(running, workers)) and time.monotonic() < deadline:
         time.sleep(0.02)

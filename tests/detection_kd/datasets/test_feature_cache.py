@@ -1,4 +1,6 @@
-"""The cache of a frozen backbone's features: the same numbers, shared by runs, never half a file, never another set's."""
+"""The cache of a frozen backbone's features: the same numbers, shared by runs, never half a file,
+never another set's.
+"""
 
 from __future__ import annotations
 
@@ -46,17 +48,39 @@ def files(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "d2vfm_cache").glob("*.npy"))
 
 
-@pytest.mark.parametrize("switch", [["pooling=attention"], ["pooling=gem", "needles=[0,1]"], ["needles=[0,1]", "adapter=ln"]])
-def test_cached_training_is_training_on_tiles(switch: list[str], pairs_root: Path, backbone_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "switch",
+    [["pooling=attention"], ["pooling=gem", "needles=[0,1]"], ["needles=[0,1]", "adapter=ln"]],
+)
+def test_cached_training_is_training_on_tiles(
+    switch: list[str], pairs_root: Path, backbone_path: Path, tmp_path: Path
+) -> None:
     assert train(pairs_root, backbone_path, tmp_path / "tiles", *STILL, *switch) == 0
     assert cached(pairs_root, backbone_path, tmp_path / "cached", *switch) == 0
-    tiles, from_cache = (load_student(tmp_path / name / "checkpoint_best.pt")[0].state_dict() for name in ("tiles", "cached"))
+    tiles, from_cache = (
+        load_student(tmp_path / name / "checkpoint_best.pt")[0].state_dict()
+        for name in ("tiles", "cached")
+    )
     assert tiles.keys() == from_cache.keys()
-    assert all(torch.allclose(tiles[name], from_cache[name], rtol=1e-3, atol=1e-4) for name in tiles)
+    assert all(
+        torch.allclose(tiles[name], from_cache[name], rtol=1e-3, atol=1e-4) for name in tiles
+    )
 
 
-def test_rows_are_what_the_backbone_gives(pairs_root: Path, backbone_path: Path, tmp_path: Path) -> None:
-    assert cached(pairs_root, backbone_path, tmp_path / "run", "needles=[0,1]", "views=2", "input_scale=0.75") == 0
+def test_rows_are_what_the_backbone_gives(
+    pairs_root: Path, backbone_path: Path, tmp_path: Path
+) -> None:
+    assert (
+        cached(
+            pairs_root,
+            backbone_path,
+            tmp_path / "run",
+            "needles=[0,1]",
+            "views=2",
+            "input_scale=0.75",
+        )
+        == 0
+    )
     pairs = read_pairs(pairs_root)
     student = Student(load_backbone(backbone_path)[0], [0, 1], "mpa", DIM, 0.75).eval()
     assert len(files(tmp_path)) == 4
@@ -71,7 +95,10 @@ def test_rows_are_what_the_backbone_gives(pairs_root: Path, backbone_path: Path,
 
 def test_items_are_turn_by_turn_and_batches_are_items() -> None:
     turns = [
-        [np.random.default_rng(t).normal(size=(5, 3, 2, 2)).astype(np.float16), np.full((5, 4, 1, 1), t, np.float32)]
+        [
+            np.random.default_rng(t).normal(size=(5, 3, 2, 2)).astype(np.float16),
+            np.full((5, 4, 1, 1), t, np.float32),
+        ]
         for t in range(2)
     ]
     teacher = torch.arange(5.0)[:, None]
@@ -79,14 +106,22 @@ def test_items_are_turn_by_turn_and_batches_are_items() -> None:
     assert len(tiles) == 6
     for index, (turn, row) in enumerate([(0, 4), (0, 0), (0, 2), (1, 4), (1, 0), (1, 2)]):
         (first, second), feature = tiles[index]
-        assert first.dtype == torch.float32 and np.array_equal(first.numpy(), turns[turn][0][row].astype(np.float32))
+        assert first.dtype == torch.float32 and np.array_equal(
+            first.numpy(), turns[turn][0][row].astype(np.float32)
+        )
         assert (second == turn).all() and feature == row
     maps, features = whole_batch(tiles.__getitems__([5, 0, 4]))
-    assert features.flatten().tolist() == [2, 4, 0] and maps[1].flatten(1)[:, 0].tolist() == [1, 0, 1]
+    assert features.flatten().tolist() == [2, 4, 0] and maps[1].flatten(1)[:, 0].tolist() == [
+        1,
+        0,
+        1,
+    ]
     assert torch.equal(maps[0][1], tiles[0][0][0])
 
 
-def test_other_runs_share_the_files(pairs_root: Path, backbone_path: Path, tmp_path: Path, counted: list[int]) -> None:
+def test_other_runs_share_the_files(
+    pairs_root: Path, backbone_path: Path, tmp_path: Path, counted: list[int]
+) -> None:
     probes = feature_cache.PROBES
     assert cached(pairs_root, backbone_path, tmp_path / "first") == 0
     assert counted == [probes, 24]
@@ -96,13 +131,19 @@ def test_other_runs_share_the_files(pairs_root: Path, backbone_path: Path, tmp_p
     assert cached(pairs_root, backbone_path, tmp_path / "second", *others) == 0
     assert counted == [probes] and [path.stat().st_mtime_ns for path in files(tmp_path)] == stamps
     counted.clear()
-    assert cached(pairs_root, backbone_path, tmp_path / "more stages", "needles=[0,1]", "views=2") == 0
+    assert (
+        cached(pairs_root, backbone_path, tmp_path / "more stages", "needles=[0,1]", "views=2") == 0
+    )
     assert counted == [probes, probes, 24, 24] and len(files(tmp_path)) == 4
     assert files(tmp_path)[1].stat().st_mtime_ns == stamps[0], "needle 1 of turn 0 was there"
 
 
-@pytest.mark.parametrize("setting", ["pooling=gem", "cache_dtype=float16", "input_scale=0.5", "precision=bf16"])
-def test_what_changes_the_numbers_changes_the_name(setting: str, pairs_root: Path, backbone_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "setting", ["pooling=gem", "cache_dtype=float16", "input_scale=0.5", "precision=bf16"]
+)
+def test_what_changes_the_numbers_changes_the_name(
+    setting: str, pairs_root: Path, backbone_path: Path, tmp_path: Path
+) -> None:
     assert cached(pairs_root, backbone_path, tmp_path / "first") == 0
     assert cached(pairs_root, backbone_path, tmp_path / "second", setting) == 0
     assert len(files(tmp_path)) == 2
@@ -166,16 +207,24 @@ def test_a_full_disk_is_one_line(
 
 
 def test_numbers_that_float16_cannot_hold_are_said(
-    pairs_root: Path, backbone_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pairs_root: Path,
+    backbone_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     forward = FrozenMaps.forward
-    monkeypatch.setattr(FrozenMaps, "forward", lambda self, pixels: [x * 0 + 1e5 for x in forward(self, pixels)])
+    monkeypatch.setattr(
+        FrozenMaps, "forward", lambda self, pixels: [x * 0 + 1e5 for x in forward(self, pixels)]
+    )
     assert cached(pairs_root, backbone_path, tmp_path / "r", "cache_dtype=float16") == 2
     assert "set cache_dtype=float32" in capsys.readouterr().err
     assert cached(pairs_root, backbone_path, tmp_path / "fits") == 0
 
 
 def test_cache_dir_is_where_it_lies(pairs_root: Path, backbone_path: Path, tmp_path: Path) -> None:
-    assert cached(pairs_root, backbone_path, tmp_path / "run", f"cache_dir={tmp_path}/elsewhere") == 0
+    assert (
+        cached(pairs_root, backbone_path, tmp_path / "run", f"cache_dir={tmp_path}/elsewhere") == 0
+    )
     assert len(list((tmp_path / "elsewhere").glob("*.npy"))) == 1 and not files(tmp_path)
     assert train_d2vfm.Config.__dataclass_fields__["cache_dir"].metadata["runtime"]

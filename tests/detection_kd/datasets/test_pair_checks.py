@@ -1,4 +1,6 @@
-"""Every problem of a distillation set in one line and one table, before training; and training without the bad pairs."""
+"""Every problem of a distillation set in one line and one table, before training; and training
+without the bad pairs.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,13 @@ from common.cli import run
 from common.errors import UserError
 from detection_kd import train_d2vfm
 from detection_kd.datasets.distillation import pairs_digest, read_pairs
-from tests.detection_kd.distillation_sets import SIDE, read_listing, write_backbone, write_listing, write_set
+from tests.detection_kd.distillation_sets import (
+    SIDE,
+    read_listing,
+    write_backbone,
+    write_listing,
+    write_set,
+)
 
 
 @pytest.fixture
@@ -44,9 +52,12 @@ def break_everything(root: Path) -> set[tuple[str, str, str]]:
             image["height"] = 2 * SIDE
     write_listing(root, [*images, images[-1], {"file_name": "../set/ann.json"}, {"id": 7}])
     return {
-        ("S0", "0_0", "missing picture"), ("S0", "1_0", "missing feature"), ("S0", "2_0", "undecodable picture"),
-        ("S1", "0_1", "not finite"), ("S1", "1_1", "other width"), ("S1", "2_1", "unreadable feature"),
-        ("S1", "3_1", "unreadable feature"), ("S2", "0_2", "listing disagrees"), ("S2", "9_9", "feature without picture"),
+        ("S0", "0_0", "missing picture"), ("S0", "1_0", "missing feature"),
+        ("S0", "2_0", "undecodable picture"),
+        ("S1", "0_1", "not finite"), ("S1", "1_1", "other width"), ("S1", "2_1", "unreadable "
+                                                                                 "feature"),
+        ("S1", "3_1", "unreadable feature"), ("S2", "0_2", "listing disagrees"),
+        ("S2", "9_9", "feature without picture"),
         ("S2", "8_8", "not listed"), ("S2", "2_2", "other size"), ("S3", "3_3", "duplicate"),
         ("", "../set/ann.json", "bad entry"), ("", "None", "bad entry"),
     }  # fmt: skip
@@ -57,8 +68,16 @@ def test_every_problem_is_told_at_once(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         read_pairs(folder, report=report)
     message = str(caught.value)
-    assert message.startswith(f"{folder}: 14 problems (2 ") and f"all in {report}; first: " in message and "\n" not in message
-    assert "2 unreadable feature" in message and "1 missing picture" in message and "skip_bad=true" in message
+    assert (
+        message.startswith(f"{folder}: 14 problems (2 ")
+        and f"all in {report}; first: " in message
+        and "\n" not in message
+    )
+    assert (
+        "2 unreadable feature" in message
+        and "1 missing picture" in message
+        and "skip_bad=true" in message
+    )
     with report.open() as stream:
         rows = list(csv.DictReader(stream))
     assert {(row["slide"], row["patch"], row["kind"]) for row in rows} == expected
@@ -69,14 +88,25 @@ def test_the_good_pairs_can_be_trained_on(folder: Path, tmp_path: Path) -> None:
     whole = read_pairs(folder)
     break_everything(folder)
     backbone, output = write_backbone(tmp_path / "backbone.pt"), tmp_path / "run"
-    arguments = [f"dataset={folder}", f"backbone={backbone}", f"output={output}", "device=cpu", "workers=0", "precision=fp32"]
+    arguments = [
+        f"dataset={folder}",
+        f"backbone={backbone}",
+        f"output={output}",
+        "device=cpu",
+        "workers=0",
+        "precision=fp32",
+    ]
     arguments += ["epochs=1", "batch_size=4"]
     assert run(train_d2vfm.main, train_d2vfm.Config, arguments) == 2
-    assert len((output / "problems.csv").read_text().splitlines()) == 15 and not (output / "run.json").exists()
+    assert (
+        len((output / "problems.csv").read_text().splitlines()) == 15
+        and not (output / "run.json").exists()
+    )
     assert run(train_d2vfm.main, train_d2vfm.Config, [*arguments, "skip_bad=true"]) == 0
-    bad = {(row["slide"], row["patch"]) for row in csv.DictReader((output / "problems.csv").read_text().splitlines())} - {
-        ("S3", "3_3")
-    }
+    bad = {
+        (row["slide"], row["patch"])
+        for row in csv.DictReader((output / "problems.csv").read_text().splitlines())
+    } - {("S3", "3_3")}
     left = [pair for pair in whole if (pair.slide_id, pair.image.stem) not in bad]
     assert len(left) == 7 and pairs_digest(read_pairs(folder, skip_bad=True)) == pairs_digest(left)
 
@@ -118,7 +148,9 @@ def test_half_precision_and_integer_features(folder: Path) -> None:
         read_pairs(folder)
 
 
-def test_a_picture_that_is_a_bomb_is_a_problem(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_is_a_bomb_is_a_problem(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(UserError, match="16 undecodable picture"):
         read_pairs(folder)
@@ -127,6 +159,8 @@ def test_a_picture_that_is_a_bomb_is_a_problem(folder: Path, monkeypatch: pytest
 def test_grey_and_transparent_tiles_become_rgb(folder: Path) -> None:
     from detection_kd.datasets.distillation import DistillationTiles
 
-    Image.fromarray(np.full((SIDE, SIDE), 90, np.uint8)).save(folder / "wsi_root" / "S0" / "0_0.png")
+    Image.fromarray(np.full((SIDE, SIDE), 90, np.uint8)).save(
+        folder / "wsi_root" / "S0" / "0_0.png"
+    )
     tile, _ = DistillationTiles(read_pairs(folder), augment=False, seed=0)[0]
     assert tile.shape == (3, SIDE, SIDE) and (tile == 90).all()

@@ -14,9 +14,20 @@ from detection_kd.split_coco import Config, main
 @pytest.fixture
 def annotations(tmp_path: Path) -> Path:
     """Twelve images of four slides, two boxes each."""
-    images = [{"id": 100 + i, "file_name": f"slide{i // 3}_{i}.jpg", "width": 8, "height": 8} for i in range(12)]
-    boxes = [{"id": i, "image_id": 100 + i // 2, "category_id": 7, "bbox": [0, 0, 2, 2]} for i in range(24)]
-    document = {"info": {"by": "us"}, "images": images, "annotations": boxes, "categories": [{"id": 7, "name": "cell"}]}
+    images = [
+        {"id": 100 + i, "file_name": f"slide{i // 3}_{i}.jpg", "width": 8, "height": 8}
+        for i in range(12)
+    ]
+    boxes = [
+        {"id": i, "image_id": 100 + i // 2, "category_id": 7, "bbox": [0, 0, 2, 2]}
+        for i in range(24)
+    ]
+    document = {
+        "info": {"by": "us"},
+        "images": images,
+        "annotations": boxes,
+        "categories": [{"id": 7, "name": "cell"}],
+    }
     path = tmp_path / "all.json"
     path.write_text(json.dumps(document))
     return path
@@ -35,14 +46,25 @@ def lists(folder: Path, **names: list[str]) -> Path:
 
 def test_lists_decide(annotations: Path, tmp_path: Path) -> None:
     given = lists(tmp_path / "lists", train=["slide0_0", "slide1_3.jpg"], test=["slide3_11"])
-    assert run(main, Config, [f"annotations={annotations}", f"output={tmp_path / 'out'}", f"lists={given}"]) == 0
+    assert (
+        run(
+            main,
+            Config,
+            [f"annotations={annotations}", f"output={tmp_path / 'out'}", f"lists={given}"],
+        )
+        == 0
+    )
     found = read(tmp_path / "out")
-    assert {split: [image["id"] for image in document["images"]] for split, document in found.items()} == {
+    assert {
+        split: [image["id"] for image in document["images"]] for split, document in found.items()
+    } == {
         "train": [100, 103],
         "test": [111],
     }
     assert [box["id"] for box in found["train"]["annotations"]] == [0, 1, 6, 7]
-    assert found["test"]["categories"] == [{"id": 7, "name": "cell"}] and found["test"]["info"] == {"by": "us"}
+    assert found["test"]["categories"] == [{"id": 7, "name": "cell"}] and found["test"]["info"] == {
+        "by": "us"
+    }
 
 
 def test_groups_stay_together_and_every_image_has_a_side(annotations: Path, tmp_path: Path) -> None:
@@ -50,9 +72,15 @@ def test_groups_stay_together_and_every_image_has_a_side(annotations: Path, tmp_
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert run(main, Config, [*arguments, f"output={tmp_path / name}", f"seed={seed}"]) == 0
     found = read(tmp_path / "a")
-    slides = [{image["file_name"].partition("_")[0] for image in document["images"]} for document in found.values()]
+    slides = [
+        {image["file_name"].partition("_")[0] for image in document["images"]}
+        for document in found.values()
+    ]
     assert sorted(map(len, slides)) == [1, 1, 2] and len(set.union(*slides)) == 4
-    assert len(found["train"]["images"]) == 6 and sum(len(document["annotations"]) for document in found.values()) == 24
+    assert (
+        len(found["train"]["images"]) == 6
+        and sum(len(document["annotations"]) for document in found.values()) == 24
+    )
     assert found == read(tmp_path / "b") and found != read(tmp_path / "c")
 
 
@@ -78,6 +106,8 @@ def test_what_cannot_be_split_is_one_line(
     (tmp_path / "empty").mkdir()
     lists(tmp_path / "unknown", train=["nobody"])
     lists(tmp_path / "twice", train=["slide0_0"], val=["slide0_0"])
-    assert run(main, Config, [f"annotations={annotations}", f"output={tmp_path / 'out'}", change]) == 2
+    assert (
+        run(main, Config, [f"annotations={annotations}", f"output={tmp_path / 'out'}", change]) == 2
+    )
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

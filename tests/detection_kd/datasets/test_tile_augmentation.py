@@ -1,4 +1,6 @@
-"""Augmentation of tiles: repeatable, what each option changes, sizes of a step, and the teacher on augmented views."""
+"""Augmentation of tiles: repeatable, what each option changes, sizes of a step, and the teacher on
+augmented views.
+"""
 
 from __future__ import annotations
 
@@ -53,18 +55,24 @@ def test_augmentation_follows_seed_epoch_and_index(option: dict, picture: torch.
 
 
 def test_options_leave_flips_and_turns_as_they_were(picture: torch.Tensor) -> None:
-    """The published augmentation draws first: switching stain on does not change how a tile is turned."""
+    """The published augmentation draws first: switching stain on does not change how a tile is
+    turned.
+    """
     tile = picture.permute(1, 2, 0).numpy()
     for index in range(8):
         turns, flip = np.random.default_rng((1, 2, index)).integers((4, 2))
         expected = np.rot90(tile[:, ::-1] if flip else tile, turns)
-        assert np.array_equal(TileAugmentation()(tile, np.random.default_rng((1, 2, index))), expected)
+        assert np.array_equal(
+            TileAugmentation()(tile, np.random.default_rng((1, 2, index))), expected
+        )
         still = TileAugmentation(stain=lambda pixels, _: pixels)
         assert np.array_equal(still(tile, np.random.default_rng((1, 2, index))), expected)
 
 
 def test_hed_jitter_scales_and_shifts_the_amounts_of_three_stains(picture: torch.Tensor) -> None:
-    """By hand with scikit-image's matrix; its own rgb2hed cuts negative amounts off, which no inverse brings back."""
+    """By hand with scikit-image's matrix; its own rgb2hed cuts negative amounts off, which no
+    inverse brings back.
+    """
     jittered = HedJitter(0.1, 0.1)(picture, generator(4))
     drawn = (torch.rand(3, 2, generator=generator(4)) * 2 - 1).double().numpy() * 0.1
     for y, x in ((0, 0), (20, 31), (47, 5)):
@@ -115,7 +123,14 @@ def keys(folder: Path, output: Path, *more: str) -> list[str]:
     backbone = output.parent / "backbone.pt"
     if not backbone.exists():
         write_backbone(backbone)
-    base = [f"dataset={folder}", f"backbone={backbone}", f"output={output}", "device=cpu", "workers=0", "precision=fp32"]
+    base = [
+        f"dataset={folder}",
+        f"backbone={backbone}",
+        f"output={output}",
+        "device=cpu",
+        "workers=0",
+        "precision=fp32",
+    ]
     return [*base, "epochs=1", "batch_size=4", "val_share=0.3", *more]
 
 
@@ -128,19 +143,34 @@ def model(output: Path) -> dict[str, torch.Tensor]:
 
 
 def losses(output: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
-def test_online_teacher_without_augmentation_is_the_stored_one(folder: Path, tmp_path: Path) -> None:
+def test_online_teacher_without_augmentation_is_the_stored_one(
+    folder: Path, tmp_path: Path
+) -> None:
     assert train(folder, tmp_path / "stored", "augment=false") == 0
     assert train(folder, tmp_path / "online", "augment=false", "online_teacher=stain_texture") == 0
     stored, online = model(tmp_path / "stored"), model(tmp_path / "online")
     assert all(torch.allclose(stored[name], online[name], atol=1e-5) for name in stored)
     every = [f"augmentation.{name}={value}" for name, value in (ALL | {"stain": 0.1}).items()]
-    assert train(folder, tmp_path / "views", "online_teacher=stain_texture", "augmentation.sizes=[32,40]", *every) == 0
+    assert (
+        train(
+            folder,
+            tmp_path / "views",
+            "online_teacher=stain_texture",
+            "augmentation.sizes=[32,40]",
+            *every,
+        )
+        == 0
+    )
     assert train(folder, tmp_path / "plain", "augmentation.sizes=[32,40]", *every) == 0
     views, plain = model(tmp_path / "views"), model(tmp_path / "plain")
-    assert not all(torch.equal(views[name], plain[name]) for name in views), "the teacher saw what the student saw"
+    assert not all(torch.equal(views[name], plain[name]) for name in views), (
+        "the teacher saw what the student saw"
+    )
 
 
 def test_the_teacher_is_shown_the_augmented_tile(folder: Path) -> None:
@@ -157,12 +187,16 @@ def test_the_teacher_is_shown_the_augmented_tile(folder: Path) -> None:
 @pytest.fixture
 def tiny_torch(monkeypatch: pytest.MonkeyPatch) -> str:
     """A small torch encoder with a resizing transform in the table."""
-    monkeypatch.setitem(encoder_table.ENCODERS, "tiny", EncoderRow("timm", "test_vit", "", 64, Fit(160, 160)))
+    monkeypatch.setitem(
+        encoder_table.ENCODERS, "tiny", EncoderRow("timm", "test_vit", "", 64, Fit(160, 160))
+    )
     return "tiny"
 
 
 def write_teacher(folder: Path, name: str, weights: Path) -> None:
-    """Random weights of timm's test_vit, and their features of the plain tiles as the stored ones."""
+    """Random weights of timm's test_vit, and their features of the plain tiles as the stored
+    ones.
+    """
     torch.manual_seed(0)
     torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), weights)
     encoder = build_encoder(name, str(weights))
@@ -174,7 +208,9 @@ def write_teacher(folder: Path, name: str, weights: Path) -> None:
             torch.save(encoder.model(item[None])[0], pair.image.with_suffix(".pt"))
 
 
-def test_a_torch_teacher_gives_its_stored_features(folder: Path, tmp_path: Path, tiny_torch: str) -> None:
+def test_a_torch_teacher_gives_its_stored_features(
+    folder: Path, tmp_path: Path, tiny_torch: str
+) -> None:
     weights = tmp_path / "vit.pth"
     write_teacher(folder, tiny_torch, weights)
     online = ["augment=false", f"online_teacher={tiny_torch}", f"teacher_weights={weights}"]
@@ -186,11 +222,23 @@ def test_a_torch_teacher_gives_its_stored_features(folder: Path, tmp_path: Path,
 
 
 def test_two_processes_with_a_teacher_are_one(folder: Path, tmp_path: Path) -> None:
-    """Each shows the teacher its own augmented tiles: the same tiles as in one process, wherever they fall."""
+    """Each shows the teacher its own augmented tiles: the same tiles as in one process, wherever
+    they fall.
+    """
     weights = tmp_path / "vit.pth"
     write_teacher(folder, "timm:test_vit", weights)
-    online = ["online_teacher=timm:test_vit", f"teacher_weights={weights}", "epochs=2", "augmentation.crop=true"]
-    online += ["augmentation.colour=0.2", "augmentation.sizes=[32,40]", "extra.distance=1", "pictures=false"]
+    online = [
+        "online_teacher=timm:test_vit",
+        f"teacher_weights={weights}",
+        "epochs=2",
+        "augmentation.crop=true",
+    ]
+    online += [
+        "augmentation.colour=0.2",
+        "augmentation.sizes=[32,40]",
+        "extra.distance=1",
+        "pictures=false",
+    ]
     assert train(folder, tmp_path / "one", *online) == 0
     run_two_processes("detection_kd.train_d2vfm", keys(folder, tmp_path / "two", *online))
     one, two = model(tmp_path / "one"), model(tmp_path / "two")
@@ -203,15 +251,26 @@ def test_two_processes_with_a_teacher_are_one(folder: Path, tmp_path: Path) -> N
 
 def test_a_teacher_gets_no_gradient() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 5))
-    encoder = Encoder("e", 5, ToInputSize(None), PixelEncoder(network, IMAGENET), {"weights_sha256": "", "transform": ""})
+    encoder = Encoder(
+        "e",
+        5,
+        ToInputSize(None),
+        PixelEncoder(network, IMAGENET),
+        {"weights_sha256": "", "transform": ""},
+    )
     teacher = OnlineTeacher(encoder, torch.device("cpu"), "fp32")
     assert not teacher(torch.zeros(2, 3, 4, 4, dtype=torch.uint8)).requires_grad
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
-def test_wrong_teachers_are_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_teachers_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for arguments, expected in (
-        (["online_teacher=mean_colour"], "expected a teacher of width 151 as the stored features, found 3"),
+        (
+            ["online_teacher=mean_colour"],
+            "expected a teacher of width 151 as the stored features, found 3",
+        ),
         (["online_teacher=stain_texture", "cache=true", "augment=false"], "no online_teacher"),
         (["cache=true", "augment=false", "augmentation.sizes=[64]"], "no augmentation.sizes"),
         (["augmentation.sizes=[64]", "scales=[0.5]"], "scales=[1.0] with them"),

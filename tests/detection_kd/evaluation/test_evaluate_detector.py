@@ -1,4 +1,6 @@
-"""Evaluating a detector: the training's own figures again, COCO results that pycocotools reads, resuming, refusals."""
+"""Evaluating a detector: the training's own figures again, COCO results that pycocotools reads,
+resuming, refusals.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,14 @@ from detection_kd import evaluate_detector, train_detector
 from tests.helpers import run_two_processes
 
 TINY = [
-    "backbone=resnet18", "norm=group", "pretrained=false", "epochs=1", "batch_size=4", "workers=0", "lr=0.001",
-    "precision=fp32", "device=cpu", "architecture.hidden_dim=32", "architecture.heads=2", "architecture.feedforward_dim=32",
-    "architecture.encoder_layers=1", "architecture.decoder_layers=1", "architecture.queries=60", "architecture.levels=2",
-    "augmentation.sizes=[48]", "augmentation.crop_sizes=[]", "augmentation.eval_size=48", "augmentation.max_size=64",
+    "backbone=resnet18", "norm=group", "pretrained=false", "epochs=1", "batch_size=4", "workers=0",
+    "lr=0.001",
+    "precision=fp32", "device=cpu", "architecture.hidden_dim=32", "architecture.heads=2",
+    "architecture.feedforward_dim=32",
+    "architecture.encoder_layers=1", "architecture.decoder_layers=1", "architecture.queries=60",
+    "architecture.levels=2",
+    "augmentation.sizes=[48]", "augmentation.crop_sizes=[]", "augmentation.eval_size=48",
+    "augmentation.max_size=64",
     "augmentation.pad_to=96",
 ]  # fmt: skip
 IDS = [7, 2, 40]  # neither contiguous nor in order
@@ -36,16 +42,31 @@ def draw_set(folder: Path, name: str, count: int) -> Path:
     rng = np.random.default_rng(len(name))
     images, annotations = [], []
     for index in range(count):
-        Image.fromarray(rng.integers(0, 255, (56, 64, 3), dtype=np.uint8)).save(folder / f"{name}_{index}.png")
-        images.append({"id": 900 - index, "file_name": f"{name}_{index}.png", "width": 64, "height": 56})
+        Image.fromarray(rng.integers(0, 255, (56, 64, 3), dtype=np.uint8)).save(
+            folder / f"{name}_{index}.png"
+        )
+        images.append(
+            {"id": 900 - index, "file_name": f"{name}_{index}.png", "width": 64, "height": 56}
+        )
         for _ in range(int(index < count - 1) * rng.integers(6, 10)):
             # the size that boxes start with, so that some are hit from the beginning
-            x, y, width, height = (int(v) for v in (*rng.integers(2, 46, 2), *rng.integers(6, 10, 2)))
-            row = {"id": len(annotations) + 1, "image_id": 900 - index, "category_id": IDS[rng.integers(0, 2)], "iscrowd": 0}
+            x, y, width, height = (
+                int(v) for v in (*rng.integers(2, 46, 2), *rng.integers(6, 10, 2))
+            )
+            row = {
+                "id": len(annotations) + 1,
+                "image_id": 900 - index,
+                "category_id": IDS[rng.integers(0, 2)],
+                "iscrowd": 0,
+            }
             annotations.append(row | {"bbox": [x, y, width, height], "area": width * height})
     path = folder / f"{name}.json"
-    categories = [{"id": identifier, "name": label} for identifier, label in zip(IDS, NAMES, strict=True)]
-    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    categories = [
+        {"id": identifier, "name": label} for identifier, label in zip(IDS, NAMES, strict=True)
+    ]
+    path.write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
     return path
 
 
@@ -53,14 +74,34 @@ def draw_set(folder: Path, name: str, count: int) -> Path:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Training and validation set and a detector of one epoch, in `detector/`."""
     path = tmp_path_factory.mktemp("evaluation")
-    sets = [f"train={draw_set(path, 'train', 4)}", f"val={draw_set(path, 'val', 5)}", f"images={path}"]
-    assert run(train_detector.main, train_detector.Config, [*sets, *TINY, f"output={path}/detector"]) == 0
+    sets = [
+        f"train={draw_set(path, 'train', 4)}",
+        f"val={draw_set(path, 'val', 5)}",
+        f"images={path}",
+    ]
+    assert (
+        run(train_detector.main, train_detector.Config, [*sets, *TINY, f"output={path}/detector"])
+        == 0
+    )
     return path
 
 
 def keys(folder: Path, output: Path, *changes: str) -> list[str]:
-    inputs = [f"detector={folder}/detector/checkpoint_best.pt", f"annotations={folder}/val.json", f"images={folder}"]
-    return [*inputs, f"output={output}", "workers=0", "device=cpu", "precision=fp32", "score=0.005", "overlays=3", *changes]
+    inputs = [
+        f"detector={folder}/detector/checkpoint_best.pt",
+        f"annotations={folder}/val.json",
+        f"images={folder}",
+    ]
+    return [
+        *inputs,
+        f"output={output}",
+        "workers=0",
+        "device=cpu",
+        "precision=fp32",
+        "score=0.005",
+        "overlays=3",
+        *changes,
+    ]
 
 
 def evaluate(folder: Path, output: Path, *changes: str) -> int:
@@ -94,9 +135,13 @@ def test_the_validation_set_gives_the_figures_of_the_training(folder: Path, fini
     assert sum(row["hits"] + row["misses"] for row in at_score.values()) == len(boxes)
 
 
-def test_pycocotools_reads_the_predictions_with_the_same_result(folder: Path, finished: Path) -> None:
+def test_pycocotools_reads_the_predictions_with_the_same_result(
+    folder: Path, finished: Path
+) -> None:
     rows = read(finished / "predictions.json")
-    assert {row["image_id"] for row in rows} == {900, 899, 898, 897, 896} and {row["category_id"] for row in rows} <= set(IDS)
+    assert {row["image_id"] for row in rows} == {900, 899, 898, 897, 896} and {
+        row["category_id"] for row in rows
+    } <= set(IDS)
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(folder / "val.json"))
         evaluation = COCOeval(truth, truth.loadRes(str(finished / "predictions.json")), "bbox")
@@ -104,7 +149,9 @@ def test_pycocotools_reads_the_predictions_with_the_same_result(folder: Path, fi
         evaluation.accumulate()
         evaluation.summarize()
     results = read(finished / "results.json")
-    assert evaluation.stats[:3] == pytest.approx([results["AP"], results["AP50"], results["AP75"]], abs=1e-6)
+    assert evaluation.stats[:3] == pytest.approx(
+        [results["AP"], results["AP50"], results["AP75"]], abs=1e-6
+    )
     asc = evaluation.eval["precision"][:, :, evaluation.params.catIds.index(2), 0, -1].mean()
     assert asc == pytest.approx(results["AP/ASC"], abs=1e-6)
 
@@ -117,7 +164,13 @@ def test_pictures_are_there_and_open(finished: Path) -> None:
             image.load()
             assert min(image.size) > 300
     assert len(list((finished / "overlays").iterdir())) == 3
-    assert {path.stem for path in (finished / "overlays").iterdir()} <= {"900", "899", "898", "897", "896"}
+    assert {path.stem for path in (finished / "overlays").iterdir()} <= {
+        "900",
+        "899",
+        "898",
+        "897",
+        "896",
+    }
 
 
 def test_finished_work_is_left_alone_and_other_settings_refused(
@@ -126,7 +179,9 @@ def test_finished_work_is_left_alone_and_other_settings_refused(
     assert evaluate(folder, tmp_path / "e") == 0
     stamp = (tmp_path / "e" / "predictions.json").stat().st_mtime_ns
     assert evaluate(folder, tmp_path / "e") == 0
-    assert evaluate(folder, tmp_path / "e", "eval_size=48") == 0  # what the checkpoint says, said again
+    assert (
+        evaluate(folder, tmp_path / "e", "eval_size=48") == 0
+    )  # what the checkpoint says, said again
     assert (tmp_path / "e" / "predictions.json").stat().st_mtime_ns == stamp
     assert evaluate(folder, tmp_path / "e", "eval_size=40") == 2
     assert "config.eval_size 48 -> 40" in capsys.readouterr().err
@@ -137,13 +192,17 @@ def test_finished_work_is_left_alone_and_other_settings_refused(
     (tmp_path / "e" / "results.json").unlink()  # killed before its end
     assert evaluate(folder, tmp_path / "e") == 0 and (tmp_path / "e" / "results.json").is_file()
     assert evaluate(folder, tmp_path / "e", "overlays=1", "overwrite=true") == 0
-    assert len(list((tmp_path / "e" / "overlays").iterdir())) == 1  # those of the other settings are gone
+    assert (
+        len(list((tmp_path / "e" / "overlays").iterdir())) == 1
+    )  # those of the other settings are gone
 
 
 def test_two_processes_give_the_same_files(folder: Path, finished: Path, tmp_path: Path) -> None:
     run_two_processes("detection_kd.evaluate_detector", keys(folder, tmp_path / "two"))
     one, two = (read(path / "predictions.json") for path in (finished, tmp_path / "two"))
-    assert [(row["image_id"], row["category_id"]) for row in one] == [(row["image_id"], row["category_id"]) for row in two]
+    assert [(row["image_id"], row["category_id"]) for row in one] == [
+        (row["image_id"], row["category_id"]) for row in two
+    ]
     assert np.allclose([row["bbox"] for row in one], [row["bbox"] for row in two], atol=1e-3)
     first, second = (read(path / "results.json") for path in (finished, tmp_path / "two"))
     for results in (first, second):
@@ -154,16 +213,32 @@ def test_two_processes_give_the_same_files(folder: Path, finished: Path, tmp_pat
     )
 
 
-@pytest.mark.parametrize(("most", "kept"), [(3, 3), (150, 150), (500, 180)])  # 60 queries of 3 classes
-def test_as_many_detections_are_kept_as_asked_for(folder: Path, tmp_path: Path, most: int, kept: int) -> None:
+@pytest.mark.parametrize(
+    ("most", "kept"), [(3, 3), (150, 150), (500, 180)]
+)  # 60 queries of 3 classes
+def test_as_many_detections_are_kept_as_asked_for(
+    folder: Path, tmp_path: Path, most: int, kept: int
+) -> None:
     assert evaluate(folder, tmp_path / "e", f"max_detections={most}", "overlays=0") == 0
     assert len(read(tmp_path / "e" / "predictions.json")) == 5 * kept
     assert not (tmp_path / "e" / "overlays").exists()
 
 
 def test_one_class_for_all_categories(folder: Path, tmp_path: Path) -> None:
-    sets = [f"train={folder}/train.json", f"val={folder}/val.json", f"images={folder}", "class_agnostic=true"]
-    assert run(train_detector.main, train_detector.Config, [*sets, *TINY, f"output={tmp_path}/detector"]) == 0
+    sets = [
+        f"train={folder}/train.json",
+        f"val={folder}/val.json",
+        f"images={folder}",
+        "class_agnostic=true",
+    ]
+    assert (
+        run(
+            train_detector.main,
+            train_detector.Config,
+            [*sets, *TINY, f"output={tmp_path}/detector"],
+        )
+        == 0
+    )
     assert evaluate(folder, tmp_path / "e", f"detector={tmp_path}/detector/checkpoint_best.pt") == 0
     results = read(tmp_path / "e" / "results.json")
     trained = read(tmp_path / "detector" / "results.json")
@@ -180,32 +255,47 @@ def changed(folder: Path, path: Path, **changes: Any) -> str:
     return f"detector={path}/changed.pt"
 
 
-def test_what_cannot_be_evaluated_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_evaluated_is_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     document = read(folder / "val.json")
     document["categories"][0]["name"] = "LSIL"
     (tmp_path / "renamed.json").write_text(json.dumps(document))
     training = str(folder / "detector")
     for change, expected in {
-        f"annotations={tmp_path}/renamed.json": "['ASC', 'HSIL', 'none of these'], found ['ASC', 'LSIL', 'none of these']",
+        f"annotations={tmp_path}/renamed.json": "['ASC', 'HSIL', 'none of these'], found ['ASC', "
+        "'LSIL', 'none of these']",
         f"detector={folder}/detector/backbone.pt": "expected a detector checkpoint",
         "max_detections=0": "max_detections=0: expected at least 1",
         "overlays=-1": "overlays=-1: expected at least 0",
         "eval_size=-1": "eval_size=-1: expected at least 0",
         "iou=0": "iou=0.0",
         "score=1.5": "score=1.5",
-        f"output={training}": f"output={training}: expected a folder for the evaluation, found a training run",
-        changed(folder, tmp_path, config={"training": {}}): "holds no training settings to take sizes from",
+        f"output={training}": f"output={training}: expected a folder for the evaluation, found a "
+        "training run",
+        changed(
+            folder, tmp_path, config={"training": {}}
+        ): "holds no training settings to take sizes from",
     }.items():
         assert evaluate(folder, tmp_path / "e", change, "overwrite=true") == 2, change
         error = capsys.readouterr().err.strip()
         assert expected in error and error.startswith("error: ") and "\n" not in error, change
     assert not (tmp_path / "e").exists() and (folder / "detector" / "checkpoint_best.pt").is_file()
     assert (
-        evaluate(folder, tmp_path / "e", changed(folder, tmp_path, config={"training": {}}), "eval_size=48", "max_size=64") == 0
+        evaluate(
+            folder,
+            tmp_path / "e",
+            changed(folder, tmp_path, config={"training": {}}),
+            "eval_size=48",
+            "max_size=64",
+        )
+        == 0
     )
 
 
-def test_a_detector_of_nans_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_detector_of_nans_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert evaluate(folder, tmp_path / "e", changed(folder, tmp_path, factor=float("nan"))) == 2
     assert "val_0.png: expected finite boxes and scores, found NaN" in capsys.readouterr().err
     assert not (tmp_path / "e" / "results.json").exists()

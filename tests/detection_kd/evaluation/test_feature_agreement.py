@@ -1,4 +1,6 @@
-"""Agreement of student and teacher against scikit-learn, against loops, and on cases with a known answer."""
+"""Agreement of student and teacher against scikit-learn, against loops, and on cases with a known
+answer.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def test_r2_is_scikit_learns_and_undefined_where_the_teacher_is_constant() -> No
     assert r2.isnan().nonzero().tolist() == [[2]]
     known = np.delete(r2.numpy(), 2)
     quantiles = metrics.r2_quantiles(r2)
-    assert [quantiles[name] for name in ("r2_p10", "r2_median", "r2_p90")] == pytest.approx(np.quantile(known, [0.1, 0.5, 0.9]))
+    assert [quantiles[name] for name in ("r2_p10", "r2_median", "r2_p90")] == pytest.approx(
+        np.quantile(known, [0.1, 0.5, 0.9])
+    )
 
 
 @pytest.mark.parametrize("block", [7, 60, 2048])
@@ -41,7 +45,10 @@ def test_neighbours_are_scikit_learns(block: int, monkeypatch: pytest.MonkeyPatc
         found[name] = oracle.kneighbors(return_distance=False)
         assert metrics.nearest_neighbours(x, 10).tolist() == found[name].tolist()
     for k, share in metrics.neighbour_agreement(student, teacher, [1, 5, 10]).items():
-        overlaps = [len({*s[:k]} & {*t[:k]}) / k for s, t in zip(found["student"], found["teacher"], strict=True)]
+        overlaps = [
+            len({*s[:k]} & {*t[:k]}) / k
+            for s, t in zip(found["student"], found["teacher"], strict=True)
+        ]
         assert share == pytest.approx(np.mean(overlaps))
         assert 0 < share < 1
 
@@ -54,7 +61,9 @@ def test_linear_cka_is_the_alignment_of_centred_kernels() -> None:
         return centred @ centred.T
 
     k, other = kernel(student), kernel(teacher)
-    assert metrics.linear_cka(student, teacher) == pytest.approx(((k * other).sum() / (k.norm() * other.norm())).item())
+    assert metrics.linear_cka(student, teacher) == pytest.approx(
+        ((k * other).sum() / (k.norm() * other.norm())).item()
+    )
     rotation = torch.linalg.qr(torch.randn(7, 7)).Q
     assert metrics.linear_cka(teacher @ rotation * 3 + 1, teacher) == pytest.approx(1, abs=1e-5)
     assert metrics.linear_cka(torch.ones(60, 7), teacher) == 0
@@ -63,7 +72,17 @@ def test_linear_cka_is_the_alignment_of_centred_kernels() -> None:
 def test_agreement_has_every_number_and_only_neighbourhoods_that_mean_something() -> None:
     student, teacher = features()
     perfect = metrics.agreement(teacher, teacher)
-    assert list(perfect) == ["cosine", "r2", "r2_p10", "r2_median", "r2_p90", "knn_1", "knn_5", "knn_10", "cka"]
+    assert list(perfect) == [
+        "cosine",
+        "r2",
+        "r2_p10",
+        "r2_median",
+        "r2_p90",
+        "knn_1",
+        "knn_5",
+        "knn_10",
+        "cka",
+    ]
     assert all(value == pytest.approx(1, abs=1e-5) for value in perfect.values())
     assert all(value < perfect[name] for name, value in metrics.agreement(student, teacher).items())
     assert {"knn_1", "knn_5"} <= metrics.agreement(student[:7], teacher[:7]).keys()

@@ -1,4 +1,6 @@
-"""Figures and overlays of a detector: what they draw, where labels go, and the cases without boxes."""
+"""Figures and overlays of a detector: what they draw, where labels go, and the cases without
+boxes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ from detection_kd.datasets.coco import DetectionSet, ImageRecord
 from detection_kd.evaluation.coco_metrics import RECALLS, Prediction
 from detection_kd.evaluation.froc import RATES
 from detection_kd.evaluation.operating_point import judge_set
-from detection_kd.figures.detection import froc_figure, precision_recall_figure, write_detection_pictures
+from detection_kd.figures.detection import (
+    froc_figure,
+    precision_recall_figure,
+    write_detection_pictures,
+)
 from detection_kd.figures.overlays import (
     BAND,
     FALSE_COLOUR,
@@ -30,18 +36,27 @@ from detection_kd.figures.overlays import (
 Colour = tuple[int, int, int]
 
 
-def image(folder: Path, index: int, boxes: list[list[float]], labels: list[int], crowd: list[bool]) -> ImageRecord:
+def image(
+    folder: Path, index: int, boxes: list[list[float]], labels: list[int], crowd: list[bool]
+) -> ImageRecord:
     """A light grey 200 x 100 px image."""
     path = folder / f"{index}.png"
     Image.new("RGB", (200, 100), (220, 220, 220)).save(path)
     array = np.array(boxes, np.float32).reshape(-1, 4)
-    return ImageRecord(index, path, 200, 100, array, np.array(labels, np.int64), np.array(crowd, bool))
+    return ImageRecord(
+        index, path, 200, 100, array, np.array(labels, np.int64), np.array(crowd, bool)
+    )
 
 
 def small_set(folder: Path, categories: int = 2) -> tuple[DetectionSet, list[Prediction]]:
-    """A found lesion, a missed one and a crowd; a hit, a double, a false positive, and one below 0.3. And an empty image."""
+    """A found lesion, a missed one and a crowd; a hit, a double, a false positive, and one below
+    0.3. And an empty image.
+    """
     boxes = [[20.0, 40.0, 50.0, 80.0], [80.0, 40.0, 110.0, 80.0], [140.0, 20.0, 190.0, 90.0]]
-    records = [image(folder, 4, boxes, [0, 0, 0], [False, False, True]), image(folder, 9, [], [], [])]
+    records = [
+        image(folder, 4, boxes, [0, 0, 0], [False, False, True]),
+        image(folder, 9, [], [], []),
+    ]
     detected = np.array([boxes[0], [22, 41, 52, 81], [60, 10, 75, 25], [5, 5, 15, 15]], np.float32)
     found = Prediction(0, detected, np.array([0.9, 0.8, 0.7, 0.2]), np.zeros(4, np.int64))
     return DetectionSet(records, [f"kind {k}" for k in range(categories)]), [found]
@@ -71,7 +86,9 @@ def test_overlay_has_annotation_left_and_predictions_right(tmp_path: Path) -> No
         (right, (240, 80), FALSE_COLOUR),
         (right, (80, 300), HIT_COLOUR),
     ):
-        assert has(panel[y - 2 : y + 3, x - 2 : x + 3], colour)  # the left side of the box lies there
+        assert has(
+            panel[y - 2 : y + 3, x - 2 : x + 3], colour
+        )  # the left side of the box lies there
     assert not has(right[10:70, 10:70], FALSE_COLOUR)  # what is below the score is not drawn
     dashes = (left[:, 320] == np.array(MISS_COLOUR)).all(-1)[170:310]
     whole = (left[:, 80] == np.array(HIT_COLOUR)).all(-1)[170:310]
@@ -89,7 +106,9 @@ def test_labels_name_classes_only_where_there_are_several(tmp_path: Path) -> Non
     def ink(categories: int) -> tuple[int, int]:
         data, found = small_set(tmp_path, categories)
         sheet = draw_overlay(judge_set(data, found, 0.3, 0.5)[0], data.categories, 0.3)
-        left, right = (int((panel == np.array(HIT_COLOUR)).all(-1).sum()) for panel in panels(sheet))
+        left, right = (
+            int((panel == np.array(HIT_COLOUR)).all(-1).sum()) for panel in panels(sheet)
+        )
         return left, right
 
     assert ink(2)[0] > ink(1)[0] and ink(2)[1] > ink(1)[1]
@@ -106,22 +125,33 @@ def test_labels_never_touch_and_stay_inside() -> None:
     assert 20 < len(taken) < 60  # there is no room for all
     cover = np.zeros((300, 300), int)
     for x0, y0, x1, y1 in taken:
-        assert (x1 - x0, y1 - y0) == pytest.approx((46, 16)) and min(x0, y0) >= 0 and max(x1, y1) < 300
+        assert (
+            (x1 - x0, y1 - y0) == pytest.approx((46, 16)) and min(x0, y0) >= 0 and max(x1, y1) < 300
+        )
         cover[round(y0) : round(y1), round(x0) : round(x1)] += 1
     assert cover.max() == 1
-    assert _free_place((50.0, 100.0, 90.0, 140.0), (20, 10), (300, 300), []) == (50, 84, 76, 100)  # first choice: above
+    assert _free_place((50.0, 100.0, 90.0, 140.0), (20, 10), (300, 300), []) == (
+        50,
+        84,
+        76,
+        100,
+    )  # first choice: above
 
 
 @pytest.mark.parametrize("size", [(20, 20), (3000, 2000), (40, 900), (1500, 60)])
 def test_overlay_of_any_size_of_image(tmp_path: Path, size: tuple[int, int]) -> None:
     path = tmp_path / ("a name that is much too long for the line below the picture " * 3 + ".png")
     Image.new("RGB", size, (220, 220, 220)).save(path)
-    record = ImageRecord(1, path, *size, np.array([[0, 0, *size]], np.float32), np.array([0]), np.array([False]))
+    record = ImageRecord(
+        1, path, *size, np.array([[0, 0, *size]], np.float32), np.array([0]), np.array([False])
+    )
     sheet = draw_overlay(judge_set(DetectionSet([record], ["x"]), [], 0.3, 0.5)[0], ["x"], 0.3)
     assert 800 < sheet.width <= 2048 and sheet.height <= 1068
     assert has(panels(sheet)[0], MISS_COLOUR)
     legend = np.asarray(sheet)[-BAND:]
-    assert all(has(legend, colour) for colour in (HIT_COLOUR, FALSE_COLOUR, MISS_COLOUR, NEITHER_COLOUR))
+    assert all(
+        has(legend, colour) for colour in (HIT_COLOUR, FALSE_COLOUR, MISS_COLOUR, NEITHER_COLOUR)
+    )
 
 
 def test_an_image_id_stays_in_its_folder(tmp_path: Path) -> None:
@@ -136,7 +166,10 @@ def test_an_image_id_stays_in_its_folder(tmp_path: Path) -> None:
 def test_precision_recall_figure_draws_every_category_and_their_mean() -> None:
     falling = np.where(RECALLS <= 0.5, 1 - RECALLS, 0.0)
     names = ["a", "_b", "$c$"]
-    curves = {overlap: {name: falling * factor for name in names} for overlap, factor in ((0.5, 1.0), (0.75, 0.5))}
+    curves = {
+        overlap: {name: falling * factor for name in names}
+        for overlap, factor in ((0.5, 1.0), (0.75, 0.5))
+    }
     figure = precision_recall_figure(curves)
     first, second = figure.axes
     assert (first.get_title(), second.get_title()) == ("IoU 0.5", "IoU 0.75")
@@ -160,19 +193,38 @@ def test_many_categories_get_lines_that_differ() -> None:
 
 
 def test_froc_figure_marks_the_six_rates() -> None:
-    rate, sensitivity = np.array([0, 0.1, 0.3, 3.0, 3.0, 20.0]), np.array([0, 0.2, 0.4, 0.5, 0.6, 0.9])
+    rate, sensitivity = (
+        np.array([0, 0.1, 0.3, 3.0, 3.0, 20.0]),
+        np.array([0, 0.2, 0.4, 0.5, 0.6, 0.9]),
+    )
     axes = froc_figure(rate, sensitivity, 0.5).axes[0]
     curve, onward, dots = axes.lines
     assert dots.get_xdata().tolist() == list(RATES)
     assert dots.get_ydata().tolist() == [0.2, 0.4, 0.4, 0.4, 0.6, 0.6]
-    assert [text.get_text() for text in axes.texts] == ["0.20", "0.40", "0.40", "0.40", "0.60", "0.60"]
+    assert [text.get_text() for text in axes.texts] == [
+        "0.20",
+        "0.40",
+        "0.40",
+        "0.40",
+        "0.60",
+        "0.60",
+    ]
     assert axes.get_xscale() == "log" and axes.get_xticks().tolist() == list(RATES)
     assert axes.get_title().startswith("FROC 0.433")
     x, y = curve.get_data()
-    assert x[0] == 0.125 and y[0] == 0.2 and (np.diff(x) >= 0).all() and (np.diff(y) >= 0).all() and y[-1] == 0.6
+    assert (
+        x[0] == 0.125
+        and y[0] == 0.2
+        and (np.diff(x) >= 0).all()
+        and (np.diff(y) >= 0).all()
+        and y[-1] == 0.6
+    )
     assert onward.get_linestyle() == "-" and onward.get_xdata()[-1] == 16
     short = froc_figure(rate[:3], sensitivity[:3], 0.5).axes[0]
-    assert short.lines[1].get_linestyle() == ":" and short.lines[1].get_ydata().tolist() == [0.4, 0.4]
+    assert short.lines[1].get_linestyle() == ":" and short.lines[1].get_ydata().tolist() == [
+        0.4,
+        0.4,
+    ]
 
 
 @pytest.mark.parametrize("nothing", [False, True], ids=["detections", "none"])
@@ -183,7 +235,9 @@ def test_pictures_are_written_whole_and_leave_no_state(tmp_path: Path, nothing: 
     (tmp_path / "out" / "overlays" / "77.jpg").write_bytes(b"of another run")
     write_detection_pictures(tmp_path / "out", data, [] if nothing else found)
     assert dict(matplotlib.rcParams) == before
-    files = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*"))
+    files = sorted(
+        str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")
+    )
     assert files == ["froc.png", "overlays/4.jpg", "overlays/9.jpg", "precision_recall.png"]
     for name in files:
         with Image.open(tmp_path / "out" / name) as picture:
@@ -193,4 +247,6 @@ def test_pictures_are_written_whole_and_leave_no_state(tmp_path: Path, nothing: 
     first = (tmp_path / "out" / "precision_recall.png").read_bytes()
     write_detection_pictures(tmp_path / "out", data, [] if nothing else found, overlays=1)
     assert (tmp_path / "out" / "precision_recall.png").read_bytes() == first
-    assert [path.name for path in (tmp_path / "out" / "overlays").iterdir()] == ["4.jpg"]  # the one with errors
+    assert [path.name for path in (tmp_path / "out" / "overlays").iterdir()] == [
+        "4.jpg"
+    ]  # the one with errors

@@ -1,4 +1,6 @@
-"""Pictures of a student beside its teacher: where points lie, what is named, and the cases with too little to draw."""
+"""Pictures of a student beside its teacher: where points lie, what is named, and the cases with too
+little to draw.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,14 @@ from sklearn.decomposition import PCA
 
 from common.cli import run
 from detection_kd import train_d2vfm
-from detection_kd.figures.student import OTHERS, curves_figure, plane_figure, principal_plane, r2_figure, shown_groups
+from detection_kd.figures.student import (
+    OTHERS,
+    curves_figure,
+    plane_figure,
+    principal_plane,
+    r2_figure,
+    shown_groups,
+)
 from detection_kd.figures.student_report import write_report
 from tests.detection_kd.d2vfm_runs import arguments
 
@@ -26,15 +35,23 @@ def test_the_plane_is_the_teachers() -> None:
     (teacher, student), labels = principal_plane(TEACHER + 1, TEACHER)
     plane = PCA(2, svd_solver="full").fit(TEACHER)
     assert np.allclose(teacher, plane.transform(TEACHER), atol=1e-4)
-    assert np.allclose(student - teacher, plane.components_ @ np.ones(6), atol=1e-4), "shifted by the same everywhere"
-    assert labels[0] == f"PC 1 of the teacher ({plane.explained_variance_ratio_[0]:.0%} of its variance)"
+    assert np.allclose(student - teacher, plane.components_ @ np.ones(6), atol=1e-4), (
+        "shifted by the same everywhere"
+    )
+    assert (
+        labels[0]
+        == f"PC 1 of the teacher ({plane.explained_variance_ratio_[0]:.0%} of its variance)"
+    )
 
 
 def test_points_and_names_of_the_panels() -> None:
     groups = ["a"] * 30 + ["b$"] * 10
     figure = plane_figure(TEACHER, TEACHER, groups, "label")
     left, right = figure.axes
-    assert (left.get_title(), right.get_title()) == ("teacher, 40 tiles", "student, mean cosine 1.000")
+    assert (left.get_title(), right.get_title()) == (
+        "teacher, 40 tiles",
+        "student, mean cosine 1.000",
+    )
     assert left.get_xlim() == right.get_xlim()
     for panel in (left, right):
         assert [len(points.get_offsets()) for points in panel.collections] == [30, 10]
@@ -65,10 +82,17 @@ def test_umap_is_a_second_row_where_it_is_installed(monkeypatch: pytest.MonkeyPa
 
 
 def test_curves_mark_the_best_epoch_and_leave_out_what_was_not_measured() -> None:
-    epochs = [{"epoch": i, "loss": 3.0 / i, "cosine": c, "r2": 0.1, "cka": 0.2} for i, c in ((1, 0.5), (2, 0.9), (3, 0.8))]
+    epochs = [
+        {"epoch": i, "loss": 3.0 / i, "cosine": c, "r2": 0.1, "cka": 0.2}
+        for i, c in ((1, 0.5), (2, 0.9), (3, 0.8))
+    ]
     figure = curves_figure(epochs)
     loss, agreement, neighbours = figure.axes
-    assert loss.lines[0].get_xdata()[0] == 2 and loss.lines[1].get_ydata().tolist() == [3.0, 1.5, 1.0]
+    assert loss.lines[0].get_xdata()[0] == 2 and loss.lines[1].get_ydata().tolist() == [
+        3.0,
+        1.5,
+        1.0,
+    ]
     texts = [text.get_text() for text in agreement.get_legend().get_texts()]
     assert texts == ["cosine  0.900", "r2  0.100", "cka  0.200"]
     assert len(neighbours.lines) == 1 and neighbours.get_legend() is None
@@ -82,17 +106,28 @@ def test_r2_histogram_counts_every_dimension() -> None:
 
 @pytest.mark.parametrize("tiles", [1, 2])
 def test_a_report_on_next_to_nothing(tiles: int, tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "loss": 1.0, "cosine": 0.5, "r2": 0.0, "cka": 0.0}\n')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"epoch": 1, "loss": 1.0, "cosine": 0.5, "r2": 0.0, "cka": 0.0}\n'
+    )
     features = torch.randn(tiles, 3)
     write_report(tmp_path, features, features, ["S0"] * tiles, {}, True)
     assert (tmp_path / "student_vs_teacher.png").is_file() == (tiles > 1)
     assert (tmp_path / "r2_by_dimension.csv").read_text().count(",,") == (3 if tiles == 1 else 0)
 
 
-def test_a_training_leaves_its_pictures(pairs_root: Path, backbone_path: Path, tmp_path: Path) -> None:
+def test_a_training_leaves_its_pictures(
+    pairs_root: Path, backbone_path: Path, tmp_path: Path
+) -> None:
     (tmp_path / "labels.csv").write_text("case_id,slide_id,label\nC,S0,ill\nC,S1,well\nC,S2,well\n")
     settings = ["epochs=1", "pictures=true", f"labels={tmp_path}/labels.csv"]
-    assert run(train_d2vfm.main, train_d2vfm.Config, arguments(pairs_root, backbone_path, tmp_path / "run", *settings)) == 0
+    assert (
+        run(
+            train_d2vfm.main,
+            train_d2vfm.Config,
+            arguments(pairs_root, backbone_path, tmp_path / "run", *settings),
+        )
+        == 0
+    )
     for name in ("student_vs_teacher", "learning_curves", "r2_by_dimension"):
         with Image.open(tmp_path / "run" / f"{name}.png") as picture:
             assert np.asarray(picture).std() > 5

@@ -29,7 +29,10 @@ def huber(difference: float, beta: float = 1.0) -> float:
 @pytest.mark.parametrize("beta", [1.0, 0.3])
 def test_smooth_l1_by_loop(beta: float) -> None:
     student, teacher = features()
-    total = sum(huber(s - t, beta) for s, t in zip(student.flatten().tolist(), teacher.flatten().tolist(), strict=True))
+    total = sum(
+        huber(s - t, beta)
+        for s, t in zip(student.flatten().tolist(), teacher.flatten().tolist(), strict=True)
+    )
     assert smooth_l1_loss(student, teacher, beta).item() == pytest.approx(total / len(student))
 
 
@@ -55,7 +58,9 @@ def test_angles_of_triplets_by_loop() -> None:
         first, second = x[i] - x[j], x[k] - x[j]
         return (first @ second / (first.norm() * second.norm())).item()
 
-    expected = sum(huber(cosine(student, *t) - cosine(teacher, *t)) for t in triplets) / len(triplets)
+    expected = sum(huber(cosine(student, *t) - cosine(teacher, *t)) for t in triplets) / len(
+        triplets
+    )
     assert relational_angle_loss(student, teacher).item() == pytest.approx(expected)
 
 
@@ -79,7 +84,9 @@ def test_relations_do_not_see_shift_rotation_scale_or_width() -> None:
     assert relational_angle_loss(moved, teacher).item() == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("loss", [relational_distance_loss, relational_angle_loss, contrastive_loss])
+@pytest.mark.parametrize(
+    "loss", [relational_distance_loss, relational_angle_loss, contrastive_loss]
+)
 @pytest.mark.parametrize("tiles", [1, 2, 4])
 def test_equal_tiles_and_small_batches_have_finite_gradients(loss, tiles: int) -> None:  # type: ignore[no-untyped-def]
     student, teacher = torch.ones(tiles, 3, requires_grad=True), torch.randn(tiles, 3)
@@ -98,7 +105,10 @@ def test_two_equal_tiles_leave_the_other_angles() -> None:
     assert doubled.grad is not None and doubled.grad.abs().max() < 10
 
 
-@pytest.mark.parametrize("loss", [*FEATURE_LOSSES.values(), relational_distance_loss, relational_angle_loss, contrastive_loss])
+@pytest.mark.parametrize(
+    "loss",
+    [*FEATURE_LOSSES.values(), relational_distance_loss, relational_angle_loss, contrastive_loss],
+)
 def test_gradients(loss) -> None:  # type: ignore[no-untyped-def]
     student, teacher = features(4)
     assert torch.autograd.gradcheck(lambda x: loss(x, teacher), (student,))
@@ -107,7 +117,16 @@ def test_gradients(loss) -> None:  # type: ignore[no-untyped-def]
 def test_sum_adds_weighted_terms_and_gathers_only_what_needs_the_batch() -> None:
     student, teacher = features()
     other = features(seed=2)
-    extra = ExtraTerms(mse=1.0, cosine=3.0, distance=4.0, angle=5.0, contrastive=6.0, temperature=0.5, smooth_l1=7.0, beta=0.2)
+    extra = ExtraTerms(
+        mse=1.0,
+        cosine=3.0,
+        distance=4.0,
+        angle=5.0,
+        contrastive=6.0,
+        temperature=0.5,
+        smooth_l1=7.0,
+        beta=0.2,
+    )
     gathered = iter([torch.cat([student, other[0]]), torch.cat([teacher, other[1]])])
     total, terms = feature_sum("mse", 2.0, extra)(student, teacher, lambda x: next(gathered))
     whole = torch.cat([student, other[0]]), torch.cat([teacher, other[1]])
@@ -120,21 +139,33 @@ def test_sum_adds_weighted_terms_and_gathers_only_what_needs_the_batch() -> None
         "contrastive": (6.0, contrastive_loss(*whole, 0.5)),
     }
     assert terms.keys() == expected.keys()
-    assert all(terms[name].item() == pytest.approx(value.item()) for name, (_, value) in expected.items())
-    assert total.item() == pytest.approx(sum(weight * value.item() for weight, value in expected.values()))
+    assert all(
+        terms[name].item() == pytest.approx(value.item()) for name, (_, value) in expected.items()
+    )
+    assert total.item() == pytest.approx(
+        sum(weight * value.item() for weight, value in expected.values())
+    )
 
 
 @pytest.mark.parametrize("loss", list(FEATURE_LOSSES))
 def test_published_loss_alone_gathers_nothing(loss: str) -> None:
     student, teacher = features()
-    total, terms = feature_sum(loss, 2.0, ExtraTerms())(student, teacher, lambda x: pytest.fail("gathered"))
+    total, terms = feature_sum(loss, 2.0, ExtraTerms())(
+        student, teacher, lambda x: pytest.fail("gathered")
+    )
     assert list(terms) == [loss]
     assert torch.equal(total, 2.0 * FEATURE_LOSSES[loss](student, teacher))
 
 
 @pytest.mark.parametrize(
     ("weight", "extra"),
-    [(0.0, {}), (-1.0, {"mse": 2.0}), (1.0, {"angle": -1.0}), (1.0, {"temperature": 0.0}), (1.0, {"beta": -1.0})],
+    [
+        (0.0, {}),
+        (-1.0, {"mse": 2.0}),
+        (1.0, {"angle": -1.0}),
+        (1.0, {"temperature": 0.0}),
+        (1.0, {"beta": -1.0}),
+    ],
 )
 def test_weights_that_cannot_be_meant_are_refused(weight: float, extra: dict[str, float]) -> None:
     with pytest.raises(UserError, match="expected"):

@@ -9,7 +9,12 @@ import torch
 from torchvision.ops import generalized_box_iou, sigmoid_focal_loss
 
 from detection_kd.losses import matcher
-from detection_kd.losses.boxes import cxcywh_to_xyxy, generalized_iou, pairwise_generalized_iou, xyxy_to_cxcywh
+from detection_kd.losses.boxes import (
+    cxcywh_to_xyxy,
+    generalized_iou,
+    pairwise_generalized_iou,
+    xyxy_to_cxcywh,
+)
 from detection_kd.losses.focal import focal_loss
 from detection_kd.losses.matcher import match, matching_cost
 from detection_kd.losses.set_criterion import (
@@ -26,7 +31,13 @@ from detection_kd.losses.set_criterion import (
 
 def random_boxes(count: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.cat((torch.rand(count, 2, generator=generator), torch.rand(count, 2, generator=generator) * 0.4 + 0.01), 1)
+    return torch.cat(
+        (
+            torch.rand(count, 2, generator=generator),
+            torch.rand(count, 2, generator=generator) * 0.4 + 0.01,
+        ),
+        1,
+    )
 
 
 def test_box_formats_are_inverse() -> None:
@@ -37,8 +48,12 @@ def test_box_formats_are_inverse() -> None:
 
 def test_generalized_iou_equals_torchvision() -> None:
     a, b = cxcywh_to_xyxy(random_boxes(6)), cxcywh_to_xyxy(random_boxes(4, seed=1))
-    torch.testing.assert_close(generalized_iou(a[:, None], b[None]), generalized_box_iou(a, b), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(pairwise_generalized_iou(a, b), generalized_box_iou(a, b), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        generalized_iou(a[:, None], b[None]), generalized_box_iou(a, b), atol=1e-6, rtol=1e-5
+    )
+    torch.testing.assert_close(
+        pairwise_generalized_iou(a, b), generalized_box_iou(a, b), atol=1e-6, rtol=1e-5
+    )
 
 
 def test_generalized_iou_of_boxes_without_area_is_finite() -> None:
@@ -64,10 +79,14 @@ def test_matching_cost_is_the_published_formula() -> None:
     p = torch.sigmoid(torch.tensor(-1.2))
     focal = 0.25 * (1 - p) ** 2 * -p.log() - 0.75 * p**2 * -(1 - p).log()
     expected = 2 * focal + 5 * 0.1 + 2 * -(1 / 3)  # IoU 0.02 / 0.06, hull = union
-    torch.testing.assert_close(matching_cost(logits, boxes, torch.tensor([1]), target)[0, 0], expected)
+    torch.testing.assert_close(
+        matching_cost(logits, boxes, torch.tensor([1]), target)[0, 0], expected
+    )
 
 
-@pytest.mark.parametrize("queries", [2, 5], ids=["fewer queries than boxes", "more queries than boxes"])
+@pytest.mark.parametrize(
+    "queries", [2, 5], ids=["fewer queries than boxes", "more queries than boxes"]
+)
 def test_match_equals_brute_force(queries: int) -> None:
     torch.manual_seed(0)
     logits, boxes = torch.randn(2, 2, queries, 3), random_boxes(4 * queries).view(2, 2, queries, 4)
@@ -75,7 +94,9 @@ def test_match_equals_brute_force(queries: int) -> None:
     targets = [random_boxes(3, 5), random_boxes(1, 6)]
     found = match(logits, boxes, labels, targets)
     for layer, image in itertools.product(range(2), range(2)):
-        cost = matching_cost(logits[layer, image], boxes[layer, image], labels[image], targets[image])
+        cost = matching_cost(
+            logits[layer, image], boxes[layer, image], labels[image], targets[image]
+        )
         n = min(cost.shape)
         best = min(
             sum(cost[t, q] for t, q in zip(rows, columns))
@@ -87,12 +108,19 @@ def test_match_equals_brute_force(queries: int) -> None:
         torch.testing.assert_close(cost[columns, rows].sum(), best)
 
 
-def test_both_ways_to_the_costs_and_threads_give_one_matching(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_ways_to_the_costs_and_threads_give_one_matching(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     torch.manual_seed(0)
     logits, boxes = torch.randn(2, 3, 20, 3), random_boxes(120).view(2, 3, 20, 4)
-    labels, targets = [torch.randint(3, (n,)) for n in (7, 0, 25)], [random_boxes(n, n) for n in (7, 0, 25)]
+    labels, targets = (
+        [torch.randint(3, (n,)) for n in (7, 0, 25)],
+        [random_boxes(n, n) for n in (7, 0, 25)],
+    )
     inputs = (logits, boxes, labels, targets)
-    for a, b in zip(matcher._costs_on_device(*inputs), matcher._costs_on_host(*inputs), strict=True):
+    for a, b in zip(
+        matcher._costs_on_device(*inputs), matcher._costs_on_host(*inputs), strict=True
+    ):
         torch.testing.assert_close(a, b)
     alone = match(*inputs)
     monkeypatch.setattr(matcher, "WORTH_THREADS", 0)
@@ -104,11 +132,16 @@ def test_both_ways_to_the_costs_and_threads_give_one_matching(monkeypatch: pytes
 
 def test_match_of_images_without_boxes_and_of_diverged_predictions() -> None:
     empty, no_labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-    rows, columns = match(torch.randn(1, 1, 4, 2), torch.rand(1, 1, 4, 4), [no_labels], [empty])[0][0]
-    assert len(rows) == len(columns) == 0
-    rows, _ = match(torch.full((1, 1, 4, 2), float("nan")), torch.rand(1, 1, 4, 4), [torch.tensor([0])], [random_boxes(1)])[0][
+    rows, columns = match(torch.randn(1, 1, 4, 2), torch.rand(1, 1, 4, 4), [no_labels], [empty])[0][
         0
     ]
+    assert len(rows) == len(columns) == 0
+    rows, _ = match(
+        torch.full((1, 1, 4, 2), float("nan")),
+        torch.rand(1, 1, 4, 4),
+        [torch.tensor([0])],
+        [random_boxes(1)],
+    )[0][0]
     assert len(rows) == 1
 
 
@@ -123,12 +156,16 @@ def matched_losses(
     logits: torch.Tensor, boxes: torch.Tensor, targets: Targets, num_boxes: float, groups: int = 1
 ) -> dict[str, torch.Tensor]:
     """Matching and losses of all layers."""
-    return detection_losses(logits, boxes, match_groups(logits, boxes, targets, groups), targets, num_boxes)
+    return detection_losses(
+        logits, boxes, match_groups(logits, boxes, targets, groups), targets, num_boxes
+    )
 
 
 def test_every_term_by_hand() -> None:
     logits, boxes, targets = one_image()
-    terms = layer_losses(logits, boxes, [(torch.tensor([1]), torch.tensor([0]))], targets, num_boxes=2.0)
+    terms = layer_losses(
+        logits, boxes, [(torch.tensor([1]), torch.tensor([0]))], targets, num_boxes=2.0
+    )
     classes = torch.tensor([[[0.0, 0.0], [0.0, 1.0]]])
     torch.testing.assert_close(terms["class"], sigmoid_focal_loss(logits, classes).sum() / 2)
     torch.testing.assert_close(terms["box"], torch.tensor((0.1 + 0.2) / 2))
@@ -138,12 +175,17 @@ def test_every_term_by_hand() -> None:
 
 def test_every_decoder_layer_counts_with_its_weight() -> None:
     logits, boxes, targets = one_image()
-    terms = matched_losses(torch.stack((logits + 1, logits)), torch.stack((boxes - 0.05, boxes)), targets, 1.0)
+    terms = matched_losses(
+        torch.stack((logits + 1, logits)), torch.stack((boxes - 0.05, boxes)), targets, 1.0
+    )
     assert set(terms) == {"class", "box", "giou", "class_0", "box_0", "giou_0"}
     assert terms["class"] != terms["class_0"] and terms["box"] != terms["box_0"]
     only_last = matched_losses(logits[None], boxes[None], targets, 1.0)
     assert all(terms[name] == only_last[name] for name in only_last)
-    expected = sum({"class": 2, "box": 5, "giou": 2}[name.split("_")[0]] * value for name, value in terms.items())
+    expected = sum(
+        {"class": 2, "box": 5, "giou": 2}[name.split("_")[0]] * value
+        for name, value in terms.items()
+    )
     torch.testing.assert_close(weighted_sum(terms), expected)
 
 
@@ -166,27 +208,42 @@ def test_batch_equals_its_images_one_by_one() -> None:
     together = matched_losses(logits, boxes, Targets(labels, targets), 3.0)
     for name, value in together.items():
         alone = [
-            matched_losses(logits[:, i : i + 1], boxes[:, i : i + 1], Targets(labels[i : i + 1], targets[i : i + 1]), 3.0)[name]
+            matched_losses(
+                logits[:, i : i + 1],
+                boxes[:, i : i + 1],
+                Targets(labels[i : i + 1], targets[i : i + 1]),
+                3.0,
+            )[name]
             for i in range(3)
         ]
         torch.testing.assert_close(value, torch.stack(alone).sum())
 
 
 def test_images_without_boxes_still_reach_every_output() -> None:
-    logits, boxes = torch.randn(1, 2, 4, 2, requires_grad=True), torch.rand(1, 2, 4, 4, requires_grad=True)
+    logits, boxes = (
+        torch.randn(1, 2, 4, 2, requires_grad=True),
+        torch.rand(1, 2, 4, 4, requires_grad=True),
+    )
     nothing = Targets([torch.zeros(0, dtype=torch.int64)] * 2, [torch.zeros(0, 4)] * 2)
     terms = matched_losses(logits, boxes, nothing, 1.0)
     weighted_sum(terms).backward()
     assert terms["class"] > 0 and terms["box"] == 0 and terms["giou"] == 0
-    assert boxes.grad is not None and not boxes.grad.any()  # a gradient of zeros, which DDP waits for
+    assert (
+        boxes.grad is not None and not boxes.grad.any()
+    )  # a gradient of zeros, which DDP waits for
 
 
 def test_groups_are_matched_apart_and_averaged() -> None:
     torch.manual_seed(2)
     logits, boxes = torch.randn(2, 2, 12, 2), random_boxes(48).view(2, 2, 12, 4)
-    targets = Targets([torch.tensor([0, 1]), torch.tensor([1])], [random_boxes(2, 3), random_boxes(1, 4)])
+    targets = Targets(
+        [torch.tensor([0, 1]), torch.tensor([1])], [random_boxes(2, 3), random_boxes(1, 4)]
+    )
     together = matched_losses(logits, boxes, targets, 3.0, groups=3)
-    parts = [matched_losses(logits[:, :, i : i + 4], boxes[:, :, i : i + 4], targets, 3.0) for i in (0, 4, 8)]
+    parts = [
+        matched_losses(logits[:, :, i : i + 4], boxes[:, :, i : i + 4], targets, 3.0)
+        for i in (0, 4, 8)
+    ]
     assert together.keys() == parts[0].keys()
     for name, value in together.items():
         torch.testing.assert_close(value, torch.stack([part[name] for part in parts]).mean())
@@ -196,8 +253,12 @@ def test_groups_are_matched_apart_and_averaged() -> None:
 def test_denoising_positives_find_their_box_and_padding_counts_nowhere() -> None:
     torch.manual_seed(3)
     logits, boxes = torch.randn(2, 2, 4, 2), random_boxes(16).view(2, 2, 4, 4)
-    targets = Targets([torch.tensor([1, 0]), torch.tensor([1])], [random_boxes(2, 5), random_boxes(1, 6)])
-    counted = torch.tensor([[True, True, True, True], [True, False, True, False]])  # positives 0 and 1, negatives 2 and 3
+    targets = Targets(
+        [torch.tensor([1, 0]), torch.tensor([1])], [random_boxes(2, 5), random_boxes(1, 6)]
+    )
+    counted = torch.tensor(
+        [[True, True, True, True], [True, False, True, False]]
+    )  # positives 0 and 1, negatives 2 and 3
     matches = [(torch.tensor([0, 1]), torch.tensor([0, 1])), (torch.tensor([0]), torch.tensor([0]))]
     terms = denoising_losses(logits, boxes, matches, counted, targets, 3.0)
     assert set(terms) == {"class_dn", "box_dn", "giou_dn", "class_dn_0", "box_dn_0", "giou_dn_0"}
@@ -206,7 +267,12 @@ def test_denoising_positives_find_their_box_and_padding_counts_nowhere() -> None
     for layer, suffix in ((0, "_0"), (1, "")):
         expected = sigmoid_focal_loss(logits[layer], classes)[counted].sum() / 3
         torch.testing.assert_close(terms["class_dn" + suffix], expected)
-        distance = (boxes[layer, 0, :2] - targets.boxes[0]).abs().sum() + (boxes[layer, 1, 0] - targets.boxes[1][0]).abs().sum()
+        distance = (boxes[layer, 0, :2] - targets.boxes[0]).abs().sum() + (
+            boxes[layer, 1, 0] - targets.boxes[1][0]
+        ).abs().sum()
         torch.testing.assert_close(terms["box_dn" + suffix], distance / 3)
-    total = sum({"class": 2, "box": 5, "giou": 2}[name.split("_")[0]] * value for name, value in terms.items())
+    total = sum(
+        {"class": 2, "box": 5, "giou": 2}[name.split("_")[0]] * value
+        for name, value in terms.items()
+    )
     torch.testing.assert_close(weighted_sum(terms), total)

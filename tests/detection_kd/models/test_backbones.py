@@ -1,4 +1,6 @@
-"""Trunks on timm: torchvision's function and names, other families, dilation, freezing, weights from hub and files."""
+"""Trunks on timm: torchvision's function and names, other families, dilation, freezing, weights
+from hub and files.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,14 @@ from safetensors.torch import save_file
 
 from common.errors import UserError
 from detection_kd.models import backbone as backbone_module
-from detection_kd.models.backbone import HUB, RESNETS, Backbone, build_pretrained, fill, trunk_weights
+from detection_kd.models.backbone import (
+    HUB,
+    RESNETS,
+    Backbone,
+    build_pretrained,
+    fill,
+    trunk_weights,
+)
 from patch_encoder.models.encoder_table import IMAGENET
 
 
@@ -24,13 +33,17 @@ def test_trunk_equals_torchvision_and_stops_early(name: str) -> None:
     trunk = Backbone(name, "frozen")
     fill(trunk, trunk_weights(full.state_dict()), "torchvision")
     x = torch.randn(1, 3, 64, 64)
-    wanted = torchvision.models._utils.IntermediateLayerGetter(full, {f"layer{i}": str(i) for i in (2, 3, 4)})
+    wanted = torchvision.models._utils.IntermediateLayerGetter(
+        full, {f"layer{i}": str(i) for i in (2, 3, 4)}
+    )
     with torch.no_grad():
         expected, found = list(wanted(x).values()), trunk(x)
         for upto in range(3):
             early = trunk(x, upto=upto)
             assert len(early) == upto + 1 and all(torch.equal(a, b) for a, b in zip(early, found))
-    for map, other, channels, stride in zip(found, expected, trunk.channels, (8, 16, 32), strict=True):
+    for map, other, channels, stride in zip(
+        found, expected, trunk.channels, (8, 16, 32), strict=True
+    ):
         assert map.shape == (1, channels, 64 // stride, 64 // stride)
         torch.testing.assert_close(map, other, atol=1e-4, rtol=1e-4)
 
@@ -48,8 +61,16 @@ def test_later_stages_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_freezing_leaves_stem_and_layer1() -> None:
     trunk = Backbone("resnet18", "batch")
     trunk.freeze(2)
-    frozen = {name.split(".")[0] for name, parameter in trunk.named_parameters() if not parameter.requires_grad}
-    trained = {name.split(".")[0] for name, parameter in trunk.named_parameters() if parameter.requires_grad}
+    frozen = {
+        name.split(".")[0]
+        for name, parameter in trunk.named_parameters()
+        if not parameter.requires_grad
+    }
+    trained = {
+        name.split(".")[0]
+        for name, parameter in trunk.named_parameters()
+        if parameter.requires_grad
+    }
     assert frozen == {"conv1", "bn1", "layer1"} and trained == {"layer2", "layer3", "layer4"}
 
 
@@ -58,12 +79,17 @@ def test_trunks_from_scratch_start_as_torchvisions_do(name: str) -> None:
     torch.manual_seed(5)
     expected = torchvision.models.get_model(name, weights=None).state_dict()
     torch.manual_seed(5)
-    assert all(torch.equal(value, expected[key]) for key, value in Backbone(name, "batch").state_dict().items())
+    assert all(
+        torch.equal(value, expected[key])
+        for key, value in Backbone(name, "batch").state_dict().items()
+    )
 
 
 def test_dilated_last_stage_equals_torchvisions() -> None:
     torch.manual_seed(0)
-    full = torchvision.models.resnet50(weights=None, replace_stride_with_dilation=[False, False, True]).eval()
+    full = torchvision.models.resnet50(
+        weights=None, replace_stride_with_dilation=[False, False, True]
+    ).eval()
     trunk = Backbone("resnet50", "frozen", dilation=True)
     fill(trunk, trunk_weights(full.state_dict()), "torchvision")
     x = torch.randn(1, 3, 64, 96)
@@ -75,7 +101,9 @@ def test_dilated_last_stage_equals_torchvisions() -> None:
     assert Backbone.from_description(trunk.describe()).layer4[1].conv2.dilation == (2, 2)
 
 
-@pytest.mark.parametrize("name", ["convnext_atto", "efficientnet_b0", "swin_tiny_patch4_window7_224", "coat_lite_tiny"])
+@pytest.mark.parametrize(
+    "name", ["convnext_atto", "efficientnet_b0", "swin_tiny_patch4_window7_224", "coat_lite_tiny"]
+)
 def test_other_families_give_maps_of_their_own_network(name: str) -> None:
     torch.manual_seed(0)
     trunk = Backbone(name, "batch").eval()
@@ -93,15 +121,31 @@ def test_other_families_give_maps_of_their_own_network(name: str) -> None:
             torch.testing.assert_close(map, other, atol=1e-4, rtol=1e-4)
         assert len(trunk(x, upto=0)) == 1
     stages = trunk.stages()
-    assert set(stages) == {name for name, _ in trunk.named_parameters()} and set(stages.values()) >= {1, 2, 3, 4}
+    assert set(stages) == {name for name, _ in trunk.named_parameters()} and set(
+        stages.values()
+    ) >= {1, 2, 3, 4}
     trunk.freeze(2)
-    assert {stages[name] for name, parameter in trunk.named_parameters() if not parameter.requires_grad} <= {0, 1}
-    assert all(parameter.requires_grad for name, parameter in trunk.named_parameters() if stages[name] > 1)
+    assert {
+        stages[name] for name, parameter in trunk.named_parameters() if not parameter.requires_grad
+    } <= {0, 1}
+    assert all(
+        parameter.requires_grad for name, parameter in trunk.named_parameters() if stages[name] > 1
+    )
 
 
 def test_stages_of_a_resnet_are_its_layers() -> None:
-    found = {(name.split(".")[0], stage) for name, stage in Backbone("resnet18", "batch").stages().items()}
-    assert found == {("conv1", 0), ("bn1", 0), ("layer1", 1), ("layer2", 2), ("layer3", 3), ("layer4", 4)}
+    found = {
+        (name.split(".")[0], stage)
+        for name, stage in Backbone("resnet18", "batch").stages().items()
+    }
+    assert found == {
+        ("conv1", 0),
+        ("bn1", 0),
+        ("layer1", 1),
+        ("layer2", 2),
+        ("layer3", 3),
+        ("layer4", 4),
+    }
 
 
 def test_models_with_other_statistics_get_their_own() -> None:
@@ -130,13 +174,21 @@ def test_truncation_keeps_what_comes_before() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("vit_tiny_patch16_224", "batch"), r"expected feature maps of strides \[8, 16, 32\] px, found \[16, 16, 16\]"),
+        (
+            ("vit_tiny_patch16_224", "batch"),
+            r"expected feature maps of strides \[8, 16, 32\] px, found \[16, 16, 16\]",
+        ),
         (("convnext_atto", "group"), "backbone 'convnext_atto': cannot be built with norm=group"),
-        (("swin_tiny_patch4_window7_224", "batch", True), "cannot be built with norm=batch, dilation=True"),
+        (
+            ("swin_tiny_patch4_window7_224", "batch", True),
+            "cannot be built with norm=batch, dilation=True",
+        ),
         (("resnet18", "instance"), "norm 'instance': expected one of frozen, batch, group"),
     ],
 )
-def test_what_cannot_be_a_trunk_is_a_user_error(arguments: tuple[object, ...], message: str) -> None:
+def test_what_cannot_be_a_trunk_is_a_user_error(
+    arguments: tuple[object, ...], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         Backbone(*arguments)
 
@@ -166,7 +218,9 @@ def put_in_cache(cache: Path, repository: str, weights: dict[str, torch.Tensor])
 def test_weights_come_from_the_hub(hub: Path) -> None:
     torch.manual_seed(3)
     given = timm.create_model("resnet18").state_dict()
-    put_in_cache(hub, "timm/resnet18.tv_in1k", given)  # torchvision's weights, not timm's own training
+    put_in_cache(
+        hub, "timm/resnet18.tv_in1k", given
+    )  # torchvision's weights, not timm's own training
     trunk = build_pretrained("resnet18", "frozen", False, HUB)
     own = trunk.state_dict()
     assert all(torch.equal(value, given[name]) for name, value in own.items())
@@ -174,7 +228,10 @@ def test_weights_come_from_the_hub(hub: Path) -> None:
 
 
 def test_weights_that_cannot_be_fetched_name_the_repository(hub: Path) -> None:
-    with pytest.raises(UserError, match=r"weights of resnet50: cannot be fetched .* fetch timm/resnet50.tv_in1k from"):
+    with pytest.raises(
+        UserError,
+        match=r"weights of resnet50: cannot be fetched .* fetch timm/resnet50.tv_in1k from",
+    ):
         build_pretrained("resnet50", "frozen", False, HUB)
 
 
@@ -184,7 +241,9 @@ def test_weights_come_from_a_file_in_timms_format(name: str, suffix: str, tmp_pa
     torch.manual_seed(4)
     whole = timm.create_model(name).eval()
     file = tmp_path / f"weights.{suffix}"
-    save_file(whole.state_dict(), file) if suffix == "safetensors" else torch.save(whole.state_dict(), file)
+    save_file(whole.state_dict(), file) if suffix == "safetensors" else torch.save(
+        whole.state_dict(), file
+    )
     trunk = build_pretrained(name, "frozen", False, str(file)).eval()
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -198,12 +257,21 @@ def test_weights_of_another_model_are_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="weights of another architecture"):
         build_pretrained("resnet18", "frozen", False, str(tmp_path / "convnext.pth"))
     torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "resnet.pth")
-    with pytest.raises(UserError, match=r"resnet.pth: expected weights of timm's convnext_atto, cannot be used"):
+    with pytest.raises(
+        UserError, match=r"resnet.pth: expected weights of timm's convnext_atto, cannot be used"
+    ):
         build_pretrained("convnext_atto", "frozen", False, str(tmp_path / "resnet.pth"))
     torch.save(timm.create_model("convnext_pico").state_dict(), tmp_path / "deeper.pth")
-    with pytest.raises(UserError, match=r"deeper.pth: expected weights of timm's convnext_atto, cannot be used"):
+    with pytest.raises(
+        UserError, match=r"deeper.pth: expected weights of timm's convnext_atto, cannot be used"
+    ):
         build_pretrained("convnext_atto", "frozen", False, str(tmp_path / "deeper.pth"))
     own = Backbone("convnext_atto", "frozen")
-    torch.save({"model": {f"backbone.{name}": value for name, value in own.state_dict().items()}}, tmp_path / "ours.pth")
+    torch.save(
+        {"model": {f"backbone.{name}": value for name, value in own.state_dict().items()}},
+        tmp_path / "ours.pth",
+    )
     again = build_pretrained("convnext_atto", "frozen", False, str(tmp_path / "ours.pth"))
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in own.state_dict().items())
+    assert all(
+        torch.equal(value, again.state_dict()[name]) for name, value in own.state_dict().items()
+    )

@@ -1,4 +1,6 @@
-"""Denoising queries and groups of queries: who sees whom, how far boxes move, and nothing of it at inference."""
+"""Denoising queries and groups of queries: who sees whom, how far boxes move, and nothing of it at
+inference.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ SIZES = {
 }
 TWO_STAGE = {"box_refine": True, "two_stage": True, "mixed_selection": True}
 LABELS = [torch.tensor([2, 0, 1]), torch.tensor([1]), torch.zeros(0, dtype=torch.int64)]
-BOXES = [torch.tensor([[0.3, 0.3, 0.2, 0.1], [0.6, 0.5, 0.1, 0.3], [0.5, 0.7, 0.3, 0.3]]), torch.tensor([[0.4, 0.4, 0.2, 0.2]]),
+BOXES = [torch.tensor([[0.3, 0.3, 0.2, 0.1], [0.6, 0.5, 0.1, 0.3], [0.5, 0.7, 0.3, 0.3]]),
+torch.tensor([[0.4, 0.4, 0.2, 0.2]]),
          torch.zeros(0, 4)]  # fmt: skip
 
 
@@ -56,20 +59,33 @@ def test_positives_move_less_than_half_their_size_and_negatives_more() -> None:
     torch.manual_seed(0)
     boxes = torch.tensor([0.5, 0.5, 0.2, 0.1]).expand(1, 4000, 4)
     negative = (torch.arange(4000) % 2).float()
-    moved = (cxcywh_to_xyxy(shifted(boxes, negative, 1.0)) - cxcywh_to_xyxy(boxes)).abs() / torch.tensor([0.1, 0.05, 0.1, 0.05])
+    moved = (
+        cxcywh_to_xyxy(shifted(boxes, negative, 1.0)) - cxcywh_to_xyxy(boxes)
+    ).abs() / torch.tensor([0.1, 0.05, 0.1, 0.05])
     positives, negatives = moved[0, ::2], moved[0, 1::2]
     assert positives.max() <= 1 + 1e-5 and positives.mean() == pytest.approx(0.5, abs=0.03)
-    # corners of a negative may change places, which leaves a corner as near as 0 to the old one, and none farther than 3
+    # corners of a negative may change places, which leaves a corner as near as 0 to the old one,
+    # and none farther than 3
     assert negatives.max() <= 3 and negatives.mean() > 1
-    assert (shifted(boxes, negative, 0.4) - boxes).abs().max() < (shifted(boxes, negative, 1.0) - boxes).abs().max()
-    corners = cxcywh_to_xyxy(shifted(torch.tensor([0.05, 0.95, 0.4, 0.4]).expand(1, 4000, 4), negative, 1.0))
-    assert corners.min() >= -1e-6 and corners.max() <= 1 + 1e-6 and (corners[..., 2:] >= corners[..., :2] - 1e-6).all()
+    assert (shifted(boxes, negative, 0.4) - boxes).abs().max() < (
+        shifted(boxes, negative, 1.0) - boxes
+    ).abs().max()
+    corners = cxcywh_to_xyxy(
+        shifted(torch.tensor([0.05, 0.95, 0.4, 0.4]).expand(1, 4000, 4), negative, 1.0)
+    )
+    assert (
+        corners.min() >= -1e-6
+        and corners.max() <= 1 + 1e-6
+        and (corners[..., 2:] >= corners[..., :2] - 1e-6).all()
+    )
 
 
 def test_labels_are_drawn_anew_with_half_the_label_noise() -> None:
     torch.manual_seed(0)
     labels, boxes = [torch.zeros(500, dtype=torch.int64)], [torch.rand(500, 4)]
-    changed = (noised_targets(labels, boxes, 1000, 2000, label_noise=0.5).labels != 0).float().mean()
+    changed = (
+        (noised_targets(labels, boxes, 1000, 2000, label_noise=0.5).labels != 0).float().mean()
+    )
     assert changed == pytest.approx(0.25, abs=0.03)
 
 
@@ -84,7 +100,11 @@ def test_a_batch_without_boxes_still_reaches_the_label_embedding() -> None:
 
 def test_blocks_do_not_see_each_other() -> None:
     mask = apart([2, 1], torch.device("cpu"))
-    assert mask is not None and mask.tolist() == [[False, False, True], [False, False, True], [True, True, False]]
+    assert mask is not None and mask.tolist() == [
+        [False, False, True],
+        [False, False, True],
+        [True, True, False],
+    ]
     assert apart([5], torch.device("cpu")) is None
 
 
@@ -98,7 +118,9 @@ def test_noised_annotations_leave_the_queries_alone() -> None:
     assert not torch.equal(first.denoised[1], second.denoised[1])
 
 
-@pytest.mark.parametrize("changes", [{"groups": 3}, {"groups": 3, **TWO_STAGE}], ids=["learned", "mixed"])
+@pytest.mark.parametrize(
+    "changes", [{"groups": 3}, {"groups": 3, **TWO_STAGE}], ids=["learned", "mixed"]
+)
 def test_every_group_is_what_it_would_be_alone(changes: dict[str, object]) -> None:
     model = detector(**changes).train()
     together = model(*pixels())
@@ -110,8 +132,12 @@ def test_every_group_is_what_it_would_be_alone(changes: dict[str, object]) -> No
             model.query_embed.weight[:4] = weights[4 * group : 4 * group + 4]
             alone = model(*pixels())
         assert alone.groups == 1 and alone.logits.shape[2] == 4
-        torch.testing.assert_close(together.boxes[:, :, 4 * group : 4 * group + 4], alone.boxes, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(together.logits[:, :, 4 * group : 4 * group + 4], alone.logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            together.boxes[:, :, 4 * group : 4 * group + 4], alone.boxes, atol=1e-5, rtol=1e-5
+        )
+        torch.testing.assert_close(
+            together.logits[:, :, 4 * group : 4 * group + 4], alone.logits, atol=1e-5, rtol=1e-5
+        )
 
 
 def test_mixed_selection_places_learned_contents_at_the_proposals() -> None:
@@ -121,9 +147,17 @@ def test_mixed_selection_places_learned_contents_at_the_proposals() -> None:
         before = model(*pixels())
         model.query_embed.weight.add_(1.0)
         after = model(*pixels())
-    assert torch.equal(before.proposal_logits, after.proposal_logits) and not torch.equal(before.boxes, after.boxes)
+    assert torch.equal(before.proposal_logits, after.proposal_logits) and not torch.equal(
+        before.boxes, after.boxes
+    )
     found = detector(**TWO_STAGE, denoising=4, groups=2).train()
     outputs = found(*pixels(), (LABELS, BOXES))
-    parts = [outputs.logits, outputs.boxes, outputs.proposal_logits, outputs.proposal_boxes, *outputs.denoised[:2]]
+    parts = [
+        outputs.logits,
+        outputs.boxes,
+        outputs.proposal_logits,
+        outputs.proposal_boxes,
+        *outputs.denoised[:2],
+    ]
     sum((part * torch.randn_like(part)).sum() for part in parts).backward()
     assert [name for name, parameter in found.named_parameters() if parameter.grad is None] == []

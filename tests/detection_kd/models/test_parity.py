@@ -23,7 +23,13 @@ CASES = {
 def oracle(a: Architecture) -> DeformableDetrForObjectDetection:
     stages = ["stage4"] if a.levels == 1 else ["stage2", "stage3", "stage4"]
     widths = [64, 128, 256, 512]
-    resnet = ResNetConfig(embedding_size=64, hidden_sizes=widths, depths=[1] * 4, layer_type="basic", out_features=stages)
+    resnet = ResNetConfig(
+        embedding_size=64,
+        hidden_sizes=widths,
+        depths=[1] * 4,
+        layer_type="basic",
+        out_features=stages,
+    )
     config = DeformableDetrConfig(
         backbone_config=resnet,
         num_labels=3,
@@ -52,7 +58,9 @@ class Shared(nn.Module):
     def __init__(self, model: DeformableDetrForObjectDetection) -> None:
         super().__init__()
         self.trunk = model.model.backbone.model
-        self.channels = tuple(self.trunk.channels) if len(self.trunk.channels) == 3 else (128, 256, 512)
+        self.channels = (
+            tuple(self.trunk.channels) if len(self.trunk.channels) == 3 else (128, 256, 512)
+        )
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         return list(self.trunk(images).feature_maps)
@@ -79,8 +87,12 @@ def test_outputs_equal_transformers(case: str, padded: bool) -> None:
     torch.testing.assert_close(found.logits[-1], expected.logits, atol=1e-6, rtol=0)
     torch.testing.assert_close(found.boxes[-1], expected.pred_boxes, atol=1e-6, rtol=0)
     if a.two_stage:
-        torch.testing.assert_close(found.proposal_logits, expected.enc_outputs_class, atol=1e-6, rtol=0)
-        torch.testing.assert_close(found.proposal_boxes, expected.enc_outputs_coord_logits.sigmoid(), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            found.proposal_logits, expected.enc_outputs_class, atol=1e-6, rtol=0
+        )
+        torch.testing.assert_close(
+            found.proposal_boxes, expected.enc_outputs_coord_logits.sigmoid(), atol=1e-6, rtol=0
+        )
     else:
         pyramid = ours.transformer.pyramid(ours.project(ours.backbone(images)), padding)
         memory = ours.transformer.encoder(pyramid)

@@ -1,6 +1,8 @@
-"""The road of every published teacher, from a local weights file in its library's format to the student's features.
+"""The road of every published teacher, from a local weights file in its library's format to the
+student's features.
 
-Networks are those of the table with fewer and narrower layers; files, key names, input sizes and transforms are the real ones.
+Networks are those of the table with fewer and narrower layers; files, key names, input sizes and
+transforms are the real ones.
 """
 
 from __future__ import annotations
@@ -38,9 +40,15 @@ from tests.helpers import draw_slide, write_pyramid
 TILE = 64
 VIT = {"embed_dim": 48, "depth": 2, "num_heads": 2}
 CLIP_VISION = {"layers": 2, "width": 48, "patch_size": 16, "head_width": 24, "image_size": 224}
-TIMM_VISION = {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear", "image_size": 224}
+TIMM_VISION = {
+    "timm_model_name": "test_vit",
+    "timm_pool": "",
+    "timm_proj": "linear",
+    "image_size": 224,
+}
 SMALL: dict[str, tuple[int, dict[str, Any]]] = {
-    "plip": (24, {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "plip": (24, {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 2,
                   "projection_dim": 24}),
     "clip": (24, {"vision_cfg": CLIP_VISION}),
     "biomedclip": (24, {"vision_cfg": TIMM_VISION}),
@@ -62,9 +70,17 @@ def plip(folder: Path, row: EncoderRow) -> Path:
     """transformers: a folder with config.json and model.safetensors, the text tower inside."""
     from transformers import CLIPConfig, CLIPModel
 
-    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 32,
+    }
     vision = {key: value for key, value in row.options.items() if key != "projection_dim"}
-    drawn(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=row.width))).save_pretrained(folder)
+    drawn(
+        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=row.width))
+    ).save_pretrained(folder)
     return folder
 
 
@@ -76,7 +92,11 @@ def clip(folder: Path, row: EncoderRow) -> Path:
     model = drawn(open_clip.CLIP(row.width, vision_cfg=CLIP_VISION, text_cfg=text))
     settings = {"model_cfg": {"embed_dim": row.width, "vision_cfg": CLIP_VISION, "text_cfg": text}}
     (folder / "open_clip_config.json").write_text(json.dumps(settings))
-    state = {key: value.contiguous().clone() for key, value in model.state_dict().items() if key != "attn_mask"}
+    state = {
+        key: value.contiguous().clone()
+        for key, value in model.state_dict().items()
+        if key != "attn_mask"
+    }
     safetensors.torch.save_file(state, folder / "open_clip_model.safetensors")
     return folder
 
@@ -84,8 +104,13 @@ def clip(folder: Path, row: EncoderRow) -> Path:
 def biomedclip(folder: Path, row: EncoderRow) -> Path:
     """open_clip with timm's image tower and a BERT: open_clip_pytorch_model.bin."""
     visual = {f"visual.{key}": value for key, value in drawn(initialised(row)).state_dict().items()}
-    text = {"text.transformer.embeddings.word_embeddings.weight": torch.ones(4, 4), "text.proj.0.weight": torch.ones(4, 4)}
-    torch.save(visual | text | {"logit_scale": torch.ones(())}, folder / "open_clip_pytorch_model.bin")
+    text = {
+        "text.transformer.embeddings.word_embeddings.weight": torch.ones(4, 4),
+        "text.proj.0.weight": torch.ones(4, 4),
+    }
+    torch.save(
+        visual | text | {"logit_scale": torch.ones(())}, folder / "open_clip_pytorch_model.bin"
+    )
     settings = {"model_cfg": {"embed_dim": row.width, "vision_cfg": TIMM_VISION}}
     (folder / "open_clip_config.json").write_text(json.dumps(settings))
     return folder
@@ -108,14 +133,24 @@ def dinov2(folder: Path, row: EncoderRow) -> Path:
 
 def mae(folder: Path, row: EncoderRow) -> Path:
     """The authors' file: under `model`, the decoder beside the encoder."""
-    decoder = {"mask_token": torch.zeros(1, 1, 16), "decoder_embed.weight": torch.ones(16, row.width)}
-    decoder |= {"decoder_pos_embed": torch.ones(1, 197, 16), "decoder_blocks.0.norm1.weight": torch.ones(16)}
-    torch.save({"model": {**drawn(initialised(row)).state_dict(), **decoder}}, folder / "mae_pretrain_vit_base.pth")
+    decoder = {
+        "mask_token": torch.zeros(1, 1, 16),
+        "decoder_embed.weight": torch.ones(16, row.width),
+    }
+    decoder |= {
+        "decoder_pos_embed": torch.ones(1, 197, 16),
+        "decoder_blocks.0.norm1.weight": torch.ones(16),
+    }
+    torch.save(
+        {"model": {**drawn(initialised(row)).state_dict(), **decoder}},
+        folder / "mae_pretrain_vit_base.pth",
+    )
     return folder / "mae_pretrain_vit_base.pth"
 
 
 PUBLISH: dict[str, Callable[[Path, EncoderRow], Path]] = {
-    "plip": plip, "clip": clip, "biomedclip": biomedclip, "gigapath": gigapath, "dinov2": dinov2, "mae": mae,
+    "plip": plip, "clip": clip, "biomedclip": biomedclip, "gigapath": gigapath, "dinov2": dinov2,
+    "mae": mae,
 }  # fmt: skip
 
 
@@ -127,26 +162,58 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_pyramid(root / "slides" / f"S{index}.tiff", draw_slide(256, seed=index))
         lines.append(f"C{index},S{index},{'negative' if index % 2 else 'positive'}")
     (root / "labels.csv").write_text("\n".join(lines) + "\n")
-    tiling = [f"slides={root}/slides", f"output={root}/tiles", f"tile_size={TILE}", "tissue.min_area=50", "workers=1"]
+    tiling = [
+        f"slides={root}/slides",
+        f"output={root}/tiles",
+        f"tile_size={TILE}",
+        "tissue.min_area=50",
+        "workers=1",
+    ]
     assert run(tile_slides.main, tile_slides.Config, tiling) == 0
     write_backbone(root / "backbone.pt")
     return root
 
 
 def walk_the_road(cohort: Path, out: Path, name: str, weights: Path) -> None:
-    """Teacher features -> ranking and set (packed from slides, too) -> D2VFM with the teacher online -> student features."""
+    """Teacher features -> ranking and set (packed from slides, too) -> D2VFM with the teacher
+    online -> student features.
+    """
     cpu = ["device=cpu", "workers=0", "precision=fp32"]
     common = [f"slides={cohort}/slides", f"coords={cohort}/tiles", f"output={out}/features", *cpu]
     teacher = [f"encoder={name}", f"weights={weights}", "batch_size=8"]
     assert run(extract_features.main, extract_features.Config, [*common, *teacher]) == 0
     bags = [f"slides={cohort}/slides", f"features={out}/features/{name}"]
-    ranking = [f"labels={cohort}/labels.csv", f"output={out}/set", "top_k=3", "device=cpu", "val_fraction=0.4"]
+    ranking = [
+        f"labels={cohort}/labels.csv",
+        f"output={out}/set",
+        "top_k=3",
+        "device=cpu",
+        "val_fraction=0.4",
+    ]
     ranking += ["training.epochs=1", "training.min_epochs=1"]
     assert run(rank_patches.main, rank_patches.Config, [*bags, *ranking]) == 0
-    packing = [*bags, f"coords={cohort}/tiles", f"output={out}/set.h5", "tiles=3", f"ranking={out}/set/ann_root/ann.json"]
+    packing = [
+        *bags,
+        f"coords={cohort}/tiles",
+        f"output={out}/set.h5",
+        "tiles=3",
+        f"ranking={out}/set/ann_root/ann.json",
+    ]
     assert run(pack_distillation.main, pack_distillation.Config, packing) == 0
-    training = [f"dataset={out}/set", f"backbone={cohort}/backbone.pt", f"output={out}/d2vfm", f"teacher={name}", "epochs=1"]
-    training += ["batch_size=4", "val_share=0.3", f"online_teacher={name}", f"teacher_weights={weights}", *cpu]
+    training = [
+        f"dataset={out}/set",
+        f"backbone={cohort}/backbone.pt",
+        f"output={out}/d2vfm",
+        f"teacher={name}",
+        "epochs=1",
+    ]
+    training += [
+        "batch_size=4",
+        "val_share=0.3",
+        f"online_teacher={name}",
+        f"teacher_weights={weights}",
+        *cpu,
+    ]
     assert run(train_d2vfm.main, train_d2vfm.Config, training) == 0
     student = [f"student={out}/d2vfm/checkpoint_best.pt"]
     assert run(extract_student.main, extract_student.Config, [*common, *student]) == 0
@@ -172,17 +239,27 @@ def check_chain(cohort: Path, out: Path, name: str, weights: Path, width: int) -
     assert encoder.dim == width and len(files) == 4
     for bag in map(read_bag, files.values()):
         assert bag.features.shape[1] == width and bag.features.std(axis=0).mean() > 0
-        assert (bag.attributes["encoder"], bag.attributes["weights_sha256"]) == (name, encoder.provenance["weights_sha256"])
+        assert (bag.attributes["encoder"], bag.attributes["weights_sha256"]) == (
+            name,
+            encoder.provenance["weights_sha256"],
+        )
         if ENCODERS[name].normalise:
             assert np.allclose(np.linalg.norm(bag.features, axis=1), 1, atol=1e-4)
-    stamp, packed = json.loads((out / "set" / "distillation.json").read_text()), Pack(out / "set.h5")
+    stamp, packed = (
+        json.loads((out / "set" / "distillation.json").read_text()),
+        Pack(out / "set.h5"),
+    )
     assert stamp["teacher"] == bags_digest(files)
     assert packed.provenance["teacher"]["weights_sha256"] == encoder.provenance["weights_sha256"]
     pairs = read_pairs(out / "set")
-    assert sorted((p.slide_id, p.image.name) for p in pairs) == sorted(zip(packed.slides, packed.names))
+    assert sorted((p.slide_id, p.image.name) for p in pairs) == sorted(
+        zip(packed.slides, packed.names)
+    )
     assert {len(pair.feature) for pair in pairs} == {width} == {packed.features.shape[1]}
     identity = json.loads((out / "d2vfm" / "run.json").read_text())["inputs"]
-    assert identity["dataset"] == pairs_digest(pairs) and identity["backbone"] == sha256_file(cohort / "backbone.pt")
+    assert identity["dataset"] == pairs_digest(pairs) and identity["backbone"] == sha256_file(
+        cohort / "backbone.pt"
+    )
     assert identity["online_teacher"].startswith(encoder.provenance["weights_sha256"])
     student, config = load_student(out / "d2vfm" / "checkpoint_best.pt")
     assert (config["teacher"], config["dim"]) == (name, width)

@@ -1,4 +1,6 @@
-"""Students with other poolings, several stages and trained stages: formulas by hand, and what moves and what does not."""
+"""Students with other poolings, several stages and trained stages: formulas by hand, and what moves
+and what does not.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,10 @@ def test_attention_starts_as_the_mean_and_is_a_weighted_mean_of_cells() -> None:
     nn.init.normal_(pool.score.weight)
     for b in range(2):
         cells = [x[b, :, i, j] for i in range(3) for j in range(4)]
-        scores = [pool.score.weight[0] @ torch.tanh(pool.hidden.weight @ cell + pool.hidden.bias) for cell in cells]
+        scores = [
+            pool.score.weight[0] @ torch.tanh(pool.hidden.weight @ cell + pool.hidden.bias)
+            for cell in cells
+        ]
         weights = torch.stack(scores).exp() / torch.stack(scores).exp().sum()
         expected = sum(weight * cell for weight, cell in zip(weights, cells, strict=True))
         assert torch.allclose(pool(x)[b], expected, atol=1e-5)
@@ -53,7 +58,11 @@ def test_stages_are_pooled_each_on_its_own_and_concatenated(kind: str) -> None:
     pooling = StagePooling(kind, [16, 32])
     for parameter in pooling.parameters():
         nn.init.uniform_(parameter, 0.5, 2.0)
-    alone = [x.mean(dim=(2, 3)) for x in maps] if kind == "mean" else [s(x) for s, x in zip(pooling.stages, maps, strict=True)]
+    alone = (
+        [x.mean(dim=(2, 3)) for x in maps]
+        if kind == "mean"
+        else [s(x) for s, x in zip(pooling.stages, maps, strict=True)]
+    )
     assert torch.equal(pooling(maps), torch.cat(alone, dim=1))
     assert (sum(1 for _ in pooling.parameters()) > 0) == (kind != "mean")
 
@@ -81,7 +90,13 @@ def test_frozen_half_and_head_make_the_whole(pooling: str, needle: int | list[in
 
 
 SWITCHES = [{"adapter": kind} for kind in ADAPTERS]
-SWITCHES += [{"pooling": "gem"}, {"pooling": "attention"}, {"needle": [0, 1]}, {"unfreeze": 1}, {"unfreeze": 2}]
+SWITCHES += [
+    {"pooling": "gem"},
+    {"pooling": "attention"},
+    {"needle": [0, 1]},
+    {"unfreeze": 1},
+    {"unfreeze": 2},
+]
 SWITCHES += [{"needle": [0, 1], "pooling": "attention", "adapter": "ln", "unfreeze": 1}]
 
 
@@ -93,17 +108,31 @@ def test_what_is_frozen_stays_bit_identical_under_every_switch(switch: dict, nor
     student = Student(Backbone("resnet18", norm), dim=DIM, **settings)
     if settings["pooling"] == "attention":
         for stage in student.pooling.stages:
-            nn.init.normal_(stage.score.weight)  # from zero the layer before it would get its first gradient a step later
+            nn.init.normal_(
+                stage.score.weight
+            )  # from zero the layer before it would get its first gradient a step later
     student.train()
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        [p for p in student.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1
+    )
     mse_loss(student(torch.randn(4, 3, 64, 64)), torch.randn(4, DIM)).backward()
     optimizer.step()
-    changed = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {
+        name for name, value in student.state_dict().items() if not torch.equal(value, before[name])
+    }
     trained = tuple(f"backbone.layer{3 - i}." for i in range(settings["unfreeze"]))
-    expected = {name for name, _ in student.named_parameters() if name.startswith(("adapter.", "pooling."))}
+    expected = {
+        name for name, _ in student.named_parameters() if name.startswith(("adapter.", "pooling."))
+    }
     convolutions = (
-        {name for name, p in student.named_parameters() if name.startswith(trained) and p.dim() == 4} if trained else set()
+        {
+            name
+            for name, p in student.named_parameters()
+            if name.startswith(trained) and p.dim() == 4
+        }
+        if trained
+        else set()
     )
     assert len(convolutions) == 5 * settings["unfreeze"]
     assert changed == expected | convolutions

@@ -1,4 +1,6 @@
-"""The CUDA kernels, ours and the classic ones of the benchmark, run thread by thread on the CPU against the reference."""
+"""The CUDA kernels, ours and the classic ones of the benchmark, run thread by thread on the CPU
+against the reference.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,13 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     folder = OPS / "csrc" / "cuda"
     library = tmp_path_factory.mktemp("ours") / "libours.so"
     return ctypes.CDLL(
-        str(build_for_host([SHARED / "cuda_lanes.cuh", folder / "launch.h", folder / "kernels.cuh"], library, ENTRY))
+        str(
+            build_for_host(
+                [SHARED / "cuda_lanes.cuh", folder / "launch.h", folder / "kernels.cuh"],
+                library,
+                ENTRY,
+            )
+        )
     )
 
 
@@ -76,11 +84,17 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def classic(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The kernels of the benchmark."""
     source = BENCHMARKS / "csrc" / "classic_ms_deform_attn.cu"
-    return load_kernels(build_for_host([source], tmp_path_factory.mktemp("classic") / "libclassic.so"))
+    return load_kernels(
+        build_for_host([source], tmp_path_factory.mktemp("classic") / "libclassic.so")
+    )
 
 
-def make_inputs(dim: int, shapes: list[tuple[int, int]], points: list[int], dtype: torch.dtype, queries: int = 7) -> Inputs:
-    """2 samples, 3 heads, locations in [-0.5, 1.5] and some on the borders; around the values lie NaNs that none may read."""
+def make_inputs(
+    dim: int, shapes: list[tuple[int, int]], points: list[int], dtype: torch.dtype, queries: int = 7
+) -> Inputs:
+    """2 samples, 3 heads, locations in [-0.5, 1.5] and some on the borders; around the values lie
+    NaNs that none may read.
+    """
     generator = torch.Generator().manual_seed(dim)
     size = (2, sum(height * width for height, width in shapes), 3, dim)
     count, fence = torch.Size(size).numel(), 64
@@ -94,7 +108,9 @@ def make_inputs(dim: int, shapes: list[tuple[int, int]], points: list[int], dtyp
     return value, locations, weights
 
 
-def expected(inputs: Inputs, shapes: list[tuple[int, int]], points: list[int], grad: Tensor) -> tuple[Tensor, ...]:
+def expected(
+    inputs: Inputs, shapes: list[tuple[int, int]], points: list[int], grad: Tensor
+) -> tuple[Tensor, ...]:
     """Output and gradients of the reference in float64."""
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     out = ms_deform_attn_reference(exact[0], shapes, points, exact[1], exact[2])
@@ -112,7 +128,11 @@ def run_ours(
     """Output and gradients of our kernels, called as `binding.cpp` calls them."""
     value, locations, weights = inputs
     out = torch.empty(2, locations.shape[1], 3 * value.shape[3], dtype=value.dtype)
-    grads = torch.zeros_like(value, dtype=locations.dtype), torch.empty_like(locations), torch.empty_like(weights)
+    grads = (
+        torch.zeros_like(value, dtype=locations.dtype),
+        torch.empty_like(locations),
+        torch.empty_like(weights),
+    )
     fixed = torch.zeros_like(value, dtype=torch.int64)
     bound = grad.abs().amax().to(weights.dtype) * weights.abs().amax()
     tensors = (value, locations, weights, out, grad, *grads, fixed, bound)
@@ -122,7 +142,12 @@ def run_ours(
     start = end = 0
     for level, ((height, width), count) in enumerate(zip(shapes, points)):
         end += count
-        for name, number in (("height", height), ("width", width), ("start", start), ("point_end", end)):
+        for name, number in (
+            ("height", height),
+            ("width", width),
+            ("start", start),
+            ("point_end", end),
+        ):
             getattr(call.levels, name)[level] = number
         start += height * width
     for name, tensor in zip(POINTERS, tensors):
@@ -141,7 +166,9 @@ def close(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], limits: tuple[f
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dim", [1, 8, 32, 71, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_our_kernels_equal_the_reference(ours: ctypes.CDLL, dim: int, dtype: torch.dtype, deterministic: bool) -> None:
+def test_our_kernels_equal_the_reference(
+    ours: ctypes.CDLL, dim: int, dtype: torch.dtype, deterministic: bool
+) -> None:
     shapes, points = [(5, 7), (3, 2), (0, 3), (1, 1)], [4, 13, 2, 1]
     inputs = make_inputs(dim, shapes, points, dtype)
     grad = torch.randn(2, 7, 3 * dim, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -151,7 +178,9 @@ def test_our_kernels_equal_the_reference(ours: ctypes.CDLL, dim: int, dtype: tor
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_values_that_start_anywhere_take_the_kernel_of_single_loads(ours: ctypes.CDLL, deterministic: bool) -> None:
+def test_values_that_start_anywhere_take_the_kernel_of_single_loads(
+    ours: ctypes.CDLL, deterministic: bool
+) -> None:
     shapes, points = [(4, 4)], [4]
     value, locations, weights = make_inputs(32, shapes, points, torch.float32)
     odd = torch.empty(value.numel() + 1)[1:].view(value.shape).copy_(value)
@@ -161,7 +190,9 @@ def test_values_that_start_anywhere_take_the_kernel_of_single_loads(ours: ctypes
     close(found, expected((value, locations, weights), shapes, points, grad), (2e-6,) * 4)
 
 
-def test_fixed_point_sums_do_not_overflow_where_everything_falls_on_one_cell(ours: ctypes.CDLL) -> None:
+def test_fixed_point_sums_do_not_overflow_where_everything_falls_on_one_cell(
+    ours: ctypes.CDLL,
+) -> None:
     shapes, points = [(1, 1)], [18]
     value = torch.ones(2, 1, 3, 4)
     locations, weights = torch.full((2, 7, 3, 18, 2), 0.5), torch.full((2, 7, 3, 18), 1.75)

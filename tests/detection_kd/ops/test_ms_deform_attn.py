@@ -1,4 +1,5 @@
-"""The compiled attention op against the reference: values, all gradients, dtypes, instruction sets, torch's own checks.
+"""The compiled attention op against the reference: values, all gradients, dtypes, instruction sets,
+torch's own checks.
 
 Every body that takes `device` runs on the CPU in the default suite and on CUDA under `-m gpu`.
 """
@@ -47,8 +48,12 @@ def kernels(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def make_case(dim: int, queries: int, dtype: torch.dtype = torch.float64, device: str = "cpu", levels: int = 4) -> Case:
-    """A seeded case with ragged points, an empty level, maps that are not square and locations in [-0.5, 1.5]."""
+def make_case(
+    dim: int, queries: int, dtype: torch.dtype = torch.float64, device: str = "cpu", levels: int = 4
+) -> Case:
+    """A seeded case with ragged points, an empty level, maps that are not square and locations in
+    [-0.5, 1.5].
+    """
     torch.manual_seed(dim)
     rng = np.random.default_rng(dim)
     shapes = [(int(h), int(w)) for h, w in rng.integers(1, 9, (levels, 2))]
@@ -58,16 +63,24 @@ def make_case(dim: int, queries: int, dtype: torch.dtype = torch.float64, device
     size = (2, queries, 3, sum(points))
     real = torch.float64 if dtype == torch.float64 else torch.float32
     value = torch.randn(2, sum(h * w for h, w in shapes), 3, dim, dtype=torch.float64)
-    locations = away_from_grid_lines(torch.rand(*size, 2, dtype=torch.float64) * 2 - 0.5, shapes, points)
+    locations = away_from_grid_lines(
+        torch.rand(*size, 2, dtype=torch.float64) * 2 - 0.5, shapes, points
+    )
     weights = torch.rand(size, dtype=torch.float64)
     tensors = (value.to(device, dtype), locations.to(device, real), weights.to(device, real))
     value, locations, weights = (tensor.requires_grad_() for tensor in tensors)
     return value, shapes, locations, weights, points
 
 
-def away_from_grid_lines(locations: Tensor, shapes: list[tuple[int, int]], points: list[int]) -> Tensor:
-    """Nudge locations that lie within 0.01 cells of a cell centre's row or column, where the gradient jumps."""
-    sizes = torch.tensor([(w, h) for (h, w), count in zip(shapes, points) for _ in range(count)], dtype=torch.float64)
+def away_from_grid_lines(
+    locations: Tensor, shapes: list[tuple[int, int]], points: list[int]
+) -> Tensor:
+    """Nudge locations that lie within 0.01 cells of a cell centre's row or column, where the
+    gradient jumps.
+    """
+    sizes = torch.tensor(
+        [(w, h) for (h, w), count in zip(shapes, points) for _ in range(count)], dtype=torch.float64
+    )
     cells = locations * sizes - 0.5
     near = (cells - cells.round()).abs() < 0.01
     return torch.where(near, locations + 0.02 / sizes.clamp(min=1), locations)
@@ -76,7 +89,9 @@ def away_from_grid_lines(locations: Tensor, shapes: list[tuple[int, int]], point
 def values_and_gradients(case: Case) -> tuple[Tensor, ...]:
     value, shapes, locations, weights, points = case
     out = ms_deform_attn(value, shapes, locations, weights, points)
-    weighting = (torch.arange(out.numel(), device=out.device) % 7 - 3).view(out.shape).to(out)  # exact in every dtype
+    weighting = (
+        (torch.arange(out.numel(), device=out.device) % 7 - 3).view(out.shape).to(out)
+    )  # exact in every dtype
     return out, *torch.autograd.grad(out, (value, locations, weights), weighting)
 
 
@@ -91,13 +106,17 @@ def expected(case: Case, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("queries", [FEW, MANY])
-def test_cpu_kernels_equal_the_reference(kernels: str, dim: int, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_kernels_equal_the_reference(
+    kernels: str, dim: int, queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = make_case(dim, queries)
     for found, wanted in zip(values_and_gradients(case), expected(case, monkeypatch)):
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
     case = make_case(dim, queries, torch.float32)
     for found, wanted in zip(values_and_gradients(case), expected(case, monkeypatch)):
-        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=2e-6 * float(wanted.detach().abs().max()))
+        torch.testing.assert_close(
+            found.double(), wanted, rtol=1e-5, atol=2e-6 * float(wanted.detach().abs().max())
+        )
 
 
 @pytest.mark.parametrize(("dtype", "rms"), [(torch.bfloat16, 5e-3), (torch.float16, 1e-3)])
@@ -125,7 +144,9 @@ def test_cuda_kernels_equal_the_reference(
         found = values_and_gradients(case)
     limits = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
     for a, b in zip(found, expected(case, monkeypatch)):
-        assert (a.double() - b).square().mean().sqrt() < limits[dtype] * b.square().mean().sqrt() + 1e-12
+        assert (a.double() - b).square().mean().sqrt() < limits[
+            dtype
+        ] * b.square().mean().sqrt() + 1e-12
 
 
 class deterministic_algorithms:
@@ -150,7 +171,9 @@ def test_gradcheck(device: str, queries: int) -> None:
     def op(*tensors: Tensor) -> Tensor:
         return ms_deform_attn(tensors[0], shapes, tensors[1], tensors[2], points)
 
-    assert torch.autograd.gradcheck(op, (value, locations, weights), atol=1e-6, eps=1e-6, fast_mode=fast)
+    assert torch.autograd.gradcheck(
+        op, (value, locations, weights), atol=1e-6, eps=1e-6, fast_mode=fast
+    )
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
@@ -176,13 +199,17 @@ def test_gradcheck_sees_any_gradient_that_is_lost(lost: int) -> None:
         torch.autograd.gradcheck(Mutant.apply, (value, locations, weights), atol=1e-6, eps=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # opcheck's own
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(device: str, dtype: torch.dtype) -> None:
     value, shapes, locations, weights, points = make_case(8, 3, dtype, device, levels=2)
     sizes = [size for shape in shapes for size in shape]
-    torch.library.opcheck(torch.ops.detection_kd.ms_deform_attn, (value, sizes, points, locations, weights))
+    torch.library.opcheck(
+        torch.ops.detection_kd.ms_deform_attn, (value, sizes, points, locations, weights)
+    )
     grad = torch.randn(2, 3, 24, device=device, dtype=dtype)
     inputs = [tensor.detach() for tensor in (value, locations, weights)]
     arguments = (grad, inputs[0], sizes, points, *inputs[1:], None)
@@ -213,7 +240,8 @@ print("one graph")
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiles_in_one_graph(device: str, root: Path) -> None:
-    # a process of its own: the shape checks of this suite wrap every function in what torch.compile cannot trace
+    # a process of its own: the shape checks of this suite wrap every function in what torch.compile
+    # cannot trace
     command = [sys.executable, "-c", ONE_GRAPH, device]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "one graph" in done.stdout, done.stderr[-3000:]
@@ -245,7 +273,10 @@ def test_deterministic_cuda_backward_repeats_bit_for_bit() -> None:
 def test_samples_of_a_batch_do_not_touch_each_other(device: str) -> None:
     value, shapes, locations, weights, points = make_case(8, 21, device=device)
     whole = ms_deform_attn(value, shapes, locations, weights, points)
-    parts = [ms_deform_attn(value[i : i + 1], shapes, locations[i : i + 1], weights[i : i + 1], points) for i in range(2)]
+    parts = [
+        ms_deform_attn(value[i : i + 1], shapes, locations[i : i + 1], weights[i : i + 1], points)
+        for i in range(2)
+    ]
     assert torch.equal(whole, torch.cat(parts))
 
 
@@ -257,7 +288,9 @@ def test_autocast_keeps_locations_and_weights_in_float32(device: str, dtype: tor
     exact = ms_deform_attn(value, shapes, locations, weights, points)
     with torch.autocast(device, dtype):
         low = ms_deform_attn(value.to(dtype), shapes, locations, weights, points)
-        direct = torch.ops.detection_kd.ms_deform_attn(value.to(dtype), sizes, points, locations, weights.to(dtype))
+        direct = torch.ops.detection_kd.ms_deform_attn(
+            value.to(dtype), sizes, points, locations, weights.to(dtype)
+        )
     assert low.dtype == direct.dtype == dtype
     for found in (low, direct):
         assert (found.float() - exact).square().mean().sqrt() < 5e-3 * exact.square().mean().sqrt()
@@ -265,10 +298,14 @@ def test_autocast_keeps_locations_and_weights_in_float32(device: str, dtype: tor
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("batch", "queries"), [(0, 3), (2, 0)])
-def test_empty_inputs_give_empty_outputs_and_zero_gradients(device: str, batch: int, queries: int) -> None:
+def test_empty_inputs_give_empty_outputs_and_zero_gradients(
+    device: str, batch: int, queries: int
+) -> None:
     value = torch.randn(batch, 15, 2, 3, requires_grad=True, device=device)
     locations = torch.rand(batch, queries, 2, 1, 2, 2, device=device, requires_grad=True)
-    out = ms_deform_attn(value, [(3, 5)], locations, torch.rand(batch, queries, 2, 1, 2, device=device))
+    out = ms_deform_attn(
+        value, [(3, 5)], locations, torch.rand(batch, queries, 2, 1, 2, device=device)
+    )
     assert out.shape == (batch, queries, 6)
     out.sum().backward()
     assert value.grad.shape == value.shape and not value.grad.any()
@@ -278,7 +315,10 @@ def test_empty_inputs_give_empty_outputs_and_zero_gradients(device: str, batch: 
 @pytest.mark.parametrize("queries", [1, 200])
 def test_no_points_give_zeros(device: str, queries: int) -> None:
     value = torch.randn(1, 6, 2, 3, device=device)
-    locations, weights = torch.rand(1, queries, 2, 0, 2, device=device), torch.rand(1, queries, 2, 0, device=device)
+    locations, weights = (
+        torch.rand(1, queries, 2, 0, 2, device=device),
+        torch.rand(1, queries, 2, 0, device=device),
+    )
     out = ms_deform_attn(value, [(2, 3)], locations, weights, [0])
     assert out.shape == (1, queries, 6) and not out.any()
 
@@ -291,7 +331,9 @@ def test_what_is_not_finite(device: str, queries: int) -> None:
     centre = torch.tensor([0.5, 0.75], device=device).expand(1, queries, 1, 1, 1, 2).clone()
     weights = torch.ones(1, queries, 1, 1, 1, device=device)
     far = centre + 3e9
-    assert not ms_deform_attn(value, [(2, 3)], far, weights).any()  # infinite values outside are not read
+    assert not ms_deform_attn(
+        value, [(2, 3)], far, weights
+    ).any()  # infinite values outside are not read
     for bad in (float("nan"), float("inf"), -float("inf")):
         centre[..., 0] = bad
         assert ms_deform_attn(value, [(2, 3)], centre, weights).isnan().all()
@@ -301,16 +343,23 @@ def test_what_is_not_finite(device: str, queries: int) -> None:
 def test_infinite_neighbours_of_weight_zero_outside_the_map(device: str) -> None:
     value = torch.full((1, 2, 1, 1), 2.0, device=device)
     value[0, 1] = float("inf")  # the only cell of the second level
-    corner = torch.tensor([-0.25, 0.5], device=device).expand(1, 1, 1, 1, 1, 2)  # 0.75 cells left of the only centre
+    corner = torch.tensor([-0.25, 0.5], device=device).expand(
+        1, 1, 1, 1, 1, 2
+    )  # 0.75 cells left of the only centre
     locations = torch.cat((corner, corner - 9), 3)
-    out = ms_deform_attn(value, [(1, 1), (1, 1)], locations, torch.ones(1, 1, 1, 2, 1, device=device))
+    out = ms_deform_attn(
+        value, [(1, 1), (1, 1)], locations, torch.ones(1, 1, 1, 2, 1, device=device)
+    )
     torch.testing.assert_close(out, torch.full((1, 1, 1), 0.5, device=device))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_strides_do_not_matter(device: str) -> None:
     value, shapes, locations, weights, points = make_case(8, 5, device=device)
-    odd = [tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (value, locations, weights)]
+    odd = [
+        tensor.transpose(0, 1).contiguous().transpose(0, 1)
+        for tensor in (value, locations, weights)
+    ]
     assert not odd[0].is_contiguous()
     plain = ms_deform_attn(value, shapes, locations, weights, points)
     assert torch.equal(ms_deform_attn(odd[0], shapes, odd[1], odd[2], points), plain)
@@ -328,7 +377,10 @@ def test_other_streams_and_devices() -> None:
         torch.cuda.current_stream().synchronize()
     torch.testing.assert_close(other[0], plain[0])
     if torch.cuda.device_count() > 1:
-        torch.testing.assert_close(values_and_gradients(make_case(32, 50, torch.float32, "cuda:1"))[0].to("cuda:0"), plain[0])
+        torch.testing.assert_close(
+            values_and_gradients(make_case(32, 50, torch.float32, "cuda:1"))[0].to("cuda:0"),
+            plain[0],
+        )
 
 
 @pytest.mark.gpu
@@ -339,7 +391,9 @@ def test_more_than_two_to_the_31_values_on_cuda() -> None:
     value[0, -1] = 1
     locations = torch.full((1, 1, 8, 1, 1, 2), 1 - 0.5 / side, device="cuda")
     out = ms_deform_attn(value, [(side, side)], locations, torch.ones(1, 1, 8, 1, 1, device="cuda"))
-    torch.testing.assert_close(out.float(), torch.ones_like(out, dtype=torch.float32), atol=1e-2, rtol=0)
+    torch.testing.assert_close(
+        out.float(), torch.ones_like(out, dtype=torch.float32), atol=1e-2, rtol=0
+    )
 
 
 def test_wrong_inputs_are_errors_not_crashes() -> None:
@@ -355,7 +409,10 @@ def test_wrong_inputs_are_errors_not_crashes() -> None:
         ((value, sizes, [count + 1 for count in points], locations, weights), "points"),
         ((value, sizes, points, locations[:, :2], weights), "weights does not have the shape"),
         ((value, sizes, points, locations.float(), weights), "another dtype"),
-        ((value.long(), sizes, points, locations, weights), "float32, float64, bfloat16 or float16"),
+        (
+            (value.long(), sizes, points, locations, weights),
+            "float32, float64, bfloat16 or float16",
+        ),
     ):
         with pytest.raises(RuntimeError, match=message):
             op(*arguments)
@@ -386,7 +443,9 @@ def test_building_again_from_anywhere_does_nothing(tmp_path: Path, root: Path) -
     before = library.stat().st_mtime_ns
     command = ["bash", str(root / "tools" / "build_ops.sh"), "cuda=no"]
     environment = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment
+    )
     assert done.returncode == 0 and "up to date" in done.stderr, done.stderr
     assert library.stat().st_mtime_ns == before
     assert library.with_suffix(".log").stat().st_size > 100

@@ -1,4 +1,6 @@
-"""Training many folds at a time: the models and the predictions of training them one by one, and no test bag in any of it."""
+"""Training many folds at a time: the models and the predictions of training them one by one, and no
+test bag in any of it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from mil.classic.vmap_training import StackedRecipe, bag_losses, fold_statistics, pack, train_stacked
+from mil.classic.vmap_training import (
+    StackedRecipe,
+    bag_losses,
+    fold_statistics,
+    pack,
+    train_stacked,
+)
 from mil.models import ABMIL, DSMIL, forward_bags
 
 COUNT, FOLDS, DIM = 12, 3, 5
@@ -30,12 +38,16 @@ def networks(kind: str) -> list[nn.Module]:
     models = []
     for fold in range(FOLDS):
         torch.manual_seed(fold)
-        models.append(ABMIL(DIM, 2, 0.0, hidden=8, attention=4) if kind == "abmil" else DSMIL(DIM, 2))
+        models.append(
+            ABMIL(DIM, 2, 0.0, hidden=8, attention=4) if kind == "abmil" else DSMIL(DIM, 2)
+        )
     return models
 
 
 def one_by_one(kind: str, recipe: StackedRecipe) -> torch.Tensor:
-    """A plain loop per fold with torch's own optimisers; weights decay in SGD, biases too in Adam."""
+    """A plain loop per fold with torch's own optimisers; weights decay in SGD, biases too in
+    Adam.
+    """
     bags, targets, mask = problem()
     logits = []
     for model, mine in zip(networks(kind), mask, strict=True):
@@ -45,10 +57,14 @@ def one_by_one(kind: str, recipe: StackedRecipe) -> torch.Tensor:
             matrices = [p for p in model.parameters() if p.ndim > 1]
             others = [p for p in model.parameters() if p.ndim <= 1]
             groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others}]
-            optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9, nesterov=True)
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(
+                groups, lr=1.0, momentum=0.9, nesterov=True
+            )
         else:
             betas = (recipe.beta1, recipe.beta2)
-            optimizer = torch.optim.Adam(model.parameters(), betas=betas, weight_decay=recipe.weight_decay)
+            optimizer = torch.optim.Adam(
+                model.parameters(), betas=betas, weight_decay=recipe.weight_decay
+            )
         generator, seen = torch.Generator().manual_seed(7), 0
         for epoch in range(recipe.epochs):
             for chosen in torch.randperm(COUNT, generator=generator).split(recipe.batch):
@@ -56,7 +72,9 @@ def one_by_one(kind: str, recipe: StackedRecipe) -> torch.Tensor:
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.rate(epoch, seen)
                 optimizer.zero_grad(set_to_none=False)
-                bag_losses(model.train().forward_packed(*pack([scaled[i] for i in own])), targets[own]).mean().backward()
+                bag_losses(
+                    model.train().forward_packed(*pack([scaled[i] for i in own])), targets[own]
+                ).mean().backward()
                 optimizer.step()
                 seen += len(chosen)
         with torch.no_grad():
@@ -67,26 +85,38 @@ def one_by_one(kind: str, recipe: StackedRecipe) -> torch.Tensor:
 @pytest.mark.parametrize(("kind", "recipe"), [("abmil", SGD), ("dsmil", ADAM)])
 def test_stacked_training_is_training_one_by_one(kind: str, recipe: StackedRecipe):
     bags, targets, mask = problem()
-    together = train_stacked(networks(kind), bags, targets, mask, recipe, torch.Generator().manual_seed(7))
+    together = train_stacked(
+        networks(kind), bags, targets, mask, recipe, torch.Generator().manual_seed(7)
+    )
     torch.testing.assert_close(together, one_by_one(kind, recipe), rtol=1e-4, atol=1e-4)
-    start = train_stacked(networks(kind), bags, targets, mask, replace(recipe, epochs=0), torch.Generator())
+    start = train_stacked(
+        networks(kind), bags, targets, mask, replace(recipe, epochs=0), torch.Generator()
+    )
     assert (together - start).abs().max() > 0.1  # it did train
 
 
 def test_a_test_bag_changes_nothing_but_its_own_prediction():
     bags, targets, mask = problem()
-    before = train_stacked(networks("abmil"), bags, targets, mask, SGD, torch.Generator().manual_seed(7))
+    before = train_stacked(
+        networks("abmil"), bags, targets, mask, SGD, torch.Generator().manual_seed(7)
+    )
     changed, flipped = [bag.clone() for bag in bags], targets.clone()
     changed[0] *= 100.0  # bag 0 is tested by fold 0
     flipped[0] = 1 - flipped[0]
-    after = train_stacked(networks("abmil"), changed, flipped, mask, SGD, torch.Generator().manual_seed(7))
-    assert torch.equal(before[0, 1:], after[0, 1:]) and not torch.allclose(before[0, 0], after[0, 0])
+    after = train_stacked(
+        networks("abmil"), changed, flipped, mask, SGD, torch.Generator().manual_seed(7)
+    )
+    assert torch.equal(before[0, 1:], after[0, 1:]) and not torch.allclose(
+        before[0, 0], after[0, 0]
+    )
     assert not torch.allclose(before[1, 1:], after[1, 1:])  # the other folds train on it
 
 
 def test_statistics_are_of_the_training_bags_alone():
     bags, _, mask = problem()
-    bags = [torch.cat([bag, torch.full((len(bag), 1), 2.0)], dim=1) for bag in bags]  # a feature that never varies
+    bags = [
+        torch.cat([bag, torch.full((len(bag), 1), 2.0)], dim=1) for bag in bags
+    ]  # a feature that never varies
     mean, std = fold_statistics(bags, mask)
     tiles = torch.cat([bags[i] for i in range(COUNT) if i % 3 != 1])
     torch.testing.assert_close(mean[1], tiles.mean(0))
@@ -96,4 +126,6 @@ def test_statistics_are_of_the_training_bags_alone():
 
 def test_learning_rates_of_the_published_schedules():
     assert SGD.rate(0, 0) == pytest.approx(4 * 0.02) and SGD.rate(2, 100) == pytest.approx(0.08 / 2)
-    assert ADAM.rate(0, 0) == pytest.approx(2 * 5e-3) and ADAM.rate(3, 99) == pytest.approx(0.0, abs=1e-12)
+    assert ADAM.rate(0, 0) == pytest.approx(2 * 5e-3) and ADAM.rate(3, 99) == pytest.approx(
+        0.0, abs=1e-12
+    )

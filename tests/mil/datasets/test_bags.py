@@ -1,4 +1,6 @@
-"""Bags on disk and in memory: every layout, every fault in one line, the same training wherever a bag lies."""
+"""Bags on disk and in memory: every layout, every fault in one line, the same training wherever a
+bag lies.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,11 @@ def write(folder: Path, layout: str) -> Path:
     if layout == "pt_dict":
         torch.save({"feats": tensor, "coords": torch.arange(60).reshape(30, 2)}, path)
     elif layout.startswith("pt"):
-        torch.save(tensor[None] if layout == "pt_3d" else tensor, path, _use_new_zipfile_serialization=layout != "pt_old")
+        torch.save(
+            tensor[None] if layout == "pt_3d" else tensor,
+            path,
+            _use_new_zipfile_serialization=layout != "pt_old",
+        )
     else:
         with h5py.File(path, "w", userblock_size=512 if layout == "userblock" else 0) as file:
             options = {"compression": "gzip", "chunks": (7, 5)} if layout == "chunked" else {}
@@ -44,29 +50,52 @@ def write(folder: Path, layout: str) -> Path:
     return path
 
 
-LAYOUTS = ["plain", "chunked", "3d", "trident", "big_endian", "double", "userblock", "pt", "pt_dict", "pt_old", "pt_3d"]
+LAYOUTS = [
+    "plain",
+    "chunked",
+    "3d",
+    "trident",
+    "big_endian",
+    "double",
+    "userblock",
+    "pt",
+    "pt_dict",
+    "pt_old",
+    "pt_3d",
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_read_whole_by_rows_and_by_blocks(tmp_path: Path, layout: str):
     path = write(tmp_path, layout)
     bag, expected = open_bag(path), torch.from_numpy(ROWS).float()
-    assert bag.shape == (30, 5) and (bag.offset is not None) == (layout in ("plain", "3d", "trident", "double"))
+    assert bag.shape == (30, 5) and (bag.offset is not None) == (
+        layout in ("plain", "3d", "trident", "double")
+    )
     half = layout not in ("big_endian", "double")
     assert bag.read().dtype == (torch.float16 if half else torch.float32)
     assert torch.equal(bag.read().float(), expected) and bag.nbytes == 30 * 5 * (2 if half else 4)
     rows = torch.tensor([29, 3, 3, 0])
     assert torch.equal(bag.rows(rows).float(), expected[rows])
     parts = list(bag.blocks(8))
-    assert [len(part) for part in parts] == [8, 8, 8, 6] and torch.equal(torch.cat(parts).float(), expected)
+    assert [len(part) for part in parts] == [8, 8, 8, 6] and torch.equal(
+        torch.cat(parts).float(), expected
+    )
     assert torch.equal(torch.from_numpy(read_bag(path).features), expected)
     if not layout.startswith("pt") or layout == "pt_dict":
         assert bag.coords is not None and bag.coords.tolist()[1] == [2, 3]
 
 
-def test_all_bad_bags_come_in_one_line_or_are_left_out(make_cohort, caplog: pytest.LogCaptureFixture):
+def test_all_bad_bags_come_in_one_line_or_are_left_out(
+    make_cohort, caplog: pytest.LogCaptureFixture
+):
     folder = make_cohort(slides=6) / "bags"
-    faults = {"s01": np.full((3, 8), np.nan), "s02": np.zeros((0, 8)), "s03": np.zeros((3, 7)), "s04": None}
+    faults = {
+        "s01": np.full((3, 8), np.nan),
+        "s02": np.zeros((0, 8)),
+        "s03": np.zeros((3, 7)),
+        "s04": None,
+    }
     for slide, features in faults.items():
         path = folder / "h5_files" / f"{slide}.h5"
         path.write_bytes(b"no bag")
@@ -80,8 +109,17 @@ def test_all_bad_bags_come_in_one_line_or_are_left_out(make_cohort, caplog: pyte
     with pytest.raises(UserError) as digested:  # what comes before it in a stage
         bags_digest(files)
     assert str(digested.value) == line
-    assert "\n" not in line and line.startswith("4 of 6 bags cannot be used") and "skip_bad=true" in line
-    for part in ("s01.h5: expected finite", "s02.h5: expected at least one tile", "s03.h5: expected 8 features", "s04.h5"):
+    assert (
+        "\n" not in line
+        and line.startswith("4 of 6 bags cannot be used")
+        and "skip_bad=true" in line
+    )
+    for part in (
+        "s01.h5: expected finite",
+        "s02.h5: expected at least one tile",
+        "s03.h5: expected 8 features",
+        "s04.h5",
+    ):
         assert part in line
     assert list(usable_bags(files)) == ["s00", "s05"] and "left out" in caplog.text
     with pytest.raises(UserError, match="s01.h5: expected finite"):
@@ -95,7 +133,9 @@ def test_a_double_too_large_for_float32_is_not_finite(tmp_path: Path):
         load_bags({"s": tmp_path / "s.h5"})
 
 
-def test_memory_budget_decides_where_and_nothing_else(make_cohort, caplog: pytest.LogCaptureFixture):
+def test_memory_budget_decides_where_and_nothing_else(
+    make_cohort, caplog: pytest.LogCaptureFixture
+):
     caplog.set_level(logging.INFO)
     files = find_bags(make_cohort(slides=6) / "bags", [f"s{i:02d}" for i in range(6)])
     size = 12 * 8 * 4
@@ -103,13 +143,23 @@ def test_memory_budget_decides_where_and_nothing_else(make_cohort, caplog: pytes
     for memory, held in ((10**9, 6), (2 * size, 2), (0, 0)):
         bags = load_bags(files, memory)
         assert sum(isinstance(x, torch.Tensor) for x in bags.features.values()) == held
-        samples = [Sample(slide, x, bags.coords[slide], i % 2) for i, (slide, x) in enumerate(bags.features.items())]
+        samples = [
+            Sample(slide, x, bags.coords[slide], i % 2)
+            for i, (slide, x) in enumerate(bags.features.items())
+        ]
         torch.manual_seed(0)
         model = build("abmil", 8, 2, standardize=True)
         assert isinstance(model, Standardised)
         model.fit([sample.features for sample in samples])
         recipe = Recipe(max_tiles=5)
-        loss = train_one_epoch(model, samples, torch.optim.SGD(model.parameters(), 0.1), recipe, CPU, [3, 1, 0, 2, 5, 4])
+        loss = train_one_epoch(
+            model,
+            samples,
+            torch.optim.SGD(model.parameters(), 0.1),
+            recipe,
+            CPU,
+            [3, 1, 0, 2, 5, 4],
+        )
         results.append((loss, predict(model, samples, CPU.device).tolist()))
     assert results[0] == results[1] == results[2]
     assert "4 of 6 stay on disk" in caplog.text
@@ -127,10 +177,19 @@ def test_drawn_tiles_are_new_in_every_epoch_and_the_same_again(tmp_path: Path):
     bag, small = Sample("a", torch.zeros(30, 5), None, 0), Sample("b", torch.zeros(4, 5), None, 1)
 
     def drawn(seed: int) -> list:
-        return [tiles if tiles is None else tiles.tolist() for _, tiles in draws([(bag, 0), (bag, 1), (small, 2)], 6, seed)]
+        return [
+            tiles if tiles is None else tiles.tolist()
+            for _, tiles in draws([(bag, 0), (bag, 1), (small, 2)], 6, seed)
+        ]
 
     first, second, third = drawn(1)
-    assert len(set(first)) == 6 and first == sorted(first) and max(first) < 30 and first != second and third is None
+    assert (
+        len(set(first)) == 6
+        and first == sorted(first)
+        and max(first) < 30
+        and first != second
+        and third is None
+    )
     assert drawn(1) == [first, second, None] and drawn(2)[0] != first
     assert [tiles for _, tiles in draws([(bag, 0)], 0, 1)] == [None]
 
@@ -139,7 +198,9 @@ def test_bags_on_disk_are_loaded_ahead_in_order_and_errors_arrive(tmp_path: Path
     stored, threads = open_bag(write(tmp_path, "plain")), []
 
     class Watched(Sample):
-        def load(self, tiles: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def load(
+            self, tiles: torch.Tensor | None = None
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
             threads.append(threading.current_thread())
             if self.slide_id == "3":
                 raise UserError("slide 3 has gone")

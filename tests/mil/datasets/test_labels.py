@@ -53,9 +53,13 @@ def test_folds_are_the_same_for_one_seed_and_differ_for_another():
 
 
 def test_too_few_patients_is_said_with_the_numbers():
-    with pytest.raises(UserError, match=r"folds=5: expected at least 5 patients per class, found a: 12, b: 4"):
+    with pytest.raises(
+        UserError, match=r"folds=5: expected at least 5 patients per class, found a: 12, b: 4"
+    ):
         make_splits(patients({"a": 12, "b": 4}, slides_each=3), "cv", 5, 0.2, 0)
-    with pytest.raises(UserError, match=r"expected 2 training patients or more per class, found a: \d+, b: 1"):
+    with pytest.raises(
+        UserError, match=r"expected 2 training patients or more per class, found a: \d+, b: 1"
+    ):
         make_splits(patients({"a": 12, "b": 2}), "cv", 2, 0.2, 0)
     with pytest.raises(UserError, match=r"val_fraction=0\.0"):
         make_splits(patients({"a": 12, "b": 12}), "cv", 2, 0.0, 0)
@@ -63,14 +67,18 @@ def test_too_few_patients_is_said_with_the_numbers():
 
 def official(**sets: list[tuple[str, str]]) -> LabelledSlides:
     records = [
-        SlideRecord(case, f"{case}-{i}", label, name) for name, rows in sets.items() for i, (case, label) in enumerate(rows)
+        SlideRecord(case, f"{case}-{i}", label, name)
+        for name, rows in sets.items()
+        for i, (case, label) in enumerate(rows)
     ]
     return LabelledSlides(tuple(records), ("a", "b"))
 
 
 def test_fixed_split_takes_the_column(caplog: pytest.LogCaptureFixture):
     rows = [(f"p{i}", "ab"[i % 2]) for i in range(12)]
-    with_val = make_splits(official(train=rows[:6], val=rows[6:8], test=rows[8:]), "fixed", 5, 0.2, 0)[0]
+    with_val = make_splits(
+        official(train=rows[:6], val=rows[6:8], test=rows[8:]), "fixed", 5, 0.2, 0
+    )[0]
     assert [len(with_val.train), len(with_val.val), len(with_val.test)] == [6, 2, 4]
     caplog.set_level("INFO")
     carved = make_splits(official(train=rows[:8], test=rows[8:]), "fixed", 5, 0.25, 0)[0]
@@ -83,13 +91,23 @@ def test_fixed_split_takes_the_column(caplog: pytest.LogCaptureFixture):
 def test_fixed_split_with_a_patient_on_two_sides_or_a_missing_class_is_refused():
     rows = [(f"p{i}", "ab"[i % 2]) for i in range(8)]
     with pytest.raises(UserError, match="case 'p0' is in train and in test"):
-        make_splits(official(train=rows[:4], val=rows[4:6], test=[*rows[6:], ("p0", "a")]), "fixed", 5, 0.2, 0)
+        make_splits(
+            official(train=rows[:4], val=rows[4:6], test=[*rows[6:], ("p0", "a")]),
+            "fixed",
+            5,
+            0.2,
+            0,
+        )
     with pytest.raises(UserError, match=r"every class in the test set \(1 slides\), 'b' is absent"):
         make_splits(official(train=rows[:4], val=rows[4:6], test=rows[6:7]), "fixed", 5, 0.2, 0)
 
 
 def test_val_and_train_leaks_are_found():
-    slides = official(train=[("p0", "a"), ("p1", "b")], val=[("p0", "a"), ("p2", "b")], test=[("p3", "a"), ("p4", "b")])
+    slides = official(
+        train=[("p0", "a"), ("p1", "b")],
+        val=[("p0", "a"), ("p2", "b")],
+        test=[("p3", "a"), ("p4", "b")],
+    )
     ids = {name: tuple(r.slide_id for r in slides.records if r.split == name) for name in SETS}
     with pytest.raises(UserError, match="case 'p0' is in train and in val"):
         check_split(slides, Split(0, ids["train"], ids["val"], ids["test"]))
@@ -97,7 +115,10 @@ def test_val_and_train_leaks_are_found():
 
 def test_carve_works_with_two_patients_a_class():
     train, val = carve(patients({"a": 2, "b": 2}), 0.2, 0)
-    assert {s[:2] for s in train}.isdisjoint({s[:2] for s in val}) and {s[0] for s in val} == {"a", "b"}
+    assert {s[:2] for s in train}.isdisjoint({s[:2] for s in val}) and {s[0] for s in val} == {
+        "a",
+        "b",
+    }
 
 
 def test_split_files_are_what_clam_reads(tmp_path: Path):
@@ -115,9 +136,15 @@ def test_subset_chooses_by_the_split_column(make_cohort):
     labels = make_cohort(slides=12) / "labels.csv"
     assert len(read_labelled_slides(labels).records) == 12
     assert len(read_labelled_slides(labels, ("test",)).records) == 4
-    with pytest.raises(UserError, match="expected slides with split tset, found none; did you mean 'test'"):
+    with pytest.raises(
+        UserError, match="expected slides with split tset, found none; did you mean 'test'"
+    ):
         read_labelled_slides(labels, ("tset",))
-    assert split_values("fixed", "") == SETS and split_values("cv", "") == () and split_values("cv", "a, b") == ("a", "b")
+    assert (
+        split_values("fixed", "") == SETS
+        and split_values("cv", "") == ()
+        and split_values("cv", "a, b") == ("a", "b")
+    )
     assert read_labelled_slides(labels, (), "neg").classes == ("pos", "neg")
 
 

@@ -1,4 +1,6 @@
-"""Real data: the Musk1 bags of Dietterich et al. (1997) through ABMIL, and feature bags of another project."""
+"""Real data: the Musk1 bags of Dietterich et al. (1997) through ABMIL, and feature bags of another
+project.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from patch_encoder.bags.files import write_bag
 
 
 def write_musk(source: Path, root: Path) -> int:
-    """musk1.data (molecule, conformer, 166 features, label) as bags and labels.csv; returns the number of bags."""
+    """musk1.data (molecule, conformer, 166 features, label) as bags and labels.csv; returns the
+    number of bags.
+    """
     bags: dict[str, list[list[float]]] = {}
     labels: dict[str, str] = {}
     with source.open() as stream:
@@ -26,7 +30,12 @@ def write_musk(source: Path, root: Path) -> int:
                 bags.setdefault(row[0], []).append([float(value) for value in row[2:168]])
                 labels[row[0]] = "musk" if float(row[168].rstrip(".")) == 1 else "other"
     for name, rows in bags.items():
-        write_bag(root / "bags" / "h5_files" / f"{name}.h5", np.array(rows, np.float32), np.zeros((len(rows), 2), np.int64), {})
+        write_bag(
+            root / "bags" / "h5_files" / f"{name}.h5",
+            np.array(rows, np.float32),
+            np.zeros((len(rows), 2), np.int64),
+            {},
+        )
     rows = [f"{name},{name},{label}" for name, label in labels.items()]
     (root / "labels.csv").write_text("\n".join(["case_id,slide_id,label", *rows]) + "\n")
     return len(bags)
@@ -37,10 +46,22 @@ def test_abmil_on_musk1_is_far_above_chance(real_data: Path, tmp_path: Path):
     if not source.is_file():
         pytest.skip(f"{source} not found")
     assert write_musk(source, tmp_path) == 92
-    training = ["training.epochs=6", "training.min_epochs=6", "training.lr=1e-3", "standardize=true", "positive=musk"]
+    training = [
+        "training.epochs=6",
+        "training.min_epochs=6",
+        "training.lr=1e-3",
+        "standardize=true",
+        "positive=musk",
+    ]
     options = ["models=[abmil]", "seeds=[2024]", "folds=2", "device=cpu", *training]
     config = load_config(
-        Config, [f"labels={tmp_path}/labels.csv", f"features=[{tmp_path}/bags]", f"output={tmp_path}/out", *options]
+        Config,
+        [
+            f"labels={tmp_path}/labels.csv",
+            f"features=[{tmp_path}/bags]",
+            f"output={tmp_path}/out",
+            *options,
+        ],
     )
     assert main(config) == 0
     with (tmp_path / "out" / "results.csv").open() as stream:
@@ -49,7 +70,10 @@ def test_abmil_on_musk1_is_far_above_chance(real_data: Path, tmp_path: Path):
 
 
 def test_feature_bags_of_another_project_are_read(real_data: Path):
-    files = {path.parent.name: path for path in sorted((real_data / "mopadi_features").glob("*/features.h5"))}
+    files = {
+        path.parent.name: path
+        for path in sorted((real_data / "mopadi_features").glob("*/features.h5"))
+    }
     if len(files) != 2:
         pytest.skip(f"{real_data}/mopadi_features not found")
     bags = load_bags(files)
@@ -57,7 +81,11 @@ def test_feature_bags_of_another_project_are_read(real_data: Path):
         "TCGA-3X-AAVA-01Z-00-DX1": (180, 512),
         "TCGA-AD-6964-01Z-00-DX1": (777, 512),
     }
-    assert bags.coords["TCGA-3X-AAVA-01Z-00-DX1"] is None and bags.coords["TCGA-AD-6964-01Z-00-DX1"].shape == (777, 2)
+    assert bags.coords["TCGA-3X-AAVA-01Z-00-DX1"] is None and bags.coords[
+        "TCGA-AD-6964-01Z-00-DX1"
+    ].shape == (777, 2)
     with torch.no_grad():
-        outputs = [build("abmil", bags.dim, 2)(x, bags.coords[slide]) for slide, x in bags.features.items()]
+        outputs = [
+            build("abmil", bags.dim, 2)(x, bags.coords[slide]) for slide, x in bags.features.items()
+        ]
     assert [len(output.attention) for output in outputs] == [180, 777]

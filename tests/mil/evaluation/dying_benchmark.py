@@ -1,4 +1,6 @@
-"""mil.benchmark in which one training kills the process that it runs in, as running out of memory does."""
+"""mil.benchmark in which one training kills the process that it runs in, as running out of memory
+does.
+"""
 
 from __future__ import annotations
 

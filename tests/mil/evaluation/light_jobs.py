@@ -24,12 +24,17 @@ def leaves_its_device(folder: Path, device: str) -> None:
     """A file with device and process, once another device's is there too."""
     (folder / f"{device}.{os.getpid()}").touch()
     deadline = time.monotonic() + 60
-    while len({path.name.split(".")[0] for path in folder.iterdir()}) < 2 and time.monotonic() < deadline:
+    while (
+        len({path.name.split(".")[0] for path in folder.iterdir()}) < 2
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
 
 
 def loses_its_gpu(job: tuple[str, Path, bool]) -> None:
-    """As a failed assertion in a kernel: the first try fails with whatever this process does on its GPU from then on."""
+    """As a failed assertion in a kernel: the first try fails with whatever this process does on its
+    GPU from then on.
+    """
     name, folder, fails = job
     tries = len(list(folder.glob(f"{name}.try*")))
     (folder / f"{name}.try{tries}").touch()

@@ -1,4 +1,6 @@
-"""The benchmark: its tables against the run directories, killed and restarted, failing jobs, workers."""
+"""The benchmark: its tables against the run directories, killed and restarted, failing jobs,
+workers.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def arguments(cohort: Path, output: Path, *more: str) -> list[str]:
 
 @pytest.fixture
 def cohort(make_cohort) -> Path:
-    """A cohort with two feature sets: `bags`, and `student` that is noise in front of it, of another width."""
+    """A cohort with two feature sets: `bags`, and `student` that is noise in front of it, of
+    another width.
+    """
     root = make_cohort(signal=5.0)
     generator = np.random.default_rng(3)
     for path in sorted((root / "bags" / "h5_files").iterdir()):
@@ -67,9 +71,15 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def test_tables_say_what_the_runs_found(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_tables_say_what_the_runs_found(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     cost = tmp_path / "cost.json"
-    cost.write_text(json.dumps({"student": {"gflops": 1.8, "parameters": 11_200_000, "tiles_per_second": 250.0}}))
+    cost.write_text(
+        json.dumps(
+            {"student": {"gflops": 1.8, "parameters": 11_200_000, "tiles_per_second": 250.0}}
+        )
+    )
     output = tmp_path / "out"
     assert main(load_config(Config, arguments(cohort, output, f"cost={cost}", "seeds=[1,2]"))) == 0
     printed = capsys.readouterr().out
@@ -80,32 +90,57 @@ def test_tables_say_what_the_runs_found(cohort: Path, tmp_path: Path, capsys: py
     for row in rows:
         place = {key: row[key] for key in ("feature_set", "model", "seed", "fold")}
         mine = [p for p in predictions if all(p[key] == value for key, value in place.items())]
-        expected = roc_auc_score([p["label"] == "pos" for p in mine], [float(p["prob_pos"]) for p in mine])
+        expected = roc_auc_score(
+            [p["label"] == "pos" for p in mine], [float(p["prob_pos"]) for p in mine]
+        )
         assert float(row["auc"]) == pytest.approx(expected)
         called = np.array([p["predicted"] == "pos" for p in mine])
-        assert (called == (np.array([float(p["prob_pos"]) for p in mine]) >= float(row["threshold"]))).all()
+        assert (
+            called == (np.array([float(p["prob_pos"]) for p in mine]) >= float(row["threshold"]))
+        ).all()
     summary = json.loads((output / "summary.json").read_text())
     sets = summary["feature_sets"]
     for name in ("bags", "student"):
-        values = [float(row["auc"]) for row in rows if row["feature_set"] == name and row["model"] == "abmil"]
-        assert sets[name]["auc_mean"] == sets[name]["abmil"]["auc_mean"] == pytest.approx(np.mean(values))
+        values = [
+            float(row["auc"])
+            for row in rows
+            if row["feature_set"] == name and row["model"] == "abmil"
+        ]
+        assert (
+            sets[name]["auc_mean"]
+            == sets[name]["abmil"]["auc_mean"]
+            == pytest.approx(np.mean(values))
+        )
         assert sets[name]["abmil"]["auc_std"] == pytest.approx(np.std(values, ddof=1))
-        assert sets[name]["auc_ci"] == sets[name]["abmil"]["auc_ci"] and sets[name]["auc_ci"][0] <= sets[name]["auc_ci"][1]
-        assert {"f1_mean", "sensitivity_mean", "specificity_mean", "balanced_accuracy_mean"} <= set(sets[name]["mean"])
-    assert (sets["student"]["gflops"], sets["student"]["tiles_per_second"], sets["student"]["dim"]) == (1.8, 250.0, 5)
+        assert (
+            sets[name]["auc_ci"] == sets[name]["abmil"]["auc_ci"]
+            and sets[name]["auc_ci"][0] <= sets[name]["auc_ci"][1]
+        )
+        assert {"f1_mean", "sensitivity_mean", "specificity_mean", "balanced_accuracy_mean"} <= set(
+            sets[name]["mean"]
+        )
+    assert (
+        sets["student"]["gflops"],
+        sets["student"]["tiles_per_second"],
+        sets["student"]["dim"],
+    ) == (1.8, 250.0, 5)
     assert sets["bags"]["gflops"] is None and sets["bags"]["dim"] == 8
     difference = sets["student"]["abmil"]["auc_difference"]
     assert difference == pytest.approx(sets["student"]["auc_mean"] - sets["bags"]["auc_mean"])
     assert "auc_difference" not in sets["bags"]["abmil"]
     assert len(read_csv(output / "summary.csv")) == 4
-    assert "11.2M" in printed and "250" in printed and f"{sets['student']['auc_mean']:.3f}" in printed
+    assert (
+        "11.2M" in printed and "250" in printed and f"{sets['student']['auc_mean']:.3f}" in printed
+    )
 
 
 def test_every_feature_set_and_model_gets_the_same_splits(cohort: Path, tmp_path: Path):
     main(load_config(Config, arguments(cohort, tmp_path / "out")))
     tested: dict[tuple[str, str], set[str]] = {}
     for row in read_csv(tmp_path / "out" / "predictions.csv"):
-        tested.setdefault((row["feature_set"], row["model"]), set()).add(f"{row['fold']}:{row['slide_id']}")
+        tested.setdefault((row["feature_set"], row["model"]), set()).add(
+            f"{row['fold']}:{row['slide_id']}"
+        )
     assert len(tested) == 4 and len({frozenset(slides) for slides in tested.values()}) == 1
     written = read_csv(tmp_path / "out" / "splits" / "splits_1.csv")
     assert {f"1:{row['test']}" for row in written if row["test"]} <= next(iter(tested.values()))
@@ -116,11 +151,16 @@ def test_killed_and_restarted_gives_the_same_tables(cohort: Path, tmp_path: Path
     output = tmp_path / "parts"
     command = [sys.executable, "-m", "mil.benchmark", *arguments(cohort, output, "workers=2")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 90
     while not list(output.glob("runs/*/*/*/results.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    children = [Path("/proc", pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    children = [
+        Path("/proc", pid)
+        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]
     process.send_signal(signal.SIGKILL)
     process.wait()
     while any(child.exists() for child in children) and time.monotonic() < deadline:
@@ -132,10 +172,14 @@ def test_killed_and_restarted_gives_the_same_tables(cohort: Path, tmp_path: Path
     for table in TABLES:
         first, second = (tmp_path / "whole" / table).read_text(), (output / table).read_text()
         assert first == second, table
-    assert all(path.stat().st_mtime_ns == stamp for path, stamp in done.items())  # finished runs were left alone
+    assert all(
+        path.stat().st_mtime_ns == stamp for path, stamp in done.items()
+    )  # finished runs were left alone
 
 
-def test_finished_benchmark_trains_nothing(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_finished_benchmark_trains_nothing(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     main(load_config(Config, arguments(cohort, tmp_path / "out")))
     before = {table: (tmp_path / "out" / table).read_bytes() for table in TABLES}
     monkeypatch.setattr(benchmark, "run_job", lambda *_: pytest.fail("trained again"))
@@ -143,24 +187,40 @@ def test_finished_benchmark_trains_nothing(cohort: Path, tmp_path: Path, monkeyp
     assert before == {table: (tmp_path / "out" / table).read_bytes() for table in TABLES}
 
 
-def test_a_failing_training_is_listed_and_the_rest_goes_on(cohort: Path, tmp_path: Path, failing_training):
+def test_a_failing_training_is_listed_and_the_rest_goes_on(
+    cohort: Path, tmp_path: Path, failing_training
+):
     config = load_config(Config, arguments(cohort, tmp_path / "out"))
     with failing_training("student/abmil/seed1_fold1", "out of\nmemory"):
         assert main(config) == 1
     assert read_csv(tmp_path / "out" / "failures.csv") == [
-        {"job": "student/abmil/seed1_fold1", "stage": "benchmark", "error": "RuntimeError: out of memory"}
+        {
+            "job": "student/abmil/seed1_fold1",
+            "stage": "benchmark",
+            "error": "RuntimeError: out of memory",
+        }
     ]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["protocol"]["runs_missing"] == 1 and summary["feature_sets"]["student"]["abmil"]["runs"] == 1
+    assert (
+        summary["protocol"]["runs_missing"] == 1
+        and summary["feature_sets"]["student"]["abmil"]["runs"] == 1
+    )
     assert "auc_difference" not in summary["feature_sets"]["student"]["abmil"]  # not the same folds
     assert main(config) == 0 and not (tmp_path / "out" / "failures.csv").exists()
 
 
-def test_other_settings_stop_before_any_training(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_other_settings_stop_before_any_training(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     main(load_config(Config, arguments(cohort, tmp_path / "out")))
     assert run_script(main, Config, arguments(cohort, tmp_path / "out", "dropout=0.1")) == 2
     assert "dropout 0.25 -> 0.1" in capsys.readouterr().err
-    assert run_script(main, Config, arguments(cohort, tmp_path / "out", "dropout=0.1", "overwrite=true")) == 0
+    assert (
+        run_script(
+            main, Config, arguments(cohort, tmp_path / "out", "dropout=0.1", "overwrite=true")
+        )
+        == 0
+    )
 
 
 def test_slides_missing_in_one_set_are_left_out_of_all(cohort: Path, tmp_path: Path):
@@ -190,11 +250,15 @@ def test_bad_feature_sets_are_refused(cohort: Path, tmp_path: Path, more: list[s
 def test_a_worker_that_dies_is_an_error_not_a_hang():
     for jobs, workers in (([9, 9], 2), ([9, 9], 1), ([9], 4)):
         outcomes = list(run_all(os._exit, jobs, workers, 1))
-        assert len(outcomes) == len(jobs) and all("worker process died" in error for _, error in outcomes)
+        assert len(outcomes) == len(jobs) and all(
+            "worker process died" in error for _, error in outcomes
+        )
 
 
 def test_a_process_whose_gpu_context_is_lost_takes_no_other_job(tmp_path: Path):
-    """One of two workers is struck at its first job: a fresh process does that one again, and the others are well."""
+    """One of two workers is struck at its first job: a fresh process does that one again, and the
+    others are well.
+    """
     jobs = [("a", tmp_path, True), *((name, tmp_path, False) for name in "bcdef")]
     for workers in (1, 2):
         assert [error for _, error in run_all(loses_its_gpu, jobs, workers, 1)] == [None] * 6
@@ -214,12 +278,18 @@ def test_a_killed_job_is_tried_once_more_and_takes_no_other_with_it(tmp_path: Pa
 
 
 def test_processes_share_the_devices(tmp_path: Path):
-    assert [error for _, error in run_all(leaves_its_device, [tmp_path] * 4, 3, 1, ["a", "b"])] == [None] * 4
+    assert [error for _, error in run_all(leaves_its_device, [tmp_path] * 4, 3, 1, ["a", "b"])] == [
+        None
+    ] * 4
     used = [path.name.split(".") for path in tmp_path.iterdir()]
-    assert {device for device, _ in used} == {"a", "b"} and len({pid for _, pid in used}) == len(used) <= 3
+    assert {device for device, _ in used} == {"a", "b"} and len({pid for _, pid in used}) == len(
+        used
+    ) <= 3
     (alone := tmp_path / "alone").mkdir()
     (alone / "b.0").touch()
-    assert [error for _, error in run_all(leaves_its_device, [alone], 3, 1, ["a", "b"], apart=False)] == [None]
+    assert [
+        error for _, error in run_all(leaves_its_device, [alone], 3, 1, ["a", "b"], apart=False)
+    ] == [None]
     assert (alone / f"a.{os.getpid()}").exists()
 
 

@@ -1,4 +1,6 @@
-"""A benchmark's folder used again: a refused one changes nothing, and runs of before are nowhere counted."""
+"""A benchmark's folder used again: a refused one changes nothing, and runs of before are nowhere
+counted.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,22 @@ def cohort(make_cohort) -> Path:
 
 
 def arguments(cohort: Path, output: Path, *more: str) -> list[str]:
-    small = ["device=cpu", "isolated=false", "seeds=[1]", "models=[mean]", "resamples=20", "training.epochs=1"]
+    small = [
+        "device=cpu",
+        "isolated=false",
+        "seeds=[1]",
+        "models=[mean]",
+        "resamples=20",
+        "training.epochs=1",
+    ]
     small += ["training.min_epochs=1"]
-    return [f"labels={cohort}/labels.csv", f"features=[{cohort}/bags]", f"output={output}", *small, *more]
+    return [
+        f"labels={cohort}/labels.csv",
+        f"features=[{cohort}/bags]",
+        f"output={output}",
+        *small,
+        *more,
+    ]
 
 
 def start(cohort: Path, output: Path, *more: str) -> int:
@@ -37,7 +52,9 @@ def start(cohort: Path, output: Path, *more: str) -> int:
 
 def everything(folder: Path) -> dict[str, bytes]:
     """Files of a benchmark but those that a run directory notes anew at every start."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "environment.json"]
+    files = [
+        path for path in folder.rglob("*") if path.is_file() and path.name != "environment.json"
+    ]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -46,7 +63,9 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def test_a_refused_benchmark_changes_nothing(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_refused_benchmark_changes_nothing(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     output = tmp_path / "out"
     assert start(cohort, output, "folds=4") == 0
     before = everything(output)
@@ -59,13 +78,25 @@ def test_fewer_folds_and_seeds_leave_nothing_of_before(cohort: Path, tmp_path: P
     output = tmp_path / "out"
     assert start(cohort, output, "folds=3", "seeds=[1,2]") == 0
     assert start(cohort, output, "folds=2", "overwrite=true") == 0
-    assert sorted(path.name for path in (output / "splits").iterdir()) == ["splits_0.csv", "splits_1.csv"]
-    assert len(list(output.glob("runs/bags/mean/*/results.json"))) == 6  # those of before are there, and nobody counts them
+    assert sorted(path.name for path in (output / "splits").iterdir()) == [
+        "splits_0.csv",
+        "splits_1.csv",
+    ]
+    assert (
+        len(list(output.glob("runs/bags/mean/*/results.json"))) == 6
+    )  # those of before are there, and nobody counts them
     summary = json.loads((output / "summary.json").read_text())
     assert summary["runs"] == {"seeds": [1], "folds": [0, 1]}
     the_readers_agree(output, 2)
-    assert run_script(evaluate.main, evaluate.Config, [f"benchmark={output}", "resamples=20", "plots=false"]) == 0
-    assert (output / "evaluation" / "results.csv").read_bytes() == (output / "results.csv").read_bytes()
+    assert (
+        run_script(
+            evaluate.main, evaluate.Config, [f"benchmark={output}", "resamples=20", "plots=false"]
+        )
+        == 0
+    )
+    assert (output / "evaluation" / "results.csv").read_bytes() == (
+        output / "results.csv"
+    ).read_bytes()
 
 
 def the_readers_agree(output: Path, folds: int) -> None:
@@ -73,10 +104,15 @@ def the_readers_agree(output: Path, folds: int) -> None:
     tables = [(int(row["seed"]), int(row["fold"])) for row in read(output / "results.csv")]
     summary = json.loads((output / "summary.json").read_text())
     evaluated = [(run.seed, run.test.fold) for run in evaluate.benchmark_runs(output)[0]]
-    reported = [(run.seed, run.test.fold) for run in report.read_runs(output, summary, CLASSES)["bags"]]
+    reported = [
+        (run.seed, run.test.fold) for run in report.read_runs(output, summary, CLASSES)["bags"]
+    ]
     assert evaluated == reported == tables == [(1, fold) for fold in range(folds)]
     source = from_benchmark(output, "", "", None)
-    assert set(Counter(slide.slide_id for slide in source.slides).values()) == {1} and len(source.slides) == 32
+    assert (
+        set(Counter(slide.slide_id for slide in source.slides).values()) == {1}
+        and len(source.slides) == 32
+    )
 
 
 def test_a_folder_whose_summary_has_no_list_is_read_by_its_protocol(cohort: Path, tmp_path: Path):
@@ -96,7 +132,10 @@ def test_a_folder_whose_summary_has_no_list_is_read_by_its_protocol(cohort: Path
         ({}, ({1, 2}, {0, 1, 2})),
         ({"runs": {"seeds": [2], "folds": [4]}}, ({2}, {4})),
         ({"protocol": {"name": "files", "folds": 3, "seeds": [1], "runs_missing": 0}}, ({1}, None)),
-        ({"protocol": {"name": "cv", "folds": 2, "seeds": [1], "runs_missing": 1}}, ({1}, None)),  # which 2 of them?
+        (
+            {"protocol": {"name": "cv", "folds": 2, "seeds": [1], "runs_missing": 1}},
+            ({1}, None),
+        ),  # which 2 of them?
         ({"protocol": {}}, (None, None)),
     ],
 )
@@ -110,12 +149,16 @@ def test_what_a_summary_says_of_its_runs(tmp_path: Path, change: dict, expected:
         (tmp_path / "runs" / "bags" / "mean" / name / "results.json").touch()
     (tmp_path / "runs" / "bags" / "mean" / "seed2_fold0" / "results.json").unlink()
     seeds, folds = expected
-    counted = sorted((s, f) for s, f in places if (seeds is None or s in seeds) and (folds is None or f in folds))
+    counted = sorted(
+        (s, f) for s, f in places if (seeds is None or s in seeds) and (folds is None or f in folds)
+    )
     found = [path.name for path in run_folders(tmp_path, summary, "bags", "mean")]
     assert found == [f"seed{s}_fold{f}" for s, f in counted if (s, f) != (2, 0)]
 
 
-def test_an_overwritten_benchmark_has_no_summary_until_it_is_done(cohort: Path, tmp_path: Path, failing_training):
+def test_an_overwritten_benchmark_has_no_summary_until_it_is_done(
+    cohort: Path, tmp_path: Path, failing_training
+):
     output = tmp_path / "out"
     assert start(cohort, output, "folds=2") == 0
     with failing_training("*", "killed"):
@@ -136,7 +179,9 @@ def test_an_overwritten_benchmark_has_no_summary_until_it_is_done(cohort: Path, 
         (["headline=abmil"], "headline=abmil: expected one of the models, mean; add it to models"),
     ],
 )
-def test_lists_that_make_no_benchmark_are_refused(cohort: Path, tmp_path: Path, more: list[str], message: str):
+def test_lists_that_make_no_benchmark_are_refused(
+    cohort: Path, tmp_path: Path, more: list[str], message: str
+):
     with pytest.raises(UserError, match=message):
         benchmark.main(load_config(benchmark.Config, arguments(cohort, tmp_path / "out", *more)))
     assert not (tmp_path / "out").exists()
@@ -150,7 +195,11 @@ def test_a_feature_folder_given_twice_is_refused(cohort: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("models", "given", "expected"),
-    [(["mean", "abmil"], "", "abmil"), (["max", "mean"], "", "max"), (["max", "mean"], "mean", "mean")],
+    [
+        (["mean", "abmil"], "", "abmil"),
+        (["max", "mean"], "", "max"),
+        (["max", "mean"], "mean", "mean"),
+    ],
 )
 def test_the_headline_is_one_of_the_models(models: list[str], given: str, expected: str):
     config = benchmark.Config(models=models, headline=given)
@@ -162,4 +211,6 @@ def test_the_headline_stands_in_the_summary(cohort: Path, tmp_path: Path):
     assert start(cohort, tmp_path / "out", "folds=2") == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     entry = summary["feature_sets"]["bags"]
-    assert summary["headline"] == "mean" and entry["auc_mean"] == entry["mean"]["auc_mean"] is not None
+    assert (
+        summary["headline"] == "mean" and entry["auc_mean"] == entry["mean"]["auc_mean"] is not None
+    )

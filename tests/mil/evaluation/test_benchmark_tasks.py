@@ -1,4 +1,6 @@
-"""The benchmark of every task from its labels to its report: figures by others' code, resumed, failures, evaluated again."""
+"""The benchmark of every task from its labels to its report: figures by others' code, resumed,
+failures, evaluated again.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,12 @@ from mil import evaluate, report
 from tests.mil.tasks.task_cohorts import COHORTS, rewrite
 from tests.mil.tasks.test_metrics_by_task import harrell
 
-HEADLINES = {"multilabel": "auc_macro", "ordinal": "kappa_quadratic", "cox": "c_index", "discrete": "c_index"}
+HEADLINES = {
+    "multilabel": "auc_macro",
+    "ordinal": "kappa_quadratic",
+    "cox": "c_index",
+    "discrete": "c_index",
+}
 TABLES = {
     "multilabel": ("delong", "labels"),
     "ordinal": ("comparisons", "confusion"),
@@ -41,7 +48,12 @@ def arguments(cohort: Path, output: Path, kind: str, *more: str) -> list[str]:
         "resamples=40",
         "intervals=2",
     ]
-    paths = [f"labels={cohort}/labels.csv", f"features=[{cohort}/bags]", f"output={output}", f"task={kind}"]
+    paths = [
+        f"labels={cohort}/labels.csv",
+        f"features=[{cohort}/bags]",
+        f"output={output}",
+        f"task={kind}",
+    ]
     return [*paths, *grid, *(f"training.{key}" for key in recipe), *more]
 
 
@@ -57,12 +69,20 @@ def read(path: Path) -> list[dict[str, str]]:
 def judged(kind: str, rows: list[dict[str, str]]) -> float:
     """The headline metric of a run's rows of predictions.csv."""
     if kind == "multilabel":
-        pairs = [([n in r["label"].split("|") for r in rows], [float(r[f"prob_{n}"]) for r in rows]) for n in "ab"]
+        pairs = [
+            ([n in r["label"].split("|") for r in rows], [float(r[f"prob_{n}"]) for r in rows])
+            for n in "ab"
+        ]
         return float(np.mean([roc_auc_score(*pair) for pair in pairs]))
     if kind == "ordinal":
-        called = [str(np.argmax(np.cumsum([float(r[f"prob_{g}"]) for g in range(4)]) >= 0.5)) for r in rows]
+        called = [
+            str(np.argmax(np.cumsum([float(r[f"prob_{g}"]) for g in range(4)]) >= 0.5))
+            for r in rows
+        ]
         assert called == [r["predicted"] for r in rows]
-        return cohen_kappa_score([r["label"] for r in rows], called, weights="quadratic", labels=list("0123"))
+        return cohen_kappa_score(
+            [r["label"] for r in rows], called, weights="quadratic", labels=list("0123")
+        )
     columns = (np.array([float(r[name]) for r in rows]) for name in ("time", "event", "risk"))
     times, events, risks = columns
     return harrell(times, events > 0, risks)
@@ -72,7 +92,11 @@ def judged(kind: str, rows: list[dict[str, str]]) -> float:
 def test_from_labels_to_the_report(
     make_cohort, tmp_path: Path, failing_training, capsys: pytest.CaptureFixture[str], kind: str
 ):
-    cohort, output, metric = rewrite(make_cohort(slides=32, pictures=True), kind), tmp_path / "out", HEADLINES[kind]
+    cohort, output, metric = (
+        rewrite(make_cohort(slides=32, pictures=True), kind),
+        tmp_path / "out",
+        HEADLINES[kind],
+    )
     with failing_training("max/seed1_fold1", "out of memory"):
         assert start(cohort, output, kind) == 1
     assert [row["job"] for row in read(output / "failures.csv")] == ["bags/max/seed1_fold1"]
@@ -81,14 +105,23 @@ def test_from_labels_to_the_report(
     rows, said = read(output / "results.csv"), read(output / "predictions.csv")
     assert len(rows) == 4 and {row["split"] for row in said} == {"test"}
     for row in rows:
-        mine = [r for r in said if (r["model"], r["seed"], r["fold"]) == (row["model"], row["seed"], row["fold"])]
+        mine = [
+            r
+            for r in said
+            if (r["model"], r["seed"], r["fold"]) == (row["model"], row["seed"], row["fold"])
+        ]
         assert len(mine) == 16 and float(row[metric]) == pytest.approx(judged(kind, mine))
     summary = json.loads((output / "summary.json").read_text())
     entry = summary["feature_sets"]["bags"]
     assert (summary["task"], summary["metric"]) == (kind, metric)
     for model in ("mean", "max"):
-        assert entry[model][f"{metric}_mean"] == pytest.approx(np.mean([float(r[metric]) for r in rows if r["model"] == model]))
-    assert entry[f"{metric}_mean"] == entry["max"][f"{metric}_mean"] and entry[f"{metric}_ci"] == entry["max"][f"{metric}_ci"]
+        assert entry[model][f"{metric}_mean"] == pytest.approx(
+            np.mean([float(r[metric]) for r in rows if r["model"] == model])
+        )
+    assert (
+        entry[f"{metric}_mean"] == entry["max"][f"{metric}_mean"]
+        and entry[f"{metric}_ci"] == entry["max"][f"{metric}_ci"]
+    )
     assert f"{entry[f'{metric}_mean']:.3f}" in capsys.readouterr().out
     pair = read(output / f"{TABLES[kind][0]}.csv")
     assert [row.get("label") for row in pair] == (["a", "b"] if kind == "multilabel" else [None])
@@ -101,7 +134,15 @@ def test_from_labels_to_the_report(
 
 
 def finished_is_left_alone(cohort: Path, output: Path, kind: str, failing_training) -> None:
-    files = [output / name for name in ("results.csv", "summary.json", "summary.md", *(f"{t}.csv" for t in TABLES[kind]))]
+    files = [
+        output / name
+        for name in (
+            "results.csv",
+            "summary.json",
+            "summary.md",
+            *(f"{t}.csv" for t in TABLES[kind]),
+        )
+    ]
     before = [file.read_bytes() for file in files]
     with failing_training("*", "trained again"):
         assert start(cohort, output, kind) == 0
@@ -110,11 +151,18 @@ def finished_is_left_alone(cohort: Path, output: Path, kind: str, failing_traini
 
 def evaluated_as_it_did_itself(output: Path, kind: str) -> None:
     assert run_script(evaluate.main, evaluate.Config, [f"benchmark={output}", "resamples=40"]) == 0
-    names = ("results.csv", "summary.csv", "summary.tex", *(f"{table}.csv" for table in TABLES[kind]))
+    names = (
+        "results.csv",
+        "summary.csv",
+        "summary.tex",
+        *(f"{table}.csv" for table in TABLES[kind]),
+    )
     for name in names:
         assert (output / name).read_bytes() == (output / "evaluation" / name).read_bytes(), name
     plots = {path.name for path in (output / "evaluation" / "plots").glob("*")}
-    assert plots == {"multilabel": {"bags_labels.png"}, "ordinal": {"bags_confusion.png"}}.get(kind, {"bags_survival.png"})
+    assert plots == {"multilabel": {"bags_labels.png"}, "ordinal": {"bags_confusion.png"}}.get(
+        kind, {"bags_survival.png"}
+    )
 
 
 def the_page_has_what_the_task_has(output: Path, target: Path, kind: str, slides: Path) -> None:
@@ -122,7 +170,9 @@ def the_page_has_what_the_task_has(output: Path, target: Path, kind: str, slides
     assert report.main(load_config(report.Config, given)) == 0
     html = re.sub(r"data:[^\"]*", "", (target / "report.html").read_text())
     entry = json.loads((output / "summary.json").read_text())["feature_sets"]["bags"]["max"]
-    assert f"{entry[f'{HEADLINES[kind]}_mean']:.3f}" in html and ("ROC curves by label" in html) == (kind == "multilabel")
+    assert f"{entry[f'{HEADLINES[kind]}_mean']:.3f}" in html and (
+        "ROC curves by label" in html
+    ) == (kind == "multilabel")
     assert ("Youden" in html) == (kind == "multilabel")
     shown = {"multilabel": "Label by label", "ordinal": "confusion by grade"}
     for task in COHORTS:
@@ -130,18 +180,39 @@ def the_page_has_what_the_task_has(output: Path, target: Path, kind: str, slides
         assert (here in html) == (here == shown.get(kind, "survival of the risk halves"))
     if kind == "multilabel":
         for row in [row for row in read(output / "labels.csv") if row["model"] == "max"]:
-            assert f"{float(row['auc']):.3f} <span" in html and f"{row['positives']} of {row['slides']}" in html
+            assert (
+                f"{float(row['auc']):.3f} <span" in html
+                and f"{row['positives']} of {row['slides']}" in html
+            )
     has_its_example_slides(re.sub(r"\s+", " ", html), output, kind)
     figures = json.loads((target / "summary.json").read_text())["feature_sets"]["bags"]
-    assert figures[f"{HEADLINES[kind]}_mean"] == entry[f"{HEADLINES[kind]}_mean"] and figures["dim"] == 8
+    assert (
+        figures[f"{HEADLINES[kind]}_mean"] == entry[f"{HEADLINES[kind]}_mean"]
+        and figures["dim"] == 8
+    )
 
 
 def has_its_example_slides(html: str, output: Path, kind: str) -> None:
     """Each stands under its heading, as predictions.csv has it."""
-    first, second = ("Highest risk", "Lowest risk") if HEADLINES[kind] == "c_index" else ("Called right", "Called wrong")
-    groups = dict(zip(("first", "second"), html.split(f"<h3>{first}</h3>")[1].split(f"<h3>{second}</h3>"), strict=True))
-    said = {row["slide_id"]: row for row in read(output / "predictions.csv") if row["model"] == "max"}
-    shown = {name: re.findall(r"<h4>(s\d+)</h4> <div class=\"quiet\">(.*?)</div>", part) for name, part in groups.items()}
+    first, second = (
+        ("Highest risk", "Lowest risk")
+        if HEADLINES[kind] == "c_index"
+        else ("Called right", "Called wrong")
+    )
+    groups = dict(
+        zip(
+            ("first", "second"),
+            html.split(f"<h3>{first}</h3>")[1].split(f"<h3>{second}</h3>"),
+            strict=True,
+        )
+    )
+    said = {
+        row["slide_id"]: row for row in read(output / "predictions.csv") if row["model"] == "max"
+    }
+    shown = {
+        name: re.findall(r"<h4>(s\d+)</h4> <div class=\"quiet\">(.*?)</div>", part)
+        for name, part in groups.items()
+    }
     for name, slides in shown.items():
         assert len(slides) <= 2
         for slide, words in slides:
@@ -162,8 +233,16 @@ def has_its_example_slides(html: str, output: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "more", "message"),
     [
-        ("cox", ["training.accumulate=1"], "model mean, split 0: task=cox: expected one process and training.accumulate of 2"),
-        ("discrete", ["intervals=40"], "split 0: intervals=40: expected as many different event times"),
+        (
+            "cox",
+            ["training.accumulate=1"],
+            "model mean, split 0: task=cox: expected one process and training.accumulate of 2",
+        ),
+        (
+            "discrete",
+            ["intervals=40"],
+            "split 0: intervals=40: expected as many different event times",
+        ),
         ("ordinal", ["grades=[0,1,2]"], "expected one of the grades, found '3'"),
         ("multilabel", ["grades=[a,b]"], "task=multilabel: grades are of task=ordinal"),
         ("discrete", ["censored_alpha=1.5"], "split 0: censored_alpha=1.5: expected a share"),
@@ -172,13 +251,17 @@ def has_its_example_slides(html: str, output: Path, kind: str) -> None:
         ("ordinal", ["workers=0"], "workers=0: expected at least 1"),
     ],
 )
-def test_what_a_task_refuses_is_said_before_any_training(make_cohort, tmp_path: Path, kind: str, more: list[str], message: str):
+def test_what_a_task_refuses_is_said_before_any_training(
+    make_cohort, tmp_path: Path, kind: str, more: list[str], message: str
+):
     with pytest.raises(UserError, match=message):
         start(rewrite(make_cohort(slides=32), kind), tmp_path / "out", kind, *more)
     assert not (tmp_path / "out").exists()
 
 
-def test_validation_slides_that_cannot_be_ranked_are_refused_before_any_training(make_cohort, tmp_path: Path):
+def test_validation_slides_that_cannot_be_ranked_are_refused_before_any_training(
+    make_cohort, tmp_path: Path
+):
     """All events at one time, after all other slides' last: no pair is comparable."""
     cohort = rewrite(make_cohort(slides=32), "cox")
     with (cohort / "labels.csv").open(newline="") as stream:
@@ -187,6 +270,8 @@ def test_validation_slides_that_cannot_be_ranked_are_refused_before_any_training
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
         writer.writerows(row | {"time": "5" if row["event"] == "1" else "1"} for row in rows)
-    with pytest.raises(UserError, match="split 0: task=cox: .* among which val_c_index has nothing"):
+    with pytest.raises(
+        UserError, match="split 0: task=cox: .* among which val_c_index has nothing"
+    ):
         start(cohort, tmp_path / "out", "cox")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,6 @@
-"""Tests between models of every task against plain loops; the halves of the risk against pairwise counts and products."""
+"""Tests between models of every task against plain loops; the halves of the risk against pairwise
+counts and products.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from mil.tasks.survival import RiskPredictions
 from tests.mil.tasks.test_metrics_by_task import harrell
 
 B, SEED = 60, 5
-CASES = {fold: np.array([f"f{fold}p{i // 2:02d}" for i in range(40)]) for fold in (0, 1)}  # two slides a patient
+CASES = {
+    fold: np.array([f"f{fold}p{i // 2:02d}" for i in range(40)]) for fold in (0, 1)
+}  # two slides a patient
 
 
 def finished(model: str, said, seed: int = 1, val=None) -> Finished:
@@ -54,33 +58,54 @@ def judge(run, rows: np.ndarray) -> float:
     return cohen_kappa_score(run.targets[rows], grade(run.probabilities[rows]), weights="quadratic")
 
 
-@pytest.mark.parametrize(("kind", "make"), [["ordinal", grades], ["cox", risks], ["discrete", risks]])
+@pytest.mark.parametrize(
+    ("kind", "make"), [["ordinal", grades], ["cox", risks], ["discrete", risks]]
+)
 def test_paired_bootstrap_is_the_plain_loop(kind: str, make):
     noises = {"a": 0.5, "b": 1.5, "c": 6.0}
-    runs = [finished(name, make(fold, noise, i)) for i, (name, noise) in enumerate(noises.items()) for fold in (0, 1)]
+    runs = [
+        finished(name, make(fold, noise, i))
+        for i, (name, noise) in enumerate(noises.items())
+        for fold in (0, 1)
+    ]
     task = Task(kind, ("0", "1", "2"))
     table, rows = comparison_table(runs, task, resampled(runs, task, B, SEED))
-    assert table == "comparisons" and [(row["model_a"], row["model_b"]) for row in rows] == list(combinations("abc", 2))
+    assert table == "comparisons" and [(row["model_a"], row["model_b"]) for row in rows] == list(
+        combinations("abc", 2)
+    )
     weights = {fold: resample_patients(CASES[fold], B, (SEED, fold)) for fold in (0, 1)}
     everyone = np.arange(40)
     for row in rows:
         sides = [[run.test for run in runs if run.model == row[f"model_{end}"]] for end in "ab"]
         values = [np.mean([judge(run, everyone) for run in side]) for side in sides]
-        assert [row["value_a"], row["value_b"]] == pytest.approx(values) and row["metric"] == task.headline
+        assert [row["value_a"], row["value_b"]] == pytest.approx(values) and row[
+            "metric"
+        ] == task.headline
         drawn = []
         for b in range(B):
-            means = [np.mean([judge(run, np.repeat(everyone, weights[run.fold][b])) for run in side]) for side in sides]
+            means = [
+                np.mean([judge(run, np.repeat(everyone, weights[run.fold][b])) for run in side])
+                for side in sides
+            ]
             drawn.append(means[0] - means[1])
         below, above = sum(d <= 0 for d in drawn), sum(d >= 0 for d in drawn)
         assert row["p"] == pytest.approx(min(1.0, 2 * (1 + min(below, above)) / (1 + B)))
-        assert [row["ci_low"], row["ci_high"]] == pytest.approx(np.percentile(drawn, [2.5, 97.5]).tolist())
+        assert [row["ci_low"], row["ci_high"]] == pytest.approx(
+            np.percentile(drawn, [2.5, 97.5]).tolist()
+        )
         assert row["difference"] == pytest.approx(values[0] - values[1]) and row["resamples"] == B
     assert [row["p_holm"] for row in rows] == holm([row["p"] for row in rows])
-    assert rows[1]["p"] < 0.05 < paired_difference(0.0, np.arange(5.0), np.arange(5.0)).p == 1.0  # a model and its copy
+    assert (
+        rows[1]["p"] < 0.05 < paired_difference(0.0, np.arange(5.0), np.arange(5.0)).p == 1.0
+    )  # a model and its copy
 
 
 def test_models_of_other_slides_are_not_compared():
-    runs = [finished("a", grades(0, 1, 0)), finished("b", grades(0, 1, 1)), finished("c", grades(1, 1, 2))]
+    runs = [
+        finished("a", grades(0, 1, 0)),
+        finished("b", grades(0, 1, 1)),
+        finished("c", grades(1, 1, 2)),
+    ]
     task = Task("ordinal", ("0", "1", "2"))
     _, rows = comparison_table(runs, task, resampled(runs, task, 20, 0))
     assert [(row["model_a"], row["model_b"]) for row in rows] == [("a", "b")]
@@ -97,7 +122,10 @@ def test_p_is_uniform_enough_under_the_null():
     """Two models of equal noise: about 5 % of the differences are called different at 5 %."""
     task, called = Task("ordinal", ("0", "1", "2")), []
     for draw in range(150):
-        runs = [finished("a", grades(0, 2.0, 2 * draw)), finished("b", grades(0, 2.0, 2 * draw + 1))]
+        runs = [
+            finished("a", grades(0, 2.0, 2 * draw)),
+            finished("b", grades(0, 2.0, 2 * draw + 1)),
+        ]
         _, rows = comparison_table(runs, task, resampled(runs, task, 100, draw))
         called.append(rows[0]["p"] < 0.05)
     assert np.mean(called) < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 150)
@@ -120,7 +148,10 @@ def labels(fold: int, noise: float, draw: int, rare: bool = False) -> LabelPredi
 
 
 def test_labels_are_compared_one_by_one_by_delong():
-    said = {name: [labels(fold, noise, i) for fold in (0, 1)] for i, (name, noise) in enumerate({"a": 0.5, "b": 2.0}.items())}
+    said = {
+        name: [labels(fold, noise, i) for fold in (0, 1)]
+        for i, (name, noise) in enumerate({"a": 0.5, "b": 2.0}.items())
+    }
     runs = [finished(name, run) for name, both in said.items() for run in both]
     table, rows = comparison_table(runs, Task("multilabel", ("x", "y")), {})
     assert table == "delong" and [row["label"] for row in rows] == ["x", "y"]
@@ -141,13 +172,19 @@ def test_labels_are_compared_one_by_one_by_delong():
         (pair,) = compare(classes)
         assert (row["p"], row["difference"], row["z"]) == (pair.p, pair.difference, pair.z)
         assert row["auc_a"] == pytest.approx(
-            np.mean([roc_auc_score(r.targets[:, column], r.probabilities[:, column]) for r in said["a"]])
+            np.mean(
+                [roc_auc_score(r.targets[:, column], r.probabilities[:, column]) for r in said["a"]]
+            )
         )
     assert [row["p_holm"] for row in rows] == holm([row["p"] for row in rows])
 
 
 def test_a_label_that_a_fold_lacks_is_judged_in_the_others():
-    runs = [finished(name, labels(fold, 1.0, i, rare=fold == 1)) for i, name in enumerate("ab") for fold in (0, 1)]
+    runs = [
+        finished(name, labels(fold, 1.0, i, rare=fold == 1))
+        for i, name in enumerate("ab")
+        for fold in (0, 1)
+    ]
     _, compared = comparison_table(runs, Task("multilabel", ("x", "y")), {})
     first = runs[0].test
     assert len(compared) == 2 and compared[1]["auc_a"] == pytest.approx(
@@ -165,9 +202,9 @@ def test_a_label_that_a_fold_lacks_is_judged_in_the_others():
         and rows[1]["auc_ci_low"] <= rows[1]["auc"] <= rows[1]["auc_ci_high"]
     )
     called, true = first.probabilities[:, 1] >= 0.4, first.targets[:, 1]
-    assert rows[1]["sensitivity"] == pytest.approx(called[true].mean()) and rows[1]["specificity"] == pytest.approx(
-        (~called[~true]).mean()
-    )
+    assert rows[1]["sensitivity"] == pytest.approx(called[true].mean()) and rows[1][
+        "specificity"
+    ] == pytest.approx((~called[~true]).mean())
     assert rows[1]["positives"] == 14 and rows[0]["positives"] == 40
     none = per_label_rows([finished("a", labels(1, 1.0, 0, rare=True))], ("x", "y"), 10, 0)[1]
     assert none["runs"] == 0 and none["auc"] is None and none["f1_ci_high"] is None
@@ -177,26 +214,45 @@ def test_confusion_counts_slides_of_a_seed():
     runs = [finished("a", grades(fold, 1.0, seed), seed) for seed in (1, 2) for fold in (0, 1)]
     rows = confusion_rows(runs, ("low", "mid", "high"))
     assert len(rows) == 9 and sum(row["slides"] for row in rows) == 80
-    called = [(t, c) for run in runs for t, c in zip(run.test.targets, grade(run.test.probabilities), strict=True)]
+    called = [
+        (t, c)
+        for run in runs
+        for t, c in zip(run.test.targets, grade(run.test.probabilities), strict=True)
+    ]
     names = ("low", "mid", "high")
     for row in rows:
         place = (names.index(row["grade"]), names.index(row["called"]))
         assert row["slides"] == called.count(place) / 2
-        assert row["share"] == pytest.approx(called.count(place) / sum(t == place[0] for t, _ in called))
+        assert row["share"] == pytest.approx(
+            called.count(place) / sum(t == place[0] for t, _ in called)
+        )
 
 
 def test_halves_are_cut_at_the_validation_patients_median_by_vote():
     cases = np.array(["a", "a", "b", "c"])
     times, events = np.array([3.0, 3.0, 2.0, 1.0]), np.array([True, True, False, True])
-    val = RiskPredictions(0, np.array(["v", "v", "w"]), times[:3], events[:3], np.array([0.0, 4.0, 1.0]))  # v: 2, w: 1
+    val = RiskPredictions(
+        0, np.array(["v", "v", "w"]), times[:3], events[:3], np.array([0.0, 4.0, 1.0])
+    )  # v: 2, w: 1
     said = [[2.0, 1.2, 1.4, 0.0], [0.0, 0.0, 9.0, 9.0], [0.0, 0.0, 9.0, 0.0]]
-    runs = [finished("m", RiskPredictions(0, cases, times, events, np.array(r)), seed, val) for seed, r in enumerate(said)]
+    runs = [
+        finished("m", RiskPredictions(0, cases, times, events, np.array(r)), seed, val)
+        for seed, r in enumerate(said)
+    ]
     groups = risk_groups(runs)  # the cut is 1.5: a 1.6 yes, no, no; b no, yes, yes; c no, yes, no
     assert groups.high.tolist() == [False, True, False]
-    assert groups.times.tolist() == [3.0, 2.0, 1.0] and groups.events.tolist() == [True, False, True]
+    assert groups.times.tolist() == [3.0, 2.0, 1.0] and groups.events.tolist() == [
+        True,
+        False,
+        True,
+    ]
     assert risk_groups(runs[:2]).high.tolist() == [True, True, True]  # one vote each
     without = [finished("m", RiskPredictions(0, cases, times, events, np.array(said[0])))]
-    assert risk_groups(without).high.tolist() == [True, False, False]  # the test patients' median, 1.4
+    assert risk_groups(without).high.tolist() == [
+        True,
+        False,
+        False,
+    ]  # the test patients' median, 1.4
 
 
 def test_curves_and_log_rank_are_those_of_the_definition():
@@ -204,28 +260,47 @@ def test_curves_and_log_rank_are_those_of_the_definition():
     times, events, high = run.times, run.events, run.risks > np.median(run.risks)
     curve = kaplan_meier(times, events)
     alive, variance = 1.0, 0.0
-    for t, survival, low, end in zip(curve.times, curve.survival, curve.low, curve.high, strict=True):
+    for t, survival, low, end in zip(
+        curve.times, curve.survival, curve.low, curve.high, strict=True
+    ):
         at_risk, died = (times >= t).sum(), (events & (times == t)).sum()
         alive *= 1 - died / at_risk
         assert survival == pytest.approx(alive)
         if 0 < alive < 1:
             variance += died / (at_risk * (at_risk - died))  # Greenwood
             reach = 1.959964 * np.sqrt(variance) / abs(np.log(alive))
-            assert (low, end) == pytest.approx((alive ** np.exp(reach), alive ** np.exp(-reach)), rel=1e-5)
-    assert median_survival(curve) == next(t for t, s in zip(curve.times, curve.survival, strict=True) if s <= 0.5)
+            assert (low, end) == pytest.approx(
+                (alive ** np.exp(reach), alive ** np.exp(-reach)), rel=1e-5
+            )
+    assert median_survival(curve) == next(
+        t for t, s in zip(curve.times, curve.survival, strict=True) if s <= 0.5
+    )
     observed = expected = spread = 0.0
     for t in np.unique(times[events]):
-        n, n_high, d = (times >= t).sum(), (high & (times >= t)).sum(), (events & (times == t)).sum()
+        n, n_high, d = (
+            (times >= t).sum(),
+            (high & (times >= t)).sum(),
+            (events & (times == t)).sum(),
+        )
         observed += (events & high & (times == t)).sum()
         expected += d * n_high / n
         spread += d * n_high / n * (1 - n_high / n) * (n - d) / max(n - 1, 1)
-    assert RiskGroups(times, events, high).p == pytest.approx(chi2.sf((observed - expected) ** 2 / spread, 1), rel=1e-6)
-    assert np.isnan(RiskGroups(times, events, high | True).p) and np.isnan(RiskGroups(times, events & False, high).p)
+    assert RiskGroups(times, events, high).p == pytest.approx(
+        chi2.sf((observed - expected) ** 2 / spread, 1), rel=1e-6
+    )
+    assert np.isnan(RiskGroups(times, events, high | True).p) and np.isnan(
+        RiskGroups(times, events & False, high).p
+    )
     assert median_survival(kaplan_meier(times, events & False)) is None
 
 
 def test_risk_group_table():
     runs = [finished("a", risks(fold, 1.0, 0)) for fold in (0,)]
     lower, higher = risk_group_rows(runs)
-    assert (lower["risk"], higher["risk"]) == ("lower", "higher") and lower["patients"] + higher["patients"] == 20
-    assert lower["median_survival"] > higher["median_survival"] and lower["logrank_p"] == higher["logrank_p"] < 0.05
+    assert (lower["risk"], higher["risk"]) == ("lower", "higher") and lower["patients"] + higher[
+        "patients"
+    ] == 20
+    assert (
+        lower["median_survival"] > higher["median_survival"]
+        and lower["logrank_p"] == higher["logrank_p"] < 0.05
+    )

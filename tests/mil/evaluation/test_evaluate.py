@@ -1,4 +1,6 @@
-"""The evaluation script: tables against scikit-learn, a benchmark's runs again, every kind of task, pictures, refusals."""
+"""The evaluation script: tables against scikit-learn, a benchmark's runs again, every kind of task,
+pictures, refusals.
+"""
 
 from __future__ import annotations
 
@@ -36,19 +38,36 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def table(path: Path, classes: str = "np", models: tuple[str, ...] = ("a_1", "b"), folds: int = 2) -> Path:
-    """Predictions of 60 slides of 40 patients; model a_1 knows more than b. Validation and test patients differ."""
+def table(
+    path: Path, classes: str = "np", models: tuple[str, ...] = ("a_1", "b"), folds: int = 2
+) -> Path:
+    """Predictions of 60 slides of 40 patients; model a_1 knows more than b. Validation and test
+    patients differ.
+    """
     generator = np.random.default_rng(0)
     rows = []
     for m, model in enumerate(models):
         for fold in range(folds):
             for i in range(60):
                 case, target = i // 3 * 2 + (i % 3 > 0), (i // 3 * 2 + (i % 3 > 0)) % len(classes)
-                logits = generator.normal(size=len(classes)) + (2.0 - m) * np.eye(len(classes))[target]
+                logits = (
+                    generator.normal(size=len(classes)) + (2.0 - m) * np.eye(len(classes))[target]
+                )
                 p = np.exp(logits) / np.exp(logits).sum()
-                row = {"model": model, "fold": fold, "split": "test" if case // 4 % 2 == fold else "val", "slide_id": f"s{i}"}
+                row = {
+                    "model": model,
+                    "fold": fold,
+                    "split": "test" if case // 4 % 2 == fold else "val",
+                    "slide_id": f"s{i}",
+                }
                 row |= {"case_id": f"c{case}", "label": classes[target]}
-                rows.append(row | {f"prob_{name}": repr(float(value)) for name, value in zip(classes, p, strict=True)})
+                rows.append(
+                    row
+                    | {
+                        f"prob_{name}": repr(float(value))
+                        for name, value in zip(classes, p, strict=True)
+                    }
+                )
     return write(path, rows)
 
 
@@ -58,19 +77,35 @@ def evaluate(*arguments: str) -> int:
 
 def test_tables_are_what_the_predictions_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = table(tmp_path / "said.csv")
-    assert evaluate(f"predictions=[{path}]", f"output={tmp_path}/out", "xlsx=true", "plots=false") == 0
+    assert (
+        evaluate(f"predictions=[{path}]", f"output={tmp_path}/out", "xlsx=true", "plots=false") == 0
+    )
     printed = capsys.readouterr().out
     said, results = read(path), read(tmp_path / "out" / "results.csv")
-    assert [(row["model"], row["fold"]) for row in results] == [("a_1", "0"), ("a_1", "1"), ("b", "0"), ("b", "1")]
+    assert [(row["model"], row["fold"]) for row in results] == [
+        ("a_1", "0"),
+        ("a_1", "1"),
+        ("b", "0"),
+        ("b", "1"),
+    ]
     for row in results:
         sides = {}
         for split in ("val", "test"):
-            mine = [r for r in said if (r["model"], r["fold"], r["split"]) == (row["model"], row["fold"], split)]
-            sides[split] = (np.array([r["label"] == "p" for r in mine]), np.array([float(r["prob_p"]) for r in mine]))
+            mine = [
+                r
+                for r in said
+                if (r["model"], r["fold"], r["split"]) == (row["model"], row["fold"], split)
+            ]
+            sides[split] = (
+                np.array([r["label"] == "p" for r in mine]),
+                np.array([float(r["prob_p"]) for r in mine]),
+            )
         (val, val_p), (positive, p) = sides["val"], sides["test"]
         assert float(row["threshold"]) == youden_threshold(val, val_p)
         both = np.stack([1 - val_p, val_p], 1)
-        assert float(row["temperature"]) == pytest.approx(fit_temperature(val.astype(int), both), rel=1e-4)
+        assert float(row["temperature"]) == pytest.approx(
+            fit_temperature(val.astype(int), both), rel=1e-4
+        )
         called = p >= float(row["threshold"])
         expected = {
             "auc": sk.roc_auc_score(positive, p),
@@ -86,19 +121,36 @@ def test_tables_are_what_the_predictions_say(tmp_path: Path, capsys: pytest.Capt
     for model, row in summary.items():
         assert float(row["auc_mean"]) == pytest.approx(means[model])
         for metric in ("auc", "auprc", "ece", "ece_scaled", "kappa"):
-            assert float(row[f"{metric}_ci_low"]) <= float(row[f"{metric}_mean"]) <= float(row[f"{metric}_ci_high"])
+            assert (
+                float(row[f"{metric}_ci_low"])
+                <= float(row[f"{metric}_mean"])
+                <= float(row[f"{metric}_ci_high"])
+            )
     pair = read(tmp_path / "out" / "delong.csv")
-    assert len(pair) == 1 and float(pair[0]["difference"]) == pytest.approx(means["a_1"] - means["b"])
+    assert len(pair) == 1 and float(pair[0]["difference"]) == pytest.approx(
+        means["a_1"] - means["b"]
+    )
     assert pair[0]["p"] == pair[0]["p_holm"]
-    assert f"**{means['a_1']:.3f}**" in printed and printed == (tmp_path / "out" / "summary.md").read_text()
+    assert (
+        f"**{means['a_1']:.3f}**" in printed
+        and printed == (tmp_path / "out" / "summary.md").read_text()
+    )
     tex = (tmp_path / "out" / "summary.tex").read_text()
-    assert r"a\_1" in tex and f"\\textbf{{{means['a_1']:.3f}}}" in tex and tex.count("\\begin") == tex.count("\\end") == 1
+    assert (
+        r"a\_1" in tex
+        and f"\\textbf{{{means['a_1']:.3f}}}" in tex
+        and tex.count("\\begin") == tex.count("\\end") == 1
+    )
     columns = {line.count("&") for line in tex.splitlines() if line.endswith(r"\\")}
     assert columns == {10}
     book = openpyxl.load_workbook(tmp_path / "out" / "evaluation.xlsx")
     assert book.sheetnames == ["results", "summary", "delong", "operating_points", "screening"]
     cells = list(book["results"].values)
-    assert cells[0][4] == "auc" and cells[1][4] == pytest.approx(float(results[0]["auc"])) and len(cells) == 5
+    assert (
+        cells[0][4] == "auc"
+        and cells[1][4] == pytest.approx(float(results[0]["auc"]))
+        and len(cells) == 5
+    )
 
 
 def test_tables_may_list_the_slides_in_any_order(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -107,14 +159,26 @@ def test_tables_may_list_the_slides_in_any_order(tmp_path: Path, caplog: pytest.
     write(b, rows)
     write(tmp_path / "c.csv", [row | {"model": "b"} for row in reversed(rows)])
     for name in "bc":
-        assert evaluate(f"predictions=[{a},{tmp_path}/{name}.csv]", f"output={tmp_path}/{name}", "plots=false") == 0
+        assert (
+            evaluate(
+                f"predictions=[{a},{tmp_path}/{name}.csv]",
+                f"output={tmp_path}/{name}",
+                "plots=false",
+            )
+            == 0
+        )
     for file in ("results.csv", "summary.csv", "delong.csv"):
         assert (tmp_path / "b" / file).read_bytes() == (tmp_path / "c" / file).read_bytes()
     assert not caplog.text
     write(tmp_path / "c.csv", [row | {"model": "c"} for row in rows if row["slide_id"] != "s7"])
-    assert evaluate(f"predictions=[{a},{b},{tmp_path}/c.csv]", f"output={tmp_path}/d", "plots=false") == 0
+    assert (
+        evaluate(f"predictions=[{a},{b},{tmp_path}/c.csv]", f"output={tmp_path}/d", "plots=false")
+        == 0
+    )
     assert len(read(tmp_path / "d" / "delong.csv")) == 1
-    assert "not tested on the same slides in the same folds are not compared: a, b | c" in caplog.text
+    assert (
+        "not tested on the same slides in the same folds are not compared: a, b | c" in caplog.text
+    )
 
 
 def test_screening_counts_are_those_of_the_validation_cut(tmp_path: Path):
@@ -127,24 +191,41 @@ def test_screening_counts_are_those_of_the_validation_cut(tmp_path: Path):
         signed, missed = [], []
         for fold in "01":
             mine = [r for r in said if (r["model"], r["fold"]) == (row["model"], fold)]
-            positives = sorted(float(r["prob_p"]) for r in mine if r["split"] == "val" and r["label"] == "p")
+            positives = sorted(
+                float(r["prob_p"]) for r in mine if r["split"] == "val" and r["label"] == "p"
+            )
             allowed = int((1 - float(row["wanted_sensitivity"])) * len(positives) + 1e-9)
             lowest = positives[allowed]  # so many validation positives may stay below the cut
             below = max(
-                (float(r["prob_p"]) for r in mine if r["split"] == "val" and float(r["prob_p"]) < lowest), default=lowest
+                (
+                    float(r["prob_p"])
+                    for r in mine
+                    if r["split"] == "val" and float(r["prob_p"]) < lowest
+                ),
+                default=lowest,
             )
-            test = [(r["label"] == "p", float(r["prob_p"]) < (lowest + below) / 2) for r in mine if r["split"] == "test"]
+            test = [
+                (r["label"] == "p", float(r["prob_p"]) < (lowest + below) / 2)
+                for r in mine
+                if r["split"] == "test"
+            ]
             signed.append(np.mean([out for positive, out in test if not positive]))
             missed.append(np.mean([out for positive, out in test if positive]))
         assert float(row["signed_out_share"]) == pytest.approx(np.mean(signed))
         assert float(row["missed_share"]) == pytest.approx(np.mean(missed))
-        assert float(row["missed_share_ci_low"]) <= np.mean(missed) <= float(row["missed_share_ci_high"])
+        assert (
+            float(row["missed_share_ci_low"])
+            <= np.mean(missed)
+            <= float(row["missed_share_ci_high"])
+        )
         assert float(row["val_sensitivity"]) >= float(row["wanted_sensitivity"])
     points = read(tmp_path / "out" / "operating_points.csv")
     assert {(row["held"], row["target"]) for row in points} == {
         (h, t) for h in ("specificity", "sensitivity") for t in ("0.9", "0.95")
     }
-    assert all((row["test_curve_sensitivity"] != "") == (row["held"] == "specificity") for row in points)
+    assert all(
+        (row["test_curve_sensitivity"] != "") == (row["held"] == "specificity") for row in points
+    )
 
 
 def test_test_slides_do_not_choose_the_cut(tmp_path: Path):
@@ -156,12 +237,16 @@ def test_test_slides_do_not_choose_the_cut(tmp_path: Path):
             row["prob_p"], row["prob_n"] = row["prob_n"], row["prob_p"]
     turned, _ = table_runs([str(write(tmp_path / "turned.csv", rows))], "", None)
     for rule in ("youden", "sensitivity", "specificity"):
-        for before, after in zip(with_threshold(finished, rule, 0.9), with_threshold(turned, rule, 0.9), strict=True):
+        for before, after in zip(
+            with_threshold(finished, rule, 0.9), with_threshold(turned, rule, 0.9), strict=True
+        ):
             assert before.test.threshold == after.test.threshold == before.results["threshold"]
             assert before.test.temperature == after.test.temperature
     cut = with_threshold(finished, "sensitivity", 0.9)[0]
     assert (cut.val.probabilities[cut.val.targets == 1, 1] >= cut.test.threshold).mean() >= 0.9
-    assert with_threshold(finished, "sensitivity", 1.0)[0].test.threshold < finished[0].test.threshold
+    assert (
+        with_threshold(finished, "sensitivity", 1.0)[0].test.threshold < finished[0].test.threshold
+    )
 
 
 def test_a_benchmark_is_evaluated_as_it_evaluated_itself(make_cohort, tmp_path: Path):
@@ -175,38 +260,80 @@ def test_a_benchmark_is_evaluated_as_it_evaluated_itself(make_cohort, tmp_path: 
         "resamples=100",
         "headline=mean",
     ]
-    source = [f"labels={root}/labels.csv", f"features=[{root}/bags]", f"output={tmp_path}/bench", "models=[mean,max]"]
+    source = [
+        f"labels={root}/labels.csv",
+        f"features=[{root}/bags]",
+        f"output={tmp_path}/bench",
+        "models=[mean,max]",
+    ]
     assert run_script(benchmark.main, benchmark.Config, [*source, *small]) == 0
     assert evaluate(f"benchmark={tmp_path}/bench", "form=svg") == 0
-    names = ("results.csv", "summary.csv", "summary.md", "summary.tex", "delong.csv", "operating_points.csv", "screening.csv")
+    names = (
+        "results.csv",
+        "summary.csv",
+        "summary.md",
+        "summary.tex",
+        "delong.csv",
+        "operating_points.csv",
+        "screening.csv",
+    )
     for name in names:
-        first, second = (folder / name for folder in (tmp_path / "bench", tmp_path / "bench" / "evaluation"))
+        first, second = (
+            folder / name for folder in (tmp_path / "bench", tmp_path / "bench" / "evaluation")
+        )
         assert first.read_bytes() == second.read_bytes(), name
     plots = {path.name for path in (tmp_path / "bench" / "evaluation" / "plots").iterdir()}
     assert plots == {f"bags_{kind}.svg" for kind in ("roc", "pr", "reliability", "screening")}
 
 
-def test_pictures_of_three_classes_and_of_many_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_pictures_of_three_classes_and_of_many_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(pictures, "RESAMPLES", 20)
     models = tuple(f"model {i}" for i in range(7))
-    assert evaluate(f"predictions=[{table(tmp_path / 'many.csv', models=models)}]", f"output={tmp_path}/many") == 0
-    assert evaluate(f"predictions=[{table(tmp_path / 'three.csv', 'xyz')}]", f"output={tmp_path}/three") == 0
-    assert not (tmp_path / "three" / "screening.csv").exists() and (tmp_path / "three" / "delong.csv").exists()
+    assert (
+        evaluate(
+            f"predictions=[{table(tmp_path / 'many.csv', models=models)}]",
+            f"output={tmp_path}/many",
+        )
+        == 0
+    )
+    assert (
+        evaluate(
+            f"predictions=[{table(tmp_path / 'three.csv', 'xyz')}]", f"output={tmp_path}/three"
+        )
+        == 0
+    )
+    assert (
+        not (tmp_path / "three" / "screening.csv").exists()
+        and (tmp_path / "three" / "delong.csv").exists()
+    )
     for folder, kinds in (("many", 4), ("three", 3)):
         drawn = list((tmp_path / folder / "plots").glob("*.png"))
         assert len(drawn) == kinds
         for path in drawn:
             pixels = np.asarray(Image.open(path).convert("L"))
-            assert (pixels < 250).mean() > 0.02 and (pixels[:, [0, -1]] > 250).all() and (pixels[[0, -1]] > 250).all()
+            assert (
+                (pixels < 250).mean() > 0.02
+                and (pixels[:, [0, -1]] > 250).all()
+                and (pixels[[0, -1]] > 250).all()
+            )
 
 
 def test_mean_curve_and_its_band(tmp_path: Path):
     finished, _ = table_runs([str(table(tmp_path / "said.csv"))], "", None)
     runs = [run.test for run in finished[:2]]
     mean, band = mean_curve(runs, roc_curves, 0)
-    by_fold = [roc_curves(run.targets == 1, run.probabilities[:, 1], np.ones((1, len(run.targets))))[0] for run in runs]
+    by_fold = [
+        roc_curves(run.targets == 1, run.probabilities[:, 1], np.ones((1, len(run.targets))))[0]
+        for run in runs
+    ]
     np.testing.assert_allclose(mean, np.mean(by_fold, axis=0))
-    assert mean.shape == GRID.shape and (band[0] <= band[1]).all() and ((band[0] <= mean) & (mean <= band[1])).mean() > 0.9
+    assert (
+        mean.shape == GRID.shape
+        and (band[0] <= band[1]).all()
+        and ((band[0] <= mean) & (mean <= band[1])).mean() > 0.9
+    )
 
 
 def rows_of(kind: str) -> list[dict[str, object]]:
@@ -216,14 +343,20 @@ def rows_of(kind: str) -> list[dict[str, object]]:
         row: dict[str, object] = {"slide_id": f"s{i}", "case_id": f"c{i}"}
         if kind == "multilabel":
             has = generator.random(2) < 0.5
-            row["label"] = "|".join(name for name, there in zip(("ink", "fold"), has, strict=True) if there) or "-"
+            row["label"] = (
+                "|".join(name for name, there in zip(("ink", "fold"), has, strict=True) if there)
+                or "-"
+            )
             row |= {
-                f"prob_{name}": 0.6 * generator.random() + 0.4 * there for name, there in zip(("ink", "fold"), has, strict=True)
+                f"prob_{name}": 0.6 * generator.random() + 0.4 * there
+                for name, there in zip(("ink", "fold"), has, strict=True)
             }
         elif kind == "ordinal":
             p = generator.dirichlet(np.ones(3))
             row["label"] = ("g1", "g2", "g3")[i % 3]
-            row |= {f"prob_{name}": value for name, value in zip(("g1", "g2", "g3"), p, strict=True)}
+            row |= {
+                f"prob_{name}": value for name, value in zip(("g1", "g2", "g3"), p, strict=True)
+            }
         else:
             row |= {"time": i // 2 + 1, "event": i % 3 != 0, "risk": generator.normal() - i / 10}
             row["event"] = int(bool(row["event"]))
@@ -246,10 +379,18 @@ def test_other_tasks_have_their_tables(tmp_path: Path, kind: str, columns: list[
     summary = read(tmp_path / "out" / "summary.csv")
     assert [row["model"] for row in summary] == ["said"]
     for name in columns:
-        assert float(summary[0][f"{name}_ci_low"]) <= float(summary[0][f"{name}_mean"]) <= float(summary[0][f"{name}_ci_high"])
+        assert (
+            float(summary[0][f"{name}_ci_low"])
+            <= float(summary[0][f"{name}_mean"])
+            <= float(summary[0][f"{name}_ci_high"])
+        )
     drawn = {path.name for path in (tmp_path / "out" / "plots").glob("*")}
-    assert drawn == {"multilabel": {"labels.png"}, "ordinal": {"confusion.png"}}.get(kind, {"survival.png"})
-    assert not any((tmp_path / "out" / f"{name}.csv").exists() for name in ("delong", "comparisons"))
+    assert drawn == {"multilabel": {"labels.png"}, "ordinal": {"confusion.png"}}.get(
+        kind, {"survival.png"}
+    )
+    assert not any(
+        (tmp_path / "out" / f"{name}.csv").exists() for name in ("delong", "comparisons")
+    )
     assert "- | said |" in (tmp_path / "out" / "summary.md").read_text()
 
 
@@ -266,7 +407,10 @@ def change(index: int, **values: object):
         (change(3, prob_p="x"), "slide s3: expected a finite number in prob_p, found 'x'"),
         (change(3, prob_p="nan"), "slide s3: expected a finite number in prob_p, found 'nan'"),
         (change(3, prob_p="1.5"), "expected probabilities from 0 to 1, found"),
-        (change(3, prob_p="0.5", prob_n="0.1"), "slide s3: expected probabilities that sum to 1, found 0.6"),
+        (
+            change(3, prob_p="0.5", prob_n="0.1"),
+            "slide s3: expected probabilities that sum to 1, found 0.6",
+        ),
         (change(3, label="q"), "slide s3: label 'q' has no column prob_q"),
         (change(3, split="train"), "slide s3: expected split val or test, found 'train'"),
         (change(3, fold="one"), "slide s3: expected a whole number in fold, found 'one'"),
@@ -275,7 +419,9 @@ def change(index: int, **values: object):
         (change(0, case_id="c5", split="test"), "1 cases are in val and in test: c5"),
     ],
 )
-def test_faulty_tables_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], apply, message: str):
+def test_faulty_tables_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], apply, message: str
+):
     path = table(tmp_path / "said.csv")
     rows = read(path)
     apply(rows)
@@ -290,22 +436,34 @@ def test_faulty_tables_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     [
         ([], "expected either benchmark=<folder> or predictions="),
         (["predictions=[{path}]"], "missing key 'output'"),
-        (["predictions=[{path}]", "output={out}", "task=cox"], "expected the columns time, event, risk, found no time"),
-        (["predictions=[{path}]", "output={out}", "positive=x"], "positive=x: expected one of the classes n, p"),
+        (
+            ["predictions=[{path}]", "output={out}", "task=cox"],
+            "expected the columns time, event, risk, found no time",
+        ),
+        (
+            ["predictions=[{path}]", "output={out}", "positive=x"],
+            "positive=x: expected one of the classes n, p",
+        ),
         (["predictions=[{path}]", "output={out}", "target=0"], "target=0.0: expected a rate"),
         (["benchmark={out}"], "no such|does not exist|found none|expected"),
     ],
 )
-def test_faulty_keys_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str):
+def test_faulty_keys_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+):
     path = table(tmp_path / "said.csv")
     given = [argument.format(path=path, out=tmp_path / "out") for argument in arguments]
     assert evaluate(*given) == 2
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_names_do_not_leave_the_folder_and_columns_have_to_be_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_names_do_not_leave_the_folder_and_columns_have_to_be_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     rows = [{**row, "feature_set": "../up"} for row in read(table(tmp_path / "said.csv"))]
-    assert evaluate(f"predictions=[{write(tmp_path / 'up.csv', rows)}]", f"output={tmp_path}/out") == 2
+    assert (
+        evaluate(f"predictions=[{write(tmp_path / 'up.csv', rows)}]", f"output={tmp_path}/out") == 2
+    )
     assert "feature set '../up': expected a plain file name" in capsys.readouterr().err
     for kind in ("", "multilabel", "ordinal"):
         given = [f"task={kind}"] if kind else []
@@ -321,12 +479,17 @@ def test_positive_class_may_be_the_first_column(tmp_path: Path):
     np.testing.assert_array_equal(first.probabilities, second.probabilities[:, ::-1])
 
 
-def test_without_validation_slides_nothing_is_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_without_validation_slides_nothing_is_chosen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     path = table(tmp_path / "said.csv")
     write(path, [row for row in read(path) if row["split"] == "test"])
     assert evaluate(f"predictions=[{path}]", f"output={tmp_path}/out", "plots=false") == 0
     rows = read(tmp_path / "out" / "results.csv")
-    assert all(row["threshold"] == "" and float(row["ece"]) == pytest.approx(float(row["ece_scaled"])) for row in rows)
+    assert all(
+        row["threshold"] == "" and float(row["ece"]) == pytest.approx(float(row["ece_scaled"]))
+        for row in rows
+    )
     assert not (tmp_path / "out" / "screening.csv").exists()
     assert evaluate(f"predictions=[{path}]", f"output={tmp_path}/out", "threshold=sensitivity") == 2
     assert "expected validation slides" in capsys.readouterr().err

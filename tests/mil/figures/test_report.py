@@ -49,8 +49,17 @@ def finished(make_cohort, tmp_path: Path) -> Path:
         "models=[mean,abmil]",
     ]
     shutil.copytree(cohort / "bags", cohort / "more")
-    sources = [f"labels={cohort}/labels.csv", f"features=[{cohort}/bags,{cohort}/more]", "names=[teacher,<student>]"]
-    assert benchmark.main(load_config(benchmark.Config, [*sources, f"output={tmp_path}/bench", *small])) == 0
+    sources = [
+        f"labels={cohort}/labels.csv",
+        f"features=[{cohort}/bags,{cohort}/more]",
+        "names=[teacher,<student>]",
+    ]
+    assert (
+        benchmark.main(
+            load_config(benchmark.Config, [*sources, f"output={tmp_path}/bench", *small])
+        )
+        == 0
+    )
     return cohort
 
 
@@ -80,15 +89,28 @@ def test_page_is_self_contained_and_shows_the_figures(finished: Path, tmp_path: 
         {"name": "tile slides", "seconds": 12.5, "peak_mib": 300},
         {"name": "unfinished", "seconds": None, "peak_mib": None},
     ]
-    stages.write_text(json.dumps({"stages": [*noted, {"name": "mil benchmark", "seconds": 7.5, "peak_mib": None}]}))
-    options = [f"slides={finished}/slides", f"labels={finished}/labels.csv", f"stages={stages}", "title=Teacher & student"]
-    config = load_config(Config, [f"benchmark={tmp_path}/bench", f"output={tmp_path}/report", *options])
+    stages.write_text(
+        json.dumps(
+            {"stages": [*noted, {"name": "mil benchmark", "seconds": 7.5, "peak_mib": None}]}
+        )
+    )
+    options = [
+        f"slides={finished}/slides",
+        f"labels={finished}/labels.csv",
+        f"stages={stages}",
+        "title=Teacher & student",
+    ]
+    config = load_config(
+        Config, [f"benchmark={tmp_path}/bench", f"output={tmp_path}/report", *options]
+    )
     assert main(config) == 0
     html = (tmp_path / "report" / "report.html").read_text()
     checker = Checker()
     checker.feed(html)
     assert (
-        checker.open == [] and not re.search(r"(src|href)=\"(?!data:)", html) and "http" not in re.sub(r"data:[^\"]*", "", html)
+        checker.open == []
+        and not re.search(r"(src|href)=\"(?!data:)", html)
+        and "http" not in re.sub(r"data:[^\"]*", "", html)
     )
     assert "Teacher &amp; student" in html and "&lt;student&gt;" in html and "<student>" not in html
     bench = json.loads((tmp_path / "bench" / "summary.json").read_text())
@@ -110,13 +132,22 @@ def test_page_is_self_contained_and_shows_the_figures(finished: Path, tmp_path: 
         "mil benchmark": {"seconds": 7.5, "peak_mib": None},
     }
     teacher = bench["feature_sets"]["teacher"]
-    expected = {name: teacher[name] for name in ("auc_mean", "auc_ci", "tiles_per_second", "gflops", "parameters", "dim")}
+    expected = {
+        name: teacher[name]
+        for name in ("auc_mean", "auc_ci", "tiles_per_second", "gflops", "parameters", "dim")
+    }
     assert summary["feature_sets"]["teacher"] == expected
 
 
 def test_a_lost_slide_is_listed_and_the_page_is_made(finished: Path, tmp_path: Path):
     config = load_config(
-        Config, [f"benchmark={tmp_path}/bench", f"output={tmp_path}/report", f"slides={finished}/slides", "examples=50"]
+        Config,
+        [
+            f"benchmark={tmp_path}/bench",
+            f"output={tmp_path}/report",
+            f"slides={finished}/slides",
+            "examples=50",
+        ],
     )
     assert main(config) == 0
     html = (tmp_path / "report" / "report.html").read_text()
@@ -130,7 +161,9 @@ def test_a_lost_slide_is_listed_and_the_page_is_made(finished: Path, tmp_path: P
 
 
 def test_without_slides_the_page_says_so(finished: Path, tmp_path: Path):
-    assert main(load_config(Config, [f"benchmark={tmp_path}/bench", f"output={tmp_path}/report"])) == 0
+    assert (
+        main(load_config(Config, [f"benchmark={tmp_path}/bench", f"output={tmp_path}/report"])) == 0
+    )
     html = (tmp_path / "report" / "report.html").read_text()
     assert "made without a folder of slides" in html and "Time and memory" not in html
     assert json.loads((tmp_path / "report" / "summary.json").read_text())["wall_seconds"] is None
@@ -139,35 +172,78 @@ def test_without_slides_the_page_says_so(finished: Path, tmp_path: Path):
 def test_bad_input_is_refused(finished: Path, tmp_path: Path):
     (tmp_path / "stages.json").write_text("[1]")
     with pytest.raises(UserError, match="stages"):
-        main(load_config(Config, [f"benchmark={tmp_path}/bench", f"output={tmp_path}/r", f"stages={tmp_path}/stages.json"]))
-    with pytest.raises(UserError, match="examples_of=nobody: expected one of the feature sets teacher, <student>"):
         main(
             load_config(
                 Config,
-                [f"benchmark={tmp_path}/bench", f"output={tmp_path}/r", f"slides={finished}/slides", "examples_of=nobody"],
+                [
+                    f"benchmark={tmp_path}/bench",
+                    f"output={tmp_path}/r",
+                    f"stages={tmp_path}/stages.json",
+                ],
+            )
+        )
+    with pytest.raises(
+        UserError, match="examples_of=nobody: expected one of the feature sets teacher, <student>"
+    ):
+        main(
+            load_config(
+                Config,
+                [
+                    f"benchmark={tmp_path}/bench",
+                    f"output={tmp_path}/r",
+                    f"slides={finished}/slides",
+                    "examples_of=nobody",
+                ],
             )
         )
 
 
 def test_examples_are_the_most_confident_hits_and_errors():
     def row(slide: str, label: str, predicted: str, p: float) -> dict[str, str]:
-        return {"slide_id": slide, "label": label, "predicted": predicted, f"prob_{predicted}": str(p)}
+        return {
+            "slide_id": slide,
+            "label": label,
+            "predicted": predicted,
+            f"prob_{predicted}": str(p),
+        }
 
     said = Predictions(0, np.array([]), np.array([]), np.array([]), None)
-    rows = [row("a", "pos", "pos", 0.6), row("b", "pos", "pos", 0.9), row("c", "neg", "neg", 0.99), row("d", "pos", "neg", 0.7)]
+    rows = [
+        row("a", "pos", "pos", 0.6),
+        row("b", "pos", "pos", 0.9),
+        row("c", "neg", "neg", 0.99),
+        row("d", "pos", "neg", 0.7),
+    ]
     run = Finished("set", "abmil", 1, {}, said, [*rows, row("e", "neg", "pos", 0.8)])
     task = classification(("neg", "pos"))
     assert names(choose_slides([run], task, 1)) == {"Called right": ["b"], "Called wrong": ["e"]}
-    assert names(choose_slides([run], task, 9)) == {"Called right": ["b", "a"], "Called wrong": ["e", "d"]}
+    assert names(choose_slides([run], task, 9)) == {
+        "Called right": ["b", "a"],
+        "Called wrong": ["e", "d"],
+    }
 
 
 def test_a_slide_of_several_runs_is_one_example():
     def run(fold: int, said: dict[str, tuple[str, float]]) -> Finished:
-        rows = [{"slide_id": s, "label": "pos", "predicted": call, f"prob_{call}": str(p)} for s, (call, p) in said.items()]
-        return Finished("set", "abmil", 1, {}, Predictions(fold, np.array([]), np.array([]), np.array([]), None), rows)
+        rows = [
+            {"slide_id": s, "label": "pos", "predicted": call, f"prob_{call}": str(p)}
+            for s, (call, p) in said.items()
+        ]
+        return Finished(
+            "set",
+            "abmil",
+            1,
+            {},
+            Predictions(fold, np.array([]), np.array([]), np.array([]), None),
+            rows,
+        )
 
     first = run(0, {"a": ("neg", 0.9), "b": ("pos", 0.6), "c": ("pos", 0.9)})
-    runs = [first, run(1, {"a": ("pos", 0.8), "b": ("pos", 0.8), "c": ("neg", 0.9)}), run(2, {"a": ("pos", 0.7)})]
+    runs = [
+        first,
+        run(1, {"a": ("pos", 0.8), "b": ("pos", 0.8), "c": ("neg", 0.9)}),
+        run(2, {"a": ("pos", 0.7)}),
+    ]
     right, wrong = choose_slides(runs, classification(("neg", "pos")), 9)
     assert names([right, wrong]) == {"Called right": ["b", "a", "c"], "Called wrong": []}
     # b: (0.6 + 0.8) / 2; a: (0.8 + 0.7) / 3, shown by the first run that says so; c: 0.9 / 2
@@ -191,30 +267,49 @@ def test_examples_of_several_labels_are_called_at_the_cut_of_each():
     # d is surer than a, the negative b is not shown, the second label of c is missed
     assert names(groups) == {"Called right": ["d", "a"], "Called wrong": ["c"]}
     (wrong,) = groups[1].slides
-    assert (wrong.label, wrong.called, wrong.detail, wrong.fold) == ("ink|fold", "ink", "ink 0.90, fold 0.60", 2)
+    assert (wrong.label, wrong.called, wrong.detail, wrong.fold) == (
+        "ink|fold",
+        "ink",
+        "ink 0.90, fold 0.60",
+        2,
+    )
 
 
 def test_examples_of_survival_are_the_outer_places_within_a_fold():
     def run(fold: int, risks: dict[str, float]) -> Finished:
         values = np.array(list(risks.values()))
-        said = RiskPredictions(fold, np.array([]), np.ones(len(risks)), np.ones(len(risks), bool), values)
-        rows = [{"slide_id": slide, "time": "2.50", "event": str(int(slide != "y"))} for slide in risks]
+        said = RiskPredictions(
+            fold, np.array([]), np.ones(len(risks)), np.ones(len(risks), bool), values
+        )
+        rows = [
+            {"slide_id": slide, "time": "2.50", "event": str(int(slide != "y"))} for slide in risks
+        ]
         return Finished("set", "abmil", 1, {}, said, rows)
 
     runs = [run(0, {"a": 0.1, "b": 0.2, "c": 0.3, "d": 0.4}), run(1, {"x": 70.0, "y": 60.0})]
     high, low = choose_slides(runs, Task("cox", ()), 2)
     assert names([high, low]) == {"Highest risk": ["d", "x"], "Lowest risk": ["a", "y"]}
-    assert high.slides[0].detail == "above 75 % of the fold's test slides" and high.slides[0].called == "risk 0.4"
+    assert (
+        high.slides[0].detail == "above 75 % of the fold's test slides"
+        and high.slides[0].called == "risk 0.4"
+    )
     assert [choice.label for choice in low.slides] == ["event at 2.5", "no event until 2.5"]
-    assert names(choose_slides(runs, Task("cox", ()), 9)) == {"Highest risk": ["d", "x", "c"], "Lowest risk": ["a", "y", "b"]}
+    assert names(choose_slides(runs, Task("cox", ()), 9)) == {
+        "Highest risk": ["d", "x", "c"],
+        "Lowest risk": ["a", "y", "b"],
+    }
     twice = [*runs, run(2, {"d": 1.0, "a": 9.0})]  # d: above 75 % and 0 %, a: 0 % and 50 %
     high, low = choose_slides(twice, Task("cox", ()), 9)
     assert names([high, low]) == {"Highest risk": ["x", "c", "d"], "Lowest risk": ["y", "a", "b"]}
-    assert high.slides[2].fold == 0 and high.slides[2].detail.endswith("slides; 38 % on average over 2 runs")
+    assert high.slides[2].fold == 0 and high.slides[2].detail.endswith(
+        "slides; 38 % on average over 2 runs"
+    )
 
 
 def test_example_shows_the_tiles_with_most_attention(finished: Path, tmp_path: Path):
-    checkpoint = tmp_path / "bench" / "runs" / "teacher" / "abmil" / "seed1_fold0" / "checkpoint_best.pt"
+    checkpoint = (
+        tmp_path / "bench" / "runs" / "teacher" / "abmil" / "seed1_fold0" / "checkpoint_best.pt"
+    )
     bag_file = finished / "bags" / "h5_files" / "s05.h5"
     choice = Choice("s05", 0, "pos", "pos", "probability 0.90")
     example = make_example(choice, checkpoint, bag_file, finished / "slides" / "s05", None, 4)
@@ -237,7 +332,9 @@ def test_roc_curves_of_labels_are_means_over_the_runs_that_have_both_kinds():
         targets = generator.random((30, 4)) < 0.4
         targets[:, 3] = fold == 1  # every slide of fold 1, none of fold 0
         targets[:, 1] &= fold == 0
-        said = LabelPredictions(fold, np.array([]), targets, generator.random((30, 4)), np.full(4, 0.5))
+        said = LabelPredictions(
+            fold, np.array([]), targets, generator.random((30, 4)), np.full(4, 0.5)
+        )
         runs.append(Finished("set", "abmil", 1, {}, said, []))
     figure = label_figure({"abmil": runs, "mean": runs[:1]}, ["a", "b", "c", "d"])
     panels = [axes for axes in figure.axes if axes.get_title()]
@@ -247,7 +344,9 @@ def test_roc_curves_of_labels_are_means_over_the_runs_that_have_both_kinds():
         assert len(told) == (1 if column == 1 else 2)
         curves = [roc_points(run.targets[:, column], run.probabilities[:, column]) for run in told]
         np.testing.assert_allclose(axes.lines[1].get_ydata()[1:], np.mean(curves, axis=0))
-        area = np.mean([roc_auc_score(run.targets[:, column], run.probabilities[:, column]) for run in told])
+        area = np.mean(
+            [roc_auc_score(run.targets[:, column], run.probabilities[:, column]) for run in told]
+        )
         assert axes.get_legend().get_texts()[0].get_text() == f"abmil  {area:.3f}"
     assert np.isnan(panels[3].lines[1].get_ydata()[1:]).all()
     assert panels[3].get_legend().get_texts()[0].get_text() == "abmil  -"
@@ -274,6 +373,8 @@ def test_marks_stand_where_the_tiles_are():
     overview = np.full((320, 320, 3), 255, dtype=np.uint8)
     marked = mark_tiles(overview, geometry, 640, np.array([[128, 256]]))
     ys, xs = np.nonzero((marked == MARK).all(2))
-    assert xs.min() == 64 and xs.max() == 96 and ys.max() == 160  # 32 px frame at (64, 128), number above it
+    assert (
+        xs.min() == 64 and xs.max() == 96 and ys.max() == 160
+    )  # 32 px frame at (64, 128), number above it
     assert (marked[129:, 64] == MARK).all(1)[:31].all()
     assert (overview == 255).all()

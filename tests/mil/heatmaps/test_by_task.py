@@ -1,4 +1,6 @@
-"""Heatmaps beyond one class and one test a slide: nested cross-validation, every task, bags without coordinates."""
+"""Heatmaps beyond one class and one test a slide: nested cross-validation, every task, bags without
+coordinates.
+"""
 
 from __future__ import annotations
 
@@ -32,19 +34,34 @@ from patch_encoder.bags.placed_bags import coordinates_file, open_placed
 from tests.mil.conftest import write_cohort
 from tests.mil.tasks.task_cohorts import rewrite
 
-SMALL = ["device=cpu", "training.epochs=1", "training.min_epochs=1", "resamples=5", "headline=abmil", "models=[abmil]"]
+SMALL = [
+    "device=cpu",
+    "training.epochs=1",
+    "training.min_epochs=1",
+    "resamples=5",
+    "headline=abmil",
+    "models=[abmil]",
+]
 CPU = torch.device("cpu")
 
 
 def train(cohort: Path, output: Path, *more: str) -> Path:
     sources = [f"labels={cohort}/labels.csv", f"output={output}", *SMALL]
-    given = more if any(key.startswith("features=") for key in more) else (f"features=[{cohort}/bags]", *more)
+    given = (
+        more
+        if any(key.startswith("features=") for key in more)
+        else (f"features=[{cohort}/bags]", *more)
+    )
     assert benchmark.main(load_config(benchmark.Config, [*sources, *given])) == 0
     return output
 
 
 def draw(bench: Path, name: str, *more: str) -> int:
-    return run(main, Config, [f"run={bench}", f"output={bench.parent}/{name}", "device=cpu", "workers=0", *more])
+    return run(
+        main,
+        Config,
+        [f"run={bench}", f"output={bench.parent}/{name}", "device=cpu", "workers=0", *more],
+    )
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -54,20 +71,30 @@ def table(path: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def nested(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A benchmark whose slides are tested twice, by splits that differ in training and validation, with two seeds."""
+    """A benchmark whose slides are tested twice, by splits that differ in training and validation,
+    with two seeds.
+    """
     root = tmp_path_factory.mktemp("nested")
     cohort = write_cohort(root / "cohort", slides=16, signal=2.0)
     ids = [f"s{i:02d}" for i in range(16)]
-    halves = [tuple(ids[:8]), tuple(ids[8:])]  # patients have at most the slides of one group of four
+    halves = [
+        tuple(ids[:8]),
+        tuple(ids[8:]),
+    ]  # patients have at most the slides of one group of four
     splits = []
     for number, (rest, test) in enumerate([(halves[0], halves[1]), (halves[1], halves[0])]):
         parts = [rest[:4], rest[4:]]
-        splits += [Split(2 * number, parts[0], parts[1], test), Split(2 * number + 1, parts[1], parts[0], test)]
+        splits += [
+            Split(2 * number, parts[0], parts[1], test),
+            Split(2 * number + 1, parts[1], parts[0], test),
+        ]
     benchmark.write_splits(root / "splits", splits)
     return train(cohort, root / "bench", f"splits={root}/splits", "seeds=[1,2]")
 
 
-def test_a_slide_that_several_runs_test_is_drawn_once(nested: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_slide_that_several_runs_test_is_drawn_once(
+    nested: Path, capsys: pytest.CaptureFixture[str]
+):
     output = nested.parent / "heat"
     assert draw(nested, "heat") == 0
     source = from_benchmark(nested, "", "", None)
@@ -80,20 +107,30 @@ def test_a_slide_that_several_runs_test_is_drawn_once(nested: Path, capsys: pyte
     assert len(re.findall("<tr data-slide", html)) == 16 == len(listed) and len(rows) == 32
     for slide, shown in listed.items():
         told = [row for row in rows if row["slide_id"] == slide]
-        assert float(shown) == pytest.approx(np.mean([float(row["prob_pos"]) for row in told]), abs=1e-6)
+        assert float(shown) == pytest.approx(
+            np.mean([float(row["prob_pos"]) for row in told]), abs=1e-6
+        )
         page = (output / "slides" / f"{slide}.html").read_text()
         assert (
             "of 2 runs" in page
-            and f"<dt>fold {told[1]['fold']}</dt><dd>{told[1]['predicted']} (pos {float(told[1]['prob_pos']):.3f}" in page
+            and f"<dt>fold {told[1]['fold']}</dt><dd>{told[1]['predicted']} (pos "
+            f"{float(told[1]['prob_pos']):.3f}"
+            in page
         )
         first = min(told, key=lambda row: int(row["fold"]))
         record = json.loads((output / "records" / f"{slide}.json").read_text())
         assert record["fold"] == int(first["fold"]) and record["said"]["pos"] == pytest.approx(
             float(first["prob_pos"]), abs=1e-5
         )
-    summary, expected = json.loads((output / "summary.json").read_text()), [r for r in benchmark_runs(nested)[0] if r.seed == 1]
+    summary, expected = (
+        json.loads((output / "summary.json").read_text()),
+        [r for r in benchmark_runs(nested)[0] if r.seed == 1],
+    )
     assert summary["slides"] == summary["drawn"] == 16
-    counts = sum(confusion(r.test.targets, predict_class(r.test.probabilities, r.test.threshold), 2)[0] for r in expected)
+    counts = sum(
+        confusion(r.test.targets, predict_class(r.test.probabilities, r.test.threshold), 2)[0]
+        for r in expected
+    )
     assert summary["counts"] == counts.tolist() and np.sum(summary["counts"]) == 32
     aucs = [float(row["auc"]) for row in table(nested / "results.csv") if row["seed"] == "1"]
     assert summary["metrics"]["auc"] == pytest.approx(np.mean(aucs))
@@ -116,38 +153,77 @@ TASKS = {"multilabel": "a", "ordinal": "2", "cox": "", "discrete": ""}
 
 
 @pytest.mark.parametrize("kind", list(TASKS))
-def test_every_task_has_attention_a_score_and_tiles_of_their_own(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    cohort, name = rewrite(write_cohort(tmp_path / "cohort", slides=24, signal=2.0), kind), TASKS[kind]
+def test_every_task_has_attention_a_score_and_tiles_of_their_own(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    cohort, name = (
+        rewrite(write_cohort(tmp_path / "cohort", slides=24, signal=2.0), kind),
+        TASKS[kind],
+    )
     if kind == "discrete":  # wants different times
         lines = (cohort / "labels.csv").read_text().splitlines()
         later = [re.sub(r",(1|9),", rf",\g<1>{i:02d},", line) for i, line in enumerate(lines)]
         (cohort / "labels.csv").write_text("\n".join(later) + "\n")
     extra = ["intervals=2"] if kind == "discrete" else []
-    bench = train(cohort, tmp_path / "bench", f"task={kind}", "folds=2", "seeds=[1]", "training.accumulate=4", *extra)
-    survival, value = kind in ("cox", "discrete"), "risk" if kind in ("cox", "discrete") else "probability"
+    bench = train(
+        cohort,
+        tmp_path / "bench",
+        f"task={kind}",
+        "folds=2",
+        "seeds=[1]",
+        "training.accumulate=4",
+        *extra,
+    )
+    survival, value = (
+        kind in ("cox", "discrete"),
+        "risk" if kind in ("cox", "discrete") else "probability",
+    )
     assert draw(bench, "heat", "only=[s00,s01,s20]") == 0
-    columns = ["risk"] if survival else [key for key in table(bench / "predictions.csv")[0] if key.startswith("prob_")]
+    columns = (
+        ["risk"]
+        if survival
+        else [key for key in table(bench / "predictions.csv")[0] if key.startswith("prob_")]
+    )
     for row in table(bench / "predictions.csv"):
         if row["slide_id"] not in ("s00", "s01", "s20"):
             continue
         record = json.loads((tmp_path / "heat" / "records" / f"{row['slide_id']}.json").read_text())
         assert record["shown"] == "attention"
-        np.testing.assert_allclose(list(record["said"].values()), [float(row[key]) for key in columns], atol=1e-5)
+        np.testing.assert_allclose(
+            list(record["said"].values()), [float(row[key]) for key in columns], atol=1e-5
+        )
     page = (tmp_path / "heat" / "index.html").read_text()
-    assert page.count("<tr data-slide") == 24 and ("higher than" in page) == survival and (">p(" in page) != survival
+    assert (
+        page.count("<tr data-slide") == 24
+        and ("higher than" in page) == survival
+        and (">p(" in page) != survival
+    )
     (chart,) = re.findall(r'<figure.*?alt="(.*?)"', page)
-    assert chart == {"multilabel": "ROC by label", "ordinal": "Confusion"}.get(kind, "Survival of the risk halves")
+    assert chart == {"multilabel": "ROC by label", "ordinal": "Confusion"}.get(
+        kind, "Survival of the risk halves"
+    )
     metric = json.loads((bench / "summary.json").read_text())["metric"]
     found = json.loads((tmp_path / "heat" / "summary.json").read_text())["metrics"][metric]
     means = [float(row[metric]) for row in table(bench / "results.csv")]
     assert found is None if np.isnan(np.mean(means)) else found == pytest.approx(np.mean(means))
 
-    given = [f"drawing.value={value}", "only=[s01]", *([f"drawing.of_class={name}"] if name else [])]
+    given = [
+        f"drawing.value={value}",
+        "only=[s01]",
+        *([f"drawing.of_class={name}"] if name else []),
+    ]
     assert draw(bench, "alone", *given) == 0
-    judged = next(slide for slide in from_benchmark(bench, "", "", None).slides if slide.slide_id == "s01")
-    (model, task), features = load_asked(judged.checkpoint, CPU), read_bag(cohort / "bags" / "h5_files" / "s01.h5").features
+    judged = next(
+        slide for slide in from_benchmark(bench, "", "", None).slides if slide.slide_id == "s01"
+    )
+    (model, task), features = (
+        load_asked(judged.checkpoint, CPU),
+        read_bag(cohort / "bags" / "h5_files" / "s01.h5").features,
+    )
     with torch.inference_mode():
-        logits = torch.stack([model(torch.from_numpy(tile[None]), None).logits for tile in features]).double()
+        logits = torch.stack(
+            [model(torch.from_numpy(tile[None]), None).logits for tile in features]
+        ).double()
     expected = task.said(logits)[:, task.names.index(name) if name else 0].numpy()
     column = value + (f"_{name}" if name else "")
     values = [float(row[column]) for row in table(tmp_path / "alone" / "scores" / "s01.csv")]
@@ -159,7 +235,10 @@ def test_every_task_has_attention_a_score_and_tiles_of_their_own(kind: str, tmp_
     for argument in (f"drawing.value={wrong}", "drawing.of_class=nobody"):
         capsys.readouterr()
         assert draw(bench, "none", argument) == 2
-        assert argument.partition(".")[2] in capsys.readouterr().err and not (tmp_path / "none").exists()
+        assert (
+            argument.partition(".")[2] in capsys.readouterr().err
+            and not (tmp_path / "none").exists()
+        )
 
 
 @pytest.fixture(scope="module")
@@ -169,25 +248,41 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cohort = write_cohort(root / "cohort", slides=16, pictures=True)
     (root / "only" / "pt_files").mkdir(parents=True)
     for path in (cohort / "bags" / "h5_files").iterdir():
-        torch.save(torch.from_numpy(read_bag(path).features).half(), root / "only" / "pt_files" / f"{path.stem}.pt")
+        torch.save(
+            torch.from_numpy(read_bag(path).features).half(),
+            root / "only" / "pt_files" / f"{path.stem}.pt",
+        )
     return train(cohort, root / "bench", f"features=[{root}/only]", "folds=2", "seeds=[1]")
 
 
-def test_bags_without_coordinates_take_those_of_a_file(plain: Path, capsys: pytest.CaptureFixture[str]):
+def test_bags_without_coordinates_take_those_of_a_file(
+    plain: Path, capsys: pytest.CaptureFixture[str]
+):
     root = plain.parent
     assert draw(plain, "heat") == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert len(errors) == 1 and "and 15 more" in errors[0] and "add coords=" in errors[0] and not (root / "heat").exists()
+    assert (
+        len(errors) == 1
+        and "and 15 more" in errors[0]
+        and "add coords=" in errors[0]
+        and not (root / "heat").exists()
+    )
     coords = root / "cohort" / "bags" / "h5_files"
     assert draw(plain, "heat", f"coords={coords}", "only=[s00,s01]") == 0
     rows, bag = table(root / "heat" / "scores" / "s01.csv"), read_bag(coords / "s01.h5")
-    assert [(int(row["x"]), int(row["y"])) for row in rows] == [tuple(corner) for corner in bag.coords.tolist()]
+    assert [(int(row["x"]), int(row["y"])) for row in rows] == [
+        tuple(corner) for corner in bag.coords.tolist()
+    ]
     few = root / "few" / "s01_patches.h5"  # TRIDENT's name
     write_bag(few, bag.features[:5], bag.coords[:5], bag.attributes)
     shutil.copy(coords / "s00.h5", few.parent)
     assert draw(plain, "fewer", f"coords={few.parent}", "only=[s00,s01,s02]") == 1
     failed = {row["slide"]: row["error"] for row in table(root / "fewer" / "failures.csv")}
-    assert set(failed) == {"s01", "s02"} and "expected the 12 tiles" in failed["s01"] and "found 5" in failed["s01"]
+    assert (
+        set(failed) == {"s01", "s02"}
+        and "expected the 12 tiles" in failed["s01"]
+        and "found 5" in failed["s01"]
+    )
     assert "add coords=" in failed["s02"]
 
 
@@ -196,9 +291,16 @@ def test_coordinates_beside_the_bags_are_found(tmp_path: Path):
     source, bag = cohort / "bags" / "h5_files" / "s01.h5", cohort / "bags" / "pt_files" / "s01.pt"
     bag.parent.mkdir()
     torch.save(torch.zeros(12, 3), bag)
-    assert coordinates_file(bag) == source and coordinates_file(source) is None and coordinates_file(bag, tmp_path) is None
+    assert (
+        coordinates_file(bag) == source
+        and coordinates_file(source) is None
+        and coordinates_file(bag, tmp_path) is None
+    )
     stored, placed = open_placed(bag, source)
-    assert torch.equal(stored.coords, torch.from_numpy(placed.coords)) and placed.geometry.patch_size_level0 == 16
+    assert (
+        torch.equal(stored.coords, torch.from_numpy(placed.coords))
+        and placed.geometry.patch_size_level0 == 16
+    )
     own, _ = open_placed(source, None)
     assert own.path == source
     torch.save({"features": torch.zeros(12, 3), "coords": torch.zeros(12, 2)}, bag)
@@ -212,7 +314,11 @@ def test_bags_are_handed_on_as_they_are_stored(plain: Path, monkeypatch: pytest.
     weights = plain / "runs" / "only" / "abmil" / "seed1_fold0" / "checkpoint_best.pt"
     for module in (tile_scores, examples):
         examine = module.examine
-        monkeypatch.setattr(module, "examine", lambda m, sample, d, use=examine: (seen.append(sample), use(m, sample, d))[1])
+        monkeypatch.setattr(
+            module,
+            "examine",
+            lambda m, sample, d, use=examine: (seen.append(sample), use(m, sample, d))[1],
+        )
     (model, task), bag = load_asked(weights, CPU), root / "only" / "pt_files" / "s03.pt"
     coords = root / "cohort" / "bags" / "h5_files"
     scores = score_bag(model, task, bag, coords / "s03.h5", "probability", "pos", CPU)
@@ -230,5 +336,8 @@ def test_bags_are_handed_on_as_they_are_stored(plain: Path, monkeypatch: pytest.
     np.testing.assert_allclose(streamed.slide, scores.slide, rtol=1e-5)
     with torch.inference_mode():
         tiles = torch.load(bag, weights_only=True).float()
-        expected = [float(load_classifier(weights, CPU)[0](tile[None], None).logits.softmax(0)[1]) for tile in tiles]
+        expected = [
+            float(load_classifier(weights, CPU)[0](tile[None], None).logits.softmax(0)[1])
+            for tile in tiles
+        ]
     np.testing.assert_allclose(alone, expected, rtol=1e-5)

@@ -1,4 +1,6 @@
-"""Heatmaps at known pixels, percentile ranks by hand, galleries in order, and a pyramid that OpenSlide opens."""
+"""Heatmaps at known pixels, percentile ranks by hand, galleries in order, and a pyramid that
+OpenSlide opens.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,24 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss
 
 from common.errors import UserError
-from mil.heatmaps.drawing import Heat, blend, colour_table, draw_outlines, framed, heat_layer, value_map
-from mil.heatmaps.figures import brier, calibration_error, confusion_counts, judged_scores, reliability, roc, wilson
+from mil.heatmaps.drawing import (
+    Heat,
+    blend,
+    colour_table,
+    draw_outlines,
+    framed,
+    heat_layer,
+    value_map,
+)
+from mil.heatmaps.figures import (
+    brier,
+    calibration_error,
+    confusion_counts,
+    judged_scores,
+    reliability,
+    roc,
+    wilson,
+)
 from mil.heatmaps.gallery import choose_tiles, say_value, write_gallery
 from mil.heatmaps.pages import scale_of
 from mil.heatmaps.pyramid import downsample_for, write_heat_pyramid
@@ -37,33 +55,58 @@ def picture_slide(folder: Path, pixels: np.ndarray, mpp: float) -> Slide:
 
 
 def heat(coords: list[list[int]], values: list[float], side: int, alpha: float = 0.5) -> Heat:
-    return Heat(np.array(coords), np.array(values), side, "0", "100", "percentile of attention", alpha=alpha)
+    return Heat(
+        np.array(coords), np.array(values), side, "0", "100", "percentile of attention", alpha=alpha
+    )
 
 
 def scores(values: list[float], shown: str = "attention", side: int = 16) -> TileScores:
     count = len(values)
     coords = np.stack([np.arange(count) % 4, np.arange(count) // 4], axis=1) * side
-    geometry = TileGeometry("s", side, side, 0, side, 0.5, 0.5, 0.0, 4 * side, -(-count // 4) * side)
+    geometry = TileGeometry(
+        "s", side, side, 0, side, 0.5, 0.5, 0.0, 4 * side, -(-count // 4) * side
+    )
     alone = None if shown == "attention" else np.array(values)
-    return TileScores(Coordinates(coords, geometry), np.array(values), alone, shown, "pos", np.array([0.4, 0.6]))
+    return TileScores(
+        Coordinates(coords, geometry), np.array(values), alone, shown, "pos", np.array([0.4, 0.6])
+    )
 
 
 def test_values_are_averaged_where_tiles_overlap() -> None:
     coords = np.array([[0, 0], [4, 0], [20, 20]])
     values, covered = value_map(coords, np.array([0.2, 0.8, 1.0]), 8, (1.0, 1.0), (0, 0, 32, 30))
-    assert values.shape == (30, 32) and values[0, 3] == pytest.approx(0.2) and values[7, 4] == pytest.approx(0.5)
-    assert values[0, 8] == pytest.approx(0.8) and not covered[0, 12] and not covered[8, 0] and covered[20, 20]
+    assert (
+        values.shape == (30, 32)
+        and values[0, 3] == pytest.approx(0.2)
+        and values[7, 4] == pytest.approx(0.5)
+    )
+    assert (
+        values[0, 8] == pytest.approx(0.8)
+        and not covered[0, 12]
+        and not covered[8, 0]
+        and covered[20, 20]
+    )
     assert covered.sum() == 12 * 8 + 64 and (values[~covered] == 0).all()
 
 
 def test_parts_of_a_map_are_the_map_and_equal_a_loop_over_tiles() -> None:
     generator = np.random.default_rng(0)
-    coords, values, side, scale = generator.integers(0, 300, (60, 2)), generator.random(60), 37, (0.31, 0.29)
+    coords, values, side, scale = (
+        generator.integers(0, 300, (60, 2)),
+        generator.random(60),
+        37,
+        (0.31, 0.29),
+    )
     whole, covered = value_map(coords, values, side, scale, (0, 0, 100, 96))
     total, count = np.zeros((96, 100)), np.zeros((96, 100))
     y, x = np.mgrid[:96, :100] + 0.5  # centres of pixels
     for (left, top), value in zip(coords, values, strict=True):
-        inside = (x >= left * scale[0]) & (x < (left + side) * scale[0]) & (y >= top * scale[1]) & (y < (top + side) * scale[1])
+        inside = (
+            (x >= left * scale[0])
+            & (x < (left + side) * scale[0])
+            & (y >= top * scale[1])
+            & (y < (top + side) * scale[1])
+        )
         total, count = total + inside * value, count + inside
     np.testing.assert_array_equal(covered, count > 0)
     np.testing.assert_allclose(whole[covered], total[covered] / count[covered], atol=1e-12)
@@ -73,7 +116,9 @@ def test_parts_of_a_map_are_the_map_and_equal_a_loop_over_tiles() -> None:
 
 
 def test_a_tile_smaller_than_a_pixel_still_shows() -> None:
-    values, covered = value_map(np.array([[205, 105]]), np.array([0.7]), 2, (0.01, 0.01), (0, 0, 5, 4))
+    values, covered = value_map(
+        np.array([[205, 105]]), np.array([0.7]), 2, (0.01, 0.01), (0, 0, 5, 4)
+    )
     assert covered.sum() == 1 and values[1, 2] == pytest.approx(0.7)
 
 
@@ -85,7 +130,9 @@ def test_colours_at_known_pixels() -> None:
     np.testing.assert_allclose(drawn[9, 19], 100 + high / 2, atol=1)
     assert (drawn[10:] == 200).all() and (drawn[:, 20:] == 200).all() and (picture == 200).all()
     layer = np.asarray(heat_layer(heat([[0, 0]], [1.0], 10), (30, 20), (1.0, 1.0)))
-    assert (layer[..., 3] == 255).sum() == 100 and (layer[0, 0, :3] == colour_table("viridis")[255]).all()
+    assert (layer[..., 3] == 255).sum() == 100 and (
+        layer[0, 0, :3] == colour_table("viridis")[255]
+    ).all()
 
 
 def test_percentile_ranks_by_hand() -> None:
@@ -97,16 +144,26 @@ def test_percentile_ranks_by_hand() -> None:
 def test_what_the_colours_mean() -> None:
     given = scores([0.1, 0.2, 0.3, 0.4])
     ranks = make_heat(given, Drawing())
-    assert ranks.values.tolist() == [0.25, 0.5, 0.75, 1.0] and (ranks.low, ranks.high) == ("0", "100")
+    assert ranks.values.tolist() == [0.25, 0.5, 0.75, 1.0] and (ranks.low, ranks.high) == (
+        "0",
+        "100",
+    )
     raw = make_heat(given, Drawing(scale="raw"))
     np.testing.assert_allclose(raw.values, [0.25, 0.5, 0.75, 1.0])
     assert raw.high == "40 %"
     alone = make_heat(scores([0.1, 0.9], "probability"), Drawing(scale="raw"))
     assert alone.values.tolist() == [0.1, 0.9] and alone.high == "1" and "pos" in alone.name
     risk = make_heat(scores([-2.0, 0.0, 2.0], "risk"), Drawing(scale="raw"))
-    assert risk.values.tolist() == [0.0, 0.5, 1.0] and (risk.low, risk.high, risk.name) == ("-2", "2", "risk, tile alone")
+    assert risk.values.tolist() == [0.0, 0.5, 1.0] and (risk.low, risk.high, risk.name) == (
+        "-2",
+        "2",
+        "risk, tile alone",
+    )
     assert (make_heat(scores([1.5, 1.5], "risk"), Drawing(scale="raw")).values == 0).all()
-    assert tiles_for_half(np.array([0.1, 0.3, 0.2, 0.4])) == 2 and tiles_for_half(np.array([0.5, 0.5])) == 1
+    assert (
+        tiles_for_half(np.array([0.1, 0.3, 0.2, 0.4])) == 2
+        and tiles_for_half(np.array([0.5, 0.5])) == 1
+    )
 
 
 def test_top_and_low_tiles_in_order() -> None:
@@ -118,8 +175,12 @@ def test_top_and_low_tiles_in_order() -> None:
         ("low", 1, 2),
         ("low", 2, 0),
     ]
-    assert (chosen[2].x, chosen[2].y, chosen[2].file) == (0, 16, "top_03_x0_y16.jpg") and chosen[0].percentile == 90
-    assert say_value(0.1234, "attention") == "12.3 %" and say_value(0.1234, "probability") == "0.123"
+    assert (chosen[2].x, chosen[2].y, chosen[2].file) == (0, 16, "top_03_x0_y16.jpg") and chosen[
+        0
+    ].percentile == 90
+    assert (
+        say_value(0.1234, "attention") == "12.3 %" and say_value(0.1234, "probability") == "0.123"
+    )
     assert say_value(-1.23456, "risk") == "-1.23"
 
 
@@ -138,8 +199,14 @@ def test_gallery_shows_the_tiles_of_the_slide(tmp_path: Path) -> None:
     ]
     shades = [np.asarray(Image.open(tmp_path / "tiles" / tile.file)).mean() for tile in chosen]
     np.testing.assert_allclose(shades, [100, 75, 175], atol=2)
-    sheet, strip = np.asarray(Image.open(tmp_path / "gallery.jpg")), np.asarray(Image.open(tmp_path / "strip.jpg"))
-    assert abs(sheet[34 + 26 + 80, 10 + 80].mean() - 100) < 3 and abs(sheet[34 + 26 + 80, 10 + 178 + 80].mean() - 75) < 3
+    sheet, strip = (
+        np.asarray(Image.open(tmp_path / "gallery.jpg")),
+        np.asarray(Image.open(tmp_path / "strip.jpg")),
+    )
+    assert (
+        abs(sheet[34 + 26 + 80, 10 + 80].mean() - 100) < 3
+        and abs(sheet[34 + 26 + 80, 10 + 178 + 80].mean() - 75) < 3
+    )
     assert abs(strip[28, 28].mean() - 100) < 3 and strip[28, 150].mean() > 250
 
 
@@ -150,17 +217,31 @@ def test_pyramid_opens_in_openslide(tmp_path: Path) -> None:
     assert [downsample_for(w, 10, 1050) for w in (1050, 1051, 2100, 2101)] == [1, 2, 2, 4]
     output = tmp_path / "out"
     output.mkdir()
-    write_heat_pyramid(output / "a.tiff", picture_slide(tmp_path, pixels, mpp=0.25), shown, (2100, 1400), 0.25, 1050)
+    write_heat_pyramid(
+        output / "a.tiff",
+        picture_slide(tmp_path, pixels, mpp=0.25),
+        shown,
+        (2100, 1400),
+        0.25,
+        1050,
+    )
     with openslide.OpenSlide(output / "a.tiff") as slide:
-        assert slide.level_dimensions == ((1050, 700), (525, 350), (263, 175)) or slide.level_count == 4
+        assert (
+            slide.level_dimensions == ((1050, 700), (525, 350), (263, 175))
+            or slide.level_count == 4
+        )
         assert float(slide.properties["openslide.mpp-x"]) == pytest.approx(0.5)
         assert slide.level_downsamples[1] == pytest.approx(2, rel=0.01)
         for level in range(slide.level_count):
-            region = np.asarray(slide.read_region((0, 0), level, slide.level_dimensions[level]))[..., :3].astype(int)
+            region = np.asarray(slide.read_region((0, 0), level, slide.level_dimensions[level]))[
+                ..., :3
+            ].astype(int)
             size, table = slide.level_dimensions[level], colour_table("viridis").astype(int)
             assert np.abs(region[size[1] * 9 // 10, size[0] // 4] - 240).max() <= 3
             assert np.abs(region[size[1] // 10, size[0] // 10] - (240 + table[0]) // 2).max() <= 4
-            assert np.abs(region[size[1] // 2, size[0] * 6 // 10] - (120 + table[255]) // 2).max() <= 4
+            assert (
+                np.abs(region[size[1] // 2, size[0] * 6 // 10] - (120 + table[255]) // 2).max() <= 4
+            )
     with tifffile.TiffFile(output / "a.tiff") as file:
         page = file.pages[0]
         assert page.is_tiled and page.compression.name == "JPEG" and page.tilewidth == 256
@@ -171,15 +252,27 @@ def test_pyramid_opens_in_openslide(tmp_path: Path) -> None:
 
 
 def test_pyramid_without_slide_or_resolution(tmp_path: Path) -> None:
-    write_heat_pyramid(tmp_path / "a.tiff", None, heat([[0, 0]], [1.0], 64, alpha=1.0), (200, 100), 0.0, 256)
+    write_heat_pyramid(
+        tmp_path / "a.tiff", None, heat([[0, 0]], [1.0], 64, alpha=1.0), (200, 100), 0.0, 256
+    )
     with openslide.OpenSlide(tmp_path / "a.tiff") as slide:
         region = np.asarray(slide.read_region((0, 0), 0, (200, 100)))[..., :3].astype(int)
-        assert "openslide.mpp-x" not in slide.properties and np.abs(region[90, 190] - 255).max() <= 2
+        assert (
+            "openslide.mpp-x" not in slide.properties and np.abs(region[90, 190] - 255).max() <= 2
+        )
         assert np.abs(region[30, 30] - colour_table("viridis")[255]).max() <= 4
 
 
 def test_frame_has_bar_and_scale() -> None:
-    page = np.asarray(framed(np.full((300, 700, 3), 255, dtype=np.uint8), heat([[0, 0]], [1.0], 9), "t", "9 tiles", 1.0))
+    page = np.asarray(
+        framed(
+            np.full((300, 700, 3), 255, dtype=np.uint8),
+            heat([[0, 0]], [1.0], 9),
+            "t",
+            "9 tiles",
+            1.0,
+        )
+    )
     assert page.shape == (374, 700, 3)
     bar = page[300 + 57]
     for end in (1, 254):
@@ -187,17 +280,36 @@ def test_frame_has_bar_and_scale() -> None:
     row = (page[300 + 14] == (30, 38, 46)).all(1)
     lengths = np.diff(np.flatnonzero(np.diff(np.concatenate([[0], row, [0]]))))[::2]
     assert 101 in lengths  # 100 um at 1 um per pixel
-    large = np.asarray(framed(np.full((30, 1800, 3), 255, dtype=np.uint8), heat([[0, 0]], [1.0], 9), "t", "9 tiles", 1.0))
+    large = np.asarray(
+        framed(
+            np.full((30, 1800, 3), 255, dtype=np.uint8),
+            heat([[0, 0]], [1.0], 9),
+            "t",
+            "9 tiles",
+            1.0,
+        )
+    )
     row = (large[30 + 28] == (30, 38, 46)).all(1)
-    assert large.shape == (178, 1800, 3) and 201 in np.diff(np.flatnonzero(np.diff(np.concatenate([[0], row, [0]]))))[::2]
+    assert (
+        large.shape == (178, 1800, 3)
+        and 201 in np.diff(np.flatnonzero(np.diff(np.concatenate([[0], row, [0]]))))[::2]
+    )
     assert (said_length(50.0), said_length(2000.0)) == ("50 µm", "2 mm")
-    assert {bytes(caption_font(12).getmask(sign)) for sign in "µéß"}.isdisjoint({bytes(caption_font(12).getmask("\uffff"))})
+    assert {bytes(caption_font(12).getmask(sign)) for sign in "µéß"}.isdisjoint(
+        {bytes(caption_font(12).getmask("\uffff"))}
+    )
     assert scale_of({"width": 4000, "mpp": 0.5}) == ("500 µm", 25.0)
     assert [round_length(most) for most in (1.0, 99.0, 110.0, 4999.0)] == [1, 50, 100, 2000]
     ringed = draw_outlines(
-        np.full((50, 50, 3), 200, dtype=np.uint8), [np.array([[20, 20], [80, 20], [80, 80], [20, 80]])], (0.5, 0.5)
+        np.full((50, 50, 3), 200, dtype=np.uint8),
+        [np.array([[20, 20], [80, 20], [80, 80], [20, 80]])],
+        (0.5, 0.5),
     )
-    assert (ringed[10, 25] == 20).all() and (ringed[25, 25] == 200).all() and (ringed[11, 25] == 255).all()
+    assert (
+        (ringed[10, 25] == 20).all()
+        and (ringed[25, 25] == 200).all()
+        and (ringed[11, 25] == 255).all()
+    )
 
 
 def test_sizes_and_settings(tmp_path: Path) -> None:
@@ -228,7 +340,9 @@ def predictions(seed: int = 0, classes: int = 2, slides: int = 120) -> Predictio
     generator = np.random.default_rng(seed)
     probabilities = generator.dirichlet(np.ones(classes), slides)
     targets = np.array([generator.choice(classes, p=p) for p in probabilities])
-    return Predictions(seed, np.arange(slides).astype(str), targets, probabilities, 0.6 if classes == 2 else None)
+    return Predictions(
+        seed, np.arange(slides).astype(str), targets, probabilities, 0.6 if classes == 2 else None
+    )
 
 
 def test_calibration_against_scikit_learn() -> None:
@@ -240,10 +354,20 @@ def test_calibration_against_scikit_learn() -> None:
     np.testing.assert_allclose([row["score"] for row in found], mean)
     assert brier(runs) == pytest.approx(brier_score_loss(hits, values))
     assert (
-        calibration_error([{"share": 0.5, "score": 0.25, "slides": 3.0}, {"share": 1.0, "score": 1.0, "slides": 1.0}]) == 0.1875
+        calibration_error(
+            [
+                {"share": 0.5, "score": 0.25, "slides": 3.0},
+                {"share": 1.0, "score": 1.0, "slides": 1.0},
+            ]
+        )
+        == 0.1875
     )
-    twice = reliability(np.tile(values, 2), np.tile(hits, 2), repeats=2.0)  # as wide as of the slides: they are no more
-    np.testing.assert_allclose([(r["low"], r["high"]) for r in twice], [(r["low"], r["high"]) for r in found])
+    twice = reliability(
+        np.tile(values, 2), np.tile(hits, 2), repeats=2.0
+    )  # as wide as of the slides: they are no more
+    np.testing.assert_allclose(
+        [(r["low"], r["high"]) for r in twice], [(r["low"], r["high"]) for r in found]
+    )
     low, high = wilson(0.5, 10)
     assert (round(low, 4), round(high, 4)) == (0.2366, 0.7634)  # Wilson's interval of 5 in 10
 
@@ -259,4 +383,6 @@ def test_confusion_uses_the_validation_threshold() -> None:
     assert (confusion_counts([graded], 3) != confusion_counts([graded], 3, ordered=True)).any()
     three = predictions(classes=3)
     assert roc([three], ("a", "b", "c")) is not None and roc([], ("a", "b")) is None
-    assert judged_scores([three])[1].mean() == (three.probabilities.argmax(1) == three.targets).mean()
+    assert (
+        judged_scores([three])[1].mean() == (three.probabilities.argmax(1) == three.targets).mean()
+    )

@@ -1,4 +1,6 @@
-"""Heatmaps from trained runs: values against the model, GeoJSON read back, resuming, failures, one fold a slide."""
+"""Heatmaps from trained runs: values against the model, GeoJSON read back, resuming, failures, one
+fold a slide.
+"""
 
 from __future__ import annotations
 
@@ -47,14 +49,28 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a cohort that has pictures, and a benchmark of it, made once."""
     root = tmp_path_factory.mktemp("trained")
     cohort = write_cohort(root / "cohort", pictures=True, slides=16)
-    sources = [f"labels={cohort}/labels.csv", f"features=[{cohort}/bags]", f"output={root}/bench", "models=[mean,abmil]"]
-    assert benchmark.main(load_config(benchmark.Config, [*sources, *SMALL, "folds=2", "seeds=[3]", "resamples=10"])) == 0
+    sources = [
+        f"labels={cohort}/labels.csv",
+        f"features=[{cohort}/bags]",
+        f"output={root}/bench",
+        "models=[mean,abmil]",
+    ]
+    assert (
+        benchmark.main(
+            load_config(
+                benchmark.Config, [*sources, *SMALL, "folds=2", "seeds=[3]", "resamples=10"]
+            )
+        )
+        == 0
+    )
     return root
 
 
 @pytest.fixture
 def bench(trained: Path, tmp_path: Path) -> Path:
-    """A copy to spoil: the cohort in `cohort`, the finished benchmark in `bench`, which says where its bags are."""
+    """A copy to spoil: the cohort in `cohort`, the finished benchmark in `bench`, which says where
+    its bags are.
+    """
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     summary = tmp_path / "bench" / "summary.json"
     summary.write_text(summary.read_text().replace(str(trained), str(tmp_path)))
@@ -63,7 +79,13 @@ def bench(trained: Path, tmp_path: Path) -> Path:
 
 def arguments(bench: Path, name: str = "heat", *more: str) -> list[str]:
     root = bench.parent
-    return [f"run={bench}", f"output={root}/{name}", f"slides={root}/cohort/slides", "device=cpu", *more]
+    return [
+        f"run={bench}",
+        f"output={root}/{name}",
+        f"slides={root}/cohort/slides",
+        "device=cpu",
+        *more,
+    ]
 
 
 class Links(HTMLParser):
@@ -78,7 +100,11 @@ class Links(HTMLParser):
         self.text = ""
 
     def handle_starttag(self, tag, attrs):
-        self.found += [value for name, value in attrs if name in ("src", "href") and not value.startswith(("data:", "#"))]
+        self.found += [
+            value
+            for name, value in attrs
+            if name in ("src", "href") and not value.startswith(("data:", "#"))
+        ]
         assert tag not in {"link", "iframe", "object", "embed"}
         if tag not in self.VOID:
             self.open.append(tag)
@@ -114,16 +140,26 @@ def test_each_slide_is_judged_by_the_fold_that_tests_it(bench: Path):
             expected = model(torch.from_numpy(bag.features), torch.from_numpy(bag.coords))
         with (output / "scores" / f"{judged.slide_id}.csv").open() as stream:
             rows = list(csv.DictReader(stream))
-        np.testing.assert_allclose([float(row["attention"]) for row in rows], expected.attention, rtol=1e-5)
-        assert [(int(row["x"]), int(row["y"])) for row in rows] == [tuple(corner) for corner in bag.coords.tolist()]
+        np.testing.assert_allclose(
+            [float(row["attention"]) for row in rows], expected.attention, rtol=1e-5
+        )
+        assert [(int(row["x"]), int(row["y"])) for row in rows] == [
+            tuple(corner) for corner in bag.coords.tolist()
+        ]
         ranks = percentile_ranks(np.array([float(row["attention"]) for row in rows]))
         np.testing.assert_allclose([float(row["percentile"]) for row in rows], ranks)
         record = json.loads((output / "records" / f"{judged.slide_id}.json").read_text())
         order = np.argsort(-expected.attention.numpy(), kind="stable")
-        assert [tile["tile"] for tile in record["chosen"] if tile["kind"] == "top"] == order[:12].tolist()
+        assert [tile["tile"] for tile in record["chosen"] if tile["kind"] == "top"] == order[
+            :12
+        ].tolist()
         np.testing.assert_allclose(list(record["said"].values()), judged.said, atol=1e-5)
     summary = json.loads((output / "summary.json").read_text())
-    assert summary["drawn"] == 16 and np.array(summary["counts"]).sum() == 16 and not (output / "failures.csv").exists()
+    assert (
+        summary["drawn"] == 16
+        and np.array(summary["counts"]).sum() == 16
+        and not (output / "failures.csv").exists()
+    )
     listed = links(output / "index.html")
     assert sum(link.endswith("thumbnail.jpg") for link in listed.found) == 16
     assert all(links(page).found for page in (output / "slides").iterdir())
@@ -135,36 +171,60 @@ def test_geojson_is_read_back_by_the_tiling(bench: Path):
     corners, side, _ = read_squares(path)
     bag = read_bag(bench.parent / "cohort" / "bags" / "h5_files" / "s03.h5")
     np.testing.assert_array_equal(corners, bag.coords)
-    values = [feature["properties"]["measurements"] for feature in json.loads(path.read_text())["features"]]
+    values = [
+        feature["properties"]["measurements"]
+        for feature in json.loads(path.read_text())["features"]
+    ]
     assert side == 16 and sum(value["attention"] for value in values) == pytest.approx(1, abs=1e-5)
-    assert set(values[0]) == {"tile", "attention", "percentile"} and max(value["percentile"] for value in values) == 100
+    assert (
+        set(values[0]) == {"tile", "attention", "percentile"}
+        and max(value["percentile"] for value in values) == 100
+    )
 
 
 def test_a_model_without_attention_of_its_own_shows_probabilities(bench: Path):
     assert run(main, Config, arguments(bench, "heat", "model=mean", "only=[s01,s02]")) == 0
     record = json.loads((bench.parent / "heat" / "records" / "s01.json").read_text())
     assert (record["shown"], record["class_name"]) == ("probability", "pos")
-    judged = next(slide for slide in from_benchmark(bench, "", "mean", None).slides if slide.slide_id == "s01")
+    judged = next(
+        slide for slide in from_benchmark(bench, "", "mean", None).slides if slide.slide_id == "s01"
+    )
     model, _ = load_classifier(judged.checkpoint, torch.device("cpu"))
     file = bench.parent / "cohort" / "bags" / "h5_files" / "s01.h5"
-    found = score_bag(model, Objective(names=("neg", "pos")), file, None, "probability", "neg", torch.device("cpu"))
+    found = score_bag(
+        model,
+        Objective(names=("neg", "pos")),
+        file,
+        None,
+        "probability",
+        "neg",
+        torch.device("cpu"),
+    )
     features = torch.from_numpy(read_bag(file).features)
     with torch.inference_mode():
         expected = torch.stack([model(tile[None], None).logits.softmax(0)[0] for tile in features])
     np.testing.assert_allclose(found.values, expected, rtol=1e-5)
 
 
-def test_drawn_slides_are_skipped_and_other_settings_refused(bench: Path, capsys: pytest.CaptureFixture[str]):
+def test_drawn_slides_are_skipped_and_other_settings_refused(
+    bench: Path, capsys: pytest.CaptureFixture[str]
+):
     small = arguments(bench, "heat", "only=[s00,s01]")
     assert run(main, Config, small) == 0
     output = bench.parent / "heat"
     before = {path: path.stat().st_mtime_ns for path in (output / "heatmaps").iterdir()}
     assert run(main, Config, arguments(bench, "heat", "only=[s00,s01,s02]")) == 0
-    assert before == {path: path.stat().st_mtime_ns for path in before} and len(list((output / "heatmaps").iterdir())) == 3
+    assert (
+        before == {path: path.stat().st_mtime_ns for path in before}
+        and len(list((output / "heatmaps").iterdir())) == 3
+    )
     assert run(main, Config, [*small, "drawing.scale=raw"]) == 2
     assert "drawing.scale 'percentile' -> 'raw'" in capsys.readouterr().err
     assert run(main, Config, [*small, "drawing.scale=raw", "overwrite=true"]) == 0
-    assert json.loads((output / "records" / "s00.json").read_text())["bar"] == "of the slide's attention"
+    assert (
+        json.loads((output / "records" / "s00.json").read_text())["bar"]
+        == "of the slide's attention"
+    )
 
 
 def test_a_bad_slide_is_listed_and_the_others_are_drawn(bench: Path):
@@ -172,22 +232,37 @@ def test_a_bad_slide_is_listed_and_the_others_are_drawn(bench: Path):
     (cohort / "slides" / "s02" / "0_1.jpg").write_bytes(b"none")
     shutil.rmtree(cohort / "slides" / "s03")
     bag = read_bag(cohort / "bags" / "h5_files" / "s04.h5")
-    write_bag(cohort / "bags" / "h5_files" / "s04.h5", bag.features * -5, bag.coords, bag.attributes)
+    write_bag(
+        cohort / "bags" / "h5_files" / "s04.h5", bag.features * -5, bag.coords, bag.attributes
+    )
     assert run(main, Config, arguments(bench, "heat", "only=[s00,s02,s03,s04]")) == 1
     with (output / "failures.csv").open() as stream:
         failed = {row["slide"]: row["error"] for row in csv.DictReader(stream)}
     assert set(failed) == {"s02", "s03", "s04"} and "expected a slide below" in failed["s03"]
     assert "cannot be decoded" in failed["s02"] and "as in predictions.csv" in failed["s04"]
     text = links(output / "index.html").text
-    assert "cannot be decoded" in text and sorted(path.name for path in (output / "slides").iterdir()) == ["s00.html"]
+    assert "cannot be decoded" in text and sorted(
+        path.name for path in (output / "slides").iterdir()
+    ) == ["s00.html"]
 
 
 def test_without_slides_tiles_stand_on_white(bench: Path):
-    given = [argument for argument in arguments(bench, "heat", "only=[s05]", "drawing.tiff=true") if "slides=" not in argument]
-    write_geojson(bench.parent / "tissue" / "s05.geojson", [Outline(np.array([[0, 0], [64, 0], [64, 48], [0, 48]]))], 0.5)
+    given = [
+        argument
+        for argument in arguments(bench, "heat", "only=[s05]", "drawing.tiff=true")
+        if "slides=" not in argument
+    ]
+    write_geojson(
+        bench.parent / "tissue" / "s05.geojson",
+        [Outline(np.array([[0, 0], [64, 0], [64, 48], [0, 48]]))],
+        0.5,
+    )
     assert run(main, Config, [*given, f"tissue={bench.parent}/tissue"]) == 0
     output = bench.parent / "heat"
-    assert not (output / "pictures" / "s05" / "tiles").exists() and (output / "tiff" / "s05.tiff").is_file()
+    assert (
+        not (output / "pictures" / "s05" / "tiles").exists()
+        and (output / "tiff" / "s05.tiff").is_file()
+    )
     overview = np.asarray(Image.open(output / "pictures" / "s05" / "overview.jpg"))
     assert overview.shape == (48, 64, 3) and (overview > 250).all()
     assert "TIFF" in links(output / "slides" / "s05.html").text
@@ -198,9 +273,18 @@ def test_a_run_directory_and_names_that_need_escaping(make_cohort, tmp_path: Pat
     odd = 'a #1 <b>&"%41'
     for folder, suffix in (("bags/h5_files", ".h5"), ("slides", "")):
         (cohort / folder / f"s03{suffix}").rename(cohort / folder / f"{odd}{suffix}")
-    lines = (cohort / "labels.csv").read_text().replace(",s03,", f',"{odd.replace(chr(34), chr(34) * 2)}",')
+    lines = (
+        (cohort / "labels.csv")
+        .read_text()
+        .replace(",s03,", f',"{odd.replace(chr(34), chr(34) * 2)}",')
+    )
     (cohort / "labels.csv").write_text(lines.replace(",pos,", ",<i>pos,"))
-    sources = [f"labels={cohort}/labels.csv", f"features={cohort}/bags", f"output={tmp_path}/run", "positive=<i>pos"]
+    sources = [
+        f"labels={cohort}/labels.csv",
+        f"features={cohort}/bags",
+        f"output={tmp_path}/run",
+        "positive=<i>pos",
+    ]
     assert run(training.main, training.Config, [*sources, *SMALL, "folds=2"]) == 0
     given = [
         f"run={tmp_path}/run",
@@ -213,12 +297,24 @@ def test_a_run_directory_and_names_that_need_escaping(make_cohort, tmp_path: Pat
     given += ["drawing.top=2", "drawing.low=1"]
     assert run(main, Config, given) == 2  # where its bags are it does not say
     assert run(main, Config, [*given, f"features={cohort}/bags"]) == 0
-    records = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "heat" / "records").iterdir()}
-    assert len(records) == 16 and {record["split"] for record in records.values()} == {"test", "val", ""}
+    records = {
+        path.stem: json.loads(path.read_text())
+        for path in (tmp_path / "heat" / "records").iterdir()
+    }
+    assert len(records) == 16 and {record["split"] for record in records.values()} == {
+        "test",
+        "val",
+        "",
+    }
     assert all(record["label"] == "" for record in records.values() if not record["split"])
     for page in (tmp_path / "heat" / "index.html", tmp_path / "heat" / "slides" / f"{odd}.html"):
         parsed, html = links(page), page.read_text()
-        assert odd in parsed.text and "<b>&" not in html and "<i>pos" not in html and "<u>T" not in html
+        assert (
+            odd in parsed.text
+            and "<b>&" not in html
+            and "<i>pos" not in html
+            and "<u>T" not in html
+        )
 
 
 def test_bad_input_is_one_line(bench: Path, capsys: pytest.CaptureFixture[str]):
@@ -231,15 +327,24 @@ def test_bad_input_is_one_line(bench: Path, capsys: pytest.CaptureFixture[str]):
     ):
         assert run(main, Config, arguments(bench, "heat", argument)) == 2
         said = capsys.readouterr().err
-        assert words in said and len([line for line in said.splitlines() if line.startswith("error")]) == 1
+        assert (
+            words in said
+            and len([line for line in said.splitlines() if line.startswith("error")]) == 1
+        )
     assert not (bench.parent / "heat" / "heatmaps").exists()
 
 
 def test_report_leads_to_the_heatmaps(bench: Path):
     assert run(main, Config, arguments(bench, "page/heatmaps", "only=[s00]")) == 0
-    assert report(load_config(ReportConfig, [f"benchmark={bench}", f"output={bench.parent}/page"])) == 0
+    assert (
+        report(load_config(ReportConfig, [f"benchmark={bench}", f"output={bench.parent}/page"]))
+        == 0
+    )
     assert 'href="heatmaps/index.html"' in (bench.parent / "page" / "report.html").read_text()
-    assert report(load_config(ReportConfig, [f"benchmark={bench}", f"output={bench.parent}/other"])) == 0
+    assert (
+        report(load_config(ReportConfig, [f"benchmark={bench}", f"output={bench.parent}/other"]))
+        == 0
+    )
     assert "heatmaps/index.html" not in (bench.parent / "other" / "report.html").read_text()
 
 
@@ -249,12 +354,16 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_processes_change_no_byte_and_a_slide_that_kills_one_is_listed(bench: Path, monkeypatch: pytest.MonkeyPatch):
+def test_processes_change_no_byte_and_a_slide_that_kills_one_is_listed(
+    bench: Path, monkeypatch: pytest.MonkeyPatch
+):
     before, read = children(), TileFolder.read
     names = ["s00", "s01", "s02", "s03"]
     options = [f"only=[{','.join(names)}]", "drawing.tiff=true"]
     for workers in (0, 2):
-        assert run(main, Config, arguments(bench, f"by{workers}", *options, f"workers={workers}")) == 0
+        assert (
+            run(main, Config, arguments(bench, f"by{workers}", *options, f"workers={workers}")) == 0
+        )
     expected = tree(bench.parent / "by0")
     assert tree(bench.parent / "by2") == expected
 
@@ -270,23 +379,37 @@ def test_processes_change_no_byte_and_a_slide_that_kills_one_is_listed(bench: Pa
     assert run(main, Config, given) == 1 and children() == before
     with (bench.parent / "struck" / "failures.csv").open() as stream:
         failed = {row["slide"]: row["error"] for row in csv.DictReader(stream)}
-    assert failed == {"s01": "the reader crashed (signal 11, SIGSEGV)", "s03": "the reader did not answer for 1 s"}
+    assert failed == {
+        "s01": "the reader crashed (signal 11, SIGSEGV)",
+        "s03": "the reader did not answer for 1 s",
+    }
     text = links(bench.parent / "struck" / "index.html").text
     assert "the reader crashed" in text and "did not answer" in text
     drawn = {path.stem for path in (bench.parent / "struck" / "records").iterdir()}
     assert drawn == {"s00", "s02"}
-    times = {path: path.stat().st_mtime_ns for path in (bench.parent / "struck" / "heatmaps").iterdir()}
+    times = {
+        path: path.stat().st_mtime_ns for path in (bench.parent / "struck" / "heatmaps").iterdir()
+    }
     monkeypatch.setattr(TileFolder, "read", read)
-    assert run(main, Config, given) == 0 and tree(bench.parent / "struck") == expected  # the two that were missing
+    assert (
+        run(main, Config, given) == 0 and tree(bench.parent / "struck") == expected
+    )  # the two that were missing
     assert all(path.stat().st_mtime_ns == then for path, then in times.items())
 
 
 def test_one_slide_is_judged_at_a_time(bench: Path, monkeypatch: pytest.MonkeyPatch):
     source = from_benchmark(bench, "", "abmil", None)
     loads = []
-    monkeypatch.setattr(heatmap, "load_classifier", lambda path, device: (loads.append(path), load_classifier(path, device))[1])
+    monkeypatch.setattr(
+        heatmap,
+        "load_classifier",
+        lambda path, device: (loads.append(path), load_classifier(path, device))[1],
+    )
     bag = bench.parent / "cohort" / "bags" / "h5_files"
-    pending = [(judged, Inputs(bag / f"{judged.slide_id}.h5", None, None, None), {}) for judged in source.slides]
+    pending = [
+        (judged, Inputs(bag / f"{judged.slide_id}.h5", None, None, None), {})
+        for judged in source.slides
+    ]
     jobs = Scored(pending, Drawing(), torch.device("cpu"))
     assert loads == [] and len(jobs) == 16
     assert [job.judged for job in jobs] == source.slides

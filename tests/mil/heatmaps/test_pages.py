@@ -1,4 +1,6 @@
-"""The pages on a thousand slides in a real browser: errors first, sorting, filtering, size and time."""
+"""The pages on a thousand slides in a real browser: errors first, sorting, filtering, size and
+time.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +44,26 @@ def judged(index: int, probability: float, positive: bool, fold: int = 0) -> Jud
 def record(slide: str) -> dict[str, object]:
     places = [("top", rank) for rank in range(1, 13)] + [("low", rank) for rank in range(1, 7)]
     where = {"y": 0, "value": 0.1, "percentile": 9.0}
-    chosen = [{"kind": k, "rank": r, "tile": r, "x": 64 * r, **where, "file": f"{k}{r}.jpg"} for k, r in places]
-    known = {"tiles": 900 + len(slide), "tiles_half": 30, "mpp": 0.5, "width": 4000, "height": 3000, "side": 64, "low": "0"}
-    known |= {"high": "100", "bar": "percentile", "shown": "attention", "class_name": "tumour", "gallery": True}
+    chosen = [
+        {"kind": k, "rank": r, "tile": r, "x": 64 * r, **where, "file": f"{k}{r}.jpg"}
+        for k, r in places
+    ]
+    known = {
+        "tiles": 900 + len(slide),
+        "tiles_half": 30,
+        "mpp": 0.5,
+        "width": 4000,
+        "height": 3000,
+        "side": 64,
+        "low": "0",
+    }
+    known |= {
+        "high": "100",
+        "bar": "percentile",
+        "shown": "attention",
+        "class_name": "tumour",
+        "gallery": True,
+    }
     return known | {"picture": [400, 300], "chosen": chosen, "slide": slide}
 
 
@@ -55,19 +74,33 @@ def source(slides: list[Judged]) -> Source:
         targets = np.array([CLASSES.index(slide.label) for slide in inside])
         said = np.array([slide.said for slide in inside])
         test = Predictions(fold, np.array([slide.case_id for slide in inside]), targets, said, 0.5)
-        runs.append(Finished("", "abmil", 1, {}, test, [{"slide_id": slide.slide_id} for slide in inside]))
+        runs.append(
+            Finished("", "abmil", 1, {}, test, [{"slide_id": slide.slide_id} for slide in inside])
+        )
     return Source(classification(CLASSES), "bags", slides, runs, "abmil")
 
 
 def test_the_surest_error_comes_first() -> None:
-    slides = [judged(0, 0.9, True), judged(1, 0.6, False), judged(2, 0.1, True), judged(3, 0.4, False), judged(4, 0.7, True)]
-    listed = rows(source(slides), {slide.slide_id: record(slide.slide_id) for slide in slides}, {"S4": "broken"})
+    slides = [
+        judged(0, 0.9, True),
+        judged(1, 0.6, False),
+        judged(2, 0.1, True),
+        judged(3, 0.4, False),
+        judged(4, 0.7, True),
+    ]
+    listed = rows(
+        source(slides),
+        {slide.slide_id: record(slide.slide_id) for slide in slides},
+        {"S4": "broken"},
+    )
     assert [row["slide"] for row in listed] == ["S4", "S2", "S1", "S3", "S0"]
     assert [row["status"] for row in listed] == ["failed", "wrong", "wrong", "right", "right"]
     assert listed[1]["miss"] == pytest.approx(1.9) and listed[4]["miss"] == pytest.approx(0.1)
     others = judged(5, 0.2, True, 1), judged(5, 0.9, True, 2)
     (twice,) = rows(source([replace(judged(5, 0.1, True), others=others)]), {}, {})
-    assert (twice["status"], twice["votes"], twice["fold"]) == ("wrong", 2, 0) and twice["said"]["tumour"] == pytest.approx(0.4)
+    assert (twice["status"], twice["votes"], twice["fold"]) == ("wrong", 2, 0) and twice["said"][
+        "tumour"
+    ] == pytest.approx(0.4)
     unlabelled = Judged("x", "", "", "", (), None, "", Path("w.pt"))
     row = rows(Source(classification(CLASSES), "bags", [unlabelled], [], "abmil"), {}, {})[0]
     assert (row["status"], row["miss"], row["drawn"]) == ("unknown", -1.0, False)
@@ -78,7 +111,9 @@ def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of 1,000 slides in 5 folds, each with its two pictures."""
     folder, generator = tmp_path_factory.mktemp("thousand"), np.random.default_rng(0)
     labels = generator.random(1000) < 0.4
-    values = np.clip(np.where(labels, 0.68, 0.32) + generator.normal(0, 0.17, 1000), 0.01, 0.99).round(4)
+    values = np.clip(
+        np.where(labels, 0.68, 0.32) + generator.normal(0, 0.17, 1000), 0.01, 0.99
+    ).round(4)
     values[77], labels[77] = 0.999, False  # the surest error
     slides = [judged(i, float(values[i]), bool(labels[i]), i % 5) for i in range(1000)]
     pixels = generator.integers(0, 255, (110, 150, 3)).astype(np.uint8)
@@ -92,8 +127,16 @@ def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         # what is timed here is the browser; a thousand files need not be synced for it
         patch.setattr("mil.heatmaps.pages.write_text", lambda path, text: _write(Path(path), text))
-        write_pages(folder, source(slides), records, {"S7": "tile (3, 4) cannot <b>be</b> decoded"}, "A <thousand>")
-    write_text(folder / "truth.json", json.dumps({"values": values.tolist(), "labels": labels.tolist()}))
+        write_pages(
+            folder,
+            source(slides),
+            records,
+            {"S7": "tile (3, 4) cannot <b>be</b> decoded"},
+            "A <thousand>",
+        )
+    write_text(
+        folder / "truth.json", json.dumps({"values": values.tolist(), "labels": labels.tolist()})
+    )
     return folder
 
 
@@ -104,11 +147,24 @@ def _write(path: Path, text: str) -> None:
 
 def browse(page: Path, *options: str) -> str:
     """What Chromium says of the page, its script having run."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    chromium = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if not chromium:
         pytest.skip("chromium is not installed")
-    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent}/profile", "--dump-dom"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=True)
+    command = [
+        chromium,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={page.parent}/profile",
+        "--dump-dom",
+    ]
+    done = subprocess.run(
+        [*command, *options], capture_output=True, text=True, timeout=120, check=True
+    )
     return done.stdout
 
 
@@ -129,33 +185,48 @@ def test_a_thousand_slides_sort_and_filter_in_a_browser(thousand: Path) -> None:
     page, truth = thousand / "index.html", json.loads((thousand / "truth.json").read_text())
     values = np.array(truth["values"])
     order, shown, how = table(page, "")
-    assert how == "miss descending" and len(order) == len(shown) == 1000 and order[:2] == ["S7", "S77"]
+    assert (
+        how == "miss descending" and len(order) == len(shown) == 1000 and order[:2] == ["S7", "S77"]
+    )
     wrong = (values >= 0.5) != np.array(truth["labels"])
     assert all(wrong[int(slide[1:])] for slide in order[1 : wrong.sum()])
     order, shown, how = table(page, "sort=-p0&status=wrong&label=tumour")
-    assert how == "p0 descending" and [values[int(slide[1:])] for slide in order] == sorted(values, reverse=True)
+    assert how == "p0 descending" and [values[int(slide[1:])] for slide in order] == sorted(
+        values, reverse=True
+    )
     expected = {f"S{i}" for i in np.flatnonzero(wrong & np.array(truth["labels"])) if i != 7}
     assert set(shown) == expected and len(expected) > 10
     order, shown, how = table(page, "sort=slide&find=decoded")
-    assert order[:3] == ["S0", "S1", "S2"] and order[-1] == "S999" and shown == ["S7"], "numbers as numbers"
+    assert order[:3] == ["S0", "S1", "S2"] and order[-1] == "S999" and shown == ["S7"], (
+        "numbers as numbers"
+    )
 
 
 def test_a_thousand_slides_are_quick(thousand: Path) -> None:
     page = thousand / "index.html"
     html = page.read_text()
     assert page.stat().st_size < 3e6 and (thousand / "slides" / "S77.html").stat().st_size < 40e3
-    assert html.count('loading="lazy"') == 2 * 999 and not re.search(r"https?://(?!www\.w3\.org)|//cdn|@import", html)
+    assert html.count('loading="lazy"') == 2 * 999 and not re.search(
+        r"https?://(?!www\.w3\.org)|//cdn|@import", html
+    )
     assert "A &lt;thousand&gt;" in html and "<b>be</b>" not in html
     # the time is told by the page itself, in a copy that writes it into the title
     timed = html.replace(
         "</body>",
-        "<script>addEventListener('load', () => { const t = performance.getEntriesByType('navigation')[0];"
-        "document.title = 'ready ' + Math.round(t.domContentLoadedEventEnd) + ' loaded ' + Math.round(t.loadEventStart); });"
+        "<script>addEventListener('load', () => { const t = "
+        "performance.getEntriesByType('navigation')[0];"
+        "document.title = 'ready ' + Math.round(t.domContentLoadedEventEnd) + ' loaded ' + "
+        "Math.round(t.loadEventStart); });"
         "</script></body>",
     )
     (thousand / "timed.html").write_text(timed)
     started = time.monotonic()
-    said = re.search(r"<title>ready (\d+) loaded (\d+)</title>", browse(page, f"file://{thousand}/timed.html"))
+    said = re.search(
+        r"<title>ready (\d+) loaded (\d+)</title>", browse(page, f"file://{thousand}/timed.html")
+    )
     assert said and time.monotonic() - started < 60
-    print(f"{page.stat().st_size / 1e6:.2f} MB, DOM ready after {said[1]} ms, loaded after {said[2]} ms")
+    print(
+        f"{page.stat().st_size / 1e6:.2f} MB, DOM ready after {said[1]} ms, loaded after "
+        f"{said[2]} ms"
+    )
     assert int(said[1]) < 15000  # generous: the machine may be busy

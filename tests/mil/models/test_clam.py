@@ -1,4 +1,6 @@
-"""CLAM: the smooth SVM against its definition over all subsets, attention and instance loss against loops."""
+"""CLAM: the smooth SVM against its definition over all subsets, attention and instance loss against
+loops.
+"""
 
 from __future__ import annotations
 
@@ -40,21 +42,33 @@ def smooth_top_k(scores: list[float], y: int, k: int, tau: float) -> float:
 @pytest.mark.parametrize("classes", [2, 4])
 def test_smooth_svm_is_its_definition(classes: int, tau: float):
     # near enough to each other for the smooth part
-    scores = 0.4 * torch.randn(20, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    scores = 0.4 * torch.randn(
+        20, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     targets = torch.arange(20) % classes
-    expected = sum(smooth_top_k(row.tolist(), int(y), 1, tau) for row, y in zip(scores, targets, strict=True)) / 20
+    expected = (
+        sum(
+            smooth_top_k(row.tolist(), int(y), 1, tau)
+            for row, y in zip(scores, targets, strict=True)
+        )
+        / 20
+    )
     assert float(smooth_top1_svm(scores, targets, tau=tau)) == pytest.approx(expected, abs=1e-6)
 
 
 def test_smooth_svm_is_softplus_of_two_classes_and_hard_when_far_apart():
     near, far = torch.tensor([[0.3, -0.2]]), torch.tensor([[8.0, 1.0]])  # ln 1000 = 6.9
-    assert float(smooth_top1_svm(near, torch.tensor([0]))) == pytest.approx(math.log1p(math.exp(1 - 0.5)), abs=1e-6)
+    assert float(smooth_top1_svm(near, torch.tensor([0]))) == pytest.approx(
+        math.log1p(math.exp(1 - 0.5)), abs=1e-6
+    )
     assert float(smooth_top1_svm(far, torch.tensor([0]))) == 0.0
     assert float(smooth_top1_svm(far, torch.tensor([1]))) == pytest.approx(8.0)
     # far apart is in units of tau: 4 of 0.5 are 8, of 2 they are 2
     middle = torch.tensor([[5.0, 1.0]])
     assert float(smooth_top1_svm(middle, torch.tensor([0]), tau=0.5)) == 0.0
-    assert float(smooth_top1_svm(far, torch.tensor([0]), tau=2.0)) == pytest.approx(2 * math.log1p(math.exp(-3)), rel=1e-5)
+    assert float(smooth_top1_svm(far, torch.tensor([0]), tau=2.0)) == pytest.approx(
+        2 * math.log1p(math.exp(-3)), rel=1e-5
+    )
     both = torch.cat([near, far])
     mean = (math.log1p(math.exp(0.5)) + 8.0) / 2
     assert float(smooth_top1_svm(both, torch.tensor([0, 1]))) == pytest.approx(mean, abs=1e-6)
@@ -67,7 +81,9 @@ def maps_by_hand(model: CLAM) -> tuple[torch.Tensor, torch.Tensor]:
     for t in h:
         gate = torch.sigmoid(model.gate[0].weight @ t + model.gate[0].bias)
         raw.append(
-            model.score.weight @ (torch.tanh(model.attend[0].weight @ t + model.attend[0].bias) * gate) + model.score.bias
+            model.score.weight
+            @ (torch.tanh(model.attend[0].weight @ t + model.attend[0].bias) * gate)
+            + model.score.bias
         )
     weights = torch.stack(raw).exp()
     return h, (weights / weights.sum(0)).T
@@ -80,15 +96,31 @@ def test_logits_and_attention(branches: bool):
     model = CLAM(6, 3, branches=branches, hidden=16, attention=8).eval()
     h, a = maps_by_hand(model)
     assert len(a) == (3 if branches else 1)
-    logits = [model.head.weight[c] @ (a[c if branches else 0] @ h) + model.head.bias[c] for c in range(3)]
+    logits = [
+        model.head.weight[c] @ (a[c if branches else 0] @ h) + model.head.bias[c] for c in range(3)
+    ]
     output = model(BAG)
     torch.testing.assert_close(output.logits, torch.stack(logits), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(output.attention, a[int(torch.stack(logits).argmax()) if branches else 0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        output.attention,
+        a[int(torch.stack(logits).argmax()) if branches else 0],
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 # classes, what the model is told, the option, whether the other classes' instance classifiers learn
-CASES = [(3, target, option, option) for target in (1, torch.tensor([1.0, 0.0, 1.0])) for option in (False, True)]
-CASES += [(3, 1, None, True), (2, 1, None, False), (2, 1, True, True), (3, torch.tensor([1.0, 0.0, 1.0]), None, False)]
+CASES = [
+    (3, target, option, option)
+    for target in (1, torch.tensor([1.0, 0.0, 1.0]))
+    for option in (False, True)
+]
+CASES += [
+    (3, 1, None, True),
+    (2, 1, None, False),
+    (2, 1, True, True),
+    (3, torch.tensor([1.0, 0.0, 1.0]), None, False),
+]
 
 
 @pytest.mark.parametrize(("classes", "target", "option", "subtyping"), CASES)
@@ -104,7 +136,11 @@ def test_loss_is_bag_and_instance_loss(
     total = torch.zeros(())
     for c in range(classes):
         order = sorted(range(12), key=lambda n: -float(a.detach()[c if branches else 0][n]))
-        said = [(n, 1) for n in order[:4]] + [(n, 0) for n in order[-4:]] if c in here else [(n, 0) for n in order[:4]]
+        said = (
+            [(n, 1) for n in order[:4]] + [(n, 0) for n in order[-4:]]
+            if c in here
+            else [(n, 0) for n in order[:4]]
+        )
         if c not in here and not subtyping:
             continue
         losses = []
@@ -136,29 +172,55 @@ def test_bags_smaller_than_the_number_of_instances_train():
 
 
 def test_attention_dropout_follows_the_switch():
-    assert CLAM(6, 2, dropout=0.6).attend[2].dropped == 64 and CLAM(6, 2, dropout=0.0).attend[2].dropped == 0
+    assert (
+        CLAM(6, 2, dropout=0.6).attend[2].dropped == 64
+        and CLAM(6, 2, dropout=0.0).attend[2].dropped == 0
+    )
 
 
 def test_subtyping_is_by_task_where_it_is_not_given():
-    assert CLAM(6, 3).subtyping is None and check_options("clam_mb", {"subtyping": None}) == {"subtyping": None}
-    with pytest.raises(UserError, match="options of clam_sb: subtyping: expected bool or null, found 'yes'"):
+    assert CLAM(6, 3).subtyping is None and check_options("clam_mb", {"subtyping": None}) == {
+        "subtyping": None
+    }
+    with pytest.raises(
+        UserError, match="options of clam_sb: subtyping: expected bool or null, found 'yes'"
+    ):
         check_options("clam_sb", {"subtyping": "yes"})
 
 
 def test_subtyping_goes_through_training_and_benchmark(make_cohort, tmp_path: Path):
     cohort, small = make_cohort(), {"hidden": 16, "attention": 8, "instances": 3}
-    shared = [f"labels={cohort}/labels.csv", "device=cpu", "folds=2", "training.epochs=2", "dropout=0.0"]
+    shared = [
+        f"labels={cohort}/labels.csv",
+        "device=cpu",
+        "folds=2",
+        "training.epochs=2",
+        "dropout=0.0",
+    ]
     said = {}
     for given in (None, False, True):
-        output, options = tmp_path / str(given), small | ({} if given is None else {"subtyping": given})
-        more = [f"features={cohort}/bags", f"output={output}", "model=clam_sb", f"options={json.dumps(options)}"]
+        output, options = (
+            tmp_path / str(given),
+            small | ({} if given is None else {"subtyping": given}),
+        )
+        more = [
+            f"features={cohort}/bags",
+            f"output={output}",
+            "model=clam_sb",
+            f"options={json.dumps(options)}",
+        ]
         assert main(load_config(Config, [*shared, *more])) is None
         said[given] = (output / "predictions.csv").read_text()
         model, content = load_classifier(output / "checkpoint_best.pt", torch.device("cpu"))
         assert model.subtyping is given and content["config"]["network"].get("subtyping") is given
     assert said[None] == said[False] != said[True]  # two classes
     options = json.dumps({"clam_sb": small | {"subtyping": True}})
-    more = [f"features=[{cohort}/bags]", f"output={tmp_path}/all", "models=[clam_sb]", f"options={options}"]
+    more = [
+        f"features=[{cohort}/bags]",
+        f"output={tmp_path}/all",
+        "models=[clam_sb]",
+        f"options={options}",
+    ]
     more += ["headline=clam_sb", "seeds=[2024]", "resamples=20"]
     assert benchmark_main(load_config(BenchmarkConfig, [*shared, *more])) == 0
     run = tmp_path / "all" / "runs" / "bags" / "clam_sb" / "seed2024_fold0"

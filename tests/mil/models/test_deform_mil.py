@@ -1,4 +1,6 @@
-"""DeformMIL: learns what lies in the neighbourhood of tiles, does not care for their order, packs bags, says what it needs."""
+"""DeformMIL: learns what lies in the neighbourhood of tiles, does not care for their order, packs
+bags, says what it needs.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ Bag = tuple[Tensor, Tensor, int]
 
 
 def make_bag(positive: bool, generator: torch.Generator, side: int = 6, tiles: int = 24) -> Bag:
-    """Two marked tiles, neighbours in a positive bag, three or more cells apart in a negative one; the rest is the same."""
+    """Two marked tiles, neighbours in a positive bag, three or more cells apart in a negative one;
+    the rest is the same.
+    """
     cells = torch.randperm(side * side, generator=generator)[:tiles]
     places = torch.stack((cells % side, cells // side), 1)
     apart = (places[:, None] - places[None]).abs()
@@ -51,7 +55,11 @@ def accuracy_after(model: nn.Module, steps: int, generator: torch.Generator) -> 
 
 def test_learns_whether_two_tiles_are_neighbours_where_pooling_cannot() -> None:
     accuracies = {}
-    for name, options, steps in (("deform_mil", SMALL, 110), ("abmil", {"hidden": 64}, 40), ("mean", {}, 40)):
+    for name, options, steps in (
+        ("deform_mil", SMALL, 110),
+        ("abmil", {"hidden": 64}, 40),
+        ("mean", {}, 40),
+    ):
         generator = torch.Generator().manual_seed(0)
         torch.manual_seed(0)
         accuracies[name] = accuracy_after(build(name, 4, 2, **options), steps, generator)
@@ -59,7 +67,9 @@ def test_learns_whether_two_tiles_are_neighbours_where_pooling_cannot() -> None:
     assert max(accuracies["abmil"], accuracies["mean"]) < 0.65
 
 
-def bags_of_random_tiles(counts: tuple[int, ...] = (30, 1, 17)) -> tuple[list[Tensor], list[Tensor]]:
+def bags_of_random_tiles(
+    counts: tuple[int, ...] = (30, 1, 17),
+) -> tuple[list[Tensor], list[Tensor]]:
     generator = torch.Generator().manual_seed(1)
     cells = [torch.randperm(100, generator=generator)[:count] for count in counts]
     features = [torch.randn(count, 6, generator=generator) for count in counts]
@@ -70,10 +80,14 @@ def bags_of_random_tiles(counts: tuple[int, ...] = (30, 1, 17)) -> tuple[list[Te
 @pytest.mark.parametrize("levels", [1, 3])
 def test_packed_bags_equal_one_by_one(levels: int, renormalise: bool) -> None:
     torch.manual_seed(0)
-    model = build("deform_mil", 6, 3, width=32, levels=levels, renormalise=renormalise, step=512.0).eval()
+    model = build(
+        "deform_mil", 6, 3, width=32, levels=levels, renormalise=renormalise, step=512.0
+    ).eval()
     nn.init.normal_(model.encoder[0].self_attn.sampling_offsets.weight, std=0.3)
     features, coords = bags_of_random_tiles()
-    for together, bag, places in zip(model.forward_batch(features, coords), features, coords, strict=True):
+    for together, bag, places in zip(
+        model.forward_batch(features, coords), features, coords, strict=True
+    ):
         alone = model(bag, places)
         torch.testing.assert_close(together.logits, alone.logits, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(together.attention, alone.attention, rtol=1e-6, atol=1e-6)
@@ -89,8 +103,12 @@ def test_is_a_function_of_the_set_of_placed_tiles() -> None:
     torch.testing.assert_close(shuffled.attention, output.attention[order])
     torch.testing.assert_close(output.attention.sum(), torch.tensor(1.0))
     assert (output.attention > 0).all()
-    torch.testing.assert_close(model(bag, coords + 7777).logits, output.logits)  # wherever the slide's corner is
-    assert not torch.allclose(model(bag, coords.flip(0)).logits, output.logits, atol=1e-4)  # but places matter
+    torch.testing.assert_close(
+        model(bag, coords + 7777).logits, output.logits
+    )  # wherever the slide's corner is
+    assert not torch.allclose(
+        model(bag, coords.flip(0)).logits, output.logits, atol=1e-4
+    )  # but places matter
     assert model(bag[:1], coords[:1]).attention.tolist() == [1.0]
 
 
@@ -98,7 +116,10 @@ def test_every_parameter_has_a_gradient() -> None:
     model = build("deform_mil", 6, 2, width=32, heads=4, standardize=True).train()
     (bag,), (coords,) = bags_of_random_tiles((25,))
     cross_entropy(model(bag, coords).logits[None], torch.tensor([1])).backward()
-    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.isfinite().all()
+        for parameter in model.parameters()
+    )
 
 
 def test_bfloat16_stays_near_float32() -> None:
@@ -122,11 +143,19 @@ def test_what_it_cannot_do_is_said_in_one_line() -> None:
     with pytest.raises(UserError, match="DeformMIL: expected coordinates of the tiles"):
         model(torch.randn(3, 6))
     (bag, other), (coords, _) = bags_of_random_tiles((5, 3))
-    with pytest.raises(UserError, match=r"^DeformMIL: expected coordinates .* found none for 1 of 2 bags; take another model$"):
+    with pytest.raises(
+        UserError,
+        match=r"^DeformMIL: expected coordinates .* found none for 1 of 2 bags; take another "
+        r"model$",
+    ):
         forward_bags(model, [bag, other], [coords, None])
-    with pytest.raises(UserError, match="^DeformMIL: expected coordinates .* found none; take another model$"):
+    with pytest.raises(
+        UserError, match="^DeformMIL: expected coordinates .* found none; take another model$"
+    ):
         forward_bags(model, [bag, other])
-    with pytest.raises(UserError, match=r"expected coords \(3, 2\) of as many tiles, found \(5, 2\)"):
+    with pytest.raises(
+        UserError, match=r"expected coords \(3, 2\) of as many tiles, found \(5, 2\)"
+    ):
         forward_bags(model, [other], [coords])
     with pytest.raises(UserError, match="width=30: expected a multiple of heads=8|found width=30"):
         DeformMIL(6, 2, width=30)

@@ -26,16 +26,22 @@ def nystrom(square: int) -> dict[str, list[Place]]:
     return {f"layer{i}.attn.to_out.1": [(TENTH, (square + 1, 16))] for i in (1, 2)}
 
 
-def of_both(student: dict[str, list[Place]], teacher: dict[str, list[Place]]) -> dict[str, list[Place]]:
+def of_both(
+    student: dict[str, list[Place]], teacher: dict[str, list[Place]]
+) -> dict[str, list[Place]]:
     """Of a teacher-student model: the teacher keeps its dropout."""
-    return {f"student.{n}": p for n, p in student.items()} | {f"teacher.{n}": p for n, p in teacher.items()}
+    return {f"student.{n}": p for n, p in student.items()} | {
+        f"teacher.{n}": p for n, p in teacher.items()
+    }
 
 
 TILE = {"tile.2": [EMBEDDED]}
 EMBED = {"embed.2": [EMBEDDED]}
 # the branches' dropout does not depend on the one that is given
 CLAM = EMBED | {name: [(0.25, (TILES, 8))] for name in ("attend.2", "gate.2")}
-DTFD: dict[str, list[Place]] = {"drop": [(GIVEN, (4, 16)), (GIVEN, (1, 16))]}  # pseudo-bags, then the slide
+DTFD: dict[str, list[Place]] = {
+    "drop": [(GIVEN, (4, 16)), (GIVEN, (1, 16))]
+}  # pseudo-bags, then the slide
 RRT: dict[str, list[Place]] = {
     "pooling.embed.2": [EMBEDDED],
     "region.attn.proj.1": [(TENTH, (4, 9, 16))],  # 2 x 2 regions of a square of 6
@@ -74,7 +80,9 @@ def watched(model: nn.Module) -> Iterator[dict[str, list[Place]]]:
     seen: dict[str, list[Place]] = {}
     hooks = []
     for name, layer in model.named_modules():
-        assert not isinstance(layer, nn.Dropout) and (not isinstance(layer, nn.MultiheadAttention) or layer.dropout == 0)
+        assert not isinstance(layer, nn.Dropout) and (
+            not isinstance(layer, nn.MultiheadAttention) or layer.dropout == 0
+        )
         if isinstance(layer, Dropout):
             hooks.append(layer.register_forward_pre_hook(partial(note, seen.setdefault(name, []))))
     yield seen
@@ -100,7 +108,9 @@ def test_options_of_dsmil_bring_their_dropout():
 
 @pytest.mark.parametrize("name", ["transmil", "rrt"])
 def test_attention_dropout_is_an_option(name: str):
-    changed = {place[0] for places in places_of(name, attention_dropout=0.25).values() for place in places}
+    changed = {
+        place[0] for places in places_of(name, attention_dropout=0.25).values() for place in places
+    }
     assert changed == {GIVEN, 0.25}
 
 

@@ -1,4 +1,6 @@
-"""DTFD-MIL: both tiers and every distillation against loops, one optimiser against the authors' two, published weights."""
+"""DTFD-MIL: both tiers and every distillation against loops, one optimiser against the authors'
+two, published weights.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,14 @@ BAG = torch.randn(13, 6, generator=torch.Generator().manual_seed(0))
 
 
 def gated(layer, h: torch.Tensor) -> torch.Tensor:
-    return ((torch.tanh(layer.v(h)) * torch.sigmoid(layer.u(h))) @ layer.w.weight.T + layer.w.bias).squeeze(-1)
+    return (
+        (torch.tanh(layer.v(h)) * torch.sigmoid(layer.u(h))) @ layer.w.weight.T + layer.w.bias
+    ).squeeze(-1)
 
 
-def by_hand(model: DTFD, bag: torch.Tensor, groups: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def by_hand(
+    model: DTFD, bag: torch.Tensor, groups: list[list[int]]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tier-1 logits (G, C), tier-2 logits (C,) and attention (N,), pseudo-bag by pseudo-bag."""
     tier1, handed, origin, inside = [], [], [], torch.zeros(len(bag))
     for g, members in enumerate(groups):
@@ -30,7 +36,9 @@ def by_hand(model: DTFD, bag: torch.Tensor, groups: list[list[int]]) -> tuple[to
         feature = sum(a[i] * h[i] for i in range(len(members)))
         logits = model.head.weight @ feature + model.head.bias
         tier1.append(logits)
-        cam = torch.stack([torch.softmax(model.head.weight @ (a[i] * h[i]), 0) for i in range(len(members))])
+        cam = torch.stack(
+            [torch.softmax(model.head.weight @ (a[i] * h[i]), 0) for i in range(len(members))]
+        )
         rank = cam[:, -1] if len(logits) == 2 else cam[:, int(logits.argmax())]
         if model.distil == "afs":
             chosen = [feature]
@@ -46,16 +54,22 @@ def by_hand(model: DTFD, bag: torch.Tensor, groups: list[list[int]]) -> tuple[to
     b = torch.softmax(gated(model.attention2, m), 0)
     attention = torch.zeros(len(bag))
     for g, members in enumerate(groups):
-        attention[members] = inside[members] * sum(b[i].detach() for i in range(len(origin)) if origin[i] == g)
+        attention[members] = inside[members] * sum(
+            b[i].detach() for i in range(len(origin)) if origin[i] == g
+        )
     return torch.stack(tier1), model.head2.weight @ (b @ m) + model.head2.bias, attention
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("classes", "groups", "instances"), [(2, 4, 4), (2, 3, 7), (3, 4, 8), (2, 1, 2)])
+@pytest.mark.parametrize(
+    ("classes", "groups", "instances"), [(2, 4, 4), (2, 3, 7), (3, 4, 8), (2, 1, 2)]
+)
 @pytest.mark.parametrize("distil", list(DISTIL))
 def test_forward_is_two_tiers(distil: str, classes: int, groups: int, instances: int):
     torch.manual_seed(0)
-    model = DTFD(6, classes, distil=distil, groups=groups, instances=instances, hidden=16, attention=8).eval()
+    model = DTFD(
+        6, classes, distil=distil, groups=groups, instances=instances, hidden=16, attention=8
+    ).eval()
     assert model.each == instances // groups
     _, logits, attention = by_hand(model, BAG, [list(range(g, 13, groups)) for g in range(groups)])
     output = model(BAG)
@@ -64,7 +78,9 @@ def test_forward_is_two_tiers(distil: str, classes: int, groups: int, instances:
 
 
 def test_published_sizes():
-    """Parameters of the reduction, of both attentions and of both classifiers; groups and tiles as in the authors' defaults."""
+    """Parameters of the reduction, of both attentions and of both classifiers; groups and tiles as
+    in the authors' defaults.
+    """
     model = DTFD(1024, 2)
     assert sum(p.numel() for p in model.parameters()) == 524_288 + 131_457 + 1_026 + 132_483
     assert (model.groups, model.each, model.distil, model.drop.dropped) == (4, 1, "afs", 0)
@@ -80,14 +96,20 @@ def test_pseudo_bags_are_random_while_training_and_never_empty():
 
 
 @pytest.mark.parametrize("distil", list(DISTIL))
-def test_one_optimiser_makes_the_steps_of_the_authors_two(distil: str, monkeypatch: pytest.MonkeyPatch):
-    """Theirs: tier 1's loss moves tier 1, tier 2's loss tier 2; what flows from tier 2 into tier 1 is dropped."""
+def test_one_optimiser_makes_the_steps_of_the_authors_two(
+    distil: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Theirs: tier 1's loss moves tier 1, tier 2's loss tier 2; what flows from tier 2 into tier 1
+    is dropped.
+    """
     torch.manual_seed(0)
     model = DTFD(6, 2, distil=distil, hidden=16, attention=8).train()
     twin = DTFD(6, 2, distil=distil, hidden=16, attention=8).train()
     twin.load_state_dict(model.state_dict())
     groups = [[0, 5, 7], [1, 2, 12], [3, 9, 10], [4, 6, 8, 11]]
-    place = torch.tensor([next(g for g, members in enumerate(groups) if n in members) for n in range(13)])
+    place = torch.tensor(
+        [next(g for g, members in enumerate(groups) if n in members) for n in range(13)]
+    )
     monkeypatch.setattr(model, "split", lambda n: place)
     # eps: the scores' bias has no gradient but rounding, which Adam would blow up
     optimizer = torch.optim.Adam(model.parameters(), 1e-2, eps=1e-3)
@@ -100,7 +122,10 @@ def test_one_optimiser_makes_the_steps_of_the_authors_two(distil: str, monkeypat
         training_loss(model(BAG, None, 1), 1).backward()
         optimizer.step()
         tier1, logits, _ = by_hand(twin, BAG, groups)
-        losses = (cross_entropy(tier1, torch.ones(4, dtype=torch.int64)), cross_entropy(logits[None], torch.tensor([1])))
+        losses = (
+            cross_entropy(tier1, torch.ones(4, dtype=torch.int64)),
+            cross_entropy(logits[None], torch.tensor([1])),
+        )
         for loss, params in zip(losses, (first, second), strict=True):
             grads = torch.autograd.grad(loss, params)
             for p, grad in zip(params, grads, strict=True):
@@ -119,9 +144,15 @@ def test_published_checkpoint_gives_what_its_weights_say(real_data: Path, distil
     w = torch.load(path, weights_only=True, map_location="cpu")
 
     def attend(block: dict[str, torch.Tensor], prefix: str, h: torch.Tensor) -> torch.Tensor:
-        v = torch.tanh(h @ block[f"{prefix}attention_V.0.weight"].T + block[f"{prefix}attention_V.0.bias"])
-        u = torch.sigmoid(h @ block[f"{prefix}attention_U.0.weight"].T + block[f"{prefix}attention_U.0.bias"])
-        score = (v * u) @ block[f"{prefix}attention_weights.weight"].T + block[f"{prefix}attention_weights.bias"]
+        v = torch.tanh(
+            h @ block[f"{prefix}attention_V.0.weight"].T + block[f"{prefix}attention_V.0.bias"]
+        )
+        u = torch.sigmoid(
+            h @ block[f"{prefix}attention_U.0.weight"].T + block[f"{prefix}attention_U.0.bias"]
+        )
+        score = (v * u) @ block[f"{prefix}attention_weights.weight"].T + block[
+            f"{prefix}attention_weights.bias"
+        ]
         return torch.softmax(score.squeeze(1), 0)
 
     x = torch.randn(30, 1024, generator=torch.Generator().manual_seed(1))
@@ -135,7 +166,10 @@ def test_published_checkpoint_gives_what_its_weights_say(real_data: Path, distil
         handed.append(picks.get(distil, torch.cat([h[order[:2]], h[order[-2:]]])))
     m = torch.cat(handed)
     block = w["att_classifier"]
-    logits = attend(block, "attention.", m) @ m @ block["classifier.fc.weight"].T + block["classifier.fc.bias"]
+    logits = (
+        attend(block, "attention.", m) @ m @ block["classifier.fc.weight"].T
+        + block["classifier.fc.bias"]
+    )
     torch.testing.assert_close(model(x).logits, logits, rtol=1e-5, atol=1e-5)
 
 

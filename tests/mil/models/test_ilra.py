@@ -11,7 +11,9 @@ from mil.models.ilra import ILRA, CrossAttention
 BAG = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
 
 
-def attended(block: CrossAttention, queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def attended(
+    block: CrossAttention, queries: torch.Tensor, keys: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Equation 16's block and its mean attention, head by head."""
     inner, heads = block.attention, block.attention.num_heads
     q0 = block.fc_q(queries)
@@ -28,7 +30,11 @@ def attended(block: CrossAttention, queries: torch.Tensor, keys: torch.Tensor) -
     norms = [block.norm0, block.norm1]
 
     def norm(x: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
-        return layer_norm(x, x.shape[-1:], layer.weight, layer.bias) if isinstance(layer, torch.nn.LayerNorm) else x
+        return (
+            layer_norm(x, x.shape[-1:], layer.weight, layer.bias)
+            if isinstance(layer, torch.nn.LayerNorm)
+            else x
+        )
 
     out = norm(q0 + seen, norms[0])
     out = norm(out + torch.relu(out @ block.fc_o.weight.T + block.fc_o.bias), norms[1])
@@ -50,7 +56,9 @@ def test_blocks_and_pooling_are_attention_through_latents(rank: int, layers: int
         tiles, _ = attended(block.project_backward, tiles, low)
     bag, attention = attended(model.pooling, model.query, tiles)
     output = model(BAG)
-    torch.testing.assert_close(output.logits, model.head.weight @ bag[0] + model.head.bias, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        output.logits, model.head.weight @ bag[0] + model.head.bias, rtol=1e-5, atol=1e-5
+    )
     torch.testing.assert_close(output.attention, attention[0], rtol=1e-5, atol=1e-6)
 
 
@@ -59,12 +67,16 @@ def test_latents_and_query_start_xavier_uniform():
     model = ILRA(8, 2, rank=4)
     for start, rows in ((model.blocks[0].latent, 4), (model.blocks[1].latent, 4), (model.query, 1)):
         bound = (6 / (rows + 256)) ** 0.5
-        assert start.shape == (rows, 256) and 0.9 * bound < float(start.detach().abs().max()) <= bound
+        assert (
+            start.shape == (rows, 256) and 0.9 * bound < float(start.detach().abs().max()) <= bound
+        )
         assert abs(float(start.detach().std()) - bound / 3**0.5) < 0.2 * bound
 
 
 def test_published_sizes():
     model = ILRA(1024, 2)
     assert len(model.blocks) == 2 and model.blocks[0].latent.shape == (1, 256)
-    assert model.pooling.attention.num_heads == 8 and isinstance(model.pooling.norm0, torch.nn.LayerNorm)
+    assert model.pooling.attention.num_heads == 8 and isinstance(
+        model.pooling.norm0, torch.nn.LayerNorm
+    )
     assert model.pooling.gate is None and model.blocks[0].project_forward.gate is not None

@@ -1,4 +1,6 @@
-"""Every MIL model learns under its own recipe; teacher and slow weights resume bit for bit; the teacher's start."""
+"""Every MIL model learns under its own recipe; teacher and slow weights resume bit for bit; the
+teacher's start.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,13 @@ from tests.mil.models.small_options import SMALL
 
 def arguments(cohort: Path, output: Path, name: str, *more: str) -> list[str]:
     options = f"options={json.dumps(SMALL[name])}"
-    folders = [f"labels={cohort}/labels.csv", f"features={cohort}/bags", f"output={output}", f"model={name}", options]
+    folders = [
+        f"labels={cohort}/labels.csv",
+        f"features={cohort}/bags",
+        f"output={output}",
+        f"model={name}",
+        options,
+    ]
     return [*folders, "device=cpu", "folds=2", *more]
 
 
@@ -36,37 +44,60 @@ def problem(count: int, seed: int, signs: int) -> list[Sample]:
     for i in range(count):
         tiles = torch.randn(12, 8, generator=generator)
         tiles[:signs, 0] += 5.0 * (i % 2)
-        samples.append(Sample(str(i), tiles[torch.randperm(12, generator=generator)], places, i % 2))
+        samples.append(
+            Sample(str(i), tiles[torch.randperm(12, generator=generator)], places, i % 2)
+        )
     return samples
 
 
-# (model, tiles that show it, epochs): a transformer needs more than 24 bags to find a quarter of the tiles
-LEARNERS = [(name, 3, 6) for name in MODELS if "transmil" not in name] + [("transmil", 8, 4), ("mhim_transmil", 8, 4)]
+# (model, tiles that show it, epochs): a transformer needs more than 24 bags to find a quarter of
+# the tiles
+LEARNERS = [(name, 3, 6) for name in MODELS if "transmil" not in name] + [
+    ("transmil", 8, 4),
+    ("mhim_transmil", 8, 4),
+]
 
 
 @pytest.mark.parametrize(("name", "signs", "epochs"), LEARNERS)
 def test_every_model_learns(name: str, signs: int, epochs: int):
-    """From 24 bags, under its published recipe with a higher learning rate, what it needs for 60 others."""
+    """From 24 bags, under its published recipe with a higher learning rate, what it needs for 60
+    others.
+    """
     given = ("training.lr", "training.epochs", "training.accumulate")
     recipe, dropout = resolve(name, Recipe(lr=1e-2, epochs=epochs), 0.25, given)
     torch.manual_seed(0)
     model = build(name, 8, 2, standardize=True, dropout=dropout, **SMALL[name])
     train, test = problem(24, 0, signs), problem(60, 1, signs)
     model.fit([sample.features for sample in train])
-    optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay, (recipe.beta1, recipe.beta2))
+    optimizer = make_optimizer(
+        recipe.optimizer, model, recipe.lr, recipe.weight_decay, (recipe.beta1, recipe.beta2)
+    )
     losses = []
     for epoch in range(epochs):
         order = epoch_order(train, recipe.balanced, torch.Generator().manual_seed(epoch))
-        losses.append(train_one_epoch(model, train, optimizer, recipe, World(0, 1, torch.device("cpu")), order, epoch))
+        losses.append(
+            train_one_epoch(
+                model, train, optimizer, recipe, World(0, 1, torch.device("cpu")), order, epoch
+            )
+        )
     scores = predict(model, test, torch.device("cpu")).softmax(1).numpy()
-    assert losses[-1] < losses[0] and auc(np.array([sample.target for sample in test]), scores)[0] > 0.9
+    assert (
+        losses[-1] < losses[0]
+        and auc(np.array([sample.target for sample in test]), scores)[0] > 0.9
+    )
 
 
 @pytest.mark.parametrize("name", ["mhim_abmil", "transmil", "dtfd"])
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(
     make_cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ):
-    more = ("training.epochs=4", "training.min_epochs=4", "training.save_every=2", "training.lr=1e-3", "dropout=0.25")
+    more = (
+        "training.epochs=4",
+        "training.min_epochs=4",
+        "training.save_every=2",
+        "training.lr=1e-3",
+        "dropout=0.25",
+    )
     cohort = make_cohort(slides=12)
     main(load_config(Config, arguments(cohort, tmp_path / "whole", name, *more)))
     original, epochs = engine.train_one_epoch, 0
@@ -86,20 +117,34 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(
     assert epochs == last + 2
     for file in ("results.json", "predictions.csv", "metrics.jsonl"):
         assert (tmp_path / "whole" / file).read_text() == (tmp_path / "parts" / file).read_text()
-    whole, parts = (torch.load(tmp_path / run / "checkpoint_last.pt", weights_only=True)["model"] for run in ("whole", "parts"))
+    whole, parts = (
+        torch.load(tmp_path / run / "checkpoint_last.pt", weights_only=True)["model"]
+        for run in ("whole", "parts")
+    )
     assert all(torch.equal(w, parts[n]) for n, w in whole.items())
     assert name != "mhim_abmil" or float(whole["progress"]) == 1.0
 
 
 def test_teacher_starts_from_the_plain_model_of_the_same_split(make_cohort, tmp_path: Path):
-    more = ("training.epochs=2", "training.min_epochs=2", "options={hidden: 8, ema: 1.0, ema_final: 1.0}")
+    more = (
+        "training.epochs=2",
+        "training.min_epochs=2",
+        "options={hidden: 8, ema: 1.0, ema_final: 1.0}",
+    )
     config = load_config(Config, arguments(make_cohort(), tmp_path / "run", "mhim_abmil", *more))
     main(config)
     plain = torch.load(tmp_path / "run" / PLAIN / "checkpoint_best.pt", weights_only=True)
     best = torch.load(tmp_path / "run" / "checkpoint_best.pt", weights_only=True)["model"]
-    assert plain["config"]["network"]["name"] == "abmil" and plain["config"]["network"]["hidden"] == 8
+    assert (
+        plain["config"]["network"]["name"] == "abmil" and plain["config"]["network"]["hidden"] == 8
+    )
     for name, tensor in plain["model"].items():
-        assert torch.equal(best[f"teacher.{name}"], tensor)  # a decay of 1 leaves the teacher where it started
+        assert torch.equal(
+            best[f"teacher.{name}"], tensor
+        )  # a decay of 1 leaves the teacher where it started
     job = build_job(config)
     with (tmp_path / "run" / PLAIN / "predictions.csv").open() as stream:
-        assert {row["slide_id"] for row in csv.DictReader(stream)} == {*job.split.val, *job.split.test}
+        assert {row["slide_id"] for row in csv.DictReader(stream)} == {
+            *job.split.val,
+            *job.split.test,
+        }

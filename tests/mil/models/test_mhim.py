@@ -1,4 +1,6 @@
-"""MHIM-MIL: masks counted by hand, the loss, teacher and schedules, and a start from the plain model."""
+"""MHIM-MIL: masks counted by hand, the loss, teacher and schedules, and a start from the plain
+model.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,12 @@ def test_published_settings():
     """Of the authors' README for Camelyon16; TransMIL has its own."""
     abmil, transmil = build("mhim_abmil", 6, 2), build("mhim_transmil", 6, 2)
     assert (abmil.random, abmil.low, abmil.high, abmil.high_share) == (0.5, 0.0, (0.01, 0.0), 0.5)
-    assert (transmil.random, transmil.low, transmil.high, transmil.high_share) == (0.0, 0.8, (0.03, 0.0), 0.5)
+    assert (transmil.random, transmil.low, transmil.high, transmil.high_share) == (
+        0.0,
+        0.8,
+        (0.03, 0.0),
+        0.5,
+    )
     assert abmil.ema == (0.9999, 0.9999) and transmil.ema == (0.9999, 1.0)
     assert abmil.alpha == transmil.alpha == 0.1 and abmil.temperature == 0.1
 
@@ -40,8 +47,12 @@ def test_masks_are_counted_from_the_attention():
         assert int(random.sum()) == 12
         low = ~keep_mask(scores, 0.0, 0.22, 0.0, 1.0)
         assert torch.nonzero(low).flatten().tolist() == list(range(9))  # ceil(8.8)
-        high = ~keep_mask(scores, 0.0, 0.0, 0.1, 0.5)  # half of the ceil(40 * 0.1 / 0.5) = 8 highest
-        assert int(high.sum()) == 4 and set(torch.nonzero(high).flatten().tolist()) <= set(range(32, 40))
+        high = ~keep_mask(
+            scores, 0.0, 0.0, 0.1, 0.5
+        )  # half of the ceil(40 * 0.1 / 0.5) = 8 highest
+        assert int(high.sum()) == 4 and set(torch.nonzero(high).flatten().tolist()) <= set(
+            range(32, 40)
+        )
         every = ~keep_mask(scores, 0.0, 0.0, 0.1, 1.0)
         assert torch.nonzero(every).flatten().tolist() == list(range(36, 40))
         union = ~keep_mask(scores, 0.0, 0.1, 0.1, 1.0)
@@ -55,10 +66,14 @@ def test_masks_are_counted_from_the_attention():
 
 
 def test_heads_vote():
-    scores = torch.tensor([[9.0, 8.0, 0.0, 1.0, 2.0], [0.0, 9.0, 8.0, 1.0, 2.0], [0.0, 9.0, 1.0, 2.0, 8.0]])
-    # tile 1 is in all three pairs of highest, 0, 2 and 4 in one each; of these 4 has the highest mean
+    scores = torch.tensor(
+        [[9.0, 8.0, 0.0, 1.0, 2.0], [0.0, 9.0, 8.0, 1.0, 2.0], [0.0, 9.0, 1.0, 2.0, 8.0]]
+    )
+    # tile 1 is in all three pairs of highest, 0, 2 and 4 in one each; of these 4 has the highest
+    # mean
     assert ranked(scores, 2, largest=True).tolist() == [1, 4]
-    # lowest pairs: {2, 3}, {0, 3}, {0, 2}: two votes each for 0, 2 and 3, lowest means 3 (4/3) and then 0 and 2 (3)
+    # lowest pairs: {2, 3}, {0, 3}, {0, 2}: two votes each for 0, 2 and 3, lowest means 3 (4/3) and
+    # then 0 and 2 (3)
     assert ranked(scores, 2, largest=False).tolist()[0] == 3
 
 
@@ -70,15 +85,22 @@ def test_loss_is_task_and_feature_loss(monkeypatch: pytest.MonkeyPatch):
         keep = torch.arange(20) % 3 != 0
         monkeypatch.setattr(model, "kept", lambda scores, keep=keep: keep)
         output = model(BAG, None, 1)
-        seen, judged = model.student.pool(model.student.embed(BAG[keep])), model.teacher.pool(model.teacher.embed(BAG))
+        seen, judged = (
+            model.student.pool(model.student.embed(BAG[keep])),
+            model.teacher.pool(model.teacher.embed(BAG)),
+        )
         parts = [w * cross_entropy(logits[None], torch.tensor([1])) for logits, w in seen.streams]
         rows = []
         for s, t in zip(seen.bag, judged.bag, strict=True):
             aim = [math.exp(float(v.detach()) / 0.1) for v in t - t.max()]
-            rows.append(-sum(p / sum(aim) * v for p, v in zip(aim, torch.log_softmax(s, 0), strict=True)))
+            rows.append(
+                -sum(p / sum(aim) * v for p, v in zip(aim, torch.log_softmax(s, 0), strict=True))
+            )
         expected = sum(parts) + 0.1 * sum(rows) / len(rows)
         torch.testing.assert_close(training_loss(output, 1), expected, rtol=1e-5, atol=1e-5)
-        assert not output.attention[~keep].any() and float(output.attention.sum()) == pytest.approx(1.0, abs=1e-5)
+        assert not output.attention[~keep].any() and float(output.attention.sum()) == pytest.approx(
+            1.0, abs=1e-5
+        )
 
 
 def test_tiles_are_ranked_by_the_teachers_first_layer(monkeypatch: pytest.MonkeyPatch):
@@ -87,16 +109,22 @@ def test_tiles_are_ranked_by_the_teachers_first_layer(monkeypatch: pytest.Monkey
         for p in model.teacher.parameters():
             p.add_(0.1 * torch.randn_like(p))  # no longer the student
     model.teacher.eval()
-    monkeypatch.setattr(model, "kept", lambda scores: heard.append(scores) or torch.ones(20, dtype=torch.bool))
+    monkeypatch.setattr(
+        model, "kept", lambda scores: heard.append(scores) or torch.ones(20, dtype=torch.bool)
+    )
     model(BAG, None, 1)
     with torch.no_grad():
-        first, second = (model.teacher.pool(model.teacher.embed(BAG), layer=i).scores for i in (0, 1))
+        first, second = (
+            model.teacher.pool(model.teacher.embed(BAG), layer=i).scores for i in (0, 1)
+        )
         assert torch.equal(heard[0], first) and not torch.allclose(first, second, atol=1e-4)
 
 
 def test_feature_loss_is_lowest_for_the_teachers_own_shape():
     teacher = torch.randn(2, 8)
-    assert feature_loss(teacher / 0.1, teacher, 0.1) < feature_loss(teacher.roll(1, dims=1) / 0.1, teacher, 0.1)
+    assert feature_loss(teacher / 0.1, teacher, 0.1) < feature_loss(
+        teacher.roll(1, dims=1) / 0.1, teacher, 0.1
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -143,21 +171,30 @@ def test_inference_is_the_students(name: str):
 def test_start_from_a_plain_model(name: str):
     model = model_of(name)
     base, options = plain_model(name, SMALL[name])
-    assert options["hidden"] == 16 and isinstance(MODELS[name], partial) and MODELS[name].keywords["base"] == base
+    assert (
+        options["hidden"] == 16
+        and isinstance(MODELS[name], partial)
+        and MODELS[name].keywords["base"] == base
+    )
     torch.manual_seed(9)
     plain = build(base, 6, 2, **options)
     head = model.student.head.weight.detach().clone()
     model.start_from(plain.state_dict())
     for n, w in plain.state_dict().items():
         assert torch.equal(model.teacher.state_dict()[n], w)
-    assert torch.equal(model.student.embed[0].weight, plain.embed[0].weight) and torch.equal(model.student.head.weight, head)
+    assert torch.equal(model.student.embed[0].weight, plain.embed[0].weight) and torch.equal(
+        model.student.head.weight, head
+    )
     with pytest.raises(UserError, match="plain model: weights of another architecture"):
         model.start_from(build("mean", 6, 2).state_dict())
 
 
 def test_plain_models():
     assert plain_model("mhim_dsmil", {}) == ("dsmil", {"hidden": 512})
-    assert plain_model("mhim_abmil", {"teacher_init": False}) is None and plain_model("abmil", {}) is None
+    assert (
+        plain_model("mhim_abmil", {"teacher_init": False}) is None
+        and plain_model("abmil", {}) is None
+    )
     assert plain_options("transmil", {"heads": 4, "low": 0.5}) == {"hidden": 512, "heads": 4}
 
 

@@ -1,4 +1,6 @@
-"""mi-Net and MI-Net against loops over tiles; layers before a MIL model; the losses of packed bags against single ones."""
+"""mi-Net and MI-Net against loops over tiles; layers before a MIL model; the losses of packed bags
+against single ones.
+"""
 
 from __future__ import annotations
 
@@ -108,16 +110,24 @@ def test_layers_before_a_model_are_applied_first():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: DSMIL(6, 2), lambda: DTFD(6, 2, groups=2, hidden=8, attention=4), lambda: MINet(6, 2)]
+    "make",
+    [lambda: DSMIL(6, 2), lambda: DTFD(6, 2, groups=2, hidden=8, attention=4), lambda: MINet(6, 2)],
 )
 def test_losses_of_packed_bags_are_those_of_single_bags(make):
     torch.manual_seed(0)
     model = make().train()
     targets = torch.tensor([1, 0, 0, 1])
-    torch.manual_seed(5)  # pseudo-bags are drawn bag by bag in either way; dropout is not, so none is used
+    torch.manual_seed(
+        5
+    )  # pseudo-bags are drawn bag by bag in either way; dropout is not, so none is used
     if hasattr(model, "drop"):
         model.drop.dropped = 0
-    alone = torch.stack([training_loss(model(bag, None, int(t)), int(t)) for bag, t in zip(BAGS, targets, strict=True)])
+    alone = torch.stack(
+        [
+            training_loss(model(bag, None, int(t)), int(t))
+            for bag, t in zip(BAGS, targets, strict=True)
+        ]
+    )
     torch.manual_seed(5)
     together = bag_losses(model.forward_packed(torch.cat(BAGS), OFFSETS), targets)
     torch.testing.assert_close(together, alone)
@@ -126,4 +136,6 @@ def test_losses_of_packed_bags_are_those_of_single_bags(make):
 def test_log_odds_are_kept_finite_at_1e_7_and_exact_before():
     found = log_odds(torch.tensor([[0.0, 1e-5, 0.25, 1.0]], dtype=torch.float64))[0].tolist()
     edge = math.log(1e-7 / (1 - 1e-7))
-    assert found == pytest.approx([edge, math.log(1e-5 / (1 - 1e-5)), math.log(1 / 3), -edge], rel=1e-6)
+    assert found == pytest.approx(
+        [edge, math.log(1e-5 / (1 - 1e-5)), math.log(1 / 3), -edge], rel=1e-6
+    )

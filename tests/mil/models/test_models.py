@@ -36,21 +36,31 @@ def test_mean_and_max_pool_the_tiles_logits():
     expected = torch.stack([max(row[c] for row in rows) for c in range(3)])
     torch.testing.assert_close(most(BAG).logits, expected)
     winners = [max(range(9), key=lambda n: rows[n][c]) for c in range(3)]
-    torch.testing.assert_close(most(BAG).attention, torch.tensor([winners.count(n) / 3 for n in range(9)]))
+    torch.testing.assert_close(
+        most(BAG).attention, torch.tensor([winners.count(n) / 3 for n in range(9)])
+    )
     torch.testing.assert_close(mean(BAG).attention, torch.full((9,), 1 / 9))
 
 
 def test_score_is_the_positive_logit_of_each_tile():
     model = model_of("mean")
-    torch.testing.assert_close(model.score_tiles(BAG), torch.stack([tile_logits(model, x)[1] for x in BAG]))
+    torch.testing.assert_close(
+        model.score_tiles(BAG), torch.stack([tile_logits(model, x)[1] for x in BAG])
+    )
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("gated", "activation"), [(False, "relu"), (True, "relu"), (False, "tanh"), (True, "tanh")])
+@pytest.mark.parametrize(
+    ("gated", "activation"), [(False, "relu"), (True, "relu"), (False, "tanh"), (True, "tanh")]
+)
 def test_abmil_is_equation_8_or_9(gated: bool, activation: str):
     torch.manual_seed(0)
     model = ABMIL(6, 2, gated=gated, activation=activation).eval()
-    assert model.attend[0].bias is None and model.score.bias is None and model.attend[0].out_features == 128
+    assert (
+        model.attend[0].bias is None
+        and model.score.bias is None
+        and model.attend[0].out_features == 128
+    )
     act = torch.tanh if activation == "tanh" else lambda v: torch.clamp(v, min=0)
     embedded, raw = [], []
     for x in BAG:
@@ -64,7 +74,9 @@ def test_abmil_is_equation_8_or_9(gated: bool, activation: str):
     z = sum(weight * h for weight, h in zip(a, embedded, strict=True))
     output = model(BAG)
     torch.testing.assert_close(output.attention, a, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(output.logits, model.head.weight @ z + model.head.bias, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        output.logits, model.head.weight @ z + model.head.bias, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("heads", [1, 3])
@@ -111,7 +123,9 @@ def test_every_linear_layer_starts_so(name: str):
     for layer in layers.values():
         assert layer.bias is None or not layer.bias.any()
         expected = math.sqrt(2 / sum(layer.weight.shape))
-        assert abs(float(layer.weight.detach().std()) / expected - 1) < 4 / math.sqrt(2 * layer.weight.numel())
+        assert abs(float(layer.weight.detach().std()) / expected - 1) < 4 / math.sqrt(
+            2 * layer.weight.numel()
+        )
 
 
 def test_standardised_uses_the_fitted_statistics_only():
@@ -125,15 +139,22 @@ def test_standardised_uses_the_fitted_statistics_only():
     expected = together.std(0, correction=0)
     expected[4] = 1.0
     torch.testing.assert_close(model.std, expected)
-    torch.testing.assert_close(model(BAG).logits, model.model((BAG - model.mean) / model.std).logits)
-    torch.testing.assert_close(model.score_tiles(BAG), model.model.score_tiles((BAG - model.mean) / model.std))
+    torch.testing.assert_close(
+        model(BAG).logits, model.model((BAG - model.mean) / model.std).logits
+    )
+    torch.testing.assert_close(
+        model.score_tiles(BAG), model.model.score_tiles((BAG - model.mean) / model.std)
+    )
     assert {"mean", "std"} <= set(model.state_dict())
 
 
 def test_small_features_are_standardised_and_rounding_is_not():
     values = torch.linspace(-1, 1, 50)[:, None]
     model = Standardised(model_of("mean"), 6)
-    scale, shift = torch.tensor([1e-4, 1e-2, 1e-7, 1.0, 0.0, 3.0]), torch.tensor([0.0, 1.0, 100.0, 0.0, 5.0, -2.0])
+    scale, shift = (
+        torch.tensor([1e-4, 1e-2, 1e-7, 1.0, 0.0, 3.0]),
+        torch.tensor([0.0, 1.0, 100.0, 0.0, 5.0, -2.0]),
+    )
     model.fit([values * scale + shift])
     expected = scale * float(values.std(correction=0))
     expected[[2, 4]] = 1.0  # below the rounding of their mean
@@ -146,7 +167,9 @@ def test_dropout_keeps_the_expectation_and_stops_in_evaluation():
     dropped = layer(ones)
     assert dropped.unique().tolist() == pytest.approx([0.0, 4 / 3])
     assert abs(float((dropped == 0).float().mean()) - 0.25) < 0.005
-    assert abs(float((dropped == 0).float().mean(0).std()) - math.sqrt(0.25 * 0.75 / 400)) < 0.002  # units are independent
+    assert (
+        abs(float((dropped == 0).float().mean(0).std()) - math.sqrt(0.25 * 0.75 / 400)) < 0.002
+    )  # units are independent
     assert layer.eval()(ones) is ones
     assert not torch.equal(layer.train()(ones), layer(ones))
     with pytest.raises(UserError, match=r"dropout=1\.0"):

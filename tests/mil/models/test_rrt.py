@@ -58,23 +58,37 @@ def token_logits(cross: CrossRegion, x: torch.Tensor) -> torch.Tensor:
 def by_hand(model: RRT, bag: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
     embedded = torch.relu(bag @ model.pooling.embed[0].weight.T + model.pooling.embed[0].bias)
     x, n, r = embedded, len(bag), model.region.regions
-    tokens, members = cut(layer_norm(x, x.shape[1:], model.region.norm.weight, model.region.norm.bias), r)
+    tokens, members = cut(
+        layer_norm(x, x.shape[1:], model.region.norm.weight, model.region.norm.bias), r
+    )
     seen = torch.zeros_like(tokens)
     for region in members:
         seen[region] = attended(model.region.attn, tokens[region])
     x = x + seen[:n]
-    tokens, members = cut(layer_norm(x, x.shape[1:], model.cross.norm.weight, model.cross.norm.bias), r)
+    tokens, members = cut(
+        layer_norm(x, x.shape[1:], model.cross.norm.weight, model.cross.norm.bias), r
+    )
     cross = model.cross.attn
     logits = [token_logits(cross, tokens[region]) for region in members]  # (P, k) each
     k = logits[0].shape[1]
-    summary = [[torch.softmax(part[:, t], 0) @ tokens[region] for t in range(k)] for part, region in zip(logits, members)]
-    mixed = [attended(cross.attn, torch.stack([tokens_of[t] for tokens_of in summary])) for t in range(k)]  # k x (W, F)
+    summary = [
+        [torch.softmax(part[:, t], 0) @ tokens[region] for t in range(k)]
+        for part, region in zip(logits, members)
+    ]
+    mixed = [
+        attended(cross.attn, torch.stack([tokens_of[t] for tokens_of in summary])) for t in range(k)
+    ]  # k x (W, F)
     back = torch.zeros_like(tokens)
     for w, (part, region) in enumerate(zip(logits, members)):
         for i, place in enumerate(region):
             for t in range(k):
                 low, high = part[:, t].min(), part[:, t].max()
-                back[place] += torch.softmax(part[i], 0)[t] * (part[i, t] - low) / (high - low + 1e-8) * mixed[t][w]
+                back[place] += (
+                    torch.softmax(part[i], 0)[t]
+                    * (part[i, t] - low)
+                    / (high - low + 1e-8)
+                    * mixed[t][w]
+                )
     x = x + back[:n]
     if model.shortcut:
         x = x + embedded
@@ -107,15 +121,26 @@ def test_model_is_its_loops(n: int, options: dict):
 
 
 def test_defaults_are_the_published_command():
-    """C16-R50 of the authors' README: --da_act=tanh --epeg_k=15 --crmsa_k=1 --all_shortcut; the rest as in their main.py."""
+    """C16-R50 of the authors' README: --da_act=tanh --epeg_k=15 --crmsa_k=1 --all_shortcut; the
+    rest as in their main.py.
+    """
     model = RRT(1024, 2)
-    assert model.region.regions == model.cross.regions == 8 and model.region.attn.heads == model.cross.attn.attn.heads == 8
+    assert (
+        model.region.regions == model.cross.regions == 8
+        and model.region.attn.heads == model.cross.attn.attn.heads == 8
+    )
     assert model.region.attn.pe.weight.shape == (8, 1, 15, 1) and model.cross.attn.attn.pe is None
     assert model.cross.attn.phi.shape == (512, 1) and model.shortcut
     pooling = model.pooling
-    assert isinstance(pooling.attend[1], torch.nn.Tanh) and pooling.attend[0].weight.shape == (128, 512)
+    assert isinstance(pooling.attend[1], torch.nn.Tanh) and pooling.attend[0].weight.shape == (
+        128,
+        512,
+    )
     assert pooling.attend[0].bias is None and pooling.gate is None
-    assert pooling.embed[2].dropped == 64 and model.region.attn.proj[1].dropped == model.cross.attn.attn.proj[1].dropped == 26
+    assert (
+        pooling.embed[2].dropped == 64
+        and model.region.attn.proj[1].dropped == model.cross.attn.attn.proj[1].dropped == 26
+    )
 
 
 def test_the_other_published_commands_can_be_set():
@@ -123,7 +148,9 @@ def test_the_other_published_commands_can_be_set():
     assert [tuple(p.shape) for p in plip.cross.attn.phi.parameters()] == [(128, 512), (3, 128)]
     assert plip.cross.attn.attn.heads == 1 and plip.region.attn.heads == 8
     first, last = plip.cross.attn.phi[0].weight.detach(), plip.cross.attn.phi[2].weight.detach()
-    assert float(first.std()) == pytest.approx(math.sqrt(2 / (128 + 512)), rel=0.03)  # Xavier, as all linear layers
+    assert float(first.std()) == pytest.approx(
+        math.sqrt(2 / (128 + 512)), rel=0.03
+    )  # Xavier, as all linear layers
     assert float(last.std()) == pytest.approx(math.sqrt(2 / (128 + 3)), rel=0.2)
 
 
@@ -132,7 +159,9 @@ def test_weights_start_as_the_authors():
     model = RRT(64, 2, tokens=3)
     phi, kernel = model.cross.attn.phi.detach(), model.region.attn.pe.weight.detach()
     # torch takes the k columns for the inputs: bound sqrt(6 / (1 + 5) / k)
-    assert float(phi.abs().max()) == pytest.approx(3**-0.5, rel=0.01) and abs(float(phi.mean())) < 0.05
+    assert (
+        float(phi.abs().max()) == pytest.approx(3**-0.5, rel=0.01) and abs(float(phi.mean())) < 0.05
+    )
     # a depthwise convolution: 15 inputs and 8 * 15 outputs a unit
     assert float(kernel.std()) == pytest.approx(math.sqrt(2 / (15 + 120)), rel=0.2)
     assert not model.region.attn.pe.bias.any() and not model.region.attn.pe.bias.requires_grad
@@ -147,13 +176,19 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        tensors = [x for x in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(x, torch.Tensor)]
+        tensors = [
+            x
+            for x in (out if isinstance(out, (tuple, list)) else (out,))
+            if isinstance(x, torch.Tensor)
+        ]
         self.numbers = max([self.numbers, *(x.numel() for x in tensors)])
         return out
 
 
 def test_no_attention_matrix_is_made():
-    """900 tiles in 2 x 2 regions: the logits, 4 regions x 2 heads x 225 x 225, would be 405,000 numbers."""
+    """900 tiles in 2 x 2 regions: the logits, 4 regions x 2 heads x 225 x 225, would be 405,000
+    numbers.
+    """
     model, bag = RRT(16, 2, hidden=16, heads=2, regions=2, epeg=3).train(), torch.randn(900, 16)
     with Largest() as largest:
         model(bag).logits.sum().backward()

@@ -1,4 +1,6 @@
-"""TransMIL: Nystrom attention against the nystrom-attention package and against dense attention, the model step by step."""
+"""TransMIL: Nystrom attention against the nystrom-attention package and against dense attention,
+the model step by step.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,13 @@ from mil.models.transmil import PPEG, TransMIL
 
 
 def package_of(layer: NystromAttention, dim: int) -> PackageAttention:
-    twin = PackageAttention(dim=dim, dim_head=dim // layer.heads, heads=layer.heads, num_landmarks=layer.landmarks, dropout=0.1)
+    twin = PackageAttention(
+        dim=dim,
+        dim_head=dim // layer.heads,
+        heads=layer.heads,
+        num_landmarks=layer.landmarks,
+        dropout=0.1,
+    )
     twin.load_state_dict(layer.state_dict())
     return twin.eval()
 
@@ -29,7 +37,9 @@ def test_nystrom_attention_is_the_packages(n: int):
     out, row = layer(x)
     expected, attention = package_of(layer, 16)(x[None], return_attn=True)
     torch.testing.assert_close(out, expected[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(row, attention[0, :, -n, -n:], rtol=1e-5, atol=1e-5)  # the package keeps the zeros in front
+    torch.testing.assert_close(
+        row, attention[0, :, -n, -n:], rtol=1e-5, atol=1e-5
+    )  # the package keeps the zeros in front
 
 
 @torch.no_grad()
@@ -37,11 +47,16 @@ def test_nystrom_attention_is_dense_attention_when_every_token_is_a_landmark():
     torch.manual_seed(0)
     layer = NystromAttention(8, heads=2, landmarks=6, iterations=20).eval().double()
     x = torch.randn(6, 8, dtype=torch.float64)
-    q, k, v = (part.unflatten(1, (2, 4)).transpose(0, 1) for part in layer.to_qkv(x).chunk(3, dim=1))
+    q, k, v = (
+        part.unflatten(1, (2, 4)).transpose(0, 1) for part in layer.to_qkv(x).chunk(3, dim=1)
+    )
     dense = (q @ k.transpose(1, 2) / 2).softmax(-1)
     shifted = torch.nn.functional.pad(v, (0, 0, 16, 16))
     residual = torch.stack(
-        [sum(layer.res_conv.weight[h, 0, i, 0] * shifted[h, i : i + 6] for i in range(33)) for h in range(2)]
+        [
+            sum(layer.res_conv.weight[h, 0, i, 0] * shifted[h, i : i + 6] for i in range(33))
+            for h in range(2)
+        ]
     )
     expected = layer.to_out((dense @ v + residual).transpose(0, 1).flatten(1))
     out, row = layer(x)
@@ -51,7 +66,9 @@ def test_nystrom_attention_is_dense_attention_when_every_token_is_a_landmark():
 
 def test_pseudo_inverse_inverts():
     x = torch.rand(2, 5, 5, dtype=torch.float64) + 3 * torch.eye(5)
-    torch.testing.assert_close(pseudo_inverse(x, 30) @ x, torch.eye(5, dtype=torch.float64).expand(2, 5, 5))
+    torch.testing.assert_close(
+        pseudo_inverse(x, 30) @ x, torch.eye(5, dtype=torch.float64).expand(2, 5, 5)
+    )
 
 
 @torch.no_grad()
@@ -77,14 +94,18 @@ def test_model_is_the_published_forward(n: int):
         normed = layer_norm(x, (16,), layer.norm.weight, layer.norm.bias)
         seen, attention = package_of(layer.attn, 16)(normed, return_attn=True)
         x = x + seen
-        rows = attention[0, :, -(side * side + 1), -side * side :]  # of the class token, without itself
+        rows = attention[
+            0, :, -(side * side + 1), -side * side :
+        ]  # of the class token, without itself
         maps.append(rows[:, :n].clone())
         maps[-1][:, : side * side - n] += rows[:, n:]  # what the repeated tiles got
         if i == 0:
             x = torch.cat([x[:, :1], model.pos_layer(x[0, 1:])[None]], dim=1)
     token = layer_norm(x[0, 0], (16,), model.norm.weight, model.norm.bias)
     output = model(bag)
-    torch.testing.assert_close(output.logits, model.head.weight @ token + model.head.bias, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        output.logits, model.head.weight @ token + model.head.bias, rtol=1e-5, atol=1e-5
+    )
     own = maps[1].mean(0).clamp(min=0)
     torch.testing.assert_close(output.attention, own / own.sum(), rtol=1e-4, atol=1e-5)
     # MHIM-MIL ranks by the first layer (--attn_layer=0 of its authors' commands)
@@ -95,18 +116,32 @@ def test_model_is_the_published_forward(n: int):
 
 def test_published_sizes():
     model = TransMIL(1024, 2)
-    assert model.layer1.attn.landmarks == 256 and model.layer1.attn.heads == 8 and model.layer1.attn.iterations == 6
+    assert (
+        model.layer1.attn.landmarks == 256
+        and model.layer1.attn.heads == 8
+        and model.layer1.attn.iterations == 6
+    )
     # 2.67 million parameters are TransMIL's on 1024 wide features
     assert (
         sum(p.numel() for p in model.parameters())
-        == 1024 * 512 + 512 + 512 + 2 * (4 * 512 * 512 + 512 + 8 * 33 + 1024) + 512 * (49 + 25 + 9 + 3) + 1024 + 1026
+        == 1024 * 512
+        + 512
+        + 512
+        + 2 * (4 * 512 * 512 + 512 + 8 * 33 + 1024)
+        + 512 * (49 + 25 + 9 + 3)
+        + 1024
+        + 1026
     )
 
 
 def test_class_token_starts_normal():
     torch.manual_seed(0)
     token = TransMIL(8, 2).cls_token.detach()
-    assert token.shape == (1, 512) and abs(float(token.std()) - 1) < 0.15 and abs(float(token.mean())) < 0.15
+    assert (
+        token.shape == (1, 512)
+        and abs(float(token.std()) - 1) < 0.15
+        and abs(float(token.mean())) < 0.15
+    )
 
 
 def test_ten_thousand_tiles_take_seconds():

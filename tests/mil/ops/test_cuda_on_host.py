@@ -1,4 +1,6 @@
-"""The CUDA kernels of the sparse attention op, run thread by thread on the CPU against the reference."""
+"""The CUDA kernels of the sparse attention op, run thread by thread on the CPU against the
+reference.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,17 @@ class Bags(ctypes.Structure):
     ]
 
 
-POINTERS = ("maps", "value", "locations", "weights", "out", "grad_out", "grad_value", "grad_locations", "grad_weights")
+POINTERS = (
+    "maps",
+    "value",
+    "locations",
+    "weights",
+    "out",
+    "grad_out",
+    "grad_value",
+    "grad_locations",
+    "grad_weights",
+)
 
 
 class CudaCall(ctypes.Structure):
@@ -58,7 +70,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The kernels, compiled for the host."""
     folder = OPS / "csrc" / "cuda"
     sources = [SHARED / "cuda_lanes.cuh", folder / "launch.h", folder / "kernels.cuh"]
-    return ctypes.CDLL(str(build_for_host(sources, tmp_path_factory.mktemp("sparse") / "libsparse.so", ENTRY)))
+    return ctypes.CDLL(
+        str(build_for_host(sources, tmp_path_factory.mktemp("sparse") / "libsparse.so", ENTRY))
+    )
 
 
 def bags_of(case: Case, first: int, end: int) -> Bags:
@@ -77,8 +91,12 @@ def bags_of(case: Case, first: int, end: int) -> Bags:
     return bags
 
 
-def run_kernels(library: ctypes.CDLL, case: Case, grad: Tensor, deterministic: bool, at_once: int = 3) -> tuple[Tensor, ...]:
-    """Output and gradients of the kernels, called as `binding.cpp` calls them, `at_once` bags a launch."""
+def run_kernels(
+    library: ctypes.CDLL, case: Case, grad: Tensor, deterministic: bool, at_once: int = 3
+) -> tuple[Tensor, ...]:
+    """Output and gradients of the kernels, called as `binding.cpp` calls them, `at_once` bags a
+    launch.
+    """
     value, locations, weights = (tensor.detach() for tensor in case.leaves)
     out = torch.full_like(grad, float("nan"))
     grads = (
@@ -86,7 +104,9 @@ def run_kernels(library: ctypes.CDLL, case: Case, grad: Tensor, deterministic: b
         torch.full_like(locations, torch.nan),
         torch.full_like(weights, torch.nan),
     )
-    call = CudaCall(len(value), value.shape[1], value.shape[2], weights.shape[2], int(case.renormalise))
+    call = CudaCall(
+        len(value), value.shape[1], value.shape[2], weights.shape[2], int(case.renormalise)
+    )
     tensors = (case.index.maps, value, locations, weights, out, grad, *grads)
     for name, tensor in zip(POINTERS, tensors, strict=True):
         setattr(call, name, tensor.data_ptr())
@@ -104,15 +124,25 @@ def run_kernels(library: ctypes.CDLL, case: Case, grad: Tensor, deterministic: b
     return out, *grads
 
 
-def check(library: ctypes.CDLL, case: Case, value: Tensor | None = None, deterministic: bool = False, at_once: int = 3) -> None:
+def check(
+    library: ctypes.CDLL,
+    case: Case,
+    value: Tensor | None = None,
+    deterministic: bool = False,
+    at_once: int = 3,
+) -> None:
     """The kernels, on `value` in place of the case's own, against the reference on the case."""
     exact = case.doubled()
     wanted = with_gradients(exact, run(exact, "reference"))
     grad = (torch.arange(wanted[0].numel()) % 7 - 3).view(wanted[0].shape).to(case.value.dtype)
-    found = run_kernels(library, case if value is None else replace(case, value=value), grad, deterministic, at_once)
+    found = run_kernels(
+        library, case if value is None else replace(case, value=value), grad, deterministic, at_once
+    )
     low = 5e-3 if case.value.dtype == torch.bfloat16 else 3e-6
     for a, b, limit in zip(found, wanted, (low, 3e-6, 3e-6, 3e-6), strict=True):
-        assert (a.double() - b.detach()).square().mean().sqrt() <= limit * b.detach().square().mean().sqrt()
+        assert (
+            a.double() - b.detach()
+        ).square().mean().sqrt() <= limit * b.detach().square().mean().sqrt()
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -123,7 +153,9 @@ def test_our_kernels_equal_the_reference(
     library: ctypes.CDLL, dim: int, dtype: torch.dtype, renormalise: bool, deterministic: bool
 ) -> None:
     case = make_case(dim, 12, dtype, renormalise=renormalise)
-    fenced = torch.full((case.value.numel() + 128,), float("nan"), dtype=dtype)  # nothing beyond the rows may be read
+    fenced = torch.full(
+        (case.value.numel() + 128,), float("nan"), dtype=dtype
+    )  # nothing beyond the rows may be read
     value = fenced[64:-64].view(case.value.shape).copy_(case.value.detach())
     value[-2:] = torch.nan  # nor rows that no map names
     check(library, case, value, deterministic)
@@ -145,7 +177,13 @@ def test_rows_beyond_the_values_are_not_read(library: ctypes.CDLL) -> None:
     case = make_case(8, 20, torch.float32)
     short = replace(case, value=case.value.detach()[:20].clone())
     maps = torch.where(case.index.maps < 20, case.index.maps, -1)
-    honest = replace(short, index=case.index._replace(maps=maps), value=short.value.requires_grad_())
+    honest = replace(
+        short, index=case.index._replace(maps=maps), value=short.value.requires_grad_()
+    )
     grad = torch.ones(20, 24)
-    for a, b in zip(run_kernels(library, short, grad, False), run_kernels(library, honest, grad, False), strict=True):
+    for a, b in zip(
+        run_kernels(library, short, grad, False),
+        run_kernels(library, honest, grad, False),
+        strict=True,
+    ):
         assert torch.equal(a, b)

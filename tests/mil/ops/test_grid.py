@@ -1,4 +1,6 @@
-"""The index of a sparse bag: steps, positions, maps, pooled levels, packed bags, and what is refused."""
+"""The index of a sparse bag: steps, positions, maps, pooled levels, packed bags, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,21 @@ SQUARE = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
     ("coords", "step"),
     [
         ([[0, 0], [256, 0], [512, 0], [512, 256]], 256),
-        ([[7, 0], [231, 0], [455, 0], [903, 0], [7, 448]], 224),  # a hole is not a step, and of two the smaller is
+        (
+            [[7, 0], [231, 0], [455, 0], [903, 0], [7, 448]],
+            224,
+        ),  # a hole is not a step, and of two the smaller is
         ([[0, 0], [100, 100]], 100),  # no two in one row or column
         ([[5, 5]], 1),
         ([[3, 3], [3, 3]], 1),
-        ([[0, 0], [512, 0], [1025, 0], [1537, 0], [2049, 0], [2562, 0]], 512.4),  # a step that is no whole number
-        ([[0, 0], [256, 0], [512, 0], [2000, 60], [2256, 60], [2512, 60]], 256),  # two grids that do not align
+        (
+            [[0, 0], [512, 0], [1025, 0], [1537, 0], [2049, 0], [2562, 0]],
+            512.4,
+        ),  # a step that is no whole number
+        (
+            [[0, 0], [256, 0], [512, 0], [2000, 60], [2256, 60], [2512, 60]],
+            256,
+        ),  # two grids that do not align
     ],
 )
 def test_the_step_is_the_commonest_distance(coords: list[list[int]], step: float) -> None:
@@ -36,13 +47,19 @@ def test_tiles_that_do_not_overlap_never_share_a_cell() -> None:
     positions = grid_positions(np.stack((x, 0 * x), 1), 100)
     assert positions[:, 0].tolist() == [0, 1, 3, 4, 12, 13]
     grid = build_grid([torch.from_numpy(np.stack((x + 1000, 0 * x - 5), 1))])
-    assert grid.sizes == (6,) and grid.step == (100.0,) and grid.positions[:, 0].tolist() == [0, 1, 3, 4, 12, 13]
+    assert (
+        grid.sizes == (6,)
+        and grid.step == (100.0,)
+        and grid.positions[:, 0].tolist() == [0, 1, 3, 4, 12, 13]
+    )
 
 
 def test_tiles_in_one_cell_share_its_mean() -> None:
     grid = build_grid([torch.tensor([[100, 0], [0, 0], [110, 0]])], step=100)
     assert grid.sizes == (2,) and grid.rows.tolist() == [1, 0, 1]
-    torch.testing.assert_close(grid.pool(torch.tensor([[1.0], [5.0], [2.0]])), torch.tensor([[5.0], [1.5]]))
+    torch.testing.assert_close(
+        grid.pool(torch.tensor([[1.0], [5.0], [2.0]])), torch.tensor([[5.0], [1.5]])
+    )
 
 
 @pytest.mark.parametrize("levels", [1, 2, 4])
@@ -53,11 +70,16 @@ def test_levels_are_means_of_the_tiles_that_are_there(levels: int) -> None:
     coords = torch.cat((torch.tensor([[0, 0]]), coords[(coords != 0).any(1)]))
     tiles = torch.randn(len(coords), 3, generator=generator, dtype=torch.float64)
     grid = build_grid([coords * 64], levels, step=64)
-    rows, cells = grid.pool(tiles), {tuple(place): tile for place, tile in zip(coords.tolist(), tiles)}
+    rows, cells = (
+        grid.pool(tiles),
+        {tuple(place): tile for place, tile in zip(coords.tolist(), tiles)},
+    )
     maps = grid.index.maps.split([int(h * w) for h, w in grid.index.shapes[0].tolist()])
     seen = []
     for width, map_ in zip(grid.index.shapes[0, :, 1].tolist(), maps, strict=True):
-        found = {(i % width, i // width): rows[row] for i, row in enumerate(map_.tolist()) if row >= 0}
+        found = {
+            (i % width, i // width): rows[row] for i, row in enumerate(map_.tolist()) if row >= 0
+        }
         assert found.keys() == cells.keys()
         seen += map_[map_ >= 0].tolist()
         for place, tile in cells.items():
@@ -72,7 +94,12 @@ def test_levels_are_means_of_the_tiles_that_are_there(levels: int) -> None:
 def test_positions_on_coarser_levels_are_centres() -> None:
     grid = build_grid([SQUARE * 10], 2, step=10)
     assert grid.level_positions(0)[3].tolist() == [1.0, 1.0]
-    assert grid.level_positions(1).tolist() == [[-0.25, -0.25], [0.25, -0.25], [-0.25, 0.25], [0.25, 0.25]]
+    assert grid.level_positions(1).tolist() == [
+        [-0.25, -0.25],
+        [0.25, -0.25],
+        [-0.25, 0.25],
+        [0.25, 0.25],
+    ]
 
 
 def test_pooling_has_gradients_and_does_not_care_for_the_order_of_tiles() -> None:
@@ -81,11 +108,17 @@ def test_pooling_has_gradients_and_does_not_care_for_the_order_of_tiles() -> Non
     grid = build_grid([coords], 3, step=10)
     assert torch.autograd.gradcheck(grid.pool, (tiles,))
     order = torch.tensor([3, 5, 0, 1, 4, 2])
-    torch.testing.assert_close(build_grid([coords[order]], 3, step=10).pool(tiles[order]), grid.pool(tiles))
+    torch.testing.assert_close(
+        build_grid([coords[order]], 3, step=10).pool(tiles[order]), grid.pool(tiles)
+    )
 
 
 def test_packed_bags_are_the_bags_one_after_the_other() -> None:
-    bags = [SQUARE * 7, torch.zeros(0, 2, dtype=torch.int64), torch.tensor([[70, 0], [91, 14], [0, 0], [7, 0]])]
+    bags = [
+        SQUARE * 7,
+        torch.zeros(0, 2, dtype=torch.int64),
+        torch.tensor([[70, 0], [91, 14], [0, 0], [7, 0]]),
+    ]
     tiles = [torch.randn(len(bag), 2) for bag in bags]
     packed = build_grid(bags, 2, step=7)
     rows, start = packed.pool(torch.cat(tiles)), 0
@@ -93,7 +126,9 @@ def test_packed_bags_are_the_bags_one_after_the_other() -> None:
     for bag, part in zip(bags, tiles, strict=True):
         alone = build_grid([bag], 2, step=7)
         size = len(alone.index.maps)
-        for one, two in zip(alone.index.maps.tolist(), packed.index.maps[start : start + size].tolist(), strict=True):
+        for one, two in zip(
+            alone.index.maps.tolist(), packed.index.maps[start : start + size].tolist(), strict=True
+        ):
             assert (one < 0) == (two < 0)
             if one >= 0:
                 torch.testing.assert_close(alone.pool(part)[one], rows[two])
@@ -103,7 +138,9 @@ def test_packed_bags_are_the_bags_one_after_the_other() -> None:
 
 def test_islands_too_far_apart_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     far = torch.tensor([[0, 0], [1, 0], [2, 0], [10_000_000, 10_000_000]])
-    with pytest.raises(UserError, match=r"4 tiles on a grid of 10000001 x 10000001 cells.* step being 1 px.*step="):
+    with pytest.raises(
+        UserError, match=r"4 tiles on a grid of 10000001 x 10000001 cells.* step being 1 px.*step="
+    ):
         build_grid([far])
     assert build_grid([far], step=100_000).sizes == (2,)
     monkeypatch.setattr(module, "MAX_CELLS", 3)

@@ -1,4 +1,6 @@
-"""Coords that know their slide's grid: one step for every draw, the file before a guess, no slide too odd to train on."""
+"""Coords that know their slide's grid: one step for every draw, the file before a guess, no slide
+too odd to train on.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,13 @@ from patch_encoder.tiles.coordinates import FULL_GEOMETRY
 
 CPU = World(0, 1, torch.device("cpu"))
 ODD = torch.tensor([[1000, 1000], [50001, 40003], [50002, 90000]])  # on no grid
-OURS = {"patch_size": 256, "patch_size_level0": 512, "patch_level": 1, "target_size": 256, "overlap": 0.0}
+OURS = {
+    "patch_size": 256,
+    "patch_size_level0": 512,
+    "patch_level": 1,
+    "target_size": 256,
+    "overlap": 0.0,
+}
 
 
 def tissue(tiles: int = 400, step: int = 256, seed: int = 0) -> torch.Tensor:
@@ -47,13 +55,17 @@ def deform(**options: Any) -> torch.nn.Module:
 def test_every_draw_lies_where_the_whole_bag_does(known: bool) -> None:
     coords = tissue()
     whole = build_grid([coords], 2)
-    sample = Sample("s", torch.zeros(400, 6), placed(coords, OURS | {"overlap": 0.5}) if known else coords, 0)
+    sample = Sample(
+        "s", torch.zeros(400, 6), placed(coords, OURS | {"overlap": 0.5}) if known else coords, 0
+    )
     alone = set()
     for _, tiles in draws([(sample, place) for place in range(30)], 6, 0):
         assert tiles is not None
         drawn = sample.load(tiles)[1]
         grid = build_grid([drawn], 2)
-        assert grid.step == whole.step == (256.0,) and torch.equal(grid.positions, whole.positions[tiles])
+        assert grid.step == whole.step == (256.0,) and torch.equal(
+            grid.positions, whole.positions[tiles]
+        )
         assert torch.equal(drawn, coords[tiles])  # still level-0 pixels
         alone.add(infer_step(coords[tiles].numpy()))
     assert len(alone) > 3  # what six tiles themselves say
@@ -63,13 +75,21 @@ def test_every_draw_lies_where_the_whole_bag_does(known: bool) -> None:
 def test_the_model_sees_a_draw_as_a_part_of_its_bag() -> None:
     coords, tiles = tissue(), torch.arange(0, 400, 29)
     x, corners = torch.randn(400, 6), [coords[:, 0].argmin(), coords[:, 1].argmin()]
-    tiles = torch.cat((tiles, torch.stack(corners))).unique()  # with both corners: their own grid is the bag's
+    tiles = torch.cat(
+        (tiles, torch.stack(corners))
+    ).unique()  # with both corners: their own grid is the bag's
     drawn = deform().eval()(*Sample("s", x, coords, 0).load(tiles))
     expected = deform(step=256.0).eval()(x[tiles], coords[tiles])
-    assert torch.equal(drawn.logits, expected.logits) and torch.equal(drawn.attention, expected.attention)
-    assert not torch.equal(drawn.logits, deform().eval()(x[tiles], coords[tiles]).logits)  # a guess from 16 tiles
+    assert torch.equal(drawn.logits, expected.logits) and torch.equal(
+        drawn.attention, expected.attention
+    )
+    assert not torch.equal(
+        drawn.logits, deform().eval()(x[tiles], coords[tiles]).logits
+    )  # a guess from 16 tiles
     sample = Sample("s", x, coords, 0)
-    assert torch.equal(examine(deform(), sample, CPU.device).logits, deform().eval()(x, coords).logits)  # whole bags as ever
+    assert torch.equal(
+        examine(deform(), sample, CPU.device).logits, deform().eval()(x, coords).logits
+    )  # whole bags as ever
     own = deform(step=512.0).eval()  # what is asked for counts
     assert torch.equal(own(*sample.load()).logits, own(x, coords).logits)
 
@@ -87,7 +107,8 @@ def test_a_tile_alone_is_a_bag_of_its_own() -> None:
         (OURS, 512.0),
         (OURS | {"overlap": 0.25}, 384.0),
         (OURS | {"step_level0": 300}, 300.0),
-        ({"patch_size": 256, "patch_size_level0": 1024, "overlap": 64}, 768.0),  # TRIDENT's, in px after resampling
+        # TRIDENT's, in px after resampling
+        ({"patch_size": 256, "patch_size_level0": 1024, "overlap": 64}, 768.0),
         ({"patch_size": 1, "patch_level": 0, FULL_GEOMETRY: json.dumps(OURS | dict.fromkeys(
             ("target_mpp", "mpp", "level0_width", "level0_height"), 0) | {"name": "s"})}, 512.0),
         ({"patch_size": 512, "patch_level": 0}, 256.0),  # CLAM's says nothing of the step
@@ -97,7 +118,9 @@ def test_a_tile_alone_is_a_bag_of_its_own() -> None:
         ({}, 256.0),
     ],
 )  # fmt: skip
-def test_what_the_file_states_comes_before_what_coords_say(attributes: dict[str, Any], step: float) -> None:
+def test_what_the_file_states_comes_before_what_coords_say(
+    attributes: dict[str, Any], step: float
+) -> None:
     grid = placed(tissue(), attributes).grid
     assert grid.step == step and grid.origin.tolist() == [700, 900]
 
@@ -115,7 +138,11 @@ def test_bags_from_files_know_their_step(tmp_path: Path) -> None:
     write_bag(tmp_path / "b.h5", np.ones((400, 6), np.float32), tissue(step=700).numpy(), {})
     torch.save({"features": torch.ones(3, 6), "coords": ODD}, tmp_path / "c.pt")
     bags = load_bags({name: next(tmp_path.glob(f"{name}.*")) for name in "abc"})
-    steps = {slide: coords.grid.step for slide, coords in bags.coords.items() if isinstance(coords, SlideCoords)}
+    steps = {
+        slide: coords.grid.step
+        for slide, coords in bags.coords.items()
+        if isinstance(coords, SlideCoords)
+    }
     assert steps == {"a": 512.0, "b": 700.0, "c": 49001.0}
     assert bags.coords["c"].tolist() == ODD.tolist()
 
@@ -145,14 +172,24 @@ def test_tiles_on_no_grid_get_cells_of_their_density(count: int) -> None:
 @pytest.mark.parametrize("max_tiles", [0, 2])
 def test_three_tiles_on_no_grid_are_trained_on(max_tiles: int) -> None:
     aligned = Sample("good", torch.randn(400, 6), tissue(), 1)
-    far = torch.tensor([[0, 0], [1, 0], [2, 0], [1, 1], [10_000_000, 10_000_000]])  # a map of 1 px would not fit
-    samples = [Sample("odd", torch.randn(3, 6), ODD, 0), aligned, Sample("far", torch.randn(5, 6), far, 0)]
+    far = torch.tensor(
+        [[0, 0], [1, 0], [2, 0], [1, 1], [10_000_000, 10_000_000]]
+    )  # a map of 1 px would not fit
+    samples = [
+        Sample("odd", torch.randn(3, 6), ODD, 0),
+        aligned,
+        Sample("far", torch.randn(5, 6), far, 0),
+    ]
     model = deform()
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    assert np.isfinite(train_one_epoch(model, samples, optimizer, Recipe(max_tiles=max_tiles), CPU, [0, 1, 2]))
+    assert np.isfinite(
+        train_one_epoch(model, samples, optimizer, Recipe(max_tiles=max_tiles), CPU, [0, 1, 2])
+    )
 
 
-def test_cells_become_coarser_until_the_map_fits_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_cells_become_coarser_until_the_map_fits_and_it_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     coords = on_slide(torch.tensor([[0, 0], [1_000_000, 1_000_000]]), 16)
     step = coords.grid.step
     assert step == 128.0 and coords.grid.step == step
@@ -163,10 +200,24 @@ def test_cells_become_coarser_until_the_map_fits_and_it_is_said(caplog: pytest.L
 def test_corners_stay_corners_where_rows_are_picked_copied_or_moved() -> None:
     coords = on_slide(ODD, 0, 256)
     rows = torch.tensor([2, 0])
-    for kept in (coords[rows], coords[1:], coords.clone(), coords.to(torch.int32), coords.cpu(), coords.detach()):
+    for kept in (
+        coords[rows],
+        coords[1:],
+        coords.clone(),
+        coords.to(torch.int32),
+        coords.cpu(),
+        coords.detach(),
+    ):
         assert isinstance(kept, SlideCoords) and kept.grid is coords.grid
     assert on_slide(coords) is coords and copy.deepcopy(coords).grid is coords.grid
     assert pickle.loads(pickle.dumps(coords)).grid.step == 256.0  # as processes are given it
-    for plain in (coords[:, 0], coords[0], coords + 1, coords // 256, coords.split(1)[0], torch.stack([coords, coords])):
+    for plain in (
+        coords[:, 0],
+        coords[0],
+        coords + 1,
+        coords // 256,
+        coords.split(1)[0],
+        torch.stack([coords, coords]),
+    ):
         assert type(plain) is torch.Tensor
     assert type(ODD) is torch.Tensor

@@ -6,9 +6,13 @@ import csv
 from collections.abc import Callable
 from pathlib import Path
 
-# task -> header in place of `label`, and its cells from the slide's number and whether it is positive
+# task -> header in place of `label`, and its cells from the slide's number and whether it is
+# positive
 COHORTS: dict[str, tuple[str, Callable[[int, bool], str]]] = {
-    "multilabel": ("label", lambda i, positive: "|".join(["a"] * positive + ["b"] * (i % 3 == 0)) or "-"),
+    "multilabel": (
+        "label",
+        lambda i, positive: "|".join(["a"] * positive + ["b"] * (i % 3 == 0)) or "-",
+    ),
     "ordinal": ("label", lambda i, positive: str(2 * positive + (i // 2) % 2)),
     "cox": ("time,event", lambda i, positive: f"{1 if positive else 9},{int(i % 4 != 3)}"),
 }
@@ -20,6 +24,11 @@ def rewrite(cohort: Path, kind: str) -> Path:
     header, cells = COHORTS[kind]
     with (cohort / "labels.csv").open() as stream:
         rows = list(csv.DictReader(stream))
-    lines = [f"{r['case_id']},{r['slide_id']},{cells(i, r['label'] == 'pos')},{r['split']}" for i, r in enumerate(rows)]
-    (cohort / "labels.csv").write_text("\n".join([f"case_id,slide_id,{header},split", *lines]) + "\n")
+    lines = [
+        f"{r['case_id']},{r['slide_id']},{cells(i, r['label'] == 'pos')},{r['split']}"
+        for i, r in enumerate(rows)
+    ]
+    (cohort / "labels.csv").write_text(
+        "\n".join([f"case_id,slide_id,{header},split", *lines]) + "\n"
+    )
     return cohort

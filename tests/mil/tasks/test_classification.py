@@ -1,4 +1,6 @@
-"""Metrics against scikit-learn and hand-computed cases; the bootstrap against a loop that copies rows."""
+"""Metrics against scikit-learn and hand-computed cases; the bootstrap against a loop that copies
+rows.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def test_auc_by_hand_with_a_tie():
 def test_binary_metrics_are_scikit_learns(seed: int):
     targets, probabilities = draw(2, seed=seed)
     probabilities = two(np.round(probabilities[:, 1], 1))
-    assert auc(targets, probabilities)[0] == pytest.approx(sk.roc_auc_score(targets, probabilities[:, 1]))
+    assert auc(targets, probabilities)[0] == pytest.approx(
+        sk.roc_auc_score(targets, probabilities[:, 1])
+    )
     predicted = predict_class(probabilities, 0.4)
     assert (predicted == (probabilities[:, 1] >= 0.4)).all()
     values = {name: value[0] for name, value in rates(confusion(targets, predicted, 2)).items()}
@@ -55,19 +59,27 @@ def test_binary_metrics_are_scikit_learns(seed: int):
     assert values["sensitivity"] == pytest.approx(sk.recall_score(targets, predicted))
     assert values["specificity"] == pytest.approx(sk.recall_score(targets, predicted, pos_label=0))
     assert values["accuracy"] == pytest.approx(sk.accuracy_score(targets, predicted))
-    assert values["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(targets, predicted))
+    assert values["balanced_accuracy"] == pytest.approx(
+        sk.balanced_accuracy_score(targets, predicted)
+    )
 
 
 def test_multiclass_metrics_are_scikit_learns_macro():
     targets, probabilities = draw(4)
-    assert auc(targets, probabilities)[0] == pytest.approx(sk.roc_auc_score(targets, probabilities, multi_class="ovr"))
+    assert auc(targets, probabilities)[0] == pytest.approx(
+        sk.roc_auc_score(targets, probabilities, multi_class="ovr")
+    )
     predicted = predict_class(probabilities, None)
     values = rates(confusion(targets, predicted, 4))
     assert values["f1"][0] == pytest.approx(sk.f1_score(targets, predicted, average="macro"))
-    assert values["sensitivity"][0] == pytest.approx(sk.recall_score(targets, predicted, average="macro"))
+    assert values["sensitivity"][0] == pytest.approx(
+        sk.recall_score(targets, predicted, average="macro")
+    )
     by_hand = [((predicted != c) & (targets != c)).sum() / (targets != c).sum() for c in range(4)]
     assert values["specificity"][0] == pytest.approx(np.mean(by_hand))
-    assert values["balanced_accuracy"][0] == pytest.approx(sk.balanced_accuracy_score(targets, predicted))
+    assert values["balanced_accuracy"][0] == pytest.approx(
+        sk.balanced_accuracy_score(targets, predicted)
+    )
 
 
 def test_youden_threshold_by_hand():
@@ -86,7 +98,9 @@ def test_youden_threshold_is_the_best_of_all_cuts():
     scores = probabilities[:, 1]
     fpr, tpr, _ = sk.roc_curve(targets, scores)
     called = scores >= youden_threshold(targets == 1, scores)
-    assert called[targets == 1].mean() - called[targets == 0].mean() == pytest.approx((tpr - fpr).max())
+    assert called[targets == 1].mean() - called[targets == 0].mean() == pytest.approx(
+        (tpr - fpr).max()
+    )
 
 
 def test_weights_count_slides_as_often_as_copies_would():
@@ -96,7 +110,9 @@ def test_weights_count_slides_as_often_as_copies_would():
     weights = resample_patients(cases, 50, (7, 0))
     weighted = evaluate(run, weights)
     for b in range(50):
-        assert (weights[b][::2] == weights[b][1::2]).all() and weights[b][::2].sum() == 30  # whole patients
+        assert (weights[b][::2] == weights[b][1::2]).all() and weights[b][
+            ::2
+        ].sum() == 30  # whole patients
         rows = np.repeat(np.arange(len(targets)), weights[b])
         copied = evaluate(Predictions(0, cases[rows], targets[rows], probabilities[rows], None))
         for name in METRICS:
@@ -138,12 +154,18 @@ def test_interval_of_a_mean_over_folds_resamples_within_folds():
 def test_two_seeds_of_a_fold_share_their_resamples():
     targets, probabilities = draw(2, digits=3)
     run = Predictions(0, np.arange(60).astype(str), targets, probabilities, 0.5)
-    np.testing.assert_allclose(bootstrap([run, run], 100, 0)["auc"], bootstrap([run], 100, 0)["auc"])
+    np.testing.assert_allclose(
+        bootstrap([run, run], 100, 0)["auc"], bootstrap([run], 100, 0)["auc"]
+    )
 
 
 def test_summary_has_means_and_spread_over_runs():
-    first = Predictions(0, np.arange(4).astype(str), np.array([0, 1, 0, 1]), two([0.1, 0.9, 0.2, 0.8]), 0.5)
-    second = Predictions(1, np.arange(4).astype(str), np.array([0, 1, 0, 1]), two([0.9, 0.1, 0.2, 0.8]), 0.5)
+    first = Predictions(
+        0, np.arange(4).astype(str), np.array([0, 1, 0, 1]), two([0.1, 0.9, 0.2, 0.8]), 0.5
+    )
+    second = Predictions(
+        1, np.arange(4).astype(str), np.array([0, 1, 0, 1]), two([0.9, 0.1, 0.2, 0.8]), 0.5
+    )
     summary = summarise([first, second], bootstrap([first, second], 10, 0))
     assert summary["runs"] == 2
     assert summary["auc_mean"] == pytest.approx((1.0 + 0.25) / 2)

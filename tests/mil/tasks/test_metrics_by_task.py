@@ -1,4 +1,6 @@
-"""Metrics of several labels, of grades and of survival times against scikit-learn and loops over pairs; what logits mean."""
+"""Metrics of several labels, of grades and of survival times against scikit-learn and loops over
+pairs; what logits mean.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,13 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from mil.tasks.classification import Predictions, bootstrap, resample_patients, summarise, youden_threshold
+from mil.tasks.classification import (
+    Predictions,
+    bootstrap,
+    resample_patients,
+    summarise,
+    youden_threshold,
+)
 from mil.tasks.kinds import Task, classification
 from mil.tasks.multilabel import LabelPredictions, evaluate_labels, label_thresholds
 from mil.tasks.ordinal import evaluate_grades, grade
@@ -28,13 +36,21 @@ def grades_run() -> Predictions:
     generator = np.random.default_rng(1)
     targets = np.arange(80) % 4
     logits = generator.normal(size=(80, 4)) - 0.8 * np.abs(np.arange(4) - targets[:, None])
-    return Predictions(0, CASES, targets, np.exp(logits) / np.exp(logits).sum(1, keepdims=True), None)
+    return Predictions(
+        0, CASES, targets, np.exp(logits) / np.exp(logits).sum(1, keepdims=True), None
+    )
 
 
 def risks_run() -> RiskPredictions:
     generator = np.random.default_rng(2)
     times = generator.integers(1, 15, 80).astype(float)  # many ties
-    return RiskPredictions(0, CASES, times, generator.random(80) < 0.6, np.round(generator.normal(size=80) - times / 6, 1))
+    return RiskPredictions(
+        0,
+        CASES,
+        times,
+        generator.random(80) < 0.6,
+        np.round(generator.normal(size=80) - times / 6, 1),
+    )
 
 
 RUNS = {"multilabel": labels_run, "ordinal": grades_run, "cox": risks_run}
@@ -45,10 +61,14 @@ def test_labels_are_scikit_learns_macro_and_micro():
     values = {name: value[0] for name, value in evaluate_labels(run).items()}
     called = run.probabilities >= run.thresholds
     for average in ("macro", "micro"):
-        assert values[f"auc_{average}"] == pytest.approx(sk.roc_auc_score(run.targets, run.probabilities, average=average))
+        assert values[f"auc_{average}"] == pytest.approx(
+            sk.roc_auc_score(run.targets, run.probabilities, average=average)
+        )
         expected = sk.average_precision_score(run.targets, run.probabilities, average=average)
         assert values[f"auprc_{average}"] == pytest.approx(expected)
-        assert values[f"f1_{average}"] == pytest.approx(sk.f1_score(run.targets, called, average=average))
+        assert values[f"f1_{average}"] == pytest.approx(
+            sk.f1_score(run.targets, called, average=average)
+        )
     assert values["exact_match"] == pytest.approx(sk.accuracy_score(run.targets, called))
     assert values["hamming_loss"] == pytest.approx(sk.hamming_loss(run.targets, called))
 
@@ -56,7 +76,9 @@ def test_labels_are_scikit_learns_macro_and_micro():
 def test_label_thresholds_are_each_labels_own():
     run = labels_run()
     cuts = label_thresholds(run.targets, run.probabilities)
-    assert cuts.tolist() == [youden_threshold(run.targets[:, i], run.probabilities[:, i]) for i in range(3)]
+    assert cuts.tolist() == [
+        youden_threshold(run.targets[:, i], run.probabilities[:, i]) for i in range(3)
+    ]
     assert label_thresholds(np.ones((4, 1), bool), np.full((4, 1), 0.9)).tolist() == [0.5]
 
 
@@ -64,11 +86,19 @@ def test_grades_are_scikit_learns():
     run = grades_run()
     values = {name: value[0] for name, value in evaluate_grades(run).items()}
     called = grade(run.probabilities)
-    assert values["kappa_quadratic"] == pytest.approx(sk.cohen_kappa_score(run.targets, called, weights="quadratic"))
-    assert values["kappa_linear"] == pytest.approx(sk.cohen_kappa_score(run.targets, called, weights="linear"))
-    assert values["mean_absolute_error"] == pytest.approx(sk.mean_absolute_error(run.targets, called))
+    assert values["kappa_quadratic"] == pytest.approx(
+        sk.cohen_kappa_score(run.targets, called, weights="quadratic")
+    )
+    assert values["kappa_linear"] == pytest.approx(
+        sk.cohen_kappa_score(run.targets, called, weights="linear")
+    )
+    assert values["mean_absolute_error"] == pytest.approx(
+        sk.mean_absolute_error(run.targets, called)
+    )
     assert values["accuracy"] == pytest.approx(sk.accuracy_score(run.targets, called))
-    assert values["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(run.targets, called))
+    assert values["balanced_accuracy"] == pytest.approx(
+        sk.balanced_accuracy_score(run.targets, called)
+    )
     aucs = [sk.roc_auc_score(run.targets >= k, run.probabilities[:, k:].sum(1)) for k in (1, 2, 3)]
     assert values["auc_above"] == pytest.approx(np.mean(aucs))
 
@@ -92,12 +122,16 @@ def harrell(times, events, risks) -> float:
 
 def test_c_index_is_the_loop_over_pairs():
     run = risks_run()
-    assert evaluate_risks(run)["c_index"][0] == pytest.approx(harrell(run.times, run.events, run.risks))
+    assert evaluate_risks(run)["c_index"][0] == pytest.approx(
+        harrell(run.times, run.events, run.risks)
+    )
     weights = resample_patients(CASES, 10, (0,))
     values = evaluate_risks(run, weights)
     for b in range(10):
         rows = np.repeat(np.arange(80), weights[b])
-        assert values["c_index"][b] == pytest.approx(harrell(run.times[rows], run.events[rows], run.risks[rows]))
+        assert values["c_index"][b] == pytest.approx(
+            harrell(run.times[rows], run.events[rows], run.risks[rows])
+        )
         assert values["event_share"][b] == pytest.approx(run.events[rows].mean())
 
 
@@ -106,9 +140,12 @@ def test_c_index_by_hand():
     times, events = np.array([1.0, 2, 3, 4]), np.array([True, False, True, False])
     one = np.ones((1, 4))
     assert concordance_index(times, events, np.array([4.0, 3, 2, 1]), one)[0] == 1.0
-    assert concordance_index(times, events, np.array([4.0, 5, 2, 2]), one)[0] == pytest.approx(2.5 / 4)
+    assert concordance_index(times, events, np.array([4.0, 5, 2, 2]), one)[0] == pytest.approx(
+        2.5 / 4
+    )
     assert np.isnan(concordance_index(times, np.zeros(4, bool), times, one)[0])
-    # without censoring and with one event time after another it is the AUC of "dies earlier" over all pairs
+    # without censoring and with one event time after another it is the AUC of "dies earlier" over
+    # all pairs
     assert concordance_index(times, np.ones(4, bool), -times, one)[0] == 1.0
 
 
@@ -120,7 +157,11 @@ def test_weights_are_copies_and_intervals_enclose_the_mean(kind: str):
     weighted = task.judge(run, weights)
     for b in range(5):
         rows = np.repeat(np.arange(80), weights[b])
-        fields = {name: value[rows] for name, value in vars(run).items() if isinstance(value, np.ndarray) and len(value) == 80}
+        fields = {
+            name: value[rows]
+            for name, value in vars(run).items()
+            if isinstance(value, np.ndarray) and len(value) == 80
+        }
         copied = task.judge(type(run)(**(vars(run) | fields)))
         for name in task.metrics:
             np.testing.assert_allclose(weighted[name][b], copied[name][0], err_msg=name)

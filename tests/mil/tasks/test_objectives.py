@@ -1,4 +1,6 @@
-"""Losses of the tasks against loops and libraries, their labels, and every model trained on every task."""
+"""Losses of the tasks against loops and libraries, their labels, and every model trained on every
+task.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,14 @@ from mil.tasks.objective_results import make_objective
 from mil.tasks.targets import read_targets
 from mil.tasks.task import Objective, interval_edges, objective_of
 from mil.train import Config, main
-from mil.training.engine import Recipe, Sample, check_recipe, load_classifier, predict, train_one_epoch
+from mil.training.engine import (
+    Recipe,
+    Sample,
+    check_recipe,
+    load_classifier,
+    predict,
+    train_one_epoch,
+)
 from tests.mil.models.small_options import SMALL
 from tests.mil.tasks.task_cohorts import COHORTS, rewrite
 
@@ -47,7 +56,10 @@ TASKS = {
 }
 TARGETS = {
     "classes": [0, 1, 2, 0],
-    "multilabel": [torch.tensor(v) for v in ([1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 1.0])],
+    "multilabel": [
+        torch.tensor(v)
+        for v in ([1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 1.0])
+    ],
     "ordinal": [0, 3, 1, 2],
     "cox": [torch.tensor(v) for v in ([1.0, 1.0], [3.0, 0.0], [2.0, 1.0], [5.0, 1.0])],
 }
@@ -63,14 +75,23 @@ def test_class_loss_smooths_and_focuses():
 
 
 def test_label_loss_is_torchs_and_focal_by_hand():
-    logits, target, weights = torch.randn(3), torch.tensor([1.0, 0.0, 1.0]), torch.tensor([1.0, 3.0, 0.5])
+    logits, target, weights = (
+        torch.randn(3),
+        torch.tensor([1.0, 0.0, 1.0]),
+        torch.tensor([1.0, 3.0, 0.5]),
+    )
     torch.testing.assert_close(
-        label_loss(logits, target, weights), binary_cross_entropy_with_logits(logits, target, pos_weight=weights)
+        label_loss(logits, target, weights),
+        binary_cross_entropy_with_logits(logits, target, pos_weight=weights),
     )
     p = torch.where(target > 0, logits.sigmoid(), 1 - logits.sigmoid())
-    torch.testing.assert_close(label_loss(logits, target, focal=2.0), (-((1 - p) ** 2) * p.log()).mean())
+    torch.testing.assert_close(
+        label_loss(logits, target, focal=2.0), (-((1 - p) ** 2) * p.log()).mean()
+    )
     soft = torch.tensor([0.9, 0.1, 0.9])
-    torch.testing.assert_close(label_loss(logits, target, smoothing=0.2), binary_cross_entropy_with_logits(logits, soft))
+    torch.testing.assert_close(
+        label_loss(logits, target, smoothing=0.2), binary_cross_entropy_with_logits(logits, soft)
+    )
 
 
 @pytest.mark.parametrize("grade", [0, 1, 2, 3])
@@ -86,7 +107,9 @@ def test_cox_is_breslows_loop():
     risks = GENERATOR.normal(size=8)
     loss = 0.0
     for i in np.flatnonzero(EVENTS):  # two events at time 1, an event and a censored one at time 3
-        loss -= risks[i] - math.log(sum(math.exp(risks[j]) for j in range(8) if TIMES[j] >= TIMES[i]))
+        loss -= risks[i] - math.log(
+            sum(math.exp(risks[j]) for j in range(8) if TIMES[j] >= TIMES[i])
+        )
     found = cox_loss(torch.from_numpy(risks), torch.from_numpy(TIMES), torch.from_numpy(EVENTS))
     assert float(found) == pytest.approx(loss / EVENTS.sum(), rel=1e-5)
     none = torch.zeros(3, requires_grad=True)
@@ -97,9 +120,15 @@ def test_cox_is_breslows_loop():
 def test_discrete_likelihood_by_hand():
     logits = torch.tensor([0.2, -1.0, 0.5])
     h = logits.sigmoid().tolist()
-    assert float(discrete_loss(logits, 1, True)) == pytest.approx(-math.log((1 - h[0]) * h[1]), rel=1e-5)
-    assert float(discrete_loss(logits, 1, False)) == pytest.approx(-math.log((1 - h[0]) * (1 - h[1])), rel=1e-5)
-    assert float(discrete_loss(logits, 1, False, 0.4)) == pytest.approx(-0.6 * math.log((1 - h[0]) * (1 - h[1])), rel=1e-5)
+    assert float(discrete_loss(logits, 1, True)) == pytest.approx(
+        -math.log((1 - h[0]) * h[1]), rel=1e-5
+    )
+    assert float(discrete_loss(logits, 1, False)) == pytest.approx(
+        -math.log((1 - h[0]) * (1 - h[1])), rel=1e-5
+    )
+    assert float(discrete_loss(logits, 1, False, 0.4)) == pytest.approx(
+        -0.6 * math.log((1 - h[0]) * (1 - h[1])), rel=1e-5
+    )
     survival = np.cumprod([1 - x for x in h])
     assert float(discrete_risk(logits[None])[0]) == pytest.approx(-survival.sum(), rel=1e-5)
 
@@ -113,40 +142,84 @@ def test_alpha_weighs_the_censored_slides_of_the_task():
         torch.testing.assert_close(task.loss(logits, died), plain.loss(logits, died))
 
 
-def test_alpha_goes_through_training_and_benchmark(make_cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_alpha_goes_through_training_and_benchmark(
+    make_cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     cohort = rewrite(make_cohort(slides=32), "discrete")
-    shared = [f"labels={cohort}/labels.csv", "device=cpu", "folds=2", "training.epochs=2", "task=discrete", "intervals=2"]
+    shared = [
+        f"labels={cohort}/labels.csv",
+        "device=cpu",
+        "folds=2",
+        "training.epochs=2",
+        "task=discrete",
+        "intervals=2",
+    ]
     said = {}
-    for name, more in (("plain", []), ("zero", ["censored_alpha=0"]), ("half", ["censored_alpha=0.5"])):
-        config = load_config(Config, [*shared, f"features={cohort}/bags", f"output={tmp_path}/{name}", "model=max", *more])
+    for name, more in (
+        ("plain", []),
+        ("zero", ["censored_alpha=0"]),
+        ("half", ["censored_alpha=0.5"]),
+    ):
+        config = load_config(
+            Config,
+            [*shared, f"features={cohort}/bags", f"output={tmp_path}/{name}", "model=max", *more],
+        )
         assert main(config) is None
         said[name] = (tmp_path / name / "predictions.csv").read_text()
         content = load_classifier(tmp_path / name / "checkpoint_best.pt", CPU.device)[1]
         assert objective_of(content["config"]["task"]).alpha == (0.5 if name == "half" else 0.0)
     assert said["plain"] == said["zero"] != said["half"]
-    grid = [*shared, f"features=[{cohort}/bags]", f"output={tmp_path}/all", "models=[max]", "headline=max", "seeds=[2024]"]
-    assert benchmark_main(load_config(BenchmarkConfig, [*grid, "resamples=20", "censored_alpha=0.5"])) == 0
-    assert (tmp_path / "all/runs/bags/max/seed2024_fold0/predictions.csv").read_text() == said["half"]
-    refused = [*shared, f"features={cohort}/bags", f"output={tmp_path}/none", "model=max", "censored_alpha=2"]
+    grid = [
+        *shared,
+        f"features=[{cohort}/bags]",
+        f"output={tmp_path}/all",
+        "models=[max]",
+        "headline=max",
+        "seeds=[2024]",
+    ]
+    assert (
+        benchmark_main(load_config(BenchmarkConfig, [*grid, "resamples=20", "censored_alpha=0.5"]))
+        == 0
+    )
+    assert (tmp_path / "all/runs/bags/max/seed2024_fold0/predictions.csv").read_text() == said[
+        "half"
+    ]
+    refused = [
+        *shared,
+        f"features={cohort}/bags",
+        f"output={tmp_path}/none",
+        "model=max",
+        "censored_alpha=2",
+    ]
     assert run_script(main, Config, refused) == 2 and not (tmp_path / "none").exists()
     assert "censored_alpha=2.0: expected a share" in capsys.readouterr().err
 
 
 def test_what_logits_mean():
     logits = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    torch.testing.assert_close(Objective("classes", ("a", "b", "c")).said(logits), logits.softmax(1))
-    torch.testing.assert_close(Objective("multilabel", ("a", "b", "c")).said(logits), logits.sigmoid())
+    torch.testing.assert_close(
+        Objective("classes", ("a", "b", "c")).said(logits), logits.softmax(1)
+    )
+    torch.testing.assert_close(
+        Objective("multilabel", ("a", "b", "c")).said(logits), logits.sigmoid()
+    )
     grades = Objective("ordinal", ("1", "2", "3", "4"))
     above = logits.sigmoid().cumprod(1)  # P(y > k) = P(y > k | y > k - 1) P(y > k - 1)
     said = grades.said(logits)
     torch.testing.assert_close(said.flip(1).cumsum(1).flip(1)[:, 1:], above)
     torch.testing.assert_close(said.sum(1), torch.ones(20, dtype=torch.float64))
     assert torch.equal(Objective("cox").said(logits[:, :1]), logits[:, :1])
-    assert grades.outputs == 3 and Objective("discrete", edges=(1.0, 2.0)).outputs == 3 and Objective("cox").outputs == 1
+    assert (
+        grades.outputs == 3
+        and Objective("discrete", edges=(1.0, 2.0)).outputs == 3
+        and Objective("cox").outputs == 1
+    )
 
 
 def test_epochs_are_compared_by_what_evaluation_reports():
-    """Harrell's index against a loop over pairs, quadratic kappa of the median grade against scikit-learn."""
+    """Harrell's index against a loop over pairs, quadratic kappa of the median grade against
+    scikit-learn.
+    """
     risks = torch.tensor([0.1, 0.9, 0.1, 0.3, 0.2, 0.5, 0.5, 0.0])
     wins = pairs = 0.0
     for i, j in itertools.permutations(range(8), 2):
@@ -184,11 +257,16 @@ def test_told_is_what_the_outputs_are_evidence_for():
 def test_cox_over_streams_is_the_weighted_sum_and_small_bags_fall_back_on_their_logits():
     risks = torch.randn(3, 3)
     aims = [torch.tensor(v) for v in ([1.0, 1.0], [2.0, 1.0], [3.0, 0.0])]
-    outputs = [MILOutput(r[:1], torch.ones(1), ((r[1:2], 0.7), (r[2:], 0.3)), torch.tensor(0.6)) for r in risks]
+    outputs = [
+        MILOutput(r[:1], torch.ones(1), ((r[1:2], 0.7), (r[2:], 0.3)), torch.tensor(0.6))
+        for r in risks
+    ]
     outputs[2] = MILOutput(risks[2][:1], torch.ones(1), ((risks[2][1:2], 0.7),), torch.tensor(0.3))
     times, events = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, True, False])
     second = torch.stack([risks[0, 2], risks[1, 2], risks[2, 0]])
-    expected = 0.7 * cox_loss(risks[:, 1], times, events) + 0.3 * cox_loss(second, times, events) + 0.5
+    expected = (
+        0.7 * cox_loss(risks[:, 1], times, events) + 0.3 * cox_loss(second, times, events) + 0.5
+    )
     torch.testing.assert_close(Objective("cox").step_loss(outputs, aims), expected)
 
 
@@ -198,15 +276,23 @@ def test_every_model_trains_on_every_task(name: str, kind: str):
     task = TASKS[kind]
     torch.manual_seed(0)
     places = torch.tensor([(x, y) for y in range(3) for x in range(4)])
-    bags = [Sample(str(i), torch.randn(12, 6), places, target, i % 2) for i, target in enumerate(TARGETS[kind])]
+    bags = [
+        Sample(str(i), torch.randn(12, 6), places, target, i % 2)
+        for i, target in enumerate(TARGETS[kind])
+    ]
     model = build(name, 6, task.outputs, dropout=0.0, **SMALL[name])
     recipe = Recipe(accumulate=4, epochs=1, balanced=True)
     before = {key: value.clone() for key, value in model.named_parameters()}
-    loss = train_one_epoch(model, bags, torch.optim.SGD(model.parameters(), 0.1), recipe, CPU, [2, 0, 3, 1], 0, task)
+    loss = train_one_epoch(
+        model, bags, torch.optim.SGD(model.parameters(), 0.1), recipe, CPU, [2, 0, 3, 1], 0, task
+    )
     moved = [key for key, value in model.named_parameters() if not torch.equal(value, before[key])]
     assert math.isfinite(loss) and any("head" in key or "tile" in key for key in moved)
     logits = predict(model, bags, CPU.device)
-    assert logits.shape == (4, task.outputs) and set(task.judge(logits, TARGETS[kind])) == {task.score, "loss"}
+    assert logits.shape == (4, task.outputs) and set(task.judge(logits, TARGETS[kind])) == {
+        task.score,
+        "loss",
+    }
     said = task.said(logits)
     assert said.shape == (4, 1 if kind in ("cox", "discrete") else len(task.names))
     if kind in ("classes", "ordinal"):
@@ -215,7 +301,9 @@ def test_every_model_trains_on_every_task(name: str, kind: str):
 
 
 def test_what_does_not_go_together_is_refused():
-    with pytest.raises(UserError, match="task=cox: expected one process and training.accumulate of 2 or more"):
+    with pytest.raises(
+        UserError, match="task=cox: expected one process and training.accumulate of 2 or more"
+    ):
         check_recipe(Recipe(), TASKS["cox"], CPU)
     with pytest.raises(UserError, match="expected one process"):
         check_recipe(Recipe(accumulate=4), TASKS["cox"], World(0, 2, torch.device("cpu")))
@@ -226,7 +314,9 @@ def test_what_does_not_go_together_is_refused():
     with pytest.raises(UserError, match="task=cox: censored_alpha is of task=discrete"):
         Objective("cox", alpha=0.5)
     for share in (-0.1, 1.1, math.nan):
-        with pytest.raises(UserError, match=r"censored_alpha=.*: expected a share, 0 <= censored_alpha <= 1"):
+        with pytest.raises(
+            UserError, match=r"censored_alpha=.*: expected a share, 0 <= censored_alpha <= 1"
+        ):
             Objective("discrete", edges=(1.0,), alpha=share)
 
 
@@ -242,11 +332,18 @@ def test_a_run_of_every_task_from_its_labels(make_cohort, tmp_path: Path, kind: 
         "training.accumulate=4",
     ]
     more += ["intervals=2", f"task={kind}", "dropout=0.0"]
-    config = load_config(Config, [f"labels={cohort}/labels.csv", f"features={cohort}/bags", f"output={tmp_path}/run", *more])
+    config = load_config(
+        Config,
+        [f"labels={cohort}/labels.csv", f"features={cohort}/bags", f"output={tmp_path}/run", *more],
+    )
     assert main(config) is None
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     score = {"multilabel": "auc", "ordinal": "kappa"}.get(kind, "c_index")
-    assert results["task"] == kind and math.isfinite(results[f"val_{score}"]) and score in results["test"]
+    assert (
+        results["task"] == kind
+        and math.isfinite(results[f"val_{score}"])
+        and score in results["test"]
+    )
     with (tmp_path / "run" / "predictions.csv").open() as stream:
         rows = [row for row in csv.DictReader(stream) if row["split"] == "test"]
     if score == "c_index":  # the easy signal is found
@@ -271,13 +368,25 @@ def test_a_run_of_every_task_from_its_labels(make_cohort, tmp_path: Path, kind: 
     [
         ("cox", "c,x,-1,1,train", r"line 2 \(slide x\): expected a time > 0 .*found '-1'"),
         ("cox", "c,x,nan,1,train", "expected a time > 0"),
-        ("discrete", "c,x,3,dead,train", r"slide x\): expected event 1 \(it happened\) or 0 \(censored\), found 'dead'"),
-        ("ordinal", "c,x,high,,train", "slide x: expected a grade that is a whole number, found 'high'"),
+        (
+            "discrete",
+            "c,x,3,dead,train",
+            r"slide x\): expected event 1 \(it happened\) or 0 \(censored\), found 'dead'",
+        ),
+        (
+            "ordinal",
+            "c,x,high,,train",
+            "slide x: expected a grade that is a whole number, found 'high'",
+        ),
         ("multilabel", "c,x,a||b,,train", r"slide x: expected different labels joined by '\|'"),
     ],
 )
 def test_a_cell_that_is_no_target_is_named(tmp_path: Path, kind: str, row: str, message: str):
-    header = "case_id,slide_id,time,event,split" if kind in ("cox", "discrete") else "case_id,slide_id,label,extra,split"
+    header = (
+        "case_id,slide_id,time,event,split"
+        if kind in ("cox", "discrete")
+        else "case_id,slide_id,label,extra,split"
+    )
     (tmp_path / "labels.csv").write_text(f"{header}\n{row}\n")
     with pytest.raises(UserError, match=message):
         read_targets(tmp_path / "labels.csv", kind)
@@ -288,7 +397,9 @@ def test_targets_name_columns_grades_and_doubles(tmp_path: Path):
     table.write_text("case_id,slide_id,label\nc1,s1,low\nc2,s2,high\nc3,s3,mid\n")
     _, targets = read_targets(table, "ordinal", grades=["low", "mid", "high"])
     assert [targets.of(s) for s in ("s1", "s2", "s3")] == [0, 2, 1]
-    with pytest.raises(UserError, match="expected one of the grades, found 'mid'; valid: high, low"):
+    with pytest.raises(
+        UserError, match="expected one of the grades, found 'mid'; valid: high, low"
+    ):
         read_targets(table, "ordinal", grades=["low", "high"])
     with pytest.raises(UserError, match="'time' is missing"):
         read_targets(table, "cox")

@@ -1,4 +1,6 @@
-"""Training: what it learns and does not, resume bit for bit, selection and threshold from validation slides."""
+"""Training: what it learns and does not, resume bit for bit, selection and threshold from
+validation slides.
+"""
 
 from __future__ import annotations
 
@@ -32,15 +34,36 @@ from mil.models import build
 from mil.tasks.classification import METRICS, youden_threshold
 from mil.tasks.task import Objective
 from mil.train import Config, build_job, main
-from mil.training.engine import Recipe, Sample, class_weights, is_better, is_over, load_classifier, train_one_epoch
+from mil.training.engine import (
+    Recipe,
+    Sample,
+    class_weights,
+    is_better,
+    is_over,
+    load_classifier,
+    train_one_epoch,
+)
 from patch_encoder.bags.files import read_bag, write_bag
 
 CPU = World(0, 1, torch.device("cpu"))
-SMALL = ("device=cpu", "training.epochs=6", "training.min_epochs=6", "training.save_every=2", "folds=3", "training.lr=1e-3")
+SMALL = (
+    "device=cpu",
+    "training.epochs=6",
+    "training.min_epochs=6",
+    "training.save_every=2",
+    "folds=3",
+    "training.lr=1e-3",
+)
 
 
 def arguments(cohort: Path, output: Path, *more: str) -> list[str]:
-    return [f"labels={cohort}/labels.csv", f"features={cohort}/bags", f"output={output}", *SMALL, *more]
+    return [
+        f"labels={cohort}/labels.csv",
+        f"features={cohort}/bags",
+        f"output={output}",
+        *SMALL,
+        *more,
+    ]
 
 
 def train(cohort: Path, output: Path, *more: str) -> dict:
@@ -67,28 +90,48 @@ def assert_same_files(first: Path, second: Path) -> None:
 
 def samples(count: int = 6, seed: int = 0) -> list[Sample]:
     generator = torch.Generator().manual_seed(seed)
-    return [Sample(f"s{i}", torch.randn(4 + i, 5, generator=generator), None, i % 2) for i in range(count)]
+    return [
+        Sample(f"s{i}", torch.randn(4 + i, 5, generator=generator), None, i % 2)
+        for i in range(count)
+    ]
 
 
 @pytest.mark.parametrize("name", ["mean", "max", "abmil", "gated_abmil"])
-def test_every_model_trains_and_leaves_a_whole_run_directory(make_cohort, tmp_path: Path, name: str):
+def test_every_model_trains_and_leaves_a_whole_run_directory(
+    make_cohort, tmp_path: Path, name: str
+):
     results = train(make_cohort(), tmp_path / "run", f"model={name}", "standardize=true")
     assert set(METRICS) == set(results["test"])
-    files = {"config.yaml", "metrics.jsonl", "checkpoint_last.pt", "checkpoint_best.pt", "results.json", "environment.json"}
+    files = {
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoint_last.pt",
+        "checkpoint_best.pt",
+        "results.json",
+        "environment.json",
+    }
     assert files | {"predictions.csv"} <= {p.name for p in (tmp_path / "run").iterdir()}
     model, content = load_classifier(tmp_path / "run" / "checkpoint_best.pt", torch.device("cpu"))
-    assert content["config"]["class_names"] == ["neg", "pos"] and content["epoch"] == results["best_epoch"]
+    assert (
+        content["config"]["class_names"] == ["neg", "pos"]
+        and content["epoch"] == results["best_epoch"]
+    )
     with (tmp_path / "run" / "predictions.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert {row["split"] for row in rows} == {"val", "test"}
     val = [row for row in rows if row["split"] == "val"]
-    positive, scores = np.array([row["label"] == "pos" for row in val]), np.array([float(row["prob_pos"]) for row in val])
+    positive, scores = (
+        np.array([row["label"] == "pos" for row in val]),
+        np.array([float(row["prob_pos"]) for row in val]),
+    )
     assert results["val_auc"] == pytest.approx(roc_auc_score(positive, scores))
     assert results["threshold"] == pytest.approx(youden_threshold(positive, scores))
     for row in rows:
         bag = read_bag(tmp_path / "cohort" / "bags" / "h5_files" / f"{row['slide_id']}.h5")
         with torch.no_grad():
-            probability = model(torch.from_numpy(bag.features), torch.from_numpy(bag.coords)).logits.softmax(0)[1]
+            probability = model(
+                torch.from_numpy(bag.features), torch.from_numpy(bag.coords)
+            ).logits.softmax(0)[1]
         assert float(row["prob_pos"]) == pytest.approx(float(probability), rel=1e-5)
         assert (row["predicted"] == "pos") == (float(row["prob_pos"]) >= results["threshold"])
 
@@ -102,7 +145,9 @@ def test_attention_separates_an_easy_problem_and_not_shuffled_labels(make_cohort
     assert 0.2 < train(none, tmp_path / "none_run", *more)["test"]["auc"] < 0.8
 
 
-@pytest.mark.parametrize("more", [("model=abmil",), ("model=mean", "standardize=true", "training.accumulate=4")])
+@pytest.mark.parametrize(
+    "more", [("model=abmil",), ("model=mean", "standardize=true", "training.accumulate=4")]
+)
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(
     make_cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
 ):
@@ -122,7 +167,9 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(
     with pytest.raises(KeyboardInterrupt):
         train(cohort, tmp_path / "parts", *more)
     assert torch.load(tmp_path / "parts" / "checkpoint_last.pt", weights_only=True)["epoch"] == 2
-    assert len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) == 3  # one epoch beyond the checkpoint
+    assert (
+        len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) == 3
+    )  # one epoch beyond the checkpoint
     train(cohort, tmp_path / "parts", *more)
     assert epochs == 8  # epochs 3 to 6 after the kill
     assert_same_files(tmp_path / "whole", tmp_path / "parts")
@@ -131,7 +178,9 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(
     assert (tmp_path / "parts" / "checkpoint_last.pt").stat().st_mtime_ns == before and epochs == 8
 
 
-def test_other_settings_or_bags_need_overwrite(make_cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_other_settings_or_bags_need_overwrite(
+    make_cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     cohort = make_cohort()
     train(cohort, tmp_path / "run")
     assert run_script(main, Config, arguments(cohort, tmp_path / "run", "dropout=0.5")) == 2
@@ -143,7 +192,9 @@ def test_other_settings_or_bags_need_overwrite(make_cohort, tmp_path: Path, caps
 
 
 def test_test_slides_decide_nothing(make_cohort, tmp_path: Path):
-    """Other test bags and labels change the predictions, and neither weights, best epoch nor threshold."""
+    """Other test bags and labels change the predictions, and neither weights, best epoch nor
+    threshold.
+    """
     cohort = make_cohort(signal=1.0)
     more = ("fold=1", "training.epochs=8")
     before = train(cohort, tmp_path / "before", *more)
@@ -152,7 +203,9 @@ def test_test_slides_decide_nothing(make_cohort, tmp_path: Path):
         scale_bag(cohort / "bags" / "h5_files" / f"{slide}.h5", -3)
     after = train(cohort, tmp_path / "after", *more)
     assert after["test"] != before["test"]
-    assert {k: v for k, v in after.items() if k != "test"} == {k: v for k, v in before.items() if k != "test"}
+    assert {k: v for k, v in after.items() if k != "test"} == {
+        k: v for k, v in before.items() if k != "test"
+    }
     for key, tensor in weights(tmp_path / "before" / "checkpoint_best.pt").items():
         assert torch.equal(tensor, weights(tmp_path / "after" / "checkpoint_best.pt")[key])
 
@@ -161,7 +214,9 @@ def test_standardisation_sees_training_slides_only(make_cohort, tmp_path: Path):
     cohort = make_cohort()
     train(cohort, tmp_path / "run", "standardize=true")
     job = build_job(load_config(Config, arguments(cohort, tmp_path / "run", "standardize=true")))
-    features = np.concatenate([read_bag(dict(job.files)[slide]).features for slide in job.split.train])
+    features = np.concatenate(
+        [read_bag(dict(job.files)[slide]).features for slide in job.split.train]
+    )
     stored = weights(tmp_path / "run" / "checkpoint_best.pt")
     np.testing.assert_allclose(stored["mean"].numpy(), features.mean(0), atol=1e-5)
     np.testing.assert_allclose(stored["std"].numpy(), features.std(0), rtol=1e-5)
@@ -169,12 +224,18 @@ def test_standardisation_sees_training_slides_only(make_cohort, tmp_path: Path):
 
 def test_fixed_protocol_uses_the_column(make_cohort, tmp_path: Path):
     cohort = make_cohort()
-    (cohort / "labels.csv").write_text((cohort / "labels.csv").read_text() + "x,unseen,pos,pretrain\n")
+    (cohort / "labels.csv").write_text(
+        (cohort / "labels.csv").read_text() + "x,unseen,pos,pretrain\n"
+    )
     train(cohort, tmp_path / "run", "protocol=fixed")
     with (tmp_path / "run" / "predictions.csv").open() as stream:
         tested = [row["slide_id"] for row in csv.DictReader(stream) if row["split"] == "test"]
     with (cohort / "labels.csv").open() as stream:
-        assert tested == [row["slide_id"] for row in csv.DictReader(stream) if row["split"] == "test"] != []
+        assert (
+            tested
+            == [row["slide_id"] for row in csv.DictReader(stream) if row["split"] == "test"]
+            != []
+        )
 
 
 def test_accumulated_step_is_the_mean_gradient_of_its_bags():
@@ -183,11 +244,16 @@ def test_accumulated_step_is_the_mean_gradient_of_its_bags():
     twin = build("abmil", 5, 2, dropout=0.0)
     twin.load_state_dict(model.state_dict())
     order = [3, 1, 4, 0, 2]
-    loss = train_one_epoch(model, bags, torch.optim.SGD(model.parameters(), 0.1), Recipe(accumulate=2), CPU, order)
+    loss = train_one_epoch(
+        model, bags, torch.optim.SGD(model.parameters(), 0.1), Recipe(accumulate=2), CPU, order
+    )
     optimizer, losses = torch.optim.SGD(twin.parameters(), 0.1), []
     for group in ([3, 1], [4, 0], [2]):
         optimizer.zero_grad()
-        each = [cross_entropy(twin(bags[i].features).logits[None], torch.tensor([bags[i].target])) for i in group]
+        each = [
+            cross_entropy(twin(bags[i].features).logits[None], torch.tensor([bags[i].target]))
+            for i in group
+        ]
         torch.stack(each).mean().backward()
         optimizer.step()
         losses += [float(value.detach()) for value in each]
@@ -203,23 +269,38 @@ def test_class_weights_are_inverse_frequencies_with_mean_one():
     model, heavy = build("mean", 1, 2, dropout=0.0), build("mean", 1, 2, dropout=0.0)
     heavy.load_state_dict(model.state_dict())
     for net, weighted in ((model, False), (heavy, True)):
-        train_one_epoch(net, bags, torch.optim.SGD(net.parameters(), 0.1), Recipe(class_weights=weighted), CPU, [0])
+        train_one_epoch(
+            net,
+            bags,
+            torch.optim.SGD(net.parameters(), 0.1),
+            Recipe(class_weights=weighted),
+            CPU,
+            [0],
+        )
     start = torch.zeros(2)
     torch.testing.assert_close(heavy.tile[3].bias - start, 2 * (model.tile[3].bias - start))
 
 
 def test_class_loss_is_cross_entropy():
-    assert float(class_loss(torch.tensor([0.0, math.log(3.0)]), 1)) == pytest.approx(-math.log(0.75))
+    assert float(class_loss(torch.tensor([0.0, math.log(3.0)]), 1)) == pytest.approx(
+        -math.log(0.75)
+    )
 
 
 def test_selection_prefers_auc_then_loss():
     best = {"auc": 0.8, "loss": 0.5, "epoch": 3}
     assert is_better({"auc": 0.9, "loss": 9.0}, best) and is_better({"auc": 0.8, "loss": 0.4}, best)
-    assert not is_better({"auc": 0.8, "loss": 0.5}, best) and not is_better({"auc": 0.7, "loss": 0.1}, best)
+    assert not is_better({"auc": 0.8, "loss": 0.5}, best) and not is_better(
+        {"auc": 0.7, "loss": 0.1}, best
+    )
     assert is_better({"auc": 0.0, "loss": 1.0}, {})
     unknown = {"auc": math.nan, "loss": 0.5}
-    assert is_better({"auc": 0.0, "loss": 1.0}, unknown) and not is_better(unknown, {"auc": 0.0, "loss": 1.0})
-    assert is_better({"auc": math.nan, "loss": 0.4}, unknown) and not is_better({"auc": math.nan, "loss": 0.6}, unknown)
+    assert is_better({"auc": 0.0, "loss": 1.0}, unknown) and not is_better(
+        unknown, {"auc": 0.0, "loss": 1.0}
+    )
+    assert is_better({"auc": math.nan, "loss": 0.4}, unknown) and not is_better(
+        {"auc": math.nan, "loss": 0.6}, unknown
+    )
 
 
 @pytest.mark.parametrize(("smoothing", "best"), [[0.0, 2], [0.6, 5]])
@@ -228,7 +309,9 @@ def test_the_epoch_is_chosen_by_the_smoothed_score(
 ):
     """A lucky second epoch is the best one only where scores are not averaged."""
     scores = iter([0.5, 0.9, 0.6, 0.8, 0.8, 0.7])
-    monkeypatch.setattr(engine, "validate", lambda *_: {"auc": next(scores), "loss": 1.0, "threshold": 0.5})
+    monkeypatch.setattr(
+        engine, "validate", lambda *_: {"auc": next(scores), "loss": 1.0, "threshold": 0.5}
+    )
     run = Run(tmp_path, None, None, True)
     recipe = Recipe(epochs=6, min_epochs=6, smoothing=smoothing, lr=1e-3)
     found = engine.train_model(build("mean", 5, 2), samples(), samples(), recipe, 0, run, {}, CPU)
@@ -238,11 +321,24 @@ def test_the_epoch_is_chosen_by_the_smoothed_score(
 
 def test_an_epoch_draws_tiles_of_its_own(monkeypatch: pytest.MonkeyPatch):
     seen, load = [], Sample.load
-    monkeypatch.setattr(Sample, "load", lambda bag, tiles=None: (seen.append(tuple(tiles.tolist())), load(bag, tiles))[1])
+    monkeypatch.setattr(
+        Sample,
+        "load",
+        lambda bag, tiles=None: (seen.append(tuple(tiles.tolist())), load(bag, tiles))[1],
+    )
     bags = [Sample(f"s{i}", torch.randn(40, 5), None, i % 2) for i in range(3)]
     model, recipe = build("mean", 5, 2), Recipe(max_tiles=6)
     for epoch in (0, 1, 0):
-        train_one_epoch(model, bags, torch.optim.SGD(model.parameters(), 0.0), recipe, CPU, range(3), epoch, seed=4)
+        train_one_epoch(
+            model,
+            bags,
+            torch.optim.SGD(model.parameters(), 0.0),
+            recipe,
+            CPU,
+            range(3),
+            epoch,
+            seed=4,
+        )
     assert len(set(seen)) == 6 and seen[:3] == seen[6:]
 
 
@@ -251,7 +347,9 @@ def test_validation_slides_that_cannot_be_ranked(caplog: pytest.LogCaptureFixtur
     aims = [(3.0, 0.0), (5.0, 0.0), (9.0, 1.0)]
     targets = [torch.tensor(aim) for aim in aims]
     with pytest.raises(
-        UserError, match=r"3 validation slides, among which val_c_index has nothing to compare; expected an event"
+        UserError,
+        match=r"3 validation slides, among which val_c_index has nothing to compare; expected an "
+        r"event",
     ):
         engine.check_validation(targets, Objective("cox"))
     engine.check_validation(targets, Objective("discrete", edges=(4.0,)))
@@ -265,7 +363,11 @@ def test_validation_slides_that_cannot_be_ranked(caplog: pytest.LogCaptureFixtur
 def test_early_stopping_waits_for_patience_and_min_epochs():
     recipe = Recipe(epochs=200, patience=20, min_epochs=70)
     assert not is_over(69, {"epoch": 1}, recipe) and is_over(70, {"epoch": 50}, recipe)
-    assert not is_over(70, {"epoch": 51}, recipe) and is_over(200, {"epoch": 199}, recipe) and not is_over(0, {}, recipe)
+    assert (
+        not is_over(70, {"epoch": 51}, recipe)
+        and is_over(200, {"epoch": 199}, recipe)
+        and not is_over(0, {}, recipe)
+    )
 
 
 def test_early_stopping_ends_a_run(make_cohort, tmp_path: Path):
@@ -285,14 +387,18 @@ def test_loss_that_is_not_finite_names_the_slide():
     bags[1].features[0, 0] = float("nan")
     model = build("mean", 5, 2)
     with pytest.raises(UserError, match="slide s1: expected a finite loss, found nan"):
-        train_one_epoch(model, bags, torch.optim.SGD(model.parameters(), 0.1), Recipe(), CPU, [0, 1])
+        train_one_epoch(
+            model, bags, torch.optim.SGD(model.parameters(), 0.1), Recipe(), CPU, [0, 1]
+        )
 
 
 def test_bf16_trains(make_cohort, tmp_path: Path):
     assert train(make_cohort(), tmp_path / "run", "training.precision=bf16")["epochs"] == 6
 
 
-def test_processes_of_torchrun_share_the_memory(make_cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_processes_of_torchrun_share_the_memory(
+    make_cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     config = load_config(Config, arguments(make_cohort(), tmp_path / "unused"))
     monkeypatch.setattr("mil.datasets.bags.free_memory", lambda: 8000)
     assert build_job(config).memory == 4000
@@ -300,7 +406,9 @@ def test_processes_of_torchrun_share_the_memory(make_cohort, tmp_path: Path, mon
     assert build_job(config).memory == 1000
 
 
-def test_the_next_feature_set_comes_when_the_last_one_has_gone(make_cohort, monkeypatch: pytest.MonkeyPatch):
+def test_the_next_feature_set_comes_when_the_last_one_has_gone(
+    make_cohort, monkeypatch: pytest.MonkeyPatch
+):
     sets = [find_bags(make_cohort(name, slides=4) / "bags", ["s00", "s01"]) for name in ("a", "b")]
     alive: list[weakref.ref] = []
 
@@ -336,7 +444,9 @@ def torchrun(processes: int, config: list[str]) -> SimpleNamespace:
         *config,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=120, check=False
+    )
     return SimpleNamespace(code=done.returncode, text=done.stdout + done.stderr)
 
 
@@ -345,11 +455,19 @@ def test_two_processes_train_as_one(make_cohort, tmp_path: Path):
     more = ("training.accumulate=4", "dropout=0.0", "training.epochs=2", "training.min_epochs=1")
     cohort = make_cohort(slides=26)
     train(cohort, tmp_path / "one", *more)
-    assert len(build_job(load_config(Config, arguments(cohort, tmp_path / "one", *more))).split.train) % 4 == 1
+    assert (
+        len(build_job(load_config(Config, arguments(cohort, tmp_path / "one", *more))).split.train)
+        % 4
+        == 1
+    )
     done = torchrun(2, arguments(cohort, tmp_path / "two", *more))
     assert done.code == 0, done.text
     for key, tensor in weights(tmp_path / "one" / "checkpoint_last.pt").items():
-        torch.testing.assert_close(tensor, weights(tmp_path / "two" / "checkpoint_last.pt")[key], rtol=1e-4, atol=1e-6)
-    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
+        torch.testing.assert_close(
+            tensor, weights(tmp_path / "two" / "checkpoint_last.pt")[key], rtol=1e-4, atol=1e-6
+        )
+    lines = [
+        (tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")
+    ]
     logged = [[json.loads(line)["train_loss"] for line in run] for run in lines]
     np.testing.assert_allclose(logged[0], logged[1], rtol=1e-5)

@@ -1,4 +1,6 @@
-"""Every model through mil.train: a whole run directory, and the same one when it was killed after its first epoch."""
+"""Every model through mil.train: a whole run directory, and the same one when it was killed after
+its first epoch.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,14 @@ from mil.train import Config, main
 from patch_encoder.bags.bag import open_bag
 from tests.mil.models.small_options import SMALL
 
-FILES = {"config.yaml", "metrics.jsonl", "checkpoint_last.pt", "checkpoint_best.pt", "results.json", "environment.json"}
+FILES = {
+    "config.yaml",
+    "metrics.jsonl",
+    "checkpoint_last.pt",
+    "checkpoint_best.pt",
+    "results.json",
+    "environment.json",
+}
 
 
 def train(cohort: Path, output: Path, name: str) -> dict:
@@ -25,12 +34,16 @@ def train(cohort: Path, output: Path, name: str) -> dict:
     options = ",".join(f"{key}: {value}" for key, value in SMALL[name].items())
     more = [f"model={name}", f"options={{{options}}}", "standardize=true", "device=cpu", "folds=2"]
     paths = [f"labels={cohort}/labels.csv", f"features={cohort}/bags", f"output={output}"]
-    assert main(load_config(Config, [*paths, *more, *(f"training.{key}" for key in recipe)])) is None
+    assert (
+        main(load_config(Config, [*paths, *more, *(f"training.{key}" for key in recipe)])) is None
+    )
     return json.loads((output / "results.json").read_text())
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-def test_a_run_directory_and_its_resumption(make_cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+def test_a_run_directory_and_its_resumption(
+    make_cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
     cohort = make_cohort(slides=16)
     whole = train(cohort, tmp_path / "whole", name)
     assert whole["epochs"] == 2 and whole["best_epoch"] in (1, 2)
@@ -51,11 +64,18 @@ def test_a_run_directory_and_its_resumption(make_cohort, tmp_path: Path, monkeyp
     assert train(cohort, tmp_path / "parts", name) == whole
     for file in ("predictions.csv", "metrics.jsonl"):
         assert (tmp_path / "whole" / file).read_text() == (tmp_path / "parts" / file).read_text()
-    first, second = (torch.load(tmp_path / run / "checkpoint_last.pt", weights_only=True) for run in ("whole", "parts"))
-    assert first["epoch"] == second["epoch"] == 2 and first["model"].keys() == second["model"].keys()
+    first, second = (
+        torch.load(tmp_path / run / "checkpoint_last.pt", weights_only=True)
+        for run in ("whole", "parts")
+    )
+    assert (
+        first["epoch"] == second["epoch"] == 2 and first["model"].keys() == second["model"].keys()
+    )
     assert all(torch.equal(tensor, second["model"][key]) for key, tensor in first["model"].items())
     # the best weights alone say what predictions.csv says
-    model, _ = engine.load_classifier(tmp_path / "whole" / "checkpoint_best.pt", torch.device("cpu"))
+    model, _ = engine.load_classifier(
+        tmp_path / "whole" / "checkpoint_best.pt", torch.device("cpu")
+    )
     with (tmp_path / "whole" / "predictions.csv").open() as stream:
         row = next(row for row in csv.DictReader(stream) if row["split"] == "test")
     bag = open_bag(cohort / "bags" / "h5_files" / f"{row['slide_id']}.h5")

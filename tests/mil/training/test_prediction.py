@@ -1,4 +1,6 @@
-"""Large bags are predicted block by block: the whole bag's answer, wherever it lies, in bounded memory, in mil.train too."""
+"""Large bags are predicted block by block: the whole bag's answer, wherever it lies, in bounded
+memory, in mil.train too.
+"""
 
 from __future__ import annotations
 
@@ -44,12 +46,17 @@ def samples(files: dict[str, Path], memory: int) -> list[Sample]:
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_large_bags_have_the_answer_of_whole_ones(
-    files: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    files: dict[str, Path],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
     torch.manual_seed(0)
     model = build(name, DIM, 3, standardize=True, **SMALL[name]).eval()
     streamed = []
-    monkeypatch.setattr(prediction, "stream", lambda *given: streamed.append(len(given[1])) or stream(*given, 16))
+    monkeypatch.setattr(
+        prediction, "stream", lambda *given: streamed.append(len(given[1])) or stream(*given, 16)
+    )
     prediction.say_whole.cache_clear()
     expected = predict(model, samples(files, 10**6), CPU)
     assert not streamed
@@ -57,21 +64,29 @@ def test_large_bags_have_the_answer_of_whole_ones(
     found = [predict(model, samples(files, memory), CPU, "bf16", limit) for memory in (0, 10**6)]
     if not can_stream(model):
         assert not streamed and caplog.text.count("are read whole to be predicted") == 1
-        found = [predict(model, samples(files, memory), CPU, "fp32", limit) for memory in (0, 10**6)]
+        found = [
+            predict(model, samples(files, memory), CPU, "fp32", limit) for memory in (0, 10**6)
+        ]
         assert torch.equal(found[0], expected) and torch.equal(found[1], expected)
         return
     assert streamed == [40, 65, 40, 65] and not caplog.text
-    torch.testing.assert_close(found[0][[0, 2]], expected[[0, 2]], rtol=1e-5, atol=1e-5)  # float32 in spite of bf16
+    torch.testing.assert_close(
+        found[0][[0, 2]], expected[[0, 2]], rtol=1e-5, atol=1e-5
+    )  # float32 in spite of bf16
     assert torch.equal(found[0], found[1])  # on disk or in memory
     torch.testing.assert_close(found[0][[1, 3]], expected[[1, 3]], rtol=0.1, atol=0.1)
 
 
-def test_attention_of_a_large_bag_is_streamed(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+def test_attention_of_a_large_bag_is_streamed(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+):
     torch.manual_seed(0)
     model = build("gated_abmil", DIM, 3, **SMALL["gated_abmil"]).eval()
     large = [engine.examine(model, bag, CPU) for bag in samples(files, 0)]
     asked = []
-    monkeypatch.setattr(engine, "stream", lambda *given: asked.append(len(given[1])) or stream(*given, 16))
+    monkeypatch.setattr(
+        engine, "stream", lambda *given: asked.append(len(given[1])) or stream(*given, 16)
+    )
     monkeypatch.setattr(prediction, "WHOLE_BYTES", 9 * DIM * 4)
     for bag, whole in zip(samples(files, 0), large, strict=True):
         output = engine.examine(model, bag, CPU)
@@ -82,23 +97,35 @@ def test_attention_of_a_large_bag_is_streamed(files: dict[str, Path], monkeypatc
 
 def test_what_is_large_does_not_depend_on_the_file(files: dict[str, Path]):
     stored, held = samples(files, 0)[0].features, samples(files, 10**6)[0].features
-    assert float_bytes(stored) == float_bytes(held) == 40 * DIM * 4 and isinstance(held, torch.Tensor)
+    assert float_bytes(stored) == float_bytes(held) == 40 * DIM * 4 and isinstance(
+        held, torch.Tensor
+    )
     assert WHOLE_BYTES == 4 * 1024 * 32_768
 
 
-def test_training_predicts_large_bags_by_streaming(make_cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_training_predicts_large_bags_by_streaming(
+    make_cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     cohort = make_cohort(slides=16)
     recipe = ["training.epochs=2", "training.min_epochs=1", "folds=2", "device=cpu", "ram_gb=1e-9"]
 
     def train(name: str) -> list[dict[str, str]]:
-        paths = [f"labels={cohort}/labels.csv", f"features={cohort}/bags", f"output={tmp_path / name}"]
+        paths = [
+            f"labels={cohort}/labels.csv",
+            f"features={cohort}/bags",
+            f"output={tmp_path / name}",
+        ]
         assert main(load_config(Config, [*paths, *recipe])) is None
         with (tmp_path / name / "predictions.csv").open() as stream:
             return list(csv.DictReader(stream))
 
     whole, streamed = train("whole"), []
     monkeypatch.setattr(prediction, "WHOLE_BYTES", 0)
-    monkeypatch.setattr(prediction, "stream", lambda *given: streamed.append(type(given[1]).__name__) or stream(*given))
+    monkeypatch.setattr(
+        prediction,
+        "stream",
+        lambda *given: streamed.append(type(given[1]).__name__) or stream(*given),
+    )
     parts = train("parts")
     validated = sum(row["split"] == "val" for row in whole)
     assert streamed == ["StoredBag"] * (2 * validated + len(whole))  # every epoch, then both sets
@@ -108,9 +135,11 @@ def test_training_predicts_large_bags_by_streaming(make_cohort, tmp_path: Path, 
 
 
 def test_memory_of_a_prediction_does_not_grow_with_the_bag(tmp_path: Path):
-    """72,000 x 512 in half precision is 74 MB, 147 MB as float32 (larger than WHOLE_BYTES): less than 35 MB are taken for it.
+    """72,000 x 512 in half precision is 74 MB, 147 MB as float32 (larger than WHOLE_BYTES): less
+    than 35 MB are taken for it.
 
-    A bag of three blocks goes first, streamed as well: what the libraries set aside at their first call stays.
+    A bag of three blocks goes first, streamed as well: what the libraries set aside at their first
+    call stays.
     """
     for name, tiles in (("small", 6_000), ("large", 72_000)):
         with h5py.File(tmp_path / f"{name}.h5", "w") as file:
@@ -137,6 +166,8 @@ for name in ("gated_abmil", "dtfd"):
     predict(model, two, device)
     print((peak_memory() - before) / 2**20)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True
+    )
     grown = [float(line) for line in done.stdout.split()]
     assert len(grown) == 2 and max(grown) < 35, grown

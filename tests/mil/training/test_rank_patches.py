@@ -1,4 +1,6 @@
-"""The distillation set: what the original's loader expects, the highest scores, resuming, failures."""
+"""The distillation set: what the original's loader expects, the highest scores, resuming,
+failures.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,21 @@ from patch_encoder.bags.files import read_bag, write_bag
 
 
 def arguments(cohort: Path, output: Path, *more: str) -> list[str]:
-    paths = [f"labels={cohort}/labels.csv", f"features={cohort}/bags", f"slides={cohort}/slides", f"output={output}"]
-    return [*paths, "device=cpu", "subset=train", "top_k=4", "training.epochs=3", "training.min_epochs=1", *more]
+    paths = [
+        f"labels={cohort}/labels.csv",
+        f"features={cohort}/bags",
+        f"slides={cohort}/slides",
+        f"output={output}",
+    ]
+    return [
+        *paths,
+        "device=cpu",
+        "subset=train",
+        "top_k=4",
+        "training.epochs=3",
+        "training.min_epochs=1",
+        *more,
+    ]
 
 
 def rank(cohort: Path, output: Path, *more: str) -> int:
@@ -59,7 +74,9 @@ def test_set_holds_the_top_tiles_with_picture_and_teacher_feature(make_cohort, t
     annotations = json.loads((output / "ann_root" / "ann.json").read_text())
     assert annotations["annotations"] == [] and annotations["categories"] == []
     slides = train_slides(cohort)
-    assert {image["slide_id"] for image in annotations["images"]} == set(slides) and len(slides) < 24
+    assert {image["slide_id"] for image in annotations["images"]} == set(slides) and len(
+        slides
+    ) < 24
     assert sorted(p.name for p in (output / "wsi_root").iterdir()) == sorted(slides)
     assert [image["id"] for image in annotations["images"]] == list(range(1, 4 * len(slides) + 1))
     for slide_id in slides:
@@ -67,7 +84,9 @@ def test_set_holds_the_top_tiles_with_picture_and_teacher_feature(make_cohort, t
         with torch.no_grad():
             scores = model.score_tiles(torch.from_numpy(bag.features)).numpy()
         mine = [image for image in annotations["images"] if image["slide_id"] == slide_id]
-        np.testing.assert_allclose([image["score"] for image in mine], np.sort(scores)[::-1][:4], rtol=1e-5)
+        np.testing.assert_allclose(
+            [image["score"] for image in mine], np.sort(scores)[::-1][:4], rtol=1e-5
+        )
         assert len(list((output / "wsi_root" / slide_id).iterdir())) == 8
         for image in mine:
             name = f"{image['y'] // 16}_{image['x'] // 16}"
@@ -76,7 +95,9 @@ def test_set_holds_the_top_tiles_with_picture_and_teacher_feature(make_cohort, t
             feature = torch.load(output / "wsi_root" / slide_id / f"{name}.pt", weights_only=True)
             assert feature.dtype == torch.float32 and feature.shape == (8,)
             np.testing.assert_array_equal(feature.numpy(), bag.features[row])
-            assert feature.untyped_storage().nbytes() == 8 * 4  # the tile's feature, not the bag behind it
+            assert (
+                feature.untyped_storage().nbytes() == 8 * 4
+            )  # the tile's feature, not the bag behind it
             own = cohort / "slides" / slide_id / f"{name}.jpg"
             assert (output / "wsi_root" / image["file_name"]).read_bytes() == own.read_bytes()
             assert (image["width"], image["height"]) == (16, 16)
@@ -111,7 +132,9 @@ def test_fewer_tiles_than_k_gives_all_and_extra_ones_are_marked(make_cohort, tmp
     assert len(keys) == len(chosen) == 7 * len(train_slides(cohort))
 
 
-def test_killed_and_restarted_is_the_same_set(make_cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_killed_and_restarted_is_the_same_set(
+    make_cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     cohort = make_cohort(pictures=True)
     rank(cohort, tmp_path / "whole")
     written, original = 0, distillation_set.write_picture
@@ -134,10 +157,20 @@ def test_killed_and_restarted_is_the_same_set(make_cohort, tmp_path: Path, monke
     assert rank(cohort, tmp_path / "parts") == 0
     assert stamps == {path: path.stat().st_mtime_ns for path in first.iterdir()}
     for name in ("wsi_root", "ann_root"):
-        files = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole" / name).rglob("*") if p.is_file())
-        assert files == sorted(p.relative_to(tmp_path / "parts") for p in (tmp_path / "parts" / name).rglob("*") if p.is_file())
+        files = sorted(
+            p.relative_to(tmp_path / "whole")
+            for p in (tmp_path / "whole" / name).rglob("*")
+            if p.is_file()
+        )
+        assert files == sorted(
+            p.relative_to(tmp_path / "parts")
+            for p in (tmp_path / "parts" / name).rglob("*")
+            if p.is_file()
+        )
         for file in files:
-            assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes(), file
+            assert (tmp_path / "whole" / file).read_bytes() == (
+                tmp_path / "parts" / file
+            ).read_bytes(), file
 
 
 def test_a_lost_file_is_written_again(make_cohort, tmp_path: Path):
@@ -149,13 +182,17 @@ def test_a_lost_file_is_written_again(make_cohort, tmp_path: Path):
     assert rank(cohort, tmp_path / "set") == 0 and lost.read_bytes() == content
 
 
-def test_another_k_needs_overwrite_and_leaves_nothing_behind(make_cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_another_k_needs_overwrite_and_leaves_nothing_behind(
+    make_cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     cohort = make_cohort(pictures=True)
     rank(cohort, tmp_path / "set", "extra_random=2")
     assert run_script(main, Config, arguments(cohort, tmp_path / "set", "top_k=3")) == 2
     assert "extra_random 2 -> 0, top_k 4 -> 3" in capsys.readouterr().err
     assert rank(cohort, tmp_path / "set", "top_k=3", "overwrite=true") == 0
-    assert len(list((tmp_path / "set" / "wsi_root").rglob("*.jpg"))) == 3 * len(train_slides(cohort))
+    assert len(list((tmp_path / "set" / "wsi_root").rglob("*.jpg"))) == 3 * len(
+        train_slides(cohort)
+    )
 
 
 def test_someone_elses_folder_is_not_touched(make_cohort, tmp_path: Path):

@@ -1,4 +1,6 @@
-"""Recipes, options, optimisers and schedules of the MIL models, in the training and in the benchmark."""
+"""Recipes, options, optimisers and schedules of the MIL models, in the training and in the
+benchmark.
+"""
 
 from __future__ import annotations
 
@@ -30,22 +32,56 @@ CPU = World(0, 1, torch.device("cpu"))
 
 def arguments(cohort: Path, output: Path, name: str, *more: str) -> list[str]:
     options = f"options={json.dumps(SMALL[name])}"
-    folders = [f"labels={cohort}/labels.csv", f"features={cohort}/bags", f"output={output}", f"model={name}", options]
+    folders = [
+        f"labels={cohort}/labels.csv",
+        f"features={cohort}/bags",
+        f"output={output}",
+        f"model={name}",
+        options,
+    ]
     return [*folders, "device=cpu", "folds=2", *more]
 
 
 @pytest.mark.parametrize("name", list(PUBLISHED))
 def test_published_keys_are_keys_of_the_recipe(name: str):
-    assert name in MODELS and set(PUBLISHED[name].training) <= {field.name for field in fields(Recipe)}
+    assert name in MODELS and set(PUBLISHED[name].training) <= {
+        field.name for field in fields(Recipe)
+    }
 
 
 # differences from TS2G-KD's recipe, whose dropout is 0.25
-TWENTY = {"epochs": 200, "patience": 20, "min_epochs": 70, "optimizer": "adam", "lr": 2e-4, "weight_decay": 1e-5}
-TWENTY |= {"beta1": 0.9, "beta2": 0.999, "schedule": "cosine", "lr_min": 0.0, "clip_norm": 0.0, "accumulate": 1}
-TWENTY |= {"max_tiles": 0, "smoothing": 0.0, "label_smoothing": 0.0, "focal": 0.0, "class_weights": False}
+TWENTY = {
+    "epochs": 200,
+    "patience": 20,
+    "min_epochs": 70,
+    "optimizer": "adam",
+    "lr": 2e-4,
+    "weight_decay": 1e-5,
+}
+TWENTY |= {
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "schedule": "cosine",
+    "lr_min": 0.0,
+    "clip_norm": 0.0,
+    "accumulate": 1,
+}
+TWENTY |= {
+    "max_tiles": 0,
+    "smoothing": 0.0,
+    "label_smoothing": 0.0,
+    "focal": 0.0,
+    "class_weights": False,
+}
 TWENTY |= {"balanced": False, "precision": "fp32"}
 NEVER = {"patience": 200, "min_epochs": 200}
-TRANSMIL = {"optimizer": "lookahead_radam", "schedule": "constant", "accumulate": 2, "patience": 10, "min_epochs": 0}
+TRANSMIL = {
+    "optimizer": "lookahead_radam",
+    "schedule": "constant",
+    "accumulate": 2,
+    "patience": 10,
+    "min_epochs": 0,
+}
 DSMIL = {"weight_decay": 5e-3, "beta1": 0.5, "beta2": 0.9, "lr_min": 5e-6, "patience": 200}
 CLAM = {"schedule": "constant", "min_epochs": 50, "balanced": True}
 DTFD = {"lr": 1e-4, "weight_decay": 1e-4, "schedule": "step", "clip_norm": 5.0, **NEVER}
@@ -53,7 +89,9 @@ ILRA = {"lr": 1e-4, "weight_decay": 0.0, "epochs": 100, "patience": 100, "min_ep
 LONG = {"patience": 30, "min_epochs": 130}
 RECIPES = {
     **dict.fromkeys(("mean", "max", "abmil", "gated_abmil", "multihead_abmil"), ({}, 0.25)),
-    **dict.fromkeys(("minet_instance", "minet_embedding", "minet_deep", "minet_residual"), ({}, 0.5)),
+    **dict.fromkeys(
+        ("minet_instance", "minet_embedding", "minet_deep", "minet_residual"), ({}, 0.5)
+    ),
     **dict.fromkeys(("rrt", "mhim_abmil", "mhim_dsmil", "mhim_transmil"), (LONG, 0.25)),
     **dict.fromkeys(("clam_sb", "clam_mb"), (CLAM, 0.25)),
     "dsmil": (DSMIL, 0.0),
@@ -77,7 +115,9 @@ def test_what_is_given_goes_before_what_is_published(tmp_path: Path):
     file = tmp_path / "x.yaml"
     file.write_text("training: {weight_decay: 1.0e-5}\n")
     paths = [f"labels={tmp_path}", f"features={tmp_path}", f"output={tmp_path}"]
-    config = load_config(Config, ["--config", str(file), *paths, "model=dtfd", "training.lr=2e-4", "dropout=0.25"])
+    config = load_config(
+        Config, ["--config", str(file), *paths, "model=dtfd", "training.lr=2e-4", "dropout=0.25"]
+    )
     # lr and dropout are given, though they are the defaults of the configuration
     recipe, dropout = resolve("dtfd", config.training, config.dropout, given_keys(config))
     assert (recipe.lr, recipe.weight_decay, recipe.schedule, dropout) == (2e-4, 1e-5, "step", 0.25)
@@ -102,21 +142,29 @@ def test_bad_changes_are_refused(changes: dict, message: str):
 
 
 def test_options_are_checked_by_name_and_type():
-    with pytest.raises(UserError, match="options of dtfd: unknown name 'distill'; did you mean 'distil'"):
+    with pytest.raises(
+        UserError, match="options of dtfd: unknown name 'distill'; did you mean 'distil'"
+    ):
         check_options("dtfd", {"distill": "afs"})
     with pytest.raises(UserError, match="options of transmil: heads: expected int, found 'four'"):
         build("transmil", 6, 2, heads="four")
-    with pytest.raises(UserError, match="options of clam_mb: unknown name 'branches'"):  # that is what makes it MB
+    with pytest.raises(
+        UserError, match="options of clam_mb: unknown name 'branches'"
+    ):  # that is what makes it MB
         check_options("clam_mb", {"branches": False})
     with pytest.raises(UserError, match="unknown name 'dropout'"):  # a key of its own
         check_options("abmil", {"dropout": 0.5})
     assert check_options("mhim_transmil", {"low": 1, "ema": "1e-4"}) == {"low": 1.0, "ema": 1e-4}
-    assert build("mhim_transmil", 6, 2, low=0.5, hidden=16, heads=4).low == 0.5  # a number of a partial can be changed
+    assert (
+        build("mhim_transmil", 6, 2, low=0.5, hidden=16, heads=4).low == 0.5
+    )  # a number of a partial can be changed
     with pytest.raises(UserError, match="activation=rely: did you mean 'relu'"):
         build("abmil", 6, 2, activation="rely")
 
 
-def test_bad_option_ends_before_any_work(make_cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_bad_option_ends_before_any_work(
+    make_cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     config = arguments(make_cohort(), tmp_path / "run", "abmil", "options={head: 4}")
     assert run_script(main, Config, config) == 2
     assert "did you mean 'heads'" in capsys.readouterr().err and not (tmp_path / "run").exists()
@@ -146,7 +194,10 @@ def test_lookahead_draws_back_to_slow_weights():
 
 def test_schedules():
     assert lr_factor("cosine", 0, 10) == 1.0 and lr_factor("cosine", 10, 10) == 0.0
-    assert lr_factor("cosine", 5, 10, floor=0.1) == pytest.approx(0.55) and lr_factor("cosine", 10, 10, 0.1) == 0.1
+    assert (
+        lr_factor("cosine", 5, 10, floor=0.1) == pytest.approx(0.55)
+        and lr_factor("cosine", 10, 10, 0.1) == 0.1
+    )
     assert [lr_factor("step", epoch, 200) for epoch in (0, 99, 100, 199)] == [1.0, 1.0, 0.2, 0.2]
     assert lr_factor("constant", 7, 10) == 1.0
 
@@ -154,7 +205,11 @@ def test_schedules():
 def test_optimisers_take_what_is_trained_only():
     model = build("mhim_abmil", 6, 2, hidden=8)
     trained = sum(p.numel() for p in model.student.parameters())
-    for name, kind in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("lookahead_radam", LookaheadRAdam)):
+    for name, kind in (
+        ("adam", torch.optim.Adam),
+        ("adamw", torch.optim.AdamW),
+        ("lookahead_radam", LookaheadRAdam),
+    ):
         optimizer = make_optimizer(name, model, 1e-3, 1e-2, (0.5, 0.9))
         group = optimizer.param_groups[0]
         assert type(optimizer) is kind and sum(p.numel() for p in group["params"]) == trained
@@ -177,8 +232,12 @@ def test_balanced_epochs_draw_every_class_equally_often():
 def test_gradients_are_clipped():
     model = build("mean", 6, 2, dropout=0.0)
     before = [p.detach().clone() for p in model.parameters()]
-    train_one_epoch(model, bags([1]), torch.optim.SGD(model.parameters(), 1.0), Recipe(clip_norm=1e-3), CPU, [0])
-    moved = sum((p.detach() - q).square().sum() for p, q in zip(model.parameters(), before, strict=True))
+    train_one_epoch(
+        model, bags([1]), torch.optim.SGD(model.parameters(), 1.0), Recipe(clip_norm=1e-3), CPU, [0]
+    )
+    moved = sum(
+        (p.detach() - q).square().sum() for p, q in zip(model.parameters(), before, strict=True)
+    )
     assert float(moved) == pytest.approx(1e-6, rel=1e-2)
 
 
@@ -187,13 +246,18 @@ def test_engine_tells_a_model_how_far_it_is(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(model.model, "after_step", heard.append)
     optimizer = torch.optim.SGD(model.model.student.parameters(), 0.1)
     for epoch in range(2):
-        train_one_epoch(model, bags([0, 1, 1]), optimizer, Recipe(epochs=2, accumulate=2), CPU, [0, 1, 2], epoch)
+        train_one_epoch(
+            model, bags([0, 1, 1]), optimizer, Recipe(epochs=2, accumulate=2), CPU, [0, 1, 2], epoch
+        )
     assert heard == [0.25, 0.5, 0.75, 1.0]
 
 
 def test_benchmark_takes_options_and_recipes_of_single_models(make_cohort, tmp_path: Path):
     cohort = make_cohort()
-    blocks = ["options={dtfd: {hidden: 8, distil: mas}}", "recipes={dtfd: {lr: 1e-3}, max: {epochs: 1}}"]
+    blocks = [
+        "options={dtfd: {hidden: 8, distil: mas}}",
+        "recipes={dtfd: {lr: 1e-3}, max: {epochs: 1}}",
+    ]
     run = [
         "seeds=[1]",
         "folds=2",
@@ -204,15 +268,33 @@ def test_benchmark_takes_options_and_recipes_of_single_models(make_cohort, tmp_p
         "resamples=20",
         *blocks,
     ]
-    paths = [f"labels={cohort}/labels.csv", f"features=[{cohort}/bags]", f"output={tmp_path}/out", "models=[max,dtfd]"]
+    paths = [
+        f"labels={cohort}/labels.csv",
+        f"features=[{cohort}/bags]",
+        f"output={tmp_path}/out",
+        "models=[max,dtfd]",
+    ]
     config = load_config(BenchmarkConfig, [*paths, *run])
     settings = model_settings(config)
-    assert settings["dtfd"].options == {"hidden": 8, "distil": "mas"} and settings["max"].options == {}
-    assert (settings["dtfd"].training.lr, settings["dtfd"].training.epochs, settings["dtfd"].dropout) == (1e-3, 2, 0.0)
-    assert (settings["max"].training.lr, settings["max"].training.epochs, settings["max"].dropout) == (2e-4, 1, 0.25)
+    assert (
+        settings["dtfd"].options == {"hidden": 8, "distil": "mas"} and settings["max"].options == {}
+    )
+    assert (
+        settings["dtfd"].training.lr,
+        settings["dtfd"].training.epochs,
+        settings["dtfd"].dropout,
+    ) == (1e-3, 2, 0.0)
+    assert (
+        settings["max"].training.lr,
+        settings["max"].training.epochs,
+        settings["max"].dropout,
+    ) == (2e-4, 1, 0.25)
     assert benchmark_main(config) == 0
     with (tmp_path / "out" / "results.csv").open() as stream:
-        assert {(row["model"], row["epochs"]) for row in csv.DictReader(stream)} == {("max", "1"), ("dtfd", "2")}
+        assert {(row["model"], row["epochs"]) for row in csv.DictReader(stream)} == {
+            ("max", "1"),
+            ("dtfd", "2"),
+        }
     for bad, message in (
         ("options={dtfdd: {}}", "options: unknown model 'dtfdd'"),
         ("recipes={max: 3}", "recipes: max: expected"),

@@ -1,4 +1,6 @@
-"""Bags that are read block by block: the whole-bag answer of every model that allows it, and bounded memory."""
+"""Bags that are read block by block: the whole-bag answer of every model that allows it, and
+bounded memory.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,13 @@ from tests.mil.models.small_options import SMALL
 
 CPU = torch.device("cpu")
 TILES, DIM = 53, 7
-REFUSED = ("transmil", "mhim_transmil", "rrt", "deform_mil", *(name for name in MODELS if name.startswith("minet")))
+REFUSED = (
+    "transmil",
+    "mhim_transmil",
+    "rrt",
+    "deform_mil",
+    *(name for name in MODELS if name.startswith("minet")),
+)
 CASES = [(name, {}) for name in MODELS if name not in REFUSED]
 CASES += [("dtfd", {"distil": distil, "instances": 8}) for distil in ("maxs", "maxmins", "mas")]
 CASES += [("dsmil", {"passing_v": True}), ("ilra", {"rank": 3, "layers": 3})]
@@ -56,7 +64,9 @@ def test_blocks_give_the_whole_bags_answer(bag_file: Path, name: str, options: d
         assert float(found.attention.sum()) == pytest.approx(1.0, abs=1e-5)
 
 
-@pytest.mark.parametrize(("name", "options", "passes"), [["dsmil", {"hidden": 6}, 2], ["dtfd", {"distil": "maxmins"}, 2]])
+@pytest.mark.parametrize(
+    ("name", "options", "passes"), [["dsmil", {"hidden": 6}, 2], ["dtfd", {"distil": "maxmins"}, 2]]
+)
 def test_embeddings_that_fit_into_memory_are_made_once(
     bag_file: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: dict, passes: int
 ):
@@ -68,7 +78,9 @@ def test_embeddings_that_fit_into_memory_are_made_once(
         tiles.clear()
     (kept, once), (again, more) = found
     assert torch.equal(kept.logits, again.logits) and torch.equal(kept.attention, again.attention)
-    assert more - once == (passes - 1) * TILES and TILES < once < 2 * TILES  # and the rows asked for by number
+    assert (
+        more - once == (passes - 1) * TILES and TILES < once < 2 * TILES
+    )  # and the rows asked for by number
 
 
 @pytest.mark.parametrize(("bound", "passes"), [[4 * TILES * 64, 1], [0, 3]])
@@ -79,7 +91,9 @@ def test_tiles_of_ilra_that_fit_into_memory_go_through_each_layer_once(
     with torch.inference_mode():
         whole = model(open_bag(bag_file).read().float())
     tiles = []
-    model.blocks[0].project_backward.register_forward_hook(lambda _, given, __: tiles.append(len(given[0])))
+    model.blocks[0].project_backward.register_forward_hook(
+        lambda _, given, __: tiles.append(len(given[0]))
+    )
     monkeypatch.setattr(streaming, "KEPT_BYTES", bound)
     found = stream(model, open_bag(bag_file), CPU, 8)
     torch.testing.assert_close(found.logits, whole.logits, rtol=1e-5, atol=1e-5)
@@ -96,7 +110,9 @@ def test_models_without_a_streaming_form_are_refused(bag_file: Path, name: str):
 
 
 def test_every_other_model_streams():
-    assert {name for name in MODELS if not can_stream(trained(name, 2))} == set(REFUSED) and len(STREAMED) == 7
+    assert {name for name in MODELS if not can_stream(trained(name, 2))} == set(REFUSED) and len(
+        STREAMED
+    ) == 7
 
 
 def test_pool_is_softmax_whatever_the_order_of_the_scores():
@@ -110,13 +126,17 @@ def test_pool_is_softmax_whatever_the_order_of_the_scores():
 
 
 def test_memory_is_that_of_a_block(tmp_path: Path):
-    """100,000 x 512 in half precision is 102 MB (205 MB as float32): the process grows by less than half of it.
+    """100,000 x 512 in half precision is 102 MB (205 MB as float32): the process grows by less than
+    half of it.
 
-    A bag of three blocks goes first: what the libraries set aside at their first call does not depend on the bag.
+    A bag of three blocks goes first: what the libraries set aside at their first call does not
+    depend on the bag.
     """
     for name, tiles in (("small", 10_000), ("large", 100_000)):
         with h5py.File(tmp_path / f"{name}.h5", "w") as file:
-            file.create_dataset("features", (tiles, 512), "float16", fillvalue=0.5).attrs["made"] = "here"
+            file.create_dataset("features", (tiles, 512), "float16", fillvalue=0.5).attrs[
+                "made"
+            ] = "here"
             for start in range(0, tiles, 10_000):
                 file["features"][start : start + 10_000] = np.float16(start / 1e5)
     code = f"""
@@ -132,6 +152,8 @@ before = peak_memory()
 output = stream(model, open_bag({str(tmp_path / "large.h5")!r}), torch.device("cpu"), 4096)
 print((peak_memory() - before) / 2**20, len(output.attention))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True
+    )
     grown, tiles = done.stdout.split()
     assert float(grown) < 50 and int(tiles) == 100_000

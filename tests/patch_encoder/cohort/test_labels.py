@@ -16,7 +16,9 @@ def labels(tmp_path: Path, text: str) -> Path:
 
 
 def test_ids_keep_their_zeros_and_optional_columns_are_optional(tmp_path: Path) -> None:
-    records = read_labels(labels(tmp_path, "slide_id,label,case_id,split,mpp\n007,POS,01,train,0.25\n008,NILM,01,,\n"))
+    records = read_labels(
+        labels(tmp_path, "slide_id,label,case_id,split,mpp\n007,POS,01,train,0.25\n008,NILM,01,,\n")
+    )
     assert [(r.case_id, r.slide_id, r.label, r.split, r.mpp) for r in records] == [
         ("01", "007", "POS", "train", 0.25),
         ("01", "008", "NILM", None, None),
@@ -46,7 +48,9 @@ def test_bad_tables_are_refused(tmp_path: Path, text: str, expected: str) -> Non
 
 
 def test_table_from_a_spreadsheet(tmp_path: Path) -> None:
-    """A byte order mark, carriage returns, blanks, quotes and empty lines change nothing; another encoding is refused."""
+    """A byte order mark, carriage returns, blanks, quotes and empty lines change nothing; another
+    encoding is refused.
+    """
     path = tmp_path / "labels.csv"
     path.write_bytes('\ufeffcase_id, slide_id ,label\r\n\r\n1,"007"," a, b "\r\n\r\n'.encode())
     (record,) = read_labels(path)
@@ -72,7 +76,14 @@ def test_classes_are_sorted_and_the_positive_one_is_last(tmp_path: Path) -> None
 
 
 def test_slides_are_found_in_any_tree(tmp_path: Path) -> None:
-    for name in ("a/S2.svs", "b/c/S1.tiff", "d/007/0_0.jpg", "d/007/0_1.jpg", "notes.txt", ".hidden.svs"):
+    for name in (
+        "a/S2.svs",
+        "b/c/S1.tiff",
+        "d/007/0_0.jpg",
+        "d/007/0_1.jpg",
+        "notes.txt",
+        ".hidden.svs",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     found = find_slides(tmp_path)
@@ -125,7 +136,15 @@ def test_pictures_count_when_nothing_else_is_there_or_when_asked_for(tmp_path: P
 
 
 def test_folders_that_are_slides(tmp_path: Path) -> None:
-    found = tree(tmp_path / "cohort", "T1/0_0.png", "T1/photo.png", "D1/1.dcm", "D1/2.dcm", "D2/x/only.dcm", "S1.svs")
+    found = tree(
+        tmp_path / "cohort",
+        "T1/0_0.png",
+        "T1/photo.png",
+        "D1/1.dcm",
+        "D1/2.dcm",
+        "D2/x/only.dcm",
+        "S1.svs",
+    )
     assert found == {"D1": "D1", "S1": "S1.svs", "T1": "T1", "x": "D2/x"}
     # the folder or file itself
     assert find_slides(tmp_path / "cohort" / "T1") == {"T1": tmp_path / "cohort" / "T1"}
@@ -137,7 +156,9 @@ def test_folders_that_are_slides(tmp_path: Path) -> None:
 
 def test_tile_folders_by_pattern(tmp_path: Path) -> None:
     tree(tmp_path, "T1/tile_x0_y0.png", "T2/tile_x9_y0.png")
-    assert set(find_slides(tmp_path)) == {"tile_x0_y0", "tile_x9_y0"}, "pictures, as no pattern says otherwise"
+    assert set(find_slides(tmp_path)) == {"tile_x0_y0", "tile_x9_y0"}, (
+        "pictures, as no pattern says otherwise"
+    )
     assert set(find_slides(tmp_path, "tile_x{x}_y{y}.png")) == {"T1", "T2"}
 
 

@@ -1,4 +1,6 @@
-"""The embedded cohort: real slide files, the same bytes again, no class leak in colour or counts, no mixing of cohorts."""
+"""The embedded cohort: real slide files, the same bytes again, no class leak in colour or counts,
+no mixing of cohorts.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,11 @@ def render(folder: Path, **keys: object) -> Path:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): sha256_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def labels(folder: Path) -> list[dict[str, str]]:
@@ -91,7 +97,8 @@ def test_halving_is_the_rounded_mean_of_four_pixels() -> None:
 def test_labels_are_balanced_and_patients_stay_in_one_split(cohort: Path) -> None:
     rows = labels(cohort)
     assert Counter((row["split"], row["label"]) for row in rows) == {
-        ("pretrain", "positive"): 2, ("pretrain", "negative"): 2, ("cv", "positive"): 3, ("cv", "negative"): 3,
+        ("pretrain", "positive"): 2, ("pretrain", "negative"): 2, ("cv", "positive"): 3,
+        ("cv", "negative"): 3,
     }  # fmt: skip
     assert all(row["mpp"] == "" for row in rows)
     planned = plan_slides(0, SIDE, {"pretrain": 24, "cv": 60}, 0.25)
@@ -123,7 +130,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(cohort: Path, tmp_path: Path) ->
     folder = tmp_path / "killed"
     keys = [f"{name}={value}" for name, value in {**SMALL, "output": folder}.items()]
     process = subprocess.Popen(
-        [sys.executable, "-m", "patch_encoder.demo.render_cohort", *keys], cwd=ROOT, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "patch_encoder.demo.render_cohort", *keys],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 60
     while not list(folder.glob("slides/S*.tiff")) and time.monotonic() < deadline:
@@ -165,7 +174,9 @@ def test_a_folder_without_a_stamp_is_left_alone(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["labels.csv"]
 
 
-@pytest.mark.parametrize(("name", "value"), [("side", 100), ("seed", -1), ("double_share", 1.5), ("cv_slides", -2)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("side", 100), ("seed", -1), ("double_share", 1.5), ("cv_slides", -2)]
+)
 def test_numbers_that_cannot_be_drawn_are_refused(tmp_path: Path, name: str, value: float) -> None:
     with pytest.raises(UserError, match=f"key '{name}': expected .* found {value:g}"):
         render(tmp_path / "no", **{name: value})
@@ -180,10 +191,20 @@ def test_detection_fields_are_coco_with_boxes_inside(cohort: Path) -> None:
         assert len(document["images"]) == count
         for image in document["images"]:
             with Image.open(cohort / "detection" / "images" / image["file_name"]) as picture:
-                assert picture.format == "JPEG" and picture.size == (image["width"], image["height"]) == (128, 128)
+                assert picture.format == "JPEG" and picture.size == (
+                    image["width"],
+                    image["height"],
+                ) == (128, 128)
         for annotation in document["annotations"]:
             x, y, width, height = annotation["bbox"]
-            assert width > 0 and height > 0 and x >= 0 and y >= 0 and x + width <= 128 and y + height <= 128
+            assert (
+                width > 0
+                and height > 0
+                and x >= 0
+                and y >= 0
+                and x + width <= 128
+                and y + height <= 128
+            )
             assert annotation["area"] == width * height and annotation["image_id"] <= count
             boxes += 1
     assert boxes > 0
@@ -196,18 +217,25 @@ def test_some_fields_have_no_lesion_and_most_have() -> None:
 
 def test_only_positive_slides_have_lesions_and_the_boxes_hold_dark_nuclei(cohort: Path) -> None:
     document = json.loads((cohort / "annotations.json").read_text())
-    positive = {f"slides/{row['slide_id']}.tiff" for row in labels(cohort) if row["label"] == "positive"}
+    positive = {
+        f"slides/{row['slide_id']}.tiff" for row in labels(cohort) if row["label"] == "positive"
+    }
     names = {image["id"]: image["file_name"] for image in document["images"]}
     assert {names[annotation["image_id"]] for annotation in document["annotations"]} == positive
     for annotation in document["annotations"]:
         x, y, width, height = annotation["bbox"]
-        part = tifffile.imread(cohort / names[annotation["image_id"]])[y : y + height, x : x + width]
-        # both red and green are absorbed only by chromatin, which fills a good part of an abnormal cell
+        part = tifffile.imread(cohort / names[annotation["image_id"]])[
+            y : y + height, x : x + width
+        ]
+        # both red and green are absorbed only by chromatin, which fills a good part of an abnormal
+        # cell
         assert (part[..., :2].max(axis=2) < 150).sum() > 80
 
 
 def test_boxes_are_known_without_drawing_the_rest() -> None:
-    smear = next(slide for slide in plan_slides(3, 256, {"cv": 4}, 0.0) if slide.label == "positive").smear()
+    smear = next(
+        slide for slide in plan_slides(3, 256, {"cv": 4}, 0.0) if slide.label == "positive"
+    ).smear()
     _, boxes = draw_smear(smear)
     assert boxes == lesion_boxes(smear) and boxes
 
@@ -219,19 +247,35 @@ def test_both_classes_have_the_same_cells_clutter_and_stains() -> None:
         smear = slide.smear()
         cells = sum(thing.drawing in NORMAL or thing.drawing in ABNORMAL for thing in smear.things)
         abnormal = sum(thing.abnormal for thing in smear.things)
-        assert (abnormal > 0) == (slide.label == "positive") and abnormal <= sample_plan.ABNORMAL[1] * cells + 1
-        counts[slide.label].append([cells, len(smear.things) - cells, smear.marked, *smear.style.lamp, smear.style["cyan"][0]])
-    positive, negative = (np.array(counts[label], dtype=float) for label in ("positive", "negative"))
+        assert (abnormal > 0) == (slide.label == "positive") and abnormal <= sample_plan.ABNORMAL[
+            1
+        ] * cells + 1
+        counts[slide.label].append(
+            [
+                cells,
+                len(smear.things) - cells,
+                smear.marked,
+                *smear.style.lamp,
+                smear.style["cyan"][0],
+            ]
+        )
+    positive, negative = (
+        np.array(counts[label], dtype=float) for label in ("positive", "negative")
+    )
     errors = np.sqrt(positive.var(axis=0) / len(positive) + negative.var(axis=0) / len(negative))
     assert np.all(np.abs(positive.mean(axis=0) - negative.mean(axis=0)) < 3.5 * errors)
 
 
-def pooled(slides: list[PlannedSlide], describe: object, side: int, kinds: tuple[str, ...]) -> np.ndarray:
+def pooled(
+    slides: list[PlannedSlide], describe: object, side: int, kinds: tuple[str, ...]
+) -> np.ndarray:
     rows = []
     for slide in slides:
         picture, _ = draw_smear(slide.smear())
         corners = range(0, side, 128)
-        tiles = np.array([describe(picture[y : y + 128, x : x + 128]) for y in corners for x in corners])  # type: ignore[operator]
+        tiles = np.array(
+            [describe(picture[y : y + 128, x : x + 128]) for y in corners for x in corners]
+        )  # type: ignore[operator]
         rows.append(np.concatenate([getattr(tiles, kind)(axis=0) for kind in kinds]))
     return np.array(rows)
 
@@ -241,7 +285,9 @@ def cross_validated_auc(slides: list[PlannedSlide], features: np.ndarray, streng
     cases = [slide.case_id for slide in slides]
     model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
     folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
-    scores = cross_val_predict(model, features, positive, groups=cases, cv=folds, method="decision_function")
+    scores = cross_val_predict(
+        model, features, positive, groups=cases, cv=folds, method="decision_function"
+    )
     return float(roc_auc_score(positive, scores))
 
 
@@ -254,6 +300,16 @@ def test_mean_colour_does_not_tell_the_classes() -> None:
 
 @pytest.mark.slow
 def test_texture_tells_the_classes_of_the_default_cohort_and_colour_does_not() -> None:
-    slides = [slide for slide in plan_slides(0, 1536, {"pretrain": 24, "cv": 60}, 0.25) if slide.split == "cv"]
-    assert cross_validated_auc(slides, pooled(slides, mean_colour, 1536, ("mean", "max", "min")), 1.0) < 0.7
-    assert cross_validated_auc(slides, pooled(slides, stain_texture, 1536, ("mean", "max")), 0.1) > 0.85
+    slides = [
+        slide
+        for slide in plan_slides(0, 1536, {"pretrain": 24, "cv": 60}, 0.25)
+        if slide.split == "cv"
+    ]
+    assert (
+        cross_validated_auc(slides, pooled(slides, mean_colour, 1536, ("mean", "max", "min")), 1.0)
+        < 0.7
+    )
+    assert (
+        cross_validated_auc(slides, pooled(slides, stain_texture, 1536, ("mean", "max")), 0.1)
+        > 0.85
+    )

@@ -1,4 +1,6 @@
-"""The tile descriptor without weights, against hand-checkable pictures, naive loops and scikit-image."""
+"""The tile descriptor without weights, against hand-checkable pictures, naive loops and
+scikit-image.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,28 @@ from patch_encoder.demo.cytology.cells import high_grade, intermediate
 from patch_encoder.demo.cytology.smear import Thing
 from patch_encoder.demo.cytology.stain import develop, draw_style
 from patch_encoder.descriptors.binary_patterns import MARGIN, RINGS, pattern_shares
-from patch_encoder.descriptors.granulometry import COARSE, FINE, RADII, granulometry, halved, without_ground
+from patch_encoder.descriptors.granulometry import (
+    COARSE,
+    FINE,
+    RADII,
+    granulometry,
+    halved,
+    without_ground,
+)
 from patch_encoder.descriptors.mean_colour import mean_colour
-from patch_encoder.descriptors.nucleus_statistics import AREAS, NUCLEUS_NAMES, measure, nucleus_statistics
-from patch_encoder.descriptors.stain_texture import DIM, LIMIT, describe, feature_names, stain_texture
+from patch_encoder.descriptors.nucleus_statistics import (
+    AREAS,
+    NUCLEUS_NAMES,
+    measure,
+    nucleus_statistics,
+)
+from patch_encoder.descriptors.stain_texture import (
+    DIM,
+    LIMIT,
+    describe,
+    feature_names,
+    stain_texture,
+)
 from patch_encoder.descriptors.stain_texture_scale import SCALE
 
 
@@ -28,7 +48,11 @@ def octagon(radius: int) -> np.ndarray:
     points = {(0, 0)}
     for step in range(1, radius + 1):
         square = [(1, 1), (1, -1), (-1, 1), (-1, -1)] if step % 2 == 0 else []
-        points |= {(y + dy, x + dx) for y, x in points for dy, dx in [(0, 1), (1, 0), (0, -1), (-1, 0), *square]}
+        points |= {
+            (y + dy, x + dx)
+            for y, x in points
+            for dy, dx in [(0, 1), (1, 0), (0, -1), (-1, 0), *square]
+        }
     footprint = np.zeros((2 * radius + 1, 2 * radius + 1), dtype=bool)
     for y, x in points:
         footprint[y + radius, x + radius] = True
@@ -75,7 +99,12 @@ def test_any_tile_gives_finite_bounded_numbers(shape: tuple[int, int], kind: str
 
 
 @pytest.mark.parametrize(
-    "tile", [np.zeros((128, 128), np.uint8), np.zeros((8, 128, 3), np.uint8), np.zeros((64, 64, 3), np.float32)]
+    "tile",
+    [
+        np.zeros((128, 128), np.uint8),
+        np.zeros((8, 128, 3), np.uint8),
+        np.zeros((64, 64, 3), np.float32),
+    ],
 )
 def test_other_arrays_are_refused(tile: np.ndarray) -> None:
     with pytest.raises(Exception, match=r"expected a tile|Type-check error"):
@@ -96,7 +125,9 @@ def test_a_disc_shows_at_its_radius_in_the_pattern_spectrum(radius: int) -> None
     # removed by the octagon at RADII[index], which reaches out 12 % further at its corners
     assert RADII[index - 1] <= radius <= 1.15 * RADII[index]
     assert radius > 0.85 * RADII[index - 1]
-    assert spectrum[: index - 1].sum() < 0.2 * spectrum.sum(), "smaller spots: only the rim of the disc"
+    assert spectrum[: index - 1].sum() < 0.2 * spectrum.sum(), (
+        "smaller spots: only the rim of the disc"
+    )
     assert spectrum[index + 1 :].sum() == 0 and peaks[-1] == (200 if radius > 21 else 0)
 
 
@@ -108,7 +139,9 @@ def test_larger_discs_peak_at_larger_radii() -> None:
 def test_openings_are_those_of_an_octagon() -> None:
     rng = np.random.default_rng(1)
     values = np.zeros((64, 80), dtype=np.uint8)
-    values[16:48, 16:64] = rng.integers(0, 256, (32, 48), dtype=np.uint8)  # away from the border, where conventions differ
+    values[16:48, 16:64] = rng.integers(
+        0, 256, (32, 48), dtype=np.uint8
+    )  # away from the border, where conventions differ
     values = np.maximum(values // 4, np.roll(disc(9, 80)[8:72], 3, axis=1))
     spectrum, peaks = granulometry(values)
     opened = [grey_opening(values, footprint=octagon(radius)) for radius in FINE]
@@ -136,7 +169,9 @@ def test_patterns_match_a_plain_loop() -> None:
         counts = np.zeros(10)
         for y in range(radius, 14 - radius):
             for x in range(radius, 17 - radius):
-                bits = [int(values[y + dy, x + dx]) - int(values[y, x]) >= MARGIN for dy, dx in ring]
+                bits = [
+                    int(values[y + dy, x + dx]) - int(values[y, x]) >= MARGIN for dy, dx in ring
+                ]
                 changes = sum(bits[place] != bits[place - 1] for place in range(8))
                 counts[sum(bits) if changes <= 2 else 9] += 1
         np.testing.assert_allclose(pattern_shares(values, radius), counts / counts.sum(), rtol=1e-6)
@@ -150,24 +185,39 @@ def test_body_measures_match_scikit_image() -> None:
     bodies = measure(mask, nuclear, nuclear)
     regions = regionprops(label(mask, connectivity=1), intensity_image=nuclear)
     np.testing.assert_allclose(bodies.area, [region.area for region in regions])
-    np.testing.assert_allclose(bodies.eccentricity, [region.eccentricity for region in regions], atol=2e-3)
-    np.testing.assert_allclose(bodies.depth, [region.intensity_mean for region in regions], rtol=1e-5)
-    np.testing.assert_allclose(bodies.spread, [region.intensity_std for region in regions], rtol=1e-5)
+    np.testing.assert_allclose(
+        bodies.eccentricity, [region.eccentricity for region in regions], atol=2e-3
+    )
+    np.testing.assert_allclose(
+        bodies.depth, [region.intensity_mean for region in regions], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        bodies.spread, [region.intensity_std for region in regions], rtol=1e-5
+    )
     np.testing.assert_allclose(bodies.fill, 1, atol=0.02)
 
 
 def test_bodies_are_counted_by_size_and_a_clump_is_not_compact() -> None:
     def statistics(mask: np.ndarray) -> dict[str, float]:
-        return dict(zip(NUCLEUS_NAMES, nucleus_statistics(mask.astype(np.float32) / 255), strict=True))
+        return dict(
+            zip(NUCLEUS_NAMES, nucleus_statistics(mask.astype(np.float32) / 255), strict=True)
+        )
 
     two = np.concatenate((disc(7, 64), disc(15, 64)), axis=1)
     found = statistics(two)
-    for name, area in (("compact", 7**2 * np.pi), ("compact", 15**2 * np.pi), ("all", 15**2 * np.pi)):
+    for name, area in (
+        ("compact", 7**2 * np.pi),
+        ("compact", 15**2 * np.pi),
+        ("all", 15**2 * np.pi),
+    ):
         bound = max(bound for bound in AREAS if bound <= area)
         assert found[f"{name}_bodies_from_{bound}"] == pytest.approx(np.log(2))
     assert sum(found[f"all_bodies_from_{bound}"] for bound in AREAS) == pytest.approx(2 * np.log(2))
     assert found["largest_any_area"] == pytest.approx(np.log1p(np.pi * 15**2), abs=0.1)
-    clump = np.max([np.roll(disc(7), (dy, dx), (0, 1)) for dy, dx in ((0, 0), (12, 0), (0, 12), (24, 0))], axis=0)
+    clump = np.max(
+        [np.roll(disc(7), (dy, dx), (0, 1)) for dy, dx in ((0, 0), (12, 0), (0, 12), (24, 0))],
+        axis=0,
+    )
     assert statistics(clump)["largest_any_fill"] < 0.9 < found["largest_any_fill"]
     assert statistics(clump)["largest_compact_area"] == 0
 
@@ -181,7 +231,11 @@ def test_an_abnormal_nucleus_stands_out_from_a_normal_one() -> None:
 
 
 def test_typical_tiles_have_entries_of_about_unit_size() -> None:
-    tiles = [stain_texture(smear_tile(kind, seed)) for kind in (intermediate, high_grade) for seed in range(10)]
+    tiles = [
+        stain_texture(smear_tile(kind, seed))
+        for kind in (intermediate, high_grade)
+        for seed in range(10)
+    ]
     assert 0.2 < np.abs(np.array(tiles)).mean() < 2
 
 

@@ -1,4 +1,6 @@
-"""Feature bags: every producer's output is read back, batches cross slides, one bad slide never stops a cohort."""
+"""Feature bags: every producer's output is read back, batches cross slides, one bad slide never
+stops a cohort.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +32,41 @@ from tests.helpers import make_cohort
 def cohort(tmp_path: Path) -> Path:
     """Three slides, tiled at 64 px."""
     root = make_cohort(tmp_path)
-    keys = ["tile_size=64", "tissue.mpp=2", "tissue.median=4", "tissue.closing=4", "tissue.min_area=50", "workers=1"]
-    assert run(tile_slides.main, tile_slides.Config, [f"slides={root}/slides", f"output={root}/tiles", *keys]) == 0
+    keys = [
+        "tile_size=64",
+        "tissue.mpp=2",
+        "tissue.median=4",
+        "tissue.closing=4",
+        "tissue.min_area=50",
+        "workers=1",
+    ]
+    assert (
+        run(
+            tile_slides.main,
+            tile_slides.Config,
+            [f"slides={root}/slides", f"output={root}/tiles", *keys],
+        )
+        == 0
+    )
     return root
 
 
 def arguments(root: Path, *extra: str) -> list[str]:
-    base = [f"slides={root}/slides", f"coords={root}/tiles", f"output={root}/features", f"labels={root}/labels.csv"]
-    return [*base, "encoder=mean_colour", "device=cpu", "precision=fp32", "workers=0", "batch_size=7", *extra]
+    base = [
+        f"slides={root}/slides",
+        f"coords={root}/tiles",
+        f"output={root}/features",
+        f"labels={root}/labels.csv",
+    ]
+    return [
+        *base,
+        "encoder=mean_colour",
+        "device=cpu",
+        "precision=fp32",
+        "workers=0",
+        "batch_size=7",
+        *extra,
+    ]
 
 
 def extract(root: Path, *extra: str) -> int:
@@ -55,7 +84,9 @@ def test_features_belong_to_their_tiles(cohort: Path, workers: int) -> None:
         bag = read_bag(bag_path(cohort, slide_id))
         assert bag.coords is not None
         with open_slide(cohort / "slides" / f"{slide_id}.tiff") as slide:
-            expected = np.stack([mean_colour(slide.read(int(x), int(y), 64)) for x, y in bag.coords])
+            expected = np.stack(
+                [mean_colour(slide.read(int(x), int(y), 64)) for x, y in bag.coords]
+            )
         assert np.allclose(bag.features, expected, atol=1e-6)
         assert bag.attributes["patch_size_level0"] == 64
         assert bag.attributes["encoder"] == "mean_colour"
@@ -68,11 +99,15 @@ def test_batch_size_and_workers_do_not_change_a_bag(cohort: Path) -> None:
     digests = []
     for index, keys in enumerate((["batch_size=1"], ["batch_size=64", "workers=2"])):
         assert extract(cohort, f"output={cohort}/f{index}", *keys) == 0
-        digests.append([bag_digest(file) for file in bag_files(cohort / f"f{index}" / "mean_colour").values()])
+        digests.append(
+            [bag_digest(file) for file in bag_files(cohort / f"f{index}" / "mean_colour").values()]
+        )
     assert digests[0] == digests[1]
 
 
-def test_finished_slides_are_skipped_and_stale_ones_refused(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_slides_are_skipped_and_stale_ones_refused(
+    cohort: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert extract(cohort) == 0
     before = bag_path(cohort).stat().st_mtime_ns
     assert extract(cohort, "batch_size=3", "workers=2") == 0
@@ -89,20 +124,33 @@ def test_one_bad_slide_never_stops_the_cohort(cohort: Path) -> None:
     whole = slide.read_bytes()
     slide.write_bytes(whole[:3000])
     assert extract(cohort) == 1
-    assert "S001,extract_features" in (cohort / "features" / "mean_colour" / "failures.csv").read_text()
+    assert (
+        "S001,extract_features"
+        in (cohort / "features" / "mean_colour" / "failures.csv").read_text()
+    )
     assert sorted(bag_files(cohort / "features" / "mean_colour")) == ["S000", "S002"]
     slide.write_bytes(whole)
     assert extract(cohort) == 0
     assert sorted(bag_files(cohort / "features" / "mean_colour")) == ["S000", "S001", "S002"]
 
 
-def test_a_tile_that_does_not_decode_fails_its_slide_only(tile_folder: Path, tmp_path: Path) -> None:
+def test_a_tile_that_does_not_decode_fails_its_slide_only(
+    tile_folder: Path, tmp_path: Path
+) -> None:
     other = tile_folder.parent / "008"
     other.mkdir()
     Image.new("RGB", (64, 64), (9, 9, 9)).save(other / "0_0.png")
     (tile_folder / "1_0.png").write_bytes(b"broken")
-    tiling = [f"slides={tmp_path}/slides", f"output={tmp_path}/tiles", "tile_size=64", "target_mpp=null", "workers=1"]
-    assert run(tile_slides.main, tile_slides.Config, tiling) == 1  # its overview cannot be drawn either
+    tiling = [
+        f"slides={tmp_path}/slides",
+        f"output={tmp_path}/tiles",
+        "tile_size=64",
+        "target_mpp=null",
+        "workers=1",
+    ]
+    assert (
+        run(tile_slides.main, tile_slides.Config, tiling) == 1
+    )  # its overview cannot be drawn either
     Image.new("RGB", (64, 64)).save(tile_folder / "1_0.png")
     assert run(tile_slides.main, tile_slides.Config, tiling) == 0
     (tile_folder / "1_0.png").write_bytes(b"broken")
@@ -138,9 +186,15 @@ def test_killed_extraction_goes_on_to_the_same_bags(cohort: Path, root: Path) ->
         "patch_encoder.extract_features",
         *arguments(cohort, "encoder=stain_texture", "batch_size=1"),
     ]
-    process = subprocess.Popen(command, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
-    while not bag_path(cohort, "S000", "stain_texture").exists() and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not bag_path(cohort, "S000", "stain_texture").exists()
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -157,7 +211,9 @@ def test_killed_extraction_goes_on_to_the_same_bags(cohort: Path, root: Path) ->
 def test_nan_features_are_never_written(cohort: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from patch_encoder.models import encoders
 
-    monkeypatch.setitem(encoders.CLASSICAL, "mean_colour", (3, lambda tile: np.full(3, np.nan, np.float32)))
+    monkeypatch.setitem(
+        encoders.CLASSICAL, "mean_colour", (3, lambda tile: np.full(3, np.nan, np.float32))
+    )
     assert extract(cohort) == 1
     assert not bag_path(cohort).exists()
     assert "NaN or infinity" in (cohort / "features" / "mean_colour" / "failures.csv").read_text()
@@ -199,14 +255,25 @@ def test_foreign_bags_are_read(tmp_path: Path, real_data: Path) -> None:
     assert read_bag(trident).features.shape == (5, 4)
     (tmp_path / "pt").mkdir()
     torch.save(torch.ones(6, 4, dtype=torch.float16), tmp_path / "pt" / "a.pt")  # TS2G-KD's layout
-    assert read_bag(bag_files(tmp_path)["a" if "a" in bag_files(tmp_path) else "trident"]).features.dtype == np.float32
+    assert (
+        read_bag(
+            bag_files(tmp_path)["a" if "a" in bag_files(tmp_path) else "trident"]
+        ).features.dtype
+        == np.float32
+    )
     assert bag_files(tmp_path / "pt")["a"].name == "a.pt"
-    found = {read_bag(file).features.shape for file in sorted((real_data / "mopadi_features").rglob("features.h5"))}
+    found = {
+        read_bag(file).features.shape
+        for file in sorted((real_data / "mopadi_features").rglob("features.h5"))
+    }
     assert found == {(777, 512), (180, 512)}
 
 
 def test_bag_round_trip_and_digest(tmp_path: Path) -> None:
-    features, coords = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32), np.arange(8).reshape(4, 2)
+    features, coords = (
+        np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32),
+        np.arange(8).reshape(4, 2),
+    )
     write_bag(tmp_path / "a.h5", features, coords, {"patch_size": 64}, {"encoder": "x"})
     bag = read_bag(tmp_path / "a.h5")
     assert np.array_equal(bag.features, features)
@@ -224,7 +291,11 @@ def test_transform_and_normalisation_match_torchvision() -> None:
     tile = np.random.default_rng(0).integers(0, 255, (96, 96, 3), dtype=np.uint8)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     pipeline = v2.Compose(
-        [v2.Resize(64, v2.InterpolationMode.BICUBIC), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
+        [
+            v2.Resize(64, v2.InterpolationMode.BICUBIC),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+        ]
     )
     expected = v2.Normalize(mean, std)(pipeline(Image.fromarray(tile)))
     found = PixelEncoder(nn.Flatten(), (mean, std))(ToInputSize(64)(tile)[None])[0]
@@ -243,7 +314,9 @@ def test_timm_encoder_from_a_local_file(cohort: Path, tmp_path: Path) -> None:
     with open_slide(cohort / "slides" / "S000.tiff") as slide:
         x, y = bag.coords[2]  # type: ignore[index]
         with torch.no_grad():
-            expected = encoder.model(encoder.transform(slide.read(int(x), int(y), 64))[None])[0].numpy()
+            expected = encoder.model(encoder.transform(slide.read(int(x), int(y), 64))[None])[
+                0
+            ].numpy()
     assert np.allclose(bag.features[2], expected, atol=1e-5)
     assert bag.features.shape[1] == encoder.dim
 
@@ -270,7 +343,9 @@ def test_digest_follows_the_weights() -> None:
     assert weights_digest(layer) != before
 
 
-def test_unreachable_hub_says_what_to_fetch_and_where_to_put_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_says_what_to_fetch_and_where_to_put_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import huggingface_hub
 
     def offline(*args: object, **kwargs: object) -> None:
@@ -286,9 +361,15 @@ def test_truncated_resnet_is_the_first_three_stages() -> None:
 
     torch.manual_seed(0)
     encoder = build_encoder("resnet50", weights="random")
-    whole = timm.create_model("resnet50", pretrained=False, num_classes=0, features_only=True, out_indices=(3,)).eval()
+    whole = timm.create_model(
+        "resnet50", pretrained=False, num_classes=0, features_only=True, out_indices=(3,)
+    ).eval()
     whole.load_state_dict(
-        {key.removeprefix("trunk."): value for key, value in encoder.model.network.state_dict().items()}, strict=False
+        {
+            key.removeprefix("trunk."): value
+            for key, value in encoder.model.network.state_dict().items()
+        },
+        strict=False,
     )
     pixels = torch.randint(0, 255, (1, 3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():

@@ -1,4 +1,6 @@
-"""Extraction that is disturbed: unreadable tiles, killed processes, a full disk, a neighbour on the same output."""
+"""Extraction that is disturbed: unreadable tiles, killed processes, a full disk, a neighbour on the
+same output.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +34,32 @@ from tests.helpers import kill_when, make_cohort
 def cohort(tmp_path: Path) -> Path:
     """Three slides, tiled at 64 px."""
     root = make_cohort(tmp_path)
-    keys = ["tile_size=64", "tissue.mpp=2", "tissue.median=4", "tissue.closing=4", "tissue.min_area=50", "workers=1"]
-    assert run(tile_slides.main, tile_slides.Config, [f"slides={root}/slides", f"output={root}/tiles", *keys]) == 0
+    keys = [
+        "tile_size=64",
+        "tissue.mpp=2",
+        "tissue.median=4",
+        "tissue.closing=4",
+        "tissue.min_area=50",
+        "workers=1",
+    ]
+    assert (
+        run(
+            tile_slides.main,
+            tile_slides.Config,
+            [f"slides={root}/slides", f"output={root}/tiles", *keys],
+        )
+        == 0
+    )
     return root
 
 
 def keys(root: Path, *extra: str) -> list[str]:
-    base = [f"slides={root}/slides", f"coords={root}/tiles", f"output={root}/features", "encoder=mean_colour"]
+    base = [
+        f"slides={root}/slides",
+        f"coords={root}/tiles",
+        f"output={root}/features",
+        "encoder=mean_colour",
+    ]
     return [*base, "device=cpu", "precision=fp32", "workers=0", "batch_size=7", *extra]
 
 
@@ -56,21 +77,33 @@ def as_bytes(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def holes(tile_folder: Path, tmp_path: Path) -> Path:
-    """A tile folder of five tiles, the second and the fourth of which do not decode, beside a whole one of one tile."""
+    """A tile folder of five tiles, the second and the fourth of which do not decode, beside a whole
+    one of one tile.
+    """
     other = tile_folder.parent / "008"
     other.mkdir()
     Image.new("RGB", (64, 64), (9, 9, 9)).save(other / "0_0.png")
-    tiling = [f"slides={tmp_path}/slides", f"output={tmp_path}/tiles", "tile_size=64", "target_mpp=null", "workers=1"]
+    tiling = [
+        f"slides={tmp_path}/slides",
+        f"output={tmp_path}/tiles",
+        "tile_size=64",
+        "target_mpp=null",
+        "workers=1",
+    ]
     assert run(tile_slides.main, tile_slides.Config, tiling) == 0
     for name in ("0_1.png", "2_0.png"):
         (tile_folder / name).write_bytes(b"broken")
     return tmp_path
 
 
-def test_unreadable_tiles_are_counted_and_a_limit_decides(holes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_tiles_are_counted_and_a_limit_decides(
+    holes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = holes / "features" / "mean_colour"
     assert extract(holes, "max_bad_tiles=0.39") == 1
-    assert "2 of 5 tiles cannot be read (max_bad_tiles=0.39)" in (folder / "failures.csv").read_text()
+    assert (
+        "2 of 5 tiles cannot be read (max_bad_tiles=0.39)" in (folder / "failures.csv").read_text()
+    )
     assert list(bag_files(folder)) == ["008"]
     assert extract(holes, "max_bad_tiles=0.4", "workers=2", "batch_size=2", "pt=true") == 0
     bag = read_bag(folder / "h5_files" / "007.h5")
@@ -100,7 +133,9 @@ def test_real_slide_with_a_damaged_middle(real_data: Path, tmp_path: Path) -> No
     (tmp_path / "slides").mkdir()
     path = tmp_path / "slides" / "hole.svs"
     shutil.copy(real_data / "wsi_broken" / "DERIVED-cmu-1-small-region.zerotail.svs", path)
-    grid = np.stack(np.meshgrid(np.arange(0, 1984, 240), np.arange(0, 2640, 240)), -1).reshape(-1, 2)
+    grid = np.stack(np.meshgrid(np.arange(0, 1984, 240), np.arange(0, 2640, 240)), -1).reshape(
+        -1, 2
+    )
     geometry = TileGeometry("hole", 240, 240, 0, 240, 0.499, 0.499, 0.0, 2220, 2967)
     write_coordinates(tmp_path / "tiles" / "coords" / "hole.h5", Coordinates(grid, geometry))
     # every tile with a handle of its own, so that no error can spread
@@ -127,7 +162,9 @@ def test_killed_in_the_middle_and_started_again_gives_the_same_files(cohort: Pat
     arguments = keys(cohort, "encoder=stain_texture", "batch_size=2")
     part = cohort / "features" / "stain_texture" / "h5_files"
     kill_when(
-        lambda: (part / "S000.h5").exists() and bool(hidden(part)), "patch_encoder.extract_features", arguments
+        lambda: (part / "S000.h5").exists() and bool(hidden(part)),
+        "patch_encoder.extract_features",
+        arguments,
     )  # a slide is done, the next one is under way
     assert hidden(part), "what was under way has a hidden name"
     for file in part.glob("*.h5"):
@@ -139,14 +176,24 @@ def test_killed_in_the_middle_and_started_again_gives_the_same_files(cohort: Pat
 
 
 def test_two_processes_on_one_output_do_each_other_no_harm(cohort: Path, root: Path) -> None:
-    command = [sys.executable, "-m", "patch_encoder.extract_features", *keys(cohort, "batch_size=1")]
+    command = [
+        sys.executable,
+        "-m",
+        "patch_encoder.extract_features",
+        *keys(cohort, "batch_size=1"),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    pair = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    pair = [
+        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     for process in pair:
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
     assert extract(cohort, f"output={cohort}/alone") == 0
-    assert as_bytes(cohort / "features" / "mean_colour") == as_bytes(cohort / "alone" / "mean_colour")
+    assert as_bytes(cohort / "features" / "mean_colour") == as_bytes(
+        cohort / "alone" / "mean_colour"
+    )
     assert not hidden(cohort / "features")
 
 
@@ -159,10 +206,16 @@ def test_room_is_checked_before_any_slide_is_read(
     tiles = sum(len(read_coords(cohort, slide)) for slide in ("S000", "S001", "S002"))
     whole = tiles * 28 + 3 * 65536
     free = {"bytes": whole - 1}
-    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, free["bytes"]))
+    monkeypatch.setattr(
+        disk_space.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, free["bytes"])
+    )
     assert extract(cohort) == 2
     error = capsys.readouterr().err
-    assert "KiB free for the features of 3 slides" in error and "dtype=float16" in error and error.count("\n") == 1
+    assert (
+        "KiB free for the features of 3 slides" in error
+        and "dtype=float16" in error
+        and error.count("\n") == 1
+    )
     assert not (cohort / "features").exists()
     free["bytes"] = whole
     assert extract(cohort) == 0
@@ -223,11 +276,15 @@ def test_other_errors_of_the_system_are_not_called_a_full_disk(tmp_path: Path) -
 def test_memory_does_not_grow_with_the_tiles_of_a_slide(tile_folder: Path, tmp_path: Path) -> None:
     layers = (Scaled(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 4096))
     wide = torch.nn.Sequential(*layers).requires_grad_(False)
-    encoder = Encoder("wide", 4096, ToInputSize(None), wide, build_encoder("mean_colour").provenance)
+    encoder = Encoder(
+        "wide", 4096, ToInputSize(None), wide, build_encoder("mean_colour").provenance
+    )
     geometry = TileGeometry("007", 64, 64, 0, 64, 0.0, 0.0, 0.0, 128, 192)
     peaks = []
     for count in (300, 3000):
-        job = engine.SlideJob("007", tile_folder, Coordinates(np.zeros((count, 2), np.int64), geometry), None)
+        job = engine.SlideJob(
+            "007", tile_folder, Coordinates(np.zeros((count, 2), np.int64), geometry), None
+        )
         settings = engine.ExtractSettings(torch.device("cpu"), "fp32", 50, 0)
         Path("/proc/self/clear_refs").write_text("5")  # peak := now
         start = resident("VmRSS")
@@ -244,7 +301,9 @@ class Scaled(torch.nn.Module):
 
 
 def resident(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
+    )
     return 1024 * int(line.split()[1])
 
 
@@ -259,18 +318,40 @@ launch(extract_features.main, extract_features.Config)
 
 
 def test_a_disk_that_is_really_full(cohort: Path, root: Path) -> None:
-    """A file system of 80 KiB, mounted for this process alone: a bag takes 68 KiB at first and 8 to 12 once it is finished."""
+    """A file system of 80 KiB, mounted for this process alone: a bag takes 68 KiB at first and 8 to
+    12 once it is finished.
+    """
     (cohort / "features").mkdir()
     mount = f"mount -t tmpfs -o size=80k none {cohort}/features"
-    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False
+    ).returncode:
         pytest.skip("a file system cannot be mounted here")
-    script = f'{mount} && "$0" "$@"; status=$?; ls -A {cohort}/features/mean_colour/h5_files; exit $status'
-    command = ["unshare", "-rm", "sh", "-c", script, sys.executable, "-c", FILL, *keys(cohort, "workers=2")]
+    script = (
+        f'{mount} && "$0" "$@"; status=$?; ls -A {cohort}/features/mean_colour/h5_files; '
+        "exit $status"
+    )
+    command = [
+        "unshare",
+        "-rm",
+        "sh",
+        "-c",
+        script,
+        sys.executable,
+        "-c",
+        FILL,
+        *keys(cohort, "workers=2"),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in done.stderr.splitlines() if " INFO " not in line]
     assert done.returncode == 2 and len(lines) == 1, done.stderr
-    assert "the disk is full or the quota used up" in lines[0] and "finished slides are kept" in lines[0]
+    assert (
+        "the disk is full or the quota used up" in lines[0]
+        and "finished slides are kept" in lines[0]
+    )
     assert done.stdout.split(), "finished slides are kept"
-    assert all(name in ("S000.h5", "S001.h5", "S002.h5") for name in done.stdout.split()), "and no halves"
+    assert all(name in ("S000.h5", "S001.h5", "S002.h5") for name in done.stdout.split()), (
+        "and no halves"
+    )
     assert len(done.stdout.split()) < 3

@@ -1,4 +1,6 @@
-"""Networks made ready: folding and compiling keep the features, padding keeps them to the last bit."""
+"""Networks made ready: folding and compiling keep the features, padding keeps them to the last
+bit.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,9 @@ def test_a_tile_has_the_same_bits_in_any_batch(name: str) -> None:
     tiles = torch.randint(0, 255, (9, 3, side, side), dtype=torch.uint8)
     network = Network(encoder.model, CPU, "fp32", batch_size=6)
     together = torch.cat([network.launch(part).features() for part in tiles.split(6)])
-    shifted = torch.cat([network.launch(part).features() for part in (tiles[:2], tiles[2:3], tiles[3:9])])
+    shifted = torch.cat(
+        [network.launch(part).features() for part in (tiles[:2], tiles[2:3], tiles[3:9])]
+    )
     assert torch.equal(together, shifted)
     assert together.shape == (9, encoder.dim)
 
@@ -115,7 +119,9 @@ assert torch._dynamo.utils.counters["frames"]["total"] >= 1, "nothing was compil
 def run_compiled(backend: str, root: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     code = COMPILED.format(backend=backend)
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def test_compiled_features_are_the_same_and_one_shape_is_compiled_once(root: Path) -> None:

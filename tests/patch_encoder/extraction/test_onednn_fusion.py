@@ -1,4 +1,6 @@
-"""Fused networks against the networks themselves: kinds of layers, sums that must not be written over, what cannot be fused."""
+"""Fused networks against the networks themselves: kinds of layers, sums that must not be written
+over, what cannot be fused.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from patch_encoder.extraction.network import Network, fold_batch_norms
 from patch_encoder.extraction.onednn_fusion import FusedNetwork, fuse
 from patch_encoder.models.encoders import build_encoder
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="torch without oneDNN"
+)
 CONVOLUTION, SUM, SUM_IN_PLACE = (
     f"mkldnn._convolution_pointwise{name}" for name in (".default", ".binary", "_.binary")
 )  # fmt: skip
@@ -41,7 +45,9 @@ class Formula(nn.Module):
 
     def __init__(self, formula: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.convolutions = nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)])
+        self.convolutions = nn.ModuleList(
+            [nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)]
+        )
         self.map = nn.Parameter(torch.randn(2, 4, 8, 8))
         self.formula = formula
 
@@ -74,7 +80,9 @@ def calls(network: Callable[[Tensor], Tensor], items: Tensor) -> Counter[str]:
 TRUNKS: dict[str, Callable[[], nn.Module]] = {
     "torchvision": torchvision.models.resnet18,
     "bottleneck": lambda: timm.create_model("resnet14t", num_classes=0),
-    "groups": lambda: timm.create_model("resnet26", num_classes=0, cardinality=8, base_width=4, layers=(1, 1, 1, 1)),
+    "groups": lambda: timm.create_model(
+        "resnet26", num_classes=0, cardinality=8, base_width=4, layers=(1, 1, 1, 1)
+    ),
     "dilation": lambda: timm.create_model("resnet18", num_classes=0, output_stride=8),
 }
 
@@ -92,20 +100,40 @@ def test_a_trunk_keeps_its_features_and_no_pass_is_left(name: str) -> None:
         assert difference(fused(other), folded(other)) < 1e-5
     assert torch.equal(other, kept)
     found = calls(fused, items)
-    blocks = sum(type(module).__name__ in ("BasicBlock", "Bottleneck") for module in model.modules())
+    blocks = sum(
+        type(module).__name__ in ("BasicBlock", "Bottleneck") for module in model.modules()
+    )
     convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
     assert (found[SUM_IN_PLACE], found[CONVOLUTION]) == (blocks, convolutions - blocks)
-    assert not [name for name in found if name.startswith(("aten.convolution", "aten.add.", "aten.add_", "aten.relu"))]
+    assert not [
+        name
+        for name in found
+        if name.startswith(("aten.convolution", "aten.add.", "aten.add_", "aten.relu"))
+    ]
 
 
-FORMULAS: dict[str, tuple[Callable[..., Tensor], int]] = {  # what is computed, sums that may be written over the addend
+FORMULAS: dict[
+    str, tuple[Callable[..., Tensor], int]
+] = {  # what is computed, sums that may be written over the addend
     "in place": (lambda x, a, b, c, m: F.relu_(a(x)).add_(b(x)), 1),
     "rectified sum": (lambda x, a, b, c, m: F.relu(a(x) + b(x)), 1),
     "addend first": (lambda x, a, b, c, m: F.relu(F.relu(a(x)) + b(x)), 1),
-    "addend is read later": (lambda x, a, b, c, m: torch.cat([y := F.relu(a(x)), F.relu(b(x) + y), c(y)]), 0),
-    "addend is returned": (lambda x, a, b, c, m: torch.stack([y := F.relu(a(x)), F.relu(b(y) + y)]), 0),
-    "addend has a view": (lambda x, a, b, c, m: (y := F.relu(a(x))).flatten(1) - F.relu(b(x) + y).flatten(1), 0),
-    "addend is a view": (lambda x, a, b, c, m: (y := F.relu(a(x)))[:, :, 2:6] + b(y[:, :, 2:6]) + y[:, :, :4], 0),
+    "addend is read later": (
+        lambda x, a, b, c, m: torch.cat([y := F.relu(a(x)), F.relu(b(x) + y), c(y)]),
+        0,
+    ),
+    "addend is returned": (
+        lambda x, a, b, c, m: torch.stack([y := F.relu(a(x)), F.relu(b(y) + y)]),
+        0,
+    ),
+    "addend has a view": (
+        lambda x, a, b, c, m: (y := F.relu(a(x))).flatten(1) - F.relu(b(x) + y).flatten(1),
+        0,
+    ),
+    "addend is a view": (
+        lambda x, a, b, c, m: (y := F.relu(a(x)))[:, :, 2:6] + b(y[:, :, 2:6]) + y[:, :, :4],
+        0,
+    ),
     "addend is the input": (lambda x, a, b, c, m: F.relu(a(x) + x) + x, 0),
     "addend is a parameter": (lambda x, a, b, c, m: F.relu(a(F.relu(b(x))) + m), 0),
     "addend is rectified in place": (lambda x, a, b, c, m: F.relu(b(y := a(x)) + F.relu_(y)), 1),
@@ -115,7 +143,10 @@ FORMULAS: dict[str, tuple[Callable[..., Tensor], int]] = {  # what is computed, 
     "weighted sum": (lambda x, a, b, c, m: torch.add(a(F.relu(b(x))), x, alpha=3.0), 0),
     "number": (lambda x, a, b, c, m: F.relu(a(F.relu(b(x))) + 1.0), 0),
     "broadcast": (lambda x, a, b, c, m: F.relu(a(x) + F.relu(b(x)).mean((2, 3), keepdim=True)), 0),
-    "map is broadcast": (lambda x, a, b, c, m: F.relu(F.adaptive_avg_pool2d(a(x), 1) + F.relu(b(x))), 0),
+    "map is broadcast": (
+        lambda x, a, b, c, m: F.relu(F.adaptive_avg_pool2d(a(x), 1) + F.relu(b(x))),
+        0,
+    ),
     "sum that is used twice": (lambda x, a, b, c, m: (y := a(x) + F.relu(b(x))) * F.relu(y), 1),
     "same convolution": (lambda x, a, b, c, m: F.relu(a(F.relu(a(x)))), 0),
     "rectified input": (lambda x, a, b, c, m: F.relu(a(x)) + F.relu(b(x.clone().relu_())), 0),
@@ -152,7 +183,11 @@ LAYERS = [
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_every_kind_of_convolution(options: dict, layout: torch.memory_format) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(8, 8, 3, **options), nn.ReLU(), nn.Conv2d(8, 5, 2), nn.ReLU()).eval().requires_grad_(False)
+    model = (
+        nn.Sequential(nn.Conv2d(8, 8, 3, **options), nn.ReLU(), nn.Conv2d(8, 5, 2), nn.ReLU())
+        .eval()
+        .requires_grad_(False)
+    )
     items = torch.randn(1, 8, 13, 17).contiguous(memory_format=layout)
     fused = fuse(model.to(memory_format=torch.channels_last), items)
     assert fused is not None
@@ -164,7 +199,11 @@ def test_one_dimension_and_transposed_layers_are_left() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.maps, self.back, self.line = nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 4, 3), nn.Conv1d(4, 4, 3)
+            self.maps, self.back, self.line = (
+                nn.Conv2d(3, 4, 3),
+                nn.ConvTranspose2d(4, 4, 3),
+                nn.Conv1d(4, 4, 3),
+            )
             self.last = nn.Conv2d(4, 4, 1)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -193,7 +232,9 @@ def test_bf16_has_the_features_of_autocast_and_casts_no_weight_again() -> None:
     assert found.dtype == torch.bfloat16
     assert difference(found, expected) < 2e-2
     assert difference(found, exact) < 1.5 * difference(expected, exact) + 1e-3
-    assert calls(fused, items)["aten._to_copy.default"] <= 3  # pixels, and the classifier's weight and bias
+    assert (
+        calls(fused, items)["aten._to_copy.default"] <= 3
+    )  # pixels, and the classifier's weight and bias
 
 
 def by_value(x: Tensor, a: nn.Module, b: nn.Module, c: nn.Module, m: Tensor) -> Tensor:
@@ -219,8 +260,13 @@ def test_what_cannot_be_fused_is_called_itself(formula: Callable[..., Tensor]) -
             assert torch.equal(network(items), model(items))
 
 
-def test_no_graph_in_training_on_other_devices_or_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, items = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU()), torch.randn(2, 3, 32, 32)
+def test_no_graph_in_training_on_other_devices_or_without_onednn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, items = (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU()),
+        torch.randn(2, 3, 32, 32),
+    )
     assert fuse(model.eval(), items) is not None
     assert fuse(model.train(), items) is None
     with monkeypatch.context() as patch:
@@ -239,12 +285,18 @@ def test_a_graph_that_gives_other_features_is_dropped(monkeypatch: pytest.Monkey
 
 
 def test_other_shapes_layouts_and_gradients() -> None:
-    model = fold_batch_norms(lively(timm.create_model("resnet14t", num_classes=0)), torch.randn(2, 3, 64, 64))
+    model = fold_batch_norms(
+        lively(timm.create_model("resnet14t", num_classes=0)), torch.randn(2, 3, 64, 64)
+    )
     network = FusedNetwork(model, "fp32")
     with torch.no_grad():
         for shape in ((2, 3, 64, 64), (1, 3, 64, 64), (3, 3, 33, 47), (2, 3, 64, 64)):
             items = torch.randn(shape)
-            for laid_out in (items, items.contiguous(memory_format=torch.channels_last), items.repeat(1, 1, 1, 2)[..., ::2]):
+            for laid_out in (
+                items,
+                items.contiguous(memory_format=torch.channels_last),
+                items.repeat(1, 1, 1, 2)[..., ::2],
+            ):
                 assert calls(network, laid_out)[CONVOLUTION] > 0
                 assert difference(network(laid_out), model(laid_out)) < 1e-5
     pixels = torch.randn(2, 3, 64, 64, requires_grad=True)

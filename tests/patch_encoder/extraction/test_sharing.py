@@ -1,4 +1,6 @@
-"""A cohort on several processes: shards without coordination, the script that starts them, and Ray with a worker that dies."""
+"""A cohort on several processes: shards without coordination, the script that starts them, and Ray
+with a worker that dies.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +35,18 @@ JOBS = [job(f"S{index}", tiles) for index, tiles in enumerate((5, 90, 3, 40, 40,
 
 def test_shards_part_a_cohort_by_size() -> None:
     parts = [Shard.parse(f"{index}/3").of(JOBS) for index in (1, 2, 3)]
-    assert [[len(j.coordinates.coords) for j in part] for part in parts] == [[90, 5, 1], [40, 3], [40, 2]]
+    assert [[len(j.coordinates.coords) for j in part] for part in parts] == [
+        [90, 5, 1],
+        [40, 3],
+        [40, 2],
+    ]
     assert sorted(j.slide_id for part in parts for j in part) == sorted(j.slide_id for j in JOBS)
     assert Shard.parse("2/3").of(JOBS[::-1]) == parts[1], "the order of the folder does not matter"
-    assert Shard.parse("").of(JOBS) == JOBS and Shard.parse("").name == "" and Shard.parse("2/3").name == "2-of-3"
+    assert (
+        Shard.parse("").of(JOBS) == JOBS
+        and Shard.parse("").name == ""
+        and Shard.parse("2/3").name == "2-of-3"
+    )
     for text in ("0/2", "3/2", "1", "a/b", "1/2/3", "-1/2"):
         with pytest.raises(UserError, match="expected i/n"):
             Shard.parse(text)
@@ -55,13 +65,32 @@ def cohort(tmp_path: Path) -> Path:
     root = make_cohort(tmp_path)
     write_pyramid(root / "slides" / "S003.tiff", draw_slide(1024, seed=3))
     (root / "labels.csv").write_text((root / "labels.csv").read_text() + "C3,S003,negative\n")
-    keys = ["tile_size=32", "tissue.mpp=2", "tissue.median=4", "tissue.closing=4", "tissue.min_area=50", "workers=1"]
-    assert run(tile_slides.main, tile_slides.Config, [f"slides={root}/slides", f"output={root}/tiles", *keys]) == 0
+    keys = [
+        "tile_size=32",
+        "tissue.mpp=2",
+        "tissue.median=4",
+        "tissue.closing=4",
+        "tissue.min_area=50",
+        "workers=1",
+    ]
+    assert (
+        run(
+            tile_slides.main,
+            tile_slides.Config,
+            [f"slides={root}/slides", f"output={root}/tiles", *keys],
+        )
+        == 0
+    )
     return root
 
 
 def keys(root: Path, *extra: str) -> list[str]:
-    base = [f"slides={root}/slides", f"coords={root}/tiles", f"output={root}/features", "encoder=stain_texture"]
+    base = [
+        f"slides={root}/slides",
+        f"coords={root}/tiles",
+        f"output={root}/features",
+        "encoder=stain_texture",
+    ]
     return [*base, "device=cpu", "precision=fp32", "workers=0", "batch_size=16", *extra]
 
 
@@ -70,23 +99,37 @@ def extract(root: Path, *extra: str) -> int:
 
 
 def as_bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((folder / "stain_texture" / "h5_files").iterdir())}
+    return {
+        path.name: path.read_bytes()
+        for path in sorted((folder / "stain_texture" / "h5_files").iterdir())
+    }
 
 
 def environment(root: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ENV": "active", "PYTHON": sys.executable}
+    return {
+        **os.environ,
+        "PYTHONPATH": str(root),
+        "OMP_NUM_THREADS": "1",
+        "ENV": "active",
+        "PYTHON": sys.executable,
+    }
 
 
 def test_shards_keep_lists_of_their_own_and_the_whole_run_clears_them(cohort: Path) -> None:
     folder = cohort / "features" / "mean_colour"
-    largest, smallest = cohort / "slides" / "S003.tiff", cohort / "slides" / "S000.tiff"  # one in each part
+    largest, smallest = (
+        cohort / "slides" / "S003.tiff",
+        cohort / "slides" / "S000.tiff",
+    )  # one in each part
     whole = largest.read_bytes(), smallest.read_bytes()
     largest.write_bytes(whole[0][:500])
     smallest.write_bytes(whole[1][:500])
     (cohort / "tiles" / "coords" / "S001.h5").unlink()
     assert [extract(cohort, "encoder=mean_colour", f"shard={i}/2") for i in (1, 2)] == [1, 1]
     lists = {path.name: path.read_text() for path in folder.glob("failures*")}
-    assert sum(text.count("S001") > 0 for text in lists.values()) == 1, "what no part can do is listed once"
+    assert sum(text.count("S001") > 0 for text in lists.values()) == 1, (
+        "what no part can do is listed once"
+    )
     assert "S003" in lists["failures.1-of-2.csv"] and "failures.csv" not in lists
     largest.write_bytes(whole[0])
     smallest.write_bytes(whole[1])
@@ -96,15 +139,25 @@ def test_shards_keep_lists_of_their_own_and_the_whole_run_clears_them(cohort: Pa
 
 def test_script_starts_a_process_a_gpu_and_takes_the_worst_status(cohort: Path, root: Path) -> None:
     script = ["bash", str(root / "tools" / "preprocess" / "extract-features.sh")]
-    shared = environment(root) | {"GPUS": "2", "COORDS": f"{cohort}/tiles", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*script, *keys(cohort)], env=shared, capture_output=True, text=True, check=False)
+    shared = environment(root) | {
+        "GPUS": "2",
+        "COORDS": f"{cohort}/tiles",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        [*script, *keys(cohort)], env=shared, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert sorted(re.findall(r"(\d) slides, 0 already done", done.stderr)) == ["2", "2"]
     assert extract(cohort, f"output={cohort}/alone") == 0
     assert as_bytes(cohort / "features") == as_bytes(cohort / "alone")
     (cohort / "slides" / "S003.tiff").write_bytes(b"broken")
     done = subprocess.run(
-        [*script, *keys(cohort, f"output={cohort}/again")], env=shared, capture_output=True, text=True, check=False
+        [*script, *keys(cohort, f"output={cohort}/again")],
+        env=shared,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode != 0
 
@@ -128,15 +181,28 @@ def test_workers_that_the_cluster_has_no_room_for_are_refused() -> None:
             ray_extraction._worker_count(resources, settings, on_cuda=on_cuda)
 
 
-def test_a_worker_of_ray_that_is_killed_is_replaced_and_its_slide_done_again(cohort: Path, root: Path) -> None:
+def test_a_worker_of_ray_that_is_killed_is_replaced_and_its_slide_done_again(
+    cohort: Path, root: Path
+) -> None:
     pytest.importorskip("ray", reason="Ray is an optional dependency")
-    command = [sys.executable, "-m", "patch_encoder.extract_features", *keys(cohort, "batch_size=2")]
+    command = [
+        sys.executable,
+        "-m",
+        "patch_encoder.extract_features",
+        *keys(cohort, "batch_size=2"),
+    ]
     ray_keys = ["engine=ray", "ray_workers=2", "ray_cpus=1"]
-    process = subprocess.Popen([*command, *ray_keys], env=environment(root), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, *ray_keys], env=environment(root), stderr=subprocess.PIPE, text=True
+    )
     # the hidden file of the largest slide has its worker's process id in its name
     part = cohort / "features" / "stain_texture" / "h5_files"
     deadline = time.monotonic() + 300
-    while not (under_way := list(part.glob(".S003.h5.*.tmp"))) and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not (under_way := list(part.glob(".S003.h5.*.tmp")))
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.005)
     assert under_way, process.communicate()[1][-3000:]
     os.kill(int(under_way[0].name.split(".")[-2]), signal.SIGKILL)

@@ -1,4 +1,6 @@
-"""Slides that crash or hang their reader are listed by extraction, tiling and inspection, and all others are the same."""
+"""Slides that crash or hang their reader are listed by extraction, tiling and inspection, and all
+others are the same.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,13 @@ from patch_encoder.slides.openslide_file import OpenSlideFile
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, read_coordinates
 from tests.helpers import children, die, make_cohort
 
-TILING = ["tile_size=64", "tissue.mpp=2", "tissue.median=4", "tissue.closing=4", "tissue.min_area=50"]
+TILING = [
+    "tile_size=64",
+    "tissue.mpp=2",
+    "tissue.median=4",
+    "tissue.closing=4",
+    "tissue.min_area=50",
+]
 SEGFAULT = "the reader crashed (signal 11, SIGSEGV)"
 
 
@@ -49,7 +57,12 @@ def tile(root: Path, *extra: str) -> int:
 
 
 def extract(root: Path, *extra: str) -> int:
-    base = [f"slides={root}/slides", f"coords={root}/tiles", f"output={root}/features", "encoder=mean_colour"]
+    base = [
+        f"slides={root}/slides",
+        f"coords={root}/tiles",
+        f"output={root}/features",
+        "encoder=mean_colour",
+    ]
     keys = [*base, "device=cpu", "precision=fp32", "workers=2", "batch_size=7", *extra]
     before = children()
     status = run(extract_features.main, extract_features.Config, keys)
@@ -58,7 +71,10 @@ def extract(root: Path, *extra: str) -> int:
 
 
 def bags(root: Path, output: str = "features") -> dict[str, bytes]:
-    return {path.stem: path.read_bytes() for path in sorted((root / output / "mean_colour" / "h5_files").iterdir())}
+    return {
+        path.stem: path.read_bytes()
+        for path in sorted((root / output / "mean_colour" / "h5_files").iterdir())
+    }
 
 
 def failures(folder: Path) -> dict[str, str]:
@@ -67,10 +83,18 @@ def failures(folder: Path) -> dict[str, str]:
 
 
 def struck(
-    monkeypatch: pytest.MonkeyPatch, slide: str, act: Callable[[], None], tile: int = 0, root: Path | None = None
+    monkeypatch: pytest.MonkeyPatch,
+    slide: str,
+    act: Callable[[], None],
+    tile: int = 0,
+    root: Path | None = None,
 ) -> None:
     """`act` when a slide's tile of this number is read, or any region when `root` is not given."""
-    corner = read_coordinates(root / "tiles" / "coords" / f"{slide}.h5").coords[tile].tolist() if root else None
+    corner = (
+        read_coordinates(root / "tiles" / "coords" / f"{slide}.h5").coords[tile].tolist()
+        if root
+        else None
+    )
     read = OpenSlideFile.read
 
     def bad(self: OpenSlideFile, x: int, y: int, size: int, level: int = 0) -> np.ndarray:
@@ -98,15 +122,21 @@ def test_a_slide_that_crashes_its_reader_is_listed_and_the_others_are_the_same(
     assert found == {"S001": f"{SEGFAULT} at tile {tile_number + 1} of {count}, {again}"}
 
 
-def test_a_slide_that_hangs_is_listed_after_the_timeout(cohort: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slide_that_hangs_is_listed_after_the_timeout(
+    cohort: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert extract(cohort, f"output={cohort}/clean", "workers=0") == 0
     struck(monkeypatch, "S000", lambda: time.sleep(60), 3, cohort)
     start = time.monotonic()
     assert extract(cohort, "read_timeout=0.7") == 1
     assert time.monotonic() - start < 20
-    assert bags(cohort) == {name: data for name, data in bags(cohort, "clean").items() if name != "S000"}
+    assert bags(cohort) == {
+        name: data for name, data in bags(cohort, "clean").items() if name != "S000"
+    }
     found = failures(cohort / "features" / "mean_colour")
-    assert list(found) == ["S000"] and found["S000"].startswith("the reader did not answer for 0.7 s at tile 4 of ")
+    assert list(found) == ["S000"] and found["S000"].startswith(
+        "the reader did not answer for 0.7 s at tile 4 of "
+    )
 
 
 def test_a_reader_that_is_killed_once_costs_nothing(
@@ -122,7 +152,11 @@ def test_a_reader_that_is_killed_once_costs_nothing(
 
     struck(monkeypatch, "S002", once, 5, cohort)
     assert extract(cohort) == 0
-    assert mark.exists() and "slide S002: the reader was killed (signal 9, SIGKILL: out of memory?) at tile 6" in caplog.text
+    assert (
+        mark.exists()
+        and "slide S002: the reader was killed (signal 9, SIGKILL: out of memory?) at tile 6"
+        in caplog.text
+    )
     assert bags(cohort) == bags(cohort, "clean")
 
 
@@ -134,7 +168,9 @@ def test_two_readers_lost_over_a_slide_at_once_are_one_try(cohort: Path) -> None
     verdicts.enter(Lost("killed", (0, 9), began))
     assert not verdicts.given_up
     verdicts.enter(Lost("killed", (0, 3), time.monotonic()))
-    assert verdicts.given_up == {0: "killed at tile 4 of 19, and so did another before it; the slide is given up"}
+    assert verdicts.given_up == {
+        0: "killed at tile 4 of 19, and so did another before it; the slide is given up"
+    }
 
 
 def test_readers_that_die_at_no_slide_end_the_run_with_one_line(
@@ -143,7 +179,9 @@ def test_readers_that_die_at_no_slide_end_the_run_with_one_line(
     monkeypatch.setattr(tile_module, "alive", lambda *_: die(signal.SIGKILL))
     assert extract(cohort) == 2
     error = capsys.readouterr().err
-    assert "error: 3 decoding processes were lost one after the other" in error and "workers=" in error
+    assert (
+        "error: 3 decoding processes were lost one after the other" in error and "workers=" in error
+    )
     assert error.count("\n") == 1 and not (cohort / "features").exists()
 
 
@@ -157,7 +195,9 @@ def test_what_a_reader_should_not_raise_is_listed_with_its_type(
     struck(monkeypatch, "S003", bug, 2, cohort)
     assert extract(cohort, f"workers={workers}") == 1
     found = failures(cohort / "features" / "mean_colour")
-    assert list(found) == ["S003"] and found["S003"].endswith("the first: ZeroDivisionError: no tiles across")
+    assert list(found) == ["S003"] and found["S003"].endswith(
+        "the first: ZeroDivisionError: no tiles across"
+    )
     assert sorted(bags(cohort)) == ["S000", "S001", "S002"]
     assert workers or "Traceback" in caplog.text
 
@@ -168,7 +208,14 @@ def test_a_mistake_of_ours_is_not_a_slide_s(cohort: Path, monkeypatch: pytest.Mo
     def mistake(tile: np.ndarray) -> torch.Tensor:
         raise LookupError("in the transform")
 
-    jobs = [SlideJob("S000", cohort / "slides" / "S000.tiff", read_coordinates(cohort / "tiles/coords/S000.h5"), None)]
+    jobs = [
+        SlideJob(
+            "S000",
+            cohort / "slides" / "S000.tiff",
+            read_coordinates(cohort / "tiles/coords/S000.h5"),
+            None,
+        )
+    ]
     with pytest.raises(RuntimeError, match=r"(?s)in mistake.*LookupError: in the transform"):
         list(decoding.batches(TileSequence(jobs, mistake), 4, 1, 60.0))
     assert children() == before
@@ -184,7 +231,11 @@ def test_tiling_goes_on_after_slides_that_kill_hang_or_have_a_bug(
     def bug() -> None:
         raise KeyError("tiff tag")
 
-    for slide, act in (("S000", lambda: die(signal.SIGABRT)), ("S002", lambda: time.sleep(60)), ("S003", bug)):
+    for slide, act in (
+        ("S000", lambda: die(signal.SIGABRT)),
+        ("S002", lambda: time.sleep(60)),
+        ("S003", bug),
+    ):
         struck(monkeypatch, slide, act)
     assert tile(root, "workers=2", "read_timeout=1.5") == 1
     assert children() == before
@@ -197,7 +248,10 @@ def test_tiling_goes_on_after_slides_that_kill_hang_or_have_a_bug(
     names = {path.stem for path in (root / "tiles" / "coords").glob("[!.]*")}
     assert names == {"S001", "S004"}
     for name in names:
-        pair = [read_coordinates(root / folder / "coords" / f"{name}.h5") for folder in ("tiles", "clean")]
+        pair = [
+            read_coordinates(root / folder / "coords" / f"{name}.h5")
+            for folder in ("tiles", "clean")
+        ]
         assert pair[0].digest() == pair[1].digest()
 
 
@@ -215,7 +269,11 @@ def test_inspection_says_which_slides_kill(
     struck(monkeypatch, "S001", lambda: die(signal.SIGSEGV))
     assert look("workers=2", "json=true") == 1
     found = json.loads(capsys.readouterr().out)
-    assert found[1] == {"slide": "S001", "path": str(cohort / "slides" / "S001.tiff"), "error": SEGFAULT}
+    assert found[1] == {
+        "slide": "S001",
+        "path": str(cohort / "slides" / "S001.tiff"),
+        "error": SEGFAULT,
+    }
     assert [found[0], *found[2:]] == [clean[0], *clean[2:]]
     assert look() == 1
     assert f"S001: {SEGFAULT}" in capsys.readouterr().out
@@ -232,12 +290,20 @@ def test_numbers_that_cannot_be(cohort: Path, capsys: pytest.CaptureFixture[str]
 
 def test_ctrl_c_ends_an_extraction_that_hangs(cohort: Path, root: Path) -> None:
     script = (
-        "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler);"  # a background job is deaf to it
+        # a background job is deaf to it
+        "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "from patch_encoder import extract_features as e; from common.cli import launch;"
         "from patch_encoder.slides.openslide_file import OpenSlideFile as o; import os;"
-        "o.read = lambda *_: os.write(1, b'%d\\n' % os.getpid()) and time.sleep(60); launch(e.main, e.Config)"  # in one piece
+        # in one piece
+        "o.read = lambda *_: os.write(1, b'%d\\n' % os.getpid()) and time.sleep(60); "
+        "launch(e.main, e.Config)"
     )
-    base = [f"slides={cohort}/slides", f"coords={cohort}/tiles", f"output={cohort}/features", "encoder=mean_colour"]
+    base = [
+        f"slides={cohort}/slides",
+        f"coords={cohort}/tiles",
+        f"output={cohort}/features",
+        "encoder=mean_colour",
+    ]
     process = subprocess.Popen(
         [sys.executable, "-c", script, *base, "device=cpu", "workers=2"],
         cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -255,13 +321,22 @@ def ray_job(name: str, tiles: int = 1) -> SlideJob:
     return SlideJob(name, Path(name), Coordinates(np.zeros((tiles, 2), np.int64), geometry), None)
 
 
-def test_a_bundle_that_kills_ray_workers_is_taken_apart_and_the_slide_that_does_it_is_listed() -> None:
+def test_a_bundle_that_kills_ray_workers_is_taken_apart_and_the_slide_that_does_it_is_listed() -> (
+    None
+):
     bundle = [ray_job("a", 3), ray_job("b", 2)]
     assert ray_extraction.after_death(bundle, 2, "gone") == ([(bundle, 2)], ray_extraction.NOTHING)
-    assert ray_extraction.after_death(bundle, 3, "gone") == ([(bundle[:1], 2), (bundle[1:], 2)], ray_extraction.NOTHING)
+    assert ray_extraction.after_death(bundle, 3, "gone") == (
+        [(bundle[:1], 2), (bundle[1:], 2)],
+        ray_extraction.NOTHING,
+    )
     again, report = ray_extraction.after_death(bundle[:1], 3, "gone")
     assert not again and (report.slides, report.tiles) == (1, 3)
-    row = {"slide": "a", "stage": "extract_features", "error": "3 workers of Ray died over it, the last: gone"}
+    row = {
+        "slide": "a",
+        "stage": "extract_features",
+        "error": "3 workers of Ray died over it, the last: gone",
+    }
     assert report.failures == [row]
 
 
@@ -326,5 +401,7 @@ def test_ray_ends_when_every_slide_kills() -> None:
     def work(part: list[SlideJob]) -> ray_extraction.Report:
         raise SystemExit(7)
 
-    with pytest.raises(UserError, match="engine=ray: 3 workers of Ray died over it.*lower batch_size"):
+    with pytest.raises(
+        UserError, match="engine=ray: 3 workers of Ray died over it.*lower batch_size"
+    ):
         ray_extraction._Pool(FakeRay(), work, 1, False).run([[ray_job(name)] for name in "abcd"], 2)

@@ -1,4 +1,6 @@
-"""Encoders from a hub: the real loading code on a cache folder that lies there, and what is said where it does not."""
+"""Encoders from a hub: the real loading code on a cache folder that lies there, and what is said
+where it does not.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,21 @@ from patch_encoder.models.encoders import build_encoder
 from patch_encoder.models.transforms import Fit
 
 VISION = {"layers": 2, "width": 64, "patch_size": 16, "head_width": 32, "image_size": 32}
-CLIP = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32,
+CLIP = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+"intermediate_size": 64, "image_size": 32,
         "patch_size": 16, "projection_dim": 16}  # fmt: skip
 ROWS = {
     "tiny_timm": EncoderRow("timm", "test_vit", "org/tiny-timm", 64, Fit(160, 160)),
-    "tiny_open_clip": EncoderRow("open_clip", "none", "org/tiny-clip", 16, Fit(32, 32), options={"vision_cfg": VISION}),
+    "tiny_open_clip": EncoderRow(
+        "open_clip", "none", "org/tiny-clip", 16, Fit(32, 32), options={"vision_cfg": VISION}
+    ),
     "tiny_transformers": EncoderRow(
-        "transformers", "CLIPVisionModelWithProjection", "org/tiny-plip", 16, Fit(32, 32), options=CLIP
+        "transformers",
+        "CLIPVisionModelWithProjection",
+        "org/tiny-plip",
+        16,
+        Fit(32, 32),
+        options=CLIP,
     ),
 }
 
@@ -63,13 +73,17 @@ def drawn(row: EncoderRow) -> nn.Module:
 
 
 def publish(folder: Path, row: EncoderRow, module: nn.Module) -> None:
-    """Write the network as its library publishes it: with the text tower and configuration files beside it."""
+    """Write the network as its library publishes it: with the text tower and configuration files
+    beside it.
+    """
     state = {key: value.contiguous() for key, value in module.state_dict().items()}
     text = {"text_model.embeddings.position_ids": torch.arange(4), "logit_scale": torch.ones(())}
     if row.library == "timm":
         safetensors.torch.save_file(state, folder / "model.safetensors")
     elif row.library == "open_clip":
-        whole = {f"visual.{key}": value for key, value in state.items()} | {"transformer.resblocks.0.weight": torch.ones(2)}
+        whole = {f"visual.{key}": value for key, value in state.items()} | {
+            "transformer.resblocks.0.weight": torch.ones(2)
+        }
         torch.save(whole | {"logit_scale": torch.ones(())}, folder / "open_clip_pytorch_model.bin")
         settings = {"model_cfg": {"embed_dim": 16, "vision_cfg": VISION}}
         (folder / "open_clip_config.json").write_text(json.dumps(settings))
@@ -109,7 +123,10 @@ def test_without_network_one_line_names_the_file_and_its_place(name: str, hub: P
 @pytest.mark.parametrize("name", ["uni", "gigapath", "conch", "h_optimus_1", "musk"])
 def test_gated_models_say_what_has_to_be_accepted(name: str, hub: Path) -> None:
     row = encoder_table.ENCODERS[name]
-    with pytest.raises(UserError, match=rf"fetch '{row.weights}'.*accept its licence on its hub page and log in first"):
+    with pytest.raises(
+        UserError,
+        match=rf"fetch '{row.weights}'.*accept its licence on its hub page and log in first",
+    ):
         build_encoder(name)
 
 
@@ -132,7 +149,9 @@ def test_a_refusal_is_told_from_a_missing_file(hub: Path, monkeypatch: pytest.Mo
 
 
 def test_weights_on_no_hub_are_asked_for(hub: Path) -> None:
-    with pytest.raises(UserError, match="encoder 'brow': its weights are on no hub; give the file as weights="):
+    with pytest.raises(
+        UserError, match="encoder 'brow': its weights are on no hub; give the file as weights="
+    ):
         build_encoder("brow")
 
 
@@ -140,31 +159,49 @@ def test_a_wider_tower_than_the_table_says_is_refused(hub: Path) -> None:
     row = ROWS["tiny_open_clip"]
     folder = snapshot(hub, row.weights)
     publish(folder, row, drawn(row))
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"embed_dim": 32, "vision_cfg": VISION}}))
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": {"embed_dim": 32, "vision_cfg": VISION}})
+    )
     with pytest.raises(UserError, match="expected embed_dim 16 for 'tiny_open_clip', found 32"):
         build_encoder("tiny_open_clip")
 
 
 @pytest.mark.parametrize("where", ["hub", "folder", "weights"])
-def test_any_transformers_model_by_repository_or_folder(where: str, hub: Path, tmp_path: Path) -> None:
+def test_any_transformers_model_by_repository_or_folder(
+    where: str, hub: Path, tmp_path: Path
+) -> None:
     from transformers import ViTConfig, ViTModel
 
     torch.manual_seed(0)
     config = ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=16
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=16,
     )
     model = ViTModel(config, add_pooling_layer=False).eval()
     folder = snapshot(hub, "org/own") if where == "hub" else tmp_path / "own"
     model.save_pretrained(folder)
-    processor = {"size": {"height": 32, "width": 32}, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    processor = {
+        "size": {"height": 32, "width": 32},
+        "resample": 2,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    name, weights = {"hub": ("hf:org/own", ""), "folder": (f"hf:{folder}", str(folder)), "weights": ("hf:x/y", str(folder))}[
-        where
-    ]
+    name, weights = {
+        "hub": ("hf:org/own", ""),
+        "folder": (f"hf:{folder}", str(folder)),
+        "weights": ("hf:x/y", str(folder)),
+    }[where]
     encoder = build_encoder(name, weights)
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        assert torch.allclose(encoder.model.network(pixels), model(pixels).last_hidden_state[:, 0], atol=1e-6)
+        assert torch.allclose(
+            encoder.model.network(pixels), model(pixels).last_hidden_state[:, 0], atol=1e-6
+        )
     assert repr(encoder.transform) == "resize(32, bilinear)"
     assert f"mean/std {HALF}" in encoder.provenance["transform"]
     assert encoder.dim == 32
@@ -172,7 +209,9 @@ def test_any_transformers_model_by_repository_or_folder(where: str, hub: Path, t
 
 def test_code_of_a_repository_is_never_run(hub: Path) -> None:
     folder = snapshot(hub, "org/own")
-    (folder / "config.json").write_text(json.dumps({"model_type": "own_kind", "auto_map": {"AutoModel": "own.Own"}}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "own_kind", "auto_map": {"AutoModel": "own.Own"}})
+    )
     (folder / "own.py").write_text("raise SystemExit('executed')")
     with pytest.raises(UserError, match="model_type 'own_kind' is no model of transformers"):
         build_encoder("hf:org/own")
@@ -186,9 +225,21 @@ def test_the_environment_variables_of_the_hub_are_obeyed(tmp_path: Path, root: P
         "print(build_encoder('timm:test_vit.r160_in1k').provenance['weights_sha256'])\n"
         "build_encoder('uni')"
     )
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     environment.pop("HF_HUB_CACHE", None)
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert len(done.stdout.strip()) == 64, done.stderr
     assert "UserError: encoder 'uni': its weights could not be had from the hub" in done.stderr
     assert str(tmp_path / "hub") in done.stderr

@@ -1,4 +1,6 @@
-"""What a name and its options make of an encoder: any model of a library, tokens pooled otherwise, another stage, no crop."""
+"""What a name and its options make of an encoder: any model of a library, tokens pooled otherwise,
+another stage, no crop.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from patch_encoder.models.transforms import Fit
 def test_pool_changes_the_width_and_the_name(name: str, pool: str, width: int, label: str) -> None:
     with torch.device("meta"):
         encoder = build_encoder(name, "random", pool=pool)
-        features = encoder.model(torch.empty(1, 3, find_row(name).fit.size, find_row(name).fit.size, dtype=torch.uint8))
+        features = encoder.model(
+            torch.empty(1, 3, find_row(name).fit.size, find_row(name).fit.size, dtype=torch.uint8)
+        )
     assert features.shape == (1, width)
     assert (encoder.dim, encoder.name) == (width, label)
 
@@ -42,8 +46,13 @@ def test_layer_chooses_the_stage_of_a_resnet(layer: int, width: int) -> None:
 def test_the_whole_tile_instead_of_the_centre_crop() -> None:
     assert find_row("gigapath").fit == Fit(256, 224)
     with torch.device("meta"):
-        assert repr(build_encoder("gigapath", "random", crop=False).transform) == "resize(224, bicubic)"
-        assert repr(build_encoder("gigapath", "random").transform) == "resize(256, bicubic), crop(224)"
+        assert (
+            repr(build_encoder("gigapath", "random", crop=False).transform)
+            == "resize(224, bicubic)"
+        )
+        assert (
+            repr(build_encoder("gigapath", "random").transform) == "resize(256, bicubic), crop(224)"
+        )
 
 
 @pytest.mark.parametrize(
@@ -60,10 +69,16 @@ def test_the_whole_tile_instead_of_the_centre_crop() -> None:
         ("open_clip:ViT-Q", {}, "open_clip has no such model"),
         ("open_clip:ViT-B-16/laion", {}, "has no such weights"),
         ("dino", {}, "expected weights=<checkpoint>"),
-        ("nonsense:x", {}, "timm:<model>, open_clip:<model>/<tag>, hf:<repository or folder>, dino"),
+        (
+            "nonsense:x",
+            {},
+            "timm:<model>, open_clip:<model>/<tag>, hf:<repository or folder>, dino",
+        ),
     ],
 )
-def test_what_an_encoder_does_not_have_is_one_line(name: str, options: dict[str, object], message: str) -> None:
+def test_what_an_encoder_does_not_have_is_one_line(
+    name: str, options: dict[str, object], message: str
+) -> None:
     with pytest.raises(UserError, match=message) as caught:
         build_encoder(name, "random", **options)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
@@ -91,7 +106,11 @@ def test_any_model_of_a_library(name: str, width: int, size: int) -> None:
 def test_openai_weights_keep_their_activation() -> None:
     from open_clip.transformer import QuickGELU
 
-    for name, quick in (("open_clip:ViT-B-32/openai", True), ("open_clip:ViT-B-32", False), ("clip_vitb32", True)):
+    for name, quick in (
+        ("open_clip:ViT-B-32/openai", True),
+        ("open_clip:ViT-B-32", False),
+        ("clip_vitb32", True),
+    ):
         with torch.device("meta"):
             modules = list(build_encoder(name, "random").model.modules())
         assert any(isinstance(module, QuickGELU) for module in modules) == quick, name

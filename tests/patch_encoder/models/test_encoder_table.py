@@ -1,4 +1,6 @@
-"""Every row of the encoder table builds, and gives the width and the size that its authors publish. No weights, no storage."""
+"""Every row of the encoder table builds, and gives the width and the size that its authors publish.
+No weights, no storage.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +12,41 @@ from patch_encoder.models.encoders import CLASSICAL, build_encoder
 
 # TRIDENT's and MIL-Lab's tables of widths; the other widths are those of the model cards
 PUBLISHED_WIDTHS = {
-    "resnet50": 1024, "resnet50_trunc": 1024, "resnet50_full": 2048, "uni": 1024, "uni2_h": 1536, "conch": 512,
-    "conch_v1_5": 768, "virchow": 2560, "virchow2": 2560, "virchow2_cls": 1280, "phikon": 768, "phikon_v2": 1024,
-    "gigapath": 1536, "h_optimus_0": 1536, "h_optimus_1": 1536, "h0_mini": 768, "musk": 1024, "midnight12k": 3072,
-    "gpfm": 1024, "kaiko_vits16": 384, "kaiko_vitb8": 768, "kaiko_vitb16": 768, "kaiko_vitl14": 1024, "lunit_vits8": 384,
-    "hibou_b": 768, "hibou_l": 1024, "ctranspath": 768, "plip": 512, "biomedclip": 512, "clip": 512, "clip_vitl14": 768,
+    "resnet50": 1024, "resnet50_trunc": 1024, "resnet50_full": 2048, "uni": 1024, "uni2_h": 1536,
+    "conch": 512,
+    "conch_v1_5": 768, "virchow": 2560, "virchow2": 2560, "virchow2_cls": 1280, "phikon": 768,
+    "phikon_v2": 1024,
+    "gigapath": 1536, "h_optimus_0": 1536, "h_optimus_1": 1536, "h0_mini": 768, "musk": 1024,
+    "midnight12k": 3072,
+    "gpfm": 1024, "kaiko_vits16": 384, "kaiko_vitb8": 768, "kaiko_vitb16": 768,
+    "kaiko_vitl14": 1024, "lunit_vits8": 384,
+    "hibou_b": 768, "hibou_l": 1024, "ctranspath": 768, "plip": 512, "biomedclip": 512, "clip": 512,
+    "clip_vitl14": 768,
 }  # fmt: skip
-# millions of parameters as published: a wrong SwiGLU packing, depth or patch size shows here and not in the width
+# millions of parameters as published: a wrong SwiGLU packing, depth or patch size shows here and
+# not in the width
 PUBLISHED_SIZES = {
-    "uni": 303, "uni2_h": 681, "virchow": 631, "virchow2": 631, "gigapath": 1135, "h_optimus_0": 1135, "h0_mini": 86,
-    "phikon": 86, "phikon_v2": 303, "ctranspath": 28, "hibou_b": 86, "hibou_l": 304, "midnight12k": 1135, "dinov2_vitg14": 1135,
-    "dinov3_vits16plus": 29, "dinov3_vith16plus": 841, "dinov3_vit7b16": 6716, "clip_vitb32": 88, "resnet18": 11,
+    "uni": 303, "uni2_h": 681, "virchow": 631, "virchow2": 631, "gigapath": 1135,
+    "h_optimus_0": 1135, "h0_mini": 86,
+    "phikon": 86, "phikon_v2": 303, "ctranspath": 28, "hibou_b": 86, "hibou_l": 304,
+    "midnight12k": 1135, "dinov2_vitg14": 1135,
+    "dinov3_vits16plus": 29, "dinov3_vith16plus": 841, "dinov3_vit7b16": 6716, "clip_vitb32": 88,
+    "resnet18": 11,
     "kaiko_vits16": 22, "brow": 86,
 }  # fmt: skip
 # rows of an architecture that another row has, and the very largest: built with `-m slow`
 REPEATED = (
-    "resnet50_trunc", "mae_vitb16", "mae_vitl16", "mae_vith14", "dino_vits8", "dino_vitb8", "dinov2_vitb14", "dinov2_vitg14",
-    "dinov2_vits14_reg", "dinov2_vitl14_reg", "dinov2_vitg14_reg", "dinov3_vith16plus", "dinov3_vit7b16", "clip_vitb16",
-    "virchow", "virchow2_cls", "h_optimus_1", "kaiko_vits8", "kaiko_vitb16", "lunit_vits16", "quiltnet_b16", "brow",
+    "resnet50_trunc", "mae_vitb16", "mae_vitl16", "mae_vith14", "dino_vits8", "dino_vitb8",
+    "dinov2_vitb14", "dinov2_vitg14",
+    "dinov2_vits14_reg", "dinov2_vitl14_reg", "dinov2_vitg14_reg", "dinov3_vith16plus",
+    "dinov3_vit7b16", "clip_vitb16",
+    "virchow", "virchow2_cls", "h_optimus_1", "kaiko_vits8", "kaiko_vitb16", "lunit_vits16",
+    "quiltnet_b16", "brow",
 )  # fmt: skip
 NETWORKS = [
-    pytest.param(name, marks=[pytest.mark.slow] if name in REPEATED else []) for name in ENCODERS if name not in CLASSICAL
+    pytest.param(name, marks=[pytest.mark.slow] if name in REPEATED else [])
+    for name in ENCODERS
+    if name not in CLASSICAL
 ]
 
 
@@ -51,7 +67,9 @@ def test_row_builds_and_gives_its_width(name: str) -> None:
 def test_published_widths_are_all_of_the_table() -> None:
     assert set(PUBLISHED_WIDTHS) <= set(ENCODERS)
     assert set(PUBLISHED_SIZES) <= set(ENCODERS)
-    assert all(row.width == CLASSICAL[name][0] for name, row in ENCODERS.items() if name in CLASSICAL)
+    assert all(
+        row.width == CLASSICAL[name][0] for name, row in ENCODERS.items() if name in CLASSICAL
+    )
 
 
 @pytest.mark.parametrize("name", list(ENCODERS))
@@ -66,10 +84,14 @@ def test_row_says_what_a_user_has_to_know(name: str) -> None:
     assert (row.mpp is None) or (0.2 <= row.mpp <= 1.2 and row.tile)
     assert row.fit.size
     # CONCH, MUSK and DINOv3 aside, all are 224
-    assert row.fit.size == {"conch": 448, "conch_v1_5": 448, "musk": 384}.get(name, 256 if name.startswith("dinov3") else 224)
+    assert row.fit.size == {"conch": 448, "conch_v1_5": 448, "musk": 384}.get(
+        name, 256 if name.startswith("dinov3") else 224
+    )
 
 
-@pytest.mark.parametrize("name", [name for name, row in ENCODERS.items() if row.weights.startswith("timm/")])
+@pytest.mark.parametrize(
+    "name", [name for name, row in ENCODERS.items() if row.weights.startswith("timm/")]
+)
 def test_hub_names_are_those_that_the_libraries_know(name: str) -> None:
     import open_clip
     import timm
@@ -82,4 +104,6 @@ def test_hub_names_are_those_that_the_libraries_know(name: str) -> None:
         assert (tuple(published.mean), tuple(published.std)) == row.statistics
     else:
         architecture = row.model.removesuffix("-quickgelu")
-        assert open_clip.get_pretrained_cfg(architecture, "openai")["hf_hub"].strip("/") == row.weights
+        assert (
+            open_clip.get_pretrained_cfg(architecture, "openai")["hf_hub"].strip("/") == row.weights
+        )

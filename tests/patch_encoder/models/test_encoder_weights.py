@@ -1,4 +1,6 @@
-"""Encoder weights from files in every published form and from a hub's cache: what fits loads, what does not is named."""
+"""Encoder weights from files in every published form and from a hub's cache: what fits loads, what
+does not is named.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,24 @@ from patch_encoder.models.encoders import build_encoder
 from patch_encoder.models.transforms import Fit
 
 VISION = {"layers": 2, "width": 64, "patch_size": 16, "head_width": 32, "image_size": 32}
-VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
+VIT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 16,
+}
 SMALL = {
     "tiny_timm": EncoderRow("timm", "test_vit", "org/tiny-timm", 64, Fit(160, 160), gated=True),
-    "tiny_open_clip": EncoderRow("open_clip", "none", "org/tiny-clip", 16, Fit(32, 32), options={"vision_cfg": VISION}),
-    "tiny_transformers": EncoderRow("transformers", "ViTModel", "org/tiny-vit", 32, Fit(32, 32), options=VIT),
-    "tiny_resnet": EncoderRow("timm", "test_resnet", "org/tiny-resnet", 0, Fit(160, 160), options={"layer": 2}),
+    "tiny_open_clip": EncoderRow(
+        "open_clip", "none", "org/tiny-clip", 16, Fit(32, 32), options={"vision_cfg": VISION}
+    ),
+    "tiny_transformers": EncoderRow(
+        "transformers", "ViTModel", "org/tiny-vit", 32, Fit(32, 32), options=VIT
+    ),
+    "tiny_resnet": EncoderRow(
+        "timm", "test_resnet", "org/tiny-resnet", 0, Fit(160, 160), options={"layer": 2}
+    ),
 }
 State = dict[str, Tensor]
 
@@ -48,7 +62,8 @@ def network(name: str, seed: int = 0) -> nn.Module:
 def output(name: str, weights: str | Path) -> Tensor:
     """Features of one fixed tile with these weights."""
     encoder = build_encoder(name, str(weights))
-    pixels = torch.randint(0, 255, (2, 3, SMALL[name].fit.size or 32, SMALL[name].fit.size or 32), dtype=torch.uint8,
+    pixels = torch.randint(0, 255, (2, 3, SMALL[name].fit.size or 32, SMALL[name].fit.size or 32),
+    dtype=torch.uint8,
                            generator=torch.Generator().manual_seed(5))  # fmt: skip
     with torch.no_grad():
         return encoder.model(pixels)
@@ -72,7 +87,8 @@ HEAD = {"mlp.0.weight": torch.ones(2, 2), "last_layer.weight_g": torch.ones(2, 1
 CONTAINERS: dict[str, Callable[[State], dict[str, object]]] = {
     "flat": lambda state: dict(state),
     "model": lambda state: {"model": state, "epoch": 3},
-    "DDP state_dict": lambda state: {"state_dict": prefixed(state, "module."), "optimizer": {"lr": 1.0}},
+    "DDP state_dict": lambda state: {"state_dict": prefixed(state, "module."),
+    "optimizer": {"lr": 1.0}},
     "compiled DDP": lambda state: prefixed(state, "module._orig_mod."),
     "DINO": lambda state: {
         "student": prefixed({key: value * 0 for key, value in state.items()}, "module.backbone."),
@@ -80,13 +96,17 @@ CONTAINERS: dict[str, Callable[[State], dict[str, object]]] = {
         "epoch": 7,
     },
     "DINOv2": lambda state: {
-        "teacher": prefixed(state, "backbone.") | prefixed(HEAD, "dino_head.") | prefixed(HEAD, "ibot_head."),
+        "teacher": prefixed(state, "backbone.") | prefixed(HEAD, "dino_head.") | prefixed(HEAD,
+        "ibot_head."),
     },
     "whole CLIP": lambda state: (
-        prefixed(state, "visual.trunk.") | {"logit_scale": torch.ones(()), "text.ln.weight": torch.ones(2)}
+        prefixed(state, "visual.trunk.") | {"logit_scale": torch.ones(()),
+        "text.ln.weight": torch.ones(2)}
     ),
-    "classifier": lambda state: state | {"head.weight": torch.ones(5, 64), "head.bias": torch.ones(5)},
-    "MAE": lambda state: {"model": state | {"mask_token": torch.ones(1, 1, 8), "decoder_embed.weight": torch.ones(8, 64)}},
+    "classifier": lambda state: state | {"head.weight": torch.ones(5, 64),
+    "head.bias": torch.ones(5)},
+    "MAE": lambda state: {"model": state | {"mask_token": torch.ones(1, 1, 8),
+    "decoder_embed.weight": torch.ones(8, 64)}},
 }  # fmt: skip
 
 
@@ -94,18 +114,25 @@ CONTAINERS: dict[str, Callable[[State], dict[str, object]]] = {
 def test_timm_weights_in_every_form(form: str, tmp_path: Path) -> None:
     module = network("tiny_timm")
     torch.save(CONTAINERS[form](module.state_dict()), tmp_path / "checkpoint.pth")
-    assert torch.allclose(output("tiny_timm", tmp_path / "checkpoint.pth"), expected("tiny_timm", module), atol=1e-5)
+    assert torch.allclose(
+        output("tiny_timm", tmp_path / "checkpoint.pth"), expected("tiny_timm", module), atol=1e-5
+    )
 
 
 def test_the_student_of_a_checkpoint_can_be_asked_for(tmp_path: Path) -> None:
     teacher, student = network("tiny_timm", 1), network("tiny_timm", 2)
     content = {
         "teacher": prefixed(teacher.state_dict(), "backbone."),
-        "student": prefixed(student.state_dict(), "module.backbone.") | prefixed(HEAD, "module.head."),
+        "student": prefixed(student.state_dict(), "module.backbone.")
+        | prefixed(HEAD, "module.head."),
     }
     torch.save(content, tmp_path / "c.pth")
     for choice, module in (("", teacher), ("#teacher", teacher), ("#student", student)):
-        assert torch.allclose(output("tiny_timm", f"{tmp_path}/c.pth{choice}"), expected("tiny_timm", module), atol=1e-5)
+        assert torch.allclose(
+            output("tiny_timm", f"{tmp_path}/c.pth{choice}"),
+            expected("tiny_timm", module),
+            atol=1e-5,
+        )
     with pytest.raises(UserError, match=r"expected the key 'ema', found \['student', 'teacher'\]"):
         build_encoder("tiny_timm", f"{tmp_path}/c.pth#ema")
 
@@ -129,7 +156,9 @@ def test_files_and_folders(layout: str, tmp_path: Path) -> None:
         parts = {"model-1.safetensors": keys[::2], "model-2.safetensors": keys[1::2]}
         for name, part in parts.items():
             safetensors.torch.save_file({key: state[key] for key in part}, tmp_path / name)
-        target.write_text(json.dumps({"weight_map": {key: name for name, part in parts.items() for key in part}}))
+        target.write_text(
+            json.dumps({"weight_map": {key: name for name, part in parts.items() for key in part}})
+        )
     assert torch.allclose(output("tiny_timm", target), expected("tiny_timm", module), atol=1e-5)
 
 
@@ -159,12 +188,22 @@ def test_missing_unexpected_and_reshaped_keys_are_named(name: str, tmp_path: Pat
 def test_a_deeper_network_is_not_cut_down_silently(tmp_path: Path) -> None:
     state = network("tiny_open_clip").state_dict()
     deeper = prefixed(state, "visual.") | prefixed(
-        {key.replace("resblocks.1", "resblocks.2"): value for key, value in state.items() if "resblocks.1" in key}, "visual."
+        {
+            key.replace("resblocks.1", "resblocks.2"): value
+            for key, value in state.items()
+            if "resblocks.1" in key
+        },
+        "visual.",
     )
-    text = {"transformer.resblocks.0.ln_1.weight": torch.ones(3), "positional_embedding": torch.ones(4, 4)}
+    text = {
+        "transformer.resblocks.0.ln_1.weight": torch.ones(3),
+        "positional_embedding": torch.ones(4, 4),
+    }
     torch.save(prefixed(state, "visual.") | text, tmp_path / "whole.pt")
     assert torch.allclose(
-        output("tiny_open_clip", tmp_path / "whole.pt"), expected("tiny_open_clip", network("tiny_open_clip")), atol=1e-5
+        output("tiny_open_clip", tmp_path / "whole.pt"),
+        expected("tiny_open_clip", network("tiny_open_clip")),
+        atol=1e-5,
     )
     torch.save(deeper | text, tmp_path / "deeper.pt")
     with pytest.raises(UserError, match=r"12 unexpected \['transformer.resblocks.2"):
@@ -173,7 +212,9 @@ def test_a_deeper_network_is_not_cut_down_silently(tmp_path: Path) -> None:
 
 def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     state = network("tiny_timm").state_dict()
-    torch.save({"teacher": prefixed(state, "backbone.") | prefixed(HEAD, "head.")}, tmp_path / "c.pth")
+    torch.save(
+        {"teacher": prefixed(state, "backbone.") | prefixed(HEAD, "head.")}, tmp_path / "c.pth"
+    )
     with caplog.at_level(logging.INFO):
         build_encoder("tiny_timm", str(tmp_path / "c.pth"))
     assert "2 keys beside the encoder left out: head.last_layer, head.mlp" in caplog.text
@@ -187,7 +228,10 @@ def test_a_truncated_resnet_takes_the_whole_file(tmp_path: Path) -> None:
     torch.save(whole.state_dict(), tmp_path / "w.pth")
     truncated = build_encoder("tiny_resnet", str(tmp_path / "w.pth")).model.network
     assert torch.equal(truncated.trunk.layer2[0].conv1.weight, whole.layer2[0].conv1.weight)  # type: ignore[union-attr,index]
-    torch.save({key: value for key, value in whole.state_dict().items() if "layer1" not in key}, tmp_path / "w.pth")
+    torch.save(
+        {key: value for key, value in whole.state_dict().items() if "layer1" not in key},
+        tmp_path / "w.pth",
+    )
     with pytest.raises(UserError, match=r"missing \['layer1"):
         build_encoder("tiny_resnet", str(tmp_path / "w.pth"))
 
@@ -200,7 +244,9 @@ def test_unreadable_and_empty_places(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"found \['a.pt', 'b.pt'\]; name the file"):
         build_encoder("tiny_timm", str(tmp_path))
     torch.save({"epoch": 3, "note": "x"}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match="expected a state dict of tensors, or one under teacher, student"):
+    with pytest.raises(
+        UserError, match="expected a state dict of tensors, or one under teacher, student"
+    ):
         build_encoder("tiny_timm", str(tmp_path / "a.pt"))
 
 
@@ -209,8 +255,13 @@ def test_dino_reads_its_architecture_off_the_file(width: int, tmp_path: Path) ->
     from timm.models.vision_transformer import VisionTransformer
 
     torch.manual_seed(0)
-    vit = VisionTransformer(32, 8, embed_dim=width, depth=3, num_heads=width // 64, num_classes=0).eval()
-    content = {"teacher": prefixed(vit.state_dict(), "backbone.") | prefixed(HEAD, "head."), "epoch": 1}
+    vit = VisionTransformer(
+        32, 8, embed_dim=width, depth=3, num_heads=width // 64, num_classes=0
+    ).eval()
+    content = {
+        "teacher": prefixed(vit.state_dict(), "backbone.") | prefixed(HEAD, "head."),
+        "epoch": 1,
+    }
     torch.save(content, tmp_path / "checkpoint.pth")
     encoder = build_encoder("dino", str(tmp_path / "checkpoint.pth"))
     assert (encoder.dim, encoder.name) == (width, "dino")
@@ -232,4 +283,6 @@ def test_positions_of_another_size_are_resampled_as_timm_does(tmp_path: Path) ->
     wide = torch.randn(1, 1 + 14 * 14, 64)
     torch.save({**state, "pos_embed": wide}, tmp_path / "w.pth")
     loaded = build_encoder("tiny_timm", str(tmp_path / "w.pth")).model.network.pos_embed
-    assert torch.allclose(loaded, resample_abs_pos_embed(wide, [10, 10], num_prefix_tokens=1), atol=1e-6)  # type: ignore[arg-type]
+    assert torch.allclose(
+        loaded, resample_abs_pos_embed(wide, [10, 10], num_prefix_tokens=1), atol=1e-6
+    )  # type: ignore[arg-type]

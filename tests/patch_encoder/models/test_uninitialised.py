@@ -1,4 +1,6 @@
-"""Networks that are loaded are built without initial weights: nothing drawn, nothing copied, buffers as they were."""
+"""Networks that are loaded are built without initial weights: nothing drawn, nothing copied,
+buffers as they were.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,12 @@ def test_a_network_without_initial_weights_is_the_same_once_loaded(name: str) ->
     state = reference.state_dict()
     load_weights(network, state, "x.pt")
     assert [type(p) for p in network.parameters()] == [type(p) for p in reference.parameters()]
-    assert all(network.state_dict()[key].data_ptr() == value.data_ptr() for key, value in state.items()), "taken, not copied"
-    for (key, found), (_, expected) in zip(network.named_buffers(), reference.named_buffers(), strict=True):
+    assert all(
+        network.state_dict()[key].data_ptr() == value.data_ptr() for key, value in state.items()
+    ), "taken, not copied"
+    for (key, found), (_, expected) in zip(
+        network.named_buffers(), reference.named_buffers(), strict=True
+    ):
         assert torch.equal(found, expected), key
     pixels = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -44,9 +50,16 @@ def test_a_network_without_initial_weights_is_the_same_once_loaded(name: str) ->
 def test_the_network_s_own_dtype_stays_and_so_does_what_is_said_of_wrong_files() -> None:
     with uninitialised():
         layer = nn.Linear(3, 2)
-    half = {"weight": torch.ones(3, 2, dtype=torch.float16).T, "bias": torch.ones(2, dtype=torch.float16)}
+    half = {
+        "weight": torch.ones(3, 2, dtype=torch.float16).T,
+        "bias": torch.ones(2, dtype=torch.float16),
+    }
     load_weights(layer, half, "x.pt")
-    assert layer.weight.dtype == torch.float32 and layer.weight.is_contiguous() and layer.weight.requires_grad
+    assert (
+        layer.weight.dtype == torch.float32
+        and layer.weight.is_contiguous()
+        and layer.weight.requires_grad
+    )
     with uninitialised():
         layer = nn.Linear(3, 2)
     with pytest.raises(UserError, match="1 missing"):
@@ -57,7 +70,9 @@ def test_the_network_s_own_dtype_stays_and_so_does_what_is_said_of_wrong_files()
     assert not nn.Linear(3, 2).weight.is_meta, "an error does not leave it on"
 
 
-def test_an_encoder_from_a_file_draws_no_weights_and_survives_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_from_a_file_draws_no_weights_and_survives_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "w.safetensors"
     save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), file)
     drawn = []

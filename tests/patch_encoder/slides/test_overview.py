@@ -1,4 +1,6 @@
-"""Overviews by several threads and at reduced decoding; slides of which some parts cannot be decoded."""
+"""Overviews by several threads and at reduced decoding; slides of which some parts cannot be
+decoded.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def destroy(path: Path, numbers: list[int]) -> None:
 
 def smooth(height: int, width: int) -> np.ndarray:
     """Coloured blots, as slides have and noise has not."""
-    coarse = np.random.default_rng(0).integers(60, 250, (height // 60 + 1, width // 60 + 1, 3), dtype=np.uint8)
+    coarse = np.random.default_rng(0).integers(
+        60, 250, (height // 60 + 1, width // 60 + 1, 3), dtype=np.uint8
+    )
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
@@ -67,7 +71,9 @@ COLOURS = [
 
 
 def overlaps(length: int, count: int) -> np.ndarray:
-    """Share of each of `length` pixels in the mean of each of `count` equal bins, (count, length)."""
+    """Share of each of `length` pixels in the mean of each of `count` equal bins, (count,
+    length).
+    """
     edges, pixels = np.linspace(0, length, count + 1)[:, None], np.arange(length)[None]
     inside = np.clip(np.minimum(edges[1:], pixels + 1) - np.maximum(edges[:-1], pixels), 0, None)
     return inside / inside.sum(1, keepdims=True)
@@ -75,7 +81,9 @@ def overlaps(length: int, count: int) -> np.ndarray:
 
 @pytest.mark.parametrize("side", [40, 64, 90, 150])
 @pytest.mark.parametrize("colours", COLOURS)
-def test_reduced_decoding_gives_the_means(tmp_path: Path, large: None, colours: dict, side: int) -> None:
+def test_reduced_decoding_gives_the_means(
+    tmp_path: Path, large: None, colours: dict, side: int
+) -> None:
     with open_slide(write_jpeg(tmp_path / "a.tiff", smooth(531, 702), **colours)) as slide:
         pixels = slide.read(0, 0, 702)[:531]  # as decoded in full
         found = read_overview(slide, side).pixels
@@ -89,10 +97,14 @@ def test_reduced_decoding_gives_the_means(tmp_path: Path, large: None, colours: 
 def test_means_between_edges_count_values_in_part() -> None:
     values = np.array([[0, 10], [4, 20], [8, 60]], dtype=np.uint8)
     found = area_means(values, np.array([0.5, 1.0, 2.25, 3.5]))
-    np.testing.assert_allclose(found, [[0, 10], [(4 + 0.25 * 8) / 1.25, (20 + 15) / 1.25], [8, 60]], rtol=1e-6)
+    np.testing.assert_allclose(
+        found, [[0, 10], [(4 + 0.25 * 8) / 1.25, (20 + 15) / 1.25], [8, 60]], rtol=1e-6
+    )
 
 
-def test_reduced_decoding_is_used_and_reads_one_tile_in_full(tmp_path: Path, large: None, monkeypatch) -> None:
+def test_reduced_decoding_is_used_and_reads_one_tile_in_full(
+    tmp_path: Path, large: None, monkeypatch
+) -> None:
     path = write_jpeg(tmp_path / "a.tiff", smooth(640, 640))
     with open_slide(path) as slide:
         plain, reads = slide.read, []
@@ -104,7 +116,13 @@ def test_reduced_decoding_is_used_and_reads_one_tile_in_full(tmp_path: Path, lar
     monkeypatch.setattr("patch_encoder.slides.reduced_jpeg.TOLERANCE", 0.0)
     with open_slide(path) as slide:
         assert ReducedJpeg.of(slide, 0, 8) is None, "looks otherwise to the slide's own reader"
-    tifffile.imwrite(tmp_path / "b.tiff", smooth(640, 640), tile=(128, 128), compression="deflate", photometric="rgb")
+    tifffile.imwrite(
+        tmp_path / "b.tiff",
+        smooth(640, 640),
+        tile=(128, 128),
+        compression="deflate",
+        photometric="rgb",
+    )
     with open_slide(tmp_path / "b.tiff") as slide:
         assert ReducedJpeg.of(slide, 0, 8) is None
 
@@ -116,7 +134,9 @@ def test_what_cannot_be_decoded_is_counted_and_the_rest_is_there(
 ) -> None:
     monkeypatch.setattr("patch_encoder.slides.overview.BLOCK", 512)
     pixels = smooth(1000, 1200)
-    whole, broken = (write_jpeg(tmp_path / f"{name}.tiff", pixels, tile=256) for name in ("whole", "broken"))
+    whole, broken = (
+        write_jpeg(tmp_path / f"{name}.tiff", pixels, tile=256) for name in ("whole", "broken")
+    )
     destroy(broken, [1, 7, 19])  # of 4 rows of 5
     with open_slide(whole) as slide, open_slide(broken) as other:
         other.threads = threads
@@ -124,13 +144,21 @@ def test_what_cannot_be_decoded_is_counted_and_the_rest_is_there(
             slide.tiff_path = other.tiff_path = None
         expected, found = read_overview(slide, 150), read_overview(other, 150)
     assert np.argwhere(found.damage.cells).tolist() == [[0, 1], [1, 2], [3, 4]]
-    assert str(found.damage) == "3 of 20 blocks unreadable" and "broken: pixels at" in found.damage.error
+    assert (
+        str(found.damage) == "3 of 20 blocks unreadable"
+        and "broken: pixels at" in found.damage.error
+    )
     assert not expected.damage.count
     lost = found.damage.mask((1200, 1000), found.pixels.shape[:2])
-    assert np.abs(found.pixels.astype(int) - expected.pixels)[~lost].max() <= 8, "full and reduced decoding beside each other"
+    assert np.abs(found.pixels.astype(int) - expected.pixels)[~lost].max() <= 8, (
+        "full and reduced decoding beside each other"
+    )
     assert (found.pixels[5:30, 35:60] == 200).all() and lost[5:30, 35:60].all()
     glass = found.on_glass((1200, 1000))
-    assert len(np.unique(glass[lost].reshape(-1, 3), axis=0)) == 1 and (glass[~lost] == found.pixels[~lost]).all()
+    assert (
+        len(np.unique(glass[lost].reshape(-1, 3), axis=0)) == 1
+        and (glass[~lost] == found.pixels[~lost]).all()
+    )
 
 
 def test_damage_touches_tiles() -> None:
@@ -141,7 +169,9 @@ def test_damage_touches_tiles() -> None:
 
 
 def test_threads_share_a_slide_that_is_broken_in_places(tmp_path: Path) -> None:
-    """A failed read poisons OpenSlide's handle under all threads; none may take a good region for a bad one."""
+    """A failed read poisons OpenSlide's handle under all threads; none may take a good region for a
+    bad one.
+    """
     path = write_jpeg(tmp_path / "a.tiff", smooth(1024, 1024), tile=64)
     bad = set(range(0, 256, 5))
     destroy(path, sorted(bad))
@@ -162,21 +192,34 @@ def test_threads_share_a_slide_that_is_broken_in_places(tmp_path: Path) -> None:
 
 
 def tile(root: Path, *extra: str) -> int:
-    arguments = [f"slides={root}/slides", f"output={root}/tiles", "tile_size=64", "workers=1", *extra]
+    arguments = [
+        f"slides={root}/slides",
+        f"output={root}/tiles",
+        "tile_size=64",
+        "workers=1",
+        *extra,
+    ]
     return run(tile_slides.main, tile_slides.Config, arguments)
 
 
-@pytest.mark.parametrize("keys", [["method=hsv_otsu"], ["method=none"], ["method=hsv_otsu", "quality=true", "threads=3"]])
+@pytest.mark.parametrize(
+    "keys", [["method=hsv_otsu"], ["method=none"], ["method=hsv_otsu", "quality=true", "threads=3"]]
+)
 def test_a_damaged_slide_is_tiled_where_it_can_be_read(
     tmp_path: Path, keys: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("whole", "broken"):
         write_jpeg(tmp_path / "slides" / f"{name}.tiff", draw_slide(1024), tile=256)
-    destroy(tmp_path / "slides" / "broken.tiff", [5])  # 256 to 511 px across and down, in the first disc
+    destroy(
+        tmp_path / "slides" / "broken.tiff", [5]
+    )  # 256 to 511 px across and down, in the first disc
     with caplog.at_level(logging.WARNING):
         assert tile(tmp_path, *keys) == 0
     assert "slide broken: 1 of 16 blocks unreadable, no tiles there" in caplog.text
-    whole, broken = (read_coordinates(tmp_path / "tiles" / "coords" / f"{n}.h5").coords for n in ("whole", "broken"))
+    whole, broken = (
+        read_coordinates(tmp_path / "tiles" / "coords" / f"{n}.h5").coords
+        for n in ("whole", "broken")
+    )
     touched = ((whole > 256 - 64) & (whole < 512)).all(1)
     assert touched.sum() > 4
     np.testing.assert_array_equal(broken, whole[~touched])
@@ -196,6 +239,9 @@ def test_too_much_damage_fails_the_slide(tmp_path: Path) -> None:
     destroy(tmp_path / "slides" / "broken.tiff", [0, 5, 6])
     assert tile(tmp_path, "max_unreadable=0.15") == 1
     failures = (tmp_path / "tiles" / "failures.csv").read_text()
-    assert "slide broken: 3 of 16 blocks unreadable, more than max_unreadable=0.15; first: pixels at (0, 0)" in failures
+    assert (
+        "slide broken: 3 of 16 blocks unreadable, more than max_unreadable=0.15; first: pixels at "
+        "(0, 0)" in failures
+    )
     assert not (tmp_path / "tiles" / "coords" / "broken.h5").exists()
     assert tile(tmp_path, "max_unreadable=0.2") == 0

@@ -1,4 +1,6 @@
-"""Readers beyond OpenSlide's pyramids: pictures, TIFF of all layouts, DICOM folders, tile naming, broken handles."""
+"""Readers beyond OpenSlide's pyramids: pictures, TIFF of all layouts, DICOM folders, tile naming,
+broken handles.
+"""
 
 from __future__ import annotations
 
@@ -39,16 +41,26 @@ def test_pictures_are_read_like_slides(tmp_path: Path, name: str) -> None:
     Image.fromarray(image).save(tmp_path / name, **options)
     expected = np.asarray(Image.open(tmp_path / name).convert("RGB"))
     with open_slide(tmp_path / name, mpp=0.5) as slide:
-        assert (slide.slide_id, slide.width, slide.height, slide.downsamples, slide.mpp) == ("a", 100, 70, (1.0,), 0.5)
+        assert (slide.slide_id, slide.width, slide.height, slide.downsamples, slide.mpp) == (
+            "a",
+            100,
+            70,
+            (1.0,),
+            0.5,
+        )
         for x, y in CORNERS:
             assert np.array_equal(slide.read(x, y, 32), white_outside(expected, x, y, 32))
         assert read_overview(slide, 50).pixels.shape == (35, 50, 3)
 
 
-def test_a_picture_is_decoded_once_a_handle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_is_decoded_once_a_handle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Image.fromarray(noise(64, 64)).save(tmp_path / "a.png")
     calls: list[int] = []
-    monkeypatch.setattr("patch_encoder.slides.picture_file.keep", lambda array: calls.append(1) or array)
+    monkeypatch.setattr(
+        "patch_encoder.slides.picture_file.keep", lambda array: calls.append(1) or array
+    )
     with open_slide(tmp_path / "a.png") as slide:
         assert not calls, "opening decodes nothing"
         for x in range(8):
@@ -56,7 +68,9 @@ def test_a_picture_is_decoded_once_a_handle(tmp_path: Path, monkeypatch: pytest.
         assert len(calls) == 1
 
 
-def test_large_pictures_are_mapped_and_not_taken_for_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_pictures_are_mapped_and_not_taken_for_bombs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image = noise(60, 80)
     Image.fromarray(image).save(tmp_path / "a.png")
     monkeypatch.setattr(pixels, "KEPT_BYTES", 1000)
@@ -73,11 +87,15 @@ def test_transparency_is_white_and_grey_is_three_channels(tmp_path: Path) -> Non
     rgba[:10, :, 3] = 0
     Image.fromarray(rgba).save(tmp_path / "a.png")
     Image.fromarray(rgba[..., 0]).save(tmp_path / "b.png")
-    Image.merge("LA", [Image.fromarray(rgba[..., channel].copy()) for channel in (0, 3)]).save(tmp_path / "c.png")
+    Image.merge("LA", [Image.fromarray(rgba[..., channel].copy()) for channel in (0, 3)]).save(
+        tmp_path / "c.png"
+    )
     palette = Image.fromarray(rgba[..., :3]).quantize(8)
     palette.save(tmp_path / "d.png", transparency=0)
     assert (open_slide(tmp_path / "a.png").read(0, 0, 10) == 255).all()
-    assert np.array_equal(open_slide(tmp_path / "b.png").read(0, 0, 20), np.repeat(rgba[..., :1], 3, 2))
+    assert np.array_equal(
+        open_slide(tmp_path / "b.png").read(0, 0, 20), np.repeat(rgba[..., :1], 3, 2)
+    )
     assert (open_slide(tmp_path / "c.png").read(0, 0, 10) == 255).all()
     see_through = np.asarray(palette) == 0
     assert (open_slide(tmp_path / "d.png").read(0, 0, 20)[see_through] == 255).all()
@@ -111,7 +129,11 @@ def test_tiff_layouts_are_cut_as_tifffile_decodes_them(tmp_path: Path, layout: s
     image = noise(70, 100)
     data = np.moveaxis(image, -1, 0) if layout == "planes" else image
     tifffile.imwrite(
-        tmp_path / "S.1.ome.tif", data, photometric="rgb", metadata={"axes": "CYX"} if layout == "planes" else {}, **options
+        tmp_path / "S.1.ome.tif",
+        data,
+        photometric="rgb",
+        metadata={"axes": "CYX"} if layout == "planes" else {},
+        **options,
     )
     expected = tifffile.imread(tmp_path / "S.1.ome.tif")
     expected = np.moveaxis(expected, 0, -1) if layout == "planes" else expected
@@ -129,7 +151,12 @@ def test_ome_pyramid_levels_and_pixel_size(tmp_path: Path) -> None:
     half = np.asarray(Image.fromarray(image).resize((150, 150), Image.Resampling.BOX))
     with tifffile.TiffWriter(tmp_path / "P.ome.tif", ome=True) as writer:
         options = {"tile": (64, 64), "photometric": "rgb"}
-        metadata = {"axes": "YXS", "PhysicalSizeX": 250.0, "PhysicalSizeXUnit": "nm", "PhysicalSizeY": 0.25}
+        metadata = {
+            "axes": "YXS",
+            "PhysicalSizeX": 250.0,
+            "PhysicalSizeXUnit": "nm",
+            "PhysicalSizeY": 0.25,
+        }
         writer.write(image, subifds=1, metadata=metadata, **options)
         writer.write(half, subfiletype=1, **options)
     with open_slide(tmp_path / "P.ome.tif") as slide:
@@ -143,7 +170,10 @@ def test_white_is_zero_grey_and_sixteen_bits(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "w.tif", grey, photometric="miniswhite")
     with open_slide(tmp_path / "w.tif") as slide:
         assert np.array_equal(slide.read(0, 0, 40)[..., 1], 255 - grey[:, :40])
-    for name, data in (("deep", np.zeros((8, 8), np.uint16)), ("channels", np.zeros((5, 64, 64), np.uint8))):
+    for name, data in (
+        ("deep", np.zeros((8, 8), np.uint16)),
+        ("channels", np.zeros((5, 64, 64), np.uint8)),
+    ):
         tifffile.imwrite(tmp_path / f"{name}.ome.tif", data, photometric="minisblack")
         with pytest.raises(SlideError, match=rf"{name}.*8-bit grey or RGB.*convert"):
             open_slide(tmp_path / f"{name}.ome.tif")
@@ -182,7 +212,9 @@ def test_blockwise_overview_is_the_overview_of_the_whole(
     monkeypatch.setattr("patch_encoder.slides.overview.BLOCK", 64)
     found = read_overview(open_slide(tmp_path / "a.png"), max_side).pixels
     scale = max(1.0, 300 / max_side)
-    expected = Image.fromarray(image).resize((round(300 / scale), round(190 / scale)), Image.Resampling.BOX)
+    expected = Image.fromarray(image).resize(
+        (round(300 / scale), round(190 / scale)), Image.Resampling.BOX
+    )
     assert np.abs(found.astype(int) - np.asarray(expected)).max() <= 1
 
 
@@ -192,7 +224,12 @@ def test_dicom_folder_is_one_slide(real_data: Path, tmp_path: Path) -> None:
     for name in ("boxes_0.dcm", "boxes_1.dcm"):
         shutil.copy(real_data / "wsi_tiny_fixtures" / name, folder / name)
     with open_slide(folder) as slide:
-        assert (slide.slide_id, slide.width, slide.height, slide.format) == ("S.7", 16, 16, "openslide dicom")
+        assert (slide.slide_id, slide.width, slide.height, slide.format) == (
+            "S.7",
+            16,
+            16,
+            "openslide dicom",
+        )
         assert slide.mpp == pytest.approx(0.499)
         with openslide.OpenSlide(str(folder / "boxes_0.dcm")) as handle:
             expected = np.asarray(handle.read_region((0, 0), 0, (16, 16)).convert("RGB"))
@@ -215,7 +252,10 @@ def test_dicom_folder_is_one_slide(real_data: Path, tmp_path: Path) -> None:
         ("tile_x{x}_y{y}.png", "tile_x{x}_y{y}.png"),
         (r".*_(?P<y>\d+)_(?P<x>\d+)\.png", "case 1_{y}_{x}.png"),
         ("r{row}c{col}.png", "r{row}c{col}.png"),
-        ("a+(1).{row}-{col}.png", "a+(1).{row}-{col}.png"),  # no regular expression: all but the fields is literal
+        (
+            "a+(1).{row}-{col}.png",
+            "a+(1).{row}-{col}.png",
+        ),  # no regular expression: all but the fields is literal
         (r"(?P<col>\d{3})-(?P<row>\d{3})\.(png|jpg)", "{col:03d}-{row:03d}.png"),
     ],
 )
@@ -251,7 +291,9 @@ def test_tiles_off_the_lattice_overlap_and_end_early(tmp_path: Path) -> None:
         assert slide.tile_at(25, 33) is not None  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("pattern", ["(", "tile.png", r"(?P<row>\d+)\.png", "{x}_{row}.png", "{x}_{x}.png"])
+@pytest.mark.parametrize(
+    "pattern", ["(", "tile.png", r"(?P<row>\d+)\.png", "{x}_{row}.png", "{x}_{x}.png"]
+)
 def test_patterns_that_say_no_place_are_refused(tmp_path: Path, pattern: str) -> None:
     with pytest.raises(UserError, match="tile_pattern="):
         open_slide(tmp_path, tile_pattern=pattern)
@@ -263,13 +305,19 @@ def test_two_files_for_one_place_are_refused(tile_folder: Path) -> None:
         open_slide(tile_folder)
 
 
-@pytest.mark.parametrize("name", ["DERIVED-cmu-1-small-region.zerotail.svs", "openslide-unreadable.svs"])
+@pytest.mark.parametrize(
+    "name", ["DERIVED-cmu-1-small-region.zerotail.svs", "openslide-unreadable.svs"]
+)
 def test_a_bad_region_leaves_the_others_readable(real_data: Path, name: str) -> None:
-    """n of N: every region gives what a fresh handle of its own gives, or is an error where that fails."""
+    """n of N: every region gives what a fresh handle of its own gives, or is an error where that
+    fails.
+    """
     path, side = real_data / "wsi_broken" / name, 240
     outcomes: list[bool] = []
     with open_slide(path) as slide:
-        corners = [(x, y) for y in range(0, slide.height, side) for x in range(0, slide.width, 5 * side)]
+        corners = [
+            (x, y) for y in range(0, slide.height, side) for x in range(0, slide.width, 5 * side)
+        ]
         for x, y in corners:
             with openslide.OpenSlide(str(path)) as fresh:
                 try:
@@ -277,7 +325,9 @@ def test_a_bad_region_leaves_the_others_readable(real_data: Path, name: str) -> 
                 except openslide.OpenSlideError:
                     expected = None
             if expected is None:
-                with pytest.raises(RegionError, match=rf"slide {path.stem}: pixels at \({x}, {y}\)"):
+                with pytest.raises(
+                    RegionError, match=rf"slide {path.stem}: pixels at \({x}, {y}\)"
+                ):
                     slide.read(x, y, side)
             else:
                 alpha = expected[..., 3:] > 0
@@ -300,7 +350,11 @@ def test_a_slide_can_be_reopened(slide_path: Path) -> None:
 
 
 def test_real_ome_tiff_fields(real_data: Path) -> None:
-    for name, side, mpp in (("OS-1-detail", 1101, 0.2271), ("OS-2-ndpi", 2202, 0.2271), ("OS-2-vsi", 1445, 0.3461)):
+    for name, side, mpp in (
+        ("OS-1-detail", 1101, 0.2271),
+        ("OS-2-ndpi", 2202, 0.2271),
+        ("OS-2-vsi", 1445, 0.3461),
+    ):
         path = real_data / "fields_40x_ometiff" / f"{name}.ome.tif"
         with open_slide(path) as slide:
             assert (slide.slide_id, slide.width, slide.height) == (name, side, side)
@@ -309,13 +363,20 @@ def test_real_ome_tiff_fields(real_data: Path) -> None:
 
 
 def test_a_plain_pyramid_stays_openslides(tmp_path: Path) -> None:
-    assert open_slide(write_pyramid(tmp_path / "a.tif", draw_slide(128))).format == "openslide generic-tiff"
+    assert (
+        open_slide(write_pyramid(tmp_path / "a.tif", draw_slide(128))).format
+        == "openslide generic-tiff"
+    )
 
 
 def test_damaged_files_are_slide_errors_whatever_breaks(tmp_path: Path) -> None:
     rng, image = np.random.default_rng(0), noise(90, 120)
-    tifffile.imwrite(tmp_path / "a.ome.tif", image, tile=(32, 32), photometric="rgb", compression="deflate")
-    tifffile.imwrite(tmp_path / "b.tif", image, rowsperstrip=8, photometric="rgb", compression="lzw")
+    tifffile.imwrite(
+        tmp_path / "a.ome.tif", image, tile=(32, 32), photometric="rgb", compression="deflate"
+    )
+    tifffile.imwrite(
+        tmp_path / "b.tif", image, rowsperstrip=8, photometric="rgb", compression="lzw"
+    )
     for name in ("c.png", "d.jpg", "e.webp"):
         Image.fromarray(image).save(tmp_path / name)
     refused = 0

@@ -1,4 +1,6 @@
-"""Real slides of many kinds, and broken ones, through every command from a look at them to the cohort page."""
+"""Real slides of many kinds, and broken ones, through every command from a look at them to the
+cohort page.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,30 @@ import numpy as np
 import pytest
 
 from common.cli import run
-from patch_encoder import cohort_report, convert_coordinates, extract_features, filter_tiles, tile_slides
+from patch_encoder import (
+    cohort_report,
+    convert_coordinates,
+    extract_features,
+    filter_tiles,
+    tile_slides,
+)
 from patch_encoder import inspect_slides as inspect
 from patch_encoder.bags.files import read_bag
 from patch_encoder.tiles.coordinates import read_coordinates
 from patch_encoder.tissue.quality import MEASURES, read_quality
 
-# slide: folder, file, (width, height), mpp at level 0, where it comes from, mpp that labels.csv gives
+# slide: folder, file, (width, height), mpp at level 0, where it comes from, mpp that labels.csv
+# gives
 SLIDES: dict[str, tuple[str, str, tuple[int, int], float, str, str]] = {
     "cmu-1-small-region": ("wsi_openslide", ".svs", (2220, 2967), 0.499, "openslide.mpp-x", ""),
-    "DERIVED-cmu-1-small-region-pyramid": ("wsi_openslide", ".tiff", (2220, 2967), 0.499, "openslide.mpp-x", ""),
+    "DERIVED-cmu-1-small-region-pyramid": (
+        "wsi_openslide",
+        ".tiff",
+        (2220, 2967),
+        0.499,
+        "openslide.mpp-x",
+        "",
+    ),
     "small": ("wsi_tiny_fixtures", ".svs", (16, 16), 0.499, "openslide.mpp-x", ""),
     "boxes": ("wsi_tiny_fixtures", ".tiff", (300, 250), 0.5, "given", "0.5"),
     "OS-1-detail": ("fields_40x_ometiff", ".ome.tif", (1101, 1101), 0.227, "ome.PhysicalSizeX", ""),
@@ -76,7 +92,13 @@ def call(module: Any, *keys: str) -> int:
 
 
 def tile(root: Path, method: str, *extra: str) -> int:
-    keys = [f"slides={root}/slides", f"labels={root}/labels.csv", f"output={root}/{method}", f"method={method}", "workers=1"]
+    keys = [
+        f"slides={root}/slides",
+        f"labels={root}/labels.csv",
+        f"output={root}/{method}",
+        f"method={method}",
+        "workers=1",
+    ]
     return call(tile_slides, *keys, f"tile_size={SIDE}", f"target_mpp={TARGET}", *extra)
 
 
@@ -86,7 +108,10 @@ def table(path: Path) -> dict[str, dict[str, str]]:
 
 
 def corners(root: Path, method: str) -> dict[str, np.ndarray]:
-    return {path.stem: read_coordinates(path).coords for path in sorted((root / method / "coords").glob("*.h5"))}
+    return {
+        path.stem: read_coordinates(path).coords
+        for path in sorted((root / method / "coords").glob("*.h5"))
+    }
 
 
 def level0_side(name: str) -> int:
@@ -94,15 +119,24 @@ def level0_side(name: str) -> int:
 
 
 def test_inspect_says_what_is_there(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    keys = [f"slides={cohort}/slides", f"labels={cohort}/labels.csv", f"target_mpp={TARGET}", f"tile_size={SIDE}"]
+    keys = [
+        f"slides={cohort}/slides",
+        f"labels={cohort}/labels.csv",
+        f"target_mpp={TARGET}",
+        f"tile_size={SIDE}",
+    ]
     assert call(inspect, *keys, "json=true", "sample=8") == 1
     entries = {entry["slide"]: entry for entry in json.loads(capsys.readouterr().out)}
     for name, (_, _, size, mpp, source, _) in SLIDES.items():
         entry = entries[name]
-        assert (entry["width"], entry["height"]) == size and entry["mpp"] == pytest.approx(mpp, abs=2e-3), name
+        assert (entry["width"], entry["height"]) == size and entry["mpp"] == pytest.approx(
+            mpp, abs=2e-3
+        ), name
         assert entry["mpp_source"] == source and entry["regions"]["unreadable"] == 0
         downsample = entry["plan"]["downsample"]
-        assert entry["plan"]["read_size"] == max(1, round(entry["plan"]["level0_size"] / downsample))
+        assert entry["plan"]["read_size"] == max(
+            1, round(entry["plan"]["level0_size"] / downsample)
+        )
         assert downsample in [level["downsample"] for level in entry["levels"]]
     assert entries["DERIVED-cmu-1-small-region-pyramid"]["plan"]["level"] == 2
     assert (entries["dicom"]["width"], entries["dicom"]["mpp"]) == (16, pytest.approx(0.499))
@@ -114,19 +148,28 @@ def test_every_tile_of_the_grid(cohort: Path) -> None:
     found = corners(cohort, "none")
     for name, (_, _, (width, height), _, _, _) in SLIDES.items():
         side = level0_side(name)
-        expected = [(x, y) for y in range(0, height - side + 1, side) for x in range(0, width - side + 1, side)]
+        expected = [
+            (x, y)
+            for y in range(0, height - side + 1, side)
+            for x in range(0, width - side + 1, side)
+        ]
         assert [tuple(xy) for xy in found[name].tolist()] == expected, name
     assert len(found["dicom"]) == len(found["small"]) == 0, "16 px are no tile"
     rows = table(cohort / "none" / "tiling.csv")
     for name, (_, _, _, mpp, _, _) in SLIDES.items():
-        assert float(rows[name]["mpp"]) == pytest.approx(mpp, abs=2e-3) and int(rows[name]["tiles"]) == len(found[name])
+        assert float(rows[name]["mpp"]) == pytest.approx(mpp, abs=2e-3) and int(
+            rows[name]["tiles"]
+        ) == len(found[name])
 
 
 def test_broken_slides_are_listed_and_damage_is_told(cohort: Path) -> None:
     for method in ("none", "hsv_otsu", "clam"):
         failures = table(cohort / method / "failures.csv")
         assert set(failures) == set(BROKEN[:3]), method
-        assert "1 of 1 blocks unreadable, more than max_unreadable=0.25; first: pixels" in failures[BROKEN[1]]["error"]
+        assert (
+            "1 of 1 blocks unreadable, more than max_unreadable=0.25; first: pixels"
+            in failures[BROKEN[1]]["error"]
+        )
         for name in (BROKEN[0], BROKEN[2]):
             assert "expected a format that OpenSlide reads" in failures[name]["error"]
         row = table(cohort / method / "tiling.csv")[BROKEN[3]]
@@ -137,12 +180,29 @@ def test_broken_slides_are_listed_and_damage_is_told(cohort: Path) -> None:
 
 
 FIELDS = ("OS-1-detail", "OS-2-ndpi", "OS-2-vsi")
-# the pyramid was stored with wrong colours (pink glass, green tissue, whatever reads it), so that its counts are others
+# the pyramid was stored with wrong colours (pink glass, green tissue, whatever reads it), so that
+# its counts are others
 EMPTY = dict.fromkeys((*SLIDES, BROKEN[3], "dicom"), 0)
-COUNTS = {"cmu-1-small-region": 49, f"{CMU}-pyramid": 19, BROKEN[3]: 28, "OS-1-detail": 1, "OS-2-ndpi": 9, "OS-2-vsi": 8}
+COUNTS = {
+    "cmu-1-small-region": 49,
+    f"{CMU}-pyramid": 19,
+    BROKEN[3]: 28,
+    "OS-1-detail": 1,
+    "OS-2-ndpi": 9,
+    "OS-2-vsi": 8,
+}
 TILES = {
-    "hsv_otsu": EMPTY | COUNTS | {"tissue-level0-4302-10273-4814-10785": 4, "no-tissue-green-pen": 49},
-    "clam": EMPTY | {"cmu-1-small-region": 51, f"{CMU}-pyramid": 88, BROKEN[3]: 29, "OS-1-detail": 1, "OS-2-ndpi": 8},
+    "hsv_otsu": EMPTY
+    | COUNTS
+    | {"tissue-level0-4302-10273-4814-10785": 4, "no-tissue-green-pen": 49},
+    "clam": EMPTY
+    | {
+        "cmu-1-small-region": 51,
+        f"{CMU}-pyramid": 88,
+        BROKEN[3]: 29,
+        "OS-1-detail": 1,
+        "OS-2-ndpi": 8,
+    },
     "cytology": dict(zip(FIELDS, (1, 9, 9))),
 }
 
@@ -151,7 +211,9 @@ TILES = {
 def test_tiles_of_each_method(cohort: Path, method: str) -> None:
     every, found = corners(cohort, "none"), corners(cohort, method)
     for name, chosen in found.items():
-        assert {tuple(xy) for xy in chosen.tolist()} <= {tuple(xy) for xy in every[name].tolist()}, name
+        assert {tuple(xy) for xy in chosen.tolist()} <= {
+            tuple(xy) for xy in every[name].tolist()
+        }, name
     assert {name: len(chosen) for name, chosen in found.items()} == TILES[method]
 
 
@@ -165,13 +227,17 @@ def test_outlines_are_valid_geojson(cohort: Path, method: str) -> None:
         area = 0.0
         for feature in document["features"]:
             assert feature["type"] == "Feature" and feature["geometry"]["type"] == "Polygon"
-            for number, ring in enumerate(np.array(ring) for ring in feature["geometry"]["coordinates"]):
+            for number, ring in enumerate(
+                np.array(ring) for ring in feature["geometry"]["coordinates"]
+            ):
                 assert len(ring) >= 4 and (ring[0] == ring[-1]).all(), "closed"
                 assert (ring >= 0).all() and (ring <= (width + 1e-6, height + 1e-6)).all()
                 x, y = ring.T
                 signed = float(np.sum(x[:-1] * y[1:] - x[1:] * y[:-1])) / 2
                 area += abs(signed) * (1 if number == 0 else -1)
-        assert area / width / height == pytest.approx(float(rows[name]["tissue_share"]), abs=2e-3), name
+        assert area / width / height == pytest.approx(
+            float(rows[name]["tissue_share"]), abs=2e-3
+        ), name
 
 
 def test_outlines_are_tissue_again(cohort: Path) -> None:
@@ -188,31 +254,74 @@ def test_coordinates_to_other_layouts_and_back(cohort: Path, to: str) -> None:
     for name in SLIDES:
         (source / "coords").mkdir(parents=True, exist_ok=True)
         shutil.copy(cohort / "none" / "coords" / f"{name}.h5", source / "coords")
-    assert call(convert_coordinates, f"input={source}", f"to={to}", f"output={cohort}/to_{to}", *shared) == 0
-    assert call(convert_coordinates, f"input={cohort}/to_{to}", "to=ours", f"output={cohort}/from_{to}", *shared) == 0
+    assert (
+        call(
+            convert_coordinates, f"input={source}", f"to={to}", f"output={cohort}/to_{to}", *shared
+        )
+        == 0
+    )
+    assert (
+        call(
+            convert_coordinates,
+            f"input={cohort}/to_{to}",
+            "to=ours",
+            f"output={cohort}/from_{to}",
+            *shared,
+        )
+        == 0
+    )
     for name in SLIDES:
-        before, after = (read_coordinates(folder / "coords" / f"{name}.h5") for folder in (source, cohort / f"from_{to}"))
+        before, after = (
+            read_coordinates(folder / "coords" / f"{name}.h5")
+            for folder in (source, cohort / f"from_{to}")
+        )
         np.testing.assert_array_equal(after.coords, before.coords)
         if len(before.coords):
-            assert after.geometry.patch_size_level0 == before.geometry.patch_size_level0 == level0_side(name)
+            assert (
+                after.geometry.patch_size_level0
+                == before.geometry.patch_size_level0
+                == level0_side(name)
+            )
             assert after.geometry.target_size == SIDE
 
 
 def test_npy_takes_tiles_of_level_0(cohort: Path) -> None:
-    keys = [f"slides={cohort}/slides/wsi_openslide", f"output={cohort}/level0", "target_mpp=null", "method=none", "workers=1"]
+    keys = [
+        f"slides={cohort}/slides/wsi_openslide",
+        f"output={cohort}/level0",
+        "target_mpp=null",
+        "method=none",
+        "workers=1",
+    ]
     assert call(tile_slides, *keys) == 0
-    assert call(convert_coordinates, f"input={cohort}/level0", "to=npy", f"output={cohort}/npy") == 0
-    assert call(convert_coordinates, f"input={cohort}/npy", "to=ours", f"output={cohort}/from_npy") == 0
+    assert (
+        call(convert_coordinates, f"input={cohort}/level0", "to=npy", f"output={cohort}/npy") == 0
+    )
+    assert (
+        call(convert_coordinates, f"input={cohort}/npy", "to=ours", f"output={cohort}/from_npy")
+        == 0
+    )
     for path in (cohort / "level0" / "coords").glob("*.h5"):
         back = read_coordinates(cohort / "from_npy" / "coords" / path.name)
         assert len(back.coords) == (2220 // 256) * (2967 // 256) and back.geometry.patch_size == 256
 
 
 def test_measured_tiles_are_filtered(cohort: Path) -> None:
-    assert call(filter_tiles, f"tiles={cohort}/hsv_otsu", f"output={cohort}/filtered", "max_pen=0.3", "max_background=0.5") == 0
+    assert (
+        call(
+            filter_tiles,
+            f"tiles={cohort}/hsv_otsu",
+            f"output={cohort}/filtered",
+            "max_pen=0.3",
+            "max_background=0.5",
+        )
+        == 0
+    )
     for path in (cohort / "hsv_otsu" / "coords").glob("*.h5"):
         quality = read_quality(path)
-        assert set(quality) == {*MEASURES, "tissue"} and all(np.isfinite(values).all() for values in quality.values())
+        assert set(quality) == {*MEASURES, "tissue"} and all(
+            np.isfinite(values).all() for values in quality.values()
+        )
         keep = (quality["pen"] <= 0.3) & (quality["background"] <= 0.5)
         left = read_coordinates(cohort / "filtered" / "coords" / path.name).coords
         np.testing.assert_array_equal(left, read_coordinates(path).coords[keep])
@@ -228,8 +337,14 @@ ENCODERS: dict[str, tuple[int, Callable[[np.ndarray], bool]]] = {
 
 @pytest.mark.parametrize("encoder", list(ENCODERS))
 def test_features_and_the_cohort_page(cohort: Path, encoder: str) -> None:
-    keys = [f"slides={cohort}/slides", f"labels={cohort}/labels.csv", f"coords={cohort}/filtered/coords"]
-    status = call(extract_features, *keys, f"output={cohort}/features", f"encoder={encoder}", "workers=0")
+    keys = [
+        f"slides={cohort}/slides",
+        f"labels={cohort}/labels.csv",
+        f"coords={cohort}/filtered/coords",
+    ]
+    status = call(
+        extract_features, *keys, f"output={cohort}/features", f"encoder={encoder}", "workers=0"
+    )
     assert status == 1, "slides without coordinates"
     width, holds = ENCODERS[encoder]
     found = corners(cohort, "filtered")
@@ -238,11 +353,19 @@ def test_features_and_the_cohort_page(cohort: Path, encoder: str) -> None:
         if not len(found[name]):
             continue
         bag = read_bag(path)
-        assert bag.features.shape == (len(found[name]), width) and np.isfinite(bag.features).all() and holds(bag.features)
+        assert (
+            bag.features.shape == (len(found[name]), width)
+            and np.isfinite(bag.features).all()
+            and holds(bag.features)
+        )
         np.testing.assert_array_equal(bag.coords, found[name])
         with h5py.File(path) as file:
             assert file["coords"].shape == (len(found[name]), 2)
-    page = [f"tiles={cohort}/hsv_otsu", f"features=[{cohort}/features/{encoder}]", f"labels={cohort}/labels.csv"]
+    page = [
+        f"tiles={cohort}/hsv_otsu",
+        f"features=[{cohort}/features/{encoder}]",
+        f"labels={cohort}/labels.csv",
+    ]
     assert call(cohort_report, *page, f"output={cohort}/page") == 0
     text = (cohort / "page" / "cohort.html").read_text()
     assert all(name in text for name in (*SLIDES, *BROKEN, "dicom"))

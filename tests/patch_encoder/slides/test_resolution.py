@@ -39,28 +39,64 @@ def _say_again() -> Iterator[None]:
         ({"philips.DICOM_PIXEL_SPACING": '"0.000226891" "0.000226907"'}, 0.226899),
         ({"hamamatsu.PhysicalWidth": "2500000", "hamamatsu.PhysicalHeight": "1250000"}, 0.25),
         ({"mirax.LAYER_0_LEVEL_0_SECTION.MICROMETER_PER_PIXEL_X": "0.233"}, 0.233),
-        ({"tiff.XResolution": "40000", "tiff.YResolution": "40000", "tiff.ResolutionUnit": "centimeter"}, 0.25),
-        ({"tiff.XResolution": "101600", "tiff.YResolution": "101600", "tiff.ResolutionUnit": "inch"}, 0.25),
-        ({"tiff.XResolution": "40000", "tiff.YResolution": "40000", "tiff.ResolutionUnit": "none"}, None),
+        (
+            {
+                "tiff.XResolution": "40000",
+                "tiff.YResolution": "40000",
+                "tiff.ResolutionUnit": "centimeter",
+            },
+            0.25,
+        ),
+        (
+            {
+                "tiff.XResolution": "101600",
+                "tiff.YResolution": "101600",
+                "tiff.ResolutionUnit": "inch",
+            },
+            0.25,
+        ),
+        (
+            {
+                "tiff.XResolution": "40000",
+                "tiff.YResolution": "40000",
+                "tiff.ResolutionUnit": "none",
+            },
+            None,
+        ),
         ({"openslide.mpp-x": "0", "openslide.mpp-y": "0", "aperio.MPP": "0.5"}, 0.5),
         ({"openslide.mpp-x": "unknown"}, None),
         ({}, None),
     ],
 )
-def test_keys_of_the_vendors(properties: dict[str, str], mpp: float | None, caplog: pytest.LogCaptureFixture) -> None:
+def test_keys_of_the_vendors(
+    properties: dict[str, str], mpp: float | None, caplog: pytest.LogCaptureFixture
+) -> None:
     found = resolution_of(properties, "S", (10_000, 5_000))
     assert found.mpp == (None if mpp is None else pytest.approx(mpp, rel=1e-5))
-    assert found.source in properties or found.source.startswith(("none: ", "mirax ")) or "mpp-x" in found.source
+    assert (
+        found.source in properties
+        or found.source.startswith(("none: ", "mirax "))
+        or "mpp-x" in found.source
+    )
     assert not caplog.records, "nothing doubtful, nothing said"
 
 
 @pytest.mark.parametrize("value", ["0.027", "1000", "352.778", "nan", "inf"])
-def test_what_no_microscope_gives_is_not_believed(value: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_no_microscope_gives_is_not_believed(
+    value: str, caplog: pytest.LogCaptureFixture
+) -> None:
     found = resolution_of({"openslide.mpp-x": value, "openslide.mpp-y": value}, "S")
     assert found.mpp is None
     assert f"openslide.mpp-x says {float(value):g} um, outside 0.05 to 10" in found.source
     with caplog.at_level(logging.WARNING):
-        found = resolution_of({"openslide.mpp-x": value, "tiff.XResolution": "40000", "tiff.ResolutionUnit": "centimeter"}, "S")
+        found = resolution_of(
+            {
+                "openslide.mpp-x": value,
+                "tiff.XResolution": "40000",
+                "tiff.ResolutionUnit": "centimeter",
+            },
+            "S",
+        )
     assert (found.mpp, found.source) == (0.25, "tiff.XResolution")
     assert "outside 0.05 to 10" in caplog.text and "tiff.XResolution is used" in caplog.text
 
@@ -85,18 +121,26 @@ def test_contradictions_are_announced_once(caplog: pytest.LogCaptureFixture) -> 
         resolution_of({"aperio.MPP": "0.5", "aperio.AppMag": "40"}, "S1")
         resolution_of({"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.26"}, "S2")
         resolution_of({"aperio.MPP": "0.5"}, "S3", given=0.25)
-    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["slide S1", "slide S2", "slide S3"]
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "slide S1",
+        "slide S2",
+        "slide S3",
+    ]
     assert "objective is 40x" in caplog.text
     assert "0.25 by 0.26 um, taken as their mean" in caplog.text
     assert "mpp 0.25 as given; the file says 0.5" in caplog.text
     caplog.clear()
-    assert resolution_of({"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.5"}, "S4").mpp is None, "pixels are not square"
+    assert resolution_of({"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.5"}, "S4").mpp is None, (
+        "pixels are not square"
+    )
 
 
 @pytest.mark.parametrize("value", [0.027, 250.0, float("nan"), 0.0, -1.0])
 def test_given_nonsense_is_refused(tmp_path: Path, value: float) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises(UserError, match=r"slide a.png: mpp: expected um per level-0 pixel, 0.05 to 10"):
+    with pytest.raises(
+        UserError, match=r"slide a.png: mpp: expected um per level-0 pixel, 0.05 to 10"
+    ):
         open_slide(tmp_path / "a.png", mpp=value)
     (tmp_path / "labels.csv").write_text(f"case_id,slide_id,label,mpp\n1,a,x,{value}\n")
     with pytest.raises(UserError, match=r"line 2: .*expected"):
@@ -105,11 +149,16 @@ def test_given_nonsense_is_refused(tmp_path: Path, value: float) -> None:
 
 def test_error_names_slide_reason_and_remedy(tmp_path: Path) -> None:
     path = write_pyramid(tmp_path / "S7.tiff", draw_slide(128), mpp=300.0)
-    with open_slide(path) as slide, pytest.raises(UserError, match=r"S7.*says 300 um, outside.*mpp column of labels.csv"):
+    with (
+        open_slide(path) as slide,
+        pytest.raises(UserError, match=r"S7.*says 300 um, outside.*mpp column of labels.csv"),
+    ):
         tile_geometry(slide, 64, 0.5)
 
 
-def test_a_pictures_density_counts_when_it_is_a_microscopes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_pictures_density_counts_when_it_is_a_microscopes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "fine.png", dpi=(50800, 50800))
     Image.new("RGB", (8, 8)).save(tmp_path / "screen.png", dpi=(96, 96))
     assert open_slide(tmp_path / "fine.png").mpp == pytest.approx(0.5, rel=1e-3)
@@ -120,7 +169,11 @@ def test_a_pictures_density_counts_when_it_is_a_microscopes(tmp_path: Path, capl
 def test_real_slides_say_where_their_mpp_is_from(real_data: Path) -> None:
     with open_slide(real_data / "wsi_openslide" / "cmu-1-small-region.svs") as slide:
         assert (slide.resolution.source, slide.resolution.power) == ("openslide.mpp-x", 20.0)
-        assert slide.associated == {"label": (387, 463), "macro": (1280, 431), "thumbnail": (574, 768)}
+        assert slide.associated == {
+            "label": (387, 463),
+            "macro": (1280, 431),
+            "thumbnail": (574, 768),
+        }
     with open_slide(real_data / "wsi_tiny_fixtures" / "boxes.tiff") as slide:
         assert slide.mpp is None
         assert "352.778" in slide.resolution.source

@@ -1,4 +1,6 @@
-"""One reader over OpenSlide files and tile folders; what cannot be read is said with the slide's name."""
+"""One reader over OpenSlide files and tile folders; what cannot be read is said with the slide's
+name.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,12 @@ def test_tile_folder_is_a_mosaic(tile_folder: Path) -> None:
         assert (slide.read(64, 0, 64) == 40).all()
         assert (slide.read(64, 64, 64) == 255).all(), "the empty place is white"
         crossing = slide.read(32, 32, 64)
-        assert [crossing[0, 0, 0], crossing[0, 63, 0], crossing[63, 0, 0], crossing[63, 63, 0]] == [20, 40, 60, 255]
+        assert [crossing[0, 0, 0], crossing[0, 63, 0], crossing[63, 0, 0], crossing[63, 63, 0]] == [
+            20,
+            40,
+            60,
+            255,
+        ]
         assert (slide.read(-10, -10, 12)[:10] == 255).all()
         thumbnail = read_overview(slide, 48).pixels
         assert thumbnail.shape == (48, 32, 3)
@@ -103,10 +110,14 @@ def test_real_slides(real_data: Path) -> None:
     with open_slide(real_data / "wsi_openslide" / "cmu-1-small-region.svs") as slide:
         assert (slide.width, slide.height) == (2220, 2967)
         assert slide.mpp == pytest.approx(0.499)
-        with openslide.OpenSlide(str(real_data / "wsi_openslide" / "cmu-1-small-region.svs")) as handle:
+        with openslide.OpenSlide(
+            str(real_data / "wsi_openslide" / "cmu-1-small-region.svs")
+        ) as handle:
             expected = np.asarray(handle.read_region((1000, 1500), 0, (64, 64)).convert("RGB"))
         assert np.array_equal(slide.read(1000, 1500, 64), expected)
-    with open_slide(real_data / "wsi_openslide" / "DERIVED-cmu-1-small-region-pyramid.tiff") as slide:
+    with open_slide(
+        real_data / "wsi_openslide" / "DERIVED-cmu-1-small-region-pyramid.tiff"
+    ) as slide:
         assert len(slide.downsamples) == 4
     # DICOM: a slide is what lies beside the file that is opened
     with open_slide(real_data / "wsi_tiny_fixtures" / "boxes.tiff") as slide:
@@ -122,9 +133,14 @@ def test_real_slides(real_data: Path) -> None:
         "DERIVED-cmu-1-small-region.zerotail.svs",
     ],
 )
-def test_real_broken_slides_raise_and_never_turn_white(real_data: Path, tmp_path: Path, name: str) -> None:
+def test_real_broken_slides_raise_and_never_turn_white(
+    real_data: Path, tmp_path: Path, name: str
+) -> None:
     shutil.copy(real_data / "wsi_broken" / name, tmp_path / name)
-    with pytest.raises(SlideError, match=name.split(".svs")[0]), open_slide(tmp_path / name) as slide:
+    with (
+        pytest.raises(SlideError, match=name.split(".svs")[0]),
+        open_slide(tmp_path / name) as slide,
+    ):
         for y in range(0, slide.height, 240):
             for x in range(0, slide.width, 240):
                 slide.read(x, y, 240)

@@ -1,4 +1,6 @@
-"""Tiles of known stains: pixels drawn from a stain matrix and amounts, and the pictures of the real data."""
+"""Tiles of known stains: pixels drawn from a stain matrix and amounts, and the pictures of the real
+data.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +25,24 @@ def draw_tile(
     noise: float = 0.0,
     seed: int = 0,
 ) -> Tensor:
-    """uint8 (3, side, side): nuclei, stroma and mixtures of both; a share `glass` of the columns is clear."""
+    """uint8 (3, side, side): nuclei, stroma and mixtures of both; a share `glass` of the columns is
+    clear.
+    """
     generator = torch.Generator().manual_seed(seed)
     count = side * side
     mixture = torch.rand(count, generator=generator)
-    mixture[: count // 5], mixture[count // 5 : 2 * count // 5] = 0.0, 1.0  # pure eosin, pure haematoxylin
+    mixture[: count // 5], mixture[count // 5 : 2 * count // 5] = (
+        0.0,
+        1.0,
+    )  # pure eosin, pure haematoxylin
     amount = 0.35 + 0.65 * torch.rand(count, generator=generator)
     amounts = torch.stack((mixture, 1 - mixture)) * amount * torch.tensor(strength)[:, None]
     columns = torch.tensor(matrix)
     density = (columns / columns.norm(dim=0)) @ amounts
     order = torch.randperm(count, generator=generator)
-    pixels = 240 * torch.exp(-density[:, order]) - 1 + noise * torch.randn(3, count, generator=generator)
+    pixels = (
+        240 * torch.exp(-density[:, order]) - 1 + noise * torch.randn(3, count, generator=generator)
+    )
     tile = pixels.round().clamp(0, 255).to(torch.uint8).view(3, side, side)
     tile[:, :, : round(glass * side)] = 239
     return tile

@@ -1,4 +1,6 @@
-"""Stain augmentation: the deconvolution is skimage's, no strength no change, the same draws the same tiles, no drift."""
+"""Stain augmentation: the deconvolution is skimage's, no strength no change, the same draws the
+same tiles, no drift.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def test_draws_follow_the_generator(jitter: HedJitter | StainJitter) -> None:
     assert torch.equal(jitter(tiles, seeded(3)), once)
     assert not torch.equal(jitter(tiles, seeded(4)), once)
     generator = seeded(3)
-    assert torch.equal(torch.stack([jitter(tile, generator) for tile in tiles]), once), "a batch is its tiles one by one"
+    assert torch.equal(torch.stack([jitter(tile, generator) for tile in tiles]), once), (
+        "a batch is its tiles one by one"
+    )
     assert all(not torch.equal(a, b) for a, b in zip(once, tiles, strict=True))
 
 
@@ -79,10 +83,14 @@ def test_stain_jitter_moves_amounts_and_leaves_the_rest() -> None:
     factor, _ = draw(1, 2, 0.4, 0.0, seeded(2))
     assert (back @ after - factor[0, :, None] * (back @ before)).abs().mean() < 0.02
     third = torch.linalg.cross(found.matrix[0, :, 0], found.matrix[0, :, 1])
-    assert (third @ after - third @ before).abs().mean() < 0.02, "noise outside the stains' plane stays"
+    assert (third @ after - third @ before).abs().mean() < 0.02, (
+        "noise outside the stains' plane stays"
+    )
     assert degrees(fit_macenko(new).matrix[0, :, 0], found.matrix[0, :, 0]) < 4
 
 
 def test_blank_and_black_tiles_stay_under_stain_jitter() -> None:
-    tiles = torch.stack([torch.full((3, 32, 32), level, dtype=torch.uint8) for level in (0, 240, 255)])
+    tiles = torch.stack(
+        [torch.full((3, 32, 32), level, dtype=torch.uint8) for level in (0, 240, 255)]
+    )
     assert torch.equal(StainJitter()(tiles, seeded()), tiles)

@@ -1,4 +1,6 @@
-"""Stain normalisation as an option of extraction: what is encoded, who measures, what a bag says, what is refused."""
+"""Stain normalisation as an option of extraction: what is encoded, who measures, what a bag says,
+what is refused.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def cohort(tmp_path: Path) -> Path:
         ((((0.6, 0.2), (0.7, 0.85), (0.38, 0.5)), (1.1, 0.6)), (RUIFROK_HE, (1.8, 1.1)))
     ):
         tile = draw_tile(matrix, strength, glass=0.25, seed=index)
-        write_pyramid(tmp_path / "slides" / f"S{index}.tiff", tile.permute(1, 2, 0).numpy(), levels=(1,))
+        write_pyramid(
+            tmp_path / "slides" / f"S{index}.tiff", tile.permute(1, 2, 0).numpy(), levels=(1,)
+        )
     keys = [f"tile_size={TILE}", "method=none", "workers=1"]
     arguments = [f"slides={tmp_path}/slides", f"output={tmp_path}/tiles", *keys]
     assert run(tile_slides.main, tile_slides.Config, arguments) == 0
@@ -45,7 +49,13 @@ def cohort(tmp_path: Path) -> Path:
 
 
 def arguments(root: Path, *extra: str) -> list[str]:
-    base = [f"slides={root}/slides", f"coords={root}/tiles", f"output={root}/features", "device=cpu", "precision=fp32"]
+    base = [
+        f"slides={root}/slides",
+        f"coords={root}/tiles",
+        f"output={root}/features",
+        "device=cpu",
+        "precision=fp32",
+    ]
     return [*base, "encoder=mean_colour", "workers=0", "batch_size=7", *extra]
 
 
@@ -70,7 +80,9 @@ def test_slide_scope_is_one_fit_over_the_slide(cohort: Path) -> None:
         features, tiles = tiles_of(cohort, slide)
         # all 16 tiles are in the sample, whole: the slide's pixels in any order
         source = fit_macenko(as_tensor(tiles.reshape(-1, TILE, 3)))
-        new = normalise_macenko(torch.stack([as_tensor(tile) for tile in tiles]), source, common_profile())
+        new = normalise_macenko(
+            torch.stack([as_tensor(tile) for tile in tiles]), source, common_profile()
+        )
         expected = np.stack([mean_colour(tile.permute(1, 2, 0).numpy()) for tile in new])
         assert np.allclose(features, expected, atol=1e-6)
         assert not np.allclose(features, np.stack([mean_colour(tile) for tile in tiles]), atol=1e-3)
@@ -81,7 +93,9 @@ def test_tile_scope_is_a_fit_a_tile(cohort: Path) -> None:
     features, tiles = tiles_of(cohort, "S0")
     option = build_normaliser("reinhard", "", "tile")
     assert option is not None
-    assert np.allclose(features, np.stack([mean_colour(option.apply(tile)) for tile in tiles]), atol=1e-6)
+    assert np.allclose(
+        features, np.stack([mean_colour(option.apply(tile)) for tile in tiles]), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", ["macenko", "reinhard"])
@@ -92,8 +106,16 @@ def test_workers_batches_and_shards_give_the_same_bags(cohort: Path, kind: str, 
         runs["c"] = ["shard=1/2"]
     digests = {}
     for name, keys in runs.items():
-        assert extract(cohort, f"stain={kind}", f"stain_scope={scope}", f"output={cohort}/{name}", *keys) == 0
-        digests[name] = {slide: bag_digest(file) for slide, file in bag_files(cohort / name / "mean_colour").items()}
+        assert (
+            extract(
+                cohort, f"stain={kind}", f"stain_scope={scope}", f"output={cohort}/{name}", *keys
+            )
+            == 0
+        )
+        digests[name] = {
+            slide: bag_digest(file)
+            for slide, file in bag_files(cohort / name / "mean_colour").items()
+        }
     assert len(digests["a"]) == 2 and digests["b"] == digests["a"]
     assert digests.get("c", {}).items() <= digests["a"].items()
 
@@ -105,10 +127,15 @@ def test_two_stains_of_one_tissue_come_nearer(cohort: Path) -> None:
         assert extract(cohort, f"stain={kind}", "overwrite=true") == 0
         means = [read_bag(bag_path(cohort, slide)).features.mean(0) for slide in ("S0", "S1")]
         distances[kind] = float(np.abs(means[0] - means[1]).max())
-    assert distances["macenko"] < 0.5 * distances["none"] and distances["reinhard"] < 0.5 * distances["none"]
+    assert (
+        distances["macenko"] < 0.5 * distances["none"]
+        and distances["reinhard"] < 0.5 * distances["none"]
+    )
 
 
-def test_bag_says_its_stain_and_another_is_refused(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bag_says_its_stain_and_another_is_refused(
+    cohort: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert extract(cohort) == 0
     assert "stain" not in bag_header(bag_path(cohort))[1]
     before = bag_path(cohort).stat().st_mtime_ns
@@ -123,7 +150,12 @@ def test_bag_says_its_stain_and_another_is_refused(cohort: Path, capsys: pytest.
     assert bag_path(cohort).stat().st_mtime_ns == after
     picture = cohort / "target.png"
     Image.fromarray(draw_tile(seed=9).permute(1, 2, 0).numpy()).save(picture)
-    for keys in ([], ["stain=reinhard"], ["stain=macenko", "stain_scope=tile"], ["stain=macenko", f"stain_target={picture}"]):
+    for keys in (
+        [],
+        ["stain=reinhard"],
+        ["stain=macenko", "stain_scope=tile"],
+        ["stain=macenko", f"stain_target={picture}"],
+    ):
         assert extract(cohort, *keys) == 2
         assert "another provenance: stain 'macenko, scope slide" in capsys.readouterr().err
     assert extract(cohort, "stain=macenko", f"stain_target={picture}", "overwrite=true") == 0
@@ -135,15 +167,29 @@ def save(path: Path, pixels: np.ndarray, mode: str = "RGB") -> Path:
     return path
 
 
-def test_a_bad_target_is_one_line_before_any_work(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_target_is_one_line_before_any_work(
+    cohort: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     broken = cohort / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\n no picture")
     eosin = draw_tile(strength=(0.0, 1.0)).permute(1, 2, 0).numpy()
     cases = {
         "broken": ("macenko", broken, "expected a picture"),
-        "blank": ("macenko", save(cohort / "blank.png", np.full((64, 64, 3), 244, np.uint8)), "haematoxylin and eosin"),
-        "pale": ("reinhard", save(cohort / "pale.png", np.full((64, 64, 3), 244, np.uint8)), "found none"),
-        "eosin": ("macenko", save(cohort / "eosin.png", eosin), "found none; take a field of dense tissue"),
+        "blank": (
+            "macenko",
+            save(cohort / "blank.png", np.full((64, 64, 3), 244, np.uint8)),
+            "haematoxylin and eosin",
+        ),
+        "pale": (
+            "reinhard",
+            save(cohort / "pale.png", np.full((64, 64, 3), 244, np.uint8)),
+            "found none",
+        ),
+        "eosin": (
+            "macenko",
+            save(cohort / "eosin.png", eosin),
+            "found none; take a field of dense tissue",
+        ),
         "grey": ("macenko", save(cohort / "grey.png", eosin, "L"), "found mode L"),
         "folder": ("macenko", cohort / "slides", "expected a picture"),
         "none": ("macenko", cohort / "nowhere.png", "expected an existing path"),
@@ -164,21 +210,32 @@ def test_a_target_with_transparency_and_palette_is_read(tmp_path: Path) -> None:
     assert isinstance(plain.target, ColourStatistics) and isinstance(clear.target, ColourStatistics)
     assert torch.equal(plain.target.mean, clear.target.mean)
     assert torch.allclose(plain.target.mean, fit_reinhard(draw_tile()).mean, atol=1e-4)
-    assert build_normaliser("macenko", str(save(tmp_path / "c.png", pixels, "P")), "tile") is not None
+    assert (
+        build_normaliser("macenko", str(save(tmp_path / "c.png", pixels, "P")), "tile") is not None
+    )
 
 
-def test_slides_without_stain_are_left_as_they_are_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_slides_without_stain_are_left_as_they_are_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     blank = np.full((64, 64, 3), 243, np.uint8)
     eosin = draw_tile(strength=(0.0, 1.0), side=64).permute(1, 2, 0).numpy()
     for name, pixels in (("blank", blank), ("eosin", eosin)):
         write_pyramid(tmp_path / "slides" / f"{name}.tiff", pixels, levels=(1,))
-    tiling = [f"slides={tmp_path}/slides", f"output={tmp_path}/tiles", f"tile_size={TILE}", "method=none", "workers=1"]
+    tiling = [
+        f"slides={tmp_path}/slides",
+        f"output={tmp_path}/tiles",
+        f"tile_size={TILE}",
+        "method=none",
+        "workers=1",
+    ]
     assert run(tile_slides.main, tile_slides.Config, tiling) == 0
     with caplog.at_level(logging.WARNING):
         assert extract(tmp_path, "stain=macenko") == 0
     said = [record.getMessage() for record in caplog.records if "stain=" in record.getMessage()]
     assert said == [
-        "extract_features: slide blank: stain=macenko: too little stained tissue in 4 sampled tiles, left as it is",
+        "extract_features: slide blank: stain=macenko: too little stained tissue in 4 sampled "
+        "tiles, left as it is",
         "extract_features: slide eosin: stain=macenko: found eosin alone",
     ]
     features, tiles = tiles_of(tmp_path, "blank")
@@ -187,7 +244,9 @@ def test_slides_without_stain_are_left_as_they_are_and_said(tmp_path: Path, capl
 
 def slide_of(count: int) -> Coordinates:
     corners = np.stack([np.arange(count), np.zeros(count, int)], 1) * TILE
-    return Coordinates(corners, TileGeometry("S", TILE, TILE, 0, TILE, 0.5, 0.5, 0.0, count * TILE, TILE))
+    return Coordinates(
+        corners, TileGeometry("S", TILE, TILE, 0, TILE, 0.5, 0.5, 0.0, count * TILE, TILE)
+    )
 
 
 def test_sample_follows_the_coordinates_and_passes_over_unreadable_tiles() -> None:
@@ -221,9 +280,20 @@ def test_sample_follows_the_coordinates_and_passes_over_unreadable_tiles() -> No
 
 def test_students_take_the_same_keys(tmp_path: Path) -> None:
     (tmp_path / "student.pt").write_bytes(b"")
-    base = [f"slides={tmp_path}", f"coords={tmp_path}", f"output={tmp_path}/f", f"student={tmp_path}/student.pt", "device=cpu"]
-    settings = load_config(extract_student.Config, [*base, "stain=reinhard", "stain_scope=tile"]).settings()
-    assert settings.stain is not None and settings.stain.provenance == "reinhard, scope tile, target built-in"
+    base = [
+        f"slides={tmp_path}",
+        f"coords={tmp_path}",
+        f"output={tmp_path}/f",
+        f"student={tmp_path}/student.pt",
+        "device=cpu",
+    ]
+    settings = load_config(
+        extract_student.Config, [*base, "stain=reinhard", "stain_scope=tile"]
+    ).settings()
+    assert (
+        settings.stain is not None
+        and settings.stain.provenance == "reinhard, scope tile, target built-in"
+    )
     assert load_config(extract_student.Config, base).settings().stain is None
     with pytest.raises(UserError, match="expected one of none, macenko, reinhard"):
         load_config(extract_student.Config, [*base, "stain=makenko"])

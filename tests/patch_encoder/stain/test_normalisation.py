@@ -1,4 +1,6 @@
-"""Macenko and Reinhard against torchstain and against drawn stains; blank, black and one-stain tiles; batch = one by one."""
+"""Macenko and Reinhard against torchstain and against drawn stains; blank, black and one-stain
+tiles; batch = one by one.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ METHODS = [macenko, reinhard]
 
 @pytest.fixture(scope="module")
 def pictures(real_data: Path) -> list[Tensor]:
-    return [picture(real_data / "stain_targets" / name)[:, :320, :320].contiguous() for name in PICTURES]
+    return [
+        picture(real_data / "stain_targets" / name)[:, :320, :320].contiguous() for name in PICTURES
+    ]
 
 
 def test_macenko_is_torchstains_on_real_pictures(pictures: list[Tensor]) -> None:
@@ -57,7 +61,8 @@ def test_macenko_is_torchstains_on_real_pictures(pictures: list[Tensor]) -> None
         for source in pictures:
             expected = theirs.normalize(source, stains=False)[0].permute(2, 0, 1)
             found = normalise_macenko(source, fit_macenko(source, glass=True), ours)
-            # theirs leaves the 1 of I + 1 in and cuts decimals off; ours takes it off and rounds: 0 or 1 more there
+            # theirs leaves the 1 of I + 1 in and cuts decimals off; ours takes it off and rounds: 0
+            # or 1 more there
             more = expected - found.int()
             assert float(((more == 0) | (more == 1)).float().mean()) > 0.998
             assert int(more.min()) >= -1 and int(more.max()) <= 2
@@ -74,30 +79,41 @@ def test_reinhard_is_torchstains_on_real_pictures(pictures: list[Tensor]) -> Non
         for source in pictures:
             expected = theirs.normalize(source).permute(2, 0, 1).int()
             less = normalise_reinhard(source, None, ours, masked=False).int() - expected
-            assert float(((less == 0) | (less == 1)).float().mean()) > 0.999  # theirs cuts decimals off, ours rounds
+            assert (
+                float(((less == 0) | (less == 1)).float().mean()) > 0.999
+            )  # theirs cuts decimals off, ours rounds
             assert int(less.abs().max()) <= 1
 
 
 def test_lab_is_skimages_and_comes_back() -> None:
-    tile = torch.randint(0, 256, (2, 3, 40, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    tile[0, :, :2] = torch.arange(60, dtype=torch.uint8).view(2, 30) // 8  # dark: below the knees of both curves
+    tile = torch.randint(
+        0, 256, (2, 3, 40, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    tile[0, :, :2] = (
+        torch.arange(60, dtype=torch.uint8).view(2, 30) // 8
+    )  # dark: below the knees of both curves
     found = to_lab(tile)
     expected = rgb2lab(tile.permute(0, 2, 3, 1).numpy() / 255.0)
     assert np.allclose(found.view(2, 3, 40, 30).permute(0, 2, 3, 1).numpy(), expected, atol=5e-3)
     assert torch.equal(from_lab(found).view_as(tile), tile)
     moved = found + torch.tensor([-9.0, 14.0, -11.0])[:, None]
     back = lab2rgb(moved.view(2, 3, 40, 30).permute(0, 2, 3, 1).double().numpy())
-    assert np.abs(from_lab(moved).view_as(tile).permute(0, 2, 3, 1).numpy() - back * 255).max() < 0.6
+    assert (
+        np.abs(from_lab(moved).view_as(tile).permute(0, 2, 3, 1).numpy() - back * 255).max() < 0.6
+    )
 
 
 @pytest.mark.parametrize("matrix", [COMMON, RUIFROK_HE])
 @pytest.mark.parametrize("noise", [0.0, 2.0])
 @pytest.mark.parametrize("glass", [0.0, 0.6])
-def test_drawn_stains_are_found_again(matrix: tuple[tuple[float, float], ...], noise: float, glass: float) -> None:
+def test_drawn_stains_are_found_again(
+    matrix: tuple[tuple[float, float], ...], noise: float, glass: float
+) -> None:
     found = fit_macenko(draw_tile(matrix, noise=noise, glass=glass))
     assert found.present.tolist() == [[True, True]]
     columns = torch.tensor(matrix)
-    # eosin with little red: its pixels are below GLASS in red, and the published selection leaves only its mixtures
+    # eosin with little red: its pixels are below GLASS in red, and the published selection leaves
+    # only its mixtures
     limits = (3 + noise, 3 + noise) if matrix == COMMON else (3.0, 14.0)
     for stain, limit in enumerate(limits):
         assert degrees(found.matrix[0, :, stain], columns[:, stain]) < limit
@@ -108,11 +124,16 @@ def test_drawn_stains_are_found_again(matrix: tuple[tuple[float, float], ...], n
 def test_glass_does_not_change_a_strength_but_does_as_published() -> None:
     whole, part = draw_tile(), draw_tile(glass=0.9)
     assert torch.allclose(fit_macenko(part).strength, fit_macenko(whole).strength, rtol=0.05)
-    assert (fit_macenko(part, glass=True).strength < 0.9 * fit_macenko(whole, glass=True).strength).all()
+    assert (
+        fit_macenko(part, glass=True).strength < 0.9 * fit_macenko(whole, glass=True).strength
+    ).all()
 
 
 def test_pictures_of_one_tissue_in_two_stains_become_one() -> None:
-    a, b = draw_tile(COMMON, (1.6, 0.9)), draw_tile(((0.65, 0.28), (0.68, 0.85), (0.34, 0.44)), (1.1, 1.2))
+    a, b = (
+        draw_tile(COMMON, (1.6, 0.9)),
+        draw_tile(((0.65, 0.28), (0.68, 0.85), (0.34, 0.44)), (1.1, 1.2)),
+    )
     before = (a.int() - b.int()).abs().float().mean()
     after = (macenko(a).int() - macenko(b).int()).abs().float().mean()
     assert before > 15 and after < 3
@@ -132,10 +153,17 @@ def test_the_target_itself_stays(fit_and_apply: object) -> None:
 @pytest.mark.parametrize("apply", METHODS)
 def test_blank_black_and_grey_tiles_are_unchanged(apply: object) -> None:
     generator = torch.Generator().manual_seed(0)
-    noisy = (238 + 3 * torch.randn(3, 64, 64, generator=generator)).round().clamp(0, 255).to(torch.uint8)
+    noisy = (
+        (238 + 3 * torch.randn(3, 64, 64, generator=generator))
+        .round()
+        .clamp(0, 255)
+        .to(torch.uint8)
+    )
     levels = [torch.full((3, 64, 64), level, dtype=torch.uint8) for level in (255, 240, 0, 10)]
     dust = noisy.clone()
-    dust[:, :10, :10] = torch.tensor([90, 40, 110], dtype=torch.uint8)[:, None, None]  # a fortieth of the tile
+    dust[:, :10, :10] = torch.tensor([90, 40, 110], dtype=torch.uint8)[
+        :, None, None
+    ]  # a fortieth of the tile
     tiles = torch.stack([noisy, dust, *levels])
     assert torch.equal(apply(tiles), tiles)  # type: ignore[operator]
     for tile in tiles:
@@ -168,9 +196,13 @@ def test_one_stain_alone_gets_no_second(stain: int, noise: float) -> None:
 def test_faint_stain_is_not_blown_up() -> None:
     tile = draw_tile(strength=(0.3, 0.25), noise=1.0)
     source = fit_macenko(tile)
-    target = StainProfile(common_profile().matrix, torch.tensor([[9.0, 9.0]]), torch.ones(1, 2, dtype=torch.bool))
+    target = StainProfile(
+        common_profile().matrix, torch.tensor([[9.0, 9.0]]), torch.ones(1, 2, dtype=torch.bool)
+    )
     mild = StainProfile(target.matrix, source.strength * LARGEST_GAIN, target.present)
-    assert torch.equal(normalise_macenko(tile, source, target), normalise_macenko(tile, source, mild))
+    assert torch.equal(
+        normalise_macenko(tile, source, target), normalise_macenko(tile, source, mild)
+    )
     flat = torch.full((3, 64, 64), 150, dtype=torch.uint8)
     flat[1] = 90
     flat[:, ::2, ::2] += 1  # a grey level of texture
@@ -191,14 +223,18 @@ def test_a_batch_gives_what_its_tiles_give_alone(apply: object) -> None:
     )
     alone = torch.stack([apply(tile) for tile in tiles])  # type: ignore[operator]
     assert torch.equal(apply(tiles), alone)  # type: ignore[operator]
-    assert torch.equal(apply(tiles[:, :, ::2, 1:]), torch.stack([apply(tile[:, ::2, 1:]) for tile in tiles]))  # type: ignore[operator]
+    assert torch.equal(
+        apply(tiles[:, :, ::2, 1:]), torch.stack([apply(tile[:, ::2, 1:]) for tile in tiles])
+    )  # type: ignore[operator]
 
 
 def test_glass_keeps_its_colour_under_masked_reinhard_alone() -> None:
     tile = draw_tile(glass=0.4)
     target = common_colours()
     assert torch.equal(normalise_reinhard(tile, None, target)[:, :, :50], tile[:, :, :50])
-    assert not torch.equal(normalise_reinhard(tile, None, target, masked=False)[:, :, :50], tile[:, :, :50])
+    assert not torch.equal(
+        normalise_reinhard(tile, None, target, masked=False)[:, :, :50], tile[:, :, :50]
+    )
     assert torch.allclose(fit_reinhard(tile).mean, fit_reinhard(tile[:, :, 51:]).mean, atol=1e-3)
 
 
@@ -210,12 +246,16 @@ def test_threads_do_not_change_a_fit() -> None:
         two = fit_macenko(tile), fit_reinhard(tile)
     finally:
         torch.set_num_threads(1)
-    assert torch.equal(one[0].matrix, two[0].matrix) and torch.equal(one[0].strength, two[0].strength)
+    assert torch.equal(one[0].matrix, two[0].matrix) and torch.equal(
+        one[0].strength, two[0].strength
+    )
     assert torch.equal(one[1].mean, two[1].mean) and torch.equal(one[1].spread, two[1].spread)
 
 
 def test_stained_pixels_are_those_of_the_density() -> None:
-    tile = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    tile = torch.randint(
+        0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     tile[0, :, :4] //= 10
     density = optical_density(tile)
     some, every = stained_pixels(tile)
@@ -243,6 +283,10 @@ def test_recolour_by_the_identity_changes_no_byte() -> None:
 
 
 def test_what_is_no_tile_is_refused() -> None:
-    for wrong in (torch.zeros(3, 8, 8), torch.zeros(1, 8, 8, dtype=torch.uint8), torch.zeros(3, 0, 8, dtype=torch.uint8)):
+    for wrong in (
+        torch.zeros(3, 8, 8),
+        torch.zeros(1, 8, 8, dtype=torch.uint8),
+        torch.zeros(3, 0, 8, dtype=torch.uint8),
+    ):
         with pytest.raises(Exception, match="uint8|Type-check"):
             fit_macenko(wrong)

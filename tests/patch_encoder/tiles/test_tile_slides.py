@@ -1,4 +1,6 @@
-"""Tissue, grid and target resolution; the coordinates file; the tiling stage from the command line."""
+"""Tissue, grid and target resolution; the coordinates file; the tiling stage from the command
+line.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,12 @@ from common.errors import UserError
 from common.files import sha256_bytes
 from patch_encoder import tile_slides
 from patch_encoder.slides import open_slide
-from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, read_coordinates, write_coordinates
+from patch_encoder.tiles.coordinates import (
+    Coordinates,
+    TileGeometry,
+    read_coordinates,
+    write_coordinates,
+)
 from patch_encoder.tiles.grid import grid, read_tile, tile_geometry, tissue_share
 from patch_encoder.tissue import TissueSettings, hsv_otsu, tissue_mask
 from tests.helpers import draw_slide, make_cohort, write_pyramid
@@ -24,7 +31,14 @@ FINE = TissueSettings(mpp=2.0, median=4.0, closing=4.0, min_area=50.0)
 
 
 def geometry(**changes: object) -> TileGeometry:
-    values = {"name": "S", "patch_size": 64, "patch_size_level0": 64, "patch_level": 0, "target_size": 64, "target_mpp": 0.5}
+    values = {
+        "name": "S",
+        "patch_size": 64,
+        "patch_size_level0": 64,
+        "patch_level": 0,
+        "target_size": 64,
+        "target_mpp": 0.5,
+    }
     values |= {"mpp": 0.5, "overlap": 0.0, "level0_width": 512, "level0_height": 512}
     return TileGeometry(**(values | changes))  # type: ignore[arg-type]
 
@@ -55,7 +69,9 @@ def test_levels_that_are_no_powers_of_two_are_not_truncated(tmp_path: Path) -> N
         found = tile_geometry(slide, 60, 2.0)  # scale 4, read at downsample 3
         assert (found.patch_level, found.patch_size, found.patch_size_level0) == (1, 80, 240)
         tile = read_tile(slide, found, 120, 60).astype(float)
-    area = np.asarray(Image.fromarray(draw_slide(510)[60:300, 120:360]).resize((60, 60), Image.Resampling.BOX)).astype(float)
+    area = np.asarray(
+        Image.fromarray(draw_slide(510)[60:300, 120:360]).resize((60, 60), Image.Resampling.BOX)
+    ).astype(float)
     assert np.abs(tile - area).mean() < 6  # the same field of view, up to the resampling filter
 
 
@@ -74,7 +90,11 @@ def test_missing_mpp_and_too_coarse_slides_are_refused(tmp_path: Path) -> None:
 def test_grid_stays_inside_and_steps_by_the_overlap() -> None:
     corners = grid(geometry(level0_width=200, level0_height=130))
     assert corners.tolist() == [[x, y] for y in (0, 64) for x in (0, 64, 128)]
-    assert grid(geometry(level0_width=128, level0_height=64, overlap=0.5)).tolist() == [[0, 0], [32, 0], [64, 0]]
+    assert grid(geometry(level0_width=128, level0_height=64, overlap=0.5)).tolist() == [
+        [0, 0],
+        [32, 0],
+        [64, 0],
+    ]
     assert grid(geometry(level0_width=60)).shape == (0, 2)
 
 
@@ -114,7 +134,11 @@ def test_blank_glass_has_no_tissue(level: int) -> None:
 
 def test_tile_folder_tissue_is_what_exists(tile_folder: Path) -> None:
     with open_slide(tile_folder) as slide:
-        assert tissue_mask(slide, "auto", FINE).tolist() == [[True, True], [True, False], [True, True]]
+        assert tissue_mask(slide, "auto", FINE).tolist() == [
+            [True, True],
+            [True, False],
+            [True, True],
+        ]
         assert tissue_mask(slide, "none", FINE).all()
 
 
@@ -130,12 +154,23 @@ def test_coordinates_survive_the_file_and_foreign_ones_are_read(tmp_path: Path) 
     found = read_coordinates(tmp_path / "S.h5")
     assert found.coords.tolist() == [[0, 64], [64, 128]]
     assert found.geometry == written.geometry
-    assert found.digest() == written.digest() != Coordinates(written.coords, geometry(patch_level=1)).digest()
+    assert (
+        found.digest()
+        == written.digest()
+        != Coordinates(written.coords, geometry(patch_level=1)).digest()
+    )
     with h5py.File(tmp_path / "clam.h5", "w") as file:  # as CLAM's create_patches_fp writes it
         dataset = file.create_dataset("coords", data=np.array([[5, 6]], dtype=np.int64))
-        dataset.attrs.update({"patch_size": 256, "patch_level": 1, "downsample": (4.0, 4.0), "name": "clam"})
+        dataset.attrs.update(
+            {"patch_size": 256, "patch_level": 1, "downsample": (4.0, 4.0), "name": "clam"}
+        )
     clam = read_coordinates(tmp_path / "clam.h5").geometry
-    assert (clam.patch_size, clam.patch_level, clam.patch_size_level0, clam.target_size) == (256, 1, 1024, 256)
+    assert (clam.patch_size, clam.patch_level, clam.patch_size_level0, clam.target_size) == (
+        256,
+        1,
+        1024,
+        256,
+    )
 
 
 def test_broken_coordinates_are_refused(tmp_path: Path) -> None:
@@ -146,17 +181,35 @@ def test_broken_coordinates_are_refused(tmp_path: Path) -> None:
         file["coords"] = np.zeros((3, 3))
     with h5py.File(tmp_path / "d.h5", "w") as file:
         file["coords"] = np.zeros((3, 2))
-    for name, expected in (("a", "cannot be read"), ("b", "expected the dataset"), ("c", r"\(3, 3\)"), ("d", "patch_size")):
+    for name, expected in (
+        ("a", "cannot be read"),
+        ("b", "expected the dataset"),
+        ("c", r"\(3, 3\)"),
+        ("d", "patch_size"),
+    ):
         with pytest.raises(UserError, match=expected):
             read_coordinates(tmp_path / f"{name}.h5")
 
 
 def tile(root: Path, *extra: str) -> int:
-    keys = ["tile_size=64", "tissue.mpp=2", "tissue.median=4", "tissue.closing=4", "tissue.min_area=50", "workers=1"]
-    return run(tile_slides.main, tile_slides.Config, [f"slides={root}/slides", f"output={root}/tiles", *keys, *extra])
+    keys = [
+        "tile_size=64",
+        "tissue.mpp=2",
+        "tissue.median=4",
+        "tissue.closing=4",
+        "tissue.min_area=50",
+        "workers=1",
+    ]
+    return run(
+        tile_slides.main,
+        tile_slides.Config,
+        [f"slides={root}/slides", f"output={root}/tiles", *keys, *extra],
+    )
 
 
-def test_stage_tiles_a_cohort_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stage_tiles_a_cohort_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = make_cohort(tmp_path)
     assert tile(root, "target_mpp=1.0") == 0
     found = read_coordinates(root / "tiles" / "coords" / "S001.h5")
@@ -164,7 +217,9 @@ def test_stage_tiles_a_cohort_and_goes_on(tmp_path: Path, capsys: pytest.Capture
     assert 2 <= len(found.coords) <= 16
     pixels = draw_slide(512, seed=1)
     for x, y in found.coords:
-        assert (pixels[y : y + 128, x : x + 128].std(axis=(0, 1)) > 5).any(), "every tile has tissue in it"
+        assert (pixels[y : y + 128, x : x + 128].std(axis=(0, 1)) > 5).any(), (
+            "every tile has tissue in it"
+        )
     with Image.open(root / "tiles" / "overlays" / "S001.jpg") as overlay:
         assert overlay.size[0] == 512 and overlay.size[1] > 540  # with its legend
     table = (root / "tiles" / "tiling.csv").read_text().splitlines()
@@ -203,12 +258,23 @@ def test_workers_give_the_same_tiles(tmp_path: Path) -> None:
 
 def test_step_and_border() -> None:
     wide = geometry(level0_width=200, level0_height=64)
-    assert grid(wide, pad=True).tolist() == [[0, 0], [64, 0], [128, 0], [192, 0]], "the last one runs past the border"
-    assert grid(geometry(level0_width=192, level0_height=64), pad=True).tolist() == [[0, 0], [64, 0], [128, 0]]
+    assert grid(wide, pad=True).tolist() == [[0, 0], [64, 0], [128, 0], [192, 0]], (
+        "the last one runs past the border"
+    )
+    assert grid(geometry(level0_width=192, level0_height=64), pad=True).tolist() == [
+        [0, 0],
+        [64, 0],
+        [128, 0],
+    ]
     assert grid(geometry(level0_width=40, level0_height=30), pad=True).tolist() == [[0, 0]]
     overlapping = geometry(level0_width=130, level0_height=64, overlap=0.5)
-    assert grid(overlapping, pad=True)[:, 0].tolist() == [0, 32, 64, 96], "no tile that shows nothing new"
-    assert grid(geometry(level0_width=200, level0_height=64, step_level0=100))[:, 0].tolist() == [0, 100]
+    assert grid(overlapping, pad=True)[:, 0].tolist() == [0, 32, 64, 96], (
+        "no tile that shows nothing new"
+    )
+    assert grid(geometry(level0_width=200, level0_height=64, step_level0=100))[:, 0].tolist() == [
+        0,
+        100,
+    ]
     assert geometry(overlap=0.25).step == 48
 
 
@@ -222,7 +288,12 @@ def test_step_is_in_target_pixels(slide_path: Path) -> None:
         corners = grid(padded, pad=True)
         assert corners.max() == 500
         assert (read_tile(slide, padded, 500, 500)[12:] == 255).all(), "white past the border"
-        for options in ({"step": 0}, {"step": 32, "overlap": 0.5}, {"overlap": 1.5}, {"overlap": -0.1}):
+        for options in (
+            {"step": 0},
+            {"step": 32, "overlap": 0.5},
+            {"overlap": 1.5},
+            {"overlap": -0.1},
+        ):
             with pytest.raises(UserError, match="expected"):
                 tile_geometry(slide, 64, 1.0, **options)
         with pytest.raises(UserError, match="tile_size=0"):
@@ -230,35 +301,64 @@ def test_step_is_in_target_pixels(slide_path: Path) -> None:
 
 
 def test_truncated_downsamples_do_not_shorten_tiles(tmp_path: Path) -> None:
-    """CLAM's parity slide at a quarter of its size: level sizes rounded up give a downsample of 3.995, which int() makes 3."""
+    """CLAM's parity slide at a quarter of its size: level sizes rounded up give a downsample of
+    3.995, which int() makes 3.
+    """
     width, height = 2046, 1534
-    coarse = np.random.default_rng(0).integers(0, 256, (height // 32, width // 32, 3), dtype=np.uint8)
+    coarse = np.random.default_rng(0).integers(
+        0, 256, (height // 32, width // 32, 3), dtype=np.uint8
+    )
     pixels = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
     lower = np.asarray(Image.fromarray(pixels).resize((512, 384), Image.Resampling.BOX))
     with tifffile.TiffWriter(tmp_path / "parity.tif") as writer:
         for level, image in enumerate((pixels, lower)):
-            options = {"resolution": (40000, 40000), "resolutionunit": "CENTIMETER"} if level == 0 else {}
-            writer.write(image, tile=(256, 256), photometric="rgb", subfiletype=int(level > 0), **options)
+            options = (
+                {"resolution": (40000, 40000), "resolutionunit": "CENTIMETER"} if level == 0 else {}
+            )
+            writer.write(
+                image, tile=(256, 256), photometric="rgb", subfiletype=int(level > 0), **options
+            )
     with open_slide(tmp_path / "parity.tif") as slide:
         downsample = slide.downsamples[1]
         assert 3.99 < downsample < 4
         found = tile_geometry(slide, 64, 1.0)
-        assert (found.patch_level, found.patch_size, found.patch_size_level0, found.step) == (1, 64, 256, 256)
+        assert (found.patch_level, found.patch_size, found.patch_size_level0, found.step) == (
+            1,
+            64,
+            256,
+            256,
+        )
         corners = grid(found)
         truncated = 64 * int(downsample)
-        assert (len(corners), len(grid(geometry(**vars(found) | {"patch_size_level0": truncated})))) == (7 * 5, 10 * 7)
+        assert (
+            len(corners),
+            len(grid(geometry(**vars(found) | {"patch_size_level0": truncated}))),
+        ) == (7 * 5, 10 * 7)
         ours, theirs = [], []
         for x, y in corners.tolist():
             tile = read_tile(slide, found, x, y).astype(int)
             for errors, side in ((ours, 256), (theirs, truncated)):
                 part = Image.fromarray(pixels[y : y + side, x : x + side])
-                errors.append(np.abs(tile - np.asarray(part.resize((64, 64), Image.Resampling.BOX))).mean())
+                errors.append(
+                    np.abs(tile - np.asarray(part.resize((64, 64), Image.Resampling.BOX))).mean()
+                )
     assert max(ours) < 2 < 20 < min(theirs), "the tile shows the square that its coordinates name"
 
 
 def test_digests_of_earlier_coordinates_stay() -> None:
     coordinates = Coordinates(np.array([[0, 64]]), geometry())
-    earlier = {name: value for name, value in vars(geometry()).items() if name not in ("step_level0", "tile_pattern")}
-    assert coordinates.digest() == sha256_bytes(np.array([[0, 64]], "<i8").tobytes(), repr(earlier).encode())
-    assert coordinates.digest() != Coordinates(coordinates.coords, geometry(tile_pattern="{x}_{y}.png")).digest()
-    assert coordinates.digest() != Coordinates(coordinates.coords, geometry(step_level0=32)).digest()
+    earlier = {
+        name: value
+        for name, value in vars(geometry()).items()
+        if name not in ("step_level0", "tile_pattern")
+    }
+    assert coordinates.digest() == sha256_bytes(
+        np.array([[0, 64]], "<i8").tobytes(), repr(earlier).encode()
+    )
+    assert (
+        coordinates.digest()
+        != Coordinates(coordinates.coords, geometry(tile_pattern="{x}_{y}.png")).digest()
+    )
+    assert (
+        coordinates.digest() != Coordinates(coordinates.coords, geometry(step_level0=32)).digest()
+    )

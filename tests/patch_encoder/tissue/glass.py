@@ -1,4 +1,6 @@
-"""Overviews of cytology glass at 4 um per pixel with known truth: cells, coverslip edges, bubbles, ink, dust, bad light."""
+"""Overviews of cytology glass at 4 um per pixel with known truth: cells, coverslip edges, bubbles,
+ink, dust, bad light.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,12 @@ import cv2
 import numpy as np
 
 MPP = 4.0
-CELLS = ((170, 205, 205), (225, 185, 205), (225, 195, 165), (190, 200, 215))  # thin Papanicolaou cytoplasm
+CELLS = (
+    (170, 205, 205),
+    (225, 185, 205),
+    (225, 195, 165),
+    (190, 200, 215),
+)  # thin Papanicolaou cytoplasm
 NUCLEUS = (95, 80, 130)
 
 
@@ -19,19 +26,25 @@ def draw_cells(side: int, coverage: float, seed: int = 0) -> tuple[np.ndarray, n
     truth = np.zeros((side + 24, side + 24), dtype=np.uint8)
     inner = slice(12, side + 12)
     while truth[inner, inner].mean() < coverage:
-        for x, y in rng.integers(12, side + 12, (max(1, int(30 * coverage * (side / 512) ** 2)), 2)):
+        for x, y in rng.integers(
+            12, side + 12, (max(1, int(30 * coverage * (side / 512) ** 2)), 2)
+        ):
             axes = tuple(int(v) for v in rng.integers(4, 8, 2))  # 32 to 56 um across
             body = np.zeros((25, 25), dtype=np.uint8)
             cv2.ellipse(body, (12, 12), axes, float(rng.integers(180)), 0, 360, 1, -1)
             part = transmission[y - 12 : y + 13, x - 12 : x + 13]
-            part[body > 0] = np.minimum(part[body > 0], np.array(CELLS[rng.integers(len(CELLS))]) / 240)
+            part[body > 0] = np.minimum(
+                part[body > 0], np.array(CELLS[rng.integers(len(CELLS))]) / 240
+            )
             part[11:14, 11:14] = np.minimum(part[11:14, 11:14], np.array(NUCLEUS) / 240)
             truth[y - 12 : y + 13, x - 12 : x + 13] |= body
     picture = light * transmission[inner, inner] + rng.normal(0, 1.5, (side, side, 3))
     return np.clip(picture, 0, 255).astype(np.uint8), truth[inner, inner].astype(bool)
 
 
-def add_line(picture: np.ndarray, start: tuple[int, int], end: tuple[int, int], width: int = 3) -> np.ndarray:
+def add_line(
+    picture: np.ndarray, start: tuple[int, int], end: tuple[int, int], width: int = 3
+) -> np.ndarray:
     """A dark coverslip edge; returns where it is."""
     mark = np.zeros(picture.shape[:2], dtype=np.uint8)
     cv2.line(mark, start, end, 1, width)
@@ -47,7 +60,9 @@ def add_bubble(picture: np.ndarray, centre: tuple[int, int], radius: int) -> np.
     return mark.astype(bool)
 
 
-def add_ink(picture: np.ndarray, start: tuple[int, int], end: tuple[int, int], colour: tuple[int, int, int]) -> np.ndarray:
+def add_ink(
+    picture: np.ndarray, start: tuple[int, int], end: tuple[int, int], colour: tuple[int, int, int]
+) -> np.ndarray:
     """A pen stroke of 400 um; returns where it is."""
     mark = np.zeros(picture.shape[:2], dtype=np.uint8)
     cv2.line(mark, start, end, 1, round(400 / MPP))

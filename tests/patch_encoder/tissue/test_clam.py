@@ -1,4 +1,6 @@
-"""Method clam against what CLAM's own code gave on the same picture, and against plain NumPy and SciPy."""
+"""Method clam against what CLAM's own code gave on the same picture, and against plain NumPy and
+SciPy.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def plain_mask(picture: np.ndarray, parameters: ClamParameters) -> np.ndarray:
     """The threshold, by its definition."""
     values = picture.astype(float)
     high, low = values.max(-1), values.min(-1)
-    saturation = np.rint(np.divide(255 * (high - low), high, out=np.zeros_like(high), where=high > 0))
+    saturation = np.rint(
+        np.divide(255 * (high - low), high, out=np.zeros_like(high), where=high > 0)
+    )
     smooth = ndimage.median_filter(saturation, size=parameters.mthresh, mode="nearest")
     return smooth > parameters.sthresh
 
@@ -81,13 +85,17 @@ def test_threshold_is_saturation_after_a_median() -> None:
     parameters = ClamParameters(sthresh=90, mthresh=5, close=0)
     found = threshold(picture, parameters) > 0
     assert 0.1 < found.mean() < 0.9
-    assert (found == plain_mask(picture, parameters)).mean() > 0.995  # saturation of OpenCV rounds by a table
+    assert (
+        found == plain_mask(picture, parameters)
+    ).mean() > 0.995  # saturation of OpenCV rounds by a table
     closed = threshold(picture, ClamParameters(sthresh=90, mthresh=5, close=9)) > 0
     assert (closed[found]).all() and closed.sum() > found.sum()
 
 
 def blobs() -> np.ndarray:
-    """Squares of 60, 30 and 10 px, the large one with holes of 20, 12 and 6 px and an island in the largest hole."""
+    """Squares of 60, 30 and 10 px, the large one with holes of 20, 12 and 6 px and an island in the
+    largest hole.
+    """
     picture = np.full((120, 160, 3), 245, dtype=np.uint8)
     tissue = (180, 80, 160)
     for top, left, side, colour in (
@@ -104,7 +112,9 @@ def blobs() -> np.ndarray:
 
 
 def areas(settings: ClamSettings) -> tuple[list[int], int]:
-    """(number of holes of each kept part, pixels of the mask) at 32 level-0 px a pixel: a tile is 256 px."""
+    """(number of holes of each kept part, pixels of the mask) at 32 level-0 px a pixel: a tile is
+    256 px.
+    """
     contours, before = clam_contours(blobs(), (32.0, 32.0), settings)
     mask = contours_mask(contours, before.shape)
     assert not (mask & ~ndimage.binary_fill_holes(before)).any()
@@ -117,7 +127,10 @@ def test_parts_and_holes_are_filtered_by_area() -> None:
     assert areas(ClamSettings(**plain, a_t=0.0, a_h=0.0, max_n_holes=8)) == ([0, 0, 0, 3], whole)
     assert sum(areas(ClamSettings(**plain, a_t=0.0, a_h=0.0, max_n_holes=2))[0]) == 2
     # holes of more than one tile (256 px): only the largest
-    assert areas(ClamSettings(**plain, a_t=1.0, a_h=1.0, max_n_holes=8)) == ([0, 1], 3600 - 400 + 900)
+    assert areas(ClamSettings(**plain, a_t=1.0, a_h=1.0, max_n_holes=8)) == (
+        [0, 1],
+        3600 - 400 + 900,
+    )
     assert areas(ClamSettings(**plain, a_t=4.0, a_h=1.0, max_n_holes=8)) == ([1], 3600 - 400)
     two = ClamSettings(**plain, a_t=1.0, a_h=100.0, max_n_holes=8)
     assert areas(two) == ([0, 0], 4500)
@@ -125,12 +138,16 @@ def test_parts_and_holes_are_filtered_by_area() -> None:
     assert areas(two)[1] == 3600
     two.exclude_ids = [1]
     assert areas(two)[0] == []
-    assert areas(ClamSettings(**plain, a_t=1.0, a_h=100.0, max_n_holes=8, exclude_ids=[1]))[1] == 900
+    assert (
+        areas(ClamSettings(**plain, a_t=1.0, a_h=100.0, max_n_holes=8, exclude_ids=[1]))[1] == 900
+    )
 
 
 def test_otsu_takes_no_threshold() -> None:
     settings = {"mthresh": 1, "close": 0, "a_t": 0.0, "a_h": 0.0, "use_otsu": True}
-    assert areas(ClamSettings(sthresh=255, **settings)) == areas(ClamSettings(sthresh=1, **settings))
+    assert areas(ClamSettings(sthresh=255, **settings)) == areas(
+        ClamSettings(sthresh=1, **settings)
+    )
     assert areas(ClamSettings(sthresh=255, **{**settings, "use_otsu": False}))[0] == []
 
 
@@ -145,7 +162,14 @@ def test_otsu_takes_no_threshold() -> None:
 )
 def test_presets_are_clams(preset: str, expected: tuple[float, ...]) -> None:
     found = resolve(ClamSettings(preset=preset))
-    assert (found.sthresh, found.mthresh, found.close, found.a_t, found.a_h, found.max_n_holes) == expected
+    assert (
+        found.sthresh,
+        found.mthresh,
+        found.close,
+        found.a_t,
+        found.a_h,
+        found.max_n_holes,
+    ) == expected
     assert resolve(ClamSettings(preset=preset, sthresh=0)).sthresh == 0
     assert not found.use_otsu
 

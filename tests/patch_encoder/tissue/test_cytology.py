@@ -1,4 +1,6 @@
-"""Cells on glass at any coverage; ink, bubbles, edges and dust; real pen marks; memory that does not grow with the slide."""
+"""Cells on glass at any coverage; ink, bubbles, edges and dust; real pen marks; memory that does
+not grow with the slide.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def overlap(found: np.ndarray, truth: np.ndarray) -> float:
     return float((found & truth).sum() / (found | truth).sum())
 
 
-@pytest.mark.parametrize(("coverage", "least"), [(0.005, 0.7), (0.1, 0.7), (0.5, 0.8), (0.95, 0.95)])
+@pytest.mark.parametrize(
+    ("coverage", "least"), [(0.005, 0.7), (0.1, 0.7), (0.5, 0.8), (0.95, 0.95)]
+)
 def test_cells_are_found_whether_few_or_many(tmp_path: Path, coverage: float, least: float) -> None:
     picture, truth = glass.draw_cells(500, coverage)
     with open_slide(slide_of(tmp_path / "a.tiff", picture)) as slide:
@@ -64,7 +68,12 @@ def test_edges_ink_bubbles_dust_and_bad_light_are_no_cells(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("ink", INKS)
 def test_each_ink_is_told_apart_and_can_be_left_alone(ink: str) -> None:
-    colour = {"blue": (60, 90, 200), "green": (40, 160, 130), "red": (200, 30, 40), "black": (40, 38, 42)}[ink]
+    colour = {
+        "blue": (60, 90, 200),
+        "green": (40, 160, 130),
+        "red": (200, 30, 40),
+        "black": (40, 38, 42),
+    }[ink]
     picture, _ = glass.draw_cells(400, 0.1)
     where = glass.add_ink(picture, (100, 100), (300, 300), colour)
     assert ink_mask(picture, glass.MPP, [ink])[where].mean() > 0.95
@@ -93,12 +102,27 @@ def test_real_pen_marks(real_data: Path, name: str, ink: str, share: float) -> N
 def picture_of(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         factor = 1 if "wsi" in path.stem else 4
-        return np.asarray(image.convert("RGB").resize((image.width // factor, image.height // factor), Image.Resampling.BOX))
+        return np.asarray(
+            image.convert("RGB").resize(
+                (image.width // factor, image.height // factor), Image.Resampling.BOX
+            )
+        )
 
 
 def test_real_tissue_and_glass_are_no_ink(real_data: Path) -> None:
-    names = ["almost-white-1", "almost-white-2", "low-nuclei-score-level0", "no-tissue", "no-tissue2", "no-tissue-line"]
-    names += ["tcga-lung-rgb", "tissue-level0-4302-10273-4814-10785", "tissue-level0-7352-11762-7864-12274"]
+    names = [
+        "almost-white-1",
+        "almost-white-2",
+        "low-nuclei-score-level0",
+        "no-tissue",
+        "no-tissue2",
+        "no-tissue-line",
+    ]
+    names += [
+        "tcga-lung-rgb",
+        "tissue-level0-4302-10273-4814-10785",
+        "tissue-level0-7352-11762-7864-12274",
+    ]
     paths = [real_data / "qc_tiles" / f"{name}.png" for name in names]
     paths += sorted((real_data / "stain_targets").glob("*.png"))
     for path in paths:
@@ -128,7 +152,9 @@ def test_shapes_of_artefacts() -> None:
     line = np.abs(y - 0.2 * x - 20) < 2
     assert line_mask(line, 16.0).sum() > 0.95 * line.sum()
     assert not line_mask(np.abs(y - 100) < 20, 16.0).any(), "a thick bar is no line"
-    assert not line_mask(line, 16.0, length=0.0).any() and not line_mask(line & (x < 60), 16.0).any()
+    assert (
+        not line_mask(line, 16.0, length=0.0).any() and not line_mask(line & (x < 60), 16.0).any()
+    )
     picture = np.full((200, 200, 3), 180, np.uint8)
     picture[:, :60] = np.random.default_rng(0).integers(100, 200, (200, 60, 3))
     flat = flat_mask(np.ones((200, 200), bool), picture, 8.0)
@@ -146,7 +172,11 @@ def test_areas_and_holes() -> None:
     mask[1:9, 1:9] = mask[12:14, 12:14] = True
     mask[3:5, 3:6] = False
     assert area_filter(mask, 5.0).sum() == 58 and area_filter(mask, 4.0).sum() == 62
-    assert fill_holes(mask, 7.0).sum() == 68 and fill_holes(mask, 6.0).sum() == 62 and fill_holes(mask, 0.0).sum() == 62
+    assert (
+        fill_holes(mask, 7.0).sum() == 68
+        and fill_holes(mask, 6.0).sum() == 62
+        and fill_holes(mask, 0.0).sum() == 62
+    )
     assert fill_holes(~mask, 5.0)[12:14, 12:14].all()
     assert not area_filter(np.zeros((3, 3), bool), 0.0).any()
 
@@ -162,16 +192,22 @@ def test_holes_of_tissue_are_filled_up_to_min_hole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(700, 530), (64, 1000)])
-def test_overview_in_blocks_is_the_mean_of_its_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape) -> None:
+def test_overview_in_blocks_is_the_mean_of_its_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape
+) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     path = write_pyramid(tmp_path / "a.tiff", picture, levels=(1, 2))
     monkeypatch.setattr("patch_encoder.slides.overview.BLOCK", 128)
     with open_slide(path) as slide:
         found = read_overview(slide, 100).pixels
         level = read_level(slide, 1).pixels
-        half = np.asarray(Image.fromarray(picture).resize((shape[1] // 2, shape[0] // 2), Image.Resampling.BOX))
+        half = np.asarray(
+            Image.fromarray(picture).resize((shape[1] // 2, shape[0] // 2), Image.Resampling.BOX)
+        )
         np.testing.assert_array_equal(level, half)
-        expected = np.asarray(Image.fromarray(half).resize(found.shape[1::-1], Image.Resampling.BOX))
+        expected = np.asarray(
+            Image.fromarray(half).resize(found.shape[1::-1], Image.Resampling.BOX)
+        )
         # a pixel on the border of two blocks may fall to either
         assert max(found.shape[:2]) == 100 and np.abs(found.astype(int) - expected).mean() < 0.5
         reduced = read_level(slide, 0, max_side=64).pixels
@@ -186,7 +222,9 @@ def test_a_large_level_is_decoded_once(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr(slide, "read", lambda *place: reads.append(place) or plain(*place))
         small, smaller = (read_overview(slide, side).pixels for side in (128, 64))
         assert len(reads) == 1 and small.shape == (128, 128, 3) and smaller.shape == (64, 64, 3)
-        expected = np.asarray(Image.fromarray(draw_slide(512)).resize((128, 128), Image.Resampling.BOX)).astype(int)
+        expected = np.asarray(
+            Image.fromarray(draw_slide(512)).resize((128, 128), Image.Resampling.BOX)
+        ).astype(int)
         assert np.abs(small - expected).max() <= 2
 
 
@@ -210,11 +248,19 @@ def test_memory_does_not_grow_with_a_slide_without_levels(tmp_path: Path) -> Non
             middle = range(count // 3, 2 * count // 3)
             for row in range(count):
                 for column in range(count):
-                    colour = (170, 60, 140) if row in middle and column in middle else (240, 240, 240)
+                    colour = (
+                        (170, 60, 140) if row in middle and column in middle else (240, 240, 240)
+                    )
                     yield np.full((512, 512, 3), colour, dtype=np.uint8)
 
         path = tmp_path / f"{side}.tiff"
-        layout = {"shape": (side, side, 3), "dtype": np.uint8, "tile": (512, 512), "compression": "jpeg", "photometric": "rgb"}
+        layout = {
+            "shape": (side, side, 3),
+            "dtype": np.uint8,
+            "tile": (512, 512),
+            "compression": "jpeg",
+            "photometric": "rgb",
+        }
         tifffile.imwrite(path, tiles(), **layout)
         command = [sys.executable, "-c", MEASURE, str(path), "hsv_otsu"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)

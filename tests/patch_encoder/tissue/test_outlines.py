@@ -27,7 +27,9 @@ def test_outlines_of_any_mask_fill_to_the_same_mask(seed: int) -> None:
     assert len(outlines) == ndimage.label(mask)[1]
     np.testing.assert_array_equal(fill_outlines(outlines, mask.shape), mask)
     # rings run clockwise and holes against it, so that areas add up
-    assert sum(signed_area(o.outer) + sum(map(signed_area, o.holes)) for o in outlines) == mask.sum()
+    assert (
+        sum(signed_area(o.outer) + sum(map(signed_area, o.holes)) for o in outlines) == mask.sum()
+    )
     assert all(signed_area(hole) < 0 for outline in outlines for hole in outline.holes)
     for outline in outlines:
         steps = np.abs(np.roll(outline.outer, -1, axis=0) - outline.outer)
@@ -71,11 +73,15 @@ def test_geojson_is_read_back_to_the_same_mask(slide: Slide, tmp_path: Path) -> 
     content = json.loads((tmp_path / "drawn" / "S1.geojson").read_text())
     assert content["type"] == "FeatureCollection"
     first = content["features"][0]
-    assert first["geometry"]["type"] == "Polygon" and len(first["geometry"]["coordinates"]) == 2, "the hole is kept"
+    assert first["geometry"]["type"] == "Polygon" and len(first["geometry"]["coordinates"]) == 2, (
+        "the hole is kept"
+    )
     assert all(ring[0] == ring[-1] for ring in first["geometry"]["coordinates"])
     assert first["properties"]["objectType"] == "annotation"
     assert first["properties"]["classification"]["name"] == "Tissue"
-    area = sum(feature["properties"]["measurements"]["Area mm^2"] for feature in content["features"])
+    area = sum(
+        feature["properties"]["measurements"]["Area mm^2"] for feature in content["features"]
+    )
     assert area == pytest.approx(mask.mean() * 512 * 512 * 0.25 / 1e6, rel=1e-3)
 
 
@@ -85,13 +91,21 @@ def square(x: float, y: float, side: float) -> list[list[float]]:
 
 def feature(rings: list, name: object, kind: str = "Polygon") -> dict[str, object]:
     properties = {"objectType": "annotation", "classification": name} if name else {}
-    return {"type": "Feature", "geometry": {"type": kind, "coordinates": rings}, "properties": properties}
+    return {
+        "type": "Feature",
+        "geometry": {"type": kind, "coordinates": rings},
+        "properties": properties,
+    }
 
 
 def test_classes_holes_and_every_form_of_the_file(slide: Slide, tmp_path: Path) -> None:
     tumour = feature([square(0, 0, 256), square(64, 64, 64)], {"name": "Tumor", "color": [1, 2, 3]})
     pen = feature([[square(128, 128, 64)], [square(400, 400, 64)]], "Pen", "MultiPolygon")
-    point = {"type": "Feature", "geometry": {"type": "Point", "coordinates": [3, 4]}, "properties": {}}
+    point = {
+        "type": "Feature",
+        "geometry": {"type": "Point", "coordinates": [3, 4]},
+        "properties": {},
+    }
     whole, hole = 256**2, 64**2
     size = (slide.width * slide.height) / (512 * 512)
 
@@ -117,7 +131,11 @@ def test_classes_holes_and_every_form_of_the_file(slide: Slide, tmp_path: Path) 
     [
         ("{", "as JSON"),
         ('{"type": "Topology"}', "expected GeoJSON"),
-        ('{"type": "Feature", "geometry": {"type": "LineString", "coordinates": [[0, 0], [1, 1]]}}', "only points or lines"),
+        (
+            '{"type": "Feature", "geometry": {"type": "LineString", "coordinates": [[0, 0], [1, '
+            "1]]}}",
+            "only points or lines",
+        ),
         ('{"type": "Polygon", "coordinates": [[[0, 0], [1, "a"], [2, 2]]]}', "rings of"),
         ('{"type": "Polygon", "coordinates": [[[0, 0], [1, NaN], [2, 2]]]}', "finite"),
         ('{"type": "Polygon", "coordinates": [[[0, 0], [1, 1]]]}', "three"),
@@ -131,14 +149,18 @@ def test_broken_outlines_are_refused(tmp_path: Path, text: str, message: str) ->
 
 @pytest.mark.parametrize("values", [(0, 255), (0, 1), (7, 3), (0.25, 0.5)])
 @pytest.mark.parametrize("side", [64, 111, 512, 800])
-def test_mask_pictures_of_any_scale_and_values(slide: Slide, tmp_path: Path, values: tuple[float, ...], side: int) -> None:
+def test_mask_pictures_of_any_scale_and_values(
+    slide: Slide, tmp_path: Path, values: tuple[float, ...], side: int
+) -> None:
     low, high = min(values), max(values)
     drawn = np.full((side, side), low, dtype=np.float32 if isinstance(high, float) else np.uint8)
     drawn[: side // 2] = high
     Image.fromarray(drawn).save(tmp_path / "S1.tif")
     found = from_file(slide, tmp_path)
     assert found.shape == tissue_mask(slide, "hsv_otsu", SETTINGS).shape
-    assert found.mean() == pytest.approx(0.5, abs=0.02) and found[:10].all() and not found[-10:].any()
+    assert (
+        found.mean() == pytest.approx(0.5, abs=0.02) and found[:10].all() and not found[-10:].any()
+    )
 
 
 def test_colour_palette_jpeg_and_blank_pictures(slide: Slide, tmp_path: Path) -> None:
@@ -158,7 +180,9 @@ def test_colour_palette_jpeg_and_blank_pictures(slide: Slide, tmp_path: Path) ->
 
 
 def test_annotations_that_do_not_fit_are_refused(slide: Slide, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"S1: expected one annotation .*S1\.geojson\|png\|tif, found none"):
+    with pytest.raises(
+        UserError, match=r"S1: expected one annotation .*S1\.geojson\|png\|tif, found none"
+    ):
         from_file(slide, tmp_path)
     with pytest.raises(UserError, match=r"tissue\.file\.folder"):
         tissue_mask(slide, "file", TissueSettings())

@@ -1,4 +1,6 @@
-"""Measures of tiles, cuts at tiling time and later, overlays, hand-drawn tissue, and what the tiling stage refuses."""
+"""Measures of tiles, cuts at tiling time and later, overlays, hand-drawn tissue, and what the
+tiling stage refuses.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,14 @@ from patch_encoder.tiles.coordinates import Coordinates, coordinate_attributes, 
 from patch_encoder.tiles.grid import grid, tile_geometry
 from patch_encoder.tissue import Tissue
 from patch_encoder.tissue.annotation import annotated_mask
-from patch_encoder.tissue.quality import MEASURES, Cuts, measure_tile, measure_tiles, read_quality, reasons
+from patch_encoder.tissue.quality import (
+    MEASURES,
+    Cuts,
+    measure_tile,
+    measure_tiles,
+    read_quality,
+    reasons,
+)
 from patch_encoder.tissue.settings import FileSettings
 from patch_encoder.viz.overlay import DROPPED, HOLE, TILE, TISSUE, mask_overlay
 from tests.helpers import draw_slide, make_cohort, write_pyramid
@@ -47,11 +56,17 @@ def test_real_tiles_are_ranked(real_data: Path) -> None:
             pixels = ndimage.gaussian_filter(np.asarray(image.convert("RGB")), (sigma, sigma, 0))
         return dict(zip(MEASURES, measure_tile(pixels)))
 
-    tissue, blurred = measured("tissue-level0-4302-10273-4814-10785"), measured("tissue-level0-4302-10273-4814-10785", 2.0)
+    tissue, blurred = (
+        measured("tissue-level0-4302-10273-4814-10785"),
+        measured("tissue-level0-4302-10273-4814-10785", 2.0),
+    )
     assert blurred["blur"] < 0.1 * tissue["blur"]
     for name in ("almost-white-1", "no-tissue", "no-tissue2"):
         found = measured(name)
-        assert found["background"] > 0.9 > tissue["background"] and found["saturation"] < 0.05 < tissue["saturation"]
+        assert (
+            found["background"] > 0.9 > tissue["background"]
+            and found["saturation"] < 0.05 < tissue["saturation"]
+        )
     for name in ("no-tissue-green-pen", "no-tissue-red-pen"):
         assert measured(name)["pen"] > 0.15 > tissue["pen"]
 
@@ -61,15 +76,34 @@ def test_reasons_and_their_order() -> None:
     assert reasons(quality, Cuts(), 3).tolist() == ["", "", ""]
     assert reasons(quality, Cuts(min_blur=0.5), 3).tolist() == ["blur", "", ""]
     assert reasons(quality, Cuts(max_pen=0.5, min_blur=2.0), 3).tolist() == ["blur", "blur", "pen"]
-    assert reasons(quality, Cuts(max_background=0.0, max_darkness=0.6), 3).tolist() == ["", "background", "background"]
-    assert reasons(quality, Cuts(min_saturation=0.7), 3).tolist() == ["saturation", "saturation", ""]
+    assert reasons(quality, Cuts(max_background=0.0, max_darkness=0.6), 3).tolist() == [
+        "",
+        "background",
+        "background",
+    ]
+    assert reasons(quality, Cuts(min_saturation=0.7), 3).tolist() == [
+        "saturation",
+        "saturation",
+        "",
+    ]
 
 
-KEYS = ["tile_size=64", "tissue.mpp=2", "tissue.median=4", "tissue.closing=4", "tissue.min_area=50", "workers=1"]
+KEYS = [
+    "tile_size=64",
+    "tissue.mpp=2",
+    "tissue.median=4",
+    "tissue.closing=4",
+    "tissue.min_area=50",
+    "workers=1",
+]
 
 
 def tile(root: Path, *extra: str, output: str = "tiles") -> int:
-    return run(tile_slides.main, tile_slides.Config, [f"slides={root}/slides", f"output={root}/{output}", *KEYS, *extra])
+    return run(
+        tile_slides.main,
+        tile_slides.Config,
+        [f"slides={root}/slides", f"output={root}/{output}", *KEYS, *extra],
+    )
 
 
 @pytest.fixture
@@ -83,7 +117,9 @@ def cohort(tmp_path: Path) -> Path:
     return root
 
 
-def test_tiles_are_measured_and_cut_now_or_later(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tiles_are_measured_and_cut_now_or_later(
+    cohort: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert tile(cohort, "quality=true") == 0
     whole = cohort / "tiles" / "coords" / "marked.h5"
     found, quality = read_coordinates(whole), read_quality(whole)
@@ -102,13 +138,21 @@ def test_tiles_are_measured_and_cut_now_or_later(cohort: Path, capsys: pytest.Ca
     assert tile(cohort, "quality=true", *cuts, output="now") == 0
     arguments = [f"tiles={cohort}/tiles", f"output={cohort}/later", *cuts]
     assert run(filter_tiles.main, filter_tiles.Config, arguments) == 0
-    now, later = (read_coordinates(cohort / name / "coords" / "marked.h5") for name in ("now", "later"))
+    now, later = (
+        read_coordinates(cohort / name / "coords" / "marked.h5") for name in ("now", "later")
+    )
     assert now.digest() == later.digest() and 0 < len(now.coords) < len(found.coords)
     assert not (now.coords[:, 1] >= 256).any()
     kept = read_quality(cohort / "later" / "coords" / "marked.h5")
-    assert (kept["blur"] >= limit).all() and (kept["pen"] <= 0.2).all() and len(kept["tissue"]) == len(now.coords)
+    assert (
+        (kept["blur"] >= limit).all()
+        and (kept["pen"] <= 0.2).all()
+        and len(kept["tissue"]) == len(now.coords)
+    )
     dropped = json.loads(coordinate_attributes(cohort / "now" / "coords" / "marked.h5")["dropped"])
-    assert set(dropped) == {"blur", "pen"} and sum(dropped.values()) == len(found.coords) - len(now.coords)
+    assert set(dropped) == {"blur", "pen"} and sum(dropped.values()) == len(found.coords) - len(
+        now.coords
+    )
     table = (cohort / "later" / "filtering.csv").read_text().splitlines()
     assert table[0] == "slide,tiles,blur,pen,background,saturation,darkness"
     assert table[2] == f"marked,{len(now.coords)},{dropped['blur']},{dropped['pen']},0,0,0"
@@ -133,28 +177,54 @@ def test_unmeasured_tiles_cannot_be_cut(cohort: Path) -> None:
 
 def test_outlines_of_a_tiling_give_the_same_tiles(cohort: Path) -> None:
     assert tile(cohort) == 0
-    assert tile(cohort, "method=file", f"tissue.file.folder={cohort}/tiles/tissue", output="drawn") == 0
+    assert (
+        tile(cohort, "method=file", f"tissue.file.folder={cohort}/tiles/tissue", output="drawn")
+        == 0
+    )
     for name in ("marked", "S000"):
-        first, second = (read_coordinates(cohort / o / "coords" / f"{name}.h5") for o in ("tiles", "drawn"))
+        first, second = (
+            read_coordinates(cohort / o / "coords" / f"{name}.h5") for o in ("tiles", "drawn")
+        )
         assert first.digest() == second.digest() and len(first.coords) > 10
     before = (cohort / "drawn" / "coords" / "S000.h5").stat().st_mtime_ns
     (cohort / "tiles" / "tissue").rename(cohort / "moved")
-    (cohort / "moved" / "marked.geojson").write_text('{"type": "FeatureCollection", "features": []}')
+    (cohort / "moved" / "marked.geojson").write_text(
+        '{"type": "FeatureCollection", "features": []}'
+    )
     assert tile(cohort, "method=file", f"tissue.file.folder={cohort}/moved", output="drawn") == 0
-    assert len(read_coordinates(cohort / "drawn" / "coords" / "marked.h5").coords) == 0, "drawn anew, tiled anew"
+    assert len(read_coordinates(cohort / "drawn" / "coords" / "marked.h5").coords) == 0, (
+        "drawn anew, tiled anew"
+    )
     assert (cohort / "drawn" / "coords" / "S000.h5").stat().st_mtime_ns == before
     (cohort / "moved" / "marked.geojson").unlink()
-    assert tile(cohort, "method=file", f"tissue.file.folder={cohort}/moved", "overwrite=true", output="drawn") == 1
+    assert (
+        tile(
+            cohort,
+            "method=file",
+            f"tissue.file.folder={cohort}/moved",
+            "overwrite=true",
+            output="drawn",
+        )
+        == 1
+    )
     assert "found none" in (cohort / "drawn" / "failures.csv").read_text()
 
 
-def test_stamps_of_older_versions_are_taken(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stamps_of_older_versions_are_taken(
+    cohort: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert tile(cohort) == 0
     path = cohort / "tiles" / "coords" / "S000.h5"
     with h5py.File(path, "a") as file:
         stamp = json.loads(file["coords"].attrs["settings"])
-        old = {name: stamp[name] for name in ("tile_size", "target_mpp", "overlap", "min_tissue", "mpp", "method")}
-        old["tissue"] = {name: stamp["tissue"][name] for name in ("mpp", "floor", "median", "closing", "min_area")}
+        old = {
+            name: stamp[name]
+            for name in ("tile_size", "target_mpp", "overlap", "min_tissue", "mpp", "method")
+        }
+        old["tissue"] = {
+            name: stamp["tissue"][name]
+            for name in ("mpp", "floor", "median", "closing", "min_area")
+        }
         file["coords"].attrs["settings"] = json.dumps(old)
     before = path.stat().st_mtime_ns
     assert tile(cohort) == 0 and path.stat().st_mtime_ns == before
@@ -180,10 +250,17 @@ def test_what_does_not_go_together_is_refused(
 
 
 def test_clams_grid_is_a_choice(cohort: Path) -> None:
-    keys = ["method=clam", "tissue.clam.a_t=0.1", "tissue.clam.preset=bwh_biopsy", "tissue.clam.seg_level=0"]
+    keys = [
+        "method=clam",
+        "tissue.clam.a_t=0.1",
+        "tissue.clam.preset=bwh_biopsy",
+        "tissue.clam.seg_level=0",
+    ]
     assert tile(cohort, *keys, "grid=contour") == 0
     corners = read_coordinates(cohort / "tiles" / "coords" / "S000.h5").coords
-    assert len(corners) > 10 and len(np.unique(corners[:, 0] % 64)) == 2, "one grid for each of two discs"
+    assert len(corners) > 10 and len(np.unique(corners[:, 0] % 64)) == 2, (
+        "one grid for each of two discs"
+    )
 
 
 def test_colours_stand_where_things_are(tmp_path: Path) -> None:
@@ -193,8 +270,13 @@ def test_colours_stand_where_things_are(tmp_path: Path) -> None:
     with open_slide(path) as slide:
         geometry = tile_geometry(slide, 64, None)
         tiles = grid(geometry)
-        chosen, cut = Coordinates(tiles[[18]], geometry), {"blur": tiles[[38]]}  # (128, 128) and (384, 256)
-        page, picture = mask_overlay(slide, read_overview(slide, 1024), Tissue(mask, {"pen": pen}), chosen, cut)
+        chosen, cut = (
+            Coordinates(tiles[[18]], geometry),
+            {"blur": tiles[[38]]},
+        )  # (128, 128) and (384, 256)
+        page, picture = mask_overlay(
+            slide, read_overview(slide, 1024), Tissue(mask, {"pen": pen}), chosen, cut
+        )
         mask[38:42, 38:42] = False
         holed, _ = mask_overlay(slide, read_overview(slide, 1024), Tissue(mask, {}), chosen)
     legends = [(np.asarray(sheet)[512:] == HOLE).all(-1).any() for sheet in (page, holed)]
@@ -213,15 +295,22 @@ def test_colours_stand_where_things_are(tmp_path: Path) -> None:
     striped = np.abs(pixels[330:390, 90:230] - DROPPED["pen"][0]).max(-1) < 40
     assert 0.2 < striped.mean() < 0.5, "hatched, not filled"
     assert page.size[0] == 512 and page.size[1] > 550
-    assert len({colour for colour, _ in DROPPED.values()} | {TISSUE, TILE}) == len(DROPPED) + 1, "each its own colour"
+    assert len({colour for colour, _ in DROPPED.values()} | {TISSUE, TILE}) == len(DROPPED) + 1, (
+        "each its own colour"
+    )
 
 
-def test_slides_with_one_large_level_are_tiled(cohort: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slides_with_one_large_level_are_tiled(
+    cohort: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("patch_encoder.slides.overview.LARGE", 300)
     write_pyramid(cohort / "slides" / "one.tiff", draw_slide(512), levels=(1,))
     write_pyramid(cohort / "slides" / "two.tiff", draw_slide(512), levels=(1, 2, 4))
     assert tile(cohort) == 0
-    one, two = (read_coordinates(cohort / "tiles" / "coords" / f"{name}.h5").coords for name in ("one", "two"))
+    one, two = (
+        read_coordinates(cohort / "tiles" / "coords" / f"{name}.h5").coords
+        for name in ("one", "two")
+    )
     np.testing.assert_array_equal(one, two)
     for folder in ("overlays", "thumbnails"):
         assert (cohort / "tiles" / folder / "one.jpg").is_file()
@@ -233,7 +322,12 @@ def test_overlay_of_a_blank_slide_and_a_tile_folder(tmp_path: Path, tile_folder:
     for name in ("blank", "007"):
         with Image.open(tmp_path / "tiles" / "overlays" / f"{name}.jpg") as image:
             assert image.size[0] >= 460
-        assert json.loads((tmp_path / "tiles" / "tissue" / f"{name}.geojson").read_text())["type"] == "FeatureCollection"
+        assert (
+            json.loads((tmp_path / "tiles" / "tissue" / f"{name}.geojson").read_text())["type"]
+            == "FeatureCollection"
+        )
     with open_slide(tile_folder) as slide:
-        drawn = annotated_mask(slide, (192, 128), FileSettings(folder=str(tmp_path / "tiles" / "tissue")))
+        drawn = annotated_mask(
+            slide, (192, 128), FileSettings(folder=str(tmp_path / "tiles" / "tissue"))
+        )
     assert drawn.mean() == pytest.approx(5 / 6)

@@ -12,7 +12,9 @@ from patch_encoder.tissue.regions import close_mask, disc, grow_mask, open_mask
 
 def by_opencv(mask: np.ndarray, operation: int, radius: int, border: str) -> np.ndarray:
     padded = np.pad(mask, radius, mode=border).astype(np.uint8)
-    return cv2.morphologyEx(padded, operation, disc(radius))[radius:-radius, radius:-radius].astype(bool)
+    return cv2.morphologyEx(padded, operation, disc(radius))[radius:-radius, radius:-radius].astype(
+        bool
+    )
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999, 1.0])
@@ -20,9 +22,15 @@ def test_masks_are_those_of_opencv(share: float, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(regions, "ROWS", 50)  # several bands
     mask = np.random.default_rng(0).random((137, 81)) < share
     for radius in (1, 2, 5, 13, 40, 100):
-        np.testing.assert_array_equal(open_mask(mask, radius), by_opencv(mask, cv2.MORPH_OPEN, radius, "edge"))
-        np.testing.assert_array_equal(close_mask(mask, radius), by_opencv(mask, cv2.MORPH_CLOSE, radius, "constant"))
-        np.testing.assert_array_equal(grow_mask(mask, radius), cv2.dilate(mask.astype(np.uint8), disc(radius)).astype(bool))
+        np.testing.assert_array_equal(
+            open_mask(mask, radius), by_opencv(mask, cv2.MORPH_OPEN, radius, "edge")
+        )
+        np.testing.assert_array_equal(
+            close_mask(mask, radius), by_opencv(mask, cv2.MORPH_CLOSE, radius, "constant")
+        )
+        np.testing.assert_array_equal(
+            grow_mask(mask, radius), cv2.dilate(mask.astype(np.uint8), disc(radius)).astype(bool)
+        )
 
 
 def test_radius_zero_changes_nothing() -> None:
@@ -36,4 +44,6 @@ def test_rounding_does_not_move_a_wide_disc() -> None:
     mask = np.zeros((901, 902), dtype=bool)
     mask[0, 0] = True
     grown = grow_mask(mask, 900)
-    np.testing.assert_array_equal(grown, np.add.outer(np.arange(901) ** 2, np.arange(902) ** 2) <= 900**2)
+    np.testing.assert_array_equal(
+        grown, np.add.outer(np.arange(901) ** 2, np.arange(902) ** 2) <= 900**2
+    )
