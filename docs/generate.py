@@ -12,8 +12,9 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, Field, dataclass
 from pathlib import Path
+from typing import Any
 
 from common.config import REQUIRED, _fields, _type_name
 from common.files import write_text
@@ -86,7 +87,7 @@ def shell_scripts() -> dict[str, list[str]]:
     return found
 
 
-def default_text(field) -> str:  # noqa: ANN001 - dataclasses.Field takes a parameter of no use here
+def default_text(field: Field[Any]) -> str:
     """The default as one writes it in YAML."""
     default = field.default_factory() if field.default is MISSING else field.default
     if default == REQUIRED:
@@ -96,8 +97,9 @@ def default_text(field) -> str:  # noqa: ANN001 - dataclasses.Field takes a para
     return str(default) if default != "" else "empty"
 
 
-def meaning_text(field) -> str:  # noqa: ANN001
-    choices = field.metadata["choices"]
+def meaning_text(field: Field[Any]) -> str:
+    """The help text, with the values that the key may have."""
+    choices = [choice for choice in field.metadata["choices"] or () if choice]
     return field.metadata["help"] + (f" (one of {', '.join(choices)})" if choices else "")
 
 
@@ -106,9 +108,11 @@ def key_pages(scripts: Sequence[Script]) -> dict[str, str]:
     pages = {f"keys/{page_name(script.module)}.md": script_page(script) for script in scripts}
     rows = [
         (
-            f"[{code(script.module)}](keys/{page_name(script.module)}.md)",
+            " ".join(
+                f"[{code(start)}](keys/{page_name(script.module)}.md)"
+                for start in script.shells or [f"-m {script.module}"]
+            ),
             escape(first_paragraph(script.docstring)),
-            " ".join(map(code, script.shells)) or "-",
         )
         for script in scripts
     ]
@@ -136,7 +140,7 @@ def key_pages(scripts: Sequence[Script]) -> dict[str, str]:
             "line is `training:` with `lr: 1e-4` below it in YAML. This page and those below it "
             "are written from the code at every build.",
             "## Scripts",
-            table(("script", "what it does", "shell script"), rows),
+            table(("script", "what it does"), rows),
             "## Every key and the scripts that have it",
             table(("key", "meaning", "scripts"), meanings),
             toctree(f"keys/{page_name(script.module)}" for script in scripts),
