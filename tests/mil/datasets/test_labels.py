@@ -142,7 +142,7 @@ def test_subset_chooses_by_the_split_column(make_cohort):
         read_labelled_slides(labels, ("tset",))
     assert (
         split_values("fixed", "") == SETS
-        and split_values("cv", "") == ()
+        and split_values("fixed", "", "cohort/splits") == split_values("cv", "") == ()
         and split_values("cv", "a, b") == ("a", "b")
     )
     assert read_labelled_slides(labels, (), "neg").classes == ("pos", "neg")
