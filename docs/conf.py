@@ -15,6 +15,7 @@ generate.write_reference(DOCS / "reference")
 project = "Whole-slide images: distil, extract, classify"
 html_title = "Whole-slide images"
 author = "the authors of the repository"
+copyright = "the authors, Apache-2.0"
 version = release = __version__
 
 extensions = ["myst_parser"]

@@ -20,6 +20,7 @@ from common.config import REQUIRED, _fields, _type_name
 from common.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
+TOOLS = ROOT / "tools"
 PACKAGES = ("common", "patch_encoder", "detection_kd", "mil", "studies", "benchmarks")
 
 
@@ -78,12 +79,19 @@ def find_scripts() -> list[Script]:
 
 
 def shell_scripts() -> dict[str, list[str]]:
-    """The files of `tools/` that run a module, by the module's name."""
+    """The files of `tools/` that run a module, by the module's name; those that only call another
+    one, TS2G-KD's own names, come last.
+    """
     found = defaultdict(list)
-    for path in sorted((ROOT / "tools").rglob("*.sh")):
-        text = path.read_text(encoding="utf-8")
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted(TOOLS.rglob("*.sh"))}
+    for path, text in texts.items():
         for name in re.findall(r"^ *run_(?:module|python|shards) ([\w.]+)", text, re.MULTILINE):
             found[name].append(str(path.relative_to(ROOT)))
+    for path, text in texts.items():
+        called = re.search(r"^exec bash .*/(\w+\.sh)\"", text, re.MULTILINE)
+        for shells in found.values() if called else ():
+            if called and f"tools/{called[1]}" in shells:
+                shells.append(str(path.relative_to(ROOT)))
     return found
 
 
@@ -181,27 +189,27 @@ def encoder_page() -> str:
         (
             code(name),
             str(row.width),
-            f"{row.fit.size} px",
+            str(row.fit.size),
             "any" if row.mpp is None else f"{row.mpp:g}",
-            row.precision,
-            row.library,
-            code(row.weights) if row.weights else "none needed or a file",
             escape(row.licence) + (" (gated)" if row.gated else ""),
+            row.library,
+            row.precision,
+            code(row.weights) if row.weights else "none needed, or a file",
             escape(row.citation),
         )
         for name, row in ENCODERS.items()
     ]
-    head = ("name", "width", "input", "um/px", "precision", "library", "weights on the hub")
+    head = ("name", "width", "px", "um/px", "licence", "library", "precision", "weights", "source")
     return "\n\n".join(
         [
             "# Encoders",
-            f"These {len(rows)} names can be given as `encoder=`. *um/px* is the resolution that "
-            "the encoder was trained for. The licence is that of the weights; *gated* weights ask "
-            "you to accept it on their page before they can be fetched. This page is written from "
-            "`patch_encoder/models/encoder_table.py` at every build; "
-            "`bash tools/preprocess/list-encoders.sh` prints the same in a terminal.",
+            f"These {len(rows)} names can be given as `encoder=`. *px* is the side of the input, "
+            "and *um/px* the resolution that the encoder was trained for. The licence is that of "
+            "the weights; *gated* weights ask you to accept it on their page before they can be "
+            "fetched. This page is written from `patch_encoder/models/encoder_table.py` at every "
+            "build; `bash tools/list_encoders.sh` prints the same in a terminal.",
             f"Further names: {', '.join(map(code, PATTERNS))}.",
-            table((*head, "licence", "source"), rows),
+            table(head, rows),
         ]
     )
 

@@ -58,6 +58,11 @@ def test_a_page_is_short_and_what_it_names_is_there(page: Path) -> None:
         )
 
 
+def test_made_pages_name_what_is_there() -> None:
+    for name in NAMED.findall((ROOT / "docs" / "generate.py").read_text(encoding="utf-8")):
+        assert (ROOT / name).exists(), f"docs/generate.py names {name}, which is not there"
+
+
 def test_the_readme_names_commands_that_know_their_settings() -> None:
     """Every setting that a command of the README sets is a key of its script."""
     from common.config import load_config
