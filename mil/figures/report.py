@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from common.files import atomic_path
+from common.metrics.ranking import GRID, roc_curves
 from mil.tasks.classification import Predictions
 from patch_encoder.tiles.coordinates import TileGeometry
 from patch_encoder.viz.captions import caption_font
@@ -30,22 +31,6 @@ STYLE: dict[Any, Any] = {
     "axes.edgecolor": "#888888",
 }
 MARK = (220, 30, 60)
-GRID = np.linspace(0, 1, 101)
-
-
-def roc_points(positive: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """True-positive rate at the false-positive rates of GRID, (101,): the steps of the ROC curve,
-    ties as diagonals.
-
-    Args:
-        positive: bool (S,).
-        scores: (S,).
-    """
-    order = np.argsort(-scores, kind="stable")
-    ends = np.flatnonzero(np.diff(scores[order], append=np.inf))
-    tpr = np.concatenate([[0], np.cumsum(positive[order])[ends] / positive.sum()])
-    fpr = np.concatenate([[0], np.cumsum(~positive[order])[ends] / (~positive).sum()])
-    return np.interp(GRID, fpr, tpr)  # on a vertical step: its highest point
 
 
 def roc_figure(runs: Mapping[str, Sequence[Predictions]], aucs: Mapping[str, float]) -> str:
@@ -58,7 +43,7 @@ def roc_figure(runs: Mapping[str, Sequence[Predictions]], aucs: Mapping[str, flo
         axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8, linestyle="--")
         for (name, predictions), colour in zip(runs.items(), _cycle(len(runs)), strict=True):
             curves = np.array(
-                [roc_points(run.targets == 1, run.probabilities[:, 1]) for run in predictions]
+                [roc_curves(run.targets == 1, run.probabilities[:, 1])[0] for run in predictions]
             )
             mean, spread = curves.mean(0), curves.std(0)
             # every curve begins at (0, 0), which interpolation over vertical steps does not show
