@@ -120,7 +120,7 @@ def cohort_jobs(
     if shard.index == 1:  # once, not in every part
         for slide_id, error in without.items():
             failures.add(slide_id, error)
-    return shard.of(jobs)
+    return shard.select(jobs)
 
 
 def bag_provenance(
