@@ -6,7 +6,8 @@ holes, both filtered by area in units of 512 px tiles at level 0. It is a method
 of a smear are smaller than any preset's a_t, and nothing is left of them. Differences: a slide
 without any contour has no tissue (CLAM stops), a level with more than 4096^2 px is reduced to that
 many (CLAM reads up to 1e8 px whole and skips what is larger), keep_ids and exclude_ids are lists,
-and the tiles stand on one grid over the slide; `make_contour_grid` gives CLAM's own grid per contour.
+and the tiles stand on one grid over the slide; `make_contour_grid` gives CLAM's own grid per
+contour.
 """
 
 from __future__ import annotations
