@@ -113,6 +113,7 @@ def needs_sphinx() -> None:
             pytest.skip(f"{name} is not installed; pip install -r requirements-docs.txt")
 
 
+@pytest.mark.process
 def test_pages_build_without_a_warning(tmp_path: Path) -> None:
     needs_sphinx()
     done = build(tmp_path / "html")

@@ -36,6 +36,7 @@ def clone(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "page",
     [page for page in sorted(START.glob("*.md")) if BLOCK.search(page.read_text(encoding="utf-8"))],
