@@ -58,7 +58,7 @@ def styled() -> Iterator[None]:
         yield
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float | int, height: float | int) -> Figure:
     """Make an empty figure of this size in inches, whose parts make room for each other."""
     from matplotlib.figure import Figure
 

@@ -15,7 +15,7 @@ from common.figures import CHANCE, new_figure, palette_colour, styled, svg_uri
 from common.metrics.ranking import GRID, roc_curves
 from mil.tasks.classification import Predictions
 from patch_encoder.tiles.coordinates import TileGeometry
-from patch_encoder.viz.captions import caption_font
+from patch_encoder.viz.captions import load_caption_font
 
 MARK = (220, 30, 60)
 
@@ -111,7 +111,7 @@ def mark_tiles(
     side = max(6.0, geometry.patch_size_level0 * scale)
     width = max(2, round(max(overview.shape) / 250))
     size = max(13, round(max(overview.shape) / 26))  # the page shows the overview at half its size
-    font = caption_font(size)
+    font = load_caption_font(size)
     for rank, (x, y) in reversed(list(enumerate(corners * scale, start=1))):
         draw.rectangle((x, y, x + side, y + side), outline=MARK, width=width)
         label_y = y - size - 2 if y >= size + 2 else y + side + 1
