@@ -27,7 +27,7 @@ from common.errors import UserError, did_you_mean
 from common.files import read_json, sha256_bytes, write_csv, write_json, write_text
 from common.processes.workers import run_all
 from common.progress import progress
-from common.provenance import differences
+from common.provenance import can_reuse
 from common.seed import seed_everything
 from mil.classic.pooled_baselines import SIMPLE, bag_vectors, predict_simple
 from mil.classic.recipes import NETWORKS, recipe_of
@@ -90,30 +90,23 @@ class Job:
         }
 
     def missing(self, overwrite: bool) -> list[int]:
-        """Repeats without a result.
+        """Repeats that have to be trained.
 
         Raises:
-            UserError: a result of other settings, unless `overwrite`, which removes it.
+            UserError: a result of other settings, unless `overwrite`.
         """
         classic, masks = self.inputs()
-        absent = []
-        for repeat in range(self.repeats):
-            path = self.path(repeat)
-            if path.is_file():
-                found, wanted = (
-                    read_json(path, "a repeat's results").get("identity"),
-                    self.identity(classic, masks[repeat]),
-                )
-                if found == wanted:
-                    continue
-                if not overwrite:
-                    changed = differences(found or {}, wanted)
-                    raise UserError(
-                        f"{path}: holds another run: {changed}; choose another output or set "
-                        "overwrite=true"
-                    )
-            absent.append(repeat)
-        return absent
+        return [
+            repeat
+            for repeat in range(self.repeats)
+            if not can_reuse(
+                path := self.path(repeat),
+                lambda path=path: read_json(path, "a repeat's results").get("identity", {}),
+                self.identity(classic, masks[repeat]),
+                "another run",
+                overwrite=overwrite,
+            )
+        ]
 
     def inputs(self) -> tuple[ClassicSet, np.ndarray]:
         """The set and its test masks (repeats, folds, B)."""
