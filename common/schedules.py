@@ -12,7 +12,9 @@ import math
 SCHEDULES = ("constant", "step", "cosine")
 
 
-def half_cosine(done: float, total: float = 1.0, start: float = 1.0, end: float = 0.0) -> float:
+def half_cosine(
+    done: int | float, total: int | float = 1.0, start: float = 1.0, end: float = 0.0
+) -> float:
     """Value on a half cosine from `start` at 0 to `end` at `total`.
 
     The learning rate of SGDR without restarts (Loshchilov, Hutter, ICLR 2017, equation 5).
