@@ -28,7 +28,7 @@ from patch_encoder.cohort.labels import find_slides, read_labels
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.base import Slide
 from patch_encoder.tiles.coordinates import Coordinates
-from patch_encoder.tiles.formats import LAYOUTS, Source, describe_content, detect
+from patch_encoder.tiles.formats import LAYOUTS, CoordinateSource, describe_content, detect_layout
 
 logger = logging.getLogger(__name__)
 STAGE = "convert_coordinates"
@@ -70,7 +70,7 @@ class Config:
     overwrite: bool = key(False, "replace files of other content", runtime=True)
 
 
-def input_files(path: Path) -> dict[str, Path]:
+def find_input_files(path: Path) -> dict[str, Path]:
     """Slide id -> coordinates file.
 
     Raises:
@@ -98,7 +98,7 @@ def file_slide_id(path: Path) -> str:
     return safe_id(path.stem.removesuffix("_patches"))
 
 
-def checked(coordinates: Coordinates, slide: Slide | None) -> Coordinates:
+def check_config(coordinates: Coordinates, slide: Slide | None) -> Coordinates:
     """Coordinates that belong to the slide.
 
     Raises:
@@ -137,11 +137,11 @@ def convert(
         UserError: unreadable, beyond what the layout can express, or other content is there.
     """
     layout = LAYOUTS[config.to]
-    reader = LAYOUTS[detect(file) if config.source == "auto" else config.source].read
+    reader = LAYOUTS[detect_layout(file) if config.source == "auto" else config.source].read
     slide = open_slide(slide_path, mpp, config.tile_pattern) if slide_path else None
     try:
-        source = Source(slide_id, slide, mpp, config.tile_size)
-        coordinates = checked(reader(file, source), slide)
+        source = CoordinateSource(slide_id, slide, mpp, config.tile_size)
+        coordinates = check_config(reader(file, source), slide)
         with tempfile.TemporaryDirectory() as folder:
             fresh = Path(folder, target.name)
             layout.write(fresh, coordinates, source, Path(config.output))
@@ -163,7 +163,7 @@ def convert(
 
 
 def main(config: Config) -> int:
-    files = input_files(Path(config.input))
+    files = find_input_files(Path(config.input))
     slides = (
         find_slides(config.slides, config.tile_pattern, config.pictures) if config.slides else {}
     )
