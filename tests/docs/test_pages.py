@@ -4,16 +4,19 @@ is there.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from common.config import describe
 from tests.helpers import ROOT
 
 PAGES = [
@@ -63,26 +66,42 @@ def test_made_pages_name_what_is_there() -> None:
         assert (ROOT / name).exists(), f"docs/generate.py names {name}, which is not there"
 
 
-def test_the_readme_names_commands_that_know_their_settings() -> None:
-    """Every setting that a command of the README sets is a key of its script."""
-    from common.config import load_config
+def keys_of(script: Path) -> list[str]:
+    """The keys of the module that a shell script starts, directly or through another one; none
+    where it starts no module.
+    """
+    text = script.read_text(encoding="utf-8")
+    if other := re.search(r"^exec bash .*/(\w+\.sh)\"", text, re.MULTILINE):
+        return keys_of(ROOT / "tools" / other[1])
+    found = re.search(r"^run_\w+ ([\w.]+)", text, re.MULTILINE)
+    if not found:
+        return []
+    config = importlib.import_module(found[1]).Config
+    return re.findall(r"^  ([\w.]+) \(", describe(config), re.MULTILINE)
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    called = re.findall(r"bash (tools/\w+\.sh)([^\n`#|]*)", text)
-    assert len(called) >= 8
-    for script, arguments in called:
-        found = re.search(
-            r"^run_\w+ ([\w.]+)", (ROOT / script).read_text(encoding="utf-8"), re.MULTILINE
-        )
-        given = [word for word in arguments.split() if "=" in word]
-        if found and given:
-            module = importlib.import_module(found[1])
-            missing = {"labels=x", "features=[x]", "output=x", "run=x", "slides=x"}
-            keys = {name.partition("=")[0] for name in given}
-            needed = [m for m in missing if m.partition("=")[0] not in keys]
-            known = {f.name for f in module.Config.__dataclass_fields__.values()}
-            needed = [m for m in needed if m.partition("=")[0] in known]
-            load_config(module.Config, [*given, *needed], check_paths=False)
+
+def settings(text: str) -> Iterator[tuple[str, str]]:
+    """(shell script, key) of every `bash tools/x.sh key=value` of a page."""
+    whole = OUTPUT.sub("", text).replace("\\\n", " ")
+    for script, arguments in re.findall(r"bash (tools/[\w/-]+\.sh)([^\n`#|]*)", whole):
+        for key in re.findall(r"(?:^|\s)['\"]?([\w.]+)=", arguments):
+            yield script, key
+
+
+@pytest.mark.parametrize("page", written_pages(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_set_keys_that_their_script_has(page: Path) -> None:
+    for script, key in settings(page.read_text(encoding="utf-8")):
+        known = keys_of(ROOT / script)
+        assert key in known or not known, f"{page.name}: {script} has no key {key}"
+
+
+def test_settings_are_found() -> None:
+    text = "`A=b bash tools/x.sh --config c a.b=1 'd=[e, f]'`\nbash tools/y.sh \\\n  g=h  # i=j\n"
+    assert list(settings(text)) == [
+        ("tools/x.sh", "a.b"), ("tools/x.sh", "d"), ("tools/y.sh", "g")
+    ]  # fmt: skip
+    assert "models" in keys_of(ROOT / "tools" / "mil_benchmark.sh")
+    assert "adapter" in keys_of(ROOT / "tools" / "distill.sh")
 
 
 def test_the_example_classifier_is_one() -> None:
