@@ -53,7 +53,7 @@ from mil.training.engine import Recipe, check_recipe, check_validation
 from mil.training.fold_run import Job, Settings, open_job, run_job
 from mil.training.rank_queue import Ranks, device_of, join
 from mil.training.recipes import resolve
-from patch_encoder.bags.files import bag_header
+from patch_encoder.bags.bag import open_bag
 
 logger = logging.getLogger(__name__)
 
@@ -349,14 +349,9 @@ def encoder_costs(config: Config, files: dict[str, dict[str, Path]]) -> dict[str
     if unknown:
         logger.info("cost: no feature set is called %s", ", ".join(unknown))
     return {
-        name: {**costs.get(name, {}), "dim": bag_width(next(iter(bags.values())))}
+        name: {**costs.get(name, {}), "dim": open_bag(next(iter(bags.values()))).shape[1]}
         for name, bags in files.items()
     }
-
-
-def bag_width(path: Path) -> int | None:
-    """D of an .h5 bag, None for another format."""
-    return bag_header(path)[0][1] if path.suffix == ".h5" else None
 
 
 def summarise_benchmark(config: Config, cohort: Cohort, jobs: list[Job]) -> None:

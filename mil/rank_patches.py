@@ -50,7 +50,7 @@ from mil.datasets.splits import Split, carve, split_values
 from mil.models import MeanMIL, Standardised
 from mil.training.engine import Recipe, load_classifier
 from mil.training.fold_run import Job, Settings, open_job, run_job
-from patch_encoder.bags.files import read_bag
+from patch_encoder.bags.bag import read_bag
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.labels import locate
 from patch_encoder.tiles.coordinates import tile_pattern_of
@@ -104,7 +104,7 @@ def patches_of(
             f"{bag}: expected coords (N, 2) beside the features, found none; extract the slide "
             "again"
         )
-    scores = model.score_tiles(torch.from_numpy(content.features).to(device)).cpu().numpy()
+    scores = model.score_tiles(content.read().to(device)).cpu().numpy()
     rows = choose(
         scores, config.top_k, config.extra_random, (config.seed, zlib.crc32(bag.stem.encode()))
     )

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from common.checkpoint import save_tensors
-from patch_encoder.bags.files import BagWriter
+from patch_encoder.bags.writer import BagWriter
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.extraction.tile_batches import BadTile, SlideJob, TileBatch
 from patch_encoder.slides.identity import slide_identity

@@ -23,7 +23,7 @@ from common import __version__
 from common.errors import UserError
 from common.progress import Progress
 from common.provenance import differences
-from patch_encoder.bags.files import bag_header
+from patch_encoder.bags.bag import open_bag
 from patch_encoder.cohort.disk_space import check_room, full_disk_explained
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.labels import find_wanted, locate, read_labels
@@ -218,7 +218,8 @@ def is_done(job: SlideJob, encoder: Encoder, folder: Path, settings: ExtractSett
     path = folder / "h5_files" / f"{job.slide_id}.h5"
     if not path.is_file():
         return False
-    (count, dim), attributes = bag_header(path)
+    bag = open_bag(path)
+    (count, dim), attributes = bag.shape, bag.attributes
     tiles, unreadable = len(job.coordinates.coords), int(attributes.get(UNREADABLE, 0))
     expected = bag_provenance(encoder, job.coordinates, settings)
     found = {name: attributes.get(name) for name in COMPARED} | {"shape": [count + unreadable, dim]}

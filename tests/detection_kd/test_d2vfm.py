@@ -30,7 +30,7 @@ from detection_kd.models.adapter import ADAPTERS, Adapter
 from detection_kd.models.backbone import Backbone
 from detection_kd.models.student import Student, load_student, student_encoder
 from patch_encoder import tile_slides
-from patch_encoder.bags.files import read_bag
+from patch_encoder.bags.bag import read_bag
 from patch_encoder.slides import open_slide
 from tests.detection_kd.d2vfm_runs import DIM, arguments, train
 from tests.helpers import kill_when, line_count, make_cohort

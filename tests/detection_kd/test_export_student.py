@@ -24,7 +24,7 @@ from detection_kd import export_student, extract_student
 from detection_kd.models.backbone import Backbone
 from detection_kd.models.student import Student, student_config, student_encoder
 from detection_kd.models.student_onnx import any_student_encoder, feature_map_nodes
-from patch_encoder.bags.files import read_bag
+from patch_encoder.bags.bag import read_bag
 from patch_encoder.extraction.network import Network, fold_batch_norms
 from patch_encoder.models.onnx_network import OnnxNetwork
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, write_coordinates

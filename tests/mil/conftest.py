@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import mil.benchmark as benchmark
-from patch_encoder.bags.files import write_bag
+from patch_encoder.bags.writer import write_bag
 
 SIDE = 16
 

@@ -26,7 +26,8 @@ from detection_kd.datasets.packed_pairs import Pack, PackWriter
 from detection_kd.datasets.pair_problems import size_by_header
 from detection_kd.datasets.pairs import HEADER
 from patch_encoder import extract_features, tile_slides
-from patch_encoder.bags.files import read_bag, write_bag
+from patch_encoder.bags.bag import read_bag
+from patch_encoder.bags.writer import write_bag
 from patch_encoder.slides import open_slide
 from tests.detection_kd.distillation_sets import SIDE, write_backbone, write_set
 from tests.helpers import die, draw_slide, make_cohort
@@ -293,7 +294,7 @@ def test_tiles_from_slides_are_those_that_the_teacher_saw(cohort: Path, tmp_path
     rows = {slide_id: iter(range(len(bag.features))) for slide_id, bag in bags.items()}
     for index, pair in enumerate(pairs):
         row = next(rows[pair.slide_id])
-        assert torch.equal(pair.feature, torch.from_numpy(bags[pair.slide_id].features[row]))
+        assert torch.equal(pair.feature, bags[pair.slide_id].features[row])
         corner = bags[pair.slide_id].coords[row].tolist()
         assert content.coords[index].tolist() == corner
         path = (

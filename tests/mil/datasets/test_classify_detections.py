@@ -31,7 +31,8 @@ from mil.datasets.detections import (
     tile_channels,
 )
 from mil.datasets.split_files import stored_splits
-from patch_encoder.bags.files import read_bag, write_bag
+from patch_encoder.bags.bag import read_bag
+from patch_encoder.bags.writer import write_bag
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
 from tests.mil.conftest import SIDE, geometry
 

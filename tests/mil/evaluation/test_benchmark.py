@@ -24,7 +24,8 @@ from common.errors import UserError
 from common.processes.workers import run_all
 from mil.benchmark import Config, main
 from mil.evaluation.runs import number, text_table
-from patch_encoder.bags.files import read_bag, write_bag
+from patch_encoder.bags.bag import read_bag
+from patch_encoder.bags.writer import write_bag
 from tests.helpers import ROOT
 from tests.mil.evaluation.light_jobs import dies_on, leaves_its_device, loses_its_gpu
 

@@ -33,7 +33,8 @@ from mil.report import Config as ReportConfig
 from mil.report import main as report
 from mil.tasks.task import Objective
 from mil.training.engine import load_classifier
-from patch_encoder.bags.files import read_bag, write_bag
+from patch_encoder.bags.bag import read_bag
+from patch_encoder.bags.writer import write_bag
 from patch_encoder.slides.tile_folder import TileFolder
 from patch_encoder.tiles.geojson import read_squares
 from patch_encoder.tissue.geojson import write_geojson
@@ -137,7 +138,7 @@ def test_each_slide_is_judged_by_the_fold_that_tests_it(bench: Path):
         model, _ = load_classifier(judged.checkpoint, torch.device("cpu"))
         bag = read_bag(bench.parent / "cohort" / "bags" / "h5_files" / f"{judged.slide_id}.h5")
         with torch.inference_mode():
-            expected = model(torch.from_numpy(bag.features), torch.from_numpy(bag.coords))
+            expected = model(bag.features, bag.coords)
         with (output / "scores" / f"{judged.slide_id}.csv").open() as stream:
             rows = list(csv.DictReader(stream))
         np.testing.assert_allclose(
@@ -200,7 +201,7 @@ def test_a_model_without_attention_of_its_own_shows_probabilities(bench: Path):
         "neg",
         torch.device("cpu"),
     )
-    features = torch.from_numpy(read_bag(file).features)
+    features = read_bag(file).features
     with torch.inference_mode():
         expected = torch.stack([model(tile[None], None).logits.softmax(0)[0] for tile in features])
     np.testing.assert_allclose(found.values, expected, rtol=1e-5)

@@ -23,7 +23,8 @@ from common.processes.workers import run_all
 from mil.datasets.distillation_set import choose
 from mil.rank_patches import Config, main
 from mil.training.engine import load_classifier
-from patch_encoder.bags.files import read_bag, write_bag
+from patch_encoder.bags.bag import read_bag
+from patch_encoder.bags.writer import write_bag
 
 
 def arguments(cohort: Path, output: Path, *more: str) -> list[str]:
@@ -82,7 +83,7 @@ def test_set_holds_the_top_tiles_with_picture_and_teacher_feature(make_cohort, t
     for slide_id in slides:
         bag = read_bag(cohort / "bags" / "h5_files" / f"{slide_id}.h5")
         with torch.no_grad():
-            scores = model.score_tiles(torch.from_numpy(bag.features)).numpy()
+            scores = model.score_tiles(bag.features).numpy()
         mine = [image for image in annotations["images"] if image["slide_id"] == slide_id]
         np.testing.assert_allclose(
             [image["score"] for image in mine], np.sort(scores)[::-1][:4], rtol=1e-5

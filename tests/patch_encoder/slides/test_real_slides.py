@@ -24,7 +24,7 @@ from patch_encoder import (
     tile_slides,
 )
 from patch_encoder import inspect_slides as inspect
-from patch_encoder.bags.files import read_bag
+from patch_encoder.bags.bag import read_bag
 from patch_encoder.tiles.coordinates import read_coordinates
 from patch_encoder.tissue.quality import MEASURES, read_quality
 
