@@ -312,7 +312,7 @@ def test_bags_with_channels_go_through_the_benchmark(cohort: Path, tmp_path: Pat
     )
     assert after.coords is not None and np.array_equal(after.coords, before.coords)
     found = read_detections(cohort / "found" / "coco" / "s01.json")
-    assert np.array_equal(after.features[:, 8:], tile_channels(found, before.coords, SIDE))
+    assert np.array_equal(after.features[:, 8:], tile_channels(found, before.coords.numpy(), SIDE))
     with h5py.File(tmp_path / "new" / "h5_files" / "s01.h5") as file:
         attributes = dict(file["features"].attrs)
     assert (

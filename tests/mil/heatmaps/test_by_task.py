@@ -20,13 +20,13 @@ import mil.heatmaps.scores as tile_scores
 from common.cli import run
 from common.config import load_config
 from common.errors import UserError
+from common.metrics.classification import confusion, predict_class
 from mil.datasets.splits import Split
 from mil.evaluate import benchmark_runs
 from mil.figures.example_slides import Choice, make_example
 from mil.heatmap import Config, load_asked, main
 from mil.heatmaps.scores import score_bag, tiles_alone
 from mil.heatmaps.sources import Judged, from_benchmark
-from mil.tasks.classification import confusion, predict_class
 from mil.training.engine import load_classifier
 from patch_encoder.bags.bag import Bag, open_bag, read_bag
 from patch_encoder.bags.paths import find_coordinates
@@ -221,9 +221,7 @@ def test_every_task_has_attention_a_score_and_tiles_of_their_own(
         read_bag(cohort / "bags" / "h5_files" / "s01.h5").features,
     )
     with torch.inference_mode():
-        logits = torch.stack(
-            [model(torch.from_numpy(tile[None]), None).logits for tile in features]
-        ).double()
+        logits = torch.stack([model(tile[None], None).logits for tile in features]).double()
     expected = task.said(logits)[:, task.names.index(name) if name else 0].numpy()
     column = value + (f"_{name}" if name else "")
     values = [float(row[column]) for row in table(tmp_path / "alone" / "scores" / "s01.csv")]

@@ -27,11 +27,12 @@ from common.cli import run as run_script
 from common.config import load_config
 from common.distributed import World
 from common.errors import UserError
+from common.metrics.classification import youden_threshold
 from common.run import Run
 from mil.datasets.bags import Sample, find_bags, load_bags
 from mil.losses.classification import class_loss
 from mil.models import build
-from mil.tasks.classification import METRICS, youden_threshold
+from mil.tasks.classification import METRICS
 from mil.tasks.task import Objective
 from mil.train import Config, build_job, main
 from mil.training.engine import (
@@ -213,7 +214,7 @@ def test_standardisation_sees_training_slides_only(make_cohort, tmp_path: Path):
     train(cohort, tmp_path / "run", "standardize=true")
     job = build_job(load_config(Config, arguments(cohort, tmp_path / "run", "standardize=true")))
     features = np.concatenate(
-        [read_bag(dict(job.files)[slide]).features for slide in job.split.train]
+        [read_bag(dict(job.files)[slide]).read().numpy() for slide in job.split.train]
     )
     stored = weights(tmp_path / "run" / "checkpoint_best.pt")
     np.testing.assert_allclose(stored["mean"].numpy(), features.mean(0), atol=1e-5)

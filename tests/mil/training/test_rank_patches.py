@@ -92,7 +92,7 @@ def test_set_holds_the_top_tiles_with_picture_and_teacher_feature(make_cohort, t
         for image in mine:
             name = f"{image['y'] // 16}_{image['x'] // 16}"
             assert image["file_name"] == f"{slide_id}/{name}.jpg" and image["chosen"] == "top"
-            row = int(np.flatnonzero((bag.coords == [image["x"], image["y"]]).all(1))[0])
+            row = bag.coords.tolist().index([image["x"], image["y"]])
             feature = torch.load(output / "wsi_root" / slide_id / f"{name}.pt", weights_only=True)
             assert feature.dtype == torch.float32 and feature.shape == (8,)
             np.testing.assert_array_equal(feature.numpy(), bag.features[row])
