@@ -27,7 +27,7 @@ from common.errors import UserError, did_you_mean
 from common.files import read_json, sha256_bytes, write_csv, write_json, write_text
 from common.processes.workers import run_all
 from common.progress import progress
-from common.provenance import differences
+from common.provenance import can_reuse
 from common.seed import seed_everything
 from mil.classic.pooled_baselines import SIMPLE, bag_vectors, predict_simple
 from mil.classic.recipes import NETWORKS, recipe_of
@@ -50,7 +50,7 @@ class Config:
     methods: list[str] = key(DEFAULT, f"which methods: {', '.join(METHODS)}")
     repeats: int = key(5, "repeats of the cross-validation")
     folds: int = key(10, "folds")
-    batch: int = key(16, "bags a step; published: 1; the learning rate is scaled with it")
+    batch_size: int = key(16, "bags per step; published: 1; the learning rate is scaled with it")
     epochs: int = key(0, "epochs; 0: the published number")
     seed: int = key(
         2024, "decides initial weights, order of the bags, and folds where the set comes without"
@@ -70,7 +70,7 @@ class Job:
     method: str
     repeats: int
     folds: int
-    batch: int
+    batch_size: int
     epochs: int
     seed: int
 
@@ -85,35 +85,28 @@ class Job:
         if self.method in SIMPLE:
             return common
         return common | {
-            "recipe": asdict(recipe_of(self.method, self.name, self.batch, self.epochs)),
+            "recipe": asdict(recipe_of(self.method, self.name, self.batch_size, self.epochs)),
             "seed": self.seed,
         }
 
     def missing(self, overwrite: bool) -> list[int]:
-        """Repeats without a result.
+        """Repeats that have to be trained.
 
         Raises:
-            UserError: a result of other settings, unless `overwrite`, which removes it.
+            UserError: a result of other settings, unless `overwrite`.
         """
         classic, masks = self.inputs()
-        absent = []
-        for repeat in range(self.repeats):
-            path = self.path(repeat)
-            if path.is_file():
-                found, wanted = (
-                    read_json(path, "a repeat's results").get("identity"),
-                    self.identity(classic, masks[repeat]),
-                )
-                if found == wanted:
-                    continue
-                if not overwrite:
-                    changed = differences(found or {}, wanted)
-                    raise UserError(
-                        f"{path}: holds another run: {changed}; choose another output or set "
-                        "overwrite=true"
-                    )
-            absent.append(repeat)
-        return absent
+        return [
+            repeat
+            for repeat in range(self.repeats)
+            if not can_reuse(
+                path := self.path(repeat),
+                lambda path=path: read_json(path, "a repeat's results").get("identity", {}),
+                self.identity(classic, masks[repeat]),
+                "another run",
+                overwrite=overwrite,
+            )
+        ]
 
     def inputs(self) -> tuple[ClassicSet, np.ndarray]:
         """The set and its test masks (repeats, folds, B)."""
@@ -178,13 +171,14 @@ def deep_results(
             seed_everything(job.seed * 10_007 + repeat * 101 + fold)
             models.append(NETWORKS[job.method](bags[0].shape[1]))
     seed_everything(job.seed)
-    recipe = recipe_of(job.method, job.name, job.batch, job.epochs)
+    recipe = recipe_of(job.method, job.name, job.batch_size, job.epochs)
     logits = train_stacked(
         models, bags, targets, ~tests, recipe, torch.Generator().manual_seed(job.seed)
     )
     if not torch.isfinite(logits).all():
         raise UserError(
-            f"{job.method} on {job.name}: expected finite logits, training diverged; lower batch"
+            f"{job.method} on {job.name}: expected finite logits, found others since training "
+            "diverged; lower batch_size"
         )
     said = logits.argmax(2).view(len(repeats), job.folds, -1)
     own = (
@@ -202,11 +196,11 @@ def make_jobs(config: Config) -> list[Job]:
                 f"{what}: unknown value '{(unknown or [''])[0]}'; "
                 f"{did_you_mean((unknown or [''])[0], valid)}"
             )
-    for what, least in (("repeats", 1), ("folds", 2), ("batch", 1), ("epochs", 0)):
+    for what, least in (("repeats", 1), ("folds", 2), ("batch_size", 1), ("epochs", 0)):
         if getattr(config, what) < least:
             raise UserError(f"{what}={getattr(config, what)}: expected at least {least}")
     shared = {
-        name: getattr(config, name) for name in ("repeats", "folds", "batch", "epochs", "seed")
+        name: getattr(config, name) for name in ("repeats", "folds", "batch_size", "epochs", "seed")
     }
     pairs = [(name, method) for name in config.sets for method in config.methods]
     return [Job(config.data, config.output, name, method, **shared) for name, method in pairs]

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from common import __version__
 from common.errors import UserError
 from common.files import sha256_file
-from common.provenance import differences
+from common.provenance import can_reuse
 from mil.datasets.detections import SlideDetections, tile_channels
 from patch_encoder.bags.bag import open_bag, read_bag
 from patch_encoder.bags.writer import write_bag
@@ -40,17 +41,13 @@ def write_channel(
         "detections_sha256": sha256_file(detections),
         "channels": CHANNELS,
     }
-    if target.is_file() and not overwrite:
-        present = {
-            name: value for name, value in open_bag(target).provenance.items() if name in own
-        }
-        if present == own:
-            return False
-        changed = differences(present, own)
-        raise UserError(
-            f"{target}: holds a bag of other inputs: {changed}; choose another output or set "
-            "overwrite=true"
-        )
+
+    def recorded() -> dict[str, Any]:
+        found_there = open_bag(target).provenance
+        return {name: value for name, value in found_there.items() if name in own}
+
+    if can_reuse(target, recorded, own, "a bag of other inputs", overwrite=overwrite):
+        return False
     bag = read_bag(source)
     if bag.coords is None:
         raise UserError(
