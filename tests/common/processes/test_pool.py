@@ -139,7 +139,7 @@ SCRIPT = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is deaf to it
 from common.processes.pool import run_jobs
-from tests.common.processes.deaf_job import sleeps
+from tests.common.processes.plain_jobs import sleeps
 for result in run_jobs(sleeps, [0, 1], 2, fresh=sys.argv[1] == "fresh"):
     pass
 """
@@ -270,7 +270,7 @@ def test_the_program_that_runs_is_not_imported_by_its_workers(root: Path) -> Non
         [sys.executable, "-m", "tests.common.processes.light_program"],
         cwd=root, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert sorted(done.stdout.split("\n")[:-1]) == ["0 2", "1 4", "2 6", "imported"]
+    assert sorted(done.stdout.split("\n")[:-1]) == ["0 10", "1 20", "2 30", "imported"]
     assert (done.returncode, done.stderr) == (0, "")
 
 

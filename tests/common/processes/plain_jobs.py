@@ -1,4 +1,4 @@
-"""A job that cannot be asked to end, in a module that imports nothing."""
+"""Jobs in a module that imports nothing, so that processes are there at once."""
 
 from __future__ import annotations
 
@@ -13,3 +13,8 @@ def sleeps(number: int) -> None:
     if number == 0:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     time.sleep(60)
+
+
+def tenfold(number: int) -> int:
+    """Ten times the number."""
+    return 10 * number
