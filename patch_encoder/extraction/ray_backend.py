@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.processes.pool import Lost, Raised
 from common.processes.ray_cluster import RayPool, RaySettings
 from common.progress import Progress
-from patch_encoder.cohort.shards import bundles, tile_count
+from patch_encoder.cohort.shards import count_tiles, make_bundles
 from patch_encoder.extraction.tile_batches import SlideJob
 
 logger = logging.getLogger(__name__)
@@ -88,8 +88,8 @@ def work_on_ray(
     if not jobs:
         return NOTHING
     with closing(RayPool(work, settings, cpus=cpus, on_cuda=on_cuda)) as pool:
-        least = min(least_tiles, math.ceil(tile_count(jobs) / (BUNDLES_A_WORKER * pool.count)))
-        return encode_bundles(pool, bundles(jobs, least))
+        least = min(least_tiles, math.ceil(count_tiles(jobs) / (BUNDLES_A_WORKER * pool.count)))
+        return encode_bundles(pool, make_bundles(jobs, least))
 
 
 def encode_bundles(pool: RayPool, waiting: list[list[SlideJob]]) -> Report:
@@ -99,7 +99,7 @@ def encode_bundles(pool: RayPool, waiting: list[list[SlideJob]]) -> Report:
     running: dict[int, tuple[list[SlideJob], int]] = {}
     workers = min(pool.count, len(waiting))
     logger.info("engine=ray: %d workers, %d bundles of slides", workers, len(waiting))
-    with Progress("features", sum(map(tile_count, waiting)), "tiles") as bar:
+    with Progress("features", sum(map(count_tiles, waiting)), "tiles") as bar:
         submitted = 0
         while queue or running:
             while queue and pool.room:
@@ -159,7 +159,7 @@ def after_death(
     error = f"{died} workers of Ray died over it, the last: {reason}"
     return [], Report(
         1,
-        tile_count(bundle),
+        count_tiles(bundle),
         0.0,
         0.0,
         [{"slide": names, "stage": "extract_features", "error": error}],
