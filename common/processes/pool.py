@@ -15,6 +15,7 @@ a SIGKILL of the main process its workers stay until their jobs end.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import logging
 import math
 import os
@@ -293,9 +294,7 @@ def _serve(function: Callable[[Any], Any], pipe: Any, slot: Any, threads: int) -
 
 
 def leave_without_gpu(result: Any) -> None:
-    """End this process where a job raised and left a CUDA context in which whatever comes next
-    fails: an assertion or a bad access in a kernel is for good.
-    """
+    """End this process where a job raised and left a CUDA context in which all else fails."""
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(result, Raised) or not torch.cuda.is_initialized():
         return
@@ -307,10 +306,11 @@ def leave_without_gpu(result: Any) -> None:
 
 
 def _die_with_parent() -> None:
-    """Be killed when the process that forked this one dies, even in the middle of a native call
-    (Linux), and leave when the main process is gone, which may have died before that.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Be killed when the main process dies, on Linux even in the middle of a native call."""
     parent: Any = parent_process()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a fork of the main process
+        # a fork of the server: the end of the pipe from the main process is a signal
+        for command, value in (("OWN", os.getpid()), ("SIG", signal.SIGKILL), ("FL", os.O_ASYNC)):
+            fcntl.fcntl(parent.sentinel, getattr(fcntl, f"F_SET{command}"), value)
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
