@@ -14,7 +14,6 @@ a SIGKILL of the main process its workers stay until their jobs end.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import logging
 import math
@@ -40,7 +39,6 @@ from common.processes.mapped import Mapped
 logger = logging.getLogger(__name__)
 GRACE = 2.0  # seconds that a worker has to tidy up before it is killed
 GPU_LOST = 87  # exit status of a worker whose CUDA context is broken
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _slot: Any = None  # in a worker: (time of the last heartbeat or 0 when idle, its two numbers)
 
 
@@ -309,8 +307,8 @@ def _die_with_parent() -> None:
     """Be killed when the main process dies, on Linux even in the middle of a native call."""
     parent: Any = parent_process()
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a fork of the main process
-        # a fork of the server: the end of the pipe from the main process is a signal
+        # the end of the pipe that comes from the main process is a deadly signal; PR_SET_PDEATHSIG
+        # does not do for forks of the server, which ends after them
         for command, value in (("OWN", os.getpid()), ("SIG", signal.SIGKILL), ("FL", os.O_ASYNC)):
             fcntl.fcntl(parent.sentinel, getattr(fcntl, f"F_SET{command}"), value)
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -141,15 +141,15 @@ import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is deaf to it
 from common.processes.pool import run_jobs
 from tests.common.processes.plain_jobs import sleeps
-if sys.argv[1] == "no prctl":
+if sys.argv[1] == "no signal":
     sys.platform = "another"
-jobs = [1, 1] if sys.argv[1] == "no prctl" else [0, 1]
+jobs = [1, 1] if sys.argv[1] == "no signal" else [0, 1]
 for result in run_jobs(sleeps, jobs, 2, fresh=sys.argv[1] == "fresh"):
     pass
 """
 
 
-@pytest.mark.parametrize("start", ["fork", "fresh", "no prctl"])
+@pytest.mark.parametrize("start", ["fork", "fresh", "no signal"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_process_outlives_the_main_one(number: int, start: str, root: Path) -> None:
     process = subprocess.Popen(
