@@ -99,11 +99,7 @@ def encode_together(
     encoders = [member.encoder for member in group]
     folders = [output / encoder.name for encoder in encoders]
     pairs = list(zip(encoders, folders, strict=True))
-    todo = [
-        job
-        for job in jobs
-        if settings.overwrite or not all(is_done(job, *pair, settings) for pair in pairs)
-    ]
+    todo = [job for job in jobs if not all(is_done(job, *pair, settings) for pair in pairs)]
     names = ", ".join(encoder.name for encoder in encoders)
     logger.info(
         "%s: %s: %d slides, %d already done", STAGE, names, len(jobs), len(jobs) - len(todo)

@@ -31,7 +31,7 @@ from common.errors import UserError
 from common.files import read_json, sha256_bytes, sha256_file
 from common.processes.pool import Lost, Raised, check_workers, run_jobs
 from common.progress import progress
-from common.provenance import differences
+from common.provenance import can_reuse, differences
 from detection_kd.datasets.cut_pairs import (
     JPEG_QUALITY,
     CutJob,
@@ -136,13 +136,7 @@ def is_done(output: Path, provenance: Mapping[str, Any], overwrite: bool) -> boo
     found.pop("software_version", None)
     failed = found.pop("failed", [])
     known, wanted = _without(found, failed), _without(dict(provenance), failed)
-    if known != wanted:
-        changed = differences(known, wanted)
-        raise UserError(
-            f"{output}: holds another packed set: {changed}; choose another output or set "
-            "overwrite=true"
-        )
-    return not failed
+    return can_reuse(output, lambda: known, wanted, "another packed set") and not failed
 
 
 def _without(provenance: dict[str, Any], failed: Sequence[str]) -> dict[str, Any]:

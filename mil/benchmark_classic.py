@@ -45,7 +45,7 @@ class Config:
     methods: list[str] = key(DEFAULT, f"which methods: {', '.join(METHODS)}")
     repeats: int = key(5, "repeats of the cross-validation")
     folds: int = key(10, "folds")
-    batch: int = key(16, "bags a step; published: 1; the learning rate is scaled with it")
+    batch_size: int = key(16, "bags per step; published: 1; the learning rate is scaled with it")
     epochs: int = key(0, "epochs; 0: the published number")
     seed: int = key(
         2024, "decides initial weights, order of the bags, and folds where the set comes without"
@@ -64,11 +64,11 @@ def make_jobs(config: Config) -> list[ClassicJob]:
                 f"{what}: unknown value '{(unknown or [''])[0]}'; "
                 f"{did_you_mean((unknown or [''])[0], valid)}"
             )
-    for what, least in (("repeats", 1), ("folds", 2), ("batch", 1), ("epochs", 0)):
+    for what, least in (("repeats", 1), ("folds", 2), ("batch_size", 1), ("epochs", 0)):
         if getattr(config, what) < least:
             raise UserError(f"{what}={getattr(config, what)}: expected at least {least}")
     shared = {
-        name: getattr(config, name) for name in ("repeats", "folds", "batch", "epochs", "seed")
+        name: getattr(config, name) for name in ("repeats", "folds", "batch_size", "epochs", "seed")
     }
     pairs = [(name, method) for name in config.sets for method in config.methods]
     return [

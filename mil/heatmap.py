@@ -36,7 +36,7 @@ from common.errors import UserError, did_you_mean
 from common.files import atomic_path, read_json, safe_id, sha256_file, write_json
 from common.processes.pool import Lost, Raised, check_workers, run_jobs
 from common.progress import progress
-from common.provenance import differences
+from common.provenance import can_reuse
 from mil.heatmaps.drawing import colour_table
 from mil.heatmaps.pages import write_pages
 from mil.heatmaps.scores import TileScores
@@ -211,16 +211,13 @@ def is_done(output: Path, slide_id: str, wanted: dict[str, Any], overwrite: bool
         UserError: it was drawn from something else.
     """
     path = output / "records" / f"{slide_id}.json"
-    if overwrite or not path.is_file():
-        return False
-    found = read_json(path, "a slide's record").get("made_from", {})
-    if found != wanted:
-        changed = differences(found, wanted)
-        raise UserError(
-            f"{path}: drawn with other settings or inputs ({changed}); choose another output or "
-            "set overwrite=true"
-        )
-    return True
+    return can_reuse(
+        path,
+        lambda: read_json(path, "a slide's record").get("made_from", {}),
+        wanted,
+        "a drawing with other settings or inputs",
+        overwrite=overwrite,
+    )
 
 
 class Scored(Sequence[DrawingJob]):

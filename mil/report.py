@@ -22,6 +22,7 @@ from common import __version__
 from common.cli import launch
 from common.config import REQUIRED, key
 from common.errors import UserError
+from common.figures import svg_uri
 from common.files import read_json, write_json, write_text
 from mil.evaluation.benchmark_folder import read_summary, run_folders
 from mil.evaluation.risk_groups import risk_groups
@@ -30,7 +31,7 @@ from mil.evaluation.tables import title
 from mil.evaluation.task_tables import per_label_rows
 from mil.figures.by_task import grade_figure, label_figure, survival_figure
 from mil.figures.example_slides import Choice, Example, Group, choose_slides, make_example
-from mil.figures.report import interval_figure, roc_figure, svg_uri
+from mil.figures.report import interval_figure, roc_figure
 from mil.tasks.kinds import Task, task_of
 from mil.tasks.task import SCORES, SURVIVAL
 from patch_encoder.bags.files import bag_files

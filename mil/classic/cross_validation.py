@@ -14,7 +14,7 @@ import torch
 
 from common.errors import UserError
 from common.files import read_json, sha256_bytes, write_json
-from common.provenance import differences
+from common.provenance import can_reuse
 from common.seed import seed_everything
 from mil.classic.pooled_baselines import SIMPLE, bag_vectors, predict_simple
 from mil.classic.recipes import NETWORKS, recipe_of
@@ -33,7 +33,7 @@ class ClassicJob:
     method: str
     repeats: int
     folds: int
-    batch: int
+    batch_size: int
     epochs: int
     seed: int
 
@@ -48,35 +48,28 @@ class ClassicJob:
         if self.method in SIMPLE:
             return common
         return common | {
-            "recipe": asdict(recipe_of(self.method, self.name, self.batch, self.epochs)),
+            "recipe": asdict(recipe_of(self.method, self.name, self.batch_size, self.epochs)),
             "seed": self.seed,
         }
 
     def missing(self, overwrite: bool) -> list[int]:
-        """Repeats without a result.
+        """Repeats that have to be trained.
 
         Raises:
-            UserError: a result of other settings, unless `overwrite`, which removes it.
+            UserError: a result of other settings, unless `overwrite`.
         """
         classic, masks = self.inputs()
-        absent = []
-        for repeat in range(self.repeats):
-            path = self.path(repeat)
-            if path.is_file():
-                found, wanted = (
-                    read_json(path, "a repeat's results").get("identity"),
-                    self.identity(classic, masks[repeat]),
-                )
-                if found == wanted:
-                    continue
-                if not overwrite:
-                    changed = differences(found or {}, wanted)
-                    raise UserError(
-                        f"{path}: holds another run: {changed}; choose another output or set "
-                        "overwrite=true"
-                    )
-            absent.append(repeat)
-        return absent
+        return [
+            repeat
+            for repeat in range(self.repeats)
+            if not can_reuse(
+                path := self.path(repeat),
+                lambda path=path: read_json(path, "a repeat's results").get("identity", {}),
+                self.identity(classic, masks[repeat]),
+                "another run",
+                overwrite=overwrite,
+            )
+        ]
 
     def inputs(self) -> tuple[ClassicSet, np.ndarray]:
         """The set and its test masks (repeats, folds, B)."""
@@ -141,13 +134,14 @@ def deep_results(
             seed_everything(job.seed * 10_007 + repeat * 101 + fold)
             models.append(NETWORKS[job.method](bags[0].shape[1]))
     seed_everything(job.seed)
-    recipe = recipe_of(job.method, job.name, job.batch, job.epochs)
+    recipe = recipe_of(job.method, job.name, job.batch_size, job.epochs)
     logits = train_stacked(
         models, bags, targets, ~tests, recipe, torch.Generator().manual_seed(job.seed)
     )
     if not torch.isfinite(logits).all():
         raise UserError(
-            f"{job.method} on {job.name}: expected finite logits, training diverged; lower batch"
+            f"{job.method} on {job.name}: expected finite logits, found others since training "
+            "diverged; lower batch_size"
         )
     said = logits.argmax(2).view(len(repeats), job.folds, -1)
     own = (

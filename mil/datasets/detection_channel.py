@@ -14,7 +14,7 @@ import numpy as np
 from common import __version__
 from common.errors import UserError
 from common.files import sha256_file
-from common.provenance import differences
+from common.provenance import can_reuse
 from mil.datasets.detections import SlideDetections, tile_channels
 from patch_encoder.bags.files import bag_digest, read_bag, write_bag
 from patch_encoder.tiles.coordinates import TileGeometry
@@ -41,15 +41,12 @@ def write_channel(
         "detections_sha256": sha256_file(detections),
         "channels": CHANNELS,
     }
-    if target.is_file() and not overwrite:
-        present = {name: value for name, value in _attributes(target)[0].items() if name in own}
-        if present == own:
-            return False
-        changed = differences(present, own)
-        raise UserError(
-            f"{target}: holds a bag of other inputs: {changed}; choose another output or set "
-            "overwrite=true"
-        )
+
+    def recorded() -> dict[str, Any]:
+        return {name: value for name, value in _attributes(target)[0].items() if name in own}
+
+    if can_reuse(target, recorded, own, "a bag of other inputs", overwrite=overwrite):
+        return False
     bag = read_bag(source)
     if bag.coords is None:
         raise UserError(

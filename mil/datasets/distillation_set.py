@@ -20,9 +20,8 @@ import torch
 from PIL import Image
 
 from common.checkpoint import save_tensors
-from common.errors import UserError
 from common.files import atomic_path, read_json, write_json
-from common.provenance import differences
+from common.provenance import can_reuse, unknown_origin
 from patch_encoder.bags.files import read_bag
 from patch_encoder.slides import Slide, open_slide
 from patch_encoder.slides.tile_folder import TileFolder
@@ -160,20 +159,16 @@ def claim_root(root: Path, provenance: dict[str, Any], overwrite: bool) -> None:
         UserError: it holds a distillation set of another or unknown provenance.
     """
     stamp = root / "distillation.json"
-    found = read_json(stamp, "a distillation set's provenance") if stamp.is_file() else None
-    if found == provenance and not overwrite:
+    if not stamp.is_file() and (root / "wsi_root").exists():
+        raise unknown_origin(root, "wsi_root", stamp.name)
+    if can_reuse(
+        stamp,
+        lambda: read_json(stamp, "a distillation set's provenance"),
+        provenance,
+        "another distillation set",
+        overwrite=overwrite,
+    ):
         return
-    if found is not None and not overwrite:
-        changed = differences(found, provenance)
-        raise UserError(
-            f"{root}: holds another distillation set: {changed}; choose another output or set "
-            "overwrite=true"
-        )
-    if found is None and (root / "wsi_root").exists():
-        raise UserError(
-            f"{root / 'wsi_root'}: found without distillation.json, so of unknown origin; choose "
-            "another output"
-        )
     for name in ("wsi_root", "ann_root"):
         shutil.rmtree(root / name, ignore_errors=True)
     write_json(stamp, provenance)

@@ -13,9 +13,10 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 
+from common.figures import jpeg_uri
 from mil.datasets.bags import placed
 from mil.evaluation.runs import Finished
-from mil.figures.report import jpeg_uri, mark_tiles
+from mil.figures.report import mark_tiles
 from mil.tasks.kinds import Task
 from mil.tasks.objective_results import follow_up
 from mil.tasks.targets import NONE

@@ -12,9 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from common.checkpoint import load_checkpoint, load_weights, resume, save_checkpoint
 from common.config import key
@@ -31,12 +28,22 @@ from common.device import autocast
 from common.distributed import World, all_reduce_mean, unwrap, wrap
 from common.errors import UserError
 from common.metrics.classification import youden_threshold
+from common.optim import (
+    OPTIMIZERS,
+    clip_gradients,
+    exchange_gradients,
+    group_batches,
+    make_optimizer,
+    require_finite,
+    set_lr,
+    trainable,
+)
 from common.run import Run
+from common.schedules import SCHEDULES, drop_epoch, lr_factor
 from common.seed import epoch_generator
 from mil.models import MILOutput, Target, build
 from mil.ops.slide_coords import on_slide
 from mil.tasks.task import CLASSES, SURVIVAL, Objective
-from mil.training.optim import OPTIMIZERS, SCHEDULES, lr_factor, make_optimizer
 from mil.training.prediction import is_streamed, predict, source_of
 from mil.training.prefetch import on_device, prefetch
 from mil.training.streaming import stream
@@ -62,9 +69,15 @@ class Recipe:
     weight_decay: float = key(1e-5, "weight decay")
     beta1: float = key(0.9, "decay of the optimiser's mean of gradients")
     beta2: float = key(0.999, "decay of the optimiser's mean of squared gradients")
-    schedule: str = key("cosine", "learning rate by epoch; step: x 0.2 half-way", choices=SCHEDULES)
+    schedule: str = key(
+        "cosine",
+        "learning rate over the run: constant, one drop, or half a cosine",
+        choices=SCHEDULES,
+    )
+    lr_drop: int = key(0, "epoch after which the learning rate drops, once; 0: half-way")
+    lr_drop_factor: float = key(0.2, "factor of the learning rate from its drop on")
     lr_min: float = key(0.0, "learning rate at the end of the cosine")
-    clip_norm: float = key(0.0, "largest gradient norm; 0: gradients are not clipped")
+    clip_norm: float = key(0.0, "largest L2 norm of the gradients of a step; 0: any")
     accumulate: int = key(
         1, "bags per optimiser step, over all processes; their gradients are averaged"
     )
@@ -139,7 +152,7 @@ def train_one_epoch(
     steps = -(-len(order) // recipe.accumulate)
     weights = class_weights(samples) if recipe.class_weights and task.kind != "multilabel" else {}
     total = torch.zeros(1, device=world.device)
-    groups = list(batches(range(len(order)), recipe.accumulate))
+    groups = list(group_batches(range(len(order)), recipe.accumulate))
     # gradients are averaged over processes, so that each process sums loss * size / len(group);
     # a process that has no bag in a last, short group repeats one at weight 0 to take part in the
     # average
@@ -159,7 +172,7 @@ def train_one_epoch(
         outputs, targets = [], []
         for sample, bag in islice(loaded, len(places)):
             with (
-                _sync(model, len(targets) + 1 == len(places)),
+                exchange_gradients(model, last=len(targets) + 1 == len(places)),
                 autocast(world.device, recipe.precision),
             ):
                 output = model(*on_device(bag, world.device), target=task.told(sample.target))
@@ -168,16 +181,15 @@ def train_one_epoch(
                     outputs.append(output)
                     continue
                 loss = training_loss(output, sample.target, task) * weights.get(sample.target, 1.0)
-                _check_loss(loss, f"slide {sample.slide_id}")
+                require_finite(loss, f"slide {sample.slide_id}", remedy="lower training.lr")
                 (loss * share).backward()
             total += loss.detach() * mine
         if outputs:
             loss = task.step_loss(outputs, targets)
-            _check_loss(loss, f"step {step}")
+            require_finite(loss, f"step {step}", remedy="lower training.lr")
             loss.backward()
             total += loss.detach() * len(group)
-        if recipe.clip_norm:
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+        clip_gradients(model, recipe.clip_norm)
         optimizer.step()
         if after_step is not None:
             after_step(step / (recipe.epochs * steps))
@@ -195,13 +207,6 @@ def training_loss(
         for logits, weight in output.streams or ((output.logits, 1.0),)
     )
     return loss if output.auxiliary is None else loss + output.auxiliary
-
-
-def _check_loss(loss: Tensor, where: str) -> None:
-    if not torch.isfinite(loss):
-        raise UserError(
-            f"{where}: expected a finite loss, found {float(loss.detach())}; lower training.lr"
-        )
 
 
 def draws(
@@ -244,20 +249,6 @@ def epoch_order(samples: Sequence[Sample], balanced: bool, generator: torch.Gene
     weights = class_weights(samples)
     odds = torch.tensor([weights[stratum_of(sample)] for sample in samples], dtype=torch.float64)
     return torch.multinomial(odds, len(samples), replacement=True, generator=generator).tolist()
-
-
-def batches(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """Consecutive groups of `size`; the last may be shorter."""
-    return (order[start : start + size] for start in range(0, len(order), size))
-
-
-def _sync(model: nn.Module, last: bool) -> Any:
-    """DDP averages gradients at the last bag of a step only."""
-    return (
-        model.no_sync()
-        if isinstance(model, DistributedDataParallel) and not last
-        else nullcontext()
-    )
 
 
 @torch.inference_mode()
@@ -425,25 +416,25 @@ def train_model(
             does not go with.
     """
     check_recipe(recipe, task, world)
-    optimizer, scheduler = optimizer_of(model, recipe)
-    smoother = Smoother(recipe.smoothing)
-    parts = {"optimizer": optimizer, "scheduler": scheduler} | (
-        {"smoother": smoother} if recipe.smoothing else {}
+    betas = (recipe.beta1, recipe.beta2)
+    optimizer = make_optimizer(
+        recipe.optimizer, trainable(model), recipe.lr, recipe.weight_decay, betas
     )
+    smoother = Smoother(recipe.smoothing)
+    parts = {"optimizer": optimizer} | ({"smoother": smoother} if recipe.smoothing else {})
     epoch, best = resume(run.last, model, **parts)
     run.forget_after(epoch)
     parallel = wrap(model, world)
     while not is_over(epoch, best, recipe):
+        set_lr(optimizer, recipe_factor(recipe, epoch))
         order = epoch_order(train, recipe.balanced, epoch_generator(seed, epoch))
         loss = train_one_epoch(parallel, train, optimizer, recipe, world, order, epoch, task, seed)
         values = validate(model, val, world.device, recipe.precision, task)
         compared = smoother(values, task.score)
-        rate = scheduler.get_last_lr()[0]
-        scheduler.step()
         epoch += 1
         line = {
             "epoch": epoch,
-            "lr": rate,
+            "lr": optimizer.param_groups[0]["lr"],
             "train_loss": loss,
             f"val_{task.score}": values[task.score],
         }
@@ -461,15 +452,16 @@ def train_model(
     return without_weights(best) | {"epochs": epoch}
 
 
-def optimizer_of(
-    model: nn.Module, recipe: Recipe
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """The recipe's optimiser and its schedule by epoch."""
-    betas = (recipe.beta1, recipe.beta2)
-    optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay, betas)
-    floor = recipe.lr_min / recipe.lr if recipe.lr else 0.0
-    factor = partial(lr_factor, recipe.schedule, epochs=recipe.epochs, floor=floor)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+def recipe_factor(recipe: Recipe, epoch: int) -> float:
+    """Learning rate of an epoch as a share of the recipe's."""
+    return lr_factor(
+        recipe.schedule,
+        epoch,
+        recipe.epochs,
+        drop=drop_epoch(recipe.lr_drop, recipe.epochs),
+        drop_factor=recipe.lr_drop_factor,
+        floor=recipe.lr_min / recipe.lr if recipe.lr else 0.0,
+    )
 
 
 def weights_on_cpu(model: nn.Module) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from common import __version__
 from common.errors import UserError
 from common.processes.ray_cluster import RaySettings
 from common.progress import Progress
-from common.provenance import differences
+from common.provenance import can_reuse
 from patch_encoder.bags.files import bag_header
 from patch_encoder.cohort.disk_space import check_room, explain_full_disk
 from patch_encoder.cohort.failures import Failures
@@ -152,9 +152,7 @@ def extract(
     failures = Failures(STAGE, settings.shard.name)
     folder = Path(output) / encoder.name
     jobs = cohort_jobs(slides, coords, labels, failures, settings.shard)
-    todo = [
-        job for job in jobs if settings.overwrite or not is_done(job, encoder, folder, settings)
-    ]
+    todo = [job for job in jobs if not is_done(job, encoder, folder, settings)]
     logger.info(
         "%s: %s: %d slides, %d already done", STAGE, encoder.name, len(jobs), len(jobs) - len(todo)
     )
@@ -218,23 +216,20 @@ def encode_slides(
 
 
 def is_done(job: SlideJob, encoder: Encoder, folder: Path, settings: ExtractSettings) -> bool:
-    """Whether the slide's bag is there and holds what would be written; UserError when it holds
-    something else.
+    """Whether the slide's bag is there and holds what would be written.
+
+    Raises:
+        UserError: it holds something else, or lacks more tiles than `settings` allow.
     """
     path = folder / "h5_files" / f"{job.slide_id}.h5"
-    if not path.is_file():
+    if settings.overwrite or not path.is_file():
         return False
     (count, dim), attributes = bag_header(path)
     tiles, unreadable = len(job.coordinates.coords), int(attributes.get(UNREADABLE, 0))
     expected = bag_provenance(encoder, job.coordinates, settings)
     found = {name: attributes.get(name) for name in COMPARED} | {"shape": [count + unreadable, dim]}
     wanted = {name: expected.get(name) for name in COMPARED} | {"shape": [tiles, encoder.dim]}
-    if found != wanted:
-        changed = differences(found, wanted)
-        raise UserError(
-            f"{path}: holds features of another provenance: {changed}; choose another output or "
-            "set overwrite=true"
-        )
+    can_reuse(path, lambda: found, wanted, "features of another provenance")
     if unreadable > settings.max_bad_tiles * tiles:
         raise UserError(
             f"{path}: expected at most {settings.max_bad_tiles:g} of the tiles missing, found "

@@ -226,6 +226,28 @@ def test_training_learns_resumes_bit_for_bit_and_is_not_repeated(
     assert (tmp_path / "whole" / "checkpoint_last.pt").stat().st_mtime_ns == stamp
 
 
+def test_learning_rate_drops_once_and_the_logged_one_is_the_one_in_use(
+    pairs_root: Path, backbone_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def watched(optimizer: torch.optim.AdamW, *args: object) -> object:
+        used.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    keys = ["epochs=4", "lr_drop=1", "lr=1e-3", "augment=false", "scales=[1.0]", "cache=true"]
+    assert train(pairs_root, backbone_path, tmp_path / "run", *keys) == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    logged = [json.loads(line)["lr"] for line in lines]
+    assert logged == pytest.approx([1e-3, 1e-4, 1e-4, 1e-4])
+    steps = len(used) // 4
+    assert [used[epoch * steps : (epoch + 1) * steps] for epoch in range(4)] == [
+        [rate] * steps for rate in logged
+    ]
+
+
 def test_cached_features_train_the_same_student(
     pairs_root: Path, backbone_path: Path, tmp_path: Path
 ) -> None:

@@ -47,7 +47,7 @@ def train(*arguments: object) -> int:
         "precision=fp32",
         "epochs=2",
         "batch_size=4",
-        "val_share=0.3",
+        "val_fraction=0.3",
         "scales=[1.0,1.25]",
     ]
     return run(train_d2vfm.main, train_d2vfm.Config, [*base, *map(str, arguments)])

@@ -209,7 +209,7 @@ def walk_the_road(cohort: Path, out: Path, name: str, weights: Path) -> None:
     ]
     training += [
         "batch_size=4",
-        "val_share=0.3",
+        "val_fraction=0.3",
         f"online_teacher={name}",
         f"teacher_weights={weights}",
         *cpu,

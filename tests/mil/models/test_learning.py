@@ -16,11 +16,11 @@ import mil.training.engine as engine
 from common.config import load_config
 from common.distributed import World
 from common.metrics.classification import auc
+from common.optim import make_optimizer, trainable
 from mil.models import MODELS, build
 from mil.train import Config, build_job, main
 from mil.training.engine import Recipe, Sample, epoch_order, predict, train_one_epoch
 from mil.training.fold_run import PLAIN
-from mil.training.optim import make_optimizer
 from mil.training.recipes import resolve
 from tests.mil.models.small_options import SMALL
 
@@ -70,7 +70,11 @@ def test_every_model_learns(name: str, signs: int, epochs: int):
     train, test = problem(24, 0, signs), problem(60, 1, signs)
     model.fit([sample.features for sample in train])
     optimizer = make_optimizer(
-        recipe.optimizer, model, recipe.lr, recipe.weight_decay, (recipe.beta1, recipe.beta2)
+        recipe.optimizer,
+        trainable(model),
+        recipe.lr,
+        recipe.weight_decay,
+        (recipe.beta1, recipe.beta2),
     )
     losses = []
     for epoch in range(epochs):
