@@ -29,7 +29,7 @@ from common.cli import launch
 from common.config import REQUIRED, key
 from common.errors import UserError
 from common.files import read_json, sha256_bytes, sha256_file
-from common.processes.isolation import Lost, Raised, check_workers, isolated
+from common.processes.pool import Lost, Raised, check_workers, run_jobs
 from common.progress import progress
 from common.provenance import can_reuse, differences
 from detection_kd.datasets.cut_pairs import (
@@ -295,7 +295,7 @@ def cut_all(
 ) -> list[CutJob]:
     """The jobs whose part is there, in their order; the others are entered in `failures`."""
     done = []
-    outcomes = isolated(partial(cut, ranking=ranking), jobs, config.workers, config.read_timeout)
+    outcomes = run_jobs(partial(cut, ranking=ranking), jobs, config.workers, config.read_timeout)
     for number, result in progress(outcomes, "cutting tiles", len(jobs), "slides"):
         if isinstance(result, (Lost, Raised)):
             failures.add(jobs[number].slide_id, result.reason)

@@ -34,7 +34,7 @@ from common.config import REQUIRED, group, key
 from common.device import pick_device
 from common.errors import UserError, did_you_mean
 from common.files import atomic_path, read_json, safe_id, sha256_file, write_json
-from common.processes.isolation import Lost, Raised, check_workers, isolated
+from common.processes.pool import Lost, Raised, check_workers, run_jobs
 from common.progress import progress
 from common.provenance import can_reuse
 from mil.heatmaps.drawing import colour_table
@@ -279,7 +279,7 @@ def draw_all(
     cv2.setNumThreads(1)  # one core a process; before the fork, which takes no threads along
     jobs = Scored(pending, config.drawing, device)
     work = partial(draw_one, output=Path(config.output), task=source.task, drawing=config.drawing)
-    outcomes = isolated(work, jobs, config.workers, config.read_timeout)
+    outcomes = run_jobs(work, jobs, config.workers, config.read_timeout)
     for number, result in progress(outcomes, "heatmaps", len(jobs), "slides"):
         if isinstance(result, (Lost, Raised)):
             failures.add(pending[number][0].slide_id, result.reason)

@@ -21,6 +21,7 @@ import torch
 
 from common import __version__
 from common.errors import UserError
+from common.processes.ray_cluster import RaySettings
 from common.progress import Progress
 from common.provenance import can_reuse
 from patch_encoder.bags.bag import open_bag
@@ -31,7 +32,7 @@ from patch_encoder.cohort.shards import Shard
 from patch_encoder.extraction import decoding
 from patch_encoder.extraction.bag_assembly import UNREADABLE, Assembly
 from patch_encoder.extraction.network import Network, PendingFeatures
-from patch_encoder.extraction.ray_backend import RaySettings, Report, work_on_ray
+from patch_encoder.extraction.ray_backend import Report, work_on_ray
 from patch_encoder.extraction.tile_batches import SlideJob, TileBatch, TileSequence
 from patch_encoder.models.encoders import Encoder
 from patch_encoder.stain.normaliser import Normaliser
@@ -166,7 +167,12 @@ def extract(
         )
         bundle = 8 * settings.batch_size
         report = work_on_ray(
-            todo, work, settings.ray, on_cuda=settings.device.type == "cuda", least_tiles=bundle
+            todo,
+            work,
+            settings.ray,
+            cpus=settings.workers + 1,  # its decoding processes and itself
+            on_cuda=settings.device.type == "cuda",
+            least_tiles=bundle,
         )
     for row in report.failures:
         failures.add(row["slide"], row["error"])

@@ -469,7 +469,7 @@ def test_a_slide_that_crashes_its_reader_is_listed(
     failure = next(csv.DictReader((tmp_path / "failures.csv").read_text().splitlines()))
     assert (failure["slide"], failure["error"]) == (
         "S001",
-        "the reader crashed (signal 11, SIGSEGV)",
+        "the worker crashed (signal 11, SIGSEGV)",
     )
     assert set(Pack(tmp_path / "set.h5").slides) == {"S000", "T2"}
 

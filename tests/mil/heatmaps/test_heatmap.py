@@ -381,11 +381,11 @@ def test_processes_change_no_byte_and_a_slide_that_kills_one_is_listed(
     with (bench.parent / "struck" / "failures.csv").open() as stream:
         failed = {row["slide"]: row["error"] for row in csv.DictReader(stream)}
     assert failed == {
-        "s01": "the reader crashed (signal 11, SIGSEGV)",
-        "s03": "the reader did not answer for 1 s",
+        "s01": "the worker crashed (signal 11, SIGSEGV)",
+        "s03": "the worker did not answer for 1 s",
     }
     text = links(bench.parent / "struck" / "index.html").text
-    assert "the reader crashed" in text and "did not answer" in text
+    assert "the worker crashed" in text and "did not answer" in text
     drawn = {path.stem for path in (bench.parent / "struck" / "records").iterdir()}
     assert drawn == {"s00", "s02"}
     times = {

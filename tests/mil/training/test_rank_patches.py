@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import csv
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ import mil.rank_patches as rank_patches
 from common.cli import run as run_script
 from common.config import load_config
 from common.errors import UserError
-from common.processes.workers import run_all
+from common.processes.pool import run_jobs
 from mil.datasets.distillation_set import choose
 from mil.rank_patches import Config, main
 from mil.training.engine import load_classifier
@@ -148,7 +147,9 @@ def test_killed_and_restarted_is_the_same_set(
         original(*arguments)
 
     monkeypatch.setattr(distillation_set, "write_picture", dies)
-    monkeypatch.setattr(rank_patches, "run_all", partial(run_all, apart=False))
+    monkeypatch.setattr(
+        rank_patches, "run_jobs", lambda work, jobs, *_, **__: run_jobs(work, jobs, workers=0)
+    )
     with pytest.raises(KeyboardInterrupt):
         rank(cohort, tmp_path / "parts")
     monkeypatch.undo()
