@@ -114,6 +114,7 @@ def test_unknown_keys_are_refused_before_any_work(
     assert not list(folder.iterdir())
 
 
+@pytest.mark.process
 def test_a_stage_runs_with_the_real_interpreter_from_any_folder(folder: Path) -> None:
     for argument, status, expected in (
         ("--help", 0, "target_mpp"),

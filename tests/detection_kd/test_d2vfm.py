@@ -196,6 +196,7 @@ def test_bad_pairs_are_reported_at_once(pairs_root: Path, fault: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.process
 def test_training_learns_resumes_bit_for_bit_and_is_not_repeated(
     pairs_root: Path, backbone_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,6 +264,7 @@ def test_views_are_quarter_turns(pairs_root: Path) -> None:
     assert torch.equal(turned[1], plain[1])
 
 
+@pytest.mark.process
 def test_two_processes_give_the_losses_of_one(
     pairs_root: Path, backbone_path: Path, tmp_path: Path, root: Path
 ) -> None:

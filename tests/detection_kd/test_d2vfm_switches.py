@@ -101,6 +101,7 @@ def test_the_moving_average_is_what_is_validated_and_kept(
     )
 
 
+@pytest.mark.process
 def test_average_and_trained_stage_resume_bit_for_bit(
     pairs_root: Path, backbone_path: Path, tmp_path: Path
 ) -> None:
@@ -125,6 +126,7 @@ def test_average_and_trained_stage_resume_bit_for_bit(
     ).read_text()
 
 
+@pytest.mark.process
 def test_two_processes_see_the_whole_batch(
     pairs_root: Path, backbone_path: Path, tmp_path: Path
 ) -> None:

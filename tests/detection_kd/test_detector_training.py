@@ -135,6 +135,7 @@ def test_finished_run_is_left_alone_and_other_settings_refused(
     assert "config.lr 0.001 -> 0.002" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
     finished: Path, inputs: list[str], tmp_path: Path
 ) -> None:
@@ -159,6 +160,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
     )
 
 
+@pytest.mark.process
 def test_moving_average_is_what_is_kept_and_survives_a_kill(
     inputs: list[str], tmp_path: Path
 ) -> None:
@@ -310,6 +312,7 @@ def test_training_goes_on_from_a_whole_detector(
     assert run(main, Config, arguments(inputs, tmp_path / "freeze", both[0], "freeze=6")) == 2
 
 
+@pytest.mark.process
 def test_two_processes_equal_one(inputs: list[str], tmp_path: Path) -> None:
     changes = (
         "architecture.dropout=0",

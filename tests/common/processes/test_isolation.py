@@ -19,6 +19,8 @@ from common.errors import UserError
 from common.processes.isolation import Lost, Mapped, Pool, Raised, alive, check_workers, isolated
 from tests.helpers import children, die
 
+pytestmark = pytest.mark.process
+
 
 def misbehave(job: str) -> str:
     """A job by its name."""

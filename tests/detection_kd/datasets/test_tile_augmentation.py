@@ -221,6 +221,7 @@ def test_a_torch_teacher_gives_its_stored_features(
     assert train(folder, tmp_path / "online", *online[1:], "scales=[1.0]") == 2, "another run"
 
 
+@pytest.mark.process
 def test_two_processes_with_a_teacher_are_one(folder: Path, tmp_path: Path) -> None:
     """Each shows the teacher its own augmented tiles: the same tiles as in one process, wherever
     they fall.

@@ -450,6 +450,7 @@ def torchrun(processes: int, config: list[str]) -> SimpleNamespace:
     return SimpleNamespace(code=done.returncode, text=done.stdout + done.stderr)
 
 
+@pytest.mark.process
 def test_two_processes_train_as_one(make_cohort, tmp_path: Path):
     # 13 training slides, 4 a step: the last step has one bag, so that one process has none
     more = ("training.accumulate=4", "dropout=0.0", "training.epochs=2", "training.min_epochs=1")

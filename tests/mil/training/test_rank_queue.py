@@ -120,6 +120,7 @@ def test_devices_are_not_named_under_torchrun(
         benchmark.main(load_config(benchmark.Config, given))
 
 
+@pytest.mark.process
 def test_two_machines_write_the_tables_of_one_process(
     make_cohort, tmp_path: Path, root: Path, failing_training
 ):

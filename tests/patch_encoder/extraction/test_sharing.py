@@ -181,6 +181,7 @@ def test_workers_that_the_cluster_has_no_room_for_are_refused() -> None:
             ray_extraction._worker_count(resources, settings, on_cuda=on_cuda)
 
 
+@pytest.mark.process
 def test_a_worker_of_ray_that_is_killed_is_replaced_and_its_slide_done_again(
     cohort: Path, root: Path
 ) -> None:

@@ -33,6 +33,8 @@ from patch_encoder.slides.openslide_file import OpenSlideFile
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, read_coordinates
 from tests.helpers import children, die, make_cohort
 
+pytestmark = pytest.mark.process
+
 TILING = [
     "tile_size=64",
     "tissue.mpp=2",
