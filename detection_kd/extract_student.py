@@ -27,7 +27,7 @@ from common.errors import UserError
 from common.progress import Progress
 from detection_kd.models.shared_trunk import Member, SharedTrunk, by_trunk
 from detection_kd.models.student_onnx import load_students, split_entry
-from patch_encoder.cohort.disk_space import check_room, full_disk_explained
+from patch_encoder.cohort.disk_space import check_room, explain_full_disk
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.extraction.bag_assembly import Assembly
 from patch_encoder.extraction.keys import FeatureKeys
@@ -117,7 +117,7 @@ def encode_together(
     limits = {"dtype": settings.dtype, "pt": settings.pt, "max_bad_tiles": settings.max_bad_tiles}
     failures = [Failures(STAGE, settings.shard.name) for _ in group]
     with ExitStack() as stack:
-        stack.enter_context(full_disk_explained(output))
+        stack.enter_context(explain_full_disk(output))
         batches = stack.enter_context(closing(tile_batches(sequence, settings)))
         bar = stack.enter_context(Progress("features of students", len(sequence), "tiles"))
         assemblies = []

@@ -14,7 +14,8 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import read_json, write_csv
-from mil.tasks.classification import Judged, bootstrap, interval, summarise
+from common.metrics.bootstrap import interval
+from mil.tasks.classification import Judged, bootstrap, summarise
 from mil.tasks.kinds import Task
 from mil.tasks.prediction_rows import cut_on_validation, predictions_of_rows
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from common.metrics.bootstrap import interval
+from common.metrics.classification import confusion
 from mil.evaluation.risk_groups import kaplan_meier, median_survival, risk_groups
 from mil.evaluation.runs import Finished, grouped
-from mil.tasks.classification import confusion, interval, resample_runs
+from mil.tasks.classification import resample_runs
 from mil.tasks.multilabel import judge_labels
 from mil.tasks.ordinal import grade
 

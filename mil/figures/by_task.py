@@ -12,12 +12,12 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common.metrics.ranking import binary_auc
+from common.metrics.ranking import GRID, binary_auc, roc_curves
 from mil.evaluation.risk_groups import RiskGroups, kaplan_meier, risk_groups
 from mil.evaluation.runs import Finished, grouped
 from mil.evaluation.task_tables import grade_counts
 from mil.figures.curves import BANDS, looks
-from mil.figures.report import COLOURS, GRID, STYLE, roc_points, save_picture
+from mil.figures.report import COLOURS, STYLE, save_picture
 from mil.tasks.kinds import Task
 from mil.tasks.multilabel import LabelPredictions
 from mil.tasks.task import SURVIVAL
@@ -101,8 +101,8 @@ def _mean_of_label(said: Sequence[LabelPredictions], column: int) -> tuple[np.nd
     told = [pair for pair in pairs if 0 < pair[0].sum() < len(pair[0])]
     if not told:
         return np.full(len(GRID), np.nan), float("nan")
-    areas = [binary_auc(*pair, np.ones((1, len(pair[0]))))[0] for pair in told]
-    return np.mean([roc_points(*pair) for pair in told], axis=0), float(np.mean(areas))
+    areas = [binary_auc(*pair)[0] for pair in told]
+    return np.mean([roc_curves(*pair)[0] for pair in told], axis=0), float(np.mean(areas))
 
 
 def survival_figure(groups: Mapping[str, RiskGroups]) -> Figure:

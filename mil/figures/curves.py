@@ -25,10 +25,11 @@ from common.metrics.calibration import (
     reliability,
     stated_and_true,
 )
+from common.metrics.classification import auc, auprc
 from common.metrics.ranking import GRID, precision_curves, roc_curves
 from mil.evaluation.runs import Finished, grouped
 from mil.figures.report import COLOURS, STYLE, save_picture
-from mil.tasks.classification import Predictions, auc, auprc, resample_runs
+from mil.tasks.classification import Predictions, resample_runs
 
 RESAMPLES = 300
 DASHES = ("-", "--", "-.", ":")

@@ -15,8 +15,9 @@ from jaxtyping import Float
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from common.metrics.classification import auc, confusion, predict_class
 from mil.figures.report import COLOURS, STYLE, roc_figure, svg_uri
-from mil.tasks.classification import Predictions, binary_auc, confusion, predict_class
+from mil.tasks.classification import Predictions
 from mil.tasks.ordinal import grade
 
 BINS = 10
@@ -114,16 +115,7 @@ def roc(runs: Sequence[Predictions], classes: Sequence[str]) -> str | None:
     ):
         return None
     aucs = {
-        name: float(
-            np.mean(
-                [
-                    binary_auc(r.targets == 1, r.probabilities[:, 1], np.ones((1, len(r.targets))))[
-                        0
-                    ]
-                    for r in found
-                ]
-            )
-        )
+        name: float(np.mean([auc(run.targets, run.probabilities)[0] for run in found]))
         for name, found in curves.items()
     }
     return roc_figure(curves, aucs)

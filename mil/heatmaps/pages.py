@@ -29,7 +29,7 @@ from mil.heatmaps.gallery import say_value
 from mil.heatmaps.sources import Source, columns, facts
 from mil.tasks.kinds import Task
 from mil.tasks.task import SURVIVAL
-from patch_encoder.viz.captions import round_length, said_length
+from patch_encoder.viz.captions import choose_round_length, format_length
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 CLASS_CARDS = ("auc", "sensitivity", "specificity", "balanced_accuracy")
@@ -129,8 +129,8 @@ def scale_of(row: Mapping[str, Any]) -> tuple[str, float]:
     """(what a scale bar below the slide's picture says, its length in per cent of the picture's
     width).
     """
-    length = round_length(0.25 * row["width"] * row["mpp"])
-    return said_length(length), 100 * length / (row["width"] * row["mpp"])
+    length = choose_round_length(0.25 * row["width"] * row["mpp"])
+    return format_length(length), 100 * length / (row["width"] * row["mpp"])
 
 
 def cohort_figures(source: Source) -> dict[str, Any]:

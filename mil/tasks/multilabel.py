@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from common.metrics.classification import youden_threshold
 from common.metrics.ranking import average_precision, binary_auc, ratio
-from mil.tasks.classification import Judged, youden_threshold
+from mil.tasks.classification import Judged
 
 
 @dataclass(frozen=True)

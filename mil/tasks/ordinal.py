@@ -7,8 +7,9 @@ from __future__ import annotations
 import numpy as np
 
 from common.metrics.agreement import kappa
+from common.metrics.classification import confusion
 from common.metrics.ranking import binary_auc, ratio
-from mil.tasks.classification import Predictions, confusion
+from mil.tasks.classification import Predictions
 
 
 def grade(probabilities: np.ndarray) -> np.ndarray:

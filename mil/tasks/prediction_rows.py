@@ -11,7 +11,8 @@ import numpy as np
 
 from common.errors import UserError
 from common.metrics.calibration import fit_temperature
-from mil.tasks.classification import Predictions, youden_threshold
+from common.metrics.classification import youden_threshold
+from mil.tasks.classification import Predictions
 from mil.tasks.kinds import Task
 from mil.tasks.multilabel import LabelPredictions, label_thresholds
 from mil.tasks.survival import RiskPredictions

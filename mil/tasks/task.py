@@ -20,11 +20,12 @@ from torch.nn.functional import cross_entropy
 
 from common.errors import UserError
 from common.metrics.agreement import kappa
+from common.metrics.classification import auc, confusion
+from common.metrics.ranking import binary_auc
 from mil.losses.classification import class_loss, label_loss
 from mil.losses.ordinal import corn_loss, corn_probabilities
 from mil.losses.survival import cox_loss, discrete_loss, discrete_risk
 from mil.models.output import MILOutput, Target
-from mil.tasks.classification import auc, binary_auc, confusion
 from mil.tasks.ordinal import grade
 from mil.tasks.survival import concordance_index
 
@@ -182,7 +183,7 @@ class Objective:
             return float(auc(aims, said)[0])
         if self.kind == "multilabel":
             values = np.array(
-                [binary_auc(aims[:, k] > 0, said[:, k], ones)[0] for k in range(aims.shape[1])]
+                [binary_auc(aims[:, k] > 0, said[:, k])[0] for k in range(aims.shape[1])]
             )
             known = values[~np.isnan(values)]  # a label that no validation slide has says nothing
             return float(known.mean()) if len(known) else float("nan")

@@ -30,11 +30,11 @@ from common.config import key
 from common.device import autocast
 from common.distributed import World, all_reduce_mean, unwrap, wrap
 from common.errors import UserError
+from common.metrics.classification import youden_threshold
 from common.run import Run
 from common.seed import epoch_generator
 from mil.models import MILOutput, Target, build
 from mil.ops.slide_coords import on_slide
-from mil.tasks.classification import youden_threshold
 from mil.tasks.task import CLASSES, SURVIVAL, Objective
 from mil.training.optim import OPTIMIZERS, SCHEDULES, lr_factor, make_optimizer
 from mil.training.prediction import is_streamed, predict, source_of

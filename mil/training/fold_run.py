@@ -22,13 +22,14 @@ from common.distributed import World, barrier
 from common.files import sha256_bytes, write_csv
 from common.memory import reuse_large_blocks
 from common.metrics.calibration import fit_temperature
+from common.metrics.classification import predict_class
 from common.run import Run, Tracker, open_run
 from common.seed import seed_everything
 from mil.datasets.bags import Bags, load_bags
 from mil.datasets.labels import LabelledSlides
 from mil.datasets.splits import Split
 from mil.models import Standardised, build, plain_model
-from mil.tasks.classification import Predictions, evaluate, predict_class
+from mil.tasks.classification import Predictions, evaluate
 from mil.tasks.objective_results import make_objective, task_header, task_rows
 from mil.tasks.targets import Targets
 from mil.tasks.task import Objective

@@ -10,13 +10,9 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from mil.tasks.classification import (
-    Predictions,
-    bootstrap,
-    resample_patients,
-    summarise,
-    youden_threshold,
-)
+from common.metrics.bootstrap import resample_patients
+from common.metrics.classification import youden_threshold
+from mil.tasks.classification import Predictions, bootstrap, summarise
 from mil.tasks.kinds import Task, classification
 from mil.tasks.multilabel import LabelPredictions, evaluate_labels, label_thresholds
 from mil.tasks.ordinal import evaluate_grades, grade
