@@ -132,6 +132,7 @@ def test_the_published_names_of_ts2gkd_run_the_stages(
     assert called[:2] == ["-m", module] and called[-1] == "output=here"
 
 
+@pytest.mark.process
 def test_a_stage_runs_with_the_real_interpreter_from_any_folder(folder: Path) -> None:
     for argument, status, expected in (
         ("--help", 0, "target_mpp"),

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Int
 from PIL import Image
 
@@ -208,6 +207,8 @@ def read_ranking(path: str | Path) -> dict[str, Ranking]:
     Raises:
         UserError: neither of them.
     """
+    import pandas as pd  # a while to load
+
     path = Path(path)
     try:
         if path.suffix == ".json":

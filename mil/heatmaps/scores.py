@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.stats import rankdata
 from torch import nn
 
 from common.errors import UserError
@@ -73,6 +72,8 @@ class TileScores:
 
 def percentile_ranks(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """100 * rank / N, ranks from 1, equal values share the mean of their ranks."""
+    from scipy.stats import rankdata  # a while to load
+
     return 100.0 * rankdata(values, method="average") / len(values)
 
 

@@ -6,7 +6,6 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,22 +17,13 @@ from common.processes.pool import heartbeat
 from patch_encoder.slides import RegionError, Slide, SlideError, open_slide
 from patch_encoder.stain.normaliser import Normaliser
 from patch_encoder.stain.slide_stains import SlideStains
-from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
+from patch_encoder.tiles.coordinates import TileGeometry
 from patch_encoder.tiles.grid import read_tile
+from patch_encoder.tiles.slide_job import SlideJob
 
 logger = logging.getLogger(__name__)
 Place = Callable[..., Tensor]  # (shape, dtype=) -> memory for a batch
 OPEN_SLIDES = 4  # handles a worker keeps
-
-
-@dataclass(frozen=True)
-class SlideJob:
-    """One slide to be encoded: where it lies, its tiles, its resolution if the user gave one."""
-
-    slide_id: str
-    path: Path
-    coordinates: Coordinates
-    mpp: float | None
 
 
 class BadTile(NamedTuple):

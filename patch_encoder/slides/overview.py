@@ -229,8 +229,8 @@ class _Reader:
 
 
 def reduce_by_area(
-    values: Shaped[np.ndarray, n * rest], edges: Float64[np.ndarray, " bins"]
-) -> Float32[np.ndarray, _ * rest]:
+    values: Shaped[np.ndarray, " n *rest"], edges: Float64[np.ndarray, " bins"]
+) -> Float32[np.ndarray, " _ *rest"]:
     """Means between consecutive edges along the first axis, float32; a value that an edge cuts
     counts in part.
     """

@@ -447,6 +447,7 @@ assert torch._dynamo.utils.counters["frames"]["total"] >= 1, "nothing was compil
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_student_has_the_same_features(cohort: Path, root: Path, backend: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}

@@ -145,6 +145,7 @@ def test_every_feature_set_and_model_gets_the_same_splits(cohort: Path, tmp_path
     assert {f"1:{row['test']}" for row in written if row["test"]} <= next(iter(tested.values()))
 
 
+@pytest.mark.process
 def test_killed_and_restarted_gives_the_same_tables(cohort: Path, tmp_path: Path):
     main(load_config(Config, arguments(cohort, tmp_path / "whole")))
     output = tmp_path / "parts"

@@ -7,12 +7,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -142,39 +138,6 @@ def test_attention_separates_an_easy_problem_and_not_shuffled_labels(make_cohort
     # the control: the same pictures, labels that have nothing to do with them
     none = make_cohort(slides=60, signal=0.0, name="none")
     assert 0.2 < train(none, tmp_path / "none_run", *more)["test"]["auc"] < 0.8
-
-
-@pytest.mark.parametrize(
-    "more", [("model=abmil",), ("model=mean", "standardize=true", "training.accumulate=4")]
-)
-def test_killed_and_resumed_is_uninterrupted_bit_for_bit(
-    make_cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
-):
-    cohort = make_cohort()
-    train(cohort, tmp_path / "whole", *more)
-    epochs = 0
-    original = engine.train_one_epoch
-
-    def dies_in_fourth_epoch(*arguments):
-        nonlocal epochs
-        epochs += 1
-        if epochs == 4:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    monkeypatch.setattr(engine, "train_one_epoch", dies_in_fourth_epoch)
-    with pytest.raises(KeyboardInterrupt):
-        train(cohort, tmp_path / "parts", *more)
-    assert torch.load(tmp_path / "parts" / "checkpoint_last.pt", weights_only=True)["epoch"] == 2
-    assert (
-        len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) == 3
-    )  # one epoch beyond the checkpoint
-    train(cohort, tmp_path / "parts", *more)
-    assert epochs == 8  # epochs 3 to 6 after the kill
-    assert_same_files(tmp_path / "whole", tmp_path / "parts")
-    before = (tmp_path / "parts" / "checkpoint_last.pt").stat().st_mtime_ns
-    train(cohort, tmp_path / "parts", *more)
-    assert (tmp_path / "parts" / "checkpoint_last.pt").stat().st_mtime_ns == before and epochs == 8
 
 
 def test_other_settings_or_bags_need_overwrite(
@@ -429,44 +392,3 @@ def test_bad_fold_and_foreign_checkpoint_are_refused(make_cohort, tmp_path: Path
     torch.save({"model": {}, "config": {"other": 1}, "epoch": 1}, tmp_path / "x.pt")
     with pytest.raises(UserError, match="expected a slide classifier's checkpoint"):
         load_classifier(tmp_path / "x.pt", torch.device("cpu"))
-
-
-def torchrun(processes: int, config: list[str]) -> SimpleNamespace:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        "-m",
-        "mil.train",
-        *config,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=120, check=False
-    )
-    return SimpleNamespace(code=done.returncode, text=done.stdout + done.stderr)
-
-
-def test_two_processes_train_as_one(make_cohort, tmp_path: Path):
-    # 13 training slides, 4 a step: the last step has one bag, so that one process has none
-    more = ("training.accumulate=4", "dropout=0.0", "training.epochs=2", "training.min_epochs=1")
-    cohort = make_cohort(slides=26)
-    train(cohort, tmp_path / "one", *more)
-    assert (
-        len(build_job(load_config(Config, arguments(cohort, tmp_path / "one", *more))).split.train)
-        % 4
-        == 1
-    )
-    done = torchrun(2, arguments(cohort, tmp_path / "two", *more))
-    assert done.code == 0, done.text
-    for key, tensor in weights(tmp_path / "one" / "checkpoint_last.pt").items():
-        torch.testing.assert_close(
-            tensor, weights(tmp_path / "two" / "checkpoint_last.pt")[key], rtol=1e-4, atol=1e-6
-        )
-    lines = [
-        (tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")
-    ]
-    logged = [[json.loads(line)["train_loss"] for line in run] for run in lines]
-    np.testing.assert_allclose(logged[0], logged[1], rtol=1e-5)

@@ -135,6 +135,7 @@ def test_training_predicts_large_bags_by_streaming(
         assert float(first["prob_pos"]) == pytest.approx(float(second["prob_pos"]), abs=1e-5)
 
 
+@pytest.mark.process
 def test_memory_of_a_prediction_does_not_grow_with_the_bag(tmp_path: Path):
     """72,000 x 512 in half precision is 74 MB, 147 MB as float32 (larger than WHOLE_BYTES): less
     than 35 MB are taken for it.

@@ -236,6 +236,7 @@ def dump(page: Path, view: str) -> tuple[list[str], list[str], str]:
     return [slide for slide, _ in rows], shown, " ".join(sorted_by.groups())
 
 
+@pytest.mark.process
 def test_a_thousand_slides_sort_and_filter_in_a_browser(thousand: Path) -> None:
     assert thousand.stat().st_size < 20e6
     order, shown, how = dump(thousand, "sort=-tiles")

@@ -184,6 +184,7 @@ def test_slide_without_tissue_or_coordinates_is_listed(cohort: Path) -> None:
     assert sorted(list_bags(cohort / "features" / "mean_colour")) == ["S001"]
 
 
+@pytest.mark.process
 def test_killed_extraction_goes_on_to_the_same_bags(cohort: Path, root: Path) -> None:
     command = [
         sys.executable,

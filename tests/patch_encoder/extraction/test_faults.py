@@ -160,6 +160,7 @@ def test_real_slide_with_a_damaged_middle(real_data: Path, tmp_path: Path) -> No
     assert not (folder / "failures.csv").exists()
 
 
+@pytest.mark.process
 def test_killed_in_the_middle_and_started_again_gives_the_same_files(cohort: Path) -> None:
     arguments = keys(cohort, "encoder=stain_texture", "batch_size=2")
     part = cohort / "features" / "stain_texture" / "h5_files"
@@ -177,6 +178,7 @@ def test_killed_in_the_middle_and_started_again_gives_the_same_files(cohort: Pat
     assert not hidden(cohort / "features"), "the orphan is gone"
 
 
+@pytest.mark.process
 def test_two_processes_on_one_output_do_each_other_no_harm(cohort: Path, root: Path) -> None:
     command = [
         sys.executable,
@@ -322,6 +324,7 @@ launch(extract_features.main, extract_features.Config)
 """
 
 
+@pytest.mark.process
 def test_a_disk_that_is_really_full(cohort: Path, root: Path) -> None:
     """A file system of 80 KiB, mounted for this process alone: a bag takes 68 KiB at first and 8 to
     12 once it is finished.

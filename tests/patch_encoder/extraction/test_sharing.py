@@ -20,8 +20,8 @@ from common.errors import UserError
 from common.processes.ray_cluster import worker_count
 from patch_encoder import extract_features, tile_slides
 from patch_encoder.cohort.shards import Shard, count_tiles, make_bundles
-from patch_encoder.extraction.tile_batches import SlideJob
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
+from patch_encoder.tiles.slide_job import SlideJob
 from tests.helpers import draw_slide, make_cohort, write_pyramid
 
 
@@ -183,6 +183,7 @@ def test_workers_that_the_cluster_has_no_room_for_are_refused() -> None:
             worker_count(resources, 0, 4, on_cuda=on_cuda)
 
 
+@pytest.mark.process
 def test_a_worker_of_ray_that_is_killed_is_replaced_and_its_slide_done_again(
     cohort: Path, root: Path
 ) -> None:

@@ -27,11 +27,14 @@ from patch_encoder import inspect_slides as inspect
 from patch_encoder.extraction import decoding
 from patch_encoder.extraction import ray_backend as ray_extraction
 from patch_encoder.extraction import tile_batches as tile_module
-from patch_encoder.extraction.tile_batches import SlideJob, TileSequence
+from patch_encoder.extraction.tile_batches import TileSequence
 from patch_encoder.slides.openslide_file import OpenSlideFile
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, read_coordinates
+from patch_encoder.tiles.slide_job import SlideJob
 from tests.common.processes.fake_ray import FakeRay
 from tests.helpers import children, die, make_cohort
+
+pytestmark = pytest.mark.process
 
 TILING = [
     "tile_size=64",
