@@ -26,9 +26,9 @@ from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection,
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from detection_kd import engine
-from detection_kd.datasets.detection import Batch
+from detection_kd.datasets.detection import DetectionBatch
 from detection_kd.models.backbone import Backbone
-from detection_kd.models.checkpoint_import import from_huggingface
+from detection_kd.models.checkpoint_import import convert_huggingface
 from detection_kd.models.deformable_detr import DeformableDETR
 from detection_kd.models.deformable_transformer import Architecture
 from detection_kd.ops.compiled import unavailable
@@ -55,11 +55,11 @@ def our_model(theirs: DeformableDetrForObjectDetection) -> DeformableDETR:
         for name, v in theirs.state_dict().items()
         if name.startswith(prefix)
     }
-    model.load_state_dict(from_huggingface(theirs.state_dict()) | weights, strict=True)
+    model.load_state_dict(convert_huggingface(theirs.state_dict()) | weights, strict=True)
     return model
 
 
-def make_batch(side: int, device: torch.device) -> Batch:
+def make_batch(side: int, device: torch.device) -> DetectionBatch:
     """One image of side x 4/3 side px with boxes."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(1, 3, side, side * 4 // 3, generator=generator).to(device)
@@ -67,7 +67,7 @@ def make_batch(side: int, device: torch.device) -> Batch:
     boxes = torch.cat((0.2 + 0.6 * centres, 0.02 + 0.1 * sizes), -1).to(device)
     labels = torch.randint(CLASSES, (BOXES,), generator=generator).to(device)
     padding = torch.zeros(1, *images.shape[-2:], dtype=torch.bool, device=device)
-    return Batch(images, padding, [boxes], [labels], [0])
+    return DetectionBatch(images, padding, [boxes], [labels], [0])
 
 
 def contestants(side: int, device: torch.device) -> dict[str, dict[str, Callable[[], object]]]:
@@ -92,7 +92,7 @@ def contestants(side: int, device: torch.device) -> dict[str, dict[str, Callable
     def our_step() -> None:
         detections = ours.train()(batch.images, batch.padding)
         matches = engine.match_batch(detections, batch)
-        backward(ours, engine.batch_loss(detections, batch, matches, BOXES)[0])
+        backward(ours, engine.compute_batch_loss(detections, batch, matches, BOXES)[0])
 
     def their_step() -> None:
         backward(theirs, theirs.train()(batch.images, pixel_mask=mask, labels=annotations).loss)

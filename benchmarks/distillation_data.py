@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.files import write_json
-from detection_kd.datasets.distillation import DistillationTiles, Pair, pairs_digest, read_pairs
+from detection_kd.datasets.distillation import DistillationTiles, Pair, digest_pairs, read_pairs
 from detection_kd.datasets.packed_pairs import PackWriter
 
 TILE, DIM, PER_SLIDE = 256, 1536, 50
@@ -107,7 +107,7 @@ def one_round(path: Path, a: argparse.Namespace) -> tuple[dict[str, float], str]
         count = call(pairs)
         found[f"{name} tiles/s"] = count / (time.perf_counter() - start)
         found[f"{name} CPU ms/tile"] = 1000 * (cpu_seconds() - used) / count
-    return found, pairs_digest(pairs)
+    return found, digest_pairs(pairs)
 
 
 def measure(

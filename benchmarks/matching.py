@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from detection_kd.losses.boxes import cxcywh_to_xyxy, generalized_iou
 from detection_kd.losses.focal import ALPHA, GAMMA
-from detection_kd.losses.matcher import match
+from detection_kd.losses.matcher import match_queries
 
 
 def published(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Tensor]) -> None:
@@ -79,7 +79,7 @@ def main() -> None:
     times: dict[str, list[float]] = {"published": [], "ours": []}
     for _ in range(a.rounds):
         times["published"].append(clock(lambda: published(*arguments)))
-        times["ours"].append(clock(lambda: match(*arguments)))
+        times["ours"].append(clock(lambda: match_queries(*arguments)))
     medians = {name: statistics.median(values) for name, values in times.items()}
     print(
         f"{a.queries} queries x {a.boxes} boxes x batch {a.batch} x {a.layers} layers on "

@@ -4,9 +4,9 @@ process, interleaved.
     python benchmarks/student.py [--device cpu] [--rounds 3] [--compile] [--bf16] [--memory]
     [--json] [--output FILE]
 
-Random weights; the student is ResNet-50 up to `--needles` with the adapter mpa to 768. Tiles are
+Random weights; the student is ResNet-50 up to `--stages` with the adapter mpa to 768. Tiles are
 224 px for everyone, with `--native` the student also at its published 256. Forms: `published` (all
-stages whatever the needle, no folding, one batch, channels first: TS2G-KD's loop), `fp32` and
+stages whatever the stage, no folding, one batch, channels first: TS2G-KD's loop), `fp32` and
 `bf16` (ours in PyTorch), `onnx` and `int8` (onnxruntime). In a round every contestant encodes a
 batch (ViT-g one tile); figures are medians over rounds, ratios medians of the rounds' ratios, each
 side in its faster form where `--compile` gives two. Slides per hour: extraction end to end,
@@ -67,14 +67,14 @@ DIM, INPUT, TILE, SLIDE = 768, 224, 256, 10_000
 class Published(nn.Module):
     """TS2G-KD's student: every stage is computed, one is pooled."""
 
-    def __init__(self, needle: int) -> None:
+    def __init__(self, stage: int) -> None:
         super().__init__()
-        self.backbone, self.needle = Backbone("resnet50", "frozen"), needle
-        self.adapter = Adapter("mpa", self.backbone.channels[needle], DIM)
+        self.backbone, self.deepest_stage = Backbone("resnet50", "frozen"), stage
+        self.adapter = Adapter("mpa", self.backbone.channels[stage], DIM)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.adapter(
-            self.backbone(pixels.contiguous(), upto=2)[self.needle].mean(dim=(2, 3))
+            self.backbone(pixels.contiguous(), upto=2)[self.deepest_stage].mean(dim=(2, 3))
         )
 
 
@@ -82,11 +82,11 @@ def build(model: str, form: str = "fp32") -> nn.Module:
     """A contestant's network over uint8 pixels, random weights."""
     torch.manual_seed(0)
     if model.startswith("student"):
-        needle = int(model[len("student_n")])
+        stage = int(model[len("student_n")])
         inner: nn.Module = (
-            Published(needle)
+            Published(stage)
             if form == "published"
-            else Student(Backbone("resnet50", "frozen"), needle, "mpa", DIM)
+            else Student(Backbone("resnet50", "frozen"), stage, "mpa", DIM)
         )
         return PixelEncoder(inner, IMAGENET).eval().requires_grad_(False)
     if model in ENCODERS:
@@ -156,9 +156,9 @@ def contestants(a: argparse.Namespace) -> list[tuple[str, str]]:
         *["bf16"] * a.bf16,
         *["bf16 compiled"] * (a.bf16 and a.compile),
     ]
-    students = [f"student_n{needle}" for needle in a.needles]
+    students = [f"student_n{stage}" for stage in a.stages]
     out = [(s, form) for s in students for form in [*a.forms, *forms[1:]]]
-    out += [(f"student_n1@{TILE}", form) for form in a.forms if 1 in a.needles and a.native]
+    out += [(f"student_n1@{TILE}", form) for form in a.forms if 1 in a.stages and a.native]
     out += [(m, form) for m in a.models for form in (forms if m != "vit_g14" else ["fp32"])]
     return [*out, *[("vit_b16", "onnx")] * ("vit_b16" in a.models and "onnx" in a.forms)]
 
@@ -243,7 +243,7 @@ def best(rates: dict[str, float], model: str, precision: str) -> float:
 def ratios(rounds: list[dict[str, float]], a: argparse.Namespace) -> dict[str, float]:
     """Medians over rounds of the ratios within a round."""
     pairs = []
-    for student in (f"student_n{needle}" for needle in a.needles):
+    for student in (f"student_n{stage}" for stage in a.stages):
         for form in [*(form for form in a.forms if form != "published"), *["bf16"] * a.bf16]:
             pairs += [(student, form, student, "published")] if "published" in a.forms else []
             pairs += [
@@ -290,7 +290,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--needles", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--stages", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument(
         "--models", nargs="*", default=[*VITS, *ENCODERS], choices=[*VITS, *ENCODERS]
     )
@@ -298,7 +298,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--forms", nargs="+", default=list(FORMS), choices=FORMS, help="of the student"
     )
     parser.add_argument(
-        "--native", action="store_true", help=f"the student of needle 1 at {TILE} px as well"
+        "--native", action="store_true", help=f"the student of stage 1 at {TILE} px as well"
     )
     parser.add_argument(
         "--compile", action="store_true", help="compiled forms as well (a minute or two each)"

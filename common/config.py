@@ -39,6 +39,7 @@ def key(
     choices: Sequence[str] | None = None,
     path: bool = False,
     runtime: bool = False,
+    alias: str = "",
 ) -> Any:
     """A configuration field.
 
@@ -50,8 +51,15 @@ def key(
             used").
         runtime: changes where or how fast the work is done but not its result (device, workers,
             overwrite): not part of a run's identity.
+        alias: a second name, by which a published system calls the key.
     """
-    metadata = {"help": help, "choices": choices, "path": path, "runtime": runtime}
+    metadata = {
+        "help": help + (f" (also {alias}=)" if alias else ""),
+        "choices": choices,
+        "path": path,
+        "runtime": runtime,
+        "alias": alias,
+    }
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -87,7 +95,10 @@ def load_config(config_class: type[T], arguments: Sequence[str], *, check_paths:
     result = OmegaConf.to_object(config)
     for name, field, value in walk(result):
         _check_value(name, field, value, check_paths)
-    result._given = frozenset([*given, *(name for name, _ in assignments)])
+    names = _aliases(config_class)
+    result._given = frozenset(
+        names.get(name, name) for name in [*given, *(name for name, _ in assignments)]
+    )
     return result  # type: ignore[return-value]
 
 
@@ -166,6 +177,7 @@ def _flatten(
 
 def _assign(config: DictConfig, config_class: type, name: str, value: Any, source: str) -> None:
     leaves = dict(_leaves(config_class))
+    name = _aliases(config_class).get(name, name)
     if name not in leaves:
         raise ConfigError(f"{source}: unknown key '{name}'; {did_you_mean(name, leaves)}")
     expected = leaves[name]
@@ -173,7 +185,7 @@ def _assign(config: DictConfig, config_class: type, name: str, value: Any, sourc
         # text stays text (an id of 0012 keeps its zeros); everything else is read as YAML
         if isinstance(value, str) and expected not in TEXT:
             value = yaml.safe_load(value)
-        if get_origin(expected) is list and isinstance(value, str):
+        if get_origin(expected) is list and isinstance(value, (str, int, float)):
             value = [value]  # student=a.pt is student=[a.pt]
         if value == "null" and expected is not str:
             value = None
@@ -195,6 +207,12 @@ def _leaves(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(hint, f"{prefix}{field.name}.")  # type: ignore[arg-type]
         else:
             yield f"{prefix}{field.name}", hint
+
+
+def _aliases(config_class: type) -> dict[str, str]:
+    """Second names of keys -> their names; a block's keys have none."""
+    fields = dataclasses.fields(config_class)
+    return {f.metadata["alias"]: f.name for f in fields if f.metadata.get("alias")}
 
 
 def _type_name(hint: Any) -> str:

@@ -30,11 +30,11 @@ from common.files import read_json, sha256_file, write_json
 from common.progress import Progress
 from common.provenance import can_reuse
 from detection_kd.datasets.slide_detections import (
-    Found,
-    centred_in,
-    coco_document,
-    merge,
-    own_part,
+    FoundBoxes,
+    find_centred,
+    find_own_part,
+    make_detections_document,
+    merge_detections,
     write_geojson,
 )
 from detection_kd.engine import post_process
@@ -77,7 +77,7 @@ def to_tensor(tile: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(tile.transpose(2, 0, 1)))
 
 
-def provenance(config: Config, job: SlideJob, precision: str) -> dict[str, Any]:
+def make_provenance(config: Config, job: SlideJob, precision: str) -> dict[str, Any]:
     """What decides a slide's detections."""
     names = ("scale", "min_score", "max_detections", "nms_iou")
     settings = {name: getattr(config, name) for name in names} | {"precision": precision}
@@ -101,7 +101,7 @@ def is_done(path: Path, wanted: dict[str, Any], overwrite: bool) -> bool:
 @torch.inference_mode()
 def detect_tiles(
     model: nn.Module, tiles: Tensor, config: Config, settings: ExtractSettings, sides: list[int]
-) -> list[Found]:
+) -> list[FoundBoxes]:
     """Detections of a batch of tiles uint8 (B, 3, H, W), in level-0 px of each tile, whose sides
     these are.
     """
@@ -116,32 +116,34 @@ def detect_tiles(
     with autocast(settings.device, settings.precision):
         detections = model(images, padding)
     found = (
-        Found(*item)
+        FoundBoxes(*item)
         for item in post_process(
             detections, [(side, side) for side in sides], config.max_detections
         )
     )
-    return [Found(*(values[item.scores >= config.min_score] for values in item)) for item in found]
+    return [
+        FoundBoxes(*(values[item.scores >= config.min_score] for values in item)) for item in found
+    ]
 
 
-class Assembly:
+class SlideDetectionsAssembly:
     """Collects the detections of tiles, which come in order, and gives a slide's once its last tile
     is through.
     """
 
     def __init__(self, jobs: list[SlideJob]) -> None:
         self.jobs = jobs
-        self.parts: dict[int, list[Found]] = {}
-        self.own = [own_part(job.coordinates) for job in jobs]
+        self.parts: dict[int, list[FoundBoxes]] = {}
+        self.own = [find_own_part(job.coordinates) for job in jobs]
         self.counts = [0] * len(jobs)
 
-    def add(self, index: int, found: Found) -> None:
+    def add(self, index: int, found: FoundBoxes) -> None:
         """Detections of the next tile of slide `index`, in level-0 px of the tile."""
         tiles = self.parts.setdefault(index, [])
         number = len(tiles)
-        kept = centred_in(found.boxes, self.own[index][number])
+        kept = find_centred(found.boxes, self.own[index][number])
         corner = np.tile(self.jobs[index].coordinates.coords[number], 2).astype(np.float32)
-        tiles.append(Found(found.boxes[kept] + corner, found.scores[kept], found.labels[kept]))
+        tiles.append(FoundBoxes(found.boxes[kept] + corner, found.scores[kept], found.labels[kept]))
 
     def account(self, index: int, count: int) -> bool:
         """Enter `count` tiles, read or not; whether they were the slide's last."""
@@ -149,17 +151,17 @@ class Assembly:
         return self.counts[index] == len(self.jobs[index].coordinates.coords)
 
 
-def slides_of(
+def find_slides_of(
     model: nn.Module,
     jobs: list[SlideJob],
     config: Config,
     settings: ExtractSettings,
     failures: Failures,
-) -> Iterator[tuple[SlideJob, Found]]:
+) -> Iterator[tuple[SlideJob, FoundBoxes]]:
     """Every slide with its merged detections as soon as its last tile is through; slides with a
     broken tile are left out.
     """
-    sequence, assembly = TileSequence(jobs, to_tensor), Assembly(jobs)
+    sequence, assembly = TileSequence(jobs, to_tensor), SlideDetectionsAssembly(jobs)
     broken: set[int] = set()
     with Progress("detections", len(sequence), "tiles") as bar:
         for batch in tile_batches(sequence, settings):
@@ -177,7 +179,7 @@ def slides_of(
             for index, count in batch.counted:
                 bar.advance(count)
                 if assembly.account(index, count) and index not in broken:
-                    yield jobs[index], merge(assembly.parts.pop(index), config.nms_iou)
+                    yield jobs[index], merge_detections(assembly.parts.pop(index), config.nms_iou)
 
 
 def main(config: Config) -> int:
@@ -187,7 +189,7 @@ def main(config: Config) -> int:
     model = model.to(settings.device).eval()
     output, failures = Path(config.output), Failures(STAGE, settings.shard.name)
     jobs = cohort_jobs(config.slides, config.coords, config.labels, failures, settings.shard)
-    wanted = {job.slide_id: provenance(config, job, settings.precision) for job in jobs}
+    wanted = {job.slide_id: make_provenance(config, job, settings.precision) for job in jobs}
     documents = {slide_id: output / "coco" / f"{slide_id}.json" for slide_id in wanted}
     todo = [
         job
@@ -196,10 +198,10 @@ def main(config: Config) -> int:
     ]
     logger.info("%s: %d slides, %d already done", STAGE, len(jobs), len(jobs) - len(todo))
     categories = description["categories"]
-    for job, found in slides_of(model, todo, config, settings, failures):
+    for job, found in find_slides_of(model, todo, config, settings, failures):
         write_geojson(output / "geojson" / f"{job.slide_id}.geojson", found, categories)
         # last: where it is, the slide is done
-        document = coco_document(
+        document = make_detections_document(
             found, job.coordinates, job.path.name, categories, wanted[job.slide_id]
         )
         write_json(documents[job.slide_id], document)

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from common.device import autocast
 from common.distributed import gather_objects, mean_number
 from detection_kd.datasets.coco import ImageRecord
-from detection_kd.datasets.detection import Batch
+from detection_kd.datasets.detection import DetectionBatch
 from detection_kd.evaluation.coco_metrics import Prediction
 from detection_kd.losses.boxes import cxcywh_to_xyxy
 from detection_kd.losses.matcher import Match
 from detection_kd.losses.set_criterion import (
-    Targets,
+    DetectionTargets,
     denoising_losses,
     detection_losses,
     match_groups,
@@ -39,7 +39,7 @@ SLOW = (
 )  # a tenth of the learning rate (arXiv:2010.04159, appendix A.3)
 
 
-def parameter_groups(
+def make_parameter_groups(
     model: DeformableDETR,
     lr: float,
     lr_backbone: float,
@@ -81,9 +81,9 @@ class Matches:
     proposals: list[Match] | None
 
 
-def match_batch(detections: Detections, batch: Batch) -> Matches:
+def match_batch(detections: Detections, batch: DetectionBatch) -> Matches:
     """The cheapest matching of all layers and groups, and of the first stage where there is one."""
-    targets = Targets(batch.labels, batch.boxes)
+    targets = DetectionTargets(batch.labels, batch.boxes)
     proposals = None
     if detections.proposal_logits is not None and detections.proposal_boxes is not None:
         proposals = match_proposals(
@@ -95,7 +95,7 @@ def match_batch(detections: Detections, batch: Batch) -> Matches:
     return Matches(found, proposals)
 
 
-def count_boxes(batches: Sequence[Batch], device: torch.device) -> float:
+def count_boxes(batches: Sequence[DetectionBatch], device: torch.device) -> float:
     """Annotated boxes of all parts of an optimiser step, mean over processes, at least 1: what
     every loss is divided by.
     """
@@ -107,8 +107,8 @@ def count_boxes(batches: Sequence[Batch], device: torch.device) -> float:
     )
 
 
-def batch_loss(
-    detections: Detections, batch: Batch, matches: Matches, num_boxes: float
+def compute_batch_loss(
+    detections: Detections, batch: DetectionBatch, matches: Matches, num_boxes: float
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """The loss to minimise and its unweighted terms.
 
@@ -118,7 +118,7 @@ def batch_loss(
         matches: from `match_batch`.
         num_boxes: from `count_boxes`.
     """
-    targets = Targets(batch.labels, batch.boxes)
+    targets = DetectionTargets(batch.labels, batch.boxes)
     terms = detection_losses(
         detections.logits, detections.boxes, matches.decoder, targets, num_boxes
     )
@@ -142,7 +142,7 @@ def batch_loss(
 @torch.no_grad()
 def detect(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[DetectionBatch],
     records: list[ImageRecord],
     max_detections: int,
     precision: str,

@@ -32,11 +32,11 @@ from common.progress import progress
 from common.run import Run, open_run
 from detection_kd import engine
 from detection_kd.datasets.coco import DetectionSet, read_coco, same_categories
-from detection_kd.datasets.detection import DetectionDataset, loader
+from detection_kd.datasets.detection import DetectionDataset, make_loader
 from detection_kd.evaluation.coco_metrics import Prediction, average_precision
 from detection_kd.evaluation.coco_results import write_results
-from detection_kd.evaluation.froc import froc
-from detection_kd.evaluation.operating_point import counts, judge_set
+from detection_kd.evaluation.froc import compute_froc
+from detection_kd.evaluation.operating_point import count_hits, judge_set
 from detection_kd.models.deformable_detr import DeformableDETR, load_detector
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Config:
     overwrite: bool = key(False, "replace the evaluation of other settings", runtime=True)
 
 
-def resolve(config: Config, training: dict[str, Any]) -> Config:
+def resolve_sizes(config: Config, training: dict[str, Any]) -> Config:
     """The keys with their values checked, and sizes taken from the checkpoint's training where they
     are 0.
     """
@@ -130,12 +130,14 @@ def detect(
     model: nn.Module, annotated: DetectionSet, config: Config, world: World, pad_to: int
 ) -> list[Prediction]:
     """Detections of every image, found by all processes together."""
-    from detection_kd.datasets.transforms import eval_transform  # a while to load
+    from detection_kd.datasets.transforms import make_eval_transform  # a while to load
 
-    dataset = DetectionDataset(annotated.images, eval_transform(config.eval_size, config.max_size))
+    dataset = DetectionDataset(
+        annotated.images, make_eval_transform(config.eval_size, config.max_size)
+    )
     indices = range(len(dataset))[world.rank :: world.size]
     pin = world.device.type == "cuda"
-    batches = loader(
+    batches = make_loader(
         dataset, indices, config.batch_size, workers=config.workers, pad_to=pad_to, pin=pin
     )
     shown = progress(batches, "evaluation", len(batches), "batch", enabled=world.is_main)
@@ -156,7 +158,7 @@ def summarise(
     annotated: DetectionSet, predictions: list[Prediction], config: Config, seconds: float
 ) -> dict[str, Any]:
     """Content of results.json but for the digests."""
-    metrics = average_precision(annotated, predictions, config.max_detections) | froc(
+    metrics = average_precision(annotated, predictions, config.max_detections) | compute_froc(
         annotated, predictions, config.iou
     )
     images = len(annotated.images)
@@ -165,7 +167,7 @@ def summarise(
         "boxes": sum(int((~record.crowd).sum()) for record in annotated.images),
         "seconds": round(seconds, 3),
         "images_per_second": round(images / seconds, 3),
-        "at_score": counts(
+        "at_score": count_hits(
             judge_set(annotated, predictions, config.score, config.iou), annotated.categories
         ),
         "settings": identity(config),
@@ -184,7 +186,7 @@ def main(config: Config) -> int:
     model, description = build_model(config)
     training = description.get("training", {})
     config = replace(
-        resolve(config, training), precision=pick_precision(config.precision, world.device)
+        resolve_sizes(config, training), precision=pick_precision(config.precision, world.device)
     )
     annotated = read_annotated(config, description)
     run = open_output(config, world)

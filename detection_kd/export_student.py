@@ -33,15 +33,15 @@ from common.errors import UserError
 from common.files import atomic_path, read_json, sha256_bytes, sha256_file, write_json
 from common.provenance import can_reuse
 from detection_kd.datasets.distillation import DistillationTiles, read_pairs
-from detection_kd.models.student import load_student, student_encoder
+from detection_kd.models.student import load_student, load_student_encoder
 from detection_kd.models.student_onnx import (
     FILES,
     OPSET,
     RECORD,
     export_onnx,
     import_onnx,
+    make_student_note,
     quantise,
-    student_note,
 )
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.extraction.loop import cohort_jobs
@@ -77,7 +77,7 @@ class Config:
     overwrite: bool = key(False, "replace an export of other settings", runtime=True)
 
 
-def tiles_in(config: Config) -> Iterator[UInt8[Tensor, "3 h w"]]:
+def find_tiles(config: Config) -> Iterator[UInt8[Tensor, "3 h w"]]:
     """The tiles of the cohort or the distillation set in random order; those that cannot be read
     are passed over.
     """
@@ -111,7 +111,7 @@ def draw_tiles(config: Config) -> tuple[UInt8[Tensor, "c 3 h w"], UInt8[Tensor, 
         if getattr(config, name) < least:
             raise UserError(f"{name}={getattr(config, name)}: expected at least {least}")
     wanted = config.calibration_tiles + config.check_tiles
-    drawn = list(islice(tiles_in(config), wanted))
+    drawn = list(islice(find_tiles(config), wanted))
     if len(drawn) < wanted:
         raise UserError(
             f"export_student: expected {wanted} tiles (calibration_tiles + check_tiles), found "
@@ -128,12 +128,12 @@ def draw_tiles(config: Config) -> tuple[UInt8[Tensor, "c 3 h w"], UInt8[Tensor, 
 
 
 @torch.no_grad()
-def features_of(module: nn.Module, tiles: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
+def compute_features(module: nn.Module, tiles: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
     """float32 features, few tiles at a time."""
     return torch.cat([module(part).float() for part in tiles.split(4)])
 
 
-def agreement(
+def compare_features(
     found: Float[Tensor, "n d"], expected: Float[Tensor, "n d"], form: str
 ) -> dict[str, float]:
     """Cosines between two sets of features of the same tiles.
@@ -157,7 +157,7 @@ def agreement(
     return {"min": least, "mean": mean}
 
 
-def identity(
+def make_identity(
     config: Config, encoder: Encoder, calibration: Tensor, held_out: Tensor
 ) -> dict[str, Any]:
     """What decides the files."""
@@ -213,15 +213,15 @@ def export(
 ) -> dict[str, dict[str, float]]:
     """Write the files into `folder`, and compare each with the student; {form: cosines}."""
     _, student = load_student(config.student)
-    expected, cosines = features_of(encoder.model, held_out), {}
+    expected, cosines = compute_features(encoder.model, held_out), {}
     for form in list(FILES) if config.int8 else ["onnx"]:
-        note, path = student_note(student, encoder, form), folder / FILES[form]
+        note, path = make_student_note(student, encoder, form), folder / FILES[form]
         if form == "onnx":
             export_onnx(encoder.model, calibration, path, note)
         else:
             quantise(folder / FILES["onnx"], path, calibration, note, config.narrow_weights)
-        cosines[form] = agreement(
-            features_of(OnnxNetwork(path, encoder.dim), held_out), expected, form
+        cosines[form] = compare_features(
+            compute_features(OnnxNetwork(path, encoder.dim), held_out), expected, form
         )
         logger.info(
             "export_student: %s: cosine min %.6f, mean %.6f", FILES[form], *cosines[form].values()
@@ -232,9 +232,9 @@ def export(
 def main(config: Config) -> None:
     import_onnx()
     import_onnxruntime()
-    encoder, output = student_encoder(config.student, "student"), Path(config.output)
+    encoder, output = load_student_encoder(config.student, "student"), Path(config.output)
     calibration, held_out = draw_tiles(config)
-    wanted = identity(config, encoder, calibration, held_out)
+    wanted = make_identity(config, encoder, calibration, held_out)
     if is_done(output, wanted, config.overwrite):
         logger.info("export_student: %s is there", output)
         return

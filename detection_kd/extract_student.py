@@ -25,7 +25,7 @@ from common.config import REQUIRED, key
 from common.device import pick_device
 from common.errors import UserError
 from common.progress import Progress
-from detection_kd.models.shared_trunk import Member, SharedTrunk, by_trunk
+from detection_kd.models.shared_trunk import SharedTrunk, TrunkMember, group_by_trunk
 from detection_kd.models.student_onnx import load_students, split_entry
 from patch_encoder.cohort.disk_space import check_room, explain_full_disk
 from patch_encoder.cohort.failures import Failures
@@ -90,7 +90,7 @@ def build_model(config: Config) -> list[Encoder]:
 
 
 def encode_together(
-    group: list[Member], jobs: list[SlideJob], output: Path, settings: ExtractSettings
+    group: list[TrunkMember], jobs: list[SlideJob], output: Path, settings: ExtractSettings
 ) -> list[Failures]:
     """One pass over the slides that lack a bag; the failures of each student.
 
@@ -132,7 +132,7 @@ def encode_together(
 
 def extract_together(config: Config, students: list[Encoder], settings: ExtractSettings) -> int:
     """Encode a cohort with several students, trunk by trunk; returns the exit status."""
-    groups = by_trunk([Member(student, student.model.network) for student in students])  # type: ignore[arg-type]
+    groups = group_by_trunk([TrunkMember(student, student.model.network) for student in students])  # type: ignore[arg-type]
     cohort = Failures(STAGE, settings.shard.name)
     jobs = cohort_jobs(config.slides, config.coords, config.labels, cohort, settings.shard)
     status, start = 0, time.perf_counter()

@@ -34,13 +34,13 @@ from common.progress import progress
 from common.provenance import can_reuse, differences
 from detection_kd.datasets.cut_pairs import (
     JPEG_QUALITY,
-    CutJob,
+    PairCutJob,
     Ranking,
     cut_slide,
-    features_of,
+    read_features,
     read_ranking,
 )
-from detection_kd.datasets.distillation import pairs_digest, read_pairs
+from detection_kd.datasets.distillation import digest_pairs, read_pairs
 from detection_kd.datasets.packed_pairs import SUFFIXES, UNKNOWN, Pack, PackWriter
 from detection_kd.datasets.pair_problems import Problems
 from patch_encoder.bags.bag import open_bag
@@ -161,13 +161,13 @@ def pack_folder(config: Config, output: Path) -> int:
     provenance = {
         "source": "folder",
         "distillation": made_by,
-        "pairs": pairs_digest(pairs),
+        "pairs": digest_pairs(pairs),
         "dtype": dtype,
     }
     if is_done(output, provenance, config.overwrite):
         logger.info("%s: %s is there already", STAGE, output)
         return 0
-    corners = listed_corners(root)
+    corners = read_listed_corners(root)
     with explain_full_disk(output.parent), PackWriter(output, dtype) as writer:
         for pair in progress(pairs, "packing", len(pairs), "pairs"):
             corner = corners.get(f"{pair.slide_id}/{pair.image.name}", UNKNOWN)
@@ -175,11 +175,11 @@ def pack_folder(config: Config, output: Path) -> int:
                 pair.slide_id, pair.image.name, pair.picture(), pair.feature.numpy(), corner
             )
         writer.finish(provenance | {"software_version": __version__})
-    said(output, len(pairs))
+    describe_result(output, len(pairs))
     return 0
 
 
-def listed_corners(root: Path) -> dict[str, tuple[int, int]]:
+def read_listed_corners(root: Path) -> dict[str, tuple[int, int]]:
     """<slide>/<patch>.jpg -> (x, y), where the list has them."""
     images = read_json(root / "ann_root" / "ann.json", "the list of distillation images")["images"]
     entries = (entry for entry in images if isinstance(entry, dict))
@@ -192,21 +192,21 @@ def listed_corners(root: Path) -> dict[str, tuple[int, int]]:
 
 def find_jobs(
     config: Config, output: Path, ranking: dict[str, Ranking] | None, failures: Failures
-) -> list[CutJob]:
+) -> list[PairCutJob]:
     """One job per slide that has a teacher bag; the others are entered in `failures`."""
     bags = list_bags(config.features)
     folder = Path(config.coords) if config.coords else None
     if folder is not None and (folder / "coords").is_dir():
         folder = folder / "coords"
     pattern = tile_pattern_of(folder.glob("[!.]*.h5") if folder else bags.values())
-    records = chosen_records(config)
+    records = choose_records(config)
     paths = (
         locate_slides(records, config.slides, pattern)
         if records
         else find_slides(config.slides, pattern)
     )
     mpps = {record.slide_id: record.mpp for record in records}
-    dtypes = {features_of(bags[slide_id])[0] for slide_id in paths if slide_id in bags}
+    dtypes = {read_features(bags[slide_id])[0] for slide_id in paths if slide_id in bags}
     stored = (
         config.dtype
         if config.dtype != "auto"
@@ -226,12 +226,14 @@ def find_jobs(
             wanted = (config.tiles, config.seed, scores, config.encoding, stored)
             part = output.with_name(f"{output.name}.parts") / f"{slide_id}.h5"
             jobs.append(
-                CutJob(slide_id, path, mpps.get(slide_id), coords, bags[slide_id], *wanted, part)
+                PairCutJob(
+                    slide_id, path, mpps.get(slide_id), coords, bags[slide_id], *wanted, part
+                )
             )
     return jobs
 
 
-def chosen_records(config: Config) -> list[SlideRecord]:
+def choose_records(config: Config) -> list[SlideRecord]:
     """The rows of labels.csv that take part; none without one."""
     if not config.labels:
         return []
@@ -247,7 +249,7 @@ def chosen_records(config: Config) -> list[SlideRecord]:
     return records
 
 
-def part_provenance(job: CutJob, ranking: str) -> dict[str, Any]:
+def make_part_provenance(job: PairCutJob, ranking: str) -> dict[str, Any]:
     """What decides the pairs of one slide."""
     quality = JPEG_QUALITY if job.encoding == "jpeg" else None
     settings = {
@@ -261,13 +263,13 @@ def part_provenance(job: CutJob, ranking: str) -> dict[str, Any]:
     return settings | {"dtype": job.dtype, "bag": open_bag(job.bag).digest(), "coords": coords}
 
 
-def one_teacher(jobs: Sequence[CutJob]) -> dict[str, str]:
+def check_one_teacher(jobs: Sequence[PairCutJob]) -> dict[str, str]:
     """The encoder that made all bags, {} where they do not say.
 
     Raises:
         UserError: bags of several encoders.
     """
-    found = {job.slide_id: features_of(job.bag)[1] for job in jobs}
+    found = {job.slide_id: read_features(job.bag)[1] for job in jobs}
     first = jobs[0].slide_id
     for slide_id, encoder in found.items():
         if encoder != found[first]:
@@ -279,9 +281,9 @@ def one_teacher(jobs: Sequence[CutJob]) -> dict[str, str]:
     return found[first]
 
 
-def cut(job: CutJob, ranking: str) -> None:
+def cut_pairs(job: PairCutJob, ranking: str) -> None:
     """Cut a slide unless its part is there."""
-    provenance = part_provenance(job, ranking)
+    provenance = make_part_provenance(job, ranking)
     if job.part.exists():
         found = Pack(job.part).provenance
         if {name: found.get(name) for name in provenance} == provenance:
@@ -290,12 +292,14 @@ def cut(job: CutJob, ranking: str) -> None:
         cut_slide(job, provenance)
 
 
-def cut_all(
-    jobs: Sequence[CutJob], ranking: str, config: Config, failures: Failures
-) -> list[CutJob]:
+def cut_all_pairs(
+    jobs: Sequence[PairCutJob], ranking: str, config: Config, failures: Failures
+) -> list[PairCutJob]:
     """The jobs whose part is there, in their order; the others are entered in `failures`."""
     done = []
-    outcomes = run_jobs(partial(cut, ranking=ranking), jobs, config.workers, config.read_timeout)
+    outcomes = run_jobs(
+        partial(cut_pairs, ranking=ranking), jobs, config.workers, config.read_timeout
+    )
     for number, result in progress(outcomes, "cutting tiles", len(jobs), "slides"):
         if isinstance(result, (Lost, Raised)):
             failures.add(jobs[number].slide_id, result.reason)
@@ -315,7 +319,7 @@ def pack_slides(config: Config, output: Path) -> int:
             f"features={config.features}: expected bags of the slides, found none that fits"
         )
     slides = {
-        job.slide_id: sha256_bytes(json.dumps(part_provenance(job, digest)).encode())
+        job.slide_id: sha256_bytes(json.dumps(make_part_provenance(job, digest)).encode())
         for job in jobs
     }
     settings = {
@@ -325,17 +329,22 @@ def pack_slides(config: Config, output: Path) -> int:
         "encoding": config.encoding,
         "dtype": jobs[0].dtype,
     }
-    provenance = {"source": "slides", "teacher": one_teacher(jobs), **settings, "slides": slides}
+    provenance = {
+        "source": "slides",
+        "teacher": check_one_teacher(jobs),
+        **settings,
+        "slides": slides,
+    }
     if is_done(output, provenance, config.overwrite) and not failures.rows:
         logger.info("%s: %s is there already", STAGE, output)
         return 0
-    done = [Pack(job.part) for job in cut_all(jobs, digest, config, failures)]
+    done = [Pack(job.part) for job in cut_all_pairs(jobs, digest, config, failures)]
     list_mismatches(done, output)
     if not done:
         failures.write(output.parent)
         raise UserError(f"{output}: no slide could be cut, see {output.parent / failures.name}")
     failed = [row["slide"] for row in failures.rows]
-    join(
+    join_parts(
         done,
         output,
         jobs[0].dtype,
@@ -346,7 +355,7 @@ def pack_slides(config: Config, output: Path) -> int:
     return failures.write(output.parent)
 
 
-def join(parts: Sequence[Pack], output: Path, dtype: str, provenance: dict[str, Any]) -> None:
+def join_parts(parts: Sequence[Pack], output: Path, dtype: str, provenance: dict[str, Any]) -> None:
     """One packed set of many, in their order."""
     with explain_full_disk(output.parent), PackWriter(output, dtype) as writer:
         for part in progress(parts, "joining", len(parts), "slides"):
@@ -361,7 +370,7 @@ def join(parts: Sequence[Pack], output: Path, dtype: str, provenance: dict[str, 
                 )
             part.close()
         writer.finish(provenance)
-    said(output, sum(len(part) for part in parts))
+    describe_result(output, sum(len(part) for part in parts))
 
 
 def list_mismatches(parts: Sequence[Pack], output: Path) -> None:
@@ -378,7 +387,7 @@ def list_mismatches(parts: Sequence[Pack], output: Path) -> None:
     problems.settle(output, sum(len(part) for part in parts), report, skip_bad=True)
 
 
-def said(output: Path, count: int) -> None:
+def describe_result(output: Path, count: int) -> None:
     """What was made."""
     logger.info(
         "%s: %d pairs in %s (%.1f MiB)", STAGE, count, output, output.stat().st_size / 2**20

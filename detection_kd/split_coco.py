@@ -59,9 +59,9 @@ def main(config: Config) -> int:
             f"{config.annotations}: expected a COCO document (images, annotations), found {error!r}"
         ) from None
     sides = (
-        listed(names, Path(config.lists))
+        split_by_lists(names, Path(config.lists))
         if config.lists
-        else drawn(names, config.shares, config.group, config.seed)
+        else draw_split(names, config.shares, config.group, config.seed)
     )
     unused = sides.count("")
     if unused:
@@ -72,7 +72,7 @@ def main(config: Config) -> int:
             image for image, side in zip(document["images"], sides, strict=True) if side == split
         ]
         if images:
-            write_json(Path(config.output) / f"{split}.json", part(document, images))
+            write_json(Path(config.output) / f"{split}.json", select_part(document, images))
             logger.info(
                 "%s: %d images, %d boxes",
                 split,
@@ -82,7 +82,7 @@ def main(config: Config) -> int:
     return 0
 
 
-def listed(names: list[str], folder: Path) -> list[str]:
+def split_by_lists(names: list[str], folder: Path) -> list[str]:
     """The split of every image by `<split>.txt`, "" where it is in none.
 
     Raises:
@@ -109,7 +109,7 @@ def listed(names: list[str], folder: Path) -> list[str]:
     return sides
 
 
-def drawn(names: list[str], shares: list[float], group: str, seed: int) -> list[str]:
+def draw_split(names: list[str], shares: list[float], group: str, seed: int) -> list[str]:
     """A random split of every image; groups stay together, so that shares are met as nearly as
     their sizes allow.
 
@@ -144,7 +144,7 @@ def _group(name: str, pattern: str) -> str:
     return found.group()
 
 
-def part(document: dict[str, Any], images: list[dict[str, Any]]) -> dict[str, Any]:
+def select_part(document: dict[str, Any], images: list[dict[str, Any]]) -> dict[str, Any]:
     """The document with these images and their annotations only."""
     kept = {image["id"] for image in images}
     annotations = [

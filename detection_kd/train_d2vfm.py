@@ -41,7 +41,7 @@ from detection_kd.datasets.augmentation_keys import AugmentationKeys
 from detection_kd.datasets.distillation import (
     DistillationTiles,
     Pair,
-    pairs_digest,
+    digest_pairs,
     read_pairs,
     split_by_slide,
 )
@@ -49,18 +49,18 @@ from detection_kd.datasets.feature_cache import (
     DTYPES,
     CachedMaps,
     CacheKey,
-    cached_maps,
-    whole_batch,
+    cache_maps,
+    join_batch,
 )
-from detection_kd.evaluation.feature_agreement import agreement
+from detection_kd.evaluation.feature_agreement import measure_agreement
 from detection_kd.figures.student_report import write_report
 from detection_kd.losses.feature_regression import FEATURE_LOSSES
-from detection_kd.losses.feature_sum import ExtraTerms, FeatureSum, feature_sum
+from detection_kd.losses.feature_sum import DistillationLoss, ExtraTerms, distillation_loss
 from detection_kd.models.adapter import ADAPTERS
 from detection_kd.models.backbone import load_backbone
-from detection_kd.models.online_teacher import OnlineTeacher, online_teacher
+from detection_kd.models.online_teacher import OnlineTeacher, read_online_teacher
 from detection_kd.models.pooling import POOLINGS
-from detection_kd.models.student import FrozenMaps, Head, Student, student_config
+from detection_kd.models.student import FrozenMaps, Student, StudentHead, describe_student
 from patch_encoder.cohort.labels import read_labels
 from patch_encoder.models.encoder_table import IMAGENET
 from patch_encoder.models.encoders import PixelEncoder
@@ -81,12 +81,13 @@ class Config:
     )
     output: str = key(REQUIRED, "run directory", runtime=True)
     teacher: str = key("", "name of the teacher, kept in the checkpoint")
-    needle: int = key(1, "backbone stage that is pooled: 0, 1, 2 = layer2, layer3, layer4")
     input_scale: float = key(
         1.0, "resize tiles by this factor first, to the resolution that the detector was trained at"
     )
-    needles: list[int] = key(
-        [], "several stages, pooled each on its own and concatenated, instead of needle"
+    stages: list[int] = key(
+        [1],
+        "backbone stages that are pooled and concatenated: 0, 1, 2 = layer2, layer3, layer4",
+        alias="needle",
     )
     pooling: str = key(
         "mean", "how maps are pooled; gem and attention have parameters", choices=POOLINGS
@@ -158,18 +159,17 @@ class Config:
 
 def build_model(config: Config, dim: int) -> tuple[Student, dict[str, Any]]:
     """The student for a teacher of width `dim`, and what a checkpoint needs to rebuild it."""
-    needles = config.needles or [config.needle]
-    if not set(needles) <= {0, 1, 2} or needles != sorted(set(needles)):
+    stages = config.stages
+    if not set(stages) <= {0, 1, 2} or stages != sorted(set(stages)):
         raise UserError(
-            f"needle={config.needle} needles={config.needles}: expected 0, 1 or 2 (layer2, "
-            "layer3, layer4), ascending"
+            f"stages={config.stages}: expected 0, 1 or 2 (layer2, layer3, layer4), ascending"
         )
     if not 0 < config.input_scale <= 4:
         raise UserError(f"input_scale={config.input_scale}: expected a factor above 0, at most 4")
-    if not 0 <= config.unfreeze <= max(needles) + 3 or config.unfreeze_lr <= 0:
+    if not 0 <= config.unfreeze <= max(stages) + 3 or config.unfreeze_lr <= 0:
         raise UserError(
             f"unfreeze={config.unfreeze} unfreeze_lr={config.unfreeze_lr:g}: expected 0 to "
-            f"{max(needles) + 3} stages "
+            f"{max(stages) + 3} stages "
             "(the last that is used, the one before, ..., the stem) and a factor above 0"
         )
     if config.unfreeze and config.cache:
@@ -179,12 +179,12 @@ def build_model(config: Config, dim: int) -> tuple[Student, dict[str, Any]]:
         )
     backbone, _ = load_backbone(config.backbone)
     student = Student(
-        backbone, needles, config.adapter, dim, config.input_scale, config.pooling, config.unfreeze
+        backbone, stages, config.adapter, dim, config.input_scale, config.pooling, config.unfreeze
     )
-    return student, student_config(student, config.teacher)
+    return student, describe_student(student, config.teacher)
 
 
-def parameter_groups(student: Student, lr: float, unfreeze_lr: float) -> list[dict[str, Any]]:
+def make_parameter_groups(student: Student, lr: float, unfreeze_lr: float) -> list[dict[str, Any]]:
     """Pooling and adapter at `lr`, stages that are trained at `unfreeze_lr` times that."""
     groups: list[dict[str, Any]] = [
         {"params": [*student.pooling.parameters(), *student.adapter.parameters()], "lr": lr}
@@ -193,29 +193,33 @@ def parameter_groups(student: Student, lr: float, unfreeze_lr: float) -> list[di
     return [*groups, {"params": stages, "lr": lr * unfreeze_lr}] if stages else groups
 
 
-def network(student: Student, config: Config, world: World) -> nn.Module:
+def build_network(student: Student, config: Config, world: World) -> nn.Module:
     """What takes the items of the sets: the whole student, or what comes behind the cached
     features.
     """
-    module = Head(student) if config.cache else PixelEncoder(student, IMAGENET)
+    module = StudentHead(student) if config.cache else PixelEncoder(student, IMAGENET)
     return module.to(world.device, memory_format=torch.channels_last)
 
 
 @dataclass
-class Job:
+class DistillationRun:
     """What a step needs beside model and data."""
 
     config: Config
     world: World
     precision: str
-    loss: FeatureSum
+    loss: DistillationLoss
     student: Student
     average: AveragedModel | None
     online: OnlineTeacher | None
 
 
 def train_one_epoch(
-    job: Job, model: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer, epoch: int
+    job: DistillationRun,
+    model: nn.Module,
+    loader: DataLoader,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
 ) -> dict[str, float]:
     """One pass over the training pairs; mean loss, and its terms when there are several, over steps
     and processes.
@@ -231,7 +235,7 @@ def train_one_epoch(
     ):
         if job.online is not None:
             teacher = job.online(teacher)
-        inputs = on_device(inputs, world.device)
+        inputs = move_to_device(inputs, world.device)
         if isinstance(inputs, Tensor):
             inputs = rescale(
                 inputs, config.scales, config.augmentation.sizes, config.seed, epoch, step
@@ -253,7 +257,7 @@ def train_one_epoch(
     return mean_dict({name: value / max(1, len(loader)) for name, value in sums.items()})
 
 
-def on_device(inputs: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
+def move_to_device(inputs: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
     """Tiles, or a list of cached maps, moved."""
     if isinstance(inputs, Tensor):
         return inputs.to(device, non_blocking=True)
@@ -287,7 +291,7 @@ def predict(
     students, teachers = [], []
     for inputs, teacher in loader:
         with autocast(device, precision):
-            students.append(model(on_device(inputs, device)).float())
+            students.append(model(move_to_device(inputs, device)).float())
         teachers.append(teacher.to(device))
     return torch.cat(students), torch.cat(teachers)
 
@@ -318,10 +322,10 @@ def make_sets(
         DistillationTiles(pairs, augment=False, seed=config.seed, turns=turns)
         for turns in range(config.views)
     ]
-    return cached_sets(config, student, pairs, turned, (train_pairs, val_pairs), world, inputs)
+    return cache_sets(config, student, pairs, turned, (train_pairs, val_pairs), world, inputs)
 
 
-def cached_sets(
+def cache_sets(
     config: Config,
     student: Student,
     pairs: list[Pair],
@@ -345,7 +349,7 @@ def cached_sets(
     )
     folder = Path(config.cache_dir or Path(config.output).absolute().parent / "d2vfm_cache")
     frozen = FrozenMaps(student).to(world.device, memory_format=torch.channels_last).eval()
-    turns = cached_maps(folder, name, frozen, student.needles, turned, world, config.workers)
+    turns = cache_maps(folder, name, frozen, student.stages, turned, world, config.workers)
     place = {id(pair): row for row, pair in enumerate(pairs)}
     teacher = torch.stack([pair.feature for pair in pairs])
     train_rows, val_rows = ([place[id(pair)] for pair in part] for part in parts)
@@ -368,7 +372,7 @@ def make_loaders(
         "worker_init_fn": seed_worker,
     }
     options |= (
-        {"num_workers": 0, "collate_fn": whole_batch}
+        {"num_workers": 0, "collate_fn": join_batch}
         if config.cache
         else {"num_workers": config.workers}
     )
@@ -386,15 +390,15 @@ def main(config: Config) -> None:
         if config.labels
         else {}
     )
-    loss = feature_sum(config.loss, config.loss_weight, config.extra)
+    loss = distillation_loss(config.loss, config.loss_weight, config.extra)
     report = Path(config.output) / "problems.csv" if world.is_main else None
     checks = {"verify": config.verify, "skip_bad": config.skip_bad}
     pairs = read_pairs(config.dataset, report=report, show=world.is_main, **checks)
     seed_everything(config.seed)
     student, rebuild = build_model(config, dim=len(pairs[0].feature))
-    inputs = {"dataset": pairs_digest(pairs), "backbone": sha256_file(config.backbone)}
+    inputs = {"dataset": digest_pairs(pairs), "backbone": sha256_file(config.backbone)}
     wanted = config.online_teacher, config.teacher_weights, config.teacher_crop
-    online = online_teacher(
+    online = read_online_teacher(
         *wanted, pairs, world.device, pick_precision(config.precision, world.device)
     )
     inputs |= {"online_teacher": online.digest} if online else {}
@@ -410,16 +414,17 @@ def main(config: Config) -> None:
         logger.info("train_d2vfm: %s is finished: %s", run.path, run.results)
         return
     train, val = make_sets(config, student, pairs, world, inputs, online)
-    model = wrap(network(student, config, world), world)
+    model = wrap(build_network(student, config, world), world)
     average = moving_average(student, config.ema)
     shown = student if average is None else average.module  # what is evaluated and kept
-    evaluated = network(shown, config, world)
+    evaluated = build_network(shown, config, world)
     optimizer = torch.optim.AdamW(
-        parameter_groups(student, config.lr, config.unfreeze_lr), weight_decay=config.weight_decay
+        make_parameter_groups(student, config.lr, config.unfreeze_lr),
+        weight_decay=config.weight_decay,
     )
     train_loader, val_loader = make_loaders(config, world, train, val)
     precision = pick_precision(config.precision, world.device)
-    job = Job(config, world, precision, loss, student, average, online)
+    job = DistillationRun(config, world, precision, loss, student, average, online)
     resumed: dict[str, Any] = {"optimizer": optimizer}
     resumed |= {} if average is None else {"average": average}
     start, best = resume(run.last, student, **resumed)
@@ -430,7 +435,10 @@ def main(config: Config) -> None:
             train.epoch = epoch
         train_loader.generator = epoch_generator(config.seed, epoch)
         losses = train_one_epoch(job, model, train_loader, optimizer, epoch)
-        metrics = {**losses, **agreement(*predict(evaluated, val_loader, precision, world.device))}
+        metrics = {
+            **losses,
+            **measure_agreement(*predict(evaluated, val_loader, precision, world.device)),
+        }
         improved = metrics["cosine"] > best.get("cosine", -2.0)
         best = {"epoch": epoch + 1, **metrics} if improved else best
         if world.is_main:

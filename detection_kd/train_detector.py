@@ -42,9 +42,9 @@ from common.seed import seed_everything
 from common.step_timer import StepTimes
 from detection_kd import engine
 from detection_kd.datasets.coco import DetectionSet, read_coco, same_categories
-from detection_kd.datasets.detection import DetectionDataset, epoch_indices, loader
+from detection_kd.datasets.detection import DetectionDataset, draw_epoch_indices, make_loader
 from detection_kd.evaluation.coco_metrics import Prediction, average_precision
-from detection_kd.evaluation.froc import froc
+from detection_kd.evaluation.froc import compute_froc
 from detection_kd.models.backbone import (
     HUB,
     NORMS,
@@ -52,7 +52,7 @@ from detection_kd.models.backbone import (
     STAGES,
     Backbone,
     build_pretrained,
-    trunk_weights,
+    read_trunk_weights,
 )
 from detection_kd.models.checkpoint_import import load_published
 from detection_kd.models.deformable_detr import DeformableDETR, describe_detector
@@ -221,7 +221,7 @@ def read_sets(config: Config) -> tuple[DetectionSet, DetectionSet]:
     return train, val
 
 
-def place(model: DeformableDETR, config: Config, world: World) -> nn.Module:
+def place_model(model: DeformableDETR, config: Config, world: World) -> nn.Module:
     """The model on its device, ready for one or many processes."""
     if config.accumulate < 1 or config.batch_size % (world.size * config.accumulate):
         raise UserError(
@@ -245,7 +245,7 @@ def place(model: DeformableDETR, config: Config, world: World) -> nn.Module:
 
 
 @dataclass
-class Job:
+class DetectorRun:
     """One process's view of the run."""
 
     config: Config
@@ -256,7 +256,7 @@ class Job:
 
 
 def train_one_epoch(
-    job: Job,
+    job: DetectorRun,
     model: nn.Module,
     train: DetectionSet,
     optimizer: torch.optim.Optimizer,
@@ -270,7 +270,7 @@ def train_one_epoch(
     seed_everything(
         (config.seed * 100_003 + epoch) * 1_009 + world.rank
     )  # dropout does not depend on earlier epochs
-    batches = training_batches(config, world, train, epoch)
+    batches = make_training_batches(config, world, train, epoch)
     steps = len(batches) // config.accumulate
     rate = {
         "warmup": config.warmup_steps,
@@ -302,7 +302,7 @@ def train_one_epoch(
                 times.mark("forward")
                 matches = engine.match_batch(detections, batch)
                 times.mark("matching")
-                loss, terms = engine.batch_loss(detections, batch, matches, num_boxes)
+                loss, terms = engine.compute_batch_loss(detections, batch, matches, num_boxes)
                 images = [train.images[index].id for index in batch.indices]
                 require_finite(loss, f"images {images}", terms, remedy=REMEDY)
                 times.mark("loss")
@@ -326,15 +326,15 @@ def train_one_epoch(
     return {name: value / steps for name, value in mean_dict(sums).items()} | times.whole()
 
 
-def training_batches(
+def make_training_batches(
     config: Config, world: World, train: DetectionSet, epoch: int
 ) -> DataLoader[Any]:
     """This process's batches of one epoch."""
-    from detection_kd.datasets.transforms import train_transform  # a while to load
+    from detection_kd.datasets.transforms import make_train_transform  # a while to load
 
     sizes = config.augmentation
     low, high = sizes.crop_range
-    transform = train_transform(
+    transform = make_train_transform(
         sizes.sizes,
         sizes.max_size,
         crop_sizes=sizes.crop_sizes,
@@ -342,7 +342,7 @@ def training_batches(
         symmetry=sizes.symmetry,
     )
     dataset = DetectionDataset(train.images, transform, config.seed, epoch)
-    indices = epoch_indices(
+    indices = draw_epoch_indices(
         len(dataset), config.batch_size, config.seed, epoch, world.rank, world.size
     )
     return _loader(config, world, dataset, indices)
@@ -351,7 +351,7 @@ def training_batches(
 def _loader(
     config: Config, world: World, dataset: DetectionDataset, indices: Sequence[int]
 ) -> DataLoader[Any]:
-    return loader(
+    return make_loader(
         dataset,
         indices,
         config.batch_size // (world.size * config.accumulate),
@@ -362,23 +362,23 @@ def _loader(
 
 
 def evaluate(
-    job: Job, model: nn.Module, val: DetectionSet
+    job: DetectorRun, model: nn.Module, val: DetectionSet
 ) -> tuple[dict[str, float], list[Prediction]]:
     """COCO metrics and FROC on the validation images of all processes, and the detections."""
-    from detection_kd.datasets.transforms import eval_transform  # a while to load
+    from detection_kd.datasets.transforms import make_eval_transform  # a while to load
 
     config, world, sizes = job.config, job.world, job.config.augmentation
-    dataset = DetectionDataset(val.images, eval_transform(sizes.eval_size, sizes.max_size))
+    dataset = DetectionDataset(val.images, make_eval_transform(sizes.eval_size, sizes.max_size))
     indices = range(len(dataset))[world.rank :: world.size]
     batches = _loader(config, world, dataset, indices)
     shown = progress(batches, "evaluation", len(batches), "batch", enabled=world.is_main)
     predictions = engine.detect(model, shown, val.images, config.max_detections, job.precision)
-    return average_precision(val, predictions, config.max_detections) | froc(
+    return average_precision(val, predictions, config.max_detections) | compute_froc(
         val, predictions
     ), predictions
 
 
-def fingerprints(config: Config) -> dict[str, str]:
+def make_fingerprints(config: Config) -> dict[str, str]:
     """Digests of the files that decide the result."""
     files = {
         "train": config.train,
@@ -389,7 +389,9 @@ def fingerprints(config: Config) -> dict[str, str]:
     return {name: sha256_file(path) for name, path in files.items() if path}
 
 
-def draw(run: Run, val: DetectionSet, predictions: list[Prediction], config: Config) -> None:
+def draw_results(
+    run: Run, val: DetectionSet, predictions: list[Prediction], config: Config
+) -> None:
     """Curves and overlays of the best epoch so far."""
     from detection_kd.figures.detection import write_detection_pictures  # a while to load
 
@@ -401,7 +403,7 @@ def draw(run: Run, val: DetectionSet, predictions: list[Prediction], config: Con
 def save_backbone(run: Run) -> None:
     """Leave the trunk of the best epoch beside the checkpoints, for the next stage."""
     content = load_checkpoint(run.best)
-    weights = trunk_weights(content)
+    weights = read_trunk_weights(content)
     save_checkpoint(
         run.path / "backbone.pt",
         model=weights,
@@ -420,8 +422,8 @@ def main(config: Config) -> int:
     seed_everything(config.seed)
     plain = build_model(config, len(train.categories))
     load_initial_weights(plain, config, train.categories)
-    model = place(plain, config, world)
-    inputs = fingerprints(config)
+    model = place_model(plain, config, world)
+    inputs = make_fingerprints(config)
     run = open_run(
         config.output,
         config,
@@ -435,8 +437,8 @@ def main(config: Config) -> int:
         return 0
     average = moving_average(plain, config.ema)
     shown = plain if average is None else average.module  # what is evaluated and kept
-    job = Job(config, world, run, precision, average)
-    groups = engine.parameter_groups(
+    job = DetectorRun(config, world, run, precision, average)
+    groups = engine.make_parameter_groups(
         plain, config.lr, config.lr_backbone, config.slow_factor, config.layer_decay
     )
     optimizer = make_optimizer("adamw", groups, config.lr, config.weight_decay)
@@ -460,7 +462,7 @@ def main(config: Config) -> int:
                 best = {"epoch": epoch + 1, **metrics}
                 if world.is_main:
                     save_checkpoint(run.best, model=shown.state_dict(), best=best, **state)
-                    draw(run, val, predictions, config)
+                    draw_results(run, val, predictions, config)
         if world.is_main:
             resumed = {"optimizer": optimizer, "scaler": scaler, **averages}
             parts = {name: part.state_dict() for name, part in resumed.items()}

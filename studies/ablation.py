@@ -97,7 +97,7 @@ class Variant:
         }
 
 
-def text_of(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as part of a file name: [0, 1] is 0+1."""
     return (
         "+".join(map(str, value))
@@ -108,7 +108,7 @@ def text_of(value: Any) -> str:
     )
 
 
-def changes(factor: str, value: Any) -> dict[str, Any]:
+def describe_changes(factor: str, value: Any) -> dict[str, Any]:
     """The keys that one value of a factor sets."""
     return dict(value) if isinstance(value, dict) else {factor: value}
 
@@ -129,13 +129,13 @@ def expand(default: Mapping[str, Any], factors: Mapping[str, Any], grid: str) ->
             )
     if grid == "one":
         choices = [
-            ((factor, changes(factor, value)),)
+            ((factor, describe_changes(factor, value)),)
             for factor, values in factors.items()
             for value in values
         ]
     else:
         single = [
-            [(factor, changes(factor, value)) for value in values]
+            [(factor, describe_changes(factor, value)) for value in values]
             for factor, values in factors.items()
         ]
         choices = list(itertools.product(*single))
@@ -153,7 +153,8 @@ def expand(default: Mapping[str, Any], factors: Mapping[str, Any], grid: str) ->
         shown = {name: value for name, value in changed.items() if value is not False}
         name = (
             "_".join(
-                f"{key.removeprefix('extra.')}-{text_of(value)}" for key, value in shown.items()
+                f"{key.removeprefix('extra.')}-{format_value(value)}"
+                for key, value in shown.items()
             )
             or DEFAULT
         )
@@ -163,7 +164,7 @@ def expand(default: Mapping[str, Any], factors: Mapping[str, Any], grid: str) ->
     return list(variants.values())
 
 
-def assignments(settings: Mapping[str, Any]) -> list[str]:
+def make_assignments(settings: Mapping[str, Any]) -> list[str]:
     """`key=value` words as scripts take them."""
     shown = {True: "true", False: "false"}
     return [
@@ -216,13 +217,15 @@ class Study:
             raise UserError(f"{name}: {error} (see {self.output}/logs)")
 
 
-def ranked(study: Study, config: Config, variants: Sequence[Variant]) -> dict[str, Path]:
+def rank_tiles(study: Study, config: Config, variants: Sequence[Variant]) -> dict[str, Path]:
     """Variant -> its distillation set, one for all variants with the same ranking."""
     folders: dict[str, Path] = {}
     errors: dict[str, str] = {}
     for variant in variants:
         settings = variant.of_stage(ranking=True)
-        name = "_".join(f"{key}-{text_of(value)}" for key, value in settings.items()) or "ranking"
+        name = (
+            "_".join(f"{key}-{format_value(value)}" for key, value in settings.items()) or "ranking"
+        )
         folder = study.output / "distillation" / safe_id(name, "ranking")
         if name not in errors:
             teacher = f"features={study.inputs['features']}/{config.teacher}"
@@ -232,7 +235,7 @@ def ranked(study: Study, config: Config, variants: Sequence[Variant]) -> dict[st
                 teacher,
                 f"output={folder}",
             ]
-            recipe = ["--config", config.rank_config, *config.rank, *assignments(settings)]
+            recipe = ["--config", config.rank_config, *config.rank, *make_assignments(settings)]
             errors[name] = study.stage(f"rank {name}", "mil.rank_patches", [*recipe, *given])
         if errors[name]:
             study.fail(variant.name, "rank_patches", errors[name])
@@ -241,7 +244,7 @@ def ranked(study: Study, config: Config, variants: Sequence[Variant]) -> dict[st
     return folders
 
 
-def distilled(
+def distil_students(
     study: Study, config: Config, variants: Sequence[Variant], sets: Mapping[str, Path]
 ) -> dict[str, Path]:
     """Variant -> checkpoint of its student."""
@@ -263,7 +266,7 @@ def distilled(
             "--config",
             config.d2vfm_config,
             *config.d2vfm,
-            *assignments(variant.of_stage(ranking=False)),
+            *make_assignments(variant.of_stage(ranking=False)),
         ]
         if error := study.stage(
             f"train {variant.name}", "detection_kd.train_d2vfm", [*recipe, *shared, *given]
@@ -274,7 +277,7 @@ def distilled(
     return students
 
 
-def extracted(
+def extract_students(
     study: Study, config: Config, students: dict[str, Path], on_cohort: Sequence[str]
 ) -> dict[str, Path]:
     """The students whose bags are all there."""
@@ -292,7 +295,7 @@ def extracted(
     return {name: path for name, path in students.items() if name not in failed}
 
 
-def measured(
+def measure_costs(
     study: Study, config: Config, students: dict[str, Path], on_cohort: Sequence[str]
 ) -> Path:
     """Tiles per second, GFLOPs and parameters of all encoders from one run; measured anew when one
@@ -314,7 +317,7 @@ def measured(
     return path
 
 
-def inputs_of(config: Config) -> dict[str, str]:
+def find_inputs(config: Config) -> dict[str, str]:
     """Where slides, labels, coordinates, bags and backbone are: as given, else below `base`."""
     places = {
         "slides": "cohort/slides",
@@ -347,7 +350,7 @@ def inputs_of(config: Config) -> dict[str, str]:
 
 def main(config: Config) -> int:
     variants = expand(config.default, config.factors, config.grid)
-    study = Study(Path(config.output), inputs_of(config), [])
+    study = Study(Path(config.output), find_inputs(config), [])
     rows = [
         {"name": variant.name, "factor": variant.factor, "settings": dict(variant.settings)}
         for variant in variants
@@ -356,15 +359,15 @@ def main(config: Config) -> int:
         study.output / "study.json",
         {"teacher": config.teacher, "references": config.references, "variants": rows},
     )
-    students = distilled(study, config, variants, ranked(study, config, variants))
+    students = distil_students(study, config, variants, rank_tiles(study, config, variants))
     if not students:
         raise UserError(
             f"ablation: all {len(variants)} variants failed, the first with: "
             f"{study.failures[0]['error']}"
         )
     on_cohort = [f"{name}={study.inputs[name]}" for name in ("slides", "labels", "coords")]
-    students = extracted(study, config, students, on_cohort)
-    cost = measured(study, config, students, on_cohort)
+    students = extract_students(study, config, students, on_cohort)
+    cost = measure_costs(study, config, students, on_cohort)
     folders = [f"{study.output}/features/{name}" for name in students]
     folders += [
         f"{study.inputs['features']}/{name}" for name in (config.teacher, *config.references)

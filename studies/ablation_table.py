@@ -26,7 +26,7 @@ from common.errors import UserError
 from common.files import write_csv, write_json, write_text
 from mil.evaluation.runs import number, with_interval
 from studies.ablations.figure import draw_ablation, read_ablation
-from studies.ablations.rows import AGREEMENT, COST, point_of, read_rows, signed
+from studies.ablations.rows import AGREEMENT, COST, find_point, format_signed, read_rows
 
 logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
@@ -44,7 +44,7 @@ class Config:
     title: str = key("Ablation of the student", "title of the page")
 
 
-def auc_cells(values: Mapping[str, Any]) -> list[float | None]:
+def make_auc_cells(values: Mapping[str, Any]) -> list[float | None]:
     """AUC_PARTS of one classifier."""
     (low, high), (below, above) = (
         values.get("ci") or (None, None),
@@ -53,7 +53,7 @@ def auc_cells(values: Mapping[str, Any]) -> list[float | None]:
     return [values.get("mean"), low, high, values.get("difference"), below, above]
 
 
-def csv_rows(
+def make_csv_rows(
     rows: Sequence[Mapping[str, Any]], models: Sequence[str]
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """Header and rows of ablation.csv; what is not known is empty."""
@@ -68,7 +68,7 @@ def csv_rows(
         cells |= dict(
             zip(
                 aucs,
-                [cell for model in models for cell in auc_cells(row["auc"].get(model, {}))],
+                [cell for model in models for cell in make_auc_cells(row["auc"].get(model, {}))],
                 strict=True,
             )
         )
@@ -76,7 +76,7 @@ def csv_rows(
     return [*plain, *aucs, *COST, "seconds", "pareto", "error"], table
 
 
-def markdown(rows: Sequence[Mapping[str, Any]], models: Sequence[str], headline: str) -> str:
+def make_markdown(rows: Sequence[Mapping[str, Any]], models: Sequence[str], headline: str) -> str:
     """ablation.md, the table for a README."""
     titles = [f"AUC ({model})" for model in models]
     header = [
@@ -99,7 +99,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], models: Sequence[str], headline:
             for m in models
         ]
         cells += [
-            signed(values.get("difference"), values.get("difference_ci")),
+            format_signed(values.get("difference"), values.get("difference_ci")),
             *(number(row[key]) for key in COST),
         ]
         cells.append("failed" if row["error"] else number(row["seconds"]))
@@ -108,7 +108,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], models: Sequence[str], headline:
     return "\n".join([*lines, *(["", "Failed:", *failed] if failed else [])]) + "\n"
 
 
-def page(content: Mapping[str, Any], title: str) -> str:
+def render_page(content: Mapping[str, Any], title: str) -> str:
     """ablation.html, whole in itself."""
     environment = Environment(
         loader=FileSystemLoader([TEMPLATES, SHARED_TEMPLATES]),
@@ -117,7 +117,7 @@ def page(content: Mapping[str, Any], title: str) -> str:
         trim_blocks=True,
     )
     environment.filters |= {"number": number}
-    environment.globals |= {"signed": signed}
+    environment.globals |= {"signed": format_signed}
     date = time.strftime("%Y-%m-%d")
     return environment.get_template("ablation.html.j2").render(
         title=title, ablation=content, version=__version__, date=date
@@ -127,18 +127,18 @@ def page(content: Mapping[str, Any], title: str) -> str:
 def main(config: Config) -> None:
     study = Path(config.study)
     rows, models, model = read_rows(study, config.model)
-    if not any(point_of(row, model) for row in rows):
+    if not any(find_point(row, model) for row in rows):
         raise UserError(
             f"{study}: expected a row with AUC ({model}) and tiles a second, found none"
         )
     output = Path(config.output or study)
-    header, table = csv_rows(rows, models)
+    header, table = make_csv_rows(rows, models)
     write_csv(output / "ablation.csv", header, table)
-    write_text(output / "ablation.md", markdown(rows, models, model))
+    write_text(output / "ablation.md", make_markdown(rows, models, model))
     draw_ablation(output / "ablation.png", rows, model)
     content = {"rows": rows, "models": models, "headline": model}
     write_json(output / "ablation.json", content)
-    write_text(output / "ablation.html", page(read_ablation(output), config.title))
+    write_text(output / "ablation.html", render_page(read_ablation(output), config.title))
     logger.info("ablation_table: %d rows in %s", len(rows), output)
 
 

@@ -74,7 +74,7 @@ class Config:
 
 def build_model(config: Config) -> list[Encoder]:
     """All encoders to be compared."""
-    encoders = [encoder_of(spec) for spec in config.encoders]
+    encoders = [build_from_spec(spec) for spec in config.encoders]
     encoders += load_students(config.student, pick_device(config.device))
     if not encoders:
         raise UserError("expected encoders=[...] or student=..., found neither")
@@ -87,7 +87,7 @@ def build_model(config: Config) -> list[Encoder]:
     return encoders
 
 
-def encoder_of(spec: str) -> Encoder:
+def build_from_spec(spec: str) -> Encoder:
     """The encoder of `name[=weights] [pool=...] [layer=...] [crop=true|false]`; a path to weights
     may hold spaces.
     """
@@ -102,17 +102,17 @@ def encoder_of(spec: str) -> Encoder:
     return build_encoder(*spec.strip().split("=", 1), **options)
 
 
-def work_of(encoder: Encoder) -> str:
+def describe_work(encoder: Encoder) -> str:
     """Equal for students that differ in weights and adapter alone, and so run for the same time."""
     network = getattr(encoder.model, "network", None)
     if not isinstance(network, Student):
         return encoder.name
     return repr(
-        (network.backbone.describe(), network.needles, network.pooling.kind, network.input_scale)
+        (network.backbone.describe(), network.stages, network.pooling.kind, network.input_scale)
     )
 
 
-def first_tiles(jobs: list[SlideJob], count: int) -> list[SlideJob]:
+def take_first_tiles(jobs: list[SlideJob], count: int) -> list[SlideJob]:
     """The jobs cut down to `count` tiles in all, an equal share from each slide."""
     share = -(-count // len(jobs))
     cut, left = [], count
@@ -124,7 +124,7 @@ def first_tiles(jobs: list[SlideJob], count: int) -> list[SlideJob]:
     return cut
 
 
-def gflops(encoder: Encoder, jobs: list[SlideJob]) -> float | None:
+def count_gflops(encoder: Encoder, jobs: list[SlideJob]) -> float | None:
     """10^9 floating-point operations a tile (a multiply-add counts as two); None for a classical
     descriptor.
     """
@@ -138,7 +138,7 @@ def gflops(encoder: Encoder, jobs: list[SlideJob]) -> float | None:
     return counter.get_total_flops() / 1e9
 
 
-def one_round(encoder: Encoder, jobs: list[SlideJob], settings: ExtractSettings) -> float:
+def time_round(encoder: Encoder, jobs: list[SlideJob], settings: ExtractSettings) -> float:
     """Tiles per second, from the slide files to features in memory."""
     sequence = TileSequence(jobs, encoder.transform)
     network = Network(encoder.model, settings.device, settings.precision, settings.batch_size)
@@ -158,27 +158,29 @@ def main(config: Config) -> None:
         device, pick_precision(config.precision, device), config.batch_size, config.workers
     )
     failures = Failures("measure_encoders")
-    jobs = first_tiles(
+    jobs = take_first_tiles(
         cohort_jobs(config.slides, config.coords, config.labels, failures), config.tiles
     )
     encoders = build_model(config)
-    timed = list({work_of(encoder): encoder for encoder in reversed(encoders)}.values())[
+    timed = list({describe_work(encoder): encoder for encoder in reversed(encoders)}.values())[
         ::-1
     ]  # the first of each kind
-    rates: dict[str, list[float]] = {work_of(encoder): [] for encoder in timed}
+    rates: dict[str, list[float]] = {describe_work(encoder): [] for encoder in timed}
     for round_index in range(config.rounds + 1):
         for encoder in timed:
-            rate = one_round(
-                encoder, jobs if round_index else first_tiles(jobs, config.batch_size), settings
+            rate = time_round(
+                encoder,
+                jobs if round_index else take_first_tiles(jobs, config.batch_size),
+                settings,
             )
             if round_index:  # round 0 warms up
-                rates[work_of(encoder)].append(rate)
+                rates[describe_work(encoder)].append(rate)
     costs = {}
     for encoder in encoders:
         costs[encoder.name] = {
-            "gflops": gflops(encoder, jobs),
+            "gflops": count_gflops(encoder, jobs),
             "parameters": sum(parameter.numel() for parameter in encoder.model.parameters()),
-            "tiles_per_second": statistics.median(rates[work_of(encoder)]),
+            "tiles_per_second": statistics.median(rates[describe_work(encoder)]),
             "dim": encoder.dim,
             "precision": settings.precision,
             "device": str(device),

@@ -105,7 +105,7 @@ def same_files_in_the_cache(one: Path, two: Path) -> None:
 
 EVERY_SWITCH = (
     "epochs=3",
-    "needles=[0,1]",
+    "stages=[0,1]",
     "pooling=gem",
     "adapter=ln",
     "unfreeze=1",

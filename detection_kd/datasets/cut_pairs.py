@@ -35,7 +35,7 @@ Ranking = Mapping[tuple[int, int], float]  # corner -> score
 
 
 @dataclass(frozen=True)
-class CutJob:
+class PairCutJob:
     """One slide: where it, its coordinates (None: the bag's own) and its teacher bag lie, and which
     tiles are wanted.
 
@@ -59,7 +59,7 @@ class CutJob:
 
 
 @dataclass(frozen=True)
-class Matched:
+class MatchedTiles:
     """Tiles that coordinates and bag have in common: corners (N, 2), their rows in the bag, and
     what only one side has.
     """
@@ -70,7 +70,7 @@ class Matched:
     without_tile: list[tuple[int, int]]
 
 
-def match(bag: Bag, coordinates: Coordinates | None) -> tuple[Matched, TileGeometry]:
+def match_tiles(bag: Bag, coordinates: Coordinates | None) -> tuple[MatchedTiles, TileGeometry]:
     """Match a bag's rows with tiles by their corners, in the order of the bag.
 
     Raises:
@@ -89,7 +89,7 @@ def match(bag: Bag, coordinates: Coordinates | None) -> tuple[Matched, TileGeome
                 f"{bag.path}: a bag without corners: expected coordinates of the same length, "
                 f"found {found}"
             )
-        return Matched(coordinates.coords, rows, [], []), coordinates.geometry
+        return MatchedTiles(coordinates.coords, rows, [], []), coordinates.geometry
     own = (
         TileGeometry.from_attributes(bag.attributes, str(bag.path))
         if "patch_size" in bag.attributes
@@ -102,7 +102,7 @@ def match(bag: Bag, coordinates: Coordinates | None) -> tuple[Matched, TileGeome
                 f"{bag.path}: expected the tile geometry in the bag's attributes, found none; give "
                 "coords="
             )
-        return Matched(corners, rows, [], []), own
+        return MatchedTiles(corners, rows, [], []), own
     geometry = coordinates.geometry
     changed = [
         name
@@ -130,10 +130,10 @@ def match(bag: Bag, coordinates: Coordinates | None) -> tuple[Matched, TileGeome
         [corner for corner in one if corner not in other]
         for one, other in ((tiles, encoded), (encoded, tiles))
     )
-    return Matched(corners[kept], rows[kept], lost, strange), geometry
+    return MatchedTiles(corners[kept], rows[kept], lost, strange), geometry
 
 
-def choose(job: CutJob, matched: Matched) -> Int[np.ndarray, " m"]:
+def choose_tiles(job: PairCutJob, matched: MatchedTiles) -> Int[np.ndarray, " m"]:
     """Which of the matched tiles are kept: all in order, the highest of the ranking, or so many at
     random in order.
 
@@ -177,7 +177,7 @@ def encode_tile(
     return f"{name}.jpg", buffer.getvalue()
 
 
-def cut_slide(job: CutJob, provenance: Mapping[str, Any]) -> None:
+def cut_slide(job: PairCutJob, provenance: Mapping[str, Any]) -> None:
     """Write a slide's pairs as a packed set of its own, with what did not match in its provenance.
 
     Raises:
@@ -186,12 +186,12 @@ def cut_slide(job: CutJob, provenance: Mapping[str, Any]) -> None:
     bag = read_bag(job.bag)
     features = bag.read().numpy()
     coordinates = read_coordinates(job.coords) if job.coords else None
-    matched, geometry = match(bag, coordinates)
+    matched, geometry = match_tiles(bag, coordinates)
     with (
         open_slide(job.slide, job.mpp, geometry.tile_pattern) as slide,
         PackWriter(job.part, job.dtype) as writer,
     ):
-        for index in choose(job, matched):
+        for index in choose_tiles(job, matched):
             x, y = matched.corners[index].tolist()
             name, picture = encode_tile(slide, geometry, x, y, job.encoding)
             writer.append(job.slide_id, name, picture, features[matched.rows[index]], (x, y))
@@ -236,7 +236,7 @@ def read_ranking(path: str | Path) -> dict[str, Ranking]:
     return dict(found)
 
 
-def features_of(bag: Path) -> tuple[str, dict[str, str]]:
+def read_features(bag: Path) -> tuple[str, dict[str, str]]:
     """(dtype on disk, encoder provenance) of a bag."""
     attributes = open_bag(bag).attributes if bag.suffix == ".h5" else {}
     names = ("encoder", "weights_sha256", "transform", "precision")

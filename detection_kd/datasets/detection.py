@@ -24,7 +24,7 @@ from patch_encoder.models.encoder_table import IMAGENET
 
 
 @dataclass
-class Sample:
+class DetectionSample:
     """One transformed image: (3, H, W) bytes, (N, 4) cxcywh fractions, (N,) class indices, and its
     record's number.
     """
@@ -36,7 +36,7 @@ class Sample:
 
 
 @dataclass
-class Batch:
+class DetectionBatch:
     """Samples padded to one size, on the right and at the bottom.
 
     Attributes:
@@ -54,13 +54,13 @@ class Batch:
     labels: list[Tensor]
     indices: list[int]
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> DetectionBatch:
         """The batch on a device, images channels-last and normalised there: a quarter of the bytes
         to copy.
         """
         padding = self.padding.to(device, non_blocking=True)
-        return Batch(
-            normalised(
+        return DetectionBatch(
+            normalise(
                 self.images.to(device, non_blocking=True, memory_format=torch.channels_last),
                 padding,
             ),
@@ -70,18 +70,18 @@ class Batch:
             self.indices,
         )
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> DetectionBatch:
         """The batch in page-locked memory, for DataLoader."""
         boxes, labels = (
             [b.pin_memory() for b in self.boxes],
             [label.pin_memory() for label in self.labels],
         )
-        return Batch(
+        return DetectionBatch(
             self.images.pin_memory(), self.padding.pin_memory(), boxes, labels, self.indices
         )
 
 
-def normalised(
+def normalise(
     images: UInt8[Tensor, "b 3 h w"], padding: Bool[Tensor, "b h w"]
 ) -> Float[Tensor, "b 3 h w"]:
     """Bytes -> float32 with ImageNet's mean and standard deviation, 0 in the padding."""
@@ -89,7 +89,7 @@ def normalised(
     return images.float().div_(255).sub_(mean).div_(std).masked_fill_(padding[:, None], 0.0)
 
 
-class DetectionDataset(Dataset[Sample]):
+class DetectionDataset(Dataset[DetectionSample]):
     """Transformed images of one epoch.
 
     Args:
@@ -111,7 +111,7 @@ class DetectionDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> DetectionSample:
         from torchvision import tv_tensors  # a while to load
         from torchvision.transforms.v2 import functional as F
         from torchvision.tv_tensors import BoundingBoxFormat
@@ -135,7 +135,7 @@ class DetectionDataset(Dataset[Sample]):
             target["boxes"], new_format=BoundingBoxFormat.CXCYWH
         ).as_subclass(Tensor)
         boxes = boxes / torch.tensor([width, height, width, height])
-        return Sample(image.as_subclass(Tensor), boxes, target["labels"], index)
+        return DetectionSample(image.as_subclass(Tensor), boxes, target["labels"], index)
 
 
 def read_image(record: ImageRecord) -> Image.Image:
@@ -158,7 +158,7 @@ def read_image(record: ImageRecord) -> Image.Image:
     return rgb
 
 
-def collate(samples: list[Sample], pad_to: int = 0) -> Batch:
+def collate(samples: list[DetectionSample], pad_to: int = 0) -> DetectionBatch:
     """Pad samples to the largest height and width among them, at least `pad_to` px."""
     height = max(pad_to, *(sample.image.shape[1] for sample in samples))
     width = max(pad_to, *(sample.image.shape[2] for sample in samples))
@@ -168,7 +168,7 @@ def collate(samples: list[Sample], pad_to: int = 0) -> Batch:
         _, h, w = sample.image.shape
         images[row, :, :h, :w] = sample.image
         padding[row, :h, :w] = False
-    return Batch(
+    return DetectionBatch(
         images,
         padding,
         [s.boxes for s in samples],
@@ -177,7 +177,7 @@ def collate(samples: list[Sample], pad_to: int = 0) -> Batch:
     )
 
 
-def epoch_indices(
+def draw_epoch_indices(
     images: int, batch_size: int, seed: int, epoch: int, rank: int = 0, processes: int = 1
 ) -> list[int]:
     """This process's share of an epoch's shuffled images; the union over processes of each step is
@@ -189,7 +189,7 @@ def epoch_indices(
     return order[: images // batch_size * batch_size][rank::processes]
 
 
-def loader(
+def make_loader(
     dataset: DetectionDataset,
     indices: Sequence[int],
     batch_size: int,
@@ -197,7 +197,7 @@ def loader(
     workers: int,
     pad_to: int = 0,
     pin: bool = False,
-) -> DataLoader[Sample]:
+) -> DataLoader[DetectionSample]:
     """Batches of `indices` in their order; `batch_size` images of this process each."""
     return DataLoader(
         dataset,

@@ -17,10 +17,10 @@ from detection_kd.datasets.pair_problems import decode_tile
 from detection_kd.datasets.pairs import Pair, read_pairs
 from detection_kd.datasets.tile_augmentation import TileAugmentation
 
-__all__ = ["DistillationTiles", "Pair", "pairs_digest", "read_pairs", "split_by_slide"]
+__all__ = ["DistillationTiles", "Pair", "digest_pairs", "read_pairs", "split_by_slide"]
 
 
-def pairs_digest(pairs: list[Pair]) -> str:
+def digest_pairs(pairs: list[Pair]) -> str:
     """Fingerprint of a distillation set: names and features (a tile's pixels are what its feature
     was made from).
     """

@@ -58,10 +58,10 @@ class CacheKey:
     precision: str
     dtype: str
 
-    def path(self, folder: Path, turn: int, needle: int) -> Path:
+    def path(self, folder: Path, turn: int, stage: int) -> Path:
         """Where one stage of one quarter turn lies."""
         digest = sha256_bytes(json.dumps(asdict(self), sort_keys=True).encode())[:20]
-        return folder / f"{digest}_turn{turn}_needle{needle}.npy"
+        return folder / f"{digest}_turn{turn}_stage{stage}.npy"
 
 
 class CachedMaps(Dataset):
@@ -99,16 +99,16 @@ class CachedMaps(Dataset):
         return batch, self.teacher[torch.from_numpy(rows)]
 
 
-def whole_batch(batch: tuple[list[Tensor], Tensor]) -> tuple[list[Tensor], Tensor]:
+def join_batch(batch: tuple[list[Tensor], Tensor]) -> tuple[list[Tensor], Tensor]:
     """`collate_fn` for `CachedMaps`, whose batches come put together."""
     return batch
 
 
-def cached_maps(
+def cache_maps(
     folder: Path,
     key: CacheKey,
     frozen: nn.Module,
-    needles: Sequence[int],
+    stages: Sequence[int],
     turned: Sequence[Dataset],
     world: World,
     workers: int,
@@ -119,9 +119,9 @@ def cached_maps(
     Args:
         folder: of the cache.
         key: what the files are named by.
-        frozen: uint8 tiles (B, 3, H, W) -> [(B, C, h, w), ...], one a stage of `needles`; on its
+        frozen: uint8 tiles (B, 3, H, W) -> [(B, C, h, w), ...], one a stage of `stages`; on its
             device.
-        needles: stages.
+        stages: stages.
         turned: the same tiles in each quarter turn.
         world: this process; all take part.
         workers: decoding processes.
@@ -129,12 +129,12 @@ def cached_maps(
     Raises:
         UserError: no room on the disk, or features that float16 cannot hold.
     """
-    paths = [[key.path(folder, turn, needle) for needle in needles] for turn in range(len(turned))]
+    paths = [[key.path(folder, turn, stage) for stage in stages] for turn in range(len(turned))]
     jobs = []
     for files, tiles in zip(paths, turned, strict=True):
         probes = next(_batches(frozen, tiles, _spread(len(tiles)), key, world))  # type: ignore[arg-type]
         jobs += [
-            _Job(path, (len(tiles), *probe.shape[1:]), stage, tiles)  # type: ignore[arg-type]
+            _CacheJob(path, (len(tiles), *probe.shape[1:]), stage, tiles)  # type: ignore[arg-type]
             for stage, (path, probe) in enumerate(zip(files, probes, strict=True))
             if not _usable(path, (len(tiles), *probe.shape[1:]), probe, key.dtype)  # type: ignore[arg-type]
         ]
@@ -159,7 +159,7 @@ def cached_maps(
 
 
 @dataclass(frozen=True)
-class _Job:
+class _CacheJob:
     """A file to be made: its name and shape, and the place of its stage among those of `frozen`."""
 
     path: Path
@@ -228,7 +228,7 @@ def _require_room(folder: Path, needed: int) -> None:
 
 
 def _fill(
-    jobs: list[_Job], key: CacheKey, frozen: nn.Module, world: World, workers: int, title: str
+    jobs: list[_CacheJob], key: CacheKey, frozen: nn.Module, world: World, workers: int, title: str
 ) -> None:
     """Make the files of one turn; process r of n writes the r-th of n blocks of rows."""
     outputs = [AtomicFile(job.path) for job in jobs] if world.is_main else []

@@ -92,7 +92,7 @@ class Problems:
         logger.warning("%s; going on with the other %d pairs", line, usable)
 
 
-def picture_size(picture: bytes | Path, verify: bool) -> tuple[int, int]:
+def read_picture_size(picture: bytes | Path, verify: bool) -> tuple[int, int]:
     """(width, height) of an encoded picture by its header; `verify` decodes all of it.
 
     Raises:
@@ -107,12 +107,12 @@ def picture_size(picture: bytes | Path, verify: bool) -> tuple[int, int]:
         raise ValueError(" ".join(str(error).split())) from None
 
 
-def size_by_header(start: bytes) -> tuple[int, int] | None:
+def read_header_size(start: bytes) -> tuple[int, int] | None:
     """(width, height) by a picture's first bytes; None where its header is longer or it is no
     picture.
     """
     try:
-        return picture_size(start, verify=False)
+        return read_picture_size(start, verify=False)
     except ValueError:
         return None
 

@@ -25,7 +25,7 @@ from common.errors import UserError
 from common.files import read_json, safe_id
 from common.progress import progress
 from detection_kd.datasets.packed_pairs import Pack, is_packed
-from detection_kd.datasets.pair_problems import Problems, picture_size, size_by_header
+from detection_kd.datasets.pair_problems import Problems, read_header_size, read_picture_size
 
 PICTURES = (".jpg", ".jpeg", ".png")
 HEADER = 8192  # bytes that mostly hold a picture's header
@@ -158,7 +158,7 @@ def _checked_size(
     slide_id: str, image: Path, picture: Path | bytes, problems: Problems, verify: bool
 ) -> tuple[int, int] | None:
     try:
-        return picture_size(picture, verify)
+        return read_picture_size(picture, verify)
     except ValueError as error:
         detail = f"{image}: expected a tile, cannot be decoded: {error}"
         problems.add(slide_id, image.stem, "undecodable picture", detail)
@@ -255,7 +255,7 @@ def _packed_pairs(
 def _packed_size(
     pack: Pack, row: int, image: Path, problems: Problems, verify: bool
 ) -> tuple[int, int] | None:
-    size = None if verify else size_by_header(pack.picture(row, HEADER))
+    size = None if verify else read_header_size(pack.picture(row, HEADER))
     return size or _checked_size(pack.slides[row], image, pack.picture(row), problems, verify)
 
 

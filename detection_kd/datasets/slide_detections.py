@@ -21,7 +21,7 @@ from common.files import write_json
 from patch_encoder.tiles.coordinates import Coordinates
 
 
-class Found(NamedTuple):
+class FoundBoxes(NamedTuple):
     """Detections: xyxy boxes in level-0 px, scores in 0..1, class indices."""
 
     boxes: Float[np.ndarray, "n 4"]
@@ -29,7 +29,7 @@ class Found(NamedTuple):
     labels: Int[np.ndarray, " n"]
 
 
-def own_part(coordinates: Coordinates) -> Int[np.ndarray, "tiles 4"]:
+def find_own_part(coordinates: Coordinates) -> Int[np.ndarray, "tiles 4"]:
     """The part of every tile whose detections it keeps, xyxy in level-0 px of the tile; unbounded
     where no neighbour is.
     """
@@ -47,7 +47,7 @@ def own_part(coordinates: Coordinates) -> Int[np.ndarray, "tiles 4"]:
     return parts
 
 
-def centred_in(
+def find_centred(
     boxes: Float[np.ndarray, "n 4"], part: Int[np.ndarray, " 4"]
 ) -> Bool[np.ndarray, " n"]:
     """Which boxes have their centre in a part of the plane (its low sides belong to it, its high
@@ -57,21 +57,23 @@ def centred_in(
     return ((centre >= part[:2]) & (centre < part[2:])).all(1)
 
 
-def merge(parts: list[Found], iou: float) -> Found:
+def merge_detections(parts: list[FoundBoxes], iou: float) -> FoundBoxes:
     """Detections of all tiles of a slide, suppressed within each class, by falling score."""
     from torchvision.ops import batched_nms  # a while to load
 
     if not parts:
-        return Found(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
+        return FoundBoxes(
+            np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64)
+        )
     boxes, scores, labels = (np.concatenate(values) for values in zip(*parts, strict=True))
     kept = batched_nms(
         torch.from_numpy(boxes), torch.from_numpy(scores), torch.from_numpy(labels), iou
     ).numpy()
-    return Found(boxes[kept], scores[kept], labels[kept])
+    return FoundBoxes(boxes[kept], scores[kept], labels[kept])
 
 
-def coco_document(
-    found: Found,
+def make_detections_document(
+    found: FoundBoxes,
     coordinates: Coordinates,
     file_name: str,
     categories: list[str],
@@ -104,7 +106,7 @@ def coco_document(
     }
 
 
-def write_geojson(path: Path, found: Found, categories: list[str]) -> None:
+def write_geojson(path: Path, found: FoundBoxes, categories: list[str]) -> None:
     """A feature collection of rectangles in level-0 px, as QuPath imports it (objectType,
     classification, measurements).
     """

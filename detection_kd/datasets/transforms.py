@@ -63,7 +63,7 @@ def _randint(low: int, high: int) -> int:
     return int(torch.randint(low, high + 1, ()))
 
 
-def train_transform(
+def make_train_transform(
     sizes: Sequence[int],
     max_size: int,
     *,
@@ -94,7 +94,7 @@ def train_transform(
     return v2.Compose([*steps, *_finish()])
 
 
-def eval_transform(size: int, max_size: int) -> v2.Compose:
+def make_eval_transform(size: int, max_size: int) -> v2.Compose:
     """Fixed short side; annotations are not needed."""
     return v2.Compose([v2.RandomShortestSize([size], max_size), *_finish()])
 

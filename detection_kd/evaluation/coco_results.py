@@ -15,7 +15,9 @@ from detection_kd.datasets.coco import DetectionSet
 from detection_kd.evaluation.coco_metrics import Prediction
 
 
-def result_rows(annotated: DetectionSet, predictions: list[Prediction]) -> list[dict[str, Any]]:
+def make_result_rows(
+    annotated: DetectionSet, predictions: list[Prediction]
+) -> list[dict[str, Any]]:
     """The rows, in the order of the annotation file's images and by falling score.
 
     A detector of one class for all categories of the file gives them the file's first category id:
@@ -42,5 +44,5 @@ def result_rows(annotated: DetectionSet, predictions: list[Prediction]) -> list[
 
 def write_results(path: Path, annotated: DetectionSet, predictions: list[Prediction]) -> None:
     """Write `result_rows` as JSON, one row a line."""
-    rows = (json.dumps(row, allow_nan=False) for row in result_rows(annotated, predictions))
+    rows = (json.dumps(row, allow_nan=False) for row in make_result_rows(annotated, predictions))
     write_text(path, "[" + ",\n".join(rows) + "]\n")

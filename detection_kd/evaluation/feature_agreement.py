@@ -19,7 +19,9 @@ QUANTILES = {"r2_p10": 0.1, "r2_median": 0.5, "r2_p90": 0.9}
 BLOCK = 2048  # rows whose similarities to all others are held at a time
 
 
-def agreement(student: Float[Tensor, "n d"], teacher: Float[Tensor, "n d"]) -> dict[str, float]:
+def measure_agreement(
+    student: Float[Tensor, "n d"], teacher: Float[Tensor, "n d"]
+) -> dict[str, float]:
     """Everything below over N tiles as named numbers; neighbourhoods only at k below N - 1, where
     they can differ.
 
@@ -30,8 +32,11 @@ def agreement(student: Float[Tensor, "n d"], teacher: Float[Tensor, "n d"]) -> d
     sizes = [k for k in NEIGHBOURS if k < len(teacher) - 1]
     return (
         feature_agreement(student, teacher)
-        | r2_quantiles(r2_by_dimension(student, teacher))
-        | {f"knn_{k}": share for k, share in neighbour_agreement(student, teacher, sizes).items()}
+        | compute_r2_quantiles(compute_r2_by_dimension(student, teacher))
+        | {
+            f"knn_{k}": share
+            for k, share in measure_neighbour_agreement(student, teacher, sizes).items()
+        }
         | {"cka": linear_cka(student, teacher)}
     )
 
@@ -52,7 +57,7 @@ def feature_agreement(
     return {"cosine": F.cosine_similarity(student, teacher, dim=-1).mean().item(), "r2": float(r2)}
 
 
-def r2_by_dimension(
+def compute_r2_by_dimension(
     student: Float[Tensor, "n d"], teacher: Float[Tensor, "n d"]
 ) -> Float[Tensor, " d"]:
     """R2 of every dimension, not weighted; NaN where the teacher does not vary."""
@@ -61,7 +66,7 @@ def r2_by_dimension(
     return torch.where(variance > 0, 1 - residual / variance, torch.nan).float()
 
 
-def r2_quantiles(r2: Float[Tensor, " d"]) -> dict[str, float]:
+def compute_r2_quantiles(r2: Float[Tensor, " d"]) -> dict[str, float]:
     """Quantiles of R2 over the dimensions in which the teacher varies; 0 where it varies in
     none.
     """
@@ -72,7 +77,7 @@ def r2_quantiles(r2: Float[Tensor, " d"]) -> dict[str, float]:
     }
 
 
-def neighbour_agreement(
+def measure_neighbour_agreement(
     student: Float[Tensor, "n d"], teacher: Float[Tensor, "n d"], sizes: Sequence[int] = NEIGHBOURS
 ) -> dict[int, float]:
     """Mean share of a tile's k nearest other tiles (cosine) that student and teacher have in
@@ -81,7 +86,7 @@ def neighbour_agreement(
     if not sizes:
         return {}
     of_student, of_teacher = (
-        nearest_neighbours(x, max(sizes)) for x in (student, teacher)
+        find_nearest_neighbours(x, max(sizes)) for x in (student, teacher)
     )  # (N, k), nearest first
     shared = {}
     for k in sizes:
@@ -90,7 +95,7 @@ def neighbour_agreement(
     return shared
 
 
-def nearest_neighbours(x: Float[Tensor, "n d"], k: int) -> Int[Tensor, "n k"]:
+def find_nearest_neighbours(x: Float[Tensor, "n d"], k: int) -> Int[Tensor, "n k"]:
     """Indices of the k rows of largest cosine similarity to each row, nearest first, the row itself
     left out.
     """

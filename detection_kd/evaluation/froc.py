@@ -21,7 +21,7 @@ RATES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 HIT, FALSE, IGNORED = 1, 0, -1
 
 
-def froc(
+def compute_froc(
     annotated: DetectionSet, predictions: list[Prediction], iou: float = 0.5
 ) -> dict[str, float]:
     """Sensitivity at each of RATES false positives an image, and their mean.
@@ -35,14 +35,14 @@ def froc(
         `sensitivity@0.25` ... `sensitivity@8` and `FROC`, in 0..1. A rate between two that the
         scores can be cut at has the sensitivity of the lower one.
     """
-    false_rate, sensitivity = froc_curve(annotated, predictions, iou)
+    false_rate, sensitivity = compute_froc_curve(annotated, predictions, iou)
     found = {
         f"sensitivity@{rate:g}": float(sensitivity[false_rate <= rate].max()) for rate in RATES
     }
     return found | {"FROC": float(np.mean(list(found.values())))}
 
 
-def froc_curve(
+def compute_froc_curve(
     annotated: DetectionSet, predictions: list[Prediction], iou: float = 0.5
 ) -> tuple[Float[np.ndarray, " cuts"], Float[np.ndarray, " cuts"]]:
     """False positives an image and sensitivity at every cut of the scores, both rising from 0 (no
@@ -52,19 +52,21 @@ def froc_curve(
     scores, kinds = [np.zeros(0)], [np.zeros(0, np.int64)]
     for prediction in predictions:
         scores.append(np.asarray(prediction.scores, np.float64))
-        kinds.append(judge(annotated.images[prediction.index], prediction, iou))
-    points = operating_points(np.concatenate(scores), np.concatenate(kinds))
+        kinds.append(judge_detections(annotated.images[prediction.index], prediction, iou))
+    points = find_operating_points(np.concatenate(scores), np.concatenate(kinds))
     return points[0] / max(1, len(annotated.images)), points[1] / max(1, lesions)
 
 
-def judge(record: ImageRecord, prediction: Prediction, iou: float) -> Int[np.ndarray, " n"]:
+def judge_detections(
+    record: ImageRecord, prediction: Prediction, iou: float
+) -> Int[np.ndarray, " n"]:
     """HIT, FALSE or IGNORED for every detection of an image; the highest score claims a lesion
     first.
     """
-    return match(record, prediction, iou)[0]
+    return match_detections(record, prediction, iou)[0]
 
 
-def match(
+def match_detections(
     record: ImageRecord, prediction: Prediction, iou: float
 ) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " m"]]:
     """`judge`, and which of the image's boxes were found (a crowd region never is)."""
@@ -82,7 +84,7 @@ def match(
     return kinds, ~free
 
 
-def operating_points(scores: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+def find_operating_points(scores: np.ndarray, kinds: np.ndarray) -> np.ndarray:
     """(false positives, hits) at every cut of the scores, from none to all detections, float64 (2,
     cuts).
     """

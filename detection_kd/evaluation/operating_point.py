@@ -14,11 +14,11 @@ from jaxtyping import Bool, Int
 
 from detection_kd.datasets.coco import DetectionSet, ImageRecord
 from detection_kd.evaluation.coco_metrics import Prediction
-from detection_kd.evaluation.froc import FALSE, match
+from detection_kd.evaluation.froc import FALSE, match_detections
 
 
 @dataclass
-class Judged:
+class JudgedImage:
     """One image, its detections from a score on, and what became of both.
 
     Attributes:
@@ -46,7 +46,7 @@ class Judged:
 
 def judge_set(
     annotated: DetectionSet, predictions: list[Prediction], score: float, iou: float
-) -> list[Judged]:
+) -> list[JudgedImage]:
     """Every image of the set, with its detections of at least that score; an image without entry
     has none.
     """
@@ -60,11 +60,11 @@ def judge_set(
         left = Prediction(
             index, prediction.boxes[kept], prediction.scores[kept], prediction.labels[kept]
         )
-        judged.append(Judged(record, left, *match(record, left, iou)))
+        judged.append(JudgedImage(record, left, *match_detections(record, left, iou)))
     return judged
 
 
-def counts(judged: list[Judged], categories: list[str]) -> dict[str, dict[str, int]]:
+def count_hits(judged: list[JudgedImage], categories: list[str]) -> dict[str, dict[str, int]]:
     """Per category: `hits`, `misses` (by the annotated class) and `false_positives` (by the
     detected class).
     """
@@ -79,7 +79,7 @@ def counts(judged: list[Judged], categories: list[str]) -> dict[str, dict[str, i
     return table
 
 
-def choose_images(judged: list[Judged], number: int, seed: int = 0) -> list[Judged]:
+def choose_images(judged: list[JudgedImage], number: int, seed: int = 0) -> list[JudgedImage]:
     """Images to look at, in the set's order: half of them those with most errors, the others drawn
     from the rest.
 

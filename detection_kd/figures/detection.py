@@ -14,7 +14,7 @@ from jaxtyping import Float
 from common.figures import PALETTE, line_style, new_figure, save_figure, styled
 from detection_kd.datasets.coco import DetectionSet
 from detection_kd.evaluation.coco_metrics import RECALLS, Prediction, precision_recall
-from detection_kd.evaluation.froc import RATES, froc_curve
+from detection_kd.evaluation.froc import RATES, compute_froc_curve
 from detection_kd.evaluation.operating_point import choose_images, judge_set
 from detection_kd.figures.overlays import write_overlays
 
@@ -56,7 +56,9 @@ def write_detection_pictures(
         for overlap in OVERLAPS
     }
     save_figure(precision_recall_figure(curves), folder / "precision_recall.png")
-    save_figure(froc_figure(*froc_curve(annotated, predictions, iou), iou), folder / "froc.png")
+    save_figure(
+        froc_figure(*compute_froc_curve(annotated, predictions, iou), iou), folder / "froc.png"
+    )
     for old in (folder / "overlays").glob("*.jpg"):
         old.unlink()
     chosen = choose_images(judge_set(annotated, predictions, score, iou), overlays)

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from common.files import atomic_path, safe_id
 from detection_kd.datasets.detection import read_image
 from detection_kd.evaluation.froc import FALSE, HIT
-from detection_kd.evaluation.operating_point import Judged
+from detection_kd.evaluation.operating_point import JudgedImage
 from patch_encoder.viz.captions import load_caption_font
 
 HIT_COLOUR, FALSE_COLOUR, MISS_COLOUR, NEITHER_COLOUR = (
@@ -36,7 +36,7 @@ Box = tuple[float, float, float, float]
 
 
 def write_overlays(
-    folder: Path, judged: Sequence[Judged], categories: list[str], score: float
+    folder: Path, judged: Sequence[JudgedImage], categories: list[str], score: float
 ) -> None:
     """Write `<image id>.jpg` for each image."""
     for image in judged:
@@ -46,7 +46,7 @@ def write_overlays(
             )
 
 
-def draw_overlay(judged: Judged, categories: list[str], score: float) -> Image.Image:
+def draw_overlay(judged: JudgedImage, categories: list[str], score: float) -> Image.Image:
     """Annotation on the left, detections on the right, the meaning of the colours below."""
     pixels = read_image(judged.record)
     scale = float(np.clip(max(pixels.size), *SIDES)) / max(pixels.size)
@@ -67,7 +67,7 @@ def draw_overlay(judged: Judged, categories: list[str], score: float) -> Image.I
     return sheet
 
 
-def _headings(judged: Judged, score: float) -> tuple[str, str]:
+def _headings(judged: JudgedImage, score: float) -> tuple[str, str]:
     found, missed = int(judged.found.sum()), int(judged.missed.sum())
     hits, wrong = (int((judged.kinds == kind).sum()) for kind in (HIT, FALSE))
     return (
@@ -77,7 +77,7 @@ def _headings(judged: Judged, score: float) -> tuple[str, str]:
 
 
 def _annotation(
-    judged: Judged, pixels: Image.Image, scale: float, categories: list[str]
+    judged: JudgedImage, pixels: Image.Image, scale: float, categories: list[str]
 ) -> Image.Image:
     """The image with its annotated boxes."""
     record = judged.record
@@ -88,7 +88,7 @@ def _annotation(
 
 
 def _detections(
-    judged: Judged, pixels: Image.Image, scale: float, categories: list[str]
+    judged: JudgedImage, pixels: Image.Image, scale: float, categories: list[str]
 ) -> Image.Image:
     """The image with its detections."""
     found = judged.prediction

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from common.files import write_csv
-from detection_kd.evaluation.feature_agreement import r2_by_dimension
+from detection_kd.evaluation.feature_agreement import compute_r2_by_dimension
 
 COLUMNS = ("dimension", "r2", "teacher_std")
 
@@ -38,7 +38,7 @@ def write_report(
         pictures: whether to draw.
     """
     r2, spread = (
-        r2_by_dimension(student, teacher).tolist(),
+        compute_r2_by_dimension(student, teacher).tolist(),
         teacher.std(dim=0, correction=0).tolist(),
     )
     rows = [

@@ -41,7 +41,7 @@ class ExtraTerms:
 
 
 @dataclass(frozen=True)
-class FeatureSum:
+class DistillationLoss:
     """Named terms with their weights, those of single tiles and those of the whole batch."""
 
     weights: dict[str, float]
@@ -70,7 +70,7 @@ class FeatureSum:
         ), terms
 
 
-def feature_sum(loss: str, loss_weight: float, extra: ExtraTerms) -> FeatureSum:
+def distillation_loss(loss: str, loss_weight: float, extra: ExtraTerms) -> DistillationLoss:
     """The loss of a configuration; the weights of a term that is named twice add up.
 
     Raises:
@@ -103,4 +103,4 @@ def feature_sum(loss: str, loss_weight: float, extra: ExtraTerms) -> FeatureSum:
         {name: term for name, term in terms.items() if name in used}
         for terms in (tilewise, batchwise)
     ]
-    return FeatureSum(used, *kept)
+    return DistillationLoss(used, *kept)

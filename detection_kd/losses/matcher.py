@@ -46,7 +46,7 @@ def matching_cost(
 
 
 @torch.no_grad()
-def match(
+def match_queries(
     logits: Float[Tensor, "l b q classes"],
     boxes: Float[Tensor, "l b q 4"],
     labels: list[Tensor],

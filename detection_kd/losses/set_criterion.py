@@ -18,12 +18,12 @@ from torch import Tensor
 
 from detection_kd.losses.boxes import cxcywh_to_xyxy, generalized_iou
 from detection_kd.losses.focal import focal_loss
-from detection_kd.losses.matcher import Match, match
+from detection_kd.losses.matcher import Match, match_queries
 
 WEIGHTS = {"class": 2.0, "box": 5.0, "giou": 2.0}
 
 
-class Targets(NamedTuple):
+class DetectionTargets(NamedTuple):
     """Annotations of a batch: per image (N_b,) class indices and (N_b, 4) boxes as cxcywh
     fractions.
     """
@@ -36,7 +36,7 @@ def layer_losses(
     logits: Float[Tensor, "b q classes"],
     boxes: Float[Tensor, "b q 4"],
     matches: list[Match],
-    targets: Targets,
+    targets: DetectionTargets,
     num_boxes: float,
     counted: Bool[Tensor, "b q"] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
@@ -72,7 +72,7 @@ def layer_losses(
 def match_groups(
     logits: Float[Tensor, "layers b q classes"],
     boxes: Float[Tensor, "layers b q 4"],
-    targets: Targets,
+    targets: DetectionTargets,
     groups: int = 1,
 ) -> list[list[list[Match]]]:
     """Matches [layer][group][image]; each of the groups that Q divides into is matched on its own
@@ -84,7 +84,7 @@ def match_groups(
         for layer in range(layers)
         for part in zip(*(x[layer].chunk(groups, 1) for x in (logits, boxes)), strict=True)
     ]
-    matches = match(
+    matches = match_queries(
         torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts]), *targets
     )
     return [matches[layer * groups : (layer + 1) * groups] for layer in range(layers)]
@@ -94,7 +94,7 @@ def detection_losses(
     logits: Float[Tensor, "layers b q classes"],
     boxes: Float[Tensor, "layers b q 4"],
     matches: list[list[list[Match]]],
-    targets: Targets,
+    targets: DetectionTargets,
     num_boxes: float,
 ) -> dict[str, Float[Tensor, ""]]:
     """Terms of every decoder layer: the last one plainly named, the others with their number:
@@ -128,7 +128,7 @@ def denoising_losses(
     boxes: Float[Tensor, "layers b n 4"],
     matches: list[Match],
     counted: Bool[Tensor, "b n"],
-    targets: Targets,
+    targets: DetectionTargets,
     num_boxes: float,
 ) -> dict[str, Float[Tensor, ""]]:
     """Terms `class_dn`, `class_dn_0`, ...: each positive finds its own annotation, each negative
@@ -154,17 +154,17 @@ def _suffix(layer: int, layers: int) -> str:
 
 
 def match_proposals(
-    logits: Float[Tensor, "b s classes"], boxes: Float[Tensor, "b s 4"], targets: Targets
+    logits: Float[Tensor, "b s classes"], boxes: Float[Tensor, "b s 4"], targets: DetectionTargets
 ) -> list[Match]:
     """Matches of the first stage, where every annotation counts as class 0."""
-    return match(logits[None], boxes[None], *_as_objects(targets))[0]
+    return match_queries(logits[None], boxes[None], *_as_objects(targets))[0]
 
 
 def proposal_losses(
     logits: Float[Tensor, "b s classes"],
     boxes: Float[Tensor, "b s 4"],
     matches: list[Match],
-    targets: Targets,
+    targets: DetectionTargets,
     num_boxes: float,
 ) -> dict[str, Float[Tensor, ""]]:
     """Terms `class_enc`, `box_enc`, `giou_enc` of the first stage: every annotation counts as class
@@ -174,8 +174,8 @@ def proposal_losses(
     return {f"{name}_enc": value for name, value in found.items()}
 
 
-def _as_objects(targets: Targets) -> Targets:
-    return Targets([torch.zeros_like(labels) for labels in targets.labels], targets.boxes)
+def _as_objects(targets: DetectionTargets) -> DetectionTargets:
+    return DetectionTargets([torch.zeros_like(labels) for labels in targets.labels], targets.boxes)
 
 
 def weighted_sum(terms: dict[str, Float[Tensor, ""]]) -> Float[Tensor, ""]:

@@ -253,11 +253,11 @@ def load_backbone(path: str | Path) -> tuple[Backbone, dict[str, Any]]:
         UserError: the file holds no such trunk.
     """
     content = load_tensors(path, "a detector's backbone")
-    weights = trunk_weights(content)
+    weights = read_trunk_weights(content)
     described = _description(content, weights, path)
     norm = "group" if described["norm"] == "group" else "frozen"
     backbone = Backbone(described["name"], norm, described.get("dilation", False))
-    fill(backbone, weights, str(path))
+    fill_weights(backbone, weights, str(path))
     return backbone, backbone.describe()
 
 
@@ -280,7 +280,7 @@ def _description(content: Any, weights: dict[str, Tensor], path: str | Path) -> 
     return {"name": name, "norm": "frozen"}
 
 
-def trunk_weights(content: Any) -> dict[str, Tensor]:
+def read_trunk_weights(content: Any) -> dict[str, Tensor]:
     """A trunk's weights out of a state dict, a trunk checkpoint or a whole detector's, published or
     ours.
     """
@@ -295,7 +295,7 @@ def trunk_weights(content: Any) -> dict[str, Tensor]:
     return {name: value for name, value in weights.items() if not name.startswith("fc.")}
 
 
-def fill(backbone: Backbone, weights: dict[str, Tensor], source: str) -> None:
+def fill_weights(backbone: Backbone, weights: dict[str, Tensor], source: str) -> None:
     """Load weights of the same architecture; the count of batches that batch norm keeps is dropped
     or set to 0 as needed.
 
@@ -322,9 +322,9 @@ def build_pretrained(name: str, norm: str, dilation: bool, source: str) -> Backb
     """
     if source == HUB:
         return Backbone(name, norm, dilation, source)
-    weights = trunk_weights(read_weights(source, "weights of a trunk"))
+    weights = read_trunk_weights(read_weights(source, "weights of a trunk"))
     backbone = Backbone(name, norm, dilation)
     if name not in RESNETS and weights.keys() != backbone.state_dict().keys():
         return Backbone(name, norm, dilation, source)
-    fill(backbone, weights, source)
+    fill_weights(backbone, weights, source)
     return backbone

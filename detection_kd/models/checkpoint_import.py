@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.checkpoint import load_weights, read_weights
 from common.errors import UserError
-from detection_kd.models.backbone import trunk_weights
+from detection_kd.models.backbone import read_trunk_weights
 from detection_kd.models.deformable_detr import DeformableDETR
 
 HUGGINGFACE = (
@@ -102,9 +102,9 @@ def load_published(model: DeformableDETR, path: str | Path, categories: list[str
 def _our_names(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
     weights = content.get("model", content)
     if any(name.startswith("model.decoder.") for name in weights):
-        renamed = from_huggingface(weights)
+        renamed = convert_huggingface(weights)
     elif any(name.startswith("backbone.0.body.") for name in weights):
-        renamed = from_official(weights)
+        renamed = convert_official(weights)
     elif any(name.startswith("transformer.decoder.") for name in weights):
         return dict(weights)
     else:
@@ -113,10 +113,12 @@ def _our_names(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
             f"{sorted(weights)[:3]}; "
             "a backbone alone goes to weights="
         )
-    return renamed | {f"backbone.{name}": value for name, value in trunk_weights(content).items()}
+    return renamed | {
+        f"backbone.{name}": value for name, value in read_trunk_weights(content).items()
+    }
 
 
-def from_huggingface(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def convert_huggingface(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights of `transformers.DeformableDetrForObjectDetection` without its backbone, under our
     names.
     """
@@ -126,7 +128,7 @@ def from_huggingface(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return _join_projections(_rename(kept, HUGGINGFACE))
 
 
-def from_official(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def convert_official(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights of fundamentalvision/Deformable-DETR without its backbone, under our names."""
     kept = {name: value for name, value in weights.items() if not name.startswith("backbone.")}
     return _rename(kept, OFFICIAL)

@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from detection_kd.models.deformable_encoder import FeedForward, Pyramid
+from detection_kd.models.deformable_encoder import Pyramid, ResidualFeedForward
 from detection_kd.models.ms_deform_attn import MSDeformAttn
 
 
-class DecoderLayer(FeedForward):
+class DeformableDecoderLayer(ResidualFeedForward):
     """Self-attention among queries, deformable attention to the encoder's cells, feed-forward
     network; post-norm.
     """
@@ -51,12 +51,12 @@ class DecoderLayer(FeedForward):
         return self.norm3(self.feed_forward(self.norm1(x + self.dropout(attended))))
 
 
-class Decoder(nn.Module):
+class DeformableDecoder(nn.Module):
     """A stack of decoder layers; with `box_refine` each layer starts from the box that the layer
     before it found.
     """
 
-    def __init__(self, layers: list[DecoderLayer], box_refine: bool) -> None:
+    def __init__(self, layers: list[DeformableDecoderLayer], box_refine: bool) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.box_refine = box_refine

@@ -27,7 +27,7 @@ from detection_kd.models.deformable_transformer import (
     DeformableTransformer,
     Detections,
 )
-from detection_kd.models.denoising import noised_targets
+from detection_kd.models.denoising import make_noised_targets
 
 PRIOR = 0.01  # initial probability of every class (RetinaNet, section 4.1)
 
@@ -117,7 +117,7 @@ class DeformableDETR(nn.Module):
         noised = None
         if self.training and self.label_embed is not None:
             assert annotated is not None, "denoising needs the annotations"
-            noised = noised_targets(
+            noised = make_noised_targets(
                 *annotated, self.label_embed.num_embeddings, self.architecture.denoising
             )
         features = self.backbone(images)

@@ -35,7 +35,7 @@ class Pyramid:
     valid_ratios: Float[Tensor, "b levels 2"]
 
 
-class FeedForward(nn.Module):
+class ResidualFeedForward(nn.Module):
     """x + W2 ReLU(W1 x), normalised by the caller; the base of encoder and decoder layers."""
 
     def __init__(self, dim: int, hidden: int, dropout: float) -> None:
@@ -49,7 +49,7 @@ class FeedForward(nn.Module):
         return x + self.dropout(self.linear2(self.dropout(self.linear1(x).relu())))
 
 
-class EncoderLayer(FeedForward):
+class DeformableEncoderLayer(ResidualFeedForward):
     """Deformable self-attention, then a feed-forward network; post-norm."""
 
     def __init__(
@@ -73,28 +73,28 @@ class EncoderLayer(FeedForward):
         return self.norm2(self.feed_forward(self.norm1(x + self.dropout(attended))))
 
 
-class Encoder(nn.Module):
+class DeformableEncoder(nn.Module):
     """A stack of encoder layers."""
 
-    def __init__(self, layers: list[EncoderLayer]) -> None:
+    def __init__(self, layers: list[DeformableEncoderLayer]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
     def forward(self, pyramid: Pyramid) -> Float[Tensor, "b s d"]:
         """The pyramid's tokens after all layers."""
         x = pyramid.tokens
-        reference_points = cell_centres(pyramid.shapes, pyramid.valid_ratios)
+        reference_points = make_cell_centres(pyramid.shapes, pyramid.valid_ratios)
         for layer in self.layers:
             x = layer(x, pyramid, reference_points)
         return x
 
 
-def cell_centres(
+def make_cell_centres(
     shapes: list[tuple[int, int]], valid_ratios: Float[Tensor, "b levels 2"]
 ) -> Float[Tensor, "b s levels 2"]:
     """Centre (x, y) of every cell, as a fraction of the padded map of every level."""
     centres = [
-        cell_grid(*shape, valid_ratios) / valid_ratios[:, level, None]
+        make_cell_grid(*shape, valid_ratios) / valid_ratios[:, level, None]
         for level, shape in enumerate(shapes)
     ]
     return (
@@ -102,7 +102,7 @@ def cell_centres(
     )  # unpadded fraction -> each level's padded fraction
 
 
-def cell_grid(height: int, width: int, like: Tensor) -> Float[Tensor, "1 {height}*{width} 2"]:
+def make_cell_grid(height: int, width: int, like: Tensor) -> Float[Tensor, "1 {height}*{width} 2"]:
     """Centre (x, y) of every cell of one level, row by row, as a fraction of its padded map."""
     y, x = torch.meshgrid(
         (torch.arange(height, dtype=like.dtype, device=like.device) + 0.5) / height,

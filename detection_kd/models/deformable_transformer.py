@@ -17,8 +17,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from common.config import key
-from detection_kd.models.deformable_decoder import Decoder, DecoderLayer
-from detection_kd.models.deformable_encoder import Encoder, EncoderLayer, Pyramid
+from detection_kd.models.deformable_decoder import DeformableDecoder, DeformableDecoderLayer
+from detection_kd.models.deformable_encoder import (
+    DeformableEncoder,
+    DeformableEncoderLayer,
+    Pyramid,
+)
 from detection_kd.models.denoising import NoisedTargets
 from detection_kd.models.ms_deform_attn import MSDeformAttn
 from detection_kd.models.position_encoding import sine_position_encoding
@@ -98,9 +102,11 @@ class DeformableTransformer(nn.Module):
         super().__init__()
         self.groups = a.groups
         shape = (a.hidden_dim, a.heads, a.levels, a.points, a.feedforward_dim, a.dropout)
-        self.encoder = Encoder([EncoderLayer(*shape) for _ in range(a.encoder_layers)])
-        self.decoder = Decoder(
-            [DecoderLayer(*shape) for _ in range(a.decoder_layers)], a.box_refine
+        self.encoder = DeformableEncoder(
+            [DeformableEncoderLayer(*shape) for _ in range(a.encoder_layers)]
+        )
+        self.decoder = DeformableDecoder(
+            [DeformableDecoderLayer(*shape) for _ in range(a.decoder_layers)], a.box_refine
         )
         if a.encoder_layers:  # without an encoder nothing reads positions of cells
             self.level_embed = nn.Parameter(torch.empty(a.levels, a.hidden_dim))

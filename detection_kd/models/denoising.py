@@ -40,7 +40,7 @@ class NoisedTargets:
     group_size: int
 
 
-def noised_targets(
+def make_noised_targets(
     labels: list[Tensor],
     boxes: list[Tensor],
     classes: int,
@@ -76,7 +76,7 @@ def noised_targets(
     drawn = torch.randint(classes, tiled.shape, device=device)
     tiled = torch.where(torch.rand(tiled.shape, device=device) < label_noise / 2, drawn, tiled)
     negative = (torch.arange(slots, device=device) // most % 2).to(box.dtype)  # (N,)
-    noised = shifted(box.repeat(1, 2 * groups, 1), negative, box_noise)
+    noised = shift_boxes(box.repeat(1, 2 * groups, 1), negative, box_noise)
     return NoisedTargets(tiled, noised, present.repeat(1, 2 * groups), matches, groups, 2 * most)
 
 
@@ -85,7 +85,7 @@ def _positives(starts: Tensor, count: int) -> Match:
     return (starts + targets).flatten(), targets.repeat(len(starts))
 
 
-def shifted(
+def shift_boxes(
     boxes: Float[Tensor, "b n 4"], negative: Float[Tensor, " n"], noise: float
 ) -> Float[Tensor, "b n 4"]:
     """Boxes whose corners moved each way by 0..1 (negatives: 1..2) times `noise` half sizes, inside

@@ -87,7 +87,7 @@ def build_online_teacher(
     return OnlineTeacher(build_encoder(name, weights, crop=crop), device, precision)
 
 
-def online_teacher(
+def read_online_teacher(
     name: str, weights: str, crop: bool, pairs: Sequence[Pair], device: torch.device, precision: str
 ) -> OnlineTeacher | None:
     """The same, compared with the stored features of a few of the pairs; None without a name."""

@@ -37,7 +37,7 @@ class GeM(nn.Module):
             return x.float().clamp(min=GEM_EPS).pow(self.p).mean(dim=(2, 3)).pow(1 / self.p)
 
 
-class AttentionPool(nn.Module):
+class MapAttentionPool(nn.Module):
     """(B, C, h, w) -> (B, C): cells weighted by a score of their own, softmax over the map."""
 
     def __init__(self, channels: int) -> None:
@@ -63,7 +63,7 @@ class StagePooling(nn.Module):
         if kind == "gem":
             self.stages = nn.ModuleList(GeM() for _ in channels)
         elif kind == "attention":
-            self.stages = nn.ModuleList(AttentionPool(width) for width in channels)
+            self.stages = nn.ModuleList(MapAttentionPool(width) for width in channels)
 
     def forward(self, maps: Sequence[Float[Tensor, "b _c _h _w"]]) -> Float[Tensor, "b d"]:
         """[(B, C, h, w), ...] -> (B, sum C)."""

@@ -16,7 +16,7 @@ from torch import Tensor
 TEMPERATURE = 10_000.0
 
 
-def sine(angles: Float[Tensor, "*shape"], dim: int) -> Float[Tensor, "*shape {dim}"]:
+def encode_sine(angles: Float[Tensor, "*shape"], dim: int) -> Float[Tensor, "*shape {dim}"]:
     """sin and cos of each angle at dim / 2 frequencies, interleaved: (...) -> (..., dim)."""
     index = torch.arange(dim // 2, dtype=angles.dtype, device=angles.device)
     phase = angles[..., None] / TEMPERATURE ** (2 * index / dim)  # (..., dim / 2)
@@ -36,4 +36,6 @@ def sine_position_encoding(
     valid = (~padding).to(dtype)
     y = (valid.cumsum(1) - 0.5) / (valid.sum(1, keepdim=True) + 1e-6) * 2 * math.pi  # (B, H, W)
     x = (valid.cumsum(2) - 0.5) / (valid.sum(2, keepdim=True) + 1e-6) * 2 * math.pi
-    return torch.cat((sine(y, dim // 2), sine(x, dim // 2)), dim=-1).permute(0, 3, 1, 2)
+    return torch.cat((encode_sine(y, dim // 2), encode_sine(x, dim // 2)), dim=-1).permute(
+        0, 3, 1, 2
+    )

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from detection_kd.models.deformable_encoder import Pyramid, cell_grid
-from detection_kd.models.position_encoding import sine
+from detection_kd.models.deformable_encoder import Pyramid, make_cell_grid
+from detection_kd.models.position_encoding import encode_sine
 
 BASE_SIZE = (
     0.05  # side of a proposal on the finest level, fraction of the image; doubles with each level
@@ -49,7 +49,7 @@ class ProposalHead(nn.Module):
         """Class logits and box logits of every cell; a padded or border cell has the box logit
         +inf.
         """
-        proposals, usable = base_proposals(pyramid)
+        proposals, usable = make_base_proposals(pyramid)
         cells = self.enc_output_norm(self.enc_output(memory.masked_fill(~usable, 0.0)))
         return class_head(cells), box_head(cells).to(proposals.dtype) + proposals
 
@@ -67,11 +67,11 @@ class ProposalHead(nn.Module):
         """Positional encodings of boxes (B, Q, D), and beside them contents (B, Q, 2 D) unless
         those are learned.
         """
-        encoded = sine(reference * 2 * math.pi, self.dim // 2).flatten(-2)  # (B, Q, 2 D)
+        encoded = encode_sine(reference * 2 * math.pi, self.dim // 2).flatten(-2)  # (B, Q, 2 D)
         return self.pos_trans_norm(self.pos_trans(encoded))
 
 
-def base_proposals(pyramid: Pyramid) -> tuple[Float[Tensor, "b s 4"], Bool[Tensor, "b s 1"]]:
+def make_base_proposals(pyramid: Pyramid) -> tuple[Float[Tensor, "b s 4"], Bool[Tensor, "b s 1"]]:
     """A box around every cell as logits of (cx, cy, w, h), +inf where unusable; and which cells are
     usable.
 
@@ -80,7 +80,7 @@ def base_proposals(pyramid: Pyramid) -> tuple[Float[Tensor, "b s 4"], Bool[Tenso
     boxes = []
     for level, shape in enumerate(pyramid.shapes):
         centres = (
-            cell_grid(*shape, pyramid.valid_ratios) / pyramid.valid_ratios[:, level, None]
+            make_cell_grid(*shape, pyramid.valid_ratios) / pyramid.valid_ratios[:, level, None]
         )  # (B, H*W, 2)
         boxes.append(torch.cat((centres, torch.full_like(centres, BASE_SIZE * 2**level)), -1))
     proposals = torch.cat(boxes, 1)  # (B, S, 4)

@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from detection_kd.models.student import Head, Student
+from detection_kd.models.student import Student, StudentHead
 from patch_encoder.models.encoder_table import IMAGENET
 from patch_encoder.models.encoders import Encoder, PixelEncoder
 
 
 @dataclass(frozen=True)
-class Member:
+class TrunkMember:
     """A student as an encoder (name, width, provenance) and as the network that it is."""
 
     encoder: Encoder
@@ -34,31 +34,33 @@ class SharedTrunk(PixelEncoder):
         columns: where they stand in the output.
     """
 
-    def __init__(self, members: Sequence[Member]) -> None:
-        deepest = max((member.student for member in members), key=lambda student: student.needle)
+    def __init__(self, members: Sequence[TrunkMember]) -> None:
+        deepest = max(
+            (member.student for member in members), key=lambda student: student.deepest_stage
+        )
         super().__init__(deepest, IMAGENET)
         self.dims = [member.encoder.dim for member in members]
         ends = torch.tensor(self.dims).cumsum(0).tolist()
         self.columns = [slice(end - dim, end) for end, dim in zip(ends, self.dims, strict=True)]
-        self._needles = [member.student.needles for member in members]
-        self.heads = nn.ModuleList(Head(member.student) for member in members)
+        self._stages = [member.student.stages for member in members]
+        self.heads = nn.ModuleList(StudentHead(member.student) for member in members)
 
     def forward(self, pixels: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """uint8 (B, 3, H, W) -> (B, D1 + D2 + ...)."""
         maps = self.network.all_maps(self.scaled(pixels))
         outputs = [
             head([maps[stage] for stage in stages])
-            for head, stages in zip(self.heads, self._needles, strict=True)
+            for head, stages in zip(self.heads, self._stages, strict=True)
         ]
         return torch.cat([output.float() for output in outputs], dim=1)
 
 
-def by_trunk(members: Sequence[Member]) -> list[list[Member]]:
+def group_by_trunk(members: Sequence[TrunkMember]) -> list[list[TrunkMember]]:
     """Members whose trunks are equal in the stages that they share, and that see tiles at one
     scale, together.
     """
-    groups: list[list[Member]] = []
-    for member in sorted(members, key=lambda member: -member.student.needle):
+    groups: list[list[TrunkMember]] = []
+    for member in sorted(members, key=lambda member: -member.student.deepest_stage):
         for group in groups:
             if _same_trunk(group[0].student, member.student):
                 group.append(member)

@@ -1,6 +1,6 @@
 """The D2VFM student: a frozen detector backbone up to one stage, global pooling, an adapter.
 
-TS2G-KD runs all stages whatever the needle; here the backbone stops at the stage that the adapter
+TS2G-KD runs all stages whatever the stage; here the backbone stops at the stage that the adapter
 needs. What is frozen stays frozen under `train()`, BatchNorm statistics included. Beyond TS2G-KD,
 all off by default: several stages side by side, pooling with parameters, and training of the last
 stages that are used.
@@ -29,12 +29,12 @@ NORM_LAYERS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 class Student(nn.Module):
-    """Backbone stages `needle` (0, 1, 2 = layer2, layer3, layer4) -> pooled (B, C) -> adapter (B,
-    D).
+    """Backbone stages (0, 1, 2 = layer2, layer3, layer4) -> pooled (B, C) -> adapter (B, D).
 
     Args:
         backbone: the detector's trunk; cut behind the last stage that is used.
-        needle: the stage that is pooled; several are pooled each on its own and concatenated.
+        stages: the stages that are pooled, each on its own, and concatenated (TS2G-KD: one, its
+            "needle").
         adapter: one of `ADAPTERS`.
         dim: width D of the teacher.
         input_scale: resizes the tile first (published: 1.0, the tile as it is): a detector that was
@@ -48,7 +48,7 @@ class Student(nn.Module):
     def __init__(
         self,
         backbone: Backbone,
-        needle: int | Sequence[int],
+        stages: int | Sequence[int],
         adapter: str,
         dim: int,
         input_scale: float = 1.0,
@@ -56,15 +56,15 @@ class Student(nn.Module):
         unfreeze: int = 0,
     ) -> None:
         super().__init__()
-        self.needles = (needle,) if isinstance(needle, int) else tuple(needle)
-        self.needle = max(self.needles)
+        self.stages = (stages,) if isinstance(stages, int) else tuple(stages)
+        self.deepest_stage = max(self.stages)
         self.backbone = backbone.requires_grad_(False)
-        self.backbone.truncate(self.needle)
+        self.backbone.truncate(self.deepest_stage)
         self.unfreeze = unfreeze
         for parameter in self._last_stages():
             parameter.requires_grad_(True)
         self.input_scale = input_scale
-        channels = [backbone.channels[stage] for stage in self.needles]
+        channels = [backbone.channels[stage] for stage in self.stages]
         self.pooling = StagePooling(pooling, channels)
         self.adapter = Adapter(adapter, sum(channels), dim)
 
@@ -77,9 +77,8 @@ class Student(nn.Module):
             if isinstance(m, NORM_LAYERS)
             for p in m.parameters(recurse=False)
         }
-        last = (
-            self.needle + 2
-        )  # needle 0 is stage 2 of stem (0) and strides 4 (1), 8 (2), 16 (3), 32 (4)
+        # the backbone counts stem (0) and strides 4 (1), 8 (2), 16 (3), 32 (4)
+        last = self.deepest_stage + 2
         found = [
             own[name]
             for name, stage in self.backbone.stages().items()
@@ -96,15 +95,15 @@ class Student(nn.Module):
         return self
 
     def maps(self, pixels: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _c _h _w"]]:
-        """Normalised pixels -> maps of the needles; autograd sees the stages that are trained and
+        """Normalised pixels -> maps of the stages; autograd sees the stages that are trained and
         nothing before them.
         """
         with torch.set_grad_enabled(self.unfreeze > 0 and torch.is_grad_enabled()):
             maps = self.all_maps(pixels)
-            return [maps[stage] for stage in self.needles]
+            return [maps[stage] for stage in self.stages]
 
     def all_maps(self, pixels: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _c _h _w"]]:
-        """Normalised pixels -> maps of every stage up to the last needle."""
+        """Normalised pixels -> maps of every stage up to the last stage."""
         if self.input_scale != 1.0:
             pixels = nn.functional.interpolate(
                 pixels,
@@ -113,10 +112,10 @@ class Student(nn.Module):
                 antialias=True,
                 recompute_scale_factor=True,
             ).contiguous(memory_format=torch.channels_last)
-        return self.backbone(pixels, upto=self.needle)
+        return self.backbone(pixels, upto=self.deepest_stage)
 
     def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c"]:
-        """Normalised pixels -> globally pooled features of the needles."""
+        """Normalised pixels -> globally pooled features of the stages."""
         return self.pooling(self.maps(pixels))
 
     def forward(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
@@ -135,7 +134,7 @@ class FrozenMaps(PixelEncoder):
 
     @torch.no_grad()
     def forward(self, pixels: UInt8[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _c _h _w"]]:
-        """uint8 (B, 3, H, W) -> [(B, C, h, w), ...], a map a needle."""
+        """uint8 (B, 3, H, W) -> [(B, C, h, w), ...], one map per stage."""
         maps = self.network.maps(self.scaled(pixels))
         return (
             [x.mean(dim=(2, 3), keepdim=True) for x in maps]
@@ -144,7 +143,7 @@ class FrozenMaps(PixelEncoder):
         )
 
 
-class Head(nn.Module):
+class StudentHead(nn.Module):
     """The other half, pooling and adapter, on what `FrozenMaps` gives: the student's output."""
 
     def __init__(self, student: Student) -> None:
@@ -156,12 +155,11 @@ class Head(nn.Module):
         return self.adapter(self.pooling(maps))
 
 
-def student_config(student: Student, teacher: str) -> dict[str, Any]:
+def describe_student(student: Student, teacher: str) -> dict[str, Any]:
     """The part of a checkpoint's config from which `load_student` rebuilds the model."""
     return {
         "backbone": student.backbone.describe(),
-        "needle": student.needle,
-        "needles": list(student.needles),
+        "stages": list(student.stages),
         "pooling": student.pooling.kind,
         "unfreeze": student.unfreeze,
         "adapter": student.adapter.kind,
@@ -185,18 +183,19 @@ def load_student(path: str | Path) -> tuple[Student, dict[str, Any]]:
             f"{sorted(content['config'])[:6]}"
         )
     backbone = Backbone.from_description(config["backbone"])
-    needles = (
-        config.get("needles") or config["needle"]
-    )  # checkpoints of one stage and the mean name neither
-    pooling = config.get("pooling", "mean")
     student = Student(
-        backbone, needles, config["adapter"], config["dim"], config["input_scale"], pooling
+        backbone,
+        config["stages"],
+        config["adapter"],
+        config["dim"],
+        config["input_scale"],
+        config["pooling"],
     )
     load_weights(student, content["model"], str(path))
     return student.eval(), config
 
 
-def student_encoder(path: str | Path, name: str) -> Encoder:
+def load_student_encoder(path: str | Path, name: str) -> Encoder:
     """The student as one more encoder: tiles at their native size, ImageNet statistics (as TS2G-KD
     extracts).
 
@@ -206,10 +205,10 @@ def student_encoder(path: str | Path, name: str) -> Encoder:
     """
     student, config = load_student(path)
     transform = ToInputSize(None)
-    needles = "+".join(map(str, student.needles))
+    stages = "+".join(map(str, student.stages))
     pooled = "" if student.pooling.kind == "mean" else f" {student.pooling.kind}"
     provenance = {
-        "encoder": f"d2vfm {config['adapter']} needle {needles}{pooled} scale "
+        "encoder": f"d2vfm {config['adapter']} stage {stages}{pooled} scale "
         f"{config['input_scale']:g}",
         "weights_sha256": digest_weights(student),
         "transform": f"{transform!r}, mean/std {IMAGENET}",

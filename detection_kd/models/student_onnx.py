@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from common.config import nearest_path
 from common.errors import UserError
 from common.files import read_json, safe_id, sha256_file
-from detection_kd.models.student import student_encoder
+from detection_kd.models.student import load_student_encoder
 from patch_encoder.extraction.network import fold_batch_norms
 from patch_encoder.models.encoders import Encoder
 from patch_encoder.models.onnx_network import OnnxNetwork, open_session
@@ -127,7 +127,7 @@ def _strip(model: Any) -> None:
         part.ClearField("doc_string")
 
 
-def feature_map_nodes(graph: Any) -> list[str]:
+def find_feature_map_nodes(graph: Any) -> list[str]:
     """Names of the convolutions, and of what passes their maps on: sums, maxima, rectifiers of
     nothing but maps.
     """
@@ -177,7 +177,7 @@ def quantise(
             batch = next(self.batches, None)
             return None if batch is None else {"pixels": batch}
 
-    nodes = feature_map_nodes(onnx.load(str(source)).graph)
+    nodes = find_feature_map_nodes(onnx.load(str(source)).graph)
     if not nodes:
         raise UserError(
             f"{source.name}: expected a student with convolutions to make int8, found none; set "
@@ -239,7 +239,7 @@ def read_note(path: str | Path) -> dict[str, Any]:
     return note
 
 
-def exported_encoder(path: str | Path, name: str, device: torch.device) -> Encoder:
+def load_exported_encoder(path: str | Path, name: str, device: torch.device) -> Encoder:
     """An exported student as an encoder.
 
     Args:
@@ -288,9 +288,9 @@ def load_students(entries: Sequence[str], device: torch.device) -> list[Encoder]
     for entry in entries:
         name, path = split_entry(entry)
         if Path(path).suffix == ".onnx":
-            encoders.append(exported_encoder(path, name, device))
+            encoders.append(load_exported_encoder(path, name, device))
         else:
-            encoders.append(student_encoder(path, name or "student"))
+            encoders.append(load_student_encoder(path, name or "student"))
     names = [encoder.name for encoder in encoders]
     if len(set(names)) < len(names):
         raise UserError(
@@ -313,7 +313,7 @@ def split_entry(entry: str) -> tuple[str, str]:
     return safe_id(name.strip(), "student") if name else "", path
 
 
-def student_note(config: dict[str, Any], encoder: Encoder, form: str) -> dict[str, Any]:
+def make_student_note(config: dict[str, Any], encoder: Encoder, form: str) -> dict[str, Any]:
     """What goes into the metadata of an exported file.
 
     Args:

@@ -12,7 +12,7 @@ import numpy as np
 
 from common.figures import PALETTE, data_uri, new_figure, save_figure, styled
 from common.files import read_json
-from studies.ablations.rows import point_of
+from studies.ablations.rows import find_point
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,8 +42,8 @@ def draw_ablation(path: Path, rows: Sequence[Mapping[str, Any]], model: str) -> 
     from matplotlib import colormaps
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-    shown = [row for row in rows if point_of(row, model) is not None]
-    points = np.array([point_of(row, model) for row in shown]).reshape(-1, 2)
+    shown = [row for row in rows if find_point(row, model) is not None]
+    points = np.array([find_point(row, model) for row in shown]).reshape(-1, 2)
     reach = np.log(points[:, 0].max() / points[:, 0].min()) or 1.0
     x = places(points[:, 0], SPREAD * reach)
     factors = list(dict.fromkeys(row["factor"] for row in shown if row["kind"] == "variant"))

@@ -18,7 +18,7 @@ from benchmarks.student import BARS, best, contestants, parse, ratios, verdicts
 def test_ratios_are_medians_of_the_ratios_within_a_round_each_side_in_its_faster_form() -> None:
     a = parse(
         [
-            "--needles",
+            "--stages",
             "1",
             "--models",
             "vit_b16",
@@ -86,7 +86,7 @@ def test_bars_are_met_at_their_edge_and_between_equals_only() -> None:
 def test_contestants_follow_the_options() -> None:
     a = parse(
         [
-            "--needles",
+            "--stages",
             "1",
             "--models",
             "vit_b16",
@@ -131,7 +131,7 @@ def test_a_run_prints_and_keeps_what_it_measured(
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # of this whole process
     kept = tmp_path / "student.json"
     options = [
-        "--needles",
+        "--stages",
         "1",
         "--models",
         "vit_b16",

@@ -11,6 +11,7 @@ from common.config import (
     REQUIRED,
     ConfigError,
     HelpRequested,
+    given_keys,
     group,
     identity,
     key,
@@ -131,3 +132,21 @@ def test_identity_leaves_out_speed_and_paths() -> None:
         "optimiser.steps",
     }
     assert to_dict(config)["optimiser"] == {"lr": 1e-4, "steps": [1, 2]}
+
+
+@dataclass
+class Listed:
+    """Keys with a list and a second name."""
+
+    stages: list[int] = key([1], "stages", alias="needle")
+    files: list[str] = key([], "files")
+
+
+def test_a_list_takes_a_plain_value_and_a_key_its_second_name(tmp_path: Path) -> None:
+    config = load_config(Listed, ["needle=2", "files=a b.pt"])
+    assert (config.stages, config.files) == ([2], ["a b.pt"])
+    file = tmp_path / "c.yaml"
+    file.write_text("needle: [0, 1]\nfiles: [a, b]\n")
+    config = load_config(Listed, ["--config", str(file)])
+    assert (config.stages, config.files) == ([0, 1], ["a", "b"])
+    assert given_keys(config) == {"stages", "files"}

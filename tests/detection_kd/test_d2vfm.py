@@ -17,7 +17,7 @@ from common.errors import UserError
 from detection_kd import extract_student
 from detection_kd.datasets.distillation import (
     DistillationTiles,
-    pairs_digest,
+    digest_pairs,
     read_pairs,
     split_by_slide,
 )
@@ -25,7 +25,7 @@ from detection_kd.evaluation.feature_agreement import feature_agreement
 from detection_kd.losses.feature_regression import cosine_loss, mae_loss, mse_loss
 from detection_kd.models.adapter import ADAPTERS, Adapter
 from detection_kd.models.backbone import Backbone
-from detection_kd.models.student import Student, load_student, student_encoder
+from detection_kd.models.student import Student, load_student, load_student_encoder
 from patch_encoder import tile_slides
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.slides import open_slide
@@ -99,7 +99,7 @@ def test_agreement_by_hand() -> None:
 
 def test_frozen_parts_stay_bit_identical_under_training() -> None:
     torch.manual_seed(0)
-    student = Student(Backbone("resnet18", "batch"), needle=1, adapter="mpa", dim=DIM)
+    student = Student(Backbone("resnet18", "batch"), stages=1, adapter="mpa", dim=DIM)
     student.train()
     before = {name: value.clone() for name, value in student.state_dict().items()}
     optimizer = torch.optim.AdamW(
@@ -115,18 +115,18 @@ def test_frozen_parts_stay_bit_identical_under_training() -> None:
     }
 
 
-def test_student_stops_at_its_needle_and_keeps_no_later_stage() -> None:
+def test_student_stops_at_its_stage_and_keeps_no_later_stage() -> None:
     backbone = Backbone("resnet18", "frozen").eval()
     x = torch.randn(2, 3, 64, 64)
     pooled = [maps.mean(dim=(2, 3)) for maps in backbone(x)]
-    for needle in (2, 1, 0):
-        student = Student(backbone, needle, "p", DIM).eval()
-        assert torch.allclose(student.pooled(x), pooled[needle], atol=1e-6)
+    for stage in (2, 1, 0):
+        student = Student(backbone, stage, "p", DIM).eval()
+        assert torch.allclose(student.pooled(x), pooled[stage], atol=1e-6)
         kept = {
             name.split(".")[1] for name in student.state_dict() if name.startswith("backbone.layer")
         }
         assert kept == {"layer1", "layer2", "layer3", "layer4"} - {
-            f"layer{stage}" for stage in range(needle + 3, 5)
+            f"layer{stage}" for stage in range(stage + 3, 5)
         }
 
 
@@ -287,12 +287,12 @@ def test_student_is_one_more_encoder(tiny_student: Path, tmp_path: Path) -> None
     assert run(extract_student.main, extract_student.Config, extraction) == 0
     bag = read_bag(tmp_path / "features" / "student" / "h5_files" / "S001.h5")
     assert bag.features.shape[1] == DIM
-    assert bag.attributes["encoder"] == "d2vfm mpa needle 1 scale 1"
-    encoder = student_encoder(checkpoint, "student")
+    assert bag.attributes["encoder"] == "d2vfm mpa stage 1 scale 1"
+    encoder = load_student_encoder(checkpoint, "student")
     assert bag.coords is not None
     with open_slide(cohort / "slides" / "S001.tiff") as slide, torch.no_grad():
         x, y = bag.coords[3]
         pixels = torch.from_numpy(slide.read(int(x), int(y), 64).copy()).permute(2, 0, 1)[None]
         expected = encoder.model(pixels)[0].numpy()
     assert np.allclose(bag.features[3], expected, atol=1e-4)
-    assert len({pairs_digest(read_pairs(pairs_root)), bag.attributes["weights_sha256"]}) == 2
+    assert len({digest_pairs(read_pairs(pairs_root)), bag.attributes["weights_sha256"]}) == 2

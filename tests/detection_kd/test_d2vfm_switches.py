@@ -12,12 +12,12 @@ import torch
 
 from common.checkpoint import load_tensors
 from detection_kd.models.backbone import load_backbone
-from detection_kd.models.student import load_student, student_encoder
+from detection_kd.models.student import load_student, load_student_encoder
 from tests.detection_kd.d2vfm_runs import DIM, train
 
 STILL = ("augment=false", "scales=[1.0]", "cache=true")
 EVERYTHING = [
-    "needles=[0,1]",
+    "stages=[0,1]",
     "pooling=gem",
     "adapter=ln",
     "unfreeze=1",
@@ -37,7 +37,7 @@ def test_everything_at_once_leaves_results_and_a_student_that_rebuilds_itself(
 ) -> None:
     assert train(pairs_root, backbone_path, tmp_path / "run", *EVERYTHING, "epochs=1") == 0
     student, config = load_student(tmp_path / "run" / "checkpoint_best.pt")
-    assert (student.needles, student.pooling.kind, student.adapter.kind) == ((0, 1), "gem", "ln")
+    assert (student.stages, student.pooling.kind, student.adapter.kind) == ((0, 1), "gem", "ln")
     assert config["unfreeze"] == 1 and not any(
         p.requires_grad for p in student.backbone.parameters()
     )
@@ -48,8 +48,8 @@ def test_everything_at_once_leaves_results_and_a_student_that_rebuilds_itself(
     }
     assert changed == {"layer3"}
     assert all(torch.equal(own[name], backbone[name]) for name in own if "bn" in name)
-    encoder = student_encoder(tmp_path / "run" / "checkpoint_best.pt", "student")
-    assert encoder.provenance["encoder"] == "d2vfm ln needle 0+1 gem scale 1"
+    encoder = load_student_encoder(tmp_path / "run" / "checkpoint_best.pt", "student")
+    assert encoder.provenance["encoder"] == "d2vfm ln stage 0+1 gem scale 1"
     assert encoder.model(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)).shape == (2, DIM)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     terms = {"loss", "loss_smooth_l1", "loss_distance", "loss_angle", "loss_contrastive"}
@@ -100,35 +100,15 @@ def test_the_moving_average_is_what_is_validated_and_kept(
     )
 
 
-def test_checkpoints_of_the_first_form_are_read(
-    pairs_root: Path, backbone_path: Path, tmp_path: Path
-) -> None:
-    assert train(pairs_root, backbone_path, tmp_path / "run", "epochs=1", "needle=0") == 0
-    content = load_tensors(tmp_path / "run" / "checkpoint_best.pt", "a checkpoint")
-    for name in ("needles", "pooling", "unfreeze"):
-        del content["config"]["student"][name]
-    torch.save(content, tmp_path / "old.pt")
-    old, new = (
-        load_student(path)[0]
-        for path in (tmp_path / "old.pt", tmp_path / "run" / "checkpoint_best.pt")
-    )
-    x = torch.randn(2, 3, 64, 64)
-    assert torch.equal(old(x), new(x)) and old.needles == (0,)
-    assert (
-        student_encoder(tmp_path / "old.pt", "s").provenance["encoder"]
-        == "d2vfm mpa needle 0 scale 1"
-    )
-
-
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
         (["unfreeze=1", *STILL], "expected one of them"),
         (["unfreeze=5"], "expected 0 to 4 stages"),
         (["unfreeze_lr=0"], "a factor above 0"),
-        (["needles=[1,0]"], "ascending"),
-        (["needles=[1,1]"], "ascending"),
-        (["needles=[3]"], "expected 0, 1 or 2"),
+        (["stages=[1,0]"], "ascending"),
+        (["stages=[1,1]"], "ascending"),
+        (["stages=[3]"], "expected 0, 1 or 2"),
         (["ema=1"], "expected a decay"),
         (["loss_weight=0"], "at least one term"),
         (["pooling=max"], "expected one of mean, gem, attention"),

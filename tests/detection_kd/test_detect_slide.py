@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from common.cli import run
 from detection_kd import detect_slide
-from detection_kd.datasets.slide_detections import Found, merge, own_part
+from detection_kd.datasets.slide_detections import FoundBoxes, find_own_part, merge_detections
 from detection_kd.models.deformable_transformer import Detections
 from patch_encoder import tile_slides
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
@@ -182,7 +182,7 @@ def grid(side: int, overlap: float, corners: list[tuple[int, int]]) -> Coordinat
 
 def test_own_parts_share_the_plane_without_gap_or_overlap() -> None:
     coordinates = grid(100, 0.25, [(0, 0), (75, 0), (150, 0), (0, 75)])
-    parts = own_part(coordinates) + np.tile(coordinates.coords, 2)
+    parts = find_own_part(coordinates) + np.tile(coordinates.coords, 2)
     assert parts[0, 2] == parts[1, 0] and parts[1, 2] == parts[2, 0] and parts[0, 3] == parts[3, 1]
     assert parts[0, 2] == 75 + 12  # the middle of the overlap from 75 to 100
     assert parts[0, 0] < 0 and parts[2, 2] > 250  # no neighbour, no limit
@@ -190,12 +190,12 @@ def test_own_parts_share_the_plane_without_gap_or_overlap() -> None:
 
 def test_suppression_is_within_a_class() -> None:
     boxes = np.array([[0, 0, 10, 10], [1, 0, 11, 10], [0, 1, 10, 11]], np.float32)
-    kept = merge(
+    kept = merge_detections(
         [
-            Found(boxes[:2], np.float32([0.5, 0.9]), np.array([0, 0])),
-            Found(boxes[2:], np.float32([0.4]), np.array([1])),
+            FoundBoxes(boxes[:2], np.float32([0.5, 0.9]), np.array([0, 0])),
+            FoundBoxes(boxes[2:], np.float32([0.4]), np.array([1])),
         ],
         0.5,
     )
     assert kept.scores.tolist() == pytest.approx([0.9, 0.4]) and kept.labels.tolist() == [0, 1]
-    assert merge([], 0.5).boxes.shape == (0, 4)
+    assert merge_detections([], 0.5).boxes.shape == (0, 4)

@@ -18,11 +18,11 @@ from common.config import load_config
 from common.distributed import World
 from common.errors import UserError
 from detection_kd import engine, train_detector
-from detection_kd.datasets.detection import Batch
+from detection_kd.datasets.detection import DetectionBatch
 from detection_kd.models.backbone import Backbone, load_backbone
 from detection_kd.models.deformable_detr import DeformableDETR, load_detector
 from detection_kd.models.deformable_transformer import Architecture, Detections
-from detection_kd.train_detector import Config, build_model, load_initial_weights, main, place
+from detection_kd.train_detector import Config, build_model, load_initial_weights, main, place_model
 from tests.detection_kd.detector_runs import TINY, write_detection_sets
 
 
@@ -223,9 +223,11 @@ def test_training_goes_on_from_a_whole_detector(
     assert run(main, Config, arguments(inputs, tmp_path / "freeze", both[0], "freeze=6")) == 2
 
 
-def loss_of(detections: Detections, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def loss_of(
+    detections: Detections, batch: DetectionBatch
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss as a step computes it."""
-    return engine.batch_loss(
+    return engine.compute_batch_loss(
         detections,
         batch,
         engine.match_batch(detections, batch),
@@ -262,13 +264,13 @@ def test_batch_norm_on_many_cpu_processes_is_refused(inputs: list[str], tmp_path
     with pytest.raises(
         UserError, match="norm=batch: expected CUDA with 2 processes, found cpu; set norm=group"
     ):
-        place(build_model(config, 1), config, World(0, 2, torch.device("cpu")))
+        place_model(build_model(config, 1), config, World(0, 2, torch.device("cpu")))
 
 
 def test_settings_that_cannot_work_are_user_errors(inputs: list[str], tmp_path: Path) -> None:
     config = config_of(inputs, tmp_path, "batch_size=5")
     with pytest.raises(UserError, match="batch_size=5: expected a multiple of the 2 processes"):
-        place(build_model(config, 1), config, World(0, 2, torch.device("cpu")))
+        place_model(build_model(config, 1), config, World(0, 2, torch.device("cpu")))
     with pytest.raises(UserError, match="batch_size=10: expected at most the 9 training images"):
         train_detector.read_sets(config_of(inputs, tmp_path, "batch_size=10"))
     with pytest.raises(UserError, match="norm=frozen: expected trained weights"):
@@ -308,10 +310,10 @@ def test_parameter_groups_are_the_published_ones() -> None:
         Backbone("resnet18", "frozen"), 1, Architecture(32, 2, 32, 1, 1, queries=3)
     )
     model.backbone.freeze(2)
-    groups = engine.parameter_groups(model, 2e-4, 2e-5)
+    groups = engine.make_parameter_groups(model, 2e-4, 2e-5)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     transformer, backbone, slow = ({names[id(p)] for p in group["params"]} for group in groups)
-    decayed = engine.parameter_groups(model, 2e-4, 2e-5, layer_decay=0.5)
+    decayed = engine.make_parameter_groups(model, 2e-4, 2e-5, layer_decay=0.5)
     rates = {
         names[id(p)].split(".")[1]: group["lr"] for group in decayed[1:-1] for p in group["params"]
     }
@@ -345,14 +347,14 @@ def test_loss_uses_every_box_and_both_stages() -> None:
     )
     boxes = [torch.rand(2, 4), torch.zeros(0, 4)]
     labels = [torch.zeros(2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)]
-    batch = Batch(
+    batch = DetectionBatch(
         torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.bool), boxes, labels, [0, 1]
     )
     loss, terms = loss_of(detections, batch)
     assert {
         f"{kind}{suffix}" for kind in ("class", "box", "giou") for suffix in ("", "_0", "_enc")
     } == set(terms)
-    twice = Batch(
+    twice = DetectionBatch(
         batch.images,
         batch.padding,
         [boxes[0].repeat(2, 1), boxes[1]],

@@ -22,8 +22,8 @@ from common.cli import run
 from common.errors import UserError
 from detection_kd import export_student, extract_student
 from detection_kd.models.backbone import Backbone
-from detection_kd.models.student import Student, student_config, student_encoder
-from detection_kd.models.student_onnx import feature_map_nodes, load_students
+from detection_kd.models.student import Student, describe_student, load_student_encoder
+from detection_kd.models.student_onnx import find_feature_map_nodes, load_students
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.extraction.network import Network, fold_batch_norms
 from patch_encoder.models.onnx_network import OnnxNetwork
@@ -60,7 +60,7 @@ def save_student(path: Path, seed: int = 0, scale: float = 1.0) -> Path:
             buffer.uniform_(0.7, 1.4)
     for parameter in student.adapter.parameters():
         nn.init.normal_(parameter, std=0.2)
-    config = {"student": student_config(student, "teacher")}
+    config = {"student": describe_student(student, "teacher")}
     save_checkpoint(path, model=student.state_dict(), config=config, epoch=1)
     return path
 
@@ -119,7 +119,7 @@ def test_exports_give_the_students_features_at_any_size_and_batch(
     cohort: Path, exported: Path
 ) -> None:
     """Against the unfolded PyTorch student, on tiles of another size than those that calibrated."""
-    model = student_encoder(cohort / "student.pt", "s").model
+    model = load_student_encoder(cohort / "student.pt", "s").model
     for side in (SIDE, 96):
         tiles = torch.stack(
             [torch.from_numpy(textured(100 + i, side)).permute(2, 0, 1) for i in range(5)]
@@ -140,7 +140,7 @@ def test_record_names_what_was_exported_and_how_well(cohort: Path, exported: Pat
     record = json.loads((exported / "export.json").read_text())
     assert (
         record["student_sha256"]
-        == student_encoder(cohort / "student.pt", "s").provenance["weights_sha256"]
+        == load_student_encoder(cohort / "student.pt", "s").provenance["weights_sha256"]
     )
     assert (
         record["cosine"]["onnx"]["min"] >= 0.999
@@ -168,7 +168,7 @@ def test_graph_holds_no_norm_no_path_and_int8_only_where_maps_are(exported: Path
     assert "BatchNormalization" not in kinds and kinds.count("Conv") == 15
     assert kinds.count("Conv") + kinds.count("Add") + kinds.count("Relu") + kinds.count(
         "MaxPool"
-    ) >= len(feature_map_nodes(plain.graph))
+    ) >= len(find_feature_map_nodes(plain.graph))
     assert str(Path(__file__).parents[2]).encode() not in (exported / "student.onnx").read_bytes()
     made_int8 = {
         i.name
@@ -279,7 +279,7 @@ def test_exported_student_is_an_encoder_whose_bags_do_not_mix(
     bags = {name: read_bag(tmp_path / name / "h5_files" / "S1.h5") for name in students}
     features = {name: bag.read().numpy() for name, bag in bags.items()}
     assert len({bag.attributes["weights_sha256"] for bag in bags.values()}) == 3
-    assert bags["student_int8"].attributes["encoder"] == "d2vfm mpa needle 1 scale 1, int8"
+    assert bags["student_int8"].attributes["encoder"] == "d2vfm mpa stage 1 scale 1, int8"
     assert bags["student_int8"].attributes["transform"] == bags["student"].attributes["transform"]
     assert cosines(features["student_onnx"], features["student"]).min() >= 0.999
     assert cosines(features["student_int8"], features["student"]).min() >= 0.99
@@ -398,7 +398,7 @@ def test_distillation_tiles_and_scaled_students_are_exported_too(
         UserError, match="expected tiles of 64 x 64 px, for which it was exported, found 96 x 64"
     ):
         network(torch.zeros(1, 3, 64, 96, dtype=torch.uint8))
-    expected = student_encoder(tmp_path / "half.pt", "s").model(tiles)
+    expected = load_student_encoder(tmp_path / "half.pt", "s").model(tiles)
     assert nn.functional.cosine_similarity(found, expected).min() >= 0.999
 
 
@@ -425,7 +425,7 @@ def test_folded_student_has_no_norm_left_and_the_same_features(norm: str) -> Non
 def test_bf16_student_agrees_with_fp32(cohort: Path) -> None:
     tiles = torch.stack([torch.from_numpy(textured(i, SIDE)).permute(2, 0, 1) for i in range(4)])
     found = [
-        Network(student_encoder(cohort / "student.pt", "s").model, CPU, p, 4)
+        Network(load_student_encoder(cohort / "student.pt", "s").model, CPU, p, 4)
         .launch(tiles)
         .features()
         for p in ("fp32", "bf16")

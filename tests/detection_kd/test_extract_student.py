@@ -16,14 +16,14 @@ from common.checkpoint import save_checkpoint
 from common.cli import run
 from detection_kd import extract_student
 from detection_kd.models.backbone import load_backbone
-from detection_kd.models.shared_trunk import Member, by_trunk
-from detection_kd.models.student import Student, student_config, student_encoder
+from detection_kd.models.shared_trunk import TrunkMember, group_by_trunk
+from detection_kd.models.student import Student, describe_student, load_student_encoder
 from patch_encoder import tile_slides
 from studies import measure_encoders
 from tests.helpers import make_cohort
 
 DIM = 5
-KINDS = {  # needles, adapter, pooling, input scale
+KINDS = {  # stages, adapter, pooling, input scale
     "plain": ([1], "mpa", "mean", 1.0),
     "both": ([0, 2], "ln", "mean", 1.0),
     "gem": ([0], "p", "gem", 1.0),
@@ -36,14 +36,14 @@ KINDS = {  # needles, adapter, pooling, input scale
 def students(backbone_path: Path, tmp_path: Path) -> dict[str, Path]:
     """Checkpoints of random students; the trunk of `tuned` is another one in its last stage."""
     paths = {}
-    for seed, (name, (needles, adapter, pooling, scale)) in enumerate(KINDS.items()):
+    for seed, (name, (stages, adapter, pooling, scale)) in enumerate(KINDS.items()):
         torch.manual_seed(seed)
-        student = Student(load_backbone(backbone_path)[0], needles, adapter, DIM, scale, pooling)
+        student = Student(load_backbone(backbone_path)[0], stages, adapter, DIM, scale, pooling)
         if name == "tuned":
             with torch.no_grad():
                 student.backbone.layer3[0].conv1.weight.mul_(1.5)
         paths[name] = tmp_path / f"{name}.pt"
-        config = {"student": student_config(student, "teacher")}
+        config = {"student": describe_student(student, "teacher")}
         save_checkpoint(paths[name], model=student.state_dict(), config=config, epoch=1)
     return paths
 
@@ -111,8 +111,10 @@ def test_bags_are_those_of_one_student_at_a_time(
 
 
 def test_who_shares_a_trunk(students: dict[str, Path]) -> None:
-    encoders = {name: student_encoder(path, name) for name, path in students.items()}
-    groups = by_trunk([Member(encoder, encoder.model.network) for encoder in encoders.values()])
+    encoders = {name: load_student_encoder(path, name) for name, path in students.items()}
+    groups = group_by_trunk(
+        [TrunkMember(encoder, encoder.model.network) for encoder in encoders.values()]
+    )
     assert [[member.encoder.name for member in group] for group in groups] == [
         ["both", "plain", "gem"],
         ["small"],

@@ -12,14 +12,14 @@ import yaml
 
 from common.config import load_config
 from common.errors import UserError
-from studies.ablation import DEFAULT, Config, Study, assignments, expand, main
+from studies.ablation import DEFAULT, Config, Study, expand, main, make_assignments
 from tests.helpers import ROOT
 
-BASE = {"adapter": "mpa", "loss": "mse", "needles": [1], "unfreeze": 0, "rank.top_k": 50}
+BASE = {"adapter": "mpa", "loss": "mse", "stages": [1], "unfreeze": 0, "rank.top_k": 50}
 FACTORS = {
     "adapter": ["p", "mpa"],
     "loss": ["mse", {"extra.distance": 25.5}],
-    "needles": [[0, 1]],
+    "stages": [[0, 1]],
     "unfreeze": [{"unfreeze": 1, "cache": False}],
     "K": [{"rank.top_k": 10}],
 }
@@ -32,7 +32,7 @@ def test_one_factor_at_a_time_around_the_default() -> None:
         DEFAULT,
         "adapter-p",
         "distance-25.5",
-        "needles-0+1",
+        "stages-0+1",
         "unfreeze-1",
         "rank.top_k-10",
     ]
@@ -40,22 +40,22 @@ def test_one_factor_at_a_time_around_the_default() -> None:
         DEFAULT,
         "adapter",
         "loss",
-        "needles",
+        "stages",
         "unfreeze",
         "K",
     ]
     assert named["distance-25.5"].settings == {**BASE, "extra.distance": 25.5}
     for name, ranking, distillation in (
-        (DEFAULT, ["top_k=50"], ["adapter=mpa", "loss=mse", "needles=[1]", "unfreeze=0"]),
-        ("rank.top_k-10", ["top_k=10"], ["adapter=mpa", "loss=mse", "needles=[1]", "unfreeze=0"]),
+        (DEFAULT, ["top_k=50"], ["adapter=mpa", "loss=mse", "stages=[1]", "unfreeze=0"]),
+        ("rank.top_k-10", ["top_k=10"], ["adapter=mpa", "loss=mse", "stages=[1]", "unfreeze=0"]),
         (
             "unfreeze-1",
             ["top_k=50"],
-            ["adapter=mpa", "loss=mse", "needles=[1]", "unfreeze=1", "cache=false"],
+            ["adapter=mpa", "loss=mse", "stages=[1]", "unfreeze=1", "cache=false"],
         ),
     ):
-        assert assignments(named[name].of_stage(ranking=True)) == ranking
-        assert assignments(named[name].of_stage(ranking=False)) == distillation
+        assert make_assignments(named[name].of_stage(ranking=True)) == ranking
+        assert make_assignments(named[name].of_stage(ranking=False)) == distillation
 
 
 def test_the_full_grid_has_every_combination_once() -> None:
@@ -101,10 +101,10 @@ def test_the_lists_that_come_with_it_have_every_switch(name: str) -> None:
         "contrastive-20",
     }
     stages = {
-        "needles-0",
-        "needles-2",
-        "needles-0+1",
-        "needles-0+1+2",
+        "stages-0",
+        "stages-2",
+        "stages-0+1",
+        "stages-0+1+2",
         "pooling-gem",
         "pooling-attention",
         "unfreeze-1",

@@ -17,14 +17,14 @@ from common.config import load_config
 from common.errors import UserError
 from studies.ablation_table import Config, main
 from studies.ablations.figure import places
-from studies.ablations.rows import pareto, read_rows, signed
+from studies.ablations.rows import find_pareto_front, format_signed, read_rows
 
 # name: (tiles/s, AUC of abmil, of mean)
 MEASURED = {
     "default": (100.0, 0.90, 0.80),
     "adapter-p": (100.0, 0.85, 0.95),
-    "needles-0": (200.0, 0.88, 0.70),
-    "needles-2": (80.0, 0.92, 0.60),
+    "stages-0": (200.0, 0.88, 0.70),
+    "stages-2": (80.0, 0.92, 0.60),
     "stain": (50.0, 0.99, 0.90),
     "colour": (900.0, 0.50, 0.50),
 }
@@ -81,8 +81,8 @@ def by_name(study: Path, model: str = "") -> dict[str, dict]:
 
 def test_the_front_by_hand() -> None:
     points = [(1.0, 1.0), (2.0, 2.0), (3.0, 1.0), (2.0, 2.0), None, (3.0, 0.5), (2.0, 1.9)]
-    assert pareto(points) == [False, True, True, True, False, False, False]
-    assert pareto([None]) == [False]
+    assert find_pareto_front(points) == [False, True, True, True, False, False, False]
+    assert find_pareto_front([None]) == [False]
     rng = np.random.default_rng(0)
     points = [(float(a), float(b)) for a, b in rng.integers(0, 8, (60, 2))]
     ordered = sorted(
@@ -93,7 +93,7 @@ def test_the_front_by_hand() -> None:
         for i, point in enumerate(ordered)
         if all(point[1] > other[1] for other in ordered[:i])
     }
-    assert pareto(points) == [point in best for point in points]
+    assert find_pareto_front(points) == [point in best for point in points]
 
 
 def test_rows_in_order_with_what_is_known(study: Path) -> None:
@@ -102,8 +102,8 @@ def test_rows_in_order_with_what_is_known(study: Path) -> None:
     expected = [
         "default",
         "adapter-p",
-        "needles-0",
-        "needles-2",
+        "stages-0",
+        "stages-2",
         "adapter-x",
         "ema-0.9",
         "stain",
@@ -136,10 +136,10 @@ def test_rows_in_order_with_what_is_known(study: Path) -> None:
 
 def test_the_front_is_of_variants_and_of_the_chosen_classifier(study: Path) -> None:
     front = {name for name, row in by_name(study).items() if row["pareto"]}
-    assert front == {"default", "needles-0", "needles-2"}, "teacher and reference are no variants"
+    assert front == {"default", "stages-0", "stages-2"}, "teacher and reference are no variants"
     assert {name for name, row in by_name(study, "mean").items() if row["pareto"]} == {
         "adapter-p",
-        "needles-0",
+        "stages-0",
     }
     with pytest.raises(
         UserError, match="expected a classifier of the benchmark; did you mean 'abmil'"
@@ -152,7 +152,7 @@ def test_every_file_has_the_same_figures(study: Path) -> None:
     with (study / "ablation.csv").open(newline="") as stream:
         table = {row["variant"]: row for row in csv.DictReader(stream)}
     assert list(table) == list(by_name(study))
-    row = table["needles-2"]
+    row = table["stages-2"]
     assert [float(row[f"auc_abmil_{part}"]) for part in ("mean", "low", "high")] == pytest.approx(
         [0.92, 0.82, 1.0]
     )
@@ -168,7 +168,7 @@ def test_every_file_has_the_same_figures(study: Path) -> None:
     markdown = (study / "ablation.md").read_text().splitlines()
     assert len({line.count("|") for line in markdown if line.startswith("|")}) == 1
     shown = (
-        "| **needles-2** | - | - | - | 0.600 | 0.920 [0.820, 1.000] | +0.020 [-0.080, +0.120] "
+        "| **stages-2** | - | - | - | 0.600 | 0.920 [0.820, 1.000] | +0.020 [-0.080, +0.120] "
         "| 80 | 0.25 | 2.85M | - |"
     )
     assert shown in markdown
@@ -204,9 +204,9 @@ def test_points_of_one_speed_stand_side_by_side() -> None:
 
 
 def test_signed_differences() -> None:
-    assert signed(None, None) == "-"
-    assert signed(0.0123, None) == "+0.012"
-    assert signed(-0.5, [-0.75, 0.25]) == "-0.500 [-0.750, +0.250]"
+    assert format_signed(None, None) == "-"
+    assert format_signed(0.0123, None) == "+0.012"
+    assert format_signed(-0.5, [-0.75, 0.25]) == "-0.500 [-0.750, +0.250]"
 
 
 def test_what_is_no_study_is_refused(study: Path, tmp_path: Path) -> None:

@@ -16,10 +16,15 @@ from torchvision.transforms.v2 import functional as F
 
 from common.errors import UserError
 from detection_kd.datasets.coco import DetectionSet, ImageRecord, read_coco, same_categories
-from detection_kd.datasets.detection import DetectionDataset, collate, epoch_indices, loader
-from detection_kd.datasets.transforms import eval_transform, train_transform
+from detection_kd.datasets.detection import (
+    DetectionDataset,
+    collate,
+    draw_epoch_indices,
+    make_loader,
+)
+from detection_kd.datasets.transforms import make_eval_transform, make_train_transform
 from detection_kd.evaluation.coco_metrics import Prediction, average_precision
-from detection_kd.evaluation.froc import froc
+from detection_kd.evaluation.froc import compute_froc
 
 
 def write_coco(folder: Path, **changes: Any) -> Path:
@@ -159,10 +164,10 @@ def test_broken_json_and_unreadable_images_are_user_errors(tmp_path: Path) -> No
     records = read_coco(path, tmp_path).images
     (tmp_path / "a.png").write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"a\.png: expected an image, cannot be read"):
-        DetectionDataset(records, eval_transform(30, 40))[0]
+        DetectionDataset(records, make_eval_transform(30, 40))[0]
     Image.new("RGB", (20, 30)).save(tmp_path / "b.png")
     with pytest.raises(UserError, match="expected 40 x 30 px as annotated, found 20 x 30 px"):
-        DetectionDataset(records, eval_transform(30, 40))[1]
+        DetectionDataset(records, make_eval_transform(30, 40))[1]
 
 
 def test_validation_needs_the_training_categories() -> None:
@@ -192,7 +197,7 @@ def objects(folder: Path) -> ImageRecord:
 
 @pytest.mark.parametrize("crop", [(), (90, 120)], ids=["resize", "crop"])
 def test_boxes_stay_on_their_objects(tmp_path: Path, crop: tuple[int, ...]) -> None:
-    transform = train_transform(
+    transform = make_train_transform(
         [100, 140], 180, crop_sizes=crop, crop_range=(60, 100), symmetry=True
     )
     sizes = set()
@@ -211,7 +216,7 @@ def test_boxes_stay_on_their_objects(tmp_path: Path, crop: tuple[int, ...]) -> N
 
 
 def test_the_eight_symmetries_all_occur(tmp_path: Path) -> None:
-    transform = train_transform([120], 160, symmetry=True)
+    transform = make_train_transform([120], 160, symmetry=True)
     record = objects(tmp_path)
     first = {
         tuple(
@@ -223,7 +228,7 @@ def test_the_eight_symmetries_all_occur(tmp_path: Path) -> None:
         for epoch in range(60)
     }
     assert len(first) == 8
-    upright = train_transform([120], 160)
+    upright = make_train_transform([120], 160)
     assert (
         len(
             {
@@ -243,7 +248,7 @@ def test_the_eight_symmetries_all_occur(tmp_path: Path) -> None:
 def test_samples_depend_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
     record, transform = (
         objects(tmp_path),
-        train_transform([100, 140], 180, crop_sizes=(90, 120), crop_range=(60, 100)),
+        make_train_transform([100, 140], 180, crop_sizes=(90, 120), crop_range=(60, 100)),
     )
 
     def sample(seed: int, epoch: int) -> torch.Tensor:
@@ -261,16 +266,16 @@ def test_samples_depend_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
 
 
 def test_workers_see_the_same_batches(tmp_path: Path) -> None:
-    dataset = DetectionDataset([objects(tmp_path)] * 4, train_transform([60, 80], 120), seed=3)
+    dataset = DetectionDataset([objects(tmp_path)] * 4, make_train_transform([60, 80], 120), seed=3)
     alone, by_workers = (
-        [b.images for b in loader(dataset, [2, 0, 3, 1], 2, workers=n)] for n in (0, 2)
+        [b.images for b in make_loader(dataset, [2, 0, 3, 1], 2, workers=n)] for n in (0, 2)
     )
     assert all(torch.equal(a, b) for a, b in zip(alone, by_workers, strict=True))
 
 
 def test_collate_pads_right_and_below(tmp_path: Path) -> None:
     record = objects(tmp_path)
-    samples = [DetectionDataset([record], eval_transform(size, 200))[0] for size in (30, 60)]
+    samples = [DetectionDataset([record], make_eval_transform(size, 200))[0] for size in (30, 60)]
     batch = collate(samples)
     assert batch.images.shape == (2, 3, 60, 80)
     assert (
@@ -288,7 +293,9 @@ def test_collate_pads_right_and_below(tmp_path: Path) -> None:
 
 def test_batches_are_normalised_on_their_device_as_torchvision_does(tmp_path: Path) -> None:
     record = objects(tmp_path)
-    batch = collate([DetectionDataset([record], eval_transform(size, 200))[0] for size in (30, 60)])
+    batch = collate(
+        [DetectionDataset([record], make_eval_transform(size, 200))[0] for size in (30, 60)]
+    )
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's
     expected = F.normalize(batch.images / 255, mean, std)
     expected[0, :, 30:], expected[0, :, :, 40:] = 0, 0
@@ -299,14 +306,14 @@ def test_batches_are_normalised_on_their_device_as_torchvision_does(tmp_path: Pa
 
 
 def test_processes_share_each_global_batch() -> None:
-    one = epoch_indices(11, 4, seed=1, epoch=2)
-    two = [epoch_indices(11, 4, seed=1, epoch=2, rank=rank, processes=2) for rank in range(2)]
+    one = draw_epoch_indices(11, 4, seed=1, epoch=2)
+    two = [draw_epoch_indices(11, 4, seed=1, epoch=2, rank=rank, processes=2) for rank in range(2)]
     assert len(one) == len(set(one)) == 8  # the rest does not fill a batch
     for step in range(2):
         assert set(one[step * 4 : step * 4 + 4]) == {
             i for share in two for i in share[step * 2 : step * 2 + 2]
         }
-    assert one != epoch_indices(11, 4, seed=1, epoch=3)
+    assert one != draw_epoch_indices(11, 4, seed=1, epoch=3)
 
 
 def annotated() -> DetectionSet:
@@ -373,18 +380,18 @@ def test_froc_by_hand() -> None:
         Prediction(0, boxes, scores, labels),
         Prediction(1, data.images[1].boxes, np.array([0.4]), np.array([1])),
     ]
-    values = froc(data, found)
+    values = compute_froc(data, found)
     # false positives an image: 0 down to 0.9, 1/3 at 0.8, 2/3 at 0.5
     expected = {0.25: 1 / 4, 0.5: 2 / 4, 1: 3 / 4, 2: 3 / 4, 4: 3 / 4, 8: 3 / 4}
     assert {rate: values[f"sensitivity@{rate:g}"] for rate in expected} == pytest.approx(expected)
     assert values["FROC"] == pytest.approx(sum(expected.values()) / 6)
     data.images[0].crowd[2] = True  # what lies in it counts neither way, and 3 lesions are left
-    assert froc(data, found)["sensitivity@1"] == pytest.approx(2 / 3)
+    assert compute_froc(data, found)["sensitivity@1"] == pytest.approx(2 / 3)
 
 
 def test_froc_takes_equal_scores_together_and_stands_nothing_found() -> None:
     data = annotated()
-    assert set(froc(data, []).values()) == {0.0}
+    assert set(compute_froc(data, []).values()) == {0.0}
     one = data.images[1].boxes
     tied = Prediction(
         1,
@@ -392,7 +399,9 @@ def test_froc_takes_equal_scores_together_and_stands_nothing_found() -> None:
         np.array([0.5, 0.5]),
         np.array([1, 1]),
     )
-    values = froc(data, [tied])  # the hit cannot be had without the false positive: 1/3 an image
+    values = compute_froc(
+        data, [tied]
+    )  # the hit cannot be had without the false positive: 1/3 an image
     assert values["sensitivity@0.25"] == 0 and values["sensitivity@0.5"] == pytest.approx(1 / 4)
 
 
@@ -432,7 +441,7 @@ def test_froc_equals_a_loop_over_thresholds() -> None:
                 hits += bool(free)
                 wrong += overlap.max() < 0.5
         points.append((wrong / 6, hits / 24))
-    values = froc(data, found)
+    values = compute_froc(data, found)
     for rate in (0.25, 0.5, 1, 2, 4, 8):
         assert values[f"sensitivity@{rate:g}"] == pytest.approx(
             max([s for f, s in points if f <= rate], default=0.0)

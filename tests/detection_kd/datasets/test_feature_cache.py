@@ -18,7 +18,7 @@ from PIL import Image
 from detection_kd import train_d2vfm
 from detection_kd.datasets import feature_cache
 from detection_kd.datasets.distillation import DistillationTiles, read_pairs
-from detection_kd.datasets.feature_cache import CachedMaps, whole_batch
+from detection_kd.datasets.feature_cache import CachedMaps, join_batch
 from detection_kd.models.backbone import load_backbone
 from detection_kd.models.student import FrozenMaps, Student, load_student
 from tests.detection_kd.d2vfm_runs import DIM, train
@@ -50,7 +50,7 @@ def files(tmp_path: Path) -> list[Path]:
 
 @pytest.mark.parametrize(
     "switch",
-    [["pooling=attention"], ["pooling=gem", "needles=[0,1]"], ["needles=[0,1]", "adapter=ln"]],
+    [["pooling=attention"], ["pooling=gem", "stages=[0,1]"], ["stages=[0,1]", "adapter=ln"]],
 )
 def test_cached_training_is_training_on_tiles(
     switch: list[str], pairs_root: Path, backbone_path: Path, tmp_path: Path
@@ -75,7 +75,7 @@ def test_rows_are_what_the_backbone_gives(
             pairs_root,
             backbone_path,
             tmp_path / "run",
-            "needles=[0,1]",
+            "stages=[0,1]",
             "views=2",
             "input_scale=0.75",
         )
@@ -87,9 +87,9 @@ def test_rows_are_what_the_backbone_gives(
     for turn in (0, 1):
         tiles = DistillationTiles(pairs, augment=False, seed=0, turns=turn)
         expected = FrozenMaps(student).eval()(torch.stack([tiles[i][0] for i in range(24)]))
-        for needle in (0, 1):
-            (path,) = (tmp_path / "d2vfm_cache").glob(f"*_turn{turn}_needle{needle}.npy")
-            assert np.allclose(np.load(path), expected[needle].numpy(), atol=1e-5)
+        for stage in (0, 1):
+            (path,) = (tmp_path / "d2vfm_cache").glob(f"*_turn{turn}_stage{stage}.npy")
+            assert np.allclose(np.load(path), expected[stage].numpy(), atol=1e-5)
             assert json.loads(path.with_suffix(".json").read_text())["input_scale"] == 0.75
 
 
@@ -110,7 +110,7 @@ def test_items_are_turn_by_turn_and_batches_are_items() -> None:
             first.numpy(), turns[turn][0][row].astype(np.float32)
         )
         assert (second == turn).all() and feature == row
-    maps, features = whole_batch(tiles.__getitems__([5, 0, 4]))
+    maps, features = join_batch(tiles.__getitems__([5, 0, 4]))
     assert features.flatten().tolist() == [2, 4, 0] and maps[1].flatten(1)[:, 0].tolist() == [
         1,
         0,
@@ -132,10 +132,10 @@ def test_other_runs_share_the_files(
     assert counted == [probes] and [path.stat().st_mtime_ns for path in files(tmp_path)] == stamps
     counted.clear()
     assert (
-        cached(pairs_root, backbone_path, tmp_path / "more stages", "needles=[0,1]", "views=2") == 0
+        cached(pairs_root, backbone_path, tmp_path / "more stages", "stages=[0,1]", "views=2") == 0
     )
     assert counted == [probes, probes, 24, 24] and len(files(tmp_path)) == 4
-    assert files(tmp_path)[1].stat().st_mtime_ns == stamps[0], "needle 1 of turn 0 was there"
+    assert files(tmp_path)[1].stat().st_mtime_ns == stamps[0], "stage 1 of turn 0 was there"
 
 
 @pytest.mark.parametrize(

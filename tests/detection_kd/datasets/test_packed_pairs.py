@@ -21,9 +21,9 @@ import detection_kd.pack_distillation as pack_distillation
 from common.cli import run
 from common.errors import UserError
 from detection_kd import train_d2vfm
-from detection_kd.datasets.distillation import DistillationTiles, pairs_digest, read_pairs
+from detection_kd.datasets.distillation import DistillationTiles, digest_pairs, read_pairs
 from detection_kd.datasets.packed_pairs import Pack, PackWriter
-from detection_kd.datasets.pair_problems import size_by_header
+from detection_kd.datasets.pair_problems import read_header_size
 from detection_kd.datasets.pairs import HEADER
 from patch_encoder import extract_features, tile_slides
 from patch_encoder.bags.bag import read_bag
@@ -71,11 +71,11 @@ def test_a_packed_set_is_the_folder(folder: Path, tmp_path: Path) -> None:
         torch.equal(a.feature, b.feature) and a.picture() == b.picture()
         for a, b in zip(loose, packed)
     )
-    assert pairs_digest(loose) == pairs_digest(packed)
+    assert digest_pairs(loose) == digest_pairs(packed)
     content = Pack(output)
     assert content.coords[4].tolist() == [1 * SIDE, 1 * SIDE] and content.provenance[
         "pairs"
-    ] == pairs_digest(loose)
+    ] == digest_pairs(loose)
     assert [file.name for file in output.parent.iterdir()] == ["set.h5"], (
         "nothing is left beside it"
     )
@@ -216,7 +216,7 @@ def test_a_header_of_any_length_tells_the_size(folder: Path, tmp_path: Path) -> 
     image.save(tile, comment=b"x" * 3 * HEADER)
     output = tmp_path / "set.h5"
     assert pack(f"dataset={folder}", f"output={output}") == 0
-    starts = [size_by_header(Pack(output).picture(row, HEADER)) for row in range(2)]
+    starts = [read_header_size(Pack(output).picture(row, HEADER)) for row in range(2)]
     assert starts == [None, (SIDE, SIDE)], "the first one's is longer than what is read of it"
     assert len(read_pairs(output)) == 12
 

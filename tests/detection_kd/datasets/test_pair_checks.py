@@ -16,7 +16,7 @@ from PIL import Image
 from common.cli import run
 from common.errors import UserError
 from detection_kd import train_d2vfm
-from detection_kd.datasets.distillation import pairs_digest, read_pairs
+from detection_kd.datasets.distillation import digest_pairs, read_pairs
 from tests.detection_kd.distillation_sets import (
     SIDE,
     read_listing,
@@ -108,7 +108,7 @@ def test_the_good_pairs_can_be_trained_on(folder: Path, tmp_path: Path) -> None:
         for row in csv.DictReader((output / "problems.csv").read_text().splitlines())
     } - {("S3", "3_3")}
     left = [pair for pair in whole if (pair.slide_id, pair.image.stem) not in bad]
-    assert len(left) == 7 and pairs_digest(read_pairs(folder, skip_bad=True)) == pairs_digest(left)
+    assert len(left) == 7 and digest_pairs(read_pairs(folder, skip_bad=True)) == digest_pairs(left)
 
 
 def test_mended_sets_lose_their_table(folder: Path, tmp_path: Path) -> None:

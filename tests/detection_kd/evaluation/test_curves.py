@@ -18,8 +18,16 @@ from detection_kd.evaluation.coco_metrics import (
     average_precision,
     precision_recall,
 )
-from detection_kd.evaluation.froc import FALSE, HIT, IGNORED, RATES, froc, froc_curve, match
-from detection_kd.evaluation.operating_point import choose_images, counts, judge_set
+from detection_kd.evaluation.froc import (
+    FALSE,
+    HIT,
+    IGNORED,
+    RATES,
+    compute_froc,
+    compute_froc_curve,
+    match_detections,
+)
+from detection_kd.evaluation.operating_point import choose_images, count_hits, judge_set
 
 
 def record(
@@ -141,23 +149,23 @@ def test_no_predictions_and_crowds() -> None:
 
 def test_froc_curve_rises_and_gives_the_sensitivities() -> None:
     data, found = random_set(seed=2)
-    rate, sensitivity = froc_curve(data, found, 0.5)
+    rate, sensitivity = compute_froc_curve(data, found, 0.5)
     assert (
         (rate[0], sensitivity[0]) == (0, 0)
         and (np.diff(rate) >= 0).all()
         and (np.diff(sensitivity) >= 0).all()
     )
     lesions = sum(len(image.boxes) for image in data.images)
-    kinds = np.concatenate([match(data.images[p.index], p, 0.5)[0] for p in found])
+    kinds = np.concatenate([match_detections(data.images[p.index], p, 0.5)[0] for p in found])
     assert rate[-1] == pytest.approx((kinds == FALSE).sum() / 12)
     assert (
         sensitivity[-1] == pytest.approx((kinds == HIT).sum() / lesions)
         and 0.3 < sensitivity[-1] <= 1
     )
-    values = froc(data, found, 0.5)
+    values = compute_froc(data, found, 0.5)
     for wanted in RATES:
         assert values[f"sensitivity@{wanted:g}"] == sensitivity[np.flatnonzero(rate <= wanted)[-1]]
-    assert [part.tolist() for part in froc_curve(data, [])] == [[0.0], [0.0]]
+    assert [part.tolist() for part in compute_froc_curve(data, [])] == [[0.0], [0.0]]
 
 
 LESIONS = [[0, 0, 20, 20], [30, 30, 50, 50], [60, 0, 99, 40]]
@@ -181,13 +189,13 @@ def one_image() -> tuple[DetectionSet, list[Prediction]]:
 
 def test_matching_says_which_lesions_were_found() -> None:
     data, found = one_image()
-    kinds, hit = match(data.images[0], found[0], 0.5)
+    kinds, hit = match_detections(data.images[0], found[0], 0.5)
     assert kinds.tolist() == [HIT, IGNORED, FALSE, IGNORED, HIT] and hit.tolist() == [
         True,
         True,
         False,
     ]
-    kinds, hit = match(data.images[1], prediction(1, [], [], []), 0.5)
+    kinds, hit = match_detections(data.images[1], prediction(1, [], [], []), 0.5)
     assert kinds.shape == (0,) and hit.shape == (0,)
 
 
@@ -198,13 +206,13 @@ def test_counts_at_a_score_by_hand() -> None:
     assert judged[0].missed.tolist() == [False, True, False] and [
         image.errors for image in judged
     ] == [2, 0, 1]
-    assert counts(judged, data.categories) == {
+    assert count_hits(judged, data.categories) == {
         "x": {"hits": 1, "misses": 0, "false_positives": 1},
         "y": {"hits": 0, "misses": 2, "false_positives": 0},
     }
     lower = judge_set(data, found, 0.29, 0.5)  # the score itself is kept
-    assert counts(lower, data.categories)["y"] == {"hits": 1, "misses": 1, "false_positives": 0}
-    assert counts(judge_set(data, [], 0.0, 0.5), data.categories)["x"] == {
+    assert count_hits(lower, data.categories)["y"] == {"hits": 1, "misses": 1, "false_positives": 0}
+    assert count_hits(judge_set(data, [], 0.0, 0.5), data.categories)["x"] == {
         "hits": 0,
         "misses": 1,
         "false_positives": 0,

@@ -22,14 +22,16 @@ def features(tiles: int = 60, width: int = 7) -> tuple[torch.Tensor, torch.Tenso
 def test_r2_is_scikit_learns_and_undefined_where_the_teacher_is_constant() -> None:
     student, teacher = features()
     expected = r2_score(teacher.numpy(), student.numpy(), multioutput="raw_values")
-    assert metrics.r2_by_dimension(student, teacher).numpy() == pytest.approx(expected, abs=1e-5)
+    assert metrics.compute_r2_by_dimension(student, teacher).numpy() == pytest.approx(
+        expected, abs=1e-5
+    )
     weighted = r2_score(teacher.numpy(), student.numpy(), multioutput="variance_weighted")
     assert metrics.feature_agreement(student, teacher)["r2"] == pytest.approx(weighted, abs=1e-5)
     teacher[:, 2] = 0.1
-    r2 = metrics.r2_by_dimension(student, teacher)
+    r2 = metrics.compute_r2_by_dimension(student, teacher)
     assert r2.isnan().nonzero().tolist() == [[2]]
     known = np.delete(r2.numpy(), 2)
-    quantiles = metrics.r2_quantiles(r2)
+    quantiles = metrics.compute_r2_quantiles(r2)
     assert [quantiles[name] for name in ("r2_p10", "r2_median", "r2_p90")] == pytest.approx(
         np.quantile(known, [0.1, 0.5, 0.9])
     )
@@ -43,8 +45,8 @@ def test_neighbours_are_scikit_learns(block: int, monkeypatch: pytest.MonkeyPatc
     for name, x in (("student", student), ("teacher", teacher)):
         oracle = NearestNeighbors(n_neighbors=10, metric="cosine").fit(x.numpy())
         found[name] = oracle.kneighbors(return_distance=False)
-        assert metrics.nearest_neighbours(x, 10).tolist() == found[name].tolist()
-    for k, share in metrics.neighbour_agreement(student, teacher, [1, 5, 10]).items():
+        assert metrics.find_nearest_neighbours(x, 10).tolist() == found[name].tolist()
+    for k, share in metrics.measure_neighbour_agreement(student, teacher, [1, 5, 10]).items():
         overlaps = [
             len({*s[:k]} & {*t[:k]}) / k
             for s, t in zip(found["student"], found["teacher"], strict=True)
@@ -71,7 +73,7 @@ def test_linear_cka_is_the_alignment_of_centred_kernels() -> None:
 
 def test_agreement_has_every_number_and_only_neighbourhoods_that_mean_something() -> None:
     student, teacher = features()
-    perfect = metrics.agreement(teacher, teacher)
+    perfect = metrics.measure_agreement(teacher, teacher)
     assert list(perfect) == [
         "cosine",
         "r2",
@@ -84,8 +86,10 @@ def test_agreement_has_every_number_and_only_neighbourhoods_that_mean_something(
         "cka",
     ]
     assert all(value == pytest.approx(1, abs=1e-5) for value in perfect.values())
-    assert all(value < perfect[name] for name, value in metrics.agreement(student, teacher).items())
-    assert {"knn_1", "knn_5"} <= metrics.agreement(student[:7], teacher[:7]).keys()
-    assert "knn_5" not in metrics.agreement(student[:6], teacher[:6])
-    single = metrics.agreement(student[:1], teacher[:1])
+    assert all(
+        value < perfect[name] for name, value in metrics.measure_agreement(student, teacher).items()
+    )
+    assert {"knn_1", "knn_5"} <= metrics.measure_agreement(student[:7], teacher[:7]).keys()
+    assert "knn_5" not in metrics.measure_agreement(student[:6], teacher[:6])
+    single = metrics.measure_agreement(student[:1], teacher[:1])
     assert np.isfinite(list(single.values())).all() and "knn_1" not in single

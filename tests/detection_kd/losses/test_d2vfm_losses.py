@@ -11,7 +11,7 @@ import torch
 from common.errors import UserError
 from detection_kd.losses.contrastive import contrastive_loss
 from detection_kd.losses.feature_regression import FEATURE_LOSSES, smooth_l1_loss
-from detection_kd.losses.feature_sum import ExtraTerms, feature_sum
+from detection_kd.losses.feature_sum import ExtraTerms, distillation_loss
 from detection_kd.losses.relational import relational_angle_loss, relational_distance_loss
 
 
@@ -128,7 +128,7 @@ def test_sum_adds_weighted_terms_and_gathers_only_what_needs_the_batch() -> None
         beta=0.2,
     )
     gathered = iter([torch.cat([student, other[0]]), torch.cat([teacher, other[1]])])
-    total, terms = feature_sum("mse", 2.0, extra)(student, teacher, lambda x: next(gathered))
+    total, terms = distillation_loss("mse", 2.0, extra)(student, teacher, lambda x: next(gathered))
     whole = torch.cat([student, other[0]]), torch.cat([teacher, other[1]])
     expected = {
         "mse": (3.0, FEATURE_LOSSES["mse"](student, teacher)),
@@ -150,7 +150,7 @@ def test_sum_adds_weighted_terms_and_gathers_only_what_needs_the_batch() -> None
 @pytest.mark.parametrize("loss", list(FEATURE_LOSSES))
 def test_published_loss_alone_gathers_nothing(loss: str) -> None:
     student, teacher = features()
-    total, terms = feature_sum(loss, 2.0, ExtraTerms())(
+    total, terms = distillation_loss(loss, 2.0, ExtraTerms())(
         student, teacher, lambda x: pytest.fail("gathered")
     )
     assert list(terms) == [loss]
@@ -169,4 +169,4 @@ def test_published_loss_alone_gathers_nothing(loss: str) -> None:
 )
 def test_weights_that_cannot_be_meant_are_refused(weight: float, extra: dict[str, float]) -> None:
     with pytest.raises(UserError, match="expected"):
-        feature_sum("mse", weight, ExtraTerms(**extra))
+        distillation_loss("mse", weight, ExtraTerms(**extra))

@@ -16,9 +16,9 @@ from detection_kd.losses.boxes import (
     xyxy_to_cxcywh,
 )
 from detection_kd.losses.focal import focal_loss
-from detection_kd.losses.matcher import match, matching_cost
+from detection_kd.losses.matcher import match_queries, matching_cost
 from detection_kd.losses.set_criterion import (
-    Targets,
+    DetectionTargets,
     denoising_losses,
     detection_losses,
     layer_losses,
@@ -92,7 +92,7 @@ def test_match_equals_brute_force(queries: int) -> None:
     logits, boxes = torch.randn(2, 2, queries, 3), random_boxes(4 * queries).view(2, 2, queries, 4)
     labels = [torch.tensor([0, 2, 1]), torch.tensor([1])]
     targets = [random_boxes(3, 5), random_boxes(1, 6)]
-    found = match(logits, boxes, labels, targets)
+    found = match_queries(logits, boxes, labels, targets)
     for layer, image in itertools.product(range(2), range(2)):
         cost = matching_cost(
             logits[layer, image], boxes[layer, image], labels[image], targets[image]
@@ -122,9 +122,9 @@ def test_both_ways_to_the_costs_and_threads_give_one_matching(
         matcher._costs_on_device(*inputs), matcher._costs_on_host(*inputs), strict=True
     ):
         torch.testing.assert_close(a, b)
-    alone = match(*inputs)
+    alone = match_queries(*inputs)
     monkeypatch.setattr(matcher, "WORTH_THREADS", 0)
-    together = match(*inputs)
+    together = match_queries(*inputs)
     pairs = zip(itertools.chain(*alone), itertools.chain(*together), strict=True)
     assert all(torch.equal(a, b) for one, two in pairs for a, b in zip(one, two))
     assert [len(found) for found, _ in alone[0]] == [7, 0, 20]
@@ -132,11 +132,11 @@ def test_both_ways_to_the_costs_and_threads_give_one_matching(
 
 def test_match_of_images_without_boxes_and_of_diverged_predictions() -> None:
     empty, no_labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-    rows, columns = match(torch.randn(1, 1, 4, 2), torch.rand(1, 1, 4, 4), [no_labels], [empty])[0][
-        0
-    ]
+    rows, columns = match_queries(
+        torch.randn(1, 1, 4, 2), torch.rand(1, 1, 4, 4), [no_labels], [empty]
+    )[0][0]
     assert len(rows) == len(columns) == 0
-    rows, _ = match(
+    rows, _ = match_queries(
         torch.full((1, 1, 4, 2), float("nan")),
         torch.rand(1, 1, 4, 4),
         [torch.tensor([0])],
@@ -145,15 +145,23 @@ def test_match_of_images_without_boxes_and_of_diverged_predictions() -> None:
     assert len(rows) == 1
 
 
-def one_image() -> tuple[torch.Tensor, torch.Tensor, Targets]:
+def one_image() -> tuple[torch.Tensor, torch.Tensor, DetectionTargets]:
     """Two queries, two classes, one box of class 1 that query 1 matches."""
     logits = torch.tensor([[[-1.0, -2.0], [0.5, 1.5]]])
     boxes = torch.tensor([[[0.2, 0.2, 0.1, 0.1], [0.5, 0.5, 0.2, 0.2]]])
-    return logits, boxes, Targets([torch.tensor([1])], [torch.tensor([[0.6, 0.5, 0.2, 0.4]])])
+    return (
+        logits,
+        boxes,
+        DetectionTargets([torch.tensor([1])], [torch.tensor([[0.6, 0.5, 0.2, 0.4]])]),
+    )
 
 
 def matched_losses(
-    logits: torch.Tensor, boxes: torch.Tensor, targets: Targets, num_boxes: float, groups: int = 1
+    logits: torch.Tensor,
+    boxes: torch.Tensor,
+    targets: DetectionTargets,
+    num_boxes: float,
+    groups: int = 1,
 ) -> dict[str, torch.Tensor]:
     """Matching and losses of all layers."""
     return detection_losses(
@@ -192,7 +200,7 @@ def test_every_decoder_layer_counts_with_its_weight() -> None:
 def test_proposals_count_every_class_as_the_first() -> None:
     logits, boxes, targets = one_image()
     terms = proposal_losses(logits, boxes, match_proposals(logits, boxes, targets), targets, 1.0)
-    as_first = Targets([torch.tensor([0])], targets.boxes)
+    as_first = DetectionTargets([torch.tensor([0])], targets.boxes)
     expected = matched_losses(logits[None], boxes[None], as_first, 1.0)
     assert {name: value.item() for name, value in terms.items()} == {
         f"{name}_enc": value.item() for name, value in expected.items()
@@ -205,13 +213,13 @@ def test_batch_equals_its_images_one_by_one() -> None:
     logits, boxes = torch.randn(1, 3, 6, 2), random_boxes(18).view(1, 3, 6, 4)
     labels = [torch.tensor([0, 1]), torch.zeros(0, dtype=torch.int64), torch.tensor([1])]
     targets = [random_boxes(2, 3), torch.zeros(0, 4), random_boxes(1, 4)]
-    together = matched_losses(logits, boxes, Targets(labels, targets), 3.0)
+    together = matched_losses(logits, boxes, DetectionTargets(labels, targets), 3.0)
     for name, value in together.items():
         alone = [
             matched_losses(
                 logits[:, i : i + 1],
                 boxes[:, i : i + 1],
-                Targets(labels[i : i + 1], targets[i : i + 1]),
+                DetectionTargets(labels[i : i + 1], targets[i : i + 1]),
                 3.0,
             )[name]
             for i in range(3)
@@ -224,7 +232,7 @@ def test_images_without_boxes_still_reach_every_output() -> None:
         torch.randn(1, 2, 4, 2, requires_grad=True),
         torch.rand(1, 2, 4, 4, requires_grad=True),
     )
-    nothing = Targets([torch.zeros(0, dtype=torch.int64)] * 2, [torch.zeros(0, 4)] * 2)
+    nothing = DetectionTargets([torch.zeros(0, dtype=torch.int64)] * 2, [torch.zeros(0, 4)] * 2)
     terms = matched_losses(logits, boxes, nothing, 1.0)
     weighted_sum(terms).backward()
     assert terms["class"] > 0 and terms["box"] == 0 and terms["giou"] == 0
@@ -236,7 +244,7 @@ def test_images_without_boxes_still_reach_every_output() -> None:
 def test_groups_are_matched_apart_and_averaged() -> None:
     torch.manual_seed(2)
     logits, boxes = torch.randn(2, 2, 12, 2), random_boxes(48).view(2, 2, 12, 4)
-    targets = Targets(
+    targets = DetectionTargets(
         [torch.tensor([0, 1]), torch.tensor([1])], [random_boxes(2, 3), random_boxes(1, 4)]
     )
     together = matched_losses(logits, boxes, targets, 3.0, groups=3)
@@ -253,7 +261,7 @@ def test_groups_are_matched_apart_and_averaged() -> None:
 def test_denoising_positives_find_their_box_and_padding_counts_nowhere() -> None:
     torch.manual_seed(3)
     logits, boxes = torch.randn(2, 2, 4, 2), random_boxes(16).view(2, 2, 4, 4)
-    targets = Targets(
+    targets = DetectionTargets(
         [torch.tensor([1, 0]), torch.tensor([1])], [random_boxes(2, 5), random_boxes(1, 6)]
     )
     counted = torch.tensor(

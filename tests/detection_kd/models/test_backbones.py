@@ -20,8 +20,8 @@ from detection_kd.models.backbone import (
     RESNETS,
     Backbone,
     build_pretrained,
-    fill,
-    trunk_weights,
+    fill_weights,
+    read_trunk_weights,
 )
 from patch_encoder.models.encoder_table import IMAGENET
 
@@ -31,7 +31,7 @@ def test_trunk_equals_torchvision_and_stops_early(name: str) -> None:
     torch.manual_seed(0)
     full = torchvision.models.get_model(name, weights=None).eval()
     trunk = Backbone(name, "frozen")
-    fill(trunk, trunk_weights(full.state_dict()), "torchvision")
+    fill_weights(trunk, read_trunk_weights(full.state_dict()), "torchvision")
     x = torch.randn(1, 3, 64, 64)
     wanted = torchvision.models._utils.IntermediateLayerGetter(
         full, {f"layer{i}": str(i) for i in (2, 3, 4)}
@@ -91,7 +91,7 @@ def test_dilated_last_stage_equals_torchvisions() -> None:
         weights=None, replace_stride_with_dilation=[False, False, True]
     ).eval()
     trunk = Backbone("resnet50", "frozen", dilation=True)
-    fill(trunk, trunk_weights(full.state_dict()), "torchvision")
+    fill_weights(trunk, read_trunk_weights(full.state_dict()), "torchvision")
     x = torch.randn(1, 3, 64, 96)
     wanted = torchvision.models._utils.IntermediateLayerGetter(full, {"layer4": "last"})
     with torch.no_grad():

@@ -11,8 +11,8 @@ from torch import nn
 
 from common.checkpoint import save_checkpoint
 from common.errors import UserError
-from detection_kd.models.backbone import Backbone, fill, load_backbone, trunk_weights
-from detection_kd.models.checkpoint_import import from_official
+from detection_kd.models.backbone import Backbone, fill_weights, load_backbone, read_trunk_weights
+from detection_kd.models.checkpoint_import import convert_official
 from detection_kd.models.deformable_detr import (
     DeformableDETR,
     build_detector,
@@ -107,7 +107,7 @@ def test_weights_of_something_else_are_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected a ResNet trunk"):
         load_backbone(tmp_path / "list.pt")
     with pytest.raises(UserError, match="weights of another architecture"):
-        fill(Backbone("resnet18", "group"), trunk_weights(trunk.state_dict()), "file")
+        fill_weights(Backbone("resnet18", "group"), read_trunk_weights(trunk.state_dict()), "file")
     with pytest.raises(
         UserError, match="backbone 'resnet-50': timm .* has no such model; did you mean 'resnet50'"
     ):
@@ -144,7 +144,7 @@ def test_published_names_are_ours() -> None:
         for name, value in official.items()
         if name.startswith("bbox_embed")
     }
-    renamed = from_official(
+    renamed = convert_official(
         {name: value for name, value in official.items() if not name.startswith("backbone.")}
     )
     assert set(renamed) == {name for name in model.state_dict() if not name.startswith("backbone.")}

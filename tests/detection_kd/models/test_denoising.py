@@ -11,7 +11,7 @@ from detection_kd.losses.boxes import cxcywh_to_xyxy
 from detection_kd.models.backbone import Backbone
 from detection_kd.models.deformable_detr import DeformableDETR
 from detection_kd.models.deformable_transformer import Architecture, apart
-from detection_kd.models.denoising import noised_targets, shifted
+from detection_kd.models.denoising import make_noised_targets, shift_boxes
 
 SIZES = {
     "hidden_dim": 32,
@@ -43,7 +43,7 @@ def pixels(count: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_slots_are_groups_of_positives_then_negatives() -> None:
-    noised = noised_targets(LABELS, BOXES, 3, 7, label_noise=0.0, box_noise=0.0)
+    noised = make_noised_targets(LABELS, BOXES, 3, 7, label_noise=0.0, box_noise=0.0)
     assert (noised.groups, noised.group_size) == (2, 6) and noised.labels.shape == (3, 12)
     for start in (0, 3, 6, 9):  # without noise every copy is the annotation itself
         assert noised.labels[0, start : start + 3].tolist() == [2, 0, 1]
@@ -60,18 +60,18 @@ def test_positives_move_less_than_half_their_size_and_negatives_more() -> None:
     boxes = torch.tensor([0.5, 0.5, 0.2, 0.1]).expand(1, 4000, 4)
     negative = (torch.arange(4000) % 2).float()
     moved = (
-        cxcywh_to_xyxy(shifted(boxes, negative, 1.0)) - cxcywh_to_xyxy(boxes)
+        cxcywh_to_xyxy(shift_boxes(boxes, negative, 1.0)) - cxcywh_to_xyxy(boxes)
     ).abs() / torch.tensor([0.1, 0.05, 0.1, 0.05])
     positives, negatives = moved[0, ::2], moved[0, 1::2]
     assert positives.max() <= 1 + 1e-5 and positives.mean() == pytest.approx(0.5, abs=0.03)
     # corners of a negative may change places, which leaves a corner as near as 0 to the old one,
     # and none farther than 3
     assert negatives.max() <= 3 and negatives.mean() > 1
-    assert (shifted(boxes, negative, 0.4) - boxes).abs().max() < (
-        shifted(boxes, negative, 1.0) - boxes
+    assert (shift_boxes(boxes, negative, 0.4) - boxes).abs().max() < (
+        shift_boxes(boxes, negative, 1.0) - boxes
     ).abs().max()
     corners = cxcywh_to_xyxy(
-        shifted(torch.tensor([0.05, 0.95, 0.4, 0.4]).expand(1, 4000, 4), negative, 1.0)
+        shift_boxes(torch.tensor([0.05, 0.95, 0.4, 0.4]).expand(1, 4000, 4), negative, 1.0)
     )
     assert (
         corners.min() >= -1e-6
@@ -84,7 +84,7 @@ def test_labels_are_drawn_anew_with_half_the_label_noise() -> None:
     torch.manual_seed(0)
     labels, boxes = [torch.zeros(500, dtype=torch.int64)], [torch.rand(500, 4)]
     changed = (
-        (noised_targets(labels, boxes, 1000, 2000, label_noise=0.5).labels != 0).float().mean()
+        (make_noised_targets(labels, boxes, 1000, 2000, label_noise=0.5).labels != 0).float().mean()
     )
     assert changed == pytest.approx(0.25, abs=0.03)
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
 
 from detection_kd.models.backbone import Backbone
-from detection_kd.models.checkpoint_import import from_huggingface
+from detection_kd.models.checkpoint_import import convert_huggingface
 from detection_kd.models.deformable_detr import DeformableDETR
 from detection_kd.models.deformable_transformer import Architecture
 
@@ -73,7 +73,9 @@ def test_outputs_equal_transformers(case: str, padded: bool) -> None:
     a = Architecture(64, 4, 48, 2, 2, queries=7, **({"levels": 4} | CASES[case]))
     theirs = oracle(a)
     ours = DeformableDETR(Backbone("resnet18", "batch"), 3, a).double().eval()
-    missing, unexpected = ours.load_state_dict(from_huggingface(theirs.state_dict()), strict=False)
+    missing, unexpected = ours.load_state_dict(
+        convert_huggingface(theirs.state_dict()), strict=False
+    )
     assert not unexpected and all(name.startswith("backbone.") for name in missing)
     ours.backbone = Shared(theirs)
     images = torch.randn(2, 3, 128, 192, dtype=torch.float64)

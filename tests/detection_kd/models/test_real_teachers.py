@@ -23,7 +23,7 @@ from torch import nn
 from common.cli import run
 from common.files import sha256_file
 from detection_kd import extract_student, pack_distillation, train_d2vfm
-from detection_kd.datasets.distillation import pairs_digest, read_pairs
+from detection_kd.datasets.distillation import digest_pairs, read_pairs
 from detection_kd.datasets.packed_pairs import Pack
 from detection_kd.models.student import load_student
 from mil import rank_patches
@@ -258,7 +258,7 @@ def check_chain(cohort: Path, out: Path, name: str, weights: Path, width: int) -
     )
     assert {len(pair.feature) for pair in pairs} == {width} == {packed.features.shape[1]}
     identity = json.loads((out / "d2vfm" / "run.json").read_text())["inputs"]
-    assert identity["dataset"] == pairs_digest(pairs) and identity["backbone"] == sha256_file(
+    assert identity["dataset"] == digest_pairs(pairs) and identity["backbone"] == sha256_file(
         cohort / "backbone.pt"
     )
     assert identity["online_teacher"].startswith(encoder.provenance["weights_sha256"])

@@ -11,8 +11,8 @@ from torch import nn
 from detection_kd.losses.feature_regression import mse_loss
 from detection_kd.models.adapter import ADAPTERS
 from detection_kd.models.backbone import Backbone
-from detection_kd.models.pooling import POOLINGS, AttentionPool, GeM, StagePooling
-from detection_kd.models.student import FrozenMaps, Head, Student
+from detection_kd.models.pooling import POOLINGS, GeM, MapAttentionPool, StagePooling
+from detection_kd.models.student import FrozenMaps, Student, StudentHead
 from patch_encoder.models.encoder_table import IMAGENET
 from patch_encoder.models.encoders import PixelEncoder
 
@@ -36,7 +36,7 @@ def test_gem_by_loop_and_its_limits() -> None:
 def test_attention_starts_as_the_mean_and_is_a_weighted_mean_of_cells() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 16, 3, 4)
-    pool = AttentionPool(16)
+    pool = MapAttentionPool(16)
     assert torch.allclose(pool(x), x.mean(dim=(2, 3)), atol=1e-6)
     nn.init.normal_(pool.score.weight)
     for b in range(2):
@@ -67,44 +67,46 @@ def test_stages_are_pooled_each_on_its_own_and_concatenated(kind: str) -> None:
     assert (sum(1 for _ in pooling.parameters()) > 0) == (kind != "mean")
 
 
-def test_several_needles_are_the_stages_side_by_side() -> None:
+def test_several_stages_are_the_stages_side_by_side() -> None:
     backbone = Backbone("resnet18", "frozen").eval()
     x = torch.randn(2, 3, 64, 64)
     stages = [maps.mean(dim=(2, 3)) for maps in backbone(x)]
     student = Student(backbone, [0, 2], "p", DIM).eval()
     assert torch.allclose(student.pooled(x), torch.cat([stages[0], stages[2]], dim=1), atol=1e-6)
     assert student.adapter.out.in_features == 128 + 512
-    assert Student(Backbone("resnet18", "frozen"), [0, 1], "p", DIM).needle == 1
+    assert Student(Backbone("resnet18", "frozen"), [0, 1], "p", DIM).deepest_stage == 1
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("needle", [1, [0, 1]])
-def test_frozen_half_and_head_make_the_whole(pooling: str, needle: int | list[int]) -> None:
+@pytest.mark.parametrize("stage", [1, [0, 1]])
+def test_frozen_half_and_head_make_the_whole(pooling: str, stage: int | list[int]) -> None:
     torch.manual_seed(0)
-    student = Student(Backbone("resnet18", "frozen"), needle, "mpa", DIM, pooling=pooling).eval()
+    student = Student(Backbone("resnet18", "frozen"), stage, "mpa", DIM, pooling=pooling).eval()
     tiles = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     maps = FrozenMaps(student).eval()(tiles)
     assert [tuple(x.shape[2:]) == (1, 1) for x in maps] == [pooling == "mean"] * len(maps)
     assert not any(x.requires_grad for x in maps)
-    assert torch.allclose(Head(student)(maps), PixelEncoder(student, IMAGENET)(tiles), atol=1e-5)
+    assert torch.allclose(
+        StudentHead(student)(maps), PixelEncoder(student, IMAGENET)(tiles), atol=1e-5
+    )
 
 
 SWITCHES = [{"adapter": kind} for kind in ADAPTERS]
 SWITCHES += [
     {"pooling": "gem"},
     {"pooling": "attention"},
-    {"needle": [0, 1]},
+    {"stages": [0, 1]},
     {"unfreeze": 1},
     {"unfreeze": 2},
 ]
-SWITCHES += [{"needle": [0, 1], "pooling": "attention", "adapter": "ln", "unfreeze": 1}]
+SWITCHES += [{"stages": [0, 1], "pooling": "attention", "adapter": "ln", "unfreeze": 1}]
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
 @pytest.mark.parametrize("switch", SWITCHES, ids=str)
 def test_what_is_frozen_stays_bit_identical_under_every_switch(switch: dict, norm: str) -> None:
     torch.manual_seed(0)
-    settings = {"needle": 1, "adapter": "mpa", "pooling": "mean", "unfreeze": 0} | switch
+    settings = {"stages": 1, "adapter": "mpa", "pooling": "mean", "unfreeze": 0} | switch
     student = Student(Backbone("resnet18", norm), dim=DIM, **settings)
     if settings["pooling"] == "attention":
         for stage in student.pooling.stages:

@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from common.cli import run as run_script
 from common.config import load_config
 from common.errors import UserError
-from detection_kd.datasets.slide_detections import Found, coco_document
+from detection_kd.datasets.slide_detections import FoundBoxes, make_detections_document
 from mil import evaluate, heatmap, make_splits, report
 from mil.benchmark import Config as BenchmarkConfig
 from mil.benchmark import main as run_benchmark
@@ -48,12 +48,16 @@ def write_slide(
 ) -> None:
     """A file of detect_slide, made by its own writer; boxes of 4 px."""
     boxes = np.array([(x, y, x + 4, y + 4) for x, y in corners], np.float32).reshape(-1, 4)
-    found = Found(boxes, np.array(scores, np.float32), np.array(labels, np.int64))
+    found = FoundBoxes(boxes, np.array(scores, np.float32), np.array(labels, np.int64))
     coordinates = Coordinates(np.zeros((1, 2), np.int64), TileGeometry(**geometry(slide, 4, 3)))  # type: ignore[arg-type]
     path = folder / "coco" / f"{slide}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
-        json.dumps(coco_document(found, coordinates, f"{slide}.tiff", CATEGORIES, {"scale": 1.0}))
+        json.dumps(
+            make_detections_document(
+                found, coordinates, f"{slide}.tiff", CATEGORIES, {"scale": 1.0}
+            )
+        )
     )
 
 
