@@ -22,6 +22,7 @@ from common import __version__
 from common.cli import launch
 from common.config import REQUIRED, key
 from common.errors import UserError
+from common.figures import svg_uri
 from common.files import read_json, write_json, write_text
 from mil.evaluation.benchmark_folder import read_summary, run_folders
 from mil.evaluation.risk_groups import risk_groups
@@ -30,10 +31,10 @@ from mil.evaluation.tables import title
 from mil.evaluation.task_tables import per_label_rows
 from mil.figures.by_task import grade_figure, label_figure, survival_figure
 from mil.figures.example_slides import Choice, Example, Group, choose_slides, make_example
-from mil.figures.report import interval_figure, roc_figure, svg_uri
+from mil.figures.report import interval_figure, roc_figure
 from mil.tasks.kinds import Task, task_of
 from mil.tasks.task import SCORES, SURVIVAL
-from patch_encoder.bags.files import bag_files
+from patch_encoder.bags.paths import list_bags
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.labels import find_slides, read_labels
 from patch_encoder.tiles.coordinates import tile_pattern_of
@@ -136,7 +137,7 @@ def make_examples(
     if name not in runs:
         raise UserError(f"examples_of={name}: expected one of the feature sets {', '.join(runs)}")
     first = [run for run in runs[name] if run.seed == runs[name][0].seed]
-    bags = bag_files(summary["features"][name])
+    bags = list_bags(summary["features"][name])
     slides = find_slides(config.slides, tile_pattern_of(bags.values()))
     mpps = (
         {record.slide_id: record.mpp for record in read_labels(config.labels)}

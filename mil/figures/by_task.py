@@ -6,23 +6,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from common.figures import CHANCE, PALETTE, line_style, new_figure, save_figure, styled
 from common.metrics.ranking import GRID, binary_auc, roc_curves
 from mil.evaluation.risk_groups import RiskGroups, kaplan_meier, risk_groups
 from mil.evaluation.runs import Finished, grouped
 from mil.evaluation.task_tables import grade_counts
-from mil.figures.curves import BANDS, looks
-from mil.figures.report import COLOURS, STYLE, save_picture
+from mil.figures.curves import BANDS
 from mil.tasks.kinds import Task
 from mil.tasks.multilabel import LabelPredictions
 from mil.tasks.task import SURVIVAL
 
-HALVES = (("lower risk", False, COLOURS[0]), ("higher risk", True, COLOURS[1]))
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+HALVES = (("lower risk", False, PALETTE[0]), ("higher risk", True, PALETTE[1]))
 ACROSS = 2  # panels side by side
 LABELS_ACROSS = 3
 
@@ -37,19 +39,15 @@ def draw_task(folder: Path, finished: Sequence[Finished], task: Task, form: str)
         start = f"{name}_" if name else ""
         if task.kind == "multilabel":
             written.append(
-                save_picture(label_figure(models, task.classes), folder / f"{start}labels.{form}")
+                save_figure(label_figure(models, task.classes), folder / f"{start}labels.{form}")
             )
         elif task.kind == "ordinal":
             written.append(
-                save_picture(
-                    grade_figure(models, task.classes), folder / f"{start}confusion.{form}"
-                )
+                save_figure(grade_figure(models, task.classes), folder / f"{start}confusion.{form}")
             )
         elif task.kind in SURVIVAL:
             halves = {model: risk_groups(runs) for model, runs in models.items()}
-            written.append(
-                save_picture(survival_figure(halves), folder / f"{start}survival.{form}")
-            )
+            written.append(save_figure(survival_figure(halves), folder / f"{start}survival.{form}"))
     return written
 
 
@@ -59,20 +57,23 @@ def label_figure(runs: Mapping[str, Sequence[Finished]], labels: Sequence[str]) 
     """
     across = min(len(labels), LABELS_ACROSS)
     down, few = -(-len(labels) // across), len(runs) <= BANDS
-    with rc_context(STYLE):
-        figure = Figure(
-            figsize=(3.1 * across, 3.3 * down + (0 if few else 0.4 + 0.09 * len(runs))),
-            layout="constrained",
-        )
+    with styled():
+        figure = new_figure(3.1 * across, 3.3 * down + (0 if few else 0.4 + 0.09 * len(runs)))
         panels = figure.subplots(down, across, squeeze=False).ravel()
         for axes in panels[len(labels) :]:
             axes.set_axis_off()
         for column, (axes, label) in enumerate(zip(panels, labels, strict=False)):
-            axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8, linestyle="--")
-            for (name, of_name), look in zip(runs.items(), looks(len(runs)), strict=True):
+            axes.plot([0, 1], [0, 1], **CHANCE)
+            for index, (name, of_name) in enumerate(runs.items()):
                 mean, area = _mean_of_label([run.test for run in of_name], column)
                 said = f"{name}  {'-' if np.isnan(area) else f'{area:.3f}'}" if few else name
-                axes.plot(np.append(0, GRID), np.append(0, mean), label=said, linewidth=1.6, **look)
+                axes.plot(
+                    np.append(0, GRID),
+                    np.append(0, mean),
+                    label=said,
+                    linewidth=1.6,
+                    **line_style(index),
+                )
             axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1, xlabel="1 - specificity")
             axes.set_ylabel("sensitivity" if column % across == 0 else "")
             axes.set_title(label, fontsize=9)
@@ -110,8 +111,8 @@ def survival_figure(groups: Mapping[str, RiskGroups]) -> Figure:
     and patients at risk.
     """
     down = -(-len(groups) // ACROSS)
-    with rc_context(STYLE):
-        figure = Figure(figsize=(4.6 * min(len(groups), ACROSS), 3.9 * down), layout="constrained")
+    with styled():
+        figure = new_figure(4.6 * min(len(groups), ACROSS), 3.9 * down)
         panels = figure.subfigures(down, min(len(groups), ACROSS), squeeze=False).ravel()
         for panel, (title, halves) in zip(panels, groups.items(), strict=False):
             curves, below = panel.subplots(2, 1, sharex=True, height_ratios=[4, 1])
@@ -180,10 +181,8 @@ def grade_figure(runs: Mapping[str, Sequence[Finished]], grades: Sequence[str]) 
     of the true grade.
     """
     side, down = 1.5 + 0.5 * len(grades), -(-len(runs) // ACROSS)
-    with rc_context(STYLE):
-        figure = Figure(
-            figsize=(side * min(len(runs), ACROSS) + 0.4, side * down), layout="constrained"
-        )
+    with styled():
+        figure = new_figure(side * min(len(runs), ACROSS) + 0.4, side * down)
         panels = figure.subplots(down, min(len(runs), ACROSS), squeeze=False).ravel()
         for axes in panels[len(runs) :]:
             axes.set_axis_off()

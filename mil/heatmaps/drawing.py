@@ -64,7 +64,7 @@ class Heat:
 @lru_cache
 def colour_table(name: str) -> UInt8[np.ndarray, "256 3"]:
     """The colours from low to high."""
-    from matplotlib import colormaps  # a while to load
+    from matplotlib import colormaps  # loads for a second
 
     return (colormaps[name](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 

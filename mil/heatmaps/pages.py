@@ -19,11 +19,11 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from common import __version__
+from common.figures import svg_uri
 from common.files import write_text
 from mil.evaluation.risk_groups import risk_groups
 from mil.evaluation.tables import title as metric_title
 from mil.figures.by_task import label_figure, survival_figure
-from mil.figures.report import svg_uri
 from mil.heatmaps import figures
 from mil.heatmaps.gallery import say_value
 from mil.heatmaps.sources import Source, columns, facts

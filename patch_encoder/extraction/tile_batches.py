@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.processes.isolation import alive
+from common.processes.pool import heartbeat
 from patch_encoder.slides import RegionError, Slide, SlideError, open_slide
 from patch_encoder.stain.normaliser import Normaliser
 from patch_encoder.stain.slide_stains import SlideStains
@@ -115,7 +115,7 @@ class TileSequence:
     def _read(self, index: int, number: int) -> np.ndarray:
         coordinates = self.jobs[index].coordinates
         x, y = coordinates.coords[number]
-        alive(index, number)
+        heartbeat(index, number)
         return read_tile(self._slide(index), coordinates.geometry, int(x), int(y))
 
     def batch(

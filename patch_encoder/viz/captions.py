@@ -19,7 +19,7 @@ def load_caption_font(size: int | float) -> Font:
     """DejaVu Sans, which matplotlib brings along: Pillow's own font has neither µ nor accents,
     Greek or Cyrillic.
     """
-    import matplotlib  # a while to load
+    import matplotlib  # loads for a second
 
     return ImageFont.truetype(
         Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size

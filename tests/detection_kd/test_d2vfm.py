@@ -4,6 +4,7 @@ nothing.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from detection_kd.models.adapter import ADAPTERS, Adapter
 from detection_kd.models.backbone import Backbone
 from detection_kd.models.student import Student, load_student, student_encoder
 from patch_encoder import tile_slides
-from patch_encoder.bags.files import read_bag
+from patch_encoder.bags.bag import read_bag
 from patch_encoder.slides import open_slide
 from tests.detection_kd.d2vfm_runs import DIM, train
 from tests.helpers import make_cohort
@@ -190,6 +191,28 @@ def test_bad_pairs_are_reported_at_once(pairs_root: Path, fault: str) -> None:
         DistillationTiles(pairs, augment=False, seed=0)[8]
     assert "S1/2_0" in str(error.value) or fault in {"no list", "wide feature"}
     assert "\n" not in str(error.value)
+
+
+def test_learning_rate_drops_once_and_the_logged_one_is_the_one_in_use(
+    pairs_root: Path, backbone_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def watched(optimizer: torch.optim.AdamW, *args: object) -> object:
+        used.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    keys = ["epochs=4", "lr_drop=1", "lr=1e-3", "augment=false", "scales=[1.0]", "cache=true"]
+    assert train(pairs_root, backbone_path, tmp_path / "run", *keys) == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    logged = [json.loads(line)["lr"] for line in lines]
+    assert logged == pytest.approx([1e-3, 1e-4, 1e-4, 1e-4])
+    steps = len(used) // 4
+    assert [used[epoch * steps : (epoch + 1) * steps] for epoch in range(4)] == [
+        [rate] * steps for rate in logged
+    ]
 
 
 def test_cached_features_train_the_same_student(

@@ -233,13 +233,6 @@ def loss_of(detections: Detections, batch: Batch) -> tuple[torch.Tensor, dict[st
     )
 
 
-def test_loss_that_is_no_number_names_images_and_terms() -> None:
-    terms = {"class": torch.tensor(float("nan")), "box": torch.tensor(1.0)}
-    with pytest.raises(UserError, match=r"loss is nan in class for images \[7, 9\]; lower lr"):
-        engine.require_finite(torch.tensor(float("nan")), terms, [7, 9])
-    engine.require_finite(torch.tensor(1.0), terms, [7, 9])
-
-
 def test_diverged_network_stops_with_that_error(
     inputs: list[str],
     tmp_path: Path,
@@ -254,7 +247,10 @@ def test_diverged_network_stops_with_that_error(
 
     monkeypatch.setattr(DeformableDETR, "forward", diverged)
     assert run(main, Config, arguments(inputs, tmp_path / "run")) == 2
-    assert "loss is nan in class_0, class for images" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert (
+        "images [" in error and "found nan in class_0, class" in error and "look at these" in error
+    )
 
 
 def config_of(inputs: list[str], tmp_path: Path, *changes: str) -> Config:
@@ -329,14 +325,6 @@ def test_parameter_groups_are_the_published_ones() -> None:
     assert len(transformer) + len(backbone) + len(slow) == sum(
         p.requires_grad for p in model.parameters()
     )
-
-
-def test_learning_rate_schedules() -> None:
-    step = [engine.rate_factor(s, 10, warmup=2, drop=6, cosine=False) for s in range(10)]
-    assert step == [0.5, 1, 1, 1, 1, 1, 0.1, 0.1, 0.1, 0.1]
-    cosine = [engine.rate_factor(s, 10, warmup=2, drop=6, cosine=True) for s in range(10)]
-    assert cosine[:3] == [0.5, 1, 1] and cosine[6] == pytest.approx(0.5)
-    assert cosine[9] == pytest.approx((1 + math.cos(math.pi * 7 / 8)) / 2)
 
 
 def test_post_processing_keeps_the_best_pairs_in_pixels() -> None:

@@ -130,7 +130,7 @@ def keys(folder: Path, output: Path, *more: str) -> list[str]:
         "workers=0",
         "precision=fp32",
     ]
-    return [*base, "epochs=1", "batch_size=4", "val_share=0.3", *more]
+    return [*base, "epochs=1", "batch_size=4", "val_fraction=0.3", *more]
 
 
 def train(folder: Path, output: Path, *more: str) -> int:

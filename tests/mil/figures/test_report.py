@@ -29,7 +29,7 @@ from mil.tasks.kinds import Task, classification
 from mil.tasks.multilabel import LabelPredictions
 from mil.tasks.survival import RiskPredictions
 from mil.training.engine import load_classifier
-from patch_encoder.bags.files import read_bag
+from patch_encoder.bags.bag import read_bag
 from patch_encoder.tiles.coordinates import TileGeometry
 from tests.artefacts import copy_of
 
@@ -293,11 +293,11 @@ def test_example_shows_the_tiles_with_most_attention(finished: Path, tmp_path: P
     model, _ = load_classifier(checkpoint, torch.device("cpu"))
     bag = read_bag(bag_file)
     with torch.no_grad():
-        attention = model(torch.from_numpy(bag.features)).attention.numpy()
+        attention = model(bag.features).attention.numpy()
     best = np.argsort(attention)[::-1][:4]
     np.testing.assert_allclose([share for _, share in example.top], attention[best], rtol=1e-5)
     assert example.tiles == 12
-    for (uri, _), (x, y) in zip(example.top, bag.coords[best] // 16, strict=True):
+    for (uri, _), (x, y) in zip(example.top, bag.coords.numpy()[best] // 16, strict=True):
         with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as picture:
             assert abs(np.asarray(picture).mean() - 20 * (y * 4 + x)) <= 2
 

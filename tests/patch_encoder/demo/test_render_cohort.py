@@ -170,7 +170,7 @@ def test_cohorts_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_stamp_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("case_id,slide_id,label\n1,1,a\n")
-    with pytest.raises(UserError, match="found labels.csv without cohort.json"):
+    with pytest.raises(UserError, match="holds labels.csv without cohort.json"):
         render(tmp_path, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["labels.csv"]
 
