@@ -77,7 +77,7 @@ def kill_when(ready: Callable[[], bool], module: str, arguments: list[str]) -> N
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not ready() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     ended = process.poll()

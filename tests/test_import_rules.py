@@ -47,7 +47,7 @@ ROOMS["mil"] |= {"evaluation": 5, "classic": 6, "figures": 6, "heatmaps": 7}
 NAMES_A_MODULE = re.compile(r"\b(patch_encoder|detection_kd|mil|studies|benchmarks)\.[a-z_]\w*")
 # a library that takes about as long to load as torch, or most of a second
 HEAVY = {"torch._dynamo", "torchvision", "timm", "open_clip", "transformers", "pandas", "sklearn"}
-HEAVY |= {"scipy.stats", "scipy.optimize", "skimage", "pycocotools"}
+HEAVY |= {"scipy.stats", "scipy.optimize", "skimage", "pycocotools", "matplotlib"}
 
 
 def test_there_is_something_to_check() -> None:
