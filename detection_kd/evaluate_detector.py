@@ -1,5 +1,5 @@
 """Evaluate a trained detector on annotated images: COCO metrics, FROC, predictions, curves, and
-pictures to look at.
+overlays to look at.
 
     python -m detection_kd.evaluate_detector detector=detector/checkpoint_best.pt
     annotations=test.json images=images output=out
@@ -38,7 +38,7 @@ from detection_kd.evaluation.coco_metrics import Prediction, average_precision
 from detection_kd.evaluation.coco_results import write_results
 from detection_kd.evaluation.froc import froc
 from detection_kd.evaluation.operating_point import counts, judge_set
-from detection_kd.figures.detection import write_detection_pictures
+from detection_kd.figures.detection import write_detection_figures
 from detection_kd.models.deformable_detr import DeformableDETR, load_detector
 
 logger = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ def summarise(
 
 
 def main(config: Config) -> int:
-    """Detect, measure, and leave figures and pictures in the run directory; finished work is left
+    """Detect, measure, and write figures and overlays to the run directory; finished work is left
     alone.
     """
     world = init_distributed(config.device)
@@ -204,7 +204,7 @@ def main(config: Config) -> int:
         "score": config.score,
         "overlays": config.overlays,
     }
-    write_detection_pictures(run.path, annotated, predictions, **shown)
+    write_detection_figures(run.path, annotated, predictions, **shown)
     digests = {
         "detector_sha256": sha256_file(config.detector),
         "annotations_sha256": sha256_file(config.annotations),

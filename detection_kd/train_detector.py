@@ -46,7 +46,7 @@ from detection_kd.datasets.detection import DetectionDataset, epoch_indices, loa
 from detection_kd.datasets.transforms import eval_transform, train_transform
 from detection_kd.evaluation.coco_metrics import Prediction, average_precision
 from detection_kd.evaluation.froc import froc
-from detection_kd.figures.detection import write_detection_pictures
+from detection_kd.figures.detection import write_detection_figures
 from detection_kd.models.backbone import (
     HUB,
     NORMS,
@@ -166,7 +166,7 @@ class Config:
     compile: bool = key(False, "compile the backbone with torch.compile", runtime=True)
     overlays: int = key(
         12,
-        "validation images to draw at the best epoch, beside the curves; 0: no pictures",
+        "validation images to draw at the best epoch, beside the curves; 0: no figures",
         runtime=True,
     )
     log_every: int = key(50, "steps between lines in metrics.jsonl", runtime=True)
@@ -391,7 +391,7 @@ def draw(run: Run, val: DetectionSet, predictions: list[Prediction], config: Con
     """Curves and overlays of the best epoch so far."""
     if config.overlays:
         shown = {"max_detections": config.max_detections, "overlays": config.overlays}
-        write_detection_pictures(run.path, val, predictions, **shown)
+        write_detection_figures(run.path, val, predictions, **shown)
 
 
 def save_backbone(run: Run) -> None:

@@ -257,7 +257,7 @@ def distilled(
         shared = [
             f"teacher={config.teacher}",
             f"cache_dir={study.output / 'cache'}",
-            "pictures=false",
+            "figures=false",
         ]
         recipe = [
             "--config",

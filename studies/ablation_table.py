@@ -26,7 +26,7 @@ from common.errors import UserError
 from common.files import write_csv, write_json, write_text
 from mil.evaluation.runs import number, with_interval
 from studies.ablations.figure import draw_ablation, read_ablation
-from studies.ablations.rows import AGREEMENT, COST, point_of, read_rows, signed
+from studies.ablations.rows import AGREEMENT, COST, find_point, format_difference, read_rows
 
 logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
@@ -99,7 +99,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], models: Sequence[str], headline:
             for m in models
         ]
         cells += [
-            signed(values.get("difference"), values.get("difference_ci")),
+            format_difference(values.get("difference"), values.get("difference_ci")),
             *(number(row[key]) for key in COST),
         ]
         cells.append("failed" if row["error"] else number(row["seconds"]))
@@ -117,7 +117,7 @@ def page(content: Mapping[str, Any], title: str) -> str:
         trim_blocks=True,
     )
     environment.filters |= {"number": number}
-    environment.globals |= {"signed": signed}
+    environment.globals |= {"format_difference": format_difference}
     date = time.strftime("%Y-%m-%d")
     return environment.get_template("ablation.html.j2").render(
         title=title, ablation=content, version=__version__, date=date
@@ -127,7 +127,7 @@ def page(content: Mapping[str, Any], title: str) -> str:
 def main(config: Config) -> None:
     study = Path(config.study)
     rows, models, model = read_rows(study, config.model)
-    if not any(point_of(row, model) for row in rows):
+    if not any(find_point(row, model) for row in rows):
         raise UserError(
             f"{study}: expected a row with AUC ({model}) and tiles a second, found none"
         )

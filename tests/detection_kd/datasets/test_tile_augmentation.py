@@ -237,7 +237,7 @@ def test_two_processes_with_a_teacher_are_one(folder: Path, tmp_path: Path) -> N
         "augmentation.colour=0.2",
         "augmentation.sizes=[32,40]",
         "extra.distance=1",
-        "pictures=false",
+        "figures=false",
     ]
     assert train(folder, tmp_path / "one", *online) == 0
     run_two_processes("detection_kd.train_d2vfm", keys(folder, tmp_path / "two", *online))
