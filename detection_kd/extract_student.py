@@ -41,8 +41,9 @@ from patch_encoder.extraction.loop import (
     tile_batches,
 )
 from patch_encoder.extraction.network import Network
-from patch_encoder.extraction.tile_batches import SlideJob, TileSequence
+from patch_encoder.extraction.tile_batches import TileSequence
 from patch_encoder.models.encoders import Encoder
+from patch_encoder.tiles.slide_job import SlideJob
 
 logger = logging.getLogger(__name__)
 STAGE = "extract_student"

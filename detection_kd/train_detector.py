@@ -43,10 +43,8 @@ from common.step_timer import StepTimes
 from detection_kd import engine
 from detection_kd.datasets.coco import DetectionSet, read_coco, same_categories
 from detection_kd.datasets.detection import DetectionDataset, epoch_indices, loader
-from detection_kd.datasets.transforms import eval_transform, train_transform
 from detection_kd.evaluation.coco_metrics import Prediction, average_precision
 from detection_kd.evaluation.froc import froc
-from detection_kd.figures.detection import write_detection_figures
 from detection_kd.models.backbone import (
     HUB,
     NORMS,
@@ -332,6 +330,8 @@ def training_batches(
     config: Config, world: World, train: DetectionSet, epoch: int
 ) -> DataLoader[Any]:
     """This process's batches of one epoch."""
+    from detection_kd.datasets.transforms import train_transform  # a while to load
+
     sizes = config.augmentation
     low, high = sizes.crop_range
     transform = train_transform(
@@ -365,6 +365,8 @@ def evaluate(
     job: Job, model: nn.Module, val: DetectionSet
 ) -> tuple[dict[str, float], list[Prediction]]:
     """COCO metrics and FROC on the validation images of all processes, and the detections."""
+    from detection_kd.datasets.transforms import eval_transform  # a while to load
+
     config, world, sizes = job.config, job.world, job.config.augmentation
     dataset = DetectionDataset(val.images, eval_transform(sizes.eval_size, sizes.max_size))
     indices = range(len(dataset))[world.rank :: world.size]
@@ -389,6 +391,8 @@ def fingerprints(config: Config) -> dict[str, str]:
 
 def draw(run: Run, val: DetectionSet, predictions: list[Prediction], config: Config) -> None:
     """Curves and overlays of the best epoch so far."""
+    from detection_kd.figures.detection import write_detection_figures  # a while to load
+
     if config.overlays:
         shown = {"max_detections": config.max_detections, "overlays": config.overlays}
         write_detection_figures(run.path, val, predictions, **shown)

@@ -34,7 +34,7 @@ from mil.figures.example_slides import Choice, Example, Group, choose_slides, ma
 from mil.figures.report import draw_intervals, draw_roc
 from mil.tasks.kinds import Task, task_of
 from mil.tasks.task import SCORES, SURVIVAL
-from patch_encoder.bags.files import bag_files
+from patch_encoder.bags.paths import list_bags
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.labels import find_slides, read_labels
 from patch_encoder.tiles.coordinates import tile_pattern_of
@@ -137,7 +137,7 @@ def make_examples(
     if name not in runs:
         raise UserError(f"examples_of={name}: expected one of the feature sets {', '.join(runs)}")
     first = [run for run in runs[name] if run.seed == runs[name][0].seed]
-    bags = bag_files(summary["features"][name])
+    bags = list_bags(summary["features"][name])
     slides = find_slides(config.slides, tile_pattern_of(bags.values()))
     mpps = (
         {record.slide_id: record.mpp for record in read_labels(config.labels)}

@@ -28,7 +28,7 @@ from common.cli import launch
 from common.config import REQUIRED, group, key
 from common.errors import UserError
 from common.files import atomic_path, sha256_file, write_csv
-from common.processes.isolation import Lost, Raised, check_workers, isolated
+from common.processes.pool import Lost, Raised, check_workers, run_jobs
 from common.progress import progress
 from common.provenance import can_reuse, unknown_origin
 from patch_encoder.cohort.failures import Failures
@@ -329,7 +329,7 @@ def main(config: Config) -> int:
     todo = [job for job in jobs if not is_done(job, config, stamp)]
     logger.info("tile_slides: %d slides, %d already tiled", len(jobs), len(jobs) - len(todo))
     failures = Failures("tile_slides")
-    for row in progress(run_jobs(todo, config, stamp), "tiling", len(todo), "slides"):
+    for row in progress(tile_all(todo, config, stamp), "tiling", len(todo), "slides"):
         if "error" in row:
             failures.add(str(row["slide"]), str(row["error"]))
             continue
@@ -345,11 +345,11 @@ def main(config: Config) -> int:
     return failures.write(Path(config.output))
 
 
-def run_jobs(todo: list[Job], config: Config, stamp: str) -> Iterator[dict[str, object]]:
+def tile_all(todo: list[Job], config: Config, stamp: str) -> Iterator[dict[str, object]]:
     """What `tile_one` gives, as slides are ready; `error` instead for those that failed."""
     cv2.setNumThreads(1)  # one core a worker; before the fork, which takes no threads along
     work = partial(tile_one, config=config, stamp=stamp)
-    for number, result in isolated(work, todo, config.workers, config.read_timeout):
+    for number, result in run_jobs(work, todo, config.workers, config.read_timeout):
         yield (
             {"slide": todo[number][0], "error": result.reason}
             if isinstance(result, (Lost, Raised))

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from common.checkpoint import save_tensors
 from common.files import atomic_path, read_json, write_json
 from common.provenance import can_reuse, unknown_origin
-from patch_encoder.bags.files import read_bag
+from patch_encoder.bags.bag import read_bag
 from patch_encoder.slides import Slide, open_slide
 from patch_encoder.slides.tile_folder import TileFolder
 from patch_encoder.tiles.coordinates import TileGeometry
@@ -82,6 +81,7 @@ def cut(job: CutJob) -> None:
         UserError: the slide cannot be read.
     """
     bag = read_bag(job.bag)
+    features = bag.read()
     geometry = TileGeometry.from_attributes(bag.attributes, str(job.bag))
     images = []
     with open_slide(job.slide, job.mpp, geometry.tile_pattern) as slide:
@@ -93,7 +93,7 @@ def cut(job: CutJob) -> None:
             )
             feature = job.folder / f"{name}.pt"
             if not feature.is_file():
-                save_tensors(feature, torch.from_numpy(bag.features[patch.row]))
+                save_tensors(feature, features[patch.row].clone())
             size = geometry.target_size
             image = {
                 "file_name": f"{job.slide_id}/{name}.jpg",

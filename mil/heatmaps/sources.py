@@ -21,7 +21,7 @@ from common.errors import UserError, did_you_mean
 from common.files import read_json
 from common.metrics.classification import predict_class
 from mil.evaluation.benchmark_folder import read_summary, run_folders
-from mil.evaluation.runs import Finished
+from mil.evaluation.runs import Finished, read_side
 from mil.heatmaps.scores import RISK
 from mil.tasks.kinds import Task, task_of
 from mil.tasks.objective_results import follow_up

@@ -41,13 +41,12 @@ from common.optim import (
 from common.run import Run
 from common.schedules import SCHEDULES, drop_epoch, lr_factor
 from common.seed import epoch_generator
+from mil.datasets.bags import Sample
 from mil.models import MILOutput, Target, build
-from mil.ops.slide_coords import on_slide
 from mil.tasks.task import CLASSES, SURVIVAL, Objective
-from mil.training.prediction import is_streamed, predict, source_of
+from mil.training.prediction import grid_for, is_streamed, predict
 from mil.training.prefetch import on_device, prefetch
 from mil.training.streaming import stream
-from patch_encoder.bags.bag import StoredBag
 
 logger = logging.getLogger(__name__)
 
@@ -103,36 +102,6 @@ class Recipe:
     save_every: int = key(10, "epochs between two checkpoints", runtime=True)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One labelled bag: features (N, D) in memory or on disk, coords (N, 2) or None, target as
-    mil.tasks.task has it.
-
-    `stratum` is the class that balanced sampling sees where the target is no class.
-    """
-
-    slide_id: str
-    features: Tensor | StoredBag
-    coords: Tensor | None
-    target: Target
-    stratum: int = 0
-
-    def load(self, tiles: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Features, as they are stored, and coords; of the given tiles only, or of all."""
-        if isinstance(self.features, StoredBag):
-            features = self.features.read() if tiles is None else self.features.rows(tiles)
-        else:
-            features = self.features if tiles is None else self.features[tiles]
-        coords = (
-            None if self.coords is None else on_slide(self.coords)
-        )  # the grid is all tiles', whichever are drawn
-        return features, coords if tiles is None or coords is None else coords[tiles]
-
-    def to(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Float32 features and coords on the device."""
-        return on_device(self.load(), device)
-
-
 def train_one_epoch(
     model: nn.Module,
     samples: Sequence[Sample],
@@ -175,7 +144,11 @@ def train_one_epoch(
                 exchange_gradients(model, last=len(targets) + 1 == len(places)),
                 autocast(world.device, recipe.precision),
             ):
-                output = model(*on_device(bag, world.device), target=task.told(sample.target))
+                output = model(
+                    *on_device(bag, world.device),
+                    target=task.told(sample.target),
+                    **grid_for(model, sample),
+                )
                 targets.append(sample.target)
                 if task.needs_all_bags:
                     outputs.append(output)
@@ -218,13 +191,13 @@ def draws(
     The draw depends on the seed and the bag's place in the epoch alone, not on who loads it.
     """
     for sample, place in bags:
-        if not 0 < tiles < len(sample.features):
+        if not 0 < tiles < len(sample.bag):
             yield sample, None
             continue
         generator = torch.Generator().manual_seed(seed * 1_000_003 + place)
         yield (
             sample,
-            torch.randperm(len(sample.features), generator=generator)[:tiles].sort().values,
+            torch.randperm(len(sample.bag), generator=generator)[:tiles].sort().values,
         )
 
 
@@ -257,9 +230,9 @@ def examine(model: nn.Module, sample: Sample, device: torch.device) -> MILOutput
     `predict`.
     """
     model.eval()
-    if is_streamed(model, sample.features):
-        return stream(model, source_of(sample.features), device)
-    output = model(*sample.to(device))
+    if is_streamed(model, sample.bag):
+        return stream(model, sample.bag, device)
+    output = model(*on_device(sample.load(), device), **grid_for(model, sample))
     return MILOutput(output.logits.float().cpu(), output.attention.float().cpu())
 
 

@@ -206,7 +206,7 @@ def test_points_of_one_speed_stand_side_by_side() -> None:
 def test_signed_differences() -> None:
     assert format_difference(None, None) == "-"
     assert format_difference(0.0123, None) == "+0.012"
-    assert signed(-0.5, [-0.75, 0.25]) == "-0.500 [-0.750, +0.250]"
+    assert format_difference(-0.5, [-0.75, 0.25]) == "-0.500 [-0.750, +0.250]"
 
 
 def test_what_is_no_study_is_refused(study: Path, tmp_path: Path) -> None:

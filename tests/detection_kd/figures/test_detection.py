@@ -192,7 +192,7 @@ def test_many_categories_get_lines_that_differ() -> None:
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 24
 
 
-def test_froc_figure_marks_the_six_rates() -> None:
+def test_froc_marks_the_six_rates() -> None:
     rate, sensitivity = (
         np.array([0, 0.1, 0.3, 3.0, 3.0, 20.0]),
         np.array([0, 0.2, 0.4, 0.5, 0.6, 0.9]),

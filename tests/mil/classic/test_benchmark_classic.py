@@ -289,6 +289,7 @@ def test_the_bar():
     assert accuracy(np.array([True, False, True]), masks) == pytest.approx(0.75)
 
 
+@pytest.mark.process
 def test_a_killed_run_goes_on(real_data: Path, tmp_path: Path):
     """The real Musk1, two repeats' worth of ABMIL far above chance, after a kill."""
     arguments = [

@@ -18,16 +18,12 @@ from common.errors import UserError
 from mil.benchmark import Config as BenchmarkConfig
 from mil.benchmark import main as benchmark_main
 from mil.benchmark import model_settings
+from mil.datasets.bags import Sample
 from mil.models import MODELS, build, check_options
 from mil.train import Config, main
-from mil.training.engine import (
-    Recipe,
-    Sample,
-    epoch_order,
-    recipe_factor,
-    train_one_epoch,
-)
+from mil.training.engine import Recipe, epoch_order, recipe_factor, train_one_epoch
 from mil.training.recipes import PUBLISHED, resolve
+from patch_encoder.bags.bag import make_bag
 from tests.mil.models.small_options import SMALL
 
 CPU = World(0, 1, torch.device("cpu"))
@@ -190,7 +186,7 @@ def test_learning_rates_of_published_recipes() -> None:
 
 
 def bags(targets: list[int]) -> list[Sample]:
-    return [Sample(str(i), torch.randn(5, 6), None, target) for i, target in enumerate(targets)]
+    return [Sample(str(i), make_bag(torch.randn(5, 6)), target) for i, target in enumerate(targets)]
 
 
 def test_balanced_epochs_draw_every_class_equally_often():

@@ -126,6 +126,7 @@ def test_another_seed_gives_other_pixels(cohort: Path, tmp_path: Path) -> None:
     assert not set(other.values()) & set(digests(cohort).values())
 
 
+@pytest.mark.process
 def test_a_killed_run_goes_on_to_the_same_bytes(cohort: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     keys = [f"{name}={value}" for name, value in {**SMALL, "output": folder}.items()]
