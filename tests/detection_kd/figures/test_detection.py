@@ -28,7 +28,7 @@ from detection_kd.figures.overlays import (
     HIT_COLOUR,
     MISS_COLOUR,
     NEITHER_COLOUR,
-    _free_place,
+    _find_free_place,
     draw_overlay,
     write_overlays,
 )
@@ -119,7 +119,7 @@ def test_labels_never_touch_and_stay_inside() -> None:
     taken: list[tuple[float, float, float, float]] = []
     for corner in rng.uniform(0, 280, (60, 2)):
         box = (float(corner[0]), float(corner[1]), float(corner[0]) + 20, float(corner[1]) + 20)
-        place = _free_place(box, (40, 10), (300, 300), taken)
+        place = _find_free_place(box, (40, 10), (300, 300), taken)
         if place is not None:
             taken.append(place)
     assert 20 < len(taken) < 60  # there is no room for all
@@ -130,7 +130,7 @@ def test_labels_never_touch_and_stay_inside() -> None:
         )
         cover[round(y0) : round(y1), round(x0) : round(x1)] += 1
     assert cover.max() == 1
-    assert _free_place((50.0, 100.0, 90.0, 140.0), (20, 10), (300, 300), []) == (
+    assert _find_free_place((50.0, 100.0, 90.0, 140.0), (20, 10), (300, 300), []) == (
         50,
         84,
         76,
