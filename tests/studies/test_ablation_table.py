@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from common.config import load_config
 from common.errors import UserError
 from studies.ablation_table import Config, main
-from studies.ablations.figure import spread_equal_speeds
+from studies.ablations.figure import FRONT, spread_equal_speeds
 from studies.ablations.rows import format_difference, mark_pareto_front, read_rows
 
 # name: (tiles/s, AUC of abmil, of mean)
@@ -185,7 +185,8 @@ def test_every_file_has_the_same_figures(study: Path) -> None:
     with Image.open(study / "ablation.png") as picture:
         pixels = np.asarray(picture.convert("RGB"))
     assert (
-        pixels.shape[1] > 1000 and (pixels.reshape(-1, 3) == (0xD1, 0x49, 0x5B)).all(1).sum() > 100
+        pixels.shape[1] > 1000
+        and (pixels.reshape(-1, 3) == ImageColor.getrgb(FRONT)).all(1).sum() > 100
     ), "the front is drawn"
 
 
