@@ -1,5 +1,5 @@
 """Evaluate a trained detector on annotated images: COCO metrics, FROC, predictions, curves, and
-pictures to look at.
+overlays to look at.
 
     python -m detection_kd.evaluate_detector detector=detector/checkpoint_best.pt
     annotations=test.json images=images output=out
@@ -175,10 +175,10 @@ def summarise(
 
 
 def main(config: Config) -> int:
-    """Detect, measure, and leave figures and pictures in the run directory; finished work is left
+    """Detect, measure, and write figures and overlays to the run directory; finished work is left
     alone.
     """
-    from detection_kd.figures.detection import write_detection_pictures  # a while to load
+    from detection_kd.figures.detection import write_detection_figures  # a while to load
 
     world = init_distributed(config.device)
     if not world.is_main:
@@ -208,7 +208,7 @@ def main(config: Config) -> int:
         "score": config.score,
         "overlays": config.overlays,
     }
-    write_detection_pictures(run.path, annotated, predictions, **shown)
+    write_detection_figures(run.path, annotated, predictions, **shown)
     digests = {
         "detector_sha256": sha256_file(config.detector),
         "annotations_sha256": sha256_file(config.annotations),

@@ -2,13 +2,15 @@
 features.
 
     python -m detection_kd.train_d2vfm --config configs/quickstart/d2vfm.yaml dataset=...
-    backbone=... output=... torchrun --nproc_per_node=4 -m detection_kd.train_d2vfm --config
-    configs/ts2gkd/d2vfm_gigapath.yaml ...
+        backbone=... output=...
+    torchrun --nproc_per_node=4 -m detection_kd.train_d2vfm
+        --config configs/ts2gkd/d2vfm_gigapath.yaml ...
 
-Writes a run directory; `checkpoint_best.pt` (best cosine similarity on held-out slides) is the
-student that `extract_student` takes. Pooling and adapter are trained; the backbone stays as it is,
-but for the last stages with `unfreeze`, and its BatchNorm in any case. With `cache` the backbone
-runs once, for this run and for all that differ in what comes after it.
+Writes a run directory with `r2_by_dimension.csv` and, with `figures`, student against teacher,
+learning curves and R2 by dimension. Its `checkpoint_best.pt` (best cosine similarity on held-out
+slides) is the student that `extract_student` takes. Pooling and adapter are trained; the backbone
+stays as it is, but for the last stages with `unfreeze`, and its BatchNorm in any case. With `cache`
+the backbone runs once, for this run and for all that differ in what comes after it.
 """
 
 from __future__ import annotations
@@ -146,9 +148,7 @@ class Config:
     labels: str = key(
         "", "labels.csv: colours of student_vs_teacher.png; empty: by slide", path=True
     )
-    pictures: bool = key(
-        True, "draw student against teacher, learning curves, R2 by dimension", runtime=True
-    )
+    figures: bool = key(True, "draw figures", runtime=True)
     seed: int = key(42, "seed of the split, initial weights, shuffling and augmentation")
     precision: str = key("auto", "auto: bf16 where the device has it", choices=PRECISIONS)
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
@@ -464,7 +464,7 @@ def main(config: Config) -> None:
             *predict(evaluated, val_loader, precision, world.device),
             slides,
             labels,
-            config.pictures,
+            config.figures,
         )
     trained = sum(
         parameter.numel() for parameter in student.parameters() if parameter.requires_grad

@@ -164,7 +164,7 @@ class Config:
     compile: bool = key(False, "compile the backbone with torch.compile", runtime=True)
     overlays: int = key(
         12,
-        "validation images to draw at the best epoch, beside the curves; 0: no pictures",
+        "validation images to draw at the best epoch, beside the curves; 0: no figures",
         runtime=True,
     )
     log_every: int = key(50, "steps between lines in metrics.jsonl", runtime=True)
@@ -393,11 +393,11 @@ def draw_results(
     run: Run, val: DetectionSet, predictions: list[Prediction], config: Config
 ) -> None:
     """Curves and overlays of the best epoch so far."""
-    from detection_kd.figures.detection import write_detection_pictures  # a while to load
+    from detection_kd.figures.detection import write_detection_figures  # a while to load
 
     if config.overlays:
         shown = {"max_detections": config.max_detections, "overlays": config.overlays}
-        write_detection_pictures(run.path, val, predictions, **shown)
+        write_detection_figures(run.path, val, predictions, **shown)
 
 
 def save_backbone(run: Run) -> None:

@@ -1,4 +1,4 @@
-"""Evaluate slide classifiers: tables with intervals and tests, and pictures, from a benchmark or
+"""Evaluate slide classifiers: tables with intervals and tests, and figures, from a benchmark or
 from prediction tables.
 
     python -m mil.evaluate benchmark=runs/mil
@@ -6,7 +6,7 @@ from prediction tables.
     python -m mil.evaluate predictions='[cox.csv]' task=cox output=runs/survival
 
 Writes results.csv, summary.csv, summary.md, summary.tex, the tables of the task
-(mil/evaluation/tables.py) and pictures: of classes ROC, precision-recall, reliability and, of two,
+(mil/evaluation/tables.py) and figures: of classes ROC, precision-recall, reliability and, of two,
 screening; of labels ROC one by one, of grades the confusion, of survival the risk halves. Every cut
 and every temperature comes from validation slides. mil/evaluation/prediction_files.py says what a
 table has to hold.
@@ -40,7 +40,7 @@ class Config:
     benchmark: str = key("", "folder that mil.benchmark wrote", path=True)
     predictions: list[str] = key([], "tables of predictions, instead of a benchmark", path=True)
     output: str = key(
-        "", "folder of tables and pictures; empty: <benchmark>/evaluation", runtime=True
+        "", "folder of tables and figures; empty: <benchmark>/evaluation", runtime=True
     )
     task: str = key(
         "", "kind of task of the predictions; empty: one class a slide", choices=("", *KINDS)
@@ -57,9 +57,9 @@ class Config:
     resamples: int = key(2000, "bootstrap resamples of the confidence intervals")
     seed: int = key(2024, "seed of the resamples")
     xlsx: bool = key(False, "write all tables as evaluation.xlsx too", runtime=True)
-    plots: bool = key(True, "draw pictures", runtime=True)
-    form: str = key(
-        "png", "file format of the pictures", choices=("png", "svg", "pdf"), runtime=True
+    figures: bool = key(True, "draw figures", runtime=True)
+    figure_format: str = key(
+        "png", "file format of the figures", choices=("png", "svg", "pdf"), runtime=True
     )
 
 
@@ -122,16 +122,16 @@ def with_threshold(finished: list[Finished], rule: str, target: float) -> list[F
 
 
 def draw(folder: Path, finished: list[Finished], task: Task, config: Config) -> list[Path]:
-    """The pictures of the task."""
+    """Draw the figures of the task; returns their paths."""
     if task.kind not in {"binary", "multiclass"}:
         from mil.figures.by_task import draw_task
 
-        return draw_task(folder, finished, task, config.form)
+        return draw_task(folder, finished, task, config.figure_format)
     from mil.figures.curves import draw_all  # matplotlib takes a second to load
 
     screened = task.kind == "binary" and all(run.val is not None for run in finished)
     rows = screening_rows(finished, config.resamples, config.seed) if screened else []
-    return draw_all(folder, finished, rows, config.seed, config.form)
+    return draw_all(folder, finished, rows, config.seed, config.figure_format)
 
 
 def main(config: Config) -> None:
@@ -151,8 +151,8 @@ def main(config: Config) -> None:
         finished = with_threshold(finished, config.threshold, config.target)
     output = Path(config.output or f"{config.benchmark}/evaluation")
     summary = write_evaluation(output, finished, task, config.resamples, config.seed, config.xlsx)
-    if config.plots:
-        for path in draw(output / "plots", finished, task, config):
+    if config.figures:
+        for path in draw(output / "figures", finished, task, config):
             logger.info("evaluate: %s", path)
     print(markdown(summary, task), end="")
     logger.info("evaluate: tables in %s", output)

@@ -31,7 +31,7 @@ from mil.evaluation.tables import title
 from mil.evaluation.task_tables import per_label_rows
 from mil.figures.by_task import grade_figure, label_figure, survival_figure
 from mil.figures.example_slides import Choice, Example, Group, choose_slides, make_example
-from mil.figures.report import interval_figure, roc_figure
+from mil.figures.report import draw_intervals, draw_roc
 from mil.tasks.kinds import Task, task_of
 from mil.tasks.task import SCORES, SURVIVAL
 from patch_encoder.bags.paths import list_bags
@@ -83,12 +83,12 @@ class Config:
     examples_of: str = key(
         "", "feature set whose example slides are shown; empty: the second one, or the only one"
     )
-    examples: int = key(
+    example_slides: int = key(
         3,
         "example slides called right, and as many called wrong; of survival the highest and "
         "lowest risks",
     )
-    tiles: int = key(6, "tiles shown of each example slide")
+    example_tiles: int = key(6, "tiles shown per example slide")
 
 
 @dataclass(frozen=True)
@@ -162,12 +162,14 @@ def make_examples(
                 )
             checkpoint = folder / "checkpoint_best.pt"
             files = checkpoint, bags[slide_id], slides[slide_id]
-            return make_example(choice, *files, mpps.get(slide_id), config.tiles, config.coords)
+            return make_example(
+                choice, *files, mpps.get(slide_id), config.example_tiles, config.coords
+            )
         except UserError as error:
             failures.add(slide_id, str(error))
             return None
 
-    groups = choose_slides(first, task, config.examples)
+    groups = choose_slides(first, task, config.example_slides)
     made = [[example for choice in group.slides if (example := make(choice))] for group in groups]
     return [
         Group(group.title, group.none, examples)
@@ -196,7 +198,7 @@ def pictures(summary: dict[str, Any], task: Task, runs: dict[str, list[Finished]
     drawn = []
     if task.kind == "binary":
         aucs = {name: summary["feature_sets"][name][headline]["auc_mean"] for name in runs}
-        roc = roc_figure({name: [run.test for run in found] for name, found in runs.items()}, aucs)
+        roc = draw_roc({name: [run.test for run in found] for name, found in runs.items()}, aucs)
         drawn = [Picture(roc, "ROC curves", ROC_SAYS)]
     elif task.kind == "multilabel":
         drawn = [
@@ -214,7 +216,7 @@ def pictures(summary: dict[str, Any], task: Task, runs: dict[str, list[Finished]
     drawn = [
         replace(picture, caption=picture.caption.format(headline=headline)) for picture in drawn
     ]
-    intervals = interval_figure(summary["feature_sets"], summary["models"], metric, name)
+    intervals = draw_intervals(summary["feature_sets"], summary["models"], metric, name)
     return [
         *drawn,
         Picture(

@@ -260,7 +260,7 @@ def distil_students(
         shared = [
             f"teacher={config.teacher}",
             f"cache_dir={study.output / 'cache'}",
-            "pictures=false",
+            "figures=false",
         ]
         recipe = [
             "--config",

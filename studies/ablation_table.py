@@ -26,7 +26,7 @@ from common.errors import UserError
 from common.files import write_csv, write_json, write_text
 from mil.evaluation.runs import number, with_interval
 from studies.ablations.figure import draw_ablation, read_ablation
-from studies.ablations.rows import AGREEMENT, COST, find_point, format_signed, read_rows
+from studies.ablations.rows import AGREEMENT, COST, find_point, format_difference, read_rows
 
 logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
@@ -44,7 +44,7 @@ class Config:
     title: str = key("Ablation of the student", "title of the page")
 
 
-def make_auc_cells(values: Mapping[str, Any]) -> list[float | None]:
+def auc_cells(values: Mapping[str, Any]) -> list[float | None]:
     """AUC_PARTS of one classifier."""
     (low, high), (below, above) = (
         values.get("ci") or (None, None),
@@ -53,7 +53,7 @@ def make_auc_cells(values: Mapping[str, Any]) -> list[float | None]:
     return [values.get("mean"), low, high, values.get("difference"), below, above]
 
 
-def make_csv_rows(
+def csv_rows(
     rows: Sequence[Mapping[str, Any]], models: Sequence[str]
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """Header and rows of ablation.csv; what is not known is empty."""
@@ -68,7 +68,7 @@ def make_csv_rows(
         cells |= dict(
             zip(
                 aucs,
-                [cell for model in models for cell in make_auc_cells(row["auc"].get(model, {}))],
+                [cell for model in models for cell in auc_cells(row["auc"].get(model, {}))],
                 strict=True,
             )
         )
@@ -76,7 +76,7 @@ def make_csv_rows(
     return [*plain, *aucs, *COST, "seconds", "pareto", "error"], table
 
 
-def make_markdown(rows: Sequence[Mapping[str, Any]], models: Sequence[str], headline: str) -> str:
+def markdown(rows: Sequence[Mapping[str, Any]], models: Sequence[str], headline: str) -> str:
     """ablation.md, the table for a README."""
     titles = [f"AUC ({model})" for model in models]
     header = [
@@ -99,7 +99,7 @@ def make_markdown(rows: Sequence[Mapping[str, Any]], models: Sequence[str], head
             for m in models
         ]
         cells += [
-            format_signed(values.get("difference"), values.get("difference_ci")),
+            format_difference(values.get("difference"), values.get("difference_ci")),
             *(number(row[key]) for key in COST),
         ]
         cells.append("failed" if row["error"] else number(row["seconds"]))
@@ -108,7 +108,7 @@ def make_markdown(rows: Sequence[Mapping[str, Any]], models: Sequence[str], head
     return "\n".join([*lines, *(["", "Failed:", *failed] if failed else [])]) + "\n"
 
 
-def render_page(content: Mapping[str, Any], title: str) -> str:
+def page(content: Mapping[str, Any], title: str) -> str:
     """ablation.html, whole in itself."""
     environment = Environment(
         loader=FileSystemLoader([TEMPLATES, SHARED_TEMPLATES]),
@@ -117,7 +117,7 @@ def render_page(content: Mapping[str, Any], title: str) -> str:
         trim_blocks=True,
     )
     environment.filters |= {"number": number}
-    environment.globals |= {"signed": format_signed}
+    environment.globals |= {"format_difference": format_difference}
     date = time.strftime("%Y-%m-%d")
     return environment.get_template("ablation.html.j2").render(
         title=title, ablation=content, version=__version__, date=date
@@ -132,13 +132,13 @@ def main(config: Config) -> None:
             f"{study}: expected a row with AUC ({model}) and tiles a second, found none"
         )
     output = Path(config.output or study)
-    header, table = make_csv_rows(rows, models)
+    header, table = csv_rows(rows, models)
     write_csv(output / "ablation.csv", header, table)
-    write_text(output / "ablation.md", make_markdown(rows, models, model))
+    write_text(output / "ablation.md", markdown(rows, models, model))
     draw_ablation(output / "ablation.png", rows, model)
     content = {"rows": rows, "models": models, "headline": model}
     write_json(output / "ablation.json", content)
-    write_text(output / "ablation.html", render_page(read_ablation(output), config.title))
+    write_text(output / "ablation.html", page(read_ablation(output), config.title))
     logger.info("ablation_table: %d rows in %s", len(rows), output)
 
 

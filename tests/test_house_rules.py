@@ -17,7 +17,6 @@ from tests.source import MODULES, SCRIPTS, defined, parse
 SYSTEMS = ("patch_encoder", "detection_kd", "mil", "studies")
 # rooms that are smaller or larger than others, and why
 SIZES = {
-    "common/ops": "what two packages of compiled operators share is little",
     "common/processes": "one supervised pool",
     "detection_kd/ops": "one operator",
     "detection_kd/models": "one file per part of a detector and of a student",

@@ -83,7 +83,7 @@ def teacher_inputs(folder: Path) -> list[str]:
     write_features(pairs, "timm:test_vit", weights)
     paths = [f"dataset={pairs}", f"backbone={backbone}", f"teacher_weights={weights}"]
     device = ["device=cpu", "workers=0", "precision=fp32", "batch_size=4", "val_share=0.3"]
-    return [*paths, *device, "epochs=2", "pictures=false", "online_teacher=timm:test_vit"]
+    return [*paths, *device, "epochs=2", "figures=false", "online_teacher=timm:test_vit"]
 
 
 def write_features(root: Path, encoder_name: str, weights: Path) -> None:

@@ -1,1 +1,1 @@
-"""Everything the two compiled operators share: building, loading, registration with PyTorch."""
+"""What the compiled operators share: building, loading, registration, and the layer around them."""

@@ -1,4 +1,4 @@
-"""Pictures of a detector's quality: precision against recall, sensitivity against false positives,
+"""Figures of a detector's quality: precision against recall, sensitivity against false positives,
 examples.
 """
 
@@ -28,7 +28,7 @@ OVERLAPS = (0.5, 0.75)
 Curves = Mapping[str, Float[np.ndarray, "101"]]
 
 
-def write_detection_pictures(
+def write_detection_figures(
     folder: str | Path,
     annotated: DetectionSet,
     predictions: list[Prediction],
@@ -55,9 +55,9 @@ def write_detection_pictures(
         overlap: precision_recall(annotated, predictions, overlap, max_detections)
         for overlap in OVERLAPS
     }
-    save_figure(precision_recall_figure(curves), folder / "precision_recall.png")
+    save_figure(draw_precision_recall(curves), folder / "precision_recall.png")
     save_figure(
-        froc_figure(*compute_froc_curve(annotated, predictions, iou), iou), folder / "froc.png"
+        draw_froc(*compute_froc_curve(annotated, predictions, iou), iou), folder / "froc.png"
     )
     for old in (folder / "overlays").glob("*.jpg"):
         old.unlink()
@@ -66,27 +66,27 @@ def write_detection_pictures(
 
 
 @styled()
-def precision_recall_figure(curves: Mapping[float, Curves]) -> Figure:
-    """A panel per overlap with a line per category and their mean; the legend gives AP at each
+def draw_precision_recall(curves: Mapping[float, Curves]) -> Figure:
+    """Draw a panel per overlap with a line per category and their mean; the legend gives AP at each
     overlap.
 
     Args:
         curves: by overlap and category, precision at RECALLS; the same categories at every overlap.
     """
     names = list(next(iter(curves.values())))
-    handles, labels = _legend(curves, names)
+    handles, labels = _make_legend(curves, names)
     columns = len(labels) // 20 + 1
     legend_width = columns * (0.5 + 0.065 * max(map(len, labels)))  # inches, at 8 points
     figure = new_figure(3.7 * len(curves) + legend_width, 3.9)
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     for axes, (overlap, by_name) in zip(panels, curves.items(), strict=True):
         for number, curve in enumerate(by_name.values()):
-            axes.plot(*_until_unreached(curve), **line_style(number), linewidth=1.5)
+            axes.plot(*_cut_unreached(curve), **line_style(number), linewidth=1.5)
         if len(names) > 1:
             axes.plot(
-                *_until_unreached(np.mean(list(by_name.values()), 0)), color=MEAN, linewidth=2.4
+                *_cut_unreached(np.mean(list(by_name.values()), 0)), color=MEAN, linewidth=2.4
             )
-        _unit_axes(axes, f"IoU {overlap:g}")
+        _set_unit_axes(axes, f"IoU {overlap:g}")
     panels[0].set_ylabel("precision")
     title = " " * 9 + "   ".join(
         f"AP{100 * overlap:.0f}" for overlap in curves
@@ -102,7 +102,9 @@ def precision_recall_figure(curves: Mapping[float, Curves]) -> Figure:
     return figure
 
 
-def _legend(curves: Mapping[float, Curves], names: list[str]) -> tuple[list[Line2D], list[str]]:
+def _make_legend(
+    curves: Mapping[float, Curves], names: list[str]
+) -> tuple[list[Line2D], list[str]]:
     """Lines and texts: AP at every overlap, then the name (which matplotlib must not take for a
     formula).
     """
@@ -124,7 +126,7 @@ def _legend(curves: Mapping[float, Curves], names: list[str]) -> tuple[list[Line
     return handles, labels
 
 
-def _until_unreached(
+def _cut_unreached(
     curve: Float[np.ndarray, " recalls"],
 ) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, " points"]]:
     """Recall and precision up to the highest recall that is reached, then straight down to 0."""
@@ -133,7 +135,7 @@ def _until_unreached(
     return np.append(RECALLS[:reached], last), np.append(curve[:reached], 0.0)
 
 
-def _unit_axes(axes: Axes, title: str) -> None:
+def _set_unit_axes(axes: Axes, title: str) -> None:
     axes.set(xlabel="recall", xlim=(0, 1.01), ylim=(0, 1.01), aspect="equal", title=title)
     axes.set_xticks(np.linspace(0, 1, 6))
     axes.set_yticks(np.linspace(0, 1, 6))
@@ -141,14 +143,14 @@ def _unit_axes(axes: Axes, title: str) -> None:
 
 
 @styled()
-def froc_figure(
+def draw_froc(
     false_rate: Float[np.ndarray, " cuts"], sensitivity: Float[np.ndarray, " cuts"], iou: float
 ) -> Figure:
-    """Sensitivity against false positives an image, on a logarithmic axis, with the value at each
-    of RATES.
+    """Draw the sensitivity against false positives per image, on a logarithmic axis, with the value
+    at each of RATES.
 
     Args:
-        false_rate: false positives an image at every cut, rising.
+        false_rate: false positives per image at every cut, rising.
         sensitivity: share of lesions found there.
         iou: overlap that counted.
     """

@@ -56,18 +56,20 @@ def draw_overlay(judged: JudgedImage, categories: list[str], score: float) -> Im
     sheet = Image.new("RGB", (2 * column + 3 * GAP, size[1] + 2 * BAND), PAPER)
     draw = ImageDraw.Draw(sheet)
     panels = (
-        _annotation(judged, pixels, scale, categories),
-        _detections(judged, pixels, scale, categories),
+        _draw_annotation(judged, pixels, scale, categories),
+        _draw_detections(judged, pixels, scale, categories),
     )
-    for number, (panel, heading) in enumerate(zip(panels, _headings(judged, score), strict=True)):
+    for number, (panel, heading) in enumerate(
+        zip(panels, _write_headings(judged, score), strict=True)
+    ):
         left = GAP + number * (column + GAP)
         draw.text((left, BAND / 2), heading, INK, load_caption_font(FONT), anchor="lm")
         sheet.paste(panel, (left, BAND))
-    _legend(draw, sheet.size, judged.record.path.name)
+    _draw_legend(draw, sheet.size, judged.record.path.name)
     return sheet
 
 
-def _headings(judged: JudgedImage, score: float) -> tuple[str, str]:
+def _write_headings(judged: JudgedImage, score: float) -> tuple[str, str]:
     found, missed = int(judged.found.sum()), int(judged.missed.sum())
     hits, wrong = (int((judged.kinds == kind).sum()) for kind in (HIT, FALSE))
     return (
@@ -76,18 +78,18 @@ def _headings(judged: JudgedImage, score: float) -> tuple[str, str]:
     )
 
 
-def _annotation(
+def _draw_annotation(
     judged: JudgedImage, pixels: Image.Image, scale: float, categories: list[str]
 ) -> Image.Image:
     """The image with its annotated boxes."""
     record = judged.record
     colours = np.where(judged.found[:, None], HIT_COLOUR, MISS_COLOUR)
     colours[record.crowd] = NEITHER_COLOUR
-    texts = [_short(categories[label]) if len(categories) > 1 else "" for label in record.labels]
+    texts = [_shorten(categories[label]) if len(categories) > 1 else "" for label in record.labels]
     return _draw_boxes(pixels, record.boxes * scale, colours, texts, judged.missed)
 
 
-def _detections(
+def _draw_detections(
     judged: JudgedImage, pixels: Image.Image, scale: float, categories: list[str]
 ) -> Image.Image:
     """The image with its detections."""
@@ -99,13 +101,13 @@ def _detections(
         ]
     )
     names = [
-        _short(categories[label]) + " " if len(categories) > 1 else "" for label in found.labels
+        _shorten(categories[label]) + " " if len(categories) > 1 else "" for label in found.labels
     ]
     texts = [f"{name}{value:.2f}" for name, value in zip(names, found.scores, strict=True)]
     return _draw_boxes(pixels, found.boxes * scale, colours, texts, np.zeros(len(texts), bool))
 
 
-def _short(name: str, most: int = 14) -> str:
+def _shorten(name: str, most: int = 14) -> str:
     return name if len(name) <= most else name[: most - 2].rstrip() + ".."
 
 
@@ -128,11 +130,11 @@ def _draw_boxes(
     for (box, colour), dash in reversed(list(zip(items, dashed.tolist(), strict=True))):
         x0, y0, x1, y1 = box
         draw.rectangle((x0 - 1, y0 - 1, max(x0, x1) + 1, max(y0, y1) + 1), outline=PAPER, width=4)
-        _outline(draw, box, colour, dash)
+        _draw_outline(draw, box, colour, dash)
     placed: list[Box] = []
     for (box, colour), text in zip(items, texts, strict=True):
         place = (
-            _free_place(
+            _find_free_place(
                 box, load_caption_font(SMALL).getbbox(text, anchor="lt")[2:], panel.size, placed
             )
             if text
@@ -151,7 +153,7 @@ def _draw_boxes(
     return panel
 
 
-def _outline(
+def _draw_outline(
     draw: ImageDraw.ImageDraw, box: Box, colour: tuple[int, ...], dashed: bool, dash: int = 6
 ) -> None:
     """A frame of 2 px, whole or in dashes."""
@@ -167,7 +169,7 @@ def _outline(
             draw.rectangle((x, start, x + 1, min(start + dash, y1)), fill=colour)
 
 
-def _free_place(
+def _find_free_place(
     box: Box, text: tuple[float | int, float | int], panel: tuple[int, int], taken: list[Box]
 ) -> Box | None:
     """Where a label of this size fits at its box without touching another one: above, below,
@@ -187,7 +189,7 @@ def _touch(a: Box, b: Box) -> bool:
     return a[0] <= b[2] and b[0] <= a[2] and a[1] <= b[3] and b[1] <= a[3]
 
 
-def _legend(draw: ImageDraw.ImageDraw, sheet: tuple[int, int], name: str) -> None:
+def _draw_legend(draw: ImageDraw.ImageDraw, sheet: tuple[int, int], name: str) -> None:
     """The meaning of the colours at the bottom right, the file's name at the bottom left as far as
     there is room.
     """
@@ -202,7 +204,7 @@ def _legend(draw: ImageDraw.ImageDraw, sheet: tuple[int, int], name: str) -> Non
         x -= draw.textlength(text, load_caption_font(SMALL))
         draw.text((x, y), text, INK, load_caption_font(SMALL), anchor="lm")
         x -= 28
-        _outline(draw, (x, y - 7, x + 20, y + 6), colour, colour == MISS_COLOUR, dash=4)
+        _draw_outline(draw, (x, y - 7, x + 20, y + 6), colour, colour == MISS_COLOUR, dash=4)
         x -= 20
     while draw.textlength(name, load_caption_font(SMALL)) > x - 2 * GAP:
         name = name.removesuffix("...")[:-1] + "..."

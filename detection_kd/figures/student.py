@@ -1,4 +1,4 @@
-"""Pictures of a student beside its teacher: tiles in the teacher's principal plane, learning
+"""Figures of a student beside its teacher: tiles in the teacher's principal plane, learning
 curves, R2 by dimension.
 
 Axes are fitted on the teacher alone and the student is projected into them, so that a tile lies at
@@ -33,7 +33,7 @@ CURVES = {
 }
 
 
-def write_student_pictures(
+def write_student_figures(
     folder: str | Path,
     student: Features,
     teacher: Features,
@@ -56,18 +56,18 @@ def write_student_pictures(
     folder = Path(folder)
     if np.ptp(teacher, axis=0).any():
         save_figure(
-            plane_figure(student, teacher, groups, grouped_by), folder / "student_vs_teacher.png"
+            draw_planes(student, teacher, groups, grouped_by), folder / "student_vs_teacher.png"
         )
-    save_figure(curves_figure(epochs), folder / "learning_curves.png")
-    save_figure(r2_figure(r2), folder / "r2_by_dimension.png")
+    save_figure(draw_learning_curves(epochs), folder / "learning_curves.png")
+    save_figure(draw_r2(r2), folder / "r2_by_dimension.png")
 
 
 @styled()
-def plane_figure(
+def draw_planes(
     student: Features, teacher: Features, groups: Sequence[str], grouped_by: str = "slide"
 ) -> Figure:
-    """Teacher and student side by side in the teacher's first two principal components, coloured by
-    group.
+    """Draw teacher and student side by side in the teacher's first two principal components,
+    coloured by group.
     """
     cosine = np.mean(
         np.sum(student * teacher, 1)
@@ -78,13 +78,13 @@ def plane_figure(
     student, teacher, names = (
         student[chosen],
         teacher[chosen],
-        shown_groups([groups[i] for i in chosen]),
+        name_groups([groups[i] for i in chosen]),
     )
-    rows = [principal_plane(student, teacher)]
+    rows = [project_on_principal_plane(student, teacher)]
     if (
         importlib.util.find_spec("umap") is not None and len(teacher) > 15
     ):  # its number of neighbours
-        rows.append(umap_plane(student, teacher))
+        rows.append(project_on_umap(student, teacher))
     figure = new_figure(8.6, 3.9 * len(rows))
     panels = figure.subplots(len(rows), 2, squeeze=False, sharex="row", sharey="row")
     for row, (points, labels) in zip(panels, rows, strict=True):
@@ -104,9 +104,9 @@ def plane_figure(
     return figure
 
 
-def shown_groups(groups: Sequence[str]) -> list[str]:
-    """The groups with the most members keep their names, the rest become `others`, when there are
-    more than colours.
+def name_groups(groups: Sequence[str]) -> list[str]:
+    """Name the groups for the legend: if there are more groups than colours, those with the most
+    members keep their names and the rest become `others`.
     """
     counts = Counter(groups)
     if len(counts) <= len(PALETTE):
@@ -141,15 +141,15 @@ def _scatter(axes: Axes, points: Float[np.ndarray, "n 2"], names: Sequence[str])
 
 
 def _diameter(points: int) -> float:
-    """Of a point, so that many leave room between them; points of 1/72 inch."""
+    """The diameter at which so many points leave room between them, in points of 1/72 inch."""
     return float(np.sqrt(np.clip(4000 / points, 4, 30)))
 
 
-def principal_plane(
+def project_on_principal_plane(
     student: Features, teacher: Features
 ) -> tuple[list[Float[np.ndarray, "n 2"]], list[str]]:
-    """[teacher, student] in the teacher's first two components, and the axes' labels with their
-    share of its variance.
+    """Project [teacher, student] on the teacher's first two components; returns the points and the
+    labels of the axes with their share of the variance.
     """
     from sklearn.decomposition import PCA  # loads for seconds
 
@@ -164,10 +164,12 @@ def principal_plane(
     ]
 
 
-def umap_plane(
+def project_on_umap(
     student: Features, teacher: Features
 ) -> tuple[list[Float[np.ndarray, "n 2"]], list[str]]:
-    """[teacher, student] in a UMAP of the teacher (McInnes et al., 2018), and the axes' labels."""
+    """Project [teacher, student] on a UMAP of the teacher (McInnes et al., 2018); returns the
+    points and the labels of the axes.
+    """
     import umap
 
     plane = umap.UMAP(n_components=2, metric="cosine", random_state=0, n_jobs=1).fit(teacher)
@@ -178,9 +180,9 @@ def umap_plane(
 
 
 @styled()
-def curves_figure(epochs: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss, agreement and neighbourhoods by epoch; the best epoch by cosine, which is the one kept,
-    is marked.
+def draw_learning_curves(epochs: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw loss, agreement and neighbourhoods by epoch, and mark the epoch that is kept (the best
+    cosine).
     """
     x = [line["epoch"] for line in epochs]
     best = max(epochs, key=lambda line: line["cosine"])["epoch"]
@@ -208,10 +210,8 @@ def curves_figure(epochs: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 @styled()
-def r2_figure(r2: Float[np.ndarray, " d"]) -> Figure:
-    """Histogram of R2 over the teacher's dimensions; what lies below -0.5 is counted in the first
-    bar.
-    """
+def draw_r2(r2: Float[np.ndarray, " d"]) -> Figure:
+    """Draw a histogram of R2 over the teacher's dimensions; the first bar counts all below -0.5."""
     known = r2[~np.isnan(r2)]
     figure = new_figure(5.4, 3.4)
     axes = figure.subplots()

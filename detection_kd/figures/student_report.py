@@ -25,17 +25,17 @@ def write_report(
     teacher: Float[Tensor, "n d"],
     slides: Sequence[str],
     labels: Mapping[str, str],
-    pictures: bool,
+    figures: bool,
 ) -> None:
-    """Write `r2_by_dimension.csv` (empty where the teacher does not vary) and, with `pictures`,
-    those of `student_figures`.
+    """Write `r2_by_dimension.csv` (empty where the teacher does not vary) and, with `figures`,
+    those of `detection_kd.figures.student`.
 
     Args:
         folder: run directory with `metrics.jsonl`.
         student, teacher: features of the validation tiles at the best epoch.
         slides: slide of every tile.
         labels: label by slide; empty: tiles are coloured by slide.
-        pictures: whether to draw.
+        figures: whether to draw.
     """
     r2, spread = (
         compute_r2_by_dimension(student, teacher).tolist(),
@@ -50,10 +50,10 @@ def write_report(
         for i, (value, deviation) in enumerate(zip(r2, spread, strict=True))
     ]
     write_csv(folder / "r2_by_dimension.csv", COLUMNS, rows)
-    if not pictures:
+    if not figures:
         return
     from detection_kd.figures.student import (
-        write_student_pictures,
+        write_student_figures,
     )  # matplotlib and scikit-learn load for seconds
 
     groups = [labels.get(slide, "no label") if labels else slide for slide in slides]
@@ -62,6 +62,6 @@ def write_report(
         for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     features = (student.cpu().numpy(), teacher.cpu().numpy())
-    write_student_pictures(
+    write_student_figures(
         folder, *features, groups, np.asarray(r2), epochs, "label" if labels else "slide"
     )

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation, one file a kind and feature set: ROC, precision-recall, reliability,
+"""Figures of an evaluation, one file per kind and feature set: ROC, precision-recall, reliability,
 screening.
 
 ROC and precision-recall are means over folds and seeds (and classes) of the curves, read off at the
@@ -42,10 +42,10 @@ def draw_all(
     finished: Sequence[Finished],
     screening: Sequence[Mapping[str, Any]],
     seed: int,
-    form: str,
+    figure_format: str,
 ) -> list[Path]:
-    """roc, pr, reliability and, where there are rows for it, screening of every feature set, e.g.
-    `student_roc.png`.
+    """Write roc, pr, reliability and, where there are rows for it, screening per feature set, e.g.
+    `student_roc.png`; returns the paths.
     """
     written = []
     sets: dict[str, dict[str, list[Finished]]] = {}
@@ -54,25 +54,25 @@ def draw_all(
     for name, models in sets.items():
         tests = {model: [run.test for run in runs] for model, runs in models.items()}
         figures = {
-            "roc": curve_figure(
+            "roc": draw_mean_curves(
                 tests, roc_curves, auc, seed, ("1 - specificity", "sensitivity", "AUC")
             ),
-            "pr": curve_figure(
+            "pr": draw_mean_curves(
                 tests, precision_curves, auprc, seed, ("recall", "precision", "AUPRC")
             ),
-            "reliability": reliability_figure(tests),
+            "reliability": draw_reliability(tests),
         }
         rows = [row for row in screening if row["feature_set"] == name]
         if rows:
-            figures["screening"] = screening_figure(rows)
+            figures["screening"] = draw_screening(rows)
         for kind, figure in figures.items():
             written.append(
-                save_figure(figure, folder / f"{f'{name}_' if name else ''}{kind}.{form}")
+                save_figure(figure, folder / f"{f'{name}_' if name else ''}{kind}.{figure_format}")
             )
     return written
 
 
-def mean_curve(
+def average_curves(
     runs: Sequence[Predictions], curves: Curves, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The mean curve over runs (and classes) at GRID, (101,), and the middle 95 % of its resamples,
@@ -92,14 +92,14 @@ def mean_curve(
 
 
 @styled()
-def curve_figure(
+def draw_mean_curves(
     models: Mapping[str, Sequence[Predictions]],
     curves: Curves,
     area: Any,
     seed: int,
     names: tuple[str, str, str],
 ) -> Figure:
-    """ROC or precision-recall curves of all models, with bands for as many as can be told apart."""
+    """Draw the mean ROC or precision-recall curve per model, with bands for up to BANDS of them."""
     x, y, what = names
     few = len(models) <= BANDS
     figure = new_figure(4.8, 4.6 if few else 5.0 + 0.1 * len(models))
@@ -107,7 +107,7 @@ def curve_figure(
     axes.plot([0, 1], _chance(models, what), **CHANCE)
     for index, (model, runs) in enumerate(models.items()):
         look = line_style(index)
-        mean, band = mean_curve(runs, curves, seed)
+        mean, band = average_curves(runs, curves, seed)
         value = np.mean([area(run.targets, run.probabilities)[0] for run in runs])
         points = (np.append(0, GRID), np.append(0, mean)) if what == "AUC" else (GRID, mean)
         axes.plot(*points, label=f"{model}  {value:.3f}", linewidth=1.6, **look)
@@ -136,11 +136,11 @@ def _chance(models: Mapping[str, Sequence[Predictions]], what: str) -> list[floa
 
 
 @styled()
-def reliability_figure(models: Mapping[str, Sequence[Predictions]]) -> Figure:
-    """Stated probability against how often it came true, before (left) and after temperature
-    scaling.
+def draw_reliability(models: Mapping[str, Sequence[Predictions]]) -> Figure:
+    """Draw the stated probability against how often it came true, before (left) and after
+    temperature scaling.
 
-    Size: slides in the bin; bins of fewer than 5 slides are not joined by the line.
+    Points grow with the slides of the bin; bins of fewer than 5 slides are not joined by the line.
     """
     binary = all(run.probabilities.shape[1] == 2 for runs in models.values() for run in runs)
     figure = new_figure(9.2, 5.6 + 0.2 * -(-len(models) // 3))
@@ -200,9 +200,9 @@ def _draw_bins(
 
 
 @styled()
-def screening_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Negatives signed out and positives missed at each wanted sensitivity; hollow: read from the
-    test slides' own curve.
+def draw_screening(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw negatives signed out and positives missed at each wanted sensitivity; hollow points are
+    read from the test slides' own curve.
     """
     from matplotlib.lines import Line2D
 
@@ -238,7 +238,7 @@ def screening_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
             linewidth=1.0,
             linestyle="--",
         )
-    _screening_axes(left, right, wanted)
+    _set_screening_axes(left, right, wanted)
     hollow = Line2D(
         [], [], color="#555555", marker="D", markerfacecolor="none", linestyle="", markersize=6
     )
@@ -252,7 +252,7 @@ def screening_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _screening_axes(left: Axes, right: Axes, wanted: Sequence[float]) -> None:
+def _set_screening_axes(left: Axes, right: Axes, wanted: Sequence[float]) -> None:
     left.set(yticks=range(len(wanted)), yticklabels=[f"{100 * value:g} %" for value in wanted])
     left.set_ylabel("wanted sensitivity, cut chosen\non validation slides")
     left.set(

@@ -1,4 +1,4 @@
-"""Pictures of the report as data URIs: ROC curves, intervals, slide overviews with marked tiles.
+"""Figures of the report as data URIs: ROC curves, intervals, slide overviews with marked tiles.
 
 Drawn with matplotlib's object interface (no global state) as SVG, and with Pillow as JPEG.
 """
@@ -21,8 +21,8 @@ MARK = (220, 30, 60)
 
 
 @styled()
-def roc_figure(runs: Mapping[str, Sequence[Predictions]], aucs: Mapping[str, float]) -> str:
-    """Mean ROC curve over folds and seeds of every feature set, with a band of one standard
+def draw_roc(runs: Mapping[str, Sequence[Predictions]], aucs: Mapping[str, float]) -> str:
+    """Draw the mean ROC curve over folds and seeds per feature set, with a band of one standard
     deviation.
     """
     figure = new_figure(4.6, 4.2)
@@ -61,14 +61,14 @@ def roc_figure(runs: Mapping[str, Sequence[Predictions]], aucs: Mapping[str, flo
 
 
 @styled()
-def interval_figure(
+def draw_intervals(
     feature_sets: Mapping[str, Mapping[str, Any]],
     models: Sequence[str],
     metric: str = "auc",
     name: str = "AUC",
 ) -> str:
-    """Mean of a metric with its confidence interval, a row per feature set and classifier; dashed:
-    without knowledge.
+    """Draw the mean of a metric with its confidence interval, one row per feature set and
+    classifier; the dashed line is what a model without any knowledge has.
     """
     rows = [
         (name, model, entry[model])
@@ -102,8 +102,8 @@ def interval_figure(
 def mark_tiles(
     overview: np.ndarray, geometry: TileGeometry, slide_width: int, corners: np.ndarray
 ) -> np.ndarray:
-    """The overview uint8 (h, w, 3) with numbered frames around the tiles at `corners`, (K, 2)
-    level-0 pixels, 1 first.
+    """Draw numbered frames around the tiles at `corners`, (K, 2) level-0 pixels, 1 first, into a
+    copy of the overview, uint8 (h, w, 3).
     """
     scale = overview.shape[1] / slide_width
     image = Image.fromarray(overview)

@@ -1,9 +1,8 @@
-"""Figures of a cohort's predictions for its page: reliability, confusion, scores by class; ROC is
-that of the report.
+"""Figures of a cohort's predictions for its page: calibration, confusion, scores by class, and the
+ROC curves of the report.
 
-Reliability: bins of equal width, observed share with Wilson's 95 % interval (Wilson, JASA 1927).
-Expected calibration error as in Guo et al. (ICML 2017): the gap in each bin, weighted by its
-slides. Two classes: of the positive one; more: of the one that is called.
+The bins, the calibration error and the Brier score are those of common/metrics/calibration.py; the
+observed share of a bin has Wilson's 95 % interval (Wilson, JASA 1927).
 """
 
 from __future__ import annotations
@@ -11,57 +10,55 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
 
 from common.figures import CHANCE, PALETTE, new_figure, palette_colour, styled, svg_uri
+from common.metrics.calibration import (
+    brier,
+    expected_calibration_error,
+    reliability,
+    stated_and_true,
+)
 from common.metrics.classification import auc, confusion, predict_class
-from mil.figures.report import roc_figure
+from mil.figures.report import draw_roc
 from mil.tasks.classification import Predictions
 from mil.tasks.ordinal import grade
 
-BINS = 10
-Z = 1.959964  # of a 95 % interval
+Z = 1.959964  # normal quantile of a 95 % interval
 
 
-def judged_scores(runs: Sequence[Predictions]) -> tuple[np.ndarray, np.ndarray]:
-    """(scores, whether they were right) pooled over folds: of class 1 of two, else of the most
-    probable class.
-    """
-    probabilities, targets = (
-        np.concatenate([run.probabilities for run in runs]),
+def pool_runs(runs: Sequence[Predictions]) -> tuple[np.ndarray, np.ndarray]:
+    """Pool the answers of all runs: targets (S,) and probabilities (S, C)."""
+    return (
         np.concatenate([run.targets for run in runs]),
+        np.concatenate([run.probabilities for run in runs]),
     )
-    if probabilities.shape[1] == 2:
-        return probabilities[:, 1], targets == 1
-    return probabilities.max(1), probabilities.argmax(1) == targets
 
 
-def reliability(
-    scores: Float[np.ndarray, " s"], hits: np.ndarray, bins: int = BINS, repeats: float = 1.0
-) -> list[dict[str, float]]:
-    """Filled bins: mean score, share of hits, its interval, answers.
+def measure_calibration(runs: Sequence[Predictions]) -> tuple[float, float]:
+    """Expected calibration error and Brier score of the pooled answers."""
+    targets, probabilities = pool_runs(runs)
+    ones = np.ones((1, len(targets)))
+    error = expected_calibration_error(*stated_and_true(targets, probabilities), ones)
+    return float(error[0]), float(brier(targets, probabilities, ones)[0])
+
+
+def bin_answers(runs: Sequence[Predictions], repeats: float = 1.0) -> list[dict[str, float]]:
+    """List the filled bins: mean stated probability, share that came true, its interval, answers.
 
     Args:
-        scores, hits: of every answer.
-        bins: of equal width.
-        repeats: answers a slide, for the interval: ten models on one slide are not ten slides.
+        runs: whose answers are pooled.
+        repeats: answers per slide, for the interval: ten models on one slide are not ten slides.
     """
-    index = np.minimum((scores * bins).astype(int), bins - 1)
-    found = []
-    for number in np.unique(index).tolist():
-        inside = index == number
-        count, share = int(inside.sum()), float(hits[inside].mean())
-        low, high = wilson(share, max(1.0, count / repeats))
-        found.append(
-            {
-                "score": float(scores[inside].mean()),
-                "share": share,
-                "low": low,
-                "high": high,
-                "slides": count,
-            }
-        )
-    return found
+    stated, true = stated_and_true(*pool_runs(runs))
+    binned = reliability(stated, true, np.ones((1, len(stated))))
+    filled = []
+    for score, share, count in zip(*(part[0].tolist() for part in binned), strict=True):
+        if count:
+            low, high = wilson(share, max(1.0, count / repeats))
+            filled.append(
+                {"score": score, "share": share, "low": low, "high": high, "slides": count}
+            )
+    return filled
 
 
 def wilson(share: float, count: int | float) -> tuple[float, float]:
@@ -69,24 +66,6 @@ def wilson(share: float, count: int | float) -> tuple[float, float]:
     centre = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
     half = Z / (1 + Z**2 / count) * np.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
     return max(0.0, float(centre - half)), min(1.0, float(centre + half))
-
-
-def calibration_error(bins: Sequence[dict[str, float]]) -> float:
-    """Expected calibration error: |share - score| of the bins, weighted by slides."""
-    total = sum(row["slides"] for row in bins)
-    return sum(row["slides"] * abs(row["share"] - row["score"]) for row in bins) / total
-
-
-def brier(runs: Sequence[Predictions]) -> float:
-    """Mean squared distance of probabilities to the truth; of two classes that of class 1 (Brier
-    1950, halved).
-    """
-    probabilities, targets = (
-        np.concatenate([run.probabilities for run in runs]),
-        np.concatenate([run.targets for run in runs]),
-    )
-    squared = ((probabilities - np.eye(probabilities.shape[1])[targets]) ** 2).sum(1)
-    return float(squared.mean()) / (2 if probabilities.shape[1] == 2 else 1)
 
 
 def one_against_rest(run: Predictions, index: int) -> Predictions:
@@ -101,9 +80,9 @@ def one_against_rest(run: Predictions, index: int) -> Predictions:
     )
 
 
-def roc(runs: Sequence[Predictions], classes: Sequence[str]) -> str | None:
-    """ROC curve of the positive class, or of each class against the rest; None where a fold lacks a
-    class.
+def draw_roc_by_class(runs: Sequence[Predictions], classes: Sequence[str]) -> str | None:
+    """Draw the ROC curve of the positive class, or of each class against the rest; None where a
+    fold lacks a class.
     """
     judged = classes[1:] if len(classes) == 2 else classes
     curves = {
@@ -117,12 +96,12 @@ def roc(runs: Sequence[Predictions], classes: Sequence[str]) -> str | None:
         name: float(np.mean([auc(run.targets, run.probabilities)[0] for run in found]))
         for name, found in curves.items()
     }
-    return roc_figure(curves, aucs)
+    return draw_roc(curves, aucs)
 
 
 @styled()
-def reliability_figure(bins: Sequence[dict[str, float]], what: str) -> str:
-    """Observed share over mean score, point size by slides."""
+def draw_calibration(bins: Sequence[dict[str, float]], what: str) -> str:
+    """Draw the observed share over the mean score; points grow with the slides of the bin."""
     figure = new_figure(4.6, 4.2)
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], **CHANCE)
@@ -148,11 +127,10 @@ def reliability_figure(bins: Sequence[dict[str, float]], what: str) -> str:
     return svg_uri(figure)
 
 
-def confusion_counts(
-    runs: Sequence[Predictions], classes: int, ordered: bool = False
-) -> np.ndarray:
-    """(C, C) answers by true and called class, each fold at its own validation threshold; of grades
-    by the median one.
+def count_confusion(runs: Sequence[Predictions], classes: int, ordered: bool = False) -> np.ndarray:
+    """Count the answers by true and called class, (C, C).
+
+    Each fold is cut at its own validation threshold; with `ordered` the called grade is the median.
     """
     total = np.zeros((classes, classes))
     for run in runs:
@@ -164,8 +142,8 @@ def confusion_counts(
 
 
 @styled()
-def confusion_figure(counts: np.ndarray, classes: Sequence[str]) -> str:
-    """Counts, shaded by their share of the true class."""
+def draw_confusion(counts: np.ndarray, classes: Sequence[str]) -> str:
+    """Draw the counts, shaded by their share of the true class."""
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = max(4.2, 1.6 + 0.62 * len(classes))
     figure = new_figure(side * 1.1, side)
@@ -198,12 +176,12 @@ def confusion_figure(counts: np.ndarray, classes: Sequence[str]) -> str:
 
 
 @styled()
-def scores_figure(runs: Sequence[Predictions], classes: Sequence[str]) -> str:
-    """Histogram of the positive (or the called) class's probability by label; ticks: each fold's
-    threshold.
+def draw_scores(runs: Sequence[Predictions], classes: Sequence[str]) -> str:
+    """Draw a histogram of the probability of the positive (or the called) class by label; dotted
+    lines mark each fold's threshold.
     """
-    scores, _ = judged_scores(runs)
-    targets = np.concatenate([run.targets for run in runs])
+    targets, probabilities = pool_runs(runs)
+    scores, _ = stated_and_true(targets, probabilities)
     what = classes[1] if len(classes) == 2 else "the called class"
     figure = new_figure(4.6, 4.2)
     axes = figure.add_subplot()

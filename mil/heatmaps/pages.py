@@ -176,22 +176,17 @@ def task_figures(source: Source) -> tuple[dict[str, Any], list[Figure]]:
                 True,
             )
         ]
-    counts = figures.confusion_counts(tests, len(task.classes), task.kind == "ordinal")
+    counts = figures.count_confusion(tests, len(task.classes), task.kind == "ordinal")
     says = "at the threshold of the validation slides; " if task.kind == "binary" else ""
     confusion = Figure(
-        figures.confusion_figure(counts, task.classes),
+        figures.draw_confusion(counts, task.classes),
         "Confusion",
         f"{says}per cent of the label.{each}",
     )
     if task.kind == "ordinal":
         return {"counts": counts.tolist()}, [confusion]
-    scores, hits = figures.judged_scores(tests)
-    bins = figures.reliability(scores, hits, repeats=again)
-    ece, brier, binary = (
-        figures.calibration_error(bins),
-        figures.brier(tests),
-        task.kind == "binary",
-    )
+    bins = figures.bin_answers(tests, again)
+    (ece, brier), binary = figures.measure_calibration(tests), task.kind == "binary"
     what = task.classes[1] if binary else "the called class"
     said = (
         "on the dashed line a probability is what it says. Bars: 95 % (Wilson). ECE "
@@ -199,10 +194,10 @@ def task_figures(source: Source) -> tuple[dict[str, Any], list[Figure]]:
     )
     dotted = f"; dotted: threshold{' of each run' if len(tests) > 1 else ''}" if binary else ""
     drawn = [
-        Figure(figures.roc(tests, task.classes), "ROC", f"test slides{of_runs}."),
-        Figure(figures.reliability_figure(bins, what), "Calibration", said),
+        Figure(figures.draw_roc_by_class(tests, task.classes), "ROC", f"test slides{of_runs}."),
+        Figure(figures.draw_calibration(bins, what), "Calibration", said),
         confusion,
-        Figure(figures.scores_figure(tests, task.classes), "Scores", f"by label{dotted}.{each}"),
+        Figure(figures.draw_scores(tests, task.classes), "Scores", f"by label{dotted}.{each}"),
     ]
     return {"ece": ece, "brier": brier, "counts": counts.tolist()}, [
         figure for figure in drawn if figure.uri

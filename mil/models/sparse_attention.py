@@ -9,18 +9,16 @@ size; sampling locations and weights are float32 under autocast.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from common.errors import UserError
+from common.ops.deform_attn_layer import DeformAttnLayer
 from mil.ops.grid import TileGrid
 from mil.ops.sparse_deform_attn import sparse_deform_attn
 
 
-class SparseDeformAttn(nn.Module):
+class SparseDeformAttn(DeformAttnLayer):
     """Every tile attends to `points` sampled positions per head and level.
 
     Args:
@@ -35,35 +33,8 @@ class SparseDeformAttn(nn.Module):
     def __init__(
         self, dim: int, heads: int, levels: int, points: int, renormalise: bool = False
     ) -> None:
-        super().__init__()
-        if dim % heads:
-            raise UserError(f"width={dim}: expected a multiple of heads={heads}")
-        self.heads, self.levels, self.points, self.renormalise = heads, levels, points, renormalise
-        self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
-        self.attention_weights = nn.Linear(dim, heads * levels * points)
-        self.value_proj = nn.Linear(dim, dim)
-        self.output_proj = nn.Linear(dim, dim)
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Offsets start on `heads` rays, point p at p + 1 cells (appendix A.2); attention starts
-        uniform.
-        """
-        angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
-        ray = torch.stack((angle.cos(), angle.sin()), -1)  # (heads, 2), (x, y)
-        ray = ray / ray.abs().amax(-1, keepdim=True)
-        steps = torch.arange(1, self.points + 1).view(1, 1, -1, 1)
-        offsets = (ray.view(self.heads, 1, 1, 2) * steps).expand(
-            -1, self.levels, -1, -1
-        )  # (heads, levels, points, 2)
-        nn.init.zeros_(self.sampling_offsets.weight)
-        self.sampling_offsets.bias.copy_(offsets.reshape(-1))
-        nn.init.zeros_(self.attention_weights.weight)
-        nn.init.zeros_(self.attention_weights.bias)
-        for projection in (self.value_proj, self.output_proj):
-            nn.init.xavier_uniform_(projection.weight)
-            nn.init.zeros_(projection.bias)
+        super().__init__(dim, heads, levels, points)
+        self.renormalise = renormalise
 
     def forward(
         self, query: Float[Tensor, "n dim"], tiles: Float[Tensor, "n dim"], grid: TileGrid

@@ -24,8 +24,8 @@ FRONT = PALETTE[1]  # colour of the front that no variant beats
 MARKERS = {"variant": "o", "teacher": "D", "reference": "s"}
 
 
-def places(speeds: np.ndarray, width: float) -> np.ndarray:
-    """Where points stand on a logarithmic axis: those of equal speed side by side, `width` (natural
+def spread_equal_speeds(speeds: np.ndarray, width: float) -> np.ndarray:
+    """Place the points on a logarithmic axis: those of equal speed side by side, `width` (natural
     log) apart.
     """
     logs = np.log(speeds)
@@ -38,14 +38,14 @@ def places(speeds: np.ndarray, width: float) -> np.ndarray:
 
 @styled()
 def draw_ablation(path: Path, rows: Sequence[Mapping[str, Any]], model: str) -> None:
-    """Write the picture as PNG; rows without AUC or speed are not in it."""
+    """Write the figure as PNG; rows without AUC or speed are left out."""
     from matplotlib import colormaps
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     shown = [row for row in rows if find_point(row, model) is not None]
     points = np.array([find_point(row, model) for row in shown]).reshape(-1, 2)
     reach = np.log(points[:, 0].max() / points[:, 0].min()) or 1.0
-    x = places(points[:, 0], SPREAD * reach)
+    x = spread_equal_speeds(points[:, 0], SPREAD * reach)
     factors = list(dict.fromkeys(row["factor"] for row in shown if row["kind"] == "variant"))
     colours = {
         factor: colormaps["tab10"](i % 10)
@@ -56,8 +56,8 @@ def draw_ablation(path: Path, rows: Sequence[Mapping[str, Any]], model: str) -> 
     axes = figure.add_subplot()
     named: set[str] = set()
     for row, place, (_, auc) in zip(shown, x, points, strict=True):
-        _point(axes, row, place, auc, model, colours[row["factor"]], named)
-    _front(
+        _draw_point(axes, row, place, auc, model, colours[row["factor"]], named)
+    _draw_front(
         axes,
         [(place, row, point[1]) for row, place, point in zip(shown, x, points, strict=True)],
     )
@@ -82,7 +82,7 @@ def read_ablation(folder: Path) -> dict[str, Any]:
     return {**content, "picture": data_uri((folder / "ablation.png").read_bytes(), "png")}
 
 
-def _point(
+def _draw_point(
     axes: Axes,
     row: Mapping[str, Any],
     place: float,
@@ -109,9 +109,9 @@ def _point(
     )
 
 
-def _front(axes: Axes, points: Sequence[tuple[float, Mapping[str, Any], float]]) -> None:
-    """The front as a line with rings and names; the default and what stands beside are named
-    too.
+def _draw_front(axes: Axes, points: Sequence[tuple[float, Mapping[str, Any], float]]) -> None:
+    """Draw the front as a line with rings and names; the default and what stands beside it are
+    named too.
     """
     front = sorted(
         ((place, auc) for place, row, auc in points if row["pareto"]), key=lambda point: point[0]

@@ -59,8 +59,8 @@ def read_rows(study: Path, model: str = "") -> tuple[list[dict[str, Any]], list[
         }
         rows.append(
             row
-            | read_benchmark(sets.get(name), models)
-            | {"error": errors.get(name, find_missing(name, sets))}
+            | read_feature_set(sets.get(name), models)
+            | {"error": errors.get(name, explain_missing(name, sets))}
         )
     for kind, names in (("teacher", [plan["teacher"]]), ("reference", plan["references"])):
         for name in names:
@@ -68,16 +68,18 @@ def read_rows(study: Path, model: str = "") -> tuple[list[dict[str, Any]], list[
                 (*AGREEMENT, "seconds")
             )
             rows.append(
-                row | read_benchmark(sets.get(name), models) | {"error": find_missing(name, sets)}
+                row
+                | read_feature_set(sets.get(name), models)
+                | {"error": explain_missing(name, sets)}
             )
     points = [find_point(row, headline) if row["kind"] == "variant" else None for row in rows]
-    for row, on_front in zip(rows, find_pareto_front(points), strict=True):
+    for row, on_front in zip(rows, mark_pareto_front(points), strict=True):
         row["pareto"] = on_front
     return rows, models, headline
 
 
-def find_missing(name: str, sets: Mapping[str, Any]) -> str:
-    """Why a row has no AUC, empty when it has one."""
+def explain_missing(name: str, sets: Mapping[str, Any]) -> str:
+    """Say why a row has no AUC; empty when it has one."""
     return "" if name in sets else "not in the benchmark"
 
 
@@ -100,8 +102,8 @@ def read_seconds(path: Path) -> dict[str, float]:
     return {stage["name"]: stage["seconds"] for stage in stages if stage["seconds"] is not None}
 
 
-def read_benchmark(entry: Mapping[str, Any] | None, models: Sequence[str]) -> dict[str, Any]:
-    """COST and `auc` of one feature set."""
+def read_feature_set(entry: Mapping[str, Any] | None, models: Sequence[str]) -> dict[str, Any]:
+    """Take COST and `auc` of one feature set from the benchmark's summary."""
     if entry is None:
         return {**dict.fromkeys(COST), "auc": {}}
     auc = {
@@ -117,23 +119,23 @@ def read_benchmark(entry: Mapping[str, Any] | None, models: Sequence[str]) -> di
     return {**{key: entry.get(key) for key in COST}, "auc": auc}
 
 
-def format_signed(value: float | None, ci: Sequence[float] | None) -> str:
-    """`-0.012 [-0.050, +0.021]`, `-` when unknown."""
+def format_difference(value: float | None, ci: Sequence[float] | None) -> str:
+    """Write a difference with its interval, `-0.012 [-0.050, +0.021]`; `-` when it is unknown."""
     if value is None:
         return "-"
     return f"{value:+.3f}" + (f" [{ci[0]:+.3f}, {ci[1]:+.3f}]" if ci else "")
 
 
 def find_point(row: Mapping[str, Any], model: str) -> tuple[float, float] | None:
-    """(tiles a second, AUC), None where either is not known."""
+    """Find (tiles per second, AUC) of a row; None where either is unknown."""
     auc = row["auc"].get(model, {}).get("mean")
     speed = row["tiles_per_second"]
     return None if auc is None or speed is None else (speed, auc)
 
 
-def find_pareto_front(points: Sequence[tuple[float, float] | None]) -> list[bool]:
-    """Whether no other point is at least as good in both coordinates and better in one; None never
-    is on the front.
+def mark_pareto_front(points: Sequence[tuple[float, float] | None]) -> list[bool]:
+    """Tell per point whether no other one is at least as good in both coordinates and better in
+    one; None is never on the front.
     """
 
     def beaten(point: tuple[float, float]) -> bool:

@@ -73,7 +73,7 @@ def arguments(pairs_root: Path, backbone_path: Path, output: Path, *extra: str) 
         "val_fraction=0.25",
         "scales=[1.0,0.75]",
         "epochs=3",
-        "pictures=false",
+        "figures=false",
         *extra,
     ]
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from common.config import load_config
 from common.errors import UserError
 from studies.ablation_table import Config, main
-from studies.ablations.figure import places
-from studies.ablations.rows import find_pareto_front, format_signed, read_rows
+from studies.ablations.figure import FRONT, spread_equal_speeds
+from studies.ablations.rows import format_difference, mark_pareto_front, read_rows
 
 # name: (tiles/s, AUC of abmil, of mean)
 MEASURED = {
@@ -81,8 +81,8 @@ def by_name(study: Path, model: str = "") -> dict[str, dict]:
 
 def test_the_front_by_hand() -> None:
     points = [(1.0, 1.0), (2.0, 2.0), (3.0, 1.0), (2.0, 2.0), None, (3.0, 0.5), (2.0, 1.9)]
-    assert find_pareto_front(points) == [False, True, True, True, False, False, False]
-    assert find_pareto_front([None]) == [False]
+    assert mark_pareto_front(points) == [False, True, True, True, False, False, False]
+    assert mark_pareto_front([None]) == [False]
     rng = np.random.default_rng(0)
     points = [(float(a), float(b)) for a, b in rng.integers(0, 8, (60, 2))]
     ordered = sorted(
@@ -93,7 +93,7 @@ def test_the_front_by_hand() -> None:
         for i, point in enumerate(ordered)
         if all(point[1] > other[1] for other in ordered[:i])
     }
-    assert find_pareto_front(points) == [point in best for point in points]
+    assert mark_pareto_front(points) == [point in best for point in points]
 
 
 def test_rows_in_order_with_what_is_known(study: Path) -> None:
@@ -185,7 +185,8 @@ def test_every_file_has_the_same_figures(study: Path) -> None:
     with Image.open(study / "ablation.png") as picture:
         pixels = np.asarray(picture.convert("RGB"))
     assert (
-        pixels.shape[1] > 1000 and (pixels.reshape(-1, 3) == (0xD1, 0x49, 0x5B)).all(1).sum() > 100
+        pixels.shape[1] > 1000
+        and (pixels.reshape(-1, 3) == ImageColor.getrgb(FRONT)).all(1).sum() > 100
     ), "the front is drawn"
 
 
@@ -197,16 +198,16 @@ def test_the_same_inputs_give_the_same_bytes(study: Path, tmp_path: Path) -> Non
 
 
 def test_points_of_one_speed_stand_side_by_side() -> None:
-    x = places(np.array([100.0, 200.0, 100.0, 100.0]), 0.1)
+    x = spread_equal_speeds(np.array([100.0, 200.0, 100.0, 100.0]), 0.1)
     assert x[1] == pytest.approx(200) and np.log(x[[0, 2, 3]] / 100) == pytest.approx(
         [-0.1, 0, 0.1]
     )
 
 
 def test_signed_differences() -> None:
-    assert format_signed(None, None) == "-"
-    assert format_signed(0.0123, None) == "+0.012"
-    assert format_signed(-0.5, [-0.75, 0.25]) == "-0.500 [-0.750, +0.250]"
+    assert format_difference(None, None) == "-"
+    assert format_difference(0.0123, None) == "+0.012"
+    assert format_difference(-0.5, [-0.75, 0.25]) == "-0.500 [-0.750, +0.250]"
 
 
 def test_what_is_no_study_is_refused(study: Path, tmp_path: Path) -> None:

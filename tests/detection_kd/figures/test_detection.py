@@ -17,9 +17,9 @@ from detection_kd.evaluation.coco_metrics import RECALLS, Prediction
 from detection_kd.evaluation.froc import RATES
 from detection_kd.evaluation.operating_point import judge_set
 from detection_kd.figures.detection import (
-    froc_figure,
-    precision_recall_figure,
-    write_detection_pictures,
+    draw_froc,
+    draw_precision_recall,
+    write_detection_figures,
 )
 from detection_kd.figures.overlays import (
     BAND,
@@ -28,7 +28,7 @@ from detection_kd.figures.overlays import (
     HIT_COLOUR,
     MISS_COLOUR,
     NEITHER_COLOUR,
-    _free_place,
+    _find_free_place,
     draw_overlay,
     write_overlays,
 )
@@ -119,7 +119,7 @@ def test_labels_never_touch_and_stay_inside() -> None:
     taken: list[tuple[float, float, float, float]] = []
     for corner in rng.uniform(0, 280, (60, 2)):
         box = (float(corner[0]), float(corner[1]), float(corner[0]) + 20, float(corner[1]) + 20)
-        place = _free_place(box, (40, 10), (300, 300), taken)
+        place = _find_free_place(box, (40, 10), (300, 300), taken)
         if place is not None:
             taken.append(place)
     assert 20 < len(taken) < 60  # there is no room for all
@@ -130,7 +130,7 @@ def test_labels_never_touch_and_stay_inside() -> None:
         )
         cover[round(y0) : round(y1), round(x0) : round(x1)] += 1
     assert cover.max() == 1
-    assert _free_place((50.0, 100.0, 90.0, 140.0), (20, 10), (300, 300), []) == (
+    assert _find_free_place((50.0, 100.0, 90.0, 140.0), (20, 10), (300, 300), []) == (
         50,
         84,
         76,
@@ -170,7 +170,7 @@ def test_precision_recall_figure_draws_every_category_and_their_mean() -> None:
         overlap: {name: falling * factor for name in names}
         for overlap, factor in ((0.5, 1.0), (0.75, 0.5))
     }
-    figure = precision_recall_figure(curves)
+    figure = draw_precision_recall(curves)
     first, second = figure.axes
     assert (first.get_title(), second.get_title()) == ("IoU 0.5", "IoU 0.75")
     assert len(first.lines) == len(second.lines) == 4
@@ -182,22 +182,22 @@ def test_precision_recall_figure_draws_every_category_and_their_mean() -> None:
     assert texts == [mean + name for name in ("mean of all", "a", "_b", r"\$c\$")]
     for axes in figure.axes:
         assert axes.get_xlim()[0] == axes.get_ylim()[0] == 0 and 1 <= axes.get_xlim()[1] < 1.05
-    alone = precision_recall_figure({0.5: {"a": falling}})
+    alone = draw_precision_recall({0.5: {"a": falling}})
     assert len(alone.axes[0].lines) == 1 and len(alone.legends[0].get_texts()) == 1
 
 
 def test_many_categories_get_lines_that_differ() -> None:
     curves = {0.5: {f"category {number}": np.linspace(1, 0, 101) for number in range(24)}}
-    lines = precision_recall_figure(curves).axes[0].lines[:-1]
+    lines = draw_precision_recall(curves).axes[0].lines[:-1]
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 24
 
 
-def test_froc_figure_marks_the_six_rates() -> None:
+def test_froc_marks_the_six_rates() -> None:
     rate, sensitivity = (
         np.array([0, 0.1, 0.3, 3.0, 3.0, 20.0]),
         np.array([0, 0.2, 0.4, 0.5, 0.6, 0.9]),
     )
-    axes = froc_figure(rate, sensitivity, 0.5).axes[0]
+    axes = draw_froc(rate, sensitivity, 0.5).axes[0]
     curve, onward, dots = axes.lines
     assert dots.get_xdata().tolist() == list(RATES)
     assert dots.get_ydata().tolist() == [0.2, 0.4, 0.4, 0.4, 0.6, 0.6]
@@ -220,7 +220,7 @@ def test_froc_figure_marks_the_six_rates() -> None:
         and y[-1] == 0.6
     )
     assert onward.get_linestyle() == "-" and onward.get_xdata()[-1] == 16
-    short = froc_figure(rate[:3], sensitivity[:3], 0.5).axes[0]
+    short = draw_froc(rate[:3], sensitivity[:3], 0.5).axes[0]
     assert short.lines[1].get_linestyle() == ":" and short.lines[1].get_ydata().tolist() == [
         0.4,
         0.4,
@@ -233,7 +233,7 @@ def test_pictures_are_written_whole_and_leave_no_state(tmp_path: Path, nothing: 
     before = dict(matplotlib.rcParams)
     (tmp_path / "out" / "overlays").mkdir(parents=True)
     (tmp_path / "out" / "overlays" / "77.jpg").write_bytes(b"of another run")
-    write_detection_pictures(tmp_path / "out", data, [] if nothing else found)
+    write_detection_figures(tmp_path / "out", data, [] if nothing else found)
     assert dict(matplotlib.rcParams) == before
     files = sorted(
         str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")
@@ -245,7 +245,7 @@ def test_pictures_are_written_whole_and_leave_no_state(tmp_path: Path, nothing: 
     with Image.open(tmp_path / "out" / "froc.png") as picture:
         assert picture.size == (810, 585)
     first = (tmp_path / "out" / "precision_recall.png").read_bytes()
-    write_detection_pictures(tmp_path / "out", data, [] if nothing else found, overlays=1)
+    write_detection_figures(tmp_path / "out", data, [] if nothing else found, overlays=1)
     assert (tmp_path / "out" / "precision_recall.png").read_bytes() == first
     assert [path.name for path in (tmp_path / "out" / "overlays").iterdir()] == [
         "4.jpg"

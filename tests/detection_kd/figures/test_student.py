@@ -18,11 +18,11 @@ from common.cli import run
 from detection_kd import train_d2vfm
 from detection_kd.figures.student import (
     OTHERS,
-    curves_figure,
-    plane_figure,
-    principal_plane,
-    r2_figure,
-    shown_groups,
+    draw_learning_curves,
+    draw_planes,
+    draw_r2,
+    name_groups,
+    project_on_principal_plane,
 )
 from detection_kd.figures.student_report import write_report
 from tests.detection_kd.d2vfm_runs import arguments
@@ -32,7 +32,7 @@ TEACHER = (RNG.normal(size=(40, 6)) * [5, 3, 1, 1, 1, 1]).astype(np.float32)
 
 
 def test_the_plane_is_the_teachers() -> None:
-    (teacher, student), labels = principal_plane(TEACHER + 1, TEACHER)
+    (teacher, student), labels = project_on_principal_plane(TEACHER + 1, TEACHER)
     plane = PCA(2, svd_solver="full").fit(TEACHER)
     assert np.allclose(teacher, plane.transform(TEACHER), atol=1e-4)
     assert np.allclose(student - teacher, plane.components_ @ np.ones(6), atol=1e-4), (
@@ -46,7 +46,7 @@ def test_the_plane_is_the_teachers() -> None:
 
 def test_points_and_names_of_the_panels() -> None:
     groups = ["a"] * 30 + ["b$"] * 10
-    figure = plane_figure(TEACHER, TEACHER, groups, "label")
+    figure = draw_planes(TEACHER, TEACHER, groups, "label")
     left, right = figure.axes
     assert (left.get_title(), right.get_title()) == (
         "teacher, 40 tiles",
@@ -61,9 +61,9 @@ def test_points_and_names_of_the_panels() -> None:
 
 def test_groups_beyond_the_colours_are_others() -> None:
     groups = [str(i) for i in range(9) for _ in range(9 - i)]
-    shown = shown_groups(groups)
+    shown = name_groups(groups)
     assert sorted(set(shown)) == ["0", "1", "2", "3", "4", "5", OTHERS]
-    assert shown[-1] == OTHERS and shown_groups(["x", "y"]) == ["x", "y"]
+    assert shown[-1] == OTHERS and name_groups(["x", "y"]) == ["x", "y"]
 
 
 def test_umap_is_a_second_row_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +77,7 @@ def test_umap_is_a_second_row_where_it_is_installed(monkeypatch: pytest.MonkeyPa
     module.UMAP = lambda **_: SimpleNamespace(fit=lambda _: Fitted())  # type: ignore[attr-defined]
     module.__spec__ = SimpleNamespace()  # type: ignore[assignment]
     monkeypatch.setitem(sys.modules, "umap", module)
-    figure = plane_figure(TEACHER, TEACHER, ["a"] * 40)
+    figure = draw_planes(TEACHER, TEACHER, ["a"] * 40)
     assert len(figure.axes) == 4 and figure.axes[2].get_xlabel() == "UMAP 1 of the teacher"
 
 
@@ -86,7 +86,7 @@ def test_curves_mark_the_best_epoch_and_leave_out_what_was_not_measured() -> Non
         {"epoch": i, "loss": 3.0 / i, "cosine": c, "r2": 0.1, "cka": 0.2}
         for i, c in ((1, 0.5), (2, 0.9), (3, 0.8))
     ]
-    figure = curves_figure(epochs)
+    figure = draw_learning_curves(epochs)
     loss, agreement, neighbours = figure.axes
     assert loss.lines[0].get_xdata()[0] == 2 and loss.lines[1].get_ydata().tolist() == [
         3.0,
@@ -99,7 +99,7 @@ def test_curves_mark_the_best_epoch_and_leave_out_what_was_not_measured() -> Non
 
 
 def test_r2_histogram_counts_every_dimension() -> None:
-    axes = r2_figure(np.array([0.2, 0.9, -3.0, np.nan])).axes[0]
+    axes = draw_r2(np.array([0.2, 0.9, -3.0, np.nan])).axes[0]
     assert sum(bar.get_height() for bar in axes.patches) == 3 and axes.patches[0].get_height() == 1
     assert axes.get_title() == "3 dimensions, 1 below -0.5"
 
@@ -119,7 +119,7 @@ def test_a_training_leaves_its_pictures(
     pairs_root: Path, backbone_path: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "labels.csv").write_text("case_id,slide_id,label\nC,S0,ill\nC,S1,well\nC,S2,well\n")
-    settings = ["epochs=1", "pictures=true", f"labels={tmp_path}/labels.csv"]
+    settings = ["epochs=1", "figures=true", f"labels={tmp_path}/labels.csv"]
     assert (
         run(
             train_d2vfm.main,

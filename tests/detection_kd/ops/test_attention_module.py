@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from detection_kd.models.ms_deform_attn import MSDeformAttn
 from detection_kd.ops.ms_deform_attn import ms_deform_attn
 
@@ -153,3 +154,8 @@ def test_offsets_of_a_box_count_in_half_boxes() -> None:
         locations[0, 0, 0, 0], torch.tensor([[0.55, 0.4], [0.6, 0.4]])
     )  # heads point right, down, ...
     torch.testing.assert_close(locations[0, 0, 1, 0], torch.tensor([[0.5, 0.425], [0.5, 0.45]]))
+
+
+def test_channels_that_the_heads_cannot_share_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^width=30: expected a multiple of heads=8$"):
+        MSDeformAttn(30, 8, 1, 2)

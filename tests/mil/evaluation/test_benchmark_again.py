@@ -90,7 +90,7 @@ def test_fewer_folds_and_seeds_leave_nothing_of_before(cohort: Path, tmp_path: P
     the_readers_agree(output, 2)
     assert (
         run_script(
-            evaluate.main, evaluate.Config, [f"benchmark={output}", "resamples=20", "plots=false"]
+            evaluate.main, evaluate.Config, [f"benchmark={output}", "resamples=20", "figures=false"]
         )
         == 0
     )

@@ -159,14 +159,20 @@ def evaluated_as_it_did_itself(output: Path, kind: str) -> None:
     )
     for name in names:
         assert (output / name).read_bytes() == (output / "evaluation" / name).read_bytes(), name
-    plots = {path.name for path in (output / "evaluation" / "plots").glob("*")}
-    assert plots == {"multilabel": {"bags_labels.png"}, "ordinal": {"bags_confusion.png"}}.get(
+    drawn = {path.name for path in (output / "evaluation" / "figures").glob("*")}
+    assert drawn == {"multilabel": {"bags_labels.png"}, "ordinal": {"bags_confusion.png"}}.get(
         kind, {"bags_survival.png"}
     )
 
 
 def the_page_has_what_the_task_has(output: Path, target: Path, kind: str, slides: Path) -> None:
-    given = [f"benchmark={output}", f"output={target}", f"slides={slides}", "examples=2", "tiles=3"]
+    given = [
+        f"benchmark={output}",
+        f"output={target}",
+        f"slides={slides}",
+        "example_slides=2",
+        "example_tiles=3",
+    ]
     assert report.main(load_config(report.Config, given)) == 0
     html = re.sub(r"data:[^\"]*", "", (target / "report.html").read_text())
     entry = json.loads((output / "summary.json").read_text())["feature_sets"]["bags"]["max"]

@@ -22,7 +22,7 @@ from mil import benchmark
 from mil.evaluate import Config, main, table_runs, with_threshold
 from mil.evaluation.tables import screening_rows
 from mil.figures import curves as pictures
-from mil.figures.curves import mean_curve
+from mil.figures.curves import average_curves
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> Path:
@@ -78,7 +78,8 @@ def evaluate(*arguments: str) -> int:
 def test_tables_are_what_the_predictions_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = table(tmp_path / "said.csv")
     assert (
-        evaluate(f"predictions=[{path}]", f"output={tmp_path}/out", "xlsx=true", "plots=false") == 0
+        evaluate(f"predictions=[{path}]", f"output={tmp_path}/out", "xlsx=true", "figures=false")
+        == 0
     )
     printed = capsys.readouterr().out
     said, results = read(path), read(tmp_path / "out" / "results.csv")
@@ -163,7 +164,7 @@ def test_tables_may_list_the_slides_in_any_order(tmp_path: Path, caplog: pytest.
             evaluate(
                 f"predictions=[{a},{tmp_path}/{name}.csv]",
                 f"output={tmp_path}/{name}",
-                "plots=false",
+                "figures=false",
             )
             == 0
         )
@@ -172,7 +173,7 @@ def test_tables_may_list_the_slides_in_any_order(tmp_path: Path, caplog: pytest.
     assert not caplog.text
     write(tmp_path / "c.csv", [row | {"model": "c"} for row in rows if row["slide_id"] != "s7"])
     assert (
-        evaluate(f"predictions=[{a},{b},{tmp_path}/c.csv]", f"output={tmp_path}/d", "plots=false")
+        evaluate(f"predictions=[{a},{b},{tmp_path}/c.csv]", f"output={tmp_path}/d", "figures=false")
         == 0
     )
     assert len(read(tmp_path / "d" / "delong.csv")) == 1
@@ -183,7 +184,7 @@ def test_tables_may_list_the_slides_in_any_order(tmp_path: Path, caplog: pytest.
 
 def test_screening_counts_are_those_of_the_validation_cut(tmp_path: Path):
     path = table(tmp_path / "said.csv")
-    evaluate(f"predictions=[{path}]", f"output={tmp_path}/out", "plots=false")
+    evaluate(f"predictions=[{path}]", f"output={tmp_path}/out", "figures=false")
     said = read(path)
     rows = read(tmp_path / "out" / "screening.csv")
     assert [row["wanted_sensitivity"] for row in rows] == ["0.95", "0.98", "0.995"] * 2
@@ -267,7 +268,7 @@ def test_a_benchmark_is_evaluated_as_it_evaluated_itself(make_cohort, tmp_path: 
         "models=[mean,max]",
     ]
     assert run_script(benchmark.main, benchmark.Config, [*source, *small]) == 0
-    assert evaluate(f"benchmark={tmp_path}/bench", "form=svg") == 0
+    assert evaluate(f"benchmark={tmp_path}/bench", "figure_format=svg") == 0
     names = (
         "results.csv",
         "summary.csv",
@@ -282,8 +283,8 @@ def test_a_benchmark_is_evaluated_as_it_evaluated_itself(make_cohort, tmp_path: 
             folder / name for folder in (tmp_path / "bench", tmp_path / "bench" / "evaluation")
         )
         assert first.read_bytes() == second.read_bytes(), name
-    plots = {path.name for path in (tmp_path / "bench" / "evaluation" / "plots").iterdir()}
-    assert plots == {f"bags_{kind}.svg" for kind in ("roc", "pr", "reliability", "screening")}
+    drawn = {path.name for path in (tmp_path / "bench" / "evaluation" / "figures").iterdir()}
+    assert drawn == {f"bags_{kind}.svg" for kind in ("roc", "pr", "reliability", "screening")}
 
 
 def test_pictures_of_three_classes_and_of_many_models(
@@ -309,7 +310,7 @@ def test_pictures_of_three_classes_and_of_many_models(
         and (tmp_path / "three" / "delong.csv").exists()
     )
     for folder, kinds in (("many", 4), ("three", 3)):
-        drawn = list((tmp_path / folder / "plots").glob("*.png"))
+        drawn = list((tmp_path / folder / "figures").glob("*.png"))
         assert len(drawn) == kinds
         for path in drawn:
             pixels = np.asarray(Image.open(path).convert("L"))
@@ -320,10 +321,10 @@ def test_pictures_of_three_classes_and_of_many_models(
             )
 
 
-def test_mean_curve_and_its_band(tmp_path: Path):
+def test_average_curves_and_its_band(tmp_path: Path):
     finished, _ = table_runs([str(table(tmp_path / "said.csv"))], "", None)
     runs = [run.test for run in finished[:2]]
-    mean, band = mean_curve(runs, roc_curves, 0)
+    mean, band = average_curves(runs, roc_curves, 0)
     by_fold = [
         roc_curves(run.targets == 1, run.probabilities[:, 1], np.ones((1, len(run.targets))))[0]
         for run in runs
@@ -384,7 +385,7 @@ def test_other_tasks_have_their_tables(tmp_path: Path, kind: str, columns: list[
             <= float(summary[0][f"{name}_mean"])
             <= float(summary[0][f"{name}_ci_high"])
         )
-    drawn = {path.name for path in (tmp_path / "out" / "plots").glob("*")}
+    drawn = {path.name for path in (tmp_path / "out" / "figures").glob("*")}
     assert drawn == {"multilabel": {"labels.png"}, "ordinal": {"confusion.png"}}.get(
         kind, {"survival.png"}
     )
@@ -484,7 +485,7 @@ def test_without_validation_slides_nothing_is_chosen(
 ):
     path = table(tmp_path / "said.csv")
     write(path, [row for row in read(path) if row["split"] == "test"])
-    assert evaluate(f"predictions=[{path}]", f"output={tmp_path}/out", "plots=false") == 0
+    assert evaluate(f"predictions=[{path}]", f"output={tmp_path}/out", "figures=false") == 0
     rows = read(tmp_path / "out" / "results.csv")
     assert all(
         row["threshold"] == "" and float(row["ece"]) == pytest.approx(float(row["ece_scaled"]))

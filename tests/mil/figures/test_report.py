@@ -123,7 +123,7 @@ def test_a_lost_slide_is_listed_and_the_page_is_made(finished: Path, tmp_path: P
             f"benchmark={tmp_path}/bench",
             f"output={tmp_path}/report",
             f"slides={finished}/slides",
-            "examples=50",
+            "example_slides=50",
         ],
     )
     assert main(config) == 0

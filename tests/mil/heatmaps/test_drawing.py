@@ -4,6 +4,7 @@ OpenSlide opens.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +27,11 @@ from mil.heatmaps.drawing import (
     value_map,
 )
 from mil.heatmaps.figures import (
-    brier,
-    calibration_error,
-    confusion_counts,
-    judged_scores,
-    reliability,
-    roc,
+    bin_answers,
+    count_confusion,
+    draw_roc_by_class,
+    measure_calibration,
+    pool_runs,
     wilson,
 )
 from mil.heatmaps.gallery import choose_tiles, say_value, write_gallery
@@ -347,27 +347,24 @@ def predictions(seed: int = 0, classes: int = 2, slides: int = 120) -> Predictio
 
 def test_calibration_against_scikit_learn() -> None:
     runs = [predictions(0), predictions(1)]
-    values, hits = judged_scores(runs)
-    share, mean = calibration_curve(hits, values, n_bins=10)
-    found = reliability(values, hits)
+    targets, probabilities = pool_runs(runs)
+    share, mean = calibration_curve(targets, probabilities[:, 1], n_bins=10)
+    found = bin_answers(runs)
     np.testing.assert_allclose([row["share"] for row in found], share)
     np.testing.assert_allclose([row["score"] for row in found], mean)
-    assert brier(runs) == pytest.approx(brier_score_loss(hits, values))
-    assert (
-        calibration_error(
-            [
-                {"share": 0.5, "score": 0.25, "slides": 3.0},
-                {"share": 1.0, "score": 1.0, "slides": 1.0},
-            ]
-        )
-        == 0.1875
-    )
-    twice = reliability(
-        np.tile(values, 2), np.tile(hits, 2), repeats=2.0
-    )  # as wide as of the slides: they are no more
+    counts, _ = np.histogram(probabilities[:, 1], bins=10, range=(0, 1))
+    assert [row["slides"] for row in found] == counts[counts > 0].tolist()
+    error, brier = measure_calibration(runs)
+    assert error == pytest.approx(np.average(np.abs(share - mean), weights=counts[counts > 0]))
+    assert brier == pytest.approx(brier_score_loss(targets, probabilities[:, 1]))
+    twice = bin_answers([*runs, *runs], repeats=2.0)  # no more slides, so no narrower interval
     np.testing.assert_allclose(
         [(r["low"], r["high"]) for r in twice], [(r["low"], r["high"]) for r in found]
     )
+    sure = replace(runs[0], targets=np.array([1, 1]), probabilities=np.array([[0.0, 1.0]] * 2))
+    assert [row["score"] for row in bin_answers([sure])] == [
+        1.0
+    ]  # bins without answers are left out
     low, high = wilson(0.5, 10)
     assert (round(low, 4), round(high, 4)) == (0.2366, 0.7634)  # Wilson's interval of 5 in 10
 
@@ -375,14 +372,14 @@ def test_calibration_against_scikit_learn() -> None:
 def test_confusion_uses_the_validation_threshold() -> None:
     run = predictions()
     called = (run.probabilities[:, 1] >= 0.6).astype(int)
-    counts = confusion_counts([run, run], 2)
+    counts = count_confusion([run, run], 2)
     assert counts[1, 0] == 2 * ((run.targets == 1) & (called == 0)).sum() and counts.sum() == 240
     graded = predictions(classes=3)  # of grades the median one
     middle = (graded.probabilities.cumsum(1) < 0.5).sum(1)
-    assert np.trace(confusion_counts([graded], 3, ordered=True)) == (middle == graded.targets).sum()
-    assert (confusion_counts([graded], 3) != confusion_counts([graded], 3, ordered=True)).any()
+    assert np.trace(count_confusion([graded], 3, ordered=True)) == (middle == graded.targets).sum()
+    assert (count_confusion([graded], 3) != count_confusion([graded], 3, ordered=True)).any()
     three = predictions(classes=3)
-    assert roc([three], ("a", "b", "c")) is not None and roc([], ("a", "b")) is None
-    assert (
-        judged_scores([three])[1].mean() == (three.probabilities.argmax(1) == three.targets).mean()
-    )
+    assert draw_roc_by_class([three], ("a", "b", "c")) is not None
+    assert draw_roc_by_class([], ("a", "b")) is None
+    right = sum(row["share"] * row["slides"] for row in bin_answers([three]))
+    assert right == pytest.approx((three.probabilities.argmax(1) == three.targets).sum())
