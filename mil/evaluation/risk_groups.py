@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import CensoredData, ecdf, logrank
 
-from mil.evaluation.runs import Finished
+from mil.evaluation.runs import FinishedRun
 from mil.tasks.survival import RiskPredictions
 
 
@@ -71,7 +71,7 @@ def patient_risks(said: RiskPredictions) -> dict[str, float]:
     }
 
 
-def risk_groups(runs: Sequence[Finished]) -> RiskGroups:
+def risk_groups(runs: Sequence[FinishedRun]) -> RiskGroups:
     """The halves of one model's test patients, over its folds and seeds."""
     votes: dict[str, list[bool]] = {}
     followed: dict[str, tuple[float, bool]] = {}

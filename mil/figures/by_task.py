@@ -1,62 +1,105 @@
-"""Pictures that one kind of task has: ROC curves label by label, survival of the risk halves,
-grades against called grades.
+"""Figures that tasks name in `Task.figures` and `Task.report_figures`, drawn from finished runs.
+
+FIGURES holds one function per name; each gets the runs of every line or panel under its name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common.metrics.ranking import binary_auc
+from common.metrics.ranking import binary_auc, precision_curves, roc_curves
 from mil.evaluation.risk_groups import RiskGroups, kaplan_meier, risk_groups
-from mil.evaluation.runs import Finished, grouped
-from mil.evaluation.task_tables import grade_counts
-from mil.figures.curves import BANDS, looks
-from mil.figures.report import COLOURS, GRID, STYLE, roc_points, save_picture
-from mil.tasks.kinds import Task
+from mil.evaluation.runs import FinishedRun, grouped
+from mil.evaluation.task_tables import mean_confusion, screening_rows
+from mil.figures.curves import BANDS, curve_figure, looks, reliability_figure, screening_figure
+from mil.figures.report import COLOURS, GRID, STYLE, roc_figure, roc_points, save_picture
+from mil.tasks.base import Task
+from mil.tasks.classification import auc, auprc
 from mil.tasks.multilabel import LabelPredictions
-from mil.tasks.task import SURVIVAL
 
 HALVES = (("lower risk", False, COLOURS[0]), ("higher risk", True, COLOURS[1]))
 ACROSS = 2  # panels side by side
 LABELS_ACROSS = 3
 
 
-def draw_task(folder: Path, finished: Sequence[Finished], task: Task, form: str) -> list[Path]:
-    """The picture of every feature set, e.g. `student_survival.png`."""
-    sets: dict[str, dict[str, list[Finished]]] = {}
+Runs = Mapping[str, Sequence[FinishedRun]]
+
+
+def draw_task(
+    folder: Path,
+    finished: Sequence[FinishedRun],
+    task: Task,
+    resamples: int,
+    seed: int,
+    form: str,
+) -> list[Path]:
+    """Write the task's figures of every feature set, e.g. `student_roc.png`."""
+    sets: dict[str, dict[str, list[FinishedRun]]] = {}
     for (feature_set, model), runs in grouped(finished).items():
         sets.setdefault(feature_set, {})[model] = runs
     written = []
     for name, models in sets.items():
-        start = f"{name}_" if name else ""
-        if task.kind == "multilabel":
-            written.append(
-                save_picture(label_figure(models, task.classes), folder / f"{start}labels.{form}")
-            )
-        elif task.kind == "ordinal":
-            written.append(
-                save_picture(
-                    grade_figure(models, task.classes), folder / f"{start}confusion.{form}"
-                )
-            )
-        elif task.kind in SURVIVAL:
-            halves = {model: risk_groups(runs) for model, runs in models.items()}
-            written.append(
-                save_picture(survival_figure(halves), folder / f"{start}survival.{form}")
-            )
+        for drawing in task.figures:
+            figure = FIGURES[drawing](models, task, resamples, seed)
+            if figure is not None:
+                path = folder / f"{f'{name}_' if name else ''}{drawing}.{form}"
+                written.append(save_picture(figure, path))
     return written
 
 
-def label_figure(runs: Mapping[str, Sequence[Finished]], labels: Sequence[str]) -> Figure:
+def _tests(runs: Runs) -> dict[str, list[Any]]:
+    return {name: [run.test for run in of_name] for name, of_name in runs.items()}
+
+
+def draw_roc(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
+    """Mean ROC curves with the middle 95 % of resamples by patient."""
+    return curve_figure(
+        _tests(runs), roc_curves, auc, seed, ("1 - specificity", "sensitivity", "AUC")
+    )
+
+
+def draw_precision_recall(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
+    """Mean precision-recall curves with the middle 95 % of resamples by patient."""
+    names = ("recall", "precision", "AUPRC")
+    return curve_figure(_tests(runs), precision_curves, auprc, seed, names)
+
+
+def draw_reliability(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
+    """Stated probabilities against how often they came true."""
+    return reliability_figure(_tests(runs))
+
+
+def draw_screening(runs: Runs, task: Task, resamples: int, seed: int) -> Figure | None:
+    """Negatives signed out; None without two classes or without validation slides."""
+    every = [run for of_name in runs.values() for run in of_name]
+    if task.positive is None:
+        return None
+    rows = screening_rows(every, task, resamples, seed)
+    return None if rows is None else screening_figure(rows)
+
+
+def draw_roc_spread(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
+    """Mean ROC curve of every feature set with a band of one standard deviation."""
+    tests = _tests(runs)
+    aucs = {
+        name: float(np.mean([auc(run.targets, run.probabilities)[0] for run in of_name]))
+        for name, of_name in tests.items()
+    }
+    return roc_figure(tests, aucs)
+
+
+def label_figure(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
     """ROC curves, a panel a label, a line a model or feature set: means over the runs whose test
     slides are of both kinds.
     """
+    labels = task.names
     across = min(len(labels), LABELS_ACROSS)
     down, few = -(-len(labels) // across), len(runs) <= BANDS
     with rc_context(STYLE):
@@ -105,10 +148,11 @@ def _mean_of_label(said: Sequence[LabelPredictions], column: int) -> tuple[np.nd
     return np.mean([roc_points(*pair) for pair in told], axis=0), float(np.mean(areas))
 
 
-def survival_figure(groups: Mapping[str, RiskGroups]) -> Figure:
+def survival_figure(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
     """Kaplan-Meier curves of the two halves with 95 % bands, ticks where patients were censored,
     and patients at risk.
     """
+    groups = {name: risk_groups(of_name) for name, of_name in runs.items()}
     down = -(-len(groups) // ACROSS)
     with rc_context(STYLE):
         figure = Figure(figsize=(4.6 * min(len(groups), ACROSS), 3.9 * down), layout="constrained")
@@ -175,10 +219,11 @@ def _write_at_risk(axes: Axes, halves: RiskGroups) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def grade_figure(runs: Mapping[str, Sequence[Finished]], grades: Sequence[str]) -> Figure:
+def grade_figure(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
     """True against called grade: slides in each cell (folds summed, mean over seeds); colour: share
     of the true grade.
     """
+    grades = task.names
     side, down = 1.5 + 0.5 * len(grades), -(-len(runs) // ACROSS)
     with rc_context(STYLE):
         figure = Figure(
@@ -188,7 +233,7 @@ def grade_figure(runs: Mapping[str, Sequence[Finished]], grades: Sequence[str]) 
         for axes in panels[len(runs) :]:
             axes.set_axis_off()
         for axes, (title, of_set) in zip(panels, runs.items(), strict=False):
-            counts = grade_counts(of_set)
+            counts = mean_confusion(of_set, task)
             shares = counts / np.maximum(counts.sum(1, keepdims=True), 1e-12)
             axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
             for (true, called), count in np.ndenumerate(counts):
@@ -206,3 +251,57 @@ def grade_figure(runs: Mapping[str, Sequence[Finished]], grades: Sequence[str]) 
             axes.set_title(title, fontsize=9)
             axes.spines[:].set_visible(False)
         return figure
+
+
+def scatter_figure(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
+    """Predicted against true values, a panel per model or feature set; a point is a slide, at the
+    mean of the runs that tested it.
+    """
+    down = -(-len(runs) // ACROSS)
+    with rc_context(STYLE):
+        across = min(len(runs), ACROSS)
+        figure = Figure(figsize=(4.2 * across, 4.0 * down), layout="constrained")
+        panels = figure.subplots(down, across, squeeze=False).ravel()
+        for axes in panels[len(runs) :]:
+            axes.set_axis_off()
+        points = [mean_points(of_name) for of_name in runs.values()]
+        both = np.concatenate([np.concatenate(pair) for pair in points])
+        margin = 0.05 * ((both.max() - both.min()) or 1.0)
+        ends = [both.min() - margin, both.max() + margin]
+        for axes, (name, of_name), (true, predicted) in zip(
+            panels, runs.items(), points, strict=False
+        ):
+            metrics = [task.evaluate(run.test) for run in of_name]
+            means = {key: np.mean([each[key][0] for each in metrics]) for key in task.shown[:2]}
+            axes.plot(ends, ends, color="#bbbbbb", linewidth=0.8, linestyle="--")
+            axes.scatter(true, predicted, s=16, color=COLOURS[0], alpha=0.65, linewidth=0)
+            axes.set(xlim=ends, ylim=ends, aspect="equal", xlabel="true", ylabel="predicted")
+            figures = ", ".join(f"{task.title(key)} {value:.3f}" for key, value in means.items())
+            axes.set_title(f"{name}  {figures}", fontsize=9)
+        return figure
+
+
+def mean_points(runs: Sequence[FinishedRun]) -> tuple[np.ndarray, np.ndarray]:
+    """(true, predicted) value of every test slide, each (slides,): means over its runs."""
+    predicted: dict[str, list[float]] = {}
+    true: dict[str, float] = {}
+    for run in runs:
+        for slide, target, value in zip(
+            run.slides, run.test.targets, run.test.predicted, strict=True
+        ):
+            predicted.setdefault(slide, []).append(float(value))
+            true[slide] = float(target)
+    return np.array(list(true.values())), np.array([np.mean(v) for v in predicted.values()])
+
+
+FIGURES: dict[str, Callable[[Runs, Task, int, int], Figure | None]] = {
+    "roc": draw_roc,
+    "pr": draw_precision_recall,
+    "reliability": draw_reliability,
+    "screening": draw_screening,
+    "roc_spread": draw_roc_spread,
+    "labels": label_figure,
+    "confusion": grade_figure,
+    "survival": survival_figure,
+    "scatter": scatter_figure,
+}

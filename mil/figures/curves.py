@@ -1,5 +1,4 @@
-"""Pictures of an evaluation, one file a kind and feature set: ROC, precision-recall, reliability,
-screening.
+"""Curves of classes: ROC, precision-recall, reliability, screening.
 
 ROC and precision-recall are means over folds and seeds (and classes) of the curves, read off at the
 same abscissa, with the middle 95 % of 300 resamples by patient as the band: no score of one fold is
@@ -10,7 +9,6 @@ the same in every fold.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,10 +23,9 @@ from common.metrics.calibration import (
     reliability,
     stated_and_true,
 )
-from common.metrics.ranking import GRID, precision_curves, roc_curves
-from mil.evaluation.runs import Finished, grouped
-from mil.figures.report import COLOURS, STYLE, save_picture
-from mil.tasks.classification import Predictions, auc, auprc, resample_runs
+from common.metrics.ranking import GRID
+from mil.figures.report import COLOURS, STYLE
+from mil.tasks.classification import Predictions, resample_runs
 
 RESAMPLES = 300
 DASHES = ("-", "--", "-.", ":")
@@ -36,41 +33,6 @@ MARKERS = ("o", "s", "^", "v")
 ENDS = ("", "_ci_low", "_ci_high")
 BANDS = 4  # bands of more models cannot be told apart
 Curves = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-
-
-def draw_all(
-    folder: Path,
-    finished: Sequence[Finished],
-    screening: Sequence[Mapping[str, Any]],
-    seed: int,
-    form: str,
-) -> list[Path]:
-    """roc, pr, reliability and, where there are rows for it, screening of every feature set, e.g.
-    `student_roc.png`.
-    """
-    written = []
-    sets: dict[str, dict[str, list[Finished]]] = {}
-    for (feature_set, model), runs in grouped(finished).items():
-        sets.setdefault(feature_set, {})[model] = runs
-    for name, models in sets.items():
-        tests = {model: [run.test for run in runs] for model, runs in models.items()}
-        figures = {
-            "roc": curve_figure(
-                tests, roc_curves, auc, seed, ("1 - specificity", "sensitivity", "AUC")
-            ),
-            "pr": curve_figure(
-                tests, precision_curves, auprc, seed, ("recall", "precision", "AUPRC")
-            ),
-            "reliability": reliability_figure(tests),
-        }
-        rows = [row for row in screening if row["feature_set"] == name]
-        if rows:
-            figures["screening"] = screening_figure(rows)
-        for kind, figure in figures.items():
-            written.append(
-                save_picture(figure, folder / f"{f'{name}_' if name else ''}{kind}.{form}")
-            )
-    return written
 
 
 def looks(count: int) -> list[dict[str, Any]]:

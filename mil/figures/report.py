@@ -48,7 +48,7 @@ def roc_points(positive: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return np.interp(GRID, fpr, tpr)  # on a vertical step: its highest point
 
 
-def roc_figure(runs: Mapping[str, Sequence[Predictions]], aucs: Mapping[str, float]) -> str:
+def roc_figure(runs: Mapping[str, Sequence[Predictions]], aucs: Mapping[str, float]) -> Figure:
     """Mean ROC curve over folds and seeds of every feature set, with a band of one standard
     deviation.
     """
@@ -85,17 +85,18 @@ def roc_figure(runs: Mapping[str, Sequence[Predictions]], aucs: Mapping[str, flo
             aspect="equal",
         )
         axes.legend(loc="lower right", frameon=False, title="mean AUC", alignment="right")
-        return svg_uri(figure)
+        return figure
 
 
 def interval_figure(
     feature_sets: Mapping[str, Mapping[str, Any]],
     models: Sequence[str],
-    metric: str = "auc",
-    name: str = "AUC",
+    metric: str,
+    name: str,
+    chance: float,
 ) -> str:
     """Mean of a metric with its confidence interval, a row per feature set and classifier; dashed:
-    without knowledge.
+    `chance`, what a model without knowledge reaches.
     """
     rows = [
         (name, model, entry[model])
@@ -108,12 +109,7 @@ def interval_figure(
     with rc_context(STYLE):
         figure = Figure(figsize=(4.6, 1.0 + 0.28 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
-        axes.axvline(
-            0.0 if metric.startswith("kappa") else 0.5,
-            color="#bbbbbb",
-            linewidth=0.8,
-            linestyle="--",
-        )
+        axes.axvline(chance, color="#bbbbbb", linewidth=0.8, linestyle="--")
         for y, (feature_set, _, values) in enumerate(rows):
             mean = values[f"{metric}_mean"]
             low, high = values[f"{metric}_ci"] or (mean, mean)
@@ -149,7 +145,8 @@ def save_picture(figure: Figure, path: Path) -> Path:
 def svg_uri(figure: Figure) -> str:
     """`data:image/svg+xml;base64,...`; the same figure gives the same bytes."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with rc_context(STYLE):  # its salt makes the ids inside
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -9,6 +9,7 @@ slides. Two classes: of the positive one; more: of the one that is called.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -16,8 +17,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from mil.figures.report import COLOURS, STYLE, roc_figure, svg_uri
-from mil.tasks.classification import Predictions, binary_auc, confusion, predict_class
-from mil.tasks.ordinal import grade
+from mil.tasks.classification import Predictions, binary_auc, confusion
 
 BINS = 10
 Z = 1.959964  # of a 95 % interval
@@ -126,7 +126,7 @@ def roc(runs: Sequence[Predictions], classes: Sequence[str]) -> str | None:
         )
         for name, found in curves.items()
     }
-    return roc_figure(curves, aucs)
+    return svg_uri(roc_figure(curves, aucs))
 
 
 def reliability_figure(bins: Sequence[dict[str, float]], what: str) -> str:
@@ -157,19 +157,10 @@ def reliability_figure(bins: Sequence[dict[str, float]], what: str) -> str:
         return svg_uri(figure)
 
 
-def confusion_counts(
-    runs: Sequence[Predictions], classes: int, ordered: bool = False
-) -> np.ndarray:
-    """(C, C) answers by true and called class, each fold at its own validation threshold; of grades
-    by the median one.
-    """
-    total = np.zeros((classes, classes))
-    for run in runs:
-        called = (
-            grade(run.probabilities) if ordered else predict_class(run.probabilities, run.threshold)
-        )
-        total += confusion(run.targets, called, classes)[0]
-    return total.astype(int)
+def confusion_counts(runs: Sequence[Predictions], task: Any) -> np.ndarray:
+    """(C, C) answers by true and called name, each fold with its own cuts."""
+    total = sum(confusion(run.targets, task.call_indices(run), len(task.names))[0] for run in runs)
+    return np.asarray(total).astype(int)
 
 
 def confusion_figure(counts: np.ndarray, classes: Sequence[str]) -> str:

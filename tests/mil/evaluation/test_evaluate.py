@@ -321,7 +321,7 @@ def test_pictures_of_three_classes_and_of_many_models(
 
 
 def test_mean_curve_and_its_band(tmp_path: Path):
-    finished, _ = table_runs([str(table(tmp_path / "said.csv"))], "", None)
+    finished, _ = table_runs([str(table(tmp_path / "said.csv"))], "classes", None)
     runs = [run.test for run in finished[:2]]
     mean, band = mean_curve(runs, roc_curves, 0)
     by_fold = [
@@ -357,6 +357,9 @@ def rows_of(kind: str) -> list[dict[str, object]]:
             row |= {
                 f"prob_{name}": value for name, value in zip(("g1", "g2", "g3"), p, strict=True)
             }
+        elif kind == "regression":
+            row["label"] = generator.normal(50, 10)
+            row["predicted"] = row["label"] + generator.normal(0, 5)
         else:
             row |= {"time": i // 2 + 1, "event": i % 3 != 0, "risk": generator.normal() - i / 10}
             row["event"] = int(bool(row["event"]))
@@ -371,6 +374,7 @@ def rows_of(kind: str) -> list[dict[str, object]]:
         ("ordinal", ["kappa_quadratic", "mean_absolute_error"]),
         ("cox", ["c_index"]),
         ("discrete", ["c_index"]),
+        ("regression", ["r2", "pearson", "spearman", "mae"]),
     ],
 )
 def test_other_tasks_have_their_tables(tmp_path: Path, kind: str, columns: list[str]):
@@ -385,9 +389,8 @@ def test_other_tasks_have_their_tables(tmp_path: Path, kind: str, columns: list[
             <= float(summary[0][f"{name}_ci_high"])
         )
     drawn = {path.name for path in (tmp_path / "out" / "plots").glob("*")}
-    assert drawn == {"multilabel": {"labels.png"}, "ordinal": {"confusion.png"}}.get(
-        kind, {"survival.png"}
-    )
+    names = {"multilabel": "labels", "ordinal": "confusion", "regression": "scatter"}
+    assert drawn == {f"{names.get(kind, 'survival')}.png"}
     assert not any(
         (tmp_path / "out" / f"{name}.csv").exists() for name in ("delong", "comparisons")
     )

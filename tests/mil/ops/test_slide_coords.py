@@ -21,8 +21,7 @@ from mil.models import build
 from mil.ops.grid import build_grid, infer_step
 from mil.ops.grid_step import MAX_CELLS
 from mil.ops.slide_coords import SlideCoords, on_slide
-from mil.tasks.task import CLASSES
-from mil.training.engine import Recipe, Sample, draws, examine, train_one_epoch
+from mil.training.engine import CLASSES, Recipe, Sample, draws, examine, train_one_epoch
 from patch_encoder.bags.files import write_bag
 from patch_encoder.tiles.coordinates import FULL_GEOMETRY
 

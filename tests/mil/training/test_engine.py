@@ -32,7 +32,8 @@ from mil.datasets.bags import find_bags, load_bags
 from mil.losses.classification import class_loss
 from mil.models import build
 from mil.tasks.classification import METRICS, youden_threshold
-from mil.tasks.task import Objective
+from mil.tasks.cox import Cox
+from mil.tasks.discrete import Discrete
 from mil.train import Config, build_job, main
 from mil.training.engine import (
     Recipe,
@@ -101,7 +102,7 @@ def test_every_model_trains_and_leaves_a_whole_run_directory(
     make_cohort, tmp_path: Path, name: str
 ):
     results = train(make_cohort(), tmp_path / "run", f"model={name}", "standardize=true")
-    assert set(METRICS) == set(results["test"])
+    assert {*METRICS, "loss"} == set(results["test"])
     files = {
         "config.yaml",
         "metrics.jsonl",
@@ -351,12 +352,12 @@ def test_validation_slides_that_cannot_be_ranked(caplog: pytest.LogCaptureFixtur
         match=r"3 validation slides, among which val_c_index has nothing to compare; expected an "
         r"event",
     ):
-        engine.check_validation(targets, Objective("cox"))
-    engine.check_validation(targets, Objective("discrete", edges=(4.0,)))
+        engine.check_validation(targets, Cox())
+    engine.check_validation(targets, Discrete(edges=(4.0,)))
     assert "the best epoch is the one with the lowest loss" in caplog.text
     caplog.clear()
     targets.append(torch.tensor((12.0, 0.0)))
-    engine.check_validation(targets, Objective("cox"))
+    engine.check_validation(targets, Cox())
     assert not caplog.text
 
 
