@@ -25,8 +25,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from patch_encoder.stain.augment import HedJitter, StainJitter
-from patch_encoder.stain.macenko import COMMON, common_profile, fit_macenko, normalise_macenko
-from patch_encoder.stain.normaliser import build_normaliser, common_colours
+from patch_encoder.stain.macenko import COMMON, fit_macenko, make_common_profile, normalise_macenko
+from patch_encoder.stain.normaliser import build_normaliser, make_common_colours
 from patch_encoder.stain.reinhard import normalise_reinhard
 
 REFERENCE = "torchstain, torch"
@@ -60,7 +60,7 @@ def contestants(tiles: Tensor) -> dict[str, dict[str, Callable[[], object]]]:
         calls["reinhard"][f"torchstain, {backend}"] = lambda r=reinhard, i=items: [
             r.normalize(t) for t in i
         ]
-    common, colours = common_profile(), common_colours()
+    common, colours = make_common_profile(), make_common_colours()
     calls["macenko"]["ours, batch, all pixels"] = lambda: normalise_macenko(
         tiles, fit_macenko(tiles), common
     )

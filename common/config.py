@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Optional, TypeVar, get_type_hints
+from typing import Any, Optional, TypeVar, get_origin, get_type_hints
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -173,6 +173,8 @@ def _assign(config: DictConfig, config_class: type, name: str, value: Any, sourc
         # text stays text (an id of 0012 keeps its zeros); everything else is read as YAML
         if isinstance(value, str) and expected not in TEXT:
             value = yaml.safe_load(value)
+        if get_origin(expected) is list and isinstance(value, str):
+            value = [value]  # student=a.pt is student=[a.pt]
         if value == "null" and expected is not str:
             value = None
         # YAML 1.1 reads 1e-4 (no dot) as text

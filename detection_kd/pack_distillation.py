@@ -44,9 +44,9 @@ from detection_kd.datasets.distillation import pairs_digest, read_pairs
 from detection_kd.datasets.packed_pairs import SUFFIXES, UNKNOWN, Pack, PackWriter
 from detection_kd.datasets.pair_problems import Problems
 from patch_encoder.bags.files import bag_digest, bag_files
-from patch_encoder.cohort.disk_space import full_disk_explained
+from patch_encoder.cohort.disk_space import explain_full_disk
 from patch_encoder.cohort.failures import Failures
-from patch_encoder.cohort.labels import SlideRecord, find_slides, locate, read_labels
+from patch_encoder.cohort.labels import SlideRecord, find_slides, locate_slides, read_labels
 from patch_encoder.tiles.coordinates import tile_pattern_of
 
 logger = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ def pack_folder(config: Config, output: Path) -> int:
         logger.info("%s: %s is there already", STAGE, output)
         return 0
     corners = listed_corners(root)
-    with full_disk_explained(output.parent), PackWriter(output, dtype) as writer:
+    with explain_full_disk(output.parent), PackWriter(output, dtype) as writer:
         for pair in progress(pairs, "packing", len(pairs), "pairs"):
             corner = corners.get(f"{pair.slide_id}/{pair.image.name}", UNKNOWN)
             writer.append(
@@ -206,7 +206,9 @@ def find_jobs(
     pattern = tile_pattern_of(folder.glob("[!.]*.h5") if folder else bags.values())
     records = chosen_records(config)
     paths = (
-        locate(records, config.slides, pattern) if records else find_slides(config.slides, pattern)
+        locate_slides(records, config.slides, pattern)
+        if records
+        else find_slides(config.slides, pattern)
     )
     mpps = {record.slide_id: record.mpp for record in records}
     dtypes = {features_of(bags[slide_id])[0] for slide_id in paths if slide_id in bags}
@@ -289,7 +291,7 @@ def cut(job: CutJob, ranking: str) -> None:
         found = Pack(job.part).provenance
         if {name: found.get(name) for name in provenance} == provenance:
             return
-    with full_disk_explained(job.part.parent):
+    with explain_full_disk(job.part.parent):
         cut_slide(job, provenance)
 
 
@@ -351,7 +353,7 @@ def pack_slides(config: Config, output: Path) -> int:
 
 def join(parts: Sequence[Pack], output: Path, dtype: str, provenance: dict[str, Any]) -> None:
     """One packed set of many, in their order."""
-    with full_disk_explained(output.parent), PackWriter(output, dtype) as writer:
+    with explain_full_disk(output.parent), PackWriter(output, dtype) as writer:
         for part in progress(parts, "joining", len(parts), "slides"):
             for row in range(len(part)):
                 corner = tuple(part.coords[row].tolist())

@@ -33,6 +33,7 @@ from common.config import REQUIRED, key
 from common.distributed import World
 from common.errors import UserError
 from common.files import read_json, safe_id, sha256_bytes, sha256_file, write_csv, write_json
+from common.metrics.classification import auc, youden_threshold
 from common.run import Run, open_run
 from mil.datasets.bags import find_bags
 from mil.datasets.detection_channel import write_channels
@@ -50,7 +51,7 @@ from mil.evaluation.runs import (
     write_predictions,
 )
 from mil.evaluation.tables import write_evaluation
-from mil.tasks.classification import Classification, Predictions, auc, youden_threshold
+from mil.tasks.classification import Classification, Predictions
 from mil.tasks.prediction_table import write_predictions as write_run_predictions
 
 logger = logging.getLogger(__name__)

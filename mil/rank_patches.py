@@ -54,7 +54,7 @@ from mil.training.engine import Recipe, load_classifier
 from mil.training.fold_run import FoldJob, FoldSettings, open_job, run_job
 from patch_encoder.bags.files import read_bag
 from patch_encoder.cohort.failures import Failures
-from patch_encoder.cohort.labels import locate
+from patch_encoder.cohort.labels import locate_slides
 from patch_encoder.tiles.coordinates import tile_pattern_of
 
 logger = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ def make_cuts(
     `failures`.
     """
     device = pick_device(config.device)
-    paths = locate(slides.records, config.slides, tile_pattern_of(files.values()))
+    paths = locate_slides(slides.records, config.slides, tile_pattern_of(files.values()))
     jobs = []
     for record in slides.records:
         name, bag = record.slide_id, files[record.slide_id]

@@ -32,7 +32,7 @@ from common.cli import launch
 from common.config import REQUIRED, key
 from common.files import atomic_path, write_text
 from patch_encoder.cohort.labels import read_labels
-from patch_encoder.cohort.summary import Row, bin_edges, histogram, read_rows
+from patch_encoder.cohort.summary import SlideSummary, compute_bin_edges, histogram, read_rows
 
 logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
@@ -67,7 +67,7 @@ class Config:
     embed: bool | None = key(None, "thumbnails inside the page; null: up to 2,000 slides")
 
 
-def thumbnail(tiles: Path, slide: str) -> bytes | None:
+def make_thumbnail(tiles: Path, slide: str) -> bytes | None:
     """A small JPEG of a slide with its mask, None when tile_slides left none that can be read."""
     for folder in ("thumbnails", "overlays"):
         try:
@@ -83,26 +83,26 @@ def thumbnail(tiles: Path, slide: str) -> bytes | None:
     return None
 
 
-def picture(config: Config, slide: str, embed: bool) -> str:
+def encode_picture(config: Config, slide: str, embed: bool) -> str:
     """What `src` of a slide's image says: a data URI, a relative path, or nothing."""
-    content = thumbnail(Path(config.tiles), slide)
+    content = make_thumbnail(Path(config.tiles), slide)
     if content is None:
         return ""
     if embed:
         return "data:image/jpeg;base64," + base64.b64encode(content).decode()
     with atomic_path(Path(config.output) / "thumbnails" / f"{slide}.jpg") as temporary:
         temporary.write_bytes(content)
-    return relative(Path(config.output) / "thumbnails" / f"{slide}.jpg", config.output)
+    return relative_path(Path(config.output) / "thumbnails" / f"{slide}.jpg", config.output)
 
 
-def relative(path: Path, output: str) -> str:
+def relative_path(path: Path, output: str) -> str:
     """A path as the page's own folder sees it, escaped for a link; '' when the file is not
     there.
     """
     return quote(os.path.relpath(path, output)) if path.is_file() else ""
 
 
-def bars(counts: Sequence[int], width: float, height: float) -> str:
+def draw_bars(counts: Sequence[int], width: float, height: float) -> str:
     """Outline of a histogram as an SVG path."""
     most = max(counts, default=0)
     if most == 0:
@@ -115,7 +115,7 @@ def bars(counts: Sequence[int], width: float, height: float) -> str:
     return f"M0 {height:g}" + "".join(tops) + f"V{height:g}Z"
 
 
-def charts(rows: Sequence[Row], edges: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+def draw_charts(rows: Sequence[SlideSummary], edges: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     """Histograms over the cohort: of slides by tiles and area, of tiles by each measure."""
     found = []
     for heading, values, what in (
@@ -129,7 +129,7 @@ def charts(rows: Sequence[Row], edges: dict[str, np.ndarray]) -> list[dict[str, 
                 {
                     "heading": heading,
                     "what": what,
-                    "path": bars(counts, 240.0, 64.0),
+                    "path": draw_bars(counts, 240.0, 64.0),
                     "low": 0.0,
                     "high": float(limits[-1]),
                 }
@@ -138,7 +138,7 @@ def charts(rows: Sequence[Row], edges: dict[str, np.ndarray]) -> list[dict[str, 
         heading, logarithmic, what = MEASURES[name]
         pooled = np.concatenate([row.values[name] for row in rows if len(row.values.get(name, ()))])
         heading += " (log)" if logarithmic else ""
-        shape = bars(histogram(pooled, limits), 240.0, 64.0)
+        shape = draw_bars(histogram(pooled, limits), 240.0, 64.0)
         found.append(
             {
                 "heading": heading,
@@ -151,20 +151,23 @@ def charts(rows: Sequence[Row], edges: dict[str, np.ndarray]) -> list[dict[str, 
     return found
 
 
-def page(config: Config, rows: Sequence[Row]) -> str:
+def render_page(config: Config, rows: Sequence[SlideSummary]) -> str:
     """The HTML."""
     found = {
-        name: bin_edges(rows, name, logarithmic) for name, (_, logarithmic, _) in MEASURES.items()
+        name: compute_bin_edges(rows, name, logarithmic)
+        for name, (_, logarithmic, _) in MEASURES.items()
     }
     edges = {name: limits for name, limits in found.items() if limits is not None}
     embed = len(rows) <= EMBEDDED if config.embed is None else config.embed
     entries = [
         {
             "row": row,
-            "image": picture(config, row.slide, embed),
-            "link": relative(Path(config.tiles) / "overlays" / f"{row.slide}.jpg", config.output),
+            "image": encode_picture(config, row.slide, embed),
+            "link": relative_path(
+                Path(config.tiles) / "overlays" / f"{row.slide}.jpg", config.output
+            ),
             "shapes": {
-                n: bars(histogram(row.values[n], e), 64.0, 20.0)
+                n: draw_bars(histogram(row.values[n], e), 64.0, 20.0)
                 for n, e in edges.items()
                 if len(row.values.get(n, ()))
             },
@@ -177,12 +180,12 @@ def page(config: Config, rows: Sequence[Row]) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters["short"] = short
+    environment.filters["short"] = shorten
     return environment.get_template("cohort.html.j2").render(
         title=config.title,
         entries=entries,
         measures={name: MEASURES[name] for name in edges},
-        charts=charts(rows, edges),
+        draw_charts=draw_charts(rows, edges),
         bags=list(rows[0].bags),
         labelled=bool(config.labels),
         statuses=Counter(row.status for row in rows),
@@ -198,7 +201,7 @@ def page(config: Config, rows: Sequence[Row]) -> str:
     )
 
 
-def short(value: float | int | None) -> str:
+def shorten(value: float | int | None) -> str:
     """A number in few digits, a dash for none."""
     if value is None:
         return "–"
@@ -214,7 +217,7 @@ def main(config: Config) -> int:
     rows = read_rows(Path(config.tiles), config.features, labels)
     target = Path(config.output) / "cohort.html"
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_text(target, page(config, rows))
+    write_text(target, render_page(config, rows))
     failed = sum(row.status == "failed" for row in rows)
     logger.info(
         "cohort_report: %d slides, %d failed, %.1f MB: %s",

@@ -27,7 +27,7 @@ from patch_encoder.cohort.labels import find_slides, read_labels
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.base import Slide
 from patch_encoder.tiles.coordinates import Coordinates
-from patch_encoder.tiles.formats import LAYOUTS, Source, content, detect
+from patch_encoder.tiles.formats import LAYOUTS, CoordinateSource, detect_layout, read_content
 
 logger = logging.getLogger(__name__)
 STAGE = "convert_coordinates"
@@ -69,7 +69,7 @@ class Config:
     overwrite: bool = key(False, "replace files of other content", runtime=True)
 
 
-def input_files(path: Path) -> dict[str, Path]:
+def find_input_files(path: Path) -> dict[str, Path]:
     """Slide id -> coordinates file.
 
     Raises:
@@ -97,7 +97,7 @@ def file_slide_id(path: Path) -> str:
     return safe_id(path.stem.removesuffix("_patches"))
 
 
-def checked(coordinates: Coordinates, slide: Slide | None) -> Coordinates:
+def check_config(coordinates: Coordinates, slide: Slide | None) -> Coordinates:
     """Coordinates that belong to the slide.
 
     Raises:
@@ -136,11 +136,11 @@ def convert(
         UserError: unreadable, not sayable in the layout, or other content is there.
     """
     layout = LAYOUTS[config.to]
-    reader = LAYOUTS[detect(file) if config.source == "auto" else config.source].read
+    reader = LAYOUTS[detect_layout(file) if config.source == "auto" else config.source].read
     slide = open_slide(slide_path, mpp, config.tile_pattern) if slide_path else None
     try:
-        source = Source(slide_id, slide, mpp, config.tile_size)
-        coordinates = checked(reader(file, source), slide)
+        source = CoordinateSource(slide_id, slide, mpp, config.tile_size)
+        coordinates = check_config(reader(file, source), slide)
         if not target.is_file():
             with atomic_path(target) as temporary:
                 layout.write(temporary, coordinates, source, Path(config.output))
@@ -148,7 +148,7 @@ def convert(
         with tempfile.TemporaryDirectory() as folder:
             fresh = Path(folder, target.name)
             layout.write(fresh, coordinates, source, Path(config.output))
-            if content(fresh) == content(target):
+            if read_content(fresh) == read_content(target):
                 return False
         if not config.overwrite:
             raise UserError(
@@ -164,7 +164,7 @@ def convert(
 
 
 def main(config: Config) -> int:
-    files = input_files(Path(config.input))
+    files = find_input_files(Path(config.input))
     slides = (
         find_slides(config.slides, config.tile_pattern, config.pictures) if config.slides else {}
     )

@@ -24,10 +24,10 @@ from common.config import REQUIRED, key
 from common.errors import UserError
 from common.processes.isolation import Lost, Raised, alive, check_workers, isolated
 from common.progress import progress
-from patch_encoder.cohort.labels import slides_and_mpps
+from patch_encoder.cohort.labels import find_slides_and_mpps
 from patch_encoder.slides import RegionError, Slide, open_slide
 from patch_encoder.tiles.coordinates import TileGeometry
-from patch_encoder.tiles.grid import grid, tile_geometry
+from patch_encoder.tiles.grid import make_grid, make_tile_geometry
 
 PROBE = 64  # px of a region that is read of the levels that tiles do not come from
 
@@ -68,9 +68,9 @@ def inspect_one(slide_id: str, path: Path, mpp: float | None, config: Config) ->
     except UserError as error:
         return entry | {"error": str(error)}
     with slide:
-        entry |= facts(slide)
-        geometry, entry["plan"] = plan(slide, config)
-        entry["regions"] = probe(slide, geometry, config.sample)
+        entry |= collect_facts(slide)
+        geometry, entry["plan"] = plan_tiles(slide, config)
+        entry["regions"] = probe_tiles(slide, geometry, config.sample)
     return entry
 
 
@@ -95,7 +95,7 @@ def inspect_all(
     return entries
 
 
-def facts(slide: Slide) -> dict[str, Any]:
+def collect_facts(slide: Slide) -> dict[str, Any]:
     """What the file says and what the reader makes of it."""
     properties = slide.properties
     levels = zip(slide.level_sizes, slide.downsamples, strict=True)
@@ -114,10 +114,10 @@ def facts(slide: Slide) -> dict[str, Any]:
     }
 
 
-def plan(slide: Slide, config: Config) -> tuple[TileGeometry | None, dict[str, Any]]:
+def plan_tiles(slide: Slide, config: Config) -> tuple[TileGeometry | None, dict[str, Any]]:
     """How tiles at the target resolution would be read, or why they cannot be."""
     try:
-        geometry = tile_geometry(slide, config.tile_size, config.target_mpp, config.overlap)
+        geometry = make_tile_geometry(slide, config.tile_size, config.target_mpp, config.overlap)
     except UserError as error:
         return None, {"error": str(error)}
     downsample = slide.downsamples[geometry.patch_level]
@@ -131,12 +131,12 @@ def plan(slide: Slide, config: Config) -> tuple[TileGeometry | None, dict[str, A
         "mpp": None
         if slide.mpp is None
         else round(geometry.patch_size * downsample * slide.mpp / geometry.target_size, 5),
-        "tiles": len(grid(geometry)),
+        "tiles": len(make_grid(geometry)),
         "error": "",
     }
 
 
-def probe(slide: Slide, geometry: TileGeometry | None, sample: int) -> dict[str, Any]:
+def probe_tiles(slide: Slide, geometry: TileGeometry | None, sample: int) -> dict[str, Any]:
     """Decode tiles spread over the grid, and one region in the middle of every other level."""
     reads = []
     for level, downsample in enumerate(slide.downsamples if sample else ()):
@@ -150,7 +150,7 @@ def probe(slide: Slide, geometry: TileGeometry | None, sample: int) -> dict[str,
                 level,
             )
         )
-    if geometry is not None and len(corners := grid(geometry)) and sample:
+    if geometry is not None and len(corners := make_grid(geometry)) and sample:
         chosen = corners[np.unique(np.linspace(0, len(corners) - 1, sample).round().astype(int))]
         reads = [read for read in reads if read[3] != geometry.patch_level]
         reads += [(x, y, geometry.patch_size, geometry.patch_level) for x, y in chosen.tolist()]
@@ -168,7 +168,7 @@ def probe(slide: Slide, geometry: TileGeometry | None, sample: int) -> dict[str,
     }
 
 
-def table(entries: Sequence[dict[str, Any]]) -> str:
+def format_table(entries: Sequence[dict[str, Any]]) -> str:
     """One row a slide, columns as wide as they need, and what is wrong below."""
     rows = [
         ("slide", "format", "size", "levels", "mpp", "from", "power", "reads", "tiles", "regions")
@@ -187,7 +187,7 @@ def _grouped(entries: Sequence[dict[str, Any]]) -> list[str]:
     """What is wrong, once for all slides that have it."""
     slides: dict[str, list[str]] = {}
     for entry in entries:
-        for problem in problems(entry):
+        for problem in find_problems(entry):
             slides.setdefault(problem.replace(f"slide {entry['slide']}: ", ""), []).append(
                 entry["slide"]
             )
@@ -220,7 +220,7 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def problems(entry: dict[str, Any]) -> list[str]:
+def find_problems(entry: dict[str, Any]) -> list[str]:
     """One line for each thing that is wrong with a slide."""
     if entry["error"]:
         return [entry["error"]]
@@ -234,7 +234,7 @@ def problems(entry: dict[str, Any]) -> list[str]:
     return found
 
 
-def describe(entry: dict[str, Any]) -> str:
+def describe_slide(entry: dict[str, Any]) -> str:
     """Everything about one slide, a line each."""
     if entry["error"]:
         return f"{entry['slide']}\n  error          {entry['error']}"
@@ -278,7 +278,7 @@ def main(config: Config) -> int:
     check_workers(config.workers, config.read_timeout)
     if config.sample < 0:
         raise UserError(f"sample={config.sample}: expected 0 or more tiles")
-    slides, mpps = slides_and_mpps(
+    slides, mpps = find_slides_and_mpps(
         config.slides, config.labels, config.tile_pattern, config.pictures
     )
     jobs = [(slide_id, path, mpps.get(slide_id) or config.mpp) for slide_id, path in slides.items()]
@@ -286,9 +286,9 @@ def main(config: Config) -> int:
     if config.json:
         print(json.dumps(entries, indent=2, allow_nan=False))
     elif config.details or len(entries) == 1:
-        print("\n\n".join(map(describe, entries)))
+        print("\n\n".join(map(describe_slide, entries)))
     else:
-        print(table(entries))
+        print(format_table(entries))
     return int(any(entry["error"] or entry["regions"]["unreadable"] for entry in entries))
 
 

@@ -54,7 +54,7 @@ class Config:
     )
 
 
-def table(match: str = "") -> list[dict[str, Any]]:
+def make_table(match: str = "") -> list[dict[str, Any]]:
     """One dict a row of the encoder table, JSON-ready, with what a list and a person need."""
     return [
         {
@@ -80,7 +80,7 @@ def table(match: str = "") -> list[dict[str, Any]]:
     ]
 
 
-def as_text(rows: Sequence[dict[str, Any]]) -> str:
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """Columns padded to their longest entry; `-` where there is nothing to say."""
     shown = [[_cell(row[column]) for column in COLUMNS] for row in rows]
     widths = [max(len(line[i]) for line in [list(COLUMNS), *shown]) for i in range(len(COLUMNS))]
@@ -97,7 +97,7 @@ def _cell(value: Any) -> str:
     return "-" if value in (None, "") else str(value)
 
 
-def random_batch(encoder: Encoder, count: int, side: int) -> tuple[torch.Tensor, float]:
+def make_random_batch(encoder: Encoder, count: int, side: int) -> tuple[torch.Tensor, float]:
     """Random tiles through the encoder's own transform; seconds a tile, as one worker would
     take.
     """
@@ -109,7 +109,7 @@ def random_batch(encoder: Encoder, count: int, side: int) -> tuple[torch.Tensor,
     return torch.stack(items), (time.perf_counter() - start) / count
 
 
-def gflops(encoder: Encoder, batch: torch.Tensor) -> float | None:
+def count_gflops(encoder: Encoder, batch: torch.Tensor) -> float | None:
     """10^9 floating-point operations a tile, a multiply-add as two; None for a classical
     descriptor.
     """
@@ -126,7 +126,7 @@ def gflops(encoder: Encoder, batch: torch.Tensor) -> float | None:
 
 
 @torch.inference_mode()
-def seconds(
+def measure_seconds(
     encoder: Encoder, batch: torch.Tensor, precision: str, rounds: int
 ) -> tuple[float, torch.Tensor]:
     """(median seconds a batch on its device, features), after one batch to warm up."""
@@ -141,7 +141,7 @@ def seconds(
     return statistics.median(times[1:]), features.float().cpu()
 
 
-def check(config: Config) -> dict[str, Any]:
+def check_encoder(config: Config) -> dict[str, Any]:
     """Build the encoder and measure it.
 
     Raises:
@@ -152,11 +152,11 @@ def check(config: Config) -> dict[str, Any]:
     encoder = build_encoder(config.verify, config.weights, config.pool, config.layer)
     row = ENCODERS.get(config.verify)
     side = (row.tile if row else None) or 256
-    batch, transformed = random_batch(encoder, config.batch_size, side)
+    batch, transformed = make_random_batch(encoder, config.batch_size, side)
     batch = batch.to(device)
     encoder.model.to(device, memory_format=torch.channels_last)
-    counted = gflops(encoder, batch)
-    elapsed, features = seconds(encoder, batch, precision, config.rounds)
+    counted = count_gflops(encoder, batch)
+    elapsed, features = measure_seconds(encoder, batch, precision, config.rounds)
     if features.shape != (config.batch_size, encoder.dim) or not features.isfinite().all():
         raise UserError(
             f"encoder '{config.verify}': expected finite features ({config.batch_size}, "
@@ -183,14 +183,14 @@ def check(config: Config) -> dict[str, Any]:
 
 def main(config: Config) -> None:
     if config.verify:
-        result = check(config)
+        result = check_encoder(config)
         lines = "\n".join(
             f"{name}: {round(value, 4) if isinstance(value, float) else value}"
             for name, value in result.items()
         )
         print(json.dumps(result, indent=2) if config.json else lines)
         return
-    rows = table(config.match)
+    rows = make_table(config.match)
     if not rows:
         raise UserError(
             f"match='{config.match}': expected part of an encoder's name, found none with it; "
@@ -199,7 +199,7 @@ def main(config: Config) -> None:
     print(
         json.dumps(rows, indent=2)
         if config.json
-        else f"{as_text(rows)}\n\nand by name: {', '.join(PATTERNS)}"
+        else f"{format_table(rows)}\n\nand by name: {', '.join(PATTERNS)}"
     )
 
 

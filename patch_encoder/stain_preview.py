@@ -30,10 +30,16 @@ from common.files import atomic_path
 from patch_encoder.cohort.labels import find_slides
 from patch_encoder.slides import RegionError, Slide, open_slide
 from patch_encoder.stain.augment import HedJitter, StainJitter
-from patch_encoder.stain.macenko import StainProfile, one_stain_alone
-from patch_encoder.stain.normaliser import SCOPES, Normaliser, as_tensor, build_normaliser, thinned
-from patch_encoder.stain.optical_density import stained_pixels
-from patch_encoder.viz.captions import INK, QUIET, TEXT, TITLE, caption_font
+from patch_encoder.stain.macenko import StainProfile, has_one_stain
+from patch_encoder.stain.normaliser import (
+    SCOPES,
+    Normaliser,
+    build_normaliser,
+    convert_to_tensor,
+    thin_pixels,
+)
+from patch_encoder.stain.optical_density import select_stained_pixels
+from patch_encoder.viz.captions import INK, QUIET, TEXT, TITLE, load_caption_font
 
 logger = logging.getLogger(__name__)
 COLUMNS = (
@@ -74,7 +80,7 @@ class Config:
     seed: int = key(0, "of the augmentation's draws")
 
 
-class Row(NamedTuple):
+class PreviewRow(NamedTuple):
     """A tile, and the pixels that stand for its slide."""
 
     name: str
@@ -82,7 +88,7 @@ class Row(NamedTuple):
     slide: UInt8[Tensor, "3 1 n"]
 
 
-def rows_of(slide: Slide, count: int, size: int) -> list[Row]:
+def read_rows(slide: Slide, count: int, size: int) -> list[PreviewRow]:
     """The `count` places with most tissue, out of a grid of CANDIDATES over the slide; in reading
     order.
     """
@@ -93,13 +99,13 @@ def rows_of(slide: Slide, count: int, size: int) -> list[Row]:
     for y in np.unique(np.linspace(0, slide.height - side, down).astype(int)):
         for x in np.unique(np.linspace(0, slide.width - side, across).astype(int)):
             try:
-                found.append((int(x), int(y), as_tensor(slide.read(int(x), int(y), side))))
+                found.append((int(x), int(y), convert_to_tensor(slide.read(int(x), int(y), side))))
             except RegionError as error:
                 logger.warning("stain_preview: %s", error)
     if not found:
         return []
-    pixels = torch.cat([thinned(tile, GRID).flatten(1) for *_, tile in found], 1).unsqueeze(1)
-    tissue = [float(stained_pixels(tile)[0].float().mean()) for *_, tile in found]
+    pixels = torch.cat([thin_pixels(tile, GRID).flatten(1) for *_, tile in found], 1).unsqueeze(1)
+    tissue = [float(select_stained_pixels(tile)[0].float().mean()) for *_, tile in found]
     chosen: list[int] = []
     for index in sorted(range(len(found)), key=lambda i: -tissue[i]):
         apart = all(
@@ -108,13 +114,13 @@ def rows_of(slide: Slide, count: int, size: int) -> list[Row]:
         if apart and len(chosen) < count:
             chosen.append(index)
     return [
-        Row(f"{slide.slide_id}  ({found[i][0]}, {found[i][1]})", found[i][2], pixels)
+        PreviewRow(f"{slide.slide_id}  ({found[i][0]}, {found[i][1]})", found[i][2], pixels)
         for i in sorted(chosen)
     ]
 
 
-def variants(
-    row: Row, methods: dict[str, Normaliser], config: Config, generator: torch.Generator
+def make_variants(
+    row: PreviewRow, methods: dict[str, Normaliser], config: Config, generator: torch.Generator
 ) -> list[np.ndarray]:
     """The row's pictures, uint8 (H, W, 3), in the order of COLUMNS."""
     tile = row.tile.permute(1, 2, 0).numpy()
@@ -125,7 +131,7 @@ def variants(
     stains = source["macenko"]
     assert isinstance(stains, StainProfile)
     hed, own = HedJitter(config.alpha, config.beta), StainJitter(3 * config.alpha, config.beta)
-    tensors = [one_stain_alone(row.tile, stains, stain) for stain in (0, 1)]
+    tensors = [has_one_stain(row.tile, stains, stain) for stain in (0, 1)]
     tensors += [
         hed(row.tile, generator),
         hed(row.tile, generator),
@@ -135,9 +141,9 @@ def variants(
     return [tile, *normalised, *(tensor.permute(1, 2, 0).numpy() for tensor in tensors)]
 
 
-def page(rows: Sequence[tuple[str, list[np.ndarray]]], side: int) -> Image.Image:
+def draw_page(rows: Sequence[tuple[str, list[np.ndarray]]], side: int) -> Image.Image:
     """All pictures on white, columns named once, rows by slide and corner."""
-    font, small = caption_font(TITLE), caption_font(TEXT)
+    font, small = load_caption_font(TITLE), load_caption_font(TEXT)
     step = side + GAP
     sheet = Image.new(
         "RGB", (GAP + step * len(COLUMNS), HEAD + (step + LABEL) * len(rows)), "white"
@@ -171,15 +177,15 @@ def main(config: Config) -> None:
     share, rows = -(-config.tiles // max(1, len(paths))), []
     for place in paths[: config.tiles]:
         with open_slide(place) as slide:
-            found = rows_of(slide, min(share, config.tiles - len(rows)), config.tile_size)
-        rows += [(row.name, variants(row, chosen, config, generator)) for row in found]
+            found = read_rows(slide, min(share, config.tiles - len(rows)), config.tile_size)
+        rows += [(row.name, make_variants(row, chosen, config, generator)) for row in found]
     if not rows:
         raise UserError(
             f"slides={config.slides}: expected tiles that can be read, found none; look with "
             "patch_encoder.inspect_slides"
         )
     with atomic_path(config.output) as temporary:
-        page(rows, min(config.tile_size, 224)).save(temporary, format="PNG")
+        draw_page(rows, min(config.tile_size, 224)).save(temporary, format="PNG")
     logger.info("stain_preview: %d tiles in %s", len(rows), config.output)
 
 

@@ -32,7 +32,7 @@ from common.processes.isolation import Lost, Raised, check_workers, isolated
 from common.progress import progress
 from common.provenance import differences
 from patch_encoder.cohort.failures import Failures
-from patch_encoder.cohort.labels import slides_and_mpps
+from patch_encoder.cohort.labels import find_slides_and_mpps
 from patch_encoder.slides import Slide, SlideError, open_slide
 from patch_encoder.slides.damage import Damage
 from patch_encoder.slides.overview import Overview, read_overview
@@ -42,14 +42,20 @@ from patch_encoder.tiles.coordinates import (
     coordinate_attributes,
     read_coordinates,
 )
-from patch_encoder.tiles.grid import grid, tile_geometry, tissue_share
+from patch_encoder.tiles.grid import make_grid, make_tile_geometry, measure_tissue_share
 from patch_encoder.tissue import METHODS, Tissue, TissueSettings, find_tissue
-from patch_encoder.tissue.annotation import annotation_file
-from patch_encoder.tissue.clam import contour_grid, resolve
+from patch_encoder.tissue.annotation import find_annotation_file
+from patch_encoder.tissue.clam import make_contour_grid, resolve_parameters
 from patch_encoder.tissue.geojson import write_geojson
-from patch_encoder.tissue.outlines import mask_outlines
-from patch_encoder.tissue.quality import Cuts, count_reasons, measure_tiles, reasons, write_tiles
-from patch_encoder.viz.overlay import mask_overlay
+from patch_encoder.tissue.outlines import trace_outlines
+from patch_encoder.tissue.quality import (
+    Cuts,
+    count_reasons,
+    list_drop_reasons,
+    measure_tiles,
+    write_tiles,
+)
+from patch_encoder.viz.overlay import draw_mask_overlay
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +189,7 @@ def _filled(stamp: dict[str, Any]) -> dict[str, Any]:
 def drawn_digest(slide_id: str, config: Config) -> str:
     """Digest of the slide's annotation with method=file, else ''."""
     return (
-        sha256_file(annotation_file(config.tissue.file.folder, slide_id))
+        sha256_file(find_annotation_file(config.tissue.file.folder, slide_id))
         if config.method == "file"
         else ""
     )
@@ -204,14 +210,14 @@ def threads_each(config: Config) -> int:
 
 def _tile(slide: Slide, job: Job, config: Config, stamp: str) -> dict[str, object]:
     output, (slide_id, _, mpp) = Path(config.output), job
-    geometry = tile_geometry(
+    geometry = make_tile_geometry(
         slide, config.tile_size, config.target_mpp, config.overlap, config.step
     )
     tissue = find_tissue(slide, config.method, config.tissue)
     view = read_overview(slide, OVERLAY)
     damages = checked_damages(slide, tissue, view, config.max_unreadable)
     corners = candidate_tiles(slide, tissue, geometry, config.grid, config.pad)
-    share = tissue_share(tissue.mask, corners, geometry)
+    share = measure_tissue_share(tissue.mask, corners, geometry)
     if config.grid == "slide":
         corners, share = corners[share >= config.min_tissue], share[share >= config.min_tissue]
     lost = np.any(
@@ -225,14 +231,14 @@ def _tile(slide: Slide, job: Job, config: Config, stamp: str) -> dict[str, objec
     why = np.where(
         lost | np.isnan(quality.get("blur", share)),
         "unreadable",
-        reasons(quality, cuts_of(config), len(corners)),
+        list_drop_reasons(quality, cuts_of(config), len(corners)),
     )
     keep = why == ""
     coordinates = Coordinates(corners[keep], geometry)
     dropped = {str(reason): corners[why == reason] for reason in sorted(set(why[~keep]))}
     write_pictures(output, slide, view, tissue, coordinates, dropped)
     scale = slide.width / tissue.mask.shape[1], slide.height / tissue.mask.shape[0]
-    outlines = [outline.scaled(*scale) for outline in mask_outlines(tissue.mask)]
+    outlines = [outline.scaled(*scale) for outline in trace_outlines(tissue.mask)]
     write_geojson(output / "tissue" / f"{slide_id}.geojson", outlines, slide.mpp)
     extra = {"settings": stamp, "mpp_given": repr(mpp), "tissue_share": f"{tissue.mask.mean():.4f}"}
     extra["unreadable"] = (
@@ -274,10 +280,12 @@ def candidate_tiles(
 ) -> np.ndarray:
     """Corners before any share of tissue is asked for, (N, 2); with `contour` CLAM's own choice."""
     if how == "slide":
-        return grid(geometry, pad)
+        return make_grid(geometry, pad)
     scale = slide.width / tissue.mask.shape[1], slide.height / tissue.mask.shape[0]
     side = geometry.patch_size_level0
-    return contour_grid(tissue.contours, scale, side, geometry.step, (slide.width, slide.height))
+    return make_contour_grid(
+        tissue.contours, scale, side, geometry.step, (slide.width, slide.height)
+    )
 
 
 def write_pictures(
@@ -289,7 +297,7 @@ def write_pictures(
     dropped: dict[str, Any],
 ) -> None:
     """The overlay with its legend, and a thumbnail for cohort_report."""
-    with_legend, alone = mask_overlay(slide, view, tissue, coordinates, dropped)
+    with_legend, alone = draw_mask_overlay(slide, view, tissue, coordinates, dropped)
     with atomic_path(output / "overlays" / f"{slide.slide_id}.jpg") as temporary:
         with_legend.save(temporary, "JPEG", quality=88)
     alone.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -333,7 +341,7 @@ def check(config: Config) -> None:
         raise UserError(
             "method=file: expected tissue.file.folder=<folder of annotations>, found none"
         )
-    mthresh = resolve(config.tissue.clam).mthresh
+    mthresh = resolve_parameters(config.tissue.clam).mthresh
     if config.method == "clam" and (mthresh < 1 or mthresh % 2 == 0):
         raise UserError(
             f"tissue.clam.mthresh={mthresh}: expected an odd side of the median filter; take "
@@ -343,7 +351,7 @@ def check(config: Config) -> None:
 
 def main(config: Config) -> int:
     check(config)
-    slides, mpps = slides_and_mpps(
+    slides, mpps = find_slides_and_mpps(
         config.slides, config.labels, config.tile_pattern, config.pictures
     )
     stamp = settings_stamp(config)

@@ -56,7 +56,7 @@ class Config:
     )
     references: list[str] = key(["mean_colour"], "encoders that are shown beside it")
     encoders: list[str] = key(
-        [], "how compare_encoders is told of teacher and references (weights); empty: by name"
+        [], "how measure_encoders is told of teacher and references (weights); empty: by name"
     )
     default: dict[str, Any] = key(
         {}, "the default variant: keys of train_d2vfm, and rank.<key> of rank_patches"
@@ -73,7 +73,7 @@ class Config:
     rank: list[str] = key([], "further key=value of rank_patches")
     d2vfm: list[str] = key([], "further key=value of train_d2vfm")
     extract: list[str] = key([], "further key=value of the extraction")
-    cost: list[str] = key([], "further key=value of compare_encoders")
+    cost: list[str] = key([], "further key=value of measure_encoders")
     mil: list[str] = key([], "further key=value of the benchmark")
 
 
@@ -280,14 +280,14 @@ def extracted(
     """The students whose bags are all there."""
     names = "[" + ",".join(f"'{name}={path}'" for name, path in students.items()) + "]"
     features = study.output / "features"
-    arguments = [*config.extract, *on_cohort, f"students={names}", f"output={features}"]
-    error = study.stage("student features", "detection_kd.extract_students", arguments)
+    arguments = [*config.extract, *on_cohort, f"student={names}", f"output={features}"]
+    error = study.stage("student features", "detection_kd.extract_student", arguments)
     failed = [name for name in students if (features / name / "failures.csv").is_file()]
     if error and not failed:
         raise UserError(f"student features: {error} (see {study.output}/logs)")
     for name in failed:
         study.fail(
-            name, "extract_students", f"slides failed, listed in {features / name / 'failures.csv'}"
+            name, "extract_student", f"slides failed, listed in {features / name / 'failures.csv'}"
         )
     return {name: path for name, path in students.items() if name not in failed}
 
@@ -305,7 +305,7 @@ def measured(
     names = "[" + ",".join(f"'{name}={checkpoint}'" for name, checkpoint in students.items()) + "]"
     arguments = [
         f"encoders=[{','.join(encoders)}]",
-        f"students={names}",
+        f"student={names}",
         f"output={path}",
         *config.cost,
         *again,

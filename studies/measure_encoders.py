@@ -5,9 +5,9 @@
     pool=mean crop=false]'
 
 Every encoder goes over the same tiles of the cohort in turn, several rounds, decoding included, so
-that a machine that is busy for a while is busy for all of them; the median round counts. Of
-`students` (a study's variants) those that do the same work but for their adapter are timed once: a
-difference of adapters is smaller than the noise of a clock.
+that a machine that is busy for a while is busy for all of them; the median round counts. Students
+that differ in weights and adapter alone are timed once: a difference of adapters is smaller than
+the noise of a clock.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from common.cli import launch
 from common.config import REQUIRED, key
 from common.device import PRECISIONS, pick_device, pick_precision
 from common.errors import UserError
-from common.files import safe_id, write_json
-from detection_kd.models.student import Student, student_encoder
-from detection_kd.models.student_onnx import any_student_encoder
+from common.files import write_json
+from detection_kd.models.student import Student
+from detection_kd.models.student_onnx import load_students
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.extraction.loop import ExtractSettings, cohort_jobs, encoded, tile_batches
 from patch_encoder.extraction.network import Network
@@ -57,12 +57,9 @@ class Config:
     encoders: list[str] = key(
         [], "encoders: name or name=weights, then pool=..., layer=..., crop=... after spaces"
     )
-    student: str = key(
-        "", "checkpoint of train_d2vfm, or an .onnx file of export_student", path=True
-    )
-    name: str = key("", "name of the student; empty: student, student_onnx or student_int8")
-    students: list[str] = key(
-        [], "further students, name=checkpoint; of equal trunk and pooling the first is timed"
+    student: list[str] = key(
+        [],
+        "checkpoint of train_d2vfm or .onnx file of export_student; several as name=checkpoint",
     )
     labels: str = key("", "labels.csv", path=True)
     tiles: int = key(512, "tiles a round")
@@ -77,24 +74,13 @@ class Config:
 def build_model(config: Config) -> list[Encoder]:
     """All encoders to be compared."""
     encoders = [encoder_of(spec) for spec in config.encoders]
-    if config.student:
-        encoders.append(
-            any_student_encoder(config.student, config.name, pick_device(config.device))
-        )
-    for entry in config.students:
-        name, found, path = entry.partition("=")
-        if not found or not path:
-            raise UserError(f"students: expected name=checkpoint, found '{entry}'")
-        encoders.append(student_encoder(path, safe_id(name.strip(), "student")))
+    encoders += load_students(config.student, pick_device(config.device))
     if not encoders:
-        raise UserError(
-            "compare_encoders: expected encoders=[...], student=... or students=[...], found none "
-            "of them"
-        )
+        raise UserError("expected encoders=[...] or student=..., found neither")
     names = [encoder.name for encoder in encoders]
     if len(set(names)) < len(names):
         raise UserError(
-            f"compare_encoders: expected encoders of different names, found {names}; the table "
+            f"measure_encoders: expected encoders of different names, found {names}; the table "
             "has one row a name"
         )
     return encoders
@@ -164,13 +150,13 @@ def one_round(encoder: Encoder, jobs: list[SlideJob], settings: ExtractSettings)
 def main(config: Config) -> None:
     output = Path(config.output)
     if output.is_file() and not config.overwrite:
-        logger.info("compare_encoders: %s is there", output)
+        logger.info("measure_encoders: %s is there", output)
         return
     device = pick_device(config.device)
     settings = ExtractSettings(
         device, pick_precision(config.precision, device), config.batch_size, config.workers
     )
-    failures = Failures("compare_encoders")
+    failures = Failures("measure_encoders")
     jobs = first_tiles(
         cohort_jobs(config.slides, config.coords, config.labels, failures), config.tiles
     )

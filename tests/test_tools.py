@@ -114,12 +114,30 @@ def test_unknown_keys_are_refused_before_any_work(
     assert not list(folder.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("script", "module"),
+    [
+        ("preprocess/extract-features.sh", "patch_encoder.extract_features"),
+        ("preprocess/filter.sh", "mil.rank_patches"),
+        ("distill.sh", "detection_kd.train_d2vfm"),
+        ("r50_extract.sh", "detection_kd.extract_student"),
+        ("mil_benchmark.sh", "mil.benchmark"),
+    ],
+)
+def test_the_published_names_of_ts2gkd_run_the_stages(
+    script: str, module: str, folder: Path
+) -> None:
+    done, called = started(ROOT / "tools" / script, ["output=here"], folder)
+    assert done.returncode == 0, done.stderr
+    assert called[:2] == ["-m", module] and called[-1] == "output=here"
+
+
 def test_a_stage_runs_with_the_real_interpreter_from_any_folder(folder: Path) -> None:
     for argument, status, expected in (
         ("--help", 0, "target_mpp"),
         ("no_such_key=1", 2, "unknown key 'no_such_key'"),
     ):
-        command = ["bash", str(ROOT / "tools" / "preprocess" / "tile-slides.sh"), argument]
+        command = ["bash", str(ROOT / "tools" / "tile_slides.sh"), argument]
         done = subprocess.run(
             command, capture_output=True, text=True, cwd=folder, env=ENVIRONMENT, check=False
         )

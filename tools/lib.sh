@@ -28,6 +28,22 @@ count_gpus() {
   fi
 }
 
+# collect_keys <name> ...: fill the array `keys` with name=value for every variable NAME (in capitals) that is not empty;
+# a name that ends in [] is a list, whose value is separated by commas
+collect_keys() {
+  keys=()
+  local name variable
+  for name in "$@"; do
+    variable="${name%\[\]}"
+    variable="${variable^^}"
+    if [[ -n "${!variable:-}" && "$name" == *"[]" ]]; then
+      keys+=("${name%\[\]}=[${!variable}]")
+    elif [[ -n "${!variable:-}" ]]; then
+      keys+=("$name=${!variable}")
+    fi
+  done
+}
+
 # run_python <module> <arguments>: one process, whatever the number of GPUs
 run_python() {
   local module=$1

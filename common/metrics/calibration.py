@@ -1,5 +1,5 @@
-"""Whether probabilities mean what they say: ECE, Brier score, reliability, and the temperature that
-mends them.
+"""Whether probabilities mean what they say: expected calibration error (ECE), Brier score,
+reliability, and the temperature that mends them.
 
 Guo et al., "On Calibration of Modern Neural Networks", ICML 2017. Two classes: the probability of
 class 1 against how often class 1 is true, which is what a reader of a risk asks. More: the
@@ -12,10 +12,8 @@ from __future__ import annotations
 import numpy as np
 
 BINS = 10
-TEMPERATURES = (
-    0.05,
-    20.0,
-)  # where the search ends when the validation slides are separated without an error
+# where the search ends when the validation slides are separated without an error
+TEMPERATURES = (0.05, 20.0)
 TINY = 1e-12
 
 
@@ -55,6 +53,29 @@ def brier(targets: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -
     errors = (probabilities - np.eye(probabilities.shape[1])[targets]) ** 2
     each = errors[:, 1] if probabilities.shape[1] == 2 else errors.sum(1)
     return weights @ each / np.maximum(weights.sum(1), TINY)
+
+
+def calibration(
+    targets: np.ndarray,
+    probabilities: np.ndarray,
+    temperature: float,
+    weights: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """`brier`, `ece`, and `ece_scaled` after temperature scaling, each (B,).
+
+    Args:
+        targets: int (S,).
+        probabilities: (S, C).
+        temperature: fitted on other slides, see `fit_temperature`.
+        weights: (B, S); None: ones, B = 1.
+    """
+    weights = np.ones((1, len(targets))) if weights is None else weights
+    scaled = apply_temperature(probabilities, temperature)
+    return {
+        "brier": brier(targets, probabilities, weights),
+        "ece": expected_calibration_error(*stated_and_true(targets, probabilities), weights),
+        "ece_scaled": expected_calibration_error(*stated_and_true(targets, scaled), weights),
+    }
 
 
 def reliability(

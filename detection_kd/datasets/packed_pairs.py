@@ -72,7 +72,7 @@ class Pack:
         if file.attrs.get("format") != FORMAT:
             raise UserError(
                 f"{self.path}: expected format '{FORMAT}', found {file.attrs.get('format')!r}; "
-                "pack it with tools/preprocess/pack-distillation.sh"
+                "pack it with tools/pack_distillation.sh"
             )
         slide_ids = file["slide_ids"].asstr()[()]
         slides = file["slides"][()]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from common.metrics.ranking import counts_above
 from detection_kd.datasets.coco import DetectionSet, ImageRecord
 from detection_kd.evaluation.coco_metrics import Prediction
 
@@ -85,12 +86,8 @@ def operating_points(scores: np.ndarray, kinds: np.ndarray) -> np.ndarray:
     """(false positives, hits) at every cut of the scores, from none to all detections, float64 (2,
     cuts).
     """
-    order = np.argsort(-scores, kind="stable")
-    counts = np.stack([np.cumsum(kinds[order] == kind) for kind in (FALSE, HIT)]).astype(np.float64)
-    ends = (
-        np.append(np.diff(scores[order]) != 0, True) if len(order) else np.zeros(0, bool)
-    )  # equal scores go together
-    return np.concatenate((np.zeros((2, 1)), counts[:, ends]), 1)
+    hits, false = counts_above(kinds == HIT, scores, (kinds != IGNORED)[None])
+    return np.pad(np.concatenate([false, hits]), ((0, 0), (1, 0)))
 
 
 def _overlaps(

@@ -19,7 +19,7 @@ from common.files import atomic_path, safe_id
 from detection_kd.datasets.detection import read_image
 from detection_kd.evaluation.froc import FALSE, HIT
 from detection_kd.evaluation.operating_point import Judged
-from patch_encoder.viz.captions import caption_font
+from patch_encoder.viz.captions import load_caption_font
 
 HIT_COLOUR, FALSE_COLOUR, MISS_COLOUR, NEITHER_COLOUR = (
     (0, 128, 94),
@@ -31,7 +31,7 @@ INK, PAPER = (40, 40, 40), (255, 255, 255)
 SIDES = (800, 1000)  # least and most px of a panel's long side
 LEAST_WIDTH = 420  # px of a panel, so that its heading fits
 GAP, BAND = 16, 34  # px between panels, and of the lines of text above and below
-FONT, SMALL = caption_font(15), caption_font(13)
+FONT, SMALL = load_caption_font(15), load_caption_font(13)
 Box = tuple[float, float, float, float]
 
 

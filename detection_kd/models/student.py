@@ -23,7 +23,7 @@ from detection_kd.models.adapter import Adapter
 from detection_kd.models.backbone import Backbone
 from detection_kd.models.pooling import StagePooling
 from patch_encoder.models.encoder_table import IMAGENET
-from patch_encoder.models.encoders import Encoder, PixelEncoder, ToInputSize, weights_digest
+from patch_encoder.models.encoders import Encoder, PixelEncoder, ToInputSize, digest_weights
 
 NORM_LAYERS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
@@ -211,7 +211,7 @@ def student_encoder(path: str | Path, name: str) -> Encoder:
     provenance = {
         "encoder": f"d2vfm {config['adapter']} needle {needles}{pooled} scale "
         f"{config['input_scale']:g}",
-        "weights_sha256": weights_digest(student),
+        "weights_sha256": digest_weights(student),
         "transform": f"{transform!r}, mean/std {IMAGENET}",
     }
     module = PixelEncoder(student, IMAGENET).eval().requires_grad_(False)

@@ -6,8 +6,7 @@ input is uint8 pixels and the normalisation lies in the graph, BatchNorm in the 
 Post-training static quantisation after Jacob et al., CVPR 2018, as onnxruntime does it (QDQ):
 weights int8 by channel, activations uint8 with MinMax ranges, since vpdpbusd multiplies uint8 by
 int8 (int8 activations ran at a quarter of the speed). Only feature maps are int8, from the first
-convolution to the
-last: pooling and adapter are a thousandth of the work and stay float32, whatever they are.
+convolution to the last: pooling and adapter are a thousandth of the work and stay float32.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,9 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
+from common.config import nearest_path
 from common.errors import UserError
-from common.files import read_json, sha256_file
+from common.files import read_json, safe_id, sha256_file
 from detection_kd.models.student import student_encoder
 from patch_encoder.extraction.network import fold_batch_norms
 from patch_encoder.models.encoders import Encoder
@@ -272,13 +272,45 @@ def exported_encoder(path: str | Path, name: str, device: torch.device) -> Encod
     )
 
 
-def any_student_encoder(path: str | Path, name: str, device: torch.device) -> Encoder:
-    """A student from its checkpoint or from an exported file (`.onnx`); an empty name is given by
-    the kind of file.
+def load_students(entries: Sequence[str], device: torch.device) -> list[Encoder]:
+    """The students of a `student=` key.
+
+    Args:
+        entries: `checkpoint` or `name=checkpoint` each; a checkpoint of `train_d2vfm`, or an
+            `.onnx` file of `export_student`. Without a name, a student is called student,
+            student_onnx or student_int8, by the kind of its file.
+        device: where they will run.
+
+    Raises:
+        UserError: no such file, or two students of one name.
     """
-    if Path(path).suffix == ".onnx":
-        return exported_encoder(path, name, device)
-    return student_encoder(path, name or "student")
+    encoders = []
+    for entry in entries:
+        name, path = split_entry(entry)
+        if Path(path).suffix == ".onnx":
+            encoders.append(exported_encoder(path, name, device))
+        else:
+            encoders.append(student_encoder(path, name or "student"))
+    names = [encoder.name for encoder in encoders]
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"student: expected students of different names, found {names}; give them names: "
+            "student=[a=a.pt,b=b.pt]"
+        )
+    return encoders
+
+
+def split_entry(entry: str) -> tuple[str, str]:
+    """`name=checkpoint` -> (name, checkpoint); ("", checkpoint) for a file without a name."""
+    name, found, path = entry.partition("=")
+    if not found or Path(entry).is_file():
+        name, path = "", entry
+    if not Path(path).is_file():
+        raise UserError(
+            f"student={entry}: expected a checkpoint or name=checkpoint, found no file {path}; "
+            f"{nearest_path(Path(path))}"
+        )
+    return safe_id(name.strip(), "student") if name else "", path
 
 
 def student_note(config: dict[str, Any], encoder: Encoder, form: str) -> dict[str, Any]:

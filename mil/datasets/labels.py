@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError, did_you_mean
-from patch_encoder.cohort.labels import SlideRecord, class_names, read_labels
+from patch_encoder.cohort.labels import SlideRecord, list_class_names, read_labels
 
 logger = logging.getLogger(__name__)
 
@@ -83,4 +83,4 @@ def read_labelled_slides(
             " or ".join(subset),
         )
         records = chosen
-    return LabelledSlides(tuple(records), tuple(class_names(records, positive)))
+    return LabelledSlides(tuple(records), tuple(list_class_names(records, positive)))

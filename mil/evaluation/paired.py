@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mil.tasks.classification import interval
+from common.metrics.bootstrap import interval
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,9 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import read_json, write_csv
+from common.metrics.bootstrap import interval
 from mil.tasks.base import RunPredictions, Task
-from mil.tasks.classification import bootstrap, interval, summarise
+from mil.tasks.bootstrap import bootstrap, summarise
 from mil.tasks.prediction_table import read_parts
 
 COST_KEYS = ("dim", "parameters", "gflops", "tiles_per_second")

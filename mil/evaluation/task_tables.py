@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from common.metrics.bootstrap import interval
+from common.metrics.classification import confusion
 from mil.evaluation.operating import (
     FIXED,
     SCREENING,
@@ -20,7 +22,7 @@ from mil.evaluation.operating import (
 from mil.evaluation.risk_groups import kaplan_meier, median_survival, risk_groups
 from mil.evaluation.runs import FinishedRun, grouped
 from mil.tasks.base import Task
-from mil.tasks.classification import confusion, interval, resample_runs
+from mil.tasks.bootstrap import resample_runs
 from mil.tasks.multilabel import evaluate_each_label
 
 Rows = list[dict[str, Any]]

@@ -14,14 +14,14 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common.metrics.ranking import binary_auc, precision_curves, roc_curves
+from common.metrics.classification import auc, auprc
+from common.metrics.ranking import GRID, binary_auc, precision_curves, roc_curves
 from mil.evaluation.risk_groups import RiskGroups, kaplan_meier, risk_groups
 from mil.evaluation.runs import FinishedRun, grouped
 from mil.evaluation.task_tables import mean_confusion, screening_rows
 from mil.figures.curves import BANDS, curve_figure, looks, reliability_figure, screening_figure
-from mil.figures.report import COLOURS, GRID, STYLE, roc_figure, roc_points, save_picture
+from mil.figures.report import COLOURS, STYLE, roc_figure, save_picture
 from mil.tasks.base import Task
-from mil.tasks.classification import auc, auprc
 from mil.tasks.multilabel import LabelPredictions
 
 HALVES = (("lower risk", False, COLOURS[0]), ("higher risk", True, COLOURS[1]))
@@ -144,8 +144,8 @@ def _mean_of_label(said: Sequence[LabelPredictions], column: int) -> tuple[np.nd
     told = [pair for pair in pairs if 0 < pair[0].sum() < len(pair[0])]
     if not told:
         return np.full(len(GRID), np.nan), float("nan")
-    areas = [binary_auc(*pair, np.ones((1, len(pair[0]))))[0] for pair in told]
-    return np.mean([roc_points(*pair) for pair in told], axis=0), float(np.mean(areas))
+    areas = [binary_auc(*pair)[0] for pair in told]
+    return np.mean([roc_curves(*pair)[0] for pair in told], axis=0), float(np.mean(areas))
 
 
 def survival_figure(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:

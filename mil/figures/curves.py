@@ -25,7 +25,8 @@ from common.metrics.calibration import (
 )
 from common.metrics.ranking import GRID
 from mil.figures.report import COLOURS, STYLE
-from mil.tasks.classification import Predictions, resample_runs
+from mil.tasks.bootstrap import resample_runs
+from mil.tasks.classification import Predictions
 
 RESAMPLES = 300
 DASHES = ("-", "--", "-.", ":")

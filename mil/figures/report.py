@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from common.files import atomic_path
+from common.metrics.ranking import GRID, roc_curves
 from mil.tasks.classification import Predictions
 from patch_encoder.tiles.coordinates import TileGeometry
-from patch_encoder.viz.captions import caption_font
+from patch_encoder.viz.captions import load_caption_font
 
 COLOURS = ("#1b6ca8", "#d1495b", "#5f8d3e", "#8a5a9e", "#c98a1b", "#4a4a4a")
 STYLE: dict[Any, Any] = {
@@ -30,22 +31,6 @@ STYLE: dict[Any, Any] = {
     "axes.edgecolor": "#888888",
 }
 MARK = (220, 30, 60)
-GRID = np.linspace(0, 1, 101)
-
-
-def roc_points(positive: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """True-positive rate at the false-positive rates of GRID, (101,): the steps of the ROC curve,
-    ties as diagonals.
-
-    Args:
-        positive: bool (S,).
-        scores: (S,).
-    """
-    order = np.argsort(-scores, kind="stable")
-    ends = np.flatnonzero(np.diff(scores[order], append=np.inf))
-    tpr = np.concatenate([[0], np.cumsum(positive[order])[ends] / positive.sum()])
-    fpr = np.concatenate([[0], np.cumsum(~positive[order])[ends] / (~positive).sum()])
-    return np.interp(GRID, fpr, tpr)  # on a vertical step: its highest point
 
 
 def roc_figure(runs: Mapping[str, Sequence[Predictions]], aucs: Mapping[str, float]) -> Figure:
@@ -58,7 +43,7 @@ def roc_figure(runs: Mapping[str, Sequence[Predictions]], aucs: Mapping[str, flo
         axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8, linestyle="--")
         for (name, predictions), colour in zip(runs.items(), _cycle(len(runs)), strict=True):
             curves = np.array(
-                [roc_points(run.targets == 1, run.probabilities[:, 1]) for run in predictions]
+                [roc_curves(run.targets == 1, run.probabilities[:, 1])[0] for run in predictions]
             )
             mean, spread = curves.mean(0), curves.std(0)
             # every curve begins at (0, 0), which interpolation over vertical steps does not show
@@ -169,7 +154,7 @@ def mark_tiles(
     side = max(6.0, geometry.patch_size_level0 * scale)
     width = max(2, round(max(overview.shape) / 250))
     size = max(13, round(max(overview.shape) / 26))  # the page shows the overview at half its size
-    font = caption_font(size)
+    font = load_caption_font(size)
     for rank, (x, y) in reversed(list(enumerate(corners * scale, start=1))):
         draw.rectangle((x, y, x + side, y + side), outline=MARK, width=width)
         label_y = y - size - 2 if y >= size + 2 else y + side + 1

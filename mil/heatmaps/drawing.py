@@ -24,9 +24,9 @@ from patch_encoder.viz.captions import (
     QUIET,
     TEXT,
     TITLE,
-    caption_font,
-    fitting,
-    scale_bar,
+    fit_text,
+    load_caption_font,
+    make_scale_bar,
 )
 
 COLOURS = ("viridis", "cividis", "magma", "inferno", "plasma")
@@ -182,7 +182,11 @@ def framed(
     """
     width = max(picture.shape[1], 560)
     size = max(1.0, width / 900)  # a large picture is looked at as a whole: its text grows with it
-    font, small, margin = caption_font(TITLE * size), caption_font(TEXT * size), round(14 * size)
+    font, small, margin = (
+        load_caption_font(TITLE * size),
+        load_caption_font(TEXT * size),
+        round(14 * size),
+    )
     page = Image.new("RGB", (width, picture.shape[0] + round(74 * size)), "white")
     page.paste(Image.fromarray(picture), ((width - picture.shape[1]) // 2, 0))
     draw, top = ImageDraw.Draw(page), picture.shape[0]
@@ -192,9 +196,9 @@ def framed(
     )  # the scale bar's top, the middle of the second line
     room = width - 2.0 * margin - LONGEST * size - 70 * size
     draw.text(
-        (margin, first + 2 * size), fitting(title, font, room), fill=INK, font=font, anchor="lm"
+        (margin, first + 2 * size), fit_text(title, font, room), fill=INK, font=font, anchor="lm"
     )
-    scale_bar(draw, small, mpp, width - margin, first)
+    make_scale_bar(draw, small, mpp, width - margin, first)
     draw.text((width - margin, middle), second, fill=QUIET, font=small, anchor="rm")
     draw.text((margin, middle), heat.low, fill=INK, font=small, anchor="lm")
     x, height = round(margin + small.getlength(heat.low) + 8 * size), round(14 * size)
@@ -203,6 +207,6 @@ def framed(
     )
     page.paste(bar, (x, middle - height // 2))
     room = width - x - bar.width - 16 * size - 2.0 * margin - small.getlength(second)
-    text = fitting(f"{heat.high}   {heat.name}", small, room)
+    text = fit_text(f"{heat.high}   {heat.name}", small, room)
     draw.text((x + bar.width + 8 * size, middle), text, fill=INK, font=small, anchor="lm")
     return page

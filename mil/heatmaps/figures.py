@@ -16,8 +16,9 @@ from jaxtyping import Float
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from common.metrics.classification import auc, confusion
 from mil.figures.report import COLOURS, STYLE, roc_figure, svg_uri
-from mil.tasks.classification import Predictions, binary_auc, confusion
+from mil.tasks.classification import Predictions
 
 BINS = 10
 Z = 1.959964  # of a 95 % interval
@@ -114,16 +115,7 @@ def roc(runs: Sequence[Predictions], classes: Sequence[str]) -> str | None:
     ):
         return None
     aucs = {
-        name: float(
-            np.mean(
-                [
-                    binary_auc(r.targets == 1, r.probabilities[:, 1], np.ones((1, len(r.targets))))[
-                        0
-                    ]
-                    for r in found
-                ]
-            )
-        )
+        name: float(np.mean([auc(run.targets, run.probabilities)[0] for run in found]))
         for name, found in curves.items()
     }
     return svg_uri(roc_figure(curves, aucs))

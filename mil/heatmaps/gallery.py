@@ -15,7 +15,7 @@ from common.files import atomic_path
 from mil.heatmaps.scores import TileScores, percentile_ranks, ranking
 from patch_encoder.slides.base import Slide
 from patch_encoder.tiles.grid import read_tile
-from patch_encoder.viz.captions import INK, QUIET, TEXT, TITLE, caption_font, fitting
+from patch_encoder.viz.captions import INK, QUIET, TEXT, TITLE, fit_text, load_caption_font
 
 CELL, GAP, CAPTION, COLUMNS = (
     168,
@@ -97,7 +97,7 @@ def sheet(
     pictures: Sequence[np.ndarray], tiles: Sequence[TopTile], shown: str, title: str
 ) -> Image.Image:
     """All tiles on white, highest first, each with rank, value and corner."""
-    font, small = caption_font(TITLE), caption_font(TEXT)
+    font, small = load_caption_font(TITLE), load_caption_font(TEXT)
     groups = [
         (kind, [i for i, tile in enumerate(tiles) if tile.kind == kind]) for kind in ("top", "low")
     ]
@@ -106,7 +106,7 @@ def sheet(
     width = COLUMNS * (CELL + GAP) + GAP
     page = Image.new("RGB", (width, 34 + 26 * len(groups) + rows * (CELL + CAPTION + GAP)), "white")
     draw = ImageDraw.Draw(page)
-    draw.text((GAP, 8), fitting(title, font, width - 2.0 * GAP), fill=INK, font=font)
+    draw.text((GAP, 8), fit_text(title, font, width - 2.0 * GAP), fill=INK, font=font)
     y = 34
     for kind, members in groups:
         draw.text(

@@ -21,7 +21,6 @@ from common.files import write_text
 from mil.heatmaps.cohort_figures import FIGURES
 from mil.heatmaps.gallery import say_value
 from mil.heatmaps.sources import Source, facts
-from patch_encoder.viz.captions import round_length, said_length
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 
@@ -69,8 +68,8 @@ def scale_of(row: Mapping[str, Any]) -> tuple[str, float]:
     """(what a scale bar below the slide's picture says, its length in per cent of the picture's
     width).
     """
-    length = round_length(0.25 * row["width"] * row["mpp"])
-    return said_length(length), 100 * length / (row["width"] * row["mpp"])
+    length = choose_round_length(0.25 * row["width"] * row["mpp"])
+    return format_length(length), 100 * length / (row["width"] * row["mpp"])
 
 
 def cohort_figures(source: Source) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from PIL import Image
 from common.files import atomic_path
 from common.processes.isolation import alive
 from mil.heatmaps.drawing import Heat, blend
-from patch_encoder.demo.pyramid import halved
+from patch_encoder.demo.pyramid import halve
 from patch_encoder.slides.base import Slide
 
 TILE = 256
@@ -125,7 +125,7 @@ def _tiles(read: ReadTile, size: tuple[int, int], below: np.ndarray | None) -> I
             tile = read(row, column)
             if below is not None:
                 place = below[row * half : (row + 1) * half, column * half : (column + 1) * half]
-                place[:] = halved(tile)[: place.shape[0], : place.shape[1]]
+                place[:] = halve(tile)[: place.shape[0], : place.shape[1]]
             yield tile
 
 

@@ -31,7 +31,7 @@ from mil.tasks.base import Task
 from patch_encoder.slides import Slide, open_slide
 from patch_encoder.slides.overview import read_overview
 from patch_encoder.tiles.coordinates import Coordinates
-from patch_encoder.tiles.geojson import tiles_geojson
+from patch_encoder.tiles.geojson import make_tiles_geojson
 from patch_encoder.tissue.geojson import read_geojson
 
 PAGE_SIDE, THUMBNAIL = 1100, 200  # px of the pictures in a slide's page and in the cohort's table
@@ -110,7 +110,7 @@ def draw_slide(
     if drawing.geojson:
         write_text(
             output / "geojson" / f"{judged.slide_id}.geojson",
-            tiles_geojson(scores.coordinates, scores.columns()),
+            make_tiles_geojson(scores.coordinates, scores.columns()),
         )
     write_scores(output / "scores" / f"{judged.slide_id}.csv", scores)
     record = {

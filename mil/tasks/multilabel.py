@@ -18,12 +18,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from common.errors import UserError
+from common.metrics.classification import youden_threshold
 from common.metrics.ranking import average_precision, binary_auc, ratio
 from mil.datasets.labels import LabelledSlides
 from mil.losses.classification import label_loss
 from mil.models.output import Target
 from mil.tasks.base import FigureSpec, Row, RunPredictions, Task, TaskOptions, Verdict
-from mil.tasks.classification import Predictions, check_loss, youden_threshold
+from mil.tasks.classification import Predictions, check_loss
 from mil.tasks.prediction_table import check_names, read_probabilities
 from mil.tasks.slide_targets import NONE, read_records
 from patch_encoder.cohort.labels import SlideRecord

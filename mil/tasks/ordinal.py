@@ -16,12 +16,13 @@ from torch import Tensor
 
 from common.errors import UserError, did_you_mean
 from common.metrics.agreement import kappa
+from common.metrics.classification import confusion
 from common.metrics.ranking import binary_auc, ratio
 from mil.datasets.labels import LabelledSlides
 from mil.losses.ordinal import corn_loss, corn_probabilities
 from mil.models.output import Target
 from mil.tasks.base import FigureSpec, Row, Task
-from mil.tasks.classification import Predictions, confusion, read_class_predictions
+from mil.tasks.classification import Predictions, read_class_predictions
 from mil.tasks.slide_targets import present_names, read_records
 
 

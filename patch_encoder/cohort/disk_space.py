@@ -19,7 +19,7 @@ from patch_encoder.extraction.tile_batches import SlideJob
 REMEDY = "free some, choose output= on another disk, or store dtype=float16"
 
 
-def bag_bytes(tiles: int, dim: int, dtype: str, pt: bool) -> int:
+def estimate_bag_bytes(tiles: int, dim: int, dtype: str, pt: bool) -> int:
     """Bytes of one slide on the disk: N x (D x bytes + 16 of coordinates), the features again with
     `pt`, a fixed part each.
     """
@@ -33,7 +33,7 @@ def check_room(folder: Path, jobs: Sequence[SlideJob], dim: int, dtype: str, pt:
     Raises:
         UserError: they do not fit.
     """
-    needed = sum(bag_bytes(len(job.coordinates.coords), dim, dtype, pt) for job in jobs)
+    needed = sum(estimate_bag_bytes(len(job.coordinates.coords), dim, dtype, pt) for job in jobs)
     free = shutil.disk_usage(_existing(folder)).free
     if needed > free:
         raise UserError(
@@ -44,7 +44,7 @@ def check_room(folder: Path, jobs: Sequence[SlideJob], dim: int, dtype: str, pt:
 
 
 @contextmanager
-def full_disk_explained(folder: Path) -> Iterator[None]:
+def explain_full_disk(folder: Path) -> Iterator[None]:
     """A full disk on the way is one line; slides that are finished stay."""
     try:
         yield

@@ -21,7 +21,7 @@ from patch_encoder.slides.names import (
 )
 from patch_encoder.slides.resolution import is_plausible
 from patch_encoder.slides.tile_pattern import TilePattern
-from patch_encoder.slides.tile_pattern import tile_pattern as compile_pattern
+from patch_encoder.slides.tile_pattern import parse_tile_pattern as compile_pattern
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _record(path: Path, line: int, row: dict[str, str]) -> SlideRecord:
     )
 
 
-def class_names(records: Sequence[SlideRecord], positive: str | None = None) -> list[str]:
+def list_class_names(records: Sequence[SlideRecord], positive: str | None = None) -> list[str]:
     """Sorted labels; `positive` moves that label to the end, where two-class scores look for it.
 
     Raises:
@@ -209,7 +209,7 @@ def _walk(folder: Path, pattern: TilePattern, suffixes: Set[str], seen: set[Path
     ]
 
 
-def find_wanted(
+def find_wanted_slides(
     wanted: Set[str], root: str | Path, tile_pattern: str = "", pictures: bool = False
 ) -> dict[str, Path]:
     """All that `find_slides` finds, and plain pictures of the ids in `wanted` that it does not."""
@@ -221,7 +221,7 @@ def find_wanted(
     return dict(sorted(found.items()))
 
 
-def locate(
+def locate_slides(
     records: Sequence[SlideRecord], root: str | Path, tile_pattern: str = "", pictures: bool = False
 ) -> dict[str, Path]:
     """Slide id -> path for every record, in the records' order; the other arguments are those of
@@ -232,7 +232,9 @@ def locate(
     Raises:
         UserError: a labelled slide is not below `root`.
     """
-    found = find_wanted({record.slide_id for record in records}, root, tile_pattern, pictures)
+    found = find_wanted_slides(
+        {record.slide_id for record in records}, root, tile_pattern, pictures
+    )
     unknown = [record.slide_id for record in records if record.slide_id not in found]
     if unknown:
         raise UserError(
@@ -243,7 +245,7 @@ def locate(
     return {record.slide_id: found[record.slide_id] for record in records}
 
 
-def slides_and_mpps(
+def find_slides_and_mpps(
     root: str | Path, labels: str = "", tile_pattern: str = "", pictures: bool = False
 ) -> tuple[dict[str, Path], dict[str, float | None]]:
     """The slides of labels.csv, or without one every slide that is found; and the mpp that
@@ -252,6 +254,6 @@ def slides_and_mpps(
     if not labels:
         return find_slides(root, tile_pattern, pictures), {}
     records = read_labels(labels)
-    return locate(records, root, tile_pattern, pictures), {
+    return locate_slides(records, root, tile_pattern, pictures), {
         record.slide_id: record.mpp for record in records
     }

@@ -39,30 +39,32 @@ class Shard:
         """`1-of-4`; empty for the whole."""
         return f"{self.index}-of-{self.count}" if self.count > 1 else ""
 
-    def of(self, jobs: Sequence[SlideJob]) -> list[SlideJob]:
+    def select(self, jobs: Sequence[SlideJob]) -> list[SlideJob]:
         """Every count-th slide by size, so that all parts take about as long; depends on the cohort
         alone.
         """
-        return largest_first(jobs)[self.index - 1 :: self.count] if self.count > 1 else list(jobs)
+        return (
+            sort_largest_first(jobs)[self.index - 1 :: self.count] if self.count > 1 else list(jobs)
+        )
 
 
-def tile_count(jobs: Sequence[SlideJob]) -> int:
+def count_tiles(jobs: Sequence[SlideJob]) -> int:
     """Tiles of all jobs."""
     return sum(len(job.coordinates.coords) for job in jobs)
 
 
-def largest_first(jobs: Sequence[SlideJob]) -> list[SlideJob]:
+def sort_largest_first(jobs: Sequence[SlideJob]) -> list[SlideJob]:
     """By falling number of tiles, ties by slide id."""
     return sorted(jobs, key=lambda job: (-len(job.coordinates.coords), job.slide_id))
 
 
-def bundles(jobs: Sequence[SlideJob], least: int) -> list[list[SlideJob]]:
+def make_bundles(jobs: Sequence[SlideJob], least: int) -> list[list[SlideJob]]:
     """Largest first; slides below `least` tiles share a bundle of about that many, so that they
     share batches.
     """
     out: list[list[SlideJob]] = []
-    for job in largest_first(jobs):
-        if not out or tile_count(out[-1]) >= least:
+    for job in sort_largest_first(jobs):
+        if not out or count_tiles(out[-1]) >= least:
             out.append([])
         out[-1].append(job)
     return out

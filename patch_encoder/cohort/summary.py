@@ -24,7 +24,7 @@ PLAUSIBLE = (0.05, 2.0)  # um per pixel at level 0 of any scanner in use
 
 
 @dataclass
-class Row:
+class SlideSummary:
     """One slide.
 
     Attributes:
@@ -58,7 +58,9 @@ class Row:
         return float(np.median(values)) if values is not None and len(values) else None
 
 
-def read_rows(tiles: Path, features: Sequence[str], labels: Mapping[str, str]) -> list[Row]:
+def read_rows(
+    tiles: Path, features: Sequence[str], labels: Mapping[str, str]
+) -> list[SlideSummary]:
     """Every slide that has coordinates, a failure or a label, sorted by id.
 
     Raises:
@@ -71,29 +73,31 @@ def read_rows(tiles: Path, features: Sequence[str], labels: Mapping[str, str]) -
     }
     for folder in (tiles, *map(Path, features)):
         for slide, stage, error in read_failures(folder / "failures.csv"):
-            row = rows.setdefault(slide, Row(slide))
+            row = rows.setdefault(slide, SlideSummary(slide))
             row.status, row.errors = "failed", [*row.errors, f"{stage}: {error}"]
     if not rows:
         raise UserError(f"tiles={tiles}: expected coords/*.h5 of tile_slides, found none")
     for slide, label in labels.items():
-        row = rows.setdefault(slide, Row(slide, "failed", errors=["in labels.csv, but not tiled"]))
+        row = rows.setdefault(
+            slide, SlideSummary(slide, "failed", errors=["in labels.csv, but not tiled"])
+        )
         row.label = label
     for folder in features:
         _add_bags(rows, folder)
     return [rows[slide] for slide in sorted(rows)]
 
 
-def read_row(path: Path) -> Row:
+def read_row(path: Path) -> SlideSummary:
     """One slide's row from its coordinates file; a file that cannot be read gives a failed row."""
     try:
         coordinates, attributes = read_coordinates(path), coordinate_attributes(path)
     except UserError as error:
-        return Row(path.stem, "failed", errors=[str(error)])
+        return SlideSummary(path.stem, "failed", errors=[str(error)])
     geometry, count = coordinates.geometry, len(coordinates.coords)
     share = float(attributes["tissue_share"]) if attributes.get("tissue_share") else None
     area = geometry.level0_width * geometry.level0_height * geometry.mpp**2 / 1e6
     step = max(1, count // SAMPLE)
-    row = Row(
+    row = SlideSummary(
         path.stem,
         "ok" if count else "no tiles",
         count,
@@ -123,7 +127,7 @@ def read_failures(path: Path) -> list[tuple[str, str, str]]:
         ]
 
 
-def _add_bags(rows: dict[str, Row], folder: str) -> None:
+def _add_bags(rows: dict[str, SlideSummary], folder: str) -> None:
     name, files = Path(folder).name, bag_files(folder)
     for slide, row in rows.items():
         count = bag_size(files[slide]) if slide in files else None
@@ -149,7 +153,9 @@ def bag_size(path: Path) -> int | None:
         return None
 
 
-def bin_edges(rows: Sequence[Row], name: str, logarithmic: bool) -> np.ndarray | None:
+def compute_bin_edges(
+    rows: Sequence[SlideSummary], name: str, logarithmic: bool
+) -> np.ndarray | None:
     """Edges of BINS bins over the middle 98 % of a measure in the whole cohort; None when no tile
     has it.
     """

@@ -131,7 +131,7 @@ def split_fields(fields: dict[str, Field], splits: Path, source: Path) -> dict[s
     return chosen
 
 
-def cut(field: Field, side: int, lesion: str) -> list[FieldTile]:
+def cut_tiles(field: Field, side: int, lesion: str) -> list[FieldTile]:
     """Tiles of a field, row by row.
 
     A tile holds a lesion when at least half of the area of one box of the category `lesion` lies in

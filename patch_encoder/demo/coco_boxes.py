@@ -9,7 +9,7 @@ Number = float | int
 Box = tuple[Number, Number, Number, Number]
 
 
-def coco_document(
+def make_coco_document(
     images: Iterable[tuple[str, int, int]],
     boxes: Iterable[Iterable[tuple[str, Box]]],
     categories: Sequence[str],

@@ -18,7 +18,7 @@ STAMP = "cohort.json"
 PARTS = ("labels.csv", "annotations.json", "tiles.csv", "slides", "detection")
 
 
-def claim(root: Path, maker: str, settings: dict[str, Any], overwrite: bool) -> None:
+def claim_folder(root: Path, maker: str, settings: dict[str, Any], overwrite: bool) -> None:
     """Make the folder and stamp it with its maker and settings; the same ones again go on with what
     is there.
 

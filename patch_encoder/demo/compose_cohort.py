@@ -25,10 +25,10 @@ from common.config import REQUIRED, identity, key
 from common.errors import UserError, did_you_mean
 from common.files import atomic_path, sha256_file, write_csv, write_json
 from common.progress import progress
-from patch_encoder.demo.annotated_fields import SPLITS, Field, cut, read_fields, split_fields
-from patch_encoder.demo.coco_boxes import coco_document
-from patch_encoder.demo.cohort_folder import LABEL_COLUMNS, claim
-from patch_encoder.demo.compose_plan import ComposedSlide, compose
+from patch_encoder.demo.annotated_fields import SPLITS, Field, cut_tiles, read_fields, split_fields
+from patch_encoder.demo.coco_boxes import make_coco_document
+from patch_encoder.demo.cohort_folder import LABEL_COLUMNS, claim_folder
+from patch_encoder.demo.compose_plan import ComposedSlide, compose_slides
 from patch_encoder.demo.tile_folder import write_tile_folder
 
 TILE_COLUMNS = ("slide_id", "row", "column", "field", "x", "y", "lesion")
@@ -86,9 +86,9 @@ def main(config: Config) -> int:
         tiles = [
             tile
             for field in chosen[split]
-            for tile in cut(field, config.tile, config.lesion_category)
+            for tile in cut_tiles(field, config.tile, config.lesion_category)
         ]
-        slides += compose(
+        slides += compose_slides(
             split,
             tiles,
             getattr(config, f"{split}_slides"),
@@ -97,7 +97,7 @@ def main(config: Config) -> int:
         )
     inputs = {split: sha256_file(Path(config.splits) / f"{split}.txt") for split in SPLITS}
     inputs["annotations"] = sha256_file(config.annotations)
-    claim(root, "compose_cohort", {**identity(config), "inputs": inputs}, config.overwrite)
+    claim_folder(root, "compose_cohort", {**identity(config), "inputs": inputs}, config.overwrite)
     for slide in progress(slides, "slides", len(slides), "slide"):
         places = [
             (place // config.columns, place % config.columns) for place in range(len(slide.tiles))
@@ -175,7 +175,7 @@ def write_detection(
         for field in fields
     ]
     images = [(field.file_name, field.width, field.height) for field in fields]
-    write_json(folder / f"{split}.json", coco_document(images, boxes, categories))
+    write_json(folder / f"{split}.json", make_coco_document(images, boxes, categories))
 
 
 if __name__ == "__main__":

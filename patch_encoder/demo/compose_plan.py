@@ -32,7 +32,7 @@ class ComposedSlide:
         return "positive" if self.positive else "negative"
 
 
-def compose(
+def compose_slides(
     split: str, tiles: list[FieldTile], slides: int, tiles_per_slide: int, seed: tuple[int, ...]
 ) -> list[ComposedSlide]:
     """Compose the slides of one split from its tiles; half of them, rounded down, are positive.

@@ -19,7 +19,7 @@ SMALLEST = 256
 """A level is halved as long as the result has at least this many pixels a side."""
 
 
-def halved(picture: np.ndarray) -> np.ndarray:
+def halve(picture: np.ndarray) -> np.ndarray:
     """Mean over 2 x 2 pixels, rounded half up: (H, W, 3) -> (H // 2, W // 2, 3) uint8; an odd last
     row or column is cut.
     """
@@ -29,11 +29,11 @@ def halved(picture: np.ndarray) -> np.ndarray:
     return ((total + 2) >> 2).astype(np.uint8)
 
 
-def levels(picture: np.ndarray) -> list[np.ndarray]:
+def make_levels(picture: np.ndarray) -> list[np.ndarray]:
     """The picture and its halvings, largest first."""
     pyramid = [picture]
     while min(pyramid[-1].shape[:2]) >= 2 * SMALLEST:
-        pyramid.append(halved(pyramid[-1]))
+        pyramid.append(halve(pyramid[-1]))
     return pyramid
 
 
@@ -47,7 +47,7 @@ def write_pyramid(path: str | Path, picture: np.ndarray, mpp: float, comment: st
         comment: stored as ImageDescription, which OpenSlide shows as `openslide.comment`; ASCII.
     """
     with atomic_path(path) as temporary, tifffile.TiffWriter(temporary) as writer:
-        for number, level in enumerate(levels(picture)):
+        for number, level in enumerate(make_levels(picture)):
             per_centimetre = 1e4 / (mpp * 2**number)
             writer.write(
                 level,

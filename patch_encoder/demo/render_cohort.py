@@ -31,8 +31,8 @@ from common.config import REQUIRED, identity, key
 from common.errors import UserError
 from common.files import sha256_bytes, write_csv, write_json
 from common.progress import progress
-from patch_encoder.demo.coco_boxes import coco_document
-from patch_encoder.demo.cohort_folder import LABEL_COLUMNS, claim
+from patch_encoder.demo.coco_boxes import make_coco_document
+from patch_encoder.demo.cohort_folder import LABEL_COLUMNS, claim_folder
 from patch_encoder.demo.cytology.smear import Box
 from patch_encoder.demo.render import render_field, render_slide
 from patch_encoder.demo.sample_plan import PlannedField, PlannedSlide, plan_fields, plan_slides
@@ -74,7 +74,7 @@ def main(config: Config) -> int:
     check(config)
     root = Path(config.output)
     settings = {**identity(config), "drawing": DRAWING}
-    claim(root, "sample_cohort", settings, config.overwrite)
+    claim_folder(root, "sample_cohort", settings, config.overwrite)
     slides = plan_slides(
         config.seed,
         config.side,
@@ -87,7 +87,7 @@ def main(config: Config) -> int:
     comment = f"sample_cohort {sha256_bytes(repr(sorted(settings.items())).encode())[:16]}"
     draw_slide = partial(render_slide, folder=root / "slides", mpp=config.mpp, comment=comment)
     draw_field = partial(render_field, folder=root / "detection" / "images")
-    with parallel(config.workers) as run:
+    with run_parallel(config.workers) as run:
         slide_boxes = list(progress(run(draw_slide, slides), "slides", len(slides), "slide"))
         field_boxes = list(progress(run(draw_field, fields), "fields", len(fields), "field"))
     write_slide_tables(root, slides, slide_boxes, config.side)
@@ -116,7 +116,7 @@ def check(config: Config) -> None:
 
 
 @contextmanager
-def parallel(workers: int) -> Iterator[Callable[[Callable[[T], R], Iterable[T]], Iterable[R]]]:
+def run_parallel(workers: int) -> Iterator[Callable[[Callable[[T], R], Iterable[T]], Iterable[R]]]:
     """A `map` over processes, results in order; the plain one for a single process.
 
     Processes are spawned: a forked one would inherit the locks of the threads that numerical
@@ -149,7 +149,7 @@ def write_slide_tables(
         for s in slides
     ]
     images = [(f"slides/{s.slide_id}.tiff", side, side) for s in slides]
-    write_json(root / "annotations.json", coco_document(images, named(boxes), [CATEGORY]))
+    write_json(root / "annotations.json", make_coco_document(images, find_named(boxes), [CATEGORY]))
     write_csv(root / "labels.csv", LABEL_COLUMNS, rows)
 
 
@@ -160,11 +160,11 @@ def write_field_tables(root: Path, fields: list[PlannedField], boxes: list[list[
             (field, own) for field, own in zip(fields, boxes, strict=True) if field.subset == subset
         ]
         images = [(field.name, field.side, field.side) for field, _ in chosen]
-        document = coco_document(images, named([own for _, own in chosen]), [CATEGORY])
+        document = make_coco_document(images, find_named([own for _, own in chosen]), [CATEGORY])
         write_json(root / "detection" / f"{subset}.json", document)
 
 
-def named(boxes: list[list[Box]]) -> list[list[tuple[str, Box]]]:
+def find_named(boxes: list[list[Box]]) -> list[list[tuple[str, Box]]]:
     """The category before each box."""
     return [[(CATEGORY, box) for box in own] for own in boxes]
 

@@ -34,7 +34,7 @@ def granulometry(
     for opened in _openings(values, FINE):
         means.append(float(opened.mean()))
         peaks.append(float(opened.max()))
-    for opened in _openings(halved(values), tuple(radius // 2 for radius in COARSE)):
+    for opened in _openings(halve(values), tuple(radius // 2 for radius in COARSE)):
         means.append(float(opened.mean()))
         peaks.append(float(opened.max()))
     # the step to half resolution can raise the mean by a rounding; a spectrum has no negative part
@@ -42,13 +42,13 @@ def granulometry(
     return spectrum, np.array(peaks, dtype=np.float32)
 
 
-def without_ground(values: UInt8[np.ndarray, "h w"], radius: int) -> UInt8[np.ndarray, "h w"]:
+def remove_ground(values: UInt8[np.ndarray, "h w"], radius: int) -> UInt8[np.ndarray, "h w"]:
     """Top-hat: what stands out above the opening by an octagon of `radius` px (odd), taken at half
     resolution.
 
     Nuclei remain, and the cytoplasm that they lie in, however many cells overlap there, does not.
     """
-    ground = _openings(halved(values), (radius // 2,))[0].repeat(2, axis=0).repeat(2, axis=1)
+    ground = _openings(halve(values), (radius // 2,))[0].repeat(2, axis=0).repeat(2, axis=1)
     height, width = values.shape
     ground = np.pad(
         ground, ((0, height - ground.shape[0]), (0, width - ground.shape[1])), mode="edge"
@@ -56,7 +56,7 @@ def without_ground(values: UInt8[np.ndarray, "h w"], radius: int) -> UInt8[np.nd
     return values - np.minimum(ground, values)
 
 
-def halved(values: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h2 w2"]:
+def halve(values: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h2 w2"]:
     """Mean over 2 x 2 pixels, rounded; an odd last row or column is cut."""
     height, width = values.shape[0] // 2 * 2, values.shape[1] // 2 * 2
     rows = values[0:height:2, :width].astype(np.uint16) + values[1:height:2, :width]

@@ -41,7 +41,7 @@ NUCLEUS_NAMES = (
 
 
 @dataclass(frozen=True)
-class Bodies:
+class NucleusBodies:
     """Measures (K,) of the K bodies: area px, fill, eccentricity, mean and spread of the density,
     mean steepness.
     """
@@ -57,7 +57,7 @@ class Bodies:
 def nucleus_statistics(nuclear: Float32[np.ndarray, "h w"]) -> Float32[np.ndarray, " s"]:
     """Statistics (len(NUCLEUS_NAMES),) of a map (H, W) of nuclear density above the ground."""
     smooth = uniform_filter(nuclear, SCALES[0], mode="nearest")
-    bodies = measure(smooth > CHROMATIN, nuclear, np.abs(nuclear - smooth))
+    bodies = measure_bodies(smooth > CHROMATIN, nuclear, np.abs(nuclear - smooth))
     compact = bodies.fill > COMPACT
     parts = (
         [np.sqrt((smooth > depth).mean()) for depth in DEPTHS],
@@ -70,7 +70,7 @@ def nucleus_statistics(nuclear: Float32[np.ndarray, "h w"]) -> Float32[np.ndarra
     return np.concatenate(parts).astype(np.float32)
 
 
-def measure(mask: np.ndarray, nuclear: np.ndarray, steepness: np.ndarray) -> Bodies:
+def measure_bodies(mask: np.ndarray, nuclear: np.ndarray, steepness: np.ndarray) -> NucleusBodies:
     """Measure each connected component (4-neighbourhood) of a mask (H, W) that is larger than a
     speck.
     """
@@ -89,7 +89,7 @@ def measure(mask: np.ndarray, nuclear: np.ndarray, steepness: np.ndarray) -> Bod
     # 1 / 12 is the spread of a pixel itself: a single pixel gets fill close to 1 and not infinity
     yy, xx, xy = mean(dy * dy) + 1 / 12, mean(dx * dx) + 1 / 12, mean(dx * dy)
     root = np.sqrt((xx - yy) ** 2 + 4 * xy**2)
-    bodies = Bodies(
+    bodies = NucleusBodies(
         area=area,
         fill=area / (4 * np.pi * np.sqrt(np.maximum(xx * yy - xy**2, 1e-6))),
         eccentricity=np.sqrt(1 - (xx + yy - root).clip(0) / (xx + yy + root)),
@@ -98,7 +98,9 @@ def measure(mask: np.ndarray, nuclear: np.ndarray, steepness: np.ndarray) -> Bod
         edge=mean(steepness[rows, columns]),
     )
     kept = area >= AREAS[0]
-    return Bodies(*(getattr(bodies, name)[kept] for name in Bodies.__dataclass_fields__))
+    return NucleusBodies(
+        *(getattr(bodies, name)[kept] for name in NucleusBodies.__dataclass_fields__)
+    )
 
 
 def _counts(areas: np.ndarray) -> np.ndarray:
@@ -106,7 +108,7 @@ def _counts(areas: np.ndarray) -> np.ndarray:
     return np.log1p(np.histogram(areas, bins=(*AREAS, np.inf))[0])
 
 
-def _largest(bodies: Bodies, chosen: np.ndarray) -> list[float]:
+def _largest(bodies: NucleusBodies, chosen: np.ndarray) -> list[float]:
     """Measures of the largest body among the chosen ones; all zero without one."""
     if not chosen.any():
         return [0.0] * 6

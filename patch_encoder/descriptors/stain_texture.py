@@ -23,7 +23,7 @@ from jaxtyping import Float32, UInt8
 from skimage.color import hed_from_rgb
 
 from patch_encoder.descriptors.binary_patterns import PATTERNS, RINGS, pattern_shares
-from patch_encoder.descriptors.granulometry import RADII, granulometry, without_ground
+from patch_encoder.descriptors.granulometry import RADII, granulometry, remove_ground
 from patch_encoder.descriptors.nucleus_statistics import NUCLEUS_NAMES, nucleus_statistics
 from patch_encoder.descriptors.stain_texture_scale import SCALE
 
@@ -71,7 +71,7 @@ def describe(tile: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, " d"]:
     density = _density_table().take(np.moveaxis(tile, 2, 0))  # (3, H, W)
     nuclear = np.minimum(density[0], density[1])
     nuclear_bytes, grey_bytes = _bytes(nuclear), _bytes(density.mean(axis=0))
-    spots = without_ground(nuclear_bytes, GROUND)
+    spots = remove_ground(nuclear_bytes, GROUND)
     bodies = nucleus_statistics(spots.astype(np.float32) / STEPS)
     parts = (
         _colours(density, nuclear),

@@ -16,7 +16,7 @@ from common.checkpoint import save_tensors
 from patch_encoder.bags.files import BagWriter
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.extraction.tile_batches import BadTile, SlideJob, TileBatch
-from patch_encoder.slides.identity import slide_identity
+from patch_encoder.slides.identity import compute_slide_identity
 
 UNREADABLE = "unreadable_tiles"  # attribute of `features` in a bag that lacks some
 
@@ -119,7 +119,9 @@ class Assembly:
             return
         assert slide.writer is not None
         try:
-            provenance: dict[str, object] = dict(self.provenance[index]) | slide_identity(job.path)
+            provenance: dict[str, object] = dict(self.provenance[index]) | compute_slide_identity(
+                job.path
+            )
         except OSError as error:
             _discard(slide)
             self.failures.add(job.slide_id, f"slide {job.path}: was read, and then: {error}")

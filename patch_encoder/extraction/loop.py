@@ -24,13 +24,13 @@ from common.errors import UserError
 from common.progress import Progress
 from common.provenance import differences
 from patch_encoder.bags.files import bag_header
-from patch_encoder.cohort.disk_space import check_room, full_disk_explained
+from patch_encoder.cohort.disk_space import check_room, explain_full_disk
 from patch_encoder.cohort.failures import Failures
-from patch_encoder.cohort.labels import find_wanted, locate, read_labels
+from patch_encoder.cohort.labels import find_wanted_slides, locate_slides, read_labels
 from patch_encoder.cohort.shards import Shard
 from patch_encoder.extraction import decoding
 from patch_encoder.extraction.bag_assembly import UNREADABLE, Assembly
-from patch_encoder.extraction.network import Launched, Network
+from patch_encoder.extraction.network import Network, PendingFeatures
 from patch_encoder.extraction.ray_backend import RaySettings, Report, work_on_ray
 from patch_encoder.extraction.tile_batches import SlideJob, TileBatch, TileSequence
 from patch_encoder.models.encoders import Encoder
@@ -95,9 +95,9 @@ def cohort_jobs(
     records = read_labels(labels) if labels else []
     # without labels, a picture is a slide where it was tiled as one
     paths = (
-        locate(records, slides, pattern)
+        locate_slides(records, slides, pattern)
         if records
-        else find_wanted({path.stem for path in tiled}, slides, pattern)
+        else find_wanted_slides({path.stem for path in tiled}, slides, pattern)
     )
     mpps = {record.slide_id: record.mpp for record in records}
     jobs, without = [], {}
@@ -120,7 +120,7 @@ def cohort_jobs(
     if shard.index == 1:  # once, not in every part
         for slide_id, error in without.items():
             failures.add(slide_id, error)
-    return shard.of(jobs)
+    return shard.select(jobs)
 
 
 def bag_provenance(
@@ -204,7 +204,7 @@ def encode_slides(
     waiting = Stopwatch()
     bar = Progress(f"{encoder.name} features", len(sequence), "tiles", enabled=show)
     batches = tile_batches(sequence, settings)
-    with full_disk_explained(folder), bar, closing(assembly), closing(batches):
+    with explain_full_disk(folder), bar, closing(assembly), closing(batches):
         for batch, features in encoded(waiting.over(batches), network, settings.dtype):
             assembly.take(batch, features)
             bar.advance(sum(count for _, count in batch.counted))
@@ -253,7 +253,7 @@ def encoded(
 
     One batch behind: the device has its next work before the host stores what is ready.
     """
-    before: tuple[TileBatch, Launched | None] | None = None
+    before: tuple[TileBatch, PendingFeatures | None] | None = None
     for batch in batches:
         started = network.launch(batch.items) if batch.items is not None else None
         if before is not None:
@@ -263,7 +263,7 @@ def encoded(
         yield before[0], _stored(before[1], dtype)
 
 
-def _stored(launched: Launched | None, dtype: str) -> np.ndarray:
+def _stored(launched: PendingFeatures | None, dtype: str) -> np.ndarray:
     if launched is None:
         return np.empty((0, 0), dtype=dtype)
     return launched.features().to(getattr(torch, dtype)).numpy()

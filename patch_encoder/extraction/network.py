@@ -34,7 +34,7 @@ NORMS = (
 
 
 @dataclass(frozen=True)
-class Launched:
+class PendingFeatures:
     """Features that the device may still be computing."""
 
     host: Tensor
@@ -87,7 +87,7 @@ class Network:
     # inference_mode would guard compiled code by the kind of tensor: ordinary from workers, not
     # when padded
     @torch.no_grad()
-    def launch(self, items: Tensor) -> Launched:
+    def launch(self, items: Tensor) -> PendingFeatures:
         """Start on items (n, ...); the caller goes on while CUDA computes.
 
         Raises:
@@ -99,14 +99,14 @@ class Network:
             # to pinned memory on CUDA
             host = torch.cat(parts).to("cpu", non_blocking=True)
         if self.device.type != "cuda":
-            return Launched(host, None)
+            return PendingFeatures(host, None)
         done = torch.cuda.Event()
         done.record()
-        return Launched(host, done)
+        return PendingFeatures(host, done)
 
     def _features(self, items: Tensor) -> Tensor:
         """float32 (n, D) of at most `rows` items, on the device."""
-        filled = padded(items, self.rows).to(self.device, non_blocking=True)
+        filled = pad_batch(items, self.rows).to(self.device, non_blocking=True)
         if not self._ready:
             self._prepare(filled)
         if self._fused is not None:
@@ -126,7 +126,7 @@ class Network:
             self._fused = FusedNetwork(self._model, self.precision)
 
 
-def padded(items: Tensor, rows: int) -> Tensor:
+def pad_batch(items: Tensor, rows: int) -> Tensor:
     """Items (n, ...) with zeros behind them up to `rows`."""
     if len(items) >= rows:
         return items

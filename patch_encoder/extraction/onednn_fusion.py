@@ -55,7 +55,7 @@ class FusedNetwork:
         """(B, ...) -> (B, D)."""
         seen = (items.shape, items.stride(), items.dtype)
         if seen != self._seen:
-            self._graph, self._seen = fuse(self._model, items, self._precision), seen
+            self._graph, self._seen = fuse_network(self._model, items, self._precision), seen
         if self._graph is not None and not torch.is_grad_enabled():
             return self._graph(items)
         with autocast(CPU, self._precision):
@@ -63,7 +63,7 @@ class FusedNetwork:
 
 
 @torch.no_grad()
-def fuse(model: nn.Module, example: Tensor, precision: str = "fp32") -> GraphModule | None:
+def fuse_network(model: nn.Module, example: Tensor, precision: str = "fp32") -> GraphModule | None:
     """The network as a graph for batches like `example`; None where there is nothing to gain, or no
     way.
 

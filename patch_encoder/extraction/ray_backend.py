@@ -18,7 +18,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.progress import Progress
-from patch_encoder.cohort.shards import bundles, tile_count
+from patch_encoder.cohort.shards import count_tiles, make_bundles
 from patch_encoder.extraction.tile_batches import SlideJob
 
 logger = logging.getLogger(__name__)
@@ -128,8 +128,8 @@ def work_on_ray(
         ) from None
     try:
         count = _worker_count(ray.cluster_resources(), settings, on_cuda)
-        least = min(least_tiles, math.ceil(tile_count(jobs) / (BUNDLES_A_WORKER * count)))
-        return _Pool(ray, work, settings.cpus, on_cuda).run(bundles(jobs, least), count)
+        least = min(least_tiles, math.ceil(count_tiles(jobs) / (BUNDLES_A_WORKER * count)))
+        return _Pool(ray, work, settings.cpus, on_cuda).run(make_bundles(jobs, least), count)
     finally:
         ray.shutdown()
 
@@ -175,7 +175,7 @@ class _Pool:
         running: dict[Any, tuple[list[SlideJob], int, Any]] = {}
         idle = [self._actor.remote(self._work) for _ in range(min(count, len(waiting)))]
         logger.info("engine=ray: %d workers, %d bundles of slides", len(idle), len(queue))
-        with Progress("features", sum(map(tile_count, waiting)), "tiles") as bar:
+        with Progress("features", sum(map(count_tiles, waiting)), "tiles") as bar:
             while queue or running:
                 while queue and idle:
                     (bundle, died), worker = queue.popleft(), idle.pop()
@@ -237,7 +237,7 @@ def after_death(
     error = f"{died} workers of Ray died over it, the last: {reason}"
     return [], Report(
         1,
-        tile_count(bundle),
+        count_tiles(bundle),
         0.0,
         0.0,
         [{"slide": names, "stage": "extract_features", "error": error}],

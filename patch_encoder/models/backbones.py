@@ -23,13 +23,13 @@ from patch_encoder.models.encoder_table import EncoderRow
 from patch_encoder.models.encoder_weights import (
     HEADS,
     TEXT_TOWER,
-    hub_file,
-    load,
-    local_file,
+    fetch_hub_file,
+    find_local_file,
+    load_encoder_weights,
     read_state,
 )
 from patch_encoder.models.pooling import TokenPool, TransformersPool, TruncatedResNet
-from patch_encoder.models.uninitialised import uninitialised
+from patch_encoder.models.uninitialised import skip_initialisation
 
 LAYERS = {"ConvStem": ConvStem, "silu": nn.SiLU}
 
@@ -47,19 +47,19 @@ def build_backbone(row: EncoderRow, weights: str, name: str) -> nn.Module:
         UserError: weights that cannot be had or do not fit.
     """
     if weights == "random":
-        return initialised(row)
+        return initialise(row)
     path, _, choice = weights.partition("#")
-    file = local_file(Path(path), row) if path else hub_file(row, name)
+    file = find_local_file(Path(path), row) if path else fetch_hub_file(row, name)
     state = read_state(file, choice)
     if row.library == "transformers":
         return TransformersPool(_transformers_loaded(row, state, str(file)), row.pool)
-    with uninitialised():
-        network = initialised(_published_tower(row, file.parent, name, from_hub=not path))
-    load(network, row, state, str(file))
+    with skip_initialisation():
+        network = initialise(_published_tower(row, file.parent, name, from_hub=not path))
+    load_encoder_weights(network, row, state, str(file))
     return network
 
 
-def initialised(row: EncoderRow) -> nn.Module:
+def initialise(row: EncoderRow) -> nn.Module:
     """The network of a row with initial weights (on the meta device: none)."""
     if row.library == "timm":
         return _timm(row)
@@ -69,7 +69,7 @@ def initialised(row: EncoderRow) -> nn.Module:
         return TransformersPool(
             _transformers_class(row)(_transformers_config(row), **_arguments(row)), row.pool
         )
-    return {"conch": conch.conch_v1, "conch_v1_5": conch.conch_v1_5}[row.library]()
+    return {"conch": conch.build_conch_v1, "conch_v1_5": conch.build_conch_v1_5}[row.library]()
 
 
 def _timm(row: EncoderRow) -> nn.Module:
@@ -120,7 +120,7 @@ def _published_tower(row: EncoderRow, folder: Path, name: str, *, from_hub: bool
         return row
     file = folder / "open_clip_config.json"
     if from_hub and not file.is_file():
-        file = hub_file(row, name, ["open_clip_config.json"])
+        file = fetch_hub_file(row, name, ["open_clip_config.json"])
     if not file.is_file():
         return row
     settings = read_json(file, "an open_clip configuration")

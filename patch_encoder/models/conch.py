@@ -76,12 +76,12 @@ class Conch(nn.Module):
         return self.ln_contrast(self.attn_pool_contrast(self.trunk.forward_features(pixels)))  # type: ignore[operator]
 
 
-def conch_v1(**trunk: int) -> Conch:
+def build_conch_v1(**trunk: int) -> Conch:
     """ViT-B/16 at 448 px, 512-d; `trunk` changes the ViT (tests)."""
     return _conch(AttentionPool, {"embed_dim": 768, "depth": 12, "num_heads": 12, **trunk}, 512)
 
 
-def conch_v1_5(**trunk: int) -> Conch:
+def build_conch_v1_5(**trunk: int) -> Conch:
     """ViT-L/16 at 448 px with layer scale, 768-d."""
     return _conch(
         LinearAttentionPool,

@@ -18,7 +18,7 @@ import torch
 from common.errors import UserError, did_you_mean
 from common.files import read_json
 from patch_encoder.models.encoder_table import CROPPED, ENCODERS, IMAGENET, OPENAI_CLIP, EncoderRow
-from patch_encoder.models.encoder_weights import hub_file, local_file, read_state
+from patch_encoder.models.encoder_weights import fetch_hub_file, find_local_file, read_state
 from patch_encoder.models.transforms import Fit
 
 DINO_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # by width
@@ -115,7 +115,7 @@ def _hugging_face(name: str, model: str, weights: str) -> EncoderRow:
     ):
         folder = local if local.is_dir() else local.parent
     hub = EncoderRow("transformers", "", model, 0)
-    file = folder / "config.json" if folder else hub_file(hub, name, ["config.json"])
+    file = folder / "config.json" if folder else fetch_hub_file(hub, name, ["config.json"])
     settings = read_json(file, "a transformers configuration")
     kind = settings.get("model_type", "")
     if kind == "clip":
@@ -131,7 +131,7 @@ def _hugging_face(name: str, model: str, weights: str) -> EncoderRow:
     architecture = "CLIPVisionModelWithProjection" if kind == "clip" else _model_class(kind, name)
     processor = file.with_name("preprocessor_config.json")
     if not folder and not processor.is_file():
-        processor = hub_file(hub, name, ["preprocessor_config.json"])
+        processor = fetch_hub_file(hub, name, ["preprocessor_config.json"])
     fit, statistics = _processor(
         read_json(processor, "an image processor's configuration") if processor.is_file() else {}
     )
@@ -193,7 +193,7 @@ def _dino(weights: str) -> EncoderRow:
         )
     path, _, choice = weights.partition("#")
     shape_only = EncoderRow("timm", "", "", 0)
-    state = read_state(local_file(Path(path), shape_only), choice)
+    state = read_state(find_local_file(Path(path), shape_only), choice)
     names = {key.rsplit("backbone.", 1)[-1]: tuple(value.shape) for key, value in state.items()}
     width = names.get("cls_token", (0,))[-1]
     if width not in DINO_HEADS or "patch_embed.proj.weight" not in names:

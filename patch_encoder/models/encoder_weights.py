@@ -62,12 +62,12 @@ SUFFIXES = ("safetensors", "bin", "pt", "pth", "tar", "ckpt")
 NETWORK_ERRORS = (OSError, RuntimeError, ValueError)
 
 
-def file_names(row: EncoderRow) -> tuple[str, ...]:
+def list_file_names(row: EncoderRow) -> tuple[str, ...]:
     """Names that a row's weights may have on its hub, the likeliest first."""
     return (row.file,) if row.file else FILES.get(row.library, ())
 
 
-def hub_file(row: EncoderRow, name: str, wanted: Iterable[str] = ()) -> Path:
+def fetch_hub_file(row: EncoderRow, name: str, wanted: Iterable[str] = ()) -> Path:
     """The row's weights in the local cache of its hub, downloaded if need be.
 
     Raises:
@@ -81,12 +81,12 @@ def hub_file(row: EncoderRow, name: str, wanted: Iterable[str] = ()) -> Path:
         raise UserError(
             f"encoder '{name}': its weights are on no hub; give the file as weights=..."
         )
-    wanted = tuple(wanted) or file_names(row)
+    wanted = tuple(wanted) or list_file_names(row)
     reason: Exception | None = None
     for file in wanted:
         try:
             path = Path(huggingface_hub.hf_hub_download(row.weights, file))
-            for shard in shards(path):
+            for shard in find_shards(path):
                 huggingface_hub.hf_hub_download(row.weights, shard.name)
             return path
         except EntryNotFoundError as error:
@@ -120,13 +120,13 @@ def _unreachable(
     )
 
 
-def local_file(path: Path, row: EncoderRow) -> Path:
+def find_local_file(path: Path, row: EncoderRow) -> Path:
     """The weights file that `path` is, or the one in the folder that it is."""
     if path.is_file():
         return path
     if not path.is_dir():
         raise UserError(f"weights={path}: expected a weights file, found none")
-    for known in file_names(row):
+    for known in list_file_names(row):
         if (path / known).is_file():
             return path / known
     files = [file for suffix in SUFFIXES for file in sorted(path.glob(f"*.{suffix}"))]
@@ -138,7 +138,7 @@ def local_file(path: Path, row: EncoderRow) -> Path:
     return files[0]
 
 
-def shards(path: Path) -> list[Path]:
+def find_shards(path: Path) -> list[Path]:
     """The files that an index (`*.index.json`) names, in its folder; none for a weights file."""
     if not path.name.endswith(".index.json"):
         return []
@@ -156,7 +156,7 @@ def read_state(path: Path, choice: str = "") -> dict[str, Tensor]:
     DDP and compile.
     """
     content: dict[str, Any] = {}
-    for file in shards(path) or [path]:
+    for file in find_shards(path) or [path]:
         content |= read_weights(file, "a weights file")
     state = _contained(content, choice, path)
     while wrapper := next((w for w in WRAPPERS if any(key.startswith(w) for key in state)), None):
@@ -183,7 +183,9 @@ def _contained(content: dict[str, Any], choice: str, path: Path) -> dict[str, Te
     return content
 
 
-def load(network: nn.Module, row: EncoderRow, state: dict[str, Tensor], source: str) -> None:
+def load_encoder_weights(
+    network: nn.Module, row: EncoderRow, state: dict[str, Tensor], source: str
+) -> None:
     """Put a state dict into the network; it has to fit key by key once what stands beside the
     encoder is left out.
 
@@ -192,7 +194,7 @@ def load(network: nn.Module, row: EncoderRow, state: dict[str, Tensor], source: 
     """
     core = getattr(network, "trunk", network) if row.library == "timm" else network
     if row.library == "timm" and row.model.startswith("beit3"):
-        state = musk.to_timm(state)
+        state = musk.convert_to_timm(state)
     inside, outside = _divided(state, core.state_dict().keys())
     inside = _native(inside, core, row)
     own = core.state_dict().keys()

@@ -113,7 +113,7 @@ def build_encoder(
     label = "-".join((name, *changed))
     provenance = {
         "encoder": label,
-        "weights_sha256": weights_digest(network),
+        "weights_sha256": digest_weights(network),
         "transform": f"{transform!r}, mean/std {chosen.statistics}, L2 {chosen.normalise}",
     }
     return Encoder(
@@ -164,7 +164,7 @@ def _with_layer(row: EncoderRow, layer: int, name: str) -> EncoderRow:
     return replace(row, width=widths[layer - 1], options={**row.options, "layer": layer})
 
 
-def weights_digest(module: nn.Module) -> str:
+def digest_weights(module: nn.Module) -> str:
     """Digest of a module's parameters and buffers by name; `meta` for a module without storage."""
     parts: list[bytes] = []
     for name, tensor in sorted(module.state_dict().items()):

@@ -33,7 +33,7 @@ RENAMES = (
 UNUSED = ("text_embed.", "vision_embed.mask_token")
 
 
-def to_timm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def convert_to_timm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Expert A of a BEiT-3 state dict under timm's names; a dict of other names is handed back as
     it is.
     """

@@ -15,7 +15,7 @@ from torch import nn
 
 
 @contextmanager
-def uninitialised() -> Iterator[None]:
+def skip_initialisation() -> Iterator[None]:
     """Parameters of modules that are built here have no storage."""
     register = nn.Module.register_parameter
 

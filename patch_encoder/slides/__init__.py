@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from patch_encoder.slides.base import RegionError, Slide, SlideError
-from patch_encoder.slides.dicom_folder import dicom_files, open_dicom_folder
+from patch_encoder.slides.dicom_folder import find_dicom_files, open_dicom_folder
 from patch_encoder.slides.names import OME_SUFFIXES, PICTURE_SUFFIXES, TIFF_SUFFIXES, suffix_of
 from patch_encoder.slides.openslide_file import OpenSlideFile, UnsupportedError
 from patch_encoder.slides.picture_file import PictureFile
@@ -36,7 +36,7 @@ def open_slide(path: str | Path, mpp: float | None = None, tile_pattern: str = "
     if mpp is not None:
         check_mpp(mpp, f"slide {path.name}: mpp")
     if path.is_dir():
-        is_dicom = not tile_pattern and bool(dicom_files(path))
+        is_dicom = not tile_pattern and bool(find_dicom_files(path))
         return open_dicom_folder(path, mpp) if is_dicom else TileFolder(path, mpp, tile_pattern)
     if not path.is_file():
         raise SlideError(

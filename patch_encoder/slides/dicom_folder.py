@@ -16,7 +16,7 @@ SERIES_TAG = b"\x20\x00\x0e\x00UI"
 HEADER_BYTES = 1 << 18
 
 
-def dicom_files(folder: Path) -> list[Path]:
+def find_dicom_files(folder: Path) -> list[Path]:
     """The DICOM files that lie directly in a folder, sorted."""
     return sorted(
         file
@@ -31,8 +31,8 @@ def open_dicom_folder(folder: Path, mpp: float | None = None) -> OpenSlideFile:
     Raises:
         SlideError: several series, or no file that OpenSlide opens.
     """
-    files = dicom_files(folder)
-    series = {uid for uid in map(series_uid, files) if uid}
+    files = find_dicom_files(folder)
+    series = {uid for uid in map(read_series_uid, files) if uid}
     if len(series) > 1:
         raise SlideError(
             f"slide {folder}: expected one DICOM series a folder, found {len(series)}; give each "
@@ -49,7 +49,7 @@ def open_dicom_folder(folder: Path, mpp: float | None = None) -> OpenSlideFile:
     )
 
 
-def series_uid(file: Path) -> str:
+def read_series_uid(file: Path) -> str:
     """SeriesInstanceUID, empty when the header has none in explicit little endian."""
     with file.open("rb") as stream:
         header = stream.read(HEADER_BYTES)

@@ -12,7 +12,7 @@ from common.files import sha256_bytes
 END = 64 * 1024  # bytes at either end of a file: headers, directories of levels, the last tiles
 
 
-def slide_identity(path: Path) -> dict[str, str | int]:
+def compute_slide_identity(path: Path) -> dict[str, str | int]:
     """`slide_file`, `slide_bytes` and `slide_fingerprint` of a slide file or of a folder (names and
     sizes of what lies in it).
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from patch_encoder.slides.base import RegionError, Slide, SlideError
 from patch_encoder.slides.names import slide_id_of
-from patch_encoder.slides.pixels import on_white
-from patch_encoder.slides.resolution import resolution_of
+from patch_encoder.slides.pixels import blend_on_white
+from patch_encoder.slides.resolution import read_resolution
 
 PLAIN_TIFF = ("generic-tiff", "aperio")  # vendors whose tiles stand on one lattice without overlap
 OVERVIEW_PIXELS = 2**24  # a lowest level up to this size is looked at as a whole
@@ -46,7 +46,7 @@ class OpenSlideFile(Slide):
             self.tiff_path = path
         self.format = f"openslide {self.properties.get(openslide.PROPERTY_NAME_VENDOR, 'unknown')}"
         self.associated = _associated_sizes(self.properties)
-        self.resolution = resolution_of(
+        self.resolution = read_resolution(
             self.properties, self.slide_id, (self.width, self.height), mpp
         )
 
@@ -66,7 +66,7 @@ class OpenSlideFile(Slide):
             region = self._handle.read_region((int(x), int(y)), level, (size, size))
         except openslide.OpenSlideError:
             region = self._read_alone(x, y, size, level)
-        return on_white(np.asarray(region))
+        return blend_on_white(np.asarray(region))
 
     def _read_alone(self, x: int, y: int, size: int, level: int) -> Image.Image:
         with self._lock:

@@ -196,8 +196,8 @@ class _Reader:
                 self.paint(smaller)
             return
         left, top, right, bottom = box
-        rows = area_means(pixels, np.linspace(part[1], part[3], bottom - top + 1))
-        means = area_means(
+        rows = reduce_by_area(pixels, np.linspace(part[1], part[3], bottom - top + 1))
+        means = reduce_by_area(
             rows.swapaxes(0, 1), np.linspace(part[0], part[2], right - left + 1)
         ).swapaxes(0, 1)
         self.out[top:bottom, left:right] = (means + 0.5).astype(np.uint8)
@@ -228,7 +228,7 @@ class _Reader:
         return out
 
 
-def area_means(
+def reduce_by_area(
     values: Shaped[np.ndarray, n * rest], edges: Float64[np.ndarray, " bins"]
 ) -> Float32[np.ndarray, _ * rest]:
     """Means between consecutive edges along the first axis, float32; a value that an edge cuts

@@ -16,8 +16,8 @@ from PIL import Image, UnidentifiedImageError
 from patch_encoder.slides.array_slide import ArraySlide
 from patch_encoder.slides.base import RegionError, SlideError
 from patch_encoder.slides.names import slide_id_of
-from patch_encoder.slides.pixels import as_rgb, keep
-from patch_encoder.slides.resolution import is_plausible, resolution_of
+from patch_encoder.slides.pixels import convert_to_rgb, keep
+from patch_encoder.slides.resolution import is_plausible, read_resolution
 
 MODES = {
     "1": "L",
@@ -59,7 +59,7 @@ class PictureFile(ArraySlide):
             )
         self.downsamples, self.level_sizes = (1.0,), ((self.width, self.height),)
         self._mode, self._lock = MODES[mode], threading.Lock()
-        self.resolution = resolution_of(
+        self.resolution = read_resolution(
             _density_properties(*map(float, density)), self.slide_id, given=mpp
         )
 
@@ -67,9 +67,9 @@ class PictureFile(ArraySlide):
     def _pixels(self) -> np.ndarray:
         try:
             with _without_limit(), Image.open(self.path) as image:
-                # not .convert() alone: it would drop the transparency that on_white composes
+                # not .convert() alone: it would drop the transparency that blend_on_white composes
                 return keep(
-                    as_rgb(
+                    convert_to_rgb(
                         np.asarray(image if image.mode == self._mode else image.convert(self._mode))
                     )
                 )

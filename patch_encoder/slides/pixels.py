@@ -27,7 +27,7 @@ READ_ERRORS = (
 KEPT_BYTES = 512 * 2**20  # larger pictures are kept in a file, so that memory can let go of them
 
 
-def on_white(rgba: UInt8[np.ndarray, "h w 4"]) -> UInt8[np.ndarray, "h w 3"]:
+def blend_on_white(rgba: UInt8[np.ndarray, "h w 4"]) -> UInt8[np.ndarray, "h w 3"]:
     """RGBA (alpha 0 where the scanner took no picture) composed on white, as glass looks."""
     alpha = rgba[..., 3:]
     if alpha.size == 0 or alpha.min() == 255:
@@ -36,7 +36,7 @@ def on_white(rgba: UInt8[np.ndarray, "h w 4"]) -> UInt8[np.ndarray, "h w 3"]:
     return (mixed // 255).astype(np.uint8)
 
 
-def as_rgb(pixels: np.ndarray, has_alpha: bool = True) -> UInt8[np.ndarray, "h w 3"]:
+def convert_to_rgb(pixels: np.ndarray, has_alpha: bool = True) -> UInt8[np.ndarray, "h w 3"]:
     """Grey, grey + alpha, RGB or RGBA bytes (h, w) or (h, w, 1..4) as RGB; a fourth channel that is
     no alpha goes.
     """
@@ -47,7 +47,7 @@ def as_rgb(pixels: np.ndarray, has_alpha: bool = True) -> UInt8[np.ndarray, "h w
     if channels <= 2:
         grey = np.repeat(pixels[..., :1], 3, axis=2)
         pixels = np.concatenate([grey, pixels[..., 1:]], axis=2)
-    return on_white(pixels) if pixels.shape[2] == 4 and has_alpha else pixels[..., :3]
+    return blend_on_white(pixels) if pixels.shape[2] == 4 and has_alpha else pixels[..., :3]
 
 
 def keep(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:

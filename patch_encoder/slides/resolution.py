@@ -93,7 +93,7 @@ def check_mpp(mpp: float, what: str) -> float:
     return mpp
 
 
-def resolution_of(
+def read_resolution(
     properties: Mapping[str, str],
     slide_id: str,
     size: tuple[int, int] = (0, 0),
@@ -111,25 +111,25 @@ def resolution_of(
     found, doubts = _from_keys(properties, size)
     if given is not None:
         if found is not None and found.mpp is not None and not _close(given, found.mpp, 1.05):
-            announce(
+            announce_resolution(
                 f"slide {slide_id}: mpp {given:g} as given; the file says {found.mpp:.4g} "
                 f"({found.source})"
             )
         return Resolution(given, "given", power)
     if found is not None and found.mpp is not None:
         if power is not None and not _close(found.mpp * power, 10.0, POWER_RATIO):
-            announce(
+            announce_resolution(
                 f"slide {slide_id}: {found.source} says {found.mpp:.4g} um, but its objective is "
                 f"{power:g}x; {REMEDY}"
             )
         for doubt in doubts:
-            announce(f"slide {slide_id}: {doubt}; {found.source} is used")
+            announce_resolution(f"slide {slide_id}: {doubt}; {found.source} is used")
         return Resolution(found.mpp, found.source, power)
     why = "; ".join(doubts) or "the file does not say"
     if power is None:
         return Resolution(None, f"none: {why}")
     # 40x is 0.25 um/px on the scanners in use; a convention, not a measurement
-    announce(
+    announce_resolution(
         f"slide {slide_id}: no mpp ({why}), taken from objective power {power:g}x as "
         f"{10 / power:.3f}; else {REMEDY}"
     )
@@ -218,6 +218,6 @@ def _close(a: float, b: float, ratio: float) -> bool:
 
 
 @lru_cache(maxsize=10_000)
-def announce(message: str) -> None:
+def announce_resolution(message: str) -> None:
     """Warn once a process: a slide is opened many times."""
     logger.warning(message)

@@ -21,8 +21,8 @@ import tifffile
 from patch_encoder.slides.array_slide import ArraySlide
 from patch_encoder.slides.base import RegionError, SlideError
 from patch_encoder.slides.names import slide_id_of
-from patch_encoder.slides.pixels import READ_ERRORS, as_rgb, keep
-from patch_encoder.slides.resolution import resolution_of
+from patch_encoder.slides.pixels import READ_ERRORS, convert_to_rgb, keep
+from patch_encoder.slides.resolution import read_resolution
 
 CACHED_BYTES = 256 * 2**20  # decoded segments a handle keeps
 AXES = ("YX", "YXS", "SYX", "CYX")
@@ -67,7 +67,7 @@ class TiffFile(ArraySlide):
         self.downsamples = tuple(
             (self.width / w + self.height / h) / 2 for w, h in self.level_sizes
         )
-        self.resolution = resolution_of(self.properties, self.slide_id, given=mpp)
+        self.resolution = read_resolution(self.properties, self.slide_id, given=mpp)
         self._segments: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._whole: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
@@ -139,7 +139,7 @@ class TiffFile(ArraySlide):
         )
         decoded = page.decode(data, index, **tables)[0]
         assert decoded is not None
-        pixels = np.ascontiguousarray(as_rgb(_positive(decoded[0], page), _has_alpha(page)))
+        pixels = np.ascontiguousarray(convert_to_rgb(_positive(decoded[0], page), _has_alpha(page)))
         with self._lock:
             self._segments[level, index] = pixels
             while (
@@ -157,7 +157,9 @@ class TiffFile(ArraySlide):
                 if series.axes[0] in "SC":
                     pixels = np.moveaxis(pixels, 0, -1)
                 self._whole[level] = keep(
-                    as_rgb(_positive(pixels, self._pages[level]), _has_alpha(self._pages[level]))
+                    convert_to_rgb(
+                        _positive(pixels, self._pages[level]), _has_alpha(self._pages[level])
+                    )
                 )
             return self._whole[level]
 

@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from patch_encoder.slides.base import RegionError, Slide, SlideError
-from patch_encoder.slides.pixels import as_rgb
-from patch_encoder.slides.resolution import resolution_of
-from patch_encoder.slides.tile_pattern import tile_pattern as compile_pattern
+from patch_encoder.slides.pixels import convert_to_rgb
+from patch_encoder.slides.resolution import read_resolution
+from patch_encoder.slides.tile_pattern import parse_tile_pattern as compile_pattern
 
 CACHED_TILES = 16
 
@@ -65,7 +65,7 @@ class TileFolder(Slide):
         self.cells = {
             cell: self.tiles[corners[0]] for cell, corners in sorted(self._corners.items())
         }
-        self.resolution = resolution_of({}, self.slide_id, given=mpp)
+        self.resolution = read_resolution({}, self.slide_id, given=mpp)
         self.downsamples, self.level_sizes = (1.0,), ((self.width, self.height),)
         self.format = "tile folder"
         self._cache: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
@@ -146,7 +146,7 @@ class TileFolder(Slide):
         file, side = self.tiles[x, y], self.tile_side
         try:
             with Image.open(file) as image:
-                pixels = as_rgb(
+                pixels = convert_to_rgb(
                     np.asarray(
                         image if image.mode in ("RGB", "RGBA", "L") else image.convert("RGBA")
                     )

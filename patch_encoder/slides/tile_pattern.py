@@ -43,7 +43,7 @@ class TilePattern:
 
 
 @lru_cache(maxsize=64)
-def tile_pattern(text: str) -> TilePattern:
+def parse_tile_pattern(text: str) -> TilePattern:
     """Compile `tile_x{x}_y{y}.png`, or a regular expression with the groups row and col, or x and y
     (in pixels).
 

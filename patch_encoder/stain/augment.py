@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from patch_encoder.stain.macenko import StainProfile, fit_macenko, unmixing
+from patch_encoder.stain.macenko import StainProfile, fit_macenko, make_unmixing_matrix
 from patch_encoder.stain.optical_density import recolour
 
 RUIFROK = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
@@ -29,17 +29,17 @@ WHITE = 256.0
 
 
 @lru_cache(maxsize=8)
-def mixing(device: torch.device) -> Float[Tensor, "3 3"]:
+def make_mixing_matrix(device: torch.device) -> Float[Tensor, "3 3"]:
     """Amounts of haematoxylin, eosin, DAB -> density; float64."""
     return torch.tensor(RUIFROK, dtype=torch.float64, device=device).mT.contiguous()
 
 
-def hed_amounts(density: Float[Tensor, "b 3 n"]) -> Float[Tensor, "b 3 n"]:
+def measure_hed_amounts(density: Float[Tensor, "b 3 n"]) -> Float[Tensor, "b 3 n"]:
     """Amounts of haematoxylin, eosin and DAB; what no mixture explains is negative."""
-    return torch.linalg.inv(mixing(density.device)).to(density) @ density
+    return torch.linalg.inv(make_mixing_matrix(density.device)).to(density) @ density
 
 
-def draw(
+def draw_factors(
     count: int, stains: int, alpha: float, beta: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """(factors, shifts), each (count, stains), uniform in 1 +- alpha and +- beta."""
@@ -70,9 +70,9 @@ class HedJitter:
         """Tiles (B, 3, H, W) or (3, H, W), each with draws of its own."""
         factor, shift = (
             part.to(tiles.device).double()
-            for part in draw(_count(tiles), 3, self.alpha, self.beta, generator)
+            for part in draw_factors(_count(tiles), 3, self.alpha, self.beta, generator)
         )
-        matrix = mixing(tiles.device)
+        matrix = make_mixing_matrix(tiles.device)
         mapped = (matrix * factor[:, None]) @ torch.linalg.inv(matrix)
         return recolour(tiles, mapped, shift @ matrix.mT, light=WHITE)
 
@@ -102,7 +102,7 @@ class StainJitter:
         """
         factor, shift = (
             part.to(tiles.device)
-            for part in draw(_count(tiles), 2, self.alpha, self.beta, generator)
+            for part in draw_factors(_count(tiles), 2, self.alpha, self.beta, generator)
         )
         found = profile.to(tiles.device) if profile else fit_macenko(tiles)
         factor, shift = (
@@ -110,5 +110,5 @@ class StainJitter:
             torch.where(found.present, shift * found.strength, 0.0),
         )
         eye = torch.eye(3, device=tiles.device)
-        mapped = eye + (found.matrix * (factor - 1)[:, None]) @ unmixing(found.matrix)
+        mapped = eye + (found.matrix * (factor - 1)[:, None]) @ make_unmixing_matrix(found.matrix)
         return recolour(tiles, mapped, (found.matrix @ shift[..., None]).squeeze(-1))

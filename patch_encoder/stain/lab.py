@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from patch_encoder.stain.optical_density import batched, mixed, pixels_of
+from patch_encoder.stain.optical_density import flatten_batch, mix_channels, round_to_pixels
 
 XYZ = (
     (0.412453, 0.357580, 0.180423),
@@ -45,36 +45,36 @@ def _power(values: Tensor, exponent: float) -> Tensor:
     return values.log().mul_(exponent).exp_()
 
 
-def to_lab(tiles: UInt8[Tensor, "*b 3 h w"]) -> Float[Tensor, "b 3 n"]:
+def rgb_to_lab(tiles: UInt8[Tensor, "*b 3 h w"]) -> Float[Tensor, "b 3 n"]:
     """L in [0, 100], a and b, float32."""
     light, xyz, lab = _constants(tiles.device)
-    rows = batched(tiles)
+    rows = flatten_batch(tiles)
     linear = light.index_select(0, rows.reshape(-1).int()).view(rows.shape)
-    ratio = mixed(xyz.float()[None], linear)
+    ratio = mix_channels(xyz.float()[None], linear)
     root = _power(ratio.clamp_min(DARK), 1 / 3).add_(ratio.sub_(DARK).clamp_max_(0), alpha=7.787)
-    out = mixed(lab.float()[None], root)
+    out = mix_channels(lab.float()[None], root)
     out[:, 0] -= 16
     return out
 
 
-def rgb_of_lab(
+def lab_to_float_rgb(
     lab: Float[Tensor, "b 3 n"], gain: Float[Tensor, "b 3"], shift: Float[Tensor, "b 3"]
 ) -> Float[Tensor, "b 3 n"]:
     """RGB in [0, 255] of gain * lab + shift; colours outside sRGB are cut off."""
     _, xyz, matrix = _constants(lab.device)
     back = torch.linalg.inv(matrix)
     moved = shift.double() + torch.tensor([16.0, 0.0, 0.0], dtype=torch.float64, device=lab.device)
-    root = mixed((back * gain.double()[:, None]).float(), lab).add_(
+    root = mix_channels((back * gain.double()[:, None]).float(), lab).add_(
         (moved @ back.mT)[..., None].float()
     )
     upper = root.clamp_min(ROOT)
     ratio = torch.addcmul(root.sub_(ROOT).clamp_max_(0).mul_(1 / 7.787), upper * upper, upper)
-    linear = mixed(torch.linalg.inv(xyz).float()[None], ratio).clamp_(0, 1)
+    linear = mix_channels(torch.linalg.inv(xyz).float()[None], ratio).clamp_(0, 1)
     curved = _power(linear.clamp_min(0.0031308), 1 / 2.4).mul_(1.055).sub_(0.055)
     return curved.add_(linear.sub_(0.0031308).clamp_max_(0), alpha=12.92).mul_(255)
 
 
-def from_lab(lab: Float[Tensor, "b 3 n"]) -> UInt8[Tensor, "b 3 n"]:
+def lab_to_rgb(lab: Float[Tensor, "b 3 n"]) -> UInt8[Tensor, "b 3 n"]:
     """The nearest uint8 pixels."""
     ones = torch.ones(len(lab), 3, device=lab.device)
-    return pixels_of(rgb_of_lab(lab, ones, torch.zeros_like(ones)))
+    return round_to_pixels(lab_to_float_rgb(lab, ones, torch.zeros_like(ones)))

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from patch_encoder.stain.optical_density import (
     GLASS,
-    mixed,
+    mix_channels,
     optical_density,
     recolour,
-    stained_pixels,
+    select_stained_pixels,
 )
-from patch_encoder.stain.percentiles import percentiles
+from patch_encoder.stain.percentiles import compute_percentiles
 
 ALPHA = 1.0
 """Percent of the angles and of the amounts that are beyond the extremes."""
@@ -75,7 +75,7 @@ class StainProfile:
 
 
 @lru_cache(maxsize=1)
-def common_profile() -> StainProfile:
+def make_common_profile() -> StainProfile:
     """The published code's reference, (1, ...)."""
     return StainProfile(
         torch.tensor([COMMON]), torch.tensor([COMMON_STRENGTH]), torch.ones(1, 2, dtype=torch.bool)
@@ -98,18 +98,18 @@ def fit_macenko(
         glass: clear pixels count in the strengths, as in the published code.
     """
     density = optical_density(tiles)
-    tissue, kept = stained_pixels(tiles, beta)
+    tissue, kept = select_stained_pixels(tiles, beta)
     matrix, two = _two_stains(density, kept, alpha)
-    lone, which = _one_stain(moments(density, tissue.unsqueeze(1).to(density))[..., 0])
+    lone, which = _one_stain(compute_moments(density, tissue.unsqueeze(1).to(density))[..., 0])
     enough = tissue.count_nonzero(-1) >= LEAST_STAINED * tissue.shape[-1]
     present = (two[:, None] | which) & enough[:, None]
-    common = common_profile().to(density.device)
+    common = make_common_profile().to(density.device)
     matrix = torch.where(
         two[:, None, None], matrix, torch.where(which[:, None], lone[..., None], common.matrix)
     )
-    amounts = mixed(unmixing(matrix), density)  # (B, 2, N)
+    amounts = mix_channels(make_unmixing_matrix(matrix), density)  # (B, 2, N)
     counted = torch.ones_like(tissue) if glass else tissue
-    ranks = percentiles(
+    ranks = compute_percentiles(
         amounts.flatten(0, 1), counted.repeat_interleave(2, 0), (100 - ALPHA,), (0.0, DEEPEST)
     )
     strength = ranks.view(-1, 2)
@@ -118,7 +118,9 @@ def fit_macenko(
     return StainProfile(matrix, torch.where(present, strength, common.strength), present)
 
 
-def moments(a: Float[Tensor, "b p n"], b: Float[Tensor, "b q n"]) -> Float64[Tensor, "b p q"]:
+def compute_moments(
+    a: Float[Tensor, "b p n"], b: Float[Tensor, "b q n"]
+) -> Float64[Tensor, "b p q"]:
     """a b^T in float64, so that neither threads nor batches change what is float32 afterwards."""
     return a.double() @ b.double().mT
 
@@ -139,9 +141,9 @@ def _two_stains(
     basis = (plane @ torch.cat((heading, across), -1)).to(
         density
     )  # first column: the mean direction in the plane
-    place = mixed(basis.mT, density)
+    place = mix_channels(basis.mT, density)
     angle = torch.atan2(place[:, 1], place[:, 0])
-    ends = percentiles(angle, kept, (alpha, 100 - alpha), (-math.pi / 2, math.pi / 2))
+    ends = compute_percentiles(angle, kept, (alpha, 100 - alpha), (-math.pi / 2, math.pi / 2))
     apart = ends[:, 1] - ends[:, 0]
     two = (apart >= LEAST_ANGLE) & (apart <= LARGEST_ANGLE) & (count >= LEAST_KEPT * kept.shape[-1])
     found = basis @ torch.stack((ends.cos(), ends.sin()), 1)  # (B, 3, 2)
@@ -154,13 +156,13 @@ def _one_stain(total: Float64[Tensor, "b 3"]) -> tuple[Float[Tensor, "b 3"], Boo
     nearer to grey.
     """
     direction = torch.nn.functional.normalize(total, dim=-1).float()
-    common = common_profile().matrix[0].to(direction)
+    common = make_common_profile().matrix[0].to(direction)
     known = torch.cat((common, torch.ones_like(common[:, :1])), -1)
     nearest = (direction @ torch.nn.functional.normalize(known, dim=0)).argmax(-1)
     return direction, torch.nn.functional.one_hot(nearest, 3)[:, :2].bool()
 
 
-def unmixing(matrix: Float[Tensor, "b 3 2"]) -> Float[Tensor, "b 2 3"]:
+def make_unmixing_matrix(matrix: Float[Tensor, "b 3 2"]) -> Float[Tensor, "b 2 3"]:
     """Density -> amounts by least squares: (M^T M)^-1 M^T, in closed form."""
     gram = matrix.mT @ matrix
     a, b, d = gram[:, 0, 0], gram[:, 0, 1], gram[:, 1, 1]
@@ -186,12 +188,12 @@ def normalise_macenko(
     gain = torch.where(
         source.present, (target.strength / source.strength).clamp_max(LARGEST_GAIN), 1.0
     )
-    map_ = (target.matrix * gain[:, None]) @ unmixing(matrix)
+    map_ = (target.matrix * gain[:, None]) @ make_unmixing_matrix(matrix)
     identity = torch.eye(3, device=tiles.device).expand_as(map_)
     return recolour(tiles, torch.where(source.present.any(-1)[:, None, None], map_, identity))
 
 
-def one_stain_alone(
+def has_one_stain(
     tiles: UInt8[Tensor, "*b 3 h w"], source: StainProfile, stain: int
 ) -> UInt8[Tensor, "*b 3 h w"]:
     """Tiles with haematoxylin (0) or eosin (1) alone, in its own colour; white where the source has
@@ -199,4 +201,4 @@ def one_stain_alone(
     """
     source = source.to(tiles.device)
     column = source.matrix[..., stain : stain + 1] * source.present[:, stain, None, None]
-    return recolour(tiles, column @ unmixing(source.matrix)[:, stain : stain + 1])
+    return recolour(tiles, column @ make_unmixing_matrix(source.matrix)[:, stain : stain + 1])

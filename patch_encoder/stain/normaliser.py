@@ -21,8 +21,13 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import sha256_file
-from patch_encoder.slides.pixels import as_rgb
-from patch_encoder.stain.macenko import StainProfile, common_profile, fit_macenko, normalise_macenko
+from patch_encoder.slides.pixels import convert_to_rgb
+from patch_encoder.stain.macenko import (
+    StainProfile,
+    fit_macenko,
+    make_common_profile,
+    normalise_macenko,
+)
 from patch_encoder.stain.reinhard import ColourStatistics, fit_reinhard, normalise_reinhard
 
 KINDS = ("none", "macenko", "reinhard")
@@ -65,8 +70,8 @@ class Normaliser:
         self, tile: UInt8[np.ndarray, "h w 3"], source: Statistics | None = None
     ) -> UInt8[np.ndarray, "h w 3"]:
         """The tile with the target's stain; `source`: statistics of its slide, else its own."""
-        pixels = as_tensor(tile)
-        source = source or self.fit(thinned(pixels, TILE_GRID))
+        pixels = convert_to_tensor(tile)
+        source = source or self.fit(thin_pixels(pixels, TILE_GRID))
         if isinstance(source, StainProfile) and isinstance(self.target, StainProfile):
             new = normalise_macenko(pixels, source, self.target)
         else:
@@ -77,12 +82,12 @@ class Normaliser:
         return new.permute(1, 2, 0).contiguous().numpy()
 
 
-def as_tensor(tile: UInt8[np.ndarray, "h w 3"]) -> UInt8[Tensor, "3 h w"]:
+def convert_to_tensor(tile: UInt8[np.ndarray, "h w 3"]) -> UInt8[Tensor, "3 h w"]:
     """A copy, channels first."""
     return torch.from_numpy(np.array(tile)).permute(2, 0, 1).contiguous()
 
 
-def thinned(tile: UInt8[Tensor, "3 h w"], side: int) -> UInt8[Tensor, "3 a b"]:
+def thin_pixels(tile: UInt8[Tensor, "3 h w"], side: int) -> UInt8[Tensor, "3 a b"]:
     """Every n-th pixel of every n-th row, at most about side x side of them; colours stay as they
     are.
     """
@@ -109,10 +114,13 @@ def build_normaliser(kind: str, target: str, scope: str) -> Normaliser | None:
         return None
     if not target:
         return Normaliser(
-            kind, scope, common_profile() if kind == "macenko" else common_colours(), BUILT_IN
+            kind,
+            scope,
+            make_common_profile() if kind == "macenko" else make_common_colours(),
+            BUILT_IN,
         )
-    found = Normaliser(kind, scope, common_profile(), "").fit(
-        thinned(read_target(target), TARGET_GRID)
+    found = Normaliser(kind, scope, make_common_profile(), "").fit(
+        thin_pixels(read_target(target), TARGET_GRID)
     )
     if not bool(found.present.all()):
         expected = (
@@ -125,7 +133,7 @@ def build_normaliser(kind: str, target: str, scope: str) -> Normaliser | None:
     return Normaliser(kind, scope, found, f"sha256 {sha256_file(target)}")
 
 
-def common_colours() -> ColourStatistics:
+def make_common_colours() -> ColourStatistics:
     """Reinhard's built-in target, (1, ...)."""
     mean, spread = (torch.tensor([values]) for values in COMMON_COLOURS)
     return ColourStatistics(mean, spread, torch.ones(1, dtype=torch.bool))
@@ -144,8 +152,8 @@ def read_target(path: str) -> UInt8[Tensor, "3 h w"]:
                 raise UserError(
                     f"{expected} in 8-bit RGB, found mode {image.mode}; save it as 8-bit RGB"
                 )
-            return as_tensor(
-                as_rgb(np.asarray(image.convert("RGBA") if image.mode == "P" else image))
+            return convert_to_tensor(
+                convert_to_rgb(np.asarray(image.convert("RGBA") if image.mode == "P" else image))
             )
     except (
         OSError,

@@ -25,7 +25,7 @@ slide's frame.
 """
 
 
-def batched(tiles: UInt8[Tensor, "*b 3 h w"]) -> UInt8[Tensor, "b 3 n"]:
+def flatten_batch(tiles: UInt8[Tensor, "*b 3 h w"]) -> UInt8[Tensor, "b 3 n"]:
     """(B, 3, H, W) or one tile (3, H, W) as rows of pixels.
 
     Raises:
@@ -48,35 +48,35 @@ def optical_density(
     tiles: UInt8[Tensor, "*b 3 h w"], light: float = LIGHT
 ) -> Float[Tensor, "b 3 n"]:
     """-ln((I + 1) / light), float32."""
-    return batched(tiles).float().add_(1).log_().neg_().add_(math.log(light))
+    return flatten_batch(tiles).float().add_(1).log_().neg_().add_(math.log(light))
 
 
-def stained_pixels(
+def select_stained_pixels(
     tiles: UInt8[Tensor, "*b 3 h w"], glass: float = GLASS
 ) -> tuple[Bool[Tensor, "b n"], Bool[Tensor, "b n"]]:
     """(denser than glass in some colour, denser than glass in every colour), black pixels in
     neither.
     """
-    lowest, highest = darkest_and_lightest(tiles)
+    lowest, highest = find_darkest_and_lightest(tiles)
     coloured = highest > _intensity(BLACK)
     return (lowest <= _intensity(glass)) & coloured, (highest <= _intensity(glass)) & coloured
 
 
-def darkest_and_lightest(
+def find_darkest_and_lightest(
     tiles: UInt8[Tensor, "*b 3 h w"],
 ) -> tuple[UInt8[Tensor, "b n"], UInt8[Tensor, "b n"]]:
     """Smallest and largest intensity of the three colours of each pixel."""
-    red, green, blue = batched(tiles).unbind(1)
+    red, green, blue = flatten_batch(tiles).unbind(1)
     return torch.minimum(torch.minimum(red, green), blue), torch.maximum(
         torch.maximum(red, green), blue
     )
 
 
-def tissue_weight(tiles: UInt8[Tensor, "*b 3 h w"]) -> Float[Tensor, "b n"]:
+def weigh_tissue(tiles: UInt8[Tensor, "*b 3 h w"]) -> Float[Tensor, "b n"]:
     """1 where tissue is, 0 on glass, a ramp from half of GLASS to GLASS between: no seam where
     tissue ends.
     """
-    lowest, _ = darkest_and_lightest(tiles)
+    lowest, _ = find_darkest_and_lightest(tiles)
     tissue, glass = LIGHT * math.exp(-GLASS) - 1, LIGHT * math.exp(-GLASS / 2) - 1
     return lowest.float().sub_(glass).mul_(1 / (tissue - glass)).clamp_(0, 1)
 
@@ -86,12 +86,14 @@ def _intensity(density: float) -> int:
     return math.floor(LIGHT * math.exp(-density) - 1)
 
 
-def pixels_of(intensity: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+def round_to_pixels(intensity: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     """Rounded and cut off to uint8; the argument is overwritten."""
     return intensity.add_(0.5).clamp_(0, 255).to(torch.uint8)
 
 
-def mixed(matrix: Float[Tensor, "#b p 3"], rows: Float[Tensor, "#b 3 n"]) -> Float[Tensor, "_ p n"]:
+def mix_channels(
+    matrix: Float[Tensor, "#b p 3"], rows: Float[Tensor, "#b 3 n"]
+) -> Float[Tensor, "_ p n"]:
     """matrix @ rows, spelt out: a matrix product rounds otherwise for a batch than for its tiles
     one by one.
     """
@@ -112,13 +114,13 @@ def recolour(
     With x = ln(I + 1) and D = ln(light) - x that is I' + 1 = exp(matrix x + (1 - matrix 1)
     ln(light) - offset).
     """
-    logarithm = batched(tiles).float().add_(1).log_()
+    logarithm = flatten_batch(tiles).float().add_(1).log_()
     constant = (1 - matrix.sum(-1)) * math.log(light)
     if offset is not None:
         constant = constant - offset
     matrix, constant = (
         part.to(logarithm).expand(len(logarithm), *part.shape[1:]) for part in (matrix, constant)
     )
-    return pixels_of(mixed(matrix, logarithm).add_(constant.unsqueeze(-1)).exp_().sub_(1)).view(
-        tiles.shape
-    )
+    return round_to_pixels(
+        mix_channels(matrix, logarithm).add_(constant.unsqueeze(-1)).exp_().sub_(1)
+    ).view(tiles.shape)

@@ -16,7 +16,7 @@ from torch import Tensor
 BINS = 1 << 13
 
 
-def percentiles(
+def compute_percentiles(
     values: Float[Tensor, "b n"],
     mask: Bool[Tensor, "b n"],
     percents: Sequence[float],

@@ -15,9 +15,14 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from patch_encoder.stain.lab import rgb_of_lab, to_lab
-from patch_encoder.stain.macenko import LARGEST_GAIN, LEAST_STAINED, moments
-from patch_encoder.stain.optical_density import batched, pixels_of, stained_pixels, tissue_weight
+from patch_encoder.stain.lab import lab_to_float_rgb, rgb_to_lab
+from patch_encoder.stain.macenko import LARGEST_GAIN, LEAST_STAINED, compute_moments
+from patch_encoder.stain.optical_density import (
+    flatten_batch,
+    round_to_pixels,
+    select_stained_pixels,
+    weigh_tissue,
+)
 
 
 @dataclass(frozen=True)
@@ -45,18 +50,20 @@ def fit_reinhard(tiles: UInt8[Tensor, "*b 3 h w"], *, masked: bool = True) -> Co
     """Mean and spread of each tile's stained pixels (all of them without `masked`); sums in
     float64.
     """
-    return _statistics(tiles, to_lab(tiles), masked)
+    return _statistics(tiles, rgb_to_lab(tiles), masked)
 
 
 def _statistics(tiles: Tensor, lab: Float[Tensor, "b 3 n"], masked: bool) -> ColourStatistics:
-    tissue, _ = stained_pixels(tiles)
+    tissue, _ = select_stained_pixels(tiles)
     count = tissue.count_nonzero(-1)[:, None]
     present = count >= LEAST_STAINED * tissue.shape[-1]
     counted = tissue if masked else torch.ones_like(tissue)
     count = count if masked else torch.full_like(count, tissue.shape[-1])
-    mean = moments(lab, counted.unsqueeze(1).to(lab))[..., 0] / count.clamp_min(1)  # (B, 3)
+    mean = compute_moments(lab, counted.unsqueeze(1).to(lab))[..., 0] / count.clamp_min(1)  # (B, 3)
     away = (lab - mean.to(lab)[..., None]).mul_(counted.unsqueeze(1))
-    spread = (moments(away, away).diagonal(dim1=1, dim2=2) / (count - 1).clamp_min(1)).sqrt()
+    spread = (
+        compute_moments(away, away).diagonal(dim1=1, dim2=2) / (count - 1).clamp_min(1)
+    ).sqrt()
     mean, spread = mean.masked_fill(~present, 0), spread.masked_fill(~present, 1)
     return ColourStatistics(mean.to(lab), spread.to(lab), present[:, 0])
 
@@ -79,7 +86,7 @@ def normalise_reinhard(
     Returns:
         As `tiles`; those whose source is not `present` are unchanged.
     """
-    lab = to_lab(tiles)
+    lab = rgb_to_lab(tiles)
     source, target = (
         source.to(tiles.device) if source else _statistics(tiles, lab, masked),
         target.to(tiles.device),
@@ -87,7 +94,7 @@ def normalise_reinhard(
     gain = (target.spread / source.spread.clamp_min(1e-6)).clamp_max(LARGEST_GAIN)
     shift = target.mean - gain * source.mean
     gain, shift = (part.expand(len(lab), 3) for part in (gain, shift))
-    new = rgb_of_lab(lab, gain, shift)
-    weight = tissue_weight(tiles) if masked else torch.ones_like(lab[:, 0])
+    new = lab_to_float_rgb(lab, gain, shift)
+    weight = weigh_tissue(tiles) if masked else torch.ones_like(lab[:, 0])
     weight = weight.mul_(source.present.to(lab)[:, None]).unsqueeze(1)
-    return pixels_of(torch.lerp(batched(tiles).float(), new, weight)).view(tiles.shape)
+    return round_to_pixels(torch.lerp(flatten_batch(tiles).float(), new, weight)).view(tiles.shape)

@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 
 from patch_encoder.slides import RegionError
 from patch_encoder.stain.macenko import StainProfile
-from patch_encoder.stain.normaliser import Normaliser, Statistics, as_tensor, thinned
+from patch_encoder.stain.normaliser import Normaliser, Statistics, convert_to_tensor, thin_pixels
 from patch_encoder.tiles.coordinates import Coordinates
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ SAMPLE, GRID = 64, 64
 """Tiles a slide, and pixels a side of each: about a quarter of a million pixels."""
 
 
-class Measured(NamedTuple):
+class MeasuredStain(NamedTuple):
     """A slide's statistics, and how many tiles they are of."""
 
     statistics: Statistics
@@ -47,7 +47,7 @@ class SlideStains:
         read: Callable[[int, int], np.ndarray],
     ) -> None:
         self.normaliser, self.coordinates, self.read = normaliser, coordinates, read
-        self._measured: dict[int, Measured] = {}
+        self._measured: dict[int, MeasuredStain] = {}
 
     def __call__(
         self, tile: UInt8[np.ndarray, "h w 3"], slide: int, number: int
@@ -64,20 +64,22 @@ class SlideStains:
             self._say(self.coordinates[slide].geometry.name, statistics, tiles)
         return self.normaliser.apply(tile, statistics)
 
-    def measure(self, slide: int) -> Measured:
+    def measure(self, slide: int) -> MeasuredStain:
         """Statistics of up to SAMPLE tiles; those that cannot be read are passed over, SAMPLE of
         them at most.
         """
         pixels: list[torch.Tensor] = []
-        for number in sample(self.coordinates[slide])[: 2 * SAMPLE]:
+        for number in sample_tiles(self.coordinates[slide])[: 2 * SAMPLE]:
             if len(pixels) == SAMPLE:
                 break
             try:
-                pixels.append(thinned(as_tensor(self.read(slide, int(number))), GRID).flatten(1))
+                pixels.append(
+                    thin_pixels(convert_to_tensor(self.read(slide, int(number))), GRID).flatten(1)
+                )
             except RegionError:
                 continue
         glass = torch.full((3, 1), 255, dtype=torch.uint8)
-        return Measured(
+        return MeasuredStain(
             self.normaliser.fit(torch.cat(pixels or [glass], 1).unsqueeze(1)), len(pixels)
         )
 
@@ -95,7 +97,7 @@ class SlideStains:
             )
 
 
-def sample(coordinates: Coordinates) -> np.ndarray:
+def sample_tiles(coordinates: Coordinates) -> np.ndarray:
     """All tile numbers in an order that only the coordinates decide; its start is a sample from all
     over the slide.
     """

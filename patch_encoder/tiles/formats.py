@@ -30,15 +30,15 @@ from patch_encoder.tiles.coordinates import (
     coordinate_attributes,
     read_coordinates,
 )
-from patch_encoder.tiles.geojson import read_squares, tiles_geojson
-from patch_encoder.tiles.grid import level_for
+from patch_encoder.tiles.geojson import make_tiles_geojson, read_squares
+from patch_encoder.tiles.grid import choose_level
 
 INTELLIGENS_SIDE = 256
 PATHS = ("savetodir", "save_path")  # attributes that name a place and not a content
 
 
 @dataclass(frozen=True)
-class Source:
+class CoordinateSource:
     """What is known about a slide beside its coordinates file.
 
     Attributes:
@@ -72,10 +72,10 @@ class Source:
         return mpp
 
 
-def square_geometry(source: Source, side: int, target_size: int) -> TileGeometry:
+def make_square_geometry(source: CoordinateSource, side: int, target_size: int) -> TileGeometry:
     """Squares of `side` level-0 px, read at the level that suits them when the slide is there."""
     slide, mpp = source.slide, source.mpp or (source.slide.mpp if source.slide else None) or 0.0
-    level = level_for(slide, side / target_size) if slide else 0
+    level = choose_level(slide, side / target_size) if slide else 0
     return TileGeometry(
         name=source.slide_id,
         patch_size=max(1, round(side / (slide.downsamples[level] if slide else 1))),
@@ -91,13 +91,13 @@ def square_geometry(source: Source, side: int, target_size: int) -> TileGeometry
     )
 
 
-def read_h5(path: Path, source: Source) -> Coordinates:
+def read_h5(path: Path, source: CoordinateSource) -> Coordinates:
     """Ours, CLAM's and TRIDENT's; TRIDENT's get their level and resolution from the slide."""
     found = read_coordinates(path)
     geometry = found.geometry
     if not geometry.mpp:
-        filled = square_geometry(source, geometry.patch_size_level0, geometry.target_size)
-        if detect(path) != "trident" or FULL_GEOMETRY in coordinate_attributes(path):
+        filled = make_square_geometry(source, geometry.patch_size_level0, geometry.target_size)
+        if detect_layout(path) != "trident" or FULL_GEOMETRY in coordinate_attributes(path):
             filled = replace(
                 filled, patch_level=geometry.patch_level, patch_size=geometry.patch_size
             )
@@ -110,7 +110,7 @@ def read_h5(path: Path, source: Source) -> Coordinates:
     return Coordinates(found.coords, replace(geometry, name=source.slide_id))
 
 
-def read_npy(path: Path, source: Source) -> Coordinates:
+def read_npy(path: Path, source: CoordinateSource) -> Coordinates:
     """INTELLIGENS: level-0 corners, integers; the tile size is the user's word."""
     try:
         corners = np.load(path, allow_pickle=False)
@@ -124,11 +124,11 @@ def read_npy(path: Path, source: Source) -> Coordinates:
             f"{corners.shape}"
         )
     return Coordinates(
-        corners.astype(np.int64), square_geometry(source, source.tile_size, source.tile_size)
+        corners.astype(np.int64), make_square_geometry(source, source.tile_size, source.tile_size)
     )
 
 
-def read_atlaspatch(path: Path, source: Source) -> Coordinates:
+def read_atlaspatch(path: Path, source: CoordinateSource) -> Coordinates:
     """AtlasPatch: every row says what is read; one size and one level a slide."""
     try:
         with h5py.File(path, "r") as file:
@@ -153,7 +153,7 @@ def read_atlaspatch(path: Path, source: Source) -> Coordinates:
             f"{reads.tolist()[:3]}"
         )
     target = int(attributes["patch_size"])
-    geometry = square_geometry(source, int(attributes["patch_size_level0"]), target)
+    geometry = make_square_geometry(source, int(attributes["patch_size_level0"]), target)
     if len(reads):
         geometry = replace(geometry, patch_size=int(reads[0, 0]), patch_level=int(reads[0, 2]))
     size = {
@@ -164,7 +164,7 @@ def read_atlaspatch(path: Path, source: Source) -> Coordinates:
     return Coordinates(rows[:, :2].astype(np.int64), geometry)
 
 
-def read_stamp(path: Path, source: Source) -> Coordinates:
+def read_stamp(path: Path, source: CoordinateSource) -> Coordinates:
     """STAMP: corners in um, of a feature file or of one that we wrote."""
     mpp = source.need_mpp(path)
     try:
@@ -178,17 +178,17 @@ def read_stamp(path: Path, source: Source) -> Coordinates:
             f"{sorted(attributes)}"
         )
     side_um = float(attributes.get("tile_size_um", attributes.get("tile_size", 256.0)))
-    geometry = square_geometry(
+    geometry = make_square_geometry(
         replace(source, mpp=mpp), round(side_um / mpp), int(attributes.get("tile_size_px", 224))
     )
     return Coordinates(np.rint(corners[:, :2] / mpp).astype(np.int64), geometry)
 
 
-def read_geojson(path: Path, source: Source) -> Coordinates:
+def read_geojson(path: Path, source: CoordinateSource) -> Coordinates:
     """Squares of one size, whoever wrote them."""
     corners, side, target_size = read_squares(path)
     side = side or source.tile_size
-    return Coordinates(corners, square_geometry(source, side, target_size or side))
+    return Coordinates(corners, make_square_geometry(source, side, target_size or side))
 
 
 def write_h5(path: Path, coords: Int[np.ndarray, "n 2"], attributes: Mapping[str, Any]) -> None:
@@ -199,12 +199,16 @@ def write_h5(path: Path, coords: Int[np.ndarray, "n 2"], attributes: Mapping[str
         )
 
 
-def write_ours(path: Path, coordinates: Coordinates, source: Source, folder: Path) -> None:
+def write_ours(
+    path: Path, coordinates: Coordinates, source: CoordinateSource, folder: Path
+) -> None:
     """The layout of `tile_slides`."""
     write_h5(path, coordinates.coords, asdict(coordinates.geometry))
 
 
-def write_clam(path: Path, coordinates: Coordinates, source: Source, folder: Path) -> None:
+def write_clam(
+    path: Path, coordinates: Coordinates, source: CoordinateSource, folder: Path
+) -> None:
     """CLAM's `patches/<slide>.h5`, seven attributes.
 
     Raises:
@@ -234,7 +238,9 @@ def write_clam(path: Path, coordinates: Coordinates, source: Source, folder: Pat
     write_h5(path, coordinates.coords, attributes | {FULL_GEOMETRY: json.dumps(asdict(geometry))})
 
 
-def write_trident(path: Path, coordinates: Coordinates, source: Source, folder: Path) -> None:
+def write_trident(
+    path: Path, coordinates: Coordinates, source: CoordinateSource, folder: Path
+) -> None:
     """TRIDENT's `patches/<slide>_patches.h5`, nine attributes."""
     geometry = coordinates.geometry
     level0, target = magnifications(geometry, source.need_mpp(path, geometry))
@@ -253,7 +259,9 @@ def write_trident(path: Path, coordinates: Coordinates, source: Source, folder: 
     write_h5(path, coordinates.coords, attributes | {FULL_GEOMETRY: json.dumps(asdict(geometry))})
 
 
-def write_atlaspatch(path: Path, coordinates: Coordinates, source: Source, folder: Path) -> None:
+def write_atlaspatch(
+    path: Path, coordinates: Coordinates, source: CoordinateSource, folder: Path
+) -> None:
     """AtlasPatch's `patches/<slide>.h5`; magnifications are whole there, the sides of tiles do not
     follow from them.
     """
@@ -299,7 +307,7 @@ def magnifications(geometry: TileGeometry, mpp: float) -> tuple[float | int, flo
     return level0, target
 
 
-def write_npy(path: Path, coordinates: Coordinates, source: Source, folder: Path) -> None:
+def write_npy(path: Path, coordinates: Coordinates, source: CoordinateSource, folder: Path) -> None:
     """INTELLIGENS' bare corners.
 
     Raises:
@@ -321,7 +329,9 @@ def write_npy(path: Path, coordinates: Coordinates, source: Source, folder: Path
         np.save(stream, coordinates.coords.astype(np.int64), allow_pickle=False)
 
 
-def write_stamp(path: Path, coordinates: Coordinates, source: Source, folder: Path) -> None:
+def write_stamp(
+    path: Path, coordinates: Coordinates, source: CoordinateSource, folder: Path
+) -> None:
     """STAMP's `coords` in um with the attributes of its feature files."""
     geometry = coordinates.geometry
     mpp = source.need_mpp(path, geometry)
@@ -335,9 +345,11 @@ def write_stamp(path: Path, coordinates: Coordinates, source: Source, folder: Pa
         file.attrs.update({"unit": "um", "feat_type": "tile", **side})
 
 
-def write_geojson(path: Path, coordinates: Coordinates, source: Source, folder: Path) -> None:
+def write_geojson(
+    path: Path, coordinates: Coordinates, source: CoordinateSource, folder: Path
+) -> None:
     """Tiles that QuPath opens, one feature a line."""
-    path.write_text(tiles_geojson(coordinates), encoding="utf-8")
+    path.write_text(make_tiles_geojson(coordinates), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -346,8 +358,8 @@ class Layout:
     below the output folder.
     """
 
-    read: Callable[[Path, Source], Coordinates]
-    write: Callable[[Path, Coordinates, Source, Path], None]
+    read: Callable[[Path, CoordinateSource], Coordinates]
+    write: Callable[[Path, Coordinates, CoordinateSource, Path], None]
     name: str
 
 
@@ -362,7 +374,7 @@ LAYOUTS = {
 }
 
 
-def detect(path: Path) -> str:
+def detect_layout(path: Path) -> str:
     """The layout of a file, by suffix and attributes.
 
     Raises:
@@ -395,7 +407,7 @@ def detect(path: Path) -> str:
     )
 
 
-def content(path: Path) -> Any:
+def read_content(path: Path) -> Any:
     """What a coordinates file says, to compare two of them: no places, no storage details; None
     when it is broken.
     """

@@ -16,7 +16,7 @@ from common.files import read_json
 from patch_encoder.tiles.coordinates import Coordinates
 
 
-def tiles_geojson(
+def make_tiles_geojson(
     coordinates: Coordinates, measurements: Mapping[str, np.ndarray] | None = None
 ) -> str:
     """A feature collection of tiles, one feature a line.

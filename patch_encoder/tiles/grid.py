@@ -23,7 +23,7 @@ from patch_encoder.tiles.coordinates import TileGeometry
 LEVEL_TOLERANCE = 1.01  # a level up to 1 % coarser than the target counts as the target's own level
 
 
-def tile_geometry(
+def make_tile_geometry(
     slide: Slide,
     target_size: int,
     target_mpp: float | None,
@@ -69,7 +69,7 @@ def tile_geometry(
                 f"target_mpp={target_mpp}, "
                 f"found {slide.mpp:.4f}"
             )
-    level = level_for(slide, scale)
+    level = choose_level(slide, scale)
     side = round(target_size * scale)
     return TileGeometry(
         name=slide.slide_id,
@@ -87,7 +87,7 @@ def tile_geometry(
     )
 
 
-def level_for(slide: Slide, scale: float) -> int:
+def choose_level(slide: Slide, scale: float) -> int:
     """The coarsest level that still has every pixel of a picture at 1 / scale of level 0."""
     return max(
         i
@@ -96,7 +96,7 @@ def level_for(slide: Slide, scale: float) -> int:
     )
 
 
-def grid(geometry: TileGeometry, pad: bool = False) -> Int[np.ndarray, "tiles 2"]:
+def make_grid(geometry: TileGeometry, pad: bool = False) -> Int[np.ndarray, "tiles 2"]:
     """Corners of all tiles, row by row: int64 (N, 2), (x, y).
 
     Args:
@@ -114,7 +114,9 @@ def grid(geometry: TileGeometry, pad: bool = False) -> Int[np.ndarray, "tiles 2"
     return np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, 2)
 
 
-def tissue_share(mask: np.ndarray, corners: np.ndarray, geometry: TileGeometry) -> np.ndarray:
+def measure_tissue_share(
+    mask: np.ndarray, corners: np.ndarray, geometry: TileGeometry
+) -> np.ndarray:
     """Share of each tile that the mask calls tissue.
 
     Args:

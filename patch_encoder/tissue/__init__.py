@@ -4,8 +4,8 @@ quality.
 
 from __future__ import annotations
 
-from patch_encoder.tissue.find import METHODS, Tissue, find_tissue, tissue_mask
-from patch_encoder.tissue.saturation import hsv_otsu
+from patch_encoder.tissue.find import METHODS, Tissue, find_tissue, make_tissue_mask
+from patch_encoder.tissue.saturation import find_hsv_otsu
 from patch_encoder.tissue.settings import (
     ClamSettings,
     CytologySettings,
@@ -20,7 +20,7 @@ __all__ = [
     "FileSettings",
     "Tissue",
     "TissueSettings",
+    "find_hsv_otsu",
     "find_tissue",
-    "hsv_otsu",
-    "tissue_mask",
+    "make_tissue_mask",
 ]

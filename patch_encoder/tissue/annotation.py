@@ -26,7 +26,7 @@ PICTURES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
 SAME_SHAPE = 0.02  # a mask picture may be this much wider or higher than the slide
 
 
-def annotation_file(folder: str | Path, slide_id: str) -> Path:
+def find_annotation_file(folder: str | Path, slide_id: str) -> Path:
     """The one annotation of a slide: `<slide_id>.<suffix>`, or with the slide's own suffix in
     between (S1.svs.geojson).
 
@@ -53,7 +53,7 @@ def annotation_file(folder: str | Path, slide_id: str) -> Path:
     return found[0]
 
 
-def annotated_mask(
+def read_annotated_mask(
     slide: Slide, shape: tuple[int, int], settings: FileSettings
 ) -> Bool[np.ndarray, "h w"]:
     """The annotation of a slide as a mask of (height, width).
@@ -61,15 +61,15 @@ def annotated_mask(
     Raises:
         UserError: no annotation, one that cannot be read, or a picture of another shape.
     """
-    path = annotation_file(settings.folder, slide.slide_id)
+    path = find_annotation_file(settings.folder, slide.slide_id)
     if path.suffix.lower() in OUTLINES:
-        return shapes_mask(
+        return draw_shapes_mask(
             read_geojson(path), slide, shape, settings.include, settings.exclude, path
         )
-    return picture_mask(path, slide, shape)
+    return read_picture_mask(path, slide, shape)
 
 
-def shapes_mask(
+def draw_shapes_mask(
     shapes: Sequence[Shape],
     slide: Slide,
     shape: tuple[int, int],
@@ -96,7 +96,7 @@ def shapes_mask(
     return tissue & ~fill_outlines([o for o, name in outlines if name in exclude], shape)
 
 
-def picture_mask(path: Path, slide: Slide, shape: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
+def read_picture_mask(path: Path, slide: Slide, shape: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
     """A mask picture at any scale: of its two values the higher one is tissue; one value alone is
     tissue unless it is 0.
 

@@ -22,7 +22,7 @@ FILLED, BESIDE = (
 )  # share of a line that is marked, and the most that may be on both sides of it
 
 
-def bubble_mask(mask: Bool[np.ndarray, "h w"], mpp: float) -> Bool[np.ndarray, "h w"]:
+def find_bubbles(mask: Bool[np.ndarray, "h w"], mpp: float) -> Bool[np.ndarray, "h w"]:
     """Thin closed rings: round from outside, hollow inside."""
     found = np.zeros(mask.shape, dtype=np.uint8)
     contours, hierarchy = cv2.findContours(
@@ -41,7 +41,7 @@ def bubble_mask(mask: Bool[np.ndarray, "h w"], mpp: float) -> Bool[np.ndarray, "
     return found.astype(bool) & mask
 
 
-def line_mask(
+def find_lines(
     mask: Bool[np.ndarray, "h w"], mpp: float, length: float = 2000.0, width: float = 60.0
 ) -> Bool[np.ndarray, "h w"]:
     """Thin straight parts, as edges of coverslips and mounting medium leave them.
@@ -100,7 +100,7 @@ def _stands_alone(
     return share(0.0) >= FILLED and (share(-1.5 * thickness) + share(1.5 * thickness)) / 2 <= BESIDE
 
 
-def flat_mask(
+def find_flat_areas(
     mask: Bool[np.ndarray, "h w"],
     picture: UInt8[np.ndarray, "h w 3"],
     mpp: float,
@@ -118,7 +118,7 @@ def flat_mask(
     return mask & grow_mask(flat, max(1, radius // 4))
 
 
-def dust_mask(
+def find_dust(
     mask: Bool[np.ndarray, "h w"],
     od: Float32[np.ndarray, "h w 3"],
     mpp: float,

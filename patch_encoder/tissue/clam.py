@@ -6,7 +6,8 @@ holes, both filtered by area in units of 512 px tiles at level 0. It is a method
 of a smear are smaller than any preset's a_t, and nothing is left of them. Differences: a slide
 without any contour has no tissue (CLAM stops), a level with more than 4096^2 px is reduced to that
 many (CLAM reads up to 1e8 px whole and skips what is larger), keep_ids and exclude_ids are lists,
-and the tiles stand on one grid over the slide; `contour_grid` gives CLAM's own grid per contour.
+and the tiles stand on one grid over the slide; `make_contour_grid` gives CLAM's own grid per
+contour.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ PRESETS = {
 }
 
 
-def resolve(settings: ClamSettings) -> ClamParameters:
+def resolve_parameters(settings: ClamSettings) -> ClamParameters:
     """The preset's values with those that are given put over them."""
     names = [field.name for field in fields(ClamParameters)]
     preset = PRESETS[settings.preset]
@@ -55,7 +56,7 @@ def resolve(settings: ClamSettings) -> ClamParameters:
     )
 
 
-def segmentation_level(slide: Slide, settings: ClamSettings) -> int:
+def choose_segmentation_level(slide: Slide, settings: ClamSettings) -> int:
     """Given, or the last level whose downsample is not above seg_downsample."""
     if settings.seg_level >= 0:
         return min(settings.seg_level, len(slide.downsamples) - 1)
@@ -66,7 +67,7 @@ def segmentation_level(slide: Slide, settings: ClamSettings) -> int:
     )
 
 
-def clam_contours(
+def find_clam_contours(
     picture: UInt8[np.ndarray, "h w 3"], scale: tuple[float, float], settings: ClamSettings
 ) -> tuple[list[Outline], Bool[np.ndarray, "h w"]]:
     """Kept contours in the order of their numbers, and everything above the threshold before any
@@ -81,8 +82,8 @@ def clam_contours(
         outlines through the centres of the outermost pixels, in px of the picture (OpenCV's
         convention, as in CLAM).
     """
-    parameters = resolve(settings)
-    binary = threshold(picture, parameters)
+    parameters = resolve_parameters(settings)
+    binary = threshold_saturation(picture, parameters)
     contours, hierarchy = cv2.findContours(binary, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     if hierarchy is None:
         return [], binary > 0
@@ -102,7 +103,7 @@ def clam_contours(
     return [outline for number, outline in enumerate(kept) if number in wanted], binary > 0
 
 
-def threshold(
+def threshold_saturation(
     picture: UInt8[np.ndarray, "h w 3"], parameters: ClamParameters
 ) -> UInt8[np.ndarray, "h w"]:
     """Saturation, median filter, threshold, closing: 255 where it may be tissue."""
@@ -117,7 +118,7 @@ def threshold(
     return np.asarray(binary, dtype=np.uint8)
 
 
-def contours_mask(outlines: list[Outline], shape: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
+def draw_contours_mask(outlines: list[Outline], shape: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
     """Pixels on or inside an outline and not strictly inside one of its holes."""
     mask = np.zeros(shape, dtype=np.uint8)
     # large ones first: a part may lie in the hole of another
@@ -130,7 +131,7 @@ def contours_mask(outlines: list[Outline], shape: tuple[int, int]) -> Bool[np.nd
     return mask.astype(bool)
 
 
-def contour_grid(
+def make_contour_grid(
     outlines: list[Outline],
     scale: tuple[float, float],
     side: int,
@@ -144,7 +145,7 @@ def contour_grid(
     none of its holes.
 
     Args:
-        outlines: of `clam_contours`.
+        outlines: of `find_clam_contours`.
         scale: level-0 px per px of the picture, (x, y).
         side, step: of a tile, level-0 px.
         slide_size: (width, height); boxes end there, tiles may run over it.

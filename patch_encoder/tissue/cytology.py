@@ -14,8 +14,8 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Float32, UInt8
 
-from patch_encoder.tissue.artefacts import bubble_mask, dust_mask, flat_mask, line_mask
-from patch_encoder.tissue.regions import close_mask, disc, label_parts
+from patch_encoder.tissue.artefacts import find_bubbles, find_dust, find_flat_areas, find_lines
+from patch_encoder.tissue.regions import close_mask, label_parts, make_disc
 from patch_encoder.tissue.settings import CytologySettings
 
 BLOCK = 40.0  # um; the glass is estimated on blocks of this side
@@ -27,7 +27,7 @@ GLASS, COLOURLESS = (
 COLOUR = 0.7
 
 
-def cytology_mask(
+def find_cytology(
     overview: UInt8[np.ndarray, "h w 3"], mpp: float, closing: float, settings: CytologySettings
 ) -> tuple[Bool[np.ndarray, "h w"], Bool[np.ndarray, "h w"]]:
     """(cells, artefacts that were taken out of them).
@@ -39,12 +39,12 @@ def cytology_mask(
         settings: see CytologySettings.
     """
     smooth = cv2.GaussianBlur(overview, (0, 0), max(0.5, settings.smooth / mpp))
-    density = optical_density(smooth, local_glass(smooth, mpp, settings.window))
+    density = optical_density(smooth, estimate_local_glass(smooth, mpp, settings.window))
     strongest = density.max(-1)
     cells = _with_core(strongest > settings.od, strongest > settings.od_core)
-    flat = flat_mask(cells, overview, mpp)
+    flat = find_flat_areas(cells, overview, mpp)
     artefact = cells & (flat | _edges(cells, density, mpp, settings))
-    artefact |= dust_mask(cells & ~artefact, density, mpp)
+    artefact |= find_dust(cells & ~artefact, density, mpp)
     return close_mask(cells & ~artefact, round(closing / mpp)) & ~flat, artefact
 
 
@@ -56,7 +56,7 @@ def _edges(
     """
     found = np.zeros_like(cells)
     for mask in (cells, cells & (density.min(-1) > COLOUR * density.max(-1))):
-        found |= line_mask(mask, mpp, settings.line_length, settings.line_width) | bubble_mask(
+        found |= find_lines(mask, mpp, settings.line_length, settings.line_width) | find_bubbles(
             mask, mpp
         )
     return found
@@ -72,7 +72,7 @@ def optical_density(
 _LOG = np.log10(np.arange(256, dtype=np.float32) + 1)
 
 
-def local_glass(
+def estimate_local_glass(
     picture: UInt8[np.ndarray, "h w 3"], mpp: float, window: float
 ) -> Float32[np.ndarray, "h w 3"]:
     """Brightness of the glass at each pixel; where a window shows none, that of the slide."""
@@ -82,7 +82,9 @@ def local_glass(
     slide = np.percentile(bright.reshape(-1, 3), 99, axis=0).astype(np.float32)
     radius = max(1, min(round(window / 2 / (side * mpp)), max(bright.shape[:2])))
     padded = np.pad(bright, ((radius, radius), (radius, radius), (0, 0)), mode="edge")
-    closed = cv2.morphologyEx(padded, cv2.MORPH_CLOSE, disc(radius))[radius:-radius, radius:-radius]
+    closed = cv2.morphologyEx(padded, cv2.MORPH_CLOSE, make_disc(radius))[
+        radius:-radius, radius:-radius
+    ]
     closed = np.ascontiguousarray(closed, dtype=np.float32)
     relative = closed / np.maximum(slide, 1)
     is_glass = (relative.min(-1) > GLASS) & (np.ptp(relative, axis=-1) < COLOURLESS)

@@ -15,14 +15,18 @@ from patch_encoder.slides.base import Slide
 from patch_encoder.slides.damage import Damage
 from patch_encoder.slides.overview import MAX_SIDE, Overview, read_level, read_overview
 from patch_encoder.slides.tile_folder import TileFolder
-from patch_encoder.tissue.annotation import annotated_mask
-from patch_encoder.tissue.artefacts import bubble_mask, line_mask
-from patch_encoder.tissue.clam import clam_contours, contours_mask, segmentation_level
-from patch_encoder.tissue.cytology import cytology_mask
-from patch_encoder.tissue.ink import ink_mask
+from patch_encoder.tissue.annotation import read_annotated_mask
+from patch_encoder.tissue.artefacts import find_bubbles, find_lines
+from patch_encoder.tissue.clam import (
+    choose_segmentation_level,
+    draw_contours_mask,
+    find_clam_contours,
+)
+from patch_encoder.tissue.cytology import find_cytology
+from patch_encoder.tissue.ink import find_ink
 from patch_encoder.tissue.outlines import Outline
-from patch_encoder.tissue.regions import area_filter, fill_holes
-from patch_encoder.tissue.saturation import otsu_mask
+from patch_encoder.tissue.regions import fill_holes, filter_by_area
+from patch_encoder.tissue.saturation import threshold_saturation
 from patch_encoder.tissue.settings import INKS, TissueSettings
 
 METHODS = ("auto", "hsv_otsu", "clam", "cytology", "file", "none")
@@ -50,7 +54,9 @@ class Tissue:
     damage: Damage | None = None
 
 
-def tissue_mask(slide: Slide, method: str, settings: TissueSettings) -> Bool[np.ndarray, "h w"]:
+def make_tissue_mask(
+    slide: Slide, method: str, settings: TissueSettings
+) -> Bool[np.ndarray, "h w"]:
     """bool (h, w) over the whole slide; see `find_tissue`."""
     return find_tissue(slide, method, settings).mask
 
@@ -75,12 +81,12 @@ def find_tissue(slide: Slide, method: str, settings: TissueSettings) -> Tissue:
     if method == "auto" and isinstance(slide, TileFolder):
         return Tissue(_existing_tiles(slide))
     if method == "file":
-        width, height = mask_size(slide, settings.mpp)
-        return Tissue(annotated_mask(slide, (height, width), settings.file))
+        width, height = choose_mask_size(slide, settings.mpp)
+        return Tissue(read_annotated_mask(slide, (height, width), settings.file))
     return _FOUND["hsv_otsu" if method == "auto" else method](slide, settings)
 
 
-def mask_size(slide: Slide, mpp: float) -> tuple[int, int]:
+def choose_mask_size(slide: Slide, mpp: float) -> tuple[int, int]:
     """(width, height) of a mask at `mpp` um per pixel, at least 64 and at most MAX_SIDE px a
     side.
     """
@@ -100,16 +106,18 @@ def _existing_tiles(slide: TileFolder) -> np.ndarray:
 
 def _by_saturation(slide: Slide, settings: TissueSettings) -> Tissue:
     view, overview, mpp = _overview(slide, settings)
-    found = _clean(otsu_mask(overview, mpp, settings), overview, mpp, settings, _inks(settings, ()))
+    found = _clean(
+        threshold_saturation(overview, mpp, settings), overview, mpp, settings, _inks(settings, ())
+    )
     return _readable(slide, found, view)
 
 
 def _by_density(slide: Slide, settings: TissueSettings) -> Tissue:
     view, overview, mpp = _overview(slide, settings)
-    mask, artefact = cytology_mask(overview, mpp, settings.closing, settings.cytology)
+    mask, artefact = find_cytology(overview, mpp, settings.closing, settings.cytology)
     found = _clean(mask, overview, mpp, settings, inks := _inks(settings, INKS))
     # ink is flat, too: it is called ink
-    ink = (mask | artefact) & ink_mask(overview, mpp, inks, settings.ink_od, settings.ink_width)
+    ink = (mask | artefact) & find_ink(overview, mpp, inks, settings.ink_od, settings.ink_width)
     dropped = {
         **found.dropped,
         "pen": ink,
@@ -119,20 +127,20 @@ def _by_density(slide: Slide, settings: TissueSettings) -> Tissue:
 
 
 def _as_clam(slide: Slide, settings: TissueSettings) -> Tissue:
-    view = read_level(slide, segmentation_level(slide, settings.clam))
+    view = read_level(slide, choose_segmentation_level(slide, settings.clam))
     picture = view.on_glass((slide.width, slide.height))
     scale = slide.width / picture.shape[1], slide.height / picture.shape[0]
-    contours, before = clam_contours(picture, scale, settings.clam)
-    mask = contours_mask(contours, picture.shape[:2])
+    contours, before = find_clam_contours(picture, scale, settings.clam)
+    mask = draw_contours_mask(contours, picture.shape[:2])
     mpp = (slide.mpp or ASSUMED_MPP) * scale[0]
-    ink = ink_mask(picture, mpp, _inks(settings, ()), settings.ink_od, settings.ink_width) & before
+    ink = find_ink(picture, mpp, _inks(settings, ()), settings.ink_od, settings.ink_width) & before
     found = Tissue(mask & ~ink, {"pen": ink, "small": before & ~mask & ~ink}, contours)
     return _readable(slide, found, view)
 
 
 def _overview(slide: Slide, settings: TissueSettings) -> tuple[Overview, np.ndarray, float]:
     """(what was read, the same with glass for what could not be, um per pixel)."""
-    view = read_overview(slide, max(mask_size(slide, settings.mpp)))
+    view = read_overview(slide, max(choose_mask_size(slide, settings.mpp)))
     mpp = (slide.mpp or ASSUMED_MPP) * max(slide.width, slide.height) / max(view.pixels.shape[:2])
     return view, view.on_glass((slide.width, slide.height)), mpp
 
@@ -158,13 +166,13 @@ def _clean(
     mask: np.ndarray, overview: np.ndarray, mpp: float, settings: TissueSettings, inks: list[str]
 ) -> Tissue:
     """Without ink, bubbles and lines, without small parts, small holes filled."""
-    ink = mask & ink_mask(overview, mpp, inks, settings.ink_od, settings.ink_width)
+    ink = mask & find_ink(overview, mpp, inks, settings.ink_od, settings.ink_width)
     rest = mask & ~ink
     artefact = np.zeros_like(mask)
     if settings.bubbles:
-        artefact = rest & (bubble_mask(rest, mpp) | line_mask(rest, mpp))
+        artefact = rest & (find_bubbles(rest, mpp) | find_lines(rest, mpp))
     rest = fill_holes(rest & ~artefact, settings.min_hole / mpp**2)
-    kept = area_filter(rest, settings.min_area / mpp**2)
+    kept = filter_by_area(rest, settings.min_area / mpp**2)
     return Tissue(kept, {"pen": ink, "artefact": artefact, "small": rest & ~kept})
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import read_json, write_text
-from patch_encoder.tissue.outlines import Outline, signed_area
+from patch_encoder.tissue.outlines import Outline, compute_signed_area
 
 COLOUR = (0, 158, 115)
 
@@ -63,7 +63,9 @@ def _feature(outline: Outline, number: int, mpp: float | None, name: str) -> str
 
 
 def _area(outline: Outline) -> float:
-    return abs(signed_area(outline.outer)) - sum(abs(signed_area(hole)) for hole in outline.holes)
+    return abs(compute_signed_area(outline.outer)) - sum(
+        abs(compute_signed_area(hole)) for hole in outline.holes
+    )
 
 
 def read_geojson(path: str | Path) -> list[Shape]:

@@ -20,7 +20,7 @@ ROWS = 512  # rows of optical densities in memory at a time
 DARK, GREY = 110, 30  # black ink: brightest channel below DARK, channels no further than GREY apart
 
 
-def ink_pixels(
+def find_ink_pixels(
     picture: UInt8[np.ndarray, "h w 3"], inks: Sequence[str], least_od: float = 0.3
 ) -> Bool[np.ndarray, "h w"]:
     """Pixels whose colour is that of one of `inks` (blue, green, red, black)."""
@@ -49,7 +49,7 @@ def _band(pixels: np.ndarray, inks: Sequence[str], least_od: float) -> np.ndarra
 _OD = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256)
 
 
-def ink_mask(
+def find_ink(
     picture: UInt8[np.ndarray, "h w 3"],
     mpp: float,
     inks: Sequence[str],
@@ -69,6 +69,6 @@ def ink_mask(
         return np.zeros(picture.shape[:2], dtype=bool)
     radius = max(1, round(width / 2 / mpp))
     # nuclei under the ink are small gaps in it
-    pixels = close_mask(ink_pixels(picture, inks, least_od), max(1, radius // 4))
+    pixels = close_mask(find_ink_pixels(picture, inks, least_od), max(1, radius // 4))
     strokes = open_mask(pixels, radius)
     return grow_mask(strokes, radius)

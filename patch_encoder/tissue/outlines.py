@@ -27,7 +27,7 @@ class Outline:
         return Outline(self.outer * (x, y), [hole * (x, y) for hole in self.holes])
 
 
-def mask_outlines(mask: Bool[np.ndarray, "h w"]) -> list[Outline]:
+def trace_outlines(mask: Bool[np.ndarray, "h w"]) -> list[Outline]:
     """The 4-connected parts of a mask, points on the corners of pixels: pixel (row, col) spans
     (col, row)-(col+1, row+1).
     """
@@ -41,14 +41,14 @@ def mask_outlines(mask: Bool[np.ndarray, "h w"]) -> list[Outline]:
         # westwards
         row, col = (y, x) if next_x > x else (y - 1, x - 1)
         part = int(padded[row + 1, col + 1]) - 1
-        if signed_area(ring) > 0:
+        if compute_signed_area(ring) > 0:
             outers[part] = ring
         else:
             holes[part].append(ring)
     return [Outline(outer, inner) for outer, inner in zip(outers, holes) if outer is not None]
 
 
-def signed_area(ring: np.ndarray) -> float:
+def compute_signed_area(ring: np.ndarray) -> float:
     """Shoelace formula; positive when clockwise on the screen (y downwards)."""
     x, y = ring.T.astype(float)
     return float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2

@@ -29,7 +29,7 @@ from patch_encoder.tiles.coordinates import (
     write_coordinates,
 )
 from patch_encoder.tiles.grid import read_tile
-from patch_encoder.tissue.ink import ink_pixels
+from patch_encoder.tissue.ink import find_ink_pixels
 from patch_encoder.tissue.settings import INKS
 
 MEASURES = {
@@ -74,7 +74,7 @@ def measure_tile(
     small = np.asarray(cv2.resize(tile, (side, side), interpolation=cv2.INTER_AREA), dtype=np.uint8)
     high, low = small.max(-1), small.min(-1)
     # single dark nuclei are no ink: colours of a sixteenth of the tile's side
-    pen = ink_pixels(
+    pen = find_ink_pixels(
         np.asarray(cv2.resize(tile, (16, 16), interpolation=cv2.INTER_AREA)), INKS, least_od
     ).mean()
     background = ((low > BRIGHT) & (high - low < PALE)).mean()
@@ -120,7 +120,7 @@ def measure_tiles(
     return {name: table[:, column] for column, name in enumerate(MEASURES)}
 
 
-def reasons(quality: Mapping[str, np.ndarray], cuts: Cuts, count: int) -> np.ndarray:
+def list_drop_reasons(quality: Mapping[str, np.ndarray], cuts: Cuts, count: int) -> np.ndarray:
     """Why each tile is dropped, '' when it is kept: text (N,). Ink counts before background,
     background before blur.
 
@@ -181,7 +181,7 @@ def filter_coordinates(source: str | Path, target: str | Path, cuts: Cuts) -> di
     """
     coordinates, quality = read_coordinates(source), read_quality(source)
     try:
-        why = reasons(quality, cuts, len(coordinates.coords))
+        why = list_drop_reasons(quality, cuts, len(coordinates.coords))
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     keep = why == ""

@@ -10,7 +10,7 @@ from scipy import ndimage
 ROWS = 2048  # rows of distances in memory at a time
 
 
-def disc(radius: int) -> np.ndarray:
+def make_disc(radius: int) -> np.ndarray:
     """Structuring element: uint8 (2 radius + 1, 2 radius + 1)."""
     y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
     return (x * x + y * y <= radius * radius).astype(np.uint8)
@@ -61,7 +61,7 @@ def grow_mask(mask: Bool[np.ndarray, "h w"], radius: int) -> Bool[np.ndarray, "h
     return within(mask, radius) if radius > 0 else mask
 
 
-def area_filter(mask: Bool[np.ndarray, "h w"], min_pixels: float) -> Bool[np.ndarray, "h w"]:
+def filter_by_area(mask: Bool[np.ndarray, "h w"], min_pixels: float) -> Bool[np.ndarray, "h w"]:
     """The 4-connected parts of at least this many pixels."""
     labels, count = label_parts(mask)
     if count == 0:

@@ -14,24 +14,24 @@ from scipy import ndimage
 from skimage.color import rgb2hsv
 from skimage.filters import threshold_otsu
 
-from patch_encoder.tissue.regions import area_filter, close_mask
+from patch_encoder.tissue.regions import close_mask, filter_by_area
 from patch_encoder.tissue.settings import TissueSettings
 
 ROWS = 256  # rows converted at a time: rgb2hsv needs several float64 copies of what it is given
 
 
-def saturation_of(overview: UInt8[np.ndarray, "h w 3"]) -> np.ndarray:
+def compute_saturation(overview: UInt8[np.ndarray, "h w 3"]) -> np.ndarray:
     """HSV saturation, float64 (h, w) in [0, 1]."""
     bands = (rgb2hsv(overview[top : top + ROWS])[..., 1] for top in range(0, len(overview), ROWS))
     return np.concatenate(list(bands))
 
 
-def otsu_mask(
+def threshold_saturation(
     overview: UInt8[np.ndarray, "h w 3"], mpp: float, settings: TissueSettings
 ) -> Bool[np.ndarray, "h w"]:
     """Threshold and closing; parts of any size are kept."""
     saturation = ndimage.median_filter(
-        saturation_of(overview), size=max(1, round(settings.median / mpp))
+        compute_saturation(overview), size=max(1, round(settings.median / mpp))
     )
     if saturation.max() - saturation.min() < 1e-6:
         return np.full(saturation.shape, bool(saturation.flat[0] > settings.floor))
@@ -39,7 +39,7 @@ def otsu_mask(
     return close_mask(mask, round(settings.closing / mpp))
 
 
-def hsv_otsu(
+def find_hsv_otsu(
     overview: UInt8[np.ndarray, "h w 3"], mpp: float, settings: TissueSettings
 ) -> Bool[np.ndarray, "h w"]:
     """Tissue mask of an overview.
@@ -52,5 +52,5 @@ def hsv_otsu(
     Returns:
         bool (h, w).
     """
-    mask = otsu_mask(overview, mpp, settings)
-    return area_filter(mask, settings.min_area / mpp**2)
+    mask = threshold_saturation(overview, mpp, settings)
+    return filter_by_area(mask, settings.min_area / mpp**2)

@@ -16,7 +16,7 @@ Font = ImageFont.FreeTypeFont
 
 
 @lru_cache
-def caption_font(size: int | float) -> Font:
+def load_caption_font(size: int | float) -> Font:
     """DejaVu Sans, which matplotlib brings along: Pillow's own font has neither µ nor accents,
     Greek or Cyrillic.
     """
@@ -25,7 +25,7 @@ def caption_font(size: int | float) -> Font:
     )
 
 
-def fitting(text: str, font: Font, width: float) -> str:
+def fit_text(text: str, font: Font, width: float) -> str:
     """The text, cut with dots where it is wider than `width` px."""
     if font.getlength(text) <= width:
         return text
@@ -34,7 +34,9 @@ def fitting(text: str, font: Font, width: float) -> str:
     return text + "..."
 
 
-def scale_bar(draw: ImageDraw.ImageDraw, font: Font, mpp: float | None, x: int, y: int) -> None:
+def make_scale_bar(
+    draw: ImageDraw.ImageDraw, font: Font, mpp: float | None, x: int, y: int
+) -> None:
     """The longest round length of at most LONGEST px and how long it is, its right end at x; all in
     proportion to the text.
 
@@ -47,18 +49,18 @@ def scale_bar(draw: ImageDraw.ImageDraw, font: Font, mpp: float | None, x: int, 
         draw.text((x, y + 2), "resolution unknown", fill=QUIET, font=font, anchor="rm")
         return
     size = font.size / TEXT
-    length = round_length(LONGEST * size * mpp)
-    text = said_length(length)
+    length = choose_round_length(LONGEST * size * mpp)
+    text = format_length(length)
     draw.text((x, y + 2 * size), text, fill=INK, font=font, anchor="rm")
     end = x - font.getlength(text) - 8 * size
     draw.rectangle((end - length / mpp, y, end, y + 4 * size), fill=INK)
 
 
-def said_length(length: float) -> str:
+def format_length(length: float) -> str:
     """A length in um for people."""
     return f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm"
 
 
-def round_length(most: float) -> float:
+def choose_round_length(most: float) -> float:
     """The largest of 1, 2, 5 times a power of ten that is no more than `most` um."""
     return max((length for length in ROUND if length <= most), default=ROUND[0])

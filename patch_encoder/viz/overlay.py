@@ -18,7 +18,7 @@ from patch_encoder.slides.base import Slide
 from patch_encoder.slides.overview import Overview
 from patch_encoder.tiles.coordinates import Coordinates
 from patch_encoder.tissue.find import Tissue
-from patch_encoder.viz.captions import INK, TEXT, TITLE, caption_font, fitting, scale_bar
+from patch_encoder.viz.captions import INK, TEXT, TITLE, fit_text, load_caption_font, make_scale_bar
 
 Colour = tuple[int, int, int]
 TISSUE, HOLE, TILE = (0, 158, 115), (0, 90, 160), (0, 114, 178)
@@ -34,7 +34,7 @@ DROPPED: dict[str, tuple[Colour, str]] = {
 }
 
 
-def mask_overlay(
+def draw_mask_overlay(
     slide: Slide,
     view: Overview,
     tissue: Tissue,
@@ -138,7 +138,7 @@ def _with_legend(
     picture: Image.Image, entries: Sequence[Entry], slide: Slide, scale: float
 ) -> Image.Image:
     """The picture on white, below it the name, a scale bar and what the colours mean."""
-    font, small = caption_font(TITLE), caption_font(TEXT)
+    font, small = load_caption_font(TITLE), load_caption_font(TEXT)
     width, margin, line = max(picture.width, 460), 12, 24
     places, x, y = [], margin, 38
     for text, _, _ in entries:
@@ -150,10 +150,12 @@ def _with_legend(
     page = Image.new("RGB", (width, picture.height + y + line + 4), "white")
     page.paste(picture, ((width - picture.width) // 2, 0))
     draw = ImageDraw.Draw(page)
-    scale_bar(draw, small, slide.mpp and slide.mpp / scale, width - margin, picture.height + 14)
+    make_scale_bar(
+        draw, small, slide.mpp and slide.mpp / scale, width - margin, picture.height + 14
+    )
     draw.text(
         (margin, picture.height + 9),
-        fitting(slide.slide_id, font, width - 210.0),
+        fit_text(slide.slide_id, font, width - 210.0),
         fill=INK,
         font=font,
     )

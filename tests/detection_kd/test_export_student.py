@@ -23,12 +23,12 @@ from common.errors import UserError
 from detection_kd import export_student, extract_student
 from detection_kd.models.backbone import Backbone
 from detection_kd.models.student import Student, student_config, student_encoder
-from detection_kd.models.student_onnx import any_student_encoder, feature_map_nodes
+from detection_kd.models.student_onnx import feature_map_nodes, load_students
 from patch_encoder.bags.files import read_bag
 from patch_encoder.extraction.network import Network, fold_batch_norms
 from patch_encoder.models.onnx_network import OnnxNetwork
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, write_coordinates
-from studies import measure_encoders as compare_encoders
+from studies import measure_encoders
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -290,7 +290,7 @@ def test_exported_student_is_an_encoder_whose_bags_do_not_mix(
     assert np.array_equal(again.features, bags["student_int8"].features), (
         "the same bits whatever the batch"
     )
-    assert extract(cohort, tmp_path, students["student_int8"], "name=student_onnx") == 2
+    assert extract(cohort, tmp_path, f"student_onnx={students['student_int8']}") == 2
     assert "another provenance: encoder" in capsys.readouterr().err
 
 
@@ -342,16 +342,16 @@ def test_extraction_refuses_files_and_settings_that_cannot_be(
 def test_int8_and_missing_providers_are_refused_on_cuda(exported: Path) -> None:
     cuda = torch.device("cuda:0")
     with pytest.raises(UserError, match="int8 is for CPUs, found device=cuda:0"):
-        any_student_encoder(exported / "student_int8.onnx", "", cuda)
+        load_students([str(exported / "student_int8.onnx")], cuda)[0]
     if "CUDAExecutionProvider" not in __import__("onnxruntime").get_available_providers():
         with pytest.raises(UserError, match="has no CUDA; pip install onnxruntime-gpu"):
-            any_student_encoder(exported / "student.onnx", "", cuda)
+            load_students([str(exported / "student.onnx")], cuda)[0]
 
 
 def test_network_travels_by_path_and_pads_its_batches(
     exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = any_student_encoder(exported / "student_int8.onnx", "", CPU)
+    encoder = load_students([str(exported / "student_int8.onnx")], CPU)[0]
     tiles = torch.randint(0, 255, (5, 3, SIDE, SIDE), dtype=torch.uint8)
     expected = encoder.model(tiles)
     packed = pickle.dumps(encoder)
@@ -470,8 +470,8 @@ def test_comparison_takes_options_of_encoders_and_exported_students(
     )
     encoders = "encoders=[resnet18=random layer=1 crop=false, resnet18=random layer=2]"
     done = run(
-        compare_encoders.main,
-        compare_encoders.Config,
+        measure_encoders.main,
+        measure_encoders.Config,
         [*keys, encoders, f"student={exported}/student_int8.onnx"],
     )
     assert done == 0, capsys.readouterr().err
@@ -494,7 +494,7 @@ def test_comparison_takes_options_of_encoders_and_exported_students(
         ("encoders=[resnet18=random layre=2]", "layre=2"),
     ):
         assert (
-            run(compare_encoders.main, compare_encoders.Config, [*keys, encoders, "overwrite=true"])
+            run(measure_encoders.main, measure_encoders.Config, [*keys, encoders, "overwrite=true"])
             == 2
         )
         assert message in capsys.readouterr().err

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PLAIN = {
-    "tools/mil_splits.sh": (
+    "tools/make_splits.sh": (
         "mil.make_splits",
         {"LABELS": "my labels.csv", "OUTPUT": "out put"},
         "labels=my labels.csv",
@@ -22,7 +22,7 @@ PLAIN = {
 }
 SCRIPTS = {
     "tools/mil_benchmark.sh": "mil.benchmark",
-    "tools/preprocess/filter.sh": "mil.rank_patches",
+    "tools/rank_patches.sh": "mil.rank_patches",
 }
 
 

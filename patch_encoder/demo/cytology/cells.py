@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.ndimage import uniform_filter
 
-from patch_encoder.demo.cytology.shapes import Side, blob, polygon, polygon_sides, warped, window
-from patch_encoder.demo.cytology.stain import Style, stained
+from patch_encoder.demo.cytology.shapes import Side, blob, polygon, polygon_sides, warp, window
+from patch_encoder.demo.cytology.stain import Style, apply_stain
 from patch_encoder.demo.cytology.texture import noise, smoothstep
 
 Point = tuple[float, float]
@@ -25,7 +25,7 @@ BLUR = 6
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnCell:
     """Something drawn: its density (3, H, W) int16, where the window stands, and where the thing
     itself is.
     """
@@ -71,96 +71,114 @@ class Nucleus:
     coarse: float
 
 
-def between(rng: np.random.Generator, low: float, high: float) -> float:
+def draw_between(rng: np.random.Generator, low: float, high: float) -> float:
     """A uniform number."""
     return low + (high - low) * float(rng.random())
 
 
-def superficial(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
+def superficial(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
     """A large thin polygonal cell with a small dark nucleus."""
     body = Cytoplasm(
-        between(rng, 38.0, 58.0),
+        draw_between(rng, 38.0, 58.0),
         14.0,
-        between(rng, 0.72, 1.0),
-        between(rng, 0.55, 0.95),
+        draw_between(rng, 0.72, 1.0),
+        draw_between(rng, 0.55, 0.95),
         rng.random() < 0.3,
     )
-    nucleus = Nucleus(between(rng, 3.6, 5.2), 0.05, between(rng, 0.85, 1.4), 0.1, 0.0)
+    nucleus = Nucleus(draw_between(rng, 3.6, 5.2), 0.05, draw_between(rng, 0.85, 1.4), 0.1, 0.0)
     return _cell(rng, style, centre, body, nucleus, pink=style.pink_share + 0.35)
 
 
-def intermediate(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
+def intermediate(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
     """A polygonal cell with a vesicular nucleus: the most frequent one."""
     body = Cytoplasm(
-        between(rng, 32.0, 54.0),
+        draw_between(rng, 32.0, 54.0),
         16.0,
-        between(rng, 0.65, 1.0),
-        between(rng, 0.6, 1.1),
+        draw_between(rng, 0.65, 1.0),
+        draw_between(rng, 0.6, 1.1),
         rng.random() < 0.22,
     )
-    nucleus = Nucleus(between(rng, 5.6, 7.8), 0.07, between(rng, 0.42, 0.75), 0.14, 0.08)
+    nucleus = Nucleus(draw_between(rng, 5.6, 7.8), 0.07, draw_between(rng, 0.42, 0.75), 0.14, 0.08)
     return _cell(rng, style, centre, body, nucleus, pink=style.pink_share - 0.12)
 
 
-def parabasal(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
+def parabasal(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
     """A small round dense cell with a round nucleus that is large for it."""
     body = Cytoplasm(
-        between(rng, 15.0, 24.0), 16.0, between(rng, 0.85, 1.0), between(rng, 1.0, 1.5)
+        draw_between(rng, 15.0, 24.0),
+        16.0,
+        draw_between(rng, 0.85, 1.0),
+        draw_between(rng, 1.0, 1.5),
     )
-    nucleus = Nucleus(between(rng, 7.0, 9.2), 0.06, between(rng, 0.5, 0.85), 0.14, 0.1)
+    nucleus = Nucleus(draw_between(rng, 7.0, 9.2), 0.06, draw_between(rng, 0.5, 0.85), 0.14, 0.1)
     return _cell(rng, style, centre, body, nucleus, pink=style.pink_share - 0.2)
 
 
-def reactive(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
+def reactive(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
     """A harmless cell whose nucleus is enlarged, but pale, smooth and even."""
-    body = Cytoplasm(between(rng, 32.0, 48.0), 16.0, between(rng, 0.7, 1.0), between(rng, 0.7, 1.1))
-    nucleus = Nucleus(between(rng, 8.5, 11.0), 0.07, between(rng, 0.38, 0.65), 0.1, 0.06)
+    body = Cytoplasm(
+        draw_between(rng, 32.0, 48.0),
+        16.0,
+        draw_between(rng, 0.7, 1.0),
+        draw_between(rng, 0.7, 1.1),
+    )
+    nucleus = Nucleus(draw_between(rng, 8.5, 11.0), 0.07, draw_between(rng, 0.38, 0.65), 0.1, 0.06)
     return _cell(rng, style, centre, body, nucleus, pink=style.pink_share)
 
 
-def pyknotic(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
+def pyknotic(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
     """A shrunken dense cell whose nucleus is very dark, small and without structure."""
     body = Cytoplasm(
-        between(rng, 16.0, 32.0),
+        draw_between(rng, 16.0, 32.0),
         12.0,
-        between(rng, 0.6, 0.95),
-        between(rng, 1.1, 1.7),
+        draw_between(rng, 0.6, 0.95),
+        draw_between(rng, 1.1, 1.7),
         rng.random() < 0.4,
     )
-    nucleus = Nucleus(between(rng, 4.5, 7.0), 0.16, between(rng, 1.3, 1.9), 0.06, 0.0)
+    nucleus = Nucleus(draw_between(rng, 4.5, 7.0), 0.16, draw_between(rng, 1.3, 1.9), 0.06, 0.0)
     return _cell(rng, style, centre, body, nucleus, pink=style.pink_share + 0.5)
 
 
-def low_grade(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
+def low_grade(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
     """Abnormal: a mature cell whose nucleus is more than three times a normal one in area, dark and
     irregular.
     """
     body = Cytoplasm(
-        between(rng, 32.0, 50.0), 16.0, between(rng, 0.65, 1.0), between(rng, 0.7, 1.2)
+        draw_between(rng, 32.0, 50.0),
+        16.0,
+        draw_between(rng, 0.65, 1.0),
+        draw_between(rng, 0.7, 1.2),
     )
     nucleus = Nucleus(
-        between(rng, 12.5, 17.0),
-        between(rng, 0.1, 0.2),
-        between(rng, 0.8, 1.15),
+        draw_between(rng, 12.5, 17.0),
+        draw_between(rng, 0.1, 0.2),
+        draw_between(rng, 0.8, 1.15),
         0.22,
-        between(rng, 0.3, 0.5),
+        draw_between(rng, 0.3, 0.5),
     )
     return _cell(rng, style, centre, body, nucleus, pink=style.pink_share)
 
 
-def high_grade(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
+def high_grade(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
     """Abnormal: a small cell nearly filled by a dark, irregular nucleus with coarse chromatin."""
-    size = between(rng, 12.5, 18.0)
+    size = draw_between(rng, 12.5, 18.0)
     body = Cytoplasm(
-        size * between(rng, 1.35, 1.9), 14.0, between(rng, 0.7, 1.0), between(rng, 1.0, 1.5)
+        size * draw_between(rng, 1.35, 1.9),
+        14.0,
+        draw_between(rng, 0.7, 1.0),
+        draw_between(rng, 1.0, 1.5),
     )
     nucleus = Nucleus(
-        size, between(rng, 0.14, 0.26), between(rng, 0.9, 1.3), 0.24, between(rng, 0.35, 0.55)
+        size,
+        draw_between(rng, 0.14, 0.26),
+        draw_between(rng, 0.9, 1.3),
+        0.24,
+        draw_between(rng, 0.35, 0.55),
     )
     return _cell(rng, style, centre, body, nucleus, pink=style.pink_share)
 
 
-Drawing = Callable[[np.random.Generator, Style, Point], Drawn]
+Drawing = Callable[[np.random.Generator, Style, Point], DrawnCell]
 NORMAL: dict[Drawing, float] = {
     superficial: 0.3,
     intermediate: 0.4,
@@ -178,7 +196,7 @@ def _cell(
     body: Cytoplasm,
     nucleus: Nucleus,
     pink: float,
-) -> Drawn:
+) -> DrawnCell:
     reach = max(body.radius * 1.35, nucleus.radius * 1.6) + 8
     row, column, x, y = window(reach, centre)
     room = max(body.radius - nucleus.radius, 0.0)
@@ -186,7 +204,7 @@ def _cell(
         rng, x, y, body, least=math.ceil(0.22 * room + nucleus.radius * 1.6) + 6
     )
     density = _plasma(rng, style, thickness, (y.shape[0], x.shape[1]), part, pink)
-    away, turn = between(rng, 0.0, 0.22) * room, between(rng, 0.0, 2 * math.pi)
+    away, turn = draw_between(rng, 0.0, 0.22) * room, draw_between(rng, 0.0, 2 * math.pi)
     middle = centre[0] + away * math.cos(turn), centre[1] + away * math.sin(turn)
     top, left, nx, ny = window(min(nucleus.radius * 1.6 + 4, reach - away - 2), middle)
     chromatin, core = _chromatin(rng, nx, ny, nucleus)
@@ -194,9 +212,9 @@ def _cell(
     own = np.s_[
         ..., top - row : top - row + core.shape[0], left - column : left - column + core.shape[1]
     ]
-    density[own] += stained(chromatin, style["chromatin"])
+    density[own] += apply_stain(chromatin, style["chromatin"])
     inside[own] |= core
-    return Drawn(row, column, _focused(rng, density), inside)
+    return DrawnCell(row, column, _focused(rng, density), inside)
 
 
 Part = tuple[slice, slice]
@@ -208,7 +226,7 @@ def _cytoplasm(
     """Thickness and inside of the cell where it is, and which part of the window that is (`least`
     px around the centre are).
     """
-    px, py = warped(rng, x, y, between(rng, 3.5, 7.5), 32)
+    px, py = warp(rng, x, y, draw_between(rng, 3.5, 7.5), 32)
     sides = polygon_sides(rng, body.radius, body.squeeze)
     distance = polygon(px, py, sides, body.corner)
     matter = smoothstep(distance, 1.4, -1.4)
@@ -225,7 +243,7 @@ def _cytoplasm(
     middle = smoothstep(distance, 0.0, -body.radius)
     thickness = matter * (mottle + np.float32(0.25) * middle) * np.float32(body.depth)
     rim = smoothstep(np.abs(distance + 2), 2.2, 0.0) * matter
-    thickness += rim * np.float32(between(rng, 0.05, 0.3) * body.depth)
+    thickness += rim * np.float32(draw_between(rng, 0.05, 0.3) * body.depth)
     thickness += _creases(rng, px[part], py[part], body) * matter
     return thickness, matter > 0.5, part
 
@@ -259,7 +277,7 @@ def _fold_over(
     """The part beyond a line is turned back over the cell: empty beyond the line, doubled before
     it.
     """
-    angle, offset = between(rng, 0.0, 2 * math.pi), body.radius * between(rng, 0.45, 0.75)
+    angle, offset = draw_between(rng, 0.0, 2 * math.pi), body.radius * draw_between(rng, 0.45, 0.75)
     nx, ny = np.float32(math.cos(angle)), np.float32(math.sin(angle))
     beyond = px * nx + py * ny - np.float32(offset)
     flap = smoothstep(
@@ -274,7 +292,7 @@ def _creases(
     """Thin dark lines where the cell is wrinkled."""
     total: np.ndarray | np.float32 = np.float32(0)
     for _ in range(int(rng.integers(0, 4)) if body.radius > 28 else 0):
-        angle, offset = between(rng, 0.0, math.pi), body.radius * between(rng, -0.6, 0.6)
+        angle, offset = draw_between(rng, 0.0, math.pi), body.radius * draw_between(rng, -0.6, 0.6)
         across = (
             px * np.float32(math.cos(angle)) + py * np.float32(math.sin(angle)) - np.float32(offset)
         )
@@ -282,12 +300,12 @@ def _creases(
             py * np.float32(math.cos(angle)) - px * np.float32(math.sin(angle)) - np.float32(offset)
         )
         line = smoothstep(
-            np.abs(across + along * along * np.float32(between(rng, -0.006, 0.006))),
-            between(rng, 1.5, 4.0),
+            np.abs(across + along * along * np.float32(draw_between(rng, -0.006, 0.006))),
+            draw_between(rng, 1.5, 4.0),
             0.0,
         )
         total = total + line * smoothstep(np.abs(along), body.radius * 0.8, 0.0) * np.float32(
-            between(rng, 0.15, 0.6)
+            draw_between(rng, 0.15, 0.6)
         )
     return total
 
@@ -303,7 +321,7 @@ def _plasma(
     """Density (3, S, S) between cyan and pink (a cell often takes both), or orange when it is
     keratinised.
     """
-    base = min(max(pink + between(rng, -0.45, 0.45), 0.0), 1.0)
+    base = min(max(pink + draw_between(rng, -0.45, 0.45), 0.0), 1.0)
     warm = style["orange"] if rng.random() < 0.12 else style["pink"]
     share = np.clip(
         np.float32(base) + np.float32(0.18) * noise(rng, shape, 32)[part],
@@ -311,24 +329,26 @@ def _plasma(
         np.float32(1),
     )
     warmed = thickness * share
-    return stained(thickness - warmed, style["cyan"]) + stained(warmed, warm)
+    return apply_stain(thickness - warmed, style["cyan"]) + apply_stain(warmed, warm)
 
 
 def _chromatin(
     rng: np.random.Generator, x: np.ndarray, y: np.ndarray, nucleus: Nucleus
 ) -> tuple[np.ndarray, np.ndarray]:
-    squeeze = np.float32(between(rng, 0.78, 1.0))
-    turn = between(rng, 0.0, math.pi)
+    squeeze = np.float32(draw_between(rng, 0.78, 1.0))
+    turn = draw_between(rng, 0.0, math.pi)
     c, s = np.float32(math.cos(turn)), np.float32(math.sin(turn))
     u, v = x * c + y * s, (y * c - x * s) / squeeze
-    px, py = warped(rng, u, v, nucleus.radius * nucleus.ragged * 0.9, 8)
+    px, py = warp(rng, u, v, nucleus.radius * nucleus.ragged * 0.9, 8)
     distance = blob(rng, px, py, nucleus.radius, nucleus.ragged)
     matter = smoothstep(distance, 1.0, -1.0)
     shape = distance.shape
     grain = np.float32(nucleus.fine) * noise(rng, shape, 4) + np.float32(nucleus.coarse) * noise(
         rng, shape, 8
     )
-    membrane = smoothstep(np.abs(distance + 1.6), 1.8, 0.0) * np.float32(between(rng, 0.05, 0.3))
+    membrane = smoothstep(np.abs(distance + 1.6), 1.8, 0.0) * np.float32(
+        draw_between(rng, 0.05, 0.3)
+    )
     return matter * (np.float32(nucleus.depth) + grain + membrane), matter > 0.5
 
 

@@ -12,104 +12,106 @@ import math
 import numpy as np
 from scipy.ndimage import uniform_filter
 
-from patch_encoder.demo.cytology.cells import Drawing, Drawn, Point, between
-from patch_encoder.demo.cytology.shapes import blob, smooth_maximum, warped, window
-from patch_encoder.demo.cytology.stain import Style, stained
+from patch_encoder.demo.cytology.cells import Drawing, DrawnCell, Point, draw_between
+from patch_encoder.demo.cytology.shapes import blob, smooth_maximum, warp, window
+from patch_encoder.demo.cytology.stain import Style, apply_stain
 from patch_encoder.demo.cytology.texture import noise, smoothstep
 
 
-def _drawn(row: int, column: int, matter: np.ndarray, colour: np.ndarray) -> Drawn:
-    return Drawn(row, column, stained(matter, colour), matter > 0.25)
+def _drawn(row: int, column: int, matter: np.ndarray, colour: np.ndarray) -> DrawnCell:
+    return DrawnCell(row, column, apply_stain(matter, colour), matter > 0.25)
 
 
-def neutrophil(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
+def neutrophil(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
     """A small cell with a nucleus of 2 to 4 lobes."""
     row, column, x, y = window(14.0, centre)
-    chromatin = _lobes(rng, x, y) * np.float32(between(rng, 0.9, 1.5))
+    chromatin = _lobes(rng, x, y) * np.float32(draw_between(rng, 0.9, 1.5))
     plasma = smoothstep(np.sqrt(x * x + y * y), 11.0, 8.0) * np.float32(0.25)
-    density = stained(chromatin, style["chromatin"]) + stained(plasma, style["cyan"])
-    return Drawn(row, column, density, chromatin > 0.25)
+    density = apply_stain(chromatin, style["chromatin"]) + apply_stain(plasma, style["cyan"])
+    return DrawnCell(row, column, density, chromatin > 0.25)
 
 
 def _lobes(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    turn, lobes = between(rng, 0.0, 2 * math.pi), int(rng.integers(2, 5))
+    turn, lobes = draw_between(rng, 0.0, 2 * math.pi), int(rng.integers(2, 5))
     distance: np.ndarray | None = None
     for lobe in range(lobes):
-        angle = turn + lobe * between(rng, 1.1, 1.9)
-        reach = between(rng, 2.6, 4.6)
+        angle = turn + lobe * draw_between(rng, 1.1, 1.9)
+        reach = draw_between(rng, 2.6, 4.6)
         dx, dy = x - np.float32(reach * math.cos(angle)), y - np.float32(reach * math.sin(angle))
-        circle = np.sqrt(dx * dx + dy * dy) - np.float32(between(rng, 2.4, 3.6))
+        circle = np.sqrt(dx * dx + dy * dy) - np.float32(draw_between(rng, 2.4, 3.6))
         distance = circle if distance is None else -smooth_maximum(-distance, -circle, 1.5)
     assert distance is not None
     return smoothstep(distance, 0.9, -0.9)
 
 
-def inflammation(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
+def inflammation(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
     """A clump of 10 to 45 neutrophils, some on top of each other, in a little slime."""
     count = int(rng.integers(10, 46))
-    spread = 5.2 * math.sqrt(count) * between(rng, 0.75, 1.25)
+    spread = 5.2 * math.sqrt(count) * draw_between(rng, 0.75, 1.25)
     row, column, x, y = window(spread + 18, centre)
     density = np.zeros((3, y.shape[0], x.shape[1]), dtype=np.int16)
     for _ in range(count):
-        angle, reach = between(rng, 0.0, 2 * math.pi), spread * math.sqrt(float(rng.random()))
+        angle, reach = draw_between(rng, 0.0, 2 * math.pi), spread * math.sqrt(float(rng.random()))
         one = neutrophil(
             rng, style, (centre[0] + reach * math.cos(angle), centre[1] + reach * math.sin(angle))
         )
         top, left = one.row - row, one.column - column
         side = one.density.shape[1]
         density[:, top : top + side, left : left + side] += one.density
-    px, py = warped(rng, x, y, 8.0, 32)
+    px, py = warp(rng, x, y, 8.0, 32)
     slime = smoothstep(np.sqrt(px * px + py * py), spread + 10, spread * 0.5) * np.float32(
-        between(rng, 0.1, 0.8)
+        draw_between(rng, 0.1, 0.8)
     )
-    density += stained(slime, style["mucus"])
-    return Drawn(row, column, density, slime > 0.05)
+    density += apply_stain(slime, style["mucus"])
+    return DrawnCell(row, column, density, slime > 0.05)
 
 
-def bare_smudge(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
+def bare_smudge(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
     """A smudged bare nucleus: as dark and as large as an abnormal one, but with a soft edge and no
     structure.
     """
-    radius = between(rng, 8.0, 14.0)
+    radius = draw_between(rng, 8.0, 14.0)
     row, column, x, y = window(radius * 1.9 + 6, centre)
-    px, py = warped(rng, x, y, 4.0, 16)
+    px, py = warp(rng, x, y, 4.0, 16)
     matter = smoothstep(
-        blob(rng, px, py, radius, 0.22), between(rng, 3.0, 6.0), -between(rng, 4.0, 8.0)
+        blob(rng, px, py, radius, 0.22), draw_between(rng, 3.0, 6.0), -draw_between(rng, 4.0, 8.0)
     )
-    return _drawn(row, column, matter * np.float32(between(rng, 0.7, 1.35)), style["chromatin"])
+    return _drawn(
+        row, column, matter * np.float32(draw_between(rng, 0.7, 1.35)), style["chromatin"]
+    )
 
 
-def debris(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
+def debris(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
     """A dark angular scrap, brown or the colour of nuclei, from a speck to larger than an abnormal
     nucleus.
     """
     radius = 2.5 + 13 * float(rng.random()) ** 2
     row, column, x, y = window(radius * 2.1 + 6, centre)
-    px, py = warped(rng, x, y, radius * 0.4, 8)
+    px, py = warp(rng, x, y, radius * 0.4, 8)
     grain = (
         1 + np.float32(0.3) * noise(rng, px.shape, 8) + np.float32(0.2) * noise(rng, px.shape, 4)
     )
     matter = smoothstep(blob(rng, px, py, radius, 0.45), 1.2, -1.2) * grain
     colour = style["chromatin"] if rng.random() < 0.45 else style["brown"]
-    return _drawn(row, column, matter * np.float32(between(rng, 0.7, 1.8)), colour)
+    return _drawn(row, column, matter * np.float32(draw_between(rng, 0.7, 1.8)), colour)
 
 
-def red_cell(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
+def red_cell(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
     """A pale orange disc with a lighter middle."""
     row, column, x, y = window(11.0, centre)
-    distance = blob(rng, x, y, between(rng, 5.5, 7.0), 0.06)
+    distance = blob(rng, x, y, draw_between(rng, 5.5, 7.0), 0.06)
     matter = smoothstep(distance, 1.0, -1.0) * (
         1 - np.float32(0.45) * smoothstep(distance, -2.0, -6.0)
     )
-    return _drawn(row, column, matter * np.float32(between(rng, 0.6, 1.1)), style["red_cell"])
+    return _drawn(row, column, matter * np.float32(draw_between(rng, 0.6, 1.1)), style["red_cell"])
 
 
-def mucus(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
+def mucus(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
     """A pale wavy strand."""
-    length = between(rng, 60.0, 150.0)
+    length = draw_between(rng, 60.0, 150.0)
     row, column, x, y = window(length + 10, centre)
-    px, py = warped(rng, x, y, between(rng, 10.0, 26.0), 64)
-    turn, width = between(rng, 0.0, math.pi), between(rng, 4.0, 14.0)
+    px, py = warp(rng, x, y, draw_between(rng, 10.0, 26.0), 64)
+    turn, width = draw_between(rng, 0.0, math.pi), draw_between(rng, 4.0, 14.0)
     along = px * np.float32(math.cos(turn)) + py * np.float32(math.sin(turn))
     across = np.abs(py * np.float32(math.cos(turn)) - px * np.float32(math.sin(turn)))
     fibres = np.float32(0.6) + np.float32(0.5) * noise(rng, across.shape, 16) * noise(
@@ -120,12 +122,12 @@ def mucus(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
         * smoothstep(np.abs(along), length, length * 0.6)
         * fibres
     )
-    return _drawn(row, column, matter * np.float32(between(rng, 0.5, 1.6)), style["mucus"])
+    return _drawn(row, column, matter * np.float32(draw_between(rng, 0.5, 1.6)), style["mucus"])
 
 
-def bacteria(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
+def bacteria(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
     """A loose field of short rods, dust to the eye."""
-    spread = between(rng, 25.0, 75.0)
+    spread = draw_between(rng, 25.0, 75.0)
     row, column, x, _ = window(spread + 8, centre)
     side = x.shape[1]
     count = int(rng.integers(25, 160))
@@ -137,19 +139,22 @@ def bacteria(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
         at_x = np.rint(side / 2 + reach * np.cos(turn) + step * np.cos(lean)).astype(int)
         at_y = np.rint(side / 2 + reach * np.sin(turn) + step * np.sin(lean)).astype(int)
         np.add.at(matter, (at_y, at_x), np.float32(1.4))
-    matter = uniform_filter(matter, 2, mode="constant") * np.float32(between(rng, 0.25, 0.75))
+    matter = uniform_filter(matter, 2, mode="constant") * np.float32(draw_between(rng, 0.25, 0.75))
     return _drawn(row, column, matter, style["chromatin"])
 
 
-def blurred_spot(rng: np.random.Generator, style: Style, centre: Point) -> Drawn:
+def blurred_spot(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
     """Dust far out of focus: a faint grey disc with a slightly darker border."""
-    radius = between(rng, 8.0, 38.0)
+    radius = draw_between(rng, 8.0, 38.0)
     row, column, x, y = window(radius + 12, centre)
     distance = np.sqrt(x * x + y * y) - np.float32(radius)
     disc, border = smoothstep(distance, 7.0, -7.0), smoothstep(np.abs(distance), 6.0, 0.0)
     grey = np.array([1, 1, 0.95], dtype=np.float32)
     return _drawn(
-        row, column, disc * np.float32(between(rng, 0.015, 0.06)) + border * np.float32(0.012), grey
+        row,
+        column,
+        disc * np.float32(draw_between(rng, 0.015, 0.06)) + border * np.float32(0.012),
+        grey,
     )
 
 
@@ -175,7 +180,7 @@ def margin(
     `depth` is how far the mark reaches into the picture, in pixels.
     """
     side = int(rng.integers(0, 4))
-    reach, tilt = depth * between(rng, 0.5, 1.0), between(rng, -0.04, 0.04)
+    reach, tilt = depth * draw_between(rng, 0.5, 1.0), draw_between(rng, -0.04, 0.04)
     rows = np.arange(height, dtype=np.float32)[:, None]
     columns = np.arange(width, dtype=np.float32)[None, :]
     inwards = (rows, height - rows, columns, width - columns)[side] + np.float32(tilt) * (
@@ -185,7 +190,7 @@ def margin(
     if rng.random() < 0.5:
         grey = np.array([0.05, 0.05, 0.045], dtype=np.float32)
         line = smoothstep(np.abs(inwards - np.float32(reach)), 3.0, 0.0) * np.float32(5)
-        return stained(smoothstep(inwards, reach + 1, reach - 1) + line, grey)
+        return apply_stain(smoothstep(inwards, reach + 1, reach - 1) + line, grey)
     ink = style[("ink_blue", "ink_green", "ink_black")[int(rng.integers(0, 3))]]
-    matter = smoothstep(inwards, reach + 8, reach - 10) * np.float32(between(rng, 0.5, 1.2))
-    return stained(matter, ink)
+    matter = smoothstep(inwards, reach + 8, reach - 10) * np.float32(draw_between(rng, 0.5, 1.2))
+    return apply_stain(matter, ink)

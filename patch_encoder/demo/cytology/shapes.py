@@ -25,7 +25,7 @@ def window(radius: float, centre: tuple[float, float]) -> tuple[int, int, np.nda
     return row, column, x, y
 
 
-def warped(
+def warp(
     rng: np.random.Generator, x: np.ndarray, y: np.ndarray, amplitude: float, scale: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates (S, S) displaced by noise, which makes any outline drawn with them irregular."""

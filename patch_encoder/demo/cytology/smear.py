@@ -11,7 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from patch_encoder.demo.cytology.cells import ABNORMAL, NORMAL, Drawing, Drawn, Point, between
+from patch_encoder.demo.cytology.cells import (
+    ABNORMAL,
+    NORMAL,
+    Drawing,
+    DrawnCell,
+    Point,
+    draw_between,
+)
 from patch_encoder.demo.cytology.clutter import CLUTTER, margin
 from patch_encoder.demo.cytology.stain import Style, develop, draw_style
 
@@ -28,7 +35,7 @@ Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
-class Thing:
+class SmearObject:
     """One thing on the smear: how to draw it, where, and the seed of its own randomness."""
 
     drawing: Drawing
@@ -40,7 +47,7 @@ class Thing:
         """Whether it is a lesion."""
         return self.drawing in ABNORMAL
 
-    def draw(self, style: Style) -> Drawn:
+    def draw(self, style: Style) -> DrawnCell:
         """Draw it; the same seed gives the same pixels whatever else is on the picture."""
         return self.drawing(_generator(self.seed), style, self.centre)
 
@@ -52,7 +59,7 @@ class Smear:
     width: int
     height: int
     style: Style
-    things: list[Thing]
+    things: list[SmearObject]
     seed: tuple[int, ...]
     marked: bool
 
@@ -81,16 +88,16 @@ def plan_smear(
     rng = _generator((*seed, 0))
     style = draw_style(rng)
     area = (side + 2 * BORDER) ** 2 / MILLION
-    centres = _cell_centres(rng, side, max(round(area * between(rng, *density)), 1))
+    centres = _cell_centres(rng, side, max(round(area * draw_between(rng, *density)), 1))
     kinds = _choose(rng, NORMAL, len(centres))
     for place in _abnormal_places(rng, centres, side, abnormal):
         kinds[place] = _choose(rng, ABNORMAL, 1)[0]
     for kind, (low, high) in CLUTTER.items():
-        count = math.floor(area * between(rng, low, high) + float(rng.random()))
+        count = math.floor(area * draw_between(rng, low, high) + float(rng.random()))
         centres += [_anywhere(rng, side) for _ in range(count)]
         kinds += [kind] * count
     things = [
-        Thing(kind, centre, (*seed, 1, index))
+        SmearObject(kind, centre, (*seed, 1, index))
         for index, (kind, centre) in enumerate(zip(kinds, centres, strict=True))
     ]
     return Smear(side, side, style, things, seed, marked)
@@ -138,7 +145,10 @@ def _cell_centres(rng: np.random.Generator, side: int, count: int) -> list[Point
         members = int(rng.integers(3, 15)) if rng.random() < 0.12 else 1
         spread = 26 * math.sqrt(members) if members > 1 else 0.0
         for _ in range(min(members, count - len(centres))):
-            angle, reach = between(rng, 0.0, 2 * math.pi), spread * math.sqrt(float(rng.random()))
+            angle, reach = (
+                draw_between(rng, 0.0, 2 * math.pi),
+                spread * math.sqrt(float(rng.random())),
+            )
             centres.append((x + reach * math.cos(angle), y + reach * math.sin(angle)))
     return centres
 
@@ -176,7 +186,7 @@ def _visible(box: Box, smear: Smear) -> list[Box]:
     return [clipped] if inside >= VISIBLE * (x1 - x0) * (y1 - y0) else []
 
 
-def _stamp(canvas: np.ndarray, drawn: Drawn) -> None:
+def _stamp(canvas: np.ndarray, drawn: DrawnCell) -> None:
     height, width = drawn.density.shape[1:]
     top, left = max(drawn.row, 0), max(drawn.column, 0)
     bottom, right = (
@@ -195,8 +205,8 @@ def _glass(smear: Smear) -> np.ndarray:
     slide.
     """
     rng = _generator((*smear.seed, 2))
-    x0, y0 = (between(rng, 0.3, 0.7) for _ in range(2))
-    fall = between(rng, 10.0, 45.0)
+    x0, y0 = (draw_between(rng, 0.3, 0.7) for _ in range(2))
+    fall = draw_between(rng, 10.0, 45.0)
     x = np.arange(smear.width, dtype=np.float32)[None, :] / np.float32(smear.width) - np.float32(x0)
     y = np.arange(smear.height, dtype=np.float32)[:, None] / np.float32(smear.height) - np.float32(
         y0

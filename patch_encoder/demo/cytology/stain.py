@@ -56,7 +56,7 @@ def draw_style(rng: np.random.Generator) -> Style:
     return Style(colours, lamp, pink_share=0.15 + 0.5 * float(rng.random()))  # type: ignore[arg-type]
 
 
-def stained(matter: np.ndarray, colour: np.ndarray) -> np.ndarray:
+def apply_stain(matter: np.ndarray, colour: np.ndarray) -> np.ndarray:
     """Density (3, H, W) int16 in 1 / UNIT of an amount of matter (H, W) in one colour (3,)."""
     density = np.empty((3, *matter.shape), dtype=np.int16)
     for channel, strength in enumerate(colour):

@@ -31,9 +31,9 @@ from mil.datasets.bags import bags_digest
 from patch_encoder import extract_features, tile_slides
 from patch_encoder.bags.files import bag_files, read_bag
 from patch_encoder.models import encoder_table
-from patch_encoder.models.backbones import initialised
+from patch_encoder.models.backbones import initialise
 from patch_encoder.models.encoder_table import ENCODERS, EncoderRow
-from patch_encoder.models.encoders import build_encoder, weights_digest
+from patch_encoder.models.encoders import build_encoder, digest_weights
 from tests.detection_kd.distillation_sets import write_backbone
 from tests.helpers import draw_slide, write_pyramid
 
@@ -103,7 +103,7 @@ def clip(folder: Path, row: EncoderRow) -> Path:
 
 def biomedclip(folder: Path, row: EncoderRow) -> Path:
     """open_clip with timm's image tower and a BERT: open_clip_pytorch_model.bin."""
-    visual = {f"visual.{key}": value for key, value in drawn(initialised(row)).state_dict().items()}
+    visual = {f"visual.{key}": value for key, value in drawn(initialise(row)).state_dict().items()}
     text = {
         "text.transformer.embeddings.word_embeddings.weight": torch.ones(4, 4),
         "text.proj.0.weight": torch.ones(4, 4),
@@ -118,14 +118,14 @@ def biomedclip(folder: Path, row: EncoderRow) -> Path:
 
 def gigapath(folder: Path, row: EncoderRow) -> Path:
     """timm: pytorch_model.bin, a bare state dict; a file is given, not its folder."""
-    torch.save(drawn(initialised(row)).state_dict(), folder / "pytorch_model.bin")
+    torch.save(drawn(initialise(row)).state_dict(), folder / "pytorch_model.bin")
     return folder / "pytorch_model.bin"
 
 
 def dinov2(folder: Path, row: EncoderRow) -> Path:
     """torch.hub's file: 518 px positions and the mask token."""
     large = replace(row, options={**row.options, "img_size": 518})
-    state = {**drawn(initialised(large)).state_dict(), "mask_token": torch.zeros(1, row.width)}
+    state = {**drawn(initialise(large)).state_dict(), "mask_token": torch.zeros(1, row.width)}
     assert state["pos_embed"].shape[1] == 1 + 37 * 37
     torch.save(state, folder / "dinov2_vitb14_pretrain.pth")
     return folder / "dinov2_vitb14_pretrain.pth"
@@ -142,7 +142,7 @@ def mae(folder: Path, row: EncoderRow) -> Path:
         "decoder_blocks.0.norm1.weight": torch.ones(16),
     }
     torch.save(
-        {"model": {**drawn(initialised(row)).state_dict(), **decoder}},
+        {"model": {**drawn(initialise(row)).state_dict(), **decoder}},
         folder / "mae_pretrain_vit_base.pth",
     )
     return folder / "mae_pretrain_vit_base.pth"
@@ -266,7 +266,7 @@ def check_chain(cohort: Path, out: Path, name: str, weights: Path, width: int) -
     for slide_id in files:
         with h5py.File(out / "features" / "student" / "h5_files" / f"{slide_id}.h5") as file:
             assert file["features"].shape[1] == width
-            assert file["features"].attrs["weights_sha256"] == weights_digest(student)
+            assert file["features"].attrs["weights_sha256"] == digest_weights(student)
 
 
 @pytest.mark.slow

@@ -16,13 +16,14 @@ from sklearn import metrics as sk
 
 from common.cli import run as run_script
 from common.metrics.calibration import fit_temperature
+from common.metrics.classification import youden_threshold
 from common.metrics.ranking import GRID, roc_curves
 from mil import benchmark
 from mil.evaluate import Config, main, table_runs, with_threshold
-from mil.evaluation.tables import screening_rows
+from mil.evaluation.task_tables import screening_rows
 from mil.figures import curves as pictures
 from mil.figures.curves import mean_curve
-from mil.tasks.classification import centred, youden_threshold
+from mil.tasks.classification import Classification
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> Path:
@@ -498,8 +499,5 @@ def test_without_validation_slides_nothing_is_chosen(
     assert "expected validation slides" in capsys.readouterr().err
 
 
-def test_centred_resamples_keep_their_spread():
-    samples = np.array([0.2, 0.3, np.nan, 0.4])
-    np.testing.assert_allclose(centred(samples, 0.15), [0.05, 0.15, np.nan, 0.25])
-    assert centred(samples, 0.05).min() >= 0 or np.nanmin(centred(samples, 0.05)) == 0
-    assert screening_rows([], 10, 0) == []
+def test_no_run_gives_no_screening_rows():
+    assert screening_rows([], Classification(("a", "b")), 10, 0) == []

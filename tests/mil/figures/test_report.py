@@ -15,15 +15,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics import roc_auc_score
 
 import mil.benchmark as benchmark
 from common.config import load_config
 from common.errors import UserError
+from common.metrics.ranking import roc_curves
 from mil.evaluation.runs import FinishedRun
 from mil.figures.by_task import label_figure
 from mil.figures.example_slides import Choice, Group, choose_slides, make_example
-from mil.figures.report import GRID, MARK, mark_tiles, roc_points
+from mil.figures.report import MARK, mark_tiles
 from mil.report import Config, main
 from mil.tasks.classification import Classification, Predictions
 from mil.tasks.cox import Cox
@@ -333,7 +334,9 @@ def test_roc_curves_of_labels_are_means_over_the_runs_that_have_both_kinds():
     for column, axes in enumerate(panels[:3]):
         told = [run.test for run in runs if run.test.targets[:, column].any()]
         assert len(told) == (1 if column == 1 else 2)
-        curves = [roc_points(run.targets[:, column], run.probabilities[:, column]) for run in told]
+        curves = [
+            roc_curves(run.targets[:, column], run.probabilities[:, column])[0] for run in told
+        ]
         np.testing.assert_allclose(axes.lines[1].get_ydata()[1:], np.mean(curves, axis=0))
         area = np.mean(
             [roc_auc_score(run.targets[:, column], run.probabilities[:, column]) for run in told]
@@ -343,20 +346,6 @@ def test_roc_curves_of_labels_are_means_over_the_runs_that_have_both_kinds():
     assert panels[3].get_legend().get_texts()[0].get_text() == "abmil  -"
     many = label_figure({f"model {i}": runs for i in range(9)}, Multilabel(("a",)), 0, 0)
     assert len(many.legends[0].get_texts()) == 9 and many.axes[0].get_legend() is None
-
-
-def test_roc_points_follow_the_steps_of_the_curve():
-    generator = np.random.default_rng(0)
-    positive, scores = np.arange(40) % 2 == 1, np.round(generator.random(40), 1)
-    fpr, tpr, _ = roc_curve(positive, scores, drop_intermediate=False)
-    points = roc_points(positive, scores)
-    for x, y in zip(GRID, points, strict=True):
-        below, above = tpr[fpr <= x + 1e-12].max(), tpr[fpr >= x - 1e-12].min()
-        assert below - 1e-9 <= y <= max(above, below) + 1e-9
-    perfect = roc_points(np.array([True, False]), np.array([0.9, 0.1]))
-    assert (perfect == 1).all()
-    late = roc_points(np.array([True, False, True, False]), np.array([0.9, 0.8, 0.7, 0.6]))
-    assert late[0] == 0.5 and late[49] == 0.5 and late[50] == 1.0
 
 
 def test_marks_stand_where_the_tiles_are():

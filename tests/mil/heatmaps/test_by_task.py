@@ -20,13 +20,13 @@ import mil.heatmaps.scores as tile_scores
 from common.cli import run
 from common.config import load_config
 from common.errors import UserError
+from common.metrics.classification import confusion, predict_class
 from mil.datasets.splits import Split
 from mil.evaluate import benchmark_runs
 from mil.figures.example_slides import Choice, make_example
 from mil.heatmap import Config, load_model, main
 from mil.heatmaps.scores import score_bag, tiles_alone
 from mil.heatmaps.sources import SlidePrediction, from_benchmark
-from mil.tasks.classification import confusion, predict_class
 from mil.training.engine import load_classifier
 from patch_encoder.bags.bag import StoredBag
 from patch_encoder.bags.files import read_bag, write_bag

@@ -44,7 +44,7 @@ from mil.tasks.classification import Classification, Predictions
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.base import Slide
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
-from patch_encoder.viz.captions import caption_font, round_length, said_length
+from patch_encoder.viz.captions import choose_round_length, format_length, load_caption_font
 
 
 def picture_slide(folder: Path, pixels: np.ndarray, mpp: float) -> Slide:
@@ -293,12 +293,12 @@ def test_frame_has_bar_and_scale() -> None:
         large.shape == (178, 1800, 3)
         and 201 in np.diff(np.flatnonzero(np.diff(np.concatenate([[0], row, [0]]))))[::2]
     )
-    assert (said_length(50.0), said_length(2000.0)) == ("50 µm", "2 mm")
-    assert {bytes(caption_font(12).getmask(sign)) for sign in "µéß"}.isdisjoint(
-        {bytes(caption_font(12).getmask("\uffff"))}
+    assert (format_length(50.0), format_length(2000.0)) == ("50 µm", "2 mm")
+    assert {bytes(load_caption_font(12).getmask(sign)) for sign in "µéß"}.isdisjoint(
+        {bytes(load_caption_font(12).getmask("\uffff"))}
     )
     assert scale_of({"width": 4000, "mpp": 0.5}) == ("500 µm", 25.0)
-    assert [round_length(most) for most in (1.0, 99.0, 110.0, 4999.0)] == [1, 50, 100, 2000]
+    assert [choose_round_length(most) for most in (1.0, 99.0, 110.0, 4999.0)] == [1, 50, 100, 2000]
     ringed = draw_outlines(
         np.full((50, 50, 3), 200, dtype=np.uint8),
         [np.array([[20, 20], [80, 20], [80, 80], [20, 80]])],

@@ -15,8 +15,8 @@ import torch
 import mil.training.engine as engine
 from common.config import load_config
 from common.distributed import World
+from common.metrics.classification import auc
 from mil.models import MODELS, build
-from mil.tasks.classification import auc
 from mil.train import Config, build_job, main
 from mil.training.engine import Recipe, Sample, epoch_order, predict, train_one_epoch
 from mil.training.fold_run import PLAIN

@@ -11,14 +11,10 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sk
 
-from mil.tasks.classification import (
-    Classification,
-    Predictions,
-    bootstrap,
-    resample_patients,
-    summarise,
-    youden_threshold,
-)
+from common.metrics.bootstrap import resample_patients
+from common.metrics.classification import youden_threshold
+from mil.tasks.bootstrap import bootstrap, summarise
+from mil.tasks.classification import Classification, Predictions
 from mil.tasks.multilabel import LabelPredictions, evaluate_labels, label_thresholds
 from mil.tasks.ordinal import evaluate_grades, grade
 from mil.tasks.regression import ValuePredictions, evaluate_values

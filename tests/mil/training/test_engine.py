@@ -27,11 +27,12 @@ from common.cli import run as run_script
 from common.config import load_config
 from common.distributed import World
 from common.errors import UserError
+from common.metrics.classification import youden_threshold
 from common.run import Run
 from mil.datasets.bags import find_bags, load_bags
 from mil.losses.classification import class_loss
 from mil.models import build
-from mil.tasks.classification import METRICS, youden_threshold
+from mil.tasks.classification import METRICS
 from mil.tasks.cox import Cox
 from mil.tasks.discrete import Discrete
 from mil.train import Config, build_job, main

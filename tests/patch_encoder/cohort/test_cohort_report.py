@@ -19,8 +19,8 @@ from common.cli import run
 from common.files import write_csv
 from patch_encoder import cohort_report
 from patch_encoder.bags.files import write_bag
-from patch_encoder.cohort.summary import bin_edges, histogram, read_rows
-from patch_encoder.cohort_report import Config, bars, main, short
+from patch_encoder.cohort.summary import compute_bin_edges, histogram, read_rows
+from patch_encoder.cohort_report import Config, draw_bars, main, shorten
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, write_coordinates
 from patch_encoder.tissue.quality import MEASURES, write_tiles
 
@@ -111,11 +111,11 @@ def test_histograms() -> None:
     edges = np.linspace(0.0, 1.0, 5)
     assert histogram(np.array([-3, 0.1, 0.3, 0.3, 1.0, 9.0]), edges) == [2, 2, 0, 2]
     assert (
-        bars([2, 4, 0], 30.0, 8.0) == "M0 8V4.0H10.0V0.0H20.0V8.0H30.0V8Z"
-        and bars([0, 0], 1.0, 1.0) == ""
+        draw_bars([2, 4, 0], 30.0, 8.0) == "M0 8V4.0H10.0V0.0H20.0V8.0H30.0V8Z"
+        and draw_bars([0, 0], 1.0, 1.0) == ""
     )
-    assert [short(v) for v in (None, 0.123456, 12.34, 1234.5)] == ["–", "0.123", "12.3", "1,234"]
-    assert bin_edges([], "blur", True) is None
+    assert [shorten(v) for v in (None, 0.123456, 12.34, 1234.5)] == ["–", "0.123", "12.3", "1,234"]
+    assert compute_bin_edges([], "blur", True) is None
 
 
 class Page(HTMLParser):
@@ -249,9 +249,9 @@ def test_a_thousand_slides_sort_and_filter_in_a_browser(thousand: Path) -> None:
 
 
 def test_thumbnails_are_small(tiling: Path) -> None:
-    content = cohort_report.thumbnail(tiling, "S0")
+    content = cohort_report.make_thumbnail(tiling, "S0")
     assert (
         content is not None
         and len(content) < 8000
-        and cohort_report.thumbnail(tiling, "none") is None
+        and cohort_report.make_thumbnail(tiling, "none") is None
     )

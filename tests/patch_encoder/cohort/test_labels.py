@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from patch_encoder.cohort.labels import class_names, find_slides, locate, read_labels
+from patch_encoder.cohort.labels import find_slides, list_class_names, locate_slides, read_labels
 
 
 def labels(tmp_path: Path, text: str) -> Path:
@@ -67,12 +67,12 @@ def test_missing_table(tmp_path: Path) -> None:
 
 def test_classes_are_sorted_and_the_positive_one_is_last(tmp_path: Path) -> None:
     records = read_labels(labels(tmp_path, "case_id,slide_id,label\n1,1,POS\n2,2,NILM\n"))
-    assert class_names(records) == ["NILM", "POS"]
-    assert class_names(records, positive="NILM") == ["POS", "NILM"]
+    assert list_class_names(records) == ["NILM", "POS"]
+    assert list_class_names(records, positive="NILM") == ["POS", "NILM"]
     with pytest.raises(UserError, match="expected one of the labels"):
-        class_names(records, positive="pos.")
+        list_class_names(records, positive="pos.")
     with pytest.raises(UserError, match="at least two classes"):
-        class_names(records[:1])
+        list_class_names(records[:1])
 
 
 def test_slides_are_found_in_any_tree(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_ambiguous_and_unknown_slides_are_refused(tmp_path: Path) -> None:
     (tmp_path / "b/S1.tiff").unlink()
     records = read_labels(labels(tmp_path, "case_id,slide_id,label\n1,S1,a\n2,S01,b\n"))
     with pytest.raises(UserError, match=r"1 of 2 slides.*first 'S01'; did you mean 'S1'"):
-        locate(records, tmp_path)
+        locate_slides(records, tmp_path)
     with pytest.raises(UserError, match="found none"):
         find_slides(tmp_path / "b")
     with pytest.raises(UserError, match="expected a folder"):
@@ -176,7 +176,10 @@ def test_names_that_are_no_ids_are_refused(tmp_path: Path) -> None:
 def test_a_labelled_picture_is_asked_for(tmp_path: Path) -> None:
     tree(tmp_path, "S1.svs", "S1.png", "P1.png", "a/P2.png", "b/P2.jpg")
     records = read_labels(labels(tmp_path, "case_id,slide_id,label\n1,S1,a\n2,P1,b\n"))
-    assert locate(records, tmp_path) == {"S1": tmp_path / "S1.svs", "P1": tmp_path / "P1.png"}
+    assert locate_slides(records, tmp_path) == {
+        "S1": tmp_path / "S1.svs",
+        "P1": tmp_path / "P1.png",
+    }
     records = read_labels(labels(tmp_path, "case_id,slide_id,label\n1,S1,a\n2,P2,b\n"))
     with pytest.raises(UserError, match="slide id 'P2': expected one slide"):
-        locate(records, tmp_path)
+        locate_slides(records, tmp_path)

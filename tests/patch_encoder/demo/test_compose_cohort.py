@@ -17,9 +17,9 @@ from common.config import load_config
 from common.errors import UserError
 from common.files import sha256_file
 from patch_encoder.cohort.labels import read_labels
-from patch_encoder.demo.annotated_fields import Field, FieldTile, cut
+from patch_encoder.demo.annotated_fields import Field, FieldTile, cut_tiles
 from patch_encoder.demo.compose_cohort import Config, main
-from patch_encoder.demo.compose_plan import compose
+from patch_encoder.demo.compose_plan import compose_slides
 
 TILE = 32
 
@@ -103,7 +103,7 @@ def test_a_tile_is_lesion_clean_or_left_out() -> None:
         ("lesion", (56.0, 40.0, 72.0, 50.0)),
         ("cell", (70.0, 0.0, 79.0, 9.0)),
     )
-    tiles = cut(Field("a.png", 100, 70, boxes), 32, "lesion")
+    tiles = cut_tiles(Field("a.png", 100, 70, boxes), 32, "lesion")
     # (0, 0) holds 3/4 of the first box, (32, 0) the rest; the second box lies half in (32, 32) and
     # half in (64, 32)
     assert tiles == [
@@ -268,16 +268,16 @@ def test_the_most_slides_that_the_message_names_can_be_made() -> None:
             FieldTile(f"{number}", 0, 0, number < lesions) for number in range(lesions + clean)
         ]
         with pytest.raises(UserError, match="enough for") as caught:
-            compose("train", tiles, 1000, size, (0,))
+            compose_slides("train", tiles, 1000, size, (0,))
         most = int(str(caught.value).split("enough for ")[1].split(";")[0])
-        slides = compose("train", tiles, most, size, (0,))
+        slides = compose_slides("train", tiles, most, size, (0,))
         used = [tile for slide in slides for tile in slide.tiles]
         assert len(slides) == most and len(set(used)) == len(used) == most * size
         for slide in slides:
             assert (1 <= sum(tile.lesion for tile in slide.tiles) <= 4) == slide.positive
         if most:
             with pytest.raises(UserError):
-                compose("train", tiles, most + 1, size, (0,))
+                compose_slides("train", tiles, most + 1, size, (0,))
 
 
 def test_bccd_gives_the_cohort_that_its_boxes_allow(

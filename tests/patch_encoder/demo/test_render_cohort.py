@@ -31,7 +31,7 @@ from common.files import sha256_file
 from patch_encoder.demo import sample_plan
 from patch_encoder.demo.cytology.cells import ABNORMAL, NORMAL
 from patch_encoder.demo.cytology.smear import draw_smear, lesion_boxes
-from patch_encoder.demo.pyramid import halved
+from patch_encoder.demo.pyramid import halve
 from patch_encoder.demo.render_cohort import Config, main
 from patch_encoder.demo.sample_plan import PlannedSlide, plan_fields, plan_slides
 from patch_encoder.descriptors.mean_colour import mean_colour
@@ -85,13 +85,13 @@ def test_slides_open_as_pyramids_with_their_resolution(cohort: Path) -> None:
         lower = np.asarray(slide.read_region((0, 0), 1, (SIDE // 2, SIDE // 2)).convert("RGB"))
     picture, _ = draw_smear(plan_slides(0, SIDE, {"pretrain": 4, "cv": 6}, 0.25)[0].smear())
     assert np.array_equal(base, picture), "pixels are kept without loss"
-    assert np.array_equal(lower, halved(picture))
+    assert np.array_equal(lower, halve(picture))
 
 
 def test_halving_is_the_rounded_mean_of_four_pixels() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
     expected = np.floor(picture[:, :8].reshape(3, 2, 4, 2, 3).mean(axis=(1, 3)) + 0.5)
-    assert np.array_equal(halved(picture), expected)
+    assert np.array_equal(halve(picture), expected)
 
 
 def test_labels_are_balanced_and_patients_stay_in_one_split(cohort: Path) -> None:

@@ -10,7 +10,7 @@ from scipy.ndimage import grey_opening
 from skimage.measure import label, regionprops
 
 from patch_encoder.demo.cytology.cells import high_grade, intermediate
-from patch_encoder.demo.cytology.smear import Thing
+from patch_encoder.demo.cytology.smear import SmearObject
 from patch_encoder.demo.cytology.stain import develop, draw_style
 from patch_encoder.descriptors.binary_patterns import MARGIN, RINGS, pattern_shares
 from patch_encoder.descriptors.granulometry import (
@@ -18,14 +18,14 @@ from patch_encoder.descriptors.granulometry import (
     FINE,
     RADII,
     granulometry,
-    halved,
-    without_ground,
+    halve,
+    remove_ground,
 )
 from patch_encoder.descriptors.mean_colour import mean_colour
 from patch_encoder.descriptors.nucleus_statistics import (
     AREAS,
     NUCLEUS_NAMES,
-    measure,
+    measure_bodies,
     nucleus_statistics,
 )
 from patch_encoder.descriptors.stain_texture import (
@@ -62,7 +62,7 @@ def octagon(radius: int) -> np.ndarray:
 def smear_tile(kind: object, seed: int) -> np.ndarray:
     """One cell alone in the middle of 128 px of glass."""
     style = draw_style(np.random.default_rng(seed))
-    drawn = Thing(kind, (64.0, 64.0), (seed,)).draw(style)  # type: ignore[arg-type]
+    drawn = SmearObject(kind, (64.0, 64.0), (seed,)).draw(style)  # type: ignore[arg-type]
     canvas = np.zeros((3, 256, 256), dtype=np.int16)
     (row, column), (height, width) = (drawn.row + 64, drawn.column + 64), drawn.density.shape[1:]
     canvas[:, row : row + height, column : column + width] += drawn.density
@@ -145,7 +145,7 @@ def test_openings_are_those_of_an_octagon() -> None:
     values = np.maximum(values // 4, np.roll(disc(9, 80)[8:72], 3, axis=1))
     spectrum, peaks = granulometry(values)
     opened = [grey_opening(values, footprint=octagon(radius)) for radius in FINE]
-    opened += [grey_opening(halved(values), footprint=octagon(radius // 2)) for radius in COARSE]
+    opened += [grey_opening(halve(values), footprint=octagon(radius // 2)) for radius in COARSE]
     means = np.array([values.mean(), *(level.mean() for level in opened)])
     np.testing.assert_allclose(spectrum, np.maximum(-np.diff(means), 0), atol=1e-4)
     np.testing.assert_array_equal(peaks, [level.max() for level in opened])
@@ -159,7 +159,7 @@ def test_openings_take_no_notice_of_what_is_outside() -> None:
 def test_without_ground_keeps_spots_and_drops_what_they_lie_on() -> None:
     values = np.full((101, 128), 60, dtype=np.uint8)
     spot = disc(8, 128, 90)[:101]
-    found = without_ground(values + spot, 21)
+    found = remove_ground(values + spot, 21)
     assert np.array_equal(found, spot)
 
 
@@ -182,7 +182,7 @@ def test_body_measures_match_scikit_image() -> None:
     y, x = np.mgrid[:128, :128]
     mask = ((x - 30) ** 2 / 64 + (y - 40) ** 2 / 200 < 1) | ((x - 90) ** 2 + (y - 80) ** 2 < 121)
     nuclear = rng.random((128, 128)).astype(np.float32)
-    bodies = measure(mask, nuclear, nuclear)
+    bodies = measure_bodies(mask, nuclear, nuclear)
     regions = regionprops(label(mask, connectivity=1), intensity_image=nuclear)
     np.testing.assert_allclose(bodies.area, [region.area for region in regions])
     np.testing.assert_allclose(

@@ -23,7 +23,7 @@ from common.errors import UserError
 from patch_encoder import extract_features, tile_slides
 from patch_encoder.bags.files import bag_digest, bag_files, bag_header, read_bag, write_bag
 from patch_encoder.descriptors.mean_colour import mean_colour
-from patch_encoder.models.encoders import PixelEncoder, ToInputSize, build_encoder, weights_digest
+from patch_encoder.models.encoders import PixelEncoder, ToInputSize, build_encoder, digest_weights
 from patch_encoder.slides import open_slide
 from tests.helpers import make_cohort
 
@@ -336,11 +336,11 @@ def test_weights_of_another_encoder_are_refused(tmp_path: Path) -> None:
 def test_digest_follows_the_weights() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(2, 2)
-    before = weights_digest(layer)
-    assert weights_digest(layer) == before
+    before = digest_weights(layer)
+    assert digest_weights(layer) == before
     with torch.no_grad():
         layer.bias[0] += 1e-6
-    assert weights_digest(layer) != before
+    assert digest_weights(layer) != before
 
 
 def test_unreachable_hub_says_what_to_fetch_and_where_to_put_it(

@@ -200,9 +200,12 @@ def test_two_processes_on_one_output_do_each_other_no_harm(cohort: Path, root: P
 def test_room_is_checked_before_any_slide_is_read(
     cohort: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    needed = disk_space.bag_bytes(66, 3, "float32", pt=False)
+    needed = disk_space.estimate_bag_bytes(66, 3, "float32", pt=False)
     assert needed == 66 * (3 * 4 + 16) + 65536
-    assert disk_space.bag_bytes(66, 3, "float16", pt=True) == 66 * 3 * 2 * 2 + 66 * 16 + 2 * 65536
+    assert (
+        disk_space.estimate_bag_bytes(66, 3, "float16", pt=True)
+        == 66 * 3 * 2 * 2 + 66 * 16 + 2 * 65536
+    )
     tiles = sum(len(read_coords(cohort, slide)) for slide in ("S000", "S001", "S002"))
     whole = tiles * 28 + 3 * 65536
     free = {"bytes": whole - 1}
@@ -269,7 +272,7 @@ def test_a_bag_takes_its_room_before_the_first_row(tmp_path: Path) -> None:
 
 
 def test_other_errors_of_the_system_are_not_called_a_full_disk(tmp_path: Path) -> None:
-    with pytest.raises(PermissionError), disk_space.full_disk_explained(tmp_path):
+    with pytest.raises(PermissionError), disk_space.explain_full_disk(tmp_path):
         raise PermissionError(errno.EACCES, "no")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from patch_encoder.extraction.network import Network, fold_batch_norms, padded
+from patch_encoder.extraction.network import Network, fold_batch_norms, pad_batch
 from patch_encoder.models.encoders import build_encoder
 
 CPU = torch.device("cpu")
@@ -85,8 +85,8 @@ def test_a_tile_has_the_same_bits_in_any_batch(name: str) -> None:
 
 def test_padding_adds_rows_of_zeros_only() -> None:
     items = torch.ones(2, 3, dtype=torch.uint8)
-    assert padded(items, 4).tolist() == [[1, 1, 1]] * 2 + [[0, 0, 0]] * 2
-    assert padded(items, 2) is items and padded(items, 0) is items
+    assert pad_batch(items, 4).tolist() == [[1, 1, 1]] * 2 + [[0, 0, 0]] * 2
+    assert pad_batch(items, 2) is items and pad_batch(items, 0) is items
 
 
 def test_a_batch_that_does_not_fit_says_what_to_set() -> None:

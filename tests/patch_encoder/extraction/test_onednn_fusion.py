@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from patch_encoder.extraction import onednn_fusion as fused_network
 from patch_encoder.extraction.network import Network, fold_batch_norms
-from patch_encoder.extraction.onednn_fusion import FusedNetwork, fuse
+from patch_encoder.extraction.onednn_fusion import FusedNetwork, fuse_network
 from patch_encoder.models.encoders import build_encoder
 
 pytestmark = pytest.mark.skipif(
@@ -92,7 +92,7 @@ def test_a_trunk_keeps_its_features_and_no_pass_is_left(name: str) -> None:
     model = lively(TRUNKS[name]())
     items = torch.randn(2, 3, 75, 97)
     folded = fold_batch_norms(model, items)
-    fused = fuse(folded, items)
+    fused = fuse_network(folded, items)
     assert fused is not None
     other = torch.randn(2, 3, 75, 97)
     kept = other.clone()
@@ -159,7 +159,7 @@ def test_sums_are_written_over_an_addend_that_nobody_needs(name: str) -> None:
     torch.manual_seed(1)
     model = Formula(formula).eval().requires_grad_(False).to(memory_format=torch.channels_last)
     items = torch.randn(2, 4, 8, 8)
-    fused = fuse(model, items)
+    fused = fuse_network(model, items)
     assert fused is not None
     other, weights = torch.randn(2, 4, 8, 8), [value.clone() for value in model.parameters()]
     kept = other.clone()
@@ -189,7 +189,7 @@ def test_every_kind_of_convolution(options: dict, layout: torch.memory_format) -
         .requires_grad_(False)
     )
     items = torch.randn(1, 8, 13, 17).contiguous(memory_format=layout)
-    fused = fuse(model.to(memory_format=torch.channels_last), items)
+    fused = fuse_network(model.to(memory_format=torch.channels_last), items)
     assert fused is not None
     assert difference(fused(items), model(items)) < 1e-5
     assert calls(fused, items)[CONVOLUTION] == 2
@@ -212,7 +212,7 @@ def test_one_dimension_and_transposed_layers_are_left() -> None:
 
     torch.manual_seed(0)
     model, items = Mixed().eval().requires_grad_(False), torch.randn(2, 3, 9, 9)
-    fused = fuse(model, items)
+    fused = fuse_network(model, items)
     assert fused is not None and difference(fused(items), model(items)) < 1e-5
     found = calls(fused, items)
     assert (found[CONVOLUTION], found["aten.convolution.default"]) == (2, 2)
@@ -223,7 +223,7 @@ def test_bf16_has_the_features_of_autocast_and_casts_no_weight_again() -> None:
         pytest.skip("no bf16 in oneDNN here")
     model, items = lively(torchvision.models.resnet18()), torch.randn(2, 3, 64, 64)
     folded = fold_batch_norms(model, items)
-    fused = fuse(folded, items, "bf16")
+    fused = fuse_network(folded, items, "bf16")
     assert fused is not None
     with torch.no_grad():
         exact, found = folded(items), fused(items)
@@ -256,7 +256,7 @@ def test_what_cannot_be_fused_is_called_itself(formula: Callable[..., Tensor]) -
     for seed in (0, 1):
         items = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
-            assert fuse(model, items) is None
+            assert fuse_network(model, items) is None
             assert torch.equal(network(items), model(items))
 
 
@@ -267,21 +267,21 @@ def test_no_graph_in_training_on_other_devices_or_without_onednn(
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU()),
         torch.randn(2, 3, 32, 32),
     )
-    assert fuse(model.eval(), items) is not None
-    assert fuse(model.train(), items) is None
+    assert fuse_network(model.eval(), items) is not None
+    assert fuse_network(model.train(), items) is None
     with monkeypatch.context() as patch:
         patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-        assert fuse(model.eval(), items) is None
-    assert fuse(model.eval(), items, "fp16") is None
-    assert fuse(model.eval(), items[:0]) is None
-    assert fuse(model.to("meta"), items.to("meta")) is None
+        assert fuse_network(model.eval(), items) is None
+    assert fuse_network(model.eval(), items, "fp16") is None
+    assert fuse_network(model.eval(), items[:0]) is None
+    assert fuse_network(model.to("meta"), items.to("meta")) is None
 
 
 def test_a_graph_that_gives_other_features_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_network, "_free", lambda addend, total: True)
     torch.manual_seed(1)
     model = Formula(FORMULAS["addend is read later"][0]).eval().requires_grad_(False)
-    assert fuse(model, torch.randn(2, 4, 8, 8)) is None
+    assert fuse_network(model, torch.randn(2, 4, 8, 8)) is None
 
 
 def test_other_shapes_layouts_and_gradients() -> None:

@@ -18,7 +18,7 @@ import pytest
 from common.cli import run
 from common.errors import UserError
 from patch_encoder import extract_features, tile_slides
-from patch_encoder.cohort.shards import Shard, bundles, tile_count
+from patch_encoder.cohort.shards import Shard, count_tiles, make_bundles
 from patch_encoder.extraction import ray_backend as ray_extraction
 from patch_encoder.extraction.tile_batches import SlideJob
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
@@ -34,16 +34,18 @@ JOBS = [job(f"S{index}", tiles) for index, tiles in enumerate((5, 90, 3, 40, 40,
 
 
 def test_shards_part_a_cohort_by_size() -> None:
-    parts = [Shard.parse(f"{index}/3").of(JOBS) for index in (1, 2, 3)]
+    parts = [Shard.parse(f"{index}/3").select(JOBS) for index in (1, 2, 3)]
     assert [[len(j.coordinates.coords) for j in part] for part in parts] == [
         [90, 5, 1],
         [40, 3],
         [40, 2],
     ]
     assert sorted(j.slide_id for part in parts for j in part) == sorted(j.slide_id for j in JOBS)
-    assert Shard.parse("2/3").of(JOBS[::-1]) == parts[1], "the order of the folder does not matter"
+    assert Shard.parse("2/3").select(JOBS[::-1]) == parts[1], (
+        "the order of the folder does not matter"
+    )
     assert (
-        Shard.parse("").of(JOBS) == JOBS
+        Shard.parse("").select(JOBS) == JOBS
         and Shard.parse("").name == ""
         and Shard.parse("2/3").name == "2-of-3"
     )
@@ -53,10 +55,10 @@ def test_shards_part_a_cohort_by_size() -> None:
 
 
 def test_bundles_are_largest_first_and_small_slides_share_one() -> None:
-    found = [[len(j.coordinates.coords) for j in bundle] for bundle in bundles(JOBS, 6)]
+    found = [[len(j.coordinates.coords) for j in bundle] for bundle in make_bundles(JOBS, 6)]
     assert found == [[90], [40], [40], [5, 3], [2, 1]]
-    assert len(bundles(JOBS, 1)) == len(JOBS)
-    assert tile_count(JOBS) == 181 and bundles([], 5) == []
+    assert len(make_bundles(JOBS, 1)) == len(JOBS)
+    assert count_tiles(JOBS) == 181 and make_bundles([], 5) == []
 
 
 @pytest.fixture
@@ -138,7 +140,7 @@ def test_shards_keep_lists_of_their_own_and_the_whole_run_clears_them(cohort: Pa
 
 
 def test_script_starts_a_process_a_gpu_and_takes_the_worst_status(cohort: Path, root: Path) -> None:
-    script = ["bash", str(root / "tools" / "preprocess" / "extract-features.sh")]
+    script = ["bash", str(root / "tools" / "extract_features.sh")]
     shared = environment(root) | {
         "GPUS": "2",
         "COORDS": f"{cohort}/tiles",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from patch_encoder.models import encoder_table
-from patch_encoder.models.backbones import initialised
+from patch_encoder.models.backbones import initialise
 from patch_encoder.models.encoder_table import HALF, EncoderRow
 from patch_encoder.models.encoders import build_encoder
 from patch_encoder.models.transforms import Fit
@@ -66,7 +66,7 @@ def snapshot(cache: Path, repository: str) -> Path:
 
 def drawn(row: EncoderRow) -> nn.Module:
     torch.manual_seed(1)
-    module = initialised(row).eval()
+    module = initialise(row).eval()
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.2)
     return module

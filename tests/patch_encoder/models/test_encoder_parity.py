@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from patch_encoder.models import conch
-from patch_encoder.models.backbones import initialised
+from patch_encoder.models.backbones import initialise
 from patch_encoder.models.conch import AttentionPool, LinearAttentionPool, fit_positions
 from patch_encoder.models.encoder_table import ENCODERS, EncoderRow
-from patch_encoder.models.encoder_weights import load
+from patch_encoder.models.encoder_weights import load_encoder_weights
 from patch_encoder.models.pooling import TransformersPool, pool_tokens
 
 State = dict[str, Tensor]
@@ -96,8 +96,8 @@ def test_clip_of_transformers_is_clip_of_open_clip(quick_gelu: bool) -> None:
     row = EncoderRow(
         "open_clip", "none", "", 16, options={"vision_cfg": vision, "quick_gelu": quick_gelu}
     )
-    network = initialised(row).eval()
-    load(network, row, state, "test")
+    network = initialise(row).eval()
+    load_encoder_weights(network, row, state, "test")
     same(network, reference, 32)
 
 
@@ -139,8 +139,8 @@ def test_dinov2_of_transformers_is_dinov2_of_timm(registers: int, swiglu: bool, 
     )
     model = f"vit_base_patch14_{'reg4_' if registers else ''}dinov2"
     row = EncoderRow("timm", model, "", 48, pool=pool, options=options)
-    network = initialised(row).eval()
-    load(network, row, state, "test")
+    network = initialise(row).eval()
+    load_encoder_weights(network, row, state, "test")
     same(network, reference, 56)
 
 
@@ -169,8 +169,8 @@ def test_vit_of_transformers_is_vit_of_timm(pool: str) -> None:
     row = EncoderRow("timm", "vit_base_patch16_224", "", 48, pool=pool,
                      options={"embed_dim": 48, "depth": 2, "num_heads": 2,
                      "img_size": 32})  # fmt: skip
-    network = initialised(row).eval()
-    load(network, row, renamed(state, rules), "test")
+    network = initialise(row).eval()
+    load_encoder_weights(network, row, renamed(state, rules), "test")
     same(network, reference, 32)
 
 
@@ -207,8 +207,8 @@ def test_dinov3_of_transformers_is_dinov3_of_timm() -> None:
     row = EncoderRow("timm", ENCODERS["dinov3_vits16"].model, "", 64, pool="cls",
                      options={"embed_dim": 64, "depth": 2, "num_heads": 2,
                      "img_size": 64})  # fmt: skip
-    network = initialised(row).eval()
-    load(network, row, native, "test")
+    network = initialise(row).eval()
+    load_encoder_weights(network, row, native, "test")
     same(network, reference, 64)
 
 
@@ -247,11 +247,11 @@ def test_conch_v1_5s_pool_written_out() -> None:
 
 @pytest.mark.parametrize("version", ["conch", "conch_v1_5"])
 def test_conch_loads_what_is_published(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = {"conch": conch.conch_v1, "conch_v1_5": conch.conch_v1_5}[version]
+    build = {"conch": conch.build_conch_v1, "conch_v1_5": conch.build_conch_v1_5}[version]
     small = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 64}
     monkeypatch.setattr(conch, build.__name__, lambda: build(**small))
     row = ENCODERS[version]
-    module = drawn(initialised(row))
+    module = drawn(initialise(row))
     state = module.state_dict()
     if version == "conch":
         extra = ["text.ln_final.weight", "text_decoder.x", "logit_scale", "visual.proj_contrast",
@@ -260,8 +260,8 @@ def test_conch_loads_what_is_published(version: str, monkeypatch: pytest.MonkeyP
         state = {f"visual.{name}": value for name, value in state.items()} | {
             name: torch.ones(2) for name in extra
         }
-    network = initialised(row).eval()
-    load(network, row, state, "test")
+    network = initialise(row).eval()
+    load_encoder_weights(network, row, state, "test")
     same(network, module, 64)
 
 
@@ -389,8 +389,8 @@ def test_musk_is_beit3s_image_path() -> None:
         "num_heads": heads,
     }
     row = EncoderRow("timm", ENCODERS["musk"].model, "", width, pool="cls", options=options)
-    network = initialised(row).eval()
-    load(network, row, published, "test")
+    network = initialise(row).eval()
+    load_encoder_weights(network, row, published, "test")
     pixels = torch.randn(2, 3, 32, 32, generator=generator)
     with torch.no_grad():
         assert torch.allclose(
@@ -400,7 +400,7 @@ def test_musk_is_beit3s_image_path() -> None:
 
 def test_ctranspath_under_the_names_of_its_old_timm() -> None:
     row = ENCODERS["ctranspath"]
-    module = drawn(initialised(row))
+    module = drawn(initialise(row))
     old = {}
     for name, value in module.state_dict().items():
         # downsampling stood at the end of a stage, and masks were stored
@@ -416,8 +416,8 @@ def test_ctranspath_under_the_names_of_its_old_timm() -> None:
         "layers.0.blocks.0.attn.relative_position_index": torch.ones(4),
     }
     assert "layers.0.downsample.reduction.weight" in old
-    network = initialised(row).eval()
-    load(
+    network = initialise(row).eval()
+    load_encoder_weights(
         network,
         row,
         {f"module.{name}".removeprefix("module."): value for name, value in old.items()},

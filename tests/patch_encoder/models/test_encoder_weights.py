@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from patch_encoder.models import encoder_table
-from patch_encoder.models.backbones import initialised
+from patch_encoder.models.backbones import initialise
 from patch_encoder.models.encoder_table import EncoderRow
 from patch_encoder.models.encoders import build_encoder
 from patch_encoder.models.transforms import Fit
@@ -53,7 +53,7 @@ def _small_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def network(name: str, seed: int = 0) -> nn.Module:
     """A small network whose every weight is drawn, those that start at zero or one too."""
     torch.manual_seed(seed)
-    module = initialised(SMALL[name]).eval()
+    module = initialise(SMALL[name]).eval()
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.2)
     return module

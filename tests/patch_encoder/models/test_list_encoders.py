@@ -97,9 +97,9 @@ def test_operations_are_those_of_the_formula() -> None:
     hidden = vit.blocks[0].mlp.fc1.out_features
     a_block = tokens * (4 * width**2 + 2 * width * hidden) + 2 * tokens**2 * width
     expected = 2 * (depth * a_block + 100 * width * 3 * 16**2) / 1e9
-    batch, _ = list_encoders.random_batch(encoder, 2, 160)
-    assert list_encoders.gflops(encoder, batch) == pytest.approx(expected, rel=1e-6)
-    assert list_encoders.gflops(build_encoder("mean_colour"), torch.zeros(1, 3)) is None
+    batch, _ = list_encoders.make_random_batch(encoder, 2, 160)
+    assert list_encoders.count_gflops(encoder, batch) == pytest.approx(expected, rel=1e-6)
+    assert list_encoders.count_gflops(build_encoder("mean_colour"), torch.zeros(1, 3)) is None
 
 
 def test_features_that_overflow_are_refused(

@@ -15,7 +15,7 @@ from torch import nn
 from common.checkpoint import load_weights
 from common.errors import UserError
 from patch_encoder.models.encoders import build_encoder
-from patch_encoder.models.uninitialised import uninitialised
+from patch_encoder.models.uninitialised import skip_initialisation
 
 OPTIONS = {
     "vit_tiny_patch16_224": {"depth": 1},
@@ -28,7 +28,7 @@ OPTIONS = {
 @pytest.mark.parametrize("name", list(OPTIONS))
 def test_a_network_without_initial_weights_is_the_same_once_loaded(name: str) -> None:
     reference = timm.create_model(name, num_classes=0, **OPTIONS[name]).eval()
-    with uninitialised():
+    with skip_initialisation():
         network = timm.create_model(name, num_classes=0, **OPTIONS[name]).eval()
     assert all(parameter.is_meta for parameter in network.parameters())
     assert not any(buffer.is_meta for buffer in network.buffers())
@@ -48,7 +48,7 @@ def test_a_network_without_initial_weights_is_the_same_once_loaded(name: str) ->
 
 
 def test_the_network_s_own_dtype_stays_and_so_does_what_is_said_of_wrong_files() -> None:
-    with uninitialised():
+    with skip_initialisation():
         layer = nn.Linear(3, 2)
     half = {
         "weight": torch.ones(3, 2, dtype=torch.float16).T,
@@ -60,12 +60,12 @@ def test_the_network_s_own_dtype_stays_and_so_does_what_is_said_of_wrong_files()
         and layer.weight.is_contiguous()
         and layer.weight.requires_grad
     )
-    with uninitialised():
+    with skip_initialisation():
         layer = nn.Linear(3, 2)
     with pytest.raises(UserError, match="1 missing"):
         load_weights(layer, {"weight": half["weight"]}, "x.pt")
     assert not nn.Linear(3, 2).weight.is_meta, "only inside"
-    with pytest.raises(RuntimeError), uninitialised():
+    with pytest.raises(RuntimeError), skip_initialisation():
         raise RuntimeError
     assert not nn.Linear(3, 2).weight.is_meta, "an error does not leave it on"
 

@@ -18,7 +18,7 @@ from common.cli import run
 from patch_encoder import tile_slides
 from patch_encoder.slides import RegionError, open_slide
 from patch_encoder.slides.damage import Damage
-from patch_encoder.slides.overview import area_means, read_overview
+from patch_encoder.slides.overview import read_overview, reduce_by_area
 from patch_encoder.slides.reduced_jpeg import ReducedJpeg
 from patch_encoder.tiles.coordinates import read_coordinates
 from patch_encoder.tissue.quality import read_quality
@@ -96,7 +96,7 @@ def test_reduced_decoding_gives_the_means(
 
 def test_means_between_edges_count_values_in_part() -> None:
     values = np.array([[0, 10], [4, 20], [8, 60]], dtype=np.uint8)
-    found = area_means(values, np.array([0.5, 1.0, 2.25, 3.5]))
+    found = reduce_by_area(values, np.array([0.5, 1.0, 2.25, 3.5]))
     np.testing.assert_allclose(
         found, [[0, 10], [(4 + 0.25 * 8) / 1.25, (20 + 15) / 1.25], [8, 60]], rtol=1e-6
     )

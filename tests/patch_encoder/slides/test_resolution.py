@@ -12,8 +12,8 @@ from PIL import Image
 from common.errors import UserError
 from patch_encoder.cohort.labels import read_labels
 from patch_encoder.slides import open_slide
-from patch_encoder.slides.resolution import announce, resolution_of
-from patch_encoder.tiles.grid import tile_geometry
+from patch_encoder.slides.resolution import announce_resolution, read_resolution
+from patch_encoder.tiles.grid import make_tile_geometry
 from tests.helpers import draw_slide, write_pyramid
 
 SPACING = "dicom.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing"
@@ -22,9 +22,9 @@ SPACING = "dicom.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].Pixe
 @pytest.fixture(autouse=True)
 def _say_again() -> Iterator[None]:
     """Announcements are made once a process; tests want each."""
-    announce.cache_clear()
+    announce_resolution.cache_clear()
     yield
-    announce.cache_clear()
+    announce_resolution.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def _say_again() -> Iterator[None]:
 def test_keys_of_the_vendors(
     properties: dict[str, str], mpp: float | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    found = resolution_of(properties, "S", (10_000, 5_000))
+    found = read_resolution(properties, "S", (10_000, 5_000))
     assert found.mpp == (None if mpp is None else pytest.approx(mpp, rel=1e-5))
     assert (
         found.source in properties
@@ -85,11 +85,11 @@ def test_keys_of_the_vendors(
 def test_what_no_microscope_gives_is_not_believed(
     value: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    found = resolution_of({"openslide.mpp-x": value, "openslide.mpp-y": value}, "S")
+    found = read_resolution({"openslide.mpp-x": value, "openslide.mpp-y": value}, "S")
     assert found.mpp is None
     assert f"openslide.mpp-x says {float(value):g} um, outside 0.05 to 10" in found.source
     with caplog.at_level(logging.WARNING):
-        found = resolution_of(
+        found = read_resolution(
             {
                 "openslide.mpp-x": value,
                 "tiff.XResolution": "40000",
@@ -109,18 +109,18 @@ def test_objective_power_is_the_announced_last_resort(caplog: pytest.LogCaptureF
         "leica.objective",
         "ventana.Magnification",
     ):
-        found = resolution_of({key: "40"}, f"S-{key}")
+        found = read_resolution({key: "40"}, f"S-{key}")
         assert (found.mpp, found.source, found.power) == (0.25, "objective power", 40.0)
         assert f"S-{key}: no mpp" in caplog.text and "labels.csv" in caplog.text
-    assert resolution_of({"aperio.AppMag": "0"}, "S").mpp is None
-    assert resolution_of({"aperio.MPP": "0.5", "aperio.AppMag": "20"}, "S").source == "aperio.MPP"
+    assert read_resolution({"aperio.AppMag": "0"}, "S").mpp is None
+    assert read_resolution({"aperio.MPP": "0.5", "aperio.AppMag": "20"}, "S").source == "aperio.MPP"
 
 
 def test_contradictions_are_announced_once(caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(3):
-        resolution_of({"aperio.MPP": "0.5", "aperio.AppMag": "40"}, "S1")
-        resolution_of({"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.26"}, "S2")
-        resolution_of({"aperio.MPP": "0.5"}, "S3", given=0.25)
+        read_resolution({"aperio.MPP": "0.5", "aperio.AppMag": "40"}, "S1")
+        read_resolution({"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.26"}, "S2")
+        read_resolution({"aperio.MPP": "0.5"}, "S3", given=0.25)
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
         "slide S1",
         "slide S2",
@@ -130,9 +130,9 @@ def test_contradictions_are_announced_once(caplog: pytest.LogCaptureFixture) -> 
     assert "0.25 by 0.26 um, taken as their mean" in caplog.text
     assert "mpp 0.25 as given; the file says 0.5" in caplog.text
     caplog.clear()
-    assert resolution_of({"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.5"}, "S4").mpp is None, (
-        "pixels are not square"
-    )
+    assert (
+        read_resolution({"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.5"}, "S4").mpp is None
+    ), "pixels are not square"
 
 
 @pytest.mark.parametrize("value", [0.027, 250.0, float("nan"), 0.0, -1.0])
@@ -153,7 +153,7 @@ def test_error_names_slide_reason_and_remedy(tmp_path: Path) -> None:
         open_slide(path) as slide,
         pytest.raises(UserError, match=r"S7.*says 300 um, outside.*mpp column of labels.csv"),
     ):
-        tile_geometry(slide, 64, 0.5)
+        make_tile_geometry(slide, 64, 0.5)
 
 
 def test_a_pictures_density_counts_when_it_is_a_microscopes(

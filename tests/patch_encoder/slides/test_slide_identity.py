@@ -18,7 +18,7 @@ from common.cli import run
 from patch_encoder import extract_features, tile_slides
 from patch_encoder.bags.files import bag_header
 from patch_encoder.extraction import bag_assembly as assembly
-from patch_encoder.slides.identity import END, slide_identity
+from patch_encoder.slides.identity import END, compute_slide_identity
 from tests.helpers import draw_slide, make_cohort, write_pyramid
 
 TILING = [
@@ -82,19 +82,19 @@ def test_the_fingerprint_sees_both_ends_the_size_and_the_files_of_a_folder(tmp_p
         if change is not None:
             data[change] ^= 255
         file.write_bytes(data)
-        prints.add(slide_identity(file)["slide_fingerprint"])
+        prints.add(compute_slide_identity(file)["slide_fingerprint"])
     file.write_bytes(data + data[-END:])
-    prints.add(slide_identity(file)["slide_fingerprint"])
+    prints.add(compute_slide_identity(file)["slide_fingerprint"])
     assert len(prints) == 4
     folder = tmp_path / "folder"
     for name in ("0_1.png", "0_0.png"):
         folder.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"12345")
-    found = slide_identity(folder)
+    found = compute_slide_identity(folder)
     assert (found["slide_file"], found["slide_bytes"]) == ("folder", 10)
     assert found["slide_fingerprint"] == hashlib.sha256(b"0_0.png 5\n0_1.png 5\n").hexdigest()
     (tmp_path / "empty").touch()
-    assert slide_identity(tmp_path / "empty")["slide_bytes"] == 0
+    assert compute_slide_identity(tmp_path / "empty")["slide_bytes"] == 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -121,9 +121,9 @@ def test_a_slide_that_goes_away_at_the_end_is_listed(
     def gone(path: Path) -> dict[str, str | int]:
         if path.name == "S000.tiff":
             os.stat(path.with_name("nothing"))
-        return slide_identity(path)
+        return compute_slide_identity(path)
 
-    monkeypatch.setattr(assembly, "slide_identity", gone)
+    monkeypatch.setattr(assembly, "compute_slide_identity", gone)
     assert extract(root) == 1
     assert list(failures(root)) == ["S000"] and "No such file" in failures(root)["S000"]
     assert [path.name for path in (root / "features" / "mean_colour" / "h5_files").iterdir()] == [

@@ -12,8 +12,14 @@ import pytest
 import torch
 from skimage.color import rgb2hed
 
-from patch_encoder.stain.augment import WHITE, HedJitter, StainJitter, draw, hed_amounts
-from patch_encoder.stain.macenko import fit_macenko, unmixing
+from patch_encoder.stain.augment import (
+    WHITE,
+    HedJitter,
+    StainJitter,
+    draw_factors,
+    measure_hed_amounts,
+)
+from patch_encoder.stain.macenko import fit_macenko, make_unmixing_matrix
 from patch_encoder.stain.optical_density import optical_density
 from tests.patch_encoder.stain.stain_fixture import degrees, draw_tile
 
@@ -28,7 +34,7 @@ def test_amounts_are_skimages() -> None:
     tile = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=seeded())
     light = (tile.permute(1, 2, 0).double().numpy() + 1) / WHITE  # as bright as ours takes it
     expected = rgb2hed(light) * -math.log(1e-6)  # in natural units
-    found = hed_amounts(optical_density(tile, WHITE))[0].T.view(32, 32, 3).double().numpy()
+    found = measure_hed_amounts(optical_density(tile, WHITE))[0].T.view(32, 32, 3).double().numpy()
     assert np.allclose(found.clip(0), expected, atol=1e-4)  # skimage cuts off below 0
 
 
@@ -53,14 +59,16 @@ def test_draws_follow_the_generator(jitter: HedJitter | StainJitter) -> None:
 
 def test_hed_jitter_is_its_equation() -> None:
     tile = draw_tile(side=32, noise=2.0)
-    factor, shift = draw(1, 3, 0.2, 0.1, seeded(5))
-    amounts = hed_amounts(optical_density(tile, WHITE)) * factor[..., None] + shift[..., None]
-    found = hed_amounts(optical_density(HedJitter(0.2, 0.1)(tile, seeded(5)), WHITE))
+    factor, shift = draw_factors(1, 3, 0.2, 0.1, seeded(5))
+    amounts = (
+        measure_hed_amounts(optical_density(tile, WHITE)) * factor[..., None] + shift[..., None]
+    )
+    found = measure_hed_amounts(optical_density(HedJitter(0.2, 0.1)(tile, seeded(5)), WHITE))
     assert (found - amounts).abs().mean() < 0.01  # a byte's rounding
 
 
 def test_nothing_drifts_in_expectation() -> None:
-    factor, shift = draw(20_000, 3, 0.2, 0.1, seeded())
+    factor, shift = draw_factors(20_000, 3, 0.2, 0.1, seeded())
     assert torch.allclose(factor.mean(0), torch.ones(3), atol=0.004) and torch.allclose(
         shift.mean(0), torch.zeros(3), atol=0.002
     )
@@ -79,8 +87,8 @@ def test_stain_jitter_moves_amounts_and_leaves_the_rest() -> None:
     found = fit_macenko(tile)
     new = StainJitter(0.4, 0.0)(tile, seeded(2))
     before, after = optical_density(tile)[0], optical_density(new)[0]
-    back = unmixing(found.matrix)[0]
-    factor, _ = draw(1, 2, 0.4, 0.0, seeded(2))
+    back = make_unmixing_matrix(found.matrix)[0]
+    factor, _ = draw_factors(1, 2, 0.4, 0.0, seeded(2))
     assert (back @ after - factor[0, :, None] * (back @ before)).abs().mean() < 0.02
     third = torch.linalg.cross(found.matrix[0, :, 0], found.matrix[0, :, 1])
     assert (third @ after - third @ before).abs().mean() < 0.02, (

@@ -21,10 +21,10 @@ from patch_encoder import extract_features, tile_slides
 from patch_encoder.bags.files import bag_digest, bag_files, bag_header, read_bag
 from patch_encoder.descriptors.mean_colour import mean_colour
 from patch_encoder.slides import RegionError, open_slide
-from patch_encoder.stain.macenko import common_profile, fit_macenko, normalise_macenko
-from patch_encoder.stain.normaliser import as_tensor, build_normaliser
+from patch_encoder.stain.macenko import fit_macenko, make_common_profile, normalise_macenko
+from patch_encoder.stain.normaliser import build_normaliser, convert_to_tensor
 from patch_encoder.stain.reinhard import ColourStatistics, fit_reinhard
-from patch_encoder.stain.slide_stains import SAMPLE, SlideStains, sample
+from patch_encoder.stain.slide_stains import SAMPLE, SlideStains, sample_tiles
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
 from tests.helpers import write_pyramid
 from tests.patch_encoder.stain.stain_fixture import RUIFROK_HE, draw_tile
@@ -79,9 +79,9 @@ def test_slide_scope_is_one_fit_over_the_slide(cohort: Path) -> None:
     for slide in ("S0", "S1"):
         features, tiles = tiles_of(cohort, slide)
         # all 16 tiles are in the sample, whole: the slide's pixels in any order
-        source = fit_macenko(as_tensor(tiles.reshape(-1, TILE, 3)))
+        source = fit_macenko(convert_to_tensor(tiles.reshape(-1, TILE, 3)))
         new = normalise_macenko(
-            torch.stack([as_tensor(tile) for tile in tiles]), source, common_profile()
+            torch.stack([convert_to_tensor(tile) for tile in tiles]), source, make_common_profile()
         )
         expected = np.stack([mean_colour(tile.permute(1, 2, 0).numpy()) for tile in new])
         assert np.allclose(features, expected, atol=1e-6)
@@ -251,9 +251,9 @@ def slide_of(count: int) -> Coordinates:
 
 def test_sample_follows_the_coordinates_and_passes_over_unreadable_tiles() -> None:
     coordinates = slide_of(300)
-    order = sample(coordinates)
-    assert sorted(order) == list(range(300)) and np.array_equal(sample(slide_of(300)), order)
-    assert not np.array_equal(sample(slide_of(301))[:50], order[:50])
+    order = sample_tiles(coordinates)
+    assert sorted(order) == list(range(300)) and np.array_equal(sample_tiles(slide_of(300)), order)
+    assert not np.array_equal(sample_tiles(slide_of(301))[:50], order[:50])
     asked: list[int] = []
 
     def reader(bad: set[int]) -> Callable[[int, int], np.ndarray]:

@@ -12,20 +12,20 @@ import torch
 from skimage.color import lab2rgb, rgb2lab
 from torch import Tensor
 
-from patch_encoder.stain.lab import from_lab, to_lab
+from patch_encoder.stain.lab import lab_to_rgb, rgb_to_lab
 from patch_encoder.stain.macenko import (
     COMMON,
     LARGEST_GAIN,
     StainProfile,
-    common_profile,
+    compute_moments,
     fit_macenko,
-    moments,
+    make_common_profile,
+    make_unmixing_matrix,
     normalise_macenko,
-    unmixing,
 )
-from patch_encoder.stain.normaliser import common_colours
-from patch_encoder.stain.optical_density import optical_density, recolour, stained_pixels
-from patch_encoder.stain.percentiles import BINS, percentiles
+from patch_encoder.stain.normaliser import make_common_colours
+from patch_encoder.stain.optical_density import optical_density, recolour, select_stained_pixels
+from patch_encoder.stain.percentiles import BINS, compute_percentiles
 from patch_encoder.stain.reinhard import fit_reinhard, normalise_reinhard
 from tests.patch_encoder.stain.stain_fixture import RUIFROK_HE, degrees, draw_tile, picture
 
@@ -33,11 +33,11 @@ PICTURES = ("torchstain_target.png", "torchstain_source.png", "tiatoolbox_target
 
 
 def macenko(tile: Tensor) -> Tensor:
-    return normalise_macenko(tile, fit_macenko(tile), common_profile())
+    return normalise_macenko(tile, fit_macenko(tile), make_common_profile())
 
 
 def reinhard(tile: Tensor) -> Tensor:
-    return normalise_reinhard(tile, None, common_colours())
+    return normalise_reinhard(tile, None, make_common_colours())
 
 
 METHODS = [macenko, reinhard]
@@ -92,14 +92,14 @@ def test_lab_is_skimages_and_comes_back() -> None:
     tile[0, :, :2] = (
         torch.arange(60, dtype=torch.uint8).view(2, 30) // 8
     )  # dark: below the knees of both curves
-    found = to_lab(tile)
+    found = rgb_to_lab(tile)
     expected = rgb2lab(tile.permute(0, 2, 3, 1).numpy() / 255.0)
     assert np.allclose(found.view(2, 3, 40, 30).permute(0, 2, 3, 1).numpy(), expected, atol=5e-3)
-    assert torch.equal(from_lab(found).view_as(tile), tile)
+    assert torch.equal(lab_to_rgb(found).view_as(tile), tile)
     moved = found + torch.tensor([-9.0, 14.0, -11.0])[:, None]
     back = lab2rgb(moved.view(2, 3, 40, 30).permute(0, 2, 3, 1).double().numpy())
     assert (
-        np.abs(from_lab(moved).view_as(tile).permute(0, 2, 3, 1).numpy() - back * 255).max() < 0.6
+        np.abs(lab_to_rgb(moved).view_as(tile).permute(0, 2, 3, 1).numpy() - back * 255).max() < 0.6
     )
 
 
@@ -185,8 +185,8 @@ def test_one_stain_alone_gets_no_second(stain: int, noise: float) -> None:
     source = fit_macenko(tile)
     assert source.present.tolist() == [[stain == 0, stain == 1]]
     assert degrees(source.matrix[0, :, stain], torch.tensor(COMMON)[:, stain]) < 2
-    new = normalise_macenko(tile, source, common_profile())
-    amounts = (unmixing(common_profile().matrix) @ optical_density(new))[0]
+    new = normalise_macenko(tile, source, make_common_profile())
+    amounts = (make_unmixing_matrix(make_common_profile().matrix) @ optical_density(new))[0]
     strongest = amounts[1 - stain].abs().quantile(0.99)
     spread = 0.07 + 0.12 * noise  # what the noise alone makes of it, in density
     assert strongest < spread, f"{strength}: {strongest} of the other stain"
@@ -197,7 +197,7 @@ def test_faint_stain_is_not_blown_up() -> None:
     tile = draw_tile(strength=(0.3, 0.25), noise=1.0)
     source = fit_macenko(tile)
     target = StainProfile(
-        common_profile().matrix, torch.tensor([[9.0, 9.0]]), torch.ones(1, 2, dtype=torch.bool)
+        make_common_profile().matrix, torch.tensor([[9.0, 9.0]]), torch.ones(1, 2, dtype=torch.bool)
     )
     mild = StainProfile(target.matrix, source.strength * LARGEST_GAIN, target.present)
     assert torch.equal(
@@ -230,7 +230,7 @@ def test_a_batch_gives_what_its_tiles_give_alone(apply: object) -> None:
 
 def test_glass_keeps_its_colour_under_masked_reinhard_alone() -> None:
     tile = draw_tile(glass=0.4)
-    target = common_colours()
+    target = make_common_colours()
     assert torch.equal(normalise_reinhard(tile, None, target)[:, :, :50], tile[:, :, :50])
     assert not torch.equal(
         normalise_reinhard(tile, None, target, masked=False)[:, :, :50], tile[:, :, :50]
@@ -258,7 +258,7 @@ def test_stained_pixels_are_those_of_the_density() -> None:
     )
     tile[0, :, :4] //= 10
     density = optical_density(tile)
-    some, every = stained_pixels(tile)
+    some, every = select_stained_pixels(tile)
     black = density.amin(1) >= 2.5
     assert black.any() and torch.equal(some, (density.amax(1) >= 0.15) & ~black)
     assert torch.equal(every, (density.amin(1) >= 0.15) & ~black)
@@ -267,10 +267,12 @@ def test_stained_pixels_are_those_of_the_density() -> None:
 def test_moments_and_percentiles_against_numpy() -> None:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(3, 2, 5000, generator=generator)
-    assert torch.allclose(moments(values, values), values.double() @ values.double().mT, atol=1e-3)
+    assert torch.allclose(
+        compute_moments(values, values), values.double() @ values.double().mT, atol=1e-3
+    )
     rows, mask = values[:, 0], torch.rand(3, 5000, generator=generator) > 0.4
     mask[2] = False
-    found = percentiles(rows, mask, (1.0, 50.0, 99.0), (-8.0, 8.0))
+    found = compute_percentiles(rows, mask, (1.0, 50.0, 99.0), (-8.0, 8.0))
     for row in range(2):
         expected = np.percentile(rows[row][mask[row]].numpy(), (1, 50, 99), method="nearest")
         assert np.allclose(found[row].numpy(), expected, atol=16 / BINS)

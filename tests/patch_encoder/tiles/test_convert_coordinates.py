@@ -25,9 +25,9 @@ from patch_encoder.tiles.coordinates import (
     read_coordinates,
     write_coordinates,
 )
-from patch_encoder.tiles.formats import LAYOUTS, Source, detect
-from patch_encoder.tiles.geojson import tiles_geojson
-from patch_encoder.tiles.grid import grid, read_tile, tile_geometry
+from patch_encoder.tiles.formats import LAYOUTS, CoordinateSource, detect_layout
+from patch_encoder.tiles.geojson import make_tiles_geojson
+from patch_encoder.tiles.grid import make_grid, make_tile_geometry, read_tile
 from tests.helpers import draw_slide, write_pyramid
 
 
@@ -80,8 +80,8 @@ def tiled(tmp_path: Path) -> Path:
 
 def write(root: Path, slide_path: Path, target_mpp: float | None, **options: Any) -> Coordinates:
     with open_slide(slide_path) as slide:
-        geometry = tile_geometry(slide, 64, target_mpp, **options)
-    coordinates = Coordinates(grid(geometry)[::2], geometry)
+        geometry = make_tile_geometry(slide, 64, target_mpp, **options)
+    coordinates = Coordinates(make_grid(geometry)[::2], geometry)
     write_coordinates(root / "tiles" / "coords" / f"{geometry.name}.h5", coordinates)
     return coordinates
 
@@ -158,8 +158,8 @@ def test_trident_magnifications_are_whole_where_they_can_be(tmp_path: Path) -> N
     ):
         write_pyramid(tmp_path / "slides" / "S1.tiff", draw_slide(1024), mpp=mpp, levels=(1,))
         with open_slide(tmp_path / "slides" / "S1.tiff", mpp) as slide:
-            geometry = tile_geometry(slide, 256, target, overlap=0.25)
-        write_coordinates(tmp_path / "S1.h5", Coordinates(grid(geometry), geometry))
+            geometry = make_tile_geometry(slide, 256, target, overlap=0.25)
+        write_coordinates(tmp_path / "S1.h5", Coordinates(make_grid(geometry), geometry))
         assert convert(tmp_path, "S1.h5", "trident", f"out{mpp}{target}") == 0
         file = tmp_path / f"out{mpp}{target}" / "patches" / "S1_patches.h5"
         trident_tiles(file, tmp_path / "slides" / "S1.tiff")
@@ -216,7 +216,7 @@ def test_clams_own_files(tmp_path: Path) -> None:
             {"patch_size": 32, "patch_level": 1, "downsample": (4.0, 4.0), "level_dim": (128, 128)}
         )
         dataset.attrs.update({"downsampled_level_dim": (128, 128), "name": "S1", "save_path": "x"})
-    assert detect(tmp_path / "S1.h5") == "clam"
+    assert detect_layout(tmp_path / "S1.h5") == "clam"
     assert convert(tmp_path, "S1.h5", "ours", "ours", f"slides={tmp_path}/slides") == 0
     found = read_coordinates(tmp_path / "ours" / "coords" / "S1.h5")
     assert found.coords.tolist() == [[5, 6]]
@@ -282,9 +282,9 @@ def test_atlaspatchs_own_files(tmp_path: Path) -> None:
         return tmp_path / "S1.h5"
 
     path = write_rows(rows)
-    assert detect(path) == "atlaspatch"
+    assert detect_layout(path) == "atlaspatch"
     with open_slide(write_pyramid(tmp_path / "S1.tiff", draw_slide(512))) as slide:
-        found = LAYOUTS["atlaspatch"].read(path, Source("S1", slide))
+        found = LAYOUTS["atlaspatch"].read(path, CoordinateSource("S1", slide))
     geometry = found.geometry
     assert found.coords.tolist() == [[0, 64], [128, 64]]
     assert (
@@ -301,12 +301,12 @@ def test_atlaspatchs_own_files(tmp_path: Path) -> None:
     )
     for bad in (np.array([[0, 0, 64, 64, 1], [64, 0, 64, 64, 2]]), np.array([[0, 0, 65, 64, 0]])):
         with pytest.raises(UserError, match="square tiles of one size and level"):
-            LAYOUTS["atlaspatch"].read(write_rows(bad), Source("S1"))
+            LAYOUTS["atlaspatch"].read(write_rows(bad), CoordinateSource("S1"))
     del attributes["patch_size_level0"]
     with pytest.raises(
         UserError, match=r"patch_size_level0, found \(2, 5\), no {'patch_size_level0'}"
     ):
-        LAYOUTS["atlaspatch"].read(write_rows(rows), Source("S1"))
+        LAYOUTS["atlaspatch"].read(write_rows(rows), CoordinateSource("S1"))
 
 
 def test_stamp_is_in_micrometres(tiled: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -345,10 +345,10 @@ def test_geojson_is_what_qupath_opens(tiled: Path) -> None:
             "isLocked": True,
             "measurements": {"tile": row},
         }
-    scored = json.loads(tiles_geojson(before, {"risk": np.arange(len(before.coords)) / 10}))
+    scored = json.loads(make_tiles_geojson(before, {"risk": np.arange(len(before.coords)) / 10}))
     assert scored["features"][2]["properties"]["measurements"] == {"tile": 2, "risk": 0.2}
     with pytest.raises(ValueError, match="JSON"):
-        tiles_geojson(before, {"risk": np.full(len(before.coords), np.nan)})
+        make_tiles_geojson(before, {"risk": np.full(len(before.coords), np.nan)})
 
 
 def test_again_keeps_and_other_content_is_refused(
@@ -419,7 +419,7 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
         ("none.h5", "expected coordinates of ours, CLAM"),
     ):
         with pytest.raises(UserError, match=expected):
-            LAYOUTS[detect(tmp_path / name)].read(tmp_path / name, Source("S"))
+            LAYOUTS[detect_layout(tmp_path / name)].read(tmp_path / name, CoordinateSource("S"))
 
 
 def test_input_without_coordinates_is_refused(

@@ -23,8 +23,8 @@ from patch_encoder.tiles.coordinates import (
     read_coordinates,
     write_coordinates,
 )
-from patch_encoder.tiles.grid import grid, read_tile, tile_geometry, tissue_share
-from patch_encoder.tissue import TissueSettings, hsv_otsu, tissue_mask
+from patch_encoder.tiles.grid import make_grid, make_tile_geometry, measure_tissue_share, read_tile
+from patch_encoder.tissue import TissueSettings, find_hsv_otsu, make_tissue_mask
 from tests.helpers import draw_slide, make_cohort, write_pyramid
 
 FINE = TissueSettings(mpp=2.0, median=4.0, closing=4.0, min_area=50.0)
@@ -58,7 +58,7 @@ def test_nearest_finer_level_is_read_and_resampled(
     slide_path: Path, target_mpp: float | None, expected: tuple[int, int, int]
 ) -> None:
     with open_slide(slide_path) as slide:
-        found = tile_geometry(slide, 64, target_mpp)
+        found = make_tile_geometry(slide, 64, target_mpp)
         assert (found.patch_level, found.patch_size, found.patch_size_level0) == expected
         assert read_tile(slide, found, 0, 0).shape == (64, 64, 3)
 
@@ -66,7 +66,7 @@ def test_nearest_finer_level_is_read_and_resampled(
 def test_levels_that_are_no_powers_of_two_are_not_truncated(tmp_path: Path) -> None:
     path = write_pyramid(tmp_path / "a.tiff", draw_slide(510), levels=(1, 3))
     with open_slide(path) as slide:
-        found = tile_geometry(slide, 60, 2.0)  # scale 4, read at downsample 3
+        found = make_tile_geometry(slide, 60, 2.0)  # scale 4, read at downsample 3
         assert (found.patch_level, found.patch_size, found.patch_size_level0) == (1, 80, 240)
         tile = read_tile(slide, found, 120, 60).astype(float)
     area = np.asarray(
@@ -79,36 +79,38 @@ def test_missing_mpp_and_too_coarse_slides_are_refused(tmp_path: Path) -> None:
     path = write_pyramid(tmp_path / "S7.tiff", draw_slide(128), mpp=None)
     with open_slide(path) as slide:
         with pytest.raises(UserError, match=r"S7.*mpp column of labels.csv"):
-            tile_geometry(slide, 64, 0.5)
-        assert tile_geometry(slide, 64, None).mpp == 0.0
+            make_tile_geometry(slide, 64, 0.5)
+        assert make_tile_geometry(slide, 64, None).mpp == 0.0
         with pytest.raises(UserError, match="overlap"):
-            tile_geometry(slide, 64, None, overlap=1.0)
+            make_tile_geometry(slide, 64, None, overlap=1.0)
     with open_slide(path, mpp=2.0) as slide, pytest.raises(UserError, match="target_mpp=0.5"):
-        tile_geometry(slide, 64, 0.5)
+        make_tile_geometry(slide, 64, 0.5)
 
 
 def test_grid_stays_inside_and_steps_by_the_overlap() -> None:
-    corners = grid(geometry(level0_width=200, level0_height=130))
+    corners = make_grid(geometry(level0_width=200, level0_height=130))
     assert corners.tolist() == [[x, y] for y in (0, 64) for x in (0, 64, 128)]
-    assert grid(geometry(level0_width=128, level0_height=64, overlap=0.5)).tolist() == [
+    assert make_grid(geometry(level0_width=128, level0_height=64, overlap=0.5)).tolist() == [
         [0, 0],
         [32, 0],
         [64, 0],
     ]
-    assert grid(geometry(level0_width=60)).shape == (0, 2)
+    assert make_grid(geometry(level0_width=60)).shape == (0, 2)
 
 
 def test_tissue_share_counts_mask_pixels() -> None:
     mask = np.zeros((8, 8), dtype=bool)  # 64 level-0 px a mask pixel
     mask[0, 0] = mask[3, 2] = True
     corners = np.array([[0, 0], [64, 0], [128, 192], [0, 32]])
-    assert tissue_share(mask, corners, geometry()).tolist() == [1.0, 0.0, 1.0, 0.5]
+    assert measure_tissue_share(mask, corners, geometry()).tolist() == [1.0, 0.0, 1.0, 0.5]
 
 
 def test_mask_finds_the_discs_and_drops_specks() -> None:
     pixels = draw_slide(256)
     pixels[2:5, 250:253] = (170, 60, 140)
-    mask = hsv_otsu(pixels, 2.0, TissueSettings(mpp=2.0, median=2.0, closing=4.0, min_area=100.0))
+    mask = find_hsv_otsu(
+        pixels, 2.0, TissueSettings(mpp=2.0, median=2.0, closing=4.0, min_area=100.0)
+    )
     y, x = np.mgrid[:256, :256]
     truth = np.zeros_like(mask)
     for cx, cy in ((0.3, 0.3), (0.7, 0.6)):
@@ -120,31 +122,33 @@ def test_mask_finds_the_discs_and_drops_specks() -> None:
 def test_closing_fills_gaps() -> None:
     pixels = np.full((64, 64, 3), 240, dtype=np.uint8)
     pixels[20:40, 10:30] = pixels[20:40, 33:55] = (170, 60, 140)
-    assert hsv_otsu(pixels, 1.0, TissueSettings(median=1.0, closing=3.0, min_area=1.0))[30, 31]
-    assert not hsv_otsu(pixels, 1.0, TissueSettings(median=1.0, closing=0.0, min_area=1.0))[30, 31]
+    assert find_hsv_otsu(pixels, 1.0, TissueSettings(median=1.0, closing=3.0, min_area=1.0))[30, 31]
+    assert not find_hsv_otsu(pixels, 1.0, TissueSettings(median=1.0, closing=0.0, min_area=1.0))[
+        30, 31
+    ]
 
 
 @pytest.mark.parametrize("level", [255, 230])
 def test_blank_glass_has_no_tissue(level: int) -> None:
     rng = np.random.default_rng(0)
     glass = np.clip(level - rng.integers(0, 4, (64, 64, 3)), 0, 255).astype(np.uint8)
-    assert not hsv_otsu(glass, 8.0, TissueSettings()).any()
-    assert not hsv_otsu(np.full((64, 64, 3), level, np.uint8), 8.0, TissueSettings()).any()
+    assert not find_hsv_otsu(glass, 8.0, TissueSettings()).any()
+    assert not find_hsv_otsu(np.full((64, 64, 3), level, np.uint8), 8.0, TissueSettings()).any()
 
 
 def test_tile_folder_tissue_is_what_exists(tile_folder: Path) -> None:
     with open_slide(tile_folder) as slide:
-        assert tissue_mask(slide, "auto", FINE).tolist() == [
+        assert make_tissue_mask(slide, "auto", FINE).tolist() == [
             [True, True],
             [True, False],
             [True, True],
         ]
-        assert tissue_mask(slide, "none", FINE).all()
+        assert make_tissue_mask(slide, "none", FINE).all()
 
 
 def test_real_pen_blank_and_tissue(real_data: Path) -> None:
     with open_slide(real_data / "wsi_openslide" / "cmu-1-small-region.svs") as slide:
-        mask = tissue_mask(slide, "auto", TissueSettings())
+        mask = make_tissue_mask(slide, "auto", TissueSettings())
     assert 0.2 < mask.mean() < 0.8
 
 
@@ -258,20 +262,22 @@ def test_workers_give_the_same_tiles(tmp_path: Path) -> None:
 
 def test_step_and_border() -> None:
     wide = geometry(level0_width=200, level0_height=64)
-    assert grid(wide, pad=True).tolist() == [[0, 0], [64, 0], [128, 0], [192, 0]], (
+    assert make_grid(wide, pad=True).tolist() == [[0, 0], [64, 0], [128, 0], [192, 0]], (
         "the last one runs past the border"
     )
-    assert grid(geometry(level0_width=192, level0_height=64), pad=True).tolist() == [
+    assert make_grid(geometry(level0_width=192, level0_height=64), pad=True).tolist() == [
         [0, 0],
         [64, 0],
         [128, 0],
     ]
-    assert grid(geometry(level0_width=40, level0_height=30), pad=True).tolist() == [[0, 0]]
+    assert make_grid(geometry(level0_width=40, level0_height=30), pad=True).tolist() == [[0, 0]]
     overlapping = geometry(level0_width=130, level0_height=64, overlap=0.5)
-    assert grid(overlapping, pad=True)[:, 0].tolist() == [0, 32, 64, 96], (
+    assert make_grid(overlapping, pad=True)[:, 0].tolist() == [0, 32, 64, 96], (
         "no tile that shows nothing new"
     )
-    assert grid(geometry(level0_width=200, level0_height=64, step_level0=100))[:, 0].tolist() == [
+    assert make_grid(geometry(level0_width=200, level0_height=64, step_level0=100))[
+        :, 0
+    ].tolist() == [
         0,
         100,
     ]
@@ -280,12 +286,12 @@ def test_step_and_border() -> None:
 
 def test_step_is_in_target_pixels(slide_path: Path) -> None:
     with open_slide(slide_path) as slide:
-        found = tile_geometry(slide, 64, 1.0, step=48)
+        found = make_tile_geometry(slide, 64, 1.0, step=48)
         assert (found.step, found.overlap, found.patch_size_level0) == (96, 0.25, 128)
-        gaps = tile_geometry(slide, 64, 1.0, step=100)
+        gaps = make_tile_geometry(slide, 64, 1.0, step=100)
         assert (gaps.step, gaps.overlap) == (200, 0.0)
-        padded = tile_geometry(slide, 100, 0.5)
-        corners = grid(padded, pad=True)
+        padded = make_tile_geometry(slide, 100, 0.5)
+        corners = make_grid(padded, pad=True)
         assert corners.max() == 500
         assert (read_tile(slide, padded, 500, 500)[12:] == 255).all(), "white past the border"
         for options in (
@@ -295,9 +301,9 @@ def test_step_is_in_target_pixels(slide_path: Path) -> None:
             {"overlap": -0.1},
         ):
             with pytest.raises(UserError, match="expected"):
-                tile_geometry(slide, 64, 1.0, **options)
+                make_tile_geometry(slide, 64, 1.0, **options)
         with pytest.raises(UserError, match="tile_size=0"):
-            tile_geometry(slide, 0, 1.0)
+            make_tile_geometry(slide, 0, 1.0)
 
 
 def test_truncated_downsamples_do_not_shorten_tiles(tmp_path: Path) -> None:
@@ -321,18 +327,18 @@ def test_truncated_downsamples_do_not_shorten_tiles(tmp_path: Path) -> None:
     with open_slide(tmp_path / "parity.tif") as slide:
         downsample = slide.downsamples[1]
         assert 3.99 < downsample < 4
-        found = tile_geometry(slide, 64, 1.0)
+        found = make_tile_geometry(slide, 64, 1.0)
         assert (found.patch_level, found.patch_size, found.patch_size_level0, found.step) == (
             1,
             64,
             256,
             256,
         )
-        corners = grid(found)
+        corners = make_grid(found)
         truncated = 64 * int(downsample)
         assert (
             len(corners),
-            len(grid(geometry(**vars(found) | {"patch_size_level0": truncated}))),
+            len(make_grid(geometry(**vars(found) | {"patch_size_level0": truncated}))),
         ) == (7 * 5, 10 * 7)
         ours, theirs = [], []
         for x, y in corners.tolist():

@@ -12,16 +12,16 @@ from scipy import ndimage
 
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.overview import read_level
-from patch_encoder.tiles.grid import grid, tile_geometry, tissue_share
+from patch_encoder.tiles.grid import make_grid, make_tile_geometry, measure_tissue_share
 from patch_encoder.tissue import ClamSettings, TissueSettings, find_tissue
 from patch_encoder.tissue.clam import (
     ClamParameters,
-    clam_contours,
-    contour_grid,
-    contours_mask,
-    resolve,
-    segmentation_level,
-    threshold,
+    choose_segmentation_level,
+    draw_contours_mask,
+    find_clam_contours,
+    make_contour_grid,
+    resolve_parameters,
+    threshold_saturation,
 )
 from tests.helpers import write_pyramid
 from tests.patch_encoder.tissue import clam_fixture
@@ -36,10 +36,10 @@ def pyramid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def clam_tiles(path: Path, settings: ClamSettings) -> np.ndarray:
     with open_slide(path) as slide:
-        picture = read_level(slide, segmentation_level(slide, settings)).pixels
+        picture = read_level(slide, choose_segmentation_level(slide, settings)).pixels
         scale = slide.width / picture.shape[1], slide.height / picture.shape[0]
-        contours, _ = clam_contours(picture, scale, settings)
-        return contour_grid(contours, scale, 256, 256, (slide.width, slide.height))
+        contours, _ = find_clam_contours(picture, scale, settings)
+        return make_contour_grid(contours, scale, 256, 256, (slide.width, slide.height))
 
 
 def test_same_tiles_as_clam_on_a_grid_per_contour(pyramid: Path) -> None:
@@ -51,11 +51,11 @@ def test_same_tiles_as_clam_on_a_grid_per_contour(pyramid: Path) -> None:
 
 def test_our_grid_stands_slide_wide_and_counts_differently(pyramid: Path) -> None:
     with open_slide(pyramid) as slide:
-        assert segmentation_level(slide, BIOPSY) == 2
+        assert choose_segmentation_level(slide, BIOPSY) == 2
         found = find_tissue(slide, "clam", TissueSettings(clam=BIOPSY))
-        geometry = tile_geometry(slide, 256, None)
-    corners = grid(geometry)
-    share = tissue_share(found.mask, corners, geometry)
+        geometry = make_tile_geometry(slide, 256, None)
+    corners = make_grid(geometry)
+    share = measure_tissue_share(found.mask, corners, geometry)
     assert (corners % 256 == 0).all()
     # 190 on CLAM's grids; on one grid, by the share of a tile that has to be tissue
     assert [int((share >= least).sum()) for least in (1e-9, 0.1, 0.25, 0.5)] == [214, 197, 189, 172]
@@ -83,12 +83,12 @@ def test_threshold_is_saturation_after_a_median() -> None:
     rng = np.random.default_rng(3)
     picture = np.kron(rng.integers(60, 256, (12, 15, 3)), np.ones((8, 8, 1))).astype(np.uint8)
     parameters = ClamParameters(sthresh=90, mthresh=5, close=0)
-    found = threshold(picture, parameters) > 0
+    found = threshold_saturation(picture, parameters) > 0
     assert 0.1 < found.mean() < 0.9
     assert (
         found == plain_mask(picture, parameters)
     ).mean() > 0.995  # saturation of OpenCV rounds by a table
-    closed = threshold(picture, ClamParameters(sthresh=90, mthresh=5, close=9)) > 0
+    closed = threshold_saturation(picture, ClamParameters(sthresh=90, mthresh=5, close=9)) > 0
     assert (closed[found]).all() and closed.sum() > found.sum()
 
 
@@ -115,8 +115,8 @@ def areas(settings: ClamSettings) -> tuple[list[int], int]:
     """(number of holes of each kept part, pixels of the mask) at 32 level-0 px a pixel: a tile is
     256 px.
     """
-    contours, before = clam_contours(blobs(), (32.0, 32.0), settings)
-    mask = contours_mask(contours, before.shape)
+    contours, before = find_clam_contours(blobs(), (32.0, 32.0), settings)
+    mask = draw_contours_mask(contours, before.shape)
     assert not (mask & ~ndimage.binary_fill_holes(before)).any()
     return [len(outline.holes) for outline in contours], int(mask.sum())
 
@@ -161,7 +161,7 @@ def test_otsu_takes_no_threshold() -> None:
     ],
 )
 def test_presets_are_clams(preset: str, expected: tuple[float, ...]) -> None:
-    found = resolve(ClamSettings(preset=preset))
+    found = resolve_parameters(ClamSettings(preset=preset))
     assert (
         found.sthresh,
         found.mthresh,
@@ -170,7 +170,7 @@ def test_presets_are_clams(preset: str, expected: tuple[float, ...]) -> None:
         found.a_h,
         found.max_n_holes,
     ) == expected
-    assert resolve(ClamSettings(preset=preset, sthresh=0)).sthresh == 0
+    assert resolve_parameters(ClamSettings(preset=preset, sthresh=0)).sthresh == 0
     assert not found.use_otsu
 
 

@@ -16,9 +16,9 @@ from PIL import Image
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.overview import read_level, read_overview
 from patch_encoder.tissue import TissueSettings, find_tissue
-from patch_encoder.tissue.artefacts import bubble_mask, dust_mask, flat_mask, line_mask
-from patch_encoder.tissue.ink import ink_mask, ink_pixels
-from patch_encoder.tissue.regions import area_filter, fill_holes
+from patch_encoder.tissue.artefacts import find_bubbles, find_dust, find_flat_areas, find_lines
+from patch_encoder.tissue.ink import find_ink, find_ink_pixels
+from patch_encoder.tissue.regions import fill_holes, filter_by_area
 from patch_encoder.tissue.settings import INKS
 from tests.helpers import ROOT, draw_slide, write_pyramid
 from tests.patch_encoder.tissue import glass
@@ -76,10 +76,10 @@ def test_each_ink_is_told_apart_and_can_be_left_alone(ink: str) -> None:
     }[ink]
     picture, _ = glass.draw_cells(400, 0.1)
     where = glass.add_ink(picture, (100, 100), (300, 300), colour)
-    assert ink_mask(picture, glass.MPP, [ink])[where].mean() > 0.95
-    assert not ink_mask(picture, glass.MPP, [other for other in INKS if other != ink]).any()
-    assert not ink_mask(picture, glass.MPP, []).any()
-    assert not ink_mask(picture, glass.MPP, [ink], width=900.0).any(), "narrower than a stroke"
+    assert find_ink(picture, glass.MPP, [ink])[where].mean() > 0.95
+    assert not find_ink(picture, glass.MPP, [other for other in INKS if other != ink]).any()
+    assert not find_ink(picture, glass.MPP, []).any()
+    assert not find_ink(picture, glass.MPP, [ink], width=900.0).any(), "narrower than a stroke"
 
 
 REAL = [
@@ -96,7 +96,7 @@ REAL = [
 @pytest.mark.parametrize(("name", "ink", "share"), REAL)
 def test_real_pen_marks(real_data: Path, name: str, ink: str, share: float) -> None:
     picture = picture_of(real_data / "qc_tiles" / f"{name}.png")
-    assert ink_pixels(picture, [ink]).mean() > share
+    assert find_ink_pixels(picture, [ink]).mean() > share
 
 
 def picture_of(path: Path) -> np.ndarray:
@@ -126,7 +126,7 @@ def test_real_tissue_and_glass_are_no_ink(real_data: Path) -> None:
     paths = [real_data / "qc_tiles" / f"{name}.png" for name in names]
     paths += sorted((real_data / "stain_targets").glob("*.png"))
     for path in paths:
-        assert not ink_mask(picture_of(path), 2.0, INKS, width=60.0).any(), path.name
+        assert not find_ink(picture_of(path), 2.0, INKS, width=60.0).any(), path.name
 
 
 def test_ink_is_cut_out_of_tissue_only_when_asked_for(tmp_path: Path) -> None:
@@ -147,23 +147,23 @@ def test_shapes_of_artefacts() -> None:
     y, x = np.mgrid[:200, :200]
     radius = np.hypot(x - 100, y - 100)
     ring, disc = (radius < 60) & (radius > 56), radius < 60
-    assert (bubble_mask(ring, 4.0) == ring).all() and not bubble_mask(disc, 4.0).any()
-    assert not bubble_mask(ring & (x > 100), 4.0).any() and not bubble_mask(ring, 1.0).any()
+    assert (find_bubbles(ring, 4.0) == ring).all() and not find_bubbles(disc, 4.0).any()
+    assert not find_bubbles(ring & (x > 100), 4.0).any() and not find_bubbles(ring, 1.0).any()
     line = np.abs(y - 0.2 * x - 20) < 2
-    assert line_mask(line, 16.0).sum() > 0.95 * line.sum()
-    assert not line_mask(np.abs(y - 100) < 20, 16.0).any(), "a thick bar is no line"
+    assert find_lines(line, 16.0).sum() > 0.95 * line.sum()
+    assert not find_lines(np.abs(y - 100) < 20, 16.0).any(), "a thick bar is no line"
     assert (
-        not line_mask(line, 16.0, length=0.0).any() and not line_mask(line & (x < 60), 16.0).any()
+        not find_lines(line, 16.0, length=0.0).any() and not find_lines(line & (x < 60), 16.0).any()
     )
     picture = np.full((200, 200, 3), 180, np.uint8)
     picture[:, :60] = np.random.default_rng(0).integers(100, 200, (200, 60, 3))
-    flat = flat_mask(np.ones((200, 200), bool), picture, 8.0)
+    flat = find_flat_areas(np.ones((200, 200), bool), picture, 8.0)
     assert flat[:, 80:].all() and not flat[:, :50].any()
     specks = np.zeros((200, 200), dtype=bool)
     specks[10:14, 10:14] = specks[50:54, 50:54] = specks[100:150, 100:150] = True
     od = np.full((200, 200, 3), 0.5, dtype=np.float32)
     od[50:54, 50:54, 0] = 0.1
-    dust = dust_mask(specks, od, 4.0)
+    dust = find_dust(specks, od, 4.0)
     assert dust[10:14, 10:14].all() and dust.sum() == 16, "stained and large ones stay"
 
 
@@ -171,14 +171,14 @@ def test_areas_and_holes() -> None:
     mask = np.zeros((20, 20), dtype=bool)
     mask[1:9, 1:9] = mask[12:14, 12:14] = True
     mask[3:5, 3:6] = False
-    assert area_filter(mask, 5.0).sum() == 58 and area_filter(mask, 4.0).sum() == 62
+    assert filter_by_area(mask, 5.0).sum() == 58 and filter_by_area(mask, 4.0).sum() == 62
     assert (
         fill_holes(mask, 7.0).sum() == 68
         and fill_holes(mask, 6.0).sum() == 62
         and fill_holes(mask, 0.0).sum() == 62
     )
     assert fill_holes(~mask, 5.0)[12:14, 12:14].all()
-    assert not area_filter(np.zeros((3, 3), bool), 0.0).any()
+    assert not filter_by_area(np.zeros((3, 3), bool), 0.0).any()
 
 
 def test_holes_of_tissue_are_filled_up_to_min_hole(tmp_path: Path) -> None:

@@ -12,9 +12,14 @@ from scipy import ndimage
 
 from common.errors import UserError
 from patch_encoder.slides import Slide, open_slide
-from patch_encoder.tissue import FileSettings, TissueSettings, find_tissue, tissue_mask
+from patch_encoder.tissue import FileSettings, TissueSettings, find_tissue, make_tissue_mask
 from patch_encoder.tissue.geojson import read_geojson, write_geojson
-from patch_encoder.tissue.outlines import Outline, fill_outlines, mask_outlines, signed_area
+from patch_encoder.tissue.outlines import (
+    Outline,
+    compute_signed_area,
+    fill_outlines,
+    trace_outlines,
+)
 from tests.helpers import draw_slide, write_pyramid
 
 
@@ -23,14 +28,15 @@ def test_outlines_of_any_mask_fill_to_the_same_mask(seed: int) -> None:
     rng = np.random.default_rng(seed)
     height, width = rng.integers(1, 14, 2)
     mask = rng.random((height, width)) < rng.random()
-    outlines = mask_outlines(mask)
+    outlines = trace_outlines(mask)
     assert len(outlines) == ndimage.label(mask)[1]
     np.testing.assert_array_equal(fill_outlines(outlines, mask.shape), mask)
     # rings run clockwise and holes against it, so that areas add up
     assert (
-        sum(signed_area(o.outer) + sum(map(signed_area, o.holes)) for o in outlines) == mask.sum()
+        sum(compute_signed_area(o.outer) + sum(map(compute_signed_area, o.holes)) for o in outlines)
+        == mask.sum()
     )
-    assert all(signed_area(hole) < 0 for outline in outlines for hole in outline.holes)
+    assert all(compute_signed_area(hole) < 0 for outline in outlines for hole in outline.holes)
     for outline in outlines:
         steps = np.abs(np.roll(outline.outer, -1, axis=0) - outline.outer)
         assert ((steps > 0).sum(1) == 1).all(), "corners only, straight between them"
@@ -60,14 +66,14 @@ SETTINGS = TissueSettings(mpp=2.3, median=4.0, closing=0.0, min_area=50.0)
 
 def from_file(slide: Slide, folder: Path, **keys: object) -> np.ndarray:
     settings = TissueSettings(mpp=SETTINGS.mpp, file=FileSettings(folder=str(folder), **keys))  # type: ignore[arg-type]
-    return tissue_mask(slide, "file", settings)
+    return make_tissue_mask(slide, "file", settings)
 
 
 def test_geojson_is_read_back_to_the_same_mask(slide: Slide, tmp_path: Path) -> None:
-    mask = tissue_mask(slide, "hsv_otsu", SETTINGS)
+    mask = make_tissue_mask(slide, "hsv_otsu", SETTINGS)
     assert ndimage.label(mask)[1] == 2 and mask.shape[0] not in (512, 256, 128)
     scale = slide.width / mask.shape[1], slide.height / mask.shape[0]
-    outlines = [outline.scaled(*scale) for outline in mask_outlines(mask)]
+    outlines = [outline.scaled(*scale) for outline in trace_outlines(mask)]
     write_geojson(tmp_path / "drawn" / "S1.geojson", outlines, slide.mpp)
     np.testing.assert_array_equal(from_file(slide, tmp_path / "drawn"), mask)
     content = json.loads((tmp_path / "drawn" / "S1.geojson").read_text())
@@ -157,7 +163,7 @@ def test_mask_pictures_of_any_scale_and_values(
     drawn[: side // 2] = high
     Image.fromarray(drawn).save(tmp_path / "S1.tif")
     found = from_file(slide, tmp_path)
-    assert found.shape == tissue_mask(slide, "hsv_otsu", SETTINGS).shape
+    assert found.shape == make_tissue_mask(slide, "hsv_otsu", SETTINGS).shape
     assert (
         found.mean() == pytest.approx(0.5, abs=0.02) and found[:10].all() and not found[-10:].any()
     )
@@ -185,7 +191,7 @@ def test_annotations_that_do_not_fit_are_refused(slide: Slide, tmp_path: Path) -
     ):
         from_file(slide, tmp_path)
     with pytest.raises(UserError, match=r"tissue\.file\.folder"):
-        tissue_mask(slide, "file", TissueSettings())
+        make_tissue_mask(slide, "file", TissueSettings())
     Image.new("L", (40, 80)).save(tmp_path / "S1.png")
     with pytest.raises(UserError, match="whole slide"):
         from_file(slide, tmp_path)

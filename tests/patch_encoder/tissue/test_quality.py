@@ -18,19 +18,19 @@ from patch_encoder import filter_tiles, tile_slides
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.overview import read_overview
 from patch_encoder.tiles.coordinates import Coordinates, coordinate_attributes, read_coordinates
-from patch_encoder.tiles.grid import grid, tile_geometry
+from patch_encoder.tiles.grid import make_grid, make_tile_geometry
 from patch_encoder.tissue import Tissue
-from patch_encoder.tissue.annotation import annotated_mask
+from patch_encoder.tissue.annotation import read_annotated_mask
 from patch_encoder.tissue.quality import (
     MEASURES,
     Cuts,
+    list_drop_reasons,
     measure_tile,
     measure_tiles,
     read_quality,
-    reasons,
 )
 from patch_encoder.tissue.settings import FileSettings
-from patch_encoder.viz.overlay import DROPPED, HOLE, TILE, TISSUE, mask_overlay
+from patch_encoder.viz.overlay import DROPPED, HOLE, TILE, TISSUE, draw_mask_overlay
 from tests.helpers import draw_slide, make_cohort, write_pyramid
 
 
@@ -73,15 +73,19 @@ def test_real_tiles_are_ranked(real_data: Path) -> None:
 
 def test_reasons_and_their_order() -> None:
     quality = {name: np.array([0.0, 0.5, 1.0], dtype=np.float32) for name in MEASURES}
-    assert reasons(quality, Cuts(), 3).tolist() == ["", "", ""]
-    assert reasons(quality, Cuts(min_blur=0.5), 3).tolist() == ["blur", "", ""]
-    assert reasons(quality, Cuts(max_pen=0.5, min_blur=2.0), 3).tolist() == ["blur", "blur", "pen"]
-    assert reasons(quality, Cuts(max_background=0.0, max_darkness=0.6), 3).tolist() == [
+    assert list_drop_reasons(quality, Cuts(), 3).tolist() == ["", "", ""]
+    assert list_drop_reasons(quality, Cuts(min_blur=0.5), 3).tolist() == ["blur", "", ""]
+    assert list_drop_reasons(quality, Cuts(max_pen=0.5, min_blur=2.0), 3).tolist() == [
+        "blur",
+        "blur",
+        "pen",
+    ]
+    assert list_drop_reasons(quality, Cuts(max_background=0.0, max_darkness=0.6), 3).tolist() == [
         "",
         "background",
         "background",
     ]
-    assert reasons(quality, Cuts(min_saturation=0.7), 3).tolist() == [
+    assert list_drop_reasons(quality, Cuts(min_saturation=0.7), 3).tolist() == [
         "saturation",
         "saturation",
         "",
@@ -268,17 +272,17 @@ def test_colours_stand_where_things_are(tmp_path: Path) -> None:
     mask, pen = np.zeros((128, 128), bool), np.zeros((128, 128), bool)
     mask[20:60, 20:60], pen[80:100, 20:60] = True, True
     with open_slide(path) as slide:
-        geometry = tile_geometry(slide, 64, None)
-        tiles = grid(geometry)
+        geometry = make_tile_geometry(slide, 64, None)
+        tiles = make_grid(geometry)
         chosen, cut = (
             Coordinates(tiles[[18]], geometry),
             {"blur": tiles[[38]]},
         )  # (128, 128) and (384, 256)
-        page, picture = mask_overlay(
+        page, picture = draw_mask_overlay(
             slide, read_overview(slide, 1024), Tissue(mask, {"pen": pen}), chosen, cut
         )
         mask[38:42, 38:42] = False
-        holed, _ = mask_overlay(slide, read_overview(slide, 1024), Tissue(mask, {}), chosen)
+        holed, _ = draw_mask_overlay(slide, read_overview(slide, 1024), Tissue(mask, {}), chosen)
     legends = [(np.asarray(sheet)[512:] == HOLE).all(-1).any() for sheet in (page, holed)]
     assert legends == [False, True], "a hole is explained where there is one"
     pixels = np.asarray(picture).astype(int)
@@ -327,7 +331,7 @@ def test_overlay_of_a_blank_slide_and_a_tile_folder(tmp_path: Path, tile_folder:
             == "FeatureCollection"
         )
     with open_slide(tile_folder) as slide:
-        drawn = annotated_mask(
+        drawn = read_annotated_mask(
             slide, (192, 128), FileSettings(folder=str(tmp_path / "tiles" / "tissue"))
         )
     assert drawn.mean() == pytest.approx(5 / 6)

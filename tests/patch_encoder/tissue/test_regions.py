@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from patch_encoder.tissue import regions
-from patch_encoder.tissue.regions import close_mask, disc, grow_mask, open_mask
+from patch_encoder.tissue.regions import close_mask, grow_mask, make_disc, open_mask
 
 
 def by_opencv(mask: np.ndarray, operation: int, radius: int, border: str) -> np.ndarray:
     padded = np.pad(mask, radius, mode=border).astype(np.uint8)
-    return cv2.morphologyEx(padded, operation, disc(radius))[radius:-radius, radius:-radius].astype(
-        bool
-    )
+    return cv2.morphologyEx(padded, operation, make_disc(radius))[
+        radius:-radius, radius:-radius
+    ].astype(bool)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999, 1.0])
@@ -29,7 +29,8 @@ def test_masks_are_those_of_opencv(share: float, monkeypatch: pytest.MonkeyPatch
             close_mask(mask, radius), by_opencv(mask, cv2.MORPH_CLOSE, radius, "constant")
         )
         np.testing.assert_array_equal(
-            grow_mask(mask, radius), cv2.dilate(mask.astype(np.uint8), disc(radius)).astype(bool)
+            grow_mask(mask, radius),
+            cv2.dilate(mask.astype(np.uint8), make_disc(radius)).astype(bool),
         )
 
 

@@ -14,12 +14,12 @@ import torch
 
 from common.checkpoint import save_checkpoint
 from common.cli import run
-from detection_kd import extract_student, extract_students
+from detection_kd import extract_student
 from detection_kd.models.backbone import load_backbone
 from detection_kd.models.shared_trunk import Member, by_trunk
 from detection_kd.models.student import Student, student_config, student_encoder
 from patch_encoder import tile_slides
-from studies import measure_encoders as compare_encoders
+from studies import measure_encoders
 from tests.helpers import make_cohort
 
 DIM = 5
@@ -74,9 +74,9 @@ def sources(cohort: Path, output: Path) -> list[str]:
 
 
 def together(cohort: Path, output: Path, students: dict[str, Path], *more: str) -> int:
-    listed = "students=[" + ",".join(f"'{name}={path}'" for name, path in students.items()) + "]"
+    listed = "student=[" + ",".join(f"'{name}={path}'" for name, path in students.items()) + "]"
     return run(
-        extract_students.main, extract_students.Config, [*sources(cohort, output), listed, *more]
+        extract_student.main, extract_student.Config, [*sources(cohort, output), listed, *more]
     )
 
 
@@ -97,7 +97,7 @@ def test_bags_are_those_of_one_student_at_a_time(
 ) -> None:
     assert together(cohort, tmp_path / "together", students) == 0
     for name, path in students.items():
-        alone = [*sources(cohort, tmp_path / "alone"), f"student={path}", f"name={name}"]
+        alone = [*sources(cohort, tmp_path / "alone"), f"student={name}={path}"]
         assert run(extract_student.main, extract_student.Config, alone) == 0
         expected, found = bags(tmp_path / "alone" / name), bags(tmp_path / "together" / name)
         assert list(expected) == list(found) == ["S000", "S001"]
@@ -153,25 +153,25 @@ def test_what_cannot_be_students_is_refused(
     cohort: Path, students: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for listed, expected in (
-        ("[plain]", "expected name=checkpoint, found 'plain'"),
-        (f"['a={students['plain']}','a={students['gem']}']", "one or more of different names"),
+        ("[plain]", "found no file plain"),
+        (f"['a={students['plain']}','a={students['gem']}']", "students of different names"),
         (f"['../a={students['plain']}']", "expected a plain file name"),
-        ("[]", "one or more of different names"),
+        ("[]", "expected at least one checkpoint"),
     ):
-        arguments = [*sources(cohort, tmp_path / "features"), f"students={listed}"]
-        assert run(extract_students.main, extract_students.Config, arguments) == 2
+        arguments = [*sources(cohort, tmp_path / "features"), f"student={listed}"]
+        assert run(extract_student.main, extract_student.Config, arguments) == 2
         assert expected in capsys.readouterr().err
-    assert together(cohort, tmp_path / "features", {"a": students["plain"]}, "engine=ray") == 2
+    assert together(cohort, tmp_path / "features", students, "engine=ray") == 2
 
 
 def test_cost_times_one_student_of_each_kind(
     cohort: Path, students: dict[str, Path], tmp_path: Path
 ) -> None:
-    listed = "students=[" + ",".join(f"'{name}={path}'" for name, path in students.items()) + "]"
+    listed = "student=[" + ",".join(f"'{name}={path}'" for name, path in students.items()) + "]"
     output = tmp_path / "cost.json"
     arguments = [word for word in sources(cohort, output) if not word.startswith("precision")]
     sizes = ["tiles=6", "rounds=1", "encoders=[mean_colour]"]
-    assert run(compare_encoders.main, compare_encoders.Config, [*arguments, listed, *sizes]) == 0
+    assert run(measure_encoders.main, measure_encoders.Config, [*arguments, listed, *sizes]) == 0
     costs = json.loads(output.read_text())
     assert set(costs) == {"mean_colour", *KINDS}
     rates = {name: cost["tiles_per_second"] for name, cost in costs.items()}

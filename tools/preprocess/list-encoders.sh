@@ -1,9 +1,0 @@
-#!/usr/bin/env bash
-# List the encoders with width, input, resolution, licence and hub; or check one on this machine.
-#   bash tools/preprocess/list-encoders.sh
-#   bash tools/preprocess/list-encoders.sh verify=uni weights=UNI/pytorch_model.bin
-# All keys: bash tools/preprocess/list-encoders.sh --help
-set -euo pipefail
-# shellcheck source=tools/lib.sh
-source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
-run_python patch_encoder.list_encoders "$@"
