@@ -21,6 +21,7 @@ from common.files import write_text
 from mil.heatmaps.cohort_figures import FIGURES
 from mil.heatmaps.gallery import say_value
 from mil.heatmaps.sources import Source, facts
+from patch_encoder.viz.captions import choose_round_length, format_length
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 

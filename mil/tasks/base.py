@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from typing import Self
 
 Row = dict[str, str]  # of predictions.csv
+Names = Sequence[str]
+Array = np.ndarray
+# slides of labels.csv with their stratum as label, the task with its names, slide id -> target
+ReadTargets = tuple[LabelledSlides, "Task", Mapping[str, int | tuple[float, ...]]]
 PLACE = ("slide_id", "case_id", "fold", "split")
 
 
@@ -142,8 +146,8 @@ class Task:
 
     @classmethod
     def read_targets(
-        cls, path: str | Path, subset: Sequence[str], positive: str | None, grades: Sequence[str]
-    ) -> tuple[LabelledSlides, Task, Mapping[str, int | tuple[float, ...]]]:
+        cls, path: str | Path, subset: Names, positive: str | None, grades: Names
+    ) -> ReadTargets:
         """Slides of labels.csv (their label is the stratum that folds keep in proportion), the task
         with its names, and slide id -> target.
         """
@@ -250,17 +254,12 @@ class Task:
         return tuple(name for name in self.cell_names if name != "predicted")
 
     def make_predictions(
-        self,
-        fold: int,
-        cases: np.ndarray,
-        targets: Sequence[Target],
-        values: Float[np.ndarray, "s v"],
-        cuts: Mapping[str, Any],
+        self, run: RunPredictions, targets: Sequence[Target], values: Array, cuts: Mapping[str, Any]
     ) -> Any:
         """Predictions of a set of slides.
 
         Args:
-            fold, cases: as in RunPredictions.
+            run: fold and patients of the slides.
             targets: of the slides.
             values: what `predict` makes of their logits.
             cuts: what training has chosen on validation slides; a task takes what it knows.

@@ -29,10 +29,19 @@ from common.metrics.classification import (
     rates,
     youden_threshold,
 )
-from mil.datasets.labels import LabelledSlides, read_labelled_slides
+from mil.datasets.labels import read_labelled_slides
 from mil.losses.classification import class_loss
 from mil.models.output import Target
-from mil.tasks.base import FigureSpec, Row, RunPredictions, Task, TaskOptions
+from mil.tasks.base import (
+    Array,
+    FigureSpec,
+    Names,
+    ReadTargets,
+    Row,
+    RunPredictions,
+    Task,
+    TaskOptions,
+)
 from mil.tasks.prediction_table import check_names, read_probabilities
 
 METRICS = (
@@ -135,8 +144,8 @@ class Classification(Task):
 
     @classmethod
     def read_targets(
-        cls, path: str | Path, subset: Sequence[str], positive: str | None, grades: Sequence[str]
-    ) -> tuple[LabelledSlides, Task, Mapping[str, int | tuple[float, ...]]]:
+        cls, path: str | Path, subset: Names, positive: str | None, grades: Names
+    ) -> ReadTargets:
         slides = read_labelled_slides(path, subset, positive)
         return slides, cls(slides.classes), slides.target_of()
 
@@ -184,14 +193,9 @@ class Classification(Task):
         return ("slide_id", "case_id", "label", "fold", "split", "predicted", *probabilities)
 
     def make_predictions(
-        self,
-        fold: int,
-        cases: np.ndarray,
-        targets: Sequence[Target],
-        values: Float[np.ndarray, "s v"],
-        cuts: Mapping[str, Any],
+        self, run: RunPredictions, targets: Sequence[Target], values: Array, cuts: Mapping[str, Any]
     ) -> Predictions:
-        return Predictions(fold, cases, np.array(targets), values, cuts.get("threshold"))
+        return Predictions(run.fold, run.cases, np.array(targets), values, cuts.get("threshold"))
 
     def read_predictions(self, path: str | Path, fold: int, rows: Sequence[Row]) -> Predictions:
         return read_class_predictions(path, self.names, fold, rows)
@@ -204,10 +208,7 @@ class Classification(Task):
         temperature = fit_temperature(val.targets, val.probabilities)
         return {"threshold": threshold, "temperature": temperature}
 
-    def evaluate(
-        self, run: Predictions, weights: np.ndarray | None = None
-    ) -> dict[str, np.ndarray]:
-        return evaluate(run, weights)
+    evaluate = staticmethod(evaluate)
 
     def call_indices(self, run: Predictions) -> np.ndarray:
         """Index of the class that every slide is called."""

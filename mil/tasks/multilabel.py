@@ -23,7 +23,17 @@ from common.metrics.ranking import average_precision, binary_auc, ratio
 from mil.datasets.labels import LabelledSlides
 from mil.losses.classification import label_loss
 from mil.models.output import Target
-from mil.tasks.base import FigureSpec, Row, RunPredictions, Task, TaskOptions, Verdict
+from mil.tasks.base import (
+    Array,
+    FigureSpec,
+    Names,
+    ReadTargets,
+    Row,
+    RunPredictions,
+    Task,
+    TaskOptions,
+    Verdict,
+)
 from mil.tasks.classification import Predictions, check_loss
 from mil.tasks.prediction_table import check_names, read_probabilities
 from mil.tasks.slide_targets import NONE, read_records
@@ -174,8 +184,8 @@ class Multilabel(Task):
 
     @classmethod
     def read_targets(
-        cls, path: str | Path, subset: Sequence[str], positive: str | None, grades: Sequence[str]
-    ) -> tuple[LabelledSlides, Task, Mapping[str, int | tuple[float, ...]]]:
+        cls, path: str | Path, subset: Names, positive: str | None, grades: Names
+    ) -> ReadTargets:
         """A slide's stratum is its rarest label."""
         records = read_records(path, subset)
         found = {r.slide_id: _split_labels(path, r) for r in records}
@@ -230,15 +240,10 @@ class Multilabel(Task):
         return float(known.mean()) if len(known) else float("nan")
 
     def make_predictions(
-        self,
-        fold: int,
-        cases: np.ndarray,
-        targets: Sequence[Target],
-        values: Float[np.ndarray, "s v"],
-        cuts: Mapping[str, Any],
+        self, run: RunPredictions, targets: Sequence[Target], values: Array, cuts: Mapping[str, Any]
     ) -> LabelPredictions:
         there = np.stack([np.asarray(target) > 0 for target in targets])
-        return LabelPredictions(fold, cases, there, values, np.full(len(self.names), 0.5))
+        return LabelPredictions(run.fold, run.cases, there, values, np.full(len(self.names), 0.5))
 
     def read_predictions(
         self, path: str | Path, fold: int, rows: Sequence[Row]
@@ -258,10 +263,7 @@ class Multilabel(Task):
     def choose_cuts(self, val: LabelPredictions) -> dict[str, Any]:
         return {"thresholds": label_thresholds(val.targets, val.probabilities)}
 
-    def evaluate(
-        self, run: LabelPredictions, weights: np.ndarray | None = None
-    ) -> dict[str, np.ndarray]:
-        return evaluate_labels(run, weights)
+    evaluate = staticmethod(evaluate_labels)
 
     @property
     def delong_labels(self) -> tuple[str, ...]:

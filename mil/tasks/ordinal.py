@@ -21,7 +21,7 @@ from common.metrics.ranking import binary_auc, ratio
 from mil.datasets.labels import LabelledSlides
 from mil.losses.ordinal import corn_loss, corn_probabilities
 from mil.models.output import Target
-from mil.tasks.base import FigureSpec, Row, Task
+from mil.tasks.base import Array, FigureSpec, Names, ReadTargets, Row, RunPredictions, Task
 from mil.tasks.classification import Predictions, read_class_predictions
 from mil.tasks.slide_targets import present_names, read_records
 
@@ -101,8 +101,8 @@ class Ordinal(Task):
 
     @classmethod
     def read_targets(
-        cls, path: str | Path, subset: Sequence[str], positive: str | None, grades: Sequence[str]
-    ) -> tuple[LabelledSlides, Task, Mapping[str, int | tuple[float, ...]]]:
+        cls, path: str | Path, subset: Names, positive: str | None, grades: Names
+    ) -> ReadTargets:
         records = read_records(path, subset)
         if not grades:
             odd = next((r for r in records if not r.label.lstrip("-").isdigit()), None)
@@ -145,22 +145,14 @@ class Ordinal(Task):
         return float(kappa(confusion(targets, grade(values), len(self.names)), 2)[0])
 
     def make_predictions(
-        self,
-        fold: int,
-        cases: np.ndarray,
-        targets: Sequence[Target],
-        values: Float[np.ndarray, "s v"],
-        cuts: Mapping[str, Any],
+        self, run: RunPredictions, targets: Sequence[Target], values: Array, cuts: Mapping[str, Any]
     ) -> Predictions:
-        return Predictions(fold, cases, np.array(targets), values, None)
+        return Predictions(run.fold, run.cases, np.array(targets), values, None)
 
     def read_predictions(self, path: str | Path, fold: int, rows: Sequence[Row]) -> Predictions:
         return read_class_predictions(path, self.names, fold, rows)
 
-    def evaluate(
-        self, run: Predictions, weights: np.ndarray | None = None
-    ) -> dict[str, np.ndarray]:
-        return evaluate_grades(run, weights)
+    evaluate = staticmethod(evaluate_grades)
 
     def call_indices(self, run: Predictions) -> np.ndarray:
         """Index of the grade that every slide is called."""

@@ -24,7 +24,10 @@ from mil.datasets.labels import LabelledSlides
 from mil.losses.regression import LOSSES, regression_loss
 from mil.models.output import Target
 from mil.tasks.base import (
+    Array,
     FigureSpec,
+    Names,
+    ReadTargets,
     Row,
     RunPredictions,
     Task,
@@ -172,8 +175,8 @@ class Regression(Task):
 
     @classmethod
     def read_targets(
-        cls, path: str | Path, subset: Sequence[str], positive: str | None, grades: Sequence[str]
-    ) -> tuple[LabelledSlides, Task, Mapping[str, int | tuple[float, ...]]]:
+        cls, path: str | Path, subset: Names, positive: str | None, grades: Names
+    ) -> ReadTargets:
         """A slide's stratum is the quantile bin of its target."""
         records = read_records(path, subset)
         values = {}
@@ -226,14 +229,11 @@ class Regression(Task):
         return float(evaluate_values(run)["r2"][0])
 
     def make_predictions(
-        self,
-        fold: int,
-        cases: np.ndarray,
-        targets: Sequence[Target],
-        values: Float[np.ndarray, "s v"],
-        cuts: Mapping[str, Any],
+        self, run: RunPredictions, targets: Sequence[Target], values: Array, cuts: Mapping[str, Any]
     ) -> ValuePredictions:
-        return ValuePredictions(fold, cases, np.array([float(t) for t in targets]), values[:, 0])
+        return ValuePredictions(
+            run.fold, run.cases, np.array([float(t) for t in targets]), values[:, 0]
+        )
 
     def cells(self, run: ValuePredictions) -> list[dict[str, object]]:
         pairs = zip(run.targets.tolist(), run.predicted.tolist(), strict=True)
@@ -248,10 +248,7 @@ class Regression(Task):
         )
         return ValuePredictions(fold, cases, targets, predicted)
 
-    def evaluate(
-        self, run: ValuePredictions, weights: np.ndarray | None = None
-    ) -> dict[str, np.ndarray]:
-        return evaluate_values(run, weights)
+    evaluate = staticmethod(evaluate_values)
 
     def label_texts(self, run: ValuePredictions) -> list[str]:
         return [f"{value:.10g}" for value in run.targets]

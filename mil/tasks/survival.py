@@ -24,7 +24,17 @@ from common.files import safe_id
 from common.metrics.ranking import ratio
 from mil.datasets.labels import LabelledSlides
 from mil.models.output import Target
-from mil.tasks.base import FigureSpec, Row, RunPredictions, Task, Verdict, rank_places
+from mil.tasks.base import (
+    Array,
+    FigureSpec,
+    Names,
+    ReadTargets,
+    Row,
+    RunPredictions,
+    Task,
+    Verdict,
+    rank_places,
+)
 from mil.tasks.prediction_table import finite_number
 from mil.tasks.slide_targets import chosen_records, present_names
 from patch_encoder.cohort.labels import SlideRecord, read_rows
@@ -120,8 +130,8 @@ class SurvivalTask(Task):
 
     @classmethod
     def read_targets(
-        cls, path: str | Path, subset: Sequence[str], positive: str | None, grades: Sequence[str]
-    ) -> tuple[LabelledSlides, Task, Mapping[str, int | tuple[float, ...]]]:
+        cls, path: str | Path, subset: Names, positive: str | None, grades: Names
+    ) -> ReadTargets:
         """A slide's stratum is whether it had an event."""
         found = read_follow_up(Path(path))
         records = chosen_records(path, [record for record, _ in found], subset)
@@ -135,15 +145,12 @@ class SurvivalTask(Task):
         return float(concordance_index(targets[:, 0], targets[:, 1] > 0, values[:, 0], ones)[0])
 
     def make_predictions(
-        self,
-        fold: int,
-        cases: np.ndarray,
-        targets: Sequence[Target],
-        values: Float[np.ndarray, "s v"],
-        cuts: Mapping[str, Any],
+        self, run: RunPredictions, targets: Sequence[Target], values: Array, cuts: Mapping[str, Any]
     ) -> RiskPredictions:
         followed = np.stack([np.asarray(target) for target in targets])
-        return RiskPredictions(fold, cases, followed[:, 0], followed[:, 1] > 0, values[:, 0])
+        return RiskPredictions(
+            run.fold, run.cases, followed[:, 0], followed[:, 1] > 0, values[:, 0]
+        )
 
     def cells(self, run: RiskPredictions) -> list[dict[str, object]]:
         columns = (run.times.tolist(), run.events.tolist(), run.risks.tolist())
@@ -163,10 +170,7 @@ class SurvivalTask(Task):
             )
         return RiskPredictions(fold, cases, times, events == 1, risks)
 
-    def evaluate(
-        self, run: RiskPredictions, weights: np.ndarray | None = None
-    ) -> dict[str, np.ndarray]:
-        return evaluate_risks(run, weights)
+    evaluate = staticmethod(evaluate_risks)
 
     def label_texts(self, run: RiskPredictions) -> list[str]:
         pairs = zip(run.times, run.events, strict=True)

@@ -27,7 +27,7 @@ from mil.datasets.bags import Bags, load_bags
 from mil.datasets.labels import LabelledSlides
 from mil.datasets.splits import Split
 from mil.models import Standardised, build, plain_model
-from mil.tasks.base import Task, TaskOptions, apply_cuts
+from mil.tasks.base import RunPredictions, Task, TaskOptions, apply_cuts
 from mil.tasks.prediction_table import write_predictions
 from mil.tasks.slide_targets import SlideTargets
 from mil.tasks.table import fit_task
@@ -167,9 +167,9 @@ def finish_job(
         logits = predict(model, samples, world.device, job.settings.training.precision)
         targets = [sample.target for sample in samples]
         slides[name] = [sample.slide_id for sample in samples]
-        cases = np.array([case_of[slide] for slide in slides[name]])
+        tested = RunPredictions(job.split.fold, np.array([case_of[s] for s in slides[name]]))
         values = task.predict(logits.to(task.dtype)).double().numpy()
-        parts[name] = task.make_predictions(job.split.fold, cases, targets, values, results)
+        parts[name] = task.make_predictions(tested, targets, values, results)
         measured = task.measure(logits, targets)
         results[name] = {key: measured[key] for key in (task.score, "loss")}
     for name, predictions in apply_cuts(task, parts, results).items():

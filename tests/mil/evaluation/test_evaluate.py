@@ -231,12 +231,12 @@ def test_screening_counts_are_those_of_the_validation_cut(tmp_path: Path):
 
 def test_test_slides_do_not_choose_the_cut(tmp_path: Path):
     path = table(tmp_path / "said.csv")
-    finished, _ = table_runs([str(path)], "", None)
+    finished, _ = table_runs([str(path)], "classes", None)
     rows = read(path)
     for row in rows:
         if row["split"] == "test":  # other test slides: nothing that was chosen may move
             row["prob_p"], row["prob_n"] = row["prob_n"], row["prob_p"]
-    turned, _ = table_runs([str(write(tmp_path / "turned.csv", rows))], "", None)
+    turned, _ = table_runs([str(write(tmp_path / "turned.csv", rows))], "classes", None)
     for rule in ("youden", "sensitivity", "specificity"):
         for before, after in zip(
             with_threshold(finished, rule, 0.9), with_threshold(turned, rule, 0.9), strict=True
@@ -469,7 +469,7 @@ def test_names_do_not_leave_the_folder_and_columns_have_to_be_there(
         evaluate(f"predictions=[{write(tmp_path / 'up.csv', rows)}]", f"output={tmp_path}/out") == 2
     )
     assert "feature set '../up': expected a plain file name" in capsys.readouterr().err
-    for kind in ("", "multilabel", "ordinal"):
+    for kind in ("classes", "multilabel", "ordinal"):
         given = [f"task={kind}"] if kind else []
         path = write(tmp_path / "cox.csv", rows_of("cox"))
         assert evaluate(f"predictions=[{path}]", f"output={tmp_path}/out", *given) == 2
@@ -478,7 +478,9 @@ def test_names_do_not_leave_the_folder_and_columns_have_to_be_there(
 
 def test_positive_class_may_be_the_first_column(tmp_path: Path):
     path = table(tmp_path / "said.csv")
-    first, second = (table_runs([str(path)], "", positive)[0][0].test for positive in ("p", "n"))
+    first, second = (
+        table_runs([str(path)], "classes", positive)[0][0].test for positive in ("p", "n")
+    )
     np.testing.assert_array_equal(first.targets, 1 - second.targets)
     np.testing.assert_array_equal(first.probabilities, second.probabilities[:, ::-1])
 
