@@ -63,11 +63,10 @@ def censored(times: np.ndarray, events: np.ndarray) -> CensoredData:
     return CensoredData(uncensored=times[events], right=times[~events])
 
 
-def patient_risks(said: RiskPredictions) -> dict[str, float]:
+def patient_risks(run: RiskPredictions) -> dict[str, float]:
     """Mean risk of every patient's slides."""
     return {
-        case: float(said.risks[said.cases == case].mean())
-        for case in np.unique(said.cases).tolist()
+        case: float(run.risks[run.cases == case].mean()) for case in np.unique(run.cases).tolist()
     }
 
 

@@ -38,10 +38,12 @@ def per_label_rows(finished: Sequence[FinishedRun], task: Task, resamples: int, 
     for (feature_set, model), runs in grouped(finished).items():
         weights = resample_runs([run.test for run in runs], resamples, seed)
         # the first weighting is the slides as they are
-        judged = [evaluate_each_label(run.test, _with_ones(weights[run.test.fold])) for run in runs]
+        metrics = [
+            evaluate_each_label(run.test, _with_ones(weights[run.test.fold])) for run in runs
+        ]
         one_seed = [run for run in runs if run.seed == runs[0].seed]
         for column, label in enumerate(task.names):
-            kept = [each for each in judged if not np.isnan(each["auc"][0, column])]
+            kept = [each for each in metrics if not np.isnan(each["auc"][0, column])]
             row: dict[str, Any] = {
                 "feature_set": feature_set,
                 "model": model,
@@ -50,7 +52,7 @@ def per_label_rows(finished: Sequence[FinishedRun], task: Task, resamples: int, 
             }
             row["slides"] = sum(len(run.test.targets) for run in one_seed)
             row["positives"] = int(sum(run.test.targets[:, column].sum() for run in one_seed))
-            for name in judged[0]:
+            for name in metrics[0]:
                 row |= _mean_with_interval(name, [each[name][:, column] for each in kept])
             rows.append(row)
     return rows

@@ -114,8 +114,8 @@ def label_figure(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
             axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8, linestyle="--")
             for (name, of_name), look in zip(runs.items(), looks(len(runs)), strict=True):
                 mean, area = _mean_of_label([run.test for run in of_name], column)
-                said = f"{name}  {'-' if np.isnan(area) else f'{area:.3f}'}" if few else name
-                axes.plot(np.append(0, GRID), np.append(0, mean), label=said, linewidth=1.6, **look)
+                text = f"{name}  {'-' if np.isnan(area) else f'{area:.3f}'}" if few else name
+                axes.plot(np.append(0, GRID), np.append(0, mean), label=text, linewidth=1.6, **look)
             axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1, xlabel="1 - specificity")
             axes.set_ylabel("sensitivity" if column % across == 0 else "")
             axes.set_title(label, fontsize=9)
@@ -138,14 +138,14 @@ def label_figure(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
         return figure
 
 
-def _mean_of_label(said: Sequence[LabelPredictions], column: int) -> tuple[np.ndarray, float]:
+def _mean_of_label(runs: Sequence[LabelPredictions], column: int) -> tuple[np.ndarray, float]:
     """The mean curve (101,) and the mean AUC of a label, NaN without a run that has both kinds."""
-    pairs = [(run.targets[:, column], run.probabilities[:, column]) for run in said]
-    told = [pair for pair in pairs if 0 < pair[0].sum() < len(pair[0])]
-    if not told:
+    pairs = [(run.targets[:, column], run.probabilities[:, column]) for run in runs]
+    known = [pair for pair in pairs if 0 < pair[0].sum() < len(pair[0])]
+    if not known:
         return np.full(len(GRID), np.nan), float("nan")
-    areas = [binary_auc(*pair)[0] for pair in told]
-    return np.mean([roc_curves(*pair)[0] for pair in told], axis=0), float(np.mean(areas))
+    areas = [binary_auc(*pair)[0] for pair in known]
+    return np.mean([roc_curves(*pair)[0] for pair in known], axis=0), float(np.mean(areas))
 
 
 def survival_figure(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
@@ -161,12 +161,12 @@ def survival_figure(runs: Runs, task: Task, resamples: int, seed: int) -> Figure
             curves, below = panel.subplots(2, 1, sharex=True, height_ratios=[4, 1])
             _draw_curves(curves, halves)
             _write_at_risk(below, halves)
-            said = (
+            test = (
                 ""
                 if np.isnan(halves.p)
                 else f", log-rank p {'< 0.001' if halves.p < 0.001 else f'= {halves.p:.3f}'}"
             )
-            curves.set_title(f"{title}{said}", fontsize=9)
+            curves.set_title(f"{title}{test}", fontsize=9)
         return figure
 
 
