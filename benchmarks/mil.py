@@ -44,11 +44,11 @@ from common.device import pick_device
 from common.distributed import World
 from common.files import write_json
 from common.memory import reuse_large_blocks
-from mil.datasets.bags import load_bags
+from mil.datasets.bags import Sample, load_bags
 from mil.models import MODELS, build
-from mil.training.engine import Recipe, Sample, predict, train_one_epoch
+from mil.training.engine import Recipe, predict, train_one_epoch
 from mil.training.streaming import can_stream, stream
-from patch_encoder.bags.bag import open_bag
+from patch_encoder.bags.bag import make_bag, open_bag
 
 DIM = 1024
 LINEAR = 12.0  # at most, for ten times the tiles
@@ -120,10 +120,7 @@ def contestants(name: str, files: list[Path], device: torch.device) -> dict[str,
     torch.manual_seed(0)
     model = build(name, DIM, 2).to(device)
     bags = load_bags({file.stem: file for file in files})
-    samples = [
-        Sample(slide, features, bags.coords[slide], i % 2)
-        for i, (slide, features) in enumerate(bags.features.items())
-    ]
+    samples = [Sample(slide, bag, i % 2) for i, (slide, bag) in enumerate(bags.items())]
     optimizer, world, order = (
         torch.optim.Adam(model.parameters(), 1e-4),
         World(0, 1, device),
@@ -184,7 +181,7 @@ def child(name: str, file: Path, what: str) -> dict[str, float]:
     """In a process of its own: seconds and growth of one training step, or of one streamed bag."""
     device, model = torch.device("cpu"), build(name, DIM, 2)
     optimizer = torch.optim.Adam(model.parameters(), 1e-4)
-    small = Sample("small", torch.zeros(64, DIM), make_slide(64, 16, 16), 0)
+    small = Sample("small", make_bag(torch.zeros(64, DIM), make_slide(64, 16, 16)), 0)
     train_one_epoch(
         model, [small], optimizer, Recipe(epochs=1), World(0, 1, device), [0]
     )  # libraries and optimiser state
@@ -193,9 +190,8 @@ def child(name: str, file: Path, what: str) -> dict[str, float]:
     if what == "stream":
         stream(model.eval(), open_bag(file), device)
     else:
-        stored = open_bag(file)
-        bag = Sample("bag", stored, stored.coords, 0)
-        train_one_epoch(model, [bag], optimizer, Recipe(epochs=1), World(0, 1, device), [0])
+        sample = Sample("bag", open_bag(file), 0)
+        train_one_epoch(model, [sample], optimizer, Recipe(epochs=1), World(0, 1, device), [0])
     return {
         "seconds": time.perf_counter() - start,
         "mb": status_mb("VmHWM") - before,

@@ -44,12 +44,12 @@ from detection_kd.models.student import Student
 from detection_kd.models.student_onnx import export_onnx, quantise
 from patch_encoder.extraction.loop import ExtractSettings, encode_slides
 from patch_encoder.extraction.network import Network
-from patch_encoder.extraction.tile_batches import SlideJob
 from patch_encoder.models.encoder_table import IMAGENET
 from patch_encoder.models.encoders import Encoder, PixelEncoder, build_encoder
 from patch_encoder.models.onnx_network import OnnxNetwork
 from patch_encoder.models.transforms import ToInputSize
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
+from patch_encoder.tiles.slide_job import SlideJob
 
 GIGAPATH = {"img_size": 224, "patch_size": 16, "mlp_ratio": 5.33334}
 VITS: dict[str, tuple[str, dict]] = {

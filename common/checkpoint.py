@@ -2,7 +2,7 @@
 `weights_only=True`.
 
 Keys: `model`, `config` (plain dict: enough to rebuild the model), `epoch` (epochs completed),
-`best`; for resuming `optimizer`, `scheduler`, `scaler`, `rng`.
+`best`; for resuming `optimizer`, `scaler`, `rng`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from common.seed import rng_state, set_rng_state
 def save_checkpoint(
     path: str | Path, *, model: dict[str, Any], config: dict[str, Any], epoch: int, **state: Any
 ) -> None:
-    """Write a checkpoint atomically; `state` takes `best`, `optimizer`, `scheduler`, `scaler` state
-    dicts.
+    """Write a checkpoint atomically; `state` takes `best` and the state dicts of `optimizer`,
+    `scaler` and other parts.
     """
     content = {"model": model, "config": config, "epoch": epoch, "rng": rng_state(), **state}
     save_tensors(path, content)
@@ -120,7 +120,7 @@ def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], source: st
 
 
 def resume(path: str | Path, model: nn.Module, **parts: Any) -> tuple[int, dict[str, Any]]:
-    """Put model, optimizer, scheduler, scaler and all generators back to where the checkpoint left
+    """Put model, optimizer, scaler and all generators back to where the checkpoint left
     them.
 
     Args:

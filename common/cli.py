@@ -18,10 +18,15 @@ T = TypeVar("T")
 
 def launch(main: Callable[[T], int | None], config_class: type[T]) -> None:
     """Run `main(config)` and leave the process with its status."""
+    show_log()
+    sys.exit(run(main, config_class, sys.argv[1:]))
+
+
+def show_log() -> None:
+    """Print what is logged, with the time; leaves a log that is set up already as it is."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
     )
-    sys.exit(run(main, config_class, sys.argv[1:]))
 
 
 def run(main: Callable[[T], int | None], config_class: type[T], arguments: list[str]) -> int:

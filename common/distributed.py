@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.device import pick_device
+from common.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,21 @@ def init_distributed(device: str) -> World:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     return World(dist.get_rank(), size, chosen)
+
+
+def require_one_process(script: str, instead: str) -> None:
+    """Refuse torchrun with several processes for a script that shares its work out by itself.
+
+    Args:
+        script: its name.
+        instead: how it is started on several devices or machines.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1:
+        raise UserError(
+            f"{script}: expected one process, found {size} of torchrun; start it without torchrun, "
+            f"{instead}"
+        )
 
 
 def local_processes() -> int:

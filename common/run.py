@@ -1,4 +1,4 @@
-"""A run directory: resolved config, one JSON object a step or epoch, checkpoints, results,
+"""A run directory: resolved config, one JSON object per step or epoch, checkpoints, results,
 environment.
 
 A run is identified by the configuration keys that decide its result and by fingerprints of its
@@ -25,7 +25,7 @@ from common.config import identity, key, to_dict
 from common.distributed import World, barrier
 from common.errors import UserError
 from common.files import read_json, write_json, write_text
-from common.provenance import differences
+from common.provenance import can_reuse, unknown_origin
 
 
 @dataclass
@@ -116,13 +116,17 @@ def open_run(
     stamp = path / "run.json"
     if world.is_main:
         path.mkdir(parents=True, exist_ok=True)
-        if stamp.is_file():
-            _same_or_cleared(path, read_json(stamp, "a run's identity"), identified, overwrite)
-        elif any(path.glob("checkpoint_*.pt")) and not overwrite:
-            raise UserError(
-                f"{path}: expected a run directory, found checkpoints of unknown origin; "
-                "choose another output or set overwrite=true"
-            )
+        if overwrite:
+            _clear(path)
+        if not stamp.is_file() and any(path.glob("checkpoint_*.pt")):
+            raise unknown_origin(path, "checkpoints", stamp.name)
+        can_reuse(
+            stamp,
+            lambda: read_json(stamp, "a run's identity"),
+            identified,
+            "another run",
+            overwrite=overwrite,
+        )
         write_text(path / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
         write_json(path / "environment.json", environment(world.device))
         write_json(stamp, identified)
@@ -132,17 +136,7 @@ def open_run(
     return Run(path, results, _start_tracker(tracker, path, config, world), world.is_main)
 
 
-def _same_or_cleared(
-    path: Path, found: dict[str, Any], expected: dict[str, Any], overwrite: bool
-) -> None:
-    if json.loads(json.dumps(expected)) == found:
-        if not overwrite:
-            return
-    elif not overwrite:
-        raise UserError(
-            f"{path}: holds another run: {differences(found, expected)}; choose another output or "
-            "set overwrite=true"
-        )
+def _clear(path: Path) -> None:
     for name in ("results.json", "metrics.jsonl", "checkpoint_last.pt", "checkpoint_best.pt"):
         (path / name).unlink(missing_ok=True)
 

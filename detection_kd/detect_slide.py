@@ -28,7 +28,7 @@ from common.device import autocast
 from common.errors import UserError
 from common.files import read_json, sha256_file, write_json
 from common.progress import Progress
-from common.provenance import differences
+from common.provenance import can_reuse
 from detection_kd.datasets.slide_detections import (
     Found,
     centred_in,
@@ -42,8 +42,9 @@ from detection_kd.models.deformable_detr import load_detector
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.extraction.keys import ExtractionKeys
 from patch_encoder.extraction.loop import ExtractSettings, cohort_jobs, tile_batches
-from patch_encoder.extraction.tile_batches import SlideJob, TileSequence
+from patch_encoder.extraction.tile_batches import TileSequence
 from patch_encoder.models.encoder_table import IMAGENET
+from patch_encoder.tiles.slide_job import SlideJob
 
 logger = logging.getLogger(__name__)
 STAGE = "detect_slide"
@@ -88,16 +89,13 @@ def provenance(config: Config, job: SlideJob, precision: str) -> dict[str, Any]:
 
 def is_done(path: Path, wanted: dict[str, Any], overwrite: bool) -> bool:
     """Whether a slide's COCO document is there, for the same inputs and settings."""
-    if overwrite or not path.is_file():
-        return False
-    found = read_json(path, "detections of a slide").get("info", {})
-    if found != wanted:
-        changed = differences(found, wanted)
-        raise UserError(
-            f"{path}: holds detections of another run: {changed}; choose another output or set "
-            "overwrite=true"
-        )
-    return True
+    return can_reuse(
+        path,
+        lambda: read_json(path, "detections of a slide").get("info", {}),
+        wanted,
+        "detections of another run",
+        overwrite=overwrite,
+    )
 
 
 @torch.inference_mode()

@@ -1,25 +1,20 @@
-"""What the scripts of detection_kd share: optimiser groups, learning rate, loss of a batch,
-detections of a set.
+"""What the scripts of detection_kd share: optimiser groups, the loss of a batch, the detections of
+a set.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from common.device import autocast
 from common.distributed import gather_objects, mean_number
-from common.errors import UserError
 from detection_kd.datasets.coco import ImageRecord
 from detection_kd.datasets.detection import Batch
 from detection_kd.evaluation.coco_metrics import Prediction
@@ -72,34 +67,8 @@ def parameter_groups(
             kind, rate = f"backbone-{depth}", lr_backbone * layer_decay**depth
         elif any(part in name for part in SLOW):
             kind, rate = "slow", lr * slow_factor
-        groups.setdefault(kind, {"params": [], "lr": rate, "initial_lr": rate})["params"].append(
-            parameter
-        )
+        groups.setdefault(kind, {"params": [], "lr": rate})["params"].append(parameter)
     return [groups[kind] for kind in sorted(groups, key=lambda kind: (kind != "transformer", kind))]
-
-
-def rate_factor(step: int, steps: int, *, warmup: int, drop: int, cosine: bool) -> float:
-    """Factor of the learning rate at a step: linear warm-up, then constant with one drop to a
-    tenth, or a half cosine to 0.
-
-    Args:
-        step: optimiser steps done.
-        steps: all steps of the run.
-        warmup: steps of linear warm-up.
-        drop: step from which the factor is 0.1 (not with `cosine`).
-        cosine: fall along a half cosine instead.
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    if cosine:
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-    return 0.1 if step >= drop else 1.0
-
-
-def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Learning rate of every group = its initial one times `factor`."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
 
 
 @dataclass
@@ -168,42 +137,6 @@ def batch_loss(
             logits, boxes, noised.matches, noised.counted, targets, num_boxes * noised.groups
         )
     return weighted_sum(terms), terms
-
-
-def parts_of_steps(batches: Iterable[Batch], parts: int) -> Iterator[list[Batch]]:
-    """Consecutive batches in lists of `parts`: what gradients are accumulated over."""
-    iterator = iter(batches)
-    while step := list(islice(iterator, parts)):
-        yield step
-
-
-def added(sums: dict[str, Tensor], values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sums of named scalars, on their device."""
-    return {
-        name: sums[name] + value.detach() if name in sums else value.detach()
-        for name, value in values.items()
-    }
-
-
-def synchronised(model: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Processes exchange gradients after the last part of a step only."""
-    return (
-        model.no_sync()
-        if isinstance(model, DistributedDataParallel) and not last
-        else nullcontext()
-    )
-
-
-def require_finite(
-    loss: Float[Tensor, ""], terms: dict[str, Float[Tensor, ""]], images: list[object]
-) -> None:
-    """UserError that names images and terms when the loss is no finite number."""
-    if not torch.isfinite(loss):
-        bad = [name for name, value in terms.items() if not torch.isfinite(value)]
-        raise UserError(
-            f"loss is {loss.item()} in {', '.join(bad) or 'the sum'} for images {images}; "
-            "lower lr or set precision=fp32, and look at these images"
-        )
 
 
 @torch.no_grad()

@@ -33,12 +33,10 @@ from common.run import Run, open_run
 from detection_kd import engine
 from detection_kd.datasets.coco import DetectionSet, read_coco, same_categories
 from detection_kd.datasets.detection import DetectionDataset, loader
-from detection_kd.datasets.transforms import eval_transform
 from detection_kd.evaluation.coco_metrics import Prediction, average_precision
 from detection_kd.evaluation.coco_results import write_results
 from detection_kd.evaluation.froc import froc
 from detection_kd.evaluation.operating_point import counts, judge_set
-from detection_kd.figures.detection import write_detection_pictures
 from detection_kd.models.deformable_detr import DeformableDETR, load_detector
 
 logger = logging.getLogger(__name__)
@@ -132,6 +130,8 @@ def detect(
     model: nn.Module, annotated: DetectionSet, config: Config, world: World, pad_to: int
 ) -> list[Prediction]:
     """Detections of every image, found by all processes together."""
+    from detection_kd.datasets.transforms import eval_transform  # a while to load
+
     dataset = DetectionDataset(annotated.images, eval_transform(config.eval_size, config.max_size))
     indices = range(len(dataset))[world.rank :: world.size]
     pin = world.device.type == "cuda"
@@ -176,6 +176,8 @@ def main(config: Config) -> int:
     """Detect, measure, and leave figures and pictures in the run directory; finished work is left
     alone.
     """
+    from detection_kd.figures.detection import write_detection_pictures  # a while to load
+
     world = init_distributed(config.device)
     if not world.is_main:
         logging.getLogger().setLevel(logging.WARNING)

@@ -31,7 +31,7 @@ from common.cli import launch
 from common.config import REQUIRED, key
 from common.errors import UserError
 from common.files import atomic_path, read_json, sha256_bytes, sha256_file, write_json
-from common.provenance import differences
+from common.provenance import can_reuse
 from detection_kd.datasets.distillation import DistillationTiles, read_pairs
 from detection_kd.models.student import load_student, student_encoder
 from detection_kd.models.student_onnx import (
@@ -184,22 +184,22 @@ def identity(
     }
 
 
-def is_done(output: Path, wanted: dict[str, Any]) -> bool:
+def is_done(output: Path, wanted: dict[str, Any], overwrite: bool) -> bool:
     """Whether this very export is there, whole.
 
     Raises:
         UserError: one of other settings is there, or a file is not what the record says.
     """
-    if not (output / RECORD).is_file():
+
+    def read_record() -> dict[str, Any]:
+        return read_json(output / RECORD, "the record of export_student")
+
+    def read_identity() -> dict[str, Any]:
+        return {name: value for name, value in read_record().items() if name in IDENTITY}
+
+    if not can_reuse(output / RECORD, read_identity, wanted, "another export", overwrite=overwrite):
         return False
-    record = read_json(output / RECORD, "the record of export_student")
-    found = {name: record.get(name) for name in IDENTITY}
-    if found != wanted:
-        raise UserError(
-            f"{output}: holds another export: {differences(found, wanted)}; choose another output "
-            "or set overwrite=true"
-        )
-    for name, digest in record["files"].items():
+    for name, digest in read_record()["files"].items():
         if not (output / name).is_file() or sha256_file(output / name) != digest:
             raise UserError(
                 f"{output / name}: missing or damaged, its digest is not that of {RECORD}; set "
@@ -235,7 +235,7 @@ def main(config: Config) -> None:
     encoder, output = student_encoder(config.student, "student"), Path(config.output)
     calibration, held_out = draw_tiles(config)
     wanted = identity(config, encoder, calibration, held_out)
-    if not config.overwrite and is_done(output, wanted):
+    if is_done(output, wanted, config.overwrite):
         logger.info("export_student: %s is there", output)
         return
     output.mkdir(parents=True, exist_ok=True)

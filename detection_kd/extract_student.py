@@ -41,8 +41,9 @@ from patch_encoder.extraction.loop import (
     tile_batches,
 )
 from patch_encoder.extraction.network import Network
-from patch_encoder.extraction.tile_batches import SlideJob, TileSequence
+from patch_encoder.extraction.tile_batches import TileSequence
 from patch_encoder.models.encoders import Encoder
+from patch_encoder.tiles.slide_job import SlideJob
 
 logger = logging.getLogger(__name__)
 STAGE = "extract_student"
@@ -99,11 +100,7 @@ def encode_together(
     encoders = [member.encoder for member in group]
     folders = [output / encoder.name for encoder in encoders]
     pairs = list(zip(encoders, folders, strict=True))
-    todo = [
-        job
-        for job in jobs
-        if settings.overwrite or not all(is_done(job, *pair, settings) for pair in pairs)
-    ]
+    todo = [job for job in jobs if not all(is_done(job, *pair, settings) for pair in pairs)]
     names = ", ".join(encoder.name for encoder in encoders)
     logger.info(
         "%s: %s: %d slides, %d already done", STAGE, names, len(jobs), len(jobs) - len(todo)

@@ -29,9 +29,9 @@ from common.cli import launch
 from common.config import REQUIRED, key
 from common.errors import UserError
 from common.files import read_json, sha256_bytes, sha256_file
-from common.processes.isolation import Lost, Raised, check_workers, isolated
+from common.processes.pool import Lost, Raised, check_workers, run_jobs
 from common.progress import progress
-from common.provenance import differences
+from common.provenance import can_reuse, differences
 from detection_kd.datasets.cut_pairs import (
     JPEG_QUALITY,
     CutJob,
@@ -43,7 +43,8 @@ from detection_kd.datasets.cut_pairs import (
 from detection_kd.datasets.distillation import pairs_digest, read_pairs
 from detection_kd.datasets.packed_pairs import SUFFIXES, UNKNOWN, Pack, PackWriter
 from detection_kd.datasets.pair_problems import Problems
-from patch_encoder.bags.files import bag_digest, bag_files
+from patch_encoder.bags.bag import open_bag
+from patch_encoder.bags.paths import list_bags
 from patch_encoder.cohort.disk_space import explain_full_disk
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.labels import SlideRecord, find_slides, locate_slides, read_labels
@@ -136,13 +137,7 @@ def is_done(output: Path, provenance: Mapping[str, Any], overwrite: bool) -> boo
     found.pop("software_version", None)
     failed = found.pop("failed", [])
     known, wanted = _without(found, failed), _without(dict(provenance), failed)
-    if known != wanted:
-        changed = differences(known, wanted)
-        raise UserError(
-            f"{output}: holds another packed set: {changed}; choose another output or set "
-            "overwrite=true"
-        )
-    return not failed
+    return can_reuse(output, lambda: known, wanted, "another packed set") and not failed
 
 
 def _without(provenance: dict[str, Any], failed: Sequence[str]) -> dict[str, Any]:
@@ -199,7 +194,7 @@ def find_jobs(
     config: Config, output: Path, ranking: dict[str, Ranking] | None, failures: Failures
 ) -> list[CutJob]:
     """One job per slide that has a teacher bag; the others are entered in `failures`."""
-    bags = bag_files(config.features)
+    bags = list_bags(config.features)
     folder = Path(config.coords) if config.coords else None
     if folder is not None and (folder / "coords").is_dir():
         folder = folder / "coords"
@@ -263,7 +258,7 @@ def part_provenance(job: CutJob, ranking: str) -> dict[str, Any]:
         "jpeg_quality": quality,
     }
     coords = sha256_file(job.coords) if job.coords else None
-    return settings | {"dtype": job.dtype, "bag": bag_digest(job.bag), "coords": coords}
+    return settings | {"dtype": job.dtype, "bag": open_bag(job.bag).digest(), "coords": coords}
 
 
 def one_teacher(jobs: Sequence[CutJob]) -> dict[str, str]:
@@ -300,7 +295,7 @@ def cut_all(
 ) -> list[CutJob]:
     """The jobs whose part is there, in their order; the others are entered in `failures`."""
     done = []
-    outcomes = isolated(partial(cut, ranking=ranking), jobs, config.workers, config.read_timeout)
+    outcomes = run_jobs(partial(cut, ranking=ranking), jobs, config.workers, config.read_timeout)
     for number, result in progress(outcomes, "cutting tiles", len(jobs), "slides"):
         if isinstance(result, (Lost, Raised)):
             failures.add(jobs[number].slide_id, result.reason)

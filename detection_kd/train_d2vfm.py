@@ -32,8 +32,10 @@ from common.distributed import World, gather_rows, init_distributed, mean_dict, 
 from common.ema import moving_average
 from common.errors import UserError
 from common.files import sha256_file
+from common.optim import add_terms, clip_gradients, require_finite, set_lr
 from common.progress import progress
 from common.run import Tracker, open_run
+from common.schedules import drop_epoch, lr_factor
 from common.seed import epoch_generator, seed_everything, seed_worker
 from detection_kd.datasets.augmentation_keys import AugmentationKeys
 from detection_kd.datasets.distillation import (
@@ -100,11 +102,12 @@ class Config:
     loss_weight: float = key(2.0, "factor on the loss; 0: extra terms only")
     extra: ExtraTerms = group(ExtraTerms, "weights of further terms")
     epochs: int = key(4, "epochs")
-    lr_drop: int = key(2, "epoch after which the learning rate is divided by 10")
+    lr_drop: int = key(2, "epoch after which the learning rate drops, once; 0: half-way")
+    lr_drop_factor: float = key(0.1, "factor of the learning rate from its drop on")
     batch_size: int = key(40, "tiles a step over all processes")
     lr: float = key(2e-3, "learning rate (AdamW)")
     weight_decay: float = key(1e-4, "weight decay")
-    clip_norm: float = key(0.1, "gradient clipping, L2 norm; 0: off")
+    clip_norm: float = key(0.1, "largest L2 norm of the gradients of a step; 0: any")
     ema: float = key(
         0.0,
         "decay of a moving average of the weights, which is then evaluated and kept (as 0.999); "
@@ -138,7 +141,7 @@ class Config:
         runtime=True,
     )
     cache_dtype: str = key("float32", "numbers in the cache", choices=DTYPES)
-    val_share: float = key(0.1, "share of slides held out for validation")
+    val_fraction: float = key(0.1, "share of slides held out for validation")
     labels: str = key(
         "", "labels.csv: colours of student_vs_teacher.png; empty: by slide", path=True
     )
@@ -218,6 +221,9 @@ def train_one_epoch(
     and processes.
     """
     config, world = job.config, job.world
+    drop = drop_epoch(config.lr_drop, config.epochs)
+    rate = {"drop": drop, "drop_factor": config.lr_drop_factor}
+    set_lr(optimizer, lr_factor("step", epoch, config.epochs, **rate))
     model.train()
     sums: dict[str, Tensor] = {}
     for step, (inputs, teacher) in enumerate(
@@ -235,21 +241,15 @@ def train_one_epoch(
         loss, terms = job.loss(
             features.float(), teacher.to(world.device, non_blocking=True), gather_rows
         )
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"epoch {epoch + 1} step {step + 1}: the loss is {loss.item()}; lower lr or set "
-                "precision=fp32"
-            )
+        require_finite(loss, f"epoch {epoch + 1} step {step + 1}", terms)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if config.clip_norm > 0:
-            nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        clip_gradients(model, config.clip_norm)
         optimizer.step()
         if job.average is not None:
             job.average.update_parameters(job.student)
         parts = {f"loss_{name}": value for name, value in terms.items()} if len(terms) > 1 else {}
-        for name, value in {"loss": loss, **parts}.items():
-            sums[name] = sums.get(name, torch.zeros(())) + value.detach().cpu()
+        sums = add_terms(sums, {"loss": loss, **parts})
     return mean_dict({name: value / max(1, len(loader)) for name, value in sums.items()})
 
 
@@ -303,7 +303,7 @@ def make_sets(
     """Training and validation set: tiles, or what the frozen backbone makes of them when
     `cache`.
     """
-    train_pairs, val_pairs = split_by_slide(pairs, config.val_share, config.seed)
+    train_pairs, val_pairs = split_by_slide(pairs, config.val_fraction, config.seed)
     options = {
         "augmentation": config.augmentation.of_tiles(),
         "teacher_view": online.transform if online else None,
@@ -417,11 +417,10 @@ def main(config: Config) -> None:
     optimizer = torch.optim.AdamW(
         parameter_groups(student, config.lr, config.unfreeze_lr), weight_decay=config.weight_decay
     )
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config.lr_drop)
     train_loader, val_loader = make_loaders(config, world, train, val)
     precision = pick_precision(config.precision, world.device)
     job = Job(config, world, precision, loss, student, average, online)
-    resumed: dict[str, Any] = {"optimizer": optimizer, "scheduler": scheduler}
+    resumed: dict[str, Any] = {"optimizer": optimizer}
     resumed |= {} if average is None else {"average": average}
     start, best = resume(run.last, student, **resumed)
     run.forget_after(start)
@@ -431,7 +430,6 @@ def main(config: Config) -> None:
             train.epoch = epoch
         train_loader.generator = epoch_generator(config.seed, epoch)
         losses = train_one_epoch(job, model, train_loader, optimizer, epoch)
-        scheduler.step()
         metrics = {**losses, **agreement(*predict(evaluated, val_loader, precision, world.device))}
         improved = metrics["cosine"] > best.get("cosine", -2.0)
         best = {"epoch": epoch + 1, **metrics} if improved else best
@@ -450,7 +448,9 @@ def main(config: Config) -> None:
         logger.info("epoch %d/%d: %s", epoch + 1, config.epochs, reported)
     if world.is_main:
         load_weights(shown, load_checkpoint(run.best)["model"], str(run.best))
-        slides = [pair.slide_id for pair in split_by_slide(pairs, config.val_share, config.seed)[1]]
+        slides = [
+            pair.slide_id for pair in split_by_slide(pairs, config.val_fraction, config.seed)[1]
+        ]
         write_report(
             run.path,
             *predict(evaluated, val_loader, precision, world.device),

@@ -26,17 +26,25 @@ from common.distributed import World, init_distributed, mean_dict, wrap
 from common.ema import moving_average
 from common.errors import UserError
 from common.files import sha256_file
+from common.optim import (
+    add_terms,
+    clip_gradients,
+    exchange_gradients,
+    group_batches,
+    make_optimizer,
+    require_finite,
+    set_lr,
+)
 from common.progress import progress
 from common.run import Run, Tracker, open_run
+from common.schedules import SCHEDULES, drop_epoch, lr_factor
 from common.seed import seed_everything
 from common.step_timer import StepTimes
 from detection_kd import engine
 from detection_kd.datasets.coco import DetectionSet, read_coco, same_categories
 from detection_kd.datasets.detection import DetectionDataset, epoch_indices, loader
-from detection_kd.datasets.transforms import eval_transform, train_transform
 from detection_kd.evaluation.coco_metrics import Prediction, average_precision
 from detection_kd.evaluation.froc import froc
-from detection_kd.figures.detection import write_detection_pictures
 from detection_kd.models.backbone import (
     HUB,
     NORMS,
@@ -51,6 +59,7 @@ from detection_kd.models.deformable_detr import DeformableDETR, describe_detecto
 from detection_kd.models.deformable_transformer import Architecture
 
 logger = logging.getLogger(__name__)
+REMEDY = "lower lr or set precision=fp32, and look at these images"  # of a loss that is not finite
 REPORTED = (
     "loss",
     "AP",
@@ -130,7 +139,7 @@ class Config:
     )
     slow_factor: float = key(0.1, "factor of lr for sampling offsets and reference points")
     weight_decay: float = key(1e-4, "AdamW weight decay")
-    clip: float = key(0.1, "largest gradient norm")
+    clip_norm: float = key(0.1, "largest L2 norm of the gradients of a step; 0: any")
     ema: float = key(
         0.0,
         "decay of a moving average of the weights, which is then evaluated and kept (as 0.999); "
@@ -138,10 +147,11 @@ class Config:
     )
     schedule: str = key(
         "step",
-        "learning rate: one drop to a tenth, or half a cosine to 0",
-        choices=("step", "cosine"),
+        "learning rate over the run: constant, one drop, or half a cosine",
+        choices=SCHEDULES,
     )
-    drop_epoch: int = key(40, "epoch after which schedule=step drops")
+    lr_drop: int = key(40, "epoch after which the learning rate drops, once; 0: half-way")
+    lr_drop_factor: float = key(0.1, "factor of the learning rate from its drop on")
     warmup_steps: int = key(0, "steps of linear warm-up")
     eval_every: int = key(1, "epochs between evaluations; the last epoch is always evaluated")
     max_detections: int = key(100, "detections an image that are kept and counted")
@@ -264,14 +274,14 @@ def train_one_epoch(
     steps = len(batches) // config.accumulate
     rate = {
         "warmup": config.warmup_steps,
-        "drop": config.drop_epoch * steps,
-        "cosine": config.schedule == "cosine",
+        "drop": drop_epoch(config.lr_drop, config.epochs) * steps,
+        "drop_factor": config.lr_drop_factor,
     }
     sums: dict[str, Tensor] = {}
     times = StepTimes(world.device, config.batch_size)
     model.train()
     shown = progress(
-        engine.parts_of_steps(batches, config.accumulate),
+        group_batches(batches, config.accumulate),
         f"epoch {epoch + 1}",
         steps,
         "step",
@@ -280,36 +290,36 @@ def train_one_epoch(
     for number, parts in enumerate(shown):
         times.mark("data")
         step = epoch * steps + number
-        engine.set_rate(optimizer, engine.rate_factor(step, config.epochs * steps, **rate))
+        set_lr(optimizer, lr_factor(config.schedule, step, config.epochs * steps, **rate))
         optimizer.zero_grad(set_to_none=True)
         num_boxes = engine.count_boxes(parts, world.device)
         values: dict[str, Tensor] = {}
         for part, batch in enumerate(parts):
             batch = batch.to(world.device)
-            with engine.synchronised(model, last=part == len(parts) - 1):
+            with exchange_gradients(model, last=part == len(parts) - 1):
                 with autocast(world.device, job.precision):
                     detections = model(batch.images, batch.padding, (batch.labels, batch.boxes))
                 times.mark("forward")
                 matches = engine.match_batch(detections, batch)
                 times.mark("matching")
                 loss, terms = engine.batch_loss(detections, batch, matches, num_boxes)
-                engine.require_finite(
-                    loss, terms, [train.images[index].id for index in batch.indices]
-                )
+                images = [train.images[index].id for index in batch.indices]
+                require_finite(loss, f"images {images}", terms, remedy=REMEDY)
                 times.mark("loss")
                 scaler.scale(loss).backward()
                 times.mark("backward")
-            values = engine.added(values, {"loss": loss, **terms})
+            values = add_terms(values, {"loss": loss, **terms})
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        norm = clip_gradients(model, config.clip_norm)
         scaler.step(optimizer)
         scaler.update()
         if job.average is not None:
             job.average.update_parameters(getattr(model, "module", model))
-        sums = engine.added(sums, values)
+        sums = add_terms(sums, values)
         times.mark("step")
         if step % config.log_every == 0:
-            rates = {"lr": optimizer.param_groups[0]["lr"], "gradient_norm": norm.item()}
+            rates = {"lr": optimizer.param_groups[0]["lr"]}
+            rates |= {} if norm is None else {"gradient_norm": norm.item()}
             job.run.log(
                 {"epoch": epoch + 1, "step": step, **rates, **mean_dict(values), **times.report()}
             )
@@ -320,6 +330,8 @@ def training_batches(
     config: Config, world: World, train: DetectionSet, epoch: int
 ) -> DataLoader[Any]:
     """This process's batches of one epoch."""
+    from detection_kd.datasets.transforms import train_transform  # a while to load
+
     sizes = config.augmentation
     low, high = sizes.crop_range
     transform = train_transform(
@@ -353,6 +365,8 @@ def evaluate(
     job: Job, model: nn.Module, val: DetectionSet
 ) -> tuple[dict[str, float], list[Prediction]]:
     """COCO metrics and FROC on the validation images of all processes, and the detections."""
+    from detection_kd.datasets.transforms import eval_transform  # a while to load
+
     config, world, sizes = job.config, job.world, job.config.augmentation
     dataset = DetectionDataset(val.images, eval_transform(sizes.eval_size, sizes.max_size))
     indices = range(len(dataset))[world.rank :: world.size]
@@ -377,6 +391,8 @@ def fingerprints(config: Config) -> dict[str, str]:
 
 def draw(run: Run, val: DetectionSet, predictions: list[Prediction], config: Config) -> None:
     """Curves and overlays of the best epoch so far."""
+    from detection_kd.figures.detection import write_detection_pictures  # a while to load
+
     if config.overlays:
         shown = {"max_detections": config.max_detections, "overlays": config.overlays}
         write_detection_pictures(run.path, val, predictions, **shown)
@@ -423,7 +439,7 @@ def main(config: Config) -> int:
     groups = engine.parameter_groups(
         plain, config.lr, config.lr_backbone, config.slow_factor, config.layer_decay
     )
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+    optimizer = make_optimizer("adamw", groups, config.lr, config.weight_decay)
     scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
     averages = {} if average is None else {"average": average}
     start, best = resume(run.last, plain, optimizer=optimizer, scaler=scaler, **averages)

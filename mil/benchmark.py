@@ -9,9 +9,9 @@ delong.csv or comparisons.csv (tests between all pairs), the tables of the task
 (mil/evaluation/tables.py), predictions.csv, splits/ and one run directory per training; `python -m
 mil.evaluate benchmark=<output>` adds pictures. Started again, it does what is missing; its tables
 are made from the run directories, so that they do not depend on interruptions, on `workers` or on
-torchrun, whose processes share the trainings out (mil/training/rank_queue.py). Difference from
-TS2G-KD's benchmark: one process pool instead of threads around shell strings, and no threshold is
-chosen on the slides that are judged.
+`engine` (local: workers of this machine, which share `devices`; ray: those of a Ray cluster).
+Difference from TS2G-KD's benchmark: one process pool instead of threads around shell strings, and
+no threshold is chosen on the slides that are judged.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ import yaml
 from common.cli import launch
 from common.config import REQUIRED, given_keys, group, key, to_dict
 from common.device import pick_device
-from common.distributed import World
+from common.distributed import World, require_one_process
 from common.errors import UserError, did_you_mean
 from common.files import read_json, safe_id, write_csv, write_json, write_text
-from common.processes.workers import check_workers, run_all
-from common.progress import Progress
+from common.processes.pool import check_workers
+from common.processes.ray_cluster import ENGINE_HELP, ENGINES, RaySettings, import_ray
+from common.progress import progress
 from mil.datasets.bags import bags_digest, find_bags, memory_of, usable_bags
 from mil.datasets.labels import LabelledSlides
 from mil.datasets.split_files import checked_splits, known_slides, stored_splits, write_splits
@@ -48,10 +49,10 @@ from mil.models import MODELS, check_options
 from mil.tasks.slide_targets import SlideTargets
 from mil.tasks.table import ABOUT_TASKS, TASKS, read_targets
 from mil.training.engine import Recipe, check_recipe, check_validation
-from mil.training.fold_run import FoldJob, FoldSettings, open_job, run_job
-from mil.training.rank_queue import Ranks, device_of, join
+from mil.training.fold_run import FoldJob, FoldSettings, open_job
 from mil.training.recipes import resolve
-from patch_encoder.bags.files import bag_header
+from mil.training.training_pool import train_here, train_on_ray
+from patch_encoder.bags.bag import open_bag
 
 logger = logging.getLogger(__name__)
 
@@ -149,9 +150,11 @@ class Config:
     )
     workers: int = key(
         1,
-        "trainings at a time (in each process of torchrun), each with a feature set in memory",
+        "trainings at a time on this machine, each with a feature set in memory",
         runtime=True,
     )
+    engine: str = key("local", ENGINE_HELP, choices=ENGINES, runtime=True)
+    ray: RaySettings = group(RaySettings, "workers of engine=ray")
     isolated: bool = key(
         True,
         "train in processes of their own, which may crash; false: in this one (debugger)",
@@ -165,7 +168,15 @@ class Config:
 
 def check(config: Config) -> None:
     """Refuse what no benchmark can be made of."""
-    check_workers(config.workers)
+    require_one_process("mil.benchmark", "with workers=N, or with engine=ray on several machines")
+    check_workers(config.workers, least=1)
+    if config.engine == "ray":
+        import_ray()
+        if config.devices:
+            raise UserError(
+                f"devices={config.devices}: expected none with engine=ray, whose workers have a "
+                "GPU each; leave it out"
+            )
     folders = [Path(folder).resolve() for folder in config.features]
     lists: dict[str, list[Any]] = {
         "models": config.models,
@@ -304,11 +315,11 @@ def check_tasks(cohort: Cohort, settings: dict[str, FoldSettings]) -> None:
                 raise UserError(f"model {name}, split {split.fold}: {error}") from None
 
 
-def make_jobs(config: Config, cohort: Cohort, processes: int) -> list[FoldJob]:
+def make_jobs(config: Config, cohort: Cohort) -> list[FoldJob]:
     """Every feature set x model x seed x fold."""
     settings = model_settings(config)
     check_tasks(cohort, settings)
-    memory = memory_of(config.ram_gb, processes)
+    memory = memory_of(config.ram_gb, workers_of(config))
     jobs = []
     for name, bags in cohort.files.items():
         digest, bag_list = bags_digest(bags), tuple(bags.items())
@@ -324,10 +335,9 @@ def make_jobs(config: Config, cohort: Cohort, processes: int) -> list[FoldJob]:
     return jobs
 
 
-def run_one(job: FoldJob, device: str) -> None:
-    """Run or resume one job; what a worker process does."""
-    world = World(0, 1, pick_device(device))
-    run_job(job, open_job(job, world), world)
+def workers_of(config: Config) -> int:
+    """Trainings at a time on this machine."""
+    return max(config.workers, len(config.devices))
 
 
 def encoder_costs(config: Config, files: dict[str, dict[str, Path]]) -> dict[str, dict[str, Any]]:
@@ -337,14 +347,9 @@ def encoder_costs(config: Config, files: dict[str, dict[str, Path]]) -> dict[str
     if unknown:
         logger.info("cost: no feature set is called %s", ", ".join(unknown))
     return {
-        name: {**costs.get(name, {}), "dim": bag_width(next(iter(bags.values())))}
+        name: {**costs.get(name, {}), "dim": open_bag(next(iter(bags.values()))).shape[1]}
         for name, bags in files.items()
     }
-
-
-def bag_width(path: Path) -> int | None:
-    """D of an .h5 bag, None for another format."""
-    return bag_header(path)[0][1] if path.suffix == ".h5" else None
 
 
 def summarise_benchmark(config: Config, cohort: Cohort, jobs: list[FoldJob]) -> None:
@@ -387,40 +392,19 @@ def summarise_benchmark(config: Config, cohort: Cohort, jobs: list[FoldJob]) -> 
 
 
 def train_pending(config: Config, pending: list[FoldJob]) -> dict[int, str]:
-    """Train in workers, or in this process; number of a failed job -> error."""
+    """Train on this machine or through Ray; number of a failed job -> error."""
     failed = {}
-    devices = config.devices or [config.device]
-    workers = max(config.workers, len(config.devices))
-    numbers = {job.output: number for number, job in enumerate(pending)}
-    with Progress("trainings", len(pending), "runs") as bar:
-        for job, error in run_all(
-            run_one, pending, workers, config.threads, devices, config.isolated
-        ):
-            bar.advance()
-            if error is not None:
-                logger.error("benchmark: %s failed: %s", name_of(job), error)
-                failed[numbers[job.output]] = error
+    if config.engine == "ray":
+        device = pick_device(config.device).type
+        outcomes = train_on_ray(pending, config.ray, config.threads, device, config.ram_gb)
+    else:
+        devices, workers = config.devices or [config.device], workers_of(config)
+        outcomes = train_here(pending, workers, config.threads, devices, isolated=config.isolated)
+    for number, error in progress(outcomes, "trainings", len(pending), "runs"):
+        if error is not None:
+            logger.error("benchmark: %s failed: %s", name_of(pending[number]), error)
+            failed[number] = error
     return failed
-
-
-def train_shared(config: Config, pending: list[FoldJob], ranks: Ranks) -> dict[int, str]:
-    """Train what this process of torchrun gets; on the first one: number of a failed job -> error,
-    of all processes.
-    """
-    device = device_of(config.device, ranks)
-    numbers = {job.output: number for number, job in enumerate(pending)}
-    claimed = (pending[number] for number in ranks.claims(len(pending)))
-    with Progress("trainings", len(pending), "runs", enabled=ranks.is_main) as bar:
-        for job, error in run_all(
-            run_one, claimed, config.workers, config.threads, [device], config.isolated
-        ):
-            if error is not None:
-                logger.error("benchmark: %s failed: %s", name_of(job), error)
-            ranks.report(numbers[job.output], error)
-            bar.advance(ranks.ended() - bar.count)
-        if ranks.is_main:
-            return ranks.wait(len(pending), lambda ended: bar.advance(ended - bar.count))
-    return {}
 
 
 def name_of(job: FoldJob) -> str:
@@ -428,8 +412,8 @@ def name_of(job: FoldJob) -> str:
     return "/".join(job.output.parts[-3:])
 
 
-def unfinished(config: Config, cohort: Cohort, jobs: list[FoldJob]) -> list[int]:
-    """Numbers of the jobs that have no result; opens every run directory, then writes what belongs
+def unfinished(config: Config, cohort: Cohort, jobs: list[FoldJob]) -> list[FoldJob]:
+    """The jobs that have no result; opens every run directory, then writes what belongs
     to the whole benchmark.
     """
     output = Path(config.output)
@@ -443,7 +427,7 @@ def unfinished(config: Config, cohort: Cohort, jobs: list[FoldJob]) -> list[int]
     opened = {
         number: open_job(jobs[number], world, overwrite=config.overwrite) for number in there_first
     }
-    pending = [number for number in range(len(jobs)) if opened[number].results is None]
+    pending = [job for number, job in enumerate(jobs) if opened[number].results is None]
     write_splits(output / "splits", cohort.splits)
     write_text(output / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
     slides = len(cohort.slides.records)
@@ -458,31 +442,12 @@ def unfinished(config: Config, cohort: Cohort, jobs: list[FoldJob]) -> list[int]
 
 def main(config: Config) -> int:
     check(config)
-    ranks = join()
-    if ranks and config.devices:
-        raise UserError(
-            "devices: expected none under torchrun, whose processes have a GPU each; leave it out"
-        )
     for device in config.devices:
         pick_device(device)  # a device that is not there stops the benchmark before it has begun
     cohort = read_cohort(config, feature_names(config))
-    processes = (
-        config.workers * ranks.local_size if ranks else max(config.workers, len(config.devices))
-    )
-    jobs = make_jobs(config, cohort, processes)
-    if ranks is None:
-        pending = [jobs[number] for number in unfinished(config, cohort, jobs)]
-        return conclude(config, cohort, jobs, pending, train_pending(config, pending))
-    pending = [jobs[number] for number in ranks.agree(lambda: unfinished(config, cohort, jobs))]
-    failed = train_shared(config, pending, ranks)
-    if not ranks.is_main:
-        return ranks.leave()
-    status = 1
-    try:
-        status = conclude(config, cohort, jobs, pending, failed)
-    finally:
-        ranks.end(status)
-    return status
+    jobs = make_jobs(config, cohort)
+    pending = unfinished(config, cohort, jobs)
+    return conclude(config, cohort, jobs, pending, train_pending(config, pending))
 
 
 def conclude(

@@ -13,27 +13,22 @@ chosen by test bags: the number of epochs is fixed, the last weights count.
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from common.cli import launch
 from common.config import REQUIRED, key
 from common.errors import UserError, did_you_mean
-from common.files import read_json, sha256_bytes, write_csv, write_json, write_text
-from common.processes.workers import run_all
+from common.files import read_json, write_csv, write_text
+from common.processes.pool import Lost, Raised, check_workers, run_jobs
 from common.progress import progress
-from common.provenance import differences
-from common.seed import seed_everything
-from mil.classic.pooled_baselines import SIMPLE, bag_vectors, predict_simple
-from mil.classic.recipes import NETWORKS, recipe_of
-from mil.classic.sets import ClassicSet, load_set, make_folds
-from mil.classic.table import HEADER, SETS, Row, accuracy, judge, markdown
-from mil.classic.vmap_training import train_stacked
+from mil.classic.cross_validation import ClassicJob, train_missing
+from mil.classic.pooled_baselines import SIMPLE
+from mil.classic.recipes import NETWORKS
+from mil.classic.table import HEADER, SETS, Row, judge, markdown
 
 logger = logging.getLogger(__name__)
 METHODS = (*SIMPLE, *NETWORKS)
@@ -50,7 +45,7 @@ class Config:
     methods: list[str] = key(DEFAULT, f"which methods: {', '.join(METHODS)}")
     repeats: int = key(5, "repeats of the cross-validation")
     folds: int = key(10, "folds")
-    batch: int = key(16, "bags a step; published: 1; the learning rate is scaled with it")
+    batch_size: int = key(16, "bags per step; published: 1; the learning rate is scaled with it")
     epochs: int = key(0, "epochs; 0: the published number")
     seed: int = key(
         2024, "decides initial weights, order of the bags, and folds where the set comes without"
@@ -60,140 +55,7 @@ class Config:
     overwrite: bool = key(False, "train again what was trained with other settings", runtime=True)
 
 
-@dataclass(frozen=True)
-class Job:
-    """A method on a set; the folds of all of its missing repeats are trained together."""
-
-    data: str
-    output: str
-    name: str
-    method: str
-    repeats: int
-    folds: int
-    batch: int
-    epochs: int
-    seed: int
-
-    def path(self, repeat: int) -> Path:
-        """Result file of a repeat."""
-        return Path(self.output) / "runs" / self.name / self.method / f"repeat_{repeat}.json"
-
-    def identity(self, classic: ClassicSet, masks: np.ndarray) -> dict[str, Any]:
-        """What decides a repeat's result."""
-        folds = sha256_bytes(np.packbits(masks).tobytes())
-        common = {"data": classic.digest(), "folds": folds, "method": self.method}
-        if self.method in SIMPLE:
-            return common
-        return common | {
-            "recipe": asdict(recipe_of(self.method, self.name, self.batch, self.epochs)),
-            "seed": self.seed,
-        }
-
-    def missing(self, overwrite: bool) -> list[int]:
-        """Repeats without a result.
-
-        Raises:
-            UserError: a result of other settings, unless `overwrite`, which removes it.
-        """
-        classic, masks = self.inputs()
-        absent = []
-        for repeat in range(self.repeats):
-            path = self.path(repeat)
-            if path.is_file():
-                found, wanted = (
-                    read_json(path, "a repeat's results").get("identity"),
-                    self.identity(classic, masks[repeat]),
-                )
-                if found == wanted:
-                    continue
-                if not overwrite:
-                    changed = differences(found or {}, wanted)
-                    raise UserError(
-                        f"{path}: holds another run: {changed}; choose another output or set "
-                        "overwrite=true"
-                    )
-            absent.append(repeat)
-        return absent
-
-    def inputs(self) -> tuple[ClassicSet, np.ndarray]:
-        """The set and its test masks (repeats, folds, B)."""
-        classic = cached_set(self.data, self.name)
-        return classic, make_folds(classic, self.repeats, self.folds, self.seed)
-
-
-@lru_cache(maxsize=len(SETS))
-def cached_set(data: str, name: str) -> ClassicSet:
-    """A set, kept for the next job of this process."""
-    return load_set(data, name)
-
-
-def run_job(job: Job, overwrite: bool) -> None:
-    """Train and write what is missing."""
-    classic, masks = job.inputs()
-    absent = job.missing(overwrite)
-    said = (
-        simple_results(job, classic, masks, absent)
-        if job.method in SIMPLE
-        else deep_results(job, classic, masks, absent)
-    )
-    for repeat in absent:
-        right = said[repeat] == classic.targets
-        content = {
-            "identity": job.identity(classic, masks[repeat]),
-            "predicted": said[repeat].tolist(),
-        }
-        content |= {
-            "fold": masks[repeat].argmax(0).tolist(),
-            "accuracy": accuracy(right, masks[repeat]),
-        }
-        write_json(job.path(repeat), content)
-
-
-def simple_results(
-    job: Job, classic: ClassicSet, masks: np.ndarray, repeats: list[int]
-) -> dict[int, np.ndarray]:
-    """Repeat -> class of every bag (B,), by the model of the fold that tests it."""
-    vectors, results = bag_vectors(classic.bags), {}
-    for repeat in repeats:
-        results[repeat] = np.full(len(classic.targets), -1)
-        for test in masks[repeat]:
-            results[repeat][test] = predict_simple(job.method, vectors, classic.targets, test)
-    return results
-
-
-def deep_results(
-    job: Job, classic: ClassicSet, masks: np.ndarray, repeats: list[int]
-) -> dict[int, np.ndarray]:
-    """As `simple_results`; the initial weights depend on repeat and fold alone, the order of the
-    bags on the seed.
-    """
-    bags = [torch.from_numpy(bag) for bag in classic.bags]
-    targets, tests = (
-        torch.from_numpy(classic.targets),
-        torch.from_numpy(masks[repeats]).flatten(0, 1),
-    )
-    models = []
-    for repeat in repeats:
-        for fold in range(job.folds):
-            seed_everything(job.seed * 10_007 + repeat * 101 + fold)
-            models.append(NETWORKS[job.method](bags[0].shape[1]))
-    seed_everything(job.seed)
-    recipe = recipe_of(job.method, job.name, job.batch, job.epochs)
-    logits = train_stacked(
-        models, bags, targets, ~tests, recipe, torch.Generator().manual_seed(job.seed)
-    )
-    if not torch.isfinite(logits).all():
-        raise UserError(
-            f"{job.method} on {job.name}: expected finite logits, training diverged; lower batch"
-        )
-    said = logits.argmax(2).view(len(repeats), job.folds, -1)
-    own = (
-        tests.view(len(repeats), job.folds, -1).long().argmax(1, keepdim=True)
-    )  # the fold that tests each bag
-    return dict(zip(repeats, said.gather(1, own)[:, 0].numpy(), strict=True))
-
-
-def make_jobs(config: Config) -> list[Job]:
+def make_jobs(config: Config) -> list[ClassicJob]:
     """Every method on every set, after a look at the names and numbers."""
     for what, values, valid in (("sets", config.sets, SETS), ("methods", config.methods, METHODS)):
         unknown = [value for value in values if value not in valid]
@@ -202,17 +64,19 @@ def make_jobs(config: Config) -> list[Job]:
                 f"{what}: unknown value '{(unknown or [''])[0]}'; "
                 f"{did_you_mean((unknown or [''])[0], valid)}"
             )
-    for what, least in (("repeats", 1), ("folds", 2), ("batch", 1), ("epochs", 0)):
+    for what, least in (("repeats", 1), ("folds", 2), ("batch_size", 1), ("epochs", 0)):
         if getattr(config, what) < least:
             raise UserError(f"{what}={getattr(config, what)}: expected at least {least}")
     shared = {
-        name: getattr(config, name) for name in ("repeats", "folds", "batch", "epochs", "seed")
+        name: getattr(config, name) for name in ("repeats", "folds", "batch_size", "epochs", "seed")
     }
     pairs = [(name, method) for name in config.sets for method in config.methods]
-    return [Job(config.data, config.output, name, method, **shared) for name, method in pairs]
+    return [
+        ClassicJob(config.data, config.output, name, method, **shared) for name, method in pairs
+    ]
 
 
-def write_tables(output: Path, jobs: list[Job], sets: list[str]) -> None:
+def write_tables(output: Path, jobs: list[ClassicJob], sets: list[str]) -> None:
     """table.csv, table.md and bar.txt of the repeats that are there; prints the latter two."""
     rows = []
     for job in jobs:
@@ -230,21 +94,22 @@ def write_tables(output: Path, jobs: list[Job], sets: list[str]) -> None:
 
 
 def main(config: Config) -> int:
+    check_workers(config.workers, least=1)
     jobs, output = make_jobs(config), Path(config.output)
     pending = [job for job in jobs if job.missing(config.overwrite)]
     logger.info(
         "classic: %d methods on sets, %d finished already", len(jobs), len(jobs) - len(pending)
     )
     failures = []
-    outcomes = run_all(
-        partial(run_job, overwrite=config.overwrite),
-        pending,
-        config.workers,
-        config.threads,
-        apart=False,
+    torch.set_num_threads(config.threads)
+    workers = min(config.workers, len(pending))
+    work = partial(train_missing, overwrite=config.overwrite)
+    outcomes = run_jobs(
+        work, pending, workers if workers > 1 else 0, fresh=True, threads=config.threads
     )
-    for job, error in progress(outcomes, "methods on sets", len(pending), "jobs"):
-        if error is not None:
+    for number, result in progress(outcomes, "methods on sets", len(pending), "jobs"):
+        if isinstance(result, (Lost, Raised)):
+            job, error = pending[number], result.reason
             logger.error("classic: %s on %s failed: %s", job.method, job.name, error)
             failures.append(
                 {"method": job.method, "set": job.name, "stage": "classic", "error": error}

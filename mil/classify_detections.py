@@ -22,11 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.calibration import CalibratedClassifierCV
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedGroupKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from common.cli import launch
 from common.config import REQUIRED, key
@@ -134,6 +129,12 @@ def fit(
         cases: (S,) patients; those a calibration is made on are not those that the model was fitted
             to.
     """
+    from sklearn.calibration import CalibratedClassifierCV  # a while to load
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedGroupKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     if settings.model == "topk":
         return make_pipeline(StandardScaler(), LogisticRegression(C=1e3, max_iter=2000)).fit(
             vectors[:, :1], targets

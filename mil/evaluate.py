@@ -61,7 +61,7 @@ class Config:
 
 
 def benchmark_runs(folder: Path) -> tuple[list[FinishedRun], Task]:
-    """FinishedRun runs of a benchmark, in the order of its own tables."""
+    """Finished runs of a benchmark, in the order of its own tables."""
     summary = read_json(folder / "summary.json", "a benchmark's summary")
     task = TASKS[summary.get("task", "classes")](tuple(summary["classes"]))
     finished = []

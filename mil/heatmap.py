@@ -34,9 +34,9 @@ from common.config import REQUIRED, group, key
 from common.device import pick_device
 from common.errors import UserError, did_you_mean
 from common.files import atomic_path, read_json, safe_id, sha256_file, write_json
-from common.processes.isolation import Lost, Raised, check_workers, isolated
+from common.processes.pool import Lost, Raised, check_workers, run_jobs
 from common.progress import progress
-from common.provenance import differences
+from common.provenance import can_reuse
 from mil.heatmaps.drawing import colour_table
 from mil.heatmaps.pages import write_pages
 from mil.heatmaps.scores import TileScores
@@ -46,8 +46,8 @@ from mil.heatmaps.sources import SlidePrediction, Source, from_benchmark, from_r
 from mil.tasks.base import Task
 from mil.tasks.table import task_from_dict
 from mil.training.engine import load_classifier
-from patch_encoder.bags.files import bag_digest, bag_files
-from patch_encoder.bags.placed_bags import REMEDY, coordinates_file, has_places
+from patch_encoder.bags.bag import COORDS_REMEDY, open_bag
+from patch_encoder.bags.paths import find_coordinates, list_bags
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.labels import find_slides, read_labels
 from patch_encoder.tiles.coordinates import tile_pattern_of
@@ -131,13 +131,13 @@ def read_source(config: Config) -> tuple[Source, dict[str, Path]]:
                 f"split={config.split}: expected test for a benchmark, whose test slides are drawn"
             )
         source = from_benchmark(folder, config.feature_set, config.model, config.seed)
-        return source, bag_files(config.features or source.features)
+        return source, list_bags(config.features or source.features)
     if not config.features:
         raise UserError(
             "features: expected the folder of bags that the run was trained on, found none; add "
             "features=..."
         )
-    bags = bag_files(config.features)
+    bags = list_bags(config.features)
     return from_run(folder, config.features, bags, config.split), bags
 
 
@@ -165,7 +165,7 @@ def made_from(judged: SlidePrediction, inputs: Inputs, drawing: Drawing) -> dict
     stamp = "" if slide is None else f"{slide.stat().st_size}:{slide.stat().st_mtime_ns}"
     found = {
         "weights": checkpoint_digest(judged.checkpoint),
-        "bag": bag_digest(inputs.bag),
+        "bag": open_bag(inputs.bag).digest(),
         "slide": stamp,
         "mpp": inputs.mpp,
     }
@@ -193,17 +193,17 @@ def find_inputs(
         if name in bags and (name in slides or not config.slides):
             outline = Path(config.tissue) / f"{name}.geojson" if config.tissue else None
             tissue = outline if outline is not None and outline.is_file() else None
-            needed = config.coords or not has_places(bags[name])
-            coords = coordinates_file(bags[name], config.coords) if needed else None
+            needed = config.coords or bags[name].suffix == ".pt"
+            coords = find_coordinates(bags[name], config.coords) if needed else None
             found[name] = Inputs(bags[name], slides.get(name), mpps.get(name), tissue, coords)
     lost = [
-        given.bag for given in found.values() if given.coords is None and not has_places(given.bag)
+        given.bag for given in found.values() if given.coords is None and given.bag.suffix == ".pt"
     ]
     if lost and len(lost) == len(found):
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise UserError(
             f"{lost[0]}{more}: expected coordinates to place their tiles, which .pt files have "
-            f"none of; {REMEDY}"
+            f"none of; {COORDS_REMEDY}"
         )
     return found
 
@@ -215,16 +215,13 @@ def is_done(output: Path, slide_id: str, wanted: dict[str, Any], overwrite: bool
         UserError: it was drawn from something else.
     """
     path = output / "records" / f"{slide_id}.json"
-    if overwrite or not path.is_file():
-        return False
-    found = read_json(path, "a slide's record").get("made_from", {})
-    if found != wanted:
-        changed = differences(found, wanted)
-        raise UserError(
-            f"{path}: drawn with other settings or inputs ({changed}); choose another output or "
-            "set overwrite=true"
-        )
-    return True
+    return can_reuse(
+        path,
+        lambda: read_json(path, "a slide's record").get("made_from", {}),
+        wanted,
+        "a drawing with other settings or inputs",
+        overwrite=overwrite,
+    )
 
 
 class Scored(Sequence[DrawingJob]):
@@ -283,7 +280,7 @@ def draw_all(
     cv2.setNumThreads(1)  # one core a process; before the fork, which takes no threads along
     jobs = Scored(pending, config.drawing, device)
     work = partial(draw_one, output=Path(config.output), task=source.task, drawing=config.drawing)
-    outcomes = isolated(work, jobs, config.workers, config.read_timeout)
+    outcomes = run_jobs(work, jobs, config.workers, config.read_timeout)
     for number, result in progress(outcomes, "heatmaps", len(jobs), "slides"):
         if isinstance(result, (Lost, Raised)):
             failures.add(pending[number][0].slide_id, result.reason)

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from common.cli import launch
 from common.config import REQUIRED, identity, key
-from common.errors import UserError
 from common.files import sha256_file, write_json
+from common.provenance import can_reuse
 from mil.datasets.bags import find_bags
 from mil.datasets.labels import LabelledSlides
 from mil.datasets.split_files import (
@@ -80,7 +80,7 @@ class Config:
     overwrite: bool = key(False, "replace splits that are there", runtime=True)
 
 
-def settle(output: Path, splits: list[Split], slides: LabelledSlides, overwrite: bool) -> bool:
+def must_write(output: Path, splits: list[Split], overwrite: bool) -> bool:
     """Whether the splits have to be written; False where the same ones are there.
 
     Raises:
@@ -88,24 +88,12 @@ def settle(output: Path, splits: list[Split], slides: LabelledSlides, overwrite:
     """
     if overwrite or not numbered(output):
         return True
-    stored = {split.fold: split for split in stored_splits(output)}
-    for number in sorted(stored.keys() | {split.fold for split in splits}):
-        old, new = (
-            stored.get(number),
-            next((split for split in splits if split.fold == number), None),
-        )
-        if old != new:
-            found = (
-                f"splits_{number}.csv differs"
-                if old and new
-                else f"splits_{number}.csv is {'extra' if old else 'missing'}"
-            )
-            raise UserError(
-                f"{output}: expected no splits or the same ones, found others ({found}); use them "
-                "as they are with "
-                "splits=<folder>, choose another output, or give overwrite=true"
-            )
-    return False
+    found, wanted = (
+        {f"splits_{split.fold}.csv": split.digest()[:12] for split in each}
+        for each in (stored_splits(output), splits)
+    )
+    others = "other splits, which splits=<folder> uses as they are"
+    return not can_reuse(output, lambda: found, wanted, others)
 
 
 def report(splits: list[Split], slides: LabelledSlides) -> None:
@@ -146,7 +134,7 @@ def main(config: Config) -> None:
         config.inner_folds,
         config.repeats,
     )
-    if settle(output, splits, slides, config.overwrite):
+    if must_write(output, splits, config.overwrite):
         write_clam_splits(output, splits, slides)
         write_json(
             output / "splits.json",

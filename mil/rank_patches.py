@@ -29,10 +29,10 @@ import torch
 from common.cli import launch
 from common.config import REQUIRED, group, key
 from common.device import pick_device
-from common.distributed import World, init_distributed
+from common.distributed import World, require_one_process
 from common.errors import UserError
 from common.files import sha256_bytes
-from common.processes.workers import check_workers, run_all
+from common.processes.pool import Lost, Raised, check_workers, run_jobs
 from common.progress import progress
 from mil.datasets.bags import bags_digest, find_bags
 from mil.datasets.distillation_set import (
@@ -52,7 +52,7 @@ from mil.tasks.slide_targets import SlideTargets
 from mil.tasks.table import read_targets
 from mil.training.engine import Recipe, load_classifier
 from mil.training.fold_run import FoldJob, FoldSettings, open_job, run_job
-from patch_encoder.bags.files import read_bag
+from patch_encoder.bags.bag import read_bag
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.labels import locate_slides
 from patch_encoder.tiles.coordinates import tile_pattern_of
@@ -106,7 +106,7 @@ def patches_of(
             f"{bag}: expected coords (N, 2) beside the features, found none; extract the slide "
             "again"
         )
-    scores = model.score_tiles(torch.from_numpy(content.features).to(device)).cpu().numpy()
+    scores = model.score_tiles(content.read().to(device)).cpu().numpy()
     rows = choose(
         scores, config.top_k, config.extra_random, (config.seed, zlib.crc32(bag.stem.encode()))
     )
@@ -195,13 +195,9 @@ def main(config: Config) -> int:
             f"top_k={config.top_k}, extra_random={config.extra_random}: expected at least 1 and "
             "at least 0"
         )
-    check_workers(config.workers)
-    world = init_distributed(config.device)
-    if world.size > 1:
-        raise UserError(
-            f"rank_patches: expected one process, found {world.size}; start it without torchrun, "
-            "with workers=N"
-        )
+    check_workers(config.workers, least=1)
+    require_one_process("rank_patches", "with workers=N")
+    world = World(0, 1, pick_device(config.device))
     torch.set_num_threads(config.threads)
     root = Path(config.output)
     subset = split_values("cv", config.subset)
@@ -218,11 +214,10 @@ def main(config: Config) -> int:
     jobs = make_cuts(config, slides, files, model, failures)
     todo = [job for job in jobs if not is_done(job)]
     logger.info("%s: %d slides, %d already done", STAGE, len(jobs), len(jobs) - len(todo))
-    for job, error in progress(
-        run_all(cut, todo, config.workers, config.threads), "cutting tiles", len(todo), "slides"
-    ):
-        if error is not None:
-            failures.add(job.slide_id, error)
+    outcomes = run_jobs(cut, todo, config.workers, fresh=True, threads=config.threads)
+    for number, result in progress(outcomes, "cutting tiles", len(todo), "slides"):
+        if isinstance(result, (Lost, Raised)):
+            failures.add(todo[number].slide_id, result.reason)
     images, cut_slides = write_annotations(root, jobs, provenance)
     logger.info("%s: %d tiles of %d slides in %s", STAGE, images, cut_slides, root)
     return failures.write(root)

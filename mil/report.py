@@ -21,16 +21,17 @@ from common import __version__
 from common.cli import launch
 from common.config import REQUIRED, key
 from common.errors import UserError
+from common.figures import svg_uri
 from common.files import read_json, write_json, write_text
 from mil.evaluation.benchmark_folder import read_summary, run_folders
 from mil.evaluation.runs import COST_KEYS, FinishedRun, number, read_finished
 from mil.evaluation.task_tables import per_label_rows
 from mil.figures.by_task import FIGURES
 from mil.figures.example_slides import Choice, Example, Group, choose_slides, make_example
-from mil.figures.report import interval_figure, svg_uri
+from mil.figures.report import interval_figure
 from mil.tasks.base import Task
 from mil.tasks.table import TASKS
-from patch_encoder.bags.files import bag_files
+from patch_encoder.bags.paths import list_bags
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.labels import find_slides, read_labels
 from patch_encoder.tiles.coordinates import tile_pattern_of
@@ -78,7 +79,7 @@ class Picture:
 
 
 def read_runs(benchmark: Path, summary: dict[str, Any], task: Task) -> dict[str, list[FinishedRun]]:
-    """FinishedRun runs of the headline classifier, by feature set, in order of seed and fold."""
+    """Finished runs of the headline classifier, by feature set, in order of seed and fold."""
     runs: dict[str, list[FinishedRun]] = {}
     for name in summary["feature_sets"]:
         folders = run_folders(benchmark, summary, name, summary["headline"])
@@ -114,7 +115,7 @@ def make_examples(
     if name not in runs:
         raise UserError(f"examples_of={name}: expected one of the feature sets {', '.join(runs)}")
     first = [run for run in runs[name] if run.seed == runs[name][0].seed]
-    bags = bag_files(summary["features"][name])
+    bags = list_bags(summary["features"][name])
     slides = find_slides(config.slides, tile_pattern_of(bags.values()))
     mpps = (
         {record.slide_id: record.mpp for record in read_labels(config.labels)}

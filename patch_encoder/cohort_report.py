@@ -11,7 +11,6 @@ thumbnails lie in `<output>/thumbnails/`.
 
 from __future__ import annotations
 
-import base64
 import io
 import logging
 import os
@@ -30,6 +29,7 @@ from PIL import Image, UnidentifiedImageError
 from common import __version__
 from common.cli import launch
 from common.config import REQUIRED, key
+from common.figures import data_uri
 from common.files import atomic_path, write_text
 from patch_encoder.cohort.labels import read_labels
 from patch_encoder.cohort.summary import SlideSummary, compute_bin_edges, histogram, read_rows
@@ -89,7 +89,7 @@ def encode_picture(config: Config, slide: str, embed: bool) -> str:
     if content is None:
         return ""
     if embed:
-        return "data:image/jpeg;base64," + base64.b64encode(content).decode()
+        return data_uri(content, "jpeg")
     with atomic_path(Path(config.output) / "thumbnails" / f"{slide}.jpg") as temporary:
         temporary.write_bytes(content)
     return relative_path(Path(config.output) / "thumbnails" / f"{slide}.jpg", config.output)

@@ -22,12 +22,13 @@ from common.config import REQUIRED, key
 from common.errors import UserError
 from common.files import atomic_path, safe_id
 from common.progress import progress
+from common.provenance import can_reuse
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.labels import find_slides, read_labels
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.base import Slide
 from patch_encoder.tiles.coordinates import Coordinates
-from patch_encoder.tiles.formats import LAYOUTS, CoordinateSource, detect_layout, read_content
+from patch_encoder.tiles.formats import LAYOUTS, CoordinateSource, describe_content, detect_layout
 
 logger = logging.getLogger(__name__)
 STAGE = "convert_coordinates"
@@ -133,7 +134,7 @@ def convert(
     """Convert one file; whether something was written.
 
     Raises:
-        UserError: unreadable, not sayable in the layout, or other content is there.
+        UserError: unreadable, beyond what the layout can express, or other content is there.
     """
     layout = LAYOUTS[config.to]
     reader = LAYOUTS[detect_layout(file) if config.source == "auto" else config.source].read
@@ -141,20 +142,18 @@ def convert(
     try:
         source = CoordinateSource(slide_id, slide, mpp, config.tile_size)
         coordinates = check_config(reader(file, source), slide)
-        if not target.is_file():
-            with atomic_path(target) as temporary:
-                layout.write(temporary, coordinates, source, Path(config.output))
-            return True
         with tempfile.TemporaryDirectory() as folder:
             fresh = Path(folder, target.name)
             layout.write(fresh, coordinates, source, Path(config.output))
-            if read_content(fresh) == read_content(target):
-                return False
-        if not config.overwrite:
-            raise UserError(
-                f"{target}: other coordinates are there; choose another output or set "
-                "overwrite=true"
-            )
+            wanted = describe_content(fresh)
+        if can_reuse(
+            target,
+            lambda: describe_content(target),
+            wanted,
+            "other coordinates",
+            overwrite=config.overwrite,
+        ):
+            return False
         with atomic_path(target) as temporary:
             layout.write(temporary, coordinates, source, Path(config.output))
         return True

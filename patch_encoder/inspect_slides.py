@@ -22,7 +22,7 @@ import numpy as np
 from common.cli import launch
 from common.config import REQUIRED, key
 from common.errors import UserError
-from common.processes.isolation import Lost, Raised, alive, check_workers, isolated
+from common.processes.pool import Lost, Raised, check_workers, heartbeat, run_jobs
 from common.progress import progress
 from patch_encoder.cohort.labels import find_slides_and_mpps
 from patch_encoder.slides import RegionError, Slide, open_slide
@@ -83,7 +83,7 @@ def inspect_all(
     entries: list[dict[str, Any]] = [
         {"slide": slide_id, "path": str(path)} for slide_id, path, _ in jobs
     ]
-    work = isolated(
+    work = run_jobs(
         lambda job: inspect_one(*job, config), jobs, config.workers, config.read_timeout
     )
     for number, result in progress(work, "inspected", len(jobs), "slides"):
@@ -156,7 +156,7 @@ def probe_tiles(slide: Slide, geometry: TileGeometry | None, sample: int) -> dic
         reads += [(x, y, geometry.patch_size, geometry.patch_level) for x, y in chosen.tolist()]
     errors = []
     for x, y, size, level in reads:
-        alive()
+        heartbeat()
         try:
             slide.read(x, y, size, level)
         except RegionError as error:

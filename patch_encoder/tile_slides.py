@@ -28,9 +28,9 @@ from common.cli import launch
 from common.config import REQUIRED, group, key
 from common.errors import UserError
 from common.files import atomic_path, sha256_file, write_csv
-from common.processes.isolation import Lost, Raised, check_workers, isolated
+from common.processes.pool import Lost, Raised, check_workers, run_jobs
 from common.progress import progress
-from common.provenance import differences
+from common.provenance import can_reuse, unknown_origin
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.labels import find_slides_and_mpps
 from patch_encoder.slides import Slide, SlideError, open_slide
@@ -153,37 +153,9 @@ def settings_stamp(config: Config) -> str:
         "overwrite",
         "pictures",
     }
-    return json.dumps(
-        {name: value for name, value in asdict(config).items() if name not in free}, sort_keys=True
-    )
-
-
-def same_settings(found: str | None, expected: str) -> bool:
-    """Whether two stamps mean the same; a key that an older stamp lacks stands at its default."""
-    try:
-        return found is not None and _filled(json.loads(found)) == _filled(json.loads(expected))
-    except (json.JSONDecodeError, AttributeError):
-        return False
-
-
-def _difference(found: str | None, expected: str) -> str:
-    try:
-        return differences(_filled(json.loads(found or "{}")), _filled(json.loads(expected)))
-    except (json.JSONDecodeError, AttributeError):
-        return "the file does not say which"
-
-
-def _filled(stamp: dict[str, Any]) -> dict[str, Any]:
-    def over(default: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-        filled = {
-            name: over(v, given.get(name, {})) if isinstance(v, dict) else given.get(name, v)
-            for name, v in default.items()
-        }
-        return {**given, **filled}
-
-    filled = over(json.loads(settings_stamp(Config(slides="", output=""))), stamp)
-    del filled["tissue"]["file"]["folder"]  # what lies in it counts, not where it lies
-    return filled
+    stamp = {name: value for name, value in asdict(config).items() if name not in free}
+    del stamp["tissue"]["file"]["folder"]  # what lies in it counts, not where it lies
+    return json.dumps(stamp, sort_keys=True)
 
 
 def drawn_digest(slide_id: str, config: Config) -> str:
@@ -315,13 +287,11 @@ def is_done(job: Job, config: Config, stamp: str) -> bool:
     attributes = coordinate_attributes(path)
     if config.overwrite or not attributes:
         return False
-    found, given = attributes.get("settings"), attributes.get("mpp_given")
-    if not same_settings(found, stamp) or given != repr(job[2]):
-        changed = _difference(found, stamp) or f"mpp given {given} -> {job[2]!r}"
-        raise UserError(
-            f"{path}: tiled with other settings ({changed}); choose another output or set "
-            "overwrite=true"
-        )
+    if not {"settings", "mpp_given"} <= attributes.keys():
+        raise unknown_origin(path, "coordinates", "settings")
+    found = json.loads(attributes["settings"]) | {"mpp_given": attributes["mpp_given"]}
+    wanted = json.loads(stamp) | {"mpp_given": repr(job[2])}
+    can_reuse(path, lambda: found, wanted, "tiles of other settings")
     return not attributes.get("drawn") or attributes["drawn"] == drawn_digest(job[0], config)
 
 
@@ -359,7 +329,7 @@ def main(config: Config) -> int:
     todo = [job for job in jobs if not is_done(job, config, stamp)]
     logger.info("tile_slides: %d slides, %d already tiled", len(jobs), len(jobs) - len(todo))
     failures = Failures("tile_slides")
-    for row in progress(run_jobs(todo, config, stamp), "tiling", len(todo), "slides"):
+    for row in progress(tile_all(todo, config, stamp), "tiling", len(todo), "slides"):
         if "error" in row:
             failures.add(str(row["slide"]), str(row["error"]))
             continue
@@ -375,11 +345,11 @@ def main(config: Config) -> int:
     return failures.write(Path(config.output))
 
 
-def run_jobs(todo: list[Job], config: Config, stamp: str) -> Iterator[dict[str, object]]:
+def tile_all(todo: list[Job], config: Config, stamp: str) -> Iterator[dict[str, object]]:
     """What `tile_one` gives, as slides are ready; `error` instead for those that failed."""
     cv2.setNumThreads(1)  # one core a worker; before the fork, which takes no threads along
     work = partial(tile_one, config=config, stamp=stamp)
-    for number, result in isolated(work, todo, config.workers, config.read_timeout):
+    for number, result in run_jobs(work, todo, config.workers, config.read_timeout):
         yield (
             {"slide": todo[number][0], "error": result.reason}
             if isinstance(result, (Lost, Raised))

@@ -33,10 +33,11 @@ from detection_kd.models.student_onnx import load_students
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.extraction.loop import ExtractSettings, cohort_jobs, encoded, tile_batches
 from patch_encoder.extraction.network import Network
-from patch_encoder.extraction.tile_batches import SlideJob, TileSequence
+from patch_encoder.extraction.tile_batches import TileSequence
 from patch_encoder.models.encoders import Encoder, build_encoder
 from patch_encoder.models.pooling import POOLS
 from patch_encoder.tiles.coordinates import Coordinates
+from patch_encoder.tiles.slide_job import SlideJob
 
 logger = logging.getLogger(__name__)
 READERS: dict[str, dict[str, Any]] = {

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.artefacts import tiny_benchmark, tiny_student  # noqa: F401  fixtures of all tests
 from tests.helpers import ROOT, draw_slide, write_pyramid
 
 DATA = Path(os.environ.get("WSI_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -20,10 +21,14 @@ DATA = Path(os.environ.get("WSI_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 LONG = (
     "test_quickstart",
-    "test_detector_training",
-    "test_d2vfm",
-    "test_mil_benchmark",
-    "test_sample_cohort",
+    "test_training_scripts",
+    "test_ablation",
+    "test_slides_that_kill",
+    "test_sharing",
+    "test_export_student",
+    "test_learning",
+    "test_rank_queue",
+    "test_benchmark",
 )
 
 

@@ -18,6 +18,8 @@ import pytest
 from detection_kd.models.student import load_student
 from tests.helpers import ROOT
 
+pytestmark = pytest.mark.process
+
 # the quickstart's own pipeline with fewer slides and epochs: it has to run, not to be good
 SMALL = {
     "DETECTOR": "epochs=2 architecture.encoder_layers=1 architecture.decoder_layers=1",

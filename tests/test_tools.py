@@ -53,7 +53,7 @@ def test_shellcheck_clean(script: Path) -> None:
 
 
 def started(
-    script: Path, arguments: list[str], folder: Path
+    script: Path, arguments: list[str], folder: Path, **variables: str
 ) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """A script called from `folder` with an interpreter that only notes its arguments; what it was
     called with.
@@ -61,7 +61,7 @@ def started(
     noted, interpreter = folder.parent / "noted", folder.parent / "interpreter"
     interpreter.write_text(f"#!/usr/bin/env bash\nprintf '%s\\0' \"$@\" >{noted}\n")
     interpreter.chmod(0o755)
-    environment = ENVIRONMENT | {"PYTHON": str(interpreter), "GPUS": "0"}
+    environment = ENVIRONMENT | {"PYTHON": str(interpreter), "GPUS": "0"} | variables
     done = subprocess.run(
         ["bash", str(script), *arguments],
         capture_output=True,
@@ -132,6 +132,7 @@ def test_the_published_names_of_ts2gkd_run_the_stages(
     assert called[:2] == ["-m", module] and called[-1] == "output=here"
 
 
+@pytest.mark.process
 def test_a_stage_runs_with_the_real_interpreter_from_any_folder(folder: Path) -> None:
     for argument, status, expected in (
         ("--help", 0, "target_mpp"),
@@ -144,6 +145,33 @@ def test_a_stage_runs_with_the_real_interpreter_from_any_folder(folder: Path) ->
         assert done.returncode == status, done.stderr
         assert expected in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "expected"),
+    [
+        ([], {"GPUS": "0"}, ["workers=1"]),
+        ([], {"GPUS": "2", "WORKERS": "3"}, ["workers=6", "devices=[cuda:0,cuda:1]"]),
+        ([], {"GPUS": "4"}, ["workers=4", "devices=[cuda:0,cuda:1]"]),
+        (["device=cpu"], {"GPUS": "2"}, ["workers=2"]),
+        (["engine=ray"], {"GPUS": "2"}, ["workers=1"]),
+    ],
+)
+def test_a_benchmark_shares_the_gpus_of_a_machine(
+    folder: Path, arguments: list[str], variables: dict[str, str], expected: list[str]
+) -> None:
+    variables = variables | {"CUDA_VISIBLE_DEVICES": "0,1"}
+    script = ROOT / "tools" / "mil_benchmark.sh"
+    done, called = started(script, arguments, folder, **variables)
+    assert done.returncode == 0, done.stderr
+    assert called[:2] == ["-m", "mil.benchmark"], "one plain process, no torchrun"
+    assert called[called.index("output=runs/mil") + 1 :] == [*expected, *arguments]
+
+
+def test_a_benchmark_on_several_machines_is_ray_s(folder: Path) -> None:
+    script = ROOT / "tools" / "mil_benchmark.sh"
+    done, called = started(script, [], folder, NNODES="2")
+    assert done.returncode == 2 and not called and "engine=ray" in done.stderr
 
 
 def test_quickstart_refuses_a_folder_without_data(tmp_path: Path) -> None:

@@ -69,6 +69,26 @@ run_module() {
   run_python torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$((GPUS > 0 ? GPUS : 1))" -m "$@"
 }
 
+# share_gpus <arguments>: fill the array `keys` with workers= and devices= of one process that runs WORKERS jobs at a time on each of
+# the GPUS GPUs of this machine; not with Ray or for --help, and no devices where the arguments name them
+share_gpus() {
+  : "${GPUS:=$(count_gpus)}"
+  if ((NNODES > 1)); then
+    echo "error: NNODES=$NNODES: expected one machine; start engine=ray on a Ray cluster of several" >&2
+    exit 2
+  fi
+  local argument seen index devices=""
+  seen=$(count_gpus)
+  for argument in "$@"; do
+    [[ "$argument" == --help || "$argument" == -h || "$argument" == engine=ray ]] && GPUS=1
+    [[ "$argument" == device=* || "$argument" == devices=* ]] && seen=0
+  done
+  for ((index = 0; index < GPUS && index < seen && GPUS > 1; index++)); do
+    devices+="${devices:+,}cuda:$index"
+  done
+  keys=("workers=$((WORKERS * (GPUS > 1 ? GPUS : 1)))" ${devices:+"devices=[$devices]"})
+}
+
 # run_shards <module> <arguments>: GPUS processes that share a cohort, each on a GPU of its own where there are GPUs; the status is
 # the worst of theirs
 run_shards() {

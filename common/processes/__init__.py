@@ -1,3 +1,1 @@
-"""Work in supervised processes of this machine: crashes, hangs and Ctrl-C are survived and
-reported.
-"""
+"""Work in supervised processes, of this machine or of a Ray cluster."""

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Int
 from PIL import Image
 
 from common.errors import UserError
 from common.files import read_json
 from detection_kd.datasets.packed_pairs import PackWriter
-from patch_encoder.bags.files import Bag, bag_header, read_bag
+from patch_encoder.bags.bag import Bag, open_bag, read_bag
 from patch_encoder.slides import Slide, open_slide
 from patch_encoder.slides.tile_folder import TileFolder
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, read_coordinates
@@ -71,14 +70,14 @@ class Matched:
     without_tile: list[tuple[int, int]]
 
 
-def match(bag: Bag, coordinates: Coordinates | None, source: Path) -> tuple[Matched, TileGeometry]:
+def match(bag: Bag, coordinates: Coordinates | None) -> tuple[Matched, TileGeometry]:
     """Match a bag's rows with tiles by their corners, in the order of the bag.
 
     Raises:
         UserError: neither has corners, tiles that are read otherwise than the bag's, lengths that
             differ where the bag has no corners, or no tile in common.
     """
-    rows = np.arange(len(bag.features))
+    rows = np.arange(len(bag))
     if bag.coords is None:
         if coordinates is None or len(coordinates.coords) != len(rows):
             found = (
@@ -87,22 +86,23 @@ def match(bag: Bag, coordinates: Coordinates | None, source: Path) -> tuple[Matc
                 else f"{len(coordinates.coords)} tiles for {len(rows)} features"
             )
             raise UserError(
-                f"{source}: a bag without corners: expected coordinates of the same length, found "
-                f"{found}"
+                f"{bag.path}: a bag without corners: expected coordinates of the same length, "
+                f"found {found}"
             )
         return Matched(coordinates.coords, rows, [], []), coordinates.geometry
     own = (
-        TileGeometry.from_attributes(bag.attributes, str(source))
+        TileGeometry.from_attributes(bag.attributes, str(bag.path))
         if "patch_size" in bag.attributes
         else None
     )
+    corners = bag.coords.numpy()
     if coordinates is None:
         if own is None:
             raise UserError(
-                f"{source}: expected the tile geometry in the bag's attributes, found none; give "
+                f"{bag.path}: expected the tile geometry in the bag's attributes, found none; give "
                 "coords="
             )
-        return Matched(bag.coords, rows, [], []), own
+        return Matched(corners, rows, [], []), own
     geometry = coordinates.geometry
     changed = [
         name
@@ -114,23 +114,23 @@ def match(bag: Bag, coordinates: Coordinates | None, source: Path) -> tuple[Matc
             f"{name} {getattr(own, name)} -> {getattr(geometry, name)}" for name in changed
         )
         raise UserError(
-            f"{source}: features of other tiles than the coordinates': {said}; extract the slide "
+            f"{bag.path}: features of other tiles than the coordinates': {said}; extract the slide "
             "again"
         )
     tiles, encoded = (
-        {(int(x), int(y)): None for x, y in corners} for corners in (coordinates.coords, bag.coords)
+        {(int(x), int(y)): None for x, y in places} for places in (coordinates.coords, corners)
     )
-    kept = np.array([(int(x), int(y)) in tiles for x, y in bag.coords], dtype=bool)
+    kept = np.array([(int(x), int(y)) in tiles for x, y in corners], dtype=bool)
     if not kept.any():
         raise UserError(
-            f"{source}: expected the corners of the tiles, found none in common; extract the "
+            f"{bag.path}: expected the corners of the tiles, found none in common; extract the "
             "slide again"
         )
     lost, strange = (
         [corner for corner in one if corner not in other]
         for one, other in ((tiles, encoded), (encoded, tiles))
     )
-    return Matched(bag.coords[kept], rows[kept], lost, strange), geometry
+    return Matched(corners[kept], rows[kept], lost, strange), geometry
 
 
 def choose(job: CutJob, matched: Matched) -> Int[np.ndarray, " m"]:
@@ -184,8 +184,9 @@ def cut_slide(job: CutJob, provenance: Mapping[str, Any]) -> None:
         UserError: slide, coordinates or bag that cannot be used.
     """
     bag = read_bag(job.bag)
+    features = bag.read().numpy()
     coordinates = read_coordinates(job.coords) if job.coords else None
-    matched, geometry = match(bag, coordinates, job.bag)
+    matched, geometry = match(bag, coordinates)
     with (
         open_slide(job.slide, job.mpp, geometry.tile_pattern) as slide,
         PackWriter(job.part, job.dtype) as writer,
@@ -193,7 +194,7 @@ def cut_slide(job: CutJob, provenance: Mapping[str, Any]) -> None:
         for index in choose(job, matched):
             x, y = matched.corners[index].tolist()
             name, picture = encode_tile(slide, geometry, x, y, job.encoding)
-            writer.append(job.slide_id, name, picture, bag.features[matched.rows[index]], (x, y))
+            writer.append(job.slide_id, name, picture, features[matched.rows[index]], (x, y))
         lists = asdict(matched)
         mismatches = {kind: lists[kind] for kind in ("without_feature", "without_tile")}
         writer.finish({**provenance, "mismatches": mismatches, "tile_geometry": asdict(geometry)})
@@ -206,6 +207,8 @@ def read_ranking(path: str | Path) -> dict[str, Ranking]:
     Raises:
         UserError: neither of them.
     """
+    import pandas as pd  # a while to load
+
     path = Path(path)
     try:
         if path.suffix == ".json":
@@ -235,7 +238,7 @@ def read_ranking(path: str | Path) -> dict[str, Ranking]:
 
 def features_of(bag: Path) -> tuple[str, dict[str, str]]:
     """(dtype on disk, encoder provenance) of a bag."""
-    attributes = bag_header(bag)[1] if bag.suffix == ".h5" else {}
+    attributes = open_bag(bag).attributes if bag.suffix == ".h5" else {}
     names = ("encoder", "weights_sha256", "transform", "precision")
     return str(attributes.get("dtype", "float32")), {
         name: str(attributes[name]) for name in names if name in attributes

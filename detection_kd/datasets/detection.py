@@ -16,9 +16,6 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional as F
-from torchvision.tv_tensors import BoundingBoxFormat
 
 from common.errors import UserError
 from common.seed import epoch_generator, seed_worker
@@ -115,6 +112,10 @@ class DetectionDataset(Dataset[Sample]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
+        from torchvision import tv_tensors  # a while to load
+        from torchvision.transforms.v2 import functional as F
+        from torchvision.tv_tensors import BoundingBoxFormat
+
         record = self.records[index]
         image = tv_tensors.Image(F.pil_to_tensor(read_image(record)))
         kept = ~record.crowd

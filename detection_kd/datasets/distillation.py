@@ -29,7 +29,9 @@ def pairs_digest(pairs: list[Pair]) -> str:
     )
 
 
-def split_by_slide(pairs: list[Pair], val_share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+def split_by_slide(
+    pairs: list[Pair], val_fraction: float, seed: int
+) -> tuple[list[Pair], list[Pair]]:
     """Training and validation pairs without a slide in common; at least one slide in each.
 
     Raises:
@@ -42,7 +44,7 @@ def split_by_slide(pairs: list[Pair], val_share: float, seed: int) -> tuple[list
             f"{len(slides)}"
         )
     order = np.random.default_rng(seed).permutation(len(slides))
-    held_out = {slides[i] for i in order[: max(1, round(val_share * len(slides)))]}
+    held_out = {slides[i] for i in order[: max(1, round(val_fraction * len(slides)))]}
     return [p for p in pairs if p.slide_id not in held_out], [
         p for p in pairs if p.slide_id in held_out
     ]

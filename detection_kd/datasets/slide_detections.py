@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torchvision.ops import batched_nms
 
 from common.files import write_json
 from patch_encoder.tiles.coordinates import Coordinates
@@ -60,6 +59,8 @@ def centred_in(
 
 def merge(parts: list[Found], iou: float) -> Found:
     """Detections of all tiles of a slide, suppressed within each class, by falling score."""
+    from torchvision.ops import batched_nms  # a while to load
+
     if not parts:
         return Found(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
     boxes, scores, labels = (np.concatenate(values) for values in zip(*parts, strict=True))

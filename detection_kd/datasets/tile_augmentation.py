@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 StainJitter = Callable[[Tensor, torch.Generator], Tensor]
 CROP_FROM, CROP_RANGE, CROP_SHARE = (
@@ -70,6 +68,9 @@ def random_crop(tile: UInt8[Tensor, "3 h w"], generator: torch.Generator) -> UIn
     """Half of the tiles: a square of 384 to 600 px out of the tile resized to 400, 500 or 600, at
     the tile's own size.
     """
+    from torchvision.transforms.v2 import InterpolationMode  # a while to load
+    from torchvision.transforms.v2 import functional as F
+
     drawn = torch.rand(4, generator=generator)
     if drawn[0] >= CROP_SHARE:
         return tile
@@ -90,6 +91,8 @@ def colour_jitter(
     tile: UInt8[Tensor, "3 h w"], generator: torch.Generator, strength: float
 ) -> UInt8[Tensor, "3 h w"]:
     """Brightness, contrast and saturation, each scaled by 1 -+ strength."""
+    from torchvision.transforms.v2 import functional as F
+
     factors = (1 + strength * (2 * torch.rand(3, generator=generator) - 1)).tolist()
     for adjust, factor in zip(
         (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation), factors
@@ -102,6 +105,8 @@ def random_blur(
     tile: UInt8[Tensor, "3 h w"], generator: torch.Generator, most: float
 ) -> UInt8[Tensor, "3 h w"]:
     """Half of the tiles: a Gaussian blur with a sigma of up to `most` px."""
+    from torchvision.transforms.v2 import functional as F
+
     drawn = torch.rand(2, generator=generator).tolist()
     if drawn[0] >= BLUR_SHARE:
         return tile

@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 import io
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from detection_kd.datasets.coco import DetectionSet
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
 
 RECALLS = np.linspace(0, 1, 101)  # where COCO reads precision
 
@@ -115,6 +116,8 @@ def _evaluate(
 
     With `iou` at that overlap alone, and for boxes of all sizes alone.
     """
+    from pycocotools.cocoeval import COCOeval  # a while to load
+
     with contextlib.redirect_stdout(io.StringIO()):
         truth = _coco(annotated)
         rows = [
@@ -138,6 +141,8 @@ def _evaluate(
 
 def _coco(annotated: DetectionSet) -> COCO:
     """The set as pycocotools wants it: ids are numbers of images and classes + 1."""
+    from pycocotools.coco import COCO
+
     boxes = [
         {
             "image_id": index,

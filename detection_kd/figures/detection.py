@@ -1,41 +1,30 @@
 """Pictures of a detector's quality: precision against recall, sensitivity against false positives,
 examples.
-
-Drawn with matplotlib's object interface (no global state) as PNG. Colours: Okabe and Ito (2008),
-safe for colour-blind readers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from common.files import atomic_path
+from common.figures import PALETTE, line_style, new_figure, save_figure, styled
 from detection_kd.datasets.coco import DetectionSet
 from detection_kd.evaluation.coco_metrics import RECALLS, Prediction, precision_recall
 from detection_kd.evaluation.froc import RATES, froc_curve
 from detection_kd.evaluation.operating_point import choose_images, judge_set
 from detection_kd.figures.overlays import write_overlays
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-LINES = ("-", "--", "-.", ":")
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
 MEAN = "#222222"
 OVERLAPS = (0.5, 0.75)
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.titlesize": 10,
-}
 Curves = Mapping[str, Float[np.ndarray, "101"]]
 
 
@@ -74,12 +63,7 @@ def write_detection_pictures(
     write_overlays(folder / "overlays", chosen, annotated.categories, score)
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG atomically."""
-    with rc_context(STYLE), atomic_path(path) as temporary:  # ticks are made while saving
-        figure.savefig(temporary, format="png", dpi=150, metadata={"Software": None})
-
-
+@styled()
 def precision_recall_figure(curves: Mapping[float, Curves]) -> Figure:
     """A panel per overlap with a line per category and their mean; the legend gives AP at each
     overlap.
@@ -91,32 +75,29 @@ def precision_recall_figure(curves: Mapping[float, Curves]) -> Figure:
     handles, labels = _legend(curves, names)
     columns = len(labels) // 20 + 1
     legend_width = columns * (0.5 + 0.065 * max(map(len, labels)))  # inches, at 8 points
-    with rc_context(STYLE):
-        figure = Figure(figsize=(3.7 * len(curves) + legend_width, 3.9), layout="constrained")
-        panels = figure.subplots(1, len(curves), squeeze=False)[0]
-        for axes, (overlap, by_name) in zip(panels, curves.items(), strict=True):
-            for number, curve in enumerate(by_name.values()):
-                axes.plot(*_until_unreached(curve), **_line(number))
-            if len(names) > 1:
-                axes.plot(
-                    *_until_unreached(np.mean(list(by_name.values()), 0)), color=MEAN, linewidth=2.4
-                )
-            _unit_axes(axes, f"IoU {overlap:g}")
-        panels[0].set_ylabel("precision")
-        title = " " * 9 + "   ".join(
-            f"AP{100 * overlap:.0f}" for overlap in curves
-        )  # above the numbers
-        style = {"frameon": False, "alignment": "left", "fontsize": 8, "title_fontsize": 8}
-        figure.legend(
-            handles, labels, loc="outside right upper", ncols=columns, title=title, **style
-        )
-        return figure
-
-
-def _line(number: int) -> dict[str, Any]:
-    """Colour and dashes of a category; both together repeat after 24."""
-    style = LINES[number // len(COLOURS) % len(LINES)]
-    return {"color": COLOURS[number % len(COLOURS)], "linestyle": style, "linewidth": 1.5}
+    figure = new_figure(3.7 * len(curves) + legend_width, 3.9)
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axes, (overlap, by_name) in zip(panels, curves.items(), strict=True):
+        for number, curve in enumerate(by_name.values()):
+            axes.plot(*_until_unreached(curve), **line_style(number), linewidth=1.5)
+        if len(names) > 1:
+            axes.plot(
+                *_until_unreached(np.mean(list(by_name.values()), 0)), color=MEAN, linewidth=2.4
+            )
+        _unit_axes(axes, f"IoU {overlap:g}")
+    panels[0].set_ylabel("precision")
+    title = " " * 9 + "   ".join(
+        f"AP{100 * overlap:.0f}" for overlap in curves
+    )  # above the numbers
+    figure.legend(
+        handles,
+        labels,
+        loc="outside right upper",
+        ncols=columns,
+        title=title,
+        alignment="left",
+    )
+    return figure
 
 
 def _legend(curves: Mapping[float, Curves], names: list[str]) -> tuple[list[Line2D], list[str]]:
@@ -128,7 +109,9 @@ def _legend(curves: Mapping[float, Curves], names: list[str]) -> tuple[list[Line
         short = name if len(name) <= 28 else name[:26] + ".."
         return "  ".join(f"{value:.3f}" for value in values) + "   " + short.replace("$", r"\$")
 
-    handles = [Line2D([], [], **_line(number)) for number in range(len(names))]
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], **line_style(number), linewidth=1.5) for number in range(len(names))]
     labels = [
         text([float(by_name[name].mean()) for by_name in curves.values()], name) for name in names
     ]
@@ -152,10 +135,10 @@ def _unit_axes(axes: Axes, title: str) -> None:
     axes.set(xlabel="recall", xlim=(0, 1.01), ylim=(0, 1.01), aspect="equal", title=title)
     axes.set_xticks(np.linspace(0, 1, 6))
     axes.set_yticks(np.linspace(0, 1, 6))
-    axes.grid(color="#eeeeee")
-    axes.set_axisbelow(True)
+    axes.grid()
 
 
+@styled()
 def froc_figure(
     false_rate: Float[np.ndarray, " cuts"], sensitivity: Float[np.ndarray, " cuts"], iou: float
 ) -> Figure:
@@ -168,44 +151,40 @@ def froc_figure(
         iou: overlap that counted.
     """
     values = [float(sensitivity[false_rate <= rate].max()) for rate in RATES]
-    with rc_context(STYLE):
-        figure = Figure(figsize=(5.4, 3.9), layout="constrained")
-        axes = figure.add_subplot()
-        low, high = RATES[0] / 2, RATES[-1] * 2
-        inside = false_rate <= high
-        start = float(sensitivity[false_rate <= low].max())
-        x, y = np.append(low, false_rate[inside].clip(low)), np.append(start, sensitivity[inside])
-        axes.step(x, np.maximum.accumulate(y), where="post", color=COLOURS[0], linewidth=1.6)
-        # on to the right edge: dotted where no detection is left to add
-        axes.plot(
-            [x[-1], high],
-            [y[-1]] * 2,
-            color=COLOURS[0],
-            linewidth=1.6,
-            linestyle=":" if inside.all() else "-",
+    figure = new_figure(5.4, 3.9)
+    axes = figure.add_subplot()
+    low, high = RATES[0] / 2, RATES[-1] * 2
+    inside = false_rate <= high
+    start = float(sensitivity[false_rate <= low].max())
+    x, y = np.append(low, false_rate[inside].clip(low)), np.append(start, sensitivity[inside])
+    axes.step(x, np.maximum.accumulate(y), where="post", color=PALETTE[0], linewidth=1.6)
+    # on to the right edge: dotted where no detection is left to add
+    axes.plot(
+        [x[-1], high],
+        [y[-1]] * 2,
+        color=PALETTE[0],
+        linewidth=1.6,
+        linestyle=":" if inside.all() else "-",
+    )
+    axes.plot(RATES, values, "o", color=PALETTE[1], markersize=5, clip_on=False, zorder=3)
+    for rate, value in zip(RATES, values, strict=True):
+        axes.annotate(
+            f"{value:.2f}",
+            (rate, value),
+            (-3, 4),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
         )
-        axes.plot(RATES, values, "o", color=COLOURS[1], markersize=5, clip_on=False, zorder=3)
-        for rate, value in zip(RATES, values, strict=True):
-            axes.annotate(
-                f"{value:.2f}",
-                (rate, value),
-                (-3, 4),
-                textcoords="offset points",
-                ha="right",
-                fontsize=8,
-            )
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
-        axes.minorticks_off()
-        axes.set(
-            xlim=(low, high),
-            ylim=(0, 1.02),
-            xlabel="false positives an image",
-            ylabel="sensitivity",
-        )
-        axes.set_title(
-            f"FROC {np.mean(values):.3f}: mean of the six marked rates, IoU {iou:g}", pad=12
-        )
-        axes.grid(color="#eeeeee")
-        axes.set_axisbelow(True)
-        return figure
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
+    axes.minorticks_off()
+    axes.set(
+        xlim=(low, high),
+        ylim=(0, 1.02),
+        xlabel="false positives an image",
+        ylabel="sensitivity",
+    )
+    axes.set_title(f"FROC {np.mean(values):.3f}: mean of the six marked rates, IoU {iou:g}", pad=12)
+    axes.grid()
+    return figure

@@ -31,7 +31,7 @@ INK, PAPER = (40, 40, 40), (255, 255, 255)
 SIDES = (800, 1000)  # least and most px of a panel's long side
 LEAST_WIDTH = 420  # px of a panel, so that its heading fits
 GAP, BAND = 16, 34  # px between panels, and of the lines of text above and below
-FONT, SMALL = load_caption_font(15), load_caption_font(13)
+FONT, SMALL = 15, 13  # px of text
 Box = tuple[float, float, float, float]
 
 
@@ -61,7 +61,7 @@ def draw_overlay(judged: Judged, categories: list[str], score: float) -> Image.I
     )
     for number, (panel, heading) in enumerate(zip(panels, _headings(judged, score), strict=True)):
         left = GAP + number * (column + GAP)
-        draw.text((left, BAND / 2), heading, INK, FONT, anchor="lm")
+        draw.text((left, BAND / 2), heading, INK, load_caption_font(FONT), anchor="lm")
         sheet.paste(panel, (left, BAND))
     _legend(draw, sheet.size, judged.record.path.name)
     return sheet
@@ -132,7 +132,9 @@ def _draw_boxes(
     placed: list[Box] = []
     for (box, colour), text in zip(items, texts, strict=True):
         place = (
-            _free_place(box, SMALL.getbbox(text, anchor="lt")[2:], panel.size, placed)
+            _free_place(
+                box, load_caption_font(SMALL).getbbox(text, anchor="lt")[2:], panel.size, placed
+            )
             if text
             else None
         )
@@ -143,7 +145,7 @@ def _draw_boxes(
                 ((place[0] + place[2]) / 2, (place[1] + place[3]) / 2),
                 text,
                 PAPER,
-                SMALL,
+                load_caption_font(SMALL),
                 anchor="mm",
             )
     return panel
@@ -197,11 +199,11 @@ def _legend(draw: ImageDraw.ImageDraw, sheet: tuple[int, int], name: str) -> Non
         ("hit", HIT_COLOUR),
     ]
     for text, colour in entries:
-        x -= draw.textlength(text, SMALL)
-        draw.text((x, y), text, INK, SMALL, anchor="lm")
+        x -= draw.textlength(text, load_caption_font(SMALL))
+        draw.text((x, y), text, INK, load_caption_font(SMALL), anchor="lm")
         x -= 28
         _outline(draw, (x, y - 7, x + 20, y + 6), colour, colour == MISS_COLOUR, dash=4)
         x -= 20
-    while draw.textlength(name, SMALL) > x - 2 * GAP:
+    while draw.textlength(name, load_caption_font(SMALL)) > x - 2 * GAP:
         name = name.removesuffix("...")[:-1] + "..."
-    draw.text((GAP, y), name, INK, SMALL, anchor="lm")
+    draw.text((GAP, y), name, INK, load_caption_font(SMALL), anchor="lm")

@@ -12,19 +12,19 @@ import importlib.util
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from sklearn.decomposition import PCA
 
-from detection_kd.figures.detection import COLOURS, STYLE, save_figure
+from common.figures import PALETTE, QUIET, new_figure, save_figure, styled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Features = Float[np.ndarray, "n d"]
-OTHERS, GREY = "others", "#BBBBBB"
+OTHERS = "others"
 MOST_POINTS = 4000  # more hide each other
 CURVES = {
     "loss": ("loss",),
@@ -62,6 +62,7 @@ def write_student_pictures(
     save_figure(r2_figure(r2), folder / "r2_by_dimension.png")
 
 
+@styled()
 def plane_figure(
     student: Features, teacher: Features, groups: Sequence[str], grouped_by: str = "slide"
 ) -> Figure:
@@ -84,30 +85,23 @@ def plane_figure(
         importlib.util.find_spec("umap") is not None and len(teacher) > 15
     ):  # its number of neighbours
         rows.append(umap_plane(student, teacher))
-    with rc_context(STYLE):
-        figure = Figure(figsize=(8.6, 3.9 * len(rows)), layout="constrained")
-        panels = figure.subplots(len(rows), 2, squeeze=False, sharex="row", sharey="row")
-        for row, (points, labels) in zip(panels, rows, strict=True):
-            for axes, title, places in zip(row, titles, points, strict=True):
-                _scatter(axes, places, names)
-                axes.set(title=title, xlabel=labels[0])
-            row[0].set_ylabel(labels[1])
-        handles, texts = panels[0][0].get_legend_handles_labels()
-        legend = {
-            "frameon": False,
-            "fontsize": 8,
-            "title": grouped_by,
-            "title_fontsize": 8,
-            "alignment": "left",
-        }
-        figure.legend(
-            handles,
-            texts,
-            loc="outside right upper",
-            markerscale=6 / _diameter(len(names)),
-            **legend,
-        )
-        return figure
+    figure = new_figure(8.6, 3.9 * len(rows))
+    panels = figure.subplots(len(rows), 2, squeeze=False, sharex="row", sharey="row")
+    for row, (points, labels) in zip(panels, rows, strict=True):
+        for axes, title, places in zip(row, titles, points, strict=True):
+            _scatter(axes, places, names)
+            axes.set(title=title, xlabel=labels[0])
+        row[0].set_ylabel(labels[1])
+    handles, texts = panels[0][0].get_legend_handles_labels()
+    figure.legend(
+        handles,
+        texts,
+        loc="outside right upper",
+        markerscale=6 / _diameter(len(names)),
+        title=grouped_by,
+        alignment="left",
+    )
+    return figure
 
 
 def shown_groups(groups: Sequence[str]) -> list[str]:
@@ -115,19 +109,19 @@ def shown_groups(groups: Sequence[str]) -> list[str]:
     more than colours.
     """
     counts = Counter(groups)
-    if len(counts) <= len(COLOURS):
+    if len(counts) <= len(PALETTE):
         return list(groups)
     kept = {
         name
-        for name, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[: len(COLOURS)]
+        for name, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[: len(PALETTE)]
     }
     return [name if name in kept else OTHERS for name in groups]
 
 
 def _scatter(axes: Axes, points: Float[np.ndarray, "n 2"], names: Sequence[str]) -> None:
     ordered = sorted(set(names), key=lambda name: (name == OTHERS, name))
-    colours = dict(zip((name for name in ordered if name != OTHERS), COLOURS, strict=False)) | {
-        OTHERS: GREY
+    colours = dict(zip((name for name in ordered if name != OTHERS), PALETTE, strict=False)) | {
+        OTHERS: QUIET
     }
     size = _diameter(len(points)) ** 2
     for name in ordered:
@@ -157,6 +151,8 @@ def principal_plane(
     """[teacher, student] in the teacher's first two components, and the axes' labels with their
     share of its variance.
     """
+    from sklearn.decomposition import PCA  # loads for seconds
+
     wanted = min(2, *teacher.shape)
     plane = PCA(
         wanted, svd_solver="full" if min(teacher.shape) < 500 else "randomized", random_state=0
@@ -181,64 +177,56 @@ def umap_plane(
     ]
 
 
+@styled()
 def curves_figure(epochs: Sequence[Mapping[str, Any]]) -> Figure:
     """Loss, agreement and neighbourhoods by epoch; the best epoch by cosine, which is the one kept,
     is marked.
     """
     x = [line["epoch"] for line in epochs]
     best = max(epochs, key=lambda line: line["cosine"])["epoch"]
-    with rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 3.1), layout="constrained")
-        for axes, (title, names) in zip(
-            figure.subplots(1, len(CURVES)), CURVES.items(), strict=True
-        ):
-            axes.axvline(best, color=GREY, linewidth=1, linestyle=":")
-            drawn = [name for name in names if all(name in line for line in epochs)]
-            for colour, name in zip(COLOURS, drawn, strict=False):
-                values = [line[name] for line in epochs]
-                axes.plot(
-                    x,
-                    values,
-                    color=colour,
-                    marker="o",
-                    markersize=3,
-                    linewidth=1.5,
-                    label=f"{name}  {values[x.index(best)]:.3f}",
-                )
-            axes.set(title=title, xlabel="epoch")
-            axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.grid(color="#eeeeee")
-            if drawn:
-                axes.legend(
-                    frameon=False,
-                    fontsize=8,
-                    title=f"at epoch {best}",
-                    title_fontsize=8,
-                    alignment="left",
-                )
-        return figure
+    figure = new_figure(9.6, 3.1)
+    for axes, (title, names) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
+        axes.axvline(best, color=QUIET, linewidth=1, linestyle=":")
+        drawn = [name for name in names if all(name in line for line in epochs)]
+        for colour, name in zip(PALETTE, drawn, strict=False):
+            values = [line[name] for line in epochs]
+            axes.plot(
+                x,
+                values,
+                color=colour,
+                marker="o",
+                markersize=3,
+                linewidth=1.5,
+                label=f"{name}  {values[x.index(best)]:.3f}",
+            )
+        axes.set(title=title, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid()
+        if drawn:
+            axes.legend(title=f"at epoch {best}", alignment="left")
+    return figure
 
 
+@styled()
 def r2_figure(r2: Float[np.ndarray, " d"]) -> Figure:
     """Histogram of R2 over the teacher's dimensions; what lies below -0.5 is counted in the first
     bar.
     """
     known = r2[~np.isnan(r2)]
-    with rc_context(STYLE):
-        figure = Figure(figsize=(5.4, 3.4), layout="constrained")
-        axes = figure.subplots()
-        axes.hist(known.clip(-0.5, 1), bins=np.linspace(-0.5, 1, 31), color=COLOURS[0])
-        if len(known):
-            median = float(np.median(known))
-            axes.axvline(
-                max(median, -0.5), color=COLOURS[1], linewidth=1.5, label=f"median {median:.3f}"
-            )
-            axes.legend(frameon=False, fontsize=8)
-        below = int((known < -0.5).sum())
-        axes.set(
-            xlim=(-0.5, 1),
-            xlabel="R2 (1: exact, 0: no better than the mean)",
-            ylabel="dimensions of the teacher",
+    figure = new_figure(5.4, 3.4)
+    axes = figure.subplots()
+    axes.hist(known.clip(-0.5, 1), bins=np.linspace(-0.5, 1, 31), color=PALETTE[0])
+    if len(known):
+        median = float(np.median(known))
+        axes.axvline(
+            max(median, -0.5), color=PALETTE[1], linewidth=1.5, label=f"median {median:.3f}"
         )
-        axes.set_title(f"{len(known)} dimensions" + f", {below} below -0.5" * (below > 0), pad=8)
-        return figure
+        axes.legend()
+    below = int((known < -0.5).sum())
+    axes.set(
+        xlim=(-0.5, 1),
+        xlabel="R2 (1: exact, 0: no better than the mean)",
+        ylabel="dimensions of the teacher",
+    )
+    axes.set_title(f"{len(known)} dimensions" + f", {below} below -0.5" * (below > 0), pad=8)
+    return figure

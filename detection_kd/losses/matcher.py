@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from detection_kd.losses.boxes import cxcywh_to_xyxy, pairwise_generalized_iou
@@ -108,6 +107,8 @@ def _costs_on_host(
 def _assign(cost: Float[Tensor, "n q"]) -> Match:
     # a diverged prediction must not stop the assignment: the loss itself will say so, with the
     # images' names
+    from scipy.optimize import linear_sum_assignment  # a while to load
+
     rows, columns = linear_sum_assignment(
         cost.nan_to_num_(nan=1e6, posinf=1e6, neginf=-1e6).numpy()
     )

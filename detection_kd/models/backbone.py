@@ -14,11 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from jaxtyping import Float
-from timm.layers import freeze_batch_norm_2d
-from timm.models import FeatureListNet
 from torch import Tensor, nn
 
 from common.checkpoint import load_checkpoint, load_tensors, load_weights, read_weights
@@ -61,6 +58,8 @@ class Backbone(nn.Module):
     """
 
     def __init__(self, name: str, norm: str, dilation: bool = False, source: str = "") -> None:
+        from timm.models import FeatureListNet  # a while to load
+
         super().__init__()
         if norm not in NORMS:
             raise UserError(
@@ -80,6 +79,8 @@ class Backbone(nn.Module):
         self._own_statistics(name)
 
     def _own_statistics(self, name: str) -> None:
+        import timm
+
         config = timm.get_pretrained_cfg(_tagged(name), allow_unregistered=True)
         self.same_statistics = config is None or (tuple(config.mean), tuple(config.std)) == IMAGENET
         if config is not None and not self.same_statistics:
@@ -159,6 +160,9 @@ class Backbone(nn.Module):
 
 def _create(name: str, norm: str, dilation: bool, source: str) -> nn.Module:
     """timm's feature extractor with maps of strides 8, 16 and 32 px."""
+    import timm  # a while to load
+    from timm.layers import freeze_batch_norm_2d
+
     if not timm.is_model(name.split(".")[0]):
         known = [*RESNETS, *timm.list_models()]
         raise UserError(

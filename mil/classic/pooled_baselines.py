@@ -5,13 +5,13 @@ SVM or a logistic model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
-from sklearn.svm import SVC
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
 
 SIMPLE = ("rbf_svm", "logistic")
 
@@ -23,6 +23,11 @@ def bag_vectors(bags: Sequence[Float[np.ndarray, "_ d"]]) -> Float[np.ndarray, "
 
 def simple_model(name: str) -> Pipeline:
     """Standardisation and `rbf_svm` (C = 3) or `logistic` (C = 0.05)."""
+    from sklearn.linear_model import LogisticRegression  # a while to load
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.svm import SVC
+
     model = SVC(C=3.0) if name == "rbf_svm" else LogisticRegression(C=0.05, max_iter=2000)
     return make_pipeline(StandardScaler(), model)
 

@@ -8,9 +8,9 @@ the 50 epochs and no early stopping, an attention width of 64 and no dropout. DT
 published recipe for these sets: ABMIL's, two pseudo-bags (the bags have 5 to 7 instances).
 DSMIL: code of Li et al. (train_mil.py): features as they are, Adam (0.5, 0.9), lr 2e-4 with a
 cosine, weight decay 5e-3, 80 epochs.
-Differences: bags of a step are `batch`, not one, the learning rate scaled with it; standardisation
-by the training bags of a fold, where Wang et al. take all bags; the last epoch counts: none is
-chosen, least of all by test bags.
+Differences: a step takes `batch_size` bags, not one, and the learning rate is scaled with it;
+features are standardised by the training bags of a fold, where Wang et al. take all bags; the last
+epoch counts: none is chosen, least of all by test bags.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def recipe_of(method: str, name: str, batch: int, epochs: int) -> StackedRecipe:
+def recipe_of(method: str, name: str, batch_size: int, epochs: int) -> StackedRecipe:
     """The recipe of a method on a set; `epochs` 0: the published number."""
     recipe = DSMIL_RECIPE
     if method != "dsmil":
         lr, penalty = RATES[name]
         recipe = StackedRecipe("sgd", lr=lr, weight_decay=2 * penalty, beta1=0.9, decay=1e-4)
-    return replace(recipe, batch=batch, epochs=epochs or recipe.epochs)
+    return replace(recipe, batch_size=batch_size, epochs=epochs or recipe.epochs)

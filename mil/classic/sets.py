@@ -20,8 +20,6 @@ from typing import Any
 import h5py
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.io import loadmat
-from sklearn.model_selection import StratifiedKFold
 
 from common.errors import UserError
 from common.files import sha256_bytes
@@ -124,6 +122,8 @@ def read_mat(path: Path, name: str) -> ClassicSet:
     """`<name>_X.mat` (features) with `<name>_Bag2.mat` (bag of each instance) and `<name>_BagI.mat`
     (class of each bag).
     """
+    from scipy.io import loadmat  # a while to load
+
     values = []
     for part, variable in (("X", "X"), ("Bag2", "Bag2"), ("BagI", "bagI")):
         file = path.with_name(f"{name}_{part}.mat")
@@ -200,6 +200,8 @@ def make_folds(
         and len(classic.folds) >= repeats
     ):
         return classic.folds[:repeats]
+    from sklearn.model_selection import StratifiedKFold  # a while to load
+
     masks = np.zeros((repeats, folds, len(classic.bags)), dtype=bool)
     for repeat in range(repeats):
         splitter = StratifiedKFold(folds, shuffle=True, random_state=seed + repeat)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.functional import cross_entropy
 
+from common.schedules import half_cosine
 from mil.models.output import Packed
-from mil.training.optim import lr_factor
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class StackedRecipe:
     Attributes:
         optimizer: `sgd` (Nesterov momentum `beta1`; weights decay, biases do not) or `adam`
             (everything decays).
-        lr: learning rate of one bag a step; scaled by `batch` (sgd) or its root (adam).
+        lr: learning rate of one bag a step; scaled by `batch_size` (sgd) or its root (adam).
         weight_decay: added to the gradient, times the weight.
         beta1, beta2: decay of the means of gradients.
         decay: lr / (1 + decay * bags seen), for sgd; adam has a cosine to 0 by epoch.
         epochs: passes over all bags.
-        batch: bags a step.
+        batch_size: bags per step.
     """
 
     optimizer: str
@@ -47,13 +47,13 @@ class StackedRecipe:
     beta2: float = 0.999
     decay: float = 0.0
     epochs: int = 50
-    batch: int = 8
+    batch_size: int = 8
 
     def rate(self, epoch: int, seen: int) -> float:
         """Learning rate in an epoch, after so many bags."""
         if self.optimizer == "adam":
-            return self.lr * self.batch**0.5 * lr_factor("cosine", epoch, self.epochs)
-        return self.lr * self.batch / (1 + self.decay * seen)
+            return self.lr * self.batch_size**0.5 * half_cosine(epoch, self.epochs)
+        return self.lr * self.batch_size / (1 + self.decay * seen)
 
     def make(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         """The optimiser of stacked parameters, (M, ...) each."""
@@ -152,7 +152,7 @@ def train_stacked(
     step = vmap(losses, in_dims=(0, 0, 0, 0, None, None), randomness="same")
     seen = 0
     for epoch in range(recipe.epochs):
-        for chosen in torch.randperm(len(bags), generator=generator).split(recipe.batch):
+        for chosen in torch.randperm(len(bags), generator=generator).split(recipe.batch_size):
             features, offsets = pack([bags[i] for i in chosen.tolist()])
             wanted, counted = targets[chosen], weights[:, chosen]
             for group in optimizer.param_groups:

@@ -1,9 +1,8 @@
 """A cohort's feature bags, checked before any training starts: in memory up to a budget, on disk
 beyond it.
 
-Bags in memory keep the precision of their file: N x D x 2 or 4 bytes a slide (10,000 tiles of 1,024
-features in half
-precision: 20 MB). Bags on disk are read at every use, ahead of the device
+Bags in memory keep the precision of their file: N x D x 2 or 4 bytes per slide (10,000 tiles of
+1,024 features in half precision: 20 MB). Bags on disk are read at every use, ahead of the device
 (mil/training/prefetch.py). Results do not depend on where a bag lies.
 """
 
@@ -13,40 +12,49 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from jaxtyping import Int
 from torch import Tensor
 
 from common.errors import UserError
 from common.files import sha256_bytes
 from common.memory import free_memory
-from mil.ops.slide_coords import SlideCoords, on_slide
-from patch_encoder.bags.bag import StoredBag, check_finite, open_bag
-from patch_encoder.bags.files import bag_digest, bag_files
+from mil.ops.slide_grid import SlideGrid, find_grid
+from patch_encoder.bags.bag import Bag, open_bag
+from patch_encoder.bags.paths import list_bags
 from patch_encoder.tiles.coordinates import FULL_GEOMETRY, TileGeometry
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Bags:
-    """Bags of one encoder, by slide id.
+class Sample:
+    """One labelled bag.
 
     Attributes:
-        features: (N, D) each, float16 or float32 as stored; a StoredBag for those beyond the memory
-            budget.
-        coords: (N, 2) int64 level-0 corners each, on their slide's grid (`SlideCoords`), None where
-            the file has none.
-        attributes: attributes of each file: tile geometry and provenance.
-        dim: D.
+        slide_id: slide that the bag is of.
+        bag: features and coords, in memory or on disk.
+        target: as mil.tasks has it: a class, or a vector.
+        stratum: the class that balanced sampling sees where the target is no class.
     """
 
-    features: dict[str, Tensor | StoredBag]
-    coords: dict[str, Tensor | None]
-    attributes: dict[str, dict[str, Any]]
-    dim: int
+    slide_id: str
+    bag: Bag
+    target: int | Tensor
+    stratum: int = 0
+
+    def load(self, tiles: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Features, as they are stored, and coords; of the given tiles only, or of all."""
+        coords = self.bag.coords
+        if tiles is None:
+            return self.bag.read(), coords
+        return self.bag.rows(tiles), None if coords is None else coords[tiles]
+
+    @cached_property
+    def grid(self) -> SlideGrid | None:
+        """The grid of all tiles of the slide, whichever are loaded; None without coords."""
+        return slide_grid(self.bag)
 
 
 def find_bags(
@@ -58,7 +66,7 @@ def find_bags(
         UserError: slides without a bag, all of them in one line, unless `skip_missing`, which logs
             the line.
     """
-    found = bag_files(folder)
+    found = list_bags(folder)
     missing = [slide for slide in slide_ids if slide not in found]
     if missing:
         names = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
@@ -69,27 +77,24 @@ def find_bags(
     return {slide: found[slide] for slide in slide_ids if slide in found}
 
 
-def load_bags(files: Mapping[str, Path], memory: int | None = None) -> Bags:
-    """Open and check all bags, and read them as far as `memory` bytes go (None: half of what is
-    free).
+def load_bags(files: Mapping[str, Path], memory: int | None = None) -> dict[str, Bag]:
+    """Open and check all bags of an encoder, and read them as far as `memory` bytes go (None: half
+    of what is free).
 
     Raises:
         UserError: every bag that is unreadable, empty, not finite or of another width than most, in
             one line.
     """
     budget = free_memory() // 2 if memory is None else memory
-    opened, problems = _opened(files)
-    bags = Bags({}, {}, {}, next((bag.shape[1] for bag in opened.values()), 0))
-    for slide, bag in opened.items():
-        held = bag.read() if bag.nbytes <= budget else None
-        budget -= 0 if held is None else bag.nbytes
-        if _is_finite(bag, held, slide, problems):
-            bags.features[slide] = bag if held is None else held
-            bags.attributes[slide] = bag.attributes
-            bags.coords[slide] = None if bag.coords is None else placed(bag.coords, bag.attributes)
+    bags, problems = _open_bags(files)
+    for slide, bag in bags.items():
+        if bag.nbytes <= budget:
+            budget -= bag.nbytes
+            bags[slide] = bag.load()
+        _check_finite(bags[slide], slide, problems)
     if problems:
-        raise UserError(_all_of(problems, len(files)))
-    left = sum(isinstance(features, StoredBag) for features in bags.features.values())
+        raise UserError(_join_problems(problems, len(files)))
+    left = sum(bag.features is None for bag in bags.values())
     if left:
         logger.info(
             "bags: %d of %d stay on disk and are read at every use (ram_gb)", left, len(files)
@@ -97,10 +102,11 @@ def load_bags(files: Mapping[str, Path], memory: int | None = None) -> Bags:
     return bags
 
 
-def placed(coords: Int[Tensor, "n 2"], attributes: Mapping[str, Any]) -> SlideCoords:
-    """A bag's coords on the grid that its attributes state; where these leave it open, the coords
-    themselves decide.
-    """
+def slide_grid(bag: Bag) -> SlideGrid | None:
+    """The grid that a bag's attributes state; where these leave it open, its coords decide."""
+    if bag.coords is None:
+        return None
+    coords, attributes = bag.coords.numpy(), bag.attributes
     try:
         geometry = TileGeometry.from_attributes(attributes, "")
         step, side = geometry.step, max(0, geometry.patch_size_level0)
@@ -110,31 +116,29 @@ def placed(coords: Int[Tensor, "n 2"], attributes: Mapping[str, Any]) -> SlideCo
         TypeError,
         ArithmeticError,
     ):  # whoever reads tiles says what is wrong with their size
-        return on_slide(coords)
+        return find_grid(coords)
     stated = (
         "overlap" in attributes or FULL_GEOMETRY in attributes
     )  # CLAM writes its patch size, but not its step
-    return on_slide(coords, step if stated else 0, side)
+    return find_grid(coords, step if stated else 0, side)
 
 
 def usable_bags(files: Mapping[str, Path]) -> dict[str, Path]:
     """The files that `load_bags` takes; the others are logged. Every feature is read once."""
-    opened, problems = _opened(files)
-    good = {
-        slide: files[slide]
-        for slide, bag in opened.items()
-        if _is_finite(bag, None, slide, problems)
-    }
+    bags, problems = _open_bags(files)
+    for slide, bag in bags.items():
+        _check_finite(bag, slide, problems)
+    good = {slide: files[slide] for slide in bags if slide not in problems}
     if problems and not good:
-        raise UserError(_all_of(problems, len(files)))
+        raise UserError(_join_problems(problems, len(files)))
     if problems:
-        logger.warning("%s; left out", _all_of(problems, len(files)))
+        logger.warning("%s; left out", _join_problems(problems, len(files)))
     return good
 
 
-def _opened(files: Mapping[str, Path]) -> tuple[dict[str, StoredBag], dict[str, str]]:
-    """Headers of the bags, and what is wrong with the others."""
-    opened: dict[str, StoredBag] = {}
+def _open_bags(files: Mapping[str, Path]) -> tuple[dict[str, Bag], dict[str, str]]:
+    """The bags, features on disk, and what is wrong with those that cannot be opened."""
+    opened: dict[str, Bag] = {}
     problems: dict[str, str] = {}
     for slide, path in files.items():
         try:
@@ -153,17 +157,14 @@ def _opened(files: Mapping[str, Path]) -> tuple[dict[str, StoredBag], dict[str, 
     return opened, problems
 
 
-def _is_finite(
-    bag: StoredBag, features: Tensor | None, slide: str, problems: dict[str, str]
-) -> bool:
+def _check_finite(bag: Bag, slide: str, problems: dict[str, str]) -> None:
     try:
-        check_finite(bag, features)
+        bag.check_finite()
     except UserError as error:
         problems[slide] = str(error)
-    return slide not in problems
 
 
-def _all_of(problems: Mapping[str, str], count: int) -> str:
+def _join_problems(problems: Mapping[str, str], count: int) -> str:
     """One line for all bad bags; one alone keeps its own."""
     lines = list(problems.values())
     if len(lines) == 1:
@@ -194,15 +195,13 @@ def bags_digest(files: Mapping[str, Path]) -> str:
     Raises:
         UserError: as `load_bags`, whose checks the bags of others go through here first.
     """
-    _, problems = _opened(files)
+    bags, problems = _open_bags(files)
     lines = []
-    for slide, path in sorted(files.items()):
-        if slide in problems:
-            continue
+    for slide, bag in sorted(bags.items()):
         try:
-            lines.append(f"{slide}:{bag_digest(path)}\n".encode())
+            lines.append(f"{slide}:{bag.digest()}\n".encode())
         except UserError as error:
             problems[slide] = str(error)
     if problems:
-        raise UserError(_all_of(problems, len(files)))
+        raise UserError(_join_problems(problems, len(files)))
     return sha256_bytes(*lines)

@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import h5py
-import numpy as np
+import torch
 
 from common import __version__
 from common.errors import UserError
 from common.files import sha256_file
-from common.provenance import differences
+from common.provenance import can_reuse
 from mil.datasets.detections import SlideDetections, tile_channels
-from patch_encoder.bags.files import bag_digest, read_bag, write_bag
+from patch_encoder.bags.bag import open_bag, read_bag
+from patch_encoder.bags.writer import write_bag
 from patch_encoder.tiles.coordinates import TileGeometry
 
 CHANNELS = "detection_max,detection_count"
@@ -37,34 +37,29 @@ def write_channel(
         UserError: a bag without coords or tile size; a target of other inputs, unless `overwrite`.
     """
     own = {
-        "source_sha256": bag_digest(source),
+        "source_sha256": open_bag(source).digest(),
         "detections_sha256": sha256_file(detections),
         "channels": CHANNELS,
     }
-    if target.is_file() and not overwrite:
-        present = {name: value for name, value in _attributes(target)[0].items() if name in own}
-        if present == own:
-            return False
-        changed = differences(present, own)
-        raise UserError(
-            f"{target}: holds a bag of other inputs: {changed}; choose another output or set "
-            "overwrite=true"
-        )
+
+    def recorded() -> dict[str, Any]:
+        found_there = open_bag(target).provenance
+        return {name: value for name, value in found_there.items() if name in own}
+
+    if can_reuse(target, recorded, own, "a bag of other inputs", overwrite=overwrite):
+        return False
     bag = read_bag(source)
     if bag.coords is None:
         raise UserError(
             f"{source}: expected coords beside the features, found none; detections cannot be "
             "laid on its tiles"
         )
-    provenance, attributes = _attributes(source)
-    side = TileGeometry.from_attributes(attributes, str(source)).patch_size_level0
-    features = np.concatenate([bag.features, tile_channels(found, bag.coords, side)], axis=1)
-    provenance |= own | {
-        "encoder": f"{provenance.get('encoder', source.parent.parent.name)}+detections"
-    }
-    write_bag(
-        target, features, bag.coords, attributes, provenance | {"software_version": __version__}
-    )
+    side = TileGeometry.from_attributes(bag.tiling, str(source)).patch_size_level0
+    channels = torch.from_numpy(tile_channels(found, bag.coords.numpy(), side))
+    features = torch.cat([bag.read(), channels], dim=1)
+    encoder = bag.provenance.get("encoder", source.parent.parent.name)
+    changed = {"encoder": f"{encoder}+detections", "software_version": __version__}
+    write_bag(target, features, bag.coords, bag.tiling, bag.provenance | own | changed)
     return True
 
 
@@ -80,13 +75,3 @@ def write_channels(
     return sum(
         write_channel(bags[s], targets[s], found[s], files[s], overwrite=overwrite) for s in bags
     )
-
-
-def _attributes(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Attributes of `features` (without the digest of the content) and of `coords`."""
-    if path.suffix != ".h5":
-        return {}, {}
-    with h5py.File(path, "r") as file:
-        name = "features" if "features" in file else "feats"
-        of_features = {key: value for key, value in file[name].attrs.items() if key != "sha256"}
-        return of_features, {**file.attrs, **(file["coords"].attrs if "coords" in file else {})}

@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from common.checkpoint import save_tensors
-from common.errors import UserError
 from common.files import atomic_path, read_json, write_json
-from common.provenance import differences
-from patch_encoder.bags.files import read_bag
+from common.provenance import can_reuse, unknown_origin
+from patch_encoder.bags.bag import read_bag
 from patch_encoder.slides import Slide, open_slide
 from patch_encoder.slides.tile_folder import TileFolder
 from patch_encoder.tiles.coordinates import TileGeometry
@@ -83,6 +81,7 @@ def cut(job: CutJob) -> None:
         UserError: the slide cannot be read.
     """
     bag = read_bag(job.bag)
+    features = bag.read()
     geometry = TileGeometry.from_attributes(bag.attributes, str(job.bag))
     images = []
     with open_slide(job.slide, job.mpp, geometry.tile_pattern) as slide:
@@ -94,7 +93,7 @@ def cut(job: CutJob) -> None:
             )
             feature = job.folder / f"{name}.pt"
             if not feature.is_file():
-                save_tensors(feature, torch.from_numpy(bag.features[patch.row]))
+                save_tensors(feature, features[patch.row].clone())
             size = geometry.target_size
             image = {
                 "file_name": f"{job.slide_id}/{name}.jpg",
@@ -160,20 +159,16 @@ def claim_root(root: Path, provenance: dict[str, Any], overwrite: bool) -> None:
         UserError: it holds a distillation set of another or unknown provenance.
     """
     stamp = root / "distillation.json"
-    found = read_json(stamp, "a distillation set's provenance") if stamp.is_file() else None
-    if found == provenance and not overwrite:
+    if not stamp.is_file() and (root / "wsi_root").exists():
+        raise unknown_origin(root, "wsi_root", stamp.name)
+    if can_reuse(
+        stamp,
+        lambda: read_json(stamp, "a distillation set's provenance"),
+        provenance,
+        "another distillation set",
+        overwrite=overwrite,
+    ):
         return
-    if found is not None and not overwrite:
-        changed = differences(found, provenance)
-        raise UserError(
-            f"{root}: holds another distillation set: {changed}; choose another output or set "
-            "overwrite=true"
-        )
-    if found is None and (root / "wsi_root").exists():
-        raise UserError(
-            f"{root / 'wsi_root'}: found without distillation.json, so of unknown origin; choose "
-            "another output"
-        )
     for name in ("wsi_root", "ann_root"):
         shutil.rmtree(root / name, ignore_errors=True)
     write_json(stamp, provenance)

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from scipy.stats import norm, rankdata
 
 from mil.tasks.classification import Predictions
 
@@ -48,6 +47,8 @@ class Comparison:
     @property
     def ci(self) -> tuple[float, float]:
         """95 % interval of the difference."""
+        from scipy.stats import norm  # a while to load
+
         reach = float(norm.ppf(0.975)) * self.error
         return self.difference - reach, self.difference + reach
 
@@ -60,6 +61,8 @@ def placements(positive: np.ndarray, scores: np.ndarray) -> np.ndarray:
         positive: bool (S,), with both kinds.
         scores: (M, S) of M models; equal scores count half.
     """
+    from scipy.stats import rankdata
+
     placed = np.empty(scores.shape)
     for mine in (positive, ~positive):
         others = len(positive) - mine.sum()
@@ -135,6 +138,8 @@ def compare(models: Mapping[str, Sequence[Predictions]]) -> list[Comparison]:
 
 def _test(difference: float, error: float) -> tuple[float, float]:
     """z and p; without any spread only equality can be told."""
+    from scipy.stats import norm
+
     if error < 1e-12:
         return (0.0, 1.0) if abs(difference) < 1e-12 else (np.nan, np.nan)
     z = difference / error

@@ -14,12 +14,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.stats import CensoredData, ecdf, logrank
 
 from mil.evaluation.runs import FinishedRun
 from mil.tasks.survival import RiskPredictions
+
+if TYPE_CHECKING:
+    from scipy.stats import CensoredData
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class RiskGroups:
         """Of the log-rank test that both halves have one survival; NaN without both, or without an
         event.
         """
+        from scipy.stats import logrank  # a while to load
+
         if self.high.all() or not self.high.any() or not self.events.any():
             return float("nan")
         halves = (censored(self.times[part], self.events[part]) for part in (self.high, ~self.high))
@@ -60,6 +65,8 @@ class Curve:
 
 def censored(times: np.ndarray, events: np.ndarray) -> CensoredData:
     """Times of which those without an event are lower bounds."""
+    from scipy.stats import CensoredData  # a while to load
+
     return CensoredData(uncensored=times[events], right=times[~events])
 
 
@@ -94,6 +101,8 @@ def risk_groups(runs: Sequence[FinishedRun]) -> RiskGroups:
 
 def kaplan_meier(times: np.ndarray, events: np.ndarray) -> Curve:
     """The product-limit estimate of one group."""
+    from scipy.stats import ecdf
+
     survival = ecdf(censored(times, events)).sf
     if not events.any():  # scipy's interval needs an event
         return Curve(

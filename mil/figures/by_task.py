@@ -7,24 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from common.figures import CHANCE, PALETTE, line_style, new_figure, save_figure, styled
 from common.metrics.classification import auc, auprc
 from common.metrics.ranking import GRID, binary_auc, precision_curves, roc_curves
 from mil.evaluation.risk_groups import RiskGroups, kaplan_meier, risk_groups
 from mil.evaluation.runs import FinishedRun, grouped
 from mil.evaluation.task_tables import mean_confusion, screening_rows
-from mil.figures.curves import BANDS, curve_figure, looks, reliability_figure, screening_figure
-from mil.figures.report import COLOURS, STYLE, roc_figure, save_picture
+from mil.figures.curves import BANDS, curve_figure, reliability_figure, screening_figure
+from mil.figures.report import roc_figure
 from mil.tasks.base import Task
 from mil.tasks.multilabel import LabelPredictions
 
-HALVES = (("lower risk", False, COLOURS[0]), ("higher risk", True, COLOURS[1]))
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+HALVES = (("lower risk", False, PALETTE[0]), ("higher risk", True, PALETTE[1]))
 ACROSS = 2  # panels side by side
 LABELS_ACROSS = 3
 
@@ -50,7 +52,7 @@ def draw_task(
             figure = FIGURES[drawing](models, task, resamples, seed)
             if figure is not None:
                 path = folder / f"{f'{name}_' if name else ''}{drawing}.{form}"
-                written.append(save_picture(figure, path))
+                written.append(save_figure(figure, path))
     return written
 
 
@@ -102,20 +104,23 @@ def label_figure(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
     labels = task.names
     across = min(len(labels), LABELS_ACROSS)
     down, few = -(-len(labels) // across), len(runs) <= BANDS
-    with rc_context(STYLE):
-        figure = Figure(
-            figsize=(3.1 * across, 3.3 * down + (0 if few else 0.4 + 0.09 * len(runs))),
-            layout="constrained",
-        )
+    with styled():
+        figure = new_figure(3.1 * across, 3.3 * down + (0 if few else 0.4 + 0.09 * len(runs)))
         panels = figure.subplots(down, across, squeeze=False).ravel()
         for axes in panels[len(labels) :]:
             axes.set_axis_off()
         for column, (axes, label) in enumerate(zip(panels, labels, strict=False)):
-            axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8, linestyle="--")
-            for (name, of_name), look in zip(runs.items(), looks(len(runs)), strict=True):
+            axes.plot([0, 1], [0, 1], **CHANCE)
+            for index, (name, of_name) in enumerate(runs.items()):
                 mean, area = _mean_of_label([run.test for run in of_name], column)
                 text = f"{name}  {'-' if np.isnan(area) else f'{area:.3f}'}" if few else name
-                axes.plot(np.append(0, GRID), np.append(0, mean), label=text, linewidth=1.6, **look)
+                axes.plot(
+                    np.append(0, GRID),
+                    np.append(0, mean),
+                    label=text,
+                    linewidth=1.6,
+                    **line_style(index),
+                )
             axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1, xlabel="1 - specificity")
             axes.set_ylabel("sensitivity" if column % across == 0 else "")
             axes.set_title(label, fontsize=9)
@@ -154,8 +159,8 @@ def survival_figure(runs: Runs, task: Task, resamples: int, seed: int) -> Figure
     """
     groups = {name: risk_groups(of_name) for name, of_name in runs.items()}
     down = -(-len(groups) // ACROSS)
-    with rc_context(STYLE):
-        figure = Figure(figsize=(4.6 * min(len(groups), ACROSS), 3.9 * down), layout="constrained")
+    with styled():
+        figure = new_figure(4.6 * min(len(groups), ACROSS), 3.9 * down)
         panels = figure.subfigures(down, min(len(groups), ACROSS), squeeze=False).ravel()
         for panel, (title, halves) in zip(panels, groups.items(), strict=False):
             curves, below = panel.subplots(2, 1, sharex=True, height_ratios=[4, 1])
@@ -225,10 +230,8 @@ def grade_figure(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
     """
     grades = task.names
     side, down = 1.5 + 0.5 * len(grades), -(-len(runs) // ACROSS)
-    with rc_context(STYLE):
-        figure = Figure(
-            figsize=(side * min(len(runs), ACROSS) + 0.4, side * down), layout="constrained"
-        )
+    with styled():
+        figure = new_figure(side * min(len(runs), ACROSS) + 0.4, side * down)
         panels = figure.subplots(down, min(len(runs), ACROSS), squeeze=False).ravel()
         for axes in panels[len(runs) :]:
             axes.set_axis_off()
@@ -258,9 +261,9 @@ def scatter_figure(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
     mean of the runs that tested it.
     """
     down = -(-len(runs) // ACROSS)
-    with rc_context(STYLE):
+    with styled():
         across = min(len(runs), ACROSS)
-        figure = Figure(figsize=(4.2 * across, 4.0 * down), layout="constrained")
+        figure = new_figure(4.2 * across, 4.0 * down)
         panels = figure.subplots(down, across, squeeze=False).ravel()
         for axes in panels[len(runs) :]:
             axes.set_axis_off()
@@ -273,8 +276,8 @@ def scatter_figure(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
         ):
             metrics = [task.evaluate(run.test) for run in of_name]
             means = {key: np.mean([each[key][0] for each in metrics]) for key in task.shown[:2]}
-            axes.plot(ends, ends, color="#bbbbbb", linewidth=0.8, linestyle="--")
-            axes.scatter(true, predicted, s=16, color=COLOURS[0], alpha=0.65, linewidth=0)
+            axes.plot(ends, ends, **CHANCE)
+            axes.scatter(true, predicted, s=16, color=PALETTE[0], alpha=0.65, linewidth=0)
             axes.set(xlim=ends, ylim=ends, aspect="equal", xlabel="true", ylabel="predicted")
             figures = ", ".join(f"{task.title(key)} {value:.3f}" for key, value in means.items())
             axes.set_title(f"{name}  {figures}", fontsize=9)

@@ -9,14 +9,11 @@ the same in every fold.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
+from common.figures import CHANCE, MARKERS, PALETTE, line_style, new_figure, styled
 from common.metrics.calibration import (
     apply_temperature,
     expected_calibration_error,
@@ -24,24 +21,17 @@ from common.metrics.calibration import (
     stated_and_true,
 )
 from common.metrics.ranking import GRID
-from mil.figures.report import COLOURS, STYLE
 from mil.tasks.bootstrap import resample_runs
 from mil.tasks.classification import Predictions
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 RESAMPLES = 300
-DASHES = ("-", "--", "-.", ":")
-MARKERS = ("o", "s", "^", "v")
 ENDS = ("", "_ci_low", "_ci_high")
 BANDS = 4  # bands of more models cannot be told apart
 Curves = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-
-
-def looks(count: int) -> list[dict[str, Any]]:
-    """Colour and dashes of each of `count` lines: all colours first, then the same ones dashed."""
-    return [
-        {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % len(DASHES)]}
-        for i in range(count)
-    ]
 
 
 def mean_curve(
@@ -63,6 +53,7 @@ def mean_curve(
     )
 
 
+@styled()
 def curve_figure(
     models: Mapping[str, Sequence[Predictions]],
     curves: Curves,
@@ -73,28 +64,24 @@ def curve_figure(
     """ROC or precision-recall curves of all models, with bands for as many as can be told apart."""
     x, y, what = names
     few = len(models) <= BANDS
-    with rc_context(STYLE):
-        figure = Figure(
-            figsize=(4.8, 4.6 if few else 5.0 + 0.1 * len(models)), layout="constrained"
-        )
-        axes = figure.add_subplot()
-        axes.plot([0, 1], _chance(models, what), color="#bbbbbb", linewidth=0.8, linestyle="--")
-        for (model, runs), look in zip(models.items(), looks(len(models)), strict=True):
-            mean, band = mean_curve(runs, curves, seed)
-            value = np.mean([area(run.targets, run.probabilities)[0] for run in runs])
-            points = (np.append(0, GRID), np.append(0, mean)) if what == "AUC" else (GRID, mean)
-            axes.plot(*points, label=f"{model}  {value:.3f}", linewidth=1.6, **look)
-            if few:
-                axes.fill_between(GRID, *band, color=look["color"], alpha=0.13, linewidth=0)
-        axes.set(xlabel=x, ylabel=y, xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), aspect="equal")
+    figure = new_figure(4.8, 4.6 if few else 5.0 + 0.1 * len(models))
+    axes = figure.add_subplot()
+    axes.plot([0, 1], _chance(models, what), **CHANCE)
+    for index, (model, runs) in enumerate(models.items()):
+        look = line_style(index)
+        mean, band = mean_curve(runs, curves, seed)
+        value = np.mean([area(run.targets, run.probabilities)[0] for run in runs])
+        points = (np.append(0, GRID), np.append(0, mean)) if what == "AUC" else (GRID, mean)
+        axes.plot(*points, label=f"{model}  {value:.3f}", linewidth=1.6, **look)
         if few:
-            place = "lower right" if what == "AUC" else "lower left"
-            axes.legend(
-                loc=place, frameon=False, title=f"mean {what}, band: 95 %", alignment="left"
-            )
-        else:
-            figure.legend(loc="outside lower center", frameon=False, title=f"mean {what}", ncols=2)
-        return figure
+            axes.fill_between(GRID, *band, color=look["color"], alpha=0.13, linewidth=0)
+    axes.set(xlabel=x, ylabel=y, xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), aspect="equal")
+    if few:
+        place = "lower right" if what == "AUC" else "lower left"
+        axes.legend(loc=place, title=f"mean {what}, band: 95 %", alignment="left")
+    else:
+        figure.legend(loc="outside lower center", title=f"mean {what}", ncols=2)
+    return figure
 
 
 def _chance(models: Mapping[str, Sequence[Predictions]], what: str) -> list[float]:
@@ -110,6 +97,7 @@ def _chance(models: Mapping[str, Sequence[Predictions]], what: str) -> list[floa
     ] * 2
 
 
+@styled()
 def reliability_figure(models: Mapping[str, Sequence[Predictions]]) -> Figure:
     """Stated probability against how often it came true, before (left) and after temperature
     scaling.
@@ -117,36 +105,35 @@ def reliability_figure(models: Mapping[str, Sequence[Predictions]]) -> Figure:
     Size: slides in the bin; bins of fewer than 5 slides are not joined by the line.
     """
     binary = all(run.probabilities.shape[1] == 2 for runs in models.values() for run in runs)
-    with rc_context(STYLE):
-        figure = Figure(figsize=(9.2, 5.6 + 0.2 * -(-len(models) // 3)), layout="constrained")
-        panels = figure.subplots(1, 2, sharey=True)
-        for (model, runs), look in zip(models.items(), looks(len(models)), strict=True):
-            eces = [
-                _draw_bins(axes, runs, look, scaled)
-                for axes, scaled in zip(panels, (False, True), strict=True)
-            ]
-            panels[0].plot([], [], label=f"{model}  {eces[0]:.3f} \u2192 {eces[1]:.3f}", **look)
-        for axes, name in zip(
-            panels,
-            ("as predicted", "after temperature scaling, fitted on validation slides"),
-            strict=True,
-        ):
-            axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8, linestyle="--")
-            axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
-            axes.set_title(name, fontsize=9)
-            axes.set_xlabel(
-                "predicted probability of the positive class"
-                if binary
-                else "probability of the called class"
-            )
-        panels[0].set_ylabel("share of positive slides" if binary else "share called right")
-        figure.legend(
-            loc="outside lower center",
-            frameon=False,
-            title="mean ECE before \u2192 after",
-            ncols=min(3, len(models)),
+    figure = new_figure(9.2, 5.6 + 0.2 * -(-len(models) // 3))
+    panels = figure.subplots(1, 2, sharey=True)
+    for index, (model, runs) in enumerate(models.items()):
+        look = line_style(index)
+        eces = [
+            _draw_bins(axes, runs, look, scaled)
+            for axes, scaled in zip(panels, (False, True), strict=True)
+        ]
+        panels[0].plot([], [], label=f"{model}  {eces[0]:.3f} \u2192 {eces[1]:.3f}", **look)
+    for axes, name in zip(
+        panels,
+        ("as predicted", "after temperature scaling, fitted on validation slides"),
+        strict=True,
+    ):
+        axes.plot([0, 1], [0, 1], **CHANCE)
+        axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
+        axes.set_title(name)
+        axes.set_xlabel(
+            "predicted probability of the positive class"
+            if binary
+            else "probability of the called class"
         )
-        return figure
+    panels[0].set_ylabel("share of positive slides" if binary else "share called right")
+    figure.legend(
+        loc="outside lower center",
+        title="mean ECE before \u2192 after",
+        ncols=min(3, len(models)),
+    )
+    return figure
 
 
 def _draw_bins(
@@ -174,57 +161,57 @@ def _draw_bins(
     )
 
 
+@styled()
 def screening_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Negatives signed out and positives missed at each wanted sensitivity; hollow: read from the
     test slides' own curve.
     """
+    from matplotlib.lines import Line2D
+
     models = list(dict.fromkeys(row["model"] for row in rows))
     wanted = list(dict.fromkeys(row["wanted_sensitivity"] for row in rows))
-    with rc_context(STYLE):
-        height = 1.7 + (0.22 * len(models) + 0.3) * len(wanted) + 0.06 * len(models)
-        figure = Figure(figsize=(9.2, height), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True)
-        handles = []
-        offsets = np.linspace(-0.32, 0.32, len(models)) if len(models) > 1 else np.zeros(1)
-        for index, (model, look, offset) in enumerate(
-            zip(models, looks(len(models)), offsets, strict=True)
-        ):
-            mine = [row for row in rows if row["model"] == model]
-            at = np.array([wanted.index(row["wanted_sensitivity"]) for row in mine]) + offset
-            style = {
-                "color": look["color"],
-                "fmt": MARKERS[index // len(COLOURS) % len(MARKERS)],
-                "markersize": 4.5,
-            }
-            for axes, name in ((left, "signed_out_share"), (right, "missed_share")):
-                value, low, high = (
-                    100 * np.array([_known(row, name, end) for row in mine]) for end in ENDS
-                )
-                bars = [np.maximum(value - low, 0), np.maximum(high - value, 0)]
-                drawn = axes.errorbar(value, at, xerr=bars, elinewidth=1.4, label=model, **style)
-            handles.append(drawn)
-            bound = [100 * row["test_curve_signed_out_share"] for row in mine]
-            left.plot(bound, at, "D", color=look["color"], markerfacecolor="none", markersize=6)
-        for index, value in enumerate(wanted):
-            right.plot(
-                [100 * (1 - value)] * 2,
-                [index - 0.45, index + 0.45],
-                color="#888888",
-                linewidth=1.0,
-                linestyle="--",
+    height = 1.7 + (0.22 * len(models) + 0.3) * len(wanted) + 0.06 * len(models)
+    figure = new_figure(9.2, height)
+    left, right = figure.subplots(1, 2, sharey=True)
+    handles = []
+    offsets = np.linspace(-0.32, 0.32, len(models)) if len(models) > 1 else np.zeros(1)
+    for index, (model, offset) in enumerate(zip(models, offsets, strict=True)):
+        mine, look = [row for row in rows if row["model"] == model], line_style(index)
+        at = np.array([wanted.index(row["wanted_sensitivity"]) for row in mine]) + offset
+        style = {
+            "color": look["color"],
+            "fmt": MARKERS[index // len(PALETTE) % len(MARKERS)],
+            "markersize": 4.5,
+        }
+        for axes, name in ((left, "signed_out_share"), (right, "missed_share")):
+            value, low, high = (
+                100 * np.array([_known(row, name, end) for row in mine]) for end in ENDS
             )
-        _screening_axes(left, right, wanted)
-        hollow = Line2D(
-            [], [], color="#555555", marker="D", markerfacecolor="none", linestyle="", markersize=6
+            bars = [np.maximum(value - low, 0), np.maximum(high - value, 0)]
+            drawn = axes.errorbar(value, at, xerr=bars, elinewidth=1.4, label=model, **style)
+        handles.append(drawn)
+        bound = [100 * row["test_curve_signed_out_share"] for row in mine]
+        left.plot(bound, at, "D", color=look["color"], markerfacecolor="none", markersize=6)
+    for index, value in enumerate(wanted):
+        right.plot(
+            [100 * (1 - value)] * 2,
+            [index - 0.45, index + 0.45],
+            color="#888888",
+            linewidth=1.0,
+            linestyle="--",
         )
-        allowed = Line2D([], [], color="#888888", linestyle="--", linewidth=1.0)
-        hollow.set_label("best cut on the test slides that keeps the wanted sensitivity")
-        allowed.set_label("missed at most, as wanted")
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=min(6, len(models)), frameon=False
-        )
-        figure.legend(handles=[hollow, allowed], loc="outside upper center", ncols=2, frameon=False)
-        return figure
+    _screening_axes(left, right, wanted)
+    hollow = Line2D(
+        [], [], color="#555555", marker="D", markerfacecolor="none", linestyle="", markersize=6
+    )
+    allowed = Line2D([], [], color="#888888", linestyle="--", linewidth=1.0)
+    hollow.set_label("best cut on the test slides that keeps the wanted sensitivity")
+    allowed.set_label("missed at most, as wanted")
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(6, len(models)), frameon=False
+    )
+    figure.legend(handles=[hollow, allowed], loc="outside upper center", ncols=2)
+    return figure
 
 
 def _screening_axes(left: Axes, right: Axes, wanted: Sequence[float]) -> None:
@@ -238,8 +225,7 @@ def _screening_axes(left: Axes, right: Axes, wanted: Sequence[float]) -> None:
     right.set_xlabel("positive slides missed, %")
     right.set_xlim(left=-0.5)
     for axes in (left, right):
-        axes.grid(axis="x", color="#eeeeee")
-        axes.set_axisbelow(True)
+        axes.grid(axis="x")
 
 
 def _known(row: Mapping[str, Any], name: str, end: str) -> float:

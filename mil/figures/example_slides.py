@@ -13,13 +13,14 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 
-from mil.datasets.bags import placed
+from common.figures import jpeg_uri
+from mil.datasets.bags import Sample
 from mil.evaluation.runs import FinishedRun
-from mil.figures.report import jpeg_uri, mark_tiles
+from mil.figures.report import mark_tiles
 from mil.tasks.base import Task
-from mil.training.engine import Sample, examine, load_classifier
-from patch_encoder.bags.bag import check_finite
-from patch_encoder.bags.placed_bags import coordinates_file, open_placed
+from mil.training.engine import examine, load_classifier
+from patch_encoder.bags.bag import open_bag
+from patch_encoder.bags.paths import find_coordinates
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.overview import read_overview
 from patch_encoder.tiles.grid import read_tile
@@ -151,12 +152,12 @@ def make_example(
     Raises:
         UserError: unreadable or not finite bag, bag without coordinates, unreadable slide.
     """
-    bag, where = open_placed(bag_file, coordinates_file(bag_file, coords))
-    check_finite(bag)
+    bag = open_bag(bag_file, find_coordinates(bag_file, coords))
+    where = bag.coordinates()
+    bag.check_finite()
     device = torch.device("cpu")
     model, _ = load_classifier(checkpoint, device)
-    sample = Sample(choice.slide_id, bag, placed(torch.from_numpy(where.coords), bag.attributes), 0)
-    attention = examine(model, sample, device).attention.numpy()
+    attention = examine(model, Sample(choice.slide_id, bag, 0), device).attention.numpy()
     rows, geometry = np.argsort(-attention, kind="stable")[:top], where.geometry
     with open_slide(slide_file, mpp, geometry.tile_pattern) as slide:
         overview = mark_tiles(

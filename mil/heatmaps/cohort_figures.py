@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from common.figures import svg_uri
 from mil.figures.by_task import FIGURES as RUN_FIGURES
-from mil.figures.report import svg_uri
 from mil.heatmaps import figures
 from mil.heatmaps.sources import Source
 

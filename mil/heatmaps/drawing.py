@@ -15,7 +15,6 @@ from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
-from matplotlib import colormaps
 from PIL import Image, ImageDraw
 
 from patch_encoder.viz.captions import (
@@ -65,6 +64,8 @@ class Heat:
 @lru_cache
 def colour_table(name: str) -> UInt8[np.ndarray, "256 3"]:
     """The colours from low to high."""
+    from matplotlib import colormaps  # loads for a second
+
     return (colormaps[name](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 
 

@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
+from common.figures import CHANCE, PALETTE, new_figure, palette_colour, styled, svg_uri
 from common.metrics.classification import auc, confusion
-from mil.figures.report import COLOURS, STYLE, roc_figure, svg_uri
+from mil.figures.report import roc_figure
 from mil.tasks.classification import Predictions
 
 BINS = 10
@@ -121,32 +120,32 @@ def roc(runs: Sequence[Predictions], classes: Sequence[str]) -> str | None:
     return svg_uri(roc_figure(curves, aucs))
 
 
+@styled()
 def reliability_figure(bins: Sequence[dict[str, float]], what: str) -> str:
     """Observed share over mean score, point size by slides."""
-    with rc_context(STYLE):
-        figure = Figure(figsize=(4.6, 4.2), layout="constrained")
-        axes = figure.add_subplot()
-        axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8, linestyle="--")
-        x, share = [row["score"] for row in bins], [row["share"] for row in bins]
-        ends = np.abs(
-            np.array([[row["share"] - row["low"], row["high"] - row["share"]] for row in bins]).T
-        )
-        axes.errorbar(x, share, yerr=ends, fmt="none", ecolor=COLOURS[0], elinewidth=1, alpha=0.6)
-        axes.scatter(
-            x,
-            share,
-            s=[18 + 110 * row["slides"] / max(r["slides"] for r in bins) for row in bins],
-            color=COLOURS[0],
-        )
-        axes.plot(x, share, color=COLOURS[0], linewidth=1)
-        axes.set(
-            xlabel=f"probability of {what}",
-            ylabel="observed share",
-            xlim=(-0.02, 1.02),
-            ylim=(-0.02, 1.02),
-            aspect="equal",
-        )
-        return svg_uri(figure)
+    figure = new_figure(4.6, 4.2)
+    axes = figure.add_subplot()
+    axes.plot([0, 1], [0, 1], **CHANCE)
+    x, share = [row["score"] for row in bins], [row["share"] for row in bins]
+    ends = np.abs(
+        np.array([[row["share"] - row["low"], row["high"] - row["share"]] for row in bins]).T
+    )
+    axes.errorbar(x, share, yerr=ends, fmt="none", ecolor=PALETTE[0], elinewidth=1, alpha=0.6)
+    axes.scatter(
+        x,
+        share,
+        s=[18 + 110 * row["slides"] / max(r["slides"] for r in bins) for row in bins],
+        color=PALETTE[0],
+    )
+    axes.plot(x, share, color=PALETTE[0], linewidth=1)
+    axes.set(
+        xlabel=f"probability of {what}",
+        ylabel="observed share",
+        xlim=(-0.02, 1.02),
+        ylim=(-0.02, 1.02),
+        aspect="equal",
+    )
+    return svg_uri(figure)
 
 
 def confusion_counts(runs: Sequence[Predictions], task: Any) -> np.ndarray:
@@ -155,40 +154,41 @@ def confusion_counts(runs: Sequence[Predictions], task: Any) -> np.ndarray:
     return np.asarray(total).astype(int)
 
 
+@styled()
 def confusion_figure(counts: np.ndarray, classes: Sequence[str]) -> str:
     """Counts, shaded by their share of the true class."""
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = max(4.2, 1.6 + 0.62 * len(classes))
-    with rc_context(STYLE):
-        figure = Figure(figsize=(side * 1.1, side), layout="constrained")
-        axes = figure.add_subplot()
-        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.15)
-        for row, column in np.ndindex(*counts.shape):
-            colour = "white" if shares[row, column] > 0.6 else "#1c2530"
-            text = f"{counts[row, column]}\n{100 * shares[row, column]:.0f} %"
-            axes.text(
-                column,
-                row,
-                text,
-                ha="center",
-                va="center",
-                color=colour,
-                fontsize=12 if len(classes) < 5 else 8,
-            )
-        ticks = range(len(classes))
-        axes.set(
-            xticks=ticks,
-            yticks=ticks,
-            xticklabels=classes,
-            yticklabels=classes,
-            xlabel="called",
-            ylabel="label",
+    figure = new_figure(side * 1.1, side)
+    axes = figure.add_subplot()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.15)
+    for row, column in np.ndindex(*counts.shape):
+        colour = "white" if shares[row, column] > 0.6 else "#1c2530"
+        text = f"{counts[row, column]}\n{100 * shares[row, column]:.0f} %"
+        axes.text(
+            column,
+            row,
+            text,
+            ha="center",
+            va="center",
+            color=colour,
+            fontsize=12 if len(classes) < 5 else 8,
         )
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
-        return svg_uri(figure)
+    ticks = range(len(classes))
+    axes.set(
+        xticks=ticks,
+        yticks=ticks,
+        xticklabels=classes,
+        yticklabels=classes,
+        xlabel="called",
+        ylabel="label",
+    )
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    return svg_uri(figure)
 
 
+@styled()
 def scores_figure(runs: Sequence[Predictions], classes: Sequence[str]) -> str:
     """Histogram of the positive (or the called) class's probability by label; ticks: each fold's
     threshold.
@@ -196,25 +196,22 @@ def scores_figure(runs: Sequence[Predictions], classes: Sequence[str]) -> str:
     scores, _ = judged_scores(runs)
     targets = np.concatenate([run.targets for run in runs])
     what = classes[1] if len(classes) == 2 else "the called class"
-    with rc_context(STYLE):
-        figure = Figure(figsize=(4.6, 4.2), layout="constrained")
-        axes = figure.add_subplot()
-        groups = [scores[targets == index] for index in range(len(classes))]
-        shades = [COLOURS[index % len(COLOURS)] for index in range(len(classes))]
-        axes.hist(
-            groups,
-            bins=np.linspace(0, 1, 21).tolist(),
-            stacked=True,
-            color=shades,
-            label=list(classes),
-            rwidth=0.92,
-        )
-        for run in runs:
-            if run.threshold is not None and len(classes) == 2:
-                axes.axvline(run.threshold, color="#333333", linewidth=0.9, linestyle=":")
-        axes.set(xlabel=f"probability of {what}", ylabel="slides", xlim=(0, 1))
-        axes.yaxis.get_major_locator().set_params(integer=True)
-        figure.legend(
-            frameon=False, loc="outside upper center", ncols=min(4, len(classes))
-        )  # clear of the bars
-        return svg_uri(figure)
+    figure = new_figure(4.6, 4.2)
+    axes = figure.add_subplot()
+    groups = [scores[targets == index] for index in range(len(classes))]
+    shades = [palette_colour(index) for index in range(len(classes))]
+    axes.hist(
+        groups,
+        bins=np.linspace(0, 1, 21).tolist(),
+        stacked=True,
+        color=shades,
+        label=list(classes),
+        rwidth=0.92,
+    )
+    for run in runs:
+        if run.threshold is not None and len(classes) == 2:
+            axes.axvline(run.threshold, color="#333333", linewidth=0.9, linestyle=":")
+    axes.set(xlabel=f"probability of {what}", ylabel="slides", xlim=(0, 1))
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    figure.legend(loc="outside upper center", ncols=min(4, len(classes)))  # clear of the bars
+    return svg_uri(figure)

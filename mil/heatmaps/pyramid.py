@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from common.files import atomic_path
-from common.processes.isolation import alive
+from common.processes.pool import heartbeat
 from mil.heatmaps.drawing import Heat, blend
 from patch_encoder.demo.pyramid import halve
 from patch_encoder.slides.base import Slide
@@ -102,7 +102,7 @@ def write_heat_pyramid(
 
 
 def _read(slide: Slide | None, x: int, y: int, down: int) -> UInt8[np.ndarray, "256 256 3"]:
-    alive()
+    heartbeat()
     if slide is None:
         return np.full((TILE, TILE, 3), 255, dtype=np.uint8)
     level = max(

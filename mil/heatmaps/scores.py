@@ -16,18 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.stats import rankdata
 from torch import nn
 
 from common.errors import UserError
 from common.files import write_csv
-from mil.datasets.bags import placed
+from mil.datasets.bags import Sample
 from mil.models import forward_bags
 from mil.tasks.base import Task
-from mil.training.engine import Sample, examine
-from mil.training.prediction import source_of
-from patch_encoder.bags.bag import check_finite
-from patch_encoder.bags.placed_bags import open_placed
+from mil.training.engine import examine
+from patch_encoder.bags.bag import open_bag
 from patch_encoder.tiles.coordinates import Coordinates
 
 VALUES = ("auto", "attention", "probability", "risk", "value")
@@ -72,6 +69,8 @@ class TileScores:
 
 def percentile_ranks(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """100 * rank / N, ranks from 1, equal values share the mean of their ranks."""
+    from scipy.stats import rankdata  # a while to load
+
     return 100.0 * rankdata(values, method="average") / len(values)
 
 
@@ -99,11 +98,10 @@ def score_bag(
     Raises:
         UserError: unreadable bag, no coords or geometry, features or scores that are not finite.
     """
-    bag, coordinates = open_placed(bag_file, coords_file)
-    check_finite(bag)
-    sample = Sample(
-        bag_file.stem, bag, placed(torch.from_numpy(coordinates.coords), bag.attributes), 0
-    )
+    bag = open_bag(bag_file, coords_file)
+    coordinates = bag.coordinates()
+    bag.check_finite()
+    sample = Sample(bag_file.stem, bag, 0)
     output = examine(model, sample, device)
     attention, slide = (
         output.attention.double().numpy(),
@@ -135,13 +133,11 @@ def tiles_alone(
     bag.
     """
     found, start = [], 0
-    for block in source_of(sample.features).blocks(BLOCK):
-        bags = list(block.to(device).float().split(1))
-        places = (
-            None
-            if sample.coords is None
-            else list(sample.coords[start : start + len(block)].to(device).split(1))
-        )
+    coords = sample.bag.coords
+    for block in sample.bag.blocks(BLOCK):
+        bags, places = list(block.to(device).float().split(1)), None
+        if coords is not None:
+            places = list(coords[start : start + len(block)].to(device).split(1))
         found.append(task.predict(forward_bags(model, bags, places).logits.double()).cpu().numpy())
         start += len(block)
     return np.concatenate(found)

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from common.errors import UserError
 from mil.models.bag_check import check_bags, in_dtype_of
 from mil.models.output import Packed
-from mil.models.standardise import Standardised
+from mil.models.standardise import Standardised, inner_model
 
 
 def forward_bags(
@@ -33,7 +33,7 @@ def forward_bags(
     check_bags(bags)
     bags = [in_dtype_of(model, bag) for bag in bags]
     offsets = torch.tensor([0, *(len(bag) for bag in bags)], device=bags[0].device).cumsum(0)
-    inner = model.model if isinstance(model, Standardised) else model
+    inner = inner_model(model)
     if hasattr(inner, "forward_packed"):
         features = torch.cat(list(bags))
         features = model.standardised(features) if isinstance(model, Standardised) else features

@@ -23,6 +23,7 @@ from mil.models.dropout import Dropout
 from mil.models.output import MILOutput, initialise
 from mil.models.sparse_attention import SparseDeformAttn
 from mil.ops.grid import TileGrid, build_grid
+from mil.ops.slide_grid import SlideGrid
 
 TEMPERATURE = 10_000.0
 
@@ -105,9 +106,10 @@ class DeformMIL(nn.Module):
         heads: attention heads.
         points: sampled positions per tile, head and level.
         renormalise: see `SparseDeformAttn`.
-        step: level-0 pixels between neighbouring tiles; 0: the slide's, by its bag file or all of
-            its tiles (`SlideCoords`); of plain coords the commonest distance in each bag.
+        step: level-0 pixels between neighbouring tiles; 0: the slide's (`forward`'s `grid`).
     """
+
+    takes_grid = True  # `forward` takes the slide's grid, see mil/training/prediction.py
 
     def __init__(
         self,
@@ -144,29 +146,36 @@ class DeformMIL(nn.Module):
         features: Float[Tensor, "n d"],
         coords: Int[Tensor, "n 2"] | None = None,
         target: object = None,
+        grid: SlideGrid | None = None,
     ) -> MILOutput:
         """Slide logits (C,); attention is the class query's over the tiles, the mean over its
         heads.
 
         After the encoder a tile speaks for its neighbourhood too, and so does its attention.
-        `target` is not used.
+
+        Args:
+            features, coords: the bag.
+            target: not used.
+            grid: of the slide, of which the bag may be a part; None: the bag is the whole slide.
 
         Raises:
             UserError: the bag has no coordinates, or they do not lie on a grid of reasonable size.
         """
-        return self.forward_batch([features], [coords])[0]
+        return self.forward_batch([features], [coords], [grid])[0]
 
     def forward_batch(
-        self, features: Sequence[Float[Tensor, "_ d"]], coords: Sequence[Int[Tensor, "_ 2"] | None]
+        self,
+        features: Sequence[Float[Tensor, "_ d"]],
+        coords: Sequence[Int[Tensor, "_ 2"] | None],
+        slides: Sequence[SlideGrid | None] | None = None,
     ) -> list[MILOutput]:
         """Several bags at a time, packed one after the other: the same results as one by one.
 
         Raises:
             UserError: as `forward`.
         """
-        grid = build_grid(_places(features, coords), self.levels, self.step or None).to(
-            features[0].device
-        )
+        places = _places(features, coords)
+        grid = build_grid(places, self.levels, self.step or None, slides).to(features[0].device)
         x, position = (
             self.embed(torch.cat(list(features))),
             sine_encoding(grid.positions, self.width),

@@ -27,7 +27,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from common.checkpoint import load_weights
+from common.ema import update_teacher
 from common.errors import UserError
+from common.schedules import half_cosine
 from mil.models.abmil import ABMIL
 from mil.models.dsmil import DSMIL
 from mil.models.output import MILOutput, Target, as_attention
@@ -119,7 +121,7 @@ class MHIM(nn.Module):
 
     def kept(self, scores: Float[Tensor, "h n"]) -> Bool[Tensor, " n"]:
         """Tiles that the student sees, by the teacher's attention at this point of training."""
-        high = cosine(*self.high, float(self.progress))
+        high = half_cosine(float(self.progress), 1.0, *self.high)
         return keep_mask(scores, self.random, self.low, high, self.high_share)
 
     @torch.no_grad()
@@ -129,9 +131,9 @@ class MHIM(nn.Module):
         Args:
             progress: share of the training that is done with this step.
         """
-        share = 1 - cosine(*self.ema, float(self.progress))
-        for slow, fast in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
-            slow.lerp_(fast, share)
+        update_teacher(
+            self.teacher, self.student, half_cosine(float(self.progress), 1.0, *self.ema)
+        )
         self.progress.fill_(progress)
 
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
@@ -146,11 +148,6 @@ def feature_loss(
     """Soft cross-entropy over the feature's units, the teacher's sharpened; mean over rows."""
     aim = torch.softmax(teacher.float() / temperature, dim=1)
     return -(aim * torch.log_softmax(student.float(), dim=1)).sum(1).mean()
-
-
-def cosine(start: float, end: float, progress: float) -> float:
-    """From start at progress 0 to end at 1."""
-    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def keep_mask(

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from mil.models.output import MILOutput, Target
-from patch_encoder.bags.bag import StoredBag
+from mil.models.output import MILOutput
+from patch_encoder.bags.bag import Bag
 
 PART = 1 << 16  # tiles that are summed at a time
 
@@ -37,10 +37,8 @@ class Standardised(nn.Module):
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
 
-    def fit(self, bags: Sequence[Float[Tensor, "_ d"] | StoredBag]) -> None:
-        """Mean and std of all tiles of `bags`, in memory or on disk; a feature that never varies
-        keeps std 1.
-        """
+    def fit(self, bags: Sequence[Bag]) -> None:
+        """Mean and std of all tiles of `bags`; a feature that never varies keeps std 1."""
         count = sum(len(bag) for bag in bags)
         mean = torch.stack([_sum(bag, lambda part: part.double()) for bag in bags]).sum(0) / count
         variance = (
@@ -58,11 +56,11 @@ class Standardised(nn.Module):
     def forward(
         self,
         features: Float[Tensor, "n d"],
-        coords: Int[Tensor, "n 2"] | None = None,
-        target: Target | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> MILOutput:
-        """As the model's."""
-        return self.model(self.standardised(features), coords, target)
+        """As the model's, which gets the further arguments as they are."""
+        return self.model(self.standardised(features), *args, **kwargs)
 
     def score_tiles(self, features: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         """As the model's."""
@@ -74,9 +72,11 @@ class Standardised(nn.Module):
             self.model.after_step(progress)
 
 
-def _sum(bag: Tensor | StoredBag, of: Callable[[Tensor], Tensor]) -> Float[Tensor, " d"]:
-    """Sum of a function of the tiles, part by part; the parts are the same for a bag in memory and
-    on disk.
-    """
-    parts = bag.blocks(PART) if isinstance(bag, StoredBag) else bag.split(PART)
-    return torch.stack([of(part).sum(0) for part in parts]).sum(0)
+def inner_model(model: nn.Module) -> Any:
+    """The MIL model itself, without its standardisation."""
+    return model.model if isinstance(model, Standardised) else model
+
+
+def _sum(bag: Bag, of: Callable[[Tensor], Tensor]) -> Float[Tensor, " d"]:
+    """Sum of a function of the tiles, part by part."""
+    return torch.stack([of(part).sum(0) for part in bag.blocks(PART)]).sum(0)

@@ -24,8 +24,7 @@ from jaxtyping import Float, Int, Int32, Int64
 from torch import Tensor
 
 from common.errors import UserError
-from mil.ops.grid_step import MAX_CELLS, infer_step
-from mil.ops.slide_coords import SlideCoords
+from mil.ops.slide_grid import MAX_CELLS, SlideGrid, infer_step
 
 
 class SparseMaps(NamedTuple):
@@ -95,22 +94,29 @@ class TileGrid:
 
 
 def build_grid(
-    coords: Sequence[Int[Tensor, "_ 2"]], levels: int = 1, step: int | float | None = None
+    coords: Sequence[Int[Tensor, "_ 2"]],
+    levels: int = 1,
+    step: int | float | None = None,
+    slides: Sequence[SlideGrid | None] | None = None,
 ) -> TileGrid:
     """Index the tiles of a batch of bags; host work, linear in tiles and cells but for one sort.
 
     Args:
-        coords: level-0 corners (x, y) of the tiles of each bag; cells count from its leftmost and
-            its uppermost tile, of `SlideCoords` from those of its slide.
+        coords: level-0 corners (x, y) of the tiles of each bag.
         levels: L >= 1.
-        step: level-0 pixels between neighbouring tiles; None: of each bag its slide's, or as
-            `infer_step` finds it.
+        step: level-0 pixels between neighbouring tiles; None: each bag has its slide's.
+        slides: grid of each bag's slide; None: the bag is the whole slide, whose cells count from
+            its leftmost and its uppermost tile and have the step that `infer_step` finds.
 
     Raises:
         UserError: a bag's map would have more than 2^26 cells: its tiles lie too far apart for the
             step.
     """
-    bags = [_index_bag(bag, levels, step) for bag in coords]
+    grids = slides or [None] * len(coords)
+    bags = [
+        _index_bag(bag.cpu().numpy().astype(np.int64), levels, step, grid)
+        for bag, grid in zip(coords, grids, strict=True)
+    ]
     sizes = np.array([bag.sizes for bag in bags]).reshape(len(bags), levels)
     before = sizes.cumsum(0) - sizes  # (B, L) rows of the bags before, in each level
     starts = before + (sizes.sum(0).cumsum() - sizes.sum(0))  # (B, L) first row of each map
@@ -155,13 +161,12 @@ class _Bag(NamedTuple):
     step: float
 
 
-def _index_bag(bag: Tensor, levels: int, step: int | float | None) -> _Bag:
-    coords = bag.cpu().numpy().astype(np.int64)
-    if isinstance(bag, SlideCoords):
-        step, origin = bag.grid.step if step is None else float(step), bag.grid.origin
-    else:
-        step, origin = float(infer_step(coords) if step is None else step), None
-    positions = grid_positions(coords, step, origin)
+def _index_bag(
+    coords: np.ndarray, levels: int, step: int | float | None, slide: SlideGrid | None
+) -> _Bag:
+    if step is None:
+        step = infer_step(coords) if slide is None else slide.step
+    positions = grid_positions(coords, step, None if slide is None else slide.origin)
     width, height = (int(size) for size in positions.max(0, initial=-1) + 1)
     if width * height > MAX_CELLS:
         raise UserError(
@@ -171,7 +176,9 @@ def _index_bag(bag: Tensor, levels: int, step: int | float | None) -> _Bag:
         )
     flat = positions[:, 1] * width + positions[:, 0]
     map_, cells = _number(flat, height, width)
-    index = _Bag([map_], [], positions, map_.ravel()[flat].astype(np.int64), [len(cells)], step)
+    index = _Bag(
+        [map_], [], positions, map_.ravel()[flat].astype(np.int64), [len(cells)], float(step)
+    )
     for _ in range(1, levels):
         y, x = np.divmod(cells, max(width, 1))
         height, width = (height + 1) // 2, (width + 1) // 2
@@ -198,7 +205,7 @@ def _number(flat: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.n
 
 
 def grid_positions(
-    coords: Int[np.ndarray, "n 2"], step: int | float, origin: Int[np.ndarray, " 2"] | None = None
+    coords: Int[np.ndarray, "n 2"], step: int | float, origin: tuple[int, int] | None = None
 ) -> Int64[np.ndarray, "n 2"]:
     """Nearest cell (x, y) of each corner, counted from `origin`, or from the leftmost and the
     uppermost tile.
@@ -208,8 +215,8 @@ def grid_positions(
     """
     if not step > 0:
         raise UserError(f"step={step}: expected a positive number of level-0 pixels")
-    origin = coords.min(0, initial=2**62) if origin is None else origin
-    return np.floor((coords - origin) / step + 0.5).astype(np.int64)
+    first = coords.min(0, initial=2**62) if origin is None else np.array(origin)
+    return np.floor((coords - first) / step + 0.5).astype(np.int64)
 
 
 def _joined(parts: list[np.ndarray], empty: tuple[int, ...], dtype: type) -> np.ndarray:

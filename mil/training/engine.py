@@ -12,9 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,24 +20,32 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from common.checkpoint import load_checkpoint, load_weights, resume, save_checkpoint
 from common.config import key
 from common.device import autocast
 from common.distributed import World, all_reduce_mean, unwrap, wrap
 from common.errors import UserError
+from common.optim import (
+    OPTIMIZERS,
+    clip_gradients,
+    exchange_gradients,
+    group_batches,
+    make_optimizer,
+    require_finite,
+    set_lr,
+    trainable,
+)
 from common.run import Run
+from common.schedules import SCHEDULES, drop_epoch, lr_factor
 from common.seed import epoch_generator
+from mil.datasets.bags import Sample
 from mil.models import MILOutput, Target, build
-from mil.ops.slide_coords import on_slide
 from mil.tasks.base import Task
 from mil.tasks.classification import Classification
-from mil.training.optim import OPTIMIZERS, SCHEDULES, lr_factor, make_optimizer
-from mil.training.prediction import is_streamed, predict, source_of
+from mil.training.prediction import grid_for, is_streamed, predict
 from mil.training.prefetch import on_device, prefetch
 from mil.training.streaming import stream
-from patch_encoder.bags.bag import StoredBag
 
 logger = logging.getLogger(__name__)
 CLASSES = Classification()  # the criterion of one class per slide, without its names
@@ -62,9 +68,15 @@ class Recipe:
     weight_decay: float = key(1e-5, "weight decay")
     beta1: float = key(0.9, "decay of the optimiser's mean of gradients")
     beta2: float = key(0.999, "decay of the optimiser's mean of squared gradients")
-    schedule: str = key("cosine", "learning rate by epoch; step: x 0.2 half-way", choices=SCHEDULES)
+    schedule: str = key(
+        "cosine",
+        "learning rate over the run: constant, one drop, or half a cosine",
+        choices=SCHEDULES,
+    )
+    lr_drop: int = key(0, "epoch after which the learning rate drops, once; 0: half-way")
+    lr_drop_factor: float = key(0.2, "factor of the learning rate from its drop on")
     lr_min: float = key(0.0, "learning rate at the end of the cosine")
-    clip_norm: float = key(0.0, "largest gradient norm; 0: gradients are not clipped")
+    clip_norm: float = key(0.0, "largest L2 norm of the gradients of a step; 0: any")
     accumulate: int = key(
         1, "bags per optimiser step, over all processes; their gradients are averaged"
     )
@@ -90,36 +102,6 @@ class Recipe:
     save_every: int = key(10, "epochs between two checkpoints", runtime=True)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One labelled bag: features (N, D) in memory or on disk, coords (N, 2) or None, target as
-    its task reads it.
-
-    `stratum` is the class that balanced sampling sees where the target is no class.
-    """
-
-    slide_id: str
-    features: Tensor | StoredBag
-    coords: Tensor | None
-    target: Target
-    stratum: int = 0
-
-    def load(self, tiles: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Features, as they are stored, and coords; of the given tiles only, or of all."""
-        if isinstance(self.features, StoredBag):
-            features = self.features.read() if tiles is None else self.features.rows(tiles)
-        else:
-            features = self.features if tiles is None else self.features[tiles]
-        coords = (
-            None if self.coords is None else on_slide(self.coords)
-        )  # the grid is all tiles', whichever are drawn
-        return features, coords if tiles is None or coords is None else coords[tiles]
-
-    def to(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Float32 features and coords on the device."""
-        return on_device(self.load(), device)
-
-
 def train_one_epoch(
     model: nn.Module,
     samples: Sequence[Sample],
@@ -139,7 +121,7 @@ def train_one_epoch(
     steps = -(-len(order) // recipe.accumulate)
     weights = class_weights(samples) if recipe.class_weights and task.weighs_bags else {}
     total = torch.zeros(1, device=world.device)
-    groups = list(batches(range(len(order)), recipe.accumulate))
+    groups = list(group_batches(range(len(order)), recipe.accumulate))
     # gradients are averaged over processes, so that each process sums loss * size / len(group);
     # a process that has no bag in a last, short group repeats one at weight 0 to take part in the
     # average
@@ -159,25 +141,28 @@ def train_one_epoch(
         outputs, targets = [], []
         for sample, bag in islice(loaded, len(places)):
             with (
-                _sync(model, len(targets) + 1 == len(places)),
+                exchange_gradients(model, last=len(targets) + 1 == len(places)),
                 autocast(world.device, recipe.precision),
             ):
-                output = model(*on_device(bag, world.device), target=task.evidence(sample.target))
+                output = model(
+                    *on_device(bag, world.device),
+                    target=task.evidence(sample.target),
+                    **grid_for(model, sample),
+                )
                 targets.append(sample.target)
                 if task.needs_all_bags:
                     outputs.append(output)
                     continue
                 loss = training_loss(output, sample.target, task) * weights.get(sample.target, 1.0)
-                _check_loss(loss, f"slide {sample.slide_id}")
+                require_finite(loss, f"slide {sample.slide_id}", remedy="lower training.lr")
                 (loss * share).backward()
             total += loss.detach() * mine
         if outputs:
             loss = task.step_loss(outputs, targets)
-            _check_loss(loss, f"step {step}")
+            require_finite(loss, f"step {step}", remedy="lower training.lr")
             loss.backward()
             total += loss.detach() * len(group)
-        if recipe.clip_norm:
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+        clip_gradients(model, recipe.clip_norm)
         optimizer.step()
         if after_step is not None:
             after_step(step / (recipe.epochs * steps))
@@ -195,13 +180,6 @@ def training_loss(output: MILOutput, target: Target, task: Task = CLASSES) -> Fl
     return loss if output.auxiliary is None else loss + output.auxiliary
 
 
-def _check_loss(loss: Tensor, where: str) -> None:
-    if not torch.isfinite(loss):
-        raise UserError(
-            f"{where}: expected a finite loss, found {float(loss.detach())}; lower training.lr"
-        )
-
-
 def draws(
     bags: Sequence[tuple[Sample, int]], tiles: int, seed: int
 ) -> Iterator[tuple[Sample, Tensor | None]]:
@@ -211,13 +189,13 @@ def draws(
     The draw depends on the seed and the bag's place in the epoch alone, not on who loads it.
     """
     for sample, place in bags:
-        if not 0 < tiles < len(sample.features):
+        if not 0 < tiles < len(sample.bag):
             yield sample, None
             continue
         generator = torch.Generator().manual_seed(seed * 1_000_003 + place)
         yield (
             sample,
-            torch.randperm(len(sample.features), generator=generator)[:tiles].sort().values,
+            torch.randperm(len(sample.bag), generator=generator)[:tiles].sort().values,
         )
 
 
@@ -244,29 +222,15 @@ def epoch_order(samples: Sequence[Sample], balanced: bool, generator: torch.Gene
     return torch.multinomial(odds, len(samples), replacement=True, generator=generator).tolist()
 
 
-def batches(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """Consecutive groups of `size`; the last may be shorter."""
-    return (order[start : start + size] for start in range(0, len(order), size))
-
-
-def _sync(model: nn.Module, last: bool) -> Any:
-    """DDP averages gradients at the last bag of a step only."""
-    return (
-        model.no_sync()
-        if isinstance(model, DistributedDataParallel) and not last
-        else nullcontext()
-    )
-
-
 @torch.inference_mode()
 def examine(model: nn.Module, sample: Sample, device: torch.device) -> MILOutput:
     """Logits and attention of one bag, fp32, on the CPU; a very large one is streamed, as in
     `predict`.
     """
     model.eval()
-    if is_streamed(model, sample.features):
-        return stream(model, source_of(sample.features), device)
-    output = model(*sample.to(device))
+    if is_streamed(model, sample.bag):
+        return stream(model, sample.bag, device)
+    output = model(*on_device(sample.load(), device), **grid_for(model, sample))
     return MILOutput(output.logits.float().cpu(), output.attention.float().cpu())
 
 
@@ -410,25 +374,25 @@ def train_model(
             does not go with.
     """
     check_recipe(recipe, task, world)
-    optimizer, scheduler = optimizer_of(model, recipe)
-    smoother = Smoother(recipe.smoothing)
-    parts = {"optimizer": optimizer, "scheduler": scheduler} | (
-        {"smoother": smoother} if recipe.smoothing else {}
+    betas = (recipe.beta1, recipe.beta2)
+    optimizer = make_optimizer(
+        recipe.optimizer, trainable(model), recipe.lr, recipe.weight_decay, betas
     )
+    smoother = Smoother(recipe.smoothing)
+    parts = {"optimizer": optimizer} | ({"smoother": smoother} if recipe.smoothing else {})
     epoch, best = resume(run.last, model, **parts)
     run.forget_after(epoch)
     parallel = wrap(model, world)
     while not is_over(epoch, best, recipe):
+        set_lr(optimizer, recipe_factor(recipe, epoch))
         order = epoch_order(train, recipe.balanced, epoch_generator(seed, epoch))
         loss = train_one_epoch(parallel, train, optimizer, recipe, world, order, epoch, task, seed)
         values = validate(model, val, world.device, recipe.precision, task)
         compared = smoother(values, task.score)
-        rate = scheduler.get_last_lr()[0]
-        scheduler.step()
         epoch += 1
         line = {
             "epoch": epoch,
-            "lr": rate,
+            "lr": optimizer.param_groups[0]["lr"],
             "train_loss": loss,
             f"val_{task.score}": values[task.score],
         }
@@ -446,15 +410,16 @@ def train_model(
     return without_weights(best) | {"epochs": epoch}
 
 
-def optimizer_of(
-    model: nn.Module, recipe: Recipe
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """The recipe's optimiser and its schedule by epoch."""
-    betas = (recipe.beta1, recipe.beta2)
-    optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay, betas)
-    floor = recipe.lr_min / recipe.lr if recipe.lr else 0.0
-    factor = partial(lr_factor, recipe.schedule, epochs=recipe.epochs, floor=floor)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+def recipe_factor(recipe: Recipe, epoch: int) -> float:
+    """Learning rate of an epoch as a share of the recipe's."""
+    return lr_factor(
+        recipe.schedule,
+        epoch,
+        recipe.epochs,
+        drop=drop_epoch(recipe.lr_drop, recipe.epochs),
+        drop_factor=recipe.lr_drop_factor,
+        floor=recipe.lr_min / recipe.lr if recipe.lr else 0.0,
+    )
 
 
 def weights_on_cpu(model: nn.Module) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,19 @@ from common.files import sha256_bytes
 from common.memory import reuse_large_blocks
 from common.run import Run, Tracker, open_run
 from common.seed import seed_everything
-from mil.datasets.bags import Bags, load_bags
+from mil.datasets.bags import Sample, load_bags
 from mil.datasets.labels import LabelledSlides
 from mil.datasets.splits import Split
 from mil.models import Standardised, build, plain_model
+from mil.models.standardise import inner_model
 from mil.tasks.base import RunPredictions, Task, TaskOptions, apply_cuts
 from mil.tasks.prediction_table import write_predictions
 from mil.tasks.slide_targets import SlideTargets
 from mil.tasks.table import fit_task
-from mil.training.engine import Recipe, Sample, check_recipe, predict, train_model
+from mil.training.engine import Recipe, check_recipe, predict, train_model
+from patch_encoder.bags.bag import Bag
 
-_kept: dict[tuple[object, ...], Bags] = {}  # of `cached_bags`: one at most
+_kept: dict[tuple[object, ...], dict[str, Bag]] = {}  # of `cached_bags`: one at most
 PLAIN = "plain"  # folder of the model that a teacher-student model starts from
 
 
@@ -126,15 +128,14 @@ def run_job(job: FoldJob, run: Run, world: World) -> dict[str, Any]:
     train, val, test = (
         samples_of(bags, job, ids) for ids in (job.split.train, job.split.val, job.split.test)
     )
-    network = settings.network(bags.dim, task.outputs)
+    network = settings.network(train[0].bag.shape[1], task.outputs)
     start = train_plain(job, world)
     seed_everything(settings.seed)
     model = build(**network)
     if isinstance(model, Standardised):
-        model.fit([sample.features for sample in train])
+        model.fit([sample.bag for sample in train])
     if start is not None:
-        inner: Any = model.model if isinstance(model, Standardised) else model
-        inner.start_from(start)
+        inner_model(model).start_from(start)
     model.to(world.device)
     config = {"network": network, "task": task.to_dict(), "features_digest": job.features_digest}
     if world.device.type == "cpu":
@@ -211,7 +212,7 @@ def train_plain(job: FoldJob, world: World) -> dict[str, torch.Tensor] | None:
 
 def cached_bags(
     files: tuple[tuple[str, Path], ...], digest: str, memory: int | None = None
-) -> Bags:
+) -> dict[str, Bag]:
     """The bags of one feature set, kept for the next job of this process; `digest` tells apart bags
     that were replaced.
     """
@@ -222,10 +223,7 @@ def cached_bags(
     return _kept[asked]
 
 
-def samples_of(bags: Bags, job: FoldJob, slide_ids: Sequence[str]) -> list[Sample]:
+def samples_of(bags: Mapping[str, Bag], job: FoldJob, slide_ids: Sequence[str]) -> list[Sample]:
     """Labelled bags in the order of `slide_ids`."""
     strata, targets = job.slides.target_of(), job.targets
-    return [
-        Sample(slide, bags.features[slide], bags.coords[slide], targets.of(slide), strata[slide])
-        for slide in slide_ids
-    ]
+    return [Sample(slide, bags[slide], targets.of(slide), strata[slide]) for slide in slide_ids]

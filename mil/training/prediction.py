@@ -1,55 +1,39 @@
-"""What a trained slide classifier says of bags: whole ones read ahead of the device, very large
+"""Applies a trained slide classifier to bags: whole ones are read ahead of the device, very large
 ones block by block.
 
 A bag that takes more than WHOLE_BYTES as float32 is streamed (mil/training/streaming.py) where the
-model allows it, wherever the bag
-lies: what is predicted does not depend on how much of a cohort fits into memory. Streaming computes
-in float32, since sums over hundreds of blocks would lose digits in bfloat16.
+model allows it, in memory or on disk alike: predictions do not depend on how much of a cohort fits
+into memory. Streaming computes in float32, since sums over hundreds of blocks would lose digits in
+bfloat16.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from common.device import autocast
-from mil.models import Standardised
-from mil.training.prefetch import Loadable, on_device, prefetch
-from mil.training.streaming import BLOCK, can_stream, stream
-from patch_encoder.bags.bag import StoredBag
+from common.distributed import unwrap
+from mil.datasets.bags import Sample
+from mil.models.standardise import inner_model
+from mil.ops.slide_grid import SlideGrid
+from mil.training.prefetch import on_device, prefetch
+from mil.training.streaming import can_stream, stream
+from patch_encoder.bags.bag import Bag
 
 logger = logging.getLogger(__name__)
 WHOLE_BYTES = 128 << 20  # 32,768 tiles of 1,024 features
 
 
-class Held:
-    """A bag in memory as a source of blocks."""
-
-    def __init__(self, features: Float[Tensor, "n d"]) -> None:
-        self.features = features
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def blocks(self, tiles: int = 0) -> Iterator[Tensor]:
-        """Features in order."""
-        return iter(self.features.split(tiles or BLOCK))
-
-    def rows(self, index: Int[Tensor, " k"]) -> Tensor:
-        """Features of some tiles."""
-        return self.features[index]
-
-
 @torch.inference_mode()
 def predict(
     model: nn.Module,
-    samples: Sequence[Loadable],
+    samples: Sequence[Sample],
     device: torch.device,
     precision: str = "fp32",
     whole: int | None = None,
@@ -64,7 +48,7 @@ def predict(
         whole: bytes of float32 features up to which a bag is read whole; None: WHOLE_BYTES.
     """
     model.eval()
-    large = [is_streamed(model, sample.features, whole) for sample in samples]
+    large = [is_streamed(model, sample.bag, whole) for sample in samples]
     loaded = prefetch(
         [(sample, None) for sample, streams in zip(samples, large, strict=True) if not streams],
         device,
@@ -72,40 +56,33 @@ def predict(
     logits = []
     for sample, streams in zip(samples, large, strict=True):
         if streams:
-            logits.append(stream(model, source_of(sample.features), device).logits)
+            logits.append(stream(model, sample.bag, device).logits)
             continue
         _, bag = next(loaded)
         with autocast(device, precision):
-            logits.append(model(*on_device(bag, device)).logits.float())
+            output = model(*on_device(bag, device), **grid_for(model, sample))
+            logits.append(output.logits.float())
     return torch.stack([row.cpu() for row in logits])
 
 
-def is_streamed(model: nn.Module, features: Any, whole: int | None = None) -> bool:
-    """Whether a bag is too large to be read whole, and the model can do without; says once if it
+def grid_for(model: nn.Module, sample: Sample) -> dict[str, SlideGrid | None]:
+    """The further argument of a model that lays tiles on their slide's grid (DeformMIL): `grid`.
+    None for the other models, whose bags' grids are never looked for.
+    """
+    takes_grid = getattr(inner_model(unwrap(model)), "takes_grid", False)
+    return {"grid": sample.grid} if takes_grid else {}
+
+
+def is_streamed(model: nn.Module, bag: Bag, whole: int | None = None) -> bool:
+    """Whether a bag is too large to be read whole, and the model can do without; logs once if it
     cannot.
     """
     whole = WHOLE_BYTES if whole is None else whole
-    if float_bytes(features) <= whole:
+    if 4 * bag.shape[0] * bag.shape[1] <= whole:  # as float32
         return False
     if not can_stream(model):
-        say_whole(name_of(model), whole)
+        say_whole(type(inner_model(model)).__name__, whole)
     return can_stream(model)
-
-
-def float_bytes(features: Any) -> int:
-    """Bytes of a bag's features as float32."""
-    tiles, width = features.shape
-    return 4 * tiles * width
-
-
-def source_of(features: Tensor | StoredBag) -> Held | StoredBag:
-    """A bag as blocks."""
-    return features if isinstance(features, StoredBag) else Held(features)
-
-
-def name_of(model: nn.Module) -> str:
-    """The class of the model inside."""
-    return type(model.model if isinstance(model, Standardised) else model).__name__
 
 
 @cache

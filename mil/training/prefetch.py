@@ -5,31 +5,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from mil.datasets.bags import Sample
 
 AHEAD = 2  # bags in flight; each is N x D x 2 or 4 bytes
 Loaded = tuple[Tensor, Tensor | None]
 
 
-@runtime_checkable
-class Loadable(Protocol):
-    """What has features and coords to load (mil.training.engine.Sample)."""
-
-    features: object
-
-    def load(self, tiles: Tensor | None = None) -> Loaded:
-        """Features and coords of the tiles."""
-
-
-S = TypeVar("S", bound=Loadable)
-
-
 def prefetch(
-    bags: Iterable[tuple[S, Tensor | None]], device: torch.device
-) -> Iterator[tuple[S, Loaded]]:
+    bags: Iterable[tuple[Sample, Tensor | None]], device: torch.device
+) -> Iterator[tuple[Sample, Loaded]]:
     """(sample, loaded bag) for every (sample, tiles), in order; an error of the thread is raised
     here.
 
@@ -38,11 +26,11 @@ def prefetch(
     """
     bags = list(bags)
     pin = device.type == "cuda"
-    if not pin and all(isinstance(sample.features, Tensor) for sample, _ in bags):
+    if not pin and all(sample.bag.features is not None for sample, _ in bags):
         yield from ((sample, sample.load(tiles)) for sample, tiles in bags)
         return
     with ThreadPoolExecutor(1) as pool:
-        pending: deque[tuple[S, Future[Loaded]]] = deque()
+        pending: deque[tuple[Sample, Future[Loaded]]] = deque()
         for sample, tiles in bags:
             pending.append((sample, pool.submit(_load, sample, tiles, pin)))
             if len(pending) > AHEAD:
@@ -52,7 +40,7 @@ def prefetch(
             yield first, future.result()
 
 
-def _load(sample: Loadable, tiles: Tensor | None, pin: bool) -> Loaded:
+def _load(sample: Sample, tiles: Tensor | None, pin: bool) -> Loaded:
     features, coords = sample.load(tiles)
     return (
         (features.pin_memory(), None if coords is None else coords.pin_memory())

@@ -1,5 +1,5 @@
 """A bag of any size through a trained model, block by block: memory of one block and a few numbers
-a tile, the same answer.
+per tile, the same answer.
 
 Softmax pooling in one pass as in "Online normalizer calculation for softmax" (Milakov, Gimelshein,
 2018): sums are kept relative to the highest score so far. Models whose slide statistic is such a
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -34,44 +34,32 @@ from mil.models import (
 )
 from mil.models.ilra import GAB, CrossAttention
 from mil.models.output import as_attention
+from mil.models.standardise import inner_model
+from patch_encoder.bags.bag import Bag
 
 BLOCK = 2048  # tiles at a time: 8 MB of 1,024 float32 features
 KEPT_BYTES = 256 << 20  # of embeddings that a second pass finds again: 131,072 tiles of 512 numbers
 
 
-@runtime_checkable
-class Source(Protocol):
-    """A bag's features on disk (patch_encoder.bags.bag.StoredBag)."""
-
-    def __len__(self) -> int:
-        """N."""
-
-    def blocks(self, tiles: int = 0) -> Iterator[Tensor]:
-        """Features in order."""
-
-    def rows(self, index: Tensor) -> Tensor:
-        """Features of some tiles."""
-
-
 class Reader:
-    """Float32 features of a source on the device, standardised where the model wants it; can be
-    gone over again.
+    """Float32 features of a bag on the device, standardised where the model wants it; each pass
+    reads the bag anew.
     """
 
     def __init__(
-        self, source: Source, device: torch.device, wrapper: Standardised | None, tiles: int
+        self, bag: Bag, device: torch.device, wrapper: Standardised | None, tiles: int
     ) -> None:
-        self.source, self.device, self.wrapper, self.tiles = source, device, wrapper, tiles
+        self.bag, self.device, self.wrapper, self.tiles = bag, device, wrapper, tiles
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.bag)
 
     def __iter__(self) -> Iterator[Float[Tensor, "_ d"]]:
-        return (self._ready(block) for block in self.source.blocks(self.tiles))
+        return (self._ready(block) for block in self.bag.blocks(self.tiles))
 
     def rows(self, index: Int[Tensor, " k"]) -> Float[Tensor, "k d"]:
         """Features of some tiles."""
-        return self._ready(self.source.rows(index.cpu()))
+        return self._ready(self.bag.rows(index.cpu()))
 
     def _ready(self, block: Tensor) -> Tensor:
         block = block.to(self.device).float()
@@ -147,22 +135,20 @@ class Pool:
 
 
 @torch.inference_mode()
-def stream(model: nn.Module, source: Source, device: torch.device, tiles: int = BLOCK) -> MILOutput:
+def stream(model: nn.Module, bag: Bag, device: torch.device, tiles: int = BLOCK) -> MILOutput:
     """Logits and attention of a bag that need not fit into memory, on the CPU.
 
     Args:
         model: in evaluation mode, on `device`.
-        source: the bag.
+        bag: in memory or on disk.
         device: where to compute.
-        tiles: of a block.
+        tiles: number of tiles in a block.
 
     Raises:
         UserError: the model has no entry in STREAMED.
     """
     assert not model.training
-    wrapper = model if isinstance(model, Standardised) else None
-    inner = model.model if wrapper is not None else model
-    inner = inner.student if isinstance(inner, MHIM) else inner
+    wrapper, inner = model if isinstance(model, Standardised) else None, _applied_model(model)
     way = STREAMED.get(type(inner))
     if way is None:
         raise UserError(
@@ -170,14 +156,18 @@ def stream(model: nn.Module, source: Source, device: torch.device, tiles: int = 
             "bag, found one that has no "
             f"such form here; use one of {', '.join(kind.__name__ for kind in STREAMED)}"
         )
-    output = way(inner, Reader(source, device, wrapper, tiles))
+    output = way(inner, Reader(bag, device, wrapper, tiles))
     return MILOutput(output.logits.float().cpu(), output.attention.float().cpu())
 
 
 def can_stream(model: nn.Module) -> bool:
     """Whether `stream` takes the model."""
-    inner: Any = model.model if isinstance(model, Standardised) else model
-    return type(inner.student if isinstance(inner, MHIM) else inner) in STREAMED
+    return type(_applied_model(model)) in STREAMED
+
+
+def _applied_model(model: nn.Module) -> nn.Module:
+    inner = inner_model(model)
+    return inner.student if isinstance(inner, MHIM) else inner
 
 
 def _mean(model: MeanMIL, bag: Reader) -> MILOutput:

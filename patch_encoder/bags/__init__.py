@@ -1,1 +1,1 @@
-"""Feature bags on disk: writing, reading, checking, and assembling them from batches."""
+"""Feature bags on disk: finding, opening, checking and writing them."""

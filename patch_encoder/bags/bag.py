@@ -1,83 +1,96 @@
-"""Feature bags that stay on disk: whole, some rows, or block by block, in the precision they were
-stored in.
+"""A feature bag: one slide's tile features and coordinates, on disk or in memory.
 
-A contiguous HDF5 dataset is memory-mapped, a chunked or compressed one is read through HDF5, a
-`.pt` file is mapped by torch. Half precision stays half precision (its float32 is exact),
-everything else becomes float32. Blocks of HDF5 are read into memory of their own, so that the
-process grows by one block and not by the file.
+Bags of ours, CLAM, TRIDENT and TS2G-KD are opened by `open_bag` and checked there. Features are
+read whole, by rows or block by block, in the precision they were stored in. A contiguous HDF5
+dataset is memory-mapped, a chunked or compressed one is read through HDF5, a `.pt` file is mapped
+by torch. Blocks of HDF5 are read into memory of their own, so that the process grows by one block
+and not by the file.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from common.checkpoint import load_tensors
 from common.errors import UserError
-from patch_encoder.bags.files import FEATURE_KEYS, feature_key
+from patch_encoder.bags.layouts import as_float, map_pt, read_h5_rows, read_layout
+from patch_encoder.bags.writer import digest_content
+from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, read_coordinates
 
 BLOCK_BYTES = 16 << 20  # of features that are read at a time
+COORDS_REMEDY = (
+    "add coords=<folder of <slide>.h5 as tile_slides writes them, or of bags with coordinates>"
+)
 
 
-@dataclass(frozen=True)
-class StoredBag:
-    """One slide's features (N, D) on disk.
+@dataclass(frozen=True, eq=False)
+class Bag:
+    """One slide's features (N, D).
 
     Attributes:
-        path: `.h5` or `.pt`.
+        path: `.h5` or `.pt` file; for a bag that was made in memory a name for error messages.
         shape: (N, D).
         dtype: as stored.
-        name: of the dataset; empty for `.pt`.
-        offset: byte where a contiguous dataset starts; None: not to be mapped.
-        coords: (N, 2) int64 level-0 corners, None where the file has none.
-        attributes: tile geometry and provenance.
+        coords: (N, 2) int64 level-0 corners, None where there are none.
+        provenance: attributes of the features in the file: encoder, weights, transform.
+        tiling: attributes of the coordinates in the file: tile geometry.
+        dataset: name of the HDF5 dataset; empty for `.pt`.
+        offset: byte where a contiguous dataset starts; None if it cannot be mapped.
+        geometry: how the tiles are read, where a coordinates file says it in the bag's place.
+        features: the features of a bag in memory, None for one on disk.
     """
 
     path: Path
     shape: tuple[int, int]
     dtype: str
-    name: str
-    offset: int | None
-    coords: Tensor | None
-    attributes: dict[str, Any]
+    coords: Int[Tensor, "n 2"] | None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    tiling: dict[str, Any] = field(default_factory=dict)
+    dataset: str = ""
+    offset: int | None = None
+    geometry: TileGeometry | None = None
+    features: Float[Tensor, "n d"] | None = None
 
     def __len__(self) -> int:
         return self.shape[0]
 
     @property
+    def attributes(self) -> dict[str, Any]:
+        """All attributes of the file; those of the coordinates win."""
+        return self.provenance | self.tiling
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the features in memory."""
+        """Bytes that the features take in memory."""
         return self.shape[0] * self.shape[1] * (2 if self.dtype == "float16" else 4)
 
     def read(self) -> Float[Tensor, "n d"]:
         """All features, float16 or float32."""
-        if not self.name:
-            return _kept(_tensor(self.path)[0].clone())
+        if self.features is not None:
+            return self.features
+        if not self.dataset:
+            return as_float(map_pt(self.path)[0].clone())
         if self.offset is not None:
-            return _kept(torch.from_numpy(np.array(self._mapped())))
-        return self._read_h5(slice(None))
+            return as_float(torch.from_numpy(np.array(self._mapped())))
+        return read_h5_rows(self.path, self.dataset, slice(None))
 
     def rows(self, index: Int[Tensor, " k"]) -> Float[Tensor, "k d"]:
         """Features of the tiles `index`, in that order; each may come once or often."""
-        if not self.name:
-            return _kept(_tensor(self.path)[0][index])
+        if self.features is not None:
+            return self.features[index]
+        if not self.dataset:
+            return as_float(map_pt(self.path)[0][index])
         if self.offset is not None:
-            return _kept(torch.from_numpy(self._mapped()[index.numpy()]))
-        result = torch.empty(
-            len(index),
-            self.shape[1],
-            dtype=torch.float16 if self.dtype == "float16" else torch.float32,
-        )
-        start = 0
+            return as_float(torch.from_numpy(self._mapped()[index.numpy()]))
+        dtype = torch.float16 if self.dtype == "float16" else torch.float32
+        result, start = torch.empty(len(index), self.shape[1], dtype=dtype), 0
         for block in self.blocks():  # HDF5 takes seconds to pick thousands of single rows
             here = (index >= start) & (index < start + len(block))
             result[here] = block[index[here] - start]
@@ -87,128 +100,119 @@ class StoredBag:
     def blocks(self, tiles: int = 0) -> Iterator[Float[Tensor, "_ d"]]:
         """All features in order, `tiles` at a time (0: about BLOCK_BYTES)."""
         size = tiles or max(1, BLOCK_BYTES * len(self) // max(1, self.nbytes))
-        if not self.name:
-            whole = _tensor(self.path)[0]
-            yield from (
-                _kept(whole[start : start + size].clone()) for start in range(0, len(self), size)
-            )
-            return
-        for start in range(0, len(self), size):
-            yield self._read_h5(slice(start, start + size))
+        if self.features is not None:
+            yield from self.features.split(size)
+        elif not self.dataset:
+            yield from (as_float(part.clone()) for part in map_pt(self.path)[0].split(size))
+        else:
+            for start in range(0, len(self), size):
+                yield read_h5_rows(self.path, self.dataset, slice(start, start + size))
 
     def _mapped(self) -> np.ndarray:
         return np.memmap(
             self.path, dtype=self.dtype, mode="r", offset=self.offset or 0, shape=self.shape
         )
 
-    def _read_h5(self, rows: slice) -> Tensor:
-        try:
-            with h5py.File(self.path, "r") as file:
-                dataset = file[self.name]
-                block = dataset[rows] if dataset.ndim == 2 else dataset[0, rows]
-        except OSError as error:
+    def load(self) -> Bag:
+        """The same bag in memory."""
+        return replace(self, features=self.read())
+
+    def coordinates(self) -> Coordinates:
+        """The tiles of the bag, one for each row of features.
+
+        Raises:
+            UserError: no coordinates, or no tile size beside them.
+        """
+        if self.coords is None or (self.geometry is None and "patch_size" not in self.attributes):
+            found = "none" if self.coords is None else "no patch_size beside them"
             raise UserError(
-                f"{self.path}: expected a feature bag (HDF5), cannot be read: {error}"
-            ) from None
-        return _kept(torch.from_numpy(block.astype(block.dtype.newbyteorder("="), copy=False)))
+                f"{self.path}: expected coords (N, 2) and their patch_size to place its tiles, "
+                f"found {found}; {COORDS_REMEDY}"
+            )
+        geometry = self.geometry or TileGeometry.from_attributes(self.attributes, str(self.path))
+        return Coordinates(self.coords.numpy(), geometry)
+
+    def check_finite(self) -> None:
+        """Refuse NaN and infinity; reads all features of a bag on disk."""
+        bad = sum(int((~torch.isfinite(block).all(1)).sum()) for block in self.blocks())
+        if bad:
+            raise UserError(
+                f"{self.path}: expected finite features, found NaN or infinity in {bad} of "
+                f"{len(self)} tiles; extract the slide again"
+            )
+
+    def digest(self) -> str:
+        """Digest of the content: the stored one of our own bags, computed for others."""
+        if "sha256" in self.provenance:
+            return str(self.provenance["sha256"])
+        self.check_finite()
+        corners = np.empty((0, 2)) if self.coords is None else self.coords.numpy()
+        return digest_content((block.float().numpy() for block in self.blocks()), corners)
 
 
-def open_bag(path: str | Path) -> StoredBag:
-    """Header of a bag, checked; features are not read.
+def open_bag(path: str | Path, coords_file: Path | None = None) -> Bag:
+    """Open a bag, its header checked and its features left on disk.
+
+    Args:
+        path: `.h5` or `.pt`.
+        coords_file: coordinates for a bag that stores none with their tile size.
 
     Raises:
-        UserError: unreadable, no features, empty, not (N, D), coords of another length.
+        UserError: unreadable, no features, empty, not (N, D), coordinates of other tiles.
     """
     path = Path(path)
-    if path.suffix == ".pt":
-        tensor, coords = _tensor(path)
-        bag = StoredBag(
-            path,
-            tuple(tensor.shape),
-            str(tensor.dtype).removeprefix("torch."),
-            "",
-            None,
-            coords,
-            {},
-        )
-    else:
-        bag = _open_h5(path)
-    if bag.shape[0] == 0:
+    layout = read_layout(path)
+    bag = Bag(path, **layout._asdict())
+    _check_header(bag)
+    if coords_file is None or (bag.coords is not None and path.suffix != ".pt"):
+        return bag
+    found = read_coordinates(coords_file)
+    if len(found.coords) != len(bag):
         raise UserError(
-            f"{path}: expected at least one tile, found an empty bag; remove the slide from "
-            "labels.csv"
+            f"{coords_file}: expected the {len(bag)} tiles of {path}, found {len(found.coords)}; "
+            "give the coordinates that the bag was extracted from"
         )
-    if bag.coords is not None and tuple(bag.coords.shape) != (len(bag), 2):
-        raise UserError(f"{path}: expected coords ({len(bag)}, 2), found {tuple(bag.coords.shape)}")
+    coords = torch.from_numpy(found.coords)
+    if bag.coords is not None and not torch.equal(bag.coords, coords):
+        raise UserError(
+            f"{coords_file}: expected the coords that {path} holds, found others; give those of "
+            "its extraction"
+        )
+    return replace(bag, coords=coords, geometry=found.geometry)
+
+
+def read_bag(path: str | Path) -> Bag:
+    """A bag in memory in float32, all checks done.
+
+    Raises:
+        UserError: as `open_bag`; NaN or infinite values.
+    """
+    bag = open_bag(path)
+    bag = replace(bag, features=bag.read().float())
+    bag.check_finite()
     return bag
 
 
-def _open_h5(path: Path) -> StoredBag:
-    try:
-        with h5py.File(path, "r") as file:
-            name = feature_key(path, file)
-            dataset, attributes, coords = file[name], {**file.attrs, **file[name].attrs}, None
-            if "coords" in file:
-                coords = torch.from_numpy(file["coords"][()].astype(np.int64))
-                attributes |= file["coords"].attrs
-            shape = _two_dimensions(path, dataset.shape)
-            offset = (
-                dataset.id.get_offset()
-                if dataset.chunks is None and dataset.external is None
-                else None
-            )
-            if file.userblock_size or not dataset.dtype.isnative:
-                offset = None
-            dtype = dataset.dtype.newbyteorder("=").name
-    except OSError as error:
+def make_bag(
+    features: Float[Tensor, "n d"],
+    coords: Int[Tensor, "n 2"] | None = None,
+    attributes: dict[str, Any] | None = None,
+    name: str = "bag",
+) -> Bag:
+    """A bag in memory that is in no file."""
+    shape, dtype = (len(features), features.shape[1]), str(features.dtype).removeprefix("torch.")
+    bag = Bag(Path(name), shape, dtype, coords, tiling=attributes or {}, features=features)
+    _check_header(bag)
+    return bag
+
+
+def _check_header(bag: Bag) -> None:
+    if len(bag) == 0:
         raise UserError(
-            f"{path}: expected a feature bag (HDF5), cannot be read: {error}; extract the slide "
-            "again"
-        ) from None
-    plain = {
-        key: value.item() if isinstance(value, np.generic) else value
-        for key, value in attributes.items()
-    }
-    return StoredBag(path, shape, dtype, name, offset, coords, plain)
-
-
-def _tensor(path: Path) -> tuple[Tensor, Tensor | None]:
-    """Features and coords of a `.pt` file: one tensor, or a dict that has them by name; mapped
-    where the file allows it.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError):
-        # the format before torch 1.6 cannot be mapped; what is broken is said here
-        content = load_tensors(path, "a feature bag, one tensor (N, D)")
-    coords = None
-    if isinstance(content, dict):
-        coords = content.get("coords")
-        content = next((content[name] for name in FEATURE_KEYS if name in content), content)
-    if not isinstance(content, Tensor):
-        raise UserError(f"{path}: expected one tensor (N, D), found {type(content).__name__}")
-    shape = _two_dimensions(path, tuple(content.shape))
-    return content.reshape(shape), None if coords is None else torch.as_tensor(coords).long()
-
-
-def _two_dimensions(path: Path, shape: tuple[int, ...]) -> tuple[int, int]:
-    """(N, D), or (1, N, D) as some CLAM forks write."""
-    plain = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
-    if len(plain) != 2:
-        raise UserError(f"{path}: expected features (N, D), found shape {shape}")
-    return plain[0], plain[1]
-
-
-def _kept(features: Tensor) -> Tensor:
-    return features if features.dtype in (torch.float16, torch.float32) else features.float()
-
-
-def check_finite(bag: StoredBag, features: Tensor | None = None) -> None:
-    """Refuse NaN and infinity; `features` are the bag's where they are in memory already."""
-    blocks = bag.blocks() if features is None else iter((features,))
-    bad = sum(int((~torch.isfinite(block).all(1)).sum()) for block in blocks)
-    if bad:
+            f"{bag.path}: expected at least one tile, found an empty bag; remove the slide from "
+            "labels.csv"
+        )
+    if bag.coords is not None and tuple(bag.coords.shape) != (len(bag), 2):
         raise UserError(
-            f"{bag.path}: expected finite features, found NaN or infinity in {bad} of {len(bag)} "
-            "tiles; extract the slide again"
+            f"{bag.path}: expected coords ({len(bag)}, 2), found {tuple(bag.coords.shape)}"
         )

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from patch_encoder.bags.files import BAG_OVERHEAD
-from patch_encoder.extraction.tile_batches import SlideJob
+from patch_encoder.bags.writer import BAG_OVERHEAD
+from patch_encoder.tiles.slide_job import SlideJob
 
 REMEDY = "free some, choose output= on another disk, or store dtype=float16"
 

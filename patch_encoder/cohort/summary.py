@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 
 from common.errors import UserError
-from patch_encoder.bags.files import bag_files
+from patch_encoder.bags.paths import list_bags
 from patch_encoder.tiles.coordinates import coordinate_attributes, read_coordinates
 from patch_encoder.tissue.quality import read_quality
 
@@ -128,7 +128,7 @@ def read_failures(path: Path) -> list[tuple[str, str, str]]:
 
 
 def _add_bags(rows: dict[str, SlideSummary], folder: str) -> None:
-    name, files = Path(folder).name, bag_files(folder)
+    name, files = Path(folder).name, list_bags(folder)
     for slide, row in rows.items():
         count = bag_size(files[slide]) if slide in files else None
         row.bags[name] = count

@@ -4,14 +4,12 @@ settings take it.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
 from common.files import read_json, write_json
-from common.provenance import differences
+from common.provenance import can_reuse, unknown_origin
 
 LABEL_COLUMNS = ("case_id", "slide_id", "label", "split", "mpp")
 STAMP = "cohort.json"
@@ -29,23 +27,19 @@ def claim_folder(root: Path, maker: str, settings: dict[str, Any], overwrite: bo
             somebody's data.
     """
     stamp = root / STAMP
-    expected = json.loads(json.dumps({"maker": maker, "settings": settings}))
-    if not stamp.is_file():
-        present = [name for name in PARTS if (root / name).exists()]
-        if present:
-            raise UserError(
-                f"{root}: expected an empty folder or a cohort of {maker}, found {present[0]} "
-                f"without {STAMP}; "
-                "choose another output"
-            )
-    elif overwrite:
+    wanted = {"maker": maker, "settings": settings}
+    present = [name for name in PARTS if (root / name).exists()]
+    if present and not stamp.is_file():
+        raise unknown_origin(root, present[0], STAMP)
+    if not can_reuse(
+        stamp,
+        lambda: read_json(stamp, "a cohort's settings"),
+        wanted,
+        "a cohort of other settings",
+        overwrite=overwrite,
+    ):
         _clear(root)
-    elif (found := read_json(stamp, "a cohort's settings")) != expected:
-        raise UserError(
-            f"{root}: holds a cohort of other settings: {differences(found, expected)}; "
-            "choose another output or set overwrite=true"
-        )
-    write_json(stamp, expected)
+    write_json(stamp, wanted)
 
 
 def _clear(root: Path) -> None:

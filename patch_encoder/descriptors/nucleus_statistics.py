@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float32
-from scipy.ndimage import label, uniform_filter
 
 CHROMATIN = 0.2205
 DEPTHS = (0.1505, 0.3005, 0.5005, 0.7005)
@@ -56,6 +55,8 @@ class NucleusBodies:
 
 def nucleus_statistics(nuclear: Float32[np.ndarray, "h w"]) -> Float32[np.ndarray, " s"]:
     """Statistics (len(NUCLEUS_NAMES),) of a map (H, W) of nuclear density above the ground."""
+    from scipy.ndimage import uniform_filter  # a while to load
+
     smooth = uniform_filter(nuclear, SCALES[0], mode="nearest")
     bodies = measure_bodies(smooth > CHROMATIN, nuclear, np.abs(nuclear - smooth))
     compact = bodies.fill > COMPACT
@@ -74,6 +75,8 @@ def measure_bodies(mask: np.ndarray, nuclear: np.ndarray, steepness: np.ndarray)
     """Measure each connected component (4-neighbourhood) of a mask (H, W) that is larger than a
     speck.
     """
+    from scipy.ndimage import label
+
     numbers = np.zeros(mask.shape, dtype=np.int32)
     label(mask, output=numbers)
     count = int(numbers.max(initial=0))
@@ -121,6 +124,8 @@ def _texture(nuclear: np.ndarray, smooth: np.ndarray) -> list[float]:
     """Differences from box means over the whole tile and in the core of dark bodies, and what that
     core is like.
     """
+    from scipy.ndimage import uniform_filter
+
     core = uniform_filter((nuclear > CHROMATIN).astype(np.float32), 7, mode="constant") > 0.999
     filled = bool(core.any())
     boxes = [smooth, *(uniform_filter(nuclear, scale, mode="nearest") for scale in SCALES[1:])]

@@ -20,7 +20,6 @@ from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float32, UInt8
-from skimage.color import hed_from_rgb
 
 from patch_encoder.descriptors.binary_patterns import PATTERNS, RINGS, pattern_shares
 from patch_encoder.descriptors.granulometry import RADII, granulometry, remove_ground
@@ -115,6 +114,8 @@ def _density_table() -> np.ndarray:
 @lru_cache(maxsize=1)
 def _unmixing() -> np.ndarray:
     """Density (red, green, blue) -> amount of haematoxylin and eosin, (2, 3)."""
+    from skimage.color import hed_from_rgb  # a while to load
+
     return hed_from_rgb.T[:2].astype(np.float32)
 
 

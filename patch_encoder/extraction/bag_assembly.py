@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from common.checkpoint import save_tensors
-from patch_encoder.bags.files import BagWriter
+from patch_encoder.bags.writer import BagWriter
 from patch_encoder.cohort.failures import Failures
-from patch_encoder.extraction.tile_batches import BadTile, SlideJob, TileBatch
+from patch_encoder.extraction.tile_batches import BadTile, TileBatch
 from patch_encoder.slides.identity import compute_slide_identity
+from patch_encoder.tiles.slide_job import SlideJob
 
 UNREADABLE = "unreadable_tiles"  # attribute of `features` in a bag that lacks some
 

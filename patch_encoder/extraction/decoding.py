@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.processes.isolation import Lost, Mapped, Pool, Raised
+from common.processes.mapped import Mapped
+from common.processes.pool import Lost, Pool, Raised
 from patch_encoder.extraction.tile_batches import TileBatch, TileSequence
 
 logger = logging.getLogger(__name__)
@@ -29,9 +30,8 @@ AHEAD = 2  # batches a process, read or being read, that wait for the device
 UNEXPLAINED = 3  # deaths outside any slide, one after the other, that end the run
 
 
-class Verdicts:
-    """Which slides are given up: those that a process was lost over, and another one when they were
-    tried once more.
+class CrashPolicy:
+    """Decides when to stop retrying a slide: after two decoding workers have crashed on it.
 
     Attributes:
         given_up: slide index -> reason.
@@ -43,13 +43,15 @@ class Verdicts:
         self._struck: dict[int, float] = {}  # slide index -> when a process was lost over it
         self._unexplained = 0
 
-    def acquit(self) -> None:
-        """A batch has come."""
+    def record_batch(self) -> None:
+        """A batch has come, so that workers do not die one after the other."""
         self._unexplained = 0
 
-    def enter(self, lost: Lost) -> None:
-        """A process was lost; raises a UserError when that happens again and again outside any
-        slide.
+    def record_crash(self, lost: Lost) -> None:
+        """A worker crashed or hung.
+
+        Raises:
+            UserError: that happens again and again outside any slide.
         """
         if not lost.reason:  # the batch only waited for that process
             return
@@ -97,22 +99,23 @@ def batches(
     if workers == 0:
         yield from (sequence.batch(span, {}) for span in spans)
         return
-    verdicts, waiting, done = Verdicts(sequence), list(range(len(spans))), dict[int, TileBatch]()
-    with closing(Pool(partial(_read, sequence), min(workers, len(spans)), timeout, AHEAD)) as pool:
+    policy, waiting, done = CrashPolicy(sequence), list(range(len(spans))), dict[int, TileBatch]()
+    readers = [partial(_read, sequence)] * min(workers, len(spans))
+    with closing(Pool(readers, timeout, AHEAD)) as pool:
         for wanted in range(len(spans)):
             while True:
                 # a batch that is read again comes first: the device waits for it
                 while waiting and pool.room and waiting[0] < wanted + AHEAD * workers:
                     number = heapq.heappop(waiting)
-                    pool.submit(number, (spans[number], verdicts.given_up))
+                    pool.submit(number, (spans[number], policy.given_up))
                 if wanted in done:
                     break
                 for number, result in pool.wait():
                     if isinstance(result, Lost):
-                        verdicts.enter(result)
+                        policy.record_crash(result)
                         heapq.heappush(waiting, number)
                     else:
-                        verdicts.acquit()
+                        policy.record_batch()
                         done[number] = _received(result)
             yield done.pop(wanted)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from common.config import REQUIRED, key
+from common.config import REQUIRED, group, key
 from common.device import PRECISIONS, pick_device, pick_precision
 from common.errors import UserError
-from common.processes.isolation import check_workers
+from common.processes.pool import check_workers
+from common.processes.ray_cluster import ENGINE_HELP, ENGINES, RaySettings, import_ray
 from patch_encoder.cohort.shards import Shard
 from patch_encoder.extraction.loop import ExtractSettings
-from patch_encoder.extraction.ray_backend import RaySettings, import_ray
 from patch_encoder.stain.normaliser import KINDS, SCOPES, build_normaliser
 
 
@@ -81,21 +81,8 @@ class FeatureKeys(ExtractionKeys):
     compile: bool = key(
         False, "torch.compile the network: a minute at the start, faster from then on", runtime=True
     )
-    engine: str = key(
-        "local",
-        "this process, or the GPUs and machines of Ray",
-        choices=("local", "ray"),
-        runtime=True,
-    )
-    ray_address: str = key(
-        "",
-        "a running cluster (auto, host:6379); empty: RAY_ADDRESS, else this machine",
-        runtime=True,
-    )
-    ray_workers: int = key(
-        0, "Ray workers; 0: one a GPU, or as many as there are CPUs for", runtime=True
-    )
-    ray_cpus: int = key(0, "CPUs of a Ray worker; 0: one and its decoding processes", runtime=True)
+    engine: str = key("local", ENGINE_HELP, choices=ENGINES, runtime=True)
+    ray: RaySettings = group(RaySettings, "workers of engine=ray")
 
     def settings(self) -> ExtractSettings:
         """The same with what concerns features."""
@@ -106,7 +93,7 @@ class FeatureKeys(ExtractionKeys):
         ray = None
         if self.engine == "ray":
             import_ray()
-            ray = RaySettings(self.ray_address, self.ray_workers, self.ray_cpus or self.workers + 1)
+            ray = self.ray
         compiler = "inductor" if self.compile else ""
         stain = build_normaliser(self.stain, self.stain_target, self.stain_scope)
         return replace(

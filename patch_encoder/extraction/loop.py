@@ -21,9 +21,10 @@ import torch
 
 from common import __version__
 from common.errors import UserError
+from common.processes.ray_cluster import RaySettings
 from common.progress import Progress
-from common.provenance import differences
-from patch_encoder.bags.files import bag_header
+from common.provenance import can_reuse
+from patch_encoder.bags.bag import open_bag
 from patch_encoder.cohort.disk_space import check_room, explain_full_disk
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.labels import find_wanted_slides, locate_slides, read_labels
@@ -31,11 +32,12 @@ from patch_encoder.cohort.shards import Shard
 from patch_encoder.extraction import decoding
 from patch_encoder.extraction.bag_assembly import UNREADABLE, Assembly
 from patch_encoder.extraction.network import Network, PendingFeatures
-from patch_encoder.extraction.ray_backend import RaySettings, Report, work_on_ray
-from patch_encoder.extraction.tile_batches import SlideJob, TileBatch, TileSequence
+from patch_encoder.extraction.ray_backend import Report, work_on_ray
+from patch_encoder.extraction.tile_batches import TileBatch, TileSequence
 from patch_encoder.models.encoders import Encoder
 from patch_encoder.stain.normaliser import Normaliser
 from patch_encoder.tiles.coordinates import Coordinates, read_coordinates, tile_pattern_of
+from patch_encoder.tiles.slide_job import SlideJob
 
 logger = logging.getLogger(__name__)
 STAGE = "extract_features"
@@ -151,9 +153,7 @@ def extract(
     failures = Failures(STAGE, settings.shard.name)
     folder = Path(output) / encoder.name
     jobs = cohort_jobs(slides, coords, labels, failures, settings.shard)
-    todo = [
-        job for job in jobs if settings.overwrite or not is_done(job, encoder, folder, settings)
-    ]
+    todo = [job for job in jobs if not is_done(job, encoder, folder, settings)]
     logger.info(
         "%s: %s: %d slides, %d already done", STAGE, encoder.name, len(jobs), len(jobs) - len(todo)
     )
@@ -168,7 +168,12 @@ def extract(
         )
         bundle = 8 * settings.batch_size
         report = work_on_ray(
-            todo, work, settings.ray, on_cuda=settings.device.type == "cuda", least_tiles=bundle
+            todo,
+            work,
+            settings.ray,
+            cpus=settings.workers + 1,  # its decoding processes and itself
+            on_cuda=settings.device.type == "cuda",
+            least_tiles=bundle,
         )
     for row in report.failures:
         failures.add(row["slide"], row["error"])
@@ -212,23 +217,21 @@ def encode_slides(
 
 
 def is_done(job: SlideJob, encoder: Encoder, folder: Path, settings: ExtractSettings) -> bool:
-    """Whether the slide's bag is there and holds what would be written; UserError when it holds
-    something else.
+    """Whether the slide's bag is there and holds what would be written.
+
+    Raises:
+        UserError: it holds something else, or lacks more tiles than `settings` allow.
     """
     path = folder / "h5_files" / f"{job.slide_id}.h5"
-    if not path.is_file():
+    if settings.overwrite or not path.is_file():
         return False
-    (count, dim), attributes = bag_header(path)
+    bag = open_bag(path)
+    (count, dim), attributes = bag.shape, bag.attributes
     tiles, unreadable = len(job.coordinates.coords), int(attributes.get(UNREADABLE, 0))
     expected = bag_provenance(encoder, job.coordinates, settings)
     found = {name: attributes.get(name) for name in COMPARED} | {"shape": [count + unreadable, dim]}
     wanted = {name: expected.get(name) for name in COMPARED} | {"shape": [tiles, encoder.dim]}
-    if found != wanted:
-        changed = differences(found, wanted)
-        raise UserError(
-            f"{path}: holds features of another provenance: {changed}; choose another output or "
-            "set overwrite=true"
-        )
+    can_reuse(path, lambda: found, wanted, "features of another provenance")
     if unreadable > settings.max_bad_tiles * tiles:
         raise UserError(
             f"{path}: expected at most {settings.max_bad_tiles:g} of the tiles missing, found "

@@ -6,7 +6,6 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,26 +13,17 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.processes.isolation import alive
+from common.processes.pool import heartbeat
 from patch_encoder.slides import RegionError, Slide, SlideError, open_slide
 from patch_encoder.stain.normaliser import Normaliser
 from patch_encoder.stain.slide_stains import SlideStains
-from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
+from patch_encoder.tiles.coordinates import TileGeometry
 from patch_encoder.tiles.grid import read_tile
+from patch_encoder.tiles.slide_job import SlideJob
 
 logger = logging.getLogger(__name__)
 Place = Callable[..., Tensor]  # (shape, dtype=) -> memory for a batch
 OPEN_SLIDES = 4  # handles a worker keeps
-
-
-@dataclass(frozen=True)
-class SlideJob:
-    """One slide to be encoded: where it lies, its tiles, its resolution if the user gave one."""
-
-    slide_id: str
-    path: Path
-    coordinates: Coordinates
-    mpp: float | None
 
 
 class BadTile(NamedTuple):
@@ -125,7 +115,7 @@ class TileSequence:
     def _read(self, index: int, number: int) -> np.ndarray:
         coordinates = self.jobs[index].coordinates
         x, y = coordinates.coords[number]
-        alive(index, number)
+        heartbeat(index, number)
         return read_tile(self._slide(index), coordinates.geometry, int(x), int(y))
 
     def batch(

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Shaped, UInt8
 from PIL import Image
 
-from common.processes.isolation import alive
+from common.processes.pool import heartbeat
 from patch_encoder.slides.base import RegionError, Slide
 from patch_encoder.slides.damage import CELL, Damage
 from patch_encoder.slides.reduced_jpeg import ReducedJpeg
@@ -173,7 +173,7 @@ class _Reader:
         self.out[top:bottom, left:right] = np.asarray(small)
 
     def paint(self, box: Box) -> None:
-        alive()
+        heartbeat()
         x, y, part = self.place(box)
         side = math.ceil(round(max(part[2], part[3]), 6))
         downsample = self.slide.downsamples[self.level]
@@ -187,7 +187,7 @@ class _Reader:
         self.put(box, pixels, part)
 
     def paint_reduced(self, box: Box, source: ReducedJpeg) -> None:
-        alive()
+        heartbeat()
         x, y, part = self.place(box, source.factor)
         try:
             pixels = source.cut(x, y, x + math.ceil(part[2]), y + math.ceil(part[3]))
@@ -211,7 +211,7 @@ class _Reader:
         rows, cols = self.cells.shape
         for row, col in _cells(x, y, side, rows, cols):
             left, top = col * CELL, row * CELL
-            alive()
+            heartbeat()
             try:
                 pixels = self.slide.read(
                     round(left * downsample), round(top * downsample), CELL, self.level
@@ -229,8 +229,8 @@ class _Reader:
 
 
 def reduce_by_area(
-    values: Shaped[np.ndarray, n * rest], edges: Float64[np.ndarray, " bins"]
-) -> Float32[np.ndarray, _ * rest]:
+    values: Shaped[np.ndarray, " n *rest"], edges: Float64[np.ndarray, " bins"]
+) -> Float32[np.ndarray, " _ *rest"]:
     """Means between consecutive edges along the first axis, float32; a value that an edge cuts
     counts in part.
     """

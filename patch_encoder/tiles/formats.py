@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from common.errors import UserError
+from common.files import sha256_bytes, sha256_file
 from patch_encoder.slides.base import Slide
 from patch_encoder.slides.resolution import REMEDY
 from patch_encoder.tiles.coordinates import (
@@ -407,20 +408,17 @@ def detect_layout(path: Path) -> str:
     )
 
 
-def read_content(path: Path) -> Any:
-    """What a coordinates file says, to compare two of them: no places, no storage details; None
-    when it is broken.
+def describe_content(path: Path) -> dict[str, Any]:
+    """What a coordinates file says, to compare two of them: its attributes and a digest of its
+    corners, without the places and the storage that it names.
     """
     if path.suffix != ".h5":
-        return path.read_bytes()
+        return {"sha256": sha256_file(path)}
     try:
         with h5py.File(path, "r") as file:
             attributes = {**file.attrs, **file["coords"].attrs}
-            kept = {
-                name: np.ravel(value).tolist()
-                for name, value in attributes.items()
-                if name not in PATHS
-            }
-            return kept, file["coords"][()].tolist()
+            corners = file["coords"][()].tolist()
     except (OSError, KeyError):
-        return None
+        return {"readable": False}
+    values = {name: np.ravel(v).tolist() for name, v in attributes.items() if name not in PATHS}
+    return values | {"corners": sha256_bytes(json.dumps(corners).encode())}

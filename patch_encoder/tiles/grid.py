@@ -15,7 +15,7 @@ from jaxtyping import Int
 from PIL import Image
 
 from common.errors import UserError
-from common.processes.isolation import alive
+from common.processes.pool import heartbeat
 from patch_encoder.slides.base import Slide
 from patch_encoder.slides.resolution import REMEDY
 from patch_encoder.tiles.coordinates import TileGeometry
@@ -158,7 +158,7 @@ def read_tile(slide: Slide, where: TileGeometry | Mapping[str, Any], x: int, y: 
         if isinstance(where, TileGeometry)
         else TileGeometry.from_attributes(where, slide.slide_id)
     )
-    alive()
+    heartbeat()
     tile = slide.read(int(x), int(y), geometry.patch_size, geometry.patch_level)
     if geometry.patch_size == geometry.target_size:
         return tile

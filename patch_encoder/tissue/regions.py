@@ -5,7 +5,6 @@ from __future__ import annotations
 import cv2
 import numpy as np
 from jaxtyping import Bool
-from scipy import ndimage
 
 ROWS = 2048  # rows of distances in memory at a time
 
@@ -34,6 +33,8 @@ def label_parts(mask: Bool[np.ndarray, "h w"], corners: bool = False) -> tuple[n
     """(number of the connected part of each pixel, 0 for none; how many there are); `corners` join
     parts, too.
     """
+    from scipy import ndimage  # a while to load
+
     labels = np.empty(mask.shape, dtype=np.int32)
     count = ndimage.label(mask, structure=np.ones((3, 3)) if corners else None, output=labels)
     assert isinstance(count, int)

@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Bool, UInt8
-from scipy import ndimage
-from skimage.color import rgb2hsv
-from skimage.filters import threshold_otsu
 
 from patch_encoder.tissue.regions import close_mask, filter_by_area
 from patch_encoder.tissue.settings import TissueSettings
@@ -22,6 +19,8 @@ ROWS = 256  # rows converted at a time: rgb2hsv needs several float64 copies of 
 
 def compute_saturation(overview: UInt8[np.ndarray, "h w 3"]) -> np.ndarray:
     """HSV saturation, float64 (h, w) in [0, 1]."""
+    from skimage.color import rgb2hsv  # a while to load
+
     bands = (rgb2hsv(overview[top : top + ROWS])[..., 1] for top in range(0, len(overview), ROWS))
     return np.concatenate(list(bands))
 
@@ -30,6 +29,9 @@ def threshold_saturation(
     overview: UInt8[np.ndarray, "h w 3"], mpp: float, settings: TissueSettings
 ) -> Bool[np.ndarray, "h w"]:
     """Threshold and closing; parts of any size are kept."""
+    from scipy import ndimage  # a while to load
+    from skimage.filters import threshold_otsu
+
     saturation = ndimage.median_filter(
         compute_saturation(overview), size=max(1, round(settings.median / mpp))
     )

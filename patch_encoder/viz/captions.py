@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-import matplotlib
 from PIL import ImageDraw, ImageFont
 
 INK, QUIET = (30, 38, 46), (100, 110, 120)
@@ -20,6 +19,8 @@ def load_caption_font(size: int | float) -> Font:
     """DejaVu Sans, which matplotlib brings along: Pillow's own font has neither µ nor accents,
     Greek or Cyrillic.
     """
+    import matplotlib  # loads for a second
+
     return ImageFont.truetype(
         Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size
     )

@@ -4,24 +4,23 @@ variant beats.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import colormaps, rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from common.files import atomic_path, read_json
-from mil.figures.report import STYLE
+from common.figures import PALETTE, data_uri, new_figure, save_figure, styled
+from common.files import read_json
 from studies.ablations.rows import point_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SPREAD = (
     0.012  # of the axis, between points of one speed: adapters and losses change no tile's time
 )
+FRONT = PALETTE[1]  # colour of the front that no variant beats
 MARKERS = {"variant": "o", "teacher": "D", "reference": "s"}
 
 
@@ -37,8 +36,12 @@ def places(speeds: np.ndarray, width: float) -> np.ndarray:
     return np.exp(shifted)
 
 
+@styled()
 def draw_ablation(path: Path, rows: Sequence[Mapping[str, Any]], model: str) -> None:
     """Write the picture as PNG; rows without AUC or speed are not in it."""
+    from matplotlib import colormaps
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
     shown = [row for row in rows if point_of(row, model) is not None]
     points = np.array([point_of(row, model) for row in shown]).reshape(-1, 2)
     reach = np.log(points[:, 0].max() / points[:, 0].min()) or 1.0
@@ -49,29 +52,26 @@ def draw_ablation(path: Path, rows: Sequence[Mapping[str, Any]], model: str) -> 
         for i, factor in enumerate(f for f in factors if f != "default")
     }
     colours |= {"default": "black", "teacher": "black", "reference": "#777777"}
-    with rc_context(STYLE):
-        figure = Figure(figsize=(9.0, 5.2), layout="constrained")
-        axes = figure.add_subplot()
-        named: set[str] = set()
-        for row, place, (_, auc) in zip(shown, x, points, strict=True):
-            _point(axes, row, place, auc, model, colours[row["factor"]], named)
-        _front(
-            axes,
-            [(place, row, point[1]) for row, place, point in zip(shown, x, points, strict=True)],
-        )
-        axes.set(
-            xscale="log",
-            xlabel="tiles per second, decoding included",
-            ylabel=f"AUC ({model}), 95 % interval",
-        )
-        axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.grid(color="#eeeeee")
-        axes.set_axisbelow(True)
-        figure.legend(loc="outside right upper", frameon=False, title="differs from default in")
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=150, metadata={"Software": None})
+    figure = new_figure(9.0, 5.2)
+    axes = figure.add_subplot()
+    named: set[str] = set()
+    for row, place, (_, auc) in zip(shown, x, points, strict=True):
+        _point(axes, row, place, auc, model, colours[row["factor"]], named)
+    _front(
+        axes,
+        [(place, row, point[1]) for row, place, point in zip(shown, x, points, strict=True)],
+    )
+    axes.set(
+        xscale="log",
+        xlabel="tiles per second, decoding included",
+        ylabel=f"AUC ({model}), 95 % interval",
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid()
+    figure.legend(loc="outside right upper", title="differs from default in")
+    save_figure(figure, path)
 
 
 def read_ablation(folder: Path) -> dict[str, Any]:
@@ -79,8 +79,7 @@ def read_ablation(folder: Path) -> dict[str, Any]:
     data URI.
     """
     content = read_json(folder / "ablation.json", "a table of studies.ablation_table")
-    picture = base64.b64encode((folder / "ablation.png").read_bytes()).decode()
-    return {**content, "picture": f"data:image/png;base64,{picture}"}
+    return {**content, "picture": data_uri((folder / "ablation.png").read_bytes(), "png")}
 
 
 def _point(
@@ -120,7 +119,7 @@ def _front(axes: Axes, points: Sequence[tuple[float, Mapping[str, Any], float]])
     if front:
         axes.plot(
             *zip(*front, strict=True),
-            color="#d1495b",
+            color=FRONT,
             linewidth=1.2,
             linestyle="--",
             label="Pareto front",
@@ -130,7 +129,7 @@ def _front(axes: Axes, points: Sequence[tuple[float, Mapping[str, Any], float]])
             *zip(*front, strict=True),
             "o",
             color="none",
-            markeredgecolor="#d1495b",
+            markeredgecolor=FRONT,
             markersize=13,
             markeredgewidth=1.4,
         )

@@ -119,6 +119,7 @@ def test_what_is_wrong_is_not_timed(inputs: Inputs, place: int | None, what: str
         check("classic", Contestant(wrong), inputs)
 
 
+@pytest.mark.process
 def test_the_kernels_of_the_benchmark_compile(tmp_path: Path) -> None:
     if find_nvcc()[0] is None:
         pytest.skip(find_nvcc()[1])

@@ -79,6 +79,7 @@ def test_time_against_tiles_has_a_row_for_each_size() -> None:
     )
 
 
+@pytest.mark.process
 def test_memory_is_measured_in_a_child(root: Path) -> None:
     found = {}
     for name in ("dense", "sparse"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.ema import moving_average
+from common.ema import moving_average, update_teacher
 from common.errors import UserError
 
 
@@ -37,3 +37,15 @@ def test_off_and_out_of_range() -> None:
     for decay in (1.0, -0.1):
         with pytest.raises(UserError, match="expected a decay"):
             moving_average(nn.Linear(1, 1), decay)
+
+
+def test_teacher_follows_the_student_by_its_decay_and_keeps_its_buffers() -> None:
+    teacher, student = nn.BatchNorm1d(2).requires_grad_(False), nn.BatchNorm1d(2)
+    with torch.no_grad():
+        student.weight.fill_(3.0)
+        student.running_mean.fill_(5.0)
+    update_teacher(teacher, student, 0.75)
+    torch.testing.assert_close(teacher.weight, torch.full((2,), 0.75 * 1 + 0.25 * 3))
+    assert not teacher.running_mean.any() and student.weight[0] == 3.0
+    update_teacher(teacher, student, 1.0)
+    torch.testing.assert_close(teacher.weight, torch.full((2,), 1.5))

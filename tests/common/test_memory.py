@@ -15,6 +15,7 @@ import pytest
 from common.memory import free_memory, peak_memory
 
 
+@pytest.mark.process
 def test_peak_of_a_small_child_of_a_large_parent(root: Path) -> None:
     large = np.ones(40_000_000)  # 320 MB, all of it touched
     code = (
@@ -71,6 +72,7 @@ def page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_large_blocks_are_reused(root: Path) -> None:
     code = (

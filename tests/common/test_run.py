@@ -71,6 +71,7 @@ def test_checkpoints_of_unknown_origin_are_not_taken_over(tmp_path: Path) -> Non
     torch.save({}, tmp_path / "checkpoint_last.pt")
     with pytest.raises(UserError, match="unknown origin"):
         start(tmp_path, Config())
+    assert not start(tmp_path, Config(), overwrite=True).last.is_file(), "nothing to go on from"
 
 
 def test_run_writes_what_the_contract_names(tmp_path: Path) -> None:

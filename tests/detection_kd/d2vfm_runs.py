@@ -70,7 +70,7 @@ def arguments(pairs_root: Path, backbone_path: Path, output: Path, *extra: str) 
     return [
         *base,
         "precision=fp32",
-        "val_share=0.25",
+        "val_fraction=0.25",
         "scales=[1.0,0.75]",
         "epochs=3",
         "pictures=false",

@@ -13,8 +13,7 @@ import torch
 from common.checkpoint import load_tensors
 from detection_kd.models.backbone import load_backbone
 from detection_kd.models.student import load_student, student_encoder
-from tests.detection_kd.d2vfm_runs import DIM, arguments, train
-from tests.helpers import kill_when, line_count, run_two_processes
+from tests.detection_kd.d2vfm_runs import DIM, train
 
 STILL = ("augment=false", "scales=[1.0]", "cache=true")
 EVERYTHING = [
@@ -99,63 +98,6 @@ def test_the_moving_average_is_what_is_validated_and_kept(
     assert names and all(
         torch.equal(best["model"][name], frozen[name.removeprefix("backbone.")]) for name in names
     )
-
-
-def test_average_and_trained_stage_resume_bit_for_bit(
-    pairs_root: Path, backbone_path: Path, tmp_path: Path
-) -> None:
-    settings = [*EVERYTHING, "epochs=3"]
-    assert train(pairs_root, backbone_path, tmp_path / "whole", *settings) == 0
-    cut = arguments(pairs_root, backbone_path, tmp_path / "cut", *settings)
-    kill_when(
-        lambda: line_count(tmp_path / "cut" / "metrics.jsonl") >= 1, "detection_kd.train_d2vfm", cut
-    )
-    assert train(pairs_root, backbone_path, tmp_path / "cut", *settings) == 0
-    whole, again = (
-        load_tensors(tmp_path / name / "checkpoint_last.pt", "a checkpoint")
-        for name in ("whole", "cut")
-    )
-    for part in ("model", "average"):
-        assert all(torch.equal(value, again[part][name]) for name, value in whole[part].items())
-    assert (tmp_path / "cut" / "metrics.jsonl").read_text() == (
-        tmp_path / "whole" / "metrics.jsonl"
-    ).read_text()
-    assert (tmp_path / "cut" / "results.json").read_text() == (
-        tmp_path / "whole" / "results.json"
-    ).read_text()
-
-
-def test_two_processes_see_the_whole_batch(
-    pairs_root: Path, backbone_path: Path, tmp_path: Path
-) -> None:
-    """Terms of pairs and triplets over both processes' tiles, with the gradient of one process; the
-    cache filled by both.
-    """
-    settings = [
-        *STILL,
-        "batch_size=6",
-        "loss_weight=0.05",
-        "extra.distance=1",
-        "extra.contrastive=1",
-        "ema=0.5",
-    ]
-    assert (
-        train(pairs_root, backbone_path, tmp_path / "one", *settings, f"cache_dir={tmp_path}/first")
-        == 0
-    )
-    shared = [*settings, f"cache_dir={tmp_path}/second"]
-    run_two_processes(
-        "detection_kd.train_d2vfm", arguments(pairs_root, backbone_path, tmp_path / "two", *shared)
-    )
-    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
-    for name in ("loss", "loss_mse", "loss_distance", "loss_contrastive", "cosine", "r2"):
-        assert [line[name] for line in one] == pytest.approx(
-            [line[name] for line in two], rel=1e-3
-        ), name
-    caches = [sorted((tmp_path / folder).iterdir()) for folder in ("first", "second")]
-    assert [path.name for path in caches[0]] == [path.name for path in caches[1]] and len(
-        caches[0]
-    ) == 2
 
 
 def test_checkpoints_of_the_first_form_are_read(

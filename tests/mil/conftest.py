@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-import mil.benchmark as benchmark
-from patch_encoder.bags.files import write_bag
+from mil.training import training_pool
+from patch_encoder.bags.writer import write_bag
 
 SIDE = 16
 
@@ -54,7 +54,7 @@ def failing_training(
     """`with failing_training("max/seed1_fold1", "out of memory"):` one training of the benchmark
     raises, the others run.
     """
-    train = benchmark.run_job
+    train = training_pool.run_job
 
     @contextmanager
     def failing(place: str, error: str) -> Iterator[None]:
@@ -64,7 +64,7 @@ def failing_training(
             return train(job, run, world)
 
         with monkeypatch.context() as patch:
-            patch.setattr(benchmark, "run_job", run_job)
+            patch.setattr(training_pool, "run_job", run_job)
             yield
 
     return failing

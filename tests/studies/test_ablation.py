@@ -17,6 +17,8 @@ from patch_encoder import extract_features, tile_slides
 from tests.detection_kd.d2vfm_runs import write_backbone
 from tests.helpers import ROOT, make_cohort
 
+pytestmark = pytest.mark.process
+
 GRID = "factors={adapter: [p], K: [{rank.top_k: 0}]}"  # no tiles: refused by the ranking
 SMALL = [
     "rank=[subset=,training.epochs=2,training.min_epochs=1]",

@@ -127,7 +127,7 @@ def test_other_runs_share_the_files(
     assert counted == [probes, 24]
     stamps = [path.stat().st_mtime_ns for path in files(tmp_path)]
     counted.clear()
-    others = ["adapter=ln", "loss=cosine", "seed=7", "ema=0.9", "val_share=0.5"]
+    others = ["adapter=ln", "loss=cosine", "seed=7", "ema=0.9", "val_fraction=0.5"]
     assert cached(pairs_root, backbone_path, tmp_path / "second", *others) == 0
     assert counted == [probes] and [path.stat().st_mtime_ns for path in files(tmp_path)] == stamps
     counted.clear()

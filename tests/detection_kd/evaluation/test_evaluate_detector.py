@@ -197,6 +197,7 @@ def test_finished_work_is_left_alone_and_other_settings_refused(
     )  # those of the other settings are gone
 
 
+@pytest.mark.process
 def test_two_processes_give_the_same_files(folder: Path, finished: Path, tmp_path: Path) -> None:
     run_two_processes("detection_kd.evaluate_detector", keys(folder, tmp_path / "two"))
     one, two = (read(path / "predictions.json") for path in (finished, tmp_path / "two"))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from common.distributed import gather_rows
@@ -13,6 +14,7 @@ from tests.detection_kd.losses.gathered_gradient import inputs, loss
 from tests.helpers import run_two_processes
 
 
+@pytest.mark.process
 def test_two_processes_have_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
     layer, x, teacher = inputs()
     rows = layer(x)

@@ -29,7 +29,8 @@ from detection_kd.models.student import load_student
 from mil import rank_patches
 from mil.datasets.bags import bags_digest
 from patch_encoder import extract_features, tile_slides
-from patch_encoder.bags.files import bag_files, read_bag
+from patch_encoder.bags.bag import read_bag
+from patch_encoder.bags.paths import list_bags
 from patch_encoder.models import encoder_table
 from patch_encoder.models.backbones import initialise
 from patch_encoder.models.encoder_table import ENCODERS, EncoderRow
@@ -209,7 +210,7 @@ def walk_the_road(cohort: Path, out: Path, name: str, weights: Path) -> None:
     ]
     training += [
         "batch_size=4",
-        "val_share=0.3",
+        "val_fraction=0.3",
         f"online_teacher={name}",
         f"teacher_weights={weights}",
         *cpu,
@@ -235,16 +236,16 @@ def test_a_published_teacher_reaches_the_student(
 
 def check_chain(cohort: Path, out: Path, name: str, weights: Path, width: int) -> None:
     """Widths, and that every stage names the one before it."""
-    encoder, files = build_encoder(name, str(weights)), bag_files(out / "features" / name)
+    encoder, files = build_encoder(name, str(weights)), list_bags(out / "features" / name)
     assert encoder.dim == width and len(files) == 4
     for bag in map(read_bag, files.values()):
-        assert bag.features.shape[1] == width and bag.features.std(axis=0).mean() > 0
+        assert bag.features.shape[1] == width and bag.features.std(0).mean() > 0
         assert (bag.attributes["encoder"], bag.attributes["weights_sha256"]) == (
             name,
             encoder.provenance["weights_sha256"],
         )
         if ENCODERS[name].normalise:
-            assert np.allclose(np.linalg.norm(bag.features, axis=1), 1, atol=1e-4)
+            assert np.allclose(np.linalg.norm(bag.features.numpy(), axis=1), 1, atol=1e-4)
     stamp, packed = (
         json.loads((out / "set" / "distillation.json").read_text()),
         Pack(out / "set.h5"),

@@ -17,6 +17,8 @@ from detection_kd.ops.compiled import OPS
 from detection_kd.ops.reference import ms_deform_attn_reference
 from tests.cuda_on_host import build_for_host
 
+pytestmark = pytest.mark.process
+
 MAX_LEVELS = 16
 Inputs = tuple[Tensor, Tensor, Tensor]
 ENTRY = """

@@ -238,6 +238,7 @@ print("one graph")
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiles_in_one_graph(device: str, root: Path) -> None:
     # a process of its own: the shape checks of this suite wrap every function in what torch.compile
@@ -438,6 +439,7 @@ def test_the_door_says_once_why_it_takes_the_reference(
         takes_compiled("cpu")
 
 
+@pytest.mark.process
 def test_building_again_from_anywhere_does_nothing(tmp_path: Path, root: Path) -> None:
     library = library_path(OPS, "cpu")
     before = library.stat().st_mtime_ns

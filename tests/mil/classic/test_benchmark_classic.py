@@ -240,7 +240,7 @@ def test_other_settings_are_refused_unless_overwritten(
         ("methods=[]", "methods: unknown"),
         ("repeats=0", "repeats=0"),
         ("folds=1", "folds=1"),
-        ("batch=0", "batch=0"),
+        ("batch_size=0", "batch_size=0"),
         ("epochs=-1", "epochs=-1"),
     ],
 )
@@ -259,7 +259,7 @@ def test_every_network_trains_on_bags_of_one(data: Path, tmp_path: Path, method:
     assert (tmp_path / "a" / "runs" / "musk2" / method / "repeat_0.json").is_file()
     for name in RATES:
         recipe = recipe_of(method, name, 16, 0)
-        assert (recipe.epochs, recipe.batch) == (80 if method == "dsmil" else 50, 16)
+        assert (recipe.epochs, recipe.batch_size) == (80 if method == "dsmil" else 50, 16)
     if method != "dsmil":  # an L2 penalty of l ||w||^2 decays the weights by 2 l
         assert (
             recipe_of(method, "musk2", 1, 0).lr,
@@ -289,6 +289,7 @@ def test_the_bar():
     assert accuracy(np.array([True, False, True]), masks) == pytest.approx(0.75)
 
 
+@pytest.mark.process
 def test_a_killed_run_goes_on(real_data: Path, tmp_path: Path):
     """The real Musk1, two repeats' worth of ABMIL far above chance, after a kill."""
     arguments = [

@@ -20,8 +20,10 @@ from mil.classic.vmap_training import (
 from mil.models import ABMIL, DSMIL, forward_bags
 
 COUNT, FOLDS, DIM = 12, 3, 5
-SGD = StackedRecipe("sgd", lr=0.02, weight_decay=0.1, beta1=0.9, decay=1e-2, epochs=3, batch=4)
-ADAM = StackedRecipe("adam", lr=5e-3, weight_decay=0.1, beta1=0.5, beta2=0.9, epochs=3, batch=4)
+SGD = StackedRecipe("sgd", lr=0.02, weight_decay=0.1, beta1=0.9, decay=1e-2, epochs=3, batch_size=4)
+ADAM = StackedRecipe(
+    "adam", lr=5e-3, weight_decay=0.1, beta1=0.5, beta2=0.9, epochs=3, batch_size=4
+)
 
 
 def problem() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
@@ -67,7 +69,7 @@ def one_by_one(kind: str, recipe: StackedRecipe) -> torch.Tensor:
             )
         generator, seen = torch.Generator().manual_seed(7), 0
         for epoch in range(recipe.epochs):
-            for chosen in torch.randperm(COUNT, generator=generator).split(recipe.batch):
+            for chosen in torch.randperm(COUNT, generator=generator).split(recipe.batch_size):
                 own = [i for i in chosen.tolist() if mine[i]]
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.rate(epoch, seen)

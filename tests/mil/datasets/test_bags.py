@@ -17,12 +17,11 @@ import torch
 
 from common.distributed import World
 from common.errors import UserError
-from mil.datasets.bags import bags_digest, find_bags, load_bags, memory_of, usable_bags
+from mil.datasets.bags import Sample, bags_digest, find_bags, load_bags, memory_of, usable_bags
 from mil.models import Standardised, build
-from mil.training.engine import Recipe, Sample, Smoother, draws, predict, train_one_epoch
+from mil.training.engine import Recipe, Smoother, draws, predict, train_one_epoch
 from mil.training.prefetch import prefetch
-from patch_encoder.bags.bag import StoredBag, open_bag
-from patch_encoder.bags.files import read_bag
+from patch_encoder.bags.bag import make_bag, open_bag, read_bag
 
 CPU = World(0, 1, torch.device("cpu"))
 ROWS = np.random.default_rng(0).normal(size=(30, 5)).astype(np.float16)
@@ -81,7 +80,7 @@ def test_every_layout_is_read_whole_by_rows_and_by_blocks(tmp_path: Path, layout
     assert [len(part) for part in parts] == [8, 8, 8, 6] and torch.equal(
         torch.cat(parts).float(), expected
     )
-    assert torch.equal(torch.from_numpy(read_bag(path).features), expected)
+    assert torch.equal(read_bag(path).read(), expected)
     if not layout.startswith("pt") or layout == "pt_dict":
         assert bag.coords is not None and bag.coords.tolist()[1] == [2, 3]
 
@@ -142,15 +141,12 @@ def test_memory_budget_decides_where_and_nothing_else(
     results = []
     for memory, held in ((10**9, 6), (2 * size, 2), (0, 0)):
         bags = load_bags(files, memory)
-        assert sum(isinstance(x, torch.Tensor) for x in bags.features.values()) == held
-        samples = [
-            Sample(slide, x, bags.coords[slide], i % 2)
-            for i, (slide, x) in enumerate(bags.features.items())
-        ]
+        assert sum(bag.features is not None for bag in bags.values()) == held
+        samples = [Sample(slide, bag, i % 2) for i, (slide, bag) in enumerate(bags.items())]
         torch.manual_seed(0)
         model = build("abmil", 8, 2, standardize=True)
         assert isinstance(model, Standardised)
-        model.fit([sample.features for sample in samples])
+        model.fit([sample.bag for sample in samples])
         recipe = Recipe(max_tiles=5)
         loss = train_one_epoch(
             model,
@@ -174,7 +170,8 @@ def test_memory_of_a_process(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_drawn_tiles_are_new_in_every_epoch_and_the_same_again(tmp_path: Path):
-    bag, small = Sample("a", torch.zeros(30, 5), None, 0), Sample("b", torch.zeros(4, 5), None, 1)
+    bag = Sample("a", make_bag(torch.zeros(30, 5)), 0)
+    small = Sample("b", make_bag(torch.zeros(4, 5)), 1)
 
     def drawn(seed: int) -> list:
         return [
@@ -206,7 +203,7 @@ def test_bags_on_disk_are_loaded_ahead_in_order_and_errors_arrive(tmp_path: Path
                 raise UserError("slide 3 has gone")
             return super().load(tiles)
 
-    samples = [Watched(str(i), stored, None, 0) for i in range(5)]
+    samples = [Watched(str(i), stored, 0) for i in range(5)]
     seen = []
     with pytest.raises(UserError, match="slide 3 has gone"):
         for sample, (features, _) in prefetch([(sample, None) for sample in samples], CPU.device):
@@ -217,7 +214,7 @@ def test_bags_on_disk_are_loaded_ahead_in_order_and_errors_arrive(tmp_path: Path
                 time.sleep(0.001)  # the next two come while this one is held
             assert len(threads) >= min(len(seen) + 2, 4)
     assert seen == ["0", "1", "2"] and threading.main_thread() not in threads
-    assert isinstance(samples[0].features, StoredBag)
+    assert samples[0].bag.features is None
 
 
 def test_smoothed_selection_is_a_moving_average():

@@ -31,7 +31,8 @@ from mil.datasets.detections import (
     tile_channels,
 )
 from mil.datasets.split_files import stored_splits
-from patch_encoder.bags.files import read_bag, write_bag
+from patch_encoder.bags.bag import read_bag
+from patch_encoder.bags.writer import write_bag
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
 from tests.mil.conftest import SIDE, geometry
 
@@ -311,7 +312,7 @@ def test_bags_with_channels_go_through_the_benchmark(cohort: Path, tmp_path: Pat
     )
     assert after.coords is not None and np.array_equal(after.coords, before.coords)
     found = read_detections(cohort / "found" / "coco" / "s01.json")
-    assert np.array_equal(after.features[:, 8:], tile_channels(found, before.coords, SIDE))
+    assert np.array_equal(after.features[:, 8:], tile_channels(found, before.coords.numpy(), SIDE))
     with h5py.File(tmp_path / "new" / "h5_files" / "s01.h5") as file:
         attributes = dict(file["features"].attrs)
     assert (

@@ -16,7 +16,7 @@ from mil.datasets.bags import bags_digest, find_bags, load_bags
 from mil.datasets.labels import LabelledSlides, read_labelled_slides
 from mil.datasets.split_files import write_splits
 from mil.datasets.splits import SETS, Split, carve, check_split, make_splits, split_values
-from patch_encoder.bags.files import write_bag
+from patch_encoder.bags.writer import write_bag
 from patch_encoder.cohort.labels import SlideRecord
 
 
@@ -175,9 +175,9 @@ def test_missing_bags_come_in_one_line(make_cohort, caplog: pytest.LogCaptureFix
 def test_bags_are_loaded_as_float32_with_their_corners(make_cohort):
     files = find_bags(make_cohort(slides=4, dim=5) / "bags", ["s03", "s00"])
     bags = load_bags(files)
-    assert list(bags.features) == ["s03", "s00"] and bags.dim == 5
-    assert bags.features["s00"].shape == (12, 5) and bags.features["s00"].dtype == torch.float32
-    assert bags.coords["s00"].shape == (12, 2) and bags.attributes["s00"]["patch_size_level0"] == 16
+    assert list(bags) == ["s03", "s00"] and bags["s00"].shape == (12, 5)
+    assert bags["s00"].read().shape == (12, 5) and bags["s00"].read().dtype == torch.float32
+    assert bags["s00"].coords.shape == (12, 2) and bags["s00"].tiling["patch_size_level0"] == 16
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_digest_follows_the_bags_not_their_place(make_cohort, tmp_path: Path):
     before = bags_digest(files)
     shutil.copytree(folder, tmp_path / "copy")
     assert bags_digest(find_bags(tmp_path / "copy", ["s01", "s00"])) == before
-    bag = load_bags(files).features["s01"].numpy()
+    bag = load_bags(files)["s01"].read().numpy()
     bag[2, 3] += 1
-    write_bag(files["s01"], bag, load_bags(files).coords["s01"].numpy(), {})
+    write_bag(files["s01"], bag, load_bags(files)["s01"].coords, {})
     assert bags_digest(files) != before

@@ -15,7 +15,7 @@ from common.config import load_config
 from mil.benchmark import Config, main
 from mil.datasets.bags import load_bags
 from mil.models import build
-from patch_encoder.bags.files import write_bag
+from patch_encoder.bags.writer import write_bag
 
 
 def write_musk(source: Path, root: Path) -> int:
@@ -77,15 +77,12 @@ def test_feature_bags_of_another_project_are_read(real_data: Path):
     if len(files) != 2:
         pytest.skip(f"{real_data}/mopadi_features not found")
     bags = load_bags(files)
-    assert {slide: tuple(x.shape) for slide, x in bags.features.items()} == {
+    assert {slide: bag.shape for slide, bag in bags.items()} == {
         "TCGA-3X-AAVA-01Z-00-DX1": (180, 512),
         "TCGA-AD-6964-01Z-00-DX1": (777, 512),
     }
-    assert bags.coords["TCGA-3X-AAVA-01Z-00-DX1"] is None and bags.coords[
-        "TCGA-AD-6964-01Z-00-DX1"
-    ].shape == (777, 2)
+    assert bags["TCGA-3X-AAVA-01Z-00-DX1"].coords is None
+    assert bags["TCGA-AD-6964-01Z-00-DX1"].coords.shape == (777, 2)
     with torch.no_grad():
-        outputs = [
-            build("abmil", bags.dim, 2)(x, bags.coords[slide]) for slide, x in bags.features.items()
-        ]
+        outputs = [build("abmil", 512, 2)(bag.read(), bag.coords) for bag in bags.values()]
     assert [len(output.attention) for output in outputs] == [180, 777]

@@ -171,8 +171,9 @@ def test_the_script_makes_once_and_never_remakes(
     assert len(before) == 3 * 3 + 1
     assert run_script(make_splits.main, make_splits.Config, arguments) == 0
     assert run_script(make_splits.main, make_splits.Config, [*arguments, "seed=7"]) == 2
-    assert "found others (splits_0.csv differs)" in capsys.readouterr().err
+    assert "splits=<folder> uses as they are: splits_0.csv '" in capsys.readouterr().err
     assert run_script(make_splits.main, make_splits.Config, [*arguments, "folds=4"]) == 2
+    assert "splits_3.csv nothing -> '" in capsys.readouterr().err
     assert {
         path: (path.read_bytes(), path.stat().st_mtime_ns) for path in output.iterdir()
     } == before

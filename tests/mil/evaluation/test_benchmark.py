@@ -17,16 +17,15 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-import mil.benchmark as benchmark
 from common.cli import run as run_script
 from common.config import load_config
 from common.errors import UserError
-from common.processes.workers import run_all
 from mil.benchmark import Config, main
 from mil.evaluation.runs import number, text_table
-from patch_encoder.bags.files import read_bag, write_bag
+from mil.training import training_pool
+from patch_encoder.bags.bag import read_bag
+from patch_encoder.bags.writer import write_bag
 from tests.helpers import ROOT
-from tests.mil.evaluation.light_jobs import dies_on, leaves_its_device, loses_its_gpu
 
 TABLES = ("results.csv", "summary.csv", "predictions.csv", "summary.json", "splits/splits_0.csv")
 
@@ -146,6 +145,7 @@ def test_every_feature_set_and_model_gets_the_same_splits(cohort: Path, tmp_path
     assert {f"1:{row['test']}" for row in written if row["test"]} <= next(iter(tested.values()))
 
 
+@pytest.mark.process
 def test_killed_and_restarted_gives_the_same_tables(cohort: Path, tmp_path: Path):
     main(load_config(Config, arguments(cohort, tmp_path / "whole")))
     output = tmp_path / "parts"
@@ -182,7 +182,7 @@ def test_finished_benchmark_trains_nothing(
 ):
     main(load_config(Config, arguments(cohort, tmp_path / "out")))
     before = {table: (tmp_path / "out" / table).read_bytes() for table in TABLES}
-    monkeypatch.setattr(benchmark, "run_job", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(training_pool, "run_job", lambda *_: pytest.fail("trained again"))
     assert main(load_config(Config, arguments(cohort, tmp_path / "out"))) == 0
     assert before == {table: (tmp_path / "out" / table).read_bytes() for table in TABLES}
 
@@ -245,52 +245,6 @@ def test_slides_missing_in_one_set_are_left_out_of_all(cohort: Path, tmp_path: P
 def test_bad_feature_sets_are_refused(cohort: Path, tmp_path: Path, more: list[str], message: str):
     with pytest.raises(UserError, match=message):
         main(load_config(Config, arguments(cohort, tmp_path / "out", *more)))
-
-
-def test_a_worker_that_dies_is_an_error_not_a_hang():
-    for jobs, workers in (([9, 9], 2), ([9, 9], 1), ([9], 4)):
-        outcomes = list(run_all(os._exit, jobs, workers, 1))
-        assert len(outcomes) == len(jobs) and all(
-            "worker process died" in error for _, error in outcomes
-        )
-
-
-def test_a_process_whose_gpu_context_is_lost_takes_no_other_job(tmp_path: Path):
-    """One of two workers is struck at its first job: a fresh process does that one again, and the
-    others are well.
-    """
-    jobs = [("a", tmp_path, True), *((name, tmp_path, False) for name in "bcdef")]
-    for workers in (1, 2):
-        assert [error for _, error in run_all(loses_its_gpu, jobs, workers, 1)] == [None] * 6
-        assert len(list(tmp_path.glob("a.try*"))) == 2
-        for path in tmp_path.iterdir():
-            path.unlink()
-
-
-def test_a_killed_job_is_tried_once_more_and_takes_no_other_with_it(tmp_path: Path):
-    jobs = [(f"j{i}", tmp_path, {1: 1, 3: 9}.get(i, 0)) for i in range(5)]
-    outcomes = {job[0]: error for job, error in run_all(dies_on, jobs, 2, 1)}
-    assert len(outcomes) == 5 and {name for name, error in outcomes.items() if error} == {"j3"}
-    assert "died twice over it" in outcomes["j3"]
-    assert len(list(tmp_path.glob("*.done"))) == 4
-    tries = {f"j{i}": len(list(tmp_path.glob(f"j{i}.try*"))) for i in range(5)}
-    assert tries["j1"] == 2 and tries["j3"] == 2 and all(tries[f"j{i}"] == 1 for i in (0, 2, 4))
-
-
-def test_processes_share_the_devices(tmp_path: Path):
-    assert [error for _, error in run_all(leaves_its_device, [tmp_path] * 4, 3, 1, ["a", "b"])] == [
-        None
-    ] * 4
-    used = [path.name.split(".") for path in tmp_path.iterdir()]
-    assert {device for device, _ in used} == {"a", "b"} and len({pid for _, pid in used}) == len(
-        used
-    ) <= 3
-    (alone := tmp_path / "alone").mkdir()
-    (alone / "b.0").touch()
-    assert [
-        error for _, error in run_all(leaves_its_device, [alone], 3, 1, ["a", "b"], apart=False)
-    ] == [None]
-    assert (alone / f"a.{os.getpid()}").exists()
 
 
 def test_a_device_that_is_not_there_stops_before_any_training(cohort: Path, tmp_path: Path):

@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import re
-import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,7 +16,6 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-import mil.benchmark as benchmark
 from common.config import load_config
 from common.errors import UserError
 from common.metrics.ranking import roc_curves
@@ -31,37 +29,15 @@ from mil.tasks.cox import Cox
 from mil.tasks.multilabel import LabelPredictions, Multilabel
 from mil.tasks.survival import RiskPredictions
 from mil.training.engine import load_classifier
-from patch_encoder.bags.files import read_bag
+from patch_encoder.bags.bag import read_bag
 from patch_encoder.tiles.coordinates import TileGeometry
+from tests.artefacts import copy_of
 
 
 @pytest.fixture
-def finished(make_cohort, tmp_path: Path) -> Path:
-    """A cohort with pictures and a finished benchmark in `bench`."""
-    cohort = make_cohort(pictures=True, signal=3.0)
-    small = [
-        "device=cpu",
-        "isolated=false",
-        "folds=2",
-        "seeds=[1]",
-        "training.epochs=2",
-        "training.min_epochs=1",
-        "resamples=50",
-        "models=[mean,abmil]",
-    ]
-    shutil.copytree(cohort / "bags", cohort / "more")
-    sources = [
-        f"labels={cohort}/labels.csv",
-        f"features=[{cohort}/bags,{cohort}/more]",
-        "names=[teacher,<student>]",
-    ]
-    assert (
-        benchmark.main(
-            load_config(benchmark.Config, [*sources, f"output={tmp_path}/bench", *small])
-        )
-        == 0
-    )
-    return cohort
+def finished(tiny_benchmark: Path, tmp_path: Path) -> Path:
+    """A cohort with pictures, to spoil, and a finished benchmark in `bench` beside it."""
+    return copy_of(tiny_benchmark, tmp_path) / "cohort"
 
 
 class Checker(HTMLParser):
@@ -308,11 +284,11 @@ def test_example_shows_the_tiles_with_most_attention(finished: Path, tmp_path: P
     model, _ = load_classifier(checkpoint, torch.device("cpu"))
     bag = read_bag(bag_file)
     with torch.no_grad():
-        attention = model(torch.from_numpy(bag.features)).attention.numpy()
+        attention = model(bag.features).attention.numpy()
     best = np.argsort(attention)[::-1][:4]
     np.testing.assert_allclose([share for _, share in example.top], attention[best], rtol=1e-5)
     assert example.tiles == 12
-    for (uri, _), (x, y) in zip(example.top, bag.coords[best] // 16, strict=True):
+    for (uri, _), (x, y) in zip(example.top, bag.coords.numpy()[best] // 16, strict=True):
         with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as picture:
             assert abs(np.asarray(picture).mean() - 20 * (y * 4 + x)) <= 2
 

@@ -28,9 +28,9 @@ from mil.heatmap import Config, load_model, main
 from mil.heatmaps.scores import score_bag, tiles_alone
 from mil.heatmaps.sources import SlidePrediction, from_benchmark
 from mil.training.engine import load_classifier
-from patch_encoder.bags.bag import StoredBag
-from patch_encoder.bags.files import read_bag, write_bag
-from patch_encoder.bags.placed_bags import coordinates_file, open_placed
+from patch_encoder.bags.bag import Bag, open_bag, read_bag
+from patch_encoder.bags.paths import find_coordinates
+from patch_encoder.bags.writer import write_bag
 from tests.mil.conftest import write_cohort
 from tests.mil.tasks.task_cohorts import rewrite
 
@@ -226,9 +226,7 @@ def test_every_task_has_attention_a_score_and_tiles_of_their_own(
         read_bag(cohort / "bags" / "h5_files" / "s01.h5").features,
     )
     with torch.inference_mode():
-        logits = torch.stack(
-            [model(torch.from_numpy(tile[None]), None).logits for tile in features]
-        ).double()
+        logits = torch.stack([model(tile[None], None).logits for tile in features]).double()
     expected = task.predict(logits)[:, task.names.index(name) if name else 0].numpy()
     column = value + (f"_{name}" if name else "")
     values = [float(row[column]) for row in table(tmp_path / "alone" / "scores" / "s01.csv")]
@@ -254,7 +252,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "only" / "pt_files").mkdir(parents=True)
     for path in (cohort / "bags" / "h5_files").iterdir():
         torch.save(
-            torch.from_numpy(read_bag(path).features).half(),
+            read_bag(path).features.half(),
             root / "only" / "pt_files" / f"{path.stem}.pt",
         )
     return train(cohort, root / "bench", f"features=[{root}/only]", "folds=2", "seeds=[1]")
@@ -297,20 +295,25 @@ def test_coordinates_beside_the_bags_are_found(tmp_path: Path):
     bag.parent.mkdir()
     torch.save(torch.zeros(12, 3), bag)
     assert (
-        coordinates_file(bag) == source
-        and coordinates_file(source) is None
-        and coordinates_file(bag, tmp_path) is None
+        find_coordinates(bag) == source
+        and find_coordinates(source) is None
+        and find_coordinates(bag, tmp_path) is None
     )
-    stored, placed = open_placed(bag, source)
-    assert (
-        torch.equal(stored.coords, torch.from_numpy(placed.coords))
-        and placed.geometry.patch_size_level0 == 16
-    )
-    own, _ = open_placed(source, None)
-    assert own.path == source
+    opened, own = open_bag(bag, source), open_bag(source)
+    assert torch.equal(opened.coords, own.coords) and opened.path == bag
+    found = opened.coordinates()
+    assert np.array_equal(found.coords, own.coords) and found.geometry.patch_size_level0 == 16
+    assert own.coordinates().geometry == found.geometry
+    with pytest.raises(UserError, match=r"s01.pt: expected coords .* found none; add coords="):
+        open_bag(bag).coordinates()
     torch.save({"features": torch.zeros(12, 3), "coords": torch.zeros(12, 2)}, bag)
     with pytest.raises(UserError, match=r"expected the coords that .*s01.pt holds"):
-        open_placed(bag, source)
+        open_bag(bag, source)
+    with pytest.raises(UserError, match=r"s01.pt: .* found no patch_size beside them; add coords"):
+        open_bag(bag).coordinates()
+    torch.save(torch.zeros(11, 3), bag)
+    with pytest.raises(UserError, match=r"expected the 11 tiles of .*s01.pt, found 12"):
+        open_bag(bag, source)
 
 
 def test_bags_are_handed_on_as_they_are_stored(plain: Path, monkeypatch: pytest.MonkeyPatch):
@@ -329,10 +332,10 @@ def test_bags_are_handed_on_as_they_are_stored(plain: Path, monkeypatch: pytest.
     scores = score_bag(model, task, bag, coords / "s03.h5", "probability", "pos", CPU)
     choice = Choice("s03", 0, "pos", "pos", "")
     make_example(choice, weights, bag, root / "cohort" / "slides" / "s03", None, 2, coords)
-    assert len(seen) == 2 and all(isinstance(sample.features, StoredBag) for sample in seen)
-    assert {sample.features.dtype for sample in seen} == {"float16"}
+    assert len(seen) == 2 and all(sample.bag.features is None for sample in seen)
+    assert {sample.bag.dtype for sample in seen} == {"float16"}
     monkeypatch.setattr(tile_scores, "BLOCK", 5)
-    monkeypatch.setattr(StoredBag, "read", lambda bag: pytest.fail("the whole bag was read"))
+    monkeypatch.setattr(Bag, "read", lambda bag: pytest.fail("the whole bag was read"))
     alone = tiles_alone(model, task, seen[0], CPU)[:, 1]
     np.testing.assert_allclose(alone, scores.values, rtol=1e-6)
     monkeypatch.setattr("mil.training.prediction.WHOLE_BYTES", 0)  # every bag is a very large one

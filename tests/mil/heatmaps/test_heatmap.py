@@ -33,7 +33,8 @@ from mil.report import Config as ReportConfig
 from mil.report import main as report
 from mil.tasks.classification import Classification
 from mil.training.engine import load_classifier
-from patch_encoder.bags.files import read_bag, write_bag
+from patch_encoder.bags.bag import read_bag
+from patch_encoder.bags.writer import write_bag
 from patch_encoder.slides.tile_folder import TileFolder
 from patch_encoder.tiles.geojson import read_squares
 from patch_encoder.tissue.geojson import write_geojson
@@ -137,7 +138,7 @@ def test_each_slide_is_judged_by_the_fold_that_tests_it(bench: Path):
         model, _ = load_classifier(judged.checkpoint, torch.device("cpu"))
         bag = read_bag(bench.parent / "cohort" / "bags" / "h5_files" / f"{judged.slide_id}.h5")
         with torch.inference_mode():
-            expected = model(torch.from_numpy(bag.features), torch.from_numpy(bag.coords))
+            expected = model(bag.features, bag.coords)
         with (output / "scores" / f"{judged.slide_id}.csv").open() as stream:
             rows = list(csv.DictReader(stream))
         np.testing.assert_allclose(
@@ -202,7 +203,7 @@ def test_a_model_without_attention_of_its_own_shows_probabilities(bench: Path):
         "neg",
         torch.device("cpu"),
     )
-    features = torch.from_numpy(read_bag(file).features)
+    features = read_bag(file).features
     with torch.inference_mode():
         expected = torch.stack([model(tile[None], None).logits.softmax(0)[0] for tile in features])
     np.testing.assert_allclose(found.values, expected, rtol=1e-5)
@@ -382,11 +383,11 @@ def test_processes_change_no_byte_and_a_slide_that_kills_one_is_listed(
     with (bench.parent / "struck" / "failures.csv").open() as stream:
         failed = {row["slide"]: row["error"] for row in csv.DictReader(stream)}
     assert failed == {
-        "s01": "the reader crashed (signal 11, SIGSEGV)",
-        "s03": "the reader did not answer for 1 s",
+        "s01": "the worker crashed (signal 11, SIGSEGV)",
+        "s03": "the worker did not answer for 1 s",
     }
     text = links(bench.parent / "struck" / "index.html").text
-    assert "the reader crashed" in text and "did not answer" in text
+    assert "the worker crashed" in text and "did not answer" in text
     drawn = {path.stem for path in (bench.parent / "struck" / "records").iterdir()}
     assert drawn == {"s00", "s02"}
     times = {

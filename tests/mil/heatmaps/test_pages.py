@@ -182,6 +182,7 @@ def table(page: Path, view: str) -> tuple[list[str], list[str], str]:
     )
 
 
+@pytest.mark.process
 def test_a_thousand_slides_sort_and_filter_in_a_browser(thousand: Path) -> None:
     page, truth = thousand / "index.html", json.loads((thousand / "truth.json").read_text())
     values = np.array(truth["values"])
@@ -203,6 +204,7 @@ def test_a_thousand_slides_sort_and_filter_in_a_browser(thousand: Path) -> None:
     )
 
 
+@pytest.mark.process
 def test_a_thousand_slides_are_quick(thousand: Path) -> None:
     page = thousand / "index.html"
     html = page.read_text()

@@ -15,6 +15,7 @@ from mil.models import MODELS, build, forward_bags, forward_padded
 from mil.models.output import as_attention
 from mil.models.segments import bag_of_tile, segment_softmax
 from mil.training.engine import training_loss
+from patch_encoder.bags.bag import make_bag
 from tests.mil.models.small_options import ORDERED, SMALL
 
 LENGTHS = [5, 1, 19, 2]
@@ -33,7 +34,7 @@ def model_of(name: str, classes: int = 3, standardize: bool = False):
 def test_batches_are_one_bag_at_a_time(name: str, standardize: bool):
     model = model_of(name, standardize=standardize)
     if standardize:
-        model.fit([2 * bag + 1 for bag in BAGS])
+        model.fit([make_bag(2 * bag + 1) for bag in BAGS])
     alone = [model(bag, places) for bag, places in zip(BAGS, COORDS, strict=True)]
     together = forward_bags(model, BAGS, COORDS)
     close = {"rtol": 1e-6, "atol": 1e-6}

@@ -16,12 +16,14 @@ import mil.training.engine as engine
 from common.config import load_config
 from common.distributed import World
 from common.metrics.classification import auc
+from common.optim import make_optimizer, trainable
+from mil.datasets.bags import Sample
 from mil.models import MODELS, build
 from mil.train import Config, build_job, main
-from mil.training.engine import Recipe, Sample, epoch_order, predict, train_one_epoch
+from mil.training.engine import Recipe, epoch_order, predict, train_one_epoch
 from mil.training.fold_run import PLAIN
-from mil.training.optim import make_optimizer
 from mil.training.recipes import resolve
+from patch_encoder.bags.bag import make_bag
 from tests.mil.models.small_options import SMALL
 
 
@@ -45,7 +47,7 @@ def problem(count: int, seed: int, signs: int) -> list[Sample]:
         tiles = torch.randn(12, 8, generator=generator)
         tiles[:signs, 0] += 5.0 * (i % 2)
         samples.append(
-            Sample(str(i), tiles[torch.randperm(12, generator=generator)], places, i % 2)
+            Sample(str(i), make_bag(tiles[torch.randperm(12, generator=generator)], places), i % 2)
         )
     return samples
 
@@ -68,9 +70,13 @@ def test_every_model_learns(name: str, signs: int, epochs: int):
     torch.manual_seed(0)
     model = build(name, 8, 2, standardize=True, dropout=dropout, **SMALL[name])
     train, test = problem(24, 0, signs), problem(60, 1, signs)
-    model.fit([sample.features for sample in train])
+    model.fit([sample.bag for sample in train])
     optimizer = make_optimizer(
-        recipe.optimizer, model, recipe.lr, recipe.weight_decay, (recipe.beta1, recipe.beta2)
+        recipe.optimizer,
+        trainable(model),
+        recipe.lr,
+        recipe.weight_decay,
+        (recipe.beta1, recipe.beta2),
     )
     losses = []
     for epoch in range(epochs):

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from common.errors import UserError
 from mil.models import MODELS, build, plain_model
-from mil.models.mhim import MHIM, cosine, feature_loss, keep_mask, plain_options, ranked
+from mil.models.mhim import MHIM, feature_loss, keep_mask, plain_options, ranked
 from mil.training.engine import training_loss
 from tests.mil.models.small_options import SMALL
 
@@ -155,7 +155,6 @@ def test_high_mask_fades_with_progress():
         model.progress.fill_(done)
         counts.append(int((~model.kept(scores)).sum()))
     assert counts == [20, 10, 3, 0]  # ceil(100 * 0.2 * (1 + cos(pi done)) / 2)
-    assert cosine(0.9, 1.0, 0.0) == pytest.approx(0.9) and cosine(0.9, 1.0, 1.0) == 1.0
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from mil.models import MODELS, build
 from mil.models.abmil import ABMIL
 from mil.models.dropout import Dropout
 from mil.models.standardise import Standardised
+from patch_encoder.bags.bag import make_bag
 
 BAG = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
 
@@ -133,7 +134,7 @@ def test_standardised_uses_the_fitted_statistics_only():
     for bag in bags:
         bag[:, 4] = 9.0
     model = Standardised(model_of("mean"), 6)
-    model.fit(bags)
+    model.fit([make_bag(bag) for bag in bags])
     together = torch.cat(bags)
     torch.testing.assert_close(model.mean, together.mean(0))
     expected = together.std(0, correction=0)
@@ -155,7 +156,7 @@ def test_small_features_are_standardised_and_rounding_is_not():
         torch.tensor([1e-4, 1e-2, 1e-7, 1.0, 0.0, 3.0]),
         torch.tensor([0.0, 1.0, 100.0, 0.0, 5.0, -2.0]),
     )
-    model.fit([values * scale + shift])
+    model.fit([make_bag(values * scale + shift)])
     expected = scale * float(values.std(correction=0))
     expected[[2, 4]] = 1.0  # below the rounding of their mean
     torch.testing.assert_close(model.std, expected, rtol=1e-3, atol=0.0)

@@ -16,6 +16,8 @@ from mil.ops.compiled import OPS
 from tests.cuda_on_host import build_for_host
 from tests.mil.ops.sparse_cases import Case, make_case, run, with_gradients
 
+pytestmark = pytest.mark.process
+
 MAX_LEVELS, MAX_MAPS = 16, 128
 ENTRY = """
 template <class S, class Real>

@@ -177,6 +177,7 @@ print("one graph")
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiles_in_one_graph(device: str, root: Path) -> None:
     # a process of its own: the shape checks of this suite wrap every function in what torch.compile

@@ -23,6 +23,7 @@ from common.errors import UserError
 from mil import evaluate
 from mil.benchmark import Config as BenchmarkConfig
 from mil.benchmark import main as benchmark_main
+from mil.datasets.bags import Sample
 from mil.losses.classification import class_loss, label_loss
 from mil.losses.ordinal import corn_loss, corn_probabilities
 from mil.losses.survival import cox_loss, discrete_loss, discrete_risk
@@ -40,12 +41,12 @@ from mil.tasks.table import TASKS, fit_task, read_targets, task_from_dict
 from mil.train import Config, main
 from mil.training.engine import (
     Recipe,
-    Sample,
     check_recipe,
     load_classifier,
     predict,
     train_one_epoch,
 )
+from patch_encoder.bags.bag import make_bag
 from tests.mil.models.small_options import SMALL
 from tests.mil.tasks.task_cohorts import COHORTS, rewrite
 
@@ -277,7 +278,7 @@ def test_every_model_trains_on_every_task(name: str, kind: str):
     torch.manual_seed(0)
     places = torch.tensor([(x, y) for y in range(3) for x in range(4)])
     bags = [
-        Sample(str(i), torch.randn(12, 6), places, target, i % 2)
+        Sample(str(i), make_bag(torch.randn(12, 6), places), target, i % 2)
         for i, target in enumerate(TARGETS[kind])
     ]
     model = build(name, 6, task.outputs, dropout=0.0, **SMALL[name])

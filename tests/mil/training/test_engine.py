@@ -7,12 +7,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +25,7 @@ from common.distributed import World
 from common.errors import UserError
 from common.metrics.classification import youden_threshold
 from common.run import Run
-from mil.datasets.bags import find_bags, load_bags
+from mil.datasets.bags import Sample, find_bags, load_bags
 from mil.losses.classification import class_loss
 from mil.models import build
 from mil.tasks.classification import METRICS
@@ -38,14 +34,14 @@ from mil.tasks.discrete import Discrete
 from mil.train import Config, build_job, main
 from mil.training.engine import (
     Recipe,
-    Sample,
     class_weights,
     is_better,
     is_over,
     load_classifier,
     train_one_epoch,
 )
-from patch_encoder.bags.files import read_bag, write_bag
+from patch_encoder.bags.bag import make_bag, read_bag
+from patch_encoder.bags.writer import write_bag
 
 CPU = World(0, 1, torch.device("cpu"))
 SMALL = (
@@ -93,7 +89,7 @@ def assert_same_files(first: Path, second: Path) -> None:
 def samples(count: int = 6, seed: int = 0) -> list[Sample]:
     generator = torch.Generator().manual_seed(seed)
     return [
-        Sample(f"s{i}", torch.randn(4 + i, 5, generator=generator), None, i % 2)
+        Sample(f"s{i}", make_bag(torch.randn(4 + i, 5, generator=generator)), i % 2)
         for i in range(count)
     ]
 
@@ -131,9 +127,7 @@ def test_every_model_trains_and_leaves_a_whole_run_directory(
     for row in rows:
         bag = read_bag(tmp_path / "cohort" / "bags" / "h5_files" / f"{row['slide_id']}.h5")
         with torch.no_grad():
-            probability = model(
-                torch.from_numpy(bag.features), torch.from_numpy(bag.coords)
-            ).logits.softmax(0)[1]
+            probability = model(bag.features, bag.coords).logits.softmax(0)[1]
         assert float(row["prob_pos"]) == pytest.approx(float(probability), rel=1e-5)
         assert (row["predicted"] == "pos") == (float(row["prob_pos"]) >= results["threshold"])
 
@@ -145,39 +139,6 @@ def test_attention_separates_an_easy_problem_and_not_shuffled_labels(make_cohort
     # the control: the same pictures, labels that have nothing to do with them
     none = make_cohort(slides=60, signal=0.0, name="none")
     assert 0.2 < train(none, tmp_path / "none_run", *more)["test"]["auc"] < 0.8
-
-
-@pytest.mark.parametrize(
-    "more", [("model=abmil",), ("model=mean", "standardize=true", "training.accumulate=4")]
-)
-def test_killed_and_resumed_is_uninterrupted_bit_for_bit(
-    make_cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
-):
-    cohort = make_cohort()
-    train(cohort, tmp_path / "whole", *more)
-    epochs = 0
-    original = engine.train_one_epoch
-
-    def dies_in_fourth_epoch(*arguments):
-        nonlocal epochs
-        epochs += 1
-        if epochs == 4:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    monkeypatch.setattr(engine, "train_one_epoch", dies_in_fourth_epoch)
-    with pytest.raises(KeyboardInterrupt):
-        train(cohort, tmp_path / "parts", *more)
-    assert torch.load(tmp_path / "parts" / "checkpoint_last.pt", weights_only=True)["epoch"] == 2
-    assert (
-        len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) == 3
-    )  # one epoch beyond the checkpoint
-    train(cohort, tmp_path / "parts", *more)
-    assert epochs == 8  # epochs 3 to 6 after the kill
-    assert_same_files(tmp_path / "whole", tmp_path / "parts")
-    before = (tmp_path / "parts" / "checkpoint_last.pt").stat().st_mtime_ns
-    train(cohort, tmp_path / "parts", *more)
-    assert (tmp_path / "parts" / "checkpoint_last.pt").stat().st_mtime_ns == before and epochs == 8
 
 
 def test_other_settings_or_bags_need_overwrite(
@@ -217,7 +178,7 @@ def test_standardisation_sees_training_slides_only(make_cohort, tmp_path: Path):
     train(cohort, tmp_path / "run", "standardize=true")
     job = build_job(load_config(Config, arguments(cohort, tmp_path / "run", "standardize=true")))
     features = np.concatenate(
-        [read_bag(dict(job.files)[slide]).features for slide in job.split.train]
+        [read_bag(dict(job.files)[slide]).read().numpy() for slide in job.split.train]
     )
     stored = weights(tmp_path / "run" / "checkpoint_best.pt")
     np.testing.assert_allclose(stored["mean"].numpy(), features.mean(0), atol=1e-5)
@@ -253,7 +214,7 @@ def test_accumulated_step_is_the_mean_gradient_of_its_bags():
     for group in ([3, 1], [4, 0], [2]):
         optimizer.zero_grad()
         each = [
-            cross_entropy(twin(bags[i].features).logits[None], torch.tensor([bags[i].target]))
+            cross_entropy(twin(bags[i].bag.read()).logits[None], torch.tensor([bags[i].target]))
             for i in group
         ]
         torch.stack(each).mean().backward()
@@ -265,7 +226,7 @@ def test_accumulated_step_is_the_mean_gradient_of_its_bags():
 
 
 def test_class_weights_are_inverse_frequencies_with_mean_one():
-    bags = [Sample(str(i), torch.zeros(1, 1), None, int(i < 2)) for i in range(8)]
+    bags = [Sample(str(i), make_bag(torch.zeros(1, 1)), int(i < 2)) for i in range(8)]
     assert class_weights(bags) == {1: 2.0, 0: pytest.approx(2 / 3)}
     assert np.mean([class_weights(bags)[s.target] for s in bags]) == pytest.approx(1.0)
     model, heavy = build("mean", 1, 2, dropout=0.0), build("mean", 1, 2, dropout=0.0)
@@ -328,7 +289,7 @@ def test_an_epoch_draws_tiles_of_its_own(monkeypatch: pytest.MonkeyPatch):
         "load",
         lambda bag, tiles=None: (seen.append(tuple(tiles.tolist())), load(bag, tiles))[1],
     )
-    bags = [Sample(f"s{i}", torch.randn(40, 5), None, i % 2) for i in range(3)]
+    bags = [Sample(f"s{i}", make_bag(torch.randn(40, 5)), i % 2) for i in range(3)]
     model, recipe = build("mean", 5, 2), Recipe(max_tiles=6)
     for epoch in (0, 1, 0):
         train_one_epoch(
@@ -386,7 +347,7 @@ def test_early_stopping_ends_a_run(make_cohort, tmp_path: Path):
 
 def test_loss_that_is_not_finite_names_the_slide():
     bags = samples(2)
-    bags[1].features[0, 0] = float("nan")
+    bags[1].bag.read()[0, 0] = float("nan")
     model = build("mean", 5, 2)
     with pytest.raises(UserError, match="slide s1: expected a finite loss, found nan"):
         train_one_epoch(
@@ -415,9 +376,9 @@ def test_the_next_feature_set_comes_when_the_last_one_has_gone(
     alive: list[weakref.ref] = []
 
     def load(files, memory):
-        assert not any(bags() for bags in alive)
+        assert not any(bag() for bag in alive)
         bags = load_bags(files, memory)
-        alive.append(weakref.ref(bags))
+        alive.append(weakref.ref(bags["s00"]))
         return bags
 
     monkeypatch.setattr(jobs, "load_bags", load)
@@ -432,44 +393,3 @@ def test_bad_fold_and_foreign_checkpoint_are_refused(make_cohort, tmp_path: Path
     torch.save({"model": {}, "config": {"other": 1}, "epoch": 1}, tmp_path / "x.pt")
     with pytest.raises(UserError, match="expected a slide classifier's checkpoint"):
         load_classifier(tmp_path / "x.pt", torch.device("cpu"))
-
-
-def torchrun(processes: int, config: list[str]) -> SimpleNamespace:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        "-m",
-        "mil.train",
-        *config,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=120, check=False
-    )
-    return SimpleNamespace(code=done.returncode, text=done.stdout + done.stderr)
-
-
-def test_two_processes_train_as_one(make_cohort, tmp_path: Path):
-    # 13 training slides, 4 a step: the last step has one bag, so that one process has none
-    more = ("training.accumulate=4", "dropout=0.0", "training.epochs=2", "training.min_epochs=1")
-    cohort = make_cohort(slides=26)
-    train(cohort, tmp_path / "one", *more)
-    assert (
-        len(build_job(load_config(Config, arguments(cohort, tmp_path / "one", *more))).split.train)
-        % 4
-        == 1
-    )
-    done = torchrun(2, arguments(cohort, tmp_path / "two", *more))
-    assert done.code == 0, done.text
-    for key, tensor in weights(tmp_path / "one" / "checkpoint_last.pt").items():
-        torch.testing.assert_close(
-            tensor, weights(tmp_path / "two" / "checkpoint_last.pt")[key], rtol=1e-4, atol=1e-6
-        )
-    lines = [
-        (tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")
-    ]
-    logged = [[json.loads(line)["train_loss"] for line in run] for run in lines]
-    np.testing.assert_allclose(logged[0], logged[1], rtol=1e-5)

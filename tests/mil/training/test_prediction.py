@@ -15,12 +15,11 @@ import pytest
 import torch
 
 from common.config import load_config
-from mil.datasets.bags import load_bags
+from mil.datasets.bags import Sample, load_bags
 from mil.models import MODELS, build
 from mil.train import Config, main
 from mil.training import engine, prediction
-from mil.training.engine import Sample
-from mil.training.prediction import WHOLE_BYTES, float_bytes, predict
+from mil.training.prediction import WHOLE_BYTES, predict
 from mil.training.streaming import can_stream, stream
 from tests.mil.models.small_options import SMALL
 
@@ -41,7 +40,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
 
 def samples(files: dict[str, Path], memory: int) -> list[Sample]:
     bags = load_bags(files, memory)
-    return [Sample(slide, bags.features[slide], bags.coords[slide], 0) for slide in files]
+    return [Sample(slide, bags[slide], 0) for slide in files]
 
 
 @pytest.mark.parametrize("name", list(MODELS))
@@ -96,10 +95,12 @@ def test_attention_of_a_large_bag_is_streamed(
 
 
 def test_what_is_large_does_not_depend_on_the_file(files: dict[str, Path]):
-    stored, held = samples(files, 0)[0].features, samples(files, 10**6)[0].features
-    assert float_bytes(stored) == float_bytes(held) == 40 * DIM * 4 and isinstance(
-        held, torch.Tensor
-    )
+    model = build("gated_abmil", DIM, 3, **SMALL["gated_abmil"]).eval()
+    stored, loaded = samples(files, 0)[0].bag, samples(files, 10**6)[0].bag
+    assert stored.features is None and loaded.features is not None
+    for bag in (stored, loaded):  # half precision counts as float32
+        assert not prediction.is_streamed(model, bag, 40 * DIM * 4)
+        assert prediction.is_streamed(model, bag, 40 * DIM * 4 - 1)
     assert WHOLE_BYTES == 4 * 1024 * 32_768
 
 
@@ -124,16 +125,17 @@ def test_training_predicts_large_bags_by_streaming(
     monkeypatch.setattr(
         prediction,
         "stream",
-        lambda *given: streamed.append(type(given[1]).__name__) or stream(*given),
+        lambda *given: streamed.append(given[1].features is None) or stream(*given),
     )
     parts = train("parts")
     validated = sum(row["split"] == "val" for row in whole)
-    assert streamed == ["StoredBag"] * (2 * validated + len(whole))  # every epoch, then both sets
+    assert streamed == [True] * (2 * validated + len(whole))  # every epoch, then both sets
     assert [row["slide_id"] for row in whole] == [row["slide_id"] for row in parts]
     for first, second in zip(whole, parts, strict=True):
         assert float(first["prob_pos"]) == pytest.approx(float(second["prob_pos"]), abs=1e-5)
 
 
+@pytest.mark.process
 def test_memory_of_a_prediction_does_not_grow_with_the_bag(tmp_path: Path):
     """72,000 x 512 in half precision is 74 MB, 147 MB as float32 (larger than WHOLE_BYTES): less
     than 35 MB are taken for it.
@@ -149,8 +151,7 @@ def test_memory_of_a_prediction_does_not_grow_with_the_bag(tmp_path: Path):
     code = f"""
 import torch
 from common.memory import peak_memory
-from mil.datasets.bags import load_bags
-from mil.training.engine import Sample
+from mil.datasets.bags import Sample, load_bags
 from mil.models import build
 from mil.training.prediction import predict
 torch.set_num_threads(1)
@@ -158,7 +159,7 @@ device = torch.device("cpu")
 for name in ("gated_abmil", "dtfd"):
     model = build(name, 512, 2, hidden=32, attention=16)
     one, two = (
-        [Sample(s, b, None, 0) for s, b in load_bags({{s: {str(tmp_path)!r} + "/" + s + ".h5"}}, 0).features.items()]
+        [Sample(s, b, 0) for s, b in load_bags({{s: {str(tmp_path)!r} + "/" + s + ".h5"}}, 0).items()]
         for s in ("small", "large")
     )
     predict(model, one, device, whole=0)

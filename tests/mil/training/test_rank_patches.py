@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import csv
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +18,12 @@ import mil.rank_patches as rank_patches
 from common.cli import run as run_script
 from common.config import load_config
 from common.errors import UserError
-from common.processes.workers import run_all
+from common.processes.pool import run_jobs
 from mil.datasets.distillation_set import choose
 from mil.rank_patches import Config, main
 from mil.training.engine import load_classifier
-from patch_encoder.bags.files import read_bag, write_bag
+from patch_encoder.bags.bag import read_bag
+from patch_encoder.bags.writer import write_bag
 
 
 def arguments(cohort: Path, output: Path, *more: str) -> list[str]:
@@ -82,7 +82,7 @@ def test_set_holds_the_top_tiles_with_picture_and_teacher_feature(make_cohort, t
     for slide_id in slides:
         bag = read_bag(cohort / "bags" / "h5_files" / f"{slide_id}.h5")
         with torch.no_grad():
-            scores = model.score_tiles(torch.from_numpy(bag.features)).numpy()
+            scores = model.score_tiles(bag.features).numpy()
         mine = [image for image in annotations["images"] if image["slide_id"] == slide_id]
         np.testing.assert_allclose(
             [image["score"] for image in mine], np.sort(scores)[::-1][:4], rtol=1e-5
@@ -91,7 +91,7 @@ def test_set_holds_the_top_tiles_with_picture_and_teacher_feature(make_cohort, t
         for image in mine:
             name = f"{image['y'] // 16}_{image['x'] // 16}"
             assert image["file_name"] == f"{slide_id}/{name}.jpg" and image["chosen"] == "top"
-            row = int(np.flatnonzero((bag.coords == [image["x"], image["y"]]).all(1))[0])
+            row = bag.coords.tolist().index([image["x"], image["y"]])
             feature = torch.load(output / "wsi_root" / slide_id / f"{name}.pt", weights_only=True)
             assert feature.dtype == torch.float32 and feature.shape == (8,)
             np.testing.assert_array_equal(feature.numpy(), bag.features[row])
@@ -147,7 +147,9 @@ def test_killed_and_restarted_is_the_same_set(
         original(*arguments)
 
     monkeypatch.setattr(distillation_set, "write_picture", dies)
-    monkeypatch.setattr(rank_patches, "run_all", partial(run_all, apart=False))
+    monkeypatch.setattr(
+        rank_patches, "run_jobs", lambda work, jobs, *_, **__: run_jobs(work, jobs, workers=0)
+    )
     with pytest.raises(KeyboardInterrupt):
         rank(cohort, tmp_path / "parts")
     monkeypatch.undo()

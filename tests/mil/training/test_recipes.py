@@ -1,13 +1,11 @@
-"""Recipes, options, optimisers and schedules of the MIL models, in the training and in the
-benchmark.
-"""
+"""Recipes and options of the MIL models, in the training and in the benchmark."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -20,11 +18,12 @@ from common.errors import UserError
 from mil.benchmark import Config as BenchmarkConfig
 from mil.benchmark import main as benchmark_main
 from mil.benchmark import model_settings
+from mil.datasets.bags import Sample
 from mil.models import MODELS, build, check_options
 from mil.train import Config, main
-from mil.training.engine import Recipe, Sample, epoch_order, train_one_epoch
-from mil.training.optim import LookaheadRAdam, lr_factor, make_optimizer
+from mil.training.engine import Recipe, epoch_order, recipe_factor, train_one_epoch
 from mil.training.recipes import PUBLISHED, resolve
+from patch_encoder.bags.bag import make_bag
 from tests.mil.models.small_options import SMALL
 
 CPU = World(0, 1, torch.device("cpu"))
@@ -62,6 +61,8 @@ TWENTY |= {
     "beta1": 0.9,
     "beta2": 0.999,
     "schedule": "cosine",
+    "lr_drop": 0,
+    "lr_drop_factor": 0.2,
     "lr_min": 0.0,
     "clip_norm": 0.0,
     "accumulate": 1,
@@ -170,54 +171,22 @@ def test_bad_option_ends_before_any_work(
     assert "did you mean 'heads'" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-def test_lookahead_draws_back_to_slow_weights():
-    torch.manual_seed(0)
-    fast, twin = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
-    twin.load_state_dict(fast.state_dict())
-    options = {"lr": 0.05, "weight_decay": 0.1}
-    ours, plain = LookaheadRAdam(fast.parameters(), k=3, **options), None
-    plain = torch.optim.RAdam(twin.parameters(), decoupled_weight_decay=True, **options)
-    slow = [p.detach().clone() for p in twin.parameters()]
-    for step in range(1, 8):
-        for model, optimizer in ((fast, ours), (twin, plain)):
-            optimizer.zero_grad()
-            model(torch.full((1, 3), float(step))).square().sum().backward()
-            optimizer.step()
-        if step % 3 == 0:
-            with torch.no_grad():
-                for p, s in zip(twin.parameters(), slow, strict=True):
-                    s += 0.5 * (p - s)
-                    p.copy_(s)
-        for p, q in zip(fast.parameters(), twin.parameters(), strict=True):
-            torch.testing.assert_close(p, q)
-
-
-def test_schedules():
-    assert lr_factor("cosine", 0, 10) == 1.0 and lr_factor("cosine", 10, 10) == 0.0
-    assert (
-        lr_factor("cosine", 5, 10, floor=0.1) == pytest.approx(0.55)
-        and lr_factor("cosine", 10, 10, 0.1) == 0.1
+def test_learning_rates_of_published_recipes() -> None:
+    """DTFD-MIL: MultiStepLR half-way by 0.2; DSMIL: cosine to 5e-6 from 2e-4; CLAM: constant."""
+    dtfd, dsmil, clam = (
+        resolve(name, Recipe(), 0.25, ())[0] for name in ("dtfd", "dsmil", "clam_sb")
     )
-    assert [lr_factor("step", epoch, 200) for epoch in (0, 99, 100, 199)] == [1.0, 1.0, 0.2, 0.2]
-    assert lr_factor("constant", 7, 10) == 1.0
-
-
-def test_optimisers_take_what_is_trained_only():
-    model = build("mhim_abmil", 6, 2, hidden=8)
-    trained = sum(p.numel() for p in model.student.parameters())
-    for name, kind in (
-        ("adam", torch.optim.Adam),
-        ("adamw", torch.optim.AdamW),
-        ("lookahead_radam", LookaheadRAdam),
-    ):
-        optimizer = make_optimizer(name, model, 1e-3, 1e-2, (0.5, 0.9))
-        group = optimizer.param_groups[0]
-        assert type(optimizer) is kind and sum(p.numel() for p in group["params"]) == trained
-        assert (group["lr"], group["weight_decay"], group["betas"]) == (1e-3, 1e-2, (0.5, 0.9))
+    assert [recipe_factor(dtfd, epoch) for epoch in (0, 99, 100, 199)] == [1.0, 1.0, 0.2, 0.2]
+    odd = replace(dtfd, epochs=5)
+    assert [recipe_factor(odd, epoch) for epoch in range(5)] == [1.0, 1.0, 1.0, 0.2, 0.2]
+    assert recipe_factor(dsmil, 0) == 1.0
+    assert recipe_factor(dsmil, 100) == pytest.approx((1 + 0.025) / 2)
+    assert recipe_factor(dsmil, 200) == 0.025
+    assert {recipe_factor(clam, epoch) for epoch in (0, 100, 199)} == {1.0}
 
 
 def bags(targets: list[int]) -> list[Sample]:
-    return [Sample(str(i), torch.randn(5, 6), None, target) for i, target in enumerate(targets)]
+    return [Sample(str(i), make_bag(torch.randn(5, 6)), target) for i, target in enumerate(targets)]
 
 
 def test_balanced_epochs_draw_every_class_equally_often():

@@ -125,6 +125,7 @@ def test_pool_is_softmax_whatever_the_order_of_the_scores():
         torch.testing.assert_close(pool.weights(), scores[:, order].softmax(1))
 
 
+@pytest.mark.process
 def test_memory_is_that_of_a_block(tmp_path: Path):
     """100,000 x 512 in half precision is 102 MB (205 MB as float32): the process grows by less than
     half of it.

@@ -18,7 +18,7 @@ from PIL import Image
 from common.cli import run
 from common.files import write_csv
 from patch_encoder import cohort_report
-from patch_encoder.bags.files import write_bag
+from patch_encoder.bags.writer import write_bag
 from patch_encoder.cohort.summary import compute_bin_edges, histogram, read_rows
 from patch_encoder.cohort_report import Config, draw_bars, main, shorten
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, write_coordinates
@@ -236,6 +236,7 @@ def dump(page: Path, view: str) -> tuple[list[str], list[str], str]:
     return [slide for slide, _ in rows], shown, " ".join(sorted_by.groups())
 
 
+@pytest.mark.process
 def test_a_thousand_slides_sort_and_filter_in_a_browser(thousand: Path) -> None:
     assert thousand.stat().st_size < 20e6
     order, shown, how = dump(thousand, "sort=-tiles")

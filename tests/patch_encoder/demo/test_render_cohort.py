@@ -126,6 +126,7 @@ def test_another_seed_gives_other_pixels(cohort: Path, tmp_path: Path) -> None:
     assert not set(other.values()) & set(digests(cohort).values())
 
 
+@pytest.mark.process
 def test_a_killed_run_goes_on_to_the_same_bytes(cohort: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     keys = [f"{name}={value}" for name, value in {**SMALL, "output": folder}.items()]
@@ -169,7 +170,7 @@ def test_cohorts_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_stamp_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("case_id,slide_id,label\n1,1,a\n")
-    with pytest.raises(UserError, match="found labels.csv without cohort.json"):
+    with pytest.raises(UserError, match="holds labels.csv without cohort.json"):
         render(tmp_path, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["labels.csv"]
 

@@ -21,7 +21,9 @@ from torch import nn
 from common.cli import run
 from common.errors import UserError
 from patch_encoder import extract_features, tile_slides
-from patch_encoder.bags.files import bag_digest, bag_files, bag_header, read_bag, write_bag
+from patch_encoder.bags.bag import open_bag, read_bag
+from patch_encoder.bags.paths import list_bags
+from patch_encoder.bags.writer import write_bag
 from patch_encoder.descriptors.mean_colour import mean_colour
 from patch_encoder.models.encoders import PixelEncoder, ToInputSize, build_encoder, digest_weights
 from patch_encoder.slides import open_slide
@@ -85,14 +87,14 @@ def test_features_belong_to_their_tiles(cohort: Path, workers: int) -> None:
         assert bag.coords is not None
         with open_slide(cohort / "slides" / f"{slide_id}.tiff") as slide:
             expected = np.stack(
-                [mean_colour(slide.read(int(x), int(y), 64)) for x, y in bag.coords]
+                [mean_colour(slide.read(int(x), int(y), 64)) for x, y in bag.coords.tolist()]
             )
         assert np.allclose(bag.features, expected, atol=1e-6)
         assert bag.attributes["patch_size_level0"] == 64
         assert bag.attributes["encoder"] == "mean_colour"
         as_pt = read_bag(cohort / "features" / "mean_colour" / "pt_files" / f"{slide_id}.pt")
         assert np.array_equal(as_pt.features, bag.features)
-    assert list(bag_files(cohort / "features" / "mean_colour")) == ["S000", "S001", "S002"]
+    assert list(list_bags(cohort / "features" / "mean_colour")) == ["S000", "S001", "S002"]
 
 
 def test_batch_size_and_workers_do_not_change_a_bag(cohort: Path) -> None:
@@ -100,7 +102,10 @@ def test_batch_size_and_workers_do_not_change_a_bag(cohort: Path) -> None:
     for index, keys in enumerate((["batch_size=1"], ["batch_size=64", "workers=2"])):
         assert extract(cohort, f"output={cohort}/f{index}", *keys) == 0
         digests.append(
-            [bag_digest(file) for file in bag_files(cohort / f"f{index}" / "mean_colour").values()]
+            [
+                open_bag(file).digest()
+                for file in list_bags(cohort / f"f{index}" / "mean_colour").values()
+            ]
         )
     assert digests[0] == digests[1]
 
@@ -128,10 +133,10 @@ def test_one_bad_slide_never_stops_the_cohort(cohort: Path) -> None:
         "S001,extract_features"
         in (cohort / "features" / "mean_colour" / "failures.csv").read_text()
     )
-    assert sorted(bag_files(cohort / "features" / "mean_colour")) == ["S000", "S002"]
+    assert sorted(list_bags(cohort / "features" / "mean_colour")) == ["S000", "S002"]
     slide.write_bytes(whole)
     assert extract(cohort) == 0
-    assert sorted(bag_files(cohort / "features" / "mean_colour")) == ["S000", "S001", "S002"]
+    assert sorted(list_bags(cohort / "features" / "mean_colour")) == ["S000", "S001", "S002"]
 
 
 def test_a_tile_that_does_not_decode_fails_its_slide_only(
@@ -162,7 +167,7 @@ def test_a_tile_that_does_not_decode_fails_its_slide_only(
         "workers=0",
     ]
     assert run(extract_features.main, extract_features.Config, keys) == 1
-    assert sorted(bag_files(tmp_path / "features" / "mean_colour")) == ["008"]
+    assert sorted(list_bags(tmp_path / "features" / "mean_colour")) == ["008"]
     assert "1_0.png" in (tmp_path / "features" / "mean_colour" / "failures.csv").read_text()
 
 
@@ -176,9 +181,10 @@ def test_slide_without_tissue_or_coordinates_is_listed(cohort: Path) -> None:
     failures = (cohort / "features" / "mean_colour" / "failures.csv").read_text()
     assert "S000" in failures
     assert "no tissue: 0 tiles" in failures
-    assert sorted(bag_files(cohort / "features" / "mean_colour")) == ["S001"]
+    assert sorted(list_bags(cohort / "features" / "mean_colour")) == ["S001"]
 
 
+@pytest.mark.process
 def test_killed_extraction_goes_on_to_the_same_bags(cohort: Path, root: Path) -> None:
     command = [
         sys.executable,
@@ -204,8 +210,11 @@ def test_killed_extraction_goes_on_to_the_same_bags(cohort: Path, root: Path) ->
         read_bag(file)
     assert extract(cohort, "encoder=stain_texture") == 0
     assert extract(cohort, "encoder=stain_texture", f"output={cohort}/clean") == 0
-    for file in bag_files(cohort / "clean" / "stain_texture").values():
-        assert bag_digest(file) == bag_digest(bag_path(cohort, file.stem, "stain_texture"))
+    for file in list_bags(cohort / "clean" / "stain_texture").values():
+        assert (
+            open_bag(file).digest()
+            == open_bag(bag_path(cohort, file.stem, "stain_texture")).digest()
+        )
 
 
 def test_nan_features_are_never_written(cohort: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,14 +249,14 @@ def test_bad_bags_are_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"{name}.*{expected}"):
             read_bag(write(tmp_path / name, features, coords))
     (tmp_path / "cut.h5").write_bytes(write(tmp_path / "x.h5", np.ones((50, 4))).read_bytes()[:900])
-    for reader in (read_bag, bag_header):
+    for reader in (read_bag, open_bag):
         with pytest.raises(UserError, match="cannot be read"):
             reader(tmp_path / "cut.h5")
     torch.save({"weights": torch.ones(2, 2)}, tmp_path / "dict.pt")
     with pytest.raises(UserError, match="expected one tensor"):
         read_bag(tmp_path / "dict.pt")
     with pytest.raises(UserError, match="found none"):
-        bag_files(tmp_path / "nowhere")
+        list_bags(tmp_path / "nowhere")
 
 
 def test_foreign_bags_are_read(tmp_path: Path, real_data: Path) -> None:
@@ -257,11 +266,11 @@ def test_foreign_bags_are_read(tmp_path: Path, real_data: Path) -> None:
     torch.save(torch.ones(6, 4, dtype=torch.float16), tmp_path / "pt" / "a.pt")  # TS2G-KD's layout
     assert (
         read_bag(
-            bag_files(tmp_path)["a" if "a" in bag_files(tmp_path) else "trident"]
+            list_bags(tmp_path)["a" if "a" in list_bags(tmp_path) else "trident"]
         ).features.dtype
-        == np.float32
+        == torch.float32
     )
-    assert bag_files(tmp_path / "pt")["a"].name == "a.pt"
+    assert list_bags(tmp_path / "pt")["a"].name == "a.pt"
     found = {
         read_bag(file).features.shape
         for file in sorted((real_data / "mopadi_features").rglob("features.h5"))
@@ -279,10 +288,10 @@ def test_bag_round_trip_and_digest(tmp_path: Path) -> None:
     assert np.array_equal(bag.features, features)
     assert np.array_equal(bag.coords, coords)  # type: ignore[arg-type]
     assert (bag.attributes["patch_size"], bag.attributes["encoder"]) == (64, "x")
-    assert bag_header(tmp_path / "a.h5")[0] == (4, 3)
+    assert open_bag(tmp_path / "a.h5").shape == (4, 3)
     features[0, 0] += 1
     write_bag(tmp_path / "b.h5", features, coords, {"patch_size": 64}, {"encoder": "x"})
-    assert bag_digest(tmp_path / "a.h5") != bag_digest(tmp_path / "b.h5")
+    assert open_bag(tmp_path / "a.h5").digest() != open_bag(tmp_path / "b.h5").digest()
 
 
 def test_transform_and_normalisation_match_torchvision() -> None:
@@ -312,7 +321,7 @@ def test_timm_encoder_from_a_local_file(cohort: Path, tmp_path: Path) -> None:
     assert extract(cohort, "encoder=timm:test_vit", f"weights={tmp_path}/w.pt") == 0
     bag = read_bag(bag_path(cohort, "S000", "timm_test_vit"))
     with open_slide(cohort / "slides" / "S000.tiff") as slide:
-        x, y = bag.coords[2]  # type: ignore[index]
+        x, y = bag.coords[2].tolist()  # type: ignore[index]
         with torch.no_grad():
             expected = encoder.model(encoder.transform(slide.read(int(x), int(y), 64))[None])[
                 0

@@ -19,8 +19,10 @@ from PIL import Image
 
 from common.cli import run
 from patch_encoder import extract_features, tile_slides
-from patch_encoder.bags import files as bags
-from patch_encoder.bags.files import BagWriter, bag_digest, bag_files, read_bag, write_bag
+from patch_encoder.bags import writer as bags
+from patch_encoder.bags.bag import open_bag, read_bag
+from patch_encoder.bags.paths import list_bags
+from patch_encoder.bags.writer import BagWriter, write_bag
 from patch_encoder.cohort import disk_space
 from patch_encoder.extraction import loop as engine
 from patch_encoder.models.encoders import Encoder, build_encoder
@@ -104,7 +106,7 @@ def test_unreadable_tiles_are_counted_and_a_limit_decides(
     assert (
         "2 of 5 tiles cannot be read (max_bad_tiles=0.39)" in (folder / "failures.csv").read_text()
     )
-    assert list(bag_files(folder)) == ["008"]
+    assert list(list_bags(folder)) == ["008"]
     assert extract(holes, "max_bad_tiles=0.4", "workers=2", "batch_size=2", "pt=true") == 0
     bag = read_bag(folder / "h5_files" / "007.h5")
     assert bag.attributes["unreadable_tiles"] == 2
@@ -158,6 +160,7 @@ def test_real_slide_with_a_damaged_middle(real_data: Path, tmp_path: Path) -> No
     assert not (folder / "failures.csv").exists()
 
 
+@pytest.mark.process
 def test_killed_in_the_middle_and_started_again_gives_the_same_files(cohort: Path) -> None:
     arguments = keys(cohort, "encoder=stain_texture", "batch_size=2")
     part = cohort / "features" / "stain_texture" / "h5_files"
@@ -175,6 +178,7 @@ def test_killed_in_the_middle_and_started_again_gives_the_same_files(cohort: Pat
     assert not hidden(cohort / "features"), "the orphan is gone"
 
 
+@pytest.mark.process
 def test_two_processes_on_one_output_do_each_other_no_harm(cohort: Path, root: Path) -> None:
     command = [
         sys.executable,
@@ -248,7 +252,7 @@ def test_disk_that_fills_on_the_way_leaves_whole_bags_and_the_run_goes_on(
     error = capsys.readouterr().err
     assert "the disk is full" in error and "start again" in error and error.count("\n") == 1
     folder = cohort / "features" / "mean_colour"
-    assert list(bag_files(folder)) == ["S000"] and not hidden(folder)
+    assert list(list_bags(folder)) == ["S000"] and not hidden(folder)
     monkeypatch.setattr(bags, "_reserve", reserve)
     assert extract(cohort) == 0
     assert extract(cohort, f"output={cohort}/clean") == 0
@@ -265,7 +269,7 @@ def test_a_bag_takes_its_room_before_the_first_row(tmp_path: Path) -> None:
         writer.append(features[start : start + 130])
     writer.finish(corners, {"patch_size": 64}, {"encoder": "x"})
     write_bag(tmp_path / "b.h5", features, corners, {"patch_size": 64}, {"encoder": "x"})
-    assert bag_digest(tmp_path / "a.h5") == bag_digest(tmp_path / "b.h5")
+    assert open_bag(tmp_path / "a.h5").digest() == open_bag(tmp_path / "b.h5").digest()
     assert np.array_equal(read_bag(tmp_path / "a.h5").features, features)
     assert (tmp_path / "a.h5").stat().st_size < features.nbytes + corners.nbytes + bags.BAG_OVERHEAD
     assert not hidden(tmp_path)
@@ -320,6 +324,7 @@ launch(extract_features.main, extract_features.Config)
 """
 
 
+@pytest.mark.process
 def test_a_disk_that_is_really_full(cohort: Path, root: Path) -> None:
     """A file system of 80 KiB, mounted for this process alone: a bag takes 68 KiB at first and 8 to
     12 once it is finished.

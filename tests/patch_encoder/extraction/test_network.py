@@ -124,11 +124,13 @@ def run_compiled(backend: str, root: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.process
 def test_compiled_features_are_the_same_and_one_shape_is_compiled_once(root: Path) -> None:
     done = run_compiled("aot_eager", root)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_compiled_by_inductor_with_frozen_weights(root: Path) -> None:
     done = run_compiled("inductor", root)

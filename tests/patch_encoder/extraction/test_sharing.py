@@ -17,11 +17,11 @@ import pytest
 
 from common.cli import run
 from common.errors import UserError
+from common.processes.ray_cluster import worker_count
 from patch_encoder import extract_features, tile_slides
 from patch_encoder.cohort.shards import Shard, count_tiles, make_bundles
-from patch_encoder.extraction import ray_backend as ray_extraction
-from patch_encoder.extraction.tile_batches import SlideJob
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
+from patch_encoder.tiles.slide_job import SlideJob
 from tests.helpers import draw_slide, make_cohort, write_pyramid
 
 
@@ -175,14 +175,15 @@ def test_ray_that_is_not_there_is_one_line(
 
 
 def test_workers_that_the_cluster_has_no_room_for_are_refused() -> None:
-    settings = ray_extraction.RaySettings("", 0, 4)
-    assert ray_extraction._worker_count({"CPU": 13.0}, settings, on_cuda=False) == 3
-    assert ray_extraction._worker_count({"CPU": 64.0, "GPU": 2.0}, settings, on_cuda=True) == 2
+    assert worker_count({"CPU": 13.0}, 0, 4, on_cuda=False) == 3
+    assert worker_count({"CPU": 64.0, "GPU": 2.0}, 0, 4, on_cuda=True) == 2
+    assert worker_count({"CPU": 64.0, "GPU": 2.0}, 1, 4, on_cuda=True) == 1
     for resources, on_cuda in (({"CPU": 3.0}, False), ({"CPU": 64.0}, True)):
         with pytest.raises(UserError, match="expected room for 1 workers of 4 CPUs"):
-            ray_extraction._worker_count(resources, settings, on_cuda=on_cuda)
+            worker_count(resources, 0, 4, on_cuda=on_cuda)
 
 
+@pytest.mark.process
 def test_a_worker_of_ray_that_is_killed_is_replaced_and_its_slide_done_again(
     cohort: Path, root: Path
 ) -> None:
@@ -193,7 +194,7 @@ def test_a_worker_of_ray_that_is_killed_is_replaced_and_its_slide_done_again(
         "patch_encoder.extract_features",
         *keys(cohort, "batch_size=2"),
     ]
-    ray_keys = ["engine=ray", "ray_workers=2", "ray_cpus=1"]
+    ray_keys = ["engine=ray", "ray.workers=2", "ray.cpus=1"]
     process = subprocess.Popen(
         [*command, *ray_keys], env=environment(root), stderr=subprocess.PIPE, text=True
     )

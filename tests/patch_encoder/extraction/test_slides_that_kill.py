@@ -12,9 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,16 +20,21 @@ import torch
 
 from common.cli import run
 from common.errors import UserError
-from common.processes.isolation import Lost
+from common.processes.pool import Lost
+from common.processes.ray_cluster import RayPool, RaySettings
 from patch_encoder import extract_features, tile_slides
 from patch_encoder import inspect_slides as inspect
 from patch_encoder.extraction import decoding
 from patch_encoder.extraction import ray_backend as ray_extraction
 from patch_encoder.extraction import tile_batches as tile_module
-from patch_encoder.extraction.tile_batches import SlideJob, TileSequence
+from patch_encoder.extraction.tile_batches import TileSequence
 from patch_encoder.slides.openslide_file import OpenSlideFile
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, read_coordinates
+from patch_encoder.tiles.slide_job import SlideJob
+from tests.common.processes.fake_ray import FakeRay
 from tests.helpers import children, die, make_cohort
+
+pytestmark = pytest.mark.process
 
 TILING = [
     "tile_size=64",
@@ -40,7 +43,7 @@ TILING = [
     "tissue.closing=4",
     "tissue.min_area=50",
 ]
-SEGFAULT = "the reader crashed (signal 11, SIGSEGV)"
+SEGFAULT = "the worker crashed (signal 11, SIGSEGV)"
 
 
 @pytest.fixture
@@ -135,7 +138,7 @@ def test_a_slide_that_hangs_is_listed_after_the_timeout(
     }
     found = failures(cohort / "features" / "mean_colour")
     assert list(found) == ["S000"] and found["S000"].startswith(
-        "the reader did not answer for 0.7 s at tile 4 of "
+        "the worker did not answer for 0.7 s at tile 4 of "
     )
 
 
@@ -154,7 +157,7 @@ def test_a_reader_that_is_killed_once_costs_nothing(
     assert extract(cohort) == 0
     assert (
         mark.exists()
-        and "slide S002: the reader was killed (signal 9, SIGKILL: out of memory?) at tile 6"
+        and "slide S002: the worker was killed (signal 9, SIGKILL: out of memory?) at tile 6"
         in caplog.text
     )
     assert bags(cohort) == bags(cohort, "clean")
@@ -162,13 +165,13 @@ def test_a_reader_that_is_killed_once_costs_nothing(
 
 def test_two_readers_lost_over_a_slide_at_once_are_one_try(cohort: Path) -> None:
     job = SlideJob("a", Path("a"), read_coordinates(cohort / "tiles" / "coords" / "S000.h5"), None)
-    verdicts = decoding.Verdicts(TileSequence([job], np.asarray))
+    policy = decoding.CrashPolicy(TileSequence([job], np.asarray))
     began = time.monotonic()
-    verdicts.enter(Lost("killed", (0, 3), began))
-    verdicts.enter(Lost("killed", (0, 9), began))
-    assert not verdicts.given_up
-    verdicts.enter(Lost("killed", (0, 3), time.monotonic()))
-    assert verdicts.given_up == {
+    policy.record_crash(Lost("killed", (0, 3), began))
+    policy.record_crash(Lost("killed", (0, 9), began))
+    assert not policy.given_up
+    policy.record_crash(Lost("killed", (0, 3), time.monotonic()))
+    assert policy.given_up == {
         0: "killed at tile 4 of 19, and so did another before it; the slide is given up"
     }
 
@@ -176,7 +179,7 @@ def test_two_readers_lost_over_a_slide_at_once_are_one_try(cohort: Path) -> None
 def test_readers_that_die_at_no_slide_end_the_run_with_one_line(
     cohort: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(tile_module, "alive", lambda *_: die(signal.SIGKILL))
+    monkeypatch.setattr(tile_module, "heartbeat", lambda *_: die(signal.SIGKILL))
     assert extract(cohort) == 2
     error = capsys.readouterr().err
     assert (
@@ -240,8 +243,8 @@ def test_tiling_goes_on_after_slides_that_kill_hang_or_have_a_bug(
     assert tile(root, "workers=2", "read_timeout=1.5") == 1
     assert children() == before
     assert failures(root / "tiles") == {
-        "S000": "the reader crashed (signal 6, SIGABRT)",
-        "S002": "the reader did not answer for 1.5 s",
+        "S000": "the worker crashed (signal 6, SIGABRT)",
+        "S002": "the worker did not answer for 1.5 s",
         "S003": "KeyError: 'tiff tag'",
     }
     assert "KeyError" in caplog.text and "Traceback" in caplog.text
@@ -340,46 +343,15 @@ def test_a_bundle_that_kills_ray_workers_is_taken_apart_and_the_slide_that_does_
     assert report.failures == [row]
 
 
-class FakeRay:
-    """What `_Pool` uses of Ray, in this process: an actor dies when its work raises SystemExit."""
-
-    class exceptions:
-        class RayActorError(Exception):
-            pass
-
-        class RayTaskError(Exception):
-            cause = None
-
-    def __init__(self) -> None:
-        self.killed = 0
-
-    def remote(self, **_: object) -> Callable[[type], object]:
-        def wrap(worker: type) -> SimpleNamespace:
-            def start(work: Callable) -> SimpleNamespace:
-                return SimpleNamespace(run=SimpleNamespace(remote=lambda jobs: partial(work, jobs)))
-
-            return SimpleNamespace(remote=start)
-
-        return wrap
-
-    def put(self, value: object) -> object:
-        return value
-
-    def wait(self, references: list) -> tuple[list, list]:
-        return references[:1], references[1:]
-
-    def get(self, reference: Callable[[], ray_extraction.Report]) -> ray_extraction.Report:
-        try:
-            return reference()
-        except SystemExit as error:
-            raise self.exceptions.RayActorError(f"actor died\n{error}") from None
-
-    def kill(self, worker: object) -> None:
-        self.killed += 1
+def ray_pool(work: Callable, count: int, monkeypatch: pytest.MonkeyPatch) -> RayPool:
+    monkeypatch.setattr("common.processes.ray_cluster.import_ray", lambda: FakeRay({"CPU": 8.0}))
+    return RayPool(work, RaySettings(workers=count), cpus=1, on_cuda=False)
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_ray_lists_a_slide_that_always_kills_its_worker(count: int) -> None:
+def test_ray_lists_a_slide_that_always_kills_its_worker(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: list[str] = []
 
     def work(part: list[SlideJob]) -> ray_extraction.Report:
@@ -388,20 +360,30 @@ def test_ray_lists_a_slide_that_always_kills_its_worker(count: int) -> None:
         done.extend(job.slide_id for job in part)
         return ray_extraction.Report(len(part), len(part), 0.0, 0.0, [])
 
-    ray = FakeRay()
     bundles = [[ray_job("a"), ray_job("b")], [ray_job("c")], [ray_job("d")]]
-    report = ray_extraction._Pool(ray, work, 1, False).run(bundles, count)
-    assert (report.slides, report.tiles, sorted(done), ray.killed) == (4, 4, ["a", "c", "d"], 4)
+    pool = ray_pool(work, count, monkeypatch)
+    report = ray_extraction.encode_bundles(pool, bundles)
+    assert (report.slides, report.tiles, sorted(done)) == (4, 4, ["a", "c", "d"])
+    assert pool._ray.killed == 4
     assert [(row["slide"], row["error"]) for row in report.failures] == [
         ("b", "3 workers of Ray died over it, the last: actor died")
     ]
 
 
-def test_ray_ends_when_every_slide_kills() -> None:
+@pytest.mark.parametrize(
+    ("raised", "expected", "text"),
+    [
+        (SystemExit(7), UserError, "engine=ray: 3 workers of Ray died over it.*lower batch_size"),
+        (UserError("expected x"), UserError, "^expected x$"),
+        (KeyError("lost"), RuntimeError, "(?s)a worker of Ray raised.*KeyError: 'lost'"),
+    ],
+)
+def test_ray_ends_when_every_slide_kills_or_the_work_raises(
+    raised: BaseException, expected: type, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def work(part: list[SlideJob]) -> ray_extraction.Report:
-        raise SystemExit(7)
+        raise raised
 
-    with pytest.raises(
-        UserError, match="engine=ray: 3 workers of Ray died over it.*lower batch_size"
-    ):
-        ray_extraction._Pool(FakeRay(), work, 1, False).run([[ray_job(name)] for name in "abcd"], 2)
+    with pytest.raises(expected, match=text):
+        bundles = [[ray_job(name)] for name in "abcd"]
+        ray_extraction.encode_bundles(ray_pool(work, 2, monkeypatch), bundles)

@@ -217,6 +217,7 @@ def test_code_of_a_repository_is_never_run(hub: Path) -> None:
         build_encoder("hf:org/own")
 
 
+@pytest.mark.process
 def test_the_environment_variables_of_the_hub_are_obeyed(tmp_path: Path, root: Path) -> None:
     row = EncoderRow("timm", "test_vit", "timm/test_vit.r160_in1k", 64, Fit(160, 160))
     publish(snapshot(tmp_path / "hub", row.weights), row, drawn(row))

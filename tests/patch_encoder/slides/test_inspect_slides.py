@@ -100,6 +100,7 @@ assert sys.modules["inspect"] is not sys.modules["patch_encoder.inspect_slides"]
 """
 
 
+@pytest.mark.process
 def test_the_name_does_not_hide_the_standard_library(tmp_path: Path) -> None:
     """As the command, as an import, and in processes that are spawned from a script beside it."""
     root = make_cohort(tmp_path, 2)

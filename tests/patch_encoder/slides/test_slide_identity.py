@@ -16,7 +16,7 @@ from PIL import Image
 
 from common.cli import run
 from patch_encoder import extract_features, tile_slides
-from patch_encoder.bags.files import bag_header
+from patch_encoder.bags.bag import open_bag
 from patch_encoder.extraction import bag_assembly as assembly
 from patch_encoder.slides.identity import END, compute_slide_identity
 from tests.helpers import draw_slide, make_cohort, write_pyramid
@@ -59,7 +59,7 @@ def failures(root: Path) -> dict[str, str]:
 
 
 def header(root: Path, slide: str) -> dict[str, object]:
-    return bag_header(root / "features" / "mean_colour" / "h5_files" / f"{slide}.h5")[1]
+    return open_bag(root / "features" / "mean_colour" / "h5_files" / f"{slide}.h5").attributes
 
 
 def test_a_bag_says_which_file_it_came_from(tmp_path: Path) -> None:

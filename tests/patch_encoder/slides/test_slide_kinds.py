@@ -14,7 +14,7 @@ from PIL import Image
 
 from common.cli import run
 from patch_encoder import extract_features, tile_slides
-from patch_encoder.bags.files import read_bag
+from patch_encoder.bags.bag import read_bag
 from patch_encoder.descriptors.mean_colour import mean_colour
 from patch_encoder.tiles.coordinates import coordinate_attributes, read_coordinates
 from tests.helpers import draw_slide, write_pyramid

@@ -233,8 +233,15 @@ def test_stage_tiles_a_cohort_and_goes_on(
     assert tile(root, "target_mpp=1.0") == 0
     assert (root / "tiles" / "coords" / "S001.h5").stat().st_mtime_ns == before
     assert tile(root, "target_mpp=0.5") == 2
-    assert "overwrite=true" in capsys.readouterr().err
+    assert "target_mpp 1.0 -> 0.5; choose another output or set overwrite=true" in (
+        capsys.readouterr().err
+    )
     assert tile(root, "target_mpp=0.5", "overwrite=true") == 0
+    path = root / "tiles" / "coords" / "S001.h5"
+    with h5py.File(path, "a") as file:
+        del file["coords"].attrs["settings"]
+    assert tile(root, "target_mpp=0.5") == 2
+    assert "S001.h5: holds coordinates without settings" in capsys.readouterr().err
 
 
 def test_one_bad_slide_never_stops_the_cohort(tmp_path: Path) -> None:

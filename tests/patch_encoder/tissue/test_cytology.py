@@ -240,6 +240,7 @@ print((peak_memory() - before) / 2**20, mask.mean())
 """
 
 
+@pytest.mark.process
 def test_memory_does_not_grow_with_a_slide_without_levels(tmp_path: Path) -> None:
     grown = []
     for side in (3072, 9216):  # 27 and 243 MiB of RGB

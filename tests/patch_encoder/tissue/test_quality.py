@@ -214,28 +214,6 @@ def test_outlines_of_a_tiling_give_the_same_tiles(cohort: Path) -> None:
     assert "found none" in (cohort / "drawn" / "failures.csv").read_text()
 
 
-def test_stamps_of_older_versions_are_taken(
-    cohort: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert tile(cohort) == 0
-    path = cohort / "tiles" / "coords" / "S000.h5"
-    with h5py.File(path, "a") as file:
-        stamp = json.loads(file["coords"].attrs["settings"])
-        old = {
-            name: stamp[name]
-            for name in ("tile_size", "target_mpp", "overlap", "min_tissue", "mpp", "method")
-        }
-        old["tissue"] = {
-            name: stamp["tissue"][name]
-            for name in ("mpp", "floor", "median", "closing", "min_area")
-        }
-        file["coords"].attrs["settings"] = json.dumps(old)
-    before = path.stat().st_mtime_ns
-    assert tile(cohort) == 0 and path.stat().st_mtime_ns == before
-    assert tile(cohort, "tissue.clam.sthresh=9") == 2
-    assert "tissue.clam.sthresh None -> 9" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

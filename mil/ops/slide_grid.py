@@ -1,5 +1,7 @@
-"""The step of a grid of tiles, level-0 pixels from one to the next, found from their corners alone.
+"""The grid that a slide's tiles lie on: its step, level-0 pixels from one tile to the next, and its
+origin.
 
+Both belong to the slide: a few tiles that are drawn from it lie where they lie among all tiles.
 Tiles that were laid on a grid show it: the commonest distance between neighbours. Tiles that were
 not (a few that a detector chose, what is left of a slide that is nearly empty) have one too, by
 accident: it is not taken where they lie on no grid of it and few have a neighbour there, or most
@@ -8,15 +10,59 @@ are much nearer or farther than it says.
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
+
 import numpy as np
 from jaxtyping import Int
 
+logger = logging.getLogger(__name__)
 MAX_CELLS = 2**26
 """Cells of one bag's map at level 0: 268 MB. A slide of 300,000 px a side has 1.4 million cells of
 256 px.
 """
 FAR = 8  # times as far as a step, or as near, are the nearest tiles when it is none of theirs
 SHARE = 0.1  # of the tiles have a neighbour at a step, at least
+
+
+@dataclass(frozen=True)
+class SlideGrid:
+    """Cells of a slide in level-0 pixels.
+
+    Attributes:
+        step: from one cell to the next.
+        origin: where cells count from: x of the leftmost tile, y of the uppermost.
+    """
+
+    step: float
+    origin: tuple[int, int]
+
+
+def find_grid(
+    coords: Int[np.ndarray, "n 2"], stated: int | float = 0, side: int | float = 0
+) -> SlideGrid:
+    """The grid of a slide.
+
+    Args:
+        coords: level-0 corners (x, y) of all tiles of the slide.
+        stated: step that the bag file states, which counts; coords only refine it by less than 1 %,
+            for steps that are no whole number of pixels. 0: the step is found from coords.
+        side: side of a tile, the step of tiles that show none; 0: unknown.
+    """
+    step = infer_step(coords, side)
+    if stated and not agree(step, float(stated)):
+        step = float(stated)
+    fitting = fitting_step(coords, step)
+    x, y = coords.min(0, initial=2**62).tolist()
+    if fitting != step:
+        logger.warning(
+            "coords: tiles from %s to %s %g px apart; cells are %g px",
+            [x, y],
+            coords.max(0).tolist(),
+            step,
+            fitting,
+        )
+    return SlideGrid(fitting, (x, y))
 
 
 def infer_step(coords: Int[np.ndarray, "n 2"], side: int | float = 0) -> float:

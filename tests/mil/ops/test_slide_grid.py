@@ -1,12 +1,10 @@
-"""Coords that know their slide's grid: one step for every draw, the file before a guess, no slide
-too odd to train on.
+"""The grid of a slide: one step for every draw, the file before a guess, no slide too odd to train
+on.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,15 @@ import pytest
 import torch
 
 from common.distributed import World
-from mil.datasets.bags import load_bags, placed
+from mil.datasets.bags import Sample, load_bags, slide_grid
 from mil.heatmaps.scores import tiles_alone
-from mil.models import build
-from mil.ops.grid import build_grid, infer_step
-from mil.ops.grid_step import MAX_CELLS
-from mil.ops.slide_coords import SlideCoords, on_slide
-from mil.training.engine import CLASSES, Recipe, Sample, draws, examine, train_one_epoch
-from patch_encoder.bags.files import write_bag
+from mil.models import build, deform_mil
+from mil.ops.grid import build_grid
+from mil.ops.slide_grid import MAX_CELLS, SlideGrid, find_grid, infer_step
+from mil.training.engine import CLASSES, Recipe, draws, examine, train_one_epoch
+from mil.training.prediction import grid_for, predict
+from patch_encoder.bags.bag import make_bag
+from patch_encoder.bags.writer import write_bag
 from patch_encoder.tiles.coordinates import FULL_GEOMETRY
 
 CPU = World(0, 1, torch.device("cpu"))
@@ -54,21 +53,21 @@ def deform(**options: Any) -> torch.nn.Module:
 def test_every_draw_lies_where_the_whole_bag_does(known: bool) -> None:
     coords = tissue()
     whole = build_grid([coords], 2)
-    sample = Sample(
-        "s", torch.zeros(400, 6), placed(coords, OURS | {"overlap": 0.5}) if known else coords, 0
-    )
+    attributes = OURS | {"overlap": 0.5} if known else {}
+    sample = Sample("s", make_bag(torch.zeros(400, 6), coords, attributes), 0)
     alone = set()
     for _, tiles in draws([(sample, place) for place in range(30)], 6, 0):
         assert tiles is not None
         drawn = sample.load(tiles)[1]
-        grid = build_grid([drawn], 2)
+        grid = build_grid([drawn], 2, slides=[sample.grid])
         assert grid.step == whole.step == (256.0,) and torch.equal(
             grid.positions, whole.positions[tiles]
         )
         assert torch.equal(drawn, coords[tiles])  # still level-0 pixels
         alone.add(infer_step(coords[tiles].numpy()))
     assert len(alone) > 3  # what six tiles themselves say
-    assert torch.equal(build_grid([sample.load()[1]], 2).positions, whole.positions)
+    again = build_grid([sample.load()[1]], 2, slides=[sample.grid])
+    assert torch.equal(again.positions, whole.positions)
 
 
 def test_the_model_sees_a_draw_as_a_part_of_its_bag() -> None:
@@ -77,7 +76,8 @@ def test_the_model_sees_a_draw_as_a_part_of_its_bag() -> None:
     tiles = torch.cat(
         (tiles, torch.stack(corners))
     ).unique()  # with both corners: their own grid is the bag's
-    drawn = deform().eval()(*Sample("s", x, coords, 0).load(tiles))
+    sample, model = Sample("s", make_bag(x, coords), 0), deform().eval()
+    drawn = model(*sample.load(tiles), **grid_for(model, sample))
     expected = deform(step=256.0).eval()(x[tiles], coords[tiles])
     assert torch.equal(drawn.logits, expected.logits) and torch.equal(
         drawn.attention, expected.attention
@@ -85,17 +85,49 @@ def test_the_model_sees_a_draw_as_a_part_of_its_bag() -> None:
     assert not torch.equal(
         drawn.logits, deform().eval()(x[tiles], coords[tiles]).logits
     )  # a guess from 16 tiles
-    sample = Sample("s", x, coords, 0)
-    assert torch.equal(
-        examine(deform(), sample, CPU.device).logits, deform().eval()(x, coords).logits
-    )  # whole bags as ever
+    assert torch.equal(examine(model, sample, CPU.device).logits, model(x, coords).logits)
     own = deform(step=512.0).eval()  # what is asked for counts
-    assert torch.equal(own(*sample.load()).logits, own(x, coords).logits)
+    assert torch.equal(own(*sample.load(), grid=sample.grid).logits, own(x, coords).logits)
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+def test_training_prediction_and_heatmaps_give_the_model_its_slides_grid(
+    standardize: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = deform(standardize=standardize)
+    sample = Sample("s", make_bag(torch.randn(400, 6), tissue(), OURS), 1)  # 512 px, coords: 256
+    seen: list[SlideGrid | None] = []
+    build_one = deform_mil.build_grid
+
+    def watch(coords: Any, levels: Any, step: Any, slides: list[SlideGrid | None]) -> Any:
+        seen.extend(slides)
+        return build_one(coords, levels, step, slides)
+
+    monkeypatch.setattr(deform_mil, "build_grid", watch)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    train_one_epoch(model, [sample], optimizer, Recipe(max_tiles=6), CPU, [0])
+    predict(model, [sample], CPU.device)
+    examine(model, sample, CPU.device)
+    assert seen == [SlideGrid(512.0, (700, 900))] * 3
+
+
+def test_other_models_never_ask_for_the_grid() -> None:
+    class Sealed(Sample):
+        @property
+        def grid(self) -> None:  # type: ignore[override]
+            raise AssertionError("the grid was looked for")
+
+    model = build("abmil", 6, 2, standardize=True)
+    sample = Sealed("s", make_bag(torch.randn(9, 6), tissue(9)), 0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    train_one_epoch(model, [sample], optimizer, Recipe(), CPU, [0])
+    predict(model, [sample], CPU.device)
+    examine(model, sample, CPU.device)
 
 
 def test_a_tile_alone_is_a_bag_of_its_own() -> None:
     coords, x, model = tissue(5), torch.randn(5, 6), deform().eval()
-    found = tiles_alone(model, CLASSES, Sample("s", x, coords, 0), CPU.device)
+    found = tiles_alone(model, CLASSES, Sample("s", make_bag(x, coords), 0), CPU.device)
     expected = [model(x[i : i + 1], coords[i : i + 1]).logits.softmax(0).tolist() for i in range(5)]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
@@ -120,15 +152,16 @@ def test_a_tile_alone_is_a_bag_of_its_own() -> None:
 def test_what_the_file_states_comes_before_what_coords_say(
     attributes: dict[str, Any], step: float
 ) -> None:
-    grid = placed(tissue(), attributes).grid
-    assert grid.step == step and grid.origin.tolist() == [700, 900]
+    bag = make_bag(torch.zeros(400, 6), tissue(), attributes)
+    assert slide_grid(bag) == SlideGrid(step, (700, 900))
 
 
 def test_coords_refine_a_stated_step_that_is_no_whole_number() -> None:
     x = (np.arange(300) * 512.4).round().astype(np.int64)
     coords = torch.from_numpy(np.stack((x, 0 * x), 1))
-    assert placed(coords, OURS).grid.step == pytest.approx(512.4, abs=0.01)
-    positions = build_grid([placed(coords, OURS)]).positions[:, 0]
+    grid = slide_grid(make_bag(torch.zeros(300, 6), coords, OURS))
+    assert grid is not None and grid.step == pytest.approx(512.4, abs=0.01)
+    positions = build_grid([coords], slides=[grid]).positions[:, 0]
     assert torch.equal(positions, torch.arange(300.0))
 
 
@@ -137,13 +170,10 @@ def test_bags_from_files_know_their_step(tmp_path: Path) -> None:
     write_bag(tmp_path / "b.h5", np.ones((400, 6), np.float32), tissue(step=700).numpy(), {})
     torch.save({"features": torch.ones(3, 6), "coords": ODD}, tmp_path / "c.pt")
     bags = load_bags({name: next(tmp_path.glob(f"{name}.*")) for name in "abc"})
-    steps = {
-        slide: coords.grid.step
-        for slide, coords in bags.coords.items()
-        if isinstance(coords, SlideCoords)
-    }
+    steps = {slide: Sample(slide, bag, 0).grid.step for slide, bag in bags.items()}
     assert steps == {"a": 512.0, "b": 700.0, "c": 49001.0}
-    assert bags.coords["c"].tolist() == ODD.tolist()
+    assert bags["c"].coords.tolist() == ODD.tolist()
+    assert Sample("s", make_bag(torch.zeros(3, 6)), 0).grid is None
 
 
 @pytest.mark.parametrize(
@@ -170,14 +200,14 @@ def test_tiles_on_no_grid_get_cells_of_their_density(count: int) -> None:
 
 @pytest.mark.parametrize("max_tiles", [0, 2])
 def test_three_tiles_on_no_grid_are_trained_on(max_tiles: int) -> None:
-    aligned = Sample("good", torch.randn(400, 6), tissue(), 1)
+    aligned = Sample("good", make_bag(torch.randn(400, 6), tissue()), 1)
     far = torch.tensor(
         [[0, 0], [1, 0], [2, 0], [1, 1], [10_000_000, 10_000_000]]
     )  # a map of 1 px would not fit
     samples = [
-        Sample("odd", torch.randn(3, 6), ODD, 0),
+        Sample("odd", make_bag(torch.randn(3, 6), ODD), 0),
         aligned,
-        Sample("far", torch.randn(5, 6), far, 0),
+        Sample("far", make_bag(torch.randn(5, 6), far), 0),
     ]
     model = deform()
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
@@ -189,34 +219,8 @@ def test_three_tiles_on_no_grid_are_trained_on(max_tiles: int) -> None:
 def test_cells_become_coarser_until_the_map_fits_and_it_is_said(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    coords = on_slide(torch.tensor([[0, 0], [1_000_000, 1_000_000]]), 16)
-    step = coords.grid.step
-    assert step == 128.0 and coords.grid.step == step
-    assert build_grid([coords]).index.shapes.prod() < MAX_CELLS
+    coords = torch.tensor([[0, 0], [1_000_000, 1_000_000]])
+    grid = find_grid(coords.numpy(), 16)
+    assert grid.step == 128.0
+    assert build_grid([coords], slides=[grid]).index.shapes.prod() < MAX_CELLS
     assert caplog.text.count("16 px apart; cells are 128 px") == 1
-
-
-def test_corners_stay_corners_where_rows_are_picked_copied_or_moved() -> None:
-    coords = on_slide(ODD, 0, 256)
-    rows = torch.tensor([2, 0])
-    for kept in (
-        coords[rows],
-        coords[1:],
-        coords.clone(),
-        coords.to(torch.int32),
-        coords.cpu(),
-        coords.detach(),
-    ):
-        assert isinstance(kept, SlideCoords) and kept.grid is coords.grid
-    assert on_slide(coords) is coords and copy.deepcopy(coords).grid is coords.grid
-    assert pickle.loads(pickle.dumps(coords)).grid.step == 256.0  # as processes are given it
-    for plain in (
-        coords[:, 0],
-        coords[0],
-        coords + 1,
-        coords // 256,
-        coords.split(1)[0],
-        torch.stack([coords, coords]),
-    ):
-        assert type(plain) is torch.Tensor
-    assert type(ODD) is torch.Tensor

@@ -1,4 +1,4 @@
-"""Jobs for worker processes: dying ones and waiting ones, in a module that is quick to import."""
+"""Jobs for worker processes, in a module that is quick to import."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import time
 from pathlib import Path
 
 import torch
+
+
+def exits(status: int) -> None:
+    """End the process."""
+    os._exit(status)
 
 
 def dies_on(job: tuple[str, Path, int]) -> None:
@@ -49,3 +54,8 @@ def loses_its_gpu(job: tuple[str, Path, bool]) -> None:
 def lost() -> None:
     """What CUDA says then."""
     raise RuntimeError("CUDA error: device-side assert triggered\nCompile with TORCH_USE_CUDA_DSA")
+
+
+def doubles(number: int) -> tuple[int, int, int]:
+    """Twice the number, the process that found it, and its torch threads."""
+    return 2 * number, os.getpid(), torch.get_num_threads()

@@ -1,0 +1,150 @@
+"""A method on a classical MIL set by the published protocol: repeated cross-validation, one JSON
+file per repeat.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.errors import UserError
+from common.files import read_json, sha256_bytes, write_json
+from common.provenance import can_reuse
+from common.seed import seed_everything
+from mil.classic.pooled_baselines import SIMPLE, bag_vectors, predict_simple
+from mil.classic.recipes import NETWORKS, recipe_of
+from mil.classic.sets import ClassicSet, load_set, make_folds
+from mil.classic.table import SETS, accuracy
+from mil.classic.vmap_training import train_stacked
+
+
+@dataclass(frozen=True)
+class ClassicJob:
+    """A method on a set; the folds of all of its missing repeats are trained together."""
+
+    data: str
+    output: str
+    name: str
+    method: str
+    repeats: int
+    folds: int
+    batch_size: int
+    epochs: int
+    seed: int
+
+    def path(self, repeat: int) -> Path:
+        """Result file of a repeat."""
+        return Path(self.output) / "runs" / self.name / self.method / f"repeat_{repeat}.json"
+
+    def identity(self, classic: ClassicSet, masks: np.ndarray) -> dict[str, Any]:
+        """What decides a repeat's result."""
+        folds = sha256_bytes(np.packbits(masks).tobytes())
+        common = {"data": classic.digest(), "folds": folds, "method": self.method}
+        if self.method in SIMPLE:
+            return common
+        return common | {
+            "recipe": asdict(recipe_of(self.method, self.name, self.batch_size, self.epochs)),
+            "seed": self.seed,
+        }
+
+    def missing(self, overwrite: bool) -> list[int]:
+        """Repeats that have to be trained.
+
+        Raises:
+            UserError: a result of other settings, unless `overwrite`.
+        """
+        classic, masks = self.inputs()
+        return [
+            repeat
+            for repeat in range(self.repeats)
+            if not can_reuse(
+                path := self.path(repeat),
+                lambda path=path: read_json(path, "a repeat's results").get("identity", {}),
+                self.identity(classic, masks[repeat]),
+                "another run",
+                overwrite=overwrite,
+            )
+        ]
+
+    def inputs(self) -> tuple[ClassicSet, np.ndarray]:
+        """The set and its test masks (repeats, folds, B)."""
+        classic = cached_set(self.data, self.name)
+        return classic, make_folds(classic, self.repeats, self.folds, self.seed)
+
+
+@lru_cache(maxsize=len(SETS))
+def cached_set(data: str, name: str) -> ClassicSet:
+    """A set, kept for the next job of this process."""
+    return load_set(data, name)
+
+
+def train_missing(job: ClassicJob, overwrite: bool) -> None:
+    """Train and write what is missing."""
+    classic, masks = job.inputs()
+    absent = job.missing(overwrite)
+    said = (
+        simple_results(job, classic, masks, absent)
+        if job.method in SIMPLE
+        else deep_results(job, classic, masks, absent)
+    )
+    for repeat in absent:
+        right = said[repeat] == classic.targets
+        content = {
+            "identity": job.identity(classic, masks[repeat]),
+            "predicted": said[repeat].tolist(),
+        }
+        content |= {
+            "fold": masks[repeat].argmax(0).tolist(),
+            "accuracy": accuracy(right, masks[repeat]),
+        }
+        write_json(job.path(repeat), content)
+
+
+def simple_results(
+    job: ClassicJob, classic: ClassicSet, masks: np.ndarray, repeats: list[int]
+) -> dict[int, np.ndarray]:
+    """Repeat -> class of every bag (B,), by the model of the fold that tests it."""
+    vectors, results = bag_vectors(classic.bags), {}
+    for repeat in repeats:
+        results[repeat] = np.full(len(classic.targets), -1)
+        for test in masks[repeat]:
+            results[repeat][test] = predict_simple(job.method, vectors, classic.targets, test)
+    return results
+
+
+def deep_results(
+    job: ClassicJob, classic: ClassicSet, masks: np.ndarray, repeats: list[int]
+) -> dict[int, np.ndarray]:
+    """As `simple_results`; the initial weights depend on repeat and fold alone, the order of the
+    bags on the seed.
+    """
+    bags = [torch.from_numpy(bag) for bag in classic.bags]
+    targets, tests = (
+        torch.from_numpy(classic.targets),
+        torch.from_numpy(masks[repeats]).flatten(0, 1),
+    )
+    models = []
+    for repeat in repeats:
+        for fold in range(job.folds):
+            seed_everything(job.seed * 10_007 + repeat * 101 + fold)
+            models.append(NETWORKS[job.method](bags[0].shape[1]))
+    seed_everything(job.seed)
+    recipe = recipe_of(job.method, job.name, job.batch_size, job.epochs)
+    logits = train_stacked(
+        models, bags, targets, ~tests, recipe, torch.Generator().manual_seed(job.seed)
+    )
+    if not torch.isfinite(logits).all():
+        raise UserError(
+            f"{job.method} on {job.name}: expected finite logits, found others since training "
+            "diverged; lower batch_size"
+        )
+    said = logits.argmax(2).view(len(repeats), job.folds, -1)
+    own = (
+        tests.view(len(repeats), job.folds, -1).long().argmax(1, keepdim=True)
+    )  # the fold that tests each bag
+    return dict(zip(repeats, said.gather(1, own)[:, 0].numpy(), strict=True))

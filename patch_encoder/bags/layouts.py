@@ -1,0 +1,136 @@
+"""The file layouts of feature bags: where features, coordinates and attributes stand in each.
+
+HDF5: dataset `features` (ours, CLAM's, TS2G-KD's) or `feats` (TRIDENT's), (N, D) or (1, N, D),
+optionally `coords` (N, 2). `.pt`: one tensor, or a dict that has these by name. Half precision
+stays half precision (its float32 is exact), everything else becomes float32.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from common.checkpoint import load_tensors
+from common.errors import UserError
+
+FEATURE_KEYS = ("features", "feats")
+
+
+class Layout(NamedTuple):
+    """What a bag file says of itself without its features being read.
+
+    Attributes:
+        shape: (N, D).
+        dtype: as stored.
+        coords: (N, 2) int64 level-0 corners, None where the file has none.
+        provenance: attributes of the features.
+        tiling: attributes of the file and of the coordinates.
+        dataset: name of the HDF5 dataset of the features; empty for `.pt`.
+        offset: byte where the features start and can be memory-mapped; None if they cannot.
+    """
+
+    shape: tuple[int, int]
+    dtype: str
+    coords: Tensor | None
+    provenance: dict[str, Any]
+    tiling: dict[str, Any]
+    dataset: str = ""
+    offset: int | None = None
+
+
+def read_layout(path: Path) -> Layout:
+    """The layout of an `.h5` or `.pt` bag.
+
+    Raises:
+        UserError: unreadable, no features, features that are not (N, D).
+    """
+    if path.suffix == ".pt":
+        features, coords = map_pt(path)
+        dtype = str(features.dtype).removeprefix("torch.")
+        return Layout((len(features), features.shape[1]), dtype, coords, {}, {})
+    try:
+        with h5py.File(path, "r") as file:
+            return _read_h5_layout(path, file)
+    except OSError as error:
+        raise UserError(
+            f"{path}: expected a feature bag (HDF5), cannot be read: {error}; extract the slide "
+            "again"
+        ) from None
+
+
+def _read_h5_layout(path: Path, file: h5py.File) -> Layout:
+    name = next((name for name in FEATURE_KEYS if name in file), None)
+    if name is None:
+        raise UserError(f"{path}: expected the dataset 'features', found {sorted(file)}")
+    dataset, coords, tiling = file[name], None, dict(file.attrs)
+    if "coords" in file:
+        coords = torch.from_numpy(file["coords"][()].astype(np.int64))
+        tiling |= file["coords"].attrs
+    mapped = dataset.chunks is None and dataset.external is None and dataset.dtype.isnative
+    return Layout(
+        _matrix_shape(path, dataset.shape),
+        dataset.dtype.newbyteorder("=").name,
+        coords,
+        _plain(dict(dataset.attrs)),
+        _plain(tiling),
+        name,
+        dataset.id.get_offset() if mapped and not file.userblock_size else None,
+    )
+
+
+def read_h5_rows(path: Path, dataset: str, rows: slice) -> Float[Tensor, "n d"]:
+    """Consecutive rows of the features of an HDF5 file."""
+    try:
+        with h5py.File(path, "r") as file:
+            stored = file[dataset]
+            block = stored[rows] if stored.ndim == 2 else stored[0, rows]
+    except OSError as error:
+        raise UserError(
+            f"{path}: expected a feature bag (HDF5), cannot be read: {error}; extract the slide "
+            "again"
+        ) from None
+    return as_float(torch.from_numpy(block.astype(block.dtype.newbyteorder("="), copy=False)))
+
+
+def map_pt(path: Path) -> tuple[Float[Tensor, "n d"], Tensor | None]:
+    """Features, as stored, and coords of a `.pt` file; memory-mapped where the file allows it."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError):
+        # the format before torch 1.6 cannot be mapped; a broken file gets its error message here
+        content = load_tensors(path, "a feature bag, one tensor (N, D)")
+    coords = None
+    if isinstance(content, dict):
+        coords = content.get("coords")
+        content = next((content[name] for name in FEATURE_KEYS if name in content), content)
+    if not isinstance(content, Tensor):
+        raise UserError(f"{path}: expected one tensor (N, D), found {type(content).__name__}")
+    features = content.reshape(_matrix_shape(path, tuple(content.shape)))
+    return features, None if coords is None else torch.as_tensor(coords).long()
+
+
+def as_float(features: Tensor) -> Tensor:
+    """Half precision as it is, everything else as float32."""
+    return features if features.dtype in (torch.float16, torch.float32) else features.float()
+
+
+def _matrix_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, int]:
+    """(N, D), also of (1, N, D) as some CLAM forks write."""
+    plain = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
+    if len(plain) != 2:
+        raise UserError(f"{path}: expected features (N, D), found shape {shape}")
+    return plain[0], plain[1]
+
+
+def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.item() if isinstance(value, np.generic) else value
+        for name, value in attributes.items()
+    }

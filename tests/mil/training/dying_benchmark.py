@@ -1,0 +1,13 @@
+"""mil.benchmark in which one training kills its worker (see `dying_training`)."""
+
+from __future__ import annotations
+
+import mil.benchmark as benchmark
+import mil.training.training_pool as training_pool
+from common.cli import launch
+from tests.mil.training.dying_training import train_or_die
+
+training_pool.train_job = train_or_die
+
+if __name__ == "__main__":
+    launch(benchmark.main, benchmark.Config)

@@ -1,0 +1,200 @@
+"""One row per training script and way of training, for the tests that all of them share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import timm
+import torch
+
+from detection_kd.datasets.distillation import DistillationTiles, read_pairs
+from patch_encoder.models.encoders import build_encoder
+from tests.detection_kd import d2vfm_runs, distillation_sets
+from tests.detection_kd.detector_runs import TINY, write_detection_sets
+from tests.mil.conftest import write_cohort
+from tests.training_harness import Pair, Row
+
+DETECTOR, D2VFM, MIL = "detection_kd.train_detector", "detection_kd.train_d2vfm", "mil.train"
+
+
+# -- detection_kd.train_detector
+
+
+def detection_inputs(folder: Path) -> list[str]:
+    """Nine training and three validation images of 64 px."""
+    return [*write_detection_sets(folder), *TINY]
+
+
+DETECTOR_PAIR = Pair(
+    settings=(
+        "architecture.dropout=0",
+        "architecture.box_refine=true",
+        "architecture.two_stage=true",
+        "epochs=1",
+    ),
+    alone=("accumulate=2",),
+    close={"loss": 2e-3, "class*": 2e-3, "box*": 2e-3, "giou*": 2e-3},
+    absolute=2e-4,
+    first={"loss": 1e-5, "gradient_norm": 1e-3},
+)
+
+# two steps, the epoch, and a step of the second epoch that will be done again
+DETECTOR_ROWS = [
+    Row(
+        "detector",
+        DETECTOR,
+        DETECTOR,
+        detection_inputs,
+        settings=("epochs=6", "log_every=1", "lr=0.002"),
+        kill_at=4,
+        learns=("loss", 0.85),
+        pair=DETECTOR_PAIR,
+    ),
+    Row(
+        "detector with a moving average",
+        DETECTOR,
+        DETECTOR,
+        detection_inputs,
+        settings=("epochs=2", "ema=0.9"),
+        kill_at=4,
+    ),
+]
+
+
+# -- detection_kd.train_d2vfm
+
+
+def pairs_inputs(folder: Path) -> list[str]:
+    """24 pairs with a stored teacher, and a random backbone."""
+    pairs = d2vfm_runs.write_pairs(folder / "pairs")
+    backbone = d2vfm_runs.write_backbone(folder / "backbone.pt")
+    arguments = d2vfm_runs.arguments(pairs, backbone, Path("unused"))
+    return [value for value in arguments if not value.startswith("output=")]
+
+
+def teacher_inputs(folder: Path) -> list[str]:
+    """12 pairs whose stored features are those of a random timm network on the plain tiles; the
+    network itself is the online teacher.
+    """
+    pairs, weights = distillation_sets.write_set(folder / "set"), folder / "vit.pth"
+    backbone = distillation_sets.write_backbone(folder / "backbone.pt")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), weights)
+    write_features(pairs, "timm:test_vit", weights)
+    paths = [f"dataset={pairs}", f"backbone={backbone}", f"teacher_weights={weights}"]
+    device = ["device=cpu", "workers=0", "precision=fp32", "batch_size=4", "val_share=0.3"]
+    return [*paths, *device, "epochs=2", "pictures=false", "online_teacher=timm:test_vit"]
+
+
+def write_features(root: Path, encoder_name: str, weights: Path) -> None:
+    """Store an encoder's features of the plain tiles as those of the teacher."""
+    encoder, pairs = build_encoder(encoder_name, str(weights)), read_pairs(root)
+    plain = DistillationTiles(pairs, augment=False, seed=0)
+    with torch.no_grad():
+        for index, pair in enumerate(pairs):
+            item = encoder.transform(plain[index][0].permute(1, 2, 0).numpy())
+            torch.save(encoder.model(item[None])[0], pair.image.with_suffix(".pt"))
+
+
+def same_files_in_the_cache(one: Path, two: Path) -> None:
+    """Both processes filled one cache, which has the files of one process."""
+    caches = [run.with_name(f"{run.name}_cache") for run in (one, two)]
+    names = [sorted(path.name for path in cache.iterdir()) for cache in caches]
+    assert names[0] == names[1] and len(names[0]) == 2
+
+
+EVERY_SWITCH = (
+    "epochs=3",
+    "needles=[0,1]",
+    "pooling=gem",
+    "adapter=ln",
+    "unfreeze=1",
+    "unfreeze_lr=0.5",
+    "ema=0.9",
+    "loss=smooth_l1",
+    "extra.distance=3",
+    "extra.angle=5",
+    "extra.contrastive=2",
+    "loss_weight=0.5",
+)
+CACHED = ("augment=false", "scales=[1.0]", "cache=true", "batch_size=6", "loss_weight=0.05")
+CACHED_TERMS = ("extra.distance=1", "extra.contrastive=1", "ema=0.5", "cache_dir={output}_cache")
+AUGMENTED = ("augmentation.crop=true", "augmentation.colour=0.2", "augmentation.sizes=[32,40]")
+
+D2VFM_ROWS = [
+    Row(
+        "student",
+        D2VFM,
+        D2VFM,
+        pairs_inputs,
+        settings=("epochs=4",),
+        learns=("loss", 0.7),
+        pair=Pair(("batch_size=6",), close={"loss": 1e-4}, torchrun=True),
+    ),
+    Row("student with every switch", D2VFM, D2VFM, pairs_inputs, EVERY_SWITCH, kill_at=1),
+    # terms of pairs and triplets over the tiles of both processes, with the gradient of one
+    Row(
+        "student on cached features",
+        D2VFM,
+        D2VFM,
+        pairs_inputs,
+        resumes=False,
+        pair=Pair(
+            (*CACHED, *CACHED_TERMS),
+            close=dict.fromkeys(
+                ("loss", "loss_mse", "loss_distance", "loss_contrastive", "cosine", "r2"), 1e-3
+            ),
+            check=same_files_in_the_cache,
+        ),
+    ),
+    # each process shows the teacher its own augmented tiles: those of one process, wherever they fall
+    Row(
+        "student of an online teacher",
+        D2VFM,
+        D2VFM,
+        teacher_inputs,
+        settings=(*AUGMENTED, "epochs=3"),
+        kill_at=1,
+        pair=Pair((*AUGMENTED, "extra.distance=1"), close={"loss": 1e-4}, weights=(1e-3, 1e-5)),
+    ),
+]
+
+
+# -- mil.train
+
+
+def cohort_inputs(folder: Path) -> list[str]:
+    """26 slides, whose first fold trains on 13: with 4 a step the last step has one bag, so that one
+    of two processes has none.
+    """
+    cohort = write_cohort(folder / "cohort", slides=26)
+    paths = [f"labels={cohort}/labels.csv", f"features={cohort}/bags"]
+    return [*paths, "device=cpu", "folds=3", "training.lr=1e-3", "training.save_every=2"]
+
+
+LONG = ("training.epochs=30", "training.min_epochs=30")
+MIL_PAIR = ("training.accumulate=4", "dropout=0.0", "training.epochs=2", "training.min_epochs=1")
+
+MIL_ROWS = [
+    # one epoch beyond the last checkpoint
+    Row(
+        "slide classifier",
+        MIL,
+        "mil.training.engine",
+        cohort_inputs,
+        settings=("model=abmil", *LONG),
+        kill_at=3,
+        learns=("train_loss", 0.7),
+        pair=Pair(MIL_PAIR, close={"train_loss": 1e-5}, weights=(1e-4, 1e-6), torchrun=True),
+    ),
+    Row(
+        "slide classifier in accumulated steps",
+        MIL,
+        "mil.training.engine",
+        cohort_inputs,
+        settings=("model=mean", "standardize=true", "training.accumulate=4", *LONG),
+        kill_at=3,
+    ),
+]
+
+ROWS = [*DETECTOR_ROWS, *D2VFM_ROWS, *MIL_ROWS]
