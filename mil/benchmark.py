@@ -248,7 +248,7 @@ class Cohort:
 
 def read_cohort(config: Config, folders: dict[str, Path]) -> Cohort:
     """Labels, bags and splits, checked."""
-    values = split_values(config.protocol, config.subset)
+    values = split_values(config.protocol, config.subset, config.splits)
     slides, targets = read_targets(
         config.labels, config.task, values, config.positive, config.grades
     )

@@ -256,9 +256,8 @@ def read_cohort(config: Config, summary: dict[str, Any]) -> tuple[LabelledSlides
     """The slides and their splits: the benchmark's, with its classes; those of `splits`; or new
     ones by the same rules.
     """
-    slides = read_labelled_slides(
-        config.labels, split_values(config.protocol, config.subset), config.positive
-    )
+    values = split_values(config.protocol, config.subset, config.splits)
+    slides = read_labelled_slides(config.labels, values, config.positive)
     folder = config.splits or (f"{config.benchmark}/splits" if summary else "")
     if not folder:
         splits = make_splits(

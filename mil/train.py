@@ -118,7 +118,7 @@ def build_job(config: Config) -> FoldJob:
     """Model, labels, bags and split of this training, checked."""
     options = check_options(config.model, config.options)
     recipe, dropout = resolve(config.model, config.training, config.dropout, given_keys(config))
-    values = split_values(config.protocol, config.subset)
+    values = split_values(config.protocol, config.subset, config.splits)
     slides, targets = read_targets(
         config.labels, config.task, values, config.positive, config.grades
     )

@@ -185,7 +185,7 @@ def render_page(config: Config, rows: Sequence[SlideSummary]) -> str:
         title=config.title,
         entries=entries,
         measures={name: MEASURES[name] for name in edges},
-        draw_charts=draw_charts(rows, edges),
+        charts=draw_charts(rows, edges),
         bags=list(rows[0].bags),
         labelled=bool(config.labels),
         statuses=Counter(row.status for row in rows),

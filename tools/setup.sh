@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make the Python environment: .venv in the repository, with uv where it can be had, else venv and pip.
 #
-#   bash tools/setup.sh                 both requirement files into .venv
+#   bash tools/setup.sh                 all three requirement files into .venv
 #   REQUIREMENTS=det bash tools/setup.sh    detection_kd and patch_encoder only (det) or mil only (mil)
 #   ENV=active bash tools/setup.sh      use the environment that is active (conda, venv) as it is; only check it
 #   PYTHON_BASE=python3.12 bash ...     the interpreter to build from (>= 3.10)
@@ -43,7 +43,7 @@ build_ops() {
 }
 
 case "$REQUIREMENTS" in
-  all) files=("$root/requirements-det.txt" "$root/requirements-mil.txt") ;;
+  all) files=("$root/requirements-det.txt" "$root/requirements-mil.txt" "$root/requirements-docs.txt") ;;
   det | mil) files=("$root/requirements-$REQUIREMENTS.txt") ;;
   *) echo "error: REQUIREMENTS=$REQUIREMENTS: expected all, det or mil" >&2; exit 2 ;;
 esac

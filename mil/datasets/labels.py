@@ -67,12 +67,13 @@ def read_labelled_slides(
     """
     records = read_labels(path)
     if subset:
-        known = sorted({record.split or "" for record in records})
+        known = sorted({record.split for record in records if record.split})
         unknown = [value for value in subset if value not in known]
         if len(unknown) == len(subset):
+            remedy = "the split column is empty; set protocol=cv, or splits=<folder> of make_splits"
             raise UserError(
                 f"{path}: expected slides with split {' or '.join(subset)}, found none; "
-                f"{did_you_mean(unknown[0], known)}"
+                f"{did_you_mean(unknown[0], known) if known else remedy}"
             )
         chosen = [record for record in records if record.split in subset]
         logger.info(

@@ -178,11 +178,12 @@ def _group_folds(slides: LabelledSlides, folds: int, seed: int) -> Iterator[tupl
         yield tuple(ids[rest].tolist()), tuple(ids[held_out].tolist())
 
 
-def split_values(protocol: str, subset: str) -> tuple[str, ...]:
+def split_values(protocol: str, subset: str, splits: str = "") -> tuple[str, ...]:
     """Which values of the `split` column take part: those asked for (`train` or `train,val`), else
-    with `fixed` the three sets, else all (an empty tuple)."""
+    with `fixed` the three sets, else all (an empty tuple). A folder of `splits` names its slides
+    itself, so that no protocol restricts them."""
     asked = tuple(value.strip() for value in subset.split(",") if value.strip())
-    return asked or (SETS if protocol == "fixed" else ())
+    return asked or (SETS if protocol == "fixed" and not splits else ())
 
 
 def patients_per_class(slides: LabelledSlides) -> dict[str, int]:

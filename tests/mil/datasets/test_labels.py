@@ -140,9 +140,13 @@ def test_subset_chooses_by_the_split_column(make_cohort):
         UserError, match="expected slides with split tset, found none; did you mean 'test'"
     ):
         read_labelled_slides(labels, ("tset",))
+    unsplit = labels.with_name("unsplit.csv")
+    unsplit.write_text("case_id,slide_id,label\nC1,S1,a\nC2,S2,b\n")
+    with pytest.raises(UserError, match=r"found none; the split column is empty; set protocol=cv"):
+        read_labelled_slides(unsplit, SETS)
     assert (
         split_values("fixed", "") == SETS
-        and split_values("cv", "") == ()
+        and split_values("fixed", "", "cohort/splits") == split_values("cv", "") == ()
         and split_values("cv", "a, b") == ("a", "b")
     )
     assert read_labelled_slides(labels, (), "neg").classes == ("pos", "neg")

@@ -111,7 +111,7 @@ def test_every_model_trains_and_leaves_a_whole_run_directory(
     assert files | {"predictions.csv"} <= {p.name for p in (tmp_path / "run").iterdir()}
     model, content = load_classifier(tmp_path / "run" / "checkpoint_best.pt", torch.device("cpu"))
     assert (
-        content["config"]["class_names"] == ["neg", "pos"]
+        content["config"]["task"]["names"] == ["neg", "pos"]
         and content["epoch"] == results["best_epoch"]
     )
     with (tmp_path / "run" / "predictions.csv").open() as stream:
