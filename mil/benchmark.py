@@ -38,20 +38,18 @@ from mil.datasets.labels import LabelledSlides
 from mil.datasets.split_files import checked_splits, known_slides, stored_splits, write_splits
 from mil.datasets.splits import PROTOCOLS, Split, make_splits, split_values
 from mil.evaluation.runs import (
-    CLASS_COLUMNS,
     add_headline,
     read_finished,
     text_table,
     write_predictions,
 )
 from mil.evaluation.tables import write_evaluation
+from mil.losses.regression import LOSSES
 from mil.models import MODELS, check_options
-from mil.tasks.kinds import task_of
-from mil.tasks.objective_results import make_objective
-from mil.tasks.targets import Targets, read_targets
-from mil.tasks.task import TASKS
+from mil.tasks.slide_targets import SlideTargets
+from mil.tasks.table import ABOUT_TASKS, TASKS, read_targets
 from mil.training.engine import Recipe, check_recipe, check_validation
-from mil.training.fold_run import Job, Settings, open_job
+from mil.training.fold_run import FoldJob, FoldSettings, open_job
 from mil.training.recipes import resolve
 from mil.training.training_pool import train_here, train_on_ray
 from patch_encoder.bags.bag import open_bag
@@ -73,11 +71,7 @@ class Config:
     )
     output: str = key(REQUIRED, "folder of the benchmark", runtime=True)
     names: list[str] = key([], "names of the feature sets; empty: the folders' names")
-    task: str = key(
-        "classes",
-        "classes; multilabel (a|b); ordinal (grades); cox or discrete (survival)",
-        choices=TASKS,
-    )
+    task: str = key("classes", ABOUT_TASKS, choices=tuple(TASKS))
     grades: list[str] = key(
         [], "names of the grades from the lowest, for task=ordinal; empty: whole numbers"
     )
@@ -85,7 +79,15 @@ class Config:
     # alpha of Zadeh and Schmid: -log S of the censored slides times 1 - alpha; 0 is the likelihood,
     # 1 leaves them out
     censored_alpha: float = key(
-        0.0, "slides without an event weigh 1 - this in the loss, 0 to 1, for task=discrete"
+        0.0,
+        "down-weight censored slides in the loss by this factor (0: full weight, 1: ignored), for "
+        "task=discrete",
+    )
+    regression_loss: str = key(
+        "mse",
+        "mse: squared error; huber: outliers of more than a standard deviation pull less; for "
+        "task=regression",
+        choices=LOSSES,
     )
     models: list[str] = key(["mean", "max", "abmil"], "slide classifiers", choices=tuple(MODELS))
     headline: str = key(
@@ -239,7 +241,7 @@ class Cohort:
     """
 
     slides: LabelledSlides
-    targets: Targets
+    targets: SlideTargets
     splits: list[Split]
     files: dict[str, dict[str, Path]]
 
@@ -273,7 +275,7 @@ def read_cohort(config: Config, folders: dict[str, Path]) -> Cohort:
     return Cohort(slides, targets, splits, files)
 
 
-def model_settings(config: Config) -> dict[str, Settings]:
+def model_settings(config: Config) -> dict[str, FoldSettings]:
     """Model -> its settings (with the first seed): published recipe < keys that were given <
     `recipes` of the model.
     """
@@ -292,45 +294,32 @@ def model_settings(config: Config) -> dict[str, Settings]:
         recipe, dropout = resolve(
             model, config.training, config.dropout, given_keys(config), changes
         )
-        told = {
-            "task": config.task,
-            "intervals": config.intervals,
-            "censored_alpha": config.censored_alpha,
-        }
-        settings[model] = Settings(
-            model, dropout, config.standardize, config.seeds[0], recipe, options, **told
+        decided = (config.intervals, config.censored_alpha, config.regression_loss)
+        settings[model] = FoldSettings(
+            model, dropout, config.standardize, config.seeds[0], recipe, options, *decided
         )
     return settings
 
 
-def check_tasks(cohort: Cohort, settings: dict[str, Settings]) -> None:
+def check_tasks(cohort: Cohort, settings: dict[str, FoldSettings]) -> None:
     """Refuse before any training what one of them would refuse."""
     alone = World(0, 1, torch.device("cpu"))
     for number, (name, one) in enumerate(settings.items()):
-        recipe = one.training
         for split in cohort.splits:
-            weighted = (
-                recipe.label_smoothing,
-                recipe.focal,
-                recipe.class_weights,
-                one.intervals,
-                one.censored_alpha,
-            )
             try:
-                task = make_objective(cohort.targets, split.train, *weighted)
-                check_recipe(recipe, task, alone)
+                task = one.fit_task(cohort.targets, split.train)
+                check_recipe(one.training, task, alone)
                 if number == 0:  # the slides are those of all models
                     check_validation([cohort.targets.of(slide) for slide in split.val], task)
             except UserError as error:
                 raise UserError(f"model {name}, split {split.fold}: {error}") from None
 
 
-def make_jobs(config: Config, cohort: Cohort) -> list[Job]:
+def make_jobs(config: Config, cohort: Cohort) -> list[FoldJob]:
     """Every feature set x model x seed x fold."""
     settings = model_settings(config)
     check_tasks(cohort, settings)
     memory = memory_of(config.ram_gb, workers_of(config))
-    targets = None if config.task == "classes" else cohort.targets
     jobs = []
     for name, bags in cohort.files.items():
         digest, bag_list = bags_digest(bags), tuple(bags.items())
@@ -341,9 +330,8 @@ def make_jobs(config: Config, cohort: Cohort) -> list[Job]:
                         Path(config.output) / "runs" / name / model / f"seed{seed}_fold{split.fold}"
                     )
                     one = replace(settings[model], seed=seed)
-                    jobs.append(
-                        Job(output, one, cohort.slides, split, bag_list, digest, targets, memory)
-                    )
+                    data = (cohort.slides, cohort.targets, split, bag_list, digest, memory)
+                    jobs.append(FoldJob(output, one, *data))
     return jobs
 
 
@@ -364,10 +352,9 @@ def encoder_costs(config: Config, files: dict[str, dict[str, Path]]) -> dict[str
     }
 
 
-def summarise_benchmark(config: Config, cohort: Cohort, jobs: list[Job]) -> None:
+def summarise_benchmark(config: Config, cohort: Cohort, jobs: list[FoldJob]) -> None:
     """Write all tables from the finished runs and print the benchmark."""
-    output, names = Path(config.output), cohort.targets.names
-    task = task_of(config.task, names)
+    output, task = Path(config.output), cohort.targets.task
     done = [job for job in jobs if (job.output / "results.json").is_file()]
     finished = [read_finished(job.output, job.output.parents[1].name, task) for job in done]
     write_predictions(output, finished)
@@ -397,18 +384,14 @@ def summarise_benchmark(config: Config, cohort: Cohort, jobs: list[Job]) -> None
         "feature_sets": feature_sets,
         "headline": headline_of(config),
         "models": config.models,
-        "classes": list(names),
+        "classes": list(task.names),
     }
     folders = {name: str(next(iter(bags.values())).parent) for name, bags in cohort.files.items()}
     write_json(output / "summary.json", content | {"protocol": protocol, "features": folders})
-    print(
-        text_table(
-            feature_sets, config.models, CLASS_COLUMNS if config.task == "classes" else task.shown
-        )
-    )
+    print(text_table(feature_sets, config.models, task.brief))
 
 
-def train_pending(config: Config, pending: list[Job]) -> dict[int, str]:
+def train_pending(config: Config, pending: list[FoldJob]) -> dict[int, str]:
     """Train on this machine or through Ray; number of a failed job -> error."""
     failed = {}
     if config.engine == "ray":
@@ -424,12 +407,12 @@ def train_pending(config: Config, pending: list[Job]) -> dict[int, str]:
     return failed
 
 
-def name_of(job: Job) -> str:
+def name_of(job: FoldJob) -> str:
     """`<feature set>/<model>/seed<seed>_fold<fold>`."""
     return "/".join(job.output.parts[-3:])
 
 
-def unfinished(config: Config, cohort: Cohort, jobs: list[Job]) -> list[Job]:
+def unfinished(config: Config, cohort: Cohort, jobs: list[FoldJob]) -> list[FoldJob]:
     """The jobs that have no result; opens every run directory, then writes what belongs
     to the whole benchmark.
     """
@@ -468,7 +451,11 @@ def main(config: Config) -> int:
 
 
 def conclude(
-    config: Config, cohort: Cohort, jobs: list[Job], pending: list[Job], failed: dict[int, str]
+    config: Config,
+    cohort: Cohort,
+    jobs: list[FoldJob],
+    pending: list[FoldJob],
+    failed: dict[int, str],
 ) -> int:
     """The tables, failures.csv, and the exit status."""
     failures = [

@@ -39,16 +39,15 @@ from mil.datasets.splits import PROTOCOLS, Split, make_splits, split_values
 from mil.evaluation.benchmark_folder import belonging, run_folders
 from mil.evaluation.runs import (
     COST_KEYS,
-    Finished,
+    FinishedRun,
     add_headline,
     read_finished,
     text_table,
     write_predictions,
 )
 from mil.evaluation.tables import write_evaluation
-from mil.tasks.classification import Predictions, evaluate
-from mil.tasks.kinds import classification
-from mil.training.fold_run import prediction_header, prediction_rows
+from mil.tasks.classification import Classification, Predictions
+from mil.tasks.prediction_table import write_predictions as write_run_predictions
 
 logger = logging.getLogger(__name__)
 MODELS = ("topk", "logistic")
@@ -107,7 +106,7 @@ class Config:
 
 
 @dataclass
-class Settings:
+class DetectionSettings:
     """What decides a model besides its data."""
 
     model: str
@@ -117,7 +116,9 @@ class Settings:
     seed: int = 0
 
 
-def fit(settings: Settings, vectors: np.ndarray, targets: np.ndarray, cases: np.ndarray) -> Any:
+def fit(
+    settings: DetectionSettings, vectors: np.ndarray, targets: np.ndarray, cases: np.ndarray
+) -> Any:
     """A calibrated classifier of the training slides.
 
     Args:
@@ -152,13 +153,18 @@ def fit(settings: Settings, vectors: np.ndarray, targets: np.ndarray, cases: np.
     )
 
 
-def probabilities(settings: Settings, model: Any, vectors: np.ndarray) -> np.ndarray:
+def probabilities(settings: DetectionSettings, model: Any, vectors: np.ndarray) -> np.ndarray:
     """(S, C) class probabilities."""
     return model.predict_proba(vectors[:, :1] if settings.model == "topk" else vectors)
 
 
 def open_fold(
-    output: Path, settings: Settings, slides: LabelledSlides, split: Split, digest: str, again: bool
+    output: Path,
+    settings: DetectionSettings,
+    slides: LabelledSlides,
+    split: Split,
+    digest: str,
+    again: bool,
 ) -> Run:
     """The run directory of one model on one fold; `results` is set when it is finished.
 
@@ -178,7 +184,7 @@ def open_fold(
 
 def run_fold(
     run: Run,
-    settings: Settings,
+    settings: DetectionSettings,
     slides: LabelledSlides,
     split: Split,
     vectors: dict[str, np.ndarray],
@@ -194,9 +200,11 @@ def run_fold(
             np.array([case_of[slide] for slide in ids]),
         )
     model = fit(settings, *sets["train"])
-    said = {name: probabilities(settings, model, sets[name][0]) for name in ("val", "test")}
+    predicted = {name: probabilities(settings, model, sets[name][0]) for name in ("val", "test")}
     positive = sets["val"][1] == 1
-    threshold = youden_threshold(positive, said["val"][:, 1]) if len(slides.classes) == 2 else None
+    threshold = (
+        youden_threshold(positive, predicted["val"][:, 1]) if len(slides.classes) == 2 else None
+    )
     results: dict[str, Any] = {
         "model": settings.model,
         "seed": settings.seed,
@@ -206,14 +214,17 @@ def run_fold(
     results |= {
         "best_epoch": None,
         "epochs": None,
-        "val_auc": float(auc(sets["val"][1], said["val"])[0]),
+        "val_auc": float(auc(sets["val"][1], predicted["val"])[0]),
     }
-    rows = []
-    for name, ids in (("val", split.val), ("test", split.test)):
-        predictions = Predictions(split.fold, sets[name][2], sets[name][1], said[name], threshold)
-        results[name] = {metric: float(value[0]) for metric, value in evaluate(predictions).items()}
-        rows += prediction_rows(predictions, ids, slides.classes, name)
-    write_csv(run.path / "predictions.csv", prediction_header(slides.classes), rows)
+    task, parts = Classification(slides.classes), {}
+    for name in ("val", "test"):
+        parts[name] = Predictions(
+            split.fold, sets[name][2], sets[name][1], predicted[name], threshold
+        )
+        metrics = task.evaluate(parts[name]).items()
+        results[name] = {metric: float(value[0]) for metric, value in metrics}
+    ids = {"val": split.val, "test": split.test}
+    write_run_predictions(run.path / "predictions.csv", task, ids, parts)
     run.finish(results)
 
 
@@ -227,7 +238,7 @@ def read_benchmark(config: Config) -> dict[str, Any]:
         return {}
     summary = read_json(Path(config.benchmark) / "summary.json", "a finished benchmark's summary")
     task, classes = summary.get("task", "classes"), summary["classes"]
-    if task != "classes":
+    if task != Classification.kind:
         raise UserError(
             f"{config.benchmark}: expected a benchmark of task=classes, found task={task}; leave "
             "benchmark out"
@@ -273,14 +284,14 @@ def read_cohort(config: Config, summary: dict[str, Any]) -> tuple[LabelledSlides
 
 def benchmark_rows(
     folder: Path, summary: dict[str, Any], splits: Sequence[Split]
-) -> tuple[list[Finished], dict[str, dict[str, Any]]]:
+) -> tuple[list[FinishedRun], dict[str, dict[str, Any]]]:
     """The finished runs of a benchmark, its feature sets in the order of its summary, and what
     their encoders cost.
 
     Raises:
         UserError: a run that was not tested on the benchmark's splits.
     """
-    sets, task = summary["feature_sets"], classification(tuple(summary["classes"]))
+    sets, task = summary["feature_sets"], Classification(tuple(summary["classes"]))
     finished = [
         read_finished(path, name, task)
         for name in sets
@@ -303,7 +314,7 @@ def benchmark_rows(
 
 def open_all(
     config: Config, slides: LabelledSlides, splits: Sequence[Split], digest: str
-) -> list[tuple[Settings, Split, Run]]:
+) -> list[tuple[DetectionSettings, Split, Run]]:
     """Every model on every fold with its run directory; one that holds another run is refused
     before anything is written.
     """
@@ -313,7 +324,9 @@ def open_all(
         )  # the runs it speaks of are fitted again
     runs = []
     for model in MODELS:
-        settings = Settings(model, config.top_k, config.thresholds, config.c, config.split_seed)
+        settings = DetectionSettings(
+            model, config.top_k, config.thresholds, config.c, config.split_seed
+        )
         for split in splits:
             path = (
                 Path(config.output)
@@ -335,7 +348,7 @@ def open_all(
 def write_all(
     config: Config,
     classes: Sequence[str],
-    finished: list[Finished],
+    finished: list[FinishedRun],
     costs: dict[str, dict[str, Any]],
     splits: Sequence[Split],
 ) -> None:
@@ -344,18 +357,17 @@ def write_all(
         Path(config.output),
         {"seeds": [config.split_seed], "folds": [split.fold for split in splits]},
     )
+    task = Classification(tuple(classes))
     write_predictions(output, finished)
-    summary = write_evaluation(
-        output, finished, classification(tuple(classes)), config.resamples, config.split_seed
-    )
+    summary = write_evaluation(output, finished, task, config.resamples, config.split_seed)
     # the table's headline columns: of a benchmark's own sets they are in its summary
-    sets = add_headline(summary, costs, "logistic")
+    sets = add_headline(summary, costs, "logistic", task.headline)
     models = list(dict.fromkeys(run.model for run in finished))
     write_json(
         output / "summary.json",
         {"runs": own, "feature_sets": sets, "models": models, "classes": list(classes)},
     )
-    print(text_table(sets, models))
+    print(text_table(sets, models, task.brief))
 
 
 def check(config: Config) -> None:
@@ -415,7 +427,7 @@ def main(config: Config) -> int:
     for settings, split, run in runs:
         if run.results is None:
             run_fold(run, settings, slides, split, vectors)
-        finished.append(read_finished(run.path, config.name, classification(slides.classes)))
+        finished.append(read_finished(run.path, config.name, Classification(slides.classes)))
     write_all(config, slides.classes, finished, costs, splits)
     if config.channel:
         target = Path(

@@ -1,15 +1,13 @@
-"""Evaluate slide classifiers: tables with intervals and tests, and figures, from a benchmark or
+"""Evaluate slide classifiers: tables with intervals and tests, and pictures, from a benchmark or
 from prediction tables.
 
     python -m mil.evaluate benchmark=runs/mil
     python -m mil.evaluate predictions='[ours.csv, clam.csv]' output=runs/compared
     python -m mil.evaluate predictions='[cox.csv]' task=cox output=runs/survival
 
-Writes results.csv, summary.csv, summary.md, summary.tex, the tables of the task
-(mil/evaluation/tables.py) and figures: of classes ROC, precision-recall, reliability and, of two,
-screening; of labels ROC one by one, of grades the confusion, of survival the risk halves. Every cut
-and every temperature comes from validation slides. mil/evaluation/prediction_files.py says what a
-table has to hold.
+Writes results.csv, summary.csv, summary.md, summary.tex, and the tables and figures that the task
+names (mil/tasks/). Every cut and every temperature comes from validation slides.
+mil/evaluation/prediction_files.py describes the tables that it reads.
 """
 
 from __future__ import annotations
@@ -25,9 +23,10 @@ from common.files import read_json
 from mil.evaluation.benchmark_folder import run_folders
 from mil.evaluation.operating import Held, threshold_for
 from mil.evaluation.prediction_files import class_order, read_runs, read_table
-from mil.evaluation.runs import Finished, read_finished
-from mil.evaluation.tables import markdown, screening_rows, write_evaluation
-from mil.tasks.kinds import KINDS, Task, classification, task_of
+from mil.evaluation.runs import FinishedRun, read_finished
+from mil.evaluation.tables import markdown, write_evaluation
+from mil.tasks.base import Task
+from mil.tasks.table import ABOUT_TASKS, TASKS
 
 logger = logging.getLogger(__name__)
 RULES = ("youden", "sensitivity", "specificity")
@@ -40,11 +39,9 @@ class Config:
     benchmark: str = key("", "folder that mil.benchmark wrote", path=True)
     predictions: list[str] = key([], "tables of predictions, instead of a benchmark", path=True)
     output: str = key(
-        "", "folder of tables and figures; empty: <benchmark>/evaluation", runtime=True
+        "", "folder of tables and pictures; empty: <benchmark>/evaluation", runtime=True
     )
-    task: str = key(
-        "", "kind of task of the predictions; empty: one class a slide", choices=("", *KINDS)
-    )
+    task: str = key("classes", ABOUT_TASKS, choices=tuple(TASKS))
     positive: str | None = key(None, "positive class of two; null: the last column prob_<class>")
     threshold: str = key(
         "youden",
@@ -63,10 +60,10 @@ class Config:
     )
 
 
-def benchmark_runs(folder: Path) -> tuple[list[Finished], Task]:
+def benchmark_runs(folder: Path) -> tuple[list[FinishedRun], Task]:
     """Finished runs of a benchmark, in the order of its own tables."""
     summary = read_json(folder / "summary.json", "a benchmark's summary")
-    task = task_of(summary.get("task", "classes"), summary["classes"])
+    task = TASKS[summary.get("task", "classes")](tuple(summary["classes"]))
     finished = []
     for name in summary["feature_sets"]:
         for model in summary["models"]:
@@ -79,25 +76,20 @@ def benchmark_runs(folder: Path) -> tuple[list[Finished], Task]:
     return finished, task
 
 
-def table_runs(paths: list[str], kind: str, positive: str | None) -> tuple[list[Finished], Task]:
+def table_runs(paths: list[str], kind: str, positive: str | None) -> tuple[list[FinishedRun], Task]:
     """Runs of prediction tables, all of the same classes."""
     classes = class_order(read_table(paths[0])[0], positive)
-    fewest = {"cox": 0, "discrete": 0, "multilabel": 1}.get(kind, 2)
-    if len(classes) < fewest:
-        asked = f"task={kind}" if kind else "one class a slide"
+    asked = TASKS[kind]
+    if len(classes) < asked.fewest_names:
         raise UserError(
-            f"{paths[0]}: {asked}: expected {fewest} columns prob_<class> or more, found "
-            f"{len(classes)}"
+            f"{paths[0]}: task={kind}: expected {asked.fewest_names} columns prob_<class> or more, "
+            f"found {len(classes)}"
         )
-    task = Task(kind, classes) if kind else classification(classes)
-    if task.kind == "binary" and len(classes) != 2:
-        raise UserError(
-            f"task=binary: expected two columns prob_<class> in {paths[0]}, found {len(classes)}"
-        )
+    task = asked(classes if asked.fewest_names else ())
     return [run for path in paths for run in read_runs(path, task)], task
 
 
-def with_threshold(finished: list[Finished], rule: str, target: float) -> list[Finished]:
+def with_threshold(finished: list[FinishedRun], rule: str, target: float) -> list[FinishedRun]:
     """Runs whose cut reaches the target on their validation slides."""
     if rule == "youden":
         return finished
@@ -121,19 +113,6 @@ def with_threshold(finished: list[Finished], rule: str, target: float) -> list[F
     return changed
 
 
-def draw(folder: Path, finished: list[Finished], task: Task, config: Config) -> list[Path]:
-    """Draw the figures of the task; returns their paths."""
-    if task.kind not in {"binary", "multiclass"}:
-        from mil.figures.by_task import draw_task
-
-        return draw_task(folder, finished, task, config.figure_format)
-    from mil.figures.curves import draw_all  # matplotlib takes a second to load
-
-    screened = task.kind == "binary" and all(run.val is not None for run in finished)
-    rows = screening_rows(finished, config.resamples, config.seed) if screened else []
-    return draw_all(folder, finished, rows, config.seed, config.figure_format)
-
-
 def main(config: Config) -> None:
     if bool(config.benchmark) == bool(config.predictions):
         raise UserError(
@@ -147,12 +126,15 @@ def main(config: Config) -> None:
         finished, task = benchmark_runs(Path(config.benchmark))
     else:
         finished, task = table_runs(config.predictions, config.task, config.positive)
-    if task.kind == "binary":
+    if task.positive is not None:
         finished = with_threshold(finished, config.threshold, config.target)
     output = Path(config.output or f"{config.benchmark}/evaluation")
     summary = write_evaluation(output, finished, task, config.resamples, config.seed, config.xlsx)
     if config.figures:
-        for path in draw(output / "figures", finished, task, config):
+        from mil.figures.by_task import draw_task  # matplotlib takes a second to load
+
+        drawn = (config.resamples, config.seed, config.figure_format)
+        for path in draw_task(output / "figures", finished, task, *drawn):
             logger.info("evaluate: %s", path)
     print(markdown(summary, task), end="")
     logger.info("evaluate: tables in %s", output)

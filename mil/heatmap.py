@@ -41,10 +41,10 @@ from mil.heatmaps.drawing import colour_table
 from mil.heatmaps.pages import write_pages
 from mil.heatmaps.scores import TileScores
 from mil.heatmaps.settings import Drawing, check_drawing
-from mil.heatmaps.slide import Inputs, draw_slide, judge
-from mil.heatmaps.sources import Judged, Source, from_benchmark, from_run, is_benchmark
-from mil.tasks.kinds import Task
-from mil.tasks.task import Objective, objective_of
+from mil.heatmaps.slide import Inputs, draw_slide, score_slide
+from mil.heatmaps.sources import SlidePrediction, Source, from_benchmark, from_run, is_benchmark
+from mil.tasks.base import Task
+from mil.tasks.table import task_from_dict
 from mil.training.engine import load_classifier
 from patch_encoder.bags.bag import COORDS_REMEDY, open_bag
 from patch_encoder.bags.paths import find_coordinates, list_bags
@@ -53,14 +53,16 @@ from patch_encoder.cohort.labels import find_slides, read_labels
 from patch_encoder.tiles.coordinates import tile_pattern_of
 
 logger = logging.getLogger(__name__)
-Pending = tuple[Judged, Inputs, dict[str, Any]]  # a slide, its files, and what decides its pictures
+Pending = tuple[
+    SlidePrediction, Inputs, dict[str, Any]
+]  # a slide, its files, and what decides its pictures
 
 
 @dataclass(frozen=True)
 class DrawingJob:
     """A slide to draw; `scores` is an error where it could not be judged."""
 
-    judged: Judged
+    judged: SlidePrediction
     inputs: Inputs
     stamp: dict[str, Any]
     scores: TileScores | str
@@ -139,7 +141,7 @@ def read_source(config: Config) -> tuple[Source, dict[str, Path]]:
     return from_run(folder, config.features, bags, config.split), bags
 
 
-def choose(source: Source, only: list[str]) -> list[Judged]:
+def choose(source: Source, only: list[str]) -> list[SlidePrediction]:
     """The slides to draw."""
     known = [judged.slide_id for judged in source.slides]
     for name in only:
@@ -157,7 +159,7 @@ def checkpoint_digest(path: Path) -> str:
     return sha256_file(path)
 
 
-def made_from(judged: Judged, inputs: Inputs, drawing: Drawing) -> dict[str, Any]:
+def made_from(judged: SlidePrediction, inputs: Inputs, drawing: Drawing) -> dict[str, Any]:
     """What decides a slide's files: weights, bag, the slide's size and date, settings."""
     slide = inputs.slide
     stamp = "" if slide is None else f"{slide.stat().st_size}:{slide.stat().st_mtime_ns}"
@@ -173,7 +175,9 @@ def made_from(judged: Judged, inputs: Inputs, drawing: Drawing) -> dict[str, Any
     return found | {"drawing": asdict(drawing)}
 
 
-def find_inputs(config: Config, chosen: list[Judged], bags: dict[str, Path]) -> dict[str, Inputs]:
+def find_inputs(
+    config: Config, chosen: list[SlidePrediction], bags: dict[str, Path]
+) -> dict[str, Inputs]:
     """Bag, slide, mpp and outline of every slide that has a bag, and where slides are given a
     slide.
     """
@@ -232,7 +236,7 @@ class Scored(Sequence[DrawingJob]):
 
     def __init__(self, pending: Sequence[Pending], drawing: Drawing, device: torch.device) -> None:
         self._pending, self._drawing = pending, drawing
-        self._model = lru_cache(maxsize=1)(lambda checkpoint: load_asked(checkpoint, device))
+        self._model = lru_cache(maxsize=1)(lambda checkpoint: load_model(checkpoint, device))
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -240,19 +244,16 @@ class Scored(Sequence[DrawingJob]):
     def __getitem__(self, number: int) -> DrawingJob:
         judged, inputs, stamp = self._pending[number]
         try:
-            scores = judge(judged, inputs, *self._model(judged.checkpoint), self._drawing)
+            scores = score_slide(judged, inputs, *self._model(judged.checkpoint), self._drawing)
         except (UserError, OSError) as error:
             return DrawingJob(judged, inputs, stamp, str(error))
         return DrawingJob(judged, inputs, stamp, scores)
 
 
-def load_asked(checkpoint: Path, device: torch.device) -> tuple[nn.Module, Objective]:
-    """A trained classifier, and what it is asked."""
+def load_model(checkpoint: Path, device: torch.device) -> tuple[nn.Module, Task]:
+    """A trained classifier, and its task."""
     model, content = load_classifier(checkpoint, device)
-    config = content["config"]
-    return model, objective_of(config["task"]) if "task" in config else Objective(
-        names=tuple(config["class_names"])
-    )
+    return model, task_from_dict(content["config"]["task"])
 
 
 def draw_one(job: DrawingJob, output: Path, task: Task, drawing: Drawing) -> None:
@@ -335,7 +336,7 @@ def finish(config: Config, source: Source, failures: Failures) -> None:
         if path.is_file() and n not in failed
     }
     numbers = write_pages(output, source, records, failed, config.title)
-    known = {"model": source.title, "task": source.task.kind, "classes": list(source.task.classes)}
+    known = {"model": source.title, "task": source.task.variant, "classes": list(source.task.names)}
     write_json(
         output / "summary.json",
         {**known, "slides": len(source.slides), "drawn": len(records), **numbers},

@@ -30,8 +30,7 @@ from mil.datasets.split_files import (
     write_clam_splits,
 )
 from mil.datasets.splits import PROTOCOLS, SETS, Split, make_splits, split_values
-from mil.tasks.targets import read_targets
-from mil.tasks.task import TASKS
+from mil.tasks.table import ABOUT_TASKS, TASKS, read_targets
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +48,7 @@ class Config:
     features: list[str] = key(
         [], "folders of feature bags that every slide has to be in; empty: not looked at", path=True
     )
-    task: str = key(
-        "classes",
-        "classes; multilabel (a|b); ordinal (grades); cox or discrete (survival)",
-        choices=TASKS,
-    )
+    task: str = key("classes", ABOUT_TASKS, choices=tuple(TASKS))
     grades: list[str] = key(
         [], "names of the grades from the lowest, for task=ordinal; empty: whole numbers"
     )

@@ -45,11 +45,13 @@ from mil.datasets.distillation_set import (
     is_done,
     write_annotations,
 )
-from mil.datasets.labels import LabelledSlides, read_labelled_slides
+from mil.datasets.labels import LabelledSlides
 from mil.datasets.splits import Split, carve, split_values
 from mil.models import MeanMIL, Standardised
+from mil.tasks.slide_targets import SlideTargets
+from mil.tasks.table import read_targets
 from mil.training.engine import Recipe, load_classifier
-from mil.training.fold_run import Job, Settings, open_job, run_job
+from mil.training.fold_run import FoldJob, FoldSettings, open_job, run_job
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.labels import locate_slides
@@ -116,16 +118,22 @@ def patches_of(
 
 
 def train_ranker(
-    config: Config, slides: LabelledSlides, files: dict[str, Path], world: World
+    config: Config,
+    slides: LabelledSlides,
+    targets: SlideTargets,
+    files: dict[str, Path],
+    world: World,
 ) -> Path:
     """Train (or find finished) the Mean-MIL on all slides but a validation share; returns its best
     checkpoint.
     """
     train, val = carve(slides, config.val_fraction, config.seed)
-    settings = Settings("mean", config.dropout, config.standardize, config.seed, config.training)
-    output = Path(config.output) / "ranker"
-    job = Job(
-        output, settings, slides, Split(0, train, val, ()), tuple(files.items()), bags_digest(files)
+    settings = FoldSettings(
+        "mean", config.dropout, config.standardize, config.seed, config.training
+    )
+    output, split = Path(config.output) / "ranker", Split(0, train, val, ())
+    job = FoldJob(
+        output, settings, slides, targets, split, tuple(files.items()), bags_digest(files)
     )
     run = open_job(job, world, overwrite=config.overwrite)
     if run.results is None:
@@ -192,10 +200,13 @@ def main(config: Config) -> int:
     world = World(0, 1, pick_device(config.device))
     torch.set_num_threads(config.threads)
     root = Path(config.output)
-    slides = read_labelled_slides(config.labels, split_values("cv", config.subset), config.positive)
+    subset = split_values("cv", config.subset)
+    slides, targets = read_targets(config.labels, "classes", subset, config.positive)
     files = find_bags(config.features, slides.slide_ids, skip_missing=config.skip_missing)
     slides = slides.only(files)
-    model, content = load_classifier(train_ranker(config, slides, files, world), world.device)
+    model, content = load_classifier(
+        train_ranker(config, slides, targets, files, world), world.device
+    )
     assert isinstance(model, MeanMIL | Standardised)
     provenance = provenance_of(config, files, content)
     claim_root(root, provenance, config.overwrite)

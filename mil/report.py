@@ -3,8 +3,7 @@
     python -m mil.report benchmark=runs/benchmark output=runs/report slides=cohort/slides
     stages=runs/stages.json
 
-Shows the table with its intervals, what the task has (ROC of two classes or of every label, a row a
-label, grades against called grades, survival of the risk halves), stage times, and for some test
+Shows the table with its intervals, the figures that the task names, stage times, and for some test
 slides where the attention went.
 """
 
@@ -12,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,13 @@ from common.errors import UserError
 from common.figures import svg_uri
 from common.files import read_json, write_json, write_text
 from mil.evaluation.benchmark_folder import read_summary, run_folders
-from mil.evaluation.risk_groups import risk_groups
-from mil.evaluation.runs import CLASS_COLUMNS, COST_KEYS, Finished, number, read_finished
-from mil.evaluation.tables import title
+from mil.evaluation.runs import COST_KEYS, FinishedRun, number, read_finished
 from mil.evaluation.task_tables import per_label_rows
-from mil.figures.by_task import grade_figure, label_figure, survival_figure
+from mil.figures.by_task import FIGURES
 from mil.figures.example_slides import Choice, Example, Group, choose_slides, make_example
-from mil.figures.report import draw_intervals, draw_roc
-from mil.tasks.kinds import Task, task_of
-from mil.tasks.task import SCORES, SURVIVAL
+from mil.figures.report import draw_intervals
+from mil.tasks.base import Task
+from mil.tasks.table import TASKS
 from patch_encoder.bags.paths import list_bags
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.labels import find_slides, read_labels
@@ -42,25 +39,6 @@ from patch_encoder.tiles.coordinates import tile_pattern_of
 logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
 HEATMAPS = "heatmaps/index.html"  # of mil.heatmap with output=<output>/heatmaps
-ROC_SAYS = (
-    "ROC curves of {headline} on the test slides: mean over folds and seeds, band of one "
-    "standard deviation."
-)
-LABELS_SAY = (
-    "ROC curves of {headline} by label on the test slides: means over the folds and "
-    "seeds that have slides of both kinds."
-)
-GRADES_SAY = (
-    "Test slides of {headline} by true and called grade (the median of its probabilities), summed "
-    "over folds, mean over seeds; "
-    "colour: share of the true grade."
-)
-SURVIVAL_SAYS = (
-    "Kaplan-Meier curves of the test patients of {headline}: those above the median risk of the "
-    "validation patients, in most "
-    "of the runs that tested them, and the others. Bands: 95 % (Greenwood, log-log); ticks: end "
-    "of the observation."
-)
 
 
 @dataclass
@@ -85,8 +63,8 @@ class Config:
     )
     example_slides: int = key(
         3,
-        "example slides called right, and as many called wrong; of survival the highest and "
-        "lowest risks",
+        "example slides called right, and as many called wrong; for survival the highest and "
+        "lowest risks, for regression the largest and smallest errors",
     )
     example_tiles: int = key(6, "tiles shown per example slide")
 
@@ -100,9 +78,9 @@ class Picture:
     caption: str
 
 
-def read_runs(benchmark: Path, summary: dict[str, Any], task: Task) -> dict[str, list[Finished]]:
+def read_runs(benchmark: Path, summary: dict[str, Any], task: Task) -> dict[str, list[FinishedRun]]:
     """Finished runs of the headline classifier, by feature set, in order of seed and fold."""
-    runs: dict[str, list[Finished]] = {}
+    runs: dict[str, list[FinishedRun]] = {}
     for name in summary["feature_sets"]:
         folders = run_folders(benchmark, summary, name, summary["headline"])
         runs[name] = [read_finished(folder, name, task) for folder in folders]
@@ -126,7 +104,7 @@ def make_examples(
     config: Config,
     summary: dict[str, Any],
     task: Task,
-    runs: dict[str, list[Finished]],
+    runs: dict[str, list[FinishedRun]],
     failures: Failures,
 ) -> list[Group[Example]]:
     """Example slides of one feature set, from the first seed's runs; none without slides."""
@@ -192,46 +170,31 @@ def differences(
     ]
 
 
-def pictures(summary: dict[str, Any], task: Task, runs: dict[str, list[Finished]]) -> list[Picture]:
-    """What the task has, then the intervals that every task has."""
-    headline, metric, name = summary["headline"], task.headline, title(task.headline)
+def pictures(
+    summary: dict[str, Any], task: Task, runs: dict[str, list[FinishedRun]]
+) -> list[Picture]:
+    """The figures of the task, then the intervals that every task has."""
+    headline, metric, name = summary["headline"], task.headline, task.title(task.headline)
+    protocol = summary["protocol"]
     drawn = []
-    if task.kind == "binary":
-        aucs = {name: summary["feature_sets"][name][headline]["auc_mean"] for name in runs}
-        roc = draw_roc({name: [run.test for run in found] for name, found in runs.items()}, aucs)
-        drawn = [Picture(roc, "ROC curves", ROC_SAYS)]
-    elif task.kind == "multilabel":
-        drawn = [
-            Picture(svg_uri(label_figure(runs, task.classes)), "ROC curves by label", LABELS_SAY)
-        ]
-    elif task.kind == "ordinal":
-        drawn = [
-            Picture(svg_uri(grade_figure(runs, task.classes)), "confusion by grade", GRADES_SAY)
-        ]
-    elif task.kind in SURVIVAL:
-        halves = {name: risk_groups(found) for name, found in runs.items()}
-        drawn = [
-            Picture(svg_uri(survival_figure(halves)), "survival of the risk halves", SURVIVAL_SAYS)
-        ]
-    drawn = [
-        replace(picture, caption=picture.caption.format(headline=headline)) for picture in drawn
-    ]
-    intervals = draw_intervals(summary["feature_sets"], summary["models"], metric, name)
-    return [
-        *drawn,
-        Picture(
-            intervals,
-            f"{name} with confidence intervals",
-            f"Mean test {name} with its 95 % confidence interval.",
-        ),
-    ]
+    for spec in task.report_figures:
+        figure = FIGURES[spec.drawing](runs, task, protocol["resamples"], protocol["split_seed"])
+        assert figure is not None, spec
+        caption = spec.caption.format(headline=headline)
+        drawn.append(Picture(svg_uri(figure), spec.title, caption))
+    intervals = draw_intervals(
+        summary["feature_sets"], summary["models"], metric, name, task.chance
+    )
+    what = f"{name} with confidence intervals"
+    caption = f"Mean test {name} with its 95 % confidence interval."
+    return [*drawn, Picture(intervals, what, caption)]
 
 
 def page(
     config: Config, summary: dict[str, Any], stages: list[dict[str, Any]], failures: Failures
 ) -> str:
     """The HTML."""
-    task = task_of(summary.get("task", "classes"), summary["classes"])
+    task = TASKS[summary.get("task", "classes")](tuple(summary["classes"]))
     runs = read_runs(Path(config.benchmark), summary, task)
     if not runs:
         raise UserError(
@@ -240,10 +203,10 @@ def page(
         )
     examples = make_examples(config, summary, task, runs, failures)
     labels: list[dict[str, Any]] = []
-    if task.kind == "multilabel":
+    if task.several_labels:
         every = [run for found in runs.values() for run in found]
         protocol = summary["protocol"]
-        labels = per_label_rows(every, task.classes, protocol["resamples"], protocol["split_seed"])
+        labels = per_label_rows(every, task, protocol["resamples"], protocol["split_seed"])
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -255,11 +218,9 @@ def page(
         title=config.title,
         summary=summary,
         task=task,
-        metric=title(task.headline),
-        columns=[
-            (name, title(name)) for name in (CLASS_COLUMNS if "auc" in task.metrics else task.shown)
-        ],
-        score=title(SCORES[summary.get("task", "classes")]),
+        metric=task.title(task.headline),
+        columns=[(name, task.title(name)) for name in task.brief],
+        score=task.title(task.score),
         labels=labels,
         stages=stages,
         total=sum(stage["seconds"] for stage in stages),

@@ -26,11 +26,11 @@ from common.run import Tracker
 from mil.datasets.bags import bags_digest, find_bags, memory_of, usable_bags
 from mil.datasets.split_files import checked_splits, known_slides, stored_splits
 from mil.datasets.splits import PROTOCOLS, make_splits, split_values
+from mil.losses.regression import LOSSES
 from mil.models import MODELS, check_options
-from mil.tasks.targets import read_targets
-from mil.tasks.task import SCORES, TASKS
+from mil.tasks.table import ABOUT_TASKS, TASKS, read_targets
 from mil.training.engine import Recipe, check_recipe, check_validation
-from mil.training.fold_run import Job, Settings, open_job, run_job
+from mil.training.fold_run import FoldJob, FoldSettings, open_job, run_job
 from mil.training.recipes import resolve
 
 logger = logging.getLogger(__name__)
@@ -47,11 +47,7 @@ class Config:
     )
     features: str = key(REQUIRED, "folder of feature bags", path=True)
     output: str = key(REQUIRED, "run directory", runtime=True)
-    task: str = key(
-        "classes",
-        "classes; multilabel (a|b); ordinal (grades); cox or discrete (survival)",
-        choices=TASKS,
-    )
+    task: str = key("classes", ABOUT_TASKS, choices=tuple(TASKS))
     grades: list[str] = key(
         [], "names of the grades from the lowest, for task=ordinal; empty: whole numbers"
     )
@@ -59,7 +55,15 @@ class Config:
     # alpha of Zadeh and Schmid: -log S of the censored slides times 1 - alpha; 0 is the likelihood,
     # 1 leaves them out
     censored_alpha: float = key(
-        0.0, "slides without an event weigh 1 - this in the loss, 0 to 1, for task=discrete"
+        0.0,
+        "down-weight censored slides in the loss by this factor (0: full weight, 1: ignored), for "
+        "task=discrete",
+    )
+    regression_loss: str = key(
+        "mse",
+        "mse: squared error; huber: outliers of more than a standard deviation pull less; for "
+        "task=regression",
+        choices=LOSSES,
     )
     model: str = key("abmil", "slide classifier", choices=tuple(MODELS))
     options: dict[str, Any] = key({}, "the model's options, {name: value}; the README lists them")
@@ -110,7 +114,7 @@ class Config:
     tracker: Tracker = group(Tracker, "experiment tracking")
 
 
-def build_job(config: Config) -> Job:
+def build_job(config: Config) -> FoldJob:
     """Model, labels, bags and split of this training, checked."""
     options = check_options(config.model, config.options)
     recipe, dropout = resolve(config.model, config.training, config.dropout, given_keys(config))
@@ -135,18 +139,13 @@ def build_job(config: Config) -> Job:
         raise UserError(
             f"fold={config.fold}: expected {splits[0].fold} to {splits[-1].fold} with {source}"
         )
-    told = {
-        "task": config.task,
-        "intervals": config.intervals,
-        "censored_alpha": config.censored_alpha,
-    }
-    settings = Settings(
-        config.model, dropout, config.standardize, config.seed, recipe, options, **told
+    decided = (config.intervals, config.censored_alpha, config.regression_loss)
+    settings = FoldSettings(
+        config.model, dropout, config.standardize, config.seed, recipe, options, *decided
     )
-    asked = None if config.task == "classes" else targets
     digest, memory = bags_digest(files), memory_of(config.ram_gb, local_processes())
-    return Job(
-        Path(config.output), settings, slides, split, tuple(files.items()), digest, asked, memory
+    return FoldJob(
+        Path(config.output), settings, slides, targets, split, tuple(files.items()), digest, memory
     )
 
 
@@ -154,22 +153,20 @@ def main(config: Config) -> int | None:
     world = init_distributed(config.device)
     torch.set_num_threads(config.threads)
     job = build_job(config)
-    check_recipe(job.settings.training, job.objective, world)  # before there is a run directory
-    check_validation([job.aims.of(slide) for slide in job.split.val], job.objective)
+    task = job.fit_task()
+    check_recipe(job.settings.training, task, world)  # before there is a run directory
+    check_validation([job.targets.of(slide) for slide in job.split.val], task)
     run = open_job(job, world, overwrite=config.overwrite, tracker=config.tracker)
     if run.results is not None:
         logger.info("%s: finished already", run.path)
         return None
     results = run_job(job, run, world)
     if world.is_main:
-        score = SCORES[config.task]
-        line = "%s: best epoch %d of %d, validation %s %.4f"
-        logger.info(
-            line, run.path, results["best_epoch"], results["epochs"], score, results[f"val_{score}"]
-        )
-        logger.info(
-            "test: %s", ", ".join(f"{name} {value:.4f}" for name, value in results["test"].items())
-        )
+        score = f"val_{task.score}"
+        line = "%s: best epoch %d of %d, %s %.4f"
+        logger.info(line, run.path, results["best_epoch"], results["epochs"], score, results[score])
+        known = {name: value for name, value in results["test"].items() if value is not None}
+        logger.info("test: %s", ", ".join(f"{name} {value:.4f}" for name, value in known.items()))
     return None
 
 

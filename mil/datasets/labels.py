@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +22,13 @@ class LabelledSlides:
     Attributes:
         records: one row of labels.csv a slide.
         classes: class names; of two, the second is the positive one.
+        needed: whether every set of a split needs slides of every class; False where classes are
+            strata that only keep the sets alike.
     """
 
     records: tuple[SlideRecord, ...]
     classes: tuple[str, ...]
+    needed: bool = True
 
     @property
     def slide_ids(self) -> list[str]:
@@ -47,7 +50,7 @@ class LabelledSlides:
     def only(self, slide_ids: Collection[str]) -> LabelledSlides:
         """The same classes, fewer slides."""
         wanted = set(slide_ids)
-        return LabelledSlides(tuple(r for r in self.records if r.slide_id in wanted), self.classes)
+        return replace(self, records=tuple(r for r in self.records if r.slide_id in wanted))
 
     def target_of(self) -> dict[str, int]:
         """Slide id -> class index."""

@@ -219,7 +219,7 @@ def check_split(slides: LabelledSlides, split: Split) -> None:
         absent = [
             label for label, count in patients_per_class(slides.only(ids)).items() if count == 0
         ]
-        if absent and ids:
+        if absent and ids and slides.needed:
             raise UserError(
                 f"split {split.fold}: expected every class in the {name} set ({len(ids)} slides), "
                 f"'{absent[0]}' is absent; "

@@ -40,8 +40,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 def belonging(summary: Mapping[str, Any]) -> tuple[set[int] | None, set[int] | None]:
     """(seeds, numbers of the folds) of a summary's benchmark; None: the summary does not say."""
-    said, protocol = summary.get("runs", {}), summary.get("protocol", {})
-    seeds, folds = said.get("seeds", protocol.get("seeds")), said.get("folds")
+    runs, protocol = summary.get("runs", {}), summary.get("protocol", {})
+    seeds, folds = runs.get("seeds", protocol.get("seeds")), runs.get("folds")
     # older: how many folds have a result; drawn folds are numbered from 0, those of files as the
     # files are
     if folds is None and protocol.get("name") in PROTOCOLS and not protocol.get("runs_missing"):

@@ -1,8 +1,8 @@
 """Tests between all pairs of models that judged the same test slides in the same folds,
 Holm-corrected over all of them.
 
-Classes: DeLong's test of the AUCs; several labels: the same, label by label; grades and survival:
-the paired bootstrap of the quadratic kappa and of the C-index.
+Tasks with AUCs take DeLong's test, label by label; the others a paired bootstrap of their headline
+metric.
 """
 
 from __future__ import annotations
@@ -13,21 +13,17 @@ from dataclasses import replace
 from itertools import combinations, groupby
 from typing import Any
 
-import numpy as np
-
 from mil.evaluation.delong import Comparison, compare, holm
 from mil.evaluation.paired import paired_difference, warn_of_floor
-from mil.evaluation.runs import Finished, Samples, grouped, mean_of
-from mil.tasks.classification import Predictions
-from mil.tasks.kinds import Task
-from mil.tasks.multilabel import LabelPredictions
+from mil.evaluation.runs import FinishedRun, Samples, grouped, mean_of
+from mil.tasks.base import Task
 
 Place = tuple[str, str]
 logger = logging.getLogger(__name__)
 
 
 def comparison_table(
-    finished: Sequence[Finished], task: Task, samples: Samples
+    finished: Sequence[FinishedRun], task: Task, samples: Samples
 ) -> tuple[str, list[dict[str, Any]]]:
     """Name of the table (`delong` or `comparisons`) and its rows.
 
@@ -37,10 +33,8 @@ def comparison_table(
         samples: bootstrap by patient, from mil.evaluation.runs.resampled.
     """
     warn_of_other_slides(finished)
-    if task.kind in {"binary", "multiclass"}:
-        return "delong", corrected(delong_rows(finished))
-    if task.kind == "multilabel":
-        return "delong", corrected(label_rows(finished, task.classes))
+    if task.delong_labels:
+        return "delong", corrected(label_rows(finished, task))
     return "comparisons", corrected(paired_rows(finished, task, samples))
 
 
@@ -51,7 +45,7 @@ def corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def same_slides(finished: Sequence[Finished]) -> Iterator[dict[Place, list[Finished]]]:
+def same_slides(finished: Sequence[FinishedRun]) -> Iterator[dict[Place, list[FinishedRun]]]:
     """Groups of (feature set, model) with the same test slides in the same folds, in the order of
     the runs.
     """
@@ -66,7 +60,7 @@ def same_slides(finished: Sequence[Finished]) -> Iterator[dict[Place, list[Finis
         yield {place: groups[place] for place in sorted(places, key=list(groups).index)}
 
 
-def warn_of_other_slides(finished: Sequence[Finished]) -> None:
+def warn_of_other_slides(finished: Sequence[FinishedRun]) -> None:
     """Models are compared on one set of test slides; say which are not."""
     groups = [
         [" ".join(filter(None, place)) for place in places] for places in same_slides(finished)
@@ -79,7 +73,7 @@ def warn_of_other_slides(finished: Sequence[Finished]) -> None:
         )
 
 
-def delong_rows(finished: Sequence[Finished]) -> list[dict[str, Any]]:
+def delong_rows(finished: Sequence[FinishedRun]) -> list[dict[str, Any]]:
     """DeLong tests of the AUCs."""
     rows = []
     for groups in same_slides(finished):
@@ -112,28 +106,22 @@ def delong_row(a: Place, b: Place, pair: Comparison) -> dict[str, Any]:
     }
 
 
-def label_rows(finished: Sequence[Finished], labels: Sequence[str]) -> list[dict[str, Any]]:
-    """DeLong tests label by label, over the folds whose test slides are of both kinds."""
+def label_rows(finished: Sequence[FinishedRun], task: Task) -> list[dict[str, Any]]:
+    """DeLong tests label by label (classes have but one), over the folds whose test slides are of
+    both kinds.
+    """
     rows = []
-    for column, label in enumerate(labels):
-        judged = [
-            run for run in finished if 0 < run.test.targets[:, column].sum() < len(run.test.targets)
-        ]
-        of_label = [replace(run, test=one_label(run.test, column)) for run in judged]
-        rows += [{"label": label, **row} for row in delong_rows(of_label)]
+    for label in task.delong_labels:
+        parts = [(run, task.as_two_classes(run.test, label)) for run in finished]
+        of_label = [replace(run, test=part) for run, part in parts if part is not None]
+        named = {"label": label} if label else {}
+        rows += [{**named, **row} for row in delong_rows(of_label)]
     return rows
 
 
-def one_label(said: LabelPredictions, column: int) -> Predictions:
-    """One of several labels as two classes."""
-    p = said.probabilities[:, column]
-    targets = said.targets[:, column].astype(np.int64)
-    return Predictions(
-        said.fold, said.cases, targets, np.stack([1 - p, p], axis=1), float(said.thresholds[column])
-    )
-
-
-def paired_rows(finished: Sequence[Finished], task: Task, samples: Samples) -> list[dict[str, Any]]:
+def paired_rows(
+    finished: Sequence[FinishedRun], task: Task, samples: Samples
+) -> list[dict[str, Any]]:
     """Paired bootstrap of the headline metric."""
     rows, metric, resamples = [], task.headline, 0
     for groups in same_slides(finished):

@@ -18,7 +18,8 @@ import numpy as np
 
 from common.metrics.bootstrap import interval
 from common.metrics.ranking import ratio, sensitivity_on_curve, specificity_on_curve
-from mil.tasks.classification import Predictions, resample_runs
+from mil.tasks.bootstrap import resample_runs
+from mil.tasks.classification import Predictions
 
 SENSITIVITY, SPECIFICITY = "sensitivity", "specificity"
 

@@ -2,14 +2,14 @@
 
 Columns: `slide_id`, `case_id`, and by kind of task
 
-    binary, multiclass, ordinal   label, prob_<class> for every class multilabel
-    label (names joined by '|', '-' for none), prob_<label> for every label cox, discrete
-    time, event (0 or 1), risk
+- classes, ordinal: label, and prob_<class> for every class
+- multilabel: label (names joined by '|', '-' for none), and prob_<label> for every label
+- cox, discrete: time, event (0 or 1), risk
+- regression: label and predicted, both numbers
 
 Optional: `model` (else the file's name), `feature_set`, `seed`, `fold`, `split` (val or test;
 without it all rows are test). Cuts and temperature come from the rows with split val; without any
-the most probable class is called (with several
-labels: 0.5) and nothing is scaled.
+the most probable class is called (with several labels: 0.5) and nothing is scaled.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import safe_id
 from mil.datasets.splits import named
-from mil.evaluation.runs import Finished
-from mil.tasks.kinds import Task
-from mil.tasks.prediction_rows import Row, cut_on_validation, predictions_of_rows
-from mil.tasks.task import SURVIVAL
+from mil.evaluation.runs import FinishedRun
+from mil.tasks.base import Row, Task
+from mil.tasks.prediction_table import read_parts
 
 Rows = list[Row]
 
@@ -60,25 +59,14 @@ def class_order(header: Sequence[str], positive: str | None = None) -> tuple[str
     return tuple(classes)
 
 
-def read_runs(path: str | Path, task: Task) -> list[Finished]:
+def read_runs(path: str | Path, task: Task) -> list[FinishedRun]:
     """The runs of a table: one a feature set, model, seed and fold.
 
     Raises:
         UserError: a column is missing, a value is no number or out of range, a label is unknown, a
             slide is twice in a run.
     """
-    header, rows = read_table(path)
-    needed = (
-        ["time", "event", "risk"]
-        if task.kind in SURVIVAL
-        else ["label", *(f"prob_{name}" for name in task.classes)]
-    )
-    absent = [name for name in needed if name not in header]
-    if absent:
-        raise UserError(
-            f"{path}: task={task.kind}: expected the columns {', '.join(needed)}, found no "
-            f"{absent[0]}"
-        )
+    rows = read_table(path)[1]
     runs: dict[tuple[str, str, int, int], dict[str, Rows]] = {}
     for row in rows:
         feature_set = row.get("feature_set") or ""
@@ -112,7 +100,7 @@ def _run(
     fold: int,
     val: Rows,
     test: Rows,
-) -> Finished:
+) -> FinishedRun:
     for name, rows in (("val", val), ("test", test)):
         ids = [row["slide_id"] for row in rows]
         twice = (
@@ -135,16 +123,9 @@ def _run(
             f"{path}: model {model}, fold {fold}: {len(both)} cases are in val and in test: "
             f"{named(both)}"
         )
-    said = predictions_of_rows(path, task, fold, test)
-    if not val:
-        return Finished(feature_set, model, seed, {}, said, test)
-    chosen, said = cut_on_validation(task, predictions_of_rows(path, task, fold, val), said)
-    cuts = {
-        name: getattr(said, name)
-        for name in ("threshold", "temperature")
-        if task.kind in {"binary", "multiclass"}
-    }
-    return Finished(feature_set, model, seed, cuts, said, test, chosen)
+    parts = read_parts(path, task, fold, {"val": val, "test": test} if val else {"test": test})
+    cuts = {name: getattr(parts["test"], name, None) for name in task.chosen} if val else {}
+    return FinishedRun(feature_set, model, seed, cuts, parts["test"], test, parts.get("val"))
 
 
 def _integer(row: dict[str, str], name: str, path: str | Path) -> int:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mil.evaluation.runs import Finished
+from mil.evaluation.runs import FinishedRun
 from mil.tasks.survival import RiskPredictions
 
 if TYPE_CHECKING:
@@ -70,15 +70,14 @@ def censored(times: np.ndarray, events: np.ndarray) -> CensoredData:
     return CensoredData(uncensored=times[events], right=times[~events])
 
 
-def patient_risks(said: RiskPredictions) -> dict[str, float]:
+def patient_risks(run: RiskPredictions) -> dict[str, float]:
     """Mean risk of every patient's slides."""
     return {
-        case: float(said.risks[said.cases == case].mean())
-        for case in np.unique(said.cases).tolist()
+        case: float(run.risks[run.cases == case].mean()) for case in np.unique(run.cases).tolist()
     }
 
 
-def risk_groups(runs: Sequence[Finished]) -> RiskGroups:
+def risk_groups(runs: Sequence[FinishedRun]) -> RiskGroups:
     """The halves of one model's test patients, over its folds and seeds."""
     votes: dict[str, list[bool]] = {}
     followed: dict[str, tuple[float, bool]] = {}

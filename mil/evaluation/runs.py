@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +15,26 @@ import numpy as np
 from common.errors import UserError
 from common.files import read_json, write_csv
 from common.metrics.bootstrap import interval
-from mil.tasks.classification import Judged, bootstrap, summarise
-from mil.tasks.kinds import Task
-from mil.tasks.prediction_rows import cut_on_validation, predictions_of_rows
+from mil.tasks.base import RunPredictions, Task
+from mil.tasks.bootstrap import bootstrap, summarise
+from mil.tasks.prediction_table import read_parts
 
 COST_KEYS = ("dim", "parameters", "gflops", "tiles_per_second")
 PLACE = ("feature_set", "model", "seed", "fold")
-# of a benchmark of classes in a terminal; the first one is shown with its interval
-CLASS_COLUMNS = ("auc", "f1", "sensitivity", "specificity", "balanced_accuracy")
-SHORT = {
+SHORT = {  # names of metrics in the terminal
     "auc": "AUC",
     "f1": "F1",
     "sensitivity": "sens",
     "specificity": "spec",
     "balanced_accuracy": "bal.acc",
     "c_index": "C-index",
+    "r2": "R2",
 }
 Samples = dict[tuple[str, str], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedRun:
     """One finished run: its place in the grid, predictions on the test slides, rows as written.
 
     Attributes:
@@ -60,7 +59,7 @@ class Finished:
         return tuple(row["slide_id"] for row in self.rows)
 
 
-def read_finished(path: Path, feature_set: str, task: Task) -> Finished:
+def read_finished(path: Path, feature_set: str, task: Task) -> FinishedRun:
     """Read a finished run directory.
 
     Raises:
@@ -72,7 +71,7 @@ def read_finished(path: Path, feature_set: str, task: Task) -> Finished:
     return run
 
 
-def read_side(path: Path, feature_set: str, task: Task, split: str) -> Finished | None:
+def read_side(path: Path, feature_set: str, task: Task, split: str) -> FinishedRun | None:
     """A finished run with `test` and `rows` of its slides of `split` (test or val); None where it
     has none of them.
 
@@ -94,36 +93,16 @@ def read_side(path: Path, feature_set: str, task: Task, split: str) -> Finished 
     }
     if split not in sides:
         return None
-    try:
-        said = {
-            name: predictions_of_rows(table, task, results["fold"], found)
-            for name, found in sides.items()
-        }
-    except KeyError as error:
-        raise UserError(
-            f"{table}: expected the columns of a run of {task.kind}, {error} is missing; train "
-            "again"
-        ) from None
-    if "val" in said:
-        said["val"], said[split] = cut_on_validation(task, said["val"], said[split])
-    if task.kind in {
-        "binary",
-        "multiclass",
-    }:  # the training has chosen its cut, of float32 probabilities
-        said = {name: replace(part, threshold=results["threshold"]) for name, part in said.items()}
-        results |= {"temperature": said[split].temperature}
-    return Finished(
-        feature_set,
-        results["model"],
-        results["seed"],
-        results,
-        said[split],
-        sides[split],
-        said.get("val"),
-    )
+    parts = read_parts(table, task, results["fold"], sides, results)
+    found = parts[split]
+    results |= {name: getattr(found, name) for name in task.chosen if hasattr(found, name)}
+    model, seed = results["model"], results["seed"]
+    return FinishedRun(feature_set, model, seed, results, found, sides[split], parts.get("val"))
 
 
-def write_results(output: Path, finished: Sequence[Finished], task: Task) -> list[dict[str, Any]]:
+def write_results(
+    output: Path, finished: Sequence[FinishedRun], task: Task
+) -> list[dict[str, Any]]:
     """results.csv: one row a feature set, model, seed and fold; returns the rows."""
     extra = (*task.chosen, "best_epoch", "epochs")
     rows = [
@@ -133,7 +112,7 @@ def write_results(output: Path, finished: Sequence[Finished], task: Task) -> lis
             "seed": run.seed,
             "fold": run.test.fold,
         }
-        | {name: repr(float(value[0])) for name, value in task.judge(run.test).items()}
+        | {name: repr(float(value[0])) for name, value in task.evaluate(run.test).items()}
         | {name: run.results.get(name) for name in extra}
         for run in finished
     ]
@@ -141,7 +120,7 @@ def write_results(output: Path, finished: Sequence[Finished], task: Task) -> lis
     return rows
 
 
-def write_predictions(output: Path, finished: Sequence[Finished]) -> None:
+def write_predictions(output: Path, finished: Sequence[FinishedRun]) -> None:
     """predictions.csv: test slides of every run."""
     rows = [
         {"feature_set": run.feature_set, "model": run.model, "seed": run.seed, **row}
@@ -151,26 +130,26 @@ def write_predictions(output: Path, finished: Sequence[Finished]) -> None:
     write_csv(output / "predictions.csv", list(rows[0]), rows)
 
 
-def grouped(finished: Sequence[Finished]) -> dict[tuple[str, str], list[Finished]]:
+def grouped(finished: Sequence[FinishedRun]) -> dict[tuple[str, str], list[FinishedRun]]:
     """(feature set, model) -> its runs, in the order of their first appearance."""
-    groups: dict[tuple[str, str], list[Finished]] = {}
+    groups: dict[tuple[str, str], list[FinishedRun]] = {}
     for run in finished:
         groups.setdefault((run.feature_set, run.model), []).append(run)
     return groups
 
 
-def resampled(finished: Sequence[Finished], task: Task, resamples: int, seed: int) -> Samples:
+def resampled(finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int) -> Samples:
     """Bootstrap by patient of every metric, by (feature set, model); the same patients in every one
     of them.
     """
     return {
-        place: bootstrap([run.test for run in runs], resamples, seed, task.judge)
+        place: bootstrap([run.test for run in runs], resamples, seed, task.evaluate)
         for place, runs in grouped(finished).items()
     }
 
 
 def summarise_sets(
-    finished: Sequence[Finished], task: Task, samples: Samples
+    finished: Sequence[FinishedRun], task: Task, samples: Samples
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Feature set -> model -> means, stds and intervals; a mean that does not exist is None.
 
@@ -180,7 +159,7 @@ def summarise_sets(
     tests = {place: [run.test for run in runs] for place, runs in groups.items()}
     summary: dict[str, dict[str, dict[str, Any]]] = {}
     for (feature_set, model), runs in groups.items():
-        values = summarise(tests[feature_set, model], samples[feature_set, model], task.judge)
+        values = summarise(tests[feature_set, model], samples[feature_set, model], task.evaluate)
         values = {name: None if value != value else value for name, value in values.items()}
         first = next(name for name, _ in groups)
         if feature_set != first and _places(groups.get((first, model), [])) == _places(runs):
@@ -192,12 +171,12 @@ def summarise_sets(
     return summary
 
 
-def mean_of(runs: Sequence[Judged], task: Task) -> float:
+def mean_of(runs: Sequence[RunPredictions], task: Task) -> float:
     """The headline metric's mean over runs."""
-    return float(np.mean([task.judge(run)[task.headline][0] for run in runs]))
+    return float(np.mean([task.evaluate(run)[task.headline][0] for run in runs]))
 
 
-def _places(runs: Sequence[Finished]) -> set[tuple[int, int]]:
+def _places(runs: Sequence[FinishedRun]) -> set[tuple[int, int]]:
     return {(run.seed, run.test.fold) for run in runs}
 
 
@@ -205,7 +184,7 @@ def add_headline(
     summary: Mapping[str, dict[str, Any]],
     cost: Mapping[str, Mapping[str, Any]],
     headline: str,
-    metric: str = "auc",
+    metric: str,
 ) -> dict[str, dict[str, Any]]:
     """summary.json's `feature_sets`: per model, plus the headline model's metric and the encoder's
     cost (None: unknown).
@@ -265,7 +244,7 @@ def number(value: float | int | None) -> str:
 def text_table(
     feature_sets: Mapping[str, Mapping[str, Any]],
     models: Sequence[str],
-    metrics: Sequence[str] = CLASS_COLUMNS,
+    metrics: Sequence[str],
 ) -> str:
     """The benchmark for a terminal, one row a feature set and model; the first metric with its
     interval.

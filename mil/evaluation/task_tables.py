@@ -1,26 +1,34 @@
-"""Tables of one kind of task: metrics of every label, grades against called grades, halves of the
-risk.
+"""The tables that only some tasks have, by the names that `Task.tables` gives: operating points and
+screening, metrics of every label, grades against called grades, halves of the risk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from common.metrics.bootstrap import interval
 from common.metrics.classification import confusion
+from mil.evaluation.operating import (
+    FIXED,
+    SCREENING,
+    SENSITIVITY,
+    SPECIFICITY,
+    Held,
+    operating_point,
+)
 from mil.evaluation.risk_groups import kaplan_meier, median_survival, risk_groups
-from mil.evaluation.runs import Finished, grouped
-from mil.tasks.classification import resample_runs
-from mil.tasks.multilabel import judge_labels
-from mil.tasks.ordinal import grade
+from mil.evaluation.runs import FinishedRun, grouped
+from mil.tasks.base import Task
+from mil.tasks.bootstrap import resample_runs
+from mil.tasks.multilabel import evaluate_each_label
+
+Rows = list[dict[str, Any]]
 
 
-def per_label_rows(
-    finished: Sequence[Finished], labels: Sequence[str], resamples: int, seed: int
-) -> list[dict[str, Any]]:
+def per_label_rows(finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int) -> Rows:
     """A row a feature set, model and label: means over the runs whose test slides are of both
     kinds, with 95 % intervals.
 
@@ -30,10 +38,12 @@ def per_label_rows(
     for (feature_set, model), runs in grouped(finished).items():
         weights = resample_runs([run.test for run in runs], resamples, seed)
         # the first weighting is the slides as they are
-        judged = [judge_labels(run.test, _with_ones(weights[run.test.fold])) for run in runs]
+        metrics = [
+            evaluate_each_label(run.test, _with_ones(weights[run.test.fold])) for run in runs
+        ]
         one_seed = [run for run in runs if run.seed == runs[0].seed]
-        for column, label in enumerate(labels):
-            kept = [each for each in judged if not np.isnan(each["auc"][0, column])]
+        for column, label in enumerate(task.names):
+            kept = [each for each in metrics if not np.isnan(each["auc"][0, column])]
             row: dict[str, Any] = {
                 "feature_set": feature_set,
                 "model": model,
@@ -42,7 +52,7 @@ def per_label_rows(
             }
             row["slides"] = sum(len(run.test.targets) for run in one_seed)
             row["positives"] = int(sum(run.test.targets[:, column].sum() for run in one_seed))
-            for name in judged[0]:
+            for name in metrics[0]:
                 row |= _mean_with_interval(name, [each[name][:, column] for each in kept])
             rows.append(row)
     return rows
@@ -61,36 +71,36 @@ def _mean_with_interval(name: str, values: Sequence[np.ndarray]) -> dict[str, fl
     return {name: float(mean[0]), f"{name}_ci_low": low, f"{name}_ci_high": high}
 
 
-def grade_counts(runs: Sequence[Finished]) -> np.ndarray:
-    """Slides by true and called grade (C, C): summed over folds, mean over seeds."""
-    classes = runs[0].test.probabilities.shape[1]
+def mean_confusion(runs: Sequence[FinishedRun], task: Any) -> np.ndarray:
+    """Slides by true and called name (C, C): summed over folds, mean over seeds."""
+    classes = len(task.names)
     total = sum(
-        confusion(run.test.targets, grade(run.test.probabilities), classes)[0] for run in runs
+        confusion(run.test.targets, task.call_indices(run.test), classes)[0] for run in runs
     )
     return np.asarray(total) / len({run.seed for run in runs})
 
 
-def confusion_rows(finished: Sequence[Finished], grades: Sequence[str]) -> list[dict[str, Any]]:
+def confusion_rows(finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int) -> Rows:
     """A row a feature set, model, true and called grade: slides, and their share of the true
     grade.
     """
     rows = []
     for (feature_set, model), runs in grouped(finished).items():
-        counts = grade_counts(runs)
+        counts = mean_confusion(runs, task)
         for true, called in np.ndindex(counts.shape):
             total = counts[true].sum()
             row: dict[str, Any] = {
                 "feature_set": feature_set,
                 "model": model,
-                "grade": grades[true],
-                "called": grades[called],
+                "grade": task.names[true],
+                "called": task.names[called],
             }
             share = float(counts[true, called] / total) if total else None
             rows.append(row | {"slides": float(counts[true, called]), "share": share})
     return rows
 
 
-def risk_group_rows(finished: Sequence[Finished]) -> list[dict[str, Any]]:
+def risk_group_rows(finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int) -> Rows:
     """A row a feature set, model and half: patients, events, median survival, and the log-rank p of
     both halves.
     """
@@ -111,3 +121,73 @@ def risk_group_rows(finished: Sequence[Finished]) -> list[dict[str, Any]]:
             }
             rows.append(row | {"logrank_p": None if np.isnan(groups.p) else groups.p})
     return rows
+
+
+def operating_rows(
+    finished: Sequence[FinishedRun], points: Sequence[Held], resamples: int, seed: int
+) -> list[dict[str, Any]]:
+    """One row a feature set, model and operating point."""
+    rows = []
+    for (feature_set, model), runs in grouped(finished).items():
+        for held in points:
+            row = operating_point(
+                held, [run.val for run in runs], [run.test for run in runs], resamples, seed
+            )
+            rows.append({"feature_set": feature_set, "model": model, **row})
+    return rows
+
+
+def screening_rows(
+    finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int
+) -> Rows | None:
+    """One row a feature set, model and wanted sensitivity: negatives signed out, positives missed.
+
+    `signed_out_share` is the specificity that the validation slides' cut has on the test slides,
+    `missed_share` what its sensitivity lacks to 1; `test_curve_signed_out_share` is the upper
+    bound, with the cut chosen on the test slides. None where a run has no validation slides.
+    """
+    if any(run.val is None for run in finished):
+        return None
+    rows = []
+    for row in operating_rows(finished, SCREENING, resamples, seed):
+        shares: dict[str, Any] = {"signed_out_share": row[SPECIFICITY]}
+        shares |= {
+            f"signed_out_share_{end}": row[f"{SPECIFICITY}_{end}"] for end in ("ci_low", "ci_high")
+        }
+        low, high = (row[f"{SENSITIVITY}_{end}"] for end in ("ci_low", "ci_high"))
+        shares |= {"missed_share": 1 - row[SENSITIVITY]}
+        shares |= {
+            "missed_share_ci_low": None if high is None else 1 - high,
+            "missed_share_ci_high": None if low is None else 1 - low,
+        }
+        shares |= {name: row[name] for name in ("missed", "positives", "signed_out", "negatives")}
+        for end in ("", "_ci_low", "_ci_high"):
+            shares[f"test_curve_signed_out_share{end}"] = row[f"test_curve_{SPECIFICITY}{end}"]
+        shares |= {name: row[name] for name in ("val_sensitivity", "val_positives")}
+        rows.append(
+            {
+                "feature_set": row["feature_set"],
+                "model": row["model"],
+                "wanted_sensitivity": row["target"],
+                **shares,
+            }
+        )
+    return rows
+
+
+def fixed_rows(
+    finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int
+) -> Rows | None:
+    """The operating points of FIXED; None where a run has no validation slides."""
+    if any(run.val is None for run in finished):
+        return None
+    return operating_rows(finished, FIXED, resamples, seed)
+
+
+TABLES: dict[str, Callable[[Sequence[FinishedRun], Task, int, int], Rows | None]] = {
+    "operating_points": fixed_rows,
+    "screening": screening_rows,
+    "labels": per_label_rows,
+    "confusion": confusion_rows,
+    "risk_groups": risk_group_rows,
+}

@@ -1,24 +1,26 @@
-"""Pictures that one kind of task has: ROC curves label by label, survival of the risk halves,
-grades against called grades.
+"""Figures that tasks name in `Task.figures` and `Task.report_figures`, drawn from finished runs.
+
+FIGURES holds one function per name; each gets the runs of every line or panel under its name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from common.figures import CHANCE, PALETTE, line_style, new_figure, save_figure, styled
-from common.metrics.ranking import GRID, binary_auc, roc_curves
+from common.metrics.classification import auc, auprc
+from common.metrics.ranking import GRID, binary_auc, precision_curves, roc_curves
 from mil.evaluation.risk_groups import RiskGroups, kaplan_meier, risk_groups
-from mil.evaluation.runs import Finished, grouped
-from mil.evaluation.task_tables import grade_counts
-from mil.figures.curves import BANDS
-from mil.tasks.kinds import Task
+from mil.evaluation.runs import FinishedRun, grouped
+from mil.evaluation.task_tables import mean_confusion, screening_rows
+from mil.figures.curves import BANDS, draw_mean_curves, draw_reliability_curves, draw_screening_rows
+from mil.figures.report import draw_mean_roc
+from mil.tasks.base import Task
 from mil.tasks.multilabel import LabelPredictions
-from mil.tasks.task import SURVIVAL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,32 +31,77 @@ ACROSS = 2  # panels side by side
 LABELS_ACROSS = 3
 
 
-def draw_task(folder: Path, finished: Sequence[Finished], task: Task, form: str) -> list[Path]:
-    """The picture of every feature set, e.g. `student_survival.png`."""
-    sets: dict[str, dict[str, list[Finished]]] = {}
+Runs = Mapping[str, Sequence[FinishedRun]]
+
+
+def draw_task(
+    folder: Path,
+    finished: Sequence[FinishedRun],
+    task: Task,
+    resamples: int,
+    seed: int,
+    figure_format: str,
+) -> list[Path]:
+    """Write the task's figures of every feature set, e.g. `student_roc.png`."""
+    sets: dict[str, dict[str, list[FinishedRun]]] = {}
     for (feature_set, model), runs in grouped(finished).items():
         sets.setdefault(feature_set, {})[model] = runs
     written = []
     for name, models in sets.items():
-        start = f"{name}_" if name else ""
-        if task.kind == "multilabel":
-            written.append(
-                save_figure(label_figure(models, task.classes), folder / f"{start}labels.{form}")
-            )
-        elif task.kind == "ordinal":
-            written.append(
-                save_figure(grade_figure(models, task.classes), folder / f"{start}confusion.{form}")
-            )
-        elif task.kind in SURVIVAL:
-            halves = {model: risk_groups(runs) for model, runs in models.items()}
-            written.append(save_figure(survival_figure(halves), folder / f"{start}survival.{form}"))
+        for drawing in task.figures:
+            figure = FIGURES[drawing](models, task, resamples, seed)
+            if figure is not None:
+                path = folder / f"{f'{name}_' if name else ''}{drawing}.{figure_format}"
+                written.append(save_figure(figure, path))
     return written
 
 
-def label_figure(runs: Mapping[str, Sequence[Finished]], labels: Sequence[str]) -> Figure:
+def _tests(runs: Runs) -> dict[str, list[Any]]:
+    return {name: [run.test for run in of_name] for name, of_name in runs.items()}
+
+
+def draw_roc(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
+    """Mean ROC curves with the middle 95 % of resamples by patient."""
+    return draw_mean_curves(
+        _tests(runs), roc_curves, auc, seed, ("1 - specificity", "sensitivity", "AUC")
+    )
+
+
+def draw_precision_recall(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
+    """Mean precision-recall curves with the middle 95 % of resamples by patient."""
+    names = ("recall", "precision", "AUPRC")
+    return draw_mean_curves(_tests(runs), precision_curves, auprc, seed, names)
+
+
+def draw_reliability(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
+    """Stated probabilities against how often they came true."""
+    return draw_reliability_curves(_tests(runs))
+
+
+def draw_screening(runs: Runs, task: Task, resamples: int, seed: int) -> Figure | None:
+    """Negatives signed out; None without two classes or without validation slides."""
+    every = [run for of_name in runs.values() for run in of_name]
+    if task.positive is None:
+        return None
+    rows = screening_rows(every, task, resamples, seed)
+    return None if rows is None else draw_screening_rows(rows)
+
+
+def draw_roc_spread(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
+    """Mean ROC curve of every feature set with a band of one standard deviation."""
+    tests = _tests(runs)
+    aucs = {
+        name: float(np.mean([auc(run.targets, run.probabilities)[0] for run in of_name]))
+        for name, of_name in tests.items()
+    }
+    return draw_mean_roc(tests, aucs)
+
+
+def draw_labels(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
     """ROC curves, a panel a label, a line a model or feature set: means over the runs whose test
     slides are of both kinds.
     """
+    labels = task.names
     across = min(len(labels), LABELS_ACROSS)
     down, few = -(-len(labels) // across), len(runs) <= BANDS
     with styled():
@@ -66,11 +113,11 @@ def label_figure(runs: Mapping[str, Sequence[Finished]], labels: Sequence[str]) 
             axes.plot([0, 1], [0, 1], **CHANCE)
             for index, (name, of_name) in enumerate(runs.items()):
                 mean, area = _mean_of_label([run.test for run in of_name], column)
-                said = f"{name}  {'-' if np.isnan(area) else f'{area:.3f}'}" if few else name
+                text = f"{name}  {'-' if np.isnan(area) else f'{area:.3f}'}" if few else name
                 axes.plot(
                     np.append(0, GRID),
                     np.append(0, mean),
-                    label=said,
+                    label=text,
                     linewidth=1.6,
                     **line_style(index),
                 )
@@ -96,20 +143,21 @@ def label_figure(runs: Mapping[str, Sequence[Finished]], labels: Sequence[str]) 
         return figure
 
 
-def _mean_of_label(said: Sequence[LabelPredictions], column: int) -> tuple[np.ndarray, float]:
+def _mean_of_label(runs: Sequence[LabelPredictions], column: int) -> tuple[np.ndarray, float]:
     """The mean curve (101,) and the mean AUC of a label, NaN without a run that has both kinds."""
-    pairs = [(run.targets[:, column], run.probabilities[:, column]) for run in said]
-    told = [pair for pair in pairs if 0 < pair[0].sum() < len(pair[0])]
-    if not told:
+    pairs = [(run.targets[:, column], run.probabilities[:, column]) for run in runs]
+    known = [pair for pair in pairs if 0 < pair[0].sum() < len(pair[0])]
+    if not known:
         return np.full(len(GRID), np.nan), float("nan")
-    areas = [binary_auc(*pair)[0] for pair in told]
-    return np.mean([roc_curves(*pair)[0] for pair in told], axis=0), float(np.mean(areas))
+    areas = [binary_auc(*pair)[0] for pair in known]
+    return np.mean([roc_curves(*pair)[0] for pair in known], axis=0), float(np.mean(areas))
 
 
-def survival_figure(groups: Mapping[str, RiskGroups]) -> Figure:
+def draw_survival(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
     """Kaplan-Meier curves of the two halves with 95 % bands, ticks where patients were censored,
     and patients at risk.
     """
+    groups = {name: risk_groups(of_name) for name, of_name in runs.items()}
     down = -(-len(groups) // ACROSS)
     with styled():
         figure = new_figure(4.6 * min(len(groups), ACROSS), 3.9 * down)
@@ -118,12 +166,12 @@ def survival_figure(groups: Mapping[str, RiskGroups]) -> Figure:
             curves, below = panel.subplots(2, 1, sharex=True, height_ratios=[4, 1])
             _draw_curves(curves, halves)
             _write_at_risk(below, halves)
-            said = (
+            test = (
                 ""
                 if np.isnan(halves.p)
                 else f", log-rank p {'< 0.001' if halves.p < 0.001 else f'= {halves.p:.3f}'}"
             )
-            curves.set_title(f"{title}{said}", fontsize=9)
+            curves.set_title(f"{title}{test}", fontsize=9)
         return figure
 
 
@@ -176,10 +224,11 @@ def _write_at_risk(axes: Axes, halves: RiskGroups) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def grade_figure(runs: Mapping[str, Sequence[Finished]], grades: Sequence[str]) -> Figure:
+def draw_grades(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
     """True against called grade: slides in each cell (folds summed, mean over seeds); colour: share
     of the true grade.
     """
+    grades = task.names
     side, down = 1.5 + 0.5 * len(grades), -(-len(runs) // ACROSS)
     with styled():
         figure = new_figure(side * min(len(runs), ACROSS) + 0.4, side * down)
@@ -187,7 +236,7 @@ def grade_figure(runs: Mapping[str, Sequence[Finished]], grades: Sequence[str]) 
         for axes in panels[len(runs) :]:
             axes.set_axis_off()
         for axes, (title, of_set) in zip(panels, runs.items(), strict=False):
-            counts = grade_counts(of_set)
+            counts = mean_confusion(of_set, task)
             shares = counts / np.maximum(counts.sum(1, keepdims=True), 1e-12)
             axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
             for (true, called), count in np.ndenumerate(counts):
@@ -205,3 +254,57 @@ def grade_figure(runs: Mapping[str, Sequence[Finished]], grades: Sequence[str]) 
             axes.set_title(title, fontsize=9)
             axes.spines[:].set_visible(False)
         return figure
+
+
+def draw_scatter(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
+    """Predicted against true values, a panel per model or feature set; a point is a slide, at the
+    mean of the runs that tested it.
+    """
+    down = -(-len(runs) // ACROSS)
+    with styled():
+        across = min(len(runs), ACROSS)
+        figure = new_figure(4.2 * across, 4.0 * down)
+        panels = figure.subplots(down, across, squeeze=False).ravel()
+        for axes in panels[len(runs) :]:
+            axes.set_axis_off()
+        points = [average_points(of_name) for of_name in runs.values()]
+        both = np.concatenate([np.concatenate(pair) for pair in points])
+        margin = 0.05 * ((both.max() - both.min()) or 1.0)
+        ends = [both.min() - margin, both.max() + margin]
+        for axes, (name, of_name), (true, predicted) in zip(
+            panels, runs.items(), points, strict=False
+        ):
+            metrics = [task.evaluate(run.test) for run in of_name]
+            means = {key: np.mean([each[key][0] for each in metrics]) for key in task.shown[:2]}
+            axes.plot(ends, ends, **CHANCE)
+            axes.scatter(true, predicted, s=16, color=PALETTE[0], alpha=0.65, linewidth=0)
+            axes.set(xlim=ends, ylim=ends, aspect="equal", xlabel="true", ylabel="predicted")
+            figures = ", ".join(f"{task.title(key)} {value:.3f}" for key, value in means.items())
+            axes.set_title(f"{name}  {figures}", fontsize=9)
+        return figure
+
+
+def average_points(runs: Sequence[FinishedRun]) -> tuple[np.ndarray, np.ndarray]:
+    """(true, predicted) value of every test slide, each (slides,): means over its runs."""
+    predicted: dict[str, list[float]] = {}
+    true: dict[str, float] = {}
+    for run in runs:
+        for slide, target, value in zip(
+            run.slides, run.test.targets, run.test.predicted, strict=True
+        ):
+            predicted.setdefault(slide, []).append(float(value))
+            true[slide] = float(target)
+    return np.array(list(true.values())), np.array([np.mean(v) for v in predicted.values()])
+
+
+FIGURES: dict[str, Callable[[Runs, Task, int, int], Figure | None]] = {
+    "roc": draw_roc,
+    "pr": draw_precision_recall,
+    "reliability": draw_reliability,
+    "screening": draw_screening,
+    "roc_spread": draw_roc_spread,
+    "labels": draw_labels,
+    "confusion": draw_grades,
+    "survival": draw_survival,
+    "scatter": draw_scatter,
+}

@@ -1,5 +1,4 @@
-"""Figures of an evaluation, one file per kind and feature set: ROC, precision-recall, reliability,
-screening.
+"""Curves of classes: ROC, precision-recall, reliability, screening.
 
 ROC and precision-recall are means over folds and seeds (and classes) of the curves, read off at the
 same abscissa, with the middle 95 % of 300 resamples by patient as the band: no score of one fold is
@@ -10,22 +9,20 @@ the same in every fold.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.figures import CHANCE, MARKERS, PALETTE, line_style, new_figure, save_figure, styled
+from common.figures import CHANCE, MARKERS, PALETTE, line_style, new_figure, styled
 from common.metrics.calibration import (
     apply_temperature,
     expected_calibration_error,
     reliability,
     stated_and_true,
 )
-from common.metrics.classification import auc, auprc
-from common.metrics.ranking import GRID, precision_curves, roc_curves
-from mil.evaluation.runs import Finished, grouped
-from mil.tasks.classification import Predictions, resample_runs
+from common.metrics.ranking import GRID
+from mil.tasks.bootstrap import resample_runs
+from mil.tasks.classification import Predictions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,41 +32,6 @@ RESAMPLES = 300
 ENDS = ("", "_ci_low", "_ci_high")
 BANDS = 4  # bands of more models cannot be told apart
 Curves = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-
-
-def draw_all(
-    folder: Path,
-    finished: Sequence[Finished],
-    screening: Sequence[Mapping[str, Any]],
-    seed: int,
-    figure_format: str,
-) -> list[Path]:
-    """Write roc, pr, reliability and, where there are rows for it, screening per feature set, e.g.
-    `student_roc.png`; returns the paths.
-    """
-    written = []
-    sets: dict[str, dict[str, list[Finished]]] = {}
-    for (feature_set, model), runs in grouped(finished).items():
-        sets.setdefault(feature_set, {})[model] = runs
-    for name, models in sets.items():
-        tests = {model: [run.test for run in runs] for model, runs in models.items()}
-        figures = {
-            "roc": draw_mean_curves(
-                tests, roc_curves, auc, seed, ("1 - specificity", "sensitivity", "AUC")
-            ),
-            "pr": draw_mean_curves(
-                tests, precision_curves, auprc, seed, ("recall", "precision", "AUPRC")
-            ),
-            "reliability": draw_reliability(tests),
-        }
-        rows = [row for row in screening if row["feature_set"] == name]
-        if rows:
-            figures["screening"] = draw_screening(rows)
-        for kind, figure in figures.items():
-            written.append(
-                save_figure(figure, folder / f"{f'{name}_' if name else ''}{kind}.{figure_format}")
-            )
-    return written
 
 
 def average_curves(
@@ -99,7 +61,7 @@ def draw_mean_curves(
     seed: int,
     names: tuple[str, str, str],
 ) -> Figure:
-    """Draw the mean ROC or precision-recall curve per model, with bands for up to BANDS of them."""
+    """ROC or precision-recall curves of all models, with bands for as many as can be told apart."""
     x, y, what = names
     few = len(models) <= BANDS
     figure = new_figure(4.8, 4.6 if few else 5.0 + 0.1 * len(models))
@@ -136,11 +98,11 @@ def _chance(models: Mapping[str, Sequence[Predictions]], what: str) -> list[floa
 
 
 @styled()
-def draw_reliability(models: Mapping[str, Sequence[Predictions]]) -> Figure:
-    """Draw the stated probability against how often it came true, before (left) and after
-    temperature scaling.
+def draw_reliability_curves(models: Mapping[str, Sequence[Predictions]]) -> Figure:
+    """Stated probability against how often it came true, before (left) and after temperature
+    scaling.
 
-    Points grow with the slides of the bin; bins of fewer than 5 slides are not joined by the line.
+    Size: slides in the bin; bins of fewer than 5 slides are not joined by the line.
     """
     binary = all(run.probabilities.shape[1] == 2 for runs in models.values() for run in runs)
     figure = new_figure(9.2, 5.6 + 0.2 * -(-len(models) // 3))
@@ -200,9 +162,9 @@ def _draw_bins(
 
 
 @styled()
-def draw_screening(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw negatives signed out and positives missed at each wanted sensitivity; hollow points are
-    read from the test slides' own curve.
+def draw_screening_rows(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Negatives signed out and positives missed at each wanted sensitivity; hollow: read from the
+    test slides' own curve.
     """
     from matplotlib.lines import Line2D
 
@@ -238,7 +200,7 @@ def draw_screening(rows: Sequence[Mapping[str, Any]]) -> Figure:
             linewidth=1.0,
             linestyle="--",
         )
-    _set_screening_axes(left, right, wanted)
+    _screening_axes(left, right, wanted)
     hollow = Line2D(
         [], [], color="#555555", marker="D", markerfacecolor="none", linestyle="", markersize=6
     )
@@ -252,7 +214,7 @@ def draw_screening(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _set_screening_axes(left: Axes, right: Axes, wanted: Sequence[float]) -> None:
+def _screening_axes(left: Axes, right: Axes, wanted: Sequence[float]) -> None:
     left.set(yticks=range(len(wanted)), yticklabels=[f"{100 * value:g} %" for value in wanted])
     left.set_ylabel("wanted sensitivity, cut chosen\non validation slides")
     left.set(

@@ -15,12 +15,9 @@ import torch
 
 from common.figures import jpeg_uri
 from mil.datasets.bags import Sample
-from mil.evaluation.runs import Finished
+from mil.evaluation.runs import FinishedRun
 from mil.figures.report import mark_tiles
-from mil.tasks.kinds import Task
-from mil.tasks.objective_results import follow_up
-from mil.tasks.targets import NONE
-from mil.tasks.task import SURVIVAL
+from mil.tasks.base import Task
 from mil.training.engine import examine, load_classifier
 from patch_encoder.bags.bag import open_bag
 from patch_encoder.bags.paths import find_coordinates
@@ -74,58 +71,41 @@ class Example:
     top: list[tuple[str, float]]
 
 
-def choose_slides(runs: Sequence[Finished], task: Task, each: int) -> list[Group[Choice]]:
-    """Up to `each` slides that are called right and not negative, and as many errors; of risks the
-    highest and the lowest.
+def choose_slides(runs: Sequence[FinishedRun], task: Task, each: int) -> list[Group[Choice]]:
+    """Up to `each` slides that are called right and not negative, and as many errors; where nothing
+    is called those of the highest and of the lowest rank.
 
     The most confident of both: what the classifier knows best, and what it gets wrong without
-    doubt. Of several labels the confidence is the product of theirs. Risks of two folds have no
-    common scale, so that places within a fold are compared. A slide that several runs test (nested,
-    repeated cross-validation) stands there once, see `_once`.
+    doubt. A slide that several runs test (nested, repeated cross-validation) stands there once, see
+    `_once`.
     """
-    if task.kind in SURVIVAL:
-        ranked = sorted(
-            _once((item for run in runs for item in _risks(run)), calls=False),
-            key=lambda item: (item[0], item[1].slide_id),
-        )
-        chosen, each = (
-            [choice for _, choice in ranked],
-            min(each, len(ranked) // 2),
-        )  # no slide in both groups
+    ranked = _once((item for run in runs for item in _choices(run, task)), task)
+    first, second = task.example_groups
+    if not task.has_calls:
+        chosen = [choice for _, choice in sorted(ranked, key=lambda r: (r[0], r[1].slide_id))]
+        each = min(each, len(chosen) // 2)  # no slide in both groups
         return [
-            Group("Highest risk", "No slide.", chosen[::-1][:each]),
-            Group("Lowest risk", "No slide.", chosen[:each]),
+            Group(first, "No slide.", chosen[::-1][:each]),
+            Group(second, "No slide.", chosen[:each]),
         ]
-    said = (
-        item
-        for run in runs
-        for item in (_labels(run, task) if task.kind == "multilabel" else _classes(run))
-    )
-    choices = [
-        choice for _, choice in sorted(_once(said), key=lambda item: (-item[0], item[1].slide_id))
-    ]
-    negative, positive = (
-        (NONE, "with a label")
-        if task.kind == "multilabel"
-        else (task.classes[0], "of a positive class")
-    )
-    hits = [choice for choice in choices if choice.right and choice.label != negative]
+    choices = [choice for _, choice in sorted(ranked, key=lambda r: (-r[0], r[1].slide_id))]
+    hits = [choice for choice in choices if choice.right and choice.label != task.negative]
     errors = [choice for choice in choices if not choice.right]
     return [
-        Group("Called right", f"No slide {positive} was called right.", hits[:each]),
-        Group("Called wrong", "No test slide was called wrong.", errors[:each]),
+        Group(first, f"No slide {task.positive_words} was called right.", hits[:each]),
+        Group(second, "No test slide was called wrong.", errors[:each]),
     ]
 
 
-def _once(said: Iterable[tuple[float, Choice]], calls: bool = True) -> list[tuple[float, Choice]]:
-    """One entry a slide: what most of its runs call it (of equally many the first), shown by the
+def _once(ranked: Iterable[tuple[float, Choice]], task: Task) -> list[tuple[float, Choice]]:
+    """One entry per slide: what most of its runs call it (of equally many the first), shown by the
     first run that does.
 
-    The confidence is the mean over all runs, 0 for those that call it something else; of risks it
-    is the mean place.
+    The confidence is the mean over all runs, 0 for those that call it something else; where nothing
+    is called it is the mean rank.
     """
     tested: dict[str, list[tuple[float, Choice]]] = {}
-    for item in said:
+    for item in ranked:
         tested.setdefault(item[1].slide_id, []).append(item)
     found = []
     for items in tested.values():
@@ -133,57 +113,22 @@ def _once(said: Iterable[tuple[float, Choice]], calls: bool = True) -> list[tupl
             found += items
             continue
         most = Counter(choice.called for _, choice in items).most_common(1)[0][0]
-        agreed = [item for item in items if item[1].called == most] if calls else items
+        agreed = [item for item in items if item[1].called == most] if task.has_calls else items
         sure, first = sum(sure for sure, _ in agreed) / len(items), agreed[0][1]
         count = (
             f"{len(agreed)} of {len(items)} runs say so"
-            if calls
-            else f"{100 * sure:.0f} % on average over {len(items)} runs"
+            if task.has_calls
+            else task.repeated_rank(sure, len(items))
         )
         found.append((sure, replace(first, detail=f"{first.detail}; {count}")))
     return found
 
 
-def _classes(run: Finished) -> Iterator[tuple[float, Choice]]:
-    for row in run.rows:
-        sure, right = float(row[f"prob_{row['predicted']}"]), row["label"] == row["predicted"]
-        yield (
-            sure,
-            Choice(
-                row["slide_id"],
-                run.test.fold,
-                row["label"],
-                row["predicted"],
-                f"probability {sure:.2f}",
-                right,
-            ),
-        )
-
-
-def _labels(run: Finished, task: Task) -> Iterator[tuple[float, Choice]]:
-    """Each label is called at its cut, which comes from the validation slides."""
-    called = run.test.probabilities >= run.test.thresholds
-    sure = np.where(called, run.test.probabilities, 1 - run.test.probabilities).prod(1)
-    for row, there, here, share, probabilities in zip(
-        run.rows, run.test.targets, called, sure.tolist(), run.test.probabilities, strict=True
-    ):
-        names = ["|".join(np.array(task.classes)[marked]) or NONE for marked in (there, here)]
-        detail = ", ".join(
-            f"{name} {p:.2f}" for name, p in zip(task.classes, probabilities, strict=True)
-        )
-        yield (
-            share,
-            Choice(row["slide_id"], run.test.fold, *names, detail, bool((there == here).all())),
-        )
-
-
-def _risks(run: Finished) -> Iterator[tuple[float, Choice]]:
-    risks = run.test.risks
-    for row, risk in zip(run.rows, risks.tolist(), strict=True):
-        below = float((risks < risk).mean())
-        label = follow_up(float(row["time"]), bool(int(row["event"])))
-        detail = f"above {100 * below:.0f} % of the fold's test slides"
-        yield below, Choice(row["slide_id"], run.test.fold, label, f"risk {risk:.3g}", detail)
+def _choices(run: FinishedRun, task: Task) -> Iterator[tuple[float, Choice]]:
+    """(rank, slide) of every test slide of a run."""
+    for slide, verdict in zip(run.slides, task.verdicts(run.test), strict=True):
+        words = (verdict.label, verdict.called, verdict.detail, verdict.right)
+        yield verdict.rank, Choice(slide, run.test.fold, *words)
 
 
 def make_example(

@@ -1,4 +1,4 @@
-"""Figures of the report as data URIs: ROC curves, intervals, slide overviews with marked tiles.
+"""Pictures of the report as data URIs: ROC curves, intervals, slide overviews with marked tiles.
 
 Drawn with matplotlib's object interface (no global state) as SVG, and with Pillow as JPEG.
 """
@@ -6,7 +6,7 @@ Drawn with matplotlib's object interface (no global state) as SVG, and with Pill
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -17,12 +17,15 @@ from mil.tasks.classification import Predictions
 from patch_encoder.tiles.coordinates import TileGeometry
 from patch_encoder.viz.captions import load_caption_font
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 MARK = (220, 30, 60)
 
 
 @styled()
-def draw_roc(runs: Mapping[str, Sequence[Predictions]], aucs: Mapping[str, float]) -> str:
-    """Draw the mean ROC curve over folds and seeds per feature set, with a band of one standard
+def draw_mean_roc(runs: Mapping[str, Sequence[Predictions]], aucs: Mapping[str, float]) -> Figure:
+    """Mean ROC curve over folds and seeds of every feature set, with a band of one standard
     deviation.
     """
     figure = new_figure(4.6, 4.2)
@@ -57,18 +60,19 @@ def draw_roc(runs: Mapping[str, Sequence[Predictions]], aucs: Mapping[str, float
         aspect="equal",
     )
     axes.legend(loc="lower right", title="mean AUC", alignment="right")
-    return svg_uri(figure)
+    return figure
 
 
 @styled()
 def draw_intervals(
     feature_sets: Mapping[str, Mapping[str, Any]],
     models: Sequence[str],
-    metric: str = "auc",
-    name: str = "AUC",
+    metric: str,
+    name: str,
+    chance: float,
 ) -> str:
-    """Draw the mean of a metric with its confidence interval, one row per feature set and
-    classifier; the dashed line is what a model without any knowledge has.
+    """Mean of a metric with its confidence interval, a row per feature set and classifier; dashed:
+    `chance`, what a model without knowledge reaches.
     """
     rows = [
         (name, model, entry[model])
@@ -80,7 +84,7 @@ def draw_intervals(
     colours = {name: palette_colour(index) for index, name in enumerate(feature_sets)}
     figure = new_figure(4.6, 1.0 + 0.28 * len(rows))
     axes = figure.add_subplot()
-    axes.axvline(0.0 if metric.startswith("kappa") else 0.5, **CHANCE)
+    axes.axvline(chance, **CHANCE)
     for y, (feature_set, _, values) in enumerate(rows):
         mean = values[f"{metric}_mean"]
         low, high = values[f"{metric}_ci"] or (mean, mean)
@@ -102,8 +106,8 @@ def draw_intervals(
 def mark_tiles(
     overview: np.ndarray, geometry: TileGeometry, slide_width: int, corners: np.ndarray
 ) -> np.ndarray:
-    """Draw numbered frames around the tiles at `corners`, (K, 2) level-0 pixels, 1 first, into a
-    copy of the overview, uint8 (h, w, 3).
+    """The overview uint8 (h, w, 3) with numbered frames around the tiles at `corners`, (K, 2)
+    level-0 pixels, 1 first.
     """
     scale = overview.shape[1] / slide_width
     image = Image.fromarray(overview)

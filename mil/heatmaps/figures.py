@@ -8,6 +8,7 @@ observed share of a bin has Wilson's 95 % interval (Wilson, JASA 1927).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,10 +19,9 @@ from common.metrics.calibration import (
     reliability,
     stated_and_true,
 )
-from common.metrics.classification import auc, confusion, predict_class
-from mil.figures.report import draw_roc
+from common.metrics.classification import auc, confusion
+from mil.figures.report import draw_mean_roc
 from mil.tasks.classification import Predictions
-from mil.tasks.ordinal import grade
 
 Z = 1.959964  # normal quantile of a 95 % interval
 
@@ -96,7 +96,7 @@ def draw_roc_by_class(runs: Sequence[Predictions], classes: Sequence[str]) -> st
         name: float(np.mean([auc(run.targets, run.probabilities)[0] for run in found]))
         for name, found in curves.items()
     }
-    return draw_roc(curves, aucs)
+    return svg_uri(draw_mean_roc(curves, aucs))
 
 
 @styled()
@@ -127,18 +127,10 @@ def draw_calibration(bins: Sequence[dict[str, float]], what: str) -> str:
     return svg_uri(figure)
 
 
-def count_confusion(runs: Sequence[Predictions], classes: int, ordered: bool = False) -> np.ndarray:
-    """Count the answers by true and called class, (C, C).
-
-    Each fold is cut at its own validation threshold; with `ordered` the called grade is the median.
-    """
-    total = np.zeros((classes, classes))
-    for run in runs:
-        called = (
-            grade(run.probabilities) if ordered else predict_class(run.probabilities, run.threshold)
-        )
-        total += confusion(run.targets, called, classes)[0]
-    return total.astype(int)
+def count_confusion(runs: Sequence[Predictions], task: Any) -> np.ndarray:
+    """Count the answers by true and called name, (C, C); each fold is cut at its own threshold."""
+    total = sum(confusion(run.targets, task.call_indices(run), len(task.names))[0] for run in runs)
+    return np.asarray(total).astype(int)
 
 
 @styled()

@@ -10,49 +10,20 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from common import __version__
-from common.figures import svg_uri
 from common.files import write_text
-from mil.evaluation.risk_groups import risk_groups
-from mil.evaluation.tables import title as metric_title
-from mil.figures.by_task import label_figure, survival_figure
-from mil.heatmaps import figures
+from mil.heatmaps.cohort_figures import FIGURES
 from mil.heatmaps.gallery import say_value
-from mil.heatmaps.sources import Source, columns, facts
-from mil.tasks.kinds import Task
-from mil.tasks.task import SURVIVAL
+from mil.heatmaps.sources import Source, facts
 from patch_encoder.viz.captions import choose_round_length, format_length
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
-CLASS_CARDS = ("auc", "sensitivity", "specificity", "balanced_accuracy")
-CARDS = {
-    "binary": CLASS_CARDS,
-    "multiclass": CLASS_CARDS,
-    "multilabel": ("auc_macro", "auprc_macro", "f1_macro", "exact_match"),
-    "ordinal": ("kappa_quadratic", "mean_absolute_error", "balanced_accuracy", "auc_above"),
-    "cox": ("c_index",),
-    "discrete": ("c_index",),
-}
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A picture of the cohort's page: data URI (None: it does not exist), its name, what it shows,
-    over the whole width.
-    """
-
-    uri: str | None
-    name: str
-    says: str
-    wide: bool = False
 
 
 def environment() -> Environment:
@@ -72,11 +43,7 @@ def environment() -> Environment:
 def rows(
     source: Source, records: Mapping[str, dict[str, Any]], failed: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """One row a slide, the worst error first: wrong slides by how little the label was given, then
-    the others likewise.
-
-    Of survival the highest risk first, by its place among the slides of its run.
-    """
+    """One row per slide in the order of the task's `miss`: the worst error first."""
     found = []
     for judged in source.slides:
         record = records.get(judged.slide_id)
@@ -85,44 +52,17 @@ def rows(
             **facts(judged, source.task),
             "error": failed.get(judged.slide_id, ""),
         }
-        if record and not row["said"]:
-            row["said"] = record.get("said", {})
+        if record and not row["predictions"]:
+            row["predictions"] = record.get("predictions", {})
         row["drawn"] = record is not None
         row["votes"] = sum(run["predicted"] == row["predicted"] for run in row["runs"])
-        row["status"] = "failed" if row["error"] else status_of(row, source.task)
-        row["miss"] = miss_of(row, source.task)
+        row["status"] = "failed" if row["error"] else source.task.status(row["label"], row["right"])
+        row["miss"] = source.task.miss(row)
+        row["miss_text"] = source.task.miss_text(row)
         row["scale"] = scale_of(row) if row.get("mpp") else None
         row["top"] = next((tile for tile in row.get("chosen", []) if tile["kind"] == "top"), None)
         found.append(row)
     return sorted(found, key=lambda row: (not row["error"], -row["miss"], row["slide"]))
-
-
-def status_of(row: Mapping[str, Any], task: Task) -> str:
-    """Whether the slide is called right; of survival, whether there was an event."""
-    if task.kind in SURVIVAL:
-        return (
-            "unknown"
-            if not row["label"]
-            else "event"
-            if row["label"].startswith("event")
-            else "no event"
-        )
-    return {True: "right", False: "wrong", None: "unknown"}[row["right"]]
-
-
-def miss_of(row: Mapping[str, Any], task: Task) -> float:
-    """1 to 2 for errors, 0 to 1 for the others, below for what cannot be told; of survival the
-    place of the risk.
-    """
-    if task.kind in SURVIVAL:
-        return -1.0 if row["place"] is None else row["place"]
-    if row["right"] is None:
-        return -1.0
-    given = row["said"].get(row["label"], 0.0)
-    if task.kind == "multilabel":
-        there = row["label"].split("|")
-        given = float(np.prod([p if name in there else 1 - p for name, p in row["said"].items()]))
-    return (1 - given) + (not row["right"])
 
 
 def scale_of(row: Mapping[str, Any]) -> tuple[str, float]:
@@ -139,76 +79,23 @@ def cohort_figures(source: Source) -> dict[str, Any]:
     """
     if not source.runs:
         return {}
-    points = [source.task.judge(run.test) for run in source.runs]
+    points = [source.task.evaluate(run.test) for run in source.runs]
     means = {
         name: float(sum(point[name][0] for point in points) / len(points)) for name in points[0]
     }
     metrics = {name: value if value == value else None for name, value in means.items()}
     cards = [
-        (metric_title(name), metrics[name])
-        for name in CARDS[source.task.kind]
+        (source.task.title(name), metrics[name])
+        for name in source.task.cards
         if metrics[name] is not None
     ]
-    numbers, pictures = task_figures(source)
+    numbers: dict[str, Any] = {}
+    pictures = []
+    for name in source.task.page_figures:
+        more, picture = FIGURES[name](source)
+        numbers |= more
+        pictures += [picture] if picture is not None else []
     return {"metrics": metrics, "cards": cards, "pictures": pictures, **numbers}
-
-
-def task_figures(source: Source) -> tuple[dict[str, Any], list[Figure]]:
-    """Numbers beside the metrics, and the pictures that the task has."""
-    task, tests = source.task, [run.test for run in source.runs]
-    again = repeats(source)
-    of_runs = (
-        f", mean of {len(tests)} runs, band of one standard deviation" if len(tests) > 1 else ""
-    )
-    each = " Every slide counts once for each run that tests it." if again > 1 else ""
-    if task.kind in SURVIVAL:
-        curves = svg_uri(survival_figure({source.runs[0].model: risk_groups(source.runs)}))
-        most = ", in most of the runs that test them" if again > 1 else ""
-        says = f"test patients above and below the median risk of the validation patients{most}."
-        return {}, [Figure(curves, "Survival of the risk halves", says, True)]
-    if task.kind == "multilabel":
-        curves = svg_uri(label_figure({source.runs[0].model: source.runs}, task.classes))
-        return {}, [
-            Figure(
-                curves,
-                "ROC by label",
-                "test slides, mean over the runs that have slides of both kinds.",
-                True,
-            )
-        ]
-    counts = figures.count_confusion(tests, len(task.classes), task.kind == "ordinal")
-    says = "at the threshold of the validation slides; " if task.kind == "binary" else ""
-    confusion = Figure(
-        figures.draw_confusion(counts, task.classes),
-        "Confusion",
-        f"{says}per cent of the label.{each}",
-    )
-    if task.kind == "ordinal":
-        return {"counts": counts.tolist()}, [confusion]
-    bins = figures.bin_answers(tests, again)
-    (ece, brier), binary = figures.measure_calibration(tests), task.kind == "binary"
-    what = task.classes[1] if binary else "the called class"
-    said = (
-        "on the dashed line a probability is what it says. Bars: 95 % (Wilson). ECE "
-        f"{ece:.3f}, Brier {brier:.3f}."
-    )
-    dotted = f"; dotted: threshold{' of each run' if len(tests) > 1 else ''}" if binary else ""
-    drawn = [
-        Figure(figures.draw_roc_by_class(tests, task.classes), "ROC", f"test slides{of_runs}."),
-        Figure(figures.draw_calibration(bins, what), "Calibration", said),
-        confusion,
-        Figure(figures.draw_scores(tests, task.classes), "Scores", f"by label{dotted}.{each}"),
-    ]
-    return {"ece": ece, "brier": brier, "counts": counts.tolist()}, [
-        figure for figure in drawn if figure.uri
-    ]
-
-
-def repeats(source: Source) -> float:
-    """Runs that test a slide, on average."""
-    return sum(len(run.rows) for run in source.runs) / max(
-        1, len({slide for run in source.runs for slide in run.slides})
-    )
 
 
 def write_pages(
@@ -222,11 +109,10 @@ def write_pages(
     listed, made = rows(source, records, failed), environment()
     numbers = cohort_figures(source)
     task = source.task
-    judged = task.classes[1:] if task.kind == "binary" else columns(task)
+    judged = (task.positive,) if task.positive is not None else task.value_names
     common = {
         "title": title,
         "task": task,
-        "survival": task.kind in SURVIVAL,
         "judged": judged,
         "version": __version__,
     }

@@ -1,8 +1,8 @@
-"""What a slide classifier thinks of each tile of a bag: attention, and what it says of the tile
+"""What a slide classifier thinks of each tile of a bag: attention, and its prediction for the tile
 alone.
 
-Attention is the model's own (README, "Slide classifiers"): non-negative, sums to 1 over the slide.
-The probability (of survival the risk) is that of a bag with this one tile; for Mean-MIL and Max-MIL
+Attention is the model's own: non-negative, sums to 1 over the slide. The probability (survival: the
+risk; regression: the value) is that of a bag with this one tile; for Mean-MIL and Max-MIL
 it is the tile's own classification, for attention models it asks what the classifier would say of
 nothing but this tile, and need not agree with attention. Percentile ranks are CLAM's (ties share
 their mean rank), 100 for the highest.
@@ -22,14 +22,12 @@ from common.errors import UserError
 from common.files import write_csv
 from mil.datasets.bags import Sample
 from mil.models import forward_bags
-from mil.tasks.ordinal import grade
-from mil.tasks.task import SURVIVAL, Objective
+from mil.tasks.base import Task
 from mil.training.engine import examine
 from patch_encoder.bags.bag import open_bag
 from patch_encoder.tiles.coordinates import Coordinates
 
-VALUES = ("auto", "attention", "probability", "risk")
-RISK = "risk"
+VALUES = ("auto", "attention", "probability", "risk", "value")
 BLOCK = 1024  # tiles whose bags of one go through the model together
 
 
@@ -40,12 +38,11 @@ class TileScores:
     Attributes:
         coordinates: N tiles and how they are read.
         attention: (N,), sums to 1.
-        alone: (N,) probability of `class_name`, or the risk, for the tile alone; None when not
-            asked for.
-        shown: "attention", "probability" or "risk", what the heatmap is of.
-        class_name: the class, label or grade that a probability is of.
-        slide: (C,) what is said of the whole bag: probabilities of classes, labels or grades, or
-            the risk.
+        alone: (N,) prediction for the tile alone, a probability that of `class_name`; None when
+            not asked for.
+        shown: what the heatmap is of: one of VALUES, but not auto.
+        class_name: the class, label or grade that a probability belongs to.
+        slide: (V,) prediction for the whole bag, in the order of the task's `value_names`.
     """
 
     coordinates: Coordinates
@@ -79,7 +76,7 @@ def percentile_ranks(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]
 
 def score_bag(
     model: nn.Module,
-    task: Objective,
+    task: Task,
     bag_file: Path,
     coords_file: Path | None,
     value: str,
@@ -108,7 +105,7 @@ def score_bag(
     output = examine(model, sample, device)
     attention, slide = (
         output.attention.double().numpy(),
-        task.said(output.logits.double()[None])[0].numpy(),
+        task.predict(output.logits.double()[None])[0].numpy(),
     )
     if not (np.isfinite(attention).all() and np.isfinite(slide).all()):
         raise UserError(
@@ -117,30 +114,20 @@ def score_bag(
         )
     shown = value
     if value == "auto":
-        single = RISK if task.kind in SURVIVAL else "probability"
         shown = (
-            single
+            task.alone
             if len(attention) > 1 and np.ptp(attention) < 1e-9 / len(attention)
             else "attention"
         )
-    name = class_name or likeliest(task, slide)
+    name = class_name or task.likeliest(slide)
     column = task.names.index(name) if task.names else 0
     alone = None if shown == "attention" else tiles_alone(model, task, sample, device)[:, column]
     return TileScores(coordinates, attention, alone, shown, name, slide)
 
 
-def likeliest(task: Objective, said: Float[np.ndarray, " c"]) -> str:
-    """The name that a heatmap is of where none is asked for; of survival there is none."""
-    if task.kind in SURVIVAL:
-        return ""
-    if task.kind == "classes" and len(task.names) == 2:
-        return task.names[1]
-    return task.names[int(grade(said[None])[0] if task.kind == "ordinal" else said.argmax())]
-
-
 @torch.inference_mode()
 def tiles_alone(
-    model: nn.Module, task: Objective, sample: Sample, device: torch.device
+    model: nn.Module, task: Task, sample: Sample, device: torch.device
 ) -> Float[np.ndarray, "n c"]:
     """What the task makes of each tile as a bag of its own; memory of one block of the stored
     bag.
@@ -151,7 +138,7 @@ def tiles_alone(
         bags, places = list(block.to(device).float().split(1)), None
         if coords is not None:
             places = list(coords[start : start + len(block)].to(device).split(1))
-        found.append(task.said(forward_bags(model, bags, places).logits.double()).cpu().numpy())
+        found.append(task.predict(forward_bags(model, bags, places).logits.double()).cpu().numpy())
         start += len(block)
     return np.concatenate(found)
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from common.config import key
 from common.errors import UserError
 from mil.heatmaps.drawing import COLOURS
-from mil.heatmaps.scores import RISK, VALUES
-from mil.tasks.kinds import Task
-from mil.tasks.task import SURVIVAL
+from mil.heatmaps.scores import VALUES
+from mil.tasks.base import Task
 from patch_encoder.slides.base import Slide
 
 LARGEST = 20000  # px a side of a PNG
@@ -21,8 +20,8 @@ class Drawing:
 
     value: str = key(
         "auto",
-        "attention; probability (survival: risk) of the tile alone; auto: attention unless all "
-        "share it",
+        "attention; probability (survival: risk, regression: value) of the tile alone; auto: "
+        "attention unless all tiles share it",
         choices=VALUES,
     )
     of_class: str = key(
@@ -54,24 +53,23 @@ class Drawing:
 
 def check_drawing(drawing: Drawing, task: Task) -> None:
     """Refuse what does not go together, before any slide is opened."""
-    wrong, instead = ("probability", RISK) if task.kind in SURVIVAL else (RISK, "probability")
-    if drawing.value == wrong:
+    if drawing.value not in ("auto", "attention", task.alone):
         raise UserError(
-            f"value={wrong}: expected attention or {instead} for a run of task={task.kind}; set "
-            f"value={instead}"
+            f"value={drawing.value}: expected attention or {task.alone} for a run of "
+            f"task={task.kind}; set value={task.alone}"
         )
-    if drawing.of_class and task.kind in SURVIVAL:
+    if drawing.of_class and not task.names:
         raise UserError(
-            f"of_class={drawing.of_class}: a run of task={task.kind} has a risk and no classes; "
-            "leave it out"
+            f"of_class={drawing.of_class}: a run of task={task.kind} has a {task.alone} and no "
+            "classes; leave it out"
         )
     if drawing.level is not None and drawing.mpp is not None:
         raise UserError(
             f"level={drawing.level}, mpp={drawing.mpp}: expected one of them, found both; leave "
             "one out"
         )
-    if drawing.of_class and drawing.of_class not in task.classes:
-        raise UserError(f"of_class={drawing.of_class}: expected one of {', '.join(task.classes)}")
+    if drawing.of_class and drawing.of_class not in task.names:
+        raise UserError(f"of_class={drawing.of_class}: expected one of {', '.join(task.names)}")
     if not 0 < drawing.alpha <= 1:
         raise UserError(f"alpha={drawing.alpha}: expected a share, 0 < alpha <= 1")
     for name, least in (("max_side", 64), ("tiff_max_side", 256), ("top", 1), ("low", 0)):

@@ -9,10 +9,8 @@ what the pages show, and what the files were made from
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +24,10 @@ from common.files import atomic_path, write_json, write_text
 from mil.heatmaps.drawing import Heat, blend, draw_cover, draw_outlines, framed, heat_layer
 from mil.heatmaps.gallery import choose_tiles, save_jpeg, write_gallery
 from mil.heatmaps.pyramid import write_heat_pyramid
-from mil.heatmaps.scores import RISK, TileScores, percentile_ranks, score_bag, write_scores
+from mil.heatmaps.scores import TileScores, percentile_ranks, score_bag, write_scores
 from mil.heatmaps.settings import Drawing, picture_side
-from mil.heatmaps.sources import Judged, columns, facts
-from mil.tasks.kinds import Task
-from mil.tasks.ordinal import grade
-from mil.tasks.task import SURVIVAL, Objective
+from mil.heatmaps.sources import SlidePrediction, facts
+from mil.tasks.base import Task
 from patch_encoder.slides import Slide, open_slide
 from patch_encoder.slides.overview import read_overview
 from patch_encoder.tiles.coordinates import Coordinates
@@ -55,10 +51,10 @@ class Inputs:
     coords: Path | None = None
 
 
-def judge(
-    judged: Judged, inputs: Inputs, model: nn.Module, task: Objective, drawing: Drawing
+def score_slide(
+    judged: SlidePrediction, inputs: Inputs, model: nn.Module, task: Task, drawing: Drawing
 ) -> TileScores:
-    """What the model says of the slide's tiles.
+    """Scores of the slide's tiles.
 
     Raises:
         UserError: a bag that cannot be used, or that is not the one that was predicted.
@@ -71,13 +67,13 @@ def judge(
     scores = score_bag(
         model, task, inputs.bag, inputs.coords, drawing.value, drawing.of_class, device
     )
-    _check_prediction(judged, scores, task.names or (RISK,))
+    _check_prediction(judged, scores, task)
     return scores
 
 
 def draw_slide(
     output: Path,
-    judged: Judged,
+    judged: SlidePrediction,
     inputs: Inputs,
     scores: TileScores,
     task: Task,
@@ -124,7 +120,7 @@ def draw_slide(
         "mpp": mpp or None,
     }
     record |= {
-        "said": dict(zip(columns(task), scores.slide.tolist(), strict=True)),
+        "predictions": dict(zip(task.value_names, scores.slide.tolist(), strict=True)),
         "shown": scores.shown,
     }
     record |= {
@@ -151,14 +147,11 @@ def make_heat(scores: TileScores, drawing: Drawing) -> Heat:
     """Values between 0 and 1 with what the ends of the colour bar say.
 
     Percentile: rank / 100. Raw: attention over the slide's highest, so that colours differ; a
-    probability as it is; a risk between the slide's lowest and highest.
+    probability as it is; other numbers between the slide's lowest and highest.
     """
     values = scores.values
-    alone = {
-        "probability": f"probability of {scores.class_name}, tile alone",
-        RISK: "risk, tile alone",
-    }
-    what = alone.get(scores.shown, scores.shown)
+    of_class = f" of {scores.class_name}" if scores.class_name else ""
+    what = "attention" if scores.shown == "attention" else f"{scores.shown}{of_class}, tile alone"
     if drawing.scale == "percentile":
         shown, low, high, name = percentile_ranks(values) / 100, "0", "100", f"percentile of {what}"
     elif scores.shown == "attention":
@@ -169,7 +162,7 @@ def make_heat(scores: TileScores, drawing: Drawing) -> Heat:
             f"{100 * most:.3g} %",
             "of the slide's attention",
         )
-    elif scores.shown == RISK:
+    elif scores.shown != "probability":
         least, most = float(values.min()), float(values.max())
         shown, low, high, name = (
             (values - least) / ((most - least) or 1.0),
@@ -252,36 +245,24 @@ def _extent(slide: Slide | None, coordinates: Coordinates) -> tuple[int, int]:
     return geometry.level0_width or int(reach[0]), geometry.level0_height or int(reach[1])
 
 
-def _check_prediction(judged: Judged, scores: TileScores, names: Sequence[str]) -> None:
-    for name, said, found in zip(names, judged.said, scores.slide.tolist(), strict=False):
-        if abs(said - found) > SAME * max(1.0, abs(said)):
-            what = "a risk of {:.3f}" if name == RISK else f"probability {{:.3f}} of {name}"
+def _check_prediction(slide: SlidePrediction, scores: TileScores, task: Task) -> None:
+    found = zip(task.value_names, slide.predictions, scores.slide.tolist(), strict=False)
+    for name, expected, value in found:
+        if abs(expected - value) > SAME * task.tolerance(expected):
+            what = f"{task.alone} of {name}" if task.names else task.alone
             raise UserError(
-                f"slide {judged.slide_id}: expected {what.format(said)} as in predictions.csv, "
-                f"found {found:.3f}; "
+                f"slide {slide.slide_id}: expected a {what} of {expected:.3f} as in "
+                f"predictions.csv, found {value:.3f}; "
                 "the bag is not the one that the model was tested on: give its features= folder "
                 "or train again"
             )
 
 
-def verdict(judged: Judged, scores: TileScores, task: Task) -> str:
+def verdict(slide: SlidePrediction, scores: TileScores, task: Task) -> str:
     """What the model that the slide is drawn by makes of it: `label tumour, called normal (0.81)`,
     `event at 9, risk 0.3`.
     """
-    told = _told(judged, scores, task)
-    return f"{told}, fold {judged.fold}" if judged.others else told
-
-
-def _told(judged: Judged, scores: TileScores, task: Task) -> str:
-    if task.kind in SURVIVAL:
-        return ", ".join(filter(None, [judged.label, f"risk {scores.slide[0]:.3g}"]))
-    if task.kind == "multilabel":
-        found = [
-            f"{name} {share:.2f}" for name, share in zip(task.classes, scores.slide, strict=True)
-        ]
-        said = ", ".join([f"called {judged.predicted}", *found] if judged.predicted else found)
-    else:
-        chosen = grade if task.kind == "ordinal" else partial(np.argmax, axis=1)
-        called = judged.predicted or task.classes[int(chosen(scores.slide[None])[0])]
-        said = f"called {called} ({scores.slide[task.classes.index(called)]:.2f})"
-    return f"label {judged.label}, {said}" if judged.label else said
+    label = f"{task.label_word} {slide.label}".strip() if slide.label else ""
+    fold = f"fold {slide.fold}" if slide.others else ""
+    words = (label, task.describe(scores.slide, slide.predicted), fold)
+    return ", ".join(filter(None, words))

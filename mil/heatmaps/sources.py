@@ -19,33 +19,28 @@ import numpy as np
 from common.checkpoint import load_checkpoint
 from common.errors import UserError, did_you_mean
 from common.files import read_json
-from common.metrics.classification import predict_class
 from mil.evaluation.benchmark_folder import read_summary, run_folders
-from mil.evaluation.runs import Finished, read_side
-from mil.heatmaps.scores import RISK
-from mil.tasks.kinds import Task, task_of
-from mil.tasks.objective_results import follow_up
-from mil.tasks.ordinal import grade
-from mil.tasks.targets import NONE
-from mil.tasks.task import SURVIVAL
+from mil.evaluation.runs import FinishedRun, read_side
+from mil.tasks.base import Task
+from mil.tasks.table import TASKS, task_from_dict
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A slide and what a model said.
+class SlidePrediction:
+    """A slide and what a model predicts for it.
 
     Attributes:
-        label: true class, grade or labels (joined by |), of survival the time; '' when it is not
-            known.
-        predicted: what the run calls it; '' where the run made no prediction, and of survival.
-        said: the run's probabilities, in the order of the task's classes, or its risk; empty
-            without a prediction.
+        label: what is known of it, as the task words it; '' when nothing is.
+        predicted: what the run calls it; '' where the run made no prediction or the task has no
+            calls.
+        predictions: the run's numbers, in the order of the task's `value_names`; empty without a
+            prediction.
         fold: of the run; None without a prediction.
         split: test or val, '' for a slide outside both.
         checkpoint: weights of the model that judges it.
         cuts: class or label -> probability from which it is called, chosen on the run's validation
             slides.
-        place: of survival, the share of the run's slides with a lower risk.
+        place: share of the run's slides with a lower risk, for survival.
         others: the same slide in the further runs that test it.
     """
 
@@ -53,17 +48,17 @@ class Judged:
     case_id: str
     label: str
     predicted: str
-    said: tuple[float, ...]
+    predictions: tuple[float, ...]
     fold: int | None
     split: str
     checkpoint: Path
     cuts: Mapping[str, float] = field(default_factory=dict)
     place: float | None = None
-    others: tuple[Judged, ...] = ()
+    others: tuple[SlidePrediction, ...] = ()
 
     @property
-    def runs(self) -> tuple[Judged, ...]:
-        """What every run said, the one that the slide is drawn by first."""
+    def runs(self) -> tuple[SlidePrediction, ...]:
+        """What every run predicts, the one that the slide is drawn by first."""
         return (self, *self.others)
 
     @property
@@ -85,17 +80,12 @@ class Source:
 
     task: Task
     features: str
-    slides: list[Judged]
-    runs: list[Finished]
+    slides: list[SlidePrediction]
+    runs: list[FinishedRun]
     title: str
 
 
-def columns(task: Task) -> tuple[str, ...]:
-    """Names of the numbers that a model says of a slide."""
-    return (RISK,) if task.kind in SURVIVAL else task.classes
-
-
-def read_run(folder: Path, split: str) -> tuple[Task, list[Judged], Finished | None]:
+def read_run(folder: Path, split: str) -> tuple[Task, list[SlidePrediction], FinishedRun | None]:
     """(task, slides of `split`, predictions on them) of one finished training.
 
     Raises:
@@ -106,57 +96,39 @@ def read_run(folder: Path, split: str) -> tuple[Task, list[Judged], Finished | N
     )  # what is missing first, is said first
     checkpoint = folder / "checkpoint_best.pt"
     config = load_checkpoint(checkpoint, "a slide classifier's checkpoint")["config"]
-    if "class_names" not in config:
+    if "task" not in config:
         raise UserError(
-            f"{checkpoint}: expected a slide classifier with class names, found config keys "
+            f"{checkpoint}: expected a slide classifier with its task, found config keys "
             f"{sorted(config)}"
         )
-    task = task_of(config.get("task", {}).get("kind", "classes"), config["class_names"])
+    task = task_from_dict(config["task"])
     run = read_side(folder, "", task, split)
     if run is None:
         return task, [], None
-    return task, _judged(run, task, split, checkpoint), run
+    return task, _slides(run, task, split, checkpoint), run
 
 
-def _judged(run: Finished, task: Task, split: str, checkpoint: Path) -> list[Judged]:
+def _slides(run: FinishedRun, task: Task, split: str, checkpoint: Path) -> list[SlidePrediction]:
     """The slides of a run, one by one."""
-    said, ids = run.test, [(row["slide_id"], row["case_id"]) for row in run.rows]
-    place = (said.fold, split, checkpoint)
-    if task.kind in SURVIVAL:
-        shares = [float((said.risks < risk).mean()) for risk in said.risks]
-        told = [
-            follow_up(float(time), bool(event))
-            for time, event in zip(said.times, said.events, strict=True)
-        ]
-        found = zip(ids, told, said.risks.tolist(), shares, strict=True)
-        return [
-            Judged(*who, label, "", (risk,), *place, place=share)
-            for who, label, risk, share in found
-        ]
-    cuts: dict[str, float] = {}
-    if task.kind == "multilabel":
-        labels, called = (
-            _joined(there, task) for there in (said.targets, said.probabilities >= said.thresholds)
-        )
-        cuts = dict(zip(task.classes, said.thresholds.tolist(), strict=True))
-    else:
-        chosen = (
-            grade(said.probabilities)
-            if task.kind == "ordinal"
-            else predict_class(said.probabilities, said.threshold)
-        )
-        labels, called = (
-            [task.classes[index] for index in indices] for indices in (said.targets, chosen)
-        )
-        cuts = {task.classes[1]: said.threshold} if said.threshold is not None else {}
-    found = zip(ids, labels, called, said.probabilities.tolist(), strict=True)
+    found, cuts = run.test, task.cuts(run.test)
+    columns = (task.label_texts(found), task.calls(found), task.values(found).tolist())
     return [
-        Judged(*who, label, call, tuple(values), *place, cuts) for who, label, call, values in found
+        SlidePrediction(
+            row["slide_id"],
+            row["case_id"],
+            label,
+            call,
+            tuple(values),
+            found.fold,
+            split,
+            checkpoint,
+            cuts,
+            place,
+        )
+        for row, label, call, values, place in zip(
+            run.rows, *columns, task.places(found), strict=True
+        )
     ]
-
-
-def _joined(there: np.ndarray, task: Task) -> list[str]:
-    return ["|".join(np.array(task.classes)[row]) or NONE for row in there]
 
 
 def from_run(folder: Path, features: str, bags: Mapping[str, Path], split: str) -> Source:
@@ -170,7 +142,9 @@ def from_run(folder: Path, features: str, bags: Mapping[str, Path], split: str) 
         known = {slide.slide_id for slide in slides}
         weights = folder / "checkpoint_best.pt"
         slides += [
-            Judged(name, "", "", "", (), None, "", weights) for name in bags if name not in known
+            SlidePrediction(name, "", "", "", (), None, "", weights)
+            for name in bags
+            if name not in known
         ]
     if not slides:
         raise UserError(
@@ -201,8 +175,8 @@ def from_benchmark(folder: Path, feature_set: str, model: str, seed: int | None)
             f"found seeds {seeds}"
         )
     first = seeds[0] if seed is None else seed
-    tested: dict[str, list[Judged]] = {}
-    runs: list[Finished] = []
+    tested: dict[str, list[SlidePrediction]] = {}
+    runs: list[FinishedRun] = []
     for path in folders:
         if _place(path)[0] == first:
             _, found, run = read_run(path, "test")
@@ -210,7 +184,7 @@ def from_benchmark(folder: Path, feature_set: str, model: str, seed: int | None)
             for judged in found:
                 tested.setdefault(judged.slide_id, []).append(judged)
     slides = [replace(found[0], others=tuple(found[1:])) for found in tested.values()]
-    task = task_of(summary.get("task", "classes"), summary["classes"])
+    task = TASKS[summary.get("task", "classes")](tuple(summary["classes"]))
     return Source(
         task, str(summary["features"][name]), slides, runs, f"{chosen} on {name}, seed {first}"
     )
@@ -234,42 +208,36 @@ def is_benchmark(folder: Path) -> bool:
     return (folder / "summary.json").is_file() and not (folder / "checkpoint_best.pt").is_file()
 
 
-def facts(slide: Judged, task: Task) -> dict[str, Any]:
-    """What a page says about the slide, as plain values: `said` is the mean over the runs that test
-    it.
+def facts(slide: SlidePrediction, task: Task) -> dict[str, Any]:
+    """What a page says about the slide, as plain values: `predictions` are means over the runs that
+    test it.
 
-    Risks of two runs have no common scale: the risk is the first run's, `place` the mean share of
-    slides with a lower one.
+    Where the numbers of two runs have no common scale they are the first run's, and `place` is the
+    mean share of slides with a lower one.
     """
-    names = columns(task)
-    values: dict[str, Any] = {
+    names = task.value_names
+    means = slide.predictions
+    if task.common_scale:
+        means = np.mean([run.predictions for run in slide.runs], axis=0).tolist()
+    places = [run.place for run in slide.runs]
+    return {
         "slide": slide.slide_id,
         "case": slide.case_id,
         "label": slide.label,
         "predicted": slide.called,
-    }
-    means = (
-        slide.said
-        if task.kind in SURVIVAL
-        else np.mean([run.said for run in slide.runs], axis=0).tolist()
-    )
-    values |= {
-        "said": dict(zip(names, means, strict=False)),
+        "predictions": dict(zip(names, means, strict=False)),
         "fold": slide.fold,
         "split": slide.split,
         "right": slide.right,
+        "place": None if slide.place is None else float(np.mean(places)),
+        "runs": [
+            {
+                "fold": run.fold,
+                "predictions": dict(zip(names, run.predictions, strict=False)),
+                "predicted": run.predicted,
+                "cuts": dict(run.cuts),
+                "place": run.place,
+            }
+            for run in slide.runs
+        ],
     }
-    values["place"] = (
-        None if slide.place is None else float(np.mean([run.place for run in slide.runs]))
-    )
-    values["runs"] = [
-        {
-            "fold": run.fold,
-            "said": dict(zip(names, run.said, strict=False)),
-            "predicted": run.predicted,
-            "cuts": dict(run.cuts),
-        }
-        | {"place": run.place}
-        for run in slide.runs
-    ]
-    return values

@@ -1,48 +1,57 @@
-"""What a slide classifier's class probabilities are worth: every metric of its test slides, and
-their bootstrap over folds and training seeds.
+"""One class per slide: the metrics of its probabilities, its loss and its threshold.
 
-S slides, C classes, B weightings of the slides (see common/metrics/classification.py). The
-threshold and the temperature are chosen on a fold's validation slides, not on those they judge.
+S slides, C classes, B weightings of the slides (common/metrics/classification.py). Two classes:
+class 1 is positive. The threshold and the temperature are chosen on a fold's validation slides, not
+on those that they judge.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
+from common.errors import UserError
 from common.metrics.agreement import kappa
-from common.metrics.bootstrap import centred, interval, resample_folds
-from common.metrics.calibration import calibration
-from common.metrics.classification import auc, auprc, confusion, predict_class, rates
+from common.metrics.calibration import calibration, fit_temperature
+from common.metrics.classification import (
+    auc,
+    auprc,
+    confusion,
+    predict_class,
+    rates,
+    youden_threshold,
+)
+from mil.datasets.labels import read_labelled_slides
+from mil.losses.classification import class_loss
+from mil.models.output import Target
+from mil.tasks.base import (
+    Array,
+    FigureSpec,
+    Names,
+    ReadTargets,
+    Row,
+    RunPredictions,
+    Task,
+    TaskOptions,
+)
+from mil.tasks.prediction_table import check_names, read_probabilities
 
 METRICS = (
     *("auc", "f1", "sensitivity", "specificity", "accuracy", "balanced_accuracy"),
     *("auprc", "kappa", "brier", "ece", "ece_scaled"),
 )
-# an ECE adds up absolute gaps, so that noise makes it larger, and a resample has more noise than
-# its sample
-RESAMPLED_HIGHER = frozenset({"ece", "ece_scaled"})
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What one trained model says about the test slides of its fold, in any kind of task: what
-    resampling has to know.
-
-    Attributes:
-        fold: number of the fold.
-        cases: (S,) patient of each slide.
-    """
-
-    fold: int
-    cases: np.ndarray
-
-
-@dataclass(frozen=True)
-class Predictions(Judged):
+class Predictions(RunPredictions):
     """Class probabilities.
 
     Attributes:
@@ -59,9 +68,6 @@ class Predictions(Judged):
     temperature: float = 1.0
 
 
-R = TypeVar("R", bound=Judged)
-
-
 def evaluate(run: Predictions, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """All of METRICS, each (B,); a weighting that lacks a class gives NaN in all of them."""
     classes = run.probabilities.shape[1]
@@ -75,47 +81,183 @@ def evaluate(run: Predictions, weights: np.ndarray | None = None) -> dict[str, n
     return {name: np.where(present, value, np.nan) for name, value in values.items()}
 
 
-def resample_runs(runs: Sequence[Judged], resamples: int, seed: int) -> dict[int, np.ndarray]:
-    """Bootstrap weights (B, S) of the test slides of every fold, as `resample_folds` draws them."""
-    return resample_folds({run.fold: run.cases for run in runs}, resamples, seed)
-
-
-def bootstrap(
-    runs: Sequence[R],
-    resamples: int,
-    seed: int,
-    judge: Callable[[R, np.ndarray], Mapping[str, np.ndarray]] = evaluate,  # type: ignore[assignment]
-) -> dict[str, np.ndarray]:
-    """Resampled means over runs (folds and training seeds) of every metric of `judge`, (B,) each.
-
-    Every run of a fold gets the same resamples, so that two lists of runs over the same folds can
-    be subtracted resample by resample. NaN where any fold lost a class.
-    """
-    weights = resample_runs(runs, resamples, seed)
-    values = [judge(run, weights[run.fold]) for run in runs]
-    return {name: np.mean([value[name] for value in values], axis=0) for name in values[0]}
-
-
-def summarise(
-    runs: Sequence[R],
-    samples: Mapping[str, np.ndarray],
-    judge: Callable[[R], Mapping[str, np.ndarray]] = evaluate,  # type: ignore[assignment]
-) -> dict[str, object]:
-    """`<metric>_mean`, `_std` (over runs) and `_ci` (of the mean) of every metric, and the most
-    skipped resamples.
-    """
-    summary: dict[str, object] = {"runs": len(runs)}
-    points = [judge(run) for run in runs]
-    skipped = 0
-    for name in points[0]:
-        values = np.array([point[name][0] for point in points])
-        spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-        drawn = (
-            centred(samples[name], float(values.mean()))
-            if name in RESAMPLED_HIGHER
-            else samples[name]
+def read_class_predictions(
+    path: str | Path, names: Sequence[str], fold: int, rows: Sequence[Row]
+) -> Predictions:
+    """Rows of predictions.csv of a task with one label per slide (classes, grades)."""
+    cases = np.array([row["case_id"] for row in rows])
+    probabilities = read_probabilities(path, names, rows)
+    sums = probabilities.sum(1)
+    if np.abs(sums - 1).max() > 1e-3:
+        worst = int(np.abs(sums - 1).argmax())
+        raise UserError(
+            f"{path}: slide {rows[worst]['slide_id']}: expected probabilities that sum to 1, "
+            f"found {sums[worst]:g}"
         )
-        ci, lost = interval(drawn)
-        skipped = max(skipped, lost)
-        summary |= {f"{name}_mean": float(values.mean()), f"{name}_std": spread, f"{name}_ci": ci}
-    return summary | {"resamples_skipped": skipped}
+    for row in rows:
+        check_names(path, row, [row["label"]], names)
+    targets = np.array([names.index(row["label"]) for row in rows])
+    return Predictions(fold, cases, targets, probabilities, None)
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """One class per slide.
+
+    Attributes:
+        smoothing: label smoothing.
+        focal: gamma of the focal loss; 0: cross-entropy.
+    """
+
+    smoothing: float = 0.0
+    focal: float = 0.0
+
+    kind = "classes"
+    about = "one class per slide"
+    options = ("label_smoothing", "focal", "class_weights")
+    score = "auc"
+    weighs_bags = True
+    trained_cuts = ("threshold",)
+    dtype = torch.float32  # in which training chooses the threshold
+    metrics = METRICS
+    shown = (
+        *("auc", "auprc", "f1", "sensitivity", "specificity"),
+        *("balanced_accuracy", "kappa", "ece", "ece_scaled"),
+    )
+    brief = ("auc", "f1", "sensitivity", "specificity", "balanced_accuracy")
+    cards = ("auc", "sensitivity", "specificity", "balanced_accuracy")
+    chosen = ("threshold", "temperature", "val_auc")
+    titles = {  # noqa: RUF012
+        "auc": "AUC",
+        "auprc": "AUPRC",
+        "f1": "F1",
+        "ece": "ECE",
+        "ece_scaled": "ECE, temperature-scaled",
+    }
+    lower_is_better = frozenset({"brier", "ece", "ece_scaled"})
+    figures = ("roc", "pr", "reliability", "screening")
+    page_figures = ("roc", "calibration", "confusion", "scores")
+    delong_labels = ("",)
+
+    def __post_init__(self) -> None:
+        check_loss(self.smoothing, self.focal)
+
+    @classmethod
+    def read_targets(
+        cls, path: str | Path, subset: Names, positive: str | None, grades: Names
+    ) -> ReadTargets:
+        slides = read_labelled_slides(path, subset, positive)
+        return slides, cls(slides.classes), slides.target_of()
+
+    def fit(self, targets: Sequence[Target], options: TaskOptions) -> Classification:
+        return replace(self, smoothing=options.label_smoothing, focal=options.focal)
+
+    @property
+    def variant(self) -> str:
+        return "binary" if len(self.names) == 2 else "multiclass"
+
+    @property
+    def positive(self) -> str | None:
+        return self.names[1] if len(self.names) == 2 else None
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        return ("operating_points", "screening") if self.positive else ()
+
+    def loss(self, logits: Float[Tensor, " c"], target: Target) -> Float[Tensor, ""]:
+        return class_loss(logits, int(target), self.smoothing, self.focal)
+
+    def mean_loss(
+        self, logits: Float[Tensor, "s c"], targets: Sequence[Target]
+    ) -> Float[Tensor, ""]:
+        """Cross-entropy, whatever the training loss is."""
+        return cross_entropy(logits, torch.tensor(targets, device=logits.device))
+
+    def predict(self, logits: Float[Tensor, "s c"]) -> Float[Tensor, "s v"]:
+        return logits.softmax(1)
+
+    def compute_score(self, values: np.ndarray, targets: np.ndarray) -> float:
+        return float(auc(targets, values)[0])
+
+    def measure(self, logits: Float[Tensor, "s c"], targets: Sequence[Target]) -> dict[str, float]:
+        """With two classes also Youden's threshold on these slides."""
+        values = super().measure(logits, targets)
+        if logits.shape[1] == 2:
+            scores = self.predict(logits).numpy()[:, 1]
+            values["threshold"] = youden_threshold(np.array(targets) == 1, scores)
+        return values
+
+    @property
+    def header(self) -> tuple[str, ...]:
+        probabilities = (f"prob_{name}" for name in self.names)
+        return ("slide_id", "case_id", "label", "fold", "split", "predicted", *probabilities)
+
+    def make_predictions(
+        self, run: RunPredictions, targets: Sequence[Target], values: Array, cuts: Mapping[str, Any]
+    ) -> Predictions:
+        return Predictions(run.fold, run.cases, np.array(targets), values, cuts.get("threshold"))
+
+    def read_predictions(self, path: str | Path, fold: int, rows: Sequence[Row]) -> Predictions:
+        return read_class_predictions(path, self.names, fold, rows)
+
+    def choose_cuts(self, val: Predictions) -> dict[str, Any]:
+        """The temperature and, with two classes, Youden's threshold."""
+        threshold = (
+            youden_threshold(val.targets == 1, val.probabilities[:, 1]) if self.positive else None
+        )
+        temperature = fit_temperature(val.targets, val.probabilities)
+        return {"threshold": threshold, "temperature": temperature}
+
+    evaluate = staticmethod(evaluate)
+
+    def call_indices(self, run: Predictions) -> np.ndarray:
+        """Index of the class that every slide is called."""
+        return predict_class(run.probabilities, run.threshold)
+
+    def calls(self, run: Predictions) -> list[str]:
+        return [self.names[index] for index in self.call_indices(run)]
+
+    def cuts(self, run: Predictions) -> dict[str, float]:
+        return {self.names[1]: run.threshold} if run.threshold is not None else {}
+
+    def likeliest(self, values: Float[np.ndarray, " v"]) -> str:
+        return self.positive or self.most_probable(values)
+
+    @property
+    def report_figures(self) -> tuple[FigureSpec, ...]:
+        caption = (
+            "ROC curves of {headline} on the test slides: mean over folds and seeds, band of one "
+            "standard deviation."
+        )
+        return (FigureSpec("roc_spread", "ROC curves", caption),) if self.positive else ()
+
+    @property
+    def cut_note(self) -> str:
+        if self.positive is None:
+            return (
+                "None: the most probable class is taken. AUC, F1, sensitivity and specificity are "
+                "means of one class against the rest."
+            )
+        return (
+            "F1, sensitivity, specificity and accuracy need a cut on the probability. It is chosen "
+            "on the validation slides of the fold (Youden's J) and then applied to the test slides."
+        )
+
+    @property
+    def question(self) -> str:
+        positive = f" (positive: {self.positive})" if self.positive else ""
+        return f"classes {', '.join(self.names)}{positive}"
+
+    @property
+    def description(self) -> str:
+        positive = f" (\u201c{self.positive}\u201d counts as positive)" if self.positive else ""
+        return f"classes {', '.join(self.names)}{positive}"
+
+
+def check_loss(smoothing: float, focal: float) -> None:
+    """Refuse a loss that cannot be."""
+    if not 0 <= smoothing < 1 or focal < 0:
+        raise UserError(
+            f"label_smoothing={smoothing}, focal={focal}: expected 0 <= label_smoothing < 1 and "
+            "focal >= 0"
+        )

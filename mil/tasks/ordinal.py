@@ -4,12 +4,26 @@ true grade.
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from common.errors import UserError, did_you_mean
 from common.metrics.agreement import kappa
 from common.metrics.classification import confusion
 from common.metrics.ranking import binary_auc, ratio
-from mil.tasks.classification import Predictions
+from mil.datasets.labels import LabelledSlides
+from mil.losses.ordinal import corn_loss, corn_probabilities
+from mil.models.output import Target
+from mil.tasks.base import Array, FigureSpec, Names, ReadTargets, Row, RunPredictions, Task
+from mil.tasks.classification import Predictions, read_class_predictions
+from mil.tasks.slide_targets import present_names, read_records
 
 
 def grade(probabilities: np.ndarray) -> np.ndarray:
@@ -43,3 +57,117 @@ def evaluate_grades(run: Predictions, weights: np.ndarray | None = None) -> dict
     }
     present = (counts.sum(2) > 0).all(1)
     return {name: np.where(present, value, np.nan) for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Ordinal(Task):
+    """An ordered class per slide; `names` are the grades, lowest first."""
+
+    kind = "ordinal"
+    about = "grades"
+    options = ("class_weights",)
+    takes_grades = True
+    stratified_by = "grade"
+    score = "kappa"
+    weighs_bags = True
+    metrics = (
+        *("kappa_quadratic", "kappa_linear", "mean_absolute_error"),
+        *("accuracy", "balanced_accuracy", "auc_above"),
+    )
+    shown = metrics
+    cards = ("kappa_quadratic", "mean_absolute_error", "balanced_accuracy", "auc_above")
+    chosen = ("val_kappa",)
+    titles = {  # noqa: RUF012
+        "kappa_quadratic": "quadratic kappa",
+        "kappa_linear": "linear kappa",
+        "auc_above": "AUC above grade",
+    }
+    lower_is_better = frozenset({"mean_absolute_error"})
+    chance = 0.0
+    tables = ("confusion",)
+    figures = ("confusion",)
+    page_figures = ("confusion",)
+    label_heading = "grade"
+    call_note = "(the median grade)"
+    report_figures = (
+        FigureSpec(
+            "confusion",
+            "confusion by grade",
+            "Test slides of {headline} by true and called grade (the median of its probabilities), "
+            "summed over folds, mean over seeds; colour: share of the true grade.",
+        ),
+    )
+    cut_note = "None: the median of the grades' probabilities is called."
+
+    @classmethod
+    def read_targets(
+        cls, path: str | Path, subset: Names, positive: str | None, grades: Names
+    ) -> ReadTargets:
+        records = read_records(path, subset)
+        if not grades:
+            odd = next((r for r in records if not r.label.lstrip("-").isdigit()), None)
+            if odd is not None:
+                raise UserError(
+                    f"{path}: slide {odd.slide_id}: expected a grade that is a whole number, found "
+                    f"'{odd.label}'; name the grades from the lowest with grades=[...]"
+                )
+            grades = sorted({r.label for r in records}, key=int)
+        unknown = next((r for r in records if r.label not in grades), None)
+        if unknown is not None:
+            raise UserError(
+                f"{path}: slide {unknown.slide_id}: expected one of the grades, found "
+                f"'{unknown.label}'; {did_you_mean(unknown.label, grades)}"
+            )
+        if len(set(grades)) != len(grades) or len(grades) < 2:
+            raise UserError(f"grades: expected at least two different ones, found {list(grades)}")
+        values = {r.slide_id: list(grades).index(r.label) for r in records}
+        slides = LabelledSlides(tuple(records), present_names(path, records, grades))
+        return slides, cls(tuple(grades)), values
+
+    @property
+    def outputs(self) -> int:
+        return len(self.names) - 1
+
+    def evidence(self, target: Target) -> Tensor:
+        """A bag is evidence for the outputs k with grade > k."""
+        marked = torch.zeros(self.outputs)
+        marked[: int(target)] = 1
+        return marked
+
+    def loss(self, logits: Float[Tensor, " c"], target: Target) -> Float[Tensor, ""]:
+        return corn_loss(logits, int(target))
+
+    def predict(self, logits: Float[Tensor, "s c"]) -> Float[Tensor, "s v"]:
+        return corn_probabilities(logits)
+
+    def compute_score(self, values: np.ndarray, targets: np.ndarray) -> float:
+        """Quadratic kappa."""
+        return float(kappa(confusion(targets, grade(values), len(self.names)), 2)[0])
+
+    def make_predictions(
+        self, run: RunPredictions, targets: Sequence[Target], values: Array, cuts: Mapping[str, Any]
+    ) -> Predictions:
+        return Predictions(run.fold, run.cases, np.array(targets), values, None)
+
+    def read_predictions(self, path: str | Path, fold: int, rows: Sequence[Row]) -> Predictions:
+        return read_class_predictions(path, self.names, fold, rows)
+
+    evaluate = staticmethod(evaluate_grades)
+
+    def call_indices(self, run: Predictions) -> np.ndarray:
+        """Index of the grade that every slide is called."""
+        return grade(run.probabilities)
+
+    def calls(self, run: Predictions) -> list[str]:
+        return [self.names[index] for index in self.call_indices(run)]
+
+    def most_probable(self, values: Float[np.ndarray, " v"]) -> str:
+        return self.names[int(grade(values[None])[0])]
+
+    @property
+    def question(self) -> str:
+        return f"grades {', '.join(self.names)}"
+
+    @property
+    def description(self) -> str:
+        return f"grades {' < '.join(self.names)}, called is the median of the probabilities"

@@ -9,16 +9,42 @@ form); the value depends on the censoring of the cohort.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
+from common.errors import UserError
+from common.files import safe_id
 from common.metrics.ranking import ratio
-from mil.tasks.classification import Judged
+from mil.datasets.labels import LabelledSlides
+from mil.models.output import Target
+from mil.tasks.base import (
+    Array,
+    FigureSpec,
+    Names,
+    ReadTargets,
+    Row,
+    RunPredictions,
+    Task,
+    Verdict,
+    rank_places,
+)
+from mil.tasks.prediction_table import finite_number
+from mil.tasks.slide_targets import chosen_records, present_names
+from patch_encoder.cohort.labels import SlideRecord, read_rows
+
+EVENTS = ("censored", "event")
+COLUMNS = ("case_id", "slide_id", "time", "event")
 
 
 @dataclass(frozen=True)
-class RiskPredictions(Judged):
+class RiskPredictions(RunPredictions):
     """Risks of slides whose patients were followed.
 
     Attributes:
@@ -57,3 +83,170 @@ def evaluate_risks(
     weights = np.ones((1, len(run.times))) if weights is None else weights
     index = concordance_index(run.times, run.events, run.risks, weights)
     return {"c_index": index, "event_share": ratio(weights @ run.events, weights.sum(1))}
+
+
+@dataclass(frozen=True)
+class SurvivalTask(Task):
+    """What both survival tasks share: the answer is a risk, and there is nothing to call."""
+
+    fewest_names = 0
+    stratified_by = "event"
+    score = "c_index"
+    metrics = ("c_index", "event_share")
+    shown = ("c_index",)
+    cards = ("c_index",)
+    chosen = ("val_c_index",)
+    titles = {"c_index": "C-index"}  # noqa: RUF012
+    tables = ("risk_groups",)
+    figures = ("survival",)
+    page_figures = ("survival",)
+    has_calls = False
+    common_scale = False
+    alone = "risk"
+    label_word = call_word = ""
+    label_heading = "follow-up"
+    miss_heading = "higher than"
+    miss_help = "share of the run's slides (test, or validation) with a lower risk"
+    order_note = "The highest risks come first"
+    repeats_note = '"higher than" is the mean over its runs'
+    value_note = "of the run that the slide is drawn by; risks of two runs have no common scale"
+    example_groups = ("Highest risk", "Lowest risk")
+    value_names = ("risk",)
+    cell_names = ("time", "event", "risk")
+    question = "survival"
+    report_figures = (
+        FigureSpec(
+            "survival",
+            "survival of the risk halves",
+            "Kaplan-Meier curves of the test patients of {headline}: those above the median risk "
+            "of the validation patients, in most of the runs that tested them, and the others. "
+            "Bands: 95 % (Greenwood, log-log); ticks: end of the observation.",
+        ),
+    )
+    cut_note = (
+        "None for the C-index: the share of pairs of slides whose risks are in the order of their "
+        "events. The halves of the risk are cut at the median of the fold's validation patients."
+    )
+
+    @classmethod
+    def read_targets(
+        cls, path: str | Path, subset: Names, positive: str | None, grades: Names
+    ) -> ReadTargets:
+        """A slide's stratum is whether it had an event."""
+        found = read_follow_up(Path(path))
+        records = chosen_records(path, [record for record, _ in found], subset)
+        times = {record.slide_id: time for record, time in found}
+        values = {r.slide_id: (times[r.slide_id], float(r.label == EVENTS[1])) for r in records}
+        slides = LabelledSlides(tuple(records), present_names(path, records, EVENTS))
+        return slides, cls(), values
+
+    def compute_score(self, values: np.ndarray, targets: np.ndarray) -> float:
+        ones = np.ones((1, len(targets)))
+        return float(concordance_index(targets[:, 0], targets[:, 1] > 0, values[:, 0], ones)[0])
+
+    def make_predictions(
+        self, run: RunPredictions, targets: Sequence[Target], values: Array, cuts: Mapping[str, Any]
+    ) -> RiskPredictions:
+        followed = np.stack([np.asarray(target) for target in targets])
+        return RiskPredictions(
+            run.fold, run.cases, followed[:, 0], followed[:, 1] > 0, values[:, 0]
+        )
+
+    def cells(self, run: RiskPredictions) -> list[dict[str, object]]:
+        columns = (run.times.tolist(), run.events.tolist(), run.risks.tolist())
+        return [
+            {"time": repr(time), "event": int(event), "risk": repr(risk)}
+            for time, event, risk in zip(*columns, strict=True)
+        ]
+
+    def read_predictions(self, path: str | Path, fold: int, rows: Sequence[Row]) -> RiskPredictions:
+        cases = np.array([row["case_id"] for row in rows])
+        times, events, risks = (
+            np.array([finite_number(row, name, path) for row in rows]) for name in self.cell_names
+        )
+        if (times < 0).any() or not np.isin(events, (0, 1)).all():
+            raise UserError(
+                f"{path}: expected times of 0 or more and events of 0 or 1, found others"
+            )
+        return RiskPredictions(fold, cases, times, events == 1, risks)
+
+    evaluate = staticmethod(evaluate_risks)
+
+    def label_texts(self, run: RiskPredictions) -> list[str]:
+        pairs = zip(run.times, run.events, strict=True)
+        return [f"{'event at' if event else 'no event until'} {time:g}" for time, event in pairs]
+
+    def values(self, run: RiskPredictions) -> np.ndarray:
+        return run.risks[:, None]
+
+    def places(self, run: RiskPredictions) -> list[float | None]:
+        return rank_places(run.risks)
+
+    def verdicts(self, run: RiskPredictions) -> list[Verdict]:
+        """Risks of two folds have no common scale, so that places within a fold are compared."""
+        found = zip(self.label_texts(run), run.risks.tolist(), rank_places(run.risks), strict=True)
+        return [
+            Verdict(
+                place,
+                label,
+                f"risk {risk:.3g}",
+                f"above {100 * place:.0f} % of the fold's test slides",
+            )
+            for label, risk, place in found
+        ]
+
+    def repeated_rank(self, rank: float, runs: int) -> str:
+        return f"{100 * rank:.0f} % on average over {runs} runs"
+
+    def likeliest(self, values: Float[np.ndarray, " v"]) -> str:
+        return ""
+
+    def describe(self, values: np.ndarray, called: str) -> str:
+        return f"risk {values[0]:.3g}"
+
+    @property
+    def description(self) -> str:
+        return f"survival ({self.kind}): the higher the risk, the earlier the event"
+
+    def status(self, label: str, right: bool | None) -> str:
+        if not label:
+            return "unknown"
+        return "event" if label.startswith("event") else "no event"
+
+    def miss(self, row: Mapping[str, Any]) -> float:
+        """The place of the risk among the slides of its run."""
+        return -1.0 if row["place"] is None else row["place"]
+
+    def miss_text(self, row: Mapping[str, Any]) -> str:
+        return "" if row["place"] is None else f"{100 * row['place']:.0f} %"
+
+
+def read_follow_up(path: Path) -> list[tuple[SlideRecord, float]]:
+    """Rows of the table with `censored` or `event` as their label, and their times."""
+    found: list[tuple[SlideRecord, float]] = []
+    for line, row in read_rows(path, COLUMNS):
+        where = f"{path} line {line} (slide {row['slide_id']})"
+        if not row["case_id"]:
+            raise UserError(f"{where}: expected a case_id, found an empty cell")
+        try:
+            time = float(row["time"])
+        except ValueError:
+            time = math.nan
+        if not (math.isfinite(time) and time > 0):
+            raise UserError(
+                f"{where}: expected a time > 0 to the event or the end of observation, found "
+                f"'{row['time']}'"
+            )
+        if row["event"] not in ("0", "1"):
+            raise UserError(
+                f"{where}: expected event 1 (it happened) or 0 (censored), found '{row['event']}'"
+            )
+        label, slide = EVENTS[int(row["event"])], safe_id(row["slide_id"])
+        found.append((SlideRecord(row["case_id"], slide, label, row.get("split") or None), time))
+    repeated = [name for name, n in Counter(r.slide_id for r, _ in found).items() if n > 1]
+    if repeated:
+        raise UserError(
+            f"{path}: expected each slide once, found '{repeated[0]}' more than once; remove the "
+            "extra rows"
+        )
+    return found

@@ -17,7 +17,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -27,7 +26,6 @@ from common.config import key
 from common.device import autocast
 from common.distributed import World, all_reduce_mean, unwrap, wrap
 from common.errors import UserError
-from common.metrics.classification import youden_threshold
 from common.optim import (
     OPTIMIZERS,
     clip_gradients,
@@ -43,12 +41,14 @@ from common.schedules import SCHEDULES, drop_epoch, lr_factor
 from common.seed import epoch_generator
 from mil.datasets.bags import Sample
 from mil.models import MILOutput, Target, build
-from mil.tasks.task import CLASSES, SURVIVAL, Objective
+from mil.tasks.base import Task
+from mil.tasks.classification import Classification
 from mil.training.prediction import grid_for, is_streamed, predict
 from mil.training.prefetch import on_device, prefetch
 from mil.training.streaming import stream
 
 logger = logging.getLogger(__name__)
+CLASSES = Classification()  # the criterion of one class per slide, without its names
 
 
 @dataclass
@@ -110,7 +110,7 @@ def train_one_epoch(
     world: World,
     order: Sequence[int],
     epoch: int = 0,
-    task: Objective = CLASSES,
+    task: Task = CLASSES,
     seed: int = 0,
 ) -> float:
     """One pass over the training bags in the given order, after `epoch` others; returns the mean
@@ -119,7 +119,7 @@ def train_one_epoch(
     model.train()
     after_step = getattr(unwrap(model), "after_step", None)
     steps = -(-len(order) // recipe.accumulate)
-    weights = class_weights(samples) if recipe.class_weights and task.kind != "multilabel" else {}
+    weights = class_weights(samples) if recipe.class_weights and task.weighs_bags else {}
     total = torch.zeros(1, device=world.device)
     groups = list(group_batches(range(len(order)), recipe.accumulate))
     # gradients are averaged over processes, so that each process sums loss * size / len(group);
@@ -146,7 +146,7 @@ def train_one_epoch(
             ):
                 output = model(
                     *on_device(bag, world.device),
-                    target=task.told(sample.target),
+                    target=task.evidence(sample.target),
                     **grid_for(model, sample),
                 )
                 targets.append(sample.target)
@@ -169,9 +169,7 @@ def train_one_epoch(
     return float(all_reduce_mean(total)) * world.size / len(order)
 
 
-def training_loss(
-    output: MILOutput, target: Target, task: Objective = CLASSES
-) -> Float[Tensor, ""]:
+def training_loss(output: MILOutput, target: Target, task: Task = CLASSES) -> Float[Tensor, ""]:
     """Weighted criteria of the output's streams (of its logits where it has none) plus its
     auxiliary loss.
     """
@@ -241,19 +239,13 @@ def validate(
     samples: Sequence[Sample],
     device: torch.device,
     precision: str,
-    task: Objective = CLASSES,
+    task: Task = CLASSES,
 ) -> dict[str, float]:
     """The task's score, its loss and, with two classes, Youden's threshold on the validation
     bags.
     """
     logits = predict(model, samples, device, precision)
-    targets = [sample.target for sample in samples]
-    values = task.judge(logits, targets)
-    if task.kind == "classes" and logits.shape[1] == 2:
-        values["threshold"] = youden_threshold(
-            np.array(targets) == 1, logits.softmax(1).numpy()[:, 1]
-        )
-    return values
+    return task.measure(logits, [sample.target for sample in samples])
 
 
 def is_better(value: Mapping[str, Any], best: Mapping[str, Any], score: str = "auc") -> bool:
@@ -310,7 +302,7 @@ def is_over(epoch: int, best: Mapping[str, Any], recipe: Recipe) -> bool:
     return bool(best) and epoch >= recipe.min_epochs and epoch - best["epoch"] >= recipe.patience
 
 
-def check_recipe(recipe: Recipe, task: Objective, world: World) -> None:
+def check_recipe(recipe: Recipe, task: Task, world: World) -> None:
     """Refuse what does not go together, before any work."""
     if recipe.accumulate % world.size:
         raise UserError(
@@ -323,31 +315,24 @@ def check_recipe(recipe: Recipe, task: Objective, world: World) -> None:
             "slides that are compared in a "
             f"step; found {world.size} and {recipe.accumulate}"
         )
-    if recipe.class_weights and task.kind in SURVIVAL:
-        raise UserError(
-            f"task={task.kind}: training.class_weights is of classes, labels and grades; leave it "
-            "out"
-        )
     if recipe.max_tiles < 0:
         raise UserError(
             f"training.max_tiles={recipe.max_tiles}: expected a number of tiles, or 0 for all"
         )
 
 
-def check_validation(targets: Sequence[Target], task: Objective) -> None:
+def check_validation(targets: Sequence[Target], task: Task) -> None:
     """Refuse or report validation slides among which there is nothing to rank: the score would be
     no number at every epoch.
     """
-    if task.kind not in (*SURVIVAL, "multilabel"):
-        return
-    score = task.judge(torch.zeros(len(targets), task.outputs), targets)[task.score]
+    score = task.measure(torch.zeros(len(targets), task.outputs), targets)[task.score]
     if not math.isnan(score):
         return
     found = (
         f"task={task.kind}: {len(targets)} validation slides, among which val_{task.score} "
         "has nothing to compare"
     )
-    if task.kind == "cox":  # nor has the loss
+    if task.needs_all_bags:  # nor has the loss
         raise UserError(
             f"{found}; expected an event and a slide that was followed for longer: use fewer "
             "folds or other splits"
@@ -366,7 +351,7 @@ def train_model(
     run: Run,
     config: dict[str, Any],
     world: World,
-    task: Objective = CLASSES,
+    task: Task = CLASSES,
 ) -> dict[str, Any]:
     """Train, or go on from the run's last checkpoint, and leave the model with its best weights.
 

@@ -19,10 +19,8 @@ from torch import nn
 
 from common.checkpoint import load_checkpoint
 from common.distributed import World, barrier
-from common.files import sha256_bytes, write_csv
+from common.files import sha256_bytes
 from common.memory import reuse_large_blocks
-from common.metrics.calibration import fit_temperature
-from common.metrics.classification import predict_class
 from common.run import Run, Tracker, open_run
 from common.seed import seed_everything
 from mil.datasets.bags import Sample, load_bags
@@ -30,10 +28,10 @@ from mil.datasets.labels import LabelledSlides
 from mil.datasets.splits import Split
 from mil.models import Standardised, build, plain_model
 from mil.models.standardise import inner_model
-from mil.tasks.classification import Predictions, evaluate
-from mil.tasks.objective_results import make_objective, task_header, task_rows
-from mil.tasks.targets import Targets
-from mil.tasks.task import Objective
+from mil.tasks.base import RunPredictions, Task, TaskOptions, apply_cuts
+from mil.tasks.prediction_table import write_predictions
+from mil.tasks.slide_targets import SlideTargets
+from mil.tasks.table import fit_task
 from mil.training.engine import Recipe, check_recipe, predict, train_model
 from patch_encoder.bags.bag import Bag
 
@@ -42,7 +40,7 @@ PLAIN = "plain"  # folder of the model that a teacher-student model starts from
 
 
 @dataclass
-class Settings:
+class FoldSettings:
     """What decides a training besides its data."""
 
     model: str
@@ -51,57 +49,54 @@ class Settings:
     seed: int
     training: Recipe = field(default_factory=Recipe)
     options: dict[str, Any] = field(default_factory=dict)
-    task: str = "classes"
     intervals: int = 4
     censored_alpha: float = 0.0
+    regression_loss: str = "mse"
 
     def network(self, dim: int, classes: int) -> dict[str, Any]:
         """What `build` needs for features of width `dim`."""
         network = {"name": self.model, "dim": dim, "classes": classes}
         return network | {"standardize": self.standardize, "dropout": self.dropout, **self.options}
 
+    def fit_task(self, targets: SlideTargets, train: Sequence[str]) -> Task:
+        """The task with these settings and what it takes from the training slides."""
+        recipe = self.training
+        weighted = (recipe.label_smoothing, recipe.focal, recipe.class_weights)
+        own = (self.intervals, self.censored_alpha, self.regression_loss)
+        return fit_task(targets, train, TaskOptions(*weighted, *own))
+
 
 @dataclass(frozen=True)
-class Job:
+class FoldJob:
     """One training; plain data, so that it can be sent to another process.
 
     Attributes:
         output: run directory.
         settings: model and recipe.
         slides: the labelled slides of the split.
+        targets: of the slides.
         split: train, validation and test slides.
         files: (slide id, bag file) of all of them.
         features_digest: fingerprint of the bags.
-        targets: of the slides where the task is not one class a slide.
         memory: bytes for bags that are kept in memory; None: half of what is free.
     """
 
     output: Path
-    settings: Settings
+    settings: FoldSettings
     slides: LabelledSlides
+    targets: SlideTargets
     split: Split
     files: tuple[tuple[str, Path], ...]
     features_digest: str
-    targets: Targets | None = None
     memory: int | None = None
 
-    @property
-    def aims(self) -> Targets:
-        """The targets of any task."""
-        return self.targets or Targets("classes", self.slides.classes, self.slides.target_of())
-
-    @property
-    def objective(self) -> Objective:
+    def fit_task(self) -> Task:
         """The task with what it takes from the training slides."""
-        settings, recipe = self.settings, self.settings.training
-        weighted = (recipe.label_smoothing, recipe.focal, recipe.class_weights)
-        return make_objective(
-            self.aims, self.split.train, *weighted, settings.intervals, settings.censored_alpha
-        )
+        return self.settings.fit_task(self.targets, self.split.train)
 
 
 def open_job(
-    job: Job, world: World, *, overwrite: bool = False, tracker: Tracker | None = None
+    job: FoldJob, world: World, *, overwrite: bool = False, tracker: Tracker | None = None
 ) -> Run:
     """The job's run directory; `results` is set when it is finished.
 
@@ -110,16 +105,9 @@ def open_job(
     """
     if overwrite and world.is_main:
         shutil.rmtree(job.output / PLAIN, ignore_errors=True)
-    labels = repr(
-        (job.slides.classes, [(r.slide_id, r.case_id, r.label) for r in job.slides.records])
-    )
-    if job.targets is not None:
-        labels += repr(
-            (
-                job.targets.names,
-                [(slide, job.targets.values[slide]) for slide in job.slides.slide_ids],
-            )
-        )
+    slides = [(r.slide_id, r.case_id, r.label) for r in job.slides.records]
+    values = [job.targets.values[slide] for slide in job.slides.slide_ids]
+    labels = repr((job.targets.task, job.slides.classes, slides, values))
     inputs = {
         "features": job.features_digest,
         "labels": sha256_bytes(labels.encode()),
@@ -130,11 +118,11 @@ def open_job(
     )
 
 
-def run_job(job: Job, run: Run, world: World) -> dict[str, Any]:
+def run_job(job: FoldJob, run: Run, world: World) -> dict[str, Any]:
     """Train (or go on), predict validation and test slides, write predictions.csv and results.json;
     returns the latter.
     """
-    settings, classes, task = job.settings, job.slides.classes, job.objective
+    settings, task = job.settings, job.fit_task()
     check_recipe(settings.training, task, world)
     bags = cached_bags(job.files, job.features_digest, job.memory)
     train, val, test = (
@@ -149,87 +137,54 @@ def run_job(job: Job, run: Run, world: World) -> dict[str, Any]:
     if start is not None:
         inner_model(model).start_from(start)
     model.to(world.device)
-    config = {
-        "network": network,
-        "class_names": list(task.names),
-        "features_digest": job.features_digest,
-    }
-    config |= {"task": task.to_dict()} if job.targets is not None else {}
+    config = {"network": network, "task": task.to_dict(), "features_digest": job.features_digest}
     if world.device.type == "cpu":
         reuse_large_blocks()  # after the bags were read, which stay
     best = train_model(
         model, train, val, settings.training, settings.seed, run, config, world, task
     )
-    threshold = best.get("threshold")
-    results = {
-        "model": settings.model,
-        "seed": settings.seed,
-        "fold": job.split.fold,
-        "best_epoch": best["epoch"],
-        "epochs": best["epochs"],
-    }
-    if job.targets is not None:
-        sets = {"val": val, "test": test}
-        return finish_task(
-            job, run, world, task, model, sets, results | {f"val_{task.score}": best[task.score]}
-        )
-    results |= {"threshold": threshold, "val_auc": best["auc"]}
-    rows = []
-    temperature = 1.0
-    for name, samples in (("val", val), ("test", test)):
-        if not samples:
-            continue
-        probabilities = (
-            predict(model, samples, world.device, settings.training.precision)
-            .softmax(1)
-            .double()
-            .numpy()
-        )
-        said = predictions_of(job, samples, probabilities, threshold)
-        if name == "val":
-            temperature = fit_temperature(said.targets, probabilities)
-        said = replace(said, temperature=temperature)
-        results[name] = {metric: float(value[0]) for metric, value in evaluate(said).items()}
-        rows += prediction_rows(said, [s.slide_id for s in samples], classes, name)
-    if world.is_main:
-        write_csv(job.output / "predictions.csv", prediction_header(classes), rows)
-    run.finish(results)
-    return results
+    results = {"model": settings.model, "seed": settings.seed, "fold": job.split.fold}
+    results |= {"task": task.kind, "best_epoch": best["epoch"], "epochs": best["epochs"]}
+    results |= {f"val_{task.score}": best[task.score]}
+    results |= {name: best[name] for name in task.chosen if name in best}
+    return finish_job(job, run, world, task, model, {"val": val, "test": test}, results)
 
 
-def finish_task(
-    job: Job,
+def finish_job(
+    job: FoldJob,
     run: Run,
     world: World,
-    task: Objective,
+    task: Task,
     model: nn.Module,
     sets: dict[str, list[Sample]],
     results: dict[str, Any],
 ) -> dict[str, Any]:
-    """predictions.csv and results.json of a task that is not one class a slide."""
+    """predictions.csv and results.json."""
     case_of = {record.slide_id: record.case_id for record in job.slides.records}
-    rows = []
+    slides, parts = {}, {}
     for name, samples in sets.items():
-        if samples:
-            logits = predict(model, samples, world.device, job.settings.training.precision)
-            judged = task.judge(logits, [sample.target for sample in samples])
-            # a score that does not exist (no pair to compare) is null in JSON
-            results[name] = {
-                key: value if math.isfinite(value) else None for key, value in judged.items()
-            }
-            ids = [sample.slide_id for sample in samples]
-            said = task.said(logits.double()).numpy()
-            rows += task_rows(
-                task, job.aims, ids, [case_of[slide] for slide in ids], said, job.split.fold, name
-            )
-    results |= {"task": task.kind}
+        if not samples:
+            continue
+        logits = predict(model, samples, world.device, job.settings.training.precision)
+        targets = [sample.target for sample in samples]
+        slides[name] = [sample.slide_id for sample in samples]
+        tested = RunPredictions(job.split.fold, np.array([case_of[s] for s in slides[name]]))
+        values = task.predict(logits.to(task.dtype)).double().numpy()
+        parts[name] = task.make_predictions(tested, targets, values, results)
+        measured = task.measure(logits, targets)
+        results[name] = {key: measured[key] for key in (task.score, "loss")}
+    for name, predictions in apply_cuts(task, parts, results).items():
+        metrics = {metric: float(value[0]) for metric, value in task.evaluate(predictions).items()}
+        # a score that does not exist (no pair to compare) is null in JSON
+        found = (results[name] | metrics).items()
+        results[name] = {key: value if math.isfinite(value) else None for key, value in found}
     if world.is_main:
-        write_csv(job.output / "predictions.csv", task_header(task), rows)
+        write_predictions(job.output / "predictions.csv", task, slides, parts)
     run.finish(results)
     return results
 
 
-def train_plain(job: Job, world: World) -> dict[str, torch.Tensor] | None:
+def train_plain(job: FoldJob, world: World) -> dict[str, torch.Tensor] | None:
     """Weights of the plain model that a teacher-student model starts from, trained on the same
     split in `plain/`.
 
@@ -268,59 +223,7 @@ def cached_bags(
     return _kept[asked]
 
 
-def samples_of(bags: Mapping[str, Bag], job: Job, slide_ids: Sequence[str]) -> list[Sample]:
+def samples_of(bags: Mapping[str, Bag], job: FoldJob, slide_ids: Sequence[str]) -> list[Sample]:
     """Labelled bags in the order of `slide_ids`."""
-    strata, aims = job.slides.target_of(), job.aims
-    return [Sample(slide, bags[slide], aims.of(slide), strata[slide]) for slide in slide_ids]
-
-
-def predictions_of(
-    job: Job, samples: Sequence[Sample], probabilities: np.ndarray, threshold: float | None
-) -> Predictions:
-    """Predictions of the samples with their patients."""
-    case_of = {record.slide_id: record.case_id for record in job.slides.records}
-    cases = np.array([case_of[sample.slide_id] for sample in samples])
-    return Predictions(
-        job.split.fold,
-        cases,
-        np.array([sample.target for sample in samples]),
-        probabilities,
-        threshold,
-    )
-
-
-def prediction_header(classes: Sequence[str]) -> list[str]:
-    """Columns of predictions.csv."""
-    return [
-        "slide_id",
-        "case_id",
-        "label",
-        "fold",
-        "split",
-        "predicted",
-        *(f"prob_{name}" for name in classes),
-    ]
-
-
-def prediction_rows(
-    said: Predictions, slide_ids: Sequence[str], classes: Sequence[str], split: str
-) -> list[dict[str, object]]:
-    """Rows of predictions.csv; probabilities are written so that they are read back exactly."""
-    rows: list[dict[str, object]] = []
-    for i, predicted in enumerate(predict_class(said.probabilities, said.threshold)):
-        row: dict[str, object] = {
-            "slide_id": slide_ids[i],
-            "case_id": said.cases[i],
-            "label": classes[said.targets[i]],
-            "fold": said.fold,
-            "split": split,
-        }
-        row["predicted"] = classes[predicted]
-        rows.append(
-            row
-            | {
-                f"prob_{name}": repr(float(p))
-                for name, p in zip(classes, said.probabilities[i], strict=True)
-            }
-        )
-    return rows
+    strata, targets = job.slides.target_of(), job.targets
+    return [Sample(slide, bags[slide], targets.of(slide), strata[slide]) for slide in slide_ids]

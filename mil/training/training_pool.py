@@ -20,20 +20,20 @@ from common.distributed import World
 from common.processes.pool import Lost, Raised, finish, run_jobs
 from common.processes.ray_cluster import RayPool, RaySettings
 from mil.datasets.bags import memory_of
-from mil.training.fold_run import Job, open_job, run_job
+from mil.training.fold_run import FoldJob, open_job, run_job
 
 logger = logging.getLogger(__name__)
 Outcome = tuple[int, str | None]  # number of a training, and its error
 
 
-def train_job(job: Job, device: str) -> None:
+def train_job(job: FoldJob, device: str) -> None:
     """Run or resume one training; what a worker does."""
     world = World(0, 1, pick_device(device))
     run_job(job, open_job(job, world), world)
 
 
 def train_here(
-    jobs: Sequence[Job], workers: int, threads: int, devices: Sequence[str], *, isolated: bool
+    jobs: Sequence[FoldJob], workers: int, threads: int, devices: Sequence[str], *, isolated: bool
 ) -> Iterator[Outcome]:
     """Train in worker processes of this machine; yields trainings as they end.
 
@@ -54,7 +54,7 @@ def train_here(
 
 
 def train_on_ray(
-    jobs: Sequence[Job], settings: RaySettings, threads: int, device: str, ram_gb: float
+    jobs: Sequence[FoldJob], settings: RaySettings, threads: int, device: str, ram_gb: float
 ) -> Iterator[Outcome]:
     """Train on the workers of a Ray cluster; yields trainings as they end.
 
@@ -78,7 +78,7 @@ def train_on_ray(
         yield number, error_of(result)
 
 
-def with_absolute_paths(job: Job) -> Job:
+def with_absolute_paths(job: FoldJob) -> FoldJob:
     """The job as another process finds it, whose working directory is not this one's."""
     files = tuple((slide, path.absolute()) for slide, path in job.files)
     return replace(job, output=job.output.absolute(), files=files)

@@ -17,9 +17,9 @@ from common.errors import UserError
 from mil import benchmark, evaluate, report
 from mil.evaluation.benchmark_folder import belonging, run_folders
 from mil.heatmaps.sources import from_benchmark
-from mil.tasks.kinds import classification
+from mil.tasks.classification import Classification
 
-CLASSES = classification(("neg", "pos"))
+CLASSES = Classification(("neg", "pos"))
 
 
 @pytest.fixture

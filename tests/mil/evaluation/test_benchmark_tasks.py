@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import openpyxl
 import pytest
-from sklearn.metrics import cohen_kappa_score, roc_auc_score
+from sklearn.metrics import cohen_kappa_score, r2_score, roc_auc_score
 
 import mil.benchmark as benchmark
 from common.cli import run as run_script
@@ -27,12 +27,25 @@ HEADLINES = {
     "ordinal": "kappa_quadratic",
     "cox": "c_index",
     "discrete": "c_index",
+    "regression": "r2",
 }
 TABLES = {
     "multilabel": ("delong", "labels"),
     "ordinal": ("comparisons", "confusion"),
     "cox": ("comparisons", "risk_groups"),
     "discrete": ("comparisons", "risk_groups"),
+    "regression": ("comparisons",),
+}
+FIGURES = {"multilabel": "labels", "ordinal": "confusion", "regression": "scatter"}
+SHOWN = {
+    "multilabel": "Label by label",
+    "ordinal": "confusion by grade",
+    "regression": "predicted against true values",
+}
+EXAMPLES = {
+    "cox": ("Highest risk", "Lowest risk"),
+    "discrete": ("Highest risk", "Lowest risk"),
+    "regression": ("Largest errors", "Smallest errors"),
 }
 
 
@@ -83,6 +96,8 @@ def judged(kind: str, rows: list[dict[str, str]]) -> float:
         return cohen_kappa_score(
             [r["label"] for r in rows], called, weights="quadratic", labels=list("0123")
         )
+    if kind == "regression":
+        return r2_score(*([float(r[name]) for r in rows] for name in ("label", "predicted")))
     columns = (np.array([float(r[name]) for r in rows]) for name in ("time", "event", "risk"))
     times, events, risks = columns
     return harrell(times, events > 0, risks)
@@ -159,10 +174,8 @@ def evaluated_as_it_did_itself(output: Path, kind: str) -> None:
     )
     for name in names:
         assert (output / name).read_bytes() == (output / "evaluation" / name).read_bytes(), name
-    drawn = {path.name for path in (output / "evaluation" / "figures").glob("*")}
-    assert drawn == {"multilabel": {"bags_labels.png"}, "ordinal": {"bags_confusion.png"}}.get(
-        kind, {"bags_survival.png"}
-    )
+    plots = {path.name for path in (output / "evaluation" / "figures").glob("*")}
+    assert plots == {f"bags_{FIGURES.get(kind, 'survival')}.png"}
 
 
 def the_page_has_what_the_task_has(output: Path, target: Path, kind: str, slides: Path) -> None:
@@ -180,10 +193,9 @@ def the_page_has_what_the_task_has(output: Path, target: Path, kind: str, slides
         "ROC curves by label" in html
     ) == (kind == "multilabel")
     assert ("Youden" in html) == (kind == "multilabel")
-    shown = {"multilabel": "Label by label", "ordinal": "confusion by grade"}
     for task in COHORTS:
-        here = shown.get(task, "survival of the risk halves")
-        assert (here in html) == (here == shown.get(kind, "survival of the risk halves"))
+        here = SHOWN.get(task, "survival of the risk halves")
+        assert (here in html) == (here == SHOWN.get(kind, "survival of the risk halves"))
     if kind == "multilabel":
         for row in [row for row in read(output / "labels.csv") if row["model"] == "max"]:
             assert (
@@ -200,11 +212,7 @@ def the_page_has_what_the_task_has(output: Path, target: Path, kind: str, slides
 
 def has_its_example_slides(html: str, output: Path, kind: str) -> None:
     """Each stands under its heading, as predictions.csv has it."""
-    first, second = (
-        ("Highest risk", "Lowest risk")
-        if HEADLINES[kind] == "c_index"
-        else ("Called right", "Called wrong")
-    )
+    first, second = EXAMPLES.get(kind, ("Called right", "Called wrong"))
     groups = dict(
         zip(
             ("first", "second"),
@@ -229,10 +237,16 @@ def has_its_example_slides(html: str, output: Path, kind: str) -> None:
                 assert float(row["risk"]) == (max(fold) if name == "first" else min(fold))
                 when = "event at" if row["event"] == "1" else "no event until"
                 assert words.startswith(f"{when} {float(row['time']):g}, risk")
+            elif kind == "regression":
+                error = abs(float(row["label"]) - float(row["predicted"]))
+                errors = [abs(float(r["label"]) - float(r["predicted"])) for r in said.values()]
+                assert f"predicted {float(row['predicted']):.3g} (off by {error:.3g})" in words
+                assert words.startswith(f"label {float(row['label']):g}, predicted ")
+                assert (error > np.median(errors)) == (name == "first")
             else:
                 assert words.startswith(f"label {row['label']}, called ")
                 assert (f"called {row['label']} (" in words) == (name == "first")
-    assert len(shown["first"]) == len(shown["second"]) == 2 or HEADLINES[kind] != "c_index"
+    assert len(shown["first"]) == len(shown["second"]) == 2 or kind not in EXAMPLES
     assert any(shown.values())
 
 
@@ -250,10 +264,10 @@ def has_its_example_slides(html: str, output: Path, kind: str) -> None:
             "split 0: intervals=40: expected as many different event times",
         ),
         ("ordinal", ["grades=[0,1,2]"], "expected one of the grades, found '3'"),
-        ("multilabel", ["grades=[a,b]"], "task=multilabel: grades are of task=ordinal"),
+        ("multilabel", ["grades=[a,b]"], "task=multilabel does not support grades"),
         ("discrete", ["censored_alpha=1.5"], "split 0: censored_alpha=1.5: expected a share"),
-        ("cox", ["censored_alpha=0.5"], "task=cox: censored_alpha is of task=discrete"),
-        ("ordinal", ["training.focal=2.0"], "task=ordinal: label_smoothing and focal"),
+        ("cox", ["censored_alpha=0.5"], "task=cox does not support censored_alpha"),
+        ("ordinal", ["training.focal=2.0"], "task=ordinal does not support focal"),
         ("ordinal", ["workers=0"], "workers=0: expected at least 1"),
     ],
 )

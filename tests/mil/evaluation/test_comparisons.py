@@ -10,20 +10,22 @@ from itertools import combinations
 import numpy as np
 import pytest
 from scipy.stats import chi2
-from sklearn.metrics import cohen_kappa_score, roc_auc_score
+from sklearn.metrics import cohen_kappa_score, r2_score, roc_auc_score
 
 from common.metrics.bootstrap import resample_patients
 from mil.evaluation.comparisons import comparison_table
 from mil.evaluation.delong import compare, holm
 from mil.evaluation.paired import paired_difference, warn_of_floor
 from mil.evaluation.risk_groups import RiskGroups, kaplan_meier, median_survival, risk_groups
-from mil.evaluation.runs import Finished, resampled
+from mil.evaluation.runs import FinishedRun, resampled
 from mil.evaluation.task_tables import confusion_rows, per_label_rows, risk_group_rows
 from mil.tasks.classification import Predictions
-from mil.tasks.kinds import Task
-from mil.tasks.multilabel import LabelPredictions
-from mil.tasks.ordinal import grade
+from mil.tasks.cox import Cox
+from mil.tasks.multilabel import LabelPredictions, Multilabel
+from mil.tasks.ordinal import Ordinal, grade
+from mil.tasks.regression import ValuePredictions
 from mil.tasks.survival import RiskPredictions
+from mil.tasks.table import TASKS
 from tests.mil.tasks.test_metrics_by_task import harrell
 
 B, SEED = 60, 5
@@ -32,9 +34,9 @@ CASES = {
 }  # two slides a patient
 
 
-def finished(model: str, said, seed: int = 1, val=None) -> Finished:
+def finished(model: str, said, seed: int = 1, val=None) -> FinishedRun:
     rows = [{"slide_id": f"{said.fold}s{i}"} for i in range(len(said.cases))]
-    return Finished("set", model, seed, {}, said, rows, val)
+    return FinishedRun("set", model, seed, {}, said, rows, val)
 
 
 def grades(fold: int, noise: float, draw: int) -> Predictions:
@@ -52,15 +54,24 @@ def risks(fold: int, noise: float, draw: int) -> RiskPredictions:
     return RiskPredictions(fold, CASES[fold], times, events, said)
 
 
+def values(fold: int, noise: float, draw: int) -> ValuePredictions:
+    targets = np.random.default_rng(fold).normal(50, 10, 40)
+    error = 5 * noise * np.random.default_rng([fold, draw]).normal(size=40)
+    return ValuePredictions(fold, CASES[fold], targets, targets + error)
+
+
 def judge(run, rows: np.ndarray) -> float:
     """The headline metric of some rows of a run, by others' code."""
+    if isinstance(run, ValuePredictions):
+        return r2_score(run.targets[rows], run.predicted[rows])
     if isinstance(run, RiskPredictions):
         return harrell(run.times[rows], run.events[rows], run.risks[rows])
     return cohen_kappa_score(run.targets[rows], grade(run.probabilities[rows]), weights="quadratic")
 
 
 @pytest.mark.parametrize(
-    ("kind", "make"), [["ordinal", grades], ["cox", risks], ["discrete", risks]]
+    ("kind", "make"),
+    [["ordinal", grades], ["cox", risks], ["discrete", risks], ["regression", values]],
 )
 def test_paired_bootstrap_is_the_plain_loop(kind: str, make):
     noises = {"a": 0.5, "b": 1.5, "c": 6.0}
@@ -69,7 +80,7 @@ def test_paired_bootstrap_is_the_plain_loop(kind: str, make):
         for i, (name, noise) in enumerate(noises.items())
         for fold in (0, 1)
     ]
-    task = Task(kind, ("0", "1", "2"))
+    task = TASKS[kind](("0", "1", "2"))
     table, rows = comparison_table(runs, task, resampled(runs, task, B, SEED))
     assert table == "comparisons" and [(row["model_a"], row["model_b"]) for row in rows] == list(
         combinations("abc", 2)
@@ -107,7 +118,7 @@ def test_models_of_other_slides_are_not_compared():
         finished("b", grades(0, 1, 1)),
         finished("c", grades(1, 1, 2)),
     ]
-    task = Task("ordinal", ("0", "1", "2"))
+    task = Ordinal(("0", "1", "2"))
     _, rows = comparison_table(runs, task, resampled(runs, task, 20, 0))
     assert [(row["model_a"], row["model_b"]) for row in rows] == [("a", "b")]
 
@@ -121,7 +132,7 @@ def test_resamples_without_a_value_do_not_count():
 
 def test_p_is_uniform_enough_under_the_null():
     """Two models of equal noise: about 5 % of the differences are called different at 5 %."""
-    task, called = Task("ordinal", ("0", "1", "2")), []
+    task, called = Ordinal(("0", "1", "2")), []
     for draw in range(150):
         runs = [
             finished("a", grades(0, 2.0, 2 * draw)),
@@ -154,7 +165,7 @@ def test_labels_are_compared_one_by_one_by_delong():
         for i, (name, noise) in enumerate({"a": 0.5, "b": 2.0}.items())
     }
     runs = [finished(name, run) for name, both in said.items() for run in both]
-    table, rows = comparison_table(runs, Task("multilabel", ("x", "y")), {})
+    table, rows = comparison_table(runs, Multilabel(("x", "y")), {})
     assert table == "delong" and [row["label"] for row in rows] == ["x", "y"]
     for column, row in enumerate(rows):
         classes = {
@@ -186,12 +197,12 @@ def test_a_label_that_a_fold_lacks_is_judged_in_the_others():
         for i, name in enumerate("ab")
         for fold in (0, 1)
     ]
-    _, compared = comparison_table(runs, Task("multilabel", ("x", "y")), {})
+    _, compared = comparison_table(runs, Multilabel(("x", "y")), {})
     first = runs[0].test
     assert len(compared) == 2 and compared[1]["auc_a"] == pytest.approx(
         roc_auc_score(first.targets[:, 1], first.probabilities[:, 1])
     )
-    rows = per_label_rows(runs, ("x", "y"), 50, 0)
+    rows = per_label_rows(runs, Multilabel(("x", "y")), 50, 0)
     assert [(row["model"], row["label"], row["runs"], row["slides"]) for row in rows] == [
         ("a", "x", 2, 80),
         ("a", "y", 1, 80),
@@ -207,13 +218,14 @@ def test_a_label_that_a_fold_lacks_is_judged_in_the_others():
         "specificity"
     ] == pytest.approx((~called[~true]).mean())
     assert rows[1]["positives"] == 14 and rows[0]["positives"] == 40
-    none = per_label_rows([finished("a", labels(1, 1.0, 0, rare=True))], ("x", "y"), 10, 0)[1]
+    rare = [finished("a", labels(1, 1.0, 0, rare=True))]
+    none = per_label_rows(rare, Multilabel(("x", "y")), 10, 0)[1]
     assert none["runs"] == 0 and none["auc"] is None and none["f1_ci_high"] is None
 
 
 def test_confusion_counts_slides_of_a_seed():
     runs = [finished("a", grades(fold, 1.0, seed), seed) for seed in (1, 2) for fold in (0, 1)]
-    rows = confusion_rows(runs, ("low", "mid", "high"))
+    rows = confusion_rows(runs, Ordinal(("low", "mid", "high")), 0, 0)
     assert len(rows) == 9 and sum(row["slides"] for row in rows) == 80
     called = [
         (t, c)
@@ -297,7 +309,7 @@ def test_curves_and_log_rank_are_those_of_the_definition():
 
 def test_risk_group_table():
     runs = [finished("a", risks(fold, 1.0, 0)) for fold in (0,)]
-    lower, higher = risk_group_rows(runs)
+    lower, higher = risk_group_rows(runs, Cox(), 0, 0)
     assert (lower["risk"], higher["risk"]) == ("lower", "higher") and lower["patients"] + higher[
         "patients"
     ] == 20

@@ -10,7 +10,8 @@ from scipy.stats import norm, rankdata
 from sklearn.metrics import roc_auc_score
 
 from mil.evaluation.delong import auc_parts, compare, holm, mean_auc_parts, placements
-from mil.tasks.classification import Predictions, bootstrap
+from mil.tasks.bootstrap import bootstrap
+from mil.tasks.classification import Predictions, evaluate
 
 
 def naive(positive: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -103,7 +104,9 @@ def test_clustered_variance_is_obuchowskis_and_the_bootstraps():
     )
     assert mine > 1.05 * independent  # slides of a patient taken for patients promise too much
     run = Predictions(0, index.astype(str), positive.astype(int), two(scores), None)
-    assert np.sqrt(mine) == pytest.approx(bootstrap([run], 3000, 0)["auc"].std(), rel=0.06)
+    assert np.sqrt(mine) == pytest.approx(
+        bootstrap([run], 3000, 0, evaluate)["auc"].std(), rel=0.06
+    )
 
 
 def test_mean_over_folds_and_seeds_has_the_bootstraps_variance():
@@ -122,7 +125,7 @@ def test_mean_over_folds_and_seeds_has_the_bootstraps_variance():
                 Predictions(fold, cases, positive.astype(int), two(scores[2 + seed]), None)
             )
     found = compare({"a": runs, "b": other})[0]
-    samples = bootstrap(runs, 3000, 1)["auc"] - bootstrap(other, 3000, 1)["auc"]
+    samples = bootstrap(runs, 3000, 1, evaluate)["auc"] - bootstrap(other, 3000, 1, evaluate)["auc"]
     assert found.error == pytest.approx(samples.std(), rel=0.06)
     assert found.aucs[0] == pytest.approx(
         np.mean([roc_auc_score(r.targets, r.probabilities[:, 1]) for r in runs])
@@ -155,7 +158,10 @@ def test_multiclass_compares_macro_means():
     assert found.aucs[0] == pytest.approx(
         roc_auc_score(targets, runs["a"][0].probabilities, multi_class="ovr")
     )
-    samples = bootstrap(runs["a"], 2000, 0)["auc"] - bootstrap(runs["b"], 2000, 0)["auc"]
+    samples = (
+        bootstrap(runs["a"], 2000, 0, evaluate)["auc"]
+        - bootstrap(runs["b"], 2000, 0, evaluate)["auc"]
+    )
     assert found.error == pytest.approx(samples.std(), rel=0.08) and found.p < 0.001
 
 

@@ -20,9 +20,10 @@ from common.metrics.classification import youden_threshold
 from common.metrics.ranking import GRID, roc_curves
 from mil import benchmark
 from mil.evaluate import Config, main, table_runs, with_threshold
-from mil.evaluation.tables import screening_rows
+from mil.evaluation.task_tables import screening_rows
 from mil.figures import curves as pictures
 from mil.figures.curves import average_curves
+from mil.tasks.classification import Classification
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> Path:
@@ -231,12 +232,12 @@ def test_screening_counts_are_those_of_the_validation_cut(tmp_path: Path):
 
 def test_test_slides_do_not_choose_the_cut(tmp_path: Path):
     path = table(tmp_path / "said.csv")
-    finished, _ = table_runs([str(path)], "", None)
+    finished, _ = table_runs([str(path)], "classes", None)
     rows = read(path)
     for row in rows:
         if row["split"] == "test":  # other test slides: nothing that was chosen may move
             row["prob_p"], row["prob_n"] = row["prob_n"], row["prob_p"]
-    turned, _ = table_runs([str(write(tmp_path / "turned.csv", rows))], "", None)
+    turned, _ = table_runs([str(write(tmp_path / "turned.csv", rows))], "classes", None)
     for rule in ("youden", "sensitivity", "specificity"):
         for before, after in zip(
             with_threshold(finished, rule, 0.9), with_threshold(turned, rule, 0.9), strict=True
@@ -283,8 +284,8 @@ def test_a_benchmark_is_evaluated_as_it_evaluated_itself(make_cohort, tmp_path: 
             folder / name for folder in (tmp_path / "bench", tmp_path / "bench" / "evaluation")
         )
         assert first.read_bytes() == second.read_bytes(), name
-    drawn = {path.name for path in (tmp_path / "bench" / "evaluation" / "figures").iterdir()}
-    assert drawn == {f"bags_{kind}.svg" for kind in ("roc", "pr", "reliability", "screening")}
+    plots = {path.name for path in (tmp_path / "bench" / "evaluation" / "figures").iterdir()}
+    assert plots == {f"bags_{kind}.svg" for kind in ("roc", "pr", "reliability", "screening")}
 
 
 def test_pictures_of_three_classes_and_of_many_models(
@@ -321,8 +322,8 @@ def test_pictures_of_three_classes_and_of_many_models(
             )
 
 
-def test_average_curves_and_its_band(tmp_path: Path):
-    finished, _ = table_runs([str(table(tmp_path / "said.csv"))], "", None)
+def test_mean_curve_and_its_band(tmp_path: Path):
+    finished, _ = table_runs([str(table(tmp_path / "said.csv"))], "classes", None)
     runs = [run.test for run in finished[:2]]
     mean, band = average_curves(runs, roc_curves, 0)
     by_fold = [
@@ -358,6 +359,9 @@ def rows_of(kind: str) -> list[dict[str, object]]:
             row |= {
                 f"prob_{name}": value for name, value in zip(("g1", "g2", "g3"), p, strict=True)
             }
+        elif kind == "regression":
+            row["label"] = generator.normal(50, 10)
+            row["predicted"] = row["label"] + generator.normal(0, 5)
         else:
             row |= {"time": i // 2 + 1, "event": i % 3 != 0, "risk": generator.normal() - i / 10}
             row["event"] = int(bool(row["event"]))
@@ -372,6 +376,7 @@ def rows_of(kind: str) -> list[dict[str, object]]:
         ("ordinal", ["kappa_quadratic", "mean_absolute_error"]),
         ("cox", ["c_index"]),
         ("discrete", ["c_index"]),
+        ("regression", ["r2", "pearson", "spearman", "mae"]),
     ],
 )
 def test_other_tasks_have_their_tables(tmp_path: Path, kind: str, columns: list[str]):
@@ -386,9 +391,8 @@ def test_other_tasks_have_their_tables(tmp_path: Path, kind: str, columns: list[
             <= float(summary[0][f"{name}_ci_high"])
         )
     drawn = {path.name for path in (tmp_path / "out" / "figures").glob("*")}
-    assert drawn == {"multilabel": {"labels.png"}, "ordinal": {"confusion.png"}}.get(
-        kind, {"survival.png"}
-    )
+    names = {"multilabel": "labels", "ordinal": "confusion", "regression": "scatter"}
+    assert drawn == {f"{names.get(kind, 'survival')}.png"}
     assert not any(
         (tmp_path / "out" / f"{name}.csv").exists() for name in ("delong", "comparisons")
     )
@@ -466,7 +470,7 @@ def test_names_do_not_leave_the_folder_and_columns_have_to_be_there(
         evaluate(f"predictions=[{write(tmp_path / 'up.csv', rows)}]", f"output={tmp_path}/out") == 2
     )
     assert "feature set '../up': expected a plain file name" in capsys.readouterr().err
-    for kind in ("", "multilabel", "ordinal"):
+    for kind in ("classes", "multilabel", "ordinal"):
         given = [f"task={kind}"] if kind else []
         path = write(tmp_path / "cox.csv", rows_of("cox"))
         assert evaluate(f"predictions=[{path}]", f"output={tmp_path}/out", *given) == 2
@@ -475,7 +479,9 @@ def test_names_do_not_leave_the_folder_and_columns_have_to_be_there(
 
 def test_positive_class_may_be_the_first_column(tmp_path: Path):
     path = table(tmp_path / "said.csv")
-    first, second = (table_runs([str(path)], "", positive)[0][0].test for positive in ("p", "n"))
+    first, second = (
+        table_runs([str(path)], "classes", positive)[0][0].test for positive in ("p", "n")
+    )
     np.testing.assert_array_equal(first.targets, 1 - second.targets)
     np.testing.assert_array_equal(first.probabilities, second.probabilities[:, ::-1])
 
@@ -497,4 +503,4 @@ def test_without_validation_slides_nothing_is_chosen(
 
 
 def test_no_run_gives_no_screening_rows():
-    assert screening_rows([], 10, 0) == []
+    assert screening_rows([], Classification(("a", "b")), 10, 0) == []

@@ -19,14 +19,14 @@ from sklearn.metrics import roc_auc_score
 from common.config import load_config
 from common.errors import UserError
 from common.metrics.ranking import roc_curves
-from mil.evaluation.runs import Finished
-from mil.figures.by_task import label_figure
+from mil.evaluation.runs import FinishedRun
+from mil.figures.by_task import draw_labels
 from mil.figures.example_slides import Choice, Group, choose_slides, make_example
 from mil.figures.report import MARK, mark_tiles
 from mil.report import Config, main
-from mil.tasks.classification import Predictions
-from mil.tasks.kinds import Task, classification
-from mil.tasks.multilabel import LabelPredictions
+from mil.tasks.classification import Classification, Predictions
+from mil.tasks.cox import Cox
+from mil.tasks.multilabel import LabelPredictions, Multilabel
 from mil.tasks.survival import RiskPredictions
 from mil.training.engine import load_classifier
 from patch_encoder.bags.bag import read_bag
@@ -175,24 +175,26 @@ def test_bad_input_is_refused(finished: Path, tmp_path: Path):
         )
 
 
-def test_examples_are_the_most_confident_hits_and_errors():
-    def row(slide: str, label: str, predicted: str, p: float) -> dict[str, str]:
-        return {
-            "slide_id": slide,
-            "label": label,
-            "predicted": predicted,
-            f"prob_{predicted}": str(p),
-        }
+def class_run(fold: int, slides: dict[str, tuple[str, str, float]]) -> FinishedRun:
+    """Slide -> (label, call, probability of the call), of the classes neg and pos."""
+    classes, targets, probabilities = ("neg", "pos"), [], []
+    for label, call, p in slides.values():
+        targets.append(classes.index(label))
+        probabilities.append([1 - p, p] if call == "pos" else [p, 1 - p])
+    cases = np.array(list(slides))
+    test = Predictions(fold, cases, np.array(targets), np.array(probabilities), 0.5)
+    return FinishedRun("set", "abmil", 1, {}, test, [{"slide_id": slide} for slide in slides])
 
-    said = Predictions(0, np.array([]), np.array([]), np.array([]), None)
-    rows = [
-        row("a", "pos", "pos", 0.6),
-        row("b", "pos", "pos", 0.9),
-        row("c", "neg", "neg", 0.99),
-        row("d", "pos", "neg", 0.7),
-    ]
-    run = Finished("set", "abmil", 1, {}, said, [*rows, row("e", "neg", "pos", 0.8)])
-    task = classification(("neg", "pos"))
+
+def test_examples_are_the_most_confident_hits_and_errors():
+    slides = {
+        "a": ("pos", "pos", 0.6),
+        "b": ("pos", "pos", 0.9),
+        "c": ("neg", "neg", 0.99),
+        "d": ("pos", "neg", 0.7),
+        "e": ("neg", "pos", 0.8),
+    }
+    run, task = class_run(0, slides), Classification(("neg", "pos"))
     assert names(choose_slides([run], task, 1)) == {"Called right": ["b"], "Called wrong": ["e"]}
     assert names(choose_slides([run], task, 9)) == {
         "Called right": ["b", "a"],
@@ -201,27 +203,16 @@ def test_examples_are_the_most_confident_hits_and_errors():
 
 
 def test_a_slide_of_several_runs_is_one_example():
-    def run(fold: int, said: dict[str, tuple[str, float]]) -> Finished:
-        rows = [
-            {"slide_id": s, "label": "pos", "predicted": call, f"prob_{call}": str(p)}
-            for s, (call, p) in said.items()
-        ]
-        return Finished(
-            "set",
-            "abmil",
-            1,
-            {},
-            Predictions(fold, np.array([]), np.array([]), np.array([]), None),
-            rows,
-        )
-
-    first = run(0, {"a": ("neg", 0.9), "b": ("pos", 0.6), "c": ("pos", 0.9)})
     runs = [
-        first,
-        run(1, {"a": ("pos", 0.8), "b": ("pos", 0.8), "c": ("neg", 0.9)}),
-        run(2, {"a": ("pos", 0.7)}),
+        class_run(
+            0, {"a": ("pos", "neg", 0.9), "b": ("pos", "pos", 0.6), "c": ("pos", "pos", 0.9)}
+        ),
+        class_run(
+            1, {"a": ("pos", "pos", 0.8), "b": ("pos", "pos", 0.8), "c": ("pos", "neg", 0.9)}
+        ),
+        class_run(2, {"a": ("pos", "pos", 0.7)}),
     ]
-    right, wrong = choose_slides(runs, classification(("neg", "pos")), 9)
+    right, wrong = choose_slides(runs, Classification(("neg", "pos")), 9)
     assert names([right, wrong]) == {"Called right": ["b", "a", "c"], "Called wrong": []}
     # b: (0.6 + 0.8) / 2; a: (0.8 + 0.7) / 3, shown by the first run that says so; c: 0.9 / 2
     assert [(choice.fold, choice.detail) for choice in right.slides] == [
@@ -238,9 +229,11 @@ def names(groups: list[Group[Choice]]) -> dict[str, list[str]]:
 def test_examples_of_several_labels_are_called_at_the_cut_of_each():
     targets = np.array([[1, 0], [0, 0], [1, 1], [0, 1]], dtype=bool)
     probabilities = np.array([[0.3, 0.1], [0.1, 0.1], [0.9, 0.6], [0.1, 0.7]])
-    said = LabelPredictions(2, np.array([]), targets, probabilities, np.array([0.2, 0.65]))
-    run = Finished("set", "abmil", 1, {}, said, [{"slide_id": slide} for slide in "abcd"])
-    groups = choose_slides([run], Task("multilabel", ("ink", "fold")), 9)
+    said = LabelPredictions(
+        2, np.array(list("abcd")), targets, probabilities, np.array([0.2, 0.65])
+    )
+    run = FinishedRun("set", "abmil", 1, {}, said, [{"slide_id": slide} for slide in "abcd"])
+    groups = choose_slides([run], Multilabel(("ink", "fold")), 9)
     # d is surer than a, the negative b is not shown, the second label of c is missed
     assert names(groups) == {"Called right": ["d", "a"], "Called wrong": ["c"]}
     (wrong,) = groups[1].slides
@@ -253,30 +246,28 @@ def test_examples_of_several_labels_are_called_at_the_cut_of_each():
 
 
 def test_examples_of_survival_are_the_outer_places_within_a_fold():
-    def run(fold: int, risks: dict[str, float]) -> Finished:
+    def run(fold: int, risks: dict[str, float]) -> FinishedRun:
         values = np.array(list(risks.values()))
-        said = RiskPredictions(
-            fold, np.array([]), np.ones(len(risks)), np.ones(len(risks), bool), values
+        events = np.array([slide != "y" for slide in risks])
+        test = RiskPredictions(
+            fold, np.array(list(risks)), np.full(len(risks), 2.5), events, values
         )
-        rows = [
-            {"slide_id": slide, "time": "2.50", "event": str(int(slide != "y"))} for slide in risks
-        ]
-        return Finished("set", "abmil", 1, {}, said, rows)
+        return FinishedRun("set", "abmil", 1, {}, test, [{"slide_id": slide} for slide in risks])
 
     runs = [run(0, {"a": 0.1, "b": 0.2, "c": 0.3, "d": 0.4}), run(1, {"x": 70.0, "y": 60.0})]
-    high, low = choose_slides(runs, Task("cox", ()), 2)
+    high, low = choose_slides(runs, Cox(), 2)
     assert names([high, low]) == {"Highest risk": ["d", "x"], "Lowest risk": ["a", "y"]}
     assert (
         high.slides[0].detail == "above 75 % of the fold's test slides"
         and high.slides[0].called == "risk 0.4"
     )
     assert [choice.label for choice in low.slides] == ["event at 2.5", "no event until 2.5"]
-    assert names(choose_slides(runs, Task("cox", ()), 9)) == {
+    assert names(choose_slides(runs, Cox(), 9)) == {
         "Highest risk": ["d", "x", "c"],
         "Lowest risk": ["a", "y", "b"],
     }
     twice = [*runs, run(2, {"d": 1.0, "a": 9.0})]  # d: above 75 % and 0 %, a: 0 % and 50 %
-    high, low = choose_slides(twice, Task("cox", ()), 9)
+    high, low = choose_slides(twice, Cox(), 9)
     assert names([high, low]) == {"Highest risk": ["x", "c", "d"], "Lowest risk": ["y", "a", "b"]}
     assert high.slides[2].fold == 0 and high.slides[2].detail.endswith(
         "slides; 38 % on average over 2 runs"
@@ -312,8 +303,8 @@ def test_roc_curves_of_labels_are_means_over_the_runs_that_have_both_kinds():
         said = LabelPredictions(
             fold, np.array([]), targets, generator.random((30, 4)), np.full(4, 0.5)
         )
-        runs.append(Finished("set", "abmil", 1, {}, said, []))
-    figure = label_figure({"abmil": runs, "mean": runs[:1]}, ["a", "b", "c", "d"])
+        runs.append(FinishedRun("set", "abmil", 1, {}, said, []))
+    figure = draw_labels({"abmil": runs, "mean": runs[:1]}, Multilabel(tuple("abcd")), 0, 0)
     panels = [axes for axes in figure.axes if axes.get_title()]
     assert [axes.get_title() for axes in panels] == ["a", "b", "c", "d"]
     for column, axes in enumerate(panels[:3]):
@@ -329,7 +320,7 @@ def test_roc_curves_of_labels_are_means_over_the_runs_that_have_both_kinds():
         assert axes.get_legend().get_texts()[0].get_text() == f"abmil  {area:.3f}"
     assert np.isnan(panels[3].lines[1].get_ydata()[1:]).all()
     assert panels[3].get_legend().get_texts()[0].get_text() == "abmil  -"
-    many = label_figure({f"model {i}": runs for i in range(9)}, ["a"])
+    many = draw_labels({f"model {i}": runs for i in range(9)}, Multilabel(("a",)), 0, 0)
     assert len(many.legends[0].get_texts()) == 9 and many.axes[0].get_legend() is None
 
 

@@ -24,9 +24,9 @@ from common.metrics.classification import confusion, predict_class
 from mil.datasets.splits import Split
 from mil.evaluate import benchmark_runs
 from mil.figures.example_slides import Choice, make_example
-from mil.heatmap import Config, load_asked, main
+from mil.heatmap import Config, load_model, main
 from mil.heatmaps.scores import score_bag, tiles_alone
-from mil.heatmaps.sources import Judged, from_benchmark
+from mil.heatmaps.sources import SlidePrediction, from_benchmark
 from mil.training.engine import load_classifier
 from patch_encoder.bags.bag import Bag, open_bag, read_bag
 from patch_encoder.bags.paths import find_coordinates
@@ -119,9 +119,9 @@ def test_a_slide_that_several_runs_test_is_drawn_once(
         )
         first = min(told, key=lambda row: int(row["fold"]))
         record = json.loads((output / "records" / f"{slide}.json").read_text())
-        assert record["fold"] == int(first["fold"]) and record["said"]["pos"] == pytest.approx(
-            float(first["prob_pos"]), abs=1e-5
-        )
+        assert record["fold"] == int(first["fold"]) and record["predictions"][
+            "pos"
+        ] == pytest.approx(float(first["prob_pos"]), abs=1e-5)
     summary, expected = (
         json.loads((output / "summary.json").read_text()),
         [r for r in benchmark_runs(nested)[0] if r.seed == 1],
@@ -140,8 +140,10 @@ def test_a_slide_that_several_runs_test_is_drawn_once(
 
 
 def test_the_call_is_that_of_most_runs() -> None:
-    def said(call: str, *others: Judged) -> Judged:
-        return Judged("s", "c", "b", call, (0.5, 0.5), 0, "test", Path("w.pt"), others=others)
+    def said(call: str, *others: SlidePrediction) -> SlidePrediction:
+        return SlidePrediction(
+            "s", "c", "b", call, (0.5, 0.5), 0, "test", Path("w.pt"), others=others
+        )
 
     assert (said("a").called, said("a").right) == ("a", False)
     three = said("a", said("b"), said("b"))
@@ -149,7 +151,7 @@ def test_the_call_is_that_of_most_runs() -> None:
     assert said("a", said("b")).called == "a"  # of equally many the first
 
 
-TASKS = {"multilabel": "a", "ordinal": "2", "cox": "", "discrete": ""}
+TASKS = {"multilabel": "a", "ordinal": "2", "cox": "", "discrete": "", "regression": ""}
 
 
 @pytest.mark.parametrize("kind", list(TASKS))
@@ -174,14 +176,13 @@ def test_every_task_has_attention_a_score_and_tiles_of_their_own(
         "training.accumulate=4",
         *extra,
     )
-    survival, value = (
-        kind in ("cox", "discrete"),
-        "risk" if kind in ("cox", "discrete") else "probability",
-    )
+    survival = kind in ("cox", "discrete")
+    number = {"cox": "risk", "discrete": "risk", "regression": "predicted"}.get(kind)
+    value = {"cox": "risk", "discrete": "risk", "regression": "value"}.get(kind, "probability")
     assert draw(bench, "heat", "only=[s00,s01,s20]") == 0
     columns = (
-        ["risk"]
-        if survival
+        [number]
+        if number
         else [key for key in table(bench / "predictions.csv")[0] if key.startswith("prob_")]
     )
     for row in table(bench / "predictions.csv"):
@@ -190,18 +191,22 @@ def test_every_task_has_attention_a_score_and_tiles_of_their_own(
         record = json.loads((tmp_path / "heat" / "records" / f"{row['slide_id']}.json").read_text())
         assert record["shown"] == "attention"
         np.testing.assert_allclose(
-            list(record["said"].values()), [float(row[key]) for key in columns], atol=1e-5
+            list(record["predictions"].values()),
+            [float(row[key]) for key in columns],
+            rtol=1e-5,
+            atol=1e-5,
         )
     page = (tmp_path / "heat" / "index.html").read_text()
     assert (
         page.count("<tr data-slide") == 24
         and ("higher than" in page) == survival
-        and (">p(" in page) != survival
+        and (">p(" in page) == (number is None)
+        and (">error<" in page) == (kind == "regression")
     )
     (chart,) = re.findall(r'<figure.*?alt="(.*?)"', page)
-    assert chart == {"multilabel": "ROC by label", "ordinal": "Confusion"}.get(
-        kind, "Survival of the risk halves"
-    )
+    charts = {"multilabel": "ROC by label", "ordinal": "Confusion"}
+    charts["regression"] = "Predicted against true"
+    assert chart == charts.get(kind, "Survival of the risk halves")
     metric = json.loads((bench / "summary.json").read_text())["metric"]
     found = json.loads((tmp_path / "heat" / "summary.json").read_text())["metrics"][metric]
     means = [float(row[metric]) for row in table(bench / "results.csv")]
@@ -217,19 +222,19 @@ def test_every_task_has_attention_a_score_and_tiles_of_their_own(
         slide for slide in from_benchmark(bench, "", "", None).slides if slide.slide_id == "s01"
     )
     (model, task), features = (
-        load_asked(judged.checkpoint, CPU),
+        load_model(judged.checkpoint, CPU),
         read_bag(cohort / "bags" / "h5_files" / "s01.h5").features,
     )
     with torch.inference_mode():
         logits = torch.stack([model(tile[None], None).logits for tile in features]).double()
-    expected = task.said(logits)[:, task.names.index(name) if name else 0].numpy()
+    expected = task.predict(logits)[:, task.names.index(name) if name else 0].numpy()
     column = value + (f"_{name}" if name else "")
     values = [float(row[column]) for row in table(tmp_path / "alone" / "scores" / "s01.csv")]
-    np.testing.assert_allclose(values, expected, atol=1e-5)
+    np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-5)
     record = json.loads((tmp_path / "alone" / "records" / "s01.json").read_text())
     assert (record["shown"], record["class_name"]) == (value, name) and np.ptp(expected) > 0
 
-    wrong = "probability" if survival else "risk"
+    wrong = "probability" if number else "risk"
     for argument in (f"drawing.value={wrong}", "drawing.of_class=nobody"):
         capsys.readouterr()
         assert draw(bench, "none", argument) == 2
@@ -322,7 +327,7 @@ def test_bags_are_handed_on_as_they_are_stored(plain: Path, monkeypatch: pytest.
             "examine",
             lambda m, sample, d, use=examine: (seen.append(sample), use(m, sample, d))[1],
         )
-    (model, task), bag = load_asked(weights, CPU), root / "only" / "pt_files" / "s03.pt"
+    (model, task), bag = load_model(weights, CPU), root / "only" / "pt_files" / "s03.pt"
     coords = root / "cohort" / "bags" / "h5_files"
     scores = score_bag(model, task, bag, coords / "s03.h5", "probability", "pos", CPU)
     choice = Choice("s03", 0, "pos", "pos", "")

@@ -40,8 +40,7 @@ from mil.heatmaps.pyramid import downsample_for, write_heat_pyramid
 from mil.heatmaps.scores import TileScores, percentile_ranks
 from mil.heatmaps.settings import Drawing, check_drawing, picture_side
 from mil.heatmaps.slide import make_heat, tiles_for_half
-from mil.tasks.classification import Predictions
-from mil.tasks.kinds import classification
+from mil.tasks.classification import Classification, Predictions
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.base import Slide
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
@@ -333,7 +332,7 @@ def test_sizes_and_settings(tmp_path: Path) -> None:
         ({"mpp": -1.0}, "more than 0"),
     ):
         with pytest.raises(UserError, match=words):
-            check_drawing(Drawing(**changed), classification(("a", "b")))
+            check_drawing(Drawing(**changed), Classification(("a", "b")))
 
 
 def predictions(seed: int = 0, classes: int = 2, slides: int = 120) -> Predictions:

@@ -31,7 +31,7 @@ from mil.heatmaps.slide import Inputs
 from mil.heatmaps.sources import from_benchmark
 from mil.report import Config as ReportConfig
 from mil.report import main as report
-from mil.tasks.task import Objective
+from mil.tasks.classification import Classification
 from mil.training.engine import load_classifier
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.bags.writer import write_bag
@@ -154,7 +154,9 @@ def test_each_slide_is_judged_by_the_fold_that_tests_it(bench: Path):
         assert [tile["tile"] for tile in record["chosen"] if tile["kind"] == "top"] == order[
             :12
         ].tolist()
-        np.testing.assert_allclose(list(record["said"].values()), judged.said, atol=1e-5)
+        np.testing.assert_allclose(
+            list(record["predictions"].values()), judged.predictions, atol=1e-5
+        )
     summary = json.loads((output / "summary.json").read_text())
     assert (
         summary["drawn"] == 16
@@ -194,7 +196,7 @@ def test_a_model_without_attention_of_its_own_shows_probabilities(bench: Path):
     file = bench.parent / "cohort" / "bags" / "h5_files" / "s01.h5"
     found = score_bag(
         model,
-        Objective(names=("neg", "pos")),
+        Classification(("neg", "pos")),
         file,
         None,
         "probability",

@@ -17,16 +17,15 @@ import pytest
 from PIL import Image
 
 from common.files import write_text
-from mil.evaluation.runs import Finished
+from mil.evaluation.runs import FinishedRun
 from mil.heatmaps.pages import rows, write_pages
-from mil.heatmaps.sources import Judged, Source
-from mil.tasks.classification import Predictions
-from mil.tasks.kinds import classification
+from mil.heatmaps.sources import SlidePrediction, Source
+from mil.tasks.classification import Classification, Predictions
 
 CLASSES = ("normal", "tumour")
 
 
-def judged(index: int, probability: float, positive: bool, fold: int = 0) -> Judged:
+def judged(index: int, probability: float, positive: bool, fold: int = 0) -> SlidePrediction:
     called = CLASSES[probability >= 0.5]
     place = (
         f"S{index}",
@@ -38,7 +37,7 @@ def judged(index: int, probability: float, positive: bool, fold: int = 0) -> Jud
         "test",
         Path("w.pt"),
     )
-    return Judged(*place, cuts={"tumour": 0.5})
+    return SlidePrediction(*place, cuts={"tumour": 0.5})
 
 
 def record(slide: str) -> dict[str, object]:
@@ -67,17 +66,19 @@ def record(slide: str) -> dict[str, object]:
     return known | {"picture": [400, 300], "chosen": chosen, "slide": slide}
 
 
-def source(slides: list[Judged]) -> Source:
+def source(slides: list[SlidePrediction]) -> Source:
     runs = []
     for fold in sorted({slide.fold or 0 for slide in slides}):
         inside = [slide for slide in slides if slide.fold == fold]
         targets = np.array([CLASSES.index(slide.label) for slide in inside])
-        said = np.array([slide.said for slide in inside])
+        said = np.array([slide.predictions for slide in inside])
         test = Predictions(fold, np.array([slide.case_id for slide in inside]), targets, said, 0.5)
         runs.append(
-            Finished("", "abmil", 1, {}, test, [{"slide_id": slide.slide_id} for slide in inside])
+            FinishedRun(
+                "", "abmil", 1, {}, test, [{"slide_id": slide.slide_id} for slide in inside]
+            )
         )
-    return Source(classification(CLASSES), "bags", slides, runs, "abmil")
+    return Source(Classification(CLASSES), "bags", slides, runs, "abmil")
 
 
 def test_the_surest_error_comes_first() -> None:
@@ -98,11 +99,11 @@ def test_the_surest_error_comes_first() -> None:
     assert listed[1]["miss"] == pytest.approx(1.9) and listed[4]["miss"] == pytest.approx(0.1)
     others = judged(5, 0.2, True, 1), judged(5, 0.9, True, 2)
     (twice,) = rows(source([replace(judged(5, 0.1, True), others=others)]), {}, {})
-    assert (twice["status"], twice["votes"], twice["fold"]) == ("wrong", 2, 0) and twice["said"][
-        "tumour"
-    ] == pytest.approx(0.4)
-    unlabelled = Judged("x", "", "", "", (), None, "", Path("w.pt"))
-    row = rows(Source(classification(CLASSES), "bags", [unlabelled], [], "abmil"), {}, {})[0]
+    assert (twice["status"], twice["votes"], twice["fold"]) == ("wrong", 2, 0) and twice[
+        "predictions"
+    ]["tumour"] == pytest.approx(0.4)
+    unlabelled = SlidePrediction("x", "", "", "", (), None, "", Path("w.pt"))
+    row = rows(Source(Classification(CLASSES), "bags", [unlabelled], [], "abmil"), {}, {})[0]
     assert (row["status"], row["miss"], row["drawn"]) == ("unknown", -1.0, False)
 
 

@@ -18,8 +18,7 @@ from mil.heatmaps.scores import tiles_alone
 from mil.models import build, deform_mil
 from mil.ops.grid import build_grid
 from mil.ops.slide_grid import MAX_CELLS, SlideGrid, find_grid, infer_step
-from mil.tasks.task import CLASSES
-from mil.training.engine import Recipe, draws, examine, train_one_epoch
+from mil.training.engine import CLASSES, Recipe, draws, examine, train_one_epoch
 from mil.training.prediction import grid_for, predict
 from patch_encoder.bags.bag import make_bag
 from patch_encoder.bags.writer import write_bag

@@ -17,6 +17,7 @@ COHORTS: dict[str, tuple[str, Callable[[int, bool], str]]] = {
     "cox": ("time,event", lambda i, positive: f"{1 if positive else 9},{int(i % 4 != 3)}"),
 }
 COHORTS["discrete"] = COHORTS["cox"]
+COHORTS["regression"] = ("label", lambda i, positive: f"{4000 * positive + 1000 + 7 * i}")
 
 
 def rewrite(cohort: Path, kind: str) -> Path:

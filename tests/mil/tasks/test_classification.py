@@ -11,14 +11,8 @@ import pytest
 from sklearn import metrics as sk
 
 from common.metrics.bootstrap import interval, resample_patients
-from mil.tasks.classification import (
-    METRICS,
-    Predictions,
-    bootstrap,
-    evaluate,
-    resample_runs,
-    summarise,
-)
+from mil.tasks.bootstrap import bootstrap, resample_runs, summarise
+from mil.tasks.classification import METRICS, Predictions, evaluate
 from tests.common.metrics.scored_slides import (
     draw_classes,
     draw_positives,
@@ -45,12 +39,12 @@ def test_weights_count_slides_as_often_as_copies_would():
 def test_degenerate_resamples_are_skipped_and_counted():
     targets = np.array([1, 0, 0, 0])
     run = Predictions(0, np.array(list("abcd")), targets, two_classes([0.9, 0.1, 0.2, 0.3]), 0.5)
-    samples = bootstrap([run], 4000, 0)
+    samples = bootstrap([run], 4000, 0, evaluate)
     ci, skipped = interval(samples["auc"])
     assert skipped == pytest.approx(4000 * (0.75**4 + 0.25**4), rel=0.1)
     assert ci == [1.0, 1.0]
     assert interval(np.full(3, np.nan)) == (None, 3)
-    assert summarise([run], samples)["resamples_skipped"] == skipped
+    assert summarise([run], samples, evaluate)["resamples_skipped"] == skipped
 
 
 def test_interval_of_a_mean_over_folds_resamples_within_folds():
@@ -58,7 +52,7 @@ def test_interval_of_a_mean_over_folds_resamples_within_folds():
     for fold in range(3):
         targets, probabilities = draw_classes(2, slides=40, seed=fold, digits=3)
         runs.append(Predictions(fold, np.arange(40).astype(str), targets, probabilities, 0.5))
-    samples = bootstrap(runs, 2000, 1)
+    samples = bootstrap(runs, 2000, 1, evaluate)
     by_loop = []
     generator = np.random.default_rng(5)
     for _ in range(200):
@@ -69,16 +63,16 @@ def test_interval_of_a_mean_over_folds_resamples_within_folds():
         by_loop.append(np.mean(values))
     low, high = interval(samples["auc"])[0]
     np.testing.assert_allclose([low, high], np.percentile(by_loop, [2.5, 97.5]), atol=0.02)
-    assert low < summarise(runs, samples)["auc_mean"] < high
-    np.testing.assert_array_equal(samples["auc"], bootstrap(runs, 2000, 1)["auc"])
-    assert not np.array_equal(samples["auc"], bootstrap(runs, 2000, 2)["auc"])
+    assert low < summarise(runs, samples, evaluate)["auc_mean"] < high
+    np.testing.assert_array_equal(samples["auc"], bootstrap(runs, 2000, 1, evaluate)["auc"])
+    assert not np.array_equal(samples["auc"], bootstrap(runs, 2000, 2, evaluate)["auc"])
 
 
 def test_two_seeds_of_a_fold_share_their_resamples():
     targets, probabilities = draw_classes(2, digits=3)
     run = Predictions(0, np.arange(60).astype(str), targets, probabilities, 0.5)
     np.testing.assert_allclose(
-        bootstrap([run, run], 100, 0)["auc"], bootstrap([run], 100, 0)["auc"]
+        bootstrap([run, run], 100, 0, evaluate)["auc"], bootstrap([run], 100, 0, evaluate)["auc"]
     )
 
 
@@ -89,7 +83,7 @@ def test_summary_has_means_and_spread_over_runs():
     second = Predictions(
         1, np.arange(4).astype(str), np.array([0, 1, 0, 1]), two_classes([0.9, 0.1, 0.2, 0.8]), 0.5
     )
-    summary = summarise([first, second], bootstrap([first, second], 10, 0))
+    summary = summarise([first, second], bootstrap([first, second], 10, 0, evaluate), evaluate)
     assert summary["runs"] == 2
     assert summary["auc_mean"] == pytest.approx((1.0 + 0.25) / 2)
     assert summary["auc_std"] == pytest.approx(np.std([1.0, 0.25], ddof=1))
@@ -105,7 +99,9 @@ def test_patients_of_several_folds_are_drawn_once():
     ]
     weights = resample_runs(runs, 300, 0)
     np.testing.assert_array_equal(weights[0], weights[1])
-    np.testing.assert_allclose(bootstrap(runs, 300, 0)["auc"], evaluate(runs[0], weights[0])["auc"])
+    np.testing.assert_allclose(
+        bootstrap(runs, 300, 0, evaluate)["auc"], evaluate(runs[0], weights[0])["auc"]
+    )
     apart = [
         runs[0],
         Predictions(
@@ -116,7 +112,10 @@ def test_patients_of_several_folds_are_drawn_once():
             0.5,
         ),
     ]
-    assert bootstrap(apart, 300, 0)["auc"].std() < 0.8 * bootstrap(runs, 300, 0)["auc"].std()
+    assert (
+        bootstrap(apart, 300, 0, evaluate)["auc"].std()
+        < 0.8 * bootstrap(runs, 300, 0, evaluate)["auc"].std()
+    )
 
 
 def test_scaled_ece_uses_the_temperature_and_nothing_else_does():
@@ -140,5 +139,5 @@ def test_two_thousand_resamples_of_a_thousand_slides_take_seconds():
         0.5,
     )
     start = time.process_time()
-    samples = bootstrap([run], 2000, 0)
+    samples = bootstrap([run], 2000, 0, evaluate)
     assert len(samples["auc"]) == 2000 and time.process_time() - start < 10

@@ -8,15 +8,18 @@ from itertools import product
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn import metrics as sk
 
 from common.metrics.bootstrap import resample_patients
 from common.metrics.classification import youden_threshold
-from mil.tasks.classification import Predictions, bootstrap, summarise
-from mil.tasks.kinds import Task, classification
+from mil.tasks.bootstrap import bootstrap, summarise
+from mil.tasks.classification import Classification, Predictions
 from mil.tasks.multilabel import LabelPredictions, evaluate_labels, label_thresholds
 from mil.tasks.ordinal import evaluate_grades, grade
+from mil.tasks.regression import ValuePredictions, evaluate_values
 from mil.tasks.survival import RiskPredictions, concordance_index, evaluate_risks
+from mil.tasks.table import TASKS
 
 CASES = np.array([f"p{i // 2}" for i in range(80)])
 
@@ -49,7 +52,19 @@ def risks_run() -> RiskPredictions:
     )
 
 
-RUNS = {"multilabel": labels_run, "ordinal": grades_run, "cox": risks_run}
+def values_run() -> ValuePredictions:
+    generator = np.random.default_rng(3)
+    targets = np.round(generator.normal(50, 10, 80))  # some ties
+    predicted = np.round(targets + generator.normal(0, 8, 80))
+    return ValuePredictions(0, CASES, targets, predicted)
+
+
+RUNS = {
+    "multilabel": labels_run,
+    "ordinal": grades_run,
+    "cox": risks_run,
+    "regression": values_run,
+}
 
 
 def test_labels_are_scikit_learns_macro_and_micro():
@@ -116,6 +131,20 @@ def harrell(times, events, risks) -> float:
     return right / comparable
 
 
+def test_values_are_scipys_and_scikit_learns():
+    run = values_run()
+    pair = run.targets, run.predicted
+    values = {name: value[0] for name, value in evaluate_values(run).items()}
+    assert values["r2"] == pytest.approx(sk.r2_score(*pair))
+    assert values["mae"] == pytest.approx(sk.mean_absolute_error(*pair))
+    assert values["pearson"] == pytest.approx(stats.pearsonr(*pair).statistic)
+    assert values["spearman"] == pytest.approx(stats.spearmanr(*pair).statistic)
+    constant = evaluate_values(ValuePredictions(0, CASES, run.targets, np.full(80, 51.3)))
+    assert np.isnan([constant["pearson"], constant["spearman"]]).all() and constant["r2"] < 0
+    same = evaluate_values(ValuePredictions(0, CASES, np.full(80, 0.1), run.predicted))
+    assert np.isnan([value[0] for value in same.values()]).all()
+
+
 def test_c_index_is_the_loop_over_pairs():
     run = risks_run()
     assert evaluate_risks(run)["c_index"][0] == pytest.approx(
@@ -147,10 +176,10 @@ def test_c_index_by_hand():
 
 @pytest.mark.parametrize("kind", list(RUNS))
 def test_weights_are_copies_and_intervals_enclose_the_mean(kind: str):
-    run, task = RUNS[kind](), Task(kind, ("a", "b", "c", "d"))
-    assert tuple(task.judge(run)) == task.metrics and set(task.shown) <= set(task.metrics)
+    run, task = RUNS[kind](), TASKS[kind](("a", "b", "c", "d"))
+    assert tuple(task.evaluate(run)) == task.metrics and set(task.shown) <= set(task.metrics)
     weights = resample_patients(CASES, 5, (3,))
-    weighted = task.judge(run, weights)
+    weighted = task.evaluate(run, weights)
     for b in range(5):
         rows = np.repeat(np.arange(80), weights[b])
         fields = {
@@ -158,14 +187,14 @@ def test_weights_are_copies_and_intervals_enclose_the_mean(kind: str):
             for name, value in vars(run).items()
             if isinstance(value, np.ndarray) and len(value) == 80
         }
-        copied = task.judge(type(run)(**(vars(run) | fields)))
+        copied = task.evaluate(type(run)(**(vars(run) | fields)))
         for name in task.metrics:
             np.testing.assert_allclose(weighted[name][b], copied[name][0], err_msg=name)
-    summary = summarise([run], bootstrap([run], 500, 0, task.judge), task.judge)
+    summary = summarise([run], bootstrap([run], 500, 0, task.evaluate), task.evaluate)
     low, high = summary[f"{task.metrics[0]}_ci"]
     assert low < summary[f"{task.metrics[0]}_mean"] < high
 
 
 def test_two_classes_are_binary():
-    kinds = classification(("n", "p")).kind, classification(("a", "b", "c")).kind
+    kinds = Classification(("n", "p")).variant, Classification(("a", "b", "c")).variant
     assert kinds == ("binary", "multiclass")

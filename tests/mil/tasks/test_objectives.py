@@ -29,9 +29,15 @@ from mil.losses.ordinal import corn_loss, corn_probabilities
 from mil.losses.survival import cox_loss, discrete_loss, discrete_risk
 from mil.models import MODELS, build
 from mil.models.output import MILOutput
-from mil.tasks.objective_results import make_objective
-from mil.tasks.targets import read_targets
-from mil.tasks.task import Objective, interval_edges, objective_of
+from mil.tasks.base import Task, TaskOptions
+from mil.tasks.classification import Classification
+from mil.tasks.cox import Cox
+from mil.tasks.discrete import Discrete, interval_edges
+from mil.tasks.multilabel import Multilabel
+from mil.tasks.ordinal import Ordinal
+from mil.tasks.regression import Regression
+from mil.tasks.slide_targets import SlideTargets
+from mil.tasks.table import TASKS, fit_task, read_targets, task_from_dict
 from mil.train import Config, main
 from mil.training.engine import (
     Recipe,
@@ -48,12 +54,13 @@ CPU = World(0, 1, torch.device("cpu"))
 GENERATOR = np.random.default_rng(0)
 TIMES = np.array([3.0, 1.0, 4.0, 1.0, 5.0, 3.0, 2.0, 6.0])
 EVENTS = np.array([1, 1, 0, 1, 1, 0, 0, 1], dtype=bool)
-TASKS = {
-    "classes": Objective("classes", ("a", "b", "c")),
-    "multilabel": Objective("multilabel", ("a", "b", "c"), weights=(1.0, 2.0, 0.5)),
-    "ordinal": Objective("ordinal", ("0", "1", "2", "3")),
-    "cox": Objective("cox"),
-    "discrete": Objective("discrete", edges=(2.0, 4.0), alpha=0.25),
+FITTED: dict[str, Task] = {
+    "classes": Classification(("a", "b", "c")),
+    "multilabel": Multilabel(("a", "b", "c"), weights=(1.0, 2.0, 0.5)),
+    "ordinal": Ordinal(("0", "1", "2", "3")),
+    "cox": Cox(),
+    "discrete": Discrete(edges=(2.0, 4.0), alpha=0.25),
+    "regression": Regression(centre=40.0, scale=8.0, criterion="huber"),
 }
 TARGETS = {
     "classes": [0, 1, 2, 0],
@@ -65,6 +72,7 @@ TARGETS = {
     "cox": [torch.tensor(v) for v in ([1.0, 1.0], [3.0, 0.0], [2.0, 1.0], [5.0, 1.0])],
 }
 TARGETS["discrete"] = TARGETS["cox"]
+TARGETS["regression"] = [torch.tensor([value]) for value in (30.0, 50.0, 41.0, 35.0)]
 
 
 def test_class_loss_smooths_and_focuses():
@@ -135,10 +143,10 @@ def test_discrete_likelihood_by_hand():
 
 
 def test_alpha_weighs_the_censored_slides_of_the_task():
-    logits, plain = torch.tensor([0.2, -1.0, 0.5]), Objective("discrete", edges=(2.0, 4.0))
+    logits, plain = torch.tensor([0.2, -1.0, 0.5]), Discrete(edges=(2.0, 4.0))
     died, left = torch.tensor([3.0, 1.0]), torch.tensor([3.0, 0.0])
     for alpha in (0.0, 0.4, 1.0):
-        task = Objective("discrete", edges=(2.0, 4.0), alpha=alpha)
+        task = Discrete(edges=(2.0, 4.0), alpha=alpha)
         torch.testing.assert_close(task.loss(logits, left), (1 - alpha) * plain.loss(logits, left))
         torch.testing.assert_close(task.loss(logits, died), plain.loss(logits, died))
 
@@ -168,7 +176,7 @@ def test_alpha_goes_through_training_and_benchmark(
         assert main(config) is None
         said[name] = (tmp_path / name / "predictions.csv").read_text()
         content = load_classifier(tmp_path / name / "checkpoint_best.pt", CPU.device)[1]
-        assert objective_of(content["config"]["task"]).alpha == (0.5 if name == "half" else 0.0)
+        assert task_from_dict(content["config"]["task"]).alpha == (0.5 if name == "half" else 0.0)
     assert said["plain"] == said["zero"] != said["half"]
     grid = [
         *shared,
@@ -198,23 +206,15 @@ def test_alpha_goes_through_training_and_benchmark(
 
 def test_what_logits_mean():
     logits = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    torch.testing.assert_close(
-        Objective("classes", ("a", "b", "c")).said(logits), logits.softmax(1)
-    )
-    torch.testing.assert_close(
-        Objective("multilabel", ("a", "b", "c")).said(logits), logits.sigmoid()
-    )
-    grades = Objective("ordinal", ("1", "2", "3", "4"))
+    torch.testing.assert_close(Classification(("a", "b", "c")).predict(logits), logits.softmax(1))
+    torch.testing.assert_close(Multilabel(("a", "b", "c")).predict(logits), logits.sigmoid())
+    grades = Ordinal(("1", "2", "3", "4"))
     above = logits.sigmoid().cumprod(1)  # P(y > k) = P(y > k | y > k - 1) P(y > k - 1)
-    said = grades.said(logits)
+    said = grades.predict(logits)
     torch.testing.assert_close(said.flip(1).cumsum(1).flip(1)[:, 1:], above)
     torch.testing.assert_close(said.sum(1), torch.ones(20, dtype=torch.float64))
-    assert torch.equal(Objective("cox").said(logits[:, :1]), logits[:, :1])
-    assert (
-        grades.outputs == 3
-        and Objective("discrete", edges=(1.0, 2.0)).outputs == 3
-        and Objective("cox").outputs == 1
-    )
+    assert torch.equal(Cox().predict(logits[:, :1]), logits[:, :1])
+    assert grades.outputs == 3 and Discrete(edges=(1.0, 2.0)).outputs == 3 and Cox().outputs == 1
 
 
 def test_epochs_are_compared_by_what_evaluation_reports():
@@ -228,12 +228,12 @@ def test_epochs_are_compared_by_what_evaluation_reports():
             pairs += 1
             wins += 1.0 if risks[i] > risks[j] else 0.5 if risks[i] == risks[j] else 0.0
     aims = [torch.tensor([time, float(event)]) for time, event in zip(TIMES, EVENTS, strict=True)]
-    assert Objective("cox").judge(risks[:, None], aims)["c_index"] == pytest.approx(wins / pairs)
-    task, targets = Objective("ordinal", ("1", "2", "3", "4")), GENERATOR.integers(0, 4, 30)
+    assert Cox().measure(risks[:, None], aims)["c_index"] == pytest.approx(wins / pairs)
+    task, targets = Ordinal(("1", "2", "3", "4")), GENERATOR.integers(0, 4, 30)
     logits = torch.randn(30, 3, generator=torch.Generator().manual_seed(2))
-    called = (task.said(logits).cumsum(1) >= 0.5).int().argmax(1)
+    called = (task.predict(logits).cumsum(1) >= 0.5).int().argmax(1)
     expected = cohen_kappa_score(targets, called, weights="quadratic", labels=range(4))
-    assert task.judge(logits, targets.tolist())["kappa"] == pytest.approx(expected)
+    assert task.measure(logits, targets.tolist())["kappa"] == pytest.approx(expected)
 
 
 def test_intervals_hold_about_as_many_events():
@@ -243,16 +243,16 @@ def test_intervals_hold_about_as_many_events():
     assert len(edges) == 3 and counts.max() - counts.min() <= 1
     with pytest.raises(UserError, match="intervals=4: expected as many different event times"):
         interval_edges(np.ones(9), np.ones(9, dtype=bool), 4)
-    task = Objective("discrete", edges=(2.0, 4.0))
+    task = Discrete(edges=(2.0, 4.0))
     assert [task.interval(torch.tensor([t, 1.0])) for t in (1.9, 2.0, 3.9, 4.0)] == [0, 1, 1, 2]
 
 
 def test_told_is_what_the_outputs_are_evidence_for():
-    assert TASKS["classes"].told(2) == 2
-    assert TASKS["ordinal"].told(2).tolist() == [1, 1, 0]
-    assert TASKS["cox"].told(torch.tensor([1.0, 1.0])).tolist() == [1]
-    assert TASKS["discrete"].told(torch.tensor([3.0, 1.0])).tolist() == [0, 1, 0]
-    assert TASKS["discrete"].told(torch.tensor([3.0, 0.0])).tolist() == [0, 0, 0]
+    assert FITTED["classes"].evidence(2) == 2
+    assert FITTED["ordinal"].evidence(2).tolist() == [1, 1, 0]
+    assert FITTED["cox"].evidence(torch.tensor([1.0, 1.0])).tolist() == [1]
+    assert FITTED["discrete"].evidence(torch.tensor([3.0, 1.0])).tolist() == [0, 1, 0]
+    assert FITTED["discrete"].evidence(torch.tensor([3.0, 0.0])).tolist() == [0, 0, 0]
 
 
 def test_cox_over_streams_is_the_weighted_sum_and_small_bags_fall_back_on_their_logits():
@@ -268,13 +268,13 @@ def test_cox_over_streams_is_the_weighted_sum_and_small_bags_fall_back_on_their_
     expected = (
         0.7 * cox_loss(risks[:, 1], times, events) + 0.3 * cox_loss(second, times, events) + 0.5
     )
-    torch.testing.assert_close(Objective("cox").step_loss(outputs, aims), expected)
+    torch.testing.assert_close(Cox().step_loss(outputs, aims), expected)
 
 
-@pytest.mark.parametrize("kind", list(TASKS))
+@pytest.mark.parametrize("kind", list(FITTED))
 @pytest.mark.parametrize("name", list(MODELS))
 def test_every_model_trains_on_every_task(name: str, kind: str):
-    task = TASKS[kind]
+    task = FITTED[kind]
     torch.manual_seed(0)
     places = torch.tensor([(x, y) for y in range(3) for x in range(4)])
     bags = [
@@ -290,35 +290,42 @@ def test_every_model_trains_on_every_task(name: str, kind: str):
     moved = [key for key, value in model.named_parameters() if not torch.equal(value, before[key])]
     assert math.isfinite(loss) and any("head" in key or "tile" in key for key in moved)
     logits = predict(model, bags, CPU.device)
-    assert logits.shape == (4, task.outputs) and set(task.judge(logits, TARGETS[kind])) == {
+    assert logits.shape == (4, task.outputs) and set(task.measure(logits, TARGETS[kind])) == {
         task.score,
         "loss",
     }
-    said = task.said(logits)
-    assert said.shape == (4, 1 if kind in ("cox", "discrete") else len(task.names))
+    said = task.predict(logits)
+    assert said.shape == (4, len(task.names) or 1)
     if kind in ("classes", "ordinal"):
         torch.testing.assert_close(said.sum(1), torch.ones(4))
-    assert objective_of(json.loads(json.dumps(task.to_dict()))) == task
+    assert task_from_dict(json.loads(json.dumps(task.to_dict()))) == task
 
 
 def test_what_does_not_go_together_is_refused():
     with pytest.raises(
         UserError, match="task=cox: expected one process and training.accumulate of 2 or more"
     ):
-        check_recipe(Recipe(), TASKS["cox"], CPU)
+        check_recipe(Recipe(), FITTED["cox"], CPU)
     with pytest.raises(UserError, match="expected one process"):
-        check_recipe(Recipe(accumulate=4), TASKS["cox"], World(0, 2, torch.device("cpu")))
-    with pytest.raises(UserError, match="task=discrete: training.class_weights"):
-        check_recipe(Recipe(class_weights=True), TASKS["discrete"], CPU)
-    with pytest.raises(UserError, match="task=ordinal: label_smoothing and focal"):
-        Objective("ordinal", ("0", "1"), smoothing=0.1)
-    with pytest.raises(UserError, match="task=cox: censored_alpha is of task=discrete"):
-        Objective("cox", alpha=0.5)
+        check_recipe(Recipe(accumulate=4), FITTED["cox"], World(0, 2, torch.device("cpu")))
+    others = {
+        "cox": TaskOptions(censored_alpha=0.5),
+        "ordinal": TaskOptions(label_smoothing=0.1),
+        "discrete": TaskOptions(class_weights=True),
+        "regression": TaskOptions(focal=1.0),
+        "classes": TaskOptions(regression_loss="huber"),
+    }
+    for kind, options in others.items():
+        (name,) = (key for key, value in vars(options).items() if value != vars(TaskOptions())[key])
+        with pytest.raises(UserError, match=f"task={kind} does not support {name}, an option of"):
+            fit_task(SlideTargets(TASKS[kind](), {}), [], options)
+    with pytest.raises(UserError, match="expected 0 <= label_smoothing < 1"):
+        Multilabel(("a", "b"), smoothing=1.0)
     for share in (-0.1, 1.1, math.nan):
         with pytest.raises(
             UserError, match=r"censored_alpha=.*: expected a share, 0 <= censored_alpha <= 1"
         ):
-            Objective("discrete", edges=(1.0,), alpha=share)
+            Discrete(edges=(1.0,), alpha=share)
 
 
 @pytest.mark.parametrize("kind", list(COHORTS))
@@ -339,7 +346,8 @@ def test_a_run_of_every_task_from_its_labels(make_cohort, tmp_path: Path, kind: 
     )
     assert main(config) is None
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    score = {"multilabel": "auc", "ordinal": "kappa"}.get(kind, "c_index")
+    scores = {"multilabel": "auc", "ordinal": "kappa", "regression": "r2"}
+    score = scores.get(kind, "c_index")
     assert (
         results["task"] == kind
         and math.isfinite(results[f"val_{score}"])
@@ -349,6 +357,8 @@ def test_a_run_of_every_task_from_its_labels(make_cohort, tmp_path: Path, kind: 
         rows = [row for row in csv.DictReader(stream) if row["split"] == "test"]
     if score == "c_index":  # the easy signal is found
         assert results["test"]["c_index"] > 0.6
+    elif kind == "regression":
+        assert results["test"]["r2"] > 0.6
     elif kind == "ordinal":
         below = np.cumsum([[float(row[f"prob_{g}"]) for g in range(4)] for row in rows], axis=1)
         assert [row["predicted"] for row in rows] == [str(g) for g in (below >= 0.5).argmax(1)]
@@ -360,7 +370,7 @@ def test_a_run_of_every_task_from_its_labels(make_cohort, tmp_path: Path, kind: 
     assert run_script(evaluate.main, evaluate.Config, given) == 0
     with (tmp_path / "evaluation" / "results.csv").open() as stream:
         (judged,) = csv.DictReader(stream)
-    name = {"multilabel": "auc_macro", "ordinal": "kappa_quadratic"}.get(kind, "c_index")
+    name = {"multilabel": "auc_macro", "ordinal": "kappa_quadratic"}.get(kind, score)
     assert float(judged[name]) == pytest.approx(results["test"][score], abs=1e-5)
 
 
@@ -411,4 +421,7 @@ def test_targets_name_columns_grades_and_doubles(tmp_path: Path):
     slides, targets = read_targets(table, "multilabel")
     assert [targets.of(s).tolist() for s in ("s1", "s2", "s3")] == [[1, 1], [0, 0], [1, 0]]
     assert [record.label for record in slides.records] == ["b", "-", "a"]  # the rarest
-    assert make_objective(targets, ["s1", "s2", "s3"], 0.0, 0.0, True, 4).weights == (0.5, 2.0)
+    assert fit_task(targets, ["s1", "s2", "s3"], TaskOptions(class_weights=True)).weights == (
+        0.5,
+        2.0,
+    )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import signal
 
-from mil.training.fold_run import Job
+from mil.training.fold_run import FoldJob
 from mil.training.training_pool import train_job
 from tests.helpers import die
 
 PLACE = "max/seed1_fold1"
 
 
-def train_or_die(job: Job, device: str) -> None:
+def train_or_die(job: FoldJob, device: str) -> None:
     """`train_job`, unless the job is the one that kills."""
     if job.output.match(PLACE):
         die(signal.SIGKILL)

@@ -29,7 +29,8 @@ from mil.datasets.bags import Sample, find_bags, load_bags
 from mil.losses.classification import class_loss
 from mil.models import build
 from mil.tasks.classification import METRICS
-from mil.tasks.task import Objective
+from mil.tasks.cox import Cox
+from mil.tasks.discrete import Discrete
 from mil.train import Config, build_job, main
 from mil.training.engine import (
     Recipe,
@@ -98,7 +99,7 @@ def test_every_model_trains_and_leaves_a_whole_run_directory(
     make_cohort, tmp_path: Path, name: str
 ):
     results = train(make_cohort(), tmp_path / "run", f"model={name}", "standardize=true")
-    assert set(METRICS) == set(results["test"])
+    assert {*METRICS, "loss"} == set(results["test"])
     files = {
         "config.yaml",
         "metrics.jsonl",
@@ -110,7 +111,7 @@ def test_every_model_trains_and_leaves_a_whole_run_directory(
     assert files | {"predictions.csv"} <= {p.name for p in (tmp_path / "run").iterdir()}
     model, content = load_classifier(tmp_path / "run" / "checkpoint_best.pt", torch.device("cpu"))
     assert (
-        content["config"]["class_names"] == ["neg", "pos"]
+        content["config"]["task"]["names"] == ["neg", "pos"]
         and content["epoch"] == results["best_epoch"]
     )
     with (tmp_path / "run" / "predictions.csv").open() as stream:
@@ -313,12 +314,12 @@ def test_validation_slides_that_cannot_be_ranked(caplog: pytest.LogCaptureFixtur
         match=r"3 validation slides, among which val_c_index has nothing to compare; expected an "
         r"event",
     ):
-        engine.check_validation(targets, Objective("cox"))
-    engine.check_validation(targets, Objective("discrete", edges=(4.0,)))
+        engine.check_validation(targets, Cox())
+    engine.check_validation(targets, Discrete(edges=(4.0,)))
     assert "the best epoch is the one with the lowest loss" in caplog.text
     caplog.clear()
     targets.append(torch.tensor((12.0, 0.0)))
-    engine.check_validation(targets, Objective("cox"))
+    engine.check_validation(targets, Cox())
     assert not caplog.text
 
 

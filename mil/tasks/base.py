@@ -1,0 +1,432 @@
+"""What a slide classifier is asked: the members that every kind of task fills in.
+
+One file per kind (mil/tasks/classification.py, multilabel.py, ordinal.py, cox.py, discrete.py,
+regression.py), listed in mil/tasks/table.py. Whatever depends on the kind is a member here, so that
+training, evaluation, figures and heatmaps ask the task and never compare its kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from common.metrics.ranking import ratio
+from mil.datasets.labels import LabelledSlides
+from mil.models.output import MILOutput, Target
+
+if TYPE_CHECKING:
+    from typing import Self
+
+Row = dict[str, str]  # of predictions.csv
+Names = Sequence[str]
+Array = np.ndarray
+# slides of labels.csv with their stratum as label, the task with its names, slide id -> target
+ReadTargets = tuple[LabelledSlides, "Task", Mapping[str, int | tuple[float, ...]]]
+PLACE = ("slide_id", "case_id", "fold", "split")
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What a user decides about the loss of a task; a task refuses the options of other tasks."""
+
+    label_smoothing: float = 0.0
+    focal: float = 0.0
+    class_weights: bool = False
+    intervals: int = 4
+    censored_alpha: float = 0.0
+    regression_loss: str = "mse"
+
+
+@dataclass(frozen=True)
+class RunPredictions:
+    """What one trained model predicts for the slides of one set of its fold.
+
+    Attributes:
+        fold: number of the fold.
+        cases: (S,) patient of each slide; resampling needs it.
+    """
+
+    fold: int
+    cases: np.ndarray
+
+
+@dataclass(frozen=True)
+class FigureSpec:
+    """A figure on the report page: its drawing (a key of mil.figures.by_task.FIGURES), what it is,
+    and its caption, in which `{headline}` stands for the classifier.
+    """
+
+    drawing: str
+    title: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a model makes of one slide, for people.
+
+    Attributes:
+        rank: by which example slides are chosen: how sure the call is; of tasks without calls the
+            place of the risk or the error.
+        label: what is known of the slide.
+        called: what the model makes of it.
+        detail: how sure that is.
+        right: False where `called` contradicts `label`.
+    """
+
+    rank: float
+    label: str
+    called: str
+    detail: str
+    right: bool = True
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question to a slide. The defaults are those of tasks that call one of `names` from a
+    probability for each.
+
+    Attributes:
+        names: classes, labels or grades in order; empty where the answer is one number.
+    """
+
+    names: tuple[str, ...] = ()
+
+    kind: ClassVar[str]  # key of mil.tasks.table.TASKS
+    about: ClassVar[str]  # one line for --help
+    options: ClassVar[tuple[str, ...]] = ()  # names of the TaskOptions that the task takes
+    fewest_names: ClassVar[int] = 2  # columns prob_<name> that a table of predictions needs
+    takes_grades: ClassVar[bool] = False
+    stratified_by: ClassVar[str] = "class"
+    # training
+    score: ClassVar[str]  # by which epochs are compared; higher is better
+    needs_all_bags: ClassVar[bool] = False  # the loss is one of a whole step's bags, no mean
+    weighs_bags: ClassVar[bool] = False  # class_weights weigh the loss of a bag by its stratum
+    trained_cuts: ClassVar[tuple[str, ...]] = ()  # chosen while training: they are in results.json
+    dtype: ClassVar[torch.dtype] = torch.float64  # in which final predictions are computed
+    # evaluation
+    metrics: ClassVar[tuple[str, ...]]  # columns of the tables
+    shown: ClassVar[tuple[str, ...]]  # metrics of a short table; the first one is ranked by
+    cards: ClassVar[tuple[str, ...]]  # metrics at the top of the heatmap page
+    chosen: ClassVar[tuple[str, ...]] = ()  # further columns of results.csv, from validation
+    titles: ClassVar[Mapping[str, str]] = {}
+    lower_is_better: ClassVar[frozenset[str]] = frozenset()
+    chance: ClassVar[float] = 0.5  # headline metric of a model without knowledge
+    tables: ClassVar[tuple[str, ...]] = ()  # keys of mil.evaluation.task_tables.TABLES
+    figures: ClassVar[tuple[str, ...]] = ()  # keys of mil.figures.by_task.FIGURES
+    page_figures: ClassVar[tuple[str, ...]] = ()  # keys of mil.heatmaps.cohort_figures.FIGURES
+    # pages
+    has_calls: ClassVar[bool] = True  # an answer is right or wrong; else it is one number
+    common_scale: ClassVar[bool] = True  # the numbers of two runs can be averaged
+    several_labels: ClassVar[bool] = False
+    alone: ClassVar[str] = "probability"  # what a heatmap shows of a tile alone
+    label_word: ClassVar[str] = "label"
+    call_word: ClassVar[str] = "called"
+    label_heading: ClassVar[str] = "label"
+    miss_heading: ClassVar[str] = "outcome"
+    miss_help: ClassVar[str] = "errors first, the surest error at the top"
+    order_note: ClassVar[str] = "Errors come first, the surest at the top"
+    repeats_note: ClassVar[str] = (
+        "probabilities are means over its runs, called is what most of them say (of equally many "
+        "the first)"
+    )
+    value_note: ClassVar[str] = ""
+    call_note: ClassVar[str] = ""
+    example_groups: ClassVar[tuple[str, str]] = ("Called right", "Called wrong")
+    positive_words: ClassVar[str] = "of a positive class"
+
+    # ---- what the task is
+
+    @classmethod
+    def read_targets(
+        cls, path: str | Path, subset: Names, positive: str | None, grades: Names
+    ) -> ReadTargets:
+        """Slides of labels.csv (their label is the stratum that folds keep in proportion), the task
+        with its names, and slide id -> target.
+        """
+        raise NotImplementedError
+
+    def fit(self, targets: Sequence[Target], options: TaskOptions) -> Self:
+        """The task with its options and what it takes from the targets of the training slides."""
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a checkpoint; mil.tasks.table.task_from_dict is the inverse."""
+        fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {"kind": self.kind, **fields}
+
+    @property
+    def outputs(self) -> int:
+        """Logits of a model."""
+        return len(self.names)
+
+    @property
+    def headline(self) -> str:
+        """The metric to rank by."""
+        return self.shown[0]
+
+    @property
+    def brief(self) -> tuple[str, ...]:
+        """Metrics in the terminal and on the report page."""
+        return self.shown
+
+    @property
+    def variant(self) -> str:
+        """The kind, or a more exact name for it."""
+        return self.kind
+
+    @property
+    def positive(self) -> str | None:
+        """The positive class where there are two classes."""
+        return None
+
+    def title(self, metric: str) -> str:
+        """A metric's name in a table."""
+        return self.titles.get(metric, metric.replace("_", " "))
+
+    # ---- training
+
+    def evidence(self, target: Target) -> Target:
+        """What the model is told while it trains (instance losses): the class, or a vector with 1
+        for every output that the bag is evidence for.
+        """
+        return target
+
+    def loss(self, logits: Float[Tensor, " c"], target: Target) -> Float[Tensor, ""]:
+        """Criterion of one bag."""
+        raise NotImplementedError
+
+    def step_loss(
+        self, outputs: Sequence[MILOutput], targets: Sequence[Tensor]
+    ) -> Float[Tensor, ""]:
+        """Loss of a step where `needs_all_bags`."""
+        raise NotImplementedError
+
+    def mean_loss(
+        self, logits: Float[Tensor, "s c"], targets: Sequence[Target]
+    ) -> Float[Tensor, ""]:
+        """Loss of slides that were not trained on."""
+        pairs = zip(logits, targets, strict=True)
+        return torch.stack([self.loss(row, target) for row, target in pairs]).mean()
+
+    def predict(self, logits: Float[Tensor, "s c"]) -> Float[Tensor, "s v"]:
+        """Probabilities of `names`, or the one number of each slide."""
+        raise NotImplementedError
+
+    def compute_score(self, values: np.ndarray, targets: np.ndarray) -> float:
+        """`score` of predictions (S, V); NaN where there is nothing to compare."""
+        raise NotImplementedError
+
+    def measure(self, logits: Float[Tensor, "s c"], targets: Sequence[Target]) -> dict[str, float]:
+        """`score`, by which epochs are compared, and `loss` of slides that were not trained on."""
+        values = self.predict(logits).double().numpy()
+        stacked = np.stack([np.asarray(target) for target in targets])
+        loss = float(self.mean_loss(logits, targets))
+        return {self.score: self.compute_score(values, stacked), "loss": loss}
+
+    # ---- predictions.csv
+
+    @property
+    def value_names(self) -> tuple[str, ...]:
+        """Names of the numbers that a model predicts for a slide."""
+        return self.names
+
+    @property
+    def cell_names(self) -> tuple[str, ...]:
+        """Columns of predictions.csv that only this task has."""
+        return ("label", "predicted", *(f"prob_{name}" for name in self.names))
+
+    @property
+    def header(self) -> tuple[str, ...]:
+        """All columns of predictions.csv, in order."""
+        return (*PLACE, *self.cell_names)
+
+    @property
+    def needed_columns(self) -> tuple[str, ...]:
+        """Columns without which a table of predictions cannot be read."""
+        return tuple(name for name in self.cell_names if name != "predicted")
+
+    def make_predictions(
+        self, run: RunPredictions, targets: Sequence[Target], values: Array, cuts: Mapping[str, Any]
+    ) -> Any:
+        """Predictions of a set of slides.
+
+        Args:
+            run: fold and patients of the slides.
+            targets: of the slides.
+            values: what `predict` makes of their logits.
+            cuts: what training has chosen on validation slides; a task takes what it knows.
+        """
+        raise NotImplementedError
+
+    def cells(self, run: Any) -> list[dict[str, object]]:
+        """Cells of `cell_names` of every slide; numbers are written so that they are read back
+        exactly.
+        """
+        rows = zip(self.label_texts(run), self.calls(run), self.values(run).tolist(), strict=True)
+        return [
+            {"label": label, "predicted": called}
+            | {f"prob_{name}": repr(p) for name, p in zip(self.names, numbers, strict=True)}
+            for label, called, numbers in rows
+        ]
+
+    def read_predictions(self, path: str | Path, fold: int, rows: Sequence[Row]) -> Any:
+        """Inverse of `cells`, with nothing chosen on validation slides yet.
+
+        Raises:
+            UserError: a value is no number or out of range, a label is unknown.
+        """
+        raise NotImplementedError
+
+    def choose_cuts(self, val: Any) -> dict[str, Any]:
+        """Thresholds and the like from validation slides: fields of the predictions."""
+        return {}
+
+    # ---- evaluation
+
+    def evaluate(self, run: Any, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Every metric, each (B,), for B weightings (B, S) of the slides; None: one of ones."""
+        raise NotImplementedError
+
+    @property
+    def delong_labels(self) -> tuple[str, ...]:
+        """Labels whose AUCs DeLong's test compares between models ('': there is but one); empty:
+        the headline metric is compared by a paired bootstrap of patients.
+        """
+        return ()
+
+    def as_two_classes(self, run: Any, label: str) -> Any | None:
+        """The predictions of one of `delong_labels` as classes; None where a fold cannot rank."""
+        return run
+
+    @property
+    def report_figures(self) -> tuple[FigureSpec, ...]:
+        """Figures of the report page."""
+        return ()
+
+    @property
+    def cut_note(self) -> str:
+        """How the report page explains thresholds."""
+        raise NotImplementedError
+
+    # ---- single slides, for pages
+
+    def label_texts(self, run: Any) -> list[str]:
+        """What is known of every slide."""
+        return [self.names[index] for index in run.targets]
+
+    def calls(self, run: Any) -> list[str]:
+        """What every slide is called; '' where `has_calls` is False."""
+        return [""] * len(run.cases)
+
+    def values(self, run: Any) -> np.ndarray:
+        """(S, V) numbers of `value_names`."""
+        return run.probabilities
+
+    def cuts(self, run: Any) -> dict[str, float]:
+        """Name -> probability from which it is called."""
+        return {}
+
+    def places(self, run: Any) -> list[float | None]:
+        """Share of the run's slides with a lower number, where `has_calls` is False."""
+        return [None] * len(run.cases)
+
+    def verdicts(self, run: Any) -> list[Verdict]:
+        """What the model makes of every slide; the most probable call is the surest one."""
+        found = []
+        for label, call, p in zip(
+            self.label_texts(run), self.calls(run), self.values(run).tolist(), strict=True
+        ):
+            sure = p[self.names.index(call)]
+            found.append(Verdict(sure, label, call, f"probability {sure:.2f}", label == call))
+        return found
+
+    def repeated_rank(self, rank: float, runs: int) -> str:
+        """How a page words the mean rank of a slide over several runs, without calls."""
+        raise NotImplementedError
+
+    @property
+    def negative(self) -> str:
+        """The label of slides that no example needs to show."""
+        return self.names[0]
+
+    def most_probable(self, values: Float[np.ndarray, " v"]) -> str:
+        """The name that the numbers of a slide alone call."""
+        return self.names[int(values.argmax())]
+
+    def likeliest(self, values: Float[np.ndarray, " v"]) -> str:
+        """The name that a heatmap is of where none is asked for; '' where there are no names."""
+        return self.most_probable(values)
+
+    def tolerance(self, value: float) -> float:
+        """Scale of the difference between two computations of one predicted number."""
+        return max(1.0, abs(value))
+
+    def describe(self, values: np.ndarray, called: str) -> str:
+        """What the model makes of a slide, e.g. `called tumour (0.81)`."""
+        called = called or self.most_probable(values)
+        return f"called {called} ({values[self.names.index(called)]:.2f})"
+
+    @property
+    def question(self) -> str:
+        """What is asked, in a line of the report."""
+        return f"classes {', '.join(self.names)}"
+
+    @property
+    def description(self) -> str:
+        """What is asked, in a line of the heatmap page."""
+        return self.question
+
+    def status(self, label: str, right: bool | None) -> str:
+        """What a slide can be filtered by."""
+        return {True: "right", False: "wrong", None: "unknown"}[right]
+
+    def miss(self, row: Mapping[str, Any]) -> float:
+        """By what the heatmap page sorts, highest first: 1 to 2 for errors, 0 to 1 for the others,
+        below for what cannot be told.
+
+        Args:
+            row: `label`, `right`, `place` and `predictions` (name -> number) of a slide.
+        """
+        if row["right"] is None:
+            return -1.0
+        return (1 - self.given(row)) + (not row["right"])
+
+    def given(self, row: Mapping[str, Any]) -> float:
+        """The probability that the true label was given."""
+        return row["predictions"].get(row["label"], 0.0)
+
+    def miss_text(self, row: Mapping[str, Any]) -> str:
+        """`miss` in the page's table, where `has_calls` is False."""
+        return ""
+
+
+def apply_cuts(task: Task, parts: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Predictions by val and test (either may be missing) with the cuts that the validation slides
+    give; a cut that training has chosen, in the run's results `known`, goes first.
+    """
+    cuts = task.choose_cuts(parts["val"]) if "val" in parts else {}
+    cuts |= {name: known[name] for name in task.trained_cuts if name in known}
+    return {name: replace(part, **cuts) for name, part in parts.items()}
+
+
+def rank_places(values: np.ndarray) -> list[float | None]:
+    """Share of the values that are lower, of each."""
+    return [float((values < value).mean()) for value in values]
+
+
+def weights_or_ones(weights: np.ndarray | None, slides: int) -> np.ndarray:
+    """(B, S): the weightings, or one of ones."""
+    return np.ones((1, slides)) if weights is None else weights
+
+
+def weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Mean over slides of (S,) values for every weighting, (B,)."""
+    return ratio(weights @ values, weights.sum(1))
