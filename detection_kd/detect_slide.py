@@ -54,14 +54,14 @@ STAGE = "detect_slide"
 class Config(ExtractionKeys):
     """Keys of detection on slides (`dtype` and `pt` do not matter here)."""
 
-    detector: str = key(REQUIRED, "checkpoint of train_detector", path=True)
+    detector: str = key(REQUIRED, "checkpoint of a detector", path=True)
     scale: float = key(
         1.0,
         "factor on a tile's side before the detector; fields of 256 px trained at eval_size=128: "
         "0.5",
     )
-    min_score: float = key(0.3, "detections below it are dropped")
-    max_detections: int = key(300, "most detections a tile")
+    min_score: float = key(0.3, "detections below this score are dropped")
+    max_detections: int = key(300, "number of detections that are kept; per tile")
     nms_iou: float = key(0.5, "overlap above which the weaker of two boxes of a class goes")
 
 

@@ -47,31 +47,38 @@ REPORTED = ("AP", "AP50", "AP75", "AR", "FROC")
 class Config:
     """Keys of `evaluate_detector`."""
 
-    detector: str = key(REQUIRED, "checkpoint of train_detector", path=True)
-    annotations: str = key(REQUIRED, "COCO JSON to evaluate on", path=True)
-    images: str = key(REQUIRED, "folder that the file names in it are relative to", path=True)
-    output: str = key(REQUIRED, "run directory of this evaluation", runtime=True)
+    detector: str = key(REQUIRED, "checkpoint of a detector", path=True)
+    annotations: str = key(REQUIRED, "COCO JSON file with the annotated boxes", path=True)
+    images: str = key(REQUIRED, "folder of the images that the annotations name", path=True)
+    output: str = key(REQUIRED, "where the results are written; a run directory", runtime=True)
     eval_size: int = key(0, "short side of an image, px; 0: as in the detector's training")
     max_size: int = key(0, "most px of the long side; 0: as in the detector's training")
-    max_detections: int = key(100, "detections an image that are kept and counted")
+    max_detections: int = key(100, "number of detections that are kept; and counted, per image")
     iou: float = key(
         0.5, "overlap from which on a box has found a lesion, in FROC, counts and overlays"
     )
-    score: float = key(0.3, "detections below it are neither in the overlays nor in the counts")
+    min_score: float = key(
+        0.3, "detections below this score are dropped; neither in the overlays nor in the counts"
+    )
     overlays: int = key(
-        12, "images to draw: half of them those with most errors, the others at random"
+        12,
+        "number of images to draw with their boxes; half of them those with most "
+        "errors, the others at random",
     )
     batch_size: int = key(
         1,
-        "images a batch of each process; above 1 smaller images are padded, which moves scores a "
-        "little",
+        "items per step over all processes; images; above 1, smaller images are padded, "
+        "which moves scores a little",
     )
     precision: str = key(
-        "auto", "arithmetic of the network; boxes are always fp32", choices=PRECISIONS
+        "auto",
+        "number format of the computation; auto: bf16 where the device has it in "
+        "hardware, else fp32; boxes are always fp32",
+        choices=PRECISIONS,
     )
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
-    workers: int = key(2, "image loading processes of each process", runtime=True)
-    overwrite: bool = key(False, "replace the evaluation of other settings", runtime=True)
+    workers: int = key(2, "worker processes; they load images, per process", runtime=True)
+    overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
 
 
 def resolve_sizes(config: Config, training: dict[str, Any]) -> Config:
@@ -82,9 +89,10 @@ def resolve_sizes(config: Config, training: dict[str, Any]) -> Config:
     for name, least in limits.items():
         if getattr(config, name) < least:
             raise UserError(f"{name}={getattr(config, name)}: expected at least {least}")
-    if not 0 < config.iou <= 1 or not 0 <= config.score <= 1:
+    if not 0 < config.iou <= 1 or not 0 <= config.min_score <= 1:
         raise UserError(
-            f"iou={config.iou}, score={config.score}: expected an overlap in (0, 1] and a score "
+            f"iou={config.iou}, min_score={config.min_score}: expected an overlap in (0, 1] and a "
+            "score "
             "in [0, 1]"
         )
     sizes = {
@@ -168,7 +176,7 @@ def summarise(
         "seconds": round(seconds, 3),
         "images_per_second": round(images / seconds, 3),
         "at_score": count_hits(
-            judge_set(annotated, predictions, config.score, config.iou), annotated.categories
+            judge_set(annotated, predictions, config.min_score, config.iou), annotated.categories
         ),
         "settings": identity(config),
     }
@@ -205,7 +213,7 @@ def main(config: Config) -> int:
     shown = {
         "max_detections": config.max_detections,
         "iou": config.iou,
-        "score": config.score,
+        "score": config.min_score,
         "overlays": config.overlays,
     }
     write_detection_figures(run.path, annotated, predictions, **shown)

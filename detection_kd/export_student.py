@@ -61,20 +61,29 @@ class Config:
 
     student: str = key(REQUIRED, "checkpoint of train_d2vfm", path=True)
     output: str = key(
-        REQUIRED, "folder for student.onnx, student_int8.onnx and export.json", runtime=True
+        REQUIRED,
+        "where the results are written; student.onnx, student_int8.onnx and export.json",
+        runtime=True,
     )
-    slides: str = key("", "folder of slides, whose tiles calibrate and check", path=True)
-    coords: str = key("", "folder of coordinates files of these slides", path=True)
-    labels: str = key("", "labels.csv: only its slides", path=True)
-    dataset: str = key("", "distillation set, in place of slides and coords", path=True)
+    slides: str = key(
+        "", "slide file, or folder tree of slides; their tiles calibrate and check", path=True
+    )
+    coords: str = key("", "folder of coordinates files; of the slides", path=True)
+    labels: str = key("", "labels.csv of the cohort; only its slides are used", path=True)
+    dataset: str = key(
+        "",
+        "distillation set: a folder with wsi_root/ and ann_root/, or a packed .h5 file; "
+        "in place of slides and coords",
+        path=True,
+    )
     int8: bool = key(True, "write student_int8.onnx as well")
     narrow_weights: bool = key(
         False, "int8 weights of 7 bits, for CPUs without VNNI, whose sums overflow"
     )
     calibration_tiles: int = key(64, "tiles from which the ranges of int8 are taken")
     check_tiles: int = key(32, "other tiles, on which the files are compared with PyTorch")
-    seed: int = key(0, "which tiles are drawn")
-    overwrite: bool = key(False, "replace an export of other settings", runtime=True)
+    seed: int = key(0, "seed of everything that is drawn at random")
+    overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
 
 
 def find_tiles(config: Config) -> Iterator[UInt8[Tensor, "3 h w"]]:

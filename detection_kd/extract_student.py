@@ -55,7 +55,7 @@ class Config(FeatureKeys):
 
     student: list[str] = key(
         REQUIRED,
-        "checkpoint of train_d2vfm or .onnx file of export_student; several as name=checkpoint",
+        "checkpoint of train_d2vfm; or an .onnx file of export_student; several as name=checkpoint",
     )
 
     def settings(self) -> ExtractSettings:

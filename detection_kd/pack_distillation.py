@@ -3,7 +3,7 @@ from slides and teacher bags.
 
     python -m detection_kd.pack_distillation dataset=runs/distillation output=runs/distillation.h5
     python -m detection_kd.pack_distillation slides=cohort/slides coords=runs/tiles
-    features=runs/features/gigapath tiles=50 \\
+    features=runs/features/gigapath tiles_per_slide=50 \\
         output=runs/distillation.h5
 
 A folder's pictures keep their bytes; training on either form gives the same batches. From slides,
@@ -60,22 +60,27 @@ ENCODINGS = ("jpeg", "png")
 class Config:
     """Keys of packing."""
 
-    output: str = key(REQUIRED, "the packed file, .h5", runtime=True)
+    output: str = key(REQUIRED, "where the results are written; the packed file, .h5", runtime=True)
     dataset: str = key(
         "",
-        "folder with wsi_root/ and ann_root/ to be packed; or give slides and features",
+        "distillation set: a folder with wsi_root/ and ann_root/, or a packed .h5 file; "
+        "the folder to pack; or give slides and features",
         path=True,
     )
-    slides: str = key("", "folder of slides, any tree", path=True)
-    features: str = key("", "folder of the teacher's feature bags", path=True)
+    slides: str = key("", "slide file, or folder tree of slides", path=True)
+    features: str = key("", "folder of feature bags; of the teacher", path=True)
     coords: str = key("", "folder of coordinates files; empty: the corners in the bags", path=True)
-    labels: str = key("", "labels.csv: only its slides, and mpp from it", path=True)
+    labels: str = key(
+        "", "labels.csv of the cohort; only its slides are packed, and mpp comes from it", path=True
+    )
     subset: str = key(
         "",
-        "only slides with this value in the split column (or one of several: train,val); empty: "
-        "all",
+        "use only slides with this value in the split column, or one of several "
+        "(train,val); empty: all",
     )
-    tiles: int = key(0, "tiles of each slide, at random or the highest of the ranking; 0: all")
+    tiles_per_slide: int = key(
+        0, "tiles per slide; at random or the highest of the ranking; 0: all"
+    )
     ranking: str = key(
         "",
         "csv with slide_id,x,y,score, or ann_root/ann.json of rank_patches; empty: at random",
@@ -86,25 +91,29 @@ class Config:
     )
     dtype: str = key(
         "auto",
-        "stored features; auto: as in the bags, float32 from a folder",
+        "number format of the stored features; auto: as in the bags, float32 from a folder",
         choices=("auto", "float16", "float32"),
     )
-    seed: int = key(2024, "seed of the random tiles")
+    seed: int = key(2024, "seed of everything that is drawn at random")
     verify: bool = key(
-        False, "decode every picture of a folder; else only its header is read", runtime=True
+        False, "decode every picture first, instead of reading its header only", runtime=True
     )
     skip_bad: bool = key(
-        False, "leave pairs of a folder that have problems out instead of stopping"
+        False,
+        "leave out what cannot be used instead of stopping; here: pairs of a folder with problems",
     )
     workers: int = key(
         2,
-        "slides at a time; 0: in the main process, which a slide that crashes its reader ends",
+        "worker processes; one slide each; 0: the main process, which a slide that "
+        "crashes its reader ends",
         runtime=True,
     )
     read_timeout: float = key(
-        300.0, "seconds without progress that give a slide up (not with workers=0)", runtime=True
+        300.0,
+        "seconds without progress after which a slide is given up (not with workers=0)",
+        runtime=True,
     )
-    overwrite: bool = key(False, "replace a packed set of another provenance", runtime=True)
+    overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
 
 
 def check(config: Config) -> None:
@@ -119,8 +128,8 @@ def check(config: Config) -> None:
             f"output={config.output}: expected a file that ends in {' or '.join(SUFFIXES)}"
         )
     check_workers(config.workers, config.read_timeout)
-    if config.tiles < 0:
-        raise UserError(f"tiles={config.tiles}: expected at least 0")
+    if config.tiles_per_slide < 0:
+        raise UserError(f"tiles_per_slide={config.tiles_per_slide}: expected at least 0")
     if config.subset and not config.labels:
         raise UserError(f"subset={config.subset}: expected labels= with it, found none")
 
@@ -223,7 +232,7 @@ def find_jobs(
             failures.add(slide_id, f"{coords}: expected a coordinates file, found none")
         else:
             scores = None if ranking is None else ranking.get(slide_id, {})
-            wanted = (config.tiles, config.seed, scores, config.encoding, stored)
+            wanted = (config.tiles_per_slide, config.seed, scores, config.encoding, stored)
             part = output.with_name(f"{output.name}.parts") / f"{slide_id}.h5"
             jobs.append(
                 PairCutJob(
@@ -323,7 +332,7 @@ def pack_slides(config: Config, output: Path) -> int:
         for job in jobs
     }
     settings = {
-        "tiles": config.tiles,
+        "tiles": config.tiles_per_slide,
         "seed": config.seed,
         "ranking": digest,
         "encoding": config.encoding,

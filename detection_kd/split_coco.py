@@ -32,11 +32,14 @@ SPLITS = ("train", "val", "test")
 class Config:
     """Keys of `split_coco`."""
 
-    annotations: str = key(REQUIRED, "COCO JSON to split", path=True)
-    output: str = key(REQUIRED, "folder that gets train.json, val.json and test.json", runtime=True)
+    annotations: str = key(REQUIRED, "COCO JSON file with the annotated boxes", path=True)
+    output: str = key(
+        REQUIRED, "where the results are written; train.json, val.json and test.json", runtime=True
+    )
     lists: str = key(
         "",
-        "folder with train.txt, val.txt, test.txt: an image name a line, with or without ending",
+        "folder with train.txt, val.txt and test.txt, one image name per line, with or "
+        "without suffix",
         path=True,
     )
     shares: list[float] = key([0.7, 0.15, 0.15], "shares of train, val and test, without lists")
@@ -45,7 +48,7 @@ class Config:
         "regular expression; images whose names match alike stay together, as ^[^_]+; empty: each "
         "on its own",
     )
-    seed: int = key(0, "of the drawing, without lists")
+    seed: int = key(0, "seed of everything that is drawn at random")
 
 
 def main(config: Config) -> int:

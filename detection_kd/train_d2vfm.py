@@ -76,13 +76,17 @@ class Config:
     """Keys of the D2VFM stage; the defaults are the published ones."""
 
     dataset: str = key(
-        REQUIRED, "distillation set: folder with wsi_root/ and ann_root/, or packed .h5", path=True
+        REQUIRED,
+        "distillation set: a folder with wsi_root/ and ann_root/, or a packed .h5 file",
+        path=True,
     )
     backbone: str = key(
-        REQUIRED, "backbone.pt of train_detector, or a whole detector checkpoint", path=True
+        REQUIRED,
+        "backbone of the detector; backbone.pt of train_detector, or a whole detector checkpoint",
+        path=True,
     )
-    output: str = key(REQUIRED, "run directory", runtime=True)
-    teacher: str = key("", "name of the teacher, kept in the checkpoint")
+    output: str = key(REQUIRED, "where the results are written; a run directory", runtime=True)
+    teacher: str = key("", "name of the teacher encoder; kept in the checkpoint")
     input_scale: float = key(
         1.0, "resize tiles by this factor first, to the resolution that the detector was trained at"
     )
@@ -104,11 +108,11 @@ class Config:
     loss: str = key("mse", "feature loss", choices=tuple(FEATURE_LOSSES))
     loss_weight: float = key(2.0, "factor on the loss; 0: extra terms only")
     extra: ExtraTerms = group(ExtraTerms, "weights of further terms")
-    epochs: int = key(4, "epochs")
+    epochs: int = key(4, "passes over the training set")
     lr_drop: int = key(2, "epoch after which the learning rate drops, once; 0: half-way")
     lr_drop_factor: float = key(0.1, "factor of the learning rate from its drop on")
-    batch_size: int = key(40, "tiles a step over all processes")
-    lr: float = key(2e-3, "learning rate (AdamW)")
+    batch_size: int = key(40, "items per step over all processes; tiles")
+    lr: float = key(2e-3, "learning rate; of AdamW")
     weight_decay: float = key(1e-4, "weight decay")
     clip_norm: float = key(0.1, "largest L2 norm of the gradients of a step; 0: any")
     ema: float = key(
@@ -122,16 +126,20 @@ class Config:
     scales: list[float] = key(
         [1.0], "a step's tiles are resized by one of these factors, drawn at random"
     )
-    augmentation: AugmentationKeys = group(AugmentationKeys, "further augmentation")
+    augmentation: AugmentationKeys = group(AugmentationKeys, "augmentation of the training images")
     online_teacher: str = key(
         "", "encoder that is run on the augmented tiles; empty: the stored features of plain tiles"
     )
     teacher_weights: str = key("", "its local weights file or folder; empty: from its hub")
     teacher_crop: bool = key(True, "its centre crop, as `crop` of extract_features")
     verify: bool = key(
-        False, "decode every tile before training; else only its header is read", runtime=True
+        False, "decode every picture first, instead of reading its header only", runtime=True
     )
-    skip_bad: bool = key(False, "train without the pairs that have problems", runtime=True)
+    skip_bad: bool = key(
+        False,
+        "leave out what cannot be used instead of stopping; here: pairs with problems",
+        runtime=True,
+    )
     cache: bool = key(
         False,
         "compute the frozen backbone's features once and train the adapter on them; needs "
@@ -144,16 +152,25 @@ class Config:
         runtime=True,
     )
     cache_dtype: str = key("float32", "numbers in the cache", choices=DTYPES)
-    val_fraction: float = key(0.1, "share of slides held out for validation")
+    val_fraction: float = key(
+        0.1, "share of the training patients (or slides) that is held out for validation"
+    )
     labels: str = key(
-        "", "labels.csv: colours of student_vs_teacher.png; empty: by slide", path=True
+        "",
+        "labels.csv of the cohort; colours of student_vs_teacher.png; empty: by slide",
+        path=True,
     )
     figures: bool = key(True, "draw figures", runtime=True)
-    seed: int = key(42, "seed of the split, initial weights, shuffling and augmentation")
-    precision: str = key("auto", "auto: bf16 where the device has it", choices=PRECISIONS)
+    seed: int = key(42, "seed of everything that is drawn at random")
+    precision: str = key(
+        "auto",
+        "number format of the computation; auto: bf16 where the device has it in "
+        "hardware, else fp32",
+        choices=PRECISIONS,
+    )
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
-    workers: int = key(2, "decoding processes", runtime=True)
-    overwrite: bool = key(False, "start afresh over another run", runtime=True)
+    workers: int = key(2, "worker processes; they decode tiles", runtime=True)
+    overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
     tracker: Tracker = group(Tracker, "experiment tracking")
 
 

@@ -48,7 +48,6 @@ from detection_kd.evaluation.froc import compute_froc
 from detection_kd.models.backbone import (
     HUB,
     NORMS,
-    RESNETS,
     STAGES,
     Backbone,
     build_pretrained,
@@ -93,14 +92,15 @@ class Augmentation:
 class Config:
     """Keys of `train_detector`; defaults are the published settings."""
 
-    output: str = key(REQUIRED, "run directory", runtime=True)
+    output: str = key(REQUIRED, "where the results are written; a run directory", runtime=True)
     train: str = key(REQUIRED, "COCO JSON to train on", path=True)
     val: str = key(REQUIRED, "COCO JSON to evaluate on", path=True)
-    images: str = key(REQUIRED, "folder that the file names in both are relative to", path=True)
+    images: str = key(REQUIRED, "folder of the images that the annotations name", path=True)
     class_agnostic: bool = key(False, "one class 'lesion' instead of the annotated categories")
     backbone: str = key(
         "resnet50",
-        f"trunk: {', '.join(RESNETS)}, or any timm model with maps of strides 8, 16 and 32 px",
+        "backbone of the detector; resnet18, resnet34, resnet50, resnet101, or any timm "
+        "model with maps of strides 8, 16 and 32 px",
     )
     norm: str = key(
         "frozen",
@@ -113,11 +113,14 @@ class Config:
     pretrained: bool = key(True, "start from ImageNet weights (fetched once from timm's hub)")
     weights: str = key(
         "",
-        "start from the trunk in this file instead (state dict, detector, or timm's format)",
+        "weights file or folder; start from the backbone in it (state dict, detector, "
+        "or timm's format)",
         path=True,
     )
     detector: str = key(
-        "", "start from this whole detector: ours, the official layout or Hugging Face's", path=True
+        "",
+        "checkpoint of a detector; start from it: ours, the official layout or Hugging Face's",
+        path=True,
     )
     freeze: int = key(
         2,
@@ -125,20 +128,20 @@ class Config:
         "16, 32",
     )
     architecture: Architecture = group(Architecture, "transformer")
-    augmentation: Augmentation = group(Augmentation, "image sizes")
-    epochs: int = key(50, "passes over the training images")
-    batch_size: int = key(32, "images a step, over all processes")
+    augmentation: Augmentation = group(Augmentation, "augmentation of the training images")
+    epochs: int = key(50, "passes over the training set")
+    batch_size: int = key(32, "items per step over all processes; images")
     accumulate: int = key(
         1, "parts that a step's images are computed in, one after the other, to save memory"
     )
-    lr: float = key(2e-4, "learning rate of transformer and heads")
+    lr: float = key(2e-4, "learning rate; of transformer and heads")
     lr_backbone: float = key(2e-5, "learning rate of the backbone")
     layer_decay: float = key(
         1.0,
         "factor of lr_backbone from each stage of the trunk to the one before; 1: the same for all",
     )
     slow_factor: float = key(0.1, "factor of lr for sampling offsets and reference points")
-    weight_decay: float = key(1e-4, "AdamW weight decay")
+    weight_decay: float = key(1e-4, "weight decay")
     clip_norm: float = key(0.1, "largest L2 norm of the gradients of a step; 0: any")
     ema: float = key(
         0.0,
@@ -154,22 +157,28 @@ class Config:
     lr_drop_factor: float = key(0.1, "factor of the learning rate from its drop on")
     warmup_steps: int = key(0, "steps of linear warm-up")
     eval_every: int = key(1, "epochs between evaluations; the last epoch is always evaluated")
-    max_detections: int = key(100, "detections an image that are kept and counted")
-    seed: int = key(42, "seed of weights, shuffling and augmentation")
+    max_detections: int = key(100, "number of detections that are kept; and counted, per image")
+    seed: int = key(42, "seed of everything that is drawn at random")
     precision: str = key(
-        "auto", "arithmetic of the network; losses and boxes are always fp32", choices=PRECISIONS
+        "auto",
+        "number format of the computation; auto: bf16 where the device has it in "
+        "hardware, else fp32; losses and boxes are always fp32",
+        choices=PRECISIONS,
     )
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
-    workers: int = key(2, "image loading processes of each training process", runtime=True)
-    compile: bool = key(False, "compile the backbone with torch.compile", runtime=True)
+    workers: int = key(2, "worker processes; they load images, per process", runtime=True)
+    compile: bool = key(
+        False, "compile the network with torch.compile; of the backbone", runtime=True
+    )
     overlays: int = key(
         12,
-        "validation images to draw at the best epoch, beside the curves; 0: no figures",
+        "number of images to draw with their boxes; of the validation set at the best "
+        "epoch; 0: no figures",
         runtime=True,
     )
     log_every: int = key(50, "steps between lines in metrics.jsonl", runtime=True)
-    overwrite: bool = key(False, "start afresh over another run", runtime=True)
-    tracker: Tracker = group(Tracker, "Weights & Biases")
+    overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
+    tracker: Tracker = group(Tracker, "experiment tracking")
 
 
 def build_model(config: Config, classes: int = 1) -> DeformableDETR:

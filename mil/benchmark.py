@@ -47,7 +47,7 @@ from mil.evaluation.tables import write_evaluation
 from mil.losses.regression import LOSSES
 from mil.models import MODELS, check_options
 from mil.tasks.slide_targets import SlideTargets
-from mil.tasks.table import ABOUT_TASKS, TASKS, read_targets
+from mil.tasks.table import TASKS, read_targets
 from mil.training.engine import Recipe, check_recipe, check_validation
 from mil.training.fold_run import FoldJob, FoldSettings, open_job
 from mil.training.recipes import resolve
@@ -63,15 +63,21 @@ class Config:
 
     labels: str = key(
         REQUIRED,
-        "labels.csv: case_id,slide_id,label (and split); time,event for survival",
+        "labels.csv of the cohort; case_id,slide_id,label (and split); time,event for survival",
         path=True,
     )
     features: list[str] = key(
-        [], "folders of feature bags; the first is what the others are compared with", path=True
+        [],
+        "folder of feature bags; several: the first is what the others are compared with",
+        path=True,
     )
-    output: str = key(REQUIRED, "folder of the benchmark", runtime=True)
+    output: str = key(
+        REQUIRED,
+        "where the results are written; tables, splits and one run directory per training",
+        runtime=True,
+    )
     names: list[str] = key([], "names of the feature sets; empty: the folders' names")
-    task: str = key("classes", ABOUT_TASKS, choices=tuple(TASKS))
+    task: str = key("classes", "what the slides are labelled with", choices=tuple(TASKS))
     grades: list[str] = key(
         [], "names of the grades from the lowest, for task=ordinal; empty: whole numbers"
     )
@@ -96,12 +102,14 @@ class Config:
         choices=("", *MODELS),
     )
     seeds: list[int] = key([2024, 2025, 2026], "training seeds")
-    options: dict[str, Any] = key({}, "options of models, {model: {name: value}}")
+    options: dict[str, Any] = key({}, "options of the models; {model: {name: value}}")
     recipes: dict[str, Any] = key(
         {}, "changes of single models' recipes, {model: {training key: value}}"
     )
     dropout: float = key(0.25, "probability of dropping a hidden unit")
-    standardize: bool = key(False, "standardise features with the training slides' mean and std")
+    standardize: bool = key(
+        False, "standardise the features with mean and std of the training slides"
+    )
     protocol: str = key(
         "cv",
         "cv: stratified folds by patient; fixed: the split column of labels.csv",
@@ -109,30 +117,28 @@ class Config:
     )
     splits: str = key(
         "",
-        "folder of splits_<k>.csv (mil.make_splits, CLAM); instead of protocol, folds and the like",
+        "folder of splits_<k>.csv (mil.make_splits, CLAM), in place of protocol and folds",
         path=True,
     )
-    folds: int = key(5, "number of folds, for protocol=cv")
-    val_fraction: float = key(0.2, "share of the training patients for validation")
+    folds: int = key(5, "number of folds; for protocol=cv")
+    val_fraction: float = key(
+        0.2, "share of the training patients (or slides) that is held out for validation"
+    )
     split_seed: int = key(2024, "seed of the folds")
     subset: str = key(
         "",
-        "use only slides with this value in the split column (or one of several: train,val); "
-        "empty: all",
+        "use only slides with this value in the split column, or one of several "
+        "(train,val); empty: all",
     )
-    positive: str | None = key(
-        None, "label of the positive class; null: the last one in alphabetical order"
-    )
-    skip_missing: bool = key(
-        False, "leave slides without a bag in any of the feature sets out instead of stopping"
-    )
+    positive: str | None = key(None, "label of the positive class; null: the last one by alphabet")
+    skip_missing: bool = key(False, "leave out labelled slides without a bag instead of stopping")
     skip_bad: bool = key(
         False,
-        "leave slides with an unreadable, empty or NaN bag in any feature set out instead of "
-        "stopping",
+        "leave out what cannot be used instead of stopping; here: slides whose bag is "
+        "unreadable, empty or NaN in any feature set",
     )
     training: Recipe = group(
-        Recipe, "training recipe; keys that are not given are each model's published ones"
+        Recipe, "training recipe; keys that are not given are the published ones"
     )
     resamples: int = key(2000, "bootstrap resamples of the confidence intervals")
     xlsx: bool = key(False, "write all tables as evaluation.xlsx too", runtime=True)
@@ -145,12 +151,12 @@ class Config:
     )
     ram_gb: float = key(
         0.0,
-        "GB of bags in memory, a process; 0: half of what is free, shared by the workers",
+        "memory for feature bags, GB; 0: half of what is free; per process",
         runtime=True,
     )
     workers: int = key(
         1,
-        "trainings at a time on this machine, each with a feature set in memory",
+        "worker processes; one training each, with a feature set in memory",
         runtime=True,
     )
     engine: str = key("local", ENGINE_HELP, choices=ENGINES, runtime=True)
@@ -160,10 +166,8 @@ class Config:
         "train in processes of their own, which may crash; false: in this one (debugger)",
         runtime=True,
     )
-    threads: int = key(1, "CPU threads of each process", runtime=True)
-    overwrite: bool = key(
-        False, "train again what was trained with other settings or inputs", runtime=True
-    )
+    threads: int = key(1, "CPU threads per process", runtime=True)
+    overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
 
 
 def check(config: Config) -> None:

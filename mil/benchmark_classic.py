@@ -40,19 +40,21 @@ class Config:
     """Keys of the classical benchmark."""
 
     data: str = key(REQUIRED, "folder with the sets (.jld, .data, .mat)", path=True)
-    output: str = key(REQUIRED, "folder of the tables", runtime=True)
+    output: str = key(REQUIRED, "where the results are written; the tables", runtime=True)
     sets: list[str] = key(list(SETS), f"which sets: {', '.join(SETS)}")
     methods: list[str] = key(DEFAULT, f"which methods: {', '.join(METHODS)}")
-    repeats: int = key(5, "repeats of the cross-validation")
-    folds: int = key(10, "folds")
-    batch_size: int = key(16, "bags per step; published: 1; the learning rate is scaled with it")
-    epochs: int = key(0, "epochs; 0: the published number")
-    seed: int = key(
-        2024, "decides initial weights, order of the bags, and folds where the set comes without"
+    repeats: int = key(5, "number of repeats of the cross-validation")
+    folds: int = key(10, "number of folds")
+    batch_size: int = key(
+        16,
+        "items per step over all processes; bags; published: 1; the learning rate is "
+        "scaled with it",
     )
-    workers: int = key(1, "processes", runtime=True)
-    threads: int = key(1, "CPU threads of each process", runtime=True)
-    overwrite: bool = key(False, "train again what was trained with other settings", runtime=True)
+    epochs: int = key(0, "passes over the training set; 0: the published number")
+    seed: int = key(2024, "seed of everything that is drawn at random")
+    workers: int = key(1, "worker processes", runtime=True)
+    threads: int = key(1, "CPU threads per process", runtime=True)
+    overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
 
 
 def make_jobs(config: Config) -> list[ClassicJob]:

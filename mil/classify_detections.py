@@ -58,21 +58,23 @@ class Config:
     """Keys of slide scores from detections."""
 
     detections: str = key(REQUIRED, "output of detect_slide (coco/<slide_id>.json)", path=True)
-    labels: str = key(REQUIRED, "labels.csv: case_id,slide_id,label (and split)", path=True)
-    output: str = key(REQUIRED, "folder of the tables", runtime=True)
+    labels: str = key(
+        REQUIRED, "labels.csv of the cohort; case_id,slide_id,label (and split)", path=True
+    )
+    output: str = key(REQUIRED, "where the results are written; the tables", runtime=True)
     benchmark: str = key(
         "",
-        "finished mil.benchmark whose splits, classes and rows are taken; empty: splits by the "
-        "keys below",
+        "folder that mil.benchmark wrote; its splits, classes and rows are taken; "
+        "empty: splits by the keys below",
         path=True,
     )
     name: str = key("detections", "name of the feature set in the tables")
-    top_k: int = key(5, "highest confidences that are pooled")
+    top_k: int = key(5, "number of highest scores that are taken per slide; and pooled")
     thresholds: list[float] = key([0.3, 0.5, 0.7], "confidences above which detections are counted")
     c: float = key(0.1, "inverse strength of the logistic model's L2 penalty")
     splits: str = key(
         "",
-        "folder of splits_<k>.csv (mil.make_splits, CLAM); instead of protocol, folds and the like",
+        "folder of splits_<k>.csv (mil.make_splits, CLAM), in place of protocol and folds",
         path=True,
     )
     protocol: str = key(
@@ -80,11 +82,15 @@ class Config:
         "cv: stratified folds by patient; fixed: the split column of labels.csv",
         choices=PROTOCOLS,
     )
-    folds: int = key(5, "number of folds, for protocol=cv")
-    val_fraction: float = key(0.2, "share of the training patients for validation")
-    split_seed: int = key(2024, "seed of the folds, and of those of the calibration")
+    folds: int = key(5, "number of folds; for protocol=cv")
+    val_fraction: float = key(
+        0.2, "share of the training patients (or slides) that is held out for validation"
+    )
+    split_seed: int = key(2024, "seed of the folds; and of those of the calibration")
     subset: str = key(
-        "", "use only slides with this value in the split column (or one of several); empty: all"
+        "",
+        "use only slides with this value in the split column, or one of several "
+        "(train,val); empty: all",
     )
     positive: str | None = key(
         None, "label of the positive class; null: the benchmark's, or the last one by alphabet"
@@ -100,9 +106,7 @@ class Config:
         runtime=True,
     )
     resamples: int = key(2000, "bootstrap resamples of the confidence intervals")
-    overwrite: bool = key(
-        False, "replace what was made with other settings or inputs", runtime=True
-    )
+    overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
 
 
 @dataclass

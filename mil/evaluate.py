@@ -26,7 +26,7 @@ from mil.evaluation.prediction_files import class_order, read_runs, read_table
 from mil.evaluation.runs import FinishedRun, read_finished
 from mil.evaluation.tables import markdown, write_evaluation
 from mil.tasks.base import Task
-from mil.tasks.table import ABOUT_TASKS, TASKS
+from mil.tasks.table import TASKS
 
 logger = logging.getLogger(__name__)
 RULES = ("youden", "sensitivity", "specificity")
@@ -39,10 +39,18 @@ class Config:
     benchmark: str = key("", "folder that mil.benchmark wrote", path=True)
     predictions: list[str] = key([], "tables of predictions, instead of a benchmark", path=True)
     output: str = key(
-        "", "folder of tables and pictures; empty: <benchmark>/evaluation", runtime=True
+        "",
+        "where the results are written; tables and figures; empty: <benchmark>/evaluation",
+        runtime=True,
     )
-    task: str = key("classes", ABOUT_TASKS, choices=tuple(TASKS))
-    positive: str | None = key(None, "positive class of two; null: the last column prob_<class>")
+    task: str = key(
+        "classes",
+        "what the slides are labelled with; of the predictions; empty: one class per slide",
+        choices=tuple(TASKS),
+    )
+    positive: str | None = key(
+        None, "label of the positive class; null: the last column prob_<class>"
+    )
     threshold: str = key(
         "youden",
         "cut on two classes, chosen on validation slides: best J, or a rate to reach",
@@ -52,7 +60,9 @@ class Config:
         0.95, "the rate that threshold=sensitivity or specificity has to reach on validation slides"
     )
     resamples: int = key(2000, "bootstrap resamples of the confidence intervals")
-    seed: int = key(2024, "seed of the resamples")
+    seed: int = key(
+        2024, "seed of everything that is drawn at random; here: the bootstrap resamples"
+    )
     xlsx: bool = key(False, "write all tables as evaluation.xlsx too", runtime=True)
     figures: bool = key(True, "draw figures", runtime=True)
     figure_format: str = key(

@@ -73,21 +73,30 @@ class Config:
     """Keys of the heatmaps."""
 
     run: str = key(REQUIRED, "run directory of mil.train, or folder of mil.benchmark", path=True)
-    output: str = key(REQUIRED, "folder that gets index.html and the pictures", runtime=True)
+    output: str = key(
+        REQUIRED, "where the results are written; index.html and the figures", runtime=True
+    )
     features: str = key(
-        "", "folder of feature bags; empty: a benchmark's own (a run directory needs it)", path=True
+        "",
+        "folder of feature bags; empty: those of the benchmark (a run directory needs it)",
+        path=True,
     )
     slides: str = key(
-        "", "folder of slides; empty: tiles are drawn on white and no tile is shown", path=True
+        "",
+        "slide file, or folder tree of slides; empty: tiles are drawn on white and no "
+        "tile is shown",
+        path=True,
     )
     coords: str = key(
         "",
-        "folder of <slide>.h5 with coordinates, for bags without (.pt); empty: h5_files/ beside "
-        "them",
+        "folder of coordinates files; for bags without coordinates (.pt); empty: "
+        "h5_files/ beside them",
         path=True,
     )
-    labels: str = key("", "labels.csv, for the mpp of slides that do not say", path=True)
-    tissue: str = key(
+    labels: str = key(
+        "", "labels.csv of the cohort; for the mpp of slides that do not say", path=True
+    )
+    outlines: str = key(
         "", "folder of tissue outlines <slide>.geojson, as tile_slides writes it", path=True
     )
     split: str = key(
@@ -101,23 +110,30 @@ class Config:
         runtime=True,
     )
     feature_set: str = key("", "of a benchmark; empty: its first one")
-    model: str = key("", "of a benchmark; empty: its headline")
-    seed: int | None = key(None, "training seed of a benchmark; null: its first one")
+    model: str = key("", "slide classifier; of the benchmark; empty: its headline")
+    seed: int | None = key(
+        None,
+        "seed of everything that is drawn at random; training seed of a benchmark; "
+        "null: its first one",
+    )
     drawing: Drawing = group(Drawing, "how slides are drawn")
     title: str = key("Heatmaps", "title of the page", runtime=True)
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
     workers: int = key(
         2,
-        "slides at a time; 0: in the main process, which a slide that crashes its reader ends",
+        "worker processes; one slide each; 0: the main process, which a slide that "
+        "crashes its reader ends",
         runtime=True,
     )
-    threads: int = key(1, "CPU threads of the model", runtime=True)
+    threads: int = key(1, "CPU threads per process; of the model", runtime=True)
     read_timeout: float = key(
-        300.0, "seconds without progress that give a slide up (not with workers=0)", runtime=True
+        300.0,
+        "seconds without progress after which a slide is given up (not with workers=0)",
+        runtime=True,
     )
     overwrite: bool = key(
         False,
-        "draw slides anew that were drawn from other inputs or with other settings",
+        "replace results of other settings or inputs",
         runtime=True,
     )
 
@@ -191,7 +207,7 @@ def find_inputs(
     for judged in chosen:
         name = safe_id(judged.slide_id)
         if name in bags and (name in slides or not config.slides):
-            outline = Path(config.tissue) / f"{name}.geojson" if config.tissue else None
+            outline = Path(config.outlines) / f"{name}.geojson" if config.outlines else None
             tissue = outline if outline is not None and outline.is_file() else None
             needed = config.coords or bags[name].suffix == ".pt"
             coords = find_coordinates(bags[name], config.coords) if needed else None

@@ -30,7 +30,7 @@ from mil.datasets.split_files import (
     write_clam_splits,
 )
 from mil.datasets.splits import PROTOCOLS, SETS, Split, make_splits, split_values
-from mil.tasks.table import ABOUT_TASKS, TASKS, read_targets
+from mil.tasks.table import TASKS, read_targets
 
 logger = logging.getLogger(__name__)
 
@@ -41,14 +41,16 @@ class Config:
 
     labels: str = key(
         REQUIRED,
-        "labels.csv: case_id,slide_id,label (and split); time,event for survival",
+        "labels.csv of the cohort; case_id,slide_id,label (and split); time,event for survival",
         path=True,
     )
-    output: str = key(REQUIRED, "folder that gets splits_<k>.csv", runtime=True)
+    output: str = key(REQUIRED, "where the results are written; splits_<k>.csv", runtime=True)
     features: list[str] = key(
-        [], "folders of feature bags that every slide has to be in; empty: not looked at", path=True
+        [],
+        "folder of feature bags; every slide must have a bag in each of them; empty: not checked",
+        path=True,
     )
-    task: str = key("classes", ABOUT_TASKS, choices=tuple(TASKS))
+    task: str = key("classes", "what the slides are labelled with", choices=tuple(TASKS))
     grades: list[str] = key(
         [], "names of the grades from the lowest, for task=ordinal; empty: whole numbers"
     )
@@ -57,27 +59,29 @@ class Config:
         "cv: stratified folds by patient; fixed: the split column of labels.csv",
         choices=PROTOCOLS,
     )
-    folds: int = key(5, "number of test folds, for protocol=cv")
+    folds: int = key(5, "number of folds; for protocol=cv")
     inner_folds: int = key(
         0,
         "validation folds within every outer fold (nested CV); 0: one validation set of "
         "val_fraction",
     )
-    repeats: int = key(1, "how often the folds are drawn, with seed, seed + 1, ...")
-    val_fraction: float = key(
-        0.2, "share of the training patients for validation, without inner_folds"
+    repeats: int = key(
+        1, "number of repeats of the cross-validation; drawn with seed, seed + 1, ..."
     )
-    seed: int = key(2024, "seed of the draws")
+    val_fraction: float = key(
+        0.2,
+        "share of the training patients (or slides) that is held out for validation; "
+        "without inner_folds",
+    )
+    seed: int = key(2024, "seed of everything that is drawn at random")
     subset: str = key(
         "",
-        "use only slides with this value in the split column (or one of several: train,val); "
-        "empty: all",
+        "use only slides with this value in the split column, or one of several "
+        "(train,val); empty: all",
     )
-    positive: str | None = key(
-        None, "label of the positive class; null: the last one in alphabetical order"
-    )
+    positive: str | None = key(None, "label of the positive class; null: the last one by alphabet")
     check: bool = key(False, "make nothing: check the files in output", runtime=True)
-    overwrite: bool = key(False, "replace splits that are there", runtime=True)
+    overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
 
 
 def must_write(output: Path, splits: list[Split], overwrite: bool) -> bool:

@@ -65,30 +65,39 @@ STAGE = "rank_patches"
 class Config:
     """Keys of the ranking stage."""
 
-    labels: str = key(REQUIRED, "labels.csv: case_id,slide_id,label (and split, mpp)", path=True)
-    features: str = key(REQUIRED, "folder of the teacher's feature bags", path=True)
-    slides: str = key(REQUIRED, "folder of slides, any tree", path=True)
-    output: str = key(REQUIRED, "root of the distillation set", runtime=True)
+    labels: str = key(
+        REQUIRED, "labels.csv of the cohort; case_id,slide_id,label (and split, mpp)", path=True
+    )
+    features: str = key(REQUIRED, "folder of feature bags; of the teacher", path=True)
+    slides: str = key(REQUIRED, "slide file, or folder tree of slides", path=True)
+    output: str = key(REQUIRED, "where the results are written; the distillation set", runtime=True)
     subset: str = key(
         "",
-        "use only slides with this value in the split column (or one of several: train,val); "
-        "empty: all",
+        "use only slides with this value in the split column, or one of several "
+        "(train,val); empty: all",
     )
-    positive: str | None = key(
-        None, "label of the positive class; null: the last one in alphabetical order"
+    positive: str | None = key(None, "label of the positive class; null: the last one by alphabet")
+    top_k: int = key(
+        50, "number of highest scores that are taken per slide; into the distillation set"
     )
-    top_k: int = key(50, "tiles with the highest score that are kept of each slide")
     extra_random: int = key(0, "further tiles of each slide, drawn at random from the rest")
-    seed: int = key(2024, "seed of the ranker and of the random tiles")
-    dropout: float = key(0.25, "dropout of the ranker")
-    standardize: bool = key(False, "standardise features for the ranker")
-    val_fraction: float = key(0.2, "share of the patients for the ranker's validation")
-    training: Recipe = group(Recipe, "training recipe of the ranker")
-    skip_missing: bool = key(False, "leave labelled slides without a bag out instead of stopping")
+    seed: int = key(2024, "seed of everything that is drawn at random")
+    dropout: float = key(0.25, "probability of dropping a hidden unit; of the ranker")
+    standardize: bool = key(
+        False, "standardise the features with mean and std of the training slides; of the ranker"
+    )
+    val_fraction: float = key(
+        0.2,
+        "share of the training patients (or slides) that is held out for validation; of the ranker",
+    )
+    training: Recipe = group(
+        Recipe, "training recipe; keys that are not given are the published ones"
+    )
+    skip_missing: bool = key(False, "leave out labelled slides without a bag instead of stopping")
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
-    workers: int = key(1, "slides cut at a time", runtime=True)
-    threads: int = key(1, "CPU threads of the ranker", runtime=True)
-    overwrite: bool = key(False, "replace a distillation set of another provenance", runtime=True)
+    workers: int = key(1, "worker processes; one slide each", runtime=True)
+    threads: int = key(1, "CPU threads per process", runtime=True)
+    overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
 
 
 @torch.inference_mode()

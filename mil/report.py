@@ -46,17 +46,23 @@ class Config:
     """Keys of the report."""
 
     benchmark: str = key(REQUIRED, "folder that mil.benchmark wrote", path=True)
-    output: str = key(REQUIRED, "folder that gets report.html and summary.json", runtime=True)
-    slides: str = key(
-        "", "folder of slides, for the example slides; empty: none are shown", path=True
+    output: str = key(
+        REQUIRED, "where the results are written; report.html and summary.json", runtime=True
     )
-    labels: str = key("", "labels.csv, for the mpp of slides that do not say", path=True)
-    coords: str = key(
+    slides: str = key(
         "",
-        "folder of <slide>.h5 with coordinates, for example slides whose bags have none (.pt)",
+        "slide file, or folder tree of slides; for the example slides; empty: none are shown",
         path=True,
     )
-    stages: str = key("", "JSON with seconds and peak memory of each stage", path=True)
+    labels: str = key(
+        "", "labels.csv of the cohort; for the mpp of slides that do not say", path=True
+    )
+    coords: str = key(
+        "",
+        "folder of coordinates files; for example slides whose bags have none (.pt)",
+        path=True,
+    )
+    stage_times: str = key("", "JSON with seconds and peak memory of each stage", path=True)
     title: str = key("Slide-level results", "title of the page")
     examples_of: str = key(
         "", "feature set whose example slides are shown; empty: the second one, or the only one"
@@ -242,7 +248,7 @@ def known(value: float | None, form: str = "%.3f") -> str:
 def main(config: Config) -> int:
     output = Path(config.output)
     summary = read_summary(Path(config.benchmark))
-    stages = read_stages(config.stages)
+    stages = read_stages(config.stage_times)
     failures = Failures("report")
     write_text(output / "report.html", page(config, summary, stages, failures))
     metric = summary.get("metric", "auc")

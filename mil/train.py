@@ -28,7 +28,7 @@ from mil.datasets.split_files import checked_splits, known_slides, stored_splits
 from mil.datasets.splits import PROTOCOLS, make_splits, split_values
 from mil.losses.regression import LOSSES
 from mil.models import MODELS, check_options
-from mil.tasks.table import ABOUT_TASKS, TASKS, read_targets
+from mil.tasks.table import TASKS, read_targets
 from mil.training.engine import Recipe, check_recipe, check_validation
 from mil.training.fold_run import FoldJob, FoldSettings, open_job, run_job
 from mil.training.recipes import resolve
@@ -42,12 +42,12 @@ class Config:
 
     labels: str = key(
         REQUIRED,
-        "labels.csv: case_id,slide_id,label (and split); time,event for survival",
+        "labels.csv of the cohort; case_id,slide_id,label (and split); time,event for survival",
         path=True,
     )
     features: str = key(REQUIRED, "folder of feature bags", path=True)
-    output: str = key(REQUIRED, "run directory", runtime=True)
-    task: str = key("classes", ABOUT_TASKS, choices=tuple(TASKS))
+    output: str = key(REQUIRED, "where the results are written; a run directory", runtime=True)
+    task: str = key("classes", "what the slides are labelled with", choices=tuple(TASKS))
     grades: list[str] = key(
         [], "names of the grades from the lowest, for task=ordinal; empty: whole numbers"
     )
@@ -66,10 +66,12 @@ class Config:
         choices=LOSSES,
     )
     model: str = key("abmil", "slide classifier", choices=tuple(MODELS))
-    options: dict[str, Any] = key({}, "the model's options, {name: value}; the README lists them")
+    options: dict[str, Any] = key({}, "options of the models; {name: value}")
     dropout: float = key(0.25, "probability of dropping a hidden unit")
-    standardize: bool = key(False, "standardise features with the training slides' mean and std")
-    seed: int = key(2024, "seed of weights, dropout and order")
+    standardize: bool = key(
+        False, "standardise the features with mean and std of the training slides"
+    )
+    seed: int = key(2024, "seed of everything that is drawn at random")
     protocol: str = key(
         "cv",
         "cv: stratified folds by patient; fixed: the split column of labels.csv",
@@ -77,40 +79,40 @@ class Config:
     )
     splits: str = key(
         "",
-        "folder of splits_<k>.csv (mil.make_splits, CLAM); instead of protocol, folds and the like",
+        "folder of splits_<k>.csv (mil.make_splits, CLAM), in place of protocol and folds",
         path=True,
     )
-    folds: int = key(5, "number of folds, for protocol=cv")
+    folds: int = key(5, "number of folds; for protocol=cv")
     fold: int = key(0, "which fold to train")
-    val_fraction: float = key(0.2, "share of the training patients for validation")
+    val_fraction: float = key(
+        0.2, "share of the training patients (or slides) that is held out for validation"
+    )
     split_seed: int = key(2024, "seed of the folds")
     subset: str = key(
         "",
-        "use only slides with this value in the split column (or one of several: train,val); "
-        "empty: all",
+        "use only slides with this value in the split column, or one of several "
+        "(train,val); empty: all",
     )
-    positive: str | None = key(
-        None, "label of the positive class; null: the last one in alphabetical order"
-    )
-    skip_missing: bool = key(False, "leave labelled slides without a bag out instead of stopping")
+    positive: str | None = key(None, "label of the positive class; null: the last one by alphabet")
+    skip_missing: bool = key(False, "leave out labelled slides without a bag instead of stopping")
     skip_bad: bool = key(
         False,
-        "leave slides whose bag is unreadable, empty, NaN or of another width out instead of "
-        "stopping",
+        "leave out what cannot be used instead of stopping; here: slides whose bag is "
+        "unreadable, empty, NaN or of another width",
     )
     training: Recipe = group(
-        Recipe, "training recipe; keys that are not given are the model's published ones"
+        Recipe, "training recipe; keys that are not given are the published ones"
     )
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
     threads: int = key(
-        1, "CPU threads; bags are small, so that one is often the fastest", runtime=True
+        1, "CPU threads per process; bags are small, so that one is often the fastest", runtime=True
     )
     ram_gb: float = key(
         0.0,
-        "GB of bags in memory, the rest is read at every use; 0: half of what is free",
+        "memory for feature bags, GB; 0: half of what is free",
         runtime=True,
     )
-    overwrite: bool = key(False, "start afresh over another run", runtime=True)
+    overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
     tracker: Tracker = group(Tracker, "experiment tracking")
 
 

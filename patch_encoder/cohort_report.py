@@ -1,7 +1,7 @@
 """One HTML page on a cohort: every slide with its tissue, tiles, resolution, quality, bags and
 errors.
 
-    python -m patch_encoder.cohort_report tiles=runs/tiles output=runs/tiles/report
+    python -m patch_encoder.cohort_report tiling=runs/tiles output=runs/tiles/report
     features=[runs/features/gigapath]
 
 Reads what the stages left on disk, opens no slide. Writes `<output>/cohort.html`, which needs no
@@ -53,15 +53,15 @@ MEASURES = {  # name -> heading, logarithmic, what it says
 class Config:
     """Keys of the cohort report."""
 
-    tiles: str = key(REQUIRED, "folder that tile_slides wrote", path=True)
-    output: str = key(REQUIRED, "folder that gets cohort.html", runtime=True)
+    tiling: str = key(REQUIRED, "folder that tile_slides wrote", path=True)
+    output: str = key(REQUIRED, "where the results are written; cohort.html", runtime=True)
     features: list[str] = key(
         [],
-        "folders of feature bags, <features>/<encoder>: is there a bag for every slide",
+        "folder of feature bags; <features>/<encoder> each: is there a bag for every slide",
         path=True,
     )
     labels: str = key(
-        "", "labels.csv: shows labels, and slides of it that were not tiled", path=True
+        "", "labels.csv of the cohort; shows labels, and its slides that were not tiled", path=True
     )
     title: str = key("Cohort", "title of the page")
     embed: bool | None = key(None, "thumbnails inside the page; null: up to 2,000 slides")
@@ -85,7 +85,7 @@ def make_thumbnail(tiles: Path, slide: str) -> bytes | None:
 
 def encode_picture(config: Config, slide: str, embed: bool) -> str:
     """What `src` of a slide's image says: a data URI, a relative path, or nothing."""
-    content = make_thumbnail(Path(config.tiles), slide)
+    content = make_thumbnail(Path(config.tiling), slide)
     if content is None:
         return ""
     if embed:
@@ -164,7 +164,7 @@ def render_page(config: Config, rows: Sequence[SlideSummary]) -> str:
             "row": row,
             "image": encode_picture(config, row.slide, embed),
             "link": relative_path(
-                Path(config.tiles) / "overlays" / f"{row.slide}.jpg", config.output
+                Path(config.tiling) / "overlays" / f"{row.slide}.jpg", config.output
             ),
             "shapes": {
                 n: draw_bars(histogram(row.values[n], e), 64.0, 20.0)
@@ -214,7 +214,7 @@ def main(config: Config) -> int:
         if config.labels
         else {}
     )
-    rows = read_rows(Path(config.tiles), config.features, labels)
+    rows = read_rows(Path(config.tiling), config.features, labels)
     target = Path(config.output) / "cohort.html"
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, render_page(config, rows))

@@ -45,29 +45,29 @@ class Config:
         "a coordinates file, or a folder of them (also its coords/, patches/ or h5_files/)",
         path=True,
     )
-    output: str = key(REQUIRED, "folder that gets the converted files", runtime=True)
+    output: str = key(REQUIRED, "where the results are written; the converted files", runtime=True)
     to: str = key(REQUIRED, "layout to write", choices=tuple(LAYOUTS))
     source: str = key(
         "auto", "layout of the input; auto: by suffix and attributes", choices=("auto", *LAYOUTS)
     )
     slides: str = key(
         "",
-        "folder of slides: sizes, levels and mpp that the input does not say; corners are checked",
+        "slide file, or folder tree of slides; sizes, levels and mpp that the input does not say",
         path=True,
     )
-    labels: str = key("", "labels.csv: take mpp from it", path=True)
+    labels: str = key("", "labels.csv of the cohort; mpp comes from it", path=True)
     mpp: float | None = key(
-        None, "um per pixel at level 0 of all slides that labels.csv does not give"
+        None, "micrometres per pixel at level 0; of slides that labels.csv does not give"
     )
-    tile_size: int = key(256, "side in level-0 px of the tiles of .npy files, which do not say")
+    tile_size: int = key(256, "side of a tile, px; at level 0, for .npy files, which do not say")
     tile_pattern: str = key(
         "", "how tile folders name their tiles, as in tile_x{x}_y{y}.png; empty: <row>_<col>"
     )
     pictures: bool = key(
         False,
-        "plain pictures (png, jpg, ...) are slides too; they are anyway where nothing else is",
+        "plain pictures (png, jpg, ...) are slides too; they always are where nothing else is",
     )
-    overwrite: bool = key(False, "replace files of other content", runtime=True)
+    overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
 
 
 def find_input_files(path: Path) -> dict[str, Path]:

@@ -26,17 +26,18 @@ class Config(FeatureKeys):
 
     encoder: str = key(
         "stain_texture",
-        "a name that list_encoders prints, timm:<model>, open_clip:<model>/<tag>, hf:<repo>, dino",
+        "encoder: a name that list_encoders prints, timm:<model>, "
+        "open_clip:<model>/<tag>, hf:<repo> or dino",
     )
     weights: str = key(
-        "", "local weights file or folder; empty: from the encoder's hub; random: untrained"
+        "", "weights file or folder; empty: from the encoder's hub; random: untrained"
     )
     pool: str = key(
         "published",
-        "features of a transformer: class token, mean of patch tokens, or both",
+        "features of a transformer: class token, mean of the patch tokens, or both",
         choices=POOLS,
     )
-    layer: int = key(0, "stage of a ResNet that is pooled, 1 to 4; 0: as the table says")
+    layer: int = key(0, "stage of a ResNet that is pooled, 1 to 4; 0: as the encoder table says")
     crop: bool = key(
         True,
         "centre crop where the encoder's own processor has one; false: the whole tile, resized",

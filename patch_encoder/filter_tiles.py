@@ -1,7 +1,7 @@
 """Cut the tiles of a finished tiling by sharpness, ink, empty glass or stain, without reading a
 slide again.
 
-    python -m patch_encoder.filter_tiles tiles=runs/tiles output=runs/tiles_sharp min_blur=80
+    python -m patch_encoder.filter_tiles tiling=runs/tiles output=runs/tiles_sharp min_blur=80
     max_pen=0.05
 
 Reads `<tiles>/coords/*.h5` of `tile_slides quality=true`, writes `<output>/coords/` and
@@ -31,8 +31,10 @@ logger = logging.getLogger(__name__)
 class Config:
     """Keys of the filter."""
 
-    tiles: str = key(REQUIRED, "folder that tile_slides wrote with quality=true", path=True)
-    output: str = key(REQUIRED, "folder that gets coords/ and filtering.csv", runtime=True)
+    tiling: str = key(REQUIRED, "folder that tile_slides wrote; with quality=true", path=True)
+    output: str = key(
+        REQUIRED, "where the results are written; coords/ and filtering.csv", runtime=True
+    )
     min_blur: float | None = key(
         None, "drop tiles whose Laplacian has less variance than this; null: none"
     )
@@ -46,10 +48,10 @@ class Config:
 
 def main(config: Config) -> int:
     cuts = Cuts(**{field.name: getattr(config, field.name) for field in fields(Cuts)})
-    source, target = Path(config.tiles) / "coords", Path(config.output) / "coords"
+    source, target = Path(config.tiling) / "coords", Path(config.output) / "coords"
     files = sorted(source.glob("*.h5"))
     if not files:
-        raise UserError(f"tiles={config.tiles}: expected coords/*.h5 of tile_slides, found none")
+        raise UserError(f"tiling={config.tiling}: expected coords/*.h5 of tile_slides, found none")
     if not cuts.any():
         raise UserError(
             "expected at least one of min_blur, max_pen, max_background, min_saturation, "

@@ -3,7 +3,7 @@ tile on this device.
 
     python -m patch_encoder.list_encoders
     python -m patch_encoder.list_encoders json=true
-    python -m patch_encoder.list_encoders verify=uni weights=UNI/pytorch_model.bin
+    python -m patch_encoder.list_encoders encoder=uni weights=UNI/pytorch_model.bin
 
 `verify` loads the encoder as extraction would (weights= empty: from its hub; random: untrained) and
 encodes random tiles.
@@ -38,19 +38,31 @@ COLUMNS = ("name", "dim", "input", "mpp", "tile", "precision", "library", "licen
 class Config:
     """Keys of the list and of the check."""
 
-    json: bool = key(False, "print JSON instead of a table")
+    json: bool = key(False, "print JSON")
     match: str = key("", "list only names that contain this text")
-    verify: str = key("", "build this encoder, encode random tiles and print what it costs")
-    weights: str = key(
-        "", "verify: local weights file or folder; empty: from the hub; random: untrained"
+    encoder: str = key(
+        "",
+        "encoder: a name that list_encoders prints, timm:<model>, "
+        "open_clip:<model>/<tag>, hf:<repo> or dino; it is built, encodes random tiles, "
+        "and what it costs is printed",
     )
-    pool: str = key("published", "verify: features of a transformer", choices=POOLS)
-    layer: int = key(0, "verify: stage of a ResNet, 1 to 4; 0: as the table says")
-    batch_size: int = key(8, "verify: tiles a batch")
-    rounds: int = key(3, "verify: timed batches after one to warm up; the median counts")
+    weights: str = key(
+        "", "weights file or folder; empty: from the encoder's hub; random: untrained"
+    )
+    pool: str = key(
+        "published",
+        "features of a transformer: class token, mean of the patch tokens, or both",
+        choices=POOLS,
+    )
+    layer: int = key(0, "stage of a ResNet that is pooled, 1 to 4; 0: as the encoder table says")
+    batch_size: int = key(8, "items per step over all processes; tiles")
+    rounds: int = key(3, "timed rounds, of which the median counts; after one to warm up")
     device: str = key("auto", "auto, cpu, cuda or cuda:N")
     precision: str = key(
-        "auto", "auto: bf16 where the device has it, else fp32", choices=PRECISIONS
+        "auto",
+        "number format of the computation; auto: bf16 where the device has it in "
+        "hardware, else fp32",
+        choices=PRECISIONS,
     )
 
 
@@ -149,8 +161,8 @@ def check_encoder(config: Config) -> dict[str, Any]:
     """
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
-    encoder = build_encoder(config.verify, config.weights, config.pool, config.layer)
-    row = ENCODERS.get(config.verify)
+    encoder = build_encoder(config.encoder, config.weights, config.pool, config.layer)
+    row = ENCODERS.get(config.encoder)
     side = (row.tile if row else None) or 256
     batch, transformed = make_random_batch(encoder, config.batch_size, side)
     batch = batch.to(device)
@@ -159,7 +171,7 @@ def check_encoder(config: Config) -> dict[str, Any]:
     elapsed, features = measure_seconds(encoder, batch, precision, config.rounds)
     if features.shape != (config.batch_size, encoder.dim) or not features.isfinite().all():
         raise UserError(
-            f"encoder '{config.verify}': expected finite features ({config.batch_size}, "
+            f"encoder '{config.encoder}': expected finite features ({config.batch_size}, "
             f"{encoder.dim}) in {precision}, found "
             f"{tuple(features.shape)}, {int((~features.isfinite()).sum())} not finite; try "
             "precision=fp32"
@@ -182,7 +194,7 @@ def check_encoder(config: Config) -> dict[str, Any]:
 
 
 def main(config: Config) -> None:
-    if config.verify:
+    if config.encoder:
         result = check_encoder(config)
         lines = "\n".join(
             f"{name}: {round(value, 4) if isinstance(value, float) else value}"

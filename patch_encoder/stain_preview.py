@@ -2,7 +2,7 @@
 before thousands are encoded.
 
     python -m patch_encoder.stain_preview slides=cohort/slides/S001.svs output=preview.png python -m
-    patch_encoder.stain_preview slides=pictures output=preview.png tiles=6 stain_target=target.png
+    patch_encoder.stain_preview slides=pictures output=preview.png rows=6 stain_target=target.png
 
 One picture: a row a tile, columns original, Reinhard and Macenko (statistics of the slide, as
 extraction takes them by default), haematoxylin alone, eosin alone, and three draws of augmentation.
@@ -63,21 +63,21 @@ CANDIDATES, GRID = (
 class Config:
     """Keys of the preview."""
 
-    slides: str = key(REQUIRED, "a slide or picture, or a folder of them", path=True)
-    output: str = key(REQUIRED, "the picture (.png) that is written", runtime=True)
-    tiles: int = key(5, "rows in all")
-    tile_size: int = key(256, "side of a tile, pixels of level 0")
+    slides: str = key(REQUIRED, "slide file, or folder tree of slides", path=True)
+    output: str = key(REQUIRED, "where the results are written; a PNG file", runtime=True)
+    rows: int = key(5, "rows in all")
+    tile_size: int = key(256, "side of a tile, px; at level 0")
     stain_target: str = key(
         "", "picture of H&E whose stain the tiles get; empty: a common reference", path=True
     )
     stain_scope: str = key(
-        "slide", "stain statistics of the slide, or of each tile", choices=SCOPES
+        "slide", "stain statistics of the slide (64 of its tiles), or of each tile", choices=SCOPES
     )
     alpha: float = key(
         0.1, "augmentation: stains are multiplied by 1 +- alpha (stain jitter: three times alpha)"
     )
     beta: float = key(0.05, "augmentation: and shifted by +- beta, optical density")
-    seed: int = key(0, "of the augmentation's draws")
+    seed: int = key(0, "seed of everything that is drawn at random")
 
 
 class PreviewRow(NamedTuple):
@@ -174,10 +174,10 @@ def main(config: Config) -> None:
     path = Path(config.slides)
     paths = list(find_slides(config.slides).values()) if path.is_dir() else [path]
     generator = torch.Generator().manual_seed(config.seed)
-    share, rows = -(-config.tiles // max(1, len(paths))), []
-    for place in paths[: config.tiles]:
+    share, rows = -(-config.rows // max(1, len(paths))), []
+    for place in paths[: config.rows]:
         with open_slide(place) as slide:
-            found = read_rows(slide, min(share, config.tiles - len(rows)), config.tile_size)
+            found = read_rows(slide, min(share, config.rows - len(rows)), config.tile_size)
         rows += [(row.name, make_variants(row, chosen, config, generator)) for row in found]
     if not rows:
         raise UserError(

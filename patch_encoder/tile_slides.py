@@ -73,16 +73,22 @@ OVERLAY, THUMBNAIL = 1024, 256  # px of the longest side
 class Config:
     """Keys of the tiling stage."""
 
-    slides: str = key(REQUIRED, "folder of slides, any tree", path=True)
-    output: str = key(REQUIRED, "folder that gets coords/, overlays/ and tiling.csv", runtime=True)
-    labels: str = key("", "labels.csv: tile only its slides, and take mpp from it", path=True)
-    tile_size: int = key(256, "side of a tile in pixels at target_mpp")
-    target_mpp: float | None = key(0.5, "um per pixel of the tiles; null: level 0 as it is")
+    slides: str = key(REQUIRED, "slide file, or folder tree of slides", path=True)
+    output: str = key(
+        REQUIRED, "where the results are written; coords/, overlays/ and tiling.csv", runtime=True
+    )
+    labels: str = key(
+        "", "labels.csv of the cohort; only its slides are tiled, and mpp comes from it", path=True
+    )
+    tile_size: int = key(256, "side of a tile, px; at target_mpp")
+    target_mpp: float | None = key(
+        0.5, "micrometres per pixel of the tiles; null: level 0 as it is"
+    )
     overlap: float = key(0.0, "share of its side that a tile has in common with its neighbour")
     step: int | None = key(None, "px at target_mpp from tile to tile, instead of an overlap")
     pad: bool = key(False, "also tiles that run past the right and lower border, white there")
     min_tissue: float = key(0.1, "smallest share of a tile that has to be tissue")
-    mpp: float | None = key(None, "um per pixel at level 0 for slides that do not say")
+    mpp: float | None = key(None, "micrometres per pixel at level 0; of slides that do not say")
     tile_pattern: str = key(
         "", "how tile folders name their tiles, as in tile_x{x}_y{y}.png; empty: <row>_<col>"
     )
@@ -117,20 +123,22 @@ class Config:
     tissue: TissueSettings = group(TissueSettings, "tissue detection settings")
     workers: int = key(
         2,
-        "slides at a time; 0: in the main process, which a slide that crashes its reader ends",
+        "worker processes; one slide each; 0: the main process, which a slide that "
+        "crashes its reader ends",
         runtime=True,
     )
     threads: int = key(
         0,
-        "threads that read a slide; 0: as many as there are cores for each of the workers",
+        "CPU threads per process; that read a slide; 0: as many as there are cores for "
+        "each of the workers",
         runtime=True,
     )
     read_timeout: float = key(
-        300.0, "seconds without progress that give a slide up (not with workers=0)", runtime=True
+        300.0,
+        "seconds without progress after which a slide is given up (not with workers=0)",
+        runtime=True,
     )
-    overwrite: bool = key(
-        False, "tile slides again that were tiled with other settings", runtime=True
-    )
+    overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
 
 
 Job = tuple[str, Path, float | None]  # slide id, file, mpp that was given

@@ -4,11 +4,12 @@ then one table.
     python -m studies.ablation --config configs/ablation/quickstart.yaml base=runs/quickstart
     output=runs/quickstart/ablation
 
-A variant is the default with one factor changed (`grid=one`), or any combination (`grid=full`).
-Stages are started as child processes and decide themselves what is there and valid, so that a study
-that was killed goes on, and one that got a further value trains that alone. Variants share what
-they have in common: the distillation set (`rank.*`), the cached features of the trunk, its pass
-over the cohort. A variant that fails is listed in failures.csv, and the others go on.
+A variant is the default with one factor changed (`combinations=one`), or any combination
+(`combinations=full`). Stages are started as child processes and decide themselves what is there and
+valid, so that a study that was killed goes on, and one that got a further value trains that alone.
+Variants share what they have in common: the distillation set (`rank.*`), the cached features of the
+trunk, its pass over the cohort. A variant that fails is listed in failures.csv, and the others go
+on.
 """
 
 from __future__ import annotations
@@ -41,28 +42,36 @@ class Config:
         "folder of a quickstart: cohort, tiles, features and detector are taken from it",
         path=True,
     )
-    slides: str = key("", "folder of slides; empty: <base>/cohort/slides", path=True)
-    labels: str = key("", "labels.csv; empty: <base>/cohort/labels.csv", path=True)
-    coords: str = key("", "folder of coordinates; empty: <base>/tiles", path=True)
+    slides: str = key(
+        "", "slide file, or folder tree of slides; empty: <base>/cohort/slides", path=True
+    )
+    labels: str = key("", "labels.csv of the cohort; empty: <base>/cohort/labels.csv", path=True)
+    coords: str = key("", "folder of coordinates files; empty: <base>/tiles", path=True)
     features: str = key(
-        "", "folder of the teacher's and the references' bags; empty: <base>/features", path=True
+        "",
+        "folder of feature bags; of the teacher and the references; empty: <base>/features",
+        path=True,
     )
     backbone: str = key(
         "", "backbone of the detector; empty: <base>/detector/backbone.pt", path=True
     )
-    output: str = key(REQUIRED, "folder of the study", runtime=True)
+    output: str = key(
+        REQUIRED, "where the results are written; all stages of the study", runtime=True
+    )
     teacher: str = key(
-        "stain_texture", "the teacher: an encoder, whose bags lie in <features>/<teacher>"
+        "stain_texture", "name of the teacher encoder; its bags lie in <features>/<teacher>"
     )
     references: list[str] = key(["mean_colour"], "encoders that are shown beside it")
     encoders: list[str] = key(
-        [], "how measure_encoders is told of teacher and references (weights); empty: by name"
+        [],
+        "encoders, as name or name=weights; how measure_encoders is told of teacher and "
+        "references; empty: by name",
     )
     default: dict[str, Any] = key(
         {}, "the default variant: keys of train_d2vfm, and rank.<key> of rank_patches"
     )
     factors: dict[str, Any] = key({}, "what is varied: {key: [value or {key: value, ...}, ...]}")
-    grid: str = key(
+    combinations: str = key(
         "one",
         "one: one factor at a time around the default; full: every combination",
         choices=("one", "full"),
@@ -73,7 +82,7 @@ class Config:
     rank: list[str] = key([], "further key=value of rank_patches")
     d2vfm: list[str] = key([], "further key=value of train_d2vfm")
     extract: list[str] = key([], "further key=value of the extraction")
-    cost: list[str] = key([], "further key=value of measure_encoders")
+    measure: list[str] = key([], "further key=value of measure_encoders")
     mil: list[str] = key([], "further key=value of the benchmark")
 
 
@@ -310,7 +319,7 @@ def measure_costs(
         f"encoders=[{','.join(encoders)}]",
         f"student={names}",
         f"output={path}",
-        *config.cost,
+        *config.measure,
         *again,
     ]
     study.need("encoder cost", "studies.measure_encoders", [*on_cohort, *arguments])
@@ -349,7 +358,7 @@ def find_inputs(config: Config) -> dict[str, str]:
 
 
 def main(config: Config) -> int:
-    variants = expand(config.default, config.factors, config.grid)
+    variants = expand(config.default, config.factors, config.combinations)
     study = Study(Path(config.output), find_inputs(config), [])
     rows = [
         {"name": variant.name, "factor": variant.factor, "settings": dict(variant.settings)}

@@ -39,8 +39,10 @@ class Config:
     """Keys of the table."""
 
     study: str = key(REQUIRED, "folder that studies.ablation wrote", path=True)
-    model: str = key("", "classifier of the plot and the front; empty: the benchmark's headline")
-    output: str = key("", "folder of the tables; empty: the study", runtime=True)
+    model: str = key(
+        "", "slide classifier; of the figure and the Pareto front; empty: the benchmark's headline"
+    )
+    output: str = key("", "where the results are written; empty: beside the study", runtime=True)
     title: str = key("Ablation of the student", "title of the page")
 
 

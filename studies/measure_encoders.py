@@ -52,24 +52,31 @@ OPTION = re.compile(rf"\s+({'|'.join(READERS)})=(\S*)\s*$")
 class Config:
     """Keys of the cost measurement."""
 
-    slides: str = key(REQUIRED, "folder of slides, any tree", path=True)
+    slides: str = key(REQUIRED, "slide file, or folder tree of slides", path=True)
     coords: str = key(REQUIRED, "folder of coordinates files", path=True)
-    output: str = key(REQUIRED, "JSON file to write; kept when it is there", runtime=True)
+    output: str = key(
+        REQUIRED, "where the results are written; a JSON file, kept when it is there", runtime=True
+    )
     encoders: list[str] = key(
-        [], "encoders: name or name=weights, then pool=..., layer=..., crop=... after spaces"
+        [], "encoders, as name or name=weights; then pool=..., layer=..., crop=... after spaces"
     )
     student: list[str] = key(
         [],
-        "checkpoint of train_d2vfm or .onnx file of export_student; several as name=checkpoint",
+        "checkpoint of train_d2vfm; or an .onnx file of export_student; several as name=checkpoint",
     )
-    labels: str = key("", "labels.csv", path=True)
-    tiles: int = key(512, "tiles a round")
-    rounds: int = key(3, "rounds; the median counts")
-    batch_size: int = key(64, "tiles a batch")
-    workers: int = key(2, "decoding processes")
+    labels: str = key("", "labels.csv of the cohort", path=True)
+    tiles_per_round: int = key(512, "tiles a round")
+    rounds: int = key(3, "timed rounds, of which the median counts")
+    batch_size: int = key(64, "items per step over all processes; tiles")
+    workers: int = key(2, "worker processes; they decode tiles")
     device: str = key("auto", "auto, cpu, cuda or cuda:N")
-    precision: str = key("auto", "auto: bf16 where the device has it", choices=PRECISIONS)
-    overwrite: bool = key(False, "measure again", runtime=True)
+    precision: str = key(
+        "auto",
+        "number format of the computation; auto: bf16 where the device has it in "
+        "hardware, else fp32",
+        choices=PRECISIONS,
+    )
+    overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
 
 
 def build_model(config: Config) -> list[Encoder]:
@@ -159,7 +166,7 @@ def main(config: Config) -> None:
     )
     failures = Failures("measure_encoders")
     jobs = take_first_tiles(
-        cohort_jobs(config.slides, config.coords, config.labels, failures), config.tiles
+        cohort_jobs(config.slides, config.coords, config.labels, failures), config.tiles_per_round
     )
     encoders = build_model(config)
     timed = list({describe_work(encoder): encoder for encoder in reversed(encoders)}.values())[

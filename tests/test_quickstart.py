@@ -25,7 +25,7 @@ SMALL = {
     "DETECTOR": "epochs=2 architecture.encoder_layers=1 architecture.decoder_layers=1",
     "RANK": "training.epochs=3 training.min_epochs=1 top_k=6 extra_random=2",
     "D2VFM": "epochs=2 lr_drop=1",
-    "COST": "tiles=64 rounds=1",
+    "COST": "tiles_per_round=64 rounds=1",
     "MIL": "training.epochs=3 training.min_epochs=1 models=[abmil] folds=2 resamples=50",
 }
 EMBEDDED = {"COHORT": "side=768 pretrain_slides=6 cv_slides=12 train_fields=16 val_fields=4"}

@@ -2,14 +2,14 @@
 # Adapters, losses, stages, pooling, K ...: every variant of D2VFM on one cohort, AUC with its interval beside its cost.
 #   BASE=runs/quickstart bash tools/ablation.sh [--config FILE] [key=value ...]
 # BASE is a finished quickstart, whose cohort, tiles, features and detector are taken (or give slides= labels= coords= features=
-# backbone=). CONFIG lists default and factors; GRID=full takes all combinations. Killed and started again, it goes on.
+# backbone=). CONFIG lists default and factors; COMBINATIONS=full takes all combinations. Killed and started again, it goes on.
 set -euo pipefail
 # shellcheck source=tools/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 : "${BASE:=}"
 : "${CONFIG:=$ROOT/configs/ablation/quickstart.yaml}"
 : "${OUTPUT:=${BASE:-runs}/ablation}"
-: "${GRID:=one}"
+: "${COMBINATIONS:=one}"
 recipes="$ROOT/configs/quickstart"
-run_python studies.ablation --config "$CONFIG" ${BASE:+base="$BASE"} output="$OUTPUT" grid="$GRID" \
+run_python studies.ablation --config "$CONFIG" ${BASE:+base="$BASE"} output="$OUTPUT" combinations="$COMBINATIONS" \
   rank_config="$recipes/rank.yaml" d2vfm_config="$recipes/d2vfm.yaml" mil_config="$recipes/mil.yaml" "$@"

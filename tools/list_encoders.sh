@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # List the encoders with width, input, resolution, licence and hub, or check one of them on this machine.
 #   bash tools/list_encoders.sh
-#   bash tools/list_encoders.sh verify=uni weights=UNI/pytorch_model.bin
+#   bash tools/list_encoders.sh encoder=uni weights=UNI/pytorch_model.bin
 # All keys: bash tools/list_encoders.sh --help
 set -euo pipefail
 # shellcheck source=tools/lib.sh

@@ -3,7 +3,7 @@
 #   DATASET=runs/distillation OUTPUT=runs/distillation.h5 bash tools/pack_distillation.sh [key=value ...]
 # Or pack tiles straight from slides and teacher bags, 50 random tiles per slide (ranking=<csv> takes the highest ranked):
 #   SLIDES=cohort/slides COORDS=runs/tiles FEATURES=runs/features/gigapath OUTPUT=runs/distillation.h5 \
-#     bash tools/pack_distillation.sh tiles=50 [key=value ...]
+#     bash tools/pack_distillation.sh tiles_per_slide=50 [key=value ...]
 # All keys: bash tools/pack_distillation.sh --help
 set -euo pipefail
 # shellcheck source=tools/lib.sh

@@ -67,7 +67,7 @@ main() {
     cohort="$RUN/cohort" split_cv='' split_pretrain=train protocol=fixed
     # shellcheck disable=SC2086
     stage "compose cohort" patch_encoder.demo.compose_cohort --config "$configs/compose.yaml" output="$cohort" \
-      source="$DATA/bccd/JPEGImages" annotations="$DATA/bccd/coco_derived.json" splits="$DATA/bccd/ImageSets/Main" $COHORT
+      images="$DATA/bccd/JPEGImages" annotations="$DATA/bccd/coco_derived.json" lists="$DATA/bccd/ImageSets/Main" $COHORT
   else
     echo "error: DATA=$DATA: expected labels.csv with slides/ and detection/, or bccd/, found neither" >&2
     exit 2
@@ -95,7 +95,7 @@ main() {
   # shellcheck disable=SC2086
   stage "mil benchmark" mil.benchmark --config "$configs/mil.yaml" labels="$cohort/labels.csv" protocol="$protocol" subset="$split_cv" \
     features="[$features/stain_texture,$features/student,$features/mean_colour]" cost="$RUN/encoder_cost.json" output="$RUN/mil" $MIL
-  "$PYTHON" -m mil.report benchmark="$RUN/mil" stages="$RUN/stages.json" slides="$cohort/slides" labels="$cohort/labels.csv" output="$RUN"
+  "$PYTHON" -m mil.report benchmark="$RUN/mil" stage_times="$RUN/stages.json" slides="$cohort/slides" labels="$cohort/labels.csv" output="$RUN"
   echo "quickstart: $((SECONDS - started)) s; report: $RUN/report.html, figures: $RUN/summary.json"
 }
 

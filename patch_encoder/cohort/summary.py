@@ -76,7 +76,7 @@ def read_rows(
             row = rows.setdefault(slide, SlideSummary(slide))
             row.status, row.errors = "failed", [*row.errors, f"{stage}: {error}"]
     if not rows:
-        raise UserError(f"tiles={tiles}: expected coords/*.h5 of tile_slides, found none")
+        raise UserError(f"tiling={tiles}: expected coords/*.h5 of tile_slides, found none")
     for slide, label in labels.items():
         row = rows.setdefault(
             slide, SlideSummary(slide, "failed", errors=["in labels.csv, but not tiled"])

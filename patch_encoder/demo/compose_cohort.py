@@ -39,12 +39,13 @@ logger = logging.getLogger(__name__)
 class Config:
     """Keys of the script."""
 
-    output: str = key(REQUIRED, "folder of the cohort", runtime=True)
-    source: str = key(REQUIRED, "folder with the pictures", path=True)
-    annotations: str = key(REQUIRED, "COCO document with the boxes of all pictures", path=True)
-    splits: str = key(
+    output: str = key(REQUIRED, "where the results are written; the cohort", runtime=True)
+    images: str = key(REQUIRED, "folder of the images that the annotations name", path=True)
+    annotations: str = key(REQUIRED, "COCO JSON file with the annotated boxes", path=True)
+    lists: str = key(
         REQUIRED,
-        "folder with train.txt, val.txt, test.txt: a picture name without ending a line",
+        "folder with train.txt, val.txt and test.txt, one image name per line, with or "
+        "without suffix",
         path=True,
     )
     lesion_category: str = key("WBC", "category whose boxes are the lesions of the slides")
@@ -52,24 +53,24 @@ class Config:
         [], "categories of the detector's documents; empty = all of them"
     )
     tile: int = key(128, "side of a tile, px")
-    tiles_per_slide: int = key(40, "tiles of a slide")
+    tiles_per_slide: int = key(40, "tiles per slide")
     columns: int = key(8, "tiles in a row of a slide")
     mpp: float = key(
-        0.25, "micrometres a pixel written into labels.csv; nominal, when the pictures do not say"
+        0.25,
+        "micrometres per pixel at level 0; written into labels.csv; nominal, when the "
+        "pictures do not say",
     )
     train_slides: int = key(50, "slides of split train, half of them positive")
     val_slides: int = key(22, "slides of split val, half of them positive")
     test_slides: int = key(18, "slides of split test, half of them positive")
-    seed: int = key(0, "of the drawing of tiles; 0 or more")
-    overwrite: bool = key(
-        False, "replace the cohort in the folder, whatever its settings", runtime=True
-    )
+    seed: int = key(0, "seed of everything that is drawn at random")
+    overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
 
 
 def main(config: Config) -> int:
     """Plan all slides, then write what is missing and the tables."""
     check(config)
-    root, source = Path(config.output), Path(config.source)
+    root, source = Path(config.output), Path(config.images)
     fields, categories, empty = read_fields(Path(config.annotations))
     wanted = config.detection_categories or categories
     for name in (config.lesion_category, *wanted):
@@ -80,7 +81,7 @@ def main(config: Config) -> int:
             )
     if empty:
         logger.info("%s: %d boxes without area left out", config.annotations, empty)
-    chosen = split_fields(fields, Path(config.splits), source)
+    chosen = split_fields(fields, Path(config.lists), source)
     slides = []
     for number, split in enumerate(SPLITS):
         tiles = [
@@ -95,7 +96,7 @@ def main(config: Config) -> int:
             config.tiles_per_slide,
             (config.seed, number),
         )
-    inputs = {split: sha256_file(Path(config.splits) / f"{split}.txt") for split in SPLITS}
+    inputs = {split: sha256_file(Path(config.lists) / f"{split}.txt") for split in SPLITS}
     inputs["annotations"] = sha256_file(config.annotations)
     claim_folder(root, "compose_cohort", {**identity(config), "inputs": inputs}, config.overwrite)
     for slide in progress(slides, "slides", len(slides), "slide"):

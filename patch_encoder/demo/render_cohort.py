@@ -51,10 +51,12 @@ logger = logging.getLogger(__name__)
 class Config:
     """Keys of the script."""
 
-    output: str = key(REQUIRED, "folder of the cohort", runtime=True)
-    seed: int = key(0, "every pixel follows from it; 0 or more")
+    output: str = key(REQUIRED, "where the results are written; the cohort", runtime=True)
+    seed: int = key(0, "seed of everything that is drawn at random")
     side: int = key(1536, "side of a slide at level 0, px")
-    mpp: float = key(0.5, "micrometres a pixel, written into the slides; cells are drawn for 0.5")
+    mpp: float = key(
+        0.5, "micrometres per pixel at level 0; written into the slides; cells are drawn for 0.5"
+    )
     pretrain_slides: int = key(
         24, "slides of split pretrain (for ranking and distillation), half of them positive"
     )
@@ -63,10 +65,8 @@ class Config:
     field_side: int = key(256, "side of a detection field, px")
     train_fields: int = key(240, "detection fields for training")
     val_fields: int = key(60, "detection fields for validation")
-    workers: int = key(0, "processes; 0 = one a CPU core", runtime=True)
-    overwrite: bool = key(
-        False, "replace the cohort in the folder, whatever its settings", runtime=True
-    )
+    workers: int = key(0, "worker processes; 0: one per CPU core", runtime=True)
+    overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
 
 
 def main(config: Config) -> int:

@@ -20,30 +20,42 @@ class ExtractionKeys:
     its encoder.
     """
 
-    slides: str = key(REQUIRED, "folder of slides, any tree", path=True)
-    coords: str = key(REQUIRED, "folder of coordinates files, as tile_slides wrote it", path=True)
+    slides: str = key(REQUIRED, "slide file, or folder tree of slides", path=True)
+    coords: str = key(REQUIRED, "folder of coordinates files", path=True)
     output: str = key(
-        REQUIRED, "features folder; bags go to <output>/<encoder>/h5_files", runtime=True
+        REQUIRED,
+        "where the results are written; bags go to <output>/<encoder>/h5_files",
+        runtime=True,
     )
-    labels: str = key("", "labels.csv: encode only its slides, and take mpp from it", path=True)
-    batch_size: int = key(64, "tiles a batch", runtime=True)
+    labels: str = key(
+        "",
+        "labels.csv of the cohort; only its slides are encoded, and mpp comes from it",
+        path=True,
+    )
+    batch_size: int = key(64, "items per step over all processes; tiles", runtime=True)
     workers: int = key(
         2,
-        "decoding processes; 0: the main process, which a slide that crashes its reader ends",
+        "worker processes; they decode; 0: the main process does, which a slide that "
+        "crashes its reader ends",
         runtime=True,
     )
     read_timeout: float = key(
         300.0,
-        "seconds a tile may take before its slide is given up (not with workers=0)",
+        "seconds without progress after which a slide is given up (not with workers=0)",
         runtime=True,
     )
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
     precision: str = key(
-        "auto", "auto: bf16 where the device has it, else fp32", choices=PRECISIONS
+        "auto",
+        "number format of the computation; auto: bf16 where the device has it in "
+        "hardware, else fp32",
+        choices=PRECISIONS,
     )
-    dtype: str = key("float32", "type of the stored features", choices=("float16", "float32"))
+    dtype: str = key(
+        "float32", "number format of the stored features", choices=("float16", "float32")
+    )
     pt: bool = key(False, "also write pt_files/<slide_id>.pt")
-    overwrite: bool = key(False, "replace bags of another provenance", runtime=True)
+    overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
     shard: str = key(
         "",
         "i/n: every n-th slide by size, for process i (from 1) of n over one cohort",
@@ -76,10 +88,12 @@ class FeatureKeys(ExtractionKeys):
         "", "picture of H&E whose stain the tiles get; empty: a common reference", path=True
     )
     stain_scope: str = key(
-        "slide", "stain statistics of 64 tiles of the slide, or of each tile", choices=SCOPES
+        "slide", "stain statistics of the slide (64 of its tiles), or of each tile", choices=SCOPES
     )
     compile: bool = key(
-        False, "torch.compile the network: a minute at the start, faster from then on", runtime=True
+        False,
+        "compile the network with torch.compile; a minute at the start, faster from then on",
+        runtime=True,
     )
     engine: str = key("local", ENGINE_HELP, choices=ENGINES, runtime=True)
     ray: RaySettings = group(RaySettings, "workers of engine=ray")

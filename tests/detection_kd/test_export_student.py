@@ -464,7 +464,7 @@ def test_comparison_takes_options_of_encoders_and_exported_students(
     keys = on_cohort(
         cohort,
         tmp_path / "cost.json",
-        "tiles=4",
+        "tiles_per_round=4",
         "rounds=1",
         "batch_size=4",
         "workers=0",

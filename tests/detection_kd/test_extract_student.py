@@ -172,7 +172,7 @@ def test_cost_times_one_student_of_each_kind(
     listed = "student=[" + ",".join(f"'{name}={path}'" for name, path in students.items()) + "]"
     output = tmp_path / "cost.json"
     arguments = [word for word in sources(cohort, output) if not word.startswith("precision")]
-    sizes = ["tiles=6", "rounds=1", "encoders=[mean_colour]"]
+    sizes = ["tiles_per_round=6", "rounds=1", "encoders=[mean_colour]"]
     assert run(measure_encoders.main, measure_encoders.Config, [*arguments, listed, *sizes]) == 0
     costs = json.loads(output.read_text())
     assert set(costs) == {"mean_colour", *KINDS}

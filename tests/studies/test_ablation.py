@@ -24,7 +24,10 @@ SMALL = [
     "rank=[subset=,training.epochs=2,training.min_epochs=1]",
     "d2vfm=[epochs=1,views=1,device=cpu]",
 ]
-SMALL += ["cost=[tiles=8,rounds=1,workers=0,device=cpu]", "extract=[workers=0,device=cpu]"]
+SMALL += [
+    "measure=[tiles_per_round=8,rounds=1,workers=0,device=cpu]",
+    "extract=[workers=0,device=cpu]",
+]
 SMALL += [
     "mil=['models=[mean,max]',headline=max,subset=,folds=2,training.epochs=2,training.min_epochs=1,device=cpu,workers=1]"
 ]

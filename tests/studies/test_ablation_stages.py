@@ -206,9 +206,9 @@ def test_inputs_that_are_missing_are_named_before_any_work(base: Path) -> None:
 def test_a_stage_leaves_its_log_its_time_and_its_error(tmp_path: Path) -> None:
     study = Study(tmp_path, {}, [])
     assert study.stage("help", "studies.ablation", ["--help"]) == ""
-    assert "grid" in (tmp_path / "logs" / "help.log").read_text()
-    error = study.stage("wrong one", "studies.ablation", ["gird=full", "output=x"])
-    assert error == "command line: unknown key 'gird'; did you mean 'grid'?"
+    assert "combinations" in (tmp_path / "logs" / "help.log").read_text()
+    error = study.stage("wrong one", "studies.ablation", ["combination=full", "output=x"])
+    assert error == "command line: unknown key 'combination'; did you mean 'combinations'?"
     notes = {
         stage["name"]: stage["seconds"]
         for stage in json.loads((tmp_path / "stages.json").read_text())["stages"]

@@ -140,7 +140,7 @@ def test_packing_again_does_nothing_and_another_set_is_not_overwritten(
         (["output=x.h5", "slides=.", "dataset=."], "either dataset="),
         (["output=x.h5", "slides=."], "either dataset="),
         (["output=x.zip", "dataset=."], "ends in .h5"),
-        (["output=x.h5", "slides=.", "features=.", "tiles=-1"], "tiles=-1"),
+        (["output=x.h5", "slides=.", "features=.", "tiles_per_slide=-1"], "tiles_per_slide=-1"),
         (["output=x.h5", "slides=.", "features=.", "subset=train"], "expected labels="),
     ],
 )
@@ -318,12 +318,16 @@ def test_tiles_from_slides_are_those_that_the_teacher_saw(cohort: Path, tmp_path
 def test_budgets_take_tiles_at_random_or_the_highest(cohort: Path, tmp_path: Path) -> None:
     assert (
         from_slides(
-            cohort, tmp_path / "a.h5", "tiles=3", f"labels={cohort}/labels.csv", "subset=train"
+            cohort,
+            tmp_path / "a.h5",
+            "tiles_per_slide=3",
+            f"labels={cohort}/labels.csv",
+            "subset=train",
         )
         == 0
     )
-    assert from_slides(cohort, tmp_path / "b.h5", "tiles=3", "workers=2") == 0
-    assert from_slides(cohort, tmp_path / "c.h5", "tiles=3", "seed=1") == 0
+    assert from_slides(cohort, tmp_path / "b.h5", "tiles_per_slide=3", "workers=2") == 0
+    assert from_slides(cohort, tmp_path / "c.h5", "tiles_per_slide=3", "seed=1") == 0
     a, b, c = (Pack(tmp_path / f"{name}.h5") for name in "abc")
     assert a.slides == ["S000"] * 3 + ["S001"] * 3 and b.slides == a.slides + ["T2"] * 3
     assert b.names[:6] == a.names and c.names != b.names
@@ -334,7 +338,10 @@ def test_budgets_take_tiles_at_random_or_the_highest(cohort: Path, tmp_path: Pat
     rows = ["slide_id,x,y,score", *(f"S000,{x},{y},{score}" for (x, y), score in scores.items())]
     (tmp_path / "ranking.csv").write_text("\n".join(rows) + "\n")
     assert (
-        from_slides(cohort, tmp_path / "d.h5", "tiles=4", f"ranking={tmp_path}/ranking.csv") == 1
+        from_slides(
+            cohort, tmp_path / "d.h5", "tiles_per_slide=4", f"ranking={tmp_path}/ranking.csv"
+        )
+        == 1
     ), "two slides unranked"
     d = Pack(tmp_path / "d.h5")
     chosen = [scores[tuple(corner)] for corner in d.coords.tolist()]
@@ -374,7 +381,10 @@ def test_the_folders_road_and_the_slides_road_meet(cohort: Path, tmp_path: Path)
     assert pack(f"dataset={tmp_path}/set", f"output={tmp_path}/folder.h5") == 0
     assert (
         from_slides(
-            cohort, tmp_path / "slides.h5", "tiles=3", f"ranking={tmp_path}/set/ann_root/ann.json"
+            cohort,
+            tmp_path / "slides.h5",
+            "tiles_per_slide=3",
+            f"ranking={tmp_path}/set/ann_root/ann.json",
         )
         == 0
     )
@@ -444,14 +454,14 @@ def test_a_killed_run_goes_on_from_its_finished_slides(
 
     monkeypatch.setattr(pack_distillation, "cut_slide", dies)
     with pytest.raises(KeyboardInterrupt):
-        from_slides(cohort, tmp_path / "set.h5", "tiles=2", "workers=0")
+        from_slides(cohort, tmp_path / "set.h5", "tiles_per_slide=2", "workers=0")
     assert not (tmp_path / "set.h5").exists() and calls == ["S000", "S001"]
     monkeypatch.setattr(
         pack_distillation, "cut_slide", lambda *a: (calls.append(a[0].slide_id), cut(*a))
     )
-    assert from_slides(cohort, tmp_path / "set.h5", "tiles=2", "workers=0") == 0
+    assert from_slides(cohort, tmp_path / "set.h5", "tiles_per_slide=2", "workers=0") == 0
     assert calls == ["S000", "S001", "S001", "T2"]
-    assert from_slides(cohort, tmp_path / "whole.h5", "tiles=2") == 0
+    assert from_slides(cohort, tmp_path / "whole.h5", "tiles_per_slide=2") == 0
     images = [Pack(tmp_path / f"{name}.h5").images_sha256 for name in ("set", "whole")]
     assert images[0] == images[1]
 
@@ -465,7 +475,7 @@ def test_a_slide_that_crashes_its_reader_is_listed(
         "cut_slide",
         lambda job, made: die(signal.SIGSEGV) if job.slide_id == "S001" else cut(job, made),
     )
-    assert from_slides(cohort, tmp_path / "set.h5", "tiles=2") == 1
+    assert from_slides(cohort, tmp_path / "set.h5", "tiles_per_slide=2") == 1
     failure = next(csv.DictReader((tmp_path / "failures.csv").read_text().splitlines()))
     assert (failure["slide"], failure["error"]) == (
         "S001",

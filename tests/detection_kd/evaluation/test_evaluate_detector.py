@@ -98,7 +98,7 @@ def keys(folder: Path, output: Path, *changes: str) -> list[str]:
         "workers=0",
         "device=cpu",
         "precision=fp32",
-        "score=0.005",
+        "min_score=0.005",
         "overlays=3",
         *changes,
     ]
@@ -271,7 +271,7 @@ def test_what_cannot_be_evaluated_is_one_line(
         "overlays=-1": "overlays=-1: expected at least 0",
         "eval_size=-1": "eval_size=-1: expected at least 0",
         "iou=0": "iou=0.0",
-        "score=1.5": "score=1.5",
+        "min_score=1.5": "min_score=1.5",
         f"output={training}": f"output={training}: expected a folder for the evaluation, found a "
         "training run",
         changed(

@@ -197,7 +197,7 @@ def walk_the_road(cohort: Path, out: Path, name: str, weights: Path) -> None:
         *bags,
         f"coords={cohort}/tiles",
         f"output={out}/set.h5",
-        "tiles=3",
+        "tiles_per_slide=3",
         f"ranking={out}/set/ann_root/ann.json",
     ]
     assert run(pack_distillation.main, pack_distillation.Config, packing) == 0

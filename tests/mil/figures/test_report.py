@@ -74,7 +74,7 @@ def test_page_is_self_contained_and_shows_the_figures(finished: Path, tmp_path: 
     options = [
         f"slides={finished}/slides",
         f"labels={finished}/labels.csv",
-        f"stages={stages}",
+        f"stage_times={stages}",
         "title=Teacher & student",
     ]
     config = load_config(
@@ -155,7 +155,7 @@ def test_bad_input_is_refused(finished: Path, tmp_path: Path):
                 [
                     f"benchmark={tmp_path}/bench",
                     f"output={tmp_path}/r",
-                    f"stages={tmp_path}/stages.json",
+                    f"stage_times={tmp_path}/stages.json",
                 ],
             )
         )

@@ -260,7 +260,7 @@ def test_without_slides_tiles_stand_on_white(bench: Path):
         [Outline(np.array([[0, 0], [64, 0], [64, 48], [0, 48]]))],
         0.5,
     )
-    assert run(main, Config, [*given, f"tissue={bench.parent}/tissue"]) == 0
+    assert run(main, Config, [*given, f"outlines={bench.parent}/tissue"]) == 0
     output = bench.parent / "heat"
     assert (
         not (output / "pictures" / "s05" / "tiles").exists()

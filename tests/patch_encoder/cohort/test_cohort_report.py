@@ -141,7 +141,7 @@ class Page(HTMLParser):
 
 def test_page_is_whole_in_itself(tiling: Path, tmp_path: Path) -> None:
     assert (
-        run(main, Config, [f"tiles={tiling}", f"output={tmp_path}/report", "title=My <cohort>"])
+        run(main, Config, [f"tiling={tiling}", f"output={tmp_path}/report", "title=My <cohort>"])
         == 0
     )
     html = (tmp_path / "report" / "cohort.html").read_text()
@@ -154,7 +154,7 @@ def test_page_is_whole_in_itself(tiling: Path, tmp_path: Path) -> None:
     assert "My <cohort>" in page.text and "<cohort>" not in html
     assert 'cannot <b>decode</b> it, "at all"' in page.text and "<b>decode" not in html
     assert not (tmp_path / "report" / "thumbnails").exists()
-    assert run(main, Config, [f"tiles={tiling}", f"output={tmp_path}/report", "embed=false"]) == 0
+    assert run(main, Config, [f"tiling={tiling}", f"output={tmp_path}/report", "embed=false"]) == 0
     page = Page()
     page.feed((tmp_path / "report" / "cohort.html").read_text())
     assert page.sources == ["thumbnails/S0.jpg", "thumbnails/S1.jpg", "thumbnails/S2.jpg"]
@@ -163,7 +163,7 @@ def test_page_is_whole_in_itself(tiling: Path, tmp_path: Path) -> None:
 
 def test_older_tilings_lead_to_their_overlays(tiling: Path, tmp_path: Path) -> None:
     (tiling / "thumbnails").rename(tiling / "overlays")
-    assert run(main, Config, [f"tiles={tiling}", f"output={tiling}/report"]) == 0
+    assert run(main, Config, [f"tiling={tiling}", f"output={tiling}/report"]) == 0
     page = Page()
     page.feed((tiling / "report" / "cohort.html").read_text())
     assert (
@@ -172,11 +172,11 @@ def test_older_tilings_lead_to_their_overlays(tiling: Path, tmp_path: Path) -> N
 
 
 def test_bad_input_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(main, Config, [f"tiles={tmp_path}", f"output={tmp_path}/r"]) == 2
+    assert run(main, Config, [f"tiling={tmp_path}", f"output={tmp_path}/r"]) == 2
     assert "expected coords/*.h5 of tile_slides, found none" in capsys.readouterr().err
     add_slide(tmp_path, "S0", 3)
     assert (
-        run(main, Config, [f"tiles={tmp_path}", f"output={tmp_path}/r", f"features=[{tmp_path}]"])
+        run(main, Config, [f"tiling={tmp_path}", f"output={tmp_path}/r", f"features=[{tmp_path}]"])
         == 2
     )
     assert not (tmp_path / "r").exists()
@@ -200,7 +200,7 @@ def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             add_slide(folder / "tiles", f"S{index}", index, index)
     (folder / "tiles" / "coords" / "S7.h5").write_bytes(b"cut short")
-    assert run(main, Config, [f"tiles={folder}/tiles", f"output={folder}/report"]) == 0
+    assert run(main, Config, [f"tiling={folder}/tiles", f"output={folder}/report"]) == 0
     return folder / "report" / "cohort.html"
 
 

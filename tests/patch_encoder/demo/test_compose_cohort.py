@@ -64,8 +64,8 @@ def make_source(folder: Path, fields: int = 8) -> Path:
 
 def config(source: Path, output: Path, **keys: object) -> Config:
     given = {
-        "output": output, "source": source / "pictures", "annotations": source / "boxes.json",
-        "splits": source / "splits",
+        "output": output, "images": source / "pictures", "annotations": source / "boxes.json",
+        "lists": source / "splits",
         "lesion_category": "lesion", "tile": TILE, "tiles_per_slide": 6, "columns": 3,
         "train_slides": 6, "val_slides": 4, "test_slides": 2, **keys,
     }  # fmt: skip
@@ -284,7 +284,7 @@ def test_bccd_gives_the_cohort_that_its_boxes_allow(
     real_data: Path, root: Path, tmp_path: Path
 ) -> None:
     bccd = real_data / "bccd"
-    paths = {"source": "JPEGImages", "annotations": "coco_derived.json", "splits": "ImageSets/Main"}
+    paths = {"images": "JPEGImages", "annotations": "coco_derived.json", "lists": "ImageSets/Main"}
     given = [f"{name}={bccd / place}" for name, place in paths.items()]
     main(
         load_config(

@@ -65,7 +65,7 @@ def test_the_check_loads_the_weights_and_says_what_they_cost(
     random = build_encoder("timm:test_vit", "random")
     torch.save({"model": random.model.network.state_dict()}, tmp_path / "w.pth")
     keys = [
-        "verify=timm:test_vit",
+        "encoder=timm:test_vit",
         f"weights={tmp_path}/w.pth",
         "device=cpu",
         "precision=fp32",
@@ -113,7 +113,7 @@ def test_features_that_overflow_are_refused(
         run(
             list_encoders.main,
             list_encoders.Config,
-            ["verify=timm:test_vit", "device=cpu", "rounds=1", "batch_size=1"],
+            ["encoder=timm:test_vit", "device=cpu", "rounds=1", "batch_size=1"],
         )
         == 2
     )
@@ -125,7 +125,7 @@ def test_a_classical_descriptor_is_timed_in_its_transform(
 ) -> None:
     result = json.loads(
         printed(
-            capsys, "json=true", "verify=stain_texture", "device=cpu", "batch_size=1", "rounds=1"
+            capsys, "json=true", "encoder=stain_texture", "device=cpu", "batch_size=1", "rounds=1"
         )
     )
     assert (result["dim"], result["parameters"], result["gflops_a_tile"]) == (151, 0, None)

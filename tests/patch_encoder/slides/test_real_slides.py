@@ -310,7 +310,7 @@ def test_measured_tiles_are_filtered(cohort: Path) -> None:
     assert (
         call(
             filter_tiles,
-            f"tiles={cohort}/hsv_otsu",
+            f"tiling={cohort}/hsv_otsu",
             f"output={cohort}/filtered",
             "max_pen=0.3",
             "max_background=0.5",
@@ -362,7 +362,7 @@ def test_features_and_the_cohort_page(cohort: Path, encoder: str) -> None:
         with h5py.File(path) as file:
             assert file["coords"].shape == (len(found[name]), 2)
     page = [
-        f"tiles={cohort}/hsv_otsu",
+        f"tiling={cohort}/hsv_otsu",
         f"features=[{cohort}/features/{encoder}]",
         f"labels={cohort}/labels.csv",
     ]

@@ -140,7 +140,7 @@ def test_tiles_are_measured_and_cut_now_or_later(
     limit = (quality["blur"][lower].max() + np.median(quality["blur"][~lower])) / 2
     cuts = [f"min_blur={limit}", "max_pen=0.2"]
     assert tile(cohort, "quality=true", *cuts, output="now") == 0
-    arguments = [f"tiles={cohort}/tiles", f"output={cohort}/later", *cuts]
+    arguments = [f"tiling={cohort}/tiles", f"output={cohort}/later", *cuts]
     assert run(filter_tiles.main, filter_tiles.Config, arguments) == 0
     now, later = (
         read_coordinates(cohort / name / "coords" / "marked.h5") for name in ("now", "later")
@@ -164,9 +164,9 @@ def test_tiles_are_measured_and_cut_now_or_later(
         assert sorted(file) == sorted(["coords", "tissue", *MEASURES])
     capsys.readouterr()
     for wrong, message in (
-        ([f"tiles={cohort}/tiles", f"output={cohort}/x"], "at least one of min_blur"),
-        ([f"tiles={cohort}/tiles", f"output={cohort}/tiles", "min_blur=1"], "another folder"),
-        ([f"tiles={cohort}/slides", f"output={cohort}/x", "min_blur=1"], "coords/*.h5"),
+        ([f"tiling={cohort}/tiles", f"output={cohort}/x"], "at least one of min_blur"),
+        ([f"tiling={cohort}/tiles", f"output={cohort}/tiles", "min_blur=1"], "another folder"),
+        ([f"tiling={cohort}/slides", f"output={cohort}/x", "min_blur=1"], "coords/*.h5"),
     ):
         assert run(filter_tiles.main, filter_tiles.Config, wrong) == 2
         assert message in capsys.readouterr().err
@@ -174,7 +174,7 @@ def test_tiles_are_measured_and_cut_now_or_later(
 
 def test_unmeasured_tiles_cannot_be_cut(cohort: Path) -> None:
     assert tile(cohort) == 0
-    arguments = [f"tiles={cohort}/tiles", f"output={cohort}/later", "min_blur=1"]
+    arguments = [f"tiling={cohort}/tiles", f"output={cohort}/later", "min_blur=1"]
     assert run(filter_tiles.main, filter_tiles.Config, arguments) == 1
     assert "quality=true first" in (cohort / "later" / "failures.csv").read_text()
 
