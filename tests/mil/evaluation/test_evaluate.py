@@ -322,7 +322,7 @@ def test_pictures_of_three_classes_and_of_many_models(
             )
 
 
-def test_mean_curve_and_its_band(tmp_path: Path):
+def test_average_curves_and_their_band(tmp_path: Path):
     finished, _ = table_runs([str(table(tmp_path / "said.csv"))], "classes", None)
     runs = [run.test for run in finished[:2]]
     mean, band = average_curves(runs, roc_curves, 0)

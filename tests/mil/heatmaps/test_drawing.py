@@ -41,6 +41,7 @@ from mil.heatmaps.scores import TileScores, percentile_ranks
 from mil.heatmaps.settings import Drawing, check_drawing, picture_side
 from mil.heatmaps.slide import make_heat, tiles_for_half
 from mil.tasks.classification import Classification, Predictions
+from mil.tasks.ordinal import Ordinal
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.base import Slide
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
@@ -66,8 +67,9 @@ def scores(values: list[float], shown: str = "attention", side: int = 16) -> Til
         "s", side, side, 0, side, 0.5, 0.5, 0.0, 4 * side, -(-count // 4) * side
     )
     alone = None if shown == "attention" else np.array(values)
+    name = "" if shown == "risk" else "pos"  # a risk is of no class
     return TileScores(
-        Coordinates(coords, geometry), np.array(values), alone, shown, "pos", np.array([0.4, 0.6])
+        Coordinates(coords, geometry), np.array(values), alone, shown, name, np.array([0.4, 0.6])
     )
 
 
@@ -371,12 +373,14 @@ def test_calibration_against_scikit_learn() -> None:
 def test_confusion_uses_the_validation_threshold() -> None:
     run = predictions()
     called = (run.probabilities[:, 1] >= 0.6).astype(int)
-    counts = count_confusion([run, run], 2)
+    counts = count_confusion([run, run], Classification(("a", "b")))
     assert counts[1, 0] == 2 * ((run.targets == 1) & (called == 0)).sum() and counts.sum() == 240
     graded = predictions(classes=3)  # of grades the median one
     middle = (graded.probabilities.cumsum(1) < 0.5).sum(1)
-    assert np.trace(count_confusion([graded], 3, ordered=True)) == (middle == graded.targets).sum()
-    assert (count_confusion([graded], 3) != count_confusion([graded], 3, ordered=True)).any()
+    names = ("a", "b", "c")
+    by_median = count_confusion([graded], Ordinal(names))
+    assert np.trace(by_median) == (middle == graded.targets).sum()
+    assert (count_confusion([graded], Classification(names)) != by_median).any()
     three = predictions(classes=3)
     assert draw_roc_by_class([three], ("a", "b", "c")) is not None
     assert draw_roc_by_class([], ("a", "b")) is None
