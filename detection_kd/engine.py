@@ -1,20 +1,25 @@
-"""What the scripts of detection_kd share: optimiser groups, the loss of a batch, the detections of
-a set.
+"""What the scripts of detection_kd share: models in training and their checkpoints, optimiser
+groups, the loss of a batch, and the outputs on a whole set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
 
+from common.checkpoint import load_checkpoint, load_weights, resume, save_checkpoint
 from common.device import autocast
 from common.distributed import gather_objects, mean_number
+from common.errors import UserError
 from detection_kd.datasets.coco import ImageRecord
 from detection_kd.datasets.detection import DetectionBatch
 from detection_kd.evaluation.coco_metrics import Prediction
@@ -69,6 +74,104 @@ def make_parameter_groups(
             kind, rate = "slow", lr * slow_factor
         groups.setdefault(kind, {"params": [], "lr": rate})["params"].append(parameter)
     return [groups[kind] for kind in sorted(groups, key=lambda kind: (kind != "transformer", kind))]
+
+
+@dataclass
+class ModelInTraining:
+    """A model with everything that one of its optimiser steps changes.
+
+    Attributes:
+        plain: the model itself, whose weights are saved.
+        model: what is called in training: on its device, and wrapped where there are several
+            processes.
+        optimizer: of the trainable parameters.
+        average: moving average of `plain`; None: off.
+        scaler: of fp16 gradients; None: the script has no use for one.
+    """
+
+    plain: nn.Module
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: AveragedModel | None
+    scaler: torch.amp.GradScaler | None = None
+
+    @property
+    def kept(self) -> nn.Module:
+        """The model that is evaluated and kept as the best: the average where there is one."""
+        return self.plain if self.average is None else self.average.module
+
+    def update_average(self) -> None:
+        """Take the weights of a finished step into the moving average."""
+        if self.average is not None:
+            self.average.update_parameters(self.plain)
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {"optimizer": self.optimizer, "scaler": self.scaler, "average": self.average}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def resume(self, path: Path) -> tuple[int, dict[str, Any]]:
+        """Take up the state of the last checkpoint; how many epochs are done, and the best one."""
+        return resume(path, self.plain, **self._parts())
+
+    def save_best(self, path: Path, **state: Any) -> None:
+        """Write the checkpoint that later stages read; `state` as for `save_checkpoint`."""
+        save_checkpoint(path, model=self.kept.state_dict(), **state)
+
+    def load_best(self, path: Path) -> None:
+        """Give the kept model the weights that `save_best` wrote."""
+        load_weights(self.kept, load_checkpoint(path)["model"], str(path))
+
+    def save_last(self, path: Path, **state: Any) -> None:
+        """Write the checkpoint that `resume` reads; `state` as for `save_checkpoint`."""
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        save_checkpoint(path, model=self.plain.state_dict(), **state, **parts)
+
+
+def share_batch(batch_size: int, processes: int, accumulate: int = 1) -> int:
+    """Compute how many items of a batch one process takes at a time.
+
+    Args:
+        batch_size: items per optimiser step over all processes.
+        processes: how many there are.
+        accumulate: parts that a process computes its items in, one after the other.
+
+    Raises:
+        UserError: the items cannot be shared out evenly.
+    """
+    if accumulate < 1 or batch_size % (processes * accumulate):
+        raise UserError(
+            f"batch_size={batch_size}: expected a multiple of the {processes} processes"
+            + f" times accumulate={accumulate}" * (accumulate != 1)
+        )
+    return batch_size // (processes * accumulate)
+
+
+def describe_values(values: Mapping[str, float], names: Sequence[str], digits: int) -> str:
+    """Format those of the named values that are there, for one line of the log."""
+    return ", ".join(f"{name} {values[name]:.{digits}f}" for name in names if name in values)
+
+
+def move_to_device(inputs: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
+    """Move a batch of tiles, or the list of its cached maps."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device, non_blocking=True)
+    return [x.to(device, non_blocking=True) for x in inputs]
+
+
+@torch.inference_mode()
+def predict_features(
+    model: nn.Module, loader: DataLoader, precision: str, device: torch.device
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
+    """Compute the student's features (N, D) of a set, and collect the teacher's (N, D), both in the
+    order of the set.
+    """
+    model.eval()
+    students, teachers = [], []
+    for inputs, teacher in loader:
+        with autocast(device, precision):
+            students.append(model(move_to_device(inputs, device)).float())
+        teachers.append(teacher.to(device))
+    return torch.cat(students), torch.cat(teachers)
 
 
 @dataclass

@@ -16,17 +16,13 @@ the backbone runs once, for this run and for all that differ in what comes after
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from common.checkpoint import load_checkpoint, load_weights, resume, save_checkpoint
 from common.cli import launch
 from common.config import REQUIRED, group, key, to_dict
 from common.device import PRECISIONS, autocast, pick_precision
@@ -34,26 +30,22 @@ from common.distributed import World, gather_rows, init_distributed, mean_dict, 
 from common.ema import moving_average
 from common.errors import UserError
 from common.files import sha256_file
-from common.optim import add_terms, clip_gradients, require_finite, set_lr
+from common.optim import add_terms, clip_gradients, require_finite, set_lr, trainable
 from common.progress import progress
 from common.run import Tracker, open_run
 from common.schedules import drop_epoch, lr_factor
-from common.seed import epoch_generator, seed_everything, seed_worker
+from common.seed import seed_everything
+from detection_kd import engine
 from detection_kd.datasets.augmentation_keys import AugmentationKeys
-from detection_kd.datasets.distillation import (
-    DistillationTiles,
-    Pair,
-    digest_pairs,
-    read_pairs,
-    split_by_slide,
+from detection_kd.datasets.distillation import Pair, digest_pairs, read_pairs, split_by_slide
+from detection_kd.datasets.feature_cache import DTYPES, CacheKey
+from detection_kd.datasets.student_sets import (
+    make_cached_sets,
+    make_loaders,
+    make_tile_sets,
+    start_epoch,
 )
-from detection_kd.datasets.feature_cache import (
-    DTYPES,
-    CachedMaps,
-    CacheKey,
-    cache_maps,
-    join_batch,
-)
+from detection_kd.datasets.tile_augmentation import rescale
 from detection_kd.evaluation.feature_agreement import measure_agreement
 from detection_kd.figures.student_report import write_report
 from detection_kd.losses.feature_regression import FEATURE_LOSSES
@@ -62,10 +54,15 @@ from detection_kd.models.adapter import ADAPTERS
 from detection_kd.models.backbone import load_backbone
 from detection_kd.models.online_teacher import OnlineTeacher, read_online_teacher
 from detection_kd.models.pooling import POOLINGS
-from detection_kd.models.student import FrozenMaps, Student, StudentHead, describe_student
+from detection_kd.models.student import (
+    FrozenMaps,
+    Student,
+    build_student_network,
+    check_student_keys,
+    describe_student,
+    group_student_parameters,
+)
 from patch_encoder.cohort.labels import read_labels
-from patch_encoder.models.encoder_table import IMAGENET
-from patch_encoder.models.encoders import PixelEncoder
 
 logger = logging.getLogger(__name__)
 REPORTED = ("loss", "cosine", "r2", "knn_10")
@@ -174,319 +171,177 @@ class Config:
     tracker: Tracker = group(Tracker, "experiment tracking")
 
 
-def build_model(config: Config, dim: int) -> tuple[Student, dict[str, Any]]:
-    """The student for a teacher of width `dim`, and what a checkpoint needs to rebuild it."""
-    stages = config.stages
-    if not set(stages) <= {0, 1, 2} or stages != sorted(set(stages)):
-        raise UserError(
-            f"stages={config.stages}: expected 0, 1 or 2 (layer2, layer3, layer4), ascending"
-        )
-    if not 0 < config.input_scale <= 4:
-        raise UserError(f"input_scale={config.input_scale}: expected a factor above 0, at most 4")
-    if not 0 <= config.unfreeze <= max(stages) + 3 or config.unfreeze_lr <= 0:
-        raise UserError(
-            f"unfreeze={config.unfreeze} unfreeze_lr={config.unfreeze_lr:g}: expected 0 to "
-            f"{max(stages) + 3} stages "
-            "(the last that is used, the one before, ..., the stem) and a factor above 0"
-        )
+def build_model(config: Config, dim: int) -> Student:
+    """Build the student for a teacher of width `dim`."""
+    check_student_keys(config.stages, config.input_scale, config.unfreeze, config.unfreeze_lr)
     if config.unfreeze and config.cache:
         raise UserError(
             "cache=true unfreeze>0: expected one of them, since features of a stage that is "
             "trained change"
         )
     backbone, _ = load_backbone(config.backbone)
-    student = Student(
-        backbone, stages, config.adapter, dim, config.input_scale, config.pooling, config.unfreeze
-    )
-    return student, describe_student(student, config.teacher)
+    sizes = (config.adapter, dim, config.input_scale, config.pooling, config.unfreeze)
+    return Student(backbone, config.stages, *sizes)
 
 
-def make_parameter_groups(student: Student, lr: float, unfreeze_lr: float) -> list[dict[str, Any]]:
-    """Pooling and adapter at `lr`, stages that are trained at `unfreeze_lr` times that."""
-    groups: list[dict[str, Any]] = [
-        {"params": [*student.pooling.parameters(), *student.adapter.parameters()], "lr": lr}
-    ]
-    stages = [parameter for parameter in student.backbone.parameters() if parameter.requires_grad]
-    return [*groups, {"params": stages, "lr": lr * unfreeze_lr}] if stages else groups
-
-
-def build_network(student: Student, config: Config, world: World) -> nn.Module:
-    """What takes the items of the sets: the whole student, or what comes behind the cached
-    features.
-    """
-    module = StudentHead(student) if config.cache else PixelEncoder(student, IMAGENET)
-    return module.to(world.device, memory_format=torch.channels_last)
+def prepare_training(config: Config, student: Student, world: World) -> engine.ModelInTraining:
+    """Put the student on its device, with its optimiser and its moving average."""
+    network = build_student_network(student, cached=config.cache, device=world.device)
+    model = wrap(network, world)
+    average = moving_average(student, config.ema)
+    groups = group_student_parameters(student, config.lr, config.unfreeze_lr)
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    return engine.ModelInTraining(student, model, optimizer, average)
 
 
 @dataclass
 class DistillationRun:
-    """What a step needs beside model and data."""
+    """What a step needs beside the model and the data."""
 
     config: Config
     world: World
     precision: str
     loss: DistillationLoss
-    student: Student
-    average: AveragedModel | None
     online: OnlineTeacher | None
 
 
-def train_one_epoch(
+def make_sets(
     job: DistillationRun,
-    model: nn.Module,
-    loader: DataLoader,
-    optimizer: torch.optim.Optimizer,
-    epoch: int,
-) -> dict[str, float]:
-    """One pass over the training pairs; mean loss, and its terms when there are several, over steps
-    and processes.
+    student: Student,
+    pairs: list[Pair],
+    parts: tuple[list[Pair], list[Pair]],
+    inputs: dict[str, str],
+) -> tuple[Dataset, Dataset]:
+    """Make the training and the validation set: tiles, or with `cache` what the frozen backbone
+    makes of them.
     """
     config, world = job.config, job.world
+    if not config.cache:
+        return make_tile_sets(
+            parts,
+            augment=config.augment,
+            seed=config.seed,
+            augmentation=config.augmentation.of_tiles(),
+            teacher_view=job.online.transform if job.online else None,
+        )
+    digests = (inputs["backbone"], inputs["dataset"])
+    averaged = student.pooling.kind == "mean"
+    name = CacheKey(*digests, config.input_scale, averaged, job.precision, config.cache_dtype)
+    folder = Path(config.cache_dir or Path(config.output).absolute().parent / "d2vfm_cache")
+    frozen = FrozenMaps(student).to(world.device, memory_format=torch.channels_last).eval()
+    options = {"views": config.views, "seed": config.seed, "workers": config.workers}
+    return make_cached_sets(pairs, parts, folder, name, frozen, student.stages, world, **options)
+
+
+def train_one_epoch(
+    job: DistillationRun, training: engine.ModelInTraining, loader: DataLoader, epoch: int
+) -> dict[str, float]:
+    """Train on all pairs once.
+
+    Returns:
+        The mean of the loss over steps and processes, and of its terms when there are several.
+    """
+    config, world, optimizer = job.config, job.world, training.optimizer
     drop = drop_epoch(config.lr_drop, config.epochs)
     rate = {"drop": drop, "drop_factor": config.lr_drop_factor}
     set_lr(optimizer, lr_factor("step", epoch, config.epochs, **rate))
-    model.train()
+    training.model.train()
     sums: dict[str, Tensor] = {}
-    for step, (inputs, teacher) in enumerate(
-        progress(loader, f"epoch {epoch + 1}", len(loader), "steps", enabled=world.is_main)
-    ):
+    shown = progress(loader, f"epoch {epoch + 1}", len(loader), "steps", enabled=world.is_main)
+    for step, (inputs, teacher) in enumerate(shown):
         if job.online is not None:
             teacher = job.online(teacher)
-        inputs = move_to_device(inputs, world.device)
+        inputs = engine.move_to_device(inputs, world.device)
         if isinstance(inputs, Tensor):
-            inputs = rescale(
-                inputs, config.scales, config.augmentation.sizes, config.seed, epoch, step
-            )
+            sizes = config.augmentation.sizes
+            inputs = rescale(inputs, config.scales, sizes, config.seed, epoch, step)
         with autocast(world.device, job.precision):
-            features = model(inputs)
-        loss, terms = job.loss(
-            features.float(), teacher.to(world.device, non_blocking=True), gather_rows
-        )
+            features = training.model(inputs)
+        teacher = teacher.to(world.device, non_blocking=True)
+        loss, terms = job.loss(features.float(), teacher, gather_rows)
         require_finite(loss, f"epoch {epoch + 1} step {step + 1}", terms)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        clip_gradients(model, config.clip_norm)
+        clip_gradients(training.model, config.clip_norm)
         optimizer.step()
-        if job.average is not None:
-            job.average.update_parameters(job.student)
+        training.update_average()
         parts = {f"loss_{name}": value for name, value in terms.items()} if len(terms) > 1 else {}
         sums = add_terms(sums, {"loss": loss, **parts})
     return mean_dict({name: value / max(1, len(loader)) for name, value in sums.items()})
 
 
-def move_to_device(inputs: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
-    """Tiles, or a list of cached maps, moved."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device, non_blocking=True)
-    return [x.to(device, non_blocking=True) for x in inputs]
+def read_set(config: Config, world: World) -> list[Pair]:
+    """Read the distillation set; the main process lists its problems in `problems.csv`."""
+    report = Path(config.output) / "problems.csv" if world.is_main else None
+    checks = {"verify": config.verify, "skip_bad": config.skip_bad}
+    return read_pairs(config.dataset, report=report, show=world.is_main, **checks)
 
 
-def rescale(
-    tiles: Tensor, scales: list[float], sizes: list[int], seed: int, epoch: int, step: int
-) -> Tensor:
-    """uint8 (B, 3, H, W) resized by a factor or to a short side by (seed, epoch, step), the same on
-    every process.
-    """
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 1_000_003 + step)
-    choices = [side / min(tiles.shape[-2:]) for side in sizes] or scales
-    scale = choices[int(torch.randint(len(choices), (1,), generator=generator))]
-    if scale == 1.0:
-        return tiles
-    size = [max(32, round(side * scale)) for side in tiles.shape[-2:]]
-    resized = nn.functional.interpolate(tiles.float(), size=size, mode="bilinear", antialias=True)
-    return resized.round().clamp(0, 255).to(torch.uint8)
+def read_teacher(
+    config: Config, pairs: list[Pair], world: World, precision: str
+) -> OnlineTeacher | None:
+    """Read the teacher that runs in the training loop, if one is named."""
+    wanted = (config.online_teacher, config.teacher_weights, config.teacher_crop)
+    return read_online_teacher(*wanted, pairs, world.device, precision)
 
 
-@torch.inference_mode()
-def predict(
-    model: nn.Module, loader: DataLoader, precision: str, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Features (N, D) of the student and of the teacher on held-out slides, in the order of the
-    set.
-    """
-    model.eval()
-    students, teachers = [], []
-    for inputs, teacher in loader:
-        with autocast(device, precision):
-            students.append(model(move_to_device(inputs, device)).float())
-        teachers.append(teacher.to(device))
-    return torch.cat(students), torch.cat(teachers)
-
-
-def make_sets(
-    config: Config,
-    student: Student,
-    pairs: list[Pair],
-    world: World,
-    inputs: dict[str, str],
-    online: OnlineTeacher | None = None,
-) -> tuple[Dataset, Dataset]:
-    """Training and validation set: tiles, or what the frozen backbone makes of them when
-    `cache`.
-    """
-    train_pairs, val_pairs = split_by_slide(pairs, config.val_fraction, config.seed)
-    options = {
-        "augmentation": config.augmentation.of_tiles(),
-        "teacher_view": online.transform if online else None,
-    }
-    train = DistillationTiles(train_pairs, augment=config.augment, seed=config.seed, **options)
-    val = DistillationTiles(val_pairs, augment=False, seed=config.seed)
-    if not config.cache:
-        return train, val
-    if not 1 <= config.views <= 4:
-        raise UserError(f"views={config.views}: expected 1 to 4 quarter turns")
-    turned = [
-        DistillationTiles(pairs, augment=False, seed=config.seed, turns=turns)
-        for turns in range(config.views)
-    ]
-    return cache_sets(config, student, pairs, turned, (train_pairs, val_pairs), world, inputs)
-
-
-def cache_sets(
-    config: Config,
-    student: Student,
-    pairs: list[Pair],
-    turned: Sequence[Dataset],
-    parts: tuple[list[Pair], list[Pair]],
-    world: World,
-    inputs: dict[str, str],
-) -> tuple[CachedMaps, CachedMaps]:
-    """Training pairs in all turns and validation pairs as they are, of features that all runs on
-    this set share.
-    """
-    precision = pick_precision(config.precision, world.device)
-    pooled = student.pooling.kind == "mean"
-    name = CacheKey(
-        inputs["backbone"],
-        inputs["dataset"],
-        config.input_scale,
-        pooled,
-        precision,
-        config.cache_dtype,
-    )
-    folder = Path(config.cache_dir or Path(config.output).absolute().parent / "d2vfm_cache")
-    frozen = FrozenMaps(student).to(world.device, memory_format=torch.channels_last).eval()
-    turns = cache_maps(folder, name, frozen, student.stages, turned, world, config.workers)
-    place = {id(pair): row for row, pair in enumerate(pairs)}
-    teacher = torch.stack([pair.feature for pair in pairs])
-    train_rows, val_rows = ([place[id(pair)] for pair in part] for part in parts)
-    return CachedMaps(turns, teacher, train_rows), CachedMaps(turns[:1], teacher, val_rows)
-
-
-def make_loaders(
-    config: Config, world: World, train: Dataset, val: Dataset
-) -> tuple[DataLoader, DataLoader]:
-    """Training loader (sharded over processes) and validation loader (whole, on every process)."""
-    if config.batch_size % world.size:
-        raise UserError(
-            f"batch_size={config.batch_size}: expected a multiple of the {world.size} processes"
-        )
-    count = len(train)  # type: ignore[arg-type]
-    sampler = DistributedSampler(train, world.size, world.rank, shuffle=True, seed=config.seed)
-    batch = config.batch_size // world.size
-    options: dict[str, Any] = {
-        "pin_memory": world.device.type == "cuda",
-        "worker_init_fn": seed_worker,
-    }
-    options |= (
-        {"num_workers": 0, "collate_fn": join_batch}
-        if config.cache
-        else {"num_workers": config.workers}
-    )
-    train_loader = DataLoader(
-        train, batch, sampler=sampler, drop_last=count >= config.batch_size, **options
-    )
-    return train_loader, DataLoader(val, batch, **options)
+def digest_inputs(
+    config: Config, pairs: list[Pair], online: OnlineTeacher | None
+) -> dict[str, str]:
+    """Compute the fingerprints of what decides the result."""
+    inputs = {"dataset": digest_pairs(pairs), "backbone": sha256_file(config.backbone)}
+    return inputs | ({"online_teacher": online.digest} if online else {})
 
 
 def main(config: Config) -> None:
+    """Train the student, and leave checkpoints, results and its report in the run directory."""
     world = init_distributed(config.device)
+    precision = pick_precision(config.precision, world.device)
     config.augmentation.check(config.augment, config.scales, config.cache, config.online_teacher)
-    labels = (
-        {record.slide_id: record.label for record in read_labels(config.labels)}
-        if config.labels
-        else {}
-    )
+    records = read_labels(config.labels) if config.labels else []
+    labels = {record.slide_id: record.label for record in records}
     loss = distillation_loss(config.loss, config.loss_weight, config.extra)
-    report = Path(config.output) / "problems.csv" if world.is_main else None
-    checks = {"verify": config.verify, "skip_bad": config.skip_bad}
-    pairs = read_pairs(config.dataset, report=report, show=world.is_main, **checks)
+    pairs = read_set(config, world)
     seed_everything(config.seed)
-    student, rebuild = build_model(config, dim=len(pairs[0].feature))
-    inputs = {"dataset": digest_pairs(pairs), "backbone": sha256_file(config.backbone)}
-    wanted = config.online_teacher, config.teacher_weights, config.teacher_crop
-    online = read_online_teacher(
-        *wanted, pairs, world.device, pick_precision(config.precision, world.device)
-    )
-    inputs |= {"online_teacher": online.digest} if online else {}
-    run = open_run(
-        config.output,
-        config,
-        world,
-        inputs=inputs,
-        overwrite=config.overwrite,
-        tracker=config.tracker,
-    )
+    student = build_model(config, dim=len(pairs[0].feature))
+    online = read_teacher(config, pairs, world, precision)
+    inputs = digest_inputs(config, pairs, online)
+    options = {"overwrite": config.overwrite, "tracker": config.tracker}
+    run = open_run(config.output, config, world, inputs=inputs, **options)
     if run.results is not None:
         logger.info("train_d2vfm: %s is finished: %s", run.path, run.results)
         return
-    train, val = make_sets(config, student, pairs, world, inputs, online)
-    model = wrap(build_network(student, config, world), world)
-    average = moving_average(student, config.ema)
-    shown = student if average is None else average.module  # what is evaluated and kept
-    evaluated = build_network(shown, config, world)
-    optimizer = torch.optim.AdamW(
-        make_parameter_groups(student, config.lr, config.unfreeze_lr),
-        weight_decay=config.weight_decay,
-    )
-    train_loader, val_loader = make_loaders(config, world, train, val)
-    precision = pick_precision(config.precision, world.device)
-    job = DistillationRun(config, world, precision, loss, student, average, online)
-    resumed: dict[str, Any] = {"optimizer": optimizer}
-    resumed |= {} if average is None else {"average": average}
-    start, best = resume(run.last, student, **resumed)
+    job = DistillationRun(config, world, precision, loss, online)
+    parts = split_by_slide(pairs, config.val_fraction, config.seed)
+    sets = make_sets(job, student, pairs, parts, inputs)
+    training = prepare_training(config, student, world)
+    evaluated = build_student_network(training.kept, cached=config.cache, device=world.device)
+    share = engine.share_batch(config.batch_size, world.size)
+    loaders = make_loaders(*sets, world, share=share, seed=config.seed, workers=config.workers)
+    held_out = (evaluated, loaders[1], precision, world.device)
+    start, best = training.resume(run.last)
     run.forget_after(start)
     for epoch in range(start, config.epochs):
-        train_loader.sampler.set_epoch(epoch)  # type: ignore[union-attr]
-        if isinstance(train, DistillationTiles):
-            train.epoch = epoch
-        train_loader.generator = epoch_generator(config.seed, epoch)
-        losses = train_one_epoch(job, model, train_loader, optimizer, epoch)
-        metrics = {
-            **losses,
-            **measure_agreement(*predict(evaluated, val_loader, precision, world.device)),
-        }
+        start_epoch(loaders[0], config.seed, epoch)
+        losses = train_one_epoch(job, training, loaders[0], epoch)
+        metrics = losses | measure_agreement(*engine.predict_features(*held_out))
         improved = metrics["cosine"] > best.get("cosine", -2.0)
         best = {"epoch": epoch + 1, **metrics} if improved else best
         if world.is_main:
-            state = {
-                "config": to_dict(config) | {"student": rebuild},
-                "epoch": epoch + 1,
-                "best": best,
-            }
+            described = to_dict(config) | {"student": describe_student(student, config.teacher)}
+            state = {"config": described, "epoch": epoch + 1, "best": best}
             if improved:
-                save_checkpoint(run.best, model=shown.state_dict(), **state)
-            parts = {name: part.state_dict() for name, part in resumed.items()}
-            save_checkpoint(run.last, model=student.state_dict(), **state, **parts)
-        run.log({"epoch": epoch + 1, **metrics, "lr": optimizer.param_groups[0]["lr"]})
-        reported = ", ".join(f"{name} {metrics[name]:.4f}" for name in REPORTED if name in metrics)
-        logger.info("epoch %d/%d: %s", epoch + 1, config.epochs, reported)
+                training.save_best(run.best, **state)
+            training.save_last(run.last, **state)
+        run.log({"epoch": epoch + 1, **metrics, "lr": training.optimizer.param_groups[0]["lr"]})
+        values = engine.describe_values(metrics, REPORTED, digits=4)
+        logger.info("epoch %d/%d: %s", epoch + 1, config.epochs, values)
     if world.is_main:
-        load_weights(shown, load_checkpoint(run.best)["model"], str(run.best))
-        slides = [
-            pair.slide_id for pair in split_by_slide(pairs, config.val_fraction, config.seed)[1]
-        ]
-        write_report(
-            run.path,
-            *predict(evaluated, val_loader, precision, world.device),
-            slides,
-            labels,
-            config.figures,
-        )
-    trained = sum(
-        parameter.numel() for parameter in student.parameters() if parameter.requires_grad
-    )
-    run.finish(best | {"trained_parameters": trained})
+        training.load_best(run.best)
+        slides = [pair.slide_id for pair in parts[1]]
+        features = engine.predict_features(*held_out)
+        write_report(run.path, *features, slides, labels, config.figures)
+    run.finish(best | {"trained_parameters": sum(p.numel() for p in trainable(student))})
     logger.info("train_d2vfm: finished, best epoch %s", best)
 
 

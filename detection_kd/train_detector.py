@@ -11,18 +11,14 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader
+from torch import Tensor
 
-from common.checkpoint import load_checkpoint, resume, save_checkpoint
 from common.cli import launch
 from common.config import REQUIRED, group, key, to_dict
 from common.device import PRECISIONS, autocast, pick_precision
-from common.distributed import World, init_distributed, mean_dict, wrap
+from common.distributed import World, init_distributed, mean_dict
 from common.ema import moving_average
 from common.errors import UserError
 from common.files import sha256_file
@@ -41,20 +37,18 @@ from common.schedules import SCHEDULES, drop_epoch, lr_factor
 from common.seed import seed_everything
 from common.step_timer import StepTimes
 from detection_kd import engine
-from detection_kd.datasets.coco import DetectionSet, read_coco, same_categories
-from detection_kd.datasets.detection import DetectionDataset, draw_epoch_indices, make_loader
+from detection_kd.datasets.augmentation_keys import DetectionSizes
+from detection_kd.datasets.coco import DetectionSet, read_training_sets
+from detection_kd.datasets.detection import (
+    DetectionBatch,
+    make_eval_loader,
+    make_training_loader,
+)
 from detection_kd.evaluation.coco_metrics import Prediction, average_precision
 from detection_kd.evaluation.froc import compute_froc
-from detection_kd.models.backbone import (
-    HUB,
-    NORMS,
-    STAGES,
-    Backbone,
-    build_pretrained,
-    read_trunk_weights,
-)
-from detection_kd.models.checkpoint_import import load_published
-from detection_kd.models.deformable_detr import DeformableDETR, describe_detector
+from detection_kd.models.backbone import NORMS, Backbone, save_backbone
+from detection_kd.models.checkpoint_import import load_initial_weights
+from detection_kd.models.deformable_detr import DeformableDETR, describe_detector, place_detector
 from detection_kd.models.deformable_transformer import Architecture
 
 logger = logging.getLogger(__name__)
@@ -69,23 +63,6 @@ REPORTED = (
     "time/images_per_second",
     "time/data_share",
 )
-
-
-@dataclass
-class Augmentation:
-    """Sizes of the published augmentation."""
-
-    sizes: list[int] = key(list(range(480, 801, 32)), "short sides to choose from, px")
-    max_size: int = key(1333, "most px of the long side")
-    crop_sizes: list[int] = key(
-        [400, 500, 600], "short sides before a random crop, px; [] never crops"
-    )
-    crop_range: list[int] = key([384, 600], "smallest and largest side of a crop, px")
-    symmetry: bool = key(False, "also flip upside down and rotate by 90 degrees")
-    eval_size: int = key(800, "short side in evaluation, px")
-    pad_to: int = key(
-        0, "pad batches to at least this side, px; 0: to the largest image of the batch"
-    )
 
 
 @dataclass
@@ -128,7 +105,7 @@ class Config:
         "16, 32",
     )
     architecture: Architecture = group(Architecture, "transformer")
-    augmentation: Augmentation = group(Augmentation, "augmentation of the training images")
+    augmentation: DetectionSizes = group(DetectionSizes, "augmentation of the training images")
     epochs: int = key(50, "passes over the training set")
     batch_size: int = key(32, "items per step over all processes; images")
     accumulate: int = key(
@@ -181,214 +158,156 @@ class Config:
     tracker: Tracker = group(Tracker, "experiment tracking")
 
 
-def build_model(config: Config, classes: int = 1) -> DeformableDETR:
-    """The detector with random weights."""
+def build_model(config: Config, categories: list[str]) -> DeformableDETR:
+    """Build the detector of these classes, with the weights that its training starts from."""
     if config.norm == "frozen" and not (config.pretrained or config.weights or config.detector):
         raise UserError(
             "norm=frozen: expected trained weights, found pretrained=false and no weights=; set "
             "norm=batch|group"
         )
-    return DeformableDETR(
-        Backbone(config.backbone, config.norm, config.dilation), classes, config.architecture
+    trunk = Backbone(config.backbone, config.norm, config.dilation)
+    model = DeformableDETR(trunk, len(categories), config.architecture)
+    load_initial_weights(
+        model,
+        categories,
+        weights=config.weights,
+        detector=config.detector,
+        pretrained=config.pretrained,
+        freeze=config.freeze,
     )
+    return model
 
 
-def load_initial_weights(model: DeformableDETR, config: Config, categories: list[str]) -> None:
-    """Weights of the files that are given, else ImageNet's, else none; given weights keep their
-    first stages.
-    """
-    if not 0 <= config.freeze <= STAGES:
-        raise UserError(f"freeze={config.freeze}: expected 0 to {STAGES} stages")
-    if config.weights and config.detector:
-        raise UserError("weights= and detector= are both given: expected one of them")
-    if config.weights or (config.pretrained and not config.detector):
-        trunk = build_pretrained(
-            config.backbone, config.norm, config.dilation, config.weights or HUB
-        )
-        model.backbone.load_state_dict(trunk.state_dict())
-    if config.detector:
-        fresh = load_published(model, config.detector, categories)
-        logger.info(
-            "%s: weights taken%s", config.detector, f" but for {', '.join(fresh)}" if fresh else ""
-        )
-    if config.weights or config.pretrained or config.detector:
-        model.backbone.freeze(config.freeze)
-
-
-def read_sets(config: Config) -> tuple[DetectionSet, DetectionSet]:
-    """Training and validation annotations, checked."""
-    train, val = (
-        read_coco(path, config.images, class_agnostic=config.class_agnostic)
-        for path in (config.train, config.val)
-    )
-    same_categories(train, val)
-    if len(train.images) < config.batch_size:
-        raise UserError(
-            f"batch_size={config.batch_size}: expected at most the {len(train.images)} training "
-            "images"
-        )
-    return train, val
-
-
-def place_model(model: DeformableDETR, config: Config, world: World) -> nn.Module:
-    """The model on its device, ready for one or many processes."""
-    if config.accumulate < 1 or config.batch_size % (world.size * config.accumulate):
-        raise UserError(
-            f"batch_size={config.batch_size}: expected a multiple of the {world.size} processes"
-            + f" times accumulate={config.accumulate}" * (config.accumulate != 1)
-        )
-    model = model.to(world.device)
-    model.backbone.to(memory_format=torch.channels_last)
-    if config.compile:
-        model.backbone.compile()
-    if world.size > 1 and config.norm == "batch":
-        if world.device.type != "cuda":
-            raise UserError(
-                f"norm=batch: expected CUDA with {world.size} processes, found "
-                f"{world.device.type}; set norm=group"
-            )
-        nn.SyncBatchNorm.convert_sync_batchnorm(
-            model
-        )  # in place: the detector itself is no batch norm
-    return wrap(model, world)
+def prepare_training(
+    config: Config, plain: DeformableDETR, world: World, precision: str
+) -> engine.ModelInTraining:
+    """Put the detector on its device, with its optimiser, moving average and gradient scaler."""
+    model = place_detector(plain, world, compile=config.compile)
+    average = moving_average(plain, config.ema)
+    rates = (config.lr, config.lr_backbone, config.slow_factor, config.layer_decay)
+    groups = engine.make_parameter_groups(plain, *rates)
+    optimizer = make_optimizer("adamw", groups, config.lr, config.weight_decay)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+    return engine.ModelInTraining(plain, model, optimizer, average, scaler)
 
 
 @dataclass
 class DetectorRun:
-    """One process's view of the run."""
+    """What a step needs beside the model; `share` images are computed at a time."""
 
     config: Config
     world: World
     run: Run
     precision: str
-    average: AveragedModel | None
+    share: int
+    train: DetectionSet
+    val: DetectionSet
 
 
 def train_one_epoch(
-    job: DetectorRun,
-    model: nn.Module,
-    train: DetectionSet,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    epoch: int,
+    job: DetectorRun, training: engine.ModelInTraining, epoch: int
 ) -> dict[str, float]:
-    """One pass over the training images; returns the means of the loss and its terms, and where the
-    time went.
+    """Train on all training images once.
+
+    Returns:
+        The means of the loss and its terms over steps and processes, and where the time went.
     """
-    config, world = job.config, job.world
-    seed_everything(
-        (config.seed * 100_003 + epoch) * 1_009 + world.rank
-    )  # dropout does not depend on earlier epochs
-    batches = make_training_batches(config, world, train, epoch)
+    config, world, optimizer = job.config, job.world, training.optimizer
+    # the draws of dropout do not depend on earlier epochs
+    seed_everything((config.seed * 100_003 + epoch) * 1_009 + world.rank)
+    options = {"batch_size": config.batch_size, "share": job.share, "seed": config.seed}
+    options |= {"epoch": epoch, "workers": config.workers}
+    batches = make_training_loader(job.train.images, config.augmentation, world, **options)
     steps = len(batches) // config.accumulate
-    rate = {
-        "warmup": config.warmup_steps,
-        "drop": drop_epoch(config.lr_drop, config.epochs) * steps,
-        "drop_factor": config.lr_drop_factor,
-    }
+    drop = drop_epoch(config.lr_drop, config.epochs) * steps
+    rate = {"warmup": config.warmup_steps, "drop": drop, "drop_factor": config.lr_drop_factor}
     sums: dict[str, Tensor] = {}
     times = StepTimes(world.device, config.batch_size)
-    model.train()
-    shown = progress(
-        group_batches(batches, config.accumulate),
-        f"epoch {epoch + 1}",
-        steps,
-        "step",
-        enabled=world.is_main,
-    )
-    for number, parts in enumerate(shown):
+    training.model.train()
+    groups = group_batches(batches, config.accumulate)
+    shown = progress(groups, f"epoch {epoch + 1}", steps, "step", enabled=world.is_main)
+    for step, parts in enumerate(shown, start=epoch * steps):
         times.mark("data")
-        step = epoch * steps + number
         set_lr(optimizer, lr_factor(config.schedule, step, config.epochs * steps, **rate))
         optimizer.zero_grad(set_to_none=True)
-        num_boxes = engine.count_boxes(parts, world.device)
-        values: dict[str, Tensor] = {}
-        for part, batch in enumerate(parts):
-            batch = batch.to(world.device)
-            with exchange_gradients(model, last=part == len(parts) - 1):
-                with autocast(world.device, job.precision):
-                    detections = model(batch.images, batch.padding, (batch.labels, batch.boxes))
-                times.mark("forward")
-                matches = engine.match_batch(detections, batch)
-                times.mark("matching")
-                loss, terms = engine.compute_batch_loss(detections, batch, matches, num_boxes)
-                images = [train.images[index].id for index in batch.indices]
-                require_finite(loss, f"images {images}", terms, remedy=REMEDY)
-                times.mark("loss")
-                scaler.scale(loss).backward()
-                times.mark("backward")
-            values = add_terms(values, {"loss": loss, **terms})
-        scaler.unscale_(optimizer)
-        norm = clip_gradients(model, config.clip_norm)
-        scaler.step(optimizer)
-        scaler.update()
-        if job.average is not None:
-            job.average.update_parameters(getattr(model, "module", model))
+        values = add_gradients(job, training, parts, times)
+        norm = apply_gradients(training, config.clip_norm)
+        training.update_average()
         sums = add_terms(sums, values)
         times.mark("step")
         if step % config.log_every == 0:
             rates = {"lr": optimizer.param_groups[0]["lr"]}
             rates |= {} if norm is None else {"gradient_norm": norm.item()}
-            job.run.log(
-                {"epoch": epoch + 1, "step": step, **rates, **mean_dict(values), **times.report()}
-            )
+            line = {"epoch": epoch + 1, "step": step, **rates}
+            job.run.log({**line, **mean_dict(values), **times.report()})
     return {name: value / steps for name, value in mean_dict(sums).items()} | times.whole()
 
 
-def make_training_batches(
-    config: Config, world: World, train: DetectionSet, epoch: int
-) -> DataLoader[Any]:
-    """This process's batches of one epoch."""
-    from detection_kd.datasets.transforms import make_train_transform  # a while to load
+def add_gradients(
+    job: DetectorRun,
+    training: engine.ModelInTraining,
+    parts: Sequence[DetectionBatch],
+    times: StepTimes,
+) -> dict[str, Tensor]:
+    """Compute the gradients of one optimiser step, part by part.
 
-    sizes = config.augmentation
-    low, high = sizes.crop_range
-    transform = make_train_transform(
-        sizes.sizes,
-        sizes.max_size,
-        crop_sizes=sizes.crop_sizes,
-        crop_range=(low, high),
-        symmetry=sizes.symmetry,
-    )
-    dataset = DetectionDataset(train.images, transform, config.seed, epoch)
-    indices = draw_epoch_indices(
-        len(dataset), config.batch_size, config.seed, epoch, world.rank, world.size
-    )
-    return _loader(config, world, dataset, indices)
+    Returns:
+        The loss and its terms, each a scalar that is detached and summed over the parts.
+
+    Raises:
+        UserError: a loss that is not finite; it names the images.
+    """
+    assert training.scaler is not None
+    device = job.world.device
+    num_boxes = engine.count_boxes(parts, device)
+    values: dict[str, Tensor] = {}
+    for part, batch in enumerate(parts):
+        batch = batch.to(device)
+        with exchange_gradients(training.model, last=part == len(parts) - 1):
+            with autocast(device, job.precision):
+                detections = training.model(
+                    batch.images, batch.padding, (batch.labels, batch.boxes)
+                )
+            times.mark("forward")
+            matches = engine.match_batch(detections, batch)
+            times.mark("matching")
+            loss, terms = engine.compute_batch_loss(detections, batch, matches, num_boxes)
+            images = [job.train.images[index].id for index in batch.indices]
+            require_finite(loss, f"images {images}", terms, remedy=REMEDY)
+            times.mark("loss")
+            training.scaler.scale(loss).backward()
+            times.mark("backward")
+        values = add_terms(values, {"loss": loss, **terms})
+    return values
 
 
-def _loader(
-    config: Config, world: World, dataset: DetectionDataset, indices: Sequence[int]
-) -> DataLoader[Any]:
-    return make_loader(
-        dataset,
-        indices,
-        config.batch_size // (world.size * config.accumulate),
-        workers=config.workers,
-        pad_to=config.augmentation.pad_to,
-        pin=world.device.type == "cuda",
-    )
+def apply_gradients(training: engine.ModelInTraining, clip_norm: float) -> Tensor | None:
+    """Clip the gradients and take the optimiser's step; the norm before, as `clip_gradients`."""
+    assert training.scaler is not None
+    training.scaler.unscale_(training.optimizer)
+    norm = clip_gradients(training.model, clip_norm)
+    training.scaler.step(training.optimizer)
+    training.scaler.update()
+    return norm
 
 
 def evaluate(
-    job: DetectorRun, model: nn.Module, val: DetectionSet
+    job: DetectorRun, training: engine.ModelInTraining
 ) -> tuple[dict[str, float], list[Prediction]]:
-    """COCO metrics and FROC on the validation images of all processes, and the detections."""
-    from detection_kd.datasets.transforms import make_eval_transform  # a while to load
-
-    config, world, sizes = job.config, job.world, job.config.augmentation
-    dataset = DetectionDataset(val.images, make_eval_transform(sizes.eval_size, sizes.max_size))
-    indices = range(len(dataset))[world.rank :: world.size]
-    batches = _loader(config, world, dataset, indices)
+    """Detect on the validation images of all processes; COCO metrics and FROC, and the
+    detections.
+    """
+    config, world, val = job.config, job.world, job.val
+    options = {"share": job.share, "workers": config.workers}
+    batches = make_eval_loader(val.images, config.augmentation, world, **options)
     shown = progress(batches, "evaluation", len(batches), "batch", enabled=world.is_main)
-    predictions = engine.detect(model, shown, val.images, config.max_detections, job.precision)
-    return average_precision(val, predictions, config.max_detections) | compute_froc(
-        val, predictions
-    ), predictions
+    limit = config.max_detections
+    predictions = engine.detect(training.kept, shown, val.images, limit, job.precision)
+    return average_precision(val, predictions, limit) | compute_froc(val, predictions), predictions
 
 
-def make_fingerprints(config: Config) -> dict[str, str]:
-    """Digests of the files that decide the result."""
+def digest_inputs(config: Config) -> dict[str, str]:
+    """Compute the digests of the files that decide the result."""
     files = {
         "train": config.train,
         "val": config.val,
@@ -398,27 +317,14 @@ def make_fingerprints(config: Config) -> dict[str, str]:
     return {name: sha256_file(path) for name, path in files.items() if path}
 
 
-def draw_results(
-    run: Run, val: DetectionSet, predictions: list[Prediction], config: Config
-) -> None:
-    """Curves and overlays of the best epoch so far."""
+def draw_results(job: DetectorRun, predictions: list[Prediction]) -> None:
+    """Draw curves and overlays of the best epoch so far, unless `overlays` is 0."""
     from detection_kd.figures.detection import write_detection_figures  # a while to load
 
+    config = job.config
     if config.overlays:
         shown = {"max_detections": config.max_detections, "overlays": config.overlays}
-        write_detection_figures(run.path, val, predictions, **shown)
-
-
-def save_backbone(run: Run) -> None:
-    """Leave the trunk of the best epoch beside the checkpoints, for the next stage."""
-    content = load_checkpoint(run.best)
-    weights = read_trunk_weights(content)
-    save_checkpoint(
-        run.path / "backbone.pt",
-        model=weights,
-        config=content["config"]["backbone"],
-        epoch=content["epoch"],
-    )
+        write_detection_figures(job.run.path, job.val, predictions, **shown)
 
 
 def main(config: Config) -> int:
@@ -427,63 +333,41 @@ def main(config: Config) -> int:
     if not world.is_main:
         logging.getLogger().setLevel(logging.WARNING)
     precision = pick_precision(config.precision, world.device)
-    train, val = read_sets(config)
+    files = (config.train, config.val, config.images)
+    checks = {"class_agnostic": config.class_agnostic, "batch_size": config.batch_size}
+    train, val = read_training_sets(*files, **checks)
     seed_everything(config.seed)
-    plain = build_model(config, len(train.categories))
-    load_initial_weights(plain, config, train.categories)
-    model = place_model(plain, config, world)
-    inputs = make_fingerprints(config)
-    run = open_run(
-        config.output,
-        config,
-        world,
-        inputs=inputs,
-        overwrite=config.overwrite,
-        tracker=config.tracker,
-    )
+    plain = build_model(config, train.categories)
+    share = engine.share_batch(config.batch_size, world.size, config.accumulate)
+    training = prepare_training(config, plain, world, precision)
+    options = {"overwrite": config.overwrite, "tracker": config.tracker}
+    run = open_run(config.output, config, world, inputs=digest_inputs(config), **options)
     if run.results is not None:
         logger.info("%s: finished run, AP %.3f; nothing to do", run.path, run.results["AP"])
         return 0
-    average = moving_average(plain, config.ema)
-    shown = plain if average is None else average.module  # what is evaluated and kept
-    job = DetectorRun(config, world, run, precision, average)
-    groups = engine.make_parameter_groups(
-        plain, config.lr, config.lr_backbone, config.slow_factor, config.layer_decay
-    )
-    optimizer = make_optimizer("adamw", groups, config.lr, config.weight_decay)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
-    averages = {} if average is None else {"average": average}
-    start, best = resume(run.last, plain, optimizer=optimizer, scaler=scaler, **averages)
+    job = DetectorRun(config, world, run, precision, share, train, val)
+    start, best = training.resume(run.last)
     run.forget_after(start)
     for epoch in range(start, config.epochs):
         begun = time.monotonic()
-        values = train_one_epoch(job, model, train, optimizer, scaler, epoch) | {
-            "train_seconds": time.monotonic() - begun
-        }
-        state = {
-            "config": describe_detector(plain, train.categories) | {"training": to_dict(config)},
-            "epoch": epoch + 1,
-        }
+        values = train_one_epoch(job, training, epoch)
+        values["train_seconds"] = time.monotonic() - begun
+        described = describe_detector(plain, train.categories) | {"training": to_dict(config)}
+        state = {"config": described, "epoch": epoch + 1}
         if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
-            metrics, predictions = evaluate(job, shown, val)
+            metrics, predictions = evaluate(job, training)
             values |= metrics
             if metrics["AP"] >= best.get("AP", 0.0):
                 best = {"epoch": epoch + 1, **metrics}
                 if world.is_main:
-                    save_checkpoint(run.best, model=shown.state_dict(), best=best, **state)
-                    draw_results(run, val, predictions, config)
+                    training.save_best(run.best, best=best, **state)
+                    draw_results(job, predictions)
         if world.is_main:
-            resumed = {"optimizer": optimizer, "scaler": scaler, **averages}
-            parts = {name: part.state_dict() for name, part in resumed.items()}
-            save_checkpoint(run.last, model=plain.state_dict(), best=best, **parts, **state)
+            training.save_last(run.last, best=best, **state)
         run.log({"epoch": epoch + 1, **values})
-        logger.info(
-            "epoch %d: %s",
-            epoch + 1,
-            ", ".join(f"{name} {values[name]:.3f}" for name in REPORTED if name in values),
-        )
+        logger.info("epoch %d: %s", epoch + 1, engine.describe_values(values, REPORTED, digits=3))
     if world.is_main:
-        save_backbone(run)
+        save_backbone(run.best, run.path / "backbone.pt")
     run.finish(best)
     return 0
 

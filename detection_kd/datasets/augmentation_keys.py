@@ -1,5 +1,5 @@
-"""The configuration keys of D2VFM's augmentation beyond flips, turns and `scales`, and which of
-them go together.
+"""The configuration keys of augmentation: the sizes that the detector is trained at, and what
+D2VFM adds to flips, turns and `scales`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,23 @@ from detection_kd.datasets.tile_augmentation import TileAugmentation
 from patch_encoder.stain.augment import HedJitter
 
 LEAST_SIDE = 32  # px
+
+
+@dataclass
+class DetectionSizes:
+    """The sizes of the detector's published augmentation."""
+
+    sizes: list[int] = key(list(range(480, 801, 32)), "short sides to choose from, px")
+    max_size: int = key(1333, "most px of the long side")
+    crop_sizes: list[int] = key(
+        [400, 500, 600], "short sides before a random crop, px; [] never crops"
+    )
+    crop_range: list[int] = key([384, 600], "smallest and largest side of a crop, px")
+    symmetry: bool = key(False, "also flip upside down and rotate by 90 degrees")
+    eval_size: int = key(800, "short side in evaluation, px")
+    pad_to: int = key(
+        0, "pad batches to at least this side, px; 0: to the largest image of the batch"
+    )
 
 
 @dataclass

@@ -206,3 +206,26 @@ def same_categories(train: DetectionSet, val: DetectionSet) -> None:
             f"{val.categories}; "
             "use the same categories list in both files, or train with class_agnostic=true"
         )
+
+
+def read_training_sets(
+    train: str, val: str, images: str, *, class_agnostic: bool, batch_size: int
+) -> tuple[DetectionSet, DetectionSet]:
+    """Read the training and the validation annotations, and check that they fit together.
+
+    Args:
+        train, val: annotation files.
+        images: the folder of the images that both files name.
+        class_agnostic: whether all categories become one class.
+        batch_size: images per step over all processes.
+
+    Raises:
+        UserError: a file that `read_coco` refuses, other categories in one file than in the
+            other, or fewer training images than one batch takes.
+    """
+    sets = [read_coco(path, images, class_agnostic=class_agnostic) for path in (train, val)]
+    same_categories(*sets)
+    found = len(sets[0].images)
+    if found < batch_size:
+        raise UserError(f"batch_size={batch_size}: expected at most the {found} training images")
+    return sets[0], sets[1]

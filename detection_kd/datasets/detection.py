@@ -17,8 +17,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from common.distributed import World
 from common.errors import UserError
 from common.seed import epoch_generator, seed_worker
+from detection_kd.datasets.augmentation_keys import DetectionSizes
 from detection_kd.datasets.coco import ImageRecord
 from patch_encoder.models.encoder_table import IMAGENET
 
@@ -209,3 +211,59 @@ def make_loader(
         worker_init_fn=seed_worker,
         generator=epoch_generator(dataset.seed, dataset.epoch),
     )
+
+
+def make_training_loader(
+    records: Sequence[ImageRecord],
+    sizes: DetectionSizes,
+    world: World,
+    *,
+    batch_size: int,
+    share: int,
+    seed: int,
+    epoch: int,
+    workers: int,
+) -> DataLoader[Any]:
+    """Load this process's batches of one epoch, augmented.
+
+    Args:
+        records: the training images.
+        sizes: of the augmentation.
+        world: this process.
+        batch_size: images per optimiser step over all processes.
+        share: images per batch of this process, from `engine.share_batch`.
+        seed: seed of the run.
+        epoch: how many epochs came before this one.
+        workers: processes that load images.
+    """
+    from detection_kd.datasets.transforms import make_train_transform  # a while to load
+
+    low, high = sizes.crop_range
+    transform = make_train_transform(
+        sizes.sizes,
+        sizes.max_size,
+        crop_sizes=sizes.crop_sizes,
+        crop_range=(low, high),
+        symmetry=sizes.symmetry,
+    )
+    dataset = DetectionDataset(records, transform, seed, epoch)
+    indices = draw_epoch_indices(len(dataset), batch_size, seed, epoch, world.rank, world.size)
+    pin = world.device.type == "cuda"
+    return make_loader(dataset, indices, share, workers=workers, pad_to=sizes.pad_to, pin=pin)
+
+
+def make_eval_loader(
+    records: Sequence[ImageRecord],
+    sizes: DetectionSizes,
+    world: World,
+    *,
+    share: int,
+    workers: int,
+) -> DataLoader[Any]:
+    """Load this process's share of the validation images, `share` of them per batch."""
+    from detection_kd.datasets.transforms import make_eval_transform  # a while to load
+
+    dataset = DetectionDataset(records, make_eval_transform(sizes.eval_size, sizes.max_size))
+    indices = range(len(dataset))[world.rank :: world.size]
+    pin = world.device.type == "cuda"
+    return make_loader(dataset, indices, share, workers=workers, pad_to=sizes.pad_to, pin=pin)

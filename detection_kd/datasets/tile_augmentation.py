@@ -10,13 +10,13 @@ Stain: any jitter of `patch_encoder.stain.augment`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 StainJitter = Callable[[Tensor, torch.Generator], Tensor]
 CROP_FROM, CROP_RANGE, CROP_SHARE = (
@@ -113,3 +113,32 @@ def random_blur(
     low = min(LEAST_BLUR, most)
     sigma = low + drawn[1] * (most - low)
     return F.gaussian_blur(tile, [2 * max(1, round(3 * sigma)) + 1] * 2, [sigma, sigma])
+
+
+def rescale(
+    tiles: UInt8[Tensor, "b 3 h w"],
+    scales: Sequence[float],
+    sizes: Sequence[int],
+    seed: int,
+    epoch: int,
+    step: int,
+) -> UInt8[Tensor, "b 3 _h2 _w2"]:
+    """Resize the tiles of a step by one factor, or to one short side, that is drawn at random.
+
+    The draw follows from (seed, epoch, step) alone, so that it is the same on every process.
+
+    Args:
+        tiles: uint8 (B, 3, H, W).
+        scales: the factors to choose from, when there are no `sizes`.
+        sizes: the short sides to choose from, px.
+        seed: seed of the run.
+        epoch, step: how many came before.
+    """
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 1_000_003 + step)
+    choices = [side / min(tiles.shape[-2:]) for side in sizes] or scales
+    scale = choices[int(torch.randint(len(choices), (1,), generator=generator))]
+    if scale == 1.0:
+        return tiles
+    size = [max(32, round(side * scale)) for side in tiles.shape[-2:]]
+    resized = nn.functional.interpolate(tiles.float(), size=size, mode="bilinear", antialias=True)
+    return resized.round().clamp(0, 255).to(torch.uint8)

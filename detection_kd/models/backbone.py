@@ -18,7 +18,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from common.checkpoint import load_checkpoint, load_tensors, load_weights, read_weights
+from common.checkpoint import (
+    load_checkpoint,
+    load_tensors,
+    load_weights,
+    read_weights,
+    save_checkpoint,
+)
 from common.errors import UserError, did_you_mean
 from patch_encoder.models.encoder_table import IMAGENET
 
@@ -259,6 +265,21 @@ def load_backbone(path: str | Path) -> tuple[Backbone, dict[str, Any]]:
     backbone = Backbone(described["name"], norm, described.get("dilation", False))
     fill_weights(backbone, weights, str(path))
     return backbone, backbone.describe()
+
+
+def save_backbone(detector: str | Path, path: str | Path) -> None:
+    """Write the trunk of a detector's checkpoint as a file of its own, which `load_backbone` takes.
+
+    Raises:
+        UserError: the file `detector` is no checkpoint.
+    """
+    content = load_checkpoint(detector)
+    save_checkpoint(
+        path,
+        model=read_trunk_weights(content),
+        config=content["config"]["backbone"],
+        epoch=content["epoch"],
+    )
 
 
 def _description(content: Any, weights: dict[str, Tensor], path: str | Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ the names of its releases 4 and 5.
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from common.checkpoint import load_weights, read_weights
 from common.errors import UserError
-from detection_kd.models.backbone import read_trunk_weights
+from detection_kd.models.backbone import HUB, STAGES, build_pretrained, read_trunk_weights
 from detection_kd.models.deformable_detr import DeformableDETR
+
+logger = logging.getLogger(__name__)
 
 HUGGINGFACE = (
     (r"^model\.input_proj\.", "input_proj."),
@@ -156,3 +159,42 @@ def _join_projections(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             parts = [weights[name.replace(".q_proj.", f".{letter}_proj.")] for letter in "qkv"]
             joined[name.replace(".q_proj.", ".in_proj_")] = torch.cat(parts)
     return joined
+
+
+def load_initial_weights(
+    model: DeformableDETR,
+    categories: list[str],
+    *,
+    weights: str,
+    detector: str,
+    pretrained: bool,
+    freeze: int,
+) -> None:
+    """Fill a fresh detector with the weights that its training starts from, if any, and freeze the
+    first stages of a trunk that has some.
+
+    Args:
+        model: the detector.
+        categories: its class names.
+        weights: file or folder of weights of the trunk; "": none.
+        detector: checkpoint of a whole detector; "": none.
+        pretrained: whether the trunk takes ImageNet's weights when no file is given.
+        freeze: how many stages of stem and strides 4, 8, 16, 32 stay as they are.
+
+    Raises:
+        UserError: an impossible `freeze`, both files at once, or weights that cannot be used.
+    """
+    if not 0 <= freeze <= STAGES:
+        raise UserError(f"freeze={freeze}: expected 0 to {STAGES} stages")
+    if weights and detector:
+        raise UserError("weights= and detector= are both given: expected one of them")
+    trunk = model.backbone
+    if weights or (pretrained and not detector):
+        given = build_pretrained(trunk.name, trunk.norm, trunk.dilation, weights or HUB)
+        trunk.load_state_dict(given.state_dict())
+    if detector:
+        fresh = load_published(model, detector, categories)
+        but = f" but for {', '.join(fresh)}" if fresh else ""
+        logger.info("%s: weights taken%s", detector, but)
+    if weights or pretrained or detector:
+        trunk.freeze(freeze)

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from common.checkpoint import load_checkpoint, load_weights
+from common.distributed import World, wrap
 from common.errors import UserError
 from detection_kd.models.backbone import Backbone
 from detection_kd.models.deformable_transformer import (
@@ -233,3 +234,29 @@ def load_detector(path: str | Path) -> tuple[DeformableDETR, dict[str, Any]]:
     model = build_detector(content["config"])
     load_weights(model, content["model"], str(path))
     return model, content["config"]
+
+
+def place_detector(model: DeformableDETR, world: World, *, compile: bool) -> nn.Module:
+    """Move a detector to its device and make it ready for training in one or many processes.
+
+    Args:
+        model: the detector; it is changed in place.
+        world: this process.
+        compile: whether the backbone is compiled.
+
+    Raises:
+        UserError: trainable batch norm in several processes without CUDA.
+    """
+    model = model.to(world.device)
+    model.backbone.to(memory_format=torch.channels_last)
+    if compile:
+        model.backbone.compile()
+    if world.size > 1 and model.backbone.norm == "batch":
+        if world.device.type != "cuda":
+            raise UserError(
+                f"norm=batch: expected CUDA with {world.size} processes, found "
+                f"{world.device.type}; set norm=group"
+            )
+        # in place, since the detector itself is no batch norm
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return wrap(model, world)

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.checkpoint import load_checkpoint, load_weights
 from common.errors import UserError
+from common.optim import trainable
 from detection_kd.models.adapter import Adapter
 from detection_kd.models.backbone import Backbone
 from detection_kd.models.pooling import StagePooling
@@ -124,7 +125,8 @@ class Student(nn.Module):
 
 
 class FrozenMaps(PixelEncoder):
-    """The half of a student that is not trained: uint8 tiles (B, 3, H, W) -> what its `Head` takes.
+    """The half of a student that is not trained: uint8 tiles (B, 3, H, W) -> what `StudentHead`
+    takes.
 
     Where pooling has no parameters it is done here, and a map is left with one cell (B, C, 1, 1).
     """
@@ -153,6 +155,48 @@ class StudentHead(nn.Module):
     def forward(self, maps: Sequence[Float[Tensor, "b _c _h _w"]]) -> Float[Tensor, "b d"]:
         """[(B, C, h, w), ...] -> (B, D)."""
         return self.adapter(self.pooling(maps))
+
+
+def check_student_keys(
+    stages: Sequence[int], input_scale: float, unfreeze: int, unfreeze_lr: float
+) -> None:
+    """Refuse settings that no student can have; they are named as the keys of `train_d2vfm`.
+
+    Raises:
+        UserError: unknown or unordered stages, a scale outside (0, 4], more trained stages than
+            are used, or a factor of their learning rate that is not positive.
+    """
+    if not set(stages) <= {0, 1, 2} or list(stages) != sorted(set(stages)):
+        raise UserError(f"stages={stages}: expected 0, 1 or 2 (layer2, layer3, layer4), ascending")
+    if not 0 < input_scale <= 4:
+        raise UserError(f"input_scale={input_scale}: expected a factor above 0, at most 4")
+    if not 0 <= unfreeze <= max(stages) + 3 or unfreeze_lr <= 0:
+        raise UserError(
+            f"unfreeze={unfreeze} unfreeze_lr={unfreeze_lr:g}: expected 0 to "
+            f"{max(stages) + 3} stages "
+            "(the last that is used, the one before, ..., the stem) and a factor above 0"
+        )
+
+
+def build_student_network(student: Student, *, cached: bool, device: torch.device) -> nn.Module:
+    """Build what takes the items of a set, on the device: the whole student for tiles,
+    or its head for `cached` features of its backbone.
+    """
+    module = StudentHead(student) if cached else PixelEncoder(student, IMAGENET)
+    return module.to(device, memory_format=torch.channels_last)
+
+
+def group_student_parameters(
+    student: Student, lr: float, unfreeze_lr: float
+) -> list[dict[str, Any]]:
+    """Group what is trained for an optimiser: pooling and adapter at `lr`, stages of the backbone
+    at `unfreeze_lr` times that.
+    """
+    groups: list[dict[str, Any]] = [
+        {"params": [*student.pooling.parameters(), *student.adapter.parameters()], "lr": lr}
+    ]
+    stages = trainable(student.backbone)
+    return [*groups, {"params": stages, "lr": lr * unfreeze_lr}] if stages else groups
 
 
 def describe_student(student: Student, teacher: str) -> dict[str, Any]:

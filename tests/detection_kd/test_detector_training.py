@@ -17,12 +17,12 @@ from common.cli import run
 from common.config import load_config
 from common.distributed import World
 from common.errors import UserError
-from detection_kd import engine, train_detector
+from detection_kd import engine
 from detection_kd.datasets.detection import DetectionBatch
 from detection_kd.models.backbone import Backbone, load_backbone
-from detection_kd.models.deformable_detr import DeformableDETR, load_detector
+from detection_kd.models.deformable_detr import DeformableDETR, load_detector, place_detector
 from detection_kd.models.deformable_transformer import Architecture, Detections
-from detection_kd.train_detector import Config, build_model, load_initial_weights, main, place_model
+from detection_kd.train_detector import Config, build_model, main
 from tests.detection_kd.detector_runs import TINY, write_detection_sets
 
 
@@ -184,9 +184,10 @@ def test_training_goes_on_from_a_whole_detector(
     source = finished / "checkpoint_best.pt"
     given = torch.load(source, weights_only=True)["model"]
     config = config_of(inputs, tmp_path, f"detector={source}", "architecture.queries=8", "freeze=3")
-    model = build_model(config, 1)
-    before = model.query_embed.weight[5:].clone()
-    load_initial_weights(model, config, ["lesion"])
+    # what is not in the file keeps the random numbers that a network of the same seed starts with
+    fresh = config_of(inputs, tmp_path, "architecture.queries=8")
+    before = build_seeded(fresh, ["lesion"]).query_embed.weight[5:]
+    model = build_seeded(config, ["lesion"])
     own = model.state_dict()
     assert all(
         torch.equal(value, own[name])
@@ -199,14 +200,13 @@ def test_training_goes_on_from_a_whole_detector(
         not model.backbone.layer2[0].conv1.weight.requires_grad
         and model.backbone.layer3[0].conv1.weight.requires_grad
     )
-    other = build_model(config, 2)
     heads = {
-        name: value.clone()
-        for name, value in other.state_dict().items()
+        name: value
+        for name, value in build_seeded(fresh, ["normal", "lesion"]).state_dict().items()
         if name.startswith("class_embed")
     }
-    load_initial_weights(other, config, ["normal", "lesion"])
-    assert all(torch.equal(value, other.state_dict()[name]) for name, value in heads.items())
+    other = build_seeded(config, ["normal", "lesion"]).state_dict()
+    assert heads and all(torch.equal(value, other[name]) for name, value in heads.items())
     assert (
         run(main, Config, arguments(inputs, tmp_path / "on", f"detector={source}", "epochs=1")) == 0
     )
@@ -255,6 +255,12 @@ def test_diverged_network_stops_with_that_error(
     )
 
 
+def build_seeded(config: Config, categories: list[str]) -> DeformableDETR:
+    """The detector that a training starts from, drawn from a fixed seed."""
+    torch.manual_seed(3)
+    return build_model(config, categories)
+
+
 def config_of(inputs: list[str], tmp_path: Path, *changes: str) -> Config:
     return load_config(Config, arguments(inputs, tmp_path / "run", *changes))
 
@@ -264,21 +270,32 @@ def test_batch_norm_on_many_cpu_processes_is_refused(inputs: list[str], tmp_path
     with pytest.raises(
         UserError, match="norm=batch: expected CUDA with 2 processes, found cpu; set norm=group"
     ):
-        place_model(build_model(config, 1), config, World(0, 2, torch.device("cpu")))
+        model = build_model(config, ["lesion"])
+        place_detector(model, World(0, 2, torch.device("cpu")), compile=False)
 
 
-def test_settings_that_cannot_work_are_user_errors(inputs: list[str], tmp_path: Path) -> None:
-    config = config_of(inputs, tmp_path, "batch_size=5")
-    with pytest.raises(UserError, match="batch_size=5: expected a multiple of the 2 processes"):
-        place_model(build_model(config, 1), config, World(0, 2, torch.device("cpu")))
-    with pytest.raises(UserError, match="batch_size=10: expected at most the 9 training images"):
-        train_detector.read_sets(config_of(inputs, tmp_path, "batch_size=10"))
+def test_settings_that_cannot_work_are_user_errors(
+    inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = {
+        (
+            "accumulate=3",
+        ): "batch_size=4: expected a multiple of the 1 processes times accumulate=3",
+        (
+            "accumulate=0",
+        ): "batch_size=4: expected a multiple of the 1 processes times accumulate=0",
+        ("batch_size=10",): "batch_size=10: expected at most the 9 training images",
+    }
+    for changes, message in refused.items():
+        assert run(main, Config, arguments(inputs, tmp_path / "run", *changes)) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="norm=frozen: expected trained weights"):
-        build_model(config_of(inputs, tmp_path, "norm=frozen"), 1)
+        build_model(config_of(inputs, tmp_path, "norm=frozen"), ["lesion"])
     torch.save(Backbone("resnet34", "batch").state_dict(), tmp_path / "resnet34.pt")
     with pytest.raises(UserError, match="weights of another architecture"):
         config = config_of(inputs, tmp_path, f"weights={tmp_path / 'resnet34.pt'}")
-        load_initial_weights(build_model(config), config, ["lesion"])
+        build_model(config, ["lesion"])
 
 
 def test_given_weights_are_used_and_their_stem_kept(inputs: list[str], tmp_path: Path) -> None:
@@ -292,17 +309,22 @@ def test_given_weights_are_used_and_their_stem_kept(inputs: list[str], tmp_path:
             f"weights={tmp_path / 'resnet18.pt'}",
             f"freeze={freeze}",
         )
-        model = build_model(config)
-        load_initial_weights(model, config, ["lesion"])
-        trunk = model.backbone
+        trunk = build_model(config, ["lesion"]).backbone
         assert torch.equal(trunk.layer4[0].conv1.weight, weights["layer4.0.conv1.weight"])
         assert (
             trunk.conv1.weight.requires_grad is (freeze == 0)
             and trunk.layer2[0].conv1.weight.requires_grad
         )
-    scratch = build_model(config_of(inputs, tmp_path))
-    load_initial_weights(scratch, config_of(inputs, tmp_path), ["lesion"])
+    scratch = build_model(config_of(inputs, tmp_path), ["lesion"])
     assert all(parameter.requires_grad for parameter in scratch.parameters())
+
+
+def test_batches_are_shared_out_evenly_or_refused() -> None:
+    assert engine.share_batch(12, 2) == 6 and engine.share_batch(12, 2, accumulate=3) == 2
+    with pytest.raises(UserError, match="batch_size=5: expected a multiple of the 2 processes$"):
+        engine.share_batch(5, 2)
+    with pytest.raises(UserError, match="of the 2 processes times accumulate=4$"):
+        engine.share_batch(12, 2, accumulate=4)
 
 
 def test_parameter_groups_are_the_published_ones() -> None:

@@ -18,9 +18,13 @@ from common.cli import run
 from common.errors import UserError
 from detection_kd import train_d2vfm
 from detection_kd.datasets.distillation import DistillationTiles, read_pairs
-from detection_kd.datasets.tile_augmentation import TileAugmentation, random_blur, random_crop
+from detection_kd.datasets.tile_augmentation import (
+    TileAugmentation,
+    random_blur,
+    random_crop,
+    rescale,
+)
 from detection_kd.models.online_teacher import OnlineTeacher, build_online_teacher
-from detection_kd.train_d2vfm import rescale
 from patch_encoder.models import encoder_table
 from patch_encoder.models.encoder_table import IMAGENET, EncoderRow
 from patch_encoder.models.encoders import Encoder, PixelEncoder, build_encoder
