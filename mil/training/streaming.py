@@ -33,7 +33,7 @@ from mil.models import (
     Standardised,
 )
 from mil.models.ilra import GAB, CrossAttention
-from mil.models.output import as_attention
+from mil.models.output import normalise_attention
 from mil.models.standardise import inner_model
 from patch_encoder.bags.bag import Bag
 
@@ -301,7 +301,7 @@ def _ilra(model: ILRA, bag: Reader) -> MILOutput:
         low, _ = _attended(gab.project_forward, gab.latent, tiles, len(bag))
         tiles = Made(partial(_handed_back, gab, low), tiles, len(bag))
     out, attention = _attended(model.pooling, model.query, tiles, len(bag))
-    return MILOutput(model.head(out[0]), as_attention(attention))
+    return MILOutput(model.head(out[0]), normalise_attention(attention))
 
 
 def _handed_back(
