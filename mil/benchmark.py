@@ -33,10 +33,15 @@ from common.files import read_json, safe_id, write_csv, write_json, write_text
 from common.processes.pool import check_workers
 from common.processes.ray_cluster import ENGINE_HELP, ENGINES, RaySettings, import_ray
 from common.progress import progress
-from mil.datasets.bags import bags_digest, find_bags, memory_of, usable_bags
+from mil.datasets.bags import choose_memory, digest_bags, find_bags, select_usable_bags
 from mil.datasets.labels import LabelledSlides
-from mil.datasets.split_files import checked_splits, known_slides, stored_splits, write_splits
-from mil.datasets.splits import PROTOCOLS, Split, make_splits, split_values
+from mil.datasets.split_files import (
+    check_splits,
+    read_stored_splits,
+    select_known_slides,
+    write_splits,
+)
+from mil.datasets.splits import PROTOCOLS, Split, list_split_values, make_splits
 from mil.evaluation.runs import (
     add_headline,
     read_finished,
@@ -252,18 +257,19 @@ class Cohort:
 
 def read_cohort(config: Config, folders: dict[str, Path]) -> Cohort:
     """Labels, bags and splits, checked."""
-    values = split_values(config.protocol, config.subset, config.splits)
+    values = list_split_values(config.protocol, config.subset, config.splits)
     slides, targets = read_targets(
         config.labels, config.task, values, config.positive, config.grades
     )
-    stored = stored_splits(config.splits) if config.splits else []
-    slides = known_slides(config.splits, stored, slides) if stored else slides
+    stored = read_stored_splits(config.splits) if config.splits else []
+    slides = select_known_slides(config.splits, stored, slides) if stored else slides
     found = {
         name: find_bags(folder, slides.slide_ids, skip_missing=config.skip_missing)
         for name, folder in folders.items()
     }
     found = {
-        name: usable_bags(files) if config.skip_bad else files for name, files in found.items()
+        name: select_usable_bags(files) if config.skip_bad else files
+        for name, files in found.items()
     }
     shared = [
         slide for slide in slides.slide_ids if all(slide in files for files in found.values())
@@ -271,7 +277,7 @@ def read_cohort(config: Config, folders: dict[str, Path]) -> Cohort:
     files = {name: {slide: files[slide] for slide in shared} for name, files in found.items()}
     slides = slides.only(shared)
     if stored:
-        splits = checked_splits(stored, slides, shared)
+        splits = check_splits(stored, slides, shared)
     else:
         splits = make_splits(
             slides, config.protocol, config.folds, config.val_fraction, config.split_seed
@@ -323,10 +329,10 @@ def make_jobs(config: Config, cohort: Cohort) -> list[FoldJob]:
     """Every feature set x model x seed x fold."""
     settings = model_settings(config)
     check_tasks(cohort, settings)
-    memory = memory_of(config.ram_gb, workers_of(config))
+    memory = choose_memory(config.ram_gb, workers_of(config))
     jobs = []
     for name, bags in cohort.files.items():
-        digest, bag_list = bags_digest(bags), tuple(bags.items())
+        digest, bag_list = digest_bags(bags), tuple(bags.items())
         for model in config.models:
             for seed in config.seeds:
                 for split in cohort.splits:

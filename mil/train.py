@@ -23,9 +23,9 @@ from common.config import REQUIRED, given_keys, group, key
 from common.distributed import init_distributed, local_processes
 from common.errors import UserError
 from common.run import Tracker
-from mil.datasets.bags import bags_digest, find_bags, memory_of, usable_bags
-from mil.datasets.split_files import checked_splits, known_slides, stored_splits
-from mil.datasets.splits import PROTOCOLS, make_splits, split_values
+from mil.datasets.bags import choose_memory, digest_bags, find_bags, select_usable_bags
+from mil.datasets.split_files import check_splits, read_stored_splits, select_known_slides
+from mil.datasets.splits import PROTOCOLS, list_split_values, make_splits
 from mil.losses.regression import LOSSES
 from mil.models import MODELS, check_options
 from mil.tasks.table import TASKS, read_targets
@@ -120,17 +120,17 @@ def build_job(config: Config) -> FoldJob:
     """Model, labels, bags and split of this training, checked."""
     options = check_options(config.model, config.options)
     recipe, dropout = resolve(config.model, config.training, config.dropout, given_keys(config))
-    values = split_values(config.protocol, config.subset, config.splits)
+    values = list_split_values(config.protocol, config.subset, config.splits)
     slides, targets = read_targets(
         config.labels, config.task, values, config.positive, config.grades
     )
-    stored = stored_splits(config.splits) if config.splits else []
-    slides = known_slides(config.splits, stored, slides) if stored else slides
+    stored = read_stored_splits(config.splits) if config.splits else []
+    slides = select_known_slides(config.splits, stored, slides) if stored else slides
     files = find_bags(config.features, slides.slide_ids, skip_missing=config.skip_missing)
-    files = usable_bags(files) if config.skip_bad else files
+    files = select_usable_bags(files) if config.skip_bad else files
     slides = slides.only(files)
     if stored:
-        splits = checked_splits(stored, slides, files)
+        splits = check_splits(stored, slides, files)
     else:
         splits = make_splits(
             slides, config.protocol, config.folds, config.val_fraction, config.split_seed
@@ -145,7 +145,7 @@ def build_job(config: Config) -> FoldJob:
     settings = FoldSettings(
         config.model, dropout, config.standardize, config.seed, recipe, options, *decided
     )
-    digest, memory = bags_digest(files), memory_of(config.ram_gb, local_processes())
+    digest, memory = digest_bags(files), choose_memory(config.ram_gb, local_processes())
     return FoldJob(
         Path(config.output), settings, slides, targets, split, tuple(files.items()), digest, memory
     )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
 from common.errors import UserError, did_you_mean
-from mil.models.options import checked
+from mil.models.options import check_option
 from mil.training.engine import Recipe
 
 
@@ -119,7 +119,7 @@ def resolve(
         dropout = published.dropout
     hints = get_type_hints(Recipe)
     allowed = {item.name: hints[item.name] for item in fields(Recipe)} | {"dropout": float}
-    values |= checked(changes or {}, allowed, f"recipes: {model}")
+    values |= check_option(changes or {}, allowed, f"recipes: {model}")
     for item in fields(Recipe):
         choices = item.metadata["choices"]
         if choices and values.get(item.name, choices[0]) not in choices:
