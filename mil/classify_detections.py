@@ -35,7 +35,7 @@ from mil.datasets.detection_channel import write_channels
 from mil.datasets.detections import find_detections, read_all, slide_vector
 from mil.datasets.labels import LabelledSlides, read_labelled_slides
 from mil.datasets.split_files import checked_splits, known_slides, stored_splits, write_splits
-from mil.datasets.splits import PROTOCOLS, Split, make_splits, split_values
+from mil.datasets.splits import Split, make_splits, split_values
 from mil.evaluation.benchmark_folder import belonging, run_folders
 from mil.evaluation.runs import (
     COST_KEYS,
@@ -47,6 +47,7 @@ from mil.evaluation.runs import (
 )
 from mil.evaluation.tables import write_evaluation
 from mil.tasks.classification import Classification, Predictions
+from mil.tasks.keys import SplitKeys
 from mil.tasks.prediction_table import write_predictions as write_run_predictions
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ MODELS = ("topk", "logistic")
 
 
 @dataclass
-class Config:
+class Config(SplitKeys):
     """Keys of slide scores from detections."""
 
     detections: str = key(REQUIRED, "output of detect_slide (coco/<slide_id>.json)", path=True)
@@ -72,26 +73,7 @@ class Config:
     top_k: int = key(5, "number of highest scores that are taken per slide; and pooled")
     thresholds: list[float] = key([0.3, 0.5, 0.7], "confidences above which detections are counted")
     c: float = key(0.1, "inverse strength of the logistic model's L2 penalty")
-    splits: str = key(
-        "",
-        "folder of splits_<k>.csv (mil.make_splits, CLAM), in place of protocol and folds",
-        path=True,
-    )
-    protocol: str = key(
-        "cv",
-        "cv: stratified folds by patient; fixed: the split column of labels.csv",
-        choices=PROTOCOLS,
-    )
-    folds: int = key(5, "number of folds; for protocol=cv")
-    val_fraction: float = key(
-        0.2, "share of the training patients (or slides) that is held out for validation"
-    )
     split_seed: int = key(2024, "seed of the folds; and of those of the calibration")
-    subset: str = key(
-        "",
-        "use only slides with this value in the split column, or one of several "
-        "(train,val); empty: all",
-    )
     positive: str | None = key(
         None, "label of the positive class; null: the benchmark's, or the last one by alphabet"
     )
@@ -106,7 +88,6 @@ class Config:
         runtime=True,
     )
     resamples: int = key(2000, "bootstrap resamples of the confidence intervals")
-    overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
 
 
 @dataclass

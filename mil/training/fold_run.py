@@ -32,7 +32,9 @@ from mil.tasks.base import RunPredictions, Task, TaskOptions, apply_cuts
 from mil.tasks.prediction_table import write_predictions
 from mil.tasks.slide_targets import SlideTargets
 from mil.tasks.table import fit_task
-from mil.training.engine import Recipe, check_recipe, predict, train_model
+from mil.training.engine import train_model
+from mil.training.prediction import predict
+from mil.training.recipes import Recipe, check_recipe
 from patch_encoder.bags.bag import Bag
 
 _kept: dict[tuple[object, ...], dict[str, Bag]] = {}  # of `cached_bags`: one at most

@@ -39,13 +39,9 @@ from mil.tasks.regression import Regression
 from mil.tasks.slide_targets import SlideTargets
 from mil.tasks.table import TASKS, fit_task, read_targets, task_from_dict
 from mil.train import Config, main
-from mil.training.engine import (
-    Recipe,
-    check_recipe,
-    load_classifier,
-    predict,
-    train_one_epoch,
-)
+from mil.training.engine import load_classifier, train_one_epoch
+from mil.training.prediction import predict
+from mil.training.recipes import Recipe, check_recipe
 from patch_encoder.bags.bag import make_bag
 from tests.mil.models.small_options import SMALL
 from tests.mil.tasks.task_cohorts import COHORTS, rewrite
