@@ -56,8 +56,8 @@ from detection_kd.datasets.feature_cache import (
 )
 from detection_kd.evaluation.feature_agreement import measure_agreement
 from detection_kd.figures.student_report import write_report
+from detection_kd.losses.distillation_loss import DistillationLoss, ExtraTerms, distillation_loss
 from detection_kd.losses.feature_regression import FEATURE_LOSSES
-from detection_kd.losses.feature_sum import DistillationLoss, ExtraTerms, distillation_loss
 from detection_kd.models.adapter import ADAPTERS
 from detection_kd.models.backbone import load_backbone
 from detection_kd.models.online_teacher import OnlineTeacher, read_online_teacher

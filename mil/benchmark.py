@@ -32,18 +32,18 @@ from common.files import safe_id, write_csv, write_json, write_text
 from common.processes.pool import check_workers
 from common.processes.ray_cluster import ENGINE_HELP, ENGINES, RaySettings, import_ray
 from common.progress import progress
-from mil.datasets.bags import memory_of
+from mil.datasets.bags import choose_memory
 from mil.datasets.split_files import write_splits
 from mil.evaluation.runs import (
     add_headline,
-    encoder_costs,
+    read_encoder_costs,
     read_finished,
     text_table,
     write_predictions,
 )
 from mil.evaluation.tables import write_evaluation
 from mil.models import MODELS
-from mil.training.benchmark_jobs import check_tasks, make_jobs, name_of, unfinished_jobs
+from mil.training.benchmark_jobs import check_tasks, make_jobs, name_of, open_pending_jobs
 from mil.training.fold_run import FoldJob, FoldSettings
 from mil.training.keys import Cohort, TrainingKeys
 from mil.training.training_pool import train_here, train_on_ray
@@ -201,7 +201,7 @@ def build_jobs(config: Config, cohort: Cohort) -> list[FoldJob]:
     """Every feature set x model x seed x fold, checked."""
     settings = model_settings(config)
     check_tasks(cohort, settings)
-    memory = memory_of(config.ram_gb, workers_of(config))
+    memory = choose_memory(config.ram_gb, workers_of(config))
     return make_jobs(Path(config.output), cohort, settings, config.seeds, memory)
 
 
@@ -219,7 +219,7 @@ def summarise_benchmark(config: Config, cohort: Cohort, jobs: list[FoldJob]) -> 
     summary = write_evaluation(
         output, finished, task, config.resamples, config.split_seed, config.xlsx
     )
-    costs = encoder_costs(config.cost, cohort.files)
+    costs = read_encoder_costs(config.cost, cohort.files)
     feature_sets = add_headline(summary, costs, headline_of(config), task.headline)
     protocol = {
         "name": "files" if config.splits else config.protocol,
@@ -273,7 +273,7 @@ def unfinished(config: Config, cohort: Cohort, jobs: list[FoldJob]) -> list[Fold
         (output / "summary.json").unlink(
             missing_ok=True
         )  # the runs it speaks of are trained again, on other splits perhaps
-    pending = unfinished_jobs(jobs, world, config.overwrite)
+    pending = open_pending_jobs(jobs, world, config.overwrite)
     write_splits(output / "splits", cohort.splits)
     write_text(output / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
     slides = len(cohort.slides.records)

@@ -28,7 +28,7 @@ from common.progress import progress
 from mil.classic.cross_validation import ClassicJob, train_missing
 from mil.classic.pooled_baselines import SIMPLE
 from mil.classic.recipes import NETWORKS
-from mil.classic.table import HEADER, SETS, Row, judge, markdown
+from mil.classic.table import HEADER, SETS, ClassicRow, judge_methods, make_markdown
 
 logger = logging.getLogger(__name__)
 METHODS = (*SIMPLE, *NETWORKS)
@@ -85,14 +85,14 @@ def write_tables(output: Path, jobs: list[ClassicJob], sets: list[str]) -> None:
         done = [path for path in map(job.path, range(job.repeats)) if path.is_file()]
         values = tuple(float(read_json(path, "a repeat's results")["accuracy"]) for path in done)
         if values:
-            rows.append(Row(job.method, job.name, values))
+            rows.append(ClassicRow(job.method, job.name, values))
     write_csv(output / "table.csv", HEADER, [row.record() for row in rows])
-    write_text(output / "table.md", markdown(rows, sets) + "\n")
-    verdicts = judge(rows)
+    write_text(output / "table.md", make_markdown(rows, sets) + "\n")
+    verdicts = judge_methods(rows)
     lines = [f"{'met    ' if met else 'NOT MET'}  {line}" for met, line in verdicts]
     lines.append(f"bar: {sum(met for met, _ in verdicts)} of {len(verdicts)} met")
     write_text(output / "bar.txt", "\n".join(lines) + "\n")
-    print(markdown(rows, sets), *lines, sep="\n")
+    print(make_markdown(rows, sets), *lines, sep="\n")
 
 
 def main(config: Config) -> int:

@@ -32,10 +32,15 @@ from common.metrics.classification import auc, youden_threshold
 from common.run import Run, open_run
 from mil.datasets.bags import find_bags
 from mil.datasets.detection_channel import write_channels
-from mil.datasets.detections import find_detections, read_all, slide_vector
+from mil.datasets.detections import find_detections, make_slide_vector, read_all
 from mil.datasets.labels import LabelledSlides, read_labelled_slides
-from mil.datasets.split_files import checked_splits, known_slides, stored_splits, write_splits
-from mil.datasets.splits import Split, make_splits, split_values
+from mil.datasets.split_files import (
+    check_splits,
+    read_stored_splits,
+    select_known_slides,
+    write_splits,
+)
+from mil.datasets.splits import Split, list_split_values, make_splits
 from mil.evaluation.benchmark_folder import belonging, run_folders
 from mil.evaluation.runs import (
     COST_KEYS,
@@ -241,7 +246,7 @@ def read_cohort(config: Config, summary: dict[str, Any]) -> tuple[LabelledSlides
     """The slides and their splits: the benchmark's, with its classes; those of `splits`; or new
     ones by the same rules.
     """
-    values = split_values(config.protocol, config.subset, config.splits)
+    values = list_split_values(config.protocol, config.subset, config.splits)
     slides = read_labelled_slides(config.labels, values, config.positive)
     folder = config.splits or (f"{config.benchmark}/splits" if summary else "")
     if not folder:
@@ -252,8 +257,8 @@ def read_cohort(config: Config, summary: dict[str, Any]) -> tuple[LabelledSlides
             {slide for split in splits for slide in (*split.train, *split.val, *split.test)}
         ), splits
     folds = belonging(summary)[1]
-    splits = [split for split in stored_splits(folder) if folds is None or split.fold in folds]
-    slides = known_slides(folder, splits, slides)
+    splits = [split for split in read_stored_splits(folder) if folds is None or split.fold in folds]
+    slides = select_known_slides(folder, splits, slides)
     if summary:
         classes = tuple(summary["classes"])
         other = next((record for record in slides.records if record.label not in classes), None)
@@ -264,7 +269,7 @@ def read_cohort(config: Config, summary: dict[str, Any]) -> tuple[LabelledSlides
                 f"'{other.label}'; give the benchmark's labels"
             )
         slides = LabelledSlides(slides.records, classes)
-    return slides, checked_splits(splits, slides, slides.slide_ids)
+    return slides, check_splits(splits, slides, slides.slide_ids)
 
 
 def benchmark_rows(
@@ -398,7 +403,7 @@ def main(config: Config) -> int:
     )
     runs = open_all(config, slides, splits, digest)
     features = {
-        slide: slide_vector(found[slide], config.top_k, config.thresholds)
+        slide: make_slide_vector(found[slide], config.top_k, config.thresholds)
         for slide in slides.slide_ids
     }
     header = ["slide_id", *next(iter(features.values()))]

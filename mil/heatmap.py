@@ -37,12 +37,18 @@ from common.files import atomic_path, read_json, safe_id, sha256_file, write_jso
 from common.processes.pool import Lost, Raised, check_workers, run_jobs
 from common.progress import progress
 from common.provenance import can_reuse
-from mil.heatmaps.drawing import colour_table
+from mil.heatmaps.drawing import make_colour_table
 from mil.heatmaps.pages import write_pages
 from mil.heatmaps.scores import TileScores
 from mil.heatmaps.settings import Drawing, check_drawing
 from mil.heatmaps.slide import Inputs, draw_slide, score_slide
-from mil.heatmaps.sources import SlidePrediction, Source, from_benchmark, from_run, is_benchmark
+from mil.heatmaps.sources import (
+    SlidePrediction,
+    Source,
+    is_benchmark,
+    read_from_benchmark,
+    read_from_run,
+)
 from mil.tasks.base import Task
 from mil.tasks.table import task_from_dict
 from mil.training.engine import load_classifier
@@ -146,7 +152,7 @@ def read_source(config: Config) -> tuple[Source, dict[str, Path]]:
             raise UserError(
                 f"split={config.split}: expected test for a benchmark, whose test slides are drawn"
             )
-        source = from_benchmark(folder, config.feature_set, config.model, config.seed)
+        source = read_from_benchmark(folder, config.feature_set, config.model, config.seed)
         return source, list_bags(config.features or source.features)
     if not config.features:
         raise UserError(
@@ -154,7 +160,7 @@ def read_source(config: Config) -> tuple[Source, dict[str, Path]]:
             "features=..."
         )
     bags = list_bags(config.features)
-    return from_run(folder, config.features, bags, config.split), bags
+    return read_from_run(folder, config.features, bags, config.split), bags
 
 
 def choose(source: Source, only: list[str]) -> list[SlidePrediction]:
@@ -331,7 +337,7 @@ def main(config: Config) -> int:
         len(chosen),
         len(inputs) - len(pending),
     )
-    bar = np.repeat(colour_table(config.drawing.colours)[None], 8, axis=0)
+    bar = np.repeat(make_colour_table(config.drawing.colours)[None], 8, axis=0)
     with atomic_path(output / "pictures" / "colours.png") as temporary:
         Image.fromarray(bar).save(temporary, "PNG")
     draw_all(config, source, pending, device, failures)

@@ -23,13 +23,13 @@ from common.provenance import can_reuse
 from mil.datasets.bags import find_bags
 from mil.datasets.labels import LabelledSlides
 from mil.datasets.split_files import (
-    checked_splits,
-    known_slides,
-    numbered,
-    stored_splits,
+    check_splits,
+    find_numbered,
+    read_stored_splits,
+    select_known_slides,
     write_clam_splits,
 )
-from mil.datasets.splits import SETS, Split, make_splits, split_values
+from mil.datasets.splits import SETS, Split, list_split_values, make_splits
 from mil.tasks.keys import FoldKeys, TaskKeys
 from mil.tasks.table import read_targets
 
@@ -69,11 +69,11 @@ def must_write(output: Path, splits: list[Split], overwrite: bool) -> bool:
     Raises:
         UserError: other splits are there.
     """
-    if overwrite or not numbered(output):
+    if overwrite or not find_numbered(output):
         return True
     found, wanted = (
         {f"splits_{split.fold}.csv": split.digest()[:12] for split in each}
-        for each in (stored_splits(output), splits)
+        for each in (read_stored_splits(output), splits)
     )
     others = "other splits, which splits=<folder> uses as they are"
     return not can_reuse(output, lambda: found, wanted, others)
@@ -92,16 +92,16 @@ def report(splits: list[Split], slides: LabelledSlides) -> None:
 
 def main(config: Config) -> None:
     output = Path(config.output)
-    values = split_values(config.protocol, config.subset)
+    values = list_split_values(config.protocol, config.subset)
     slides, _ = read_targets(config.labels, config.task, values, config.positive, config.grades)
     if config.check:
-        splits = stored_splits(output)
-        slides = known_slides(output, splits, slides)
+        splits = read_stored_splits(output)
+        slides = select_known_slides(output, splits, slides)
     available = set(slides.slide_ids)
     for folder in config.features:
         available &= set(find_bags(folder, slides.slide_ids))
     if config.check:
-        report(checked_splits(splits, slides, available), slides)
+        report(check_splits(splits, slides, available), slides)
         logger.info(
             "%s: %d splits, no patient on two sides, no slide twice, every class in every set",
             output,

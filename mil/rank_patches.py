@@ -34,19 +34,19 @@ from common.errors import UserError
 from common.files import sha256_bytes
 from common.processes.pool import Lost, Raised, check_workers, run_jobs
 from common.progress import progress
-from mil.datasets.bags import bags_digest, find_bags
+from mil.datasets.bags import digest_bags, find_bags
 from mil.datasets.distillation_set import (
     JPEG_QUALITY,
-    CutJob,
     Patch,
-    choose,
+    PatchCutJob,
+    choose_patches,
     claim_root,
-    cut,
+    cut_patches,
     is_done,
     write_annotations,
 )
 from mil.datasets.labels import LabelledSlides
-from mil.datasets.splits import Split, carve, split_values
+from mil.datasets.splits import Split, carve_validation, list_split_values
 from mil.models import MeanMIL, Standardised
 from mil.tasks.keys import LabelKeys
 from mil.tasks.slide_targets import SlideTargets
@@ -105,7 +105,7 @@ def patches_of(
             "again"
         )
     scores = model.score_tiles(content.read().to(device)).cpu().numpy()
-    rows = choose(
+    rows = choose_patches(
         scores, config.top_k, config.extra_random, (config.seed, zlib.crc32(bag.stem.encode()))
     )
     chosen = ((int(row), *content.coords[row].tolist(), float(scores[row])) for row in rows)
@@ -125,13 +125,13 @@ def train_ranker(
     """Train (or find finished) the Mean-MIL on all slides but a validation share; returns its best
     checkpoint.
     """
-    train, val = carve(slides, config.val_fraction, config.seed)
+    train, val = carve_validation(slides, config.val_fraction, config.seed)
     settings = FoldSettings(
         "mean", config.dropout, config.standardize, config.seed, config.training
     )
     output, split = Path(config.output) / "ranker", Split(0, train, val, ())
     job = FoldJob(
-        output, settings, slides, targets, split, tuple(files.items()), bags_digest(files)
+        output, settings, slides, targets, split, tuple(files.items()), digest_bags(files)
     )
     run = open_job(job, world, overwrite=config.overwrite)
     if run.results is None:
@@ -152,7 +152,7 @@ def provenance_of(
     weights = sha256_bytes(*(tensor.numpy().tobytes() for tensor in content["model"].values()))
     settings = {name: getattr(config, name) for name in ("top_k", "extra_random", "seed")}
     return {
-        "teacher": bags_digest(files),
+        "teacher": digest_bags(files),
         "ranker": weights,
         "jpeg_quality": JPEG_QUALITY,
         **settings,
@@ -165,7 +165,7 @@ def make_cuts(
     files: dict[str, Path],
     model: MeanMIL | Standardised,
     failures: Failures,
-) -> list[CutJob]:
+) -> list[PatchCutJob]:
     """Score and choose the tiles of every slide; slides whose bag cannot be used are entered in
     `failures`.
     """
@@ -180,7 +180,7 @@ def make_cuts(
             failures.add(name, str(error))
             continue
         jobs.append(
-            CutJob(
+            PatchCutJob(
                 name, paths[name], record.mpp, bag, Path(config.output) / "wsi_root" / name, patches
             )
         )
@@ -198,7 +198,7 @@ def main(config: Config) -> int:
     world = World(0, 1, pick_device(config.device))
     torch.set_num_threads(config.threads)
     root = Path(config.output)
-    subset = split_values("cv", config.subset)
+    subset = list_split_values("cv", config.subset)
     slides, targets = read_targets(config.labels, "classes", subset, config.positive)
     files = find_bags(config.features, slides.slide_ids, skip_missing=config.skip_missing)
     slides = slides.only(files)
@@ -212,7 +212,7 @@ def main(config: Config) -> int:
     jobs = make_cuts(config, slides, files, model, failures)
     todo = [job for job in jobs if not is_done(job)]
     logger.info("%s: %d slides, %d already done", STAGE, len(jobs), len(jobs) - len(todo))
-    outcomes = run_jobs(cut, todo, config.workers, fresh=True, threads=config.threads)
+    outcomes = run_jobs(cut_patches, todo, config.workers, fresh=True, threads=config.threads)
     for number, result in progress(outcomes, "cutting tiles", len(todo), "slides"):
         if isinstance(result, (Lost, Raised)):
             failures.add(todo[number].slide_id, result.reason)

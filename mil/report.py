@@ -24,7 +24,7 @@ from common.errors import UserError
 from common.figures import svg_uri
 from common.files import read_json, write_json, write_text
 from mil.evaluation.benchmark_folder import read_summary, run_folders
-from mil.evaluation.runs import COST_KEYS, FinishedRun, number, read_finished
+from mil.evaluation.runs import COST_KEYS, FinishedRun, format_number, read_finished
 from mil.evaluation.task_tables import per_label_rows
 from mil.figures.by_task import FIGURES
 from mil.figures.example_slides import Choice, Example, Group, choose_slides, make_example
@@ -219,7 +219,7 @@ def page(
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters |= {"number": number, "known": known}
+    environment.filters |= {"number": format_number, "known": known}
     return environment.get_template("report.html.j2").render(
         title=config.title,
         summary=summary,

@@ -24,7 +24,7 @@ from common.cli import launch
 from common.config import REQUIRED, key
 from common.errors import UserError
 from common.files import write_csv, write_json, write_text
-from mil.evaluation.runs import number, with_interval
+from mil.evaluation.runs import format_number, format_with_interval
 from studies.ablations.figure import draw_ablation, read_ablation
 from studies.ablations.rows import AGREEMENT, COST, find_point, format_difference, read_rows
 
@@ -97,14 +97,14 @@ def markdown(rows: Sequence[Mapping[str, Any]], models: Sequence[str], headline:
         name = f"**{row['name']}**" if row["pareto"] else row["name"]
         cells = [name, *("-" if row[key] is None else f"{row[key]:.3f}" for key in AGREEMENT)]
         cells += [
-            with_interval(row["auc"].get(m, {}).get("mean"), row["auc"].get(m, {}).get("ci"))
+            format_with_interval(row["auc"].get(m, {}).get("mean"), row["auc"].get(m, {}).get("ci"))
             for m in models
         ]
         cells += [
             format_difference(values.get("difference"), values.get("difference_ci")),
-            *(number(row[key]) for key in COST),
+            *(format_number(row[key]) for key in COST),
         ]
-        cells.append("failed" if row["error"] else number(row["seconds"]))
+        cells.append("failed" if row["error"] else format_number(row["seconds"]))
         lines.append("| " + " | ".join(cells) + " |")
     failed = [f"- {row['name']}: {row['error']}" for row in rows if row["error"]]
     return "\n".join([*lines, *(["", "Failed:", *failed] if failed else [])]) + "\n"
@@ -118,7 +118,7 @@ def page(content: Mapping[str, Any], title: str) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters |= {"number": number}
+    environment.filters |= {"number": format_number}
     environment.globals |= {"format_difference": format_difference}
     date = time.strftime("%Y-%m-%d")
     return environment.get_template("ablation.html.j2").render(

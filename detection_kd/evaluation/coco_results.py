@@ -43,6 +43,6 @@ def make_result_rows(
 
 
 def write_results(path: Path, annotated: DetectionSet, predictions: list[Prediction]) -> None:
-    """Write `result_rows` as JSON, one row a line."""
+    """Write `make_result_rows` as JSON, one row a line."""
     rows = (json.dumps(row, allow_nan=False) for row in make_result_rows(annotated, predictions))
     write_text(path, "[" + ",\n".join(rows) + "]\n")

@@ -16,10 +16,10 @@ from common.errors import UserError
 from common.files import read_json, sha256_bytes, write_json
 from common.provenance import can_reuse
 from common.seed import seed_everything
-from mil.classic.pooled_baselines import SIMPLE, bag_vectors, predict_simple
-from mil.classic.recipes import NETWORKS, recipe_of
+from mil.classic.pooled_baselines import SIMPLE, pool_bags, predict_simple
+from mil.classic.recipes import NETWORKS, choose_recipe
 from mil.classic.sets import ClassicSet, load_set, make_folds
-from mil.classic.table import SETS, accuracy
+from mil.classic.table import SETS, compute_accuracy
 from mil.classic.vmap_training import train_stacked
 
 
@@ -48,7 +48,7 @@ class ClassicJob:
         if self.method in SIMPLE:
             return common
         return common | {
-            "recipe": asdict(recipe_of(self.method, self.name, self.batch_size, self.epochs)),
+            "recipe": asdict(choose_recipe(self.method, self.name, self.batch_size, self.epochs)),
             "seed": self.seed,
         }
 
@@ -100,7 +100,7 @@ def train_missing(job: ClassicJob, overwrite: bool) -> None:
         }
         content |= {
             "fold": masks[repeat].argmax(0).tolist(),
-            "accuracy": accuracy(right, masks[repeat]),
+            "accuracy": compute_accuracy(right, masks[repeat]),
         }
         write_json(job.path(repeat), content)
 
@@ -109,7 +109,7 @@ def simple_results(
     job: ClassicJob, classic: ClassicSet, masks: np.ndarray, repeats: list[int]
 ) -> dict[int, np.ndarray]:
     """Repeat -> class of every bag (B,), by the model of the fold that tests it."""
-    vectors, results = bag_vectors(classic.bags), {}
+    vectors, results = pool_bags(classic.bags), {}
     for repeat in repeats:
         results[repeat] = np.full(len(classic.targets), -1)
         for test in masks[repeat]:
@@ -134,7 +134,7 @@ def deep_results(
             seed_everything(job.seed * 10_007 + repeat * 101 + fold)
             models.append(NETWORKS[job.method](bags[0].shape[1]))
     seed_everything(job.seed)
-    recipe = recipe_of(job.method, job.name, job.batch_size, job.epochs)
+    recipe = choose_recipe(job.method, job.name, job.batch_size, job.epochs)
     logits = train_stacked(
         models, bags, targets, ~tests, recipe, torch.Generator().manual_seed(job.seed)
     )

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 SIMPLE = ("rbf_svm", "logistic")
 
 
-def bag_vectors(bags: Sequence[Float[np.ndarray, "_ d"]]) -> Float[np.ndarray, "b three_d"]:
+def pool_bags(bags: Sequence[Float[np.ndarray, "_ d"]]) -> Float[np.ndarray, "b three_d"]:
     """Mean, max and min over the instances, side by side."""
     return np.stack([np.concatenate([bag.mean(0), bag.max(0), bag.min(0)]) for bag in bags])
 
 
-def simple_model(name: str) -> Pipeline:
+def build_baseline(name: str) -> Pipeline:
     """Standardisation and `rbf_svm` (C = 3) or `logistic` (C = 0.05)."""
     from sklearn.linear_model import LogisticRegression  # a while to load
     from sklearn.pipeline import make_pipeline
@@ -36,4 +36,4 @@ def predict_simple(
     name: str, vectors: Float[np.ndarray, "b f"], targets: Int[np.ndarray, " b"], test: np.ndarray
 ) -> Int[np.ndarray, " t"]:
     """Classes of the test bags by a model of the others, standardised by the others."""
-    return simple_model(name).fit(vectors[~test], targets[~test]).predict(vectors[test])
+    return build_baseline(name).fit(vectors[~test], targets[~test]).predict(vectors[test])

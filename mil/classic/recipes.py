@@ -59,7 +59,7 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def recipe_of(method: str, name: str, batch_size: int, epochs: int) -> StackedRecipe:
+def choose_recipe(method: str, name: str, batch_size: int, epochs: int) -> StackedRecipe:
     """The recipe of a method on a set; `epochs` 0: the published number."""
     recipe = DSMIL_RECIPE
     if method != "dsmil":

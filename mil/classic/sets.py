@@ -170,7 +170,7 @@ def load_set(folder: str | Path, name: str) -> ClassicSet:
                 f"{found.counts()}"
             )
     for path, other in zip(paths[1:], others, strict=True):
-        if bag_set(other) != bag_set(first):
+        if make_bag_set(other) != make_bag_set(first):
             raise UserError(
                 f"{path}: expected the bags of {paths[0].name}, found others; remove the wrong copy"
             )
@@ -180,7 +180,7 @@ def load_set(folder: str | Path, name: str) -> ClassicSet:
     return first
 
 
-def bag_set(classic: ClassicSet) -> list[tuple[str, int]]:
+def make_bag_set(classic: ClassicSet) -> list[tuple[str, int]]:
     """The bags without their order and that of their instances."""
     rows = (sorted(row.astype("<f4").tobytes() for row in bag) for bag in classic.bags)
     return sorted(

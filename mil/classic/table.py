@@ -31,7 +31,7 @@ NEAR = 0.03  # how far ABMIL may be from its published figure
 
 
 @dataclass(frozen=True)
-class Row:
+class ClassicRow:
     """Accuracy of a method on a set: the mean over folds, one value a repeat."""
 
     method: str
@@ -65,7 +65,7 @@ class Row:
         return dict(zip(HEADER, values, strict=True))
 
 
-def accuracy(correct: np.ndarray, masks: np.ndarray) -> float:
+def compute_accuracy(correct: np.ndarray, masks: np.ndarray) -> float:
     """Mean over folds of the share of test bags that are right.
 
     Args:
@@ -75,7 +75,7 @@ def accuracy(correct: np.ndarray, masks: np.ndarray) -> float:
     return float(np.mean([correct[mask].mean() for mask in masks]))
 
 
-def judge(rows: Sequence[Row]) -> list[tuple[bool, str]]:
+def judge_methods(rows: Sequence[ClassicRow]) -> list[tuple[bool, str]]:
     """(met, line) for every deep row against the better simple one, and for ABMIL against its
     published figure.
     """
@@ -110,9 +110,9 @@ def judge(rows: Sequence[Row]) -> list[tuple[bool, str]]:
     return verdicts
 
 
-def markdown(rows: Sequence[Row], sets: Sequence[str]) -> str:
+def make_markdown(rows: Sequence[ClassicRow], sets: Sequence[str]) -> str:
     """`accuracy +- std (published)` by method and set."""
-    found: Mapping[tuple[str, str], Row] = {(row.method, row.name): row for row in rows}
+    found: Mapping[tuple[str, str], ClassicRow] = {(row.method, row.name): row for row in rows}
     lines = [f"| method | {' | '.join(sets)} |", "|---" * (len(sets) + 1) + "|"]
     for method in dict.fromkeys(row.method for row in rows):
         cells = [_cell(found.get((method, name))) for name in sets]
@@ -120,7 +120,7 @@ def markdown(rows: Sequence[Row], sets: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _cell(row: Row | None) -> str:
+def _cell(row: ClassicRow | None) -> str:
     if row is None:
         return "-"
     published = f" ({row.published:.3f})" if row.published is not None else ""

@@ -83,7 +83,7 @@ class _Packed(nn.Module):
         return self.model.forward_packed((features - mean) / std, offsets)
 
 
-def bag_losses(packed: Packed, targets: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
+def compute_bag_losses(packed: Packed, targets: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
     """Cross-entropy of each bag, the weighted sum over its streams."""
     if not packed.streams:
         return cross_entropy(packed.logits, targets, reduction="none")
@@ -98,7 +98,7 @@ def bag_losses(packed: Packed, targets: Int[Tensor, " b"]) -> Float[Tensor, " b"
     return total
 
 
-def fold_statistics(
+def measure_folds(
     bags: Sequence[Float[Tensor, "_ d"]], mask: Bool[Tensor, "m b"]
 ) -> tuple[Float[Tensor, "m d"], Float[Tensor, "m d"]]:
     """Mean and std (M, D) over the tiles of each model's own bags; a feature that never varies has
@@ -135,7 +135,7 @@ def train_stacked(
     packers = [_Packed(model).train() for model in models]
     parameters, _ = stack_module_state(packers)
     optimizer = recipe.make(list(parameters.values()))
-    mean, std = fold_statistics(bags, mask)
+    mean, std = measure_folds(bags, mask)
     template, weights = packers[0], mask.float()
 
     def losses(
@@ -147,13 +147,13 @@ def train_stacked(
         offsets: Tensor,
     ) -> Tensor:
         packed = functional_call(template, own, (features, offsets, mean, std))
-        return (bag_losses(packed, wanted) * share).sum()
+        return (compute_bag_losses(packed, wanted) * share).sum()
 
     step = vmap(losses, in_dims=(0, 0, 0, 0, None, None), randomness="same")
     seen = 0
     for epoch in range(recipe.epochs):
         for chosen in torch.randperm(len(bags), generator=generator).split(recipe.batch_size):
-            features, offsets = pack([bags[i] for i in chosen.tolist()])
+            features, offsets = pack_bags([bags[i] for i in chosen.tolist()])
             wanted, counted = targets[chosen], weights[:, chosen]
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate(epoch, seen)
@@ -183,12 +183,14 @@ def apply_stacked(
 
     run = vmap(logits, in_dims=(0, 0, 0, None, None), randomness="same")
     parts = [
-        run(parameters, mean, std, *pack(bags[start : start + 32]))
+        run(parameters, mean, std, *pack_bags(bags[start : start + 32]))
         for start in range(0, len(bags), 32)
     ]
     return torch.cat(parts, dim=1)
 
 
-def pack(bags: Sequence[Float[Tensor, "_ d"]]) -> tuple[Float[Tensor, "t d"], Int[Tensor, " b1"]]:
+def pack_bags(
+    bags: Sequence[Float[Tensor, "_ d"]],
+) -> tuple[Float[Tensor, "t d"], Int[Tensor, " b1"]]:
     """All tiles one after the other, and where each bag starts."""
     return torch.cat(list(bags)), torch.tensor([0, *(len(bag) for bag in bags)]).cumsum(0)

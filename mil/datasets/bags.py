@@ -123,7 +123,7 @@ def slide_grid(bag: Bag) -> SlideGrid | None:
     return find_grid(coords, step if stated else 0, side)
 
 
-def usable_bags(files: Mapping[str, Path]) -> dict[str, Path]:
+def select_usable_bags(files: Mapping[str, Path]) -> dict[str, Path]:
     """The files that `load_bags` takes; the others are logged. Every feature is read once."""
     bags, problems = _open_bags(files)
     for slide, bag in bags.items():
@@ -177,7 +177,7 @@ def _join_problems(problems: Mapping[str, str], count: int) -> str:
     )
 
 
-def memory_of(ram_gb: float, workers: int = 1) -> int:
+def choose_memory(ram_gb: float, workers: int = 1) -> int:
     """Bytes for the bags of each of `workers` processes; 0 GB: half of what is free, shared by
     them.
     """
@@ -189,7 +189,7 @@ def memory_of(ram_gb: float, workers: int = 1) -> int:
     return int(ram_gb * 1e9) if ram_gb else free_memory() // 2 // max(1, workers)
 
 
-def bags_digest(files: Mapping[str, Path]) -> str:
+def digest_bags(files: Mapping[str, Path]) -> str:
     """Fingerprint of a set of bags: changes with any slide, feature or coordinate.
 
     Raises:

@@ -14,7 +14,7 @@ from common import __version__
 from common.errors import UserError
 from common.files import sha256_file
 from common.provenance import can_reuse
-from mil.datasets.detections import SlideDetections, tile_channels
+from mil.datasets.detections import SlideDetections, make_tile_channels
 from patch_encoder.bags.bag import open_bag, read_bag
 from patch_encoder.bags.writer import write_bag
 from patch_encoder.tiles.coordinates import TileGeometry
@@ -55,7 +55,7 @@ def write_channel(
             "laid on its tiles"
         )
     side = TileGeometry.from_attributes(bag.tiling, str(source)).patch_size_level0
-    channels = torch.from_numpy(tile_channels(found, bag.coords.numpy(), side))
+    channels = torch.from_numpy(make_tile_channels(found, bag.coords.numpy(), side))
     features = torch.cat([bag.read(), channels], dim=1)
     encoder = bag.provenance.get("encoder", source.parent.parent.name)
     changed = {"encoder": f"{encoder}+detections", "software_version": __version__}

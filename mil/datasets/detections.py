@@ -130,7 +130,7 @@ def read_all(files: Mapping[str, Path]) -> dict[str, SlideDetections]:
     return found
 
 
-def slide_vector(
+def make_slide_vector(
     found: SlideDetections, top_k: int, thresholds: Sequence[float]
 ) -> dict[str, float]:
     """Name -> value of a slide's features; `top` is the first.
@@ -152,7 +152,7 @@ def slide_vector(
     return {name: float(value) for name, value in values.items()}
 
 
-def tile_channels(
+def make_tile_channels(
     found: SlideDetections, coords: Int[np.ndarray, "tiles 2"], side: int, block: int = 4096
 ) -> Float[np.ndarray, "tiles 2"]:
     """Highest confidence and number of the detections whose centre lies in each tile; 0, 0 where

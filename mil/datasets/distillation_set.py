@@ -42,7 +42,7 @@ class Patch:
 
 
 @dataclass(frozen=True)
-class CutJob:
+class PatchCutJob:
     """The chosen tiles of one slide, and where they are cut from and written to."""
 
     slide_id: str
@@ -53,7 +53,9 @@ class CutJob:
     patches: tuple[Patch, ...]
 
 
-def choose(scores: np.ndarray, top_k: int, extra_random: int, seed: Sequence[int]) -> np.ndarray:
+def choose_patches(
+    scores: np.ndarray, top_k: int, extra_random: int, seed: Sequence[int]
+) -> np.ndarray:
     """Rows of the `top_k` highest scores, best first, then `extra_random` others; all rows when
     there are fewer.
     """
@@ -63,7 +65,7 @@ def choose(scores: np.ndarray, top_k: int, extra_random: int, seed: Sequence[int
     return np.concatenate([order[:top_k], drawn])
 
 
-def native_tile(slide: Slide, geometry: TileGeometry, patch: Patch) -> tuple[str, Path] | None:
+def read_native_tile(slide: Slide, geometry: TileGeometry, patch: Patch) -> tuple[str, Path] | None:
     """Name and file of a tile folder's own tile, when the patch is exactly that."""
     if not isinstance(slide, TileFolder) or {geometry.patch_size, geometry.target_size} != {
         slide.tile_side
@@ -73,7 +75,7 @@ def native_tile(slide: Slide, geometry: TileGeometry, patch: Patch) -> tuple[str
     return None if file is None else (file.stem, file)
 
 
-def cut(job: CutJob) -> None:
+def cut_patches(job: PatchCutJob) -> None:
     """Write picture and teacher feature of every chosen tile that is not there yet, and the slide's
     rows of ann.json.
 
@@ -86,7 +88,7 @@ def cut(job: CutJob) -> None:
     images = []
     with open_slide(job.slide, job.mpp, geometry.tile_pattern) as slide:
         for patch in job.patches:
-            native = native_tile(slide, geometry, patch)
+            native = read_native_tile(slide, geometry, patch)
             name = native[0] if native else f"{patch.x}_{patch.y}"
             write_picture(
                 job.folder / f"{name}.jpg", slide, geometry, patch, native[1] if native else None
@@ -110,7 +112,7 @@ def cut(job: CutJob) -> None:
                     "chosen": "top" if patch.top else "random",
                 }
             )
-    write_json(done_file(job.folder), images)
+    write_json(find_done_file(job.folder), images)
 
 
 def write_picture(
@@ -127,20 +129,20 @@ def write_picture(
             Image.fromarray(pixels).save(temporary, "JPEG", quality=JPEG_QUALITY, subsampling=0)
 
 
-def done_file(folder: Path) -> Path:
+def find_done_file(folder: Path) -> Path:
     """`ann_root/slides/<slide>.json`: the slide's rows of ann.json, written when its tiles are
     complete.
     """
     return folder.parents[1] / "ann_root" / "slides" / f"{folder.name}.json"
 
 
-def is_done(job: CutJob) -> bool:
+def is_done(job: PatchCutJob) -> bool:
     """Whether the slide's rows and every file they name are there."""
-    if not done_file(job.folder).is_file():
+    if not find_done_file(job.folder).is_file():
         return False
     names = [
         Path(image["file_name"]).stem
-        for image in read_json(done_file(job.folder), "a slide's annotations")
+        for image in read_json(find_done_file(job.folder), "a slide's annotations")
     ]
     present = (
         {file.name for file in job.folder.glob("*") if file.stat().st_size > 0}
@@ -175,12 +177,14 @@ def claim_root(root: Path, provenance: dict[str, Any], overwrite: bool) -> None:
 
 
 def write_annotations(
-    root: Path, jobs: Sequence[CutJob], provenance: dict[str, Any]
+    root: Path, jobs: Sequence[PatchCutJob], provenance: dict[str, Any]
 ) -> tuple[int, int]:
     """ann_root/ann.json over all finished slides; returns the numbers of images and of slides."""
     done = [job for job in jobs if is_done(job)]
     images = [
-        image for job in done for image in read_json(done_file(job.folder), "a slide's annotations")
+        image
+        for job in done
+        for image in read_json(find_done_file(job.folder), "a slide's annotations")
     ]
     numbered = [{"id": index, **image} for index, image in enumerate(images, start=1)]
     write_json(

@@ -18,7 +18,7 @@ from pathlib import Path
 from common.errors import UserError, did_you_mean
 from common.files import write_csv
 from mil.datasets.labels import LabelledSlides
-from mil.datasets.splits import SETS, Split, check_split, named, patients_per_class
+from mil.datasets.splits import SETS, Split, check_split, count_patients_per_class, list_names
 
 
 def write_splits(folder: Path, splits: Sequence[Split]) -> None:
@@ -27,7 +27,7 @@ def write_splits(folder: Path, splits: Sequence[Split]) -> None:
     """
     for split in splits:
         write_csv(folder / f"splits_{split.fold}.csv", SETS, _columns(split))
-    for number in set(numbered(folder)) - {split.fold for split in splits}:
+    for number in set(find_numbered(folder)) - {split.fold for split in splits}:
         for suffix in ("", "_bool", "_descriptor"):
             (folder / f"splits_{number}{suffix}.csv").unlink(missing_ok=True)
 
@@ -46,17 +46,17 @@ def write_clam_splits(folder: Path, splits: Sequence[Split], slides: LabelledSli
         write_csv(
             folder / f"splits_{split.fold}_descriptor.csv",
             ["", *DESCRIBED],
-            describe(split, slides),
+            describe_splits(split, slides),
         )
 
 
 DESCRIBED = (*SETS, *(f"{name}_patients" for name in SETS))
 
 
-def describe(split: Split, slides: LabelledSlides) -> list[dict[str, object]]:
+def describe_splits(split: Split, slides: LabelledSlides) -> list[dict[str, object]]:
     """Slides and patients of every class in every set, a row a class."""
     parts = {name: slides.only(getattr(split, name)) for name in SETS}
-    patients = {name: patients_per_class(part) for name, part in parts.items()}
+    patients = {name: count_patients_per_class(part) for name, part in parts.items()}
     rows: list[dict[str, object]] = []
     for label in slides.classes:
         row: dict[str, object] = {"": label}
@@ -73,7 +73,7 @@ def _columns(split: Split) -> list[dict[str, str]]:
     return [{"train": train, "val": val, "test": test} for train, val, test in rows]
 
 
-def stored_splits(folder: str | Path) -> list[Split]:
+def read_stored_splits(folder: str | Path) -> list[Split]:
     """The splits of a folder as they stand, in the order of their numbers.
 
     Raises:
@@ -81,7 +81,7 @@ def stored_splits(folder: str | Path) -> list[Split]:
             empty.
     """
     root = Path(folder)
-    files = numbered(root)
+    files = find_numbered(root)
     if not files:
         raise UserError(
             f"{root}: expected splits_0.csv, splits_1.csv, ... with columns train, val, test; "
@@ -90,7 +90,7 @@ def stored_splits(folder: str | Path) -> list[Split]:
     return [_read(number, path) for number, path in sorted(files.items())]
 
 
-def numbered(root: Path) -> dict[int, Path]:
+def find_numbered(root: Path) -> dict[int, Path]:
     """Number -> file of a folder's splits; a boolean table only where there is no other."""
     found: dict[int, Path] = {}
     for suffix in ("", "_bool"):
@@ -124,7 +124,8 @@ def _read(number: int, path: Path) -> Split:
     if twice:
         places = [name for name in SETS for slide in sides[name] if slide == twice[0]]
         raise UserError(
-            f"{path}: expected every slide once, found {len(twice)} more often: {named(twice)} "
+            f"{path}: expected every slide once, found {len(twice)} more often: "
+            f"{list_names(twice)} "
             f"({twice[0]} in {' and in '.join(places)})"
         )
     empty = [name for name in SETS if not sides[name]]
@@ -133,7 +134,7 @@ def _read(number: int, path: Path) -> Split:
     return Split(number, tuple(sides["train"]), tuple(sides["val"]), tuple(sides["test"]))
 
 
-def known_slides(
+def select_known_slides(
     folder: str | Path, splits: Sequence[Split], slides: LabelledSlides
 ) -> LabelledSlides:
     """The labelled slides that the splits use.
@@ -147,13 +148,13 @@ def known_slides(
     if unknown:
         raise UserError(
             f"{folder}: {len(unknown)} of {len(used)} slides have no row in labels.csv: "
-            f"{named(unknown)}; "
+            f"{list_names(unknown)}; "
             f"{did_you_mean(unknown[0], labelled)}"
         )
     return slides.only(used)
 
 
-def checked_splits(
+def check_splits(
     splits: Sequence[Split], slides: LabelledSlides, available: Collection[str]
 ) -> list[Split]:
     """The splits without the slides that are not in `available`, every one checked for leaks and

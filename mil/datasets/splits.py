@@ -94,7 +94,7 @@ def _cross_validation(
 ) -> Iterator[tuple[Ids, Ids, Ids]]:
     if folds < 2:
         raise UserError(f"folds={folds}: expected at least 2")
-    fewest = min(patients_per_class(slides).values())
+    fewest = min(count_patients_per_class(slides).values())
     if fewest < folds:
         raise UserError(
             f"folds={folds}: expected at least {folds} patients per class, found "
@@ -139,9 +139,9 @@ def _validations(
 ) -> Iterator[tuple[Ids, Ids]]:
     """(train, validation) ids out of the slides that are in no test set."""
     if not inner_folds:
-        yield carve(slides, val_fraction, seed)
+        yield carve_validation(slides, val_fraction, seed)
         return
-    if min(patients_per_class(slides).values()) < inner_folds:
+    if min(count_patients_per_class(slides).values()) < inner_folds:
         raise UserError(
             f"inner_folds={inner_folds}: expected at least as many training patients per class, "
             f"found {_counts(slides)}; "
@@ -150,13 +150,13 @@ def _validations(
     yield from _group_folds(slides, inner_folds, seed)
 
 
-def carve(
+def carve_validation(
     slides: LabelledSlides, fraction: float, seed: int
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(train, validation) slide ids: about `fraction` of the patients of every class become the
     validation set.
     """
-    fewest = min(patients_per_class(slides).values())
+    fewest = min(count_patients_per_class(slides).values())
     if fewest < 2:
         raise UserError(
             "validation set: expected 2 training patients or more per class, found "
@@ -178,7 +178,7 @@ def _group_folds(slides: LabelledSlides, folds: int, seed: int) -> Iterator[tupl
         yield tuple(ids[rest].tolist()), tuple(ids[held_out].tolist())
 
 
-def split_values(protocol: str, subset: str, splits: str = "") -> tuple[str, ...]:
+def list_split_values(protocol: str, subset: str, splits: str = "") -> tuple[str, ...]:
     """Which values of the `split` column take part: those asked for (`train` or `train,val`), else
     with `fixed` the three sets, else all (an empty tuple). A folder of `splits` names its slides
     itself, so that no protocol restricts them."""
@@ -186,7 +186,7 @@ def split_values(protocol: str, subset: str, splits: str = "") -> tuple[str, ...
     return asked or (SETS if protocol == "fixed" and not splits else ())
 
 
-def patients_per_class(slides: LabelledSlides) -> dict[str, int]:
+def count_patients_per_class(slides: LabelledSlides) -> dict[str, int]:
     """Number of patients that have a slide of the class."""
     return {
         name: len({r.case_id for r in slides.records if r.label == name}) for name in slides.classes
@@ -194,7 +194,7 @@ def patients_per_class(slides: LabelledSlides) -> dict[str, int]:
 
 
 def _counts(slides: LabelledSlides) -> str:
-    return ", ".join(f"{name}: {count}" for name, count in patients_per_class(slides).items())
+    return ", ".join(f"{name}: {count}" for name, count in count_patients_per_class(slides).items())
 
 
 def check_split(slides: LabelledSlides, split: Split) -> None:
@@ -210,14 +210,20 @@ def check_split(slides: LabelledSlides, split: Split) -> None:
     for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
         shared = sorted(cases[first] & cases[second])
         if shared:
-            more = f" (and {len(shared) - 1} more: {named(shared[1:])})" if len(shared) > 1 else ""
+            more = (
+                f" (and {len(shared) - 1} more: {list_names(shared[1:])})"
+                if len(shared) > 1
+                else ""
+            )
             raise UserError(
                 f"split {split.fold}: case '{shared[0]}' is in {first} and in {second}{more}; "
                 "give a patient one side"
             )
     for name, ids in sets.items():
         absent = [
-            label for label, count in patients_per_class(slides.only(ids)).items() if count == 0
+            label
+            for label, count in count_patients_per_class(slides.only(ids)).items()
+            if count == 0
         ]
         if absent and ids and slides.needed:
             raise UserError(
@@ -227,6 +233,6 @@ def check_split(slides: LabelledSlides, split: Split) -> None:
             )
 
 
-def named(ids: Sequence[str], most: int = 5) -> str:
+def list_names(ids: Sequence[str], most: int = 5) -> str:
     """The first few ids, for a message."""
     return ", ".join(ids[:most]) + (", ..." if len(ids) > most else "")

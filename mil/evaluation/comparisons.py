@@ -15,7 +15,7 @@ from typing import Any
 
 from mil.evaluation.delong import Comparison, compare, holm
 from mil.evaluation.paired import paired_difference, warn_of_floor
-from mil.evaluation.runs import FinishedRun, Samples, grouped, mean_of
+from mil.evaluation.runs import FinishedRun, Samples, compute_mean, group_runs
 from mil.tasks.base import Task
 
 Place = tuple[str, str]
@@ -49,7 +49,7 @@ def same_slides(finished: Sequence[FinishedRun]) -> Iterator[dict[Place, list[Fi
     """Groups of (feature set, model) with the same test slides in the same folds, in the order of
     the runs.
     """
-    groups = grouped(finished)
+    groups = group_runs(finished)
     tested = {
         place: tuple(sorted({(run.test.fold, run.slides) for run in runs}))
         for place, runs in groups.items()
@@ -126,7 +126,7 @@ def paired_rows(
     rows, metric, resamples = [], task.headline, 0
     for groups in same_slides(finished):
         values = {
-            place: mean_of([run.test for run in runs], task) for place, runs in groups.items()
+            place: compute_mean([run.test for run in runs], task) for place, runs in groups.items()
         }
         for a, b in combinations(groups, 2):
             drawn = [samples[place][metric] for place in (a, b)]

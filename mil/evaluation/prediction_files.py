@@ -20,7 +20,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import safe_id
-from mil.datasets.splits import named
+from mil.datasets.splits import list_names
 from mil.evaluation.runs import FinishedRun
 from mil.tasks.base import Row, Task
 from mil.tasks.prediction_table import read_parts
@@ -111,7 +111,7 @@ def _run(
         if twice:
             raise UserError(
                 f"{path}: model {model}, fold {fold}: expected every {name} slide once, found "
-                f"twice: {named(twice)}"
+                f"twice: {list_names(twice)}"
             )
     if not test:
         raise UserError(
@@ -121,7 +121,7 @@ def _run(
     if both:
         raise UserError(
             f"{path}: model {model}, fold {fold}: {len(both)} cases are in val and in test: "
-            f"{named(both)}"
+            f"{list_names(both)}"
         )
     parts = read_parts(path, task, fold, {"val": val, "test": test} if val else {"test": test})
     cuts = {name: getattr(parts["test"], name, None) for name in task.chosen} if val else {}

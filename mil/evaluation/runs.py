@@ -133,7 +133,7 @@ def write_predictions(output: Path, finished: Sequence[FinishedRun]) -> None:
     write_csv(output / "predictions.csv", list(rows[0]), rows)
 
 
-def grouped(finished: Sequence[FinishedRun]) -> dict[tuple[str, str], list[FinishedRun]]:
+def group_runs(finished: Sequence[FinishedRun]) -> dict[tuple[str, str], list[FinishedRun]]:
     """(feature set, model) -> its runs, in the order of their first appearance."""
     groups: dict[tuple[str, str], list[FinishedRun]] = {}
     for run in finished:
@@ -141,13 +141,15 @@ def grouped(finished: Sequence[FinishedRun]) -> dict[tuple[str, str], list[Finis
     return groups
 
 
-def resampled(finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int) -> Samples:
+def resample_metrics(
+    finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int
+) -> Samples:
     """Bootstrap by patient of every metric, by (feature set, model); the same patients in every one
     of them.
     """
     return {
         place: bootstrap([run.test for run in runs], resamples, seed, task.evaluate)
-        for place, runs in grouped(finished).items()
+        for place, runs in group_runs(finished).items()
     }
 
 
@@ -158,7 +160,7 @@ def summarise_sets(
 
     With `<headline metric>_difference` to the first set on the same folds and seeds.
     """
-    groups, metric = grouped(finished), task.headline
+    groups, metric = group_runs(finished), task.headline
     tests = {place: [run.test for run in runs] for place, runs in groups.items()}
     summary: dict[str, dict[str, dict[str, Any]]] = {}
     for (feature_set, model), runs in groups.items():
@@ -167,14 +169,16 @@ def summarise_sets(
         first = next(name for name, _ in groups)
         if feature_set != first and _places(groups.get((first, model), [])) == _places(runs):
             difference = samples[feature_set, model][metric] - samples[first, model][metric]
-            point = mean_of(tests[feature_set, model], task) - mean_of(tests[first, model], task)
+            point = compute_mean(tests[feature_set, model], task) - compute_mean(
+                tests[first, model], task
+            )
             values[f"{metric}_difference"] = None if point != point else point
             values[f"{metric}_difference_ci"] = interval(difference)[0]
         summary.setdefault(feature_set, {})[model] = values
     return summary
 
 
-def mean_of(runs: Sequence[RunPredictions], task: Task) -> float:
+def compute_mean(runs: Sequence[RunPredictions], task: Task) -> float:
     """The headline metric's mean over runs."""
     return float(np.mean([task.evaluate(run)[task.headline][0] for run in runs]))
 
@@ -183,7 +187,9 @@ def _places(runs: Sequence[FinishedRun]) -> set[tuple[int, int]]:
     return {(run.seed, run.test.fold) for run in runs}
 
 
-def encoder_costs(path: str, files: Mapping[str, Mapping[str, Path]]) -> dict[str, dict[str, Any]]:
+def read_encoder_costs(
+    path: str, files: Mapping[str, Mapping[str, Path]]
+) -> dict[str, dict[str, Any]]:
     """Cost of each feature set's encoder from a JSON file, and its width from its bags.
 
     Args:
@@ -242,14 +248,14 @@ def summary_rows(
     return rows
 
 
-def with_interval(value: float | None, ci: Sequence[float] | None) -> str:
+def format_with_interval(value: float | None, ci: Sequence[float] | None) -> str:
     """`0.912 [0.850, 0.961]`, `-` when unknown."""
     if value is None:
         return "-"
     return f"{value:.3f}" + (f" [{ci[0]:.3f}, {ci[1]:.3f}]" if ci else "")
 
 
-def number(value: float | int | None) -> str:
+def format_number(value: float | int | None) -> str:
     """Three significant digits with k, M, G for thousands, `-` when unknown."""
     if value is None:
         return "-"
@@ -282,17 +288,17 @@ def text_table(
     ]
     rows = [header]
     for name, entry in feature_sets.items():
-        encoder = [name, *(number(entry[key]) for key in COST_KEYS)]
+        encoder = [name, *(format_number(entry[key]) for key in COST_KEYS)]
         for model in models:
             if model not in entry:
                 continue
             values = entry[model]
-            cells = [with_interval(values[f"{metric}_mean"], None) for metric in metrics[1:]]
+            cells = [format_with_interval(values[f"{metric}_mean"], None) for metric in metrics[1:]]
             rows.append(
                 [
                     *encoder,
                     model,
-                    with_interval(values[f"{metrics[0]}_mean"], values[f"{metrics[0]}_ci"]),
+                    format_with_interval(values[f"{metrics[0]}_mean"], values[f"{metrics[0]}_ci"]),
                     *cells,
                 ]
             )

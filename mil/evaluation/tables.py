@@ -14,10 +14,10 @@ from common.files import atomic_path, write_csv, write_text
 from mil.evaluation.comparisons import comparison_table
 from mil.evaluation.runs import (
     FinishedRun,
-    resampled,
+    format_with_interval,
+    resample_metrics,
     summarise_sets,
     summary_rows,
-    with_interval,
     write_results,
 )
 from mil.evaluation.task_tables import TABLES
@@ -53,7 +53,7 @@ def write_evaluation(
     """
     if workbook:
         _openpyxl()
-    samples = resampled(finished, task, resamples, seed)
+    samples = resample_metrics(finished, task, resamples, seed)
     tables = [Table("results", write_results(output, finished, task))]
     summary = summarise_sets(finished, task, samples)
     tables.append(Table("summary", summary_rows(summary, task.metrics)))
@@ -91,7 +91,7 @@ def markdown(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], task: Task)
         for model, values in models.items():
             cells = []
             for metric in task.shown:
-                mean, _, rest = with_interval(
+                mean, _, rest = format_with_interval(
                     values[f"{metric}_mean"], values[f"{metric}_ci"]
                 ).partition(" ")
                 cells.append(
@@ -124,7 +124,7 @@ def latex(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], task: Task) ->
         for place, (model, values) in enumerate(models.items()):
             means, intervals = [], []
             for metric in task.shown:
-                mean, _, rest = with_interval(
+                mean, _, rest = format_with_interval(
                     values[f"{metric}_mean"], values[f"{metric}_ci"]
                 ).partition(" ")
                 means.append(f"\\textbf{{{mean}}}" if mean == best[metric] else mean)

@@ -20,7 +20,7 @@ from mil.evaluation.operating import (
     operating_point,
 )
 from mil.evaluation.risk_groups import kaplan_meier, median_survival, risk_groups
-from mil.evaluation.runs import FinishedRun, grouped
+from mil.evaluation.runs import FinishedRun, group_runs
 from mil.tasks.base import Task
 from mil.tasks.bootstrap import resample_runs
 from mil.tasks.multilabel import evaluate_each_label
@@ -35,7 +35,7 @@ def per_label_rows(finished: Sequence[FinishedRun], task: Task, resamples: int, 
     `slides` and `positives` are those of one seed; cuts come from the validation slides.
     """
     rows = []
-    for (feature_set, model), runs in grouped(finished).items():
+    for (feature_set, model), runs in group_runs(finished).items():
         weights = resample_runs([run.test for run in runs], resamples, seed)
         # the first weighting is the slides as they are
         metrics = [
@@ -85,7 +85,7 @@ def confusion_rows(finished: Sequence[FinishedRun], task: Task, resamples: int, 
     grade.
     """
     rows = []
-    for (feature_set, model), runs in grouped(finished).items():
+    for (feature_set, model), runs in group_runs(finished).items():
         counts = mean_confusion(runs, task)
         for true, called in np.ndindex(counts.shape):
             total = counts[true].sum()
@@ -105,7 +105,7 @@ def risk_group_rows(finished: Sequence[FinishedRun], task: Task, resamples: int,
     both halves.
     """
     rows = []
-    for (feature_set, model), runs in grouped(finished).items():
+    for (feature_set, model), runs in group_runs(finished).items():
         groups = risk_groups(runs)
         for name, part in (("lower", ~groups.high), ("higher", groups.high)):
             row: dict[str, Any] = {
@@ -128,7 +128,7 @@ def operating_rows(
 ) -> list[dict[str, Any]]:
     """One row a feature set, model and operating point."""
     rows = []
-    for (feature_set, model), runs in grouped(finished).items():
+    for (feature_set, model), runs in group_runs(finished).items():
         for held in points:
             row = operating_point(
                 held, [run.val for run in runs], [run.test for run in runs], resamples, seed

@@ -15,7 +15,7 @@ from common.figures import CHANCE, PALETTE, line_style, new_figure, save_figure,
 from common.metrics.classification import auc, auprc
 from common.metrics.ranking import GRID, binary_auc, precision_curves, roc_curves
 from mil.evaluation.risk_groups import RiskGroups, kaplan_meier, risk_groups
-from mil.evaluation.runs import FinishedRun, grouped
+from mil.evaluation.runs import FinishedRun, group_runs
 from mil.evaluation.task_tables import mean_confusion, screening_rows
 from mil.figures.curves import BANDS, draw_mean_curves, draw_reliability_curves, draw_screening_rows
 from mil.figures.report import draw_mean_roc
@@ -44,7 +44,7 @@ def draw_task(
 ) -> list[Path]:
     """Write the task's figures of every feature set, e.g. `student_roc.png`."""
     sets: dict[str, dict[str, list[FinishedRun]]] = {}
-    for (feature_set, model), runs in grouped(finished).items():
+    for (feature_set, model), runs in group_runs(finished).items():
         sets.setdefault(feature_set, {})[model] = runs
     written = []
     for name, models in sets.items():

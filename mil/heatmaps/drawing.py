@@ -58,18 +58,20 @@ class Heat:
 
     def colour(self, values: np.ndarray) -> np.ndarray:
         """uint8 (..., 3) of values between 0 and 1."""
-        return colour_table(self.colours)[np.clip(np.rint(values * 255), 0, 255).astype(np.uint8)]
+        return make_colour_table(self.colours)[
+            np.clip(np.rint(values * 255), 0, 255).astype(np.uint8)
+        ]
 
 
 @lru_cache
-def colour_table(name: str) -> UInt8[np.ndarray, "256 3"]:
+def make_colour_table(name: str) -> UInt8[np.ndarray, "256 3"]:
     """The colours from low to high."""
     from matplotlib import colormaps  # loads for a second
 
     return (colormaps[name](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 
 
-def value_map(
+def make_value_map(
     coords: Int[np.ndarray, "n 2"],
     values: Float[np.ndarray, " n"],
     side: int,
@@ -123,7 +125,7 @@ def blend(
     pixels.
     """
     height, width = picture.shape[:2]
-    values, covered = value_map(
+    values, covered = make_value_map(
         heat.coords, heat.values, heat.side, scale, (left, top, width, height)
     )
     out, share = picture.copy(), np.float32(heat.alpha)
@@ -133,9 +135,9 @@ def blend(
     return out
 
 
-def heat_layer(heat: Heat, size: tuple[int, int], scale: tuple[float, float]) -> Image.Image:
+def make_heat_layer(heat: Heat, size: tuple[int, int], scale: tuple[float, float]) -> Image.Image:
     """The heat alone, for a page to lay over the slide: RGBA, transparent where no tile is."""
-    values, covered = value_map(heat.coords, heat.values, heat.side, scale, (0, 0, *size))
+    values, covered = make_value_map(heat.coords, heat.values, heat.side, scale, (0, 0, *size))
     return Image.fromarray(np.dstack([heat.colour(values), covered.astype(np.uint8) * 255]))
 
 
@@ -162,7 +164,7 @@ def draw_cover(
 ) -> np.ndarray:
     """A thin line around the tiles, where no tissue outline is known."""
     height, width = picture.shape[:2]
-    _, covered = value_map(heat.coords, heat.values, heat.side, scale, (0, 0, width, height))
+    _, covered = make_value_map(heat.coords, heat.values, heat.side, scale, (0, 0, width, height))
     padded = np.pad(covered, 1)
     inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     edged = picture.copy()
@@ -170,7 +172,7 @@ def draw_cover(
     return edged
 
 
-def framed(
+def add_frame(
     picture: UInt8[np.ndarray, "h w 3"], heat: Heat, title: str, second: str, mpp: float | None
 ) -> Image.Image:
     """The picture on white, below it the title, the colour bar and the scale bar.
@@ -203,7 +205,7 @@ def framed(
     draw.text((width - margin, middle), second, fill=QUIET, font=small, anchor="rm")
     draw.text((margin, middle), heat.low, fill=INK, font=small, anchor="lm")
     x, height = round(margin + small.getlength(heat.low) + 8 * size), round(14 * size)
-    bar = Image.fromarray(np.repeat(colour_table(heat.colours)[None], height, axis=0)).resize(
+    bar = Image.fromarray(np.repeat(make_colour_table(heat.colours)[None], height, axis=0)).resize(
         (round(180 * size), height)
     )
     page.paste(bar, (x, middle - height // 2))

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from common.files import atomic_path
-from mil.heatmaps.scores import TileScores, percentile_ranks, ranking
+from mil.heatmaps.scores import TileScores, compute_percentile_ranks, rank_tiles
 from patch_encoder.slides.base import Slide
 from patch_encoder.tiles.grid import read_tile
 from patch_encoder.viz.captions import INK, QUIET, TEXT, TITLE, fit_text, load_caption_font
@@ -54,7 +54,7 @@ def choose_tiles(scores: TileScores, top: int, low: int) -> list[TopTile]:
     """The `top` highest values, highest first, then the `low` lowest, lowest first; no tile is in
     both.
     """
-    order, ranks = ranking(scores.values), percentile_ranks(scores.values)
+    order, ranks = rank_tiles(scores.values), compute_percentile_ranks(scores.values)
     first = order[:top]
     last = order[len(first) :][::-1][:low]
     chosen = []
@@ -67,7 +67,7 @@ def choose_tiles(scores: TileScores, top: int, low: int) -> list[TopTile]:
     return chosen
 
 
-def say_value(value: float, shown: str) -> str:
+def format_value(value: float, shown: str) -> str:
     """Attention as a share of the slide's, a probability or a risk as it is."""
     return {"attention": f"{100 * value:.3g} %", "probability": f"{value:.3f}"}.get(
         shown, f"{value:.3g}"
@@ -81,7 +81,7 @@ def write_gallery(
     pictures = [read_tile(slide, scores.coordinates.geometry, tile.x, tile.y) for tile in tiles]
     for tile, pixels in zip(tiles, pictures, strict=True):
         save_jpeg(folder / "tiles" / tile.file, Image.fromarray(pixels), 90)
-    save_jpeg(folder / "gallery.jpg", sheet(pictures, tiles, scores.shown, title), 88)
+    save_jpeg(folder / "gallery.jpg", make_sheet(pictures, tiles, scores.shown, title), 88)
     strip = Image.new("RGB", (SHOWN * (STRIP + 2) - 2, STRIP), "white")
     for index, pixels in enumerate(
         pictures[: min(SHOWN, sum(tile.kind == "top" for tile in tiles))]
@@ -93,7 +93,7 @@ def write_gallery(
     save_jpeg(folder / "strip.jpg", strip, 80)
 
 
-def sheet(
+def make_sheet(
     pictures: Sequence[np.ndarray], tiles: Sequence[TopTile], shown: str, title: str
 ) -> Image.Image:
     """All tiles on white, highest first, each with rank, value and corner."""
@@ -124,7 +124,7 @@ def sheet(
             )
             draw.text(
                 (x, y + CELL + 2),
-                f"{tile.rank}   {say_value(tile.value, shown)}",
+                f"{tile.rank}   {format_value(tile.value, shown)}",
                 fill=INK,
                 font=small,
             )

@@ -19,14 +19,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from common import __version__
 from common.files import write_text
 from mil.heatmaps.cohort_figures import FIGURES
-from mil.heatmaps.gallery import say_value
-from mil.heatmaps.sources import Source, facts
+from mil.heatmaps.gallery import format_value
+from mil.heatmaps.sources import Source, list_facts
 from patch_encoder.viz.captions import choose_round_length, format_length
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 
 
-def environment() -> Environment:
+def make_environment() -> Environment:
     """Templates with their filters; all text is escaped."""
     loader = FileSystemLoader(TEMPLATES)
     made = Environment(
@@ -36,7 +36,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"link": lambda text: quote(str(text), safe=""), "said": say_value}
+    made.filters |= {"link": lambda text: quote(str(text), safe=""), "said": format_value}
     return made
 
 
@@ -49,7 +49,7 @@ def rows(
         record = records.get(judged.slide_id)
         row = {
             **(record or {}),
-            **facts(judged, source.task),
+            **list_facts(judged, source.task),
             "error": failed.get(judged.slide_id, ""),
         }
         if record and not row["predictions"]:
@@ -59,13 +59,13 @@ def rows(
         row["status"] = "failed" if row["error"] else source.task.status(row["label"], row["right"])
         row["miss"] = source.task.miss(row)
         row["miss_text"] = source.task.miss_text(row)
-        row["scale"] = scale_of(row) if row.get("mpp") else None
+        row["scale"] = describe_scale(row) if row.get("mpp") else None
         row["top"] = next((tile for tile in row.get("chosen", []) if tile["kind"] == "top"), None)
         found.append(row)
     return sorted(found, key=lambda row: (not row["error"], -row["miss"], row["slide"]))
 
 
-def scale_of(row: Mapping[str, Any]) -> tuple[str, float]:
+def describe_scale(row: Mapping[str, Any]) -> tuple[str, float]:
     """(what a scale bar below the slide's picture says, its length in per cent of the picture's
     width).
     """
@@ -106,7 +106,7 @@ def write_pages(
     title: str,
 ) -> dict[str, Any]:
     """Write all pages; returns the numbers of the cohort's page."""
-    listed, made = rows(source, records, failed), environment()
+    listed, made = rows(source, records, failed), make_environment()
     numbers = cohort_figures(source)
     task = source.task
     judged = (task.positive,) if task.positive is not None else task.value_names

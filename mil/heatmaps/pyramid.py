@@ -29,7 +29,7 @@ SMALLEST = 256  # px: a level with both sides up to this is the last
 ReadTile = Callable[[int, int], np.ndarray]  # (row, column) -> uint8 (TILE, TILE, 3)
 
 
-def downsample_for(width: int, height: int, max_side: int) -> int:
+def choose_downsample(width: int, height: int, max_side: int) -> int:
     """Level-0 px per pixel: the smallest power of two at which the longer side is at most
     max_side.
     """
@@ -55,7 +55,7 @@ def write_heat_pyramid(
         mpp: um per level-0 px of the slide; 0: unknown, then the file has no resolution.
         max_side: of the first level written, px.
     """
-    down = downsample_for(*extent, max_side)
+    down = choose_downsample(*extent, max_side)
     size = (-(-extent[0] // down), -(-extent[1] // down))
     path.parent.mkdir(parents=True, exist_ok=True)
 

@@ -64,10 +64,10 @@ class TileScores:
             named[
                 f"probability {self.class_name}" if self.shown == "probability" else self.shown
             ] = self.alone
-        return named | {"percentile": percentile_ranks(self.values)}
+        return named | {"percentile": compute_percentile_ranks(self.values)}
 
 
-def percentile_ranks(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+def compute_percentile_ranks(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """100 * rank / N, ranks from 1, equal values share the mean of their ranks."""
     from scipy.stats import rankdata  # a while to load
 
@@ -121,12 +121,14 @@ def score_bag(
         )
     name = class_name or task.likeliest(slide)
     column = task.names.index(name) if task.names else 0
-    alone = None if shown == "attention" else tiles_alone(model, task, sample, device)[:, column]
+    alone = (
+        None if shown == "attention" else score_tiles_alone(model, task, sample, device)[:, column]
+    )
     return TileScores(coordinates, attention, alone, shown, name, slide)
 
 
 @torch.inference_mode()
-def tiles_alone(
+def score_tiles_alone(
     model: nn.Module, task: Task, sample: Sample, device: torch.device
 ) -> Float[np.ndarray, "n c"]:
     """What the task makes of each tile as a bag of its own; memory of one block of the stored
@@ -143,7 +145,7 @@ def tiles_alone(
     return np.concatenate(found)
 
 
-def ranking(values: Float[np.ndarray, " n"]) -> np.ndarray:
+def rank_tiles(values: Float[np.ndarray, " n"]) -> np.ndarray:
     """Rows from the highest value to the lowest; equal ones in the order of the bag."""
     return np.argsort(-values, kind="stable")
 

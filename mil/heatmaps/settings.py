@@ -81,7 +81,9 @@ def check_drawing(drawing: Drawing, task: Task) -> None:
         raise UserError(f"mpp={drawing.mpp}: expected um per pixel, more than 0")
 
 
-def picture_side(drawing: Drawing, slide: Slide | None, extent: tuple[int, int], mpp: float) -> int:
+def choose_picture_side(
+    drawing: Drawing, slide: Slide | None, extent: tuple[int, int], mpp: float
+) -> int:
     """Longest side of the PNG.
 
     Args:

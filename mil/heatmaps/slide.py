@@ -21,12 +21,12 @@ from torch import nn
 
 from common.errors import UserError
 from common.files import atomic_path, write_json, write_text
-from mil.heatmaps.drawing import Heat, blend, draw_cover, draw_outlines, framed, heat_layer
+from mil.heatmaps.drawing import Heat, add_frame, blend, draw_cover, draw_outlines, make_heat_layer
 from mil.heatmaps.gallery import choose_tiles, save_jpeg, write_gallery
 from mil.heatmaps.pyramid import write_heat_pyramid
-from mil.heatmaps.scores import TileScores, percentile_ranks, score_bag, write_scores
-from mil.heatmaps.settings import Drawing, picture_side
-from mil.heatmaps.sources import SlidePrediction, facts
+from mil.heatmaps.scores import TileScores, compute_percentile_ranks, score_bag, write_scores
+from mil.heatmaps.settings import Drawing, choose_picture_side
+from mil.heatmaps.sources import SlidePrediction, list_facts
 from mil.tasks.base import Task
 from patch_encoder.slides import Slide, open_slide
 from patch_encoder.slides.overview import read_overview
@@ -95,8 +95,8 @@ def draw_slide(
         extent = _extent(slide, scores.coordinates)
         mpp = (slide.mpp if slide is not None else geometry.mpp) or 0.0
         heat = make_heat(scores, drawing)
-        title = f"{judged.slide_id}   {verdict(judged, scores, task)}"
-        side = picture_side(drawing, slide, extent, mpp)
+        title = f"{judged.slide_id}   {describe_call(judged, scores, task)}"
+        side = choose_picture_side(drawing, slide, extent, mpp)
         overview = read_overview(slide, side).pixels if slide is not None else _white(extent, side)
         files = write_pictures(
             output, judged.slide_id, overview, heat, extent, mpp, inputs.tissue, title
@@ -114,7 +114,7 @@ def draw_slide(
         )
     write_scores(output / "scores" / f"{judged.slide_id}.csv", scores)
     record = {
-        **facts(judged, task),
+        **list_facts(judged, task),
         "made_from": made_from,
         "tiles": len(scores.values),
         "mpp": mpp or None,
@@ -130,7 +130,7 @@ def draw_slide(
         "side": geometry.patch_size_level0,
     }
     record |= {
-        "tiles_half": tiles_for_half(scores.attention),
+        "tiles_half": count_tiles_for_half(scores.attention),
         "gallery": slide is not None,
         "picture": list(files),
     }
@@ -153,7 +153,12 @@ def make_heat(scores: TileScores, drawing: Drawing) -> Heat:
     of_class = f" of {scores.class_name}" if scores.class_name else ""
     what = "attention" if scores.shown == "attention" else f"{scores.shown}{of_class}, tile alone"
     if drawing.scale == "percentile":
-        shown, low, high, name = percentile_ranks(values) / 100, "0", "100", f"percentile of {what}"
+        shown, low, high, name = (
+            compute_percentile_ranks(values) / 100,
+            "0",
+            "100",
+            f"percentile of {what}",
+        )
     elif scores.shown == "attention":
         most = float(values.max())
         shown, low, high, name = (
@@ -178,7 +183,7 @@ def make_heat(scores: TileScores, drawing: Drawing) -> Heat:
     )
 
 
-def tiles_for_half(attention: np.ndarray) -> int:
+def count_tiles_for_half(attention: np.ndarray) -> int:
     """The fewest tiles that hold half of the attention: how concentrated it is."""
     return int(np.searchsorted(np.cumsum(np.sort(attention)[::-1]), 0.5 - 1e-12) + 1)
 
@@ -211,7 +216,7 @@ def write_pictures(
         blended = draw_cover(blended, heat, scale)
     second = f"{len(heat.coords):,} tiles"
     with atomic_path(output / "heatmaps" / f"{slide_id}.png") as temporary:
-        framed(blended, heat, title, second, mpp / scale[0] if mpp else None).save(
+        add_frame(blended, heat, title, second, mpp / scale[0] if mpp else None).save(
             temporary, "PNG", compress_level=4
         )
     folder = output / "pictures" / slide_id
@@ -219,7 +224,9 @@ def write_pictures(
     small.thumbnail((PAGE_SIDE, PAGE_SIDE), Image.Resampling.BOX)
     save_jpeg(folder / "overview.jpg", small, 82)
     with atomic_path(folder / "heat.png") as temporary:
-        layer = heat_layer(heat, small.size, (small.width / extent[0], small.height / extent[1]))
+        layer = make_heat_layer(
+            heat, small.size, (small.width / extent[0], small.height / extent[1])
+        )
         layer.quantize(128, Image.Quantize.FASTOCTREE).save(temporary, "PNG", optimize=True)
     thumbnail = Image.fromarray(blended)
     thumbnail.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
@@ -258,7 +265,7 @@ def _check_prediction(slide: SlidePrediction, scores: TileScores, task: Task) ->
             )
 
 
-def verdict(slide: SlidePrediction, scores: TileScores, task: Task) -> str:
+def describe_call(slide: SlidePrediction, scores: TileScores, task: Task) -> str:
     """What the model that the slide is drawn by makes of it: `label tumour, called normal (0.81)`,
     `event at 9, risk 0.3`.
     """

@@ -131,7 +131,7 @@ def _slides(run: FinishedRun, task: Task, split: str, checkpoint: Path) -> list[
     ]
 
 
-def from_run(folder: Path, features: str, bags: Mapping[str, Path], split: str) -> Source:
+def read_from_run(folder: Path, features: str, bags: Mapping[str, Path], split: str) -> Source:
     """The slides of a run directory; `split=all` adds validation slides and every bag that the run
     did not predict.
     """
@@ -154,7 +154,7 @@ def from_run(folder: Path, features: str, bags: Mapping[str, Path], split: str) 
     return Source(task, features, slides, [run] if run is not None else [], model)
 
 
-def from_benchmark(folder: Path, feature_set: str, model: str, seed: int | None) -> Source:
+def read_from_benchmark(folder: Path, feature_set: str, model: str, seed: int | None) -> Source:
     """The test slides of every fold, each judged by the models that did not train on it; each slide
     stands there once.
     """
@@ -208,7 +208,7 @@ def is_benchmark(folder: Path) -> bool:
     return (folder / "summary.json").is_file() and not (folder / "checkpoint_best.pt").is_file()
 
 
-def facts(slide: SlidePrediction, task: Task) -> dict[str, Any]:
+def list_facts(slide: SlidePrediction, task: Task) -> dict[str, Any]:
     """What a page says about the slide, as plain values: `predictions` are means over the runs that
     test it.
 

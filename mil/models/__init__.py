@@ -21,9 +21,9 @@ from mil.models.dtfd import DTFD
 from mil.models.ilra import ILRA
 from mil.models.max import MaxMIL
 from mil.models.mean import MeanMIL
-from mil.models.mhim import MHIM, plain_options
+from mil.models.mhim import MHIM, select_plain_options
 from mil.models.minet import MINet
-from mil.models.options import checked, option_types
+from mil.models.options import check_option, read_option_types
 from mil.models.output import MILOutput, Packed, Stream, Target
 from mil.models.rrt import RRT
 from mil.models.standardise import Standardised
@@ -72,10 +72,10 @@ __all__ = [
     "Target",
     "TransMIL",
     "build",
+    "build_plain_model",
     "check_options",
     "forward_bags",
     "forward_padded",
-    "plain_model",
 ]
 
 
@@ -99,7 +99,7 @@ def build(
 
 def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a model, or a UserError that names the nearest valid one."""
-    return checked(options, option_types(MODELS[_known(name)]), f"options of {name}")
+    return check_option(options, read_option_types(MODELS[_known(name)]), f"options of {name}")
 
 
 def _known(name: str) -> str:
@@ -110,7 +110,7 @@ def _known(name: str) -> str:
     return name
 
 
-def plain_model(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+def build_plain_model(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
     """Name and options of the plain model that a teacher-student model starts from; None for the
     others.
     """
@@ -122,4 +122,4 @@ def plain_model(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, A
     ):
         return None
     base = make.keywords["base"]
-    return base, plain_options(base, options)
+    return base, select_plain_options(base, options)

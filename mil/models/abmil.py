@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from common.errors import UserError, did_you_mean
 from mil.models.dropout import Dropout
 from mil.models.output import MILOutput, Packed, Pooled, Target, initialise
-from mil.models.segments import bag_of_tile, segment_pool, segment_softmax
+from mil.models.segments import index_bags, segment_pool, segment_softmax
 
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
@@ -74,7 +74,7 @@ class ABMIL(nn.Module):
 
     def forward_packed(self, features: Float[Tensor, "t d"], offsets: Int[Tensor, " b1"]) -> Packed:
         """Several bags, their tiles one after the other."""
-        bag, bags = bag_of_tile(offsets), len(offsets) - 1
+        bag, bags = index_bags(offsets), len(offsets) - 1
         h = self.embed(features)
         a = segment_softmax(self._scores(h), bag, bags)  # (T, H)
         return Packed(self.head(segment_pool(a, h, bag, bags).flatten(1)), a.mean(1))

@@ -42,7 +42,7 @@ class BagCheck:
                 f"bag: expected features (N, {self.dim}) of at least one tile, found "
                 f"{tuple(features.shape)}"
             )
-        return in_dtype_of(model, features)
+        return cast_to_dtype(model, features)
 
 
 def check_bags(bags: Sequence[Tensor]) -> None:
@@ -63,7 +63,7 @@ def check_bags(bags: Sequence[Tensor]) -> None:
             )
 
 
-def in_dtype_of(model: nn.Module, features: Tensor) -> Tensor:
+def cast_to_dtype(model: nn.Module, features: Tensor) -> Tensor:
     """Features in half precision in the dtype of the model's weights; as they are where they have
     autocast's.
     """

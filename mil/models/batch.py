@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from common.errors import UserError
-from mil.models.bag_check import check_bags, in_dtype_of
+from mil.models.bag_check import cast_to_dtype, check_bags
 from mil.models.output import Packed
 from mil.models.standardise import Standardised, inner_model
 
@@ -31,7 +31,7 @@ def forward_bags(
         UserError: no bags, one without a tile, or one without the coordinates that the model needs.
     """
     check_bags(bags)
-    bags = [in_dtype_of(model, bag) for bag in bags]
+    bags = [cast_to_dtype(model, bag) for bag in bags]
     offsets = torch.tensor([0, *(len(bag) for bag in bags)], device=bags[0].device).cumsum(0)
     inner = inner_model(model)
     if hasattr(inner, "forward_packed"):

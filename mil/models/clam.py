@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from mil.losses.smooth_svm import smooth_top1_svm
 from mil.models.dropout import Dropout
-from mil.models.output import MILOutput, Packed, Target, initialise, present
-from mil.models.segments import bag_of_tile, segment_pool, segment_softmax
+from mil.models.output import MILOutput, Packed, Target, initialise, select_present
+from mil.models.segments import index_bags, segment_pool, segment_softmax
 
 
 class CLAM(nn.Module):
@@ -91,13 +91,13 @@ class CLAM(nn.Module):
             isinstance(target, int) and classes > 2 if self.subtyping is None else self.subtyping
         )
         auxiliary = (1 - self.bag_weight) * self.instance_loss(
-            h, a, present(target, classes), subtyping
+            h, a, select_present(target, classes), subtyping
         )
         return MILOutput(logits, attention, ((logits, self.bag_weight),), auxiliary)
 
     def forward_packed(self, features: Float[Tensor, "t d"], offsets: Int[Tensor, " b1"]) -> Packed:
         """Several bags, their tiles one after the other."""
-        bag, bags = bag_of_tile(offsets), len(offsets) - 1
+        bag, bags = index_bags(offsets), len(offsets) - 1
         h = self.embed(features)
         a = segment_softmax(self._scores(h), bag, bags)  # (T, K)
         logits = self._classify(segment_pool(a, h, bag, bags))

@@ -21,7 +21,7 @@ from common.checkpoint import load_weights, read_weights
 from common.errors import UserError
 from mil.models.dropout import Dropout
 from mil.models.output import MILOutput, Packed, Pooled, Stream, Target, initialise
-from mil.models.segments import bag_of_tile, segment_pool, segment_softmax
+from mil.models.segments import index_bags, segment_pool, segment_softmax
 
 QUERY = 128
 # names of the authors' state dicts -> ours
@@ -86,7 +86,7 @@ class DSMIL(nn.Module):
 
     def forward_packed(self, features: Float[Tensor, "t d"], offsets: Int[Tensor, " b1"]) -> Packed:
         """Several bags, their tiles one after the other."""
-        bag, bags = bag_of_tile(offsets), len(offsets) - 1
+        bag, bags = index_bags(offsets), len(offsets) - 1
         h = self.embed(features)
         tiles, queries = self.instance(h), self.query(h)  # (T, C), (T, 128)
         parts = [part.max(0) for part in tiles.split(offsets.diff().tolist())]

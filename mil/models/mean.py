@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mil.models.dropout import Dropout
 from mil.models.output import MILOutput, Packed, Target, initialise
-from mil.models.segments import bag_of_tile, segment_sum
+from mil.models.segments import index_bags, segment_sum
 
 
 class MeanMIL(nn.Module):
@@ -46,7 +46,7 @@ class MeanMIL(nn.Module):
     def forward_packed(self, features: Float[Tensor, "t d"], offsets: Int[Tensor, " b1"]) -> Packed:
         """Several bags, their tiles one after the other."""
         lengths = offsets.diff()
-        bag = bag_of_tile(offsets)
+        bag = index_bags(offsets)
         logits = segment_sum(self.tile(features), bag, len(lengths)) / lengths[:, None]
         return Packed(logits, (1 / lengths.to(logits.dtype))[bag])
 

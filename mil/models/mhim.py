@@ -32,7 +32,7 @@ from common.errors import UserError
 from common.schedules import half_cosine
 from mil.models.abmil import ABMIL
 from mil.models.dsmil import DSMIL
-from mil.models.output import MILOutput, Target, as_attention
+from mil.models.output import MILOutput, Target, normalise_attention
 from mil.models.transmil import TransMIL
 
 BASES: dict[str, Any] = {"abmil": ABMIL, "dsmil": DSMIL, "transmil": TransMIL}
@@ -115,14 +115,14 @@ class MHIM(nn.Module):
         keep = self.kept(judged.scores)
         pooled = self.student.pool(self.student.embed(features)[keep])
         attention = pooled.scores.new_zeros(len(features))
-        attention[keep] = as_attention(pooled.scores.detach().mean(0))
-        loss = feature_loss(pooled.bag, judged.bag, self.temperature)
+        attention[keep] = normalise_attention(pooled.scores.detach().mean(0))
+        loss = consistency_loss(pooled.bag, judged.bag, self.temperature)
         return MILOutput(pooled.logits, attention, pooled.streams, self.alpha * loss)
 
     def kept(self, scores: Float[Tensor, "h n"]) -> Bool[Tensor, " n"]:
         """Tiles that the student sees, by the teacher's attention at this point of training."""
         high = half_cosine(float(self.progress), 1.0, *self.high)
-        return keep_mask(scores, self.random, self.low, high, self.high_share)
+        return draw_keep_mask(scores, self.random, self.low, high, self.high_share)
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
@@ -142,7 +142,7 @@ class MHIM(nn.Module):
         self.student.embed.load_state_dict(self.teacher.embed.state_dict())
 
 
-def feature_loss(
+def consistency_loss(
     student: Float[Tensor, "r f"], teacher: Float[Tensor, "r f"], temperature: float
 ) -> Float[Tensor, ""]:
     """Soft cross-entropy over the feature's units, the teacher's sharpened; mean over rows."""
@@ -150,7 +150,7 @@ def feature_loss(
     return -(aim * torch.log_softmax(student.float(), dim=1)).sum(1).mean()
 
 
-def keep_mask(
+def draw_keep_mask(
     scores: Float[Tensor, "h n"], random: float, low: float, high: float, high_share: float
 ) -> Bool[Tensor, " n"]:
     """False for the union of the three masks; all True when nothing would be left.
@@ -164,15 +164,15 @@ def keep_mask(
     if random > 0:
         keep[torch.randperm(n)[: math.ceil(n * random)].to(keep.device)] = False
     if low > 0:
-        keep[ranked(scores, math.ceil(n * low), largest=False)] = False
+        keep[rank_tiles(scores, math.ceil(n * low), largest=False)] = False
     if high > 0:
-        top = ranked(scores, math.ceil(n * min(high / high_share, 1.0)), largest=True)
+        top = rank_tiles(scores, math.ceil(n * min(high / high_share, 1.0)), largest=True)
         drawn = torch.randperm(len(top))[: math.ceil(len(top) * max(high_share, high))]
         keep[top[drawn.to(top.device)]] = False
     return keep if keep.any() else torch.ones_like(keep)
 
 
-def ranked(scores: Float[Tensor, "h n"], k: int, largest: bool) -> Int[Tensor, " k"]:
+def rank_tiles(scores: Float[Tensor, "h n"], k: int, largest: bool) -> Int[Tensor, " k"]:
     """The k tiles that most heads have among their k highest (or lowest), ties by the mean over
     heads.
     """
@@ -185,6 +185,6 @@ def ranked(scores: Float[Tensor, "h n"], k: int, largest: bool) -> Int[Tensor, "
     return order[votes[order].argsort(descending=True, stable=True)[:k]]
 
 
-def plain_options(base: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def select_plain_options(base: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of the plain model that has the shapes of an MHIM model's teacher."""
     return {"hidden": 512} | {name: options[name] for name in SHARED[base] if name in options}

@@ -21,7 +21,7 @@ from torch.nn.functional import logsigmoid, softplus
 from common.errors import UserError, did_you_mean
 from mil.models.dropout import Dropout
 from mil.models.output import MILOutput, Packed, Stream, Target, initialise
-from mil.models.segments import bag_of_tile, segment_max, segment_sum
+from mil.models.segments import index_bags, segment_max, segment_sum
 
 LEVELS = ("instance", "embedding", "deep", "residual")
 POOLINGS = ("max", "mean", "lse")
@@ -91,7 +91,7 @@ class MINet(nn.Module):
 
     def forward_packed(self, features: Float[Tensor, "t d"], offsets: Int[Tensor, " b1"]) -> Packed:
         """Several bags, their tiles one after the other."""
-        bag, lengths = bag_of_tile(offsets), offsets.diff()
+        bag, lengths = index_bags(offsets), offsets.diff()
         maps = []
         h = features
         for layer in self.layers:

@@ -17,7 +17,7 @@ FIXED = ("dim", "classes", "dropout")
 KINDS = {NoneType: "null"}  # as users write it
 
 
-def option_types(make: Callable[..., Any]) -> dict[str, Any]:
+def read_option_types(make: Callable[..., Any]) -> dict[str, Any]:
     """Name -> type of the options of a model of MODELS.
 
     What a partial of MODELS sets is a new default when it is a number; names and switches make the
@@ -34,7 +34,9 @@ def option_types(make: Callable[..., Any]) -> dict[str, Any]:
     return {name: hints[name] for name in names if name not in preset and name not in FIXED}
 
 
-def checked(values: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> dict[str, Any]:
+def check_option(
+    values: Mapping[str, Any], expected: Mapping[str, Any], what: str
+) -> dict[str, Any]:
     """The values with whole numbers made floats where a float is expected; `what` names them in
     errors.
 

@@ -82,14 +82,14 @@ class Pooled(NamedTuple):
     streams: tuple[tuple[Tensor, float], ...]
 
 
-def present(target: Target, classes: int) -> list[int]:
+def select_present(target: Target, classes: int) -> list[int]:
     """Indices of the classes that the bag belongs to."""
     if isinstance(target, int):
         return [target] if classes > 1 else [0] * target
     return torch.nonzero(target > 0).flatten().tolist()
 
 
-def as_attention(scores: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+def normalise_attention(scores: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Scores made non-negative with sum 1; uniform where none is positive."""
     positive = scores.clamp(min=0)
     total = positive.sum()

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def bag_of_tile(offsets: Int[Tensor, " b1"]) -> Int[Tensor, " t"]:
+def index_bags(offsets: Int[Tensor, " b1"]) -> Int[Tensor, " t"]:
     """Bag index of each of the T tiles; bag i holds the tiles offsets[i] to offsets[i + 1] - 1."""
     return torch.repeat_interleave(
         torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from mil.models.dropout import Dropout
 from mil.models.nystrom import NystromAttention
-from mil.models.output import MILOutput, Pooled, Target, as_attention, initialise
+from mil.models.output import MILOutput, Pooled, Target, initialise, normalise_attention
 
 
 class Layer(nn.Module):
@@ -99,7 +99,7 @@ class TransMIL(nn.Module):
         negative values cut.
         """
         logits, _, scores, _ = self.pool(self.embed(features), layer=1)
-        return MILOutput(logits, as_attention(scores.mean(0)))
+        return MILOutput(logits, normalise_attention(scores.mean(0)))
 
     def pool(self, h: Float[Tensor, "n f"], layer: int = 0) -> Pooled:
         """From embedded tiles on; the scores are the class token's attention in layer 0 or 1, a row

@@ -52,7 +52,7 @@ def find_grid(
     step = infer_step(coords, side)
     if stated and not agree(step, float(stated)):
         step = float(stated)
-    fitting = fitting_step(coords, step)
+    fitting = fit_step(coords, step)
     x, y = coords.min(0, initial=2**62).tolist()
     if fitting != step:
         logger.warning(
@@ -91,7 +91,7 @@ def infer_step(coords: Int[np.ndarray, "n 2"], side: int | float = 0) -> float:
     return step if common and nearest / FAR <= step <= nearest * FAR else float(side or nearest)
 
 
-def fitting_step(coords: Int[np.ndarray, "n 2"], step: float) -> float:
+def fit_step(coords: Int[np.ndarray, "n 2"], step: float) -> float:
     """The step, doubled until a map of MAX_CELLS holds all tiles."""
     width, height = (
         (float(extent) for extent in np.ptp(coords, axis=0)) if len(coords) else (0.0, 0.0)

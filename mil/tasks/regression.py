@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.stats import rankdata
 from torch import Tensor
 
 from common.errors import UserError
@@ -112,6 +111,8 @@ def quantile_bins(values: Sequence[float]) -> list[str]:
     """Bin of every value: up to MOST_BINS bins of about equal size, of SLIDES_PER_BIN or more;
     equal values share a bin.
     """
+    from scipy.stats import rankdata  # a while to load
+
     bins = min(MOST_BINS, max(1, len(values) // SLIDES_PER_BIN))
     shares = (rankdata(values, method="average") - 0.5) / len(values)
     return [f"bin{min(bins - 1, int(share * bins)) + 1}" for share in shares]

@@ -12,7 +12,7 @@ import torch
 
 from common.distributed import World
 from common.errors import UserError
-from mil.datasets.bags import bags_digest
+from mil.datasets.bags import digest_bags
 from mil.training.engine import check_validation
 from mil.training.fold_run import FoldJob, FoldSettings, open_job
 from mil.training.keys import Cohort
@@ -51,7 +51,7 @@ def make_jobs(
     """
     jobs = []
     for name, bags in cohort.files.items():
-        digest, bag_list = bags_digest(bags), tuple(bags.items())
+        digest, bag_list = digest_bags(bags), tuple(bags.items())
         for model, one in settings.items():
             for seed in seeds:
                 for split in cohort.splits:
@@ -61,8 +61,8 @@ def make_jobs(
     return jobs
 
 
-def unfinished_jobs(jobs: Sequence[FoldJob], world: World, overwrite: bool) -> list[FoldJob]:
-    """The jobs that have no result; opens every run directory.
+def open_pending_jobs(jobs: Sequence[FoldJob], world: World, overwrite: bool) -> list[FoldJob]:
+    """Open every run directory; returns the jobs that have no result.
 
     Those that are there go first: a run of another benchmark is refused before anything is written.
     """

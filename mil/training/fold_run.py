@@ -26,7 +26,7 @@ from common.seed import seed_everything
 from mil.datasets.bags import Sample, load_bags
 from mil.datasets.labels import LabelledSlides
 from mil.datasets.splits import Split
-from mil.models import Standardised, build, plain_model
+from mil.models import Standardised, build, build_plain_model
 from mil.models.standardise import inner_model
 from mil.tasks.base import RunPredictions, Task, TaskOptions, apply_cuts
 from mil.tasks.prediction_table import write_predictions
@@ -193,7 +193,7 @@ def train_plain(job: FoldJob, world: World) -> dict[str, torch.Tensor] | None:
     It is trained within the job, so that no teacher has seen another fold's slides; None for every
     other model.
     """
-    plain = plain_model(job.settings.model, job.settings.options)
+    plain = build_plain_model(job.settings.model, job.settings.options)
     if plain is None:
         return None
     settings = replace(job.settings, model=plain[0], options=plain[1])

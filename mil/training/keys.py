@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from common.config import given_keys, group, key
-from mil.datasets.bags import find_bags, usable_bags
+from mil.datasets.bags import find_bags, select_usable_bags
 from mil.datasets.labels import LabelledSlides
-from mil.datasets.split_files import checked_splits, known_slides, stored_splits
-from mil.datasets.splits import Split, make_splits, split_values
+from mil.datasets.split_files import check_splits, read_stored_splits, select_known_slides
+from mil.datasets.splits import Split, list_split_values, make_splits
 from mil.losses.regression import LOSSES
 from mil.models import check_options
 from mil.tasks.keys import SplitKeys, TaskKeys
@@ -91,29 +91,29 @@ class TrainingKeys(ClassifierKeys, TaskKeys, SplitKeys):
         Raises:
             UserError: labels, bags or splits that cannot be used, or that do not go together.
         """
-        values = split_values(self.protocol, self.subset, self.splits)
+        values = list_split_values(self.protocol, self.subset, self.splits)
         slides, targets = read_targets(self.labels, self.task, values, self.positive, self.grades)
-        stored = stored_splits(self.splits) if self.splits else []
-        slides = known_slides(self.splits, stored, slides) if stored else slides
+        stored = read_stored_splits(self.splits) if self.splits else []
+        slides = select_known_slides(self.splits, stored, slides) if stored else slides
         found = {
             name: find_bags(folder, slides.slide_ids, skip_missing=self.skip_missing)
             for name, folder in folders.items()
         }
         if self.skip_bad:
-            found = {name: usable_bags(files) for name, files in found.items()}
+            found = {name: select_usable_bags(files) for name, files in found.items()}
         shared = [
             slide for slide in slides.slide_ids if all(slide in files for files in found.values())
         ]
         files = {name: {slide: files[slide] for slide in shared} for name, files in found.items()}
         slides = slides.only(shared)
-        return Cohort(slides, targets, self._splits_of(slides, stored, shared), files)
+        return Cohort(slides, targets, self._choose_splits(slides, stored, shared), files)
 
-    def _splits_of(
+    def _choose_splits(
         self, slides: LabelledSlides, stored: list[Split], available: Collection[str]
     ) -> list[Split]:
         """The stored splits without the slides that are not there, or new ones."""
         if stored:
-            return checked_splits(stored, slides, available)
+            return check_splits(stored, slides, available)
         return make_splits(slides, self.protocol, self.folds, self.val_fraction, self.split_seed)
 
     def settings(

@@ -18,7 +18,7 @@ from common.distributed import World
 from common.errors import UserError, did_you_mean
 from common.optim import OPTIMIZERS
 from common.schedules import SCHEDULES, drop_epoch, lr_factor
-from mil.models.options import checked
+from mil.models.options import check_option
 from mil.tasks.base import Task
 
 
@@ -174,7 +174,7 @@ def resolve(
         dropout = published.dropout
     hints = get_type_hints(Recipe)
     allowed = {item.name: hints[item.name] for item in fields(Recipe)} | {"dropout": float}
-    values |= checked(changes or {}, allowed, f"recipes: {model}")
+    values |= check_option(changes or {}, allowed, f"recipes: {model}")
     for item in fields(Recipe):
         choices = item.metadata["choices"]
         if choices and values.get(item.name, choices[0]) not in choices:

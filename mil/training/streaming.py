@@ -33,7 +33,7 @@ from mil.models import (
     Standardised,
 )
 from mil.models.ilra import GAB, CrossAttention
-from mil.models.output import as_attention
+from mil.models.output import normalise_attention
 from mil.models.standardise import inner_model
 from patch_encoder.bags.bag import Bag
 
@@ -66,7 +66,7 @@ class Reader:
         return block if self.wrapper is None else self.wrapper.standardised(block)
 
 
-class Made:
+class BlockwiseResult:
     """What is made of a bag's blocks; further passes make it anew only where it takes more than
     KEPT_BYTES.
 
@@ -96,7 +96,7 @@ class Made:
             self.blocks, self.kept = made, True
 
 
-class Pool:
+class WeightedSum:
     """sum_n softmax(s)_n v_n of K maps over blocks; `sums` is (K, F) and `weights` the (K, N)
     softmax at the end.
     """
@@ -200,7 +200,7 @@ def _highest(blocks: Iterator[Tensor]) -> tuple[Float[Tensor, " c"], Int[Tensor,
 
 
 def _abmil(model: ABMIL, bag: Reader) -> MILOutput:
-    pool = Pool(len(bag))
+    pool = WeightedSum(len(bag))
     for block in bag:
         h = model.embed(block)
         pool.add(model._scores(h).T, h)
@@ -208,7 +208,7 @@ def _abmil(model: ABMIL, bag: Reader) -> MILOutput:
 
 
 def _clam(model: CLAM, bag: Reader) -> MILOutput:
-    pool = Pool(len(bag))
+    pool = WeightedSum(len(bag))
     for block in bag:
         h = model.embed(block)
         pool.add(model._scores(h).T, h)
@@ -218,10 +218,10 @@ def _clam(model: CLAM, bag: Reader) -> MILOutput:
 
 def _dsmil(model: DSMIL, bag: Reader) -> MILOutput:
     """First pass: the critical tiles; second: what their queries weigh."""
-    embedded = Made(model.embed, bag, len(bag))
+    embedded = BlockwiseResult(model.embed, bag, len(bag))
     highest, critical = _highest(model.instance(h) for h in embedded)
     asked = model.query(model.embed(bag.rows(critical)))  # (C, 128)
-    pool = Pool(len(bag))
+    pool = WeightedSum(len(bag))
     for h in embedded:
         pool.add(asked @ model.query(h).T / asked.shape[1] ** 0.5, model.value(h))
     logits = (highest + model.head(pool.pooled()[None])[0, :, 0]) / 2
@@ -234,9 +234,9 @@ def _dtfd(model: DTFD, bag: Reader) -> MILOutput:
     """
     group = model.split(len(bag)).to(bag.device)
     count = min(model.groups, len(bag))
-    pools, start = [Pool(int((group == g).sum())) for g in range(count)], 0
+    pools, start = [WeightedSum(int((group == g).sum())) for g in range(count)], 0
     a = torch.empty(len(bag), device=bag.device)
-    embedded = Made(model.embed, bag, len(bag))
+    embedded = BlockwiseResult(model.embed, bag, len(bag))
     for h in embedded:
         part = slice(start, start + len(h))
         a[part], here = model.attention(h).squeeze(1), group[part]
@@ -253,7 +253,7 @@ def _dtfd(model: DTFD, bag: Reader) -> MILOutput:
 
 
 def _handed(
-    model: DTFD, bag: Reader, embedded: Made, a: Tensor, group: Tensor, pooled: Tensor
+    model: DTFD, bag: Reader, embedded: BlockwiseResult, a: Tensor, group: Tensor, pooled: Tensor
 ) -> tuple[Tensor, Tensor]:
     if model.distil == "afs":
         return pooled, torch.arange(len(pooled), device=bag.device)
@@ -284,7 +284,7 @@ def _attended(
         return x.unflatten(1, (heads, -1)).transpose(0, 1)  # (H, rows, F / H)
 
     asked = split(q @ w_q.T + b_q) * (width // heads) ** -0.5
-    pools = [Pool(tiles) for _ in range(len(queries))]
+    pools = [WeightedSum(tiles) for _ in range(len(queries))]
     for block in keys:
         k, v = split(layer.fc_k(block) @ w_k.T + b_k), split(layer.fc_v(block) @ w_v.T + b_v)
         scores = asked @ k.transpose(1, 2)  # (H, r, n)
@@ -299,9 +299,9 @@ def _ilra(model: ILRA, bag: Reader) -> MILOutput:
     tiles: Iterable[Tensor] = bag
     for gab in model.blocks:
         low, _ = _attended(gab.project_forward, gab.latent, tiles, len(bag))
-        tiles = Made(partial(_handed_back, gab, low), tiles, len(bag))
+        tiles = BlockwiseResult(partial(_handed_back, gab, low), tiles, len(bag))
     out, attention = _attended(model.pooling, model.query, tiles, len(bag))
-    return MILOutput(model.head(out[0]), as_attention(attention))
+    return MILOutput(model.head(out[0]), normalise_attention(attention))
 
 
 def _handed_back(

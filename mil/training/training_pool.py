@@ -19,7 +19,7 @@ from common.device import pick_device
 from common.distributed import World
 from common.processes.pool import Lost, Raised, finish, run_jobs
 from common.processes.ray_cluster import RayPool, RaySettings
-from mil.datasets.bags import memory_of
+from mil.datasets.bags import choose_memory
 from mil.training.fold_run import FoldJob, open_job, run_job
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def train_on_ray(
     work, on_cuda = partial(train_job, device=device), device == "cuda"
     pool = RayPool(work, settings, cpus=threads, on_cuda=on_cuda, threads=threads)
     logger.info("engine=ray: %d workers, %d trainings", min(pool.count, len(jobs)), len(jobs))
-    memory = memory_of(ram_gb, min(pool.count, len(jobs)))
+    memory = choose_memory(ram_gb, min(pool.count, len(jobs)))
     absolute = [with_absolute_paths(replace(job, memory=memory)) for job in jobs]
     for number, result in finish(pool, absolute):
         if isinstance(result, Raised) and not result.by_user:

@@ -23,7 +23,7 @@ from common.errors import UserError
 FEATURE_KEYS = ("features", "feats")
 
 
-class Layout(NamedTuple):
+class BagLayout(NamedTuple):
     """What a bag file says of itself without its features being read.
 
     Attributes:
@@ -45,7 +45,7 @@ class Layout(NamedTuple):
     offset: int | None = None
 
 
-def read_layout(path: Path) -> Layout:
+def read_layout(path: Path) -> BagLayout:
     """The layout of an `.h5` or `.pt` bag.
 
     Raises:
@@ -54,7 +54,7 @@ def read_layout(path: Path) -> Layout:
     if path.suffix == ".pt":
         features, coords = map_pt(path)
         dtype = str(features.dtype).removeprefix("torch.")
-        return Layout((len(features), features.shape[1]), dtype, coords, {}, {})
+        return BagLayout((len(features), features.shape[1]), dtype, coords, {}, {})
     try:
         with h5py.File(path, "r") as file:
             return _read_h5_layout(path, file)
@@ -65,7 +65,7 @@ def read_layout(path: Path) -> Layout:
         ) from None
 
 
-def _read_h5_layout(path: Path, file: h5py.File) -> Layout:
+def _read_h5_layout(path: Path, file: h5py.File) -> BagLayout:
     name = next((name for name in FEATURE_KEYS if name in file), None)
     if name is None:
         raise UserError(f"{path}: expected the dataset 'features', found {sorted(file)}")
@@ -74,7 +74,7 @@ def _read_h5_layout(path: Path, file: h5py.File) -> Layout:
         coords = torch.from_numpy(file["coords"][()].astype(np.int64))
         tiling |= file["coords"].attrs
     mapped = dataset.chunks is None and dataset.external is None and dataset.dtype.isnative
-    return Layout(
+    return BagLayout(
         _matrix_shape(path, dataset.shape),
         dataset.dtype.newbyteorder("=").name,
         coords,

@@ -354,7 +354,7 @@ def write_geojson(
 
 
 @dataclass(frozen=True)
-class Layout:
+class CoordinateLayout:
     """One tool's way to keep coordinates: how a file is read and written, and what it is called
     below the output folder.
     """
@@ -365,13 +365,13 @@ class Layout:
 
 
 LAYOUTS = {
-    "ours": Layout(read_h5, write_ours, "coords/{}.h5"),
-    "clam": Layout(read_h5, write_clam, "patches/{}.h5"),
-    "trident": Layout(read_h5, write_trident, "patches/{}_patches.h5"),
-    "atlaspatch": Layout(read_atlaspatch, write_atlaspatch, "patches/{}.h5"),
-    "npy": Layout(read_npy, write_npy, "{}.npy"),
-    "stamp": Layout(read_stamp, write_stamp, "{}.h5"),
-    "geojson": Layout(read_geojson, write_geojson, "{}.geojson"),
+    "ours": CoordinateLayout(read_h5, write_ours, "coords/{}.h5"),
+    "clam": CoordinateLayout(read_h5, write_clam, "patches/{}.h5"),
+    "trident": CoordinateLayout(read_h5, write_trident, "patches/{}_patches.h5"),
+    "atlaspatch": CoordinateLayout(read_atlaspatch, write_atlaspatch, "patches/{}.h5"),
+    "npy": CoordinateLayout(read_npy, write_npy, "{}.npy"),
+    "stamp": CoordinateLayout(read_stamp, write_stamp, "{}.h5"),
+    "geojson": CoordinateLayout(read_geojson, write_geojson, "{}.geojson"),
 }
 
 

@@ -435,11 +435,11 @@ def test_bf16_student_agrees_with_fp32(cohort: Path) -> None:
 
 COMPILED = """
 import torch
-from detection_kd.models.student import student_encoder
+from detection_kd.models.student import load_student_encoder
 from patch_encoder.extraction.network import Network
 torch._dynamo.config.error_on_recompile = True
 tiles = torch.randint(0, 255, (5, 3, 64, 64), dtype=torch.uint8)
-student, cpu = student_encoder({path!r}, "s").model, torch.device("cpu")
+student, cpu = load_student_encoder({path!r}, "s").model, torch.device("cpu")
 plain, fast = Network(student, cpu, "fp32", 4), Network(student, cpu, "fp32", 4, compiler={backend!r})
 for part in tiles.split(4):
     assert torch.allclose(plain.launch(part).features(), fast.launch(part).features(), rtol=1e-3, atol=1e-3)

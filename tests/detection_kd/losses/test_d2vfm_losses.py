@@ -10,8 +10,8 @@ import torch
 
 from common.errors import UserError
 from detection_kd.losses.contrastive import contrastive_loss
+from detection_kd.losses.distillation_loss import ExtraTerms, distillation_loss
 from detection_kd.losses.feature_regression import FEATURE_LOSSES, smooth_l1_loss
-from detection_kd.losses.feature_sum import ExtraTerms, distillation_loss
 from detection_kd.losses.relational import relational_angle_loss, relational_distance_loss
 
 

@@ -27,7 +27,7 @@ from detection_kd.datasets.distillation import digest_pairs, read_pairs
 from detection_kd.datasets.packed_pairs import Pack
 from detection_kd.models.student import load_student
 from mil import rank_patches
-from mil.datasets.bags import bags_digest
+from mil.datasets.bags import digest_bags
 from patch_encoder import extract_features, tile_slides
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.bags.paths import list_bags
@@ -250,7 +250,7 @@ def check_chain(cohort: Path, out: Path, name: str, weights: Path, width: int) -
         json.loads((out / "set" / "distillation.json").read_text()),
         Pack(out / "set.h5"),
     )
-    assert stamp["teacher"] == bags_digest(files)
+    assert stamp["teacher"] == digest_bags(files)
     assert packed.provenance["teacher"]["weights_sha256"] == encoder.provenance["weights_sha256"]
     pairs = read_pairs(out / "set")
     assert sorted((p.slide_id, p.image.name) for p in pairs) == sorted(

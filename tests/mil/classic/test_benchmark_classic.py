@@ -19,8 +19,8 @@ from common.cli import run as run_script
 from common.config import load_config
 from common.errors import UserError
 from mil.benchmark_classic import METHODS, Config, main, make_jobs
-from mil.classic.pooled_baselines import bag_vectors, predict_simple
-from mil.classic.recipes import NETWORKS, RATES, recipe_of
+from mil.classic.pooled_baselines import pool_bags, predict_simple
+from mil.classic.recipes import NETWORKS, RATES, choose_recipe
 from mil.classic.sets import (
     COUNTS,
     FILES,
@@ -31,7 +31,14 @@ from mil.classic.sets import (
     read_data,
     read_jld,
 )
-from mil.classic.table import PUBLISHED, SETS, Row, accuracy, judge, markdown
+from mil.classic.table import (
+    PUBLISHED,
+    SETS,
+    ClassicRow,
+    compute_accuracy,
+    judge_methods,
+    make_markdown,
+)
 from tests.helpers import kill_when
 
 SMALL = (20, 10, 50, 4)  # bags, positive, instances, features
@@ -150,7 +157,7 @@ def test_copies_and_counts_are_checked(data: Path):
 
 def test_simple_rows_never_see_a_test_bag():
     classic = small_set()
-    vectors, test = bag_vectors(classic.bags), make_folds(classic, 1, 5, 0)[0, 2]
+    vectors, test = pool_bags(classic.bags), make_folds(classic, 1, 5, 0)[0, 2]
     assert vectors.shape == (20, 12)
     assert np.array_equal(
         vectors[3], np.r_[classic.bags[3].mean(0), classic.bags[3].max(0), classic.bags[3].min(0)]
@@ -258,35 +265,35 @@ def test_every_network_trains_on_bags_of_one(data: Path, tmp_path: Path, method:
     )
     assert (tmp_path / "a" / "runs" / "musk2" / method / "repeat_0.json").is_file()
     for name in RATES:
-        recipe = recipe_of(method, name, 16, 0)
+        recipe = choose_recipe(method, name, 16, 0)
         assert (recipe.epochs, recipe.batch_size) == (80 if method == "dsmil" else 50, 16)
     if method != "dsmil":  # an L2 penalty of l ||w||^2 decays the weights by 2 l
         assert (
-            recipe_of(method, "musk2", 1, 0).lr,
-            recipe_of(method, "musk2", 1, 0).weight_decay,
+            choose_recipe(method, "musk2", 1, 0).lr,
+            choose_recipe(method, "musk2", 1, 0).weight_decay,
         ) == (5e-4, 0.06)
 
 
 def test_the_bar():
     rows = [
-        Row("rbf_svm", "fox", (0.60, 0.62)),
-        Row("logistic", "fox", (0.70, 0.72)),
-        Row("abmil", "fox", (0.64, 0.66)),
+        ClassicRow("rbf_svm", "fox", (0.60, 0.62)),
+        ClassicRow("logistic", "fox", (0.70, 0.72)),
+        ClassicRow("abmil", "fox", (0.64, 0.66)),
     ]
-    rows.append(Row("dtfd", "fox", (0.66, 0.74)))
-    verdicts = judge(rows)
+    rows.append(ClassicRow("dtfd", "fox", (0.66, 0.74)))
+    verdicts = judge_methods(rows)
     assert [met for met, _ in verdicts] == [
         False,
         False,
         True,
     ]  # below logistic; 0.650 against 0.615; one std below
     assert "logistic 0.710" in verdicts[0][1] and "not within 0.03" in verdicts[1][1]
-    assert "| abmil | 0.650 +- 0.014 (0.615) | - |" in markdown(rows, ["fox", "musk1"])
+    assert "| abmil | 0.650 +- 0.014 (0.615) | - |" in make_markdown(rows, ["fox", "musk1"])
     assert all(len(values) == len(SETS) for values in PUBLISHED.values()) and set(PUBLISHED) < set(
         METHODS
     )
     masks = np.array([[True, True, False], [False, False, True]])
-    assert accuracy(np.array([True, False, True]), masks) == pytest.approx(0.75)
+    assert compute_accuracy(np.array([True, False, True]), masks) == pytest.approx(0.75)
 
 
 @pytest.mark.process

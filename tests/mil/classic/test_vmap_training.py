@@ -12,9 +12,9 @@ from torch import nn
 
 from mil.classic.vmap_training import (
     StackedRecipe,
-    bag_losses,
-    fold_statistics,
-    pack,
+    compute_bag_losses,
+    measure_folds,
+    pack_bags,
     train_stacked,
 )
 from mil.models import ABMIL, DSMIL, forward_bags
@@ -74,8 +74,8 @@ def one_by_one(kind: str, recipe: StackedRecipe) -> torch.Tensor:
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.rate(epoch, seen)
                 optimizer.zero_grad(set_to_none=False)
-                bag_losses(
-                    model.train().forward_packed(*pack([scaled[i] for i in own])), targets[own]
+                compute_bag_losses(
+                    model.train().forward_packed(*pack_bags([scaled[i] for i in own])), targets[own]
                 ).mean().backward()
                 optimizer.step()
                 seen += len(chosen)
@@ -119,7 +119,7 @@ def test_statistics_are_of_the_training_bags_alone():
     bags = [
         torch.cat([bag, torch.full((len(bag), 1), 2.0)], dim=1) for bag in bags
     ]  # a feature that never varies
-    mean, std = fold_statistics(bags, mask)
+    mean, std = measure_folds(bags, mask)
     tiles = torch.cat([bags[i] for i in range(COUNT) if i % 3 != 1])
     torch.testing.assert_close(mean[1], tiles.mean(0))
     torch.testing.assert_close(std[1, :-1], tiles[:, :-1].std(0, correction=0))

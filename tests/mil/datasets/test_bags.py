@@ -17,7 +17,14 @@ import torch
 
 from common.distributed import World
 from common.errors import UserError
-from mil.datasets.bags import Sample, bags_digest, find_bags, load_bags, memory_of, usable_bags
+from mil.datasets.bags import (
+    Sample,
+    choose_memory,
+    digest_bags,
+    find_bags,
+    load_bags,
+    select_usable_bags,
+)
 from mil.models import Standardised, build
 from mil.training.engine import train_one_epoch
 from mil.training.prediction import predict
@@ -110,7 +117,7 @@ def test_all_bad_bags_come_in_one_line_or_are_left_out(
         load_bags(files)
     line = str(caught.value)
     with pytest.raises(UserError) as digested:  # what comes before it in a stage
-        bags_digest(files)
+        digest_bags(files)
     assert str(digested.value) == line
     assert (
         "\n" not in line
@@ -124,9 +131,9 @@ def test_all_bad_bags_come_in_one_line_or_are_left_out(
         "s04.h5",
     ):
         assert part in line
-    assert list(usable_bags(files)) == ["s00", "s05"] and "left out" in caplog.text
+    assert list(select_usable_bags(files)) == ["s00", "s05"] and "left out" in caplog.text
     with pytest.raises(UserError, match="s01.h5: expected finite"):
-        usable_bags({"s01": files["s01"]})
+        select_usable_bags({"s01": files["s01"]})
 
 
 def test_a_double_too_large_for_float32_is_not_finite(tmp_path: Path):
@@ -167,10 +174,10 @@ def test_memory_budget_decides_where_and_nothing_else(
 
 def test_memory_of_a_process(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("mil.datasets.bags.free_memory", lambda: 4800)
-    assert memory_of(0.0) == 2400 and memory_of(0.0, 3) == 800
-    assert memory_of(2.5) == 2_500_000_000 and memory_of(2.5, 4) == 2_500_000_000
+    assert choose_memory(0.0) == 2400 and choose_memory(0.0, 3) == 800
+    assert choose_memory(2.5) == 2_500_000_000 and choose_memory(2.5, 4) == 2_500_000_000
     with pytest.raises(UserError, match="ram_gb=-1"):
-        memory_of(-1.0)
+        choose_memory(-1.0)
 
 
 def test_drawn_tiles_are_new_in_every_epoch_and_the_same_again(tmp_path: Path):

@@ -25,12 +25,12 @@ from mil.classify_detections import Config, DetectionSettings, fit, main, probab
 from mil.datasets.detections import (
     SlideDetections,
     find_detections,
+    make_slide_vector,
+    make_tile_channels,
     read_all,
     read_detections,
-    slide_vector,
-    tile_channels,
 )
-from mil.datasets.split_files import stored_splits
+from mil.datasets.split_files import read_stored_splits
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.bags.writer import write_bag
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
@@ -109,17 +109,17 @@ def test_vector_of_a_slide():
     found = SlideDetections(
         np.zeros((4, 4), np.float32), scores, np.array([0, 1, 1, 1]), ("a", "b")
     )
-    vector = slide_vector(found, 3, [0.5, 0.75])
+    vector = make_slide_vector(found, 3, [0.5, 0.75])
     expected = {"top3_mean": 2.0 / 3, "max": 0.9, "count_0.5": np.log(4), "count_0.75": np.log(2)}
     expected |= {"a_max": 0.2, "a_count": np.log(2), "b_max": 0.9, "b_count": np.log(4)}
     assert vector == pytest.approx(expected) and next(iter(vector)) == "top3_mean"
-    assert slide_vector(found, 8, [0.5])["top8_mean"] == pytest.approx(
+    assert make_slide_vector(found, 8, [0.5])["top8_mean"] == pytest.approx(
         2.2 / 8
     )  # too few: zeros stand for the rest
     empty = SlideDetections(
         np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), ("a", "b")
     )
-    assert set(slide_vector(empty, 3, [0.5]).values()) == {0.0}
+    assert set(make_slide_vector(empty, 3, [0.5]).values()) == {0.0}
 
 
 def test_channels_are_those_of_a_loop_over_tiles():
@@ -134,7 +134,7 @@ def test_channels_are_those_of_a_loop_over_tiles():
     )  # its centre, (16, 6), is on an edge: the tile to the right has it
     found = SlideDetections(boxes, scores, np.zeros(40, np.int64), ("a",))
     coords = np.array([(x, y) for y in range(0, 96, 16) for x in range(0, 96, 16)])
-    channels = tile_channels(found, coords, 16, block=5)
+    channels = make_tile_channels(found, coords, 16, block=5)
     for (x, y), row in zip(coords, channels, strict=True):
         own = [
             s
@@ -316,7 +316,9 @@ def test_bags_with_channels_go_through_the_benchmark(cohort: Path, tmp_path: Pat
     )
     assert after.coords is not None and np.array_equal(after.coords, before.coords)
     found = read_detections(cohort / "found" / "coco" / "s01.json")
-    assert np.array_equal(after.features[:, 8:], tile_channels(found, before.coords.numpy(), SIDE))
+    assert np.array_equal(
+        after.features[:, 8:], make_tile_channels(found, before.coords.numpy(), SIDE)
+    )
     with h5py.File(tmp_path / "new" / "h5_files" / "s01.h5") as file:
         attributes = dict(file["features"].attrs)
     assert (
@@ -526,15 +528,15 @@ def test_stored_splits_are_taken(cohort: Path, tmp_path: Path):
         )
     )
     assert main(load_config(Config, arguments(cohort, tmp_path / "out", f"splits={folder}"))) == 0
-    assert stored_splits(tmp_path / "out" / "splits") == stored_splits(folder)
+    assert read_stored_splits(tmp_path / "out" / "splits") == read_stored_splits(folder)
     tested = {
         (row["fold"], row["slide_id"]) for row in read_csv(tmp_path / "out" / "predictions.csv")
     }
     assert tested == {
-        (str(split.fold), slide) for split in stored_splits(folder) for slide in split.test
+        (str(split.fold), slide) for split in read_stored_splits(folder) for slide in split.test
     }
     text = (folder / "splits_1.csv").read_text()
-    split = stored_splits(folder)[1]
+    split = read_stored_splits(folder)[1]
     (folder / "splits_1.csv").write_text(text.replace(split.test[0], "lost"))
     with pytest.raises(UserError, match="1 of 25 slides have no row in labels.csv: lost"):
         main(load_config(Config, arguments(cohort, tmp_path / "other", f"splits={folder}")))

@@ -12,10 +12,17 @@ import pytest
 import torch
 
 from common.errors import UserError
-from mil.datasets.bags import bags_digest, find_bags, load_bags
+from mil.datasets.bags import digest_bags, find_bags, load_bags
 from mil.datasets.labels import LabelledSlides, read_labelled_slides
 from mil.datasets.split_files import write_splits
-from mil.datasets.splits import SETS, Split, carve, check_split, make_splits, split_values
+from mil.datasets.splits import (
+    SETS,
+    Split,
+    carve_validation,
+    check_split,
+    list_split_values,
+    make_splits,
+)
 from patch_encoder.bags.writer import write_bag
 from patch_encoder.cohort.labels import SlideRecord
 
@@ -114,7 +121,7 @@ def test_val_and_train_leaks_are_found():
 
 
 def test_carve_works_with_two_patients_a_class():
-    train, val = carve(patients({"a": 2, "b": 2}), 0.2, 0)
+    train, val = carve_validation(patients({"a": 2, "b": 2}), 0.2, 0)
     assert {s[:2] for s in train}.isdisjoint({s[:2] for s in val}) and {s[0] for s in val} == {
         "a",
         "b",
@@ -145,9 +152,9 @@ def test_subset_chooses_by_the_split_column(make_cohort):
     with pytest.raises(UserError, match=r"found none; the split column is empty; set protocol=cv"):
         read_labelled_slides(unsplit, SETS)
     assert (
-        split_values("fixed", "") == SETS
-        and split_values("fixed", "", "cohort/splits") == split_values("cv", "") == ()
-        and split_values("cv", "a, b") == ("a", "b")
+        list_split_values("fixed", "") == SETS
+        and list_split_values("fixed", "", "cohort/splits") == list_split_values("cv", "") == ()
+        and list_split_values("cv", "a, b") == ("a", "b")
     )
     assert read_labelled_slides(labels, (), "neg").classes == ("pos", "neg")
 
@@ -204,10 +211,10 @@ def test_bad_bags_are_refused_by_name(make_cohort, features: np.ndarray, message
 def test_digest_follows_the_bags_not_their_place(make_cohort, tmp_path: Path):
     folder = make_cohort(slides=3) / "bags"
     files = find_bags(folder, ["s00", "s01"])
-    before = bags_digest(files)
+    before = digest_bags(files)
     shutil.copytree(folder, tmp_path / "copy")
-    assert bags_digest(find_bags(tmp_path / "copy", ["s01", "s00"])) == before
+    assert digest_bags(find_bags(tmp_path / "copy", ["s01", "s00"])) == before
     bag = load_bags(files)["s01"].read().numpy()
     bag[2, 3] += 1
     write_bag(files["s01"], bag, load_bags(files)["s01"].coords, {})
-    assert bags_digest(files) != before
+    assert digest_bags(files) != before

@@ -17,9 +17,9 @@ from common.errors import UserError
 from mil import benchmark, make_splits, train
 from mil.datasets.labels import LabelledSlides
 from mil.datasets.split_files import (
-    checked_splits,
-    known_slides,
-    stored_splits,
+    check_splits,
+    read_stored_splits,
+    select_known_slides,
     write_clam_splits,
     write_splits,
 )
@@ -77,7 +77,7 @@ def test_all_three_files_say_the_same(tmp_path: Path):
     slides = cohort()
     splits = make_splits.make_splits(slides, "cv", 3, 0.25, 1)
     write_clam_splits(tmp_path, splits, slides)
-    assert stored_splits(tmp_path) == splits
+    assert read_stored_splits(tmp_path) == splits
     boolean = pd.read_csv(tmp_path / "splits_1_bool.csv", index_col=0)
     assert boolean.dtypes.tolist() == [bool] * 3 and (boolean.sum(axis=1) == 1).all()
     for name in SETS:
@@ -89,7 +89,7 @@ def test_all_three_files_say_the_same(tmp_path: Path):
     )
     for path in tmp_path.glob("splits_[0-9].csv"):
         path.unlink()
-    again = stored_splits(tmp_path)  # from the boolean form, in the order of labels.csv
+    again = read_stored_splits(tmp_path)  # from the boolean form, in the order of labels.csv
     assert [{name: set(getattr(s, name)) for name in SETS} for s in again] == [
         {name: set(getattr(s, name)) for name in SETS} for s in splits
     ]
@@ -98,7 +98,7 @@ def test_all_three_files_say_the_same(tmp_path: Path):
 def test_clams_index_column_is_passed_over(tmp_path: Path):
     frame = pd.DataFrame({"train": ["001", "002"], "val": ["003", None], "test": ["004", None]})
     frame.to_csv(tmp_path / "splits_7.csv")
-    assert stored_splits(tmp_path) == [Split(7, ("001", "002"), ("003",), ("004",))]
+    assert read_stored_splits(tmp_path) == [Split(7, ("001", "002"), ("003",), ("004",))]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_clams_index_column_is_passed_over(tmp_path: Path):
 def test_faulty_files_are_refused(tmp_path: Path, text: str, message: str):
     (tmp_path / "splits_0.csv").write_text(text)
     with pytest.raises(UserError, match=message):
-        stored_splits(tmp_path)
+        read_stored_splits(tmp_path)
 
 
 def test_patients_on_two_sides_unknown_slides_and_missing_classes_are_named():
@@ -128,27 +128,25 @@ def test_patients_on_two_sides_unknown_slides_and_missing_classes_are_named():
     with pytest.raises(
         UserError, match=f"case '{both[:3]}' is in train and in test; give a patient one side"
     ):
-        checked_splits([moved], slides, ids)
+        check_splits([moved], slides, ids)
     pairs = [s[:3] for s in ids if s.endswith("-1")]
     first = tuple(s for s in ids if s.endswith("-0"))
     with pytest.raises(
         UserError,
         match=rf"case '{pairs[0]}' is in train and in val \(and 3 more: {', '.join(pairs[1:])}\)",
     ):
-        checked_splits(
-            [Split(0, first, tuple(s for s in ids if s.endswith("-1")), ())], slides, ids
-        )
+        check_splits([Split(0, first, tuple(s for s in ids if s.endswith("-1")), ())], slides, ids)
     with pytest.raises(
         UserError, match=r"1 of 3 slides have no row in labels.csv: p00-9; did you mean"
     ):
-        known_slides("folder", [Split(0, ("p00-9",), ("p01-0",), ("p02-0",))], slides)
+        select_known_slides("folder", [Split(0, ("p00-9",), ("p01-0",), ("p02-0",))], slides)
     only_a = Split(0, split.train, split.val, tuple(s for s in split.test if int(s[1:3]) % 2 == 0))
     with pytest.raises(UserError, match="every class in the test set .* 'b' is absent"):
-        checked_splits([only_a], slides, ids)
+        check_splits([only_a], slides, ids)
     with pytest.raises(
         UserError, match="'b' is absent"
     ):  # what is left without the slides that have no bag
-        checked_splits([split], slides, [s for s in ids if int(s[1:3]) % 2 == 0])
+        check_splits([split], slides, [s for s in ids if int(s[1:3]) % 2 == 0])
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -181,7 +179,7 @@ def test_the_script_makes_once_and_never_remakes(
         run_script(make_splits.main, make_splits.Config, [*arguments, "folds=2", "overwrite=true"])
         == 0
     )
-    assert len(stored_splits(output)) == 2 and len(list(output.iterdir())) == 2 * 3 + 1
+    assert len(read_stored_splits(output)) == 2 and len(list(output.iterdir())) == 2 * 3 + 1
     assert run_script(make_splits.main, make_splits.Config, [*arguments, "check=true"]) == 0
     (root / "bags" / "h5_files" / "s03.h5").unlink()
     capsys.readouterr()
@@ -199,7 +197,7 @@ def test_official_test_set_with_inner_folds(make_cohort, tmp_path: Path):
     ]
     make_splits.main(load_config(make_splits.Config, arguments))
     official = {row["slide_id"] for row in read(root / "labels.csv") if row["split"] == "test"}
-    splits = stored_splits(tmp_path)
+    splits = read_stored_splits(tmp_path)
     assert len(splits) == 3 and all(set(split.test) == official for split in splits)
     assert len({slide for split in splits for slide in split.val}) == 24 - len(official)
 
@@ -227,7 +225,7 @@ def test_train_and_benchmark_read_them_back(
         train.Config, [*small, f"features={root}/bags", f"output={tmp_path}/run", "fold=1"]
     )
     job = train.build_job(config)
-    assert job.split == stored_splits(folder)[0]
+    assert job.split == read_stored_splits(folder)[0]
     config.fold = 0
     with pytest.raises(UserError, match="fold=0: expected 1 to 1 with splits="):
         train.build_job(config)
@@ -266,7 +264,7 @@ def test_splits_of_every_task_are_those_its_trainings_draw(
     ]
     one = [*small, f"features={root}/bags", f"output={tmp_path}/run"]
     drawn = train.build_job(load_config(train.Config, one)).split
-    assert stored_splits(folder)[1] == drawn
+    assert read_stored_splits(folder)[1] == drawn
     stored = train.build_job(
         load_config(train.Config, [*one, f"splits={folder}", "split_seed=7"])
     ).split

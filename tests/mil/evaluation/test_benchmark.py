@@ -21,7 +21,7 @@ from common.cli import run as run_script
 from common.config import load_config
 from common.errors import UserError
 from mil.benchmark import Config, main
-from mil.evaluation.runs import number, text_table
+from mil.evaluation.runs import format_number, text_table
 from mil.training import training_pool
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.bags.writer import write_bag
@@ -254,7 +254,7 @@ def test_a_device_that_is_not_there_stops_before_any_training(cohort: Path, tmp_
 
 
 def test_numbers_are_short():
-    assert [number(v) for v in (None, 0, 5e-6, 0.1234, 12, 11_234_567, 4.1e9)] == [
+    assert [format_number(v) for v in (None, 0, 5e-6, 0.1234, 12, 11_234_567, 4.1e9)] == [
         "-",
         "0",
         "<0.001",

@@ -16,7 +16,7 @@ from common.config import load_config
 from common.errors import UserError
 from mil import benchmark, evaluate, report
 from mil.evaluation.benchmark_folder import belonging, run_folders
-from mil.heatmaps.sources import from_benchmark
+from mil.heatmaps.sources import read_from_benchmark
 from mil.tasks.classification import Classification
 
 CLASSES = Classification(("neg", "pos"))
@@ -108,7 +108,7 @@ def the_readers_agree(output: Path, folds: int) -> None:
         (run.seed, run.test.fold) for run in report.read_runs(output, summary, CLASSES)["bags"]
     ]
     assert evaluated == reported == tables == [(1, fold) for fold in range(folds)]
-    source = from_benchmark(output, "", "", None)
+    source = read_from_benchmark(output, "", "", None)
     assert (
         set(Counter(slide.slide_id for slide in source.slides).values()) == {1}
         and len(source.slides) == 32

@@ -17,7 +17,7 @@ from mil.evaluation.comparisons import comparison_table
 from mil.evaluation.delong import compare, holm
 from mil.evaluation.paired import paired_difference, warn_of_floor
 from mil.evaluation.risk_groups import RiskGroups, kaplan_meier, median_survival, risk_groups
-from mil.evaluation.runs import FinishedRun, resampled
+from mil.evaluation.runs import FinishedRun, resample_metrics
 from mil.evaluation.task_tables import confusion_rows, per_label_rows, risk_group_rows
 from mil.tasks.classification import Predictions
 from mil.tasks.cox import Cox
@@ -81,7 +81,7 @@ def test_paired_bootstrap_is_the_plain_loop(kind: str, make):
         for fold in (0, 1)
     ]
     task = TASKS[kind](("0", "1", "2"))
-    table, rows = comparison_table(runs, task, resampled(runs, task, B, SEED))
+    table, rows = comparison_table(runs, task, resample_metrics(runs, task, B, SEED))
     assert table == "comparisons" and [(row["model_a"], row["model_b"]) for row in rows] == list(
         combinations("abc", 2)
     )
@@ -119,7 +119,7 @@ def test_models_of_other_slides_are_not_compared():
         finished("c", grades(1, 1, 2)),
     ]
     task = Ordinal(("0", "1", "2"))
-    _, rows = comparison_table(runs, task, resampled(runs, task, 20, 0))
+    _, rows = comparison_table(runs, task, resample_metrics(runs, task, 20, 0))
     assert [(row["model_a"], row["model_b"]) for row in rows] == [("a", "b")]
 
 
@@ -138,7 +138,7 @@ def test_p_is_uniform_enough_under_the_null():
             finished("a", grades(0, 2.0, 2 * draw)),
             finished("b", grades(0, 2.0, 2 * draw + 1)),
         ]
-        _, rows = comparison_table(runs, task, resampled(runs, task, 100, draw))
+        _, rows = comparison_table(runs, task, resample_metrics(runs, task, 100, draw))
         called.append(rows[0]["p"] < 0.05)
     assert np.mean(called) < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 150)
 

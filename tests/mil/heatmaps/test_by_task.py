@@ -25,8 +25,8 @@ from mil.datasets.splits import Split
 from mil.evaluate import benchmark_runs
 from mil.figures.example_slides import Choice, make_example
 from mil.heatmap import Config, load_model, main
-from mil.heatmaps.scores import score_bag, tiles_alone
-from mil.heatmaps.sources import SlidePrediction, from_benchmark
+from mil.heatmaps.scores import score_bag, score_tiles_alone
+from mil.heatmaps.sources import SlidePrediction, read_from_benchmark
 from mil.training.engine import load_classifier
 from patch_encoder.bags.bag import Bag, open_bag, read_bag
 from patch_encoder.bags.paths import find_coordinates
@@ -97,7 +97,7 @@ def test_a_slide_that_several_runs_test_is_drawn_once(
 ):
     output = nested.parent / "heat"
     assert draw(nested, "heat") == 0
-    source = from_benchmark(nested, "", "", None)
+    source = read_from_benchmark(nested, "", "", None)
     assert len(source.slides) == 16 == len({slide.slide_id for slide in source.slides})
     assert [(run.seed, run.test.fold) for run in source.runs] == [(1, fold) for fold in range(4)]
     assert all([run.fold for run in slide.runs] in ([0, 1], [2, 3]) for slide in source.slides)
@@ -219,7 +219,9 @@ def test_every_task_has_attention_a_score_and_tiles_of_their_own(
     ]
     assert draw(bench, "alone", *given) == 0
     judged = next(
-        slide for slide in from_benchmark(bench, "", "", None).slides if slide.slide_id == "s01"
+        slide
+        for slide in read_from_benchmark(bench, "", "", None).slides
+        if slide.slide_id == "s01"
     )
     (model, task), features = (
         load_model(judged.checkpoint, CPU),
@@ -336,7 +338,7 @@ def test_bags_are_handed_on_as_they_are_stored(plain: Path, monkeypatch: pytest.
     assert {sample.bag.dtype for sample in seen} == {"float16"}
     monkeypatch.setattr(tile_scores, "BLOCK", 5)
     monkeypatch.setattr(Bag, "read", lambda bag: pytest.fail("the whole bag was read"))
-    alone = tiles_alone(model, task, seen[0], CPU)[:, 1]
+    alone = score_tiles_alone(model, task, seen[0], CPU)[:, 1]
     np.testing.assert_allclose(alone, scores.values, rtol=1e-6)
     monkeypatch.setattr("mil.training.prediction.WHOLE_BYTES", 0)  # every bag is a very large one
     streamed = score_bag(model, task, bag, coords / "s03.h5", "probability", "pos", CPU)

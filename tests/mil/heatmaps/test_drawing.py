@@ -19,12 +19,12 @@ from sklearn.metrics import brier_score_loss
 from common.errors import UserError
 from mil.heatmaps.drawing import (
     Heat,
+    add_frame,
     blend,
-    colour_table,
     draw_outlines,
-    framed,
-    heat_layer,
-    value_map,
+    make_colour_table,
+    make_heat_layer,
+    make_value_map,
 )
 from mil.heatmaps.figures import (
     bin_answers,
@@ -34,12 +34,12 @@ from mil.heatmaps.figures import (
     pool_runs,
     wilson,
 )
-from mil.heatmaps.gallery import choose_tiles, say_value, write_gallery
-from mil.heatmaps.pages import scale_of
-from mil.heatmaps.pyramid import downsample_for, write_heat_pyramid
-from mil.heatmaps.scores import TileScores, percentile_ranks
-from mil.heatmaps.settings import Drawing, check_drawing, picture_side
-from mil.heatmaps.slide import make_heat, tiles_for_half
+from mil.heatmaps.gallery import choose_tiles, format_value, write_gallery
+from mil.heatmaps.pages import describe_scale
+from mil.heatmaps.pyramid import choose_downsample, write_heat_pyramid
+from mil.heatmaps.scores import TileScores, compute_percentile_ranks
+from mil.heatmaps.settings import Drawing, check_drawing, choose_picture_side
+from mil.heatmaps.slide import count_tiles_for_half, make_heat
 from mil.tasks.classification import Classification, Predictions
 from mil.tasks.ordinal import Ordinal
 from patch_encoder.slides import open_slide
@@ -75,7 +75,9 @@ def scores(values: list[float], shown: str = "attention", side: int = 16) -> Til
 
 def test_values_are_averaged_where_tiles_overlap() -> None:
     coords = np.array([[0, 0], [4, 0], [20, 20]])
-    values, covered = value_map(coords, np.array([0.2, 0.8, 1.0]), 8, (1.0, 1.0), (0, 0, 32, 30))
+    values, covered = make_value_map(
+        coords, np.array([0.2, 0.8, 1.0]), 8, (1.0, 1.0), (0, 0, 32, 30)
+    )
     assert (
         values.shape == (30, 32)
         and values[0, 3] == pytest.approx(0.2)
@@ -98,7 +100,7 @@ def test_parts_of_a_map_are_the_map_and_equal_a_loop_over_tiles() -> None:
         37,
         (0.31, 0.29),
     )
-    whole, covered = value_map(coords, values, side, scale, (0, 0, 100, 96))
+    whole, covered = make_value_map(coords, values, side, scale, (0, 0, 100, 96))
     total, count = np.zeros((96, 100)), np.zeros((96, 100))
     y, x = np.mgrid[:96, :100] + 0.5  # centres of pixels
     for (left, top), value in zip(coords, values, strict=True):
@@ -111,13 +113,13 @@ def test_parts_of_a_map_are_the_map_and_equal_a_loop_over_tiles() -> None:
         total, count = total + inside * value, count + inside
     np.testing.assert_array_equal(covered, count > 0)
     np.testing.assert_allclose(whole[covered], total[covered] / count[covered], atol=1e-12)
-    part, _ = value_map(coords, values, side, scale, (30, 40, 50, 20))
+    part, _ = make_value_map(coords, values, side, scale, (30, 40, 50, 20))
     np.testing.assert_allclose(part, whole[40:60, 30:80], atol=1e-12)
-    assert not value_map(coords, values, side, scale, (500, 500, 8, 8))[1].any()
+    assert not make_value_map(coords, values, side, scale, (500, 500, 8, 8))[1].any()
 
 
 def test_a_tile_smaller_than_a_pixel_still_shows() -> None:
-    values, covered = value_map(
+    values, covered = make_value_map(
         np.array([[205, 105]]), np.array([0.7]), 2, (0.01, 0.01), (0, 0, 5, 4)
     )
     assert covered.sum() == 1 and values[1, 2] == pytest.approx(0.7)
@@ -130,16 +132,16 @@ def test_colours_at_known_pixels() -> None:
     np.testing.assert_allclose(drawn[5, 5], 100 + low / 2, atol=1)
     np.testing.assert_allclose(drawn[9, 19], 100 + high / 2, atol=1)
     assert (drawn[10:] == 200).all() and (drawn[:, 20:] == 200).all() and (picture == 200).all()
-    layer = np.asarray(heat_layer(heat([[0, 0]], [1.0], 10), (30, 20), (1.0, 1.0)))
+    layer = np.asarray(make_heat_layer(heat([[0, 0]], [1.0], 10), (30, 20), (1.0, 1.0)))
     assert (layer[..., 3] == 255).sum() == 100 and (
-        layer[0, 0, :3] == colour_table("viridis")[255]
+        layer[0, 0, :3] == make_colour_table("viridis")[255]
     ).all()
 
 
 def test_percentile_ranks_by_hand() -> None:
-    assert percentile_ranks(np.array([0.1, 0.4, 0.2, 0.3])).tolist() == [25, 100, 50, 75]
-    assert percentile_ranks(np.array([0.0, 0.0, 0.0, 0.9])).tolist() == [50, 50, 50, 100]
-    assert percentile_ranks(np.array([1.0])).tolist() == [100]
+    assert compute_percentile_ranks(np.array([0.1, 0.4, 0.2, 0.3])).tolist() == [25, 100, 50, 75]
+    assert compute_percentile_ranks(np.array([0.0, 0.0, 0.0, 0.9])).tolist() == [50, 50, 50, 100]
+    assert compute_percentile_ranks(np.array([1.0])).tolist() == [100]
 
 
 def test_what_the_colours_mean() -> None:
@@ -162,8 +164,8 @@ def test_what_the_colours_mean() -> None:
     )
     assert (make_heat(scores([1.5, 1.5], "risk"), Drawing(scale="raw")).values == 0).all()
     assert (
-        tiles_for_half(np.array([0.1, 0.3, 0.2, 0.4])) == 2
-        and tiles_for_half(np.array([0.5, 0.5])) == 1
+        count_tiles_for_half(np.array([0.1, 0.3, 0.2, 0.4])) == 2
+        and count_tiles_for_half(np.array([0.5, 0.5])) == 1
     )
 
 
@@ -180,9 +182,10 @@ def test_top_and_low_tiles_in_order() -> None:
         0
     ].percentile == 90
     assert (
-        say_value(0.1234, "attention") == "12.3 %" and say_value(0.1234, "probability") == "0.123"
+        format_value(0.1234, "attention") == "12.3 %"
+        and format_value(0.1234, "probability") == "0.123"
     )
-    assert say_value(-1.23456, "risk") == "-1.23"
+    assert format_value(-1.23456, "risk") == "-1.23"
 
 
 def test_gallery_shows_the_tiles_of_the_slide(tmp_path: Path) -> None:
@@ -215,7 +218,7 @@ def test_pyramid_opens_in_openslide(tmp_path: Path) -> None:
     pixels = np.full((1400, 2100, 3), 240, dtype=np.uint8)
     pixels[:, 1000:] = 120
     shown = heat([[0, 0], [1024, 512]], [0.0, 1.0], 512)
-    assert [downsample_for(w, 10, 1050) for w in (1050, 1051, 2100, 2101)] == [1, 2, 2, 4]
+    assert [choose_downsample(w, 10, 1050) for w in (1050, 1051, 2100, 2101)] == [1, 2, 2, 4]
     output = tmp_path / "out"
     output.mkdir()
     write_heat_pyramid(
@@ -237,7 +240,7 @@ def test_pyramid_opens_in_openslide(tmp_path: Path) -> None:
             region = np.asarray(slide.read_region((0, 0), level, slide.level_dimensions[level]))[
                 ..., :3
             ].astype(int)
-            size, table = slide.level_dimensions[level], colour_table("viridis").astype(int)
+            size, table = slide.level_dimensions[level], make_colour_table("viridis").astype(int)
             assert np.abs(region[size[1] * 9 // 10, size[0] // 4] - 240).max() <= 3
             assert np.abs(region[size[1] // 10, size[0] // 10] - (240 + table[0]) // 2).max() <= 4
             assert (
@@ -261,12 +264,12 @@ def test_pyramid_without_slide_or_resolution(tmp_path: Path) -> None:
         assert (
             "openslide.mpp-x" not in slide.properties and np.abs(region[90, 190] - 255).max() <= 2
         )
-        assert np.abs(region[30, 30] - colour_table("viridis")[255]).max() <= 4
+        assert np.abs(region[30, 30] - make_colour_table("viridis")[255]).max() <= 4
 
 
 def test_frame_has_bar_and_scale() -> None:
     page = np.asarray(
-        framed(
+        add_frame(
             np.full((300, 700, 3), 255, dtype=np.uint8),
             heat([[0, 0]], [1.0], 9),
             "t",
@@ -277,12 +280,12 @@ def test_frame_has_bar_and_scale() -> None:
     assert page.shape == (374, 700, 3)
     bar = page[300 + 57]
     for end in (1, 254):
-        assert (np.abs(bar.astype(int) - colour_table("viridis")[end]).max(1) <= 3).any()
+        assert (np.abs(bar.astype(int) - make_colour_table("viridis")[end]).max(1) <= 3).any()
     row = (page[300 + 14] == (30, 38, 46)).all(1)
     lengths = np.diff(np.flatnonzero(np.diff(np.concatenate([[0], row, [0]]))))[::2]
     assert 101 in lengths  # 100 um at 1 um per pixel
     large = np.asarray(
-        framed(
+        add_frame(
             np.full((30, 1800, 3), 255, dtype=np.uint8),
             heat([[0, 0]], [1.0], 9),
             "t",
@@ -299,7 +302,7 @@ def test_frame_has_bar_and_scale() -> None:
     assert {bytes(load_caption_font(12).getmask(sign)) for sign in "µéß"}.isdisjoint(
         {bytes(load_caption_font(12).getmask("\uffff"))}
     )
-    assert scale_of({"width": 4000, "mpp": 0.5}) == ("500 µm", 25.0)
+    assert describe_scale({"width": 4000, "mpp": 0.5}) == ("500 µm", 25.0)
     assert [choose_round_length(most) for most in (1.0, 99.0, 110.0, 4999.0)] == [1, 50, 100, 2000]
     ringed = draw_outlines(
         np.full((50, 50, 3), 200, dtype=np.uint8),
@@ -315,17 +318,17 @@ def test_frame_has_bar_and_scale() -> None:
 
 def test_sizes_and_settings(tmp_path: Path) -> None:
     slide = picture_slide(tmp_path, np.zeros((400, 800, 3), np.uint8), mpp=0.5)
-    assert picture_side(Drawing(max_side=300), slide, (800, 400), 0.5) == 300
-    assert picture_side(Drawing(level=0), slide, (800, 400), 0.5) == 800
-    assert picture_side(Drawing(mpp=2.0), slide, (800, 400), 0.5) == 200
+    assert choose_picture_side(Drawing(max_side=300), slide, (800, 400), 0.5) == 300
+    assert choose_picture_side(Drawing(level=0), slide, (800, 400), 0.5) == 800
+    assert choose_picture_side(Drawing(mpp=2.0), slide, (800, 400), 0.5) == 200
     for wrong, words in (
         (Drawing(level=1), "expected a level of the slide"),
         (Drawing(mpp=0.01), "at most 20000"),
     ):
         with pytest.raises(UserError, match=words):
-            picture_side(wrong, slide, (800, 400), 0.5)
+            choose_picture_side(wrong, slide, (800, 400), 0.5)
     with pytest.raises(UserError, match="known resolution"):
-        picture_side(Drawing(mpp=1.0), slide, (800, 400), 0.0)
+        choose_picture_side(Drawing(mpp=1.0), slide, (800, 400), 0.0)
     for changed, words in (
         ({"level": 1, "mpp": 1.0}, "one of them"),
         ({"of_class": "x"}, "expected one of a, b"),

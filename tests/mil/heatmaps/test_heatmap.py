@@ -25,10 +25,10 @@ from common.config import load_config
 from common.errors import UserError
 from mil import heatmap
 from mil.heatmap import Config, Scored, draw_one, main
-from mil.heatmaps.scores import percentile_ranks, score_bag
+from mil.heatmaps.scores import compute_percentile_ranks, score_bag
 from mil.heatmaps.settings import Drawing
 from mil.heatmaps.slide import Inputs
-from mil.heatmaps.sources import from_benchmark
+from mil.heatmaps.sources import read_from_benchmark
 from mil.report import Config as ReportConfig
 from mil.report import main as report
 from mil.tasks.classification import Classification
@@ -131,7 +131,7 @@ def links(page: Path) -> Links:
 def test_each_slide_is_judged_by_the_fold_that_tests_it(bench: Path):
     output = bench.parent / "heat"
     assert run(main, Config, arguments(bench)) == 0
-    source = from_benchmark(bench, "", "abmil", None)
+    source = read_from_benchmark(bench, "", "abmil", None)
     assert len(source.slides) == 16 and {judged.fold for judged in source.slides} == {0, 1}
     for judged in source.slides[:2] + source.slides[-2:]:
         assert judged.checkpoint.parent.name == f"seed3_fold{judged.fold}"
@@ -147,7 +147,7 @@ def test_each_slide_is_judged_by_the_fold_that_tests_it(bench: Path):
         assert [(int(row["x"]), int(row["y"])) for row in rows] == [
             tuple(corner) for corner in bag.coords.tolist()
         ]
-        ranks = percentile_ranks(np.array([float(row["attention"]) for row in rows]))
+        ranks = compute_percentile_ranks(np.array([float(row["attention"]) for row in rows]))
         np.testing.assert_allclose([float(row["percentile"]) for row in rows], ranks)
         record = json.loads((output / "records" / f"{judged.slide_id}.json").read_text())
         order = np.argsort(-expected.attention.numpy(), kind="stable")
@@ -190,7 +190,9 @@ def test_a_model_without_attention_of_its_own_shows_probabilities(bench: Path):
     record = json.loads((bench.parent / "heat" / "records" / "s01.json").read_text())
     assert (record["shown"], record["class_name"]) == ("probability", "pos")
     judged = next(
-        slide for slide in from_benchmark(bench, "", "mean", None).slides if slide.slide_id == "s01"
+        slide
+        for slide in read_from_benchmark(bench, "", "mean", None).slides
+        if slide.slide_id == "s01"
     )
     model, _ = load_classifier(judged.checkpoint, torch.device("cpu"))
     file = bench.parent / "cohort" / "bags" / "h5_files" / "s01.h5"
@@ -401,7 +403,7 @@ def test_processes_change_no_byte_and_a_slide_that_kills_one_is_listed(
 
 
 def test_one_slide_is_judged_at_a_time(bench: Path, monkeypatch: pytest.MonkeyPatch):
-    source = from_benchmark(bench, "", "abmil", None)
+    source = read_from_benchmark(bench, "", "abmil", None)
     loads = []
     monkeypatch.setattr(
         heatmap,

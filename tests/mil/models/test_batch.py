@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from common.errors import UserError
 from mil.models import MODELS, build, forward_bags, forward_padded
-from mil.models.output import as_attention
-from mil.models.segments import bag_of_tile, segment_softmax
+from mil.models.output import normalise_attention
+from mil.models.segments import index_bags, segment_softmax
 from mil.training.engine import training_loss
 from patch_encoder.bags.bag import make_bag
 from tests.mil.models.small_options import ORDERED, SMALL
@@ -184,16 +184,18 @@ def test_loss_without_streams_is_the_criterion_of_the_logits():
 
 def test_softmax_within_segments():
     offsets = torch.tensor([0, 2, 3, 7])
-    assert bag_of_tile(offsets).tolist() == [0, 0, 1, 2, 2, 2, 2]
+    assert index_bags(offsets).tolist() == [0, 0, 1, 2, 2, 2, 2]
     scores = torch.randn(7, 2) * 50  # large: the exponent must not overflow
-    result = segment_softmax(scores, bag_of_tile(offsets), 3)
+    result = segment_softmax(scores, index_bags(offsets), 3)
     torch.testing.assert_close(
         result, torch.cat([part.softmax(0) for part in scores.split([2, 1, 4])])
     )
 
 
 def test_scores_that_are_nowhere_positive_become_uniform():
-    torch.testing.assert_close(as_attention(torch.tensor([-1.0, -2.0])), torch.tensor([0.5, 0.5]))
     torch.testing.assert_close(
-        as_attention(torch.tensor([3.0, -2.0, 1.0])), torch.tensor([0.75, 0.0, 0.25])
+        normalise_attention(torch.tensor([-1.0, -2.0])), torch.tensor([0.5, 0.5])
+    )
+    torch.testing.assert_close(
+        normalise_attention(torch.tensor([3.0, -2.0, 1.0])), torch.tensor([0.75, 0.0, 0.25])
     )

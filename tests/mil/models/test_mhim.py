@@ -12,8 +12,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from common.errors import UserError
-from mil.models import MODELS, build, plain_model
-from mil.models.mhim import MHIM, feature_loss, keep_mask, plain_options, ranked
+from mil.models import MODELS, build, build_plain_model
+from mil.models.mhim import MHIM, consistency_loss, draw_keep_mask, rank_tiles, select_plain_options
 from mil.training.engine import training_loss
 from tests.mil.models.small_options import SMALL
 
@@ -43,26 +43,26 @@ def test_published_settings():
 def test_masks_are_counted_from_the_attention():
     scores = torch.arange(40.0)[None] / 40  # tile n has attention n / 40
     for _ in range(5):
-        random = ~keep_mask(scores, 0.3, 0.0, 0.0, 1.0)
+        random = ~draw_keep_mask(scores, 0.3, 0.0, 0.0, 1.0)
         assert int(random.sum()) == 12
-        low = ~keep_mask(scores, 0.0, 0.22, 0.0, 1.0)
+        low = ~draw_keep_mask(scores, 0.0, 0.22, 0.0, 1.0)
         assert torch.nonzero(low).flatten().tolist() == list(range(9))  # ceil(8.8)
-        high = ~keep_mask(
+        high = ~draw_keep_mask(
             scores, 0.0, 0.0, 0.1, 0.5
         )  # half of the ceil(40 * 0.1 / 0.5) = 8 highest
         assert int(high.sum()) == 4 and set(torch.nonzero(high).flatten().tolist()) <= set(
             range(32, 40)
         )
-        every = ~keep_mask(scores, 0.0, 0.0, 0.1, 1.0)
+        every = ~draw_keep_mask(scores, 0.0, 0.0, 0.1, 1.0)
         assert torch.nonzero(every).flatten().tolist() == list(range(36, 40))
-        union = ~keep_mask(scores, 0.0, 0.1, 0.1, 1.0)
+        union = ~draw_keep_mask(scores, 0.0, 0.1, 0.1, 1.0)
         assert torch.nonzero(union).flatten().tolist() == [0, 1, 2, 3, 36, 37, 38, 39]
-        wide = ~keep_mask(scores, 0.0, 0.0, 0.6, 0.5)  # more than the share allows: any 60 %
+        wide = ~draw_keep_mask(scores, 0.0, 0.0, 0.6, 0.5)  # more than the share allows: any 60 %
         assert int(wide.sum()) == 24
-    draws = {tuple(keep_mask(scores, 0.0, 0.0, 0.1, 0.5).tolist()) for _ in range(20)}
+    draws = {tuple(draw_keep_mask(scores, 0.0, 0.0, 0.1, 0.5).tolist()) for _ in range(20)}
     assert len(draws) > 5
-    assert keep_mask(scores, 1.0, 0.0, 0.0, 1.0).all()  # nothing would be left
-    assert keep_mask(scores[:, :1], 0.5, 0.0, 0.01, 0.5).tolist() == [True]
+    assert draw_keep_mask(scores, 1.0, 0.0, 0.0, 1.0).all()  # nothing would be left
+    assert draw_keep_mask(scores[:, :1], 0.5, 0.0, 0.01, 0.5).tolist() == [True]
 
 
 def test_heads_vote():
@@ -71,10 +71,10 @@ def test_heads_vote():
     )
     # tile 1 is in all three pairs of highest, 0, 2 and 4 in one each; of these 4 has the highest
     # mean
-    assert ranked(scores, 2, largest=True).tolist() == [1, 4]
+    assert rank_tiles(scores, 2, largest=True).tolist() == [1, 4]
     # lowest pairs: {2, 3}, {0, 3}, {0, 2}: two votes each for 0, 2 and 3, lowest means 3 (4/3) and
     # then 0 and 2 (3)
-    assert ranked(scores, 2, largest=False).tolist()[0] == 3
+    assert rank_tiles(scores, 2, largest=False).tolist()[0] == 3
 
 
 def test_loss_is_task_and_feature_loss(monkeypatch: pytest.MonkeyPatch):
@@ -122,7 +122,7 @@ def test_tiles_are_ranked_by_the_teachers_first_layer(monkeypatch: pytest.Monkey
 
 def test_feature_loss_is_lowest_for_the_teachers_own_shape():
     teacher = torch.randn(2, 8)
-    assert feature_loss(teacher / 0.1, teacher, 0.1) < feature_loss(
+    assert consistency_loss(teacher / 0.1, teacher, 0.1) < consistency_loss(
         teacher.roll(1, dims=1) / 0.1, teacher, 0.1
     )
 
@@ -169,7 +169,7 @@ def test_inference_is_the_students(name: str):
 @pytest.mark.parametrize("name", NAMES)
 def test_start_from_a_plain_model(name: str):
     model = model_of(name)
-    base, options = plain_model(name, SMALL[name])
+    base, options = build_plain_model(name, SMALL[name])
     assert (
         options["hidden"] == 16
         and isinstance(MODELS[name], partial)
@@ -189,12 +189,12 @@ def test_start_from_a_plain_model(name: str):
 
 
 def test_plain_models():
-    assert plain_model("mhim_dsmil", {}) == ("dsmil", {"hidden": 512})
+    assert build_plain_model("mhim_dsmil", {}) == ("dsmil", {"hidden": 512})
     assert (
-        plain_model("mhim_abmil", {"teacher_init": False}) is None
-        and plain_model("abmil", {}) is None
+        build_plain_model("mhim_abmil", {"teacher_init": False}) is None
+        and build_plain_model("abmil", {}) is None
     )
-    assert plain_options("transmil", {"heads": 4, "low": 0.5}) == {"hidden": 512, "heads": 4}
+    assert select_plain_options("transmil", {"heads": 4, "low": 0.5}) == {"hidden": 512, "heads": 4}
 
 
 def test_shares_outside_0_to_1_are_refused():

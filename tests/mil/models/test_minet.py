@@ -11,7 +11,7 @@ import torch
 
 from common.errors import UserError
 from mil.classic.deep import Deep
-from mil.classic.vmap_training import bag_losses
+from mil.classic.vmap_training import compute_bag_losses
 from mil.models import DSMIL, DTFD, MINet
 from mil.models.minet import log_odds
 from mil.training.engine import training_loss
@@ -129,7 +129,7 @@ def test_losses_of_packed_bags_are_those_of_single_bags(make):
         ]
     )
     torch.manual_seed(5)
-    together = bag_losses(model.forward_packed(torch.cat(BAGS), OFFSETS), targets)
+    together = compute_bag_losses(model.forward_packed(torch.cat(BAGS), OFFSETS), targets)
     torch.testing.assert_close(together, alone)
 
 

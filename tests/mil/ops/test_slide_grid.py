@@ -14,7 +14,7 @@ import torch
 
 from common.distributed import World
 from mil.datasets.bags import Sample, load_bags, slide_grid
-from mil.heatmaps.scores import tiles_alone
+from mil.heatmaps.scores import score_tiles_alone
 from mil.models import build, deform_mil
 from mil.ops.grid import build_grid
 from mil.ops.slide_grid import MAX_CELLS, SlideGrid, find_grid, infer_step
@@ -129,7 +129,7 @@ def test_other_models_never_ask_for_the_grid() -> None:
 
 def test_a_tile_alone_is_a_bag_of_its_own() -> None:
     coords, x, model = tissue(5), torch.randn(5, 6), deform().eval()
-    found = tiles_alone(model, CLASSES, Sample("s", make_bag(x, coords), 0), CPU.device)
+    found = score_tiles_alone(model, CLASSES, Sample("s", make_bag(x, coords), 0), CPU.device)
     expected = [model(x[i : i + 1], coords[i : i + 1]).logits.softmax(0).tolist() for i in range(5)]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 

@@ -19,7 +19,7 @@ from common.cli import run as run_script
 from common.config import load_config
 from common.errors import UserError
 from common.processes.pool import run_jobs
-from mil.datasets.distillation_set import choose
+from mil.datasets.distillation_set import choose_patches
 from mil.rank_patches import Config, main
 from mil.training.engine import load_classifier
 from patch_encoder.bags.bag import read_bag
@@ -59,12 +59,12 @@ def train_slides(cohort: Path) -> list[str]:
 
 def test_choose_takes_the_highest_then_random_others():
     scores = np.array([0.1, 0.9, 0.5, 0.9, -1.0, 0.3])
-    assert choose(scores, 3, 0, (0,)).tolist() == [1, 3, 2]
-    assert choose(scores, 10, 5, (0,)).tolist() == [1, 3, 2, 5, 0, 4]
-    more = choose(scores, 2, 3, (0,)).tolist()
+    assert choose_patches(scores, 3, 0, (0,)).tolist() == [1, 3, 2]
+    assert choose_patches(scores, 10, 5, (0,)).tolist() == [1, 3, 2, 5, 0, 4]
+    more = choose_patches(scores, 2, 3, (0,)).tolist()
     assert more[:2] == [1, 3] and len(set(more)) == 5
-    assert more == choose(scores, 2, 3, (0,)).tolist()
-    assert len({tuple(choose(scores, 2, 2, (seed,))) for seed in range(20)}) > 3
+    assert more == choose_patches(scores, 2, 3, (0,)).tolist()
+    assert len({tuple(choose_patches(scores, 2, 2, (seed,))) for seed in range(20)}) > 3
 
 
 def test_set_holds_the_top_tiles_with_picture_and_teacher_feature(make_cohort, tmp_path: Path):

@@ -16,7 +16,7 @@ import torch
 from common.errors import UserError
 from mil.models import MODELS, MILOutput, build
 from mil.training import streaming
-from mil.training.streaming import STREAMED, Pool, can_stream, stream
+from mil.training.streaming import STREAMED, WeightedSum, can_stream, stream
 from patch_encoder.bags.bag import open_bag
 from tests.mil.models.small_options import SMALL
 
@@ -118,7 +118,7 @@ def test_every_other_model_streams():
 def test_pool_is_softmax_whatever_the_order_of_the_scores():
     scores, values = torch.randn(2, 40) * 30, torch.randn(40, 3)
     for order in (torch.arange(40), scores[0].argsort(), scores[0].argsort(descending=True)):
-        pool = Pool(40)
+        pool = WeightedSum(40)
         for part in order.split(7):
             pool.add(scores[:, part], values[part])
         torch.testing.assert_close(pool.pooled(), scores.softmax(1) @ values)
