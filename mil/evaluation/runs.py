@@ -16,9 +16,10 @@ import numpy as np
 from common.errors import UserError
 from common.files import read_json, write_csv
 from common.metrics.bootstrap import interval
-from mil.tasks.base import RunPredictions, Task
+from mil.tasks.base import Task
 from mil.tasks.bootstrap import bootstrap, summarise
 from mil.tasks.prediction_table import read_parts
+from mil.tasks.records import RunPredictions
 from patch_encoder.bags.bag import open_bag
 
 logger = logging.getLogger(__name__)
