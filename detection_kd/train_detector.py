@@ -158,15 +158,20 @@ class Config:
     tracker: Tracker = group(Tracker, "experiment tracking")
 
 
-def build_model(config: Config, categories: list[str]) -> DeformableDETR:
-    """Build the detector of these classes, with the weights that its training starts from."""
+def build_model(config: Config, classes: int = 1) -> DeformableDETR:
+    """Build the detector with random weights."""
     if config.norm == "frozen" and not (config.pretrained or config.weights or config.detector):
         raise UserError(
             "norm=frozen: expected trained weights, found pretrained=false and no weights=; set "
             "norm=batch|group"
         )
     trunk = Backbone(config.backbone, config.norm, config.dilation)
-    model = DeformableDETR(trunk, len(categories), config.architecture)
+    return DeformableDETR(trunk, classes, config.architecture)
+
+
+def build_initial_model(config: Config, categories: list[str]) -> DeformableDETR:
+    """Build the detector of these classes with the weights that its training starts from."""
+    model = build_model(config, len(categories))
     load_initial_weights(
         model,
         categories,
@@ -337,7 +342,7 @@ def main(config: Config) -> int:
     checks = {"class_agnostic": config.class_agnostic, "batch_size": config.batch_size}
     train, val = read_training_sets(*files, **checks)
     seed_everything(config.seed)
-    plain = build_model(config, train.categories)
+    plain = build_initial_model(config, train.categories)
     share = engine.share_batch(config.batch_size, world.size, config.accumulate)
     training = prepare_training(config, plain, world, precision)
     options = {"overwrite": config.overwrite, "tracker": config.tracker}

@@ -82,7 +82,7 @@ def teacher_inputs(folder: Path) -> list[str]:
     torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), weights)
     write_features(pairs, "timm:test_vit", weights)
     paths = [f"dataset={pairs}", f"backbone={backbone}", f"teacher_weights={weights}"]
-    device = ["device=cpu", "workers=0", "precision=fp32", "batch_size=4", "val_share=0.3"]
+    device = ["device=cpu", "workers=0", "precision=fp32", "batch_size=4", "val_fraction=0.3"]
     return [*paths, *device, "epochs=2", "figures=false", "online_teacher=timm:test_vit"]
 
 

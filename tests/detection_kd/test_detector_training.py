@@ -22,7 +22,7 @@ from detection_kd.datasets.detection import DetectionBatch
 from detection_kd.models.backbone import Backbone, load_backbone
 from detection_kd.models.deformable_detr import DeformableDETR, load_detector, place_detector
 from detection_kd.models.deformable_transformer import Architecture, Detections
-from detection_kd.train_detector import Config, build_model, main
+from detection_kd.train_detector import Config, build_initial_model, main
 from tests.detection_kd.detector_runs import TINY, write_detection_sets
 
 
@@ -258,7 +258,7 @@ def test_diverged_network_stops_with_that_error(
 def build_seeded(config: Config, categories: list[str]) -> DeformableDETR:
     """The detector that a training starts from, drawn from a fixed seed."""
     torch.manual_seed(3)
-    return build_model(config, categories)
+    return build_initial_model(config, categories)
 
 
 def config_of(inputs: list[str], tmp_path: Path, *changes: str) -> Config:
@@ -270,7 +270,7 @@ def test_batch_norm_on_many_cpu_processes_is_refused(inputs: list[str], tmp_path
     with pytest.raises(
         UserError, match="norm=batch: expected CUDA with 2 processes, found cpu; set norm=group"
     ):
-        model = build_model(config, ["lesion"])
+        model = build_initial_model(config, ["lesion"])
         place_detector(model, World(0, 2, torch.device("cpu")), compile=False)
 
 
@@ -291,11 +291,11 @@ def test_settings_that_cannot_work_are_user_errors(
         assert message in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="norm=frozen: expected trained weights"):
-        build_model(config_of(inputs, tmp_path, "norm=frozen"), ["lesion"])
+        build_initial_model(config_of(inputs, tmp_path, "norm=frozen"), ["lesion"])
     torch.save(Backbone("resnet34", "batch").state_dict(), tmp_path / "resnet34.pt")
     with pytest.raises(UserError, match="weights of another architecture"):
         config = config_of(inputs, tmp_path, f"weights={tmp_path / 'resnet34.pt'}")
-        build_model(config, ["lesion"])
+        build_initial_model(config, ["lesion"])
 
 
 def test_given_weights_are_used_and_their_stem_kept(inputs: list[str], tmp_path: Path) -> None:
@@ -309,13 +309,13 @@ def test_given_weights_are_used_and_their_stem_kept(inputs: list[str], tmp_path:
             f"weights={tmp_path / 'resnet18.pt'}",
             f"freeze={freeze}",
         )
-        trunk = build_model(config, ["lesion"]).backbone
+        trunk = build_initial_model(config, ["lesion"]).backbone
         assert torch.equal(trunk.layer4[0].conv1.weight, weights["layer4.0.conv1.weight"])
         assert (
             trunk.conv1.weight.requires_grad is (freeze == 0)
             and trunk.layer2[0].conv1.weight.requires_grad
         )
-    scratch = build_model(config_of(inputs, tmp_path), ["lesion"])
+    scratch = build_initial_model(config_of(inputs, tmp_path), ["lesion"])
     assert all(parameter.requires_grad for parameter in scratch.parameters())
 
 
