@@ -46,7 +46,9 @@ from common.files import write_json
 from common.memory import reuse_large_blocks
 from mil.datasets.bags import Sample, load_bags
 from mil.models import MODELS, build
-from mil.training.engine import Recipe, predict, train_one_epoch
+from mil.training.engine import train_one_epoch
+from mil.training.prediction import predict
+from mil.training.recipes import Recipe
 from mil.training.streaming import can_stream, stream
 from patch_encoder.bags.bag import make_bag, open_bag
 

@@ -40,7 +40,7 @@ from mil.datasets.split_files import (
     select_known_slides,
     write_splits,
 )
-from mil.datasets.splits import PROTOCOLS, Split, list_split_values, make_splits
+from mil.datasets.splits import Split, list_split_values, make_splits
 from mil.evaluation.benchmark_folder import belonging, run_folders
 from mil.evaluation.runs import (
     COST_KEYS,
@@ -52,6 +52,7 @@ from mil.evaluation.runs import (
 )
 from mil.evaluation.tables import write_evaluation
 from mil.tasks.classification import Classification, Predictions
+from mil.tasks.keys import SplitKeys
 from mil.tasks.prediction_table import write_predictions as write_run_predictions
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ MODELS = ("topk", "logistic")
 
 
 @dataclass
-class Config:
+class Config(SplitKeys):
     """Keys of slide scores from detections."""
 
     detections: str = key(REQUIRED, "output of detect_slide (coco/<slide_id>.json)", path=True)
@@ -77,26 +78,7 @@ class Config:
     top_k: int = key(5, "number of highest scores that are taken per slide; and pooled")
     thresholds: list[float] = key([0.3, 0.5, 0.7], "confidences above which detections are counted")
     c: float = key(0.1, "inverse strength of the logistic model's L2 penalty")
-    splits: str = key(
-        "",
-        "folder of splits_<k>.csv (mil.make_splits, CLAM), in place of protocol and folds",
-        path=True,
-    )
-    protocol: str = key(
-        "cv",
-        "cv: stratified folds by patient; fixed: the split column of labels.csv",
-        choices=PROTOCOLS,
-    )
-    folds: int = key(5, "number of folds; for protocol=cv")
-    val_fraction: float = key(
-        0.2, "share of the training patients (or slides) that is held out for validation"
-    )
     split_seed: int = key(2024, "seed of the folds; and of those of the calibration")
-    subset: str = key(
-        "",
-        "use only slides with this value in the split column, or one of several "
-        "(train,val); empty: all",
-    )
     positive: str | None = key(
         None, "label of the positive class; null: the benchmark's, or the last one by alphabet"
     )
@@ -111,7 +93,6 @@ class Config:
         runtime=True,
     )
     resamples: int = key(2000, "bootstrap resamples of the confidence intervals")
-    overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
 
 
 @dataclass

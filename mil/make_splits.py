@@ -29,37 +29,23 @@ from mil.datasets.split_files import (
     select_known_slides,
     write_clam_splits,
 )
-from mil.datasets.splits import PROTOCOLS, SETS, Split, list_split_values, make_splits
-from mil.tasks.table import TASKS, read_targets
+from mil.datasets.splits import SETS, Split, list_split_values, make_splits
+from mil.tasks.keys import FoldKeys, TaskKeys
+from mil.tasks.table import read_targets
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Config:
+class Config(TaskKeys, FoldKeys):
     """Keys of the splits."""
 
-    labels: str = key(
-        REQUIRED,
-        "labels.csv of the cohort; case_id,slide_id,label (and split); time,event for survival",
-        path=True,
-    )
     output: str = key(REQUIRED, "where the results are written; splits_<k>.csv", runtime=True)
     features: list[str] = key(
         [],
         "folder of feature bags; every slide must have a bag in each of them; empty: not checked",
         path=True,
     )
-    task: str = key("classes", "what the slides are labelled with", choices=tuple(TASKS))
-    grades: list[str] = key(
-        [], "names of the grades from the lowest, for task=ordinal; empty: whole numbers"
-    )
-    protocol: str = key(
-        "cv",
-        "cv: stratified folds by patient; fixed: the split column of labels.csv",
-        choices=PROTOCOLS,
-    )
-    folds: int = key(5, "number of folds; for protocol=cv")
     inner_folds: int = key(
         0,
         "validation folds within every outer fold (nested CV); 0: one validation set of "
@@ -74,14 +60,7 @@ class Config:
         "without inner_folds",
     )
     seed: int = key(2024, "seed of everything that is drawn at random")
-    subset: str = key(
-        "",
-        "use only slides with this value in the split column, or one of several "
-        "(train,val); empty: all",
-    )
-    positive: str | None = key(None, "label of the positive class; null: the last one by alphabet")
     check: bool = key(False, "make nothing: check the files in output", runtime=True)
-    overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
 
 
 def must_write(output: Path, splits: list[Split], overwrite: bool) -> bool:

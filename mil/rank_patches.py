@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from common.cli import launch
-from common.config import REQUIRED, group, key
+from common.config import REQUIRED, key
 from common.device import pick_device
 from common.distributed import World, require_one_process
 from common.errors import UserError
@@ -48,10 +48,12 @@ from mil.datasets.distillation_set import (
 from mil.datasets.labels import LabelledSlides
 from mil.datasets.splits import Split, carve_validation, list_split_values
 from mil.models import MeanMIL, Standardised
+from mil.tasks.keys import LabelKeys
 from mil.tasks.slide_targets import SlideTargets
 from mil.tasks.table import read_targets
-from mil.training.engine import Recipe, load_classifier
+from mil.training.engine import load_classifier
 from mil.training.fold_run import FoldJob, FoldSettings, open_job, run_job
+from mil.training.keys import ClassifierKeys
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.labels import locate_slides
@@ -62,7 +64,7 @@ STAGE = "rank_patches"
 
 
 @dataclass
-class Config:
+class Config(ClassifierKeys, LabelKeys):
     """Keys of the ranking stage."""
 
     labels: str = key(
@@ -71,12 +73,6 @@ class Config:
     features: str = key(REQUIRED, "folder of feature bags; of the teacher", path=True)
     slides: str = key(REQUIRED, "slide file, or folder tree of slides", path=True)
     output: str = key(REQUIRED, "where the results are written; the distillation set", runtime=True)
-    subset: str = key(
-        "",
-        "use only slides with this value in the split column, or one of several "
-        "(train,val); empty: all",
-    )
-    positive: str | None = key(None, "label of the positive class; null: the last one by alphabet")
     top_k: int = key(
         50, "number of highest scores that are taken per slide; into the distillation set"
     )
@@ -90,14 +86,7 @@ class Config:
         0.2,
         "share of the training patients (or slides) that is held out for validation; of the ranker",
     )
-    training: Recipe = group(
-        Recipe, "training recipe; keys that are not given are the published ones"
-    )
-    skip_missing: bool = key(False, "leave out labelled slides without a bag instead of stopping")
-    device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
     workers: int = key(1, "worker processes; one slide each", runtime=True)
-    threads: int = key(1, "CPU threads per process", runtime=True)
-    overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@ or in ten.
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,13 @@ import numpy as np
 from common.errors import UserError
 from common.files import read_json, write_csv
 from common.metrics.bootstrap import interval
-from mil.tasks.base import RunPredictions, Task
+from mil.tasks.base import Task
 from mil.tasks.bootstrap import bootstrap, summarise
 from mil.tasks.prediction_table import read_parts
+from mil.tasks.records import RunPredictions
+from patch_encoder.bags.bag import open_bag
 
+logger = logging.getLogger(__name__)
 COST_KEYS = ("dim", "parameters", "gflops", "tiles_per_second")
 PLACE = ("feature_set", "model", "seed", "fold")
 SHORT = {  # names of metrics in the terminal
@@ -182,6 +186,25 @@ def compute_mean(runs: Sequence[RunPredictions], task: Task) -> float:
 
 def _places(runs: Sequence[FinishedRun]) -> set[tuple[int, int]]:
     return {(run.seed, run.test.fold) for run in runs}
+
+
+def read_encoder_costs(
+    path: str, files: Mapping[str, Mapping[str, Path]]
+) -> dict[str, dict[str, Any]]:
+    """Cost of each feature set's encoder from a JSON file, and its width from its bags.
+
+    Args:
+        path: feature set -> gflops, parameters, tiles_per_second; empty: they are not known.
+        files: feature set -> slide id -> bag file.
+    """
+    costs = read_json(path, "encoder costs") if path else {}
+    unknown = sorted(set(costs) - set(files))
+    if unknown:
+        logger.info("cost: no feature set is called %s", ", ".join(unknown))
+    return {
+        name: {**costs.get(name, {}), "dim": open_bag(next(iter(bags.values()))).shape[1]}
+        for name, bags in files.items()
+    }
 
 
 def add_headline(

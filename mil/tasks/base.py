@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from common.metrics.ranking import ratio
 from mil.datasets.labels import LabelledSlides
 from mil.models.output import MILOutput, Target
+from mil.tasks.records import FigureSpec, RunPredictions, TaskOptions, Verdict
 
 if TYPE_CHECKING:
     from typing import Self
@@ -30,62 +30,6 @@ Array = np.ndarray
 # slides of labels.csv with their stratum as label, the task with its names, slide id -> target
 ReadTargets = tuple[LabelledSlides, "Task", Mapping[str, int | tuple[float, ...]]]
 PLACE = ("slide_id", "case_id", "fold", "split")
-
-
-@dataclass(frozen=True)
-class TaskOptions:
-    """What a user decides about the loss of a task; a task refuses the options of other tasks."""
-
-    label_smoothing: float = 0.0
-    focal: float = 0.0
-    class_weights: bool = False
-    intervals: int = 4
-    censored_alpha: float = 0.0
-    regression_loss: str = "mse"
-
-
-@dataclass(frozen=True)
-class RunPredictions:
-    """What one trained model predicts for the slides of one set of its fold.
-
-    Attributes:
-        fold: number of the fold.
-        cases: (S,) patient of each slide; resampling needs it.
-    """
-
-    fold: int
-    cases: np.ndarray
-
-
-@dataclass(frozen=True)
-class FigureSpec:
-    """A figure on the report page: its drawing (a key of mil.figures.by_task.FIGURES), what it is,
-    and its caption, in which `{headline}` stands for the classifier.
-    """
-
-    drawing: str
-    title: str
-    caption: str
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a model makes of one slide, for people.
-
-    Attributes:
-        rank: by which example slides are chosen: how sure the call is; of tasks without calls the
-            place of the risk or the error.
-        label: what is known of the slide.
-        called: what the model makes of it.
-        detail: how sure that is.
-        right: False where `called` contradicts `label`.
-    """
-
-    rank: float
-    label: str
-    called: str
-    detail: str
-    right: bool = True
 
 
 @dataclass(frozen=True)
@@ -415,18 +359,3 @@ def apply_cuts(task: Task, parts: Mapping[str, Any], known: Mapping[str, Any]) -
     cuts = task.choose_cuts(parts["val"]) if "val" in parts else {}
     cuts |= {name: known[name] for name in task.trained_cuts if name in known}
     return {name: replace(part, **cuts) for name, part in parts.items()}
-
-
-def rank_places(values: np.ndarray) -> list[float | None]:
-    """Share of the values that are lower, of each."""
-    return [float((values < value).mean()) for value in values]
-
-
-def weights_or_ones(weights: np.ndarray | None, slides: int) -> np.ndarray:
-    """(B, S): the weightings, or one of ones."""
-    return np.ones((1, slides)) if weights is None else weights
-
-
-def weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Mean over slides of (S,) values for every weighting, (B,)."""
-    return ratio(weights @ values, weights.sum(1))

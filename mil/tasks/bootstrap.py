@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from common.metrics.bootstrap import centred, interval, resample_folds
-from mil.tasks.base import RunPredictions
+from mil.tasks.records import RunPredictions
 
 Evaluate = Callable[..., Mapping[str, np.ndarray]]  # Task.evaluate
 # an ECE adds up absolute gaps, so that noise makes it larger, and a resample has more noise than

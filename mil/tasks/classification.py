@@ -32,17 +32,9 @@ from common.metrics.classification import (
 from mil.datasets.labels import read_labelled_slides
 from mil.losses.classification import class_loss
 from mil.models.output import Target
-from mil.tasks.base import (
-    Array,
-    FigureSpec,
-    Names,
-    ReadTargets,
-    Row,
-    RunPredictions,
-    Task,
-    TaskOptions,
-)
+from mil.tasks.base import Array, Names, ReadTargets, Row, Task
 from mil.tasks.prediction_table import check_names, read_probabilities
+from mil.tasks.records import FigureSpec, RunPredictions, TaskOptions
 
 METRICS = (
     *("auc", "f1", "sensitivity", "specificity", "accuracy", "balanced_accuracy"),

@@ -17,7 +17,7 @@ from torch import Tensor
 from common.errors import UserError
 from mil.losses.survival import discrete_loss, discrete_risk
 from mil.models.output import Target
-from mil.tasks.base import TaskOptions
+from mil.tasks.records import TaskOptions
 from mil.tasks.survival import SurvivalTask
 
 

@@ -23,19 +23,10 @@ from common.metrics.ranking import average_precision, binary_auc, ratio
 from mil.datasets.labels import LabelledSlides
 from mil.losses.classification import label_loss
 from mil.models.output import Target
-from mil.tasks.base import (
-    Array,
-    FigureSpec,
-    Names,
-    ReadTargets,
-    Row,
-    RunPredictions,
-    Task,
-    TaskOptions,
-    Verdict,
-)
+from mil.tasks.base import Array, Names, ReadTargets, Row, Task
 from mil.tasks.classification import Predictions, check_loss
 from mil.tasks.prediction_table import check_names, read_probabilities
+from mil.tasks.records import FigureSpec, RunPredictions, TaskOptions, Verdict
 from mil.tasks.slide_targets import NONE, read_records
 from patch_encoder.cohort.labels import SlideRecord
 

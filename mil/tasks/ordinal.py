@@ -21,8 +21,9 @@ from common.metrics.ranking import binary_auc, ratio
 from mil.datasets.labels import LabelledSlides
 from mil.losses.ordinal import corn_loss, corn_probabilities
 from mil.models.output import Target
-from mil.tasks.base import Array, FigureSpec, Names, ReadTargets, Row, RunPredictions, Task
+from mil.tasks.base import Array, Names, ReadTargets, Row, Task
 from mil.tasks.classification import Predictions, read_class_predictions
+from mil.tasks.records import FigureSpec, RunPredictions
 from mil.tasks.slide_targets import present_names, read_records
 
 

@@ -22,20 +22,16 @@ from common.metrics.ranking import ratio
 from mil.datasets.labels import LabelledSlides
 from mil.losses.regression import LOSSES, regression_loss
 from mil.models.output import Target
-from mil.tasks.base import (
-    Array,
+from mil.tasks.base import Array, Names, ReadTargets, Row, Task
+from mil.tasks.prediction_table import finite_number
+from mil.tasks.records import (
     FigureSpec,
-    Names,
-    ReadTargets,
-    Row,
     RunPredictions,
-    Task,
     TaskOptions,
     Verdict,
     weighted_mean,
     weights_or_ones,
 )
-from mil.tasks.prediction_table import finite_number
 from mil.tasks.slide_targets import read_records
 
 MOST_BINS, SLIDES_PER_BIN = 4, 10

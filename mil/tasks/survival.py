@@ -24,18 +24,9 @@ from common.files import safe_id
 from common.metrics.ranking import ratio
 from mil.datasets.labels import LabelledSlides
 from mil.models.output import Target
-from mil.tasks.base import (
-    Array,
-    FigureSpec,
-    Names,
-    ReadTargets,
-    Row,
-    RunPredictions,
-    Task,
-    Verdict,
-    rank_places,
-)
+from mil.tasks.base import Array, Names, ReadTargets, Row, Task
 from mil.tasks.prediction_table import finite_number
+from mil.tasks.records import FigureSpec, RunPredictions, Verdict, rank_places
 from mil.tasks.slide_targets import chosen_records, present_names
 from patch_encoder.cohort.labels import SlideRecord, read_rows
 

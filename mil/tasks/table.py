@@ -9,12 +9,13 @@ from typing import Any
 
 from common.errors import UserError
 from mil.datasets.labels import LabelledSlides
-from mil.tasks.base import Task, TaskOptions
+from mil.tasks.base import Task
 from mil.tasks.classification import Classification
 from mil.tasks.cox import Cox
 from mil.tasks.discrete import Discrete
 from mil.tasks.multilabel import Multilabel
 from mil.tasks.ordinal import Ordinal
+from mil.tasks.records import TaskOptions
 from mil.tasks.regression import Regression
 from mil.tasks.slide_targets import SlideTargets
 

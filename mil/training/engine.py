@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from common.checkpoint import load_checkpoint, load_weights, resume, save_checkpoint
-from common.config import key
 from common.device import autocast
 from common.distributed import World, all_reduce_mean, unwrap, wrap
 from common.errors import UserError
 from common.optim import (
-    OPTIMIZERS,
     clip_gradients,
     exchange_gradients,
     group_batches,
@@ -37,7 +34,6 @@ from common.optim import (
     trainable,
 )
 from common.run import Run
-from common.schedules import SCHEDULES, drop_epoch, lr_factor
 from common.seed import epoch_generator
 from mil.datasets.bags import Sample
 from mil.models import MILOutput, Target, build
@@ -45,61 +41,13 @@ from mil.tasks.base import Task
 from mil.tasks.classification import Classification
 from mil.training.prediction import grid_for, is_streamed, predict
 from mil.training.prefetch import on_device, prefetch
+from mil.training.recipes import Recipe, check_recipe, recipe_factor
+from mil.training.sampling import class_weights, draws, epoch_order
+from mil.training.selection import Smoother, is_better, is_over
 from mil.training.streaming import stream
 
 logger = logging.getLogger(__name__)
 CLASSES = Classification()  # the criterion of one class per slide, without its names
-
-
-@dataclass
-class Recipe:
-    """How a slide classifier is trained; the defaults are TS2G-KD's, other models' are in
-    mil/training/recipes.py.
-    """
-
-    epochs: int = key(200, "epochs, and the length of the cosine schedule")
-    patience: int = key(
-        20,
-        "stop after so many epochs without a better validation AUC (or equal AUC and lower loss)",
-    )
-    min_epochs: int = key(70, "do not stop early before this epoch")
-    optimizer: str = key("adam", "optimiser", choices=OPTIMIZERS)
-    lr: float = key(2e-4, "learning rate at the start")
-    weight_decay: float = key(1e-5, "weight decay")
-    beta1: float = key(0.9, "decay of the optimiser's mean of gradients")
-    beta2: float = key(0.999, "decay of the optimiser's mean of squared gradients")
-    schedule: str = key(
-        "cosine",
-        "learning rate over the run: constant, one drop, or half a cosine",
-        choices=SCHEDULES,
-    )
-    lr_drop: int = key(0, "epoch after which the learning rate drops, once; 0: half-way")
-    lr_drop_factor: float = key(0.2, "factor of the learning rate from its drop on")
-    lr_min: float = key(0.0, "learning rate at the end of the cosine")
-    clip_norm: float = key(0.0, "largest L2 norm of the gradients of a step; 0: any")
-    accumulate: int = key(
-        1, "bags per optimiser step, over all processes; their gradients are averaged"
-    )
-    max_tiles: int = key(
-        0, "tiles of a bag that a training step sees, drawn anew in every epoch; 0: all of them"
-    )
-    smoothing: float = key(
-        0.0,
-        "average of the validation score over epochs, s * past + (1 - s) * new; 0: the score "
-        "itself",
-    )
-    label_smoothing: float = key(0.0, "label smoothing of task=classes and task=multilabel")
-    focal: float = key(
-        0.0, "gamma of the focal loss of task=classes and task=multilabel; 0: cross-entropy"
-    )
-    class_weights: bool = key(
-        False, "weigh the loss by inverse class frequency, mean 1 over the training slides"
-    )
-    balanced: bool = key(
-        False, "draw the bags of an epoch with replacement, every class equally often"
-    )
-    precision: str = key("fp32", "computing precision", choices=("fp32", "bf16"))
-    save_every: int = key(10, "epochs between two checkpoints", runtime=True)
 
 
 def train_one_epoch(
@@ -180,48 +128,6 @@ def training_loss(output: MILOutput, target: Target, task: Task = CLASSES) -> Fl
     return loss if output.auxiliary is None else loss + output.auxiliary
 
 
-def draws(
-    bags: Sequence[tuple[Sample, int]], tiles: int, seed: int
-) -> Iterator[tuple[Sample, Tensor | None]]:
-    """Each sample with its tiles of this pass: all (None), or `tiles` of them in the order of the
-    bag.
-
-    The draw depends on the seed and the bag's place in the epoch alone, not on who loads it.
-    """
-    for sample, place in bags:
-        if not 0 < tiles < len(sample.bag):
-            yield sample, None
-            continue
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + place)
-        yield (
-            sample,
-            torch.randperm(len(sample.bag), generator=generator)[:tiles].sort().values,
-        )
-
-
-def class_weights(samples: Sequence[Sample]) -> dict[int, float]:
-    """S / (C n_c) for every class c: mean 1 over the samples."""
-    targets = [stratum_of(sample) for sample in samples]
-    present = set(targets)
-    return {c: len(targets) / (len(present) * targets.count(c)) for c in present}
-
-
-def stratum_of(sample: Sample) -> int:
-    """The class of a bag, or what stands for it."""
-    return sample.target if isinstance(sample.target, int) else sample.stratum
-
-
-def epoch_order(samples: Sequence[Sample], balanced: bool, generator: torch.Generator) -> list[int]:
-    """Indices of an epoch's bags: all of them shuffled, or as many drawn with every class equally
-    likely.
-    """
-    if not balanced:
-        return torch.randperm(len(samples), generator=generator).tolist()
-    weights = class_weights(samples)
-    odds = torch.tensor([weights[stratum_of(sample)] for sample in samples], dtype=torch.float64)
-    return torch.multinomial(odds, len(samples), replacement=True, generator=generator).tolist()
-
-
 @torch.inference_mode()
 def examine(model: nn.Module, sample: Sample, device: torch.device) -> MILOutput:
     """Logits and attention of one bag, fp32, on the CPU; a very large one is streamed, as in
@@ -246,79 +152,6 @@ def validate(
     """
     logits = predict(model, samples, device, precision)
     return task.measure(logits, [sample.target for sample in samples])
-
-
-def is_better(value: Mapping[str, Any], best: Mapping[str, Any], score: str = "auc") -> bool:
-    """Higher validation score, or the same with a lower loss; a score that is not a number is below
-    all others.
-    """
-    return not best or _rank(value, score) > _rank(best, score)
-
-
-def _rank(value: Mapping[str, Any], score: str) -> tuple[float, float]:
-    known = not math.isnan(value[score])
-    return (value[score] if known else -math.inf), -value["loss"]
-
-
-class Smoother:
-    """Moving average of the validation score and loss, by which epochs are compared: s * past + (1
-    - s) * new.
-
-    Starts at the first epoch's values; with s = 0 it is the values themselves.
-    """
-
-    def __init__(self, share: float) -> None:
-        if not 0 <= share < 1:
-            raise UserError(
-                f"training.smoothing={share}: expected the share of the past, 0 <= smoothing < 1"
-            )
-        self.share, self.values = share, {}
-
-    def __call__(self, values: Mapping[str, float], score: str) -> dict[str, float]:
-        """The averages after one more epoch."""
-        new = {name: values[name] for name in (score, "loss")}
-        self.values = {name: self._mean(self.values.get(name, math.nan), new[name]) for name in new}
-        return dict(self.values)
-
-    def _mean(self, past: float, new: float) -> float:
-        """What is no number (a score of slides that cannot be ranked) leaves the average alone."""
-        if not self.share or math.isnan(past):
-            return new
-        return past if math.isnan(new) else self.share * past + (1 - self.share) * new
-
-    def state_dict(self) -> dict[str, float]:
-        """For a checkpoint."""
-        return dict(self.values)
-
-    def load_state_dict(self, values: Mapping[str, float]) -> None:
-        """Go on from a checkpoint."""
-        self.values = dict(values)
-
-
-def is_over(epoch: int, best: Mapping[str, Any], recipe: Recipe) -> bool:
-    """Whether training ends after `epoch` completed epochs."""
-    if epoch >= recipe.epochs:
-        return True
-    return bool(best) and epoch >= recipe.min_epochs and epoch - best["epoch"] >= recipe.patience
-
-
-def check_recipe(recipe: Recipe, task: Task, world: World) -> None:
-    """Refuse what does not go together, before any work."""
-    if recipe.accumulate % world.size:
-        raise UserError(
-            f"training.accumulate={recipe.accumulate}: expected a multiple of the number of "
-            f"processes, {world.size}"
-        )
-    if task.needs_all_bags and (world.size > 1 or recipe.accumulate < 2):
-        raise UserError(
-            f"task={task.kind}: expected one process and training.accumulate of 2 or more, the "
-            "slides that are compared in a "
-            f"step; found {world.size} and {recipe.accumulate}"
-        )
-    if recipe.max_tiles < 0:
-        raise UserError(
-            f"training.max_tiles={recipe.max_tiles}: expected a number of tiles, or 0 for all"
-        )
 
 
 def check_validation(targets: Sequence[Target], task: Task) -> None:
@@ -408,18 +241,6 @@ def train_model(
             save_epoch(run, model, config, epoch, best, parts)
     model.load_state_dict(best["model"])
     return without_weights(best) | {"epochs": epoch}
-
-
-def recipe_factor(recipe: Recipe, epoch: int) -> float:
-    """Learning rate of an epoch as a share of the recipe's."""
-    return lr_factor(
-        recipe.schedule,
-        epoch,
-        recipe.epochs,
-        drop=drop_epoch(recipe.lr_drop, recipe.epochs),
-        drop_factor=recipe.lr_drop_factor,
-        floor=recipe.lr_min / recipe.lr if recipe.lr else 0.0,
-    )
 
 
 def weights_on_cpu(model: nn.Module) -> dict[str, Tensor]:

@@ -28,11 +28,14 @@ from mil.datasets.labels import LabelledSlides
 from mil.datasets.splits import Split
 from mil.models import Standardised, build, build_plain_model
 from mil.models.standardise import inner_model
-from mil.tasks.base import RunPredictions, Task, TaskOptions, apply_cuts
+from mil.tasks.base import Task, apply_cuts
 from mil.tasks.prediction_table import write_predictions
+from mil.tasks.records import RunPredictions, TaskOptions
 from mil.tasks.slide_targets import SlideTargets
 from mil.tasks.table import fit_task
-from mil.training.engine import Recipe, check_recipe, predict, train_model
+from mil.training.engine import train_model
+from mil.training.prediction import predict
+from mil.training.recipes import Recipe, check_recipe
 from patch_encoder.bags.bag import Bag
 
 _kept: dict[tuple[object, ...], dict[str, Bag]] = {}  # of `cached_bags`: one at most

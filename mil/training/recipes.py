@@ -1,7 +1,7 @@
-"""The published training recipe of each model: what `training.*` and `dropout` are where they are
-not given.
+"""How a slide classifier is trained: the keys of a recipe, and the published recipe of each model,
+which `training.*` and `dropout` are where they are not given.
 
-TS2G-KD's recipe (engine.Recipe's defaults) is that of Mean, Max, ABMIL and, by our choice,
+TS2G-KD's recipe (the defaults of Recipe) is that of Mean, Max, ABMIL and, by our choice,
 DeformMIL; RRT-MIL and MHIM-MIL share all of it but when they stop. Each entry names its source;
 what the engine does otherwise is said beside it. Selection is by validation AUC and the loss is the
 task's own in all of them.
@@ -13,9 +13,64 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
+from common.config import key
+from common.distributed import World
 from common.errors import UserError, did_you_mean
+from common.optim import OPTIMIZERS
+from common.schedules import SCHEDULES, drop_epoch, lr_factor
 from mil.models.options import check_option
-from mil.training.engine import Recipe
+from mil.tasks.base import Task
+
+
+@dataclass
+class Recipe:
+    """How a slide classifier is trained; the defaults are TS2G-KD's, those of other models stand in
+    PUBLISHED.
+    """
+
+    epochs: int = key(200, "epochs, and the length of the cosine schedule")
+    patience: int = key(
+        20,
+        "stop after so many epochs without a better validation AUC (or equal AUC and lower loss)",
+    )
+    min_epochs: int = key(70, "do not stop early before this epoch")
+    optimizer: str = key("adam", "optimiser", choices=OPTIMIZERS)
+    lr: float = key(2e-4, "learning rate at the start")
+    weight_decay: float = key(1e-5, "weight decay")
+    beta1: float = key(0.9, "decay of the optimiser's mean of gradients")
+    beta2: float = key(0.999, "decay of the optimiser's mean of squared gradients")
+    schedule: str = key(
+        "cosine",
+        "learning rate over the run: constant, one drop, or half a cosine",
+        choices=SCHEDULES,
+    )
+    lr_drop: int = key(0, "epoch after which the learning rate drops, once; 0: half-way")
+    lr_drop_factor: float = key(0.2, "factor of the learning rate from its drop on")
+    lr_min: float = key(0.0, "learning rate at the end of the cosine")
+    clip_norm: float = key(0.0, "largest L2 norm of the gradients of a step; 0: any")
+    accumulate: int = key(
+        1, "bags per optimiser step, over all processes; their gradients are averaged"
+    )
+    max_tiles: int = key(
+        0, "tiles of a bag that a training step sees, drawn anew in every epoch; 0: all of them"
+    )
+    smoothing: float = key(
+        0.0,
+        "average of the validation score over epochs, s * past + (1 - s) * new; 0: the score "
+        "itself",
+    )
+    label_smoothing: float = key(0.0, "label smoothing of task=classes and task=multilabel")
+    focal: float = key(
+        0.0, "gamma of the focal loss of task=classes and task=multilabel; 0: cross-entropy"
+    )
+    class_weights: bool = key(
+        False, "weigh the loss by inverse class frequency, mean 1 over the training slides"
+    )
+    balanced: bool = key(
+        False, "draw the bags of an epoch with replacement, every class equally often"
+    )
+    precision: str = key("fp32", "computing precision", choices=("fp32", "bf16"))
+    save_every: int = key(10, "epochs between two checkpoints", runtime=True)
 
 
 @dataclass(frozen=True)
@@ -130,3 +185,34 @@ def resolve(
             )
     dropout = values.pop("dropout", dropout)
     return replace(training, **values), dropout
+
+
+def check_recipe(recipe: Recipe, task: Task, world: World) -> None:
+    """Refuse what does not go together, before any work."""
+    if recipe.accumulate % world.size:
+        raise UserError(
+            f"training.accumulate={recipe.accumulate}: expected a multiple of the number of "
+            f"processes, {world.size}"
+        )
+    if task.needs_all_bags and (world.size > 1 or recipe.accumulate < 2):
+        raise UserError(
+            f"task={task.kind}: expected one process and training.accumulate of 2 or more, the "
+            "slides that are compared in a "
+            f"step; found {world.size} and {recipe.accumulate}"
+        )
+    if recipe.max_tiles < 0:
+        raise UserError(
+            f"training.max_tiles={recipe.max_tiles}: expected a number of tiles, or 0 for all"
+        )
+
+
+def recipe_factor(recipe: Recipe, epoch: int) -> float:
+    """Learning rate of an epoch as a share of the recipe's."""
+    return lr_factor(
+        recipe.schedule,
+        epoch,
+        recipe.epochs,
+        drop=drop_epoch(recipe.lr_drop, recipe.epochs),
+        drop_factor=recipe.lr_drop_factor,
+        floor=recipe.lr_min / recipe.lr if recipe.lr else 0.0,
+    )

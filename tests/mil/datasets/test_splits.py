@@ -29,6 +29,7 @@ from tests.mil.tasks.task_cohorts import COHORTS, rewrite
 
 EVENTS = ["censored", "event"]
 STRATA = {"multilabel": ["-", "a", "b"], "ordinal": list("0123"), "cox": EVENTS, "discrete": EVENTS}
+STRATA["regression"] = ["bin1", "bin2", "bin3"]
 
 
 def cohort(patients: int = 24) -> LabelledSlides:

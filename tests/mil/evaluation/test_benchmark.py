@@ -263,4 +263,4 @@ def test_numbers_are_short():
         "11.2M",
         "4.1G",
     ]
-    assert "feature set" in text_table({}, [])
+    assert "feature set" in text_table({}, [], ["auc"])

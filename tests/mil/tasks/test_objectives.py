@@ -29,23 +29,20 @@ from mil.losses.ordinal import corn_loss, corn_probabilities
 from mil.losses.survival import cox_loss, discrete_loss, discrete_risk
 from mil.models import MODELS, build
 from mil.models.output import MILOutput
-from mil.tasks.base import Task, TaskOptions
+from mil.tasks.base import Task
 from mil.tasks.classification import Classification
 from mil.tasks.cox import Cox
 from mil.tasks.discrete import Discrete, interval_edges
 from mil.tasks.multilabel import Multilabel
 from mil.tasks.ordinal import Ordinal
+from mil.tasks.records import TaskOptions
 from mil.tasks.regression import Regression
 from mil.tasks.slide_targets import SlideTargets
 from mil.tasks.table import TASKS, fit_task, read_targets, task_from_dict
 from mil.train import Config, main
-from mil.training.engine import (
-    Recipe,
-    check_recipe,
-    load_classifier,
-    predict,
-    train_one_epoch,
-)
+from mil.training.engine import load_classifier, train_one_epoch
+from mil.training.prediction import predict
+from mil.training.recipes import Recipe, check_recipe
 from patch_encoder.bags.bag import make_bag
 from tests.mil.models.small_options import SMALL
 from tests.mil.tasks.task_cohorts import COHORTS, rewrite

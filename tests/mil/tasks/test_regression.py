@@ -16,7 +16,7 @@ from common.cli import run as run_script
 from common.config import load_config
 from common.errors import UserError
 from mil.datasets.splits import Split, check_split, make_splits
-from mil.tasks.base import TaskOptions
+from mil.tasks.records import TaskOptions
 from mil.tasks.regression import Regression, quantile_bins, weighted_ranks
 from mil.tasks.table import fit_task, read_targets
 from mil.train import Config, main

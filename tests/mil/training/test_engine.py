@@ -32,14 +32,10 @@ from mil.tasks.classification import METRICS
 from mil.tasks.cox import Cox
 from mil.tasks.discrete import Discrete
 from mil.train import Config, build_job, main
-from mil.training.engine import (
-    Recipe,
-    class_weights,
-    is_better,
-    is_over,
-    load_classifier,
-    train_one_epoch,
-)
+from mil.training.engine import load_classifier, train_one_epoch
+from mil.training.recipes import Recipe
+from mil.training.sampling import class_weights
+from mil.training.selection import is_better, is_over
 from patch_encoder.bags.bag import make_bag, read_bag
 from patch_encoder.bags.writer import write_bag
 
