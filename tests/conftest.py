@@ -27,7 +27,7 @@ LONG = (
     "test_sharing",
     "test_export_student",
     "test_learning",
-    "test_rank_queue",
+    "test_training_pool",
     "test_benchmark",
 )
 
