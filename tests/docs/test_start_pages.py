@@ -44,7 +44,9 @@ def clone(folder: Path) -> Path:
 )
 def test_commands_run(page: Path, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name.isupper()}
-    for name in ("SLIDES", "LABELS", "FEATURES", "OUTPUT", "ENV", "PYTHON", "PYTHONPATH"):
+    # what a reader's shell does not have; tools/test.sh exports PYTHONPATH and PYTHONSAFEPATH
+    ours = ("SLIDES", "LABELS", "FEATURES", "OUTPUT", "ENV", "PYTHON", "PYTHONPATH")
+    for name in (*ours, "PYTHONSAFEPATH"):
         environment.pop(name, None)
     done = subprocess.run(
         ["bash", "-c", commands(page)],
