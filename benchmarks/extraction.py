@@ -44,8 +44,7 @@ from patch_encoder.extraction.tile_batches import TileSequence
 from patch_encoder.models.encoder_table import IMAGENET
 from patch_encoder.models.encoders import Encoder, PixelEncoder, build_encoder
 from patch_encoder.models.transforms import ToInputSize
-from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, write_coordinates
-from patch_encoder.tiles.slide_job import SlideJob
+from patch_encoder.tiles.coordinates import Coordinates, SlideJob, TileGeometry, write_coordinates
 
 SIDE, TILE, INPUT = 20_000, 256, 224
 BARS = {"end to end / smaller part": 0.85, "bf16 / classic": 3.0, "memory, 10x the tiles": 1.2}

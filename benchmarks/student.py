@@ -48,8 +48,7 @@ from patch_encoder.models.encoder_table import IMAGENET
 from patch_encoder.models.encoders import Encoder, PixelEncoder, build_encoder
 from patch_encoder.models.onnx_network import OnnxNetwork
 from patch_encoder.models.transforms import ToInputSize
-from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
-from patch_encoder.tiles.slide_job import SlideJob
+from patch_encoder.tiles.coordinates import Coordinates, SlideJob, TileGeometry
 
 GIGAPATH = {"img_size": 224, "patch_size": 16, "mlp_ratio": 5.33334}
 VITS: dict[str, tuple[str, dict]] = {

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from common.cli import launch
-from common.config import REQUIRED, key
+from common.config import key
 from common.errors import UserError
 from common.processes.pool import Lost, Raised, check_workers, heartbeat, run_jobs
 from common.progress import progress
+from patch_encoder.cohort.keys import TileGridKeys
 from patch_encoder.cohort.labels import find_slides_and_mpps
 from patch_encoder.slides import RegionError, Slide, open_slide
 from patch_encoder.tiles.coordinates import TileGeometry
@@ -33,39 +34,10 @@ PROBE = 64  # px of a region that is read of the levels that tiles do not come f
 
 
 @dataclass
-class Config:
+class Config(TileGridKeys):
     """Keys of the inspection."""
 
-    slides: str = key(REQUIRED, "slide file, or folder tree of slides", path=True)
-    labels: str = key(
-        "",
-        "labels.csv of the cohort; only its slides are inspected, and mpp comes from it",
-        path=True,
-    )
-    target_mpp: float | None = key(
-        0.5, "micrometres per pixel of the tiles; null: level 0 as it is"
-    )
-    tile_size: int = key(256, "side of a tile, px; at target_mpp")
-    overlap: float = key(0.0, "share of its side that a tile has in common with its neighbour")
-    mpp: float | None = key(
-        None, "micrometres per pixel at level 0; of slides that labels.csv does not give"
-    )
-    tile_pattern: str = key(
-        "", "how tile folders name their tiles, as in tile_x{x}_y{y}.png; empty: <row>_<col>"
-    )
-    pictures: bool = key(
-        False,
-        "plain pictures (png, jpg, ...) are slides too; they always are where nothing else is",
-    )
     sample: int = key(16, "tiles to decode, spread over the slide; 0: none")
-    workers: int = key(
-        2,
-        "worker processes; one slide each; 0: the main process, which a slide that "
-        "crashes its reader ends",
-    )
-    read_timeout: float = key(
-        300.0, "seconds without progress after which a slide is given up (not with workers=0)"
-    )
     details: bool = key(False, "everything about each slide instead of a row")
     json: bool = key(False, "print JSON")
 

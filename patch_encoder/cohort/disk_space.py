@@ -14,7 +14,7 @@ import numpy as np
 
 from common.errors import UserError
 from patch_encoder.bags.writer import BAG_OVERHEAD
-from patch_encoder.tiles.slide_job import SlideJob
+from patch_encoder.tiles.coordinates import SlideJob
 
 REMEDY = "free some, choose output= on another disk, or store dtype=float16"
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.errors import UserError
-from patch_encoder.tiles.slide_job import SlideJob
+from patch_encoder.tiles.coordinates import SlideJob
 
 
 @dataclass(frozen=True)

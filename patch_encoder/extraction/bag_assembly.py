@@ -16,8 +16,8 @@ from common.checkpoint import save_tensors
 from patch_encoder.bags.writer import BagWriter
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.extraction.tile_batches import BadTile, TileBatch
-from patch_encoder.slides.identity import compute_slide_identity
-from patch_encoder.tiles.slide_job import SlideJob
+from patch_encoder.slides.names import compute_slide_identity
+from patch_encoder.tiles.coordinates import SlideJob
 
 UNREADABLE = "unreadable_tiles"  # attribute of `features` in a bag that lacks some
 

@@ -36,8 +36,7 @@ from patch_encoder.extraction.ray_backend import Report, work_on_ray
 from patch_encoder.extraction.tile_batches import TileBatch, TileSequence
 from patch_encoder.models.encoders import Encoder
 from patch_encoder.stain.normaliser import Normaliser
-from patch_encoder.tiles.coordinates import Coordinates, read_coordinates, tile_pattern_of
-from patch_encoder.tiles.slide_job import SlideJob
+from patch_encoder.tiles.coordinates import Coordinates, SlideJob, read_coordinates, tile_pattern_of
 
 logger = logging.getLogger(__name__)
 STAGE = "extract_features"

@@ -20,7 +20,7 @@ from common.processes.pool import Lost, Raised
 from common.processes.ray_cluster import RayPool, RaySettings
 from common.progress import Progress
 from patch_encoder.cohort.shards import count_tiles, make_bundles
-from patch_encoder.tiles.slide_job import SlideJob
+from patch_encoder.tiles.coordinates import SlideJob
 
 logger = logging.getLogger(__name__)
 ATTEMPTS = 3  # a bundle that has killed so many workers is taken apart, a slide given up

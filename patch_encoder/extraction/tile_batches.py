@@ -17,9 +17,8 @@ from common.processes.pool import heartbeat
 from patch_encoder.slides import RegionError, Slide, SlideError, open_slide
 from patch_encoder.stain.normaliser import Normaliser
 from patch_encoder.stain.slide_stains import SlideStains
-from patch_encoder.tiles.coordinates import TileGeometry
+from patch_encoder.tiles.coordinates import SlideJob, TileGeometry
 from patch_encoder.tiles.grid import read_tile
-from patch_encoder.tiles.slide_job import SlideJob
 
 logger = logging.getLogger(__name__)
 Place = Callable[..., Tensor]  # (shape, dtype=) -> memory for a batch

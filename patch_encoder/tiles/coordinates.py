@@ -206,3 +206,13 @@ def tile_pattern_of(files: Iterable[Path]) -> str:
     """
     first = next(iter(sorted(files)), None)
     return str(coordinate_attributes(first).get("tile_pattern", "")) if first else ""
+
+
+@dataclass(frozen=True)
+class SlideJob:
+    """One slide to be encoded: where it lies, its tiles, its resolution if the user gave one."""
+
+    slide_id: str
+    path: Path
+    coordinates: Coordinates
+    mpp: float | None

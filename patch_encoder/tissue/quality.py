@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import cv2
@@ -18,6 +18,7 @@ import h5py
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8
 
+from common.config import key
 from common.errors import UserError
 from common.files import atomic_path
 from patch_encoder.slides.base import RegionError, Slide
@@ -49,19 +50,24 @@ BRIGHT, PALE = (
 )  # background: darkest channel above BRIGHT, channels no further than PALE apart
 
 
-@dataclass(frozen=True)
+@dataclass
 class Cuts:
-    """Which tiles are dropped; None: none for this reason."""
+    """Which tiles are dropped; None: none for this reason. Scripts inherit these keys."""
 
-    min_blur: float | None = None
-    max_pen: float | None = None
-    max_background: float | None = None
-    min_saturation: float | None = None
-    max_darkness: float | None = None
+    min_blur: float | None = key(
+        None, "drop tiles whose Laplacian has less variance than this; null: none"
+    )
+    max_pen: float | None = key(None, "drop tiles with a larger share of ink; null: none")
+    max_background: float | None = key(
+        None, "drop tiles with a larger share of empty glass; null: none"
+    )
+    min_saturation: float | None = key(None, "drop tiles of less mean saturation, 0..1; null: none")
+    max_darkness: float | None = key(None, "drop tiles of more mean optical density; null: none")
 
-    def any(self) -> bool:
-        """Whether anything would be dropped at all."""
-        return any(value is not None for value in asdict(self).values())
+    def limits(self) -> dict[str, float]:
+        """The cuts that are set, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(Cuts)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def measure_tile(
@@ -189,9 +195,7 @@ def filter_coordinates(source: str | Path, target: str | Path, cuts: Cuts) -> di
     extra = {
         name: value for name, value in coordinate_attributes(source).items() if name not in own
     }
-    extra["cuts"] = ", ".join(
-        f"{name}={value:g}" for name, value in asdict(cuts).items() if value is not None
-    )
+    extra["cuts"] = ", ".join(f"{name}={value:g}" for name, value in cuts.limits().items())
     kept = Coordinates(coordinates.coords[keep], coordinates.geometry)
     write_tiles(target, kept, extra, {name: values[keep] for name, values in quality.items()})
     return count_reasons(why)

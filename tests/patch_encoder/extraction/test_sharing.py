@@ -20,8 +20,7 @@ from common.errors import UserError
 from common.processes.ray_cluster import worker_count
 from patch_encoder import extract_features, tile_slides
 from patch_encoder.cohort.shards import Shard, count_tiles, make_bundles
-from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
-from patch_encoder.tiles.slide_job import SlideJob
+from patch_encoder.tiles.coordinates import Coordinates, SlideJob, TileGeometry
 from tests.helpers import draw_slide, make_cohort, write_pyramid
 
 
