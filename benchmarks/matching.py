@@ -25,8 +25,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from detection_kd.losses.boxes import cxcywh_to_xyxy, generalized_iou
-from detection_kd.losses.focal import ALPHA, GAMMA
-from detection_kd.losses.matcher import match_queries
+from detection_kd.losses.matcher import ALPHA, GAMMA, match_queries
 
 
 def published(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Tensor]) -> None:

@@ -17,8 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from detection_kd.losses.boxes import cxcywh_to_xyxy, generalized_iou
-from detection_kd.losses.focal import focal_loss
-from detection_kd.losses.matcher import Match, match_queries
+from detection_kd.losses.matcher import Match, focal_loss, match_queries
 
 WEIGHTS = {"class": 2.0, "box": 5.0, "giou": 2.0}
 

@@ -17,14 +17,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from common.config import key
-from detection_kd.models.deformable_decoder import DeformableDecoder, DeformableDecoderLayer
-from detection_kd.models.deformable_encoder import (
+from detection_kd.models.deformable_layers import (
+    DeformableDecoder,
+    DeformableDecoderLayer,
     DeformableEncoder,
     DeformableEncoderLayer,
+    MSDeformAttn,
     Pyramid,
 )
 from detection_kd.models.denoising import NoisedTargets
-from detection_kd.models.ms_deform_attn import MSDeformAttn
 from detection_kd.models.position_encoding import sine_position_encoding
 from detection_kd.models.proposals import ProposalHead
 

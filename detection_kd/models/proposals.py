@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from detection_kd.models.deformable_encoder import Pyramid, make_cell_grid
+from detection_kd.models.deformable_layers import Pyramid, make_cell_grid
 from detection_kd.models.position_encoding import encode_sine
 
 BASE_SIZE = (

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import read_json
-from patch_encoder.models import conch
-from patch_encoder.models.convolution_stem import ConvStem
 from patch_encoder.models.encoder_table import EncoderRow
 from patch_encoder.models.encoder_weights import (
     HEADS,
@@ -27,9 +25,10 @@ from patch_encoder.models.encoder_weights import (
     find_local_file,
     load_encoder_weights,
     read_state,
+    skip_initialisation,
 )
+from patch_encoder.models.image_towers import ConvStem, build_conch_v1, build_conch_v1_5
 from patch_encoder.models.pooling import TokenPool, TransformersPool, TruncatedResNet
-from patch_encoder.models.uninitialised import skip_initialisation
 
 LAYERS = {"ConvStem": ConvStem, "silu": nn.SiLU}
 
@@ -69,7 +68,7 @@ def initialise(row: EncoderRow) -> nn.Module:
         return TransformersPool(
             _transformers_class(row)(_transformers_config(row), **_arguments(row)), row.pool
         )
-    return {"conch": conch.build_conch_v1, "conch_v1_5": conch.build_conch_v1_5}[row.library]()
+    return {"conch": build_conch_v1, "conch_v1_5": build_conch_v1_5}[row.library]()
 
 
 def _timm(row: EncoderRow) -> nn.Module:

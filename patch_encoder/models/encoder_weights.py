@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ from torch import Tensor, nn
 from common.checkpoint import load_weights, read_weights
 from common.errors import UserError
 from common.files import read_json
-from patch_encoder.models import conch, musk
 from patch_encoder.models.encoder_table import EncoderRow
+from patch_encoder.models.image_towers import (
+    CONCH_UNUSED,
+    convert_to_timm,
+    fit_positions,
+)
 
 logger = logging.getLogger(__name__)
 # DINO evaluates the teacher; `file.pth#student` takes another
@@ -194,7 +199,7 @@ def load_encoder_weights(
     """
     core = getattr(network, "trunk", network) if row.library == "timm" else network
     if row.library == "timm" and row.model.startswith("beit3"):
-        state = musk.convert_to_timm(state)
+        state = convert_to_timm(state)
     inside, outside = _divided(state, core.state_dict().keys())
     inside = _native(inside, core, row)
     own = core.state_dict().keys()
@@ -237,7 +242,7 @@ def _native(state: dict[str, Tensor], core: nn.Module, row: EncoderRow) -> dict[
     resampling.
     """
     if row.library == "conch_v1_5":
-        return conch.fit_positions(state, core.trunk.patch_embed.grid_size[0])  # type: ignore[union-attr]
+        return fit_positions(state, core.trunk.patch_embed.grid_size[0])  # type: ignore[union-attr]
     convert = getattr(sys.modules[type(core).__module__], "checkpoint_filter_fn", None)
     return convert(dict(state), core) if row.library == "timm" and convert else state
 
@@ -249,4 +254,26 @@ def _cut_off(core: nn.Module, row: EncoderRow) -> tuple[str, ...]:
         for s in range(1, 5)
         if isinstance(getattr(core, f"layer{s}", None), nn.Identity)
     )
-    return stages + (conch.UNUSED if row.library == "conch" else ())
+    return stages + (CONCH_UNUSED if row.library == "conch" else ())
+
+
+@contextmanager
+def skip_initialisation() -> Iterator[None]:
+    """Parameters of modules that are built here have no storage: no random numbers, no second copy.
+
+    Only parameters go to the meta device, and each as soon as its module has it. Buffers are
+    computed as ever: position tables and masks that no file holds have to be right. (accelerate's
+    `init_empty_weights(include_buffers=False)` is the same idea.)
+    """
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register

@@ -34,11 +34,6 @@ def make_mixing_matrix(device: torch.device) -> Float[Tensor, "3 3"]:
     return torch.tensor(RUIFROK, dtype=torch.float64, device=device).mT.contiguous()
 
 
-def measure_hed_amounts(density: Float[Tensor, "b 3 n"]) -> Float[Tensor, "b 3 n"]:
-    """Amounts of haematoxylin, eosin and DAB; what no mixture explains is negative."""
-    return torch.linalg.inv(make_mixing_matrix(density.device)).to(density) @ density
-
-
 def draw_factors(
     count: int, stains: int, alpha: float, beta: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
