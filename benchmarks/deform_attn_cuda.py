@@ -16,24 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.deform_attn_cases import (
-    LEVELS,
-    POINTS,
-    Call,
-    Inputs,
-    Op,
-    compare,
-    compiled,
-    contestant,
-    grid_sample,
-)
-from benchmarks.roofline import (
+from benchmarks.cuda_timing import (
     Traffic,
     backward_traffic,
     corners_inside,
     forward_traffic,
     rooflines,
 )
+from benchmarks.deform_attn_cases import (
+    LEVELS,
+    POINTS,
+    Inputs,
+    Op,
+    compiled,
+    contestant,
+    grid_sample,
+)
+from benchmarks.rounds import Call, compare
 from common.errors import UserError
 
 PASSES = ("forward", "backward", "forward+backward")

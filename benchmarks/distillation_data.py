@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.rounds import make_parser
 from common.files import write_json
 from detection_kd.datasets.distillation import DistillationTiles, Pair, digest_pairs, read_pairs
 from detection_kd.datasets.packed_pairs import PackWriter
@@ -142,9 +143,7 @@ def on_disk(path: Path) -> dict[str, float]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     for name, default in (("pairs", 2000), ("batch", 40), ("rounds", 3), ("workers", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument(

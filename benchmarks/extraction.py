@@ -37,6 +37,7 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.rounds import make_parser
 from common.memory import peak_memory as own_peak
 from patch_encoder.extraction.loop import ExtractSettings, encode_slides, tile_batches
 from patch_encoder.extraction.network import Network
@@ -268,9 +269,7 @@ def verdicts(found: dict[str, float]) -> dict[str, bool]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     for name, default in (
         ("tiles", 96),
         ("batch", 32),

@@ -38,8 +38,8 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.progress import say
-from benchmarks.sparse_attn_cases import make_slide
+from benchmarks.rounds import make_parser, say
+from benchmarks.sparse_attention import make_slide
 from common.device import pick_device
 from common.distributed import World
 from common.files import write_json
@@ -270,9 +270,7 @@ def table(report: dict[str, Any]) -> str:
 
 def arguments() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--tiles", nargs="+", type=int, default=[1_000, 10_000, 100_000])
     parser.add_argument("--bags", type=int, default=4, help="bags of a round")

@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.extraction import texture, tiles_of
-from benchmarks.progress import say
+from benchmarks.rounds import make_parser, say
 from common.files import write_json
 from common.memory import peak_memory as own_peak
 from detection_kd.models.adapter import Adapter
@@ -277,9 +277,7 @@ def verdicts(found: dict[str, float]) -> dict[str, bool]:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     for name, default in (
         ("batch", 8),
         ("rounds", 3),
