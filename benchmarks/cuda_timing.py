@@ -122,9 +122,7 @@ class EventClock:
     """Milliseconds of one call, the mean over `iterations` calls in a row."""
 
     def __init__(self, iterations: int, flush: bool) -> None:
-        """With `flush`, a buffer of twice the L2 cache is overwritten before every call; else the
-        caches are warm.
-        """
+        """With `flush` the L2 cache is overwritten before every call; else the caches are warm."""
         self.iterations = iterations
         size = 2 * torch.cuda.get_device_properties().L2_cache_size
         self.buffer = torch.empty(size, dtype=torch.uint8, device="cuda") if flush else None
@@ -193,9 +191,7 @@ def machine() -> dict[str, str | int]:
 
 
 def driver() -> dict[str, str]:
-    """What nvidia-smi says of the current device; empty where it is not there or does not
-    answer.
-    """
+    """What nvidia-smi says of the current device; empty where it does not answer."""
     if not shutil.which("nvidia-smi"):
         return {}
     command = [

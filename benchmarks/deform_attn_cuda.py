@@ -37,9 +37,7 @@ from common.errors import UserError
 
 PASSES = ("forward", "backward", "forward+backward")
 BARS = {"forward": 5.0, "backward": 4.0}
-"""How many times faster than the classic kernels the compiled op has to be at the encoder's shape,
-float32.
-"""
+"""Least speed-up over the classic kernels at the encoder's shape in float32."""
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 """Error against the reference, root of mean squares; the largest one may be 10 times that part of
 the largest number.
@@ -107,10 +105,8 @@ def check(name: str, entry: Contestant, inputs: Inputs) -> None:
         a, b = a.detach(), b.detach()
         off = (a.double() - b) * (smooth if what == "of locations" else 1)
         limit = LIMITS[entry.dtype if what in {"output", "gradient of value"} else torch.float32]
-        rms, most = (
-            relative(off.square().mean().sqrt(), b.square().mean().sqrt()),
-            relative(off.abs().max(), b.abs().max()),
-        )
+        rms = relative(off.square().mean().sqrt(), b.square().mean().sqrt())
+        most = relative(off.abs().max(), b.abs().max())
         if not (rms <= limit and most <= 10 * limit):
             raise UserError(
                 f"{name}: {what}: expected errors up to {limit:g}, found {rms:.2g} (rms), "

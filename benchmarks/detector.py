@@ -74,10 +74,8 @@ def contestants(side: int, device: torch.device) -> dict[str, dict[str, Callable
     ours = our_model(theirs).to(device)
     theirs.to(device)
     batch = make_batch(side, device)
-    mask, annotations = (
-        (~batch.padding).long(),
-        [{"class_labels": batch.labels[0], "boxes": batch.boxes[0]}],
-    )
+    mask = (~batch.padding).long()
+    annotations = [{"class_labels": batch.labels[0], "boxes": batch.boxes[0]}]
 
     def our_inference() -> Tensor:
         with torch.inference_mode():

@@ -87,9 +87,7 @@ def bytes_only(pairs: list[Pair]) -> int:
 
 
 def cpu_seconds() -> float:
-    """Of this process and of workers that have ended: what other jobs of the machine do not
-    change.
-    """
+    """CPU seconds of this process and of workers that have ended; other jobs do not count."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
@@ -114,9 +112,7 @@ def one_round(path: Path, a: argparse.Namespace) -> tuple[dict[str, float], str]
 def measure(
     sources: dict[str, Path], a: argparse.Namespace
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """({form: {what: figure}}, {what: packed / folder}): medians over rounds, ratios within a
-    round.
-    """
+    """({form: {what: figure}}, {what: packed / folder}): medians over rounds."""
     rounds: list[dict[str, dict[str, float]]] = []
     for number in range(a.rounds):
         order = list(sources) if number % 2 else list(sources)[::-1]
@@ -143,9 +139,7 @@ def on_disk(path: Path) -> dict[str, float]:
 
 
 def parse() -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    for name, default in (("pairs", 2000), ("batch", 40), ("rounds", 3), ("workers", 2)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser = make_parser(__doc__, pairs=2000, batch=40, rounds=3, workers=2)
     parser.add_argument(
         "--cache",
         type=Path,

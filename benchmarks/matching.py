@@ -47,16 +47,7 @@ def published(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
-    for name, default in (
-        ("queries", 1000),
-        ("boxes", 500),
-        ("batch", 8),
-        ("layers", 6),
-        ("rounds", 3),
-        ("classes", 10),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser = make_parser(__doc__, queries=1000, boxes=500, batch=8, layers=6, rounds=3, classes=10)
     parser.add_argument("--device", default="cpu")
     a = parser.parse_args()
     torch.manual_seed(0)

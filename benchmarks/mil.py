@@ -123,11 +123,9 @@ def contestants(name: str, files: list[Path], device: torch.device) -> dict[str,
     model = build(name, DIM, 2).to(device)
     bags = load_bags({file.stem: file for file in files})
     samples = [Sample(slide, bag, i % 2) for i, (slide, bag) in enumerate(bags.items())]
-    optimizer, world, order = (
-        torch.optim.Adam(model.parameters(), 1e-4),
-        World(0, 1, device),
-        range(len(samples)),
-    )
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4)
+    world = World(0, 1, device)
+    order = range(len(samples))
     recipe = Recipe(epochs=1)
     return {
         "train": lambda: train_one_epoch(model, samples, optimizer, recipe, world, order),
@@ -217,9 +215,7 @@ def in_child(name: str, file: Path, what: str, threads: int) -> dict[str, float]
 
 
 def linear(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Cost of ten times the tiles, for every pair of cells that is there, and whether it is what it
-    should be.
-    """
+    """Cost of ten times the tiles for every pair of cells, and whether it is below LINEAR."""
     cells = {(row["model"], row["tiles"]): row for row in rows}
     result = []
     for (name, tiles), row in cells.items():

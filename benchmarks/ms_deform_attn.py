@@ -80,9 +80,7 @@ def run_cpu(threads: int, rounds: int) -> dict[str, Any]:
 
 
 def run_cuda(rounds: int, iterations: int, flush: bool) -> dict[str, Any]:
-    """Every case and pass with bytes and rooflines; builds the classic kernels where they are not
-    built.
-    """
+    """Every case and pass with bytes and rooflines; builds the classic kernels first."""
     if not torch.cuda.is_available():
         raise UserError("device cuda: torch finds no CUDA device here")
     library = build_kernels()

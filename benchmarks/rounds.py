@@ -13,17 +13,18 @@ START = time.perf_counter()
 
 
 def say(what: str) -> None:
-    """Progress on standard error, so that a table or JSON can be piped; with the seconds since the
-    start.
-    """
+    """Print progress on standard error, with the seconds since the start."""
     print(f"{time.perf_counter() - START:5.0f} s {what}", file=sys.stderr, flush=True)
 
 
-def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser that shows a script's docstring as it is written."""
-    return argparse.ArgumentParser(
+def make_parser(description: str | None, **numbers: int) -> argparse.ArgumentParser:
+    """A parser with a script's docstring as its help, and whole numbers by name and default."""
+    parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    return parser
 
 
 def clock(call: Call) -> float:
@@ -36,9 +37,7 @@ def clock(call: Call) -> float:
 def compare(
     contestants: dict[str, Call], clock: Callable[[Call], float], rounds: int
 ) -> dict[str, float]:
-    """Median milliseconds of each over rounds in which all take turns, after one round that does
-    not count.
-    """
+    """Median milliseconds of each over rounds in which all take turns, after a warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for round_ in range(rounds + 1):
         for name, call in contestants.items():
@@ -46,6 +45,15 @@ def compare(
             if round_:
                 times[name].append(elapsed)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure_rates(calls: dict[str, Callable[[], float]]) -> dict[str, float]:
+    """One round: how many items a second each call gets through, by the number that it gives."""
+    rates = {}
+    for name, call in calls.items():
+        start = time.perf_counter()
+        rates[name] = call() / (time.perf_counter() - start)
+    return rates
 
 
 def pin_kernels(choose: Callable[[str], bool], kernels: str, call: Call) -> Call:

@@ -43,9 +43,7 @@ BARS = {"forward ratio": 15.0, "memory share": 0.2, "time a tile, largest to 100
 
 
 def make_slide(tiles: int, height: int, width: int, seed: int = 0) -> Tensor:
-    """Level-0 corners (N, 2) of `tiles` tiles of 256 px: the cells nearest to a few random
-    centres.
-    """
+    """Level-0 corners (N, 2) of `tiles` tiles of 256 px: the cells nearest to random centres."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.rand(6, 2, generator=generator) * 0.7 + 0.15
     y, x = torch.meshgrid(
@@ -134,9 +132,7 @@ def scattered(index: SparseMaps, value: Tensor, locations: Tensor, weights: Tens
 
 
 def contestants(index: SparseMaps, inputs: Inputs, what: str) -> dict[str, Call]:
-    """The dense form, each instruction set in float32, and the fastest one renormalised and with
-    16-bit values.
-    """
+    """The dense form, and the op by instruction set, renormalised, and with 16-bit values."""
     ours = partial(op, index)
     found = {"dense": contestant(partial(scattered, index), inputs, what)}
     pin = partial(pin_kernels, choose_kernels)
@@ -197,9 +193,7 @@ def child(tiles: int, what: str, name: str) -> None:
 
 
 def measure_tiles(largest: int, rounds: int) -> list[dict[str, Any]]:
-    """Forward on slides of more and more tiles, tissue a sixth of the grid; and the time to make
-    and index them.
-    """
+    """Time the forward on ever larger slides, tissue a sixth of the grid, and their index."""
     rows = []
     for tiles in [count for count in TILES if count <= largest]:
         side = round((6 * tiles) ** 0.5)

@@ -89,9 +89,7 @@ def clock(call: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
-    for name, default in (("side", 256), ("tiles", 8), ("rounds", 9), ("threads", 1)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser = make_parser(__doc__, side=256, tiles=8, rounds=9, threads=1)
     parser.add_argument("--json", action="store_true")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)

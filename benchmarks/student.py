@@ -124,10 +124,8 @@ def call_of(
     model: str, form: str, a: argparse.Namespace, folder: Path
 ) -> tuple[Callable[[], object], int, nn.Module]:
     """(one batch of this contestant, its tiles, the module that it calls)."""
-    device, rows = (
-        torch.device(a.device),
-        1 if model == "vit_g14" and a.device == "cpu" else a.batch,
-    )
+    device = torch.device(a.device)
+    rows = 1 if model == "vit_g14" and a.device == "cpu" else a.batch
     module, pixels = build(model, form), pixels_of(model, max(rows, 2))[:rows]
     if form == "published":
         module = module.to(device)
@@ -263,9 +261,7 @@ def ratios(rounds: list[dict[str, float]], a: argparse.Namespace) -> dict[str, f
 
 
 def verdicts(found: dict[str, float]) -> dict[str, bool]:
-    """Whether each ratio that has a bar meets it: equal precision, PyTorch against PyTorch, ONNX
-    against ONNX.
-    """
+    """Whether each ratio that has a bar meets it, at equal precision and runtime."""
     out = {}
     for (student, other), bar in BARS.items():
         for form in ("fp32", "onnx", "bf16"):
@@ -277,15 +273,7 @@ def verdicts(found: dict[str, float]) -> dict[str, bool]:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = make_parser(__doc__)
-    for name, default in (
-        ("batch", 8),
-        ("rounds", 3),
-        ("threads", 2),
-        ("workers", 2),
-        ("tiles", 32),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser = make_parser(__doc__, batch=8, rounds=3, threads=2, workers=2, tiles=32)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--stages", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument(

@@ -56,9 +56,7 @@ def pieces(smear: np.ndarray, side: int, factor: int) -> Iterator[np.ndarray]:
 
 
 def render(path: Path, side: int, factors: tuple[int, ...]) -> Path:
-    """A slide of side x side px at 0.25 um per pixel with the given levels; kept when it is
-    there.
-    """
+    """Render a slide of side x side px at 0.25 um per pixel, unless it is there."""
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -67,10 +67,8 @@ def main(config: Config) -> int:
             failures.add(path.stem, str(error))
     table = [dict.fromkeys(MEASURES, 0) | row for row in rows]
     write_csv(Path(config.output) / "filtering.csv", ["slide", "tiles", *MEASURES], table)
-    kept, lost = (
-        sum(row["tiles"] for row in table),
-        sum(row[name] for row in table for name in MEASURES),
-    )
+    kept = sum(row["tiles"] for row in table)
+    lost = sum(row[name] for row in table for name in MEASURES)
     logger.info("filter_tiles: %d of %d tiles stay", kept, kept + lost)
     return failures.write(Path(config.output))
 

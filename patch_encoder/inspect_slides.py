@@ -59,9 +59,7 @@ def inspect_one(slide_id: str, path: Path, mpp: float | None, config: Config) ->
 def inspect_all(
     jobs: Sequence[tuple[str, Path, float | None]], config: Config
 ) -> list[dict[str, Any]]:
-    """`inspect_one` of every slide, in order; one that crashes or hangs its reader has that as its
-    error.
-    """
+    """Inspect every slide, in order; one that crashes or hangs its reader has an error."""
     entries: list[dict[str, Any]] = [
         {"slide": slide_id, "path": str(path)} for slide_id, path, _ in jobs
     ]
@@ -220,12 +218,10 @@ def describe_slide(entry: dict[str, Any]) -> str:
     """Everything about one slide, a line each."""
     if entry["error"]:
         return f"{entry['slide']}\n  error          {entry['error']}"
-    power, share, reads, regions = (
-        entry["objective_power"],
-        entry["transparent_share"],
-        entry["plan"],
-        entry["regions"],
-    )
+    power = entry["objective_power"]
+    share = entry["transparent_share"]
+    reads = entry["plan"]
+    regions = entry["regions"]
     lines = {
         "path": entry["path"],
         "format": entry["format"],

@@ -94,9 +94,7 @@ def _cell(value: Any) -> str:
 
 
 def make_random_batch(encoder: Encoder, count: int, side: int) -> tuple[torch.Tensor, float]:
-    """Random tiles through the encoder's own transform; seconds a tile, as one worker would
-    take.
-    """
+    """Random tiles through the encoder's transform, and seconds per tile in one worker."""
     generator = np.random.default_rng(0)
     tiles = [generator.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(count)]
     encoder.transform(tiles[0])
@@ -106,9 +104,7 @@ def make_random_batch(encoder: Encoder, count: int, side: int) -> tuple[torch.Te
 
 
 def count_gflops(encoder: Encoder, batch: torch.Tensor) -> float | None:
-    """10^9 floating-point operations a tile, a multiply-add as two; None for a classical
-    descriptor.
-    """
+    """GFLOPs per tile, a multiply-add as two; None for a classical descriptor."""
     if not any(True for _ in encoder.model.parameters()):
         return None
     # attention spelt out: fused kernels are not counted on every device

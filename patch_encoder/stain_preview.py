@@ -53,10 +53,8 @@ COLUMNS = (
     "stain jitter",
 )
 GAP, HEAD, LABEL = 4, 24, 18
-CANDIDATES, GRID = (
-    64,
-    64,
-)  # places of a slide that are looked at, and pixels a side that count in its statistics
+CANDIDATES = 64  # places of a slide that are looked at
+GRID = 64  # pixels a side that count in its statistics
 
 
 @dataclass
@@ -83,9 +81,7 @@ class PreviewRow(NamedTuple):
 
 
 def read_rows(slide: Slide, count: int, size: int) -> list[PreviewRow]:
-    """The `count` places with most tissue, out of a grid of CANDIDATES over the slide; in reading
-    order.
-    """
+    """The `count` places with most tissue of a grid of CANDIDATES, in reading order."""
     side = min(size, slide.width, slide.height)
     across = max(1, round((CANDIDATES * slide.width / slide.height) ** 0.5))
     down = max(1, round(CANDIDATES / across))

@@ -35,8 +35,7 @@ from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.keys import TileGridKeys
 from patch_encoder.cohort.labels import find_slides_and_mpps
 from patch_encoder.slides import Slide, SlideError, open_slide
-from patch_encoder.slides.damage import Damage
-from patch_encoder.slides.overview import Overview, read_overview
+from patch_encoder.slides.overview import Damage, Overview, read_overview
 from patch_encoder.tiles.coordinates import (
     Coordinates,
     TileGeometry,
@@ -44,9 +43,9 @@ from patch_encoder.tiles.coordinates import (
     read_coordinates,
 )
 from patch_encoder.tiles.grid import make_grid, make_tile_geometry, measure_tissue_share
-from patch_encoder.tissue import METHODS, Tissue, TissueSettings, find_tissue
 from patch_encoder.tissue.annotation import find_annotation_file
 from patch_encoder.tissue.clam import make_contour_grid, resolve_parameters
+from patch_encoder.tissue.find import METHODS, Tissue, find_tissue
 from patch_encoder.tissue.geojson import write_geojson
 from patch_encoder.tissue.outlines import trace_outlines
 from patch_encoder.tissue.quality import (
@@ -56,6 +55,7 @@ from patch_encoder.tissue.quality import (
     measure_tiles,
     write_tiles,
 )
+from patch_encoder.tissue.settings import TissueSettings
 from patch_encoder.viz.overlay import draw_mask_overlay
 
 logger = logging.getLogger(__name__)

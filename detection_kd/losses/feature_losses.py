@@ -74,9 +74,7 @@ def relational_distance_loss(
 
 
 def _distances(x: Float[Tensor, "b d"], distinct: Bool[Tensor, "b b"]) -> Float[Tensor, "b b"]:
-    """psi: Euclidean distances divided by their mean over distinct pairs; the direct form, exact
-    for equal rows.
-    """
+    """psi: Euclidean distances divided by their mean over distinct pairs; exact for equal rows."""
     distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
     return distances / (distances.sum() / distinct.sum().clamp(min=1)).clamp(min=EPS)
 
@@ -99,9 +97,7 @@ def relational_angle_loss(
 
 
 def _directions(x: Float[Tensor, "b d"]) -> tuple[Float[Tensor, "b b d"], Bool[Tensor, "b b"]]:
-    """Unit vectors e[j, i] from j to i (zero where the two are equal), and where they have a
-    direction.
-    """
+    """Unit vectors e[j, i] from j to i (zero where both are equal), and where there is one."""
     offsets = x[None] - x[:, None]  # (j, i, D)
     apart = offsets.detach().norm(dim=-1) > EPS
     return F.normalize(torch.where(apart[..., None], offsets, 1.0), dim=-1) * apart[

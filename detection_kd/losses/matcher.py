@@ -115,9 +115,7 @@ def _costs_on_device(
 def _costs_on_host(
     logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Tensor]
 ) -> list[Tensor]:
-    """The same, one problem at a time, so that intermediate results stay in the processor's
-    caches.
-    """
+    """The same problem by problem, so that intermediate results stay in the caches."""
     pairs = list(zip(labels, targets, strict=True))
     return [
         matching_cost(layer_logits[i].float(), layer_boxes[i].float(), *pair)

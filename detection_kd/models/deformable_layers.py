@@ -68,9 +68,7 @@ class MSDeformAttn(DeformAttnLayer):
         reference_points: Float[Tensor, "b q levels coords"],
         spatial_shapes: Sequence[tuple[int, int]],
     ) -> Float[Tensor, "b q heads levels points 2"]:
-        """Offsets count in cells of the level around a point, in half boxes / `points` around a
-        box.
-        """
+        """Offsets count in cells around a point, and in half boxes / `points` around a box."""
         offsets = self.sampling_offsets(query).to(reference_points.dtype)
         offsets = offsets.view(*query.shape[:2], self.heads, self.levels, self.points, 2)
         centre = reference_points[:, :, None, :, None, :2]  # (B, Q, 1, levels, 1, 2)
@@ -179,9 +177,7 @@ def make_cell_grid(height: int, width: int, like: Tensor) -> Float[Tensor, "1 {h
 
 
 class DeformableDecoderLayer(ResidualFeedForward):
-    """Self-attention among queries, deformable attention to the encoder's cells, feed-forward
-    network; post-norm.
-    """
+    """Self-attention, deformable attention to the encoder's cells, feed-forward; post-norm."""
 
     def __init__(
         self, dim: int, heads: int, levels: int, points: int, hidden: int, dropout: float
@@ -214,9 +210,7 @@ class DeformableDecoderLayer(ResidualFeedForward):
 
 
 class DeformableDecoder(nn.Module):
-    """A stack of decoder layers; with `box_refine` each layer starts from the box that the layer
-    before it found.
-    """
+    """A stack of layers; with `box_refine` each one starts from the box of the layer before."""
 
     def __init__(self, layers: list[DeformableDecoderLayer], box_refine: bool) -> None:
         super().__init__()
@@ -266,9 +260,7 @@ class DeformableDecoder(nn.Module):
 def shift_reference(
     delta: Float[Tensor, "b q 4"], reference: Float[Tensor, "b q coords"]
 ) -> Float[Tensor, "b q 4"]:
-    """Box = sigmoid(delta + inverse sigmoid of the reference); a reference without size moves the
-    centre only.
-    """
+    """sigmoid(delta + inverse sigmoid(reference)); a reference without size moves its centre."""
     start = inverse_sigmoid(reference)
     if start.shape[-1] == 2:
         start = torch.cat((start, torch.zeros_like(start)), -1)

@@ -267,9 +267,7 @@ class DeformableTransformer(nn.Module):
 
 
 def apart(sizes: list[int], device: torch.device) -> Bool[Tensor, "q q"] | None:
-    """Self-attention mask of blocks that do not see each other, True where attention is blocked;
-    None for a single block.
-    """
+    """Self-attention mask of blocks that do not see each other (True: blocked); None for one."""
     if len(sizes) == 1:
         return None
     block = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)

@@ -1,6 +1,4 @@
-"""Room for the features of a run: estimated before it starts, and said in one line when it runs out
-on the way.
-"""
+"""Room for the features of a run: estimated at the start, one line when it runs out."""
 
 from __future__ import annotations
 

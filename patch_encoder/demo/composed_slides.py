@@ -27,9 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Field:
-    """A picture: file name, size in px, and its boxes (category, (x0, y0, x1, y1)) of positive
-    area.
-    """
+    """A picture: name, size in px, and boxes (category, (x0, y0, x1, y1)) of positive area."""
 
     file_name: str
     width: int
@@ -39,9 +37,7 @@ class Field:
 
 @dataclass(frozen=True)
 class FieldTile:
-    """A tile of a field: left and top in px, and whether it holds a lesion (never only part of
-    one).
-    """
+    """A tile of a field: left and top in px, and whether it holds (most of) a lesion."""
 
     file_name: str
     x: int
@@ -213,9 +209,7 @@ def _shuffled(rng: np.random.Generator, items: list[T]) -> list[T]:
 def _lesion_counts(
     rng: np.random.Generator, slides: int, lesions: int, tiles_per_slide: int
 ) -> list[int]:
-    """1 to MOST_LESIONS for each positive slide, as drawn when there are enough, else lowered here
-    and there.
-    """
+    """Draw 1 to MOST_LESIONS per positive slide, and lower some when there are too few."""
     counts = [
         int(count) for count in rng.integers(1, min(MOST_LESIONS, tiles_per_slide) + 1, slides)
     ]

@@ -43,10 +43,8 @@ class PlannedSlide:
     def smear(self) -> Smear:
         """What lies on it."""
         rng = _generator((*self.seed, 3))
-        share, marked = (
-            ABNORMAL[0] + (ABNORMAL[1] - ABNORMAL[0]) * float(rng.random()),
-            rng.random() < MARKED_SHARE,
-        )
+        share = ABNORMAL[0] + (ABNORMAL[1] - ABNORMAL[0]) * float(rng.random())
+        marked = rng.random() < MARKED_SHARE
         return plan_smear(
             self.seed, self.side, CELLS, share if self.label == POSITIVE else 0.0, bool(marked)
         )

@@ -64,9 +64,7 @@ def halve(values: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h2 w2"]:
 
 
 def _openings(values: np.ndarray, radii: tuple[int, ...]) -> list[np.ndarray]:
-    """Opening (H, W) uint8 by the octagon of each radius, in order; what lies outside the picture
-    is left out.
-    """
+    """Opening (H, W) uint8 by the octagon of each radius; nothing lies outside the picture."""
     height, width = values.shape
     # one more column, so that rows can lie one behind the other: it is the neutral neighbour of
     # both ends
@@ -87,9 +85,7 @@ def _openings(values: np.ndarray, radii: tuple[int, ...]) -> list[np.ndarray]:
 def _spread(
     flat: np.ndarray, stride: int, step: int, extremum: np.ufunc, neutral: int
 ) -> np.ndarray:
-    """One step of an erosion (minimum) or dilation (maximum): a cross when `step` is odd, else a
-    square.
-    """
+    """One step of an erosion (minimum) or dilation (maximum): odd a cross, even a square."""
     result = flat.copy()
     extremum(result[stride:], flat[:-stride], out=result[stride:])
     extremum(result[:-stride], flat[stride:], out=result[:-stride])

@@ -32,9 +32,7 @@ PATTERNS = 10
 
 
 def _pattern_table() -> np.ndarray:
-    """Pattern number of each of the 256 codes: brighter neighbours (0 to 8) of a code with at most
-    two changes, else 9.
-    """
+    """Pattern of each of 256 codes: brighter neighbours if it changes at most twice, else 9."""
     bits = (np.arange(256)[:, None] >> np.arange(8)) & 1
     changes = (bits != np.roll(bits, 1, axis=1)).sum(axis=1)
     return np.where(changes <= 2, bits.sum(axis=1), PATTERNS - 1).astype(np.uint8)
@@ -67,15 +65,11 @@ def pattern_shares(values: UInt8[np.ndarray, "h w"], radius: int) -> Float32[np.
 SCALE = Path(__file__).with_name("stain_texture_scale.csv")
 SMALLEST_SIDE = 16
 LIMIT = 8.0
-"""Entries beyond this many spreads are cut off: another stain or scanner must not drown the
-rest.
-"""
+"""Entries are cut off at this many spreads: a new stain must not drown the others."""
 STEPS = 100
 """Optical density 1 is this many steps of a byte."""
 GROUND = 21
-"""Radius (px) above which dark areas count as ground for the nucleus statistics: larger than
-abnormal nuclei.
-"""
+"""Radius (px), larger than abnormal nuclei, above which dark areas count as ground."""
 BINS = 12
 CHANNELS = ("haematoxylin", "eosin", "nuclear")
 DEEPEST = {"haematoxylin": 0.9, "eosin": 0.3, "nuclear": 1.0}
@@ -171,9 +165,7 @@ def _bytes(density: np.ndarray) -> np.ndarray:
 
 
 def _colours(density: np.ndarray, nuclear: np.ndarray) -> np.ndarray:
-    """Square roots of histogram shares (3 * BINS) and mean and spread of the density in each colour
-    (6).
-    """
+    """Roots of histogram shares (3 * BINS), then mean and spread of the density (6)."""
     flat = density.reshape(3, -1)
     stains = (*(_unmixing() @ flat), nuclear.ravel())
     shares = []
@@ -191,16 +183,12 @@ def _patterns(*channels: np.ndarray) -> np.ndarray:
 
 
 def _rest_first(shares: np.ndarray) -> np.ndarray:
-    """The first share replaced by what is left for the others: most of a tile is empty, and close
-    to 1 little shows.
-    """
+    """Replace the first share by what it leaves: most of a tile is empty, 1 shows little."""
     return np.concatenate(([1 - shares[0]], shares[1:])).clip(0)
 
 
 def _sizes(spots: np.ndarray, nuclear: np.ndarray) -> np.ndarray:
-    """Granulometry of dark spots (amount, and density of the darkest) and of light gaps in the
-    nuclear channel (amount).
-    """
+    """Granulometry of dark spots (amount, darkest) and of light gaps in nuclear density."""
     dark, darkest = granulometry(spots)
     light, _ = granulometry(255 - nuclear)
     return np.concatenate((np.sqrt(dark), darkest / STEPS, np.sqrt(light)))

@@ -1,6 +1,4 @@
-"""From batches of features to bags: rows go to their slide's file as they come, a bag is there once
-its last tile has come.
-"""
+"""From batches of features to bags: rows are written as they come, the last one ends a bag."""
 
 from __future__ import annotations
 

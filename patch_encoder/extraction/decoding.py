@@ -121,9 +121,7 @@ def batches(
 
 
 def _read(sequence: TileSequence, job: tuple[range, dict[int, str]]) -> Any:
-    """In a worker: the batch as plain values, its tiles in memory that the main process maps
-    too.
-    """
+    """In a worker: the batch as plain values, its tiles in shared memory."""
     memory: list[Mapped] = []
 
     def place(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -58,9 +58,7 @@ class StainKeys:
 
 @dataclass
 class ExtractionKeys(DeviceKeys, CohortKeys):
-    """Keys of every pass over a cohort's tiles; a script's `Config` inherits them and adds those of
-    its encoder.
-    """
+    """Keys of every pass over a cohort's tiles; a script adds those of its encoder."""
 
     coords: str = key(REQUIRED, "folder of coordinates files", path=True)
     output: str = key(

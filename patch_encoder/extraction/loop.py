@@ -127,9 +127,7 @@ def cohort_jobs(
 def bag_provenance(
     encoder: Encoder, coordinates: Coordinates, settings: ExtractSettings
 ) -> dict[str, str]:
-    """What decides a bag's numbers, plus the software version; no entry `stain` where tiles are
-    taken as they are.
-    """
+    """What decides a bag's numbers, and the software version; `stain` only if it is used."""
     provenance = encoder.provenance | {
         "precision": settings.precision,
         "dtype": settings.dtype,
@@ -272,9 +270,7 @@ def _stored(launched: PendingFeatures | None, dtype: str) -> np.ndarray:
 
 
 class Stopwatch:
-    """How long an iterator keeps its consumer waiting, in seconds, and how long the whole loop
-    takes.
-    """
+    """Seconds that an iterator keeps its consumer waiting, and that the whole loop takes."""
 
     def __init__(self) -> None:
         self.seconds = self.total = 0.0

@@ -144,9 +144,7 @@ def _fits(graph: GraphModule, node: Node) -> bool:
 
 
 def _fuse_convolution(graph: GraphModule, node: Node) -> int:
-    """Put one call in place of a convolution, a sum and a rectifier behind it; how many of these it
-    replaces.
-    """
+    """Fuse convolutions with the sum and rectifier behind them; returns how many."""
     maps, weight, bias, stride, padding, dilation, _, _, groups = node.args
     packed = torch.ops.mkldnn._reorder_convolution_weight(
         _constant(graph, weight), padding, stride, dilation, groups, list(_meta(maps).shape)
@@ -226,9 +224,7 @@ def _addend(total: Node, node: Node) -> Node | None:
 
 
 def _free(addend: Node, total: Node) -> bool:
-    """Whether the sum may be written over the addend: its memory is its own, and everyone else has
-    read it by then.
-    """
+    """Whether the sum may overwrite the addend: nobody else reads that memory any more."""
     others = [user for user in addend.users if user is not total]
     return _is_fresh(addend) and all(_is_fresh(user) and user < total for user in others)
 

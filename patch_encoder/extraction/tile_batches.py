@@ -120,9 +120,7 @@ class TileSequence:
     def batch(
         self, numbers: Sequence[int], given_up: Mapping[int, str], place: Place = torch.empty
     ) -> TileBatch:
-        """These tiles, stacked in memory of the caller's, without reading slides that are given up
-        (index -> reason).
-        """
+        """Stack these tiles in given memory, without slides that are given up (index -> reason)."""
         self._given_up.update(given_up)
         return collate([self[number] for number in numbers], place)
 
@@ -139,9 +137,7 @@ class TileSequence:
 
 
 def check_size(slide: Slide, geometry: TileGeometry) -> None:
-    """Refuse coordinates of a slide of another size (those that do not say, as CLAM's, are
-    taken).
-    """
+    """Refuse coordinates of a slide of another size, where they say it (CLAM's do not)."""
     found, expected = (slide.width, slide.height), (geometry.level0_width, geometry.level0_height)
     if all(expected) and found != expected:
         raise SlideError(

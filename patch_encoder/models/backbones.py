@@ -112,9 +112,7 @@ def _open_clip(row: EncoderRow) -> nn.Module:
 
 
 def _published_tower(row: EncoderRow, folder: Path, name: str, *, from_hub: bool) -> EncoderRow:
-    """The row with the image tower that stands beside the weights (`open_clip_config.json`), where
-    there is one.
-    """
+    """The row with the image tower that `open_clip_config.json` beside the weights names."""
     if row.library != "open_clip":
         return row
     file = folder / "open_clip_config.json"
@@ -159,9 +157,7 @@ def _arguments(row: EncoderRow) -> dict[str, bool]:
 
 
 def _transformers_loaded(row: EncoderRow, state: dict[str, Tensor], source: str) -> nn.Module:
-    """The model with a state dict; transformers itself translates key names of its older
-    versions.
-    """
+    """The model with a state dict; transformers renames keys of its older versions."""
     state = _known_prefix_removed(state)
     config = _transformers_config(row)
     for name, value in state.items():

@@ -157,9 +157,7 @@ def find_shards(path: Path) -> list[Path]:
 
 
 def read_state(path: Path, choice: str = "") -> dict[str, Tensor]:
-    """The state dict of a file or of an index's files, out of its container, without wrappers of
-    DDP and compile.
-    """
+    """The state dict of a file (or of an index), without container and wrapper names."""
     content: dict[str, Any] = {}
     for file in find_shards(path) or [path]:
         content |= read_weights(file, "a weights file")
@@ -238,9 +236,7 @@ def _divided(
 
 
 def _native(state: dict[str, Tensor], core: nn.Module, row: EncoderRow) -> dict[str, Tensor]:
-    """Names and position grid as the network has them: timm's own conversion, CONCH's
-    resampling.
-    """
+    """Names and position grid as the network has them, by timm's and CONCH's rules."""
     if row.library == "conch_v1_5":
         return fit_positions(state, core.trunk.patch_embed.grid_size[0])  # type: ignore[union-attr]
     convert = getattr(sys.modules[type(core).__module__], "checkpoint_filter_fn", None)

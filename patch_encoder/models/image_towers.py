@@ -110,9 +110,7 @@ def _conch(pool: type[nn.Module], trunk: dict[str, Any], dim: int) -> Conch:
 
 
 def fit_positions(weights: dict[str, Tensor], grid: int) -> dict[str, Tensor]:
-    """Positions of another grid are resampled as CONCH v1.5 does: DINO's bicubic, with 0.1 added to
-    the new side.
-    """
+    """Resample positions as CONCH v1.5 does: DINO's bicubic, with 0.1 added to the new side."""
     positions = weights.get("trunk.pos_embed")
     if positions is None or positions.shape[1] == grid * grid + 1:
         return weights
@@ -182,9 +180,7 @@ MUSK_UNUSED = ("text_embed.", "vision_embed.mask_token")
 
 
 def convert_to_timm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Expert A of a BEiT-3 state dict under timm's names; a dict of other names is handed back as
-    it is.
-    """
+    """Expert A of a BEiT-3 state dict under timm's names; other dicts are returned as they are."""
     if not any(name.startswith(BEIT_PREFIX) for name in weights):
         return weights
     renamed = {name: tensor for name, tensor in weights.items() if not name.startswith(BEIT_PREFIX)}

@@ -135,9 +135,7 @@ def _providers(runtime: Any, device: torch.device) -> list[Any]:
 
 
 def _load_errors(runtime: Any) -> tuple[type[Exception], ...]:
-    """What onnxruntime raises over a file: classes of its own, without a common one below
-    Exception.
-    """
+    """What onnxruntime raises over a file: its classes share no base below Exception."""
     state = runtime.capi.onnxruntime_pybind11_state
     names = (
         "Fail",

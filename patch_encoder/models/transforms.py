@@ -79,9 +79,7 @@ class Fit:
 
 
 class ToInputSize:
-    """uint8 (H, W, 3) -> uint8 (3, h, w) by a `Fit`; a number is a bicubic resize of the whole
-    tile, None keeps its size.
-    """
+    """uint8 (H, W, 3) -> (3, h, w) by a `Fit`, or bicubic to a side; None keeps the size."""
 
     def __init__(self, fit: Fit | int | None) -> None:
         self.fit = fit if isinstance(fit, Fit) else Fit(fit, squash=True)

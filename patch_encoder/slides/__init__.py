@@ -1,6 +1,4 @@
-"""One reader interface over whatever a scanner writes: slide files, pictures, DICOM folders,
-folders of tiles.
-"""
+"""One reader interface for slide files, pictures, DICOM folders and folders of tiles."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""What a slide is called and which files may be one: suffixes, compound ones too, and the id
-without them.
-"""
+"""Which files may be slides, their ids, and a fingerprint of what a bag came from."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Slides in any format that OpenSlide reads (SVS, NDPI, MRXS, SCN, BIF, DICOM, generic tiled TIFF,
-...).
-"""
+"""Slides in any format that OpenSlide reads (SVS, NDPI, MRXS, DICOM, tiled TIFF, ...)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""A plain picture (PNG, JPEG, BMP, WebP, JPEG 2000) of any size as a slide with one level, decoded
-once a handle.
-"""
+"""A plain picture (PNG, JPEG, BMP, WebP, JPEG 2000) as a slide with one level."""
 
 from __future__ import annotations
 
@@ -34,9 +32,7 @@ MAX_PIXELS = 2**32  # 12 GiB decoded
 
 
 class PictureFile(ArraySlide):
-    """Opening reads the header only; the first read decodes the picture, and all others are cut
-    from it.
-    """
+    """Opening reads the header only; the first read decodes the picture for all others."""
 
     def __init__(self, path: Path, mpp: float | None = None) -> None:
         self.slide_id, self.path = slide_id_of(path), path
@@ -89,9 +85,7 @@ class PictureFile(ArraySlide):
 
 @contextmanager
 def _without_limit() -> Iterator[None]:
-    """Pillow takes 179 Mpx and more for an attack; slides are larger, and have a limit of their own
-    here.
-    """
+    """Lift Pillow's limit of 179 Mpx: slides are larger and have a limit of their own."""
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         yield
@@ -100,9 +94,7 @@ def _without_limit() -> Iterator[None]:
 
 
 def _density_properties(x: float, y: float) -> dict[str, str]:
-    """A picture's dots per inch when they are a microscope's; 72 or 300 are a program's habit and
-    not worth a word.
-    """
+    """A picture's dots per inch if a microscope's; 72 or 300 are a program's default."""
     if not all(value and is_plausible(25400 / value) for value in (x, y)):
         return {}
     return {"tiff.XResolution": str(x), "tiff.YResolution": str(y), "tiff.ResolutionUnit": "inch"}

@@ -30,9 +30,7 @@ DAMAGE = (OSError, UnidentifiedImageError, SyntaxError, ValueError)
 
 
 class ReducedJpeg:
-    """One page of a TIFF; coordinates are pixels of the page at 1 / factor. Used by several
-    threads.
-    """
+    """One page of a TIFF, in pixels of the page at 1 / factor; threads share it."""
 
     def __init__(
         self, slide: Slide, file: tifffile.TiffFile, page: tifffile.TiffPage, factor: int
@@ -47,9 +45,7 @@ class ReducedJpeg:
 
     @staticmethod
     def of(slide: Slide, level: int, factor: int) -> ReducedJpeg | None:
-        """The level of a slide at 1 / factor, None where its file has no JPEG tiles or they look
-        otherwise to the reader.
-        """
+        """The level at 1 / factor, None without JPEG tiles that agree with the reader's."""
         if slide.tiff_path is None:
             return None
         try:

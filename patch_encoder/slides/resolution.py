@@ -195,9 +195,7 @@ def _pair(
 
 
 def _number(text: str | None) -> float | None:
-    """A positive number, NaN kept so that it is reported; None for anything else (0 means unknown
-    in several formats).
-    """
+    """A positive number or NaN (to report it); None for anything else (0 is unknown)."""
     try:
         value = float(text) if text is not None else 0.0
     except ValueError:

@@ -1,6 +1,4 @@
-"""Slides that a scanner exported as a folder of tiles, `<row>_<col>.jpg|png` (the layout of
-TS2G-KD) or any other naming.
-"""
+"""Slides as folders of tiles, `<row>_<col>.jpg|png` (TS2G-KD's layout) or other names."""
 
 from __future__ import annotations
 
@@ -149,9 +147,7 @@ class TileFolder(Slide):
             ) from None
 
     def _extent(self) -> tuple[int, int]:
-        """(width, height) in whole cells, by the sizes of the last tile to the right and of the
-        last one down.
-        """
+        """(width, height) in whole cells, by the last tile to the right and the last one down."""
         right, down = max(self.tiles), max(self.tiles, key=lambda corner: corner[::-1])
         ends = (right[0] + self.tile_side, down[1] + self.tile_side)
         if not self._strict:
@@ -173,10 +169,8 @@ class TileFolder(Slide):
 
     def _cells_of(self, x: int, y: int, size: int) -> list[tuple[int, int]]:
         side = self.tile_side
-        rows, cols = (
-            range(y // side, (y + size - 1) // side + 1),
-            range(x // side, (x + size - 1) // side + 1),
-        )
+        rows = range(y // side, (y + size - 1) // side + 1)
+        cols = range(x // side, (x + size - 1) // side + 1)
         return [(row, col) for row in rows for col in cols]
 
     def corners(self) -> np.ndarray:

@@ -21,9 +21,7 @@ from patch_encoder.stain.macenko import StainProfile, fit_macenko, make_unmixing
 from patch_encoder.stain.optical_density import recolour
 
 RUIFROK = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
-"""Densities of haematoxylin, eosin and DAB (rows) in red, green and blue, as in skimage's
-rgb2hed.
-"""
+"""Densities of haematoxylin, eosin, DAB (rows) in red, green, blue; skimage's rgb2hed."""
 WHITE = 256.0
 """Light of the deconvolution: intensity 255 has density 0, so that white has no stain at all."""
 
@@ -100,10 +98,8 @@ class StainJitter:
             for part in draw_factors(_count(tiles), 2, self.alpha, self.beta, generator)
         )
         found = profile.to(tiles.device) if profile else fit_macenko(tiles)
-        factor, shift = (
-            torch.where(found.present, factor, 1.0),
-            torch.where(found.present, shift * found.strength, 0.0),
-        )
+        factor = torch.where(found.present, factor, 1.0)
+        shift = torch.where(found.present, shift * found.strength, 0.0)
         eye = torch.eye(3, device=tiles.device)
         mapped = eye + (found.matrix * (factor - 1)[:, None]) @ make_unmixing_matrix(found.matrix)
         return recolour(tiles, mapped, (found.matrix @ shift[..., None]).squeeze(-1))

@@ -40,13 +40,9 @@ LEAST_ANGLE = 0.21
 LARGEST_ANGLE = 1.4
 """Radians (80 degrees); densities are positive, so what is further apart is no pair of stains."""
 LARGEST_GAIN = 4.0
-"""No stain is strengthened more than so many times: what is that faint is noise for the most
-part.
-"""
+"""No stain is strengthened more than this: fainter ones are mostly noise."""
 COMMON = ((0.5626, 0.2159), (0.7201, 0.8012), (0.4062, 0.5581))
-"""Densities of haematoxylin and eosin (columns) in red, green and blue; the reference that the
-published code comes with.
-"""
+"""Densities of H and E (columns) in red, green, blue: the published code's reference."""
 DEEPEST = 16.0  # largest amount of a stain that is told apart
 COMMON_STRENGTH = (1.9705, 1.0308)
 
@@ -152,9 +148,7 @@ def _two_stains(
 
 
 def _one_stain(total: Float64[Tensor, "b 3"]) -> tuple[Float[Tensor, "b 3"], Bool[Tensor, "b 2"]]:
-    """(mean direction, which stain it is): the nearer of the common two, or neither when it is
-    nearer to grey.
-    """
+    """(mean direction, which stain it is nearest to; neither when it is nearer to grey)."""
     direction = torch.nn.functional.normalize(total, dim=-1).float()
     common = make_common_profile().matrix[0].to(direction)
     known = torch.cat((common, torch.ones_like(common[:, :1])), -1)
@@ -196,9 +190,7 @@ def normalise_macenko(
 def has_one_stain(
     tiles: UInt8[Tensor, "*b 3 h w"], source: StainProfile, stain: int
 ) -> UInt8[Tensor, "*b 3 h w"]:
-    """Tiles with haematoxylin (0) or eosin (1) alone, in its own colour; white where the source has
-    none of it.
-    """
+    """Tiles with haematoxylin (0) or eosin (1) alone; white where the source has none."""
     source = source.to(tiles.device)
     column = source.matrix[..., stain : stain + 1] * source.present[:, stain, None, None]
     return recolour(tiles, column @ make_unmixing_matrix(source.matrix)[:, stain : stain + 1])

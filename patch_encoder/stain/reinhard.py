@@ -109,9 +109,7 @@ class ColourStatistics:
 
 
 def fit_reinhard(tiles: UInt8[Tensor, "*b 3 h w"], *, masked: bool = True) -> ColourStatistics:
-    """Mean and spread of each tile's stained pixels (all of them without `masked`); sums in
-    float64.
-    """
+    """Mean and spread of each tile's stained (not `masked`: all) pixels, summed in float64."""
     return _statistics(tiles, rgb_to_lab(tiles), masked)
 
 
@@ -149,10 +147,8 @@ def normalise_reinhard(
         As `tiles`; those whose source is not `present` are unchanged.
     """
     lab = rgb_to_lab(tiles)
-    source, target = (
-        source.to(tiles.device) if source else _statistics(tiles, lab, masked),
-        target.to(tiles.device),
-    )
+    source = source.to(tiles.device) if source else _statistics(tiles, lab, masked)
+    target = target.to(tiles.device)
     gain = (target.spread / source.spread.clamp_min(1e-6)).clamp_max(LARGEST_GAIN)
     shift = target.mean - gain * source.mean
     gain, shift = (part.expand(len(lab), 3) for part in (gain, shift))

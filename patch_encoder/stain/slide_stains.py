@@ -52,9 +52,7 @@ class SlideStains:
     def __call__(
         self, tile: UInt8[np.ndarray, "h w 3"], slide: int, number: int
     ) -> UInt8[np.ndarray, "h w 3"]:
-        """Tile `number` of slide `slide`, normalised; as it is where too little is stained to
-        tell.
-        """
+        """Normalise tile `number` of a slide; it stays as it is where too little is stained."""
         if self.normaliser.scope == "tile":
             return self.normaliser.apply(tile)
         if slide not in self._measured:
@@ -65,9 +63,7 @@ class SlideStains:
         return self.normaliser.apply(tile, statistics)
 
     def measure(self, slide: int) -> MeasuredStain:
-        """Statistics of up to SAMPLE tiles; those that cannot be read are passed over, SAMPLE of
-        them at most.
-        """
+        """Statistics of up to SAMPLE tiles; up to SAMPLE unreadable ones are passed over."""
         pixels: list[torch.Tensor] = []
         for number in sample_tiles(self.coordinates[slide])[: 2 * SAMPLE]:
             if len(pixels) == SAMPLE:
@@ -98,9 +94,7 @@ class SlideStains:
 
 
 def sample_tiles(coordinates: Coordinates) -> np.ndarray:
-    """All tile numbers in an order that only the coordinates decide; its start is a sample from all
-    over the slide.
-    """
+    """All tile numbers in an order that the coordinates decide: any start is a fair sample."""
     return np.random.default_rng(int(coordinates.digest()[:16], 16)).permutation(
         len(coordinates.coords)
     )

@@ -64,9 +64,7 @@ class TileGeometry:
 
     @staticmethod
     def from_attributes(attributes: Mapping[str, Any], source: str) -> TileGeometry:
-        """From HDF5 attributes, of our own files or CLAM's (patch_size, patch_level) or TRIDENT's
-        (patch_size_level0).
-        """
+        """From HDF5 attributes: ours, CLAM's (patch_level) or TRIDENT's (patch_size_level0)."""
         if "patch_size" not in attributes:
             raise UserError(
                 f"{source}: expected the attribute 'patch_size' on 'coords', found "
@@ -107,9 +105,7 @@ def _is_trident(attributes: Mapping[str, Any]) -> bool:
 
 
 def _trident(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """TRIDENT's `patch_size` and `overlap` are px after resampling; it stores no level, and level 0
-    is always right.
-    """
+    """TRIDENT's `patch_size` and `overlap` are px after resampling; level 0 is always right."""
     target = int(attributes["patch_size"])
     changed = {
         "patch_size": attributes["patch_size_level0"],
@@ -120,9 +116,7 @@ def _trident(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _clam(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """CLAM's `patch_size` is px of `patch_level`, as ours; `custom_downsample` (before 2022)
-    shrinks them after reading.
-    """
+    """CLAM's `patch_size` is as ours; `custom_downsample` (before 2022) shrinks it later."""
     values = dict(attributes)
     downsample = float(np.ravel(values.get("downsample", 1.0))[0])
     values.setdefault("patch_size_level0", round(int(values["patch_size"]) * downsample))
@@ -137,9 +131,7 @@ def _clam(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Top-left corners of a slide's tiles, int64 (N, 2) in level-0 pixels, and how they are
-    read.
-    """
+    """Top-left corners (N, 2) int64 of a slide's tiles in level-0 px, and how they are read."""
 
     coords: Int[np.ndarray, "tiles 2"]
     geometry: TileGeometry
@@ -157,9 +149,7 @@ class Coordinates:
 def write_coordinates(
     path: str | Path, coordinates: Coordinates, extra: Mapping[str, str] | None = None
 ) -> None:
-    """Write a coordinates file atomically; `extra` become further attributes (how the tissue was
-    found).
-    """
+    """Write a coordinates file atomically, with `extra` as further attributes."""
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
         dataset = file.create_dataset("coords", data=coordinates.coords.astype(np.int64))
         dataset.attrs.update(asdict(coordinates.geometry) | dict(extra or {}))
@@ -201,9 +191,7 @@ def coordinate_attributes(path: str | Path) -> dict[str, Any]:
 
 
 def tile_pattern_of(files: Iterable[Path]) -> str:
-    """How the tile folders of a cohort name their tiles, by the first of its coordinates files or
-    bags.
-    """
+    """How a cohort's tile folders name their tiles, by the first coordinates file or bag."""
     first = next(iter(sorted(files)), None)
     return str(coordinate_attributes(first).get("tile_pattern", "")) if first else ""
 

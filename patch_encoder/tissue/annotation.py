@@ -1,6 +1,4 @@
-"""Tissue drawn by hand: a GeoJSON (QuPath's export) or a mask picture per slide, found by slide id
-in one folder.
-"""
+"""Tissue drawn by hand: a GeoJSON (QuPath's export) or mask picture per slide id."""
 
 from __future__ import annotations
 
@@ -134,9 +132,7 @@ def read_picture_mask(path: Path, slide: Slide, shape: tuple[int, int]) -> Bool[
 
 
 def _grey(image: Image.Image) -> np.ndarray:
-    """One number a pixel: indices of a palette, grey values, or the mean of colours without their
-    transparency.
-    """
+    """One number per pixel: palette index, grey value, or the mean of opaque colours."""
     if image.mode in ("1", "L", "P", "I", "I;16", "F"):
         return np.asarray(image)
     return np.asarray(image.convert("RGB")).mean(-1)

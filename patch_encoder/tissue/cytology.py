@@ -19,10 +19,8 @@ from patch_encoder.tissue.regions import close_mask, label_parts, make_disc
 from patch_encoder.tissue.settings import CytologySettings
 
 BLOCK = 40.0  # um; the glass is estimated on blocks of this side
-GLASS, COLOURLESS = (
-    0.75,
-    0.08,
-)  # glass: at least this share of the brightest, and channels this near each other
+GLASS = 0.75  # least share of the brightest that glass has
+COLOURLESS = 0.08  # how near each other the channels of glass are
 # an edge refracts light and takes all channels alike: the least by at least this share of the most
 COLOUR = 0.7
 
@@ -51,9 +49,7 @@ def find_cytology(
 def _edges(
     cells: np.ndarray, density: np.ndarray, mpp: float, settings: CytologySettings
 ) -> np.ndarray:
-    """Lines and rings, looked for among all cells and once more among what has no colour, where
-    cells touch them.
-    """
+    """Find lines and rings among all cells, and again among what has no colour."""
     found = np.zeros_like(cells)
     for mask in (cells, cells & (density.min(-1) > COLOUR * density.max(-1))):
         found |= find_lines(mask, mpp, settings.line_length, settings.line_width) | find_bubbles(
@@ -94,9 +90,7 @@ def estimate_local_glass(
 
 
 def _bright_blocks(picture: np.ndarray, side: int) -> np.ndarray:
-    """The second brightest row of means: uint8 (h / side, w / side, 3), the 90th percentile of each
-    block.
-    """
+    """Second brightest row of means (h / side, w / side, 3) uint8: 90th percentiles of blocks."""
     height, width = picture.shape[:2]
     rows, cols = -(-height // side), -(-width // side)
     padded = np.pad(

@@ -1,6 +1,4 @@
-"""Tissue outlines as GeoJSON in level-0 pixels, as QuPath reads and writes them (RFC 7946 geometry,
-QuPath's properties).
-"""
+"""Tissue outlines as GeoJSON (RFC 7946) in level-0 pixels, with QuPath's properties."""
 
 from __future__ import annotations
 
@@ -132,9 +130,7 @@ def _ring(points: Any, source: str) -> np.ndarray:
 
 
 def class_name(properties: dict[str, Any]) -> str:
-    """QuPath's classification, in its newer ({'name': ...}) and older (text) form, else `class` or
-    `name`.
-    """
+    """QuPath's classification (an object, or older text), else `class` or `name`."""
     found = properties.get("classification", properties.get("class", properties.get("name", "")))
     if isinstance(found, dict):
         found = found.get("name") or ": ".join(found.get("names") or [])

@@ -90,17 +90,13 @@ Runs = dict[
 
 
 def _closes(turns: tuple[Runs, Runs], first: Runs, end: int) -> bool:
-    """Whether the way that comes back to its first corner goes on into its first stretch, not along
-    another part.
-    """
+    """Whether the way back at its first corner goes on into its first stretch."""
     right, left = turns
     return right is first or (left is first and end not in right)
 
 
 def _runs(mask: np.ndarray) -> tuple[Runs, Runs, Runs, Runs]:
-    """Straight stretches of border with tissue on their right, by direction: east, west, south,
-    north.
-    """
+    """Straight borders with tissue on their right, by direction: east, west, south, north."""
     width = mask.shape[1] + 1
     # rows of edges: +1 where tissue begins below, -1 where it ends
     rows = _stretches(np.diff(np.pad(mask.astype(np.int8), ((1, 1), (0, 0))), axis=0))
@@ -141,9 +137,7 @@ def _stretches(step: np.ndarray) -> np.ndarray:
 
 
 def fill_outlines(outlines: list[Outline], shape: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
-    """Pixels whose centre lies inside an outline (even-odd over its rings); points in pixels of the
-    mask.
-    """
+    """Pixels whose centre is inside an outline (even-odd over its rings), in the mask's px."""
     mask = np.zeros(shape, dtype=bool)
     for outline in outlines:
         rings = [np.asarray(ring, dtype=float) for ring in (outline.outer, *outline.holes)]

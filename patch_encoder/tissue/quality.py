@@ -30,7 +30,7 @@ from patch_encoder.tiles.coordinates import (
     write_coordinates,
 )
 from patch_encoder.tiles.grid import read_tile
-from patch_encoder.tissue.ink import find_ink_pixels
+from patch_encoder.tissue.artefacts import find_ink_pixels
 from patch_encoder.tissue.settings import INKS
 
 MEASURES = {
@@ -44,10 +44,8 @@ MEASURES = {
 # decoded
 RUN = 32
 SMALL = 64  # px a side that colours are measured at
-BRIGHT, PALE = (
-    200,
-    20,
-)  # background: darkest channel above BRIGHT, channels no further than PALE apart
+BRIGHT = 200  # darkest channel of background is above this
+PALE = 20  # channels of background are no further apart
 
 
 @dataclass
@@ -159,9 +157,7 @@ def write_tiles(
     extra: Mapping[str, str],
     quality: Mapping[str, np.ndarray],
 ) -> None:
-    """A coordinates file with one dataset a measure beside `coords`, written atomically; other
-    readers see `coords` alone.
-    """
+    """Write coordinates with one dataset per measure, atomically; others see `coords` alone."""
     with atomic_path(path) as temporary:
         write_coordinates(temporary, coordinates, extra)
         with h5py.File(temporary, "a") as file:

@@ -93,9 +93,7 @@ def _hatch(picture: np.ndarray, mask: np.ndarray, colour: Colour) -> None:
 
 
 def _outlines(picture: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> bool:
-    """Tissue and its holes, on a white rim that keeps the line legible on any stain; whether there
-    are holes.
-    """
+    """Draw tissue and holes on a white rim, legible on any stain; returns if there are holes."""
     contours, hierarchy = cv2.findContours(
         mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
     )

@@ -36,9 +36,7 @@ BLUR = 6
 
 @dataclass(frozen=True)
 class DrawnCell:
-    """Something drawn: its density (3, H, W) int16, where the window stands, and where the thing
-    itself is.
-    """
+    """Something drawn: its density (3, H, W) int16, the window's corner, and its own pixels."""
 
     row: int
     column: int
@@ -217,9 +215,7 @@ Part = tuple[slice, slice]
 def _draw_cytoplasm(
     rng: np.random.Generator, x: np.ndarray, y: np.ndarray, body: Cytoplasm, least: int
 ) -> tuple[np.ndarray, np.ndarray, Part]:
-    """Thickness and inside of the cell where it is, and which part of the window that is (`least`
-    px around the centre are).
-    """
+    """Thickness and inside of the cell, and their part of the window (at least `least` px)."""
     px, py = warp(rng, x, y, draw_between(rng, 3.5, 7.5), 32)
     sides = polygon_sides(rng, body.radius, body.squeeze)
     distance = polygon(px, py, sides, body.corner)
@@ -243,9 +239,7 @@ def _draw_cytoplasm(
 
 
 def _find_matter(matter: np.ndarray, least: int) -> Part:
-    """Rows and columns with matter and a border for blurring, at least `least` px to each side of
-    the middle.
-    """
+    """Rows and columns with matter and a border for blur, `least` px around the middle or more."""
     bounds = []
     for axis in (1, 0):
         size = matter.shape[1 - axis]
@@ -268,9 +262,7 @@ def _fold_over(
     sides: list[Side],
     body: Cytoplasm,
 ) -> np.ndarray:
-    """The part beyond a line is turned back over the cell: empty beyond the line, doubled before
-    it.
-    """
+    """Turn the part beyond a line back over the cell: empty beyond it, doubled before it."""
     angle, offset = draw_between(rng, 0.0, 2 * math.pi), body.radius * draw_between(rng, 0.45, 0.75)
     nx, ny = np.float32(math.cos(angle)), np.float32(math.sin(angle))
     beyond = px * nx + py * ny - np.float32(offset)
@@ -312,9 +304,7 @@ def _stain_cytoplasm(
     part: Part,
     pink: float,
 ) -> np.ndarray:
-    """Density (3, S, S) between cyan and pink (a cell often takes both), or orange when it is
-    keratinised.
-    """
+    """Density (3, S, S) between cyan and pink (often both), or orange when keratinised."""
     base = min(max(pink + draw_between(rng, -0.45, 0.45), 0.0), 1.0)
     warm = style["orange"] if rng.random() < 0.12 else style["pink"]
     share = np.clip(

@@ -66,9 +66,7 @@ def inflammation(rng: np.random.Generator, style: Style, centre: Point) -> Drawn
 
 
 def bare_smudge(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
-    """A smudged bare nucleus: as dark and as large as an abnormal one, but with a soft edge and no
-    structure.
-    """
+    """A smudged bare nucleus: as dark and large as an abnormal one, but soft and smooth."""
     radius = draw_between(rng, 8.0, 14.0)
     row, column, x, y = window(radius * 1.9 + 6, centre)
     px, py = warp(rng, x, y, 4.0, 16)
@@ -81,9 +79,7 @@ def bare_smudge(rng: np.random.Generator, style: Style, centre: Point) -> DrawnC
 
 
 def debris(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
-    """A dark angular scrap, brown or the colour of nuclei, from a speck to larger than an abnormal
-    nucleus.
-    """
+    """A dark angular scrap, brown or the colour of nuclei, from a speck to a large nucleus."""
     radius = 2.5 + 13 * float(rng.random()) ** 2
     row, column, x, y = window(radius * 2.1 + 6, centre)
     px, py = warp(rng, x, y, radius * 0.4, 8)

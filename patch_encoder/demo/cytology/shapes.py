@@ -21,9 +21,7 @@ SCALES = (4, 8, 16, 32, 64)
 
 @lru_cache(maxsize=1)
 def _bank() -> dict[int, np.ndarray]:
-    """Noise field (2 * SIDE, 2 * SIDE) float32 in [-1, 1] by lattice spacing, repeated so that
-    crops need no wrap.
-    """
+    """Noise fields (2 * SIDE, 2 * SIDE) float32 in [-1, 1] by lattice spacing, repeated once."""
     rng = np.random.Generator(np.random.PCG64(20240229))
     return {scale: np.tile(_value_noise(rng, scale), (2, 2)) for scale in SCALES}
 
@@ -43,9 +41,7 @@ def _value_noise(rng: np.random.Generator, scale: int) -> np.ndarray:
 
 
 def noise(rng: np.random.Generator, shape: tuple[int, int], scale: int) -> np.ndarray:
-    """A crop (height, width) float32 in [-1, 1] with details of about `scale` pixels; a view, not
-    to be written to.
-    """
+    """A read-only crop (height, width) float32 in [-1, 1], details of about `scale` px."""
     y, x = (int(value) for value in rng.integers(0, SIDE, 2))
     assert max(shape) <= SIDE
     return _bank()[scale][y : y + shape[0], x : x + shape[1]]
@@ -90,9 +86,7 @@ Side = tuple[float, float, float]
 
 
 def polygon_sides(rng: np.random.Generator, radius: float, squeeze: float) -> list[Side]:
-    """5 to 8 sides (cos, sin, distance from the centre in px) of a random convex polygon; `squeeze`
-    < 1 shortens one axis.
-    """
+    """5 to 8 sides (cos, sin, px from the centre) of a convex polygon, squeezed along one axis."""
     count = int(rng.integers(5, 9))
     turn, axis = float(rng.random()) * 2 * math.pi, float(rng.random()) * math.pi
     sides = []
@@ -119,9 +113,7 @@ def polygon(x: np.ndarray, y: np.ndarray, sides: list[Side], corner: float) -> n
 
 
 def smooth_maximum(a: np.ndarray, b: np.ndarray, width: float) -> np.ndarray:
-    """Maximum with the crease rounded over `width` px (Quilez's polynomial smooth minimum, turned
-    round).
-    """
+    """Maximum with the crease rounded over `width` px (after Quilez's smooth minimum)."""
     gap = np.abs(a - b)
     np.subtract(np.float32(width), gap, out=gap)
     np.maximum(gap, np.float32(0), out=gap)

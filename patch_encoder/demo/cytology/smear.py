@@ -23,9 +23,7 @@ from patch_encoder.demo.cytology.clutter import CLUTTER, margin
 from patch_encoder.demo.cytology.stain import Style, develop, draw_style
 
 BORDER = 48
-"""Things are placed up to this far (px) outside the picture, so that cells are cut by its edge as
-in a real field.
-"""
+"""Things lie up to this far (px) outside, so that the picture's edge cuts cells."""
 INSIDE = 20
 """Abnormal cells have their centre at least this far (px) inside: what a label says can be seen."""
 VISIBLE = 0.4
@@ -106,9 +104,7 @@ def plan_smear(
 def _abnormal_places(
     rng: np.random.Generator, centres: list[Point], side: int, share: float
 ) -> list[int]:
-    """Which cells are abnormal: none for a share of 0, else at least one, all well inside the
-    picture.
-    """
+    """Choose abnormal cells well inside the picture: none for a share of 0, else at least one."""
     if share == 0:
         return []
     inside = [
@@ -145,10 +141,8 @@ def _cell_centres(rng: np.random.Generator, side: int, count: int) -> list[Point
         members = int(rng.integers(3, 15)) if rng.random() < 0.12 else 1
         spread = 26 * math.sqrt(members) if members > 1 else 0.0
         for _ in range(min(members, count - len(centres))):
-            angle, reach = (
-                draw_between(rng, 0.0, 2 * math.pi),
-                spread * math.sqrt(float(rng.random())),
-            )
+            angle = draw_between(rng, 0.0, 2 * math.pi)
+            reach = spread * math.sqrt(float(rng.random()))
             centres.append((x + reach * math.cos(angle), y + reach * math.sin(angle)))
     return centres
 
@@ -189,10 +183,8 @@ def _visible(box: Box, smear: Smear) -> list[Box]:
 def _stamp(canvas: np.ndarray, drawn: DrawnCell) -> None:
     height, width = drawn.density.shape[1:]
     top, left = max(drawn.row, 0), max(drawn.column, 0)
-    bottom, right = (
-        min(drawn.row + height, canvas.shape[1]),
-        min(drawn.column + width, canvas.shape[2]),
-    )
+    bottom = min(drawn.row + height, canvas.shape[1])
+    right = min(drawn.column + width, canvas.shape[2])
     if top < bottom and left < right:
         part = drawn.density[
             :, top - drawn.row : bottom - drawn.row, left - drawn.column : right - drawn.column
@@ -201,9 +193,7 @@ def _stamp(canvas: np.ndarray, drawn: DrawnCell) -> None:
 
 
 def _glass(smear: Smear) -> np.ndarray:
-    """Empty glass: light that falls off towards the edges, and the pen or cover slip of a marked
-    slide.
-    """
+    """Empty glass: light that falls off outwards, and a marked slide's pen or cover slip."""
     rng = _generator((*smear.seed, 2))
     x0, y0 = (draw_between(rng, 0.3, 0.7) for _ in range(2))
     fall = draw_between(rng, 10.0, 45.0)
