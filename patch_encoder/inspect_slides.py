@@ -153,17 +153,17 @@ def format_table(entries: Sequence[dict[str, Any]]) -> str:
     rows = [
         ("slide", "format", "size", "levels", "mpp", "from", "power", "reads", "tiles", "regions")
     ]
-    rows += [_row(entry) for entry in entries]
+    rows += [_make_row(entry) for entry in entries]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*lines, *_grouped(entries)])
+    return "\n".join([*lines, *_group_problems(entries)])
 
 
-def _grouped(entries: Sequence[dict[str, Any]]) -> list[str]:
+def _group_problems(entries: Sequence[dict[str, Any]]) -> list[str]:
     """What is wrong, once for all slides that have it."""
     slides: dict[str, list[str]] = {}
     for entry in entries:
@@ -177,7 +177,7 @@ def _grouped(entries: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _row(entry: dict[str, Any]) -> tuple[str, ...]:
+def _make_row(entry: dict[str, Any]) -> tuple[str, ...]:
     if entry["error"]:
         return (entry["slide"], "unreadable", *[""] * 8)
     reads, regions = entry["plan"], entry["regions"]

@@ -78,7 +78,7 @@ def make_table(match: str = "") -> list[dict[str, Any]]:
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """Columns padded to their longest entry; `-` where there is nothing to say."""
-    shown = [[_cell(row[column]) for column in COLUMNS] for row in rows]
+    shown = [[_format_cell(row[column]) for column in COLUMNS] for row in rows]
     widths = [max(len(line[i]) for line in [list(COLUMNS), *shown]) for i in range(len(COLUMNS))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
@@ -87,7 +87,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _cell(value: Any) -> str:
+def _format_cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "-" if value in (None, "") else str(value)

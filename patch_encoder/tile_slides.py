@@ -140,7 +140,7 @@ def tile_one(job: Job, config: Config, stamp: str) -> dict[str, object]:
     _, path, mpp = job
     with open_slide(path, mpp, config.tile_pattern) as slide:
         slide.threads = threads_each(config)
-        return _tile(slide, job, config, stamp)
+        return _tile_slide(slide, job, config, stamp)
 
 
 def threads_each(config: Config) -> int:
@@ -148,7 +148,7 @@ def threads_each(config: Config) -> int:
     return config.threads or max(1, len(os.sched_getaffinity(0)) // max(1, config.workers))
 
 
-def _tile(slide: Slide, job: Job, config: Config, stamp: str) -> dict[str, object]:
+def _tile_slide(slide: Slide, job: Job, config: Config, stamp: str) -> dict[str, object]:
     output, (slide_id, _, mpp) = Path(config.output), job
     geometry = make_tile_geometry(
         slide, config.tile_size, config.target_mpp, config.overlap, config.step

@@ -58,7 +58,7 @@ def read_fields(annotations: Path) -> tuple[dict[str, Field], list[str], int]:
     document = read_json(annotations, "a COCO document")
     try:
         categories = {int(item["id"]): str(item["name"]) for item in document["categories"]}
-        boxes, empty = _boxes(document, categories)
+        boxes, empty = _read_boxes(document, categories)
         fields = [
             Field(
                 str(item["file_name"]),
@@ -82,7 +82,7 @@ def read_fields(annotations: Path) -> tuple[dict[str, Field], list[str], int]:
     return by_name, list(categories.values()), empty
 
 
-def _boxes(
+def _read_boxes(
     document: dict[str, Any], categories: dict[int, str]
 ) -> tuple[dict[int, list[tuple[str, Box]]], int]:
     boxes: dict[int, list[tuple[str, Box]]] = defaultdict(list)
@@ -144,13 +144,13 @@ def cut_tiles(field: Field, side: int, lesion: str) -> list[FieldTile]:
     tiles = []
     for y in range(0, field.height - side + 1, side):
         for x in range(0, field.width - side + 1, side):
-            shares = [_share_inside(box, x, y, side) for box in targets]
+            shares = [_measure_share(box, x, y, side) for box in targets]
             if any(share >= 0.5 for share in shares) or not any(shares):
                 tiles.append(FieldTile(field.file_name, x, y, lesion=any(shares)))
     return tiles
 
 
-def _share_inside(box: Box, x: int, y: int, side: int) -> float:
+def _measure_share(box: Box, x: int, y: int, side: int) -> float:
     x0, y0, x1, y1 = box
     width, height = min(x1, x + side) - max(x0, x), min(y1, y + side) - max(y0, y)
     return max(width, 0) * max(height, 0) / ((x1 - x0) * (y1 - y0))
@@ -180,10 +180,10 @@ def compose_slides(
         UserError: there are too few lesion tiles or clean tiles for that many slides.
     """
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
-    lesions = _shuffled(rng, [tile for tile in tiles if tile.lesion])
-    clean = _shuffled(rng, [tile for tile in tiles if not tile.lesion])
-    _check(split, slides, tiles_per_slide, len(lesions), len(clean))
-    counts = _lesion_counts(rng, slides // 2, len(lesions), tiles_per_slide) + [0] * (
+    lesions = _shuffle(rng, [tile for tile in tiles if tile.lesion])
+    clean = _shuffle(rng, [tile for tile in tiles if not tile.lesion])
+    _check_enough(split, slides, tiles_per_slide, len(lesions), len(clean))
+    counts = _draw_lesion_counts(rng, slides // 2, len(lesions), tiles_per_slide) + [0] * (
         slides - slides // 2
     )
     while slides * tiles_per_slide - sum(counts) > len(clean):
@@ -192,21 +192,21 @@ def compose_slides(
         place = min(range(slides // 2), key=lambda slide: counts[slide])
         counts[place] += 1
     composed = []
-    for number, count in enumerate(_shuffled(rng, counts), 1):
+    for number, count in enumerate(_shuffle(rng, counts), 1):
         own = [lesions.pop() for _ in range(count)] + [
             clean.pop() for _ in range(tiles_per_slide - count)
         ]
         composed.append(
-            ComposedSlide(f"{split}_{number:04d}", split, count > 0, tuple(_shuffled(rng, own)))
+            ComposedSlide(f"{split}_{number:04d}", split, count > 0, tuple(_shuffle(rng, own)))
         )
     return composed
 
 
-def _shuffled(rng: np.random.Generator, items: list[T]) -> list[T]:
+def _shuffle(rng: np.random.Generator, items: list[T]) -> list[T]:
     return [items[int(place)] for place in rng.permutation(len(items))]
 
 
-def _lesion_counts(
+def _draw_lesion_counts(
     rng: np.random.Generator, slides: int, lesions: int, tiles_per_slide: int
 ) -> list[int]:
     """Draw 1 to MOST_LESIONS per positive slide, and lower some when there are too few."""
@@ -219,8 +219,8 @@ def _lesion_counts(
     return counts
 
 
-def _check(split: str, slides: int, tiles_per_slide: int, lesions: int, clean: int) -> None:
-    most = _most_slides(tiles_per_slide, lesions, clean)
+def _check_enough(split: str, slides: int, tiles_per_slide: int, lesions: int, clean: int) -> None:
+    most = _count_most_slides(tiles_per_slide, lesions, clean)
     if slides > most:
         raise UserError(
             f"split {split}: expected tiles for {slides} slides of {tiles_per_slide}, found "
@@ -230,7 +230,7 @@ def _check(split: str, slides: int, tiles_per_slide: int, lesions: int, clean: i
         )
 
 
-def _most_slides(tiles_per_slide: int, lesions: int, clean: int) -> int:
+def _count_most_slides(tiles_per_slide: int, lesions: int, clean: int) -> int:
     most = 0
     while True:
         positives = (most + 1) // 2

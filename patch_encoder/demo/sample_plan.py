@@ -42,7 +42,7 @@ class PlannedSlide:
 
     def smear(self) -> Smear:
         """What lies on it."""
-        rng = _generator((*self.seed, 3))
+        rng = _make_generator((*self.seed, 3))
         share = ABNORMAL[0] + (ABNORMAL[1] - ABNORMAL[0]) * float(rng.random())
         marked = rng.random() < MARKED_SHARE
         return plan_smear(
@@ -61,12 +61,12 @@ class PlannedField:
 
     def smear(self) -> Smear:
         """What lies on it; a fifth of the fields is drawn without abnormal cells."""
-        rng = _generator((*self.seed, 3))
+        rng = _make_generator((*self.seed, 3))
         share = 0.12 + 0.2 * float(rng.random()) if rng.random() < 0.8 else 0.0
         return plan_smear(self.seed, self.side, FIELD_CELLS, share)
 
 
-def _generator(seed: tuple[int, ...]) -> np.random.Generator:
+def _make_generator(seed: tuple[int, ...]) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
 
 
@@ -82,7 +82,7 @@ def plan_slides(
         counts: slides by split name; half of each (rounded down) is positive.
         double_share: share of the patients that have two slides.
     """
-    rng = _generator((seed, _COHORT))
+    rng = _make_generator((seed, _COHORT))
     cases: list[tuple[str, str, int]] = []
     for split, count in counts.items():
         own: list[tuple[str, str, int]] = []

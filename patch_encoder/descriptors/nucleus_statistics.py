@@ -56,11 +56,11 @@ def nucleus_statistics(nuclear: Float32[np.ndarray, "h w"]) -> Float32[np.ndarra
     compact = bodies.fill > COMPACT
     parts = (
         [np.sqrt((smooth > depth).mean()) for depth in DEPTHS],
-        _counts(bodies.area),
-        _counts(bodies.area[compact]),
-        _largest(bodies, np.ones(len(compact), dtype=bool)),
-        _largest(bodies, compact),
-        _texture(nuclear, smooth),
+        _count_by_size(bodies.area),
+        _count_by_size(bodies.area[compact]),
+        _describe_largest(bodies, np.ones(len(compact), dtype=bool)),
+        _describe_largest(bodies, compact),
+        _measure_texture(nuclear, smooth),
     )
     return np.concatenate(parts).astype(np.float32)
 
@@ -98,12 +98,12 @@ def measure_bodies(mask: np.ndarray, nuclear: np.ndarray, steepness: np.ndarray)
     )
 
 
-def _counts(areas: np.ndarray) -> np.ndarray:
+def _count_by_size(areas: np.ndarray) -> np.ndarray:
     """log(1 + number) of the bodies in each size class."""
     return np.log1p(np.histogram(areas, bins=(*AREAS, np.inf))[0])
 
 
-def _largest(bodies: NucleusBodies, chosen: np.ndarray) -> list[float]:
+def _describe_largest(bodies: NucleusBodies, chosen: np.ndarray) -> list[float]:
     """Measures of the largest body among the chosen ones; all zero without one."""
     if not chosen.any():
         return [0.0] * 6
@@ -112,7 +112,7 @@ def _largest(bodies: NucleusBodies, chosen: np.ndarray) -> list[float]:
     return [*shape, bodies.depth[index], bodies.spread[index], bodies.edge[index]]
 
 
-def _texture(nuclear: np.ndarray, smooth: np.ndarray) -> list[float]:
+def _measure_texture(nuclear: np.ndarray, smooth: np.ndarray) -> list[float]:
     """Differences from box means, over the tile and in the core of dark bodies; that core."""
     from scipy.ndimage import uniform_filter
 

@@ -31,14 +31,14 @@ RINGS = {1: ((0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1
 PATTERNS = 10
 
 
-def _pattern_table() -> np.ndarray:
+def _make_pattern_table() -> np.ndarray:
     """Pattern of each of 256 codes: brighter neighbours if it changes at most twice, else 9."""
     bits = (np.arange(256)[:, None] >> np.arange(8)) & 1
     changes = (bits != np.roll(bits, 1, axis=1)).sum(axis=1)
     return np.where(changes <= 2, bits.sum(axis=1), PATTERNS - 1).astype(np.uint8)
 
 
-_TABLE = _pattern_table()
+_TABLE = _make_pattern_table()
 
 
 def pattern_shares(values: UInt8[np.ndarray, "h w"], radius: int) -> Float32[np.ndarray, " 10"]:
@@ -100,15 +100,15 @@ def describe(tile: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, " d"]:
     ):
         expected = f"expected a tile (H, W, 3) uint8 of at least {SMALLEST_SIDE} px a side"
         raise ValueError(f"{expected}, found {tile.dtype} {tile.shape}")
-    density = _density_table().take(np.moveaxis(tile, 2, 0))  # (3, H, W)
+    density = _make_density_table().take(np.moveaxis(tile, 2, 0))  # (3, H, W)
     nuclear = np.minimum(density[0], density[1])
-    nuclear_bytes, grey_bytes = _bytes(nuclear), _bytes(density.mean(axis=0))
+    nuclear_bytes, grey_bytes = _to_bytes(nuclear), _to_bytes(density.mean(axis=0))
     spots = remove_ground(nuclear_bytes, GROUND)
     bodies = nucleus_statistics(spots.astype(np.float32) / STEPS)
     parts = (
-        _colours(density, nuclear),
-        _patterns(grey_bytes, nuclear_bytes),
-        _sizes(spots, nuclear_bytes),
+        _describe_colours(density, nuclear),
+        _describe_patterns(grey_bytes, nuclear_bytes),
+        _describe_sizes(spots, nuclear_bytes),
         bodies,
     )
     return np.concatenate(parts).astype(np.float32)
@@ -148,46 +148,46 @@ def read_scale() -> tuple[np.ndarray, np.ndarray]:
 
 
 @lru_cache(maxsize=1)
-def _density_table() -> np.ndarray:
+def _make_density_table() -> np.ndarray:
     return -np.log10((np.arange(256, dtype=np.float32) + 1) / 256)
 
 
 @lru_cache(maxsize=1)
-def _unmixing() -> np.ndarray:
+def _make_unmixing() -> np.ndarray:
     """Density (red, green, blue) -> amount of haematoxylin and eosin, (2, 3)."""
     from skimage.color import hed_from_rgb  # a while to load
 
     return hed_from_rgb.T[:2].astype(np.float32)
 
 
-def _bytes(density: np.ndarray) -> np.ndarray:
+def _to_bytes(density: np.ndarray) -> np.ndarray:
     return np.minimum(density * STEPS, 255).astype(np.uint8)
 
 
-def _colours(density: np.ndarray, nuclear: np.ndarray) -> np.ndarray:
+def _describe_colours(density: np.ndarray, nuclear: np.ndarray) -> np.ndarray:
     """Roots of histogram shares (3 * BINS), then mean and spread of the density (6)."""
     flat = density.reshape(3, -1)
-    stains = (*(_unmixing() @ flat), nuclear.ravel())
+    stains = (*(_make_unmixing() @ flat), nuclear.ravel())
     shares = []
     for channel, amount in zip(CHANNELS, stains, strict=True):
         place = np.clip(amount * (BINS / DEEPEST[channel]), 0, BINS - 1).astype(np.intp)
-        shares.append(np.sqrt(_rest_first(np.bincount(place, minlength=BINS) / place.size)))
+        shares.append(np.sqrt(_put_rest_first(np.bincount(place, minlength=BINS) / place.size)))
     return np.concatenate((*shares, flat.mean(axis=1), flat.std(axis=1)))
 
 
-def _patterns(*channels: np.ndarray) -> np.ndarray:
+def _describe_patterns(*channels: np.ndarray) -> np.ndarray:
     shares = [
-        _rest_first(pattern_shares(channel, radius)) for channel in channels for radius in RINGS
+        _put_rest_first(pattern_shares(channel, radius)) for channel in channels for radius in RINGS
     ]
     return np.sqrt(np.concatenate(shares))
 
 
-def _rest_first(shares: np.ndarray) -> np.ndarray:
+def _put_rest_first(shares: np.ndarray) -> np.ndarray:
     """Replace the first share by what it leaves: most of a tile is empty, 1 shows little."""
     return np.concatenate(([1 - shares[0]], shares[1:])).clip(0)
 
 
-def _sizes(spots: np.ndarray, nuclear: np.ndarray) -> np.ndarray:
+def _describe_sizes(spots: np.ndarray, nuclear: np.ndarray) -> np.ndarray:
     """Granulometry of dark spots (amount, darkest) and of light gaps in nuclear density."""
     dark, darkest = granulometry(spots)
     light, _ = granulometry(255 - nuclear)

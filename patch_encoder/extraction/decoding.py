@@ -116,7 +116,7 @@ def batches(
                         heapq.heappush(waiting, number)
                     else:
                         policy.record_batch()
-                        done[number] = _received(result)
+                        done[number] = _receive(result)
             yield done.pop(wanted)
 
 
@@ -136,7 +136,7 @@ def _read(sequence: TileSequence, job: tuple[range, dict[int, str]]) -> Any:
     return memory[0]
 
 
-def _received(result: Any) -> TileBatch:
+def _receive(result: Any) -> TileBatch:
     if isinstance(result, Raised):
         if result.by_user:
             raise UserError(result.reason)

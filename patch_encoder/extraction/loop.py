@@ -257,13 +257,13 @@ def encoded(
     for batch in batches:
         started = network.launch(batch.items) if batch.items is not None else None
         if before is not None:
-            yield before[0], _stored(before[1], dtype)
+            yield before[0], _is_stored(before[1], dtype)
         before = batch, started
     if before is not None:
-        yield before[0], _stored(before[1], dtype)
+        yield before[0], _is_stored(before[1], dtype)
 
 
-def _stored(launched: PendingFeatures | None, dtype: str) -> np.ndarray:
+def _is_stored(launched: PendingFeatures | None, dtype: str) -> np.ndarray:
     if launched is None:
         return np.empty((0, 0), dtype=dtype)
     return launched.features().to(getattr(torch, dtype)).numpy()

@@ -99,10 +99,10 @@ def fetch_hub_file(row: EncoderRow, name: str, wanted: Iterable[str] = ()) -> Pa
         except NETWORK_ERRORS as error:
             reason = error
             break
-    raise UserError(_unreachable(row, name, wanted, reason))
+    raise UserError(_explain_unreachable(row, name, wanted, reason))
 
 
-def _unreachable(
+def _explain_unreachable(
     row: EncoderRow, name: str, wanted: tuple[str, ...], reason: Exception | None
 ) -> str:
     from huggingface_hub import constants
@@ -161,13 +161,13 @@ def read_state(path: Path, choice: str = "") -> dict[str, Tensor]:
     content: dict[str, Any] = {}
     for file in find_shards(path) or [path]:
         content |= read_weights(file, "a weights file")
-    state = _contained(content, choice, path)
+    state = _unpack(content, choice, path)
     while wrapper := next((w for w in WRAPPERS if any(key.startswith(w) for key in state)), None):
         state = {key.removeprefix(wrapper): value for key, value in state.items()}
     return state
 
 
-def _contained(content: dict[str, Any], choice: str, path: Path) -> dict[str, Tensor]:
+def _unpack(content: dict[str, Any], choice: str, path: Path) -> dict[str, Tensor]:
     if choice and choice not in content:
         raise UserError(
             f"{path}#{choice}: expected the key '{choice}', found {sorted(content)[:8]}"
@@ -198,11 +198,11 @@ def load_encoder_weights(
     core = getattr(network, "trunk", network) if row.library == "timm" else network
     if row.library == "timm" and row.model.startswith("beit3"):
         state = convert_to_timm(state)
-    inside, outside = _divided(state, core.state_dict().keys())
-    inside = _native(inside, core, row)
+    inside, outside = _divide(state, core.state_dict().keys())
+    inside = _convert(inside, core, row)
     own = core.state_dict().keys()
     unused = [
-        key for key in inside if key not in own and key.startswith(HEADS + _cut_off(core, row))
+        key for key in inside if key not in own and key.startswith(HEADS + _list_unused(core, row))
     ]
     # outside the encoder's prefix a key may bear the name of one inside
     beside = [key for key in outside if key.startswith(HEADS + TEXT_TOWER)]
@@ -223,7 +223,7 @@ def load_encoder_weights(
     )
 
 
-def _divided(
+def _divide(
     state: dict[str, Tensor], own: Iterable[str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The part of `state` under the prefix that fits the network best, without it, and the rest."""
@@ -235,7 +235,7 @@ def _divided(
     return inside, {key: value for key, value in state.items() if not key.startswith(prefix)}
 
 
-def _native(state: dict[str, Tensor], core: nn.Module, row: EncoderRow) -> dict[str, Tensor]:
+def _convert(state: dict[str, Tensor], core: nn.Module, row: EncoderRow) -> dict[str, Tensor]:
     """Names and position grid as the network has them, by timm's and CONCH's rules."""
     if row.library == "conch_v1_5":
         return fit_positions(state, core.trunk.patch_embed.grid_size[0])  # type: ignore[union-attr]
@@ -243,7 +243,7 @@ def _native(state: dict[str, Tensor], core: nn.Module, row: EncoderRow) -> dict[
     return convert(dict(state), core) if row.library == "timm" and convert else state
 
 
-def _cut_off(core: nn.Module, row: EncoderRow) -> tuple[str, ...]:
+def _list_unused(core: nn.Module, row: EncoderRow) -> tuple[str, ...]:
     """Prefixes of what the published network has and this row does not use."""
     stages = tuple(
         f"layer{s}."

@@ -90,19 +90,21 @@ class Conch(nn.Module):
 
 def build_conch_v1(**trunk: int) -> Conch:
     """ViT-B/16 at 448 px, 512-d; `trunk` changes the ViT (tests)."""
-    return _conch(AttentionPool, {"embed_dim": 768, "depth": 12, "num_heads": 12, **trunk}, 512)
+    return _build_conch(
+        AttentionPool, {"embed_dim": 768, "depth": 12, "num_heads": 12, **trunk}, 512
+    )
 
 
 def build_conch_v1_5(**trunk: int) -> Conch:
     """ViT-L/16 at 448 px with layer scale, 768-d."""
-    return _conch(
+    return _build_conch(
         LinearAttentionPool,
         {"embed_dim": 1024, "depth": 24, "num_heads": 16, "init_values": 1e-6, **trunk},
         768,
     )
 
 
-def _conch(pool: type[nn.Module], trunk: dict[str, Any], dim: int) -> Conch:
+def _build_conch(pool: type[nn.Module], trunk: dict[str, Any], dim: int) -> Conch:
     from timm.models.vision_transformer import VisionTransformer
 
     settings = {"img_size": 448, "patch_size": 16, "num_classes": 0, **trunk}
@@ -193,10 +195,10 @@ def convert_to_timm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             inner = re.sub(pattern, replacement, inner)
         # fairseq's positions start at 2
         renamed[inner] = tensor[None, 2:] if inner == "pos_embed" else tensor
-    return _joined_attention(renamed)
+    return _join_attention(renamed)
 
 
-def _joined_attention(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _join_attention(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """q_proj, k_proj, v_proj -> qkv."""
     joined = dict(weights)
     for name in [name for name in weights if ".attn.q_proj." in name]:

@@ -43,7 +43,7 @@ class OpenSlideFile(Slide):
         if self.properties.get(openslide.PROPERTY_NAME_VENDOR) in PLAIN_TIFF:
             self.tiff_path = path
         self.format = f"openslide {self.properties.get(openslide.PROPERTY_NAME_VENDOR, 'unknown')}"
-        self.associated = _associated_sizes(self.properties)
+        self.associated = _read_associated_sizes(self.properties)
         self.resolution = read_resolution(
             self.properties, self.slide_id, (self.width, self.height), mpp
         )
@@ -98,7 +98,7 @@ class OpenSlideFile(Slide):
         self._handle.close()
 
 
-def _associated_sizes(properties: dict[str, str]) -> dict[str, tuple[int, int]]:
+def _read_associated_sizes(properties: dict[str, str]) -> dict[str, tuple[int, int]]:
     # from the properties: asking for the pictures would decode them
     prefix, suffix = "openslide.associated.", ".width"
     names = [

@@ -252,7 +252,7 @@ class _Reader:
         out = np.full((side, side, 3), UNREADABLE, dtype=np.uint8)
         downsample = self.slide.downsamples[self.level]
         rows, cols = self.cells.shape
-        for row, col in _cells(x, y, side, rows, cols):
+        for row, col in _list_cells(x, y, side, rows, cols):
             left, top = col * CELL, row * CELL
             heartbeat()
             try:
@@ -286,7 +286,7 @@ def reduce_by_area(
     )
 
 
-def _cells(x: int, y: int, side: int, rows: int, cols: int) -> Iterable[tuple[int, int]]:
+def _list_cells(x: int, y: int, side: int, rows: int, cols: int) -> Iterable[tuple[int, int]]:
     """(row, column) of the cells that a square of a level touches."""
     for row in range(y // CELL, min((y + side - 1) // CELL + 1, rows)):
         for col in range(x // CELL, min((x + side - 1) // CELL + 1, cols)):

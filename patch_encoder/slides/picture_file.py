@@ -37,7 +37,7 @@ class PictureFile(ArraySlide):
     def __init__(self, path: Path, mpp: float | None = None) -> None:
         self.slide_id, self.path = slide_id_of(path), path
         try:
-            with _without_limit(), Image.open(path) as image:
+            with _lift_limit(), Image.open(path) as image:
                 self.width, self.height = image.size
                 mode, density = image.mode, image.info.get("dpi", (0, 0))
                 self.format = f"picture {image.format}"
@@ -56,13 +56,13 @@ class PictureFile(ArraySlide):
         self.downsamples, self.level_sizes = (1.0,), ((self.width, self.height),)
         self._mode, self._lock = MODES[mode], threading.Lock()
         self.resolution = read_resolution(
-            _density_properties(*map(float, density)), self.slide_id, given=mpp
+            _make_properties(*map(float, density)), self.slide_id, given=mpp
         )
 
     @cached_property
     def _pixels(self) -> np.ndarray:
         try:
-            with _without_limit(), Image.open(self.path) as image:
+            with _lift_limit(), Image.open(self.path) as image:
                 # not .convert() alone: it would drop the transparency that blend_on_white composes
                 return keep(
                     convert_to_rgb(
@@ -84,7 +84,7 @@ class PictureFile(ArraySlide):
 
 
 @contextmanager
-def _without_limit() -> Iterator[None]:
+def _lift_limit() -> Iterator[None]:
     """Lift Pillow's limit of 179 Mpx: slides are larger and have a limit of their own."""
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
@@ -93,7 +93,7 @@ def _without_limit() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def _density_properties(x: float, y: float) -> dict[str, str]:
+def _make_properties(x: float, y: float) -> dict[str, str]:
     """A picture's dots per inch if a microscope's; 72 or 300 are a program's default."""
     if not all(value and is_plausible(25400 / value) for value in (x, y)):
         return {}

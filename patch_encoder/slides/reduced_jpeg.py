@@ -109,14 +109,14 @@ class ReducedJpeg:
             stream = self._file.filehandle
             stream.seek(self._page.dataoffsets[index])
             data = stream.read(self._page.databytecounts[index])
-        pixels = self._decoded(index, data)
+        pixels = self._decode(index, data)
         with self._lock:
             self._cache[index] = pixels
             while len(self._cache) > CACHED_TILES:
                 self._cache.popitem(last=False)
         return pixels
 
-    def _decoded(self, index: int, data: bytes) -> np.ndarray:
+    def _decode(self, index: int, data: bytes) -> np.ndarray:
         colours = ADOBE + (b"\x01" if self._page.photometric == YCBCR else b"\x00")
         width, height = self._tile
         try:

@@ -58,7 +58,7 @@ def parse_tile_pattern(text: str) -> TilePattern:
     """
     try:
         expression = re.compile(
-            _from_template(text) if FIELD.search(text) else text or DEFAULT, re.IGNORECASE
+            _compile_template(text) if FIELD.search(text) else text or DEFAULT, re.IGNORECASE
         )
     except re.error as error:
         raise UserError(
@@ -74,7 +74,7 @@ def parse_tile_pattern(text: str) -> TilePattern:
     return TilePattern(text, expression, "x" in groups)
 
 
-def _from_template(text: str) -> str:
+def _compile_template(text: str) -> str:
     """Everything but the fields is meant literally."""
     parts = FIELD.split(text)
     return "".join(
@@ -122,7 +122,7 @@ class TileFolder(Slide):
                 f"slide {path}: expected one file a tile, found {len(places)} files for "
                 f"{len(self.tiles)} places"
             )
-        self.width, self.height = self._extent()
+        self.width, self.height = self._measure_extent()
         self._corners: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for x, y in self.tiles:
             for row, col in self._cells_of(x, y, self.tile_side):
@@ -146,7 +146,7 @@ class TileFolder(Slide):
                 f"slide {self.slide_id}: tile {file.name} cannot be decoded: {error}"
             ) from None
 
-    def _extent(self) -> tuple[int, int]:
+    def _measure_extent(self) -> tuple[int, int]:
         """(width, height) in whole cells, by the last tile to the right and the last one down."""
         right, down = max(self.tiles), max(self.tiles, key=lambda corner: corner[::-1])
         ends = (right[0] + self.tile_side, down[1] + self.tile_side)

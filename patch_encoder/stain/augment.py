@@ -40,7 +40,7 @@ def draw_factors(
     return 1 + alpha * drawn[..., 0], beta * drawn[..., 1]
 
 
-def _count(tiles: Tensor) -> int:
+def _count_tiles(tiles: Tensor) -> int:
     return len(tiles) if tiles.ndim == 4 else 1
 
 
@@ -63,7 +63,7 @@ class HedJitter:
         """Tiles (B, 3, H, W) or (3, H, W), each with draws of its own."""
         factor, shift = (
             part.to(tiles.device).double()
-            for part in draw_factors(_count(tiles), 3, self.alpha, self.beta, generator)
+            for part in draw_factors(_count_tiles(tiles), 3, self.alpha, self.beta, generator)
         )
         matrix = make_mixing_matrix(tiles.device)
         mapped = (matrix * factor[:, None]) @ torch.linalg.inv(matrix)
@@ -95,7 +95,7 @@ class StainJitter:
         """
         factor, shift = (
             part.to(tiles.device)
-            for part in draw_factors(_count(tiles), 2, self.alpha, self.beta, generator)
+            for part in draw_factors(_count_tiles(tiles), 2, self.alpha, self.beta, generator)
         )
         found = profile.to(tiles.device) if profile else fit_macenko(tiles)
         factor = torch.where(found.present, factor, 1.0)

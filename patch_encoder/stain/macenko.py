@@ -95,8 +95,8 @@ def fit_macenko(
     """
     density = optical_density(tiles)
     tissue, kept = select_stained_pixels(tiles, beta)
-    matrix, two = _two_stains(density, kept, alpha)
-    lone, which = _one_stain(compute_moments(density, tissue.unsqueeze(1).to(density))[..., 0])
+    matrix, two = _fit_two_stains(density, kept, alpha)
+    lone, which = _fit_one_stain(compute_moments(density, tissue.unsqueeze(1).to(density))[..., 0])
     enough = tissue.count_nonzero(-1) >= LEAST_STAINED * tissue.shape[-1]
     present = (two[:, None] | which) & enough[:, None]
     common = make_common_profile().to(density.device)
@@ -121,7 +121,7 @@ def compute_moments(
     return a.double() @ b.double().mT
 
 
-def _two_stains(
+def _fit_two_stains(
     density: Float[Tensor, "b 3 n"], kept: Bool[Tensor, "b n"], alpha: float
 ) -> tuple[Float[Tensor, "b 3 2"], Bool[Tensor, " b"]]:
     """(directions of haematoxylin and eosin in the kept pixels, whether they are two)."""
@@ -147,7 +147,9 @@ def _two_stains(
     return found.gather(-1, redder_first), two
 
 
-def _one_stain(total: Float64[Tensor, "b 3"]) -> tuple[Float[Tensor, "b 3"], Bool[Tensor, "b 2"]]:
+def _fit_one_stain(
+    total: Float64[Tensor, "b 3"],
+) -> tuple[Float[Tensor, "b 3"], Bool[Tensor, "b 2"]]:
     """(mean direction, which stain it is nearest to; neither when it is nearer to grey)."""
     direction = torch.nn.functional.normalize(total, dim=-1).float()
     common = make_common_profile().matrix[0].to(direction)

@@ -56,8 +56,10 @@ def select_stained_pixels(
 ) -> tuple[Bool[Tensor, "b n"], Bool[Tensor, "b n"]]:
     """(denser than glass in some colour, in every colour), black pixels in neither."""
     lowest, highest = find_darkest_and_lightest(tiles)
-    coloured = highest > _intensity(BLACK)
-    return (lowest <= _intensity(glass)) & coloured, (highest <= _intensity(glass)) & coloured
+    coloured = highest > _find_intensity(BLACK)
+    return (lowest <= _find_intensity(glass)) & coloured, (
+        highest <= _find_intensity(glass)
+    ) & coloured
 
 
 def find_darkest_and_lightest(
@@ -77,7 +79,7 @@ def weigh_tissue(tiles: UInt8[Tensor, "*b 3 h w"]) -> Float[Tensor, "b n"]:
     return lowest.float().sub_(glass).mul_(1 / (tissue - glass)).clamp_(0, 1)
 
 
-def _intensity(density: float) -> int:
+def _find_intensity(density: float) -> int:
     """The largest intensity that is at least so dense."""
     return math.floor(LIGHT * math.exp(-density) - 1)
 

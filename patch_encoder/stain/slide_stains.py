@@ -59,7 +59,7 @@ class SlideStains:
             self._measured[slide] = self.measure(slide)
         statistics, tiles = self._measured[slide]
         if number == 0:  # one worker has this tile: said once
-            self._say(self.coordinates[slide].geometry.name, statistics, tiles)
+            self._warn(self.coordinates[slide].geometry.name, statistics, tiles)
         return self.normaliser.apply(tile, statistics)
 
     def measure(self, slide: int) -> MeasuredStain:
@@ -79,7 +79,7 @@ class SlideStains:
             self.normaliser.fit(torch.cat(pixels or [glass], 1).unsqueeze(1)), len(pixels)
         )
 
-    def _say(self, slide_id: str, statistics: Statistics, tiles: int) -> None:
+    def _warn(self, slide_id: str, statistics: Statistics, tiles: int) -> None:
         kind = self.normaliser.kind
         if not bool(statistics.present.any()):
             found = f"too little stained tissue in {tiles} sampled tiles"

@@ -71,8 +71,8 @@ class TileGeometry:
                 f"{sorted(attributes)}; tile the slide again"
             )
         if FULL_GEOMETRY in attributes:
-            return _checked(json.loads(str(attributes[FULL_GEOMETRY])), source)
-        values = _trident(attributes) if _is_trident(attributes) else _clam(attributes)
+            return _make_geometry(json.loads(str(attributes[FULL_GEOMETRY])), source)
+        values = _read_trident(attributes) if _is_trident(attributes) else _read_clam(attributes)
         defaults = {
             "name": Path(source).stem,
             "patch_level": 0,
@@ -80,10 +80,10 @@ class TileGeometry:
             "mpp": 0.0,
             "overlap": 0.0,
         }
-        return _checked(defaults | {"level0_width": 0, "level0_height": 0} | values, source)
+        return _make_geometry(defaults | {"level0_width": 0, "level0_height": 0} | values, source)
 
 
-def _checked(values: Mapping[str, Any], source: str) -> TileGeometry:
+def _make_geometry(values: Mapping[str, Any], source: str) -> TileGeometry:
     """The fields out of a mapping, as their types."""
     types = {"str": str, "int": int, "float": float}
     try:
@@ -104,7 +104,7 @@ def _is_trident(attributes: Mapping[str, Any]) -> bool:
     return "patch_size_level0" in attributes and "patch_level" not in attributes
 
 
-def _trident(attributes: Mapping[str, Any]) -> dict[str, Any]:
+def _read_trident(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """TRIDENT's `patch_size` and `overlap` are px after resampling; level 0 is always right."""
     target = int(attributes["patch_size"])
     changed = {
@@ -115,7 +115,7 @@ def _trident(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return dict(attributes) | changed | {"overlap": float(attributes.get("overlap", 0)) / target}
 
 
-def _clam(attributes: Mapping[str, Any]) -> dict[str, Any]:
+def _read_clam(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """CLAM's `patch_size` is as ours; `custom_downsample` (before 2022) shrinks it later."""
     values = dict(attributes)
     downsample = float(np.ravel(values.get("downsample", 1.0))[0])

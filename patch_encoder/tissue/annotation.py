@@ -103,7 +103,7 @@ def read_picture_mask(path: Path, slide: Slide, shape: tuple[int, int]) -> Bool[
     """
     try:
         with Image.open(path) as image:
-            pixels = _grey(image)
+            pixels = _read_grey(image)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise UserError(
             f"{path}: expected a mask picture, cannot be read: {error}; export it at a lower "
@@ -131,7 +131,7 @@ def read_picture_mask(path: Path, slide: Slide, shape: tuple[int, int]) -> Bool[
     return np.asarray(small) >= 128
 
 
-def _grey(image: Image.Image) -> np.ndarray:
+def _read_grey(image: Image.Image) -> np.ndarray:
     """One number per pixel: palette index, grey value, or the mean of opaque colours."""
     if image.mode in ("1", "L", "P", "I", "I;16", "F"):
         return np.asarray(image)

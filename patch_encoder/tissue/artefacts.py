@@ -53,7 +53,7 @@ def find_lines(
     # long and straight shows on coarse pixels, too, and costs a fraction there
     factor = max(1, int(COARSE / mpp))
     pixels, thickness = round(length / mpp / factor), max(3, round(width / mpp / factor))
-    coarse, coarse_thin = _reduced(mask, factor), _reduced(thin, factor)
+    coarse, coarse_thin = _reduce(mask, factor), _reduce(thin, factor)
     found = np.zeros(coarse.shape, dtype=np.uint8)
     segments = cv2.HoughLinesP(
         coarse_thin.astype(np.uint8),
@@ -72,7 +72,7 @@ def find_lines(
     return whole[: mask.shape[0], : mask.shape[1]].astype(bool) & thin
 
 
-def _reduced(mask: np.ndarray, factor: int) -> np.ndarray:
+def _reduce(mask: np.ndarray, factor: int) -> np.ndarray:
     """Blocks of factor x factor px of which a third is marked, as by a line across."""
     height, width = mask.shape
     padded = np.pad(mask, ((0, -height % factor), (0, -width % factor)))

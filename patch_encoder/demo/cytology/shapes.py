@@ -20,13 +20,13 @@ SCALES = (4, 8, 16, 32, 64)
 
 
 @lru_cache(maxsize=1)
-def _bank() -> dict[int, np.ndarray]:
+def _make_bank() -> dict[int, np.ndarray]:
     """Noise fields (2 * SIDE, 2 * SIDE) float32 in [-1, 1] by lattice spacing, repeated once."""
     rng = np.random.Generator(np.random.PCG64(20240229))
-    return {scale: np.tile(_value_noise(rng, scale), (2, 2)) for scale in SCALES}
+    return {scale: np.tile(_make_noise(rng, scale), (2, 2)) for scale in SCALES}
 
 
-def _value_noise(rng: np.random.Generator, scale: int) -> np.ndarray:
+def _make_noise(rng: np.random.Generator, scale: int) -> np.ndarray:
     cells = SIDE // scale
     field = (rng.random((cells, cells)) * 2 - 1).astype(np.float32)
     step = (np.arange(scale, dtype=np.float32) + np.float32(0.5)) / np.float32(scale)
@@ -44,7 +44,7 @@ def noise(rng: np.random.Generator, shape: tuple[int, int], scale: int) -> np.nd
     """A read-only crop (height, width) float32 in [-1, 1], details of about `scale` px."""
     y, x = (int(value) for value in rng.integers(0, SIDE, 2))
     assert max(shape) <= SIDE
-    return _bank()[scale][y : y + shape[0], x : x + shape[1]]
+    return _make_bank()[scale][y : y + shape[0], x : x + shape[1]]
 
 
 def smoothstep(value: np.ndarray, low: float, high: float) -> np.ndarray:
