@@ -13,13 +13,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from common.errors import UserError
 from common.files import read_json, safe_id
+from mil.datasets.splits import list_names
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +52,9 @@ def find_detections(folder: str | Path, slide_ids: Sequence[str]) -> dict[str, P
     files = {slide: folder / f"{safe_id(slide)}.json" for slide in slide_ids}
     missing = [slide for slide, path in files.items() if not path.is_file()]
     if missing:
-        names = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
         raise UserError(
             f"{folder}: expected <slide_id>.json of detect_slide, {len(missing)} of {len(files)} "
-            f"slides have none: {names}; "
+            f"slides have none: {list_names(missing, 10)}; "
             "run tools/detect_slide.sh on them (a slide without lesions has a file too)"
         )
     return files
@@ -120,13 +119,8 @@ def read_all(files: Mapping[str, Path]) -> dict[str, SlideDetections]:
             )
     empty = [slide for slide, detections in found.items() if len(detections.scores) == 0]
     if empty:
-        names = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
-        logger.info(
-            "%d of %d slides have no detection, their features are 0: %s",
-            len(empty),
-            len(found),
-            names,
-        )
+        line = "%d of %d slides have no detection, their features are 0: %s"
+        logger.info(line, len(empty), len(found), list_names(empty, 10))
     return found
 
 
@@ -141,10 +135,7 @@ def make_slide_vector(
         thresholds: confidences above which detections are counted.
     """
     ranked = np.sort(found.scores)[::-1]
-    values: dict[str, Any] = {
-        f"top{top_k}_mean": ranked[:top_k].sum() / top_k,
-        "max": ranked[:1].sum(),
-    }
+    values = {f"top{top_k}_mean": ranked[:top_k].sum() / top_k, "max": ranked[:1].sum()}
     values |= {f"count_{t:g}": np.log1p((found.scores >= t).sum()) for t in thresholds}
     for index, name in enumerate(found.categories):
         own = found.scores[found.labels == index]

@@ -18,7 +18,7 @@ from mil.evaluation.paired import paired_difference, warn_of_floor
 from mil.evaluation.runs import FinishedRun, Samples, compute_mean, group_runs
 from mil.tasks.base import Task
 
-Place = tuple[str, str]
+Place = tuple[str, str]  # feature set, model
 logger = logging.getLogger(__name__)
 
 
@@ -54,19 +54,16 @@ def same_slides(finished: Sequence[FinishedRun]) -> Iterator[dict[Place, list[Fi
         place: tuple(sorted({(run.test.fold, run.slides) for run in runs}))
         for place, runs in groups.items()
     }
-    for _, places in groupby(
-        sorted(tested, key=lambda place: tested[place]), key=lambda place: tested[place]
-    ):
+    for _, places in groupby(sorted(tested, key=tested.__getitem__), key=tested.__getitem__):
         yield {place: groups[place] for place in sorted(places, key=list(groups).index)}
 
 
 def warn_of_other_slides(finished: Sequence[FinishedRun]) -> None:
     """Models are compared on one set of test slides; say which are not."""
-    groups = [
-        [" ".join(filter(None, place)) for place in places] for places in same_slides(finished)
-    ]
+    groups = list(same_slides(finished))
     if len(groups) > 1:
-        apart = " | ".join(", ".join(names) for names in groups)
+        named = ([" ".join(filter(None, place)) for place in places] for places in groups)
+        apart = " | ".join(map(", ".join, named))
         logger.warning(
             "models that were not tested on the same slides in the same folds are not compared: %s",
             apart,
@@ -77,33 +74,24 @@ def delong_rows(finished: Sequence[FinishedRun]) -> list[dict[str, Any]]:
     """DeLong tests of the AUCs."""
     rows = []
     for groups in same_slides(finished):
-        places = list(groups)
-        named = {
-            str(index): [run.test for run in groups[place]] for index, place in enumerate(places)
-        }
-        rows += [
-            delong_row(places[int(pair.first)], places[int(pair.second)], pair)
-            for pair in compare(named)
-        ]
+        places = dict(zip(map(str, range(len(groups))), groups, strict=True))
+        named = {index: [run.test for run in groups[place]] for index, place in places.items()}
+        rows += [delong_row(places[p.first], places[p.second], p) for p in compare(named)]
     return rows
 
 
 def delong_row(a: Place, b: Place, pair: Comparison) -> dict[str, Any]:
     """One row of delong.csv."""
-    row: dict[str, Any] = {
-        "feature_set_a": a[0],
-        "model_a": a[1],
-        "feature_set_b": b[0],
-        "model_b": b[1],
-    }
+    row = name_pair(a, b)
     row |= {"auc_a": pair.aucs[0], "auc_b": pair.aucs[1], "difference": pair.difference}
-    return row | {
-        "ci_low": pair.ci[0],
-        "ci_high": pair.ci[1],
-        "standard_error": pair.error,
-        "z": pair.z,
-        "p": pair.p,
-    }
+    row |= {"ci_low": pair.ci[0], "ci_high": pair.ci[1], "standard_error": pair.error}
+    return row | {"z": pair.z, "p": pair.p}
+
+
+def name_pair(a: Place, b: Place) -> dict[str, Any]:
+    """The first columns of a comparison."""
+    names = ("feature_set_a", "model_a", "feature_set_b", "model_b")
+    return dict(zip(names, (*a, *b), strict=True))
 
 
 def label_rows(finished: Sequence[FinishedRun], task: Task) -> list[dict[str, Any]]:
@@ -133,20 +121,8 @@ def paired_rows(
             resamples = len(drawn[0])
             found = paired_difference(values[a] - values[b], *drawn)
             low, high = found.ci or (None, None)
-            row: dict[str, Any] = {
-                "feature_set_a": a[0],
-                "model_a": a[1],
-                "feature_set_b": b[0],
-                "model_b": b[1],
-            }
-            row |= {
-                "metric": metric,
-                "value_a": values[a],
-                "value_b": values[b],
-                "difference": found.value,
-            }
-            rows.append(
-                row | {"ci_low": low, "ci_high": high, "resamples": found.resamples, "p": found.p}
-            )
+            row = name_pair(a, b) | {"metric": metric, "value_a": values[a], "value_b": values[b]}
+            row |= {"difference": found.value, "ci_low": low, "ci_high": high}
+            rows.append(row | {"resamples": found.resamples, "p": found.p})
     warn_of_floor(len(rows), resamples)
     return rows

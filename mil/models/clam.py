@@ -19,9 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mil.losses.smooth_svm import smooth_top1_svm
-from mil.models.dropout import Dropout
+from mil.models.layers import Dropout, index_bags, segment_pool, segment_softmax
 from mil.models.output import MILOutput, Packed, Target, initialise, select_present
-from mil.models.segments import index_bags, segment_pool, segment_softmax
 
 
 class CLAM(nn.Module):

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from common.checkpoint import load_weights, read_weights
 from common.errors import UserError
-from mil.models.dropout import Dropout
+from mil.models.layers import Dropout, index_bags, segment_pool, segment_softmax
 from mil.models.output import MILOutput, Packed, Pooled, Stream, Target, initialise
-from mil.models.segments import index_bags, segment_pool, segment_softmax
 
 QUERY = 128
 # names of the authors' state dicts -> ours

@@ -26,9 +26,8 @@ from torch import Tensor, nn
 
 from common.checkpoint import load_weights, read_weights
 from common.errors import UserError, did_you_mean
-from mil.models.dropout import Dropout
+from mil.models.layers import Dropout, segment_pool, segment_softmax
 from mil.models.output import MILOutput, Packed, Stream, Target, initialise
-from mil.models.segments import segment_pool, segment_softmax
 
 DISTIL = ("afs", "maxs", "maxmins", "mas")
 # names of the authors' checkpoint -> ours

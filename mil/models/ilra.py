@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from mil.models.dropout import Dropout
+from mil.models.layers import Dropout
 from mil.models.output import MILOutput, Target, initialise
 
 

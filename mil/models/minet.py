@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
 from common.errors import UserError, did_you_mean
-from mil.models.dropout import Dropout
+from mil.models.layers import Dropout, index_bags, segment_max, segment_sum
 from mil.models.output import MILOutput, Packed, Stream, Target, initialise
-from mil.models.segments import index_bags, segment_max, segment_sum
 
 LEVELS = ("instance", "embedding", "deep", "residual")
 POOLINGS = ("max", "mean", "lse")

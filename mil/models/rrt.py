@@ -25,7 +25,7 @@ from torch.nn.functional import conv2d, pad, scaled_dot_product_attention
 
 from common.errors import UserError
 from mil.models.abmil import ABMIL
-from mil.models.dropout import Dropout
+from mil.models.layers import Dropout
 from mil.models.output import MILOutput, Target, initialise
 
 

@@ -66,11 +66,6 @@ def open_pending_jobs(jobs: Sequence[FoldJob], world: World, overwrite: bool) ->
 
     Those that are there go first: a run of another benchmark is refused before anything is written.
     """
-    there_first = sorted(range(len(jobs)), key=lambda number: not jobs[number].output.is_dir())
-    opened = {number: open_job(jobs[number], world, overwrite=overwrite) for number in there_first}
-    return [job for number, job in enumerate(jobs) if opened[number].results is None]
-
-
-def name_of(job: FoldJob) -> str:
-    """`<feature set>/<model>/seed<seed>_fold<fold>`."""
-    return "/".join(job.output.parts[-3:])
+    there_first = sorted(jobs, key=lambda job: not job.output.is_dir())
+    opened = {job.output: open_job(job, world, overwrite=overwrite) for job in there_first}
+    return [job for job in jobs if opened[job.output].results is None]

@@ -23,20 +23,18 @@ def draws(
             yield sample, None
             continue
         generator = torch.Generator().manual_seed(seed * 1_000_003 + place)
-        yield (
-            sample,
-            torch.randperm(len(sample.bag), generator=generator)[:tiles].sort().values,
-        )
+        drawn = torch.randperm(len(sample.bag), generator=generator)[:tiles]
+        yield sample, drawn.sort().values
 
 
 def class_weights(samples: Sequence[Sample]) -> dict[int, float]:
     """S / (C n_c) for every class c: mean 1 over the samples."""
-    targets = [stratum_of(sample) for sample in samples]
+    targets = [get_stratum(sample) for sample in samples]
     present = set(targets)
     return {c: len(targets) / (len(present) * targets.count(c)) for c in present}
 
 
-def stratum_of(sample: Sample) -> int:
+def get_stratum(sample: Sample) -> int:
     """The class of a bag, or what stands for it."""
     return sample.target if isinstance(sample.target, int) else sample.stratum
 
@@ -48,5 +46,5 @@ def epoch_order(samples: Sequence[Sample], balanced: bool, generator: torch.Gene
     if not balanced:
         return torch.randperm(len(samples), generator=generator).tolist()
     weights = class_weights(samples)
-    odds = torch.tensor([weights[stratum_of(sample)] for sample in samples], dtype=torch.float64)
+    odds = torch.tensor([weights[get_stratum(sample)] for sample in samples], dtype=torch.float64)
     return torch.multinomial(odds, len(samples), replacement=True, generator=generator).tolist()

@@ -116,7 +116,7 @@ def test_a_training_that_fails_on_ray_is_listed_and_files_are_named_whole(
     monkeypatch.chdir(tmp_path)
     keys = arguments(make_cohort(slides=8), Path("out"), "engine=ray", "ray.cpus=2", "threads=1")
     config = load_config(benchmark.Config, keys)
-    jobs = benchmark.build_jobs(config, config.read_cohort(benchmark.feature_names(config)))
+    jobs = benchmark.build_jobs(config, config.read_cohort(benchmark.name_feature_sets(config)))
     failed = benchmark.train_pending(config, jobs)
     assert list(failed) == [0, 1] and failed[0] == "ValueError: out of memory"
     assert "died twice, the last time: actor died" in failed[1]
