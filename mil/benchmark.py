@@ -43,10 +43,15 @@ from mil.evaluation.runs import (
 )
 from mil.evaluation.tables import write_evaluation
 from mil.models import MODELS
-from mil.training.benchmark_jobs import check_tasks, make_jobs, open_pending_jobs
+from mil.training.benchmark_jobs import (
+    check_tasks,
+    make_jobs,
+    open_pending_jobs,
+    train_here,
+    train_on_ray,
+)
 from mil.training.fold_run import FoldJob, FoldSettings
 from mil.training.keys import Cohort, TrainingKeys
-from mil.training.training_pool import train_here, train_on_ray
 
 logger = logging.getLogger(__name__)
 

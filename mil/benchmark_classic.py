@@ -26,8 +26,7 @@ from common.files import read_json, write_csv, write_or_remove_csv, write_text
 from common.processes.pool import Lost, Raised, check_workers, run_jobs
 from common.progress import progress
 from mil.classic.cross_validation import ClassicJob, train_missing
-from mil.classic.pooled_baselines import SIMPLE
-from mil.classic.recipes import NETWORKS
+from mil.classic.recipes import NETWORKS, SIMPLE
 from mil.classic.table import HEADER, SETS, ClassicRow, judge_methods, make_markdown
 
 logger = logging.getLogger(__name__)

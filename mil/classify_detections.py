@@ -31,8 +31,7 @@ from common.files import read_json, safe_id, sha256_bytes, sha256_file, write_cs
 from common.metrics.classification import auc, youden_threshold
 from common.run import Run, open_run
 from mil.datasets.bags import find_bags
-from mil.datasets.detection_channel import write_channels
-from mil.datasets.detections import find_detections, make_slide_vector, read_all
+from mil.datasets.detections import find_detections, make_slide_vector, read_all, write_channels
 from mil.datasets.labels import LabelledSlides, read_labelled_slides
 from mil.datasets.splits import (
     SETS,

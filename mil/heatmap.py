@@ -48,13 +48,12 @@ from mil.heatmaps.sources import (
     read_from_run,
 )
 from mil.tasks.base import Task
+from mil.tasks.keys import SlideKeys
 from mil.tasks.table import task_from_dict
 from mil.training.engine import load_classifier
 from patch_encoder.bags.bag import COORDS_REMEDY, open_bag
 from patch_encoder.bags.paths import find_coordinates, list_bags
 from patch_encoder.cohort.failures import Failures
-from patch_encoder.cohort.labels import find_slides, read_labels
-from patch_encoder.tiles.coordinates import tile_pattern_of
 
 logger = logging.getLogger(__name__)
 # a slide, its files, and what decides its pictures
@@ -72,7 +71,7 @@ class DrawingJob:
 
 
 @dataclass
-class Config:
+class Config(SlideKeys):
     """Keys of the heatmaps."""
 
     run: str = key(REQUIRED, "run directory of mil.train, or folder of mil.benchmark", path=True)
@@ -83,21 +82,6 @@ class Config:
         "",
         "folder of feature bags; empty: those of the benchmark (a run directory needs it)",
         path=True,
-    )
-    slides: str = key(
-        "",
-        "slide file, or folder tree of slides; empty: tiles are drawn on white and no "
-        "tile is shown",
-        path=True,
-    )
-    coords: str = key(
-        "",
-        "folder of coordinates files; for bags without coordinates (.pt); empty: "
-        "h5_files/ beside them",
-        path=True,
-    )
-    labels: str = key(
-        "", "labels.csv of the cohort; for the mpp of slides that do not say", path=True
     )
     outlines: str = key(
         "", "folder of tissue outlines <slide>.geojson, as tile_slides writes it", path=True
@@ -194,9 +178,7 @@ def find_inputs(
     """Bag, slide, mpp and outline of every slide that has a bag, and where slides are given a
     slide.
     """
-    slides = find_slides(config.slides, tile_pattern_of(bags.values())) if config.slides else {}
-    records = read_labels(config.labels) if config.labels else []
-    mpps = {record.slide_id: record.mpp for record in records}
+    slides, mpps = config.find_slides(bags)
     found = {}
     for judged in chosen:
         name = safe_id(judged.slide_id)

@@ -30,10 +30,9 @@ from mil.figures.by_task import FIGURES
 from mil.figures.example_slides import Choice, Example, Group, choose_slides, make_example
 from mil.figures.report import draw_intervals
 from mil.tasks.base import Task
+from mil.tasks.keys import SlideKeys
 from patch_encoder.bags.paths import list_bags
 from patch_encoder.cohort.failures import Failures
-from patch_encoder.cohort.labels import find_slides, read_labels
-from patch_encoder.tiles.coordinates import tile_pattern_of
 
 logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
@@ -41,25 +40,12 @@ HEATMAPS = "heatmaps/index.html"  # of mil.heatmap with output=<output>/heatmaps
 
 
 @dataclass
-class Config:
+class Config(SlideKeys):
     """Keys of the report."""
 
     benchmark: str = key(REQUIRED, "folder that mil.benchmark wrote", path=True)
     output: str = key(
         REQUIRED, "where the results are written; report.html and summary.json", runtime=True
-    )
-    slides: str = key(
-        "",
-        "slide file, or folder tree of slides; for the example slides; empty: none are shown",
-        path=True,
-    )
-    labels: str = key(
-        "", "labels.csv of the cohort; for the mpp of slides that do not say", path=True
-    )
-    coords: str = key(
-        "",
-        "folder of coordinates files; for example slides whose bags have none (.pt)",
-        path=True,
     )
     stage_times: str = key("", "JSON with seconds and peak memory of each stage", path=True)
     title: str = key("Slide-level results", "title of the page")
@@ -120,9 +106,7 @@ def make_examples(
         raise UserError(f"examples_of={name}: expected one of the feature sets {', '.join(runs)}")
     first = [run for run in runs[name] if run.seed == runs[name][0].seed]
     bags = list_bags(summary["features"][name])
-    slides = find_slides(config.slides, tile_pattern_of(bags.values()))
-    records = read_labels(config.labels) if config.labels else []
-    mpps = {record.slide_id: record.mpp for record in records}
+    slides, mpps = config.find_slides(bags)
     grid = Path(config.benchmark) / "runs" / name / summary["headline"]
 
     def make(choice: Choice) -> Example | None:

@@ -16,8 +16,7 @@ from common.errors import UserError
 from common.files import read_json, sha256_bytes, write_json
 from common.provenance import can_reuse
 from common.seed import seed_everything
-from mil.classic.pooled_baselines import SIMPLE, pool_bags, predict_simple
-from mil.classic.recipes import NETWORKS, choose_recipe
+from mil.classic.recipes import NETWORKS, SIMPLE, choose_recipe, pool_bags, predict_simple
 from mil.classic.sets import ClassicSet, load_set, make_folds
 from mil.classic.table import SETS, compute_accuracy
 from mil.classic.vmap_training import train_stacked

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mil.classic.pooled_baselines import SIMPLE
+from mil.classic.recipes import SIMPLE
 
 SETS = ("musk1", "musk2", "fox", "tiger", "elephant")
 PUBLISHED: dict[str, tuple[float, ...]] = {

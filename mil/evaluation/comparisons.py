@@ -3,18 +3,25 @@ Holm-corrected over all of them.
 
 Tasks with AUCs take DeLong's test, label by label; the others a paired bootstrap of their headline
 metric.
+
+Paired bootstrap by the percentile method (Efron, Tibshirani, An Introduction to the Bootstrap,
+1993, sections 13.3 and 15.4): the same patients are drawn for both models, so that what they share
+cancels; p is twice the smaller tail of the resampled differences at 0, hence below 0.05 where their
+middle 95 % leave 0 out. It cannot fall below 2 / (resamples + 1).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations, groupby
 from typing import Any
 
+import numpy as np
+
+from common.metrics.bootstrap import interval
 from mil.evaluation.delong import Comparison, compare, holm
-from mil.evaluation.paired import paired_difference, warn_of_floor
 from mil.evaluation.runs import FinishedRun, Samples, compute_mean, group_runs
 from mil.tasks.base import Task
 
@@ -30,16 +37,16 @@ def comparison_table(
     Args:
         finished: all runs.
         task: what they were asked.
-        samples: bootstrap by patient, from mil.evaluation.runs.resampled.
+        samples: bootstrap by patient, from mil.evaluation.runs.resample_metrics.
     """
     warn_of_other_slides(finished)
     if task.delong_labels:
-        return "delong", corrected(label_rows(finished, task))
-    return "comparisons", corrected(paired_rows(finished, task, samples))
+        return "delong", add_holm(label_rows(finished, task))
+    return "comparisons", add_holm(paired_rows(finished, task, samples))
 
 
-def corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with `p_holm`."""
+def add_holm(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add `p_holm` to the rows."""
     for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
         row["p_holm"] = p
     return rows
@@ -126,3 +133,50 @@ def paired_rows(
             rows.append(row | {"resamples": found.resamples, "p": found.p})
     warn_of_floor(len(rows), resamples)
     return rows
+
+
+@dataclass(frozen=True)
+class Difference:
+    """First minus second: 95 % interval (None: no resample was valid), two-sided p, and the valid
+    resamples.
+    """
+
+    value: float
+    ci: tuple[float, float] | None
+    p: float
+    resamples: int
+
+
+def paired_difference(value: float, first: np.ndarray, second: np.ndarray) -> Difference:
+    """The test of two models.
+
+    Args:
+        value: their difference on the slides as they are.
+        first, second: (B,) resampled values on the same B draws of patients; NaN where a draw has
+            none.
+    """
+    drawn = first - second
+    valid = drawn[~np.isnan(drawn)]
+    if not len(valid) or np.isnan(value):
+        return Difference(value, None, np.nan, len(valid))
+    # what differs by rounding alone is equal
+    below, above = (valid <= 1e-12).sum(), (valid >= -1e-12).sum()
+    ci = interval(valid)[0]
+    assert ci is not None
+    p = 2 * (1 + min(below, above)) / (1 + len(valid))
+    return Difference(value, (ci[0], ci[1]), float(min(1.0, p)), len(valid))
+
+
+def warn_of_floor(pairs: int, resamples: int) -> None:
+    """Say so when no pair can reach 0.05 after Holm's correction, however different its models
+    are.
+    """
+    needed = 40 * pairs  # the smallest p, 2 / (resamples + 1), times the pairs is 0.05
+    if pairs and resamples < needed:
+        logger.warning(
+            "comparisons: of %d pairs none can reach a corrected p of 0.05 with resamples=%d; "
+            "give %d or more",
+            pairs,
+            resamples,
+            needed,
+        )

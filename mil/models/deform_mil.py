@@ -31,6 +31,8 @@ from mil.ops.grid import TileGrid, build_grid
 from mil.ops.slide_grid import SlideGrid
 from mil.ops.sparse_deform_attn import sparse_deform_attn
 
+TEMPERATURE = 10_000.0  # of the sine encoding
+
 
 class SparseDeformAttn(DeformAttnLayer):
     """Every tile attends to `points` sampled positions per head and level.
@@ -59,18 +61,14 @@ class SparseDeformAttn(DeformAttnLayer):
         value = self.value_proj(grid.pool(tiles))  # (T, dim), rows of all levels
         shape = (len(query), self.heads, self.levels, self.points)
         offsets = self.sampling_offsets(query).float().view(*shape, 2)
-        centres = torch.stack(
-            [grid.level_positions(level) for level in range(self.levels)], 1
-        )  # (N, levels, 2)
+        positions = [grid.level_positions(level) for level in range(self.levels)]
+        centres = torch.stack(positions, 1)  # (N, levels, 2)
         weights = self.attention_weights(query).float().view(*shape[:2], -1).softmax(-1).view(shape)
         locations = centres[:, None, :, None] + offsets
         value = value.view(len(value), self.heads, -1)
         return self.output_proj(
             sparse_deform_attn(value, grid.index, locations, weights, renormalise=self.renormalise)
         )
-
-
-TEMPERATURE = 10_000.0
 
 
 class FeedForward(nn.Module):
@@ -219,31 +217,24 @@ class DeformMIL(nn.Module):
         Raises:
             UserError: as `forward`.
         """
-        places = _places(features, coords)
+        places = _check_places(features, coords)
         grid = build_grid(places, self.levels, self.step or None, slides).to(features[0].device)
-        x, position = (
-            self.embed(torch.cat(list(features))),
-            sine_encoding(grid.positions, self.width),
-        )
-        position = position.to(x.dtype)
+        x = self.embed(torch.cat(list(features)))
+        position = sine_encoding(grid.positions, self.width).to(x.dtype)
         for layer in self.encoder:
             x = layer(x, position, grid)
         tokens, attention = self.decoder(x, position, grid.index.bags.tolist())
         return [MILOutput(logits, weights) for logits, weights in zip(self.head(tokens), attention)]
 
 
-def _places(features: Sequence[Tensor], coords: Sequence[Tensor | None]) -> list[Tensor]:
+def _check_places(features: Sequence[Tensor], coords: Sequence[Tensor | None]) -> list[Tensor]:
     """The coords of every bag, a row for each tile, or a UserError."""
     for bag, places in zip(features, coords, strict=True):
         if places is None:
+            count = f" for {sum(one is None for one in coords)} of {len(coords)} bags"
             raise UserError(
                 "DeformMIL: expected coordinates of the tiles (coords of the bag file), found none"
-                + (
-                    f" for {sum(one is None for one in coords)} of {len(coords)} bags"
-                    if len(coords) > 1
-                    else ""
-                )
-                + "; take another model"
+                f"{count if len(coords) > 1 else ''}; take another model"
             )
         if places.shape != (len(bag), 2):
             raise UserError(

@@ -40,10 +40,9 @@ from mil.models import build
 from mil.models.output import MILOutput, Target
 from mil.tasks.base import Task
 from mil.tasks.classification import Classification
+from mil.training.epochs import Smoother, class_weights, draws, epoch_order, is_better, is_over
 from mil.training.prediction import grid_for, is_streamed, on_device, predict, prefetch
 from mil.training.recipes import Recipe, check_recipe, recipe_factor
-from mil.training.sampling import class_weights, draws, epoch_order
-from mil.training.selection import Smoother, is_better, is_over
 from mil.training.streaming import stream
 
 logger = logging.getLogger(__name__)

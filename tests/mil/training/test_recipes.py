@@ -22,8 +22,8 @@ from mil.datasets.bags import Sample
 from mil.models import MODELS, build, check_options
 from mil.train import Config, main
 from mil.training.engine import train_one_epoch
+from mil.training.epochs import epoch_order
 from mil.training.recipes import PUBLISHED, Recipe, recipe_factor, resolve
-from mil.training.sampling import epoch_order
 from patch_encoder.bags.bag import make_bag
 from tests.mil.models.small_options import SMALL
 
