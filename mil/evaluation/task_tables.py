@@ -29,8 +29,8 @@ Rows = list[dict[str, Any]]
 
 
 def per_label_rows(finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int) -> Rows:
-    """A row a feature set, model and label: means over the runs whose test slides are of both
-    kinds, with 95 % intervals.
+    """Make one row per feature set, model and label: means over the runs whose test slides are of
+    both kinds, with 95 % intervals.
 
     `slides` and `positives` are those of one seed; cuts come from the validation slides.
     """
@@ -59,7 +59,7 @@ def _with_ones(weights: np.ndarray) -> np.ndarray:
 
 
 def _mean_with_interval(name: str, values: Sequence[np.ndarray]) -> dict[str, float | None]:
-    """Columns of one metric; None where no run has it."""
+    """Make the columns of one metric; None where no run has it."""
     if not values:
         return {name: None, f"{name}_ci_low": None, f"{name}_ci_high": None}
     mean = np.mean(values, axis=0)
@@ -68,7 +68,7 @@ def _mean_with_interval(name: str, values: Sequence[np.ndarray]) -> dict[str, fl
 
 
 def mean_confusion(runs: Sequence[FinishedRun], task: Any) -> np.ndarray:
-    """Slides by true and called name (C, C): summed over folds, mean over seeds."""
+    """Count the slides by true and called name (C, C): summed over folds, mean over seeds."""
     classes = len(task.names)
     total = sum(
         confusion(run.test.targets, task.call_indices(run.test), classes)[0] for run in runs
@@ -77,8 +77,8 @@ def mean_confusion(runs: Sequence[FinishedRun], task: Any) -> np.ndarray:
 
 
 def confusion_rows(finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int) -> Rows:
-    """A row a feature set, model, true and called grade: slides, and their share of the true
-    grade.
+    """Make one row per feature set, model, true and called grade: slides, and their share of the
+    true grade.
     """
     rows = []
     for (feature_set, model), runs in group_runs(finished).items():
@@ -93,8 +93,8 @@ def confusion_rows(finished: Sequence[FinishedRun], task: Task, resamples: int, 
 
 
 def risk_group_rows(finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int) -> Rows:
-    """A row a feature set, model and half: patients, events, median survival, and the log-rank p of
-    both halves.
+    """Make one row per feature set, model and half: patients, events, median survival, and the
+    log-rank p of both halves.
     """
     rows = []
     for (feature_set, model), runs in group_runs(finished).items():
@@ -111,7 +111,7 @@ def risk_group_rows(finished: Sequence[FinishedRun], task: Task, resamples: int,
 def operating_rows(
     finished: Sequence[FinishedRun], points: Sequence[Held], resamples: int, seed: int
 ) -> list[dict[str, Any]]:
-    """One row a feature set, model and operating point."""
+    """Make one row per feature set, model and operating point."""
     rows = []
     for (feature_set, model), runs in group_runs(finished).items():
         for held in points:
@@ -124,7 +124,8 @@ def operating_rows(
 def screening_rows(
     finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int
 ) -> Rows | None:
-    """One row a feature set, model and wanted sensitivity: negatives signed out, positives missed.
+    """Make one row per feature set, model and wanted sensitivity: negatives signed out, positives
+    missed.
 
     `signed_out_share` is the specificity that the validation slides' cut has on the test slides,
     `missed_share` what its sensitivity lacks to 1; `test_curve_signed_out_share` is the upper
@@ -154,7 +155,7 @@ def screening_rows(
 def fixed_rows(
     finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int
 ) -> Rows | None:
-    """The operating points of FIXED; None where a run has no validation slides."""
+    """Make the rows of the operating points in FIXED; None where a run has no validation slides."""
     if any(run.val is None for run in finished):
         return None
     return operating_rows(finished, FIXED, resamples, seed)
