@@ -25,6 +25,9 @@ from detection_kd.models.deformable_transformer import Architecture, Detections
 from detection_kd.train_detector import Config, build_initial_model, main
 from tests.detection_kd.detector_runs import TINY, write_detection_sets
 
+# those of `finished`, which is made before any test asks for this, are rendered
+pytestmark = pytest.mark.usefixtures("no_rendering")
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:

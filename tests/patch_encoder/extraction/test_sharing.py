@@ -139,6 +139,7 @@ def test_shards_keep_lists_of_their_own_and_the_whole_run_clears_them(cohort: Pa
     assert [path.name for path in folder.glob("failures*")] == ["failures.csv"]
 
 
+@pytest.mark.process
 def test_script_starts_a_process_a_gpu_and_takes_the_worst_status(cohort: Path, root: Path) -> None:
     script = ["bash", str(root / "tools" / "extract_features.sh")]
     shared = environment(root) | {
