@@ -31,6 +31,8 @@ LONG = (
     "test_learning",
     "test_training_pool",
     "test_benchmark",
+    "test_detector_training",
+    "test_real_teachers",
 )
 
 
