@@ -230,6 +230,7 @@ def test_rows_stand_in_the_benchmarks_table(
         "folds=2",
         "resamples=50",
         "device=cpu",
+        "isolated=false",
     ]
     base = [
         f"labels={cohort}/labels.csv",
@@ -333,6 +334,7 @@ def test_bags_with_channels_go_through_the_benchmark(cohort: Path, tmp_path: Pat
         "training.min_epochs=1",
         "folds=2",
         "device=cpu",
+        "isolated=false",
         "resamples=20",
     ]
     base = [
@@ -398,6 +400,7 @@ def made_benchmark(cohort: Path, output: Path, *more: str) -> Path:
         "training.min_epochs=1",
         "resamples=20",
         "device=cpu",
+        "isolated=false",
     ]
     base = [
         f"labels={cohort}/labels.csv",
