@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patch_encoder.models import conch
+from patch_encoder.models import image_towers as conch
 from patch_encoder.models.backbones import initialise
 from patch_encoder.models.encoder_table import ENCODERS, EncoderRow
 from patch_encoder.models.encoder_weights import load_encoder_weights
