@@ -17,6 +17,8 @@ from typing import Any
 from common.errors import UserError
 from common.files import read_json
 from mil.datasets.splits import PROTOCOLS
+from mil.tasks.base import Task
+from mil.tasks.table import TASKS
 
 NEEDED = ("feature_sets", "models", "classes", "headline", "features")
 
@@ -36,6 +38,11 @@ def read_summary(folder: Path) -> dict[str, Any]:
             "tables of mil.classify_detections have no networks to look at, mil.evaluate reads them"
         )
     return summary
+
+
+def read_task(summary: Mapping[str, Any]) -> Task:
+    """What the slides of a summary's benchmark were asked."""
+    return TASKS[summary.get("task", "classes")](tuple(summary["classes"]))
 
 
 def belonging(summary: Mapping[str, Any]) -> tuple[set[int] | None, set[int] | None]:

@@ -15,6 +15,7 @@ the most probable class is called (with several labels: 0.5) and nothing is scal
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,10 +74,8 @@ def read_runs(path: str | Path, task: Task) -> list[FinishedRun]:
         if feature_set:
             safe_id(feature_set, f"{path}: feature set")  # it becomes part of a picture's file name
         place = (feature_set, row.get("model") or Path(path).stem)
-        sides = runs.setdefault(
-            (*place, _integer(row, "seed", path), _integer(row, "fold", path)),
-            {"val": [], "test": []},
-        )
+        numbers = (_read_integer(row, name, path) for name in ("seed", "fold"))
+        sides = runs.setdefault((*place, *numbers), {"val": [], "test": []})
         split = row.get("split") or "test"
         if split not in sides:
             raise UserError(
@@ -88,10 +87,10 @@ def read_runs(path: str | Path, task: Task) -> list[FinishedRun]:
             side.sort(key=lambda row: row["slide_id"])  # tests between models go slide by slide
     models = list(dict.fromkeys((feature_set, model) for feature_set, model, _, _ in runs))
     in_order = sorted(runs, key=lambda place: (models.index(place[:2]), *place[2:]))
-    return [_run(path, task, *place, **runs[place]) for place in in_order]
+    return [_make_run(path, task, *place, **runs[place]) for place in in_order]
 
 
-def _run(
+def _make_run(
     path: str | Path,
     task: Task,
     feature_set: str,
@@ -102,12 +101,8 @@ def _run(
     test: Rows,
 ) -> FinishedRun:
     for name, rows in (("val", val), ("test", test)):
-        ids = [row["slide_id"] for row in rows]
-        twice = (
-            sorted({slide for slide in ids if ids.count(slide) > 1})
-            if len(set(ids)) < len(ids)
-            else []
-        )
+        counts = Counter(row["slide_id"] for row in rows)
+        twice = sorted(slide for slide, count in counts.items() if count > 1)
         if twice:
             raise UserError(
                 f"{path}: model {model}, fold {fold}: expected every {name} slide once, found "
@@ -128,7 +123,7 @@ def _run(
     return FinishedRun(feature_set, model, seed, cuts, parts["test"], test, parts.get("val"))
 
 
-def _integer(row: dict[str, str], name: str, path: str | Path) -> int:
+def _read_integer(row: dict[str, str], name: str, path: str | Path) -> int:
     text = row.get(name) or "0"
     if not text.lstrip("-").isdigit():
         raise UserError(

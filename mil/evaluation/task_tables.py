@@ -44,12 +44,8 @@ def per_label_rows(finished: Sequence[FinishedRun], task: Task, resamples: int, 
         one_seed = [run for run in runs if run.seed == runs[0].seed]
         for column, label in enumerate(task.names):
             kept = [each for each in metrics if not np.isnan(each["auc"][0, column])]
-            row: dict[str, Any] = {
-                "feature_set": feature_set,
-                "model": model,
-                "label": label,
-                "runs": len(kept),
-            }
+            row: dict[str, Any] = {"feature_set": feature_set, "model": model, "label": label}
+            row["runs"] = len(kept)
             row["slides"] = sum(len(run.test.targets) for run in one_seed)
             row["positives"] = int(sum(run.test.targets[:, column].sum() for run in one_seed))
             for name in metrics[0]:
@@ -89,12 +85,8 @@ def confusion_rows(finished: Sequence[FinishedRun], task: Task, resamples: int, 
         counts = mean_confusion(runs, task)
         for true, called in np.ndindex(counts.shape):
             total = counts[true].sum()
-            row: dict[str, Any] = {
-                "feature_set": feature_set,
-                "model": model,
-                "grade": task.names[true],
-                "called": task.names[called],
-            }
+            row: dict[str, Any] = {"feature_set": feature_set, "model": model}
+            row |= {"grade": task.names[true], "called": task.names[called]}
             share = float(counts[true, called] / total) if total else None
             rows.append(row | {"slides": float(counts[true, called]), "share": share})
     return rows
@@ -108,17 +100,10 @@ def risk_group_rows(finished: Sequence[FinishedRun], task: Task, resamples: int,
     for (feature_set, model), runs in group_runs(finished).items():
         groups = risk_groups(runs)
         for name, part in (("lower", ~groups.high), ("higher", groups.high)):
-            row: dict[str, Any] = {
-                "feature_set": feature_set,
-                "model": model,
-                "risk": name,
-                "patients": int(part.sum()),
-            }
+            row: dict[str, Any] = {"feature_set": feature_set, "model": model, "risk": name}
+            row |= {"patients": int(part.sum()), "events": int(groups.events[part].sum())}
             curve = kaplan_meier(groups.times[part], groups.events[part]) if part.any() else None
-            row |= {
-                "events": int(groups.events[part].sum()),
-                "median_survival": curve and median_survival(curve),
-            }
+            row |= {"median_survival": curve and median_survival(curve)}
             rows.append(row | {"logrank_p": None if np.isnan(groups.p) else groups.p})
     return rows
 
@@ -130,9 +115,8 @@ def operating_rows(
     rows = []
     for (feature_set, model), runs in group_runs(finished).items():
         for held in points:
-            row = operating_point(
-                held, [run.val for run in runs], [run.test for run in runs], resamples, seed
-            )
+            sides = [run.val for run in runs], [run.test for run in runs]
+            row = operating_point(held, *sides, resamples, seed)
             rows.append({"feature_set": feature_set, "model": model, **row})
     return rows
 
@@ -156,22 +140,14 @@ def screening_rows(
         }
         low, high = (row[f"{SENSITIVITY}_{end}"] for end in ("ci_low", "ci_high"))
         shares |= {"missed_share": 1 - row[SENSITIVITY]}
-        shares |= {
-            "missed_share_ci_low": None if high is None else 1 - high,
-            "missed_share_ci_high": None if low is None else 1 - low,
-        }
+        for end, bound in (("low", high), ("high", low)):
+            shares[f"missed_share_ci_{end}"] = None if bound is None else 1 - bound
         shares |= {name: row[name] for name in ("missed", "positives", "signed_out", "negatives")}
         for end in ("", "_ci_low", "_ci_high"):
             shares[f"test_curve_signed_out_share{end}"] = row[f"test_curve_{SPECIFICITY}{end}"]
         shares |= {name: row[name] for name in ("val_sensitivity", "val_positives")}
-        rows.append(
-            {
-                "feature_set": row["feature_set"],
-                "model": row["model"],
-                "wanted_sensitivity": row["target"],
-                **shares,
-            }
-        )
+        place = {name: row[name] for name in ("feature_set", "model")}
+        rows.append(place | {"wanted_sensitivity": row["target"]} | shares)
     return rows
 
 

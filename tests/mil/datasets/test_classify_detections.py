@@ -30,7 +30,7 @@ from mil.datasets.detections import (
     read_all,
     read_detections,
 )
-from mil.datasets.split_files import read_stored_splits
+from mil.datasets.splits import read_stored_splits
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.bags.writer import write_bag
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
@@ -513,7 +513,7 @@ def test_refused_it_changes_nothing(
         "splits_0.csv",
         "splits_1.csv",
     ]
-    runs = evaluate.benchmark_runs(output)[0]
+    runs = evaluate.read_benchmark(output)[0]
     assert [("detections", run.model, str(run.seed), str(run.test.fold)) for run in runs] == places(
         output
     )
