@@ -188,7 +188,9 @@ def main(config: Config) -> int:
     model, description = build_model(config)
     model = model.to(settings.device).eval()
     output, failures = Path(config.output), Failures(STAGE, settings.shard.name)
-    jobs = cohort_jobs(config.slides, config.coords, config.labels, failures, settings.shard)
+    jobs = cohort_jobs(
+        config.slides, config.coords, config.labels, failures, settings.shard, settings.selection
+    )
     wanted = {job.slide_id: make_provenance(config, job, settings.precision) for job in jobs}
     documents = {slide_id: output / "coco" / f"{slide_id}.json" for slide_id in wanted}
     todo = [

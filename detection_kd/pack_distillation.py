@@ -47,7 +47,8 @@ from patch_encoder.bags.bag import open_bag
 from patch_encoder.bags.paths import list_bags
 from patch_encoder.cohort.disk_space import explain_full_disk
 from patch_encoder.cohort.failures import Failures
-from patch_encoder.cohort.labels import SlideRecord, find_slides, locate_slides, read_labels
+from patch_encoder.cohort.labels import SlideRecord, read_labels
+from patch_encoder.cohort.slide_files import find_slides, locate_slides
 from patch_encoder.tiles.coordinates import tile_pattern_of
 
 logger = logging.getLogger(__name__)
@@ -209,12 +210,13 @@ def find_jobs(
         folder = folder / "coords"
     pattern = tile_pattern_of(folder.glob("[!.]*.h5") if folder else bags.values())
     records = choose_records(config)
-    paths = (
+    cohort = (
         locate_slides(records, config.slides, pattern)
         if records
         else find_slides(config.slides, pattern)
     )
-    mpps = {record.slide_id: record.mpp for record in records}
+    failures.add_all(cohort.problems)
+    paths = cohort.slides
     dtypes = {read_features(bags[slide_id])[0] for slide_id in paths if slide_id in bags}
     stored = (
         config.dtype
@@ -236,7 +238,7 @@ def find_jobs(
             part = output.with_name(f"{output.name}.parts") / f"{slide_id}.h5"
             jobs.append(
                 PairCutJob(
-                    slide_id, path, mpps.get(slide_id), coords, bags[slide_id], *wanted, part
+                    slide_id, path, cohort.mpps.get(slide_id), coords, bags[slide_id], *wanted, part
                 )
             )
     return jobs

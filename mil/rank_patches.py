@@ -56,7 +56,7 @@ from mil.training.fold_run import FoldJob, FoldSettings, open_job, run_job
 from mil.training.keys import ClassifierKeys
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.cohort.failures import Failures
-from patch_encoder.cohort.labels import locate_slides
+from patch_encoder.cohort.slide_files import locate_slides
 from patch_encoder.tiles.coordinates import tile_pattern_of
 
 logger = logging.getLogger(__name__)
@@ -155,17 +155,20 @@ def make_cuts(
     `failures`.
     """
     device = pick_device(config.device)
-    paths = locate_slides(slides.records, config.slides, tile_pattern_of(files.values()))
+    cohort = locate_slides(slides.records, config.slides, tile_pattern_of(files.values()))
+    failures.add_all(cohort.problems)
     jobs = []
     for record in slides.records:
         name, bag = record.slide_id, files[record.slide_id]
+        if name in cohort.problems:
+            continue
         try:
             patches = select_patches(model, bag, config, device)
         except UserError as error:
             failures.add(name, str(error))
             continue
         folder = Path(config.output) / "wsi_root" / name
-        jobs.append(PatchCutJob(name, paths[name], record.mpp, bag, folder, patches))
+        jobs.append(PatchCutJob(name, cohort.slides[name], record.mpp, bag, folder, patches))
     return jobs
 
 

@@ -33,7 +33,7 @@ from common.progress import progress
 from common.provenance import can_reuse, unknown_origin
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.keys import TileGridKeys
-from patch_encoder.cohort.labels import find_slides_and_mpps
+from patch_encoder.cohort.slide_files import find_cohort
 from patch_encoder.slides import Slide, SlideError, open_slide
 from patch_encoder.slides.overview import Damage, Overview, read_overview
 from patch_encoder.tiles.coordinates import (
@@ -113,6 +113,8 @@ def settings_stamp(config: Config) -> str:
     """The settings that decide a slide's tiles, as stored in its coordinates file."""
     free = {
         "slides",
+        "slides_list",
+        "suffixes",
         "output",
         "labels",
         "workers",
@@ -289,14 +291,18 @@ def check(config: Config) -> None:
 
 def main(config: Config) -> int:
     check(config)
-    slides, mpps = find_slides_and_mpps(
-        config.slides, config.labels, config.tile_pattern, config.pictures
+    cohort = find_cohort(
+        config.slides, config.labels, config.selection(), config.tile_pattern, config.pictures
     )
     stamp = settings_stamp(config)
-    jobs = [(slide_id, path, mpps.get(slide_id) or config.mpp) for slide_id, path in slides.items()]
+    jobs = [
+        (slide_id, path, cohort.mpps.get(slide_id) or config.mpp)
+        for slide_id, path in cohort.slides.items()
+    ]
     todo = [job for job in jobs if not is_done(job, config, stamp)]
     logger.info("tile_slides: %d slides, %d already tiled", len(jobs), len(jobs) - len(todo))
     failures = Failures("tile_slides")
+    failures.add_all(cohort.problems)
     for row in progress(tile_all(todo, config, stamp), "tiling", len(todo), "slides"):
         if "error" in row:
             failures.add(str(row["slide"]), str(row["error"]))

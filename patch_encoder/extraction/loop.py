@@ -27,8 +27,9 @@ from common.provenance import can_reuse
 from patch_encoder.bags.bag import open_bag
 from patch_encoder.cohort.disk_space import check_room, explain_full_disk
 from patch_encoder.cohort.failures import Failures
-from patch_encoder.cohort.labels import find_wanted_slides, locate_slides, read_labels
+from patch_encoder.cohort.selection import Selection
 from patch_encoder.cohort.shards import Shard
+from patch_encoder.cohort.slide_files import find_cohort
 from patch_encoder.extraction import decoding
 from patch_encoder.extraction.bag_assembly import UNREADABLE, Assembly
 from patch_encoder.extraction.network import Network, PendingFeatures
@@ -60,6 +61,7 @@ class ExtractSettings:
         shard: the part of the cohort that this process works on.
         ray: where Ray's workers run; None: in this process.
         stain: stain normalisation of the tiles; None: as they are.
+        selection: the slides of the cohort that are taken.
     """
 
     device: torch.device
@@ -75,10 +77,16 @@ class ExtractSettings:
     shard: Shard = field(default_factory=Shard)
     ray: RaySettings | None = None
     stain: Normaliser | None = None
+    selection: Selection = field(default_factory=Selection)
 
 
 def cohort_jobs(
-    slides: str, coords: str, labels: str, failures: Failures, shard: Shard | None = None
+    slides: str,
+    coords: str,
+    labels: str,
+    failures: Failures,
+    shard: Shard | None = None,
+    selection: Selection | None = None,
 ) -> list[SlideJob]:
     """One job per slide of the cohort that has tiles; the others are entered in `failures`.
 
@@ -86,23 +94,19 @@ def cohort_jobs(
         slides: folder of slides.
         coords: folder of coordinates files (`coords/` or its parent).
         labels: labels.csv, or empty for every slide that is found.
-        failures: gets slides without coordinates or without tissue.
+        failures: gets slides that are not there, without coordinates or without tissue.
         shard: the part of the cohort that is wanted; None: all of it.
+        selection: the slides that are taken; None: all of them.
     """
     shard = shard or Shard()
     folder = Path(coords) / "coords" if (Path(coords) / "coords").is_dir() else Path(coords)
     tiled = sorted(folder.glob("[!.]*.h5"))
     pattern = tile_pattern_of(tiled)
-    records = read_labels(labels) if labels else []
     # without labels, a picture is a slide where it was tiled as one
-    paths = (
-        locate_slides(records, slides, pattern)
-        if records
-        else find_wanted_slides({path.stem for path in tiled}, slides, pattern)
-    )
-    mpps = {record.slide_id: record.mpp for record in records}
-    jobs, without = [], {}
-    for slide_id, path in paths.items():
+    wanted = {path.stem for path in tiled}
+    cohort = find_cohort(slides, labels, selection or Selection(), pattern, wanted=wanted)
+    jobs, without = [], dict(cohort.problems)
+    for slide_id, path in cohort.slides.items():
         try:
             coordinates = read_coordinates(folder / f"{slide_id}.h5")
         except UserError as error:
@@ -115,12 +119,14 @@ def cohort_jobs(
             continue
         jobs.append(
             SlideJob(
-                slide_id, path, coordinates, mpps.get(slide_id) or coordinates.geometry.mpp or None
+                slide_id,
+                path,
+                coordinates,
+                cohort.mpps.get(slide_id) or coordinates.geometry.mpp or None,
             )
         )
     if shard.index == 1:  # once, not in every part
-        for slide_id, error in without.items():
-            failures.add(slide_id, error)
+        failures.add_all(without)
     return shard.select(jobs)
 
 
@@ -149,7 +155,7 @@ def extract(
     """
     failures = Failures(STAGE, settings.shard.name)
     folder = Path(output) / encoder.name
-    jobs = cohort_jobs(slides, coords, labels, failures, settings.shard)
+    jobs = cohort_jobs(slides, coords, labels, failures, settings.shard, settings.selection)
     todo = [job for job in jobs if not is_done(job, encoder, folder, settings)]
     logger.info(
         "%s: %s: %d slides, %d already done", STAGE, encoder.name, len(jobs), len(jobs) - len(todo)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from common.errors import UserError
 from common.files import safe_id, sha256_bytes
 
 OME_SUFFIXES = (".ome.tif", ".ome.tiff", ".ome.btf")
@@ -33,14 +34,24 @@ def suffix_of(path: Path) -> str:
     return next((suffix for suffix in OME_SUFFIXES if name.endswith(suffix)), path.suffix.lower())
 
 
+def strip_suffix(name: str) -> str:
+    """A slide's name without the ending of a slide file or picture; other dots stay."""
+    endings = sorted((SLIDE_SUFFIXES | PICTURE_SUFFIXES), key=len, reverse=True)
+    found = next((end for end in endings if name.lower().endswith(end)), "")
+    return name[: len(name) - len(found)] or name
+
+
 def slide_id_of(path: Path) -> str:
-    """A file's name without its (compound) suffix, a folder's name as it is; dots inside stay.
+    """A file's or folder's name without its (compound) suffix; dots inside stay.
 
     Raises:
-        UserError: the name would lead out of its folder.
+        UserError: the name would lead out of its folder, or is not in UTF-8.
     """
-    name = path.name if path.is_dir() else path.name[: len(path.name) - len(suffix_of(path))]
-    return safe_id(name)
+    is_folder = path.is_dir()
+    name = path.name[: len(path.name) - (0 if is_folder else len(suffix_of(path)))]
+    if path.name.encode(errors="ignore").decode() != path.name:
+        raise UserError(f"{str(path)!a}: expected a name in UTF-8, found other bytes; rename it")
+    return safe_id(strip_suffix(name) if is_folder else name)
 
 
 END = 64 * 1024  # bytes at either end of a file: headers, directories of levels, the last tiles
