@@ -84,6 +84,7 @@ def make_provenance(config: Config, job: SlideJob, precision: str) -> dict[str, 
     return settings | {
         "detector_sha256": sha256_file(config.detector),
         "coordinates": job.coordinates.digest(),
+        "slide_fingerprint": job.slide_fingerprint,
     }
 
 

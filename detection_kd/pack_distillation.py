@@ -49,6 +49,7 @@ from patch_encoder.cohort.disk_space import explain_full_disk
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.labels import SlideRecord, read_labels
 from patch_encoder.cohort.slide_files import find_slides, locate_slides
+from patch_encoder.slides.names import check_fingerprint, compute_fingerprint
 from patch_encoder.tiles.coordinates import tile_pattern_of
 
 logger = logging.getLogger(__name__)
@@ -233,6 +234,12 @@ def find_jobs(
         elif coords is not None and not coords.is_file():
             failures.add(slide_id, f"{coords}: expected a coordinates file, found none")
         else:
+            try:
+                stored = str(open_bag(bags[slide_id]).attributes.get("slide_fingerprint", ""))
+                check_fingerprint(path, stored, "its features")
+            except UserError as error:
+                failures.add(slide_id, str(error))
+                continue
             scores = None if ranking is None else ranking.get(slide_id, {})
             wanted = (config.tiles_per_slide, config.seed, scores, config.encoding, stored)
             part = output.with_name(f"{output.name}.parts") / f"{slide_id}.h5"
@@ -271,6 +278,7 @@ def make_part_provenance(job: PairCutJob, ranking: str) -> dict[str, Any]:
         "jpeg_quality": quality,
     }
     coords = sha256_file(job.coords) if job.coords else None
+    settings |= {"slide_fingerprint": compute_fingerprint(job.slide)}
     return settings | {"dtype": job.dtype, "bag": open_bag(job.bag).digest(), "coords": coords}
 
 

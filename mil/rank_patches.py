@@ -54,9 +54,10 @@ from mil.tasks.table import read_targets
 from mil.training.engine import load_classifier
 from mil.training.fold_run import FoldJob, FoldSettings, open_job, run_job
 from mil.training.keys import ClassifierKeys
-from patch_encoder.bags.bag import read_bag
+from patch_encoder.bags.bag import open_bag, read_bag
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.slide_files import locate_slides
+from patch_encoder.slides.names import check_fingerprint
 from patch_encoder.tiles.coordinates import tile_pattern_of
 
 logger = logging.getLogger(__name__)
@@ -163,6 +164,8 @@ def make_cuts(
         if name in cohort.problems:
             continue
         try:
+            stored = str(open_bag(bag).attributes.get("slide_fingerprint", ""))
+            check_fingerprint(cohort.slides[name], stored, "its features")
             patches = select_patches(model, bag, config, device)
         except UserError as error:
             failures.add(name, str(error))

@@ -29,6 +29,7 @@ from patch_encoder.cohort.labels import read_labels
 from patch_encoder.cohort.slide_files import FoundSlides, find_slides
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.base import Slide
+from patch_encoder.slides.names import check_fingerprint
 from patch_encoder.tiles.coordinates import Coordinates
 from patch_encoder.tiles.formats import LAYOUTS, CoordinateSource, describe_content, detect_layout
 
@@ -90,14 +91,15 @@ def file_slide_id(path: Path) -> str:
     return safe_id(path.stem.removesuffix("_patches"))
 
 
-def check_config(coordinates: Coordinates, slide: Slide | None) -> Coordinates:
+def check_slide(coordinates: Coordinates, slide: Slide | None, path: Path | None) -> Coordinates:
     """Coordinates that belong to the slide.
 
     Raises:
-        UserError: they were made for a slide of another size, or lie outside.
+        UserError: they were made for another slide or one of another size, or lie outside.
     """
-    if slide is None:
+    if slide is None or path is None:
         return coordinates
+    check_fingerprint(path, coordinates.slide_fingerprint, "its coordinates")
     geometry, size = coordinates.geometry, (slide.width, slide.height)
     made_for = (geometry.level0_width, geometry.level0_height)
     if made_for not in ((0, 0), size):
@@ -133,7 +135,7 @@ def convert(
     slide = open_slide(slide_path, mpp, config.tile_pattern) if slide_path else None
     try:
         source = CoordinateSource(slide_id, slide, mpp, config.tile_size)
-        coordinates = check_config(reader(file, source), slide)
+        coordinates = check_slide(reader(file, source), slide, slide_path)
         with tempfile.TemporaryDirectory() as folder:
             fresh = Path(folder, target.name)
             layout.write(fresh, coordinates, source, Path(config.output))

@@ -36,12 +36,16 @@ from patch_encoder.extraction.network import Network, PendingFeatures
 from patch_encoder.extraction.ray_backend import Report, work_on_ray
 from patch_encoder.extraction.tile_batches import TileBatch, TileSequence
 from patch_encoder.models.encoders import Encoder
+from patch_encoder.slides.names import check_fingerprint
 from patch_encoder.stain.normaliser import Normaliser
 from patch_encoder.tiles.coordinates import Coordinates, SlideJob, read_coordinates, tile_pattern_of
 
 logger = logging.getLogger(__name__)
 STAGE = "extract_features"
-COMPARED = ("encoder", "weights_sha256", "transform", "precision", "dtype", "coordinates", "stain")
+COMPARED = (
+    *("encoder", "weights_sha256", "transform", "precision", "dtype", "coordinates", "stain"),
+    "slide_fingerprint",
+)
 
 
 @dataclass(frozen=True)
@@ -127,13 +131,30 @@ def cohort_jobs(
         )
     if shard.index == 1:  # once, not in every part
         failures.add_all(without)
-    return shard.select(jobs)
+    return list(_know_again(shard.select(jobs), failures))
+
+
+def _know_again(jobs: Sequence[SlideJob], failures: Failures) -> Iterator[SlideJob]:
+    """The jobs with the fingerprints of their slides; those whose tiles are of another slide are
+    entered in `failures`.
+    """
+    for job in jobs:
+        try:
+            fingerprint = check_fingerprint(
+                job.path, job.coordinates.slide_fingerprint, "its coordinates"
+            )
+        except UserError as error:
+            failures.add(job.slide_id, str(error))
+            continue
+        yield replace(job, slide_fingerprint=fingerprint)
 
 
 def bag_provenance(
     encoder: Encoder, coordinates: Coordinates, settings: ExtractSettings
 ) -> dict[str, str]:
-    """What decides a bag's numbers, and the software version; `stain` only if it is used."""
+    """What decides a bag's numbers beside the slide, and the software version; `stain` only if it
+    is used.
+    """
     provenance = encoder.provenance | {
         "precision": settings.precision,
         "dtype": settings.dtype,
@@ -232,6 +253,7 @@ def is_done(job: SlideJob, encoder: Encoder, folder: Path, settings: ExtractSett
     (count, dim), attributes = bag.shape, bag.attributes
     tiles, unreadable = len(job.coordinates.coords), int(attributes.get(UNREADABLE, 0))
     expected = bag_provenance(encoder, job.coordinates, settings)
+    expected["slide_fingerprint"] = job.slide_fingerprint
     found = {name: attributes.get(name) for name in COMPARED} | {"shape": [count + unreadable, dim]}
     wanted = {name: expected.get(name) for name in COMPARED} | {"shape": [tiles, encoder.dim]}
     can_reuse(path, lambda: found, wanted, "features of another provenance")

@@ -80,3 +80,31 @@ def compute_slide_identity(path: Path) -> dict[str, str | int]:
             stream.seek(max(0, size - END))
             ends.append(stream.read(END))
     return {"slide_file": path.name, "slide_bytes": size, "slide_fingerprint": sha256_bytes(*ends)}
+
+
+def compute_fingerprint(path: Path) -> str:
+    """The digest by which a slide is known again, wherever it was moved or copied to."""
+    return str(compute_slide_identity(path)["slide_fingerprint"])
+
+
+def check_fingerprint(path: Path, stored: str, what: str) -> str:
+    """The slide's fingerprint, once `what` (tiles, a bag) is known to be of this slide.
+
+    Args:
+        path: the slide.
+        stored: the fingerprint that was stored with what is to be used with it; empty: unknown.
+        what: what that is, for the error.
+
+    Raises:
+        UserError: it is of another slide, or the slide cannot be read.
+    """
+    try:
+        found = compute_fingerprint(path)
+    except OSError as error:
+        raise UserError(f"slide {path}: cannot be read: {error}") from None
+    if stored and stored != found:
+        raise UserError(
+            f"slide {path}: {what} are of another slide of that name: slide_fingerprint "
+            f"{stored!r} -> {found!r}; make them again"
+        )
+    return found

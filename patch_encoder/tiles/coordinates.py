@@ -131,10 +131,14 @@ def _read_clam(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Top-left corners (N, 2) int64 of a slide's tiles in level-0 px, and how they are read."""
+    """Top-left corners (N, 2) int64 of a slide's tiles in level-0 px, and how they are read.
+
+    `slide_fingerprint` tells of which file they are (patch_encoder.slides.names); empty: unknown.
+    """
 
     coords: Int[np.ndarray, "tiles 2"]
     geometry: TileGeometry
+    slide_fingerprint: str = ""
 
     def digest(self) -> str:
         """Hex digest of corners and geometry; part of a bag's provenance."""
@@ -147,7 +151,7 @@ class Coordinates:
 
 
 def write_coordinates(
-    path: str | Path, coordinates: Coordinates, extra: Mapping[str, str] | None = None
+    path: str | Path, coordinates: Coordinates, extra: Mapping[str, str | int] | None = None
 ) -> None:
     """Write a coordinates file atomically, with `extra` as further attributes."""
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
@@ -175,7 +179,9 @@ def read_coordinates(path: str | Path) -> Coordinates:
         ) from None
     if coords.ndim != 2 or coords.shape[1] != 2:
         raise UserError(f"{path}: expected coords (N, 2), found {coords.shape}")
-    return Coordinates(coords.astype(np.int64), TileGeometry.from_attributes(attributes, str(path)))
+    geometry = TileGeometry.from_attributes(attributes, str(path))
+    fingerprint = str(attributes.get("slide_fingerprint", ""))
+    return Coordinates(coords.astype(np.int64), geometry, fingerprint)
 
 
 def coordinate_attributes(path: str | Path) -> dict[str, Any]:
@@ -198,9 +204,12 @@ def tile_pattern_of(files: Iterable[Path]) -> str:
 
 @dataclass(frozen=True)
 class SlideJob:
-    """One slide to be encoded: where it lies, its tiles, its resolution if the user gave one."""
+    """One slide to be encoded: where it lies, its tiles, its resolution if the user gave one, and
+    the fingerprint of its file.
+    """
 
     slide_id: str
     path: Path
     coordinates: Coordinates
     mpp: float | None
+    slide_fingerprint: str = ""

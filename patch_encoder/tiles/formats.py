@@ -106,7 +106,7 @@ def read_h5(path: Path, source: CoordinateSource) -> Coordinates:
         height = geometry.level0_height or filled.level0_height
         steps = {"overlap": geometry.overlap, "step_level0": geometry.step_level0}
         geometry = replace(filled, level0_width=width, level0_height=height, **steps)
-    return Coordinates(found.coords, replace(geometry, name=source.slide_id))
+    return replace(found, geometry=replace(geometry, name=source.slide_id))
 
 
 def read_npy(path: Path, source: CoordinateSource) -> Coordinates:
@@ -202,7 +202,10 @@ def write_ours(
     path: Path, coordinates: Coordinates, source: CoordinateSource, folder: Path
 ) -> None:
     """The layout of `tile_slides`."""
-    write_h5(path, coordinates.coords, asdict(coordinates.geometry))
+    known = {"slide_fingerprint": coordinates.slide_fingerprint}
+    if not coordinates.slide_fingerprint:
+        known.clear()
+    write_h5(path, coordinates.coords, asdict(coordinates.geometry) | known)
 
 
 def write_clam(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import cv2
@@ -154,7 +154,7 @@ def list_drop_reasons(quality: Mapping[str, np.ndarray], cuts: Cuts, count: int)
 def write_tiles(
     path: str | Path,
     coordinates: Coordinates,
-    extra: Mapping[str, str],
+    extra: Mapping[str, str | int],
     quality: Mapping[str, np.ndarray],
 ) -> None:
     """Write coordinates with one dataset per measure, atomically; others see `coords` alone."""
@@ -192,7 +192,7 @@ def filter_coordinates(source: str | Path, target: str | Path, cuts: Cuts) -> di
         name: value for name, value in coordinate_attributes(source).items() if name not in own
     }
     extra["cuts"] = ", ".join(f"{name}={value:g}" for name, value in cuts.limits().items())
-    kept = Coordinates(coordinates.coords[keep], coordinates.geometry)
+    kept = replace(coordinates, coords=coordinates.coords[keep])
     write_tiles(target, kept, extra, {name: values[keep] for name, values in quality.items()})
     return count_reasons(why)
 
