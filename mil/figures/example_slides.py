@@ -153,8 +153,8 @@ def make_example(
         coords: folder with coordinates, for a bag that has none.
 
     Raises:
-        UserError: unreadable or not finite bag, bag without coordinates, unreadable slide or one that
-            the bag is not of.
+        UserError: unreadable or not finite bag, bag without coordinates, unreadable slide or one
+            that the bag is not of.
     """
     bag = open_bag(bag_file, find_coordinates(bag_file, coords))
     where = bag.coordinates()
