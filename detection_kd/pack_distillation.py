@@ -50,7 +50,7 @@ from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.labels import SlideRecord, read_labels
 from patch_encoder.cohort.slide_files import find_slides, locate_slides
 from patch_encoder.slides.names import check_fingerprint, compute_fingerprint
-from patch_encoder.tiles.coordinates import tile_pattern_of
+from patch_encoder.tiles.coordinates import find_coordinate_files, tile_pattern_of
 
 logger = logging.getLogger(__name__)
 STAGE = "pack_distillation"
@@ -206,10 +206,8 @@ def find_jobs(
 ) -> list[PairCutJob]:
     """One job per slide that has a teacher bag; the others are entered in `failures`."""
     bags = list_bags(config.features)
-    folder = Path(config.coords) if config.coords else None
-    if folder is not None and (folder / "coords").is_dir():
-        folder = folder / "coords"
-    pattern = tile_pattern_of(folder.glob("[!.]*.h5") if folder else bags.values())
+    tiled = find_coordinate_files(config.coords) if config.coords else None
+    pattern = tile_pattern_of((bags if tiled is None else tiled).values())
     records = choose_records(config)
     cohort = (
         locate_slides(records, config.slides, pattern)
@@ -228,15 +226,17 @@ def find_jobs(
     )
     jobs = []
     for slide_id, path in paths.items():
-        coords = folder / f"{slide_id}.h5" if folder else None
+        coords = None
+        if tiled is not None:
+            coords = tiled.get(slide_id, Path(config.coords) / f"{slide_id}.h5")
         if slide_id not in bags:
             failures.add(slide_id, f"expected a teacher bag in {config.features}, found none")
         elif coords is not None and not coords.is_file():
             failures.add(slide_id, f"{coords}: expected a coordinates file, found none")
         else:
             try:
-                stored = str(open_bag(bags[slide_id]).attributes.get("slide_fingerprint", ""))
-                check_fingerprint(path, stored, "its features")
+                known = open_bag(bags[slide_id]).attributes.get("slide_fingerprint", "")
+                check_fingerprint(path, str(known), "its features")
             except UserError as error:
                 failures.add(slide_id, str(error))
                 continue

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from common.checkpoint import load_tensors
 from common.errors import UserError
+from patch_encoder.tiles.coordinates import convert_corners
 
 FEATURE_KEYS = ("features", "feats")
 
@@ -29,7 +30,7 @@ class BagLayout(NamedTuple):
     Attributes:
         shape: (N, D).
         dtype: as stored.
-        coords: (N, 2) int64 level-0 corners, None where the file has none.
+        coords: (N, 2) int64 level-0 corners, None where the file has none or has them in um.
         provenance: attributes of the features.
         tiling: attributes of the file and of the coordinates.
         dataset: name of the HDF5 dataset of the features; empty for `.pt`.
@@ -71,8 +72,9 @@ def _read_h5_layout(path: Path, file: h5py.File) -> BagLayout:
         raise UserError(f"{path}: expected the dataset 'features', found {sorted(file)}")
     dataset, coords, tiling = file[name], None, dict(file.attrs)
     if "coords" in file:
-        coords = torch.from_numpy(file["coords"][()].astype(np.int64))
         tiling |= file["coords"].attrs
+        corners, tiling = convert_corners(file["coords"][()], _make_plain(tiling), str(path))
+        coords = None if corners is None else torch.from_numpy(corners)
     mapped = dataset.chunks is None and dataset.external is None and dataset.dtype.isnative
     return BagLayout(
         _check_shape(path, dataset.shape),
@@ -113,7 +115,9 @@ def map_pt(path: Path) -> tuple[Float[Tensor, "n d"], Tensor | None]:
     if not isinstance(content, Tensor):
         raise UserError(f"{path}: expected one tensor (N, D), found {type(content).__name__}")
     features = content.reshape(_check_shape(path, tuple(content.shape)))
-    return features, None if coords is None else torch.as_tensor(coords).long()
+    if coords is not None:
+        coords = torch.from_numpy(convert_corners(np.asarray(coords), {}, str(path))[0])
+    return features, coords
 
 
 def as_float(features: Tensor) -> Tensor:

@@ -38,7 +38,13 @@ from patch_encoder.extraction.tile_batches import TileBatch, TileSequence
 from patch_encoder.models.encoders import Encoder
 from patch_encoder.slides.names import check_fingerprint
 from patch_encoder.stain.normaliser import Normaliser
-from patch_encoder.tiles.coordinates import Coordinates, SlideJob, read_coordinates, tile_pattern_of
+from patch_encoder.tiles.coordinates import (
+    Coordinates,
+    SlideJob,
+    find_coordinate_files,
+    read_coordinates,
+    tile_pattern_of,
+)
 
 logger = logging.getLogger(__name__)
 STAGE = "extract_features"
@@ -96,23 +102,22 @@ def cohort_jobs(
 
     Args:
         slides: folder of slides.
-        coords: folder of coordinates files (`coords/` or its parent).
+        coords: folder of coordinates files (`coords/`, TRIDENT's `patches/`, or their parent).
         labels: labels.csv, or empty for every slide that is found.
         failures: gets slides that are not there, without coordinates or without tissue.
         shard: the part of the cohort that is wanted; None: all of it.
         selection: the slides that are taken; None: all of them.
     """
     shard = shard or Shard()
-    folder = Path(coords) / "coords" if (Path(coords) / "coords").is_dir() else Path(coords)
-    tiled = sorted(folder.glob("[!.]*.h5"))
-    pattern = tile_pattern_of(tiled)
+    tiled = find_coordinate_files(coords)
+    pattern = tile_pattern_of(tiled.values())
     # without labels, a picture is a slide where it was tiled as one
-    wanted = {path.stem for path in tiled}
+    wanted = tiled.keys()
     cohort = find_cohort(slides, labels, selection or Selection(), pattern, wanted=wanted)
     jobs, without = [], dict(cohort.problems)
     for slide_id, path in cohort.slides.items():
         try:
-            coordinates = read_coordinates(folder / f"{slide_id}.h5")
+            coordinates = read_coordinates(tiled.get(slide_id, Path(coords) / f"{slide_id}.h5"))
         except UserError as error:
             without[slide_id] = str(error)
             continue

@@ -104,7 +104,7 @@ def check_fingerprint(path: Path, stored: str, what: str) -> str:
         raise UserError(f"slide {path}: cannot be read: {error}") from None
     if stored and stored != found:
         raise UserError(
-            f"slide {path}: {what} are of another slide of that name: slide_fingerprint "
-            f"{stored!r} -> {found!r}; make them again"
+            f"slide {path}: {what} are of another file of that name: slide_fingerprint "
+            f"{stored!r} -> {found!r}; make them again, or restore the file if this copy is damaged"
         )
     return found

@@ -159,11 +159,59 @@ def write_coordinates(
         dataset.attrs.update(asdict(coordinates.geometry) | dict(extra or {}))
 
 
+def convert_corners(
+    corners: np.ndarray, attributes: Mapping[str, Any], source: str
+) -> tuple[np.ndarray | None, dict[str, Any]]:
+    """Corners (N, 2) as level-0 px, int64, and their attributes.
+
+    STAMP's corners are in um and its tile size beside them too. They become px where a file says
+    its `mpp` (STAMP's own does not); without it they are None.
+
+    Raises:
+        UserError: fractions of px.
+    """
+    if not is_in_um(attributes):
+        if corners.dtype.kind == "f" and (corners != np.rint(corners)).any():
+            raise UserError(
+                f"{source}: expected whole numbers of level-0 px in 'coords', found fractions and "
+                "no unit beside them; convert them with convert_coordinates"
+            )
+        return corners.astype(np.int64), dict(attributes)
+    mpp = float(attributes.get("mpp", 0.0))
+    if not mpp:
+        return None, dict(attributes)
+    side = round(float(attributes.get("tile_size_um", attributes.get("tile_size", 256.0))) / mpp)
+    target = int(attributes.get("tile_size_px", 224))
+    square = {"patch_size": side, "patch_size_level0": side, "patch_level": 0}
+    square |= {"target_size": target, "target_mpp": mpp * side / target}
+    return np.rint(corners[:, :2] / mpp).astype(np.int64), {**attributes, **square}
+
+
+def is_in_um(attributes: Mapping[str, Any]) -> bool:
+    """Whether the corners beside these attributes are STAMP's, in micrometres."""
+    return attributes.get("unit") == "um" or "tile_size_um" in attributes
+
+
+UM_REMEDY = "coords in um and no mpp; convert them with convert_coordinates slides=... to=ours"
+
+
+def find_coordinate_files(folder: str | Path) -> dict[str, Path]:
+    """Slide id -> file of a folder of coordinates: its `coords/`, its `patches/` (TRIDENT's, whose
+    files are named `<slide_id>_patches.h5`) or the folder itself; {} where there are none.
+    """
+    for place in ("coords", "patches", ""):
+        files = sorted((Path(folder) / place).glob("[!.]*.h5"))
+        if files:
+            short = {file.stem.removesuffix("_patches"): file for file in files}
+            return short | {file.stem: file for file in files}
+    return {}
+
+
 def read_coordinates(path: str | Path) -> Coordinates:
     """Read a coordinates file.
 
     Raises:
-        UserError: no HDF5 file, no `coords`, wrong shape.
+        UserError: no HDF5 file, no `coords`, wrong shape, corners that are no px.
     """
     try:
         with h5py.File(path, "r") as file:
@@ -179,9 +227,12 @@ def read_coordinates(path: str | Path) -> Coordinates:
         ) from None
     if coords.ndim != 2 or coords.shape[1] != 2:
         raise UserError(f"{path}: expected coords (N, 2), found {coords.shape}")
+    corners, attributes = convert_corners(coords, attributes, str(path))
+    if corners is None:
+        raise UserError(f"{path}: expected coords in level-0 px, found {UM_REMEDY}")
     geometry = TileGeometry.from_attributes(attributes, str(path))
     fingerprint = str(attributes.get("slide_fingerprint", ""))
-    return Coordinates(coords.astype(np.int64), geometry, fingerprint)
+    return Coordinates(corners, geometry, fingerprint)
 
 
 def coordinate_attributes(path: str | Path) -> dict[str, Any]:

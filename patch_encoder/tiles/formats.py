@@ -245,9 +245,15 @@ def write_trident(
 ) -> None:
     """TRIDENT's `patches/<slide>_patches.h5`, nine attributes."""
     geometry = coordinates.geometry
-    level0, target = magnifications(geometry, source.need_mpp(path, geometry))
+    attributes = trident_attributes(geometry, source.need_mpp(path, geometry), folder)
+    write_h5(path, coordinates.coords, attributes | {FULL_GEOMETRY: json.dumps(asdict(geometry))})
+
+
+def trident_attributes(geometry: TileGeometry, mpp: float, folder: Path) -> dict[str, Any]:
+    """The nine attributes of TRIDENT's `coords`, in its files of coordinates and of features."""
+    level0, target = magnifications(geometry, mpp)
     overlap = max(0, round(geometry.target_size * (1 - geometry.step / geometry.patch_size_level0)))
-    attributes = {
+    return {
         "patch_size": geometry.target_size,
         "patch_size_level0": geometry.patch_size_level0,
         "level0_magnification": level0,
@@ -258,7 +264,6 @@ def write_trident(
         "level0_width": geometry.level0_width,
         "level0_height": geometry.level0_height,
     }
-    write_h5(path, coordinates.coords, attributes | {FULL_GEOMETRY: json.dumps(asdict(geometry))})
 
 
 def write_atlaspatch(

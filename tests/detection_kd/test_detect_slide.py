@@ -20,7 +20,7 @@ from detection_kd.datasets.slide_detections import FoundBoxes, find_own_part, me
 from detection_kd.models.deformable_transformer import Detections
 from patch_encoder import tile_slides
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
-from tests.helpers import write_pyramid
+from tests.helpers import forget_slides, write_pyramid
 
 # (x, y, side) in level-0 px: inside a tile, on a vertical seam, on a crossing of seams, at the
 # slide's corner
@@ -185,6 +185,7 @@ def test_a_broken_tile_fails_its_slide_only(cohort: Path) -> None:
         )
         == 0
     )
+    forget_slides(cohort / "more")
     (folder / "1_0.png").write_bytes(b"broken")
     assert detect(cohort, f"coords={cohort}/more", f"labels={labels}") == 1
     assert len(read(cohort)["annotations"]) == len(SQUARES)

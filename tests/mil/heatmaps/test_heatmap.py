@@ -260,7 +260,7 @@ def test_a_slide_that_is_none_of_its_bag_is_listed(bench: Path, tmp_path: Path):
     keys = arguments(bench, "mixed", "only=[s03,s04]", f"features={bags.parent}")
     assert run(main, Config, keys) == 1
     listed = (bench.parent / "mixed" / "failures.csv").read_text()
-    assert "s03,heatmap" in listed and "another slide of that name" in listed
+    assert "s03,heatmap" in listed and "another file of that name" in listed
     assert "s04,heatmap" not in listed
 
 

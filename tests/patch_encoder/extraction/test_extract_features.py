@@ -27,6 +27,7 @@ from patch_encoder.bags.writer import write_bag
 from patch_encoder.descriptors.mean_colour import mean_colour
 from patch_encoder.models.encoders import PixelEncoder, ToInputSize, build_encoder, digest_weights
 from patch_encoder.slides import open_slide
+from tests.helpers import forget_slides
 from tests.patch_encoder.extraction.conftest import arguments, extract
 
 
@@ -82,6 +83,7 @@ def test_finished_slides_are_skipped_and_stale_ones_refused(
 def test_one_bad_slide_never_stops_the_cohort(cohort: Path) -> None:
     slide = cohort / "slides" / "S001.tiff"
     whole = slide.read_bytes()
+    forget_slides(cohort / "tiles")
     slide.write_bytes(whole[:3000])
     assert extract(cohort) == 1
     assert (
@@ -113,6 +115,7 @@ def test_a_tile_that_does_not_decode_fails_its_slide_only(
     )  # its overview cannot be drawn either
     Image.new("RGB", (64, 64)).save(tile_folder / "1_0.png")
     assert run(tile_slides.main, tile_slides.Config, tiling) == 0
+    forget_slides(tmp_path / "tiles")
     (tile_folder / "1_0.png").write_bytes(b"broken")
     keys = [
         f"slides={tmp_path}/slides",

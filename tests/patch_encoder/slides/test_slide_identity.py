@@ -170,7 +170,7 @@ def test_a_slide_of_the_same_size_in_the_place_of_another_is_not_done(
     )
     assert extract(root) == 1, "its tiles are those of another slide"
     assert (
-        "coordinates are of another slide of that name: slide_fingerprint"
+        "coordinates are of another file of that name: slide_fingerprint"
         in (failures(root)["S001"])
     )
     assert tile(root, *grid, "overwrite=true") == 0
