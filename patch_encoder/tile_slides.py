@@ -51,6 +51,7 @@ from patch_encoder.tissue.geojson import write_geojson
 from patch_encoder.tissue.outlines import trace_outlines
 from patch_encoder.tissue.quality import (
     Cuts,
+    check_shares,
     count_reasons,
     list_drop_reasons,
     measure_tiles,
@@ -277,6 +278,8 @@ def is_done(job: Job, config: Config, stamp: str) -> bool:
 def check(config: Config) -> None:
     """Refuse what does not go together before any slide is opened."""
     check_workers(config.workers, config.read_timeout)
+    check_shares({name: getattr(config, name) for name in ("min_tissue", "max_unreadable")})
+    check_shares(config.limits())
     if config.limits() and not config.quality:
         raise UserError(
             "min_blur, max_pen, ...: expected quality=true, found false; cuts need measured tiles"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import csv
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from common.errors import UserError, did_you_mean
 from common.files import safe_id
 from patch_encoder.slides.names import strip_suffix
 from patch_encoder.slides.resolution import is_plausible
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,36 @@ def read_labels(path: str | Path) -> list[SlideRecord]:
             f"'{repeated[0]}'; "
             "remove the extra rows"
         )
+    _say_slips(Path(path), records)
     return records
+
+
+MISSING_LABELS = {"nan", "none", "null", "na", "n/a", "<na>"}  # what programs write for no value
+
+
+def _say_slips(path: Path, records: Sequence[SlideRecord]) -> None:
+    """Log what is allowed and hardly ever meant, once per process."""
+    for column in ("case_id", "slide_id"):
+        spelt = sorted({getattr(record, column) for record in records})
+        twins: dict[str, list[str]] = {}
+        for name in spelt:
+            twins.setdefault(name.casefold(), []).append(name)
+        found = [names for names in twins.values() if len(names) > 1]
+        if found:
+            names = " and ".join(found[0])
+            more = f" ({len(found)} such groups)" if len(found) > 1 else ""
+            _warn_once(f"{path}: {column} {names} differ in capitals only{more}: are they one?")
+    for label in sorted({r.label for r in records if r.label.casefold() in MISSING_LABELS}):
+        count = sum(record.label == label for record in records)
+        _warn_once(
+            f"{path}: {count} slides have the label '{label}', which is taken for a class; remove "
+            "their rows if it stands for a missing value"
+        )
+
+
+@cache
+def _warn_once(line: str) -> None:
+    logger.warning("%s", line)
 
 
 def read_rows(path: str | Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -186,6 +187,7 @@ def extract(
     logger.info(
         "%s: %s: %d slides, %d already done", STAGE, encoder.name, len(jobs), len(jobs) - len(todo)
     )
+    say_unsuited_tiles(encoder, jobs)
     check_room(folder, todo, encoder.dim, settings.dtype, settings.pt)
     start = time.perf_counter()
     if settings.ray is None:
@@ -208,6 +210,31 @@ def extract(
         failures.add(row["slide"], row["error"])
     logger.info("%s: %s", STAGE, report.summary(time.perf_counter() - start))
     return failures.write(folder)
+
+
+def say_unsuited_tiles(encoder: Encoder, jobs: Sequence[SlideJob]) -> None:
+    """Log once when tiles are of another size or resolution than those the encoder was trained on:
+    by more than a fifth in resolution, or a quarter in side (224 and 256 px go together).
+    """
+    if encoder.mpp is None or encoder.tile is None:
+        return
+    shapes = [job.coordinates.geometry for job in jobs]
+    unsuited = [
+        (shape.target_size, shape.target_mpp)
+        for shape in shapes
+        if (shape.target_mpp and not 0.8 <= shape.target_mpp / encoder.mpp <= 1.25)
+        or not 0.8 <= shape.target_size / encoder.tile <= 1.25
+    ]
+    if unsuited:
+        (side, mpp), count = Counter(unsuited).most_common(1)[0]
+        line = (
+            "%s was trained on tiles of %d px at %g um per pixel, %d of %d slides are cut as %d px "
+            "at %s; tile again with tile_size=%d target_mpp=%g if that is not meant"
+        )
+        place = (len(jobs), side, f"{mpp:g}" if mpp else "an unknown resolution")
+        logger.warning(
+            line, encoder.name, encoder.tile, encoder.mpp, count, *place, encoder.tile, encoder.mpp
+        )
 
 
 def encode_slides(

@@ -68,6 +68,20 @@ class Cuts:
         return {name: value for name, value in values.items() if value is not None}
 
 
+SHARES = ("min_tissue", "max_unreadable", "max_pen", "max_background", "min_saturation")
+
+
+def check_shares(values: Mapping[str, float]) -> None:
+    """Refuse shares outside 0 to 1, which would drop every tile or none; other keys may be there.
+
+    Raises:
+        UserError: such a share.
+    """
+    for name in SHARES:
+        if not 0 <= values.get(name, 0.0) <= 1:
+            raise UserError(f"{name}={values[name]:g}: expected a share, 0 to 1")
+
+
 def measure_tile(
     tile: UInt8[np.ndarray, "side side 3"], least_od: float = 0.3
 ) -> tuple[float, ...]:

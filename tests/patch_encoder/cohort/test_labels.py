@@ -48,6 +48,25 @@ def test_bad_tables_are_refused(tmp_path: Path, text: str, expected: str) -> Non
         read_labels(labels(tmp_path, text))
 
 
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ("P001,1,a\np001,2,b\n", "case_id P001 and p001 differ in capitals only"),
+        ("1,S1,a\n2,s1,b\n", "slide_id S1 and s1 differ in capitals only"),
+        ("1,1,nan\n2,2,b\n3,3,nan\n", "2 slides have the label 'nan'"),
+        ("1,1,None\n2,2,b\n", "1 slides have the label 'None'"),
+    ],
+)
+def test_what_is_probably_a_slip_is_said_once(
+    tmp_path: Path, rows: str, expected: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = labels(tmp_path, f"case_id,slide_id,label\n{rows}")
+    with caplog.at_level("WARNING"):
+        assert read_labels(path) == read_labels(path)
+    (record,) = caplog.records
+    assert expected in record.getMessage()
+
+
 def test_table_from_a_spreadsheet(tmp_path: Path) -> None:
     """A byte order mark, carriage returns, blanks, quotes and empty lines change nothing; another
     encoding is refused.
