@@ -24,7 +24,6 @@ from patch_encoder.slides.resolution import is_plausible
 from patch_encoder.slides.tile_pattern import TilePattern
 from patch_encoder.slides.tile_pattern import parse_tile_pattern as compile_pattern
 
-
 logger = logging.getLogger(__name__)
 
 

@@ -1,10 +1,10 @@
 """TIFF files that OpenSlide refuses (strips, OME-TIFF, single level) through tifffile: decoded
 segment by segment.
 
-The pyramid is that of the file's largest image (OME SubIFDs or pages of falling size): scanners also
-store a label and an overview, at times before the slide itself. Levels whose layout has no segments
-of whole RGB pixels (planes apart) are decoded once and kept. Colours that tifffile does not turn
-into RGB (CMYK, CIELAB, palettes) and other depths than 8 bits are refused.
+The pyramid is that of the file's largest image (OME SubIFDs or pages of falling size): scanners
+also store a label and an overview, at times before the slide itself. Levels whose layout has no
+segments of whole RGB pixels (planes apart) are decoded once and kept. Colours that tifffile does
+not turn into RGB (CMYK, CIELAB, palettes) and other depths than 8 bits are refused.
 """
 
 from __future__ import annotations
