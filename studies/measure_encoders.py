@@ -36,8 +36,7 @@ from patch_encoder.extraction.network import Network
 from patch_encoder.extraction.tile_batches import TileSequence
 from patch_encoder.models.encoders import Encoder, build_encoder
 from patch_encoder.models.pooling import POOLS
-from patch_encoder.tiles.coordinates import Coordinates
-from patch_encoder.tiles.slide_job import SlideJob
+from patch_encoder.tiles.coordinates import Coordinates, SlideJob
 
 logger = logging.getLogger(__name__)
 READERS: dict[str, dict[str, Any]] = {

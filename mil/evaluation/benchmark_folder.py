@@ -24,7 +24,7 @@ NEEDED = ("feature_sets", "models", "classes", "headline", "features")
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """summary.json of a folder that `mil.benchmark` wrote, for what looks at its networks.
+    """Read summary.json of a folder that `mil.benchmark` wrote, for what looks at its networks.
 
     Raises:
         UserError: there is none, or it is another stage's.
@@ -41,7 +41,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def read_task(summary: Mapping[str, Any]) -> Task:
-    """What the slides of a summary's benchmark were asked."""
+    """Make the task that a summary's benchmark was trained for."""
     return TASKS[summary.get("task", "classes")](tuple(summary["classes"]))
 
 
@@ -59,8 +59,8 @@ def belonging(summary: Mapping[str, Any]) -> tuple[set[int] | None, set[int] | N
 def run_folders(
     benchmark: Path, summary: Mapping[str, Any], feature_set: str, model: str
 ) -> list[Path]:
-    """Finished runs of a feature set and model that belong to the benchmark, in the order of seed
-    and fold.
+    """List the finished runs of a feature set and model that belong to the benchmark, in the order
+    of seed and fold.
     """
     seeds, folds = belonging(summary)
     found = []

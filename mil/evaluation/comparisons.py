@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 def comparison_table(
     finished: Sequence[FinishedRun], task: Task, samples: Samples
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Name of the table (`delong` or `comparisons`) and its rows.
+    """Make the table: its name (`delong` or `comparisons`) and its rows.
 
     Args:
         finished: all runs.
@@ -53,8 +53,8 @@ def add_holm(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def same_slides(finished: Sequence[FinishedRun]) -> Iterator[dict[Place, list[FinishedRun]]]:
-    """Groups of (feature set, model) with the same test slides in the same folds, in the order of
-    the runs.
+    """Yield groups of (feature set, model) with the same test slides in the same folds, in the
+    order of the runs.
     """
     groups = group_runs(finished)
     tested = {
@@ -66,7 +66,9 @@ def same_slides(finished: Sequence[FinishedRun]) -> Iterator[dict[Place, list[Fi
 
 
 def warn_of_other_slides(finished: Sequence[FinishedRun]) -> None:
-    """Models are compared on one set of test slides; say which are not."""
+    """Warn of models that were tested on other slides, since only models on the same ones are
+    compared.
+    """
     groups = list(same_slides(finished))
     if len(groups) > 1:
         named = ([" ".join(filter(None, place)) for place in places] for places in groups)
@@ -78,7 +80,7 @@ def warn_of_other_slides(finished: Sequence[FinishedRun]) -> None:
 
 
 def delong_rows(finished: Sequence[FinishedRun]) -> list[dict[str, Any]]:
-    """DeLong tests of the AUCs."""
+    """Run DeLong tests of the AUCs."""
     rows = []
     for groups in same_slides(finished):
         places = dict(zip(map(str, range(len(groups))), groups, strict=True))
@@ -88,7 +90,7 @@ def delong_rows(finished: Sequence[FinishedRun]) -> list[dict[str, Any]]:
 
 
 def delong_row(a: Place, b: Place, pair: Comparison) -> dict[str, Any]:
-    """One row of delong.csv."""
+    """Make one row of delong.csv."""
     row = name_pair(a, b)
     row |= {"auc_a": pair.aucs[0], "auc_b": pair.aucs[1], "difference": pair.difference}
     row |= {"ci_low": pair.ci[0], "ci_high": pair.ci[1], "standard_error": pair.error}
@@ -96,14 +98,14 @@ def delong_row(a: Place, b: Place, pair: Comparison) -> dict[str, Any]:
 
 
 def name_pair(a: Place, b: Place) -> dict[str, Any]:
-    """The first columns of a comparison."""
+    """Make the first columns of a comparison."""
     names = ("feature_set_a", "model_a", "feature_set_b", "model_b")
     return dict(zip(names, (*a, *b), strict=True))
 
 
 def label_rows(finished: Sequence[FinishedRun], task: Task) -> list[dict[str, Any]]:
-    """DeLong tests label by label (classes have but one), over the folds whose test slides are of
-    both kinds.
+    """Run DeLong tests label by label (classes have but one), over the folds whose test slides are
+    of both kinds.
     """
     rows = []
     for label in task.delong_labels:
@@ -117,7 +119,7 @@ def label_rows(finished: Sequence[FinishedRun], task: Task) -> list[dict[str, An
 def paired_rows(
     finished: Sequence[FinishedRun], task: Task, samples: Samples
 ) -> list[dict[str, Any]]:
-    """Paired bootstrap of the headline metric."""
+    """Run the paired bootstrap of the headline metric."""
     rows, metric, resamples = [], task.headline, 0
     for groups in same_slides(finished):
         values = {
@@ -148,7 +150,7 @@ class Difference:
 
 
 def paired_difference(value: float, first: np.ndarray, second: np.ndarray) -> Difference:
-    """The test of two models.
+    """Test the difference of two models.
 
     Args:
         value: their difference on the slides as they are.
@@ -167,9 +169,7 @@ def paired_difference(value: float, first: np.ndarray, second: np.ndarray) -> Di
 
 
 def warn_of_floor(pairs: int, resamples: int) -> None:
-    """Say so when no pair can reach 0.05 after Holm's correction, however different its models
-    are.
-    """
+    """Warn when no pair can reach 0.05 after Holm's correction, whatever its models are."""
     needed = 40 * pairs  # the smallest p, 2 / (resamples + 1), times the pairs is 0.05
     if pairs and resamples < needed:
         logger.warning(

@@ -73,8 +73,8 @@ def placements(positive: np.ndarray, scores: np.ndarray) -> np.ndarray:
 def auc_parts(
     positive: np.ndarray, scores: np.ndarray, patients: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """AUCs (M,) and every patient's part in their error (M, count): the covariance of the AUCs is
-    parts @ parts.T.
+    """Compute AUCs (M,) and every patient's part in their error (M, count): the covariance of the
+    AUCs is parts @ parts.T.
 
     Args:
         positive: bool (S,).
@@ -95,8 +95,8 @@ def auc_parts(
 
 
 def mean_auc_parts(runs: Sequence[Predictions], patients: np.ndarray) -> tuple[float, np.ndarray]:
-    """The mean AUC over runs (and, with C > 2, over classes against the rest) and the patients'
-    parts in it, (P,).
+    """Compute the mean AUC over runs (and, with C > 2, over classes against the rest) and the
+    patients' parts in it, (P,).
 
     Args:
         runs: folds and seeds of one model.
@@ -114,7 +114,7 @@ def mean_auc_parts(runs: Sequence[Predictions], patients: np.ndarray) -> tuple[f
 
 
 def compare(models: Mapping[str, Sequence[Predictions]]) -> list[Comparison]:
-    """Every pair of models.
+    """Compare every pair of models.
 
     Args:
         models: name -> runs; all models have the same folds and test slides, in any number of
@@ -133,7 +133,7 @@ def compare(models: Mapping[str, Sequence[Predictions]]) -> list[Comparison]:
 
 
 def _compute_z(difference: float, error: float) -> tuple[float, float]:
-    """z and p; without any spread only equality can be told."""
+    """Compute z and p; without any spread only equality can be told."""
     from scipy.stats import norm
 
     if error < 1e-12:
@@ -143,7 +143,7 @@ def _compute_z(difference: float, error: float) -> tuple[float, float]:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down correction (1979); NaN (no test) stays NaN and does not count."""
+    """Correct by Holm's step-down method (1979); NaN (no test) stays NaN and does not count."""
     values = np.asarray(p, dtype=np.float64)
     tested = np.flatnonzero(~np.isnan(values))
     order = tested[np.argsort(values[tested], kind="stable")]

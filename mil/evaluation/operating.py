@@ -42,8 +42,8 @@ SCREENING = tuple(Held(SENSITIVITY, target) for target in (0.95, 0.98, 0.995))
 
 
 def threshold_for(held: Held, positive: np.ndarray, scores: np.ndarray) -> float:
-    """The cut of `scores >= cut` that reaches the held rate on these slides and gives up least of
-    the other one.
+    """Choose the cut of `scores >= cut` that reaches the held rate on these slides and gives up
+    least of the other one.
 
     It lies half-way between the last score that has to be on its side and the next one.
 
@@ -61,7 +61,7 @@ def threshold_for(held: Held, positive: np.ndarray, scores: np.ndarray) -> float
 
 
 def achieved(run: Predictions, threshold: float, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Sensitivity and specificity of a cut on the test slides, each (B,)."""
+    """Measure sensitivity and specificity of a cut on the test slides, each (B,)."""
     positive = run.targets == 1
     called = run.probabilities[:, 1] >= threshold
     return {
@@ -71,7 +71,7 @@ def achieved(run: Predictions, threshold: float, weights: np.ndarray) -> dict[st
 
 
 def on_curve(held: Held, run: Predictions, weights: np.ndarray) -> np.ndarray:
-    """The other rate where the test slides' own ROC curve has the held one, (B,)."""
+    """Read the other rate where the test slides' own ROC curve has the held one, (B,)."""
     best = specificity_on_curve if held.rate == SENSITIVITY else sensitivity_on_curve
     return best(run.targets == 1, run.probabilities[:, 1], weights, held.target)
 
@@ -79,7 +79,7 @@ def on_curve(held: Held, run: Predictions, weights: np.ndarray) -> np.ndarray:
 def operating_point(
     held: Held, val: Sequence[Predictions], test: Sequence[Predictions], resamples: int, seed: int
 ) -> dict[str, object]:
-    """Mean over runs of what the validation slides' cuts reach on the test slides, with 95 %
+    """Average over runs what the validation slides' cuts reach on the test slides, with 95 %
     intervals by patient.
 
     Returns:

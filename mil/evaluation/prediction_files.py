@@ -30,7 +30,7 @@ Rows = list[Row]
 
 
 def read_table(path: str | Path) -> tuple[list[str], Rows]:
-    """Header and rows of a predictions table."""
+    """Read header and rows of a predictions table."""
     with Path(path).open(encoding="utf-8", newline="") as stream:
         reader = csv.DictReader(stream)
         header, rows = list(reader.fieldnames or []), list(reader)
@@ -51,7 +51,7 @@ def read_table(path: str | Path) -> tuple[list[str], Rows]:
 
 
 def class_order(header: Sequence[str], positive: str | None = None) -> tuple[str, ...]:
-    """Classes in the order of their columns; of two the positive one last."""
+    """List the classes in the order of their columns; of two the positive one last."""
     classes = [name.removeprefix("prob_") for name in header if name.startswith("prob_")]
     if positive is not None and positive not in classes:
         raise UserError(f"positive={positive}: expected one of the classes {', '.join(classes)}")
@@ -61,7 +61,7 @@ def class_order(header: Sequence[str], positive: str | None = None) -> tuple[str
 
 
 def read_runs(path: str | Path, task: Task) -> list[FinishedRun]:
-    """The runs of a table: one a feature set, model, seed and fold.
+    """Read the runs of a table: one per feature set, model, seed and fold.
 
     Raises:
         UserError: a column is missing, a value is no number or out of range, a label is unknown, a

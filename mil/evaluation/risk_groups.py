@@ -64,21 +64,21 @@ class Curve:
 
 
 def censored(times: np.ndarray, events: np.ndarray) -> CensoredData:
-    """Times of which those without an event are lower bounds."""
+    """Wrap times of which those without an event are lower bounds."""
     from scipy.stats import CensoredData  # a while to load
 
     return CensoredData(uncensored=times[events], right=times[~events])
 
 
 def patient_risks(run: RiskPredictions) -> dict[str, float]:
-    """Mean risk of every patient's slides."""
+    """Average the risk of every patient's slides."""
     return {
         case: float(run.risks[run.cases == case].mean()) for case in np.unique(run.cases).tolist()
     }
 
 
 def risk_groups(runs: Sequence[FinishedRun]) -> RiskGroups:
-    """The halves of one model's test patients, over its folds and seeds."""
+    """Divide one model's test patients into halves, over its folds and seeds."""
     votes: dict[str, list[bool]] = {}
     followed: dict[str, tuple[float, bool]] = {}
     for run in runs:
@@ -98,7 +98,7 @@ def risk_groups(runs: Sequence[FinishedRun]) -> RiskGroups:
 
 
 def kaplan_meier(times: np.ndarray, events: np.ndarray) -> Curve:
-    """The product-limit estimate of one group."""
+    """Compute the product-limit estimate of one group."""
     from scipy.stats import ecdf
 
     survival = ecdf(censored(times, events)).sf
@@ -113,8 +113,8 @@ def kaplan_meier(times: np.ndarray, events: np.ndarray) -> Curve:
 
 
 def median_survival(curve: Curve) -> float | None:
-    """The first time by which at most half are without an event; None when the curve does not fall
-    so far.
+    """Find the first time by which at most half are without an event; None when the curve does not
+    fall so far.
     """
     below = np.flatnonzero(curve.survival <= 0.5 + 1e-12)
     return float(curve.times[below[0]]) if len(below) else None

@@ -89,8 +89,8 @@ def read_benchmark_runs(
 
 
 def read_side(path: Path, feature_set: str, task: Task, split: str) -> FinishedRun | None:
-    """A finished run with `test` and `rows` of its slides of `split` (test or val); None where it
-    has none of them.
+    """Read a finished run with `test` and `rows` of its slides of `split` (test or val); None where
+    it has none of them.
 
     Raises:
         UserError: not finished, no predictions, or those of another task.
@@ -115,7 +115,7 @@ def read_side(path: Path, feature_set: str, task: Task, split: str) -> FinishedR
 def write_results(
     output: Path, finished: Sequence[FinishedRun], task: Task
 ) -> list[dict[str, Any]]:
-    """results.csv: one row a feature set, model, seed and fold; returns the rows."""
+    """Write results.csv: one row per feature set, model, seed and fold; returns the rows."""
     extra = (*task.chosen, "best_epoch", "epochs")
     rows = [
         dict(zip(PLACE, (run.feature_set, run.model, run.seed, run.test.fold), strict=True))
@@ -128,7 +128,7 @@ def write_results(
 
 
 def write_predictions(output: Path, finished: Sequence[FinishedRun]) -> None:
-    """predictions.csv: test slides of every run."""
+    """Write predictions.csv: the test slides of every run."""
     rows = [
         {"feature_set": run.feature_set, "model": run.model, "seed": run.seed, **row}
         for run in finished
@@ -138,7 +138,7 @@ def write_predictions(output: Path, finished: Sequence[FinishedRun]) -> None:
 
 
 def group_runs(finished: Sequence[FinishedRun]) -> dict[tuple[str, str], list[FinishedRun]]:
-    """(feature set, model) -> its runs, in the order of their first appearance."""
+    """Group the runs by (feature set, model), in the order of their first appearance."""
     groups: dict[tuple[str, str], list[FinishedRun]] = {}
     for run in finished:
         groups.setdefault((run.feature_set, run.model), []).append(run)
@@ -148,8 +148,8 @@ def group_runs(finished: Sequence[FinishedRun]) -> dict[tuple[str, str], list[Fi
 def resample_metrics(
     finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int
 ) -> Samples:
-    """Bootstrap by patient of every metric, by (feature set, model); the same patients in every one
-    of them.
+    """Bootstrap by patient every metric, by (feature set, model); the same patients in every one of
+    them.
     """
     return {
         place: bootstrap([run.test for run in runs], resamples, seed, task.evaluate)
@@ -184,7 +184,7 @@ def summarise_sets(
 
 
 def compute_mean(runs: Sequence[RunPredictions], task: Task) -> float:
-    """The headline metric's mean over runs."""
+    """Average the headline metric over runs."""
     return float(np.mean([task.evaluate(run)[task.headline][0] for run in runs]))
 
 
@@ -195,7 +195,7 @@ def _list_places(runs: Sequence[FinishedRun]) -> set[tuple[int, int]]:
 def read_encoder_costs(
     path: str, files: Mapping[str, Mapping[str, Path]]
 ) -> dict[str, dict[str, Any]]:
-    """Cost of each feature set's encoder from a JSON file, and its width from its bags.
+    """Read the cost of each feature set's encoder from a JSON file, and its width from its bags.
 
     Args:
         path: feature set -> gflops, parameters, tiles_per_second; empty: they are not known.
@@ -231,7 +231,7 @@ def add_headline(
 def summary_rows(
     summary: Mapping[str, Mapping[str, Mapping[str, Any]]], metrics: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """One row a feature set and model: `<metric>_mean`, `_std`, `_ci_low`, `_ci_high`."""
+    """Make one row per feature set and model: `<metric>_mean`, `_std`, `_ci_low`, `_ci_high`."""
     rows = []
     for feature_set, models in summary.items():
         for model, values in models.items():
@@ -245,14 +245,14 @@ def summary_rows(
 
 
 def format_with_interval(value: float | None, ci: Sequence[float] | None) -> str:
-    """`0.912 [0.850, 0.961]`, `-` when unknown."""
+    """Write `0.912 [0.850, 0.961]`, `-` when unknown."""
     if value is None:
         return "-"
     return f"{value:.3f}" + (f" [{ci[0]:.3f}, {ci[1]:.3f}]" if ci else "")
 
 
 def format_number(value: float | int | None) -> str:
-    """Three significant digits with k, M, G for thousands, `-` when unknown."""
+    """Write three significant digits with k, M, G for thousands, `-` when unknown."""
     if value is None:
         return "-"
     for limit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -268,8 +268,8 @@ def text_table(
     models: Sequence[str],
     metrics: Sequence[str],
 ) -> str:
-    """The benchmark for a terminal, one row a feature set and model; the first metric with its
-    interval.
+    """Write the benchmark for a terminal, one row per feature set and model; the first metric with
+    its interval.
     """
     first, *others = (SHORT.get(metric, metric.replace("_", " ")) for metric in metrics)
     encoders = ["feature set", "dim", "params", "GFLOPs/tile", "tiles/s"]

@@ -25,14 +25,12 @@ from mil.tasks.bootstrap import bootstrap, interval_columns, summarise
 from mil.tasks.classification import evaluate
 
 Rows = list[dict[str, Any]]
-
-
 LABEL_METRICS = ("auc", "auprc", "f1", "sensitivity", "specificity")
 
 
 def per_label_rows(finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int) -> Rows:
-    """A row a feature set, model and label: means over the runs whose test slides are of both
-    kinds, with 95 % intervals.
+    """Make one row per feature set, model and label: means over the runs whose test slides are of
+    both kinds, with 95 % intervals.
 
     `slides` and `positives` are those of one seed; cuts come from the validation slides.
     """
@@ -58,7 +56,7 @@ def per_label_rows(finished: Sequence[FinishedRun], task: Task, resamples: int, 
 
 
 def mean_confusion(runs: Sequence[FinishedRun], task: Any) -> np.ndarray:
-    """Slides by true and called name (C, C): summed over folds, mean over seeds."""
+    """Count the slides by true and called name (C, C): summed over folds, mean over seeds."""
     classes = len(task.names)
     total = sum(
         confusion(run.test.targets, task.call_indices(run.test), classes)[0] for run in runs
@@ -67,8 +65,8 @@ def mean_confusion(runs: Sequence[FinishedRun], task: Any) -> np.ndarray:
 
 
 def confusion_rows(finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int) -> Rows:
-    """A row a feature set, model, true and called grade: slides, and their share of the true
-    grade.
+    """Make one row per feature set, model, true and called grade: slides, and their share of the
+    true grade.
     """
     rows = []
     for (feature_set, model), runs in group_runs(finished).items():
@@ -83,8 +81,8 @@ def confusion_rows(finished: Sequence[FinishedRun], task: Task, resamples: int, 
 
 
 def risk_group_rows(finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int) -> Rows:
-    """A row a feature set, model and half: patients, events, median survival, and the log-rank p of
-    both halves.
+    """Make one row per feature set, model and half: patients, events, median survival, and the
+    log-rank p of both halves.
     """
     rows = []
     for (feature_set, model), runs in group_runs(finished).items():
@@ -101,7 +99,7 @@ def risk_group_rows(finished: Sequence[FinishedRun], task: Task, resamples: int,
 def operating_rows(
     finished: Sequence[FinishedRun], points: Sequence[Held], resamples: int, seed: int
 ) -> list[dict[str, Any]]:
-    """One row a feature set, model and operating point."""
+    """Make one row per feature set, model and operating point."""
     rows = []
     for (feature_set, model), runs in group_runs(finished).items():
         for held in points:
@@ -114,7 +112,8 @@ def operating_rows(
 def screening_rows(
     finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int
 ) -> Rows | None:
-    """One row a feature set, model and wanted sensitivity: negatives signed out, positives missed.
+    """Make one row per feature set, model and wanted sensitivity: negatives signed out, positives
+    missed.
 
     `signed_out_share` is the specificity that the validation slides' cut has on the test slides,
     `missed_share` what its sensitivity lacks to 1; `test_curve_signed_out_share` is the upper
@@ -144,7 +143,7 @@ def screening_rows(
 def fixed_rows(
     finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int
 ) -> Rows | None:
-    """The operating points of FIXED; None where a run has no validation slides."""
+    """Make the rows of the operating points in FIXED; None where a run has no validation slides."""
     if any(run.val is None for run in finished):
         return None
     return operating_rows(finished, FIXED, resamples, seed)

@@ -57,21 +57,21 @@ class Heat:
     alpha: float = 0.5
 
     def colour(self, values: np.ndarray) -> np.ndarray:
-        """uint8 (..., 3) of values between 0 and 1."""
+        """Look up the colours, uint8 (..., 3), of values between 0 and 1."""
         rows = np.clip(np.rint(values * 255), 0, 255).astype(np.uint8)
         return make_colour_table(self.colours)[rows]
 
 
 @lru_cache
 def make_colour_table(name: str) -> UInt8[np.ndarray, "256 3"]:
-    """The colours from low to high."""
+    """List the colours from low to high."""
     from matplotlib import colormaps  # loads for a second
 
     return (colormaps[name](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 
 
 def make_colour_bar(name: str, height: int) -> Image.Image:
-    """The colours side by side, 256 px wide."""
+    """Draw the colours side by side, 256 px wide."""
     return Image.fromarray(np.repeat(make_colour_table(name)[None], height, axis=0))
 
 
@@ -82,8 +82,8 @@ def make_value_map(
     scale: tuple[float, float],
     box: tuple[int, int, int, int],
 ) -> tuple[Float[np.ndarray, "h w"], Bool[np.ndarray, "h w"]]:
-    """Mean of the tiles that cover each pixel's centre (0 where none does), and which pixels are
-    covered.
+    """Average the tiles that cover each pixel's centre (0 where none does), and tell which pixels
+    are covered.
 
     A tile smaller than a pixel takes the pixel of its corner. Sums run over corners of rectangles
     (a 2-D difference array), so that the time is that of tiles plus pixels, not of their product.
@@ -122,7 +122,7 @@ def blend(
     left: int = 0,
     top: int = 0,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """A part of the slide with its heat; (left, top) is where the part begins, in its own
+    """Blend the heat over a part of the slide; (left, top) is where the part begins, in its own
     pixels.
     """
     height, width = picture.shape[:2]
@@ -135,7 +135,7 @@ def blend(
 
 
 def make_heat_layer(heat: Heat, size: tuple[int, int], scale: tuple[float, float]) -> Image.Image:
-    """The heat alone, for a page to lay over the slide: RGBA, transparent where no tile is."""
+    """Draw the heat alone, for a page to lay over the slide: RGBA, transparent where no tile is."""
     values, covered = make_value_map(heat.coords, heat.values, heat.side, scale, (0, 0, *size))
     return Image.fromarray(np.dstack([heat.colour(values), covered.astype(np.uint8) * 255]))
 
@@ -143,7 +143,7 @@ def make_heat_layer(heat: Heat, size: tuple[int, int], scale: tuple[float, float
 def draw_outlines(
     picture: UInt8[np.ndarray, "h w 3"], rings: Iterable[np.ndarray], scale: tuple[float, float]
 ) -> np.ndarray:
-    """Rings (K, 2) in level-0 px as a dark line on a white one, legible on any colour."""
+    """Draw rings (K, 2) in level-0 px as a dark line on a white one, legible on any colour."""
     image = Image.fromarray(picture)
     draw = ImageDraw.Draw(image)
     width = max(1, round(max(image.size) / 700))
@@ -157,7 +157,7 @@ def draw_outlines(
 def draw_cover(
     picture: UInt8[np.ndarray, "h w 3"], heat: Heat, scale: tuple[float, float]
 ) -> np.ndarray:
-    """A thin line around the tiles, where no tissue outline is known."""
+    """Draw a thin line around the tiles, where no tissue outline is known."""
     height, width = picture.shape[:2]
     _, covered = make_value_map(heat.coords, heat.values, heat.side, scale, (0, 0, width, height))
     padded = np.pad(covered, 1)
@@ -170,7 +170,7 @@ def draw_cover(
 def add_frame(
     picture: UInt8[np.ndarray, "h w 3"], heat: Heat, title: str, second: str, mpp: float | None
 ) -> Image.Image:
-    """The picture on white, below it the title, the colour bar and the scale bar.
+    """Put the picture on white, and below it the title, the colour bar and the scale bar.
 
     Args:
         picture: the blended slide.

@@ -34,7 +34,7 @@ def pool_runs(runs: Sequence[Predictions]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def measure_calibration(runs: Sequence[Predictions]) -> tuple[float, float]:
-    """Expected calibration error and Brier score of the pooled answers."""
+    """Compute the expected calibration error and Brier score of the pooled answers."""
     targets, probabilities = pool_runs(runs)
     ones = np.ones((1, len(targets)))
     error = expected_calibration_error(*stated_and_true(targets, probabilities), ones)
@@ -60,14 +60,14 @@ def bin_answers(runs: Sequence[Predictions], repeats: float = 1.0) -> list[dict[
 
 
 def wilson(share: float, count: int | float) -> tuple[float, float]:
-    """Wilson's interval of a share of `count` slides."""
+    """Compute Wilson's interval of a share of `count` slides."""
     centre = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
     half = Z / (1 + Z**2 / count) * np.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
     return max(0.0, float(centre - half)), min(1.0, float(centre + half))
 
 
 def one_against_rest(run: Predictions, index: int) -> Predictions:
-    """The same slides as a two-class problem: class `index`, or not."""
+    """Turn the slides into a two-class problem: class `index`, or not."""
     targets, score = (run.targets == index).astype(int), run.probabilities[:, index]
     return Predictions(run.fold, run.cases, targets, np.stack([1 - score, score], 1), None)
 

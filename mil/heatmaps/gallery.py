@@ -47,8 +47,8 @@ class TopTile:
 
 
 def choose_tiles(scores: TileScores, top: int, low: int) -> list[TopTile]:
-    """The `top` highest values, highest first, then the `low` lowest, lowest first; no tile is in
-    both.
+    """Choose the `top` highest values, highest first, then the `low` lowest, lowest first; no tile
+    is in both.
     """
     order = np.argsort(-scores.values, kind="stable")  # equal ones in the order of the bag
     ranks = compute_percentile_ranks(scores.values)
@@ -71,7 +71,7 @@ def format_value(value: float, shown: str) -> str:
 def write_gallery(
     folder: Path, slide: Slide, scores: TileScores, tiles: Sequence[TopTile], title: str
 ) -> None:
-    """`tiles/` (one picture each), gallery.jpg and, for the cohort's table, strip.jpg."""
+    """Write `tiles/` (one picture each), gallery.jpg and, for the cohort's table, strip.jpg."""
     pictures = [read_tile(slide, scores.coordinates.geometry, tile.x, tile.y) for tile in tiles]
     for tile, pixels in zip(tiles, pictures, strict=True):
         save_jpeg(folder / "tiles" / tile.file, Image.fromarray(pixels), 90)
@@ -87,7 +87,7 @@ def write_gallery(
 def make_sheet(
     pictures: Sequence[np.ndarray], tiles: Sequence[TopTile], shown: str, title: str
 ) -> Image.Image:
-    """All tiles on white, highest first, each with rank, value and corner."""
+    """Draw all tiles on white, highest first, each with rank, value and corner."""
     font, small = load_caption_font(TITLE), load_caption_font(TEXT)
     pairs = list(zip(tiles, pictures, strict=True))
     members = {kind: [pair for pair in pairs if pair[0].kind == kind] for kind in ("top", "low")}

@@ -27,7 +27,7 @@ TEMPLATES = Path(__file__).parent.parent / "templates"
 
 
 def make_environment() -> Environment:
-    """Templates with their filters; all text is escaped."""
+    """Load the templates with their filters; all text is escaped."""
     loader = FileSystemLoader(TEMPLATES)
     strict = {"autoescape": True, "undefined": StrictUndefined}
     made = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **strict)
@@ -38,7 +38,7 @@ def make_environment() -> Environment:
 def rows(
     source: Source, records: Mapping[str, dict[str, Any]], failed: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """One row per slide in the order of the task's `miss`: the worst error first."""
+    """List one row per slide in the order of the task's `miss`: the worst error first."""
     found = []
     for judged in source.slides:
         record = records.get(judged.slide_id)
@@ -58,16 +58,16 @@ def rows(
 
 
 def describe_scale(row: Mapping[str, Any]) -> tuple[str, float]:
-    """(what a scale bar below the slide's picture says, its length in per cent of the picture's
-    width).
+    """Return what a scale bar below the slide's picture says, and its length in per cent of the
+    picture's width.
     """
     length = choose_round_length(0.25 * row["width"] * row["mpp"])
     return format_length(length), 100 * length / (row["width"] * row["mpp"])
 
 
 def cohort_figures(source: Source) -> dict[str, Any]:
-    """Pictures and numbers of the test predictions, metrics as the mean over runs; empty without
-    them.
+    """Make the pictures and numbers of the test predictions, metrics as the mean over runs; empty
+    without them.
     """
     if not source.runs:
         return {}

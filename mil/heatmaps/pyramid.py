@@ -30,8 +30,8 @@ ReadTile = Callable[[int, int], np.ndarray]  # (row, column) -> uint8 (TILE, TIL
 
 
 def choose_downsample(width: int, height: int, max_side: int) -> int:
-    """Level-0 px per pixel: the smallest power of two at which the longer side is at most
-    max_side.
+    """Choose the level-0 px per pixel: the smallest power of two at which the longer side is at
+    most max_side.
     """
     return 2 ** max(0, math.ceil(math.log2(max(width, height) / max_side)))
 
@@ -45,7 +45,7 @@ def write_heat_pyramid(
     max_side: int,
     quality: int = 85,
 ) -> None:
-    """Write atomically.
+    """Write the pyramid atomically.
 
     Args:
         path: a .tiff file.
@@ -111,7 +111,7 @@ def _read_tile(slide: Slide | None, x: int, y: int, down: int) -> UInt8[np.ndarr
 def _make_tiles(
     read: ReadTile, size: tuple[int, int], below: np.ndarray | None
 ) -> Iterator[np.ndarray]:
-    """All tiles row by row; each is also halved into the level below."""
+    """Yield all tiles row by row; each is also halved into the level below."""
     half = TILE // 2
     for row in range(-(-size[1] // TILE)):
         for column in range(-(-size[0] // TILE)):

@@ -67,7 +67,7 @@ class TileScores:
 
 
 def compute_percentile_ranks(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """100 * rank / N, ranks from 1, equal values share the mean of their ranks."""
+    """Compute 100 * rank / N with ranks from 1, equal values share the mean of their ranks."""
     from scipy.stats import rankdata  # a while to load
 
     return 100.0 * rankdata(values, method="average") / len(values)
@@ -82,7 +82,7 @@ def score_bag(
     class_name: str,
     device: torch.device,
 ) -> TileScores:
-    """Judge one bag; features are read block by block where the model allows it
+    """Score one bag; features are read block by block where the model allows it
     (mil/training/prediction.py).
 
     Args:
@@ -123,9 +123,7 @@ def score_bag(
 def score_tiles_alone(
     model: nn.Module, task: Task, sample: Sample, device: torch.device
 ) -> Float[np.ndarray, "n c"]:
-    """What the task makes of each tile as a bag of its own; memory of one block of the stored
-    bag.
-    """
+    """Predict each tile as a bag of its own; takes the memory of one block of the stored bag."""
     found, start = [], 0
     coords = sample.bag.coords
     for block in sample.bag.blocks(BLOCK):
@@ -138,7 +136,7 @@ def score_tiles_alone(
 
 
 def write_scores(path: Path, scores: TileScores) -> None:
-    """CSV with one row per tile, in the order of the bag; numbers are read back exactly."""
+    """Write a CSV with one row per tile, in the order of the bag; numbers are read back exactly."""
     columns = scores.columns()
     header = ["tile", "x", "y", *(name.replace(" ", "_") for name in columns)]
     numbers = ([repr(float(value)) for value in column] for column in columns.values())

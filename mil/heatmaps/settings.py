@@ -84,7 +84,7 @@ def check_drawing(drawing: Drawing, task: Task) -> None:
 def choose_picture_side(
     drawing: Drawing, slide: Slide | None, extent: tuple[int, int], mpp: float
 ) -> int:
-    """Longest side of the PNG.
+    """Choose the longest side of the PNG.
 
     Args:
         slide: the open slide, None without one.

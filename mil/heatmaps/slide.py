@@ -55,7 +55,7 @@ class Inputs:
 def score_slide(
     judged: SlidePrediction, inputs: Inputs, model: nn.Module, task: Task, drawing: Drawing
 ) -> TileScores:
-    """Scores of the slide's tiles.
+    """Score the slide's tiles.
 
     Raises:
         UserError: a bag that cannot be used, or that is not the one that was predicted.
@@ -134,7 +134,7 @@ def draw_slide(
 
 
 def make_heat(scores: TileScores, drawing: Drawing) -> Heat:
-    """Values between 0 and 1 with what the ends of the colour bar say.
+    """Scale the values to lie between 0 and 1, with what the ends of the colour bar say.
 
     Percentile: rank / 100. Raw: attention over the slide's highest, so that colours differ; a
     probability as it is; other numbers between the slide's lowest and highest.
@@ -158,7 +158,7 @@ def make_heat(scores: TileScores, drawing: Drawing) -> Heat:
 
 
 def count_tiles_for_half(attention: np.ndarray) -> int:
-    """The fewest tiles that hold half of the attention: how concentrated it is."""
+    """Count the fewest tiles that hold half of the attention: how concentrated it is."""
     return int(np.searchsorted(np.cumsum(np.sort(attention)[::-1]), 0.5 - 1e-12) + 1)
 
 
@@ -172,7 +172,7 @@ def write_pictures(
     tissue: Path | None,
     title: str,
 ) -> tuple[int, int]:
-    """The PNG, and beside it what the page shows; returns (width, height) of the latter's
+    """Write the PNG, and beside it what the page shows; returns (width, height) of the latter's
     pictures.
     """
     scale = overview.shape[1] / extent[0], overview.shape[0] / extent[1]
@@ -204,15 +204,15 @@ def write_pictures(
 
 
 def make_white(extent: tuple[int, int], side: int) -> np.ndarray:
-    """A white picture, `side` px long, of the shape of the slide."""
+    """Make a white picture, `side` px long, of the shape of the slide."""
     scale = side / max(extent)
     width, height = (max(1, round(length * scale)) for length in extent)
     return np.full((height, width, 3), 255, dtype=np.uint8)
 
 
 def _find_extent(slide: Slide | None, coordinates: Coordinates) -> tuple[int, int]:
-    """(width, height) of level 0: the slide's, else what the bag says, else as far as the tiles
-    go.
+    """Find (width, height) of level 0: the slide's, else what the bag says, else as far as the
+    tiles go.
     """
     if slide is not None:
         return slide.width, slide.height
@@ -236,8 +236,8 @@ def _check_prediction(slide: SlidePrediction, scores: TileScores, task: Task) ->
 
 
 def describe_call(slide: SlidePrediction, scores: TileScores, task: Task) -> str:
-    """What the model that the slide is drawn by makes of it: `label tumour, called normal (0.81)`,
-    `event at 9, risk 0.3`.
+    """Say what the model that the slide is drawn by makes of it: `label tumour, called normal
+    (0.81)`, `event at 9, risk 0.3`.
     """
     label = f"{task.label_word} {slide.label}".strip() if slide.label else ""
     fold = f"fold {slide.fold}" if slide.others else ""

@@ -86,7 +86,7 @@ class Source:
 
 
 def read_run(folder: Path, split: str) -> tuple[Task, list[SlidePrediction], FinishedRun | None]:
-    """(task, slides of `split`, predictions on them) of one finished training.
+    """Read (task, slides of `split`, predictions on them) of one finished training.
 
     Raises:
         UserError: not finished, or no classifier.
@@ -116,8 +116,8 @@ def read_run(folder: Path, split: str) -> tuple[Task, list[SlidePrediction], Fin
 
 
 def read_from_run(folder: Path, features: str, bags: Mapping[str, Path], split: str) -> Source:
-    """The slides of a run directory; `split=all` adds validation slides and every bag that the run
-    did not predict.
+    """Read the slides of a run directory; `split=all` adds validation slides and every bag that the
+    run did not predict.
     """
     task, slides, run = read_run(folder, "val" if split == "val" else "test")
     model = str(read_json(folder / "results.json", "a run's results")["model"])
@@ -139,8 +139,8 @@ def read_from_run(folder: Path, features: str, bags: Mapping[str, Path], split: 
 
 
 def read_from_benchmark(folder: Path, feature_set: str, model: str, seed: int | None) -> Source:
-    """The test slides of every fold, each judged by the models that did not train on it; each slide
-    stands there once.
+    """Read the test slides of every fold, each judged by the models that did not train on it; each
+    slide stands there once.
     """
     summary = read_summary(folder)
     sets = list(summary["feature_sets"])
@@ -184,8 +184,8 @@ def is_benchmark(folder: Path) -> bool:
 
 
 def list_facts(slide: SlidePrediction, task: Task) -> dict[str, Any]:
-    """What a page says about the slide, as plain values: `predictions` are means over the runs that
-    test it.
+    """List what a page says about the slide, as plain values: `predictions` are means over the runs
+    that test it.
 
     Where the numbers of two runs have no common scale they are the first run's, and `place` is the
     mean share of slides with a lower one.

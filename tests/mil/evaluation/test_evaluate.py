@@ -255,6 +255,7 @@ def test_a_benchmark_is_evaluated_as_it_evaluated_itself(make_cohort, tmp_path: 
     root = make_cohort(signal=2.0)
     small = [
         "device=cpu",
+        "isolated=false",
         "folds=2",
         "seeds=[1]",
         "training.epochs=2",

@@ -35,8 +35,12 @@ from patch_encoder.bags.writer import write_bag
 from tests.mil.conftest import write_cohort
 from tests.mil.tasks.task_cohorts import rewrite
 
+# test_benchmark_tasks.py renders the same figures of every task
+pytestmark = pytest.mark.usefixtures("no_rendering")
+
 SMALL = [
     "device=cpu",
+    "isolated=false",
     "training.epochs=1",
     "training.min_epochs=1",
     "resamples=5",

@@ -47,6 +47,7 @@ ENGINES = {
 }
 
 
+@pytest.mark.process
 def test_every_engine_writes_the_tables_of_one_process(
     make_cohort, tmp_path: Path, root: Path, failing_training
 ):
