@@ -15,6 +15,7 @@ from mil.evaluation.comparisons import comparison_table
 from mil.evaluation.runs import (
     FinishedRun,
     format_with_interval,
+    name_positive,
     resample_metrics,
     summarise_sets,
     summary_rows,
@@ -56,11 +57,13 @@ def write_evaluation(
     samples = resample_metrics(finished, task, resamples, seed)
     tables = [Table("results", write_results(output, finished, task))]
     summary = summarise_sets(finished, task, samples)
-    tables.append(Table("summary", summary_rows(summary, task.metrics)))
+    rows = summary_rows(summary, task.metrics)
+    tables.append(Table("summary", [row | name_positive(task) for row in rows]))
     tables.append(Table(*comparison_table(finished, task, samples)))
     for name in task.tables:
-        rows = TABLES[name](finished, task, resamples, seed)
-        tables += [Table(name, rows)] if rows is not None else []
+        found = TABLES[name](finished, task, resamples, seed)
+        if found is not None:
+            tables.append(Table(name, [row | name_positive(task) for row in found]))
     for table in tables[1:]:
         write_or_remove_csv(output / f"{table.name}.csv", table.header, table.rows)
     write_text(output / "summary.md", markdown(summary, task))
@@ -97,7 +100,14 @@ def markdown(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], task: Task)
             lines.append(
                 [feature_set.replace("|", "\\|") or "-", model.replace("|", "\\|"), *cells]
             )
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"{table}\n\n{describe_table(task)}\n"
+
+
+def describe_table(task: Task) -> str:
+    """Say below a table what is positive and what the brackets are."""
+    positive = f"The positive class is {task.positive}. " if task.positive else ""
+    return f"{positive}Brackets: 95 % intervals, by patient; none where a class is too rare."
 
 
 LATEX = str.maketrans(
@@ -112,6 +122,7 @@ def latex(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], task: Task) ->
     header = ["features", "model", *(task.title(metric).translate(LATEX) for metric in task.shown)]
     lines = [
         "% \\usepackage{booktabs}",
+        f"% {describe_table(task)}",
         f"\\begin{{tabular}}{{ll{'c' * len(task.shown)}}}",
         "\\toprule",
     ]

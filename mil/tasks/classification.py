@@ -73,8 +73,8 @@ def evaluate(run: Predictions, weights: np.ndarray | None = None) -> dict[str, n
     )
     values = {"auc": auc(run.targets, run.probabilities, weights), **rates(counts)}
     absent = (counts.sum(2) == 0).any(1)  # kappa of fewer classes is another quantity
-    values |= {"kappa": np.where(absent, np.nan, kappa(counts))}
     values |= {"auprc": auprc(run.targets, run.probabilities, weights)}
+    values |= {"kappa": np.where(absent, np.nan, kappa(counts))}
     return values | calibration(run.targets, run.probabilities, run.temperature, weights)
 
 

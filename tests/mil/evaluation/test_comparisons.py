@@ -48,7 +48,8 @@ def grades(fold: int, noise: float, draw: int) -> Predictions:
 
 def risks(fold: int, noise: float, draw: int) -> RiskPredictions:
     generator = np.random.default_rng(fold)
-    times, events = generator.integers(1, 12, 40).astype(float), generator.random(40) < 0.7
+    times = np.repeat(generator.integers(1, 12, 20).astype(float), 2)
+    events = np.repeat(generator.random(20) < 0.7, 2)
     said = -times + noise * np.random.default_rng([fold, draw]).normal(size=40)
     return RiskPredictions(fold, CASES[fold], times, events, said)
 
@@ -70,14 +71,17 @@ def judge(run, weights: np.ndarray) -> float:
 
 
 def weighted_harrell(run: RiskPredictions, weights: np.ndarray) -> float:
-    """Harrell's C-index as a loop over pairs, each with the product of its slides' weights."""
+    """Harrell's C-index as a loop over pairs of patients, each with the product of their weights;
+    a patient's two slides have one risk, their mean.
+    """
+    times, events, weights = run.times[::2], run.events[::2], weights[::2]
+    risks = run.risks.reshape(-1, 2).mean(1)
     right = comparable = 0.0
-    for i, j in permutations(range(len(run.times)), 2):
-        ends_first = (run.times[i], not run.events[i]) < (run.times[j], not run.events[j])
-        if run.events[i] and ends_first and (run.times[i] < run.times[j] or not run.events[j]):
+    for i, j in permutations(range(len(times)), 2):
+        if events[i] and (times[i] < times[j] or (times[i] == times[j] and not events[j])):
             pair = weights[i] * weights[j]
             comparable += pair
-            right += pair * ((run.risks[i] > run.risks[j]) + 0.5 * (run.risks[i] == run.risks[j]))
+            right += pair * ((risks[i] > risks[j]) + 0.5 * (risks[i] == risks[j]))
     return right / comparable
 
 
