@@ -328,7 +328,11 @@ def main(config: Config) -> int:
             )
             failures.add(name, f"expected {where}, found none")
             continue
-        stamp = made_from(judged, inputs[name], config.drawing)
+        try:
+            stamp = made_from(judged, inputs[name], config.drawing)
+        except UserError as error:  # its bag cannot be read
+            failures.add(name, str(error))
+            continue
         if not is_done(output, name, stamp, config.overwrite):
             pending.append((judged, inputs[name], stamp))
     logger.info(

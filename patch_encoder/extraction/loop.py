@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from common import __version__
-from common.errors import UserError
+from common.errors import DamagedFile, UserError
 from common.processes.ray_cluster import RaySettings
 from common.progress import Progress
 from common.provenance import can_reuse
@@ -225,20 +225,36 @@ def is_done(job: SlideJob, encoder: Encoder, folder: Path, settings: ExtractSett
     path = folder / "h5_files" / f"{job.slide_id}.h5"
     if settings.overwrite or not path.is_file():
         return False
-    bag = open_bag(path)
-    (count, dim), attributes = bag.shape, bag.attributes
-    tiles, unreadable = len(job.coordinates.coords), int(attributes.get(UNREADABLE, 0))
+    tiles, unreadable = len(job.coordinates.coords), 0
     expected = bag_provenance(encoder, job.coordinates, settings)
-    found = {name: attributes.get(name) for name in COMPARED} | {"shape": [count + unreadable, dim]}
     wanted = {name: expected.get(name) for name in COMPARED} | {"shape": [tiles, encoder.dim]}
-    can_reuse(path, lambda: found, wanted, "features of another provenance")
+
+    def read() -> dict[str, object]:
+        nonlocal unreadable
+        bag = open_bag(path)
+        (count, dim), attributes = bag.shape, bag.attributes
+        unreadable = int(attributes.get(UNREADABLE, 0))
+        found = {name: attributes.get(name) for name in COMPARED}
+        return found | {"shape": [count + unreadable, dim]}
+
+    if not can_reuse(path, read, wanted, "features of another provenance"):
+        return False
     if unreadable > settings.max_bad_tiles * tiles:
         raise UserError(
             f"{path}: expected at most {settings.max_bad_tiles:g} of the tiles missing, found "
             f"{unreadable} of {tiles} that "
             "could not be read; raise max_bad_tiles, or mend the slide and set overwrite=true"
         )
-    return not settings.pt or (folder / "pt_files" / f"{job.slide_id}.pt").is_file()
+    return not settings.pt or _holds_tensor(folder / "pt_files" / f"{job.slide_id}.pt")
+
+
+def _holds_tensor(path: Path) -> bool:
+    """Whether the second file of a bag is there and whole."""
+    try:
+        return path.is_file() and len(open_bag(path)) > 0
+    except DamagedFile as error:
+        logger.warning("%s; it is made anew", error)
+        return False
 
 
 def tile_batches(sequence: TileSequence, settings: ExtractSettings) -> Iterator[TileBatch]:

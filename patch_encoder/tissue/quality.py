@@ -20,6 +20,7 @@ from jaxtyping import Bool, Int64, UInt8
 
 from common.errors import UserError
 from common.files import atomic_path
+from common.hdf5 import find_dataset, open_hdf5
 from patch_encoder.slides.base import RegionError, Slide
 from patch_encoder.tiles.coordinates import (
     Coordinates,
@@ -167,9 +168,9 @@ def write_tiles(
 
 def read_quality(path: str | Path) -> dict[str, np.ndarray]:
     """The measures beside the coordinates, {} when the tiles were not measured."""
-    with h5py.File(path, "r") as file:
-        found = {name: file[name] for name in (*MEASURES, "tissue") if name in file}
-        return {name: item[()] for name, item in found.items() if isinstance(item, h5py.Dataset)}
+    with open_hdf5(path, "a coordinates file", "tile the slide again") as file:
+        found = {name: find_dataset(file, name) for name in (*MEASURES, "tissue")}
+        return {name: item[()] for name, item in found.items() if item is not None}
 
 
 def filter_coordinates(source: str | Path, target: str | Path, cuts: Cuts) -> dict[str, int]:

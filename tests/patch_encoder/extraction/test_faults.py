@@ -160,6 +160,31 @@ def test_real_slide_with_a_damaged_middle(real_data: Path, tmp_path: Path) -> No
     assert not (folder / "failures.csv").exists()
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "group", "pt"])
+def test_a_damaged_bag_is_extracted_again_and_stops_nothing(
+    cohort: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert extract(cohort, "pt=true") == 0
+    folder = cohort / "features" / "mean_colour"
+    before = as_bytes(folder)
+    others = {name: (folder / "h5_files" / name).stat().st_mtime_ns for name in before}
+    bag = folder / "h5_files" / "S001.h5"
+    if damage == "group":
+        with h5py.File(bag, "w") as file:
+            file.create_group("features")
+    elif damage == "pt":
+        pt = folder / "pt_files" / "S001.pt"
+        pt.write_bytes(pt.read_bytes()[:100])
+    else:
+        bag.write_bytes(before["S001.h5"][: 900 if damage == "cut" else 0])
+    assert extract(cohort, "pt=true") == 0
+    assert "it is made anew" in caplog.text and "S001" in caplog.text
+    assert as_bytes(folder) == before
+    assert len(read_bag(folder / "pt_files" / "S001.pt")) == len(read_bag(bag))
+    for name in ("S000.h5", "S002.h5"):
+        assert (folder / "h5_files" / name).stat().st_mtime_ns == others[name], "left alone"
+
+
 @pytest.mark.process
 def test_killed_in_the_middle_and_started_again_gives_the_same_files(cohort: Path) -> None:
     arguments = keys(cohort, "encoder=stain_texture", "batch_size=2")
