@@ -1,25 +1,51 @@
 """The one way into a script: load its configuration, run `main`, turn user errors into one line.
 
-Exit status: 0 done, 1 done with failures that are listed, 2 bad input or configuration.
+Exit status: 0 done, 1 done with failures that are listed, 2 bad input or configuration, or a place
+that cannot be written; 130 interrupted (Ctrl-C), 143 told to end (SIGTERM), both with nothing half
+done left behind.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from common.config import HelpRequested, load_config
 from common.errors import UserError
+from common.memory import is_out_of_memory
 
 T = TypeVar("T")
+# what the operating system says where nothing more can be written, and of other places that cannot
+# be used
+NO_PLACE = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS))
+UNUSABLE = NO_PLACE | {
+    errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE, errno.ENOTDIR,
+    errno.EISDIR,
+}  # fmt: skip
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a script as Ctrl-C does."""
 
 
 def launch(main: Callable[[T], int | None], config_class: type[T]) -> None:
     """Run `main(config)` and leave the process with its status."""
     show_log()
+    signal.signal(signal.SIGTERM, partial(_terminate, os.getpid()))
     sys.exit(run(main, config_class, sys.argv[1:]))
+
+
+def _terminate(launched: int, number: int, _: object) -> None:
+    if os.getpid() != launched:  # a forked worker that has no handler of its own yet
+        os._exit(128 + number)
+    signal.signal(number, signal.SIG_IGN)  # once is enough; what follows is tidying up
+    raise Terminated
 
 
 def show_log() -> None:
@@ -36,16 +62,44 @@ def run(main: Callable[[T], int | None], config_class: type[T], arguments: list[
     except HelpRequested as request:
         print(f"{_title(main)}\n\n{request}")
         return 0
-    except UserError as error:
-        # from a loader process the message comes as a whole traceback, whose last line is the
-        # message
-        print(
-            f"error: {str(error).splitlines()[-1].removeprefix('common.errors.UserError: ')}",
-            file=sys.stderr,
-        )
-        return 2
+    except (Exception, KeyboardInterrupt) as error:
+        found = _explain(error)
+        if found is None:
+            raise
+        print(f"error: {found[0]}", file=sys.stderr)
+        return found[1]
     finally:
         _leave_process_group()
+
+
+def _explain(error: BaseException) -> tuple[str, int] | None:
+    """One line and the exit status for what is no mistake of ours, else None."""
+    again = "finished work is kept"
+    if isinstance(error, Terminated):
+        return f"told to end; {again}, the same command goes on", 128 + signal.SIGTERM
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted; {again}, the same command goes on", 128 + signal.SIGINT
+    if isinstance(error, UserError):
+        # from a loader process the message comes as a whole traceback, whose last line is the
+        # message
+        return str(error).splitlines()[-1].removeprefix("common.errors.UserError: "), 2
+    if isinstance(error, OSError) and error.errno in UNUSABLE:
+        return explain_os_error(error), 2
+    if is_out_of_memory(error):
+        reason = " ".join(str(error).split())[:200] or "none left"
+        remedy = "lower workers= or batch_size=, and start again"
+        return f"expected memory, found: {reason}; {again}: {remedy}", 2
+    return None
+
+
+def explain_os_error(error: OSError) -> str:
+    """One line for a file or folder that cannot be read or written."""
+    where = f"{error.filename}: " if error.filename is not None else ""
+    reason = os.strerror(error.errno or 0)
+    return (
+        f"{where}expected a place that can be read and written, found: {reason}; finished work is "
+        "kept: mend that or choose another output, and start again"
+    )
 
 
 def _leave_process_group() -> None:

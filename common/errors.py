@@ -19,6 +19,10 @@ class DamagedFile(UserError):
     """
 
 
+class FullDisk(UserError):
+    """There is no room for what is written, nor for what comes after it."""
+
+
 def did_you_mean(name: str, valid: Iterable[object]) -> str:
     """`did you mean 'x'?` for the closest of `valid`, else the sorted list of all of them."""
     options = sorted(str(option) for option in valid)

@@ -1,20 +1,23 @@
-"""Reads HDF5 files that anybody may have written: whatever is wrong with one is a single line, and
+"""Opens HDF5 files. In those that anybody may have written, whatever is wrong is a single line, and
 none of them makes this program read another file.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import h5py
 
 from common.errors import DamagedFile, UserError
+from common.files import atomic_path
 
 # what h5py raises for damage and for what it cannot convert
 READ_ERRORS = (
-    OSError, KeyError, RuntimeError, TypeError, ValueError, AttributeError, MemoryError,
+    OSError, KeyError, RuntimeError, TypeError, ValueError, AttributeError,
 )  # fmt: skip
 
 
@@ -77,3 +80,22 @@ def get_dataset(file: h5py.File, name: str, kinds: str = "biuf") -> h5py.Dataset
     if found is None:
         raise TypeError(f"expected the dataset '{name}', found {sorted(file)}")
     return found
+
+
+@contextmanager
+def write_small_hdf5(path: str | Path) -> Iterator[h5py.File]:
+    """A file that is made in memory and then written atomically: HDF5 does not survive a full disk
+    in the middle.
+    """
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
+        yield file
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.getvalue())
+
+
+def write_hdf5(path: str | Path, mode: str = "w", **options: Any) -> h5py.File:
+    """Open the temporary file of an AtomicFile, which is locked already; HDF5 would wait for a lock
+    of its own.
+    """
+    return h5py.File(path, mode, locking=False, **options)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from common.errors import DamagedFile, UserError
 from common.files import AtomicFile
-from common.hdf5 import get_dataset, open_hdf5
+from common.hdf5 import get_dataset, open_hdf5, write_hdf5
 
 FORMAT = "distillation pairs 1"
 SUFFIXES = (".h5", ".hdf5")
@@ -211,7 +211,7 @@ class PackWriter:
                 f"{self._target.path}: expected {needed >> 20} MiB free on the disk, found "
                 f"{free >> 20}"
             )
-        with h5py.File(self._target.temporary, "w") as file:
+        with write_hdf5(self._target.temporary) as file:
             file.attrs.update({"format": FORMAT, "images_sha256": self._digest.hexdigest()})
             file["provenance"] = json.dumps(provenance)  # an attribute holds 64 KiB at most
             _copy(self._images, file.create_dataset("images", (total,), "uint8"), 1)

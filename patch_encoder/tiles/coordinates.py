@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Int
 
 from common.errors import DamagedFile, UserError
-from common.files import atomic_path, sha256_bytes
-from common.hdf5 import get_dataset, open_hdf5
+from common.files import sha256_bytes
+from common.hdf5 import get_dataset, open_hdf5, write_small_hdf5
 
 # attribute of files in other layouts: a TileGeometry as JSON, which they cannot say
 FULL_GEOMETRY = "tile_geometry"
@@ -161,9 +161,14 @@ def write_coordinates(
     """Write a coordinates file atomically; `extra` become further attributes (how the tissue was
     found).
     """
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
-        dataset = file.create_dataset("coords", data=coordinates.coords.astype(np.int64))
-        dataset.attrs.update(asdict(coordinates.geometry) | dict(extra or {}))
+    with write_small_hdf5(path) as file:
+        store_coordinates(file, coordinates, extra or {})
+
+
+def store_coordinates(file: h5py.File, coordinates: Coordinates, extra: Mapping[str, str]) -> None:
+    """The dataset `coords` with its attributes."""
+    dataset = file.create_dataset("coords", data=coordinates.coords.astype(np.int64))
+    dataset.attrs.update(asdict(coordinates.geometry) | dict(extra))
 
 
 def read_coordinates(path: str | Path) -> Coordinates:

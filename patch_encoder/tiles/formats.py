@@ -16,13 +16,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from jaxtyping import Float, Int
 
 from common.errors import UserError
 from common.files import sha256_bytes, sha256_file
-from common.hdf5 import find_dataset, get_dataset, open_hdf5
+from common.hdf5 import find_dataset, get_dataset, open_hdf5, write_hdf5
 from patch_encoder.slides.base import Slide
 from patch_encoder.slides.resolution import REMEDY
 from patch_encoder.tiles.coordinates import (
@@ -188,7 +187,7 @@ def read_geojson(path: Path, source: CoordinateSource) -> Coordinates:
 
 def write_h5(path: Path, coords: Int[np.ndarray, "n 2"], attributes: Mapping[str, Any]) -> None:
     """`coords` with its attributes; the same bytes for the same content."""
-    with h5py.File(path, "w", track_order=False) as file:
+    with write_hdf5(path, track_order=False) as file:
         file.create_dataset("coords", data=coords.astype(np.int64), track_times=False).attrs.update(
             dict(attributes)
         )
@@ -282,7 +281,7 @@ def write_atlaspatch(
         "level0_height": geometry.level0_height,
         "num_patches": len(rows),
     }
-    with h5py.File(path, "w", track_order=False) as file:
+    with write_hdf5(path, track_order=False) as file:
         file.create_dataset("coords", data=rows.astype(np.int32), track_times=False)
         file.attrs.update(attributes | {FULL_GEOMETRY: json.dumps(asdict(geometry))})
 
@@ -331,7 +330,7 @@ def write_stamp(
     geometry = coordinates.geometry
     mpp = source.need_mpp(path, geometry)
     corners: Float[np.ndarray, "n 2"] = (coordinates.coords * mpp).astype(np.float32)
-    with h5py.File(path, "w") as file:
+    with write_hdf5(path) as file:
         file.create_dataset("coords", data=corners, track_times=False)
         side = {
             "tile_size_um": geometry.patch_size_level0 * mpp,

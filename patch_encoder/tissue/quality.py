@@ -14,20 +14,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import cv2
-import h5py
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8
 
 from common.errors import UserError
-from common.files import atomic_path
-from common.hdf5 import find_dataset, open_hdf5
+from common.hdf5 import find_dataset, open_hdf5, write_small_hdf5
 from patch_encoder.slides.base import RegionError, Slide
 from patch_encoder.tiles.coordinates import (
     Coordinates,
     TileGeometry,
     coordinate_attributes,
     read_coordinates,
-    write_coordinates,
+    store_coordinates,
 )
 from patch_encoder.tiles.grid import read_tile
 from patch_encoder.tissue.ink import find_ink_pixels
@@ -157,13 +155,12 @@ def write_tiles(
     """A coordinates file with one dataset a measure beside `coords`, written atomically; other
     readers see `coords` alone.
     """
-    with atomic_path(path) as temporary:
-        write_coordinates(temporary, coordinates, extra)
-        with h5py.File(temporary, "a") as file:
-            for name, values in quality.items():
-                file.create_dataset(name, data=values.astype(np.float32)).attrs["meaning"] = (
-                    MEASURES.get(name, name)
-                )
+    with write_small_hdf5(path) as file:
+        store_coordinates(file, coordinates, extra)
+        for name, values in quality.items():
+            file.create_dataset(name, data=values.astype(np.float32)).attrs["meaning"] = (
+                MEASURES.get(name, name)
+            )
 
 
 def read_quality(path: str | Path) -> dict[str, np.ndarray]:
