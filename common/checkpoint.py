@@ -34,7 +34,13 @@ def save_tensors(path: str | Path, content: Any) -> None:
     the file's name inside.
     """
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
-        torch.save(content, stream)
+        try:
+            torch.save(content, stream)
+        except RuntimeError as error:
+            # after a failed write torch closes its archive, whose own error hides the first
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_tensors(path: str | Path, what: str) -> Any:
