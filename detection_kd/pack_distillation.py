@@ -30,7 +30,7 @@ from common.cli import launch
 from common.config import REQUIRED, key
 from common.errors import DamagedFile, UserError
 from common.files import read_json, sha256_bytes, sha256_file
-from common.processes.pool import Lost, Raised, check_workers, run_jobs
+from common.processes.pool import Lost, Raised, pick_workers, run_jobs
 from common.progress import progress
 from common.provenance import can_reuse, differences
 from detection_kd.datasets.cut_pairs import (
@@ -103,10 +103,10 @@ class Config:
         False,
         "leave out what cannot be used instead of stopping; here: pairs of a folder with problems",
     )
-    workers: int = key(
-        2,
-        "worker processes; one slide each; 0: the main process, which a slide that "
-        "crashes its reader ends",
+    workers: int | None = key(
+        None,
+        "worker processes; one slide each; null: one per core, at most 8; 0: the main process, "
+        "which a slide that crashes its reader ends",
         runtime=True,
     )
     read_timeout: float = key(
@@ -128,7 +128,7 @@ def check(config: Config) -> None:
         raise UserError(
             f"output={config.output}: expected a file that ends in {' or '.join(SUFFIXES)}"
         )
-    check_workers(config.workers, config.read_timeout)
+    config.workers = pick_workers(config.workers, config.read_timeout)
     if config.tiles_per_slide < 0:
         raise UserError(f"tiles_per_slide={config.tiles_per_slide}: expected at least 0")
     if config.subset and not config.labels:

@@ -22,7 +22,7 @@ import numpy as np
 from common.cli import launch
 from common.config import REQUIRED, key
 from common.errors import UserError
-from common.processes.pool import Lost, Raised, check_workers, heartbeat, run_jobs
+from common.processes.pool import Lost, Raised, heartbeat, pick_workers, run_jobs
 from common.progress import progress
 from patch_encoder.cohort.labels import find_slides_and_mpps
 from patch_encoder.slides import RegionError, Slide, open_slide
@@ -58,10 +58,10 @@ class Config:
         "plain pictures (png, jpg, ...) are slides too; they always are where nothing else is",
     )
     sample: int = key(16, "tiles to decode, spread over the slide; 0: none")
-    workers: int = key(
-        2,
-        "worker processes; one slide each; 0: the main process, which a slide that "
-        "crashes its reader ends",
+    workers: int | None = key(
+        None,
+        "worker processes; one slide each; null: one per core, at most 8; 0: the main process, "
+        "which a slide that crashes its reader ends",
     )
     read_timeout: float = key(
         300.0, "seconds without progress after which a slide is given up (not with workers=0)"
@@ -285,7 +285,7 @@ def describe_slide(entry: dict[str, Any]) -> str:
 
 
 def main(config: Config) -> int:
-    check_workers(config.workers, config.read_timeout)
+    config.workers = pick_workers(config.workers, config.read_timeout)
     if config.sample < 0:
         raise UserError(f"sample={config.sample}: expected 0 or more tiles")
     slides, mpps = find_slides_and_mpps(

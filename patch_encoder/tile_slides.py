@@ -27,8 +27,8 @@ import numpy as np
 from common.cli import launch
 from common.config import REQUIRED, group, key
 from common.errors import UserError
-from common.files import atomic_path, sha256_file, write_csv
-from common.processes.pool import Lost, Raised, check_workers, run_jobs
+from common.files import atomic_path, check_writable, sha256_file, write_csv
+from common.processes.pool import Lost, Raised, pick_workers, run_jobs
 from common.progress import progress
 from common.provenance import can_reuse, unknown_origin
 from patch_encoder.cohort.failures import Failures
@@ -121,10 +121,10 @@ class Config:
         0.25, "largest share of a slide that may fail to decode; the rest is tiled"
     )
     tissue: TissueSettings = group(TissueSettings, "tissue detection settings")
-    workers: int = key(
-        2,
-        "worker processes; one slide each; 0: the main process, which a slide that "
-        "crashes its reader ends",
+    workers: int | None = key(
+        None,
+        "worker processes; one slide each; null: one per core, at most 8; 0: the main process, "
+        "which a slide that crashes its reader ends",
         runtime=True,
     )
     threads: int = key(
@@ -177,7 +177,9 @@ def drawn_digest(slide_id: str, config: Config) -> str:
 
 def tile_one(job: Job, config: Config, stamp: str) -> dict[str, object]:
     """Tile one slide; returns its id and number of tiles."""
-    _, path, mpp = job
+    slide_id, path, mpp = job
+    if slide_id.encode(errors="ignore").decode() != slide_id:
+        raise UserError(f"{str(path)!a}: expected a name in UTF-8, found other bytes; rename it")
     with open_slide(path, mpp, config.tile_pattern) as slide:
         slide.threads = threads_each(config)
         return _tile(slide, job, config, stamp)
@@ -305,7 +307,7 @@ def is_done(job: Job, config: Config, stamp: str) -> bool:
 
 def check(config: Config) -> None:
     """Refuse what does not go together before any slide is opened."""
-    check_workers(config.workers, config.read_timeout)
+    config.workers = pick_workers(config.workers, config.read_timeout)
     if cuts_of(config).any() and not config.quality:
         raise UserError(
             "min_blur, max_pen, ...: expected quality=true, found false; cuts need measured tiles"
@@ -336,6 +338,7 @@ def main(config: Config) -> int:
     jobs = [(slide_id, path, mpps.get(slide_id) or config.mpp) for slide_id, path in slides.items()]
     todo = [job for job in jobs if not is_done(job, config, stamp)]
     logger.info("tile_slides: %d slides, %d already tiled", len(jobs), len(jobs) - len(todo))
+    check_writable(config.output)
     failures = Failures("tile_slides")
     for row in progress(tile_all(todo, config, stamp), "tiling", len(todo), "slides"):
         if "error" in row:

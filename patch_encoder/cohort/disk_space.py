@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import FullDisk, UserError
 from patch_encoder.bags.writer import BAG_OVERHEAD
 from patch_encoder.tiles.slide_job import SlideJob
 
@@ -49,10 +49,10 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         free = shutil.disk_usage(_existing(folder)).free
-        raise UserError(
+        raise FullDisk(
             f"{folder}: the disk is full or the quota used up ({_readable(free)} free); finished "
             f"slides are kept: {REMEDY}, "
             "and start again"

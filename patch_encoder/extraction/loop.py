@@ -21,6 +21,7 @@ import torch
 
 from common import __version__
 from common.errors import DamagedFile, UserError
+from common.files import check_writable
 from common.processes.ray_cluster import RaySettings
 from common.progress import Progress
 from common.provenance import can_reuse
@@ -31,7 +32,7 @@ from patch_encoder.cohort.labels import find_wanted_slides, locate_slides, read_
 from patch_encoder.cohort.shards import Shard
 from patch_encoder.extraction import decoding
 from patch_encoder.extraction.bag_assembly import UNREADABLE, Assembly
-from patch_encoder.extraction.network import Network, PendingFeatures
+from patch_encoder.extraction.network import Network, PendingFeatures, has_weights
 from patch_encoder.extraction.ray_backend import Report, work_on_ray
 from patch_encoder.extraction.tile_batches import TileBatch, TileSequence
 from patch_encoder.models.encoders import Encoder
@@ -150,6 +151,8 @@ def extract(
         UserError: a bag of another provenance is there and `settings.overwrite` is off, or the
             features do not fit on the disk.
     """
+    if not has_weights(encoder.model):  # computed by the workers, the same on any device
+        settings = replace(settings, precision="fp32")
     failures = Failures(STAGE, settings.shard.name)
     folder = Path(output) / encoder.name
     jobs = cohort_jobs(slides, coords, labels, failures, settings.shard)
@@ -158,6 +161,8 @@ def extract(
         "%s: %s: %d slides, %d already done", STAGE, encoder.name, len(jobs), len(jobs) - len(todo)
     )
     check_room(folder, todo, encoder.dim, settings.dtype, settings.pt)
+    if todo:
+        check_writable(folder / "h5_files")
     start = time.perf_counter()
     if settings.ray is None:
         report = encode_slides(todo, encoder, folder, settings)
