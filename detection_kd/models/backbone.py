@@ -131,9 +131,7 @@ class Backbone(nn.Module):
             self.steps.remove(step)
 
     def stages(self) -> dict[str, int]:
-        """Stage 0 (stem) ... 4 (stride 32) of every parameter; it belongs to the first map that
-        lies behind it.
-        """
+        """Stage 0 (stem) ... 4 (stride 32) of every parameter: that of the first map behind it."""
         order = [_flat(name) for name, _ in self.named_modules()]
         ends = [
             max((i for i, name in enumerate(order) if _within(name, stage)), default=-1)
@@ -228,9 +226,7 @@ def _with_weights(build: partial[nn.Module], name: str, source: str) -> nn.Modul
 
 
 def _tagged(name: str) -> str:
-    """timm's name; for the ResNets of the papers torchvision's weights, as published, not timm's
-    own training.
-    """
+    """timm's name; the papers' ResNets get torchvision's weights, as published."""
     return f"{name}.tv_in1k" if name in RESNETS else name
 
 
@@ -302,9 +298,7 @@ def _description(content: Any, weights: dict[str, Tensor], path: str | Path) -> 
 
 
 def read_trunk_weights(content: Any) -> dict[str, Tensor]:
-    """A trunk's weights out of a state dict, a trunk checkpoint or a whole detector's, published or
-    ours.
-    """
+    """A trunk's weights out of a trunk's or a whole detector's state dict, of any origin."""
     weights = content.get("model", content) if isinstance(content, dict) else {}
     for prefix in PREFIXES:
         if any(name.startswith(prefix) for name in weights):

@@ -29,8 +29,8 @@ Rows = list[dict[str, Any]]
 
 
 def per_label_rows(finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int) -> Rows:
-    """A row a feature set, model and label: means over the runs whose test slides are of both
-    kinds, with 95 % intervals.
+    """Make one row per feature set, model and label: means over the runs whose test slides are of
+    both kinds, with 95 % intervals.
 
     `slides` and `positives` are those of one seed; cuts come from the validation slides.
     """
@@ -44,12 +44,8 @@ def per_label_rows(finished: Sequence[FinishedRun], task: Task, resamples: int, 
         one_seed = [run for run in runs if run.seed == runs[0].seed]
         for column, label in enumerate(task.names):
             kept = [each for each in metrics if not np.isnan(each["auc"][0, column])]
-            row: dict[str, Any] = {
-                "feature_set": feature_set,
-                "model": model,
-                "label": label,
-                "runs": len(kept),
-            }
+            row: dict[str, Any] = {"feature_set": feature_set, "model": model, "label": label}
+            row["runs"] = len(kept)
             row["slides"] = sum(len(run.test.targets) for run in one_seed)
             row["positives"] = int(sum(run.test.targets[:, column].sum() for run in one_seed))
             for name in metrics[0]:
@@ -63,7 +59,7 @@ def _with_ones(weights: np.ndarray) -> np.ndarray:
 
 
 def _mean_with_interval(name: str, values: Sequence[np.ndarray]) -> dict[str, float | None]:
-    """Columns of one metric; None where no run has it."""
+    """Make the columns of one metric; None where no run has it."""
     if not values:
         return {name: None, f"{name}_ci_low": None, f"{name}_ci_high": None}
     mean = np.mean(values, axis=0)
@@ -72,7 +68,7 @@ def _mean_with_interval(name: str, values: Sequence[np.ndarray]) -> dict[str, fl
 
 
 def mean_confusion(runs: Sequence[FinishedRun], task: Any) -> np.ndarray:
-    """Slides by true and called name (C, C): summed over folds, mean over seeds."""
+    """Count the slides by true and called name (C, C): summed over folds, mean over seeds."""
     classes = len(task.names)
     total = sum(
         confusion(run.test.targets, task.call_indices(run.test), classes)[0] for run in runs
@@ -81,44 +77,33 @@ def mean_confusion(runs: Sequence[FinishedRun], task: Any) -> np.ndarray:
 
 
 def confusion_rows(finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int) -> Rows:
-    """A row a feature set, model, true and called grade: slides, and their share of the true
-    grade.
+    """Make one row per feature set, model, true and called grade: slides, and their share of the
+    true grade.
     """
     rows = []
     for (feature_set, model), runs in group_runs(finished).items():
         counts = mean_confusion(runs, task)
         for true, called in np.ndindex(counts.shape):
             total = counts[true].sum()
-            row: dict[str, Any] = {
-                "feature_set": feature_set,
-                "model": model,
-                "grade": task.names[true],
-                "called": task.names[called],
-            }
+            row: dict[str, Any] = {"feature_set": feature_set, "model": model}
+            row |= {"grade": task.names[true], "called": task.names[called]}
             share = float(counts[true, called] / total) if total else None
             rows.append(row | {"slides": float(counts[true, called]), "share": share})
     return rows
 
 
 def risk_group_rows(finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int) -> Rows:
-    """A row a feature set, model and half: patients, events, median survival, and the log-rank p of
-    both halves.
+    """Make one row per feature set, model and half: patients, events, median survival, and the
+    log-rank p of both halves.
     """
     rows = []
     for (feature_set, model), runs in group_runs(finished).items():
         groups = risk_groups(runs)
         for name, part in (("lower", ~groups.high), ("higher", groups.high)):
-            row: dict[str, Any] = {
-                "feature_set": feature_set,
-                "model": model,
-                "risk": name,
-                "patients": int(part.sum()),
-            }
+            row: dict[str, Any] = {"feature_set": feature_set, "model": model, "risk": name}
+            row |= {"patients": int(part.sum()), "events": int(groups.events[part].sum())}
             curve = kaplan_meier(groups.times[part], groups.events[part]) if part.any() else None
-            row |= {
-                "events": int(groups.events[part].sum()),
-                "median_survival": curve and median_survival(curve),
-            }
+            row |= {"median_survival": curve and median_survival(curve)}
             rows.append(row | {"logrank_p": None if np.isnan(groups.p) else groups.p})
     return rows
 
@@ -126,13 +111,12 @@ def risk_group_rows(finished: Sequence[FinishedRun], task: Task, resamples: int,
 def operating_rows(
     finished: Sequence[FinishedRun], points: Sequence[Held], resamples: int, seed: int
 ) -> list[dict[str, Any]]:
-    """One row a feature set, model and operating point."""
+    """Make one row per feature set, model and operating point."""
     rows = []
     for (feature_set, model), runs in group_runs(finished).items():
         for held in points:
-            row = operating_point(
-                held, [run.val for run in runs], [run.test for run in runs], resamples, seed
-            )
+            sides = [run.val for run in runs], [run.test for run in runs]
+            row = operating_point(held, *sides, resamples, seed)
             rows.append({"feature_set": feature_set, "model": model, **row})
     return rows
 
@@ -140,7 +124,8 @@ def operating_rows(
 def screening_rows(
     finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int
 ) -> Rows | None:
-    """One row a feature set, model and wanted sensitivity: negatives signed out, positives missed.
+    """Make one row per feature set, model and wanted sensitivity: negatives signed out, positives
+    missed.
 
     `signed_out_share` is the specificity that the validation slides' cut has on the test slides,
     `missed_share` what its sensitivity lacks to 1; `test_curve_signed_out_share` is the upper
@@ -156,29 +141,21 @@ def screening_rows(
         }
         low, high = (row[f"{SENSITIVITY}_{end}"] for end in ("ci_low", "ci_high"))
         shares |= {"missed_share": 1 - row[SENSITIVITY]}
-        shares |= {
-            "missed_share_ci_low": None if high is None else 1 - high,
-            "missed_share_ci_high": None if low is None else 1 - low,
-        }
+        for end, bound in (("low", high), ("high", low)):
+            shares[f"missed_share_ci_{end}"] = None if bound is None else 1 - bound
         shares |= {name: row[name] for name in ("missed", "positives", "signed_out", "negatives")}
         for end in ("", "_ci_low", "_ci_high"):
             shares[f"test_curve_signed_out_share{end}"] = row[f"test_curve_{SPECIFICITY}{end}"]
         shares |= {name: row[name] for name in ("val_sensitivity", "val_positives")}
-        rows.append(
-            {
-                "feature_set": row["feature_set"],
-                "model": row["model"],
-                "wanted_sensitivity": row["target"],
-                **shares,
-            }
-        )
+        place = {name: row[name] for name in ("feature_set", "model")}
+        rows.append(place | {"wanted_sensitivity": row["target"]} | shares)
     return rows
 
 
 def fixed_rows(
     finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int
 ) -> Rows | None:
-    """The operating points of FIXED; None where a run has no validation slides."""
+    """Make the rows of the operating points in FIXED; None where a run has no validation slides."""
     if any(run.val is None for run in finished):
         return None
     return operating_rows(finished, FIXED, resamples, seed)

@@ -155,7 +155,6 @@ class Multilabel(Task):
     several_labels = True
     label_heading = "labels"
     negative = NONE
-    positive_words = "with a label"
     report_figures = (
         FigureSpec(
             "labels",
@@ -270,12 +269,12 @@ class Multilabel(Task):
         return Predictions(run.fold, run.cases, targets, both, float(run.thresholds[column]))
 
     def label_texts(self, run: LabelPredictions) -> list[str]:
-        return self._joined(run.targets)
+        return self._join_names(run.targets)
 
     def calls(self, run: LabelPredictions) -> list[str]:
-        return self._joined(run.probabilities >= run.thresholds)
+        return self._join_names(run.probabilities >= run.thresholds)
 
-    def _joined(self, there: np.ndarray) -> list[str]:
+    def _join_names(self, there: np.ndarray) -> list[str]:
         return ["|".join(np.array(self.names)[row]) or NONE for row in there]
 
     def cuts(self, run: LabelPredictions) -> dict[str, float]:
@@ -287,15 +286,25 @@ class Multilabel(Task):
         sure = np.where(called, run.probabilities, 1 - run.probabilities).prod(1).tolist()
         texts = zip(self.label_texts(run), self.calls(run), strict=True)
         return [
-            Verdict(sure[row], label, call, self._listed(run.probabilities[row]), label == call)
+            Verdict(
+                sure[row],
+                label,
+                call,
+                self._list_probabilities(run.probabilities[row]),
+                label == call,
+            )
             for row, (label, call) in enumerate(texts)
         ]
 
-    def _listed(self, values: np.ndarray) -> str:
+    def _list_probabilities(self, values: np.ndarray) -> str:
         return ", ".join(f"{name} {p:.2f}" for name, p in zip(self.names, values, strict=True))
 
     def describe(self, values: np.ndarray, called: str) -> str:
-        return f"called {called}, {self._listed(values)}" if called else self._listed(values)
+        return (
+            f"called {called}, {self._list_probabilities(values)}"
+            if called
+            else self._list_probabilities(values)
+        )
 
     def given(self, row: Mapping[str, Any]) -> float:
         there = row["label"].split("|")
@@ -304,10 +313,6 @@ class Multilabel(Task):
 
     @property
     def question(self) -> str:
-        return f"labels {', '.join(self.names)}"
-
-    @property
-    def description(self) -> str:
         return f"labels {', '.join(self.names)}, each called from its own cut"
 
 

@@ -20,8 +20,8 @@ from patch_encoder.slides.names import (
     suffix_of,
 )
 from patch_encoder.slides.resolution import is_plausible
-from patch_encoder.slides.tile_pattern import TilePattern
-from patch_encoder.slides.tile_pattern import parse_tile_pattern as compile_pattern
+from patch_encoder.slides.tile_folder import TilePattern
+from patch_encoder.slides.tile_folder import parse_tile_pattern as compile_pattern
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def find_slides(
 
     Args:
         root: any tree; a slide file is a cohort of one.
-        tile_pattern: how tile folders name their tiles (patch_encoder.slides.tile_pattern).
+        tile_pattern: how tile folders name their tiles (patch_encoder.slides.tile_folder).
         pictures: plain pictures (PNG, JPEG, ...) are slides too; they are without being asked for
             where nothing else is.
 

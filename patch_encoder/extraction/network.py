@@ -129,8 +129,8 @@ class Network:
     # when padded
     @torch.no_grad()
     def _launch(self, items: Tensor) -> PendingFeatures:
-        with _explained(_compile_errors() if self.compiler else ()):
-            parts = [self._features(part) for part in items.split(self.rows or len(items))]
+        with _explain(_compile_errors() if self.compiler else ()):
+            parts = [self._encode(part) for part in items.split(self.rows or len(items))]
             # to pinned memory on CUDA
             host = torch.cat(parts).to("cpu", non_blocking=True)
         if self.device.type != "cuda":
@@ -139,7 +139,7 @@ class Network:
         done.record()
         return PendingFeatures(host, done)
 
-    def _features(self, items: Tensor) -> Tensor:
+    def _encode(self, items: Tensor) -> Tensor:
         """float32 (n, D) of at most `rows` items, on the device."""
         filled = pad_batch(items, self.rows).to(self.device, non_blocking=True)
         if not self._ready:
@@ -182,7 +182,7 @@ def _compile_errors() -> tuple[type[Exception], ...]:
 
 
 @contextmanager
-def _explained(compile_errors: tuple[type[Exception], ...]) -> Iterator[None]:
+def _explain(compile_errors: tuple[type[Exception], ...]) -> Iterator[None]:
     try:
         yield
     except compile_errors as error:
@@ -201,7 +201,7 @@ def fold_batch_norms(model: nn.Module, example: Tensor) -> nn.Module:
     something else takes that output too cannot be seen, so the copy is compared on `example` and
     dropped when it differs.
     """
-    pairs = _pairs(model, example)
+    pairs = _find_pairs(model, example)
     if not pairs:
         return model
     folded = copy.deepcopy(model)
@@ -217,7 +217,7 @@ def fold_batch_norms(model: nn.Module, example: Tensor) -> nn.Module:
     return folded
 
 
-def _pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
+def _find_pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
     """(convolution, BatchNorm) by name, each called exactly once."""
     outputs: dict[
         int, tuple[str, Tensor]

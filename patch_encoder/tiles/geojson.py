@@ -1,6 +1,4 @@
-"""Tiles as GeoJSON that QuPath opens: one square polygon a tile in level-0 px, in the shape that
-WSInfer writes.
-"""
+"""Tiles as GeoJSON for QuPath: one square per tile in level-0 px, as WSInfer writes."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def make_table(cases: list[Case], outcomes: list[Outcome], root: Path) -> str:
 
 def shorten(line: str, root: Path) -> str:
     """A line for a cell, without folders of this machine and the time of day."""
-    line = re.sub(rf"{re.escape(str(root))}/\w+/", "", line)
+    line = re.sub(rf"{re.escape(str(root))}/\w+/?", "", line)
     line = re.sub(r"^\d\d:\d\d:\d\d ", "", line).replace("|", " or ").replace("`", "'")
     line = re.sub(r"L{20,}", "L...", line)
     return line if len(line) < 110 else f"{line[:107]}..."

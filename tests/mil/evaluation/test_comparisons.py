@@ -13,9 +13,8 @@ from scipy.stats import chi2
 from sklearn.metrics import cohen_kappa_score, r2_score, roc_auc_score
 
 from common.metrics.bootstrap import resample_patients
-from mil.evaluation.comparisons import comparison_table
+from mil.evaluation.comparisons import comparison_table, paired_difference, warn_of_floor
 from mil.evaluation.delong import compare, holm
-from mil.evaluation.paired import paired_difference, warn_of_floor
 from mil.evaluation.risk_groups import RiskGroups, kaplan_meier, median_survival, risk_groups
 from mil.evaluation.runs import FinishedRun, resample_metrics
 from mil.evaluation.task_tables import confusion_rows, per_label_rows, risk_group_rows

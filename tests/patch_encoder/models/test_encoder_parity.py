@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patch_encoder.models import conch
+from patch_encoder.models import image_towers as conch
 from patch_encoder.models.backbones import initialise
-from patch_encoder.models.conch import AttentionPool, LinearAttentionPool, fit_positions
 from patch_encoder.models.encoder_table import ENCODERS, EncoderRow
 from patch_encoder.models.encoder_weights import load_encoder_weights
+from patch_encoder.models.image_towers import AttentionPool, LinearAttentionPool, fit_positions
 from patch_encoder.models.pooling import TransformersPool, pool_tokens
 
 State = dict[str, Tensor]
@@ -427,7 +427,7 @@ def test_ctranspath_under_the_names_of_its_old_timm() -> None:
 
 
 def test_ctranspaths_stem_written_out() -> None:
-    from patch_encoder.models.convolution_stem import ConvStem
+    from patch_encoder.models.image_towers import ConvStem
 
     stem = drawn(ConvStem(32, 4, 3, 16, norm_layer=nn.LayerNorm))
     pixels = torch.randn(2, 3, 32, 32)
