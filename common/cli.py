@@ -38,7 +38,14 @@ def launch(main: Callable[[T], int | None], config_class: type[T]) -> None:
     """Run `main(config)` and leave the process with its status."""
     show_log()
     signal.signal(signal.SIGTERM, partial(_terminate, os.getpid()))
-    sys.exit(run(main, config_class, sys.argv[1:]))
+    try:
+        status = run(main, config_class, sys.argv[1:])
+    except KeyboardInterrupt as error:
+        told = isinstance(error, Terminated)
+        reason = "told to end" if told else "interrupted"
+        print(f"error: {reason}; finished work is kept, the same command goes on", file=sys.stderr)
+        status = 128 + (signal.SIGTERM if told else signal.SIGINT)
+    sys.exit(status)
 
 
 def _terminate(launched: int, number: int, _: object) -> None:
@@ -62,33 +69,28 @@ def run(main: Callable[[T], int | None], config_class: type[T], arguments: list[
     except HelpRequested as request:
         print(f"{_title(main)}\n\n{request}")
         return 0
-    except (Exception, KeyboardInterrupt) as error:
-        found = _explain(error)
-        if found is None:
+    except Exception as error:
+        line = _explain(error)
+        if line is None:
             raise
-        print(f"error: {found[0]}", file=sys.stderr)
-        return found[1]
+        print(f"error: {line}", file=sys.stderr)
+        return 2
     finally:
         _leave_process_group()
 
 
-def _explain(error: BaseException) -> tuple[str, int] | None:
-    """One line and the exit status for what is no mistake of ours, else None."""
-    again = "finished work is kept"
-    if isinstance(error, Terminated):
-        return f"told to end; {again}, the same command goes on", 128 + signal.SIGTERM
-    if isinstance(error, KeyboardInterrupt):
-        return f"interrupted; {again}, the same command goes on", 128 + signal.SIGINT
+def _explain(error: Exception) -> str | None:
+    """One line for what is no mistake of ours, else None."""
     if isinstance(error, UserError):
         # from a loader process the message comes as a whole traceback, whose last line is the
         # message
-        return str(error).splitlines()[-1].removeprefix("common.errors.UserError: "), 2
+        return str(error).splitlines()[-1].removeprefix("common.errors.UserError: ")
     if isinstance(error, OSError) and error.errno in UNUSABLE:
-        return explain_os_error(error), 2
+        return explain_os_error(error)
     if is_out_of_memory(error):
         reason = " ".join(str(error).split())[:200] or "none left"
         remedy = "lower workers= or batch_size=, and start again"
-        return f"expected memory, found: {reason}; {again}: {remedy}", 2
+        return f"expected memory, found: {reason}; finished work is kept: {remedy}"
     return None
 
 
