@@ -47,6 +47,11 @@ class RiskPredictions(RunPredictions):
     events: np.ndarray
     risks: np.ndarray
 
+    @property
+    def strata(self) -> np.ndarray:
+        """Whether there was an event."""
+        return self.events.astype(np.int64)
+
 
 def concordance_index(
     times: np.ndarray, events: np.ndarray, risks: np.ndarray, weights: np.ndarray
