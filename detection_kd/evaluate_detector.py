@@ -25,9 +25,10 @@ from torch import nn
 from common.cli import launch
 from common.config import REQUIRED, identity, key
 from common.device import PRECISIONS, pick_precision
-from common.distributed import World, init_distributed
+from common.distributed import World, init_distributed, local_processes
 from common.errors import UserError
 from common.files import sha256_file
+from common.processes.pool import pick_workers
 from common.progress import progress
 from common.run import Run, open_run
 from detection_kd import engine
@@ -77,7 +78,11 @@ class Config:
         choices=PRECISIONS,
     )
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
-    workers: int = key(2, "worker processes; they load images, per process", runtime=True)
+    workers: int | None = key(
+        None,
+        "worker processes; they load images, per process; null: one per core, at most 8",
+        runtime=True,
+    )
     overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
 
 
@@ -146,7 +151,12 @@ def detect(
     indices = range(len(dataset))[world.rank :: world.size]
     pin = world.device.type == "cuda"
     batches = make_loader(
-        dataset, indices, config.batch_size, workers=config.workers, pad_to=pad_to, pin=pin
+        dataset,
+        indices,
+        config.batch_size,
+        workers=pick_workers(config.workers, share=local_processes()),
+        pad_to=pad_to,
+        pin=pin,
     )
     shown = progress(batches, "evaluation", len(batches), "batch", enabled=world.is_main)
     predictions = engine.detect(

@@ -26,11 +26,19 @@ from torch.utils.data import DataLoader, Dataset
 from common.cli import launch
 from common.config import REQUIRED, group, key, to_dict
 from common.device import PRECISIONS, autocast, pick_precision
-from common.distributed import World, gather_rows, init_distributed, mean_dict, wrap
+from common.distributed import (
+    World,
+    gather_rows,
+    init_distributed,
+    local_processes,
+    mean_dict,
+    wrap,
+)
 from common.ema import moving_average
 from common.errors import UserError
 from common.files import sha256_file
 from common.optim import add_terms, clip_gradients, require_finite, set_lr, trainable
+from common.processes.pool import pick_workers
 from common.progress import progress
 from common.run import Tracker, open_run
 from common.schedules import drop_epoch, lr_factor
@@ -166,7 +174,9 @@ class Config:
         choices=PRECISIONS,
     )
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
-    workers: int = key(2, "worker processes; they decode tiles", runtime=True)
+    workers: int | None = key(
+        None, "worker processes; they decode tiles; null: one per core, at most 8", runtime=True
+    )
     overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
     tracker: Tracker = group(Tracker, "experiment tracking")
 
@@ -229,7 +239,8 @@ def make_sets(
     name = CacheKey(*digests, config.input_scale, averaged, job.precision, config.cache_dtype)
     folder = Path(config.cache_dir or Path(config.output).absolute().parent / "d2vfm_cache")
     frozen = FrozenMaps(student).to(world.device, memory_format=torch.channels_last).eval()
-    options = {"views": config.views, "seed": config.seed, "workers": config.workers}
+    workers = pick_workers(config.workers, share=local_processes())
+    options = {"views": config.views, "seed": config.seed, "workers": workers}
     return make_cached_sets(pairs, parts, folder, name, frozen, student.stages, world, **options)
 
 
@@ -317,7 +328,8 @@ def main(config: Config) -> None:
     training = prepare_training(config, student, world)
     evaluated = build_student_network(training.kept, cached=config.cache, device=world.device)
     share = engine.share_batch(config.batch_size, world.size)
-    loaders = make_loaders(*sets, world, share=share, seed=config.seed, workers=config.workers)
+    workers = pick_workers(config.workers, share=local_processes())
+    loaders = make_loaders(*sets, world, share=share, seed=config.seed, workers=workers)
     held_out = (evaluated, loaders[1], precision, world.device)
     start, best = training.resume(run.last)
     run.forget_after(start)

@@ -18,7 +18,7 @@ from torch import Tensor
 from common.cli import launch
 from common.config import REQUIRED, group, key, to_dict
 from common.device import PRECISIONS, autocast, pick_precision
-from common.distributed import World, init_distributed, mean_dict
+from common.distributed import World, init_distributed, local_processes, mean_dict
 from common.ema import moving_average
 from common.errors import UserError
 from common.files import sha256_file
@@ -31,6 +31,7 @@ from common.optim import (
     require_finite,
     set_lr,
 )
+from common.processes.pool import pick_workers
 from common.progress import progress
 from common.run import Run, Tracker, open_run
 from common.schedules import SCHEDULES, drop_epoch, lr_factor
@@ -143,7 +144,11 @@ class Config:
         choices=PRECISIONS,
     )
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
-    workers: int = key(2, "worker processes; they load images, per process", runtime=True)
+    workers: int | None = key(
+        None,
+        "worker processes; they load images, per process; null: one per core, at most 8",
+        runtime=True,
+    )
     compile: bool = key(
         False, "compile the network with torch.compile; of the backbone", runtime=True
     )
@@ -221,7 +226,7 @@ def train_one_epoch(
     # the draws of dropout do not depend on earlier epochs
     seed_everything((config.seed * 100_003 + epoch) * 1_009 + world.rank)
     options = {"batch_size": config.batch_size, "share": job.share, "seed": config.seed}
-    options |= {"epoch": epoch, "workers": config.workers}
+    options |= {"epoch": epoch, "workers": pick_workers(config.workers, share=local_processes())}
     batches = make_training_loader(job.train.images, config.augmentation, world, **options)
     steps = len(batches) // config.accumulate
     drop = drop_epoch(config.lr_drop, config.epochs) * steps
@@ -303,7 +308,7 @@ def evaluate(
     detections.
     """
     config, world, val = job.config, job.world, job.val
-    options = {"share": job.share, "workers": config.workers}
+    options = {"share": job.share, "workers": pick_workers(config.workers, share=local_processes())}
     batches = make_eval_loader(val.images, config.augmentation, world, **options)
     shown = progress(batches, "evaluation", len(batches), "batch", enabled=world.is_main)
     limit = config.max_detections

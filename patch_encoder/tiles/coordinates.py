@@ -18,8 +18,9 @@ import h5py
 import numpy as np
 from jaxtyping import Int
 
-from common.errors import UserError
-from common.files import atomic_path, sha256_bytes
+from common.errors import DamagedFile, UserError
+from common.files import sha256_bytes
+from common.hdf5 import get_dataset, open_hdf5, write_small_hdf5
 
 # attribute of files in other layouts: a TileGeometry as JSON, which they cannot say
 FULL_GEOMETRY = "tile_geometry"
@@ -150,9 +151,14 @@ def write_coordinates(
     path: str | Path, coordinates: Coordinates, extra: Mapping[str, str] | None = None
 ) -> None:
     """Write a coordinates file atomically, with `extra` as further attributes."""
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
-        dataset = file.create_dataset("coords", data=coordinates.coords.astype(np.int64))
-        dataset.attrs.update(asdict(coordinates.geometry) | dict(extra or {}))
+    with write_small_hdf5(path) as file:
+        store_coordinates(file, coordinates, extra or {})
+
+
+def store_coordinates(file: h5py.File, coordinates: Coordinates, extra: Mapping[str, str]) -> None:
+    """Write the dataset `coords` with its attributes."""
+    dataset = file.create_dataset("coords", data=coordinates.coords.astype(np.int64))
+    dataset.attrs.update(asdict(coordinates.geometry) | dict(extra))
 
 
 def read_coordinates(path: str | Path) -> Coordinates:
@@ -161,32 +167,23 @@ def read_coordinates(path: str | Path) -> Coordinates:
     Raises:
         UserError: no HDF5 file, no `coords`, wrong shape.
     """
-    try:
-        with h5py.File(path, "r") as file:
-            if "coords" not in file:
-                raise UserError(f"{path}: expected the dataset 'coords', found {sorted(file)}")
-            dataset = file["coords"]
-            assert isinstance(dataset, h5py.Dataset)
-            coords, attributes = dataset[()], {**file.attrs, **dataset.attrs}
-    except OSError as error:
-        raise UserError(
-            f"{path}: expected a coordinates file (HDF5), cannot be read: {error}; tile the slide "
-            "again"
-        ) from None
+    with open_hdf5(path, "a coordinates file", "tile the slide again") as file:
+        dataset = get_dataset(file, "coords")
+        coords, attributes = dataset[()], {**file.attrs, **dataset.attrs}
     if coords.ndim != 2 or coords.shape[1] != 2:
-        raise UserError(f"{path}: expected coords (N, 2), found {coords.shape}")
+        raise DamagedFile(f"{path}: expected coords (N, 2), found {coords.shape}")
     return Coordinates(coords.astype(np.int64), TileGeometry.from_attributes(attributes, str(path)))
 
 
 def coordinate_attributes(path: str | Path) -> dict[str, Any]:
     """All attributes of a coordinates file as plain values, `{}` when it cannot be opened."""
     try:
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path, "a coordinates file") as file:
             return {
                 name: value.item() if isinstance(value, np.generic) else value
-                for name, value in file["coords"].attrs.items()
+                for name, value in get_dataset(file, "coords").attrs.items()
             }
-    except (OSError, KeyError):
+    except UserError:
         return {}
 
 
