@@ -31,7 +31,8 @@ from common.progress import Progress
 from common.provenance import can_reuse
 from detection_kd.datasets.slide_detections import (
     FoundBoxes,
-    find_centred,
+    TileDetections,
+    choose_own,
     find_own_part,
     make_detections_document,
     merge_detections,
@@ -133,7 +134,7 @@ class SlideDetectionsAssembly:
 
     def __init__(self, jobs: list[SlideJob]) -> None:
         self.jobs = jobs
-        self.parts: dict[int, list[FoundBoxes]] = {}
+        self.parts: dict[int, list[TileDetections]] = {}
         self.own = [find_own_part(job.coordinates) for job in jobs]
         self.counts = [0] * len(jobs)
 
@@ -141,9 +142,9 @@ class SlideDetectionsAssembly:
         """Detections of the next tile of slide `index`, in level-0 px of the tile."""
         tiles = self.parts.setdefault(index, [])
         number = len(tiles)
-        kept = find_centred(found.boxes, self.own[index][number])
+        kept, shared = choose_own(found, self.own[index][number])
         corner = np.tile(self.jobs[index].coordinates.coords[number], 2).astype(np.float32)
-        tiles.append(FoundBoxes(found.boxes[kept] + corner, found.scores[kept], found.labels[kept]))
+        tiles.append(TileDetections(kept._replace(boxes=kept.boxes + corner), shared))
 
     def account(self, index: int, count: int) -> bool:
         """Enter `count` tiles, read or not; whether they were the slide's last."""

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from common.cli import run
 from detection_kd import detect_slide
-from detection_kd.datasets.slide_detections import FoundBoxes, find_own_part, merge_detections
+from detection_kd.datasets.slide_detections import (
+    FoundBoxes,
+    TileDetections,
+    choose_own,
+    find_own_part,
+    merge_detections,
+)
 from detection_kd.models.deformable_transformer import Detections
 from patch_encoder import tile_slides
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
@@ -188,12 +194,64 @@ def test_own_parts_share_the_plane_without_gap_or_overlap() -> None:
     assert parts[0, 0] < 0 and parts[2, 2] > 250  # no neighbour, no limit
 
 
+def whole_tile(found: FoundBoxes) -> TileDetections:
+    return TileDetections(found, np.zeros(len(found.scores), bool))
+
+
+def merge_views(lesions: np.ndarray, jitter: float, seed: int) -> FoundBoxes:
+    """Detections of a slide of 4 x 4 tiles of 400 px that overlap by 100 px; each tile sees each
+    lesion on its own, its corners up to `jitter` / 2 px off, cut at the tile's edges.
+    """
+    rng = np.random.default_rng(seed)
+    coordinates = grid(400, 0.25, [(300 * c, 300 * r) for r in range(4) for c in range(4)])
+    tiles = []
+    for corner, part in zip(coordinates.coords, find_own_part(coordinates), strict=True):
+        boxes = lesions - np.tile(corner, 2)
+        boxes = boxes + rng.uniform(-jitter / 2, jitter / 2, boxes.shape)
+        clipped = np.clip(boxes, 0, 400)
+        seen = (clipped[:, 2:] - clipped[:, :2] > 0.5 * (boxes[:, 2:] - boxes[:, :2])).all(1)
+        boxes = clipped[seen].astype(np.float32)
+        scores = rng.uniform(0.3, 1, len(boxes)).astype(np.float32)
+        found, shared = choose_own(FoundBoxes(boxes, scores, np.zeros(len(boxes), int)), part)
+        moved = found.boxes + np.tile(corner, 2).astype(np.float32)
+        tiles.append(TileDetections(found._replace(boxes=moved), shared))
+    return merge_detections(tiles, 0.5)
+
+
+@pytest.mark.parametrize("side", [12, 30, 90])
+@pytest.mark.parametrize("jitter", [0, 1, 2, 4])
+def test_every_lesion_is_reported_once_whatever_two_tiles_make_of_it(
+    jitter: float, side: int
+) -> None:
+    line = np.arange(50, 1250 - side, side + 17)
+    centres_of_all = np.stack(np.meshgrid(line, line), -1).reshape(-1, 2)
+    for seed in range(2):
+        shift = np.random.default_rng(seed).uniform(0, side, 2)
+        lesions = np.tile(centres_of_all + shift, 2) + np.array([-1, -1, 1, 1]) * side / 2
+        found = merge_views(lesions, jitter, seed)
+        centres = (found.boxes[:, :2] + found.boxes[:, 2:]) / 2
+        distance = np.abs(centres[:, None] - (lesions[None, :, :2] + side / 2)).max(-1)
+        reports = np.bincount(distance.argmin(1), minlength=len(lesions))
+        assert (reports == 1).all(), f"{(reports == 0).sum()} lost, {(reports > 1).sum()} doubled"
+
+
+def test_two_lesions_that_one_tile_tells_apart_stay_two() -> None:
+    pair = np.array([[40, 40, 80, 80], [55, 40, 70, 80]], np.float32)  # one within the other
+    scores = [np.float32([0.9, 0.6]), np.float32([0.8, 0.7])]
+    near_a_cut = np.array([True, True])
+    tiles = [
+        TileDetections(FoundBoxes(pair + 2 * i, score, np.zeros(2, int)), near_a_cut)
+        for i, score in enumerate(scores)
+    ]
+    assert merge_detections(tiles, 0.5).scores.tolist() == pytest.approx([0.9, 0.6])
+
+
 def test_suppression_is_within_a_class() -> None:
     boxes = np.array([[0, 0, 10, 10], [1, 0, 11, 10], [0, 1, 10, 11]], np.float32)
     kept = merge_detections(
         [
-            FoundBoxes(boxes[:2], np.float32([0.5, 0.9]), np.array([0, 0])),
-            FoundBoxes(boxes[2:], np.float32([0.4]), np.array([1])),
+            whole_tile(FoundBoxes(boxes[:2], np.float32([0.5, 0.9]), np.array([0, 0]))),
+            whole_tile(FoundBoxes(boxes[2:], np.float32([0.4]), np.array([1]))),
         ],
         0.5,
     )
