@@ -200,7 +200,8 @@ def main(config: Config) -> int:
     logger.info("%s: %d slides, %d already done", STAGE, len(jobs), len(jobs) - len(todo))
     categories = description["categories"]
     for job, found in find_slides_of(model, todo, config, settings, failures):
-        write_geojson(output / "geojson" / f"{job.slide_id}.geojson", found, categories)
+        path = output / "geojson" / f"{job.slide_id}.geojson"
+        write_geojson(path, found, categories, job.coordinates.geometry.bounds)
         # last: where it is, the slide is done
         document = make_detections_document(
             found, job.coordinates, job.path.name, categories, wanted[job.slide_id]

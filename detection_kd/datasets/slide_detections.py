@@ -155,12 +155,15 @@ def make_detections_document(
     }
 
 
-def write_geojson(path: Path, found: FoundBoxes, categories: list[str]) -> None:
-    """A feature collection of rectangles in level-0 px, as QuPath imports it (objectType,
-    classification, measurements).
+def write_geojson(
+    path: Path, found: FoundBoxes, categories: list[str], bounds: tuple[int, int]
+) -> None:
+    """A feature collection of rectangles, as QuPath imports detections (objectType, classification,
+    measurements), in level-0 px from the slide's `bounds` on, as QuPath counts.
     """
     features = []
-    for (x0, y0, x1, y1), score, label in zip(*found, strict=True):
+    boxes = found.boxes - np.tile(np.array(bounds), 2)
+    for (x0, y0, x1, y1), score, label in zip(boxes, found.scores, found.labels, strict=True):
         ring = [
             [round(float(v), 2) for v in corner]
             for corner in ((x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0))
@@ -170,7 +173,7 @@ def write_geojson(path: Path, found: FoundBoxes, categories: list[str]) -> None:
             round(255 * c) for c in colorsys.hsv_to_rgb(int(label) / len(categories), 0.8, 0.9)
         ]
         properties = {
-            "objectType": "annotation",
+            "objectType": "detection",
             "name": f"{name} {score:.2f}",
             "classification": {"name": name, "color": colour},
             "measurements": {"score": round(float(score), 5)},

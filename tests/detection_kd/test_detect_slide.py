@@ -5,6 +5,7 @@ that finds dark squares.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,12 @@ from detection_kd.datasets.slide_detections import (
 )
 from detection_kd.models.deformable_transformer import Detections
 from patch_encoder import tile_slides
-from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
+from patch_encoder.tiles.coordinates import (
+    Coordinates,
+    TileGeometry,
+    read_coordinates,
+    write_coordinates,
+)
 from tests.helpers import write_pyramid
 
 # (x, y, side) in level-0 px: inside a tile, on a vertical seam, on a crossing of seams, at the
@@ -126,12 +132,28 @@ def test_geojson_has_what_qupath_reads(cohort: Path) -> None:
         corners.add(tuple(round(v) for v in ring[0]))
         properties = feature["properties"]
         assert (
-            properties["objectType"] == "annotation"
+            properties["objectType"] == "detection"
             and properties["classification"]["name"] == "square"
         )
         assert all(0 <= c <= 255 for c in properties["classification"]["color"])
         assert 0 < properties["measurements"]["score"] <= 1
     assert corners == {(x, y) for x, y, _ in SQUARES}
+
+
+def test_geojson_counts_from_the_bounds_of_the_slide_as_qupath_does(cohort: Path) -> None:
+    path = cohort / "tiles" / "coords" / "S1.h5"
+    tiles = read_coordinates(path)
+    geometry = replace(tiles.geometry, bounds_x=15, bounds_y=20)
+    write_coordinates(path, replace(tiles, geometry=geometry))
+    assert detect(cohort) == 0
+    content = json.loads((cohort / "found" / "geojson" / "S1.geojson").read_text())
+    corners = {
+        tuple(round(v) for v in feature["geometry"]["coordinates"][0][0])
+        for feature in content["features"]
+    }
+    assert corners == {(x - 15, y - 20) for x, y, _ in SQUARES}
+    found = {tuple(round(v) for v in entry["bbox"][:2]) for entry in read(cohort)["annotations"]}
+    assert found == {(x, y) for x, y, _ in SQUARES}  # COCO counts from the corner of the slide
 
 
 def test_finished_slides_are_left_alone_and_other_settings_refused(
