@@ -38,6 +38,12 @@ from tests.helpers import write_pyramid
 # slide's corner
 SQUARES = [(20, 30, 20), (118, 40, 24), (180, 182, 20), (480, 486, 22)]
 
+DESCRIPTION = {
+    "categories": ["other", "square"],
+    "field": {"mpp": 0.5, "side": 128, "resize": 1.0},
+    "operating_point": {"min_score": 0.3, "f1": 1.0},
+}
+
 
 class DarkSquares(nn.Module):
     """Stands for a detector: boxes around dark spots, class 1, the larger the surer."""
@@ -87,7 +93,7 @@ def cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(
         detect_slide,
         "load_detector",
-        lambda path: (DarkSquares(), {"categories": ["other", "square"]}),
+        lambda path: (DarkSquares(), dict(DESCRIPTION)),
     )
     return tmp_path
 
@@ -154,6 +160,20 @@ def test_geojson_counts_from_the_bounds_of_the_slide_as_qupath_does(cohort: Path
     assert corners == {(x - 15, y - 20) for x, y, _ in SQUARES}
     found = {tuple(round(v) for v in entry["bbox"][:2]) for entry in read(cohort)["annotations"]}
     assert found == {(x, y) for x, y, _ in SQUARES}  # COCO counts from the corner of the slide
+
+
+def test_auto_takes_scale_and_score_from_the_checkpoint(
+    cohort: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    field = {"mpp": 0.25, "side": 256, "resize": 0.25}  # 1 um per pixel: tiles have 0.5
+    trained = DESCRIPTION | {"field": field, "operating_point": {"min_score": 0.42, "f1": 1.0}}
+    monkeypatch.setattr(detect_slide, "load_detector", lambda path: (DarkSquares(), trained))
+    assert detect(cohort) == 0
+    info = read(cohort)["info"]
+    assert (info["scale"], info["min_score"]) == (0.5, 0.42) and "larger" not in caplog.text
+    assert len(read(cohort)["annotations"]) == len(SQUARES)
+    assert detect(cohort, "scale=1.0", f"output={cohort}/other") == 0
+    assert "scale=1: the detector's training says 0.5 (images of 256 px at 0.25 um" in caplog.text
 
 
 def test_finished_slides_are_left_alone_and_other_settings_refused(
