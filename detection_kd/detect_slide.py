@@ -70,7 +70,7 @@ class Config(ExtractionKeys):
     nms_iou: float = key(0.5, "overlap above which the weaker of two boxes of a class goes")
 
 
-class Choice(NamedTuple):
+class Limits(NamedTuple):
     """What decides which detections a tile has, with `auto` resolved."""
 
     scale: float
@@ -79,12 +79,12 @@ class Choice(NamedTuple):
     nms_iou: float
 
 
-def resolve(config: Config, description: dict[str, Any], jobs: list[SlideJob]) -> Choice:
+def resolve(config: Config, description: dict[str, Any], jobs: list[SlideJob]) -> Limits:
     """The keys' values for these slides, from the checkpoint where they are `auto`."""
     tiles = [job.coordinates.geometry for job in jobs]
     scale = choose_scale(config.scale, description.get("field"), tiles)
     min_score = resolve_min_score(config.min_score, description)
-    return Choice(scale, min_score, config.max_detections, config.nms_iou)
+    return Limits(scale, min_score, config.max_detections, config.nms_iou)
 
 
 def to_tensor(tile: np.ndarray) -> Tensor:
@@ -93,10 +93,10 @@ def to_tensor(tile: np.ndarray) -> Tensor:
 
 
 def make_provenance(
-    choice: Choice, detector_sha256: str, job: SlideJob, precision: str
+    limits: Limits, detector_sha256: str, job: SlideJob, precision: str
 ) -> dict[str, Any]:
     """What decides a slide's detections."""
-    return choice._asdict() | {
+    return limits._asdict() | {
         "precision": precision,
         "detector_sha256": detector_sha256,
         "coordinates": job.coordinates.digest(),
@@ -116,15 +116,15 @@ def is_done(path: Path, wanted: dict[str, Any], overwrite: bool) -> bool:
 
 @torch.inference_mode()
 def detect_tiles(
-    model: nn.Module, tiles: Tensor, choice: Choice, settings: ExtractSettings, sides: list[int]
+    model: nn.Module, tiles: Tensor, limits: Limits, settings: ExtractSettings, sides: list[int]
 ) -> list[FoundBoxes]:
     """Detections of a batch of tiles uint8 (B, 3, H, W), in level-0 px of each tile, whose sides
     these are.
     """
     pixels = tiles.to(settings.device, non_blocking=True).float().div_(255)
-    if choice.scale != 1.0:
+    if limits.scale != 1.0:
         pixels = nn.functional.interpolate(
-            pixels, scale_factor=choice.scale, mode="bilinear", antialias=True
+            pixels, scale_factor=limits.scale, mode="bilinear", antialias=True
         )
     mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in IMAGENET)
     images = ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
@@ -134,11 +134,11 @@ def detect_tiles(
     found = (
         FoundBoxes(*item)
         for item in post_process(
-            detections, [(side, side) for side in sides], choice.max_detections
+            detections, [(side, side) for side in sides], limits.max_detections
         )
     )
     return [
-        FoundBoxes(*(values[item.scores >= choice.min_score] for values in item)) for item in found
+        FoundBoxes(*(values[item.scores >= limits.min_score] for values in item)) for item in found
     ]
 
 
@@ -170,7 +170,7 @@ class SlideDetectionsAssembly:
 def find_slides_of(
     model: nn.Module,
     jobs: list[SlideJob],
-    choice: Choice,
+    limits: Limits,
     settings: ExtractSettings,
     failures: Failures,
 ) -> Iterator[tuple[SlideJob, FoundBoxes]]:
@@ -188,14 +188,14 @@ def find_slides_of(
                 owners = batch.slides.tolist()
                 sides = [jobs[index].coordinates.geometry.patch_size_level0 for index in owners]
                 for index, found in zip(
-                    owners, detect_tiles(model, batch.items, choice, settings, sides), strict=True
+                    owners, detect_tiles(model, batch.items, limits, settings, sides), strict=True
                 ):
                     if index not in broken:
                         assembly.add(index, found)
             for index, count in batch.counted:
                 bar.advance(count)
                 if assembly.account(index, count) and index not in broken:
-                    yield jobs[index], merge_detections(assembly.parts.pop(index), choice.nms_iou)
+                    yield jobs[index], merge_detections(assembly.parts.pop(index), limits.nms_iou)
 
 
 def main(config: Config) -> int:
@@ -205,9 +205,9 @@ def main(config: Config) -> int:
     model = model.to(settings.device).eval()
     output, failures = Path(config.output), Failures(STAGE, settings.shard.name)
     jobs = cohort_jobs(config.slides, config.coords, config.labels, failures, settings.shard)
-    choice, digest = resolve(config, description, jobs), sha256_file(config.detector)
+    limits, digest = resolve(config, description, jobs), sha256_file(config.detector)
     wanted = {
-        job.slide_id: make_provenance(choice, digest, job, settings.precision) for job in jobs
+        job.slide_id: make_provenance(limits, digest, job, settings.precision) for job in jobs
     }
     documents = {slide_id: output / "coco" / f"{slide_id}.json" for slide_id in wanted}
     todo = [
@@ -217,7 +217,7 @@ def main(config: Config) -> int:
     ]
     logger.info("%s: %d slides, %d already done", STAGE, len(jobs), len(jobs) - len(todo))
     categories = description["categories"]
-    for job, found in find_slides_of(model, todo, choice, settings, failures):
+    for job, found in find_slides_of(model, todo, limits, settings, failures):
         path = output / "geojson" / f"{job.slide_id}.geojson"
         write_geojson(path, found, categories, job.coordinates.geometry.bounds)
         # last: where it is, the slide is done

@@ -39,7 +39,7 @@ class Config:
     lists: str = key(
         "",
         "folder with train.txt, val.txt and test.txt, one image name per line, with or "
-        "without its folder and suffix where that says which image is meant",
+        "without suffix; or without its folder, where that says which image is meant",
         path=True,
     )
     shares: list[float] = key([0.7, 0.15, 0.15], "shares of train, val and test, without lists")
