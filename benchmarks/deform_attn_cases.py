@@ -8,12 +8,12 @@ encoder has them (a normal of 3 cells around the query), `uniform` anywhere.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from benchmarks.rounds import Call
 from detection_kd.ops.compiled import ms_deform_attn_compiled
 from detection_kd.ops.reference import ms_deform_attn_reference
 
@@ -22,7 +22,6 @@ BATCH, HEADS, DIM, POINTS = 2, 8, 32, 4
 CASES = [("encoder", "local"), ("encoder", "uniform"), ("decoder", "local")]
 Inputs = tuple[Tensor, Tensor, Tensor]
 Op = Callable[[Tensor, Tensor, Tensor], Tensor]
-Call = Callable[[], object]
 
 
 def make_inputs(shape: str, offsets: str, device: str) -> Inputs:
@@ -85,18 +84,3 @@ def contestant(function: Op, inputs: Inputs, what: str) -> Call:
         torch.autograd.grad(out, leaves, ones, retain_graph=True)
 
     return backward
-
-
-def compare(
-    contestants: dict[str, Call], clock: Callable[[Call], float], rounds: int
-) -> dict[str, float]:
-    """Median milliseconds of each over rounds in which all take turns, after one round that does
-    not count.
-    """
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for round_ in range(rounds + 1):
-        for name, call in contestants.items():
-            elapsed = clock(call)
-            if round_:
-                times[name].append(elapsed)
-    return {name: statistics.median(values) for name, values in times.items()}

@@ -16,31 +16,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.deform_attn_cases import (
-    LEVELS,
-    POINTS,
-    Call,
-    Inputs,
-    Op,
-    compare,
-    compiled,
-    contestant,
-    grid_sample,
-)
-from benchmarks.roofline import (
+from benchmarks.cuda_timing import (
     Traffic,
     backward_traffic,
     corners_inside,
     forward_traffic,
     rooflines,
 )
+from benchmarks.deform_attn_cases import (
+    LEVELS,
+    POINTS,
+    Inputs,
+    Op,
+    compiled,
+    contestant,
+    grid_sample,
+)
+from benchmarks.rounds import Call, compare
 from common.errors import UserError
 
 PASSES = ("forward", "backward", "forward+backward")
 BARS = {"forward": 5.0, "backward": 4.0}
-"""How many times faster than the classic kernels the compiled op has to be at the encoder's shape,
-float32.
-"""
+"""Least speed-up over the classic kernels at the encoder's shape in float32."""
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 """Error against the reference, root of mean squares; the largest one may be 10 times that part of
 the largest number.
@@ -108,10 +105,8 @@ def check(name: str, entry: Contestant, inputs: Inputs) -> None:
         a, b = a.detach(), b.detach()
         off = (a.double() - b) * (smooth if what == "of locations" else 1)
         limit = LIMITS[entry.dtype if what in {"output", "gradient of value"} else torch.float32]
-        rms, most = (
-            relative(off.square().mean().sqrt(), b.square().mean().sqrt()),
-            relative(off.abs().max(), b.abs().max()),
-        )
+        rms = relative(off.square().mean().sqrt(), b.square().mean().sqrt())
+        most = relative(off.abs().max(), b.abs().max())
         if not (rms <= limit and most <= 10 * limit):
             raise UserError(
                 f"{name}: {what}: expected errors up to {limit:g}, found {rms:.2g} (rms), "

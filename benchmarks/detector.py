@@ -11,11 +11,8 @@ not equal (transformers weighs classes by 1, not 2), their cost is.
 
 from __future__ import annotations
 
-import argparse
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +22,7 @@ from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection,
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.rounds import clock, compare, make_parser
 from detection_kd import engine
 from detection_kd.datasets.detection import DetectionBatch
 from detection_kd.models.backbone import Backbone
@@ -76,10 +74,8 @@ def contestants(side: int, device: torch.device) -> dict[str, dict[str, Callable
     ours = our_model(theirs).to(device)
     theirs.to(device)
     batch = make_batch(side, device)
-    mask, annotations = (
-        (~batch.padding).long(),
-        [{"class_labels": batch.labels[0], "boxes": batch.boxes[0]}],
-    )
+    mask = (~batch.padding).long()
+    annotations = [{"class_labels": batch.labels[0], "boxes": batch.boxes[0]}]
 
     def our_inference() -> Tensor:
         with torch.inference_mode():
@@ -111,10 +107,18 @@ def backward(model: nn.Module, loss: Tensor) -> None:
     loss.backward()
 
 
+def clock_cuda(call: Callable[[], object]) -> float:
+    """Milliseconds of one call until the device has finished it."""
+
+    def finish() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    return clock(finish)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--side", type=int, default=800, help="short side of the image, px")
@@ -126,16 +130,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     rows = []
     for name, calls in contestants(arguments.side, torch.device(arguments.device)).items():
-        times: dict[str, list[float]] = {who: [] for who in calls}
-        for round_ in range(arguments.rounds + 1):
-            for who, call in calls.items():
-                start = time.perf_counter()
-                call()
-                if arguments.device == "cuda":
-                    torch.cuda.synchronize()
-                if round_:  # the first one warms up
-                    times[who].append(1e3 * (time.perf_counter() - start))
-        medians = {who: statistics.median(values) for who, values in times.items()}
+        medians = compare(
+            calls, clock_cuda if arguments.device == "cuda" else clock, arguments.rounds
+        )
         rows.append({"pass": name, **medians, "ratio": medians["transformers"] / medians["ours"]})
     if arguments.json:
         print(

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.rounds import make_parser
 from common.files import write_json
 from detection_kd.datasets.distillation import DistillationTiles, Pair, digest_pairs, read_pairs
 from detection_kd.datasets.packed_pairs import PackWriter
@@ -86,9 +87,7 @@ def bytes_only(pairs: list[Pair]) -> int:
 
 
 def cpu_seconds() -> float:
-    """Of this process and of workers that have ended: what other jobs of the machine do not
-    change.
-    """
+    """CPU seconds of this process and of workers that have ended; other jobs do not count."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
@@ -113,9 +112,7 @@ def one_round(path: Path, a: argparse.Namespace) -> tuple[dict[str, float], str]
 def measure(
     sources: dict[str, Path], a: argparse.Namespace
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """({form: {what: figure}}, {what: packed / folder}): medians over rounds, ratios within a
-    round.
-    """
+    """({form: {what: figure}}, {what: packed / folder}): medians over rounds."""
     rounds: list[dict[str, dict[str, float]]] = []
     for number in range(a.rounds):
         order = list(sources) if number % 2 else list(sources)[::-1]
@@ -142,11 +139,7 @@ def on_disk(path: Path) -> dict[str, float]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name, default in (("pairs", 2000), ("batch", 40), ("rounds", 3), ("workers", 2)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser = make_parser(__doc__, pairs=2000, batch=40, rounds=3, workers=2)
     parser.add_argument(
         "--cache",
         type=Path,

@@ -21,7 +21,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +36,7 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.rounds import make_parser, measure_rates
 from common.memory import peak_memory as own_peak
 from patch_encoder.extraction.loop import ExtractSettings, encode_slides, tile_batches
 from patch_encoder.extraction.network import Network
@@ -44,8 +44,7 @@ from patch_encoder.extraction.tile_batches import TileSequence
 from patch_encoder.models.encoder_table import IMAGENET
 from patch_encoder.models.encoders import Encoder, PixelEncoder, build_encoder
 from patch_encoder.models.transforms import ToInputSize
-from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, write_coordinates
-from patch_encoder.tiles.slide_job import SlideJob
+from patch_encoder.tiles.coordinates import Coordinates, SlideJob, TileGeometry, write_coordinates
 
 SIDE, TILE, INPUT = 20_000, 256, 224
 BARS = {"end to end / smaller part": 0.85, "bf16 / classic": 3.0, "memory, 10x the tiles": 1.2}
@@ -72,9 +71,7 @@ def tiles_of(block: np.ndarray, count: int) -> Iterator[np.ndarray]:
 
 
 def render(cache: Path, tiles: int) -> dict[str, SlideJob]:
-    """The slide and the tile folder, drawn where they are not there yet; `tiles` of each, spread
-    over the slide.
-    """
+    """Draw the slide and the tile folder where they are missing; `tiles` of each as jobs."""
     slide, folder, across = cache / "slide.tiff", cache / "folder", -(-SIDE // TILE)
     if not slide.is_file():
         cache.mkdir(parents=True, exist_ok=True)
@@ -269,18 +266,7 @@ def verdicts(found: dict[str, float]) -> dict[str, bool]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name, default in (
-        ("tiles", 96),
-        ("batch", 32),
-        ("rounds", 3),
-        ("workers", 2),
-        ("threads", 2),
-        ("peak", 0),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser = make_parser(__doc__, tiles=96, batch=32, rounds=3, workers=2, threads=2, peak=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
     parser.add_argument(
@@ -303,19 +289,11 @@ def main() -> None:
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
     calls = contestants(build_encoder("resnet50", weights="random"), render(a.cache, a.tiles), a)
-    for (
-        name,
-        call,
-    ) in calls.items():  # warm up: networks are folded and compiled, files come into the cache
+    # warm up: networks are folded and compiled, files come into the cache
+    for name, call in calls.items():
         if not name.endswith("classic"):
             call()
-    rounds: list[dict[str, float]] = []
-    for _ in range(a.rounds):
-        rates = {}
-        for name, call in calls.items():
-            start = time.perf_counter()
-            rates[name] = call() / (time.perf_counter() - start)
-        rounds.append(rates)
+    rounds = [measure_rates(calls) for _ in range(a.rounds)]
     found = ratios(rounds) | {
         "memory, 10x the tiles": peak_memory(20_000, a.cache) / peak_memory(2_000, a.cache)
     }

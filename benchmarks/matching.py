@@ -11,11 +11,8 @@ rows, and solves on all cores.
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,9 +21,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.rounds import clock, compare, make_parser
 from detection_kd.losses.boxes import cxcywh_to_xyxy, generalized_iou
-from detection_kd.losses.focal import ALPHA, GAMMA
-from detection_kd.losses.matcher import match_queries
+from detection_kd.losses.matcher import ALPHA, GAMMA, match_queries
 
 
 def published(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Tensor]) -> None:
@@ -49,25 +46,8 @@ def published(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list
             linear_sum_assignment(part[image])
 
 
-def clock(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name, default in (
-        ("queries", 1000),
-        ("boxes", 500),
-        ("batch", 8),
-        ("layers", 6),
-        ("rounds", 3),
-        ("classes", 10),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser = make_parser(__doc__, queries=1000, boxes=500, batch=8, layers=6, rounds=3, classes=10)
     parser.add_argument("--device", default="cpu")
     a = parser.parse_args()
     torch.manual_seed(0)
@@ -76,17 +56,17 @@ def main() -> None:
     labels = [torch.randint(a.classes, (a.boxes,), device=a.device) for _ in range(a.batch)]
     targets = [torch.rand(a.boxes, 4, device=a.device) * 0.5 + 0.1 for _ in range(a.batch)]
     arguments = (logits, boxes, labels, targets)
-    times: dict[str, list[float]] = {"published": [], "ours": []}
-    for _ in range(a.rounds):
-        times["published"].append(clock(lambda: published(*arguments)))
-        times["ours"].append(clock(lambda: match_queries(*arguments)))
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    calls = {
+        "published": partial(published, *arguments),
+        "ours": partial(match_queries, *arguments),
+    }
+    medians = compare(calls, clock, a.rounds)
     print(
         f"{a.queries} queries x {a.boxes} boxes x batch {a.batch} x {a.layers} layers on "
         f"{a.device}:"
     )
-    for name, seconds in medians.items():
-        print(f"  {name:10} {1e3 * seconds:8.0f} ms   {medians['published'] / seconds:5.1f}x")
+    for name, milliseconds in medians.items():
+        print(f"  {name:10} {milliseconds:8.0f} ms   {medians['published'] / milliseconds:5.1f}x")
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.progress import say
-from benchmarks.sparse_attn_cases import make_slide
+from benchmarks.rounds import make_parser, say
+from benchmarks.sparse_attention import make_slide
 from common.device import pick_device
 from common.distributed import World
 from common.files import write_json
@@ -123,11 +123,9 @@ def contestants(name: str, files: list[Path], device: torch.device) -> dict[str,
     model = build(name, DIM, 2).to(device)
     bags = load_bags({file.stem: file for file in files})
     samples = [Sample(slide, bag, i % 2) for i, (slide, bag) in enumerate(bags.items())]
-    optimizer, world, order = (
-        torch.optim.Adam(model.parameters(), 1e-4),
-        World(0, 1, device),
-        range(len(samples)),
-    )
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4)
+    world = World(0, 1, device)
+    order = range(len(samples))
     recipe = Recipe(epochs=1)
     return {
         "train": lambda: train_one_epoch(model, samples, optimizer, recipe, world, order),
@@ -217,9 +215,7 @@ def in_child(name: str, file: Path, what: str, threads: int) -> dict[str, float]
 
 
 def linear(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Cost of ten times the tiles, for every pair of cells that is there, and whether it is what it
-    should be.
-    """
+    """Cost of ten times the tiles for every pair of cells, and whether it is below LINEAR."""
     cells = {(row["model"], row["tiles"]): row for row in rows}
     result = []
     for (name, tiles), row in cells.items():
@@ -270,9 +266,7 @@ def table(report: dict[str, Any]) -> str:
 
 def arguments() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--tiles", nargs="+", type=int, default=[1_000, 10_000, 100_000])
     parser.add_argument("--bags", type=int, default=4, help="bags of a round")

@@ -14,10 +14,9 @@ noisy machine.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,44 +30,29 @@ from benchmarks.deform_attn_cases import (
     CASES,
     LEVELS,
     POINTS,
-    Call,
     Inputs,
-    compare,
     compiled,
     contestant,
     grid_sample,
     make_inputs,
 )
 from benchmarks.deform_attn_cuda import bars, contestants, measure, table
+from benchmarks.rounds import Call, clock, compare, make_parser, pin_kernels
 from common.errors import UserError
 from detection_kd.ops.compiled import choose_kernels, unavailable
 
 
-def clock(call: Call) -> float:
-    """Milliseconds of one call on the CPU."""
-    start = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - start)
-
-
-def pinned(kernels: str, call: Call) -> Call:
-    """The call with the CPU kernels of one instruction set."""
-
-    def run() -> None:
-        choose_kernels(kernels)
-        call()
-
-    return run
-
-
 def cpu_contestants(inputs: Inputs, what: str) -> dict[str, Call]:
     """The baseline, each instruction set in float32, and the fastest one with 16-bit values."""
+    pin = partial(pin_kernels, choose_kernels)
     found = {"grid_sample": contestant(grid_sample, inputs, what)}
     for kernels in ("baseline", "avx2", "avx512"):
         if choose_kernels(kernels):
-            found[kernels] = pinned(kernels, contestant(compiled, inputs, what))
+            found[kernels] = pin_kernels(
+                choose_kernels, kernels, contestant(compiled, inputs, what)
+            )
     low = (inputs[0].bfloat16(), *inputs[1:])
-    found["bf16 values"] = pinned("auto", contestant(compiled, low, what))
+    found["bf16 values"] = pin("auto", contestant(compiled, low, what))
     return found
 
 
@@ -96,9 +80,7 @@ def run_cpu(threads: int, rounds: int) -> dict[str, Any]:
 
 
 def run_cuda(rounds: int, iterations: int, flush: bool) -> dict[str, Any]:
-    """Every case and pass with bytes and rooflines; builds the classic kernels where they are not
-    built.
-    """
+    """Every case and pass with bytes and rooflines; builds the classic kernels first."""
     if not torch.cuda.is_available():
         raise UserError("device cuda: torch finds no CUDA device here")
     library = build_kernels()
@@ -129,9 +111,7 @@ def print_cpu(report: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--rounds", type=int, default=7)

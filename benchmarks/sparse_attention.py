@@ -5,10 +5,11 @@ interleaved in one process.
     memory; time against tiles ... --sizes 6000 --largest 100000 --json           less of it; the
     figures for a machine
 
-Slides are those of `sparse_attn_cases.py`. Times are medians over rounds in which all contestants
-take turns; time against tiles is that of the processors, which other jobs on the machine touch
-less. Memory is the peak resident size of a child process that makes the inputs and calls once,
-above its size before that.
+A slide is tissue in round pieces on a rectangular grid; tiles lie in raster order. Locations are a
+normal of 3 cells around the tile, 8 heads of 32 channels, 4 points. Times are medians over rounds
+in which all contestants take turns; time against tiles is that of the processors, which other jobs
+on the machine touch less. Memory is the peak resident size of a child process that makes the inputs
+and calls once, above its size before that.
 """
 
 from __future__ import annotations
@@ -24,25 +25,87 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.deform_attn_cases import Call, Inputs, compare, contestant
-from benchmarks.sparse_attn_cases import POINTS, dense, make_inputs, slide_grid
+from benchmarks.deform_attn_cases import Inputs, contestant
+from benchmarks.rounds import Call, clock, compare, make_parser, pin_kernels
 from common.memory import peak_memory
 from mil.ops.compiled import choose_kernels, sparse_deform_attn_compiled, unavailable
-from mil.ops.grid import SparseMaps
+from mil.ops.grid import SparseMaps, TileGrid, build_grid
 
+HEADS, DIM, POINTS = 8, 32, 4
 SIZES = {6_000: (120, 120), 20_000: (300, 250), 50_000: (600, 500)}
 TILES = (10_000, 30_000, 100_000, 300_000, 1_000_000)
 BARS = {"forward ratio": 15.0, "memory share": 0.2, "time a tile, largest to 100,000": 1.5}
 
 
-def clock(call: Call) -> float:
-    """Milliseconds of one call."""
-    start = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - start)
+def make_slide(tiles: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """Level-0 corners (N, 2) of `tiles` tiles of 256 px: the cells nearest to random centres."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.rand(6, 2, generator=generator) * 0.7 + 0.15
+    y, x = torch.meshgrid(
+        (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij"
+    )
+    cells = torch.stack((x, y), -1).flatten(0, 1)
+    distance = torch.stack([(cells - centre).square().sum(-1) for centre in centres]).amin(0)
+    distance[[0, -1]] = 0  # the corners of the slide: the grid has the size that was asked for
+    chosen = distance.topk(tiles, largest=False).indices.sort().values
+    return torch.stack((chosen % width, chosen // width), -1) * 256
+
+
+def make_inputs(
+    grid: TileGrid, levels: int = 1, sigma: float = 3.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Value (T, M, D), locations (N, M, L*P, 2) in cells, weights (N, M, L*P), float32."""
+    generator = torch.Generator().manual_seed(1)
+    size = (len(grid.rows), HEADS, levels, POINTS)
+    centres = torch.stack([grid.level_positions(level) for level in range(levels)], 1)  # (N, L, 2)
+    locations = centres[:, None, :, None] + sigma * torch.randn(*size, 2, generator=generator)
+    weights = torch.randn(size, generator=generator).flatten(2).softmax(-1)
+    value = torch.randn(sum(grid.sizes), HEADS, DIM, generator=generator)
+    return value, locations.flatten(2, 3), weights
+
+
+def dense(
+    value: Tensor, index: SparseMaps, points: list[int], locations: Tensor, weights: Tensor
+) -> Tensor:
+    """Rows scattered to a dense map, then one `grid_sample` a level: the form in use without the
+    op.
+
+    Every bag and level in turn; cells without a tile are 0.
+    """
+    heads, dim = value.shape[1:]
+    cells = index.maps.split([int(h * w) for h, w in index.shapes.flatten(0, 1).tolist()])
+    results = []
+    bags = zip(locations.split(index.bags.tolist()), weights.split(index.bags.tolist()))
+    for bag, (xy, a) in enumerate(bags):
+        total = value.new_zeros(heads, dim, len(xy))
+        for level, (at, by) in enumerate(zip(xy.split(points, 2), a.split(points, 2))):
+            height, width = index.shapes[bag, level].tolist()
+            map_ = cells[bag * len(points) + level].long()
+            where = (map_ >= 0).nonzero().squeeze(1)
+            scattered = value.new_zeros(height * width, heads, dim).index_copy(
+                0, where, value[map_[where]]
+            )
+            maps = scattered.permute(1, 2, 0).reshape(heads, dim, height, width)
+            extent = at.new_tensor([width, height])
+            grid = ((2 * at + 1) / extent - 1).transpose(
+                0, 1
+            )  # (heads, N, points, 2) between the outer edges
+            sampled = F.grid_sample(
+                maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False
+            )
+            total = total + (sampled * by.transpose(0, 1)[:, None]).sum(-1)  # (heads, dim, N)
+        results.append(total.permute(2, 0, 1).flatten(1))
+    return torch.cat(results)
+
+
+def slide_grid(tiles: int, height: int, width: int, levels: int = 1) -> TileGrid:
+    """The index of one slide."""
+    return build_grid([make_slide(tiles, height, width)], levels, step=256)
 
 
 def processor(call: Call) -> float:
@@ -54,47 +117,32 @@ def processor(call: Call) -> float:
 
 def op(
     index: SparseMaps,
-    value: torch.Tensor,
-    locations: torch.Tensor,
-    weights: torch.Tensor,
+    value: Tensor,
+    locations: Tensor,
+    weights: Tensor,
     **how: Any,
-) -> torch.Tensor:
+) -> Tensor:
     """The compiled op, on one level."""
     return sparse_deform_attn_compiled(value, index, [POINTS], locations, weights, **how)
 
 
-def scattered(
-    index: SparseMaps, value: torch.Tensor, locations: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
+def scattered(index: SparseMaps, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
     """The dense form, on one level."""
     return dense(value, index, [POINTS], locations, weights)
 
 
-def pinned(kernels: str, call: Call) -> Call:
-    """The call with the kernels of one instruction set."""
-
-    def run() -> None:
-        choose_kernels(kernels)
-        call()
-
-    return run
-
-
 def contestants(index: SparseMaps, inputs: Inputs, what: str) -> dict[str, Call]:
-    """The dense form, each instruction set in float32, and the fastest one renormalised and with
-    16-bit values.
-    """
+    """The dense form, and the op by instruction set, renormalised, and with 16-bit values."""
+    ours = partial(op, index)
     found = {"dense": contestant(partial(scattered, index), inputs, what)}
+    pin = partial(pin_kernels, choose_kernels)
     for kernels in ("baseline", "avx2", "avx512"):
         if choose_kernels(kernels):
-            found[kernels] = pinned(kernels, contestant(partial(op, index), inputs, what))
-    found["renormalised"] = pinned(
-        "auto", contestant(partial(op, index, renormalise=True), inputs, what)
-    )
+            found[kernels] = pin(kernels, contestant(ours, inputs, what))
+    found["renormalised"] = pin("auto", contestant(partial(ours, renormalise=True), inputs, what))
     for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
-        found[name] = pinned(
-            "auto", contestant(partial(op, index), (inputs[0].to(dtype), *inputs[1:]), what)
-        )
+        low = (inputs[0].to(dtype), *inputs[1:])
+        found[name] = pin("auto", contestant(ours, low, what))
     return found
 
 
@@ -145,9 +193,7 @@ def child(tiles: int, what: str, name: str) -> None:
 
 
 def measure_tiles(largest: int, rounds: int) -> list[dict[str, Any]]:
-    """Forward on slides of more and more tiles, tissue a sixth of the grid; and the time to make
-    and index them.
-    """
+    """Time the forward on ever larger slides, tissue a sixth of the grid, and their index."""
     rows = []
     for tiles in [count for count in TILES if count <= largest]:
         side = round((6 * tiles) ** 0.5)
@@ -225,9 +271,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(

@@ -11,7 +11,6 @@ torchstain's torch backend; processor seconds, so that other work on the machine
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -24,6 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.rounds import make_parser
 from patch_encoder.stain.augment import HedJitter, StainJitter
 from patch_encoder.stain.macenko import COMMON, fit_macenko, make_common_profile, normalise_macenko
 from patch_encoder.stain.normaliser import build_normaliser, make_common_colours
@@ -89,11 +89,7 @@ def clock(call: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name, default in (("side", 256), ("tiles", 8), ("rounds", 9), ("threads", 1)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser = make_parser(__doc__, side=256, tiles=8, rounds=9, threads=1)
     parser.add_argument("--json", action="store_true")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)

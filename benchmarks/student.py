@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.extraction import texture, tiles_of
-from benchmarks.progress import say
+from benchmarks.rounds import make_parser, say
 from common.files import write_json
 from common.memory import peak_memory as own_peak
 from detection_kd.models.adapter import Adapter
@@ -48,8 +48,7 @@ from patch_encoder.models.encoder_table import IMAGENET
 from patch_encoder.models.encoders import Encoder, PixelEncoder, build_encoder
 from patch_encoder.models.onnx_network import OnnxNetwork
 from patch_encoder.models.transforms import ToInputSize
-from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
-from patch_encoder.tiles.slide_job import SlideJob
+from patch_encoder.tiles.coordinates import Coordinates, SlideJob, TileGeometry
 
 GIGAPATH = {"img_size": 224, "patch_size": 16, "mlp_ratio": 5.33334}
 VITS: dict[str, tuple[str, dict]] = {
@@ -125,10 +124,8 @@ def call_of(
     model: str, form: str, a: argparse.Namespace, folder: Path
 ) -> tuple[Callable[[], object], int, nn.Module]:
     """(one batch of this contestant, its tiles, the module that it calls)."""
-    device, rows = (
-        torch.device(a.device),
-        1 if model == "vit_g14" and a.device == "cpu" else a.batch,
-    )
+    device = torch.device(a.device)
+    rows = 1 if model == "vit_g14" and a.device == "cpu" else a.batch
     module, pixels = build(model, form), pixels_of(model, max(rows, 2))[:rows]
     if form == "published":
         module = module.to(device)
@@ -264,9 +261,7 @@ def ratios(rounds: list[dict[str, float]], a: argparse.Namespace) -> dict[str, f
 
 
 def verdicts(found: dict[str, float]) -> dict[str, bool]:
-    """Whether each ratio that has a bar meets it: equal precision, PyTorch against PyTorch, ONNX
-    against ONNX.
-    """
+    """Whether each ratio that has a bar meets it, at equal precision and runtime."""
     out = {}
     for (student, other), bar in BARS.items():
         for form in ("fp32", "onnx", "bf16"):
@@ -278,17 +273,7 @@ def verdicts(found: dict[str, float]) -> dict[str, bool]:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name, default in (
-        ("batch", 8),
-        ("rounds", 3),
-        ("threads", 2),
-        ("workers", 2),
-        ("tiles", 32),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser = make_parser(__doc__, batch=8, rounds=3, threads=2, workers=2, tiles=32)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--stages", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument(

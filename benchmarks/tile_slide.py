@@ -10,7 +10,6 @@ numbers are of the machine that prints them.
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import cv2
 import numpy as np
 import tifffile
 
+from benchmarks.rounds import make_parser
 from patch_encoder.demo.cytology.smear import draw_smear, plan_smear
 from patch_encoder.tiles.coordinates import read_coordinates
 
@@ -56,9 +56,7 @@ def pieces(smear: np.ndarray, side: int, factor: int) -> Iterator[np.ndarray]:
 
 
 def render(path: Path, side: int, factors: tuple[int, ...]) -> Path:
-    """A slide of side x side px at 0.25 um per pixel with the given levels; kept when it is
-    there.
-    """
+    """Render a slide of side x side px at 0.25 um per pixel, unless it is there."""
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,9 +100,7 @@ def measure(slides: Path, output: Path, keys: list[str]) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--side", type=int, default=20000, help="px of level 0")
     parser.add_argument(
         "--folder",

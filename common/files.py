@@ -97,6 +97,16 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def write_or_remove_csv(
+    path: Path, header: Sequence[str], rows: Sequence[Mapping[str, object]]
+) -> None:
+    """Write the rows; without any, remove the file that an earlier run left."""
+    if rows:
+        write_csv(path, header, rows)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_csv(
     path: str | Path, header: Sequence[str], rows: Iterable[Mapping[str, object]]
 ) -> None:

@@ -46,7 +46,7 @@ from patch_encoder.extraction.keys import ExtractionKeys
 from patch_encoder.extraction.loop import ExtractSettings, cohort_jobs, tile_batches
 from patch_encoder.extraction.tile_batches import TileSequence
 from patch_encoder.models.encoder_table import IMAGENET
-from patch_encoder.tiles.slide_job import SlideJob
+from patch_encoder.tiles.coordinates import SlideJob
 
 logger = logging.getLogger(__name__)
 STAGE = "detect_slide"

@@ -43,7 +43,7 @@ from patch_encoder.extraction.loop import (
 from patch_encoder.extraction.network import Network
 from patch_encoder.extraction.tile_batches import TileSequence
 from patch_encoder.models.encoders import Encoder
-from patch_encoder.tiles.slide_job import SlideJob
+from patch_encoder.tiles.coordinates import SlideJob
 
 logger = logging.getLogger(__name__)
 STAGE = "extract_student"

@@ -49,7 +49,7 @@ from detection_kd.datasets.tile_augmentation import rescale
 from detection_kd.evaluation.feature_agreement import measure_agreement
 from detection_kd.figures.student_report import write_report
 from detection_kd.losses.distillation_loss import DistillationLoss, ExtraTerms, distillation_loss
-from detection_kd.losses.feature_regression import FEATURE_LOSSES
+from detection_kd.losses.feature_losses import FEATURE_LOSSES
 from detection_kd.models.adapter import ADAPTERS
 from detection_kd.models.backbone import load_backbone
 from detection_kd.models.online_teacher import OnlineTeacher, read_online_teacher

@@ -28,12 +28,12 @@ from common.config import REQUIRED, group, key, to_dict
 from common.device import pick_device
 from common.distributed import World, require_one_process
 from common.errors import UserError, did_you_mean
-from common.files import safe_id, write_csv, write_json, write_text
+from common.files import safe_id, write_json, write_or_remove_csv, write_text
 from common.processes.pool import check_workers
 from common.processes.ray_cluster import ENGINE_HELP, ENGINES, RaySettings, import_ray
 from common.progress import progress
 from mil.datasets.bags import choose_memory
-from mil.datasets.split_files import write_splits
+from mil.datasets.splits import write_splits
 from mil.evaluation.runs import (
     add_headline,
     read_encoder_costs,
@@ -43,10 +43,15 @@ from mil.evaluation.runs import (
 )
 from mil.evaluation.tables import write_evaluation
 from mil.models import MODELS
-from mil.training.benchmark_jobs import check_tasks, make_jobs, name_of, open_pending_jobs
+from mil.training.benchmark_jobs import (
+    check_tasks,
+    make_jobs,
+    open_pending_jobs,
+    train_here,
+    train_on_ray,
+)
 from mil.training.fold_run import FoldJob, FoldSettings
 from mil.training.keys import Cohort, TrainingKeys
-from mil.training.training_pool import train_here, train_on_ray
 
 logger = logging.getLogger(__name__)
 
@@ -121,11 +126,7 @@ def check(config: Config) -> None:
                 "GPU each; leave it out"
             )
     folders = [Path(folder).resolve() for folder in config.features]
-    lists: dict[str, list[Any]] = {
-        "models": config.models,
-        "seeds": config.seeds,
-        "features": folders,
-    }
+    lists = {"models": config.models, "seeds": config.seeds, "features": folders}
     for name, values in lists.items():
         twice = next((value for value in values if values.count(value) > 1), None)
         if twice is not None:
@@ -150,34 +151,29 @@ def check(config: Config) -> None:
         )
 
 
-def headline_of(config: Config) -> str:
+def choose_headline(config: Config) -> str:
     """The classifier that stands for a feature set."""
     return config.headline or ("abmil" if "abmil" in config.models else config.models[0])
 
 
-def feature_names(config: Config) -> dict[str, Path]:
+def name_feature_sets(config: Config) -> dict[str, Path]:
     """Name -> folder of every feature set."""
     if not config.features:
         raise UserError(
             "features: expected at least one folder of feature bags, found none; add "
             "features=[folder, ...]"
         )
-    folders = [Path(folder) for folder in config.features]
-    names = config.names or [
-        folder.name if folder.name not in {"h5_files", "pt_files", "pt"} else folder.parent.name
-        for folder in folders
-    ]
+    folders, inner = [Path(folder) for folder in config.features], {"h5_files", "pt_files", "pt"}
+    names = config.names or [(f.parent if f.name in inner else f).name for f in folders]
     if len(names) != len(folders) or len(set(names)) != len(names):
         raise UserError(
             f"names: expected {len(folders)} different names for the feature sets, found {names}; "
             "set names=[...]"
         )
-    return {
-        safe_id(name, "feature set"): folder for name, folder in zip(names, folders, strict=True)
-    }
+    return dict(zip((safe_id(name, "feature set") for name in names), folders, strict=True))
 
 
-def model_settings(config: Config) -> dict[str, FoldSettings]:
+def make_settings(config: Config) -> dict[str, FoldSettings]:
     """Model -> its settings (with the first seed): published recipe < keys that were given <
     `recipes` of the model.
     """
@@ -189,23 +185,22 @@ def model_settings(config: Config) -> dict[str, FoldSettings]:
                 )
             if not isinstance(values, dict):
                 raise UserError(f"{name}: {model}: expected {{name: value}}, found {values!r}")
+    seed, options, recipes = config.seeds[0], config.options, config.recipes
     return {
-        model: config.settings(
-            model, config.seeds[0], config.options.get(model, {}), config.recipes.get(model, {})
-        )
+        model: config.settings(model, seed, options.get(model, {}), recipes.get(model, {}))
         for model in config.models
     }
 
 
 def build_jobs(config: Config, cohort: Cohort) -> list[FoldJob]:
     """Every feature set x model x seed x fold, checked."""
-    settings = model_settings(config)
+    settings = make_settings(config)
     check_tasks(cohort, settings)
-    memory = choose_memory(config.ram_gb, workers_of(config))
+    memory = choose_memory(config.ram_gb, count_workers(config))
     return make_jobs(Path(config.output), cohort, settings, config.seeds, memory)
 
 
-def workers_of(config: Config) -> int:
+def count_workers(config: Config) -> int:
     """Trainings at a time on this machine."""
     return max(config.workers, len(config.devices))
 
@@ -220,7 +215,7 @@ def summarise_benchmark(config: Config, cohort: Cohort, jobs: list[FoldJob]) -> 
         output, finished, task, config.resamples, config.split_seed, config.xlsx
     )
     costs = read_encoder_costs(config.cost, cohort.files)
-    feature_sets = add_headline(summary, costs, headline_of(config), task.headline)
+    feature_sets = add_headline(summary, costs, choose_headline(config), task.headline)
     protocol = {
         "name": "files" if config.splits else config.protocol,
         "folds": len({run.test.fold for run in finished}),
@@ -238,7 +233,7 @@ def summarise_benchmark(config: Config, cohort: Cohort, jobs: list[FoldJob]) -> 
         "task": config.task,
         "metric": task.headline,
         "feature_sets": feature_sets,
-        "headline": headline_of(config),
+        "headline": choose_headline(config),
         "models": config.models,
         "classes": list(task.names),
     }
@@ -254,35 +249,29 @@ def train_pending(config: Config, pending: list[FoldJob]) -> dict[int, str]:
         device = pick_device(config.device).type
         outcomes = train_on_ray(pending, config.ray, config.threads, device, config.ram_gb)
     else:
-        devices, workers = config.devices or [config.device], workers_of(config)
+        devices, workers = config.devices or [config.device], count_workers(config)
         outcomes = train_here(pending, workers, config.threads, devices, isolated=config.isolated)
     for number, error in progress(outcomes, "trainings", len(pending), "runs"):
         if error is not None:
-            logger.error("benchmark: %s failed: %s", name_of(pending[number]), error)
+            logger.error("benchmark: %s failed: %s", pending[number].place, error)
             failed[number] = error
     return failed
 
 
-def unfinished(config: Config, cohort: Cohort, jobs: list[FoldJob]) -> list[FoldJob]:
+def open_jobs(config: Config, cohort: Cohort, jobs: list[FoldJob]) -> list[FoldJob]:
     """The jobs that have no result; opens every run directory, then writes what belongs
     to the whole benchmark.
     """
     output = Path(config.output)
     world = World(0, 1, pick_device(config.device))
     if config.overwrite:
-        (output / "summary.json").unlink(
-            missing_ok=True
-        )  # the runs it speaks of are trained again, on other splits perhaps
+        # the runs it speaks of are trained again, on other splits perhaps
+        (output / "summary.json").unlink(missing_ok=True)
     pending = open_pending_jobs(jobs, world, config.overwrite)
     write_splits(output / "splits", cohort.splits)
     write_text(output / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
-    slides = len(cohort.slides.records)
-    logger.info(
-        "benchmark: %d slides, %d trainings, %d finished already",
-        slides,
-        len(jobs),
-        len(jobs) - len(pending),
-    )
+    counts = (len(cohort.slides.records), len(jobs), len(jobs) - len(pending))
+    logger.info("benchmark: %d slides, %d trainings, %d finished already", *counts)
     return pending
 
 
@@ -295,13 +284,10 @@ def conclude(
 ) -> int:
     """The tables, failures.csv, and the exit status."""
     failures = [
-        {"job": name_of(pending[i]), "stage": "benchmark", "error": failed[i]}
-        for i in sorted(failed)
+        {"job": pending[i].place, "stage": "benchmark", "error": failed[i]} for i in sorted(failed)
     ]
-    list_of_failures = Path(config.output) / "failures.csv"
-    list_of_failures.unlink(missing_ok=True)
-    if failures:
-        write_csv(list_of_failures, ["job", "stage", "error"], failures)
+    header = ["job", "stage", "error"]
+    write_or_remove_csv(Path(config.output) / "failures.csv", header, failures)
     if len(failures) == len(jobs):
         raise UserError(
             f"benchmark: all {len(jobs)} trainings failed, the first with: {failures[0]['error']}"
@@ -314,9 +300,9 @@ def main(config: Config) -> int:
     check(config)
     for device in config.devices:
         pick_device(device)  # a device that is not there stops the benchmark before it has begun
-    cohort = config.read_cohort(feature_names(config))
+    cohort = config.read_cohort(name_feature_sets(config))
     jobs = build_jobs(config, cohort)
-    pending = unfinished(config, cohort, jobs)
+    pending = open_jobs(config, cohort, jobs)
     return conclude(config, cohort, jobs, pending, train_pending(config, pending))
 
 

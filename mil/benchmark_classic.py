@@ -22,12 +22,11 @@ import torch
 from common.cli import launch
 from common.config import REQUIRED, key
 from common.errors import UserError, did_you_mean
-from common.files import read_json, write_csv, write_text
+from common.files import read_json, write_csv, write_or_remove_csv, write_text
 from common.processes.pool import Lost, Raised, check_workers, run_jobs
 from common.progress import progress
 from mil.classic.cross_validation import ClassicJob, train_missing
-from mil.classic.pooled_baselines import SIMPLE
-from mil.classic.recipes import NETWORKS
+from mil.classic.recipes import NETWORKS, SIMPLE
 from mil.classic.table import HEADER, SETS, ClassicRow, judge_methods, make_markdown
 
 logger = logging.getLogger(__name__)
@@ -60,21 +59,17 @@ class Config:
 def make_jobs(config: Config) -> list[ClassicJob]:
     """Every method on every set, after a look at the names and numbers."""
     for what, values, valid in (("sets", config.sets, SETS), ("methods", config.methods, METHODS)):
-        unknown = [value for value in values if value not in valid]
-        if unknown or not values:
-            raise UserError(
-                f"{what}: unknown value '{(unknown or [''])[0]}'; "
-                f"{did_you_mean((unknown or [''])[0], valid)}"
-            )
+        for value in values or [""]:
+            if value not in valid:
+                raise UserError(f"{what}: unknown value '{value}'; {did_you_mean(value, valid)}")
     for what, least in (("repeats", 1), ("folds", 2), ("batch_size", 1), ("epochs", 0)):
         if getattr(config, what) < least:
             raise UserError(f"{what}={getattr(config, what)}: expected at least {least}")
-    shared = {
-        name: getattr(config, name) for name in ("repeats", "folds", "batch_size", "epochs", "seed")
-    }
-    pairs = [(name, method) for name in config.sets for method in config.methods]
+    shared = (config.repeats, config.folds, config.batch_size, config.epochs, config.seed)
     return [
-        ClassicJob(config.data, config.output, name, method, **shared) for name, method in pairs
+        ClassicJob(config.data, config.output, name, method, *shared)
+        for name in config.sets
+        for method in config.methods
     ]
 
 
@@ -99,27 +94,21 @@ def main(config: Config) -> int:
     check_workers(config.workers, least=1)
     jobs, output = make_jobs(config), Path(config.output)
     pending = [job for job in jobs if job.missing(config.overwrite)]
-    logger.info(
-        "classic: %d methods on sets, %d finished already", len(jobs), len(jobs) - len(pending)
-    )
+    done = len(jobs) - len(pending)
+    logger.info("classic: %d methods on sets, %d finished already", len(jobs), done)
     failures = []
     torch.set_num_threads(config.threads)
     workers = min(config.workers, len(pending))
+    workers = workers if workers > 1 else 0
     work = partial(train_missing, overwrite=config.overwrite)
-    outcomes = run_jobs(
-        work, pending, workers if workers > 1 else 0, fresh=True, threads=config.threads
-    )
+    outcomes = run_jobs(work, pending, workers, fresh=True, threads=config.threads)
     for number, result in progress(outcomes, "methods on sets", len(pending), "jobs"):
         if isinstance(result, (Lost, Raised)):
             job, error = pending[number], result.reason
             logger.error("classic: %s on %s failed: %s", job.method, job.name, error)
-            failures.append(
-                {"method": job.method, "set": job.name, "stage": "classic", "error": error}
-            )
-    header = ["method", "set", "stage", "error"]
-    write_csv(output / "failures.csv", header, failures) if failures else (
-        output / "failures.csv"
-    ).unlink(missing_ok=True)
+            row = {"method": job.method, "set": job.name, "stage": "classic", "error": error}
+            failures.append(row)
+    write_or_remove_csv(output / "failures.csv", ["method", "set", "stage", "error"], failures)
     write_tables(output, jobs, config.sets)
     return 1 if failures else 0
 

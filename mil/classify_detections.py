@@ -31,21 +31,24 @@ from common.files import read_json, safe_id, sha256_bytes, sha256_file, write_cs
 from common.metrics.classification import auc, youden_threshold
 from common.run import Run, open_run
 from mil.datasets.bags import find_bags
-from mil.datasets.detection_channel import write_channels
-from mil.datasets.detections import find_detections, make_slide_vector, read_all
+from mil.datasets.detections import find_detections, make_slide_vector, read_all, write_channels
 from mil.datasets.labels import LabelledSlides, read_labelled_slides
-from mil.datasets.split_files import (
+from mil.datasets.splits import (
+    SETS,
+    Split,
     check_splits,
+    list_split_values,
+    make_splits,
     read_stored_splits,
     select_known_slides,
     write_splits,
 )
-from mil.datasets.splits import Split, list_split_values, make_splits
-from mil.evaluation.benchmark_folder import belonging, run_folders
+from mil.evaluation.benchmark_folder import belonging, read_task
 from mil.evaluation.runs import (
     COST_KEYS,
     FinishedRun,
     add_headline,
+    read_benchmark_runs,
     read_finished,
     text_table,
     write_predictions,
@@ -125,11 +128,10 @@ def fit(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    c = 1e3 if settings.model == "topk" else settings.c
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000))
     if settings.model == "topk":
-        return make_pipeline(StandardScaler(), LogisticRegression(C=1e3, max_iter=2000)).fit(
-            vectors[:, :1], targets
-        )
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=settings.c, max_iter=2000))
+        return model.fit(vectors[:, :1], targets)
     patients = min(len(set(cases[targets == label])) for label in np.unique(targets))
     if patients < 2:
         raise UserError(
@@ -138,14 +140,8 @@ def fit(
         )
     folds = StratifiedGroupKFold(min(5, patients), shuffle=True, random_state=settings.seed)
     inner = list(folds.split(vectors, targets, cases))
-    return CalibratedClassifierCV(model, method="sigmoid", cv=inner, ensemble=False).fit(
-        vectors, targets
-    )
-
-
-def probabilities(settings: DetectionSettings, model: Any, vectors: np.ndarray) -> np.ndarray:
-    """(S, C) class probabilities."""
-    return model.predict_proba(vectors[:, :1] if settings.model == "topk" else vectors)
+    calibrated = CalibratedClassifierCV(model, method="sigmoid", cv=inner, ensemble=False)
+    return calibrated.fit(vectors, targets)
 
 
 def open_fold(
@@ -162,14 +158,10 @@ def open_fold(
         UserError: the directory holds a run with other settings, detections, labels or split.
     """
     labels = repr((slides.classes, [(r.slide_id, r.case_id, r.label) for r in slides.records]))
-    inputs = {
-        "detections": digest,
-        "labels": sha256_bytes(labels.encode()),
-        "split": split.digest(),
-    }
-    return open_run(
-        output, settings, World(0, 1, torch.device("cpu")), inputs=inputs, overwrite=again
-    )
+    inputs = {"detections": digest, "labels": sha256_bytes(labels.encode())}
+    inputs |= {"split": split.digest()}
+    world = World(0, 1, torch.device("cpu"))
+    return open_run(output, settings, world, inputs=inputs, overwrite=again)
 
 
 def run_fold(
@@ -180,40 +172,32 @@ def run_fold(
     vectors: dict[str, np.ndarray],
 ) -> None:
     """Fit one model on one fold and write its predictions."""
-    sets = {}
+    ids = {name: list(getattr(split, name)) for name in SETS}
+    rows = {name: np.stack([vectors[slide] for slide in ids[name]]) for name in SETS}
+    target_of = slides.target_of()
+    targets = {name: np.array([target_of[slide] for slide in ids[name]]) for name in SETS}
     case_of = {record.slide_id: record.case_id for record in slides.records}
-    for name, ids in (("train", split.train), ("val", split.val), ("test", split.test)):
-        targets = np.array([slides.target_of()[slide] for slide in ids], dtype=np.int64)
-        sets[name] = (
-            np.stack([vectors[slide] for slide in ids]),
-            targets,
-            np.array([case_of[slide] for slide in ids]),
-        )
-    model = fit(settings, *sets["train"])
-    predicted = {name: probabilities(settings, model, sets[name][0]) for name in ("val", "test")}
-    positive = sets["val"][1] == 1
-    threshold = (
-        youden_threshold(positive, predicted["val"][:, 1]) if len(slides.classes) == 2 else None
-    )
+    cases = {name: np.array([case_of[slide] for slide in ids[name]]) for name in SETS}
+    model = fit(settings, rows["train"], targets["train"], cases["train"])
+    width = 1 if settings.model == "topk" else None
+    predicted = {name: model.predict_proba(rows[name][:, :width]) for name in ("val", "test")}
+    threshold = None
+    if len(slides.classes) == 2:
+        threshold = youden_threshold(targets["val"] == 1, predicted["val"][:, 1])
     results: dict[str, Any] = {
         "model": settings.model,
         "seed": settings.seed,
         "fold": split.fold,
         "threshold": threshold,
-    }
-    results |= {
         "best_epoch": None,
         "epochs": None,
-        "val_auc": float(auc(sets["val"][1], predicted["val"])[0]),
+        "val_auc": float(auc(targets["val"], predicted["val"])[0]),
     }
     task, parts = Classification(slides.classes), {}
-    for name in ("val", "test"):
-        parts[name] = Predictions(
-            split.fold, sets[name][2], sets[name][1], predicted[name], threshold
-        )
+    for name, values in predicted.items():
+        parts[name] = Predictions(split.fold, cases[name], targets[name], values, threshold)
         metrics = task.evaluate(parts[name]).items()
         results[name] = {metric: float(value[0]) for metric, value in metrics}
-    ids = {"val": split.val, "test": split.test}
     write_run_predictions(run.path / "predictions.csv", task, ids, parts)
     run.finish(results)
 
@@ -250,12 +234,9 @@ def read_cohort(config: Config, summary: dict[str, Any]) -> tuple[LabelledSlides
     slides = read_labelled_slides(config.labels, values, config.positive)
     folder = config.splits or (f"{config.benchmark}/splits" if summary else "")
     if not folder:
-        splits = make_splits(
-            slides, config.protocol, config.folds, config.val_fraction, config.split_seed
-        )
-        return slides.only(
-            {slide for split in splits for slide in (*split.train, *split.val, *split.test)}
-        ), splits
+        drawn = (config.protocol, config.folds, config.val_fraction, config.split_seed)
+        splits = make_splits(slides, *drawn)
+        return select_known_slides("", splits, slides), splits
     folds = belonging(summary)[1]
     splits = [split for split in read_stored_splits(folder) if folds is None or split.fold in folds]
     slides = select_known_slides(folder, splits, slides)
@@ -272,7 +253,7 @@ def read_cohort(config: Config, summary: dict[str, Any]) -> tuple[LabelledSlides
     return slides, check_splits(splits, slides, slides.slide_ids)
 
 
-def benchmark_rows(
+def read_benchmark_rows(
     folder: Path, summary: dict[str, Any], splits: Sequence[Split]
 ) -> tuple[list[FinishedRun], dict[str, dict[str, Any]]]:
     """The finished runs of a benchmark, its feature sets in the order of its summary, and what
@@ -281,13 +262,7 @@ def benchmark_rows(
     Raises:
         UserError: a run that was not tested on the benchmark's splits.
     """
-    sets, task = summary["feature_sets"], Classification(tuple(summary["classes"]))
-    finished = [
-        read_finished(path, name, task)
-        for name in sets
-        for model in summary["models"]
-        for path in run_folders(folder, summary, name, model)
-    ]
+    finished = read_benchmark_runs(folder, summary, summary["models"], read_task(summary))
     tested = {split.fold: set(split.test) for split in splits}
     for run in finished:
         if set(run.slides) != tested.get(run.test.fold):
@@ -297,9 +272,8 @@ def benchmark_rows(
                 f"{run.feature_set}/{run.model}; start mil.benchmark on it again, with the keys "
                 "that these runs were made with"
             )
-    return finished, {
-        name: {cost: entry.get(cost) for cost in COST_KEYS} for name, entry in sets.items()
-    }
+    sets = summary["feature_sets"].items()
+    return finished, {name: {cost: entry.get(cost) for cost in COST_KEYS} for name, entry in sets}
 
 
 def open_all(
@@ -308,30 +282,17 @@ def open_all(
     """Every model on every fold with its run directory; one that holds another run is refused
     before anything is written.
     """
+    output, decided = Path(config.output), (config.top_k, config.thresholds, config.c)
     if config.overwrite:
-        (Path(config.output) / "summary.json").unlink(
-            missing_ok=True
-        )  # the runs it speaks of are fitted again
+        # the runs it speaks of are fitted again
+        (output / "summary.json").unlink(missing_ok=True)
     runs = []
     for model in MODELS:
-        settings = DetectionSettings(
-            model, config.top_k, config.thresholds, config.c, config.split_seed
-        )
+        settings = DetectionSettings(model, *decided, config.split_seed)
         for split in splits:
-            path = (
-                Path(config.output)
-                / "runs"
-                / config.name
-                / model
-                / f"seed{settings.seed}_fold{split.fold}"
-            )
-            runs.append(
-                (
-                    settings,
-                    split,
-                    open_fold(path, settings, slides, split, digest, config.overwrite),
-                )
-            )
+            place = f"{config.name}/{model}/seed{settings.seed}_fold{split.fold}"
+            data = (settings, slides, split, digest, config.overwrite)
+            runs.append((settings, split, open_fold(output / "runs" / place, *data)))
     return runs
 
 
@@ -343,20 +304,15 @@ def write_all(
     splits: Sequence[Split],
 ) -> None:
     """results.csv, predictions.csv, summary.csv and summary.json, and the table on the screen."""
-    output, own = (
-        Path(config.output),
-        {"seeds": [config.split_seed], "folds": [split.fold for split in splits]},
-    )
-    task = Classification(tuple(classes))
+    output, task = Path(config.output), Classification(tuple(classes))
+    own = {"seeds": [config.split_seed], "folds": [split.fold for split in splits]}
     write_predictions(output, finished)
     summary = write_evaluation(output, finished, task, config.resamples, config.split_seed)
     # the table's headline columns: of a benchmark's own sets they are in its summary
     sets = add_headline(summary, costs, "logistic", task.headline)
     models = list(dict.fromkeys(run.model for run in finished))
-    write_json(
-        output / "summary.json",
-        {"runs": own, "feature_sets": sets, "models": models, "classes": list(classes)},
-    )
+    content = {"runs": own, "feature_sets": sets, "models": models, "classes": list(classes)}
+    write_json(output / "summary.json", content)
     print(text_table(sets, models, task.brief))
 
 
@@ -394,24 +350,17 @@ def main(config: Config) -> int:
     slides, splits = read_cohort(config, summary)
     files = find_detections(config.detections, slides.slide_ids)
     bags = find_bags(Path(config.channel), slides.slide_ids) if config.channel else {}
-    finished, costs = (
-        benchmark_rows(Path(config.benchmark), summary, splits) if summary else ([], {})
-    )
+    benchmark = Path(config.benchmark)
+    finished, costs = read_benchmark_rows(benchmark, summary, splits) if summary else ([], {})
     found = read_all(files)
-    digest = sha256_bytes(
-        *(f"{slide}:{sha256_file(path)}\n".encode() for slide, path in sorted(files.items()))
-    )
-    runs = open_all(config, slides, splits, digest)
+    lines = (f"{slide}:{sha256_file(path)}\n".encode() for slide, path in sorted(files.items()))
+    runs = open_all(config, slides, splits, sha256_bytes(*lines))
     features = {
         slide: make_slide_vector(found[slide], config.top_k, config.thresholds)
         for slide in slides.slide_ids
     }
-    header = ["slide_id", *next(iter(features.values()))]
-    write_csv(
-        output / "slide_features.csv",
-        header,
-        [{"slide_id": slide, **row} for slide, row in features.items()],
-    )
+    rows = [{"slide_id": slide, **row} for slide, row in features.items()]
+    write_csv(output / "slide_features.csv", list(rows[0]), rows)
     write_splits(output / "splits", splits)
     vectors = {slide: np.array(list(row.values())) for slide, row in features.items()}
     for settings, split, run in runs:
@@ -420,9 +369,8 @@ def main(config: Config) -> int:
         finished.append(read_finished(run.path, config.name, Classification(slides.classes)))
     write_all(config, slides.classes, finished, costs, splits)
     if config.channel:
-        target = Path(
-            config.channel_output or output / "features" / f"{Path(config.channel).name}_detections"
-        )
+        place = output / "features" / f"{Path(config.channel).name}_detections"
+        target = Path(config.channel_output or place)
         count = write_channels(bags, found, files, target, config.overwrite)
         logger.info("%s: %d bags written, %d there already", target, count, len(bags) - count)
     return 0

@@ -20,10 +20,10 @@ from common.cli import launch
 from common.config import key
 from common.errors import UserError
 from common.files import read_json
-from mil.evaluation.benchmark_folder import run_folders
+from mil.evaluation.benchmark_folder import read_task
 from mil.evaluation.operating import Held, threshold_for
 from mil.evaluation.prediction_files import class_order, read_runs, read_table
-from mil.evaluation.runs import FinishedRun, read_finished
+from mil.evaluation.runs import FinishedRun, read_benchmark_runs
 from mil.evaluation.tables import markdown, write_evaluation
 from mil.tasks.base import Task
 from mil.tasks.table import TASKS
@@ -70,24 +70,20 @@ class Config:
     )
 
 
-def benchmark_runs(folder: Path) -> tuple[list[FinishedRun], Task]:
-    """Finished runs of a benchmark, in the order of its own tables."""
+def read_benchmark(folder: Path) -> tuple[list[FinishedRun], Task]:
+    """Read the finished runs of a benchmark, in the order of its own tables."""
     summary = read_json(folder / "summary.json", "a benchmark's summary")
-    task = TASKS[summary.get("task", "classes")](tuple(summary["classes"]))
-    finished = []
-    for name in summary["feature_sets"]:
-        for model in summary["models"]:
-            finished += [
-                read_finished(path, name, task)
-                for path in run_folders(folder, summary, name, model)
-            ]
+    task = read_task(summary)
+    finished = read_benchmark_runs(folder, summary, summary["models"], task)
     if not finished:
         raise UserError(f"{folder}: expected finished runs below runs/, found none")
     return finished, task
 
 
-def table_runs(paths: list[str], kind: str, positive: str | None) -> tuple[list[FinishedRun], Task]:
-    """Runs of prediction tables, all of the same classes."""
+def read_tables(
+    paths: list[str], kind: str, positive: str | None
+) -> tuple[list[FinishedRun], Task]:
+    """Read the runs of prediction tables, all of the same classes."""
     classes = class_order(read_table(paths[0])[0], positive)
     asked = TASKS[kind]
     if len(classes) < asked.fewest_names:
@@ -111,15 +107,8 @@ def with_threshold(finished: list[FinishedRun], rule: str, target: float) -> lis
                 "found none"
             )
         cut = threshold_for(Held(rule, target), run.val.targets == 1, run.val.probabilities[:, 1])
-        results = {**run.results, "threshold": cut}
-        changed.append(
-            replace(
-                run,
-                results=results,
-                test=replace(run.test, threshold=cut),
-                val=replace(run.val, threshold=cut),
-            )
-        )
+        parts = {name: replace(getattr(run, name), threshold=cut) for name in ("test", "val")}
+        changed.append(replace(run, results={**run.results, "threshold": cut}, **parts))
     return changed
 
 
@@ -133,9 +122,9 @@ def main(config: Config) -> None:
     if not 0 < config.target <= 1:
         raise UserError(f"target={config.target}: expected a rate, 0 < target <= 1")
     if config.benchmark:
-        finished, task = benchmark_runs(Path(config.benchmark))
+        finished, task = read_benchmark(Path(config.benchmark))
     else:
-        finished, task = table_runs(config.predictions, config.task, config.positive)
+        finished, task = read_tables(config.predictions, config.task, config.positive)
     if task.positive is not None:
         finished = with_threshold(finished, config.threshold, config.target)
     output = Path(config.output or f"{config.benchmark}/evaluation")

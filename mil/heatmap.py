@@ -24,9 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 from common.cli import launch
@@ -37,7 +35,7 @@ from common.files import atomic_path, read_json, safe_id, sha256_file, write_jso
 from common.processes.pool import Lost, Raised, check_workers, run_jobs
 from common.progress import progress
 from common.provenance import can_reuse
-from mil.heatmaps.drawing import make_colour_table
+from mil.heatmaps.drawing import make_colour_bar
 from mil.heatmaps.pages import write_pages
 from mil.heatmaps.scores import TileScores
 from mil.heatmaps.settings import Drawing, check_drawing
@@ -50,18 +48,16 @@ from mil.heatmaps.sources import (
     read_from_run,
 )
 from mil.tasks.base import Task
+from mil.tasks.keys import SlideKeys
 from mil.tasks.table import task_from_dict
 from mil.training.engine import load_classifier
 from patch_encoder.bags.bag import COORDS_REMEDY, open_bag
 from patch_encoder.bags.paths import find_coordinates, list_bags
 from patch_encoder.cohort.failures import Failures
-from patch_encoder.cohort.labels import find_slides, read_labels
-from patch_encoder.tiles.coordinates import tile_pattern_of
 
 logger = logging.getLogger(__name__)
-Pending = tuple[
-    SlidePrediction, Inputs, dict[str, Any]
-]  # a slide, its files, and what decides its pictures
+# a slide, its files, and what decides its pictures
+Pending = tuple[SlidePrediction, Inputs, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,7 @@ class DrawingJob:
 
 
 @dataclass
-class Config:
+class Config(SlideKeys):
     """Keys of the heatmaps."""
 
     run: str = key(REQUIRED, "run directory of mil.train, or folder of mil.benchmark", path=True)
@@ -86,21 +82,6 @@ class Config:
         "",
         "folder of feature bags; empty: those of the benchmark (a run directory needs it)",
         path=True,
-    )
-    slides: str = key(
-        "",
-        "slide file, or folder tree of slides; empty: tiles are drawn on white and no "
-        "tile is shown",
-        path=True,
-    )
-    coords: str = key(
-        "",
-        "folder of coordinates files; for bags without coordinates (.pt); empty: "
-        "h5_files/ beside them",
-        path=True,
-    )
-    labels: str = key(
-        "", "labels.csv of the cohort; for the mpp of slides that do not say", path=True
     )
     outlines: str = key(
         "", "folder of tissue outlines <slide>.geojson, as tile_slides writes it", path=True
@@ -166,32 +147,26 @@ def read_source(config: Config) -> tuple[Source, dict[str, Path]]:
 def choose(source: Source, only: list[str]) -> list[SlidePrediction]:
     """The slides to draw."""
     known = [judged.slide_id for judged in source.slides]
-    for name in only:
-        if name not in known:
-            raise UserError(
-                f"only: slide '{name}' is none of the {len(known)} slides; "
-                f"{did_you_mean(name, known)}"
-            )
+    for name in (name for name in only if name not in known):
+        raise UserError(
+            f"only: slide '{name}' is none of the {len(known)} slides; {did_you_mean(name, known)}"
+        )
     return [judged for judged in source.slides if not only or judged.slide_id in only]
 
 
-@lru_cache(maxsize=1)
-def checkpoint_digest(path: Path) -> str:
-    """Fingerprint of a fold's weights."""
-    return sha256_file(path)
+digest_weights = lru_cache(maxsize=1)(sha256_file)  # the slides of a fold share them
 
 
 def made_from(judged: SlidePrediction, inputs: Inputs, drawing: Drawing) -> dict[str, Any]:
     """What decides a slide's files: weights, bag, the slide's size and date, settings."""
-    slide = inputs.slide
-    stamp = "" if slide is None else f"{slide.stat().st_size}:{slide.stat().st_mtime_ns}"
+    stat = inputs.slide.stat() if inputs.slide else None
     found = {
-        "weights": checkpoint_digest(judged.checkpoint),
+        "weights": digest_weights(judged.checkpoint),
         "bag": open_bag(inputs.bag).digest(),
-        "slide": stamp,
+        "slide": f"{stat.st_size}:{stat.st_mtime_ns}" if stat else "",
         "mpp": inputs.mpp,
+        "tissue": sha256_file(inputs.tissue) if inputs.tissue else "",
     }
-    found["tissue"] = sha256_file(inputs.tissue) if inputs.tissue else ""
     if inputs.coords:
         found["coords"] = sha256_file(inputs.coords)
     return found | {"drawing": asdict(drawing)}
@@ -203,12 +178,7 @@ def find_inputs(
     """Bag, slide, mpp and outline of every slide that has a bag, and where slides are given a
     slide.
     """
-    slides = find_slides(config.slides, tile_pattern_of(bags.values())) if config.slides else {}
-    mpps = (
-        {record.slide_id: record.mpp for record in read_labels(config.labels)}
-        if config.labels
-        else {}
-    )
+    slides, mpps = config.find_slides(bags)
     found = {}
     for judged in chosen:
         name = safe_id(judged.slide_id)
@@ -218,9 +188,8 @@ def find_inputs(
             needed = config.coords or bags[name].suffix == ".pt"
             coords = find_coordinates(bags[name], config.coords) if needed else None
             found[name] = Inputs(bags[name], slides.get(name), mpps.get(name), tissue, coords)
-    lost = [
-        given.bag for given in found.values() if given.coords is None and given.bag.suffix == ".pt"
-    ]
+    plain = [given for given in found.values() if given.bag.suffix == ".pt"]
+    lost = [given.bag for given in plain if given.coords is None]
     if lost and len(lost) == len(found):
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise UserError(
@@ -258,7 +227,7 @@ class Scored(Sequence[DrawingJob]):
 
     def __init__(self, pending: Sequence[Pending], drawing: Drawing, device: torch.device) -> None:
         self._pending, self._drawing = pending, drawing
-        self._model = lru_cache(maxsize=1)(lambda checkpoint: load_model(checkpoint, device))
+        self._load = lru_cache(maxsize=1)(partial(load_model, device=device))
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -266,9 +235,10 @@ class Scored(Sequence[DrawingJob]):
     def __getitem__(self, number: int) -> DrawingJob:
         judged, inputs, stamp = self._pending[number]
         try:
-            scores = score_slide(judged, inputs, *self._model(judged.checkpoint), self._drawing)
+            loaded = self._load(judged.checkpoint)
+            scores: TileScores | str = score_slide(judged, inputs, *loaded, self._drawing)
         except (UserError, OSError) as error:
-            return DrawingJob(judged, inputs, stamp, str(error))
+            scores = str(error)
         return DrawingJob(judged, inputs, stamp, scores)
 
 
@@ -337,9 +307,8 @@ def main(config: Config) -> int:
         len(chosen),
         len(inputs) - len(pending),
     )
-    bar = np.repeat(make_colour_table(config.drawing.colours)[None], 8, axis=0)
     with atomic_path(output / "pictures" / "colours.png") as temporary:
-        Image.fromarray(bar).save(temporary, "PNG")
+        make_colour_bar(config.drawing.colours, 8).save(temporary, "PNG")
     draw_all(config, source, pending, device, failures)
     finish(config, source, failures)
     return failures.write(output)
@@ -349,20 +318,16 @@ def finish(config: Config, source: Source, failures: Failures) -> None:
     """Pages and summary.json over all slides that were drawn, now or before."""
     output = Path(config.output)
     failed = {row["slide"]: row["error"] for row in failures.rows}
-    paths = {
-        judged.slide_id: output / "records" / f"{judged.slide_id}.json" for judged in source.slides
-    }
+    paths = [output / "records" / f"{judged.slide_id}.json" for judged in source.slides]
     records = {
-        n: read_json(path, "a slide's record")
-        for n, path in paths.items()
-        if path.is_file() and n not in failed
+        path.stem: read_json(path, "a slide's record")
+        for path in paths
+        if path.is_file() and path.stem not in failed
     }
     numbers = write_pages(output, source, records, failed, config.title)
-    known = {"model": source.title, "task": source.task.variant, "classes": list(source.task.names)}
-    write_json(
-        output / "summary.json",
-        {**known, "slides": len(source.slides), "drawn": len(records), **numbers},
-    )
+    summary = {"model": source.title, "task": source.task.variant}
+    summary |= {"classes": list(source.task.names), "slides": len(source.slides)}
+    write_json(output / "summary.json", summary | {"drawn": len(records), **numbers})
     logger.info(
         "heatmap: %d slides drawn, %d failed: %s", len(records), len(failed), output / "index.html"
     )

@@ -22,14 +22,17 @@ from common.files import sha256_file, write_json
 from common.provenance import can_reuse
 from mil.datasets.bags import find_bags
 from mil.datasets.labels import LabelledSlides
-from mil.datasets.split_files import (
+from mil.datasets.splits import (
+    SETS,
+    Split,
     check_splits,
     find_numbered,
+    list_split_values,
+    make_splits,
     read_stored_splits,
     select_known_slides,
     write_clam_splits,
 )
-from mil.datasets.splits import SETS, Split, list_split_values, make_splits
 from mil.tasks.keys import FoldKeys, TaskKeys
 from mil.tasks.table import read_targets
 
@@ -102,31 +105,15 @@ def main(config: Config) -> None:
         available &= set(find_bags(folder, slides.slide_ids))
     if config.check:
         report(check_splits(splits, slides, available), slides)
-        logger.info(
-            "%s: %d splits, no patient on two sides, no slide twice, every class in every set",
-            output,
-            len(splits),
-        )
+        line = "%s: %d splits, no patient on two sides, no slide twice, every class in every set"
+        logger.info(line, output, len(splits))
         return
-    splits = make_splits(
-        slides,
-        config.protocol,
-        config.folds,
-        config.val_fraction,
-        config.seed,
-        config.inner_folds,
-        config.repeats,
-    )
+    drawn = (config.protocol, config.folds, config.val_fraction, config.seed)
+    splits = make_splits(slides, *drawn, config.inner_folds, config.repeats)
     if must_write(output, splits, config.overwrite):
         write_clam_splits(output, splits, slides)
-        write_json(
-            output / "splits.json",
-            {
-                **identity(config),
-                "labels_sha256": sha256_file(config.labels),
-                "splits": len(splits),
-            },
-        )
+        stamp = {"labels_sha256": sha256_file(config.labels), "splits": len(splits)}
+        write_json(output / "splits.json", identity(config) | stamp)
     else:
         logger.info("%s: the same splits are there already; left as they are", output)
     report(splits, slides)

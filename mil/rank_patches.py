@@ -90,7 +90,7 @@ class Config(ClassifierKeys, LabelKeys):
 
 
 @torch.inference_mode()
-def patches_of(
+def select_patches(
     model: MeanMIL | Standardised, bag: Path, config: Config, device: torch.device
 ) -> tuple[Patch, ...]:
     """Score a slide's tiles and choose among them.
@@ -105,13 +105,11 @@ def patches_of(
             "again"
         )
     scores = model.score_tiles(content.read().to(device)).cpu().numpy()
-    rows = choose_patches(
-        scores, config.top_k, config.extra_random, (config.seed, zlib.crc32(bag.stem.encode()))
-    )
-    chosen = ((int(row), *content.coords[row].tolist(), float(scores[row])) for row in rows)
+    seed = (config.seed, zlib.crc32(bag.stem.encode()))
+    rows = choose_patches(scores, config.top_k, config.extra_random, seed).tolist()
     return tuple(
-        Patch(row, x, y, score, rank < config.top_k)
-        for rank, (row, x, y, score) in enumerate(chosen)
+        Patch(row, *content.coords[row].tolist(), float(scores[row]), rank < config.top_k)
+        for rank, row in enumerate(rows)
     )
 
 
@@ -126,37 +124,24 @@ def train_ranker(
     checkpoint.
     """
     train, val = carve_validation(slides, config.val_fraction, config.seed)
-    settings = FoldSettings(
-        "mean", config.dropout, config.standardize, config.seed, config.training
-    )
-    output, split = Path(config.output) / "ranker", Split(0, train, val, ())
-    job = FoldJob(
-        output, settings, slides, targets, split, tuple(files.items()), digest_bags(files)
-    )
+    decided = (config.dropout, config.standardize, config.seed, config.training)
+    data = (slides, targets, Split(0, train, val, ()), tuple(files.items()), digest_bags(files))
+    job = FoldJob(Path(config.output) / "ranker", FoldSettings("mean", *decided), *data)
     run = open_job(job, world, overwrite=config.overwrite)
     if run.results is None:
         results = run_job(job, run, world)
-        logger.info(
-            "%s: ranker: best epoch %d, validation AUC %.3f",
-            STAGE,
-            results["best_epoch"],
-            results["val_auc"],
-        )
+        line = "%s: ranker: best epoch %d, validation AUC %.3f"
+        logger.info(line, STAGE, results["best_epoch"], results["val_auc"])
     return run.best
 
 
-def provenance_of(
+def describe_provenance(
     config: Config, files: dict[str, Path], content: dict[str, Any]
 ) -> dict[str, Any]:
     """What decides the distillation set: teacher bags, ranker weights, and the numbers of tiles."""
     weights = sha256_bytes(*(tensor.numpy().tobytes() for tensor in content["model"].values()))
-    settings = {name: getattr(config, name) for name in ("top_k", "extra_random", "seed")}
-    return {
-        "teacher": digest_bags(files),
-        "ranker": weights,
-        "jpeg_quality": JPEG_QUALITY,
-        **settings,
-    }
+    found = {"teacher": digest_bags(files), "ranker": weights, "jpeg_quality": JPEG_QUALITY}
+    return found | {name: getattr(config, name) for name in ("top_k", "extra_random", "seed")}
 
 
 def make_cuts(
@@ -175,15 +160,12 @@ def make_cuts(
     for record in slides.records:
         name, bag = record.slide_id, files[record.slide_id]
         try:
-            patches = patches_of(model, bag, config, device)
+            patches = select_patches(model, bag, config, device)
         except UserError as error:
             failures.add(name, str(error))
             continue
-        jobs.append(
-            PatchCutJob(
-                name, paths[name], record.mpp, bag, Path(config.output) / "wsi_root" / name, patches
-            )
-        )
+        folder = Path(config.output) / "wsi_root" / name
+        jobs.append(PatchCutJob(name, paths[name], record.mpp, bag, folder, patches))
     return jobs
 
 
@@ -202,11 +184,10 @@ def main(config: Config) -> int:
     slides, targets = read_targets(config.labels, "classes", subset, config.positive)
     files = find_bags(config.features, slides.slide_ids, skip_missing=config.skip_missing)
     slides = slides.only(files)
-    model, content = load_classifier(
-        train_ranker(config, slides, targets, files, world), world.device
-    )
+    ranker = train_ranker(config, slides, targets, files, world)
+    model, content = load_classifier(ranker, world.device)
     assert isinstance(model, MeanMIL | Standardised)
-    provenance = provenance_of(config, files, content)
+    provenance = describe_provenance(config, files, content)
     claim_root(root, provenance, config.overwrite)
     failures = Failures(STAGE)
     jobs = make_cuts(config, slides, files, model, failures)

@@ -23,18 +23,16 @@ from common.config import REQUIRED, key
 from common.errors import UserError
 from common.figures import svg_uri
 from common.files import read_json, write_json, write_text
-from mil.evaluation.benchmark_folder import read_summary, run_folders
-from mil.evaluation.runs import COST_KEYS, FinishedRun, format_number, read_finished
+from mil.evaluation.benchmark_folder import read_summary, read_task
+from mil.evaluation.runs import COST_KEYS, FinishedRun, format_number, read_benchmark_runs
 from mil.evaluation.task_tables import per_label_rows
 from mil.figures.by_task import FIGURES
 from mil.figures.example_slides import Choice, Example, Group, choose_slides, make_example
 from mil.figures.report import draw_intervals
 from mil.tasks.base import Task
-from mil.tasks.table import TASKS
+from mil.tasks.keys import SlideKeys
 from patch_encoder.bags.paths import list_bags
 from patch_encoder.cohort.failures import Failures
-from patch_encoder.cohort.labels import find_slides, read_labels
-from patch_encoder.tiles.coordinates import tile_pattern_of
 
 logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
@@ -42,25 +40,12 @@ HEATMAPS = "heatmaps/index.html"  # of mil.heatmap with output=<output>/heatmaps
 
 
 @dataclass
-class Config:
+class Config(SlideKeys):
     """Keys of the report."""
 
     benchmark: str = key(REQUIRED, "folder that mil.benchmark wrote", path=True)
     output: str = key(
         REQUIRED, "where the results are written; report.html and summary.json", runtime=True
-    )
-    slides: str = key(
-        "",
-        "slide file, or folder tree of slides; for the example slides; empty: none are shown",
-        path=True,
-    )
-    labels: str = key(
-        "", "labels.csv of the cohort; for the mpp of slides that do not say", path=True
-    )
-    coords: str = key(
-        "",
-        "folder of coordinates files; for example slides whose bags have none (.pt)",
-        path=True,
     )
     stage_times: str = key("", "JSON with seconds and peak memory of each stage", path=True)
     title: str = key("Slide-level results", "title of the page")
@@ -85,12 +70,11 @@ class Picture:
 
 
 def read_runs(benchmark: Path, summary: dict[str, Any], task: Task) -> dict[str, list[FinishedRun]]:
-    """Finished runs of the headline classifier, by feature set, in order of seed and fold."""
+    """Read the finished runs of the headline classifier, by feature set."""
     runs: dict[str, list[FinishedRun]] = {}
-    for name in summary["feature_sets"]:
-        folders = run_folders(benchmark, summary, name, summary["headline"])
-        runs[name] = [read_finished(folder, name, task) for folder in folders]
-    return {name: found for name, found in runs.items() if found}
+    for run in read_benchmark_runs(benchmark, summary, [summary["headline"]], task):
+        runs.setdefault(run.feature_set, []).append(run)
+    return runs
 
 
 def read_stages(path: str) -> list[dict[str, Any]]:
@@ -122,42 +106,27 @@ def make_examples(
         raise UserError(f"examples_of={name}: expected one of the feature sets {', '.join(runs)}")
     first = [run for run in runs[name] if run.seed == runs[name][0].seed]
     bags = list_bags(summary["features"][name])
-    slides = find_slides(config.slides, tile_pattern_of(bags.values()))
-    mpps = (
-        {record.slide_id: record.mpp for record in read_labels(config.labels)}
-        if config.labels
-        else {}
-    )
+    slides, mpps = config.find_slides(bags)
+    grid = Path(config.benchmark) / "runs" / name / summary["headline"]
 
     def make(choice: Choice) -> Example | None:
         slide_id = choice.slide_id
-        folder = (
-            Path(config.benchmark)
-            / "runs"
-            / name
-            / summary["headline"]
-            / f"seed{first[0].seed}_fold{choice.fold}"
-        )
         try:
             if slide_id not in slides or slide_id not in bags:
                 raise UserError(
                     f"expected the slide below {config.slides} and its bag in "
                     f"{summary['features'][name]}"
                 )
-            checkpoint = folder / "checkpoint_best.pt"
-            files = checkpoint, bags[slide_id], slides[slide_id]
-            return make_example(
-                choice, *files, mpps.get(slide_id), config.example_tiles, config.coords
-            )
+            checkpoint = grid / f"seed{first[0].seed}_fold{choice.fold}" / "checkpoint_best.pt"
+            files = checkpoint, bags[slide_id], slides[slide_id], mpps.get(slide_id)
+            return make_example(choice, *files, config.example_tiles, config.coords)
         except UserError as error:
             failures.add(slide_id, str(error))
             return None
 
-    groups = choose_slides(first, task, config.example_slides)
-    made = [[example for choice in group.slides if (example := make(choice))] for group in groups]
     return [
-        Group(group.title, group.none, examples)
-        for group, examples in zip(groups, made, strict=True)
+        Group(group.title, group.none, [made for choice in group.slides if (made := make(choice))])
+        for group in choose_slides(first, task, config.example_slides)
     ]
 
 
@@ -165,15 +134,12 @@ def differences(
     summary: dict[str, Any], metric: str
 ) -> list[tuple[str, float, list[float] | None]]:
     """(feature set, difference to the first one, its interval) for the headline classifier."""
-    found = {
-        name: entry.get(summary["headline"], {}) for name, entry in summary["feature_sets"].items()
-    }
-    key = f"{metric}_difference"
-    return [
-        (name, entry[key], entry[f"{key}_ci"])
-        for name, entry in found.items()
-        if entry.get(key) is not None
-    ]
+    found = []
+    for name, entry in summary["feature_sets"].items():
+        values, key = entry.get(summary["headline"], {}), f"{metric}_difference"
+        if values.get(key) is not None:
+            found.append((name, values[key], values[f"{key}_ci"]))
+    return found
 
 
 def pictures(
@@ -188,9 +154,8 @@ def pictures(
         assert figure is not None, spec
         caption = spec.caption.format(headline=headline)
         drawn.append(Picture(svg_uri(figure), spec.title, caption))
-    intervals = draw_intervals(
-        summary["feature_sets"], summary["models"], metric, name, task.chance
-    )
+    sets, models = summary["feature_sets"], summary["models"]
+    intervals = draw_intervals(sets, models, metric, name, task.chance)
     what = f"{name} with confidence intervals"
     caption = f"Mean test {name} with its 95 % confidence interval."
     return [*drawn, Picture(intervals, what, caption)]
@@ -200,7 +165,7 @@ def page(
     config: Config, summary: dict[str, Any], stages: list[dict[str, Any]], failures: Failures
 ) -> str:
     """The HTML."""
-    task = TASKS[summary.get("task", "classes")](tuple(summary["classes"]))
+    task = read_task(summary)
     runs = read_runs(Path(config.benchmark), summary, task)
     if not runs:
         raise UserError(
@@ -210,8 +175,8 @@ def page(
     examples = make_examples(config, summary, task, runs, failures)
     labels: list[dict[str, Any]] = []
     if task.several_labels:
-        every = [run for found in runs.values() for run in found]
         protocol = summary["protocol"]
+        every = [run for found in runs.values() for run in found]
         labels = per_label_rows(every, task, protocol["resamples"], protocol["split_seed"])
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -256,15 +221,11 @@ def main(config: Config) -> int:
     feature_sets = {
         name: {key: entry[key] for key in kept} for name, entry in summary["feature_sets"].items()
     }
-    times = {
-        stage["name"]: {"seconds": stage["seconds"], "peak_mib": stage.get("peak_mib")}
-        for stage in stages
-    }
+    measured = ("seconds", "peak_mib")
+    times = {stage["name"]: {key: stage.get(key) for key in measured} for stage in stages}
     wall = sum(stage["seconds"] for stage in stages) if stages else None
-    write_json(
-        output / "summary.json",
-        {"feature_sets": feature_sets, "wall_seconds": wall, "stages": times},
-    )
+    content = {"feature_sets": feature_sets, "wall_seconds": wall, "stages": times}
+    write_json(output / "summary.json", content)
     logger.info("report: %s", output / "report.html")
     return failures.write(output)
 

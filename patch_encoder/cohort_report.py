@@ -36,10 +36,8 @@ from patch_encoder.cohort.summary import SlideSummary, compute_bin_edges, histog
 
 logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
-THUMBNAIL, EMBEDDED = (
-    160,
-    2000,
-)  # px of a picture in the table; slides up to which pictures stand in the page
+THUMBNAIL = 160  # px of a picture in the table
+EMBEDDED = 2000  # slides up to which pictures stand in the page
 MEASURES = {  # name -> heading, logarithmic, what it says
     "blur": ("sharpness", True, "variance of the Laplacian; low: blurred"),
     "saturation": ("saturation", False, "mean HSV saturation; low: pale or empty"),
@@ -96,9 +94,7 @@ def encode_picture(config: Config, slide: str, embed: bool) -> str:
 
 
 def relative_path(path: Path, output: str) -> str:
-    """A path as the page's own folder sees it, escaped for a link; '' when the file is not
-    there.
-    """
+    """A path relative to the page, escaped for a link; '' when the file is missing."""
     return quote(os.path.relpath(path, output)) if path.is_file() else ""
 
 

@@ -24,6 +24,7 @@ from common.files import atomic_path, safe_id
 from common.progress import progress
 from common.provenance import can_reuse
 from patch_encoder.cohort.failures import Failures
+from patch_encoder.cohort.keys import ReaderKeys
 from patch_encoder.cohort.labels import find_slides, read_labels
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.base import Slide
@@ -37,7 +38,7 @@ FOLDERS = ("coords", "patches", "h5_files", "")
 
 
 @dataclass
-class Config:
+class Config(ReaderKeys):
     """Keys of the conversion."""
 
     input: str = key(
@@ -56,17 +57,7 @@ class Config:
         path=True,
     )
     labels: str = key("", "labels.csv of the cohort; mpp comes from it", path=True)
-    mpp: float | None = key(
-        None, "micrometres per pixel at level 0; of slides that labels.csv does not give"
-    )
     tile_size: int = key(256, "side of a tile, px; at level 0, for .npy files, which do not say")
-    tile_pattern: str = key(
-        "", "how tile folders name their tiles, as in tile_x{x}_y{y}.png; empty: <row>_<col>"
-    )
-    pictures: bool = key(
-        False,
-        "plain pictures (png, jpg, ...) are slides too; they always are where nothing else is",
-    )
     overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
 
 

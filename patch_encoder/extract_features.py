@@ -14,14 +14,13 @@ from dataclasses import dataclass
 
 from common.cli import launch
 from common.config import key
-from patch_encoder.extraction.keys import FeatureKeys
+from patch_encoder.extraction.keys import EncoderKeys, FeatureKeys
 from patch_encoder.extraction.loop import extract
 from patch_encoder.models.encoders import Encoder, build_encoder
-from patch_encoder.models.pooling import POOLS
 
 
 @dataclass
-class Config(FeatureKeys):
+class Config(EncoderKeys, FeatureKeys):
     """Keys of feature extraction."""
 
     encoder: str = key(
@@ -29,15 +28,6 @@ class Config(FeatureKeys):
         "encoder: a name that list_encoders prints, timm:<model>, "
         "open_clip:<model>/<tag>, hf:<repo> or dino",
     )
-    weights: str = key(
-        "", "weights file or folder; empty: from the encoder's hub; random: untrained"
-    )
-    pool: str = key(
-        "published",
-        "features of a transformer: class token, mean of the patch tokens, or both",
-        choices=POOLS,
-    )
-    layer: int = key(0, "stage of a ResNet that is pooled, 1 to 4; 0: as the encoder table says")
     crop: bool = key(
         True,
         "centre crop where the encoder's own processor has one; false: the whole tile, resized",

@@ -12,7 +12,7 @@ threshold lies among a cohort's tiles.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import launch
@@ -28,31 +28,21 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Config:
+class Config(Cuts):
     """Keys of the filter."""
 
     tiling: str = key(REQUIRED, "folder that tile_slides wrote; with quality=true", path=True)
     output: str = key(
         REQUIRED, "where the results are written; coords/ and filtering.csv", runtime=True
     )
-    min_blur: float | None = key(
-        None, "drop tiles whose Laplacian has less variance than this; null: none"
-    )
-    max_pen: float | None = key(None, "drop tiles with a larger share of ink; null: none")
-    max_background: float | None = key(
-        None, "drop tiles with a larger share of empty glass; null: none"
-    )
-    min_saturation: float | None = key(None, "drop tiles of less mean saturation, 0..1; null: none")
-    max_darkness: float | None = key(None, "drop tiles of more mean optical density; null: none")
 
 
 def main(config: Config) -> int:
-    cuts = Cuts(**{field.name: getattr(config, field.name) for field in fields(Cuts)})
     source, target = Path(config.tiling) / "coords", Path(config.output) / "coords"
     files = sorted(source.glob("*.h5"))
     if not files:
         raise UserError(f"tiling={config.tiling}: expected coords/*.h5 of tile_slides, found none")
-    if not cuts.any():
+    if not config.limits():
         raise UserError(
             "expected at least one of min_blur, max_pen, max_background, min_saturation, "
             "max_darkness; found none"
@@ -65,7 +55,7 @@ def main(config: Config) -> int:
     failures, rows = Failures("filter_tiles"), []
     for path in progress(files, "filtering", len(files), "slides"):
         try:
-            dropped = filter_coordinates(path, target / path.name, cuts)
+            dropped = filter_coordinates(path, target / path.name, config)
             rows.append(
                 {
                     "slide": path.stem,
@@ -77,10 +67,8 @@ def main(config: Config) -> int:
             failures.add(path.stem, str(error))
     table = [dict.fromkeys(MEASURES, 0) | row for row in rows]
     write_csv(Path(config.output) / "filtering.csv", ["slide", "tiles", *MEASURES], table)
-    kept, lost = (
-        sum(row["tiles"] for row in table),
-        sum(row[name] for row in table for name in MEASURES),
-    )
+    kept = sum(row["tiles"] for row in table)
+    lost = sum(row[name] for row in table for name in MEASURES)
     logger.info("filter_tiles: %d of %d tiles stay", kept, kept + lost)
     return failures.write(Path(config.output))
 

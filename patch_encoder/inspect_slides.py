@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from common.cli import launch
-from common.config import REQUIRED, key
+from common.config import key
 from common.errors import UserError
 from common.processes.pool import Lost, Raised, check_workers, heartbeat, run_jobs
 from common.progress import progress
+from patch_encoder.cohort.keys import TileGridKeys
 from patch_encoder.cohort.labels import find_slides_and_mpps
 from patch_encoder.slides import RegionError, Slide, open_slide
 from patch_encoder.tiles.coordinates import TileGeometry
@@ -33,39 +34,10 @@ PROBE = 64  # px of a region that is read of the levels that tiles do not come f
 
 
 @dataclass
-class Config:
+class Config(TileGridKeys):
     """Keys of the inspection."""
 
-    slides: str = key(REQUIRED, "slide file, or folder tree of slides", path=True)
-    labels: str = key(
-        "",
-        "labels.csv of the cohort; only its slides are inspected, and mpp comes from it",
-        path=True,
-    )
-    target_mpp: float | None = key(
-        0.5, "micrometres per pixel of the tiles; null: level 0 as it is"
-    )
-    tile_size: int = key(256, "side of a tile, px; at target_mpp")
-    overlap: float = key(0.0, "share of its side that a tile has in common with its neighbour")
-    mpp: float | None = key(
-        None, "micrometres per pixel at level 0; of slides that labels.csv does not give"
-    )
-    tile_pattern: str = key(
-        "", "how tile folders name their tiles, as in tile_x{x}_y{y}.png; empty: <row>_<col>"
-    )
-    pictures: bool = key(
-        False,
-        "plain pictures (png, jpg, ...) are slides too; they always are where nothing else is",
-    )
     sample: int = key(16, "tiles to decode, spread over the slide; 0: none")
-    workers: int = key(
-        2,
-        "worker processes; one slide each; 0: the main process, which a slide that "
-        "crashes its reader ends",
-    )
-    read_timeout: float = key(
-        300.0, "seconds without progress after which a slide is given up (not with workers=0)"
-    )
     details: bool = key(False, "everything about each slide instead of a row")
     json: bool = key(False, "print JSON")
 
@@ -87,9 +59,7 @@ def inspect_one(slide_id: str, path: Path, mpp: float | None, config: Config) ->
 def inspect_all(
     jobs: Sequence[tuple[str, Path, float | None]], config: Config
 ) -> list[dict[str, Any]]:
-    """`inspect_one` of every slide, in order; one that crashes or hangs its reader has that as its
-    error.
-    """
+    """Inspect every slide, in order; one that crashes or hangs its reader has an error."""
     entries: list[dict[str, Any]] = [
         {"slide": slide_id, "path": str(path)} for slide_id, path, _ in jobs
     ]
@@ -183,17 +153,17 @@ def format_table(entries: Sequence[dict[str, Any]]) -> str:
     rows = [
         ("slide", "format", "size", "levels", "mpp", "from", "power", "reads", "tiles", "regions")
     ]
-    rows += [_row(entry) for entry in entries]
+    rows += [_make_row(entry) for entry in entries]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*lines, *_grouped(entries)])
+    return "\n".join([*lines, *_group_problems(entries)])
 
 
-def _grouped(entries: Sequence[dict[str, Any]]) -> list[str]:
+def _group_problems(entries: Sequence[dict[str, Any]]) -> list[str]:
     """What is wrong, once for all slides that have it."""
     slides: dict[str, list[str]] = {}
     for entry in entries:
@@ -207,7 +177,7 @@ def _grouped(entries: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _row(entry: dict[str, Any]) -> tuple[str, ...]:
+def _make_row(entry: dict[str, Any]) -> tuple[str, ...]:
     if entry["error"]:
         return (entry["slide"], "unreadable", *[""] * 8)
     reads, regions = entry["plan"], entry["regions"]
@@ -248,12 +218,10 @@ def describe_slide(entry: dict[str, Any]) -> str:
     """Everything about one slide, a line each."""
     if entry["error"]:
         return f"{entry['slide']}\n  error          {entry['error']}"
-    power, share, reads, regions = (
-        entry["objective_power"],
-        entry["transparent_share"],
-        entry["plan"],
-        entry["regions"],
-    )
+    power = entry["objective_power"]
+    share = entry["transparent_share"]
+    reads = entry["plan"]
+    regions = entry["regions"]
     lines = {
         "path": entry["path"],
         "format": entry["format"],

@@ -24,18 +24,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.cli import launch
 from common.config import key
-from common.device import PRECISIONS, autocast, pick_device, pick_precision
+from common.device import autocast, pick_device, pick_precision
 from common.errors import UserError
+from patch_encoder.extraction.keys import DeviceKeys, EncoderKeys
 from patch_encoder.models.encoder_names import PATTERNS
 from patch_encoder.models.encoder_table import ENCODERS
 from patch_encoder.models.encoders import Encoder, build_encoder
-from patch_encoder.models.pooling import POOLS
 
 COLUMNS = ("name", "dim", "input", "mpp", "tile", "precision", "library", "licence", "gated", "hub")
 
 
 @dataclass
-class Config:
+class Config(DeviceKeys, EncoderKeys):
     """Keys of the list and of the check."""
 
     json: bool = key(False, "print JSON")
@@ -46,24 +46,8 @@ class Config:
         "open_clip:<model>/<tag>, hf:<repo> or dino; it is built, encodes random tiles, "
         "and what it costs is printed",
     )
-    weights: str = key(
-        "", "weights file or folder; empty: from the encoder's hub; random: untrained"
-    )
-    pool: str = key(
-        "published",
-        "features of a transformer: class token, mean of the patch tokens, or both",
-        choices=POOLS,
-    )
-    layer: int = key(0, "stage of a ResNet that is pooled, 1 to 4; 0: as the encoder table says")
     batch_size: int = key(8, "items per step over all processes; tiles")
     rounds: int = key(3, "timed rounds, of which the median counts; after one to warm up")
-    device: str = key("auto", "auto, cpu, cuda or cuda:N")
-    precision: str = key(
-        "auto",
-        "number format of the computation; auto: bf16 where the device has it in "
-        "hardware, else fp32",
-        choices=PRECISIONS,
-    )
 
 
 def make_table(match: str = "") -> list[dict[str, Any]]:
@@ -94,7 +78,7 @@ def make_table(match: str = "") -> list[dict[str, Any]]:
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """Columns padded to their longest entry; `-` where there is nothing to say."""
-    shown = [[_cell(row[column]) for column in COLUMNS] for row in rows]
+    shown = [[_format_cell(row[column]) for column in COLUMNS] for row in rows]
     widths = [max(len(line[i]) for line in [list(COLUMNS), *shown]) for i in range(len(COLUMNS))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
@@ -103,16 +87,14 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _cell(value: Any) -> str:
+def _format_cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "-" if value in (None, "") else str(value)
 
 
 def make_random_batch(encoder: Encoder, count: int, side: int) -> tuple[torch.Tensor, float]:
-    """Random tiles through the encoder's own transform; seconds a tile, as one worker would
-    take.
-    """
+    """Random tiles through the encoder's transform, and seconds per tile in one worker."""
     generator = np.random.default_rng(0)
     tiles = [generator.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(count)]
     encoder.transform(tiles[0])
@@ -122,9 +104,7 @@ def make_random_batch(encoder: Encoder, count: int, side: int) -> tuple[torch.Te
 
 
 def count_gflops(encoder: Encoder, batch: torch.Tensor) -> float | None:
-    """10^9 floating-point operations a tile, a multiply-add as two; None for a classical
-    descriptor.
-    """
+    """GFLOPs per tile, a multiply-add as two; None for a classical descriptor."""
     if not any(True for _ in encoder.model.parameters()):
         return None
     # attention spelt out: fused kernels are not counted on every device

@@ -28,11 +28,11 @@ from common.config import REQUIRED, key
 from common.errors import UserError
 from common.files import atomic_path
 from patch_encoder.cohort.labels import find_slides
+from patch_encoder.extraction.keys import StainKeys
 from patch_encoder.slides import RegionError, Slide, open_slide
 from patch_encoder.stain.augment import HedJitter, StainJitter
 from patch_encoder.stain.macenko import StainProfile, has_one_stain
 from patch_encoder.stain.normaliser import (
-    SCOPES,
     Normaliser,
     build_normaliser,
     convert_to_tensor,
@@ -53,26 +53,18 @@ COLUMNS = (
     "stain jitter",
 )
 GAP, HEAD, LABEL = 4, 24, 18
-CANDIDATES, GRID = (
-    64,
-    64,
-)  # places of a slide that are looked at, and pixels a side that count in its statistics
+CANDIDATES = 64  # places of a slide that are looked at
+GRID = 64  # pixels a side that count in its statistics
 
 
 @dataclass
-class Config:
+class Config(StainKeys):
     """Keys of the preview."""
 
     slides: str = key(REQUIRED, "slide file, or folder tree of slides", path=True)
     output: str = key(REQUIRED, "where the results are written; a PNG file", runtime=True)
     rows: int = key(5, "rows in all")
     tile_size: int = key(256, "side of a tile, px; at level 0")
-    stain_target: str = key(
-        "", "picture of H&E whose stain the tiles get; empty: a common reference", path=True
-    )
-    stain_scope: str = key(
-        "slide", "stain statistics of the slide (64 of its tiles), or of each tile", choices=SCOPES
-    )
     alpha: float = key(
         0.1, "augmentation: stains are multiplied by 1 +- alpha (stain jitter: three times alpha)"
     )
@@ -89,9 +81,7 @@ class PreviewRow(NamedTuple):
 
 
 def read_rows(slide: Slide, count: int, size: int) -> list[PreviewRow]:
-    """The `count` places with most tissue, out of a grid of CANDIDATES over the slide; in reading
-    order.
-    """
+    """The `count` places with most tissue of a grid of CANDIDATES, in reading order."""
     side = min(size, slide.width, slide.height)
     across = max(1, round((CANDIDATES * slide.width / slide.height) ** 0.5))
     down = max(1, round(CANDIDATES / across))
@@ -163,7 +153,7 @@ def draw_page(rows: Sequence[tuple[str, list[np.ndarray]]], side: int) -> Image.
 
 
 def main(config: Config) -> None:
-    for name in ("tiles", "tile_size"):
+    for name in ("rows", "tile_size"):
         if getattr(config, name) < 1:
             raise UserError(f"{name}={getattr(config, name)}: expected at least 1")
     methods = {

@@ -16,7 +16,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,10 @@ from common.processes.pool import Lost, Raised, check_workers, run_jobs
 from common.progress import progress
 from common.provenance import can_reuse, unknown_origin
 from patch_encoder.cohort.failures import Failures
+from patch_encoder.cohort.keys import TileGridKeys
 from patch_encoder.cohort.labels import find_slides_and_mpps
 from patch_encoder.slides import Slide, SlideError, open_slide
-from patch_encoder.slides.damage import Damage
-from patch_encoder.slides.overview import Overview, read_overview
+from patch_encoder.slides.overview import Damage, Overview, read_overview
 from patch_encoder.tiles.coordinates import (
     Coordinates,
     TileGeometry,
@@ -43,9 +43,9 @@ from patch_encoder.tiles.coordinates import (
     read_coordinates,
 )
 from patch_encoder.tiles.grid import make_grid, make_tile_geometry, measure_tissue_share
-from patch_encoder.tissue import METHODS, Tissue, TissueSettings, find_tissue
 from patch_encoder.tissue.annotation import find_annotation_file
 from patch_encoder.tissue.clam import make_contour_grid, resolve_parameters
+from patch_encoder.tissue.find import METHODS, Tissue, find_tissue
 from patch_encoder.tissue.geojson import write_geojson
 from patch_encoder.tissue.outlines import trace_outlines
 from patch_encoder.tissue.quality import (
@@ -55,6 +55,7 @@ from patch_encoder.tissue.quality import (
     measure_tiles,
     write_tiles,
 )
+from patch_encoder.tissue.settings import TissueSettings
 from patch_encoder.viz.overlay import draw_mask_overlay
 
 logger = logging.getLogger(__name__)
@@ -70,31 +71,15 @@ OVERLAY, THUMBNAIL = 1024, 256  # px of the longest side
 
 
 @dataclass
-class Config:
+class Config(Cuts, TileGridKeys):
     """Keys of the tiling stage."""
 
-    slides: str = key(REQUIRED, "slide file, or folder tree of slides", path=True)
     output: str = key(
         REQUIRED, "where the results are written; coords/, overlays/ and tiling.csv", runtime=True
     )
-    labels: str = key(
-        "", "labels.csv of the cohort; only its slides are tiled, and mpp comes from it", path=True
-    )
-    tile_size: int = key(256, "side of a tile, px; at target_mpp")
-    target_mpp: float | None = key(
-        0.5, "micrometres per pixel of the tiles; null: level 0 as it is"
-    )
-    overlap: float = key(0.0, "share of its side that a tile has in common with its neighbour")
     step: int | None = key(None, "px at target_mpp from tile to tile, instead of an overlap")
     pad: bool = key(False, "also tiles that run past the right and lower border, white there")
     min_tissue: float = key(0.1, "smallest share of a tile that has to be tissue")
-    mpp: float | None = key(None, "micrometres per pixel at level 0; of slides that do not say")
-    tile_pattern: str = key(
-        "", "how tile folders name their tiles, as in tile_x{x}_y{y}.png; empty: <row>_<col>"
-    )
-    pictures: bool = key(
-        False, "plain pictures (png, jpg, ...) are slides too; labelled ones always are"
-    )
     method: str = key(
         "auto",
         "tissue detection; auto: existing tiles of a tile folder, else hsv_otsu",
@@ -108,45 +93,20 @@ class Config:
     quality: bool = key(
         False, "measure sharpness, ink, background and stain of every tile (reads every tile)"
     )
-    min_blur: float | None = key(
-        None, "drop tiles whose Laplacian has less variance than this; null: none"
-    )
-    max_pen: float | None = key(None, "drop tiles with a larger share of ink; null: none")
-    max_background: float | None = key(
-        None, "drop tiles with a larger share of empty glass; null: none"
-    )
-    min_saturation: float | None = key(None, "drop tiles of less mean saturation, 0..1; null: none")
-    max_darkness: float | None = key(None, "drop tiles of more mean optical density; null: none")
     max_unreadable: float = key(
         0.25, "largest share of a slide that may fail to decode; the rest is tiled"
     )
     tissue: TissueSettings = group(TissueSettings, "tissue detection settings")
-    workers: int = key(
-        2,
-        "worker processes; one slide each; 0: the main process, which a slide that "
-        "crashes its reader ends",
-        runtime=True,
-    )
     threads: int = key(
         0,
         "CPU threads per process; that read a slide; 0: as many as there are cores for "
         "each of the workers",
         runtime=True,
     )
-    read_timeout: float = key(
-        300.0,
-        "seconds without progress after which a slide is given up (not with workers=0)",
-        runtime=True,
-    )
     overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
 
 
 Job = tuple[str, Path, float | None]  # slide id, file, mpp that was given
-
-
-def cuts_of(config: Config) -> Cuts:
-    """The quality cuts of a configuration."""
-    return Cuts(**{field.name: getattr(config, field.name) for field in fields(Cuts)})
 
 
 def settings_stamp(config: Config) -> str:
@@ -180,7 +140,7 @@ def tile_one(job: Job, config: Config, stamp: str) -> dict[str, object]:
     _, path, mpp = job
     with open_slide(path, mpp, config.tile_pattern) as slide:
         slide.threads = threads_each(config)
-        return _tile(slide, job, config, stamp)
+        return _tile_slide(slide, job, config, stamp)
 
 
 def threads_each(config: Config) -> int:
@@ -188,7 +148,7 @@ def threads_each(config: Config) -> int:
     return config.threads or max(1, len(os.sched_getaffinity(0)) // max(1, config.workers))
 
 
-def _tile(slide: Slide, job: Job, config: Config, stamp: str) -> dict[str, object]:
+def _tile_slide(slide: Slide, job: Job, config: Config, stamp: str) -> dict[str, object]:
     output, (slide_id, _, mpp) = Path(config.output), job
     geometry = make_tile_geometry(
         slide, config.tile_size, config.target_mpp, config.overlap, config.step
@@ -211,7 +171,7 @@ def _tile(slide: Slide, job: Job, config: Config, stamp: str) -> dict[str, objec
     why = np.where(
         lost | np.isnan(quality.get("blur", share)),
         "unreadable",
-        list_drop_reasons(quality, cuts_of(config), len(corners)),
+        list_drop_reasons(quality, config, len(corners)),
     )
     keep = why == ""
     coordinates = Coordinates(corners[keep], geometry)
@@ -306,7 +266,7 @@ def is_done(job: Job, config: Config, stamp: str) -> bool:
 def check(config: Config) -> None:
     """Refuse what does not go together before any slide is opened."""
     check_workers(config.workers, config.read_timeout)
-    if cuts_of(config).any() and not config.quality:
+    if config.limits() and not config.quality:
         raise UserError(
             "min_blur, max_pen, ...: expected quality=true, found false; cuts need measured tiles"
         )

@@ -26,7 +26,7 @@ from typing import Any
 from common.cli import launch
 from common.config import REQUIRED, key
 from common.errors import UserError, did_you_mean
-from common.files import read_json, safe_id, write_csv, write_json
+from common.files import read_json, safe_id, write_json, write_or_remove_csv
 
 logger = logging.getLogger(__name__)
 DEFAULT = "default"
@@ -108,18 +108,19 @@ class Variant:
 
 def format_value(value: Any) -> str:
     """A value as part of a file name: [0, 1] is 0+1."""
-    return (
-        "+".join(map(str, value))
-        if isinstance(value, list)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, list):
+        return "+".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def describe_changes(factor: str, value: Any) -> dict[str, Any]:
-    """The keys that one value of a factor sets."""
-    return dict(value) if isinstance(value, dict) else {factor: value}
+def name_settings(settings: Mapping[str, Any]) -> str:
+    """Settings as part of a file name."""
+    return "_".join(f"{name}-{format_value(value)}" for name, value in settings.items())
+
+
+def list_students(students: Mapping[str, Path]) -> str:
+    """Names and checkpoints as scripts take them."""
+    return "student=[" + ",".join(f"'{name}={path}'" for name, path in students.items()) + "]"
 
 
 def expand(default: Mapping[str, Any], factors: Mapping[str, Any], grid: str) -> list[Variant]:
@@ -136,40 +137,25 @@ def expand(default: Mapping[str, Any], factors: Mapping[str, Any], grid: str) ->
                 f"factors: {factor}: expected its default value in default:, "
                 f"{did_you_mean(factor, default)}"
             )
-    if grid == "one":
-        choices = [
-            ((factor, describe_changes(factor, value)),)
-            for factor, values in factors.items()
-            for value in values
-        ]
-    else:
-        single = [
-            [(factor, describe_changes(factor, value)) for value in values]
-            for factor, values in factors.items()
-        ]
-        choices = list(itertools.product(*single))
+    # of every factor: its name, and the keys that each of its values sets
+    single = [
+        [(factor, value if isinstance(value, dict) else {factor: value}) for value in values]
+        for factor, values in factors.items()
+    ]
+    one_by_one = [(choice,) for choices in single for choice in choices]
     variants = {DEFAULT: Variant(DEFAULT, DEFAULT, dict(default))}
-    for combination in choices:
-        changed = {
-            name: value
-            for _, parts in combination
-            for name, value in parts.items()
-            if default.get(name) != value
+    for combination in one_by_one if grid == "one" else itertools.product(*single):
+        given = {name: value for _, parts in combination for name, value in parts.items()}
+        changed = {name: value for name, value in given.items() if default.get(name) != value}
+        factor = "+".join(factor for factor, parts in combination if changed.keys() & parts.keys())
+        shown = {
+            name.removeprefix("extra."): value
+            for name, value in changed.items()
+            if value is not False
         }
-        factor = "+".join(
-            factor for factor, parts in combination if any(name in changed for name in parts)
-        )
-        shown = {name: value for name, value in changed.items() if value is not False}
-        name = (
-            "_".join(
-                f"{key.removeprefix('extra.')}-{format_value(value)}"
-                for key, value in shown.items()
-            )
-            or DEFAULT
-        )
-        variants.setdefault(
-            safe_id(name, "variant"), Variant(name, factor or DEFAULT, {**default, **changed})
-        )
+        name = name_settings(shown) or DEFAULT
+        settings = {**default, **changed}
+        variants.setdefault(safe_id(name, "variant"), Variant(name, factor or DEFAULT, settings))
     return list(variants.values())
 
 
@@ -197,23 +183,15 @@ class Study:
         logger.info("== %s", name)
         log = self.output / "logs" / f"{name.replace(' ', '_')}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        timed = [
-            sys.executable,
-            "-m",
-            "common.stage_timer",
-            str(self.output / "stages.json"),
-            name,
-            "--",
-        ]
+        python = [sys.executable, "-m"]
+        timed = [*python, "common.stage_timer", str(self.output / "stages.json"), name, "--"]
         with log.open("w", encoding="utf-8") as stream:
-            command = [*timed, sys.executable, "-m", module, *arguments]
+            command = [*timed, *python, module, *arguments]
             status = subprocess.run(command, stdout=stream, stderr=stream, check=False).returncode
         if status == 0:
             return ""
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [
-            f"exit status {status}"
-        ]
-        return lines[-1].removeprefix("error: ")
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return lines[-1].removeprefix("error: ") if lines else f"exit status {status}"
 
     def fail(self, name: str, stage: str, error: str) -> None:
         """Remember a variant that is left out."""
@@ -232,18 +210,12 @@ def rank_tiles(study: Study, config: Config, variants: Sequence[Variant]) -> dic
     errors: dict[str, str] = {}
     for variant in variants:
         settings = variant.of_stage(ranking=True)
-        name = (
-            "_".join(f"{key}-{format_value(value)}" for key, value in settings.items()) or "ranking"
-        )
+        name = name_settings(settings) or "ranking"
         folder = study.output / "distillation" / safe_id(name, "ranking")
         if name not in errors:
-            teacher = f"features={study.inputs['features']}/{config.teacher}"
-            given = [
-                f"slides={study.inputs['slides']}",
-                f"labels={study.inputs['labels']}",
-                teacher,
-                f"output={folder}",
-            ]
+            inputs = study.inputs
+            given = [f"slides={inputs['slides']}", f"labels={inputs['labels']}"]
+            given += [f"features={inputs['features']}/{config.teacher}", f"output={folder}"]
             recipe = ["--config", config.rank_config, *config.rank, *make_assignments(settings)]
             errors[name] = study.stage(f"rank {name}", "mil.rank_patches", [*recipe, *given])
         if errors[name]:
@@ -261,25 +233,13 @@ def distil_students(
     wanted = [variant for variant in variants if variant.name in sets]
     for variant in wanted:
         run = study.output / "students" / variant.name
-        given = [
-            f"dataset={sets[variant.name]}",
-            f"backbone={study.inputs['backbone']}",
-            f"output={run}",
-        ]
-        shared = [
-            f"teacher={config.teacher}",
-            f"cache_dir={study.output / 'cache'}",
-            "figures=false",
-        ]
-        recipe = [
-            "--config",
-            config.d2vfm_config,
-            *config.d2vfm,
-            *make_assignments(variant.of_stage(ranking=False)),
-        ]
-        if error := study.stage(
-            f"train {variant.name}", "detection_kd.train_d2vfm", [*recipe, *shared, *given]
-        ):
+        own = make_assignments(variant.of_stage(ranking=False))
+        arguments = ["--config", config.d2vfm_config, *config.d2vfm, *own]
+        arguments += [f"teacher={config.teacher}", f"cache_dir={study.output / 'cache'}"]
+        arguments += ["figures=false", f"dataset={sets[variant.name]}"]
+        arguments += [f"backbone={study.inputs['backbone']}", f"output={run}"]
+        error = study.stage(f"train {variant.name}", "detection_kd.train_d2vfm", arguments)
+        if error:
             study.fail(variant.name, "train_d2vfm", error)
         else:
             students[variant.name] = run / "checkpoint_best.pt"
@@ -290,17 +250,15 @@ def extract_students(
     study: Study, config: Config, students: dict[str, Path], on_cohort: Sequence[str]
 ) -> dict[str, Path]:
     """The students whose bags are all there."""
-    names = "[" + ",".join(f"'{name}={path}'" for name, path in students.items()) + "]"
     features = study.output / "features"
-    arguments = [*config.extract, *on_cohort, f"student={names}", f"output={features}"]
+    arguments = [*config.extract, *on_cohort, list_students(students), f"output={features}"]
     error = study.stage("student features", "detection_kd.extract_student", arguments)
-    failed = [name for name in students if (features / name / "failures.csv").is_file()]
+    lists = {name: features / name / "failures.csv" for name in students}
+    failed = {name: path for name, path in lists.items() if path.is_file()}
     if error and not failed:
         raise UserError(f"student features: {error} (see {study.output}/logs)")
-    for name in failed:
-        study.fail(
-            name, "extract_student", f"slides failed, listed in {features / name / 'failures.csv'}"
-        )
+    for name, path in failed.items():
+        study.fail(name, "extract_student", f"slides failed, listed in {path}")
     return {name: path for name, path in students.items() if name not in failed}
 
 
@@ -313,16 +271,10 @@ def measure_costs(
     path = study.output / "cost.json"
     encoders = config.encoders or [config.teacher, *config.references]
     known = read_json(path, "encoder costs") if path.is_file() else {}
-    again = ["overwrite=true"] if not set(students) <= set(known) else []
-    names = "[" + ",".join(f"'{name}={checkpoint}'" for name, checkpoint in students.items()) + "]"
-    arguments = [
-        f"encoders=[{','.join(encoders)}]",
-        f"student={names}",
-        f"output={path}",
-        *config.measure,
-        *again,
-    ]
-    study.need("encoder cost", "studies.measure_encoders", [*on_cohort, *arguments])
+    arguments = [*on_cohort, f"encoders=[{','.join(encoders)}]", list_students(students)]
+    arguments += [f"output={path}", *config.measure]
+    arguments += ["overwrite=true"] if not set(students) <= set(known) else []
+    study.need("encoder cost", "studies.measure_encoders", arguments)
     return path
 
 
@@ -364,10 +316,8 @@ def main(config: Config) -> int:
         {"name": variant.name, "factor": variant.factor, "settings": dict(variant.settings)}
         for variant in variants
     ]
-    write_json(
-        study.output / "study.json",
-        {"teacher": config.teacher, "references": config.references, "variants": rows},
-    )
+    plan = {"teacher": config.teacher, "references": config.references, "variants": rows}
+    write_json(study.output / "study.json", plan)
     students = distil_students(study, config, variants, rank_tiles(study, config, variants))
     if not students:
         raise UserError(
@@ -378,23 +328,16 @@ def main(config: Config) -> int:
     students = extract_students(study, config, students, on_cohort)
     cost = measure_costs(study, config, students, on_cohort)
     folders = [f"{study.output}/features/{name}" for name in students]
-    folders += [
-        f"{study.inputs['features']}/{name}" for name in (config.teacher, *config.references)
-    ]
+    bags = study.inputs["features"]
+    folders += [f"{bags}/{name}" for name in (config.teacher, *config.references)]
     sets = [f"features=[{','.join(folders)}]", f"labels={study.inputs['labels']}", f"cost={cost}"]
     recipe = ["--config", config.mil_config, *config.mil]
     study.need("mil benchmark", "mil.benchmark", [*recipe, *sets, f"output={study.output / 'mil'}"])
-    failures = study.output / "failures.csv"
-    failures.unlink(missing_ok=True)
-    if study.failures:
-        write_csv(failures, ["variant", "stage", "error"], study.failures)
+    header = ["variant", "stage", "error"]
+    write_or_remove_csv(study.output / "failures.csv", header, study.failures)
     study.need("table", "studies.ablation_table", [f"study={study.output}"])
-    logger.info(
-        "ablation: %d variants, %d failed: %s",
-        len(variants),
-        len(study.failures),
-        study.output / "ablation.html",
-    )
+    counts, page = (len(variants), len(study.failures)), study.output / "ablation.html"
+    logger.info("ablation: %d variants, %d failed: %s", *counts, page)
     return 1 if study.failures else 0
 
 

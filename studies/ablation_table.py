@@ -48,11 +48,10 @@ class Config:
 
 def auc_cells(values: Mapping[str, Any]) -> list[float | None]:
     """AUC_PARTS of one classifier."""
-    (low, high), (below, above) = (
-        values.get("ci") or (None, None),
-        values.get("difference_ci") or (None, None),
-    )
-    return [values.get("mean"), low, high, values.get("difference"), below, above]
+    cells: list[float | None] = []
+    for value, ci in (("mean", "ci"), ("difference", "difference_ci")):
+        cells += [values.get(value), *(values.get(ci) or (None, None))]
+    return cells
 
 
 def csv_rows(
@@ -63,17 +62,10 @@ def csv_rows(
     aucs = [f"auc_{model}_{part}" for model in models for part in AUC_PARTS]
     table = []
     for row in rows:
-        cells = {
-            "variant": row["name"],
-            **{name: row[name] for name in ("factor", "kind", *AGREEMENT, *COST, "seconds")},
-        }
-        cells |= dict(
-            zip(
-                aucs,
-                [cell for model in models for cell in auc_cells(row["auc"].get(model, {}))],
-                strict=True,
-            )
-        )
+        cells = {"variant": row["name"]}
+        cells |= {name: row[name] for name in ("factor", "kind", *AGREEMENT, *COST, "seconds")}
+        numbers = [cell for model in models for cell in auc_cells(row["auc"].get(model, {}))]
+        cells |= dict(zip(aucs, numbers, strict=True))
         table.append(cells | {"pareto": int(row["pareto"]), "error": row["error"]})
     return [*plain, *aucs, *COST, "seconds", "pareto", "error"], table
 
@@ -81,29 +73,16 @@ def csv_rows(
 def markdown(rows: Sequence[Mapping[str, Any]], models: Sequence[str], headline: str) -> str:
     """ablation.md, the table for a README."""
     titles = [f"AUC ({model})" for model in models]
-    header = [
-        "variant",
-        *AGREEMENT,
-        *titles,
-        f"difference ({headline})",
-        "tiles/s",
-        "GFLOPs",
-        "parameters",
-        "seconds",
-    ]
+    header = ["variant", *AGREEMENT, *titles, f"difference ({headline})"]
+    header += ["tiles/s", "GFLOPs", "parameters", "seconds"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in rows:
-        values = row["auc"].get(headline, {})
+        aucs = [row["auc"].get(model, {}) for model in (headline, *models)]
         name = f"**{row['name']}**" if row["pareto"] else row["name"]
         cells = [name, *("-" if row[key] is None else f"{row[key]:.3f}" for key in AGREEMENT)]
-        cells += [
-            format_with_interval(row["auc"].get(m, {}).get("mean"), row["auc"].get(m, {}).get("ci"))
-            for m in models
-        ]
-        cells += [
-            format_difference(values.get("difference"), values.get("difference_ci")),
-            *(format_number(row[key]) for key in COST),
-        ]
+        cells += [format_with_interval(auc.get("mean"), auc.get("ci")) for auc in aucs[1:]]
+        cells.append(format_difference(aucs[0].get("difference"), aucs[0].get("difference_ci")))
+        cells += [format_number(row[key]) for key in COST]
         cells.append("failed" if row["error"] else format_number(row["seconds"]))
         lines.append("| " + " | ".join(cells) + " |")
     failed = [f"- {row['name']}: {row['error']}" for row in rows if row["error"]]

@@ -36,8 +36,7 @@ from patch_encoder.extraction.network import Network
 from patch_encoder.extraction.tile_batches import TileSequence
 from patch_encoder.models.encoders import Encoder, build_encoder
 from patch_encoder.models.pooling import POOLS
-from patch_encoder.tiles.coordinates import Coordinates
-from patch_encoder.tiles.slide_job import SlideJob
+from patch_encoder.tiles.coordinates import Coordinates, SlideJob
 
 logger = logging.getLogger(__name__)
 READERS: dict[str, dict[str, Any]] = {
@@ -114,9 +113,8 @@ def describe_work(encoder: Encoder) -> str:
     network = getattr(encoder.model, "network", None)
     if not isinstance(network, Student):
         return encoder.name
-    return repr(
-        (network.backbone.describe(), network.stages, network.pooling.kind, network.input_scale)
-    )
+    pooling, scale = network.pooling.kind, network.input_scale
+    return repr((network.backbone.describe(), network.stages, pooling, scale))
 
 
 def take_first_tiles(jobs: list[SlideJob], count: int) -> list[SlideJob]:
@@ -161,27 +159,21 @@ def main(config: Config) -> None:
         logger.info("measure_encoders: %s is there", output)
         return
     device = pick_device(config.device)
-    settings = ExtractSettings(
-        device, pick_precision(config.precision, device), config.batch_size, config.workers
-    )
+    precision = pick_precision(config.precision, device)
+    settings = ExtractSettings(device, precision, config.batch_size, config.workers)
     failures = Failures("measure_encoders")
-    jobs = take_first_tiles(
-        cohort_jobs(config.slides, config.coords, config.labels, failures), config.tiles_per_round
-    )
+    jobs = cohort_jobs(config.slides, config.coords, config.labels, failures)
+    jobs = take_first_tiles(jobs, config.tiles_per_round)
     encoders = build_model(config)
-    timed = list({describe_work(encoder): encoder for encoder in reversed(encoders)}.values())[
-        ::-1
-    ]  # the first of each kind
-    rates: dict[str, list[float]] = {describe_work(encoder): [] for encoder in timed}
-    for round_index in range(config.rounds + 1):
-        for encoder in timed:
-            rate = time_round(
-                encoder,
-                jobs if round_index else take_first_tiles(jobs, config.batch_size),
-                settings,
-            )
-            if round_index:  # round 0 warms up
-                rates[describe_work(encoder)].append(rate)
+    timed: dict[str, Encoder] = {}
+    for encoder in encoders:
+        timed.setdefault(describe_work(encoder), encoder)  # the first of each kind
+    rates: dict[str, list[float]] = {work: [] for work in timed}
+    for encoder in timed.values():
+        time_round(encoder, take_first_tiles(jobs, config.batch_size), settings)  # warms up
+    for _ in range(config.rounds):
+        for work, encoder in timed.items():
+            rates[work].append(time_round(encoder, jobs, settings))
     costs = {}
     for encoder in encoders:
         costs[encoder.name] = {

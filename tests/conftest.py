@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from PIL import Image
 from tests.artefacts import tiny_benchmark, tiny_student  # noqa: F401  fixtures of all tests
 from tests.helpers import ROOT, draw_slide, write_pyramid
 
+STUB = b"<svg xmlns='http://www.w3.org/2000/svg'/>"
 DATA = Path(os.environ.get("WSI_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 
@@ -29,6 +31,8 @@ LONG = (
     "test_learning",
     "test_training_pool",
     "test_benchmark",
+    "test_detector_training",
+    "test_real_teachers",
 )
 
 
@@ -55,6 +59,21 @@ def real_data() -> Path:
     if not (DATA / "INVENTORY.md").is_file():
         pytest.skip(f"real test data not found at {DATA}; set WSI_TEST_DATA")
     return DATA
+
+
+@pytest.fixture
+def no_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are composed, and their files are there, but nothing is rendered into them: that
+    takes longer than a tiny training. For tests that do not look at the figures.
+    """
+
+    def write_stub(figure: object, target: Path | BinaryIO, **_: object) -> None:
+        if isinstance(target, Path):
+            target.write_bytes(STUB)
+        else:
+            target.write(STUB)
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", write_stub)
 
 
 @pytest.fixture

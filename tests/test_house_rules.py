@@ -18,8 +18,6 @@ SYSTEMS = ("patch_encoder", "detection_kd", "mil", "studies")
 SIZES = {
     "common/processes": "one supervised pool",
     "detection_kd/ops": "one operator",
-    "detection_kd/models": "one file per part of a detector and of a student",
-    "mil/models": "one file per published slide classifier",
     "patch_encoder/viz": "overlays and their captions",
     "studies/ablations": "one table and its figure",
 }

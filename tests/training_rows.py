@@ -77,7 +77,7 @@ def teacher_inputs(folder: Path) -> list[str]:
     network itself is the online teacher.
     """
     pairs, weights = distillation_sets.write_set(folder / "set"), folder / "vit.pth"
-    backbone = distillation_sets.write_backbone(folder / "backbone.pt")
+    backbone = d2vfm_runs.write_backbone(folder / "backbone.pt")
     torch.manual_seed(0)
     torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), weights)
     write_features(pairs, "timm:test_vit", weights)

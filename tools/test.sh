@@ -23,6 +23,13 @@ ENV="$ENV" bash "$root/tools/setup.sh"
 source "$root/tools/lib.sh"
 cd "$root"
 "$PYTHON" -m ruff check .
+# files of tests lie in memory where 8 GiB are free there and libraries may be loaded from it: a disk waits for each of thousands
+memory=$(df --output=avail -k /dev/shm 2>/dev/null | tail -n 1 || true)
+if [[ -z "${TMPDIR:-}" && "${memory:-0}" -gt $((8 << 20)) && "$(findmnt -no OPTIONS /dev/shm 2>/dev/null)" != *noexec* ]]; then
+  TMPDIR=$(mktemp -d /dev/shm/tests.XXXXXX)
+  export TMPDIR
+  trap 'rm -rf "$TMPDIR"' EXIT
+fi
 if ((WORKERS > 1)); then
   export OMP_NUM_THREADS=1 # every worker has one core
 fi

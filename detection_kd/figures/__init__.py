@@ -1,3 +1,1 @@
-"""Figures of detectors and students: curves, boxes on images, tiles in the teacher's feature
-space.
-"""
+"""Figures of detectors and students: curves, boxes on images, tiles in feature space."""

@@ -1,6 +1,4 @@
-"""Figures of a detector's quality: precision against recall, sensitivity against false positives,
-examples.
-"""
+"""Figures of a detector's quality: precision-recall and FROC curves, and examples."""
 
 from __future__ import annotations
 

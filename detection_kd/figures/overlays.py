@@ -21,12 +21,10 @@ from detection_kd.evaluation.froc import FALSE, HIT
 from detection_kd.evaluation.operating_point import JudgedImage
 from patch_encoder.viz.captions import load_caption_font
 
-HIT_COLOUR, FALSE_COLOUR, MISS_COLOUR, NEITHER_COLOUR = (
-    (0, 128, 94),
-    (204, 78, 0),
-    (0, 94, 168),
-    (110, 110, 110),
-)
+HIT_COLOUR = (0, 128, 94)
+FALSE_COLOUR = (204, 78, 0)
+MISS_COLOUR = (0, 94, 168)
+NEITHER_COLOUR = (110, 110, 110)
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 SIDES = (800, 1000)  # least and most px of a panel's long side
 LEAST_WIDTH = 420  # px of a panel, so that its heading fits
@@ -118,9 +116,7 @@ def _draw_boxes(
     texts: list[str],
     dashed: np.ndarray,
 ) -> Image.Image:
-    """A copy of the panel with boxes in px of it, the first ones on top, and their labels above all
-    boxes.
-    """
+    """Draw boxes (px of the panel) on a copy of it, the first on top, labels above all boxes."""
     panel = pixels.copy()
     draw = ImageDraw.Draw(panel)
     items = [
@@ -172,9 +168,7 @@ def _draw_outline(
 def _find_free_place(
     box: Box, text: tuple[float | int, float | int], panel: tuple[int, int], taken: list[Box]
 ) -> Box | None:
-    """Where a label of this size fits at its box without touching another one: above, below,
-    inside; None: nowhere.
-    """
+    """Where a label fits at its box, touching no other: above, below, inside; else None."""
     (x0, y0, x1, y1), width, height = box, text[0] + 6.0, text[1] + 6.0
     corners = [(x, y) for y in (y0 - height, y1 + 1, y0, y1 - height) for x in (x0, x1 - width)]
     for x, y in corners:
@@ -190,9 +184,7 @@ def _touch(a: Box, b: Box) -> bool:
 
 
 def _draw_legend(draw: ImageDraw.ImageDraw, sheet: tuple[int, int], name: str) -> None:
-    """The meaning of the colours at the bottom right, the file's name at the bottom left as far as
-    there is room.
-    """
+    """Write the colours' meaning at the bottom right, the file's name at the bottom left."""
     x, y = sheet[0] - GAP, sheet[1] - BAND / 2
     entries = [
         ("second hit or crowd", NEITHER_COLOUR),

@@ -66,20 +66,16 @@ def write_student_figures(
 def draw_planes(
     student: Features, teacher: Features, groups: Sequence[str], grouped_by: str = "slide"
 ) -> Figure:
-    """Draw teacher and student side by side in the teacher's first two principal components,
-    coloured by group.
-    """
+    """Draw teacher and student in the teacher's first two principal components, by group."""
     cosine = np.mean(
         np.sum(student * teacher, 1)
         / (np.linalg.norm(student, axis=1) * np.linalg.norm(teacher, axis=1)).clip(1e-12)
     )
     titles = (f"teacher, {len(teacher):,} tiles", f"student, mean cosine {cosine:.3f}")
     chosen = np.random.default_rng(0).permutation(len(teacher))[:MOST_POINTS]
-    student, teacher, names = (
-        student[chosen],
-        teacher[chosen],
-        name_groups([groups[i] for i in chosen]),
-    )
+    student = student[chosen]
+    teacher = teacher[chosen]
+    names = name_groups([groups[i] for i in chosen])
     rows = [project_on_principal_plane(student, teacher)]
     if (
         importlib.util.find_spec("umap") is not None and len(teacher) > 15
@@ -181,9 +177,7 @@ def project_on_umap(
 
 @styled()
 def draw_learning_curves(epochs: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw loss, agreement and neighbourhoods by epoch, and mark the epoch that is kept (the best
-    cosine).
-    """
+    """Draw loss, agreement and neighbourhoods by epoch, and mark the epoch that is kept."""
     x = [line["epoch"] for line in epochs]
     best = max(epochs, key=lambda line: line["cosine"])["epoch"]
     figure = new_figure(9.6, 3.1)

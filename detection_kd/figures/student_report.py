@@ -1,6 +1,4 @@
-"""What a finished D2VFM training leaves beside its checkpoints: R2 of every dimension as a table,
-and pictures.
-"""
+"""What a finished D2VFM training leaves: R2 of every dimension as a table, and figures."""
 
 from __future__ import annotations
 
@@ -37,10 +35,8 @@ def write_report(
         labels: label by slide; empty: tiles are coloured by slide.
         figures: whether to draw.
     """
-    r2, spread = (
-        compute_r2_by_dimension(student, teacher).tolist(),
-        teacher.std(dim=0, correction=0).tolist(),
-    )
+    r2 = compute_r2_by_dimension(student, teacher).tolist()
+    spread = teacher.std(dim=0, correction=0).tolist()
     rows = [
         {
             "dimension": i,

@@ -19,12 +19,6 @@ def cxcywh_to_xyxy(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
     return torch.cat((centre - size / 2, centre + size / 2), -1)
 
 
-def xyxy_to_cxcywh(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
-    """(x0, y0, x1, y1) -> (cx, cy, w, h)."""
-    low, high = boxes[..., :2], boxes[..., 2:]
-    return torch.cat(((low + high) / 2, high - low), -1)
-
-
 def generalized_iou(
     a: Float[Tensor, "*#n 4"], b: Float[Tensor, "*#n 4"]
 ) -> Float[Tensor, "*_pairs"]:

@@ -16,9 +16,14 @@ from torch import Tensor
 
 from common.config import key
 from common.errors import UserError
-from detection_kd.losses.contrastive import contrastive_loss
-from detection_kd.losses.feature_regression import FEATURE_LOSSES, FeatureLoss, smooth_l1_loss
-from detection_kd.losses.relational import relational_angle_loss, relational_distance_loss
+from detection_kd.losses.feature_losses import (
+    FEATURE_LOSSES,
+    FeatureLoss,
+    contrastive_loss,
+    relational_angle_loss,
+    relational_distance_loss,
+    smooth_l1_loss,
+)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""One-to-one matching of predictions and annotated boxes.
+"""One-to-one matching of predictions and annotated boxes, and the focal loss of its class cost.
 
 Source: DETR (Carion et al., ECCV 2020), equation 1, with the focal class cost of Deformable DETR
 (arXiv:2010.04159, appendix A.3). Differences: costs are computed within an image only (memory does
@@ -18,7 +18,29 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from detection_kd.losses.boxes import cxcywh_to_xyxy, pairwise_generalized_iou
-from detection_kd.losses.focal import ALPHA, GAMMA
+
+ALPHA, GAMMA = 0.25, 2.0
+
+
+def focal_loss(
+    logits: Float[Tensor, "*n"],
+    targets: Float[Tensor, "*n"],
+    alpha: float = ALPHA,
+    gamma: float = GAMMA,
+) -> Float[Tensor, "*n"]:
+    """-alpha_t (1 - p_t)^gamma log(p_t) of every element; `targets` are 0 or 1.
+
+    Source: RetinaNet (Lin et al., ICCV 2017, arXiv:1708.02002), equation 5.
+    """
+    probability = logits.sigmoid()
+    right = probability * targets + (1 - probability) * (1 - targets)  # p_t
+    weight = alpha * targets + (1 - alpha) * (1 - targets)  # alpha_t
+    return (
+        weight
+        * (1 - right) ** gamma
+        * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    )
+
 
 CLASS_COST, L1_COST, GIOU_COST = 2.0, 5.0, 2.0
 MOST_THREADS = 8
@@ -93,9 +115,7 @@ def _costs_on_device(
 def _costs_on_host(
     logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Tensor]
 ) -> list[Tensor]:
-    """The same, one problem at a time, so that intermediate results stay in the processor's
-    caches.
-    """
+    """The same problem by problem, so that intermediate results stay in the caches."""
     pairs = list(zip(labels, targets, strict=True))
     return [
         matching_cost(layer_logits[i].float(), layer_boxes[i].float(), *pair)

@@ -17,16 +17,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from detection_kd.losses.boxes import cxcywh_to_xyxy, generalized_iou
-from detection_kd.losses.focal import focal_loss
-from detection_kd.losses.matcher import Match, match_queries
+from detection_kd.losses.matcher import Match, focal_loss, match_queries
 
 WEIGHTS = {"class": 2.0, "box": 5.0, "giou": 2.0}
 
 
 class DetectionTargets(NamedTuple):
-    """Annotations of a batch: per image (N_b,) class indices and (N_b, 4) boxes as cxcywh
-    fractions.
-    """
+    """Per image: class indices (N_b,) and boxes (N_b, 4) as cxcywh fractions."""
 
     labels: list[Tensor]
     boxes: list[Tensor]
@@ -75,9 +72,7 @@ def match_groups(
     targets: DetectionTargets,
     groups: int = 1,
 ) -> list[list[list[Match]]]:
-    """Matches [layer][group][image]; each of the groups that Q divides into is matched on its own
-    (Group DETR).
-    """
+    """Matches [layer][group][image]; each group of queries is matched alone (Group DETR)."""
     layers = len(logits)
     parts = [
         part
@@ -167,9 +162,7 @@ def proposal_losses(
     targets: DetectionTargets,
     num_boxes: float,
 ) -> dict[str, Float[Tensor, ""]]:
-    """Terms `class_enc`, `box_enc`, `giou_enc` of the first stage: every annotation counts as class
-    0.
-    """
+    """First stage: `class_enc`, `box_enc`, `giou_enc`; every annotation has class 0."""
     found = layer_losses(logits, boxes, matches, _as_objects(targets), num_boxes)
     return {f"{name}_enc": value for name, value in found.items()}
 

@@ -132,9 +132,7 @@ class Backbone(nn.Module):
             self.steps.remove(step)
 
     def stages(self) -> dict[str, int]:
-        """Stage 0 (stem) ... 4 (stride 32) of every parameter; it belongs to the first map that
-        lies behind it.
-        """
+        """Stage 0 (stem) ... 4 (stride 32) of every parameter: that of the first map behind it."""
         order = [_flat(name) for name, _ in self.named_modules()]
         ends = [
             max((i for i, name in enumerate(order) if _within(name, stage)), default=-1)
@@ -229,9 +227,7 @@ def _with_weights(build: partial[nn.Module], name: str, source: str) -> nn.Modul
 
 
 def _tagged(name: str) -> str:
-    """timm's name; for the ResNets of the papers torchvision's weights, as published, not timm's
-    own training.
-    """
+    """timm's name; the papers' ResNets get torchvision's weights, as published."""
     return f"{name}.tv_in1k" if name in RESNETS else name
 
 

@@ -122,9 +122,7 @@ def _our_names(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
 
 
 def convert_huggingface(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of `transformers.DeformableDetrForObjectDetection` without its backbone, under our
-    names.
-    """
+    """Rename the weights of transformers' Deformable DETR, without its backbone, to ours."""
     kept = {
         name: value for name, value in weights.items() if not name.startswith("model.backbone.")
     }

@@ -174,9 +174,7 @@ def _check(a: Architecture) -> None:
 
 
 def _query_embedding(a: Architecture) -> nn.Embedding | None:
-    """Learned queries: position and content, content alone with mixed selection, none with plain
-    two-stage.
-    """
+    """Learned queries: position and content (mixed selection: content), or none (two-stage)."""
     if a.two_stage and not a.mixed_selection:
         return None
     return nn.Embedding(
@@ -185,9 +183,7 @@ def _query_embedding(a: Architecture) -> nn.Embedding | None:
 
 
 def _projections(channels: tuple[int, ...], levels: int, dim: int) -> list[nn.Module]:
-    """1x1 convolutions of the coarsest maps; a fourth level is a strided 3x3 convolution of the
-    last one.
-    """
+    """1x1 convolutions of the coarsest maps; a fourth level is strided 3x3 from the last."""
     convolutions = [nn.Conv2d(width, dim, 1) for width in channels[-levels:]]
     if levels > len(channels):
         convolutions.append(nn.Conv2d(channels[-1], dim, 3, stride=2, padding=1))

@@ -17,14 +17,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from common.config import key
-from detection_kd.models.deformable_decoder import DeformableDecoder, DeformableDecoderLayer
-from detection_kd.models.deformable_encoder import (
+from detection_kd.models.deformable_layers import (
+    DeformableDecoder,
+    DeformableDecoderLayer,
     DeformableEncoder,
     DeformableEncoderLayer,
+    MSDeformAttn,
     Pyramid,
 )
 from detection_kd.models.denoising import NoisedTargets
-from detection_kd.models.ms_deform_attn import MSDeformAttn
 from detection_kd.models.position_encoding import sine_position_encoding
 from detection_kd.models.proposals import ProposalHead
 
@@ -266,9 +267,7 @@ class DeformableTransformer(nn.Module):
 
 
 def apart(sizes: list[int], device: torch.device) -> Bool[Tensor, "q q"] | None:
-    """Self-attention mask of blocks that do not see each other, True where attention is blocked;
-    None for a single block.
-    """
+    """Self-attention mask of blocks that do not see each other (True: blocked); None for one."""
     if len(sizes) == 1:
         return None
     block = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)

@@ -65,10 +65,8 @@ def make_noised_targets(
     box = torch.full((len(labels), most, 4), 0.5, device=device)
     present = torch.zeros(len(labels), most, dtype=torch.bool, device=device)
     for row, (own_labels, own_boxes) in enumerate(zip(labels, boxes, strict=True)):
-        label[row, : len(own_labels)], box[row, : len(own_boxes)] = (
-            own_labels,
-            own_boxes.to(box.dtype),
-        )
+        label[row, : len(own_labels)] = own_labels
+        box[row, : len(own_boxes)] = own_boxes.to(box.dtype)
         present[row, : len(own_labels)] = True
     starts = torch.arange(groups)[:, None] * 2 * most  # of each group's positives
     matches = [_positives(starts, len(own)) for own in labels]
@@ -88,16 +86,12 @@ def _positives(starts: Tensor, count: int) -> Match:
 def shift_boxes(
     boxes: Float[Tensor, "b n 4"], negative: Float[Tensor, " n"], noise: float
 ) -> Float[Tensor, "b n 4"]:
-    """Boxes whose corners moved each way by 0..1 (negatives: 1..2) times `noise` half sizes, inside
-    the image.
-    """
+    """Boxes with corners moved by 0..1 (negatives: 1..2) times `noise` half sizes, clipped."""
     half = boxes[..., 2:] / 2
     corners = torch.cat((boxes[..., :2] - half, boxes[..., :2] + half), -1)
     way = torch.randint_like(boxes, 2) * 2 - 1
     amount = torch.rand_like(boxes) + negative[:, None]
     moved = (corners + way * amount * half.repeat(1, 1, 2) * noise).clamp(0, 1)
-    low, high = (
-        torch.minimum(moved[..., :2], moved[..., 2:]),
-        torch.maximum(moved[..., :2], moved[..., 2:]),
-    )
+    low = torch.minimum(moved[..., :2], moved[..., 2:])
+    high = torch.maximum(moved[..., :2], moved[..., 2:])
     return torch.cat(((low + high) / 2, high - low), -1)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from detection_kd.models.deformable_encoder import Pyramid, make_cell_grid
+from detection_kd.models.deformable_layers import Pyramid, make_cell_grid
 from detection_kd.models.position_encoding import encode_sine
 
 BASE_SIZE = (
@@ -46,9 +46,7 @@ class ProposalHead(nn.Module):
         class_head: nn.Module,
         box_head: nn.Module,
     ) -> tuple[Float[Tensor, "b s classes"], Float[Tensor, "b s 4"]]:
-        """Class logits and box logits of every cell; a padded or border cell has the box logit
-        +inf.
-        """
+        """Class and box logits of every cell; a padded or border cell has the box logit +inf."""
         proposals, usable = make_base_proposals(pyramid)
         cells = self.enc_output_norm(self.enc_output(memory.masked_fill(~usable, 0.0)))
         return class_head(cells), box_head(cells).to(proposals.dtype) + proposals
@@ -64,9 +62,7 @@ class ProposalHead(nn.Module):
         return box_logits.gather(1, best[..., None].expand(-1, -1, 4)).detach().sigmoid()
 
     def encode(self, reference: Float[Tensor, "b q 4"]) -> Float[Tensor, "b q _width"]:
-        """Positional encodings of boxes (B, Q, D), and beside them contents (B, Q, 2 D) unless
-        those are learned.
-        """
+        """Positional encodings (B, Q, D) of boxes, beside contents (B, Q, 2 D) unless learned."""
         encoded = encode_sine(reference * 2 * math.pi, self.dim // 2).flatten(-2)  # (B, Q, 2 D)
         return self.pos_trans_norm(self.pos_trans(encoded))
 

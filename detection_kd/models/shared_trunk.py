@@ -56,9 +56,7 @@ class SharedTrunk(PixelEncoder):
 
 
 def group_by_trunk(members: Sequence[TrunkMember]) -> list[list[TrunkMember]]:
-    """Members whose trunks are equal in the stages that they share, and that see tiles at one
-    scale, together.
-    """
+    """Group members of one input scale whose trunks are equal in the stages that they share."""
     groups: list[list[TrunkMember]] = []
     for member in sorted(members, key=lambda member: -member.student.deepest_stage):
         for group in groups:

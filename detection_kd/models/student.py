@@ -88,9 +88,7 @@ class Student(nn.Module):
         return [parameter for parameter in found if id(parameter) not in norms]
 
     def train(self, mode: bool = True) -> Student:
-        """Training mode for pooling and adapter only; BatchNorm of a stage that is trained keeps
-        its statistics.
-        """
+        """Train pooling and adapter only; BatchNorm of a trained stage keeps its statistics."""
         super().train(mode)
         self.backbone.eval()
         return self
@@ -189,9 +187,7 @@ def build_student_network(student: Student, *, cached: bool, device: torch.devic
 def group_student_parameters(
     student: Student, lr: float, unfreeze_lr: float
 ) -> list[dict[str, Any]]:
-    """Group what is trained for an optimiser: pooling and adapter at `lr`, stages of the backbone
-    at `unfreeze_lr` times that.
-    """
+    """Parameter groups: pooling and adapter at `lr`, backbone stages at `unfreeze_lr` times it."""
     groups: list[dict[str, Any]] = [
         {"params": [*student.pooling.parameters(), *student.adapter.parameters()], "lr": lr}
     ]

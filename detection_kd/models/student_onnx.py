@@ -111,9 +111,7 @@ def _program(module: nn.Module, tiles: Tensor, free: tuple[int, ...]) -> Any:
 
 
 def _strip(model: Any) -> None:
-    """Take out what names the exporting machine's source files, so that one student gives one
-    file.
-    """
+    """Remove names of the exporting machine's files, so that one student gives one file."""
     graph = model.graph
     for part in (
         model,
@@ -129,9 +127,7 @@ def _strip(model: Any) -> None:
 
 
 def find_feature_map_nodes(graph: Any) -> list[str]:
-    """Names of the convolutions, and of what passes their maps on: sums, maxima, rectifiers of
-    nothing but maps.
-    """
+    """Names of convolutions, and of the sums, maxima and rectifiers that pass on only maps."""
     maps: set[str] = set()
     names = []
     for node in graph.node:  # in topological order

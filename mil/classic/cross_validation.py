@@ -16,8 +16,7 @@ from common.errors import UserError
 from common.files import read_json, sha256_bytes, write_json
 from common.provenance import can_reuse
 from common.seed import seed_everything
-from mil.classic.pooled_baselines import SIMPLE, pool_bags, predict_simple
-from mil.classic.recipes import NETWORKS, choose_recipe
+from mil.classic.recipes import NETWORKS, SIMPLE, choose_recipe, pool_bags, predict_simple
 from mil.classic.sets import ClassicSet, load_set, make_folds
 from mil.classic.table import SETS, compute_accuracy
 from mil.classic.vmap_training import train_stacked
@@ -47,10 +46,8 @@ class ClassicJob:
         common = {"data": classic.digest(), "folds": folds, "method": self.method}
         if self.method in SIMPLE:
             return common
-        return common | {
-            "recipe": asdict(choose_recipe(self.method, self.name, self.batch_size, self.epochs)),
-            "seed": self.seed,
-        }
+        recipe = choose_recipe(self.method, self.name, self.batch_size, self.epochs)
+        return common | {"recipe": asdict(recipe), "seed": self.seed}
 
     def missing(self, overwrite: bool) -> list[int]:
         """Repeats that have to be trained.
@@ -87,25 +84,18 @@ def train_missing(job: ClassicJob, overwrite: bool) -> None:
     """Train and write what is missing."""
     classic, masks = job.inputs()
     absent = job.missing(overwrite)
-    said = (
-        simple_results(job, classic, masks, absent)
-        if job.method in SIMPLE
-        else deep_results(job, classic, masks, absent)
-    )
-    for repeat in absent:
-        right = said[repeat] == classic.targets
+    predict = predict_simple_folds if job.method in SIMPLE else predict_deep_folds
+    for repeat, predicted in predict(job, classic, masks, absent).items():
         content = {
             "identity": job.identity(classic, masks[repeat]),
-            "predicted": said[repeat].tolist(),
-        }
-        content |= {
+            "predicted": predicted.tolist(),
             "fold": masks[repeat].argmax(0).tolist(),
-            "accuracy": compute_accuracy(right, masks[repeat]),
+            "accuracy": compute_accuracy(predicted == classic.targets, masks[repeat]),
         }
         write_json(job.path(repeat), content)
 
 
-def simple_results(
+def predict_simple_folds(
     job: ClassicJob, classic: ClassicSet, masks: np.ndarray, repeats: list[int]
 ) -> dict[int, np.ndarray]:
     """Repeat -> class of every bag (B,), by the model of the fold that tests it."""
@@ -117,17 +107,15 @@ def simple_results(
     return results
 
 
-def deep_results(
+def predict_deep_folds(
     job: ClassicJob, classic: ClassicSet, masks: np.ndarray, repeats: list[int]
 ) -> dict[int, np.ndarray]:
-    """As `simple_results`; the initial weights depend on repeat and fold alone, the order of the
+    """As `predict_simple_folds`; initial weights depend on repeat and fold alone, the order of the
     bags on the seed.
     """
     bags = [torch.from_numpy(bag) for bag in classic.bags]
-    targets, tests = (
-        torch.from_numpy(classic.targets),
-        torch.from_numpy(masks[repeats]).flatten(0, 1),
-    )
+    targets = torch.from_numpy(classic.targets)
+    tests = torch.from_numpy(masks[repeats]).flatten(0, 1)
     models = []
     for repeat in repeats:
         for fold in range(job.folds):
@@ -135,16 +123,14 @@ def deep_results(
             models.append(NETWORKS[job.method](bags[0].shape[1]))
     seed_everything(job.seed)
     recipe = choose_recipe(job.method, job.name, job.batch_size, job.epochs)
-    logits = train_stacked(
-        models, bags, targets, ~tests, recipe, torch.Generator().manual_seed(job.seed)
-    )
+    generator = torch.Generator().manual_seed(job.seed)
+    logits = train_stacked(models, bags, targets, ~tests, recipe, generator)
     if not torch.isfinite(logits).all():
         raise UserError(
             f"{job.method} on {job.name}: expected finite logits, found others since training "
             "diverged; lower batch_size"
         )
-    said = logits.argmax(2).view(len(repeats), job.folds, -1)
-    own = (
-        tests.view(len(repeats), job.folds, -1).long().argmax(1, keepdim=True)
-    )  # the fold that tests each bag
-    return dict(zip(repeats, said.gather(1, own)[:, 0].numpy(), strict=True))
+    called = logits.argmax(2).view(len(repeats), job.folds, -1)
+    # the fold that tests each bag
+    own = tests.view(len(repeats), job.folds, -1).long().argmax(1, keepdim=True)
+    return dict(zip(repeats, called.gather(1, own)[:, 0].numpy(), strict=True))

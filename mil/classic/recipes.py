@@ -11,18 +11,86 @@ cosine, weight decay 5e-3, 80 epochs.
 Differences: a step takes `batch_size` bags, not one, and the learning rate is scaled with it;
 features are standardised by the training bags of a fold, where Wang et al. take all bags; the last
 epoch counts: none is chosen, least of all by test bags.
+
+Deep is the 256-128-64 tile network of the classical MIL benchmarks (MI-Net, whose layers ABMIL
+keeps): a MIL model behind further fully connected layers, the last of the three being the model's
+own embedding. SIMPLE names the rows that a deep method has to beat: mean, max and min of a bag's
+instances into an SVM or a logistic model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
-from torch import nn
+import numpy as np
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
-from mil.classic.deep import Deep
 from mil.classic.vmap_training import StackedRecipe
 from mil.models import ABMIL, DSMIL, DTFD, build
+from mil.models.output import MILOutput, Packed, Target, initialise
+
+SIMPLE = ("rbf_svm", "logistic")
+
+
+def pool_bags(bags: Sequence[Float[np.ndarray, "_ d"]]) -> Float[np.ndarray, "b three_d"]:
+    """Mean, max and min over the instances, side by side."""
+    return np.stack([np.concatenate([bag.mean(0), bag.max(0), bag.min(0)]) for bag in bags])
+
+
+def build_baseline(name: str) -> Any:
+    """A pipeline of standardisation and `rbf_svm` (C = 3) or `logistic` (C = 0.05)."""
+    from sklearn.linear_model import LogisticRegression  # a while to load
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.svm import SVC
+
+    model = SVC(C=3.0) if name == "rbf_svm" else LogisticRegression(C=0.05, max_iter=2000)
+    return make_pipeline(StandardScaler(), model)
+
+
+def predict_simple(
+    name: str, vectors: Float[np.ndarray, "b f"], targets: Int[np.ndarray, " b"], test: np.ndarray
+) -> Int[np.ndarray, " t"]:
+    """Classes of the test bags by a model of the others, standardised by the others."""
+    return build_baseline(name).fit(vectors[~test], targets[~test]).predict(vectors[test])
+
+
+class Deep(nn.Module):
+    """Linear, ReLU for each of `widths`, then the model.
+
+    Args:
+        model: a MIL model with `forward_packed` for features as wide as the last of `widths`.
+        dim: feature width D.
+        widths: of the layers.
+    """
+
+    model: Any  # one of MODELS
+
+    def __init__(self, model: nn.Module, dim: int, widths: tuple[int, ...] = (256, 128)) -> None:
+        super().__init__()
+        pairs = zip([dim, *widths], widths, strict=False)
+        self.layers = nn.Sequential(
+            *(layer for a, b in pairs for layer in (nn.Linear(a, b), nn.ReLU()))
+        )
+        initialise(self.layers)
+        self.model = model
+
+    def forward(
+        self,
+        features: Float[Tensor, "n d"],
+        coords: Int[Tensor, "n 2"] | None = None,
+        target: Target | None = None,
+    ) -> MILOutput:
+        """As the model's."""
+        return self.model(self.layers(features), coords, target)
+
+    def forward_packed(self, features: Float[Tensor, "t d"], offsets: Int[Tensor, " b1"]) -> Packed:
+        """As the model's."""
+        return self.model.forward_packed(self.layers(features), offsets)
+
 
 # set -> (learning rate, L2 penalty); MINNs' README
 RATES = {

@@ -55,19 +55,13 @@ class ClassicSet:
 
     def counts(self) -> tuple[int, int, int, int]:
         """As in COUNTS."""
-        return (
-            len(self.bags),
-            int(self.targets.sum()),
-            sum(map(len, self.bags)),
-            self.bags[0].shape[1],
-        )
+        bags, positive = len(self.bags), int(self.targets.sum())
+        return bags, positive, sum(map(len, self.bags)), self.bags[0].shape[1]
 
     def digest(self) -> str:
         """Fingerprint of bags and classes, in order."""
-        return sha256_bytes(
-            *(bag.astype("<f4").tobytes() for bag in self.bags),
-            self.targets.astype("<i8").tobytes(),
-        )
+        bags = (bag.astype("<f4").tobytes() for bag in self.bags)
+        return sha256_bytes(*bags, self.targets.astype("<i8").tobytes())
 
 
 def read_data(path: Path, name: str) -> ClassicSet:
@@ -80,11 +74,8 @@ def read_data(path: Path, name: str) -> ClassicSet:
                 *values, label = (float(value) for value in row[2:])
                 bags.setdefault(row[0], []).append(values)
                 labels[row[0]] = int(label)
-        return ClassicSet(
-            name,
-            tuple(np.array(rows, np.float32) for rows in bags.values()),
-            np.array(list(labels.values())),
-        )
+        arrays = tuple(np.array(rows, np.float32) for rows in bags.values())
+        return ClassicSet(name, arrays, np.array(list(labels.values())))
     except (ValueError, IndexError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path}: expected lines 'bag,instance,features ...,label', found {error}"
@@ -98,12 +89,10 @@ def read_jld(path: Path, name: str) -> ClassicSet:
             bags = tuple(
                 np.ascontiguousarray(file[ref][()].T, dtype=np.float32) for ref in file["X"][()]
             )
-            targets = _bits(file, file["y"][()]).astype(np.int64)
+            targets = _read_bits(file, file["y"][()]).astype(np.int64)
+            repeats = [file[repeat][()] for repeat in file["folds"][()]]
             train = np.array(
-                [
-                    [_bits(file, file[ref][()]) for ref in file[repeat][()]]
-                    for repeat in file["folds"][()]
-                ]
+                [[_read_bits(file, file[ref][()]) for ref in refs] for refs in repeats]
             )
     except (OSError, KeyError, ValueError, TypeError, IndexError) as error:
         raise UserError(
@@ -112,7 +101,7 @@ def read_jld(path: Path, name: str) -> ClassicSet:
     return ClassicSet(name, bags, targets, ~train)
 
 
-def _bits(file: h5py.File, value: Any) -> Bool[np.ndarray, " n"]:
+def _read_bits(file: h5py.File, value: Any) -> Bool[np.ndarray, " n"]:
     """A BitArray: `chunks_` refers to 64-bit words, lowest bit first; `len_` bits count."""
     words = file[value["chunks_"]][()].astype("<u8").view(np.uint8)
     return np.unpackbits(words, bitorder="little")[: int(value["len_"])].astype(bool)
@@ -138,12 +127,10 @@ def read_mat(path: Path, name: str) -> ClassicSet:
     if len(bag) != len(features) or len(numbers) != len(labels):
         raise UserError(
             f"{path}: expected a bag for each of {len(features)} instances and a class for each "
-            f"bag, found {len(bag)} "
-            f"and {len(labels)} for {len(numbers)} bags"
+            f"bag, found {len(bag)} and {len(labels)} for {len(numbers)} bags"
         )
-    return ClassicSet(
-        name, tuple(features[bag == number] for number in numbers), labels.astype(np.int64)
-    )
+    bags = tuple(features[bag == number] for number in numbers)
+    return ClassicSet(name, bags, labels.astype(np.int64))
 
 
 READERS = {".jld": read_jld, ".data": read_data, ".mat": read_mat}
@@ -194,12 +181,9 @@ def make_folds(
     """Test masks: those of the file where they are there and as many, else stratified folds drawn
     anew for every repeat.
     """
-    if (
-        classic.folds is not None
-        and classic.folds.shape[1] == folds
-        and len(classic.folds) >= repeats
-    ):
-        return classic.folds[:repeats]
+    stored = classic.folds
+    if stored is not None and stored.shape[1] == folds and len(stored) >= repeats:
+        return stored[:repeats]
     from sklearn.model_selection import StratifiedKFold  # a while to load
 
     masks = np.zeros((repeats, folds, len(classic.bags)), dtype=bool)

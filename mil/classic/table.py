@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mil.classic.pooled_baselines import SIMPLE
+from mil.classic.recipes import SIMPLE
 
 SETS = ("musk1", "musk2", "fox", "tiger", "elephant")
 PUBLISHED: dict[str, tuple[float, ...]] = {
@@ -54,15 +54,8 @@ class ClassicRow:
     def record(self) -> dict[str, object]:
         """A line of table.csv."""
         published = "" if self.published is None else self.published
-        values = (
-            self.method,
-            self.name,
-            f"{self.mean:.4f}",
-            f"{self.std:.4f}",
-            len(self.repeats),
-            published,
-        )
-        return dict(zip(HEADER, values, strict=True))
+        numbers = (f"{self.mean:.4f}", f"{self.std:.4f}", len(self.repeats), published)
+        return dict(zip(HEADER, (self.method, self.name, *numbers), strict=True))
 
 
 def compute_accuracy(correct: np.ndarray, masks: np.ndarray) -> float:
@@ -91,22 +84,12 @@ def judge_methods(rows: Sequence[ClassicRow]) -> list[tuple[bool, str]]:
             f"{row.method} on {row.name}: {row.mean:.3f} +- {row.std:.3f}, {best.method} "
             f"{best.mean:.3f} +- {best.std:.3f}"
         )
-        verdicts.append(
-            (
-                met,
-                f"{line}: {'not ' * (not met)}within one standard deviation of the better simple "
-                "row or above",
-            )
-        )
+        within = "within one standard deviation of the better simple row or above"
+        verdicts.append((met, f"{line}: {'not ' * (not met)}{within}"))
         if row.method == "abmil" and row.published is not None:
             near = abs(row.mean - row.published) <= NEAR
-            verdicts.append(
-                (
-                    near,
-                    f"{row.method} on {row.name}: {row.mean:.3f}, published {row.published:.3f}: "
-                    f"{'not ' * (not near)}within {NEAR}",
-                )
-            )
+            line = f"{row.method} on {row.name}: {row.mean:.3f}, published {row.published:.3f}"
+            verdicts.append((near, f"{line}: {'not ' * (not near)}within {NEAR}"))
     return verdicts
 
 
@@ -115,12 +98,12 @@ def make_markdown(rows: Sequence[ClassicRow], sets: Sequence[str]) -> str:
     found: Mapping[tuple[str, str], ClassicRow] = {(row.method, row.name): row for row in rows}
     lines = [f"| method | {' | '.join(sets)} |", "|---" * (len(sets) + 1) + "|"]
     for method in dict.fromkeys(row.method for row in rows):
-        cells = [_cell(found.get((method, name))) for name in sets]
+        cells = [_format_cell(found.get((method, name))) for name in sets]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(row: ClassicRow | None) -> str:
+def _format_cell(row: ClassicRow | None) -> str:
     if row is None:
         return "-"
     published = f" ({row.published:.3f})" if row.published is not None else ""

@@ -62,14 +62,12 @@ class StackedRecipe:
             return torch.optim.Adam(
                 parameters, lr=self.lr, betas=betas, weight_decay=self.weight_decay, fused=True
             )
-        matrices = {
-            "params": [p for p in parameters if p.ndim > 2],
-            "weight_decay": self.weight_decay,
-        }
-        others = {"params": [p for p in parameters if p.ndim <= 2], "weight_decay": 0.0}
-        return torch.optim.SGD(
-            [matrices, others], lr=self.lr, momentum=self.beta1, nesterov=True, fused=True
-        )
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 2], "weight_decay": 0.0},
+        ]
+        momentum = {"momentum": self.beta1, "nesterov": True}
+        return torch.optim.SGD(groups, lr=self.lr, fused=True, **momentum)
 
 
 class _Packed(nn.Module):

@@ -3,7 +3,7 @@ beyond it.
 
 Bags in memory keep the precision of their file: N x D x 2 or 4 bytes per slide (10,000 tiles of
 1,024 features in half precision: 20 MB). Bags on disk are read at every use, ahead of the device
-(mil/training/prefetch.py). Results do not depend on where a bag lies.
+(mil/training/prediction.py). Results do not depend on where a bag lies.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import sha256_bytes
 from common.memory import free_memory
+from mil.datasets.splits import list_names
 from mil.ops.slide_grid import SlideGrid, find_grid
 from patch_encoder.bags.bag import Bag, open_bag
 from patch_encoder.bags.paths import list_bags
@@ -69,8 +70,8 @@ def find_bags(
     found = list_bags(folder)
     missing = [slide for slide in slide_ids if slide not in found]
     if missing:
-        names = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
-        line = f"{folder}: {len(missing)} of {len(slide_ids)} labelled slides have no bag: {names}"
+        count = f"{len(missing)} of {len(slide_ids)} labelled slides have no bag"
+        line = f"{folder}: {count}: {list_names(missing, 10)}"
         if not skip_missing or len(missing) == len(slide_ids):
             raise UserError(f"{line}; extract them or set skip_missing=true")
         logger.warning("%s; left out", line)
@@ -94,11 +95,9 @@ def load_bags(files: Mapping[str, Path], memory: int | None = None) -> dict[str,
         _check_finite(bags[slide], slide, problems)
     if problems:
         raise UserError(_join_problems(problems, len(files)))
-    left = sum(bag.features is None for bag in bags.values())
-    if left:
-        logger.info(
-            "bags: %d of %d stay on disk and are read at every use (ram_gb)", left, len(files)
-        )
+    if left := sum(bag.features is None for bag in bags.values()):
+        line = "bags: %d of %d stay on disk and are read at every use (ram_gb)"
+        logger.info(line, left, len(files))
     return bags
 
 
@@ -110,16 +109,10 @@ def slide_grid(bag: Bag) -> SlideGrid | None:
     try:
         geometry = TileGeometry.from_attributes(attributes, "")
         step, side = geometry.step, max(0, geometry.patch_size_level0)
-    except (
-        UserError,
-        ValueError,
-        TypeError,
-        ArithmeticError,
-    ):  # whoever reads tiles says what is wrong with their size
-        return find_grid(coords)
-    stated = (
-        "overlap" in attributes or FULL_GEOMETRY in attributes
-    )  # CLAM writes its patch size, but not its step
+    except (UserError, ValueError, TypeError, ArithmeticError):
+        return find_grid(coords)  # whoever reads tiles says what is wrong with their size
+    # CLAM writes its patch size, but not its step
+    stated = "overlap" in attributes or FULL_GEOMETRY in attributes
     return find_grid(coords, step if stated else 0, side)
 
 

@@ -5,6 +5,9 @@ Boxes are (x, y, width, height) in level-0 px. A slide's vector is made of poole
 counts: mean of the k highest, counts above thresholds, and per category the highest confidence and
 the count. Counts are log(1 + n), since slides differ in area. A slide on which nothing was found is
 a vector of zeros.
+
+Feature bags get two more columns from them: per tile the highest confidence and the number of the
+detections whose centre lies in it.
 """
 
 from __future__ import annotations
@@ -16,12 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 
+from common import __version__
 from common.errors import UserError
-from common.files import read_json, safe_id
+from common.files import read_json, safe_id, sha256_file
+from common.provenance import can_reuse
+from mil.datasets.splits import list_names
+from patch_encoder.bags.bag import open_bag, read_bag
+from patch_encoder.bags.writer import write_bag
+from patch_encoder.tiles.coordinates import TileGeometry
 
 logger = logging.getLogger(__name__)
+CHANNELS = "detection_max,detection_count"  # of a bag
 
 
 @dataclass(frozen=True)
@@ -52,10 +63,9 @@ def find_detections(folder: str | Path, slide_ids: Sequence[str]) -> dict[str, P
     files = {slide: folder / f"{safe_id(slide)}.json" for slide in slide_ids}
     missing = [slide for slide, path in files.items() if not path.is_file()]
     if missing:
-        names = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
         raise UserError(
             f"{folder}: expected <slide_id>.json of detect_slide, {len(missing)} of {len(files)} "
-            f"slides have none: {names}; "
+            f"slides have none: {list_names(missing, 10)}; "
             "run tools/detect_slide.sh on them (a slide without lesions has a file too)"
         )
     return files
@@ -120,13 +130,8 @@ def read_all(files: Mapping[str, Path]) -> dict[str, SlideDetections]:
             )
     empty = [slide for slide, detections in found.items() if len(detections.scores) == 0]
     if empty:
-        names = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
-        logger.info(
-            "%d of %d slides have no detection, their features are 0: %s",
-            len(empty),
-            len(found),
-            names,
-        )
+        line = "%d of %d slides have no detection, their features are 0: %s"
+        logger.info(line, len(empty), len(found), list_names(empty, 10))
     return found
 
 
@@ -141,10 +146,7 @@ def make_slide_vector(
         thresholds: confidences above which detections are counted.
     """
     ranked = np.sort(found.scores)[::-1]
-    values: dict[str, Any] = {
-        f"top{top_k}_mean": ranked[:top_k].sum() / top_k,
-        "max": ranked[:1].sum(),
-    }
+    values = {f"top{top_k}_mean": ranked[:top_k].sum() / top_k, "max": ranked[:1].sum()}
     values |= {f"count_{t:g}": np.log1p((found.scores >= t).sum()) for t in thresholds}
     for index, name in enumerate(found.categories):
         own = found.scores[found.labels == index]
@@ -172,3 +174,55 @@ def make_tile_channels(
         channels[start : start + block, 0] = np.where(inside, found.scores, 0).max(1, initial=0.0)
         channels[start : start + block, 1] = inside.sum(1)
     return channels
+
+
+def write_channel(
+    source: Path, target: Path, found: SlideDetections, detections: Path, *, overwrite: bool = False
+) -> bool:
+    """Write one slide's bag with the channels appended; False when it is there already.
+
+    Args:
+        source: the bag, with coords and their tile size.
+        target: the new bag.
+        found: the slide's detections, in level-0 px as the coords.
+        detections: their file, for the provenance.
+
+    Raises:
+        UserError: a bag without coords or tile size; a target of other inputs, unless `overwrite`.
+    """
+    own = {"source_sha256": open_bag(source).digest(), "channels": CHANNELS}
+    own |= {"detections_sha256": sha256_file(detections)}
+
+    def recorded() -> dict[str, Any]:
+        found_there = open_bag(target).provenance
+        return {name: value for name, value in found_there.items() if name in own}
+
+    if can_reuse(target, recorded, own, "a bag of other inputs", overwrite=overwrite):
+        return False
+    bag = read_bag(source)
+    if bag.coords is None:
+        raise UserError(
+            f"{source}: expected coords beside the features, found none; detections cannot be "
+            "laid on its tiles"
+        )
+    side = TileGeometry.from_attributes(bag.tiling, str(source)).patch_size_level0
+    channels = torch.from_numpy(make_tile_channels(found, bag.coords.numpy(), side))
+    features = torch.cat([bag.read(), channels], dim=1)
+    encoder = bag.provenance.get("encoder", source.parent.parent.name)
+    changed = {"encoder": f"{encoder}+detections", "software_version": __version__}
+    write_bag(target, features, bag.coords, bag.tiling, bag.provenance | own | changed)
+    return True
+
+
+def write_channels(
+    bags: Mapping[str, Path],
+    found: Mapping[str, SlideDetections],
+    files: Mapping[str, Path],
+    folder: Path,
+    overwrite: bool,
+) -> int:
+    """`<folder>/h5_files/<slide_id>.h5` for every slide; how many were written."""
+    targets = {slide: folder / "h5_files" / f"{slide}.h5" for slide in bags}
+    return sum(
+        write_channel(bags[s], targets[s], found[s], files[s], overwrite=overwrite) for s in bags
+    )

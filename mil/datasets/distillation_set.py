@@ -90,22 +90,17 @@ def cut_patches(job: PatchCutJob) -> None:
         for patch in job.patches:
             native = read_native_tile(slide, geometry, patch)
             name = native[0] if native else f"{patch.x}_{patch.y}"
-            write_picture(
-                job.folder / f"{name}.jpg", slide, geometry, patch, native[1] if native else None
-            )
+            file = native[1] if native else None
+            write_picture(job.folder / f"{name}.jpg", slide, geometry, patch, file)
             feature = job.folder / f"{name}.pt"
             if not feature.is_file():
                 save_tensors(feature, features[patch.row].clone())
-            size = geometry.target_size
-            image = {
-                "file_name": f"{job.slide_id}/{name}.jpg",
-                "width": size,
-                "height": size,
-                "slide_id": job.slide_id,
-            }
             images.append(
-                image
-                | {
+                {
+                    "file_name": f"{job.slide_id}/{name}.jpg",
+                    "width": geometry.target_size,
+                    "height": geometry.target_size,
+                    "slide_id": job.slide_id,
                     "x": patch.x,
                     "y": patch.y,
                     "score": patch.score,
@@ -140,18 +135,15 @@ def is_done(job: PatchCutJob) -> bool:
     """Whether the slide's rows and every file they name are there."""
     if not find_done_file(job.folder).is_file():
         return False
-    names = [
-        Path(image["file_name"]).stem
-        for image in read_json(find_done_file(job.folder), "a slide's annotations")
-    ]
-    present = (
-        {file.name for file in job.folder.glob("*") if file.stat().st_size > 0}
-        if job.folder.is_dir()
-        else set()
-    )
-    return len(names) == len(job.patches) and all(
-        {f"{name}.jpg", f"{name}.pt"} <= present for name in names
-    )
+    names = [Path(image["file_name"]).stem for image in read_done_file(job)]
+    present = {file.name for file in job.folder.glob("*") if file.stat().st_size > 0}
+    needed = {f"{name}.{ending}" for name in names for ending in ("jpg", "pt")}
+    return len(names) == len(job.patches) and needed <= present
+
+
+def read_done_file(job: PatchCutJob) -> list[dict[str, Any]]:
+    """The slide's rows of ann.json."""
+    return read_json(find_done_file(job.folder), "a slide's annotations")
 
 
 def claim_root(root: Path, provenance: dict[str, Any], overwrite: bool) -> None:
@@ -181,14 +173,8 @@ def write_annotations(
 ) -> tuple[int, int]:
     """ann_root/ann.json over all finished slides; returns the numbers of images and of slides."""
     done = [job for job in jobs if is_done(job)]
-    images = [
-        image
-        for job in done
-        for image in read_json(find_done_file(job.folder), "a slide's annotations")
-    ]
+    images = [image for job in done for image in read_done_file(job)]
     numbered = [{"id": index, **image} for index, image in enumerate(images, start=1)]
-    write_json(
-        root / "ann_root" / "ann.json",
-        {"info": provenance, "images": numbered, "annotations": [], "categories": []},
-    )
+    content = {"info": provenance, "images": numbered, "annotations": [], "categories": []}
+    write_json(root / "ann_root" / "ann.json", content)
     return len(images), len(done)

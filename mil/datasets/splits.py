@@ -1,27 +1,38 @@
 """Patient-level splits: stratified K folds, or the official one; no patient is ever on two sides of
-a fold.
+a fold. And their files, as CLAM writes and reads them.
 
 `cv`: scikit-learn's StratifiedGroupKFold over cases gives the test folds; each fold's validation
 set is carved from the rest in the same way, or the rest is divided into inner folds that validate
 one after the other (nested). `fixed`: the `split` column of labels.csv (train, val, test). Splits
-are numbered in the order repeat, outer fold, inner fold; mil/datasets/split_files.py stores them.
+are numbered in the order repeat, outer fold, inner fold.
+
+`splits_<k>.csv`: columns train, val, test with slide ids, the shorter ones padded with blanks (an
+index column in front, as pandas writes it, is passed over). `splits_<k>_bool.csv`: a row a slide
+with three booleans, read where the first form is absent. `splits_<k>_descriptor.csv`: slides and
+patients per class and set, for people.
 """
 
 from __future__ import annotations
 
+import csv
 import logging
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations, zip_longest
+from pathlib import Path
 
 import numpy as np
 
-from common.errors import UserError
-from common.files import sha256_bytes
+from common.errors import UserError, did_you_mean
+from common.files import sha256_bytes, write_csv
 from mil.datasets.labels import LabelledSlides
 
 logger = logging.getLogger(__name__)
 PROTOCOLS = ("cv", "fixed")
 SETS = ("train", "val", "test")
+DESCRIBED = (*SETS, *(f"{name}_patients" for name in SETS))
 Ids = tuple[str, ...]
 
 
@@ -76,20 +87,20 @@ def make_splits(
             "at least 1 repeat"
         )
     if protocol == "fixed":
-        sides = list(_official(slides, val_fraction, seed, inner_folds))
+        sides = list(_take_official(slides, val_fraction, seed, inner_folds))
     else:
-        drawn = (
-            _cross_validation(slides, folds, val_fraction, seed + repeat, inner_folds)
+        sides = [
+            side
             for repeat in range(repeats)
-        )
-        sides = [side for repeat in drawn for side in repeat]
+            for side in _cross_validate(slides, folds, val_fraction, seed + repeat, inner_folds)
+        ]
     splits = [Split(number, *side) for number, side in enumerate(sides)]
     for split in splits:
         check_split(slides, split)
     return splits
 
 
-def _cross_validation(
+def _cross_validate(
     slides: LabelledSlides, folds: int, val_fraction: float, seed: int, inner_folds: int
 ) -> Iterator[tuple[Ids, Ids, Ids]]:
     if folds < 2:
@@ -98,14 +109,14 @@ def _cross_validation(
     if fewest < folds:
         raise UserError(
             f"folds={folds}: expected at least {folds} patients per class, found "
-            f"{_counts(slides)}; lower folds"
+            f"{_describe_counts(slides)}; lower folds"
         )
-    for rest, test in _group_folds(slides, folds, seed):
-        for train, val in _validations(slides.only(rest), val_fraction, seed, inner_folds):
+    for rest, test in _draw_folds(slides, folds, seed):
+        for train, val in _divide_validation(slides.only(rest), val_fraction, seed, inner_folds):
             yield train, val, test
 
 
-def _official(
+def _take_official(
     slides: LabelledSlides, val_fraction: float, seed: int, inner_folds: int
 ) -> Iterator[tuple[Ids, Ids, Ids]]:
     official = {name: [r.slide_id for r in slides.records if r.split == name] for name in SETS}
@@ -120,21 +131,18 @@ def _official(
     if official["val"] and not inner_folds:
         yield tuple(official["train"]), tuple(official["val"]), test
         return
-    for train, val in _validations(
+    for train, val in _divide_validation(
         slides.only(official["train"] + official["val"]), val_fraction, seed, inner_folds
     ):
         if not official["val"] and not inner_folds:
-            count = len(train) + len(val)
-            logger.info(
-                "protocol=fixed: no split 'val'; %d of %d training slides become the validation "
-                "set",
-                len(val),
-                count,
+            line = (
+                "protocol=fixed: no split 'val'; %d of %d training slides become the validation set"
             )
+            logger.info(line, len(val), len(train) + len(val))
         yield train, val, test
 
 
-def _validations(
+def _divide_validation(
     slides: LabelledSlides, val_fraction: float, seed: int, inner_folds: int
 ) -> Iterator[tuple[Ids, Ids]]:
     """(train, validation) ids out of the slides that are in no test set."""
@@ -144,10 +152,10 @@ def _validations(
     if min(count_patients_per_class(slides).values()) < inner_folds:
         raise UserError(
             f"inner_folds={inner_folds}: expected at least as many training patients per class, "
-            f"found {_counts(slides)}; "
+            f"found {_describe_counts(slides)}; "
             "lower inner_folds"
         )
-    yield from _group_folds(slides, inner_folds, seed)
+    yield from _draw_folds(slides, inner_folds, seed)
 
 
 def carve_validation(
@@ -160,17 +168,15 @@ def carve_validation(
     if fewest < 2:
         raise UserError(
             "validation set: expected 2 training patients or more per class, found "
-            f"{_counts(slides)}; lower folds"
+            f"{_describe_counts(slides)}; lower folds"
         )
     parts = min(round(1 / fraction), fewest)
-    return next(_group_folds(slides, parts, seed))
+    return next(_draw_folds(slides, parts, seed))
 
 
-def _group_folds(slides: LabelledSlides, folds: int, seed: int) -> Iterator[tuple[Ids, Ids]]:
+def _draw_folds(slides: LabelledSlides, folds: int, seed: int) -> Iterator[tuple[Ids, Ids]]:
     """(rest, held out) slide ids of each fold: patients whole, classes in proportion."""
-    from sklearn.model_selection import (
-        StratifiedGroupKFold,
-    )  # seconds to load, which workers need not wait
+    from sklearn.model_selection import StratifiedGroupKFold  # seconds to load
 
     ids = np.array(slides.slide_ids)
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
@@ -193,7 +199,7 @@ def count_patients_per_class(slides: LabelledSlides) -> dict[str, int]:
     }
 
 
-def _counts(slides: LabelledSlides) -> str:
+def _describe_counts(slides: LabelledSlides) -> str:
     return ", ".join(f"{name}: {count}" for name, count in count_patients_per_class(slides).items())
 
 
@@ -205,34 +211,161 @@ def check_split(slides: LabelledSlides, split: Split) -> None:
         UserError: either of the two; an official split can hold both faults.
     """
     case_of = {record.slide_id: record.case_id for record in slides.records}
-    sets = {"train": split.train, "val": split.val, "test": split.test}
+    sets = {name: getattr(split, name) for name in SETS}
     cases = {name: {case_of[slide] for slide in ids} for name, ids in sets.items()}
-    for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
+    for first, second in combinations(SETS, 2):
         shared = sorted(cases[first] & cases[second])
         if shared:
-            more = (
-                f" (and {len(shared) - 1} more: {list_names(shared[1:])})"
-                if len(shared) > 1
-                else ""
-            )
+            others = f" (and {len(shared) - 1} more: {list_names(shared[1:])})"
+            more = others if len(shared) > 1 else ""
             raise UserError(
                 f"split {split.fold}: case '{shared[0]}' is in {first} and in {second}{more}; "
                 "give a patient one side"
             )
     for name, ids in sets.items():
-        absent = [
-            label
-            for label, count in count_patients_per_class(slides.only(ids)).items()
-            if count == 0
-        ]
+        counts = count_patients_per_class(slides.only(ids))
+        absent = [label for label, count in counts.items() if count == 0]
         if absent and ids and slides.needed:
             raise UserError(
                 f"split {split.fold}: expected every class in the {name} set ({len(ids)} slides), "
-                f"'{absent[0]}' is absent; "
-                f"patients per class: {_counts(slides)}; use fewer folds or another split_seed"
+                f"'{absent[0]}' is absent; patients per class: {_describe_counts(slides)}; "
+                "use fewer folds or another split_seed"
             )
 
 
 def list_names(ids: Sequence[str], most: int = 5) -> str:
     """The first few ids, for a message."""
     return ", ".join(ids[:most]) + (", ..." if len(ids) > most else "")
+
+
+def write_splits(folder: Path, splits: Sequence[Split]) -> None:
+    """One `splits_<fold>.csv` a fold, and no others: a reader would take them for splits of the
+    same draw.
+    """
+    for split in splits:
+        columns = zip_longest(split.train, split.val, split.test, fillvalue="")
+        rows = [dict(zip(SETS, row, strict=True)) for row in columns]
+        write_csv(folder / f"splits_{split.fold}.csv", SETS, rows)
+    for number in set(find_numbered(folder)) - {split.fold for split in splits}:
+        for suffix in ("", "_bool", "_descriptor"):
+            (folder / f"splits_{number}{suffix}.csv").unlink(missing_ok=True)
+
+
+def write_clam_splits(folder: Path, splits: Sequence[Split], slides: LabelledSlides) -> None:
+    """All three files of every split."""
+    write_splits(folder, splits)
+    for split in splits:
+        sides = {slide: name for name in SETS for slide in getattr(split, name)}
+        known = [slide for slide in slides.slide_ids if slide in sides]
+        rows = [
+            {"": slide, **{name: str(sides[slide] == name) for name in SETS}} for slide in known
+        ]
+        write_csv(folder / f"splits_{split.fold}_bool.csv", ["", *SETS], rows)
+        described = describe_splits(split, slides)
+        write_csv(folder / f"splits_{split.fold}_descriptor.csv", ["", *DESCRIBED], described)
+
+
+def describe_splits(split: Split, slides: LabelledSlides) -> list[dict[str, object]]:
+    """Slides and patients of every class in every set, a row a class."""
+    parts = {name: slides.only(getattr(split, name)) for name in SETS}
+    patients = {name: count_patients_per_class(part) for name, part in parts.items()}
+    rows: list[dict[str, object]] = []
+    for label in slides.classes:
+        row: dict[str, object] = {"": label}
+        row |= {name: sum(r.label == label for r in part.records) for name, part in parts.items()}
+        rows.append(row | {f"{name}_patients": patients[name][label] for name in SETS})
+    return rows
+
+
+def read_stored_splits(folder: str | Path) -> list[Split]:
+    """The splits of a folder as they stand, in the order of their numbers.
+
+    Raises:
+        UserError: no such files, a column is missing, a slide stands in a split twice, a set is
+            empty.
+    """
+    root = Path(folder)
+    files = find_numbered(root)
+    if not files:
+        raise UserError(
+            f"{root}: expected splits_0.csv, splits_1.csv, ... with columns train, val, test; "
+            "found none"
+        )
+    return [_read(number, path) for number, path in sorted(files.items())]
+
+
+def find_numbered(root: Path) -> dict[int, Path]:
+    """Number -> file of a folder's splits; a boolean table only where there is no other."""
+    found: dict[int, Path] = {}
+    for suffix in ("", "_bool"):
+        for path in root.glob(f"splits_*{suffix}.csv"):
+            match = re.fullmatch(rf"splits_(\d+){suffix}\.csv", path.name)
+            if match:
+                found.setdefault(int(match[1]), path)
+    return found
+
+
+def _read(number: int, path: Path) -> Split:
+    with path.open(encoding="utf-8", newline="") as stream:
+        reader = csv.DictReader(stream)
+        header, rows = list(reader.fieldnames or []), list(reader)
+    absent = [name for name in SETS if name not in header]
+    if absent:
+        raise UserError(
+            f"{path}: expected the columns train, val, test, found {', '.join(header) or 'nothing'}"
+        )
+    columns = {name: [(row[name] or "").strip() for row in rows] for name in SETS}
+    if path.stem.endswith("_bool"):
+        ids = [row[header[0]] for row in rows]
+        sides = {
+            name: [slide for slide, cell in zip(ids, cells, strict=True) if cell.lower() == "true"]
+            for name, cells in columns.items()
+        }
+    else:
+        sides = {name: [cell for cell in cells if cell] for name, cells in columns.items()}
+    counts = Counter(slide for ids in sides.values() for slide in ids)
+    twice = [slide for slide, count in counts.items() if count > 1]
+    if twice:
+        places = [name for name in SETS for slide in sides[name] if slide == twice[0]]
+        raise UserError(
+            f"{path}: expected every slide once, found {len(twice)} more often: "
+            f"{list_names(twice)} ({twice[0]} in {' and in '.join(places)})"
+        )
+    empty = [name for name in SETS if not sides[name]]
+    if empty:
+        raise UserError(f"{path}: expected slides in train, val and test, found none in {empty[0]}")
+    return Split(number, tuple(sides["train"]), tuple(sides["val"]), tuple(sides["test"]))
+
+
+def select_known_slides(
+    folder: str | Path, splits: Sequence[Split], slides: LabelledSlides
+) -> LabelledSlides:
+    """The labelled slides that the splits use.
+
+    Raises:
+        UserError: slides of the splits that labels.csv does not have.
+    """
+    labelled = set(slides.slide_ids)
+    used = {slide for split in splits for name in SETS for slide in getattr(split, name)}
+    unknown = sorted(used - labelled)
+    if unknown:
+        raise UserError(
+            f"{folder}: {len(unknown)} of {len(used)} slides have no row in labels.csv: "
+            f"{list_names(unknown)}; {did_you_mean(unknown[0], labelled)}"
+        )
+    return slides.only(used)
+
+
+def check_splits(
+    splits: Sequence[Split], slides: LabelledSlides, available: Collection[str]
+) -> list[Split]:
+    """The splits without the slides that are not in `available`, every one checked for leaks and
+    missing classes.
+    """
+    kept = []
+    for split in splits:
+        sets = (getattr(split, name) for name in SETS)
+        sides = (tuple(slide for slide in ids if slide in available) for ids in sets)
+        kept.append(Split(split.fold, *sides))
+        check_split(slides, kept[-1])
+    return kept

@@ -17,12 +17,14 @@ from typing import Any
 from common.errors import UserError
 from common.files import read_json
 from mil.datasets.splits import PROTOCOLS
+from mil.tasks.base import Task
+from mil.tasks.table import TASKS
 
 NEEDED = ("feature_sets", "models", "classes", "headline", "features")
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """summary.json of a folder that `mil.benchmark` wrote, for what looks at its networks.
+    """Read summary.json of a folder that `mil.benchmark` wrote, for what looks at its networks.
 
     Raises:
         UserError: there is none, or it is another stage's.
@@ -36,6 +38,11 @@ def read_summary(folder: Path) -> dict[str, Any]:
             "tables of mil.classify_detections have no networks to look at, mil.evaluate reads them"
         )
     return summary
+
+
+def read_task(summary: Mapping[str, Any]) -> Task:
+    """Make the task that a summary's benchmark was trained for."""
+    return TASKS[summary.get("task", "classes")](tuple(summary["classes"]))
 
 
 def belonging(summary: Mapping[str, Any]) -> tuple[set[int] | None, set[int] | None]:
@@ -52,8 +59,8 @@ def belonging(summary: Mapping[str, Any]) -> tuple[set[int] | None, set[int] | N
 def run_folders(
     benchmark: Path, summary: Mapping[str, Any], feature_set: str, model: str
 ) -> list[Path]:
-    """Finished runs of a feature set and model that belong to the benchmark, in the order of seed
-    and fold.
+    """List the finished runs of a feature set and model that belong to the benchmark, in the order
+    of seed and fold.
     """
     seeds, folds = belonging(summary)
     found = []

@@ -37,7 +37,6 @@ class Comparison:
     error: float
     z: float
     p: float
-    p_holm: float = np.nan
 
     @property
     def difference(self) -> float:
@@ -74,8 +73,8 @@ def placements(positive: np.ndarray, scores: np.ndarray) -> np.ndarray:
 def auc_parts(
     positive: np.ndarray, scores: np.ndarray, patients: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """AUCs (M,) and every patient's part in their error (M, count): the covariance of the AUCs is
-    parts @ parts.T.
+    """Compute AUCs (M,) and every patient's part in their error (M, count): the covariance of the
+    AUCs is parts @ parts.T.
 
     Args:
         positive: bool (S,).
@@ -96,8 +95,8 @@ def auc_parts(
 
 
 def mean_auc_parts(runs: Sequence[Predictions], patients: np.ndarray) -> tuple[float, np.ndarray]:
-    """The mean AUC over runs (and, with C > 2, over classes against the rest) and the patients'
-    parts in it, (P,).
+    """Compute the mean AUC over runs (and, with C > 2, over classes against the rest) and the
+    patients' parts in it, (P,).
 
     Args:
         runs: folds and seeds of one model.
@@ -107,16 +106,15 @@ def mean_auc_parts(runs: Sequence[Predictions], patients: np.ndarray) -> tuple[f
     for run in runs:
         index = np.searchsorted(patients, run.cases)
         for c in [1] if run.probabilities.shape[1] == 2 else range(run.probabilities.shape[1]):
-            value, part = auc_parts(
-                run.targets == c, run.probabilities[None, :, c], index, len(patients)
-            )
+            scores = run.probabilities[None, :, c]
+            value, part = auc_parts(run.targets == c, scores, index, len(patients))
             aucs.append(value[0])
             parts.append(part[0])
     return float(np.mean(aucs)), np.mean(parts, axis=0)
 
 
 def compare(models: Mapping[str, Sequence[Predictions]]) -> list[Comparison]:
-    """Every pair of models, with Holm's correction over all pairs.
+    """Compare every pair of models.
 
     Args:
         models: name -> runs; all models have the same folds and test slides, in any number of
@@ -128,16 +126,14 @@ def compare(models: Mapping[str, Sequence[Predictions]]) -> list[Comparison]:
     for first, second in combinations(found, 2):
         (auc_1, parts_1), (auc_2, parts_2) = found[first], found[second]
         error = float(np.sqrt(((parts_1 - parts_2) ** 2).sum()))
-        pairs.append(Comparison(first, second, (auc_1, auc_2), error, *_test(auc_1 - auc_2, error)))
-    corrected = holm([pair.p for pair in pairs])
-    return [
-        Comparison(pair.first, pair.second, pair.aucs, pair.error, pair.z, pair.p, p)
-        for pair, p in zip(pairs, corrected, strict=True)
-    ]
+        pairs.append(
+            Comparison(first, second, (auc_1, auc_2), error, *_compute_z(auc_1 - auc_2, error))
+        )
+    return pairs
 
 
-def _test(difference: float, error: float) -> tuple[float, float]:
-    """z and p; without any spread only equality can be told."""
+def _compute_z(difference: float, error: float) -> tuple[float, float]:
+    """Compute z and p; without any spread only equality can be told."""
     from scipy.stats import norm
 
     if error < 1e-12:
@@ -147,7 +143,7 @@ def _test(difference: float, error: float) -> tuple[float, float]:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down correction (1979); NaN (no test) stays NaN and does not count."""
+    """Correct by Holm's step-down method (1979); NaN (no test) stays NaN and does not count."""
     values = np.asarray(p, dtype=np.float64)
     tested = np.flatnonzero(~np.isnan(values))
     order = tested[np.argsort(values[tested], kind="stable")]

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.metrics.bootstrap import interval
 from common.metrics.ranking import ratio, sensitivity_on_curve, specificity_on_curve
-from mil.tasks.bootstrap import resample_runs
+from mil.tasks.bootstrap import bootstrap, interval_columns, summarise
 from mil.tasks.classification import Predictions
+from mil.tasks.records import weights_or_ones
 
 SENSITIVITY, SPECIFICITY = "sensitivity", "specificity"
 
@@ -42,8 +42,8 @@ SCREENING = tuple(Held(SENSITIVITY, target) for target in (0.95, 0.98, 0.995))
 
 
 def threshold_for(held: Held, positive: np.ndarray, scores: np.ndarray) -> float:
-    """The cut of `scores >= cut` that reaches the held rate on these slides and gives up least of
-    the other one.
+    """Choose the cut of `scores >= cut` that reaches the held rate on these slides and gives up
+    least of the other one.
 
     It lies half-way between the last score that has to be on its side and the next one.
 
@@ -61,7 +61,7 @@ def threshold_for(held: Held, positive: np.ndarray, scores: np.ndarray) -> float
 
 
 def achieved(run: Predictions, threshold: float, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Sensitivity and specificity of a cut on the test slides, each (B,)."""
+    """Measure sensitivity and specificity of a cut on the test slides, each (B,)."""
     positive = run.targets == 1
     called = run.probabilities[:, 1] >= threshold
     return {
@@ -71,7 +71,7 @@ def achieved(run: Predictions, threshold: float, weights: np.ndarray) -> dict[st
 
 
 def on_curve(held: Held, run: Predictions, weights: np.ndarray) -> np.ndarray:
-    """The other rate where the test slides' own ROC curve has the held one, (B,)."""
+    """Read the other rate where the test slides' own ROC curve has the held one, (B,)."""
     best = specificity_on_curve if held.rate == SENSITIVITY else sensitivity_on_curve
     return best(run.targets == 1, run.probabilities[:, 1], weights, held.target)
 
@@ -79,7 +79,7 @@ def on_curve(held: Held, run: Predictions, weights: np.ndarray) -> np.ndarray:
 def operating_point(
     held: Held, val: Sequence[Predictions], test: Sequence[Predictions], resamples: int, seed: int
 ) -> dict[str, object]:
-    """Mean over runs of what the validation slides' cuts reach on the test slides, with 95 %
+    """Average over runs what the validation slides' cuts reach on the test slides, with 95 %
     intervals by patient.
 
     Returns:
@@ -88,44 +88,33 @@ def operating_point(
         same for the `negatives` and the `signed_out`; `val_sensitivity` and `val_specificity`,
         which the same cuts have where they were chosen.
     """
-    weights = resample_runs(test, resamples, seed)
     cuts = [threshold_for(held, run.targets == 1, run.probabilities[:, 1]) for run in val]
-    samples: dict[str, list[np.ndarray]] = {
-        SENSITIVITY: [],
-        SPECIFICITY: [],
-        f"test_curve_{held.other}": [],
-    }
-    for run, cut in zip(test, cuts, strict=True):
-        # the first weighting is the slides as they are
-        each = np.concatenate([np.ones((1, len(run.cases))), weights[run.fold]])
-        for name, value in achieved(run, cut, each).items():
-            samples[name].append(value)
-        samples[f"test_curve_{held.other}"].append(on_curve(held, run, each))
+    cut_of = {id(run): cut for run, cut in zip(test, cuts, strict=True)}
+    curve = f"test_curve_{held.other}"
+
+    def evaluate(run: Predictions, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        each = weights_or_ones(weights, len(run.cases))
+        return achieved(run, cut_of[id(run)], each) | {curve: on_curve(held, run, each)}
+
+    summary = summarise(test, bootstrap(test, resamples, seed, evaluate), evaluate)
     row: dict[str, object] = {"held": held.rate, "target": held.target}
-    for name, values in samples.items():
-        mean = np.mean(values, axis=0)
-        low, high = interval(mean[1:])[0] or (None, None)
-        row |= {name: float(mean[0]), f"{name}_ci_low": low, f"{name}_ci_high": high}
-    return row | _counts(test, cuts) | _where_chosen(val, cuts)
+    for name in (SENSITIVITY, SPECIFICITY, curve):
+        row |= interval_columns(summary, name)
+    return row | _count_slides(test, cuts) | _measure_where_chosen(val, cuts)
 
 
-def _counts(test: Sequence[Predictions], cuts: Sequence[float]) -> dict[str, float]:
+def _count_slides(test: Sequence[Predictions], cuts: Sequence[float]) -> dict[str, float]:
     counted = []
     for run, cut in zip(test, cuts, strict=True):
         positive, below = run.targets == 1, run.probabilities[:, 1] < cut
-        counted.append(
-            [positive.sum(), (positive & below).sum(), (~positive).sum(), (~positive & below).sum()]
-        )
+        groups = (positive, positive & below, ~positive, ~positive & below)
+        counted.append([group.sum() for group in groups])
     names = ("positives", "missed", "negatives", "signed_out")
     return dict(zip(names, np.mean(counted, axis=0).tolist(), strict=True))
 
 
-def _where_chosen(val: Sequence[Predictions], cuts: Sequence[float]) -> dict[str, float]:
-    reached = [
-        achieved(run, cut, np.ones((1, len(run.cases)))) for run, cut in zip(val, cuts, strict=True)
-    ]
-    rates = {
-        f"val_{name}": float(np.mean([r[name][0] for r in reached]))
-        for name in (SENSITIVITY, SPECIFICITY)
-    }
-    return rates | {"val_positives": float(np.mean([(run.targets == 1).sum() for run in val]))}
+def _measure_where_chosen(val: Sequence[Predictions], cuts: Sequence[float]) -> dict[str, float]:
+    pairs = zip(val, cuts, strict=True)
+    reached = [achieved(run, cut, np.ones((1, len(run.cases)))) for run, cut in pairs]
+    means = {f"val_{name}": float(np.mean([r[name][0] for r in reached])) for name in reached[0]}
+    return means | {"val_positives": float(np.mean([(run.targets == 1).sum() for run in val]))}

@@ -15,6 +15,7 @@ the most probable class is called (with several labels: 0.5) and nothing is scal
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +30,7 @@ Rows = list[Row]
 
 
 def read_table(path: str | Path) -> tuple[list[str], Rows]:
-    """Header and rows of a predictions table."""
+    """Read header and rows of a predictions table."""
     with Path(path).open(encoding="utf-8", newline="") as stream:
         reader = csv.DictReader(stream)
         header, rows = list(reader.fieldnames or []), list(reader)
@@ -50,7 +51,7 @@ def read_table(path: str | Path) -> tuple[list[str], Rows]:
 
 
 def class_order(header: Sequence[str], positive: str | None = None) -> tuple[str, ...]:
-    """Classes in the order of their columns; of two the positive one last."""
+    """List the classes in the order of their columns; of two the positive one last."""
     classes = [name.removeprefix("prob_") for name in header if name.startswith("prob_")]
     if positive is not None and positive not in classes:
         raise UserError(f"positive={positive}: expected one of the classes {', '.join(classes)}")
@@ -60,7 +61,7 @@ def class_order(header: Sequence[str], positive: str | None = None) -> tuple[str
 
 
 def read_runs(path: str | Path, task: Task) -> list[FinishedRun]:
-    """The runs of a table: one a feature set, model, seed and fold.
+    """Read the runs of a table: one per feature set, model, seed and fold.
 
     Raises:
         UserError: a column is missing, a value is no number or out of range, a label is unknown, a
@@ -73,10 +74,8 @@ def read_runs(path: str | Path, task: Task) -> list[FinishedRun]:
         if feature_set:
             safe_id(feature_set, f"{path}: feature set")  # it becomes part of a picture's file name
         place = (feature_set, row.get("model") or Path(path).stem)
-        sides = runs.setdefault(
-            (*place, _integer(row, "seed", path), _integer(row, "fold", path)),
-            {"val": [], "test": []},
-        )
+        numbers = (_read_integer(row, name, path) for name in ("seed", "fold"))
+        sides = runs.setdefault((*place, *numbers), {"val": [], "test": []})
         split = row.get("split") or "test"
         if split not in sides:
             raise UserError(
@@ -88,10 +87,10 @@ def read_runs(path: str | Path, task: Task) -> list[FinishedRun]:
             side.sort(key=lambda row: row["slide_id"])  # tests between models go slide by slide
     models = list(dict.fromkeys((feature_set, model) for feature_set, model, _, _ in runs))
     in_order = sorted(runs, key=lambda place: (models.index(place[:2]), *place[2:]))
-    return [_run(path, task, *place, **runs[place]) for place in in_order]
+    return [_make_run(path, task, *place, **runs[place]) for place in in_order]
 
 
-def _run(
+def _make_run(
     path: str | Path,
     task: Task,
     feature_set: str,
@@ -102,12 +101,8 @@ def _run(
     test: Rows,
 ) -> FinishedRun:
     for name, rows in (("val", val), ("test", test)):
-        ids = [row["slide_id"] for row in rows]
-        twice = (
-            sorted({slide for slide in ids if ids.count(slide) > 1})
-            if len(set(ids)) < len(ids)
-            else []
-        )
+        counts = Counter(row["slide_id"] for row in rows)
+        twice = sorted(slide for slide, count in counts.items() if count > 1)
         if twice:
             raise UserError(
                 f"{path}: model {model}, fold {fold}: expected every {name} slide once, found "
@@ -128,7 +123,7 @@ def _run(
     return FinishedRun(feature_set, model, seed, cuts, parts["test"], test, parts.get("val"))
 
 
-def _integer(row: dict[str, str], name: str, path: str | Path) -> int:
+def _read_integer(row: dict[str, str], name: str, path: str | Path) -> int:
     text = row.get(name) or "0"
     if not text.lstrip("-").isdigit():
         raise UserError(

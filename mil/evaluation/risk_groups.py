@@ -64,28 +64,27 @@ class Curve:
 
 
 def censored(times: np.ndarray, events: np.ndarray) -> CensoredData:
-    """Times of which those without an event are lower bounds."""
+    """Wrap times of which those without an event are lower bounds."""
     from scipy.stats import CensoredData  # a while to load
 
     return CensoredData(uncensored=times[events], right=times[~events])
 
 
 def patient_risks(run: RiskPredictions) -> dict[str, float]:
-    """Mean risk of every patient's slides."""
+    """Average the risk of every patient's slides."""
     return {
         case: float(run.risks[run.cases == case].mean()) for case in np.unique(run.cases).tolist()
     }
 
 
 def risk_groups(runs: Sequence[FinishedRun]) -> RiskGroups:
-    """The halves of one model's test patients, over its folds and seeds."""
+    """Divide one model's test patients into halves, over its folds and seeds."""
     votes: dict[str, list[bool]] = {}
     followed: dict[str, tuple[float, bool]] = {}
     for run in runs:
         risks = patient_risks(run.test)
-        cut = float(
-            np.median(list((risks if run.val is None else patient_risks(run.val)).values()))
-        )
+        chosen_on = risks if run.val is None else patient_risks(run.val)
+        cut = float(np.median(list(chosen_on.values())))
         for case, risk in risks.items():
             votes.setdefault(case, []).append(risk > cut)
             first = int(np.argmax(run.test.cases == case))
@@ -94,35 +93,28 @@ def risk_groups(runs: Sequence[FinishedRun]) -> RiskGroups:
     times, events = (
         np.array(column) for column in zip(*(followed[case] for case in cases), strict=True)
     )
-    return RiskGroups(
-        times, events, np.array([2 * sum(votes[case]) >= len(votes[case]) for case in cases])
-    )
+    high = np.array([2 * sum(votes[case]) >= len(votes[case]) for case in cases])
+    return RiskGroups(times, events, high)
 
 
 def kaplan_meier(times: np.ndarray, events: np.ndarray) -> Curve:
-    """The product-limit estimate of one group."""
+    """Compute the product-limit estimate of one group."""
     from scipy.stats import ecdf
 
     survival = ecdf(censored(times, events)).sf
-    if not events.any():  # scipy's interval needs an event
-        return Curve(
-            survival.quantiles,
-            survival.probabilities,
-            *[np.full(len(survival.quantiles), np.nan)] * 2,
-        )
-    with (
-        warnings.catch_warnings()
-    ):  # there is no band before the first event, nor at 0, which scipy warns of
-        warnings.simplefilter("ignore", RuntimeWarning)
-        band = survival.confidence_interval(method="log-log")
-    return Curve(
-        survival.quantiles, survival.probabilities, band.low.probabilities, band.high.probabilities
-    )
+    low = high = np.full(len(survival.quantiles), np.nan)
+    if events.any():  # scipy's interval needs an event
+        with warnings.catch_warnings():
+            # there is no band before the first event, nor at 0
+            warnings.simplefilter("ignore", RuntimeWarning)
+            band = survival.confidence_interval(method="log-log")
+        low, high = band.low.probabilities, band.high.probabilities
+    return Curve(survival.quantiles, survival.probabilities, low, high)
 
 
 def median_survival(curve: Curve) -> float | None:
-    """The first time by which at most half are without an event; None when the curve does not fall
-    so far.
+    """Find the first time by which at most half are without an event; None when the curve does not
+    fall so far.
     """
     below = np.flatnonzero(curve.survival <= 0.5 + 1e-12)
     return float(curve.times[below[0]]) if len(below) else None

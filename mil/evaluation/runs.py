@@ -16,6 +16,7 @@ import numpy as np
 from common.errors import UserError
 from common.files import read_json, write_csv
 from common.metrics.bootstrap import interval
+from mil.evaluation.benchmark_folder import run_folders
 from mil.tasks.base import Task
 from mil.tasks.bootstrap import bootstrap, summarise
 from mil.tasks.prediction_table import read_parts
@@ -75,26 +76,33 @@ def read_finished(path: Path, feature_set: str, task: Task) -> FinishedRun:
     return run
 
 
+def read_benchmark_runs(
+    benchmark: Path, summary: Mapping[str, Any], models: Sequence[str], task: Task
+) -> list[FinishedRun]:
+    """Read the finished runs of some models of a benchmark's folder, in the order of its tables."""
+    return [
+        read_finished(path, name, task)
+        for name in summary["feature_sets"]
+        for model in models
+        for path in run_folders(benchmark, summary, name, model)
+    ]
+
+
 def read_side(path: Path, feature_set: str, task: Task, split: str) -> FinishedRun | None:
-    """A finished run with `test` and `rows` of its slides of `split` (test or val); None where it
-    has none of them.
+    """Read a finished run with `test` and `rows` of its slides of `split` (test or val); None where
+    it has none of them.
 
     Raises:
         UserError: not finished, no predictions, or those of another task.
     """
-    results, table = (
-        read_json(path / "results.json", "a finished run of mil.train or mil.benchmark"),
-        path / "predictions.csv",
-    )
+    results = read_json(path / "results.json", "a finished run of mil.train or mil.benchmark")
+    table = path / "predictions.csv"
     if not table.is_file():
         raise UserError(f"{table}: expected the run's predictions, found no file; train again")
     with table.open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    sides = {
-        name: found
-        for name in ("val", "test")
-        if (found := [row for row in rows if row["split"] == name])
-    }
+    each = {name: [row for row in rows if row["split"] == name] for name in ("val", "test")}
+    sides = {name: found for name, found in each.items() if found}
     if split not in sides:
         return None
     parts = read_parts(table, task, results["fold"], sides, results)
@@ -107,15 +115,10 @@ def read_side(path: Path, feature_set: str, task: Task, split: str) -> FinishedR
 def write_results(
     output: Path, finished: Sequence[FinishedRun], task: Task
 ) -> list[dict[str, Any]]:
-    """results.csv: one row a feature set, model, seed and fold; returns the rows."""
+    """Write results.csv: one row per feature set, model, seed and fold; returns the rows."""
     extra = (*task.chosen, "best_epoch", "epochs")
     rows = [
-        {
-            "feature_set": run.feature_set,
-            "model": run.model,
-            "seed": run.seed,
-            "fold": run.test.fold,
-        }
+        dict(zip(PLACE, (run.feature_set, run.model, run.seed, run.test.fold), strict=True))
         | {name: repr(float(value[0])) for name, value in task.evaluate(run.test).items()}
         | {name: run.results.get(name) for name in extra}
         for run in finished
@@ -125,7 +128,7 @@ def write_results(
 
 
 def write_predictions(output: Path, finished: Sequence[FinishedRun]) -> None:
-    """predictions.csv: test slides of every run."""
+    """Write predictions.csv: the test slides of every run."""
     rows = [
         {"feature_set": run.feature_set, "model": run.model, "seed": run.seed, **row}
         for run in finished
@@ -135,7 +138,7 @@ def write_predictions(output: Path, finished: Sequence[FinishedRun]) -> None:
 
 
 def group_runs(finished: Sequence[FinishedRun]) -> dict[tuple[str, str], list[FinishedRun]]:
-    """(feature set, model) -> its runs, in the order of their first appearance."""
+    """Group the runs by (feature set, model), in the order of their first appearance."""
     groups: dict[tuple[str, str], list[FinishedRun]] = {}
     for run in finished:
         groups.setdefault((run.feature_set, run.model), []).append(run)
@@ -145,8 +148,8 @@ def group_runs(finished: Sequence[FinishedRun]) -> dict[tuple[str, str], list[Fi
 def resample_metrics(
     finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int
 ) -> Samples:
-    """Bootstrap by patient of every metric, by (feature set, model); the same patients in every one
-    of them.
+    """Bootstrap by patient every metric, by (feature set, model); the same patients in every one of
+    them.
     """
     return {
         place: bootstrap([run.test for run in runs], resamples, seed, task.evaluate)
@@ -168,11 +171,12 @@ def summarise_sets(
         values = summarise(tests[feature_set, model], samples[feature_set, model], task.evaluate)
         values = {name: None if value != value else value for name, value in values.items()}
         first = next(name for name, _ in groups)
-        if feature_set != first and _places(groups.get((first, model), [])) == _places(runs):
-            difference = samples[feature_set, model][metric] - samples[first, model][metric]
-            point = compute_mean(tests[feature_set, model], task) - compute_mean(
-                tests[first, model], task
-            )
+        if feature_set != first and _list_places(groups.get((first, model), [])) == _list_places(
+            runs
+        ):
+            both = (feature_set, model), (first, model)
+            difference = samples[both[0]][metric] - samples[both[1]][metric]
+            point = compute_mean(tests[both[0]], task) - compute_mean(tests[both[1]], task)
             values[f"{metric}_difference"] = None if point != point else point
             values[f"{metric}_difference_ci"] = interval(difference)[0]
         summary.setdefault(feature_set, {})[model] = values
@@ -180,18 +184,18 @@ def summarise_sets(
 
 
 def compute_mean(runs: Sequence[RunPredictions], task: Task) -> float:
-    """The headline metric's mean over runs."""
+    """Average the headline metric over runs."""
     return float(np.mean([task.evaluate(run)[task.headline][0] for run in runs]))
 
 
-def _places(runs: Sequence[FinishedRun]) -> set[tuple[int, int]]:
+def _list_places(runs: Sequence[FinishedRun]) -> set[tuple[int, int]]:
     return {(run.seed, run.test.fold) for run in runs}
 
 
 def read_encoder_costs(
     path: str, files: Mapping[str, Mapping[str, Path]]
 ) -> dict[str, dict[str, Any]]:
-    """Cost of each feature set's encoder from a JSON file, and its width from its bags.
+    """Read the cost of each feature set's encoder from a JSON file, and its width from its bags.
 
     Args:
         path: feature set -> gflops, parameters, tiles_per_second; empty: they are not known.
@@ -218,46 +222,37 @@ def add_headline(
     """
     combined = {}
     for name, models in summary.items():
-        best = models.get(headline, {})
-        combined[name] = dict(models) | {
-            key: best.get(key) for key in (f"{metric}_mean", f"{metric}_ci")
-        }
-        combined[name] |= {key: cost.get(name, {}).get(key) for key in COST_KEYS}
+        best, costs = models.get(headline, {}), cost.get(name, {})
+        figures = {key: best.get(key) for key in (f"{metric}_mean", f"{metric}_ci")}
+        combined[name] = models | figures | {key: costs.get(key) for key in COST_KEYS}
     return combined
 
 
 def summary_rows(
     summary: Mapping[str, Mapping[str, Mapping[str, Any]]], metrics: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """One row a feature set and model: `<metric>_mean`, `_std`, `_ci_low`, `_ci_high`."""
+    """Make one row per feature set and model: `<metric>_mean`, `_std`, `_ci_low`, `_ci_high`."""
     rows = []
     for feature_set, models in summary.items():
         for model, values in models.items():
-            row: dict[str, Any] = {
-                "feature_set": feature_set,
-                "model": model,
-                "runs": values["runs"],
-            }
+            row = {"feature_set": feature_set, "model": model, "runs": values["runs"]}
             for metric in metrics:
                 low, high = values[f"{metric}_ci"] or (None, None)
-                row |= {
-                    f"{metric}_mean": values[f"{metric}_mean"],
-                    f"{metric}_std": values[f"{metric}_std"],
-                }
+                row |= {f"{metric}_{name}": values[f"{metric}_{name}"] for name in ("mean", "std")}
                 row |= {f"{metric}_ci_low": low, f"{metric}_ci_high": high}
             rows.append(row | {"resamples_skipped": values["resamples_skipped"]})
     return rows
 
 
 def format_with_interval(value: float | None, ci: Sequence[float] | None) -> str:
-    """`0.912 [0.850, 0.961]`, `-` when unknown."""
+    """Write `0.912 [0.850, 0.961]`, `-` when unknown."""
     if value is None:
         return "-"
     return f"{value:.3f}" + (f" [{ci[0]:.3f}, {ci[1]:.3f}]" if ci else "")
 
 
 def format_number(value: float | int | None) -> str:
-    """Three significant digits with k, M, G for thousands, `-` when unknown."""
+    """Write three significant digits with k, M, G for thousands, `-` when unknown."""
     if value is None:
         return "-"
     for limit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -273,38 +268,26 @@ def text_table(
     models: Sequence[str],
     metrics: Sequence[str],
 ) -> str:
-    """The benchmark for a terminal, one row a feature set and model; the first metric with its
-    interval.
+    """Write the benchmark for a terminal, one row per feature set and model; the first metric with
+    its interval.
     """
     first, *others = (SHORT.get(metric, metric.replace("_", " ")) for metric in metrics)
-    header = [
-        "feature set",
-        "dim",
-        "params",
-        "GFLOPs/tile",
-        "tiles/s",
-        "model",
-        f"{first} [95 % CI]",
-        *others,
-    ]
-    rows = [header]
+    encoders = ["feature set", "dim", "params", "GFLOPs/tile", "tiles/s"]
+    rows = [[*encoders, "model", f"{first} [95 % CI]", *others]]
     for name, entry in feature_sets.items():
         encoder = [name, *(format_number(entry[key]) for key in COST_KEYS)]
         for model in models:
             if model not in entry:
                 continue
             values = entry[model]
-            cells = [format_with_interval(values[f"{metric}_mean"], None) for metric in metrics[1:]]
-            rows.append(
-                [
-                    *encoder,
-                    model,
-                    format_with_interval(values[f"{metrics[0]}_mean"], values[f"{metrics[0]}_ci"]),
-                    *cells,
-                ]
-            )
+            intervals = [values[f"{metrics[0]}_ci"], *[None] * len(others)]
+            cells = [
+                format_with_interval(values[f"{metric}_mean"], ci)
+                for metric, ci in zip(metrics, intervals, strict=True)
+            ]
+            rows.append([*encoder, model, *cells])
             encoder = [""] * len(encoder)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import atomic_path, write_csv, write_text
+from common.files import atomic_path, write_or_remove_csv, write_text
 from mil.evaluation.comparisons import comparison_table
 from mil.evaluation.runs import (
     FinishedRun,
@@ -62,10 +62,7 @@ def write_evaluation(
         rows = TABLES[name](finished, task, resamples, seed)
         tables += [Table(name, rows)] if rows is not None else []
     for table in tables[1:]:
-        if table.rows:
-            write_csv(output / f"{table.name}.csv", table.header, table.rows)
-        else:
-            (output / f"{table.name}.csv").unlink(missing_ok=True)
+        write_or_remove_csv(output / f"{table.name}.csv", table.header, table.rows)
     write_text(output / "summary.md", markdown(summary, task))
     write_text(output / "summary.tex", latex(summary, task))
     if workbook:

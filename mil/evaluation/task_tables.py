@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from common.metrics.bootstrap import interval
 from common.metrics.classification import confusion
 from mil.evaluation.operating import (
     FIXED,
@@ -22,57 +21,42 @@ from mil.evaluation.operating import (
 from mil.evaluation.risk_groups import kaplan_meier, median_survival, risk_groups
 from mil.evaluation.runs import FinishedRun, group_runs
 from mil.tasks.base import Task
-from mil.tasks.bootstrap import resample_runs
-from mil.tasks.multilabel import evaluate_each_label
+from mil.tasks.bootstrap import bootstrap, interval_columns, summarise
+from mil.tasks.classification import evaluate
 
 Rows = list[dict[str, Any]]
+LABEL_METRICS = ("auc", "auprc", "f1", "sensitivity", "specificity")
 
 
 def per_label_rows(finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int) -> Rows:
-    """A row a feature set, model and label: means over the runs whose test slides are of both
-    kinds, with 95 % intervals.
+    """Make one row per feature set, model and label: means over the runs whose test slides are of
+    both kinds, with 95 % intervals.
 
     `slides` and `positives` are those of one seed; cuts come from the validation slides.
     """
     rows = []
     for (feature_set, model), runs in group_runs(finished).items():
-        weights = resample_runs([run.test for run in runs], resamples, seed)
-        # the first weighting is the slides as they are
-        metrics = [
-            evaluate_each_label(run.test, _with_ones(weights[run.test.fold])) for run in runs
-        ]
-        one_seed = [run for run in runs if run.seed == runs[0].seed]
+        one_seed = [run.test for run in runs if run.seed == runs[0].seed]
         for column, label in enumerate(task.names):
-            kept = [each for each in metrics if not np.isnan(each["auc"][0, column])]
-            row: dict[str, Any] = {
-                "feature_set": feature_set,
-                "model": model,
-                "label": label,
-                "runs": len(kept),
+            each = [task.as_two_classes(run.test, label) for run in runs]
+            kept = [predictions for predictions in each if predictions is not None]
+            row: dict[str, Any] = {"feature_set": feature_set, "model": model, "label": label}
+            row["runs"] = len(kept)
+            row["slides"] = sum(len(test.targets) for test in one_seed)
+            row["positives"] = int(sum(test.targets[:, column].sum() for test in one_seed))
+            summary: dict[str, Any] = {
+                f"{n}_{k}": None for n in LABEL_METRICS for k in ("mean", "ci")
             }
-            row["slides"] = sum(len(run.test.targets) for run in one_seed)
-            row["positives"] = int(sum(run.test.targets[:, column].sum() for run in one_seed))
-            for name in metrics[0]:
-                row |= _mean_with_interval(name, [each[name][:, column] for each in kept])
+            if kept:
+                summary = summarise(kept, bootstrap(kept, resamples, seed, evaluate), evaluate)
+            for name in LABEL_METRICS:
+                row |= interval_columns(summary, name)
             rows.append(row)
     return rows
 
 
-def _with_ones(weights: np.ndarray) -> np.ndarray:
-    return np.concatenate([np.ones((1, weights.shape[1])), weights])
-
-
-def _mean_with_interval(name: str, values: Sequence[np.ndarray]) -> dict[str, float | None]:
-    """Columns of one metric; None where no run has it."""
-    if not values:
-        return {name: None, f"{name}_ci_low": None, f"{name}_ci_high": None}
-    mean = np.mean(values, axis=0)
-    low, high = interval(mean[1:])[0] or (None, None)
-    return {name: float(mean[0]), f"{name}_ci_low": low, f"{name}_ci_high": high}
-
-
 def mean_confusion(runs: Sequence[FinishedRun], task: Any) -> np.ndarray:
-    """Slides by true and called name (C, C): summed over folds, mean over seeds."""
+    """Count the slides by true and called name (C, C): summed over folds, mean over seeds."""
     classes = len(task.names)
     total = sum(
         confusion(run.test.targets, task.call_indices(run.test), classes)[0] for run in runs
@@ -81,44 +65,33 @@ def mean_confusion(runs: Sequence[FinishedRun], task: Any) -> np.ndarray:
 
 
 def confusion_rows(finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int) -> Rows:
-    """A row a feature set, model, true and called grade: slides, and their share of the true
-    grade.
+    """Make one row per feature set, model, true and called grade: slides, and their share of the
+    true grade.
     """
     rows = []
     for (feature_set, model), runs in group_runs(finished).items():
         counts = mean_confusion(runs, task)
         for true, called in np.ndindex(counts.shape):
             total = counts[true].sum()
-            row: dict[str, Any] = {
-                "feature_set": feature_set,
-                "model": model,
-                "grade": task.names[true],
-                "called": task.names[called],
-            }
+            row: dict[str, Any] = {"feature_set": feature_set, "model": model}
+            row |= {"grade": task.names[true], "called": task.names[called]}
             share = float(counts[true, called] / total) if total else None
             rows.append(row | {"slides": float(counts[true, called]), "share": share})
     return rows
 
 
 def risk_group_rows(finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int) -> Rows:
-    """A row a feature set, model and half: patients, events, median survival, and the log-rank p of
-    both halves.
+    """Make one row per feature set, model and half: patients, events, median survival, and the
+    log-rank p of both halves.
     """
     rows = []
     for (feature_set, model), runs in group_runs(finished).items():
         groups = risk_groups(runs)
         for name, part in (("lower", ~groups.high), ("higher", groups.high)):
-            row: dict[str, Any] = {
-                "feature_set": feature_set,
-                "model": model,
-                "risk": name,
-                "patients": int(part.sum()),
-            }
+            row: dict[str, Any] = {"feature_set": feature_set, "model": model, "risk": name}
+            row |= {"patients": int(part.sum()), "events": int(groups.events[part].sum())}
             curve = kaplan_meier(groups.times[part], groups.events[part]) if part.any() else None
-            row |= {
-                "events": int(groups.events[part].sum()),
-                "median_survival": curve and median_survival(curve),
-            }
+            row |= {"median_survival": curve and median_survival(curve)}
             rows.append(row | {"logrank_p": None if np.isnan(groups.p) else groups.p})
     return rows
 
@@ -126,13 +99,12 @@ def risk_group_rows(finished: Sequence[FinishedRun], task: Task, resamples: int,
 def operating_rows(
     finished: Sequence[FinishedRun], points: Sequence[Held], resamples: int, seed: int
 ) -> list[dict[str, Any]]:
-    """One row a feature set, model and operating point."""
+    """Make one row per feature set, model and operating point."""
     rows = []
     for (feature_set, model), runs in group_runs(finished).items():
         for held in points:
-            row = operating_point(
-                held, [run.val for run in runs], [run.test for run in runs], resamples, seed
-            )
+            sides = [run.val for run in runs], [run.test for run in runs]
+            row = operating_point(held, *sides, resamples, seed)
             rows.append({"feature_set": feature_set, "model": model, **row})
     return rows
 
@@ -140,7 +112,8 @@ def operating_rows(
 def screening_rows(
     finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int
 ) -> Rows | None:
-    """One row a feature set, model and wanted sensitivity: negatives signed out, positives missed.
+    """Make one row per feature set, model and wanted sensitivity: negatives signed out, positives
+    missed.
 
     `signed_out_share` is the specificity that the validation slides' cut has on the test slides,
     `missed_share` what its sensitivity lacks to 1; `test_curve_signed_out_share` is the upper
@@ -156,29 +129,21 @@ def screening_rows(
         }
         low, high = (row[f"{SENSITIVITY}_{end}"] for end in ("ci_low", "ci_high"))
         shares |= {"missed_share": 1 - row[SENSITIVITY]}
-        shares |= {
-            "missed_share_ci_low": None if high is None else 1 - high,
-            "missed_share_ci_high": None if low is None else 1 - low,
-        }
+        for end, bound in (("low", high), ("high", low)):
+            shares[f"missed_share_ci_{end}"] = None if bound is None else 1 - bound
         shares |= {name: row[name] for name in ("missed", "positives", "signed_out", "negatives")}
         for end in ("", "_ci_low", "_ci_high"):
             shares[f"test_curve_signed_out_share{end}"] = row[f"test_curve_{SPECIFICITY}{end}"]
         shares |= {name: row[name] for name in ("val_sensitivity", "val_positives")}
-        rows.append(
-            {
-                "feature_set": row["feature_set"],
-                "model": row["model"],
-                "wanted_sensitivity": row["target"],
-                **shares,
-            }
-        )
+        place = {name: row[name] for name in ("feature_set", "model")}
+        rows.append(place | {"wanted_sensitivity": row["target"]} | shares)
     return rows
 
 
 def fixed_rows(
     finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int
 ) -> Rows | None:
-    """The operating points of FIXED; None where a run has no validation slides."""
+    """Make the rows of the operating points in FIXED; None where a run has no validation slides."""
     if any(run.val is None for run in finished):
         return None
     return operating_rows(finished, FIXED, resamples, seed)

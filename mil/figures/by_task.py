@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 HALVES = (("lower risk", False, PALETTE[0]), ("higher risk", True, PALETTE[1]))
 ACROSS = 2  # panels side by side
 LABELS_ACROSS = 3
-
-
 Runs = Mapping[str, Sequence[FinishedRun]]
 
 
@@ -56,26 +54,37 @@ def draw_task(
     return written
 
 
-def _tests(runs: Runs) -> dict[str, list[Any]]:
+def _collect_tests(runs: Runs) -> dict[str, list[Any]]:
     return {name: [run.test for run in of_name] for name, of_name in runs.items()}
+
+
+def _make_panels(
+    count: int, across: int, width: float, height: float, more: float = 0.0
+) -> tuple[Figure, np.ndarray]:
+    """A figure of panels in inches, `more` of them below, and the axes of its `count` panels."""
+    down = -(-count // across)
+    figure = new_figure(width * across, height * down + more)
+    panels = figure.subplots(down, across, squeeze=False).ravel()
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    return figure, panels[:count]
 
 
 def draw_roc(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
     """Mean ROC curves with the middle 95 % of resamples by patient."""
-    return draw_mean_curves(
-        _tests(runs), roc_curves, auc, seed, ("1 - specificity", "sensitivity", "AUC")
-    )
+    names = ("1 - specificity", "sensitivity", "AUC")
+    return draw_mean_curves(_collect_tests(runs), roc_curves, auc, seed, names)
 
 
 def draw_precision_recall(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
     """Mean precision-recall curves with the middle 95 % of resamples by patient."""
     names = ("recall", "precision", "AUPRC")
-    return draw_mean_curves(_tests(runs), precision_curves, auprc, seed, names)
+    return draw_mean_curves(_collect_tests(runs), precision_curves, auprc, seed, names)
 
 
 def draw_reliability(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
     """Stated probabilities against how often they came true."""
-    return draw_reliability_curves(_tests(runs))
+    return draw_reliability_curves(_collect_tests(runs))
 
 
 def draw_screening(runs: Runs, task: Task, resamples: int, seed: int) -> Figure | None:
@@ -89,7 +98,7 @@ def draw_screening(runs: Runs, task: Task, resamples: int, seed: int) -> Figure 
 
 def draw_roc_spread(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
     """Mean ROC curve of every feature set with a band of one standard deviation."""
-    tests = _tests(runs)
+    tests = _collect_tests(runs)
     aucs = {
         name: float(np.mean([auc(run.targets, run.probabilities)[0] for run in of_name]))
         for name, of_name in tests.items()
@@ -102,44 +111,26 @@ def draw_labels(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
     slides are of both kinds.
     """
     labels = task.names
-    across = min(len(labels), LABELS_ACROSS)
-    down, few = -(-len(labels) // across), len(runs) <= BANDS
+    across, few = min(len(labels), LABELS_ACROSS), len(runs) <= BANDS
     with styled():
-        figure = new_figure(3.1 * across, 3.3 * down + (0 if few else 0.4 + 0.09 * len(runs)))
-        panels = figure.subplots(down, across, squeeze=False).ravel()
-        for axes in panels[len(labels) :]:
-            axes.set_axis_off()
-        for column, (axes, label) in enumerate(zip(panels, labels, strict=False)):
+        more = 0 if few else 0.4 + 0.09 * len(runs)
+        figure, panels = _make_panels(len(labels), across, 3.1, 3.3, more)
+        for column, (axes, label) in enumerate(zip(panels, labels, strict=True)):
             axes.plot([0, 1], [0, 1], **CHANCE)
             for index, (name, of_name) in enumerate(runs.items()):
                 mean, area = _mean_of_label([run.test for run in of_name], column)
                 text = f"{name}  {'-' if np.isnan(area) else f'{area:.3f}'}" if few else name
-                axes.plot(
-                    np.append(0, GRID),
-                    np.append(0, mean),
-                    label=text,
-                    linewidth=1.6,
-                    **line_style(index),
-                )
+                xy = np.append(0, GRID), np.append(0, mean)
+                axes.plot(*xy, label=text, linewidth=1.6, **line_style(index))
             axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1, xlabel="1 - specificity")
             axes.set_ylabel("sensitivity" if column % across == 0 else "")
             axes.set_title(label, fontsize=9)
             if few:
-                axes.legend(
-                    loc="lower right",
-                    frameon=False,
-                    fontsize=8,
-                    title="mean AUC",
-                    title_fontsize=8,
-                    alignment="right",
-                )
+                look = {"frameon": False, "fontsize": 8, "title_fontsize": 8}
+                axes.legend(loc="lower right", title="mean AUC", alignment="right", **look)
         if not few:
-            figure.legend(
-                *panels[0].get_legend_handles_labels(),
-                loc="outside lower center",
-                frameon=False,
-                ncols=2,
-            )
+            lines = panels[0].get_legend_handles_labels()
+            figure.legend(*lines, loc="outside lower center", frameon=False, ncols=2)
         return figure
 
 
@@ -166,11 +157,8 @@ def draw_survival(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
             curves, below = panel.subplots(2, 1, sharex=True, height_ratios=[4, 1])
             _draw_curves(curves, halves)
             _write_at_risk(below, halves)
-            test = (
-                ""
-                if np.isnan(halves.p)
-                else f", log-rank p {'< 0.001' if halves.p < 0.001 else f'= {halves.p:.3f}'}"
-            )
+            p = "< 0.001" if halves.p < 0.001 else f"= {halves.p:.3f}"
+            test = "" if np.isnan(halves.p) else f", log-rank p {p}"
             curves.set_title(f"{title}{test}", fontsize=9)
         return figure
 
@@ -200,26 +188,11 @@ def _write_at_risk(axes: Axes, halves: RiskGroups) -> None:
     ticks = [tick for tick in axes.get_xticks() if 0 <= tick <= halves.times.max()]
     for row, (name, high, colour) in enumerate(HALVES):
         times = halves.times[halves.high == high]
-        axes.annotate(
-            name,
-            (0, row),
-            (-14, 0),
-            textcoords="offset points",
-            color=colour,
-            ha="right",
-            va="center",
-            fontsize=8,
-        )
+        look = {"color": colour, "va": "center", "fontsize": 8}
+        beside = {"textcoords": "offset points", "ha": "right"}
+        axes.annotate(name, (0, row), (-14, 0), **beside, **look)
         for tick in ticks:
-            axes.text(
-                tick,
-                row,
-                str(int((times >= tick).sum())),
-                color=colour,
-                ha="center",
-                va="center",
-                fontsize=8,
-            )
+            axes.text(tick, row, str(int((times >= tick).sum())), ha="center", **look)
     axes.set(ylim=(1.6, -0.6), yticks=[], xticks=ticks, xlabel="time; numbers: patients at risk")
     axes.spines["left"].set_visible(False)
 
@@ -229,28 +202,19 @@ def draw_grades(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
     of the true grade.
     """
     grades = task.names
-    side, down = 1.5 + 0.5 * len(grades), -(-len(runs) // ACROSS)
+    side, across = 1.5 + 0.5 * len(grades), min(len(runs), ACROSS)
     with styled():
-        figure = new_figure(side * min(len(runs), ACROSS) + 0.4, side * down)
-        panels = figure.subplots(down, min(len(runs), ACROSS), squeeze=False).ravel()
-        for axes in panels[len(runs) :]:
-            axes.set_axis_off()
-        for axes, (title, of_set) in zip(panels, runs.items(), strict=False):
+        figure, panels = _make_panels(len(runs), across, side + 0.4 / across, side)
+        for axes, (title, of_set) in zip(panels, runs.items(), strict=True):
             counts = mean_confusion(of_set, task)
             shares = counts / np.maximum(counts.sum(1, keepdims=True), 1e-12)
             axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
             for (true, called), count in np.ndenumerate(counts):
                 colour = "white" if shares[true, called] > 0.55 else "#333333"
                 axes.text(called, true, f"{count:.3g}", ha="center", va="center", color=colour)
-            places = range(len(grades))
-            axes.set(
-                xticks=places,
-                yticks=places,
-                xticklabels=grades,
-                yticklabels=grades,
-                xlabel="called",
-                ylabel="true grade",
-            )
+            axes.set_xticks(range(len(grades)), grades)
+            axes.set_yticks(range(len(grades)), grades)
+            axes.set(xlabel="called", ylabel="true grade")
             axes.set_title(title, fontsize=9)
             axes.spines[:].set_visible(False)
         return figure
@@ -260,21 +224,14 @@ def draw_scatter(runs: Runs, task: Task, resamples: int, seed: int) -> Figure:
     """Predicted against true values, a panel per model or feature set; a point is a slide, at the
     mean of the runs that tested it.
     """
-    down = -(-len(runs) // ACROSS)
     with styled():
-        across = min(len(runs), ACROSS)
-        figure = new_figure(4.2 * across, 4.0 * down)
-        panels = figure.subplots(down, across, squeeze=False).ravel()
-        for axes in panels[len(runs) :]:
-            axes.set_axis_off()
+        figure, panels = _make_panels(len(runs), min(len(runs), ACROSS), 4.2, 4.0)
         points = [average_points(of_name) for of_name in runs.values()]
         both = np.concatenate([np.concatenate(pair) for pair in points])
         margin = 0.05 * ((both.max() - both.min()) or 1.0)
         ends = [both.min() - margin, both.max() + margin]
-        for axes, (name, of_name), (true, predicted) in zip(
-            panels, runs.items(), points, strict=False
-        ):
-            metrics = [task.evaluate(run.test) for run in of_name]
+        for axes, name, (true, predicted) in zip(panels, runs, points, strict=True):
+            metrics = [task.evaluate(run.test) for run in runs[name]]
             means = {key: np.mean([each[key][0] for each in metrics]) for key in task.shown[:2]}
             axes.plot(ends, ends, **CHANCE)
             axes.scatter(true, predicted, s=16, color=PALETTE[0], alpha=0.65, linewidth=0)
@@ -289,9 +246,8 @@ def average_points(runs: Sequence[FinishedRun]) -> tuple[np.ndarray, np.ndarray]
     predicted: dict[str, list[float]] = {}
     true: dict[str, float] = {}
     for run in runs:
-        for slide, target, value in zip(
-            run.slides, run.test.targets, run.test.predicted, strict=True
-        ):
+        found = run.test
+        for slide, target, value in zip(run.slides, found.targets, found.predicted, strict=True):
             predicted.setdefault(slide, []).append(float(value))
             true[slide] = float(target)
     return np.array(list(true.values())), np.array([np.mean(v) for v in predicted.values()])

@@ -40,7 +40,7 @@ def average_curves(
     """The mean curve over runs (and classes) at GRID, (101,), and the middle 95 % of its resamples,
     (2, 101).
     """
-    weights = resample_runs(runs, RESAMPLES, seed)
+    weights = resample_runs(runs, RESAMPLES, seed).weights
     drawn = []
     for run in runs:
         each = np.concatenate([np.ones((1, len(run.cases))), weights[run.fold]])
@@ -48,9 +48,9 @@ def average_curves(
             drawn.append(curves(run.targets == c, run.probabilities[:, c], each))
     mean = np.mean(drawn, axis=0)
     whole = mean[1:][~np.isnan(mean[1:]).any(1)]  # resamples that kept a class in every fold
-    return mean[0], np.percentile(whole, [2.5, 97.5], axis=0) if len(whole) else np.stack(
-        [mean[0]] * 2
-    )
+    if not len(whole):
+        return mean[0], np.stack([mean[0]] * 2)
+    return mean[0], np.percentile(whole, [2.5, 97.5], axis=0)
 
 
 @styled()
@@ -92,9 +92,8 @@ def _chance(models: Mapping[str, Sequence[Predictions]], what: str) -> list[floa
         return [0.0, 1.0]
     runs = [run for of_model in models.values() for run in of_model]
     classes = runs[0].probabilities.shape[1]
-    return [
-        float(np.mean([(run.targets == 1).mean() for run in runs])) if classes == 2 else 1 / classes
-    ] * 2
+    share = float(np.mean([(run.targets == 1).mean() for run in runs]))
+    return [share if classes == 2 else 1 / classes] * 2
 
 
 @styled()
@@ -114,19 +113,12 @@ def draw_reliability_curves(models: Mapping[str, Sequence[Predictions]]) -> Figu
             for axes, scaled in zip(panels, (False, True), strict=True)
         ]
         panels[0].plot([], [], label=f"{model}  {eces[0]:.3f} \u2192 {eces[1]:.3f}", **look)
-    for axes, name in zip(
-        panels,
-        ("as predicted", "after temperature scaling, fitted on validation slides"),
-        strict=True,
-    ):
+    what = "predicted probability of the positive" if binary else "probability of the called"
+    names = ("as predicted", "after temperature scaling, fitted on validation slides")
+    for axes, name in zip(panels, names, strict=True):
         axes.plot([0, 1], [0, 1], **CHANCE)
         axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
-        axes.set_title(name)
-        axes.set_xlabel(
-            "predicted probability of the positive class"
-            if binary
-            else "probability of the called class"
-        )
+        axes.set(title=name, xlabel=f"{what} class")
     panels[0].set_ylabel("share of positive slides" if binary else "share called right")
     figure.legend(
         loc="outside lower center",
@@ -140,25 +132,18 @@ def _draw_bins(
     axes: Axes, runs: Sequence[Predictions], look: Mapping[str, Any], scaled: bool
 ) -> float:
     """Bins of all test slides together; returns the mean ECE of the runs, which the tables give."""
-    used = [
-        apply_temperature(run.probabilities, run.temperature if scaled else 1.0) for run in runs
-    ]
-    pairs = [
-        stated_and_true(run.targets, probabilities)
-        for run, probabilities in zip(runs, used, strict=True)
-    ]
+    pairs = []
+    for run in runs:
+        used = apply_temperature(run.probabilities, run.temperature if scaled else 1.0)
+        pairs.append(stated_and_true(run.targets, used))
     stated, true = (np.concatenate(part) for part in zip(*pairs, strict=True))
     mean, share, count = (part[0] for part in reliability(stated, true, np.ones((1, len(stated)))))
     joined = count >= 5
     axes.plot(mean[joined], share[joined], linewidth=1.1, **look)
-    axes.scatter(
-        mean, share, s=10 + 130 * count / count.sum(), color=look["color"], alpha=0.75, linewidth=0
-    )
-    return float(
-        np.mean(
-            [expected_calibration_error(*pair, np.ones((1, len(pair[0]))))[0] for pair in pairs]
-        )
-    )
+    sizes = 10 + 130 * count / count.sum()
+    axes.scatter(mean, share, s=sizes, color=look["color"], alpha=0.75, linewidth=0)
+    eces = [expected_calibration_error(*pair, np.ones((1, len(pair[0]))))[0] for pair in pairs]
+    return float(np.mean(eces))
 
 
 @styled()
@@ -178,56 +163,42 @@ def draw_screening_rows(rows: Sequence[Mapping[str, Any]]) -> Figure:
     for index, (model, offset) in enumerate(zip(models, offsets, strict=True)):
         mine, look = [row for row in rows if row["model"] == model], line_style(index)
         at = np.array([wanted.index(row["wanted_sensitivity"]) for row in mine]) + offset
-        style = {
-            "color": look["color"],
-            "fmt": MARKERS[index // len(PALETTE) % len(MARKERS)],
-            "markersize": 4.5,
-        }
+        marker = MARKERS[index // len(PALETTE) % len(MARKERS)]
+        style = {"color": look["color"], "fmt": marker, "markersize": 4.5}
         for axes, name in ((left, "signed_out_share"), (right, "missed_share")):
-            value, low, high = (
-                100 * np.array([_known(row, name, end) for row in mine]) for end in ENDS
-            )
+            numbers = [[_value_or_mean(row, name, end) for row in mine] for end in ENDS]
+            value, low, high = 100 * np.array(numbers)
             bars = [np.maximum(value - low, 0), np.maximum(high - value, 0)]
             drawn = axes.errorbar(value, at, xerr=bars, elinewidth=1.4, label=model, **style)
         handles.append(drawn)
         bound = [100 * row["test_curve_signed_out_share"] for row in mine]
         left.plot(bound, at, "D", color=look["color"], markerfacecolor="none", markersize=6)
+    dashed = {"color": "#888888", "linewidth": 1.0, "linestyle": "--"}
     for index, value in enumerate(wanted):
-        right.plot(
-            [100 * (1 - value)] * 2,
-            [index - 0.45, index + 0.45],
-            color="#888888",
-            linewidth=1.0,
-            linestyle="--",
-        )
-    _screening_axes(left, right, wanted)
-    hollow = Line2D(
-        [], [], color="#555555", marker="D", markerfacecolor="none", linestyle="", markersize=6
-    )
-    allowed = Line2D([], [], color="#888888", linestyle="--", linewidth=1.0)
+        right.plot([100 * (1 - value)] * 2, [index - 0.45, index + 0.45], **dashed)
+    _label_screening(left, right, wanted)
+    diamond = {"marker": "D", "markerfacecolor": "none", "linestyle": "", "markersize": 6}
+    hollow = Line2D([], [], color="#555555", **diamond)
+    allowed = Line2D([], [], **dashed)
     hollow.set_label("best cut on the test slides that keeps the wanted sensitivity")
     allowed.set_label("missed at most, as wanted")
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(6, len(models)), frameon=False
-    )
+    columns = min(6, len(models))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
     figure.legend(handles=[hollow, allowed], loc="outside upper center", ncols=2)
     return figure
 
 
-def _screening_axes(left: Axes, right: Axes, wanted: Sequence[float]) -> None:
+def _label_screening(left: Axes, right: Axes, wanted: Sequence[float]) -> None:
     left.set(yticks=range(len(wanted)), yticklabels=[f"{100 * value:g} %" for value in wanted])
     left.set_ylabel("wanted sensitivity, cut chosen\non validation slides")
-    left.set(
-        xlabel="negative slides signed out, % (bars: 95 % by patient)",
-        xlim=(-2, 102),
-        ylim=(len(wanted) - 0.5, -0.5),
-    )
+    left.set_xlabel("negative slides signed out, % (bars: 95 % by patient)")
+    left.set(xlim=(-2, 102), ylim=(len(wanted) - 0.5, -0.5))
     right.set_xlabel("positive slides missed, %")
     right.set_xlim(left=-0.5)
     for axes in (left, right):
         axes.grid(axis="x")
 
 
-def _known(row: Mapping[str, Any], name: str, end: str) -> float:
+def _value_or_mean(row: Mapping[str, Any], name: str, end: str) -> float:
     value = row[f"{name}{end}"]
     return row[name] if value is None else value

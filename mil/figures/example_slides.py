@@ -5,7 +5,7 @@ at.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -18,6 +18,7 @@ from mil.datasets.bags import Sample
 from mil.evaluation.runs import FinishedRun
 from mil.figures.report import mark_tiles
 from mil.tasks.base import Task
+from mil.tasks.records import Verdict
 from mil.training.engine import examine, load_classifier
 from patch_encoder.bags.bag import open_bag
 from patch_encoder.bags.paths import find_coordinates
@@ -36,18 +37,12 @@ class Choice:
     Attributes:
         slide_id: the slide.
         fold: of the run that judged it.
-        label: what is known of it.
-        called: what the classifier makes of it.
-        detail: how sure that is.
-        right: False where `called` contradicts `label`.
+        verdict: what the classifier makes of it.
     """
 
     slide_id: str
     fold: int
-    label: str
-    called: str
-    detail: str
-    right: bool = True
+    verdict: Verdict
 
 
 @dataclass(frozen=True)
@@ -77,58 +72,65 @@ def choose_slides(runs: Sequence[FinishedRun], task: Task, each: int) -> list[Gr
 
     The most confident of both: what the classifier knows best, and what it gets wrong without
     doubt. A slide that several runs test (nested, repeated cross-validation) stands there once, see
-    `_once`.
+    `_merge_runs`.
     """
-    ranked = _once((item for run in runs for item in _choices(run, task)), task)
+    ranked = _merge_runs(
+        [
+            Choice(slide, run.test.fold, verdict)
+            for run in runs
+            for slide, verdict in zip(run.slides, task.verdicts(run.test), strict=True)
+        ],
+        task,
+    )
     first, second = task.example_groups
     if not task.has_calls:
-        chosen = [choice for _, choice in sorted(ranked, key=lambda r: (r[0], r[1].slide_id))]
+        chosen = sorted(ranked, key=lambda choice: (choice.verdict.rank, choice.slide_id))
         each = min(each, len(chosen) // 2)  # no slide in both groups
         return [
             Group(first, "No slide.", chosen[::-1][:each]),
             Group(second, "No slide.", chosen[:each]),
         ]
-    choices = [choice for _, choice in sorted(ranked, key=lambda r: (-r[0], r[1].slide_id))]
-    hits = [choice for choice in choices if choice.right and choice.label != task.negative]
-    errors = [choice for choice in choices if not choice.right]
+    choices = sorted(ranked, key=lambda choice: (-choice.verdict.rank, choice.slide_id))
+    hits = [
+        choice
+        for choice in choices
+        if choice.verdict.right and choice.verdict.label != task.negative
+    ]
+    errors = [choice for choice in choices if not choice.verdict.right]
     return [
-        Group(first, f"No slide {task.positive_words} was called right.", hits[:each]),
+        Group(
+            first,
+            f"No slide with a label other than {task.negative} was called right.",
+            hits[:each],
+        ),
         Group(second, "No test slide was called wrong.", errors[:each]),
     ]
 
 
-def _once(ranked: Iterable[tuple[float, Choice]], task: Task) -> list[tuple[float, Choice]]:
+def _merge_runs(choices: Sequence[Choice], task: Task) -> list[Choice]:
     """One entry per slide: what most of its runs call it (of equally many the first), shown by the
     first run that does.
 
-    The confidence is the mean over all runs, 0 for those that call it something else; where nothing
-    is called it is the mean rank.
+    Its rank is the mean over all runs, 0 for those that call it something else; where nothing is
+    called it is the mean of all.
     """
-    tested: dict[str, list[tuple[float, Choice]]] = {}
-    for item in ranked:
-        tested.setdefault(item[1].slide_id, []).append(item)
+    tested: dict[str, list[Choice]] = {}
+    for choice in choices:
+        tested.setdefault(choice.slide_id, []).append(choice)
     found = []
     for items in tested.values():
-        if len(items) == 1:
-            found += items
-            continue
-        most = Counter(choice.called for _, choice in items).most_common(1)[0][0]
-        agreed = [item for item in items if item[1].called == most] if task.has_calls else items
-        sure, first = sum(sure for sure, _ in agreed) / len(items), agreed[0][1]
-        count = (
-            f"{len(agreed)} of {len(items)} runs say so"
-            if task.has_calls
-            else task.repeated_rank(sure, len(items))
-        )
-        found.append((sure, replace(first, detail=f"{first.detail}; {count}")))
+        first, count = items[0], len(items)
+        if count > 1:
+            agreed, most = items, Counter(item.verdict.called for item in items).most_common(1)
+            if task.has_calls:
+                agreed = [item for item in items if item.verdict.called == most[0][0]]
+            rank, first = sum(item.verdict.rank for item in agreed) / count, agreed[0]
+            said = f"{len(agreed)} of {count} runs say so"
+            repeats = said if task.has_calls else task.repeated_rank(rank, count)
+            detail = f"{first.verdict.detail}; {repeats}"
+            first = replace(first, verdict=replace(first.verdict, rank=rank, detail=detail))
+        found.append(first)
     return found
-
-
-def _choices(run: FinishedRun, task: Task) -> Iterator[tuple[float, Choice]]:
-    """(rank, slide) of every test slide of a run."""
-    for slide, verdict in zip(run.slides, task.verdicts(run.test), strict=True):
-        words = (verdict.label, verdict.called, verdict.detail, verdict.right)
-        yield verdict.rank, Choice(slide, run.test.fold, *words)
 
 
 def make_example(
@@ -163,11 +165,7 @@ def make_example(
         overview = mark_tiles(
             read_overview(slide, THUMBNAIL_SIDE).pixels, geometry, slide.width, where.coords[rows]
         )
-        tiles = [
-            (
-                jpeg_uri(read_tile(slide, geometry, *where.coords[row].tolist())),
-                float(attention[row]),
-            )
-            for row in rows
-        ]
-    return Example(choice, len(bag), jpeg_uri(overview), tiles)
+        corners = where.coords[rows].tolist()
+        tiles = [jpeg_uri(read_tile(slide, geometry, *corner)) for corner in corners]
+    top_tiles = list(zip(tiles, attention[rows].tolist(), strict=True))
+    return Example(choice, len(bag), jpeg_uri(overview), top_tiles)

@@ -37,28 +37,12 @@ def draw_mean_roc(runs: Mapping[str, Sequence[Predictions]], aucs: Mapping[str, 
         )
         mean, spread, colour = curves.mean(0), curves.std(0), palette_colour(index)
         # every curve begins at (0, 0), which interpolation over vertical steps does not show
-        axes.plot(
-            np.append(0, GRID),
-            np.append(0, mean),
-            color=colour,
-            linewidth=1.6,
-            label=f"{name}  {aucs[name]:.3f}",
-        )
-        axes.fill_between(
-            GRID,
-            np.clip(mean - spread, 0, 1),
-            np.clip(mean + spread, 0, 1),
-            color=colour,
-            alpha=0.12,
-            linewidth=0,
-        )
-    axes.set(
-        xlabel="1 - specificity",
-        ylabel="sensitivity",
-        xlim=(-0.01, 1),
-        ylim=(0, 1.01),
-        aspect="equal",
-    )
+        label = f"{name}  {aucs[name]:.3f}"
+        axes.plot(np.append(0, GRID), np.append(0, mean), color=colour, linewidth=1.6, label=label)
+        band = np.clip((mean - spread, mean + spread), 0, 1)
+        axes.fill_between(GRID, *band, color=colour, alpha=0.12, linewidth=0)
+    axes.set(xlabel="1 - specificity", ylabel="sensitivity")
+    axes.set(xlim=(-0.01, 1), ylim=(0, 1.01), aspect="equal")
     axes.legend(loc="lower right", title="mean AUC", alignment="right")
     return figure
 
@@ -78,9 +62,8 @@ def draw_intervals(
         (name, model, entry[model])
         for name, entry in feature_sets.items()
         for model in models
-        if model in entry
+        if model in entry and entry[model][f"{metric}_mean"] is not None
     ]
-    rows = [row for row in rows if row[2][f"{metric}_mean"] is not None]
     colours = {name: palette_colour(index) for index, name in enumerate(feature_sets)}
     figure = new_figure(4.6, 1.0 + 0.28 * len(rows))
     axes = figure.add_subplot()
@@ -88,14 +71,9 @@ def draw_intervals(
     for y, (feature_set, _, values) in enumerate(rows):
         mean = values[f"{metric}_mean"]
         low, high = values[f"{metric}_ci"] or (mean, mean)
-        axes.plot(
-            [low, high],
-            [y, y],
-            color=colours[feature_set],
-            linewidth=1.6,
-            solid_capstyle="butt",
-        )
-        axes.plot(mean, y, "o", color=colours[feature_set], markersize=4.5)
+        colour = colours[feature_set]
+        axes.plot([low, high], [y, y], color=colour, linewidth=1.6, solid_capstyle="butt")
+        axes.plot(mean, y, "o", color=colour, markersize=4.5)
     labels = [f"{feature_set} · {model}" for feature_set, model, _ in rows]
     axes.set(yticks=range(len(rows)), yticklabels=labels, xlabel=f"{name}, 95 % CI")
     axes.set_ylim(len(rows) - 0.4, -0.6)

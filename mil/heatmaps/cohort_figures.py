@@ -29,13 +29,13 @@ Drawn = tuple[dict[str, Any], Figure | None]
 
 
 def count_repeats(source: Source) -> float:
-    """Runs that test a slide, on average."""
+    """Count the runs that test a slide, on average."""
     slides = {slide for run in source.runs for slide in run.slides}
     return sum(len(run.rows) for run in source.runs) / max(1, len(slides))
 
 
 def draw_roc(source: Source) -> Drawn:
-    """ROC curve of the positive class, or of each class against the rest."""
+    """Draw the ROC curve of the positive class, or of each class against the rest."""
     tests = [run.test for run in source.runs]
     uri = figures.draw_roc_by_class(tests, source.task.names)
     band = f", mean of {len(tests)} runs, band of one standard deviation" if len(tests) > 1 else ""
@@ -43,7 +43,7 @@ def draw_roc(source: Source) -> Drawn:
 
 
 def draw_calibration(source: Source) -> Drawn:
-    """Stated probabilities against how often they came true, with ECE and Brier score."""
+    """Draw the stated probabilities against how often they came true, with ECE and Brier score."""
     tests, task = [run.test for run in source.runs], source.task
     bins = figures.bin_answers(tests, count_repeats(source))
     ece, brier = figures.measure_calibration(tests)
@@ -56,7 +56,7 @@ def draw_calibration(source: Source) -> Drawn:
 
 
 def draw_confusion(source: Source) -> Drawn:
-    """Answers by true and called name."""
+    """Draw the answers by true and called name."""
     task = source.task
     counts = figures.count_confusion([run.test for run in source.runs], task)
     cut = "at the threshold of the validation slides; " if task.positive is not None else ""
@@ -66,7 +66,7 @@ def draw_confusion(source: Source) -> Drawn:
 
 
 def draw_scores(source: Source) -> Drawn:
-    """Probabilities by label."""
+    """Draw the probabilities by label."""
     tests = [run.test for run in source.runs]
     several = " of each run" if len(tests) > 1 else ""
     dotted = f"; dotted: threshold{several}" if source.task.positive is not None else ""
@@ -81,20 +81,20 @@ def _each(source: Source) -> str:
 
 
 def draw_labels(source: Source) -> Drawn:
-    """ROC curves label by label."""
+    """Draw the ROC curves label by label."""
     says = "test slides, mean over the runs that have slides of both kinds."
     return {}, Figure(_of_runs(source, "labels"), "ROC by label", says, True)
 
 
 def draw_survival(source: Source) -> Drawn:
-    """Kaplan-Meier curves of the halves of the risk."""
+    """Draw the Kaplan-Meier curves of the halves of the risk."""
     most = ", in most of the runs that test them" if count_repeats(source) > 1 else ""
     says = f"test patients above and below the median risk of the validation patients{most}."
     return {}, Figure(_of_runs(source, "survival"), "Survival of the risk halves", says, True)
 
 
 def draw_scatter(source: Source) -> Drawn:
-    """Predicted against true values."""
+    """Draw predicted against true values."""
     says = "test slides, means over the runs that test them; on the dashed line both are equal."
     return {}, Figure(_of_runs(source, "scatter"), "Predicted against true", says)
 

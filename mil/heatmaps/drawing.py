@@ -57,18 +57,22 @@ class Heat:
     alpha: float = 0.5
 
     def colour(self, values: np.ndarray) -> np.ndarray:
-        """uint8 (..., 3) of values between 0 and 1."""
-        return make_colour_table(self.colours)[
-            np.clip(np.rint(values * 255), 0, 255).astype(np.uint8)
-        ]
+        """Look up the colours, uint8 (..., 3), of values between 0 and 1."""
+        rows = np.clip(np.rint(values * 255), 0, 255).astype(np.uint8)
+        return make_colour_table(self.colours)[rows]
 
 
 @lru_cache
 def make_colour_table(name: str) -> UInt8[np.ndarray, "256 3"]:
-    """The colours from low to high."""
+    """List the colours from low to high."""
     from matplotlib import colormaps  # loads for a second
 
     return (colormaps[name](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+
+
+def make_colour_bar(name: str, height: int) -> Image.Image:
+    """Draw the colours side by side, 256 px wide."""
+    return Image.fromarray(np.repeat(make_colour_table(name)[None], height, axis=0))
 
 
 def make_value_map(
@@ -78,8 +82,8 @@ def make_value_map(
     scale: tuple[float, float],
     box: tuple[int, int, int, int],
 ) -> tuple[Float[np.ndarray, "h w"], Bool[np.ndarray, "h w"]]:
-    """Mean of the tiles that cover each pixel's centre (0 where none does), and which pixels are
-    covered.
+    """Average the tiles that cover each pixel's centre (0 where none does), and tell which pixels
+    are covered.
 
     A tile smaller than a pixel takes the pixel of its corner. Sums run over corners of rectangles
     (a 2-D difference array), so that the time is that of tiles plus pixels, not of their product.
@@ -94,18 +98,15 @@ def make_value_map(
     for axis, (start, length) in enumerate(((left, width), (top, height))):
         low = np.ceil(coords[:, axis] * scale[axis] - 0.5 - 1e-9).astype(np.int64)
         high = np.ceil((coords[:, axis] + side) * scale[axis] - 0.5 - 1e-9).astype(np.int64)
-        spans.append(
-            (np.clip(low - start, 0, length), np.clip(np.maximum(high, low + 1) - start, 0, length))
-        )
+        ends = (low, np.maximum(high, low + 1))
+        spans.append([np.clip(end - start, 0, length) for end in ends])
     seen = (spans[0][1] > spans[0][0]) & (spans[1][1] > spans[1][0])
     (x0, x1), (y0, y1) = ((low[seen], high[seen]) for low, high in spans)
     values = values[seen]
     if not len(values):
         return np.zeros((height, width)), np.zeros((height, width), dtype=bool)
-    total, count = (
-        np.zeros((height + 1, width + 1)),
-        np.zeros((height + 1, width + 1), dtype=np.int64),
-    )
+    total = np.zeros((height + 1, width + 1))
+    count = np.zeros((height + 1, width + 1), dtype=np.int64)
     for y, x, sign in ((y0, x0, 1), (y0, x1, -1), (y1, x0, -1), (y1, x1, 1)):
         np.add.at(total, (y, x), sign * values)
         np.add.at(count, (y, x), sign)
@@ -121,22 +122,20 @@ def blend(
     left: int = 0,
     top: int = 0,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """A part of the slide with its heat; (left, top) is where the part begins, in its own
+    """Blend the heat over a part of the slide; (left, top) is where the part begins, in its own
     pixels.
     """
     height, width = picture.shape[:2]
-    values, covered = make_value_map(
-        heat.coords, heat.values, heat.side, scale, (left, top, width, height)
-    )
+    box = (left, top, width, height)
+    values, covered = make_value_map(heat.coords, heat.values, heat.side, scale, box)
     out, share = picture.copy(), np.float32(heat.alpha)
-    out[covered] = np.rint(
-        picture[covered] * (1 - share) + heat.colour(values[covered]) * share
-    ).astype(np.uint8)
+    mixed = picture[covered] * (1 - share) + heat.colour(values[covered]) * share
+    out[covered] = np.rint(mixed).astype(np.uint8)
     return out
 
 
 def make_heat_layer(heat: Heat, size: tuple[int, int], scale: tuple[float, float]) -> Image.Image:
-    """The heat alone, for a page to lay over the slide: RGBA, transparent where no tile is."""
+    """Draw the heat alone, for a page to lay over the slide: RGBA, transparent where no tile is."""
     values, covered = make_value_map(heat.coords, heat.values, heat.side, scale, (0, 0, *size))
     return Image.fromarray(np.dstack([heat.colour(values), covered.astype(np.uint8) * 255]))
 
@@ -144,25 +143,21 @@ def make_heat_layer(heat: Heat, size: tuple[int, int], scale: tuple[float, float
 def draw_outlines(
     picture: UInt8[np.ndarray, "h w 3"], rings: Iterable[np.ndarray], scale: tuple[float, float]
 ) -> np.ndarray:
-    """Rings (K, 2) in level-0 px as a dark line on a white one, legible on any colour."""
+    """Draw rings (K, 2) in level-0 px as a dark line on a white one, legible on any colour."""
     image = Image.fromarray(picture)
     draw = ImageDraw.Draw(image)
     width = max(1, round(max(image.size) / 700))
-    closed = [
-        [(x * scale[0], y * scale[1]) for x, y in (*ring.tolist(), ring[0].tolist())]
-        for ring in rings
-    ]
-    for points in closed:
-        draw.line(points, fill=WHITE, width=width + 2)
-    for points in closed:
-        draw.line(points, fill=OUTLINE, width=width)
+    closed = [[*map(tuple, ring * scale), tuple(ring[0] * scale)] for ring in rings]
+    for colour, wide in ((WHITE, width + 2), (OUTLINE, width)):
+        for points in closed:
+            draw.line(points, fill=colour, width=wide)
     return np.asarray(image)
 
 
 def draw_cover(
     picture: UInt8[np.ndarray, "h w 3"], heat: Heat, scale: tuple[float, float]
 ) -> np.ndarray:
-    """A thin line around the tiles, where no tissue outline is known."""
+    """Draw a thin line around the tiles, where no tissue outline is known."""
     height, width = picture.shape[:2]
     _, covered = make_value_map(heat.coords, heat.values, heat.side, scale, (0, 0, width, height))
     padded = np.pad(covered, 1)
@@ -175,7 +170,7 @@ def draw_cover(
 def add_frame(
     picture: UInt8[np.ndarray, "h w 3"], heat: Heat, title: str, second: str, mpp: float | None
 ) -> Image.Image:
-    """The picture on white, below it the title, the colour bar and the scale bar.
+    """Put the picture on white, and below it the title, the colour bar and the scale bar.
 
     Args:
         picture: the blended slide.
@@ -185,29 +180,21 @@ def add_frame(
     """
     width = max(picture.shape[1], 560)
     size = max(1.0, width / 900)  # a large picture is looked at as a whole: its text grows with it
-    font, small, margin = (
-        load_caption_font(TITLE * size),
-        load_caption_font(TEXT * size),
-        round(14 * size),
-    )
+    font, small = load_caption_font(TITLE * size), load_caption_font(TEXT * size)
+    margin = round(14 * size)
     page = Image.new("RGB", (width, picture.shape[0] + round(74 * size)), "white")
     page.paste(Image.fromarray(picture), ((width - picture.shape[1]) // 2, 0))
     draw, top = ImageDraw.Draw(page), picture.shape[0]
-    first, middle = (
-        top + round(12 * size),
-        top + round(57 * size),
-    )  # the scale bar's top, the middle of the second line
+    # the scale bar's top, the middle of the second line
+    first, middle = top + round(12 * size), top + round(57 * size)
     room = width - 2.0 * margin - LONGEST * size - 70 * size
-    draw.text(
-        (margin, first + 2 * size), fit_text(title, font, room), fill=INK, font=font, anchor="lm"
-    )
+    text = fit_text(title, font, room)
+    draw.text((margin, first + 2 * size), text, fill=INK, font=font, anchor="lm")
     make_scale_bar(draw, small, mpp, width - margin, first)
     draw.text((width - margin, middle), second, fill=QUIET, font=small, anchor="rm")
     draw.text((margin, middle), heat.low, fill=INK, font=small, anchor="lm")
     x, height = round(margin + small.getlength(heat.low) + 8 * size), round(14 * size)
-    bar = Image.fromarray(np.repeat(make_colour_table(heat.colours)[None], height, axis=0)).resize(
-        (round(180 * size), height)
-    )
+    bar = make_colour_bar(heat.colours, height).resize((round(180 * size), height))
     page.paste(bar, (x, middle - height // 2))
     room = width - x - bar.width - 16 * size - 2.0 * margin - small.getlength(second)
     text = fit_text(f"{heat.high}   {heat.name}", small, room)

@@ -1,4 +1,4 @@
-"""Figures of a cohort's predictions for its page: calibration, confusion, scores by class, and the
+"""Draws a cohort's predictions for its page: calibration, confusion, scores by class, and the
 ROC curves of the report.
 
 The bins, the calibration error and the Brier score are those of common/metrics/calibration.py; the
@@ -28,14 +28,13 @@ Z = 1.959964  # normal quantile of a 95 % interval
 
 def pool_runs(runs: Sequence[Predictions]) -> tuple[np.ndarray, np.ndarray]:
     """Pool the answers of all runs: targets (S,) and probabilities (S, C)."""
-    return (
-        np.concatenate([run.targets for run in runs]),
-        np.concatenate([run.probabilities for run in runs]),
-    )
+    pairs = zip(*((run.targets, run.probabilities) for run in runs), strict=True)
+    targets, probabilities = map(np.concatenate, pairs)
+    return targets, probabilities
 
 
 def measure_calibration(runs: Sequence[Predictions]) -> tuple[float, float]:
-    """Expected calibration error and Brier score of the pooled answers."""
+    """Compute the expected calibration error and Brier score of the pooled answers."""
     targets, probabilities = pool_runs(runs)
     ones = np.ones((1, len(targets)))
     error = expected_calibration_error(*stated_and_true(targets, probabilities), ones)
@@ -55,29 +54,22 @@ def bin_answers(runs: Sequence[Predictions], repeats: float = 1.0) -> list[dict[
     for score, share, count in zip(*(part[0].tolist() for part in binned), strict=True):
         if count:
             low, high = wilson(share, max(1.0, count / repeats))
-            filled.append(
-                {"score": score, "share": share, "low": low, "high": high, "slides": count}
-            )
+            ends = {"low": low, "high": high}
+            filled.append({"score": score, "share": share, **ends, "slides": count})
     return filled
 
 
 def wilson(share: float, count: int | float) -> tuple[float, float]:
-    """Wilson's interval of a share of `count` slides."""
+    """Compute Wilson's interval of a share of `count` slides."""
     centre = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
     half = Z / (1 + Z**2 / count) * np.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
     return max(0.0, float(centre - half)), min(1.0, float(centre + half))
 
 
 def one_against_rest(run: Predictions, index: int) -> Predictions:
-    """The same slides as a two-class problem: class `index`, or not."""
-    score = run.probabilities[:, index]
-    return Predictions(
-        run.fold,
-        run.cases,
-        (run.targets == index).astype(int),
-        np.stack([1 - score, score], 1),
-        None,
-    )
+    """Turn the slides into a two-class problem: class `index`, or not."""
+    targets, score = (run.targets == index).astype(int), run.probabilities[:, index]
+    return Predictions(run.fold, run.cases, targets, np.stack([1 - score, score], 1), None)
 
 
 def draw_roc_by_class(runs: Sequence[Predictions], classes: Sequence[str]) -> str | None:
@@ -88,9 +80,8 @@ def draw_roc_by_class(runs: Sequence[Predictions], classes: Sequence[str]) -> st
     curves = {
         name: [one_against_rest(run, list(classes).index(name)) for run in runs] for name in judged
     }
-    if not runs or any(
-        len(np.unique(run.targets)) < 2 for found in curves.values() for run in found
-    ):
+    every = [run for found in curves.values() for run in found]
+    if not runs or any(len(np.unique(run.targets)) < 2 for run in every):
         return None
     aucs = {
         name: float(np.mean([auc(run.targets, run.probabilities)[0] for run in found]))
@@ -106,24 +97,13 @@ def draw_calibration(bins: Sequence[dict[str, float]], what: str) -> str:
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], **CHANCE)
     x, share = [row["score"] for row in bins], [row["share"] for row in bins]
-    ends = np.abs(
-        np.array([[row["share"] - row["low"], row["high"] - row["share"]] for row in bins]).T
-    )
+    ends = np.abs([[row["share"] - row[end] for row in bins] for end in ("low", "high")])
     axes.errorbar(x, share, yerr=ends, fmt="none", ecolor=PALETTE[0], elinewidth=1, alpha=0.6)
-    axes.scatter(
-        x,
-        share,
-        s=[18 + 110 * row["slides"] / max(r["slides"] for r in bins) for row in bins],
-        color=PALETTE[0],
-    )
+    most = max(row["slides"] for row in bins)
+    axes.scatter(x, share, s=[18 + 110 * row["slides"] / most for row in bins], color=PALETTE[0])
     axes.plot(x, share, color=PALETTE[0], linewidth=1)
-    axes.set(
-        xlabel=f"probability of {what}",
-        ylabel="observed share",
-        xlim=(-0.02, 1.02),
-        ylim=(-0.02, 1.02),
-        aspect="equal",
-    )
+    axes.set(xlabel=f"probability of {what}", ylabel="observed share")
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     return svg_uri(figure)
 
 
@@ -144,24 +124,11 @@ def draw_confusion(counts: np.ndarray, classes: Sequence[str]) -> str:
     for row, column in np.ndindex(*counts.shape):
         colour = "white" if shares[row, column] > 0.6 else "#1c2530"
         text = f"{counts[row, column]}\n{100 * shares[row, column]:.0f} %"
-        axes.text(
-            column,
-            row,
-            text,
-            ha="center",
-            va="center",
-            color=colour,
-            fontsize=12 if len(classes) < 5 else 8,
-        )
-    ticks = range(len(classes))
-    axes.set(
-        xticks=ticks,
-        yticks=ticks,
-        xticklabels=classes,
-        yticklabels=classes,
-        xlabel="called",
-        ylabel="label",
-    )
+        look = {"color": colour, "fontsize": 12 if len(classes) < 5 else 8}
+        axes.text(column, row, text, ha="center", va="center", **look)
+    axes.set_xticks(range(len(classes)), classes)
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set(xlabel="called", ylabel="label")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     return svg_uri(figure)
@@ -179,14 +146,9 @@ def draw_scores(runs: Sequence[Predictions], classes: Sequence[str]) -> str:
     axes = figure.add_subplot()
     groups = [scores[targets == index] for index in range(len(classes))]
     shades = [palette_colour(index) for index in range(len(classes))]
-    axes.hist(
-        groups,
-        bins=np.linspace(0, 1, 21).tolist(),
-        stacked=True,
-        color=shades,
-        label=list(classes),
-        rwidth=0.92,
-    )
+    bins = np.linspace(0, 1, 21).tolist()
+    look = {"stacked": True, "color": shades, "rwidth": 0.92}
+    axes.hist(groups, bins=bins, label=list(classes), **look)
     for run in runs:
         if run.threshold is not None and len(classes) == 2:
             axes.axvline(run.threshold, color="#333333", linewidth=0.9, linestyle=":")

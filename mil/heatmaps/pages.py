@@ -1,5 +1,5 @@
-"""The pages: index.html on the cohort, slides/<slide>.html on each; plain files with relative
-links, opened from a disk.
+"""Writes the pages: index.html on the cohort and slides/<slide>.html on each slide, plain files
+with relative links that open from a disk.
 
 Pictures stay beside the pages and load when they come into view, so that a thousand slides open at
 once.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -27,15 +27,10 @@ TEMPLATES = Path(__file__).parent.parent / "templates"
 
 
 def make_environment() -> Environment:
-    """Templates with their filters; all text is escaped."""
+    """Load the templates with their filters; all text is escaped."""
     loader = FileSystemLoader(TEMPLATES)
-    made = Environment(
-        loader=loader,
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    strict = {"autoescape": True, "undefined": StrictUndefined}
+    made = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **strict)
     made.filters |= {"link": lambda text: quote(str(text), safe=""), "said": format_value}
     return made
 
@@ -43,15 +38,12 @@ def make_environment() -> Environment:
 def rows(
     source: Source, records: Mapping[str, dict[str, Any]], failed: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """One row per slide in the order of the task's `miss`: the worst error first."""
+    """List one row per slide in the order of the task's `miss`: the worst error first."""
     found = []
     for judged in source.slides:
         record = records.get(judged.slide_id)
-        row = {
-            **(record or {}),
-            **list_facts(judged, source.task),
-            "error": failed.get(judged.slide_id, ""),
-        }
+        row = (record or {}) | list_facts(judged, source.task)
+        row["error"] = failed.get(judged.slide_id, "")
         if record and not row["predictions"]:
             row["predictions"] = record.get("predictions", {})
         row["drawn"] = record is not None
@@ -66,29 +58,26 @@ def rows(
 
 
 def describe_scale(row: Mapping[str, Any]) -> tuple[str, float]:
-    """(what a scale bar below the slide's picture says, its length in per cent of the picture's
-    width).
+    """Return what a scale bar below the slide's picture says, and its length in per cent of the
+    picture's width.
     """
     length = choose_round_length(0.25 * row["width"] * row["mpp"])
     return format_length(length), 100 * length / (row["width"] * row["mpp"])
 
 
 def cohort_figures(source: Source) -> dict[str, Any]:
-    """Pictures and numbers of the test predictions, metrics as the mean over runs; empty without
-    them.
+    """Make the pictures and numbers of the test predictions, metrics as the mean over runs; empty
+    without them.
     """
     if not source.runs:
         return {}
     points = [source.task.evaluate(run.test) for run in source.runs]
-    means = {
-        name: float(sum(point[name][0] for point in points) / len(points)) for name in points[0]
-    }
-    metrics = {name: value if value == value else None for name, value in means.items()}
-    cards = [
-        (source.task.title(name), metrics[name])
-        for name in source.task.cards
-        if metrics[name] is not None
-    ]
+    metrics = {}
+    for name in points[0]:
+        value = float(sum(point[name][0] for point in points) / len(points))
+        metrics[name] = value if value == value else None
+    shown = [name for name in source.task.cards if metrics[name] is not None]
+    cards = [(source.task.title(name), metrics[name]) for name in shown]
     numbers: dict[str, Any] = {}
     pictures = []
     for name in source.task.page_figures:
@@ -114,13 +103,13 @@ def write_pages(
         "title": title,
         "task": task,
         "judged": judged,
+        "model": source.title,
         "version": __version__,
+        "date": time.strftime("%Y-%m-%d"),
     }
-    common |= {"date": time.strftime("%Y-%m-%d")}
     page = made.get_template("heat_index.html.j2").render(
         rows=listed,
         figures=numbers,
-        model=source.title,
         runs=len(source.runs),
         most=max(len(slide.runs) for slide in source.slides),
         statuses=Counter(row["status"] for row in listed),
@@ -129,18 +118,12 @@ def write_pages(
     write_text(output / "index.html", page)
     template = made.get_template("heat_slide.html.j2")
     drawn = [row for row in listed if row["drawn"]]
-    for index, row in enumerate(drawn):
-        neighbours = {"before": _name(drawn, index - 1), "after": _name(drawn, index + 1)}
-        extras = {
-            kind: (output / kind / f"{row['slide']}.{kind}").is_file()
-            for kind in ("geojson", "tiff")
-        }
-        text = template.render(row=row, model=source.title, extras=extras, **neighbours, **common)
+    names = ["", *(row["slide"] for row in drawn), ""]
+    for row, before, after in zip(drawn, names, names[2:], strict=False):
+        neighbours = {"before": before, "after": after}
+        files = {kind: output / kind / f"{row['slide']}.{kind}" for kind in ("geojson", "tiff")}
+        extras = {kind: path.is_file() for kind, path in files.items()}
+        text = template.render(row=row, extras=extras, **neighbours, **common)
         write_text(output / "slides" / f"{row['slide']}.html", text)
-    return {
-        name: numbers[name] for name in ("metrics", "ece", "brier", "counts") if name in numbers
-    }
-
-
-def _name(drawn: Sequence[dict[str, Any]], index: int) -> str:
-    return drawn[index]["slide"] if 0 <= index < len(drawn) else ""
+    kept = ("metrics", "ece", "brier", "counts")
+    return {name: numbers[name] for name in kept if name in numbers}

@@ -1,5 +1,5 @@
-"""A heatmap as a slide: the slide's pixels with the heat blended in, a pyramidal TIFF that QuPath
-and OpenSlide open.
+"""Writes a heatmap as a slide: a pyramidal TIFF of the slide's pixels with the heat blended in,
+which QuPath and OpenSlide open.
 
 Tiles of 256 px, JPEG, resolution in the file. Written tile by tile: the first level is read from
 the slide, each further one from the halved tiles of the level above, which lie in a scratch file,
@@ -30,8 +30,8 @@ ReadTile = Callable[[int, int], np.ndarray]  # (row, column) -> uint8 (TILE, TIL
 
 
 def choose_downsample(width: int, height: int, max_side: int) -> int:
-    """Level-0 px per pixel: the smallest power of two at which the longer side is at most
-    max_side.
+    """Choose the level-0 px per pixel: the smallest power of two at which the longer side is at
+    most max_side.
     """
     return 2 ** max(0, math.ceil(math.log2(max(width, height) / max_side)))
 
@@ -45,7 +45,7 @@ def write_heat_pyramid(
     max_side: int,
     quality: int = 85,
 ) -> None:
-    """Write atomically.
+    """Write the pyramid atomically.
 
     Args:
         path: a .tiff file.
@@ -60,24 +60,22 @@ def write_heat_pyramid(
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def from_slide(row: int, column: int) -> np.ndarray:
-        tile = _read(slide, column * TILE * down, row * TILE * down, down)
+        tile = _read_tile(slide, column * TILE * down, row * TILE * down, down)
         return blend(tile, heat, (1 / down, 1 / down), column * TILE, row * TILE)
 
     read: ReadTile = from_slide
+    text = f"{heat.name}: {heat.low} to {heat.high}"
     with atomic_path(path) as temporary, tifffile.TiffWriter(temporary) as writer:
         level = 0
         while True:
             last = max(size) <= SMALLEST
             smaller = (-(-size[0] // 2), -(-size[1] // 2))
             with tempfile.TemporaryFile(dir=path.parent) as scratch:
-                below = (
-                    None
-                    if last
-                    else np.memmap(scratch, np.uint8, "w+", shape=(smaller[1], smaller[0], 3))
-                )
+                shape = (smaller[1], smaller[0], 3)
+                below = None if last else np.memmap(scratch, np.uint8, "w+", shape=shape)
                 resolution = 1e4 / (mpp * down * 2**level) if mpp else 0.0
                 writer.write(
-                    _tiles(read, size, below),
+                    _make_tiles(read, size, below),
                     shape=(size[1], size[0], 3),
                     dtype=np.uint8,
                     tile=(TILE, TILE),
@@ -87,38 +85,33 @@ def write_heat_pyramid(
                     subfiletype=1 if level else 0,
                     resolution=(resolution, resolution) if mpp else None,
                     resolutionunit="CENTIMETER" if mpp else None,
-                    description=f"{heat.name}: {heat.low} to {heat.high}".encode(
-                        "ascii", "replace"
-                    ).decode()
-                    if not level
-                    else None,
+                    description=None if level else text.encode("ascii", "replace").decode(),
                     software=False,
                     metadata=None,
                 )
             if below is None:
                 return
             # the mapping keeps the scratch file, whose name is gone, until it is itself let go
-            read, size, level = _reader(below), smaller, level + 1
+            read, size, level = _make_reader(below), smaller, level + 1
 
 
-def _read(slide: Slide | None, x: int, y: int, down: int) -> UInt8[np.ndarray, "256 256 3"]:
+def _read_tile(slide: Slide | None, x: int, y: int, down: int) -> UInt8[np.ndarray, "256 256 3"]:
     heartbeat()
     if slide is None:
         return np.full((TILE, TILE, 3), 255, dtype=np.uint8)
-    level = max(
-        i for i, downsample in enumerate(slide.downsamples) if i == 0 or downsample <= down * 1.01
-    )
+    level = max(i for i, each in enumerate(slide.downsamples) if i == 0 or each <= down * 1.01)
     side = TILE * down / slide.downsamples[level]
     block = slide.read(x, y, math.ceil(round(side, 6)), level)
     if block.shape[0] == TILE:
         return block
-    return np.asarray(
-        Image.fromarray(block).resize((TILE, TILE), Image.Resampling.BOX, box=(0, 0, side, side))
-    )
+    box = (0, 0, side, side)
+    return np.asarray(Image.fromarray(block).resize((TILE, TILE), Image.Resampling.BOX, box=box))
 
 
-def _tiles(read: ReadTile, size: tuple[int, int], below: np.ndarray | None) -> Iterator[np.ndarray]:
-    """All tiles row by row; each is also halved into the level below."""
+def _make_tiles(
+    read: ReadTile, size: tuple[int, int], below: np.ndarray | None
+) -> Iterator[np.ndarray]:
+    """Yield all tiles row by row; each is also halved into the level below."""
     half = TILE // 2
     for row in range(-(-size[1] // TILE)):
         for column in range(-(-size[0] // TILE)):
@@ -129,7 +122,7 @@ def _tiles(read: ReadTile, size: tuple[int, int], below: np.ndarray | None) -> I
             yield tile
 
 
-def _reader(level: np.ndarray) -> ReadTile:
+def _make_reader(level: np.ndarray) -> ReadTile:
     def read(row: int, column: int) -> np.ndarray:
         part = level[row * TILE : (row + 1) * TILE, column * TILE : (column + 1) * TILE]
         tile = np.full((TILE, TILE, 3), 255, dtype=np.uint8)

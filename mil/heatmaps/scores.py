@@ -1,4 +1,4 @@
-"""What a slide classifier thinks of each tile of a bag: attention, and its prediction for the tile
+"""Scores each tile of a bag by a slide classifier: its attention, and the prediction for the tile
 alone.
 
 Attention is the model's own: non-negative, sums to 1 over the slide. The probability (survival: the
@@ -21,7 +21,7 @@ from torch import nn
 from common.errors import UserError
 from common.files import write_csv
 from mil.datasets.bags import Sample
-from mil.models import forward_bags
+from mil.models.batch import forward_bags
 from mil.tasks.base import Task
 from mil.training.engine import examine
 from patch_encoder.bags.bag import open_bag
@@ -61,14 +61,13 @@ class TileScores:
         """Name -> (N,): every score, and the percentile rank of the shown one."""
         named = {"attention": self.attention}
         if self.alone is not None:
-            named[
-                f"probability {self.class_name}" if self.shown == "probability" else self.shown
-            ] = self.alone
+            of_class = f" {self.class_name}" if self.shown == "probability" else ""
+            named[self.shown + of_class] = self.alone
         return named | {"percentile": compute_percentile_ranks(self.values)}
 
 
 def compute_percentile_ranks(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """100 * rank / N, ranks from 1, equal values share the mean of their ranks."""
+    """Compute 100 * rank / N with ranks from 1, equal values share the mean of their ranks."""
     from scipy.stats import rankdata  # a while to load
 
     return 100.0 * rankdata(values, method="average") / len(values)
@@ -83,7 +82,7 @@ def score_bag(
     class_name: str,
     device: torch.device,
 ) -> TileScores:
-    """Judge one bag; features are read block by block where the model allows it
+    """Score one bag; features are read block by block where the model allows it
     (mil/training/prediction.py).
 
     Args:
@@ -103,27 +102,20 @@ def score_bag(
     bag.check_finite()
     sample = Sample(bag_file.stem, bag, 0)
     output = examine(model, sample, device)
-    attention, slide = (
-        output.attention.double().numpy(),
-        task.predict(output.logits.double()[None])[0].numpy(),
-    )
+    attention = output.attention.double().numpy()
+    slide = task.predict(output.logits.double()[None])[0].numpy()
     if not (np.isfinite(attention).all() and np.isfinite(slide).all()):
         raise UserError(
             f"{bag_file}: expected finite attention and logits, found others; check the bag's "
             "encoder"
         )
-    shown = value
+    shown, name, alone = value, class_name or task.likeliest(slide), None
     if value == "auto":
-        shown = (
-            task.alone
-            if len(attention) > 1 and np.ptp(attention) < 1e-9 / len(attention)
-            else "attention"
-        )
-    name = class_name or task.likeliest(slide)
-    column = task.names.index(name) if task.names else 0
-    alone = (
-        None if shown == "attention" else score_tiles_alone(model, task, sample, device)[:, column]
-    )
+        uniform = len(attention) > 1 and np.ptp(attention) < 1e-9 / len(attention)
+        shown = task.alone if uniform else "attention"
+    if shown != "attention":
+        column = task.names.index(name) if task.names else 0
+        alone = score_tiles_alone(model, task, sample, device)[:, column]
     return TileScores(coordinates, attention, alone, shown, name, slide)
 
 
@@ -131,9 +123,7 @@ def score_bag(
 def score_tiles_alone(
     model: nn.Module, task: Task, sample: Sample, device: torch.device
 ) -> Float[np.ndarray, "n c"]:
-    """What the task makes of each tile as a bag of its own; memory of one block of the stored
-    bag.
-    """
+    """Predict each tile as a bag of its own; takes the memory of one block of the stored bag."""
     found, start = [], 0
     coords = sample.bag.coords
     for block in sample.bag.blocks(BLOCK):
@@ -145,23 +135,11 @@ def score_tiles_alone(
     return np.concatenate(found)
 
 
-def rank_tiles(values: Float[np.ndarray, " n"]) -> np.ndarray:
-    """Rows from the highest value to the lowest; equal ones in the order of the bag."""
-    return np.argsort(-values, kind="stable")
-
-
 def write_scores(path: Path, scores: TileScores) -> None:
-    """CSV: one row a tile, in the order of the bag; numbers are read back exactly."""
+    """Write a CSV with one row per tile, in the order of the bag; numbers are read back exactly."""
     columns = scores.columns()
     header = ["tile", "x", "y", *(name.replace(" ", "_") for name in columns)]
-    rows = [
-        dict(
-            zip(
-                header,
-                (index, x, y, *(repr(float(column[index])) for column in columns.values())),
-                strict=True,
-            )
-        )
-        for index, (x, y) in enumerate(scores.coordinates.coords.tolist())
-    ]
-    write_csv(path, header, rows)
+    numbers = ([repr(float(value)) for value in column] for column in columns.values())
+    places = scores.coordinates.coords.T.tolist()
+    cells = zip(range(len(scores.values)), *places, *numbers, strict=True)
+    write_csv(path, header, [dict(zip(header, row, strict=True)) for row in cells])

@@ -1,4 +1,4 @@
-"""What of a heatmap the user decides, and the record that a finished slide leaves."""
+"""The keys by which a user decides how slides are drawn, and their checks."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ def check_drawing(drawing: Drawing, task: Task) -> None:
         raise UserError(f"of_class={drawing.of_class}: expected one of {', '.join(task.names)}")
     if not 0 < drawing.alpha <= 1:
         raise UserError(f"alpha={drawing.alpha}: expected a share, 0 < alpha <= 1")
-    for name, least in (("max_side", 64), ("tiff_max_side", 256), ("top", 1), ("low", 0)):
-        if getattr(drawing, name) < least:
-            raise UserError(f"{name}={getattr(drawing, name)}: expected at least {least}")
-    if drawing.level is not None and drawing.level < 0:
-        raise UserError(f"level={drawing.level}: expected 0 or more")
+    bounds = {"max_side": 64, "tiff_max_side": 256, "top": 1, "low": 0, "level": 0}
+    for name, least in bounds.items():
+        value = getattr(drawing, name)
+        if value is not None and value < least:
+            raise UserError(f"{name}={value}: expected at least {least}")
     if drawing.mpp is not None and drawing.mpp <= 0:
         raise UserError(f"mpp={drawing.mpp}: expected um per pixel, more than 0")
 
@@ -84,7 +84,7 @@ def check_drawing(drawing: Drawing, task: Task) -> None:
 def choose_picture_side(
     drawing: Drawing, slide: Slide | None, extent: tuple[int, int], mpp: float
 ) -> int:
-    """Longest side of the PNG.
+    """Choose the longest side of the PNG.
 
     Args:
         slide: the open slide, None without one.

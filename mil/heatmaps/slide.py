@@ -1,10 +1,11 @@
-"""One slide from its bag to its files: heatmap, layers for the page, gallery, GeoJSON, TIFF, CSV;
-the record comes last.
+"""Turns one slide's bag into its files: heatmap, layers for the page, gallery, GeoJSON, TIFF, CSV.
 
-heatmaps/<slide>.png       the slide with its heat, colour bar and scale bar pictures/<slide>/
-overview.jpg, heat.png (transparent), thumbnail.jpg, gallery.jpg, strip.jpg, tiles/
-scores/<slide>.csv         a row a tile geojson/, tiff/            on request records/<slide>.json
-what the pages show, and what the files were made from
+- `heatmaps/<slide>.png`: the slide with its heat, colour bar and scale bar
+- `pictures/<slide>/`: overview.jpg, heat.png (transparent), thumbnail.jpg, gallery.jpg, strip.jpg
+  and tiles/
+- `scores/<slide>.csv`: one row per tile
+- `geojson/`, `tiff/`: on request
+- `records/<slide>.json`: what the pages show, and what the files were made from; written last
 """
 
 from __future__ import annotations
@@ -54,19 +55,14 @@ class Inputs:
 def score_slide(
     judged: SlidePrediction, inputs: Inputs, model: nn.Module, task: Task, drawing: Drawing
 ) -> TileScores:
-    """Scores of the slide's tiles.
+    """Score the slide's tiles.
 
     Raises:
         UserError: a bag that cannot be used, or that is not the one that was predicted.
     """
-    device = (
-        next(model.parameters()).device
-        if any(True for _ in model.parameters())
-        else torch.device("cpu")
-    )
-    scores = score_bag(
-        model, task, inputs.bag, inputs.coords, drawing.value, drawing.of_class, device
-    )
+    weights = next(model.parameters(), torch.empty(0))
+    files, wanted = (inputs.bag, inputs.coords), (drawing.value, drawing.of_class)
+    scores = score_bag(model, task, *files, *wanted, weights.device)
     _check_prediction(judged, scores, task)
     return scores
 
@@ -92,14 +88,16 @@ def draw_slide(
         else open_slide(inputs.slide, inputs.mpp, geometry.tile_pattern)
     )
     with opened as slide:
-        extent = _extent(slide, scores.coordinates)
+        extent = _find_extent(slide, scores.coordinates)
         mpp = (slide.mpp if slide is not None else geometry.mpp) or 0.0
         heat = make_heat(scores, drawing)
         title = f"{judged.slide_id}   {describe_call(judged, scores, task)}"
         bounds = slide.bounds if slide is not None else geometry.bounds
         tissue = read_geojson(inputs.tissue, bounds) if inputs.tissue is not None else None
         side = choose_picture_side(drawing, slide, extent, mpp)
-        overview = read_overview(slide, side).pixels if slide is not None else _white(extent, side)
+        overview = (
+            read_overview(slide, side).pixels if slide is not None else make_white(extent, side)
+        )
         files = write_pictures(output, judged.slide_id, overview, heat, extent, mpp, tissue, title)
         chosen = choose_tiles(scores, drawing.top, drawing.low)
         if slide is not None:
@@ -119,23 +117,15 @@ def draw_slide(
         "made_from": made_from,
         "tiles": len(scores.values),
         "mpp": mpp or None,
-    }
-    record |= {
         "predictions": dict(zip(task.value_names, scores.slide.tolist(), strict=True)),
         "shown": scores.shown,
-    }
-    record |= {
         "class_name": scores.class_name,
         "width": extent[0],
         "height": extent[1],
         "side": geometry.patch_size_level0,
-    }
-    record |= {
         "tiles_half": count_tiles_for_half(scores.attention),
         "gallery": slide is not None,
         "picture": list(files),
-    }
-    record |= {
         "low": heat.low,
         "high": heat.high,
         "bar": heat.name,
@@ -145,7 +135,7 @@ def draw_slide(
 
 
 def make_heat(scores: TileScores, drawing: Drawing) -> Heat:
-    """Values between 0 and 1 with what the ends of the colour bar say.
+    """Scale the values to lie between 0 and 1, with what the ends of the colour bar say.
 
     Percentile: rank / 100. Raw: attention over the slide's highest, so that colours differ; a
     probability as it is; other numbers between the slide's lowest and highest.
@@ -153,39 +143,23 @@ def make_heat(scores: TileScores, drawing: Drawing) -> Heat:
     values = scores.values
     of_class = f" of {scores.class_name}" if scores.class_name else ""
     what = "attention" if scores.shown == "attention" else f"{scores.shown}{of_class}, tile alone"
+    least, most = float(values.min()), float(values.max())
+    low, high, name = "0", "1", what
     if drawing.scale == "percentile":
-        shown, low, high, name = (
-            compute_percentile_ranks(values) / 100,
-            "0",
-            "100",
-            f"percentile of {what}",
-        )
+        values = compute_percentile_ranks(values) / 100
+        high, name = "100", f"percentile of {what}"
     elif scores.shown == "attention":
-        most = float(values.max())
-        shown, low, high, name = (
-            values / most,
-            "0",
-            f"{100 * most:.3g} %",
-            "of the slide's attention",
-        )
+        values = values / most
+        high, name = f"{100 * most:.3g} %", "of the slide's attention"
     elif scores.shown != "probability":
-        least, most = float(values.min()), float(values.max())
-        shown, low, high, name = (
-            (values - least) / ((most - least) or 1.0),
-            f"{least:.3g}",
-            f"{most:.3g}",
-            what,
-        )
-    else:
-        shown, low, high, name = values, "0", "1", what
-    side = scores.coordinates.geometry.patch_size_level0
-    return Heat(
-        scores.coordinates.coords, shown, side, low, high, name, drawing.colours, drawing.alpha
-    )
+        values = (values - least) / ((most - least) or 1.0)
+        low, high = f"{least:.3g}", f"{most:.3g}"
+    tiles = scores.coordinates.coords, values, scores.coordinates.geometry.patch_size_level0
+    return Heat(*tiles, low, high, name, drawing.colours, drawing.alpha)
 
 
 def count_tiles_for_half(attention: np.ndarray) -> int:
-    """The fewest tiles that hold half of the attention: how concentrated it is."""
+    """Count the fewest tiles that hold half of the attention: how concentrated it is."""
     return int(np.searchsorted(np.cumsum(np.sort(attention)[::-1]), 0.5 - 1e-12) + 1)
 
 
@@ -199,31 +173,30 @@ def write_pictures(
     tissue: list[Shape] | None,
     title: str,
 ) -> tuple[int, int]:
-    """The PNG, and beside it what the page shows; returns (width, height) of the latter's
+    """Write the PNG, and beside it what the page shows; returns (width, height) of the latter's
     pictures.
     """
     scale = overview.shape[1] / extent[0], overview.shape[0] / extent[1]
     if heat_is_alone := bool((overview == 255).all()):
-        heat = Heat(**{**heat.__dict__, "alpha": 1.0})
+        heat = replace(heat, alpha=1.0)
     blended = blend(overview, heat, scale)
     if tissue is not None:
-        rings = [ring for shape in tissue for ring in (shape.outline.outer, *shape.outline.holes)]
+        outlines = [shape.outline for shape in tissue]
+        rings = [ring for outline in outlines for ring in (outline.outer, *outline.holes)]
         blended = draw_outlines(blended, rings, scale)
     elif not heat_is_alone:
         blended = draw_cover(blended, heat, scale)
     second = f"{len(heat.coords):,} tiles"
     with atomic_path(output / "heatmaps" / f"{slide_id}.png") as temporary:
-        add_frame(blended, heat, title, second, mpp / scale[0] if mpp else None).save(
-            temporary, "PNG", compress_level=4
-        )
+        framed = add_frame(blended, heat, title, second, mpp / scale[0] if mpp else None)
+        framed.save(temporary, "PNG", compress_level=4)
     folder = output / "pictures" / slide_id
     small = Image.fromarray(overview)
     small.thumbnail((PAGE_SIDE, PAGE_SIDE), Image.Resampling.BOX)
     save_jpeg(folder / "overview.jpg", small, 82)
     with atomic_path(folder / "heat.png") as temporary:
-        layer = make_heat_layer(
-            heat, small.size, (small.width / extent[0], small.height / extent[1])
-        )
+        shrunk = small.width / extent[0], small.height / extent[1]
+        layer = make_heat_layer(heat, small.size, shrunk)
         layer.quantize(128, Image.Quantize.FASTOCTREE).save(temporary, "PNG", optimize=True)
     thumbnail = Image.fromarray(blended)
     thumbnail.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
@@ -231,16 +204,16 @@ def write_pictures(
     return small.size
 
 
-def _white(extent: tuple[int, int], side: int) -> np.ndarray:
+def make_white(extent: tuple[int, int], side: int) -> np.ndarray:
+    """Make a white picture, `side` px long, of the shape of the slide."""
     scale = side / max(extent)
-    return np.full(
-        (max(1, round(extent[1] * scale)), max(1, round(extent[0] * scale)), 3), 255, dtype=np.uint8
-    )
+    width, height = (max(1, round(length * scale)) for length in extent)
+    return np.full((height, width, 3), 255, dtype=np.uint8)
 
 
-def _extent(slide: Slide | None, coordinates: Coordinates) -> tuple[int, int]:
-    """(width, height) of level 0: the slide's, else what the bag says, else as far as the tiles
-    go.
+def _find_extent(slide: Slide | None, coordinates: Coordinates) -> tuple[int, int]:
+    """Find (width, height) of level 0: the slide's, else what the bag says, else as far as the
+    tiles go.
     """
     if slide is not None:
         return slide.width, slide.height
@@ -250,6 +223,7 @@ def _extent(slide: Slide | None, coordinates: Coordinates) -> tuple[int, int]:
 
 
 def _check_prediction(slide: SlidePrediction, scores: TileScores, task: Task) -> None:
+    """Refuse a bag for which the model predicts something else than predictions.csv says."""
     found = zip(task.value_names, slide.predictions, scores.slide.tolist(), strict=False)
     for name, expected, value in found:
         if abs(expected - value) > SAME * task.tolerance(expected):
@@ -263,8 +237,8 @@ def _check_prediction(slide: SlidePrediction, scores: TileScores, task: Task) ->
 
 
 def describe_call(slide: SlidePrediction, scores: TileScores, task: Task) -> str:
-    """What the model that the slide is drawn by makes of it: `label tumour, called normal (0.81)`,
-    `event at 9, risk 0.3`.
+    """Say what the model that the slide is drawn by makes of it: `label tumour, called normal
+    (0.81)`, `event at 9, risk 0.3`.
     """
     label = f"{task.label_word} {slide.label}".strip() if slide.label else ""
     fold = f"fold {slide.fold}" if slide.others else ""

@@ -1,5 +1,5 @@
-"""Which model judges which slide: a run directory's own test slides, or for a benchmark the folds
-that test the slide.
+"""Finds which model judges which slide: for a run directory its own test slides, for a benchmark
+the folds that test the slide.
 
 With nested or repeated cross-validation several models test a slide. It is drawn once, by the first
 of them, and its numbers are those of all: the mean of the probabilities and the call of most
@@ -19,10 +19,10 @@ import numpy as np
 from common.checkpoint import load_checkpoint
 from common.errors import UserError, did_you_mean
 from common.files import read_json
-from mil.evaluation.benchmark_folder import read_summary, run_folders
+from mil.evaluation.benchmark_folder import read_summary, read_task, run_folders
 from mil.evaluation.runs import FinishedRun, read_side
 from mil.tasks.base import Task
-from mil.tasks.table import TASKS, task_from_dict
+from mil.tasks.table import task_from_dict
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,13 @@ class Source:
 
 
 def read_run(folder: Path, split: str) -> tuple[Task, list[SlidePrediction], FinishedRun | None]:
-    """(task, slides of `split`, predictions on them) of one finished training.
+    """Read (task, slides of `split`, predictions on them) of one finished training.
 
     Raises:
         UserError: not finished, or no classifier.
     """
-    read_json(
-        folder / "results.json", "a finished run of mil.train or mil.benchmark"
-    )  # what is missing first, is said first
+    # what is missing first, is said first
+    read_json(folder / "results.json", "a finished run of mil.train or mil.benchmark")
     checkpoint = folder / "checkpoint_best.pt"
     config = load_checkpoint(checkpoint, "a slide classifier's checkpoint")["config"]
     if "task" not in config:
@@ -105,35 +104,20 @@ def read_run(folder: Path, split: str) -> tuple[Task, list[SlidePrediction], Fin
     run = read_side(folder, "", task, split)
     if run is None:
         return task, [], None
-    return task, _slides(run, task, split, checkpoint), run
-
-
-def _slides(run: FinishedRun, task: Task, split: str, checkpoint: Path) -> list[SlidePrediction]:
-    """The slides of a run, one by one."""
-    found, cuts = run.test, task.cuts(run.test)
-    columns = (task.label_texts(found), task.calls(found), task.values(found).tolist())
-    return [
-        SlidePrediction(
-            row["slide_id"],
-            row["case_id"],
-            label,
-            call,
-            tuple(values),
-            found.fold,
-            split,
-            checkpoint,
-            cuts,
-            place,
-        )
-        for row, label, call, values, place in zip(
-            run.rows, *columns, task.places(found), strict=True
-        )
+    found = run.test
+    numbers = map(tuple, task.values(found).tolist())
+    columns = (task.label_texts(found), task.calls(found), numbers, task.places(found))
+    shared = (found.fold, split, checkpoint, task.cuts(found))
+    slides = [
+        SlidePrediction(row["slide_id"], row["case_id"], *own, *shared, place)
+        for row, *own, place in zip(run.rows, *columns, strict=True)
     ]
+    return task, slides, run
 
 
 def read_from_run(folder: Path, features: str, bags: Mapping[str, Path], split: str) -> Source:
-    """The slides of a run directory; `split=all` adds validation slides and every bag that the run
-    did not predict.
+    """Read the slides of a run directory; `split=all` adds validation slides and every bag that the
+    run did not predict.
     """
     task, slides, run = read_run(folder, "val" if split == "val" else "test")
     model = str(read_json(folder / "results.json", "a run's results")["model"])
@@ -155,20 +139,19 @@ def read_from_run(folder: Path, features: str, bags: Mapping[str, Path], split: 
 
 
 def read_from_benchmark(folder: Path, feature_set: str, model: str, seed: int | None) -> Source:
-    """The test slides of every fold, each judged by the models that did not train on it; each slide
-    stands there once.
+    """Read the test slides of every fold, each judged by the models that did not train on it; each
+    slide stands there once.
     """
     summary = read_summary(folder)
-    name = _choice(
-        "feature_set",
-        feature_set,
-        list(summary["feature_sets"]),
-        next(iter(summary["feature_sets"])),
-    )
-    chosen = _choice("model", model, summary["models"], summary["headline"])
+    sets = list(summary["feature_sets"])
+    name = _choose_name("feature_set", feature_set, sets, sets[0])
+    chosen = _choose_name("model", model, summary["models"], summary["headline"])
     grid = folder / "runs" / name / chosen
     folders = run_folders(folder, summary, name, chosen)
-    seeds = sorted({_place(path)[0] for path in folders})
+    by_seed: dict[int, list[Path]] = {}
+    for path in folders:  # seed<seed>_fold<fold>
+        by_seed.setdefault(int(path.name.removeprefix("seed").split("_")[0]), []).append(path)
+    seeds = sorted(by_seed)
     if not folders or (seed is not None and seed not in seeds):
         raise UserError(
             f"{grid}: expected finished runs{f' of seed {seed}' if seed is not None else ''}, "
@@ -177,25 +160,17 @@ def read_from_benchmark(folder: Path, feature_set: str, model: str, seed: int | 
     first = seeds[0] if seed is None else seed
     tested: dict[str, list[SlidePrediction]] = {}
     runs: list[FinishedRun] = []
-    for path in folders:
-        if _place(path)[0] == first:
-            _, found, run = read_run(path, "test")
-            runs += [run] if run is not None else []
-            for judged in found:
-                tested.setdefault(judged.slide_id, []).append(judged)
+    for path in by_seed[first]:
+        _, found, run = read_run(path, "test")
+        runs += [run] if run is not None else []
+        for judged in found:
+            tested.setdefault(judged.slide_id, []).append(judged)
     slides = [replace(found[0], others=tuple(found[1:])) for found in tested.values()]
-    task = TASKS[summary.get("task", "classes")](tuple(summary["classes"]))
-    return Source(
-        task, str(summary["features"][name]), slides, runs, f"{chosen} on {name}, seed {first}"
-    )
+    title = f"{chosen} on {name}, seed {first}"
+    return Source(read_task(summary), str(summary["features"][name]), slides, runs, title)
 
 
-def _place(folder: Path) -> tuple[int, int]:
-    seed, fold = folder.name.removeprefix("seed").split("_fold")
-    return int(seed), int(fold)
-
-
-def _choice(key: str, asked: str, known: Sequence[str], default: str) -> str:
+def _choose_name(key: str, asked: str, known: Sequence[str], default: str) -> str:
     if asked and asked not in known:
         raise UserError(
             f"{key}={asked}: expected one of {', '.join(known)}; {did_you_mean(asked, known)}"
@@ -209,8 +184,8 @@ def is_benchmark(folder: Path) -> bool:
 
 
 def list_facts(slide: SlidePrediction, task: Task) -> dict[str, Any]:
-    """What a page says about the slide, as plain values: `predictions` are means over the runs that
-    test it.
+    """List what a page says about the slide, as plain values: `predictions` are means over the runs
+    that test it.
 
     Where the numbers of two runs have no common scale they are the first run's, and `place` is the
     mean share of slides with a lower one.

@@ -4,29 +4,27 @@ MILOutput`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from torch import nn
 
 from common.errors import UserError, did_you_mean
 from mil.models.abmil import ABMIL
-from mil.models.bag_check import BagCheck
-from mil.models.batch import forward_bags, forward_padded
+from mil.models.batch import BagCheck
 from mil.models.clam import CLAM
 from mil.models.deform_mil import DeformMIL
 from mil.models.dsmil import DSMIL
 from mil.models.dtfd import DTFD
 from mil.models.ilra import ILRA
-from mil.models.max import MaxMIL
-from mil.models.mean import MeanMIL
+from mil.models.layers import Standardised
+from mil.models.mean_max import MaxMIL, MeanMIL
 from mil.models.mhim import MHIM, select_plain_options
 from mil.models.minet import MINet
-from mil.models.options import check_option, read_option_types
-from mil.models.output import MILOutput, Packed, Stream, Target
 from mil.models.rrt import RRT
-from mil.models.standardise import Standardised
 from mil.models.transmil import TransMIL
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -52,31 +50,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "deform_mil": DeformMIL,
 }
 
-__all__ = [
-    "ABMIL",
-    "CLAM",
-    "DSMIL",
-    "DTFD",
-    "ILRA",
-    "MHIM",
-    "MODELS",
-    "RRT",
-    "DeformMIL",
-    "MILOutput",
-    "MINet",
-    "MaxMIL",
-    "MeanMIL",
-    "Packed",
-    "Standardised",
-    "Stream",
-    "Target",
-    "TransMIL",
-    "build",
-    "build_plain_model",
-    "check_options",
-    "forward_bags",
-    "forward_padded",
-]
+# what `build` hands over by itself
+FIXED = ("dim", "classes", "dropout")
+KINDS = {NoneType: "null"}  # as users write it
 
 
 def build(
@@ -91,7 +67,7 @@ def build(
     """A model by name for D = `dim` features and C = `classes` classes; `options` are its
     constructor's.
     """
-    model = MODELS[_known(name)](dim, classes, dropout, **check_options(name, options))
+    model = _find_model(name)(dim, classes, dropout, **check_options(name, options))
     model = Standardised(model, dim) if standardize else model
     model.register_forward_pre_hook(BagCheck(dim), with_kwargs=True)
     return model
@@ -99,27 +75,71 @@ def build(
 
 def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a model, or a UserError that names the nearest valid one."""
-    return check_option(options, read_option_types(MODELS[_known(name)]), f"options of {name}")
+    return check_option(options, read_option_types(_find_model(name)), f"options of {name}")
 
 
-def _known(name: str) -> str:
+def _find_model(name: str) -> Callable[..., nn.Module]:
     if name not in MODELS:
         raise UserError(
             f"model '{name}': expected one of {', '.join(MODELS)}; {did_you_mean(name, MODELS)}"
         )
-    return name
+    return MODELS[name]
 
 
 def build_plain_model(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
     """Name and options of the plain model that a teacher-student model starts from; None for the
     others.
     """
-    make = MODELS[_known(name)]
-    if (
-        not isinstance(make, partial)
-        or make.func is not MHIM
-        or not options.get("teacher_init", True)
-    ):
+    make = _find_model(name)
+    is_mhim = isinstance(make, partial) and make.func is MHIM
+    if not is_mhim or not options.get("teacher_init", True):
         return None
     base = make.keywords["base"]
     return base, select_plain_options(base, options)
+
+
+def read_option_types(make: Callable[..., Any]) -> dict[str, Any]:
+    """Name -> type of the options of a model of MODELS.
+
+    What a partial of MODELS sets is a new default when it is a number; names and switches make the
+    model what it is called and are fixed.
+    """
+    fixed = {*FIXED}
+    if isinstance(make, partial):
+        fixed |= {name for name, value in make.keywords.items() if isinstance(value, (bool, str))}
+        make = make.func
+    hints = get_type_hints(make.__init__)  # type: ignore[misc]
+    return {name: hints[name] for name in inspect.signature(make).parameters if name not in fixed}
+
+
+def check_option(
+    values: Mapping[str, Any], expected: Mapping[str, Any], what: str
+) -> dict[str, Any]:
+    """The values with whole numbers made floats where a float is expected; `what` names them in
+    errors.
+
+    Raises:
+        UserError: an unknown name, or a value of another type.
+    """
+    result = {}
+    for name, value in values.items():
+        if name not in expected:
+            raise UserError(f"{what}: unknown name '{name}'; {did_you_mean(name, expected)}")
+        kind = expected[name]
+        if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+            value = _number(value)  # YAML 1.1 reads 1e-4 (no dot) as text
+        kinds = get_args(kind) or (kind,)  # `bool | None`: or null
+        if type(value) not in kinds:
+            raise UserError(
+                f"{what}: {name}: expected "
+                f"{' or '.join(KINDS.get(k, k.__name__) for k in kinds)}, found {value!r}"
+            )
+        result[name] = value
+    return result
+
+
+def _number(value: int | str) -> float | int | str:
+    try:
+        return float(value)
+    except ValueError:
+        return value

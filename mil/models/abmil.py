@@ -16,9 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from common.errors import UserError, did_you_mean
-from mil.models.dropout import Dropout
+from mil.models.layers import Dropout, index_bags, segment_pool, segment_softmax
 from mil.models.output import MILOutput, Packed, Pooled, Target, initialise
-from mil.models.segments import index_bags, segment_pool, segment_softmax
 
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 

@@ -19,9 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mil.losses.smooth_svm import smooth_top1_svm
-from mil.models.dropout import Dropout
+from mil.models.layers import Dropout, index_bags, segment_pool, segment_softmax
 from mil.models.output import MILOutput, Packed, Target, initialise, select_present
-from mil.models.segments import index_bags, segment_pool, segment_softmax
 
 
 class CLAM(nn.Module):
@@ -64,12 +63,8 @@ class CLAM(nn.Module):
         # MB: row c sees the bag of branch c only
         self.head = nn.Linear(hidden, classes)
         self.instance_heads = nn.ModuleList(nn.Linear(hidden, 2) for _ in range(classes))
-        self.branches, self.instances, self.subtyping, self.bag_weight = (
-            branches,
-            instances,
-            subtyping,
-            bag_weight,
-        )
+        self.branches, self.instances = branches, instances
+        self.subtyping, self.bag_weight = subtyping, bag_weight
         initialise(self)
 
     def forward(
@@ -87,12 +82,11 @@ class CLAM(nn.Module):
             return MILOutput(logits, attention)
         classes = len(self.instance_heads)
         # what is told as a number is one of the classes
-        subtyping = (
-            isinstance(target, int) and classes > 2 if self.subtyping is None else self.subtyping
-        )
-        auxiliary = (1 - self.bag_weight) * self.instance_loss(
-            h, a, select_present(target, classes), subtyping
-        )
+        subtyping = self.subtyping
+        if subtyping is None:
+            subtyping = isinstance(target, int) and classes > 2
+        loss = self.instance_loss(h, a, select_present(target, classes), subtyping)
+        auxiliary = (1 - self.bag_weight) * loss
         return MILOutput(logits, attention, ((logits, self.bag_weight),), auxiliary)
 
     def forward_packed(self, features: Float[Tensor, "t d"], offsets: Int[Tensor, " b1"]) -> Packed:
@@ -116,17 +110,14 @@ class CLAM(nn.Module):
             subtyping: the other classes' loss too.
         """
         size = min(self.instances, len(h))
-        weight = torch.stack(
-            [head.weight for head in self.instance_heads]
-        )  # (C, 2, 512); all of them get a gradient
+        # (C, 2, 512); all of them get a gradient
+        weight = torch.stack([head.weight for head in self.instance_heads])
         bias = torch.stack([head.bias for head in self.instance_heads])
         losses = []
         for c in range(len(weight)):
             own = a[c if self.branches else 0].detach()
-            tiles, labels = (
-                own.topk(size).indices,
-                torch.full((size,), int(c in targets), device=h.device),
-            )
+            tiles = own.topk(size).indices
+            labels = torch.full((size,), int(c in targets), device=h.device)
             if c in targets:
                 tiles = torch.cat([tiles, (-own).topk(size).indices])
                 labels = torch.cat([labels, torch.zeros_like(labels)])
@@ -140,8 +131,6 @@ class CLAM(nn.Module):
         return self.score(self.attend(h) * self.gate(h))
 
     def _classify(self, bags: Float[Tensor, "b k f"]) -> Float[Tensor, "b c"]:
-        return (
-            (bags * self.head.weight).sum(2) + self.head.bias
-            if self.branches
-            else self.head(bags[:, 0])
-        )
+        if self.branches:
+            return (bags * self.head.weight).sum(2) + self.head.bias
+        return self.head(bags[:, 0])

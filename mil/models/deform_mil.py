@@ -7,6 +7,11 @@ DT-MIL cuts the centre 60 x 60 from its map; cells without a tile are neither qu
 coarser levels are pooled tiles; the class query attends to the tiles by ordinary attention with a
 key for each real tile only. Position: the sine encoding of DETR, of a tile's distance from the
 uppermost and leftmost tile in cells, so that neighbours look alike on slides of any size.
+
+The attention layer: Deformable DETR (arXiv:2010.04159), section 4.1 and appendix A.2 (initial
+offsets). Differences: keys are the tiles of a slide and of their pooled levels in place of the
+cells of a feature map; locations count in cells, so that an offset of 1 is the next tile on a slide
+of any size; sampling locations and weights are float32 under autocast.
 """
 
 from __future__ import annotations
@@ -19,13 +24,51 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from common.errors import UserError
-from mil.models.dropout import Dropout
+from common.ops.deform_attn_layer import DeformAttnLayer
+from mil.models.layers import Dropout
 from mil.models.output import MILOutput, initialise
-from mil.models.sparse_attention import SparseDeformAttn
 from mil.ops.grid import TileGrid, build_grid
 from mil.ops.slide_grid import SlideGrid
+from mil.ops.sparse_deform_attn import sparse_deform_attn
 
-TEMPERATURE = 10_000.0
+TEMPERATURE = 10_000.0  # of the sine encoding
+
+
+class SparseDeformAttn(DeformAttnLayer):
+    """Every tile attends to `points` sampled positions per head and level.
+
+    Args:
+        dim: channels, divisible by `heads`.
+        heads: attention heads.
+        levels: levels of the tile grid, each of half the resolution.
+        points: sampled positions per head and level.
+        renormalise: a sample between tiles and holes is the mean of the tiles, not pulled to 0 by
+            the holes.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, levels: int, points: int, renormalise: bool = False
+    ) -> None:
+        super().__init__(dim, heads, levels, points)
+        self.renormalise = renormalise
+
+    def forward(
+        self, query: Float[Tensor, "n dim"], tiles: Float[Tensor, "n dim"], grid: TileGrid
+    ) -> Float[Tensor, "n dim"]:
+        """Attend from `query`, one a tile with its positional encoding added, to the tiles of the
+        same bag around it.
+        """
+        value = self.value_proj(grid.pool(tiles))  # (T, dim), rows of all levels
+        shape = (len(query), self.heads, self.levels, self.points)
+        offsets = self.sampling_offsets(query).float().view(*shape, 2)
+        positions = [grid.level_positions(level) for level in range(self.levels)]
+        centres = torch.stack(positions, 1)  # (N, levels, 2)
+        weights = self.attention_weights(query).float().view(*shape[:2], -1).softmax(-1).view(shape)
+        locations = centres[:, None, :, None] + offsets
+        value = value.view(len(value), self.heads, -1)
+        return self.output_proj(
+            sparse_deform_attn(value, grid.index, locations, weights, renormalise=self.renormalise)
+        )
 
 
 class FeedForward(nn.Module):
@@ -174,31 +217,24 @@ class DeformMIL(nn.Module):
         Raises:
             UserError: as `forward`.
         """
-        places = _places(features, coords)
+        places = _check_places(features, coords)
         grid = build_grid(places, self.levels, self.step or None, slides).to(features[0].device)
-        x, position = (
-            self.embed(torch.cat(list(features))),
-            sine_encoding(grid.positions, self.width),
-        )
-        position = position.to(x.dtype)
+        x = self.embed(torch.cat(list(features)))
+        position = sine_encoding(grid.positions, self.width).to(x.dtype)
         for layer in self.encoder:
             x = layer(x, position, grid)
         tokens, attention = self.decoder(x, position, grid.index.bags.tolist())
         return [MILOutput(logits, weights) for logits, weights in zip(self.head(tokens), attention)]
 
 
-def _places(features: Sequence[Tensor], coords: Sequence[Tensor | None]) -> list[Tensor]:
+def _check_places(features: Sequence[Tensor], coords: Sequence[Tensor | None]) -> list[Tensor]:
     """The coords of every bag, a row for each tile, or a UserError."""
     for bag, places in zip(features, coords, strict=True):
         if places is None:
+            count = f" for {sum(one is None for one in coords)} of {len(coords)} bags"
             raise UserError(
                 "DeformMIL: expected coordinates of the tiles (coords of the bag file), found none"
-                + (
-                    f" for {sum(one is None for one in coords)} of {len(coords)} bags"
-                    if len(coords) > 1
-                    else ""
-                )
-                + "; take another model"
+                f"{count if len(coords) > 1 else ''}; take another model"
             )
         if places.shape != (len(bag), 2):
             raise UserError(

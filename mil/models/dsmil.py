@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from common.checkpoint import load_weights, read_weights
 from common.errors import UserError
-from mil.models.dropout import Dropout
+from mil.models.layers import Dropout, index_bags, segment_pool, segment_softmax
 from mil.models.output import MILOutput, Packed, Pooled, Stream, Target, initialise
-from mil.models.segments import index_bags, segment_pool, segment_softmax
 
 QUERY = 128
 # names of the authors' state dicts -> ours
@@ -80,9 +79,8 @@ class DSMIL(nn.Module):
     ) -> MILOutput:
         """Slide logits (C,); attention is the bag stream's, the mean over classes."""
         logits, _, scores, streams = self.pool(self.embed(features))
-        return MILOutput(
-            logits, scores.mean(0), streams if self.training and target is not None else ()
-        )
+        trained = self.training and target is not None
+        return MILOutput(logits, scores.mean(0), streams if trained else ())
 
     def forward_packed(self, features: Float[Tensor, "t d"], offsets: Int[Tensor, " b1"]) -> Packed:
         """Several bags, their tiles one after the other."""
@@ -90,9 +88,8 @@ class DSMIL(nn.Module):
         h = self.embed(features)
         tiles, queries = self.instance(h), self.query(h)  # (T, C), (T, 128)
         parts = [part.max(0) for part in tiles.split(offsets.diff().tolist())]
-        critical = queries[
-            torch.stack([part.indices for part in parts]) + offsets[:-1, None]
-        ]  # (B, C, 128)
+        rows = torch.stack([part.indices for part in parts]) + offsets[:-1, None]
+        critical = queries[rows]  # (B, C, 128)
         products = [(queries * critical[bag, c]).sum(1) for c in range(tiles.shape[1])]
         a = segment_softmax(torch.stack(products, 1) / QUERY**0.5, bag, bags)  # (T, C)
         pooled = self.head(segment_pool(a, self.value(h), bag, bags)).squeeze(2)  # (B, C)
@@ -127,8 +124,7 @@ def load_published(path: str | Path) -> DSMIL:
             f"{sorted(weights)[:4]}"
         )
     classes, _, dim = renamed["head.weight"].shape
-    model = DSMIL(
-        dim, classes, nonlinear="query.2.weight" in renamed, passing_v="value.1.weight" in renamed
-    )
+    shape = {"nonlinear": "query.2.weight" in renamed, "passing_v": "value.1.weight" in renamed}
+    model = DSMIL(dim, classes, **shape)
     load_weights(model, renamed, str(path))
     return model.eval()

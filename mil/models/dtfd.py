@@ -26,9 +26,8 @@ from torch import Tensor, nn
 
 from common.checkpoint import load_weights, read_weights
 from common.errors import UserError, did_you_mean
-from mil.models.dropout import Dropout
+from mil.models.layers import Dropout, segment_pool, segment_softmax
 from mil.models.output import MILOutput, Packed, Stream, Target, initialise
-from mil.models.segments import segment_pool, segment_softmax
 
 DISTIL = ("afs", "maxs", "maxmins", "mas")
 # names of the authors' checkpoint -> ours
@@ -104,15 +103,13 @@ class DTFD(nn.Module):
         """Slide logits (C,) of tier 2; attention is the tile's in its pseudo-bag times that of what
         the pseudo-bag hands on.
         """
-        packed = self.forward_packed(
-            features, torch.tensor([0, len(features)], device=features.device)
-        )
+        offsets = torch.tensor([0, len(features)], device=features.device)
+        packed = self.forward_packed(features, offsets)
         if not packed.streams or target is None:
             return MILOutput(packed.logits[0], packed.attention)
         tier2, tier1 = (stream.logits for stream in packed.streams)
-        return MILOutput(
-            tier2[0], packed.attention, ((tier2[0], 1.0), *((row, 1 / len(tier1)) for row in tier1))
-        )
+        streams = ((tier2[0], 1.0), *((row, 1 / len(tier1)) for row in tier1))
+        return MILOutput(tier2[0], packed.attention, streams)
 
     def forward_packed(self, features: Float[Tensor, "t d"], offsets: Int[Tensor, " b1"]) -> Packed:
         """Several bags, their tiles one after the other, and so their pseudo-bags."""
@@ -121,13 +118,9 @@ class DTFD(nn.Module):
         counts = torch.tensor([min(self.groups, n) for n in lengths])
         starts = counts.cumsum(0) - counts  # first pseudo-bag of each bag
         local = zip((self.split(n) for n in lengths), starts.tolist(), strict=True)
-        group = torch.cat([places + start for places, start in local]).to(
-            h.device
-        )  # pseudo-bag of each tile
-        bag, groups = (
-            torch.repeat_interleave(counts).to(h.device),
-            int(counts.sum()),
-        )  # bag of each pseudo-bag
+        # pseudo-bag of each tile, and bag of each pseudo-bag
+        group = torch.cat([places + start for places, start in local]).to(h.device)
+        bag, groups = torch.repeat_interleave(counts).to(h.device), int(counts.sum())
         a = segment_softmax(self.attention(h), group, groups)  # (T, 1)
         pooled = segment_pool(a, h, group, groups)[:, 0]  # (G, 512)
         tier1 = self.head(self.drop(pooled))  # (G, C)
@@ -136,9 +129,8 @@ class DTFD(nn.Module):
         )
         b = segment_softmax(self.attention2(handed), bag[origin], len(lengths))  # (M, 1)
         logits = self.head2(self.drop(segment_pool(b, handed, bag[origin], len(lengths))[:, 0]))
-        share = b.new_zeros(groups).index_add(
-            0, origin, b.squeeze(1)
-        )  # tier-2 attention of each pseudo-bag
+        # tier-2 attention of each pseudo-bag
+        share = b.new_zeros(groups).index_add(0, origin, b.squeeze(1))
         streams = (Stream(logits, 1.0), Stream(tier1, 1.0, bag)) if self.training else ()
         return Packed(logits, a.squeeze(1) * share[group], streams)
 
@@ -225,12 +217,7 @@ def load_published(path: str | Path, **options: Any) -> DTFD:
             f"{sorted(nested)[:4]}"
         )
     hidden, dim = renamed["embed.0.weight"].shape
-    model = DTFD(
-        dim,
-        len(renamed["head.bias"]),
-        hidden=hidden,
-        attention=len(renamed["attention.v.bias"]),
-        **options,
-    )
+    classes, attention = len(renamed["head.bias"]), len(renamed["attention.v.bias"])
+    model = DTFD(dim, classes, hidden=hidden, attention=attention, **options)
     load_weights(model, renamed, str(path))
     return model.eval()

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from mil.models.dropout import Dropout
+from mil.models.layers import Dropout
 from mil.models.output import MILOutput, Target, initialise
 
 
@@ -34,11 +34,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, query: int, key: int, dim: int, heads: int, norm: bool, gated: bool) -> None:
         super().__init__()
-        self.fc_q, self.fc_k, self.fc_v = (
-            nn.Linear(query, dim),
-            nn.Linear(key, dim),
-            nn.Linear(key, dim),
-        )
+        self.fc_q, self.fc_k, self.fc_v = (nn.Linear(width, dim) for width in (query, key, key))
         self.attention = nn.MultiheadAttention(dim, heads)
         self.norm0, self.norm1 = (nn.LayerNorm(dim) if norm else nn.Identity() for _ in range(2))
         self.fc_o = nn.Linear(dim, dim)

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
 from common.errors import UserError, did_you_mean
-from mil.models.dropout import Dropout
+from mil.models.layers import Dropout, index_bags, segment_max, segment_sum
 from mil.models.output import MILOutput, Packed, Stream, Target, initialise
-from mil.models.segments import index_bags, segment_max, segment_sum
 
 LEVELS = ("instance", "embedding", "deep", "residual")
 POOLINGS = ("max", "mean", "lse")
@@ -79,15 +78,11 @@ class MINet(nn.Module):
         """Slide logits (C,); attention is the share of the pooled units (mi-Net: scores) that the
         tile supplies.
         """
-        packed = self.forward_packed(
-            features, torch.tensor([0, len(features)], device=features.device)
-        )
-        streams = tuple((stream.logits[0], stream.weight) for stream in packed.streams)
-        return MILOutput(
-            packed.logits[0],
-            packed.attention,
-            streams if self.training and target is not None else (),
-        )
+        offsets = torch.tensor([0, len(features)], device=features.device)
+        packed = self.forward_packed(features, offsets)
+        given = packed.streams if self.training and target is not None else ()
+        streams = tuple((stream.logits[0], stream.weight) for stream in given)
+        return MILOutput(packed.logits[0], packed.attention, streams)
 
     def forward_packed(self, features: Float[Tensor, "t d"], offsets: Int[Tensor, " b1"]) -> Packed:
         """Several bags, their tiles one after the other."""
@@ -99,10 +94,8 @@ class MINet(nn.Module):
             maps.append(h)
         if self.level == "instance":
             scores = self.heads[0](self.drop(h))  # (T, 1 or C)
-            return Packed(
-                self._two(self._pool_scores(scores, bag, lengths)),
-                self._share(scores, bag, lengths),
-            )
+            logits = self._two(self._pool_scores(scores, bag, lengths))
+            return Packed(logits, self._share(scores, bag, lengths))
         if self.level == "embedding":
             maps = maps[-1:]
         pooled = [self._pool(self.drop(h), bag, lengths) for h in maps]

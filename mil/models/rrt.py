@@ -25,7 +25,7 @@ from torch.nn.functional import conv2d, pad, scaled_dot_product_attention
 
 from common.errors import UserError
 from mil.models.abmil import ABMIL
-from mil.models.dropout import Dropout
+from mil.models.layers import Dropout
 from mil.models.output import MILOutput, Target, initialise
 
 
@@ -68,16 +68,12 @@ class CrossRegion(nn.Module):
         super().__init__()
         self.phi: nn.Module | nn.Parameter
         if mlp:
-            layers = (
-                nn.Linear(dim, dim // 4, bias=False),
-                nn.Tanh(),
-                nn.Linear(dim // 4, tokens, bias=False),
-            )
-            self.phi = nn.Sequential(*layers)
+            first = nn.Linear(dim, dim // 4, bias=False)
+            last = nn.Linear(dim // 4, tokens, bias=False)
+            self.phi = nn.Sequential(first, nn.Tanh(), last)
         else:
-            self.phi = nn.Parameter(
-                nn.init.kaiming_uniform_(torch.empty(dim, tokens), a=math.sqrt(5))
-            )
+            weights = torch.empty(dim, tokens)
+            self.phi = nn.Parameter(nn.init.kaiming_uniform_(weights, a=math.sqrt(5)))
         self.attn = SelfAttention(dim, heads, dropout)
 
     def forward(self, x: Float[Tensor, "w p f"]) -> Float[Tensor, "w p f"]:
@@ -155,12 +151,10 @@ class RRT(nn.Module):
         self.shortcut = shortcut
         # embedding, attention pooling and head
         self.pooling = ABMIL(dim, classes, dropout, hidden, activation=activation)
-        self.region = Regional(
-            hidden, SelfAttention(hidden, heads, attention_dropout, epeg), regions
-        )
-        self.cross = Regional(
-            hidden, CrossRegion(hidden, cross_heads, attention_dropout, tokens, cross_mlp), regions
-        )
+        within = SelfAttention(hidden, heads, attention_dropout, epeg)
+        self.region = Regional(hidden, within, regions)
+        across = CrossRegion(hidden, cross_heads, attention_dropout, tokens, cross_mlp)
+        self.cross = Regional(hidden, across, regions)
         self.norm = nn.LayerNorm(hidden)
         initialise(self)
         nn.init.xavier_normal_(self.region.attn.pe.weight)  # type: ignore[union-attr, arg-type]

@@ -72,19 +72,14 @@ class Task:
     several_labels: ClassVar[bool] = False
     alone: ClassVar[str] = "probability"  # what a heatmap shows of a tile alone
     label_word: ClassVar[str] = "label"
-    call_word: ClassVar[str] = "called"
     label_heading: ClassVar[str] = "label"
     miss_heading: ClassVar[str] = "outcome"
-    miss_help: ClassVar[str] = "errors first, the surest error at the top"
     order_note: ClassVar[str] = "Errors come first, the surest at the top"
     repeats_note: ClassVar[str] = (
         "probabilities are means over its runs, called is what most of them say (of equally many "
         "the first)"
     )
-    value_note: ClassVar[str] = ""
-    call_note: ClassVar[str] = ""
     example_groups: ClassVar[tuple[str, str]] = ("Called right", "Called wrong")
-    positive_words: ClassVar[str] = "of a positive class"
 
     # ---- what the task is
 
@@ -267,8 +262,8 @@ class Task:
         return [self.names[index] for index in run.targets]
 
     def calls(self, run: Any) -> list[str]:
-        """What every slide is called; '' where `has_calls` is False."""
-        return [""] * len(run.cases)
+        """What every slide is called."""
+        raise NotImplementedError
 
     def values(self, run: Any) -> np.ndarray:
         """(S, V) numbers of `value_names`."""
@@ -291,10 +286,6 @@ class Task:
             sure = p[self.names.index(call)]
             found.append(Verdict(sure, label, call, f"probability {sure:.2f}", label == call))
         return found
-
-    def repeated_rank(self, rank: float, runs: int) -> str:
-        """How a page words the mean rank of a slide over several runs, without calls."""
-        raise NotImplementedError
 
     @property
     def negative(self) -> str:
@@ -320,13 +311,8 @@ class Task:
 
     @property
     def question(self) -> str:
-        """What is asked, in a line of the report."""
-        return f"classes {', '.join(self.names)}"
-
-    @property
-    def description(self) -> str:
-        """What is asked, in a line of the heatmap page."""
-        return self.question
+        """What is asked, in a line of a page."""
+        raise NotImplementedError
 
     def status(self, label: str, right: bool | None) -> str:
         """What a slide can be filtered by."""
@@ -350,6 +336,27 @@ class Task:
     def miss_text(self, row: Mapping[str, Any]) -> str:
         """`miss` in the page's table, where `has_calls` is False."""
         return ""
+
+
+class NumberTask(Task):
+    """What the tasks share whose answer is one number: no slide is called right or wrong."""
+
+    fewest_names = 0
+    has_calls = False
+
+    @property
+    def needed_columns(self) -> tuple[str, ...]:
+        return self.cell_names
+
+    def calls(self, run: Any) -> list[str]:
+        return [""] * len(run.cases)
+
+    def likeliest(self, values: Float[np.ndarray, " v"]) -> str:
+        return ""
+
+    def repeated_rank(self, rank: float, runs: int) -> str:
+        """How a page words the mean rank of a slide over several runs."""
+        raise NotImplementedError
 
 
 def apply_cuts(task: Task, parts: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:

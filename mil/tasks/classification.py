@@ -59,41 +59,58 @@ class Predictions(RunPredictions):
     threshold: float | None
     temperature: float = 1.0
 
+    @property
+    def strata(self) -> np.ndarray:
+        """The class."""
+        return self.targets
+
 
 def evaluate(run: Predictions, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """All of METRICS, each (B,); a weighting that lacks a class gives NaN in all of them."""
+    """All of METRICS, each (B,), NaN where a weighting lacks a class that the metric needs."""
     classes = run.probabilities.shape[1]
     counts = confusion(
         run.targets, predict_class(run.probabilities, run.threshold), classes, weights
     )
     values = {"auc": auc(run.targets, run.probabilities, weights), **rates(counts)}
-    values |= {"auprc": auprc(run.targets, run.probabilities, weights), "kappa": kappa(counts)}
-    values |= calibration(run.targets, run.probabilities, run.temperature, weights)
-    present = (counts.sum(2) > 0).all(1)
-    return {name: np.where(present, value, np.nan) for name, value in values.items()}
+    absent = (counts.sum(2) == 0).any(1)  # kappa of fewer classes is another quantity
+    values |= {"kappa": np.where(absent, np.nan, kappa(counts))}
+    values |= {"auprc": auprc(run.targets, run.probabilities, weights)}
+    return values | calibration(run.targets, run.probabilities, run.temperature, weights)
 
 
-def read_class_predictions(
-    path: str | Path, names: Sequence[str], fold: int, rows: Sequence[Row]
-) -> Predictions:
-    """Rows of predictions.csv of a task with one label per slide (classes, grades)."""
-    cases = np.array([row["case_id"] for row in rows])
-    probabilities = read_probabilities(path, names, rows)
-    sums = probabilities.sum(1)
-    if np.abs(sums - 1).max() > 1e-3:
-        worst = int(np.abs(sums - 1).argmax())
-        raise UserError(
-            f"{path}: slide {rows[worst]['slide_id']}: expected probabilities that sum to 1, "
-            f"found {sums[worst]:g}"
-        )
-    for row in rows:
-        check_names(path, row, [row["label"]], names)
-    targets = np.array([names.index(row["label"]) for row in rows])
-    return Predictions(fold, cases, targets, probabilities, None)
+class OneClassTask(Task):
+    """What the tasks share that call one of `names`: classes and grades."""
+
+    def make_predictions(
+        self, run: RunPredictions, targets: Sequence[Target], values: Array, cuts: Mapping[str, Any]
+    ) -> Predictions:
+        return Predictions(run.fold, run.cases, np.array(targets), values, cuts.get("threshold"))
+
+    def read_predictions(self, path: str | Path, fold: int, rows: Sequence[Row]) -> Predictions:
+        cases = np.array([row["case_id"] for row in rows])
+        probabilities = read_probabilities(path, self.names, rows)
+        sums = probabilities.sum(1)
+        if np.abs(sums - 1).max() > 1e-3:
+            worst = int(np.abs(sums - 1).argmax())
+            raise UserError(
+                f"{path}: slide {rows[worst]['slide_id']}: expected probabilities that sum to 1, "
+                f"found {sums[worst]:g}"
+            )
+        for row in rows:
+            check_names(path, row, [row["label"]], self.names)
+        targets = np.array([self.names.index(row["label"]) for row in rows])
+        return Predictions(fold, cases, targets, probabilities, None)
+
+    def call_indices(self, run: Predictions) -> np.ndarray:
+        """Index of the name that every slide is called."""
+        raise NotImplementedError
+
+    def calls(self, run: Predictions) -> list[str]:
+        return [self.names[index] for index in self.call_indices(run)]
 
 
 @dataclass(frozen=True)
-class Classification(Task):
+class Classification(OneClassTask):
     """One class per slide.
 
     Attributes:
@@ -184,14 +201,6 @@ class Classification(Task):
         probabilities = (f"prob_{name}" for name in self.names)
         return ("slide_id", "case_id", "label", "fold", "split", "predicted", *probabilities)
 
-    def make_predictions(
-        self, run: RunPredictions, targets: Sequence[Target], values: Array, cuts: Mapping[str, Any]
-    ) -> Predictions:
-        return Predictions(run.fold, run.cases, np.array(targets), values, cuts.get("threshold"))
-
-    def read_predictions(self, path: str | Path, fold: int, rows: Sequence[Row]) -> Predictions:
-        return read_class_predictions(path, self.names, fold, rows)
-
     def choose_cuts(self, val: Predictions) -> dict[str, Any]:
         """The temperature and, with two classes, Youden's threshold."""
         threshold = (
@@ -203,11 +212,7 @@ class Classification(Task):
     evaluate = staticmethod(evaluate)
 
     def call_indices(self, run: Predictions) -> np.ndarray:
-        """Index of the class that every slide is called."""
         return predict_class(run.probabilities, run.threshold)
-
-    def calls(self, run: Predictions) -> list[str]:
-        return [self.names[index] for index in self.call_indices(run)]
 
     def cuts(self, run: Predictions) -> dict[str, float]:
         return {self.names[1]: run.threshold} if run.threshold is not None else {}
@@ -238,11 +243,6 @@ class Classification(Task):
     @property
     def question(self) -> str:
         positive = f" (positive: {self.positive})" if self.positive else ""
-        return f"classes {', '.join(self.names)}{positive}"
-
-    @property
-    def description(self) -> str:
-        positive = f" (\u201c{self.positive}\u201d counts as positive)" if self.positive else ""
         return f"classes {', '.join(self.names)}{positive}"
 
 

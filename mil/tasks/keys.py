@@ -4,11 +4,15 @@ their splits.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from common.config import REQUIRED, key
 from mil.datasets.splits import PROTOCOLS
 from mil.tasks.table import TASKS
+from patch_encoder.cohort.labels import find_slides, read_labels
+from patch_encoder.tiles.coordinates import tile_pattern_of
 
 
 @dataclass
@@ -29,6 +33,36 @@ class LabelKeys:
     )
     positive: str | None = key(None, "label of the positive class; null: the last one by alphabet")
     overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
+
+
+@dataclass
+class SlideKeys:
+    """Keys of the scripts that draw the slides of a trained model."""
+
+    slides: str = key(
+        "", "slide file, or folder tree of slides; empty: no picture of a slide is drawn", path=True
+    )
+    labels: str = key(
+        "", "labels.csv of the cohort; for the mpp of slides that do not say", path=True
+    )
+    coords: str = key(
+        "",
+        "folder of coordinates files; for bags without coordinates (.pt); empty: "
+        "h5_files/ beside them",
+        path=True,
+    )
+
+    def find_slides(
+        self, bags: Mapping[str, Path]
+    ) -> tuple[dict[str, Path], dict[str, float | None]]:
+        """Slide id -> slide file, and slide id -> mpp; each is empty where its key is.
+
+        Args:
+            bags: slide id -> bag file, which says how the files of a tile folder are named.
+        """
+        slides = find_slides(self.slides, tile_pattern_of(bags.values())) if self.slides else {}
+        records = read_labels(self.labels) if self.labels else []
+        return slides, {record.slide_id: record.mpp for record in records}
 
 
 @dataclass

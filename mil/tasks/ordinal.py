@@ -4,10 +4,8 @@ true grade.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +17,11 @@ from common.metrics.agreement import kappa
 from common.metrics.classification import confusion
 from common.metrics.ranking import binary_auc, ratio
 from mil.datasets.labels import LabelledSlides
-from mil.losses.ordinal import corn_loss, corn_probabilities
+from mil.losses.classification import corn_loss, corn_probabilities
 from mil.models.output import Target
-from mil.tasks.base import Array, Names, ReadTargets, Row, Task
-from mil.tasks.classification import Predictions, read_class_predictions
-from mil.tasks.records import FigureSpec, RunPredictions
+from mil.tasks.base import Names, ReadTargets
+from mil.tasks.classification import OneClassTask, Predictions
+from mil.tasks.records import FigureSpec
 from mil.tasks.slide_targets import present_names, read_records
 
 
@@ -38,7 +36,7 @@ def evaluate_grades(run: Predictions, weights: np.ndarray | None = None) -> dict
     """Quadratic and linear kappa, mean absolute error, accuracy, balanced accuracy, and the mean
     AUC of "above grade k".
 
-    A weighting that lacks a class gives NaN in all of them. Each (B,).
+    Each (B,), NaN where a weighting lacks a grade that the metric needs.
     """
     weights = np.ones((1, len(run.targets))) if weights is None else weights
     classes = run.probabilities.shape[1]
@@ -46,9 +44,10 @@ def evaluate_grades(run: Predictions, weights: np.ndarray | None = None) -> dict
     counts = confusion(run.targets, called, classes, weights)
     above = run.probabilities[:, ::-1].cumsum(1)[:, ::-1]  # (S, C): P(grade >= k)
     recall = ratio(np.diagonal(counts, axis1=1, axis2=2), counts.sum(2))
-    values = {
-        "kappa_quadratic": kappa(counts, 2),
-        "kappa_linear": kappa(counts, 1),
+    absent = (counts.sum(2) == 0).any(1)  # kappa of fewer grades is another quantity
+    return {
+        "kappa_quadratic": np.where(absent, np.nan, kappa(counts, 2)),
+        "kappa_linear": np.where(absent, np.nan, kappa(counts, 1)),
         "mean_absolute_error": ratio(weights @ np.abs(called - run.targets), weights.sum(1)),
         "accuracy": ratio(np.trace(counts, axis1=1, axis2=2), counts.sum((1, 2))),
         "balanced_accuracy": recall.mean(1),
@@ -56,12 +55,10 @@ def evaluate_grades(run: Predictions, weights: np.ndarray | None = None) -> dict
             [binary_auc(run.targets >= k, above[:, k], weights) for k in range(1, classes)], axis=0
         ),
     }
-    present = (counts.sum(2) > 0).all(1)
-    return {name: np.where(present, value, np.nan) for name, value in values.items()}
 
 
 @dataclass(frozen=True)
-class Ordinal(Task):
+class Ordinal(OneClassTask):
     """An ordered class per slide; `names` are the grades, lowest first."""
 
     kind = "ordinal"
@@ -89,7 +86,6 @@ class Ordinal(Task):
     figures = ("confusion",)
     page_figures = ("confusion",)
     label_heading = "grade"
-    call_note = "(the median grade)"
     report_figures = (
         FigureSpec(
             "confusion",
@@ -145,30 +141,14 @@ class Ordinal(Task):
         """Quadratic kappa."""
         return float(kappa(confusion(targets, grade(values), len(self.names)), 2)[0])
 
-    def make_predictions(
-        self, run: RunPredictions, targets: Sequence[Target], values: Array, cuts: Mapping[str, Any]
-    ) -> Predictions:
-        return Predictions(run.fold, run.cases, np.array(targets), values, None)
-
-    def read_predictions(self, path: str | Path, fold: int, rows: Sequence[Row]) -> Predictions:
-        return read_class_predictions(path, self.names, fold, rows)
-
     evaluate = staticmethod(evaluate_grades)
 
     def call_indices(self, run: Predictions) -> np.ndarray:
-        """Index of the grade that every slide is called."""
         return grade(run.probabilities)
-
-    def calls(self, run: Predictions) -> list[str]:
-        return [self.names[index] for index in self.call_indices(run)]
 
     def most_probable(self, values: Float[np.ndarray, " v"]) -> str:
         return self.names[int(grade(values[None])[0])]
 
     @property
     def question(self) -> str:
-        return f"grades {', '.join(self.names)}"
-
-    @property
-    def description(self) -> str:
         return f"grades {' < '.join(self.names)}, called is the median of the probabilities"

@@ -79,11 +79,14 @@ def finite_number(row: Row, name: str, path: str | Path) -> float:
     return value
 
 
+def read_numbers(path: str | Path, rows: Sequence[Row], names: Sequence[str]) -> list[np.ndarray]:
+    """Columns of finite numbers, (S,) each."""
+    return [np.array([finite_number(row, name, path) for row in rows]) for name in names]
+
+
 def read_probabilities(path: str | Path, names: Sequence[str], rows: Sequence[Row]) -> np.ndarray:
     """(S, names) from the columns prob_<name>."""
-    probabilities = np.array(
-        [[finite_number(row, f"prob_{name}", path) for name in names] for row in rows]
-    )
+    probabilities = np.stack(read_numbers(path, rows, [f"prob_{name}" for name in names]), axis=1)
     if (probabilities < 0).any() or (probabilities > 1).any():
         raise UserError(
             f"{path}: expected probabilities from 0 to 1, found {probabilities.min():g} to "

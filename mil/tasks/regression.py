@@ -22,8 +22,8 @@ from common.metrics.ranking import ratio
 from mil.datasets.labels import LabelledSlides
 from mil.losses.regression import LOSSES, regression_loss
 from mil.models.output import Target
-from mil.tasks.base import Array, Names, ReadTargets, Row, Task
-from mil.tasks.prediction_table import finite_number
+from mil.tasks.base import Array, Names, NumberTask, ReadTargets, Row
+from mil.tasks.prediction_table import finite_number, read_numbers
 from mil.tasks.records import (
     FigureSpec,
     RunPredictions,
@@ -115,7 +115,7 @@ def quantile_bins(values: Sequence[float]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Regression(Task):
+class Regression(NumberTask):
     """A number per slide.
 
     Attributes:
@@ -130,7 +130,6 @@ class Regression(Task):
     kind = "regression"
     about = "a number per slide"
     options = ("regression_loss",)
-    fewest_names = 0
     stratified_by = "quantile of the target"
     score = "r2"
     metrics = ("r2", "pearson", "spearman", "mae")
@@ -147,19 +146,14 @@ class Regression(Task):
     chance = 0.0
     figures = ("scatter",)
     page_figures = ("scatter",)
-    has_calls = False
     alone = "value"
-    call_word = "predicted"
     miss_heading = "error"
-    miss_help = "distance of the prediction from the label"
     order_note = "The largest errors come first"
     repeats_note = "predictions are means over its runs"
-    value_note = "predicted value, in the unit of the label"
     example_groups = ("Largest errors", "Smallest errors")
     value_names = ("predicted",)
     cell_names = ("label", "predicted")
-    needed_columns = cell_names
-    question = description = "a number per slide"
+    question = "a number per slide"
     report_figures = (
         FigureSpec(
             "scatter",
@@ -240,10 +234,7 @@ class Regression(Task):
         self, path: str | Path, fold: int, rows: Sequence[Row]
     ) -> ValuePredictions:
         cases = np.array([row["case_id"] for row in rows])
-        targets, predicted = (
-            np.array([finite_number(row, name, path) for row in rows]) for name in self.cell_names
-        )
-        return ValuePredictions(fold, cases, targets, predicted)
+        return ValuePredictions(fold, cases, *read_numbers(path, rows, self.cell_names))
 
     evaluate = staticmethod(evaluate_values)
 
@@ -257,15 +248,12 @@ class Regression(Task):
         errors = np.abs(run.predicted - run.targets).tolist()
         found = zip(errors, self.label_texts(run), run.predicted, strict=True)
         return [
-            Verdict(error, label, f"{value:.3g}", f"off by {error:.3g}")
+            Verdict(error, label, f"predicted {value:.3g}", f"off by {error:.3g}")
             for error, label, value in found
         ]
 
     def repeated_rank(self, rank: float, runs: int) -> str:
         return f"off by {rank:.3g} on average over {runs} runs"
-
-    def likeliest(self, values: Float[np.ndarray, " v"]) -> str:
-        return ""
 
     def tolerance(self, value: float) -> float:
         return max(self.scale, abs(value - self.centre))

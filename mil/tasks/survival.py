@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from common.errors import UserError
 from common.files import safe_id
 from common.metrics.ranking import ratio
 from mil.datasets.labels import LabelledSlides
 from mil.models.output import Target
-from mil.tasks.base import Array, Names, ReadTargets, Row, Task
-from mil.tasks.prediction_table import finite_number
+from mil.tasks.base import Array, Names, NumberTask, ReadTargets, Row
+from mil.tasks.prediction_table import read_numbers
 from mil.tasks.records import FigureSpec, RunPredictions, Verdict, rank_places
 from mil.tasks.slide_targets import chosen_records, present_names
 from patch_encoder.cohort.labels import SlideRecord, read_rows
@@ -47,6 +46,11 @@ class RiskPredictions(RunPredictions):
     times: np.ndarray
     events: np.ndarray
     risks: np.ndarray
+
+    @property
+    def strata(self) -> np.ndarray:
+        """Whether there was an event."""
+        return self.events.astype(np.int64)
 
 
 def concordance_index(
@@ -77,10 +81,9 @@ def evaluate_risks(
 
 
 @dataclass(frozen=True)
-class SurvivalTask(Task):
-    """What both survival tasks share: the answer is a risk, and there is nothing to call."""
+class SurvivalTask(NumberTask):
+    """What both survival tasks share: the answer is a risk."""
 
-    fewest_names = 0
     stratified_by = "event"
     score = "c_index"
     metrics = ("c_index", "event_share")
@@ -91,20 +94,16 @@ class SurvivalTask(Task):
     tables = ("risk_groups",)
     figures = ("survival",)
     page_figures = ("survival",)
-    has_calls = False
     common_scale = False
     alone = "risk"
-    label_word = call_word = ""
+    label_word = ""
     label_heading = "follow-up"
     miss_heading = "higher than"
-    miss_help = "share of the run's slides (test, or validation) with a lower risk"
     order_note = "The highest risks come first"
     repeats_note = '"higher than" is the mean over its runs'
-    value_note = "of the run that the slide is drawn by; risks of two runs have no common scale"
     example_groups = ("Highest risk", "Lowest risk")
     value_names = ("risk",)
     cell_names = ("time", "event", "risk")
-    question = "survival"
     report_figures = (
         FigureSpec(
             "survival",
@@ -152,9 +151,7 @@ class SurvivalTask(Task):
 
     def read_predictions(self, path: str | Path, fold: int, rows: Sequence[Row]) -> RiskPredictions:
         cases = np.array([row["case_id"] for row in rows])
-        times, events, risks = (
-            np.array([finite_number(row, name, path) for row in rows]) for name in self.cell_names
-        )
+        times, events, risks = read_numbers(path, rows, self.cell_names)
         if (times < 0).any() or not np.isin(events, (0, 1)).all():
             raise UserError(
                 f"{path}: expected times of 0 or more and events of 0 or 1, found others"
@@ -189,14 +186,11 @@ class SurvivalTask(Task):
     def repeated_rank(self, rank: float, runs: int) -> str:
         return f"{100 * rank:.0f} % on average over {runs} runs"
 
-    def likeliest(self, values: Float[np.ndarray, " v"]) -> str:
-        return ""
-
     def describe(self, values: np.ndarray, called: str) -> str:
         return f"risk {values[0]:.3g}"
 
     @property
-    def description(self) -> str:
+    def question(self) -> str:
         return f"survival ({self.kind}): the higher the risk, the earlier the event"
 
     def status(self, label: str, right: bool | None) -> str:

@@ -36,14 +36,13 @@ from common.optim import (
 from common.run import Run
 from common.seed import epoch_generator
 from mil.datasets.bags import Sample
-from mil.models import MILOutput, Target, build
+from mil.models import build
+from mil.models.output import MILOutput, Target
 from mil.tasks.base import Task
 from mil.tasks.classification import Classification
-from mil.training.prediction import grid_for, is_streamed, predict
-from mil.training.prefetch import on_device, prefetch
+from mil.training.epochs import Smoother, class_weights, draws, epoch_order, is_better, is_over
+from mil.training.prediction import grid_for, is_streamed, on_device, predict, prefetch
 from mil.training.recipes import Recipe, check_recipe, recipe_factor
-from mil.training.sampling import class_weights, draws, epoch_order
-from mil.training.selection import Smoother, is_better, is_over
 from mil.training.streaming import stream
 
 logger = logging.getLogger(__name__)
@@ -80,9 +79,8 @@ def train_one_epoch(
         seed + epoch,
     )
     loaded = prefetch(bags, world.device)
-    for step, (group, places) in enumerate(
-        zip(groups, taken, strict=True), start=epoch * steps + 1
-    ):
+    first = epoch * steps + 1
+    for step, (group, places) in enumerate(zip(groups, taken, strict=True), start=first):
         optimizer.zero_grad(set_to_none=True)
         mine = len(group) > world.rank
         share = world.size / len(group) if mine else 0.0
@@ -121,10 +119,8 @@ def training_loss(output: MILOutput, target: Target, task: Task = CLASSES) -> Fl
     """Weighted criteria of the output's streams (of its logits where it has none) plus its
     auxiliary loss.
     """
-    loss = sum(
-        weight * task.loss(logits, target)
-        for logits, weight in output.streams or ((output.logits, 1.0),)
-    )
+    streams = output.streams or ((output.logits, 1.0),)
+    loss = sum(weight * task.loss(logits, target) for logits, weight in streams)
     return loss if output.auxiliary is None else loss + output.auxiliary
 
 
@@ -207,10 +203,8 @@ def train_model(
             does not go with.
     """
     check_recipe(recipe, task, world)
-    betas = (recipe.beta1, recipe.beta2)
-    optimizer = make_optimizer(
-        recipe.optimizer, trainable(model), recipe.lr, recipe.weight_decay, betas
-    )
+    rates = (recipe.lr, recipe.weight_decay, (recipe.beta1, recipe.beta2))
+    optimizer = make_optimizer(recipe.optimizer, trainable(model), *rates)
     smoother = Smoother(recipe.smoothing)
     parts = {"optimizer": optimizer} | ({"smoother": smoother} if recipe.smoothing else {})
     epoch, best = resume(run.last, model, **parts)
@@ -223,17 +217,11 @@ def train_model(
         values = validate(model, val, world.device, recipe.precision, task)
         compared = smoother(values, task.score)
         epoch += 1
-        line = {
-            "epoch": epoch,
-            "lr": optimizer.param_groups[0]["lr"],
-            "train_loss": loss,
-            f"val_{task.score}": values[task.score],
-        }
-        line |= {"val_loss": values["loss"]}
-        run.log(
-            line
-            | ({f"val_{task.score}_smoothed": compared[task.score]} if recipe.smoothing else {})
-        )
+        line = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "train_loss": loss}
+        line |= {f"val_{task.score}": values[task.score], "val_loss": values["loss"]}
+        if recipe.smoothing:
+            line[f"val_{task.score}_smoothed"] = compared[task.score]
+        run.log(line)
         if is_better(compared, best.get("compared", best), task.score):
             best = values | ({"compared": compared} if recipe.smoothing else {})
             best |= {"epoch": epoch, "model": weights_on_cpu(model)}
@@ -266,13 +254,8 @@ def save_epoch(
     save_checkpoint(
         run.last, model=model.state_dict(), config=config, epoch=epoch, best=dict(best), **states
     )
-    save_checkpoint(
-        run.best,
-        model=best["model"],
-        config=config,
-        epoch=best["epoch"],
-        best=without_weights(best),
-    )
+    kept = {"epoch": best["epoch"], "best": without_weights(best)}
+    save_checkpoint(run.best, model=best["model"], config=config, **kept)
 
 
 def load_classifier(path: str | Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:

@@ -25,9 +25,9 @@ from common.run import Run, Tracker, open_run
 from common.seed import seed_everything
 from mil.datasets.bags import Sample, load_bags
 from mil.datasets.labels import LabelledSlides
-from mil.datasets.splits import Split
+from mil.datasets.splits import SETS, Split
 from mil.models import Standardised, build, build_plain_model
-from mil.models.standardise import inner_model
+from mil.models.layers import inner_model
 from mil.tasks.base import Task, apply_cuts
 from mil.tasks.prediction_table import write_predictions
 from mil.tasks.records import RunPredictions, TaskOptions
@@ -93,6 +93,11 @@ class FoldJob:
     features_digest: str
     memory: int | None = None
 
+    @property
+    def place(self) -> str:
+        """Of a benchmark's training: `<feature set>/<model>/seed<seed>_fold<fold>`."""
+        return "/".join(self.output.parts[-3:])
+
     def fit_task(self) -> Task:
         """The task with what it takes from the training slides."""
         return self.settings.fit_task(self.targets, self.split.train)
@@ -111,14 +116,10 @@ def open_job(
     slides = [(r.slide_id, r.case_id, r.label) for r in job.slides.records]
     values = [job.targets.values[slide] for slide in job.slides.slide_ids]
     labels = repr((job.targets.task, job.slides.classes, slides, values))
-    inputs = {
-        "features": job.features_digest,
-        "labels": sha256_bytes(labels.encode()),
-        "split": job.split.digest(),
-    }
-    return open_run(
-        job.output, job.settings, world, inputs=inputs, overwrite=overwrite, tracker=tracker
-    )
+    inputs = {"features": job.features_digest, "labels": sha256_bytes(labels.encode())}
+    inputs |= {"split": job.split.digest()}
+    how = {"overwrite": overwrite, "tracker": tracker}
+    return open_run(job.output, job.settings, world, inputs=inputs, **how)
 
 
 def run_job(job: FoldJob, run: Run, world: World) -> dict[str, Any]:
@@ -128,9 +129,7 @@ def run_job(job: FoldJob, run: Run, world: World) -> dict[str, Any]:
     settings, task = job.settings, job.fit_task()
     check_recipe(settings.training, task, world)
     bags = cached_bags(job.files, job.features_digest, job.memory)
-    train, val, test = (
-        samples_of(bags, job, ids) for ids in (job.split.train, job.split.val, job.split.test)
-    )
+    train, val, test = (make_samples(bags, job, getattr(job.split, name)) for name in SETS)
     network = settings.network(train[0].bag.shape[1], task.outputs)
     start = train_plain(job, world)
     seed_everything(settings.seed)
@@ -143,9 +142,8 @@ def run_job(job: FoldJob, run: Run, world: World) -> dict[str, Any]:
     config = {"network": network, "task": task.to_dict(), "features_digest": job.features_digest}
     if world.device.type == "cpu":
         reuse_large_blocks()  # after the bags were read, which stay
-    best = train_model(
-        model, train, val, settings.training, settings.seed, run, config, world, task
-    )
+    decided = (settings.training, settings.seed)
+    best = train_model(model, train, val, *decided, run, config, world, task)
     results = {"model": settings.model, "seed": settings.seed, "fold": job.split.fold}
     results |= {"task": task.kind, "best_epoch": best["epoch"], "epochs": best["epochs"]}
     results |= {f"val_{task.score}": best[task.score]}
@@ -204,13 +202,11 @@ def train_plain(job: FoldJob, world: World) -> dict[str, torch.Tensor] | None:
         run_job(plain_job, run, world)
         barrier()
     weights = load_checkpoint(run.best, f"the plain {plain[0]} model's checkpoint")["model"]
-    if job.settings.standardize:  # the statistics are those of the same slides
-        weights = {
-            name.removeprefix("model."): w
-            for name, w in weights.items()
-            if name.startswith("model.")
-        }
-    return weights
+    if not job.settings.standardize:
+        return weights
+    # the statistics are those of the same slides
+    own = {name: w for name, w in weights.items() if name.startswith("model.")}
+    return {name.removeprefix("model."): w for name, w in own.items()}
 
 
 def cached_bags(
@@ -226,7 +222,7 @@ def cached_bags(
     return _kept[asked]
 
 
-def samples_of(bags: Mapping[str, Bag], job: FoldJob, slide_ids: Sequence[str]) -> list[Sample]:
+def make_samples(bags: Mapping[str, Bag], job: FoldJob, slide_ids: Sequence[str]) -> list[Sample]:
     """Labelled bags in the order of `slide_ids`."""
     strata, targets = job.slides.target_of(), job.targets
     return [Sample(slide, bags[slide], targets.of(slide), strata[slide]) for slide in slide_ids]

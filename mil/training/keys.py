@@ -4,7 +4,7 @@ of them: a cohort with its splits, and the settings of a training.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,14 @@ from typing import Any
 from common.config import given_keys, group, key
 from mil.datasets.bags import find_bags, select_usable_bags
 from mil.datasets.labels import LabelledSlides
-from mil.datasets.split_files import check_splits, read_stored_splits, select_known_slides
-from mil.datasets.splits import Split, list_split_values, make_splits
+from mil.datasets.splits import (
+    Split,
+    check_splits,
+    list_split_values,
+    make_splits,
+    read_stored_splits,
+    select_known_slides,
+)
 from mil.losses.regression import LOSSES
 from mil.models import check_options
 from mil.tasks.keys import SplitKeys, TaskKeys
@@ -101,20 +107,14 @@ class TrainingKeys(ClassifierKeys, TaskKeys, SplitKeys):
         }
         if self.skip_bad:
             found = {name: select_usable_bags(files) for name, files in found.items()}
-        shared = [
-            slide for slide in slides.slide_ids if all(slide in files for files in found.values())
-        ]
+        sets = found.values()
+        shared = [slide for slide in slides.slide_ids if all(slide in files for files in sets)]
         files = {name: {slide: files[slide] for slide in shared} for name, files in found.items()}
         slides = slides.only(shared)
-        return Cohort(slides, targets, self._choose_splits(slides, stored, shared), files)
-
-    def _choose_splits(
-        self, slides: LabelledSlides, stored: list[Split], available: Collection[str]
-    ) -> list[Split]:
-        """The stored splits without the slides that are not there, or new ones."""
         if stored:
-            return check_splits(stored, slides, available)
-        return make_splits(slides, self.protocol, self.folds, self.val_fraction, self.split_seed)
+            return Cohort(slides, targets, check_splits(stored, slides, shared), files)
+        drawn = (self.protocol, self.folds, self.val_fraction, self.split_seed)
+        return Cohort(slides, targets, make_splits(slides, *drawn), files)
 
     def settings(
         self, model: str, seed: int, options: Mapping[str, Any], changes: Mapping[str, Any]

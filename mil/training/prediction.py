@@ -10,7 +10,9 @@ bfloat16.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 
 import torch
@@ -20,14 +22,15 @@ from torch import Tensor, nn
 from common.device import autocast
 from common.distributed import unwrap
 from mil.datasets.bags import Sample
-from mil.models.standardise import inner_model
+from mil.models.layers import inner_model
 from mil.ops.slide_grid import SlideGrid
-from mil.training.prefetch import on_device, prefetch
 from mil.training.streaming import can_stream, stream
 from patch_encoder.bags.bag import Bag
 
 logger = logging.getLogger(__name__)
 WHOLE_BYTES = 128 << 20  # 32,768 tiles of 1,024 features
+AHEAD = 2  # bags in flight; each is N x D x 2 or 4 bytes
+Loaded = tuple[Tensor, Tensor | None]
 
 
 @torch.inference_mode()
@@ -48,13 +51,10 @@ def predict(
         whole: bytes of float32 features up to which a bag is read whole; None: WHOLE_BYTES.
     """
     model.eval()
-    large = [is_streamed(model, sample.bag, whole) for sample in samples]
-    loaded = prefetch(
-        [(sample, None) for sample, streams in zip(samples, large, strict=True) if not streams],
-        device,
-    )
+    marked = [(sample, is_streamed(model, sample.bag, whole)) for sample in samples]
+    loaded = prefetch([(sample, None) for sample, streams in marked if not streams], device)
     logits = []
-    for sample, streams in zip(samples, large, strict=True):
+    for sample, streams in marked:
         if streams:
             logits.append(stream(model, sample.bag, device).logits)
             continue
@@ -90,8 +90,46 @@ def say_whole(name: str, whole: int) -> None:
     """Once a process: large bags are a matter of memory with this model."""
     logger.warning(
         "%s: bags of more than %d MiB as float32 are read whole to be predicted, with memory in "
-        "proportion to their tiles: the "
-        "model is no reduction over tiles that could be streamed",
+        "proportion to their tiles: the model is no reduction over tiles that could be streamed",
         name,
         whole >> 20,
     )
+
+
+def prefetch(
+    bags: Iterable[tuple[Sample, Tensor | None]], device: torch.device
+) -> Iterator[tuple[Sample, Loaded]]:
+    """(sample, loaded bag) for every (sample, tiles), in order; an error of the thread is raised
+    here.
+
+    Bags that are in memory are handed on without a thread, unless a GPU wants them in pinned
+    memory.
+    """
+    bags = list(bags)
+    pin = device.type == "cuda"
+    if not pin and all(sample.bag.features is not None for sample, _ in bags):
+        yield from ((sample, sample.load(tiles)) for sample, tiles in bags)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        pending: deque[tuple[Sample, Future[Loaded]]] = deque()
+        for sample, tiles in bags:
+            pending.append((sample, pool.submit(_load, sample, tiles, pin)))
+            if len(pending) > AHEAD:
+                first, future = pending.popleft()
+                yield first, future.result()
+        for first, future in pending:
+            yield first, future.result()
+
+
+def _load(sample: Sample, tiles: Tensor | None, pin: bool) -> Loaded:
+    features, coords = sample.load(tiles)
+    if not pin:
+        return features, coords
+    return features.pin_memory(), None if coords is None else coords.pin_memory()
+
+
+def on_device(bag: Loaded, device: torch.device) -> Loaded:
+    """Float32 features and coords on the device; half precision travels as such."""
+    features, coords = bag
+    coords = None if coords is None else coords.to(device, non_blocking=True)
+    return features.to(device, non_blocking=True).float(), coords

@@ -18,7 +18,7 @@ from common.distributed import World
 from common.errors import UserError, did_you_mean
 from common.optim import OPTIMIZERS
 from common.schedules import SCHEDULES, drop_epoch, lr_factor
-from mil.models.options import check_option
+from mil.models import check_option
 from mil.tasks.base import Task
 
 
@@ -131,20 +131,13 @@ MINET = Published(dropout=0.5)
 
 PUBLISHED: dict[str, Published] = {
     "dsmil": DSMIL,
-    "clam_sb": CLAM,
-    "clam_mb": CLAM,
+    **dict.fromkeys(("clam_sb", "clam_mb"), CLAM),
     "transmil": TRANSMIL,
     "dtfd": DTFD,
     "ilra": ILRA,
-    "rrt": CAMELYON16,
-    "mhim_abmil": CAMELYON16,
-    "mhim_dsmil": CAMELYON16,
-    "mhim_transmil": CAMELYON16,
+    **dict.fromkeys(("rrt", "mhim_abmil", "mhim_dsmil", "mhim_transmil"), CAMELYON16),
     "deform_mil": DEFORM_MIL,
-    "minet_instance": MINET,
-    "minet_embedding": MINET,
-    "minet_deep": MINET,
-    "minet_residual": MINET,
+    **dict.fromkeys((f"minet_{x}" for x in ("instance", "embedding", "deep", "residual")), MINET),
 }
 
 
@@ -167,9 +160,8 @@ def resolve(
         UserError: `changes` has an unknown key or a value of another type.
     """
     published = PUBLISHED.get(model, Published())
-    values = {
-        name: value for name, value in published.training.items() if f"training.{name}" not in given
-    }
+    own = published.training.items()
+    values = {name: value for name, value in own if f"training.{name}" not in given}
     if "dropout" not in given:
         dropout = published.dropout
     hints = get_type_hints(Recipe)
@@ -197,8 +189,7 @@ def check_recipe(recipe: Recipe, task: Task, world: World) -> None:
     if task.needs_all_bags and (world.size > 1 or recipe.accumulate < 2):
         raise UserError(
             f"task={task.kind}: expected one process and training.accumulate of 2 or more, the "
-            "slides that are compared in a "
-            f"step; found {world.size} and {recipe.accumulate}"
+            f"slides that are compared in a step; found {world.size} and {recipe.accumulate}"
         )
     if recipe.max_tiles < 0:
         raise UserError(

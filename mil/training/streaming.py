@@ -20,21 +20,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from common.errors import UserError
-from mil.models import (
-    ABMIL,
-    CLAM,
-    DSMIL,
-    DTFD,
-    ILRA,
-    MHIM,
-    MaxMIL,
-    MeanMIL,
-    MILOutput,
-    Standardised,
-)
+from mil.models import ABMIL, CLAM, DSMIL, DTFD, ILRA, MHIM, MaxMIL, MeanMIL, Standardised
 from mil.models.ilra import GAB, CrossAttention
-from mil.models.output import normalise_attention
-from mil.models.standardise import inner_model
+from mil.models.layers import inner_model
+from mil.models.output import MILOutput, normalise_attention
 from patch_encoder.bags.bag import Bag
 
 BLOCK = 2048  # tiles at a time: 8 MB of 1,024 float32 features
@@ -114,10 +103,8 @@ class WeightedSum:
         sums = (raised[:, None] @ values)[:, 0] if values.ndim == 3 else raised @ values
         if self.seen:
             kept = (self.top - top).exp()
-            self.total, self.sums = (
-                self.total * kept + raised.sum(1),
-                self.sums * kept[:, None] + sums,
-            )
+            self.total = self.total * kept + raised.sum(1)
+            self.sums = self.sums * kept[:, None] + sums
         else:
             self.total, self.sums = raised.sum(1), sums
             self.scores = scores.new_empty(len(scores), self.tiles)
@@ -148,13 +135,13 @@ def stream(model: nn.Module, bag: Bag, device: torch.device, tiles: int = BLOCK)
         UserError: the model has no entry in STREAMED.
     """
     assert not model.training
-    wrapper, inner = model if isinstance(model, Standardised) else None, _applied_model(model)
+    wrapper, inner = model if isinstance(model, Standardised) else None, _find_applied(model)
     way = STREAMED.get(type(inner))
     if way is None:
         raise UserError(
             f"{type(inner).__name__}: expected a model that is a reduction over tiles to stream a "
-            "bag, found one that has no "
-            f"such form here; use one of {', '.join(kind.__name__ for kind in STREAMED)}"
+            "bag, found one that has no such form here; use one of "
+            f"{', '.join(kind.__name__ for kind in STREAMED)}"
         )
     output = way(inner, Reader(bag, device, wrapper, tiles))
     return MILOutput(output.logits.float().cpu(), output.attention.float().cpu())
@@ -162,10 +149,10 @@ def stream(model: nn.Module, bag: Bag, device: torch.device, tiles: int = BLOCK)
 
 def can_stream(model: nn.Module) -> bool:
     """Whether `stream` takes the model."""
-    return type(_applied_model(model)) in STREAMED
+    return type(_find_applied(model)) in STREAMED
 
 
-def _applied_model(model: nn.Module) -> nn.Module:
+def _find_applied(model: nn.Module) -> nn.Module:
     inner = inner_model(model)
     return inner.student if isinstance(inner, MHIM) else inner
 
@@ -190,28 +177,28 @@ def _highest(blocks: Iterator[Tensor]) -> tuple[Float[Tensor, " c"], Int[Tensor,
             best, place = values, rows
         else:
             better = values > best
-            best, place = (
-                torch.where(better, values, best),
-                torch.where(better, rows + start, place),
-            )
+            best = torch.where(better, values, best)
+            place = torch.where(better, rows + start, place)
         start += len(block)
     assert best is not None and place is not None
     return best, place
 
 
-def _abmil(model: ABMIL, bag: Reader) -> MILOutput:
+def _pool_attention(model: ABMIL | CLAM, bag: Reader) -> WeightedSum:
     pool = WeightedSum(len(bag))
     for block in bag:
         h = model.embed(block)
         pool.add(model._scores(h).T, h)
+    return pool
+
+
+def _abmil(model: ABMIL, bag: Reader) -> MILOutput:
+    pool = _pool_attention(model, bag)
     return MILOutput(model.head(pool.pooled().flatten()), pool.weights().mean(0))
 
 
 def _clam(model: CLAM, bag: Reader) -> MILOutput:
-    pool = WeightedSum(len(bag))
-    for block in bag:
-        h = model.embed(block)
-        pool.add(model._scores(h).T, h)
+    pool = _pool_attention(model, bag)
     logits = model._classify(pool.pooled()[None])[0]
     return MILOutput(logits, pool.weights()[int(logits.argmax()) if model.branches else 0])
 
@@ -246,13 +233,13 @@ def _dtfd(model: DTFD, bag: Reader) -> MILOutput:
     for g, pool in enumerate(pools):
         a[group == g] = pool.weights()[0]
     pooled = torch.cat([pool.pooled() for pool in pools])
-    handed, origin = _handed(model, bag, embedded, a, group, pooled)
+    handed, origin = _hand_over(model, bag, embedded, a, group, pooled)
     b = model.attention2(handed).softmax(0).squeeze(1)
     share = b.new_zeros(count).index_add(0, origin, b)
     return MILOutput(model.head2(b @ handed), a * share[group])
 
 
-def _handed(
+def _hand_over(
     model: DTFD, bag: Reader, embedded: BlockwiseResult, a: Tensor, group: Tensor, pooled: Tensor
 ) -> tuple[Tensor, Tensor]:
     if model.distil == "afs":
@@ -268,7 +255,7 @@ def _handed(
     return model.embed(bag.rows(chosen)), group[chosen]
 
 
-def _attended(
+def _attend(
     layer: CrossAttention, queries: Tensor, keys: Iterable[Tensor], tiles: int
 ) -> tuple[Tensor, Tensor]:
     """`CrossAttention.forward` over blocks of keys: its output, and the mean over heads of the
@@ -298,13 +285,13 @@ def _ilra(model: ILRA, bag: Reader) -> MILOutput:
     """A pass over the tiles for each layer, and one for the pooling."""
     tiles: Iterable[Tensor] = bag
     for gab in model.blocks:
-        low, _ = _attended(gab.project_forward, gab.latent, tiles, len(bag))
-        tiles = BlockwiseResult(partial(_handed_back, gab, low), tiles, len(bag))
-    out, attention = _attended(model.pooling, model.query, tiles, len(bag))
+        low, _ = _attend(gab.project_forward, gab.latent, tiles, len(bag))
+        tiles = BlockwiseResult(partial(_hand_back, gab, low), tiles, len(bag))
+    out, attention = _attend(model.pooling, model.query, tiles, len(bag))
     return MILOutput(model.head(out[0]), normalise_attention(attention))
 
 
-def _handed_back(
+def _hand_back(
     gab: GAB, low: Float[Tensor, "r f"], block: Float[Tensor, "n e"]
 ) -> Float[Tensor, "n f"]:
     return gab.project_backward(block, low)[0]

@@ -78,7 +78,7 @@ class Bag:
         if not self.dataset:
             return as_float(map_pt(self.path)[0].clone())
         if self.offset is not None:
-            return as_float(torch.from_numpy(np.array(self._mapped())))
+            return as_float(torch.from_numpy(np.array(self._map())))
         return read_h5_rows(self.path, self.dataset, slice(None))
 
     def rows(self, index: Int[Tensor, " k"]) -> Float[Tensor, "k d"]:
@@ -88,7 +88,7 @@ class Bag:
         if not self.dataset:
             return as_float(map_pt(self.path)[0][index])
         if self.offset is not None:
-            return as_float(torch.from_numpy(self._mapped()[index.numpy()]))
+            return as_float(torch.from_numpy(self._map()[index.numpy()]))
         dtype = torch.float16 if self.dtype == "float16" else torch.float32
         result, start = torch.empty(len(index), self.shape[1], dtype=dtype), 0
         for block in self.blocks():  # HDF5 takes seconds to pick thousands of single rows
@@ -108,7 +108,7 @@ class Bag:
             for start in range(0, len(self), size):
                 yield read_h5_rows(self.path, self.dataset, slice(start, start + size))
 
-    def _mapped(self) -> np.ndarray:
+    def _map(self) -> np.ndarray:
         return np.memmap(
             self.path, dtype=self.dtype, mode="r", offset=self.offset or 0, shape=self.shape
         )

@@ -75,11 +75,11 @@ def _read_h5_layout(path: Path, file: h5py.File) -> BagLayout:
         tiling |= file["coords"].attrs
     mapped = dataset.chunks is None and dataset.external is None and dataset.dtype.isnative
     return BagLayout(
-        _matrix_shape(path, dataset.shape),
+        _check_shape(path, dataset.shape),
         dataset.dtype.newbyteorder("=").name,
         coords,
-        _plain(dict(dataset.attrs)),
-        _plain(tiling),
+        _make_plain(dict(dataset.attrs)),
+        _make_plain(tiling),
         name,
         dataset.id.get_offset() if mapped and not file.userblock_size else None,
     )
@@ -112,7 +112,7 @@ def map_pt(path: Path) -> tuple[Float[Tensor, "n d"], Tensor | None]:
         content = next((content[name] for name in FEATURE_KEYS if name in content), content)
     if not isinstance(content, Tensor):
         raise UserError(f"{path}: expected one tensor (N, D), found {type(content).__name__}")
-    features = content.reshape(_matrix_shape(path, tuple(content.shape)))
+    features = content.reshape(_check_shape(path, tuple(content.shape)))
     return features, None if coords is None else torch.as_tensor(coords).long()
 
 
@@ -121,7 +121,7 @@ def as_float(features: Tensor) -> Tensor:
     return features if features.dtype in (torch.float16, torch.float32) else features.float()
 
 
-def _matrix_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, int]:
+def _check_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, int]:
     """(N, D), also of (1, N, D) as some CLAM forks write."""
     plain = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
     if len(plain) != 2:
@@ -129,7 +129,7 @@ def _matrix_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, int]:
     return plain[0], plain[1]
 
 
-def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
+def _make_plain(attributes: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value.item() if isinstance(value, np.generic) else value
         for name, value in attributes.items()

@@ -37,9 +37,7 @@ def list_bags(folder: str | Path) -> dict[str, Path]:
 
 
 def find_coordinates(bag_file: Path, folder: str | Path = "") -> Path | None:
-    """The coordinates file for a bag that stores no coordinates: in `folder`, else beside the bag;
-    None if there is no such file.
-    """
+    """Find the coordinates of a bag that stores none: in `folder`, else beside it, or None."""
     beside = (bag_file.parent.parent / "h5_files", bag_file.parent / "h5_files")
     folders = (Path(folder),) if folder else beside
     names = (f"{bag_file.stem}.h5", f"{bag_file.stem}_patches.h5")

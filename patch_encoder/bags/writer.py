@@ -48,9 +48,7 @@ def write_bag(
 
 
 def digest_content(blocks: Iterable[np.ndarray], coords: ArrayLike) -> str:
-    """SHA-256 of a bag's features, block by block, and its coordinates; block sizes do not
-    matter.
-    """
+    """SHA-256 of a bag's features and coordinates; the size of blocks does not matter."""
     digest = hashlib.sha256()
     for block in blocks:
         digest.update(np.ascontiguousarray(block).tobytes())
@@ -95,9 +93,7 @@ class BagWriter:
     def finish(
         self, coords: np.ndarray, attributes: Mapping[str, Any], provenance: Mapping[str, Any]
     ) -> None:
-        """Add corners (n, 2), geometry and provenance of the n tiles that were appended, and put
-        the bag in its place.
-        """
+        """Add corners (n, 2), geometry and provenance, and put the bag in its place."""
         assert self._file is not None and len(coords) == self._rows, (coords.shape, self._rows)
         if self._rows < len(self._file["features"]):
             kept = self.features()

@@ -1,6 +1,4 @@
-"""Room for the features of a run: estimated before it starts, and said in one line when it runs out
-on the way.
-"""
+"""Room for the features of a run: estimated at the start, one line when it runs out."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ import numpy as np
 
 from common.errors import UserError
 from patch_encoder.bags.writer import BAG_OVERHEAD
-from patch_encoder.tiles.slide_job import SlideJob
+from patch_encoder.tiles.coordinates import SlideJob
 
 REMEDY = "free some, choose output= on another disk, or store dtype=float16"
 
@@ -34,12 +32,11 @@ def check_room(folder: Path, jobs: Sequence[SlideJob], dim: int, dtype: str, pt:
         UserError: they do not fit.
     """
     needed = sum(estimate_bag_bytes(len(job.coordinates.coords), dim, dtype, pt) for job in jobs)
-    free = shutil.disk_usage(_existing(folder)).free
+    free = shutil.disk_usage(_find_existing(folder)).free
     if needed > free:
         raise UserError(
-            f"{folder}: expected {_readable(needed)} free for the features of {len(jobs)} slides, "
-            f"found {_readable(free)}; "
-            f"{REMEDY}"
+            f"{folder}: expected {_format_size(needed)} free for the features of {len(jobs)} "
+            f"slides, found {_format_size(free)}; {REMEDY}"
         )
 
 
@@ -51,19 +48,18 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        free = shutil.disk_usage(_existing(folder)).free
+        free = shutil.disk_usage(_find_existing(folder)).free
         raise UserError(
-            f"{folder}: the disk is full or the quota used up ({_readable(free)} free); finished "
-            f"slides are kept: {REMEDY}, "
-            "and start again"
+            f"{folder}: the disk is full or the quota used up ({_format_size(free)} free); "
+            f"finished slides are kept: {REMEDY}, and start again"
         ) from None
 
 
-def _existing(folder: Path) -> Path:
+def _find_existing(folder: Path) -> Path:
     folder = folder.absolute()
-    return folder if folder.exists() else _existing(folder.parent)
+    return folder if folder.exists() else _find_existing(folder.parent)
 
 
-def _readable(size: int) -> str:
+def _format_size(size: int) -> str:
     power = min(4, max(0, (size.bit_length() - 1) // 10))
     return f"{size / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

@@ -1,6 +1,4 @@
-"""One bad slide never stops a cohort: it is logged at once and listed in `failures.csv` at the
-end.
-"""
+"""One bad slide never stops a cohort: it is logged, and listed in `failures.csv`."""
 
 from __future__ import annotations
 
@@ -38,9 +36,7 @@ class Failures:
         logger.warning("%s: slide %s: %s", self.stage, slide_id, remark)
 
     def write(self, folder: Path) -> int:
-        """Write the list (removed when nothing failed) and return the exit status of the stage: 0
-        or 1.
-        """
+        """Write the list (removed when nothing failed); returns the exit status, 0 or 1."""
         path = folder / self.name
         if not self.part:
             # the whole cohort was gone over: what its parts once listed no longer counts

@@ -1,6 +1,4 @@
-"""A cohort dealt out: to processes that know only their number, or in bundles to whoever is
-free.
-"""
+"""Divide a cohort: among processes that know their number, or into bundles for workers."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.errors import UserError
-from patch_encoder.tiles.slide_job import SlideJob
+from patch_encoder.tiles.coordinates import SlideJob
 
 
 @dataclass(frozen=True)
@@ -40,9 +38,7 @@ class Shard:
         return f"{self.index}-of-{self.count}" if self.count > 1 else ""
 
     def select(self, jobs: Sequence[SlideJob]) -> list[SlideJob]:
-        """Every count-th slide by size, so that all parts take about as long; depends on the cohort
-        alone.
-        """
+        """Every count-th slide by size, so that all parts take about as long."""
         return (
             sort_largest_first(jobs)[self.index - 1 :: self.count] if self.count > 1 else list(jobs)
         )
@@ -59,9 +55,7 @@ def sort_largest_first(jobs: Sequence[SlideJob]) -> list[SlideJob]:
 
 
 def make_bundles(jobs: Sequence[SlideJob], least: int) -> list[list[SlideJob]]:
-    """Largest first; slides below `least` tiles share a bundle of about that many, so that they
-    share batches.
-    """
+    """Largest first; slides below `least` tiles are put together, so that they share batches."""
     out: list[list[SlideJob]] = []
     for job in sort_largest_first(jobs):
         if not out or count_tiles(out[-1]) >= least:

@@ -1,6 +1,4 @@
-"""What lies on disk of a cohort, one row a slide: tiles, tissue, resolution, quality, bags, errors;
-and its histograms.
-"""
+"""What lies on disk of a cohort, one row per slide, and its histograms."""
 
 from __future__ import annotations
 
@@ -105,11 +103,9 @@ def read_row(path: Path) -> SlideSummary:
         share,
     )
     row.tissue_mm2 = area * share if share is not None and area else None
-    row.mpp, row.width, row.height = (
-        geometry.mpp or None,
-        geometry.level0_width,
-        geometry.level0_height,
-    )
+    row.mpp = geometry.mpp or None
+    row.width = geometry.level0_width
+    row.height = geometry.level0_height
     row.values = {name: values[::step] for name, values in read_quality(path).items()}
     if row.mpp and not PLAUSIBLE[0] <= row.mpp <= PLAUSIBLE[1]:
         row.errors.append(f"implausible resolution: {row.mpp:g} um per pixel")
@@ -142,9 +138,7 @@ def _add_bags(rows: dict[str, SlideSummary], folder: str) -> None:
 
 
 def bag_size(path: Path) -> int | None:
-    """Tiles of a bag without reading its features; None when that cannot be told (.pt) or the file
-    is broken.
-    """
+    """Count a bag's tiles by its header; None for .pt, or when the file is broken."""
     try:
         with h5py.File(path, "r") as file:
             found = next((file[key] for key in ("features", "feats") if key in file), None)
@@ -156,9 +150,7 @@ def bag_size(path: Path) -> int | None:
 def compute_bin_edges(
     rows: Sequence[SlideSummary], name: str, logarithmic: bool
 ) -> np.ndarray | None:
-    """Edges of BINS bins over the middle 98 % of a measure in the whole cohort; None when no tile
-    has it.
-    """
+    """Edges of BINS bins over the middle 98 % of a measure; None when no tile has it."""
     parts = [row.values[name] for row in rows if len(row.values.get(name, ()))]
     if not parts:
         return None

@@ -1,3 +1,1 @@
-"""The cohort that the quickstart renders or composes, so that everything runs without a
-download.
-"""
+"""The cohort that the quickstart renders or composes, without any download."""

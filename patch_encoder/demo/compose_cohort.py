@@ -16,22 +16,34 @@ detection/images/* and cohort.json.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
 
 from common.cli import launch
 from common.config import REQUIRED, identity, key
 from common.errors import UserError, did_you_mean
 from common.files import atomic_path, sha256_file, write_csv, write_json
 from common.progress import progress
-from patch_encoder.demo.annotated_fields import SPLITS, Field, cut_tiles, read_fields, split_fields
-from patch_encoder.demo.coco_boxes import make_coco_document
-from patch_encoder.demo.cohort_folder import LABEL_COLUMNS, claim_folder
-from patch_encoder.demo.compose_plan import ComposedSlide, compose_slides
-from patch_encoder.demo.tile_folder import write_tile_folder
+from patch_encoder.demo.cohort_folder import LABEL_COLUMNS, claim_folder, make_coco_document
+from patch_encoder.demo.composed_slides import (
+    SPLITS,
+    ComposedSlide,
+    Field,
+    FieldTile,
+    compose_slides,
+    cut_tiles,
+    read_fields,
+    split_fields,
+)
 
 TILE_COLUMNS = ("slide_id", "row", "column", "field", "x", "y", "lesion")
+JPEG_QUALITY = 95
 logger = logging.getLogger(__name__)
 
 
@@ -177,6 +189,50 @@ def write_detection(
     ]
     images = [(field.file_name, field.width, field.height) for field in fields]
     write_json(folder / f"{split}.json", make_coco_document(images, boxes, categories))
+
+
+def write_tile_folder(
+    folder: Path,
+    tiles: Sequence[FieldTile],
+    places: Sequence[tuple[int, int]],
+    source: Path,
+    side: int,
+) -> None:
+    """Write each tile at its (row, column); a folder that is there is kept, because it appears only
+    when complete.
+
+    Raises:
+        UserError: a picture cannot be read or is smaller than its annotations say.
+    """
+    if folder.is_dir():
+        return
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for tile, (row, column) in zip(tiles, places, strict=True):
+        picture = read_picture(source / tile.file_name)
+        if tile.x + side > picture.width or tile.y + side > picture.height:
+            raise UserError(
+                f"{source / tile.file_name}: expected the size in its annotations, found "
+                f"{picture.width} x {picture.height}; "
+                "correct the annotations"
+            )
+        with (temporary / f"{row}_{column}.jpg").open("wb") as stream:
+            part = picture.crop((tile.x, tile.y, tile.x + side, tile.y + side))
+            part.save(stream, format="JPEG", quality=JPEG_QUALITY, subsampling=0)
+            stream.flush()
+            os.fsync(stream.fileno())
+    os.replace(temporary, folder)
+
+
+@lru_cache(maxsize=256)
+def read_picture(path: Path) -> Image.Image:
+    """An RGB picture; the last ones stay in memory, because a field gives tiles to many slides."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"{path}: expected a picture, found {error}") from None
 
 
 if __name__ == "__main__":

@@ -20,9 +20,7 @@ SMALLEST = 256
 
 
 def halve(picture: np.ndarray) -> np.ndarray:
-    """Mean over 2 x 2 pixels, rounded half up: (H, W, 3) -> (H // 2, W // 2, 3) uint8; an odd last
-    row or column is cut.
-    """
+    """Mean of 2 x 2 px, rounded half up: (H, W, 3) -> (H // 2, W // 2, 3) uint8, odd ends cut."""
     height, width = picture.shape[0] // 2 * 2, picture.shape[1] // 2 * 2
     wide = picture[:height, :width].astype(np.uint16)
     total = wide[0::2, 0::2] + wide[1::2, 0::2] + wide[0::2, 1::2] + wide[1::2, 1::2]
@@ -66,9 +64,7 @@ def write_pyramid(path: str | Path, picture: np.ndarray, mpp: float, comment: st
 
 
 def holds_pyramid(path: str | Path, side: int, comment: str) -> bool:
-    """Whether the file is such a slide of side x side px with this comment, with all its tiles
-    inside the file.
-    """
+    """Whether the file is such a slide of side x side px, with this comment and all its tiles."""
     path = Path(path)
     if not path.is_file():
         return False

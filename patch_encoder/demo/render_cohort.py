@@ -31,11 +31,16 @@ from common.config import REQUIRED, identity, key
 from common.errors import UserError
 from common.files import sha256_bytes, write_csv, write_json
 from common.progress import progress
-from patch_encoder.demo.coco_boxes import make_coco_document
-from patch_encoder.demo.cohort_folder import LABEL_COLUMNS, claim_folder
+from patch_encoder.demo.cohort_folder import LABEL_COLUMNS, claim_folder, make_coco_document
 from patch_encoder.demo.cytology.smear import Box
-from patch_encoder.demo.render import render_field, render_slide
-from patch_encoder.demo.sample_plan import PlannedField, PlannedSlide, plan_fields, plan_slides
+from patch_encoder.demo.sample_plan import (
+    PlannedField,
+    PlannedSlide,
+    plan_fields,
+    plan_slides,
+    render_field,
+    render_slide,
+)
 
 DRAWING = 1
 """Rises when the drawing changes: pictures of two versions are never mixed."""

@@ -31,10 +31,10 @@ def granulometry(
         radius is.
     """
     means, peaks = [float(values.mean())], []
-    for opened in _openings(values, FINE):
+    for opened in _open(values, FINE):
         means.append(float(opened.mean()))
         peaks.append(float(opened.max()))
-    for opened in _openings(halve(values), tuple(radius // 2 for radius in COARSE)):
+    for opened in _open(halve(values), tuple(radius // 2 for radius in COARSE)):
         means.append(float(opened.mean()))
         peaks.append(float(opened.max()))
     # the step to half resolution can raise the mean by a rounding; a spectrum has no negative part
@@ -48,7 +48,7 @@ def remove_ground(values: UInt8[np.ndarray, "h w"], radius: int) -> UInt8[np.nda
 
     Nuclei remain, and the cytoplasm that they lie in, however many cells overlap there, does not.
     """
-    ground = _openings(halve(values), (radius // 2,))[0].repeat(2, axis=0).repeat(2, axis=1)
+    ground = _open(halve(values), (radius // 2,))[0].repeat(2, axis=0).repeat(2, axis=1)
     height, width = values.shape
     ground = np.pad(
         ground, ((0, height - ground.shape[0]), (0, width - ground.shape[1])), mode="edge"
@@ -63,10 +63,8 @@ def halve(values: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h2 w2"]:
     return ((rows[:, 0::2] + rows[:, 1::2] + 2) >> 2).astype(np.uint8)
 
 
-def _openings(values: np.ndarray, radii: tuple[int, ...]) -> list[np.ndarray]:
-    """Opening (H, W) uint8 by the octagon of each radius, in order; what lies outside the picture
-    is left out.
-    """
+def _open(values: np.ndarray, radii: tuple[int, ...]) -> list[np.ndarray]:
+    """Opening (H, W) uint8 by the octagon of each radius; nothing lies outside the picture."""
     height, width = values.shape
     # one more column, so that rows can lie one behind the other: it is the neutral neighbour of
     # both ends
@@ -87,9 +85,7 @@ def _openings(values: np.ndarray, radii: tuple[int, ...]) -> list[np.ndarray]:
 def _spread(
     flat: np.ndarray, stride: int, step: int, extremum: np.ufunc, neutral: int
 ) -> np.ndarray:
-    """One step of an erosion (minimum) or dilation (maximum): a cross when `step` is odd, else a
-    square.
-    """
+    """One step of an erosion (minimum) or dilation (maximum): odd a cross, even a square."""
     result = flat.copy()
     extremum(result[stride:], flat[:-stride], out=result[stride:])
     extremum(result[:-stride], flat[stride:], out=result[:-stride])

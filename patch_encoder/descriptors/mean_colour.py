@@ -1,6 +1,4 @@
-"""The plainest tile descriptor: its mean colour. A baseline that a cohort has to be too hard
-for.
-"""
+"""The plainest tile descriptor: its mean colour. A cohort must be too hard for it."""
 
 from __future__ import annotations
 

@@ -16,13 +16,9 @@ from jaxtyping import Float32
 
 CHROMATIN = 0.2205
 DEPTHS = (0.1505, 0.3005, 0.5005, 0.7005)
-"""Densities; box means of bytes never fall on them exactly, so that the order of summation decides
-nothing.
-"""
+"""Densities that box means of bytes never equal, so the order of summation is free."""
 AREAS = (12, 45, 110, 200, 320, 500, 900)
-"""Bounds of the size classes of bodies, px; below the first a body is a speck, above the last a
-clump or a smear.
-"""
+"""Size classes of bodies, px: below the first a speck, above the last a clump or smear."""
 COMPACT = 0.88
 SCALES = (3, 5, 9)
 """Box widths (px) of the differences that measure chromatin texture."""
@@ -41,9 +37,7 @@ NUCLEUS_NAMES = (
 
 @dataclass(frozen=True)
 class NucleusBodies:
-    """Measures (K,) of the K bodies: area px, fill, eccentricity, mean and spread of the density,
-    mean steepness.
-    """
+    """Measures (K,) of K bodies: shape, mean and spread of the density, mean steepness."""
 
     area: np.ndarray
     fill: np.ndarray
@@ -62,19 +56,17 @@ def nucleus_statistics(nuclear: Float32[np.ndarray, "h w"]) -> Float32[np.ndarra
     compact = bodies.fill > COMPACT
     parts = (
         [np.sqrt((smooth > depth).mean()) for depth in DEPTHS],
-        _counts(bodies.area),
-        _counts(bodies.area[compact]),
-        _largest(bodies, np.ones(len(compact), dtype=bool)),
-        _largest(bodies, compact),
-        _texture(nuclear, smooth),
+        _count_by_size(bodies.area),
+        _count_by_size(bodies.area[compact]),
+        _describe_largest(bodies, np.ones(len(compact), dtype=bool)),
+        _describe_largest(bodies, compact),
+        _measure_texture(nuclear, smooth),
     )
     return np.concatenate(parts).astype(np.float32)
 
 
 def measure_bodies(mask: np.ndarray, nuclear: np.ndarray, steepness: np.ndarray) -> NucleusBodies:
-    """Measure each connected component (4-neighbourhood) of a mask (H, W) that is larger than a
-    speck.
-    """
+    """Measure each 4-connected component of a mask (H, W) that is larger than a speck."""
     from scipy.ndimage import label
 
     numbers = np.zeros(mask.shape, dtype=np.int32)
@@ -106,12 +98,12 @@ def measure_bodies(mask: np.ndarray, nuclear: np.ndarray, steepness: np.ndarray)
     )
 
 
-def _counts(areas: np.ndarray) -> np.ndarray:
+def _count_by_size(areas: np.ndarray) -> np.ndarray:
     """log(1 + number) of the bodies in each size class."""
     return np.log1p(np.histogram(areas, bins=(*AREAS, np.inf))[0])
 
 
-def _largest(bodies: NucleusBodies, chosen: np.ndarray) -> list[float]:
+def _describe_largest(bodies: NucleusBodies, chosen: np.ndarray) -> list[float]:
     """Measures of the largest body among the chosen ones; all zero without one."""
     if not chosen.any():
         return [0.0] * 6
@@ -120,10 +112,8 @@ def _largest(bodies: NucleusBodies, chosen: np.ndarray) -> list[float]:
     return [*shape, bodies.depth[index], bodies.spread[index], bodies.edge[index]]
 
 
-def _texture(nuclear: np.ndarray, smooth: np.ndarray) -> list[float]:
-    """Differences from box means over the whole tile and in the core of dark bodies, and what that
-    core is like.
-    """
+def _measure_texture(nuclear: np.ndarray, smooth: np.ndarray) -> list[float]:
+    """Differences from box means, over the tile and in the core of dark bodies; that core."""
     from scipy.ndimage import uniform_filter
 
     core = uniform_filter((nuclear > CHROMATIN).astype(np.float32), 7, mode="constant") > 0.999

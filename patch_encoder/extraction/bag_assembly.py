@@ -1,6 +1,4 @@
-"""From batches of features to bags: rows go to their slide's file as they come, a bag is there once
-its last tile has come.
-"""
+"""From batches of features to bags: rows are written as they come, the last one ends a bag."""
 
 from __future__ import annotations
 
@@ -16,8 +14,8 @@ from common.checkpoint import save_tensors
 from patch_encoder.bags.writer import BagWriter
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.extraction.tile_batches import BadTile, TileBatch
-from patch_encoder.slides.identity import compute_slide_identity
-from patch_encoder.tiles.slide_job import SlideJob
+from patch_encoder.slides.names import compute_slide_identity
+from patch_encoder.tiles.coordinates import SlideJob
 
 UNREADABLE = "unreadable_tiles"  # attribute of `features` in a bag that lacks some
 

@@ -116,14 +116,12 @@ def batches(
                         heapq.heappush(waiting, number)
                     else:
                         policy.record_batch()
-                        done[number] = _received(result)
+                        done[number] = _receive(result)
             yield done.pop(wanted)
 
 
 def _read(sequence: TileSequence, job: tuple[range, dict[int, str]]) -> Any:
-    """In a worker: the batch as plain values, its tiles in memory that the main process maps
-    too.
-    """
+    """In a worker: the batch as plain values, its tiles in shared memory."""
     memory: list[Mapped] = []
 
     def place(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -138,7 +136,7 @@ def _read(sequence: TileSequence, job: tuple[range, dict[int, str]]) -> Any:
     return memory[0]
 
 
-def _received(result: Any) -> TileBatch:
+def _receive(result: Any) -> TileBatch:
     if isinstance(result, Raised):
         if result.by_user:
             raise UserError(result.reason)

@@ -1,4 +1,4 @@
-"""The configuration keys that every extraction script has, whatever its encoder."""
+"""The configuration keys that extraction scripts share."""
 
 from __future__ import annotations
 
@@ -9,28 +9,62 @@ from common.device import PRECISIONS, pick_device, pick_precision
 from common.errors import UserError
 from common.processes.pool import check_workers
 from common.processes.ray_cluster import ENGINE_HELP, ENGINES, RaySettings, import_ray
+from patch_encoder.cohort.keys import CohortKeys
 from patch_encoder.cohort.shards import Shard
 from patch_encoder.extraction.loop import ExtractSettings
+from patch_encoder.models.pooling import POOLS
 from patch_encoder.stain.normaliser import KINDS, SCOPES, build_normaliser
 
 
 @dataclass
-class ExtractionKeys:
-    """Keys of every pass over a cohort's tiles; a script's `Config` inherits them and adds those of
-    its encoder.
-    """
+class DeviceKeys:
+    """Where and how precisely an encoder computes."""
 
-    slides: str = key(REQUIRED, "slide file, or folder tree of slides", path=True)
+    device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
+    precision: str = key(
+        "auto",
+        "number format of the computation; auto: bf16 where the device has it in "
+        "hardware, else fp32",
+        choices=PRECISIONS,
+    )
+
+
+@dataclass
+class EncoderKeys:
+    """Which form of an encoder is built."""
+
+    weights: str = key(
+        "", "weights file or folder; empty: from the encoder's hub; random: untrained"
+    )
+    pool: str = key(
+        "published",
+        "features of a transformer: class token, mean of the patch tokens, or both",
+        choices=POOLS,
+    )
+    layer: int = key(0, "stage of a ResNet that is pooled, 1 to 4; 0: as the encoder table says")
+
+
+@dataclass
+class StainKeys:
+    """What stain normalisation goes by."""
+
+    stain_target: str = key(
+        "", "picture of H&E whose stain the tiles get; empty: a common reference", path=True
+    )
+    stain_scope: str = key(
+        "slide", "stain statistics of the slide (64 of its tiles), or of each tile", choices=SCOPES
+    )
+
+
+@dataclass
+class ExtractionKeys(DeviceKeys, CohortKeys):
+    """Keys of every pass over a cohort's tiles; a script adds those of its encoder."""
+
     coords: str = key(REQUIRED, "folder of coordinates files", path=True)
     output: str = key(
         REQUIRED,
         "where the results are written; bags go to <output>/<encoder>/h5_files",
         runtime=True,
-    )
-    labels: str = key(
-        "",
-        "labels.csv of the cohort; only its slides are encoded, and mpp comes from it",
-        path=True,
     )
     batch_size: int = key(64, "items per step over all processes; tiles", runtime=True)
     workers: int = key(
@@ -38,18 +72,6 @@ class ExtractionKeys:
         "worker processes; they decode; 0: the main process does, which a slide that "
         "crashes its reader ends",
         runtime=True,
-    )
-    read_timeout: float = key(
-        300.0,
-        "seconds without progress after which a slide is given up (not with workers=0)",
-        runtime=True,
-    )
-    device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
-    precision: str = key(
-        "auto",
-        "number format of the computation; auto: bf16 where the device has it in "
-        "hardware, else fp32",
-        choices=PRECISIONS,
     )
     dtype: str = key(
         "float32", "number format of the stored features", choices=("float16", "float32")
@@ -77,19 +99,13 @@ class ExtractionKeys:
 
 
 @dataclass
-class FeatureKeys(ExtractionKeys):
+class FeatureKeys(StainKeys, ExtractionKeys):
     """Keys of the scripts that write feature bags."""
 
     max_bad_tiles: float = key(
         0.0, "largest share of a slide's tiles that may be unreadable; the bag is then without them"
     )
     stain: str = key("none", "stain normalisation of the tiles before the encoder", choices=KINDS)
-    stain_target: str = key(
-        "", "picture of H&E whose stain the tiles get; empty: a common reference", path=True
-    )
-    stain_scope: str = key(
-        "slide", "stain statistics of the slide (64 of its tiles), or of each tile", choices=SCOPES
-    )
     compile: bool = key(
         False,
         "compile the network with torch.compile; a minute at the start, faster from then on",

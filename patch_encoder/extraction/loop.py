@@ -36,8 +36,7 @@ from patch_encoder.extraction.ray_backend import Report, work_on_ray
 from patch_encoder.extraction.tile_batches import TileBatch, TileSequence
 from patch_encoder.models.encoders import Encoder
 from patch_encoder.stain.normaliser import Normaliser
-from patch_encoder.tiles.coordinates import Coordinates, read_coordinates, tile_pattern_of
-from patch_encoder.tiles.slide_job import SlideJob
+from patch_encoder.tiles.coordinates import Coordinates, SlideJob, read_coordinates, tile_pattern_of
 
 logger = logging.getLogger(__name__)
 STAGE = "extract_features"
@@ -128,9 +127,7 @@ def cohort_jobs(
 def bag_provenance(
     encoder: Encoder, coordinates: Coordinates, settings: ExtractSettings
 ) -> dict[str, str]:
-    """What decides a bag's numbers, plus the software version; no entry `stain` where tiles are
-    taken as they are.
-    """
+    """What decides a bag's numbers, and the software version; `stain` only if it is used."""
     provenance = encoder.provenance | {
         "precision": settings.precision,
         "dtype": settings.dtype,
@@ -260,22 +257,20 @@ def encoded(
     for batch in batches:
         started = network.launch(batch.items) if batch.items is not None else None
         if before is not None:
-            yield before[0], _stored(before[1], dtype)
+            yield before[0], _is_stored(before[1], dtype)
         before = batch, started
     if before is not None:
-        yield before[0], _stored(before[1], dtype)
+        yield before[0], _is_stored(before[1], dtype)
 
 
-def _stored(launched: PendingFeatures | None, dtype: str) -> np.ndarray:
+def _is_stored(launched: PendingFeatures | None, dtype: str) -> np.ndarray:
     if launched is None:
         return np.empty((0, 0), dtype=dtype)
     return launched.features().to(getattr(torch, dtype)).numpy()
 
 
 class Stopwatch:
-    """How long an iterator keeps its consumer waiting, in seconds, and how long the whole loop
-    takes.
-    """
+    """Seconds that an iterator keeps its consumer waiting, and that the whole loop takes."""
 
     def __init__(self) -> None:
         self.seconds = self.total = 0.0

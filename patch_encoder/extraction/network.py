@@ -94,8 +94,8 @@ class Network:
             UserError: the batch does not fit in the device's memory, or the network cannot be
                 compiled.
         """
-        with _explained(self.batch_size, self.device, _compile_errors() if self.compiler else ()):
-            parts = [self._features(part) for part in items.split(self.rows or len(items))]
+        with _explain(self.batch_size, self.device, _compile_errors() if self.compiler else ()):
+            parts = [self._encode(part) for part in items.split(self.rows or len(items))]
             # to pinned memory on CUDA
             host = torch.cat(parts).to("cpu", non_blocking=True)
         if self.device.type != "cuda":
@@ -104,7 +104,7 @@ class Network:
         done.record()
         return PendingFeatures(host, done)
 
-    def _features(self, items: Tensor) -> Tensor:
+    def _encode(self, items: Tensor) -> Tensor:
         """float32 (n, D) of at most `rows` items, on the device."""
         filled = pad_batch(items, self.rows).to(self.device, non_blocking=True)
         if not self._ready:
@@ -142,7 +142,7 @@ def _compile_errors() -> tuple[type[Exception], ...]:
 
 
 @contextmanager
-def _explained(
+def _explain(
     batch_size: int, device: torch.device, compile_errors: tuple[type[Exception], ...]
 ) -> Iterator[None]:
     try:
@@ -168,7 +168,7 @@ def fold_batch_norms(model: nn.Module, example: Tensor) -> nn.Module:
     something else takes that output too cannot be seen, so the copy is compared on `example` and
     dropped when it differs.
     """
-    pairs = _pairs(model, example)
+    pairs = _find_pairs(model, example)
     if not pairs:
         return model
     folded = copy.deepcopy(model)
@@ -184,7 +184,7 @@ def fold_batch_norms(model: nn.Module, example: Tensor) -> nn.Module:
     return folded
 
 
-def _pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
+def _find_pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
     """(convolution, BatchNorm) by name, each called exactly once."""
     outputs: dict[
         int, tuple[str, Tensor]

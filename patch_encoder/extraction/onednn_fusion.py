@@ -69,10 +69,10 @@ def fuse_network(model: nn.Module, example: Tensor, precision: str = "fp32") -> 
 
     The graph holds packed weights, which cannot be saved.
     """
-    if not _possible(model, example, precision):
+    if not _can_fuse(model, example, precision):
         return None
     try:
-        graph = _traced(model, example, precision)
+        graph = _trace(model, example, precision)
         gained = 0
         for node in list(graph.graph.nodes):
             gained += _fuse_convolution(graph, node) if _fits(graph, node) else 0
@@ -99,7 +99,7 @@ def fuse_network(model: nn.Module, example: Tensor, precision: str = "fp32") -> 
     return graph
 
 
-def _possible(model: nn.Module, example: Tensor, precision: str) -> bool:
+def _can_fuse(model: nn.Module, example: Tensor, precision: str) -> bool:
     """Whether it is worth a try: a transformer has one convolution, of its patches."""
     places = {tensor.device.type for tensor in (example, *model.parameters(), *model.buffers())}
     return (
@@ -115,7 +115,7 @@ def _possible(model: nn.Module, example: Tensor, precision: str) -> bool:
     )
 
 
-def _traced(model: nn.Module, example: Tensor, precision: str) -> GraphModule:
+def _trace(model: nn.Module, example: Tensor, precision: str) -> GraphModule:
     """The aten calls of one batch, none of which changes its arguments."""
     from torch.fx.experimental.proxy_tensor import make_fx  # a second
 
@@ -131,40 +131,43 @@ def _fits(graph: GraphModule, node: Node) -> bool:
     if node.target is not CONVOLUTION:
         return False
     maps, weight, bias, *_, transposed, _, _ = node.args
-    constants = [_constant(graph, weight), _constant(graph, bias)]
+    constants = [_read_constant(graph, weight), _read_constant(graph, bias)]
     return (
         isinstance(maps, Node)
-        and _meta(maps) is not None
-        and len(_meta(maps).shape) == 4
+        and _read_meta(maps) is not None
+        and len(_read_meta(maps).shape) == 4
         and not transposed
         and constants[0] is not None
         and (bias is None or constants[1] is not None)
-        and _meta(maps).dtype == _meta(node).dtype == constants[0].dtype
+        and _read_meta(maps).dtype == _read_meta(node).dtype == constants[0].dtype
     )
 
 
 def _fuse_convolution(graph: GraphModule, node: Node) -> int:
-    """Put one call in place of a convolution, a sum and a rectifier behind it; how many of these it
-    replaces.
-    """
+    """Fuse a convolution with a sum and a rectifier behind it; returns how many of these go."""
     maps, weight, bias, stride, padding, dilation, _, _, groups = node.args
     packed = torch.ops.mkldnn._reorder_convolution_weight(
-        _constant(graph, weight), padding, stride, dilation, groups, list(_meta(maps).shape)
+        _read_constant(graph, weight),
+        padding,
+        stride,
+        dilation,
+        groups,
+        list(_read_meta(maps).shape),
     )
-    total = _only_user(node, ADD)
-    addend = _addend(total, node) if total is not None else None
+    total = _find_only_user(node, ADD)
+    addend = _find_addend(total, node) if total is not None else None
     summed = node if total is None or addend is None else total
-    rectified = _only_user(summed, RELU)
+    rectified = _find_only_user(summed, RELU)
     last = rectified or summed
     layer = (padding, stride, dilation, groups)
     with graph.graph.inserting_before(last):
         weights = [
-            _buffer(graph, packed),
-            None if bias is None else _buffer(graph, _constant(graph, bias)),
+            _add_buffer(graph, packed),
+            None if bias is None else _add_buffer(graph, _read_constant(graph, bias)),
         ]
         if addend is None:
             kind = "none" if rectified is None else "relu"
-            fused = _call(
+            fused = _add_call(
                 graph.graph,
                 "_convolution_pointwise",
                 "default",
@@ -183,7 +186,7 @@ def _fuse_convolution(graph: GraphModule, node: Node) -> int:
                 if free
                 else ("_convolution_pointwise", (maps, addend))
             )
-            fused = _call(graph.graph, name, "binary", *pair, *weights, *layer, *kinds)
+            fused = _add_call(graph.graph, name, "binary", *pair, *weights, *layer, *kinds)
     fused.meta = dict(last.meta)
     last.replace_all_uses_with(fused)
     replaced = list(dict.fromkeys((last, summed, node)))
@@ -192,22 +195,22 @@ def _fuse_convolution(graph: GraphModule, node: Node) -> int:
     return len(replaced) - 1
 
 
-def _call(graph: Graph, name: str, overload: str, *arguments: Any) -> Node:
+def _add_call(graph: Graph, name: str, overload: str, *arguments: Any) -> Node:
     return graph.call_function(getattr(getattr(torch.ops.mkldnn, name), overload), arguments)
 
 
-def _buffer(graph: GraphModule, value: Tensor | None) -> Node:
+def _add_buffer(graph: GraphModule, value: Tensor | None) -> Node:
     name = f"packed_{len(list(graph.buffers()))}"
     graph.register_buffer(name, value, persistent=False)
     return graph.graph.get_attr(name)
 
 
-def _only_user(node: Node, target: object) -> Node | None:
+def _find_only_user(node: Node, target: object) -> Node | None:
     users = list(node.users)
     return users[0] if len(users) == 1 and users[0].target is target else None
 
 
-def _addend(total: Node, node: Node) -> Node | None:
+def _find_addend(total: Node, node: Node) -> Node | None:
     """What is added to a convolution's maps, of their shape; None where the sum is another."""
     addends = [argument for argument in total.args if argument is not node]
     if (
@@ -217,7 +220,7 @@ def _addend(total: Node, node: Node) -> Node | None:
         or not isinstance(addends[0], Node)
     ):
         return None
-    one, other, both = (_meta(part) for part in (node, addends[0], total))
+    one, other, both = (_read_meta(part) for part in (node, addends[0], total))
     alike = other is not None and (one.shape, one.dtype) == (other.shape, other.dtype) == (
         both.shape,
         both.dtype,
@@ -226,9 +229,7 @@ def _addend(total: Node, node: Node) -> Node | None:
 
 
 def _free(addend: Node, total: Node) -> bool:
-    """Whether the sum may be written over the addend: its memory is its own, and everyone else has
-    read it by then.
-    """
+    """Whether the sum may overwrite the addend: nobody else reads that memory any more."""
     others = [user for user in addend.users if user is not total]
     return _is_fresh(addend) and all(_is_fresh(user) and user < total for user in others)
 
@@ -239,7 +240,7 @@ def _is_fresh(node: Node) -> bool:
     return node.target in FRESH or getattr(node.target, "namespace", "") == "mkldnn"
 
 
-def _constant(graph: GraphModule, node: object) -> Tensor | None:
+def _read_constant(graph: GraphModule, node: object) -> Tensor | None:
     """A weight, also one that autocast casts for every batch."""
     if not isinstance(node, Node):
         return None
@@ -247,12 +248,12 @@ def _constant(graph: GraphModule, node: object) -> Tensor | None:
         return getattr(graph, str(node.target)).detach()
     if (
         node.target is aten._to_copy.default
-        and (source := _constant(graph, node.args[0])) is not None
+        and (source := _read_constant(graph, node.args[0])) is not None
     ):
         return aten._to_copy.default(source, **node.kwargs)
     return None
 
 
-def _meta(node: Node) -> Any:
+def _read_meta(node: Node) -> Any:
     """Shape and dtype of what it gave; None for weights."""
     return node.meta.get("tensor_meta")

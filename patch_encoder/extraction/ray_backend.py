@@ -20,7 +20,7 @@ from common.processes.pool import Lost, Raised
 from common.processes.ray_cluster import RayPool, RaySettings
 from common.progress import Progress
 from patch_encoder.cohort.shards import count_tiles, make_bundles
-from patch_encoder.tiles.slide_job import SlideJob
+from patch_encoder.tiles.coordinates import SlideJob
 
 logger = logging.getLogger(__name__)
 ATTEMPTS = 3  # a bundle that has killed so many workers is taken apart, a slide given up
@@ -30,9 +30,7 @@ BUNDLES_A_WORKER = 4  # at least, as far as there are slides, so that workers en
 
 @dataclass(frozen=True)
 class Report:
-    """What was done: slides, tiles, seconds spent waiting for tiles out of seconds of the loop, and
-    what failed.
-    """
+    """What was done: slides, tiles, seconds waited and in all, and what failed."""
 
     slides: int
     tiles: int
@@ -136,9 +134,7 @@ def report_of(result: Any) -> Report:
 def after_death(
     bundle: list[SlideJob], died: int, reason: str
 ) -> tuple[list[tuple[list[SlideJob], int]], Report]:
-    """What is left to do of a bundle that so many workers died over, each with its count of deaths,
-    and what is given up.
-    """
+    """What is left of a bundle after its worker died (with deaths), and what is given up."""
     names = ", ".join(job.slide_id for job in bundle[:3])
     if died < ATTEMPTS:
         logger.warning(

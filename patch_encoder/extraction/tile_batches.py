@@ -17,9 +17,8 @@ from common.processes.pool import heartbeat
 from patch_encoder.slides import RegionError, Slide, SlideError, open_slide
 from patch_encoder.stain.normaliser import Normaliser
 from patch_encoder.stain.slide_stains import SlideStains
-from patch_encoder.tiles.coordinates import TileGeometry
+from patch_encoder.tiles.coordinates import SlideJob, TileGeometry
 from patch_encoder.tiles.grid import read_tile
-from patch_encoder.tiles.slide_job import SlideJob
 
 logger = logging.getLogger(__name__)
 Place = Callable[..., Tensor]  # (shape, dtype=) -> memory for a batch
@@ -121,9 +120,7 @@ class TileSequence:
     def batch(
         self, numbers: Sequence[int], given_up: Mapping[int, str], place: Place = torch.empty
     ) -> TileBatch:
-        """These tiles, stacked in memory of the caller's, without reading slides that are given up
-        (index -> reason).
-        """
+        """Stack these tiles in given memory, without slides that are given up (index -> reason)."""
         self._given_up.update(given_up)
         return collate([self[number] for number in numbers], place)
 
@@ -140,9 +137,7 @@ class TileSequence:
 
 
 def check_size(slide: Slide, geometry: TileGeometry) -> None:
-    """Refuse coordinates of a slide of another size (those that do not say, as CLAM's, are
-    taken).
-    """
+    """Refuse coordinates of a slide of another size, where they say it (CLAM's do not)."""
     found, expected = (slide.width, slide.height), (geometry.level0_width, geometry.level0_height)
     if all(expected) and found != expected:
         raise SlideError(

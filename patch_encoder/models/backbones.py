@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import read_json
-from patch_encoder.models import conch
-from patch_encoder.models.convolution_stem import ConvStem
 from patch_encoder.models.encoder_table import EncoderRow
 from patch_encoder.models.encoder_weights import (
     HEADS,
@@ -27,9 +25,10 @@ from patch_encoder.models.encoder_weights import (
     find_local_file,
     load_encoder_weights,
     read_state,
+    skip_initialisation,
 )
+from patch_encoder.models.image_towers import ConvStem, build_conch_v1, build_conch_v1_5
 from patch_encoder.models.pooling import TokenPool, TransformersPool, TruncatedResNet
-from patch_encoder.models.uninitialised import skip_initialisation
 
 LAYERS = {"ConvStem": ConvStem, "silu": nn.SiLU}
 
@@ -52,9 +51,9 @@ def build_backbone(row: EncoderRow, weights: str, name: str) -> nn.Module:
     file = find_local_file(Path(path), row) if path else fetch_hub_file(row, name)
     state = read_state(file, choice)
     if row.library == "transformers":
-        return TransformersPool(_transformers_loaded(row, state, str(file)), row.pool)
+        return TransformersPool(_load_transformers(row, state, str(file)), row.pool)
     with skip_initialisation():
-        network = initialise(_published_tower(row, file.parent, name, from_hub=not path))
+        network = initialise(_read_published_tower(row, file.parent, name, from_hub=not path))
     load_encoder_weights(network, row, state, str(file))
     return network
 
@@ -62,20 +61,21 @@ def build_backbone(row: EncoderRow, weights: str, name: str) -> nn.Module:
 def initialise(row: EncoderRow) -> nn.Module:
     """The network of a row with initial weights (on the meta device: none)."""
     if row.library == "timm":
-        return _timm(row)
+        return _build_timm(row)
     if row.library == "open_clip":
-        return _open_clip(row)
+        return _build_open_clip(row)
     if row.library == "transformers":
         return TransformersPool(
-            _transformers_class(row)(_transformers_config(row), **_arguments(row)), row.pool
+            _find_transformers_class(row)(_make_transformers_config(row), **_split_arguments(row)),
+            row.pool,
         )
-    return {"conch": conch.build_conch_v1, "conch_v1_5": conch.build_conch_v1_5}[row.library]()
+    return {"conch": build_conch_v1, "conch_v1_5": build_conch_v1_5}[row.library]()
 
 
-def _timm(row: EncoderRow) -> nn.Module:
+def _build_timm(row: EncoderRow) -> nn.Module:
     import timm
 
-    options = {key: _layer(value) for key, value in row.options.items()}
+    options = {key: _check_layer(value) for key, value in row.options.items()}
     layer = options.pop("layer", None)
     network = timm.create_model(row.model, pretrained=False, num_classes=0, **options)
     tokens = getattr(network, "num_prefix_tokens", -1)
@@ -89,7 +89,7 @@ def _timm(row: EncoderRow) -> nn.Module:
     return TokenPool(network, row.pool) if row.pool else network
 
 
-def _layer(value: Any) -> Any:
+def _check_layer(value: Any) -> Any:
     import timm.layers
 
     if not isinstance(value, str):
@@ -97,7 +97,7 @@ def _layer(value: Any) -> Any:
     return LAYERS.get(value) or getattr(timm.layers, value, value)
 
 
-def _open_clip(row: EncoderRow) -> nn.Module:
+def _build_open_clip(row: EncoderRow) -> nn.Module:
     import open_clip
     from open_clip.model import _build_vision_tower
 
@@ -112,10 +112,10 @@ def _open_clip(row: EncoderRow) -> nn.Module:
     return _build_vision_tower(row.width, vision, quick_gelu)
 
 
-def _published_tower(row: EncoderRow, folder: Path, name: str, *, from_hub: bool) -> EncoderRow:
-    """The row with the image tower that stands beside the weights (`open_clip_config.json`), where
-    there is one.
-    """
+def _read_published_tower(
+    row: EncoderRow, folder: Path, name: str, *, from_hub: bool
+) -> EncoderRow:
+    """The row with the image tower that `open_clip_config.json` beside the weights names."""
     if row.library != "open_clip":
         return row
     file = folder / "open_clip_config.json"
@@ -145,32 +145,30 @@ def _quick_gelu(row: EncoderRow) -> dict[str, bool]:
     return {"quick_gelu": bool(row.options.get("quick_gelu", published.get("quick_gelu", False)))}
 
 
-def _transformers_class(row: EncoderRow) -> Any:
+def _find_transformers_class(row: EncoderRow) -> Any:
     import transformers
 
     return getattr(transformers, row.model)
 
 
-def _transformers_config(row: EncoderRow) -> Any:
-    return _transformers_class(row).config_class(**row.options)
+def _make_transformers_config(row: EncoderRow) -> Any:
+    return _find_transformers_class(row).config_class(**row.options)
 
 
-def _arguments(row: EncoderRow) -> dict[str, bool]:
+def _split_arguments(row: EncoderRow) -> dict[str, bool]:
     return {"add_pooling_layer": False} if row.model == "ViTModel" else {}
 
 
-def _transformers_loaded(row: EncoderRow, state: dict[str, Tensor], source: str) -> nn.Module:
-    """The model with a state dict; transformers itself translates key names of its older
-    versions.
-    """
-    state = _known_prefix_removed(state)
-    config = _transformers_config(row)
+def _load_transformers(row: EncoderRow, state: dict[str, Tensor], source: str) -> nn.Module:
+    """The model with a state dict; transformers renames keys of its older versions."""
+    state = _remove_known_prefix(state)
+    config = _make_transformers_config(row)
     for name, value in state.items():
         if name.endswith("embeddings.position_embeddings"):
             config.image_size = math.isqrt(value.shape[1] - 1) * config.patch_size
-    model, report = _transformers_class(row).from_pretrained(
+    model, report = _find_transformers_class(row).from_pretrained(
         None, config=config, state_dict=state, output_loading_info=True, dtype=torch.float32,
-        ignore_mismatched_sizes=True, **_arguments(row),
+        ignore_mismatched_sizes=True, **_split_arguments(row),
     )  # fmt: skip
     unexpected = [
         key for key in report["unexpected_keys"] if not key.startswith(HEADS + TEXT_TOWER)
@@ -188,7 +186,7 @@ def _transformers_loaded(row: EncoderRow, state: dict[str, Tensor], source: str)
     return model
 
 
-def _known_prefix_removed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _remove_known_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """`backbone.` and the like, where every key has it or stands beside the encoder."""
     for prefix in ("backbone.", "model.", "encoder.model.", "network.model."):
         inside = [key for key in state if key.startswith(prefix)]

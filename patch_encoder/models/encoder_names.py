@@ -162,9 +162,7 @@ def _model_class(kind: str, name: str) -> str:
 
 
 def _processor(settings: dict[str, Any]) -> tuple[Fit, tuple[tuple[float, ...], tuple[float, ...]]]:
-    """The rule of a `preprocessor_config.json`; without one: 224 px, bicubic, ImageNet's
-    statistics.
-    """
+    """The rule of a `preprocessor_config.json`; without one: 224 px, bicubic, ImageNet."""
     size, crop = settings.get("size", 224), settings.get("crop_size")
     interpolation = RESAMPLING.get(settings.get("resample", 3), "bicubic")
     side = size if isinstance(size, int) else size.get("shortest_edge") or size.get("height")

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ from torch import Tensor, nn
 from common.checkpoint import load_weights, read_weights
 from common.errors import UserError
 from common.files import read_json
-from patch_encoder.models import conch, musk
 from patch_encoder.models.encoder_table import EncoderRow
+from patch_encoder.models.image_towers import (
+    CONCH_UNUSED,
+    convert_to_timm,
+    fit_positions,
+)
 
 logger = logging.getLogger(__name__)
 # DINO evaluates the teacher; `file.pth#student` takes another
@@ -94,10 +99,10 @@ def fetch_hub_file(row: EncoderRow, name: str, wanted: Iterable[str] = ()) -> Pa
         except NETWORK_ERRORS as error:
             reason = error
             break
-    raise UserError(_unreachable(row, name, wanted, reason))
+    raise UserError(_explain_unreachable(row, name, wanted, reason))
 
 
-def _unreachable(
+def _explain_unreachable(
     row: EncoderRow, name: str, wanted: tuple[str, ...], reason: Exception | None
 ) -> str:
     from huggingface_hub import constants
@@ -152,19 +157,17 @@ def find_shards(path: Path) -> list[Path]:
 
 
 def read_state(path: Path, choice: str = "") -> dict[str, Tensor]:
-    """The state dict of a file or of an index's files, out of its container, without wrappers of
-    DDP and compile.
-    """
+    """The state dict of a file (or of an index), without container and wrapper names."""
     content: dict[str, Any] = {}
     for file in find_shards(path) or [path]:
         content |= read_weights(file, "a weights file")
-    state = _contained(content, choice, path)
+    state = _unpack(content, choice, path)
     while wrapper := next((w for w in WRAPPERS if any(key.startswith(w) for key in state)), None):
         state = {key.removeprefix(wrapper): value for key, value in state.items()}
     return state
 
 
-def _contained(content: dict[str, Any], choice: str, path: Path) -> dict[str, Tensor]:
+def _unpack(content: dict[str, Any], choice: str, path: Path) -> dict[str, Tensor]:
     if choice and choice not in content:
         raise UserError(
             f"{path}#{choice}: expected the key '{choice}', found {sorted(content)[:8]}"
@@ -194,12 +197,12 @@ def load_encoder_weights(
     """
     core = getattr(network, "trunk", network) if row.library == "timm" else network
     if row.library == "timm" and row.model.startswith("beit3"):
-        state = musk.convert_to_timm(state)
-    inside, outside = _divided(state, core.state_dict().keys())
-    inside = _native(inside, core, row)
+        state = convert_to_timm(state)
+    inside, outside = _divide(state, core.state_dict().keys())
+    inside = _convert(inside, core, row)
     own = core.state_dict().keys()
     unused = [
-        key for key in inside if key not in own and key.startswith(HEADS + _cut_off(core, row))
+        key for key in inside if key not in own and key.startswith(HEADS + _list_unused(core, row))
     ]
     # outside the encoder's prefix a key may bear the name of one inside
     beside = [key for key in outside if key.startswith(HEADS + TEXT_TOWER)]
@@ -220,7 +223,7 @@ def load_encoder_weights(
     )
 
 
-def _divided(
+def _divide(
     state: dict[str, Tensor], own: Iterable[str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The part of `state` under the prefix that fits the network best, without it, and the rest."""
@@ -232,21 +235,41 @@ def _divided(
     return inside, {key: value for key, value in state.items() if not key.startswith(prefix)}
 
 
-def _native(state: dict[str, Tensor], core: nn.Module, row: EncoderRow) -> dict[str, Tensor]:
-    """Names and position grid as the network has them: timm's own conversion, CONCH's
-    resampling.
-    """
+def _convert(state: dict[str, Tensor], core: nn.Module, row: EncoderRow) -> dict[str, Tensor]:
+    """Names and position grid as the network has them, by timm's and CONCH's rules."""
     if row.library == "conch_v1_5":
-        return conch.fit_positions(state, core.trunk.patch_embed.grid_size[0])  # type: ignore[union-attr]
+        return fit_positions(state, core.trunk.patch_embed.grid_size[0])  # type: ignore[union-attr]
     convert = getattr(sys.modules[type(core).__module__], "checkpoint_filter_fn", None)
     return convert(dict(state), core) if row.library == "timm" and convert else state
 
 
-def _cut_off(core: nn.Module, row: EncoderRow) -> tuple[str, ...]:
+def _list_unused(core: nn.Module, row: EncoderRow) -> tuple[str, ...]:
     """Prefixes of what the published network has and this row does not use."""
     stages = tuple(
         f"layer{s}."
         for s in range(1, 5)
         if isinstance(getattr(core, f"layer{s}", None), nn.Identity)
     )
-    return stages + (conch.UNUSED if row.library == "conch" else ())
+    return stages + (CONCH_UNUSED if row.library == "conch" else ())
+
+
+@contextmanager
+def skip_initialisation() -> Iterator[None]:
+    """Parameters of modules that are built here have no storage: no random numbers, no second copy.
+
+    Only parameters go to the meta device, and each as soon as its module has it. Buffers are
+    computed as ever: position tables and masks that no file holds have to be right. (accelerate's
+    `init_empty_weights(include_buffers=False)` is the same idea.)
+    """
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register

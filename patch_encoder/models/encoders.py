@@ -100,9 +100,9 @@ def build_encoder(
             or of another architecture, hub out of reach.
     """
     if name in CLASSICAL:
-        return _classical(name, pool, layer)
+        return _build_classical(name, pool, layer)
     row = find_row(name, weights)
-    chosen = _with_layer(_with_pool(row, pool, name), layer, name)
+    chosen = _set_layer(_set_pool(row, pool, name), layer, name)
     fit = chosen.fit if crop else chosen.fit.whole()
     network = build_backbone(chosen, weights, name)
     module = PixelEncoder(network, chosen.statistics, chosen.normalise).eval().requires_grad_(False)
@@ -121,7 +121,7 @@ def build_encoder(
     )
 
 
-def _classical(name: str, pool: str, layer: int) -> Encoder:
+def _build_classical(name: str, pool: str, layer: int) -> Encoder:
     if pool != POOLS[0] or layer:
         raise UserError(
             f"encoder '{name}': expected pool=published and layer=0, found pool={pool} "
@@ -133,7 +133,7 @@ def _classical(name: str, pool: str, layer: int) -> Encoder:
     return Encoder(name, dim, transform, nn.Identity(), provenance)
 
 
-def _with_pool(row: EncoderRow, pool: str, name: str) -> EncoderRow:
+def _set_pool(row: EncoderRow, pool: str, name: str) -> EncoderRow:
     if pool not in POOLS:
         raise UserError(
             f"encoder '{name}': pool expected one of {', '.join(POOLS)}, found '{pool}'"
@@ -152,7 +152,7 @@ def _with_pool(row: EncoderRow, pool: str, name: str) -> EncoderRow:
     return replace(row, pool=pool, width=token_width * (2 if pool == "cls_mean" else 1))
 
 
-def _with_layer(row: EncoderRow, layer: int, name: str) -> EncoderRow:
+def _set_layer(row: EncoderRow, layer: int, name: str) -> EncoderRow:
     if layer in (0, row.options.get("layer")):
         return row
     widths = LAYER_WIDTHS.get(row.model.split(".")[0])

@@ -57,13 +57,13 @@ class OnnxNetwork(nn.Module):
         pixels = pixels.contiguous()
         if self._session is None or self._device != pixels.device:
             self._session, self._device = open_session(self.path, pixels.device), pixels.device
-        name = self._checked_input(pixels)
+        name = self._check_input(pixels)
         if pixels.device.type == "cpu":
             (features,) = self._session.run(None, {name: pixels.numpy()})
             return torch.from_numpy(features)
-        return self._on_cuda(name, pixels)
+        return self._run_on_cuda(name, pixels)
 
-    def _checked_input(self, pixels: Tensor) -> str:
+    def _check_input(self, pixels: Tensor) -> str:
         """The input's name, when the file takes tiles of this size."""
         source = self._session.get_inputs()[0]
         if any(
@@ -77,7 +77,7 @@ class OnnxNetwork(nn.Module):
             )
         return source.name
 
-    def _on_cuda(self, name: str, pixels: Tensor) -> Tensor:
+    def _run_on_cuda(self, name: str, pixels: Tensor) -> Tensor:
         """In place on the device, in torch's own stream: nothing waits for the host."""
         features = torch.empty(len(pixels), self.dim, device=pixels.device)
         binding, where = self._session.io_binding(), ("cuda", pixels.device.index or 0)
@@ -112,15 +112,17 @@ def open_session(path: str | Path, device: torch.device, *, optimise: bool = Tru
     if not optimise:
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        return runtime.InferenceSession(str(path), options, providers=_providers(runtime, device))
-    except _load_errors(runtime) as error:
+        return runtime.InferenceSession(
+            str(path), options, providers=_choose_providers(runtime, device)
+        )
+    except _list_load_errors(runtime) as error:
         reason = str(error).strip().splitlines()[0][:160]
         raise UserError(
             f"{path}: expected an ONNX file, onnxruntime cannot read it: {reason}; export it again"
         ) from None
 
 
-def _providers(runtime: Any, device: torch.device) -> list[Any]:
+def _choose_providers(runtime: Any, device: torch.device) -> list[Any]:
     if device.type == "cpu":
         return ["CPUExecutionProvider"]
     if "CUDAExecutionProvider" not in runtime.get_available_providers():
@@ -134,10 +136,8 @@ def _providers(runtime: Any, device: torch.device) -> list[Any]:
     ]
 
 
-def _load_errors(runtime: Any) -> tuple[type[Exception], ...]:
-    """What onnxruntime raises over a file: classes of its own, without a common one below
-    Exception.
-    """
+def _list_load_errors(runtime: Any) -> tuple[type[Exception], ...]:
+    """What onnxruntime raises over a file: its classes share no base below Exception."""
     state = runtime.capi.onnxruntime_pybind11_state
     names = (
         "Fail",

@@ -15,9 +15,7 @@ POOLS = ("published", "cls", "mean", "cls_mean")
 
 
 def pool_tokens(tokens: Tensor, pool: str, prefix: int) -> Tensor:
-    """(B, prefix + N, D) -> (B, D), or (B, 2 D) for cls_mean; `prefix` counts class token and
-    registers.
-    """
+    """(B, prefix + N, D) -> (B, D), cls_mean (B, 2 D); `prefix`: class token and registers."""
     parts = {"cls": tokens[:, 0], "mean": tokens[:, prefix:].mean(dim=1)}
     return torch.cat([parts[part] for part in pool.split("_")], dim=-1)
 

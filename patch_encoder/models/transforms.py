@@ -43,7 +43,7 @@ class Fit:
 
     def __call__(self, tile: np.ndarray) -> np.ndarray:
         """uint8 (H, W, 3) -> uint8 (h, w, 3)."""
-        height, width = self._resized(*tile.shape[:2])
+        height, width = self._compute_size(*tile.shape[:2])
         if (height, width) != tile.shape[:2]:
             tile = np.asarray(
                 Image.fromarray(tile).resize((width, height), FILTERS[self.interpolation])
@@ -54,7 +54,7 @@ class Fit:
         top, left = (round((length - self.crop) / 2.0) for length in (height, width))
         return tile[max(top, 0) : max(top, 0) + self.crop, max(left, 0) : max(left, 0) + self.crop]
 
-    def _resized(self, height: int, width: int) -> tuple[int, int]:
+    def _compute_size(self, height: int, width: int) -> tuple[int, int]:
         if self.side is None:
             return height, width
         if self.squash:
@@ -79,9 +79,7 @@ class Fit:
 
 
 class ToInputSize:
-    """uint8 (H, W, 3) -> uint8 (3, h, w) by a `Fit`; a number is a bicubic resize of the whole
-    tile, None keeps its size.
-    """
+    """uint8 (H, W, 3) -> (3, h, w) by a `Fit`, or bicubic to a side; None keeps the size."""
 
     def __init__(self, fit: Fit | int | None) -> None:
         self.fit = fit if isinstance(fit, Fit) else Fit(fit, squash=True)

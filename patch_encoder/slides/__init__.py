@@ -1,15 +1,16 @@
-"""One reader interface over whatever a scanner writes: slide files, pictures, DICOM folders,
-folders of tiles.
-"""
+"""One reader interface for slide files, pictures, DICOM folders and folders of tiles."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from patch_encoder.slides.base import RegionError, Slide, SlideError
-from patch_encoder.slides.dicom_folder import find_dicom_files, open_dicom_folder
 from patch_encoder.slides.names import OME_SUFFIXES, PICTURE_SUFFIXES, TIFF_SUFFIXES, suffix_of
-from patch_encoder.slides.openslide_file import OpenSlideFile, UnsupportedError
+from patch_encoder.slides.openslide_file import (
+    OpenSlideFile,
+    find_dicom_files,
+    open_dicom_folder,
+)
 from patch_encoder.slides.picture_file import PictureFile
 from patch_encoder.slides.resolution import check_mpp
 from patch_encoder.slides.tiff_file import TiffFile
@@ -26,7 +27,7 @@ def open_slide(path: str | Path, mpp: float | None = None, tile_pattern: str = "
         mpp: micrometres per pixel at level 0; wins over what the file says, for files that say
             nothing or lie.
         tile_pattern: how a tile folder's file names are read, see
-            patch_encoder.slides.tile_pattern; empty: `<row>_<col>`.
+            patch_encoder.slides.tile_folder; empty: `<row>_<col>`.
 
     Raises:
         SlideError: missing, unreadable or of an unknown format.
@@ -50,7 +51,8 @@ def open_slide(path: str | Path, mpp: float | None = None, tile_pattern: str = "
         return TiffFile(path, mpp)
     try:
         return OpenSlideFile(path, mpp)
-    except UnsupportedError:
+    except SlideError:
+        # a layout that is not OpenSlide's, or a compression that it lacks (WebP, JPEG XL, ...)
         if suffix not in TIFF_SUFFIXES:
             raise
         return TiffFile(path, mpp)

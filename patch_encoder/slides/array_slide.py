@@ -1,6 +1,4 @@
-"""A slide whose levels are arrays, or can be cut like arrays: what pictures and TIFF files have in
-common.
-"""
+"""A slide whose levels can be cut like arrays: what pictures and TIFF files share."""
 
 from __future__ import annotations
 

@@ -18,9 +18,7 @@ class SlideError(UserError):
 
 
 class RegionError(SlideError):
-    """Some pixels of a slide cannot be decoded; the slide stays usable, so that the others can be
-    read and these counted.
-    """
+    """Some pixels of a slide cannot be decoded; the others can still be read."""
 
 
 class Slide(ABC):
@@ -91,15 +89,11 @@ class Slide(ABC):
         """
 
     def is_blank(self, x: int, y: int, size: int) -> bool:
-        """Whether a square is known to be white without reading it: places of a tile folder without
-        tiles.
-        """
+        """Whether a square is known to be white unread: a tile folder's places without tiles."""
         return False
 
     def transparent_share(self) -> float | None:
-        """Share of the slide that the scanner took no picture of (shown white), None where the
-        format cannot say cheaply.
-        """
+        """Share of the slide without pixels (shown white), None where that is not cheap."""
         return None
 
     def reopen(self) -> None:

@@ -1,6 +1,4 @@
-"""Slides in any format that OpenSlide reads (SVS, NDPI, MRXS, SCN, BIF, DICOM, generic tiled TIFF,
-...).
-"""
+"""Slides in any format that OpenSlide reads (SVS, NDPI, MRXS, DICOM, tiled TIFF, ...)."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ import openslide
 from PIL import Image
 
 from patch_encoder.slides.base import RegionError, Slide, SlideError
-from patch_encoder.slides.names import slide_id_of
+from patch_encoder.slides.names import DICOM_SUFFIX, slide_id_of
 from patch_encoder.slides.pixels import blend_on_white
 from patch_encoder.slides.resolution import read_resolution
 
@@ -45,7 +43,7 @@ class OpenSlideFile(Slide):
         if self.properties.get(openslide.PROPERTY_NAME_VENDOR) in PLAIN_TIFF:
             self.tiff_path = path
         self.format = f"openslide {self.properties.get(openslide.PROPERTY_NAME_VENDOR, 'unknown')}"
-        self.associated = _associated_sizes(self.properties)
+        self.associated = _read_associated_sizes(self.properties)
         self.resolution = read_resolution(
             self.properties, self.slide_id, (self.width, self.height), mpp
         )
@@ -100,7 +98,7 @@ class OpenSlideFile(Slide):
         self._handle.close()
 
 
-def _associated_sizes(properties: dict[str, str]) -> dict[str, tuple[int, int]]:
+def _read_associated_sizes(properties: dict[str, str]) -> dict[str, tuple[int, int]]:
     # from the properties: asking for the pictures would decode them
     prefix, suffix = "openslide.associated.", ".width"
     names = [
@@ -112,3 +110,53 @@ def _associated_sizes(properties: dict[str, str]) -> dict[str, tuple[int, int]]:
         name: (int(properties[f"{prefix}{name}.width"]), int(properties[f"{prefix}{name}.height"]))
         for name in names
     }
+
+
+# tag (0020,000E), explicit VR "UI", little endian: the series' UID stands in a file's first
+# kilobytes
+SERIES_TAG = b"\x20\x00\x0e\x00UI"
+HEADER_BYTES = 1 << 18
+
+
+def find_dicom_files(folder: Path) -> list[Path]:
+    """The DICOM files that lie directly in a folder, sorted."""
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix.lower() == DICOM_SUFFIX and not file.name.startswith(".")
+    )
+
+
+def open_dicom_folder(folder: Path, mpp: float | None = None) -> OpenSlideFile:
+    """Open the folder's series; its name is the slide id.
+
+    Raises:
+        SlideError: several series, or no file that OpenSlide opens.
+    """
+    files = find_dicom_files(folder)
+    series = {uid for uid in map(read_series_uid, files) if uid}
+    if len(series) > 1:
+        raise SlideError(
+            f"slide {folder}: expected one DICOM series a folder, found {len(series)}; give each "
+            "a folder of its own"
+        )
+    for file in files:
+        try:
+            return OpenSlideFile(file, mpp, slide_id=folder.name)
+        except UnsupportedError:
+            continue  # an overview or a report of the same series
+    raise SlideError(
+        f"slide {folder}: expected a DICOM whole-slide series, OpenSlide opens none of its "
+        f"{len(files)} files"
+    )
+
+
+def read_series_uid(file: Path) -> str:
+    """SeriesInstanceUID, empty when the header has none in explicit little endian."""
+    with file.open("rb") as stream:
+        header = stream.read(HEADER_BYTES)
+    place = header.find(SERIES_TAG)
+    if place < 0:
+        return ""
+    length = int.from_bytes(header[place + 6 : place + 8], "little")
+    return header[place + 8 : place + 8 + length].decode("ascii", "replace").strip(" \0")

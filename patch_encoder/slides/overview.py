@@ -2,8 +2,8 @@
 more memory.
 
 Blocks are read by `slide.threads` threads; large levels of JPEG tiles are decoded at 1/2, 1/4 or
-1/8 (`reduced_jpeg`), which leaves out most of the work. What cannot be decoded is grey and counted,
-the rest is there.
+1/8 (`reduced_jpeg`), which leaves out most of the work. What cannot be decoded is grey and counted
+(`Damage`: cells of one lattice), so that the rest can be used and the loss reported.
 """
 
 from __future__ import annotations
@@ -13,24 +13,75 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import cv2
 import numpy as np
-from jaxtyping import Float32, Float64, Shaped, UInt8
+from jaxtyping import Bool, Float32, Float64, Int64, Shaped, UInt8
 from PIL import Image
 
 from common.processes.pool import heartbeat
 from patch_encoder.slides.base import RegionError, Slide
-from patch_encoder.slides.damage import CELL, Damage
 from patch_encoder.slides.reduced_jpeg import ReducedJpeg
+
+CELL = 256  # px of the level that is read
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Cells of a lattice over the slide.
+
+    Attributes:
+        cells: bool (rows, columns), True: cannot be decoded.
+        side: of a cell, in level-0 px.
+        error: what the reader said first, empty without damage.
+    """
+
+    cells: Bool[np.ndarray, "rows cols"]
+    side: float
+    error: str = ""
+
+    @property
+    def count(self) -> int:
+        """Cells that cannot be decoded."""
+        return int(self.cells.sum())
+
+    @property
+    def share(self) -> float:
+        """Of all cells."""
+        return float(self.cells.mean())
+
+    def __str__(self) -> str:
+        return f"{self.count} of {self.cells.size} blocks unreadable"
+
+    def touched(self, corners: Int64[np.ndarray, "N 2"], side: int) -> Bool[np.ndarray, " N"]:
+        """Whether squares with these level-0 corners reach into an unreadable cell."""
+        rows, cols = self.cells.shape
+        table = np.zeros((rows + 1, cols + 1), dtype=np.int64)
+        table[1:, 1:] = self.cells.cumsum(0).cumsum(1)
+        low = np.clip(np.floor(corners / self.side).astype(int), 0, (cols, rows))
+        high = np.clip(np.ceil((corners + side) / self.side).astype(int), low, (cols, rows))
+        (x0, y0), (x1, y1) = low.T, high.T
+        return (table[y1, x1] - table[y0, x1] - table[y1, x0] + table[y0, x0]) > 0
+
+    def mask(self, size: tuple[int, int], shape: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
+        """The cells as a mask (h, w) over a slide of `size` (width, height) level-0 px."""
+        found = np.zeros(shape, dtype=bool)
+        scale_x, scale_y = shape[1] / size[0], shape[0] / size[1]
+        for row, col in np.argwhere(self.cells).tolist():
+            top = int(row * self.side * scale_y)
+            bottom = int(np.ceil((row + 1) * self.side * scale_y))
+            left = int(col * self.side * scale_x)
+            right = int(np.ceil((col + 1) * self.side * scale_x))
+            found[top:bottom, left:right] = True
+        return found
+
 
 MAX_SIDE = 4096  # px of the picture that a mask is computed on
 BLOCK = 2048  # px of a level that are read at a time
-LARGE, KEPT_SIDE = (
-    4096,
-    2048,
-)  # px of a level whose overview is kept, and the least side of that overview
+LARGE = 4096  # px of a level whose overview is kept
+KEPT_SIDE = 2048  # px, least side of that overview
 UNREADABLE = 200  # grey value
 MAX_THREADS = 8  # each holds a block
 
@@ -45,9 +96,7 @@ class Overview:
     damage: Damage
 
     def on_glass(self, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
-        """With the colour of the slide's glass instead of what could not be decoded; `size`: the
-        slide's, level-0 px.
-        """
+        """The pixels with glass for what could not be decoded; `size`: the slide's, level-0 px."""
         if not self.damage.count:
             return self.pixels
         out, lost = self.pixels.copy(), self.damage.mask(size, self.pixels.shape[:2])
@@ -128,10 +177,8 @@ class _Reader:
             boxes = self.boxes(whole, 1)
             if reduced is not None:
                 source = stack.enter_context(reduced)
-                boxes, paint = (
-                    self.boxes(whole, factor, BLOCK // 4),
-                    lambda box: self.paint_reduced(box, source),
-                )
+                boxes = self.boxes(whole, factor, BLOCK // 4)
+                paint = partial(self.paint_reduced, source=source)
             threads = stack.enter_context(
                 ThreadPoolExecutor(max(1, min(self.slide.threads, MAX_THREADS, len(boxes))))
             )
@@ -154,9 +201,7 @@ class _Reader:
     def place(
         self, box: Box, factor: int = 1
     ) -> tuple[int, int, tuple[float, float, float, float]]:
-        """(x, y) of a box in whole pixels of the level at 1 / factor, and the box itself as seen
-        from there.
-        """
+        """(x, y) of a box in pixels of the level at 1 / factor, and the box seen from there."""
         step_x, step_y = self.step[0] / factor, self.step[1] / factor
         x, y = math.floor(box[0] * step_x), math.floor(box[1] * step_y)
         return (
@@ -204,12 +249,10 @@ class _Reader:
 
     def what_is_left(self, x: int, y: int, side: int) -> np.ndarray:
         """A block cell by cell; those that cannot be decoded are noted."""
-        out, downsample = (
-            np.full((side, side, 3), UNREADABLE, dtype=np.uint8),
-            self.slide.downsamples[self.level],
-        )
+        out = np.full((side, side, 3), UNREADABLE, dtype=np.uint8)
+        downsample = self.slide.downsamples[self.level]
         rows, cols = self.cells.shape
-        for row, col in _cells(x, y, side, rows, cols):
+        for row, col in _list_cells(x, y, side, rows, cols):
             left, top = col * CELL, row * CELL
             heartbeat()
             try:
@@ -231,9 +274,7 @@ class _Reader:
 def reduce_by_area(
     values: Shaped[np.ndarray, " n *rest"], edges: Float64[np.ndarray, " bins"]
 ) -> Float32[np.ndarray, " _ *rest"]:
-    """Means between consecutive edges along the first axis, float32; a value that an edge cuts
-    counts in part.
-    """
+    """Means between edges along the first axis, float32; a value that is cut counts in part."""
     table = np.zeros((len(values) + 1, *values.shape[1:]), dtype=np.float32)
     np.cumsum(values, axis=0, dtype=np.float32, out=table[1:])
     places = np.minimum(edges, len(values))
@@ -245,7 +286,7 @@ def reduce_by_area(
     )
 
 
-def _cells(x: int, y: int, side: int, rows: int, cols: int) -> Iterable[tuple[int, int]]:
+def _list_cells(x: int, y: int, side: int, rows: int, cols: int) -> Iterable[tuple[int, int]]:
     """(row, column) of the cells that a square of a level touches."""
     for row in range(y // CELL, min((y + side - 1) // CELL + 1, rows)):
         for col in range(x // CELL, min((x + side - 1) // CELL + 1, cols)):

@@ -1,6 +1,4 @@
-"""A plain picture (PNG, JPEG, BMP, WebP, JPEG 2000) of any size as a slide with one level, decoded
-once a handle.
-"""
+"""A plain picture (PNG, JPEG, BMP, WebP, JPEG 2000) as a slide with one level."""
 
 from __future__ import annotations
 
@@ -34,14 +32,12 @@ MAX_PIXELS = 2**32  # 12 GiB decoded
 
 
 class PictureFile(ArraySlide):
-    """Opening reads the header only; the first read decodes the picture, and all others are cut
-    from it.
-    """
+    """Opening reads the header only; the first read decodes the picture for all others."""
 
     def __init__(self, path: Path, mpp: float | None = None) -> None:
         self.slide_id, self.path = slide_id_of(path), path
         try:
-            with _without_limit(), Image.open(path) as image:
+            with _lift_limit(), Image.open(path) as image:
                 self.width, self.height = image.size
                 mode, density = image.mode, image.info.get("dpi", (0, 0))
                 self.format = f"picture {image.format}"
@@ -60,13 +56,13 @@ class PictureFile(ArraySlide):
         self.downsamples, self.level_sizes = (1.0,), ((self.width, self.height),)
         self._mode, self._lock = MODES[mode], threading.Lock()
         self.resolution = read_resolution(
-            _density_properties(*map(float, density)), self.slide_id, given=mpp
+            _make_properties(*map(float, density)), self.slide_id, given=mpp
         )
 
     @cached_property
     def _pixels(self) -> np.ndarray:
         try:
-            with _without_limit(), Image.open(self.path) as image:
+            with _lift_limit(), Image.open(self.path) as image:
                 # not .convert() alone: it would drop the transparency that blend_on_white composes
                 return keep(
                     convert_to_rgb(
@@ -88,10 +84,8 @@ class PictureFile(ArraySlide):
 
 
 @contextmanager
-def _without_limit() -> Iterator[None]:
-    """Pillow takes 179 Mpx and more for an attack; slides are larger, and have a limit of their own
-    here.
-    """
+def _lift_limit() -> Iterator[None]:
+    """Lift Pillow's limit of 179 Mpx: slides are larger and have a limit of their own."""
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         yield
@@ -99,10 +93,8 @@ def _without_limit() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def _density_properties(x: float, y: float) -> dict[str, str]:
-    """A picture's dots per inch when they are a microscope's; 72 or 300 are a program's habit and
-    not worth a word.
-    """
+def _make_properties(x: float, y: float) -> dict[str, str]:
+    """A picture's dots per inch if a microscope's; 72 or 300 are a program's default."""
     if not all(value and is_plausible(25400 / value) for value in (x, y)):
         return {}
     return {"tiff.XResolution": str(x), "tiff.YResolution": str(y), "tiff.ResolutionUnit": "inch"}

@@ -1,6 +1,4 @@
-"""Whatever a file stores -> RGB bytes: transparency on white, grey three times, everything deeper
-refused.
-"""
+"""Whatever a file stores -> RGB bytes: transparency on white, grey three times."""
 
 from __future__ import annotations
 
@@ -37,9 +35,7 @@ def blend_on_white(rgba: UInt8[np.ndarray, "h w 4"]) -> UInt8[np.ndarray, "h w 3
 
 
 def convert_to_rgb(pixels: np.ndarray, has_alpha: bool = True) -> UInt8[np.ndarray, "h w 3"]:
-    """Grey, grey + alpha, RGB or RGBA bytes (h, w) or (h, w, 1..4) as RGB; a fourth channel that is
-    no alpha goes.
-    """
+    """Grey, grey + alpha, RGB or RGBA bytes (h, w[, 1..4]) as RGB, without other channels."""
     assert pixels.dtype == np.uint8, pixels.dtype
     if pixels.ndim == 2:
         pixels = pixels[..., None]

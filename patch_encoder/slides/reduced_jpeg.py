@@ -30,9 +30,7 @@ DAMAGE = (OSError, UnidentifiedImageError, SyntaxError, ValueError)
 
 
 class ReducedJpeg:
-    """One page of a TIFF; coordinates are pixels of the page at 1 / factor. Used by several
-    threads.
-    """
+    """One page of a TIFF, in pixels of the page at 1 / factor; threads share it."""
 
     def __init__(
         self, slide: Slide, file: tifffile.TiffFile, page: tifffile.TiffPage, factor: int
@@ -47,9 +45,7 @@ class ReducedJpeg:
 
     @staticmethod
     def of(slide: Slide, level: int, factor: int) -> ReducedJpeg | None:
-        """The level of a slide at 1 / factor, None where its file has no JPEG tiles or they look
-        otherwise to the reader.
-        """
+        """The level at 1 / factor, None without JPEG tiles that agree with the reader's."""
         if slide.tiff_path is None:
             return None
         try:
@@ -113,14 +109,14 @@ class ReducedJpeg:
             stream = self._file.filehandle
             stream.seek(self._page.dataoffsets[index])
             data = stream.read(self._page.databytecounts[index])
-        pixels = self._decoded(index, data)
+        pixels = self._decode(index, data)
         with self._lock:
             self._cache[index] = pixels
             while len(self._cache) > CACHED_TILES:
                 self._cache.popitem(last=False)
         return pixels
 
-    def _decoded(self, index: int, data: bytes) -> np.ndarray:
+    def _decode(self, index: int, data: bytes) -> np.ndarray:
         colours = ADOBE + (b"\x01" if self._page.photometric == YCBCR else b"\x00")
         width, height = self._tile
         try:

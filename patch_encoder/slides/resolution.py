@@ -107,17 +107,17 @@ def read_resolution(
         size: level-0 (width, height) in pixels, for keys that give the whole picture's size.
         given: um per pixel from the user, which wins.
     """
-    power = _power(properties)
-    found, doubts = _from_keys(properties, size)
+    power = _read_power(properties)
+    found, doubts = _read_keys(properties, size)
     if given is not None:
-        if found is not None and found.mpp is not None and not _close(given, found.mpp, 1.05):
+        if found is not None and found.mpp is not None and not _are_close(given, found.mpp, 1.05):
             announce_resolution(
                 f"slide {slide_id}: mpp {given:g} as given; the file says {found.mpp:.4g} "
                 f"({found.source})"
             )
         return Resolution(given, "given", power)
     if found is not None and found.mpp is not None:
-        if power is not None and not _close(found.mpp * power, 10.0, POWER_RATIO):
+        if power is not None and not _are_close(found.mpp * power, 10.0, POWER_RATIO):
             announce_resolution(
                 f"slide {slide_id}: {found.source} says {found.mpp:.4g} um, but its objective is "
                 f"{power:g}x; {REMEDY}"
@@ -136,24 +136,24 @@ def read_resolution(
     return Resolution(10 / power, "objective power", power)
 
 
-def _from_keys(
+def _read_keys(
     properties: Mapping[str, str], size: tuple[int, int]
 ) -> tuple[Resolution | None, list[str]]:
     """The first believable pair of numbers, and what was said against those before it."""
     doubts: list[str] = []
-    for source, x, y in _candidates(properties, size):
+    for source, x, y in _list_candidates(properties, size):
         numbers = [value for value in (x, y) if value is not None]
         wrong = [value for value in numbers if not is_plausible(value)]
         if wrong:
             doubts.append(
                 f"{source} says {wrong[0]:g} um, outside {PLAUSIBLE_MPP[0]} to {PLAUSIBLE_MPP[1]}"
             )
-        elif not _close(numbers[0], numbers[-1], SQUARE_XY):
+        elif not _are_close(numbers[0], numbers[-1], SQUARE_XY):
             doubts.append(
                 f"{source} says {numbers[0]:g} by {numbers[-1]:g} um, pixels that are not square"
             )
         else:
-            if not _close(numbers[0], numbers[-1], SAME_XY):
+            if not _are_close(numbers[0], numbers[-1], SAME_XY):
                 doubts.append(
                     f"{source} says {numbers[0]:g} by {numbers[-1]:g} um, taken as their mean"
                 )
@@ -161,43 +161,43 @@ def _from_keys(
     return None, doubts
 
 
-def _candidates(
+def _list_candidates(
     properties: Mapping[str, str], size: tuple[int, int]
 ) -> Iterator[tuple[str, float | None, float | None]]:
     """(key, um of x, um of y), most trusted first; at least one of the two is a number."""
     for key_x, key_y, unit in KEYS:
-        yield from _pair(key_x, properties.get(key_x), properties.get(key_y), unit)
+        yield from _parse_pair(key_x, properties.get(key_x), properties.get(key_y), unit)
     spacing = re.findall(r"[\d.eE+-]+", properties.get(PHILIPS_KEY, ""))
     if len(spacing) >= 2:
-        yield from _pair(PHILIPS_KEY, spacing[1], spacing[0], 1000.0)
-    lengths = [_number(properties.get(key)) for key in HAMAMATSU_KEYS]
+        yield from _parse_pair(PHILIPS_KEY, spacing[1], spacing[0], 1000.0)
+    lengths = [_parse_number(properties.get(key)) for key in HAMAMATSU_KEYS]
     if any(lengths) and all(size):
         values = [str(length / pixels) if length else None for length, pixels in zip(lengths, size)]
-        yield from _pair(HAMAMATSU_KEYS[0], values[0], values[1], 0.001)
+        yield from _parse_pair(HAMAMATSU_KEYS[0], values[0], values[1], 0.001)
     mirax = [
         next((v for k, v in properties.items() if k.endswith(suffix)), None)
         for suffix in MIRAX_SUFFIXES
     ]
-    yield from _pair(f"mirax {MIRAX_SUFFIXES[0]}", mirax[0], mirax[1], 1.0)
+    yield from _parse_pair(f"mirax {MIRAX_SUFFIXES[0]}", mirax[0], mirax[1], 1.0)
     unit = TIFF_UNITS.get(properties.get(TIFF_KEYS[2], "").lower())
-    densities = [_number(properties.get(key)) for key in TIFF_KEYS[:2]]
+    densities = [_parse_number(properties.get(key)) for key in TIFF_KEYS[:2]]
     if unit and any(densities):
         values = [str(1 / density) if density else None for density in densities]
-        yield from _pair(TIFF_KEYS[0], values[0], values[1], unit)
+        yield from _parse_pair(TIFF_KEYS[0], values[0], values[1], unit)
 
 
-def _pair(
+def _parse_pair(
     source: str, x: str | None, y: str | None, unit: float
 ) -> Iterator[tuple[str, float | None, float | None]]:
-    values = [None if number is None else number * unit for number in (_number(x), _number(y))]
+    values = [
+        None if number is None else number * unit for number in (_parse_number(x), _parse_number(y))
+    ]
     if values != [None, None]:
         yield source, values[0], values[1]
 
 
-def _number(text: str | None) -> float | None:
-    """A positive number, NaN kept so that it is reported; None for anything else (0 means unknown
-    in several formats).
-    """
+def _parse_number(text: str | None) -> float | None:
+    """A positive number or NaN (to report it); None for anything else (0 is unknown)."""
     try:
         value = float(text) if text is not None else 0.0
     except ValueError:
@@ -205,15 +205,15 @@ def _number(text: str | None) -> float | None:
     return value if value > 0 or math.isnan(value) else None
 
 
-def _power(properties: Mapping[str, str]) -> float | None:
+def _read_power(properties: Mapping[str, str]) -> float | None:
     for key in POWER_KEYS:
-        value = _number(properties.get(key))
+        value = _parse_number(properties.get(key))
         if value is not None and PLAUSIBLE_POWER[0] <= value <= PLAUSIBLE_POWER[1]:
             return value
     return None
 
 
-def _close(a: float, b: float, ratio: float) -> bool:
+def _are_close(a: float, b: float, ratio: float) -> bool:
     return max(a, b) <= ratio * min(a, b)
 
 

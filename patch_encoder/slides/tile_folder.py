@@ -1,20 +1,82 @@
-"""Slides that a scanner exported as a folder of tiles, `<row>_<col>.jpg|png` (the layout of
-TS2G-KD) or any other naming.
-"""
+"""Slides as folders of tiles, `<row>_<col>.jpg|png` (TS2G-KD's layout) or other names."""
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from common.errors import UserError
 from patch_encoder.slides.base import RegionError, Slide, SlideError
 from patch_encoder.slides.pixels import convert_to_rgb
 from patch_encoder.slides.resolution import read_resolution
-from patch_encoder.slides.tile_pattern import parse_tile_pattern as compile_pattern
+
+DEFAULT = r"(?P<row>\d+)_(?P<col>\d+)\.(?:jpg|jpeg|png)"  # TS2G-KD's layout
+FIELD = re.compile(r"\{(row|col|x|y)\}")
+
+
+@dataclass(frozen=True)
+class TilePattern:
+    """A compiled pattern.
+
+    Attributes:
+        text: as the user gave it, empty for the default.
+        expression: matches whole file names.
+        in_pixels: places are level-0 pixels (x, y) and not (col, row).
+    """
+
+    text: str
+    expression: re.Pattern[str]
+    in_pixels: bool
+
+    def place(self, name: str) -> tuple[int, int] | None:
+        """(x, y) in pixels or (col, row) of a file name, None for other files."""
+        match = self.expression.fullmatch(name)
+        if match is None:
+            return None
+        names = ("x", "y") if self.in_pixels else ("col", "row")
+        return int(match[names[0]]), int(match[names[1]])
+
+
+@lru_cache(maxsize=64)
+def parse_tile_pattern(text: str) -> TilePattern:
+    """Compile `tile_x{x}_y{y}.png`, or a regular expression with the groups row and col, or x and y
+    (in pixels).
+
+    Raises:
+        UserError: neither.
+    """
+    try:
+        expression = re.compile(
+            _compile_template(text) if FIELD.search(text) else text or DEFAULT, re.IGNORECASE
+        )
+    except re.error as error:
+        raise UserError(
+            f"tile_pattern={text}: expected a template or a regular expression, found {error}"
+        ) from None
+    groups = set(expression.groupindex)
+    if groups & {"row", "col", "x", "y"} not in ({"row", "col"}, {"x", "y"}):
+        raise UserError(
+            f"tile_pattern={text}: expected {{row}} and {{col}}, or {{x}} and {{y}} in pixels (as "
+            "a regular expression: "
+            f"groups (?P<row>\\d+) and so on), found {sorted(groups)}"
+        )
+    return TilePattern(text, expression, "x" in groups)
+
+
+def _compile_template(text: str) -> str:
+    """Everything but the fields is meant literally."""
+    parts = FIELD.split(text)
+    return "".join(
+        rf"(?P<{part}>\d+)" if index % 2 else re.escape(part) for index, part in enumerate(parts)
+    )
+
 
 CACHED_TILES = 16
 
@@ -33,7 +95,7 @@ class TileFolder(Slide):
 
     def __init__(self, path: Path, mpp: float | None = None, tile_pattern: str = "") -> None:
         self.slide_id, self.path, self.tile_pattern = path.name, path, tile_pattern
-        pattern = compile_pattern(tile_pattern)
+        pattern = parse_tile_pattern(tile_pattern)
         found = (
             (pattern.place(file.name), file)
             for file in sorted(path.iterdir())
@@ -56,7 +118,7 @@ class TileFolder(Slide):
                 f"slide {path}: expected one file a tile, found {len(places)} files for "
                 f"{len(self.tiles)} places"
             )
-        self.width, self.height = self._extent()
+        self.width, self.height = self._measure_extent()
         self._corners: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for x, y in self.tiles:
             for row, col in self._cells_of(x, y, self.tile_side):
@@ -80,10 +142,8 @@ class TileFolder(Slide):
                 f"slide {self.slide_id}: tile {file.name} cannot be decoded: {error}"
             ) from None
 
-    def _extent(self) -> tuple[int, int]:
-        """(width, height) in whole cells, by the sizes of the last tile to the right and of the
-        last one down.
-        """
+    def _measure_extent(self) -> tuple[int, int]:
+        """(width, height) in whole cells, by the last tile to the right and the last one down."""
         right, down = max(self.tiles), max(self.tiles, key=lambda corner: corner[::-1])
         ends = (right[0] + self.tile_side, down[1] + self.tile_side)
         if not self._strict:
@@ -105,10 +165,8 @@ class TileFolder(Slide):
 
     def _cells_of(self, x: int, y: int, size: int) -> list[tuple[int, int]]:
         side = self.tile_side
-        rows, cols = (
-            range(y // side, (y + size - 1) // side + 1),
-            range(x // side, (x + size - 1) // side + 1),
-        )
+        rows = range(y // side, (y + size - 1) // side + 1)
+        cols = range(x // side, (x + size - 1) // side + 1)
         return [(row, col) for row in rows for col in cols]
 
     def corners(self) -> np.ndarray:

@@ -1,3 +1,1 @@
-"""Stain: separation, normalisation and augmentation of haematoxylin and eosin on batches of uint8
-tiles.
-"""
+"""Separation, normalisation and augmentation of H&E stains on batches of uint8 tiles."""

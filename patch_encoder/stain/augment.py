@@ -21,9 +21,7 @@ from patch_encoder.stain.macenko import StainProfile, fit_macenko, make_unmixing
 from patch_encoder.stain.optical_density import recolour
 
 RUIFROK = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
-"""Densities of haematoxylin, eosin and DAB (rows) in red, green and blue, as in skimage's
-rgb2hed.
-"""
+"""Densities of haematoxylin, eosin, DAB (rows) in red, green, blue; skimage's rgb2hed."""
 WHITE = 256.0
 """Light of the deconvolution: intensity 255 has density 0, so that white has no stain at all."""
 
@@ -34,11 +32,6 @@ def make_mixing_matrix(device: torch.device) -> Float[Tensor, "3 3"]:
     return torch.tensor(RUIFROK, dtype=torch.float64, device=device).mT.contiguous()
 
 
-def measure_hed_amounts(density: Float[Tensor, "b 3 n"]) -> Float[Tensor, "b 3 n"]:
-    """Amounts of haematoxylin, eosin and DAB; what no mixture explains is negative."""
-    return torch.linalg.inv(make_mixing_matrix(density.device)).to(density) @ density
-
-
 def draw_factors(
     count: int, stains: int, alpha: float, beta: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
@@ -47,7 +40,7 @@ def draw_factors(
     return 1 + alpha * drawn[..., 0], beta * drawn[..., 1]
 
 
-def _count(tiles: Tensor) -> int:
+def _count_tiles(tiles: Tensor) -> int:
     return len(tiles) if tiles.ndim == 4 else 1
 
 
@@ -70,7 +63,7 @@ class HedJitter:
         """Tiles (B, 3, H, W) or (3, H, W), each with draws of its own."""
         factor, shift = (
             part.to(tiles.device).double()
-            for part in draw_factors(_count(tiles), 3, self.alpha, self.beta, generator)
+            for part in draw_factors(_count_tiles(tiles), 3, self.alpha, self.beta, generator)
         )
         matrix = make_mixing_matrix(tiles.device)
         mapped = (matrix * factor[:, None]) @ torch.linalg.inv(matrix)
@@ -102,13 +95,11 @@ class StainJitter:
         """
         factor, shift = (
             part.to(tiles.device)
-            for part in draw_factors(_count(tiles), 2, self.alpha, self.beta, generator)
+            for part in draw_factors(_count_tiles(tiles), 2, self.alpha, self.beta, generator)
         )
         found = profile.to(tiles.device) if profile else fit_macenko(tiles)
-        factor, shift = (
-            torch.where(found.present, factor, 1.0),
-            torch.where(found.present, shift * found.strength, 0.0),
-        )
+        factor = torch.where(found.present, factor, 1.0)
+        shift = torch.where(found.present, shift * found.strength, 0.0)
         eye = torch.eye(3, device=tiles.device)
         mapped = eye + (found.matrix * (factor - 1)[:, None]) @ make_unmixing_matrix(found.matrix)
         return recolour(tiles, mapped, (found.matrix @ shift[..., None]).squeeze(-1))

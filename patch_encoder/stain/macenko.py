@@ -13,6 +13,7 @@ absent, and the target's is put in its place.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -27,7 +28,6 @@ from patch_encoder.stain.optical_density import (
     recolour,
     select_stained_pixels,
 )
-from patch_encoder.stain.percentiles import compute_percentiles
 
 ALPHA = 1.0
 """Percent of the angles and of the amounts that are beyond the extremes."""
@@ -40,13 +40,9 @@ LEAST_ANGLE = 0.21
 LARGEST_ANGLE = 1.4
 """Radians (80 degrees); densities are positive, so what is further apart is no pair of stains."""
 LARGEST_GAIN = 4.0
-"""No stain is strengthened more than so many times: what is that faint is noise for the most
-part.
-"""
+"""No stain is strengthened more than this: fainter ones are mostly noise."""
 COMMON = ((0.5626, 0.2159), (0.7201, 0.8012), (0.4062, 0.5581))
-"""Densities of haematoxylin and eosin (columns) in red, green and blue; the reference that the
-published code comes with.
-"""
+"""Densities of H and E (columns) in red, green, blue: the published code's reference."""
 DEEPEST = 16.0  # largest amount of a stain that is told apart
 COMMON_STRENGTH = (1.9705, 1.0308)
 
@@ -99,8 +95,8 @@ def fit_macenko(
     """
     density = optical_density(tiles)
     tissue, kept = select_stained_pixels(tiles, beta)
-    matrix, two = _two_stains(density, kept, alpha)
-    lone, which = _one_stain(compute_moments(density, tissue.unsqueeze(1).to(density))[..., 0])
+    matrix, two = _fit_two_stains(density, kept, alpha)
+    lone, which = _fit_one_stain(compute_moments(density, tissue.unsqueeze(1).to(density))[..., 0])
     enough = tissue.count_nonzero(-1) >= LEAST_STAINED * tissue.shape[-1]
     present = (two[:, None] | which) & enough[:, None]
     common = make_common_profile().to(density.device)
@@ -125,7 +121,7 @@ def compute_moments(
     return a.double() @ b.double().mT
 
 
-def _two_stains(
+def _fit_two_stains(
     density: Float[Tensor, "b 3 n"], kept: Bool[Tensor, "b n"], alpha: float
 ) -> tuple[Float[Tensor, "b 3 2"], Bool[Tensor, " b"]]:
     """(directions of haematoxylin and eosin in the kept pixels, whether they are two)."""
@@ -151,10 +147,10 @@ def _two_stains(
     return found.gather(-1, redder_first), two
 
 
-def _one_stain(total: Float64[Tensor, "b 3"]) -> tuple[Float[Tensor, "b 3"], Bool[Tensor, "b 2"]]:
-    """(mean direction, which stain it is): the nearer of the common two, or neither when it is
-    nearer to grey.
-    """
+def _fit_one_stain(
+    total: Float64[Tensor, "b 3"],
+) -> tuple[Float[Tensor, "b 3"], Bool[Tensor, "b 2"]]:
+    """(mean direction, which stain it is nearest to; neither when it is nearer to grey)."""
     direction = torch.nn.functional.normalize(total, dim=-1).float()
     common = make_common_profile().matrix[0].to(direction)
     known = torch.cat((common, torch.ones_like(common[:, :1])), -1)
@@ -196,9 +192,48 @@ def normalise_macenko(
 def has_one_stain(
     tiles: UInt8[Tensor, "*b 3 h w"], source: StainProfile, stain: int
 ) -> UInt8[Tensor, "*b 3 h w"]:
-    """Tiles with haematoxylin (0) or eosin (1) alone, in its own colour; white where the source has
-    none of it.
-    """
+    """Tiles with haematoxylin (0) or eosin (1) alone; white where the source has none."""
     source = source.to(tiles.device)
     column = source.matrix[..., stain : stain + 1] * source.present[:, stain, None, None]
     return recolour(tiles, column @ make_unmixing_matrix(source.matrix)[:, stain : stain + 1])
+
+
+BINS = 1 << 13
+
+
+def compute_percentiles(
+    values: Float[Tensor, "b n"],
+    mask: Bool[Tensor, "b n"],
+    percents: Sequence[float],
+    limits: tuple[float, float],
+) -> Float[Tensor, "b p"]:
+    """The percentiles of each row's masked values, float32, by counting into fine bins.
+
+    Nearest rank, then its place within the bin by proportion: the error is below a bin's width, and
+    nothing is sorted. Counts are integers, so that the result is the same for any number of threads
+    and any batch.
+
+    Args:
+        values, mask: (B, N).
+        percents: in [0, 100].
+        limits: range that is resolved in BINS steps; what lies outside counts at its ends.
+
+    Returns:
+        (B, len(percents)); the lower limit for a row without any value.
+    """
+    low, high = limits
+    step = (high - low) / BINS
+    rows = len(values)
+    place = ((values - low) * (1 / step)).clamp_(0, BINS - 1).masked_fill_(~mask, BINS).int()
+    place += torch.arange(rows, dtype=torch.int32, device=values.device)[:, None] * (BINS + 1)
+    counts = torch.bincount(place.view(-1), minlength=rows * (BINS + 1)).view(rows, BINS + 1)[
+        :, :BINS
+    ]
+    below = counts.cumsum(-1)
+    total = below[:, -1:]
+    shares = torch.tensor(percents, dtype=torch.float64, device=values.device) / 100
+    rank = (shares * (total - 1).clamp_min(0)).round().long()
+    found = torch.searchsorted(below, rank, right=True).clamp_max(BINS - 1)
+    inside = (rank - below.gather(-1, found) + 0.5) / counts.gather(-1, found).clamp_min(1) + 1
+    value = low + step * (found + inside)
+    return torch.where(total > 0, value, low).float()

@@ -88,9 +88,7 @@ def convert_to_tensor(tile: UInt8[np.ndarray, "h w 3"]) -> UInt8[Tensor, "3 h w"
 
 
 def thin_pixels(tile: UInt8[Tensor, "3 h w"], side: int) -> UInt8[Tensor, "3 a b"]:
-    """Every n-th pixel of every n-th row, at most about side x side of them; colours stay as they
-    are.
-    """
+    """Every n-th pixel of every n-th row, at most about side x side of them."""
     step = max(1, math.ceil(max(tile.shape[1:]) / side))
     return tile[:, step // 2 :: step, step // 2 :: step].contiguous()
 

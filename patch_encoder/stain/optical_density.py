@@ -54,12 +54,12 @@ def optical_density(
 def select_stained_pixels(
     tiles: UInt8[Tensor, "*b 3 h w"], glass: float = GLASS
 ) -> tuple[Bool[Tensor, "b n"], Bool[Tensor, "b n"]]:
-    """(denser than glass in some colour, denser than glass in every colour), black pixels in
-    neither.
-    """
+    """(denser than glass in some colour, in every colour), black pixels in neither."""
     lowest, highest = find_darkest_and_lightest(tiles)
-    coloured = highest > _intensity(BLACK)
-    return (lowest <= _intensity(glass)) & coloured, (highest <= _intensity(glass)) & coloured
+    coloured = highest > _find_intensity(BLACK)
+    return (lowest <= _find_intensity(glass)) & coloured, (
+        highest <= _find_intensity(glass)
+    ) & coloured
 
 
 def find_darkest_and_lightest(
@@ -73,15 +73,13 @@ def find_darkest_and_lightest(
 
 
 def weigh_tissue(tiles: UInt8[Tensor, "*b 3 h w"]) -> Float[Tensor, "b n"]:
-    """1 where tissue is, 0 on glass, a ramp from half of GLASS to GLASS between: no seam where
-    tissue ends.
-    """
+    """1 on tissue, 0 on glass, a ramp from half of GLASS to GLASS: tissue has no seam."""
     lowest, _ = find_darkest_and_lightest(tiles)
     tissue, glass = LIGHT * math.exp(-GLASS) - 1, LIGHT * math.exp(-GLASS / 2) - 1
     return lowest.float().sub_(glass).mul_(1 / (tissue - glass)).clamp_(0, 1)
 
 
-def _intensity(density: float) -> int:
+def _find_intensity(density: float) -> int:
     """The largest intensity that is at least so dense."""
     return math.floor(LIGHT * math.exp(-density) - 1)
 
@@ -94,9 +92,7 @@ def round_to_pixels(intensity: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape
 def mix_channels(
     matrix: Float[Tensor, "#b p 3"], rows: Float[Tensor, "#b 3 n"]
 ) -> Float[Tensor, "_ p n"]:
-    """matrix @ rows, spelt out: a matrix product rounds otherwise for a batch than for its tiles
-    one by one.
-    """
+    """matrix @ rows, spelt out: a matrix product rounds a batch unlike its single tiles."""
     first, second, third = rows.unsqueeze(1).unbind(2)  # (B, 1, N)
     a, b, c = matrix.unsqueeze(-1).unbind(2)  # (B, P, 1)
     return (first * a).add_(second * b).add_(third * c)

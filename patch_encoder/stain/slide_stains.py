@@ -52,22 +52,18 @@ class SlideStains:
     def __call__(
         self, tile: UInt8[np.ndarray, "h w 3"], slide: int, number: int
     ) -> UInt8[np.ndarray, "h w 3"]:
-        """Tile `number` of slide `slide`, normalised; as it is where too little is stained to
-        tell.
-        """
+        """Normalise tile `number` of a slide; it stays as it is where too little is stained."""
         if self.normaliser.scope == "tile":
             return self.normaliser.apply(tile)
         if slide not in self._measured:
             self._measured[slide] = self.measure(slide)
         statistics, tiles = self._measured[slide]
         if number == 0:  # one worker has this tile: said once
-            self._say(self.coordinates[slide].geometry.name, statistics, tiles)
+            self._warn(self.coordinates[slide].geometry.name, statistics, tiles)
         return self.normaliser.apply(tile, statistics)
 
     def measure(self, slide: int) -> MeasuredStain:
-        """Statistics of up to SAMPLE tiles; those that cannot be read are passed over, SAMPLE of
-        them at most.
-        """
+        """Statistics of up to SAMPLE tiles; up to SAMPLE unreadable ones are passed over."""
         pixels: list[torch.Tensor] = []
         for number in sample_tiles(self.coordinates[slide])[: 2 * SAMPLE]:
             if len(pixels) == SAMPLE:
@@ -83,7 +79,7 @@ class SlideStains:
             self.normaliser.fit(torch.cat(pixels or [glass], 1).unsqueeze(1)), len(pixels)
         )
 
-    def _say(self, slide_id: str, statistics: Statistics, tiles: int) -> None:
+    def _warn(self, slide_id: str, statistics: Statistics, tiles: int) -> None:
         kind = self.normaliser.kind
         if not bool(statistics.present.any()):
             found = f"too little stained tissue in {tiles} sampled tiles"
@@ -98,9 +94,7 @@ class SlideStains:
 
 
 def sample_tiles(coordinates: Coordinates) -> np.ndarray:
-    """All tile numbers in an order that only the coordinates decide; its start is a sample from all
-    over the slide.
-    """
+    """All tile numbers in an order that the coordinates decide: any start is a fair sample."""
     return np.random.default_rng(int(coordinates.digest()[:16], 16)).permutation(
         len(coordinates.coords)
     )

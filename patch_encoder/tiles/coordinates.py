@@ -72,17 +72,15 @@ class TileGeometry:
 
     @staticmethod
     def from_attributes(attributes: Mapping[str, Any], source: str) -> TileGeometry:
-        """From HDF5 attributes, of our own files or CLAM's (patch_size, patch_level) or TRIDENT's
-        (patch_size_level0).
-        """
+        """From HDF5 attributes: ours, CLAM's (patch_level) or TRIDENT's (patch_size_level0)."""
         if "patch_size" not in attributes:
             raise UserError(
                 f"{source}: expected the attribute 'patch_size' on 'coords', found "
                 f"{sorted(attributes)}; tile the slide again"
             )
         if FULL_GEOMETRY in attributes:
-            return _checked(json.loads(str(attributes[FULL_GEOMETRY])), source)
-        values = _trident(attributes) if _is_trident(attributes) else _clam(attributes)
+            return _make_geometry(json.loads(str(attributes[FULL_GEOMETRY])), source)
+        values = _read_trident(attributes) if _is_trident(attributes) else _read_clam(attributes)
         defaults = {
             "name": Path(source).stem,
             "patch_level": 0,
@@ -90,10 +88,10 @@ class TileGeometry:
             "mpp": 0.0,
             "overlap": 0.0,
         }
-        return _checked(defaults | {"level0_width": 0, "level0_height": 0} | values, source)
+        return _make_geometry(defaults | {"level0_width": 0, "level0_height": 0} | values, source)
 
 
-def _checked(values: Mapping[str, Any], source: str) -> TileGeometry:
+def _make_geometry(values: Mapping[str, Any], source: str) -> TileGeometry:
     """The fields out of a mapping, as their types."""
     types = {"str": str, "int": int, "float": float}
     try:
@@ -114,10 +112,8 @@ def _is_trident(attributes: Mapping[str, Any]) -> bool:
     return "patch_size_level0" in attributes and "patch_level" not in attributes
 
 
-def _trident(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """TRIDENT's `patch_size` and `overlap` are px after resampling; it stores no level, and level 0
-    is always right.
-    """
+def _read_trident(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """TRIDENT's `patch_size` and `overlap` are px after resampling; level 0 is always right."""
     target = int(attributes["patch_size"])
     changed = {
         "patch_size": attributes["patch_size_level0"],
@@ -127,10 +123,8 @@ def _trident(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return dict(attributes) | changed | {"overlap": float(attributes.get("overlap", 0)) / target}
 
 
-def _clam(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """CLAM's `patch_size` is px of `patch_level`, as ours; `custom_downsample` (before 2022)
-    shrinks them after reading.
-    """
+def _read_clam(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """CLAM's `patch_size` is as ours; `custom_downsample` (before 2022) shrinks it later."""
     values = dict(attributes)
     downsample = float(np.ravel(values.get("downsample", 1.0))[0])
     values.setdefault("patch_size_level0", round(int(values["patch_size"]) * downsample))
@@ -145,9 +139,7 @@ def _clam(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Top-left corners of a slide's tiles, int64 (N, 2) in level-0 pixels, and how they are
-    read.
-    """
+    """Top-left corners (N, 2) int64 of a slide's tiles in level-0 px, and how they are read."""
 
     coords: Int[np.ndarray, "tiles 2"]
     geometry: TileGeometry
@@ -165,9 +157,7 @@ class Coordinates:
 def write_coordinates(
     path: str | Path, coordinates: Coordinates, extra: Mapping[str, str] | None = None
 ) -> None:
-    """Write a coordinates file atomically; `extra` become further attributes (how the tissue was
-    found).
-    """
+    """Write a coordinates file atomically, with `extra` as further attributes."""
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
         dataset = file.create_dataset("coords", data=coordinates.coords.astype(np.int64))
         dataset.attrs.update(asdict(coordinates.geometry) | dict(extra or {}))
@@ -209,8 +199,16 @@ def coordinate_attributes(path: str | Path) -> dict[str, Any]:
 
 
 def tile_pattern_of(files: Iterable[Path]) -> str:
-    """How the tile folders of a cohort name their tiles, by the first of its coordinates files or
-    bags.
-    """
+    """How a cohort's tile folders name their tiles, by the first coordinates file or bag."""
     first = next(iter(sorted(files)), None)
     return str(coordinate_attributes(first).get("tile_pattern", "")) if first else ""
+
+
+@dataclass(frozen=True)
+class SlideJob:
+    """One slide to be encoded: where it lies, its tiles, its resolution if the user gave one."""
+
+    slide_id: str
+    path: Path
+    coordinates: Coordinates
+    mpp: float | None

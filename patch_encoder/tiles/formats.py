@@ -104,10 +104,8 @@ def read_h5(path: Path, source: CoordinateSource) -> Coordinates:
             filled = replace(
                 filled, patch_level=geometry.patch_level, patch_size=geometry.patch_size
             )
-        width, height = (
-            geometry.level0_width or filled.level0_width,
-            geometry.level0_height or filled.level0_height,
-        )
+        width = geometry.level0_width or filled.level0_width
+        height = geometry.level0_height or filled.level0_height
         steps = {"overlap": geometry.overlap, "step_level0": geometry.step_level0}
         geometry = replace(filled, level0_width=width, level0_height=height, **steps)
     if source.slide is not None:  # files of other tools do not have them
@@ -361,9 +359,7 @@ def write_geojson(
 
 @dataclass(frozen=True)
 class CoordinateLayout:
-    """One tool's way to keep coordinates: how a file is read and written, and what it is called
-    below the output folder.
-    """
+    """One tool's way to keep coordinates: how to read and write a file, and its name."""
 
     read: Callable[[Path, CoordinateSource], Coordinates]
     write: Callable[[Path, Coordinates, CoordinateSource, Path], None]

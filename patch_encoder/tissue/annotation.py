@@ -1,6 +1,4 @@
-"""Tissue drawn by hand: a GeoJSON (QuPath's export) or a mask picture per slide, found by slide id
-in one folder.
-"""
+"""Tissue drawn by hand: a GeoJSON (QuPath's export) or mask picture per slide id."""
 
 from __future__ import annotations
 
@@ -110,7 +108,7 @@ def read_picture_mask(path: Path, slide: Slide, shape: tuple[int, int]) -> Bool[
     """
     try:
         with Image.open(path) as image:
-            pixels = _grey(image)
+            pixels = _read_grey(image)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise UserError(
             f"{path}: expected a mask picture, cannot be read: {error}; export it at a lower "
@@ -138,10 +136,8 @@ def read_picture_mask(path: Path, slide: Slide, shape: tuple[int, int]) -> Bool[
     return np.asarray(small) >= 128
 
 
-def _grey(image: Image.Image) -> np.ndarray:
-    """One number a pixel: indices of a palette, grey values, or the mean of colours without their
-    transparency.
-    """
+def _read_grey(image: Image.Image) -> np.ndarray:
+    """One number per pixel: palette index, grey value, or the mean of opaque colours."""
     if image.mode in ("1", "L", "P", "I", "I;16", "F"):
         return np.asarray(image)
     return np.asarray(image.convert("RGB")).mean(-1)

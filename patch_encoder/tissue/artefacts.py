@@ -1,25 +1,23 @@
-"""What lies on a slide and is no tissue, by shape: rings of air bubbles, edges of the coverslip,
-flat areas, dust.
+"""What lies on a slide and is no tissue: rings of air bubbles, edges of the coverslip, flat areas
+and dust by their shape, pen marks by their colour.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 from jaxtyping import Bool, Float32, UInt8
 
-from patch_encoder.tissue.regions import grow_mask, label_parts, open_mask
+from patch_encoder.tissue.regions import close_mask, grow_mask, label_parts, open_mask
 
 BUBBLE = 200.0  # um; smaller rings are cells or glands
-ROUND, HOLLOW = (
-    0.7,
-    0.6,
-)  # 4 pi area / perimeter^2 of a bubble, and the least share of it that its hole covers
+ROUND = 0.7  # 4 pi area / perimeter^2 of a bubble
+HOLLOW = 0.6  # least share of a bubble that its hole covers
 COARSE = 8.0  # um per pixel that lines are looked for at
-FILLED, BESIDE = (
-    0.8,
-    0.5,
-)  # share of a line that is marked, and the most that may be on both sides of it
+FILLED = 0.8  # share of a line that is marked
+BESIDE = 0.5  # most that may be marked on both sides of it
 
 
 def find_bubbles(mask: Bool[np.ndarray, "h w"], mpp: float) -> Bool[np.ndarray, "h w"]:
@@ -55,7 +53,7 @@ def find_lines(
     # long and straight shows on coarse pixels, too, and costs a fraction there
     factor = max(1, int(COARSE / mpp))
     pixels, thickness = round(length / mpp / factor), max(3, round(width / mpp / factor))
-    coarse, coarse_thin = _reduced(mask, factor), _reduced(thin, factor)
+    coarse, coarse_thin = _reduce(mask, factor), _reduce(thin, factor)
     found = np.zeros(coarse.shape, dtype=np.uint8)
     segments = cv2.HoughLinesP(
         coarse_thin.astype(np.uint8),
@@ -74,10 +72,8 @@ def find_lines(
     return whole[: mask.shape[0], : mask.shape[1]].astype(bool) & thin
 
 
-def _reduced(mask: np.ndarray, factor: int) -> np.ndarray:
-    """Blocks of factor x factor pixels of which a third is marked, which a line across it
-    reaches.
-    """
+def _reduce(mask: np.ndarray, factor: int) -> np.ndarray:
+    """Blocks of factor x factor px of which a third is marked, as by a line across."""
     height, width = mask.shape
     padded = np.pad(mask, ((0, -height % factor), (0, -width % factor)))
     blocks = padded.reshape(padded.shape[0] // factor, factor, padded.shape[1] // factor, factor)
@@ -106,9 +102,7 @@ def find_flat_areas(
     mpp: float,
     width: float = 300.0,
 ) -> Bool[np.ndarray, "h w"]:
-    """Parts at least `width` um wide without any texture: mounting medium, holder, label. Cells
-    have edges and nuclei.
-    """
+    """Parts at least `width` um wide without texture: mounting medium, holder, label."""
     grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY).astype(np.float32)
     mean = cv2.blur(grey, (5, 5))
     variance = np.maximum(cv2.blur(grey * grey, (5, 5)) - mean * mean, 0)
@@ -124,9 +118,7 @@ def find_dust(
     mpp: float,
     largest: float = 5000.0,
 ) -> Bool[np.ndarray, "h w"]:
-    """Parts below `largest` um^2 without colour: every channel is absorbed alike, which no stain
-    does.
-    """
+    """Parts below `largest` um^2 that absorb every channel alike, which no stain does."""
     labels, count = label_parts(mask)
     if count == 0:
         return mask
@@ -138,3 +130,69 @@ def find_dust(
     small = area * mpp**2 < largest
     grey[0] = False
     return (grey & small)[labels]
+
+
+ROWS = 512  # rows of optical densities in memory at a time
+DARK, GREY = 110, 30  # black ink: brightest channel below DARK, channels no further than GREY apart
+
+
+def find_ink_pixels(
+    picture: UInt8[np.ndarray, "h w 3"], inks: Sequence[str], least_od: float = 0.3
+) -> Bool[np.ndarray, "h w"]:
+    """Pixels whose colour is that of one of `inks` (blue, green, red, black).
+
+    Colours are told apart by the ratios of optical densities, which stay the same however thick the
+    ink lies: absorption adds up (Beer-Lambert), so a dye has one direction in optical density
+    space, as stains have (Ruifrok and Johnston 2001). Haematoxylin takes red and green alike, eosin
+    green only; green ink takes red most and blue no less than green, blue ink red and hardly blue,
+    red ink green and blue alike; black ink takes all of it and leaves no colour.
+    """
+    bands = (
+        _find_ink_in_band(picture[top : top + ROWS], inks, least_od)
+        for top in range(0, len(picture), ROWS)
+    )
+    return np.concatenate(list(bands))
+
+
+def _find_ink_in_band(pixels: np.ndarray, inks: Sequence[str], least_od: float) -> np.ndarray:
+    r, g, b = np.moveaxis(_OD[pixels], -1, 0)
+    found = np.zeros(r.shape, dtype=bool)
+    if "green" in inks:
+        found |= (r > least_od) & (r > 1.3 * g) & (r > 1.3 * b) & (b > 0.6 * g)
+    if "blue" in inks:
+        # blue ink lies thinner than the others
+        found |= (r > 0.6 * least_od) & (g < 0.85 * r) & (b < 0.55 * g)
+    if "red" in inks:
+        found |= (g > least_od) & (r < 0.4 * g) & (b > 0.68 * g)
+    if "black" in inks:
+        high, low = pixels.max(-1), pixels.min(-1)
+        found |= (high < DARK) & (high - low < GREY)
+    return found
+
+
+_OD = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256)
+
+
+def find_ink(
+    picture: UInt8[np.ndarray, "h w 3"],
+    mpp: float,
+    inks: Sequence[str],
+    least_od: float = 0.3,
+    width: float = 100.0,
+) -> Bool[np.ndarray, "h w"]:
+    """Pen strokes with their blurred edge.
+
+    Args:
+        picture: an overview.
+        mpp: um per pixel of the overview.
+        inks: of blue, green, red, black.
+        least_od: optical density from which a colour counts.
+        width: um; narrower things of that colour are no stroke but cells.
+    """
+    if not inks:
+        return np.zeros(picture.shape[:2], dtype=bool)
+    radius = max(1, round(width / 2 / mpp))
+    # nuclei under the ink are small gaps in it
+    pixels = close_mask(find_ink_pixels(picture, inks, least_od), max(1, radius // 4))
+    strokes = open_mask(pixels, radius)
+    return grow_mask(strokes, radius)

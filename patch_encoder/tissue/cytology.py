@@ -19,10 +19,8 @@ from patch_encoder.tissue.regions import close_mask, label_parts, make_disc
 from patch_encoder.tissue.settings import CytologySettings
 
 BLOCK = 40.0  # um; the glass is estimated on blocks of this side
-GLASS, COLOURLESS = (
-    0.75,
-    0.08,
-)  # glass: at least this share of the brightest, and channels this near each other
+GLASS = 0.75  # least share of the brightest that glass has
+COLOURLESS = 0.08  # how near each other the channels of glass are
 # an edge refracts light and takes all channels alike: the least by at least this share of the most
 COLOUR = 0.7
 
@@ -41,19 +39,17 @@ def find_cytology(
     smooth = cv2.GaussianBlur(overview, (0, 0), max(0.5, settings.smooth / mpp))
     density = optical_density(smooth, estimate_local_glass(smooth, mpp, settings.window))
     strongest = density.max(-1)
-    cells = _with_core(strongest > settings.od, strongest > settings.od_core)
+    cells = _keep_with_core(strongest > settings.od, strongest > settings.od_core)
     flat = find_flat_areas(cells, overview, mpp)
-    artefact = cells & (flat | _edges(cells, density, mpp, settings))
+    artefact = cells & (flat | _find_edges(cells, density, mpp, settings))
     artefact |= find_dust(cells & ~artefact, density, mpp)
     return close_mask(cells & ~artefact, round(closing / mpp)) & ~flat, artefact
 
 
-def _edges(
+def _find_edges(
     cells: np.ndarray, density: np.ndarray, mpp: float, settings: CytologySettings
 ) -> np.ndarray:
-    """Lines and rings, looked for among all cells and once more among what has no colour, where
-    cells touch them.
-    """
+    """Find lines and rings among all cells, and again among what has no colour."""
     found = np.zeros_like(cells)
     for mask in (cells, cells & (density.min(-1) > COLOUR * density.max(-1))):
         found |= find_lines(mask, mpp, settings.line_length, settings.line_width) | find_bubbles(
@@ -78,7 +74,7 @@ def estimate_local_glass(
     """Brightness of the glass at each pixel; where a window shows none, that of the slide."""
     height, width = picture.shape[:2]
     side = max(1, round(BLOCK / mpp))
-    bright = _bright_blocks(picture, side)
+    bright = _find_bright_blocks(picture, side)
     slide = np.percentile(bright.reshape(-1, 3), 99, axis=0).astype(np.float32)
     radius = max(1, min(round(window / 2 / (side * mpp)), max(bright.shape[:2])))
     padded = np.pad(bright, ((radius, radius), (radius, radius), (0, 0)), mode="edge")
@@ -93,10 +89,8 @@ def estimate_local_glass(
     return np.asarray(glass, dtype=np.float32)
 
 
-def _bright_blocks(picture: np.ndarray, side: int) -> np.ndarray:
-    """The second brightest row of means: uint8 (h / side, w / side, 3), the 90th percentile of each
-    block.
-    """
+def _find_bright_blocks(picture: np.ndarray, side: int) -> np.ndarray:
+    """Second brightest row of means (h / side, w / side, 3) uint8: 90th percentiles of blocks."""
     height, width = picture.shape[:2]
     rows, cols = -(-height // side), -(-width // side)
     padded = np.pad(
@@ -111,7 +105,7 @@ def _bright_blocks(picture: np.ndarray, side: int) -> np.ndarray:
     return np.ascontiguousarray(np.partition(blocks, place, axis=-1)[..., place])
 
 
-def _with_core(weak: np.ndarray, strong: np.ndarray) -> np.ndarray:
+def _keep_with_core(weak: np.ndarray, strong: np.ndarray) -> np.ndarray:
     """The 8-connected parts of `weak` that have a pixel of `strong`."""
     labels, count = label_parts(weak, corners=True)
     kept = np.zeros(count + 1, dtype=bool)

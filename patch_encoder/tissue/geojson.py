@@ -45,17 +45,17 @@ def write_geojson(
         name: class of the parts.
     """
     features = ",\n".join(
-        _feature(outline.moved(-bounds[0], -bounds[1]), number, mpp, name)
+        _make_feature(outline.moved(-bounds[0], -bounds[1]), number, mpp, name)
         for number, outline in enumerate(outlines)
     )
     write_text(path, f'{{"type": "FeatureCollection", "features": [\n{features}\n]}}\n')
 
 
-def _feature(outline: Outline, number: int, mpp: float | None, name: str) -> str:
+def _make_feature(outline: Outline, number: int, mpp: float | None, name: str) -> str:
     rings = [
         np.vstack([ring, ring[:1]]).round(3).tolist() for ring in (outline.outer, *outline.holes)
     ]
-    area = _area(outline)
+    area = _measure_area(outline)
     measurements = {"Area px^2": round(area, 1)} | (
         {"Area mm^2": round(area * mpp**2 / 1e6, 6)} if mpp else {}
     )
@@ -74,7 +74,7 @@ def _feature(outline: Outline, number: int, mpp: float | None, name: str) -> str
     )
 
 
-def _area(outline: Outline) -> float:
+def _measure_area(outline: Outline) -> float:
     return abs(compute_signed_area(outline.outer)) - sum(
         abs(compute_signed_area(hole)) for hole in outline.holes
     )
@@ -88,8 +88,8 @@ def read_geojson(path: str | Path, bounds: tuple[int, int]) -> list[Shape]:
         UserError: no JSON, no GeoJSON, broken coordinates, or only points and lines.
     """
     content = read_json(path, "outlines as GeoJSON")
-    features = list(_features(content, str(path)))
-    shapes = [shape for feature in features for shape in _shapes(feature, str(path))]
+    features = list(_list_features(content, str(path)))
+    shapes = [shape for feature in features for shape in _list_shapes(feature, str(path))]
     if features and not shapes:
         raise UserError(
             f"{path}: expected Polygon or MultiPolygon, found only points or lines; draw areas"
@@ -97,12 +97,12 @@ def read_geojson(path: str | Path, bounds: tuple[int, int]) -> list[Shape]:
     return [Shape(shape.outline.moved(*bounds), shape.name) for shape in shapes]
 
 
-def _features(content: Any, source: str) -> Iterator[dict[str, Any]]:
+def _list_features(content: Any, source: str) -> Iterator[dict[str, Any]]:
     if isinstance(content, list):
         for item in content:
-            yield from _features(item, source)
+            yield from _list_features(item, source)
     elif isinstance(content, dict) and content.get("type") == "FeatureCollection":
-        yield from _features(content.get("features", []), source)
+        yield from _list_features(content.get("features", []), source)
     elif isinstance(content, dict) and content.get("type") == "Feature":
         yield content
     elif isinstance(content, dict) and ("coordinates" in content or "geometries" in content):
@@ -114,22 +114,24 @@ def _features(content: Any, source: str) -> Iterator[dict[str, Any]]:
         )
 
 
-def _shapes(feature: dict[str, Any], source: str) -> Iterator[Shape]:
+def _list_shapes(feature: dict[str, Any], source: str) -> Iterator[Shape]:
     geometry, name = feature.get("geometry") or {}, class_name(feature.get("properties") or {})
     kind = geometry.get("type")
     if kind == "GeometryCollection":
         for part in geometry.get("geometries", []):
-            yield from _shapes({"geometry": part, "properties": feature.get("properties")}, source)
+            yield from _list_shapes(
+                {"geometry": part, "properties": feature.get("properties")}, source
+            )
         return
     coordinates = geometry.get("coordinates") or []
     polygons = [coordinates] if kind == "Polygon" else coordinates if kind == "MultiPolygon" else []
     for polygon in polygons:
-        rings = [_ring(ring, source) for ring in polygon or []]
+        rings = [_read_ring(ring, source) for ring in polygon or []]
         if rings:
             yield Shape(Outline(rings[0], rings[1:]), name)
 
 
-def _ring(points: Any, source: str) -> np.ndarray:
+def _read_ring(points: Any, source: str) -> np.ndarray:
     try:
         ring = np.array([point[:2] for point in points], dtype=float).reshape(-1, 2)
     except (TypeError, ValueError):
@@ -144,9 +146,7 @@ def _ring(points: Any, source: str) -> np.ndarray:
 
 
 def class_name(properties: dict[str, Any]) -> str:
-    """QuPath's classification, in its newer ({'name': ...}) and older (text) form, else `class` or
-    `name`.
-    """
+    """QuPath's classification (an object, or older text), else `class` or `name`."""
     found = properties.get("classification", properties.get("class", properties.get("name", "")))
     if isinstance(found, dict):
         found = found.get("name") or ": ".join(found.get("names") or [])

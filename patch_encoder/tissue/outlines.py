@@ -40,7 +40,7 @@ def trace_outlines(mask: Bool[np.ndarray, "h w"]) -> list[Outline]:
     outers: list[np.ndarray | None] = [None] * count
     holes: list[list[np.ndarray]] = [[] for _ in range(count)]
     padded = np.pad(labels, 1)
-    for ring in _rings(mask):
+    for ring in _trace_rings(mask):
         (x, y), (next_x, _) = ring[0], ring[1]
         # the first stretch is horizontal and has tissue on its right: below it eastwards, above it
         # westwards
@@ -59,14 +59,14 @@ def compute_signed_area(ring: np.ndarray) -> float:
     return float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
 
 
-def _rings(mask: np.ndarray) -> list[np.ndarray]:
+def _trace_rings(mask: np.ndarray) -> list[np.ndarray]:
     """Closed ways along the borders of the mask, tissue on the right, corners only, the first
     stretch horizontal.
 
     Horizontal and vertical stretches alternate. Where two parts touch at a corner, two ways pass
     it; the one that turns right stays on its part.
     """
-    east, west, south, north = _runs(mask)
+    east, west, south, north = _find_runs(mask)
     # travelling -> (where a right turn leads, where a left turn leads)
     turns = {
         id(east): (south, north),
@@ -95,21 +95,17 @@ Runs = dict[
 
 
 def _closes(turns: tuple[Runs, Runs], first: Runs, end: int) -> bool:
-    """Whether the way that comes back to its first corner goes on into its first stretch, not along
-    another part.
-    """
+    """Whether the way back at its first corner goes on into its first stretch."""
     right, left = turns
     return right is first or (left is first and end not in right)
 
 
-def _runs(mask: np.ndarray) -> tuple[Runs, Runs, Runs, Runs]:
-    """Straight stretches of border with tissue on their right, by direction: east, west, south,
-    north.
-    """
+def _find_runs(mask: np.ndarray) -> tuple[Runs, Runs, Runs, Runs]:
+    """Straight borders with tissue on their right, by direction: east, west, south, north."""
     width = mask.shape[1] + 1
     # rows of edges: +1 where tissue begins below, -1 where it ends
-    rows = _stretches(np.diff(np.pad(mask.astype(np.int8), ((1, 1), (0, 0))), axis=0))
-    columns = _stretches(np.diff(np.pad(mask.T.astype(np.int8), ((1, 1), (0, 0))), axis=0))
+    rows = _find_stretches(np.diff(np.pad(mask.astype(np.int8), ((1, 1), (0, 0))), axis=0))
+    columns = _find_stretches(np.diff(np.pad(mask.T.astype(np.int8), ((1, 1), (0, 0))), axis=0))
 
     def link(found: np.ndarray, along_x: bool, sign: int, backwards: bool) -> Runs:
         line, first, last = found[found[:, 3] == sign][:, :3].T
@@ -132,7 +128,7 @@ def _runs(mask: np.ndarray) -> tuple[Runs, Runs, Runs, Runs]:
     return east, west, link(columns, False, -1, False), link(columns, False, 1, True)
 
 
-def _stretches(step: np.ndarray) -> np.ndarray:
+def _find_stretches(step: np.ndarray) -> np.ndarray:
     """(S, 4) line, first, last + 1, sign of every stretch of equal non-zero values along the lines
     of an int8 (L, N) array.
     """
@@ -146,9 +142,7 @@ def _stretches(step: np.ndarray) -> np.ndarray:
 
 
 def fill_outlines(outlines: list[Outline], shape: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
-    """Pixels whose centre lies inside an outline (even-odd over its rings); points in pixels of the
-    mask.
-    """
+    """Pixels whose centre is inside an outline (even-odd over its rings), in the mask's px."""
     mask = np.zeros(shape, dtype=bool)
     for outline in outlines:
         rings = [np.asarray(ring, dtype=float) for ring in (outline.outer, *outline.holes)]
@@ -157,12 +151,14 @@ def fill_outlines(outlines: list[Outline], shape: tuple[int, int]) -> Bool[np.nd
         left = int(np.clip(np.floor(rings[0][:, 0].min()), 0, shape[1]))
         right = int(np.clip(np.ceil(rings[0][:, 0].max()), 0, shape[1]))
         if bottom > top and right > left:
-            inside = _even_odd([ring - (left, top) for ring in rings], (bottom - top, right - left))
+            inside = _fill_even_odd(
+                [ring - (left, top) for ring in rings], (bottom - top, right - left)
+            )
             mask[top:bottom, left:right] |= inside
     return mask
 
 
-def _even_odd(rings: list[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+def _fill_even_odd(rings: list[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
     """Where a row of pixel centres crosses an edge, everything to the right changes sides."""
     start = np.concatenate(rings)
     end = np.concatenate([np.roll(ring, -1, axis=0) for ring in rings])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import cv2
@@ -18,6 +18,7 @@ import h5py
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8
 
+from common.config import key
 from common.errors import UserError
 from common.files import atomic_path
 from patch_encoder.slides.base import RegionError, Slide
@@ -29,7 +30,7 @@ from patch_encoder.tiles.coordinates import (
     write_coordinates,
 )
 from patch_encoder.tiles.grid import read_tile
-from patch_encoder.tissue.ink import find_ink_pixels
+from patch_encoder.tissue.artefacts import find_ink_pixels
 from patch_encoder.tissue.settings import INKS
 
 MEASURES = {
@@ -43,25 +44,28 @@ MEASURES = {
 # decoded
 RUN = 32
 SMALL = 64  # px a side that colours are measured at
-BRIGHT, PALE = (
-    200,
-    20,
-)  # background: darkest channel above BRIGHT, channels no further than PALE apart
+BRIGHT = 200  # darkest channel of background is above this
+PALE = 20  # channels of background are no further apart
 
 
-@dataclass(frozen=True)
+@dataclass
 class Cuts:
-    """Which tiles are dropped; None: none for this reason."""
+    """Which tiles are dropped; None: none for this reason. Scripts inherit these keys."""
 
-    min_blur: float | None = None
-    max_pen: float | None = None
-    max_background: float | None = None
-    min_saturation: float | None = None
-    max_darkness: float | None = None
+    min_blur: float | None = key(
+        None, "drop tiles whose Laplacian has less variance than this; null: none"
+    )
+    max_pen: float | None = key(None, "drop tiles with a larger share of ink; null: none")
+    max_background: float | None = key(
+        None, "drop tiles with a larger share of empty glass; null: none"
+    )
+    min_saturation: float | None = key(None, "drop tiles of less mean saturation, 0..1; null: none")
+    max_darkness: float | None = key(None, "drop tiles of more mean optical density; null: none")
 
-    def any(self) -> bool:
-        """Whether anything would be dropped at all."""
-        return any(value is not None for value in asdict(self).values())
+    def limits(self) -> dict[str, float]:
+        """The cuts that are set, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(Cuts)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def measure_tile(
@@ -153,9 +157,7 @@ def write_tiles(
     extra: Mapping[str, str],
     quality: Mapping[str, np.ndarray],
 ) -> None:
-    """A coordinates file with one dataset a measure beside `coords`, written atomically; other
-    readers see `coords` alone.
-    """
+    """Write coordinates with one dataset per measure, atomically; others see `coords` alone."""
     with atomic_path(path) as temporary:
         write_coordinates(temporary, coordinates, extra)
         with h5py.File(temporary, "a") as file:
@@ -189,9 +191,7 @@ def filter_coordinates(source: str | Path, target: str | Path, cuts: Cuts) -> di
     extra = {
         name: value for name, value in coordinate_attributes(source).items() if name not in own
     }
-    extra["cuts"] = ", ".join(
-        f"{name}={value:g}" for name, value in asdict(cuts).items() if value is not None
-    )
+    extra["cuts"] = ", ".join(f"{name}={value:g}" for name, value in cuts.limits().items())
     kept = Coordinates(coordinates.coords[keep], coordinates.geometry)
     write_tiles(target, kept, extra, {name: values[keep] for name, values in quality.items()})
     return count_reasons(why)

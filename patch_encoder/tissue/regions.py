@@ -16,9 +16,7 @@ def make_disc(radius: int) -> np.ndarray:
 
 
 def within(mask: Bool[np.ndarray, "h w"], radius: int) -> Bool[np.ndarray, "h w"]:
-    """Dilation with a disc: pixels no further than `radius` from the mask, in a time that hardly
-    depends on the radius.
-    """
+    """Dilation with a disc, in a time that hardly depends on the radius."""
     near = np.empty_like(mask)
     for top in range(0, len(mask), ROWS):
         low = max(0, top - radius)
@@ -30,9 +28,7 @@ def within(mask: Bool[np.ndarray, "h w"], radius: int) -> Bool[np.ndarray, "h w"
 
 
 def label_parts(mask: Bool[np.ndarray, "h w"], corners: bool = False) -> tuple[np.ndarray, int]:
-    """(number of the connected part of each pixel, 0 for none; how many there are); `corners` join
-    parts, too.
-    """
+    """(part number of each pixel, 0 for none; how many); `corners` join parts, too."""
     from scipy import ndimage  # a while to load
 
     labels = np.empty(mask.shape, dtype=np.int32)

@@ -1,6 +1,4 @@
-"""Settings of tissue detection, as a configuration shows them. Lengths in um, areas in um^2 unless
-said otherwise.
-"""
+"""Settings of tissue detection as configuration keys; lengths in um, areas in um^2."""
 
 from __future__ import annotations
 
@@ -13,9 +11,7 @@ INKS = ("blue", "green", "red", "black")
 
 @dataclass
 class ClamSettings:
-    """CLAM's segmentation parameters under CLAM's names and in CLAM's units; see
-    patch_encoder.tissue.clam.
-    """
+    """CLAM's parameters under CLAM's names and units; see patch_encoder.tissue.clam."""
 
     preset: str = key(
         "",
@@ -67,9 +63,7 @@ class CytologySettings:
 
 @dataclass
 class FileSettings:
-    """Tissue drawn by hand: `<folder>/<slide_id>.geojson` or a mask picture; see
-    patch_encoder.tissue.annotation.
-    """
+    """Hand-drawn `<folder>/<slide_id>.geojson` or mask; see patch_encoder.tissue.annotation."""
 
     folder: str = key("", "folder of <slide_id>.geojson|json|png|tif|tiff|bmp|jpg", path=True)
     include: list[str] = key(
@@ -80,9 +74,7 @@ class FileSettings:
 
 @dataclass
 class TissueSettings:
-    """All methods read mpp; the rest says which method it belongs to, or what is done after every
-    method.
-    """
+    """All methods read mpp; other keys name their method, or are done after every one."""
 
     mpp: float = key(8.0, "resolution of the tissue mask, um per pixel (clam: its level's)")
     floor: float = key(0.05, "hsv_otsu: lowest saturation (0..1) that Otsu may choose")

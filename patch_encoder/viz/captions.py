@@ -16,9 +16,7 @@ Font = ImageFont.FreeTypeFont
 
 @lru_cache
 def load_caption_font(size: int | float) -> Font:
-    """DejaVu Sans, which matplotlib brings along: Pillow's own font has neither µ nor accents,
-    Greek or Cyrillic.
-    """
+    """DejaVu Sans, which matplotlib brings: Pillow's own font has no µ, accents or Greek."""
     import matplotlib  # loads for a second
 
     return ImageFont.truetype(

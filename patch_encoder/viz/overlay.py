@@ -56,11 +56,11 @@ def draw_mask_overlay(
     if view.damage.count:
         dropped["unreadable"] = view.damage.mask((slide.width, slide.height), picture.shape[:2])
     for reason, mask in dropped.items():
-        _hatch(picture, _resized(mask, picture.shape[:2]), DROPPED[reason][0])
-    _tiles(picture, coordinates.coords * scale, side * scale, TILE)
+        _hatch(picture, _resize(mask, picture.shape[:2]), DROPPED[reason][0])
+    _draw_tiles(picture, coordinates.coords * scale, side * scale, TILE)
     for reason, corners in (cut or {}).items():
-        _tiles(picture, corners * scale, side * scale, DROPPED[reason][0], crossed=True)
-    has_holes = _outlines(picture, _resized(tissue.mask, picture.shape[:2]))
+        _draw_tiles(picture, corners * scale, side * scale, DROPPED[reason][0], crossed=True)
+    has_holes = _draw_outlines(picture, _resize(tissue.mask, picture.shape[:2]))
     entries = [("tissue", TISSUE, "line"), *([("hole", HOLE, "line")] if has_holes else [])]
     entries += [(f"{len(coordinates.coords):,} tiles", TILE, "tile")]
     entries += [
@@ -72,10 +72,10 @@ def draw_mask_overlay(
         if len(c)
     ]
     alone = Image.fromarray(picture)
-    return _with_legend(alone, entries, slide, scale), alone
+    return _add_legend(alone, entries, slide, scale), alone
 
 
-def _resized(mask: Bool[np.ndarray, "h w"], shape: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
+def _resize(mask: Bool[np.ndarray, "h w"], shape: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
     """At the size of the picture; a part that is smaller than its pixels still shows."""
     shrinks = mask.shape[0] > shape[0]
     how = cv2.INTER_AREA if shrinks else cv2.INTER_NEAREST
@@ -92,10 +92,8 @@ def _hatch(picture: np.ndarray, mask: np.ndarray, colour: Colour) -> None:
     picture[y, x] = (picture[y, x] * (1 - share) + np.array(colour) * share).astype(np.uint8)
 
 
-def _outlines(picture: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> bool:
-    """Tissue and its holes, on a white rim that keeps the line legible on any stain; whether there
-    are holes.
-    """
+def _draw_outlines(picture: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> bool:
+    """Draw tissue and holes on a white rim, legible on any stain; returns if there are holes."""
     contours, hierarchy = cv2.findContours(
         mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
     )
@@ -112,7 +110,7 @@ def _outlines(picture: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]
     return bool(holes)
 
 
-def _tiles(
+def _draw_tiles(
     picture: np.ndarray, corners: np.ndarray, side: float, colour: Colour, crossed: bool = False
 ) -> None:
     """A pale fill, and a frame where tiles are large enough for one."""
@@ -134,7 +132,7 @@ def _tiles(
 Entry = tuple[str, Colour, str]
 
 
-def _with_legend(
+def _add_legend(
     picture: Image.Image, entries: Sequence[Entry], slide: Slide, scale: float
 ) -> Image.Image:
     """The picture on white, below it the name, a scale bar and what the colours mean."""
@@ -161,18 +159,18 @@ def _with_legend(
     )
     for (text, colour, kind), (x, y) in zip(entries, places):
         swatch = np.full((14, 18, 3), 255, dtype=np.uint8)
-        _swatch(swatch, colour, kind)
+        _draw_swatch(swatch, colour, kind)
         page.paste(Image.fromarray(swatch), (x, picture.height + y + 3))
         draw.text((x + 24, picture.height + y + 1), text, fill=INK, font=small)
     return page
 
 
-def _swatch(swatch: np.ndarray, colour: Colour, kind: str) -> None:
+def _draw_swatch(swatch: np.ndarray, colour: Colour, kind: str) -> None:
     if kind == "line":
         swatch[5:9] = colour
     elif kind == "hatch":
         _hatch(swatch, np.ones(swatch.shape[:2], dtype=bool), colour)
     else:
         part = np.ascontiguousarray(swatch[:14, 2:16])
-        _tiles(part, np.array([[0.0, 0.0]]), 14.0, colour, crossed=kind == "cross")
+        _draw_tiles(part, np.array([[0.0, 0.0]]), 14.0, colour, crossed=kind == "cross")
         swatch[:14, 2:16] = part

@@ -17,9 +17,8 @@ from studies.ablations.rows import find_point
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SPREAD = (
-    0.012  # of the axis, between points of one speed: adapters and losses change no tile's time
-)
+# of the axis, between points of one speed: adapters and losses change no tile's time
+SPREAD = 0.012
 FRONT = PALETTE[1]  # colour of the front that no variant beats
 MARKERS = {"variant": "o", "teacher": "D", "reference": "s"}
 
@@ -47,20 +46,15 @@ def draw_ablation(path: Path, rows: Sequence[Mapping[str, Any]], model: str) -> 
     reach = np.log(points[:, 0].max() / points[:, 0].min()) or 1.0
     x = spread_equal_speeds(points[:, 0], SPREAD * reach)
     factors = list(dict.fromkeys(row["factor"] for row in shown if row["kind"] == "variant"))
-    colours = {
-        factor: colormaps["tab10"](i % 10)
-        for i, factor in enumerate(f for f in factors if f != "default")
-    }
+    varied = [factor for factor in factors if factor != "default"]
+    colours = {factor: colormaps["tab10"](i % 10) for i, factor in enumerate(varied)}
     colours |= {"default": "black", "teacher": "black", "reference": "#777777"}
     figure = new_figure(9.0, 5.2)
     axes = figure.add_subplot()
     named: set[str] = set()
     for row, place, (_, auc) in zip(shown, x, points, strict=True):
         _draw_point(axes, row, place, auc, model, colours[row["factor"]], named)
-    _draw_front(
-        axes,
-        [(place, row, point[1]) for row, place, point in zip(shown, x, points, strict=True)],
-    )
+    _draw_front(axes, list(zip(x, shown, points[:, 1], strict=True)))
     axes.set(
         xscale="log",
         xlabel="tiles per second, decoding included",
@@ -97,45 +91,22 @@ def _draw_point(
     label = "_nolegend_" if label in named else label
     named.add(label)
     size = 7 if row["kind"] == "variant" and row["factor"] != "default" else 9
-    axes.plot(
-        place,
-        auc,
-        MARKERS[row["kind"]],
-        color=colour,
-        markersize=size,
-        markeredgecolor="white",
-        label=label,
-        ls="",
-    )
+    look = {"color": colour, "markersize": size, "markeredgecolor": "white", "ls": ""}
+    axes.plot(place, auc, MARKERS[row["kind"]], label=label, **look)
 
 
 def _draw_front(axes: Axes, points: Sequence[tuple[float, Mapping[str, Any], float]]) -> None:
     """Draw the front as a line with rings and names; the default and what stands beside it are
     named too.
     """
-    front = sorted(
-        ((place, auc) for place, row, auc in points if row["pareto"]), key=lambda point: point[0]
-    )
+    front = sorted((place, auc) for place, row, auc in points if row["pareto"])
     if front:
-        axes.plot(
-            *zip(*front, strict=True),
-            color=FRONT,
-            linewidth=1.2,
-            linestyle="--",
-            label="Pareto front",
-            zorder=1,
-        )
-        axes.plot(
-            *zip(*front, strict=True),
-            "o",
-            color="none",
-            markeredgecolor=FRONT,
-            markersize=13,
-            markeredgewidth=1.4,
-        )
-    heights = {
-        place: 9 + 13 * (i % 2) for i, (place, _) in enumerate(front)
-    }  # names of neighbours do not overlap
+        xy, dashed = list(zip(*front, strict=True)), {"linewidth": 1.2, "linestyle": "--"}
+        axes.plot(*xy, color=FRONT, **dashed, label="Pareto front", zorder=1)
+        ring = {"markeredgecolor": FRONT, "markersize": 13, "markeredgewidth": 1.4}
+        axes.plot(*xy, "o", color="none", **ring)
+    # names of neighbours do not overlap
+    heights = {place: 9 + 13 * (i % 2) for i, (place, _) in enumerate(front)}
     for place, row, auc in points:
         if row["pareto"] or row["factor"] in {"default", "teacher", "reference"}:
             axes.annotate(

@@ -37,11 +37,8 @@ def read_rows(study: Path, model: str = "") -> tuple[list[dict[str, Any]], list[
             f"{study}/study.json: expected teacher, references and variants, found another shape"
         )
     summary = read_json(study / "mil" / "summary.json", "the study's benchmark")
-    sets, models, headline = (
-        summary["feature_sets"],
-        summary["models"],
-        model or summary["headline"],
-    )
+    sets, models = summary["feature_sets"], summary["models"]
+    headline = model or summary["headline"]
     if headline not in models:
         raise UserError(
             f"model={headline}: expected a classifier of the benchmark; "
@@ -49,38 +46,24 @@ def read_rows(study: Path, model: str = "") -> tuple[list[dict[str, Any]], list[
         )
     errors = read_failures(study / "failures.csv")
     seconds = read_seconds(study / "stages.json")
+    places = [(variant["name"], variant["factor"], "variant") for variant in plan["variants"]]
+    places += [(plan["teacher"], "teacher", "teacher")]
+    places += [(name, "reference", "reference") for name in plan["references"]]
     rows = []
-    for variant in plan["variants"]:
-        name = variant["name"]
-        results = read_results(study / "students" / name / "results.json")
-        row = {"name": name, "factor": variant["factor"], "kind": "variant"}
-        row |= {key: results.get(key) for key in AGREEMENT} | {
-            "seconds": seconds.get(f"train {name}")
-        }
-        rows.append(
-            row
-            | read_feature_set(sets.get(name), models)
-            | {"error": errors.get(name, explain_missing(name, sets))}
-        )
-    for kind, names in (("teacher", [plan["teacher"]]), ("reference", plan["references"])):
-        for name in names:
-            row = {"name": name, "factor": kind, "kind": kind} | dict.fromkeys(
-                (*AGREEMENT, "seconds")
-            )
-            rows.append(
-                row
-                | read_feature_set(sets.get(name), models)
-                | {"error": explain_missing(name, sets)}
-            )
+    for name, factor, kind in places:
+        row = {"name": name, "factor": factor, "kind": kind}
+        row |= dict.fromkeys((*AGREEMENT, "seconds"))
+        error = "" if name in sets else "not in the benchmark"
+        if kind == "variant":
+            results = read_results(study / "students" / name / "results.json")
+            row |= {key: results.get(key) for key in AGREEMENT}
+            row["seconds"] = seconds.get(f"train {name}")
+            error = errors.get(name, error)
+        rows.append(row | read_feature_set(sets.get(name), models) | {"error": error})
     points = [find_point(row, headline) if row["kind"] == "variant" else None for row in rows]
     for row, on_front in zip(rows, mark_pareto_front(points), strict=True):
         row["pareto"] = on_front
     return rows, models, headline
-
-
-def explain_missing(name: str, sets: Mapping[str, Any]) -> str:
-    """Say why a row has no AUC; empty when it has one."""
-    return "" if name in sets else "not in the benchmark"
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -106,15 +89,11 @@ def read_feature_set(entry: Mapping[str, Any] | None, models: Sequence[str]) -> 
     """Take COST and `auc` of one feature set from the benchmark's summary."""
     if entry is None:
         return {**dict.fromkeys(COST), "auc": {}}
+    parts = ("mean", "ci", "difference", "difference_ci")
+    known = {model: entry[model] for model in models if model in entry}
     auc = {
-        model: {
-            "mean": entry[model]["auc_mean"],
-            "ci": entry[model]["auc_ci"],
-            "difference": entry[model].get("auc_difference"),
-            "difference_ci": entry[model].get("auc_difference_ci"),
-        }
-        for model in models
-        if model in entry
+        model: {part: values.get(f"auc_{part}") for part in parts}
+        for model, values in known.items()
     }
     return {**{key: entry.get(key) for key in COST}, "auc": auc}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.roofline import (
+from benchmarks.cuda_timing import (
     Traffic,
     backward_traffic,
     corners_inside,

@@ -12,8 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.sparse_attention import contestants, judge, measure_tiles, op, scattered
-from benchmarks.sparse_attn_cases import make_inputs, make_slide, slide_grid
+from benchmarks.sparse_attention import (
+    contestants,
+    judge,
+    make_inputs,
+    make_slide,
+    measure_tiles,
+    op,
+    scattered,
+    slide_grid,
+)
 from mil.ops.compiled import choose_kernels, unavailable
 
 

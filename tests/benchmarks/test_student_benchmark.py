@@ -171,6 +171,7 @@ def test_a_run_prints_and_keeps_what_it_measured(
     assert "student_n1 fp32 / vit_b16 fp32" in capsys.readouterr().out
 
 
+@pytest.mark.process
 def test_peak_memory_is_that_of_a_fresh_process() -> None:
     a = parse(["--batch", "1"])
     assert 100 < student.peak_memory("resnet50_layer3", "fp32", a) < 5000

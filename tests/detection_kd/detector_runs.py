@@ -20,6 +20,8 @@ TINY = [
     "augmentation.sizes=[48,64]", "augmentation.crop_sizes=[]", "augmentation.eval_size=64",
     "augmentation.pad_to=64",
 ]  # fmt: skip
+# a trunk of 0.2 million parameters with layer norm, where no ResNet is needed: no batch statistics
+SMALL_TRUNK = ("backbone=test_convnext", "norm=batch")
 
 
 def draw_set(folder: Path, name: str, count: int) -> Path:

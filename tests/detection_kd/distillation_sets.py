@@ -1,6 +1,4 @@
-"""A small distillation set as `mil.rank_patches` writes it, and a random backbone to train on
-it.
-"""
+"""A small distillation set as `mil.rank_patches` writes it."""
 
 from __future__ import annotations
 
@@ -11,19 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.checkpoint import save_checkpoint
-from detection_kd.models.backbone import Backbone
 from patch_encoder.descriptors.stain_texture import stain_texture
 
 SIDE = 32
-
-
-def write_backbone(path: Path) -> Path:
-    """A random small backbone as train_detector writes it."""
-    torch.manual_seed(1)
-    backbone = Backbone("resnet18", "frozen")
-    save_checkpoint(path, model=backbone.state_dict(), config=backbone.describe(), epoch=1)
-    return path
 
 
 def write_set(root: Path, slides: int = 3, tiles: int = 4, suffix: str = ".png") -> Path:

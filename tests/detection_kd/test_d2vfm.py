@@ -22,7 +22,7 @@ from detection_kd.datasets.distillation import (
     split_by_patient,
 )
 from detection_kd.evaluation.feature_agreement import feature_agreement
-from detection_kd.losses.feature_regression import cosine_loss, mae_loss, mse_loss
+from detection_kd.losses.feature_losses import cosine_loss, mae_loss, mse_loss
 from detection_kd.models.adapter import ADAPTERS, Adapter
 from detection_kd.models.backbone import Backbone
 from detection_kd.models.student import Student, load_student, load_student_encoder

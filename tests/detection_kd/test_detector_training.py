@@ -23,7 +23,10 @@ from detection_kd.models.backbone import Backbone, load_backbone
 from detection_kd.models.deformable_detr import DeformableDETR, load_detector, place_detector
 from detection_kd.models.deformable_transformer import Architecture, Detections
 from detection_kd.train_detector import Config, build_initial_model, main
-from tests.detection_kd.detector_runs import TINY, write_detection_sets
+from tests.detection_kd.detector_runs import SMALL_TRUNK, TINY, write_detection_sets
+
+# those of `finished`, which is made before any test asks for this, are rendered
+pytestmark = pytest.mark.usefixtures("no_rendering")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +92,7 @@ def test_finished_run_is_left_alone_and_other_settings_refused(
 
 def test_moving_average_is_what_is_kept(inputs: list[str], tmp_path: Path) -> None:
     whole = tmp_path / "whole"
-    assert run(main, Config, arguments(inputs, whole, "ema=0.9")) == 0
+    assert run(main, Config, arguments(inputs, whole, *SMALL_TRUNK, "ema=0.9")) == 0
     last, best = (
         torch.load(whole / name, weights_only=True)
         for name in ("checkpoint_last.pt", "checkpoint_best.pt")
@@ -106,6 +109,7 @@ def test_moving_average_is_what_is_kept(inputs: list[str], tmp_path: Path) -> No
 
 def test_accumulated_parts_equal_the_whole_batch(inputs: list[str], tmp_path: Path) -> None:
     changes = (
+        *SMALL_TRUNK,
         "architecture.dropout=0",
         "architecture.box_refine=true",
         "architecture.two_stage=true",
@@ -132,14 +136,15 @@ def test_accumulated_parts_equal_the_whole_batch(inputs: list[str], tmp_path: Pa
 def test_every_switch_trains_and_its_detector_comes_back(inputs: list[str], tmp_path: Path) -> None:
     two_stage = ("architecture.box_refine=true", "architecture.two_stage=true")
     cases = {
-        "groups": ("architecture.groups=2",),
+        "groups": (*SMALL_TRUNK, "architecture.groups=2"),
         "mixed": (
+            *SMALL_TRUNK,
             *two_stage,
             "architecture.mixed_selection=true",
             "architecture.groups=3",
             "architecture.denoising=6",
         ),
-        "bf16": ("precision=bf16", *two_stage, "architecture.denoising=4"),
+        "bf16": (*SMALL_TRUNK, "precision=bf16", *two_stage, "architecture.denoising=4"),
         "dilation": (
             "dilation=true",
             "layer_decay=0.8",

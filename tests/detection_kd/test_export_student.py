@@ -214,6 +214,7 @@ def test_export_is_not_repeated_refuses_to_mix_and_notices_damage(
     assert "damaged" in capsys.readouterr().err and not (tmp_path / "features").exists()
 
 
+@pytest.mark.process
 def test_missed_bar_is_an_error_with_the_figure_and_leaves_nothing(
     cohort: Path,
     tmp_path: Path,
@@ -368,6 +369,7 @@ def test_network_travels_by_path_and_pads_its_batches(
     )
 
 
+@pytest.mark.process
 def test_distillation_tiles_and_scaled_students_are_exported_too(
     cohort: Path, tmp_path: Path
 ) -> None:
@@ -402,6 +404,7 @@ def test_distillation_tiles_and_scaled_students_are_exported_too(
     assert nn.functional.cosine_similarity(found, expected).min() >= 0.999
 
 
+@pytest.mark.process
 def test_one_student_gives_one_file(cohort: Path, exported: Path, tmp_path: Path) -> None:
     assert export(cohort, tmp_path / "again", "int8=false") == 0
     assert (tmp_path / "again" / "student.onnx").read_bytes() == (

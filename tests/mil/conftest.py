@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mil.training import training_pool
+from mil.training import benchmark_jobs
 from patch_encoder.bags.writer import write_bag
 
 SIDE = 16
@@ -54,7 +54,7 @@ def failing_training(
     """`with failing_training("max/seed1_fold1", "out of memory"):` one training of the benchmark
     raises, the others run.
     """
-    train = training_pool.run_job
+    train = benchmark_jobs.run_job
 
     @contextmanager
     def failing(place: str, error: str) -> Iterator[None]:
@@ -64,7 +64,7 @@ def failing_training(
             return train(job, run, world)
 
         with monkeypatch.context() as patch:
-            patch.setattr(training_pool, "run_job", run_job)
+            patch.setattr(benchmark_jobs, "run_job", run_job)
             yield
 
     return failing

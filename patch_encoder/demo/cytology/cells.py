@@ -10,25 +10,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from scipy.ndimage import uniform_filter
 
-from patch_encoder.demo.cytology.shapes import Side, blob, polygon, polygon_sides, warp, window
+from patch_encoder.demo.cytology.shapes import (
+    Side,
+    blob,
+    noise,
+    polygon,
+    polygon_sides,
+    smoothstep,
+    warp,
+    window,
+)
 from patch_encoder.demo.cytology.stain import Style, apply_stain
-from patch_encoder.demo.cytology.texture import noise, smoothstep
 
 Point = tuple[float, float]
+Range = tuple[float, float]
 BLUR = 6
 """Empty border (px) around a cell, more than the blur of a cell out of focus reaches."""
 
 
 @dataclass(frozen=True)
 class DrawnCell:
-    """Something drawn: its density (3, H, W) int16, where the window stands, and where the thing
-    itself is.
-    """
+    """Something drawn: its density (3, H, W) int16, the window's corner, and its own pixels."""
 
     row: int
     column: int
@@ -44,18 +52,26 @@ class DrawnCell:
 
 @dataclass(frozen=True)
 class Cytoplasm:
-    """Outline and matter of a cell's body."""
+    """Outline and matter of a cell's body; a kind of cell gives ranges, one cell numbers.
 
-    radius: float
+    Attributes:
+        radius: px.
+        corner: rounding of the corners, px.
+        squeeze: length of the short axis relative to the long one.
+        depth: mean density relative to the stain.
+        folded: share of the cells with a part folded over.
+    """
+
+    radius: float | Range
     corner: float
-    squeeze: float
-    depth: float
-    folded: bool = False
+    squeeze: float | Range
+    depth: float | Range
+    folded: float = 0.0
 
 
 @dataclass(frozen=True)
 class Nucleus:
-    """Outline and chromatin of a nucleus.
+    """Outline and chromatin of a nucleus; a kind of cell gives ranges, one cell numbers.
 
     Attributes:
         radius: px.
@@ -64,11 +80,42 @@ class Nucleus:
         fine, coarse: amplitude of chromatin texture of 4 px and of 8 px.
     """
 
-    radius: float
-    ragged: float
-    depth: float
+    radius: float | Range
+    ragged: float | Range
+    depth: float | Range
     fine: float
-    coarse: float
+    coarse: float | Range
+
+
+Outline = TypeVar("Outline", Cytoplasm, Nucleus)
+
+
+@dataclass(frozen=True)
+class CellKind:
+    """A kind of cell; calling it draws one.
+
+    Attributes:
+        pink: chance of a pink cytoplasm above the slide's.
+        in_nuclei: whether the radius of the cytoplasm is counted in radii of the nucleus.
+    """
+
+    body: Cytoplasm
+    nucleus: Nucleus
+    pink: float = 0.0
+    in_nuclei: bool = False
+
+    def __call__(self, rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
+        """Draw one cell of this kind around a centre (x, y)."""
+        nucleus, unit = self.nucleus, 1.0
+        if self.in_nuclei:
+            unit = draw_between(rng, *nucleus.radius)
+            nucleus = replace(nucleus, radius=unit)
+        body = _draw_ranges(rng, self.body)
+        folded = body.folded > 0 and rng.random() < body.folded
+        body = replace(body, radius=unit * body.radius, folded=folded)
+        return _draw_cell(
+            rng, style, centre, body, _draw_ranges(rng, nucleus), style.pink_share + self.pink
+        )
 
 
 def draw_between(rng: np.random.Generator, low: float, high: float) -> float:
@@ -76,120 +123,64 @@ def draw_between(rng: np.random.Generator, low: float, high: float) -> float:
     return low + (high - low) * float(rng.random())
 
 
-def superficial(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
-    """A large thin polygonal cell with a small dark nucleus."""
-    body = Cytoplasm(
-        draw_between(rng, 38.0, 58.0),
-        14.0,
-        draw_between(rng, 0.72, 1.0),
-        draw_between(rng, 0.55, 0.95),
-        rng.random() < 0.3,
-    )
-    nucleus = Nucleus(draw_between(rng, 3.6, 5.2), 0.05, draw_between(rng, 0.85, 1.4), 0.1, 0.0)
-    return _cell(rng, style, centre, body, nucleus, pink=style.pink_share + 0.35)
-
-
-def intermediate(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
-    """A polygonal cell with a vesicular nucleus: the most frequent one."""
-    body = Cytoplasm(
-        draw_between(rng, 32.0, 54.0),
-        16.0,
-        draw_between(rng, 0.65, 1.0),
-        draw_between(rng, 0.6, 1.1),
-        rng.random() < 0.22,
-    )
-    nucleus = Nucleus(draw_between(rng, 5.6, 7.8), 0.07, draw_between(rng, 0.42, 0.75), 0.14, 0.08)
-    return _cell(rng, style, centre, body, nucleus, pink=style.pink_share - 0.12)
-
-
-def parabasal(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
-    """A small round dense cell with a round nucleus that is large for it."""
-    body = Cytoplasm(
-        draw_between(rng, 15.0, 24.0),
-        16.0,
-        draw_between(rng, 0.85, 1.0),
-        draw_between(rng, 1.0, 1.5),
-    )
-    nucleus = Nucleus(draw_between(rng, 7.0, 9.2), 0.06, draw_between(rng, 0.5, 0.85), 0.14, 0.1)
-    return _cell(rng, style, centre, body, nucleus, pink=style.pink_share - 0.2)
-
-
-def reactive(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
-    """A harmless cell whose nucleus is enlarged, but pale, smooth and even."""
-    body = Cytoplasm(
-        draw_between(rng, 32.0, 48.0),
-        16.0,
-        draw_between(rng, 0.7, 1.0),
-        draw_between(rng, 0.7, 1.1),
-    )
-    nucleus = Nucleus(draw_between(rng, 8.5, 11.0), 0.07, draw_between(rng, 0.38, 0.65), 0.1, 0.06)
-    return _cell(rng, style, centre, body, nucleus, pink=style.pink_share)
-
-
-def pyknotic(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
-    """A shrunken dense cell whose nucleus is very dark, small and without structure."""
-    body = Cytoplasm(
-        draw_between(rng, 16.0, 32.0),
-        12.0,
-        draw_between(rng, 0.6, 0.95),
-        draw_between(rng, 1.1, 1.7),
-        rng.random() < 0.4,
-    )
-    nucleus = Nucleus(draw_between(rng, 4.5, 7.0), 0.16, draw_between(rng, 1.3, 1.9), 0.06, 0.0)
-    return _cell(rng, style, centre, body, nucleus, pink=style.pink_share + 0.5)
-
-
-def low_grade(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
-    """Abnormal: a mature cell whose nucleus is more than three times a normal one in area, dark and
-    irregular.
-    """
-    body = Cytoplasm(
-        draw_between(rng, 32.0, 50.0),
-        16.0,
-        draw_between(rng, 0.65, 1.0),
-        draw_between(rng, 0.7, 1.2),
-    )
-    nucleus = Nucleus(
-        draw_between(rng, 12.5, 17.0),
-        draw_between(rng, 0.1, 0.2),
-        draw_between(rng, 0.8, 1.15),
-        0.22,
-        draw_between(rng, 0.3, 0.5),
-    )
-    return _cell(rng, style, centre, body, nucleus, pink=style.pink_share)
-
-
-def high_grade(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
-    """Abnormal: a small cell nearly filled by a dark, irregular nucleus with coarse chromatin."""
-    size = draw_between(rng, 12.5, 18.0)
-    body = Cytoplasm(
-        size * draw_between(rng, 1.35, 1.9),
-        14.0,
-        draw_between(rng, 0.7, 1.0),
-        draw_between(rng, 1.0, 1.5),
-    )
-    nucleus = Nucleus(
-        size,
-        draw_between(rng, 0.14, 0.26),
-        draw_between(rng, 0.9, 1.3),
-        0.24,
-        draw_between(rng, 0.35, 0.55),
-    )
-    return _cell(rng, style, centre, body, nucleus, pink=style.pink_share)
+def _draw_ranges(rng: np.random.Generator, kind: Outline) -> Outline:
+    ranges = {name: value for name, value in vars(kind).items() if isinstance(value, tuple)}
+    return replace(kind, **{name: draw_between(rng, *value) for name, value in ranges.items()})
 
 
 Drawing = Callable[[np.random.Generator, Style, Point], DrawnCell]
+SUPERFICIAL = CellKind(
+    Cytoplasm((38, 58), 14, (0.72, 1), (0.55, 0.95), folded=0.3),
+    Nucleus((3.6, 5.2), 0.05, (0.85, 1.4), 0.1, 0),
+    pink=0.35,
+)
+"""A large thin polygonal cell with a small dark nucleus."""
+INTERMEDIATE = CellKind(
+    Cytoplasm((32, 54), 16, (0.65, 1), (0.6, 1.1), folded=0.22),
+    Nucleus((5.6, 7.8), 0.07, (0.42, 0.75), 0.14, 0.08),
+    pink=-0.12,
+)
+"""A polygonal cell with a vesicular nucleus: the most frequent one."""
+PARABASAL = CellKind(
+    Cytoplasm((15, 24), 16, (0.85, 1), (1, 1.5)),
+    Nucleus((7, 9.2), 0.06, (0.5, 0.85), 0.14, 0.1),
+    pink=-0.2,
+)
+"""A small round dense cell with a round nucleus that is large for it."""
+REACTIVE = CellKind(
+    Cytoplasm((32, 48), 16, (0.7, 1), (0.7, 1.1)), Nucleus((8.5, 11), 0.07, (0.38, 0.65), 0.1, 0.06)
+)
+"""A harmless cell whose nucleus is enlarged, but pale, smooth and even."""
+PYKNOTIC = CellKind(
+    Cytoplasm((16, 32), 12, (0.6, 0.95), (1.1, 1.7), folded=0.4),
+    Nucleus((4.5, 7), 0.16, (1.3, 1.9), 0.06, 0),
+    pink=0.5,
+)
+"""A shrunken dense cell whose nucleus is very dark, small and without structure."""
+LOW_GRADE = CellKind(
+    Cytoplasm((32, 50), 16, (0.65, 1), (0.7, 1.2)),
+    Nucleus((12.5, 17), (0.1, 0.2), (0.8, 1.15), 0.22, (0.3, 0.5)),
+)
+"""Abnormal: a mature cell whose dark, irregular nucleus has more than three times the area of a
+normal one.
+"""
+HIGH_GRADE = CellKind(
+    Cytoplasm((1.35, 1.9), 14, (0.7, 1), (1, 1.5)),
+    Nucleus((12.5, 18), (0.14, 0.26), (0.9, 1.3), 0.24, (0.35, 0.55)),
+    in_nuclei=True,
+)
+"""Abnormal: a small cell nearly filled by a dark, irregular nucleus with coarse chromatin."""
 NORMAL: dict[Drawing, float] = {
-    superficial: 0.3,
-    intermediate: 0.4,
-    parabasal: 0.12,
-    reactive: 0.08,
-    pyknotic: 0.1,
+    SUPERFICIAL: 0.3,
+    INTERMEDIATE: 0.4,
+    PARABASAL: 0.12,
+    REACTIVE: 0.08,
+    PYKNOTIC: 0.1,
 }
-ABNORMAL: dict[Drawing, float] = {low_grade: 0.45, high_grade: 0.55}
+ABNORMAL: dict[Drawing, float] = {LOW_GRADE: 0.45, HIGH_GRADE: 0.55}
 
 
-def _cell(
+def _draw_cell(
     rng: np.random.Generator,
     style: Style,
     centre: Point,
@@ -197,42 +188,41 @@ def _cell(
     nucleus: Nucleus,
     pink: float,
 ) -> DrawnCell:
+    """Draw a cell whose cytoplasm is pink with a chance of about `pink`, else cyan."""
     reach = max(body.radius * 1.35, nucleus.radius * 1.6) + 8
     row, column, x, y = window(reach, centre)
     room = max(body.radius - nucleus.radius, 0.0)
-    thickness, inside, part = _cytoplasm(
+    thickness, inside, part = _draw_cytoplasm(
         rng, x, y, body, least=math.ceil(0.22 * room + nucleus.radius * 1.6) + 6
     )
-    density = _plasma(rng, style, thickness, (y.shape[0], x.shape[1]), part, pink)
+    density = _stain_cytoplasm(rng, style, thickness, (y.shape[0], x.shape[1]), part, pink)
     away, turn = draw_between(rng, 0.0, 0.22) * room, draw_between(rng, 0.0, 2 * math.pi)
     middle = centre[0] + away * math.cos(turn), centre[1] + away * math.sin(turn)
     top, left, nx, ny = window(min(nucleus.radius * 1.6 + 4, reach - away - 2), middle)
-    chromatin, core = _chromatin(rng, nx, ny, nucleus)
+    chromatin, core = _draw_nucleus(rng, nx, ny, nucleus)
     row, column = row + part[0].start, column + part[1].start
     own = np.s_[
         ..., top - row : top - row + core.shape[0], left - column : left - column + core.shape[1]
     ]
     density[own] += apply_stain(chromatin, style["chromatin"])
     inside[own] |= core
-    return DrawnCell(row, column, _focused(rng, density), inside)
+    return DrawnCell(row, column, _blur_focus(rng, density), inside)
 
 
 Part = tuple[slice, slice]
 
 
-def _cytoplasm(
+def _draw_cytoplasm(
     rng: np.random.Generator, x: np.ndarray, y: np.ndarray, body: Cytoplasm, least: int
 ) -> tuple[np.ndarray, np.ndarray, Part]:
-    """Thickness and inside of the cell where it is, and which part of the window that is (`least`
-    px around the centre are).
-    """
+    """Thickness and inside of the cell, and their part of the window (at least `least` px)."""
     px, py = warp(rng, x, y, draw_between(rng, 3.5, 7.5), 32)
     sides = polygon_sides(rng, body.radius, body.squeeze)
     distance = polygon(px, py, sides, body.corner)
     matter = smoothstep(distance, 1.4, -1.4)
     if body.folded:
         matter = _fold_over(rng, matter, px, py, sides, body)
-    shape, part = distance.shape, _occupied(matter, least)
+    shape, part = distance.shape, _find_matter(matter, least)
     distance, matter = distance[part], matter[part]
     mottle = (
         0.8
@@ -244,14 +234,12 @@ def _cytoplasm(
     thickness = matter * (mottle + np.float32(0.25) * middle) * np.float32(body.depth)
     rim = smoothstep(np.abs(distance + 2), 2.2, 0.0) * matter
     thickness += rim * np.float32(draw_between(rng, 0.05, 0.3) * body.depth)
-    thickness += _creases(rng, px[part], py[part], body) * matter
+    thickness += _draw_creases(rng, px[part], py[part], body) * matter
     return thickness, matter > 0.5, part
 
 
-def _occupied(matter: np.ndarray, least: int) -> Part:
-    """Rows and columns with matter and a border for blurring, at least `least` px to each side of
-    the middle.
-    """
+def _find_matter(matter: np.ndarray, least: int) -> Part:
+    """Rows and columns with matter and a border for blur, `least` px around the middle or more."""
     bounds = []
     for axis in (1, 0):
         size = matter.shape[1 - axis]
@@ -274,9 +262,7 @@ def _fold_over(
     sides: list[Side],
     body: Cytoplasm,
 ) -> np.ndarray:
-    """The part beyond a line is turned back over the cell: empty beyond the line, doubled before
-    it.
-    """
+    """Turn the part beyond a line back over the cell: empty beyond it, doubled before it."""
     angle, offset = draw_between(rng, 0.0, 2 * math.pi), body.radius * draw_between(rng, 0.45, 0.75)
     nx, ny = np.float32(math.cos(angle)), np.float32(math.sin(angle))
     beyond = px * nx + py * ny - np.float32(offset)
@@ -286,7 +272,7 @@ def _fold_over(
     return smoothstep(beyond, 1.2, -1.2) * (matter + np.float32(0.9) * flap)
 
 
-def _creases(
+def _draw_creases(
     rng: np.random.Generator, px: np.ndarray, py: np.ndarray, body: Cytoplasm
 ) -> np.ndarray | np.float32:
     """Thin dark lines where the cell is wrinkled."""
@@ -310,7 +296,7 @@ def _creases(
     return total
 
 
-def _plasma(
+def _stain_cytoplasm(
     rng: np.random.Generator,
     style: Style,
     thickness: np.ndarray,
@@ -318,9 +304,7 @@ def _plasma(
     part: Part,
     pink: float,
 ) -> np.ndarray:
-    """Density (3, S, S) between cyan and pink (a cell often takes both), or orange when it is
-    keratinised.
-    """
+    """Density (3, S, S) between cyan and pink (often both), or orange when keratinised."""
     base = min(max(pink + draw_between(rng, -0.45, 0.45), 0.0), 1.0)
     warm = style["orange"] if rng.random() < 0.12 else style["pink"]
     share = np.clip(
@@ -332,7 +316,7 @@ def _plasma(
     return apply_stain(thickness - warmed, style["cyan"]) + apply_stain(warmed, warm)
 
 
-def _chromatin(
+def _draw_nucleus(
     rng: np.random.Generator, x: np.ndarray, y: np.ndarray, nucleus: Nucleus
 ) -> tuple[np.ndarray, np.ndarray]:
     squeeze = np.float32(draw_between(rng, 0.78, 1.0))
@@ -352,7 +336,7 @@ def _chromatin(
     return matter * (np.float32(nucleus.depth) + grain + membrane), matter > 0.5
 
 
-def _focused(rng: np.random.Generator, density: np.ndarray) -> np.ndarray:
+def _blur_focus(rng: np.random.Generator, density: np.ndarray) -> np.ndarray:
     """Most cells are in focus; some lie above or below the plane."""
     chance = float(rng.random())
     if chance > 0.2:

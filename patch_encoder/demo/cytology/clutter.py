@@ -13,25 +13,24 @@ import numpy as np
 from scipy.ndimage import uniform_filter
 
 from patch_encoder.demo.cytology.cells import Drawing, DrawnCell, Point, draw_between
-from patch_encoder.demo.cytology.shapes import blob, smooth_maximum, warp, window
+from patch_encoder.demo.cytology.shapes import blob, noise, smooth_maximum, smoothstep, warp, window
 from patch_encoder.demo.cytology.stain import Style, apply_stain
-from patch_encoder.demo.cytology.texture import noise, smoothstep
 
 
-def _drawn(row: int, column: int, matter: np.ndarray, colour: np.ndarray) -> DrawnCell:
+def _stain(row: int, column: int, matter: np.ndarray, colour: np.ndarray) -> DrawnCell:
     return DrawnCell(row, column, apply_stain(matter, colour), matter > 0.25)
 
 
 def neutrophil(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
     """A small cell with a nucleus of 2 to 4 lobes."""
     row, column, x, y = window(14.0, centre)
-    chromatin = _lobes(rng, x, y) * np.float32(draw_between(rng, 0.9, 1.5))
+    chromatin = _draw_lobes(rng, x, y) * np.float32(draw_between(rng, 0.9, 1.5))
     plasma = smoothstep(np.sqrt(x * x + y * y), 11.0, 8.0) * np.float32(0.25)
     density = apply_stain(chromatin, style["chromatin"]) + apply_stain(plasma, style["cyan"])
     return DrawnCell(row, column, density, chromatin > 0.25)
 
 
-def _lobes(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _draw_lobes(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     turn, lobes = draw_between(rng, 0.0, 2 * math.pi), int(rng.integers(2, 5))
     distance: np.ndarray | None = None
     for lobe in range(lobes):
@@ -67,24 +66,20 @@ def inflammation(rng: np.random.Generator, style: Style, centre: Point) -> Drawn
 
 
 def bare_smudge(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
-    """A smudged bare nucleus: as dark and as large as an abnormal one, but with a soft edge and no
-    structure.
-    """
+    """A smudged bare nucleus: as dark and large as an abnormal one, but soft and smooth."""
     radius = draw_between(rng, 8.0, 14.0)
     row, column, x, y = window(radius * 1.9 + 6, centre)
     px, py = warp(rng, x, y, 4.0, 16)
     matter = smoothstep(
         blob(rng, px, py, radius, 0.22), draw_between(rng, 3.0, 6.0), -draw_between(rng, 4.0, 8.0)
     )
-    return _drawn(
+    return _stain(
         row, column, matter * np.float32(draw_between(rng, 0.7, 1.35)), style["chromatin"]
     )
 
 
 def debris(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
-    """A dark angular scrap, brown or the colour of nuclei, from a speck to larger than an abnormal
-    nucleus.
-    """
+    """A dark angular scrap, brown or the colour of nuclei, from a speck to a large nucleus."""
     radius = 2.5 + 13 * float(rng.random()) ** 2
     row, column, x, y = window(radius * 2.1 + 6, centre)
     px, py = warp(rng, x, y, radius * 0.4, 8)
@@ -93,7 +88,7 @@ def debris(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
     )
     matter = smoothstep(blob(rng, px, py, radius, 0.45), 1.2, -1.2) * grain
     colour = style["chromatin"] if rng.random() < 0.45 else style["brown"]
-    return _drawn(row, column, matter * np.float32(draw_between(rng, 0.7, 1.8)), colour)
+    return _stain(row, column, matter * np.float32(draw_between(rng, 0.7, 1.8)), colour)
 
 
 def red_cell(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
@@ -103,7 +98,7 @@ def red_cell(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell
     matter = smoothstep(distance, 1.0, -1.0) * (
         1 - np.float32(0.45) * smoothstep(distance, -2.0, -6.0)
     )
-    return _drawn(row, column, matter * np.float32(draw_between(rng, 0.6, 1.1)), style["red_cell"])
+    return _stain(row, column, matter * np.float32(draw_between(rng, 0.6, 1.1)), style["red_cell"])
 
 
 def mucus(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
@@ -122,7 +117,7 @@ def mucus(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
         * smoothstep(np.abs(along), length, length * 0.6)
         * fibres
     )
-    return _drawn(row, column, matter * np.float32(draw_between(rng, 0.5, 1.6)), style["mucus"])
+    return _stain(row, column, matter * np.float32(draw_between(rng, 0.5, 1.6)), style["mucus"])
 
 
 def bacteria(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
@@ -140,7 +135,7 @@ def bacteria(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell
         at_y = np.rint(side / 2 + reach * np.sin(turn) + step * np.sin(lean)).astype(int)
         np.add.at(matter, (at_y, at_x), np.float32(1.4))
     matter = uniform_filter(matter, 2, mode="constant") * np.float32(draw_between(rng, 0.25, 0.75))
-    return _drawn(row, column, matter, style["chromatin"])
+    return _stain(row, column, matter, style["chromatin"])
 
 
 def blurred_spot(rng: np.random.Generator, style: Style, centre: Point) -> DrawnCell:
@@ -150,7 +145,7 @@ def blurred_spot(rng: np.random.Generator, style: Style, centre: Point) -> Drawn
     distance = np.sqrt(x * x + y * y) - np.float32(radius)
     disc, border = smoothstep(distance, 7.0, -7.0), smoothstep(np.abs(distance), 6.0, 0.0)
     grey = np.array([1, 1, 0.95], dtype=np.float32)
-    return _drawn(
+    return _stain(
         row,
         column,
         disc * np.float32(draw_between(rng, 0.015, 0.06)) + border * np.float32(0.012),

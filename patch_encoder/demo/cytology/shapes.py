@@ -1,14 +1,61 @@
-"""Outlines as signed distances in pixels, negative inside: polygons with soft corners and wavy
-round bodies.
+"""Outlines as signed distances in pixels, negative inside (polygons with soft corners and wavy
+round bodies), and the smooth noise that makes them irregular.
+
+Noise fields tile without a seam; they are made once per process and cropped at random places. It is
+value noise (lattice of uniform numbers, smoothstep interpolation), as in Perlin's "An Image
+Synthesizer" (SIGGRAPH 1985) but on values and not on gradients: cheaper, and only products and
+sums.
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
-from patch_encoder.demo.cytology.texture import noise
+SIDE = 512
+SCALES = (4, 8, 16, 32, 64)
+"""Lattice spacings in pixels of the fields in the bank."""
+
+
+@lru_cache(maxsize=1)
+def _make_bank() -> dict[int, np.ndarray]:
+    """Noise fields (2 * SIDE, 2 * SIDE) float32 in [-1, 1] by lattice spacing, repeated once."""
+    rng = np.random.Generator(np.random.PCG64(20240229))
+    return {scale: np.tile(_make_noise(rng, scale), (2, 2)) for scale in SCALES}
+
+
+def _make_noise(rng: np.random.Generator, scale: int) -> np.ndarray:
+    cells = SIDE // scale
+    field = (rng.random((cells, cells)) * 2 - 1).astype(np.float32)
+    step = (np.arange(scale, dtype=np.float32) + np.float32(0.5)) / np.float32(scale)
+    blend = step * step * (3 - 2 * step)
+    for axis in (0, 1):
+        following = np.roll(field, -1, axis)
+        shape = (1, scale, 1) if axis == 0 else (1, 1, scale)
+        weights = blend.reshape(shape)
+        low, high = np.expand_dims(field, axis + 1), np.expand_dims(following, axis + 1)
+        field = (low * (1 - weights) + high * weights).reshape(SIDE, -1)
+    return field
+
+
+def noise(rng: np.random.Generator, shape: tuple[int, int], scale: int) -> np.ndarray:
+    """A read-only crop (height, width) float32 in [-1, 1], details of about `scale` px."""
+    y, x = (int(value) for value in rng.integers(0, SIDE, 2))
+    assert max(shape) <= SIDE
+    return _make_bank()[scale][y : y + shape[0], x : x + shape[1]]
+
+
+def smoothstep(value: np.ndarray, low: float, high: float) -> np.ndarray:
+    """0 below `low`, 1 above `high`, cubic between; `low > high` turns the step round."""
+    t = (value - np.float32(low)) * np.float32(1 / (high - low))
+    np.maximum(t, np.float32(0), out=t)
+    np.minimum(t, np.float32(1), out=t)
+    curve = np.float32(3) - t - t
+    curve *= t
+    curve *= t
+    return curve
 
 
 def window(radius: float, centre: tuple[float, float]) -> tuple[int, int, np.ndarray, np.ndarray]:
@@ -39,9 +86,7 @@ Side = tuple[float, float, float]
 
 
 def polygon_sides(rng: np.random.Generator, radius: float, squeeze: float) -> list[Side]:
-    """5 to 8 sides (cos, sin, distance from the centre in px) of a random convex polygon; `squeeze`
-    < 1 shortens one axis.
-    """
+    """5 to 8 sides (cos, sin, px from the centre) of a convex polygon, squeezed along one axis."""
     count = int(rng.integers(5, 9))
     turn, axis = float(rng.random()) * 2 * math.pi, float(rng.random()) * math.pi
     sides = []
@@ -68,9 +113,7 @@ def polygon(x: np.ndarray, y: np.ndarray, sides: list[Side], corner: float) -> n
 
 
 def smooth_maximum(a: np.ndarray, b: np.ndarray, width: float) -> np.ndarray:
-    """Maximum with the crease rounded over `width` px (Quilez's polynomial smooth minimum, turned
-    round).
-    """
+    """Maximum with the crease rounded over `width` px (after Quilez's smooth minimum)."""
     gap = np.abs(a - b)
     np.subtract(np.float32(width), gap, out=gap)
     np.maximum(gap, np.float32(0), out=gap)

@@ -23,9 +23,7 @@ from patch_encoder.demo.cytology.clutter import CLUTTER, margin
 from patch_encoder.demo.cytology.stain import Style, develop, draw_style
 
 BORDER = 48
-"""Things are placed up to this far (px) outside the picture, so that cells are cut by its edge as
-in a real field.
-"""
+"""Things lie up to this far (px) outside, so that the picture's edge cuts cells."""
 INSIDE = 20
 """Abnormal cells have their centre at least this far (px) inside: what a label says can be seen."""
 VISIBLE = 0.4
@@ -49,7 +47,7 @@ class SmearObject:
 
     def draw(self, style: Style) -> DrawnCell:
         """Draw it; the same seed gives the same pixels whatever else is on the picture."""
-        return self.drawing(_generator(self.seed), style, self.centre)
+        return self.drawing(_make_generator(self.seed), style, self.centre)
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Smear:
     marked: bool
 
 
-def _generator(seed: tuple[int, ...]) -> np.random.Generator:
+def _make_generator(seed: tuple[int, ...]) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
 
 
@@ -85,16 +83,16 @@ def plan_smear(
             the number of cells says nothing about the class.
         marked: whether an edge carries ink or the cover slip's border.
     """
-    rng = _generator((*seed, 0))
+    rng = _make_generator((*seed, 0))
     style = draw_style(rng)
     area = (side + 2 * BORDER) ** 2 / MILLION
-    centres = _cell_centres(rng, side, max(round(area * draw_between(rng, *density)), 1))
+    centres = _draw_centres(rng, side, max(round(area * draw_between(rng, *density)), 1))
     kinds = _choose(rng, NORMAL, len(centres))
-    for place in _abnormal_places(rng, centres, side, abnormal):
+    for place in _choose_abnormal(rng, centres, side, abnormal):
         kinds[place] = _choose(rng, ABNORMAL, 1)[0]
     for kind, (low, high) in CLUTTER.items():
         count = math.floor(area * draw_between(rng, low, high) + float(rng.random()))
-        centres += [_anywhere(rng, side) for _ in range(count)]
+        centres += [_draw_point(rng, side) for _ in range(count)]
         kinds += [kind] * count
     things = [
         SmearObject(kind, centre, (*seed, 1, index))
@@ -103,12 +101,10 @@ def plan_smear(
     return Smear(side, side, style, things, seed, marked)
 
 
-def _abnormal_places(
+def _choose_abnormal(
     rng: np.random.Generator, centres: list[Point], side: int, share: float
 ) -> list[int]:
-    """Which cells are abnormal: none for a share of 0, else at least one, all well inside the
-    picture.
-    """
+    """Choose abnormal cells well inside the picture: none for a share of 0, else at least one."""
     if share == 0:
         return []
     inside = [
@@ -132,35 +128,33 @@ def _choose(rng: np.random.Generator, shares: dict[Drawing, float], count: int) 
     ]
 
 
-def _anywhere(rng: np.random.Generator, side: int) -> Point:
+def _draw_point(rng: np.random.Generator, side: int) -> Point:
     x, y = rng.random(2) * (side + 2 * BORDER) - BORDER
     return float(x), float(y)
 
 
-def _cell_centres(rng: np.random.Generator, side: int, count: int) -> list[Point]:
+def _draw_centres(rng: np.random.Generator, side: int, count: int) -> list[Point]:
     """Half of the cells lie alone, half in clusters of 3 to 14 that overlap."""
     centres: list[Point] = []
     while len(centres) < count:
-        x, y = _anywhere(rng, side)
+        x, y = _draw_point(rng, side)
         members = int(rng.integers(3, 15)) if rng.random() < 0.12 else 1
         spread = 26 * math.sqrt(members) if members > 1 else 0.0
         for _ in range(min(members, count - len(centres))):
-            angle, reach = (
-                draw_between(rng, 0.0, 2 * math.pi),
-                spread * math.sqrt(float(rng.random())),
-            )
+            angle = draw_between(rng, 0.0, 2 * math.pi)
+            reach = spread * math.sqrt(float(rng.random()))
             centres.append((x + reach * math.cos(angle), y + reach * math.sin(angle)))
     return centres
 
 
 def draw_smear(smear: Smear) -> tuple[np.ndarray, list[Box]]:
     """Pixels (height, width, 3) uint8 and the boxes that `lesion_boxes` gives."""
-    canvas, boxes = _glass(smear), []
+    canvas, boxes = _draw_glass(smear), []
     for thing in smear.things:
         drawn = thing.draw(smear.style)
         _stamp(canvas, drawn)
         if thing.abnormal:
-            boxes += _visible(drawn.box(), smear)
+            boxes += _clip_box(drawn.box(), smear)
     return develop(canvas, smear.style.lamp), boxes
 
 
@@ -175,11 +169,11 @@ def lesion_boxes(smear: Smear) -> list[Box]:
         box
         for thing in smear.things
         if thing.abnormal
-        for box in _visible(thing.draw(smear.style).box(), smear)
+        for box in _clip_box(thing.draw(smear.style).box(), smear)
     ]
 
 
-def _visible(box: Box, smear: Smear) -> list[Box]:
+def _clip_box(box: Box, smear: Smear) -> list[Box]:
     x0, y0, x1, y1 = box
     clipped = max(x0, 0), max(y0, 0), min(x1, smear.width), min(y1, smear.height)
     inside = max(clipped[2] - clipped[0], 0) * max(clipped[3] - clipped[1], 0)
@@ -189,10 +183,8 @@ def _visible(box: Box, smear: Smear) -> list[Box]:
 def _stamp(canvas: np.ndarray, drawn: DrawnCell) -> None:
     height, width = drawn.density.shape[1:]
     top, left = max(drawn.row, 0), max(drawn.column, 0)
-    bottom, right = (
-        min(drawn.row + height, canvas.shape[1]),
-        min(drawn.column + width, canvas.shape[2]),
-    )
+    bottom = min(drawn.row + height, canvas.shape[1])
+    right = min(drawn.column + width, canvas.shape[2])
     if top < bottom and left < right:
         part = drawn.density[
             :, top - drawn.row : bottom - drawn.row, left - drawn.column : right - drawn.column
@@ -200,11 +192,9 @@ def _stamp(canvas: np.ndarray, drawn: DrawnCell) -> None:
         canvas[:, top:bottom, left:right] += part
 
 
-def _glass(smear: Smear) -> np.ndarray:
-    """Empty glass: light that falls off towards the edges, and the pen or cover slip of a marked
-    slide.
-    """
-    rng = _generator((*smear.seed, 2))
+def _draw_glass(smear: Smear) -> np.ndarray:
+    """Empty glass: light that falls off outwards, and a marked slide's pen or cover slip."""
+    rng = _make_generator((*smear.seed, 2))
     x0, y0 = (draw_between(rng, 0.3, 0.7) for _ in range(2))
     fall = draw_between(rng, 10.0, 45.0)
     x = np.arange(smear.width, dtype=np.float32)[None, :] / np.float32(smear.width) - np.float32(x0)

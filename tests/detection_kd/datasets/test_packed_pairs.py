@@ -29,7 +29,8 @@ from patch_encoder import extract_features, tile_slides
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.bags.writer import write_bag
 from patch_encoder.slides import open_slide
-from tests.detection_kd.distillation_sets import SIDE, write_backbone, write_set
+from tests.detection_kd.d2vfm_runs import write_backbone
+from tests.detection_kd.distillation_sets import SIDE, write_set
 from tests.helpers import die, draw_slide, make_cohort
 
 TILE = 64
@@ -46,6 +47,7 @@ def train(*arguments: object) -> int:
         "device=cpu",
         "workers=0",
         "precision=fp32",
+        "figures=false",
         "epochs=2",
         "batch_size=4",
         "val_fraction=0.3",

@@ -17,10 +17,10 @@ from common.cli import run
 from common.errors import UserError
 from detection_kd import train_d2vfm
 from detection_kd.datasets.distillation import digest_pairs, read_pairs
+from tests.detection_kd.d2vfm_runs import write_backbone
 from tests.detection_kd.distillation_sets import (
     SIDE,
     read_listing,
-    write_backbone,
     write_listing,
     write_set,
 )
@@ -95,6 +95,7 @@ def test_the_good_pairs_can_be_trained_on(folder: Path, tmp_path: Path) -> None:
         "device=cpu",
         "workers=0",
         "precision=fp32",
+        "figures=false",
     ]
     arguments += ["epochs=1", "batch_size=4"]
     assert run(train_d2vfm.main, train_d2vfm.Config, arguments) == 2

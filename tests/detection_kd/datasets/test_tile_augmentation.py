@@ -30,7 +30,8 @@ from patch_encoder.models.encoder_table import IMAGENET, EncoderRow
 from patch_encoder.models.encoders import Encoder, PixelEncoder, build_encoder
 from patch_encoder.models.transforms import Fit, ToInputSize
 from patch_encoder.stain.augment import HedJitter
-from tests.detection_kd.distillation_sets import SIDE, write_backbone, write_set
+from tests.detection_kd.d2vfm_runs import write_backbone
+from tests.detection_kd.distillation_sets import SIDE, write_set
 
 ALL = {"crop": True, "stain": HedJitter(0.1, 0.1), "colour": 0.2, "blur": 1.5}
 
@@ -133,6 +134,7 @@ def keys(folder: Path, output: Path, *more: str) -> list[str]:
         "device=cpu",
         "workers=0",
         "precision=fp32",
+        "figures=false",
     ]
     return [*base, "epochs=1", "batch_size=4", "val_fraction=0.3", *more]
 
@@ -232,7 +234,7 @@ def test_the_teacher_is_asked_about_augmented_tiles(folder: Path, tmp_path: Path
     assert train(folder, tmp_path / "online", *online, *augmented) == 0
     assert train(folder, tmp_path / "stored", *augmented) == 0
     asked, stored = (losses(tmp_path / name)[0] for name in ("online", "stored"))
-    assert abs(stored / asked - 1) > 1e-3
+    assert abs(stored / asked - 1) > 1e-4
 
 
 def test_a_teacher_gets_no_gradient() -> None:

@@ -33,6 +33,9 @@ TINY = [
     "augmentation.max_size=64",
     "augmentation.pad_to=96",
 ]  # fmt: skip
+# those of `finished`, which is made before any test asks for this, are rendered
+pytestmark = pytest.mark.usefixtures("no_rendering")
+
 IDS = [7, 2, 40]  # neither contiguous nor in order
 NAMES = ["HSIL", "ASC", "none of these"]
 

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.distributed import gather_rows, init_distributed
-from detection_kd.losses.contrastive import contrastive_loss
-from detection_kd.losses.relational import relational_angle_loss, relational_distance_loss
+from detection_kd.losses.feature_losses import (
+    contrastive_loss,
+    relational_angle_loss,
+    relational_distance_loss,
+)
 
 ROWS = 6
 

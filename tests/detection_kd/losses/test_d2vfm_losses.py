@@ -9,10 +9,14 @@ import pytest
 import torch
 
 from common.errors import UserError
-from detection_kd.losses.contrastive import contrastive_loss
 from detection_kd.losses.distillation_loss import ExtraTerms, distillation_loss
-from detection_kd.losses.feature_regression import FEATURE_LOSSES, smooth_l1_loss
-from detection_kd.losses.relational import relational_angle_loss, relational_distance_loss
+from detection_kd.losses.feature_losses import (
+    FEATURE_LOSSES,
+    contrastive_loss,
+    relational_angle_loss,
+    relational_distance_loss,
+    smooth_l1_loss,
+)
 
 
 def features(tiles: int = 6, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

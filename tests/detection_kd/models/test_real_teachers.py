@@ -35,7 +35,7 @@ from patch_encoder.models import encoder_table
 from patch_encoder.models.backbones import initialise
 from patch_encoder.models.encoder_table import ENCODERS, EncoderRow
 from patch_encoder.models.encoders import build_encoder, digest_weights
-from tests.detection_kd.distillation_sets import write_backbone
+from tests.detection_kd.d2vfm_runs import write_backbone
 from tests.helpers import draw_slide, write_pyramid
 
 TILE = 64
@@ -210,6 +210,7 @@ def walk_the_road(cohort: Path, out: Path, name: str, weights: Path) -> None:
     ]
     training += [
         "batch_size=4",
+        "figures=false",
         "val_fraction=0.3",
         f"online_teacher={name}",
         f"teacher_weights={weights}",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from detection_kd.losses.feature_regression import mse_loss
+from detection_kd.losses.feature_losses import mse_loss
 from detection_kd.models.adapter import ADAPTERS
 from detection_kd.models.backbone import Backbone
 from detection_kd.models.pooling import POOLINGS, GeM, MapAttentionPool, StagePooling

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from detection_kd.models.ms_deform_attn import MSDeformAttn
+from detection_kd.models.deformable_layers import MSDeformAttn
 from detection_kd.ops.ms_deform_attn import ms_deform_attn
 
 SHAPES = [(3, 5), (2, 1), (1, 4)]

@@ -19,8 +19,7 @@ from common.cli import run as run_script
 from common.config import load_config
 from common.errors import UserError
 from mil.benchmark_classic import METHODS, Config, main, make_jobs
-from mil.classic.pooled_baselines import pool_bags, predict_simple
-from mil.classic.recipes import NETWORKS, RATES, choose_recipe
+from mil.classic.recipes import NETWORKS, RATES, choose_recipe, pool_bags, predict_simple
 from mil.classic.sets import (
     COUNTS,
     FILES,

@@ -17,7 +17,8 @@ from mil.classic.vmap_training import (
     pack_bags,
     train_stacked,
 )
-from mil.models import ABMIL, DSMIL, forward_bags
+from mil.models import ABMIL, DSMIL
+from mil.models.batch import forward_bags
 
 COUNT, FOLDS, DIM = 12, 3, 5
 SGD = StackedRecipe("sgd", lr=0.02, weight_decay=0.1, beta1=0.9, decay=1e-2, epochs=3, batch_size=4)

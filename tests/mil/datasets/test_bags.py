@@ -27,11 +27,9 @@ from mil.datasets.bags import (
 )
 from mil.models import Standardised, build
 from mil.training.engine import train_one_epoch
-from mil.training.prediction import predict
-from mil.training.prefetch import prefetch
+from mil.training.epochs import Smoother, draws
+from mil.training.prediction import predict, prefetch
 from mil.training.recipes import Recipe
-from mil.training.sampling import draws
-from mil.training.selection import Smoother
 from patch_encoder.bags.bag import make_bag, open_bag, read_bag
 
 CPU = World(0, 1, torch.device("cpu"))

@@ -21,7 +21,7 @@ from detection_kd.datasets.slide_detections import FoundBoxes, make_detections_d
 from mil import evaluate, heatmap, make_splits, report
 from mil.benchmark import Config as BenchmarkConfig
 from mil.benchmark import main as run_benchmark
-from mil.classify_detections import Config, DetectionSettings, fit, main, probabilities
+from mil.classify_detections import Config, DetectionSettings, fit, main
 from mil.datasets.detections import (
     SlideDetections,
     find_detections,
@@ -30,7 +30,7 @@ from mil.datasets.detections import (
     read_all,
     read_detections,
 )
-from mil.datasets.split_files import read_stored_splits
+from mil.datasets.splits import read_stored_splits
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.bags.writer import write_bag
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
@@ -206,7 +206,7 @@ def test_topk_is_a_curve_over_the_first_feature_and_logistic_is_calibrated():
     cases = np.array([f"c{i // 2}" for i in range(400)])
     single = fit(DetectionSettings("topk", 5), vectors[:300], targets[:300], cases[:300])
     changed = vectors[300:] + np.array([0.0, 9.0, 9.0])
-    said = probabilities(DetectionSettings("topk", 5), single, changed)
+    said = single.predict_proba(changed[:, :1])
     reference = (
         LogisticRegression(C=np.inf)
         .fit(vectors[:300, :1], targets[:300])
@@ -214,7 +214,7 @@ def test_topk_is_a_curve_over_the_first_feature_and_logistic_is_calibrated():
     )
     np.testing.assert_allclose(said, reference, atol=2e-3)
     whole = fit(DetectionSettings("logistic", 5), vectors[:300], targets[:300], cases[:300])
-    said = probabilities(DetectionSettings("logistic", 5), whole, vectors[300:])[:, 1]
+    said = whole.predict_proba(vectors[300:])[:, 1]
     truth = 1 / (1 + np.exp(-odds[300:]))
     assert np.abs(said - truth).mean() < 0.06  # probabilities, not only an order
 
@@ -230,6 +230,7 @@ def test_rows_stand_in_the_benchmarks_table(
         "folds=2",
         "resamples=50",
         "device=cpu",
+        "isolated=false",
     ]
     base = [
         f"labels={cohort}/labels.csv",
@@ -333,6 +334,7 @@ def test_bags_with_channels_go_through_the_benchmark(cohort: Path, tmp_path: Pat
         "training.min_epochs=1",
         "folds=2",
         "device=cpu",
+        "isolated=false",
         "resamples=20",
     ]
     base = [
@@ -398,6 +400,7 @@ def made_benchmark(cohort: Path, output: Path, *more: str) -> Path:
         "training.min_epochs=1",
         "resamples=20",
         "device=cpu",
+        "isolated=false",
     ]
     base = [
         f"labels={cohort}/labels.csv",
@@ -513,7 +516,7 @@ def test_refused_it_changes_nothing(
         "splits_0.csv",
         "splits_1.csv",
     ]
-    runs = evaluate.benchmark_runs(output)[0]
+    runs = evaluate.read_benchmark(output)[0]
     assert [("detections", run.model, str(run.seed), str(run.test.fold)) for run in runs] == places(
         output
     )

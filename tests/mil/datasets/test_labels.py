@@ -14,7 +14,6 @@ import torch
 from common.errors import UserError
 from mil.datasets.bags import digest_bags, find_bags, load_bags
 from mil.datasets.labels import LabelledSlides, read_labelled_slides
-from mil.datasets.split_files import write_splits
 from mil.datasets.splits import (
     SETS,
     Split,
@@ -22,6 +21,7 @@ from mil.datasets.splits import (
     check_split,
     list_split_values,
     make_splits,
+    write_splits,
 )
 from patch_encoder.bags.writer import write_bag
 from patch_encoder.cohort.labels import SlideRecord

@@ -16,14 +16,15 @@ from common.config import load_config
 from common.errors import UserError
 from mil import benchmark, make_splits, train
 from mil.datasets.labels import LabelledSlides
-from mil.datasets.split_files import (
+from mil.datasets.splits import (
+    SETS,
+    Split,
     check_splits,
     read_stored_splits,
     select_known_slides,
     write_clam_splits,
     write_splits,
 )
-from mil.datasets.splits import SETS, Split
 from patch_encoder.cohort.labels import SlideRecord
 from tests.mil.tasks.task_cohorts import COHORTS, rewrite
 

@@ -22,7 +22,7 @@ from common.config import load_config
 from common.errors import UserError
 from mil.benchmark import Config, main
 from mil.evaluation.runs import format_number, text_table
-from mil.training import training_pool
+from mil.training import benchmark_jobs
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.bags.writer import write_bag
 from tests.helpers import ROOT
@@ -182,7 +182,7 @@ def test_finished_benchmark_trains_nothing(
 ):
     main(load_config(Config, arguments(cohort, tmp_path / "out")))
     before = {table: (tmp_path / "out" / table).read_bytes() for table in TABLES}
-    monkeypatch.setattr(training_pool, "run_job", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(benchmark_jobs, "run_job", lambda *_: pytest.fail("trained again"))
     assert main(load_config(Config, arguments(cohort, tmp_path / "out"))) == 0
     assert before == {table: (tmp_path / "out" / table).read_bytes() for table in TABLES}
 

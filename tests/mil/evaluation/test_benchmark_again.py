@@ -103,7 +103,7 @@ def the_readers_agree(output: Path, folds: int) -> None:
     """Each reader has the runs of the benchmark's own table, and every slide once."""
     tables = [(int(row["seed"]), int(row["fold"])) for row in read(output / "results.csv")]
     summary = json.loads((output / "summary.json").read_text())
-    evaluated = [(run.seed, run.test.fold) for run in evaluate.benchmark_runs(output)[0]]
+    evaluated = [(run.seed, run.test.fold) for run in evaluate.read_benchmark(output)[0]]
     reported = [
         (run.seed, run.test.fold) for run in report.read_runs(output, summary, CLASSES)["bags"]
     ]
@@ -204,7 +204,7 @@ def test_a_feature_folder_given_twice_is_refused(cohort: Path, tmp_path: Path):
 def test_the_headline_is_one_of_the_models(models: list[str], given: str, expected: str):
     config = benchmark.Config(models=models, headline=given)
     benchmark.check(config)
-    assert benchmark.headline_of(config) == expected
+    assert benchmark.choose_headline(config) == expected
 
 
 def test_the_headline_stands_in_the_summary(cohort: Path, tmp_path: Path):

@@ -19,7 +19,7 @@ from common.metrics.calibration import fit_temperature
 from common.metrics.classification import youden_threshold
 from common.metrics.ranking import GRID, roc_curves
 from mil import benchmark
-from mil.evaluate import Config, main, table_runs, with_threshold
+from mil.evaluate import Config, main, read_tables, with_threshold
 from mil.evaluation.task_tables import screening_rows
 from mil.figures import curves as pictures
 from mil.figures.curves import average_curves
@@ -232,12 +232,12 @@ def test_screening_counts_are_those_of_the_validation_cut(tmp_path: Path):
 
 def test_test_slides_do_not_choose_the_cut(tmp_path: Path):
     path = table(tmp_path / "said.csv")
-    finished, _ = table_runs([str(path)], "classes", None)
+    finished, _ = read_tables([str(path)], "classes", None)
     rows = read(path)
     for row in rows:
         if row["split"] == "test":  # other test slides: nothing that was chosen may move
             row["prob_p"], row["prob_n"] = row["prob_n"], row["prob_p"]
-    turned, _ = table_runs([str(write(tmp_path / "turned.csv", rows))], "classes", None)
+    turned, _ = read_tables([str(write(tmp_path / "turned.csv", rows))], "classes", None)
     for rule in ("youden", "sensitivity", "specificity"):
         for before, after in zip(
             with_threshold(finished, rule, 0.9), with_threshold(turned, rule, 0.9), strict=True
@@ -255,6 +255,7 @@ def test_a_benchmark_is_evaluated_as_it_evaluated_itself(make_cohort, tmp_path: 
     root = make_cohort(signal=2.0)
     small = [
         "device=cpu",
+        "isolated=false",
         "folds=2",
         "seeds=[1]",
         "training.epochs=2",
@@ -323,7 +324,7 @@ def test_pictures_of_three_classes_and_of_many_models(
 
 
 def test_average_curves_and_their_band(tmp_path: Path):
-    finished, _ = table_runs([str(table(tmp_path / "said.csv"))], "classes", None)
+    finished, _ = read_tables([str(table(tmp_path / "said.csv"))], "classes", None)
     runs = [run.test for run in finished[:2]]
     mean, band = average_curves(runs, roc_curves, 0)
     by_fold = [
@@ -480,7 +481,7 @@ def test_names_do_not_leave_the_folder_and_columns_have_to_be_there(
 def test_positive_class_may_be_the_first_column(tmp_path: Path):
     path = table(tmp_path / "said.csv")
     first, second = (
-        table_runs([str(path)], "classes", positive)[0][0].test for positive in ("p", "n")
+        read_tables([str(path)], "classes", positive)[0][0].test for positive in ("p", "n")
     )
     np.testing.assert_array_equal(first.targets, 1 - second.targets)
     np.testing.assert_array_equal(first.probabilities, second.probabilities[:, ::-1])

@@ -27,6 +27,7 @@ from mil.report import Config, main
 from mil.tasks.classification import Classification, Predictions
 from mil.tasks.cox import Cox
 from mil.tasks.multilabel import LabelPredictions, Multilabel
+from mil.tasks.records import Verdict
 from mil.tasks.survival import RiskPredictions
 from mil.training.engine import load_classifier
 from patch_encoder.bags.bag import read_bag
@@ -215,7 +216,7 @@ def test_a_slide_of_several_runs_is_one_example():
     right, wrong = choose_slides(runs, Classification(("neg", "pos")), 9)
     assert names([right, wrong]) == {"Called right": ["b", "a", "c"], "Called wrong": []}
     # b: (0.6 + 0.8) / 2; a: (0.8 + 0.7) / 3, shown by the first run that says so; c: 0.9 / 2
-    assert [(choice.fold, choice.detail) for choice in right.slides] == [
+    assert [(choice.fold, choice.verdict.detail) for choice in right.slides] == [
         (0, "probability 0.60; 2 of 2 runs say so"),
         (1, "probability 0.80; 2 of 3 runs say so"),
         (0, "probability 0.90; 1 of 2 runs say so"),
@@ -237,7 +238,7 @@ def test_examples_of_several_labels_are_called_at_the_cut_of_each():
     # d is surer than a, the negative b is not shown, the second label of c is missed
     assert names(groups) == {"Called right": ["d", "a"], "Called wrong": ["c"]}
     (wrong,) = groups[1].slides
-    assert (wrong.label, wrong.called, wrong.detail, wrong.fold) == (
+    assert (wrong.verdict.label, wrong.verdict.called, wrong.verdict.detail, wrong.fold) == (
         "ink|fold",
         "ink",
         "ink 0.90, fold 0.60",
@@ -258,10 +259,10 @@ def test_examples_of_survival_are_the_outer_places_within_a_fold():
     high, low = choose_slides(runs, Cox(), 2)
     assert names([high, low]) == {"Highest risk": ["d", "x"], "Lowest risk": ["a", "y"]}
     assert (
-        high.slides[0].detail == "above 75 % of the fold's test slides"
-        and high.slides[0].called == "risk 0.4"
+        high.slides[0].verdict.detail == "above 75 % of the fold's test slides"
+        and high.slides[0].verdict.called == "risk 0.4"
     )
-    assert [choice.label for choice in low.slides] == ["event at 2.5", "no event until 2.5"]
+    assert [choice.verdict.label for choice in low.slides] == ["event at 2.5", "no event until 2.5"]
     assert names(choose_slides(runs, Cox(), 9)) == {
         "Highest risk": ["d", "x", "c"],
         "Lowest risk": ["a", "y", "b"],
@@ -269,7 +270,7 @@ def test_examples_of_survival_are_the_outer_places_within_a_fold():
     twice = [*runs, run(2, {"d": 1.0, "a": 9.0})]  # d: above 75 % and 0 %, a: 0 % and 50 %
     high, low = choose_slides(twice, Cox(), 9)
     assert names([high, low]) == {"Highest risk": ["x", "c", "d"], "Lowest risk": ["y", "a", "b"]}
-    assert high.slides[2].fold == 0 and high.slides[2].detail.endswith(
+    assert high.slides[2].fold == 0 and high.slides[2].verdict.detail.endswith(
         "slides; 38 % on average over 2 runs"
     )
 
@@ -279,7 +280,7 @@ def test_example_shows_the_tiles_with_most_attention(finished: Path, tmp_path: P
         tmp_path / "bench" / "runs" / "teacher" / "abmil" / "seed1_fold0" / "checkpoint_best.pt"
     )
     bag_file = finished / "bags" / "h5_files" / "s05.h5"
-    choice = Choice("s05", 0, "pos", "pos", "probability 0.90")
+    choice = Choice("s05", 0, Verdict(0.9, "pos", "pos", "probability 0.90"))
     example = make_example(choice, checkpoint, bag_file, finished / "slides" / "s05", None, 4)
     model, _ = load_classifier(checkpoint, torch.device("cpu"))
     bag = read_bag(bag_file)

@@ -22,11 +22,12 @@ from common.config import load_config
 from common.errors import UserError
 from common.metrics.classification import confusion, predict_class
 from mil.datasets.splits import Split
-from mil.evaluate import benchmark_runs
+from mil.evaluate import read_benchmark
 from mil.figures.example_slides import Choice, make_example
 from mil.heatmap import Config, load_model, main
 from mil.heatmaps.scores import score_bag, score_tiles_alone
 from mil.heatmaps.sources import SlidePrediction, read_from_benchmark
+from mil.tasks.records import Verdict
 from mil.training.engine import load_classifier
 from patch_encoder.bags.bag import Bag, open_bag, read_bag
 from patch_encoder.bags.paths import find_coordinates
@@ -34,8 +35,12 @@ from patch_encoder.bags.writer import write_bag
 from tests.mil.conftest import write_cohort
 from tests.mil.tasks.task_cohorts import rewrite
 
+# test_benchmark_tasks.py renders the same figures of every task
+pytestmark = pytest.mark.usefixtures("no_rendering")
+
 SMALL = [
     "device=cpu",
+    "isolated=false",
     "training.epochs=1",
     "training.min_epochs=1",
     "resamples=5",
@@ -124,7 +129,7 @@ def test_a_slide_that_several_runs_test_is_drawn_once(
         ] == pytest.approx(float(first["prob_pos"]), abs=1e-5)
     summary, expected = (
         json.loads((output / "summary.json").read_text()),
-        [r for r in benchmark_runs(nested)[0] if r.seed == 1],
+        [r for r in read_benchmark(nested)[0] if r.seed == 1],
     )
     assert summary["slides"] == summary["drawn"] == 16
     counts = sum(
@@ -332,7 +337,7 @@ def test_bags_are_handed_on_as_they_are_stored(plain: Path, monkeypatch: pytest.
     (model, task), bag = load_model(weights, CPU), root / "only" / "pt_files" / "s03.pt"
     coords = root / "cohort" / "bags" / "h5_files"
     scores = score_bag(model, task, bag, coords / "s03.h5", "probability", "pos", CPU)
-    choice = Choice("s03", 0, "pos", "pos", "")
+    choice = Choice("s03", 0, Verdict(0.9, "pos", "pos", ""))
     make_example(choice, weights, bag, root / "cohort" / "slides" / "s03", None, 2, coords)
     assert len(seen) == 2 and all(sample.bag.features is None for sample in seen)
     assert {sample.bag.dtype for sample in seen} == {"float16"}

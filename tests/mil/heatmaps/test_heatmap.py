@@ -59,7 +59,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert (
         benchmark.main(
             load_config(
-                benchmark.Config, [*sources, *SMALL, "folds=2", "seeds=[3]", "resamples=10"]
+                benchmark.Config,
+                [*sources, *SMALL, "isolated=false", "folds=2", "seeds=[3]", "resamples=10"],
             )
         )
         == 0
@@ -360,6 +361,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+@pytest.mark.process
 def test_processes_change_no_byte_and_a_slide_that_kills_one_is_listed(
     bench: Path, monkeypatch: pytest.MonkeyPatch
 ):

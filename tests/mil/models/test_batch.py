@@ -11,9 +11,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from common.errors import UserError
-from mil.models import MODELS, build, forward_bags, forward_padded
+from mil.models import MODELS, build
+from mil.models.batch import forward_bags, forward_padded
+from mil.models.layers import index_bags, segment_softmax
 from mil.models.output import normalise_attention
-from mil.models.segments import index_bags, segment_softmax
 from mil.training.engine import training_loss
 from patch_encoder.bags.bag import make_bag
 from tests.mil.models.small_options import ORDERED, SMALL

@@ -221,7 +221,7 @@ def test_subtyping_goes_through_training_and_benchmark(make_cohort, tmp_path: Pa
         "models=[clam_sb]",
         f"options={options}",
     ]
-    more += ["headline=clam_sb", "seeds=[2024]", "resamples=20"]
+    more += ["headline=clam_sb", "seeds=[2024]", "resamples=20", "isolated=false"]
     assert benchmark_main(load_config(BenchmarkConfig, [*shared, *more])) == 0
     run = tmp_path / "all" / "runs" / "bags" / "clam_sb" / "seed2024_fold0"
     assert (run / "predictions.csv").read_text() == said[True]

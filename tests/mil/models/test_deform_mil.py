@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from common.errors import UserError
-from mil.models import build, forward_bags
+from mil.models import build
+from mil.models.batch import forward_bags
 from mil.models.deform_mil import DeformMIL, sine_encoding
 
 SMALL = {"width": 32, "depth": 1, "levels": 1, "heads": 4, "points": 1, "dropout": 0.0}

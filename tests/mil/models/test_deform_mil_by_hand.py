@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mil.models.deform_mil import DeformMIL
-from mil.models.sparse_attention import SparseDeformAttn
+from mil.models.deform_mil import DeformMIL, SparseDeformAttn
 
 WIDTH, HEADS, LEVELS, POINTS = 8, 2, 2, 2
 PER_HEAD = WIDTH // HEADS

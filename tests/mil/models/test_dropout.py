@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mil.models import MODELS, build
-from mil.models.dropout import Dropout
+from mil.models.layers import Dropout
 from tests.mil.models.small_options import SMALL
 
 TILES, GIVEN = 19, 0.5

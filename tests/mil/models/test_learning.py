@@ -21,10 +21,10 @@ from mil.datasets.bags import Sample
 from mil.models import MODELS, build
 from mil.train import Config, build_job, main
 from mil.training.engine import train_one_epoch
+from mil.training.epochs import epoch_order
 from mil.training.fold_run import PLAIN
 from mil.training.prediction import predict
 from mil.training.recipes import Recipe, resolve
-from mil.training.sampling import epoch_order
 from patch_encoder.bags.bag import make_bag
 from tests.mil.models.small_options import SMALL
 

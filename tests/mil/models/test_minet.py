@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from mil.classic.deep import Deep
+from mil.classic.recipes import Deep
 from mil.classic.vmap_training import compute_bag_losses
 from mil.models import DSMIL, DTFD, MINet
 from mil.models.minet import log_odds

@@ -12,8 +12,7 @@ from torch.nn.functional import cross_entropy
 from common.errors import UserError
 from mil.models import MODELS, build
 from mil.models.abmil import ABMIL
-from mil.models.dropout import Dropout
-from mil.models.standardise import Standardised
+from mil.models.layers import Dropout, Standardised
 from patch_encoder.bags.bag import make_bag
 
 BAG = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))

@@ -12,8 +12,7 @@ from nystrom_attention import NystromAttention as PackageAttention
 from torch.nn.functional import conv2d, layer_norm
 
 from common.errors import UserError
-from mil.models.nystrom import NystromAttention, pseudo_inverse
-from mil.models.transmil import PPEG, TransMIL
+from mil.models.transmil import PPEG, NystromAttention, TransMIL, pseudo_inverse
 
 
 def package_of(layer: NystromAttention, dim: int) -> PackageAttention:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from benchmarks.sparse_attn_cases import dense
+from benchmarks.sparse_attention import dense
 from mil.ops.grid import SparseMaps, build_grid
 from mil.ops.sparse_deform_attn import sparse_deform_attn
 

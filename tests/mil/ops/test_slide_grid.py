@@ -19,9 +19,9 @@ from mil.models import build, deform_mil
 from mil.ops.grid import build_grid
 from mil.ops.slide_grid import MAX_CELLS, SlideGrid, find_grid, infer_step
 from mil.training.engine import CLASSES, examine, train_one_epoch
+from mil.training.epochs import draws
 from mil.training.prediction import grid_for, predict
 from mil.training.recipes import Recipe
-from mil.training.sampling import draws
 from patch_encoder.bags.bag import make_bag
 from patch_encoder.bags.writer import write_bag
 from patch_encoder.tiles.coordinates import FULL_GEOMETRY

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from benchmarks.sparse_attn_cases import dense
+from benchmarks.sparse_attention import dense
 from common.errors import UserError
 from common.ops.compiled_op import warn_once
 from mil.ops import sparse_deform_attn as door

@@ -24,8 +24,7 @@ from mil import evaluate
 from mil.benchmark import Config as BenchmarkConfig
 from mil.benchmark import main as benchmark_main
 from mil.datasets.bags import Sample
-from mil.losses.classification import class_loss, label_loss
-from mil.losses.ordinal import corn_loss, corn_probabilities
+from mil.losses.classification import class_loss, corn_loss, corn_probabilities, label_loss
 from mil.losses.survival import cox_loss, discrete_loss, discrete_risk
 from mil.models import MODELS, build
 from mil.models.output import MILOutput

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import mil.benchmark as benchmark
-import mil.training.training_pool as training_pool
 from common.cli import launch
+from mil.training import benchmark_jobs
 from tests.mil.training.dying_training import train_or_die
 
-training_pool.train_job = train_or_die
+benchmark_jobs.train_job = train_or_die
 
 if __name__ == "__main__":
     launch(benchmark.main, benchmark.Config)

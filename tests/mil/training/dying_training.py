@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 
+from mil.training.benchmark_jobs import train_job
 from mil.training.fold_run import FoldJob
-from mil.training.training_pool import train_job
 from tests.helpers import die
 
 PLACE = "max/seed1_fold1"

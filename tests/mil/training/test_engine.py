@@ -33,9 +33,8 @@ from mil.tasks.cox import Cox
 from mil.tasks.discrete import Discrete
 from mil.train import Config, build_job, main
 from mil.training.engine import load_classifier, train_one_epoch
+from mil.training.epochs import class_weights, is_better, is_over
 from mil.training.recipes import Recipe
-from mil.training.sampling import class_weights
-from mil.training.selection import is_better, is_over
 from patch_encoder.bags.bag import make_bag, read_bag
 from patch_encoder.bags.writer import write_bag
 

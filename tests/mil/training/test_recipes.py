@@ -17,13 +17,13 @@ from common.distributed import World
 from common.errors import UserError
 from mil.benchmark import Config as BenchmarkConfig
 from mil.benchmark import main as benchmark_main
-from mil.benchmark import model_settings
+from mil.benchmark import make_settings
 from mil.datasets.bags import Sample
 from mil.models import MODELS, build, check_options
 from mil.train import Config, main
 from mil.training.engine import train_one_epoch
+from mil.training.epochs import epoch_order
 from mil.training.recipes import PUBLISHED, Recipe, recipe_factor, resolve
-from mil.training.sampling import epoch_order
 from patch_encoder.bags.bag import make_bag
 from tests.mil.models.small_options import SMALL
 
@@ -245,7 +245,7 @@ def test_benchmark_takes_options_and_recipes_of_single_models(make_cohort, tmp_p
         "models=[max,dtfd]",
     ]
     config = load_config(BenchmarkConfig, [*paths, *run])
-    settings = model_settings(config)
+    settings = make_settings(config)
     assert (
         settings["dtfd"].options == {"hidden": 8, "distil": "mas"} and settings["max"].options == {}
     )
@@ -270,4 +270,4 @@ def test_benchmark_takes_options_and_recipes_of_single_models(make_cohort, tmp_p
         ("recipes={max: 3}", "recipes: max: expected"),
     ):
         with pytest.raises(UserError, match=message):
-            model_settings(load_config(BenchmarkConfig, [*paths, bad]))
+            make_settings(load_config(BenchmarkConfig, [*paths, bad]))

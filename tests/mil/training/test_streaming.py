@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from common.errors import UserError
-from mil.models import MODELS, MILOutput, build
+from mil.models import MODELS, build
+from mil.models.output import MILOutput
 from mil.training import streaming
 from mil.training.streaming import STREAMED, WeightedSum, can_stream, stream
 from patch_encoder.bags.bag import open_bag

@@ -17,7 +17,7 @@ import pytest
 import mil.benchmark as benchmark
 from common.cli import run
 from common.config import load_config
-from mil.training import training_pool
+from mil.training import benchmark_jobs
 from tests.common.processes.fake_ray import FakeRay
 from tests.mil.tasks.task_cohorts import rewrite
 from tests.mil.training.dying_training import PLACE
@@ -47,6 +47,7 @@ ENGINES = {
 }
 
 
+@pytest.mark.process
 def test_every_engine_writes_the_tables_of_one_process(
     make_cohort, tmp_path: Path, root: Path, failing_training
 ):
@@ -112,11 +113,11 @@ def test_a_training_that_fails_on_ray_is_listed_and_files_are_named_whole(
     ray = FakeRay({"CPU": 4.0})
     monkeypatch.setattr("common.processes.ray_cluster.import_ray", lambda: ray)
     monkeypatch.setattr(benchmark, "import_ray", lambda: ray)
-    monkeypatch.setattr(training_pool, "train_job", train)
+    monkeypatch.setattr(benchmark_jobs, "train_job", train)
     monkeypatch.chdir(tmp_path)
     keys = arguments(make_cohort(slides=8), Path("out"), "engine=ray", "ray.cpus=2", "threads=1")
     config = load_config(benchmark.Config, keys)
-    jobs = benchmark.build_jobs(config, config.read_cohort(benchmark.feature_names(config)))
+    jobs = benchmark.build_jobs(config, config.read_cohort(benchmark.name_feature_sets(config)))
     failed = benchmark.train_pending(config, jobs)
     assert list(failed) == [0, 1] and failed[0] == "ValueError: out of memory"
     assert "died twice, the last time: actor died" in failed[1]
@@ -124,7 +125,7 @@ def test_a_training_that_fails_on_ray_is_listed_and_files_are_named_whole(
     assert len(seen) == 5 and {device for _, device in seen} == {"cpu"}
     assert all(job.output.is_absolute() and job.files[0][1].is_absolute() for job, _ in seen)
     assert (ray.options, ray.shut) == ({"num_cpus": 2, "num_gpus": 0}, 1)
-    assert not list(training_pool.train_on_ray([], config.ray, 1, "cpu", 0.0)), "nothing to do"
+    assert not list(benchmark_jobs.train_on_ray([], config.ray, 1, "cpu", 0.0)), "nothing to do"
 
 
 def test_what_does_not_go_with_an_engine_is_refused(

@@ -17,9 +17,8 @@ from common.config import load_config
 from common.errors import UserError
 from common.files import sha256_file
 from patch_encoder.cohort.labels import read_labels
-from patch_encoder.demo.annotated_fields import Field, FieldTile, cut_tiles
 from patch_encoder.demo.compose_cohort import Config, main
-from patch_encoder.demo.compose_plan import compose_slides
+from patch_encoder.demo.composed_slides import Field, FieldTile, compose_slides, cut_tiles
 
 TILE = 32
 

@@ -9,10 +9,9 @@ import pytest
 from scipy.ndimage import grey_opening
 from skimage.measure import label, regionprops
 
-from patch_encoder.demo.cytology.cells import high_grade, intermediate
+from patch_encoder.demo.cytology.cells import HIGH_GRADE, INTERMEDIATE
 from patch_encoder.demo.cytology.smear import SmearObject
 from patch_encoder.demo.cytology.stain import develop, draw_style
-from patch_encoder.descriptors.binary_patterns import MARGIN, RINGS, pattern_shares
 from patch_encoder.descriptors.granulometry import (
     COARSE,
     FINE,
@@ -31,11 +30,14 @@ from patch_encoder.descriptors.nucleus_statistics import (
 from patch_encoder.descriptors.stain_texture import (
     DIM,
     LIMIT,
+    MARGIN,
+    RINGS,
     describe,
     feature_names,
+    pattern_shares,
+    read_scale,
     stain_texture,
 )
-from patch_encoder.descriptors.stain_texture_scale import SCALE
 
 
 def disc(radius: float, side: int = 128, value: int = 200) -> np.ndarray:
@@ -72,8 +74,9 @@ def smear_tile(kind: object, seed: int) -> np.ndarray:
 def test_the_vector_its_names_and_its_scale_agree() -> None:
     names = feature_names()
     assert len(names) == len(set(names)) == DIM == 151
-    assert list(SCALE) == names
-    vector = stain_texture(smear_tile(intermediate, 0))
+    centre, spread = read_scale()
+    assert centre.shape == spread.shape == (DIM,) and (spread > 0).all()
+    vector = stain_texture(smear_tile(INTERMEDIATE, 0))
     assert vector.shape == (DIM,) and vector.dtype == np.float32
 
 
@@ -112,7 +115,7 @@ def test_other_arrays_are_refused(tile: np.ndarray) -> None:
 
 
 def test_turning_and_mirroring_a_tile_change_nothing() -> None:
-    tile = smear_tile(high_grade, 3)
+    tile = smear_tile(HIGH_GRADE, 3)
     expected = stain_texture(tile)
     for other in (np.rot90(tile), np.rot90(tile, 2), tile[::-1], tile.transpose(1, 0, 2)):
         np.testing.assert_allclose(stain_texture(other), expected, atol=2e-3)
@@ -224,8 +227,8 @@ def test_bodies_are_counted_by_size_and_a_clump_is_not_compact() -> None:
 
 def test_an_abnormal_nucleus_stands_out_from_a_normal_one() -> None:
     place = {name: number for number, name in enumerate(feature_names())}
-    normal = np.array([stain_texture(smear_tile(intermediate, seed)) for seed in range(12)])
-    abnormal = np.array([stain_texture(smear_tile(high_grade, seed)) for seed in range(12)])
+    normal = np.array([stain_texture(smear_tile(INTERMEDIATE, seed)) for seed in range(12)])
+    abnormal = np.array([stain_texture(smear_tile(HIGH_GRADE, seed)) for seed in range(12)])
     for name in ("largest_any_area", "darkest_r11", "core_share"):
         assert np.median(abnormal[:, place[name]]) > np.max(normal[:, place[name]]), name
 
@@ -233,7 +236,7 @@ def test_an_abnormal_nucleus_stands_out_from_a_normal_one() -> None:
 def test_typical_tiles_have_entries_of_about_unit_size() -> None:
     tiles = [
         stain_texture(smear_tile(kind, seed))
-        for kind in (intermediate, high_grade)
+        for kind in (INTERMEDIATE, HIGH_GRADE)
         for seed in range(10)
     ]
     assert 0.2 < np.abs(np.array(tiles)).mean() < 2

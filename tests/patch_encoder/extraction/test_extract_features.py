@@ -27,52 +27,7 @@ from patch_encoder.bags.writer import write_bag
 from patch_encoder.descriptors.mean_colour import mean_colour
 from patch_encoder.models.encoders import PixelEncoder, ToInputSize, build_encoder, digest_weights
 from patch_encoder.slides import open_slide
-from tests.helpers import make_cohort
-
-
-@pytest.fixture
-def cohort(tmp_path: Path) -> Path:
-    """Three slides, tiled at 64 px."""
-    root = make_cohort(tmp_path)
-    keys = [
-        "tile_size=64",
-        "tissue.mpp=2",
-        "tissue.median=4",
-        "tissue.closing=4",
-        "tissue.min_area=50",
-        "workers=1",
-    ]
-    assert (
-        run(
-            tile_slides.main,
-            tile_slides.Config,
-            [f"slides={root}/slides", f"output={root}/tiles", *keys],
-        )
-        == 0
-    )
-    return root
-
-
-def arguments(root: Path, *extra: str) -> list[str]:
-    base = [
-        f"slides={root}/slides",
-        f"coords={root}/tiles",
-        f"output={root}/features",
-        f"labels={root}/labels.csv",
-    ]
-    return [
-        *base,
-        "encoder=mean_colour",
-        "device=cpu",
-        "precision=fp32",
-        "workers=0",
-        "batch_size=7",
-        *extra,
-    ]
-
-
-def extract(root: Path, *extra: str) -> int:
-    return run(extract_features.main, extract_features.Config, arguments(root, *extra))
+from tests.patch_encoder.extraction.conftest import arguments, extract
 
 
 def bag_path(root: Path, slide: str = "S001", encoder: str = "mean_colour") -> Path:

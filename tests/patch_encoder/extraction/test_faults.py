@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import h5py
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 
 from common.cli import run
-from patch_encoder import extract_features, tile_slides
+from patch_encoder import tile_slides
 from patch_encoder.bags import writer as bags
 from patch_encoder.bags.bag import open_bag, read_bag
 from patch_encoder.bags.paths import list_bags
@@ -29,44 +30,8 @@ from patch_encoder.models.encoders import Encoder, build_encoder
 from patch_encoder.models.transforms import ToInputSize
 from patch_encoder.slides import RegionError, open_slide
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, write_coordinates
-from tests.helpers import kill_when, make_cohort
-
-
-@pytest.fixture
-def cohort(tmp_path: Path) -> Path:
-    """Three slides, tiled at 64 px."""
-    root = make_cohort(tmp_path)
-    keys = [
-        "tile_size=64",
-        "tissue.mpp=2",
-        "tissue.median=4",
-        "tissue.closing=4",
-        "tissue.min_area=50",
-        "workers=1",
-    ]
-    assert (
-        run(
-            tile_slides.main,
-            tile_slides.Config,
-            [f"slides={root}/slides", f"output={root}/tiles", *keys],
-        )
-        == 0
-    )
-    return root
-
-
-def keys(root: Path, *extra: str) -> list[str]:
-    base = [
-        f"slides={root}/slides",
-        f"coords={root}/tiles",
-        f"output={root}/features",
-        "encoder=mean_colour",
-    ]
-    return [*base, "device=cpu", "precision=fp32", "workers=0", "batch_size=7", *extra]
-
-
-def extract(root: Path, *extra: str) -> int:
-    return run(extract_features.main, extract_features.Config, keys(root, *extra))
+from tests.helpers import kill_when
+from tests.patch_encoder.extraction.conftest import arguments, extract
 
 
 def hidden(folder: Path) -> list[Path]:
@@ -143,12 +108,10 @@ def test_real_slide_with_a_damaged_middle(real_data: Path, tmp_path: Path) -> No
     # every tile with a handle of its own, so that no error can spread
     readable = []
     for x, y in grid.tolist():
-        with open_slide(path) as slide:
-            try:
-                slide.read(x, y, 240)
-                readable.append([x, y])
-            except RegionError:
-                pass
+        # a tile of the damaged middle is refused and not listed; how many are is asked below
+        with suppress(RegionError), open_slide(path) as slide:
+            slide.read(x, y, 240)
+            readable.append([x, y])
     bad = len(grid) - len(readable)
     assert 0 < bad < len(grid)
     folder = tmp_path / "features" / "mean_colour"
@@ -162,12 +125,12 @@ def test_real_slide_with_a_damaged_middle(real_data: Path, tmp_path: Path) -> No
 
 @pytest.mark.process
 def test_killed_in_the_middle_and_started_again_gives_the_same_files(cohort: Path) -> None:
-    arguments = keys(cohort, "encoder=stain_texture", "batch_size=2")
+    command = arguments(cohort, "encoder=stain_texture", "batch_size=2")
     part = cohort / "features" / "stain_texture" / "h5_files"
     kill_when(
         lambda: (part / "S000.h5").exists() and bool(hidden(part)),
         "patch_encoder.extract_features",
-        arguments,
+        command,
     )  # a slide is done, the next one is under way
     assert hidden(part), "what was under way has a hidden name"
     for file in part.glob("*.h5"):
@@ -184,7 +147,7 @@ def test_two_processes_on_one_output_do_each_other_no_harm(cohort: Path, root: P
         sys.executable,
         "-m",
         "patch_encoder.extract_features",
-        *keys(cohort, "batch_size=1"),
+        *arguments(cohort, "batch_size=1"),
     ]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     pair = [
@@ -348,7 +311,7 @@ def test_a_disk_that_is_really_full(cohort: Path, root: Path) -> None:
         sys.executable,
         "-c",
         FILL,
-        *keys(cohort, "workers=2"),
+        *arguments(cohort, "workers=2"),
     ]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -18,11 +18,11 @@ import pytest
 from common.cli import run
 from common.errors import UserError
 from common.processes.ray_cluster import worker_count
-from patch_encoder import extract_features, tile_slides
+from patch_encoder import extract_features
 from patch_encoder.cohort.shards import Shard, count_tiles, make_bundles
-from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
-from patch_encoder.tiles.slide_job import SlideJob
+from patch_encoder.tiles.coordinates import Coordinates, SlideJob, TileGeometry
 from tests.helpers import draw_slide, make_cohort, write_pyramid
+from tests.patch_encoder.extraction.conftest import arguments, tile
 
 
 def job(name: str, tiles: int) -> SlideJob:
@@ -67,33 +67,11 @@ def cohort(tmp_path: Path) -> Path:
     root = make_cohort(tmp_path)
     write_pyramid(root / "slides" / "S003.tiff", draw_slide(1024, seed=3))
     (root / "labels.csv").write_text((root / "labels.csv").read_text() + "C3,S003,negative\n")
-    keys = [
-        "tile_size=32",
-        "tissue.mpp=2",
-        "tissue.median=4",
-        "tissue.closing=4",
-        "tissue.min_area=50",
-        "workers=1",
-    ]
-    assert (
-        run(
-            tile_slides.main,
-            tile_slides.Config,
-            [f"slides={root}/slides", f"output={root}/tiles", *keys],
-        )
-        == 0
-    )
-    return root
+    return tile(root, 32)
 
 
 def keys(root: Path, *extra: str) -> list[str]:
-    base = [
-        f"slides={root}/slides",
-        f"coords={root}/tiles",
-        f"output={root}/features",
-        "encoder=stain_texture",
-    ]
-    return [*base, "device=cpu", "precision=fp32", "workers=0", "batch_size=16", *extra]
+    return arguments(root, "encoder=stain_texture", "batch_size=16", *extra)
 
 
 def extract(root: Path, *extra: str) -> int:
@@ -139,6 +117,7 @@ def test_shards_keep_lists_of_their_own_and_the_whole_run_clears_them(cohort: Pa
     assert [path.name for path in folder.glob("failures*")] == ["failures.csv"]
 
 
+@pytest.mark.process
 def test_script_starts_a_process_a_gpu_and_takes_the_worst_status(cohort: Path, root: Path) -> None:
     script = ["bash", str(root / "tools" / "extract_features.sh")]
     shared = environment(root) | {

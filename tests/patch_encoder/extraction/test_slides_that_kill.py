@@ -29,8 +29,7 @@ from patch_encoder.extraction import ray_backend as ray_extraction
 from patch_encoder.extraction import tile_batches as tile_module
 from patch_encoder.extraction.tile_batches import TileSequence
 from patch_encoder.slides.openslide_file import OpenSlideFile
-from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, read_coordinates
-from patch_encoder.tiles.slide_job import SlideJob
+from patch_encoder.tiles.coordinates import Coordinates, SlideJob, TileGeometry, read_coordinates
 from tests.common.processes.fake_ray import FakeRay
 from tests.helpers import children, die, make_cohort
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from common.checkpoint import load_weights
 from common.errors import UserError
+from patch_encoder.models.encoder_weights import skip_initialisation
 from patch_encoder.models.encoders import build_encoder
-from patch_encoder.models.uninitialised import skip_initialisation
 
 OPTIONS = {
     "vit_tiny_patch16_224": {"depth": 1},

@@ -17,8 +17,7 @@ from PIL import Image
 from common.cli import run
 from patch_encoder import tile_slides
 from patch_encoder.slides import RegionError, open_slide
-from patch_encoder.slides.damage import Damage
-from patch_encoder.slides.overview import read_overview, reduce_by_area
+from patch_encoder.slides.overview import Damage, read_overview, reduce_by_area
 from patch_encoder.slides.reduced_jpeg import ReducedJpeg
 from patch_encoder.tiles.coordinates import read_coordinates
 from patch_encoder.tissue.quality import read_quality

@@ -18,7 +18,7 @@ from common.cli import run
 from patch_encoder import extract_features, tile_slides
 from patch_encoder.bags.bag import open_bag
 from patch_encoder.extraction import bag_assembly as assembly
-from patch_encoder.slides.identity import END, compute_slide_identity
+from patch_encoder.slides.names import END, compute_slide_identity
 from tests.helpers import draw_slide, make_cohort, write_pyramid
 
 TILING = [

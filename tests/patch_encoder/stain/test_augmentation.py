@@ -17,7 +17,7 @@ from patch_encoder.stain.augment import (
     HedJitter,
     StainJitter,
     draw_factors,
-    measure_hed_amounts,
+    make_mixing_matrix,
 )
 from patch_encoder.stain.macenko import fit_macenko, make_unmixing_matrix
 from patch_encoder.stain.optical_density import optical_density
@@ -28,6 +28,10 @@ JITTERS = [HedJitter(0.1, 0.1), StainJitter(0.3, 0.1)]
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def measure_hed_amounts(density: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.inv(make_mixing_matrix(density.device)).to(density) @ density
 
 
 def test_amounts_are_skimages() -> None:

@@ -12,12 +12,13 @@ import torch
 from skimage.color import lab2rgb, rgb2lab
 from torch import Tensor
 
-from patch_encoder.stain.lab import lab_to_rgb, rgb_to_lab
 from patch_encoder.stain.macenko import (
+    BINS,
     COMMON,
     LARGEST_GAIN,
     StainProfile,
     compute_moments,
+    compute_percentiles,
     fit_macenko,
     make_common_profile,
     make_unmixing_matrix,
@@ -25,8 +26,12 @@ from patch_encoder.stain.macenko import (
 )
 from patch_encoder.stain.normaliser import make_common_colours
 from patch_encoder.stain.optical_density import optical_density, recolour, select_stained_pixels
-from patch_encoder.stain.percentiles import BINS, compute_percentiles
-from patch_encoder.stain.reinhard import fit_reinhard, normalise_reinhard
+from patch_encoder.stain.reinhard import (
+    fit_reinhard,
+    lab_to_float_rgb,
+    normalise_reinhard,
+    rgb_to_lab,
+)
 from tests.patch_encoder.stain.stain_fixture import RUIFROK_HE, degrees, draw_tile, picture
 
 PICTURES = ("torchstain_target.png", "torchstain_source.png", "tiatoolbox_target.png")
@@ -79,6 +84,11 @@ def test_reinhard_is_torchstains_on_real_pictures(pictures: list[Tensor]) -> Non
             assert int(less.abs().max()) <= 1
 
 
+def convert_to_rgb(lab: torch.Tensor) -> torch.Tensor:
+    ones = torch.ones(len(lab), 3)
+    return lab_to_float_rgb(lab, ones, torch.zeros_like(ones)).round().to(torch.uint8)
+
+
 def test_lab_is_skimages_and_comes_back() -> None:
     tile = torch.randint(
         0, 256, (2, 3, 40, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -89,11 +99,12 @@ def test_lab_is_skimages_and_comes_back() -> None:
     found = rgb_to_lab(tile)
     expected = rgb2lab(tile.permute(0, 2, 3, 1).numpy() / 255.0)
     assert np.allclose(found.view(2, 3, 40, 30).permute(0, 2, 3, 1).numpy(), expected, atol=5e-3)
-    assert torch.equal(lab_to_rgb(found).view_as(tile), tile)
+    assert torch.equal(convert_to_rgb(found).view_as(tile), tile)
     moved = found + torch.tensor([-9.0, 14.0, -11.0])[:, None]
     back = lab2rgb(moved.view(2, 3, 40, 30).permute(0, 2, 3, 1).double().numpy())
     assert (
-        np.abs(lab_to_rgb(moved).view_as(tile).permute(0, 2, 3, 1).numpy() - back * 255).max() < 0.6
+        np.abs(convert_to_rgb(moved).view_as(tile).permute(0, 2, 3, 1).numpy() - back * 255).max()
+        < 0.6
     )
 
 

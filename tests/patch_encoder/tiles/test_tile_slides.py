@@ -24,7 +24,9 @@ from patch_encoder.tiles.coordinates import (
     write_coordinates,
 )
 from patch_encoder.tiles.grid import make_grid, make_tile_geometry, measure_tissue_share, read_tile
-from patch_encoder.tissue import TissueSettings, find_hsv_otsu, make_tissue_mask
+from patch_encoder.tissue.find import find_tissue, threshold_saturation
+from patch_encoder.tissue.regions import filter_by_area
+from patch_encoder.tissue.settings import TissueSettings
 from tests.helpers import draw_slide, make_cohort, write_pyramid
 
 FINE = TissueSettings(mpp=2.0, median=4.0, closing=4.0, min_area=50.0)
@@ -105,6 +107,11 @@ def test_tissue_share_counts_mask_pixels() -> None:
     assert measure_tissue_share(mask, corners, geometry()).tolist() == [1.0, 0.0, 1.0, 0.5]
 
 
+def find_hsv_otsu(pixels: np.ndarray, mpp: float, settings: TissueSettings) -> np.ndarray:
+    mask = threshold_saturation(pixels, mpp, settings)
+    return filter_by_area(mask, settings.min_area / mpp**2)
+
+
 def test_mask_finds_the_discs_and_drops_specks() -> None:
     pixels = draw_slide(256)
     pixels[2:5, 250:253] = (170, 60, 140)
@@ -138,17 +145,17 @@ def test_blank_glass_has_no_tissue(level: int) -> None:
 
 def test_tile_folder_tissue_is_what_exists(tile_folder: Path) -> None:
     with open_slide(tile_folder) as slide:
-        assert make_tissue_mask(slide, "auto", FINE).tolist() == [
+        assert find_tissue(slide, "auto", FINE).mask.tolist() == [
             [True, True],
             [True, False],
             [True, True],
         ]
-        assert make_tissue_mask(slide, "none", FINE).all()
+        assert find_tissue(slide, "none", FINE).mask.all()
 
 
 def test_real_pen_blank_and_tissue(real_data: Path) -> None:
     with open_slide(real_data / "wsi_openslide" / "cmu-1-small-region.svs") as slide:
-        mask = make_tissue_mask(slide, "auto", TissueSettings())
+        mask = find_tissue(slide, "auto", TissueSettings()).mask
     assert 0.2 < mask.mean() < 0.8
 
 

@@ -13,7 +13,6 @@ from scipy import ndimage
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.overview import read_level
 from patch_encoder.tiles.grid import make_grid, make_tile_geometry, measure_tissue_share
-from patch_encoder.tissue import ClamSettings, TissueSettings, find_tissue
 from patch_encoder.tissue.clam import (
     ClamParameters,
     choose_segmentation_level,
@@ -23,6 +22,8 @@ from patch_encoder.tissue.clam import (
     resolve_parameters,
     threshold_saturation,
 )
+from patch_encoder.tissue.find import find_tissue
+from patch_encoder.tissue.settings import ClamSettings, TissueSettings
 from tests.helpers import write_pyramid
 from tests.patch_encoder.tissue import clam_fixture
 

@@ -15,11 +15,17 @@ from PIL import Image
 
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.overview import read_level, read_overview
-from patch_encoder.tissue import TissueSettings, find_tissue
-from patch_encoder.tissue.artefacts import find_bubbles, find_dust, find_flat_areas, find_lines
-from patch_encoder.tissue.ink import find_ink, find_ink_pixels
+from patch_encoder.tissue.artefacts import (
+    find_bubbles,
+    find_dust,
+    find_flat_areas,
+    find_ink,
+    find_ink_pixels,
+    find_lines,
+)
+from patch_encoder.tissue.find import find_tissue
 from patch_encoder.tissue.regions import fill_holes, filter_by_area
-from patch_encoder.tissue.settings import INKS
+from patch_encoder.tissue.settings import INKS, TissueSettings
 from tests.helpers import ROOT, draw_slide, write_pyramid
 from tests.patch_encoder.tissue import glass
 
@@ -232,7 +238,8 @@ MEASURE = """
 import sys
 from common.memory import peak_memory
 from patch_encoder.slides import open_slide
-from patch_encoder.tissue import TissueSettings, find_tissue
+from patch_encoder.tissue.find import find_tissue
+from patch_encoder.tissue.settings import TissueSettings
 before = peak_memory()
 with open_slide(sys.argv[1], 0.25) as slide:
     mask = find_tissue(slide, sys.argv[2], TissueSettings()).mask

@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from common.errors import UserError
 from patch_encoder.slides import Slide, open_slide
-from patch_encoder.tissue import FileSettings, TissueSettings, find_tissue, make_tissue_mask
+from patch_encoder.tissue.find import find_tissue
 from patch_encoder.tissue.geojson import read_geojson, write_geojson
 from patch_encoder.tissue.outlines import (
     Outline,
@@ -20,6 +20,7 @@ from patch_encoder.tissue.outlines import (
     fill_outlines,
     trace_outlines,
 )
+from patch_encoder.tissue.settings import FileSettings, TissueSettings
 from tests.helpers import draw_slide, write_pyramid
 
 
@@ -66,11 +67,11 @@ SETTINGS = TissueSettings(mpp=2.3, median=4.0, closing=0.0, min_area=50.0)
 
 def from_file(slide: Slide, folder: Path, **keys: object) -> np.ndarray:
     settings = TissueSettings(mpp=SETTINGS.mpp, file=FileSettings(folder=str(folder), **keys))  # type: ignore[arg-type]
-    return make_tissue_mask(slide, "file", settings)
+    return find_tissue(slide, "file", settings).mask
 
 
 def test_geojson_is_read_back_to_the_same_mask(slide: Slide, tmp_path: Path) -> None:
-    mask = make_tissue_mask(slide, "hsv_otsu", SETTINGS)
+    mask = find_tissue(slide, "hsv_otsu", SETTINGS).mask
     assert ndimage.label(mask)[1] == 2 and mask.shape[0] not in (512, 256, 128)
     scale = slide.width / mask.shape[1], slide.height / mask.shape[0]
     outlines = [outline.scaled(*scale) for outline in trace_outlines(mask)]
@@ -163,7 +164,7 @@ def test_mask_pictures_of_any_scale_and_values(
     drawn[: side // 2] = high
     Image.fromarray(drawn).save(tmp_path / "S1.tif")
     found = from_file(slide, tmp_path)
-    assert found.shape == make_tissue_mask(slide, "hsv_otsu", SETTINGS).shape
+    assert found.shape == find_tissue(slide, "hsv_otsu", SETTINGS).mask.shape
     assert (
         found.mean() == pytest.approx(0.5, abs=0.02) and found[:10].all() and not found[-10:].any()
     )
@@ -191,7 +192,7 @@ def test_annotations_that_do_not_fit_are_refused(slide: Slide, tmp_path: Path) -
     ):
         from_file(slide, tmp_path)
     with pytest.raises(UserError, match=r"tissue\.file\.folder"):
-        make_tissue_mask(slide, "file", TissueSettings())
+        find_tissue(slide, "file", TissueSettings())
     Image.new("L", (40, 80)).save(tmp_path / "S1.png")
     with pytest.raises(UserError, match="whole slide"):
         from_file(slide, tmp_path)

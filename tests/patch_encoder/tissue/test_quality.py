@@ -19,8 +19,8 @@ from patch_encoder.slides import open_slide
 from patch_encoder.slides.overview import read_overview
 from patch_encoder.tiles.coordinates import Coordinates, coordinate_attributes, read_coordinates
 from patch_encoder.tiles.grid import make_grid, make_tile_geometry
-from patch_encoder.tissue import Tissue
 from patch_encoder.tissue.annotation import read_annotated_mask
+from patch_encoder.tissue.find import Tissue
 from patch_encoder.tissue.quality import (
     MEASURES,
     Cuts,

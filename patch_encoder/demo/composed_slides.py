@@ -1,8 +1,9 @@
-"""Annotated pictures (COCO boxes, lists of names for train, val, test) cut into tiles that hold a
-lesion or none.
+"""Slides composed from annotated pictures (COCO boxes; lists of names for train, val, test).
 
-A field is cut from its top left corner into whole tiles without overlap; what is left at the right
-and the bottom is not used (a 640 x 480 field gives 5 x 3 tiles of 128 px).
+A field is cut from its top left corner into whole tiles without overlap, which hold a lesion or
+none; what is left at the right and the bottom is not used (a 640 x 480 field gives 5 x 3 tiles of
+128 px). The slides of a split have balanced classes, few lesion tiles on a positive slide, and no
+tile is used twice.
 """
 
 from __future__ import annotations
@@ -10,20 +11,23 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from common.errors import UserError, did_you_mean
 from common.files import read_json
 
 SPLITS = ("train", "val", "test")
+MOST_LESIONS = 4
+"""A positive slide has 1 to this many lesion tiles."""
 Box = tuple[float, float, float, float]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Field:
-    """A picture: file name, size in px, and its boxes (category, (x0, y0, x1, y1)) of positive
-    area.
-    """
+    """A picture: name, size in px, and boxes (category, (x0, y0, x1, y1)) of positive area."""
 
     file_name: str
     width: int
@@ -33,9 +37,7 @@ class Field:
 
 @dataclass(frozen=True)
 class FieldTile:
-    """A tile of a field: left and top in px, and whether it holds a lesion (never only part of
-    one).
-    """
+    """A tile of a field: left and top in px, and whether it holds (most of) a lesion."""
 
     file_name: str
     x: int
@@ -56,7 +58,7 @@ def read_fields(annotations: Path) -> tuple[dict[str, Field], list[str], int]:
     document = read_json(annotations, "a COCO document")
     try:
         categories = {int(item["id"]): str(item["name"]) for item in document["categories"]}
-        boxes, empty = _boxes(document, categories)
+        boxes, empty = _read_boxes(document, categories)
         fields = [
             Field(
                 str(item["file_name"]),
@@ -80,7 +82,7 @@ def read_fields(annotations: Path) -> tuple[dict[str, Field], list[str], int]:
     return by_name, list(categories.values()), empty
 
 
-def _boxes(
+def _read_boxes(
     document: dict[str, Any], categories: dict[int, str]
 ) -> tuple[dict[int, list[tuple[str, Box]]], int]:
     boxes: dict[int, list[tuple[str, Box]]] = defaultdict(list)
@@ -143,13 +145,97 @@ def cut_tiles(field: Field, side: int, lesion: str) -> list[FieldTile]:
     tiles = []
     for y in range(0, field.height - side + 1, side):
         for x in range(0, field.width - side + 1, side):
-            shares = [_share_inside(box, x, y, side) for box in targets]
+            shares = [_measure_share(box, x, y, side) for box in targets]
             if any(share >= 0.5 for share in shares) or not any(shares):
                 tiles.append(FieldTile(field.file_name, x, y, lesion=any(shares)))
     return tiles
 
 
-def _share_inside(box: Box, x: int, y: int, side: int) -> float:
+def _measure_share(box: Box, x: int, y: int, side: int) -> float:
     x0, y0, x1, y1 = box
     width, height = min(x1, x + side) - max(x0, x), min(y1, y + side) - max(y0, y)
     return max(width, 0) * max(height, 0) / ((x1 - x0) * (y1 - y0))
+
+
+@dataclass(frozen=True)
+class ComposedSlide:
+    """A slide and its tiles in reading order."""
+
+    slide_id: str
+    split: str
+    positive: bool
+    tiles: tuple[FieldTile, ...]
+
+    @property
+    def label(self) -> str:
+        """Its label in labels.csv."""
+        return "positive" if self.positive else "negative"
+
+
+def compose_slides(
+    split: str, tiles: list[FieldTile], slides: int, tiles_per_slide: int, seed: tuple[int, ...]
+) -> list[ComposedSlide]:
+    """Compose the slides of one split from its tiles; half of them, rounded down, are positive.
+
+    Raises:
+        UserError: there are too few lesion tiles or clean tiles for that many slides.
+    """
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
+    lesions = _shuffle(rng, [tile for tile in tiles if tile.lesion])
+    clean = _shuffle(rng, [tile for tile in tiles if not tile.lesion])
+    _check_enough(split, slides, tiles_per_slide, len(lesions), len(clean))
+    counts = _draw_lesion_counts(rng, slides // 2, len(lesions), tiles_per_slide) + [0] * (
+        slides - slides // 2
+    )
+    while slides * tiles_per_slide - sum(counts) > len(clean):
+        # clean tiles are short by less than the lesion tiles still unused: give one more to the
+        # slide with fewest
+        place = min(range(slides // 2), key=lambda slide: counts[slide])
+        counts[place] += 1
+    composed = []
+    for number, count in enumerate(_shuffle(rng, counts), 1):
+        own = [lesions.pop() for _ in range(count)] + [
+            clean.pop() for _ in range(tiles_per_slide - count)
+        ]
+        composed.append(
+            ComposedSlide(f"{split}_{number:04d}", split, count > 0, tuple(_shuffle(rng, own)))
+        )
+    return composed
+
+
+def _shuffle(rng: np.random.Generator, items: list[T]) -> list[T]:
+    return [items[int(place)] for place in rng.permutation(len(items))]
+
+
+def _draw_lesion_counts(
+    rng: np.random.Generator, slides: int, lesions: int, tiles_per_slide: int
+) -> list[int]:
+    """Draw 1 to MOST_LESIONS per positive slide, and lower some when there are too few."""
+    counts = [
+        int(count) for count in rng.integers(1, min(MOST_LESIONS, tiles_per_slide) + 1, slides)
+    ]
+    while sum(counts) > lesions:
+        larger = [place for place, count in enumerate(counts) if count > 1]
+        counts[larger[int(rng.integers(0, len(larger)))]] -= 1
+    return counts
+
+
+def _check_enough(split: str, slides: int, tiles_per_slide: int, lesions: int, clean: int) -> None:
+    most = _count_most_slides(tiles_per_slide, lesions, clean)
+    if slides > most:
+        raise UserError(
+            f"split {split}: expected tiles for {slides} slides of {tiles_per_slide}, found "
+            f"{lesions} lesion tiles and "
+            f"{clean} clean ones, enough for {most}; set {split}_slides={most} or lower "
+            "tiles_per_slide"
+        )
+
+
+def _count_most_slides(tiles_per_slide: int, lesions: int, clean: int) -> int:
+    most = 0
+    while True:
+        positives = (most + 1) // 2
+        usable = min(lesions, positives * min(MOST_LESIONS, tiles_per_slide))
+        if positives > lesions or (most + 1) * tiles_per_slide > clean + usable:
+            return most
+        most += 1

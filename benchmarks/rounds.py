@@ -1,0 +1,66 @@
+"""What the benchmarks share: command line, progress, and rounds in which contestants take turns."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+Call = Callable[[], object]
+START = time.perf_counter()
+
+
+def say(what: str) -> None:
+    """Print progress on standard error, with the seconds since the start."""
+    print(f"{time.perf_counter() - START:5.0f} s {what}", file=sys.stderr, flush=True)
+
+
+def make_parser(description: str | None, **numbers: int) -> argparse.ArgumentParser:
+    """A parser with a script's docstring as its help, and whole numbers by name and default."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    return parser
+
+
+def clock(call: Call) -> float:
+    """Milliseconds of one call."""
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def compare(
+    contestants: dict[str, Call], clock: Callable[[Call], float], rounds: int
+) -> dict[str, float]:
+    """Median milliseconds of each over rounds in which all take turns, after a warm-up round."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for round_ in range(rounds + 1):
+        for name, call in contestants.items():
+            elapsed = clock(call)
+            if round_:
+                times[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure_rates(calls: dict[str, Callable[[], float]]) -> dict[str, float]:
+    """One round: how many items a second each call gets through, by the number that it gives."""
+    rates = {}
+    for name, call in calls.items():
+        start = time.perf_counter()
+        rates[name] = call() / (time.perf_counter() - start)
+    return rates
+
+
+def pin_kernels(choose: Callable[[str], bool], kernels: str, call: Call) -> Call:
+    """The call with the CPU kernels of one instruction set; `choose` of its op switches to them."""
+
+    def run() -> None:
+        choose(kernels)
+        call()
+
+    return run

@@ -1,0 +1,56 @@
+"""The configuration keys that several scripts over a cohort of slides share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.config import REQUIRED, key
+
+
+@dataclass
+class ReaderKeys:
+    """How slides are found and opened."""
+
+    mpp: float | None = key(
+        None, "micrometres per pixel at level 0; of slides that labels.csv does not give"
+    )
+    tile_pattern: str = key(
+        "", "how tile folders name their tiles, as in tile_x{x}_y{y}.png; empty: <row>_<col>"
+    )
+    pictures: bool = key(
+        False,
+        "plain pictures (png, jpg, ...) are slides too; labelled ones always are, and all of them "
+        "where nothing else is",
+    )
+
+
+@dataclass
+class CohortKeys:
+    """Keys of every pass over the slides of a cohort."""
+
+    slides: str = key(REQUIRED, "slide file, or folder tree of slides", path=True)
+    labels: str = key(
+        "", "labels.csv of the cohort; only its slides are taken, and mpp comes from it", path=True
+    )
+    read_timeout: float = key(
+        300.0,
+        "seconds without progress after which a slide is given up (not with workers=0)",
+        runtime=True,
+    )
+
+
+@dataclass
+class TileGridKeys(ReaderKeys, CohortKeys):
+    """Keys of the scripts that lay a grid of tiles over each slide, one slide per worker."""
+
+    tile_size: int = key(256, "side of a tile, px; at target_mpp")
+    target_mpp: float | None = key(
+        0.5, "micrometres per pixel of the tiles; null: level 0 as it is"
+    )
+    overlap: float = key(0.0, "share of its side that a tile has in common with its neighbour")
+    workers: int = key(
+        2,
+        "worker processes; one slide each; 0: the main process, which a slide that "
+        "crashes its reader ends",
+        runtime=True,
+    )
