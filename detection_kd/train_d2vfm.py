@@ -45,7 +45,7 @@ from common.schedules import drop_epoch, lr_factor
 from common.seed import seed_everything
 from detection_kd import engine
 from detection_kd.datasets.augmentation_keys import AugmentationKeys
-from detection_kd.datasets.distillation import Pair, digest_pairs, read_pairs, split_by_slide
+from detection_kd.datasets.distillation import Pair, digest_pairs, read_pairs, split_by_patient
 from detection_kd.datasets.feature_cache import DTYPES, CacheKey
 from detection_kd.datasets.student_sets import (
     make_cached_sets,
@@ -162,7 +162,8 @@ class Config:
     )
     labels: str = key(
         "",
-        "labels.csv of the cohort; colours of student_vs_teacher.png; empty: by slide",
+        "labels.csv of the cohort; no patient is both trained and validated on, and colours of "
+        "student_vs_teacher.png; empty: by slide",
         path=True,
     )
     figures: bool = key(True, "draw figures", runtime=True)
@@ -301,6 +302,7 @@ def digest_inputs(
 ) -> dict[str, str]:
     """Compute the fingerprints of what decides the result."""
     inputs = {"dataset": digest_pairs(pairs), "backbone": sha256_file(config.backbone)}
+    inputs |= {"labels": sha256_file(config.labels)} if config.labels else {}
     return inputs | ({"online_teacher": online.digest} if online else {})
 
 
@@ -311,6 +313,7 @@ def main(config: Config) -> None:
     config.augmentation.check(config.augment, config.scales, config.cache, config.online_teacher)
     records = read_labels(config.labels) if config.labels else []
     labels = {record.slide_id: record.label for record in records}
+    patients = {record.slide_id: record.case_id for record in records}
     loss = distillation_loss(config.loss, config.loss_weight, config.extra)
     pairs = read_set(config, world)
     seed_everything(config.seed)
@@ -323,7 +326,7 @@ def main(config: Config) -> None:
         logger.info("train_d2vfm: %s is finished: %s", run.path, run.results)
         return
     job = DistillationRun(config, world, precision, loss, online)
-    parts = split_by_slide(pairs, config.val_fraction, config.seed)
+    parts = split_by_patient(pairs, patients, config.val_fraction, config.seed)
     sets = make_sets(job, student, pairs, parts, inputs)
     training = prepare_training(config, student, world)
     evaluated = build_student_network(training.kept, cached=config.cache, device=world.device)

@@ -45,8 +45,10 @@ from detection_kd.datasets.detection import (
     make_eval_loader,
     make_training_loader,
 )
+from detection_kd.datasets.training_field import describe_field
 from detection_kd.evaluation.coco_metrics import Prediction, average_precision
 from detection_kd.evaluation.froc import compute_froc
+from detection_kd.evaluation.operating_point import choose_min_score
 from detection_kd.models.backbone import NORMS, Backbone, save_backbone
 from detection_kd.models.checkpoint_import import load_initial_weights
 from detection_kd.models.deformable_detr import DeformableDETR, describe_detector, place_detector
@@ -74,6 +76,11 @@ class Config:
     train: str = key(REQUIRED, "COCO JSON to train on", path=True)
     val: str = key(REQUIRED, "COCO JSON to evaluate on", path=True)
     images: str = key(REQUIRED, "folder of the images that the annotations name", path=True)
+    mpp: float | None = key(
+        None,
+        "micrometres per pixel at level 0; here of the training images, so that detection on "
+        "slides can bring its tiles to the same resolution",
+    )
     class_agnostic: bool = key(False, "one class 'lesion' instead of the annotated categories")
     backbone: str = key(
         "resnet50",
@@ -346,6 +353,7 @@ def main(config: Config) -> int:
     files = (config.train, config.val, config.images)
     checks = {"class_agnostic": config.class_agnostic, "batch_size": config.batch_size}
     train, val = read_training_sets(*files, **checks)
+    field = describe_field(train.images, config.augmentation, config.mpp)
     seed_everything(config.seed)
     plain = build_initial_model(config, train.categories)
     share = engine.share_batch(config.batch_size, world.size, config.accumulate)
@@ -363,6 +371,7 @@ def main(config: Config) -> int:
         values = train_one_epoch(job, training, epoch)
         values["train_seconds"] = time.monotonic() - begun
         described = describe_detector(plain, train.categories) | {"training": to_dict(config)}
+        described |= {"field": field, "precision": precision}
         state = {"config": described, "epoch": epoch + 1}
         if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
             metrics, predictions = evaluate(job, training)
@@ -370,6 +379,7 @@ def main(config: Config) -> int:
             if metrics["AP"] >= best.get("AP", 0.0):
                 best = {"epoch": epoch + 1, **metrics}
                 if world.is_main:
+                    described["operating_point"] = choose_min_score(val, predictions)
                     training.save_best(run.best, best=best, **state)
                     draw_results(job, predictions)
         if world.is_main:

@@ -181,7 +181,7 @@ def _tile_slide(slide: Slide, job: Job, config: Config, stamp: str) -> dict[str,
     write_pictures(output, slide, view, tissue, coordinates, dropped)
     scale = slide.width / tissue.mask.shape[1], slide.height / tissue.mask.shape[0]
     outlines = [outline.scaled(*scale) for outline in trace_outlines(tissue.mask)]
-    write_geojson(output / "tissue" / f"{slide_id}.geojson", outlines, slide.mpp)
+    write_geojson(output / "tissue" / f"{slide_id}.geojson", outlines, slide.mpp, slide.bounds)
     extra = {"settings": stamp, "mpp_given": repr(mpp), "tissue_share": f"{tissue.mask.mean():.4f}"}
     extra["unreadable"] = (
         str(max(damages, key=lambda damage: damage.share)) if any(d.count for d in damages) else ""

@@ -43,6 +43,7 @@ class TileGeometry:
         step_level0: level-0 pixels from tile to tile when the user set them; 0: by the overlap.
         tile_pattern: how the names of a tile folder's tiles are read; empty for `<row>_<col>` and
             for slide files.
+        bounds_x, bounds_y: level-0 pixel that QuPath's (0, 0) is, `Slide.bounds`.
     """
 
     name: str
@@ -57,6 +58,13 @@ class TileGeometry:
     level0_height: int
     step_level0: int = 0
     tile_pattern: str = ""
+    bounds_x: int = 0
+    bounds_y: int = 0
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """(x, y) in level-0 pixels of QuPath's (0, 0)."""
+        return self.bounds_x, self.bounds_y
 
     @property
     def step(self) -> int:

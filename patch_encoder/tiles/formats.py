@@ -89,6 +89,8 @@ def make_square_geometry(source: CoordinateSource, side: int, target_size: int) 
         level0_width=slide.width if slide else 0,
         level0_height=slide.height if slide else 0,
         tile_pattern=slide.tile_pattern if slide else "",
+        bounds_x=slide.bounds[0] if slide else 0,
+        bounds_y=slide.bounds[1] if slide else 0,
     )
 
 
@@ -106,6 +108,9 @@ def read_h5(path: Path, source: CoordinateSource) -> Coordinates:
         height = geometry.level0_height or filled.level0_height
         steps = {"overlap": geometry.overlap, "step_level0": geometry.step_level0}
         geometry = replace(filled, level0_width=width, level0_height=height, **steps)
+    if source.slide is not None:  # files of other tools do not have them
+        x, y = source.slide.bounds
+        geometry = replace(geometry, bounds_x=x, bounds_y=y)
     return Coordinates(found.coords, replace(geometry, name=source.slide_id))
 
 
@@ -177,10 +182,11 @@ def read_stamp(path: Path, source: CoordinateSource) -> Coordinates:
 
 
 def read_geojson(path: Path, source: CoordinateSource) -> Coordinates:
-    """Squares of one size, whoever wrote them."""
+    """Squares of one size, whoever wrote them; counted from the slide's bounds, as QuPath does."""
     corners, side, target_size = read_squares(path)
     side = side or source.tile_size
-    return Coordinates(corners, make_square_geometry(source, side, target_size or side))
+    geometry = make_square_geometry(source, side, target_size or side)
+    return Coordinates(corners + geometry.bounds, geometry)
 
 
 def write_h5(path: Path, coords: Int[np.ndarray, "n 2"], attributes: Mapping[str, Any]) -> None:

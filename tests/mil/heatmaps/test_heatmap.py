@@ -264,6 +264,7 @@ def test_without_slides_tiles_stand_on_white(bench: Path):
         bench.parent / "tissue" / "s05.geojson",
         [Outline(np.array([[0, 0], [64, 0], [64, 48], [0, 48]]))],
         0.5,
+        (0, 0),
     )
     assert run(main, Config, [*given, f"outlines={bench.parent}/tissue"]) == 0
     output = bench.parent / "heat"
