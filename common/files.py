@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import secrets
@@ -144,8 +145,17 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write strict JSON atomically: a NaN is refused, not written as the invalid token `NaN`."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Write strict JSON atomically: what is not finite is null, not the invalid token `NaN`."""
+    write_text(path, json.dumps(without_nan(value), indent=2, allow_nan=False) + "\n")
+
+
+def without_nan(value: Any) -> Any:
+    """Replace NaN and infinity, which JSON does not have, by None in nested dicts and lists."""
+    if isinstance(value, dict):
+        return {name: without_nan(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_or_remove_csv(

@@ -9,7 +9,6 @@ finished; another run is never mixed into the directory of the first.
 from __future__ import annotations
 
 import json
-import math
 import platform
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from common.config import identity, key, to_dict
 from common.device import pick_precision
 from common.distributed import World, barrier
 from common.errors import UserError
-from common.files import read_json, write_json, write_text
+from common.files import read_json, without_nan, write_json, write_text
 from common.provenance import can_reuse, unknown_origin
 
 
@@ -66,7 +65,7 @@ class Run:
         if not self._writes:
             return
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(_without_nan(values), allow_nan=False) + "\n")
+            stream.write(json.dumps(without_nan(values), allow_nan=False) + "\n")
         if self._tracker is not None:
             self._tracker.log(values)
 
@@ -91,14 +90,6 @@ class Run:
             write_json(self.path / "results.json", results)
         if self._tracker is not None:
             self._tracker.finish()
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_nan(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def open_run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -148,9 +149,9 @@ def test_a_script_that_is_told_to_end_leaves_no_temporary(
     assert not os.listdir(tmp_path)
 
 
-def test_json_refuses_nan_and_reports_broken_files(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON compliant"):
-        write_json(tmp_path / "a.json", {"auc": float("nan")})
+def test_json_has_null_for_nan_and_reports_broken_files(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"auc": float("nan"), "more": [1.0, (float("inf"),)]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"auc": None, "more": [1.0, [None]]}
     assert not (tmp_path / "a.json").exists()
     (tmp_path / "b.json").write_text("{")
     with pytest.raises(UserError, match="expected a cost table as JSON"):

@@ -149,8 +149,8 @@ def test_tables_are_what_the_predictions_say(tmp_path: Path, capsys: pytest.Capt
     assert book.sheetnames == ["results", "summary", "delong", "operating_points", "screening"]
     cells = list(book["results"].values)
     assert (
-        cells[0][4] == "auc"
-        and cells[1][4] == pytest.approx(float(results[0]["auc"]))
+        cells[0][4:6] == ("positive", "auc")
+        and cells[1][5] == pytest.approx(float(results[0]["auc"]))
         and len(cells) == 5
     )
 
