@@ -27,8 +27,8 @@ import numpy as np
 from common.cli import launch
 from common.config import REQUIRED, group, key
 from common.errors import UserError
-from common.files import atomic_path, sha256_file, write_csv
-from common.processes.pool import Lost, Raised, check_workers, run_jobs
+from common.files import atomic_path, check_writable, sha256_file, write_csv
+from common.processes.pool import Lost, Raised, pick_workers, run_jobs
 from common.progress import progress
 from common.provenance import can_reuse, unknown_origin
 from patch_encoder.cohort.failures import Failures
@@ -186,7 +186,7 @@ def _tile_slide(
     write_pictures(output, slide, view, tissue, coordinates, dropped)
     scale = slide.width / tissue.mask.shape[1], slide.height / tissue.mask.shape[0]
     outlines = [outline.scaled(*scale) for outline in trace_outlines(tissue.mask)]
-    write_geojson(output / "tissue" / f"{slide_id}.geojson", outlines, slide.mpp)
+    write_geojson(output / "tissue" / f"{slide_id}.geojson", outlines, slide.mpp, slide.bounds)
     extra = made_from | {"mpp_given": repr(mpp), "tissue_share": f"{tissue.mask.mean():.4f}"}
     extra["unreadable"] = (
         str(max(damages, key=lambda damage: damage.share)) if any(d.count for d in damages) else ""
@@ -277,7 +277,7 @@ def is_done(job: Job, config: Config, stamp: str) -> bool:
 
 def check(config: Config) -> None:
     """Refuse what does not go together before any slide is opened."""
-    check_workers(config.workers, config.read_timeout)
+    config.workers = pick_workers(config.workers, config.read_timeout)
     check_shares({name: getattr(config, name) for name in ("min_tissue", "max_unreadable")})
     check_shares(config.limits())
     if config.limits() and not config.quality:
@@ -313,6 +313,7 @@ def main(config: Config) -> int:
     ]
     todo = [job for job in jobs if not is_done(job, config, stamp)]
     logger.info("tile_slides: %d slides, %d already tiled", len(jobs), len(jobs) - len(todo))
+    check_writable(config.output)
     failures = Failures("tile_slides")
     failures.add_all(cohort.problems)
     for row in progress(tile_all(todo, config, stamp), "tiling", len(todo), "slides"):

@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
+from common.errors import UserError
+from common.hdf5 import open_hdf5, write_hdf5
 from patch_encoder.bags.bag import Bag
 from patch_encoder.tiles.coordinates import FULL_GEOMETRY
 from patch_encoder.tiles.formats import trident_attributes
@@ -27,7 +28,7 @@ DIGEST = "bag_sha256"  # attribute of a file: the content that it was written fr
 def write_stamp_bag(path: Path, bag: Bag, mpp: float, encoder: str, folder: Path) -> None:
     """Write a bag with its corners in um, for a slide of `mpp` um per level-0 px."""
     where = bag.coordinates()
-    with h5py.File(path, "w", track_order=False) as file:
+    with write_hdf5(path, track_order=False) as file:
         file.create_dataset("feats", data=bag.read().numpy(), track_times=False)
         corners = (where.coords * mpp).astype(np.float32)
         file.create_dataset("coords", data=corners, track_times=False)
@@ -43,7 +44,7 @@ def write_stamp_bag(path: Path, bag: Bag, mpp: float, encoder: str, folder: Path
 def write_trident_bag(path: Path, bag: Bag, mpp: float, encoder: str, folder: Path) -> None:
     """Write a bag with TRIDENT's attributes; `folder` is the place that they name."""
     where = bag.coordinates()
-    with h5py.File(path, "w", track_order=False) as file:
+    with write_hdf5(path, track_order=False) as file:
         features = file.create_dataset("features", data=bag.read().numpy(), track_times=False)
         place = {"name": where.geometry.name, "savetodir": str(folder), "encoder": encoder}
         features.attrs.update(place)
@@ -66,12 +67,10 @@ def _store_origin(bag: Bag, mpp: float) -> dict[str, str]:
 def read_origin(path: Path) -> dict[str, Any]:
     """What a converted bag was written from; {} where the file does not say or cannot be read."""
     try:
-        with h5py.File(path, "r") as file:
-            return {
-                DIGEST: file.attrs[DIGEST],
-                FULL_GEOMETRY: json.loads(file.attrs[FULL_GEOMETRY]),
-            }
-    except (OSError, KeyError):
+        with open_hdf5(path, "a converted bag") as file:
+            attributes = dict(file.attrs)
+        return {DIGEST: attributes[DIGEST], FULL_GEOMETRY: json.loads(attributes[FULL_GEOMETRY])}
+    except (UserError, KeyError):
         return {}
 
 

@@ -15,11 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from patch_encoder.models import backbones
-from patch_encoder.models import image_towers as conch
 from patch_encoder.models.backbones import initialise
 from patch_encoder.models.encoder_table import ENCODERS, EncoderRow
 from patch_encoder.models.encoder_weights import load_encoder_weights
-from patch_encoder.models.image_towers import AttentionPool, LinearAttentionPool, fit_positions
+from patch_encoder.models.image_towers import (
+    AttentionPool,
+    LinearAttentionPool,
+    build_conch_v1,
+    build_conch_v1_5,
+    fit_positions,
+)
 from patch_encoder.models.pooling import TransformersPool, pool_tokens
 
 State = dict[str, Tensor]
@@ -248,7 +253,7 @@ def test_conch_v1_5s_pool_written_out() -> None:
 
 @pytest.mark.parametrize("version", ["conch", "conch_v1_5"])
 def test_conch_loads_what_is_published(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = {"conch": conch.build_conch_v1, "conch_v1_5": conch.build_conch_v1_5}[version]
+    build = {"conch": build_conch_v1, "conch_v1_5": build_conch_v1_5}[version]
     small = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 64}
     monkeypatch.setattr(backbones, build.__name__, lambda: build(**small))
     row = ENCODERS[version]
@@ -268,7 +273,7 @@ def test_conch_loads_what_is_published(version: str, monkeypatch: pytest.MonkeyP
 
 def test_keep_loads_what_is_published(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its file: `visual.` with layer scales called weight, `visual_head.`, and the text half."""
-    build, small = conch.build_keep, {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    build, small = backbones.build_keep, {"embed_dim": 32, "depth": 2, "num_heads": 2}
     monkeypatch.setattr(backbones, "build_keep", lambda: build(**small))
     row = ENCODERS["keep"]
     module = drawn(initialise(row))
