@@ -19,6 +19,7 @@ from patch_encoder.slides.names import (
     PICTURE_SUFFIXES,
     SLIDE_SUFFIXES,
     slide_id_of,
+    strip_suffix,
     suffix_of,
 )
 from patch_encoder.slides.tile_folder import TilePattern, parse_tile_pattern
@@ -97,7 +98,7 @@ def _group(
             by_id.setdefault(slide_id_of(path), []).append(path)
         except UserError as error:
             if not selection.names:
-                problems[ascii(path.name)[1:-1]] = str(error)
+                problems[ascii(strip_suffix(path.name))[1:-1]] = str(error)
     return {
         slide_id: selection.choose(files, slide_id)
         for slide_id, files in by_id.items()
