@@ -176,6 +176,24 @@ def test_auto_takes_scale_and_score_from_the_checkpoint(
     assert "scale=1: the detector's training says 0.5 (images of 256 px at 0.25 um" in caplog.text
 
 
+def test_a_checkpoint_that_states_nothing_is_one_line_each(
+    cohort: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bare = {"categories": DESCRIPTION["categories"]}
+    monkeypatch.setattr(detect_slide, "load_detector", lambda path: (DarkSquares(), bare))
+    assert detect(cohort, "min_score=0.3") == 2
+    error = capsys.readouterr().err
+    assert "error: scale=auto: expected a checkpoint that states the resolution" in error
+    assert error.count("\n") == 1 and not (cohort / "found").exists()
+    assert detect(cohort, "scale=1") == 0
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(lines) == 1 and lines[0].startswith("min_score=auto: the checkpoint states no score")
+    assert read(cohort)["info"]["min_score"] == 0.3
+
+
 def test_finished_slides_are_left_alone_and_other_settings_refused(
     cohort: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
