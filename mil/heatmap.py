@@ -242,10 +242,10 @@ class Scored(Sequence[DrawingJob]):
         return DrawingJob(judged, inputs, stamp, scores)
 
 
-def load_model(checkpoint: Path, device: torch.device) -> tuple[nn.Module, Task]:
-    """A trained classifier, and its task."""
+def load_model(checkpoint: Path, device: torch.device) -> tuple[nn.Module, Task, dict[str, Any]]:
+    """A trained classifier, its task, and the configuration in its checkpoint."""
     model, content = load_classifier(checkpoint, device)
-    return model, task_from_dict(content["config"]["task"])
+    return model, task_from_dict(content["config"]["task"]), content["config"]
 
 
 def draw_one(job: DrawingJob, output: Path, task: Task, drawing: Drawing) -> None:

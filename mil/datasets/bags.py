@@ -182,19 +182,29 @@ def choose_memory(ram_gb: float, workers: int = 1) -> int:
     return int(ram_gb * 1e9) if ram_gb else free_memory() // 2 // max(1, workers)
 
 
-def digest_bags(files: Mapping[str, Path]) -> str:
-    """Fingerprint of a set of bags: changes with any slide, feature or coordinate.
+def digest_each(files: Mapping[str, Path]) -> dict[str, str]:
+    """Slide id -> digest of the content of its bag, which changes with any feature or coordinate.
 
     Raises:
         UserError: as `load_bags`, whose checks the bags of others go through here first.
     """
     bags, problems = _open_bags(files)
-    lines = []
+    digests = {}
     for slide, bag in sorted(bags.items()):
         try:
-            lines.append(f"{slide}:{bag.digest()}\n".encode())
+            digests[slide] = bag.digest()
         except UserError as error:
             problems[slide] = str(error)
     if problems:
         raise UserError(_join_problems(problems, len(files)))
-    return sha256_bytes(*lines)
+    return digests
+
+
+def digest_bags(files: Mapping[str, Path]) -> str:
+    """Fingerprint of a set of bags: changes with any slide, feature or coordinate."""
+    return digest_set(digest_each(files))
+
+
+def digest_set(digests: Mapping[str, str]) -> str:
+    """Fingerprint of a set of bags, from slide id -> digest of each."""
+    return sha256_bytes(*(f"{slide}:{digests[slide]}\n".encode() for slide in sorted(digests)))

@@ -23,7 +23,7 @@ from common.files import sha256_bytes
 from common.memory import reuse_large_blocks
 from common.run import Run, Tracker, open_run
 from common.seed import seed_everything
-from mil.datasets.bags import Sample, load_bags
+from mil.datasets.bags import Sample, digest_set, load_bags
 from mil.datasets.labels import LabelledSlides
 from mil.datasets.splits import SETS, Split
 from mil.models import Standardised, build, build_plain_model
@@ -33,6 +33,7 @@ from mil.tasks.prediction_table import write_predictions
 from mil.tasks.records import RunPredictions, TaskOptions
 from mil.tasks.slide_targets import SlideTargets
 from mil.tasks.table import fit_task
+from mil.training.bag_record import describe_bags
 from mil.training.engine import train_model
 from mil.training.prediction import predict
 from mil.training.recipes import Recipe, check_recipe
@@ -80,7 +81,7 @@ class FoldJob:
         targets: of the slides.
         split: train, validation and test slides.
         files: (slide id, bag file) of all of them.
-        features_digest: fingerprint of the bags.
+        digests: slide id -> digest of its bag.
         memory: bytes for bags that are kept in memory; None: half of what is free.
     """
 
@@ -90,13 +91,18 @@ class FoldJob:
     targets: SlideTargets
     split: Split
     files: tuple[tuple[str, Path], ...]
-    features_digest: str
+    digests: Mapping[str, str]
     memory: int | None = None
 
     @property
     def place(self) -> str:
         """Of a benchmark's training: `<feature set>/<model>/seed<seed>_fold<fold>`."""
         return "/".join(self.output.parts[-3:])
+
+    @property
+    def features_digest(self) -> str:
+        """Fingerprint of all bags."""
+        return digest_set(self.digests)
 
     def fit_task(self) -> Task:
         """The task with what it takes from the training slides."""
@@ -139,7 +145,8 @@ def run_job(job: FoldJob, run: Run, world: World) -> dict[str, Any]:
     if start is not None:
         inner_model(model).start_from(start)
     model.to(world.device)
-    config = {"network": network, "task": task.to_dict(), "features_digest": job.features_digest}
+    config = {"network": network, "task": task.to_dict()}
+    config |= {"bags": describe_bags(bags, job.digests), "precision": settings.training.precision}
     if world.device.type == "cpu":
         reuse_large_blocks()  # after the bags were read, which stay
     decided = (settings.training, settings.seed)

@@ -228,7 +228,7 @@ def test_every_task_has_attention_a_score_and_tiles_of_their_own(
         for slide in read_from_benchmark(bench, "", "", None).slides
         if slide.slide_id == "s01"
     )
-    (model, task), features = (
+    (model, task, _), features = (
         load_model(judged.checkpoint, CPU),
         read_bag(cohort / "bags" / "h5_files" / "s01.h5").features,
     )
@@ -334,7 +334,7 @@ def test_bags_are_handed_on_as_they_are_stored(plain: Path, monkeypatch: pytest.
             "examine",
             lambda m, sample, d, use=examine: (seen.append(sample), use(m, sample, d))[1],
         )
-    (model, task), bag = load_model(weights, CPU), root / "only" / "pt_files" / "s03.pt"
+    (model, task, _), bag = load_model(weights, CPU), root / "only" / "pt_files" / "s03.pt"
     coords = root / "cohort" / "bags" / "h5_files"
     scores = score_bag(model, task, bag, coords / "s03.h5", "probability", "pos", CPU)
     choice = Choice("s03", 0, Verdict(0.9, "pos", "pos", ""))
