@@ -8,14 +8,13 @@ Keys: `model`, `config` (plain dict: enough to rebuild the model), `epoch` (epoc
 from __future__ import annotations
 
 import argparse
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from common.errors import UserError
+from common.errors import DamagedFile, UserError
 from common.files import atomic_path
 from common.seed import rng_state, set_rng_state
 
@@ -35,12 +34,21 @@ def save_tensors(path: str | Path, content: Any) -> None:
     the file's name inside.
     """
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
-        torch.save(content, stream)
+        try:
+            torch.save(content, stream)
+        except RuntimeError as error:
+            # after a failed write torch closes its archive, whose own error hides the first
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_tensors(path: str | Path, what: str) -> Any:
-    """`torch.load(weights_only=True)` on the CPU; a missing, truncated or pickled-code file is a
-    UserError.
+    """`torch.load(weights_only=True)` on the CPU.
+
+    Raises:
+        DamagedFile: it is truncated, or holds code.
+        UserError: it is not there, or may not be read.
     """
     path = Path(path)
     if not path.is_file():
@@ -50,9 +58,10 @@ def load_tensors(path: str | Path, what: str) -> Any:
         # container
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(
+    except Exception as error:  # bytes that are no pickle make unpickling raise anything
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        kind = DamagedFile if getattr(error, "errno", None) is None else UserError
+        raise kind(
             f"{path}: expected {what} (tensors and plain containers only), cannot be read: {reason}"
         ) from None
 

@@ -1,25 +1,58 @@
 """The one way into a script: load its configuration, run `main`, turn user errors into one line.
 
-Exit status: 0 done, 1 done with failures that are listed, 2 bad input or configuration.
+Exit status: 0 done, 1 done with failures that are listed, 2 bad input or configuration, or a place
+that cannot be written; 130 interrupted (Ctrl-C), 143 told to end (SIGTERM), both with nothing half
+done left behind.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from common.config import HelpRequested, load_config
 from common.errors import UserError
+from common.memory import is_out_of_memory
 
 T = TypeVar("T")
+# what the operating system says where nothing more can be written, and of other places that cannot
+# be used
+NO_PLACE = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS))
+UNUSABLE = NO_PLACE | {
+    errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE, errno.ENOTDIR,
+    errno.EISDIR,
+}  # fmt: skip
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a script as Ctrl-C does."""
 
 
 def launch(main: Callable[[T], int | None], config_class: type[T]) -> None:
     """Run `main(config)` and leave the process with its status."""
     show_log()
-    sys.exit(run(main, config_class, sys.argv[1:]))
+    signal.signal(signal.SIGTERM, partial(_terminate, os.getpid()))
+    try:
+        status = run(main, config_class, sys.argv[1:])
+    except KeyboardInterrupt as error:
+        told = isinstance(error, Terminated)
+        reason = "told to end" if told else "interrupted"
+        print(f"error: {reason}; finished work is kept, the same command goes on", file=sys.stderr)
+        status = 128 + (signal.SIGTERM if told else signal.SIGINT)
+    sys.exit(status)
+
+
+def _terminate(launched: int, number: int, _: object) -> None:
+    if os.getpid() != launched:  # a forked worker that has no handler of its own yet
+        os._exit(128 + number)
+    signal.signal(number, signal.SIG_IGN)  # once is enough; what follows is tidying up
+    raise Terminated
 
 
 def show_log() -> None:
@@ -36,16 +69,39 @@ def run(main: Callable[[T], int | None], config_class: type[T], arguments: list[
     except HelpRequested as request:
         print(f"{_title(main)}\n\n{request}")
         return 0
-    except UserError as error:
-        # from a loader process the message comes as a whole traceback, whose last line is the
-        # message
-        print(
-            f"error: {str(error).splitlines()[-1].removeprefix('common.errors.UserError: ')}",
-            file=sys.stderr,
-        )
+    except Exception as error:
+        line = _explain(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         return 2
     finally:
         _leave_process_group()
+
+
+def _explain(error: Exception) -> str | None:
+    """One line for what is no mistake of ours, else None."""
+    if isinstance(error, UserError):
+        # from a loader process the message comes as a whole traceback, whose last line is the
+        # message
+        return str(error).splitlines()[-1].removeprefix("common.errors.UserError: ")
+    if isinstance(error, OSError) and error.errno in UNUSABLE:
+        return explain_os_error(error)
+    if is_out_of_memory(error):
+        reason = " ".join(str(error).split())[:200] or "none left"
+        remedy = "lower workers= or batch_size=, and start again"
+        return f"expected memory, found: {reason}; finished work is kept: {remedy}"
+    return None
+
+
+def explain_os_error(error: OSError) -> str:
+    """One line for a file or folder that cannot be read or written."""
+    where = f"{error.filename}: " if error.filename is not None else ""
+    reason = os.strerror(error.errno or 0)
+    return (
+        f"{where}expected a place that can be read and written, found: {reason}; finished work is "
+        "kept: mend that or choose another output, and start again"
+    )
 
 
 def _leave_process_group() -> None:

@@ -10,18 +10,19 @@ point: code below takes plain arguments.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Optional, TypeVar, get_origin, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import UserError, did_you_mean
+from common.yaml_text import TEXT, read_yaml, read_yaml_value
 
 T = TypeVar("T")
-TEXT = (str, str | None, Optional[str])  # noqa: UP045 - the two spellings compare unequal
 
 
 class ConfigError(UserError):
@@ -134,6 +135,11 @@ def _split_arguments(
                 raise ConfigError(
                     "--config: expected the path of a YAML file, found nothing after it"
                 )
+            if file is not None:
+                raise ConfigError(
+                    f"--config: expected one file, found {file} and {value}; give the keys of one "
+                    "as key=value"
+                )
             file = Path(value)
         elif "=" in argument and not argument.startswith("-"):
             name, _, value = argument.partition("=")
@@ -149,30 +155,18 @@ def _merge_file(config: DictConfig, config_class: type, file: Path) -> list[str]
         raise ConfigError(
             f"--config {file}: expected a YAML file, found none; {nearest_path(file)}"
         )
+    leaves, names = dict(_leaves(config_class)), _aliases(config_class)
+    given: list[str] = []
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        for name, value in read_yaml(file.read_text(encoding="utf-8"), leaves | names):
+            name = names.get(name, name)
+            if name in given:
+                raise ConfigError(f"{file}: key '{name}': expected once, found twice; remove one")
+            given.append(name)
+            _assign(config, config_class, name, value, source=str(file))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: expected YAML, found {' '.join(str(error).split())}") from None
-    if content is None:
-        return []
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file}: expected 'key: value' lines, found a {type(content).__name__}")
-    values = dict(_flatten(content, dict(_leaves(config_class))))
-    for name, value in values.items():
-        _assign(config, config_class, name, value, source=str(file))
-    return list(values)
-
-
-def _flatten(
-    content: dict[str, Any], leaves: dict[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, Any]]:
-    """Nested mapping -> dotted names; a key whose type is a mapping stays whole."""
-    for name, value in content.items():
-        dotted = f"{prefix}{name}"
-        if isinstance(value, dict) and dotted not in leaves:
-            yield from _flatten(value, leaves, f"{dotted}.")
-        else:
-            yield dotted, value
+    return given
 
 
 def _assign(config: DictConfig, config_class: type, name: str, value: Any, source: str) -> None:
@@ -184,7 +178,7 @@ def _assign(config: DictConfig, config_class: type, name: str, value: Any, sourc
     try:
         # text stays text (an id of 0012 keeps its zeros); everything else is read as YAML
         if isinstance(value, str) and expected not in TEXT:
-            value = yaml.safe_load(value)
+            value = read_yaml_value(value, expected)
         if get_origin(expected) is list and isinstance(value, (str, int, float)):
             value = [value]  # student=a.pt is student=[a.pt]
         if value == "null" and expected is not str:
@@ -192,8 +186,15 @@ def _assign(config: DictConfig, config_class: type, name: str, value: Any, sourc
         # YAML 1.1 reads 1e-4 (no dot) as text
         if isinstance(value, str) and expected is float:
             value = float(value)
+        if "${" in str(value):
+            raise ConfigError(
+                f"{source}: key '{name}': expected the value itself, found the variable '{value}'; "
+                "variables are not replaced here"
+            )
         OmegaConf.update(config, name, value, merge=False)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError):
+    except ConfigError:
+        raise
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(
             f"{source}: key '{name}': expected {_type_name(expected)}, found {value!r}"
         ) from None
@@ -237,7 +238,11 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field
 
 def _check_value(name: str, field: dataclasses.Field[Any], value: Any, check_paths: bool) -> None:
     choices = field.metadata.get("choices")
-    for item in value if isinstance(value, list) else [value]:
+    items = value if isinstance(value, list) else [value]
+    numbers = value.values() if isinstance(value, dict) else items
+    if any(isinstance(number, float) and math.isnan(number) for number in numbers):
+        raise ConfigError(f"key '{name}': expected a number, found nan")
+    for item in items:
         if choices and item not in choices:
             raise ConfigError(
                 f"key '{name}': expected one of {', '.join(choices)}, found '{item}'; "

@@ -12,6 +12,17 @@ class UserError(ValueError):
     """
 
 
+class DamagedFile(UserError):
+    """A file that is there and does not hold what it should: truncated, empty, malformed.
+
+    Work that left such a file is not done. A script makes its own anew, and lists those of others.
+    """
+
+
+class FullDisk(UserError):
+    """There is no room for what is written, nor for what comes after it."""
+
+
 def did_you_mean(name: str, valid: Iterable[object]) -> str:
     """`did you mean 'x'?` for the closest of `valid`, else the sorted list of all of them."""
     options = sorted(str(option) for option in valid)

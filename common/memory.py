@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -39,23 +40,49 @@ def free_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup"
         free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):  # another system
         return _physical_memory()
+    files = {
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        2: ("memory.max", "memory.current", "inactive_file"),
+    }
+    for version, folder in own_control_groups("memory", proc, groups):
+        free = min(free, _left_in(folder, *files[version]))
+    return free
+
+
+def own_control_groups(
+    controller: str, proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")
+) -> Iterator[tuple[int, Path]]:
+    """(version 1 or 2, folder) of every control group whose limits hold for this process."""
     own = proc / "self" / "cgroup"
     for line in own.read_text().splitlines() if own.is_file() else ():
         number, controllers, name = line.split(":", 2)
-        if number == "0":
-            root, files = groups, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            root, files = (
-                groups / "memory",
-                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-            )
-        else:
+        if number != "0" and controller not in controllers.split(","):
             continue
+        root = groups if number == "0" else groups / controller
         place = root / name.lstrip("/")
         for folder in (place, *place.parents):
             if folder == root or root in folder.parents:
-                free = min(free, _left_in(folder, *files))
-    return free
+                yield (2 if number == "0" else 1), folder
+
+
+def usable_cores(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this process may use, at least one: those that the scheduler gives it, within the
+    quota of every control group that it is in.
+    """
+    cores = float(len(os.sched_getaffinity(0)))
+    for version, folder in own_control_groups("cpu", proc, groups):
+        try:
+            if version == 2:
+                quota, period = (folder / "cpu.max").read_text().split()
+            else:
+                quota, period = (
+                    (folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
+                )
+        except OSError:
+            continue
+        if quota != "max" and int(quota) > 0:
+            cores = min(cores, int(quota) / int(period))
+    return max(1, int(cores))
 
 
 def _left_in(folder: Path, limit: str, used: str, inactive: str) -> int:
@@ -74,6 +101,18 @@ def _left_in(folder: Path, limit: str, used: str, inactive: str) -> int:
 def _physical_memory() -> int:
     """Half of what the machine has, where nothing says what is free."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, NumPy or torch could not get memory, on a GPU or on the CPU, or for the stack
+    of a thread.
+    """
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's, which need not be loaded
+        or "DefaultCPUAllocator: can't allocate" in str(error)
+        or "can't start new thread" in str(error)
+    )
 
 
 def reuse_large_blocks() -> bool:

@@ -1,18 +1,21 @@
 """Reuse what is on disk, or refuse it: by the settings and inputs that it was made with.
 
 Everything that a script writes records what it was made with. When the script is started again, it
-reuses what is there with the same record and makes what is missing. What is there with another
-record is an error that names both, unless the user asked to overwrite it.
+reuses what is there with the same record and makes what is missing or damaged. What is there with
+another record is an error that names both, unless the user asked to overwrite it.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.errors import DamagedFile, UserError
+
+logger = logging.getLogger(__name__)
 
 
 def can_reuse(
@@ -28,7 +31,7 @@ def can_reuse(
     Args:
         path: the file whose presence says that something was made.
         read: reads the settings and inputs that it was made with; not called when nothing is there
-            or it is overwritten, so that a damaged file can be.
+            or it is overwritten. Where it raises DamagedFile, the file is made anew.
         wanted: settings and inputs of this call.
         what: what it holds when they differ: "another run", "a bag of other inputs".
         overwrite: make it in any case.
@@ -38,7 +41,11 @@ def can_reuse(
     """
     if overwrite or not path.exists():
         return False
-    found, wanted = as_stored(read()), as_stored(wanted)
+    try:
+        found, wanted = as_stored(read()), as_stored(wanted)
+    except DamagedFile as error:
+        logger.warning("%s; it is made anew", error)
+        return False
     if found == wanted:
         return True
     raise UserError(

@@ -22,9 +22,10 @@ import yaml
 
 from common import __version__
 from common.config import identity, key, to_dict
+from common.device import pick_precision
 from common.distributed import World, barrier
 from common.errors import UserError
-from common.files import read_json, write_json, write_text
+from common.files import read_json, without_nan, write_json, write_text
 from common.provenance import can_reuse, unknown_origin
 
 
@@ -58,11 +59,13 @@ class Run:
         self._writes = writes
 
     def log(self, values: dict[str, Any]) -> None:
-        """Append one JSON object to metrics.jsonl and hand it to the tracker."""
+        """Append one JSON object to metrics.jsonl and hand it to the tracker; NaN and infinity,
+        which JSON does not have, are null in the file.
+        """
         if not self._writes:
             return
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(values) + "\n")
+            stream.write(json.dumps(without_nan(values), allow_nan=False) + "\n")
         if self._tracker is not None:
             self._tracker.log(values)
 
@@ -112,7 +115,7 @@ def open_run(
         UserError: the directory holds a run with other settings or inputs, which are named.
     """
     path = Path(output)
-    identified = {"config": identity(config), "inputs": inputs}
+    identified = {"config": _resolve_precision(identity(config), world), "inputs": inputs}
     stamp = path / "run.json"
     if world.is_main:
         path.mkdir(parents=True, exist_ok=True)
@@ -134,6 +137,18 @@ def open_run(
     finished = path / "results.json"
     results = read_json(finished, "a run's results") if finished.is_file() else None
     return Run(path, results, _start_tracker(tracker, path, config, world), world.is_main)
+
+
+def _resolve_precision(settings: dict[str, Any], world: World) -> dict[str, Any]:
+    """`precision=auto` by what it means on this device, so that a run does not go on in another
+    arithmetic on another machine.
+    """
+    return {
+        name: pick_precision(value, world.device)
+        if name.rpartition(".")[2] == "precision"
+        else value
+        for name, value in settings.items()
+    }
 
 
 def _clear(path: Path) -> None:

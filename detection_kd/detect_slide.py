@@ -16,7 +16,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,19 +25,21 @@ from torch import Tensor, nn
 from common.cli import launch
 from common.config import REQUIRED, key
 from common.device import autocast
-from common.errors import UserError
 from common.files import read_json, sha256_file, write_json
 from common.progress import Progress
 from common.provenance import can_reuse
 from detection_kd.datasets.slide_detections import (
     FoundBoxes,
-    find_centred,
+    TileDetections,
+    choose_own,
     find_own_part,
     make_detections_document,
     merge_detections,
     write_geojson,
 )
+from detection_kd.datasets.training_field import choose_scale
 from detection_kd.engine import post_process
+from detection_kd.evaluation.operating_point import resolve_min_score
 from detection_kd.models.deformable_detr import load_detector
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.extraction.keys import ExtractionKeys
@@ -55,21 +57,34 @@ class Config(ExtractionKeys):
     """Keys of detection on slides (`dtype` and `pt` do not matter here)."""
 
     detector: str = key(REQUIRED, "checkpoint of a detector", path=True)
-    scale: float = key(
-        1.0,
-        "factor on a tile's side before the detector; fields of 256 px trained at eval_size=128: "
-        "0.5",
+    scale: str = key(
+        "auto",
+        "factor on a tile's side before the detector; auto: to the resolution of its training",
     )
-    min_score: float = key(0.3, "detections below this score are dropped")
+    min_score: str = key(
+        "auto",
+        "detections below this score are dropped; auto: the checkpoint's, which its validation "
+        "chose",
+    )
     max_detections: int = key(300, "number of detections that are kept; per tile")
     nms_iou: float = key(0.5, "overlap above which the weaker of two boxes of a class goes")
 
 
-def build_model(config: Config) -> tuple[nn.Module, dict[str, Any]]:
-    """The detector and its description from the checkpoint alone."""
-    if not 0 < config.scale <= 4:
-        raise UserError(f"scale={config.scale}: expected a factor above 0, at most 4")
-    return load_detector(config.detector)
+class Limits(NamedTuple):
+    """What decides which detections a tile has, with `auto` resolved."""
+
+    scale: float
+    min_score: float
+    max_detections: int
+    nms_iou: float
+
+
+def resolve(config: Config, description: dict[str, Any], jobs: list[SlideJob]) -> Limits:
+    """The keys' values for these slides, from the checkpoint where they are `auto`."""
+    tiles = [job.coordinates.geometry for job in jobs]
+    scale = choose_scale(config.scale, description.get("field"), tiles)
+    min_score = resolve_min_score(config.min_score, description)
+    return Limits(scale, min_score, config.max_detections, config.nms_iou)
 
 
 def to_tensor(tile: np.ndarray) -> Tensor:
@@ -77,12 +92,13 @@ def to_tensor(tile: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(tile.transpose(2, 0, 1)))
 
 
-def make_provenance(config: Config, job: SlideJob, precision: str) -> dict[str, Any]:
+def make_provenance(
+    limits: Limits, detector_sha256: str, job: SlideJob, precision: str
+) -> dict[str, Any]:
     """What decides a slide's detections."""
-    names = ("scale", "min_score", "max_detections", "nms_iou")
-    settings = {name: getattr(config, name) for name in names} | {"precision": precision}
-    return settings | {
-        "detector_sha256": sha256_file(config.detector),
+    return limits._asdict() | {
+        "precision": precision,
+        "detector_sha256": detector_sha256,
         "coordinates": job.coordinates.digest(),
     }
 
@@ -100,15 +116,15 @@ def is_done(path: Path, wanted: dict[str, Any], overwrite: bool) -> bool:
 
 @torch.inference_mode()
 def detect_tiles(
-    model: nn.Module, tiles: Tensor, config: Config, settings: ExtractSettings, sides: list[int]
+    model: nn.Module, tiles: Tensor, limits: Limits, settings: ExtractSettings, sides: list[int]
 ) -> list[FoundBoxes]:
     """Detections of a batch of tiles uint8 (B, 3, H, W), in level-0 px of each tile, whose sides
     these are.
     """
     pixels = tiles.to(settings.device, non_blocking=True).float().div_(255)
-    if config.scale != 1.0:
+    if limits.scale != 1.0:
         pixels = nn.functional.interpolate(
-            pixels, scale_factor=config.scale, mode="bilinear", antialias=True
+            pixels, scale_factor=limits.scale, mode="bilinear", antialias=True
         )
     mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in IMAGENET)
     images = ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
@@ -118,11 +134,11 @@ def detect_tiles(
     found = (
         FoundBoxes(*item)
         for item in post_process(
-            detections, [(side, side) for side in sides], config.max_detections
+            detections, [(side, side) for side in sides], limits.max_detections
         )
     )
     return [
-        FoundBoxes(*(values[item.scores >= config.min_score] for values in item)) for item in found
+        FoundBoxes(*(values[item.scores >= limits.min_score] for values in item)) for item in found
     ]
 
 
@@ -133,7 +149,7 @@ class SlideDetectionsAssembly:
 
     def __init__(self, jobs: list[SlideJob]) -> None:
         self.jobs = jobs
-        self.parts: dict[int, list[FoundBoxes]] = {}
+        self.parts: dict[int, list[TileDetections]] = {}
         self.own = [find_own_part(job.coordinates) for job in jobs]
         self.counts = [0] * len(jobs)
 
@@ -141,9 +157,9 @@ class SlideDetectionsAssembly:
         """Detections of the next tile of slide `index`, in level-0 px of the tile."""
         tiles = self.parts.setdefault(index, [])
         number = len(tiles)
-        kept = find_centred(found.boxes, self.own[index][number])
+        kept, shared = choose_own(found, self.own[index][number])
         corner = np.tile(self.jobs[index].coordinates.coords[number], 2).astype(np.float32)
-        tiles.append(FoundBoxes(found.boxes[kept] + corner, found.scores[kept], found.labels[kept]))
+        tiles.append(TileDetections(kept._replace(boxes=kept.boxes + corner), shared))
 
     def account(self, index: int, count: int) -> bool:
         """Enter `count` tiles, read or not; whether they were the slide's last."""
@@ -154,7 +170,7 @@ class SlideDetectionsAssembly:
 def find_slides_of(
     model: nn.Module,
     jobs: list[SlideJob],
-    config: Config,
+    limits: Limits,
     settings: ExtractSettings,
     failures: Failures,
 ) -> Iterator[tuple[SlideJob, FoundBoxes]]:
@@ -172,24 +188,27 @@ def find_slides_of(
                 owners = batch.slides.tolist()
                 sides = [jobs[index].coordinates.geometry.patch_size_level0 for index in owners]
                 for index, found in zip(
-                    owners, detect_tiles(model, batch.items, config, settings, sides), strict=True
+                    owners, detect_tiles(model, batch.items, limits, settings, sides), strict=True
                 ):
                     if index not in broken:
                         assembly.add(index, found)
             for index, count in batch.counted:
                 bar.advance(count)
                 if assembly.account(index, count) and index not in broken:
-                    yield jobs[index], merge_detections(assembly.parts.pop(index), config.nms_iou)
+                    yield jobs[index], merge_detections(assembly.parts.pop(index), limits.nms_iou)
 
 
 def main(config: Config) -> int:
     """Detect on every slide that has no document yet; 1 when slides failed."""
     settings = config.settings()
-    model, description = build_model(config)
+    model, description = load_detector(config.detector)
     model = model.to(settings.device).eval()
     output, failures = Path(config.output), Failures(STAGE, settings.shard.name)
     jobs = cohort_jobs(config.slides, config.coords, config.labels, failures, settings.shard)
-    wanted = {job.slide_id: make_provenance(config, job, settings.precision) for job in jobs}
+    limits, digest = resolve(config, description, jobs), sha256_file(config.detector)
+    wanted = {
+        job.slide_id: make_provenance(limits, digest, job, settings.precision) for job in jobs
+    }
     documents = {slide_id: output / "coco" / f"{slide_id}.json" for slide_id in wanted}
     todo = [
         job
@@ -198,8 +217,9 @@ def main(config: Config) -> int:
     ]
     logger.info("%s: %d slides, %d already done", STAGE, len(jobs), len(jobs) - len(todo))
     categories = description["categories"]
-    for job, found in find_slides_of(model, todo, config, settings, failures):
-        write_geojson(output / "geojson" / f"{job.slide_id}.geojson", found, categories)
+    for job, found in find_slides_of(model, todo, limits, settings, failures):
+        path = output / "geojson" / f"{job.slide_id}.geojson"
+        write_geojson(path, found, categories, job.coordinates.geometry.bounds)
         # last: where it is, the slide is done
         document = make_detections_document(
             found, job.coordinates, job.path.name, categories, wanted[job.slide_id]

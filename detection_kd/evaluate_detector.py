@@ -25,9 +25,10 @@ from torch import nn
 from common.cli import launch
 from common.config import REQUIRED, identity, key
 from common.device import PRECISIONS, pick_precision
-from common.distributed import World, init_distributed
+from common.distributed import World, init_distributed, local_processes
 from common.errors import UserError
 from common.files import sha256_file
+from common.processes.pool import pick_workers
 from common.progress import progress
 from common.run import Run, open_run
 from detection_kd import engine
@@ -36,7 +37,7 @@ from detection_kd.datasets.detection import DetectionDataset, make_loader
 from detection_kd.evaluation.coco_metrics import Prediction, average_precision
 from detection_kd.evaluation.coco_results import write_results
 from detection_kd.evaluation.froc import compute_froc
-from detection_kd.evaluation.operating_point import count_hits, judge_set
+from detection_kd.evaluation.operating_point import count_hits, judge_set, resolve_min_score
 from detection_kd.models.deformable_detr import DeformableDETR, load_detector
 
 logger = logging.getLogger(__name__)
@@ -57,8 +58,10 @@ class Config:
     iou: float = key(
         0.5, "overlap from which on a box has found a lesion, in FROC, counts and overlays"
     )
-    min_score: float = key(
-        0.3, "detections below this score are dropped; neither in the overlays nor in the counts"
+    min_score: str = key(
+        "auto",
+        "detections below this score are dropped; neither in the overlays nor in the counts; auto: "
+        "the checkpoint's, which its validation chose",
     )
     overlays: int = key(
         12,
@@ -72,12 +75,16 @@ class Config:
     )
     precision: str = key(
         "auto",
-        "number format of the computation; auto: bf16 where the device has it in "
-        "hardware, else fp32; boxes are always fp32",
+        "number format of the computation; auto: that of the checkpoint's training; boxes are "
+        "always fp32",
         choices=PRECISIONS,
     )
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
-    workers: int = key(2, "worker processes; they load images, per process", runtime=True)
+    workers: int | None = key(
+        None,
+        "worker processes; they load images, per process; null: one per core, at most 8",
+        runtime=True,
+    )
     overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
 
 
@@ -89,12 +96,8 @@ def resolve_sizes(config: Config, training: dict[str, Any]) -> Config:
     for name, least in limits.items():
         if getattr(config, name) < least:
             raise UserError(f"{name}={getattr(config, name)}: expected at least {least}")
-    if not 0 < config.iou <= 1 or not 0 <= config.min_score <= 1:
-        raise UserError(
-            f"iou={config.iou}, min_score={config.min_score}: expected an overlap in (0, 1] and a "
-            "score "
-            "in [0, 1]"
-        )
+    if not 0 < config.iou <= 1:
+        raise UserError(f"iou={config.iou}: expected an overlap in (0, 1]")
     sizes = {
         name: getattr(config, name) or training.get("augmentation", {}).get(name, 0)
         for name in ("eval_size", "max_size")
@@ -146,7 +149,12 @@ def detect(
     indices = range(len(dataset))[world.rank :: world.size]
     pin = world.device.type == "cuda"
     batches = make_loader(
-        dataset, indices, config.batch_size, workers=config.workers, pad_to=pad_to, pin=pin
+        dataset,
+        indices,
+        config.batch_size,
+        workers=pick_workers(config.workers, share=local_processes()),
+        pad_to=pad_to,
+        pin=pin,
     )
     shown = progress(batches, "evaluation", len(batches), "batch", enabled=world.is_main)
     predictions = engine.detect(
@@ -163,7 +171,11 @@ def detect(
 
 
 def summarise(
-    annotated: DetectionSet, predictions: list[Prediction], config: Config, seconds: float
+    annotated: DetectionSet,
+    predictions: list[Prediction],
+    config: Config,
+    min_score: float,
+    seconds: float,
 ) -> dict[str, Any]:
     """Content of results.json but for the digests."""
     metrics = average_precision(annotated, predictions, config.max_detections) | compute_froc(
@@ -176,10 +188,21 @@ def summarise(
         "seconds": round(seconds, 3),
         "images_per_second": round(images / seconds, 3),
         "at_score": count_hits(
-            judge_set(annotated, predictions, config.min_score, config.iou), annotated.categories
+            judge_set(annotated, predictions, min_score, config.iou), annotated.categories
         ),
+        "min_score": min_score,
         "settings": identity(config),
     }
+
+
+def resolve_precision(asked: str, description: dict[str, Any], device: torch.device) -> str:
+    """The precision that is asked for; `auto`: that of the detector's training, or the device's own
+    where it cannot compute in that one.
+    """
+    trained = description.get("precision", "auto")
+    if asked != "auto" or (trained == "fp16" and device.type == "cpu"):
+        return pick_precision(asked, device)
+    return pick_precision(trained, device)
 
 
 def main(config: Config) -> int:
@@ -194,8 +217,10 @@ def main(config: Config) -> int:
     model, description = build_model(config)
     training = description.get("training", {})
     config = replace(
-        resolve_sizes(config, training), precision=pick_precision(config.precision, world.device)
+        resolve_sizes(config, training),
+        precision=resolve_precision(config.precision, description, world.device),
     )
+    min_score = resolve_min_score(config.min_score, description)
     annotated = read_annotated(config, description)
     run = open_output(config, world)
     if run.results is not None:
@@ -206,14 +231,15 @@ def main(config: Config) -> int:
     predictions = detect(
         model, annotated, config, world, training.get("augmentation", {}).get("pad_to", 0)
     )
-    results = summarise(annotated, predictions, config, time.monotonic() - begun)
+    seconds = time.monotonic() - begun
+    results = summarise(annotated, predictions, config, min_score, seconds)
     if not world.is_main:
         return 0
     write_results(run.path / "predictions.json", annotated, predictions)
     shown = {
         "max_detections": config.max_detections,
         "iou": config.iou,
-        "score": config.min_score,
+        "score": min_score,
         "overlays": config.overlays,
     }
     write_detection_figures(run.path, annotated, predictions, **shown)

@@ -19,6 +19,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,9 +28,9 @@ from typing import Any
 from common import __version__
 from common.cli import launch
 from common.config import REQUIRED, key
-from common.errors import UserError
+from common.errors import DamagedFile, UserError
 from common.files import read_json, sha256_bytes, sha256_file
-from common.processes.pool import Lost, Raised, check_workers, run_jobs
+from common.processes.pool import Lost, Raised, pick_workers, run_jobs
 from common.progress import progress
 from common.provenance import can_reuse, differences
 from detection_kd.datasets.cut_pairs import (
@@ -102,10 +103,10 @@ class Config:
         False,
         "leave out what cannot be used instead of stopping; here: pairs of a folder with problems",
     )
-    workers: int = key(
-        2,
-        "worker processes; one slide each; 0: the main process, which a slide that "
-        "crashes its reader ends",
+    workers: int | None = key(
+        None,
+        "worker processes; one slide each; null: one per core, at most 8; 0: the main process, "
+        "which a slide that crashes its reader ends",
         runtime=True,
     )
     read_timeout: float = key(
@@ -127,7 +128,7 @@ def check(config: Config) -> None:
         raise UserError(
             f"output={config.output}: expected a file that ends in {' or '.join(SUFFIXES)}"
         )
-    check_workers(config.workers, config.read_timeout)
+    config.workers = pick_workers(config.workers, config.read_timeout)
     if config.tiles_per_slide < 0:
         raise UserError(f"tiles_per_slide={config.tiles_per_slide}: expected at least 0")
     if config.subset and not config.labels:
@@ -142,7 +143,11 @@ def is_done(output: Path, provenance: Mapping[str, Any], overwrite: bool) -> boo
     """
     if overwrite or not output.exists():
         return False
-    found = dict(Pack(output).provenance)
+    try:
+        found = dict(Pack(output).provenance)
+    except DamagedFile as error:
+        logger.warning("%s; it is made anew", error)
+        return False
     found.pop("software_version", None)
     failed = found.pop("failed", [])
     known, wanted = _without(found, failed), _without(dict(provenance), failed)
@@ -215,7 +220,12 @@ def find_jobs(
         else find_slides(config.slides, pattern)
     )
     mpps = {record.slide_id: record.mpp for record in records}
-    dtypes = {read_features(bags[slide_id])[0] for slide_id in paths if slide_id in bags}
+    dtypes, unreadable = set(), {}
+    for slide_id in paths.keys() & bags.keys():
+        try:
+            dtypes.add(read_features(bags[slide_id])[0])
+        except UserError as error:
+            unreadable[slide_id] = str(error)
     stored = (
         config.dtype
         if config.dtype != "auto"
@@ -228,6 +238,8 @@ def find_jobs(
         coords = folder / f"{slide_id}.h5" if folder else None
         if slide_id not in bags:
             failures.add(slide_id, f"expected a teacher bag in {config.features}, found none")
+        elif slide_id in unreadable:
+            failures.add(slide_id, unreadable[slide_id])
         elif coords is not None and not coords.is_file():
             failures.add(slide_id, f"{coords}: expected a coordinates file, found none")
         else:
@@ -294,9 +306,10 @@ def cut_pairs(job: PairCutJob, ranking: str) -> None:
     """Cut a slide unless its part is there."""
     provenance = make_part_provenance(job, ranking)
     if job.part.exists():
-        found = Pack(job.part).provenance
-        if {name: found.get(name) for name in provenance} == provenance:
-            return
+        with suppress(DamagedFile):  # it is cut again
+            found = Pack(job.part).provenance
+            if {name: found.get(name) for name in provenance} == provenance:
+                return
     with explain_full_disk(job.part.parent):
         cut_slide(job, provenance)
 

@@ -39,7 +39,7 @@ class Config:
     lists: str = key(
         "",
         "folder with train.txt, val.txt and test.txt, one image name per line, with or "
-        "without suffix",
+        "without suffix; or without its folder, where that says which image is meant",
         path=True,
     )
     shares: list[float] = key([0.7, 0.15, 0.15], "shares of train, val and test, without lists")
@@ -89,27 +89,49 @@ def split_by_lists(names: list[str], folder: Path) -> list[str]:
     """The split of every image by `<split>.txt`, "" where it is in none.
 
     Raises:
-        UserError: no list, a name without image, or one in two lists.
+        UserError: no list, a name without image or of several, or one in two lists.
     """
-    places = {
-        alias: index
-        for index, name in enumerate(names)
-        for alias in (name, Path(name).name, Path(name).stem)
-    }
+    places = find_names(names)
     sides = [""] * len(names)
     files = [file for split in SPLITS if (file := folder / f"{split}.txt").is_file()]
     if not files:
         raise UserError(f"lists={folder}: expected train.txt, val.txt or test.txt, found none")
     for file in files:
-        for name in file.read_text(encoding="utf-8").split():
-            if name not in places:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        for name in filter(None, map(str.strip, lines)):
+            found = places.get(name, [])
+            if not found:
                 raise UserError(
                     f"{file}: '{name}' is not among the {len(names)} images of the annotations"
                 )
-            if sides[places[name]]:
-                raise UserError(f"{file}: '{name}' is in {sides[places[name]]}.txt too")
-            sides[places[name]] = file.stem
+            if len(found) > 1:
+                meant = ", ".join(f"'{names[index]}'" for index in found[:3])
+                raise UserError(
+                    f"{file}: '{name}' may be {len(found)} images ({meant}); give the whole name"
+                )
+            if sides[found[0]]:
+                raise UserError(f"{file}: '{name}' is in {sides[found[0]]}.txt too")
+            sides[found[0]] = file.stem
     return sides
+
+
+def find_names(names: list[str]) -> dict[str, list[int]]:
+    """The images that a line of a list may mean: the whole name first, then that without its
+    suffix, then without its folder, then without both.
+    """
+    forms = (
+        lambda path: path,
+        lambda path: path.with_suffix(""),
+        lambda path: Path(path.name),
+        lambda path: Path(path.stem),
+    )
+    places: dict[str, list[int]] = {}
+    for form in forms:
+        found: dict[str, list[int]] = {}
+        for index, name in enumerate(names):
+            found.setdefault(str(form(Path(name))), []).append(index)
+        places = found | places  # what an earlier form says stands
+    return places
 
 
 def draw_split(names: list[str], shares: list[float], group: str, seed: int) -> list[str]:

@@ -26,18 +26,26 @@ from torch.utils.data import DataLoader, Dataset
 from common.cli import launch
 from common.config import REQUIRED, group, key, to_dict
 from common.device import PRECISIONS, autocast, pick_precision
-from common.distributed import World, gather_rows, init_distributed, mean_dict, wrap
+from common.distributed import (
+    World,
+    gather_rows,
+    init_distributed,
+    local_processes,
+    mean_dict,
+    wrap,
+)
 from common.ema import moving_average
 from common.errors import UserError
 from common.files import sha256_file
 from common.optim import add_terms, clip_gradients, require_finite, set_lr, trainable
+from common.processes.pool import pick_workers
 from common.progress import progress
 from common.run import Tracker, open_run
 from common.schedules import drop_epoch, lr_factor
 from common.seed import seed_everything
 from detection_kd import engine
 from detection_kd.datasets.augmentation_keys import AugmentationKeys
-from detection_kd.datasets.distillation import Pair, digest_pairs, read_pairs, split_by_slide
+from detection_kd.datasets.distillation import Pair, digest_pairs, read_pairs, split_by_patient
 from detection_kd.datasets.feature_cache import DTYPES, CacheKey
 from detection_kd.datasets.student_sets import (
     make_cached_sets,
@@ -154,7 +162,8 @@ class Config:
     )
     labels: str = key(
         "",
-        "labels.csv of the cohort; colours of student_vs_teacher.png; empty: by slide",
+        "labels.csv of the cohort; no patient is both trained and validated on, and colours of "
+        "student_vs_teacher.png; empty: by slide",
         path=True,
     )
     figures: bool = key(True, "draw figures", runtime=True)
@@ -166,7 +175,9 @@ class Config:
         choices=PRECISIONS,
     )
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
-    workers: int = key(2, "worker processes; they decode tiles", runtime=True)
+    workers: int | None = key(
+        None, "worker processes; they decode tiles; null: one per core, at most 8", runtime=True
+    )
     overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
     tracker: Tracker = group(Tracker, "experiment tracking")
 
@@ -229,7 +240,8 @@ def make_sets(
     name = CacheKey(*digests, config.input_scale, averaged, job.precision, config.cache_dtype)
     folder = Path(config.cache_dir or Path(config.output).absolute().parent / "d2vfm_cache")
     frozen = FrozenMaps(student).to(world.device, memory_format=torch.channels_last).eval()
-    options = {"views": config.views, "seed": config.seed, "workers": config.workers}
+    workers = pick_workers(config.workers, share=local_processes())
+    options = {"views": config.views, "seed": config.seed, "workers": workers}
     return make_cached_sets(pairs, parts, folder, name, frozen, student.stages, world, **options)
 
 
@@ -290,6 +302,7 @@ def digest_inputs(
 ) -> dict[str, str]:
     """Compute the fingerprints of what decides the result."""
     inputs = {"dataset": digest_pairs(pairs), "backbone": sha256_file(config.backbone)}
+    inputs |= {"labels": sha256_file(config.labels)} if config.labels else {}
     return inputs | ({"online_teacher": online.digest} if online else {})
 
 
@@ -300,6 +313,7 @@ def main(config: Config) -> None:
     config.augmentation.check(config.augment, config.scales, config.cache, config.online_teacher)
     records = read_labels(config.labels) if config.labels else []
     labels = {record.slide_id: record.label for record in records}
+    patients = {record.slide_id: record.case_id for record in records}
     loss = distillation_loss(config.loss, config.loss_weight, config.extra)
     pairs = read_set(config, world)
     seed_everything(config.seed)
@@ -312,12 +326,13 @@ def main(config: Config) -> None:
         logger.info("train_d2vfm: %s is finished: %s", run.path, run.results)
         return
     job = DistillationRun(config, world, precision, loss, online)
-    parts = split_by_slide(pairs, config.val_fraction, config.seed)
+    parts = split_by_patient(pairs, patients, config.val_fraction, config.seed)
     sets = make_sets(job, student, pairs, parts, inputs)
     training = prepare_training(config, student, world)
     evaluated = build_student_network(training.kept, cached=config.cache, device=world.device)
     share = engine.share_batch(config.batch_size, world.size)
-    loaders = make_loaders(*sets, world, share=share, seed=config.seed, workers=config.workers)
+    workers = pick_workers(config.workers, share=local_processes())
+    loaders = make_loaders(*sets, world, share=share, seed=config.seed, workers=workers)
     held_out = (evaluated, loaders[1], precision, world.device)
     start, best = training.resume(run.last)
     run.forget_after(start)

@@ -18,7 +18,7 @@ from torch import Tensor
 from common.cli import launch
 from common.config import REQUIRED, group, key, to_dict
 from common.device import PRECISIONS, autocast, pick_precision
-from common.distributed import World, init_distributed, mean_dict
+from common.distributed import World, init_distributed, local_processes, mean_dict
 from common.ema import moving_average
 from common.errors import UserError
 from common.files import sha256_file
@@ -31,6 +31,7 @@ from common.optim import (
     require_finite,
     set_lr,
 )
+from common.processes.pool import pick_workers
 from common.progress import progress
 from common.run import Run, Tracker, open_run
 from common.schedules import SCHEDULES, drop_epoch, lr_factor
@@ -44,8 +45,10 @@ from detection_kd.datasets.detection import (
     make_eval_loader,
     make_training_loader,
 )
+from detection_kd.datasets.training_field import describe_field
 from detection_kd.evaluation.coco_metrics import Prediction, average_precision
 from detection_kd.evaluation.froc import compute_froc
+from detection_kd.evaluation.operating_point import choose_min_score
 from detection_kd.models.backbone import NORMS, Backbone, save_backbone
 from detection_kd.models.checkpoint_import import load_initial_weights
 from detection_kd.models.deformable_detr import DeformableDETR, describe_detector, place_detector
@@ -73,6 +76,11 @@ class Config:
     train: str = key(REQUIRED, "COCO JSON to train on", path=True)
     val: str = key(REQUIRED, "COCO JSON to evaluate on", path=True)
     images: str = key(REQUIRED, "folder of the images that the annotations name", path=True)
+    mpp: float | None = key(
+        None,
+        "micrometres per pixel at level 0; here of the training images, so that detection on "
+        "slides can bring its tiles to the same resolution",
+    )
     class_agnostic: bool = key(False, "one class 'lesion' instead of the annotated categories")
     backbone: str = key(
         "resnet50",
@@ -143,7 +151,11 @@ class Config:
         choices=PRECISIONS,
     )
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
-    workers: int = key(2, "worker processes; they load images, per process", runtime=True)
+    workers: int | None = key(
+        None,
+        "worker processes; they load images, per process; null: one per core, at most 8",
+        runtime=True,
+    )
     compile: bool = key(
         False, "compile the network with torch.compile; of the backbone", runtime=True
     )
@@ -221,7 +233,7 @@ def train_one_epoch(
     # the draws of dropout do not depend on earlier epochs
     seed_everything((config.seed * 100_003 + epoch) * 1_009 + world.rank)
     options = {"batch_size": config.batch_size, "share": job.share, "seed": config.seed}
-    options |= {"epoch": epoch, "workers": config.workers}
+    options |= {"epoch": epoch, "workers": pick_workers(config.workers, share=local_processes())}
     batches = make_training_loader(job.train.images, config.augmentation, world, **options)
     steps = len(batches) // config.accumulate
     drop = drop_epoch(config.lr_drop, config.epochs) * steps
@@ -303,7 +315,7 @@ def evaluate(
     detections.
     """
     config, world, val = job.config, job.world, job.val
-    options = {"share": job.share, "workers": config.workers}
+    options = {"share": job.share, "workers": pick_workers(config.workers, share=local_processes())}
     batches = make_eval_loader(val.images, config.augmentation, world, **options)
     shown = progress(batches, "evaluation", len(batches), "batch", enabled=world.is_main)
     limit = config.max_detections
@@ -341,6 +353,7 @@ def main(config: Config) -> int:
     files = (config.train, config.val, config.images)
     checks = {"class_agnostic": config.class_agnostic, "batch_size": config.batch_size}
     train, val = read_training_sets(*files, **checks)
+    field = describe_field(train.images, config.augmentation, config.mpp)
     seed_everything(config.seed)
     plain = build_initial_model(config, train.categories)
     share = engine.share_batch(config.batch_size, world.size, config.accumulate)
@@ -358,6 +371,7 @@ def main(config: Config) -> int:
         values = train_one_epoch(job, training, epoch)
         values["train_seconds"] = time.monotonic() - begun
         described = describe_detector(plain, train.categories) | {"training": to_dict(config)}
+        described |= {"field": field, "precision": precision}
         state = {"config": described, "epoch": epoch + 1}
         if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
             metrics, predictions = evaluate(job, training)
@@ -365,6 +379,7 @@ def main(config: Config) -> int:
             if metrics["AP"] >= best.get("AP", 0.0):
                 best = {"epoch": epoch + 1, **metrics}
                 if world.is_main:
+                    described["operating_point"] = choose_min_score(val, predictions)
                     training.save_best(run.best, best=best, **state)
                     draw_results(job, predictions)
         if world.is_main:

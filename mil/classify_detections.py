@@ -230,7 +230,7 @@ def read_cohort(config: Config, summary: dict[str, Any]) -> tuple[LabelledSlides
     """The slides and their splits: the benchmark's, with its classes; those of `splits`; or new
     ones by the same rules.
     """
-    values = list_split_values(config.protocol, config.subset, config.splits)
+    values = list_split_values(config.subset)
     slides = read_labelled_slides(config.labels, values, config.positive)
     folder = config.splits or (f"{config.benchmark}/splits" if summary else "")
     if not folder:

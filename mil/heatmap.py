@@ -32,7 +32,7 @@ from common.config import REQUIRED, group, key
 from common.device import pick_device
 from common.errors import UserError, did_you_mean
 from common.files import atomic_path, read_json, safe_id, sha256_file, write_json
-from common.processes.pool import Lost, Raised, check_workers, run_jobs
+from common.processes.pool import Lost, Raised, pick_workers, run_jobs
 from common.progress import progress
 from common.provenance import can_reuse
 from mil.heatmaps.drawing import make_colour_bar
@@ -106,10 +106,10 @@ class Config(SlideKeys):
     drawing: Drawing = group(Drawing, "how slides are drawn")
     title: str = key("Heatmaps", "title of the page", runtime=True)
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
-    workers: int = key(
-        2,
-        "worker processes; one slide each; 0: the main process, which a slide that "
-        "crashes its reader ends",
+    workers: int | None = key(
+        None,
+        "worker processes; one slide each; null: one per core, at most 8; 0: the main process, "
+        "which a slide that crashes its reader ends",
         runtime=True,
     )
     threads: int = key(1, "CPU threads per process; of the model", runtime=True)
@@ -281,7 +281,7 @@ def draw_all(
 def main(config: Config) -> int:
     torch.set_num_threads(config.threads)
     output, failures = Path(config.output), Failures("heatmap")
-    check_workers(config.workers, config.read_timeout)
+    config.workers = pick_workers(config.workers, config.read_timeout)
     device = pick_device(config.device)
     source, bags = read_source(config)
     check_drawing(config.drawing, source.task)
@@ -298,7 +298,11 @@ def main(config: Config) -> int:
             )
             failures.add(name, f"expected {where}, found none")
             continue
-        stamp = made_from(judged, inputs[name], config.drawing)
+        try:
+            stamp = made_from(judged, inputs[name], config.drawing)
+        except UserError as error:  # its bag cannot be read
+            failures.add(name, str(error))
+            continue
         if not is_done(output, name, stamp, config.overwrite):
             pending.append((judged, inputs[name], stamp))
     logger.info(

@@ -95,7 +95,7 @@ def report(splits: list[Split], slides: LabelledSlides) -> None:
 
 def main(config: Config) -> None:
     output = Path(config.output)
-    values = list_split_values(config.protocol, config.subset)
+    values = list_split_values(config.subset)
     slides, _ = read_targets(config.labels, config.task, values, config.positive, config.grades)
     if config.check:
         splits = read_stored_splits(output)

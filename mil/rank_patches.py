@@ -180,7 +180,7 @@ def main(config: Config) -> int:
     world = World(0, 1, pick_device(config.device))
     torch.set_num_threads(config.threads)
     root = Path(config.output)
-    subset = list_split_values("cv", config.subset)
+    subset = list_split_values(config.subset)
     slides, targets = read_targets(config.labels, "classes", subset, config.positive)
     files = find_bags(config.features, slides.slide_ids, skip_missing=config.skip_missing)
     slides = slides.only(files)

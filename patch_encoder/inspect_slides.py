@@ -22,7 +22,7 @@ import numpy as np
 from common.cli import launch
 from common.config import key
 from common.errors import UserError
-from common.processes.pool import Lost, Raised, check_workers, heartbeat, run_jobs
+from common.processes.pool import Lost, Raised, heartbeat, pick_workers, run_jobs
 from common.progress import progress
 from patch_encoder.cohort.keys import TileGridKeys
 from patch_encoder.cohort.labels import find_slides_and_mpps
@@ -253,7 +253,7 @@ def describe_slide(entry: dict[str, Any]) -> str:
 
 
 def main(config: Config) -> int:
-    check_workers(config.workers, config.read_timeout)
+    config.workers = pick_workers(config.workers, config.read_timeout)
     if config.sample < 0:
         raise UserError(f"sample={config.sample}: expected 0 or more tiles")
     slides, mpps = find_slides_and_mpps(

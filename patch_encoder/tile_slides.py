@@ -27,8 +27,8 @@ import numpy as np
 from common.cli import launch
 from common.config import REQUIRED, group, key
 from common.errors import UserError
-from common.files import atomic_path, sha256_file, write_csv
-from common.processes.pool import Lost, Raised, check_workers, run_jobs
+from common.files import atomic_path, check_writable, sha256_file, write_csv
+from common.processes.pool import Lost, Raised, pick_workers, run_jobs
 from common.progress import progress
 from common.provenance import can_reuse, unknown_origin
 from patch_encoder.cohort.failures import Failures
@@ -137,7 +137,9 @@ def drawn_digest(slide_id: str, config: Config) -> str:
 
 def tile_one(job: Job, config: Config, stamp: str) -> dict[str, object]:
     """Tile one slide; returns its id and number of tiles."""
-    _, path, mpp = job
+    slide_id, path, mpp = job
+    if slide_id.encode(errors="ignore").decode() != slide_id:
+        raise UserError(f"{str(path)!a}: expected a name in UTF-8, found other bytes; rename it")
     with open_slide(path, mpp, config.tile_pattern) as slide:
         slide.threads = threads_each(config)
         return _tile_slide(slide, job, config, stamp)
@@ -179,7 +181,7 @@ def _tile_slide(slide: Slide, job: Job, config: Config, stamp: str) -> dict[str,
     write_pictures(output, slide, view, tissue, coordinates, dropped)
     scale = slide.width / tissue.mask.shape[1], slide.height / tissue.mask.shape[0]
     outlines = [outline.scaled(*scale) for outline in trace_outlines(tissue.mask)]
-    write_geojson(output / "tissue" / f"{slide_id}.geojson", outlines, slide.mpp)
+    write_geojson(output / "tissue" / f"{slide_id}.geojson", outlines, slide.mpp, slide.bounds)
     extra = {"settings": stamp, "mpp_given": repr(mpp), "tissue_share": f"{tissue.mask.mean():.4f}"}
     extra["unreadable"] = (
         str(max(damages, key=lambda damage: damage.share)) if any(d.count for d in damages) else ""
@@ -265,7 +267,7 @@ def is_done(job: Job, config: Config, stamp: str) -> bool:
 
 def check(config: Config) -> None:
     """Refuse what does not go together before any slide is opened."""
-    check_workers(config.workers, config.read_timeout)
+    config.workers = pick_workers(config.workers, config.read_timeout)
     if config.limits() and not config.quality:
         raise UserError(
             "min_blur, max_pen, ...: expected quality=true, found false; cuts need measured tiles"
@@ -296,6 +298,7 @@ def main(config: Config) -> int:
     jobs = [(slide_id, path, mpps.get(slide_id) or config.mpp) for slide_id, path in slides.items()]
     todo = [job for job in jobs if not is_done(job, config, stamp)]
     logger.info("tile_slides: %d slides, %d already tiled", len(jobs), len(jobs) - len(todo))
+    check_writable(config.output)
     failures = Failures("tile_slides")
     for row in progress(tile_all(todo, config, stamp), "tiling", len(todo), "slides"):
         if "error" in row:

@@ -6,7 +6,7 @@
 set -euo pipefail
 : "${COORDS:=runs/tiles}"
 : "${OUTPUT:=runs/features}"
-: "${WORKERS:=8}"
+: "${WORKERS:=}"
 # shellcheck source=tools/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 collect_keys slides coords output encoder weights labels workers

@@ -5,7 +5,7 @@
 # All keys: bash tools/tile_slides.sh --help
 set -euo pipefail
 : "${OUTPUT:=runs/tiles}"
-: "${WORKERS:=8}"
+: "${WORKERS:=}"
 # shellcheck source=tools/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 collect_keys slides output labels workers

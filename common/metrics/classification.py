@@ -93,7 +93,7 @@ def rates(counts: np.ndarray) -> dict[str, np.ndarray]:
     """F1, sensitivity, specificity, accuracy and balanced accuracy, each (B,).
 
     The first three are those of class 1 with two classes and macro means with more. NaN where a
-    class is absent.
+    class that the metric needs is absent.
 
     Args:
         counts: confusion counts (B, C, C), true class by predicted class.
@@ -102,7 +102,7 @@ def rates(counts: np.ndarray) -> dict[str, np.ndarray]:
     hits = np.diagonal(counts, axis1=1, axis2=2)  # (B, C)
     true, called = counts.sum(2), counts.sum(1)
     recall = ratio(hits, true)
-    f1 = ratio(2 * hits, true + called)
+    f1 = np.where(true > 0, ratio(2 * hits, true + called), np.nan)
     specificity = ratio(total[:, None] - true - called + hits, total[:, None] - true)
     pick = (
         (lambda per_class: per_class[:, 1])

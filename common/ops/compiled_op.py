@@ -2,7 +2,8 @@
 and when it is taken.
 
 For operators that give gradients to values, sampling locations and attention weights, computed in
-float32 (float64 for float64 values). A package's `ops/compiled.py` holds what is its own: the
+float32 (float64 for float64 values). What they do not compute, second derivatives and forward mode,
+is an error and never a silent zero. A package's `ops/compiled.py` holds what is its own: the
 schema's shapes, what is saved for the gradient, the call.
 """
 
@@ -20,6 +21,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
 
 from common.errors import UserError
 from common.ops.native import library_path, load_library
@@ -38,6 +41,7 @@ class CompiledOp:
     Attributes:
         ops: folder whose libraries hold schema and kernels.
         namespace, name: of the operator.
+        variable: environment variable that chooses between the compiled op and the reference.
         fake_forward, fake_backward: empty results from the arguments.
         save: (ctx, inputs, output), what the gradient needs.
         backward: (ctx, gradient of the result) -> gradients of all inputs.
@@ -47,6 +51,7 @@ class CompiledOp:
     ops: Path
     namespace: str
     name: str
+    variable: str
     fake_forward: Callable[..., Tensor]
     fake_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     save: Callable[..., None]
@@ -92,10 +97,50 @@ class CompiledOp:
         forward = f"{self.namespace}::{self.name}"
         torch.library.register_fake(forward, self.fake_forward)
         torch.library.register_fake(f"{forward}_backward", self.fake_backward)
-        torch.library.register_autograd(forward, self.backward, setup_context=self.save)
         self._library = torch.library.Library(self.namespace, "IMPL")
+        self._register_gradient(self.name, self.backward, self.save)
+        self._register_gradient(f"{self.name}_backward", self._refuse_second_derivative, None)
         for key in AUTOCAST:
             self._library.impl(self.name, self.autocast, key.name)
+
+    def _register_gradient(
+        self,
+        name: str,
+        backward: Callable[..., tuple[Tensor | None, ...]],
+        save: Callable[..., None] | None,
+    ) -> None:
+        """`torch.library.register_autograd`, whose kernel drops the tangents of forward mode where
+        no input requires a gradient; here they are an error.
+        """
+        operator = getattr(getattr(torch.ops, self.namespace), name).default
+        kernel = make_autograd_impl(operator, Info(backward, save))
+
+        def without_tangents(keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
+            if has_tangent(inputs):
+                raise NotImplementedError(
+                    f"{self.namespace}::{name}: the compiled op has no forward-mode derivative; "
+                    f"set {self.variable}=reference"
+                )
+            return kernel(keyset, *inputs)
+
+        assert self._library is not None
+        self._library.impl(name, without_tangents, "Autograd", with_keyset=True)
+
+    def _refuse_second_derivative(self, ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        raise NotImplementedError(
+            f"{self.namespace}::{self.name}: the compiled op can be differentiated once; set "
+            f"{self.variable}=reference for second derivatives"
+        )
+
+
+def has_tangent(inputs: tuple[Any, ...]) -> bool:
+    """Whether forward-mode differentiation is under way through any of these tensors."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(
+        isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
+        for value in inputs
+    )
 
 
 def constant(function: Door) -> Door:

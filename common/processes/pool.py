@@ -32,12 +32,14 @@ from multiprocessing import connection, get_context, parent_process
 from types import ModuleType
 from typing import Any
 
-from common.cli import show_log
-from common.errors import UserError
+from common.cli import NO_PLACE, explain_os_error, show_log
+from common.errors import FullDisk, UserError
+from common.memory import is_out_of_memory, usable_cores
 from common.processes.mapped import Mapped
 
 logger = logging.getLogger(__name__)
 GRACE = 2.0  # seconds that a worker has to tidy up before it is killed
+MOST_WORKERS = 8  # that are started unasked: each reads a slide, and disks are shared
 GPU_LOST = 87  # exit status of a worker whose CUDA context is broken
 _slot: Any = None  # in a worker: (time of the last heartbeat or 0 when idle, its two numbers)
 
@@ -49,6 +51,23 @@ def heartbeat(*at: int) -> None:
     if _slot is not None:
         _slot[1 : 1 + len(at)] = at
         _slot[0] = time.monotonic()
+
+
+def pick_workers(workers: int | None, timeout: float = math.inf, share: int = 1) -> int:
+    """The number of workers that is wanted; None: one per core, at most MOST_WORKERS.
+
+    Args:
+        workers: as the user gave it.
+        timeout: seconds of `read_timeout`.
+        share: processes like this one that share the machine.
+
+    Raises:
+        UserError: no pool can have them.
+    """
+    if workers is None:
+        workers = max(1, min(MOST_WORKERS, usable_cores() // share))
+    check_workers(workers, timeout)
+    return workers
 
 
 def check_workers(workers: int, timeout: float = math.inf, least: int = 0) -> None:
@@ -75,6 +94,7 @@ class Raised:
     reason: str  # for people
     traceback: str  # for the log
     by_user: bool  # a UserError, which the user can mend
+    ends_all: bool = False  # no other job can write its results either
 
 
 def call(function: Callable[[Any], Any], job: Any) -> Any:
@@ -82,9 +102,17 @@ def call(function: Callable[[Any], Any], job: Any) -> Any:
     try:
         return function(job)
     except UserError as error:
-        return Raised(str(error), traceback.format_exc(), by_user=True)
+        full = isinstance(error, FullDisk)
+        return Raised(str(error), traceback.format_exc(), by_user=True, ends_all=full)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_PLACE:
+            return Raised(
+                explain_os_error(error), traceback.format_exc(), by_user=True, ends_all=True
+            )
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if is_out_of_memory(error):
+            line = f"expected memory, found none left ({reason}); lower workers="
+            return Raised(line, traceback.format_exc(), by_user=True)
         return Raised(reason, traceback.format_exc(), by_user=False)
 
 
@@ -94,7 +122,7 @@ def run_jobs(
 ) -> Iterator[tuple[int, Any]]:  # fmt: skip
     """Yield (number of the job, its result or Raised or Lost) as jobs end.
 
-    A lost job is tried once more, after all others.
+    A lost job is tried once more, after all others. A full or read-only disk ends all jobs.
 
     Args:
         function: job -> result; called with `device=` too where there are devices.
@@ -110,10 +138,13 @@ def run_jobs(
     else:
         functions = [on_devices[i % len(on_devices)] for i in range(min(workers, len(jobs)))]
         outcomes = finish(Pool(functions, timeout, fresh=fresh, threads=threads), jobs)
-    for number, result in outcomes:
-        if isinstance(result, Raised) and not result.by_user:
-            logger.error("%s", result.traceback.rstrip())
-        yield number, result
+    with closing(outcomes):
+        for number, result in outcomes:
+            if isinstance(result, Raised) and result.ends_all:
+                raise FullDisk(result.reason)
+            if isinstance(result, Raised) and not result.by_user:
+                logger.error("%s", result.traceback.rstrip())
+            yield number, result
 
 
 def finish(pool: Any, jobs: Sequence[Any]) -> Iterator[tuple[int, Any]]:

@@ -2,7 +2,7 @@
 
 Source: the object detection format of COCO (Lin et al., ECCV 2014). Differences: category ids may
 be any integers and get contiguous class indices in the order of their ids; boxes are clipped to the
-image; what cannot be used is counted in one line.
+image, areas are not; what cannot be used is counted in one line.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class ImageRecord:
         boxes: (N, 4) float32 xyxy px, inside the image, with an area.
         labels: (N,) int64 class indices.
         crowd: (N,) bool, regions that neither count as found nor as missed.
+        areas: (N,) float64 px, by which COCO calls a box small, medium or large: the annotation's
+            own `area` (that of an outline is below its box's); the box's where it states none.
     """
 
     id: int
@@ -41,6 +43,11 @@ class ImageRecord:
     boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))
     labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     crowd: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    areas: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+    def __post_init__(self) -> None:
+        if not len(self.areas):
+            self.areas = (self.boxes[:, 2:] - self.boxes[:, :2]).astype(np.float64).prod(1)
 
 
 @dataclass
@@ -144,7 +151,7 @@ def _read_annotations(
     entries: list[Any], records: dict[int, ImageRecord], indices: dict[int, int], source: str | Path
 ) -> tuple[int, int]:
     """Fill the records; returns how many boxes were dropped and kept."""
-    found: dict[int, list[tuple[np.ndarray, int, bool]]] = {
+    found: dict[int, list[tuple[np.ndarray, int, bool, float]]] = {
         identifier: [] for identifier in records
     }
     dropped = 0
@@ -155,15 +162,17 @@ def _read_annotations(
         if (clipped[2:] <= clipped[:2]).any():
             dropped += 1
             continue
+        area = _read_area(entry, clipped, source)
         found[record.id].append(
-            (clipped, indices[entry["category_id"]], bool(entry.get("iscrowd", 0)))
+            (clipped, indices[entry["category_id"]], bool(entry.get("iscrowd", 0)), area)
         )
     for identifier, items in found.items():
         if items:
-            boxes, labels, crowd = zip(*items, strict=True)
+            boxes, labels, crowd, areas = zip(*items, strict=True)
             records[identifier].boxes = np.stack(boxes).astype(np.float32)
             records[identifier].labels = np.array(labels, np.int64)
             records[identifier].crowd = np.array(crowd, bool)
+            records[identifier].areas = np.array(areas, np.float64)
     return dropped, sum(int((~record.crowd).sum()) for record in records.values())
 
 
@@ -196,6 +205,18 @@ def _read_box(
             f"{label}: expected bbox [x, y, width, height] in px, found {entry['bbox']}"
         )
     return np.concatenate((box[:2], box[:2] + box[2:]))
+
+
+def _read_area(entry: dict[str, Any], clipped: np.ndarray, source: str | Path) -> float:
+    """The area that an annotation states, px; that of its clipped box where it states none."""
+    area = entry.get("area")
+    if area is None:
+        return float(np.prod(clipped[2:] - clipped[:2]))
+    if isinstance(area, bool) or not isinstance(area, int | float) or not 0 <= area < np.inf:
+        raise UserError(
+            f"{source}: annotation {entry.get('id')}: expected an area in px, found {area!r}"
+        )
+    return float(area)
 
 
 def same_categories(train: DetectionSet, val: DetectionSet) -> None:

@@ -1,10 +1,10 @@
-"""The distillation set as training items: fingerprint, split by slide, tiles with their teacher's
+"""The distillation set as training items: fingerprint, split by patient, tiles with their teacher's
 features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from detection_kd.datasets.pair_problems import decode_tile
 from detection_kd.datasets.pairs import Pair, read_pairs
 from detection_kd.datasets.tile_augmentation import TileAugmentation
 
-__all__ = ["DistillationTiles", "Pair", "digest_pairs", "read_pairs", "split_by_slide"]
+__all__ = ["DistillationTiles", "Pair", "digest_pairs", "read_pairs", "split_by_patient"]
 
 
 def digest_pairs(pairs: list[Pair]) -> str:
@@ -29,24 +29,35 @@ def digest_pairs(pairs: list[Pair]) -> str:
     )
 
 
-def split_by_slide(
-    pairs: list[Pair], val_fraction: float, seed: int
+def split_by_patient(
+    pairs: list[Pair], patients: Mapping[str, str], val_fraction: float, seed: int
 ) -> tuple[list[Pair], list[Pair]]:
-    """Training and validation pairs without a slide in common; at least one slide in each.
+    """Training and validation pairs without a patient in common; at least one patient in each.
+
+    Args:
+        pairs: all of them.
+        patients: slide id -> patient, where it is known; every other slide is one of its own.
+        val_fraction: share of the patients that is held out.
+        seed: of the drawing.
 
     Raises:
-        UserError: fewer than two slides.
+        UserError: fewer than two patients.
     """
-    slides = sorted({pair.slide_id for pair in pairs})
-    if len(slides) < 2:
+    # a slide without patient may be called as a patient is
+    owners = {
+        slide: ("patient", patients[slide]) if slide in patients else ("slide", slide)
+        for slide in {pair.slide_id for pair in pairs}
+    }
+    groups = sorted(set(owners.values()))
+    if len(groups) < 2:
         raise UserError(
-            "distillation set: expected at least two slides to validate on one of them, found "
-            f"{len(slides)}"
+            "distillation set: expected slides of at least two patients to validate on one of "
+            f"them, found {len(groups)}"
         )
-    order = np.random.default_rng(seed).permutation(len(slides))
-    held_out = {slides[i] for i in order[: max(1, round(val_fraction * len(slides)))]}
-    return [p for p in pairs if p.slide_id not in held_out], [
-        p for p in pairs if p.slide_id in held_out
+    order = np.random.default_rng(seed).permutation(len(groups))
+    held_out = {groups[i] for i in order[: max(1, round(val_fraction * len(groups)))]}
+    return [p for p in pairs if owners[p.slide_id] not in held_out], [
+        p for p in pairs if owners[p.slide_id] in held_out
     ]
 
 

@@ -30,8 +30,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import DamagedFile, UserError
 from common.files import AtomicFile
+from common.hdf5 import get_dataset, open_hdf5, write_hdf5
 
 FORMAT = "distillation pairs 1"
 SUFFIXES = (".h5", ".hdf5")
@@ -51,21 +52,8 @@ class Pack:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        try:
-            with h5py.File(self.path, "r") as file:
-                self._read(file)
-        except (
-            OSError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RuntimeError,
-            json.JSONDecodeError,
-        ) as error:
-            raise UserError(
-                f"{path}: expected a packed distillation set, cannot be read: {error}; pack it "
-                "again"
-            ) from None
+        with open_hdf5(self.path, "a packed distillation set", "pack it again") as file:
+            self._read(file)
         self._descriptor: tuple[int, int] | None = None
 
     def _read(self, file: h5py.File) -> None:
@@ -74,17 +62,20 @@ class Pack:
                 f"{self.path}: expected format '{FORMAT}', found {file.attrs.get('format')!r}; "
                 "pack it with tools/pack_distillation.sh"
             )
-        slide_ids = file["slide_ids"].asstr()[()]
-        slides = file["slides"][()]
-        self.names = list(file["names"].asstr()[()])
+        slide_ids = get_dataset(file, "slide_ids", "O").asstr()[()]
+        slides = get_dataset(file, "slides")[()]
+        self.names = list(get_dataset(file, "names", "O").asstr()[()])
         self.features: Float[Tensor, "n d"] = torch.from_numpy(
-            file["features"][()].astype(np.float32)
+            get_dataset(file, "features")[()].astype(np.float32)
         )
-        self.coords = file["coords"][()]
-        self.offsets = file["offsets"][()]
-        self.provenance: dict[str, Any] = json.loads(file["provenance"].asstr()[()])
+        self.coords = get_dataset(file, "coords")[()]
+        self.offsets = get_dataset(file, "offsets")[()]
+        self.provenance: dict[str, Any] = json.loads(
+            get_dataset(file, "provenance", "O").asstr()[()]
+        )
         self.images_sha256 = str(file.attrs["images_sha256"])
-        self._start = file["images"].id.get_offset() if len(file["images"]) else 0
+        images = get_dataset(file, "images")
+        self._start = images.id.get_offset() if len(images) else 0
         lengths = {
             len(self.names),
             len(self.features),
@@ -95,11 +86,11 @@ class Pack:
         consistent = (
             len(lengths) == 1 and (np.diff(self.offsets) >= 0).all() and self._start is not None
         )
-        consistent = consistent and self.offsets[0] == 0 and self.offsets[-1] == len(file["images"])
+        consistent = consistent and self.offsets[0] == 0 and self.offsets[-1] == len(images)
         if not consistent or (
             len(slides) and not 0 <= slides.min() <= slides.max() < len(slide_ids)
         ):
-            raise UserError(
+            raise DamagedFile(
                 f"{self.path}: expected arrays of one length and contiguous images, found others; "
                 "pack it again"
             )
@@ -220,7 +211,7 @@ class PackWriter:
                 f"{self._target.path}: expected {needed >> 20} MiB free on the disk, found "
                 f"{free >> 20}"
             )
-        with h5py.File(self._target.temporary, "w") as file:
+        with write_hdf5(self._target.temporary) as file:
             file.attrs.update({"format": FORMAT, "images_sha256": self._digest.hexdigest()})
             file["provenance"] = json.dumps(provenance)  # an attribute holds 64 KiB at most
             _copy(self._images, file.create_dataset("images", (total,), "uint8"), 1)

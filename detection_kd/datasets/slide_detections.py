@@ -2,9 +2,10 @@
 that QuPath opens.
 
 Where tiles overlap, every point of the slide belongs to one tile: the overlap is cut in the middle,
-and a tile keeps the detections whose centre lies in its part. A lesion on a seam is thus reported
-by the tile that sees more of it; what two tiles still report twice, because their centres fell on
-both sides of the cut, goes by non-maximum suppression within its class.
+and a tile keeps the detections whose centre lies in its part. Two tiles see one lesion a few pixels
+apart, so that close to a cut each may leave it to the other, or both may report it. Within a margin
+of the cut both keep it, therefore, and the weaker of two views of one lesion goes; what still
+overlaps too much, in all of the slide, goes by non-maximum suppression within its class.
 """
 
 from __future__ import annotations
@@ -14,11 +15,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
 
 from common.files import write_json
+from detection_kd.datasets.box_suppression import (
+    find_areas,
+    find_touching,
+    keep_highest,
+    suppress_boxes,
+)
 from patch_encoder.tiles.coordinates import Coordinates
+
+MARGIN = 0.25
+"""Distance from a cut within which two tiles both keep a detection, as a share of its side: views
+that are further apart than twice this overlap too little to be known as one lesion.
+"""
+LEAST_MARGIN = 4.0
+"""Level-0 px of it at least."""
+SAME_LESION = 0.5
+"""Share of the smaller of two boxes, seen by two tiles near their cut, from which on they are views
+of one lesion; a tile's edge may have cut one of them short, so that their IoU says little.
+"""
 
 
 class FoundBoxes(NamedTuple):
@@ -27,6 +44,13 @@ class FoundBoxes(NamedTuple):
     boxes: Float[np.ndarray, "n 4"]
     scores: Float[np.ndarray, " n"]
     labels: Int[np.ndarray, " n"]
+
+
+class TileDetections(NamedTuple):
+    """The detections of one tile that count, and which of them another tile may have as well."""
+
+    found: FoundBoxes
+    shared: Bool[np.ndarray, " n"]
 
 
 def find_own_part(coordinates: Coordinates) -> Int[np.ndarray, "tiles 4"]:
@@ -47,29 +71,54 @@ def find_own_part(coordinates: Coordinates) -> Int[np.ndarray, "tiles 4"]:
     return parts
 
 
-def find_centred(
-    boxes: Float[np.ndarray, "n 4"], part: Int[np.ndarray, " 4"]
-) -> Bool[np.ndarray, " n"]:
-    """Which boxes have their centre in a part of the plane (its low sides belong to it, its high
-    sides do not).
+def choose_own(found: FoundBoxes, part: Int[np.ndarray, " 4"]) -> TileDetections:
+    """The detections of a tile whose centre lies in its part (its low sides belong to it, its high
+    sides do not) or within the margin of it; those within the margin of a cut, on either side, are
+    shared.
     """
+    boxes = found.boxes
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2
-    return ((centre >= part[:2]) & (centre < part[2:])).all(1)
+    margin = np.maximum(MARGIN * (boxes[:, 2:] - boxes[:, :2]), LEAST_MARGIN)
+    inside = ((centre >= part[:2] + margin) & (centre < part[2:] - margin)).all(1)
+    kept = ((centre >= part[:2] - margin) & (centre < part[2:] + margin)).all(1)
+    return TileDetections(FoundBoxes(*(values[kept] for values in found)), ~inside[kept])
 
 
-def merge_detections(parts: list[FoundBoxes], iou: float) -> FoundBoxes:
-    """Detections of all tiles of a slide, suppressed within each class, by falling score."""
-    from torchvision.ops import batched_nms  # a while to load
-
-    if not parts:
+def merge_detections(tiles: list[TileDetections], iou: float) -> FoundBoxes:
+    """Detections of all tiles of a slide, xyxy in level-0 px of the slide, suppressed within each
+    class, by falling score.
+    """
+    if not tiles:
         return FoundBoxes(
             np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64)
         )
-    boxes, scores, labels = (np.concatenate(values) for values in zip(*parts, strict=True))
-    kept = batched_nms(
-        torch.from_numpy(boxes), torch.from_numpy(scores), torch.from_numpy(labels), iou
-    ).numpy()
-    return FoundBoxes(boxes[kept], scores[kept], labels[kept])
+    parts, shared = zip(*tiles, strict=True)
+    found = FoundBoxes(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+    owners = np.repeat(np.arange(len(parts)), [len(part.scores) for part in parts])
+    single = drop_second_views(found, owners, np.concatenate(shared))
+    found = FoundBoxes(*(values[single] for values in found))
+    kept = suppress_boxes(*found, iou)
+    return FoundBoxes(*(values[kept] for values in found))
+
+
+def drop_second_views(
+    found: FoundBoxes, owners: Int[np.ndarray, " n"], shared: Bool[np.ndarray, " n"]
+) -> Bool[np.ndarray, " n"]:
+    """Which detections stay when a lesion near a cut is reported by one tile only.
+
+    Args:
+        found: detections of all tiles, in level-0 px of the slide.
+        owners: number of the tile of each.
+        shared: which of them lie within the margin of a cut; these alone can go. What a tile has
+            well inside its part comes first, then the higher score.
+    """
+    pairs, areas = find_touching(found.boxes, found.labels), find_areas(found.boxes)
+    first, second, overlap = pairs
+    smaller = np.minimum(areas[first], areas[second])
+    same = (owners[first] != owners[second]) & (overlap > SAME_LESION * smaller)
+    same &= shared[first] | shared[second]
+    order = np.lexsort((-found.scores, shared))
+    return keep_highest(order, first[same], second[same])
 
 
 def make_detections_document(
@@ -106,12 +155,15 @@ def make_detections_document(
     }
 
 
-def write_geojson(path: Path, found: FoundBoxes, categories: list[str]) -> None:
-    """A feature collection of rectangles in level-0 px, as QuPath imports it (objectType,
-    classification, measurements).
+def write_geojson(
+    path: Path, found: FoundBoxes, categories: list[str], bounds: tuple[int, int]
+) -> None:
+    """A feature collection of rectangles, as QuPath imports detections (objectType, classification,
+    measurements), in level-0 px from the slide's `bounds` on, as QuPath counts.
     """
     features = []
-    for (x0, y0, x1, y1), score, label in zip(*found, strict=True):
+    boxes = found.boxes - np.tile(np.array(bounds), 2)
+    for (x0, y0, x1, y1), score, label in zip(boxes, found.scores, found.labels, strict=True):
         ring = [
             [round(float(v), 2) for v in corner]
             for corner in ((x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0))
@@ -121,7 +173,7 @@ def write_geojson(path: Path, found: FoundBoxes, categories: list[str]) -> None:
             round(255 * c) for c in colorsys.hsv_to_rgb(int(label) / len(categories), 0.8, 0.9)
         ]
         properties = {
-            "objectType": "annotation",
+            "objectType": "detection",
             "name": f"{name} {score:.2f}",
             "classification": {"name": name, "color": colour},
             "measurements": {"score": round(float(score), 5)},

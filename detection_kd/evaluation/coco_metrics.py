@@ -123,7 +123,7 @@ def _evaluate(
         rows = [
             row
             for prediction in sorted(predictions, key=lambda p: p.index)
-            for row in _rows(prediction)
+            for row in _rows(prediction, annotated.images[prediction.index].id)
         ]
         found = truth.loadRes(rows) if rows else _coco(DetectionSet([], annotated.categories))
         evaluation = COCOeval(truth, found, "bbox")
@@ -140,27 +140,29 @@ def _evaluate(
 
 
 def _coco(annotated: DetectionSet) -> COCO:
-    """The set as pycocotools wants it: ids are numbers of images and classes + 1."""
+    """The set as pycocotools wants it: ids of images are the file's, by which it orders equal
+    scores, those of categories classes + 1; areas are those that the annotations state.
+    """
     from pycocotools.coco import COCO
 
     boxes = [
         {
-            "image_id": index,
+            "image_id": record.id,
             "category_id": int(label) + 1,
             "bbox": [float(x0), float(y0), float(x1 - x0), float(y1 - y0)],
-            "area": float((x1 - x0) * (y1 - y0)),
+            "area": float(area),
             "iscrowd": int(crowd),
         }
-        for index, record in enumerate(annotated.images)
-        for (x0, y0, x1, y1), label, crowd in zip(
-            record.boxes, record.labels, record.crowd, strict=True
+        for record in annotated.images
+        for (x0, y0, x1, y1), label, crowd, area in zip(
+            record.boxes, record.labels, record.crowd, record.areas, strict=True
         )
     ]
     coco = COCO()
     coco.dataset = {
         "images": [
-            {"id": index, "width": r.width, "height": r.height}
-            for index, r in enumerate(annotated.images)
+            {"id": record.id, "width": record.width, "height": record.height}
+            for record in annotated.images
         ],
         "annotations": [box | {"id": number + 1} for number, box in enumerate(boxes)],
         "categories": [
@@ -171,10 +173,10 @@ def _coco(annotated: DetectionSet) -> COCO:
     return coco
 
 
-def _rows(prediction: Prediction) -> list[dict[str, Any]]:
+def _rows(prediction: Prediction, image_id: int) -> list[dict[str, Any]]:
     return [
         {
-            "image_id": prediction.index,
+            "image_id": image_id,
             "category_id": int(label) + 1,
             "bbox": [float(x0), float(y0), float(x1 - x0), float(y1 - y0)],
             "score": float(score),

@@ -7,14 +7,19 @@ second hit on a lesion and a box in a crowd region count neither way.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
 
+from common.errors import UserError
 from detection_kd.datasets.coco import DetectionSet, ImageRecord
 from detection_kd.evaluation.coco_metrics import Prediction
-from detection_kd.evaluation.froc import FALSE, match_detections
+from detection_kd.evaluation.froc import FALSE, HIT, judge_detections, match_detections
+
+DEFAULT_MIN_SCORE = 0.3  # of detectors that no validation has chosen one for
 
 
 @dataclass
@@ -62,6 +67,51 @@ def judge_set(
         )
         judged.append(JudgedImage(record, left, *match_detections(record, left, iou)))
     return judged
+
+
+def choose_min_score(
+    annotated: DetectionSet, predictions: list[Prediction], iou: float = 0.5
+) -> dict[str, float]:
+    """The score from which on detections agree best with the annotations: the cut of highest F1 =
+    2 hits / (2 hits + false positives + misses).
+
+    Returns:
+        `min_score` and its `f1`; DEFAULT_MIN_SCORE and 0 where nothing is found.
+    """
+    lesions = sum(int((~record.crowd).sum()) for record in annotated.images)
+    kinds = [judge_detections(annotated.images[p.index], p, iou) for p in predictions]
+    scores = np.concatenate([np.zeros(0), *(p.scores for p in predictions)]).astype(np.float64)
+    judged = np.concatenate([np.zeros(0, np.int64), *kinds])
+    order = np.argsort(-scores, kind="stable")
+    scores, judged = scores[order], judged[order]
+    hits, false = np.cumsum(judged == HIT), np.cumsum(judged == FALSE)
+    f1 = 2 * hits / np.maximum(hits + false + lesions, 1)
+    f1[:-1][scores[:-1] == scores[1:]] = 0  # equal scores are kept or dropped together
+    if not f1.size or f1.max() == 0:
+        return {"min_score": DEFAULT_MIN_SCORE, "f1": 0.0}
+    best = int(f1.argmax())
+    # half-way to the next score: the same detections, whatever rounding does to the last one
+    below = scores[scores < scores[best]]
+    cut = (scores[best] + below[0]) / 2 if below.size else scores[best]
+    return {"min_score": float(cut), "f1": float(f1[best])}
+
+
+def resolve_min_score(asked: str, description: Mapping[str, Any]) -> float:
+    """The score that is asked for; `auto`: that which a detector's checkpoint states, else
+    DEFAULT_MIN_SCORE.
+
+    Raises:
+        UserError: neither `auto` nor a score.
+    """
+    if asked == "auto":
+        return float(description.get("operating_point", {}).get("min_score", DEFAULT_MIN_SCORE))
+    try:
+        score = float(asked)
+    except ValueError:
+        score = -1.0
+    if not 0 <= score <= 1:
+        raise UserError(f"min_score={asked}: expected auto, or a score in [0, 1]")
+    return score
 
 
 def count_hits(judged: list[JudgedImage], categories: list[str]) -> dict[str, dict[str, int]]:

@@ -26,6 +26,7 @@ from common.checkpoint import (
     save_checkpoint,
 )
 from common.errors import UserError, did_you_mean
+from detection_kd.models.trunk_names import find_trunk
 from patch_encoder.models.encoder_table import IMAGENET
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
@@ -35,7 +36,7 @@ NORMS = (
     "batch",  # as the model has it, trainable
     "group",  # the same in training and evaluation, whatever the batch; ResNets only
 )
-# published detectors, ours, transformers' detectors
+# of trunks that are no ResNets: published detectors, ours, transformers' detectors
 PREFIXES = (
     "backbone.0.body.",
     "backbone.",
@@ -291,15 +292,22 @@ def _description(content: Any, weights: dict[str, Tensor], path: str | Path) -> 
         )
     blocks = sum(name.startswith("layer3.") and name.endswith(".conv1.weight") for name in weights)
     bottleneck = "layer3.0.conv3.weight" in weights
+    deep = "d" if "conv1.0.weight" in weights else ""  # three convolutions in the stem
     name = {(False, 2): "resnet18", (False, 6): "resnet34", (True, 6): "resnet50"}.get(
         (bottleneck, blocks), "resnet101"
     )
-    return {"name": name, "norm": "frozen"}
+    return {"name": name + deep, "norm": "frozen"}
 
 
 def read_trunk_weights(content: Any) -> dict[str, Tensor]:
-    """A trunk's weights out of a trunk's or a whole detector's state dict, of any origin."""
-    weights = content.get("model", content) if isinstance(content, dict) else {}
+    """A trunk's weights out of a state dict, a trunk checkpoint or a whole detector's, published or
+    ours; see `trunk_names`.
+    """
+    weights = content if isinstance(content, dict) else {}
+    for wrapper in ("model", "state_dict"):  # ours and detectron2's; MMDetection's and Lightning's
+        weights = weights[wrapper] if isinstance(weights.get(wrapper), dict) else weights
+    if (trunk := find_trunk(weights)) is not None:
+        return trunk
     for prefix in PREFIXES:
         if any(name.startswith(prefix) for name in weights):
             weights = {

@@ -74,7 +74,8 @@ def export_onnx(
         model = _program(folded, tiles[:2], (0, 2, 3))
     except torch.onnx.OnnxExporterError:
         logger.info(
-            "export: this student cannot be exported for any tile size, only for %d x %d px",
+            "export: this student resizes its tiles (input_scale), so its files take tiles of "
+            "%d x %d px alone",
             *tiles.shape[2:],
         )
         model = _fixed_size(folded, tiles[:2])

@@ -91,6 +91,7 @@ OP = CompiledOp(
     ops=OPS,
     namespace="detection_kd",
     name="ms_deform_attn",
+    variable="DEFORM_ATTN_BACKEND",
     fake_forward=_fake_forward,
     fake_backward=_fake_backward,
     save=_save,

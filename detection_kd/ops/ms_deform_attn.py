@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from common.ops import compiled_op
-from detection_kd.ops.compiled import ms_deform_attn_compiled, unavailable
+from detection_kd.ops.compiled import OP, ms_deform_attn_compiled, unavailable
 from detection_kd.ops.reference import ms_deform_attn_reference
 
 
@@ -32,8 +32,8 @@ def ms_deform_attn(
     l, p] * V_l(location).
 
     Source: Deformable DETR (Zhu et al., ICLR 2021), equation 3. Differentiable once in all three
-    tensors. The backward of the compiled op is deterministic on the CPU, and on CUDA under
-    `torch.use_deterministic_algorithms(True)`.
+    tensors; a second derivative and forward mode need the reference. The backward of the compiled
+    op is deterministic on the CPU, and on CUDA under `torch.use_deterministic_algorithms(True)`.
 
     Args:
         value: cells of all levels one after the other, each level row by row; S = sum of H * W.
@@ -102,5 +102,5 @@ def takes_compiled(device_type: str) -> bool:
         UserError: DEFORM_ATTN_BACKEND is unknown, or `compiled` and the op is not there.
     """
     return compiled_op.takes_compiled(
-        None, "DEFORM_ATTN_BACKEND", device_type, unavailable, "deformable attention"
+        None, OP.variable, device_type, unavailable, "deformable attention"
     )

@@ -161,7 +161,7 @@ def _join_problems(problems: Mapping[str, str], count: int) -> str:
     """One line for all bad bags; one alone keeps its own."""
     lines = list(problems.values())
     if len(lines) == 1:
-        return lines[0]
+        return f"{lines[0]}, or leave it out with skip_bad=true"
     shown = " | ".join(lines[:10]) + (" | ..." if len(lines) > 10 else "")
     names = ", ".join(list(problems)[:10])
     return (

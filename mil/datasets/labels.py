@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,6 +58,40 @@ class LabelledSlides:
         return dict(zip(self.slide_ids, self.targets.tolist(), strict=True))
 
 
+NEGATIVE_WORDS = frozenset(
+    [
+        "normal",
+        "negative",
+        "neg",
+        "benign",
+        "healthy",
+        "control",
+        "nilm",
+        "wildtype",
+        "wt",
+        "none",
+        "no",
+    ]
+)  # without blanks, dashes and underscores
+
+
+def check_positive(names: Sequence[str], positive: str | None) -> None:
+    """Name the positive class of two in the log.
+
+    Raises:
+        UserError: nobody chose it and its name says that it is the negative one, as `normal` is
+            behind `abnormal` by alphabet.
+    """
+    if len(names) != 2:
+        return
+    if positive is None and re.sub(r"[\W_]", "", names[1]).lower() in NEGATIVE_WORDS:
+        raise UserError(
+            f"labels {names[0]}, {names[1]}: '{names[1]}' would be the positive class, the last "
+            f"one by alphabet; give positive={names[0]}"
+        )
+    logger.info("the positive class is %s", names[1])
+
+
 def read_labelled_slides(
     path: str | Path, subset: Sequence[str] = (), positive: str | None = None
 ) -> LabelledSlides:
@@ -84,4 +119,6 @@ def read_labelled_slides(
             " or ".join(subset),
         )
         records = chosen
-    return LabelledSlides(tuple(records), tuple(list_class_names(records, positive)))
+    names = list_class_names(records, positive)
+    check_positive(names, positive)
+    return LabelledSlides(tuple(records), tuple(names))

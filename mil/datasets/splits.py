@@ -28,11 +28,17 @@ import numpy as np
 from common.errors import UserError, did_you_mean
 from common.files import sha256_bytes, write_csv
 from mil.datasets.labels import LabelledSlides
+from patch_encoder.cohort.labels import SlideRecord
 
 logger = logging.getLogger(__name__)
 PROTOCOLS = ("cv", "fixed")
 SETS = ("train", "val", "test")
 DESCRIBED = (*SETS, *(f"{name}_patients" for name in SETS))
+SPELLINGS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev", "tune"),
+    "test": ("test", "testing"),
+}  # what the split column may hold with protocol=fixed, in upper or lower case
 Ids = tuple[str, ...]
 
 
@@ -62,7 +68,7 @@ def make_splits(
     """All splits of a protocol (`fixed` has one, or `inner_folds` of them).
 
     Args:
-        slides: the labelled slides; `fixed` takes those whose split is one of SETS.
+        slides: the labelled slides; `fixed` takes those whose split is not empty.
         protocol: `cv` or `fixed`.
         folds: number of test folds, for `cv`.
         val_fraction: share of the training patients that becomes the validation set.
@@ -119,7 +125,10 @@ def _cross_validate(
 def _take_official(
     slides: LabelledSlides, val_fraction: float, seed: int, inner_folds: int
 ) -> Iterator[tuple[Ids, Ids, Ids]]:
-    official = {name: [r.slide_id for r in slides.records if r.split == name] for name in SETS}
+    official: dict[str, list[str]] = {name: [] for name in SETS}
+    for record in slides.records:
+        if record.split:
+            official[name_set(record)].append(record.slide_id)
     for name in ("train", "test"):
         if not official[name]:
             found = sorted({r.split or "(empty)" for r in slides.records})
@@ -142,6 +151,24 @@ def _take_official(
         yield train, val, test
 
 
+def name_set(record: SlideRecord) -> str:
+    """The set that the split column names.
+
+    Raises:
+        UserError: the value is none of SPELLINGS; no slide is left out in silence.
+    """
+    value = (record.split or "").lower()
+    for name, spellings in SPELLINGS.items():
+        if value in spellings:
+            return name
+    known = ", ".join(spelling for spellings in SPELLINGS.values() for spelling in spellings)
+    raise UserError(
+        f"protocol=fixed: slide {record.slide_id}: expected a split of {known}, found "
+        f"'{record.split}'; correct it, empty the cell to leave the slide out, or name the values "
+        "to use in subset="
+    )
+
+
 def _divide_validation(
     slides: LabelledSlides, val_fraction: float, seed: int, inner_folds: int
 ) -> Iterator[tuple[Ids, Ids]]:
@@ -161,17 +188,30 @@ def _divide_validation(
 def carve_validation(
     slides: LabelledSlides, fraction: float, seed: int
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(train, validation) slide ids: about `fraction` of the patients of every class become the
-    validation set.
+    """(train, validation) slide ids: `fraction` of the patients of every class, rounded, at least
+    one and never all of them, become the validation set.
+
+    A patient with slides of several classes is drawn with the rarest of them.
     """
-    fewest = min(count_patients_per_class(slides).values())
-    if fewest < 2:
+    counts = count_patients_per_class(slides)
+    if min(counts.values()) < 2:
         raise UserError(
             "validation set: expected 2 training patients or more per class, found "
             f"{_describe_counts(slides)}; lower folds"
         )
-    parts = min(round(1 / fraction), fewest)
-    return next(_draw_folds(slides, parts, seed))
+    class_of: dict[str, str] = {}
+    for record in slides.records:
+        known = class_of.get(record.case_id, record.label)
+        class_of[record.case_id] = min(known, record.label, key=lambda name: counts[name])
+    random, held = np.random.default_rng(seed), set()
+    for name in slides.classes:
+        members = sorted(case for case, label in class_of.items() if label == name)
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        held |= {members[index] for index in random.permutation(len(members))[:count]}
+    sides: dict[bool, list[str]] = {True: [], False: []}
+    for record in slides.records:
+        sides[record.case_id in held].append(record.slide_id)
+    return tuple(sides[False]), tuple(sides[True])
 
 
 def _draw_folds(slides: LabelledSlides, folds: int, seed: int) -> Iterator[tuple[Ids, Ids]]:
@@ -184,12 +224,9 @@ def _draw_folds(slides: LabelledSlides, folds: int, seed: int) -> Iterator[tuple
         yield tuple(ids[rest].tolist()), tuple(ids[held_out].tolist())
 
 
-def list_split_values(protocol: str, subset: str, splits: str = "") -> tuple[str, ...]:
-    """Which values of the `split` column take part: those asked for (`train` or `train,val`), else
-    with `fixed` the three sets, else all (an empty tuple). A folder of `splits` names its slides
-    itself, so that no protocol restricts them."""
-    asked = tuple(value.strip() for value in subset.split(",") if value.strip())
-    return asked or (SETS if protocol == "fixed" and not splits else ())
+def list_split_values(subset: str) -> tuple[str, ...]:
+    """Which values of the `split` column take part: those asked for, else all (an empty tuple)."""
+    return tuple(value.strip() for value in subset.split(",") if value.strip())
 
 
 def count_patients_per_class(slides: LabelledSlides) -> dict[str, int]:

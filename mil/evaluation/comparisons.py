@@ -139,8 +139,8 @@ def paired_rows(
 
 @dataclass(frozen=True)
 class Difference:
-    """First minus second: 95 % interval (None: no resample was valid), two-sided p, and the valid
-    resamples.
+    """First minus second: 95 % interval (None: too few patients of a class, or no difference in
+    any resample), two-sided p, and the valid resamples.
     """
 
     value: float
@@ -163,10 +163,9 @@ def paired_difference(value: float, first: np.ndarray, second: np.ndarray) -> Di
         return Difference(value, None, np.nan, len(valid))
     # what differs by rounding alone is equal
     below, above = (valid <= 1e-12).sum(), (valid >= -1e-12).sum()
-    ci = interval(valid)[0]
-    assert ci is not None
+    ci = interval(drawn)[0]
     p = 2 * (1 + min(below, above)) / (1 + len(valid))
-    return Difference(value, (ci[0], ci[1]), float(min(1.0, p)), len(valid))
+    return Difference(value, ci and (ci[0], ci[1]), float(min(1.0, p)), len(valid))
 
 
 def warn_of_floor(pairs: int, resamples: int) -> None:

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.metrics.bootstrap import interval
 from common.metrics.ranking import ratio, sensitivity_on_curve, specificity_on_curve
-from mil.tasks.bootstrap import resample_runs
+from mil.tasks.bootstrap import bootstrap, interval_columns, summarise
 from mil.tasks.classification import Predictions
+from mil.tasks.records import weights_or_ones
 
 SENSITIVITY, SPECIFICITY = "sensitivity", "specificity"
 
@@ -88,21 +88,18 @@ def operating_point(
         same for the `negatives` and the `signed_out`; `val_sensitivity` and `val_specificity`,
         which the same cuts have where they were chosen.
     """
-    weights = resample_runs(test, resamples, seed)
     cuts = [threshold_for(held, run.targets == 1, run.probabilities[:, 1]) for run in val]
+    cut_of = {id(run): cut for run, cut in zip(test, cuts, strict=True)}
     curve = f"test_curve_{held.other}"
-    samples: dict[str, list[np.ndarray]] = {SENSITIVITY: [], SPECIFICITY: [], curve: []}
-    for run, cut in zip(test, cuts, strict=True):
-        # the first weighting is the slides as they are
-        each = np.concatenate([np.ones((1, len(run.cases))), weights[run.fold]])
-        reached = achieved(run, cut, each) | {curve: on_curve(held, run, each)}
-        for name, value in reached.items():
-            samples[name].append(value)
+
+    def evaluate(run: Predictions, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        each = weights_or_ones(weights, len(run.cases))
+        return achieved(run, cut_of[id(run)], each) | {curve: on_curve(held, run, each)}
+
+    summary = summarise(test, bootstrap(test, resamples, seed, evaluate), evaluate)
     row: dict[str, object] = {"held": held.rate, "target": held.target}
-    for name, values in samples.items():
-        mean = np.mean(values, axis=0)
-        low, high = interval(mean[1:])[0] or (None, None)
-        row |= {name: float(mean[0]), f"{name}_ci_low": low, f"{name}_ci_high": high}
+    for name in (SENSITIVITY, SPECIFICITY, curve):
+        row |= interval_columns(summary, name)
     return row | _count_slides(test, cuts) | _measure_where_chosen(val, cuts)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import safe_id
+from mil.datasets.labels import check_positive
 from mil.datasets.splits import list_names
 from mil.evaluation.runs import FinishedRun
 from mil.tasks.base import Row, Task
@@ -57,6 +58,7 @@ def class_order(header: Sequence[str], positive: str | None = None) -> tuple[str
         raise UserError(f"positive={positive}: expected one of the classes {', '.join(classes)}")
     if positive is not None and len(classes) == 2:
         classes.sort(key=lambda name: name == positive)
+    check_positive(classes, positive)
     return tuple(classes)
 
 

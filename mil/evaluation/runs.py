@@ -117,14 +117,23 @@ def write_results(
 ) -> list[dict[str, Any]]:
     """Write results.csv: one row per feature set, model, seed and fold; returns the rows."""
     extra = (*task.chosen, "best_epoch", "epochs")
-    rows = [
-        dict(zip(PLACE, (run.feature_set, run.model, run.seed, run.test.fold), strict=True))
-        | {name: repr(float(value[0])) for name, value in task.evaluate(run.test).items()}
-        | {name: run.results.get(name) for name in extra}
-        for run in finished
-    ]
-    write_csv(output / "results.csv", [*PLACE, *task.metrics, *extra], rows)
+    rows = []
+    for run in finished:
+        place = (run.feature_set, run.model, run.seed, run.test.fold)
+        metrics = task.evaluate(run.test).items()
+        rows.append(
+            dict(zip(PLACE, place, strict=True))
+            | name_positive(task)
+            | {name: repr(float(value[0])) for name, value in metrics}
+            | {name: run.results.get(name) for name in extra}
+        )
+    write_csv(output / "results.csv", list(rows[0]), rows)
     return rows
+
+
+def name_positive(task: Task) -> dict[str, str]:
+    """Make the column that says which of two classes is positive; empty for other tasks."""
+    return {"positive": task.positive} if task.positive is not None else {}
 
 
 def write_predictions(output: Path, finished: Sequence[FinishedRun]) -> None:

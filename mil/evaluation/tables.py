@@ -4,6 +4,7 @@ workbook.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from mil.evaluation.comparisons import comparison_table
 from mil.evaluation.runs import (
     FinishedRun,
     format_with_interval,
+    name_positive,
     resample_metrics,
     summarise_sets,
     summary_rows,
@@ -22,6 +24,9 @@ from mil.evaluation.runs import (
 )
 from mil.evaluation.task_tables import TABLES
 from mil.tasks.base import Task
+
+logger = logging.getLogger(__name__)
+MANY_SKIPPED = 0.05  # share of resamples without a value from which on a table says so
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,14 @@ def write_evaluation(
     samples = resample_metrics(finished, task, resamples, seed)
     tables = [Table("results", write_results(output, finished, task))]
     summary = summarise_sets(finished, task, samples)
-    tables.append(Table("summary", summary_rows(summary, task.metrics)))
+    _warn_of_intervals(summary, task, resamples)
+    rows = summary_rows(summary, task.metrics)
+    tables.append(Table("summary", [row | name_positive(task) for row in rows]))
     tables.append(Table(*comparison_table(finished, task, samples)))
     for name in task.tables:
-        rows = TABLES[name](finished, task, resamples, seed)
-        tables += [Table(name, rows)] if rows is not None else []
+        found = TABLES[name](finished, task, resamples, seed)
+        if found is not None:
+            tables.append(Table(name, [row | name_positive(task) for row in found]))
     for table in tables[1:]:
         write_or_remove_csv(output / f"{table.name}.csv", table.header, table.rows)
     write_text(output / "summary.md", markdown(summary, task))
@@ -68,6 +76,26 @@ def write_evaluation(
     if workbook:
         write_workbook(output / "evaluation.xlsx", tables)
     return summary
+
+
+def _warn_of_intervals(
+    summary: Mapping[str, Mapping[str, Mapping[str, Any]]], task: Task, resamples: int
+) -> None:
+    """Say which metrics have no interval, and when many resamples had no value."""
+    models = [values for of_set in summary.values() for values in of_set.values()]
+    without = [m for m in task.metrics if any(values[f"{m}_ci"] is None for values in models)]
+    if without:
+        logger.warning(
+            "no 95 %% interval of %s: a class with at most one or two test patients per fold, or "
+            "a value that no resample changes; see docs/guides/evaluation.md",
+            ", ".join(without),
+        )
+    skipped = max(values["resamples_skipped"] for values in models)
+    if skipped >= MANY_SKIPPED * resamples:
+        logger.warning(
+            "%d of %d resamples lack a class and count in no interval: the intervals are rough",
+            *(skipped, resamples),
+        )
 
 
 def best_of(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], task: Task, metric: str) -> str:
@@ -97,7 +125,14 @@ def markdown(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], task: Task)
             lines.append(
                 [feature_set.replace("|", "\\|") or "-", model.replace("|", "\\|"), *cells]
             )
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"{table}\n\n{describe_table(task)}\n"
+
+
+def describe_table(task: Task) -> str:
+    """Say below a table what is positive and what the brackets are."""
+    positive = f"The positive class is {task.positive}. " if task.positive else ""
+    return f"{positive}Brackets: 95 % intervals, by patient; none where a class is too rare."
 
 
 LATEX = str.maketrans(
@@ -112,6 +147,7 @@ def latex(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], task: Task) ->
     header = ["features", "model", *(task.title(metric).translate(LATEX) for metric in task.shown)]
     lines = [
         "% \\usepackage{booktabs}",
+        f"% {describe_table(task)}",
         f"\\begin{{tabular}}{{ll{'c' * len(task.shown)}}}",
         "\\toprule",
     ]

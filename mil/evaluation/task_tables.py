@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from common.metrics.bootstrap import interval
 from common.metrics.classification import confusion
 from mil.evaluation.operating import (
     FIXED,
@@ -22,10 +21,11 @@ from mil.evaluation.operating import (
 from mil.evaluation.risk_groups import kaplan_meier, median_survival, risk_groups
 from mil.evaluation.runs import FinishedRun, group_runs
 from mil.tasks.base import Task
-from mil.tasks.bootstrap import resample_runs
-from mil.tasks.multilabel import evaluate_each_label
+from mil.tasks.bootstrap import bootstrap, interval_columns, summarise
+from mil.tasks.classification import evaluate
 
 Rows = list[dict[str, Any]]
+LABEL_METRICS = ("auc", "auprc", "f1", "sensitivity", "specificity")
 
 
 def per_label_rows(finished: Sequence[FinishedRun], task: Task, resamples: int, seed: int) -> Rows:
@@ -36,35 +36,23 @@ def per_label_rows(finished: Sequence[FinishedRun], task: Task, resamples: int, 
     """
     rows = []
     for (feature_set, model), runs in group_runs(finished).items():
-        weights = resample_runs([run.test for run in runs], resamples, seed)
-        # the first weighting is the slides as they are
-        metrics = [
-            evaluate_each_label(run.test, _with_ones(weights[run.test.fold])) for run in runs
-        ]
-        one_seed = [run for run in runs if run.seed == runs[0].seed]
+        one_seed = [run.test for run in runs if run.seed == runs[0].seed]
         for column, label in enumerate(task.names):
-            kept = [each for each in metrics if not np.isnan(each["auc"][0, column])]
+            each = [task.as_two_classes(run.test, label) for run in runs]
+            kept = [predictions for predictions in each if predictions is not None]
             row: dict[str, Any] = {"feature_set": feature_set, "model": model, "label": label}
             row["runs"] = len(kept)
-            row["slides"] = sum(len(run.test.targets) for run in one_seed)
-            row["positives"] = int(sum(run.test.targets[:, column].sum() for run in one_seed))
-            for name in metrics[0]:
-                row |= _mean_with_interval(name, [each[name][:, column] for each in kept])
+            row["slides"] = sum(len(test.targets) for test in one_seed)
+            row["positives"] = int(sum(test.targets[:, column].sum() for test in one_seed))
+            summary: dict[str, Any] = {
+                f"{n}_{k}": None for n in LABEL_METRICS for k in ("mean", "ci")
+            }
+            if kept:
+                summary = summarise(kept, bootstrap(kept, resamples, seed, evaluate), evaluate)
+            for name in LABEL_METRICS:
+                row |= interval_columns(summary, name)
             rows.append(row)
     return rows
-
-
-def _with_ones(weights: np.ndarray) -> np.ndarray:
-    return np.concatenate([np.ones((1, weights.shape[1])), weights])
-
-
-def _mean_with_interval(name: str, values: Sequence[np.ndarray]) -> dict[str, float | None]:
-    """Make the columns of one metric; None where no run has it."""
-    if not values:
-        return {name: None, f"{name}_ci_low": None, f"{name}_ci_high": None}
-    mean = np.mean(values, axis=0)
-    low, high = interval(mean[1:])[0] or (None, None)
-    return {name: float(mean[0]), f"{name}_ci_low": low, f"{name}_ci_high": high}
 
 
 def mean_confusion(runs: Sequence[FinishedRun], task: Any) -> np.ndarray:

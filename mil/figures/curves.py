@@ -40,7 +40,7 @@ def average_curves(
     """The mean curve over runs (and classes) at GRID, (101,), and the middle 95 % of its resamples,
     (2, 101).
     """
-    weights = resample_runs(runs, RESAMPLES, seed)
+    weights = resample_runs(runs, RESAMPLES, seed).weights
     drawn = []
     for run in runs:
         each = np.concatenate([np.ones((1, len(run.cases))), weights[run.fold]])

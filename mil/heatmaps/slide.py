@@ -37,7 +37,7 @@ from patch_encoder.slides import Slide, open_slide
 from patch_encoder.slides.overview import read_overview
 from patch_encoder.tiles.coordinates import Coordinates
 from patch_encoder.tiles.geojson import make_tiles_geojson
-from patch_encoder.tissue.geojson import read_geojson
+from patch_encoder.tissue.geojson import Shape, read_geojson
 
 PAGE_SIDE, THUMBNAIL = 1100, 200  # px of the pictures in a slide's page and in the cohort's table
 # precision of a run -> how far its logits may be from those that are computed here, in float32, as
@@ -109,13 +109,13 @@ def draw_slide(
         mpp = (slide.mpp if slide is not None else geometry.mpp) or 0.0
         heat = make_heat(scores, drawing)
         title = f"{judged.slide_id}   {describe_call(judged, scores, task)}"
+        bounds = slide.bounds if slide is not None else geometry.bounds
+        tissue = read_geojson(inputs.tissue, bounds) if inputs.tissue is not None else None
         side = choose_picture_side(drawing, slide, extent, mpp)
         overview = (
             read_overview(slide, side).pixels if slide is not None else make_white(extent, side)
         )
-        files = write_pictures(
-            output, judged.slide_id, overview, heat, extent, mpp, inputs.tissue, title
-        )
+        files = write_pictures(output, judged.slide_id, overview, heat, extent, mpp, tissue, title)
         chosen = choose_tiles(scores, drawing.top, drawing.low)
         if slide is not None:
             write_gallery(output / "pictures" / judged.slide_id, slide, scores, chosen, title)
@@ -123,9 +123,10 @@ def draw_slide(
             target = output / "tiff" / f"{judged.slide_id}.tiff"
             write_heat_pyramid(target, slide, heat, extent, mpp, drawing.tiff_max_side)
     if drawing.geojson:
+        geometry = replace(geometry, bounds_x=bounds[0], bounds_y=bounds[1])
         write_text(
             output / "geojson" / f"{judged.slide_id}.geojson",
-            make_tiles_geojson(scores.coordinates, scores.columns()),
+            make_tiles_geojson(replace(scores.coordinates, geometry=geometry), scores.columns()),
         )
     write_scores(output / "scores" / f"{judged.slide_id}.csv", scores)
     record = {
@@ -186,7 +187,7 @@ def write_pictures(
     heat: Heat,
     extent: tuple[int, int],
     mpp: float,
-    tissue: Path | None,
+    tissue: list[Shape] | None,
     title: str,
 ) -> tuple[int, int]:
     """Write the PNG, and beside it what the page shows; returns (width, height) of the latter's
@@ -197,7 +198,7 @@ def write_pictures(
         heat = replace(heat, alpha=1.0)
     blended = blend(overview, heat, scale)
     if tissue is not None:
-        outlines = [shape.outline for shape in read_geojson(tissue)]
+        outlines = [shape.outline for shape in tissue]
         rings = [ring for outline in outlines for ring in (outline.outer, *outline.holes)]
         blended = draw_outlines(blended, rings, scale)
     elif not heat_is_alone:

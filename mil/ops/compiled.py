@@ -115,6 +115,7 @@ OP = CompiledOp(
     ops=OPS,
     namespace="mil",
     name="sparse_deform_attn",
+    variable="SPARSE_ATTN_BACKEND",
     fake_forward=_fake_forward,
     fake_backward=_fake_backward,
     save=_save,

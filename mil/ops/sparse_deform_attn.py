@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from common.ops import compiled_op
-from mil.ops.compiled import sparse_deform_attn_compiled, unavailable
+from mil.ops.compiled import OP, sparse_deform_attn_compiled, unavailable
 from mil.ops.grid import SparseMaps
 from mil.ops.reference import sparse_deform_attn_reference
 
@@ -39,8 +39,9 @@ def sparse_deform_attn(
     with `renormalise`.
 
     Source: Deformable DETR (Zhu et al., ICLR 2021), equation 3. Differentiable once in all three
-    tensors; nothing that a map does not name gets a gradient. The backward of the compiled op is
-    deterministic on the CPU, and on CUDA under `torch.use_deterministic_algorithms(True)`.
+    tensors (a second derivative and forward mode need the reference); nothing that a map does not
+    name gets a gradient. The backward of the compiled op is deterministic on the CPU, and on CUDA
+    under `torch.use_deterministic_algorithms(True)`.
 
     Args:
         value: rows of all bags and levels, in the order that the maps say. float32, float64,
@@ -98,5 +99,5 @@ def takes_compiled(device_type: str, backend: str | None = None) -> bool:
         UserError: the backend is unknown, or `compiled` and the op is not there.
     """
     return compiled_op.takes_compiled(
-        backend, "SPARSE_ATTN_BACKEND", device_type, unavailable, "sparse deformable attention"
+        backend, OP.variable, device_type, unavailable, "sparse deformable attention"
     )

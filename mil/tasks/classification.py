@@ -59,18 +59,23 @@ class Predictions(RunPredictions):
     threshold: float | None
     temperature: float = 1.0
 
+    @property
+    def strata(self) -> np.ndarray:
+        """The class."""
+        return self.targets
+
 
 def evaluate(run: Predictions, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """All of METRICS, each (B,); a weighting that lacks a class gives NaN in all of them."""
+    """All of METRICS, each (B,), NaN where a weighting lacks a class that the metric needs."""
     classes = run.probabilities.shape[1]
     counts = confusion(
         run.targets, predict_class(run.probabilities, run.threshold), classes, weights
     )
     values = {"auc": auc(run.targets, run.probabilities, weights), **rates(counts)}
-    values |= {"auprc": auprc(run.targets, run.probabilities, weights), "kappa": kappa(counts)}
-    values |= calibration(run.targets, run.probabilities, run.temperature, weights)
-    present = (counts.sum(2) > 0).all(1)
-    return {name: np.where(present, value, np.nan) for name, value in values.items()}
+    absent = (counts.sum(2) == 0).any(1)  # kappa of fewer classes is another quantity
+    values |= {"auprc": auprc(run.targets, run.probabilities, weights)}
+    values |= {"kappa": np.where(absent, np.nan, kappa(counts))}
+    return values | calibration(run.targets, run.probabilities, run.temperature, weights)
 
 
 class OneClassTask(Task):

@@ -45,6 +45,13 @@ class LabelPredictions(RunPredictions):
     probabilities: np.ndarray
     thresholds: np.ndarray
 
+    @property
+    def strata(self) -> np.ndarray:
+        """The rarest label of each slide in this set, -1 without one."""
+        order = np.argsort(self.targets.sum(0), kind="stable")
+        ranked = self.targets[:, order]
+        return np.where(ranked.any(1), order[ranked.argmax(1)], -1)
+
 
 def label_thresholds(targets: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """Youden's cut of every label, (L,); 0.5 for one that all or none of these slides have."""
@@ -71,7 +78,7 @@ def evaluate_each_label(
     return {
         "auc": np.stack([binary_auc(*column, weights) for column in columns], axis=1),
         "auprc": np.stack([average_precision(*column, weights) for column in columns], axis=1),
-        "f1": ratio(2 * hits, marked + true),
+        "f1": np.where(true > 0, ratio(2 * hits, marked + true), np.nan),
         "sensitivity": ratio(hits, true),
         "specificity": ratio(weights @ (~called & ~run.targets), weights @ ~run.targets),
     }
@@ -83,8 +90,8 @@ def evaluate_labels(
     """AUC, average precision and F1, macro and micro; the share of slides with all labels right;
     Hamming loss. Each (B,).
 
-    A weighting that leaves a label without a positive or without a negative gives NaN in all of
-    them.
+    NaN in what is a mean over labels where a weighting leaves one without a positive or without a
+    negative.
     """
     weights = np.ones((1, len(run.targets))) if weights is None else weights
     cells = np.repeat(
@@ -98,7 +105,7 @@ def evaluate_labels(
     )  # (B, L)
     wrong = run.targets != called
     each = evaluate_each_label(run, weights)
-    values = {
+    return {
         "auc_macro": each["auc"].mean(1),
         "auc_micro": binary_auc(run.targets.ravel(), run.probabilities.ravel(), cells),
         "auprc_macro": each["auprc"].mean(1),
@@ -108,8 +115,6 @@ def evaluate_labels(
         "exact_match": ratio(weights @ ~wrong.any(1), weights.sum(1)),
         "hamming_loss": ratio(weights @ wrong.mean(1), weights.sum(1)),
     }
-    present = ((true > 0) & (true < weights.sum(1, keepdims=True))).all(1)
-    return {name: np.where(present, value, np.nan) for name, value in values.items()}
 
 
 @dataclass(frozen=True)

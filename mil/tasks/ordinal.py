@@ -36,7 +36,7 @@ def evaluate_grades(run: Predictions, weights: np.ndarray | None = None) -> dict
     """Quadratic and linear kappa, mean absolute error, accuracy, balanced accuracy, and the mean
     AUC of "above grade k".
 
-    A weighting that lacks a class gives NaN in all of them. Each (B,).
+    Each (B,), NaN where a weighting lacks a grade that the metric needs.
     """
     weights = np.ones((1, len(run.targets))) if weights is None else weights
     classes = run.probabilities.shape[1]
@@ -44,9 +44,10 @@ def evaluate_grades(run: Predictions, weights: np.ndarray | None = None) -> dict
     counts = confusion(run.targets, called, classes, weights)
     above = run.probabilities[:, ::-1].cumsum(1)[:, ::-1]  # (S, C): P(grade >= k)
     recall = ratio(np.diagonal(counts, axis1=1, axis2=2), counts.sum(2))
-    values = {
-        "kappa_quadratic": kappa(counts, 2),
-        "kappa_linear": kappa(counts, 1),
+    absent = (counts.sum(2) == 0).any(1)  # kappa of fewer grades is another quantity
+    return {
+        "kappa_quadratic": np.where(absent, np.nan, kappa(counts, 2)),
+        "kappa_linear": np.where(absent, np.nan, kappa(counts, 1)),
         "mean_absolute_error": ratio(weights @ np.abs(called - run.targets), weights.sum(1)),
         "accuracy": ratio(np.trace(counts, axis1=1, axis2=2), counts.sum((1, 2))),
         "balanced_accuracy": recall.mean(1),
@@ -54,8 +55,6 @@ def evaluate_grades(run: Predictions, weights: np.ndarray | None = None) -> dict
             [binary_auc(run.targets >= k, above[:, k], weights) for k in range(1, classes)], axis=0
         ),
     }
-    present = (counts.sum(2) > 0).all(1)
-    return {name: np.where(present, value, np.nan) for name, value in values.items()}
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,11 @@ class RunPredictions:
     fold: int
     cases: np.ndarray
 
+    @property
+    def strata(self) -> np.ndarray:
+        """(S,) int: within these the slides' patients are resampled; one unless a class is rare."""
+        return np.zeros(len(self.cases), np.int64)
+
 
 @dataclass(frozen=True)
 class FigureSpec:

@@ -47,6 +47,11 @@ class RiskPredictions(RunPredictions):
     events: np.ndarray
     risks: np.ndarray
 
+    @property
+    def strata(self) -> np.ndarray:
+        """Whether there was an event."""
+        return self.events.astype(np.int64)
+
 
 def concordance_index(
     times: np.ndarray, events: np.ndarray, risks: np.ndarray, weights: np.ndarray
@@ -69,10 +74,18 @@ def concordance_index(
 def evaluate_risks(
     run: RiskPredictions, weights: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """C-index and the share of slides with an event, each (B,)."""
+    """C-index and the share of patients with an event, each (B,).
+
+    A patient counts once, with the mean risk of their slides and the mean of their weights.
+    """
     weights = np.ones((1, len(run.times))) if weights is None else weights
-    index = concordance_index(run.times, run.events, run.risks, weights)
-    return {"c_index": index, "event_share": ratio(weights @ run.events, weights.sum(1))}
+    _, first, index = np.unique(run.cases, return_index=True, return_inverse=True)
+    share = np.eye(len(first))[index] / np.bincount(index)  # (S, P)
+    events, weights = run.events[first], weights @ share
+    return {
+        "c_index": concordance_index(run.times[first], events, run.risks @ share, weights),
+        "event_share": ratio(weights @ events, weights.sum(1)),
+    }
 
 
 @dataclass(frozen=True)
@@ -229,4 +242,13 @@ def read_follow_up(path: Path) -> list[tuple[SlideRecord, float]]:
             f"{path}: expected each slide once, found '{repeated[0]}' more than once; remove the "
             "extra rows"
         )
+    follow_up: dict[str, tuple[float, str, str]] = {}
+    for record, time in found:
+        known = follow_up.setdefault(record.case_id, (time, record.label, record.slide_id))
+        if known[:2] != (time, record.label):
+            raise UserError(
+                f"{path}: case {record.case_id}: expected one time and event per patient, found "
+                f"{known[0]:g} ({known[1]}) on slide {known[2]} and {time:g} ({record.label}) on "
+                f"slide {record.slide_id}"
+            )
     return found

@@ -97,7 +97,7 @@ class TrainingKeys(ClassifierKeys, TaskKeys, SplitKeys):
         Raises:
             UserError: labels, bags or splits that cannot be used, or that do not go together.
         """
-        values = list_split_values(self.protocol, self.subset, self.splits)
+        values = list_split_values(self.subset)
         slides, targets = read_targets(self.labels, self.task, values, self.positive, self.grades)
         stored = read_stored_splits(self.splits) if self.splits else []
         slides = select_known_slides(self.splits, stored, slides) if stored else slides

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import DamagedFile, UserError
 from patch_encoder.bags.layouts import as_float, map_pt, read_h5_rows, read_layout
 from patch_encoder.bags.writer import digest_content
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, read_coordinates
@@ -208,11 +208,11 @@ def make_bag(
 
 def _check_header(bag: Bag) -> None:
     if len(bag) == 0:
-        raise UserError(
+        raise DamagedFile(
             f"{bag.path}: expected at least one tile, found an empty bag; remove the slide from "
             "labels.csv"
         )
     if bag.coords is not None and tuple(bag.coords.shape) != (len(bag), 2):
-        raise UserError(
+        raise DamagedFile(
             f"{bag.path}: expected coords ({len(bag)}, 2), found {tuple(bag.coords.shape)}"
         )

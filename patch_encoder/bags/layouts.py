@@ -7,7 +7,6 @@ stays half precision (its float32 is exact), everything else becomes float32.
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +17,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from common.checkpoint import load_tensors
-from common.errors import UserError
+from common.errors import DamagedFile
+from common.hdf5 import find_dataset, get_dataset, open_hdf5
 
 FEATURE_KEYS = ("features", "feats")
+WHAT, REMEDY = "a feature bag", "extract the slide again"
 
 
 class BagLayout(NamedTuple):
@@ -49,31 +50,27 @@ def read_layout(path: Path) -> BagLayout:
     """The layout of an `.h5` or `.pt` bag.
 
     Raises:
-        UserError: unreadable, no features, features that are not (N, D).
+        DamagedFile: unreadable, no features, features that are not (N, D).
     """
     if path.suffix == ".pt":
         features, coords = map_pt(path)
         dtype = str(features.dtype).removeprefix("torch.")
         return BagLayout((len(features), features.shape[1]), dtype, coords, {}, {})
-    try:
-        with h5py.File(path, "r") as file:
-            return _read_h5_layout(path, file)
-    except OSError as error:
-        raise UserError(
-            f"{path}: expected a feature bag (HDF5), cannot be read: {error}; extract the slide "
-            "again"
-        ) from None
+    with open_hdf5(path, WHAT, REMEDY) as file:
+        return _read_h5_layout(path, file)
 
 
 def _read_h5_layout(path: Path, file: h5py.File) -> BagLayout:
-    name = next((name for name in FEATURE_KEYS if name in file), None)
-    if name is None:
-        raise UserError(f"{path}: expected the dataset 'features', found {sorted(file)}")
-    dataset, coords, tiling = file[name], None, dict(file.attrs)
-    if "coords" in file:
-        coords = torch.from_numpy(file["coords"][()].astype(np.int64))
-        tiling |= file["coords"].attrs
-    mapped = dataset.chunks is None and dataset.external is None and dataset.dtype.isnative
+    found = {name: find_dataset(file, name) for name in FEATURE_KEYS}
+    name, dataset = next((pair for pair in found.items() if pair[1] is not None), ("", None))
+    if dataset is None:
+        raise DamagedFile(f"{path}: expected the dataset 'features', found {sorted(file)}")
+    coords, tiling = None, dict(file.attrs)
+    corners = find_dataset(file, "coords")
+    if corners is not None:
+        coords = torch.from_numpy(corners[()].astype(np.int64))
+        tiling |= corners.attrs
+    mapped = dataset.chunks is None and dataset.dtype.isnative
     return BagLayout(
         _check_shape(path, dataset.shape),
         dataset.dtype.newbyteorder("=").name,
@@ -87,15 +84,9 @@ def _read_h5_layout(path: Path, file: h5py.File) -> BagLayout:
 
 def read_h5_rows(path: Path, dataset: str, rows: slice) -> Float[Tensor, "n d"]:
     """Consecutive rows of the features of an HDF5 file."""
-    try:
-        with h5py.File(path, "r") as file:
-            stored = file[dataset]
-            block = stored[rows] if stored.ndim == 2 else stored[0, rows]
-    except OSError as error:
-        raise UserError(
-            f"{path}: expected a feature bag (HDF5), cannot be read: {error}; extract the slide "
-            "again"
-        ) from None
+    with open_hdf5(path, WHAT, REMEDY) as file:
+        stored = get_dataset(file, dataset)
+        block = stored[rows] if stored.ndim == 2 else stored[0, rows]
     return as_float(torch.from_numpy(block.astype(block.dtype.newbyteorder("="), copy=False)))
 
 
@@ -103,7 +94,7 @@ def map_pt(path: Path) -> tuple[Float[Tensor, "n d"], Tensor | None]:
     """Features, as stored, and coords of a `.pt` file; memory-mapped where the file allows it."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError):
+    except Exception:
         # the format before torch 1.6 cannot be mapped; a broken file gets its error message here
         content = load_tensors(path, "a feature bag, one tensor (N, D)")
     coords = None
@@ -111,9 +102,13 @@ def map_pt(path: Path) -> tuple[Float[Tensor, "n d"], Tensor | None]:
         coords = content.get("coords")
         content = next((content[name] for name in FEATURE_KEYS if name in content), content)
     if not isinstance(content, Tensor):
-        raise UserError(f"{path}: expected one tensor (N, D), found {type(content).__name__}")
+        raise DamagedFile(f"{path}: expected one tensor (N, D), found {type(content).__name__}")
+    if content.is_complex() or content.layout != torch.strided or content.is_quantized:
+        raise DamagedFile(f"{path}: expected real numbers (N, D), found {content.dtype}")
+    if not isinstance(coords, Tensor | None):
+        raise DamagedFile(f"{path}: expected coords (N, 2), found {type(coords).__name__}")
     features = content.reshape(_check_shape(path, tuple(content.shape)))
-    return features, None if coords is None else torch.as_tensor(coords).long()
+    return features, None if coords is None else coords.long()
 
 
 def as_float(features: Tensor) -> Tensor:
@@ -125,7 +120,7 @@ def _check_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, int]:
     """(N, D), also of (1, N, D) as some CLAM forks write."""
     plain = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
     if len(plain) != 2:
-        raise UserError(f"{path}: expected features (N, D), found shape {shape}")
+        raise DamagedFile(f"{path}: expected features (N, D), found shape {shape}")
     return plain[0], plain[1]
 
 

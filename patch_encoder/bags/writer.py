@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from common.files import AtomicFile, atomic_path
+from common.hdf5 import write_hdf5
 
 BAG_OVERHEAD = 64 * 1024  # bytes of HDF5 structure and attributes, generously
 DIGEST_BYTES = 1 << 20  # read back at a time
@@ -41,7 +42,7 @@ def write_bag(
     """
     rows, corners = np.asarray(features), np.asarray(coords).astype(np.int64)
     assert rows.ndim == 2 and len(rows) == len(corners), (rows.shape, corners.shape)
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+    with atomic_path(path) as temporary, write_hdf5(temporary) as file:
         stored = file.create_dataset("features", data=rows)
         stored.attrs.update(dict(provenance or {}) | {"sha256": digest_content([rows], corners)})
         file.create_dataset("coords", data=corners).attrs.update(dict(attributes))
@@ -71,10 +72,10 @@ class BagWriter:
         size = shape[0] * (shape[1] * np.dtype(dtype).itemsize + 16) + BAG_OVERHEAD
         try:
             _reserve(self._target.temporary, size)
-            with h5py.File(self._target.temporary, "w") as file:
+            with write_hdf5(self._target.temporary) as file:
                 file.create_dataset("features", shape, dtype)
             _reserve(self._target.temporary, size)
-            self._file = h5py.File(self._target.temporary, "r+")
+            self._file = write_hdf5(self._target.temporary, "r+")
         except BaseException:
             self.discard()
             raise

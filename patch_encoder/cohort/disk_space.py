@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import FullDisk, UserError
 from patch_encoder.bags.writer import BAG_OVERHEAD
 from patch_encoder.tiles.coordinates import SlideJob
 
@@ -46,10 +46,10 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         free = shutil.disk_usage(_find_existing(folder)).free
-        raise UserError(
+        raise FullDisk(
             f"{folder}: the disk is full or the quota used up ({_format_size(free)} free); "
             f"finished slides are kept: {REMEDY}, and start again"
         ) from None

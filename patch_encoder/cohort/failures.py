@@ -43,7 +43,8 @@ class Failures:
             for old in folder.glob("failures.*-of-*.csv"):
                 old.unlink(missing_ok=True)
         if not self.rows:
-            path.unlink(missing_ok=True)
+            if path.exists():  # else a read-only folder of finished work is an error
+                path.unlink(missing_ok=True)
             return 0
         write_csv(path, ["slide", "stage", "error"], self.rows)
         logger.error("%s: %d slides failed, listed in %s", self.stage, len(self.rows), path)

@@ -48,9 +48,9 @@ class TileGridKeys(ReaderKeys, CohortKeys):
         0.5, "micrometres per pixel of the tiles; null: level 0 as it is"
     )
     overlap: float = key(0.0, "share of its side that a tile has in common with its neighbour")
-    workers: int = key(
-        2,
-        "worker processes; one slide each; 0: the main process, which a slide that "
-        "crashes its reader ends",
+    workers: int | None = key(
+        None,
+        "worker processes; one slide each; null: one per core, at most 8; 0: the main process, "
+        "which a slide that crashes its reader ends",
         runtime=True,
     )

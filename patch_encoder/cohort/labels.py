@@ -5,6 +5,7 @@ slides.
 from __future__ import annotations
 
 import csv
+import logging
 from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from patch_encoder.slides.names import (
 from patch_encoder.slides.resolution import is_plausible
 from patch_encoder.slides.tile_folder import TilePattern
 from patch_encoder.slides.tile_folder import parse_tile_pattern as compile_pattern
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -181,17 +184,19 @@ def _by_id(paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def _walk(folder: Path, pattern: TilePattern, suffixes: Set[str], seen: set[Path]) -> list[Path]:
-    """Slides of a folder; one with tiles or one DICOM series in it is a slide itself and not
-    searched further.
+    """Slides of a folder; one with tiles or one DICOM series in it is a slide itself.
+
+    A picture that is named like a tile makes no tile folder of one that holds slides.
     """
     resolved = folder.resolve()
     if resolved in seen:  # a link that leads back up
         return []
     seen.add(resolved)
-    if pattern.in_folder(folder):
-        return [folder]
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    tiles = [entry for entry in entries if pattern.place(entry.name) is not None]
     files = [entry for entry in entries if entry.is_file() and suffix_of(entry) in suffixes]
+    if tiles:
+        files = [file for file in files if suffix_of(file) in SLIDE_SUFFIXES]
     dicom = [file for file in files if suffix_of(file) == DICOM_SUFFIX]
     if dicom and len(dicom) == len(files):
         return [folder]
@@ -201,12 +206,25 @@ def _walk(folder: Path, pattern: TilePattern, suffixes: Set[str], seen: set[Path
             "files beside other slides; "
             "move them into folders"
         )
-    return files + [
+    below = [
         slide
         for entry in entries
         if entry.is_dir()
         for slide in _walk(entry, pattern, suffixes, seen)
     ]
+    # a single picture above tile folders is none of their tiles either
+    holds_slides = files or any(
+        suffix_of(slide) in SLIDE_SUFFIXES or (slide.is_dir() and len(tiles) == 1)
+        for slide in below
+    )
+    if tiles and not holds_slides:
+        return [folder]
+    if tiles:
+        logger.warning(
+            "%s: %d pictures named like tiles (%s, ...) lie beside slides: left out",
+            *(folder, len(tiles), tiles[0].name),
+        )
+    return files + below
 
 
 def find_wanted_slides(

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from common.errors import UserError
+from patch_encoder.bags.layouts import read_layout
 from patch_encoder.bags.paths import list_bags
 from patch_encoder.tiles.coordinates import coordinate_attributes, read_coordinates
 from patch_encoder.tissue.quality import read_quality
@@ -138,12 +138,10 @@ def _add_bags(rows: dict[str, SlideSummary], folder: str) -> None:
 
 
 def bag_size(path: Path) -> int | None:
-    """Count a bag's tiles by its header; None for .pt, or when the file is broken."""
+    """Count a bag's tiles by its header; None when the file is broken."""
     try:
-        with h5py.File(path, "r") as file:
-            found = next((file[key] for key in ("features", "feats") if key in file), None)
-            return int(found.shape[0]) if isinstance(found, h5py.Dataset) else None
-    except OSError:
+        return read_layout(path).shape[0]
+    except UserError:
         return None
 
 

@@ -112,7 +112,8 @@ def split_fields(fields: dict[str, Field], splits: Path, source: Path) -> dict[s
         if not path.is_file():
             raise UserError(f"{path}: expected a list of picture names, found no file")
         chosen[split] = []
-        for name in path.read_text(encoding="utf-8").split():
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        for name in filter(None, map(str.strip, lines)):
             if name not in fields:
                 raise UserError(
                     f"{path}: '{name}' has no entry in the annotations; "

@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 from common.config import REQUIRED, group, key
 from common.device import PRECISIONS, pick_device, pick_precision
 from common.errors import UserError
-from common.processes.pool import check_workers
+from common.processes.pool import pick_workers
 from common.processes.ray_cluster import ENGINE_HELP, ENGINES, RaySettings, import_ray
 from patch_encoder.cohort.keys import CohortKeys
 from patch_encoder.cohort.shards import Shard
 from patch_encoder.extraction.loop import ExtractSettings
 from patch_encoder.models.pooling import POOLS
 from patch_encoder.stain.normaliser import KINDS, SCOPES, build_normaliser
+
+RAY_WORKERS = 2  # decoding processes of each worker of Ray that are started unasked
 
 
 @dataclass
@@ -67,10 +69,10 @@ class ExtractionKeys(DeviceKeys, CohortKeys):
         runtime=True,
     )
     batch_size: int = key(64, "items per step over all processes; tiles", runtime=True)
-    workers: int = key(
-        2,
-        "worker processes; they decode; 0: the main process does, which a slide that "
-        "crashes its reader ends",
+    workers: int | None = key(
+        None,
+        "worker processes; they decode; null: one per core, at most 8; 0: the main process does, "
+        "which a slide that crashes its reader ends",
         runtime=True,
     )
     dtype: str = key(
@@ -88,12 +90,12 @@ class ExtractionKeys(DeviceKeys, CohortKeys):
         """What the extraction loop needs of these keys, with device and precision resolved."""
         if self.batch_size < 1:
             raise UserError(f"batch_size={self.batch_size}: expected at least 1")
-        check_workers(self.workers, self.read_timeout)
+        workers = pick_workers(self.workers, self.read_timeout)
         device = pick_device(self.device)
         precision = pick_precision(self.precision, device)
         shard = Shard.parse(self.shard)
         return ExtractSettings(
-            device, precision, self.batch_size, self.workers, self.dtype, self.pt, self.overwrite,
+            device, precision, self.batch_size, workers, self.dtype, self.pt, self.overwrite,
             read_timeout=self.read_timeout, shard=shard,
         )  # fmt: skip
 
@@ -120,14 +122,16 @@ class FeatureKeys(StainKeys, ExtractionKeys):
             raise UserError(
                 f"max_bad_tiles={self.max_bad_tiles}: expected a share, 0 <= max_bad_tiles <= 1"
             )
-        ray = None
+        ray, settings = None, super().settings()
         if self.engine == "ray":
             import_ray()
             ray = self.ray
+            if self.workers is None:  # the cores of this machine are not those of the cluster
+                settings = replace(settings, workers=RAY_WORKERS)
         compiler = "inductor" if self.compile else ""
         stain = build_normaliser(self.stain, self.stain_target, self.stain_scope)
         return replace(
-            super().settings(),
+            settings,
             max_bad_tiles=self.max_bad_tiles,
             compiler=compiler,
             ray=ray,

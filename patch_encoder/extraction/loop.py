@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from common import __version__
-from common.errors import UserError
+from common.errors import DamagedFile, UserError
+from common.files import check_writable
 from common.processes.ray_cluster import RaySettings
 from common.progress import Progress
 from common.provenance import can_reuse
@@ -31,7 +32,7 @@ from patch_encoder.cohort.labels import find_wanted_slides, locate_slides, read_
 from patch_encoder.cohort.shards import Shard
 from patch_encoder.extraction import decoding
 from patch_encoder.extraction.bag_assembly import UNREADABLE, Assembly
-from patch_encoder.extraction.network import Network, PendingFeatures
+from patch_encoder.extraction.network import Network, PendingFeatures, has_weights
 from patch_encoder.extraction.ray_backend import Report, work_on_ray
 from patch_encoder.extraction.tile_batches import TileBatch, TileSequence
 from patch_encoder.models.encoders import Encoder
@@ -147,6 +148,8 @@ def extract(
         UserError: a bag of another provenance is there and `settings.overwrite` is off, or the
             features do not fit on the disk.
     """
+    if not has_weights(encoder.model):  # computed by the workers, the same on any device
+        settings = replace(settings, precision="fp32")
     failures = Failures(STAGE, settings.shard.name)
     folder = Path(output) / encoder.name
     jobs = cohort_jobs(slides, coords, labels, failures, settings.shard)
@@ -155,6 +158,8 @@ def extract(
         "%s: %s: %d slides, %d already done", STAGE, encoder.name, len(jobs), len(jobs) - len(todo)
     )
     check_room(folder, todo, encoder.dim, settings.dtype, settings.pt)
+    if todo:
+        check_writable(folder / "h5_files")
     start = time.perf_counter()
     if settings.ray is None:
         report = encode_slides(todo, encoder, folder, settings)
@@ -222,20 +227,36 @@ def is_done(job: SlideJob, encoder: Encoder, folder: Path, settings: ExtractSett
     path = folder / "h5_files" / f"{job.slide_id}.h5"
     if settings.overwrite or not path.is_file():
         return False
-    bag = open_bag(path)
-    (count, dim), attributes = bag.shape, bag.attributes
-    tiles, unreadable = len(job.coordinates.coords), int(attributes.get(UNREADABLE, 0))
+    tiles, unreadable = len(job.coordinates.coords), 0
     expected = bag_provenance(encoder, job.coordinates, settings)
-    found = {name: attributes.get(name) for name in COMPARED} | {"shape": [count + unreadable, dim]}
     wanted = {name: expected.get(name) for name in COMPARED} | {"shape": [tiles, encoder.dim]}
-    can_reuse(path, lambda: found, wanted, "features of another provenance")
+
+    def read() -> dict[str, object]:
+        nonlocal unreadable
+        bag = open_bag(path)
+        (count, dim), attributes = bag.shape, bag.attributes
+        unreadable = int(attributes.get(UNREADABLE, 0))
+        found = {name: attributes.get(name) for name in COMPARED}
+        return found | {"shape": [count + unreadable, dim]}
+
+    if not can_reuse(path, read, wanted, "features of another provenance"):
+        return False
     if unreadable > settings.max_bad_tiles * tiles:
         raise UserError(
             f"{path}: expected at most {settings.max_bad_tiles:g} of the tiles missing, found "
             f"{unreadable} of {tiles} that "
             "could not be read; raise max_bad_tiles, or mend the slide and set overwrite=true"
         )
-    return not settings.pt or (folder / "pt_files" / f"{job.slide_id}.pt").is_file()
+    return not settings.pt or _holds_tensor(folder / "pt_files" / f"{job.slide_id}.pt")
+
+
+def _holds_tensor(path: Path) -> bool:
+    """Whether the second file of a bag is there and whole."""
+    try:
+        return path.is_file() and len(open_bag(path)) > 0
+    except DamagedFile as error:
+        logger.warning("%s; it is made anew", error)
+        return False
 
 
 def tile_batches(sequence: TileSequence, settings: ExtractSettings) -> Iterator[TileBatch]:

@@ -21,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from common.device import autocast
 from common.errors import UserError
+from common.memory import is_out_of_memory
 from patch_encoder.extraction.onednn_fusion import FusedNetwork
 from patch_encoder.models.onnx_network import OnnxNetwork
 
@@ -69,12 +70,10 @@ class Network:
         compiler: str = "",
     ) -> None:
         self.device, self.precision, self.compiler = device, precision, compiler
-        # a module without weights (a descriptor that the workers compute) would only compute the
-        # padding
-        has_weights = isinstance(model, OnnxNetwork) or any(True for _ in model.parameters())
+        # a module without weights would only compute the padding
         self.rows = (
             0
-            if not has_weights
+            if not has_weights(model)
             else min(batch_size, CPU_ROWS)
             if device.type == "cpu"
             else batch_size
@@ -82,19 +81,55 @@ class Network:
         self.batch_size = batch_size
         self._model = model.to(device, memory_format=torch.channels_last).eval()
         self._fused: FusedNetwork | None = None
-        self._ready = False
+        self._ready = self._warned = False
+
+    def launch(self, items: Tensor) -> PendingFeatures:
+        """Start on items (n, ...); the caller goes on while CUDA computes.
+
+        Where the memory does not suffice, this batch and all later ones go through the network in
+        parts of half as many items.
+
+        Raises:
+            UserError: not even one item fits in the device's memory, or the network cannot be
+                compiled.
+        """
+        pending = self._try_launch(items)
+        while pending is None:
+            self._halve()
+            pending = self._try_launch(items)
+        return pending
+
+    def _halve(self) -> None:
+        if not self._warned:
+            logger.warning(
+                "batch_size=%d: does not fit in the memory of %s, which gets fewer tiles at a time "
+                "from now on; set a smaller batch_size next time",
+                self.batch_size,
+                self.device,
+            )
+        self.rows, self._warned = self.rows // 2, True
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _try_launch(self, items: Tensor) -> PendingFeatures | None:
+        """As `launch`; None where the memory does not suffice and there is something to halve."""
+        try:
+            return self._launch(items)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if self.rows < 2:
+                raise UserError(
+                    f"batch_size={self.batch_size}: not even one tile at a time fits in the memory "
+                    f"of {self.device}; choose another device or a smaller encoder"
+                ) from None
+            return None
 
     # inference_mode would guard compiled code by the kind of tensor: ordinary from workers, not
     # when padded
     @torch.no_grad()
-    def launch(self, items: Tensor) -> PendingFeatures:
-        """Start on items (n, ...); the caller goes on while CUDA computes.
-
-        Raises:
-            UserError: the batch does not fit in the device's memory, or the network cannot be
-                compiled.
-        """
-        with _explain(self.batch_size, self.device, _compile_errors() if self.compiler else ()):
+    def _launch(self, items: Tensor) -> PendingFeatures:
+        with _explain(_compile_errors() if self.compiler else ()):
             parts = [self._encode(part) for part in items.split(self.rows or len(items))]
             # to pinned memory on CUDA
             host = torch.cat(parts).to("cpu", non_blocking=True)
@@ -126,6 +161,11 @@ class Network:
             self._fused = FusedNetwork(self._model, self.precision)
 
 
+def has_weights(model: nn.Module) -> bool:
+    """Whether the device computes anything; it does not for a descriptor of the workers."""
+    return isinstance(model, OnnxNetwork) or any(True for _ in model.parameters())
+
+
 def pad_batch(items: Tensor, rows: int) -> Tensor:
     """Items (n, ...) with zeros behind them up to `rows`."""
     if len(items) >= rows:
@@ -142,16 +182,9 @@ def _compile_errors() -> tuple[type[Exception], ...]:
 
 
 @contextmanager
-def _explain(
-    batch_size: int, device: torch.device, compile_errors: tuple[type[Exception], ...]
-) -> Iterator[None]:
+def _explain(compile_errors: tuple[type[Exception], ...]) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"batch_size={batch_size}: does not fit in the memory of {device}; set "
-            f"batch_size={max(1, batch_size // 2)}"
-        ) from None
     except compile_errors as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(

@@ -8,7 +8,6 @@ from patch_encoder.slides.base import RegionError, Slide, SlideError
 from patch_encoder.slides.names import OME_SUFFIXES, PICTURE_SUFFIXES, TIFF_SUFFIXES, suffix_of
 from patch_encoder.slides.openslide_file import (
     OpenSlideFile,
-    UnsupportedError,
     find_dicom_files,
     open_dicom_folder,
 )
@@ -52,7 +51,8 @@ def open_slide(path: str | Path, mpp: float | None = None, tile_pattern: str = "
         return TiffFile(path, mpp)
     try:
         return OpenSlideFile(path, mpp)
-    except UnsupportedError:
+    except SlideError:
+        # a layout that is not OpenSlide's, or a compression that it lacks (WebP, JPEG XL, ...)
         if suffix not in TIFF_SUFFIXES:
             raise
         return TiffFile(path, mpp)

@@ -61,6 +61,14 @@ class Slide(ABC):
         """um per level-0 pixel, None when neither the file nor the user gives a believable one."""
         return self.resolution.mpp
 
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Where the scanned part of a slide starts that has empty glass around it (MRXS), (x, y) in
+        level-0 pixels; QuPath shows that part alone and counts from there. (0, 0) for all others.
+        """
+        x, y = (self.properties.get(f"openslide.bounds-{axis}", 0) for axis in "xy")
+        return int(x), int(y)
+
     @abstractmethod
     def read(
         self, x: int, y: int, size: int, level: int = 0

@@ -1,12 +1,15 @@
 """TIFF files that OpenSlide refuses (strips, OME-TIFF, single level) through tifffile: decoded
 segment by segment.
 
-The pyramid is that of the file's first series (OME SubIFDs or pages of falling size). Levels whose
-layout has no segments of whole RGB pixels (planes apart) are decoded once and kept.
+The pyramid is that of the file's largest image (OME SubIFDs or pages of falling size): scanners
+also store a label and an overview, at times before the slide itself. Levels whose layout has no
+segments of whole RGB pixels (planes apart) are decoded once and kept. Colours that tifffile does
+not turn into RGB (CMYK, CIELAB, palettes) and other depths than 8 bits are refused.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections import OrderedDict
@@ -24,10 +27,13 @@ from patch_encoder.slides.names import slide_id_of
 from patch_encoder.slides.pixels import READ_ERRORS, convert_to_rgb, keep
 from patch_encoder.slides.resolution import read_resolution
 
+logger = logging.getLogger(__name__)
 CACHED_BYTES = 256 * 2**20  # decoded segments a handle keeps
 AXES = ("YX", "YXS", "SYX", "CYX")
 UNITS = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6, "inch": 25400.0}
 JPEG = {6, 7, 34892, 33007}
+# white is zero, black is zero, RGB; YCbCr (6) is turned into RGB only where JPEG is decoded
+PHOTOMETRICS = (0, 1, 2)
 
 
 class TiffFile(ArraySlide):
@@ -47,19 +53,24 @@ class TiffFile(ArraySlide):
                 raise SlideError(
                     f"slide {path}: expected a TIFF file, found another or a damaged one: {error}"
                 ) from None
-            for axes, shape, dtype in layouts:
+            for (axes, shape, dtype), page in zip(layouts, self._pages, strict=True):
                 if (
                     axes not in AXES
                     or dtype != "uint8"
                     or _channels(axes, shape) not in (1, 3, 4)
                     or 0 in shape
+                    or not _is_grey_or_rgb(page)
                 ):
                     raise SlideError(
                         f"slide {path}: expected a TIFF of 8-bit grey or RGB pixels, found "
-                        f"{dtype} of shape {shape} ({axes}); "
-                        "convert it to 8-bit RGB"
+                        f"{dtype} of shape {shape} ({axes}), {_describe_colours(page)}; convert "
+                        "it to 8-bit RGB"
                     )
             stack.pop_all()  # stays open
+        if len(self._file.series) > 1:
+            logger.info(
+                "slide %s: the largest of %d images is read", self.slide_id, len(self._file.series)
+            )
         self.level_sizes = tuple(
             (shape[axes.index("X")], shape[axes.index("Y")]) for axes, shape, _ in layouts
         )
@@ -181,20 +192,41 @@ class TiffFile(ArraySlide):
 
 
 def _levels(file: tifffile.TiffFile) -> list[tifffile.TiffPageSeries]:
-    """The first series' levels, largest first."""
+    """The levels of the largest image, largest first."""
     return sorted(
-        file.series[0].levels,
+        file.series[_find_largest(file)].levels,
         key=lambda level: -level.shape[level.axes.index("X")] if "X" in level.axes else 0,
     )
+
+
+def _find_largest(file: tifffile.TiffFile) -> int:
+    """Index of the series with the most pixels in its plane; of equal ones the first."""
+    areas = [
+        math.prod(series.shape[series.axes.index(axis)] for axis in "XY")
+        if {"X", "Y"} <= set(series.axes)
+        else 0
+        for series in file.series
+    ]
+    return areas.index(max(areas))
 
 
 def _channels(axes: str, shape: tuple[int, ...]) -> int:
     return next((shape[axes.index(axis)] for axis in "SC" if axis in axes), 1)
 
 
+def _is_grey_or_rgb(page: tifffile.TiffPage) -> bool:
+    """Whether decoded values are 8-bit grey levels or RGB."""
+    jpeg = page.photometric == 6 and page.compression in JPEG
+    return page.bitspersample == 8 and (jpeg or page.photometric in PHOTOMETRICS)
+
+
+def _describe_colours(page: tifffile.TiffPage) -> str:
+    photometric = getattr(page.photometric, "name", page.photometric)
+    return f"{page.bitspersample} bits per sample, photometric {photometric}"
+
+
 def _is_plain(page: tifffile.TiffPage) -> bool:
-    # photometric: white is zero, black is zero, RGB, YCbCr; palettes are looked up by asarray only
-    return page.planarconfig == 1 and page.photometric in (0, 1, 2, 6) and page.imagedepth == 1
+    return page.planarconfig == 1 and page.imagedepth == 1
 
 
 def _positive(pixels: np.ndarray, page: tifffile.TiffPage) -> np.ndarray:
@@ -208,7 +240,8 @@ def _has_alpha(page: tifffile.TiffPage) -> bool:
 def _resolution_properties(file: tifffile.TiffFile) -> dict[str, str]:
     """Pixel size in um from OME metadata, and the resolution tags of the first page."""
     properties: dict[str, str] = {}
-    page = file.series[0].keyframe
+    number = _find_largest(file)
+    page = file.series[number].keyframe
     for name in ("XResolution", "YResolution"):
         if name in page.tags:
             numerator, denominator = page.tags[name].value
@@ -221,12 +254,13 @@ def _resolution_properties(file: tifffile.TiffFile) -> dict[str, str]:
     )
     if file.is_ome and file.ome_metadata:
         try:
-            pixels = next(
+            images = [
                 e
                 for e in ElementTree.fromstring(file.ome_metadata).iter()
                 if e.tag.endswith("}Pixels")
-            )
-        except (ElementTree.ParseError, StopIteration):
+            ]
+            pixels = images[number]
+        except (ElementTree.ParseError, IndexError):
             return properties
         for axis in "XY":
             value, name = (

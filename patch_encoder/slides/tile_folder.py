@@ -43,10 +43,6 @@ class TilePattern:
         names = ("x", "y") if self.in_pixels else ("col", "row")
         return int(match[names[0]]), int(match[names[1]])
 
-    def in_folder(self, folder: Path) -> bool:
-        """Whether a folder has at least one such file."""
-        return any(self.place(entry.name) is not None for entry in folder.iterdir())
-
 
 @lru_cache(maxsize=64)
 def parse_tile_pattern(text: str) -> TilePattern:

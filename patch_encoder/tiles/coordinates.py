@@ -18,8 +18,9 @@ import h5py
 import numpy as np
 from jaxtyping import Int
 
-from common.errors import UserError
-from common.files import atomic_path, sha256_bytes
+from common.errors import DamagedFile, UserError
+from common.files import sha256_bytes
+from common.hdf5 import get_dataset, open_hdf5, write_small_hdf5
 
 # attribute of files in other layouts: a TileGeometry as JSON, which they cannot say
 FULL_GEOMETRY = "tile_geometry"
@@ -42,6 +43,7 @@ class TileGeometry:
         step_level0: level-0 pixels from tile to tile when the user set them; 0: by the overlap.
         tile_pattern: how the names of a tile folder's tiles are read; empty for `<row>_<col>` and
             for slide files.
+        bounds_x, bounds_y: level-0 pixel that QuPath's (0, 0) is, `Slide.bounds`.
     """
 
     name: str
@@ -56,6 +58,13 @@ class TileGeometry:
     level0_height: int
     step_level0: int = 0
     tile_pattern: str = ""
+    bounds_x: int = 0
+    bounds_y: int = 0
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """(x, y) in level-0 pixels of QuPath's (0, 0)."""
+        return self.bounds_x, self.bounds_y
 
     @property
     def step(self) -> int:
@@ -150,9 +159,14 @@ def write_coordinates(
     path: str | Path, coordinates: Coordinates, extra: Mapping[str, str] | None = None
 ) -> None:
     """Write a coordinates file atomically, with `extra` as further attributes."""
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
-        dataset = file.create_dataset("coords", data=coordinates.coords.astype(np.int64))
-        dataset.attrs.update(asdict(coordinates.geometry) | dict(extra or {}))
+    with write_small_hdf5(path) as file:
+        store_coordinates(file, coordinates, extra or {})
+
+
+def store_coordinates(file: h5py.File, coordinates: Coordinates, extra: Mapping[str, str]) -> None:
+    """Write the dataset `coords` with its attributes."""
+    dataset = file.create_dataset("coords", data=coordinates.coords.astype(np.int64))
+    dataset.attrs.update(asdict(coordinates.geometry) | dict(extra))
 
 
 def read_coordinates(path: str | Path) -> Coordinates:
@@ -161,32 +175,23 @@ def read_coordinates(path: str | Path) -> Coordinates:
     Raises:
         UserError: no HDF5 file, no `coords`, wrong shape.
     """
-    try:
-        with h5py.File(path, "r") as file:
-            if "coords" not in file:
-                raise UserError(f"{path}: expected the dataset 'coords', found {sorted(file)}")
-            dataset = file["coords"]
-            assert isinstance(dataset, h5py.Dataset)
-            coords, attributes = dataset[()], {**file.attrs, **dataset.attrs}
-    except OSError as error:
-        raise UserError(
-            f"{path}: expected a coordinates file (HDF5), cannot be read: {error}; tile the slide "
-            "again"
-        ) from None
+    with open_hdf5(path, "a coordinates file", "tile the slide again") as file:
+        dataset = get_dataset(file, "coords")
+        coords, attributes = dataset[()], {**file.attrs, **dataset.attrs}
     if coords.ndim != 2 or coords.shape[1] != 2:
-        raise UserError(f"{path}: expected coords (N, 2), found {coords.shape}")
+        raise DamagedFile(f"{path}: expected coords (N, 2), found {coords.shape}")
     return Coordinates(coords.astype(np.int64), TileGeometry.from_attributes(attributes, str(path)))
 
 
 def coordinate_attributes(path: str | Path) -> dict[str, Any]:
     """All attributes of a coordinates file as plain values, `{}` when it cannot be opened."""
     try:
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path, "a coordinates file") as file:
             return {
                 name: value.item() if isinstance(value, np.generic) else value
-                for name, value in file["coords"].attrs.items()
+                for name, value in get_dataset(file, "coords").attrs.items()
             }
-    except (OSError, KeyError):
+    except UserError:
         return {}
 
 

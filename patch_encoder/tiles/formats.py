@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from jaxtyping import Float, Int
 
 from common.errors import UserError
 from common.files import sha256_bytes, sha256_file
+from common.hdf5 import find_dataset, get_dataset, open_hdf5, write_hdf5
 from patch_encoder.slides.base import Slide
 from patch_encoder.slides.resolution import REMEDY
 from patch_encoder.tiles.coordinates import (
@@ -89,6 +89,8 @@ def make_square_geometry(source: CoordinateSource, side: int, target_size: int) 
         level0_width=slide.width if slide else 0,
         level0_height=slide.height if slide else 0,
         tile_pattern=slide.tile_pattern if slide else "",
+        bounds_x=slide.bounds[0] if slide else 0,
+        bounds_y=slide.bounds[1] if slide else 0,
     )
 
 
@@ -106,6 +108,9 @@ def read_h5(path: Path, source: CoordinateSource) -> Coordinates:
         height = geometry.level0_height or filled.level0_height
         steps = {"overlap": geometry.overlap, "step_level0": geometry.step_level0}
         geometry = replace(filled, level0_width=width, level0_height=height, **steps)
+    if source.slide is not None:  # files of other tools do not have them
+        x, y = source.slide.bounds
+        geometry = replace(geometry, bounds_x=x, bounds_y=y)
     return Coordinates(found.coords, replace(geometry, name=source.slide_id))
 
 
@@ -129,13 +134,9 @@ def read_npy(path: Path, source: CoordinateSource) -> Coordinates:
 
 def read_atlaspatch(path: Path, source: CoordinateSource) -> Coordinates:
     """AtlasPatch: every row says what is read; one size and one level a slide."""
-    try:
-        with h5py.File(path, "r") as file:
-            rows, attributes = file["coords"][()], {**file.attrs, **file["coords"].attrs}
-    except (OSError, KeyError) as error:
-        raise UserError(
-            f"{path}: expected AtlasPatch's 'coords', cannot be read: {error}"
-        ) from None
+    with open_hdf5(path, "AtlasPatch's 'coords'") as file:
+        corners = get_dataset(file, "coords")
+        rows, attributes = corners[()], {**file.attrs, **corners.attrs}
     missing = {"patch_size", "patch_size_level0"} - set(attributes)
     if rows.ndim != 2 or rows.shape[1] != 5 or missing:
         raise UserError(
@@ -166,11 +167,8 @@ def read_atlaspatch(path: Path, source: CoordinateSource) -> Coordinates:
 def read_stamp(path: Path, source: CoordinateSource) -> Coordinates:
     """STAMP: corners in um, of a feature file or of one that we wrote."""
     mpp = source.need_mpp(path)
-    try:
-        with h5py.File(path, "r") as file:
-            corners, attributes = file["coords"][()], dict(file.attrs)
-    except (OSError, KeyError) as error:
-        raise UserError(f"{path}: expected STAMP's 'coords', cannot be read: {error}") from None
+    with open_hdf5(path, "STAMP's 'coords'") as file:
+        corners, attributes = get_dataset(file, "coords")[()], dict(file.attrs)
     if attributes.get("unit") != "um" or corners.ndim != 2 or corners.shape[1] < 2:
         raise UserError(
             f"{path}: expected coords (N, 2) and unit='um', found {corners.shape} and "
@@ -184,15 +182,16 @@ def read_stamp(path: Path, source: CoordinateSource) -> Coordinates:
 
 
 def read_geojson(path: Path, source: CoordinateSource) -> Coordinates:
-    """Squares of one size, whoever wrote them."""
+    """Squares of one size, whoever wrote them; counted from the slide's bounds, as QuPath does."""
     corners, side, target_size = read_squares(path)
     side = side or source.tile_size
-    return Coordinates(corners, make_square_geometry(source, side, target_size or side))
+    geometry = make_square_geometry(source, side, target_size or side)
+    return Coordinates(corners + geometry.bounds, geometry)
 
 
 def write_h5(path: Path, coords: Int[np.ndarray, "n 2"], attributes: Mapping[str, Any]) -> None:
     """`coords` with its attributes; the same bytes for the same content."""
-    with h5py.File(path, "w", track_order=False) as file:
+    with write_hdf5(path, track_order=False) as file:
         file.create_dataset("coords", data=coords.astype(np.int64), track_times=False).attrs.update(
             dict(attributes)
         )
@@ -286,7 +285,7 @@ def write_atlaspatch(
         "level0_height": geometry.level0_height,
         "num_patches": len(rows),
     }
-    with h5py.File(path, "w", track_order=False) as file:
+    with write_hdf5(path, track_order=False) as file:
         file.create_dataset("coords", data=rows.astype(np.int32), track_times=False)
         file.attrs.update(attributes | {FULL_GEOMETRY: json.dumps(asdict(geometry))})
 
@@ -335,7 +334,7 @@ def write_stamp(
     geometry = coordinates.geometry
     mpp = source.need_mpp(path, geometry)
     corners: Float[np.ndarray, "n 2"] = (coordinates.coords * mpp).astype(np.float32)
-    with h5py.File(path, "w") as file:
+    with write_hdf5(path) as file:
         file.create_dataset("coords", data=corners, track_times=False)
         side = {
             "tile_size_um": geometry.patch_size_level0 * mpp,
@@ -379,17 +378,12 @@ def detect_layout(path: Path) -> str:
     """
     if path.suffix in (".npy", ".geojson"):
         return path.suffix[1:]
-    try:
-        with h5py.File(path, "r") as file:
-            attributes = set(file.attrs) | (
-                set(file["coords"].attrs) if "coords" in file else set()
-            )
-            if "coords" in file and file["coords"].shape[1:] == (5,):
+    with open_hdf5(path, "coordinates (.h5, .npy, .geojson)") as file:
+        attributes, corners = set(file.attrs), find_dataset(file, "coords")
+        if corners is not None:
+            attributes |= set(corners.attrs)
+            if corners.shape[1:] == (5,):
                 return "atlaspatch"
-    except OSError as error:
-        raise UserError(
-            f"{path}: expected coordinates (.h5, .npy, .geojson), cannot be read: {error}"
-        ) from None
     for name, mark in (
         ("stamp", "unit"),
         ("trident", "level0_magnification"),
@@ -411,10 +405,10 @@ def describe_content(path: Path) -> dict[str, Any]:
     if path.suffix != ".h5":
         return {"sha256": sha256_file(path)}
     try:
-        with h5py.File(path, "r") as file:
-            attributes = {**file.attrs, **file["coords"].attrs}
-            corners = file["coords"][()].tolist()
-    except (OSError, KeyError):
+        with open_hdf5(path, "coordinates") as file:
+            stored = get_dataset(file, "coords")
+            attributes, corners = {**file.attrs, **stored.attrs}, stored[()].tolist()
+    except UserError:
         return {"readable": False}
     values = {name: np.ravel(v).tolist() for name, v in attributes.items() if name not in PATHS}
     return values | {"corners": sha256_bytes(json.dumps(corners).encode())}

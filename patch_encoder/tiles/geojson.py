@@ -1,4 +1,6 @@
-"""Tiles as GeoJSON for QuPath: one square per tile in level-0 px, as WSInfer writes."""
+"""Tiles as GeoJSON that QuPath opens: one square polygon a tile, in the shape that WSInfer writes,
+in level-0 px from the slide's bounds on.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ def make_tiles_geojson(
     """
     side, columns = coordinates.geometry.patch_size_level0, dict(measurements or {})
     lines = []
-    for row, (x, y) in enumerate(coordinates.coords.tolist()):
+    for row, (x, y) in enumerate((coordinates.coords - coordinates.geometry.bounds).tolist()):
         ring = [[x, y], [x + side, y], [x + side, y + side], [x, y + side], [x, y]]
         values = {"tile": row} | {name: float(column[row]) for name, column in columns.items()}
         properties = {"objectType": "tile", "isLocked": True, "measurements": values}
@@ -44,8 +46,8 @@ def make_tiles_geojson(
 
 
 def read_squares(path: Path) -> tuple[Int[np.ndarray, "tiles 2"], int, int]:
-    """(corners, side in level-0 px, side after resampling) of squares of one size; sides are 0
-    where the file does not say.
+    """(corners from the slide's bounds on, side in level-0 px, side after resampling) of squares of
+    one size; sides are 0 where the file does not say.
 
     Raises:
         UserError: other shapes, which are no tiles.

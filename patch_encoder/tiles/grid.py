@@ -84,6 +84,8 @@ def make_tile_geometry(
         level0_height=slide.height,
         step_level0=0 if step is None else max(1, round(step * scale)),
         tile_pattern=slide.tile_pattern,
+        bounds_x=slide.bounds[0],
+        bounds_y=slide.bounds[1],
     )
 
 

@@ -62,7 +62,12 @@ def read_annotated_mask(
     path = find_annotation_file(settings.folder, slide.slide_id)
     if path.suffix.lower() in OUTLINES:
         return draw_shapes_mask(
-            read_geojson(path), slide, shape, settings.include, settings.exclude, path
+            read_geojson(path, slide.bounds),
+            slide,
+            shape,
+            settings.include,
+            settings.exclude,
+            path,
         )
     return read_picture_mask(path, slide, shape)
 

@@ -1,4 +1,6 @@
-"""Tissue outlines as GeoJSON (RFC 7946) in level-0 pixels, with QuPath's properties."""
+"""Tissue outlines as GeoJSON in level-0 pixels, as QuPath reads and writes them (RFC 7946 geometry,
+QuPath's properties): files count from the slide's bounds on, everything here from its corner.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,25 @@ class Shape:
 
 
 def write_geojson(
-    path: str | Path, outlines: Sequence[Outline], mpp: float | None, name: str = "Tissue"
+    path: str | Path,
+    outlines: Sequence[Outline],
+    mpp: float | None,
+    bounds: tuple[int, int],
+    name: str = "Tissue",
 ) -> None:
     """One Feature a part, holes kept; outlines in level-0 pixels. QuPath: File > Import objects
     from file.
+
+    Args:
+        path: the file.
+        outlines: the parts.
+        mpp: um per level-0 pixel; None: unknown.
+        bounds: `Slide.bounds`, which QuPath counts from.
+        name: class of the parts.
     """
     features = ",\n".join(
-        _make_feature(outline, number, mpp, name) for number, outline in enumerate(outlines)
+        _make_feature(outline.moved(-bounds[0], -bounds[1]), number, mpp, name)
+        for number, outline in enumerate(outlines)
     )
     write_text(path, f'{{"type": "FeatureCollection", "features": [\n{features}\n]}}\n')
 
@@ -66,9 +80,9 @@ def _measure_area(outline: Outline) -> float:
     )
 
 
-def read_geojson(path: str | Path) -> list[Shape]:
+def read_geojson(path: str | Path, bounds: tuple[int, int]) -> list[Shape]:
     """Every polygon of a FeatureCollection, a Feature, a list of Features (older QuPath) or a bare
-    geometry.
+    geometry, of a slide with these `Slide.bounds`.
 
     Raises:
         UserError: no JSON, no GeoJSON, broken coordinates, or only points and lines.
@@ -80,7 +94,7 @@ def read_geojson(path: str | Path) -> list[Shape]:
         raise UserError(
             f"{path}: expected Polygon or MultiPolygon, found only points or lines; draw areas"
         )
-    return shapes
+    return [Shape(shape.outline.moved(*bounds), shape.name) for shape in shapes]
 
 
 def _list_features(content: Any, source: str) -> Iterator[dict[str, Any]]:

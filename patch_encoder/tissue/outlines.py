@@ -26,6 +26,11 @@ class Outline:
         """Every point times (x, y)."""
         return Outline(self.outer * (x, y), [hole * (x, y) for hole in self.holes])
 
+    def moved(self, x: float, y: float) -> Outline:
+        """Every point plus (x, y)."""
+        step = np.array([x, y])
+        return Outline(self.outer + step, [hole + step for hole in self.holes])
+
 
 def trace_outlines(mask: Bool[np.ndarray, "h w"]) -> list[Outline]:
     """The 4-connected parts of a mask, points on the corners of pixels: pixel (row, col) spans

@@ -14,20 +14,19 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import cv2
-import h5py
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8
 
 from common.config import key
 from common.errors import UserError
-from common.files import atomic_path
+from common.hdf5 import find_dataset, open_hdf5, write_small_hdf5
 from patch_encoder.slides.base import RegionError, Slide
 from patch_encoder.tiles.coordinates import (
     Coordinates,
     TileGeometry,
     coordinate_attributes,
     read_coordinates,
-    write_coordinates,
+    store_coordinates,
 )
 from patch_encoder.tiles.grid import read_tile
 from patch_encoder.tissue.artefacts import find_ink_pixels
@@ -158,20 +157,19 @@ def write_tiles(
     quality: Mapping[str, np.ndarray],
 ) -> None:
     """Write coordinates with one dataset per measure, atomically; others see `coords` alone."""
-    with atomic_path(path) as temporary:
-        write_coordinates(temporary, coordinates, extra)
-        with h5py.File(temporary, "a") as file:
-            for name, values in quality.items():
-                file.create_dataset(name, data=values.astype(np.float32)).attrs["meaning"] = (
-                    MEASURES.get(name, name)
-                )
+    with write_small_hdf5(path) as file:
+        store_coordinates(file, coordinates, extra)
+        for name, values in quality.items():
+            file.create_dataset(name, data=values.astype(np.float32)).attrs["meaning"] = (
+                MEASURES.get(name, name)
+            )
 
 
 def read_quality(path: str | Path) -> dict[str, np.ndarray]:
     """The measures beside the coordinates, {} when the tiles were not measured."""
-    with h5py.File(path, "r") as file:
-        found = {name: file[name] for name in (*MEASURES, "tissue") if name in file}
-        return {name: item[()] for name, item in found.items() if isinstance(item, h5py.Dataset)}
+    with open_hdf5(path, "a coordinates file", "tile the slide again") as file:
+        found = {name: find_dataset(file, name) for name in (*MEASURES, "tissue")}
+        return {name: item[()] for name, item in found.items() if item is not None}
 
 
 def filter_coordinates(source: str | Path, target: str | Path, cuts: Cuts) -> dict[str, int]:

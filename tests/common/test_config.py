@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -150,3 +151,77 @@ def test_a_list_takes_a_plain_value_and_a_key_its_second_name(tmp_path: Path) ->
     config = load_config(Listed, ["--config", str(file)])
     assert (config.stages, config.files) == ([0, 1], ["a", "b"])
     assert given_keys(config) == {"stages", "files"}
+
+
+@dataclass
+class Texts:
+    slide_id: str | None = key(None, "an id")
+    name: str = key("a", "a name", alias="title")
+    only: list[str] = key([], "ids")
+    weights: dict[str, Any] = key({}, "weights by name")
+    lr: float = key(0.1, "learning rate")
+    scales: list[float] = key([1.0], "scales")
+    optimiser: Optimiser = group(Optimiser, "optimiser")
+
+
+@pytest.mark.parametrize("text", ["0012", "1_000", "12:30", "yes", "1.50", "2024-01-02", "0x1f"])
+def test_text_keys_keep_the_text_of_the_file_and_of_the_command_line(
+    tmp_path: Path, text: str
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"slide_id: {text}\nname: {text}\nonly: [{text}, {text}]\n")
+    expected = (text, text, [text, text])
+    config = load_config(Texts, ["--config", str(file)])
+    assert (config.slide_id, config.name, config.only) == expected
+    config = load_config(Texts, [f"slide_id={text}", f"title={text}", f"only=[{text},{text}]"])
+    assert (config.slide_id, config.name, config.only) == expected
+    assert load_config(Texts, [f"only={text}"]).only == [text]
+    file.write_text("slide_id: null\nlr: 1e-3\n")
+    assert load_config(Texts, ["--config", str(file)]).slide_id is None
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("lr: 1\nlr: 2\n", "'lr' twice"),
+        ("optimiser:\n  lr: 1\n  lr: 2\n", "'lr' twice"),
+        ("optimiser:\n  lr: 1\noptimiser.lr: 2\n", "'optimiser.lr'.*twice"),
+        ("name: a\ntitle: b\n", "'name'.*twice"),
+        ("weights: {a: 1, a: 2}\n", "'a' twice"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, found: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"c\.yaml: .*{found}") as caught:
+        load_config(Texts, ["--config", str(tmp_path / "c.yaml")])
+    assert "\n" not in str(caught.value)
+
+
+def test_anchors_and_merged_mappings_are_no_repetition(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("weights: &base {a: 1, b: 2}\noptimiser: {steps: [3]}\n")
+    assert load_config(Texts, ["--config", str(file)]).weights == {"a": 1, "b": 2}
+    file.write_text("weights: {<<: {a: 1, b: 2}, b: 3}\n")
+    assert load_config(Texts, ["--config", str(file)]).weights == {"a": 1, "b": 3}
+
+
+def test_a_second_configuration_file_is_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.yaml").write_text("lr: 1\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml and .*b\.yaml"):
+        load_config(Texts, ["--config", f"{tmp_path}/a.yaml", f"--config={tmp_path}/b.yaml"])
+
+
+@pytest.mark.parametrize("argument", ["name=${HOME}", "only=[a,'${x}']", "weights={a: '${b}'}"])
+def test_variables_are_refused_in_one_line(tmp_path: Path, argument: str) -> None:
+    with pytest.raises(ConfigError, match=r"\$\{"):
+        load_config(Texts, [argument])
+    (tmp_path / "c.yaml").write_text(argument.replace("=", ": ", 1).replace(": ${HOME}", ": '${'"))
+    with pytest.raises(ConfigError, match=r"\$\{"):
+        load_config(Texts, ["--config", str(tmp_path / "c.yaml")])
+
+
+@pytest.mark.parametrize("argument", ["lr=nan", "optimiser.lr=.nan", "scales=[1.0,.nan]"])
+def test_nan_is_no_setting(argument: str) -> None:
+    with pytest.raises(ConfigError, match="found nan"):
+        load_config(Texts, [argument])

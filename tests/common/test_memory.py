@@ -4,6 +4,7 @@ again.
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.memory import free_memory, peak_memory
+from common.memory import free_memory, peak_memory, usable_cores
 
 
 @pytest.mark.process
@@ -62,6 +63,36 @@ def test_free_memory_is_within_every_limit(tmp_path: Path, version: int) -> None
     assert free_memory(proc, groups) == 0
     (proc / "meminfo").unlink()
     assert free_memory(proc, groups) > 10**8
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_cores_are_those_of_the_scheduler_within_every_quota(
+    tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    proc, groups = tmp_path / "proc", tmp_path / "groups"
+    (proc / "self").mkdir(parents=True)
+    own = {1: "4:cpu,cpuacct:/slurm/job\n", 2: "0::/slurm/job\n"}[version]
+    (proc / "self" / "cgroup").write_text(own)
+    root = groups / "cpu" if version == 1 else groups
+
+    def limit(folder: Path, quota: int | None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if version == 2:
+            text = "max" if quota is None else str(quota)
+            (folder / "cpu.max").write_text(f"{text} 100000\n")
+        else:
+            (folder / "cpu.cfs_quota_us").write_text(f"{-1 if quota is None else quota}\n")
+            (folder / "cpu.cfs_period_us").write_text("100000\n")
+
+    assert usable_cores(proc, groups) == 16
+    limit(root / "slurm" / "job", None)
+    assert usable_cores(proc, groups) == 16
+    limit(root / "slurm", 650_000)
+    assert usable_cores(proc, groups) == 6
+    limit(root / "slurm" / "job", 50_000)
+    assert usable_cores(proc, groups) == 1
+    assert usable_cores(proc, tmp_path / "nowhere") == 16
 
 
 def page_faults() -> int:

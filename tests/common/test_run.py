@@ -5,7 +5,9 @@ hold.
 from __future__ import annotations
 
 import json
+import math
 import random
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from common import device
 from common.checkpoint import (
     load_checkpoint,
     load_tensors,
@@ -55,6 +58,17 @@ def test_saved_tensors_are_the_same_bytes_under_any_name(tmp_path: Path) -> None
     )
 
 
+def test_a_file_that_cannot_grow_is_the_error_of_the_system(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_tensors(tmp_path / "a.pt", torch.zeros(10_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
 def test_same_run_goes_on_and_another_is_refused(tmp_path: Path) -> None:
     run = start(tmp_path / "r", Config(), labels="a")
     assert run.results is None
@@ -81,6 +95,36 @@ def test_run_writes_what_the_contract_names(tmp_path: Path) -> None:
     for name in ("config.yaml", "metrics.jsonl", "results.json", "environment.json"):
         assert (tmp_path / name).is_file(), name
     assert json.loads((tmp_path / "environment.json").read_text())["torch"] == torch.__version__
+
+
+def test_numbers_that_json_does_not_have_are_null(tmp_path: Path) -> None:
+    run = start(tmp_path, Config())
+    run.log({"epoch": 1, "loss": float("nan"), "by_class": [float("inf"), 0.5, {"a": -math.inf}]})
+
+    def refuse(token: str) -> None:
+        raise AssertionError(f"{token} is no JSON")
+
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=refuse) == {
+        "epoch": 1, "loss": None, "by_class": [None, 0.5, {"a": None}],
+    }  # fmt: skip
+
+
+@dataclass
+class Precise:
+    precision: str = key("auto", "number format", choices=("auto", "fp32", "bf16", "fp16"))
+
+
+def test_a_run_does_not_go_on_in_the_arithmetic_of_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_cpu_has_bf16", lambda: True)
+    open_run(tmp_path, Precise(), WORLD, inputs={})
+    open_run(tmp_path, Precise("bf16"), WORLD, inputs={})
+    monkeypatch.setattr(device, "_cpu_has_bf16", lambda: False)
+    with pytest.raises(UserError, match="config.precision 'bf16' -> 'fp32'"):
+        open_run(tmp_path, Precise(), WORLD, inputs={})
+    open_run(tmp_path, Precise("bf16"), WORLD, inputs={})
 
 
 def test_epochs_that_will_be_run_again_are_forgotten(tmp_path: Path) -> None:

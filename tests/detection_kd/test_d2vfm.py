@@ -19,7 +19,7 @@ from detection_kd.datasets.distillation import (
     DistillationTiles,
     digest_pairs,
     read_pairs,
-    split_by_slide,
+    split_by_patient,
 )
 from detection_kd.evaluation.feature_agreement import feature_agreement
 from detection_kd.losses.feature_losses import cosine_loss, mae_loss, mse_loss
@@ -140,12 +140,20 @@ def test_input_scale_shrinks_the_tile_first() -> None:
     )
 
 
-def test_pairs_are_read_split_by_slide_and_augmented_repeatably(pairs_root: Path) -> None:
+def test_pairs_are_read_split_by_patient_and_augmented_repeatably(pairs_root: Path) -> None:
     pairs = read_pairs(pairs_root)
     assert len(pairs) == 24
-    train_pairs, val_pairs = split_by_slide(pairs, 0.25, seed=0)
+    train_pairs, val_pairs = split_by_patient(pairs, {}, 0.25, seed=0)
     assert (len(train_pairs), len(val_pairs)) == (18, 6)
     assert not {p.slide_id for p in train_pairs} & {p.slide_id for p in val_pairs}
+    slides = sorted({p.slide_id for p in pairs})
+    # two slides of one patient, who is called as a slide of somebody else is
+    patients = {slides[0]: slides[2], slides[1]: slides[2]}
+    for seed in range(6):
+        parts = split_by_patient(pairs, patients, 0.34, seed)
+        sides = [{p.slide_id for p in part} for part in parts]
+        assert sum(map(len, sides)) == len(slides) and len(sides[1]) in (1, 2)
+        assert any({slides[0], slides[1]} <= side for side in sides)
     tiles = DistillationTiles(pairs, augment=True, seed=3)
     first = [tiles[i][0] for i in range(24)]
     assert all(torch.equal(a, tiles[i][0]) for i, a in enumerate(first))

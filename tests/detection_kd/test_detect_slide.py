@@ -5,6 +5,7 @@ that finds dark squares.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,32 @@ from torch import Tensor, nn
 
 from common.cli import run
 from detection_kd import detect_slide
-from detection_kd.datasets.slide_detections import FoundBoxes, find_own_part, merge_detections
+from detection_kd.datasets.slide_detections import (
+    FoundBoxes,
+    TileDetections,
+    choose_own,
+    find_own_part,
+    merge_detections,
+)
 from detection_kd.models.deformable_transformer import Detections
 from patch_encoder import tile_slides
-from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
+from patch_encoder.tiles.coordinates import (
+    Coordinates,
+    TileGeometry,
+    read_coordinates,
+    write_coordinates,
+)
 from tests.helpers import write_pyramid
 
 # (x, y, side) in level-0 px: inside a tile, on a vertical seam, on a crossing of seams, at the
 # slide's corner
 SQUARES = [(20, 30, 20), (118, 40, 24), (180, 182, 20), (480, 486, 22)]
+
+DESCRIPTION = {
+    "categories": ["other", "square"],
+    "field": {"mpp": 0.5, "side": 128, "resize": 1.0},
+    "operating_point": {"min_score": 0.3, "f1": 1.0},
+}
 
 
 class DarkSquares(nn.Module):
@@ -75,7 +93,7 @@ def cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(
         detect_slide,
         "load_detector",
-        lambda path: (DarkSquares(), {"categories": ["other", "square"]}),
+        lambda path: (DarkSquares(), dict(DESCRIPTION)),
     )
     return tmp_path
 
@@ -120,12 +138,42 @@ def test_geojson_has_what_qupath_reads(cohort: Path) -> None:
         corners.add(tuple(round(v) for v in ring[0]))
         properties = feature["properties"]
         assert (
-            properties["objectType"] == "annotation"
+            properties["objectType"] == "detection"
             and properties["classification"]["name"] == "square"
         )
         assert all(0 <= c <= 255 for c in properties["classification"]["color"])
         assert 0 < properties["measurements"]["score"] <= 1
     assert corners == {(x, y) for x, y, _ in SQUARES}
+
+
+def test_geojson_counts_from_the_bounds_of_the_slide_as_qupath_does(cohort: Path) -> None:
+    path = cohort / "tiles" / "coords" / "S1.h5"
+    tiles = read_coordinates(path)
+    geometry = replace(tiles.geometry, bounds_x=15, bounds_y=20)
+    write_coordinates(path, replace(tiles, geometry=geometry))
+    assert detect(cohort) == 0
+    content = json.loads((cohort / "found" / "geojson" / "S1.geojson").read_text())
+    corners = {
+        tuple(round(v) for v in feature["geometry"]["coordinates"][0][0])
+        for feature in content["features"]
+    }
+    assert corners == {(x - 15, y - 20) for x, y, _ in SQUARES}
+    found = {tuple(round(v) for v in entry["bbox"][:2]) for entry in read(cohort)["annotations"]}
+    assert found == {(x, y) for x, y, _ in SQUARES}  # COCO counts from the corner of the slide
+
+
+def test_auto_takes_scale_and_score_from_the_checkpoint(
+    cohort: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    field = {"mpp": 0.25, "side": 256, "resize": 0.25}  # 1 um per pixel: tiles have 0.5
+    trained = DESCRIPTION | {"field": field, "operating_point": {"min_score": 0.42, "f1": 1.0}}
+    monkeypatch.setattr(detect_slide, "load_detector", lambda path: (DarkSquares(), trained))
+    assert detect(cohort) == 0
+    info = read(cohort)["info"]
+    assert (info["scale"], info["min_score"]) == (0.5, 0.42) and "larger" not in caplog.text
+    assert len(read(cohort)["annotations"]) == len(SQUARES)
+    assert detect(cohort, "scale=1.0", f"output={cohort}/other") == 0
+    assert "scale=1: the detector's training says 0.5 (images of 256 px at 0.25 um" in caplog.text
 
 
 def test_finished_slides_are_left_alone_and_other_settings_refused(
@@ -188,12 +236,64 @@ def test_own_parts_share_the_plane_without_gap_or_overlap() -> None:
     assert parts[0, 0] < 0 and parts[2, 2] > 250  # no neighbour, no limit
 
 
+def whole_tile(found: FoundBoxes) -> TileDetections:
+    return TileDetections(found, np.zeros(len(found.scores), bool))
+
+
+def merge_views(lesions: np.ndarray, jitter: float, seed: int) -> FoundBoxes:
+    """Detections of a slide of 4 x 4 tiles of 400 px that overlap by 100 px; each tile sees each
+    lesion on its own, its corners up to `jitter` / 2 px off, cut at the tile's edges.
+    """
+    rng = np.random.default_rng(seed)
+    coordinates = grid(400, 0.25, [(300 * c, 300 * r) for r in range(4) for c in range(4)])
+    tiles = []
+    for corner, part in zip(coordinates.coords, find_own_part(coordinates), strict=True):
+        boxes = lesions - np.tile(corner, 2)
+        boxes = boxes + rng.uniform(-jitter / 2, jitter / 2, boxes.shape)
+        clipped = np.clip(boxes, 0, 400)
+        seen = (clipped[:, 2:] - clipped[:, :2] > 0.5 * (boxes[:, 2:] - boxes[:, :2])).all(1)
+        boxes = clipped[seen].astype(np.float32)
+        scores = rng.uniform(0.3, 1, len(boxes)).astype(np.float32)
+        found, shared = choose_own(FoundBoxes(boxes, scores, np.zeros(len(boxes), int)), part)
+        moved = found.boxes + np.tile(corner, 2).astype(np.float32)
+        tiles.append(TileDetections(found._replace(boxes=moved), shared))
+    return merge_detections(tiles, 0.5)
+
+
+@pytest.mark.parametrize("side", [12, 30, 90])
+@pytest.mark.parametrize("jitter", [0, 1, 2, 4])
+def test_every_lesion_is_reported_once_whatever_two_tiles_make_of_it(
+    jitter: float, side: int
+) -> None:
+    line = np.arange(50, 1250 - side, side + 17)
+    centres_of_all = np.stack(np.meshgrid(line, line), -1).reshape(-1, 2)
+    for seed in range(2):
+        shift = np.random.default_rng(seed).uniform(0, side, 2)
+        lesions = np.tile(centres_of_all + shift, 2) + np.array([-1, -1, 1, 1]) * side / 2
+        found = merge_views(lesions, jitter, seed)
+        centres = (found.boxes[:, :2] + found.boxes[:, 2:]) / 2
+        distance = np.abs(centres[:, None] - (lesions[None, :, :2] + side / 2)).max(-1)
+        reports = np.bincount(distance.argmin(1), minlength=len(lesions))
+        assert (reports == 1).all(), f"{(reports == 0).sum()} lost, {(reports > 1).sum()} doubled"
+
+
+def test_two_lesions_that_one_tile_tells_apart_stay_two() -> None:
+    pair = np.array([[40, 40, 80, 80], [55, 40, 70, 80]], np.float32)  # one within the other
+    scores = [np.float32([0.9, 0.6]), np.float32([0.8, 0.7])]
+    near_a_cut = np.array([True, True])
+    tiles = [
+        TileDetections(FoundBoxes(pair + 2 * i, score, np.zeros(2, int)), near_a_cut)
+        for i, score in enumerate(scores)
+    ]
+    assert merge_detections(tiles, 0.5).scores.tolist() == pytest.approx([0.9, 0.6])
+
+
 def test_suppression_is_within_a_class() -> None:
     boxes = np.array([[0, 0, 10, 10], [1, 0, 11, 10], [0, 1, 10, 11]], np.float32)
     kept = merge_detections(
         [
-            FoundBoxes(boxes[:2], np.float32([0.5, 0.9]), np.array([0, 0])),
-            FoundBoxes(boxes[2:], np.float32([0.4]), np.array([1])),
+            whole_tile(FoundBoxes(boxes[:2], np.float32([0.5, 0.9]), np.array([0, 0]))),
+            whole_tile(FoundBoxes(boxes[2:], np.float32([0.4]), np.array([1]))),
         ],
         0.5,
     )

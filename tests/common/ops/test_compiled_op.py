@@ -28,7 +28,9 @@ def missing(tmp_path: Path) -> CompiledOp:
     def never(*_: object) -> None:
         raise AssertionError("registered without a library")
 
-    return CompiledOp(tmp_path / "some" / "ops", "some", "op", never, never, never, never, never)
+    return CompiledOp(
+        tmp_path / "some" / "ops", "some", "op", "SOME_BACKEND", never, never, never, never, never
+    )
 
 
 def test_reasons_say_what_is_missing(missing: CompiledOp) -> None:

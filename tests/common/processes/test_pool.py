@@ -4,20 +4,23 @@ behind.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from common.errors import UserError
+from common.errors import FullDisk, UserError
+from common.processes import pool
 from common.processes.mapped import Mapped
-from common.processes.pool import Lost, Pool, call, check_workers, heartbeat, run_jobs
+from common.processes.pool import Lost, Pool, call, check_workers, heartbeat, pick_workers, run_jobs
 from tests.common.processes.light_jobs import (
     dies_on,
     doubles,
@@ -98,6 +101,21 @@ def test_what_a_job_raises_is_its_result(workers: int, caplog: pytest.LogCapture
         "where a bug is, but not what the user has to mend"
     )
     assert outcomes([], workers) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_full_or_read_only_disk_ends_all_jobs_in_one_line(workers: int, number: int) -> None:
+    done = []
+    with pytest.raises(FullDisk, match="out.h5") as caught:
+        for job, _ in run_jobs(partial(write_nowhere, number), range(50), workers):
+            done.append(job)
+    assert "\n" not in str(caught.value) and len(done) < 10
+
+
+def write_nowhere(number: int, job: int) -> None:
+    if job > 2:
+        raise OSError(number, os.strerror(number), "out.h5")
 
 
 def test_an_accident_is_made_good_by_the_second_try(tmp_path: Path) -> None:
@@ -200,6 +218,15 @@ def test_numbers_that_no_pool_can_have_are_refused() -> None:
     for timeout in (0.0, -1.0, float("nan")):
         with pytest.raises(UserError, match="read_timeout="):
             check_workers(1, timeout)
+
+
+def test_workers_follow_the_cores_unless_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, share, expected in ((1, 1, 1), (6, 1, 6), (64, 1, 8), (8, 4, 2), (2, 4, 1)):
+        monkeypatch.setattr(pool, "usable_cores", lambda cores=cores: cores)
+        assert pick_workers(None, share=share) == expected
+        assert pick_workers(0) == 0 and pick_workers(12, share=share) == 12
+    with pytest.raises(UserError, match="workers=-1"):
+        pick_workers(-1)
 
 
 def test_a_raised_error_is_one_plain_line() -> None:

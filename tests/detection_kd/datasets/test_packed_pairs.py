@@ -443,6 +443,22 @@ def test_mismatches_are_listed_and_bad_slides_do_not_stop_the_rest(
     assert "holds another packed set: slides.S001" in capsys.readouterr().err
 
 
+def test_a_damaged_bag_is_listed_and_a_damaged_set_is_made_again(
+    cohort: Path, tmp_path: Path
+) -> None:
+    whole = bag_of(cohort, "S001").read_bytes()
+    bag_of(cohort, "S001").write_bytes(whole[:500])
+    output = tmp_path / "set.h5"
+    assert from_slides(cohort, output) == 1
+    failure = next(csv.DictReader((tmp_path / "failures.csv").read_text().splitlines()))
+    assert failure["slide"] == "S001" and "cannot be read" in failure["error"]
+    assert set(Pack(output).slides) == {"S000", "T2"}
+    bag_of(cohort, "S001").write_bytes(whole)
+    output.write_bytes(output.read_bytes()[:-100])
+    assert from_slides(cohort, output) == 0
+    assert set(Pack(output).slides) == {"S000", "S001", "T2"}
+
+
 def test_a_killed_run_goes_on_from_its_finished_slides(
     cohort: Path, tmp_path: Path, monkeypatch
 ) -> None:

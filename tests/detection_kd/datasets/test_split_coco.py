@@ -111,3 +111,40 @@ def test_what_cannot_be_split_is_one_line(
     )
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def split_names(tmp_path: Path, names: list[str], *lines: str) -> tuple[int, list[str]]:
+    """The exit status, and the images of train.json, for a train.txt of these lines."""
+    images = [{"id": i, "file_name": name, "width": 8, "height": 8} for i, name in enumerate(names)]
+    document = {"images": images, "annotations": [], "categories": []}
+    (tmp_path / "all.json").write_text(json.dumps(document))
+    given = lists(tmp_path / "lists", train=list(lines))
+    keys = [f"annotations={tmp_path}/all.json", f"output={tmp_path}/out", f"lists={given}"]
+    status = run(main, Config, keys)
+    found = read(tmp_path / "out").get("train", {"images": []})
+    return status, [image["file_name"] for image in found["images"]]
+
+
+def test_names_with_blanks_are_one_name_per_line(tmp_path: Path) -> None:
+    names = ["case 1 a.jpg", "case", "1", "deep/case 2.jpg"]
+    assert split_names(tmp_path, names, "case 1 a.jpg", "  case 2  ", "") == (
+        0,
+        ["case 1 a.jpg", "deep/case 2.jpg"],
+    )
+
+
+def test_equal_names_in_two_folders_are_told_apart(tmp_path: Path) -> None:
+    names = ["a/01.jpg", "b/01.jpg", "b/01.png", "b/02.png"]
+    assert split_names(tmp_path, names, "b/01.jpg", "a/01", "02") == (
+        0,
+        ["a/01.jpg", "b/01.jpg", "b/02.png"],
+    )
+
+
+@pytest.mark.parametrize(("line", "number"), [("01", 3), ("01.jpg", 2), ("b/01", 2)])
+def test_a_name_of_several_images_is_refused(
+    tmp_path: Path, line: str, number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, found = split_names(tmp_path, ["a/01.jpg", "b/01.jpg", "b/01.png"], line)
+    assert (status, found) == (2, [])
+    assert f"'{line}' may be {number} images" in capsys.readouterr().err

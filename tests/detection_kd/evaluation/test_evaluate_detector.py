@@ -159,6 +159,18 @@ def test_pycocotools_reads_the_predictions_with_the_same_result(
     assert asc == pytest.approx(results["AP/ASC"], abs=1e-6)
 
 
+def test_score_and_precision_come_from_the_checkpoint(folder: Path, tmp_path: Path) -> None:
+    own = load_checkpoint(folder / "detector" / "checkpoint_best.pt")["config"]
+    assert own["precision"] == "fp32" and own["field"]["resize"] == pytest.approx(48 / 64, abs=0.3)
+    chosen = changed(
+        folder, tmp_path, config={"precision": "bf16", "operating_point": {"min_score": 0.0123}}
+    )
+    asked = ["min_score=auto", "precision=auto", "overlays=0", chosen]
+    assert evaluate(folder, tmp_path / "out", *asked) == 0
+    results = read(tmp_path / "out" / "results.json")
+    assert results["min_score"] == 0.0123 and results["settings"]["precision"] == "bf16"
+
+
 def test_pictures_are_there_and_open(finished: Path) -> None:
     names = {path.name for path in finished.iterdir() if path.suffix == ".png"}
     assert names == {"precision_recall.png", "froc.png"}

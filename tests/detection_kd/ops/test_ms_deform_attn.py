@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from common.errors import UserError
 from common.ops.compiled_op import warn_once
@@ -215,6 +216,44 @@ def test_opcheck(device: str, dtype: torch.dtype) -> None:
     arguments = (grad, inputs[0], sizes, points, *inputs[1:], None)
     torch.library.opcheck(torch.ops.detection_kd.ms_deform_attn_backward, arguments)
     assert BACKWARD == "detection_kd::ms_deform_attn_backward"
+
+
+def test_a_second_derivative_is_an_error_and_not_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    value, shapes, locations, weights, points = make_case(4, 3, levels=2)
+
+    def penalty() -> Tensor:
+        out = ms_deform_attn(value, shapes, locations, weights, points)
+        (gradient,) = torch.autograd.grad(out.square().sum(), locations, create_graph=True)
+        return gradient.square().sum()
+
+    with pytest.raises(NotImplementedError, match="set DEFORM_ATTN_BACKEND=reference"):
+        torch.autograd.grad(penalty(), value)
+    monkeypatch.setenv("DEFORM_ATTN_BACKEND", "reference")
+    out = ms_deform_attn(value, shapes, locations, weights, points).pow(3).sum()
+    (gradient,) = torch.autograd.grad(out, weights, create_graph=True)
+    assert torch.autograd.grad(gradient.sum(), weights)[0].abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch.func's own
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("grad", [False, True])
+def test_forward_mode_is_an_error_and_not_zero(place: int, grad: bool) -> None:
+    value, shapes, locations, weights, points = make_case(4, 3, levels=2)
+    inputs = [leaf.detach().requires_grad_(grad) for leaf in (value, locations, weights)]
+
+    def call(leaf: Tensor) -> Tensor:
+        tensors = [*inputs[:place], leaf, *inputs[place + 1 :]]
+        return ms_deform_attn(tensors[0], shapes, tensors[1], tensors[2], points)
+
+    leaf = inputs[place]
+    with pytest.raises(NotImplementedError, match="set DEFORM_ATTN_BACKEND=reference"):
+        torch.func.jvp(call, (leaf,), (torch.ones_like(leaf),))
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match="set DEFORM_ATTN_BACKEND=reference"),
+    ):
+        call(forward_ad.make_dual(leaf, torch.ones_like(leaf)))
+    assert call(leaf).isfinite().all()  # and afterwards it is as before
 
 
 ONE_GRAPH = """

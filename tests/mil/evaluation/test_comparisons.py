@@ -5,10 +5,11 @@ counts and products.
 from __future__ import annotations
 
 import logging
-from itertools import combinations
+from itertools import combinations, permutations
 
 import numpy as np
 import pytest
+from scipy import stats
 from scipy.stats import chi2
 from sklearn.metrics import cohen_kappa_score, r2_score, roc_auc_score
 
@@ -25,7 +26,6 @@ from mil.tasks.ordinal import Ordinal, grade
 from mil.tasks.regression import ValuePredictions
 from mil.tasks.survival import RiskPredictions
 from mil.tasks.table import TASKS
-from tests.mil.tasks.test_metrics_by_task import harrell
 
 B, SEED = 60, 5
 CASES = {
@@ -48,7 +48,8 @@ def grades(fold: int, noise: float, draw: int) -> Predictions:
 
 def risks(fold: int, noise: float, draw: int) -> RiskPredictions:
     generator = np.random.default_rng(fold)
-    times, events = generator.integers(1, 12, 40).astype(float), generator.random(40) < 0.7
+    times = np.repeat(generator.integers(1, 12, 20).astype(float), 2)
+    events = np.repeat(generator.random(20) < 0.7, 2)
     said = -times + noise * np.random.default_rng([fold, draw]).normal(size=40)
     return RiskPredictions(fold, CASES[fold], times, events, said)
 
@@ -59,13 +60,29 @@ def values(fold: int, noise: float, draw: int) -> ValuePredictions:
     return ValuePredictions(fold, CASES[fold], targets, targets + error)
 
 
-def judge(run, rows: np.ndarray) -> float:
-    """The headline metric of some rows of a run, by others' code."""
+def judge(run, weights: np.ndarray) -> float:
+    """The headline metric of a run under weights of its slides, by others' code."""
     if isinstance(run, ValuePredictions):
-        return r2_score(run.targets[rows], run.predicted[rows])
+        return r2_score(run.targets, run.predicted, sample_weight=weights)
     if isinstance(run, RiskPredictions):
-        return harrell(run.times[rows], run.events[rows], run.risks[rows])
-    return cohen_kappa_score(run.targets[rows], grade(run.probabilities[rows]), weights="quadratic")
+        return weighted_harrell(run, weights)
+    called = grade(run.probabilities)
+    return cohen_kappa_score(run.targets, called, weights="quadratic", sample_weight=weights)
+
+
+def weighted_harrell(run: RiskPredictions, weights: np.ndarray) -> float:
+    """Harrell's C-index as a loop over pairs of patients, each with the product of their weights;
+    a patient's two slides have one risk, their mean.
+    """
+    times, events, weights = run.times[::2], run.events[::2], weights[::2]
+    risks = run.risks.reshape(-1, 2).mean(1)
+    right = comparable = 0.0
+    for i, j in permutations(range(len(times)), 2):
+        if events[i] and (times[i] < times[j] or (times[i] == times[j] and not events[j])):
+            pair = weights[i] * weights[j]
+            comparable += pair
+            right += pair * ((risks[i] > risks[j]) + 0.5 * (risks[i] == risks[j]))
+    return right / comparable
 
 
 @pytest.mark.parametrize(
@@ -84,25 +101,36 @@ def test_paired_bootstrap_is_the_plain_loop(kind: str, make):
     assert table == "comparisons" and [(row["model_a"], row["model_b"]) for row in rows] == list(
         combinations("abc", 2)
     )
-    weights = {fold: resample_patients(CASES[fold], B, (SEED, fold)) for fold in (0, 1)}
-    everyone = np.arange(40)
+    of_fold = {run.test.fold: run.test for run in runs}
+    weights = {
+        fold: resample_patients(CASES[fold], B, (SEED, fold), of_fold[fold].strata)
+        for fold in (0, 1)
+    }
+    patients = [of_fold[fold].strata.reshape(20, 2).max(1) for fold in (0, 1)]
+    # all events could be censored, but no pair is comparable without events
+    needed = [1] if kind in ("cox", "discrete") else np.unique(patients)
+    freedom = min(sum((of == stratum).sum() - 1 for of in patients) for stratum in needed)
+    factor = stats.t.ppf(0.975, freedom) / stats.norm.ppf(0.975)
     for row in rows:
         sides = [[run.test for run in runs if run.model == row[f"model_{end}"]] for end in "ab"]
-        values = [np.mean([judge(run, everyone) for run in side]) for side in sides]
+        values = [np.mean([judge(run, np.ones(40)) for run in side]) for side in sides]
         assert [row["value_a"], row["value_b"]] == pytest.approx(values) and row[
             "metric"
         ] == task.headline
         drawn = []
         for b in range(B):
             means = [
-                np.mean([judge(run, np.repeat(everyone, weights[run.fold][b])) for run in side])
-                for side in sides
+                value
+                + factor * (np.mean([judge(run, weights[run.fold][b]) for run in side]) - value)
+                for side, value in zip(sides, values, strict=True)
             ]
             drawn.append(means[0] - means[1])
         below, above = sum(d <= 0 for d in drawn), sum(d >= 0 for d in drawn)
         assert row["p"] == pytest.approx(min(1.0, 2 * (1 + min(below, above)) / (1 + B)))
+        half = stats.norm.ppf(0.975) * np.std(drawn)
+        ends = np.percentile(drawn, [2.5, 97.5])
         assert [row["ci_low"], row["ci_high"]] == pytest.approx(
-            np.percentile(drawn, [2.5, 97.5]).tolist()
+            [min(ends[0], np.mean(drawn) - half), max(ends[1], np.mean(drawn) + half)]
         )
         assert row["difference"] == pytest.approx(values[0] - values[1]) and row["resamples"] == B
     assert [row["p_holm"] for row in rows] == holm([row["p"] for row in rows])

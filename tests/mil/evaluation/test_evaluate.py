@@ -149,8 +149,8 @@ def test_tables_are_what_the_predictions_say(tmp_path: Path, capsys: pytest.Capt
     assert book.sheetnames == ["results", "summary", "delong", "operating_points", "screening"]
     cells = list(book["results"].values)
     assert (
-        cells[0][4] == "auc"
-        and cells[1][4] == pytest.approx(float(results[0]["auc"]))
+        cells[0][4:6] == ("positive", "auc")
+        and cells[1][5] == pytest.approx(float(results[0]["auc"]))
         and len(cells) == 5
     )
 
@@ -505,3 +505,30 @@ def test_without_validation_slides_nothing_is_chosen(
 
 def test_no_run_gives_no_screening_rows():
     assert screening_rows([], Classification(("a", "b")), 10, 0) == []
+
+
+def test_a_rare_class_has_no_interval_and_the_log_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """Two folds with one positive test patient each."""
+    rows = read(table(tmp_path / "all.csv"))
+    kept: dict[tuple[str, str, str], str] = {}
+    for row in rows:
+        if row["split"] == "test" and row["label"] == "p":
+            kept.setdefault((row["model"], row["fold"], row["split"]), row["case_id"])
+    few = [
+        row
+        for row in rows
+        if row["split"] != "test"
+        or row["label"] == "n"
+        or row["case_id"] == kept[row["model"], row["fold"], row["split"]]
+    ]
+    path = write(tmp_path / "few.csv", few)
+    with caplog.at_level("WARNING"):
+        assert evaluate(f"predictions=[{path}]", f"output={tmp_path}/out", "figures=false") == 0
+    assert "no 95 % interval of auc, f1, sensitivity" in caplog.text
+    for row in read(tmp_path / "out" / "summary.csv"):
+        assert row["auc_ci_low"] == row["sensitivity_ci_high"] == "" != row["auc_mean"]
+        assert row["specificity_ci_low"] and row["positive"] == "p"
+    text = (tmp_path / "out" / "summary.md").read_text()
+    assert "The positive class is p." in text and "[" in text

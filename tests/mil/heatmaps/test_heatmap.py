@@ -242,11 +242,13 @@ def test_a_bad_slide_is_listed_and_the_others_are_drawn(bench: Path):
     write_bag(
         cohort / "bags" / "h5_files" / "s04.h5", bag.features * -5, bag.coords, bag.attributes
     )
-    assert run(main, Config, arguments(bench, "heat", "only=[s00,s02,s03,s04]")) == 1
+    (cohort / "bags" / "h5_files" / "s05.h5").write_bytes(b"cut off")
+    assert run(main, Config, arguments(bench, "heat", "only=[s00,s02,s03,s04,s05]")) == 1
     with (output / "failures.csv").open() as stream:
         failed = {row["slide"]: row["error"] for row in csv.DictReader(stream)}
-    assert set(failed) == {"s02", "s03", "s04"} and "expected a slide below" in failed["s03"]
+    assert set(failed) == {"s02", "s03", "s04", "s05"} and "expected a slide below" in failed["s03"]
     assert "cannot be decoded" in failed["s02"] and "that the model was tested on" in failed["s04"]
+    assert "s05.h5" in failed["s05"] and "cannot be read" in failed["s05"]
     text = links(output / "index.html").text
     assert "cannot be decoded" in text and sorted(
         path.name for path in (output / "slides").iterdir()
@@ -349,6 +351,7 @@ def test_without_slides_tiles_stand_on_white(bench: Path):
         bench.parent / "tissue" / "s05.geojson",
         [Outline(np.array([[0, 0], [64, 0], [64, 48], [0, 48]]))],
         0.5,
+        (0, 0),
     )
     assert run(main, Config, [*given, f"outlines={bench.parent}/tissue"]) == 0
     output = bench.parent / "heat"

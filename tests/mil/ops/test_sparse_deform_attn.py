@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from benchmarks.sparse_attention import dense
 from common.errors import UserError
@@ -152,6 +153,40 @@ def test_opcheck(device: str, dtype: torch.dtype) -> None:
     grad = torch.randn(5, 24, device=device, dtype=dtype)
     torch.library.opcheck(torch.ops.mil.sparse_deform_attn_backward, (grad, *detached, None))
     assert BACKWARD == "mil::sparse_deform_attn_backward"
+
+
+def test_a_second_derivative_is_an_error_and_not_zero() -> None:
+    case = make_case(4, 5, levels=1, bags=2)
+
+    def second(backend: str) -> Tensor:
+        out = run(case, backend).pow(3).sum()
+        (gradient,) = torch.autograd.grad(out, case.weights, create_graph=True)
+        return torch.autograd.grad(gradient.sum(), case.value)[0]
+
+    with pytest.raises(NotImplementedError, match="set SPARSE_ATTN_BACKEND=reference"):
+        second("compiled")
+    assert second("reference").abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch.func's own
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_forward_mode_is_an_error_and_not_zero(place: int) -> None:
+    case = make_case(4, 5, levels=1, bags=2)
+    inputs = [leaf.detach() for leaf in case.leaves]
+
+    def call(leaf: Tensor) -> Tensor:
+        value, locations, weights = [*inputs[:place], leaf, *inputs[place + 1 :]]
+        return run(replace(case, value=value, locations=locations, weights=weights))
+
+    leaf = inputs[place]
+    with pytest.raises(NotImplementedError, match="set SPARSE_ATTN_BACKEND=reference"):
+        torch.func.jvp(call, (leaf,), (torch.ones_like(leaf),))
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match="set SPARSE_ATTN_BACKEND=reference"),
+    ):
+        call(forward_ad.make_dual(leaf, torch.ones_like(leaf)))
+    assert call(leaf).isfinite().all()  # and afterwards it is as before
 
 
 ONE_GRAPH = """

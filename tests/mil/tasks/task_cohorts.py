@@ -25,10 +25,12 @@ def rewrite(cohort: Path, kind: str) -> Path:
     header, cells = COHORTS[kind]
     with (cohort / "labels.csv").open() as stream:
         rows = list(csv.DictReader(stream))
-    lines = [
-        f"{r['case_id']},{r['slide_id']},{cells(i, r['label'] == 'pos')},{r['split']}"
-        for i, r in enumerate(rows)
-    ]
+    lines = []
+    for i, row in enumerate(rows):
+        # a patient has one follow-up
+        number = int(row["case_id"].removeprefix("case")) if "time" in header else i
+        filled = cells(number, row["label"] == "pos")
+        lines.append(f"{row['case_id']},{row['slide_id']},{filled},{row['split']}")
     (cohort / "labels.csv").write_text(
         "\n".join([f"case_id,slide_id,{header},split", *lines]) + "\n"
     )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
+from benchmarks import intervals
 from common.metrics.bootstrap import interval, resample_patients
 from mil.tasks.bootstrap import bootstrap, resample_runs, summarise
 from mil.tasks.classification import METRICS, Predictions, evaluate
@@ -27,24 +28,47 @@ def test_weights_count_slides_as_often_as_copies_would():
     weights = resample_patients(cases, 50, (7, 0))
     weighted = evaluate(run, weights)
     for b in range(50):
-        assert (weights[b][::2] == weights[b][1::2]).all() and weights[b][
-            ::2
-        ].sum() == 30  # whole patients
-        rows = np.repeat(np.arange(len(targets)), weights[b])
+        copies = np.rint(weights[b] * 29 / 30).astype(int)  # 29 draws of 30 patients
+        assert (copies[::2] == copies[1::2]).all() and copies[::2].sum() == 29  # whole patients
+        rows = np.repeat(np.arange(len(targets)), copies)
         copied = evaluate(Predictions(0, cases[rows], targets[rows], probabilities[rows], None))
         for name in METRICS:
             np.testing.assert_allclose(weighted[name][b], copied[name][0], err_msg=name)
 
 
-def test_degenerate_resamples_are_skipped_and_counted():
-    targets = np.array([1, 0, 0, 0])
-    run = Predictions(0, np.array(list("abcd")), targets, two_classes([0.9, 0.1, 0.2, 0.3]), 0.5)
-    samples = bootstrap([run], 4000, 0, evaluate)
-    ci, skipped = interval(samples["auc"])
-    assert skipped == pytest.approx(4000 * (0.75**4 + 0.25**4), rel=0.1)
-    assert ci == [1.0, 1.0]
-    assert interval(np.full(3, np.nan)) == (None, 3)
-    assert summarise([run], samples, evaluate)["resamples_skipped"] == skipped
+def make_runs(positives: int, slides: int = 20, folds: int = 5) -> list[Predictions]:
+    generator, runs = np.random.default_rng(0), []
+    for fold in range(folds):
+        targets = (np.arange(slides) < positives).astype(np.int64)
+        chances = two_classes(np.clip(generator.normal(0.4 + 0.2 * targets, 0.2), 0, 1))
+        cases = np.array([f"{fold}_{n}" for n in range(slides)])
+        runs.append(Predictions(fold, cases, targets, chances, 0.5))
+    return runs
+
+
+def test_a_rare_class_has_an_interval_only_where_its_patients_vary():
+    """One positive per fold: nothing says how much positives differ, and everything how much
+    negatives do.
+    """
+    alone, two = (
+        summarise(runs, bootstrap(runs, 500, 0, evaluate), evaluate)
+        for runs in (make_runs(1), make_runs(2))
+    )
+    for name in ("auc", "sensitivity", "f1", "balanced_accuracy", "kappa", "auprc"):
+        assert alone[f"{name}_ci"] is None and two[f"{name}_ci"] is not None, name
+    for name in ("specificity", "accuracy", "brier"):
+        low, high = alone[f"{name}_ci"]
+        assert low < alone[f"{name}_mean"] < high
+    assert alone["resamples_skipped"] == two["resamples_skipped"] == 0
+
+
+def test_intervals_of_rare_classes_hold_the_truth():
+    """By simulation, as benchmarks/intervals.py does it at length."""
+    config = intervals.Config(rounds=60, resamples=200)
+    row = intervals.measure(config, 2, 0.8)
+    ours, plain = (float(row[f"{kind} auc"].split()[0]) for kind in ("ours", "plain"))
+    assert ours >= 0.88 and ours > plain
+    assert intervals.measure(config, 1, 0.8)["ours auc"] == "- (0.00)"
 
 
 def test_interval_of_a_mean_over_folds_resamples_within_folds():
@@ -97,10 +121,10 @@ def test_patients_of_several_folds_are_drawn_once():
         Predictions(fold, np.arange(60).astype(str), positive.astype(int), two_classes(scores), 0.5)
         for fold in (0, 1)
     ]
-    weights = resample_runs(runs, 300, 0)
+    weights = resample_runs(runs, 300, 0).weights
     np.testing.assert_array_equal(weights[0], weights[1])
     np.testing.assert_allclose(
-        bootstrap(runs, 300, 0, evaluate)["auc"], evaluate(runs[0], weights[0])["auc"]
+        bootstrap(runs, 300, 0, evaluate)["auc"], bootstrap(runs[:1], 300, 0, evaluate)["auc"]
     )
     apart = [
         runs[0],

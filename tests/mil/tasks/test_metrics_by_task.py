@@ -42,14 +42,10 @@ def grades_run() -> Predictions:
 
 def risks_run() -> RiskPredictions:
     generator = np.random.default_rng(2)
-    times = generator.integers(1, 15, 80).astype(float)  # many ties
-    return RiskPredictions(
-        0,
-        CASES,
-        times,
-        generator.random(80) < 0.6,
-        np.round(generator.normal(size=80) - times / 6, 1),
-    )
+    times = np.repeat(generator.integers(1, 15, 40).astype(float), 2)  # many ties
+    events = np.repeat(generator.random(40) < 0.6, 2)
+    risks = np.round(generator.normal(size=80) - times / 6, 1)
+    return RiskPredictions(0, CASES, times, events, risks)
 
 
 def values_run() -> ValuePredictions:
@@ -145,19 +141,35 @@ def test_values_are_scipys_and_scikit_learns():
     assert np.isnan([value[0] for value in same.values()]).all()
 
 
+def copies(weights: np.ndarray) -> np.ndarray:
+    """How often each slide was drawn: n - 1 draws of n patients have weight n / (n - 1)."""
+    patients = len(np.unique(CASES))
+    return np.rint(weights * (patients - 1) / patients).astype(int)
+
+
 def test_c_index_is_the_loop_over_pairs():
+    """A patient counts once, with the mean risk of both slides."""
     run = risks_run()
-    assert evaluate_risks(run)["c_index"][0] == pytest.approx(
-        harrell(run.times, run.events, run.risks)
-    )
+    times, events, risks = run.times[::2], run.events[::2], run.risks.reshape(40, 2).mean(1)
+    assert evaluate_risks(run)["c_index"][0] == pytest.approx(harrell(times, events, risks))
     weights = resample_patients(CASES, 10, (0,))
     values = evaluate_risks(run, weights)
     for b in range(10):
-        rows = np.repeat(np.arange(80), weights[b])
+        rows = np.repeat(np.arange(40), copies(weights[b])[::2])
         assert values["c_index"][b] == pytest.approx(
-            harrell(run.times[rows], run.events[rows], run.risks[rows])
+            harrell(times[rows], events[rows], risks[rows])
         )
-        assert values["event_share"][b] == pytest.approx(run.events[rows].mean())
+        assert values["event_share"][b] == pytest.approx(events[rows].mean())
+
+
+def test_more_slides_do_not_make_a_patient_count_more():
+    run = risks_run()
+    rows = np.concatenate([np.arange(80), [0, 1, 0, 1]])  # the first patient has six slides
+    more = RiskPredictions(
+        0, *(values[rows] for values in (run.cases, run.times, run.events, run.risks))
+    )
+    assert evaluate_risks(more)["c_index"][0] == pytest.approx(evaluate_risks(run)["c_index"][0])
+    assert evaluate_risks(more)["event_share"][0] == evaluate_risks(run)["event_share"][0]
 
 
 def test_c_index_by_hand():
@@ -181,12 +193,17 @@ def test_weights_are_copies_and_intervals_enclose_the_mean(kind: str):
     weights = resample_patients(CASES, 5, (3,))
     weighted = task.evaluate(run, weights)
     for b in range(5):
-        rows = np.repeat(np.arange(80), weights[b])
+        times = copies(weights[b])
+        rows = np.repeat(np.arange(80), times)
         fields = {
             name: value[rows]
             for name, value in vars(run).items()
             if isinstance(value, np.ndarray) and len(value) == 80
         }
+        number = np.concatenate([np.arange(count) for count in times])
+        fields["cases"] = np.array(  # a copy is another patient
+            [f"{case} {copy}" for case, copy in zip(fields["cases"], number, strict=True)]
+        )
         copied = task.evaluate(type(run)(**(vars(run) | fields)))
         for name in task.metrics:
             np.testing.assert_allclose(weighted[name][b], copied[name][0], err_msg=name)

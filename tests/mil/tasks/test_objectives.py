@@ -399,6 +399,13 @@ def test_a_cell_that_is_no_target_is_named(tmp_path: Path, kind: str, row: str, 
         read_targets(tmp_path / "labels.csv", kind)
 
 
+def test_a_patient_has_one_follow_up(tmp_path: Path):
+    table = tmp_path / "labels.csv"
+    table.write_text("case_id,slide_id,time,event\nc1,s1,5,1\nc2,s2,4,0\nc1,s3,5,0\n")
+    with pytest.raises(UserError, match=r"case c1: .*found 5 \(event\) on slide s1 and 5 \(cens"):
+        read_targets(table, "cox")
+
+
 def test_targets_name_columns_grades_and_doubles(tmp_path: Path):
     table = tmp_path / "labels.csv"
     table.write_text("case_id,slide_id,label\nc1,s1,low\nc2,s2,high\nc3,s3,mid\n")

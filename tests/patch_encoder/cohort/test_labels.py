@@ -154,6 +154,24 @@ def test_folders_that_are_slides(tmp_path: Path) -> None:
         tree(tmp_path / "cohort", "b1.dcm", "b2.dcm")
 
 
+@pytest.mark.parametrize("place", ["beside", "above"])
+def test_a_picture_named_like_a_tile_hides_no_slide(
+    tmp_path: Path, place: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path if place == "beside" else tmp_path / "cohort"
+    folder.mkdir(exist_ok=True)
+    for name in ("a.svs", "b.svs"):
+        (folder / name).touch()
+    (tmp_path / "2024_11.jpg").touch()
+    with caplog.at_level("WARNING"):
+        assert list(find_slides(tmp_path)) == ["a", "b"]
+    assert "2024_11.jpg" in caplog.text
+    (folder / "tiles").mkdir()
+    for name in ("0_0.jpg", "0_1.jpg"):
+        (folder / "tiles" / name).touch()
+    assert list(find_slides(tmp_path)) == ["a", "b", "tiles"], "tile folders go on to be slides"
+
+
 def test_tile_folders_by_pattern(tmp_path: Path) -> None:
     tree(tmp_path, "T1/tile_x0_y0.png", "T2/tile_x9_y0.png")
     assert set(find_slides(tmp_path)) == {"tile_x0_y0", "tile_x9_y0"}, (

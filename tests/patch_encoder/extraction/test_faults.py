@@ -123,6 +123,94 @@ def test_real_slide_with_a_damaged_middle(real_data: Path, tmp_path: Path) -> No
     assert not (folder / "failures.csv").exists()
 
 
+def test_features_that_no_network_computes_are_the_same_on_any_device(
+    cohort: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert extract(cohort, "precision=bf16") == 0
+    assert extract(cohort, "precision=fp32") == 0, "nothing is left to do"
+    bag = open_bag(cohort / "features" / "mean_colour" / "h5_files" / "S000.h5")
+    assert bag.attributes["precision"] == "fp32"
+
+
+def test_a_place_that_cannot_be_written_is_one_line_before_any_work(
+    cohort: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A read-only file system by its error: the rights of a folder do not stop root."""
+    opened, real = [], os.open
+
+    def read_only(path: str | Path, flags: int, *mode: int, **options: int) -> int:
+        if flags & os.O_CREAT and str(path).startswith(str(cohort)):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return real(path, flags, *mode, **options)
+
+    monkeypatch.setattr(os, "open", read_only)
+    monkeypatch.setattr(engine, "encode_slides", lambda *_, **__: opened.append("bags"))
+    monkeypatch.setattr(tile_slides, "tile_all", lambda *_: opened.append("tiles") or [])
+    assert extract(cohort) == 2
+    tiling = [f"slides={cohort}/slides", f"output={cohort}/again"]
+    assert run(tile_slides.main, tile_slides.Config, tiling) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(lines) == 2 and all("Read-only file system" in line for line in lines)
+    assert not opened
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_disk_that_fills_while_tiling_is_one_line_and_the_end(
+    cohort: Path, workers: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, *_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(tile_slides, "write_tiles", full)
+    tiling = [f"slides={cohort}/slides", f"output={cohort}/again", f"workers={workers}"]
+    assert run(tile_slides.main, tile_slides.Config, tiling) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error") and "No space left on device" in error
+    assert not (cohort / "again" / "failures.csv").exists(), "it is not for the slides"
+
+
+def test_a_name_that_is_not_utf8_and_a_long_one_are_listed_with_the_others(
+    cohort: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (cohort / "slides" / "S000.tiff").read_bytes()
+    (cohort / "slides" / os.fsdecode(b"S\xff9.tiff")).write_bytes(whole)
+    (cohort / "slides" / ("L" * 230 + ".tiff")).write_bytes(whole)
+    (cohort / "slides" / "S001.tiff").write_bytes(whole[:3000])
+    tiling = [f"slides={cohort}/slides", f"output={cohort}/again", "tile_size=64", "workers=1"]
+    assert run(tile_slides.main, tile_slides.Config, tiling) == 1
+    listed = (cohort / "again" / "failures.csv").read_text()
+    assert "S001," in listed and "S\\udcff9," in listed and listed.count("\n") == 3
+    assert (cohort / "again" / "coords" / ("L" * 230 + ".h5")).is_file()
+    assert extract(cohort, f"coords={cohort}/again") == 1
+    listed = (cohort / "features" / "mean_colour" / "failures.csv").read_text()
+    assert "S001," in listed and "S\\udcff9," in listed
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "group", "pt"])
+def test_a_damaged_bag_is_extracted_again_and_stops_nothing(
+    cohort: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert extract(cohort, "pt=true") == 0
+    folder = cohort / "features" / "mean_colour"
+    before = as_bytes(folder)
+    others = {name: (folder / "h5_files" / name).stat().st_mtime_ns for name in before}
+    bag = folder / "h5_files" / "S001.h5"
+    if damage == "group":
+        with h5py.File(bag, "w") as file:
+            file.create_group("features")
+    elif damage == "pt":
+        pt = folder / "pt_files" / "S001.pt"
+        pt.write_bytes(pt.read_bytes()[:100])
+    else:
+        bag.write_bytes(before["S001.h5"][: 900 if damage == "cut" else 0])
+    assert extract(cohort, "pt=true") == 0
+    assert "it is made anew" in caplog.text and "S001" in caplog.text
+    assert as_bytes(folder) == before
+    assert len(read_bag(folder / "pt_files" / "S001.pt")) == len(read_bag(bag))
+    for name in ("S000.h5", "S002.h5"):
+        assert (folder / "h5_files" / name).stat().st_mtime_ns == others[name], "left alone"
+
+
 @pytest.mark.process
 def test_killed_in_the_middle_and_started_again_gives_the_same_files(cohort: Path) -> None:
     command = arguments(cohort, "encoder=stain_texture", "batch_size=2")
@@ -133,6 +221,8 @@ def test_killed_in_the_middle_and_started_again_gives_the_same_files(cohort: Pat
         command,
     )  # a slide is done, the next one is under way
     assert hidden(part), "what was under way has a hidden name"
+    for file in hidden(part):
+        os.utime(file, (1.0, 1.0))  # as if the second start came later
     for file in part.glob("*.h5"):
         read_bag(file)
     assert extract(cohort, "encoder=stain_texture", "batch_size=2") == 0

@@ -89,13 +89,45 @@ def test_padding_adds_rows_of_zeros_only() -> None:
     assert pad_batch(items, 2) is items and pad_batch(items, 0) is items
 
 
-def test_a_batch_that_does_not_fit_says_what_to_set() -> None:
-    class Full(nn.Linear):
-        def forward(self, input: Tensor) -> Tensor:
-            raise torch.OutOfMemoryError("tried to allocate")
+class Small(nn.Linear):
+    """A layer on a device that holds so many rows."""
 
-    with pytest.raises(UserError, match="batch_size=64: does not fit.*set batch_size=32"):
-        Network(Full(2, 2), CPU, "fp32", 64).launch(torch.zeros(1, 2))
+    def __init__(self, rows: int, error: RuntimeError) -> None:
+        super().__init__(2, 2)
+        self.rows, self.error = rows, error
+
+    def forward(self, input: Tensor) -> Tensor:
+        if len(input) > self.rows:
+            raise self.error
+        return super().forward(input)
+
+
+FULL = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory"
+    ),
+)
+
+
+@pytest.mark.parametrize("error", FULL, ids=["cuda", "cpu"])
+def test_a_batch_that_does_not_fit_is_halved_with_one_warning(
+    error: RuntimeError, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, items = Small(2, error), torch.rand(7, 2)
+    network = Network(model, CPU, "fp32", 8)
+    found = torch.cat([network.launch(part).features() for part in items.split(4)])
+    assert network.rows == 2
+    assert torch.allclose(found, nn.functional.linear(items, model.weight, model.bias), atol=1e-6)
+    assert len([record for record in caplog.records if "batch_size=8" in record.message]) == 1
+
+
+@pytest.mark.parametrize("error", FULL, ids=["cuda", "cpu"])
+def test_a_tile_that_does_not_fit_alone_is_one_line(error: RuntimeError) -> None:
+    with pytest.raises(UserError, match="batch_size=64: not even one tile"):
+        Network(Small(0, error), CPU, "fp32", 64).launch(torch.zeros(1, 2))
+    with pytest.raises(RuntimeError, match="shapes"):
+        Network(Small(0, RuntimeError("shapes")), CPU, "fp32", 64).launch(torch.zeros(1, 2))
 
 
 COMPILED = """

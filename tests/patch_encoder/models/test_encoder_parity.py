@@ -14,11 +14,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patch_encoder.models import image_towers as conch
+from patch_encoder.models import backbones
 from patch_encoder.models.backbones import initialise
 from patch_encoder.models.encoder_table import ENCODERS, EncoderRow
 from patch_encoder.models.encoder_weights import load_encoder_weights
-from patch_encoder.models.image_towers import AttentionPool, LinearAttentionPool, fit_positions
+from patch_encoder.models.image_towers import (
+    AttentionPool,
+    LinearAttentionPool,
+    build_conch_v1,
+    build_conch_v1_5,
+    fit_positions,
+)
 from patch_encoder.models.pooling import TransformersPool, pool_tokens
 
 State = dict[str, Tensor]
@@ -247,9 +253,9 @@ def test_conch_v1_5s_pool_written_out() -> None:
 
 @pytest.mark.parametrize("version", ["conch", "conch_v1_5"])
 def test_conch_loads_what_is_published(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = {"conch": conch.build_conch_v1, "conch_v1_5": conch.build_conch_v1_5}[version]
+    build = {"conch": build_conch_v1, "conch_v1_5": build_conch_v1_5}[version]
     small = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 64}
-    monkeypatch.setattr(conch, build.__name__, lambda: build(**small))
+    monkeypatch.setattr(backbones, build.__name__, lambda: build(**small))
     row = ENCODERS[version]
     module = drawn(initialise(row))
     state = module.state_dict()

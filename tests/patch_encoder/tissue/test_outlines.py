@@ -75,7 +75,7 @@ def test_geojson_is_read_back_to_the_same_mask(slide: Slide, tmp_path: Path) -> 
     assert ndimage.label(mask)[1] == 2 and mask.shape[0] not in (512, 256, 128)
     scale = slide.width / mask.shape[1], slide.height / mask.shape[0]
     outlines = [outline.scaled(*scale) for outline in trace_outlines(mask)]
-    write_geojson(tmp_path / "drawn" / "S1.geojson", outlines, slide.mpp)
+    write_geojson(tmp_path / "drawn" / "S1.geojson", outlines, slide.mpp, slide.bounds)
     np.testing.assert_array_equal(from_file(slide, tmp_path / "drawn"), mask)
     content = json.loads((tmp_path / "drawn" / "S1.geojson").read_text())
     assert content["type"] == "FeatureCollection"
@@ -151,7 +151,7 @@ def test_classes_holes_and_every_form_of_the_file(slide: Slide, tmp_path: Path) 
 def test_broken_outlines_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.geojson").write_text(text)
     with pytest.raises(UserError, match=message):
-        read_geojson(tmp_path / "a.geojson")
+        read_geojson(tmp_path / "a.geojson", (0, 0))
 
 
 @pytest.mark.parametrize("values", [(0, 255), (0, 1), (7, 3), (0.25, 0.5)])
