@@ -96,7 +96,7 @@ class Config(SlideKeys):
         "slide ids to draw; empty: all. The page lists the others without pictures",
         runtime=True,
     )
-    feature_set: str = key("", "of a benchmark; empty: its first one")
+    feature_set: str = key("", "of a benchmark; empty: the best by its headline metric")
     model: str = key("", "slide classifier; of the benchmark; empty: its headline")
     seed: int | None = key(
         None,
@@ -133,8 +133,9 @@ def read_source(config: Config) -> tuple[Source, dict[str, Path]]:
             raise UserError(
                 f"split={config.split}: expected test for a benchmark, whose test slides are drawn"
             )
-        source = read_from_benchmark(folder, config.feature_set, config.model, config.seed)
-        return source, list_bags(config.features or source.features)
+        chosen = (config.feature_set, config.model, config.seed, config.features)
+        source = read_from_benchmark(folder, *chosen)
+        return source, list_bags(source.features)
     if not config.features:
         raise UserError(
             "features: expected the folder of bags that the run was trained on, found none; add "
@@ -292,7 +293,7 @@ def main(config: Config) -> int:
         name = judged.slide_id
         if name not in inputs:
             where = (
-                f"a bag below {config.features or source.features}"
+                f"a bag below {source.features}"
                 if name not in bags
                 else f"a slide below {config.slides}"
             )

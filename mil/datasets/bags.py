@@ -59,9 +59,14 @@ class Sample:
 
 
 def find_bags(
-    folder: str | Path, slide_ids: Sequence[str], *, skip_missing: bool = False
+    folder: str | Path, slide_ids: Sequence[str], *, skip_missing: bool | None = None
 ) -> dict[str, Path]:
     """Bag file of every slide, in the order of `slide_ids`.
+
+    Args:
+        folder: of the bags.
+        slide_ids: the slides.
+        skip_missing: leave out those without a bag; None: as False, in a script without that key.
 
     Raises:
         UserError: slides without a bag, all of them in one line, unless `skip_missing`, which logs
@@ -73,7 +78,8 @@ def find_bags(
         count = f"{len(missing)} of {len(slide_ids)} labelled slides have no bag"
         line = f"{folder}: {count}: {list_names(missing, 10)}"
         if not skip_missing or len(missing) == len(slide_ids):
-            raise UserError(f"{line}; extract them or set skip_missing=true")
+            remedy = "" if skip_missing is None else " or set skip_missing=true"
+            raise UserError(f"{line}; extract them{remedy}")
         logger.warning("%s; left out", line)
     return {slide: found[slide] for slide in slide_ids if slide in found}
 

@@ -23,7 +23,7 @@ import mil.train as training
 from common.cli import run
 from common.config import load_config
 from common.errors import UserError
-from mil import heatmap
+from mil import evaluate, heatmap
 from mil.heatmap import Config, Scored, draw_one, main
 from mil.heatmaps.scores import TileScores, compute_percentile_ranks, score_bag
 from mil.heatmaps.settings import Drawing
@@ -286,6 +286,30 @@ def test_bags_of_another_encoder_are_refused_however_near_their_predictions(benc
     shutil.copytree(bench.parent / "cohort" / "bags", bench.parent / "moved")
     given = arguments(bench, "heat", f"features={bench.parent}/moved", "only=[s00]")
     assert run(main, Config, given) == 0
+
+
+def test_a_benchmark_that_was_moved_with_its_bags_works(
+    bench: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = bench / "summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps(summary | {"features": {"bags": "/nowhere/bags/h5_files"}}))
+    assert run(main, Config, arguments(bench, "heat", "only=[s00]")) == 0
+    slides = f"slides={bench.parent}/cohort/slides"
+    given = [f"benchmark={bench}", f"output={bench.parent}/page", slides, "example_slides=1"]
+    assert run(report, ReportConfig, given) == 0
+    tables = [f"benchmark={bench}", "resamples=10", "figures=false"]
+    assert run(evaluate.main, evaluate.Config, tables) == 0
+    bags = bench.parent / "cohort" / "bags"
+    bags.rename(bench.parent / "elsewhere")
+    for script, config, keys in (
+        (main, Config, arguments(bench, "heat", "only=[s01]")),
+        (report, ReportConfig, given),
+    ):
+        capsys.readouterr()
+        assert run(script, config, keys) == 2
+        assert "give features=<folder of them>" in capsys.readouterr().err
+        assert run(script, config, [*keys, f"features={bench.parent}/elsewhere"]) == 0
 
 
 def test_a_slide_that_is_new_to_the_model_needs_its_encoder(bench: Path):
