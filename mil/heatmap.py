@@ -32,6 +32,7 @@ from common.config import REQUIRED, group, key
 from common.device import pick_device
 from common.errors import UserError, did_you_mean
 from common.files import atomic_path, read_json, safe_id, sha256_file, write_json
+from common.memory import is_out_of_memory
 from common.processes.pool import Lost, Raised, pick_workers, run_jobs
 from common.progress import progress
 from common.provenance import can_reuse
@@ -240,6 +241,10 @@ class Scored(Sequence[DrawingJob]):
             scores: TileScores | str = score_slide(judged, inputs, *loaded, self._drawing)
         except (UserError, OSError) as error:
             scores = str(error)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            scores = f"{inputs.bag}: expected memory for its tiles, found none left; use device=cpu"
         return DrawingJob(judged, inputs, stamp, scores)
 
 

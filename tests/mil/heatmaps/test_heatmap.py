@@ -538,5 +538,14 @@ def test_one_slide_is_judged_at_a_time(bench: Path, monkeypatch: pytest.MonkeyPa
     (bag / "s00.h5").write_bytes(b"none")
     broken = next(job for job in jobs if job.judged.slide_id == "s00")
     assert isinstance(broken.scores, str) and "s00.h5" in broken.scores
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:  # one slide that is too large stops no other
+        patch.setattr(heatmap, "score_slide", fail)
+        assert "s03.h5: expected memory" in next(
+            str(job.scores) for job in jobs if job.judged.slide_id == "s03"
+        )
     with pytest.raises(UserError, match="s00.h5"):
         draw_one(broken, bench.parent / "out", source.task, Drawing())
