@@ -164,14 +164,16 @@ def test_every_task_has_attention_a_score_and_tiles_of_their_own(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     cohort, name = (
-        rewrite(write_cohort(tmp_path / "cohort", slides=24, signal=2.0), kind),
+        rewrite(write_cohort(tmp_path / "cohort", slides=32, signal=2.0), kind),
         TASKS[kind],
     )
-    if kind == "discrete":  # wants different times
+    if kind == "discrete":  # wants different times, one per patient
         lines = (cohort / "labels.csv").read_text().splitlines()
-        later = [re.sub(r",(1|9),", rf",\g<1>{i:02d},", line) for i, line in enumerate(lines)]
+        later = [re.sub(r"^case(\d+),(s\d+),(1|9),", r"case\1,\2,\3\1,", line) for line in lines]
         (cohort / "labels.csv").write_text("\n".join(later) + "\n")
     extra = ["intervals=2"] if kind == "discrete" else []
+    if kind in ("cox", "discrete"):
+        extra.append("val_fraction=0.4")  # enough patients to compare
     bench = train(
         cohort,
         tmp_path / "bench",
@@ -203,7 +205,7 @@ def test_every_task_has_attention_a_score_and_tiles_of_their_own(
         )
     page = (tmp_path / "heat" / "index.html").read_text()
     assert (
-        page.count("<tr data-slide") == 24
+        page.count("<tr data-slide") == 32
         and ("higher than" in page) == survival
         and (">p(" in page) == (number is None)
         and (">error<" in page) == (kind == "regression")
