@@ -188,14 +188,21 @@ def choose_memory(ram_gb: float, workers: int = 1) -> int:
     return int(ram_gb * 1e9) if ram_gb else free_memory() // 2 // max(1, workers)
 
 
-def digest_each(files: Mapping[str, Path]) -> dict[str, str]:
+def digest_each(
+    files: Mapping[str, Path], cases: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Slide id -> digest of the content of its bag, which changes with any feature or coordinate.
+
+    Args:
+        files: slide id -> bag.
+        cases: slide id -> patient; two patients with the same bag, who may stand on two sides of a
+            split, are logged.
 
     Raises:
         UserError: as `load_bags`, whose checks the bags of others go through here first.
     """
     bags, problems = _open_bags(files)
-    digests = {}
+    digests: dict[str, str] = {}
     for slide, bag in sorted(bags.items()):
         try:
             digests[slide] = bag.digest()
@@ -203,6 +210,7 @@ def digest_each(files: Mapping[str, Path]) -> dict[str, str]:
             problems[slide] = str(error)
     if problems:
         raise UserError(_join_problems(problems, len(files)))
+    _say_twins(digests, cases or {})
     return digests
 
 
@@ -214,3 +222,17 @@ def digest_bags(files: Mapping[str, Path]) -> str:
 def digest_set(digests: Mapping[str, str]) -> str:
     """Fingerprint of a set of bags, from slide id -> digest of each."""
     return sha256_bytes(*(f"{slide}:{digests[slide]}\n".encode() for slide in sorted(digests)))
+
+
+def _say_twins(digests: Mapping[str, str], cases: Mapping[str, str]) -> None:
+    """Log slides of two patients whose bags are the same."""
+    first: dict[str, str] = {}
+    twins = []
+    for slide, digest in digests.items():
+        other = first.setdefault(digest, slide)
+        if cases.get(slide) != cases.get(other):
+            twins.append(f"{other} ({cases[other]}) and {slide} ({cases[slide]})")
+    if twins:
+        more = f", and {len(twins) - 1} more pairs" if len(twins) > 1 else ""
+        line = "bags: %s have the same features and tiles%s: one slide under two patients?"
+        logger.warning(line, twins[0], more)

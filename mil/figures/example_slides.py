@@ -24,6 +24,7 @@ from mil.training.engine import examine, load_classifier
 from patch_encoder.bags.bag import open_bag
 from patch_encoder.bags.paths import find_coordinates
 from patch_encoder.slides import open_slide
+from patch_encoder.slides.names import check_fingerprint
 from patch_encoder.slides.overview import read_overview
 from patch_encoder.tiles.grid import read_tile
 
@@ -154,10 +155,11 @@ def make_example(
 
     Raises:
         UserError: unreadable or not finite bag, one that the model was not tested on or one without
-            coordinates, unreadable slide.
+            coordinates, unreadable slide or one that the bag is not of.
     """
     bag = open_bag(bag_file, find_coordinates(bag_file, coords))
     where = bag.coordinates()
+    check_fingerprint(slide_file, str(bag.attributes.get("slide_fingerprint", "")), "its features")
     bag.check_finite()
     device = torch.device("cpu")
     model, content = load_classifier(checkpoint, device)
