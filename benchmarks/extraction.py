@@ -72,7 +72,8 @@ def tiles_of(block: np.ndarray, count: int) -> Iterator[np.ndarray]:
 
 def render(cache: Path, tiles: int) -> dict[str, SlideJob]:
     """Draw the slide and the tile folder where they are missing; `tiles` of each as jobs."""
-    slide, folder, across = cache / "slide.tiff", cache / "folder", -(-SIDE // TILE)
+    slide, across = cache / "slide.tiff", -(-SIDE // TILE)
+    folder = cache / f"folder_{tiles}"  # its size is that of its tiles
     if not slide.is_file():
         cache.mkdir(parents=True, exist_ok=True)
         with tifffile.TiffWriter(cache / "part.tiff", bigtiff=True) as writer:
