@@ -8,8 +8,8 @@ ResNet-50 up to layer3 (random weights), tiles of 256 px resized to 224, from a 
 CLAM's design: fp32, coordinates file and slide opened for every tile, float32 normalised in the
 workers, one HDF5 append a batch. In a round every contestant runs once; figures are medians over
 rounds, ratios medians of the rounds' ratios. "Matrix products" are as many operations as the
-network has, as products of large matrices: the most that the processor could reach. Memory: peak of a process of its own for some tiles
-and for ten times as many.
+network has, as products of large matrices: the most that the processor could reach. Memory: peak of
+a process of its own for some tiles and for ten times as many.
 """
 
 from __future__ import annotations
@@ -203,8 +203,6 @@ def contestants(
             copy.deepcopy(encoder.model), device, precision, a.batch, compiler, "auto"
         )
         calls[f"model {label}"] = lambda network=network: model(network)
-        if not compiler:
-            calls[f"matrix products {label}"] = matrix_products(encoder.model, precision, a)
         for name, job in jobs.items():
             calls[f"{name} end to end {label}"] = lambda job=job, p=precision, n=network: whole(
                 job, p, n
@@ -322,7 +320,10 @@ def main() -> None:
         return
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
-    calls = contestants(build_encoder("resnet50", weights="random"), render(a.cache, a.tiles), a)
+    encoder = build_encoder("resnet50", weights="random")
+    calls = contestants(encoder, render(a.cache, a.tiles), a)
+    for precision in a.precisions:
+        calls[f"matrix products {precision}"] = matrix_products(encoder.model, precision, a)
     # warm up: networks are folded and compiled, files come into the cache
     for name, call in calls.items():
         if not name.endswith("classic"):
