@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 CONVOLUTION, ADD, RELU = aten.convolution.default, aten.add.Tensor, aten.relu.default
 KERNELS = ("auto", "fused", "plain")
 MARGIN = 1.15  # as many times faster must another way be to be taken instead of the first
-TURNS, SECONDS, SHORT = 3, 1.0, 0.05  # of a measurement; a call below SHORT seconds is none
+TURNS, SECONDS, SHORT = 3, 1.0, 0.05  # of a measurement; of calls between SHORT and SECONDS
 TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}  # of the largest output
 MAX_POOL = aten.max_pool2d_with_indices.default
 FRESH = (
@@ -96,7 +96,7 @@ def choose_fastest(
     """Time calls that take turns, for one or two seconds, and return the name of the fastest.
 
     The first one stays unless another is `MARGIN` times as fast, so that noise rarely decides; it
-    stays also where a call is too short for the choice to matter.
+    stays also where a call is too short for the choice to matter, or too long for this time.
     """
     shortest, start = dict.fromkeys(calls, math.inf), clock()
     first, turn = next(iter(calls)), 0
@@ -105,7 +105,7 @@ def choose_fastest(
             began = clock()
             call()
             shortest[name] = min(shortest[name], clock() - began)
-            if shortest[first] < SHORT:
+            if not SHORT <= shortest[first] <= SECONDS:
                 return first
         turn += 1
     fastest = min(shortest, key=lambda name: shortest[name])

@@ -341,6 +341,7 @@ class StubClock:
         ([0.1] * 3, [0.09] * 3, "fused", 6),  # within the margin
         ([0.5, 0.1, 0.5], [0.1] * 3, "fused", 6),  # disturbed: the shortest counts
         ([0.01], [0.001], "fused", 1),  # too short to matter
+        ([1.5], [0.1], "fused", 1),  # too long to measure
         ([0.9], [0.5], "plain", 2),  # long calls take one turn
     ],
 )
