@@ -79,7 +79,8 @@ def choose_scale(asked: str, field: dict[str, Any] | None, tiles: Sequence[TileG
 def _automatic(usual: float | None, found: list[float], field: dict[str, Any] | None) -> float:
     if field is None:
         raise UserError(
-            "scale=auto: the checkpoint does not say what it was trained at; give scale="
+            "scale=auto: expected a checkpoint that states the resolution of its training, found "
+            "none stated; give scale=1 for tiles that look like the training images, else a factor"
         )
     if usual is None:
         return 1.0  # no slide

@@ -7,6 +7,7 @@ second hit on a lesion and a box in a crowd region count neither way.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from detection_kd.datasets.coco import DetectionSet, ImageRecord
 from detection_kd.evaluation.coco_metrics import Prediction
 from detection_kd.evaluation.froc import FALSE, HIT, judge_detections, match_detections
 
+logger = logging.getLogger(__name__)
 DEFAULT_MIN_SCORE = 0.3  # of detectors that no validation has chosen one for
 
 
@@ -98,13 +100,20 @@ def choose_min_score(
 
 def resolve_min_score(asked: str, description: Mapping[str, Any]) -> float:
     """The score that is asked for; `auto`: that which a detector's checkpoint states, else
-    DEFAULT_MIN_SCORE.
+    DEFAULT_MIN_SCORE with a warning.
 
     Raises:
         UserError: neither `auto` nor a score.
     """
     if asked == "auto":
-        return float(description.get("operating_point", {}).get("min_score", DEFAULT_MIN_SCORE))
+        if "operating_point" in description:
+            return float(description["operating_point"]["min_score"])
+        logger.warning(
+            "min_score=auto: the checkpoint states no score, %g is taken; give min_score=, or the "
+            "checkpoint_best.pt of a training",
+            DEFAULT_MIN_SCORE,
+        )
+        return DEFAULT_MIN_SCORE
     try:
         score = float(asked)
     except ValueError:

@@ -5,8 +5,10 @@ Batch, height and width are free (a fixed size was not faster; a student that re
 input is uint8 pixels and the normalisation lies in the graph, BatchNorm in the convolutions.
 Post-training static quantisation after Jacob et al., CVPR 2018, as onnxruntime does it (QDQ):
 weights int8 by channel, activations uint8 with MinMax ranges, since vpdpbusd multiplies uint8 by
-int8 (int8 activations ran at a quarter of the speed). Only feature maps are int8, from the first
-convolution to the last: pooling and adapter are a thousandth of the work and stay float32.
+int8 (int8 activations ran at a quarter of the speed). Only feature maps are int8, from the second
+convolution to the last. The first one stays float32: it takes differences of pixels, which on
+bright tiles are as small as the steps of int8. Pooling and adapter are a thousandth of the work and
+stay float32, too.
 """
 
 from __future__ import annotations
@@ -127,7 +129,9 @@ def _strip(model: Any) -> None:
 
 
 def find_feature_map_nodes(graph: Any) -> list[str]:
-    """Names of convolutions, and of the sums, maxima and rectifiers that pass on only maps."""
+    """Names of all convolutions but the first, and of the sums, maxima and rectifiers that pass on
+    only maps.
+    """
     maps: set[str] = set()
     names = []
     for node in graph.node:  # in topological order
@@ -136,7 +140,7 @@ def find_feature_map_nodes(graph: Any) -> list[str]:
         ):
             names.append(node.name)
             maps.update(node.output)
-    return names
+    return names[1:]
 
 
 def _all_maps(node: Any, maps: set[str]) -> bool:
@@ -177,8 +181,8 @@ def quantise(
     nodes = find_feature_map_nodes(onnx.load(str(source)).graph)
     if not nodes:
         raise UserError(
-            f"{source.name}: expected a student with convolutions to make int8, found none; set "
-            "int8=false"
+            f"{source.name}: expected a student with several convolutions to make int8, found none "
+            "behind the first; set int8=false"
         )
     root = logging.getLogger()
     level = root.level

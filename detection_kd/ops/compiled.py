@@ -31,7 +31,8 @@ def ms_deform_attn_compiled(
 
     Args:
         value: (B, S, heads, D).
-        spatial_shapes: H0, W0, H1, W1, ...
+        spatial_shapes: H0, W0, H1, W1, ...; symbolic while torch.compile traces, so that images of
+            another size do not make it compile again.
         points: points of each level.
         locations: (B, Q, heads, sum of points, 2), float32 (float64 for float64 values).
         weights: (B, Q, heads, sum of points), the same dtype.

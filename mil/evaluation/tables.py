@@ -4,6 +4,7 @@ workbook.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from mil.evaluation.runs import (
 )
 from mil.evaluation.task_tables import TABLES
 from mil.tasks.base import Task
+
+logger = logging.getLogger(__name__)
+MANY_SKIPPED = 0.05  # share of resamples without a value from which on a table says so
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ def write_evaluation(
     samples = resample_metrics(finished, task, resamples, seed)
     tables = [Table("results", write_results(output, finished, task))]
     summary = summarise_sets(finished, task, samples)
+    _warn_of_intervals(summary, task, resamples)
     rows = summary_rows(summary, task.metrics)
     tables.append(Table("summary", [row | name_positive(task) for row in rows]))
     tables.append(Table(*comparison_table(finished, task, samples)))
@@ -71,6 +76,26 @@ def write_evaluation(
     if workbook:
         write_workbook(output / "evaluation.xlsx", tables)
     return summary
+
+
+def _warn_of_intervals(
+    summary: Mapping[str, Mapping[str, Mapping[str, Any]]], task: Task, resamples: int
+) -> None:
+    """Say which metrics have no interval, and when many resamples had no value."""
+    models = [values for of_set in summary.values() for values in of_set.values()]
+    without = [m for m in task.metrics if any(values[f"{m}_ci"] is None for values in models)]
+    if without:
+        logger.warning(
+            "no 95 %% interval of %s: a class with at most one or two test patients per fold, or "
+            "a value that no resample changes; see docs/guides/evaluation.md",
+            ", ".join(without),
+        )
+    skipped = max(values["resamples_skipped"] for values in models)
+    if skipped >= MANY_SKIPPED * resamples:
+        logger.warning(
+            "%d of %d resamples lack a class and count in no interval: the intervals are rough",
+            *(skipped, resamples),
+        )
 
 
 def best_of(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], task: Task, metric: str) -> str:

@@ -32,7 +32,7 @@ from patch_encoder.tiles.coordinates import (
     read_coordinates,
     write_coordinates,
 )
-from tests.helpers import write_pyramid
+from tests.helpers import forget_slides, write_pyramid
 
 # (x, y, side) in level-0 px: inside a tile, on a vertical seam, on a crossing of seams, at the
 # slide's corner
@@ -176,6 +176,24 @@ def test_auto_takes_scale_and_score_from_the_checkpoint(
     assert "scale=1: the detector's training says 0.5 (images of 256 px at 0.25 um" in caplog.text
 
 
+def test_a_checkpoint_that_states_nothing_is_one_line_each(
+    cohort: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bare = {"categories": DESCRIPTION["categories"]}
+    monkeypatch.setattr(detect_slide, "load_detector", lambda path: (DarkSquares(), bare))
+    assert detect(cohort, "min_score=0.3") == 2
+    error = capsys.readouterr().err
+    assert "error: scale=auto: expected a checkpoint that states the resolution" in error
+    assert error.count("\n") == 1 and not (cohort / "found").exists()
+    assert detect(cohort, "scale=1") == 0
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(lines) == 1 and lines[0].startswith("min_score=auto: the checkpoint states no score")
+    assert read(cohort)["info"]["min_score"] == 0.3
+
+
 def test_finished_slides_are_left_alone_and_other_settings_refused(
     cohort: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,6 +210,23 @@ def test_finished_slides_are_left_alone_and_other_settings_refused(
     assert detect(cohort, "overwrite=true") == 0 and path.read_bytes() == whole
     (cohort / "detector.pt").write_bytes(b"others")
     assert detect(cohort) == 2
+
+
+def test_detections_of_another_slide_are_not_done(
+    cohort: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert detect(cohort) == 0
+    path = cohort / "found" / "coco" / "S2.json"
+    before = path.stat().st_mtime_ns
+    (cohort / "slides" / "S2.tiff").rename(cohort / "slides" / "moved")
+    (cohort / "slides" / "deep").mkdir()
+    (cohort / "slides" / "moved").rename(cohort / "slides" / "deep" / "S2.tiff")
+    assert detect(cohort) == 0 and path.stat().st_mtime_ns == before
+    document = json.loads(path.read_text())
+    document["info"]["slide_fingerprint"] = "0" * 64
+    path.write_text(json.dumps(document))
+    assert detect(cohort) == 2
+    assert "slide_fingerprint '0000" in capsys.readouterr().err
 
 
 def test_a_broken_tile_fails_its_slide_only(cohort: Path) -> None:
@@ -216,6 +251,7 @@ def test_a_broken_tile_fails_its_slide_only(cohort: Path) -> None:
         )
         == 0
     )
+    forget_slides(cohort / "more")
     (folder / "1_0.png").write_bytes(b"broken")
     assert detect(cohort, f"coords={cohort}/more", f"labels={labels}") == 1
     assert len(read(cohort)["annotations"]) == len(SQUARES)

@@ -68,9 +68,17 @@ def test_a_given_score_comes_first() -> None:
         resolve_min_score("auto", description) == 0.4
         and resolve_min_score("0.7", description) == 0.7
     )
-    assert resolve_min_score("auto", {}) == DEFAULT_MIN_SCORE
     with pytest.raises(UserError, match="min_score=high: expected auto, or a score"):
         resolve_min_score("high", description)
+
+
+def test_a_checkpoint_without_a_score_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        resolve_min_score("auto", {"operating_point": {"min_score": 0.4}})
+        assert resolve_min_score("0.2", {}) == 0.2 and not caplog.records
+        assert resolve_min_score("auto", {}) == DEFAULT_MIN_SCORE
+    (record,) = caplog.records
+    assert "min_score=auto: the checkpoint states no score, 0.3 is taken" in record.getMessage()
 
 
 def tiles(target_mpp: float) -> TileGeometry:

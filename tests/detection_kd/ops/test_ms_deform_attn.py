@@ -256,35 +256,46 @@ def test_forward_mode_is_an_error_and_not_zero(place: int, grad: bool) -> None:
     assert call(leaf).isfinite().all()  # and afterwards it is as before
 
 
-ONE_GRAPH = """
+GRAPHS = """
 import sys, torch
+from torch._dynamo.backends.debugging import aot_eager
 from detection_kd.ops.ms_deform_attn import ms_deform_attn
 
 torch.manual_seed(0)
-device, shapes = sys.argv[1], [(3, 5), (2, 2)]
-leaves = [torch.randn(2, 19, 2, 8), torch.rand(2, 7, 2, 2, 3, 2), torch.rand(2, 7, 2, 2, 3)]
-leaves = [leaf.to(device).requires_grad_() for leaf in leaves]
+graphs = []
 
-def function(v, x, a):
+def count(graph, inputs):
+    graphs.append(graph)
+    return aot_eager(graph, inputs)
+
+def function(v, shapes, x, a):
     return ms_deform_attn(v * 2, shapes, x, a).relu()
 
-compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-for out in (eager := function(*leaves)), (traced := compiled(*leaves)):
-    torch.testing.assert_close(out, eager)
-for a, b in zip(torch.autograd.grad(traced.sum(), leaves), torch.autograd.grad(eager.sum(), leaves)):
-    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-print("one graph")
+compiled = torch.compile(function, fullgraph=True, backend=count)
+for side in (3, 5, 4, 9, 6, 7):
+    shapes = [(side, side + 2), (side // 2, side)]
+    cells = sum(height * width for height, width in shapes)
+    leaves = [torch.randn(2, cells, 2, 8), torch.rand(2, 7, 2, 2, 3, 2), torch.rand(2, 7, 2, 2, 3)]
+    v, x, a = leaves = [leaf.to(sys.argv[1]).requires_grad_() for leaf in leaves]
+    eager, traced = function(v, shapes, x, a), compiled(v, shapes, x, a)
+    torch.testing.assert_close(traced, eager)
+    pairs = (torch.autograd.grad(out.sum(), leaves) for out in (traced, eager))
+    for found, wanted in zip(*pairs):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+print(len(graphs), "graphs")
 """
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("device", DEVICES)
-def test_compiles_in_one_graph(device: str, root: Path) -> None:
+def test_compiles_in_one_graph_for_the_first_image_size_and_one_for_all_others(
+    device: str, root: Path
+) -> None:
     # a process of its own: the shape checks of this suite wrap every function in what torch.compile
     # cannot trace
-    command = [sys.executable, "-c", ONE_GRAPH, device]
+    command = [sys.executable, "-c", GRAPHS, device]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "one graph" in done.stdout, done.stderr[-3000:]
+    assert done.returncode == 0 and done.stdout == "2 graphs\n", done.stderr[-3000:] + done.stdout
 
 
 @pytest.mark.parametrize("queries", [FEW, MANY])

@@ -323,6 +323,14 @@ def test_pictures_of_three_classes_and_of_many_models(
             )
 
 
+def test_a_table_from_a_spreadsheet_starts_with_a_byte_order_mark(tmp_path: Path):
+    plain = table(tmp_path / "plain.csv")
+    marked = tmp_path / "marked.csv"
+    marked.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
+    one, other = (read_tables([str(path)], "classes", None)[0] for path in (plain, marked))
+    assert [run.rows for run in one] == [run.rows for run in other]
+
+
 def test_average_curves_and_their_band(tmp_path: Path):
     finished, _ = read_tables([str(table(tmp_path / "said.csv"))], "classes", None)
     runs = [run.test for run in finished[:2]]
@@ -505,3 +513,30 @@ def test_without_validation_slides_nothing_is_chosen(
 
 def test_no_run_gives_no_screening_rows():
     assert screening_rows([], Classification(("a", "b")), 10, 0) == []
+
+
+def test_a_rare_class_has_no_interval_and_the_log_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """Two folds with one positive test patient each."""
+    rows = read(table(tmp_path / "all.csv"))
+    kept: dict[tuple[str, str, str], str] = {}
+    for row in rows:
+        if row["split"] == "test" and row["label"] == "p":
+            kept.setdefault((row["model"], row["fold"], row["split"]), row["case_id"])
+    few = [
+        row
+        for row in rows
+        if row["split"] != "test"
+        or row["label"] == "n"
+        or row["case_id"] == kept[row["model"], row["fold"], row["split"]]
+    ]
+    path = write(tmp_path / "few.csv", few)
+    with caplog.at_level("WARNING"):
+        assert evaluate(f"predictions=[{path}]", f"output={tmp_path}/out", "figures=false") == 0
+    assert "no 95 % interval of auc, f1, sensitivity" in caplog.text
+    for row in read(tmp_path / "out" / "summary.csv"):
+        assert row["auc_ci_low"] == row["sensitivity_ci_high"] == "" != row["auc_mean"]
+        assert row["specificity_ci_low"] and row["positive"] == "p"
+    text = (tmp_path / "out" / "summary.md").read_text()
+    assert "The positive class is p." in text and "[" in text

@@ -103,12 +103,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_in, const Tensor&
 
 }  // namespace
 
+// SymInt: a compiled graph keeps the sizes of its images symbolic, so that another size needs no other graph. The kernels get
+// numbers all the same, since torch's stable ABI hands a SymInt over as an int64_t.
 STABLE_TORCH_LIBRARY(detection_kd, library) {
   library.def(
-      "ms_deform_attn(Tensor value, int[] spatial_shapes, int[] points, Tensor locations, Tensor weights) -> Tensor");
+      "ms_deform_attn(Tensor value, SymInt[] spatial_shapes, int[] points, Tensor locations, Tensor weights) -> Tensor");
   // bound: a scalar that no |weight * grad_out| exceeds; where given, the sums do not depend on the order of additions
   library.def(
-      "ms_deform_attn_backward(Tensor grad_out, Tensor value, int[] spatial_shapes, int[] points, Tensor locations, "
+      "ms_deform_attn_backward(Tensor grad_out, Tensor value, SymInt[] spatial_shapes, int[] points, Tensor locations, "
       "Tensor weights, Tensor? bound) -> (Tensor, Tensor, Tensor)");
 }
 
