@@ -7,8 +7,9 @@ ResNet-50 up to layer3 (random weights), tiles of 256 px resized to 224, from a 
 20,000 px (JPEG tiles, rendered once into `--cache`) and from a tile folder. The classic loop is
 CLAM's design: fp32, coordinates file and slide opened for every tile, float32 normalised in the
 workers, one HDF5 append a batch. In a round every contestant runs once; figures are medians over
-rounds, ratios medians of the rounds' ratios. Memory: peak of a process of its own for some tiles
-and for ten times as many.
+rounds, ratios medians of the rounds' ratios. "Matrix products" are as many operations as the
+network has, as products of large matrices: the most that the processor could reach. Memory: peak of
+a process of its own for some tiles and for ten times as many.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -72,7 +74,8 @@ def tiles_of(block: np.ndarray, count: int) -> Iterator[np.ndarray]:
 
 def render(cache: Path, tiles: int) -> dict[str, SlideJob]:
     """Draw the slide and the tile folder where they are missing; `tiles` of each as jobs."""
-    slide, folder, across = cache / "slide.tiff", cache / "folder", -(-SIDE // TILE)
+    slide, across = cache / "slide.tiff", -(-SIDE // TILE)
+    folder = cache / f"folder_{tiles}"  # its size is that of its tiles
     if not slide.is_file():
         cache.mkdir(parents=True, exist_ok=True)
         with tifffile.TiffWriter(cache / "part.tiff", bigtiff=True) as writer:
@@ -149,7 +152,7 @@ def classic(
 
 def contestants(
     encoder: Encoder, jobs: dict[str, SlideJob], a: argparse.Namespace
-) -> dict[str, Callable[[], int]]:
+) -> dict[str, Callable[[], float]]:
     """{name: run}, each gives the number of tiles it went over."""
     device, work, calls = torch.device(a.device), a.cache / "out", {}
     pixels = torch.randint(0, 255, (a.batch, 3, INPUT, INPUT), dtype=torch.uint8)
@@ -196,7 +199,9 @@ def contestants(
 
     for precision, compiler in kinds:
         label = precision + " compiled" * bool(compiler)
-        network = Network(copy.deepcopy(encoder.model), device, precision, a.batch, compiler)
+        network = Network(
+            copy.deepcopy(encoder.model), device, precision, a.batch, compiler, "auto"
+        )
         calls[f"model {label}"] = lambda network=network: model(network)
         for name, job in jobs.items():
             calls[f"{name} end to end {label}"] = lambda job=job, p=precision, n=network: whole(
@@ -205,6 +210,26 @@ def contestants(
     for name, job in jobs.items():
         calls[f"{name} read"] = lambda job=job: read(job)
     return calls | {"slide classic": lambda: old(jobs["slide"])}
+
+
+def matrix_products(model: nn.Module, precision: str, a: argparse.Namespace) -> Callable[[], float]:
+    """As many products of large matrices as the network has operations, for half of the tiles: what
+    the processor could reach.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros((1, 3, INPUT, INPUT), dtype=torch.uint8))
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    matrix = torch.rand(1024, 1024, device=a.device).to(dtype)
+    one = 2 * len(matrix) ** 3 / counter.get_total_flops()  # tiles that a product is worth
+
+    def run() -> float:
+        count = int(a.tiles / 2 / one)
+        for _ in range(count):
+            product = matrix @ matrix
+        product.sum().item()  # a GPU has ended
+        return count * one
+
+    return run
 
 
 def ratios(rounds: list[dict[str, float]]) -> dict[str, float]:
@@ -216,6 +241,13 @@ def ratios(rounds: list[dict[str, float]]) -> dict[str, float]:
             parts = [r[name] / min(r[f"{source} read"], r[f"model {kind}"]) for r in rounds]
             out[f"{source} {kind}: end to end / smaller part"] = statistics.median(parts)
             if source == "slide":
+                if f"matrix products {kind}" in rounds[0]:
+                    out[f"{kind}: model / matrix products"] = statistics.median(
+                        r[f"model {kind}"] / r[f"matrix products {kind}"] for r in rounds
+                    )
+                    out[f"{kind}: matrix products / classic"] = statistics.median(
+                        r[f"matrix products {kind}"] / r["slide classic"] for r in rounds
+                    )
                 out[f"slide: {kind} / classic"] = statistics.median(
                     r[name] / r["slide classic"] for r in rounds
                 )
@@ -288,7 +320,10 @@ def main() -> None:
         return
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
-    calls = contestants(build_encoder("resnet50", weights="random"), render(a.cache, a.tiles), a)
+    encoder = build_encoder("resnet50", weights="random")
+    calls = contestants(encoder, render(a.cache, a.tiles), a)
+    for precision in a.precisions:
+        calls[f"matrix products {precision}"] = matrix_products(encoder.model, precision, a)
     # warm up: networks are folded and compiled, files come into the cache
     for name, call in calls.items():
         if not name.endswith("classic"):

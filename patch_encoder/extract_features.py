@@ -10,7 +10,7 @@ the exit status is 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.cli import launch
 from common.config import key
@@ -46,7 +46,7 @@ def main(config: Config) -> int:
         config.coords,
         config.labels,
         config.output,
-        config.settings(),
+        replace(config.settings(), kernels="auto"),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,6 +42,7 @@ class Assembly:
         max_bad_tiles: largest share of a slide's tiles that may be unreadable; a slide with more of
             them fails.
         failures: gets the slides that fail.
+        late: what joins the provenance only when a bag ends, since the first batch decides it.
     """
 
     def __init__(
@@ -54,7 +55,9 @@ class Assembly:
         dtype: str,
         pt: bool,
         max_bad_tiles: float,
+        late: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
+        self.late = late
         self.jobs, self.provenance, self.folder, self.failures = jobs, provenance, folder, failures
         self.dtype, self.pt, self.max_bad_tiles = dtype, pt, max_bad_tiles
         self._slides: dict[int, _Slide] = {}
@@ -118,9 +121,11 @@ class Assembly:
             return
         assert slide.writer is not None
         try:
-            provenance: dict[str, object] = dict(self.provenance[index]) | compute_slide_identity(
-                job.path
-            )
+            provenance: dict[str, object] = {
+                **self.provenance[index],
+                **self.late(),
+                **compute_slide_identity(job.path),
+            }
         except OSError as error:
             _discard(slide)
             self.failures.add(job.slide_id, f"slide {job.path}: was read, and then: {error}")

@@ -50,6 +50,7 @@ from patch_encoder.tiles.coordinates import (
 
 logger = logging.getLogger(__name__)
 STAGE = "extract_features"
+KERNELS = "kernels"  # attribute of a bag whose network was not fused
 COMPARED = (
     *("encoder", "weights_sha256", "transform", "precision", "dtype", "coordinates", "stain"),
     "slide_fingerprint",
@@ -73,6 +74,8 @@ class ExtractSettings:
         shard: the part of the cohort that this process works on.
         ray: where Ray's workers run; None: in this process.
         stain: stain normalisation of the tiles; None: as they are.
+        kernels: of a network on a CPU, `fused` or `plain`; `auto`: those of the bags that are
+            there, else the faster ones on the first batch.
         selection: the slides of the cohort that are taken.
     """
 
@@ -89,6 +92,7 @@ class ExtractSettings:
     shard: Shard = field(default_factory=Shard)
     ray: RaySettings | None = None
     stain: Normaliser | None = None
+    kernels: str = "fused"
     selection: Selection = field(default_factory=Selection)
 
 
@@ -191,6 +195,7 @@ def extract(
     logger.info(
         "%s: %s: %d slides, %d already done", STAGE, encoder.name, len(jobs), len(jobs) - len(todo)
     )
+    settings = replace(settings, kernels=pick_kernels(jobs, todo, folder, settings))
     say_unsuited_tiles(encoder, jobs)
     check_room(folder, todo, encoder.dim, settings.dtype, settings.pt)
     if todo:
@@ -263,11 +268,18 @@ def encode_slides(
     failures = Failures(STAGE)
     sequence = TileSequence(jobs, encoder.transform, settings.stain)
     network = network or Network(
-        encoder.model, settings.device, settings.precision, settings.batch_size, settings.compiler
+        encoder.model,
+        settings.device,
+        settings.precision,
+        settings.batch_size,
+        settings.compiler,
+        settings.kernels,
     )
     provenance = [bag_provenance(encoder, job.coordinates, settings) for job in jobs]
     limits = {"dtype": settings.dtype, "pt": settings.pt, "max_bad_tiles": settings.max_bad_tiles}
-    assembly = Assembly(jobs, provenance, folder, failures, **limits)
+    assembly = Assembly(
+        jobs, provenance, folder, failures, **limits, late=lambda: kernels_provenance(network)
+    )
     waiting = Stopwatch()
     bar = Progress(f"{encoder.name} features", len(sequence), "tiles", enabled=show)
     batches = tile_batches(sequence, settings)
@@ -276,6 +288,28 @@ def encode_slides(
             assembly.take(batch, features)
             bar.advance(sum(count for _, count in batch.counted))
     return Report(len(jobs), len(sequence), waiting.seconds, waiting.total, failures.rows)
+
+
+def kernels_provenance(network: Network) -> dict[str, str]:
+    """Entry of a bag's provenance where the network was not fused, which changes the last bits."""
+    return {KERNELS: network.kernels} if network.kernels != "fused" else {}
+
+
+def pick_kernels(
+    jobs: Sequence[SlideJob], todo: Sequence[SlideJob], folder: Path, settings: ExtractSettings
+) -> str:
+    """Kernels for the slides to do: those of the bags that are there.
+
+    Only one process alone measures. Several over one cohort would choose each for itself.
+    """
+    if settings.kernels != "auto":
+        return settings.kernels
+    left = {job.slide_id for job in todo}
+    for job in jobs:
+        if job.slide_id not in left:
+            bag = open_bag(folder / "h5_files" / f"{job.slide_id}.h5")
+            return str(bag.attributes.get(KERNELS, "fused"))
+    return "auto" if settings.ray is None and settings.shard.count == 1 else "fused"
 
 
 def is_done(job: SlideJob, encoder: Encoder, folder: Path, settings: ExtractSettings) -> bool:

@@ -59,6 +59,7 @@ class Network:
             at a time: activations above 32 MiB are mapped anew for every layer, a fifth of a
             ResNet-50's time at 32 tiles.
         compiler: backend of torch.compile; empty: not compiled.
+        kernels: of a CPU, `fused`, `plain` or `auto`, as `FusedNetwork` has them.
     """
 
     def __init__(
@@ -68,8 +69,10 @@ class Network:
         precision: str,
         batch_size: int,
         compiler: str = "",
+        kernels: str = "fused",
     ) -> None:
         self.device, self.precision, self.compiler = device, precision, compiler
+        self._kernels = kernels
         # a module without weights would only compute the padding
         self.rows = (
             0
@@ -82,6 +85,11 @@ class Network:
         self._model = model.to(device, memory_format=torch.channels_last).eval()
         self._fused: FusedNetwork | None = None
         self._ready = self._warned = False
+
+    @property
+    def kernels(self) -> str:
+        """Those in force; `fused` wherever there is no choice."""
+        return self._fused.kernels if self._fused is not None else "fused"
 
     def launch(self, items: Tensor) -> PendingFeatures:
         """Start on items (n, ...); the caller goes on while CUDA computes.
@@ -158,7 +166,7 @@ class Network:
                 self._model, backend=self.compiler, dynamic=False, options=options
             )
         elif self.device.type == "cpu":
-            self._fused = FusedNetwork(self._model, self.precision)
+            self._fused = FusedNetwork(self._model, self.precision, self._kernels)
 
 
 def has_weights(model: nn.Module) -> bool:

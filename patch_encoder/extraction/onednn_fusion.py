@@ -10,7 +10,10 @@ on the graph of aten calls that one batch leaves behind when it passes.
 from __future__ import annotations
 
 import logging
+import math
 import operator
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +26,9 @@ logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 CPU = torch.device("cpu")
 CONVOLUTION, ADD, RELU = aten.convolution.default, aten.add.Tensor, aten.relu.default
+KERNELS = ("auto", "fused", "plain")
+MARGIN = 1.15  # as many times faster must another way be to be taken instead of the first
+TURNS, SECONDS, SHORT = 3, 1.0, 0.05  # of a measurement; of calls between SHORT and SECONDS
 TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}  # of the largest output
 MAX_POOL = aten.max_pool2d_with_indices.default
 FRESH = (
@@ -44,22 +50,69 @@ class FusedNetwork:
     Args:
         model: batch of items -> (B, D).
         precision: fp32 or bf16.
+        kernels: `fused`; `plain`, the network itself; `auto`: the graph, unless the network is
+            faster on the first batch.
+
+    Attributes:
+        kernels: `auto` until the first batch has passed. What is chosen stays, since the two differ
+            by rounding.
     """
 
-    def __init__(self, model: nn.Module, precision: str) -> None:
-        self._model, self._precision = model, precision
+    def __init__(self, model: nn.Module, precision: str, kernels: str = "fused") -> None:
+        assert kernels in KERNELS
+        self._model, self._precision, self.kernels = model, precision, kernels
         self._seen: tuple[object, ...] = ()
         self._graph: GraphModule | None = None
 
     def __call__(self, items: Tensor) -> Tensor:
         """(B, ...) -> (B, D)."""
         seen = (items.shape, items.stride(), items.dtype)
-        if seen != self._seen:
+        if seen != self._seen and self.kernels != "plain":
             self._graph, self._seen = fuse_network(self._model, items, self._precision), seen
+            self._choose(items)
         if self._graph is not None and not torch.is_grad_enabled():
             return self._graph(items)
+        return self._call_plain(items)
+
+    def _call_plain(self, items: Tensor) -> Tensor:
         with autocast(CPU, self._precision):
             return self._model(items)
+
+    @torch.no_grad()
+    def _choose(self, items: Tensor) -> None:
+        if self.kernels != "auto":
+            return
+        self.kernels, graph = "fused", self._graph
+        if graph is not None:
+            ways = {"fused": lambda: graph(items), "plain": lambda: self._call_plain(items)}
+            self.kernels = choose_fastest(ways)
+        if self.kernels == "plain":
+            self._graph = None
+
+
+def choose_fastest(
+    calls: Mapping[str, Callable[[], object]], clock: Callable[[], float] = time.perf_counter
+) -> str:
+    """Time calls that take turns, for one or two seconds, and return the name of the fastest.
+
+    The first one stays unless another is `MARGIN` times as fast, so that noise rarely decides; it
+    stays also where a call is too short for the choice to matter, or too long for this time.
+    """
+    shortest, start = dict.fromkeys(calls, math.inf), clock()
+    first, turn = next(iter(calls)), 0
+    while turn < TURNS and clock() - start < SECONDS:
+        for name, call in calls.items():
+            began = clock()
+            call()
+            shortest[name] = min(shortest[name], clock() - began)
+            if not SHORT <= shortest[first] <= SECONDS:
+                return first
+        turn += 1
+    fastest = min(shortest, key=lambda name: shortest[name])
+    chosen = fastest if MARGIN * shortest[fastest] < shortest[first] else first
+    times = ", ".join(f"{name} {1e3 * seconds:.0f} ms" for name, seconds in shortest.items())
+    logger.info("kernels of the network: %s (one call: %s)", chosen, times)
+    return chosen
 
 
 @torch.no_grad()

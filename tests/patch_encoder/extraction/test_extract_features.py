@@ -28,6 +28,7 @@ from patch_encoder.bags.paths import list_bags
 from patch_encoder.bags.writer import write_bag
 from patch_encoder.descriptors.mean_colour import mean_colour
 from patch_encoder.extraction import loop as engine
+from patch_encoder.extraction import onednn_fusion
 from patch_encoder.models.encoders import PixelEncoder, ToInputSize, build_encoder, digest_weights
 from patch_encoder.slides import open_slide
 from tests.helpers import forget_slides
@@ -195,6 +196,40 @@ def test_killed_extraction_goes_on_to_the_same_bags(cohort: Path, root: Path) ->
             open_bag(file).digest()
             == open_bag(bag_path(cohort, file.stem, "stain_texture")).digest()
         )
+
+
+def test_a_cohort_keeps_the_kernels_of_its_first_bags(
+    cohort: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def again(*keys: str) -> int:
+        torch.manual_seed(0)  # the same weights
+        return extract(cohort, "encoder=resnet18", "weights=random", *keys)
+
+    monkeypatch.setattr(onednn_fusion, "choose_fastest", lambda ways: "plain")
+    assert again() == 0
+    paths = [bag_path(cohort, name, "resnet18") for name in ("S000", "S001", "S002")]
+    before = [open_bag(path).digest() for path in paths]
+    assert [open_bag(path).attributes["kernels"] for path in paths] == ["plain"] * 3
+    paths[1].unlink()
+    monkeypatch.setattr(onednn_fusion, "choose_fastest", lambda ways: "fused")
+    assert again() == 0
+    assert open_bag(paths[1]).attributes["kernels"] == "plain"
+    assert [open_bag(path).digest() for path in paths] == before
+    assert again("overwrite=true") == 0
+    assert not any("kernels" in open_bag(path).attributes for path in paths)
+    paths[1].unlink()
+    monkeypatch.setattr(onednn_fusion, "choose_fastest", lambda ways: "plain")
+    assert again() == 0
+    assert "kernels" not in open_bag(paths[1]).attributes
+
+
+def test_several_processes_over_one_cohort_do_not_measure(
+    cohort: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn_fusion, "choose_fastest", lambda ways: "plain")
+    assert extract(cohort, "encoder=resnet18", "weights=random", "shard=1/2") == 0
+    bags = list_bags(cohort / "features" / "resnet18").values()
+    assert bags and not any("kernels" in open_bag(path).attributes for path in bags)
 
 
 def test_nan_features_are_never_written(cohort: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from patch_encoder.extraction import onednn_fusion as fused_network
 from patch_encoder.extraction.network import Network, fold_batch_norms
-from patch_encoder.extraction.onednn_fusion import FusedNetwork, fuse_network
+from patch_encoder.extraction.onednn_fusion import FusedNetwork, choose_fastest, fuse_network
 from patch_encoder.models.encoders import build_encoder
 
 pytestmark = pytest.mark.skipif(
@@ -312,3 +312,58 @@ def test_the_network_of_an_extraction_is_fused() -> None:
     assert difference(features, model(tiles)) < 1e-4  # folding as well
     found = calls(lambda items: network.launch(items).features(), tiles[:4])
     assert found[SUM_IN_PLACE] == 8 and found[CONVOLUTION] > 0
+
+
+class StubClock:
+    """Time that passes only in its calls."""
+
+    def __init__(self) -> None:
+        self.now, self.calls = 0.0, 0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def work(self, *seconds: float) -> Callable[[], None]:
+        """A call that takes these times, one after the other."""
+        times = iter(seconds)
+
+        def call() -> None:
+            self.now += next(times)
+            self.calls += 1
+
+        return call
+
+
+@pytest.mark.parametrize(
+    ("fused", "plain", "chosen", "calls"),
+    [
+        ([0.1] * 3, [0.08] * 3, "plain", 6),
+        ([0.1] * 3, [0.09] * 3, "fused", 6),  # within the margin
+        ([0.5, 0.1, 0.5], [0.1] * 3, "fused", 6),  # disturbed: the shortest counts
+        ([0.01], [0.001], "fused", 1),  # too short to matter
+        ([1.5], [0.1], "fused", 1),  # too long to measure
+        ([0.9], [0.5], "plain", 2),  # long calls take one turn
+    ],
+)
+def test_the_faster_kernels_are_chosen_by_time(
+    fused: list[float], plain: list[float], chosen: str, calls: int
+) -> None:
+    clock = StubClock()
+    ways = {"fused": clock.work(*fused), "plain": clock.work(*plain)}
+    assert choose_fastest(ways, clock) == chosen
+    assert clock.calls == calls
+
+
+def test_kernels_are_chosen_once_and_kept_for_other_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fold_batch_norms(
+        lively(timm.create_model("resnet14t", num_classes=0)), torch.randn(2, 3, 64, 64)
+    )
+    for chosen, other in (("plain", "fused"), ("fused", "plain")):
+        network, pixels = FusedNetwork(model, "fp32", "auto"), torch.randn(2, 3, 64, 64)
+        monkeypatch.setattr(fused_network, "choose_fastest", lambda ways, chosen=chosen: chosen)
+        with torch.no_grad():
+            found = network(pixels)
+            monkeypatch.setattr(fused_network, "choose_fastest", lambda ways, other=other: other)
+            for items in (pixels, pixels[:1], pixels):
+                assert (calls(network, items)[CONVOLUTION] > 0) == (chosen == "fused")
+            assert network.kernels == chosen and difference(found, model(pixels)) < 1e-5
