@@ -100,6 +100,7 @@ def make_provenance(
         "precision": precision,
         "detector_sha256": detector_sha256,
         "coordinates": job.coordinates.digest(),
+        "slide_fingerprint": job.slide_fingerprint,
     }
 
 
@@ -204,7 +205,9 @@ def main(config: Config) -> int:
     model, description = load_detector(config.detector)
     model = model.to(settings.device).eval()
     output, failures = Path(config.output), Failures(STAGE, settings.shard.name)
-    jobs = cohort_jobs(config.slides, config.coords, config.labels, failures, settings.shard)
+    jobs = cohort_jobs(
+        config.slides, config.coords, config.labels, failures, settings.shard, settings.selection
+    )
     limits, digest = resolve(config, description, jobs), sha256_file(config.detector)
     wanted = {
         job.slide_id: make_provenance(limits, digest, job, settings.precision) for job in jobs

@@ -134,7 +134,9 @@ def extract_together(config: Config, students: list[Encoder], settings: ExtractS
     """Encode a cohort with several students, trunk by trunk; returns the exit status."""
     groups = group_by_trunk([TrunkMember(student, student.model.network) for student in students])  # type: ignore[arg-type]
     cohort = Failures(STAGE, settings.shard.name)
-    jobs = cohort_jobs(config.slides, config.coords, config.labels, cohort, settings.shard)
+    jobs = cohort_jobs(
+        config.slides, config.coords, config.labels, cohort, settings.shard, settings.selection
+    )
     status, start = 0, time.perf_counter()
     for group in groups:
         failures = encode_together(group, jobs, Path(config.output), settings)

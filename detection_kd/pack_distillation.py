@@ -48,8 +48,10 @@ from patch_encoder.bags.bag import open_bag
 from patch_encoder.bags.paths import list_bags
 from patch_encoder.cohort.disk_space import explain_full_disk
 from patch_encoder.cohort.failures import Failures
-from patch_encoder.cohort.labels import SlideRecord, find_slides, locate_slides, read_labels
-from patch_encoder.tiles.coordinates import tile_pattern_of
+from patch_encoder.cohort.labels import SlideRecord, read_labels
+from patch_encoder.cohort.slide_files import find_slides, locate_slides
+from patch_encoder.slides.names import check_fingerprint, compute_fingerprint
+from patch_encoder.tiles.coordinates import find_coordinate_files, tile_pattern_of
 
 logger = logging.getLogger(__name__)
 STAGE = "pack_distillation"
@@ -209,17 +211,16 @@ def find_jobs(
 ) -> list[PairCutJob]:
     """One job per slide that has a teacher bag; the others are entered in `failures`."""
     bags = list_bags(config.features)
-    folder = Path(config.coords) if config.coords else None
-    if folder is not None and (folder / "coords").is_dir():
-        folder = folder / "coords"
-    pattern = tile_pattern_of(folder.glob("[!.]*.h5") if folder else bags.values())
+    tiled = find_coordinate_files(config.coords) if config.coords else None
+    pattern = tile_pattern_of((bags if tiled is None else tiled).values())
     records = choose_records(config)
-    paths = (
+    cohort = (
         locate_slides(records, config.slides, pattern)
         if records
         else find_slides(config.slides, pattern)
     )
-    mpps = {record.slide_id: record.mpp for record in records}
+    failures.add_all(cohort.problems)
+    paths = cohort.slides
     dtypes, unreadable = set(), {}
     for slide_id in paths.keys() & bags.keys():
         try:
@@ -235,7 +236,9 @@ def find_jobs(
     )
     jobs = []
     for slide_id, path in paths.items():
-        coords = folder / f"{slide_id}.h5" if folder else None
+        coords = None
+        if tiled is not None:
+            coords = tiled.get(slide_id, Path(config.coords) / f"{slide_id}.h5")
         if slide_id not in bags:
             failures.add(slide_id, f"expected a teacher bag in {config.features}, found none")
         elif slide_id in unreadable:
@@ -243,12 +246,18 @@ def find_jobs(
         elif coords is not None and not coords.is_file():
             failures.add(slide_id, f"{coords}: expected a coordinates file, found none")
         else:
+            try:
+                known = open_bag(bags[slide_id]).attributes.get("slide_fingerprint", "")
+                check_fingerprint(path, str(known), "its features")
+            except UserError as error:
+                failures.add(slide_id, str(error))
+                continue
             scores = None if ranking is None else ranking.get(slide_id, {})
             wanted = (config.tiles_per_slide, config.seed, scores, config.encoding, stored)
             part = output.with_name(f"{output.name}.parts") / f"{slide_id}.h5"
             jobs.append(
                 PairCutJob(
-                    slide_id, path, mpps.get(slide_id), coords, bags[slide_id], *wanted, part
+                    slide_id, path, cohort.mpps.get(slide_id), coords, bags[slide_id], *wanted, part
                 )
             )
     return jobs
@@ -281,6 +290,7 @@ def make_part_provenance(job: PairCutJob, ranking: str) -> dict[str, Any]:
         "jpeg_quality": quality,
     }
     coords = sha256_file(job.coords) if job.coords else None
+    settings |= {"slide_fingerprint": compute_fingerprint(job.slide)}
     return settings | {"dtype": job.dtype, "bag": open_bag(job.bag).digest(), "coords": coords}
 
 

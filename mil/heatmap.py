@@ -54,6 +54,7 @@ from mil.training.engine import load_classifier
 from patch_encoder.bags.bag import COORDS_REMEDY, open_bag
 from patch_encoder.bags.paths import find_coordinates, list_bags
 from patch_encoder.cohort.failures import Failures
+from patch_encoder.slides.names import check_fingerprint
 
 logger = logging.getLogger(__name__)
 # a slide, its files, and what decides its pictures
@@ -158,12 +159,17 @@ digest_weights = lru_cache(maxsize=1)(sha256_file)  # the slides of a fold share
 
 
 def made_from(judged: SlidePrediction, inputs: Inputs, drawing: Drawing) -> dict[str, Any]:
-    """What decides a slide's files: weights, bag, the slide's size and date, settings."""
-    stat = inputs.slide.stat() if inputs.slide else None
+    """What decides a slide's files: weights, bag, the slide's fingerprint, settings.
+
+    Raises:
+        UserError: a bag that cannot be read, or that is of another slide.
+    """
+    bag = open_bag(inputs.bag)
+    stored = str(bag.attributes.get("slide_fingerprint", ""))
     found = {
         "weights": digest_weights(judged.checkpoint),
-        "bag": open_bag(inputs.bag).digest(),
-        "slide": f"{stat.st_size}:{stat.st_mtime_ns}" if stat else "",
+        "bag": bag.digest(),
+        "slide": check_fingerprint(inputs.slide, stored, "its features") if inputs.slide else "",
         "mpp": inputs.mpp,
         "tissue": sha256_file(inputs.tissue) if inputs.tissue else "",
     }
@@ -300,7 +306,7 @@ def main(config: Config) -> int:
             continue
         try:
             stamp = made_from(judged, inputs[name], config.drawing)
-        except UserError as error:  # its bag cannot be read
+        except UserError as error:  # its bag cannot be read, or is of another slide
             failures.add(name, str(error))
             continue
         if not is_done(output, name, stamp, config.overwrite):

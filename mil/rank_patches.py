@@ -54,9 +54,10 @@ from mil.tasks.table import read_targets
 from mil.training.engine import load_classifier
 from mil.training.fold_run import FoldJob, FoldSettings, open_job, run_job
 from mil.training.keys import ClassifierKeys
-from patch_encoder.bags.bag import read_bag
+from patch_encoder.bags.bag import open_bag, read_bag
 from patch_encoder.cohort.failures import Failures
-from patch_encoder.cohort.labels import locate_slides
+from patch_encoder.cohort.slide_files import locate_slides
+from patch_encoder.slides.names import check_fingerprint
 from patch_encoder.tiles.coordinates import tile_pattern_of
 
 logger = logging.getLogger(__name__)
@@ -155,17 +156,22 @@ def make_cuts(
     `failures`.
     """
     device = pick_device(config.device)
-    paths = locate_slides(slides.records, config.slides, tile_pattern_of(files.values()))
+    cohort = locate_slides(slides.records, config.slides, tile_pattern_of(files.values()))
+    failures.add_all(cohort.problems)
     jobs = []
     for record in slides.records:
         name, bag = record.slide_id, files[record.slide_id]
+        if name in cohort.problems:
+            continue
         try:
+            stored = str(open_bag(bag).attributes.get("slide_fingerprint", ""))
+            check_fingerprint(cohort.slides[name], stored, "its features")
             patches = select_patches(model, bag, config, device)
         except UserError as error:
             failures.add(name, str(error))
             continue
         folder = Path(config.output) / "wsi_root" / name
-        jobs.append(PatchCutJob(name, paths[name], record.mpp, bag, folder, patches))
+        jobs.append(PatchCutJob(name, cohort.slides[name], record.mpp, bag, folder, patches))
     return jobs
 
 

@@ -61,7 +61,8 @@ def build_job(config: Config) -> FoldJob:
             f"fold={config.fold}: expected {splits[0].fold} to {splits[-1].fold} with {source}"
         )
     files = cohort.files[config.features]
-    data = (cohort.slides, cohort.targets, split, tuple(files.items()), digest_bags(files))
+    cases = {record.slide_id: record.case_id for record in cohort.slides.records}
+    data = (cohort.slides, cohort.targets, split, tuple(files.items()), digest_bags(files, cases))
     return FoldJob(
         Path(config.output), settings, *data, choose_memory(config.ram_gb, local_processes())
     )

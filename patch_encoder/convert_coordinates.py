@@ -24,10 +24,12 @@ from common.files import atomic_path, safe_id
 from common.progress import progress
 from common.provenance import can_reuse
 from patch_encoder.cohort.failures import Failures
-from patch_encoder.cohort.keys import ReaderKeys
-from patch_encoder.cohort.labels import find_slides, read_labels
+from patch_encoder.cohort.keys import ReaderKeys, SelectionKeys
+from patch_encoder.cohort.labels import read_labels
+from patch_encoder.cohort.slide_files import FoundSlides, find_slides
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.base import Slide
+from patch_encoder.slides.names import check_fingerprint
 from patch_encoder.tiles.coordinates import Coordinates
 from patch_encoder.tiles.formats import LAYOUTS, CoordinateSource, describe_content, detect_layout
 
@@ -38,7 +40,7 @@ FOLDERS = ("coords", "patches", "h5_files", "")
 
 
 @dataclass
-class Config(ReaderKeys):
+class Config(ReaderKeys, SelectionKeys):
     """Keys of the conversion."""
 
     input: str = key(
@@ -89,14 +91,15 @@ def file_slide_id(path: Path) -> str:
     return safe_id(path.stem.removesuffix("_patches"))
 
 
-def check_config(coordinates: Coordinates, slide: Slide | None) -> Coordinates:
+def check_slide(coordinates: Coordinates, slide: Slide | None, path: Path | None) -> Coordinates:
     """Coordinates that belong to the slide.
 
     Raises:
-        UserError: they were made for a slide of another size, or lie outside.
+        UserError: they were made for another slide or one of another size, or lie outside.
     """
-    if slide is None:
+    if slide is None or path is None:
         return coordinates
+    check_fingerprint(path, coordinates.slide_fingerprint, "its coordinates")
     geometry, size = coordinates.geometry, (slide.width, slide.height)
     made_for = (geometry.level0_width, geometry.level0_height)
     if made_for not in ((0, 0), size):
@@ -132,7 +135,7 @@ def convert(
     slide = open_slide(slide_path, mpp, config.tile_pattern) if slide_path else None
     try:
         source = CoordinateSource(slide_id, slide, mpp, config.tile_size)
-        coordinates = check_config(reader(file, source), slide)
+        coordinates = check_slide(reader(file, source), slide, slide_path)
         with tempfile.TemporaryDirectory() as folder:
             fresh = Path(folder, target.name)
             layout.write(fresh, coordinates, source, Path(config.output))
@@ -155,27 +158,39 @@ def convert(
 
 def main(config: Config) -> int:
     files = find_input_files(Path(config.input))
-    slides = (
-        find_slides(config.slides, config.tile_pattern, config.pictures) if config.slides else {}
+    selection = config.selection()
+    if config.suffixes and not config.slides:
+        raise UserError("suffixes: expected slides=... to take the files of, found none")
+    cohort = (
+        find_slides(config.slides, config.tile_pattern, config.pictures, selection=selection)
+        if config.slides
+        else FoundSlides({})
     )
+    files = {
+        slide_id: file
+        for slide_id, file in files.items()
+        if selection.takes_id(slide_id) and slide_id not in cohort.excluded
+    }
     mpps = (
         {record.slide_id: record.mpp for record in read_labels(config.labels)}
         if config.labels
         else {}
     )
     failures, written = Failures(STAGE), 0
+    for slide_id in selection.names.keys() - files.keys():
+        failures.add(slide_id, f"in slides_list, but not in {config.input}")
     for slide_id, file in progress(files.items(), "converting", len(files), "slides"):
         try:
-            if slides and slide_id not in slides:
-                raise UserError(
-                    f"slide {slide_id}: expected it below {config.slides}, found no such slide"
-                )
+            if config.slides and slide_id not in cohort.slides:
+                absent = f"slide {slide_id}: expected it below {config.slides}, found no such slide"
+                raise UserError(cohort.problems.get(slide_id, absent))
             target = Path(config.output) / LAYOUTS[config.to].name.format(slide_id)
             mpp = mpps.get(slide_id) or config.mpp
-            written += convert(config, slide_id, file, slides.get(slide_id), mpp, target)
+            written += convert(config, slide_id, file, cohort.slides.get(slide_id), mpp, target)
         except UserError as error:
             failures.add(slide_id, str(error))
-    kept = len(files) - written - len(failures.rows)
+    failed = {row["slide"] for row in failures.rows} & files.keys()
+    kept = len(files) - written - len(failed)
     logger.info(
         "%s: %d slides to %s: %d written, %d as they were",
         STAGE,

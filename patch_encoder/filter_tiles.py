@@ -22,7 +22,7 @@ from common.files import write_csv
 from common.progress import progress
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.tiles.coordinates import read_coordinates
-from patch_encoder.tissue.quality import MEASURES, Cuts, filter_coordinates
+from patch_encoder.tissue.quality import MEASURES, Cuts, check_shares, filter_coordinates
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ def main(config: Config) -> int:
             "expected at least one of min_blur, max_pen, max_background, min_saturation, "
             "max_darkness; found none"
         )
+    check_shares(config.limits())
     if source.resolve() == target.resolve():
         raise UserError(
             f"output={config.output}: expected another folder than tiles, or the dropped tiles "

@@ -6,7 +6,7 @@ it.
 One row a slide: format, size, levels, mpp and where it comes from, what is read for a tile at the
 target resolution, how many tiles the grid has, whether sampled regions decode. One slide alone, or
 `details=true`, gives everything; `json=true` the same for programs. The exit status is 1 when a
-slide cannot be opened or a sampled region cannot be decoded.
+slide cannot be found or opened, or a sampled region cannot be decoded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from common.errors import UserError
 from common.processes.pool import Lost, Raised, heartbeat, pick_workers, run_jobs
 from common.progress import progress
 from patch_encoder.cohort.keys import TileGridKeys
-from patch_encoder.cohort.labels import find_slides_and_mpps
+from patch_encoder.cohort.slide_files import find_cohort
 from patch_encoder.slides import RegionError, Slide, open_slide
 from patch_encoder.tiles.coordinates import TileGeometry
 from patch_encoder.tiles.grid import make_grid, make_tile_geometry
@@ -256,11 +256,16 @@ def main(config: Config) -> int:
     config.workers = pick_workers(config.workers, config.read_timeout)
     if config.sample < 0:
         raise UserError(f"sample={config.sample}: expected 0 or more tiles")
-    slides, mpps = find_slides_and_mpps(
-        config.slides, config.labels, config.tile_pattern, config.pictures
+    cohort = find_cohort(
+        config.slides, config.labels, config.selection(), config.tile_pattern, config.pictures
     )
-    jobs = [(slide_id, path, mpps.get(slide_id) or config.mpp) for slide_id, path in slides.items()]
-    entries = inspect_all(jobs, config)
+    jobs = [
+        (slide_id, path, cohort.mpps.get(slide_id) or config.mpp)
+        for slide_id, path in cohort.slides.items()
+    ]
+    entries = inspect_all(jobs, config) + [
+        {"slide": name, "path": "", "error": error} for name, error in cohort.problems.items()
+    ]
     if config.json:
         print(json.dumps(entries, indent=2, allow_nan=False))
     elif config.details or len(entries) == 1:

@@ -142,8 +142,7 @@ def check_encoder(config: Config) -> dict[str, Any]:
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
     encoder = build_encoder(config.encoder, config.weights, config.pool, config.layer)
-    row = ENCODERS.get(config.encoder)
-    side = (row.tile if row else None) or 256
+    side = encoder.tile or 256
     batch, transformed = make_random_batch(encoder, config.batch_size, side)
     batch = batch.to(device)
     encoder.model.to(device, memory_format=torch.channels_last)

@@ -27,7 +27,7 @@ from common.cli import launch
 from common.config import REQUIRED, key
 from common.errors import UserError
 from common.files import atomic_path
-from patch_encoder.cohort.labels import find_slides
+from patch_encoder.cohort.slide_files import find_slides
 from patch_encoder.extraction.keys import StainKeys
 from patch_encoder.slides import RegionError, Slide, open_slide
 from patch_encoder.stain.augment import HedJitter, StainJitter
@@ -162,7 +162,7 @@ def main(config: Config) -> None:
     }
     chosen = {kind: method for kind, method in methods.items() if method is not None}
     path = Path(config.slides)
-    paths = list(find_slides(config.slides).values()) if path.is_dir() else [path]
+    paths = list(find_slides(config.slides).slides.values()) if path.is_dir() else [path]
     generator = torch.Generator().manual_seed(config.seed)
     share, rows = -(-config.rows // max(1, len(paths))), []
     for place in paths[: config.rows]:

@@ -33,8 +33,9 @@ from common.progress import progress
 from common.provenance import can_reuse, unknown_origin
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.keys import TileGridKeys
-from patch_encoder.cohort.labels import find_slides_and_mpps
+from patch_encoder.cohort.slide_files import find_cohort
 from patch_encoder.slides import Slide, SlideError, open_slide
+from patch_encoder.slides.names import compute_fingerprint, compute_slide_identity
 from patch_encoder.slides.overview import Damage, Overview, read_overview
 from patch_encoder.tiles.coordinates import (
     Coordinates,
@@ -50,6 +51,7 @@ from patch_encoder.tissue.geojson import write_geojson
 from patch_encoder.tissue.outlines import trace_outlines
 from patch_encoder.tissue.quality import (
     Cuts,
+    check_shares,
     count_reasons,
     list_drop_reasons,
     measure_tiles,
@@ -113,6 +115,8 @@ def settings_stamp(config: Config) -> str:
     """The settings that decide a slide's tiles, as stored in its coordinates file."""
     free = {
         "slides",
+        "slides_list",
+        "suffixes",
         "output",
         "labels",
         "workers",
@@ -137,12 +141,11 @@ def drawn_digest(slide_id: str, config: Config) -> str:
 
 def tile_one(job: Job, config: Config, stamp: str) -> dict[str, object]:
     """Tile one slide; returns its id and number of tiles."""
-    slide_id, path, mpp = job
-    if slide_id.encode(errors="ignore").decode() != slide_id:
-        raise UserError(f"{str(path)!a}: expected a name in UTF-8, found other bytes; rename it")
+    _, path, mpp = job
+    identity = compute_slide_identity(path)
     with open_slide(path, mpp, config.tile_pattern) as slide:
         slide.threads = threads_each(config)
-        return _tile_slide(slide, job, config, stamp)
+        return _tile_slide(slide, job, config, {"settings": stamp, **identity})
 
 
 def threads_each(config: Config) -> int:
@@ -150,7 +153,9 @@ def threads_each(config: Config) -> int:
     return config.threads or max(1, len(os.sched_getaffinity(0)) // max(1, config.workers))
 
 
-def _tile_slide(slide: Slide, job: Job, config: Config, stamp: str) -> dict[str, object]:
+def _tile_slide(
+    slide: Slide, job: Job, config: Config, made_from: dict[str, str | int]
+) -> dict[str, object]:
     output, (slide_id, _, mpp) = Path(config.output), job
     geometry = make_tile_geometry(
         slide, config.tile_size, config.target_mpp, config.overlap, config.step
@@ -182,7 +187,7 @@ def _tile_slide(slide: Slide, job: Job, config: Config, stamp: str) -> dict[str,
     scale = slide.width / tissue.mask.shape[1], slide.height / tissue.mask.shape[0]
     outlines = [outline.scaled(*scale) for outline in trace_outlines(tissue.mask)]
     write_geojson(output / "tissue" / f"{slide_id}.geojson", outlines, slide.mpp, slide.bounds)
-    extra = {"settings": stamp, "mpp_given": repr(mpp), "tissue_share": f"{tissue.mask.mean():.4f}"}
+    extra = made_from | {"mpp_given": repr(mpp), "tissue_share": f"{tissue.mask.mean():.4f}"}
     extra["unreadable"] = (
         str(max(damages, key=lambda damage: damage.share)) if any(d.count for d in damages) else ""
     )
@@ -248,26 +253,33 @@ def write_pictures(
 
 
 def is_done(job: Job, config: Config, stamp: str) -> bool:
-    """Whether the slide's coordinates are there, valid and of these settings.
+    """Whether the slide's coordinates are there, valid, of these settings and of this file.
 
     Raises:
-        UserError: they are there with other settings.
+        UserError: they are there with other settings or of another slide.
     """
     path = Path(config.output) / "coords" / f"{job[0]}.h5"
     attributes = coordinate_attributes(path)
     if config.overwrite or not attributes:
         return False
-    if not {"settings", "mpp_given"} <= attributes.keys():
-        raise unknown_origin(path, "coordinates", "settings")
-    found = json.loads(attributes["settings"]) | {"mpp_given": attributes["mpp_given"]}
-    wanted = json.loads(stamp) | {"mpp_given": repr(job[2])}
-    can_reuse(path, lambda: found, wanted, "tiles of other settings")
+    if not {"settings", "mpp_given", "slide_fingerprint"} <= attributes.keys():
+        raise unknown_origin(path, "coordinates", "settings and slide_fingerprint")
+    found = json.loads(attributes["settings"])
+    found |= {name: attributes[name] for name in ("mpp_given", "slide_fingerprint")}
+    try:
+        fingerprint = compute_fingerprint(job[1])
+    except OSError:
+        return False  # opening it says why
+    wanted = json.loads(stamp) | {"mpp_given": repr(job[2]), "slide_fingerprint": fingerprint}
+    can_reuse(path, lambda: found, wanted, "tiles of other settings or of another slide")
     return not attributes.get("drawn") or attributes["drawn"] == drawn_digest(job[0], config)
 
 
 def check(config: Config) -> None:
     """Refuse what does not go together before any slide is opened."""
     config.workers = pick_workers(config.workers, config.read_timeout)
+    check_shares({name: getattr(config, name) for name in ("min_tissue", "max_unreadable")})
+    check_shares(config.limits())
     if config.limits() and not config.quality:
         raise UserError(
             "min_blur, max_pen, ...: expected quality=true, found false; cuts need measured tiles"
@@ -291,15 +303,19 @@ def check(config: Config) -> None:
 
 def main(config: Config) -> int:
     check(config)
-    slides, mpps = find_slides_and_mpps(
-        config.slides, config.labels, config.tile_pattern, config.pictures
+    cohort = find_cohort(
+        config.slides, config.labels, config.selection(), config.tile_pattern, config.pictures
     )
     stamp = settings_stamp(config)
-    jobs = [(slide_id, path, mpps.get(slide_id) or config.mpp) for slide_id, path in slides.items()]
+    jobs = [
+        (slide_id, path, cohort.mpps.get(slide_id) or config.mpp)
+        for slide_id, path in cohort.slides.items()
+    ]
     todo = [job for job in jobs if not is_done(job, config, stamp)]
     logger.info("tile_slides: %d slides, %d already tiled", len(jobs), len(jobs) - len(todo))
     check_writable(config.output)
     failures = Failures("tile_slides")
+    failures.add_all(cohort.problems)
     for row in progress(tile_all(todo, config, stamp), "tiling", len(todo), "slides"):
         if "error" in row:
             failures.add(str(row["slide"]), str(row["error"]))

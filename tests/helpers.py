@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+import h5py
 import numpy as np
 import tifffile
 from PIL import Image
@@ -66,6 +67,15 @@ def make_cohort(root: Path, count: int = 3) -> Path:
         lines.append(f"C{index},S{index:03d},{'negative' if index % 2 else 'positive'}")
     (root / "labels.csv").write_text("\n".join(lines) + "\n")
     return root
+
+
+def forget_slides(tiles: Path) -> None:
+    """Make coordinates as other tools write them, which do not say of which file they are: a slide
+    that is damaged after it was tiled is then found out when it is read.
+    """
+    for path in (tiles / "coords").iterdir():
+        with h5py.File(path, "a") as file:
+            del file["coords"].attrs["slide_fingerprint"]
 
 
 def kill_when(ready: Callable[[], bool], module: str, arguments: list[str]) -> None:

@@ -69,7 +69,7 @@ def read_data(path: Path, name: str) -> ClassicSet:
     bags: dict[str, list[list[float]]] = {}
     labels: dict[str, int] = {}
     try:
-        with path.open(newline="", encoding="utf-8") as stream:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
             for row in filter(None, csv.reader(stream)):
                 *values, label = (float(value) for value in row[2:])
                 bags.setdefault(row[0], []).append(values)

@@ -182,19 +182,39 @@ def choose_memory(ram_gb: float, workers: int = 1) -> int:
     return int(ram_gb * 1e9) if ram_gb else free_memory() // 2 // max(1, workers)
 
 
-def digest_bags(files: Mapping[str, Path]) -> str:
+def digest_bags(files: Mapping[str, Path], cases: Mapping[str, str] | None = None) -> str:
     """Fingerprint of a set of bags: changes with any slide, feature or coordinate.
+
+    Args:
+        files: slide id -> bag.
+        cases: slide id -> patient; two patients with the same bag, who may stand on two sides of a
+            split, are logged.
 
     Raises:
         UserError: as `load_bags`, whose checks the bags of others go through here first.
     """
     bags, problems = _open_bags(files)
-    lines = []
+    digests: dict[str, str] = {}
     for slide, bag in sorted(bags.items()):
         try:
-            lines.append(f"{slide}:{bag.digest()}\n".encode())
+            digests[slide] = bag.digest()
         except UserError as error:
             problems[slide] = str(error)
     if problems:
         raise UserError(_join_problems(problems, len(files)))
-    return sha256_bytes(*lines)
+    _say_twins(digests, cases or {})
+    return sha256_bytes(*(f"{slide}:{digest}\n".encode() for slide, digest in digests.items()))
+
+
+def _say_twins(digests: Mapping[str, str], cases: Mapping[str, str]) -> None:
+    """Log slides of two patients whose bags are the same."""
+    first: dict[str, str] = {}
+    twins = []
+    for slide, digest in digests.items():
+        other = first.setdefault(digest, slide)
+        if cases.get(slide) != cases.get(other):
+            twins.append(f"{other} ({cases[other]}) and {slide} ({cases[slide]})")
+    if twins:
+        more = f", and {len(twins) - 1} more pairs" if len(twins) > 1 else ""
+        line = "bags: %s have the same features and tiles%s: one slide under two patients?"
+        logger.warning(line, twins[0], more)

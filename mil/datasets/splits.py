@@ -343,7 +343,7 @@ def find_numbered(root: Path) -> dict[int, Path]:
 
 
 def _read(number: int, path: Path) -> Split:
-    with path.open(encoding="utf-8", newline="") as stream:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream)
         header, rows = list(reader.fieldnames or []), list(reader)
     absent = [name for name in SETS if name not in header]

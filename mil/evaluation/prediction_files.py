@@ -32,7 +32,7 @@ Rows = list[Row]
 
 def read_table(path: str | Path) -> tuple[list[str], Rows]:
     """Read header and rows of a predictions table."""
-    with Path(path).open(encoding="utf-8", newline="") as stream:
+    with Path(path).open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream)
         header, rows = list(reader.fieldnames or []), list(reader)
     absent = [name for name in ("slide_id", "case_id") if name not in header]

@@ -99,7 +99,7 @@ def read_side(path: Path, feature_set: str, task: Task, split: str) -> FinishedR
     table = path / "predictions.csv"
     if not table.is_file():
         raise UserError(f"{table}: expected the run's predictions, found no file; train again")
-    with table.open(encoding="utf-8", newline="") as stream:
+    with table.open(encoding="utf-8-sig", newline="") as stream:
         rows = list(csv.DictReader(stream))
     each = {name: [row for row in rows if row["split"] == name] for name in ("val", "test")}
     sides = {name: found for name, found in each.items() if found}

@@ -23,6 +23,7 @@ from mil.training.engine import examine, load_classifier
 from patch_encoder.bags.bag import open_bag
 from patch_encoder.bags.paths import find_coordinates
 from patch_encoder.slides import open_slide
+from patch_encoder.slides.names import check_fingerprint
 from patch_encoder.slides.overview import read_overview
 from patch_encoder.tiles.grid import read_tile
 
@@ -152,10 +153,12 @@ def make_example(
         coords: folder with coordinates, for a bag that has none.
 
     Raises:
-        UserError: unreadable or not finite bag, bag without coordinates, unreadable slide.
+        UserError: unreadable or not finite bag, bag without coordinates, unreadable slide or one
+            that the bag is not of.
     """
     bag = open_bag(bag_file, find_coordinates(bag_file, coords))
     where = bag.coordinates()
+    check_fingerprint(slide_file, str(bag.attributes.get("slide_fingerprint", "")), "its features")
     bag.check_finite()
     device = torch.device("cpu")
     model, _ = load_classifier(checkpoint, device)

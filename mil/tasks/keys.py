@@ -4,6 +4,7 @@ their splits.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,11 @@ from pathlib import Path
 from common.config import REQUIRED, key
 from mil.datasets.splits import PROTOCOLS
 from mil.tasks.table import TASKS
-from patch_encoder.cohort.labels import find_slides, read_labels
+from patch_encoder.cohort.labels import read_labels
+from patch_encoder.cohort.slide_files import find_slides
 from patch_encoder.tiles.coordinates import tile_pattern_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -60,7 +64,12 @@ class SlideKeys:
         Args:
             bags: slide id -> bag file, which says how the files of a tile folder are named.
         """
-        slides = find_slides(self.slides, tile_pattern_of(bags.values())) if self.slides else {}
+        slides: dict[str, Path] = {}
+        if self.slides:
+            cohort = find_slides(self.slides, tile_pattern_of(bags.values()))
+            slides = cohort.slides
+            for name in cohort.problems.keys() & bags.keys():
+                logger.warning("slide %s: %s", name, cohort.problems[name])
         records = read_labels(self.labels) if self.labels else []
         return slides, {record.slide_id: record.mpp for record in records}
 

@@ -62,8 +62,9 @@ def make_jobs(
         memory: bytes for bags that a process keeps in memory; None: half of what is free.
     """
     jobs = []
+    cases = {record.slide_id: record.case_id for record in cohort.slides.records}
     for name, bags in cohort.files.items():
-        digest, bag_list = digest_bags(bags), tuple(bags.items())
+        digest, bag_list = digest_bags(bags, cases), tuple(bags.items())
         for model, one in settings.items():
             for seed in seeds:
                 for split in cohort.splits:

@@ -22,7 +22,13 @@ from torch import Tensor
 from common.errors import DamagedFile, UserError
 from patch_encoder.bags.layouts import as_float, map_pt, read_h5_rows, read_layout
 from patch_encoder.bags.writer import digest_content
-from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, read_coordinates
+from patch_encoder.tiles.coordinates import (
+    UM_REMEDY,
+    Coordinates,
+    TileGeometry,
+    is_in_um,
+    read_coordinates,
+)
 
 BLOCK_BYTES = 16 << 20  # of features that are read at a time
 COORDS_REMEDY = (
@@ -125,6 +131,7 @@ class Bag:
         """
         if self.coords is None or (self.geometry is None and "patch_size" not in self.attributes):
             found = "none" if self.coords is None else "no patch_size beside them"
+            found = UM_REMEDY if is_in_um(self.attributes) else found
             raise UserError(
                 f"{self.path}: expected coords (N, 2) and their patch_size to place its tiles, "
                 f"found {found}; {COORDS_REMEDY}"
@@ -164,7 +171,7 @@ def open_bag(path: str | Path, coords_file: Path | None = None) -> Bag:
     layout = read_layout(path)
     bag = Bag(path, **layout._asdict())
     _check_header(bag)
-    if coords_file is None or (bag.coords is not None and path.suffix != ".pt"):
+    if coords_file is None or (bag.coords is not None and "patch_size" in bag.attributes):
         return bag
     found = read_coordinates(coords_file)
     if len(found.coords) != len(bag):

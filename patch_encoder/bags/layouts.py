@@ -19,6 +19,7 @@ from torch import Tensor
 from common.checkpoint import load_tensors
 from common.errors import DamagedFile
 from common.hdf5 import find_dataset, get_dataset, open_hdf5
+from patch_encoder.tiles.coordinates import convert_corners
 
 FEATURE_KEYS = ("features", "feats")
 WHAT, REMEDY = "a feature bag", "extract the slide again"
@@ -30,7 +31,7 @@ class BagLayout(NamedTuple):
     Attributes:
         shape: (N, D).
         dtype: as stored.
-        coords: (N, 2) int64 level-0 corners, None where the file has none.
+        coords: (N, 2) int64 level-0 corners, None where the file has none or has them in um.
         provenance: attributes of the features.
         tiling: attributes of the file and of the coordinates.
         dataset: name of the HDF5 dataset of the features; empty for `.pt`.
@@ -68,8 +69,9 @@ def _read_h5_layout(path: Path, file: h5py.File) -> BagLayout:
     coords, tiling = None, dict(file.attrs)
     corners = find_dataset(file, "coords")
     if corners is not None:
-        coords = torch.from_numpy(corners[()].astype(np.int64))
         tiling |= corners.attrs
+        pixels, tiling = convert_corners(corners[()], _make_plain(tiling), str(path))
+        coords = None if pixels is None else torch.from_numpy(pixels)
     mapped = dataset.chunks is None and dataset.dtype.isnative
     return BagLayout(
         _check_shape(path, dataset.shape),
@@ -108,7 +110,9 @@ def map_pt(path: Path) -> tuple[Float[Tensor, "n d"], Tensor | None]:
     if not isinstance(coords, Tensor | None):
         raise DamagedFile(f"{path}: expected coords (N, 2), found {type(coords).__name__}")
     features = content.reshape(_check_shape(path, tuple(content.shape)))
-    return features, None if coords is None else coords.long()
+    if coords is not None:
+        coords = torch.from_numpy(convert_corners(coords.numpy(), {}, str(path))[0])
+    return features, coords
 
 
 def as_float(features: Tensor) -> Tensor:

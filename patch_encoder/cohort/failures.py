@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from common.files import write_csv
@@ -30,6 +31,11 @@ class Failures:
             return
         logger.error("%s: slide %s failed: %s", self.stage, slide_id, error)
         self.rows.append({"slide": slide_id, "stage": self.stage, "error": error})
+
+    def add_all(self, errors: Mapping[str, str]) -> None:
+        """Log and remember several slides: slide id -> error."""
+        for slide_id, error in errors.items():
+            self.add(slide_id, error)
 
     def note(self, slide_id: str, remark: str) -> None:
         """Log what is wrong with a slide that is used all the same."""

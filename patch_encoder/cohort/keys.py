@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.config import REQUIRED, key
+from patch_encoder.cohort.selection import Selection, read_selection
 
 
 @dataclass
@@ -25,7 +26,27 @@ class ReaderKeys:
 
 
 @dataclass
-class CohortKeys:
+class SelectionKeys:
+    """Which slides of a cohort are taken."""
+
+    slides_list: str = key(
+        "",
+        "take only these slides: a text file with one slide id or file name per line, or a table "
+        "with a slide_id column; empty: all",
+        path=True,
+        runtime=True,
+    )
+    suffixes: list[str] = key(
+        [], "take only slide files with these endings, as [.svs,.ndpi]; empty: any", runtime=True
+    )
+
+    def selection(self) -> Selection:
+        """The slides that are taken."""
+        return read_selection(self.slides_list, self.suffixes)
+
+
+@dataclass
+class CohortKeys(SelectionKeys):
     """Keys of every pass over the slides of a cohort."""
 
     slides: str = key(REQUIRED, "slide file, or folder tree of slides", path=True)

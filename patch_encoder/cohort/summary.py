@@ -116,7 +116,7 @@ def read_failures(path: Path) -> list[tuple[str, str, str]]:
     """(slide, stage, error) of a failures.csv; none where there is no such file."""
     if not path.is_file():
         return []
-    with path.open(encoding="utf-8", newline="") as stream:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
         return [
             (row.get("slide", ""), row.get("stage", ""), row.get("error", ""))
             for row in csv.DictReader(stream)

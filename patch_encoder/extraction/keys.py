@@ -96,7 +96,7 @@ class ExtractionKeys(DeviceKeys, CohortKeys):
         shard = Shard.parse(self.shard)
         return ExtractSettings(
             device, precision, self.batch_size, workers, self.dtype, self.pt, self.overwrite,
-            read_timeout=self.read_timeout, shard=shard,
+            read_timeout=self.read_timeout, shard=shard, selection=self.selection(),
         )  # fmt: skip
 
 

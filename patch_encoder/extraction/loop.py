@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -28,20 +29,31 @@ from common.provenance import can_reuse
 from patch_encoder.bags.bag import open_bag
 from patch_encoder.cohort.disk_space import check_room, explain_full_disk
 from patch_encoder.cohort.failures import Failures
-from patch_encoder.cohort.labels import find_wanted_slides, locate_slides, read_labels
+from patch_encoder.cohort.selection import Selection
 from patch_encoder.cohort.shards import Shard
+from patch_encoder.cohort.slide_files import find_cohort
 from patch_encoder.extraction import decoding
 from patch_encoder.extraction.bag_assembly import UNREADABLE, Assembly
 from patch_encoder.extraction.network import Network, PendingFeatures, has_weights
 from patch_encoder.extraction.ray_backend import Report, work_on_ray
 from patch_encoder.extraction.tile_batches import TileBatch, TileSequence
 from patch_encoder.models.encoders import Encoder
+from patch_encoder.slides.names import check_fingerprint
 from patch_encoder.stain.normaliser import Normaliser
-from patch_encoder.tiles.coordinates import Coordinates, SlideJob, read_coordinates, tile_pattern_of
+from patch_encoder.tiles.coordinates import (
+    Coordinates,
+    SlideJob,
+    find_coordinate_files,
+    read_coordinates,
+    tile_pattern_of,
+)
 
 logger = logging.getLogger(__name__)
 STAGE = "extract_features"
-COMPARED = ("encoder", "weights_sha256", "transform", "precision", "dtype", "coordinates", "stain")
+COMPARED = (
+    *("encoder", "weights_sha256", "transform", "precision", "dtype", "coordinates", "stain"),
+    "slide_fingerprint",
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,7 @@ class ExtractSettings:
         shard: the part of the cohort that this process works on.
         ray: where Ray's workers run; None: in this process.
         stain: stain normalisation of the tiles; None: as they are.
+        selection: the slides of the cohort that are taken.
     """
 
     device: torch.device
@@ -76,36 +89,37 @@ class ExtractSettings:
     shard: Shard = field(default_factory=Shard)
     ray: RaySettings | None = None
     stain: Normaliser | None = None
+    selection: Selection = field(default_factory=Selection)
 
 
 def cohort_jobs(
-    slides: str, coords: str, labels: str, failures: Failures, shard: Shard | None = None
+    slides: str,
+    coords: str,
+    labels: str,
+    failures: Failures,
+    shard: Shard | None = None,
+    selection: Selection | None = None,
 ) -> list[SlideJob]:
     """One job per slide of the cohort that has tiles; the others are entered in `failures`.
 
     Args:
         slides: folder of slides.
-        coords: folder of coordinates files (`coords/` or its parent).
+        coords: folder of coordinates files (`coords/`, TRIDENT's `patches/`, or their parent).
         labels: labels.csv, or empty for every slide that is found.
-        failures: gets slides without coordinates or without tissue.
+        failures: gets slides that are not there, without coordinates or without tissue.
         shard: the part of the cohort that is wanted; None: all of it.
+        selection: the slides that are taken; None: all of them.
     """
     shard = shard or Shard()
-    folder = Path(coords) / "coords" if (Path(coords) / "coords").is_dir() else Path(coords)
-    tiled = sorted(folder.glob("[!.]*.h5"))
-    pattern = tile_pattern_of(tiled)
-    records = read_labels(labels) if labels else []
+    tiled = find_coordinate_files(coords)
+    pattern = tile_pattern_of(tiled.values())
     # without labels, a picture is a slide where it was tiled as one
-    paths = (
-        locate_slides(records, slides, pattern)
-        if records
-        else find_wanted_slides({path.stem for path in tiled}, slides, pattern)
-    )
-    mpps = {record.slide_id: record.mpp for record in records}
-    jobs, without = [], {}
-    for slide_id, path in paths.items():
+    wanted = tiled.keys()
+    cohort = find_cohort(slides, labels, selection or Selection(), pattern, wanted=wanted)
+    jobs, without = [], dict(cohort.problems)
+    for slide_id, path in cohort.slides.items():
         try:
-            coordinates = read_coordinates(folder / f"{slide_id}.h5")
+            coordinates = read_coordinates(tiled.get(slide_id, Path(coords) / f"{slide_id}.h5"))
         except UserError as error:
             without[slide_id] = str(error)
             continue
@@ -116,19 +130,38 @@ def cohort_jobs(
             continue
         jobs.append(
             SlideJob(
-                slide_id, path, coordinates, mpps.get(slide_id) or coordinates.geometry.mpp or None
+                slide_id,
+                path,
+                coordinates,
+                cohort.mpps.get(slide_id) or coordinates.geometry.mpp or None,
             )
         )
     if shard.index == 1:  # once, not in every part
-        for slide_id, error in without.items():
-            failures.add(slide_id, error)
-    return shard.select(jobs)
+        failures.add_all(without)
+    return list(_know_again(shard.select(jobs), failures))
+
+
+def _know_again(jobs: Sequence[SlideJob], failures: Failures) -> Iterator[SlideJob]:
+    """The jobs with the fingerprints of their slides; those whose tiles are of another slide are
+    entered in `failures`.
+    """
+    for job in jobs:
+        try:
+            fingerprint = check_fingerprint(
+                job.path, job.coordinates.slide_fingerprint, "its coordinates"
+            )
+        except UserError as error:
+            failures.add(job.slide_id, str(error))
+            continue
+        yield replace(job, slide_fingerprint=fingerprint)
 
 
 def bag_provenance(
     encoder: Encoder, coordinates: Coordinates, settings: ExtractSettings
 ) -> dict[str, str]:
-    """What decides a bag's numbers, and the software version; `stain` only if it is used."""
+    """What decides a bag's numbers beside the slide, and the software version; `stain` only if it
+    is used.
+    """
     provenance = encoder.provenance | {
         "precision": settings.precision,
         "dtype": settings.dtype,
@@ -152,11 +185,12 @@ def extract(
         settings = replace(settings, precision="fp32")
     failures = Failures(STAGE, settings.shard.name)
     folder = Path(output) / encoder.name
-    jobs = cohort_jobs(slides, coords, labels, failures, settings.shard)
+    jobs = cohort_jobs(slides, coords, labels, failures, settings.shard, settings.selection)
     todo = [job for job in jobs if not is_done(job, encoder, folder, settings)]
     logger.info(
         "%s: %s: %d slides, %d already done", STAGE, encoder.name, len(jobs), len(jobs) - len(todo)
     )
+    say_unsuited_tiles(encoder, jobs)
     check_room(folder, todo, encoder.dim, settings.dtype, settings.pt)
     if todo:
         check_writable(folder / "h5_files")
@@ -181,6 +215,31 @@ def extract(
         failures.add(row["slide"], row["error"])
     logger.info("%s: %s", STAGE, report.summary(time.perf_counter() - start))
     return failures.write(folder)
+
+
+def say_unsuited_tiles(encoder: Encoder, jobs: Sequence[SlideJob]) -> None:
+    """Log once when tiles are of another size or resolution than those the encoder was trained on:
+    by more than a fifth in resolution, or a quarter in side (224 and 256 px go together).
+    """
+    if encoder.mpp is None or encoder.tile is None:
+        return
+    shapes = [job.coordinates.geometry for job in jobs]
+    unsuited = [
+        (shape.target_size, shape.target_mpp)
+        for shape in shapes
+        if (shape.target_mpp and not 0.8 <= shape.target_mpp / encoder.mpp <= 1.25)
+        or not 0.8 <= shape.target_size / encoder.tile <= 1.25
+    ]
+    if unsuited:
+        (side, mpp), count = Counter(unsuited).most_common(1)[0]
+        line = (
+            "%s was trained on tiles of %d px at %g um per pixel, %d of %d slides are cut as %d px "
+            "at %s; tile again with tile_size=%d target_mpp=%g if that is not meant"
+        )
+        place = (len(jobs), side, f"{mpp:g}" if mpp else "an unknown resolution")
+        logger.warning(
+            line, encoder.name, encoder.tile, encoder.mpp, count, *place, encoder.tile, encoder.mpp
+        )
 
 
 def encode_slides(
@@ -229,6 +288,7 @@ def is_done(job: SlideJob, encoder: Encoder, folder: Path, settings: ExtractSett
         return False
     tiles, unreadable = len(job.coordinates.coords), 0
     expected = bag_provenance(encoder, job.coordinates, settings)
+    expected["slide_fingerprint"] = job.slide_fingerprint
     wanted = {name: expected.get(name) for name in COMPARED} | {"shape": [tiles, encoder.dim]}
 
     def read() -> dict[str, object]:

@@ -27,7 +27,7 @@ from patch_encoder.models.encoder_weights import (
     read_state,
     skip_initialisation,
 )
-from patch_encoder.models.image_towers import ConvStem, build_conch_v1, build_conch_v1_5
+from patch_encoder.models.image_towers import ConvStem, build_conch_v1, build_conch_v1_5, build_keep
 from patch_encoder.models.pooling import TokenPool, TransformersPool, TruncatedResNet
 
 LAYERS = {"ConvStem": ConvStem, "silu": nn.SiLU}
@@ -69,7 +69,8 @@ def initialise(row: EncoderRow) -> nn.Module:
             _find_transformers_class(row)(_make_transformers_config(row), **_split_arguments(row)),
             row.pool,
         )
-    return {"conch": build_conch_v1, "conch_v1_5": build_conch_v1_5}[row.library]()
+    towers = {"conch": build_conch_v1, "conch_v1_5": build_conch_v1_5, "keep": build_keep}
+    return towers[row.library]()
 
 
 def _build_timm(row: EncoderRow) -> nn.Module:

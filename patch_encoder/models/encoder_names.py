@@ -17,7 +17,14 @@ import torch
 
 from common.errors import UserError, did_you_mean
 from common.files import read_json
-from patch_encoder.models.encoder_table import CROPPED, ENCODERS, IMAGENET, OPENAI_CLIP, EncoderRow
+from patch_encoder.models.encoder_table import (
+    ALIASES,
+    CROPPED,
+    ENCODERS,
+    IMAGENET,
+    OPENAI_CLIP,
+    EncoderRow,
+)
 from patch_encoder.models.encoder_weights import fetch_hub_file, find_local_file, read_state
 from patch_encoder.models.transforms import Fit
 
@@ -32,6 +39,7 @@ def find_row(name: str, weights: str = "") -> EncoderRow:
     Raises:
         UserError: a name that neither the table nor a library has.
     """
+    name = ALIASES.get(name, name)
     if name in ENCODERS:
         return ENCODERS[name]
     library, _, model = name.partition(":")
@@ -44,7 +52,7 @@ def find_row(name: str, weights: str = "") -> EncoderRow:
         return _dino(weights)
     raise UserError(
         f"encoder '{name}': expected a known encoder or {', '.join(PATTERNS)}; "
-        f"{did_you_mean(name, ENCODERS)}"
+        f"{did_you_mean(name, ENCODERS.keys() | ALIASES.keys())}"
     )
 
 

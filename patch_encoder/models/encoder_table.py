@@ -36,7 +36,7 @@ class EncoderRow:
     """How to build one encoder.
 
     Attributes:
-        library: timm, open_clip, transformers, conch, conch_v1_5 or classical.
+        library: timm, open_clip, transformers, conch, conch_v1_5, keep or classical.
         model: the library's name of the architecture.
         weights: where its hub keeps the weights, empty where no hub does; what an error tells the
             user to fetch.
@@ -353,6 +353,24 @@ PATHOLOGY_ROWS = {
         "ViT-B-16", "wisdomik/QuiltNet-B-16", 512, mpp=0.5, tile=224, citation="Ikezogwo et al., "
                                                                                "NeurIPS 2023"
     ),
+    # DINOv2's ViT-g/14 with registers, its position table that of 224 px
+    "openmidnight": EncoderRow(
+        "timm", "vit_giant_patch14_reg4_dinov2", "SophontAI/OpenMidnight", 1536,
+        Fit(224, squash=True, interpolation="bilinear"), pool="cls", mpp=0.5, tile=224,
+        precision="fp16", licence="Apache-2.0", gated=True, citation="Sophont, OpenMidnight, 2025",
+        options={"img_size": 224}, file="teacher_checkpoint_load.pt",
+    ),
+    # the image half: UNI's ViT, then two linear layers; unit length
+    "keep": EncoderRow(
+        "keep", "keep_vit_large_patch16", "Astaxanthin/KEEP", 768, BICUBIC, normalise=True, mpp=0.5,
+        tile=256, precision="fp16", licence="MIT", citation="Zhou et al., Cancer Cell 2026",
+        file="model.safetensors",
+    ),
+    "mstar": EncoderRow(
+        "timm", "vit_large_patch16_224", "Wangyh/mSTAR", 1024, BILINEAR, mpp=0.5, tile=256,
+        licence=NC_ND, gated=True, citation="Xu et al., Nature Communications 2025",
+        options={"img_size": 224, "init_values": 1e-5, "dynamic_img_size": True},
+    ),
     # INTELLIGENS: 256 px tiles, centre crop, no resizing; published as a file, on no hub
     "brow": EncoderRow(
         "timm", "vit_base_patch16_224", "", 768, Fit(None, 224), mpp=None, tile=256,
@@ -366,6 +384,16 @@ CLASSICAL_ROWS = {
     ),
     "mean_colour": EncoderRow("classical", "mean_colour", "", 3, Fit(None), licence="Apache-2.0"),
 }
+# names of the same encoders in TRIDENT and in STAMP, where they differ from ours
+ALIASES = {
+    "uni_v1": "uni", "uni_v2": "uni2_h", "conch_v1": "conch", "conch_v15": "conch_v1_5",
+    "hoptimus0": "h_optimus_0", "hoptimus1": "h_optimus_1", "h0-mini": "h0_mini",
+    "virchow2-cls": "virchow2_cls", "kaiko-vits8": "kaiko_vits8", "kaiko-vits16": "kaiko_vits16",
+    "kaiko-vitb8": "kaiko_vitb8", "kaiko-vitb16": "kaiko_vitb16", "kaiko-vitl14": "kaiko_vitl14",
+    "lunit-vits8": "lunit_vits8",
+    "mahmood-conch": "conch", "mahmood-conch1_5": "conch_v1_5", "mahmood-uni": "uni",
+    "mahmood-uni2": "uni2_h", "h-optimus-0": "h_optimus_0", "h-optimus-1": "h_optimus_1",
+}  # fmt: skip
 ENCODERS: dict[str, EncoderRow] = (
     RESNET_ROWS | TS2GKD_ROWS | NATURAL_ROWS | PATHOLOGY_ROWS | CLASSICAL_ROWS
 )

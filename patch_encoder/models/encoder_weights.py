@@ -23,8 +23,10 @@ from common.files import read_json
 from patch_encoder.models.encoder_table import EncoderRow
 from patch_encoder.models.image_towers import (
     CONCH_UNUSED,
+    KEEP_UNUSED,
     convert_to_timm,
     fit_positions,
+    rename_layer_scale,
 )
 
 logger = logging.getLogger(__name__)
@@ -239,6 +241,8 @@ def _convert(state: dict[str, Tensor], core: nn.Module, row: EncoderRow) -> dict
     """Names and position grid as the network has them, by timm's and CONCH's rules."""
     if row.library == "conch_v1_5":
         return fit_positions(state, core.trunk.patch_embed.grid_size[0])  # type: ignore[union-attr]
+    if row.library == "keep":
+        return rename_layer_scale(state)
     convert = getattr(sys.modules[type(core).__module__], "checkpoint_filter_fn", None)
     return convert(dict(state), core) if row.library == "timm" and convert else state
 
@@ -250,7 +254,7 @@ def _list_unused(core: nn.Module, row: EncoderRow) -> tuple[str, ...]:
         for s in range(1, 5)
         if isinstance(getattr(core, f"layer{s}", None), nn.Identity)
     )
-    return stages + (CONCH_UNUSED if row.library == "conch" else ())
+    return stages + {"conch": CONCH_UNUSED, "keep": KEEP_UNUSED}.get(row.library, ())
 
 
 @contextmanager

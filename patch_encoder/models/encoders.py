@@ -23,7 +23,7 @@ from patch_encoder.descriptors.stain_texture import DIM as STAIN_TEXTURE_DIM
 from patch_encoder.descriptors.stain_texture import stain_texture
 from patch_encoder.models.backbones import build_backbone
 from patch_encoder.models.encoder_names import find_row
-from patch_encoder.models.encoder_table import EncoderRow, Statistics
+from patch_encoder.models.encoder_table import ALIASES, EncoderRow, Statistics
 from patch_encoder.models.pooling import POOLS
 from patch_encoder.models.transforms import Describe, ToInputSize
 
@@ -49,6 +49,7 @@ class Encoder:
         transform: uint8 (H, W, 3) tile -> one item of the batch; runs in the workers.
         model: batch of items -> (B, D); runs on the device.
         provenance: name, weights digest, transform: what decides the numbers.
+        mpp, tile: resolution and side in pixels of the tiles that it was trained on; None: unknown.
     """
 
     name: str
@@ -56,6 +57,8 @@ class Encoder:
     transform: Callable[[np.ndarray], Tensor]
     model: nn.Module
     provenance: dict[str, str]
+    mpp: float | None = None
+    tile: int | None = None
 
 
 class PixelEncoder(nn.Module):
@@ -87,7 +90,8 @@ def build_encoder(
     """An encoder by name.
 
     Args:
-        name: a row of `encoder_table.ENCODERS`, or a pattern of `encoder_names`.
+        name: a row of `encoder_table.ENCODERS` or its name elsewhere (`ALIASES`), or a pattern of
+            `encoder_names`.
         weights: local file or folder; empty: from the encoder's hub; `random`: initialised only
             (for cost and tests).
         pool: published, or cls | mean | cls_mean of a transformer's tokens.
@@ -99,6 +103,7 @@ def build_encoder(
         UserError: unknown name, an option that the encoder does not have, weights that are missing
             or of another architecture, hub out of reach.
     """
+    name = ALIASES.get(name, name)
     if name in CLASSICAL:
         return _build_classical(name, pool, layer)
     row = find_row(name, weights)
@@ -116,9 +121,8 @@ def build_encoder(
         "weights_sha256": digest_weights(network),
         "transform": f"{transform!r}, mean/std {chosen.statistics}, L2 {chosen.normalise}",
     }
-    return Encoder(
-        label.replace(":", "_").replace("/", "_"), chosen.width, transform, module, provenance
-    )
+    folder = label.replace(":", "_").replace("/", "_")
+    return Encoder(folder, chosen.width, transform, module, provenance, row.mpp, row.tile)
 
 
 def _build_classical(name: str, pool: str, layer: int) -> Encoder:

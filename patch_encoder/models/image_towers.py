@@ -9,6 +9,9 @@ under their parameter names.
 CTransPath (Wang et al., Medical Image Analysis 2022): timm's Swin-T, but with `ConvStem` in place
 of its 4x4 patch embedding.
 
+KEEP (Zhou et al., Cancer Cell 2026): UNI's ViT-L/16, then two linear layers with a GELU between
+them. Its card runs its own code, whose image half is written out here under its parameter names.
+
 MUSK (Xiang et al., Nature 2025): a BEiT-3 (arXiv 2208.10442) keeps two experts per layer, A for
 images and B for text. An image only uses A, and A is a plain ViT with inner norms, which timm has
 as `beit3_large_patch16_224`, so that its weights only need other names. Its features are the class
@@ -109,6 +112,36 @@ def _build_conch(pool: type[nn.Module], trunk: dict[str, Any], dim: int) -> Conc
 
     settings = {"img_size": 448, "patch_size": 16, "num_classes": 0, **trunk}
     return Conch(VisionTransformer(**settings), pool(dim, settings["embed_dim"]), dim)
+
+
+KEEP_UNUSED = ("text.", "logit_scale")  # the text half of its file
+
+
+class Keep(nn.Module):
+    """ViT and projection: (B, 3, H, W) -> (B, D), not yet of unit length."""
+
+    def __init__(self, visual: nn.Module, width: int, dim: int) -> None:
+        super().__init__()
+        self.visual = visual
+        self.visual_head = nn.Sequential(nn.Linear(width, dim), nn.GELU(), nn.Linear(dim, dim))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, D)."""
+        return self.visual_head(self.visual(pixels))
+
+
+def build_keep(**trunk: int) -> Keep:
+    """ViT-L/16 with layer scale at 224 px, 768-d; `trunk` changes the ViT (tests)."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    settings = {"embed_dim": 1024, "depth": 24, "num_heads": 16, "init_values": 1e-5, **trunk}
+    visual = VisionTransformer(patch_size=16, num_classes=0, dynamic_img_size=True, **settings)
+    return Keep(visual, settings["embed_dim"], 768)
+
+
+def rename_layer_scale(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """KEEP's file calls the factor of a layer scale `weight`, timm `gamma`."""
+    return {re.sub(r"\.(ls[12])\.weight$", r".\1.gamma", key): w for key, w in weights.items()}
 
 
 def fit_positions(weights: dict[str, Tensor], grid: int) -> dict[str, Tensor]:

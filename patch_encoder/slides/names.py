@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from common.errors import UserError
 from common.files import safe_id, sha256_bytes
 
 OME_SUFFIXES = (".ome.tif", ".ome.tiff", ".ome.btf")
@@ -33,14 +34,24 @@ def suffix_of(path: Path) -> str:
     return next((suffix for suffix in OME_SUFFIXES if name.endswith(suffix)), path.suffix.lower())
 
 
+def strip_suffix(name: str) -> str:
+    """A slide's name without the ending of a slide file or picture; other dots stay."""
+    endings = sorted((SLIDE_SUFFIXES | PICTURE_SUFFIXES), key=len, reverse=True)
+    found = next((end for end in endings if name.lower().endswith(end)), "")
+    return name[: len(name) - len(found)] or name
+
+
 def slide_id_of(path: Path) -> str:
-    """A file's name without its (compound) suffix, a folder's name as it is; dots inside stay.
+    """A file's or folder's name without its (compound) suffix; dots inside stay.
 
     Raises:
-        UserError: the name would lead out of its folder.
+        UserError: the name would lead out of its folder, or is not in UTF-8.
     """
-    name = path.name if path.is_dir() else path.name[: len(path.name) - len(suffix_of(path))]
-    return safe_id(name)
+    is_folder = path.is_dir()
+    name = path.name[: len(path.name) - (0 if is_folder else len(suffix_of(path)))]
+    if path.name.encode(errors="ignore").decode() != path.name:
+        raise UserError(f"{str(path)!a}: expected a name in UTF-8, found other bytes; rename it")
+    return safe_id(strip_suffix(name) if is_folder else name)
 
 
 END = 64 * 1024  # bytes at either end of a file: headers, directories of levels, the last tiles
@@ -69,3 +80,31 @@ def compute_slide_identity(path: Path) -> dict[str, str | int]:
             stream.seek(max(0, size - END))
             ends.append(stream.read(END))
     return {"slide_file": path.name, "slide_bytes": size, "slide_fingerprint": sha256_bytes(*ends)}
+
+
+def compute_fingerprint(path: Path) -> str:
+    """The digest by which a slide is known again, wherever it was moved or copied to."""
+    return str(compute_slide_identity(path)["slide_fingerprint"])
+
+
+def check_fingerprint(path: Path, stored: str, what: str) -> str:
+    """The slide's fingerprint, once `what` (tiles, a bag) is known to be of this slide.
+
+    Args:
+        path: the slide.
+        stored: the fingerprint that was stored with what is to be used with it; empty: unknown.
+        what: what that is, for the error.
+
+    Raises:
+        UserError: it is of another slide, or the slide cannot be read.
+    """
+    try:
+        found = compute_fingerprint(path)
+    except OSError as error:
+        raise UserError(f"slide {path}: cannot be read: {error}") from None
+    if stored and stored != found:
+        raise UserError(
+            f"slide {path}: {what} are of another file of that name: slide_fingerprint "
+            f"{stored!r} -> {found!r}; make them again, or restore the file if this copy is damaged"
+        )
+    return found

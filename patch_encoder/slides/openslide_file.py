@@ -142,7 +142,7 @@ def open_dicom_folder(folder: Path, mpp: float | None = None) -> OpenSlideFile:
         )
     for file in files:
         try:
-            return OpenSlideFile(file, mpp, slide_id=folder.name)
+            return OpenSlideFile(file, mpp, slide_id=slide_id_of(folder))
         except UnsupportedError:
             continue  # an overview or a report of the same series
     raise SlideError(

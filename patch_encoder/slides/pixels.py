@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import tempfile
 
 import numpy as np
 import tifffile
 from jaxtyping import UInt8
+
+from common.errors import UserError
 
 # of tifffile: a damaged file shows in any step of parsing it
 READ_ERRORS = (
@@ -47,10 +50,22 @@ def convert_to_rgb(pixels: np.ndarray, has_alpha: bool = True) -> UInt8[np.ndarr
 
 
 def keep(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
-    """The same pixels, in a nameless memory-mapped file when they are many."""
+    """The same pixels, in a nameless memory-mapped file when they are many.
+
+    Raises:
+        UserError: no room for them. It is taken first: a disk that fills under a memory-mapped file
+            ends the process.
+    """
     if pixels.nbytes <= KEPT_BYTES:
         return np.ascontiguousarray(pixels)
     with tempfile.TemporaryFile() as stream:
+        try:
+            os.posix_fallocate(stream.fileno(), 0, pixels.nbytes)
+        except OSError as error:
+            raise UserError(
+                f"{tempfile.gettempdir()}: expected {pixels.nbytes / 1e9:.1f} GB for the pixels of "
+                f"a slide, found {error.strerror}; set TMPDIR to a folder with more room"
+            ) from None
         mapped = np.memmap(stream, dtype=np.uint8, mode="w+", shape=pixels.shape)
     mapped[:] = pixels
     return mapped

@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from common.errors import UserError
 from patch_encoder.slides.base import RegionError, Slide, SlideError
+from patch_encoder.slides.names import slide_id_of
 from patch_encoder.slides.pixels import convert_to_rgb
 from patch_encoder.slides.resolution import read_resolution
 
@@ -94,7 +95,7 @@ class TileFolder(Slide):
     """
 
     def __init__(self, path: Path, mpp: float | None = None, tile_pattern: str = "") -> None:
-        self.slide_id, self.path, self.tile_pattern = path.name, path, tile_pattern
+        self.slide_id, self.path, self.tile_pattern = slide_id_of(path), path, tile_pattern
         pattern = parse_tile_pattern(tile_pattern)
         found = (
             (pattern.place(file.name), file)

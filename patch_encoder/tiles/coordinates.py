@@ -140,10 +140,14 @@ def _read_clam(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Top-left corners (N, 2) int64 of a slide's tiles in level-0 px, and how they are read."""
+    """Top-left corners (N, 2) int64 of a slide's tiles in level-0 px, and how they are read.
+
+    `slide_fingerprint` tells of which file they are (patch_encoder.slides.names); empty: unknown.
+    """
 
     coords: Int[np.ndarray, "tiles 2"]
     geometry: TileGeometry
+    slide_fingerprint: str = ""
 
     def digest(self) -> str:
         """Hex digest of corners and geometry; part of a bag's provenance."""
@@ -156,7 +160,7 @@ class Coordinates:
 
 
 def write_coordinates(
-    path: str | Path, coordinates: Coordinates, extra: Mapping[str, str] | None = None
+    path: str | Path, coordinates: Coordinates, extra: Mapping[str, str | int] | None = None
 ) -> None:
     """Write a coordinates file atomically, with `extra` as further attributes."""
     with write_small_hdf5(path) as file:
@@ -169,18 +173,71 @@ def store_coordinates(file: h5py.File, coordinates: Coordinates, extra: Mapping[
     dataset.attrs.update(asdict(coordinates.geometry) | dict(extra))
 
 
+def convert_corners(
+    corners: np.ndarray, attributes: Mapping[str, Any], source: str
+) -> tuple[np.ndarray | None, dict[str, Any]]:
+    """Corners (N, 2) as level-0 px, int64, and their attributes.
+
+    STAMP's corners are in um and its tile size beside them too. They become px where a file says
+    its `mpp` (STAMP's own does not); without it they are None.
+
+    Raises:
+        UserError: fractions of px.
+    """
+    if not is_in_um(attributes):
+        if corners.dtype.kind == "f" and (corners != np.rint(corners)).any():
+            raise UserError(
+                f"{source}: expected whole numbers of level-0 px in 'coords', found fractions and "
+                "no unit beside them; convert them with convert_coordinates"
+            )
+        return corners.astype(np.int64), dict(attributes)
+    mpp = float(attributes.get("mpp", 0.0))
+    if not mpp:
+        return None, dict(attributes)
+    side = round(float(attributes.get("tile_size_um", attributes.get("tile_size", 256.0))) / mpp)
+    target = int(attributes.get("tile_size_px", 224))
+    square = {"patch_size": side, "patch_size_level0": side, "patch_level": 0}
+    square |= {"target_size": target, "target_mpp": mpp * side / target}
+    return np.rint(corners[:, :2] / mpp).astype(np.int64), {**attributes, **square}
+
+
+def is_in_um(attributes: Mapping[str, Any]) -> bool:
+    """Whether the corners beside these attributes are STAMP's, in micrometres."""
+    return attributes.get("unit") == "um" or "tile_size_um" in attributes
+
+
+UM_REMEDY = "coords in um and no mpp; convert them with convert_coordinates slides=... to=ours"
+
+
+def find_coordinate_files(folder: str | Path) -> dict[str, Path]:
+    """Slide id -> file of a folder of coordinates: its `coords/`, its `patches/` (TRIDENT's, whose
+    files are named `<slide_id>_patches.h5`) or the folder itself; {} where there are none.
+    """
+    for place in ("coords", "patches", ""):
+        files = sorted((Path(folder) / place).glob("[!.]*.h5"))
+        if files:
+            short = {file.stem.removesuffix("_patches"): file for file in files}
+            return short | {file.stem: file for file in files}
+    return {}
+
+
 def read_coordinates(path: str | Path) -> Coordinates:
     """Read a coordinates file.
 
     Raises:
-        UserError: no HDF5 file, no `coords`, wrong shape.
+        UserError: no HDF5 file, no `coords`, wrong shape, corners that are no px.
     """
     with open_hdf5(path, "a coordinates file", "tile the slide again") as file:
         dataset = get_dataset(file, "coords")
         coords, attributes = dataset[()], {**file.attrs, **dataset.attrs}
     if coords.ndim != 2 or coords.shape[1] != 2:
         raise DamagedFile(f"{path}: expected coords (N, 2), found {coords.shape}")
-    return Coordinates(coords.astype(np.int64), TileGeometry.from_attributes(attributes, str(path)))
+    corners, attributes = convert_corners(coords, attributes, str(path))
+    if corners is None:
+        raise UserError(f"{path}: expected coords in level-0 px, found {UM_REMEDY}")
+    geometry = TileGeometry.from_attributes(attributes, str(path))
+    fingerprint = str(attributes.get("slide_fingerprint", ""))
+    return Coordinates(corners, geometry, fingerprint)
 
 
 def coordinate_attributes(path: str | Path) -> dict[str, Any]:
@@ -203,9 +260,12 @@ def tile_pattern_of(files: Iterable[Path]) -> str:
 
 @dataclass(frozen=True)
 class SlideJob:
-    """One slide to be encoded: where it lies, its tiles, its resolution if the user gave one."""
+    """One slide to be encoded: where it lies, its tiles, its resolution if the user gave one, and
+    the fingerprint of its file.
+    """
 
     slide_id: str
     path: Path
     coordinates: Coordinates
     mpp: float | None
+    slide_fingerprint: str = ""

@@ -111,7 +111,7 @@ def read_h5(path: Path, source: CoordinateSource) -> Coordinates:
     if source.slide is not None:  # files of other tools do not have them
         x, y = source.slide.bounds
         geometry = replace(geometry, bounds_x=x, bounds_y=y)
-    return Coordinates(found.coords, replace(geometry, name=source.slide_id))
+    return replace(found, geometry=replace(geometry, name=source.slide_id))
 
 
 def read_npy(path: Path, source: CoordinateSource) -> Coordinates:
@@ -201,7 +201,10 @@ def write_ours(
     path: Path, coordinates: Coordinates, source: CoordinateSource, folder: Path
 ) -> None:
     """The layout of `tile_slides`."""
-    write_h5(path, coordinates.coords, asdict(coordinates.geometry))
+    known = {"slide_fingerprint": coordinates.slide_fingerprint}
+    if not coordinates.slide_fingerprint:
+        known.clear()
+    write_h5(path, coordinates.coords, asdict(coordinates.geometry) | known)
 
 
 def write_clam(
@@ -241,9 +244,15 @@ def write_trident(
 ) -> None:
     """TRIDENT's `patches/<slide>_patches.h5`, nine attributes."""
     geometry = coordinates.geometry
-    level0, target = magnifications(geometry, source.need_mpp(path, geometry))
+    attributes = trident_attributes(geometry, source.need_mpp(path, geometry), folder)
+    write_h5(path, coordinates.coords, attributes | {FULL_GEOMETRY: json.dumps(asdict(geometry))})
+
+
+def trident_attributes(geometry: TileGeometry, mpp: float, folder: Path) -> dict[str, Any]:
+    """The nine attributes of TRIDENT's `coords`, in its files of coordinates and of features."""
+    level0, target = magnifications(geometry, mpp)
     overlap = max(0, round(geometry.target_size * (1 - geometry.step / geometry.patch_size_level0)))
-    attributes = {
+    return {
         "patch_size": geometry.target_size,
         "patch_size_level0": geometry.patch_size_level0,
         "level0_magnification": level0,
@@ -254,7 +263,6 @@ def write_trident(
         "level0_width": geometry.level0_width,
         "level0_height": geometry.level0_height,
     }
-    write_h5(path, coordinates.coords, attributes | {FULL_GEOMETRY: json.dumps(asdict(geometry))})
 
 
 def write_atlaspatch(

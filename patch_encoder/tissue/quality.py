@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import cv2
@@ -65,6 +65,20 @@ class Cuts:
         """The cuts that are set, by name."""
         values = {field.name: getattr(self, field.name) for field in fields(Cuts)}
         return {name: value for name, value in values.items() if value is not None}
+
+
+SHARES = ("min_tissue", "max_unreadable", "max_pen", "max_background", "min_saturation")
+
+
+def check_shares(values: Mapping[str, float]) -> None:
+    """Refuse shares outside 0 to 1, which would drop every tile or none; other keys may be there.
+
+    Raises:
+        UserError: such a share.
+    """
+    for name in SHARES:
+        if not 0 <= values.get(name, 0.0) <= 1:
+            raise UserError(f"{name}={values[name]:g}: expected a share, 0 to 1")
 
 
 def measure_tile(
@@ -153,7 +167,7 @@ def list_drop_reasons(quality: Mapping[str, np.ndarray], cuts: Cuts, count: int)
 def write_tiles(
     path: str | Path,
     coordinates: Coordinates,
-    extra: Mapping[str, str],
+    extra: Mapping[str, str | int],
     quality: Mapping[str, np.ndarray],
 ) -> None:
     """Write coordinates with one dataset per measure, atomically; others see `coords` alone."""
@@ -190,7 +204,7 @@ def filter_coordinates(source: str | Path, target: str | Path, cuts: Cuts) -> di
         name: value for name, value in coordinate_attributes(source).items() if name not in own
     }
     extra["cuts"] = ", ".join(f"{name}={value:g}" for name, value in cuts.limits().items())
-    kept = Coordinates(coordinates.coords[keep], coordinates.geometry)
+    kept = replace(coordinates, coords=coordinates.coords[keep])
     write_tiles(target, kept, extra, {name: values[keep] for name, values in quality.items()})
     return count_reasons(why)
 

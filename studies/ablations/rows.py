@@ -75,7 +75,7 @@ def read_failures(path: Path) -> dict[str, str]:
     """Variant -> stage and error."""
     if not path.is_file():
         return {}
-    with path.open(encoding="utf-8", newline="") as stream:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
         return {row["variant"]: f"{row['stage']}: {row['error']}" for row in csv.DictReader(stream)}
 
 

@@ -32,7 +32,7 @@ from patch_encoder.tiles.coordinates import (
     read_coordinates,
     write_coordinates,
 )
-from tests.helpers import write_pyramid
+from tests.helpers import forget_slides, write_pyramid
 
 # (x, y, side) in level-0 px: inside a tile, on a vertical seam, on a crossing of seams, at the
 # slide's corner
@@ -212,6 +212,23 @@ def test_finished_slides_are_left_alone_and_other_settings_refused(
     assert detect(cohort) == 2
 
 
+def test_detections_of_another_slide_are_not_done(
+    cohort: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert detect(cohort) == 0
+    path = cohort / "found" / "coco" / "S2.json"
+    before = path.stat().st_mtime_ns
+    (cohort / "slides" / "S2.tiff").rename(cohort / "slides" / "moved")
+    (cohort / "slides" / "deep").mkdir()
+    (cohort / "slides" / "moved").rename(cohort / "slides" / "deep" / "S2.tiff")
+    assert detect(cohort) == 0 and path.stat().st_mtime_ns == before
+    document = json.loads(path.read_text())
+    document["info"]["slide_fingerprint"] = "0" * 64
+    path.write_text(json.dumps(document))
+    assert detect(cohort) == 2
+    assert "slide_fingerprint '0000" in capsys.readouterr().err
+
+
 def test_a_broken_tile_fails_its_slide_only(cohort: Path) -> None:
     folder = cohort / "slides" / "S3"
     folder.mkdir()
@@ -234,6 +251,7 @@ def test_a_broken_tile_fails_its_slide_only(cohort: Path) -> None:
         )
         == 0
     )
+    forget_slides(cohort / "more")
     (folder / "1_0.png").write_bytes(b"broken")
     assert detect(cohort, f"coords={cohort}/more", f"labels={labels}") == 1
     assert len(read(cohort)["annotations"]) == len(SQUARES)

@@ -20,7 +20,7 @@ from detection_kd.models.shared_trunk import TrunkMember, group_by_trunk
 from detection_kd.models.student import Student, describe_student, load_student_encoder
 from patch_encoder import tile_slides
 from studies import measure_encoders
-from tests.helpers import make_cohort
+from tests.helpers import forget_slides, make_cohort
 
 DIM = 5
 KINDS = {  # stages, adapter, pooling, input scale
@@ -143,6 +143,7 @@ def test_what_is_there_is_kept_and_what_is_stale_refused(
 def test_a_slide_that_fails_is_listed_with_every_student(
     cohort: Path, students: dict[str, Path], tmp_path: Path
 ) -> None:
+    forget_slides(cohort / "tiles")
     (cohort / "slides" / "S001.tiff").write_bytes(b"no slide")
     pair = {name: students[name] for name in ("plain", "tuned")}
     assert together(cohort, tmp_path / "features", pair) == 1

@@ -31,6 +31,7 @@ from mil.training.epochs import Smoother, draws
 from mil.training.prediction import predict, prefetch
 from mil.training.recipes import Recipe
 from patch_encoder.bags.bag import make_bag, open_bag, read_bag
+from patch_encoder.bags.writer import write_bag
 
 CPU = World(0, 1, torch.device("cpu"))
 ROWS = np.random.default_rng(0).normal(size=(30, 5)).astype(np.float16)
@@ -92,6 +93,21 @@ def test_every_layout_is_read_whole_by_rows_and_by_blocks(tmp_path: Path, layout
     assert torch.equal(read_bag(path).read(), expected)
     if not layout.startswith("pt") or layout == "pt_dict":
         assert bag.coords is not None and bag.coords.tolist()[1] == [2, 3]
+
+
+def test_one_bag_under_two_patients_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    features = np.ones((2, 3), np.float32)
+    files = {name: tmp_path / f"{name}.h5" for name in "abc"}
+    for name, path in files.items():
+        write_bag(path, features * (name == "c"), [[0, 0], [1, 1]], {})
+    with caplog.at_level("WARNING"):
+        digest = digest_bags(files, {"a": "P1", "b": "P1", "c": "P2"})
+        assert not caplog.records, "a patient may have a slide twice"
+        assert digest == digest_bags(files, {"a": "P1", "b": "P2", "c": "P3"})
+    (record,) = caplog.records
+    assert "a (P1) and b (P2) have the same features" in record.getMessage()
 
 
 def test_all_bad_bags_come_in_one_line_or_are_left_out(

@@ -97,6 +97,12 @@ def test_all_three_files_say_the_same(tmp_path: Path):
     ]
 
 
+def test_splits_from_a_spreadsheet(tmp_path: Path):
+    """A byte order mark before the header changes nothing."""
+    (tmp_path / "splits_0.csv").write_bytes("\ufefftrain,val,test\r\na,b,c\r\n".encode())
+    assert read_stored_splits(tmp_path) == [Split(0, ("a",), ("b",), ("c",))]
+
+
 def test_clams_index_column_is_passed_over(tmp_path: Path):
     frame = pd.DataFrame({"train": ["001", "002"], "val": ["003", None], "test": ["004", None]})
     frame.to_csv(tmp_path / "splits_7.csv")

@@ -323,6 +323,14 @@ def test_pictures_of_three_classes_and_of_many_models(
             )
 
 
+def test_a_table_from_a_spreadsheet_starts_with_a_byte_order_mark(tmp_path: Path):
+    plain = table(tmp_path / "plain.csv")
+    marked = tmp_path / "marked.csv"
+    marked.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
+    one, other = (read_tables([str(path)], "classes", None)[0] for path in (plain, marked))
+    assert [run.rows for run in one] == [run.rows for run in other]
+
+
 def test_average_curves_and_their_band(tmp_path: Path):
     finished, _ = read_tables([str(table(tmp_path / "said.csv"))], "classes", None)
     runs = [run.test for run in finished[:2]]

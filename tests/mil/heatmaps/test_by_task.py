@@ -10,6 +10,7 @@ import re
 import shutil
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -294,6 +295,27 @@ def test_bags_without_coordinates_take_those_of_a_file(
         and "found 5" in failed["s01"]
     )
     assert "add coords=" in failed["s02"]
+
+
+def test_clams_own_feature_files_are_drawn_with_its_coordinates(plain: Path):
+    """Bare `coords` beside the features; their size is in the file of `patches/`."""
+    root = plain.parent
+    for name in ("s00", "s01"):
+        bag = read_bag(root / "cohort" / "bags" / "h5_files" / f"{name}.h5")
+        for folder in ("clam", "patches"):
+            (root / folder).mkdir(exist_ok=True)
+            with h5py.File(root / folder / f"{name}.h5", "w") as file:
+                file["coords"] = bag.coords.numpy()
+                if folder == "clam":
+                    file["features"] = bag.features.half().numpy()
+                else:
+                    sizes = {"patch_size": 16, "patch_level": 0, "downsample": [1.0, 1.0]}
+                    file["coords"].attrs.update(sizes | {"level_dim": [64, 48]})
+    keys = [f"features={root}/clam", "only=[s00,s01]"]
+    assert draw(plain, "bare", *keys) == 1, "nobody says how large a tile is"
+    assert draw(plain, "clams", *keys, f"coords={root}/patches") == 0
+    rows = table(root / "clams" / "scores" / "s01.csv")
+    assert [(int(row["x"]), int(row["y"])) for row in rows] == list(map(tuple, bag.coords.tolist()))
 
 
 def test_coordinates_beside_the_bags_are_found(tmp_path: Path):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import signal
 import time
@@ -13,6 +14,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -231,6 +233,35 @@ def test_drawn_slides_are_skipped_and_other_settings_refused(
         json.loads((output / "records" / "s00.json").read_text())["bar"]
         == "of the slide's attention"
     )
+
+
+def test_a_copied_slide_stays_drawn_and_another_one_is_refused(
+    bench: Path, capsys: pytest.CaptureFixture[str]
+):
+    keys = arguments(bench, "identity", "only=[s03]")
+    assert run(main, Config, keys) == 0
+    path = bench.parent / "identity" / "records" / "s03.json"
+    before = path.stat().st_mtime_ns
+    slide = next((bench.parent / "cohort" / "slides").glob("s03*"))
+    os.utime(slide, (1, 1))
+    assert run(main, Config, keys) == 0 and path.stat().st_mtime_ns == before
+    record = json.loads(path.read_text())
+    record["made_from"]["slide"] = "0" * 64
+    path.write_text(json.dumps(record))
+    assert run(main, Config, keys) == 2
+    assert "slide '0000" in capsys.readouterr().err
+
+
+def test_a_slide_that_is_none_of_its_bag_is_listed(bench: Path, tmp_path: Path):
+    bags = tmp_path / "bags" / "h5_files"
+    shutil.copytree(bench.parent / "cohort" / "bags" / "h5_files", bags)
+    with h5py.File(bags / "s03.h5", "a") as file:
+        file["features"].attrs["slide_fingerprint"] = "0" * 64
+    keys = arguments(bench, "mixed", "only=[s03,s04]", f"features={bags.parent}")
+    assert run(main, Config, keys) == 1
+    listed = (bench.parent / "mixed" / "failures.csv").read_text()
+    assert "s03,heatmap" in listed and "another file of that name" in listed
+    assert "s04,heatmap" not in listed
 
 
 def test_a_bad_slide_is_listed_and_the_others_are_drawn(bench: Path):

@@ -204,10 +204,8 @@ def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "report" / "cohort.html"
 
 
-def dump(page: Path, view: str) -> tuple[list[str], list[str], str]:
-    """(slides in the order of the table, those shown, what stands beside the filter) once the
-    page's script has run.
-    """
+def browse(page: Path, *options: str, view: str = "") -> str:
+    """What Chromium makes of the page, its script having run."""
     chromium = (
         shutil.which("chromium")
         or shutil.which("chromium-browser")
@@ -226,11 +224,21 @@ def dump(page: Path, view: str) -> tuple[list[str], list[str], str]:
     ]
     started = time.monotonic()
     done = subprocess.run(
-        [*command, f"file://{page}#{view}"], capture_output=True, text=True, timeout=120, check=True
+        [*command, *options, f"file://{page}#{view}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     assert time.monotonic() - started < 60
-    rows = re.findall(r'<tr data-slide="([^"]+)"([^>]*)>', done.stdout)
-    sorted_by = re.search(r'data-key="(\w+)"[^>]*aria-sort="(\w+)"', done.stdout)
+    return done.stdout
+
+
+def dump(page: Path, view: str) -> tuple[list[str], list[str], str]:
+    """(slides in the order of the table, those shown, what stands beside the filter)."""
+    dom = browse(page, view=view)
+    rows = re.findall(r'<tr data-slide="([^"]+)"([^>]*)>', dom)
+    sorted_by = re.search(r'data-key="(\w+)"[^>]*aria-sort="(\w+)"', dom)
     assert sorted_by
     shown = [slide for slide, rest in rows if not re.search(r'\shidden=""', rest)]
     return [slide for slide, _ in rows], shown, " ".join(sorted_by.groups())
@@ -247,6 +255,22 @@ def test_a_thousand_slides_sort_and_filter_in_a_browser(thousand: Path) -> None:
         "numbers as numbers"
     )
     assert shown == ["S7"]
+
+
+@pytest.mark.process
+def test_wide_tables_scroll_and_the_page_does_not(tiling: Path, tmp_path: Path) -> None:
+    features = []
+    for index in range(8):
+        folder = tmp_path / "features" / f"an_encoder_with_a_long_name_{index}"
+        write_bag(folder / "h5_files" / "S0.h5", np.ones((1, 2), np.float32), [[0, 0]], {})
+        features.append(str(folder))
+    keys = [f"tiling={tiling}", f"output={tmp_path}/wide", f"features=[{','.join(features)}]"]
+    assert run(main, Config, keys) == 0
+    page = tmp_path / "wide" / "cohort.html"
+    ask = "document.title = document.documentElement.scrollWidth - innerWidth"
+    page.write_text(page.read_text().replace("</body>", f"<script>{ask}</script></body>"))
+    title = re.search(r"<title>(-?\d+)</title>", browse(page, "--window-size=1200,900"))
+    assert title and int(title[1]) <= 0
 
 
 def test_thumbnails_are_small(tiling: Path) -> None:

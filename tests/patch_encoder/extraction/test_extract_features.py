@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -19,14 +20,17 @@ from PIL import Image
 from torch import nn
 
 from common.cli import run
+from common.config import load_config
 from common.errors import UserError
 from patch_encoder import extract_features, tile_slides
 from patch_encoder.bags.bag import open_bag, read_bag
 from patch_encoder.bags.paths import list_bags
 from patch_encoder.bags.writer import write_bag
 from patch_encoder.descriptors.mean_colour import mean_colour
+from patch_encoder.extraction import loop as engine
 from patch_encoder.models.encoders import PixelEncoder, ToInputSize, build_encoder, digest_weights
 from patch_encoder.slides import open_slide
+from tests.helpers import forget_slides
 from tests.patch_encoder.extraction.conftest import arguments, extract
 
 
@@ -79,9 +83,29 @@ def test_finished_slides_are_skipped_and_stale_ones_refused(
         assert file["features"].dtype == np.float16
 
 
+@pytest.mark.parametrize(
+    ("mpp", "tile", "said"),
+    [(0.5, 64, False), (1.0, 64, True), (0.5, 256, True), (None, None, False)],
+)
+def test_tiles_that_do_not_suit_the_encoder_are_said(
+    cohort: Path, mpp: float | None, tile: int | None, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = replace(build_encoder("mean_colour"), mpp=mpp, tile=tile)
+    places = [f"{cohort}/slides", f"{cohort}/tiles", "", f"{cohort}/features"]
+    config = load_config(extract_features.Config, arguments(cohort))
+    with caplog.at_level("WARNING"):
+        assert engine.extract(encoder, *places, config.settings()) == 0
+    found = [record.getMessage() for record in caplog.records]
+    assert any("was trained on tiles of" in message for message in found) == said
+    if said:
+        assert f"{tile} px at {mpp:g} um per pixel" in found[0]
+        assert "3 of 3 slides are cut as 64 px at 0.5" in found[0]
+
+
 def test_one_bad_slide_never_stops_the_cohort(cohort: Path) -> None:
     slide = cohort / "slides" / "S001.tiff"
     whole = slide.read_bytes()
+    forget_slides(cohort / "tiles")
     slide.write_bytes(whole[:3000])
     assert extract(cohort) == 1
     assert (
@@ -113,6 +137,7 @@ def test_a_tile_that_does_not_decode_fails_its_slide_only(
     )  # its overview cannot be drawn either
     Image.new("RGB", (64, 64)).save(tile_folder / "1_0.png")
     assert run(tile_slides.main, tile_slides.Config, tiling) == 0
+    forget_slides(tmp_path / "tiles")
     (tile_folder / "1_0.png").write_bytes(b"broken")
     keys = [
         f"slides={tmp_path}/slides",

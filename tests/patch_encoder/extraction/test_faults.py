@@ -30,7 +30,7 @@ from patch_encoder.models.encoders import Encoder, build_encoder
 from patch_encoder.models.transforms import ToInputSize
 from patch_encoder.slides import RegionError, open_slide
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, write_coordinates
-from tests.helpers import kill_when
+from tests.helpers import forget_slides, kill_when
 from tests.patch_encoder.extraction.conftest import arguments, extract
 
 
@@ -58,6 +58,7 @@ def holes(tile_folder: Path, tmp_path: Path) -> Path:
         "workers=1",
     ]
     assert run(tile_slides.main, tile_slides.Config, tiling) == 0
+    forget_slides(tmp_path / "tiles")
     for name in ("0_1.png", "2_0.png"):
         (tile_folder / name).write_bytes(b"broken")
     return tmp_path

@@ -21,7 +21,7 @@ from common.processes.ray_cluster import worker_count
 from patch_encoder import extract_features
 from patch_encoder.cohort.shards import Shard, count_tiles, make_bundles
 from patch_encoder.tiles.coordinates import Coordinates, SlideJob, TileGeometry
-from tests.helpers import draw_slide, make_cohort, write_pyramid
+from tests.helpers import draw_slide, forget_slides, make_cohort, write_pyramid
 from tests.patch_encoder.extraction.conftest import arguments, tile
 
 
@@ -102,6 +102,7 @@ def test_shards_keep_lists_of_their_own_and_the_whole_run_clears_them(cohort: Pa
         cohort / "slides" / "S000.tiff",
     )  # one in each part
     whole = largest.read_bytes(), smallest.read_bytes()
+    forget_slides(cohort / "tiles")
     largest.write_bytes(whole[0][:500])
     smallest.write_bytes(whole[1][:500])
     (cohort / "tiles" / "coords" / "S001.h5").unlink()
@@ -132,6 +133,7 @@ def test_script_starts_a_process_a_gpu_and_takes_the_worst_status(cohort: Path, 
     assert sorted(re.findall(r"(\d) slides, 0 already done", done.stderr)) == ["2", "2"]
     assert extract(cohort, f"output={cohort}/alone") == 0
     assert as_bytes(cohort / "features") == as_bytes(cohort / "alone")
+    forget_slides(cohort / "tiles")
     (cohort / "slides" / "S003.tiff").write_bytes(b"broken")
     done = subprocess.run(
         [*script, *keys(cohort, f"output={cohort}/again")],

@@ -34,6 +34,29 @@ def test_pool_changes_the_width_and_the_name(name: str, pool: str, width: int, l
     assert (encoder.dim, encoder.name) == (width, label)
 
 
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [
+        ("uni_v1", "uni"),
+        ("uni_v2", "uni2_h"),
+        ("conch_v15", "conch_v1_5"),
+        ("hoptimus0", "h_optimus_0"),
+        ("virchow2-cls", "virchow2_cls"),
+        ("kaiko-vitl14", "kaiko_vitl14"),
+        ("mahmood-uni2", "uni2_h"),
+        ("h-optimus-1", "h_optimus_1"),
+    ],
+)
+def test_the_names_of_trident_and_stamp_mean_the_same_encoder(alias: str, name: str) -> None:
+    assert find_row(alias) is find_row(name)
+
+
+def test_a_second_name_writes_to_the_folder_of_the_first() -> None:
+    with torch.device("meta"):
+        encoder = build_encoder("kaiko-vits16", "random")
+    assert encoder.name == encoder.provenance["encoder"] == "kaiko_vits16"
+
+
 @pytest.mark.parametrize(("layer", "width"), [(1, 64), (2, 128), (3, 256), (4, 512)])
 def test_layer_chooses_the_stage_of_a_resnet(layer: int, width: int) -> None:
     with torch.device("meta"):

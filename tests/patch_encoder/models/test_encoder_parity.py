@@ -271,6 +271,27 @@ def test_conch_loads_what_is_published(version: str, monkeypatch: pytest.MonkeyP
     same(network, module, 64)
 
 
+def test_keep_loads_what_is_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file: `visual.` with layer scales called weight, `visual_head.`, and the text half."""
+    build, small = backbones.build_keep, {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    monkeypatch.setattr(backbones, "build_keep", lambda: build(**small))
+    row = ENCODERS["keep"]
+    module = drawn(initialise(row))
+    state = {key.replace(".gamma", ".weight"): value for key, value in module.state_dict().items()}
+    assert "visual.blocks.0.ls1.weight" in state and "visual_head.2.weight" in state
+    state |= {"text.encoder.layer.0.weight": torch.ones(2), "logit_scale": torch.ones(())}
+    network = initialise(row).eval()
+    load_encoder_weights(network, row, state, "test")
+    same(network, module, 224)
+    pixels = torch.rand(2, 3, 224, 224)
+    written_out = module.visual(pixels)
+    for name in ("0", "2"):
+        layer = module.visual_head.get_submodule(name)
+        written_out = written_out @ layer.weight.T + layer.bias
+        written_out = nn.functional.gelu(written_out) if name == "0" else written_out
+    assert torch.allclose(network(pixels), written_out, atol=1e-5)
+
+
 def test_conch_v1_5s_positions_grow_as_in_its_forward() -> None:
     positions = torch.randn(1, 1 + 14 * 14, 8)
     grown = fit_positions({"trunk.pos_embed": positions}, 28)["trunk.pos_embed"]

@@ -21,7 +21,7 @@ PUBLISHED_WIDTHS = {
     "gpfm": 1024, "kaiko_vits16": 384, "kaiko_vitb8": 768, "kaiko_vitb16": 768,
     "kaiko_vitl14": 1024, "lunit_vits8": 384,
     "hibou_b": 768, "hibou_l": 1024, "ctranspath": 768, "plip": 512, "biomedclip": 512, "clip": 512,
-    "clip_vitl14": 768,
+    "clip_vitl14": 768, "openmidnight": 1536, "keep": 768, "mstar": 1024,
 }  # fmt: skip
 # millions of parameters as published: a wrong SwiGLU packing, depth or patch size shows here and
 # not in the width
@@ -32,7 +32,7 @@ PUBLISHED_SIZES = {
     "midnight12k": 1135, "dinov2_vitg14": 1135,
     "dinov3_vits16plus": 29, "dinov3_vith16plus": 841, "dinov3_vit7b16": 6716, "clip_vitb32": 88,
     "resnet18": 11,
-    "kaiko_vits16": 22, "brow": 86,
+    "kaiko_vits16": 22, "brow": 86, "openmidnight": 1135, "mstar": 303, "keep": 305,
 }  # fmt: skip
 # rows of an architecture that another row has, and the very largest: built with `-m slow`
 REPEATED = (
@@ -41,7 +41,7 @@ REPEATED = (
     "dinov2_vits14_reg", "dinov2_vitl14_reg", "dinov2_vitg14_reg", "dinov3_vith16plus",
     "dinov3_vit7b16", "clip_vitb16",
     "virchow", "virchow2_cls", "h_optimus_1", "kaiko_vits8", "kaiko_vitb16", "lunit_vits16",
-    "quiltnet_b16", "brow",
+    "quiltnet_b16", "brow", "mstar",
 )  # fmt: skip
 NETWORKS = [
     pytest.param(name, marks=[pytest.mark.slow] if name in REPEATED else [])

@@ -127,6 +127,7 @@ CARDS = {
     "kaiko-ai/midnight": (224, 224, BILINEAR),
     "owkin/phikon-v2": (224, 224, BILINEAR),
     "xiangjx/musk": (384, 384, BICUBIC),
+    "Astaxanthin/KEEP": (224, 224, BICUBIC),
     "timm/resnet50.tv_in1k": (
         224,
         224,
@@ -146,6 +147,7 @@ CARDS = {
         "midnight12k",
         "phikon_v2",
         "musk",
+        "keep",
         "resnet50_trunc",
     ],
 )

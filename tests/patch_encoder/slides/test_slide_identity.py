@@ -10,15 +10,17 @@ import os
 import shutil
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from PIL import Image
 
 from common.cli import run
-from patch_encoder import extract_features, tile_slides
+from patch_encoder import convert_coordinates, extract_features, filter_tiles, tile_slides
 from patch_encoder.bags.bag import open_bag
 from patch_encoder.extraction import bag_assembly as assembly
 from patch_encoder.slides.names import END, compute_slide_identity
+from patch_encoder.tiles.coordinates import read_coordinates
 from tests.helpers import draw_slide, make_cohort, write_pyramid
 
 TILING = [
@@ -101,6 +103,8 @@ def test_the_fingerprint_sees_both_ends_the_size_and_the_files_of_a_folder(tmp_p
 def test_a_swapped_slide_is_refused_with_one_line(tmp_path: Path, workers: int) -> None:
     root = make_cohort(tmp_path, 2)
     assert tile(root) == 0
+    with h5py.File(root / "tiles" / "coords" / "S001.h5", "a") as file:
+        del file["coords"].attrs["slide_fingerprint"]  # as in coordinates of other tools
     write_pyramid(root / "slides" / "S001.tiff", draw_slide(640, seed=1))
     assert extract(root, f"workers={workers}") == 1
     (row,) = failures(root).items()
@@ -144,3 +148,68 @@ def test_pictures_that_were_tiled_between_slides_are_encoded_without_labels(tmp_
         and header(root, "S000")["slide_file"] == "S000.tiff"
     )
     assert len(list((root / "features" / "mean_colour" / "h5_files").iterdir())) == 2
+
+
+def replace_slide(path: Path, seed: int = 9) -> None:
+    """Another slide of the same size and of the same number of bytes."""
+    size = path.stat().st_size
+    write_pyramid(path, draw_slide(512, seed=seed))
+    path.write_bytes(path.read_bytes()[:size].ljust(size, b"\0"))
+
+
+def test_a_slide_of_the_same_size_in_the_place_of_another_is_not_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_cohort(tmp_path, 2)
+    slide, grid = root / "slides" / "S001.tiff", ["method=none", "target_mpp=null"]
+    assert tile(root, *grid) == 0 and extract(root) == 0
+    replace_slide(slide)
+    assert tile(root, *grid) == 2
+    assert "S001.h5: holds tiles of other settings or of another slide: slide_fingerprint" in (
+        capsys.readouterr().err
+    )
+    assert extract(root) == 1, "its tiles are those of another slide"
+    assert (
+        "coordinates are of another file of that name: slide_fingerprint"
+        in (failures(root)["S001"])
+    )
+    assert tile(root, *grid, "overwrite=true") == 0
+    capsys.readouterr()
+    assert extract(root) == 2, "the same corners, and other pixels"
+    assert "S001.h5: holds features of another provenance: slide_fingerprint" in (
+        capsys.readouterr().err
+    )
+    assert extract(root, "overwrite=true") == 0
+
+
+def test_a_slide_that_was_moved_or_copied_stays_done(tmp_path: Path) -> None:
+    root = make_cohort(tmp_path, 2)
+    assert tile(root) == 0 and extract(root) == 0
+    made = [
+        *(root / "tiles" / "coords").iterdir(),
+        *(root / "features" / "mean_colour" / "h5_files").iterdir(),
+    ]
+    before = {path: path.stat().st_mtime_ns for path in made}
+    (root / "slides" / "deep" / "er").mkdir(parents=True)
+    shutil.copyfile(root / "slides" / "S000.tiff", root / "slides" / "deep" / "S000.tiff")
+    (root / "slides" / "S000.tiff").unlink()
+    (root / "slides" / "S001.tiff").rename(root / "slides" / "deep" / "er" / "S001.tiff")
+    assert tile(root) == 0 and extract(root) == 0
+    assert len(before) == 4 and before == {path: path.stat().st_mtime_ns for path in made}
+
+
+def test_tiles_that_were_filtered_or_converted_remember_their_slide(tmp_path: Path) -> None:
+    root = make_cohort(tmp_path, 1)
+    assert tile(root, "quality=true") == 0
+    keys = [f"tiling={root}/tiles", f"output={root}/sharp", "min_blur=0"]
+    assert run(filter_tiles.main, filter_tiles.Config, keys) == 0
+    keys = [f"input={root}/tiles", f"slides={root}/slides", f"output={root}/ours", "to=ours"]
+    assert run(convert_coordinates.main, convert_coordinates.Config, keys) == 0
+    first = read_coordinates(root / "tiles" / "coords" / "S000.h5").slide_fingerprint
+    assert len(first) == 64
+    for name in ("sharp", "ours"):
+        path = root / name / "coords" / "S000.h5"
+        assert read_coordinates(path).slide_fingerprint == first
+    replace_slide(root / "slides" / "S000.tiff")
+    keys[2] = f"output={root}/other"
+    assert run(convert_coordinates.main, convert_coordinates.Config, keys) == 1

@@ -266,6 +266,18 @@ def test_one_bad_slide_never_stops_the_cohort(tmp_path: Path) -> None:
     assert not (root / "tiles" / "failures.csv").exists()
 
 
+@pytest.mark.parametrize(
+    "share",
+    ["min_tissue=5", "min_tissue=-0.1", "max_unreadable=25", "max_pen=5", "max_background=-1"],
+)
+def test_shares_lie_between_0_and_1(
+    tmp_path: Path, share: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "slides").mkdir()
+    assert tile(tmp_path, share, "quality=true") == 2
+    assert f"{share}: expected a share, 0 to 1" in capsys.readouterr().err
+
+
 def test_workers_give_the_same_tiles(tmp_path: Path) -> None:
     one, two = make_cohort(tmp_path / "a"), make_cohort(tmp_path / "b")
     assert tile(one) == tile(two, "workers=2") == 0
