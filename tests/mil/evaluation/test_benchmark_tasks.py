@@ -98,9 +98,12 @@ def judged(kind: str, rows: list[dict[str, str]]) -> float:
         )
     if kind == "regression":
         return r2_score(*([float(r[name]) for r in rows] for name in ("label", "predicted")))
-    columns = (np.array([float(r[name]) for r in rows]) for name in ("time", "event", "risk"))
-    times, events, risks = columns
-    return harrell(times, events > 0, risks)
+    by_case: dict[str, list[list[float]]] = {}
+    for row in rows:
+        numbers = [float(row[name]) for name in ("time", "event", "risk")]
+        by_case.setdefault(row["case_id"], []).append(numbers)
+    times, events, risks = np.array([np.mean(numbers, axis=0) for numbers in by_case.values()]).T
+    return harrell(times, events > 0, risks)  # a patient counts once
 
 
 @pytest.mark.parametrize("kind", list(COHORTS))
