@@ -67,7 +67,7 @@ def run(main: Callable[[T], int | None], config_class: type[T], arguments: list[
     try:
         return main(load_config(config_class, arguments)) or 0
     except HelpRequested as request:
-        print(f"{_title(main)}\n\n{request}")
+        _print_help(f"{_title(main)}\n\n{request}")
         return 0
     except Exception as error:
         line = _explain(error)
@@ -110,6 +110,13 @@ def _leave_process_group() -> None:
         from common.distributed import shutdown
 
         shutdown()
+
+
+def _print_help(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head` has read enough; what Python flushes at its end goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _title(main: Callable[..., Any]) -> str:

@@ -160,8 +160,8 @@ def compare_features(
         )
         raise UserError(
             f"export: {FILES[form]}: expected cosine >= {BARS[form]} with the PyTorch student on "
-            f"every tile, found {least:.4f} "
-            f"(mean {mean:.4f} of {len(cosines)} tiles); nothing was written; {remedy}"
+            f"every tile, found {least:.6f} "
+            f"(mean {mean:.6f} of {len(cosines)} tiles); nothing was written; {remedy}"
         )
     return {"min": least, "mean": mean}
 

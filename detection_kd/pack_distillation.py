@@ -294,6 +294,21 @@ def make_part_provenance(job: PairCutJob, ranking: str) -> dict[str, Any]:
     return settings | {"dtype": job.dtype, "bag": open_bag(job.bag).digest(), "coords": coords}
 
 
+def digest_parts(jobs: Sequence[PairCutJob], ranking: str, failures: Failures) -> dict[str, str]:
+    """Slide id -> digest of what decides its pairs; slides whose bag or coordinates cannot be read
+    are entered in `failures`.
+    """
+    found = {}
+    for job in jobs:
+        try:
+            decided = make_part_provenance(job, ranking)
+        except UserError as error:
+            failures.add(job.slide_id, str(error))
+            continue
+        found[job.slide_id] = sha256_bytes(json.dumps(decided).encode())
+    return found
+
+
 def check_one_teacher(jobs: Sequence[PairCutJob]) -> dict[str, str]:
     """The encoder that made all bags, {} where they do not say.
 
@@ -346,14 +361,13 @@ def pack_slides(config: Config, output: Path) -> int:
     ranking = read_ranking(config.ranking) if config.ranking else None
     digest = sha256_file(config.ranking) if config.ranking else ""
     jobs = find_jobs(config, output, ranking, failures)
+    slides = digest_parts(jobs, digest, failures)
+    jobs = [job for job in jobs if job.slide_id in slides]
     if not jobs:
+        failures.write(output.parent)
         raise UserError(
             f"features={config.features}: expected bags of the slides, found none that fits"
         )
-    slides = {
-        job.slide_id: sha256_bytes(json.dumps(make_part_provenance(job, digest)).encode())
-        for job in jobs
-    }
     settings = {
         "tiles": config.tiles_per_slide,
         "seed": config.seed,

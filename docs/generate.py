@@ -183,7 +183,7 @@ def script_page(script: Script) -> str:
 def encoder_page() -> str:
     """The encoder table, and the names that a library resolves."""
     from patch_encoder.models.encoder_names import PATTERNS
-    from patch_encoder.models.encoder_table import ENCODERS
+    from patch_encoder.models.encoder_table import ALIASES, ENCODERS
 
     rows = [
         (
@@ -209,6 +209,9 @@ def encoder_page() -> str:
             "fetched. This page is written from `patch_encoder/models/encoder_table.py` at every "
             "build; `bash tools/list_encoders.sh` prints the same in a terminal.",
             f"Further names: {', '.join(map(code, PATTERNS))}.",
+            "Names of TRIDENT and STAMP for the same encoders: "
+            + ", ".join(f"{code(other)} for {code(name)}" for other, name in ALIASES.items())
+            + ".",
             table(head, rows),
         ]
     )

@@ -17,6 +17,7 @@ no threshold is chosen on the slides that are judged.
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -238,7 +239,9 @@ def summarise_benchmark(config: Config, cohort: Cohort, jobs: list[FoldJob]) -> 
         "classes": list(task.names),
     }
     folders = {name: str(next(iter(bags.values())).parent) for name, bags in cohort.files.items()}
-    write_json(output / "summary.json", content | {"protocol": protocol, "features": folders})
+    beside = {name: os.path.relpath(folder, output) for name, folder in folders.items()}
+    places = {"features": folders, "features_beside": beside}
+    write_json(output / "summary.json", content | {"protocol": protocol} | places)
     print(text_table(feature_sets, config.models, task.brief))
 
 

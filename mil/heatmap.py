@@ -32,6 +32,7 @@ from common.config import REQUIRED, group, key
 from common.device import pick_device
 from common.errors import UserError, did_you_mean
 from common.files import atomic_path, read_json, safe_id, sha256_file, write_json
+from common.memory import is_out_of_memory
 from common.processes.pool import Lost, Raised, pick_workers, run_jobs
 from common.progress import progress
 from common.provenance import can_reuse
@@ -97,7 +98,7 @@ class Config(SlideKeys):
         "slide ids to draw; empty: all. The page lists the others without pictures",
         runtime=True,
     )
-    feature_set: str = key("", "of a benchmark; empty: its first one")
+    feature_set: str = key("", "of a benchmark; empty: the best by its headline metric")
     model: str = key("", "slide classifier; of the benchmark; empty: its headline")
     seed: int | None = key(
         None,
@@ -134,8 +135,9 @@ def read_source(config: Config) -> tuple[Source, dict[str, Path]]:
             raise UserError(
                 f"split={config.split}: expected test for a benchmark, whose test slides are drawn"
             )
-        source = read_from_benchmark(folder, config.feature_set, config.model, config.seed)
-        return source, list_bags(config.features or source.features)
+        chosen = (config.feature_set, config.model, config.seed, config.features)
+        source = read_from_benchmark(folder, *chosen)
+        return source, list_bags(source.features)
     if not config.features:
         raise UserError(
             "features: expected the folder of bags that the run was trained on, found none; add "
@@ -245,13 +247,17 @@ class Scored(Sequence[DrawingJob]):
             scores: TileScores | str = score_slide(judged, inputs, *loaded, self._drawing)
         except (UserError, OSError) as error:
             scores = str(error)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            scores = f"{inputs.bag}: expected memory for its tiles, found none left; use device=cpu"
         return DrawingJob(judged, inputs, stamp, scores)
 
 
-def load_model(checkpoint: Path, device: torch.device) -> tuple[nn.Module, Task]:
-    """A trained classifier, and its task."""
+def load_model(checkpoint: Path, device: torch.device) -> tuple[nn.Module, Task, dict[str, Any]]:
+    """A trained classifier, its task, and the configuration in its checkpoint."""
     model, content = load_classifier(checkpoint, device)
-    return model, task_from_dict(content["config"]["task"])
+    return model, task_from_dict(content["config"]["task"]), content["config"]
 
 
 def draw_one(job: DrawingJob, output: Path, task: Task, drawing: Drawing) -> None:
@@ -298,7 +304,7 @@ def main(config: Config) -> int:
         name = judged.slide_id
         if name not in inputs:
             where = (
-                f"a bag below {config.features or source.features}"
+                f"a bag below {source.features}"
                 if name not in bags
                 else f"a slide below {config.slides}"
             )

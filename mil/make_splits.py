@@ -55,14 +55,13 @@ class Config(TaskKeys, FoldKeys):
         "val_fraction",
     )
     repeats: int = key(
-        1, "number of repeats of the cross-validation; drawn with seed, seed + 1, ..."
+        1, "number of repeats of the cross-validation; drawn with split_seed, split_seed + 1, ..."
     )
     val_fraction: float = key(
         0.2,
         "share of the training patients (or slides) that is held out for validation; "
         "without inner_folds",
     )
-    seed: int = key(2024, "seed of everything that is drawn at random")
     check: bool = key(False, "make nothing: check the files in output", runtime=True)
 
 
@@ -108,7 +107,7 @@ def main(config: Config) -> None:
         line = "%s: %d splits, no patient on two sides, no slide twice, every class in every set"
         logger.info(line, output, len(splits))
         return
-    drawn = (config.protocol, config.folds, config.val_fraction, config.seed)
+    drawn = (config.protocol, config.folds, config.val_fraction, config.split_seed)
     splits = make_splits(slides, *drawn, config.inner_folds, config.repeats)
     if must_write(output, splits, config.overwrite):
         write_clam_splits(output, splits, slides)

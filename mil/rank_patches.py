@@ -34,7 +34,7 @@ from common.errors import UserError
 from common.files import sha256_bytes
 from common.processes.pool import Lost, Raised, check_workers, run_jobs
 from common.progress import progress
-from mil.datasets.bags import digest_bags, find_bags
+from mil.datasets.bags import digest_bags, digest_each, find_bags, select_usable_bags
 from mil.datasets.distillation_set import (
     JPEG_QUALITY,
     Patch,
@@ -126,7 +126,7 @@ def train_ranker(
     """
     train, val = carve_validation(slides, config.val_fraction, config.seed)
     decided = (config.dropout, config.standardize, config.seed, config.training)
-    data = (slides, targets, Split(0, train, val, ()), tuple(files.items()), digest_bags(files))
+    data = (slides, targets, Split(0, train, val, ()), tuple(files.items()), digest_each(files))
     job = FoldJob(Path(config.output) / "ranker", FoldSettings("mean", *decided), *data)
     run = open_job(job, world, overwrite=config.overwrite)
     if run.results is None:
@@ -189,6 +189,7 @@ def main(config: Config) -> int:
     subset = list_split_values(config.subset)
     slides, targets = read_targets(config.labels, "classes", subset, config.positive)
     files = find_bags(config.features, slides.slide_ids, skip_missing=config.skip_missing)
+    files = select_usable_bags(files) if config.skip_bad else files
     slides = slides.only(files)
     ranker = train_ranker(config, slides, targets, files, world)
     model, content = load_classifier(ranker, world.device)

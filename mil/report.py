@@ -23,7 +23,12 @@ from common.config import REQUIRED, key
 from common.errors import UserError
 from common.figures import svg_uri
 from common.files import read_json, write_json, write_text
-from mil.evaluation.benchmark_folder import read_summary, read_task
+from mil.evaluation.benchmark_folder import (
+    choose_feature_set,
+    find_features,
+    read_summary,
+    read_task,
+)
 from mil.evaluation.runs import COST_KEYS, FinishedRun, format_number, read_benchmark_runs
 from mil.evaluation.task_tables import per_label_rows
 from mil.figures.by_task import FIGURES
@@ -50,7 +55,10 @@ class Config(SlideKeys):
     stage_times: str = key("", "JSON with seconds and peak memory of each stage", path=True)
     title: str = key("Slide-level results", "title of the page")
     examples_of: str = key(
-        "", "feature set whose example slides are shown; empty: the second one, or the only one"
+        "", "feature set whose example slides are shown; empty: the best by the headline metric"
+    )
+    features: str = key(
+        "", "folder of feature bags; of examples_of; empty: those of the benchmark", path=True
     )
     example_slides: int = key(
         3,
@@ -100,12 +108,12 @@ def make_examples(
     """Example slides of one feature set, from the first seed's runs; none without slides."""
     if not config.slides:
         return []
-    names = list(runs)
-    name = config.examples_of or names[min(1, len(names) - 1)]
+    name = config.examples_of or choose_feature_set(summary, summary["headline"], task)
     if name not in runs:
         raise UserError(f"examples_of={name}: expected one of the feature sets {', '.join(runs)}")
     first = [run for run in runs[name] if run.seed == runs[name][0].seed]
-    bags = list_bags(summary["features"][name])
+    folder = find_features(Path(config.benchmark), summary, name, config.features)
+    bags = list_bags(folder)
     slides, mpps = config.find_slides(bags)
     grid = Path(config.benchmark) / "runs" / name / summary["headline"]
 
@@ -113,10 +121,7 @@ def make_examples(
         slide_id = choice.slide_id
         try:
             if slide_id not in slides or slide_id not in bags:
-                raise UserError(
-                    f"expected the slide below {config.slides} and its bag in "
-                    f"{summary['features'][name]}"
-                )
+                raise UserError(f"expected the slide below {config.slides} and its bag in {folder}")
             checkpoint = grid / f"seed{first[0].seed}_fold{choice.fold}" / "checkpoint_best.pt"
             files = checkpoint, bags[slide_id], slides[slide_id], mpps.get(slide_id)
             return make_example(choice, *files, config.example_tiles, config.coords)
@@ -198,7 +203,7 @@ def page(
         pictures=pictures(summary, task, runs),
         differences=differences(summary, task.headline),
         examples=examples,
-        examples_of=config.examples_of or list(runs)[min(1, len(runs) - 1)],
+        examples_of=config.examples_of or choose_feature_set(summary, summary["headline"], task),
         heatmaps=(Path(config.output) / HEATMAPS).is_file(),
         version=__version__,
         date=time.strftime("%Y-%m-%d"),

@@ -23,7 +23,7 @@ from common.config import REQUIRED, group, key
 from common.distributed import init_distributed, local_processes
 from common.errors import UserError
 from common.run import Tracker
-from mil.datasets.bags import choose_memory, digest_bags
+from mil.datasets.bags import choose_memory, digest_each
 from mil.models import MODELS
 from mil.training.engine import check_validation
 from mil.training.fold_run import FoldJob, open_job, run_job
@@ -62,7 +62,8 @@ def build_job(config: Config) -> FoldJob:
         )
     files = cohort.files[config.features]
     cases = {record.slide_id: record.case_id for record in cohort.slides.records}
-    data = (cohort.slides, cohort.targets, split, tuple(files.items()), digest_bags(files, cases))
+    digests = digest_each(files, cases)
+    data = (cohort.slides, cohort.targets, split, tuple(files.items()), digests)
     return FoldJob(
         Path(config.output), settings, *data, choose_memory(config.ram_gb, local_processes())
     )

@@ -17,6 +17,7 @@ import re
 import statistics
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from common.cli import launch
 from common.config import REQUIRED, key
 from common.device import PRECISIONS, pick_device, pick_precision
 from common.errors import UserError
-from common.files import write_json
+from common.files import read_json, sha256_bytes, write_json
+from common.provenance import can_reuse, unknown_origin
 from detection_kd.models.student import Student
 from detection_kd.models.student_onnx import load_students
 from patch_encoder.cohort.failures import Failures
@@ -153,11 +155,42 @@ def time_round(encoder: Encoder, jobs: list[SlideJob], settings: ExtractSettings
     return len(sequence) / (time.perf_counter() - start)
 
 
+def name_record(output: Path) -> Path:
+    """The file beside the costs that says what they were measured with."""
+    return output.with_suffix(".made_from.json")
+
+
+def describe_inputs(
+    config: Config, encoders: list[Encoder], jobs: list[SlideJob], settings: ExtractSettings
+) -> dict[str, Any]:
+    """What decides the figures: encoders with their weights, tiles, and how they are run."""
+    tiles = (f"{job.slide_id}:{job.coordinates.digest()}\n".encode() for job in jobs)
+    return {
+        "encoders": {encoder.name: encoder.provenance for encoder in encoders},
+        "tiles": sha256_bytes(*tiles),
+        "rounds": config.rounds,
+        "batch_size": settings.batch_size,
+        "workers": settings.workers,
+        "device": str(settings.device),
+        "precision": settings.precision,
+    }
+
+
+def is_done(output: Path, made_from: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the costs were measured with the same.
+
+    Raises:
+        UserError: with something else, or nobody knows with what.
+    """
+    record = name_record(output)
+    if output.is_file() and not record.is_file() and not overwrite:
+        raise unknown_origin(output, "encoder costs", record.name)
+    read = partial(read_json, record, "the record of a cost measurement")
+    return can_reuse(output, read, made_from, "other encoder costs", overwrite=overwrite)
+
+
 def main(config: Config) -> None:
     output = Path(config.output)
-    if output.is_file() and not config.overwrite:
-        logger.info("measure_encoders: %s is there", output)
-        return
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
     settings = ExtractSettings(device, precision, config.batch_size, config.workers)
@@ -165,6 +198,10 @@ def main(config: Config) -> None:
     jobs = cohort_jobs(config.slides, config.coords, config.labels, failures)
     jobs = take_first_tiles(jobs, config.tiles_per_round)
     encoders = build_model(config)
+    made_from = describe_inputs(config, encoders, jobs, settings)
+    if is_done(output, made_from, config.overwrite):
+        logger.info("measure_encoders: %s is there already", output)
+        return
     timed: dict[str, Encoder] = {}
     for encoder in encoders:
         timed.setdefault(describe_work(encoder), encoder)  # the first of each kind
@@ -185,6 +222,7 @@ def main(config: Config) -> None:
             "device": str(device),
         }
         logger.info("%s: %s", encoder.name, costs[encoder.name])
+    write_json(name_record(output), made_from)
     write_json(output, costs)
 
 

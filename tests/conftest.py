@@ -7,6 +7,7 @@ Files that take long are started first, so that workers end together.
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,6 +35,20 @@ LONG = (
     "test_detector_training",
     "test_real_teachers",
 )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Reports go from worker to worker as UTF-8; a file's name in what was printed may be none."""
+    report = yield
+    report.sections = [
+        (name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections
+    ]
+    if report.failed and not isinstance(report.longrepr, str):
+        text = str(report.longrepr)
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            report.longrepr = text.encode("utf-8", "backslashreplace").decode()
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

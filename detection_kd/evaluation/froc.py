@@ -1,8 +1,8 @@
-"""Free-response ROC: the share of lesions found, against the false positives an image that it
+"""Free-response ROC: the share of lesions found, against the false positives per image that it
 costs.
 
 Source: the lesion evaluation of CAMELYON16 (Ehteshami Bejnordi et al., JAMA 2017): sensitivity at
-1/4, 1/2, 1, 2, 4 and 8 false positives an image, and their mean. Differences: a lesion is found by
+1/4, 1/2, 1, 2, 4 and 8 false positives per image, and their mean. Differences: a lesion is found by
 a box of its class that overlaps it enough, not by a point; all classes count together. As there, a
 second hit on a lesion is neither a hit nor a false positive; nor is a box that lies in a crowd
 region.
@@ -24,7 +24,7 @@ HIT, FALSE, IGNORED = 1, 0, -1
 def compute_froc(
     annotated: DetectionSet, predictions: list[Prediction], iou: float = 0.5
 ) -> dict[str, float]:
-    """Sensitivity at each of RATES false positives an image, and their mean.
+    """Sensitivity at each of RATES false positives per image, and their mean.
 
     Args:
         annotated: images with boxes.
@@ -45,7 +45,7 @@ def compute_froc(
 def compute_froc_curve(
     annotated: DetectionSet, predictions: list[Prediction], iou: float = 0.5
 ) -> tuple[Float[np.ndarray, " cuts"], Float[np.ndarray, " cuts"]]:
-    """False positives an image and sensitivity at every cut of the scores, both rising from 0 (no
+    """False positives per image and sensitivity at every cut of the scores, both rising from 0 (no
     detection) to all of them.
     """
     lesions = sum(int((~record.crowd).sum()) for record in annotated.images)
@@ -69,7 +69,7 @@ def judge_detections(
 def match_detections(
     record: ImageRecord, prediction: Prediction, iou: float
 ) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " m"]]:
-    """`judge`, and which of the image's boxes were found (a crowd region never is)."""
+    """`judge_detections`, and which of the image's boxes were found (a crowd region never is)."""
     kinds = np.full(len(prediction.scores), FALSE, np.int64)
     overlaps, within = _overlaps(prediction.boxes, record.boxes)
     same = prediction.labels[:, None] == record.labels[None, :]

@@ -184,7 +184,7 @@ def draw_froc(
     axes.set(
         xlim=(low, high),
         ylim=(0, 1.02),
-        xlabel="false positives an image",
+        xlabel="false positives per image",
         ylabel="sensitivity",
     )
     axes.set_title(f"FROC {np.mean(values):.3f}: mean of the six marked rates, IoU {iou:g}", pad=12)

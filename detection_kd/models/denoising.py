@@ -21,7 +21,7 @@ Match = tuple[Tensor, Tensor]  # indices of queries, indices of targets
 
 @dataclass
 class NoisedTargets:
-    """Denoising queries of a batch: N = groups * group_size slots an image.
+    """Denoising queries of a batch: N = groups * group_size slots per image.
 
     Attributes:
         labels: (B, N) noised class indices.
@@ -54,7 +54,7 @@ def make_noised_targets(
         labels: per image (N_b,) class indices.
         boxes: per image (N_b, 4) cxcywh fractions.
         classes: object classes.
-        queries: positives an image, about: as many groups as fit, at least one.
+        queries: positives per image, about: as many groups as fit, at least one.
         label_noise: twice the probability that a label is drawn anew.
         box_noise: largest shift of a positive's corner, in half sizes of its box.
     """

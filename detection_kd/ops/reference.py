@@ -26,7 +26,7 @@ def ms_deform_attn_reference(
     locations: Float[Tensor, "b q heads all_points 2"],
     weights: Float[Tensor, "b q heads all_points"],
 ) -> Float[Tensor, "b q heads*dim"]:
-    """The function that `ops.ms_deform_attn.ms_deform_attn` describes, one `grid_sample` a level.
+    """The function that `ops.ms_deform_attn.ms_deform_attn` describes, one `grid_sample` per level.
 
     Args:
         value: cells of all levels one after the other, each level row by row; S = sum of H * W.

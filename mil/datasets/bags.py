@@ -59,9 +59,14 @@ class Sample:
 
 
 def find_bags(
-    folder: str | Path, slide_ids: Sequence[str], *, skip_missing: bool = False
+    folder: str | Path, slide_ids: Sequence[str], *, skip_missing: bool | None = None
 ) -> dict[str, Path]:
     """Bag file of every slide, in the order of `slide_ids`.
+
+    Args:
+        folder: of the bags.
+        slide_ids: the slides.
+        skip_missing: leave out those without a bag; None: as False, in a script without that key.
 
     Raises:
         UserError: slides without a bag, all of them in one line, unless `skip_missing`, which logs
@@ -73,7 +78,8 @@ def find_bags(
         count = f"{len(missing)} of {len(slide_ids)} labelled slides have no bag"
         line = f"{folder}: {count}: {list_names(missing, 10)}"
         if not skip_missing or len(missing) == len(slide_ids):
-            raise UserError(f"{line}; extract them or set skip_missing=true")
+            remedy = "" if skip_missing is None else " or set skip_missing=true"
+            raise UserError(f"{line}; extract them{remedy}")
         logger.warning("%s; left out", line)
     return {slide: found[slide] for slide in slide_ids if slide in found}
 
@@ -182,8 +188,10 @@ def choose_memory(ram_gb: float, workers: int = 1) -> int:
     return int(ram_gb * 1e9) if ram_gb else free_memory() // 2 // max(1, workers)
 
 
-def digest_bags(files: Mapping[str, Path], cases: Mapping[str, str] | None = None) -> str:
-    """Fingerprint of a set of bags: changes with any slide, feature or coordinate.
+def digest_each(
+    files: Mapping[str, Path], cases: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Slide id -> digest of the content of its bag, which changes with any feature or coordinate.
 
     Args:
         files: slide id -> bag.
@@ -203,7 +211,17 @@ def digest_bags(files: Mapping[str, Path], cases: Mapping[str, str] | None = Non
     if problems:
         raise UserError(_join_problems(problems, len(files)))
     _say_twins(digests, cases or {})
-    return sha256_bytes(*(f"{slide}:{digest}\n".encode() for slide, digest in digests.items()))
+    return digests
+
+
+def digest_bags(files: Mapping[str, Path]) -> str:
+    """Fingerprint of a set of bags: changes with any slide, feature or coordinate."""
+    return digest_set(digest_each(files))
+
+
+def digest_set(digests: Mapping[str, str]) -> str:
+    """Fingerprint of a set of bags, from slide id -> digest of each."""
+    return sha256_bytes(*(f"{slide}:{digests[slide]}\n".encode() for slide in sorted(digests)))
 
 
 def _say_twins(digests: Mapping[str, str], cases: Mapping[str, str]) -> None:

@@ -9,6 +9,7 @@ run they hold.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from mil.datasets.splits import PROTOCOLS
 from mil.tasks.base import Task
 from mil.tasks.table import TASKS
 
-NEEDED = ("feature_sets", "models", "classes", "headline", "features")
+NEEDED = ("feature_sets", "models", "classes", "headline", "features", "features_beside")
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -38,6 +39,38 @@ def read_summary(folder: Path) -> dict[str, Any]:
             "tables of mil.classify_detections have no networks to look at, mil.evaluate reads them"
         )
     return summary
+
+
+def find_features(folder: Path, summary: Mapping[str, Any], name: str, given: str = "") -> str:
+    """Find the folder of a feature set's bags: the one that is given, else where the benchmark read
+    them, else in the same place beside a benchmark that was moved.
+
+    Raises:
+        UserError: there is none of these.
+    """
+    stored, beside = summary["features"][name], summary["features_beside"][name]
+    places = [given] if given else [stored, str(folder / beside)]
+    found = next((place for place in places if Path(place).is_dir()), None)
+    if found is None:
+        raise UserError(
+            f"{folder}: expected the feature bags of {name} in {' or '.join(places)}, found no "
+            "folder there; give features=<folder of them>"
+        )
+    return found
+
+
+def choose_feature_set(summary: Mapping[str, Any], model: str, task: Task) -> str:
+    """Choose the feature set with the best headline metric of a model; the first one where none has
+    any.
+    """
+
+    def rank(name: str) -> float:
+        value = summary["feature_sets"][name].get(model, {}).get(f"{task.headline}_mean")
+        if value is None:
+            return -math.inf
+        return -value if task.headline in task.lower_is_better else value
+
+    return max(summary["feature_sets"], key=rank)
 
 
 def read_task(summary: Mapping[str, Any]) -> Task:

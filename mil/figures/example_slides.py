@@ -19,6 +19,7 @@ from mil.evaluation.runs import FinishedRun
 from mil.figures.report import mark_tiles
 from mil.tasks.base import Task
 from mil.tasks.records import Verdict
+from mil.training.bag_record import check_bag
 from mil.training.engine import examine, load_classifier
 from patch_encoder.bags.bag import open_bag
 from patch_encoder.bags.paths import find_coordinates
@@ -153,15 +154,16 @@ def make_example(
         coords: folder with coordinates, for a bag that has none.
 
     Raises:
-        UserError: unreadable or not finite bag, bag without coordinates, unreadable slide or one
-            that the bag is not of.
+        UserError: unreadable or not finite bag, one that the model was not tested on or one without
+            coordinates, unreadable slide or one that the bag is not of.
     """
     bag = open_bag(bag_file, find_coordinates(bag_file, coords))
     where = bag.coordinates()
     check_fingerprint(slide_file, str(bag.attributes.get("slide_fingerprint", "")), "its features")
     bag.check_finite()
     device = torch.device("cpu")
-    model, _ = load_classifier(checkpoint, device)
+    model, content = load_classifier(checkpoint, device)
+    check_bag(choice.slide_id, open_bag(bag_file), content["config"])
     attention = examine(model, Sample(choice.slide_id, bag, 0), device).attention.numpy()
     rows, geometry = np.argsort(-attention, kind="stable")[:top], where.geometry
     with open_slide(slide_file, mpp, geometry.tile_pattern) as slide:

@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +31,8 @@ from mil.heatmaps.scores import TileScores, compute_percentile_ranks, score_bag,
 from mil.heatmaps.settings import Drawing, choose_picture_side
 from mil.heatmaps.sources import SlidePrediction, list_facts
 from mil.tasks.base import Task
+from mil.training.bag_record import check_bag
+from patch_encoder.bags.bag import open_bag
 from patch_encoder.slides import Slide, open_slide
 from patch_encoder.slides.overview import read_overview
 from patch_encoder.tiles.coordinates import Coordinates
@@ -36,9 +40,11 @@ from patch_encoder.tiles.geojson import make_tiles_geojson
 from patch_encoder.tissue.geojson import Shape, read_geojson
 
 PAGE_SIDE, THUMBNAIL = 1100, 200  # px of the pictures in a slide's page and in the cohort's table
-# a probability, or the share of a risk, further than this from predictions.csv (bf16 runs differ by
-# less) is of another bag
-SAME = 0.02
+# precision of a run -> how far its logits may be from those that are computed here, in float32, as
+# a share of their size where that is more than 1; rounding makes less
+TOLERANCE = {"fp32": 0.01, "bf16": 0.1}
+# a probability nearer to 0 or 1 has a logit that is only rounding
+SURE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -53,17 +59,28 @@ class Inputs:
 
 
 def score_slide(
-    judged: SlidePrediction, inputs: Inputs, model: nn.Module, task: Task, drawing: Drawing
+    judged: SlidePrediction,
+    inputs: Inputs,
+    model: nn.Module,
+    task: Task,
+    config: Mapping[str, Any],
+    drawing: Drawing,
 ) -> TileScores:
     """Score the slide's tiles.
+
+    Args:
+        judged, inputs: the slide.
+        model, task, config: of the checkpoint that judges it.
+        drawing: settings.
 
     Raises:
         UserError: a bag that cannot be used, or that is not the one that was predicted.
     """
+    check_bag(judged.slide_id, open_bag(inputs.bag), config)
     weights = next(model.parameters(), torch.empty(0))
     files, wanted = (inputs.bag, inputs.coords), (drawing.value, drawing.of_class)
     scores = score_bag(model, task, *files, *wanted, weights.device)
-    _check_prediction(judged, scores, task)
+    _check_prediction(judged, scores, task, config["precision"])
     return scores
 
 
@@ -222,18 +239,30 @@ def _find_extent(slide: Slide | None, coordinates: Coordinates) -> tuple[int, in
     return geometry.level0_width or int(reach[0]), geometry.level0_height or int(reach[1])
 
 
-def _check_prediction(slide: SlidePrediction, scores: TileScores, task: Task) -> None:
-    """Refuse a bag for which the model predicts something else than predictions.csv says."""
+def _check_prediction(
+    slide: SlidePrediction, scores: TileScores, task: Task, precision: str
+) -> None:
+    """Refuse a slide for which the model predicts something else than predictions.csv says.
+
+    Probabilities are compared by their logits: a model that is sure of everything gives nearly the
+    same ones for any bag.
+    """
     found = zip(task.value_names, slide.predictions, scores.slide.tolist(), strict=False)
     for name, expected, value in found:
-        if abs(expected - value) > SAME * task.tolerance(expected):
-            what = f"{task.alone} of {name}" if task.names else task.alone
+        what, pair = task.alone, (expected, value)
+        if task.alone == "probability":
+            what, pair = f"logit of {name}", (_logit(expected), _logit(value))
+        if abs(pair[0] - pair[1]) > TOLERANCE[precision] * task.tolerance(pair[0]):
             raise UserError(
-                f"slide {slide.slide_id}: expected a {what} of {expected:.3f} as in "
-                f"predictions.csv, found {value:.3f}; "
-                "the bag is not the one that the model was tested on: give its features= folder "
-                "or train again"
+                f"slide {slide.slide_id}: expected a {what} of {pair[0]:.4g} as in "
+                f"predictions.csv, found {pair[1]:.4g}; predictions, checkpoint and bag are not of "
+                "one run: train again"
             )
+
+
+def _logit(probability: float) -> float:
+    share = min(max(probability, SURE), 1 - SURE)
+    return math.log(share) - math.log1p(-share)
 
 
 def describe_call(slide: SlidePrediction, scores: TileScores, task: Task) -> str:

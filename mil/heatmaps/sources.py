@@ -8,6 +8,7 @@ models. Metrics of the cohort stay those of single runs.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,10 +20,18 @@ import numpy as np
 from common.checkpoint import load_checkpoint
 from common.errors import UserError, did_you_mean
 from common.files import read_json
-from mil.evaluation.benchmark_folder import read_summary, read_task, run_folders
+from mil.evaluation.benchmark_folder import (
+    choose_feature_set,
+    find_features,
+    read_summary,
+    read_task,
+    run_folders,
+)
 from mil.evaluation.runs import FinishedRun, read_side
 from mil.tasks.base import Task
 from mil.tasks.table import task_from_dict
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -138,14 +147,21 @@ def read_from_run(folder: Path, features: str, bags: Mapping[str, Path], split: 
     return Source(task, features, slides, [run] if run is not None else [], model)
 
 
-def read_from_benchmark(folder: Path, feature_set: str, model: str, seed: int | None) -> Source:
+def read_from_benchmark(
+    folder: Path, feature_set: str, model: str, seed: int | None, features: str = ""
+) -> Source:
     """Read the test slides of every fold, each judged by the models that did not train on it; each
-    slide stands there once.
+    slide stands there once. An empty `feature_set` is the one with the best headline metric, empty
+    `features` are its bags.
     """
     summary = read_summary(folder)
-    sets = list(summary["feature_sets"])
-    name = _choose_name("feature_set", feature_set, sets, sets[0])
+    task, sets = read_task(summary), list(summary["feature_sets"])
     chosen = _choose_name("model", model, summary["models"], summary["headline"])
+    best = choose_feature_set(summary, chosen, task)
+    name = _choose_name("feature_set", feature_set, sets, best)
+    if not feature_set and len(sets) > 1:
+        line = "heatmap: feature set %s, the best by %s of %s; feature_set= takes another"
+        logger.info(line, name, task.title(task.headline), ", ".join(sets))
     grid = folder / "runs" / name / chosen
     folders = run_folders(folder, summary, name, chosen)
     by_seed: dict[int, list[Path]] = {}
@@ -167,7 +183,7 @@ def read_from_benchmark(folder: Path, feature_set: str, model: str, seed: int | 
             tested.setdefault(judged.slide_id, []).append(judged)
     slides = [replace(found[0], others=tuple(found[1:])) for found in tested.values()]
     title = f"{chosen} on {name}, seed {first}"
-    return Source(read_task(summary), str(summary["features"][name]), slides, runs, title)
+    return Source(task, find_features(folder, summary, name, features), slides, runs, title)
 
 
 def _choose_name(key: str, asked: str, known: Sequence[str], default: str) -> str:

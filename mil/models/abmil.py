@@ -68,8 +68,8 @@ class ABMIL(nn.Module):
         target: Target | None = None,
     ) -> MILOutput:
         """Slide logits (C,); attention is a of equation 8 or 9, the mean over heads."""
-        logits, _, scores, _ = self.pool(self.embed(features))
-        return MILOutput(logits, scores.mean(0))
+        pooled = self.pool(self.embed(features))
+        return MILOutput(pooled.logits, pooled.scores.mean(0))
 
     def forward_packed(self, features: Float[Tensor, "t d"], offsets: Int[Tensor, " b1"]) -> Packed:
         """Several bags, their tiles one after the other."""

@@ -38,10 +38,11 @@ class DSMIL(nn.Module):
     Args:
         dim: feature width D.
         classes: number of classes C.
-        dropout: probability of dropping a unit of the embedding and of the values' input.
+        dropout: probability of dropping a unit of the embedding.
         hidden: width of the embedding; 0: none, features are used as they are.
         nonlinear: two-layer query with tanh; False: one linear layer.
         passing_v: values have a layer of their own.
+        value_dropout: probability of dropping a unit of that layer's input; null: `dropout`.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class DSMIL(nn.Module):
         hidden: int = 0,
         nonlinear: bool = True,
         passing_v: bool = False,
+        value_dropout: float | None = None,
     ) -> None:
         super().__init__()
         width = hidden or dim
@@ -64,7 +66,11 @@ class DSMIL(nn.Module):
         deep = [nn.Linear(width, QUERY), nn.ReLU(), nn.Linear(QUERY, QUERY), nn.Tanh()]
         self.query = nn.Sequential(*deep) if nonlinear else nn.Linear(width, QUERY)
         self.value = (
-            nn.Sequential(Dropout(dropout), nn.Linear(width, width), nn.ReLU())
+            nn.Sequential(
+                Dropout(dropout if value_dropout is None else value_dropout),
+                nn.Linear(width, width),
+                nn.ReLU(),
+            )
             if passing_v
             else nn.Identity()
         )
@@ -78,9 +84,9 @@ class DSMIL(nn.Module):
         target: Target | None = None,
     ) -> MILOutput:
         """Slide logits (C,); attention is the bag stream's, the mean over classes."""
-        logits, _, scores, streams = self.pool(self.embed(features))
+        pooled = self.pool(self.embed(features))
         trained = self.training and target is not None
-        return MILOutput(logits, scores.mean(0), streams if trained else ())
+        return MILOutput(pooled.logits, pooled.scores.mean(0), pooled.streams if trained else ())
 
     def forward_packed(self, features: Float[Tensor, "t d"], offsets: Int[Tensor, " b1"]) -> Packed:
         """Several bags, their tiles one after the other."""
@@ -98,13 +104,17 @@ class DSMIL(nn.Module):
         return Packed((pooled + highest) / 2, a.mean(1), streams)
 
     def pool(self, h: Float[Tensor, "n f"]) -> Pooled:
-        """From embedded tiles on; the scores are the bag stream's attention, a row a class."""
-        highest, critical = self.instance(h).max(0)  # (C,), (C,)
+        """From embedded tiles on; the scores are the bag stream's attention, one row per class. The
+        tiles are ranked by the highest of their own logits.
+        """
+        tiles = self.instance(h)  # (N, C)
+        highest, critical = tiles.max(0)  # (C,), (C,)
         queries = self.query(h)  # (N, 128)
         a = torch.softmax(queries[critical] @ queries.T / QUERY**0.5, dim=1)  # (C, N)
         bag = a @ self.value(h)  # (C, F)
         pooled = self.head(bag[None])[0, :, 0]  # (C,)
-        return Pooled((highest + pooled) / 2, bag, a, ((highest, 0.5), (pooled, 0.5)))
+        streams = ((highest, 0.5), (pooled, 0.5))
+        return Pooled((highest + pooled) / 2, bag, a, streams, tiles.amax(1)[None])
 
 
 def load_published(path: str | Path) -> DSMIL:

@@ -9,10 +9,18 @@ the state dict. The teacher has no gradient and keeps its dropout; inference is 
 Several attention maps vote: a tile counts in how many it is among the highest. Published defaults:
 Camelyon16's of the authors, for DSMIL those of ABMIL.
 
-Start (`teacher_init`): the teacher from a plain model that mil.training.fold_run trains first on
-the same split, the student's embedding too. Differences: ties of votes go to the higher mean
-attention; a mask that would leave nothing masks nothing; over TransMIL the kept tiles fill a new
-square (the authors pad for the position code only).
+The version is that of the ICCV 2023 paper (v1 of the authors' repository DearCaat/MHIM-MIL; its
+present code is that of a later paper, which merges tiles). The bases are the authors' own: DSMIL
+with the value layer (no dropout in it), whose tiles are ranked by the highest logit of the instance
+classifier, and a TransMIL in which tiles are repeated for the position code alone, in a square of
+at least 7 x 7.
+
+Start (`teacher_init`): the teacher from a plain model of the same base that mil.training.fold_run
+trains first on the same split, the student's embedding too. Differences: ties of votes go to the
+higher mean attention; a mask that would leave nothing masks nothing. TransMIL's tiles are ranked by
+the attention of the class token, as in the paper; the authors' code takes the row of a zero that
+pads the sequence wherever its length is no multiple of the landmarks. DSMIL's inference averages
+the logits of both streams, the authors' their probabilities.
 """
 
 from __future__ import annotations
@@ -36,6 +44,12 @@ from mil.models.output import MILOutput, Target, normalise_attention
 from mil.models.transmil import TransMIL
 
 BASES: dict[str, Any] = {"abmil": ABMIL, "dsmil": DSMIL, "transmil": TransMIL}
+# what the authors' base has that is no default of ours
+FIXED: dict[str, dict[str, Any]] = {
+    "abmil": {},
+    "dsmil": {"passing_v": True, "value_dropout": 0.0},
+    "transmil": {"repeat_tiles": False},
+}
 # options that the base takes over
 SHARED = {"abmil": ("hidden",), "dsmil": ("hidden",), "transmil": ("hidden", "heads", "landmarks")}
 
@@ -93,7 +107,7 @@ class MHIM(nn.Module):
             )
         given = {"hidden": hidden, "heads": heads, "landmarks": landmarks}
         self.student = BASES[base](
-            dim, classes, dropout, **{name: given[name] for name in SHARED[base]}
+            dim, classes, dropout, **{name: given[name] for name in SHARED[base]}, **FIXED[base]
         )
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.random, self.low, self.high_share = random, low, high_share
@@ -112,7 +126,7 @@ class MHIM(nn.Module):
             return self.student(features, coords)
         with torch.no_grad():
             judged = self.teacher.pool(self.teacher.embed(features))
-        keep = self.kept(judged.scores)
+        keep = self.kept(judged.scores if judged.ranking is None else judged.ranking)
         pooled = self.student.pool(self.student.embed(features)[keep])
         attention = pooled.scores.new_zeros(len(features))
         attention[keep] = normalise_attention(pooled.scores.detach().mean(0))
@@ -187,4 +201,5 @@ def rank_tiles(scores: Float[Tensor, "h n"], k: int, largest: bool) -> Int[Tenso
 
 def select_plain_options(base: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of the plain model that has the shapes of an MHIM model's teacher."""
-    return {"hidden": 512} | {name: options[name] for name in SHARED[base] if name in options}
+    given = {name: options[name] for name in SHARED[base] if name in options}
+    return {"hidden": 512} | given | FIXED[base]

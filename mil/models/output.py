@@ -71,15 +71,16 @@ class Pooled(NamedTuple):
     Attributes:
         logits: (C,) slide logits.
         bag: (R, F) what the classifier sees, a row a class where each class has its own bag.
-        scores: (H, N) attention of each head or class, by which tiles are ranked; need not sum to
-            1.
+        scores: (H, N) attention of each head or class; need not sum to 1.
         streams: as in MILOutput, filled in any case.
+        ranking: (R, N) by which MHIM-MIL ranks the tiles; None: `scores`.
     """
 
     logits: Float[Tensor, " c"]
     bag: Float[Tensor, "r f"]
     scores: Float[Tensor, "h n"]
     streams: tuple[tuple[Tensor, float], ...]
+    ranking: Float[Tensor, "r n"] | None = None
 
 
 def select_present(target: Target, classes: int) -> list[int]:

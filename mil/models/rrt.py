@@ -169,5 +169,5 @@ class RRT(nn.Module):
         """Slide logits (C,); attention is that of the pooling over re-embedded tiles."""
         embedded = self.pooling.embed(features)
         x = self.cross(self.region(embedded))
-        logits, _, scores, _ = self.pooling.pool(self.norm(x + embedded if self.shortcut else x))
-        return MILOutput(logits, scores.mean(0))
+        pooled = self.pooling.pool(self.norm(x + embedded if self.shortcut else x))
+        return MILOutput(pooled.logits, pooled.scores.mean(0))

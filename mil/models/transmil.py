@@ -31,6 +31,7 @@ from mil.models.layers import Dropout
 from mil.models.output import MILOutput, Pooled, Target, initialise, normalise_attention
 
 CONVOLUTION = 33
+LARGEST_KERNEL = 7  # of the position encoder
 
 
 class NystromAttention(nn.Module):
@@ -114,13 +115,23 @@ class Layer(nn.Module):
         return x + out, row
 
 
+def fill_square(tiles: Float[Tensor, "n f"], least: int = 1) -> Float[Tensor, "s f"]:
+    """The tiles and the first of them again until they fill a square. One whose side is shorter
+    than `least` is followed by zeros until it fills a square of that side.
+    """
+    side = math.isqrt(len(tiles) - 1) + 1
+    square = torch.cat([tiles, tiles[: side * side - len(tiles)]])
+    return pad(square, (0, 0, 0, max(0, least * least - side * side)))
+
+
 class PPEG(nn.Module):
     """Pyramidal position encoding: the square of tiles plus its depthwise convolutions."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
         self.proj, self.proj1, self.proj2 = (
-            nn.Conv2d(hidden, hidden, k, padding=k // 2, groups=hidden) for k in (7, 5, 3)
+            nn.Conv2d(hidden, hidden, k, padding=k // 2, groups=hidden)
+            for k in (LARGEST_KERNEL, 5, 3)
         )
 
     def forward(self, tiles: Float[Tensor, "s f"]) -> Float[Tensor, "s f"]:
@@ -142,6 +153,8 @@ class TransMIL(nn.Module):
         heads: of the attention.
         landmarks: of the Nystrom approximation.
         attention_dropout: probability of dropping an output unit of the attention.
+        repeat_tiles: every layer sees the square that repeated tiles fill; False: the position
+            encoder alone does, as in MHIM-MIL's TransMIL.
     """
 
     def __init__(
@@ -153,8 +166,10 @@ class TransMIL(nn.Module):
         heads: int = 8,
         landmarks: int = 256,
         attention_dropout: float = 0.1,
+        repeat_tiles: bool = True,
     ) -> None:
         super().__init__()
+        self.repeat_tiles = repeat_tiles
         if hidden % heads:
             raise UserError(f"hidden={hidden}: expected a multiple of heads={heads}")
         self.embed = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), Dropout(dropout))
@@ -175,8 +190,8 @@ class TransMIL(nn.Module):
         """Slide logits (C,); attention is the class token's in the last layer, mean over heads,
         negative values cut.
         """
-        logits, _, scores, _ = self.pool(self.embed(features), layer=1)
-        return MILOutput(logits, normalise_attention(scores.mean(0)))
+        pooled = self.pool(self.embed(features), layer=1)
+        return MILOutput(pooled.logits, normalise_attention(pooled.scores.mean(0)))
 
     def pool(self, h: Float[Tensor, "n f"], layer: int = 0) -> Pooled:
         """From embedded tiles on; the scores are the class token's attention in layer 0 or 1, a row
@@ -186,14 +201,14 @@ class TransMIL(nn.Module):
         negative values.
         """
         n = len(h)
-        side = math.isqrt(n - 1) + 1
-        square = torch.cat([h, h[: side * side - n]])
-        x, first = self.layer1(torch.cat([self.cls_token, square]))
-        x = torch.cat([x[:1], self.pos_layer(x[1:])])
+        tiles = fill_square(h) if self.repeat_tiles else h
+        x, first = self.layer1(torch.cat([self.cls_token, tiles]))
+        square = x[1:] if self.repeat_tiles else fill_square(x[1:], LARGEST_KERNEL)
+        x = torch.cat([x[:1], self.pos_layer(square)[: len(tiles)]])
         x, second = self.layer2(x)
         token = self.norm(x[0])
         row = (first, second)[layer][:, 1:]  # without the class token itself
         scores = row[:, :n].clone()
-        scores[:, : side * side - n] += row[:, n:]
+        scores[:, : len(tiles) - n] += row[:, n:]
         logits = self.head(token)
         return Pooled(logits, token[None], scores, ((logits, 1.0),))

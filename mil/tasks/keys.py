@@ -97,6 +97,7 @@ class FoldKeys(LabelKeys):
     val_fraction: float = key(
         0.2, "share of the training patients (or slides) that is held out for validation"
     )
+    split_seed: int = key(2024, "seed of the folds")
 
 
 @dataclass
@@ -108,4 +109,3 @@ class SplitKeys(FoldKeys):
         "folder of splits_<k>.csv (mil.make_splits, CLAM), in place of protocol and folds",
         path=True,
     )
-    split_seed: int = key(2024, "seed of the folds")

@@ -21,7 +21,7 @@ from common.distributed import World
 from common.errors import UserError
 from common.processes.pool import Lost, Raised, finish, run_jobs
 from common.processes.ray_cluster import RayPool, RaySettings
-from mil.datasets.bags import choose_memory, digest_bags
+from mil.datasets.bags import choose_memory, digest_each
 from mil.training.engine import check_validation
 from mil.training.fold_run import FoldJob, FoldSettings, open_job, run_job
 from mil.training.keys import Cohort
@@ -64,12 +64,12 @@ def make_jobs(
     jobs = []
     cases = {record.slide_id: record.case_id for record in cohort.slides.records}
     for name, bags in cohort.files.items():
-        digest, bag_list = digest_bags(bags, cases), tuple(bags.items())
+        digests, bag_list = digest_each(bags, cases), tuple(bags.items())
         for model, one in settings.items():
             for seed in seeds:
                 for split in cohort.splits:
                     run = output / "runs" / name / model / f"seed{seed}_fold{split.fold}"
-                    data = (cohort.slides, cohort.targets, split, bag_list, digest, memory)
+                    data = (cohort.slides, cohort.targets, split, bag_list, digests, memory)
                     jobs.append(FoldJob(run, replace(one, seed=seed), *data))
     return jobs
 

@@ -6,9 +6,11 @@ same result.
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,12 @@ from torch import nn
 
 from common.checkpoint import load_checkpoint
 from common.distributed import World, barrier
-from common.files import sha256_bytes
-from common.memory import reuse_large_blocks
+from common.errors import UserError
+from common.files import read_json, sha256_bytes
+from common.memory import is_out_of_memory, reuse_large_blocks
 from common.run import Run, Tracker, open_run
 from common.seed import seed_everything
-from mil.datasets.bags import Sample, load_bags
+from mil.datasets.bags import Sample, digest_set, load_bags
 from mil.datasets.labels import LabelledSlides
 from mil.datasets.splits import SETS, Split
 from mil.models import Standardised, build, build_plain_model
@@ -33,11 +36,13 @@ from mil.tasks.prediction_table import write_predictions
 from mil.tasks.records import RunPredictions, TaskOptions
 from mil.tasks.slide_targets import SlideTargets
 from mil.tasks.table import fit_task
+from mil.training.bag_record import describe_bags
 from mil.training.engine import train_model
 from mil.training.prediction import predict
 from mil.training.recipes import Recipe, check_recipe
 from patch_encoder.bags.bag import Bag
 
+logger = logging.getLogger(__name__)
 _kept: dict[tuple[object, ...], dict[str, Bag]] = {}  # of `cached_bags`: one at most
 PLAIN = "plain"  # folder of the model that a teacher-student model starts from
 
@@ -80,7 +85,7 @@ class FoldJob:
         targets: of the slides.
         split: train, validation and test slides.
         files: (slide id, bag file) of all of them.
-        features_digest: fingerprint of the bags.
+        digests: slide id -> digest of its bag.
         memory: bytes for bags that are kept in memory; None: half of what is free.
     """
 
@@ -90,13 +95,18 @@ class FoldJob:
     targets: SlideTargets
     split: Split
     files: tuple[tuple[str, Path], ...]
-    features_digest: str
+    digests: Mapping[str, str]
     memory: int | None = None
 
     @property
     def place(self) -> str:
         """Of a benchmark's training: `<feature set>/<model>/seed<seed>_fold<fold>`."""
         return "/".join(self.output.parts[-3:])
+
+    @property
+    def features_digest(self) -> str:
+        """Fingerprint of all bags."""
+        return digest_set(self.digests)
 
     def fit_task(self) -> Task:
         """The task with what it takes from the training slides."""
@@ -118,8 +128,29 @@ def open_job(
     labels = repr((job.targets.task, job.slides.classes, slides, values))
     inputs = {"features": job.features_digest, "labels": sha256_bytes(labels.encode())}
     inputs |= {"split": job.split.digest()}
+    warn_of_threads(job.output, world)
     how = {"overwrite": overwrite, "tracker": tracker}
     return open_run(job.output, job.settings, world, inputs=inputs, **how)
+
+
+def warn_of_threads(output: Path, world: World) -> None:
+    """Warn where an unfinished run goes on with another number of CPU threads, which changes the
+    last digits of its sums.
+    """
+    started = output / "environment.json"
+    going_on = (output / "checkpoint_last.pt").is_file() and not (output / "results.json").is_file()
+    if world.device.type != "cpu" or not world.is_main or not going_on or not started.is_file():
+        return
+    before, now = read_json(started, "a run's environment").get("threads"), torch.get_num_threads()
+    if before not in (None, now):
+        logger.warning(
+            "%s: started with threads=%d, goes on with %d: its last digits may differ from those "
+            "of an uninterrupted run; set threads=%d for the same",
+            output,
+            before,
+            now,
+            before,
+        )
 
 
 def run_job(job: FoldJob, run: Run, world: World) -> dict[str, Any]:
@@ -139,16 +170,41 @@ def run_job(job: FoldJob, run: Run, world: World) -> dict[str, Any]:
     if start is not None:
         inner_model(model).start_from(start)
     model.to(world.device)
-    config = {"network": network, "task": task.to_dict(), "features_digest": job.features_digest}
+    config = {"network": network, "task": task.to_dict()}
+    config |= {"bags": describe_bags(bags, job.digests), "precision": settings.training.precision}
     if world.device.type == "cpu":
         reuse_large_blocks()  # after the bags were read, which stay
     decided = (settings.training, settings.seed)
-    best = train_model(model, train, val, *decided, run, config, world, task)
+    with explain_memory(job, bags):
+        best = train_model(model, train, val, *decided, run, config, world, task)
     results = {"model": settings.model, "seed": settings.seed, "fold": job.split.fold}
     results |= {"task": task.kind, "best_epoch": best["epoch"], "epochs": best["epochs"]}
     results |= {f"val_{task.score}": best[task.score]}
     results |= {name: best[name] for name in task.chosen if name in best}
-    return finish_job(job, run, world, task, model, {"val": val, "test": test}, results)
+    with explain_memory(job, bags):
+        return finish_job(job, run, world, task, model, {"val": val, "test": test}, results)
+
+
+@contextmanager
+def explain_memory(job: FoldJob, bags: Mapping[str, Bag]) -> Iterator[None]:
+    """Say in one line what to do where a bag is too large for the memory, on a GPU or a CPU.
+
+    Raises:
+        UserError: in the place of the library's error.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        slide, bag = max(bags.items(), key=lambda item: item[1].shape[0])
+        reason = " ".join(str(error).split())[:120] or "none left"
+        raise UserError(
+            f"{job.place}: expected memory for {job.settings.model} and bags of up to {len(bag)} "
+            f"tiles (slide {slide}), found: {reason}; set training.max_tiles={len(bag) // 2} or "
+            "less, ram_gb= or workers= lower, or take a model whose large bags are predicted block "
+            "by block (abmil, clam_sb, dsmil)"
+        ) from None
 
 
 def finish_job(

@@ -4,12 +4,18 @@ of them: a cohort with its splits, and the settings of a training.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from common.config import given_keys, group, key
+from common.errors import UserError
 from mil.datasets.bags import find_bags, select_usable_bags
 from mil.datasets.labels import LabelledSlides
 from mil.datasets.splits import (
@@ -24,9 +30,17 @@ from mil.losses.regression import LOSSES
 from mil.models import check_options
 from mil.tasks.keys import SplitKeys, TaskKeys
 from mil.tasks.slide_targets import SlideTargets
-from mil.tasks.table import read_targets
+from mil.tasks.table import TASKS, read_targets
 from mil.training.fold_run import FoldSettings
 from mil.training.recipes import Recipe, resolve
+from patch_encoder.bags.bag import open_bag
+
+logger = logging.getLogger(__name__)
+COMPARED_BAGS = 16  # a step, of which the events are compared with those that lived longer
+# a mean standard deviation of the features below which models with a linear first layer learn
+# slowly or not at all (DSMIL at 0.03 to 0.125), and as far above 1
+SMALL, LARGE = 0.2, 5.0
+LOOKED_AT = 8, 512  # bags, and tiles of each, from which it is told
 
 
 @dataclass
@@ -41,6 +55,11 @@ class ClassifierKeys:
         Recipe, "training recipe; keys that are not given are the published ones"
     )
     skip_missing: bool = key(False, "leave out labelled slides without a bag instead of stopping")
+    skip_bad: bool = key(
+        False,
+        "leave out what cannot be used instead of stopping; here: slides whose bag is "
+        "unreadable, empty, NaN or of another width",
+    )
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
     threads: int = key(1, "CPU threads per process", runtime=True)
 
@@ -80,11 +99,6 @@ class TrainingKeys(ClassifierKeys, TaskKeys, SplitKeys):
         "task=regression",
         choices=LOSSES,
     )
-    skip_bad: bool = key(
-        False,
-        "leave out what cannot be used instead of stopping; here: slides whose bag is "
-        "unreadable, empty, NaN or of another width",
-    )
     ram_gb: float = key(
         0.0,
         "memory for feature bags, GB; 0: half of what is free",
@@ -107,6 +121,9 @@ class TrainingKeys(ClassifierKeys, TaskKeys, SplitKeys):
         }
         if self.skip_bad:
             found = {name: select_usable_bags(files) for name, files in found.items()}
+        if not self.standardize:
+            for name, files in found.items():
+                warn_of_scale(name, files)
         sets = found.values()
         shared = [slide for slide in slides.slide_ids if all(slide in files for files in sets)]
         files = {name: {slide: files[slide] for slide in shared} for name, files in found.items()}
@@ -120,12 +137,38 @@ class TrainingKeys(ClassifierKeys, TaskKeys, SplitKeys):
         self, model: str, seed: int, options: Mapping[str, Any], changes: Mapping[str, Any]
     ) -> FoldSettings:
         """The settings of a model's trainings: its published recipe, over it the keys that were
-        given, over them the `changes` of this model alone.
+        given, over them the `changes` of this model alone. A task whose loss compares the slides of
+        a step has COMPARED_BAGS of them, where nothing else is given.
 
         Raises:
             UserError: an option or a change that the model does not have.
         """
         checked = check_options(model, options)
-        recipe, dropout = resolve(model, self.training, self.dropout, given_keys(self), changes)
+        given = given_keys(self)
+        recipe, dropout = resolve(model, self.training, self.dropout, given, changes)
+        chosen = "training.accumulate" in given or "accumulate" in changes
+        if TASKS[self.task].needs_all_bags and not chosen:
+            recipe = replace(recipe, accumulate=COMPARED_BAGS)
         decided = (self.intervals, self.censored_alpha, self.regression_loss)
         return FoldSettings(model, dropout, self.standardize, seed, recipe, checked, *decided)
+
+
+def warn_of_scale(name: str, files: Mapping[str, Path]) -> None:
+    """Warn where the features of some bags are much smaller or larger than 1; bags that cannot be
+    read are refused elsewhere.
+    """
+    bags, tiles = LOOKED_AT
+    parts = []
+    for path in list(files.values())[:: max(1, len(files) // bags)][:bags]:
+        with suppress(UserError):
+            parts.append(next(open_bag(path).blocks(tiles)).float())
+    if len({part.shape[1] for part in parts}) != 1:
+        return
+    std = float(torch.cat(parts).std(0, correction=0).mean())
+    if 0 < std < SMALL or LARGE < std < math.inf:
+        logger.warning(
+            "features of %s: expected a standard deviation near 1, found %.3g; a model may learn "
+            "slowly or not at all: set standardize=true",
+            name,
+            std,
+        )

@@ -49,7 +49,9 @@ class Recipe:
     lr_min: float = key(0.0, "learning rate at the end of the cosine")
     clip_norm: float = key(0.0, "largest L2 norm of the gradients of a step; 0: any")
     accumulate: int = key(
-        1, "bags per optimiser step, over all processes; their gradients are averaged"
+        1,
+        "bags per optimiser step, over all processes; their gradients are averaged; for task=cox "
+        "16, unless it is given",
     )
     max_tiles: int = key(
         0, "tiles of a bag that a training step sees, drawn anew in every epoch; 0: all of them"

@@ -116,6 +116,7 @@ def cohort_jobs(
     """
     shard = shard or Shard()
     tiled = find_coordinate_files(coords)
+    folder = next(iter(tiled.values())).parent if tiled else Path(coords)
     pattern = tile_pattern_of(tiled.values())
     # without labels, a picture is a slide where it was tiled as one
     wanted = tiled.keys()
@@ -123,7 +124,7 @@ def cohort_jobs(
     jobs, without = [], dict(cohort.problems)
     for slide_id, path in cohort.slides.items():
         try:
-            coordinates = read_coordinates(tiled.get(slide_id, Path(coords) / f"{slide_id}.h5"))
+            coordinates = read_coordinates(tiled.get(slide_id, folder / f"{slide_id}.h5"))
         except UserError as error:
             without[slide_id] = str(error)
             continue

@@ -1,4 +1,4 @@
-"""Inputs of the D2VFM stage, made once a test."""
+"""Inputs of the D2VFM stage, made once per test."""
 
 from __future__ import annotations
 

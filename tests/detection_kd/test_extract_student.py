@@ -168,7 +168,7 @@ def test_what_cannot_be_students_is_refused(
 
 
 def test_cost_times_one_student_of_each_kind(
-    cohort: Path, students: dict[str, Path], tmp_path: Path
+    cohort: Path, students: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     listed = "student=[" + ",".join(f"'{name}={path}'" for name, path in students.items()) + "]"
     output = tmp_path / "cost.json"
@@ -177,6 +177,16 @@ def test_cost_times_one_student_of_each_kind(
     assert run(measure_encoders.main, measure_encoders.Config, [*arguments, listed, *sizes]) == 0
     costs = json.loads(output.read_text())
     assert set(costs) == {"mean_colour", *KINDS}
+    before = output.stat().st_mtime_ns
+    assert run(measure_encoders.main, measure_encoders.Config, [*arguments, listed, *sizes]) == 0
+    assert output.stat().st_mtime_ns == before  # measured with the same: kept
+    for other in ("rounds=2", "tiles_per_round=4", "encoders=[stain_texture]"):
+        changed = [*arguments, listed, *sizes, other]
+        assert run(measure_encoders.main, measure_encoders.Config, changed) == 2
+        assert "cost.json: holds other encoder costs: " in capsys.readouterr().err
+    (tmp_path / "cost.made_from.json").unlink()
+    assert run(measure_encoders.main, measure_encoders.Config, [*arguments, listed, *sizes]) == 2
+    assert "of unknown origin" in capsys.readouterr().err
     rates = {name: cost["tiles_per_second"] for name, cost in costs.items()}
     assert rates["plain"] == rates["tuned"], "the same work"
     assert len(set(rates.values())) == 5, "each other kind has its own clock"

@@ -381,7 +381,7 @@ def test_froc_by_hand() -> None:
         Prediction(1, data.images[1].boxes, np.array([0.4]), np.array([1])),
     ]
     values = compute_froc(data, found)
-    # false positives an image: 0 down to 0.9, 1/3 at 0.8, 2/3 at 0.5
+    # false positives per image: 0 down to 0.9, 1/3 at 0.8, 2/3 at 0.5
     expected = {0.25: 1 / 4, 0.5: 2 / 4, 1: 3 / 4, 2: 3 / 4, 4: 3 / 4, 8: 3 / 4}
     assert {rate: values[f"sensitivity@{rate:g}"] for rate in expected} == pytest.approx(expected)
     assert values["FROC"] == pytest.approx(sum(expected.values()) / 6)

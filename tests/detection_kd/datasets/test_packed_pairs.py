@@ -454,6 +454,13 @@ def test_a_damaged_bag_is_listed_and_a_damaged_set_is_made_again(
     assert failure["slide"] == "S001" and "cannot be read" in failure["error"]
     assert set(Pack(output).slides) == {"S000", "T2"}
     bag_of(cohort, "S001").write_bytes(whole)
+    with h5py.File(bag_of(cohort, "S001"), "r+") as file:  # another tool's, with a bad tile
+        del file["features"].attrs["sha256"]
+        file["features"][0] = np.nan
+    assert from_slides(cohort, output) == 1
+    failure = next(csv.DictReader((tmp_path / "failures.csv").read_text().splitlines()))
+    assert failure["slide"] == "S001" and "found NaN" in failure["error"]
+    bag_of(cohort, "S001").write_bytes(whole)
     output.write_bytes(output.read_bytes()[:-100])
     assert from_slides(cohort, output) == 0
     assert set(Pack(output).slides) == {"S000", "S001", "T2"}

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+from common.config import load_config
 from common.distributed import World
 from common.errors import UserError
+from mil.benchmark import Config
 from mil.datasets.bags import (
     Sample,
     choose_memory,
@@ -28,6 +30,7 @@ from mil.datasets.bags import (
 from mil.models import Standardised, build
 from mil.training.engine import train_one_epoch
 from mil.training.epochs import Smoother, draws
+from mil.training.keys import warn_of_scale
 from mil.training.prediction import predict, prefetch
 from mil.training.recipes import Recipe
 from patch_encoder.bags.bag import make_bag, open_bag, read_bag
@@ -263,3 +266,23 @@ def test_smoothed_selection_is_a_moving_average():
     assert again({"auc": 1.0, "loss": 0.0}, "auc") == smooth({"auc": 1.0, "loss": 0.0}, "auc")
     with pytest.raises(UserError, match=r"training.smoothing=1\.0"):
         Smoother(1.0)
+
+
+def test_features_of_another_scale_are_reported_once(
+    make_cohort, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    small, usual = (make_cohort(name) / "bags" for name in ("small", "usual"))
+    for path in (small / "h5_files").iterdir():
+        bag = open_bag(path)
+        write_bag(path, bag.read() * 0.05, bag.coords, bag.attributes)
+    caplog.set_level(logging.WARNING)
+    for folder, standardize, count in ((small, False, 1), (usual, False, 0), (small, True, 0)):
+        caplog.clear()
+        given = [f"labels={small.parent}/labels.csv", f"features=[{folder}]", "folds=2"]
+        given += [f"output={tmp_path}/out", f"standardize={standardize}"]
+        load_config(Config, given).read_cohort({"uni": folder})
+        found = [record for record in caplog.records if "standardize=true" in record.getMessage()]
+        assert len(found) == count
+    caplog.clear()
+    warn_of_scale("uni", find_bags(small, ["s00", "s01"]))
+    assert "features of uni: expected a standard deviation near 1, found 0.0" in caplog.text

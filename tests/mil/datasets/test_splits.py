@@ -172,11 +172,17 @@ def test_the_script_makes_once_and_never_remakes(
         f"features=[{root}/bags]",
         "folds=3",
     ]
+    bag = root / "bags" / "h5_files" / "s00.h5"
+    bag.rename(root / "away.h5")
+    assert run_script(make_splits.main, make_splits.Config, arguments) == 2
+    line = capsys.readouterr().err  # without a key that the script does not have
+    assert "have no bag: s00; extract them" in line and "skip_missing" not in line
+    (root / "away.h5").rename(bag)
     assert run_script(make_splits.main, make_splits.Config, arguments) == 0
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in output.iterdir()}
     assert len(before) == 3 * 3 + 1
     assert run_script(make_splits.main, make_splits.Config, arguments) == 0
-    assert run_script(make_splits.main, make_splits.Config, [*arguments, "seed=7"]) == 2
+    assert run_script(make_splits.main, make_splits.Config, [*arguments, "split_seed=7"]) == 2
     assert "splits=<folder> uses as they are: splits_0.csv '" in capsys.readouterr().err
     assert run_script(make_splits.main, make_splits.Config, [*arguments, "folds=4"]) == 2
     assert "splits_3.csv nothing -> '" in capsys.readouterr().err
@@ -217,7 +223,7 @@ def test_train_and_benchmark_read_them_back(
     make_splits.main(
         load_config(
             make_splits.Config,
-            [f"labels={root}/labels.csv", f"output={folder}", "folds=2", "seed=9"],
+            [f"labels={root}/labels.csv", f"output={folder}", "folds=2", "split_seed=9"],
         )
     )
     (folder / "splits_0.csv").unlink()
@@ -260,7 +266,13 @@ def test_splits_of_every_task_are_those_its_trainings_draw(
     make_cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ):
     root, folder = rewrite(make_cohort(slides=32), kind), tmp_path / "splits"
-    made = [f"labels={root}/labels.csv", f"output={folder}", "folds=3", "seed=6", f"task={kind}"]
+    made = [
+        f"labels={root}/labels.csv",
+        f"output={folder}",
+        "folds=3",
+        "split_seed=6",
+        f"task={kind}",
+    ]
     assert run_script(make_splits.main, make_splits.Config, made) == 0
     small = [
         f"labels={root}/labels.csv",

@@ -250,6 +250,18 @@ def has_its_example_slides(html: str, output: Path, kind: str) -> None:
     assert any(shown.values())
 
 
+def test_cox_compares_several_bags_by_default():
+    given = ["labels=/dev/null", "output=/nowhere", "models=[mean,transmil]"]
+    for more, expected in (
+        (["task=cox"], [16, 16]),
+        (["task=cox", "training.accumulate=4"], [4, 4]),
+        (["task=cox", "recipes={mean: {accumulate: 3}}"], [3, 16]),
+        ([], [1, 2]),
+    ):
+        settings = benchmark.make_settings(load_config(benchmark.Config, [*given, *more]))
+        assert [one.training.accumulate for one in settings.values()] == expected
+
+
 @pytest.mark.parametrize(
     ("kind", "more", "message"),
     [

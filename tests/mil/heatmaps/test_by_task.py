@@ -165,14 +165,16 @@ def test_every_task_has_attention_a_score_and_tiles_of_their_own(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     cohort, name = (
-        rewrite(write_cohort(tmp_path / "cohort", slides=24, signal=2.0), kind),
+        rewrite(write_cohort(tmp_path / "cohort", slides=32, signal=2.0), kind),
         TASKS[kind],
     )
-    if kind == "discrete":  # wants different times
+    if kind == "discrete":  # wants different times, one per patient
         lines = (cohort / "labels.csv").read_text().splitlines()
-        later = [re.sub(r",(1|9),", rf",\g<1>{i:02d},", line) for i, line in enumerate(lines)]
+        later = [re.sub(r"^case(\d+),(s\d+),(1|9),", r"case\1,\2,\3\1,", line) for line in lines]
         (cohort / "labels.csv").write_text("\n".join(later) + "\n")
     extra = ["intervals=2"] if kind == "discrete" else []
+    if kind in ("cox", "discrete"):
+        extra.append("val_fraction=0.4")  # enough patients to compare
     bench = train(
         cohort,
         tmp_path / "bench",
@@ -204,7 +206,7 @@ def test_every_task_has_attention_a_score_and_tiles_of_their_own(
         )
     page = (tmp_path / "heat" / "index.html").read_text()
     assert (
-        page.count("<tr data-slide") == 24
+        page.count("<tr data-slide") == 32
         and ("higher than" in page) == survival
         and (">p(" in page) == (number is None)
         and (">error<" in page) == (kind == "regression")
@@ -229,7 +231,7 @@ def test_every_task_has_attention_a_score_and_tiles_of_their_own(
         for slide in read_from_benchmark(bench, "", "", None).slides
         if slide.slide_id == "s01"
     )
-    (model, task), features = (
+    (model, task, _), features = (
         load_model(judged.checkpoint, CPU),
         read_bag(cohort / "bags" / "h5_files" / "s01.h5").features,
     )
@@ -356,7 +358,7 @@ def test_bags_are_handed_on_as_they_are_stored(plain: Path, monkeypatch: pytest.
             "examine",
             lambda m, sample, d, use=examine: (seen.append(sample), use(m, sample, d))[1],
         )
-    (model, task), bag = load_model(weights, CPU), root / "only" / "pt_files" / "s03.pt"
+    (model, task, _), bag = load_model(weights, CPU), root / "only" / "pt_files" / "s03.pt"
     coords = root / "cohort" / "bags" / "h5_files"
     scores = score_bag(model, task, bag, coords / "s03.h5", "probability", "pos", CPU)
     choice = Choice("s03", 0, Verdict(0.9, "pos", "pos", ""))

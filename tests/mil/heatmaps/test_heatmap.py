@@ -25,15 +25,16 @@ import mil.train as training
 from common.cli import run
 from common.config import load_config
 from common.errors import UserError
-from mil import heatmap
+from mil import evaluate, heatmap
 from mil.heatmap import Config, Scored, draw_one, main
-from mil.heatmaps.scores import compute_percentile_ranks, score_bag
+from mil.heatmaps.scores import TileScores, compute_percentile_ranks, score_bag
 from mil.heatmaps.settings import Drawing
-from mil.heatmaps.slide import Inputs
-from mil.heatmaps.sources import read_from_benchmark
+from mil.heatmaps.slide import Inputs, _check_prediction
+from mil.heatmaps.sources import SlidePrediction, read_from_benchmark
 from mil.report import Config as ReportConfig
 from mil.report import main as report
 from mil.tasks.classification import Classification
+from mil.training.bag_record import check_bag
 from mil.training.engine import load_classifier
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.bags.writer import write_bag
@@ -277,12 +278,122 @@ def test_a_bad_slide_is_listed_and_the_others_are_drawn(bench: Path):
     with (output / "failures.csv").open() as stream:
         failed = {row["slide"]: row["error"] for row in csv.DictReader(stream)}
     assert set(failed) == {"s02", "s03", "s04", "s05"} and "expected a slide below" in failed["s03"]
-    assert "cannot be decoded" in failed["s02"] and "as in predictions.csv" in failed["s04"]
+    assert "cannot be decoded" in failed["s02"] and "that the model was tested on" in failed["s04"]
     assert "s05.h5" in failed["s05"] and "cannot be read" in failed["s05"]
     text = links(output / "index.html").text
     assert "cannot be decoded" in text and sorted(
         path.name for path in (output / "slides").iterdir()
     ) == ["s00.html"]
+
+
+def copy_bags(bench: Path, name: str, noise: float, encoder: str) -> Path:
+    """Bags of another encoder whose features are nearly those of the benchmark."""
+    generator = np.random.default_rng(0)
+    for path in (bench.parent / "cohort" / "bags" / "h5_files").iterdir():
+        bag = read_bag(path)
+        features = bag.features.numpy() + noise * generator.normal(size=bag.shape)
+        written = (features.astype(np.float32), bag.coords, bag.attributes, {"encoder": encoder})
+        write_bag(bench.parent / name / "h5_files" / path.name, *written)
+    return bench.parent / name
+
+
+def test_bags_of_another_encoder_are_refused_however_near_their_predictions(bench: Path):
+    others = copy_bags(bench, "others", 1e-6, "resnet50")
+    source, near = read_from_benchmark(bench, "", "abmil", None), 0
+    for judged in source.slides:
+        model, _ = load_classifier(judged.checkpoint, torch.device("cpu"))
+        bag = read_bag(others / "h5_files" / f"{judged.slide_id}.h5")
+        with torch.inference_mode():
+            found = model(bag.features, bag.coords).logits.softmax(0).numpy()
+        near += np.abs(found - judged.predictions).max() < 1e-3
+    assert near == 16  # nothing in their numbers would tell
+    assert run(main, Config, arguments(bench, "heat", f"features={others}")) == 1
+    with (bench.parent / "heat" / "failures.csv").open() as stream:
+        errors = {row["slide"]: row["error"] for row in csv.DictReader(stream)}
+    assert len(errors) == 16 and not (bench.parent / "heat" / "records").exists()
+    digest = read_bag(bench.parent / "cohort" / "bags" / "h5_files" / "s00.h5").digest()[:8]
+    assert digest in errors["s00"] and "of resnet50) in " in errors["s00"]
+    # the same content in another place is the same bag
+    shutil.copytree(bench.parent / "cohort" / "bags", bench.parent / "moved")
+    given = arguments(bench, "heat", f"features={bench.parent}/moved", "only=[s00]")
+    assert run(main, Config, given) == 0
+
+
+def test_a_benchmark_that_was_moved_with_its_bags_works(
+    bench: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = bench / "summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps(summary | {"features": {"bags": "/nowhere/bags/h5_files"}}))
+    assert run(main, Config, arguments(bench, "heat", "only=[s00]")) == 0
+    slides = f"slides={bench.parent}/cohort/slides"
+    given = [f"benchmark={bench}", f"output={bench.parent}/page", slides, "example_slides=1"]
+    assert run(report, ReportConfig, given) == 0
+    tables = [f"benchmark={bench}", "resamples=10", "figures=false"]
+    assert run(evaluate.main, evaluate.Config, tables) == 0
+    bags = bench.parent / "cohort" / "bags"
+    bags.rename(bench.parent / "elsewhere")
+    for script, config, keys in (
+        (main, Config, arguments(bench, "heat", "only=[s01]")),
+        (report, ReportConfig, given),
+    ):
+        capsys.readouterr()
+        assert run(script, config, keys) == 2
+        assert "give features=<folder of them>" in capsys.readouterr().err
+        assert run(script, config, [*keys, f"features={bench.parent}/elsewhere"]) == 0
+
+
+def test_a_slide_that_is_new_to_the_model_needs_its_encoder(bench: Path):
+    folder = bench / "runs" / "bags" / "abmil" / "seed3_fold0"
+    cohort = bench.parent / "cohort" / "bags" / "h5_files"
+    bag = read_bag(cohort / "s00.h5")
+    new = {"n0": ({}, bag.features), "n1": ({"encoder": "uni"}, bag.features)}
+    new["n2"] = ({}, bag.features[:, :5])
+    for name, (provenance, features) in new.items():
+        write_bag(cohort / f"{name}.h5", features, bag.coords, bag.attributes, provenance)
+    config = torch.load(folder / "checkpoint_best.pt", weights_only=True)["config"]
+    for name, words in (
+        ("n0", ""),
+        ("n1", "features of the model's encoder, an unnamed encoder, found those of uni in"),
+        ("n2", "expected 8 features per tile, found 5 in"),
+    ):
+        if not words:
+            check_bag(name, read_bag(cohort / f"{name}.h5"), config)
+            continue
+        with pytest.raises(UserError, match=words):
+            check_bag(name, read_bag(cohort / f"{name}.h5"), config)
+
+
+def test_sure_predictions_are_compared_by_their_logits():
+    task, record = Classification(("neg", "pos")), {"slide_id": "s00"}
+    shared = {"coordinates": None, "attention": None, "alone": None, "shown": "", "class_name": ""}
+    for precision, stored, found, same in (
+        ("fp32", 8.0, 8.05, True),
+        ("fp32", 8.0, 9.0, False),  # probabilities of 0.9997 and 0.9999
+        ("bf16", 8.0, 8.5, True),
+        ("bf16", 8.0, 10.0, False),
+        ("fp32", 40.0, 60.0, True),  # 1 in a table
+    ):
+        both = [
+            task.predict(torch.tensor([[0.0, logit]], dtype=torch.float64)).numpy()[0]
+            for logit in (stored, found)
+        ]
+        judged = SlidePrediction(
+            **record,
+            case_id="",
+            label="",
+            predicted="",
+            predictions=tuple(both[0]),
+            fold=0,
+            split="test",
+            checkpoint=Path(),
+        )
+        scores = TileScores(**shared, slide=both[1])
+        if same:
+            _check_prediction(judged, scores, task, precision)
+            continue
+        with pytest.raises(UserError, match="s00: expected a logit of neg of -8 as in predictions"):
+            _check_prediction(judged, scores, task, precision)
 
 
 def test_without_slides_tiles_stand_on_white(bench: Path):
@@ -458,5 +569,14 @@ def test_one_slide_is_judged_at_a_time(bench: Path, monkeypatch: pytest.MonkeyPa
     (bag / "s00.h5").write_bytes(b"none")
     broken = next(job for job in jobs if job.judged.slide_id == "s00")
     assert isinstance(broken.scores, str) and "s00.h5" in broken.scores
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:  # one slide that is too large stops no other
+        patch.setattr(heatmap, "score_slide", fail)
+        assert "s03.h5: expected memory" in next(
+            str(job.scores) for job in jobs if job.judged.slide_id == "s03"
+        )
     with pytest.raises(UserError, match="s00.h5"):
         draw_one(broken, bench.parent / "out", source.task, Drawing())

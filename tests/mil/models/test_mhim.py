@@ -9,11 +9,12 @@ from functools import partial
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, layer_norm
 
 from common.errors import UserError
 from mil.models import MODELS, build, build_plain_model
 from mil.models.mhim import MHIM, consistency_loss, draw_keep_mask, rank_tiles, select_plain_options
+from mil.models.transmil import PPEG
 from mil.training.engine import training_loss
 from tests.mil.models.small_options import SMALL
 
@@ -120,6 +121,86 @@ def test_tiles_are_ranked_by_the_teachers_first_layer(monkeypatch: pytest.Monkey
         assert torch.equal(heard[0], first) and not torch.allclose(first, second, atol=1e-4)
 
 
+def test_dsmil_ranks_tiles_by_its_instance_classifier(monkeypatch: pytest.MonkeyPatch):
+    model, heard = model_of("mhim_dsmil").train(), []
+    model.teacher.eval()
+    monkeypatch.setattr(
+        model, "kept", lambda scores: heard.append(scores) or torch.ones(20, dtype=torch.bool)
+    )
+    model(BAG, None, 1)
+    weight, bias = model.teacher.instance.weight, model.teacher.instance.bias
+    expected = [max((weight @ h + bias).tolist()) for h in model.teacher.embed(BAG)]
+    torch.testing.assert_close(heard[0], torch.tensor([expected]))
+
+
+@torch.no_grad()
+def test_dsmil_is_the_authors_with_its_value_layer():
+    student = model_of("mhim_dsmil").eval().student
+    tiles = [torch.relu(student.embed[0].weight @ x + student.embed[0].bias) for x in BAG]
+    own = [student.instance.weight @ h + student.instance.bias for h in tiles]
+    queries = [student.query(h) for h in tiles]
+    first, _, second, _ = student.query
+    q = second.weight @ torch.relu(first.weight @ tiles[3] + first.bias) + second.bias
+    torch.testing.assert_close(queries[3], torch.tanh(q))
+    layer, bags = student.value[1], []
+    for c in range(2):
+        critical = max(range(20), key=lambda n: float(own[n][c]))
+        raw = [math.exp(float(query @ queries[critical]) / 128**0.5) for query in queries]
+        values = [torch.relu(layer.weight @ h + layer.bias) for h in tiles]
+        bags.append(sum(a / sum(raw) * v for a, v in zip(raw, values, strict=True)))
+    head, stacked = student.head, torch.stack(bags)
+    pooled = torch.stack([(head.weight[c] * stacked).sum() + head.bias[c] for c in range(2)])
+    highest = torch.stack(own).amax(0)
+    seen = student.pool(student.embed(BAG))
+    torch.testing.assert_close(seen.bag, stacked)
+    for (logits, weight), expected in zip(seen.streams, (highest, pooled), strict=True):
+        torch.testing.assert_close(logits, expected)
+        assert weight == 0.5
+
+
+def position_code_by_hand(layer: PPEG, tiles: torch.Tensor) -> torch.Tensor:
+    """Sums over the cells of a square, as MHIM-MIL fills it: repeated tiles, then zeros up to
+    7 x 7.
+    """
+    n, side = len(tiles), math.ceil(math.sqrt(len(tiles)))
+    row = [*tiles, *tiles[: side * side - n]]
+    side = max(side, 7)
+    row += [torch.zeros_like(tiles[0])] * (side * side - len(row))
+    found = []
+    for i in range(n):
+        r, c, total = i // side, i % side, row[i].clone()
+        for conv, k in ((layer.proj, 7), (layer.proj1, 5), (layer.proj2, 3)):
+            total += conv.bias
+            for dr in range(-(k // 2), k // 2 + 1):
+                for dc in range(-(k // 2), k // 2 + 1):
+                    if 0 <= r + dr < side and 0 <= c + dc < side:
+                        weight = conv.weight[:, 0, dr + k // 2, dc + k // 2]
+                        total += weight * row[(r + dr) * side + c + dc]
+        found.append(total)
+    return torch.stack(found)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n", [1, 5, 20, 36, 52])
+def test_transmil_repeats_tiles_for_the_position_code_alone(n: int):
+    student = model_of("mhim_transmil").eval().student
+    bag = torch.randn(n, 6, generator=torch.Generator().manual_seed(n))
+    x = torch.cat([student.cls_token, student.embed(bag)])  # no tile twice
+    maps = []
+    for layer in (student.layer1, student.layer2):
+        seen, row = layer.attn(layer_norm(x, (16,), layer.norm.weight, layer.norm.bias))
+        x = x + seen
+        maps.append(row[:, 1:])
+        if len(maps) == 1:
+            x = torch.cat([x[:1], position_code_by_hand(student.pos_layer, x[1:])])
+    token = layer_norm(x[0], (16,), student.norm.weight, student.norm.bias)
+    expected = student.head.weight @ token + student.head.bias
+    torch.testing.assert_close(student(bag).logits, expected, rtol=1e-5, atol=1e-5)
+    for i in (0, 1):
+        scores = student.pool(student.embed(bag), layer=i).scores
+        torch.testing.assert_close(scores, maps[i], rtol=1e-5, atol=1e-6)
+
+
 def test_feature_loss_is_lowest_for_the_teachers_own_shape():
     teacher = torch.randn(2, 8)
     assert consistency_loss(teacher / 0.1, teacher, 0.1) < consistency_loss(
@@ -189,12 +270,17 @@ def test_start_from_a_plain_model(name: str):
 
 
 def test_plain_models():
-    assert build_plain_model("mhim_dsmil", {}) == ("dsmil", {"hidden": 512})
+    values = {"passing_v": True, "value_dropout": 0.0}
+    assert build_plain_model("mhim_dsmil", {}) == ("dsmil", {"hidden": 512, **values})
     assert (
         build_plain_model("mhim_abmil", {"teacher_init": False}) is None
         and build_plain_model("abmil", {}) is None
     )
-    assert select_plain_options("transmil", {"heads": 4, "low": 0.5}) == {"hidden": 512, "heads": 4}
+    assert select_plain_options("transmil", {"heads": 4, "low": 0.5}) == {
+        "hidden": 512,
+        "heads": 4,
+        "repeat_tiles": False,
+    }
 
 
 def test_shares_outside_0_to_1_are_refused():

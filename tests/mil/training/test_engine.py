@@ -388,3 +388,44 @@ def test_bad_fold_and_foreign_checkpoint_are_refused(make_cohort, tmp_path: Path
     torch.save({"model": {}, "config": {"other": 1}, "epoch": 1}, tmp_path / "x.pt")
     with pytest.raises(UserError, match="expected a slide classifier's checkpoint"):
         load_classifier(tmp_path / "x.pt", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 12 bytes."),
+    ],
+)
+@pytest.mark.parametrize("where", ["train_one_epoch", "validate"])
+def test_a_bag_that_is_too_large_for_the_memory_is_one_line(
+    make_cohort,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    where: str,
+):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(engine, where, fail)
+    cohort = make_cohort()
+    assert run_script(main, Config, arguments(cohort, tmp_path / "run")) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(error)[:20] in said
+    assert "bags of up to 12 tiles" in said and "training.max_tiles=6" in said
+
+
+def test_going_on_with_other_threads_is_reported(
+    make_cohort, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    cohort = make_cohort()
+    train(cohort, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    train(cohort, tmp_path / "run")
+    assert "threads=" not in caplog.text  # the same number
+    (tmp_path / "run" / "results.json").unlink()
+    train(cohort, tmp_path / "run", "threads=2")
+    assert "started with threads=1, goes on with 2" in caplog.text
+    assert "set threads=1 for the same" in caplog.text
