@@ -32,11 +32,12 @@ from common.errors import DamagedFile, UserError
 from common.files import read_json, sha256_bytes, sha256_file
 from common.processes.pool import Lost, Raised, pick_workers, run_jobs
 from common.progress import progress
-from common.provenance import can_reuse, differences
+from common.provenance import can_reuse
 from detection_kd.datasets.cut_pairs import (
     JPEG_QUALITY,
     PairCutJob,
     Ranking,
+    check_one_teacher,
     cut_slide,
     read_features,
     read_ranking,
@@ -307,24 +308,6 @@ def digest_parts(jobs: Sequence[PairCutJob], ranking: str, failures: Failures) -
             continue
         found[job.slide_id] = sha256_bytes(json.dumps(decided).encode())
     return found
-
-
-def check_one_teacher(jobs: Sequence[PairCutJob]) -> dict[str, str]:
-    """The encoder that made all bags, {} where they do not say.
-
-    Raises:
-        UserError: bags of several encoders.
-    """
-    found = {job.slide_id: read_features(job.bag)[1] for job in jobs}
-    first = jobs[0].slide_id
-    for slide_id, encoder in found.items():
-        if encoder != found[first]:
-            changed = differences(found[first], encoder)
-            raise UserError(
-                f"expected bags of one teacher, found two: slides {first} and {slide_id} differ "
-                f"in {changed}"
-            )
-    return found[first]
 
 
 def cut_pairs(job: PairCutJob, ranking: str) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.files import read_json
+from common.provenance import differences
 from detection_kd.datasets.packed_pairs import PackWriter
 from patch_encoder.bags.bag import Bag, open_bag, read_bag
 from patch_encoder.slides import Slide, open_slide
@@ -243,3 +244,21 @@ def read_features(bag: Path) -> tuple[str, dict[str, str]]:
     return str(attributes.get("dtype", "float32")), {
         name: str(attributes[name]) for name in names if name in attributes
     }
+
+
+def check_one_teacher(jobs: Sequence[PairCutJob]) -> dict[str, str]:
+    """The encoder that made all bags, {} where they do not say.
+
+    Raises:
+        UserError: bags of several encoders.
+    """
+    found = {job.slide_id: read_features(job.bag)[1] for job in jobs}
+    first = jobs[0].slide_id
+    for slide_id, encoder in found.items():
+        if encoder != found[first]:
+            changed = differences(found[first], encoder)
+            raise UserError(
+                f"expected bags of one teacher, found two: slides {first} and {slide_id} differ "
+                f"in {changed}"
+            )
+    return found[first]
