@@ -37,7 +37,9 @@ class Terminated(KeyboardInterrupt):
 def launch(main: Callable[[T], int | None], config_class: type[T]) -> None:
     """Run `main(config)` and leave the process with its status."""
     show_log()
-    signal.signal(signal.SIGTERM, partial(_terminate, os.getpid()))
+    terminate = partial(_terminate, os.getpid())
+    signal.signal(signal.SIGTERM, terminate)
+    sys.unraisablehook = partial(_end_all_the_same, terminate, sys.unraisablehook)
     try:
         status = run(main, config_class, sys.argv[1:])
     except KeyboardInterrupt as error:
@@ -53,6 +55,22 @@ def _terminate(launched: int, number: int, _: object) -> None:
         os._exit(128 + number)
     signal.signal(number, signal.SIG_IGN)  # once is enough; what follows is tidying up
     raise Terminated
+
+
+def _end_all_the_same(
+    terminate: Callable[..., None],
+    report: Callable[[Any], object],
+    lost: Any,
+) -> None:
+    """Raise once more, a moment later, what a signal has raised inside of a finaliser, where Python
+    drops it.
+    """
+    if not isinstance(lost.exc_value, KeyboardInterrupt):
+        report(lost)
+        return
+    told = isinstance(lost.exc_value, Terminated)
+    signal.signal(signal.SIGALRM, terminate if told else signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
 
 
 def show_log() -> None:

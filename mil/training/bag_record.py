@@ -53,7 +53,8 @@ def check_bag(slide_id: str, bag: Bag, config: Mapping[str, Any]) -> None:
         expected, found = f"{config['network']['dim']} features per tile", f"{bag.shape[1]}"
     elif slide_id in record["digests"]:
         trained, digest = record["digests"][slide_id], bag.digest()
-        if trained == digest:
+        # a .pt bag, on which CLAM trains, has the features of its .h5 without the coordinates
+        if trained == digest or trained == bag.digest_with(None):
             return
         expected = f"the features that the model was tested on ({trained[:SHORT]}"
         expected += f" of {_name(record['encoders'])})"

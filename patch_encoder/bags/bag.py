@@ -153,8 +153,14 @@ class Bag:
         if "sha256" in self.provenance:
             return str(self.provenance["sha256"])
         self.check_finite()
-        corners = np.empty((0, 2)) if self.coords is None else self.coords.numpy()
-        return digest_content((block.float().numpy() for block in self.blocks()), corners)
+        return self.digest_with(None if self.coords is None else self.coords.numpy())
+
+    def digest_with(self, coords: np.ndarray | None) -> str:
+        """Digest of the features with coordinates, or None: of the features alone."""
+        corners = np.empty((0, 2)) if coords is None else coords
+        # as stored, which the digest of our own bags is of, too; NumPy has no bfloat16
+        blocks = (b.float() if b.dtype == torch.bfloat16 else b for b in self.blocks())
+        return digest_content((block.numpy() for block in blocks), corners)
 
 
 def open_bag(path: str | Path, coords_file: Path | None = None) -> Bag:

@@ -23,6 +23,7 @@ from mil.datasets.bags import (
     Sample,
     choose_memory,
     digest_bags,
+    digest_each,
     find_bags,
     load_bags,
     select_usable_bags,
@@ -106,9 +107,9 @@ def test_one_bag_under_two_patients_is_said(
     for name, path in files.items():
         write_bag(path, features * (name == "c"), [[0, 0], [1, 1]], {})
     with caplog.at_level("WARNING"):
-        digest = digest_bags(files, {"a": "P1", "b": "P1", "c": "P2"})
+        digest = digest_each(files, {"a": "P1", "b": "P1", "c": "P2"})
         assert not caplog.records, "a patient may have a slide twice"
-        assert digest == digest_bags(files, {"a": "P1", "b": "P2", "c": "P3"})
+        assert digest == digest_each(files, {"a": "P1", "b": "P2", "c": "P3"})
     (record,) = caplog.records
     assert "a (P1) and b (P2) have the same features" in record.getMessage()
 

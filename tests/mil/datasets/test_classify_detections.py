@@ -462,7 +462,7 @@ def test_rows_of_before_are_not_the_benchmarks(cohort: Path, tmp_path: Path):
         given = [f"{key}={tmp_path}/out", f"output={tmp_path}/looked"]
         with pytest.raises(
             UserError,
-            match="without headline, features; the tables of mil.classify_detections have no "
+            match="without headline, features.*; the tables of mil.classify_detections have no "
             "networks",
         ):
             stage.main(load_config(stage.Config, given))
@@ -527,7 +527,7 @@ def test_stored_splits_are_taken(cohort: Path, tmp_path: Path):
     make_splits.main(
         load_config(
             make_splits.Config,
-            [f"labels={cohort}/labels.csv", f"output={folder}", "folds=3", "seed=8"],
+            [f"labels={cohort}/labels.csv", f"output={folder}", "folds=3", "split_seed=8"],
         )
     )
     assert main(load_config(Config, arguments(cohort, tmp_path / "out", f"splits={folder}"))) == 0

@@ -55,6 +55,7 @@ def arguments(cohort: Path, output: Path, kind: str, *more: str) -> list[str]:
         "device=cpu",
         "isolated=false",
         "folds=2",
+        "val_fraction=0.4",
         "seeds=[1]",
         "models=[mean,max]",
         "headline=max",

@@ -309,7 +309,7 @@ def test_clams_own_feature_files_are_drawn_with_its_coordinates(plain: Path):
             with h5py.File(root / folder / f"{name}.h5", "w") as file:
                 file["coords"] = bag.coords.numpy()
                 if folder == "clam":
-                    file["features"] = bag.features.half().numpy()
+                    file["features"] = bag.features.half().numpy()  # those of the .pt bags
                 else:
                     sizes = {"patch_size": 16, "patch_level": 0, "downsample": [1.0, 1.0]}
                     file["coords"].attrs.update(sizes | {"level_dim": [64, 48]})

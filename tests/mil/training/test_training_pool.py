@@ -56,7 +56,7 @@ def test_every_engine_writes_the_tables_of_one_process(
     is the one that nothing happened to."""
     pytest.importorskip("ray", reason="Ray is an optional dependency")
     cohort = rewrite(make_cohort(slides=32), "cox")
-    more = ["task=cox", "headline=max"]
+    more = ["task=cox", "headline=max", "val_fraction=0.4"]
 
     def start(name: str) -> int:
         keys = arguments(cohort, tmp_path / name, "isolated=false", *more)
