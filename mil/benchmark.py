@@ -242,7 +242,7 @@ def summarise_benchmark(config: Config, cohort: Cohort, jobs: list[FoldJob]) -> 
     beside = {name: os.path.relpath(folder, output) for name, folder in folders.items()}
     places = {"features": folders, "features_beside": beside}
     write_json(output / "summary.json", content | {"protocol": protocol} | places)
-    print(text_table(feature_sets, config.models, task.brief))
+    print(text_table(feature_sets, config.models, task))
 
 
 def train_pending(config: Config, pending: list[FoldJob]) -> dict[int, str]:

@@ -313,7 +313,7 @@ def write_all(
     models = list(dict.fromkeys(run.model for run in finished))
     content = {"runs": own, "feature_sets": sets, "models": models, "classes": list(classes)}
     write_json(output / "summary.json", content)
-    print(text_table(sets, models, task.brief))
+    print(text_table(sets, models, task))
 
 
 def check(config: Config) -> None:

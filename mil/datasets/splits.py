@@ -203,11 +203,17 @@ def carve_validation(
     for record in slides.records:
         known = class_of.get(record.case_id, record.label)
         class_of[record.case_id] = min(known, record.label, key=lambda name: counts[name])
+    slides_of = Counter(record.case_id for record in slides.records)
     random, held = np.random.default_rng(seed), set()
     for name in slides.classes:
         members = sorted(case for case, label in class_of.items() if label == name)
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        held |= {members[index] for index in random.permutation(len(members))[:count]}
+        # every n-th of the shuffled patients, ordered by their slides: the share of slides is the
+        # share of patients, too
+        shuffled = [members[index] for index in random.permutation(len(members))]
+        shuffled.sort(key=lambda case: slides_of[case])
+        places = (np.arange(count) + random.random()) * len(members) / count
+        held |= {shuffled[int(place)] for place in places}
     sides: dict[bool, list[str]] = {True: [], False: []}
     for record in slides.records:
         sides[record.case_id in held].append(record.slide_id)

@@ -272,14 +272,19 @@ def format_number(value: float | int | None) -> str:
     return f"{value:.3g}"
 
 
+def describe_table(task: Task) -> str:
+    """Say below a table what is positive and what the brackets are."""
+    positive = f"The positive class is {task.positive}. " if task.positive else ""
+    return f"{positive}Brackets: 95 % intervals, by patient; none where a class is too rare."
+
+
 def text_table(
-    feature_sets: Mapping[str, Mapping[str, Any]],
-    models: Sequence[str],
-    metrics: Sequence[str],
+    feature_sets: Mapping[str, Mapping[str, Any]], models: Sequence[str], task: Task
 ) -> str:
     """Write the benchmark for a terminal, one row per feature set and model; the first metric with
     its interval.
     """
+    metrics = task.brief
     first, *others = (SHORT.get(metric, metric.replace("_", " ")) for metric in metrics)
     encoders = ["feature set", "dim", "params", "GFLOPs/tile", "tiles/s"]
     rows = [[*encoders, "model", f"{first} [95 % CI]", *others]]
@@ -302,4 +307,4 @@ def text_table(
         for row in rows
     ]
     lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join(lines)
+    return "\n".join([*lines, describe_table(task)])

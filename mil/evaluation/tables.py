@@ -15,6 +15,7 @@ from common.files import atomic_path, write_or_remove_csv, write_text
 from mil.evaluation.comparisons import comparison_table
 from mil.evaluation.runs import (
     FinishedRun,
+    describe_table,
     format_with_interval,
     name_positive,
     resample_metrics,
@@ -62,13 +63,13 @@ def write_evaluation(
     tables = [Table("results", write_results(output, finished, task))]
     summary = summarise_sets(finished, task, samples)
     _warn_of_intervals(summary, task, resamples)
-    rows = summary_rows(summary, task.metrics)
-    tables.append(Table("summary", [row | name_positive(task) for row in rows]))
-    tables.append(Table(*comparison_table(finished, task, samples)))
-    for name in task.tables:
-        found = TABLES[name](finished, task, resamples, seed)
-        if found is not None:
-            tables.append(Table(name, [row | name_positive(task) for row in found]))
+    found = {"summary": summary_rows(summary, task.metrics)}
+    name, rows = comparison_table(finished, task, samples)
+    found[name] = rows
+    found |= {name: TABLES[name](finished, task, resamples, seed) for name in task.tables}
+    for name, rows in found.items():
+        if rows is not None:
+            tables.append(Table(name, [row | name_positive(task) for row in rows]))
     for table in tables[1:]:
         write_or_remove_csv(output / f"{table.name}.csv", table.header, table.rows)
     write_text(output / "summary.md", markdown(summary, task))
@@ -127,12 +128,6 @@ def markdown(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], task: Task)
             )
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return f"{table}\n\n{describe_table(task)}\n"
-
-
-def describe_table(task: Task) -> str:
-    """Say below a table what is positive and what the brackets are."""
-    positive = f"The positive class is {task.positive}. " if task.positive else ""
-    return f"{positive}Brackets: 95 % intervals, by patient; none where a class is too rare."
 
 
 LATEX = str.maketrans(

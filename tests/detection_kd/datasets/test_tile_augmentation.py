@@ -230,11 +230,11 @@ def test_the_teacher_is_asked_about_augmented_tiles(folder: Path, tmp_path: Path
     weights = tmp_path / "vit.pth"
     write_teacher(folder, "timm:test_vit", weights)
     online = ["online_teacher=timm:test_vit", f"teacher_weights={weights}"]
-    augmented = ["augmentation.crop=true", "augmentation.colour=0.2"]
+    augmented = ["augmentation.crop=true", "augmentation.colour=0.8"]
     assert train(folder, tmp_path / "online", *online, *augmented) == 0
     assert train(folder, tmp_path / "stored", *augmented) == 0
     asked, stored = (losses(tmp_path / name)[0] for name in ("online", "stored"))
-    assert abs(stored / asked - 1) > 1e-4
+    assert abs(stored / asked - 1) > 1e-3
 
 
 def test_a_teacher_gets_no_gradient() -> None:

@@ -22,6 +22,7 @@ from common.config import load_config
 from common.errors import UserError
 from mil.benchmark import Config, main
 from mil.evaluation.runs import format_number, text_table
+from mil.tasks.classification import Classification
 from mil.training import benchmark_jobs
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.bags.writer import write_bag
@@ -263,4 +264,5 @@ def test_numbers_are_short():
         "11.2M",
         "4.1G",
     ]
-    assert "feature set" in text_table({}, [], ["auc"])
+    text = text_table({}, [], Classification(("n", "p")))
+    assert "feature set" in text and "The positive class is p." in text

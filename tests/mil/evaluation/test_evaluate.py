@@ -540,3 +540,24 @@ def test_a_rare_class_has_no_interval_and_the_log_says_so(
         assert row["specificity_ci_low"] and row["positive"] == "p"
     text = (tmp_path / "out" / "summary.md").read_text()
     assert "The positive class is p." in text and "[" in text
+
+
+def test_many_resamples_without_a_class_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Patients of all folds are drawn at once where folds share them, and a fold can then lose its
+    only positives.
+    """
+    rows = []
+    for fold in (0, 1):
+        for case in range(20):
+            positive = case < 2 if fold == 0 else case < 8
+            said = 0.5 + (0.2 if positive else -0.2) + 0.05 * (case % 5 - 2)
+            row = {"model": "a", "fold": fold, "split": "test", "slide_id": f"s{fold}_{case}"}
+            row |= {"case_id": f"c{case}", "label": "p" if positive else "n"}
+            rows.append(row | {"prob_n": 1 - said, "prob_p": said})
+    path = write(tmp_path / "shared.csv", rows)
+    with caplog.at_level("WARNING"):
+        assert evaluate(f"predictions=[{path}]", f"output={tmp_path}/out", "figures=false") == 0
+    (summary,) = read(tmp_path / "out" / "summary.csv")
+    lost = int(summary["resamples_skipped"])
+    assert 5 <= lost < 50 and f"{lost} of 100 resamples lack a class" in caplog.text
+    assert summary["auc_ci_low"] != ""

@@ -128,9 +128,9 @@ def test_every_model_trains_and_leaves_a_whole_run_directory(
 
 
 def test_attention_separates_an_easy_problem_and_not_shuffled_labels(make_cohort, tmp_path: Path):
-    more = ("model=abmil", "training.epochs=12", "training.lr=1e-3", "folds=2")
+    more = ("model=abmil", "training.epochs=12", "training.lr=1e-3", "folds=3")
     easy = make_cohort(slides=60, signal=5.0, name="easy")
-    assert train(easy, tmp_path / "easy_run", *more)["test"]["auc"] > 0.9
+    assert train(easy, tmp_path / "easy_run", *more)["test"]["auc"] > 0.95
     # the control: the same pictures, labels that have nothing to do with them
     none = make_cohort(slides=60, signal=0.0, name="none")
     assert 0.2 < train(none, tmp_path / "none_run", *more)["test"]["auc"] < 0.8
