@@ -550,7 +550,7 @@ def test_many_resamples_without_a_class_are_said(tmp_path: Path, caplog: pytest.
     for fold in (0, 1):
         for case in range(20):
             positive = case < 2 if fold == 0 else case < 8
-            said = 0.5 + (0.2 if positive else -0.2) + 0.05 * (case % 5 - 2)
+            said = 0.5 + (0.1 if positive else -0.1) + 0.15 * (case % 5 - 2)
             row = {"model": "a", "fold": fold, "split": "test", "slide_id": f"s{fold}_{case}"}
             row |= {"case_id": f"c{case}", "label": "p" if positive else "n"}
             rows.append(row | {"prob_n": 1 - said, "prob_p": said})
