@@ -357,7 +357,8 @@ def main(config: Config) -> None:
         features = engine.predict_features(*held_out)
         write_report(run.path, *features, slides, labels, config.figures)
     run.finish(best | {"trained_parameters": sum(p.numel() for p in trainable(student))})
-    logger.info("train_d2vfm: finished, best epoch %s", best)
+    values = engine.describe_values(best, REPORTED, digits=4)
+    logger.info("train_d2vfm: finished; best epoch %d: %s", best["epoch"], values)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from patch_encoder.models.pooling import POOLS
 from patch_encoder.tiles.coordinates import Coordinates, SlideJob
 
 logger = logging.getLogger(__name__)
+SHOWN = ("tiles_per_second", "parameters", "dim")  # of a cost, in the log
 READERS: dict[str, dict[str, Any]] = {
     "pool": {name: name for name in POOLS},
     "layer": {str(layer): layer for layer in range(5)},
@@ -221,7 +222,8 @@ def main(config: Config) -> None:
             "precision": settings.precision,
             "device": str(device),
         }
-        logger.info("%s: %s", encoder.name, costs[encoder.name])
+        line = "%s: %.1f tiles/s, %d parameters, width %d"
+        logger.info(line, encoder.name, *(costs[encoder.name][name] for name in SHOWN))
     write_json(name_record(output), made_from)
     write_json(output, costs)
 

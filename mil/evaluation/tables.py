@@ -82,13 +82,15 @@ def write_evaluation(
 def _warn_of_intervals(
     summary: Mapping[str, Mapping[str, Mapping[str, Any]]], task: Task, resamples: int
 ) -> None:
-    """Say which metrics have no interval, and when many resamples had no value."""
+    """Say which metrics have no interval for want of patients, and when many resamples had no
+    value. A single model without one has a value that no resample changes, such as an AUC of 1.
+    """
     models = [values for of_set in summary.values() for values in of_set.values()]
-    without = [m for m in task.metrics if any(values[f"{m}_ci"] is None for values in models)]
+    without = [m for m in task.metrics if all(values[f"{m}_ci"] is None for values in models)]
     if without:
         logger.warning(
-            "no 95 %% interval of %s: a class with at most one or two test patients per fold, or "
-            "a value that no resample changes; see docs/guides/evaluation.md",
+            "no 95 %% interval of %s: too few test patients of a class; see "
+            "docs/guides/evaluation.md",
             ", ".join(without),
         )
     skipped = max(values["resamples_skipped"] for values in models)
