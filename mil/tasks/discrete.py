@@ -82,15 +82,17 @@ def interval_edges(times: np.ndarray, events: np.ndarray, intervals: int) -> tup
     """
     if intervals < 2:
         raise UserError(f"intervals={intervals}: expected at least 2")
-    different = len(np.unique(times[events]))
-    edges = (
-        np.unique(np.quantile(times[events], np.linspace(0, 1, intervals + 1)[1:-1]))
-        if different
-        else np.empty(0)
-    )
-    if different < intervals or len(edges) != intervals - 1:
+    different = np.unique(times[events])
+    edges = np.empty(0)
+    if len(different) >= intervals:
+        edges = np.quantile(times[events], np.linspace(0, 1, intervals + 1)[1:-1])
+        # an interval begins with its edge: with half of the events at the first time, all lie after
+        edges = np.unique(np.maximum(edges, different[1]))
+    filled = np.unique(np.searchsorted(edges, different, side="right"))
+    if not len(filled) == len(edges) + 1 == intervals:
         raise UserError(
-            f"intervals={intervals}: expected as many different event times in the training set, "
-            f"found {different} in {int(events.sum())} events; lower intervals"
+            f"intervals={intervals}: expected event times in the training set that fill as many "
+            f"intervals, found {len(different)} different ones in {int(events.sum())} events; "
+            "lower intervals"
         )
     return tuple(edges.tolist())

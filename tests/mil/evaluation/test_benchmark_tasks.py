@@ -277,7 +277,7 @@ def test_cox_compares_several_bags_by_default():
         (
             "discrete",
             ["intervals=40"],
-            "split 0: intervals=40: expected as many different event times",
+            "split 0: intervals=40: expected event times in the training set that fill",
         ),
         ("ordinal", ["grades=[0,1,2]"], "expected one of the grades, found '3'"),
         ("multilabel", ["grades=[a,b]"], "task=multilabel does not support grades"),

@@ -14,7 +14,7 @@ COHORTS: dict[str, tuple[str, Callable[[int, bool], str]]] = {
         lambda i, positive: "|".join(["a"] * positive + ["b"] * (i % 3 == 0)) or "-",
     ),
     "ordinal": ("label", lambda i, positive: str(2 * positive + (i // 2) % 2)),
-    "cox": ("time,event", lambda i, positive: f"{1 if positive else 9},{int(i % 4 != 3)}"),
+    "cox": ("time,event", lambda i, positive: f"{1 if positive else 9},{int(i % 4 != 2)}"),
 }
 COHORTS["discrete"] = COHORTS["cox"]
 COHORTS["regression"] = ("label", lambda i, positive: f"{4000 * positive + 1000 + 7 * i}")

@@ -237,8 +237,11 @@ def test_intervals_hold_about_as_many_events():
     edges = interval_edges(times, times < 2, 4)
     counts = np.bincount(np.searchsorted(edges, times[times < 2], side="right"))
     assert len(edges) == 3 and counts.max() - counts.min() <= 1
-    with pytest.raises(UserError, match="intervals=4: expected as many different event times"):
+    with pytest.raises(UserError, match="intervals=4: expected event times .* that fill"):
         interval_edges(np.ones(9), np.ones(9, dtype=bool), 4)
+    # most events at the first time: it is an interval of its own
+    ties = np.array([1.0, 1.0, 1.0, 9.0, 9.0])
+    assert interval_edges(ties, np.ones(5, dtype=bool), 2) == (9.0,)
     task = Discrete(edges=(2.0, 4.0))
     assert [task.interval(torch.tensor([t, 1.0])) for t in (1.9, 2.0, 3.9, 4.0)] == [0, 1, 1, 2]
 
@@ -352,7 +355,7 @@ def test_a_run_of_every_task_from_its_labels(make_cohort, tmp_path: Path, kind: 
     with (tmp_path / "run" / "predictions.csv").open() as stream:
         rows = [row for row in csv.DictReader(stream) if row["split"] == "test"]
     if score == "c_index":  # the easy signal is found
-        assert results["test"]["c_index"] > 0.6
+        assert results["test"]["c_index"] > 0.7
     elif kind == "regression":
         assert results["test"]["r2"] > 0.6
     elif kind == "ordinal":
