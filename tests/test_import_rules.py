@@ -38,6 +38,8 @@ ROOMS = {
         "extraction": 5,
         "selfdistill": 5,
         "cohort": 4,
+        "tile_stream": 5,
+        "probing": 6,
     },
     "detection_kd": {"ops": 0, "losses": 1, "datasets": 2, "models": 3, "evaluation": 5},
     "mil": {"ops": 0, "losses": 1, "datasets": 2, "models": 3, "tasks": 4, "training": 5},
