@@ -90,7 +90,7 @@ def make_loaders(
     Args:
         train, val: two sets of tiles, or two of cached features.
         world: this process.
-        share: items per step of this process, from `engine.share_batch`.
+        share: items per step of this process, from `share_batch`.
         seed: seed of the order of the training items.
         workers: processes that decode tiles; cached features need none.
     """
