@@ -1,0 +1,175 @@
+"""Reads the tiles of a plan, with a few slides kept open; the next draw stands in for one that
+cannot be read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+
+from common.errors import UserError
+from common.memory import is_out_of_memory
+from common.processes.pool import heartbeat
+from patch_encoder.slides import Slide, SlideError, open_slide
+from patch_encoder.slides.base import RegionError
+from patch_encoder.tile_stream.plan import Draw, TilePlan
+from patch_encoder.tiles.formats import CoordinateSource, make_square_geometry
+from patch_encoder.tiles.grid import check_size, read_tile
+
+logger = logging.getLogger(__name__)
+ATTEMPTS = 200  # draws one after the other that cannot be read and end the training
+GIVEN_UP = "its reader crashed or hung"
+
+
+class BadDraw(NamedTuple):
+    """A draw that could not be read; another one has its index."""
+
+    index: int
+    attempt: int
+    slide: int
+    reason: str
+
+
+class TileReader:
+    """Reads draws of a plan.
+
+    Args:
+        plan: what is drawn.
+        context_factor: a second picture of each tile has the same centre and this many times its
+            side in the slide; 0: none.
+        align: move each tile to the tile grid of its slide's file, so that a tile of the side of
+            the file's own is decoded from one of them instead of four. Files that do not say how
+            they are tiled are read where the plan says.
+        given_up: for each source whether it must not be opened any more; other processes may set
+            it.
+    """
+
+    def __init__(
+        self,
+        plan: TilePlan,
+        context_factor: int = 0,
+        align: bool = False,
+        given_up: Sequence[int] | None = None,
+    ) -> None:
+        self.plan, self.context_factor, self.align = plan, context_factor, align
+        self.given_up = given_up if given_up is not None else bytearray(len(plan.sources))
+        self._open: OrderedDict[int, Slide] = OrderedDict()
+
+    @property
+    def pictures(self) -> int:
+        """Pictures of each tile: itself and its context."""
+        return 2 if self.context_factor else 1
+
+    def read(
+        self, indices: Sequence[int], out: UInt8[np.ndarray, "pictures n 3 s s"]
+    ) -> tuple[list[int], list[BadDraw]]:
+        """Read the tiles of these indices into `out`.
+
+        Returns:
+            The source of each, and the draws that could not be read.
+
+        Raises:
+            UserError: `ATTEMPTS` draws of one index could not be read.
+        """
+        slides, bad = list[int](), list[BadDraw]()
+        for number, index in enumerate(indices):
+            for attempt in range(ATTEMPTS):
+                draw = self.plan.draw(index, attempt)
+                reason = self._try(draw, out[:, number])
+                if not reason:
+                    slides.append(draw.slide)
+                    break
+                bad.append(BadDraw(index, attempt, draw.slide, reason))
+            else:
+                count = len({draw.slide for draw in bad})
+                raise UserError(
+                    f"expected tiles that can be read, found none in {ATTEMPTS} draws from {count} "
+                    f"slides, the last: {bad[-1].reason}; mend the slides or leave them out"
+                )
+        return slides, bad
+
+    def _try(self, draw: Draw, out: UInt8[np.ndarray, "pictures 3 s s"]) -> str:
+        """Read a draw into `out`; why that failed, else an empty string."""
+        if self.given_up[draw.slide]:
+            return GIVEN_UP
+        heartbeat(draw.slide, draw.index)
+        try:
+            slide = self._slide(draw.slide)
+            self._read_square(slide, draw, 1, out[0])
+            if self.context_factor:
+                self._read_square(slide, draw, self.context_factor, out[1])
+            return ""
+        except RegionError as error:
+            return str(error)
+        except SlideError as error:
+            self._forget(draw.slide)
+            return str(error)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            name = self.plan.sources[draw.slide].name
+            logger.exception("slide %s: the reader failed at (%d, %d)", name, draw.x, draw.y)
+            self._forget(draw.slide)
+            return f"{type(error).__name__}: {error}"
+
+    def _read_square(
+        self, slide: Slide, draw: Draw, factor: int, out: UInt8[np.ndarray, "3 s s"]
+    ) -> None:
+        """The tile, or its surroundings `factor` times as wide; off the slide it is white."""
+        x, y, side = draw.x, draw.y, draw.side
+        tile_size = self.plan.tile_size
+        geometry = make_square_geometry(CoordinateSource(slide.slide_id, slide), side, tile_size)
+        if self.align:
+            x, y = snap_to_file_tiles(slide, x, y, side, geometry.patch_level)
+        if factor > 1:
+            x, y = (value - side * (factor - 1) // 2 for value in (x, y))
+            source = CoordinateSource(slide.slide_id, slide)
+            geometry = make_square_geometry(source, side * factor, tile_size)
+        out[:] = read_tile(slide, geometry, x, y).transpose(2, 0, 1)
+
+    def _slide(self, number: int) -> Slide:
+        if number not in self._open:
+            while len(self._open) >= self.plan.open_slides:
+                self._open.popitem(last=False)[1].close()
+            source = self.plan.sources[number]
+            geometry = source.coordinates.geometry
+            slide = open_slide(source.path, source.mpp, geometry.tile_pattern)
+            self._open[number] = slide
+            check_size(slide, geometry)
+            corner = source.coordinates.coords.max(0)
+            if (corner >= (slide.width, slide.height)).any():
+                raise SlideError(
+                    f"slide {slide.slide_id}: {slide.width} x {slide.height} px, but a tile is at "
+                    f"{tuple(corner.tolist())}: its coordinates are of another slide"
+                )
+        self._open.move_to_end(number)
+        return self._open[number]
+
+    def _forget(self, number: int) -> None:
+        if number in self._open:
+            self._open.pop(number).close()
+
+    def close(self) -> None:
+        """Close all slides."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+
+def snap_to_file_tiles(slide: Slide, x: int, y: int, side: int, level: int) -> tuple[int, int]:
+    """The corner of the nearest tile of the file, such that a square from there lies in the slide;
+    (x, y) where the file does not say how it is tiled.
+    """
+    corner = []
+    for value, axis, length in ((x, "width", slide.width), (y, "height", slide.height)):
+        pixels = int(slide.properties.get(f"openslide.level[{level}].tile-{axis}", 0))
+        if not pixels:
+            return x, y
+        step = pixels * slide.downsamples[level]
+        last = max(0, int((length - side) // step))
+        corner.append(round(min(max(0, round(value / step)), last) * step))
+    return corner[0], corner[1]
