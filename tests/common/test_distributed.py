@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from common.distributed import share_batch
 from common.errors import UserError
 
 
