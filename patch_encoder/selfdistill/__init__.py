@@ -1,0 +1,1 @@
+"""Self-distillation of patch encoders: views, networks, losses and monitors."""
