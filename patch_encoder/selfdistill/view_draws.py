@@ -69,11 +69,12 @@ class ViewDraws:
     sigma: np.ndarray
     solarised: np.ndarray
 
-    def __getitem__(self, part: slice) -> ViewDraws:
+    def __getitem__(self, part: slice | np.ndarray) -> ViewDraws:
         return ViewDraws(**{name: values[part] for name, values in vars(self).items()})
 
-    def __len__(self) -> int:
-        return len(self.boxes)
+    def jitter_group(self) -> np.ndarray:
+        """A number (N,) for each order in which colours are jittered; -1: they are not."""
+        return np.where(self.jittered, self.order @ [64, 16, 4, 1], -1)
 
 
 def draw_columns(seed: int, indices: np.ndarray, numbers: Sequence[int]) -> dict[str, np.ndarray]:

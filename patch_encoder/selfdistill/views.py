@@ -24,7 +24,7 @@ from patch_encoder.stain.augment import WHITE, map_hed
 from patch_encoder.stain.optical_density import recolour_intensity
 
 GLOBALS, CONTEXT, LOCALS = (0, 1), 2, 3  # numbers of the views of a tile; locals count on
-CACHED = 65_536  # pixels that a CPU works on at a time: they stay in its second-level cache
+CACHED = 150_000  # pixels that a CPU works on at a time: more fall out of its cache
 JITTER = (
     photometric.adjust_brightness,
     photometric.adjust_contrast,
@@ -99,55 +99,73 @@ def render_views(
     side: int,
     recipe: ViewRecipe,
 ) -> Float[Tensor, "n 3 v v"]:
-    """Cut, colour and normalise N views of one side; `sources` (N,) are their tiles."""
-    size = max(1, CACHED // side**2) if tiles.device.type == "cpu" else len(sources)
-    parts = [slice(start, start + size) for start in range(0, len(sources), size)]
-    views = torch.empty(len(sources), 3, side, side, device=tiles.device)
+    """Cut, colour and normalise N views of one side; `sources` (N,) are their tiles.
+
+    Views whose colours change in the same order are worked on together.
+    """
+    together = np.lexsort((draws.sigma, draws.jitter_group()))
+    size = max(1, CACHED // side**2) if tiles.device.type == "cpu" else max(1, len(together))
+    views = torch.empty(len(together), 3, side, side, device=tiles.device)
     mean, std = (
         torch.tensor(values, device=tiles.device)[:, None, None]
         for values in (recipe.mean, recipe.std)
     )
-    for part in parts:
-        drawn = draws[part]
-        cut = cut_views(tiles, sources[part], drawn.boxes, drawn.flips, side)
-        torch.mul(colour_views(cut, drawn), 1 / (255 * std), out=views[part])
-        views[part].sub_(mean / std)
+    scale, shift = 1 / (255 * std), mean / std
+    for start in range(0, len(together), size):
+        rows = together[start : start + size]
+        drawn = draws[rows]
+        cut = cut_views(tiles, sources[rows], drawn.boxes, drawn.flips, side)
+        colour_views(cut, drawn)
+        views.index_copy_(0, torch.from_numpy(rows).to(tiles.device), cut.mul_(scale).sub_(shift))
     return views
 
 
-def colour_views(views: Float[Tensor, "n 3 v v"], draws: ViewDraws) -> Float[Tensor, "n 3 v v"]:
-    """Everything that is drawn but the geometry, in DINO's order; the stains come first."""
-    views = _change(views, draws.stained, jitter_stains, draws.stain_factors, draws.stain_shifts)
-    for place in range(len(JITTER)):
-        for number, adjust in enumerate(JITTER):
-            now = draws.jittered & (draws.order[:, place] == number)
-            views = _change(views, now, adjust, draws.factors[:, number])
-    views = _change(views, draws.grey, photometric.drop_colour)
-    views = _change(views, draws.sigma > 0, photometric.blur_views, draws.sigma)
-    return _change(views, draws.solarised, photometric.solarise)
+def colour_views(views: Float[Tensor, "n 3 v v"], draws: ViewDraws) -> None:
+    """Everything that is drawn but the geometry, in place, in DINO's order and stains first."""
+    factors, sigma, stain_factors, stain_shifts = (
+        torch.from_numpy(values).to(views)
+        for values in (draws.factors, draws.sigma, draws.stain_factors, draws.stain_shifts)
+    )
+    _change(views, draws.stained, jitter_stains, stain_factors, stain_shifts)
+    for rows in _find_runs(draws.jitter_group()):
+        for number in draws.order[rows.start] if draws.jittered[rows.start] else ():
+            JITTER[number](views[rows], factors[rows, number])
+    _change(views, draws.grey, photometric.drop_colour)
+    _change(views, draws.sigma > 0, photometric.blur_views, sigma)
+    _change(views, draws.solarised, photometric.solarise)
 
 
 def jitter_stains(
     views: Float[Tensor, "n 3 v v"], factors: Float[Tensor, "n 3"], shifts: Float[Tensor, "n 3"]
-) -> Float[Tensor, "n 3 v v"]:
+) -> None:
     """Scale and shift haematoxylin, eosin and the residual by Ruifrok and Johnston's matrix."""
     rows = recolour_intensity(views.flatten(2), *map_hed(factors, shifts), light=WHITE)
-    return rows.clamp_(0, 255).view_as(views)
+    torch.clamp(rows.view_as(views), 0, 255, out=views)
 
 
 def _change(
-    views: Tensor, chosen: np.ndarray, operation: Callable[..., Tensor], *strengths: np.ndarray
-) -> Tensor:
+    views: Tensor, chosen: np.ndarray, operation: Callable[..., None], *strengths: Tensor
+) -> None:
     """Apply an operation to the chosen views, each with its own strength."""
-    rows = np.flatnonzero(chosen)
-    if not len(rows):
-        return views
-    values = [torch.from_numpy(strength[rows]).to(views) for strength in strengths]
-    if len(rows) == len(views):
-        return operation(views, *values)
-    index = torch.from_numpy(rows).to(views.device)
-    views[index] = operation(views[index], *values)
-    return views
+    if not chosen.any():
+        return
+    if views.device.type == "cpu":  # slices, which need no copy
+        for rows in _find_runs(chosen):
+            if chosen[rows.start]:
+                operation(views[rows], *(strength[rows] for strength in strengths))
+    else:  # one launch
+        index = torch.from_numpy(np.flatnonzero(chosen)).to(views.device)
+        part = views[index]
+        operation(part, *(strength[index] for strength in strengths))
+        views[index] = part
+
+
+def _find_runs(values: np.ndarray) -> list[slice]:
+    """Slices of neighbours with the same value."""
+    if len(values) == 1:
+        return [slice(0, 1)]
+    ends = [*(np.flatnonzero(np.diff(values.astype(np.int64))) + 1).tolist(), len(values)]
+    return [slice(start, end) for start, end in zip([0, *ends], ends)]
 
 
 def shuffle_squares(
