@@ -40,6 +40,26 @@ def draw_factors(
     return 1 + alpha * drawn[..., 0], beta * drawn[..., 1]
 
 
+def map_hed(
+    factor: Float[Tensor, "b 3"], shift: Float[Tensor, "b 3"]
+) -> tuple[Float[Tensor, "b 3 3"], Float[Tensor, "b 3"]]:
+    """The map of density that scales and shifts haematoxylin, eosin and DAB, for `recolour`.
+
+    Sums of three are spelt out, since a matrix product rounds a batch unlike its single tiles.
+
+    Returns:
+        (matrix, offset), float64.
+    """
+    mixing = make_mixing_matrix(factor.device)
+    unmixing = torch.linalg.inv(mixing)
+    factor, shift = factor.double(), shift.double()
+    matrix = sum(
+        factor[:, stain, None, None] * (mixing[:, stain, None] * unmixing[stain])
+        for stain in range(3)
+    )
+    return matrix, sum(shift[:, stain, None] * mixing[:, stain] for stain in range(3))
+
+
 def _count_tiles(tiles: Tensor) -> int:
     return len(tiles) if tiles.ndim == 4 else 1
 
@@ -62,12 +82,10 @@ class HedJitter:
     ) -> UInt8[Tensor, "*b 3 h w"]:
         """Tiles (B, 3, H, W) or (3, H, W), each with draws of its own."""
         factor, shift = (
-            part.to(tiles.device).double()
+            part.to(tiles.device)
             for part in draw_factors(_count_tiles(tiles), 3, self.alpha, self.beta, generator)
         )
-        matrix = make_mixing_matrix(tiles.device)
-        mapped = (matrix * factor[:, None]) @ torch.linalg.inv(matrix)
-        return recolour(tiles, mapped, shift @ matrix.mT, light=WHITE)
+        return recolour(tiles, *map_hed(factor, shift), light=WHITE)
 
 
 @dataclass(frozen=True)

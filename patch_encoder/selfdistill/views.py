@@ -1,0 +1,196 @@
+"""The views of a batch of tiles: two global ones, local ones, and on request the two additions of
+INTELLIGENS, the patch shuffle and the pyramid view.
+
+Tiles come as raw bytes, and everything else happens in batches on their device. All draws are
+functions of (seed, index of the tile, number of the view), so that a tile has the same views in any
+batch and on any process; on a CPU to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from patch_encoder.selfdistill import photometric
+from patch_encoder.selfdistill.crops import cut_views
+from patch_encoder.selfdistill.view_draws import ViewDraws, draw_shuffle, draw_views
+from patch_encoder.selfdistill.view_recipe import ViewKind, ViewRecipe
+from patch_encoder.stain.augment import WHITE, map_hed
+from patch_encoder.stain.optical_density import recolour_intensity
+
+GLOBALS, CONTEXT, LOCALS = (0, 1), 2, 3  # numbers of the views of a tile; locals count on
+CACHED = 150_000  # pixels that a CPU works on at a time: more fall out of its cache
+JITTER = (
+    photometric.adjust_brightness,
+    photometric.adjust_contrast,
+    photometric.adjust_saturation,
+    photometric.adjust_hue,
+)
+"""The operations of `ViewDraws.factors`."""
+
+
+@dataclass
+class Views:
+    """All views of B tiles, normalised float32.
+
+    Attributes:
+        global_views: two of (B, 3, G, G), which the teacher sees.
+        student_global_views: the same, shuffled where that is drawn; the same objects without
+            shuffle.
+        context_view: (B, 3, G, G), a wider field of the same place; None without a context image.
+        local_views: of (B, 3, L, L) each.
+    """
+
+    global_views: list[Float[Tensor, "b 3 g g"]]
+    student_global_views: list[Float[Tensor, "b 3 g g"]]
+    context_view: Float[Tensor, "b 3 g g"] | None
+    local_views: list[Float[Tensor, "b 3 l l"]]
+
+
+@torch.no_grad()
+def make_views(
+    tiles: UInt8[Tensor, "b 3 s s"],
+    context: UInt8[Tensor, "b 3 s s"] | None,
+    indices: Int64[Tensor, " b"],
+    recipe: ViewRecipe,
+    seed: int,
+) -> Views:
+    """Make all views of a batch on the device of its tiles.
+
+    Args:
+        tiles: uint8 (B, 3, S, S).
+        context: the same centres at a coarser resolution, where the pyramid view is wanted.
+        indices: int64 (B,), the number of each tile among all tiles of the run; on the CPU.
+        recipe: what is drawn, checked by `check_recipe`.
+        seed: of the run.
+    """
+    indices_ = indices.cpu().numpy()
+    tiles = tiles.contiguous(memory_format=torch.channels_last)
+
+    def make(images: Tensor, kinds: Sequence[ViewKind], first: int) -> list[Tensor]:
+        numbers = range(first, first + len(kinds))
+        draws = draw_views(recipe, kinds, numbers, indices_, images.shape[-1], seed)
+        sources = np.tile(np.arange(len(images)), len(kinds))
+        return list(render_views(images, sources, draws, kinds[0].side, recipe).chunk(len(kinds)))
+
+    global_views = make(tiles, recipe.global_kinds, GLOBALS[0])
+    return Views(
+        global_views,
+        [
+            shuffle_squares(view, *draw_shuffle(recipe, number, indices_, seed))
+            for number, view in zip(GLOBALS, global_views)
+        ],
+        None if context is None else make(context, [recipe.context_kind], CONTEXT)[0],
+        make(tiles, [recipe.local_kind] * recipe.local_number, LOCALS)
+        if recipe.local_number
+        else [],
+    )
+
+
+def render_views(
+    tiles: UInt8[Tensor, "b 3 s s"],
+    sources: np.ndarray,
+    draws: ViewDraws,
+    side: int,
+    recipe: ViewRecipe,
+) -> Float[Tensor, "n 3 v v"]:
+    """Cut, colour and normalise N views of one side; `sources` (N,) are their tiles.
+
+    Views whose colours change in the same order are worked on together.
+    """
+    together = np.lexsort((draws.sigma, draws.jitter_group()))
+    size = max(1, CACHED // side**2) if tiles.device.type == "cpu" else max(1, len(together))
+    views = torch.empty(len(together), 3, side, side, device=tiles.device)
+    mean, std = (
+        torch.tensor(values, device=tiles.device)[:, None, None]
+        for values in (recipe.mean, recipe.std)
+    )
+    scale, shift = 1 / (255 * std), mean / std
+    for start in range(0, len(together), size):
+        rows = together[start : start + size]
+        drawn = draws[rows]
+        cut = cut_views(tiles, sources[rows], drawn.boxes, drawn.flips, side)
+        colour_views(cut, drawn)
+        views.index_copy_(0, torch.from_numpy(rows).to(tiles.device), cut.mul_(scale).sub_(shift))
+    return views
+
+
+def colour_views(views: Float[Tensor, "n 3 v v"], draws: ViewDraws) -> None:
+    """Everything that is drawn but the geometry, in place, in DINO's order and stains first."""
+    factors, sigma, stain_factors, stain_shifts = (
+        torch.from_numpy(values).to(views)
+        for values in (draws.factors, draws.sigma, draws.stain_factors, draws.stain_shifts)
+    )
+    _change(views, draws.stained, jitter_stains, stain_factors, stain_shifts)
+    for rows in _find_runs(draws.jitter_group()):
+        for number in draws.order[rows.start] if draws.jittered[rows.start] else ():
+            JITTER[number](views[rows], factors[rows, number])
+    _change(views, draws.grey, photometric.drop_colour)
+    _change(views, draws.sigma > 0, photometric.blur_views, sigma)
+    _change(views, draws.solarised, photometric.solarise)
+
+
+def jitter_stains(
+    views: Float[Tensor, "n 3 v v"], factors: Float[Tensor, "n 3"], shifts: Float[Tensor, "n 3"]
+) -> None:
+    """Scale and shift haematoxylin, eosin and the residual by Ruifrok and Johnston's matrix."""
+    rows = recolour_intensity(views.flatten(2), *map_hed(factors, shifts), light=WHITE)
+    torch.clamp(rows.view_as(views), 0, 255, out=views)
+
+
+def _change(
+    views: Tensor, chosen: np.ndarray, operation: Callable[..., None], *strengths: Tensor
+) -> None:
+    """Apply an operation to the chosen views, each with its own strength."""
+    if not chosen.any():
+        return
+    if views.device.type == "cpu":  # slices, which need no copy
+        for rows in _find_runs(chosen):
+            if chosen[rows.start]:
+                operation(views[rows], *(strength[rows] for strength in strengths))
+    else:  # one launch
+        index = torch.from_numpy(np.flatnonzero(chosen)).to(views.device)
+        part = views[index]
+        operation(part, *(strength[index] for strength in strengths))
+        views[index] = part
+
+
+def _find_runs(values: np.ndarray) -> list[slice]:
+    """Slices of neighbours with the same value."""
+    if len(values) == 1:
+        return [slice(0, 1)]
+    ends = [*(np.flatnonzero(np.diff(values.astype(np.int64))) + 1).tolist(), len(values)]
+    return [slice(start, end) for start, end in zip([0, *ends], ends)]
+
+
+def shuffle_squares(
+    views: Float[Tensor, "b 3 v v"], shuffled: np.ndarray, order: np.ndarray
+) -> Float[Tensor, "b 3 v v"]:
+    """Cut the chosen views into squares and put them together in another order.
+
+    Args:
+        views: (B, 3, V, V).
+        shuffled: bool (B,); the others stay what they are.
+        order: int (B, grid^2), row by row: which square comes to each place.
+
+    Returns:
+        `views` itself when no view is chosen, else a copy.
+    """
+    rows = np.flatnonzero(shuffled)
+    if not len(rows):
+        return views
+    grid = round(order.shape[1] ** 0.5)
+    count, channels, side = len(rows), views.shape[1], views.shape[2] // grid
+    index, places = (torch.from_numpy(part).to(views.device) for part in (rows, order[rows]))
+    squares = views[index].view(count, channels, grid, side, grid, side)
+    squares = squares.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    squares = squares[torch.arange(count, device=views.device)[:, None], places]
+    squares = squares.view(count, grid, grid, channels, side, side).permute(0, 3, 1, 4, 2, 5)
+    result = views.clone()
+    result[index] = squares.reshape(count, *views.shape[1:])
+    return result
