@@ -46,7 +46,9 @@ def test_dino_loss_is_the_loop_over_pairs_and_lightlys(teacher_views: int, views
     centre = random_logits(11, seed=2) / 10
     targets = centred_targets(teacher, centre, 0.05)
     ours = value_and_gradient(lambda x: dino_loss(x, targets, 0.1), student)
-    assert_same(ours, value_and_gradient(lambda x: looped_dino_loss(x, targets, 0.1), student), 1e-14)
+    assert_same(
+        ours, value_and_gradient(lambda x: looped_dino_loss(x, targets, 0.1), student), 1e-14
+    )
     published = DINOLoss(11, teacher_temp=0.05).double()
     published.center.copy_(centre)
     theirs = value_and_gradient(lambda x: published([*teacher], [*x], teacher_temp=0.05), student)
