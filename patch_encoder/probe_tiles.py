@@ -58,7 +58,7 @@ class Config(ProbeKeys):
 
 
 @dataclass
-class Study:
+class ProbeStudy:
     """What all probes of one run have in common."""
 
     config: Config
@@ -80,7 +80,7 @@ class Study:
         return TilePredictions(fold.number, cases, targets, probabilities, fold.test, seed)
 
 
-def open_study(config: Config) -> Study:
+def open_study(config: Config) -> ProbeStudy:
     """Read the tiles, draw the folds, choose the device."""
     tiles = config.read_tiles()
     given = (tiles.targets, tiles.groups, tiles.splits)
@@ -88,10 +88,10 @@ def open_study(config: Config) -> Study:
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
     workers = pick_workers(config.workers)
-    return Study(config, tiles, tiles.digest(), folds, device, precision, workers)
+    return ProbeStudy(config, tiles, tiles.digest(), folds, device, precision, workers)
 
 
-def open_feature_sets(study: Study) -> list[FeatureSet]:
+def open_feature_sets(study: ProbeStudy) -> list[FeatureSet]:
     """The rows of the table: encoders of pictures, or folders of bags."""
     config = study.config
     beside = {"tiles": study.digest, "precision": study.precision}
@@ -105,13 +105,13 @@ def open_feature_sets(study: Study) -> list[FeatureSet]:
     return open_encoders(chosen, Path(config.output) / "features", beside, encode_with(study))
 
 
-def encode_with(study: Study) -> Callable[[ProbedEncoder, int], np.ndarray]:
+def encode_with(study: ProbeStudy) -> Callable[[ProbedEncoder, int], np.ndarray]:
     """What computes the features of an encoder's network."""
     options = (study.device, study.precision, study.config.batch_size, study.workers)
     return lambda probed, seed: encode_pictures(study.tiles.pictures, probed.build(seed), *options)
 
 
-def probe_knn(study: Study, rows: FeatureSet, features: np.ndarray, number: int) -> Any:
+def probe_knn(study: ProbeStudy, rows: FeatureSet, features: np.ndarray, number: int) -> Any:
     """Predictions of the k-NN probe, fold by fold."""
     settings, targets = study.config.knn, study.targets
     for fold in study.folds:
@@ -121,7 +121,7 @@ def probe_knn(study: Study, rows: FeatureSet, features: np.ndarray, number: int)
         yield study.predict(fold, shares, number)
 
 
-def probe_linear(study: Study, rows: FeatureSet, features: np.ndarray, number: int) -> Any:
+def probe_linear(study: ProbeStudy, rows: FeatureSet, features: np.ndarray, number: int) -> Any:
     """Predictions of the linear probe, fold by fold."""
     for fold in study.folds:
         given = (features[fold.train], study.targets[fold.train], features[fold.test])
@@ -131,7 +131,7 @@ def probe_linear(study: Study, rows: FeatureSet, features: np.ndarray, number: i
         yield study.predict(fold, probabilities, number)
 
 
-def probe_fine_tune(study: Study, rows: FeatureSet, features: np.ndarray, number: int) -> Any:
+def probe_fine_tune(study: ProbeStudy, rows: FeatureSet, features: np.ndarray, number: int) -> Any:
     """Predictions of the fine-tuning probe, fold by fold and seed by seed; each is stored."""
     settings, encoder = study.config.fine_tune, rows.encoder
     assert encoder is not None
@@ -159,7 +159,7 @@ def probe_fine_tune(study: Study, rows: FeatureSet, features: np.ndarray, number
 PROBES = {"knn": probe_knn, "linear": probe_linear, "fine_tune": probe_fine_tune}
 
 
-def probe_all(study: Study, sets: list[FeatureSet]) -> list[ProbeResult]:
+def probe_all(study: ProbeStudy, sets: list[FeatureSet]) -> list[ProbeResult]:
     """Every probe on every feature set; fine-tuning on those with a network."""
     results = []
     for rows in sets:
@@ -190,7 +190,7 @@ def choose_reference(config: Config, sets: list[FeatureSet]) -> str:
     return config.reference or labels[0]
 
 
-def write_results(study: Study, run: Run, results: list[ProbeResult], reference: str) -> None:
+def write_results(study: ProbeStudy, run: Run, results: list[ProbeResult], reference: str) -> None:
     """Score the predictions and write all tables and the figure."""
     config, tiles = study.config, study.tiles
     scores = [score_runs(result.runs, config.resamples, config.seed) for result in results]
