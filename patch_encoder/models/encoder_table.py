@@ -399,6 +399,9 @@ CLASSICAL_ROWS = {
         "classical", "stain_texture", "", 151, Fit(None), licence="Apache-2.0"
     ),
     "mean_colour": EncoderRow("classical", "mean_colour", "", 3, Fit(None), licence="Apache-2.0"),
+    "colour_statistics": EncoderRow(
+        "classical", "colour_statistics", "", 33, Fit(None), licence="Apache-2.0"
+    ),
 }
 # names of the same encoders in TRIDENT and in STAMP, where they differ from ours
 ALIASES = {
