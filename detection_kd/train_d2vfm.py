@@ -151,7 +151,9 @@ class Config:
         "compute the frozen backbone's features once and train the adapter on them; needs "
         "augment=false",
     )
-    views: int = key(1, "with cache: quarter turns of every training tile that are cached, 1 to 4")
+    cached_turns: int = key(
+        1, "with cache: quarter turns of every training tile that are cached, 1 to 4"
+    )
     cache_dir: str = key(
         "",
         "folder of the cached features, shared by runs; empty: d2vfm_cache beside the run",
@@ -242,7 +244,7 @@ def make_sets(
     folder = Path(config.cache_dir or Path(config.output).absolute().parent / "d2vfm_cache")
     frozen = FrozenMaps(student).to(world.device, memory_format=torch.channels_last).eval()
     workers = pick_workers(config.workers, share=local_processes())
-    options = {"views": config.views, "seed": config.seed, "workers": workers}
+    options = {"turns": config.cached_turns, "seed": config.seed, "workers": workers}
     return make_cached_sets(pairs, parts, folder, name, frozen, student.stages, world, **options)
 
 

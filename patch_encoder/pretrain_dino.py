@@ -67,8 +67,8 @@ from patch_encoder.tile_stream.stream_keys import StreamKeys
 
 logger = logging.getLogger(__name__)
 STAGE = "pretrain_dino"
-REPORTED = ("loss", "teacher_entropy", "feature_std", "rankme", "time/images_per_second")
-REMEDY = "lower training.lr or loss.temperature_end, or set precision=fp32"
+REPORTED = ("loss", "kl", "time/images_per_second", "time/data_share")
+REMEDY = "lower training.lr or objective.temperature_end, or set precision=fp32"
 AGREE_EVERY = 10  # steps between two questions whether a checkpoint is due, of several processes
 
 
@@ -81,8 +81,8 @@ class Config(StreamKeys):
     views: ViewKeys = group(ViewKeys, "the views of a tile")
     shuffle: ShuffleKeys = group(ShuffleKeys, "patch shuffle")
     pyramid: PyramidKeys = group(PyramidKeys, "the view from the slide's pyramid")
-    loss: LossKeys = group(LossKeys, "targets and losses")
-    training: OptimiserKeys = group(OptimiserKeys, "optimiser and teacher")
+    objective: LossKeys = group(LossKeys, "targets and losses")
+    training: OptimiserKeys = group(OptimiserKeys, "training recipe; optimiser and teacher")
     epochs: int = key(100, "passes over the training set; here of epoch_tiles tiles each")
     epoch_tiles: int = key(0, "tiles of an epoch; 0: as many as the coordinates have")
     batch_size: int = key(256, "items per step over all processes; tiles")
@@ -198,7 +198,7 @@ def add_gradients(
     with torch.no_grad(), autocast(device, job.precision):
         logits, features = state.teacher(seen)
     logits = logits.view(len(seen), -1, logits.shape[-1])
-    targets = make_targets(config.loss, logits, state.centre, values.temperature)
+    targets = make_targets(config.objective, logits, state.centre, values.temperature)
     times.mark("teacher")
     # the views of the teacher come first, in its order
     shown = [*views.student_global_views, *context, *views.local_views]
@@ -209,7 +209,9 @@ def add_gradients(
         with exchange_gradients(state.model, last=number == config.accumulate - 1):
             with autocast(device, job.precision):
                 student_logits, student_features = state.model(list(part))
-            terms = compute_terms(config.loss, student_logits, student_features, goal, len(shown))
+            terms = compute_terms(
+                config.objective, student_logits, student_features, goal, len(shown)
+            )
             where = f"epoch {state.step // job.steps + 1} step {state.step + 1}"
             require_finite(terms["loss"], where, terms, remedy=REMEDY)
             times.mark("forward")
@@ -218,9 +220,9 @@ def add_gradients(
         for name, value in terms.items():
             share = value.detach() / config.accumulate
             sums[name] = sums[name] + share if name in sums else share
-    if config.loss.targets == "centring":
+    if config.objective.targets == "centring":
         # after use: a step never sees its own mean
-        state.centre = update_centre(state.centre, logits, config.loss.centre_momentum)
+        state.centre = update_centre(state.centre, logits, config.objective.centre_momentum)
     return sums, targets, features[: len(views.global_views[0])]
 
 
@@ -246,6 +248,8 @@ def compute_terms(
         if weight:
             terms[name] = term(first) + term(second)
             total = total + weight * terms[name]
+    # what the student could still learn: the cross-entropy less the targets' own entropy
+    terms["kl"] = terms["dino"].detach() - torch.special.entr(targets).sum(dim=-1).mean()
     return {"loss": total, **terms}
 
 
@@ -340,7 +344,7 @@ def main(config: Config) -> int:
     precision = pick_precision(config.precision, world.device)
     recipe = make_recipe(config)
     share = share_batch(config.batch_size, world.size, config.accumulate)
-    config.loss.check(share)
+    config.objective.check(share)
     failures = Failures(STAGE)
     stream = open_stream(config, world, failures)
     steps = count_steps(config, stream)
@@ -352,7 +356,7 @@ def main(config: Config) -> int:
         return 0
     seed_everything(config.seed)
     state = prepare_networks(config, world, precision)
-    schedules = config.training.schedules(steps, config.epochs, config.batch_size, config.loss)
+    schedules = config.training.schedules(steps, config.epochs, config.batch_size, config.objective)
     recent = RecentValues(config.network.out_dim, after=schedules.warmup)
     job = PretrainingRun(config, world, run, precision, recipe, schedules, stream, steps, recent)
     start = resume(job, state)

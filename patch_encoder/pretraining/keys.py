@@ -81,11 +81,13 @@ class LossKeys:
         """
         for name in ("student_temperature", "temperature", "temperature_end"):
             if not getattr(self, name) > 0:
-                raise UserError(f"loss.{name}={getattr(self, name):g}: expected a value above 0")
+                raise UserError(
+                    f"objective.{name}={getattr(self, name):g}: expected a value above 0"
+                )
         if share < 2 and (self.koleo or self.kde):
             raise UserError(
-                f"loss.koleo, loss.kde: expected at least 2 tiles per process and part, found "
-                f"{share}; raise batch_size or lower accumulate"
+                "objective.koleo, objective.kde: expected at least 2 tiles per process and part, "
+                f"found {share}; raise batch_size or lower accumulate"
             )
 
 

@@ -60,6 +60,6 @@ class RecentValues:
         if found:
             raise UserError(
                 f"step {step + 1}: expected features that differ from tile to tile, found a "
-                f"collapse: {found}; lower training.lr, loss.temperature_end or raise "
+                f"collapse: {found}; lower training.lr, objective.temperature_end or raise "
                 "training.teacher_momentum, and start again with overwrite=true"
             )
