@@ -69,27 +69,46 @@ def make_views(
         recipe: what is drawn, checked by `check_recipe`.
         seed: of the run.
     """
-    indices_ = indices.cpu().numpy()
-    tiles = tiles.contiguous(memory_format=torch.channels_last)
+    numbers = indices.cpu().numpy()
 
     def make(images: Tensor, kinds: Sequence[ViewKind], first: int) -> list[Tensor]:
-        numbers = range(first, first + len(kinds))
-        draws = draw_views(recipe, kinds, numbers, indices_, images.shape[-1], seed)
+        if not kinds:
+            return []
+        places = range(first, first + len(kinds))
+        draws = draw_views(recipe, kinds, places, numbers, images.shape[-1], seed)
         sources = np.tile(np.arange(len(images)), len(kinds))
         return list(render_views(images, sources, draws, kinds[0].side, recipe).chunk(len(kinds)))
 
+    tiles = tiles.contiguous(memory_format=torch.channels_last)
     global_views = make(tiles, recipe.global_kinds, GLOBALS[0])
-    return Views(
-        global_views,
-        [
-            shuffle_squares(view, *draw_shuffle(recipe, number, indices_, seed))
-            for number, view in zip(GLOBALS, global_views)
-        ],
-        None if context is None else make(context, [recipe.context_kind], CONTEXT)[0],
-        make(tiles, [recipe.local_kind] * recipe.local_number, LOCALS)
-        if recipe.local_number
-        else [],
+    student_views = [
+        shuffle_squares(view, *draw_shuffle(recipe, place, numbers, seed))
+        for place, view in zip(GLOBALS, global_views)
+    ]
+    context_view = None
+    if context is not None:
+        context = context.contiguous(memory_format=torch.channels_last)
+        context_view = make(context, [recipe.context_kind], CONTEXT)[0]
+    local_views = make(tiles, [recipe.local_kind] * recipe.local_number, LOCALS)
+    return Views(global_views, student_views, context_view, local_views)
+
+
+def draw_boxes(
+    recipe: ViewRecipe, indices: Int64[Tensor, " b"], tile_side: int, seed: int
+) -> np.ndarray:
+    """Boxes of the two global and all local views in their tiles, int64 (V, B, 4): top, left,
+    height and width, px.
+    """
+    groups = (
+        (recipe.global_kinds, GLOBALS),
+        ([recipe.local_kind] * recipe.local_number, range(LOCALS, LOCALS + recipe.local_number)),
     )
+    drawn = [
+        draw_views(recipe, kinds, places, indices.cpu().numpy(), tile_side, seed).boxes
+        for kinds, places in groups
+        if kinds
+    ]
+    return np.concatenate(drawn).reshape(-1, len(indices), 4)
 
 
 def render_views(
