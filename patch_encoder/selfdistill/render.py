@@ -41,7 +41,7 @@ def render_views(
     takes the form that suits a CPU: parts that stay in its cache, views one by one. The other form
     works on any device, in few large steps.
     """
-    together = np.lexsort((draws.sigma, draws.jitter_group()))
+    together = np.lexsort((draws.sigma, draws.stained, draws.jitter_group()))
     size = max(1, (CACHED if on_cpu else LARGE) // side**2)
     cut_views = cut_one_by_one if on_cpu else cut_together
     views = torch.empty(len(together), 3, side, side, device=tiles.device)
@@ -61,13 +61,13 @@ def render_views(
 
 def colour_views(views: Float[Tensor, "n 3 v v"], draws: ViewDraws, on_cpu: bool) -> None:
     """Everything that is drawn but the geometry, in place, in DINO's order and stains first."""
-    factors, sigma, stain_factors, stain_shifts = (
-        torch.from_numpy(values).to(views)
-        for values in (draws.factors, draws.sigma, draws.stain_factors, draws.stain_shifts)
-    )
+    factors, sigma = (torch.from_numpy(values).to(views) for values in (draws.factors, draws.sigma))
     blur = photometric.blur_one_by_one if on_cpu else photometric.blur_views
     change = change_slices if on_cpu else change_together
-    change(views, draws.stained, jitter_stains, stain_factors, stain_shifts)
+    if draws.stained.any():
+        stains = map(torch.from_numpy, (draws.stain_factors, draws.stain_shifts))
+        maps = (part.to(views) for part in map_hed(*stains))
+        change(views, draws.stained, jitter_stains, *maps)
     for rows in _find_runs(draws.jitter_group()):
         for number in draws.order[rows.start] if draws.jittered[rows.start] else ():
             JITTER[number](views[rows], factors[rows, number])
@@ -77,10 +77,10 @@ def colour_views(views: Float[Tensor, "n 3 v v"], draws: ViewDraws, on_cpu: bool
 
 
 def jitter_stains(
-    views: Float[Tensor, "n 3 v v"], factors: Float[Tensor, "n 3"], shifts: Float[Tensor, "n 3"]
+    views: Float[Tensor, "n 3 v v"], matrix: Float[Tensor, "n 3 3"], offset: Float[Tensor, "n 3"]
 ) -> None:
-    """Scale and shift haematoxylin, eosin and the residual by Ruifrok and Johnston's matrix."""
-    rows = recolour_intensity(views.flatten(2), *map_hed(factors, shifts), light=WHITE)
+    """Map the density of each view, in place."""
+    rows = recolour_intensity(views.flatten(2), matrix, offset, light=WHITE)
     torch.clamp(rows.view_as(views), 0, 255, out=views)
 
 

@@ -18,6 +18,7 @@ from patch_encoder.selfdistill import photometric
 from patch_encoder.selfdistill.render import colour_views, jitter_stains
 from patch_encoder.selfdistill.view_draws import draw_views
 from patch_encoder.selfdistill.view_recipe import PRESETS
+from patch_encoder.stain.augment import map_hed
 from tests.patch_encoder.selfdistill.view_fixture import draw_tiles, plain_draws
 
 SIDE = 40
@@ -102,7 +103,7 @@ def test_stain_jitter_is_skimages() -> None:
     generator = torch.Generator().manual_seed(0)
     factors = 1 + 0.05 * (2 * torch.rand(4, 3, generator=generator) - 1)
     shifts = 0.05 * (2 * torch.rand(4, 3, generator=generator) - 1)
-    found = change(jitter_stains, tiles, factors, shifts)
+    found = change(jitter_stains, tiles, *map_hed(factors, shifts))
     unit = -math.log(1e-6)  # skimage's unit of density
     for tile, view, factor, shift in zip(tiles, found, factors, shifts):
         light = (tile.permute(1, 2, 0).double().numpy() + 1) / 256
@@ -153,7 +154,7 @@ def test_stains_first_then_jitter_grey_blur_and_solarisation() -> None:
     draws.stain_factors, draws.stain_shifts = np.array([[1.1, 0.9, 1.0]]), np.full((1, 3), 0.02)
     draws.factors, draws.sigma = np.array([[1.3, 1.0, 1.0, 0.0]]), np.array([1.0])
     stains = map(torch.from_numpy, (draws.stain_factors, draws.stain_shifts))
-    view = change(jitter_stains, tiles, *stains)
+    view = change(jitter_stains, tiles, *map_hed(*stains))
     view = change(photometric.adjust_brightness, view, torch.tensor([1.3]))
     view = change(photometric.drop_colour, view)
     view = change(photometric.blur_views, view, torch.ones(1))
