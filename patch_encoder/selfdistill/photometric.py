@@ -27,7 +27,6 @@ PerView = Float[Tensor, "n"]
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's and torchvision's grey
 WHITE = 255.0
 TAIL = 2.5  # sigmas
-LARGEST_TURN = 1 / 6  # of the circle
 
 
 def make_grey(views: Views) -> Float[Tensor, "n 1 h w"]:
