@@ -1,1 +1,1 @@
-"""Self-distillation of patch encoders: views, networks, losses and monitors."""
+"""Self-distillation of a patch encoder without labels: views, networks, losses and monitors."""

@@ -15,17 +15,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def cut_views(
+def cut_one_by_one(
     tiles: UInt8[Tensor, "b 3 s s"],
     sources: np.ndarray,
     boxes: np.ndarray,
     flips: np.ndarray,
     side: int,
 ) -> Float[Tensor, "n 3 v v"]:
-    """Cut a box out of a tile for each view, resize it and reflect it.
+    """Cut a box out of a tile for each view, resize it and reflect it, on a CPU.
 
     Args:
-        tiles: uint8 (B, 3, S, S); channels last is fastest on a CPU.
+        tiles: uint8 (B, 3, S, S); channels last is fastest.
         sources: int (N,), the tile of each view.
         boxes: int (N, 4), top, left, height and width, px.
         flips: bool (N, 3), left-right, then up-down, then transposed.
@@ -34,18 +34,6 @@ def cut_views(
     Returns:
         float32 (N, 3, V, V), 0 to 255.
     """
-    if tiles.device.type == "cpu":
-        return _cut_one_by_one(tiles, sources, boxes, flips, side)
-    return resize_boxes(tiles[torch.from_numpy(sources).to(tiles.device)], boxes, flips, side)
-
-
-def _cut_one_by_one(
-    tiles: UInt8[Tensor, "b 3 s s"],
-    sources: np.ndarray,
-    boxes: np.ndarray,
-    flips: np.ndarray,
-    side: int,
-) -> Float[Tensor, "n 3 v v"]:
     views = torch.empty(len(boxes), 3, side, side)
     for view, source, box, (across, down, transposed) in zip(
         views, sources.tolist(), boxes.tolist(), flips.tolist()
@@ -59,10 +47,14 @@ def _cut_one_by_one(
     return views
 
 
-def resize_boxes(
-    tiles: UInt8[Tensor, "n 3 s s"], boxes: np.ndarray, flips: np.ndarray, side: int
+def cut_together(
+    tiles: UInt8[Tensor, "b 3 s s"],
+    sources: np.ndarray,
+    boxes: np.ndarray,
+    flips: np.ndarray,
+    side: int,
 ) -> Float[Tensor, "n 3 v v"]:
-    """Resize and reflect one box of each tile by two matrix products.
+    """The same by two matrix products, on any device.
 
     Each output pixel is a weighted mean of the pixels of the box, first along columns, then along
     rows; a reflection only reorders the rows of the weights.
@@ -71,7 +63,8 @@ def resize_boxes(
     flip = torch.from_numpy(flips).to(tiles.device)
     columns = _resize_weights(box[:, 1], box[:, 3], flip[:, 0], tiles.shape[3], side)
     rows = _resize_weights(box[:, 0], box[:, 2], flip[:, 1], tiles.shape[2], side)
-    views = rows[:, None] @ (tiles.float() @ columns[:, None].mT)
+    source = torch.from_numpy(sources).to(tiles.device)
+    views = rows[:, None] @ (tiles[source].float() @ columns[:, None].mT)
     views = torch.where(flip[:, 2, None, None, None], views.mT, views)
     return views.clamp_(0, 255)
 

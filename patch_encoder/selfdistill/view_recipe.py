@@ -18,6 +18,7 @@ from common.errors import UserError
 from patch_encoder.models.encoder_table import IMAGENET
 
 Range = tuple[float, float]
+LARGEST_TURN = 1 / 6  # of the circle of hues; `adjust_hue` takes no more
 SMALL_SIDE = 96  # px; views up to this side have their own limit of blur
 
 
@@ -91,6 +92,9 @@ class ViewRecipe:
     shuffle_grid: int = 7
     mean: tuple[float, float, float] = IMAGENET[0]
     std: tuple[float, float, float] = IMAGENET[1]
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.jitter[3] <= LARGEST_TURN, self.jitter
 
     @property
     def global_kinds(self) -> list[ViewKind]:

@@ -8,7 +8,7 @@ batch and on any process; on a CPU to the last bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,22 +16,11 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from patch_encoder.selfdistill import photometric
-from patch_encoder.selfdistill.crops import cut_views
-from patch_encoder.selfdistill.view_draws import ViewDraws, draw_shuffle, draw_views
+from patch_encoder.selfdistill.render import render_views
+from patch_encoder.selfdistill.view_draws import draw_shuffle, draw_views
 from patch_encoder.selfdistill.view_recipe import ViewKind, ViewRecipe
-from patch_encoder.stain.augment import WHITE, map_hed
-from patch_encoder.stain.optical_density import recolour_intensity
 
 GLOBALS, CONTEXT, LOCALS = (0, 1), 2, 3  # numbers of the views of a tile; locals count on
-CACHED = 150_000  # pixels that a CPU works on at a time: more fall out of its cache
-JITTER = (
-    photometric.adjust_brightness,
-    photometric.adjust_contrast,
-    photometric.adjust_saturation,
-    photometric.adjust_hue,
-)
-"""The operations of `ViewDraws.factors`."""
 
 
 @dataclass
@@ -69,103 +58,47 @@ def make_views(
         recipe: what is drawn, checked by `check_recipe`.
         seed: of the run.
     """
-    indices_ = indices.cpu().numpy()
-    tiles = tiles.contiguous(memory_format=torch.channels_last)
+    numbers, on_cpu = indices.cpu().numpy(), tiles.device.type == "cpu"
 
     def make(images: Tensor, kinds: Sequence[ViewKind], first: int) -> list[Tensor]:
-        numbers = range(first, first + len(kinds))
-        draws = draw_views(recipe, kinds, numbers, indices_, images.shape[-1], seed)
+        if not kinds:
+            return []
+        places = range(first, first + len(kinds))
+        draws = draw_views(recipe, kinds, places, numbers, images.shape[-1], seed)
         sources = np.tile(np.arange(len(images)), len(kinds))
-        return list(render_views(images, sources, draws, kinds[0].side, recipe).chunk(len(kinds)))
+        views = render_views(images, sources, draws, kinds[0].side, recipe, on_cpu)
+        return list(views.chunk(len(kinds)))
 
+    tiles = tiles.contiguous(memory_format=torch.channels_last)
     global_views = make(tiles, recipe.global_kinds, GLOBALS[0])
-    return Views(
-        global_views,
-        [
-            shuffle_squares(view, *draw_shuffle(recipe, number, indices_, seed))
-            for number, view in zip(GLOBALS, global_views)
-        ],
-        None if context is None else make(context, [recipe.context_kind], CONTEXT)[0],
-        make(tiles, [recipe.local_kind] * recipe.local_number, LOCALS)
-        if recipe.local_number
-        else [],
-    )
+    student_views = [
+        shuffle_squares(view, *draw_shuffle(recipe, place, numbers, seed))
+        for place, view in zip(GLOBALS, global_views)
+    ]
+    context_view = None
+    if context is not None:
+        context = context.contiguous(memory_format=torch.channels_last)
+        context_view = make(context, [recipe.context_kind], CONTEXT)[0]
+    local_views = make(tiles, [recipe.local_kind] * recipe.local_number, LOCALS)
+    return Views(global_views, student_views, context_view, local_views)
 
 
-def render_views(
-    tiles: UInt8[Tensor, "b 3 s s"],
-    sources: np.ndarray,
-    draws: ViewDraws,
-    side: int,
-    recipe: ViewRecipe,
-) -> Float[Tensor, "n 3 v v"]:
-    """Cut, colour and normalise N views of one side; `sources` (N,) are their tiles.
-
-    Views whose colours change in the same order are worked on together.
+def draw_boxes(
+    recipe: ViewRecipe, indices: Int64[Tensor, " b"], tile_side: int, seed: int
+) -> np.ndarray:
+    """Boxes of the two global and all local views in their tiles, int64 (V, B, 4): top, left,
+    height and width, px.
     """
-    together = np.lexsort((draws.sigma, draws.jitter_group()))
-    size = max(1, CACHED // side**2) if tiles.device.type == "cpu" else max(1, len(together))
-    views = torch.empty(len(together), 3, side, side, device=tiles.device)
-    mean, std = (
-        torch.tensor(values, device=tiles.device)[:, None, None]
-        for values in (recipe.mean, recipe.std)
+    groups = (
+        (recipe.global_kinds, GLOBALS),
+        ([recipe.local_kind] * recipe.local_number, range(LOCALS, LOCALS + recipe.local_number)),
     )
-    scale, shift = 1 / (255 * std), mean / std
-    for start in range(0, len(together), size):
-        rows = together[start : start + size]
-        drawn = draws[rows]
-        cut = cut_views(tiles, sources[rows], drawn.boxes, drawn.flips, side)
-        colour_views(cut, drawn)
-        views.index_copy_(0, torch.from_numpy(rows).to(tiles.device), cut.mul_(scale).sub_(shift))
-    return views
-
-
-def colour_views(views: Float[Tensor, "n 3 v v"], draws: ViewDraws) -> None:
-    """Everything that is drawn but the geometry, in place, in DINO's order and stains first."""
-    factors, sigma, stain_factors, stain_shifts = (
-        torch.from_numpy(values).to(views)
-        for values in (draws.factors, draws.sigma, draws.stain_factors, draws.stain_shifts)
-    )
-    _change(views, draws.stained, jitter_stains, stain_factors, stain_shifts)
-    for rows in _find_runs(draws.jitter_group()):
-        for number in draws.order[rows.start] if draws.jittered[rows.start] else ():
-            JITTER[number](views[rows], factors[rows, number])
-    _change(views, draws.grey, photometric.drop_colour)
-    _change(views, draws.sigma > 0, photometric.blur_views, sigma)
-    _change(views, draws.solarised, photometric.solarise)
-
-
-def jitter_stains(
-    views: Float[Tensor, "n 3 v v"], factors: Float[Tensor, "n 3"], shifts: Float[Tensor, "n 3"]
-) -> None:
-    """Scale and shift haematoxylin, eosin and the residual by Ruifrok and Johnston's matrix."""
-    rows = recolour_intensity(views.flatten(2), *map_hed(factors, shifts), light=WHITE)
-    torch.clamp(rows.view_as(views), 0, 255, out=views)
-
-
-def _change(
-    views: Tensor, chosen: np.ndarray, operation: Callable[..., None], *strengths: Tensor
-) -> None:
-    """Apply an operation to the chosen views, each with its own strength."""
-    if not chosen.any():
-        return
-    if views.device.type == "cpu":  # slices, which need no copy
-        for rows in _find_runs(chosen):
-            if chosen[rows.start]:
-                operation(views[rows], *(strength[rows] for strength in strengths))
-    else:  # one launch
-        index = torch.from_numpy(np.flatnonzero(chosen)).to(views.device)
-        part = views[index]
-        operation(part, *(strength[index] for strength in strengths))
-        views[index] = part
-
-
-def _find_runs(values: np.ndarray) -> list[slice]:
-    """Slices of neighbours with the same value."""
-    if len(values) == 1:
-        return [slice(0, 1)]
-    ends = [*(np.flatnonzero(np.diff(values.astype(np.int64))) + 1).tolist(), len(values)]
-    return [slice(start, end) for start, end in zip([0, *ends], ends)]
+    drawn = [
+        draw_views(recipe, kinds, places, indices.cpu().numpy(), tile_side, seed).boxes
+        for kinds, places in groups
+        if kinds
+    ]
+    return np.concatenate(drawn).reshape(-1, len(indices), 4)
 
 
 def shuffle_squares(

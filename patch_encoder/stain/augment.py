@@ -45,19 +45,27 @@ def map_hed(
 ) -> tuple[Float[Tensor, "b 3 3"], Float[Tensor, "b 3"]]:
     """The map of density that scales and shifts haematoxylin, eosin and DAB, for `recolour`.
 
-    Sums of three are spelt out, since a matrix product rounds a batch unlike its single tiles.
-
     Returns:
         (matrix, offset), float64.
     """
-    mixing = make_mixing_matrix(factor.device)
-    unmixing = torch.linalg.inv(mixing)
-    factor, shift = factor.double(), shift.double()
-    matrix = sum(
-        factor[:, stain, None, None] * (mixing[:, stain, None] * unmixing[stain])
-        for stain in range(3)
+    densities = make_mixing_matrix(factor.device).mT
+    return _sum_stains(factor, _make_projections(factor.device)), _sum_stains(shift, densities)
+
+
+@lru_cache(maxsize=8)
+def _make_projections(device: torch.device) -> Float[Tensor, "stain 3 3"]:
+    """Density -> the density of one stain in it; float64."""
+    mixing = make_mixing_matrix(device)
+    return mixing.mT[:, :, None] * torch.linalg.inv(mixing)[:, None]
+
+
+def _sum_stains(amounts: Float[Tensor, "b 3"], parts: Tensor) -> Tensor:
+    """Amounts times parts, spelt out: a matrix product rounds a batch unlike its single tiles."""
+    shape = (len(amounts), *(1 for _ in parts.shape[1:]))
+    first, second, third = (
+        amount.double().view(shape) * part for amount, part in zip(amounts.unbind(1), parts)
     )
-    return matrix, sum(shift[:, stain, None] * mixing[:, stain] for stain in range(3))
+    return first + second + third
 
 
 def _count_tiles(tiles: Tensor) -> int:

@@ -12,7 +12,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from patch_encoder.selfdistill.crops import cut_views, resize_boxes
+from patch_encoder.selfdistill.crops import cut_one_by_one, cut_together
 from patch_encoder.selfdistill.view_draws import draw_views
 from patch_encoder.selfdistill.view_recipe import PRESETS, ViewKind
 from tests.patch_encoder.selfdistill.view_fixture import draw_tiles
@@ -67,8 +67,8 @@ def test_ect_keeps_the_scale_of_the_field(kind: ViewKind) -> None:
 def test_pixels_of_a_box_are_pillows_and_torchvisions(side: int) -> None:
     tiles = draw_tiles(4, 100)
     sources, size = np.array([2, 0, 3, 1]), [side, side]
-    cut = cut_views(tiles, sources, BOXES, FLIPS, side)
-    exact = resize_boxes(tiles[sources], BOXES, FLIPS, side)
+    cut = cut_one_by_one(tiles, sources, BOXES, FLIPS, side)
+    exact = cut_together(tiles, sources, BOXES, FLIPS, side)
     for number, (source, box) in enumerate(zip(sources, BOXES.tolist())):
         bicubic = {"size": size, "interpolation": InterpolationMode.BICUBIC}
         picture = TF.to_pil_image(tiles[source])

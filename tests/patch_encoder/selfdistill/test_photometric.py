@@ -15,9 +15,10 @@ from torch import Tensor
 from torchvision.transforms import functional as TF
 
 from patch_encoder.selfdistill import photometric
+from patch_encoder.selfdistill.render import colour_views, jitter_stains
 from patch_encoder.selfdistill.view_draws import draw_views
 from patch_encoder.selfdistill.view_recipe import PRESETS
-from patch_encoder.selfdistill.views import colour_views, jitter_stains
+from patch_encoder.stain.augment import map_hed
 from tests.patch_encoder.selfdistill.view_fixture import draw_tiles, plain_draws
 
 SIDE = 40
@@ -32,10 +33,10 @@ def draw_pixels(count: int = 4) -> Tensor:
     return tiles
 
 
-def change(operation: Callable, views: Tensor, *strengths: Tensor) -> Tensor:
+def change(operation: Callable, views: Tensor, *arguments: object) -> Tensor:
     """A changed copy, float32."""
     views = views.float().clone()
-    operation(views, *strengths)
+    operation(views, *arguments)
     return views
 
 
@@ -82,13 +83,11 @@ def test_solarisation_is_pillows() -> None:
     assert torch.equal(change(photometric.solarise, levels)[0], expected)
 
 
-@pytest.mark.parametrize("form", ["opencv", "shifts"])
-def test_blur_is_a_gaussian_and_close_to_pillows(form: str) -> None:
-    """Both forms, that of the CPU and that of accelerators."""
+@pytest.mark.parametrize("blur", [photometric.blur_one_by_one, photometric.blur_views])
+def test_blur_is_a_gaussian_and_close_to_pillows(blur: Callable) -> None:
+    """Both forms, that of CPUs and that of accelerators."""
     tiles, sigma = draw_pixels(), torch.tensor([0.1, 0.7, 1.3, 2.0])
-    found = change(photometric.blur_views, tiles, sigma)
-    if form == "shifts":
-        found = photometric.blur_by_shifts(tiles.float(), sigma)
+    found = change(blur, tiles, sigma)
     for tile, view, width in zip(tiles, found, sigma.tolist()):
         expected = tile.numpy().astype(np.float64)
         for axis in (1, 2):
@@ -104,7 +103,7 @@ def test_stain_jitter_is_skimages() -> None:
     generator = torch.Generator().manual_seed(0)
     factors = 1 + 0.05 * (2 * torch.rand(4, 3, generator=generator) - 1)
     shifts = 0.05 * (2 * torch.rand(4, 3, generator=generator) - 1)
-    found = change(jitter_stains, tiles, factors, shifts)
+    found = change(jitter_stains, tiles, *map_hed(factors, shifts))
     unit = -math.log(1e-6)  # skimage's unit of density
     for tile, view, factor, shift in zip(tiles, found, factors, shifts):
         light = (tile.permute(1, 2, 0).double().numpy() + 1) / 256
@@ -132,7 +131,7 @@ def test_operations_follow_their_own_order_and_masks() -> None:
     draws.jittered = np.array([True, True, False])
     draws.order = np.array([[2, 0, 3, 1], [1, 3, 0, 2], [0, 1, 2, 3]])
     draws.factors = np.tile([1.4, 0.7, 1.3, 0.08], (3, 1))
-    found = change(colour_views, tiles, draws)
+    found = change(colour_views, tiles, draws, True)
     changes = (
         (photometric.adjust_brightness, 1.4),
         (photometric.adjust_contrast, 0.7),
@@ -155,12 +154,12 @@ def test_stains_first_then_jitter_grey_blur_and_solarisation() -> None:
     draws.stain_factors, draws.stain_shifts = np.array([[1.1, 0.9, 1.0]]), np.full((1, 3), 0.02)
     draws.factors, draws.sigma = np.array([[1.3, 1.0, 1.0, 0.0]]), np.array([1.0])
     stains = map(torch.from_numpy, (draws.stain_factors, draws.stain_shifts))
-    view = change(jitter_stains, tiles, *stains)
+    view = change(jitter_stains, tiles, *map_hed(*stains))
     view = change(photometric.adjust_brightness, view, torch.tensor([1.3]))
     view = change(photometric.drop_colour, view)
     view = change(photometric.blur_views, view, torch.ones(1))
     view = change(photometric.solarise, view)
-    assert torch.allclose(change(colour_views, tiles, draws), view, atol=1e-3)
+    assert torch.allclose(change(colour_views, tiles, draws, True), view, atol=1e-3)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from patch_encoder.selfdistill.view_draws import draw_shuffle
+from patch_encoder.selfdistill.render import render_views
+from patch_encoder.selfdistill.view_draws import draw_shuffle, draw_views
 from patch_encoder.selfdistill.view_recipe import PRESETS, ViewRecipe
-from patch_encoder.selfdistill.views import Views, make_views, render_views, shuffle_squares
+from patch_encoder.selfdistill.views import Views, make_views, shuffle_squares
 from tests.patch_encoder.selfdistill.view_fixture import draw_tiles, list_views, plain_draws
 
 SMALL = {"global_size": 64, "local_size": 35, "local_number": 2}  # 35: no multiple of a vector
@@ -55,6 +56,33 @@ def test_threads_do_not_change_a_bit() -> None:
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_accelerators_make_the_same_views(preset: str) -> None:
+    """The form for accelerators, here on the CPU: it differs by what is rounded while resizing."""
+    recipe, count = make_small(preset, local_size=64), 40
+    tiles = draw_tiles(8, 96)
+    sources = np.arange(count) % 8
+    kinds, indices = [recipe.global_kinds[1], recipe.local_kind], np.arange(count // 2)
+    draws = draw_views(recipe, kinds, [1, 3], indices, 96, seed=0)
+    ours, theirs = (
+        render_views(tiles, sources, draws, 64, recipe, on_cpu) * 0.226 * 255
+        for on_cpu in (True, False)
+    )
+    off = (ours - theirs).abs()
+    assert float(off.mean()) < 1.0 and float((off > 6).float().mean()) < 0.005
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", PRESETS)
+def test_cuda_makes_the_same_views(preset: str) -> None:
+    recipe, tiles, indices = make_small(preset, **SHUFFLED), draw_tiles(16, 96), torch.arange(16)
+    expected = list_views(make_views(tiles, tiles, indices, recipe, 0))
+    found = list_views(make_views(tiles.cuda(), tiles.cuda(), indices, recipe, 0))
+    for ours, theirs in zip(expected, found, strict=True):
+        off = (ours - theirs.cpu()).abs() * 0.226 * 255
+        assert float(off.mean()) < 1.0
 
 
 def test_seeds_tiles_and_views_draw_apart() -> None:
@@ -103,7 +131,7 @@ def test_the_number_of_local_views_changes_no_other_view() -> None:
 def test_views_are_normalised_by_the_recipes_statistics() -> None:
     recipe = ViewRecipe(mean=(0.1, 0.2, 0.3), std=(0.5, 0.4, 0.25))
     tile = draw_tiles(1, 48)
-    view = render_views(tile, np.array([0]), plain_draws(1, 48), 48, recipe)
+    view = render_views(tile, np.array([0]), plain_draws(1, 48), 48, recipe, True)
     pixels = tile.float() / 255
     for channel, (mean, std) in enumerate(zip(recipe.mean, recipe.std)):
         expected = (pixels[:, channel] - mean) / std
