@@ -19,7 +19,7 @@ from patch_encoder.slides import Slide, SlideError, open_slide
 from patch_encoder.slides.base import RegionError
 from patch_encoder.tile_stream.plan import Draw, TilePlan
 from patch_encoder.tiles.formats import CoordinateSource, make_square_geometry
-from patch_encoder.tiles.grid import check_size, read_tile
+from patch_encoder.tiles.grid import check_size, choose_level, read_tile
 
 logger = logging.getLogger(__name__)
 ATTEMPTS = 200  # draws one after the other that cannot be read and end the training
@@ -100,9 +100,12 @@ class TileReader:
         heartbeat(draw.slide, draw.index)
         try:
             slide = self._slide(draw.slide)
-            self._read_square(slide, draw, 1, out[0])
+            x, y = self._locate(slide, draw)
+            self._read_square(slide, x, y, draw.side, out[0])
             if self.context_factor:
-                self._read_square(slide, draw, self.context_factor, out[1])
+                margin = draw.side * (self.context_factor - 1) // 2
+                side = draw.side * self.context_factor
+                self._read_square(slide, x - margin, y - margin, side, out[1])
             return ""
         except RegionError as error:
             return str(error)
@@ -117,19 +120,20 @@ class TileReader:
             self._forget(draw.slide)
             return f"{type(error).__name__}: {error}"
 
-    def _read_square(
-        self, slide: Slide, draw: Draw, factor: int, out: UInt8[np.ndarray, "3 s s"]
-    ) -> None:
-        """The tile, or its surroundings `factor` times as wide; off the slide it is white."""
-        x, y, side = draw.x, draw.y, draw.side
-        tile_size = self.plan.tile_size
-        geometry = make_square_geometry(CoordinateSource(slide.slide_id, slide), side, tile_size)
+    def _locate(self, slide: Slide, draw: Draw) -> tuple[int, int]:
+        """Where a draw is read: in the slide, of whose size the plan may not know, and aligned."""
         if self.align:
-            x, y = snap_to_file_tiles(slide, x, y, side, geometry.patch_level)
-        if factor > 1:
-            x, y = (value - side * (factor - 1) // 2 for value in (x, y))
-            source = CoordinateSource(slide.slide_id, slide)
-            geometry = make_square_geometry(source, side * factor, tile_size)
+            level = choose_level(slide, draw.side / self.plan.tile_size)
+            return snap_to_file_tiles(slide, draw.x, draw.y, draw.side, level)
+        x = max(min(draw.x, slide.width - draw.side), min(draw.x, 0))
+        return x, max(min(draw.y, slide.height - draw.side), min(draw.y, 0))
+
+    def _read_square(
+        self, slide: Slide, x: int, y: int, side: int, out: UInt8[np.ndarray, "3 s s"]
+    ) -> None:
+        """`side` level-0 px as a tile; off the slide it is white."""
+        source = CoordinateSource(slide.slide_id, slide)
+        geometry = make_square_geometry(source, side, self.plan.tile_size)
         out[:] = read_tile(slide, geometry, x, y).transpose(2, 0, 1)
 
     def _slide(self, number: int) -> Slide:
