@@ -84,6 +84,15 @@ def all_reduce_mean(value: torch.Tensor) -> torch.Tensor:
     return value / dist.get_world_size()
 
 
+def all_reduce_max(value: torch.Tensor) -> torch.Tensor:
+    """Largest value over processes, element by element; the tensor itself with one process."""
+    if not dist.is_initialized():
+        return value
+    value = value.clone()
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value
+
+
 def mean_number(value: float, device: torch.device) -> float:
     """Mean over processes of a number that is known on the host; no transfer with one process."""
     if not dist.is_initialized():

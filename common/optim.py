@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
 
-OPTIMIZERS = ("adam", "adamw", "lookahead_radam")
+OPTIMIZERS = ("adam", "adamw", "sgd", "lookahead_radam")
 Item = TypeVar("Item")
 
 
@@ -62,9 +62,16 @@ def make_optimizer(
     weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> torch.optim.Optimizer:
-    """The optimiser called `name` (one of OPTIMIZERS) of parameters or parameter groups."""
+    """The optimiser called `name` (one of OPTIMIZERS) of parameters or parameter groups.
+
+    `sgd` has a momentum of 0.9 and takes no betas.
+    """
     if name == "lookahead_radam":
         return LookaheadRAdam(parameters, lr=lr, weight_decay=weight_decay, betas=betas)
+    if name == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=True
+        )
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
     return kind(parameters, lr=lr, weight_decay=weight_decay, betas=betas, fused=True)
 
@@ -136,6 +143,35 @@ def clip_gradients(model: nn.Module, clip_norm: float) -> Tensor | None:
         The norm before, shape (); None when nothing is clipped.
     """
     return nn.utils.clip_grad_norm_(model.parameters(), clip_norm) if clip_norm > 0 else None
+
+
+@torch.no_grad()
+def clip_each_gradient(model: nn.Module, clip_norm: float) -> Tensor:
+    """Scale the gradient of each parameter on its own down to an L2 norm of `clip_norm` at most, as
+    DINO does; 0 leaves them alone.
+
+    Returns:
+        The largest norm of a parameter's gradient before, shape ().
+    """
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norms = torch._foreach_norm(gradients)
+    if clip_norm > 0:
+        factors = [(clip_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
+        torch._foreach_mul_(gradients, factors)
+    return torch.stack(norms).max()
+
+
+def group_by_decay(model: nn.Module) -> list[dict[str, Any]]:
+    """Two parameter groups: weights, and what takes no weight decay (biases and whatever has one
+    dimension, such as normalisation).
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    plain = [p for name, p in named if name.endswith(".bias") or p.ndim == 1]
+    kept = {id(p) for p in plain}
+    return [
+        {"params": [p for _, p in named if id(p) not in kept]},
+        {"params": plain, "weight_decay": 0.0},
+    ]
 
 
 def add_terms(sums: Mapping[str, Tensor], terms: Mapping[str, Tensor]) -> dict[str, Tensor]:

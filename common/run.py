@@ -9,6 +9,7 @@ finished; another run is never mixed into the directory of the first.
 from __future__ import annotations
 
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -69,15 +70,22 @@ class Run:
         if self._tracker is not None:
             self._tracker.log(values)
 
-    def forget_after(self, epoch: int) -> None:
-        """Drop logged lines of epochs beyond `epoch` completed ones: they will be run again."""
+    def forget_after(self, epoch: int, step: int = -1) -> None:
+        """Drop logged lines of what will be run again: of epochs beyond `epoch` completed ones.
+
+        Args:
+            epoch: epochs that are completed.
+            step: for scripts that also stop inside an epoch, steps that are completed: their
+                lines, which are those with a `step`, are kept.
+        """
         file = self.path / "metrics.jsonl"
         if not self._writes or not file.is_file():
             return
         kept = []
         for line in file.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line).get("epoch", 0) <= epoch:
+                values = json.loads(line)
+                if values.get("epoch", 0) <= epoch or values.get("step", math.inf) < step:
                     kept.append(line)
             except json.JSONDecodeError:
                 break  # a line that a kill cut short; what follows it is later still

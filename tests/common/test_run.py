@@ -139,6 +139,16 @@ def test_epochs_that_will_be_run_again_are_forgotten(tmp_path: Path) -> None:
     ] == [1, 2]
 
 
+def test_steps_of_an_unfinished_epoch_are_kept_up_to_the_checkpoint(tmp_path: Path) -> None:
+    run = start(tmp_path, Config())
+    for line in ({"epoch": 1, "step": 0}, {"epoch": 1}, {"epoch": 2, "step": 1}):
+        run.log(line)
+    run.log({"epoch": 2, "step": 2})
+    run.forget_after(1, step=2)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line).get("step") for line in lines] == [0, None, 1]
+
+
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
     for _ in range(count):
         x = torch.randn(4, 3) * random.random() + float(np.random.rand())

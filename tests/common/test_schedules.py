@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from common.schedules import drop_epoch, half_cosine, lr_factor, rising_decay
+from common.schedules import (
+    drop_epoch,
+    half_cosine,
+    lr_factor,
+    ramp,
+    rising_decay,
+    warm_half_cosine,
+)
 
 
 def of_torch(make: object, count: int) -> list[float]:
@@ -64,3 +72,18 @@ def test_drop_epoch_is_the_given_one_or_half_way(lr_drop: int, epochs: int, expe
 
 def test_decay_rises_to_its_limit() -> None:
     assert [rising_decay(n, 0.25) for n in range(4)] == [0.1, 2 / 11, 0.25, 0.25]
+
+
+def test_warm_half_cosine_is_dinos_table() -> None:
+    # `cosine_scheduler` of DINO, written out: 3 warm-up steps of 11
+    warmup = np.linspace(0, 0.5, 3)
+    rest = np.arange(8)
+    table = [*warmup, *(0.1 + 0.5 * (0.5 - 0.1) * (1 + np.cos(np.pi * rest / 8)))]
+    values = [warm_half_cosine(step, 11, 0.5, 0.1, 3) for step in range(11)]
+    np.testing.assert_allclose(values, table, rtol=1e-15)
+    assert warm_half_cosine(0, 11, 0.5, 0.1) == 0.5
+
+
+def test_ramp_ends_at_its_end_and_without_steps_begins_there() -> None:
+    assert [ramp(step, 0.04, 0.07, 3) for step in (0, 3, 9)] == [0.04, 0.07, 0.07]
+    assert ramp(1, 0.0, 3.0, 3) == 1.0 and ramp(0, 0.04, 0.07, 0) == 0.07

@@ -42,6 +42,7 @@ from tests.fault_drill.faults import (
     link,
     mount,
     other_weights,
+    picture,
     references,
     remove,
     replace_text,
@@ -251,7 +252,8 @@ DISKS = (
 )  # fmt: skip
 
 MEMORY = (
-    Case("memory: tiling", TILE, 1, "S1,.*expected memory", inside=limit_memory(MiB)),
+    Case("memory: tiling", f"{TILE} pictures=true mpp=1", 1, "S9,.*expected memory",
+         picture("slides/S9.png", 6000), inside=limit_memory(32 * MiB)),
     Case("memory: extraction with a network", f"{NETWORK} batch_size=64", 2, "memory",
          inside=limit_memory(8 * MiB)),
     Case("memory: training", TRAIN, 2, "expected memory",

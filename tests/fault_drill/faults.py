@@ -16,6 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
+from PIL import Image
 
 from patch_encoder import tile_slides
 from patch_encoder.extraction import tile_batches
@@ -32,6 +33,15 @@ def write(name: str, content: bytes | str) -> Damage:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+    return damage
+
+
+def picture(name: str, side: int) -> Damage:
+    """A black square picture."""
+
+    def damage(folder: Path) -> None:
+        Image.new("RGB", (side, side)).save(folder / name)
 
     return damage
 

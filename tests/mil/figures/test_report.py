@@ -97,8 +97,8 @@ def test_page_is_self_contained_and_shows_the_figures(finished: Path, tmp_path: 
             assert f"{entry[model]['auc_mean']:.3f}" in html
             assert f"[{entry[model]['auc_ci'][0]:.3f}, {entry[model]['auc_ci'][1]:.3f}]" in html
     assert "12.5" in html and "unfinished" not in html and "share of 20 s" in html
-    for explained in ("Youden", "bootstrap", "drawn by patient", "2-fold"):
-        assert explained in html
+    for explained in ("youden", "bootstrap", "drawn by patient", "2-fold"):
+        assert explained in html.lower()
     kinds = [re.match(r"data:image/(\S+?);", source)[1] for source in checker.images]
     shown = html.count('class="example"')
     assert kinds.count("svg+xml") == 2 and shown > 0 and kinds.count("jpeg") == 7 * shown

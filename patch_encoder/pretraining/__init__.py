@@ -1,0 +1,1 @@
+"""What a pre-training run by self-distillation keeps, and how its values change with the step."""

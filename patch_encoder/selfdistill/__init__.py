@@ -1,0 +1,1 @@
+"""Self-distillation of a patch encoder without labels: views, networks, losses and monitors."""
