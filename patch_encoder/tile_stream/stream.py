@@ -95,7 +95,9 @@ class TileStream:
         slides = len(plan.sources)
         self._drawn, self._bad = np.zeros(slides, np.int64), np.zeros(slides, np.int64)
         self._reasons = dict[int, str]()  # source -> why its first bad draw was
-        self._given_up: Any = RawArray("b", slides)  # seen by the workers
+        # seen by the workers
+        self._given_up: Any = RawArray("b", slides)
+        self._readers: Any = RawArray("b", slides)
 
     def batches(self, first_step: int, last_step: int) -> Iterator[StreamBatch]:
         """The batches of the steps from `first_step` up to and without `last_step`.
@@ -109,7 +111,8 @@ class TileStream:
             range(first, min(first + length, last_step))
             for first in range(first_step, last_step, length)
         )
-        reader = TileReader(self.plan, self._context_factor, self._align, self._given_up)
+        shared = self._given_up, self._readers
+        reader = TileReader(self.plan, self._context_factor, self._align, *shared)
         read = self._read_here(reader, windows)
         if self._workers:
             depth = -(-length * self._share * (AHEAD + 1) // self._workers)

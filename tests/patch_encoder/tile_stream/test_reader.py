@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from patch_encoder.slides import open_slide
-from patch_encoder.slides.base import Slide
-from patch_encoder.tile_stream import reader as reader_module
+from patch_encoder.slides.openslide_file import OpenSlideFile
+from patch_encoder.slides.tiff_file import TiffFile
+from patch_encoder.slides.tile_folder import TileFolder
 from patch_encoder.tile_stream.plan import TilePlan
 from patch_encoder.tile_stream.reader import TileReader, snap_to_file_tiles
+from patch_encoder.tile_stream.slide_shelf import OTHER, TIFF, SlideShelf
 from patch_encoder.tile_stream.sources import find_sources
 from tests.helpers import write_pyramid
 from tests.patch_encoder.tile_stream.corpus import SIDE, make_tree, store
@@ -97,6 +100,7 @@ def test_aligned_tiles_start_at_tiles_of_the_file(tmp_path: Path) -> None:
     assert (np.abs(corners - draws) <= 32)[(draws <= (384, 320)).all(axis=1)].all(), "the nearest"
     assert corners[:, 0].max() == 384 and corners[:, 1].max() == 320, "wholly inside"
     with open_slide(tmp_path / "s.tiff") as slide:
+        assert slide.file_tile(1) == (64, 64)
         assert snap_to_file_tiles(slide, 100, 130, 128, 1) == (128, 128), "64 px of level 1"
         slide.properties = {}
         assert snap_to_file_tiles(slide, 100, 130, 64, 0) == (100, 130)
@@ -108,31 +112,51 @@ def test_no_more_slides_are_open_than_asked_for(
     make_tree(tmp_path)
     opened, closed = [], []
 
-    def open_and_note(path: Path, *arguments: object) -> Slide:
-        slide = open_slide(path, *arguments)  # type: ignore[arg-type]
-        opened.append(path)
+    def note(number: int, choose: Any = SlideShelf._choose_reader) -> Any:
+        slide = choose(shelf, number)
         close = slide.close
-        monkeypatch.setattr(slide, "close", lambda: (closed.append(path), close()))
+        opened.append(number)
+        monkeypatch.setattr(slide, "close", lambda: (closed.append(number), close()))
         return slide
 
-    monkeypatch.setattr(reader_module, "open_slide", open_and_note)
-    plan = TilePlan(find_sources(tmp_path, {}), tile_size=32, open_slides=2, tiles_per_visit=8)
-    visits = dict.fromkeys(plan.visit(index) for index in range(64))
-    reader = TileReader(plan)
-    out = np.empty((1, 1, 3, 32, 32), np.uint8)
-    for visit in visits:
-        for index in (index for index in range(64) if plan.visit(index) == visit):
-            reader.read([index], out)
-            assert len(opened) - len(closed) <= 2
-    assert len(opened) <= len(visits), "a visit opens its slide once"
-    reader.close()
+    sources = find_sources(tmp_path, {})
+    shelf = SlideShelf(sources, 2, bytearray(4))
+    monkeypatch.setattr(shelf, "_choose_reader", note)
+    for number in (0, 1, 0, 1, 2, 2, 1, 0):
+        assert shelf.get(number).width == 512
+    assert (opened, closed) == ([0, 1, 2, 0], [0, 2])
+    shelf.forget(1)
+    shelf.close()
     assert sorted(opened) == sorted(closed)
-    opened.clear()
-    every = TileReader(replace(plan, open_slides=4))
-    for index in range(64):
-        every.read([index], out)
-    assert len(opened) == 4, "a slide that stays open is not opened again"
-    every.close()
+
+
+def test_the_faster_reader_is_taken_where_it_shows_the_same(
+    tmp_path: Path, real_data: Path, tile_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradient(tmp_path / "plain.tiff")
+    slides = real_data / "wsi_openslide"
+    shutil.copy(slides / "cmu-1-small-region.svs", tmp_path / "cmu.svs")
+    shutil.copy(slides / "DERIVED-cmu-1-small-region-pyramid.tiff", tmp_path / "pyramid.tiff")
+    for name in ("cmu.svs", "pyramid.tiff"):
+        store(tmp_path, tmp_path / name, side=256)
+    sources = find_sources(tmp_path, {})
+    assert [source.name for source in sources] == ["cmu", "plain", "pyramid", "slides/007"]
+    readers = bytearray(4)
+    shelf = SlideShelf(sources, 4, readers)
+    for _ in range(2):
+        kinds = [type(shelf.get(number)) for number in range(4)]
+        assert kinds == [TiffFile, TiffFile, TiffFile, TileFolder]
+        assert list(readers) == [TIFF, TIFF, TIFF, OTHER]
+        for number, source in enumerate(sources[:3]):
+            with open_slide(source.path) as slide:
+                for x, y in source.coordinates.coords[::7].tolist():
+                    assert np.array_equal(shelf.get(number).read(x, y, 200), slide.read(x, y, 200))
+        shelf.close()
+    read_plainly = TiffFile.read
+    monkeypatch.setattr(TiffFile, "read", lambda *place: read_plainly(*place) // 2)
+    other = SlideShelf(sources, 4, bytearray(4))
+    assert {type(other.get(number)) for number in range(3)} == {OpenSlideFile}
+    other.close()
 
 
 def test_tile_folders_give_tiles_and_context_across_their_files(tile_folder: Path) -> None:

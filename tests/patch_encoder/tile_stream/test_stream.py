@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import torch
 from common.errors import UserError
 from common.memory import peak_memory
 from patch_encoder.slides.openslide_file import OpenSlideFile
+from patch_encoder.slides.tiff_file import TiffFile
 from patch_encoder.tile_stream import reader as reader_module
 from patch_encoder.tile_stream.plan import TilePlan
 from patch_encoder.tile_stream.sources import find_sources
@@ -92,14 +94,16 @@ def break_slide(root: Path, data: Path) -> None:
 
 def struck(monkeypatch: pytest.MonkeyPatch, slide: str, act: Callable[[], None]) -> None:
     """`act` whenever pixels of a slide are read."""
-    plain = OpenSlideFile.read
+    for reader in (OpenSlideFile, TiffFile):
 
-    def bad(self: OpenSlideFile, x: int, y: int, size: int, level: int = 0) -> np.ndarray:
-        if slide in str(self.path):
-            act()
-        return plain(self, x, y, size, level)
+        def bad(
+            self: Any, x: int, y: int, size: int, level: int = 0, plain: Any = reader.read
+        ) -> np.ndarray:
+            if slide in str(self.path):
+                act()
+            return plain(self, x, y, size, level)
 
-    monkeypatch.setattr(OpenSlideFile, "read", bad)
+        monkeypatch.setattr(reader, "read", bad)
 
 
 @pytest.mark.parametrize("workers", WORKERS)
