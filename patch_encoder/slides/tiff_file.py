@@ -37,10 +37,18 @@ PHOTOMETRICS = (0, 1, 2)
 
 
 class TiffFile(ArraySlide):
-    """A TIFF handle of tifffile; memory holds the segments read last."""
+    """A TIFF handle of tifffile; memory holds the segments read last.
 
-    def __init__(self, path: Path, mpp: float | None = None) -> None:
-        self.slide_id, self.path = slide_id_of(path), path
+    Args:
+        path: the file.
+        mpp: um per level-0 pixel, where the user gives it.
+        cached_bytes: of decoded segments that are kept.
+    """
+
+    def __init__(
+        self, path: Path, mpp: float | None = None, cached_bytes: int = CACHED_BYTES
+    ) -> None:
+        self.slide_id, self.path, self._cached_bytes = slide_id_of(path), path, cached_bytes
         with ExitStack() as stack:
             try:
                 self._file = stack.enter_context(tifffile.TiffFile(path))
@@ -83,6 +91,10 @@ class TiffFile(ArraySlide):
         self._whole: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
         self.tiff_path = path
+
+    def file_tile(self, level: int) -> tuple[int, int] | None:
+        page = self._pages[level]
+        return (page.tilewidth, page.tilelength) if page.is_tiled else None
 
     def cut(self, level: int, left: int, top: int, right: int, bottom: int) -> np.ndarray:
         try:
@@ -155,7 +167,7 @@ class TiffFile(ArraySlide):
             self._segments[level, index] = pixels
             while (
                 len(self._segments) > 1
-                and sum(part.nbytes for part in self._segments.values()) > CACHED_BYTES
+                and sum(part.nbytes for part in self._segments.values()) > self._cached_bytes
             ):
                 self._segments.popitem(last=False)
         return pixels

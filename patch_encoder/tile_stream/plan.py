@@ -139,7 +139,9 @@ class TilePlan:
             across, down = (2 * uniform(state, number + axis) - 1 for axis in (1, 2))
             x, y = round(left + centred + reach * across), round(top + centred + reach * down)
             x, y = self._clip(slide, x, y, side)
-            share = cover.share(x, y, side) if self.tissue_share else 1.0
+            share = cover.share_of_one(left, top, x, y, side)
+            if share < self.tissue_share:
+                share = cover.share(x, y, side)
             if share >= self.tissue_share:
                 return x, y, side
             best = max(best, (share, x, y))

@@ -5,8 +5,7 @@ cannot be read.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,11 +14,12 @@ from jaxtyping import UInt8
 from common.errors import UserError
 from common.memory import is_out_of_memory
 from common.processes.pool import heartbeat
-from patch_encoder.slides import Slide, SlideError, open_slide
+from patch_encoder.slides import Slide, SlideError
 from patch_encoder.slides.base import RegionError
 from patch_encoder.tile_stream.plan import Draw, TilePlan
+from patch_encoder.tile_stream.slide_shelf import SlideShelf
 from patch_encoder.tiles.formats import CoordinateSource, make_square_geometry
-from patch_encoder.tiles.grid import check_size, read_tile
+from patch_encoder.tiles.grid import choose_level, read_tile
 
 logger = logging.getLogger(__name__)
 ATTEMPTS = 200  # draws one after the other that cannot be read and end the training
@@ -47,6 +47,7 @@ class TileReader:
             they are tiled are read where the plan says.
         given_up: for each source whether it must not be opened any more; other processes may set
             it.
+        readers: of the sources, as `SlideShelf` has them; other processes may share it.
     """
 
     def __init__(
@@ -55,10 +56,13 @@ class TileReader:
         context_factor: int = 0,
         align: bool = False,
         given_up: Sequence[int] | None = None,
+        readers: MutableSequence[int] | None = None,
     ) -> None:
+        sources = plan.sources
         self.plan, self.context_factor, self.align = plan, context_factor, align
-        self.given_up = given_up if given_up is not None else bytearray(len(plan.sources))
-        self._open: OrderedDict[int, Slide] = OrderedDict()
+        self._given_up = bytearray(len(sources)) if given_up is None else given_up
+        readers = bytearray(len(sources)) if readers is None else readers
+        self._slides = SlideShelf(sources, plan.open_slides, readers)
 
     @property
     def pictures(self) -> int:
@@ -95,80 +99,61 @@ class TileReader:
 
     def _try(self, draw: Draw, out: UInt8[np.ndarray, "pictures 3 s s"]) -> str:
         """Read a draw into `out`; why that failed, else an empty string."""
-        if self.given_up[draw.slide]:
+        if self._given_up[draw.slide]:
             return GIVEN_UP
         heartbeat(draw.slide, draw.index)
         try:
-            slide = self._slide(draw.slide)
-            self._read_square(slide, draw, 1, out[0])
+            slide = self._slides.get(draw.slide)
+            x, y = self._locate(slide, draw)
+            self._read_square(slide, x, y, draw.side, out[0])
             if self.context_factor:
-                self._read_square(slide, draw, self.context_factor, out[1])
+                margin = draw.side * (self.context_factor - 1) // 2
+                side = draw.side * self.context_factor
+                self._read_square(slide, x - margin, y - margin, side, out[1])
             return ""
         except RegionError as error:
             return str(error)
         except SlideError as error:
-            self._forget(draw.slide)
+            self._slides.forget(draw.slide)
             return str(error)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             name = self.plan.sources[draw.slide].name
             logger.exception("slide %s: the reader failed at (%d, %d)", name, draw.x, draw.y)
-            self._forget(draw.slide)
+            self._slides.forget(draw.slide)
             return f"{type(error).__name__}: {error}"
 
-    def _read_square(
-        self, slide: Slide, draw: Draw, factor: int, out: UInt8[np.ndarray, "3 s s"]
-    ) -> None:
-        """The tile, or its surroundings `factor` times as wide; off the slide it is white."""
-        x, y, side = draw.x, draw.y, draw.side
-        tile_size = self.plan.tile_size
-        geometry = make_square_geometry(CoordinateSource(slide.slide_id, slide), side, tile_size)
+    def _locate(self, slide: Slide, draw: Draw) -> tuple[int, int]:
+        """Where a draw is read: in the slide, of whose size the plan may not know, and aligned."""
         if self.align:
-            x, y = snap_to_file_tiles(slide, x, y, side, geometry.patch_level)
-        if factor > 1:
-            x, y = (value - side * (factor - 1) // 2 for value in (x, y))
-            source = CoordinateSource(slide.slide_id, slide)
-            geometry = make_square_geometry(source, side * factor, tile_size)
+            level = choose_level(slide, draw.side / self.plan.tile_size)
+            return snap_to_file_tiles(slide, draw.x, draw.y, draw.side, level)
+        x = max(min(draw.x, slide.width - draw.side), min(draw.x, 0))
+        return x, max(min(draw.y, slide.height - draw.side), min(draw.y, 0))
+
+    def _read_square(
+        self, slide: Slide, x: int, y: int, side: int, out: UInt8[np.ndarray, "3 s s"]
+    ) -> None:
+        """`side` level-0 px as a tile; off the slide it is white."""
+        source = CoordinateSource(slide.slide_id, slide)
+        geometry = make_square_geometry(source, side, self.plan.tile_size)
         out[:] = read_tile(slide, geometry, x, y).transpose(2, 0, 1)
-
-    def _slide(self, number: int) -> Slide:
-        if number not in self._open:
-            while len(self._open) >= self.plan.open_slides:
-                self._open.popitem(last=False)[1].close()
-            source = self.plan.sources[number]
-            geometry = source.coordinates.geometry
-            slide = open_slide(source.path, source.mpp, geometry.tile_pattern)
-            self._open[number] = slide
-            check_size(slide, geometry)
-            corner = source.coordinates.coords.max(0)
-            if (corner >= (slide.width, slide.height)).any():
-                raise SlideError(
-                    f"slide {slide.slide_id}: {slide.width} x {slide.height} px, but a tile is at "
-                    f"{tuple(corner.tolist())}: its coordinates are of another slide"
-                )
-        self._open.move_to_end(number)
-        return self._open[number]
-
-    def _forget(self, number: int) -> None:
-        if number in self._open:
-            self._open.pop(number).close()
 
     def close(self) -> None:
         """Close all slides."""
-        while self._open:
-            self._open.popitem()[1].close()
+        self._slides.close()
 
 
 def snap_to_file_tiles(slide: Slide, x: int, y: int, side: int, level: int) -> tuple[int, int]:
     """The corner of the nearest tile of the file, such that a square from there lies in the slide;
     (x, y) where the file does not say how it is tiled.
     """
+    tile = slide.file_tile(level)
+    if tile is None:
+        return x, y
     corner = []
-    for value, axis, length in ((x, "width", slide.width), (y, "height", slide.height)):
-        pixels = int(slide.properties.get(f"openslide.level[{level}].tile-{axis}", 0))
-        if not pixels:
-            return x, y
+    for value, pixels, length in zip((x, y), tile, (slide.width, slide.height), strict=True):
         step = pixels * slide.downsamples[level]
         last = max(0, int((length - side) // step))
         corner.append(round(min(max(0, round(value / step)), last) * step))

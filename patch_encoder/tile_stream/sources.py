@@ -39,6 +39,7 @@ from patch_encoder.tiles.formats import (
 
 logger = logging.getLogger(__name__)
 BESIDE = (".npy", ".h5", "_patches.h5")  # endings of coordinates beside a slide
+BESIDE_IT = "beside it (<slide>.npy, <slide>.h5)"
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,12 @@ def find_sources(
     """
     found, files = _find_files(slides, coords, labels, selection, tile_pattern, pictures)
     problems |= found.problems
+    where = f"coords={coords}" if coords else BESIDE_IT
     sources = []
     for name, path in progress(found.slides.items(), "tile positions", len(found.slides), "slides"):
         known = found.mpps.get(name) or mpp
         try:
-            coordinates = _read_positions(path, files(path), known, tile_pattern)
+            coordinates = _read_positions(path, files(path), known, tile_pattern, where)
         except UserError as error:
             problems[name] = str(error)
             continue
@@ -113,11 +115,10 @@ def find_sources(
         sources.append(TileSource(slide_id_of(path), path, subdataset, coordinates, known))
     sources.sort(key=lambda source: source.name)
     if not sources:
-        where = f"coords={coords}" if coords else "beside them (<slide>.npy, <slide>.h5)"
-        first = next(iter(problems.items()), ("", ""))
+        name, reason = next(iter(problems.items()), ("", ""))
         raise UserError(
-            f"slides={slides}: expected slides with coordinates {where}, found none of "
-            f"{len(found.slides)}; '{first[0]}': {first[1]}"
+            f"slides={slides}: expected slides with coordinates, found none of "
+            f"{len(found.slides)}; '{name}': {reason}"
         )
     return _fill_mpp(sources, problems, workers, timeout) if need_mpp else sources
 
@@ -146,9 +147,7 @@ def _find_files(
             file for file in tiled.values() if file.suffix == ".h5"
         )
         found = find_cohort(slides, labels, selection, pattern, pictures, wanted=tiled.keys())
-        return found, lambda path: [
-            tiled.get(slide_id_of(path), Path(coords) / f"{slide_id_of(path)}.h5")
-        ]
+        return found, lambda path: list(filter(None, [tiled.get(slide_id_of(path))]))
     if labels:
         found = find_cohort(slides, labels, selection, pattern, pictures)
     else:
@@ -164,9 +163,9 @@ def _list_beside(path: Path) -> list[Path]:
 
 
 def _read_positions(
-    path: Path, files: Sequence[Path], mpp: float | None, pattern: str
+    path: Path, files: Sequence[Path], mpp: float | None, pattern: str, where: str
 ) -> Coordinates:
-    """The tiles of a slide.
+    """The tiles of a slide, or those of a tile folder that has no coordinates beside it.
 
     Raises:
         UserError: none, several files of them, unreadable ones, or those of another slide.
@@ -177,12 +176,18 @@ def _read_positions(
             f"{files[1].name}; remove one"
         )
     source = CoordinateSource(slide_id_of(path), mpp=mpp)
+    coordinates = None
     if files:
         coordinates = LAYOUTS[detect_layout(files[0])].read(files[0], source)
         if coordinates.slide_fingerprint:
             check_fingerprint(path, coordinates.slide_fingerprint, "its coordinates")
-    else:
+    elif path.is_dir() and where == BESIDE_IT:
         coordinates = _take_own_tiles(path, source, pattern)
+    if coordinates is None:
+        raise UserError(
+            f"slide {path}: expected coordinates {where}, found none; tile the slide, or give "
+            "coords=..."
+        )
     if not len(coordinates.coords):
         raise UserError(f"slide {path}: expected tiles, found none: no tissue")
     geometry = coordinates.geometry
@@ -192,18 +197,14 @@ def _read_positions(
     return replace(coordinates, coords=corners, geometry=geometry)
 
 
-def _take_own_tiles(path: Path, source: CoordinateSource, pattern: str) -> Coordinates:
-    """Every tile of a tile folder."""
-    if path.is_dir():
-        with open_slide(path, source.mpp, pattern) as slide:
-            if isinstance(slide, TileFolder):
-                side = slide.tile_side
-                geometry = make_square_geometry(replace(source, slide=slide), side, side)
-                return Coordinates(slide.corners(), geometry)
-    raise UserError(
-        f"slide {path}: expected coordinates beside it (<slide>.npy, <slide>.h5), found none; tile "
-        "the slide, or give coords=..."
-    )
+def _take_own_tiles(path: Path, source: CoordinateSource, pattern: str) -> Coordinates | None:
+    """Every tile of a tile folder; None for a folder of DICOM files."""
+    with open_slide(path, source.mpp, pattern) as slide:
+        if not isinstance(slide, TileFolder):
+            return None
+        side = slide.tile_side
+        geometry = make_square_geometry(replace(source, slide=slide), side, side)
+        return Coordinates(slide.corners(), geometry)
 
 
 def _fill_mpp(

@@ -11,11 +11,12 @@ again. Both are counted, and the script takes slides out of the plan at the end 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
@@ -91,10 +92,12 @@ class TileStream:
         self.plan, self.batch_size, self.rank = plan, batch_size, rank
         self._share, self._workers, self._timeout = batch_size // world, workers, read_timeout
         self._context_factor, self._align = context_factor, align
-        count = len(plan.sources)
-        self._drawn, self._bad = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        slides = len(plan.sources)
+        self._drawn, self._bad = np.zeros(slides, np.int64), np.zeros(slides, np.int64)
         self._reasons = dict[int, str]()  # source -> why its first bad draw was
-        self._given_up: Any = RawArray("b", count)  # seen by the workers
+        # seen by the workers
+        self._given_up: Any = RawArray("b", slides)
+        self._readers: Any = RawArray("b", slides)
 
     def batches(self, first_step: int, last_step: int) -> Iterator[StreamBatch]:
         """The batches of the steps from `first_step` up to and without `last_step`.
@@ -104,14 +107,19 @@ class TileStream:
         """
         # steps that hold a block, so that each slide of it is opened once for all its tiles
         length = -(-self.plan.block // self.batch_size)
-        windows = [
+        windows = (
             range(first, min(first + length, last_step))
             for first in range(first_step, last_step, length)
-        ]
-        reader = TileReader(self.plan, self._context_factor, self._align, self._given_up)
-        read = self._read_here if self._workers == 0 else self._read_in_pool
-        with closing(reader), closing(read(reader, windows)) as found:
-            for window in found:
+        )
+        shared = self._given_up, self._readers
+        reader = TileReader(self.plan, self._context_factor, self._align, *shared)
+        read = self._read_here(reader, windows)
+        if self._workers:
+            depth = -(-length * self._share * (AHEAD + 1) // self._workers)
+            pool = Pool([partial(_read, reader)] * self._workers, self._timeout, depth)
+            read = self._read_in_pool(reader, windows, pool)
+        with closing(reader), closing(read):
+            for window in read:
                 while window:
                     batch = window.pop(0)
                     self._count(batch)
@@ -130,7 +138,7 @@ class TileStream:
         return list(visits.values())
 
     def _read_here(
-        self, reader: TileReader, windows: Sequence[range]
+        self, reader: TileReader, windows: Iterable[range]
     ) -> Iterator[list[StreamBatch]]:
         for steps in windows:
             window = _Window(self._indices(steps), self._share, reader)
@@ -141,35 +149,34 @@ class TileStream:
             yield window.split()
 
     def _read_in_pool(
-        self, reader: TileReader, windows: Sequence[range]
+        self, reader: TileReader, windows: Iterable[range], pool: Pool
     ) -> Iterator[list[StreamBatch]]:
-        policy = CrashPolicy(
-            [source.name for source in self.plan.sources], lambda slide, index: f"tile {index}"
-        )
-        waiting = iter(enumerate(windows))
-        open_windows = dict[int, _Window]()
-        jobs = dict[int, tuple[int, list[int]]]()  # key -> window, tiles
-        depth = -(-len(self._indices(windows[0])) * (AHEAD + 1) // self._workers) if windows else 1
-        with closing(Pool([partial(_read, reader)] * self._workers, self._timeout, depth)) as pool:
-            key = 0
-            for wanted in range(len(windows)):
-                for number, steps in islice(waiting, AHEAD + 1 - len(open_windows)):
-                    open_windows[number] = _Window(self._indices(steps), self._share, reader)
+        names = [source.name for source in self.plan.sources]
+        policy = CrashPolicy(names, lambda _, index: f"tile {index} of the training")
+        waiting, keys = iter(windows), count()
+        under_way = deque[_Window]()
+        jobs = dict[int, tuple[_Window, list[int]]]()
+        with closing(pool):
+            while True:
+                for steps in islice(waiting, AHEAD + 1 - len(under_way)):
+                    window = _Window(self._indices(steps), self._share, reader)
+                    under_way.append(window)
                     for indices in self._jobs(steps):
-                        jobs[key] = number, indices
+                        jobs[key := next(keys)] = window, indices
                         pool.submit(key, indices)
-                        key += 1
-                while open_windows[wanted].left:
-                    for found, result in pool.wait():
-                        number, indices = jobs[found]
+                if not under_way:
+                    return
+                while under_way[0].left:
+                    for key, result in pool.wait():
+                        window, indices = jobs[key]
                         if isinstance(result, Lost):
                             self._record_crash(policy, result)
-                            pool.submit(found, indices)
+                            pool.submit(key, indices)
                         else:
                             policy.record_batch()
-                            del jobs[found]
-                            open_windows[number].add(indices, *_receive(result))
-                yield open_windows.pop(wanted).split()
+                            del jobs[key]
+                            window.add(indices, *_receive(result))
+                yield under_way.popleft().split()
 
     def _record_crash(self, policy: CrashPolicy, lost: Lost) -> None:
         policy.record_crash(lost)
@@ -249,11 +256,11 @@ class TileStream:
         Raises:
             UserError: it is of another corpus.
         """
-        count = len(self.plan.sources)
-        if len(state["drawn"]) != count:
+        found = len(self.plan.sources)
+        if len(state["drawn"]) != found:
             raise UserError(
                 f"slides: expected the {len(state['drawn'])} slides of the run that is resumed, "
-                f"found {count}; restore the cohort or start a new run"
+                f"found {found}; restore the cohort or start a new run"
             )
         if self.rank == 0:  # the sum over the processes is what counts
             self._drawn[:], self._bad[:] = state["drawn"], state["bad"]

@@ -50,6 +50,12 @@ class TissueCover:
         high = np.minimum(near + self.side, (x + side, y + side))
         return _union_area(low, high) / side**2
 
+    def share_of_one(self, left: int, top: int, x: int, y: int, side: int) -> float:
+        """Share of the square that the tile at (left, top) covers alone, which costs less."""
+        across = min(left + self.side, x + side) - max(left, x)
+        down = min(top + self.side, y + side) - max(top, y)
+        return max(across, 0) * max(down, 0) / side**2
+
     def _find_near(self, x: int, y: int, side: int) -> Int[np.ndarray, "k 2"]:
         """Corners of the tiles that have pixels in common with a square."""
         first = max((y - self.side + 1) // self.side - self._first, 0)
