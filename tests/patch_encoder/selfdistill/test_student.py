@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from common.ema import update_teacher
 from common.errors import UserError
 from patch_encoder.models.encoders import build_encoder
+from patch_encoder.pretraining.run_files import save_backbone, save_dino_checkpoint
 from patch_encoder.selfdistill.backbone import build_student_backbone
 from patch_encoder.selfdistill.student import SelfDistilled, build_student, make_teacher
 
@@ -211,3 +212,37 @@ def test_a_student_starts_from_a_file_at_another_size(tmp_path: Path) -> None:
     assert torch.equal(started.blocks[3].attn.qkv.weight, source.blocks[3].attn.qkv.weight)
     with pytest.raises(UserError, match="weights of another architecture"):
         build_student_backbone("vit_small", image_size=64, init=str(tmp_path / "c.pth"))
+
+
+@pytest.mark.parametrize("form", ["backbone", "DINO"])
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [
+        ("vit_tiny", {"patch_size": 8, "image_size": 32, "registers": 4}),
+        ("vit_tiny", {"patch_size": 14, "image_size": 56}),
+        ("vit_small", {"patch_size": 16, "image_size": 32}),
+        ("resnet50", {}),
+    ],
+)
+def test_what_a_run_leaves_behind_is_an_encoder(
+    arch: str, options: dict[str, int], form: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    student = build_student(arch, **HEAD | options)
+    teacher = make_teacher(student).eval()
+    for parameter in student.parameters():
+        nn.init.zeros_(parameter)
+    path = tmp_path / "weights.pt"
+    if form == "backbone":
+        save_backbone(path, teacher.backbone)
+    else:
+        state = {"optimizer": {}, "epoch": 1, "args": {"arch": arch}}
+        save_dino_checkpoint(path, student, teacher, torch.zeros(32), state)
+    encoder = build_encoder("dino", str(path))
+    side = options.get("image_size", 64)
+    pixels = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        expected = teacher.backbone(pixels)
+        torch.testing.assert_close(encoder.model.network(pixels), expected, rtol=1e-4, atol=1e-5)
+    assert encoder.dim == teacher.backbone.num_features
+    assert expected.std() > 0.01
