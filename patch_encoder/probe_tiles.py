@@ -220,7 +220,7 @@ def main(config: Config) -> None:
     study = open_study(config)
     sets = open_feature_sets(study)
     reference = choose_reference(config, sets)
-    inputs = {"tiles": study.digest} | {f"features of {one.label}": one.digest() for one in sets}
+    inputs = {"tiles": study.digest} | {f"features of {one.label}": one.digest for one in sets}
     world = World(0, 1, study.device)
     run = open_run(config.output, config, world, inputs=inputs, overwrite=config.overwrite)
     if run.results is not None:

@@ -33,20 +33,18 @@ class FeatureSet:
     Attributes:
         label: name in the table.
         control: whether it is there for comparison only.
-        made_from: provenance of each network.
+        digest: of what decides its features besides the tiles: weights, or bags.
+        made_from: all that decides the features of each network, the tiles among it.
         read: number of a network -> features (N, D) float32.
         encoder: what built them; None for bags.
     """
 
     label: str
     control: bool
+    digest: str
     made_from: tuple[dict[str, Any], ...]
     read: Callable[[int], np.ndarray]
     encoder: ProbedEncoder | None = None
-
-    def digest(self) -> str:
-        """Digest of the provenance."""
-        return sha256_bytes(repr(self.made_from).encode())
 
 
 Encode = Callable[[ProbedEncoder, int], np.ndarray]
@@ -80,7 +78,8 @@ def open_encoders(
             continue
         made_from = tuple({**beside, **entry} for entry in provenance)
         read = partial(_read_stored, folder, probed, made_from, encode)
-        sets.append(FeatureSet(probed.label, probed.control, made_from, read, probed))
+        digest = sha256_bytes(repr(provenance).encode())
+        sets.append(FeatureSet(probed.label, probed.control, digest, made_from, read, probed))
     return sets
 
 
@@ -135,9 +134,10 @@ def open_bag_sets(
         label = (folder.parent if folder.name in FOLDERS else folder).name
         bags = open_bags(folder, coords, tiles)
         digests = {slide: bag.digest() for slide, bag in bags.items()}
-        made_from = {**beside, "bags": sha256_bytes(repr(sorted(digests.items())).encode())}
+        digest = sha256_bytes(repr(sorted(digests.items())).encode())
+        made_from = {**beside, "bags": digest}
         read = partial(_read_bags, bags, tiles)
-        sets.append(FeatureSet(label, label in CONTROLS, (made_from,), read))
+        sets.append(FeatureSet(label, label in CONTROLS, digest, (made_from,), read))
     labels = [one.label for one in sets]
     if len(set(labels)) < len(labels):
         raise UserError(f"features: expected folders of different names, found {labels}")

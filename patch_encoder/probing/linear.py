@@ -72,6 +72,10 @@ def _fit(
 
     scaler = StandardScaler().fit(train_x.astype(np.float64))
     train, test = (scaler.transform(part.astype(np.float64)) for part in (train_x, test_x))
+    if train.shape[1] > len(train):
+        # the weights lie in the space of the training tiles, whose axes may be turned as one likes
+        axes = np.linalg.qr(train.T)[0]  # (D, N)
+        train, test = train @ axes, test @ axes
     model = LogisticRegression(class_weight="balanced", max_iter=ITERATIONS, warm_start=True)
     for strength in strengths:
         with warnings.catch_warnings():

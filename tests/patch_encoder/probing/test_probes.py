@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from common.errors import UserError
@@ -110,6 +113,18 @@ def test_the_linear_probe_does_not_care_about_scale_nor_about_the_number_of_a_cl
     np.testing.assert_allclose(found, scaled, atol=1e-3)
     called = found.argmax(1)
     assert (called[targets == 1] == 1).mean() > 0.7, "a rare class is not given up"
+
+
+def test_more_features_than_tiles_give_the_model_of_scikit_learn() -> None:
+    targets, groups = np.arange(40) % 2, np.arange(40)
+    features = RANDOM.normal(size=(40, 90)) + 0.3 * targets[:, None]
+    test = RANDOM.normal(size=(9, 90))
+    found, strength = linear_probe(features, targets, test, groups)
+    model = make_pipeline(
+        StandardScaler(), LogisticRegression(C=strength, class_weight="balanced", tol=1e-8)
+    )
+    expected = model.fit(features, targets).predict_proba(test)
+    np.testing.assert_allclose(found, expected, atol=2e-3)
 
 
 def test_the_penalty_is_chosen_by_groups_of_the_training_tiles() -> None:
