@@ -14,7 +14,7 @@ import math
 import threading
 from collections import OrderedDict
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -75,10 +75,8 @@ class TiffFile(ArraySlide):
                         "it to 8-bit RGB"
                     )
             stack.pop_all()  # stays open
-        if len(self._file.series) > 1:
-            logger.info(
-                "slide %s: the largest of %d images is read", self.slide_id, len(self._file.series)
-            )
+        if len(self._file.series) > 1 and not self._file.is_svs:  # a label belongs to an SVS
+            _announce_choice(self.slide_id, len(self._file.series))
         self.level_sizes = tuple(
             (shape[axes.index("X")], shape[axes.index("Y")]) for axes, shape, _ in layouts
         )
@@ -201,6 +199,12 @@ class TiffFile(ArraySlide):
         self._file.close()
         self._segments.clear()
         self._whole.clear()
+
+
+@lru_cache(maxsize=10_000)
+def _announce_choice(slide_id: str, images: int) -> None:
+    """Once a process: a slide is opened many times."""
+    logger.info("slide %s: the largest of %d images is read", slide_id, images)
 
 
 def _levels(file: tifffile.TiffFile) -> list[tifffile.TiffPageSeries]:

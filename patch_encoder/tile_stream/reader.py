@@ -70,9 +70,9 @@ class TileReader:
         return 2 if self.context_factor else 1
 
     def read(
-        self, indices: Sequence[int], out: UInt8[np.ndarray, "pictures n 3 s s"]
+        self, indices: Sequence[int], out: Sequence[UInt8[np.ndarray, "pictures 3 s s"]]
     ) -> tuple[list[int], list[BadDraw]]:
-        """Read the tiles of these indices into `out`.
+        """Read the tiles of these indices, each into its `out`.
 
         Returns:
             The source of each, and the draws that could not be read.
@@ -81,10 +81,10 @@ class TileReader:
             UserError: `ATTEMPTS` draws of one index could not be read.
         """
         slides, bad = list[int](), list[BadDraw]()
-        for number, index in enumerate(indices):
+        for index, pictures in zip(indices, out, strict=True):
             for attempt in range(ATTEMPTS):
                 draw = self.plan.draw(index, attempt)
-                reason = self._try(draw, out[:, number])
+                reason = self._try(draw, pictures)
                 if not reason:
                     slides.append(draw.slide)
                     break

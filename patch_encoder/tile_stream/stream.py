@@ -12,49 +12,28 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
 from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Int64, UInt8
-from torch import Tensor
 
 from common.distributed import gather_objects
 from common.errors import UserError
 from common.processes.crash_policy import CrashPolicy
-from common.processes.mapped import Mapped
 from common.processes.pool import Lost, Pool, Raised
 from patch_encoder.tile_stream.plan import TilePlan
 from patch_encoder.tile_stream.reader import BadDraw, TileReader
+from patch_encoder.tile_stream.windows import StreamBatch, Window, allocate_shared, locate
 
 logger = logging.getLogger(__name__)
 AHEAD = 2  # windows that are read while the training works on one
+Job = tuple[int, list[int], list[int]]  # memory, places in it, indices of tiles
+Reading = Callable[[Job], tuple[list[int], list[BadDraw]]]
 MOST_BAD, LEAST_BAD = 0.2, 5  # share of a slide's draws that may be bad, and how many always may
-
-
-@dataclass
-class StreamBatch:
-    """The tiles of a step that are this process's.
-
-    Attributes:
-        tiles: RGB.
-        context: the surroundings of each tile, where they are asked for.
-        indices: number of each tile in the training.
-        slides: index of each tile's source.
-        failures: draws that could not be read and were replaced, in order of index and attempt.
-    """
-
-    tiles: UInt8[Tensor, "b 3 s s"]
-    context: UInt8[Tensor, "b 3 s s"] | None
-    indices: Int64[Tensor, " b"]
-    slides: list[int]
-    failures: list[BadDraw]
 
 
 class TileStream:
@@ -107,21 +86,20 @@ class TileStream:
         """
         # steps that hold a block, so that each slide of it is opened once for all its tiles
         length = -(-self.plan.block // self.batch_size)
-        windows = (
-            range(first, min(first + length, last_step))
-            for first in range(first_step, last_step, length)
-        )
+        firsts = range(first_step, last_step, length)
+        windows = (self._indices(range(k, min(k + length, last_step))) for k in firsts)
         shared = self._given_up, self._readers
         reader = TileReader(self.plan, self._context_factor, self._align, *shared)
-        read = self._read_here(reader, windows)
-        if self._workers:
-            depth = -(-length * self._share * (AHEAD + 1) // self._workers)
-            pool = Pool([partial(_read, reader)] * self._workers, self._timeout, depth)
-            read = self._read_in_pool(reader, windows, pool)
-        with closing(reader), closing(read):
-            for window in read:
-                while window:
-                    batch = window.pop(0)
+        side, ahead = self.plan.tile_size, AHEAD if self._workers else 0
+        shape = (length, reader.pictures, self._share, 3, side, side)
+        memory = [allocate_shared(shape) for _ in range(ahead + 1)]
+        read = self._read_in_pool if self._workers else self._read_here
+        with (
+            closing(reader),
+            closing(read(partial(_read, reader, memory), windows, memory)) as found,
+        ):
+            for window in found:
+                for batch in window.split():
                     self._count(batch)
                     yield batch
 
@@ -130,53 +108,50 @@ class TileStream:
         starts = [step * self.batch_size + self.rank * self._share for step in steps]
         return [start + number for start in starts for number in range(self._share)]
 
-    def _jobs(self, steps: range) -> list[list[int]]:
-        """The tiles of each visit, of which one process reads all."""
-        visits = dict[int, list[int]]()
-        for index in self._indices(steps):
-            visits.setdefault(self.plan.visit(index), []).append(index)
-        return list(visits.values())
+    def _jobs(self, number: int, window: Window) -> Iterator[Job]:
+        for places in window.visits(self.plan):
+            yield number, places, [window.index(place) for place in places]
 
     def _read_here(
-        self, reader: TileReader, windows: Iterable[range]
-    ) -> Iterator[list[StreamBatch]]:
-        for steps in windows:
-            window = _Window(self._indices(steps), self._share, reader)
-            for indices in self._jobs(steps):
-                shape = (reader.pictures, len(indices), *window.shape)
-                tiles = np.empty(shape, np.uint8)
-                window.add(indices, tiles, *reader.read(indices, tiles))
-            yield window.split()
+        self, read: Reading, windows: Iterable[list[int]], memory: Sequence[np.ndarray]
+    ) -> Iterator[Window]:
+        for indices in windows:
+            window = Window(indices, memory[0])
+            for job in self._jobs(0, window):
+                window.add(job[1], *read(job))
+            yield window
 
     def _read_in_pool(
-        self, reader: TileReader, windows: Iterable[range], pool: Pool
-    ) -> Iterator[list[StreamBatch]]:
+        self, read: Reading, windows: Iterable[list[int]], memory: Sequence[np.ndarray]
+    ) -> Iterator[Window]:
+        """Windows in order; while one is worked on, its memory is not written to."""
         names = [source.name for source in self.plan.sources]
         policy = CrashPolicy(names, lambda _, index: f"tile {index} of the training")
-        waiting, keys = iter(windows), count()
-        under_way = deque[_Window]()
-        jobs = dict[int, tuple[_Window, list[int]]]()
-        with closing(pool):
+        waiting, keys, under_way = enumerate(windows), count(), deque[Window]()
+        jobs = dict[int, tuple[Window, Job]]()
+        depth = -(-self._share * len(memory) * len(memory[0]) // self._workers)
+        with closing(Pool([read] * self._workers, self._timeout, depth)) as pool:
             while True:
-                for steps in islice(waiting, AHEAD + 1 - len(under_way)):
-                    window = _Window(self._indices(steps), self._share, reader)
+                for number, indices in islice(waiting, len(memory) - len(under_way)):
+                    window = Window(indices, memory[number % len(memory)])
                     under_way.append(window)
-                    for indices in self._jobs(steps):
-                        jobs[key := next(keys)] = window, indices
-                        pool.submit(key, indices)
+                    for job in self._jobs(number % len(memory), window):
+                        jobs[key := next(keys)] = window, job
+                        pool.submit(key, job)
                 if not under_way:
                     return
                 while under_way[0].left:
                     for key, result in pool.wait():
-                        window, indices = jobs[key]
+                        window, job = jobs[key]
                         if isinstance(result, Lost):
                             self._record_crash(policy, result)
-                            pool.submit(key, indices)
+                            pool.submit(key, job)
                         else:
                             policy.record_batch()
                             del jobs[key]
-                            window.add(indices, *_receive(result))
-                yield under_way.popleft().split()
+                            window.add(job[1], *_check(result))
+                yield under_way[0]
+                under_way.popleft()
 
     def _record_crash(self, policy: CrashPolicy, lost: Lost) -> None:
         policy.record_crash(lost)
@@ -270,72 +245,15 @@ class TileStream:
         self.plan = self.plan.without(state["dropped"])
 
 
-class _Window:
-    """The tiles of a few steps while they come in.
-
-    Attributes:
-        left: tiles that have not come.
-    """
-
-    def __init__(self, indices: Sequence[int], share: int, reader: TileReader) -> None:
-        side = reader.plan.tile_size
-        self.shape, self.left = (3, side, side), len(indices)
-        self._indices, self._share = indices, share
-        self._place = {index: place for place, index in enumerate(indices)}
-        shape = (len(indices) // share, reader.pictures, share, *self.shape)
-        self._pictures = torch.empty(shape, dtype=torch.uint8)
-        self._slides = [0] * len(indices)
-        self._failures = list[BadDraw]()
-
-    def add(
-        self,
-        indices: Sequence[int],
-        pictures: UInt8[np.ndarray, "pictures n 3 s s"],
-        slides: Sequence[int],
-        failures: Sequence[BadDraw],
-    ) -> None:
-        """Tiles that have come."""
-        for number, (index, slide) in enumerate(zip(indices, slides, strict=True)):
-            step, place = divmod(self._place[index], self._share)
-            self._pictures[step, :, place] = torch.from_numpy(pictures[:, number])
-            self._slides[self._place[index]] = slide
-        self._failures += failures
-        self.left -= len(indices)
-
-    def split(self) -> list[StreamBatch]:
-        """The batch of each step."""
-        batches = []
-        for step, (tiles, *context) in enumerate(self._pictures):
-            part = slice(step * self._share, (step + 1) * self._share)
-            indices = self._indices[part]
-            span = range(indices[0], indices[-1] + 1)
-            failures = sorted(draw for draw in self._failures if draw.index in span)
-            batches.append(
-                StreamBatch(
-                    tiles,
-                    context[0] if context else None,
-                    torch.tensor(indices, dtype=torch.int64),
-                    self._slides[part],
-                    failures,
-                )
-            )
-        return batches
+def _read(reader: TileReader, memory: Sequence[np.ndarray], job: Job) -> Any:
+    """In a worker: the tiles into shared memory, what comes with them as plain values."""
+    number, places, indices = job
+    return reader.read(indices, [locate(memory[number], place) for place in places])
 
 
-def _read(reader: TileReader, indices: list[int]) -> Mapped:
-    """In a worker: the tiles in shared memory, and what comes with them as plain values."""
-    side = reader.plan.tile_size
-    shape = (reader.pictures, len(indices), 3, side, side)
-    result = Mapped(None, int(np.prod(shape)))
-    tiles = np.frombuffer(result.memory, np.uint8).reshape(shape)
-    result.value = (shape, *reader.read(indices, tiles))
-    return result
-
-
-def _receive(result: Mapped | Raised) -> tuple[np.ndarray, list[int], list[BadDraw]]:
+def _check(result: Any) -> tuple[list[int], list[BadDraw]]:
     if isinstance(result, Raised):
         if result.by_user:
             raise UserError(result.reason)
         raise RuntimeError(f"a reading process raised\n{result.traceback}")
-    shape, slides, failures = result.value
-    return np.frombuffer(result.memory, np.uint8).reshape(shape), slides, failures
+    return result

@@ -25,11 +25,11 @@ from tests.patch_encoder.tile_stream.corpus import SIDE, make_tree, store
 def read(reader: TileReader, indices: list[int]) -> tuple[np.ndarray, list[int]]:
     """Pictures (pictures, n, s, s, 3), and the source of each tile."""
     side = reader.plan.tile_size
-    out = np.empty((reader.pictures, len(indices), 3, side, side), np.uint8)
+    out = np.empty((len(indices), reader.pictures, 3, side, side), np.uint8)
     slides, bad = reader.read(indices, out)
     assert not bad
     reader.close()
-    return out.transpose(0, 1, 3, 4, 2), slides
+    return out.transpose(1, 0, 3, 4, 2), slides
 
 
 def gradient(path: Path, width: int = 512, height: int = 512, **keys: object) -> Path:

@@ -25,7 +25,8 @@ from patch_encoder.slides.tiff_file import TiffFile
 from patch_encoder.tile_stream import reader as reader_module
 from patch_encoder.tile_stream.plan import TilePlan
 from patch_encoder.tile_stream.sources import find_sources
-from patch_encoder.tile_stream.stream import StreamBatch, TileStream
+from patch_encoder.tile_stream.stream import TileStream
+from patch_encoder.tile_stream.windows import StreamBatch
 from tests.helpers import children, die
 from tests.patch_encoder.tile_stream.corpus import make_tree, store
 
