@@ -4,7 +4,8 @@
     python -m patch_encoder.convert_coordinates input=clam/patches to=ours output=runs/tiles
     slides=cohort/slides
 
-One file or every one of a folder. Writes `coords/<slide_id>.h5` (ours), `patches/<slide_id>.h5`
+One file, every one of a folder, or INTELLIGENS's tree, where each `slide.npy` lies beside its slide
+in the folder of a sub-dataset. Writes `coords/<slide_id>.h5` (ours), `patches/<slide_id>.h5`
 (CLAM, AtlasPatch), `patches/<slide_id>_patches.h5` (TRIDENT) or `<slide_id>.npy|.geojson|.h5` below
 `output`. Files that are there with the same content are kept, other content is refused; slides that
 fail are listed in `failures.csv` and the exit status is 1.
@@ -45,7 +46,8 @@ class Config(ReaderKeys, SelectionKeys):
 
     input: str = key(
         REQUIRED,
-        "a coordinates file, or a folder of them (also its coords/, patches/ or h5_files/)",
+        "a coordinates file, a folder of them (also its coords/, patches/ or h5_files/), or a tree "
+        "with <slide>.npy beside the slides",
         path=True,
     )
     output: str = key(REQUIRED, "where the results are written; the converted files", runtime=True)
@@ -63,11 +65,11 @@ class Config(ReaderKeys, SelectionKeys):
     overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
 
 
-def find_input_files(path: Path) -> dict[str, Path]:
-    """Slide id -> coordinates file.
+def find_input_files(path: Path, problems: dict[str, str]) -> dict[str, Path]:
+    """Slide id -> coordinates file; `problems` gets the slides that several folders of a tree have.
 
     Raises:
-        UserError: none there, or two of one slide.
+        UserError: none there, or a folder has two of one slide.
     """
     if path.is_file():
         return {file_slide_id(path): path}
@@ -81,8 +83,18 @@ def find_input_files(path: Path) -> dict[str, Path]:
                         f"{found[slide_id]} and {file}"
                     )
                 found[slide_id] = file
-        if found:
+        if found and folder:
             return found
+    for file in sorted(path.glob("*/**/[!.]*.npy")):
+        slide_id = file_slide_id(file)
+        if slide_id in found:
+            problems[slide_id] = (
+                f"slide '{slide_id}': expected it in one folder, found {found[slide_id]} and "
+                f"{file}; convert each sub-dataset by itself: input={file.parent}"
+            )
+        found.setdefault(slide_id, file)
+    if found:
+        return {slide_id: file for slide_id, file in found.items() if slide_id not in problems}
     raise UserError(f"input={path}: expected coordinates files ({', '.join(SUFFIXES)}), found none")
 
 
@@ -157,7 +169,8 @@ def convert(
 
 
 def main(config: Config) -> int:
-    files = find_input_files(Path(config.input))
+    repeated: dict[str, str] = {}
+    files = find_input_files(Path(config.input), repeated)
     selection = config.selection()
     if config.suffixes and not config.slides:
         raise UserError("suffixes: expected slides=... to take the files of, found none")
@@ -177,7 +190,8 @@ def main(config: Config) -> int:
         else {}
     )
     failures, written = Failures(STAGE), 0
-    for slide_id in selection.names.keys() - files.keys():
+    failures.add_all({name: line for name, line in repeated.items() if selection.takes_id(name)})
+    for slide_id in selection.names.keys() - files.keys() - repeated.keys():
         failures.add(slide_id, f"in slides_list, but not in {config.input}")
     for slide_id, file in progress(files.items(), "converting", len(files), "slides"):
         try:

@@ -66,16 +66,9 @@ def find_slides(
     Raises:
         UserError: no slide there that can be used.
     """
-    root, pattern = Path(root), parse_tile_pattern(tile_pattern)
-    problems: dict[str, str] = {}
-    if root.is_file():
-        found = [root]
-    elif not root.is_dir():
-        raise UserError(f"slides={root}: expected a folder of slides, found none")
-    else:
-        asked = PICTURE_SUFFIXES if pictures else PICTURE_SUFFIXES & selection.suffixes
-        found = _walk(root, pattern, SLIDE_SUFFIXES | asked, set(), problems)
-        found = found or _walk(root, pattern, PICTURE_SUFFIXES, set(), problems)
+    root, problems = Path(root), dict[str, str]()
+    pattern = parse_tile_pattern(tile_pattern)
+    found = _find_paths(root, pattern, pictures, selection, problems)
     by_id = _group(found, selection, problems)
     missing = (wanted | selection.names.keys()) - by_id.keys()
     if missing and root.is_dir():
@@ -86,6 +79,54 @@ def find_slides(
     problems |= {name: _describe_two(name, paths) for name, paths in taken.items() if paths[1:]}
     cohort = FoundSlides(slides, problems, frozenset(name for name in taken if not taken[name]))
     return _refuse_empty(_add_unlisted(cohort, root, selection), root, tile_pattern)
+
+
+def find_slides_by_folder(
+    root: str | Path,
+    tile_pattern: str = "",
+    pictures: bool = False,
+    *,
+    selection: Selection = ALL,
+) -> FoundSlides:
+    """Every slide anywhere below `root`, named `<folder below root>/<slide id>`: folders are
+    cohorts of their own, whose slides may have the same ids. The arguments are those of
+    `find_slides`.
+
+    Raises:
+        UserError: no slide there that can be used.
+    """
+    root, problems = Path(root), dict[str, str]()
+    slides: dict[str, Path] = {}
+    excluded: set[str] = set()
+    folders: dict[str, list[Path]] = {}
+    pattern = parse_tile_pattern(tile_pattern)
+    for path in _find_paths(root, pattern, pictures, selection, problems):
+        below = "" if path == root else path.parent.relative_to(root).as_posix()
+        folders.setdefault("" if below == "." else f"{below}/", []).append(path)
+    for folder, paths in sorted(folders.items()):
+        for slide_id, files in sorted(_group(paths, selection, problems).items()):
+            taken = _take(files, selection)
+            if len(taken) == 1:
+                slides[folder + slide_id] = taken[0]
+            elif taken:
+                problems[folder + slide_id] = _describe_two(slide_id, taken)
+            else:
+                excluded.add(folder + slide_id)
+    cohort = FoundSlides(slides, problems, frozenset(excluded))
+    return _refuse_empty(cohort, root, tile_pattern)
+
+
+def _find_paths(
+    root: Path, pattern: TilePattern, pictures: bool, selection: Selection, problems: dict[str, str]
+) -> list[Path]:
+    """The slide files and folders of a tree, or `root` itself; pictures where nothing else is."""
+    if root.is_file():
+        return [root]
+    if not root.is_dir():
+        raise UserError(f"slides={root}: expected a folder of slides, found none")
+    asked = PICTURE_SUFFIXES if pictures else PICTURE_SUFFIXES & selection.suffixes
+    found = _walk(root, pattern, SLIDE_SUFFIXES | asked, set(), problems)
+    return found or _walk(root, pattern, PICTURE_SUFFIXES, set(), problems)
 
 
 def _group(

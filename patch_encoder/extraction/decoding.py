@@ -9,9 +9,7 @@ batches stay what they are, so that every other bag is the same to the last byte
 from __future__ import annotations
 
 import heapq
-import logging
 import math
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
@@ -21,60 +19,12 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.processes.crash_policy import CrashPolicy
 from common.processes.mapped import Mapped
 from common.processes.pool import Lost, Pool, Raised
 from patch_encoder.extraction.tile_batches import TileBatch, TileSequence
 
-logger = logging.getLogger(__name__)
 AHEAD = 2  # batches a process, read or being read, that wait for the device
-UNEXPLAINED = 3  # deaths outside any slide, one after the other, that end the run
-
-
-class CrashPolicy:
-    """Decides when to stop retrying a slide: after two decoding workers have crashed on it.
-
-    Attributes:
-        given_up: slide index -> reason.
-    """
-
-    def __init__(self, sequence: TileSequence) -> None:
-        self.given_up: dict[int, str] = {}
-        self._jobs = sequence.jobs
-        self._struck: dict[int, float] = {}  # slide index -> when a process was lost over it
-        self._unexplained = 0
-
-    def record_batch(self) -> None:
-        """A batch has come, so that workers do not die one after the other."""
-        self._unexplained = 0
-
-    def record_crash(self, lost: Lost) -> None:
-        """A worker crashed or hung.
-
-        Raises:
-            UserError: that happens again and again outside any slide.
-        """
-        if not lost.reason:  # the batch only waited for that process
-            return
-        if lost.at is None:
-            self._unexplained += 1
-            logger.warning("%s, at no slide; its batch is read again", lost.reason)
-            if self._unexplained == UNEXPLAINED:
-                raise UserError(
-                    f"{self._unexplained} decoding processes were lost one after the other, the "
-                    f"last: {lost.reason}; finished "
-                    "slides are kept: lower workers= or batch_size= and start again"
-                )
-            return
-        slide, tile = lost.at
-        job = self._jobs[slide]
-        reason = f"{lost.reason} at tile {tile + 1} of {len(job.coordinates.coords)}"
-        if slide not in self._struck:
-            logger.warning("slide %s: %s; it is tried once more", job.slide_id, reason)
-            self._struck[slide] = time.monotonic()
-        elif (
-            lost.since > self._struck[slide]
-        ):  # else a neighbour at the same slide, lost together with the first
-            self.given_up[slide] = f"{reason}, and so did another before it; the slide is given up"
 
 
 def batches(
@@ -99,7 +49,12 @@ def batches(
     if workers == 0:
         yield from (sequence.batch(span, {}) for span in spans)
         return
-    policy, waiting, done = CrashPolicy(sequence), list(range(len(spans))), dict[int, TileBatch]()
+    counts = [len(job.coordinates.coords) for job in sequence.jobs]
+    policy = CrashPolicy(
+        [job.slide_id for job in sequence.jobs],
+        lambda slide, tile: f"tile {tile + 1} of {counts[slide]}",
+    )
+    waiting, done = list(range(len(spans))), dict[int, TileBatch]()
     readers = [partial(_read, sequence)] * min(workers, len(spans))
     with closing(Pool(readers, timeout, AHEAD)) as pool:
         for wanted in range(len(spans)):

@@ -17,8 +17,8 @@ from common.processes.pool import heartbeat
 from patch_encoder.slides import RegionError, Slide, SlideError, open_slide
 from patch_encoder.stain.normaliser import Normaliser
 from patch_encoder.stain.slide_stains import SlideStains
-from patch_encoder.tiles.coordinates import SlideJob, TileGeometry
-from patch_encoder.tiles.grid import read_tile
+from patch_encoder.tiles.coordinates import SlideJob
+from patch_encoder.tiles.grid import check_size, read_tile
 
 logger = logging.getLogger(__name__)
 Place = Callable[..., Tensor]  # (shape, dtype=) -> memory for a batch
@@ -134,17 +134,6 @@ class TileSequence:
             check_size(slide, job.coordinates.geometry)
         self._open.move_to_end(index)
         return self._open[index]
-
-
-def check_size(slide: Slide, geometry: TileGeometry) -> None:
-    """Refuse coordinates of a slide of another size, where they say it (CLAM's do not)."""
-    found, expected = (slide.width, slide.height), (geometry.level0_width, geometry.level0_height)
-    if all(expected) and found != expected:
-        raise SlideError(
-            f"slide {slide.slide_id}: expected {expected[0]} x {expected[1]} px as when it was "
-            f"tiled, found {found[0]} x "
-            f"{found[1]}: another slide of that name; tile it again"
-        )
 
 
 def collate(items: Sequence[tuple[int, Tensor | BadTile]], place: Place = torch.empty) -> TileBatch:

@@ -88,6 +88,12 @@ class Slide(ABC):
             SlideError: the file is gone.
         """
 
+    def file_tile(self, level: int) -> tuple[int, int] | None:
+        """(width, height) of the tiles that the file stores a level in, in pixels of the level;
+        None where they are unknown or the level is not tiled.
+        """
+        return None
+
     def is_blank(self, x: int, y: int, size: int) -> bool:
         """Whether a square is known to be white unread: a tile folder's places without tiles."""
         return False

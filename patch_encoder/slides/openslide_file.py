@@ -78,6 +78,11 @@ class OpenSlideFile(Slide):
                     f"slide {self.slide_id}: {place} cannot be decoded: {error}"
                 ) from None
 
+    def file_tile(self, level: int) -> tuple[int, int] | None:
+        names = [f"openslide.level[{level}].tile-{axis}" for axis in ("width", "height")]
+        sides = [int(self.properties.get(name, 0)) for name in names]
+        return (sides[0], sides[1]) if all(sides) else None
+
     def transparent_share(self) -> float | None:
         level = len(self.level_sizes) - 1
         width, height = self.level_sizes[level]

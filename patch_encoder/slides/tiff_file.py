@@ -14,7 +14,7 @@ import math
 import threading
 from collections import OrderedDict
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -37,10 +37,18 @@ PHOTOMETRICS = (0, 1, 2)
 
 
 class TiffFile(ArraySlide):
-    """A TIFF handle of tifffile; memory holds the segments read last."""
+    """A TIFF handle of tifffile; memory holds the segments read last.
 
-    def __init__(self, path: Path, mpp: float | None = None) -> None:
-        self.slide_id, self.path = slide_id_of(path), path
+    Args:
+        path: the file.
+        mpp: um per level-0 pixel, where the user gives it.
+        cached_bytes: of decoded segments that are kept.
+    """
+
+    def __init__(
+        self, path: Path, mpp: float | None = None, cached_bytes: int = CACHED_BYTES
+    ) -> None:
+        self.slide_id, self.path, self._cached_bytes = slide_id_of(path), path, cached_bytes
         with ExitStack() as stack:
             try:
                 self._file = stack.enter_context(tifffile.TiffFile(path))
@@ -67,10 +75,8 @@ class TiffFile(ArraySlide):
                         "it to 8-bit RGB"
                     )
             stack.pop_all()  # stays open
-        if len(self._file.series) > 1:
-            logger.info(
-                "slide %s: the largest of %d images is read", self.slide_id, len(self._file.series)
-            )
+        if len(self._file.series) > 1 and not self._file.is_svs:  # a label belongs to an SVS
+            _announce_choice(self.slide_id, len(self._file.series))
         self.level_sizes = tuple(
             (shape[axes.index("X")], shape[axes.index("Y")]) for axes, shape, _ in layouts
         )
@@ -83,6 +89,10 @@ class TiffFile(ArraySlide):
         self._whole: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
         self.tiff_path = path
+
+    def file_tile(self, level: int) -> tuple[int, int] | None:
+        page = self._pages[level]
+        return (page.tilewidth, page.tilelength) if page.is_tiled else None
 
     def cut(self, level: int, left: int, top: int, right: int, bottom: int) -> np.ndarray:
         try:
@@ -155,7 +165,7 @@ class TiffFile(ArraySlide):
             self._segments[level, index] = pixels
             while (
                 len(self._segments) > 1
-                and sum(part.nbytes for part in self._segments.values()) > CACHED_BYTES
+                and sum(part.nbytes for part in self._segments.values()) > self._cached_bytes
             ):
                 self._segments.popitem(last=False)
         return pixels
@@ -189,6 +199,12 @@ class TiffFile(ArraySlide):
         self._file.close()
         self._segments.clear()
         self._whole.clear()
+
+
+@lru_cache(maxsize=10_000)
+def _announce_choice(slide_id: str, images: int) -> None:
+    """Once a process: a slide is opened many times."""
+    logger.info("slide %s: the largest of %d images is read", slide_id, images)
 
 
 def _levels(file: tifffile.TiffFile) -> list[tifffile.TiffPageSeries]:

@@ -226,6 +226,9 @@ class TileFolder(Slide):
                 self._cache.popitem(last=False)
         return pixels
 
+    def file_tile(self, level: int) -> tuple[int, int] | None:
+        return (self.tile_side, self.tile_side) if self._strict else None
+
     def is_blank(self, x: int, y: int, size: int) -> bool:
         # a mosaic may be huge and nearly empty
         return not any(cell in self._corners for cell in self._cells_of(x, y, size))

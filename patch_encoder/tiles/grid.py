@@ -16,7 +16,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.processes.pool import heartbeat
-from patch_encoder.slides.base import Slide
+from patch_encoder.slides.base import Slide, SlideError
 from patch_encoder.slides.resolution import REMEDY
 from patch_encoder.tiles.coordinates import TileGeometry
 
@@ -166,3 +166,14 @@ def read_tile(slide: Slide, where: TileGeometry | Mapping[str, Any], x: int, y: 
         return tile
     size = (geometry.target_size, geometry.target_size)
     return np.asarray(Image.fromarray(tile).resize(size, Image.Resampling.BICUBIC))
+
+
+def check_size(slide: Slide, geometry: TileGeometry) -> None:
+    """Refuse coordinates of a slide of another size, where they say it (CLAM's do not)."""
+    found, expected = (slide.width, slide.height), (geometry.level0_width, geometry.level0_height)
+    if all(expected) and found != expected:
+        raise SlideError(
+            f"slide {slide.slide_id}: expected {expected[0]} x {expected[1]} px as when it was "
+            f"tiled, found {found[0]} x "
+            f"{found[1]}: another slide of that name; tile it again"
+        )

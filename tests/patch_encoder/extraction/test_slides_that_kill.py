@@ -20,6 +20,7 @@ import torch
 
 from common.cli import run
 from common.errors import UserError
+from common.processes.crash_policy import CrashPolicy
 from common.processes.pool import Lost
 from common.processes.ray_cluster import RayPool, RaySettings
 from patch_encoder import extract_features, tile_slides
@@ -162,9 +163,8 @@ def test_a_reader_that_is_killed_once_costs_nothing(
     assert bags(cohort) == bags(cohort, "clean")
 
 
-def test_two_readers_lost_over_a_slide_at_once_are_one_try(cohort: Path) -> None:
-    job = SlideJob("a", Path("a"), read_coordinates(cohort / "tiles" / "coords" / "S000.h5"), None)
-    policy = decoding.CrashPolicy(TileSequence([job], np.asarray))
+def test_two_readers_lost_over_a_slide_at_once_are_one_try() -> None:
+    policy = CrashPolicy(["a"], lambda slide, tile: f"tile {tile + 1} of 19")
     began = time.monotonic()
     policy.record_crash(Lost("killed", (0, 3), began))
     policy.record_crash(Lost("killed", (0, 9), began))

@@ -1,0 +1,207 @@
+"""Tiles a second for pre-training straight from slides: ours against the naive loop, which opens
+its slide for every tile, and against decoding alone.
+
+    python -m benchmarks.pretraining_data --svs ../shared/data/wsi_openslide/cmu-1-small-region.svs
+
+All read the same tiles, at random places of `--slides` slides: an SVS, and a JPEG-tiled TIFF that
+is made of it. `naive` takes them in the order of training. `OpenSlide, kept open` goes slide by
+slide as ours does, with as many handles. `decoding` does so with the reader that ours takes, and
+nothing around it: no plan, no process, no batch. These are one process each, and `ours` is one that
+reads and the one that collects. They take turns; figures are medians over rounds, with the files
+in the system's cache. CPU time leaves out what other jobs of the machine take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import openslide
+import tifffile
+import torch
+
+from benchmarks.rounds import make_parser, say
+from patch_encoder.tile_stream.plan import Draw, TilePlan
+from patch_encoder.tile_stream.slide_shelf import TIFF, SlideShelf
+from patch_encoder.tile_stream.sources import find_sources
+from patch_encoder.tile_stream.stream import TileStream
+
+TILE, BATCH = 256, 128
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def make_tiff(svs: Path, path: Path, side: int) -> None:
+    """A slide of mirrored copies of another one: JPEG tiles of 256 px, quality 80, three levels."""
+    with openslide.OpenSlide(str(svs)) as slide:
+        piece = np.asarray(slide.read_region((0, 0), 0, (2048, 2048)).convert("RGB"))
+    row = np.concatenate([piece, piece[:, ::-1]], axis=1)
+    block = np.concatenate([row, row[::-1]])
+    pixels = np.tile(block, (-(-side // 4096), -(-side // 4096), 1))[:side, :side]
+    with tifffile.TiffWriter(path) as writer:
+        for factor in (1, 4, 16):
+            writer.write(
+                np.ascontiguousarray(pixels[::factor, ::factor]),
+                tile=(TILE, TILE),
+                compression="jpeg",
+                compressionargs={"level": 80},
+                photometric="ycbcr",
+                subfiletype=int(factor > 1),
+                resolution=(2e4 / factor, 2e4 / factor),
+                resolutionunit="CENTIMETER",
+            )
+
+
+def make_corpus(slide: Path, folder: Path, count: int) -> TilePlan:
+    """`count` names of one file, with all of its tiles, and a plan of them."""
+    folder.mkdir(parents=True)
+    with openslide.OpenSlide(str(slide)) as handle:
+        axes = [np.arange(0, length - TILE + 1, TILE) for length in handle.dimensions]
+    corners = np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, 2)
+    for number in range(count):
+        os.link(slide, folder / f"slide_{number}{slide.suffix}")
+        np.save(folder / f"slide_{number}.npy", corners)
+    return TilePlan(find_sources(folder, {}), tile_size=TILE)
+
+
+def read_naively(plan: TilePlan, draws: Sequence[Draw]) -> np.ndarray:
+    """Every tile from a slide that is opened for it; the last batch."""
+    out = np.empty((BATCH, TILE, TILE, 3), np.uint8)
+    for number, draw in enumerate(draws):
+        with openslide.OpenSlide(str(plan.sources[draw.slide].path)) as slide:
+            region = slide.read_region((draw.x, draw.y), 0, (TILE, TILE))
+            out[number % BATCH] = np.asarray(region.convert("RGB"))
+    return out
+
+
+def decode(plan: TilePlan, draws: Sequence[Draw]) -> np.ndarray:
+    """Visit by visit, with the handles of `open_slides` slides kept."""
+    handles: OrderedDict[int, openslide.OpenSlide] = OrderedDict()
+    out = np.empty((BATCH, TILE, TILE, 3), np.uint8)
+    order = np.argsort([plan.visit(draw.index) for draw in draws], kind="stable")
+    for number in order.tolist():
+        draw = draws[number]
+        if draw.slide not in handles:
+            if len(handles) == plan.open_slides:
+                handles.popitem(last=False)[1].close()
+            handles[draw.slide] = openslide.OpenSlide(str(plan.sources[draw.slide].path))
+        handles.move_to_end(draw.slide)
+        region = handles[draw.slide].read_region((draw.x, draw.y), 0, (TILE, TILE))
+        out[number % BATCH] = np.asarray(region.convert("RGB"))
+    for handle in handles.values():
+        handle.close()
+    return out
+
+
+def decode_alike(plan: TilePlan, draws: Sequence[Draw]) -> np.ndarray:
+    """As `decode`, with the reader that ours takes."""
+    slides = SlideShelf(plan.sources, plan.open_slides, bytearray([TIFF] * len(plan.sources)))
+    out = np.empty((BATCH, TILE, TILE, 3), np.uint8)
+    order = np.argsort([plan.visit(draw.index) for draw in draws], kind="stable")
+    for number in order.tolist():
+        draw = draws[number]
+        out[number % BATCH] = slides.get(draw.slide).read(draw.x, draw.y, TILE)
+    slides.close()
+    return out
+
+
+def stream(source: TileStream, steps: int) -> np.ndarray:
+    """Our batches; the last one."""
+    for batch in source.batches(0, steps):
+        tiles = batch.tiles
+    return tiles.permute(0, 2, 3, 1).numpy()
+
+
+def cpu_seconds() -> float:
+    """CPU seconds of this process and of its workers that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def measure(plan: TilePlan, steps: int, rounds: int, workers: int) -> dict[str, dict[str, float]]:
+    """{who: tiles/s and CPU ms a tile}: medians over rounds in which all take turns."""
+    draws = [plan.draw(index) for index in range(steps * BATCH)]
+    contestants: dict[str, Callable[[], np.ndarray]] = {
+        "naive": lambda: read_naively(plan, draws),
+        "OpenSlide, kept open": lambda: decode(plan, draws),
+        "decoding": lambda: decode_alike(plan, draws),
+    }
+    # which reader a slide has is found out once in a training: in the round that warms up
+    for name, keys in (
+        ("ours, in the process", {"workers": 0}),
+        ("ours", {"workers": workers}),
+        ("ours, align", {"workers": workers, "align": True}),
+    ):
+        source = TileStream(plan, BATCH, **keys)
+        contestants[name] = partial(stream, source, steps)
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
+    for round_ in range(rounds + 1):
+        pictures = {}
+        for name, call in contestants.items():
+            start, used = time.perf_counter(), cpu_seconds()
+            pictures[name] = call()
+            seconds, used = time.perf_counter() - start, cpu_seconds() - used
+            if round_:
+                found[name].append((len(draws) / seconds, 1e3 * used / len(draws)))
+        say(f"round {round_} of {rounds}")
+        del pictures["ours, align"]
+        assert all(np.array_equal(tiles, pictures["naive"]) for tiles in pictures.values())
+    medians = {name: np.median(values, axis=0).tolist() for name, values in found.items()}
+    return {name: {"tiles/s": m[0], "CPU ms/tile": m[1]} for name, m in medians.items()} | {
+        "ratios": {
+            "ours / naive": ratio(found, "ours", "naive"),
+            "ours / decoding": ratio(found, "ours", "decoding"),
+            "CPU naive / ours": ratio(found, "naive", "ours", 1),
+            "CPU decoding / ours": ratio(found, "decoding", "ours", 1),
+        }
+    }
+
+
+def ratio(found: dict[str, list[tuple[float, float]]], a: str, b: str, column: int = 0) -> float:
+    """Median over rounds of a figure of `a` over that of `b`."""
+    return statistics.median(x[column] / y[column] for x, y in zip(found[a], found[b], strict=True))
+
+
+def parse() -> argparse.Namespace:
+    parser = make_parser(__doc__, slides=48, steps=8, rounds=5, workers=1, side=8192)
+    parser.add_argument("--svs", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "benchmark_pretraining_data")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> None:
+    a = parse()
+    torch.set_num_threads(1)
+    shutil.rmtree(a.folder, ignore_errors=True)
+    a.folder.mkdir(parents=True)
+    svs, tiff = a.folder / "slide.svs", a.folder / "slide.tiff"
+    shutil.copy(a.svs, svs)
+    make_tiff(a.svs, tiff, a.side)
+    results = {}
+    for name, slide in (("svs", svs), ("JPEG-tiled TIFF", tiff)):
+        say(name)
+        plan = make_corpus(slide, a.folder / name, a.slides)
+        results[name] = measure(plan, a.steps, a.rounds, a.workers)
+    shutil.rmtree(a.folder)
+    if a.json:
+        print(json.dumps(results))
+        return
+    print(f"{a.slides} slides, {a.steps * BATCH} tiles of {TILE} px, {a.rounds} rounds")
+    for name, rows in results.items():
+        print(name)
+        for who, figures in rows.items():
+            print(f"  {who:22}" + "".join(f"{what:>20} {x:8.2f}" for what, x in figures.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Tiles for pre-training, straight from whole slides: which ones, in which order, and read fast."""
