@@ -153,7 +153,7 @@ class Config:
     views: int = key(1, "with cache: quarter turns of every training tile that are cached, 1 to 4")
     cache_dir: str = key(
         "",
-        "folder of the cached features, shared by runs; empty: d2vfm_cache beside the run",
+        "folder of a cache that runs share; features; empty: d2vfm_cache beside the run",
         runtime=True,
     )
     cache_dtype: str = key("float32", "numbers in the cache", choices=DTYPES)

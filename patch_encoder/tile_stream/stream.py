@@ -46,7 +46,7 @@ class TileStream:
         workers: reading processes; 0: this one, where a slide that crashes or hangs its reader is
             not survived.
         read_timeout: seconds that a tile may take.
-        context_factor, align: as for `TileReader`.
+        context_factor, align, cache_dir: as for `TileReader`.
 
     Raises:
         UserError: a batch that processes cannot share.
@@ -63,14 +63,21 @@ class TileStream:
         read_timeout: float = 300.0,
         context_factor: int = 0,
         align: bool = False,
+        cache_dir: str = "",
     ) -> None:
+        if bool(cache_dir) != bool(plan.shard) or (cache_dir and align):
+            raise UserError(
+                "cache_dir: expected jitter=0, align=false and a plan of shards with it, since "
+                "tiles are kept where they were stored"
+            )
         if batch_size < 1 or batch_size % world:
             raise UserError(
                 f"batch_size={batch_size}: expected a multiple of the {world} processes"
             )
         self.plan, self.batch_size, self.rank = plan, batch_size, rank
         self._share, self._workers, self._timeout = batch_size // world, workers, read_timeout
-        self._context_factor, self._align = context_factor, align
+        self._options = context_factor, align
+        self._cache_dir = cache_dir
         slides = len(plan.sources)
         self._drawn, self._bad = np.zeros(slides, np.int64), np.zeros(slides, np.int64)
         self._reasons = dict[int, str]()  # source -> why its first bad draw was
@@ -89,7 +96,7 @@ class TileStream:
         firsts = range(first_step, last_step, length)
         windows = (self._indices(range(k, min(k + length, last_step))) for k in firsts)
         shared = self._given_up, self._readers
-        reader = TileReader(self.plan, self._context_factor, self._align, *shared)
+        reader = TileReader(self.plan, *self._options, *shared, self._cache_dir)
         side, ahead = self.plan.tile_size, AHEAD if self._workers else 0
         shape = (length, reader.pictures, self._share, 3, side, side)
         memory = [allocate_shared(shape) for _ in range(ahead + 1)]
