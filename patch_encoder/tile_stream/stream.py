@@ -14,7 +14,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from functools import partial
+from functools import cached_property, partial
 from itertools import count, islice
 from multiprocessing.sharedctypes import RawArray
 from typing import Any
@@ -27,6 +27,7 @@ from common.processes.crash_policy import CrashPolicy
 from common.processes.pool import Lost, Pool, Raised
 from patch_encoder.tile_stream.plan import TilePlan
 from patch_encoder.tile_stream.reader import BadDraw, TileReader
+from patch_encoder.tile_stream.sources import digest_sources
 from patch_encoder.tile_stream.windows import StreamBatch, Window, allocate_shared, locate
 
 logger = logging.getLogger(__name__)
@@ -230,7 +231,11 @@ class TileStream:
         """Counts of all processes, which call this together, and the sources that were dropped: as
         plain values.
         """
-        return self._gather()
+        return self._gather() | {"corpus": self._corpus}
+
+    @cached_property
+    def _corpus(self) -> str:
+        return digest_sources(self.plan.sources)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state, with any number of processes.
@@ -238,11 +243,11 @@ class TileStream:
         Raises:
             UserError: it is of another corpus.
         """
-        found = len(self.plan.sources)
-        if len(state["drawn"]) != found:
+        if state["corpus"] != self._corpus:
             raise UserError(
-                f"slides: expected the {len(state['drawn'])} slides of the run that is resumed, "
-                f"found {found}; restore the cohort or start a new run"
+                f"slides: expected the corpus of the run that is resumed ({len(state['drawn'])} "
+                f"slides), found one of {len(self.plan.sources)} with other slides, coordinates or "
+                "resolutions; restore it or start a new run"
             )
         if self.rank == 0:  # the sum over the processes is what counts
             self._drawn[:], self._bad[:] = state["drawn"], state["bad"]
