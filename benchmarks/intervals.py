@@ -18,7 +18,7 @@ import numpy as np
 from common.cli import launch
 from common.config import key
 from common.metrics.bootstrap import interval
-from mil.tasks.bootstrap import bootstrap
+from common.metrics.run_bootstrap import bootstrap
 from mil.tasks.classification import Predictions, evaluate
 
 METRICS = ("auc", "sensitivity", "specificity")

@@ -144,6 +144,25 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     return _GatherRows.apply(rows.contiguous())
 
 
+def share_batch(batch_size: int, processes: int, accumulate: int = 1) -> int:
+    """Compute how many items of a batch one process takes at a time.
+
+    Args:
+        batch_size: items per optimiser step over all processes.
+        processes: how many there are.
+        accumulate: parts that a process computes its items in, one after the other.
+
+    Raises:
+        UserError: the items cannot be shared out evenly.
+    """
+    if accumulate < 1 or batch_size % (processes * accumulate):
+        raise UserError(
+            f"batch_size={batch_size}: expected a multiple of the {processes} processes"
+            + f" times accumulate={accumulate}" * (accumulate != 1)
+        )
+    return batch_size // (processes * accumulate)
+
+
 def wrap(model: nn.Module, world: World) -> nn.Module:
     """DistributedDataParallel with more than one process, the model itself with one."""
     if world.size == 1:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -75,3 +75,8 @@ def progress(
         for item in items:
             yield item
             counter.advance()
+
+
+def describe_values(values: Mapping[str, float], names: Sequence[str], digits: int) -> str:
+    """Format those of the named values that are there, for one line of the log."""
+    return ", ".join(f"{name} {values[name]:.{digits}f}" for name in names if name in values)

@@ -4,7 +4,7 @@ groups, the loss of a batch, and the outputs on a whole set.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 from common.checkpoint import load_checkpoint, load_weights, resume, save_checkpoint
 from common.device import autocast
 from common.distributed import gather_objects, mean_number
-from common.errors import UserError
 from detection_kd.datasets.coco import ImageRecord
 from detection_kd.datasets.detection import DetectionBatch
 from detection_kd.evaluation.coco_metrics import Prediction
@@ -125,30 +124,6 @@ class ModelInTraining:
         """Write the checkpoint that `resume` reads; `state` as for `save_checkpoint`."""
         parts = {name: part.state_dict() for name, part in self._parts().items()}
         save_checkpoint(path, model=self.plain.state_dict(), **state, **parts)
-
-
-def share_batch(batch_size: int, processes: int, accumulate: int = 1) -> int:
-    """Compute how many items of a batch one process takes at a time.
-
-    Args:
-        batch_size: items per optimiser step over all processes.
-        processes: how many there are.
-        accumulate: parts that a process computes its items in, one after the other.
-
-    Raises:
-        UserError: the items cannot be shared out evenly.
-    """
-    if accumulate < 1 or batch_size % (processes * accumulate):
-        raise UserError(
-            f"batch_size={batch_size}: expected a multiple of the {processes} processes"
-            + f" times accumulate={accumulate}" * (accumulate != 1)
-        )
-    return batch_size // (processes * accumulate)
-
-
-def describe_values(values: Mapping[str, float], names: Sequence[str], digits: int) -> str:
-    """Format those of the named values that are there, for one line of the log."""
-    return ", ".join(f"{name} {values[name]:.{digits}f}" for name in names if name in values)
 
 
 def move_to_device(inputs: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:

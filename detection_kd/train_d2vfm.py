@@ -32,6 +32,7 @@ from common.distributed import (
     init_distributed,
     local_processes,
     mean_dict,
+    share_batch,
     wrap,
 )
 from common.ema import moving_average
@@ -39,7 +40,7 @@ from common.errors import UserError
 from common.files import sha256_file
 from common.optim import add_terms, clip_gradients, require_finite, set_lr, trainable
 from common.processes.pool import pick_workers
-from common.progress import progress
+from common.progress import describe_values, progress
 from common.run import Tracker, open_run
 from common.schedules import drop_epoch, lr_factor
 from common.seed import seed_everything
@@ -150,7 +151,9 @@ class Config:
         "compute the frozen backbone's features once and train the adapter on them; needs "
         "augment=false",
     )
-    views: int = key(1, "with cache: quarter turns of every training tile that are cached, 1 to 4")
+    cached_turns: int = key(
+        1, "with cache: quarter turns of every training tile that are cached, 1 to 4"
+    )
     cache_dir: str = key(
         "",
         "folder of a cache that runs share; features; empty: d2vfm_cache beside the run",
@@ -241,7 +244,7 @@ def make_sets(
     folder = Path(config.cache_dir or Path(config.output).absolute().parent / "d2vfm_cache")
     frozen = FrozenMaps(student).to(world.device, memory_format=torch.channels_last).eval()
     workers = pick_workers(config.workers, share=local_processes())
-    options = {"views": config.views, "seed": config.seed, "workers": workers}
+    options = {"turns": config.cached_turns, "seed": config.seed, "workers": workers}
     return make_cached_sets(pairs, parts, folder, name, frozen, student.stages, world, **options)
 
 
@@ -330,7 +333,7 @@ def main(config: Config) -> None:
     sets = make_sets(job, student, pairs, parts, inputs)
     training = prepare_training(config, student, world)
     evaluated = build_student_network(training.kept, cached=config.cache, device=world.device)
-    share = engine.share_batch(config.batch_size, world.size)
+    share = share_batch(config.batch_size, world.size)
     workers = pick_workers(config.workers, share=local_processes())
     loaders = make_loaders(*sets, world, share=share, seed=config.seed, workers=workers)
     held_out = (evaluated, loaders[1], precision, world.device)
@@ -349,7 +352,7 @@ def main(config: Config) -> None:
                 training.save_best(run.best, **state)
             training.save_last(run.last, **state)
         run.log({"epoch": epoch + 1, **metrics, "lr": training.optimizer.param_groups[0]["lr"]})
-        values = engine.describe_values(metrics, REPORTED, digits=4)
+        values = describe_values(metrics, REPORTED, digits=4)
         logger.info("epoch %d/%d: %s", epoch + 1, config.epochs, values)
     if world.is_main:
         training.load_best(run.best)
@@ -357,7 +360,7 @@ def main(config: Config) -> None:
         features = engine.predict_features(*held_out)
         write_report(run.path, *features, slides, labels, config.figures)
     run.finish(best | {"trained_parameters": sum(p.numel() for p in trainable(student))})
-    values = engine.describe_values(best, REPORTED, digits=4)
+    values = describe_values(best, REPORTED, digits=4)
     logger.info("train_d2vfm: finished; best epoch %d: %s", best["epoch"], values)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from common.cli import launch
 from common.config import REQUIRED, group, key, to_dict
 from common.device import PRECISIONS, autocast, pick_precision
-from common.distributed import World, init_distributed, local_processes, mean_dict
+from common.distributed import World, init_distributed, local_processes, mean_dict, share_batch
 from common.ema import moving_average
 from common.errors import UserError
 from common.files import sha256_file
@@ -32,7 +32,7 @@ from common.optim import (
     set_lr,
 )
 from common.processes.pool import pick_workers
-from common.progress import progress
+from common.progress import describe_values, progress
 from common.run import Run, Tracker, open_run
 from common.schedules import SCHEDULES, drop_epoch, lr_factor
 from common.seed import seed_everything
@@ -356,7 +356,7 @@ def main(config: Config) -> int:
     field = describe_field(train.images, config.augmentation, config.mpp)
     seed_everything(config.seed)
     plain = build_initial_model(config, train.categories)
-    share = engine.share_batch(config.batch_size, world.size, config.accumulate)
+    share = share_batch(config.batch_size, world.size, config.accumulate)
     training = prepare_training(config, plain, world, precision)
     options = {"overwrite": config.overwrite, "tracker": config.tracker}
     run = open_run(config.output, config, world, inputs=digest_inputs(config), **options)
@@ -385,7 +385,7 @@ def main(config: Config) -> int:
         if world.is_main:
             training.save_last(run.last, best=best, **state)
         run.log({"epoch": epoch + 1, **values})
-        logger.info("epoch %d: %s", epoch + 1, engine.describe_values(values, REPORTED, digits=3))
+        logger.info("epoch %d: %s", epoch + 1, describe_values(values, REPORTED, digits=3))
     if world.is_main:
         save_backbone(run.best, run.path / "backbone.pt")
     run.finish(best)

@@ -194,7 +194,7 @@ def encoder_page() -> str:
             escape(row.licence) + (" (gated)" if row.gated else ""),
             row.library,
             row.precision,
-            code(row.weights) if row.weights else "none needed, or a file",
+            code(row.place) if row.weights else "none needed, or a file",
             escape(row.citation),
         )
         for name, row in ENCODERS.items()

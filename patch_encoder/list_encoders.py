@@ -63,7 +63,7 @@ def make_table(match: str = "") -> list[dict[str, Any]]:
             "library": row.library,
             "licence": row.licence,
             "gated": row.gated,
-            "hub": row.weights,
+            "hub": row.place,
             "transform": repr(row.fit),
             "mean": row.statistics[0],
             "std": row.statistics[1],

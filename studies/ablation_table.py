@@ -24,7 +24,8 @@ from common.cli import launch
 from common.config import REQUIRED, key
 from common.errors import UserError
 from common.files import write_csv, write_json, write_text
-from mil.evaluation.runs import format_number, format_with_interval
+from common.metrics.run_bootstrap import format_with_interval
+from mil.evaluation.runs import format_number
 from studies.ablations.figure import draw_ablation, read_ablation
 from studies.ablations.rows import AGREEMENT, COST, find_point, format_difference, read_rows
 

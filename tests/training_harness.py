@@ -67,6 +67,7 @@ class Row:
             below; None where another row of the same script shows it.
         resumes: whether it is killed and resumed.
         pair: how it is compared with two processes; None where another row shows it.
+        checkpoints: files that a finished run leaves, at least.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Row:
     learns: tuple[str, float] | None = None
     resumes: bool = True
     pair: Pair | None = None
+    checkpoints: tuple[str, ...] = ("checkpoint_last.pt", "checkpoint_best.pt")
 
 
 def start(row: Row, arguments: list[str]) -> int:
@@ -123,12 +125,12 @@ def assert_equal(first: Any, second: Any, place: str) -> None:
         assert first == second or first != first, place
 
 
-def assert_same_run(first: Path, second: Path) -> None:
+def assert_same_run(first: Path, second: Path, needed: tuple[str, ...]) -> None:
     """Two run directories hold the same training: every checkpoint with optimiser, schedule and
     random states, every logged value, the results and the predictions.
     """
     checkpoints = sorted(path.name for path in first.glob("*.pt"))
-    assert {"checkpoint_last.pt", "checkpoint_best.pt"} <= set(checkpoints)
+    assert set(needed) <= set(checkpoints)
     assert checkpoints == sorted(path.name for path in second.glob("*.pt"))
     for name in checkpoints:
         contents = [torch.load(folder / name, weights_only=True) for folder in (first, second)]
@@ -161,7 +163,7 @@ def assert_resumes(row: Row, arguments: list[str], finished: Path, output: Path)
     with count_epochs(row) as trained:
         assert start(row, [*arguments, f"output={output}"]) == 0
         assert len(trained) == total - before
-    assert_same_run(finished, output)
+    assert_same_run(finished, output, row.checkpoints)
 
 
 def assert_left_alone(row: Row, arguments: list[str], finished: Path) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
+from PIL import Image
 
 from detection_kd.datasets.distillation import DistillationTiles, read_pairs
+from patch_encoder.demo.pyramid import write_pyramid
 from patch_encoder.models.encoders import build_encoder
 from tests.detection_kd import d2vfm_runs, distillation_sets
 from tests.detection_kd.detector_runs import TINY, write_detection_sets
@@ -15,6 +18,7 @@ from tests.mil.conftest import write_cohort
 from tests.training_harness import Pair, Row
 
 DETECTOR, D2VFM, MIL = "detection_kd.train_detector", "detection_kd.train_d2vfm", "mil.train"
+PRETRAIN = "patch_encoder.pretrain_dino"
 
 
 # -- detection_kd.train_detector
@@ -197,4 +201,73 @@ MIL_ROWS = [
     ),
 ]
 
-ROWS = [*DETECTOR_ROWS, *D2VFM_ROWS, *MIL_ROWS]
+# -- patch_encoder.pretrain_dino
+
+
+def slides_inputs(folder: Path) -> list[str]:
+    """Six slides of smooth colours in two sub-datasets, each with 25 corners in a .npy file beside
+    it, and a network of 60,000 parameters.
+    """
+    rng = np.random.default_rng(0)
+    corners = np.stack(np.meshgrid(range(0, 160, 32), range(0, 160, 32)), -1).reshape(-1, 2)
+    for number in range(6):
+        place = folder / "corpus" / f"site{number % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(rng.integers(0, 255, (10, 10, 3), dtype=np.uint8))
+        picture = np.asarray(coarse.resize((192, 192), Image.Resampling.BICUBIC))
+        write_pyramid(place / f"s{number}.tiff", picture, 0.5, "a slide")
+        np.save(place / f"s{number}.npy", corners)
+    network = ["network.arch=timm:test_vit", "network.drop_path=0.0", "network.out_dim=64"]
+    network += ["network.hidden_dim=32", "network.bottleneck_dim=16"]
+    views = ["tile_size=32", "views.global_size=32", "views.local_size=16", "views.local_number=2"]
+    steps = ["batch_size=8", "epoch_tiles=48", "open_slides=2", "tiles_per_visit=4"]
+    rates = ["training.lr=0.05", "training.warmup=0.5", "training.freeze_last_layer=0.5"]
+    run = ["device=cpu", "precision=fp32", "workers=0", "shuffle.grid=2", "log_every=1"]
+    return [f"slides={folder}/corpus", *network, *views, *steps, *rates, *run]
+
+
+PRETRAIN_PAIR = Pair(
+    ("epochs=2", "pyramid.factor=2", "pyramid.teacher=true"),
+    alone=("accumulate=2", "workers=1"),
+    close={"loss": 1e-4, "kl": 1e-3},
+    first={"loss": 1e-6, "gradient_norm": 1e-4},
+    weights=(1e-2, 1e-4),
+    torchrun=True,
+)
+
+PRETRAIN_ROWS = [
+    Row(
+        "patch encoder by self-distillation",
+        PRETRAIN,
+        PRETRAIN,
+        slides_inputs,
+        settings=("epochs=4",),
+        kill_at=9,
+        learns=("kl", 0.9),
+        pair=PRETRAIN_PAIR,
+        checkpoints=("checkpoint_last.pt",),
+    ),
+    # killed inside an epoch, with workers and a checkpoint after every step
+    Row(
+        "patch encoder with every switch",
+        PRETRAIN,
+        PRETRAIN,
+        slides_inputs,
+        settings=(
+            "epochs=3",
+            "workers=2",
+            "save_minutes=0",
+            "accumulate=2",
+            "pyramid.factor=2",
+            "network.drop_path=0.2",
+            "objective.targets=sinkhorn",
+            "objective.koleo=0.1",
+            "training.clip_each=false",
+            "mpps=[0.5,1.0]",
+        ),
+        kill_at=10,
+        checkpoints=("checkpoint_last.pt",),
+    ),
+]
+
+ROWS = [*DETECTOR_ROWS, *D2VFM_ROWS, *MIL_ROWS, *PRETRAIN_ROWS]

@@ -231,7 +231,7 @@ def make_training_loader(
         sizes: of the augmentation.
         world: this process.
         batch_size: images per optimiser step over all processes.
-        share: images per batch of this process, from `engine.share_batch`.
+        share: images per batch of this process, from `share_batch`.
         seed: seed of the run.
         epoch: how many epochs came before this one.
         workers: processes that load images.

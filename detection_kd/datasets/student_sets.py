@@ -52,7 +52,7 @@ def make_cached_sets(
     stages: Sequence[int],
     world: World,
     *,
-    views: int,
+    turns: int,
     seed: int,
     workers: int,
 ) -> tuple[CachedMaps, CachedMaps]:
@@ -63,22 +63,22 @@ def make_cached_sets(
         pairs: the whole distillation set.
         parts: its training and its validation pairs.
         folder, key, frozen, stages, world, workers: as for `cache_maps`.
-        views: how many quarter turns of a training tile are cached.
+        turns: how many quarter turns of a training tile are cached.
         seed: seed of the run.
 
     Raises:
-        UserError: fewer than 1 or more than 4 views, or what `cache_maps` refuses.
+        UserError: fewer than 1 or more than 4 turns, or what `cache_maps` refuses.
     """
-    if not 1 <= views <= 4:
-        raise UserError(f"views={views}: expected 1 to 4 quarter turns")
+    if not 1 <= turns <= 4:
+        raise UserError(f"cached_turns={turns}: expected 1 to 4 quarter turns")
     turned = [
-        DistillationTiles(pairs, augment=False, seed=seed, turns=turns) for turns in range(views)
+        DistillationTiles(pairs, augment=False, seed=seed, turns=turn) for turn in range(turns)
     ]
-    turns = cache_maps(folder, key, frozen, stages, turned, world, workers)
+    maps = cache_maps(folder, key, frozen, stages, turned, world, workers)
     place = {id(pair): row for row, pair in enumerate(pairs)}
     teacher = torch.stack([pair.feature for pair in pairs])
     train_rows, val_rows = ([place[id(pair)] for pair in part] for part in parts)
-    return CachedMaps(turns, teacher, train_rows), CachedMaps(turns[:1], teacher, val_rows)
+    return CachedMaps(maps, teacher, train_rows), CachedMaps(maps[:1], teacher, val_rows)
 
 
 def make_loaders(
@@ -90,7 +90,7 @@ def make_loaders(
     Args:
         train, val: two sets of tiles, or two of cached features.
         world: this process.
-        share: items per step of this process, from `engine.share_batch`.
+        share: items per step of this process, from `share_batch`.
         seed: seed of the order of the training items.
         workers: processes that decode tiles; cached features need none.
     """

@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations, groupby
 from typing import Any
 
-import numpy as np
-
-from common.metrics.bootstrap import interval
+from common.metrics.run_bootstrap import paired_difference
 from mil.evaluation.delong import Comparison, compare, holm
 from mil.evaluation.runs import FinishedRun, Samples, compute_mean, group_runs
 from mil.tasks.base import Task
@@ -135,37 +133,6 @@ def paired_rows(
             rows.append(row | {"resamples": found.resamples, "p": found.p})
     warn_of_floor(len(rows), resamples)
     return rows
-
-
-@dataclass(frozen=True)
-class Difference:
-    """First minus second: 95 % interval (None: too few patients of a class, or no difference in
-    any resample), two-sided p, and the valid resamples.
-    """
-
-    value: float
-    ci: tuple[float, float] | None
-    p: float
-    resamples: int
-
-
-def paired_difference(value: float, first: np.ndarray, second: np.ndarray) -> Difference:
-    """Test the difference of two models.
-
-    Args:
-        value: their difference on the slides as they are.
-        first, second: (B,) resampled values on the same B draws of patients; NaN where a draw has
-            none.
-    """
-    drawn = first - second
-    valid = drawn[~np.isnan(drawn)]
-    if not len(valid) or np.isnan(value):
-        return Difference(value, None, np.nan, len(valid))
-    # what differs by rounding alone is equal
-    below, above = (valid <= 1e-12).sum(), (valid >= -1e-12).sum()
-    ci = interval(drawn)[0]
-    p = 2 * (1 + min(below, above)) / (1 + len(valid))
-    return Difference(value, ci and (ci[0], ci[1]), float(min(1.0, p)), len(valid))
 
 
 def warn_of_floor(pairs: int, resamples: int) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.metrics.ranking import ratio, sensitivity_on_curve, specificity_on_curve
-from mil.tasks.bootstrap import bootstrap, interval_columns, summarise
+from common.metrics.run_bootstrap import bootstrap, interval_columns, summarise
 from mil.tasks.classification import Predictions
 from mil.tasks.records import weights_or_ones
 

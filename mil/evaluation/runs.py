@@ -16,9 +16,9 @@ import numpy as np
 from common.errors import UserError
 from common.files import read_json, write_csv
 from common.metrics.bootstrap import interval
+from common.metrics.run_bootstrap import bootstrap, format_with_interval, summarise
 from mil.evaluation.benchmark_folder import run_folders
 from mil.tasks.base import Task
-from mil.tasks.bootstrap import bootstrap, summarise
 from mil.tasks.prediction_table import read_parts
 from mil.tasks.records import RunPredictions
 from patch_encoder.bags.bag import open_bag
@@ -251,13 +251,6 @@ def summary_rows(
                 row |= {f"{metric}_ci_low": low, f"{metric}_ci_high": high}
             rows.append(row | {"resamples_skipped": values["resamples_skipped"]})
     return rows
-
-
-def format_with_interval(value: float | None, ci: Sequence[float] | None) -> str:
-    """Write `0.912 [0.850, 0.961]`, `-` when unknown."""
-    if value is None:
-        return "-"
-    return f"{value:.3f}" + (f" [{ci[0]:.3f}, {ci[1]:.3f}]" if ci else "")
 
 
 def format_number(value: float | int | None) -> str:

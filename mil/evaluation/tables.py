@@ -12,11 +12,11 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import atomic_path, write_or_remove_csv, write_text
+from common.metrics.run_bootstrap import format_with_interval
 from mil.evaluation.comparisons import comparison_table
 from mil.evaluation.runs import (
     FinishedRun,
     describe_table,
-    format_with_interval,
     name_positive,
     resample_metrics,
     summarise_sets,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from common.metrics.classification import confusion
+from common.metrics.run_bootstrap import bootstrap, interval_columns, summarise
 from mil.evaluation.operating import (
     FIXED,
     SCREENING,
@@ -21,7 +22,6 @@ from mil.evaluation.operating import (
 from mil.evaluation.risk_groups import kaplan_meier, median_survival, risk_groups
 from mil.evaluation.runs import FinishedRun, group_runs
 from mil.tasks.base import Task
-from mil.tasks.bootstrap import bootstrap, interval_columns, summarise
 from mil.tasks.classification import evaluate
 
 Rows = list[dict[str, Any]]

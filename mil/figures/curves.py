@@ -21,7 +21,7 @@ from common.metrics.calibration import (
     stated_and_true,
 )
 from common.metrics.ranking import GRID
-from mil.tasks.bootstrap import resample_runs
+from common.metrics.run_bootstrap import resample_runs
 from mil.tasks.classification import Predictions
 
 if TYPE_CHECKING:

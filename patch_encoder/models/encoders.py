@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import sha256_bytes
+from patch_encoder.descriptors.colour_statistics import DIM as COLOUR_STATISTICS_DIM
+from patch_encoder.descriptors.colour_statistics import colour_statistics
 from patch_encoder.descriptors.mean_colour import mean_colour
 from patch_encoder.descriptors.stain_texture import DIM as STAIN_TEXTURE_DIM
 from patch_encoder.descriptors.stain_texture import stain_texture
@@ -31,6 +33,7 @@ RANDOM = "random"
 CLASSICAL: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
     "stain_texture": (STAIN_TEXTURE_DIM, stain_texture),
     "mean_colour": (3, mean_colour),
+    "colour_statistics": (COLOUR_STATISTICS_DIM, colour_statistics),
 }
 LAYER_WIDTHS = {
     "resnet18": (64, 128, 256, 512),
@@ -85,7 +88,13 @@ class PixelEncoder(nn.Module):
 
 
 def build_encoder(
-    name: str, weights: str = "", pool: str = "published", layer: int = 0, crop: bool = True
+    name: str,
+    weights: str = "",
+    pool: str = "published",
+    layer: int = 0,
+    crop: bool = True,
+    *,
+    untrained: bool = False,
 ) -> Encoder:
     """An encoder by name.
 
@@ -98,6 +107,7 @@ def build_encoder(
         layer: stage 1 to 4 of a ResNet that is pooled; 0: as the row says.
         crop: centre crop where the encoder's own processor has one; else the whole tile is resized
             to its input.
+        untrained: the network is initialised only; `weights` still say of which size it is.
 
     Raises:
         UserError: unknown name, an option that the encoder does not have, weights that are missing
@@ -109,7 +119,7 @@ def build_encoder(
     row = find_row(name, weights)
     chosen = _set_layer(_set_pool(row, pool, name), layer, name)
     fit = chosen.fit if crop else chosen.fit.whole()
-    network = build_backbone(chosen, weights, name)
+    network = build_backbone(chosen, RANDOM if untrained else weights, name)
     module = PixelEncoder(network, chosen.statistics, chosen.normalise).eval().requires_grad_(False)
     transform = ToInputSize(fit)
     changed = (pool,) * (chosen.pool != row.pool) + (f"layer{layer}",) * (

@@ -40,6 +40,34 @@ def draw_factors(
     return 1 + alpha * drawn[..., 0], beta * drawn[..., 1]
 
 
+def map_hed(
+    factor: Float[Tensor, "b 3"], shift: Float[Tensor, "b 3"]
+) -> tuple[Float[Tensor, "b 3 3"], Float[Tensor, "b 3"]]:
+    """The map of density that scales and shifts haematoxylin, eosin and DAB, for `recolour`.
+
+    Returns:
+        (matrix, offset), float64.
+    """
+    densities = make_mixing_matrix(factor.device).mT
+    return _sum_stains(factor, _make_projections(factor.device)), _sum_stains(shift, densities)
+
+
+@lru_cache(maxsize=8)
+def _make_projections(device: torch.device) -> Float[Tensor, "stain 3 3"]:
+    """Density -> the density of one stain in it; float64."""
+    mixing = make_mixing_matrix(device)
+    return mixing.mT[:, :, None] * torch.linalg.inv(mixing)[:, None]
+
+
+def _sum_stains(amounts: Float[Tensor, "b 3"], parts: Tensor) -> Tensor:
+    """Amounts times parts, spelt out: a matrix product rounds a batch unlike its single tiles."""
+    shape = (len(amounts), *(1 for _ in parts.shape[1:]))
+    first, second, third = (
+        amount.double().view(shape) * part for amount, part in zip(amounts.unbind(1), parts)
+    )
+    return first + second + third
+
+
 def _count_tiles(tiles: Tensor) -> int:
     return len(tiles) if tiles.ndim == 4 else 1
 
@@ -62,12 +90,10 @@ class HedJitter:
     ) -> UInt8[Tensor, "*b 3 h w"]:
         """Tiles (B, 3, H, W) or (3, H, W), each with draws of its own."""
         factor, shift = (
-            part.to(tiles.device).double()
+            part.to(tiles.device)
             for part in draw_factors(_count_tiles(tiles), 3, self.alpha, self.beta, generator)
         )
-        matrix = make_mixing_matrix(tiles.device)
-        mapped = (matrix * factor[:, None]) @ torch.linalg.inv(matrix)
-        return recolour(tiles, mapped, shift @ matrix.mT, light=WHITE)
+        return recolour(tiles, *map_hed(factor, shift), light=WHITE)
 
 
 @dataclass(frozen=True)

@@ -106,17 +106,27 @@ def recolour(
 ) -> UInt8[Tensor, "*b 3 h w"]:
     """Tiles whose density D has become `matrix` D + `offset`, tile by tile; one matrix does for all
     of them.
+    """
+    intensity = recolour_intensity(flatten_batch(tiles).float(), matrix, offset, light)
+    return round_to_pixels(intensity).view(tiles.shape)
+
+
+def recolour_intensity(
+    intensity: Float[Tensor, "b 3 n"],
+    matrix: Float[Tensor, "b 3 3"],
+    offset: Float[Tensor, "b 3"] | None = None,
+    light: float = LIGHT,
+) -> Float[Tensor, "b 3 n"]:
+    """The same for float32 intensities of 0 to 255, not rounded; they are overwritten.
 
     With x = ln(I + 1) and D = ln(light) - x that is I' + 1 = exp(matrix x + (1 - matrix 1)
     ln(light) - offset).
     """
-    logarithm = flatten_batch(tiles).float().add_(1).log_()
+    logarithm = intensity.add_(1).log_()
     constant = (1 - matrix.sum(-1)) * math.log(light)
     if offset is not None:
         constant = constant - offset
     matrix, constant = (
         part.to(logarithm).expand(len(logarithm), *part.shape[1:]) for part in (matrix, constant)
     )
-    return round_to_pixels(
-        mix_channels(matrix, logarithm).add_(constant.unsqueeze(-1)).exp_().sub_(1)
-    ).view(tiles.shape)
+    return mix_channels(matrix, logarithm).add_(constant.unsqueeze(-1)).exp_().sub_(1)

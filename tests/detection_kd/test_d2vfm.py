@@ -236,7 +236,10 @@ def test_cached_features_train_the_same_student(
     assert tiles.keys() == cached.keys()
     assert all(torch.allclose(tiles[name], cached[name], rtol=1e-3, atol=1e-4) for name in tiles)
     assert train(pairs_root, backbone_path, tmp_path / "r", "cache=true") == 2
-    assert train(pairs_root, backbone_path, tmp_path / "r", *still, "cache=true", "views=5") == 2
+    assert (
+        train(pairs_root, backbone_path, tmp_path / "r", *still, "cache=true", "cached_turns=5")
+        == 2
+    )
     assert (
         train(
             pairs_root,
@@ -244,7 +247,7 @@ def test_cached_features_train_the_same_student(
             tmp_path / "turned",
             *still,
             "cache=true",
-            "views=4",
+            "cached_turns=4",
             "epochs=1",
         )
         == 0

@@ -324,14 +324,6 @@ def test_given_weights_are_used_and_their_stem_kept(inputs: list[str], tmp_path:
     assert all(parameter.requires_grad for parameter in scratch.parameters())
 
 
-def test_batches_are_shared_out_evenly_or_refused() -> None:
-    assert engine.share_batch(12, 2) == 6 and engine.share_batch(12, 2, accumulate=3) == 2
-    with pytest.raises(UserError, match="batch_size=5: expected a multiple of the 2 processes$"):
-        engine.share_batch(5, 2)
-    with pytest.raises(UserError, match="of the 2 processes times accumulate=4$"):
-        engine.share_batch(12, 2, accumulate=4)
-
-
 def test_parameter_groups_are_the_published_ones() -> None:
     model = DeformableDETR(
         Backbone("resnet18", "frozen"), 1, Architecture(32, 2, 32, 1, 1, queries=3)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.process
 GRID = "factors={adapter: [p], K: [{rank.top_k: 0}]}"  # no tiles: refused by the ranking
 SMALL = [
     "rank=[subset=,training.epochs=2,training.min_epochs=1]",
-    "d2vfm=[epochs=1,views=1,device=cpu]",
+    "d2vfm=[epochs=1,cached_turns=1,device=cpu]",
 ]
 SMALL += [
     "measure=[tiles_per_round=8,rounds=1,workers=0,device=cpu]",

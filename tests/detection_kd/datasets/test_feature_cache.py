@@ -76,7 +76,7 @@ def test_rows_are_what_the_backbone_gives(
             backbone_path,
             tmp_path / "run",
             "stages=[0,1]",
-            "views=2",
+            "cached_turns=2",
             "input_scale=0.75",
         )
         == 0
@@ -132,7 +132,10 @@ def test_other_runs_share_the_files(
     assert counted == [probes] and [path.stat().st_mtime_ns for path in files(tmp_path)] == stamps
     counted.clear()
     assert (
-        cached(pairs_root, backbone_path, tmp_path / "more stages", "stages=[0,1]", "views=2") == 0
+        cached(
+            pairs_root, backbone_path, tmp_path / "more stages", "stages=[0,1]", "cached_turns=2"
+        )
+        == 0
     )
     assert counted == [probes, probes, 24, 24] and len(files(tmp_path)) == 4
     assert files(tmp_path)[1].stat().st_mtime_ns == stamps[0], "stage 1 of turn 0 was there"

@@ -14,7 +14,8 @@ from scipy.stats import chi2
 from sklearn.metrics import cohen_kappa_score, r2_score, roc_auc_score
 
 from common.metrics.bootstrap import resample_patients
-from mil.evaluation.comparisons import comparison_table, paired_difference, warn_of_floor
+from common.metrics.run_bootstrap import paired_difference
+from mil.evaluation.comparisons import comparison_table, warn_of_floor
 from mil.evaluation.delong import compare, holm
 from mil.evaluation.risk_groups import RiskGroups, kaplan_meier, median_survival, risk_groups
 from mil.evaluation.runs import FinishedRun, resample_metrics

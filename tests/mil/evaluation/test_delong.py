@@ -9,8 +9,8 @@ import pytest
 from scipy.stats import norm, rankdata
 from sklearn.metrics import roc_auc_score
 
+from common.metrics.run_bootstrap import bootstrap
 from mil.evaluation.delong import auc_parts, compare, holm, mean_auc_parts, placements
-from mil.tasks.bootstrap import bootstrap
 from mil.tasks.classification import Predictions, evaluate
 
 

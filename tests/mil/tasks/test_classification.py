@@ -12,7 +12,7 @@ from sklearn import metrics as sk
 
 from benchmarks import intervals
 from common.metrics.bootstrap import interval, resample_patients
-from mil.tasks.bootstrap import bootstrap, resample_runs, summarise
+from common.metrics.run_bootstrap import bootstrap, resample_runs, summarise
 from mil.tasks.classification import METRICS, Predictions, evaluate
 from tests.common.metrics.scored_slides import (
     draw_classes,

@@ -13,7 +13,7 @@ from sklearn import metrics as sk
 
 from common.metrics.bootstrap import resample_patients
 from common.metrics.classification import youden_threshold
-from mil.tasks.bootstrap import bootstrap, summarise
+from common.metrics.run_bootstrap import bootstrap, summarise
 from mil.tasks.classification import Classification, Predictions
 from mil.tasks.multilabel import LabelPredictions, evaluate_labels, label_thresholds
 from mil.tasks.ordinal import evaluate_grades, grade

@@ -21,7 +21,7 @@ PUBLISHED_WIDTHS = {
     "gpfm": 1024, "kaiko_vits16": 384, "kaiko_vitb8": 768, "kaiko_vitb16": 768,
     "kaiko_vitl14": 1024, "lunit_vits8": 384,
     "hibou_b": 768, "hibou_l": 1024, "ctranspath": 768, "plip": 512, "biomedclip": 512, "clip": 512,
-    "clip_vitl14": 768, "openmidnight": 1536, "keep": 768, "mstar": 1024,
+    "clip_vitl14": 768, "openmidnight": 1536, "keep": 768, "mstar": 1024, "imagenet_lite0": 1280,
 }  # fmt: skip
 # millions of parameters as published: a wrong SwiGLU packing, depth or patch size shows here and
 # not in the width
@@ -33,6 +33,7 @@ PUBLISHED_SIZES = {
     "dinov3_vits16plus": 29, "dinov3_vith16plus": 841, "dinov3_vit7b16": 6716, "clip_vitb32": 88,
     "resnet18": 11,
     "kaiko_vits16": 22, "brow": 86, "openmidnight": 1135, "mstar": 303, "keep": 305,
+    "imagenet_lite0": 3,
 }  # fmt: skip
 # rows of an architecture that another row has, and the very largest: built with `-m slow`
 REPEATED = (
@@ -80,7 +81,7 @@ def test_row_says_what_a_user_has_to_know(name: str) -> None:
     assert row.licence
     assert row.citation
     assert row.precision in {"fp32", "bf16", "fp16"}
-    assert row.weights.count("/") == 1 or name == "brow"
+    assert row.weights.count("/") == 1 or name in {"brow", "imagenet_lite0"}
     assert (row.mpp is None) or (0.2 <= row.mpp <= 1.2 and row.tile)
     assert row.fit.size
     # CONCH, MUSK and DINOv3 aside, all are 224

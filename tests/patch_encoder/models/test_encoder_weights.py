@@ -250,31 +250,6 @@ def test_unreadable_and_empty_places(tmp_path: Path) -> None:
         build_encoder("tiny_timm", str(tmp_path / "a.pt"))
 
 
-@pytest.mark.parametrize("width", [192, 384])
-def test_dino_reads_its_architecture_off_the_file(width: int, tmp_path: Path) -> None:
-    from timm.models.vision_transformer import VisionTransformer
-
-    torch.manual_seed(0)
-    vit = VisionTransformer(
-        32, 8, embed_dim=width, depth=3, num_heads=width // 64, num_classes=0
-    ).eval()
-    content = {
-        "teacher": prefixed(vit.state_dict(), "backbone.") | prefixed(HEAD, "head."),
-        "epoch": 1,
-    }
-    torch.save(content, tmp_path / "checkpoint.pth")
-    encoder = build_encoder("dino", str(tmp_path / "checkpoint.pth"))
-    assert (encoder.dim, encoder.name) == (width, "dino")
-    normalised = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        assert torch.allclose(encoder.model.network(normalised), vit(normalised), atol=1e-5)
-        # positions are interpolated to the 224 px that tiles are given
-        assert encoder.model(torch.zeros(1, 3, 224, 224, dtype=torch.uint8)).shape == (1, width)
-    torch.save({"fc.weight": torch.ones(2, 2)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="expected a DINO ViT of width 192"):
-        build_encoder("dino", str(tmp_path / "other.pth"))
-
-
 def test_positions_of_another_size_are_resampled_as_timm_does(tmp_path: Path) -> None:
     from timm.layers import resample_abs_pos_embed
 

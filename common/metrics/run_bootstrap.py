@@ -1,18 +1,18 @@
-"""Means over the runs of a model (folds and training seeds) with their patient bootstrap, for every
-kind of task.
+"""Means over the runs of a model (folds and training seeds) with their patient bootstrap, and the
+difference of two models on the same draws.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
 from common.metrics.bootstrap import Resamples, centred, interval, resample_folds, spread
-from mil.tasks.records import RunPredictions
 
-Evaluate = Callable[..., Mapping[str, np.ndarray]]  # Task.evaluate
+Evaluate = Callable[..., Mapping[str, np.ndarray]]  # (run, weights) -> metric -> (B,)
 # an ECE adds up absolute gaps, so that noise makes it larger, and a resample has more noise than
 # its sample
 RESAMPLED_HIGHER = frozenset({"ece", "ece_scaled"})
@@ -23,7 +23,22 @@ LIMITS = {
 }  # of the metrics that do not lie in 0..1
 
 
-def resample_runs(runs: Sequence[RunPredictions], resamples: int, seed: int) -> Resamples:
+class TestedRun(Protocol):
+    """What a model says of the test slides (or tiles) of a fold: the fold's number, the patient of
+    each slide, (S,), and the stratum in which the patient is drawn, (S,).
+    """
+
+    @property
+    def fold(self) -> int: ...
+
+    @property
+    def cases(self) -> np.ndarray: ...
+
+    @property
+    def strata(self) -> np.ndarray: ...
+
+
+def resample_runs(runs: Sequence[TestedRun], resamples: int, seed: int) -> Resamples:
     """Bootstrap weights of the test slides of every fold, as `resample_folds` draws them."""
     cases = {run.fold: run.cases for run in runs}
     return resample_folds(cases, resamples, seed, {run.fold: run.strata for run in runs})
@@ -52,7 +67,7 @@ def bootstrap(
 
 
 def _find_needed_strata(
-    runs: Sequence[RunPredictions], strata: Sequence[int], evaluate: Evaluate
+    runs: Sequence[TestedRun], strata: Sequence[int], evaluate: Evaluate
 ) -> dict[str, list[int]]:
     """Metric -> the strata without whose slides it has no value in some run."""
     needed: dict[str, list[int]] = {name: [] for name in evaluate(runs[0])}
@@ -93,3 +108,41 @@ def interval_columns(summary: Mapping[str, Any], name: str) -> dict[str, float |
     """
     low, high = summary.get(f"{name}_ci") or (None, None)
     return {name: summary.get(f"{name}_mean"), f"{name}_ci_low": low, f"{name}_ci_high": high}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """First minus second: 95 % interval (None: too few patients of a class, or no difference in
+    any resample), two-sided p, and the valid resamples.
+    """
+
+    value: float
+    ci: tuple[float, float] | None
+    p: float
+    resamples: int
+
+
+def paired_difference(value: float, first: np.ndarray, second: np.ndarray) -> Difference:
+    """Test the difference of two models.
+
+    Args:
+        value: their difference on the slides as they are.
+        first, second: (B,) resampled values on the same B draws of patients; NaN where a draw has
+            none.
+    """
+    drawn = first - second
+    valid = drawn[~np.isnan(drawn)]
+    if not len(valid) or np.isnan(value):
+        return Difference(value, None, np.nan, len(valid))
+    # what differs by rounding alone is equal
+    below, above = (valid <= 1e-12).sum(), (valid >= -1e-12).sum()
+    ci = interval(drawn)[0]
+    p = 2 * (1 + min(below, above)) / (1 + len(valid))
+    return Difference(value, ci and (ci[0], ci[1]), float(min(1.0, p)), len(valid))
+
+
+def format_with_interval(value: float | None, ci: Sequence[float] | None) -> str:
+    """Write `0.912 [0.850, 0.961]`, `-` when unknown."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" + (f" [{ci[0]:.3f}, {ci[1]:.3f}]" if ci else "")

@@ -1,0 +1,459 @@
+"""INTELLIGENS: pre-train a patch encoder on slides without labels, by self-distillation as in DINO.
+
+    python -m patch_encoder.pretrain_dino --config configs/intelligens/demo.yaml slides=...
+        coords=... output=...
+    torchrun --nproc_per_node=8 -m patch_encoder.pretrain_dino
+        --config configs/intelligens/vitb16.yaml ...
+
+Writes a run directory. Its `backbone.pt` is the teacher's backbone, which extraction takes as
+`encoder=dino weights=backbone.pt`; `log.txt` and `args.txt` are those of the public code. The
+method is Caron et al., ICCV 2021; patch shuffle and pyramid view are our reading of the abstract of
+INTELLIGENS (Wu et al., arXiv 2309.08259), whose code was never published.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common.cli import launch
+from common.config import REQUIRED, group, key, to_dict
+from common.device import PRECISIONS, autocast, pick_precision
+from common.distributed import (
+    World,
+    init_distributed,
+    local_processes,
+    mean_dict,
+    mean_number,
+    share_batch,
+    wrap,
+)
+from common.errors import UserError
+from common.figures import save_figure
+from common.optim import add_terms, exchange_gradients, make_optimizer, require_finite
+from common.processes.pool import pick_workers
+from common.progress import describe_values, progress
+from common.run import Run, Tracker, open_run
+from common.seed import seed_everything
+from common.step_timer import StepTimes
+from patch_encoder.cohort.failures import Failures
+from patch_encoder.pretraining.keys import LossKeys, NetworkKeys, OptimiserKeys, PyramidKeys
+from patch_encoder.pretraining.monitoring import RecentValues, measure_training
+from patch_encoder.pretraining.objective import Objective
+from patch_encoder.pretraining.run_files import (
+    save_backbone,
+    save_dino_checkpoint,
+    write_args,
+    write_description,
+    write_epoch_log,
+)
+from patch_encoder.pretraining.schedules import DistillationSchedules, StepValues
+from patch_encoder.pretraining.state import DistillationState, drop_predecessor, make_groups
+from patch_encoder.pretraining.training_probe import (
+    SCORE,
+    TrainingProbe,
+    TrainingProbeKeys,
+    make_training_probe,
+)
+from patch_encoder.selfdistill.student import SelfDistilled, make_teacher
+from patch_encoder.selfdistill.view_figure import draw_view_figure
+from patch_encoder.selfdistill.view_keys import ShuffleKeys, ViewKeys
+from patch_encoder.selfdistill.view_recipe import ViewRecipe, check_recipe
+from patch_encoder.selfdistill.views import Views, make_views
+from patch_encoder.tile_stream.sources import digest_sources
+from patch_encoder.tile_stream.stream import StreamBatch, TileStream
+from patch_encoder.tile_stream.stream_keys import StreamKeys
+
+logger = logging.getLogger(__name__)
+STAGE = "pretrain_dino"
+REPORTED = ("loss", "kl", SCORE, "time/images_per_second", "time/data_share")
+REMEDY = "lower training.lr or objective.temperature_end, or set precision=fp32"
+AGREE_EVERY = 10  # steps between two questions whether a checkpoint is due, of several processes
+
+
+@dataclass
+class Config(StreamKeys):
+    """Keys of `pretrain_dino`; the defaults are DINO's, with the views of `pathology`."""
+
+    output: str = key(REQUIRED, "where the results are written; a run directory", runtime=True)
+    network: NetworkKeys = group(NetworkKeys, "student and teacher")
+    views: ViewKeys = group(ViewKeys, "the views of a tile")
+    shuffle: ShuffleKeys = group(ShuffleKeys, "patch shuffle")
+    pyramid: PyramidKeys = group(PyramidKeys, "the view from the slide's pyramid")
+    objective: LossKeys = group(LossKeys, "targets and losses")
+    training: OptimiserKeys = group(OptimiserKeys, "training recipe; optimiser and teacher")
+    probe: TrainingProbeKeys = group(TrainingProbeKeys, "probe of the teacher while it trains")
+    epochs: int = key(100, "passes over the training set; here of epoch_tiles tiles each")
+    epoch_tiles: int = key(0, "tiles of an epoch; 0: as many as the coordinates have")
+    batch_size: int = key(256, "items per step over all processes; tiles")
+    accumulate: int = key(
+        1, "parts that a step's images are computed in, one after the other, to save memory"
+    )
+    seed: int = key(42, "seed of everything that is drawn at random")
+    precision: str = key(
+        "auto",
+        "number format of the computation; auto: bf16 where the device has it in "
+        "hardware, else fp32; losses are always fp32",
+        choices=PRECISIONS,
+    )
+    device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
+    compile: bool = key(
+        False, "compile the network with torch.compile; student and teacher", runtime=True
+    )
+    log_every: int = key(50, "steps between lines in metrics.jsonl", runtime=True)
+    save_minutes: float = key(10.0, "minutes between checkpoints inside an epoch", runtime=True)
+    dino_checkpoint: bool = key(
+        False, "write full_checkpoint.pth, too, in the layout of DINO's own script", runtime=True
+    )
+    keep_start: bool = key(
+        False,
+        "write the backbone as it was before training, too, as backbone_start.pt, a control "
+        "for every figure",
+        runtime=True,
+    )
+    preview: int = key(
+        0, "draw the views of so many tiles into views.png and stop; 0: train", runtime=True
+    )
+    overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
+    tracker: Tracker = group(Tracker, "experiment tracking")
+
+
+@dataclass
+class PretrainingRun:
+    """What a step needs beside the networks.
+
+    Attributes:
+        steps: per epoch.
+        saved: when the last checkpoint was written (time.monotonic).
+    """
+
+    config: Config
+    world: World
+    run: Run
+    precision: str
+    recipe: ViewRecipe
+    objective: Objective
+    schedules: DistillationSchedules
+    stream: TileStream
+    steps: int
+    recent: RecentValues
+    probe: TrainingProbe | None
+    saved: float = field(default_factory=time.monotonic)
+
+
+def train_one_epoch(job: PretrainingRun, state: DistillationState, epoch: int) -> dict[str, float]:
+    """Train on the tiles that are left of an epoch.
+
+    Returns:
+        The means of all terms over the epoch's steps and the processes, and where the time went.
+    """
+    config, world, last = job.config, job.world, (epoch + 1) * job.steps
+    state.model.train()
+    state.teacher.train()
+    times = StepTimes(world.device, config.batch_size)
+    batches = job.stream.batches(state.step, last)
+    left = last - state.step
+    for batch in progress(batches, f"epoch {epoch + 1}", left, "step", enabled=world.is_main):
+        times.mark("data")
+        values, step = job.schedules.at(state.step), state.step
+        # the draws of stochastic depth do not depend on earlier steps
+        seed_everything((config.seed * 1_000_003 + step) * 1_009 + world.rank)
+        views = cut_views(job, batch)
+        times.mark("views")
+        state.set_values(values)
+        state.optimizer.zero_grad(set_to_none=True)
+        terms, targets, features = add_gradients(job, state, views, values, times)
+        norm = state.apply_gradients(values, config.training.clip_norm, config.training.clip_each)
+        state.add(terms | {"gradient_norm": norm})
+        times.mark("step")
+        if step % config.log_every == 0:
+            measured = measure_training(targets, features, terms["dino"])
+            line = mean_dict(terms | {"gradient_norm": norm}) | measured
+            rates = {"lr": values.lr, "weight_decay": values.weight_decay}
+            rates |= {"momentum": values.momentum, "temperature": values.temperature}
+            bad = {"bad_tiles": len(batch.failures)}
+            job.run.log(
+                {"epoch": epoch + 1, "step": step, **line, **rates, **bad, **times.report()}
+            )
+            job.recent.add(measured, step)
+        if state.step < last and is_checkpoint_due(job, step):
+            save_last(job, state, epoch)
+    means = {name: value / job.steps for name, value in mean_dict(state.sums).items()}
+    return means | times.whole()
+
+
+def cut_views(job: PretrainingRun, batch: StreamBatch) -> Views:
+    """The views of a batch, on this process's device."""
+    device = job.world.device
+    tiles = batch.tiles.to(device, non_blocking=True)
+    context = None if batch.context is None else batch.context.to(device, non_blocking=True)
+    return make_views(tiles, context, batch.indices, job.recipe, job.config.seed)
+
+
+def add_gradients(
+    job: PretrainingRun,
+    state: DistillationState,
+    views: Views,
+    values: StepValues,
+    times: StepTimes,
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Compute the gradients of one step, part by part, and move the centre.
+
+    Returns:
+        The loss and its terms, each a detached scalar; the teacher's targets (T, B, K) and its
+        features (B, D) of the first view.
+    """
+    config, device = job.config, job.world.device
+    context = [] if views.context_view is None else [views.context_view]
+    seen = [*views.global_views, *(context if config.pyramid.teacher else [])]
+    with torch.no_grad(), autocast(device, job.precision):
+        logits, features = state.teacher(seen)
+    logits = logits.view(len(seen), -1, logits.shape[-1])
+    targets = job.objective.make_targets(logits, state.centre, values.temperature)
+    times.mark("teacher")
+    # the views of the teacher come first, in its order
+    shown = [*views.student_global_views, *context, *views.local_views]
+    parts = zip(*(view.chunk(config.accumulate) for view in shown), strict=True)
+    goals = targets.chunk(config.accumulate, dim=1)
+    sums: dict[str, Tensor] = {}
+    for number, (part, goal) in enumerate(zip(parts, goals, strict=True)):
+        with exchange_gradients(state.model, last=number == config.accumulate - 1):
+            with autocast(device, job.precision):
+                outputs = state.model(list(part))
+            terms = job.objective.compute_terms(*outputs, goal, len(shown))
+            where = f"epoch {state.step // job.steps + 1} step {state.step + 1}"
+            require_finite(terms["loss"], where, terms, remedy=REMEDY)
+            times.mark("forward")
+            state.scaler.scale(terms["loss"] / config.accumulate).backward()
+            times.mark("backward")
+        sums = add_terms(sums, {n: value / config.accumulate for n, value in terms.items()})
+    state.centre = job.objective.move_centre(state.centre, logits)
+    return sums, targets, features[: len(views.global_views[0])]
+
+
+def is_checkpoint_due(job: PretrainingRun, step: int) -> bool:
+    """Whether so many minutes have gone by; all processes get the answer of the main one."""
+    if job.world.size > 1 and step % AGREE_EVERY:
+        return False
+    due = time.monotonic() - job.saved >= 60 * job.config.save_minutes
+    return mean_number(float(due and job.world.is_main), job.world.device) > 0
+
+
+def save_last(job: PretrainingRun, state: DistillationState, epoch: int) -> None:
+    """Write the checkpoint that a resumed run takes up; all processes call this."""
+    stream = job.stream.state_dict()
+    if job.world.is_main:
+        more = {"stream": stream, "recent": job.recent.rows}
+        state.save(job.run.last, to_dict(job.config), epoch, **more)
+    job.saved = time.monotonic()
+
+
+def end_epoch(
+    job: PretrainingRun, state: DistillationState, epoch: int, values: dict[str, float]
+) -> dict[str, float]:
+    """Probe, log and save after `epoch` epochs; all processes call this.
+
+    Returns:
+        The line of metrics.jsonl.
+    """
+    step_values = job.schedules.at(state.step - 1)
+    line = {**values, "lr": step_values.lr, "weight_decay": step_values.weight_decay}
+    if job.world.is_main:
+        line |= probe_teacher(job, state, epoch)
+    job.stream.drop(job.stream.slides_to_drop())
+    state.sums = {}
+    job.run.log({"epoch": epoch, **line})
+    save_last(job, state, epoch)
+    if job.world.is_main:
+        save_results(job, state, epoch)
+    shown = describe_values(line, REPORTED, digits=3)
+    logger.info("epoch %d/%d: %s", epoch, job.config.epochs, shown)
+    return line
+
+
+def probe_teacher(job: PretrainingRun, state: DistillationState, epoch: int) -> dict[str, float]:
+    """Score the teacher's backbone where it is due, and keep the best one."""
+    keys = job.config.probe
+    if job.probe is None or (epoch % keys.every and epoch != job.config.epochs):
+        return {}
+    scores = job.probe.score(state.teacher.backbone)
+    if scores[SCORE] > state.best.get(SCORE, -1.0):
+        state.best = {"epoch": epoch, **scores}
+        if keys.keep_best:
+            save_backbone(job.run.path / "backbone_best.pt", state.teacher.backbone)
+    return scores
+
+
+def save_results(job: PretrainingRun, state: DistillationState, epoch: int) -> None:
+    """Write what others read: the teacher's backbone, and on request DINO's own layout."""
+    config, path = job.config, job.run.path
+    save_backbone(path / "backbone.pt", state.teacher.backbone)
+    write_epoch_log(path / "log.txt", path / "metrics.jsonl")
+    if config.dino_checkpoint:
+        more = {"optimizer": state.optimizer.state_dict(), "epoch": epoch, "args": to_dict(config)}
+        file = path / "full_checkpoint.pth"
+        save_dino_checkpoint(file, state.student, state.teacher, state.centre, more)
+
+
+def prepare_networks(config: Config, world: World, precision: str) -> DistillationState:
+    """Student and teacher on their device, with optimiser and gradient scaler."""
+    image_size = config.views.build(config.shuffle).global_size
+    student: nn.Module = config.network.build(image_size)
+    if world.size > 1 and world.device.type == "cuda":
+        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+    student = student.to(world.device, memory_format=torch.channels_last)
+    assert isinstance(student, SelfDistilled)
+    teacher = make_teacher(student)
+    if config.compile:
+        student.backbone.compile()
+        teacher.backbone.compile()
+    groups = make_groups(student)
+    rates = (config.training.lr, config.training.weight_decay)
+    optimizer = make_optimizer(config.training.optimizer, groups, *rates)
+    centre = torch.zeros(config.network.out_dim, device=world.device)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+    return DistillationState(student, wrap(student, world), teacher, centre, optimizer, scaler)
+
+
+def open_stream(config: Config, world: World, failures: Failures) -> TileStream:
+    """Find the corpus, and make its plan and this process's part of it."""
+    workers = pick_workers(config.workers, config.read_timeout, local_processes())
+    problems: dict[str, str] = {}
+    sources = config.find(problems, workers)
+    failures.add_all(problems)
+    return TileStream(
+        config.plan(sources, config.seed),
+        config.batch_size,
+        rank=world.rank,
+        world=world.size,
+        workers=workers,
+        read_timeout=config.read_timeout,
+        context_factor=config.pyramid.factor,
+        align=config.align,
+    )
+
+
+def count_steps(config: Config, stream: TileStream) -> int:
+    """Steps of an epoch."""
+    tiles = config.epoch_tiles or sum(len(s.coordinates.coords) for s in stream.plan.sources)
+    if tiles < config.batch_size:
+        raise UserError(
+            f"epoch_tiles={tiles}: expected at least batch_size={config.batch_size}; lower "
+            "batch_size or give a larger epoch_tiles"
+        )
+    return tiles // config.batch_size
+
+
+def make_recipe(config: Config) -> ViewRecipe:
+    """The views, checked against tiles and network."""
+    recipe = config.views.build(config.shuffle)
+    is_vit = config.network.arch.startswith("vit_")
+    check_recipe(recipe, config.tile_size, config.network.patch_size if is_vit else 1)
+    return recipe
+
+
+def draw_preview(config: Config, stream: TileStream, recipe: ViewRecipe) -> None:
+    """Draw the views of the first tiles of the run."""
+    batch = next(iter(stream.batches(0, 1)))
+    count = config.preview
+    context = None if batch.context is None else batch.context[:count]
+    indices = batch.indices[:count]
+    figure = draw_view_figure(batch.tiles[:count], context, indices, recipe, config.seed)
+    path = Path(config.output) / "views.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, path)
+    logger.info("%s: the views of %d tiles are in %s", STAGE, len(indices), path)
+
+
+def write_descriptions(config: Config, path: Path, recipe: ViewRecipe, width: int) -> None:
+    """Write the settings as the public code logs them, and what extraction has to know."""
+    write_args(path / "args.txt", to_dict(config))
+    model, options = config.network.describe(recipe.global_size)
+    mpp = config.mpps[0] if len(config.mpps) == 1 else None
+    sizes = (width, recipe.global_size, (recipe.mean, recipe.std), config.tile_size, mpp)
+    write_description(path / "encoder.json", model, options, *sizes)
+
+
+def open_job(
+    config: Config, world: World, stream: TileStream, recipe: ViewRecipe
+) -> PretrainingRun:
+    """Everything that a step needs beside the networks."""
+    precision = pick_precision(config.precision, world.device)
+    steps = count_steps(config, stream)
+    side, statistics = recipe.global_size, (recipe.mean, recipe.std)
+    probe = make_training_probe(config.probe, side, statistics, world.device, precision)
+    inputs = {"slides": digest_sources(stream.plan.sources)}
+    inputs |= {"probe": probe.tiles.digest()} if probe else {}
+    options = {"overwrite": config.overwrite, "tracker": config.tracker}
+    run = open_run(config.output, config, world, inputs=inputs, **options)
+    schedules = config.training.schedules(steps, config.epochs, config.batch_size, config.objective)
+    recent = RecentValues(config.network.out_dim, after=schedules.warmup)
+    return PretrainingRun(
+        config,
+        world,
+        run,
+        precision,
+        recipe,
+        config.objective.build(),
+        schedules,
+        stream,
+        steps,
+        recent,
+        probe,
+    )
+
+
+def main(config: Config) -> int:
+    """Train, and leave backbone, checkpoints and logs in the run directory."""
+    world = init_distributed(config.device)
+    recipe = make_recipe(config)
+    config.objective.check(share_batch(config.batch_size, world.size, config.accumulate))
+    failures = Failures(STAGE)
+    stream = open_stream(config, world, failures)
+    if config.preview:
+        draw_preview(config, stream, recipe)
+        return 0
+    job = open_job(config, world, stream, recipe)
+    if job.run.results is not None:
+        logger.info("%s: %s is finished: %s", STAGE, job.run.path, job.run.results)
+        return 0
+    seed_everything(config.seed)
+    state = prepare_networks(config, world, job.precision)
+    start = resume(job, state)
+    if world.is_main:
+        write_descriptions(config, job.run.path, recipe, int(state.teacher.backbone.num_features))
+        if config.keep_start and state.step == 0:
+            save_backbone(job.run.path / "backbone_start.pt", state.teacher.backbone)
+    line: dict[str, float] = {}
+    for epoch in range(start, config.epochs):
+        values = train_one_epoch(job, state, epoch)
+        line = end_epoch(job, state, epoch + 1, values)
+    failures.add_all(stream.describe_failures())
+    best = {"best": state.best} if state.best else {}
+    job.run.finish({n: v for n, v in line.items() if not n.startswith("time/")} | best)
+    if not world.is_main:
+        return 0
+    drop_predecessor(job.run.last)
+    return failures.write(job.run.path)
+
+
+def resume(job: PretrainingRun, state: DistillationState) -> int:
+    """Take up the last checkpoint; epochs that are completed."""
+    content: Mapping = state.resume(job.run.last)
+    epoch = content.get("epoch", 0)
+    job.run.forget_after(epoch, state.step)
+    if content:
+        job.stream.load_state_dict(content["stream"])
+        job.recent.rows = content["recent"]
+        logger.info("%s: goes on after step %d", STAGE, state.step)
+    return epoch
+
+
+if __name__ == "__main__":
+    launch(main, Config)

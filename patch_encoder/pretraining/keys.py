@@ -1,0 +1,145 @@
+"""The configuration keys of networks, losses and optimisation of a self-distillation run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from common.config import key
+from common.errors import UserError
+from patch_encoder.pretraining.objective import TARGETS, Objective
+from patch_encoder.pretraining.schedules import DistillationSchedules, scale_lr
+from patch_encoder.selfdistill.backbone import describe_architecture
+from patch_encoder.selfdistill.student import SelfDistilled, build_student
+
+
+@dataclass
+class NetworkKeys:
+    """The student; its teacher has the same architecture."""
+
+    arch: str = key(
+        "vit_small",
+        "network; vit_tiny, vit_small, vit_base, vit_large, resnet18, resnet50, or timm:<model>",
+    )
+    patch_size: int = key(16, "side of a ViT's patches, px; 8, 14 or 16")
+    registers: int = key(0, "extra tokens of a ViT that are no output")
+    init: str = key(
+        "random",
+        "weights that the backbone starts from; random, an encoder's name, or a weights file",
+    )
+    drop_path: float = key(0.1, "stochastic depth of the student, at its last block")
+    out_dim: int = key(65536, "prototypes of the head, K")
+    hidden_dim: int = key(2048, "width of the head's hidden layers")
+    bottleneck_dim: int = key(256, "width of the head's bottleneck")
+    batch_norm: bool = key(False, "batch norm in the head")
+    norm_last_layer: bool = key(
+        True, "prototypes stay of length 1; false can score better and can diverge"
+    )
+
+    def describe(self, image_size: int) -> tuple[str, dict[str, Any]]:
+        """timm's name of the network, and its options."""
+        sizes = {"patch_size": self.patch_size, "registers": self.registers}
+        return describe_architecture(self.arch, **sizes, image_size=image_size)
+
+    def build(self, image_size: int) -> SelfDistilled:
+        """The student for global views of `image_size` px."""
+        return build_student(
+            self.arch,
+            patch_size=self.patch_size,
+            registers=self.registers,
+            image_size=image_size,
+            drop_path=self.drop_path,
+            init=self.init,
+            out_dim=self.out_dim,
+            hidden_dim=self.hidden_dim,
+            bottleneck_dim=self.bottleneck_dim,
+            batch_norm=self.batch_norm,
+            norm_last_layer=self.norm_last_layer,
+        )
+
+
+@dataclass
+class PyramidKeys:
+    """INTELLIGENS's view from the slide's pyramid: the same centre in a wider field."""
+
+    factor: int = key(0, "how much wider the field is; 2 or 4; 0: off, as DINO")
+    teacher: bool = key(False, "the teacher sees this view, too, so that it is a target")
+
+
+@dataclass
+class LossKeys:
+    """What the student learns from the teacher."""
+
+    targets: str = key("centring", "how the teacher's logits become targets", choices=TARGETS)
+    student_temperature: float = key(0.1, "temperature of the student's softmax")
+    temperature: float = key(0.04, "temperature of the teacher's softmax, at the beginning")
+    temperature_end: float = key(0.04, "the same after its warm-up; above 0.07 unstable in DINO")
+    temperature_warmup: float = key(0.0, "epochs in which the teacher's temperature changes")
+    centre_momentum: float = key(0.9, "share of the centre that a step keeps")
+    koleo: float = key(0.0, "weight of KoLeo, which pushes nearest neighbours apart; DINOv2: 0.1")
+    kde: float = key(0.0, "weight of KDE, which takes KoLeo's place in Virchow2; there 0.05")
+
+    def build(self) -> Objective:
+        """Targets and loss."""
+        weights = (self.centre_momentum, self.koleo, self.kde)
+        return Objective(self.targets, self.student_temperature, *weights)
+
+    def check(self, share: int) -> None:
+        """Refuse what no loss can be computed of.
+
+        Args:
+            share: tiles that a process takes at a time.
+        """
+        for name in ("student_temperature", "temperature", "temperature_end"):
+            if not getattr(self, name) > 0:
+                raise UserError(
+                    f"objective.{name}={getattr(self, name):g}: expected a value above 0"
+                )
+        if share < 2 and (self.koleo or self.kde):
+            raise UserError(
+                "objective.koleo, objective.kde: expected at least 2 tiles per process and part, "
+                f"found {share}; raise batch_size or lower accumulate"
+            )
+
+
+@dataclass
+class OptimiserKeys:
+    """The optimiser and the teacher's average; durations are in epochs."""
+
+    optimizer: str = key("adamw", "optimiser", choices=("adamw", "sgd"))
+    lr: float = key(5e-4, "learning rate; of a batch of 256, it grows with the batch")
+    min_lr: float = key(1e-6, "learning rate at the end of the run")
+    warmup: float = key(10.0, "epochs of linear warm-up of the learning rate")
+    weight_decay: float = key(0.04, "weight decay; at the beginning")
+    weight_decay_end: float = key(0.4, "weight decay at the end of the run")
+    clip_norm: float = key(3.0, "largest L2 norm of the gradients of a step; 0: any")
+    clip_each: bool = key(
+        True, "clip the gradient of each parameter on its own, as DINO; else of all together"
+    )
+    freeze_last_layer: float = key(1.0, "epochs in which the head's prototypes stay as they are")
+    teacher_momentum: float = key(
+        0.996, "share of the teacher that a step keeps, at the beginning; it ends at 1"
+    )
+
+    def schedules(
+        self, steps: int, epochs: int, batch_size: int, loss: LossKeys
+    ) -> DistillationSchedules:
+        """The values of a run of `epochs` epochs with `steps` steps each."""
+        if not 0 <= self.teacher_momentum <= 1:
+            raise UserError(
+                f"training.teacher_momentum={self.teacher_momentum:g}: expected a share, 0 to 1"
+            )
+
+        def count(duration: float) -> int:
+            return round(duration * steps)
+
+        return DistillationSchedules(
+            steps=steps * epochs,
+            lr=(scale_lr(self.lr, batch_size), self.min_lr),
+            weight_decay=(self.weight_decay, self.weight_decay_end),
+            momentum=self.teacher_momentum,
+            temperature=(loss.temperature, loss.temperature_end),
+            warmup=count(self.warmup),
+            temperature_warmup=count(loss.temperature_warmup),
+            freeze=count(self.freeze_last_layer),
+        )

@@ -1,0 +1,1 @@
+"""How well an encoder's features tell labelled tiles apart: k-NN, linear and fine-tuning probes."""
