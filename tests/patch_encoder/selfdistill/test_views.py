@@ -14,7 +14,14 @@ from torch import Tensor
 from patch_encoder.selfdistill.render import render_views
 from patch_encoder.selfdistill.view_draws import draw_shuffle, draw_views
 from patch_encoder.selfdistill.view_recipe import PRESETS, ViewRecipe
-from patch_encoder.selfdistill.views import Views, make_views, shuffle_squares
+from patch_encoder.selfdistill.views import (
+    CONTEXT,
+    GLOBALS,
+    LOCALS,
+    Views,
+    make_views,
+    shuffle_squares,
+)
 from tests.patch_encoder.selfdistill.view_fixture import (
     COLOURS_OFF,
     draw_tiles,
@@ -101,6 +108,7 @@ def test_seeds_tiles_and_views_draw_apart() -> None:
     flat = torch.stack(views).flatten(1)
     same = (flat[:, None] == flat).all(-1)
     assert len(views) == 2 * 3 * 5 and int(same.sum()) == len(views)
+    assert len({*GLOBALS, CONTEXT, *range(LOCALS, LOCALS + 8)}) == 11  # each view has its number
 
 
 def test_the_callers_generators_are_left_alone() -> None:
