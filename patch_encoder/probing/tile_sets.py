@@ -22,6 +22,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import sha256_bytes, sha256_file
+from common.progress import progress
 from patch_encoder.cohort.labels import list_class_names, read_rows
 from patch_encoder.slides.names import PICTURE_SUFFIXES, TIFF_SUFFIXES
 
@@ -90,7 +91,8 @@ class TileSet:
 
         Pictures that are there twice are logged: copies on both sides of a split are a leak.
         """
-        contents = [sha256_file(path) for path in self.pictures] or [""] * len(self)
+        files = progress(self.pictures, "read tiles", len(self.pictures), "tiles")
+        contents = [sha256_file(path) for path in files] or [""] * len(self)
         copies = len(contents) - len(set(contents))
         if self.pictures and copies:
             logger.warning(
