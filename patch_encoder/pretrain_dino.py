@@ -18,6 +18,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,8 @@ from common.distributed import (
     wrap,
 )
 from common.errors import UserError
-from common.optim import exchange_gradients, make_optimizer, require_finite
+from common.figures import save_figure
+from common.optim import add_terms, exchange_gradients, make_optimizer, require_finite
 from common.processes.pool import pick_workers
 from common.progress import describe_values, progress
 from common.run import Run, Tracker, open_run
@@ -44,6 +46,7 @@ from common.step_timer import StepTimes
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.pretraining.keys import LossKeys, NetworkKeys, OptimiserKeys, PyramidKeys
 from patch_encoder.pretraining.monitoring import RecentValues, measure_training
+from patch_encoder.pretraining.objective import Objective
 from patch_encoder.pretraining.run_files import (
     save_backbone,
     save_dino_checkpoint,
@@ -52,12 +55,14 @@ from patch_encoder.pretraining.run_files import (
 )
 from patch_encoder.pretraining.schedules import DistillationSchedules, StepValues
 from patch_encoder.pretraining.state import DistillationState, drop_predecessor, make_groups
-from patch_encoder.selfdistill.losses.centring import centred_targets, update_centre
-from patch_encoder.selfdistill.losses.dino import dino_loss
-from patch_encoder.selfdistill.losses.kde import kde_loss
-from patch_encoder.selfdistill.losses.koleo import koleo_loss
-from patch_encoder.selfdistill.losses.sinkhorn import sinkhorn_targets
+from patch_encoder.pretraining.training_probe import (
+    SCORE,
+    TrainingProbe,
+    TrainingProbeKeys,
+    make_training_probe,
+)
 from patch_encoder.selfdistill.student import SelfDistilled, make_teacher
+from patch_encoder.selfdistill.view_figure import draw_view_figure
 from patch_encoder.selfdistill.view_keys import ShuffleKeys, ViewKeys
 from patch_encoder.selfdistill.view_recipe import ViewRecipe, check_recipe
 from patch_encoder.selfdistill.views import Views, make_views
@@ -67,7 +72,7 @@ from patch_encoder.tile_stream.stream_keys import StreamKeys
 
 logger = logging.getLogger(__name__)
 STAGE = "pretrain_dino"
-REPORTED = ("loss", "kl", "time/images_per_second", "time/data_share")
+REPORTED = ("loss", "kl", SCORE, "time/images_per_second", "time/data_share")
 REMEDY = "lower training.lr or objective.temperature_end, or set precision=fp32"
 AGREE_EVERY = 10  # steps between two questions whether a checkpoint is due, of several processes
 
@@ -83,6 +88,7 @@ class Config(StreamKeys):
     pyramid: PyramidKeys = group(PyramidKeys, "the view from the slide's pyramid")
     objective: LossKeys = group(LossKeys, "targets and losses")
     training: OptimiserKeys = group(OptimiserKeys, "training recipe; optimiser and teacher")
+    probe: TrainingProbeKeys = group(TrainingProbeKeys, "probe of the teacher while it trains")
     epochs: int = key(100, "passes over the training set; here of epoch_tiles tiles each")
     epoch_tiles: int = key(0, "tiles of an epoch; 0: as many as the coordinates have")
     batch_size: int = key(256, "items per step over all processes; tiles")
@@ -105,6 +111,9 @@ class Config(StreamKeys):
     dino_checkpoint: bool = key(
         False, "write full_checkpoint.pth, too, in the layout of DINO's own script", runtime=True
     )
+    preview: int = key(
+        0, "draw the views of so many tiles into views.png and stop; 0: train", runtime=True
+    )
     overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
     tracker: Tracker = group(Tracker, "experiment tracking")
 
@@ -123,10 +132,12 @@ class PretrainingRun:
     run: Run
     precision: str
     recipe: ViewRecipe
+    objective: Objective
     schedules: DistillationSchedules
     stream: TileStream
     steps: int
     recent: RecentValues
+    probe: TrainingProbe | None
     saved: float = field(default_factory=time.monotonic)
 
 
@@ -198,7 +209,7 @@ def add_gradients(
     with torch.no_grad(), autocast(device, job.precision):
         logits, features = state.teacher(seen)
     logits = logits.view(len(seen), -1, logits.shape[-1])
-    targets = make_targets(config.objective, logits, state.centre, values.temperature)
+    targets = job.objective.make_targets(logits, state.centre, values.temperature)
     times.mark("teacher")
     # the views of the teacher come first, in its order
     shown = [*views.student_global_views, *context, *views.local_views]
@@ -208,49 +219,16 @@ def add_gradients(
     for number, (part, goal) in enumerate(zip(parts, goals, strict=True)):
         with exchange_gradients(state.model, last=number == config.accumulate - 1):
             with autocast(device, job.precision):
-                student_logits, student_features = state.model(list(part))
-            terms = compute_terms(
-                config.objective, student_logits, student_features, goal, len(shown)
-            )
+                outputs = state.model(list(part))
+            terms = job.objective.compute_terms(*outputs, goal, len(shown))
             where = f"epoch {state.step // job.steps + 1} step {state.step + 1}"
             require_finite(terms["loss"], where, terms, remedy=REMEDY)
             times.mark("forward")
             state.scaler.scale(terms["loss"] / config.accumulate).backward()
             times.mark("backward")
-        for name, value in terms.items():
-            share = value.detach() / config.accumulate
-            sums[name] = sums[name] + share if name in sums else share
-    if config.objective.targets == "centring":
-        # after use: a step never sees its own mean
-        state.centre = update_centre(state.centre, logits, config.objective.centre_momentum)
+        sums = add_terms(sums, {n: value / config.accumulate for n, value in terms.items()})
+    state.centre = job.objective.move_centre(state.centre, logits)
     return sums, targets, features[: len(views.global_views[0])]
-
-
-def make_targets(loss: LossKeys, logits: Tensor, centre: Tensor, temperature: float) -> Tensor:
-    """The teacher's probabilities (T, B, K) from its logits."""
-    if loss.targets == "sinkhorn":
-        return sinkhorn_targets(logits, temperature)
-    return centred_targets(logits, centre, temperature)
-
-
-def compute_terms(
-    loss: LossKeys, logits: Tensor, features: Tensor, targets: Tensor, views: int
-) -> dict[str, Tensor]:
-    """The loss and its unweighted terms, of (V * B, K) logits and (V * B, D) features."""
-    by_view = logits.view(views, -1, logits.shape[-1])
-    terms = {"dino": dino_loss(by_view, targets, loss.student_temperature)}
-    total = terms["dino"]
-    first, second = features.view(views, -1, features.shape[-1])[:2]
-    for name, weight, term in (
-        ("koleo", loss.koleo, koleo_loss),
-        ("kde", loss.kde, kde_loss),
-    ):
-        if weight:
-            terms[name] = term(first) + term(second)
-            total = total + weight * terms[name]
-    # what the student could still learn: the cross-entropy less the targets' own entropy
-    terms["kl"] = terms["dino"].detach() - torch.special.entr(targets).sum(dim=-1).mean()
-    return {"loss": total, **terms}
 
 
 def is_checkpoint_due(job: PretrainingRun, step: int) -> bool:
@@ -268,6 +246,42 @@ def save_last(job: PretrainingRun, state: DistillationState, epoch: int) -> None
         more = {"stream": stream, "recent": job.recent.rows}
         state.save(job.run.last, to_dict(job.config), epoch, **more)
     job.saved = time.monotonic()
+
+
+def end_epoch(
+    job: PretrainingRun, state: DistillationState, epoch: int, values: dict[str, float]
+) -> dict[str, float]:
+    """Probe, log and save after `epoch` epochs; all processes call this.
+
+    Returns:
+        The line of metrics.jsonl.
+    """
+    step_values = job.schedules.at(state.step - 1)
+    line = {**values, "lr": step_values.lr, "weight_decay": step_values.weight_decay}
+    if job.world.is_main:
+        line |= probe_teacher(job, state, epoch)
+    job.stream.drop(job.stream.slides_to_drop())
+    state.sums = {}
+    job.run.log({"epoch": epoch, **line})
+    save_last(job, state, epoch)
+    if job.world.is_main:
+        save_results(job, state, epoch)
+    shown = describe_values(line, REPORTED, digits=3)
+    logger.info("epoch %d/%d: %s", epoch, job.config.epochs, shown)
+    return line
+
+
+def probe_teacher(job: PretrainingRun, state: DistillationState, epoch: int) -> dict[str, float]:
+    """Score the teacher's backbone where it is due, and keep the best one."""
+    keys = job.config.probe
+    if job.probe is None or (epoch % keys.every and epoch != job.config.epochs):
+        return {}
+    scores = job.probe.score(state.teacher.backbone)
+    if scores[SCORE] > state.best.get(SCORE, -1.0):
+        state.best = {"epoch": epoch, **scores}
+        if keys.keep_best:
+            save_backbone(job.run.path / "backbone_best.pt", state.teacher.backbone)
+    return scores
 
 
 def save_results(job: PretrainingRun, state: DistillationState, epoch: int) -> None:
@@ -338,50 +352,78 @@ def make_recipe(config: Config) -> ViewRecipe:
     return recipe
 
 
+def draw_preview(config: Config, stream: TileStream, recipe: ViewRecipe) -> None:
+    """Draw the views of the first tiles of the run."""
+    batch = next(iter(stream.batches(0, 1)))
+    count = config.preview
+    context = None if batch.context is None else batch.context[:count]
+    indices = batch.indices[:count]
+    figure = draw_view_figure(batch.tiles[:count], context, indices, recipe, config.seed)
+    path = Path(config.output) / "views.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, path)
+    logger.info("%s: the views of %d tiles are in %s", STAGE, len(indices), path)
+
+
+def open_job(
+    config: Config, world: World, stream: TileStream, recipe: ViewRecipe
+) -> PretrainingRun:
+    """Everything that a step needs beside the networks."""
+    precision = pick_precision(config.precision, world.device)
+    steps = count_steps(config, stream)
+    side, statistics = recipe.global_size, (recipe.mean, recipe.std)
+    probe = make_training_probe(config.probe, side, statistics, world.device, precision)
+    inputs = {"slides": digest_sources(stream.plan.sources)}
+    inputs |= {"probe": probe.tiles.digest()} if probe else {}
+    options = {"overwrite": config.overwrite, "tracker": config.tracker}
+    run = open_run(config.output, config, world, inputs=inputs, **options)
+    schedules = config.training.schedules(steps, config.epochs, config.batch_size, config.objective)
+    recent = RecentValues(config.network.out_dim, after=schedules.warmup)
+    return PretrainingRun(
+        config,
+        world,
+        run,
+        precision,
+        recipe,
+        config.objective.build(),
+        schedules,
+        stream,
+        steps,
+        recent,
+        probe,
+    )
+
+
 def main(config: Config) -> int:
     """Train, and leave backbone, checkpoints and logs in the run directory."""
     world = init_distributed(config.device)
-    precision = pick_precision(config.precision, world.device)
     recipe = make_recipe(config)
-    share = share_batch(config.batch_size, world.size, config.accumulate)
-    config.objective.check(share)
+    config.objective.check(share_batch(config.batch_size, world.size, config.accumulate))
     failures = Failures(STAGE)
     stream = open_stream(config, world, failures)
-    steps = count_steps(config, stream)
-    inputs = {"slides": digest_sources(stream.plan.sources)}
-    options = {"overwrite": config.overwrite, "tracker": config.tracker}
-    run = open_run(config.output, config, world, inputs=inputs, **options)
-    if run.results is not None:
-        logger.info("%s: %s is finished: %s", STAGE, run.path, run.results)
+    if config.preview:
+        draw_preview(config, stream, recipe)
+        return 0
+    job = open_job(config, world, stream, recipe)
+    if job.run.results is not None:
+        logger.info("%s: %s is finished: %s", STAGE, job.run.path, job.run.results)
         return 0
     seed_everything(config.seed)
-    state = prepare_networks(config, world, precision)
-    schedules = config.training.schedules(steps, config.epochs, config.batch_size, config.objective)
-    recent = RecentValues(config.network.out_dim, after=schedules.warmup)
-    job = PretrainingRun(config, world, run, precision, recipe, schedules, stream, steps, recent)
+    state = prepare_networks(config, world, job.precision)
     start = resume(job, state)
     if world.is_main:
-        write_args(run.path / "args.txt", to_dict(config))
-    values: dict[str, float] = {}
+        write_args(job.run.path / "args.txt", to_dict(config))
+    line: dict[str, float] = {}
     for epoch in range(start, config.epochs):
         values = train_one_epoch(job, state, epoch)
-        last_values = schedules.at(state.step - 1)
-        line = {**values, "lr": last_values.lr, "weight_decay": last_values.weight_decay}
-        stream.drop(stream.slides_to_drop())
-        state.sums = {}
-        run.log({"epoch": epoch + 1, **line})
-        save_last(job, state, epoch + 1)
-        if world.is_main:
-            save_results(job, state, epoch + 1)
-        logger.info(
-            "epoch %d/%d: %s", epoch + 1, config.epochs, describe_values(line, REPORTED, digits=3)
-        )
+        line = end_epoch(job, state, epoch + 1, values)
     failures.add_all(stream.describe_failures())
-    run.finish({name: value for name, value in values.items() if not name.startswith("time/")})
+    best = {"best": state.best} if state.best else {}
+    job.run.finish({n: v for n, v in line.items() if not n.startswith("time/")} | best)
     if not world.is_main:
         return 0
-    drop_predecessor(run.last)
-    return failures.write(run.path)
+    drop_predecessor(job.run.last)
+    return failures.write(job.run.path)
 
 
 def resume(job: PretrainingRun, state: DistillationState) -> int:

@@ -40,7 +40,7 @@ ROOMS = {
         "cohort": 4,
         "tile_stream": 5,
         "probing": 6,
-        "pretraining": 6,
+        "pretraining": 7,
     },
     "detection_kd": {"ops": 0, "losses": 1, "datasets": 2, "models": 3, "evaluation": 5},
     "mil": {"ops": 0, "losses": 1, "datasets": 2, "models": 3, "tasks": 4, "training": 5},

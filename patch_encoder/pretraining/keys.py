@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from common.config import key
 from common.errors import UserError
+from patch_encoder.pretraining.objective import TARGETS, Objective
 from patch_encoder.pretraining.schedules import DistillationSchedules, scale_lr
 from patch_encoder.selfdistill.student import SelfDistilled, build_student
-
-TARGETS = ("centring", "sinkhorn")
 
 
 @dataclass
@@ -72,6 +71,11 @@ class LossKeys:
     centre_momentum: float = key(0.9, "share of the centre that a step keeps")
     koleo: float = key(0.0, "weight of KoLeo, which pushes nearest neighbours apart; DINOv2: 0.1")
     kde: float = key(0.0, "weight of KDE, which takes KoLeo's place in Virchow2; there 0.05")
+
+    def build(self) -> Objective:
+        """Targets and loss."""
+        weights = (self.centre_momentum, self.koleo, self.kde)
+        return Objective(self.targets, self.student_temperature, *weights)
 
     def check(self, share: int) -> None:
         """Refuse what no loss can be computed of.

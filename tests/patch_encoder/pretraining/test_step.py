@@ -138,7 +138,10 @@ def make_job(accumulate: int = 1, **loss: object) -> PretrainingRun:
     config = load_config(Config, settings)
     schedules = config.training.schedules(1, STEPS, TILES, config.objective)
     world = World(0, 1, torch.device("cpu"))
-    return PretrainingRun(config, world, None, "fp32", None, schedules, None, 1, None)  # type: ignore[arg-type]
+    objective = config.objective.build()
+    return PretrainingRun(  # type: ignore[arg-type]
+        config, world, None, "fp32", None, objective, schedules, None, 1, None, None
+    )
 
 
 def make_state(job: PretrainingRun, student: SelfDistilled) -> DistillationState:

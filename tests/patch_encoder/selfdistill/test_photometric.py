@@ -147,6 +147,31 @@ def test_operations_follow_their_own_order_and_masks() -> None:
     assert torch.equal(found[2], tiles[2]) and not torch.equal(found[0], found[1])
 
 
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_every_draw_changes_its_own_views_only(on_cpu: bool) -> None:
+    """Six copies of a tile: one change each, and the last in none."""
+    tiles, draws = draw_pixels(1).expand(6, -1, -1, -1), plain_draws(6, SIDE)
+    draws.stained, draws.jittered, draws.grey, draws.solarised = np.eye(6, dtype=bool)[:4]
+    draws.sigma[4] = 1.0
+    draws.stain_factors[:], draws.factors[:, 0] = [1.1, 0.9, 1.0], 0.7
+    found = change(colour_views, tiles, draws, on_cpu)
+    stains = map_hed(*map(torch.from_numpy, (draws.stain_factors[:1], draws.stain_shifts[:1])))
+    blur = photometric.blur_one_by_one if on_cpu else photometric.blur_views
+    for row, (operation, *strengths) in enumerate(
+        (
+            (jitter_stains, *stains),
+            (photometric.adjust_brightness, torch.tensor([0.7])),
+            (photometric.drop_colour,),
+            (photometric.solarise,),
+            (blur, torch.ones(1)),
+        )
+    ):
+        expected = change(operation, tiles[:1], *strengths)
+        assert torch.allclose(found[row : row + 1], expected, atol=1e-3), operation
+        assert not torch.equal(expected, tiles[:1].float())
+    assert torch.equal(found[5], tiles[5].float())
+
+
 def test_stains_first_then_jitter_grey_blur_and_solarisation() -> None:
     tiles, draws = draw_pixels(1).float(), plain_draws(1, SIDE)
     on = np.ones(1, bool)

@@ -13,7 +13,7 @@ from common.figures import save_figure
 from patch_encoder.selfdistill.view_figure import draw_view_figure
 from patch_encoder.selfdistill.view_recipe import PRESETS
 from patch_encoder.selfdistill.views import make_views
-from tests.patch_encoder.selfdistill.view_fixture import draw_tiles
+from tests.patch_encoder.selfdistill.view_fixture import COLOURS_OFF, draw_tiles
 
 SMALL = {"global_size": 64, "local_size": 32, "local_number": 2, "shuffle_grid": 2}
 
@@ -45,10 +45,7 @@ def test_boxes_are_where_the_views_come_from() -> None:
     tile = torch.stack(
         [ramp.expand(128, 128), ramp[:, None].expand(128, 128), ramp.expand(128, 128)]
     )
-    recipe = replace(
-        PRESETS["dino"], **SMALL, jitter_probability=0, grey_probability=0, global_blur=(0, 0),
-        global_solarise=(0, 0), local_blur=0, mean=(0, 0, 0), std=(1, 1, 1),
-    )  # fmt: skip
+    recipe = replace(PRESETS["dino"], **SMALL, **COLOURS_OFF)
     indices = torch.tensor([3])
     views = make_views(tile[None], None, indices, recipe, seed=0)
     patches = draw_view_figure(tile[None], None, indices, recipe, seed=0).axes[0].patches

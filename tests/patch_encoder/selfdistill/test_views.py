@@ -15,7 +15,12 @@ from patch_encoder.selfdistill.render import render_views
 from patch_encoder.selfdistill.view_draws import draw_shuffle, draw_views
 from patch_encoder.selfdistill.view_recipe import PRESETS, ViewRecipe
 from patch_encoder.selfdistill.views import Views, make_views, shuffle_squares
-from tests.patch_encoder.selfdistill.view_fixture import draw_tiles, list_views, plain_draws
+from tests.patch_encoder.selfdistill.view_fixture import (
+    COLOURS_OFF,
+    draw_tiles,
+    list_views,
+    plain_draws,
+)
 
 SMALL = {"global_size": 64, "local_size": 35, "local_number": 2}  # 35: no multiple of a vector
 SHUFFLED = {"shuffle_probability": 0.5, "shuffle_grid": 4}
@@ -158,8 +163,9 @@ def test_orders_of_squares_are_uniform_and_of_their_own_for_each_view() -> None:
     assert np.array_equal(np.sort(order, axis=1), np.tile(np.arange(4), (12_000, 1)))
     names, counts = np.unique(order @ [64, 16, 4, 1], return_counts=True)
     assert len(names) == 24 and counts.min() > 400 and counts.max() < 600  # 500 each
-    other, _ = draw_shuffle(recipe, 1, indices, seed=0)
+    other, other_order = draw_shuffle(recipe, 1, indices, seed=0)
     assert abs((chosen & other).mean() - 0.09) < 0.01
+    assert abs((order == other_order).all(1).mean() - 1 / 24) < 0.01
 
 
 def test_only_the_students_copies_are_shuffled_and_as_often_as_drawn() -> None:
@@ -171,18 +177,8 @@ def test_only_the_students_copies_are_shuffled_and_as_often_as_drawn() -> None:
 
 
 def test_the_pyramid_view_shows_most_of_the_context_image() -> None:
-    """Marks at the corners of the inner half of the field are in every view; boxes have the area
-    and the draws of their own.
-    """
-    recipe = replace(
-        make_small("dino"),
-        jitter_probability=0,
-        grey_probability=0,
-        global_blur=(0, 0),
-        global_solarise=(0, 0),
-        mean=(0, 0, 0),
-        std=(1, 1, 1),
-    )
+    """Ramps show how much of the context image a view covers: 60 to 100 % of its area."""
+    recipe = replace(make_small("dino"), **COLOURS_OFF)
     ramp = torch.linspace(0, 255, 128).round().to(torch.uint8)
     context = torch.stack(
         [ramp.expand(128, 128), ramp[:, None].expand(128, 128), ramp.flip(0).expand(128, 128)]

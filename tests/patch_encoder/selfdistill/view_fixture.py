@@ -10,6 +10,17 @@ from torch.nn import functional as F
 from patch_encoder.selfdistill.view_draws import ViewDraws
 from patch_encoder.selfdistill.views import Views
 
+COLOURS_OFF = {
+    "jitter_probability": 0.0,
+    "grey_probability": 0.0,
+    "global_blur": (0.0, 0.0),
+    "global_solarise": (0.0, 0.0),
+    "local_blur": 0.0,
+    "mean": (0.0, 0.0, 0.0),
+    "std": (1.0, 1.0, 1.0),
+}
+"""Changes of DINO's recipe: views are resized boxes, with intensities from 0 to 1."""
+
 
 def draw_tiles(count: int, side: int, seed: int = 0) -> Tensor:
     """uint8 (count, 3, side, side), smooth random colours with some noise."""
