@@ -1,4 +1,4 @@
-"""A step of pre-training: milliseconds of DINO's loop, written out plainly, and of ours, interleaved.
+"""A step of pre-training: milliseconds of DINO's loop and of ours, on the same views, interleaved.
 
     python benchmarks/pretraining_step.py [--tiles 32] [--rounds 7] [--threads 2] [--json]
 
