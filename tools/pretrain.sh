@@ -40,7 +40,7 @@ main() {
   run_python patch_encoder.extract_features "${extract[@]}" encoder=mean_colour output="$RUN/colour"
   # shellcheck disable=SC2086
   run_python mil.benchmark --config "$root/configs/quickstart/mil.yaml" labels="$COHORT/labels.csv" subset=cv \
-    features="[$RUN/trained/dino,$RUN/start/dino,$RUN/colour/mean_colour]" output="$RUN/mil" $MIL
+    features="[$RUN/trained/dino,$RUN/start/dino,$RUN/colour/mean_colour]" names="[trained,random_start,mean_colour]" output="$RUN/mil" $MIL
   run_python mil.report benchmark="$RUN/mil" slides="$COHORT/slides" labels="$COHORT/labels.csv" output="$RUN"
   echo "pretrain: $((SECONDS - started)) s; report: $RUN/report.html, network: $RUN/run/backbone.pt"
 }

@@ -132,8 +132,9 @@ def write_predictions(folder: Path, results: Sequence[ProbeResult], tiles: TileS
             for index, values in zip(run.tiles.tolist(), run.probabilities, strict=True):
                 tile = tiles.tiles[index]
                 row = {
-                    "probe": result.probe, "encoder": result.label, "seed": run.seed,
-                    "fold": run.fold, "tile": tile.name, "group": tile.group, "label": tile.label,
+                    "probe": result.probe, "encoder": result.label, "start": run.start,
+                    "seed": run.seed, "fold": run.fold, "tile": tile.name, "group": tile.group,
+                    "label": tile.label,
                 }  # fmt: skip
                 rows.append(row | dict(zip(probabilities, values.tolist(), strict=True)))
     write_csv(folder / "predictions.csv", list(rows[0]), rows)
@@ -163,6 +164,7 @@ def draw_dots(rows: Sequence[Mapping[str, Any]]) -> Figure:
             axes.plot([], [], MARKERS[number], color=colour, label=PROBE_TITLES[probe])
         axes.set(xlabel=f"{TITLES[metric]} (bars: 95 % by group)")
         axes.grid(axis="x")
+        axes.locator_params(axis="x", nbins=6)
     panels[0].set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5))
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(

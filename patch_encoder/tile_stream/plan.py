@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.counters import hash_counters, permutation, uniform
 from common.errors import UserError
-from patch_encoder.tile_stream.counters import hash_counters, permutation, uniform
 from patch_encoder.tile_stream.sources import TileSource
 from patch_encoder.tile_stream.tissue_cover import TissueCover
 

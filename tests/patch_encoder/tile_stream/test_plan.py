@@ -10,9 +10,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from common.counters import hash_counters, permutation, uniform
 from common.errors import UserError
 from common.memory import peak_memory
-from patch_encoder.tile_stream.counters import hash_counters, permutation, uniform
 from patch_encoder.tile_stream.plan import TilePlan
 from patch_encoder.tile_stream.tissue_cover import TissueCover, sort_by_band
 from tests.patch_encoder.tile_stream.corpus import SIDE, grid, source
