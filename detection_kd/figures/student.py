@@ -8,7 +8,6 @@ shows UMAP, fitted in the same way.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from common.figures import PALETTE, QUIET, new_figure, save_figure, styled
-from common.group_scatter import name_groups, point_diameter, scatter_groups
+from common.planes import make_umap, name_groups, point_diameter, scatter_groups
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,10 +74,9 @@ def draw_planes(
     teacher = teacher[chosen]
     names = name_groups([groups[i] for i in chosen])
     rows = [project_on_principal_plane(student, teacher)]
-    if (
-        importlib.util.find_spec("umap") is not None and len(teacher) > 15
-    ):  # its number of neighbours
-        rows.append(project_on_umap(student, teacher))
+    umap = make_umap(len(teacher), seed=0)
+    if umap is not None:
+        rows.append(project_on_umap(umap, student, teacher))
     figure = new_figure(8.6, 3.9 * len(rows))
     panels = figure.subplots(len(rows), 2, squeeze=False, sharex="row", sharey="row")
     for row, (points, labels) in zip(panels, rows, strict=True):
@@ -118,14 +116,12 @@ def project_on_principal_plane(
 
 
 def project_on_umap(
-    student: Features, teacher: Features
+    umap: Any, student: Features, teacher: Features
 ) -> tuple[list[Float[np.ndarray, "n 2"]], list[str]]:
-    """Project [teacher, student] on a UMAP of the teacher (McInnes et al., 2018); returns the
-    points and the labels of the axes.
+    """Project [teacher, student] on a UMAP of the teacher; returns the points and the labels of the
+    axes.
     """
-    import umap
-
-    plane = umap.UMAP(n_components=2, metric="cosine", random_state=0, n_jobs=1).fit(teacher)
+    plane = umap.fit(teacher)
     return [np.asarray(plane.embedding_), np.asarray(plane.transform(student))], [
         "UMAP 1 of the teacher",
         "UMAP 2",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,12 +9,11 @@ import numpy as np
 from jaxtyping import Float
 
 from common.figures import new_figure, styled
-from common.group_scatter import name_groups, point_diameter, scatter_groups
+from common.planes import make_umap, name_groups, point_diameter, scatter_groups
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NEIGHBOURS = 15  # of UMAP, its own default
 PANEL = 3.4  # inches
 
 
@@ -38,21 +36,6 @@ def project_on_principal_plane(
     )
 
 
-def project_on_umap(
-    features: Float[np.ndarray, "n d"], seed: int
-) -> Float[np.ndarray, "n 2"] | None:
-    """UMAP of unit-length features; None without the package umap-learn, or with too few rows."""
-    if importlib.util.find_spec("umap") is None or len(features) <= NEIGHBOURS:
-        return None
-    import umap
-
-    # n_jobs is said since a seed allows no other; UMAP warns where it has to change it
-    plane = umap.UMAP(
-        n_neighbors=NEIGHBOURS, metric="cosine", random_state=seed, n_jobs=1
-    ).fit_transform(features)
-    return np.asarray(plane, dtype=np.float64)
-
-
 @styled()
 def draw_planes(
     features: Float[np.ndarray, "n d"], groupings: dict[str, Sequence[str]], seed: int
@@ -61,9 +44,9 @@ def draw_planes(
     plane, shares = project_on_principal_plane(features)
     panels = {("PC 1", "PC 2"): plane}
     titles = [f"principal components, {shares.sum():.0%} of the variance"]
-    neighbourhoods = project_on_umap(features, seed)
-    if neighbourhoods is not None:
-        panels["UMAP 1", "UMAP 2"] = neighbourhoods
+    umap = make_umap(len(features), seed)
+    if umap is not None:
+        panels["UMAP 1", "UMAP 2"] = np.asarray(umap.fit_transform(features), np.float64)
         titles.append("UMAP, cosine")
     size = (PANEL * len(panels) + 1.6, PANEL * len(groupings))
     figure = new_figure(*size)

@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 from common.cli import run
-from common.group_scatter import OTHERS, name_groups
+from common.planes import OTHERS, name_groups
 from detection_kd import train_d2vfm
 from detection_kd.figures.student import (
     draw_learning_curves,

@@ -1,10 +1,12 @@
-"""Points of a plane coloured by group: slide, label."""
+"""Features as points of a plane: UMAP where it is installed, and points coloured by group."""
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -15,6 +17,21 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 OTHERS = "others"
+NEIGHBOURS = 15  # of UMAP, its own default
+
+
+def make_umap(rows: int, seed: int) -> Any | None:
+    """UMAP (McInnes et al., 2018) by cosine, not fitted; None without the package umap-learn, or
+    with too few rows.
+    """
+    if importlib.util.find_spec("umap") is None or rows <= NEIGHBOURS:
+        return None
+    with warnings.catch_warnings():
+        # of one of its classes, which is not used here
+        warnings.filterwarnings("ignore", "Tensorflow not installed", ImportWarning)
+        import umap
+    # a seed allows no other number of jobs; UMAP warns where it has to change it
+    return umap.UMAP(n_neighbors=NEIGHBOURS, metric="cosine", random_state=seed, n_jobs=1)
 
 
 def name_groups(groups: Sequence[str]) -> list[str]:
