@@ -160,13 +160,15 @@ def draw_views(page: PageMaker) -> str:
 def draw_attention(page: PageMaker, sample: TileSample) -> dict[str, Any]:
     """Maps of a handful of tiles and of a whole slide."""
     pictures = sample.pictures()[:SHOWN]
+    figure = draw_tile_maps(pictures, page.map(pictures))
     drawn = draw_slide(
         choose_source(page.sources, page.config.slide_tiles), page.config.slide_tiles, page.map
     )
     return {
         "what": describe_maps(page.encoder.network),
         "is_attention": has_class_attention(page.encoder.network),
-        "tiles": figure_uri(draw_tile_maps(pictures, page.map(pictures))),
+        "tiles": figure_uri(figure),
+        "columns": len(figure.axes) // len(pictures),
         "slide": drawn,
         "overview": jpeg_uri(drawn.overview),
         "map": jpeg_uri(drawn.map),

@@ -158,6 +158,8 @@ def draw_panel(
     values = [value for points in series.values() for part in points for _, value in part]
     if panel.log and min(values) > 0:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")  # powers of ten take fonts for formulas
+        axes.yaxis.set_minor_formatter("")
     axes.set(title=panel.title, xlabel="epoch", xlim=(0, None))
     axes.grid(visible=True)
     if len(series) > 1:
