@@ -156,7 +156,7 @@ class Config:
     )
     cache_dir: str = key(
         "",
-        "folder of the cached features, shared by runs; empty: d2vfm_cache beside the run",
+        "folder of a cache that runs share; features; empty: d2vfm_cache beside the run",
         runtime=True,
     )
     cache_dtype: str = key("float32", "numbers in the cache", choices=DTYPES)

@@ -8,8 +8,7 @@
 Writes a run directory. Its `backbone.pt` is the teacher's backbone, which extraction takes as
 `encoder=dino weights=backbone.pt`; `log.txt` and `args.txt` are those of the public code. The
 method is Caron et al., ICCV 2021; patch shuffle and pyramid view are our reading of the abstract of
-INTELLIGENS (Wu et al., arXiv 2309.08259), whose code was never published. An epoch is a number of
-tiles, not a pass: corpora have more tiles than a run sees.
+INTELLIGENS (Wu et al., arXiv 2309.08259), whose code was never published.
 """
 
 from __future__ import annotations
@@ -51,6 +50,7 @@ from patch_encoder.pretraining.run_files import (
     save_backbone,
     save_dino_checkpoint,
     write_args,
+    write_description,
     write_epoch_log,
 )
 from patch_encoder.pretraining.schedules import DistillationSchedules, StepValues
@@ -110,6 +110,12 @@ class Config(StreamKeys):
     save_minutes: float = key(10.0, "minutes between checkpoints inside an epoch", runtime=True)
     dino_checkpoint: bool = key(
         False, "write full_checkpoint.pth, too, in the layout of DINO's own script", runtime=True
+    )
+    keep_start: bool = key(
+        False,
+        "write the backbone as it was before training, too, as backbone_start.pt, a control "
+        "for every figure",
+        runtime=True,
     )
     preview: int = key(
         0, "draw the views of so many tiles into views.png and stop; 0: train", runtime=True
@@ -365,6 +371,15 @@ def draw_preview(config: Config, stream: TileStream, recipe: ViewRecipe) -> None
     logger.info("%s: the views of %d tiles are in %s", STAGE, len(indices), path)
 
 
+def write_descriptions(config: Config, path: Path, recipe: ViewRecipe, width: int) -> None:
+    """Write the settings as the public code logs them, and what extraction has to know."""
+    write_args(path / "args.txt", to_dict(config))
+    model, options = config.network.describe(recipe.global_size)
+    mpp = config.mpps[0] if len(config.mpps) == 1 else None
+    sizes = (width, recipe.global_size, (recipe.mean, recipe.std), config.tile_size, mpp)
+    write_description(path / "encoder.json", model, options, *sizes)
+
+
 def open_job(
     config: Config, world: World, stream: TileStream, recipe: ViewRecipe
 ) -> PretrainingRun:
@@ -412,7 +427,9 @@ def main(config: Config) -> int:
     state = prepare_networks(config, world, job.precision)
     start = resume(job, state)
     if world.is_main:
-        write_args(job.run.path / "args.txt", to_dict(config))
+        write_descriptions(config, job.run.path, recipe, int(state.teacher.backbone.num_features))
+        if config.keep_start and state.step == 0:
+            save_backbone(job.run.path / "backbone_start.pt", state.teacher.backbone)
     line: dict[str, float] = {}
     for epoch in range(start, config.epochs):
         values = train_one_epoch(job, state, epoch)

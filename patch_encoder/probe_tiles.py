@@ -11,10 +11,11 @@ and stored in features/. Started again, it does nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -74,10 +75,12 @@ class ProbeStudy:
     def __post_init__(self) -> None:
         self.targets, self.groups = self.tiles.targets, self.tiles.groups
 
-    def predict(self, fold: Fold, probabilities: np.ndarray, seed: int) -> TilePredictions:
+    def predict(
+        self, fold: Fold, probabilities: np.ndarray, start: int, seed: int = 0
+    ) -> TilePredictions:
         """Probabilities of a fold's test tiles with what is known of these."""
         cases, targets = self.groups[fold.test], self.targets[fold.test]
-        return TilePredictions(fold.number, cases, targets, probabilities, fold.test, seed)
+        return TilePredictions(fold.number, cases, targets, probabilities, fold.test, start, seed)
 
 
 def open_study(config: Config) -> ProbeStudy:
@@ -111,49 +114,56 @@ def encode_with(study: ProbeStudy) -> Callable[[ProbedEncoder, int], np.ndarray]
     return lambda probed, seed: encode_pictures(study.tiles.pictures, probed.build(seed), *options)
 
 
-def probe_knn(study: ProbeStudy, rows: FeatureSet, features: np.ndarray, number: int) -> Any:
+def probe_knn(
+    study: ProbeStudy, rows: FeatureSet, features: np.ndarray, start: int
+) -> Iterator[TilePredictions]:
     """Predictions of the k-NN probe, fold by fold."""
     settings, targets = study.config.knn, study.targets
     for fold in study.folds:
         given = (features[fold.train], targets[fold.train], features[fold.test])
         classes = len(study.tiles.classes)
         shares = knn_probe(*given, classes, **asdict(settings), device=study.device)
-        yield study.predict(fold, shares, number)
+        yield study.predict(fold, shares, start)
 
 
-def probe_linear(study: ProbeStudy, rows: FeatureSet, features: np.ndarray, number: int) -> Any:
+def probe_linear(
+    study: ProbeStudy, rows: FeatureSet, features: np.ndarray, start: int
+) -> Iterator[TilePredictions]:
     """Predictions of the linear probe, fold by fold."""
     for fold in study.folds:
         given = (features[fold.train], study.targets[fold.train], features[fold.test])
         groups = study.groups[fold.train]
         probabilities, strength = linear_probe(*given, groups, study.config.seed)
         logger.info("%s, fold %d: C=%g", rows.label, fold.number, strength)
-        yield study.predict(fold, probabilities, number)
+        yield study.predict(fold, probabilities, start)
 
 
-def probe_fine_tune(study: ProbeStudy, rows: FeatureSet, features: np.ndarray, number: int) -> Any:
+def probe_fine_tune(
+    study: ProbeStudy, rows: FeatureSet, features: np.ndarray, start: int
+) -> Iterator[TilePredictions]:
     """Predictions of the fine-tuning probe, fold by fold and seed by seed; each is stored."""
-    settings, encoder = study.config.fine_tune, rows.encoder
-    assert encoder is not None
-    for fold in study.folds:
-        for seed in settings.seeds:
+    folder, settings = Path(study.config.output) / "fine_tuned", study.config.fine_tune
+    for fold, seed in product(study.folds, settings.seeds):
+        split = {"train": fold.train, "test": fold.test, "seed": seed}
+        probabilities = load_or_make(
+            name_file(folder, rows.label, start, seed, fold.number),
+            rows.made_from[start] | asdict(settings) | split,
+            partial(tune_network, study, rows, start, fold, seed),
+        )
+        yield study.predict(fold, probabilities, start, seed)
 
-            def train(fold: Fold = fold, seed: int = seed) -> np.ndarray:
-                built = encoder.build(encoder.seeds[number])
-                pictures = Pictures(study.tiles.pictures, built.transform)
-                return fine_tune_probe(
-                    built, pictures, study.targets, fold.train, fold.test,
-                    len(study.tiles.classes), settings, study.device, study.precision,
-                    study.workers, seed,
-                )  # fmt: skip
 
-            split = {"train": fold.train, "test": fold.test, "seed": seed}
-            path = name_file(
-                Path(study.config.output) / "fine_tuned", rows.label, number, seed, fold.number
-            )
-            made_from = rows.made_from[number] | asdict(settings) | split
-            probabilities = load_or_make(path, made_from, train)
-            yield study.predict(fold, probabilities, 1000 * number + seed)
+def tune_network(
+    study: ProbeStudy, rows: FeatureSet, start: int, fold: Fold, seed: int
+) -> np.ndarray:
+    """Fine-tune a network anew on one fold; probabilities (T, C) of the test tiles."""
+    assert rows.encoder is not None
+    encoder = rows.encoder.build(rows.encoder.seeds[start])
+    pictures = Pictures(study.tiles.pictures, encoder.transform)
+    sides, classes = (fold.train, fold.test), len(study.tiles.classes)
+    where = (study.device, study.precision, study.workers)
+    given = (study.targets, *sides, classes, study.config.fine_tune, *where)
+    return fine_tune_probe(encoder, pictures, *given, seed)
 
 
 PROBES = {"knn": probe_knn, "linear": probe_linear, "fine_tune": probe_fine_tune}
@@ -163,15 +173,15 @@ def probe_all(study: ProbeStudy, sets: list[FeatureSet]) -> list[ProbeResult]:
     """Every probe on every feature set; fine-tuning on those with a network."""
     results = []
     for rows in sets:
-        networks = [rows.read(number) for number in range(len(rows.made_from))]
+        networks = [rows.read(start) for start in range(len(rows.made_from))]
         for probe in study.config.probes:
             if probe == "fine_tune" and not (rows.encoder and rows.encoder.has_network):
                 continue
             logger.info("%s: %s", probe, rows.label)
             runs = [
                 run
-                for number, features in enumerate(networks)
-                for run in PROBES[probe](study, rows, features, number)
+                for start, features in enumerate(networks)
+                for run in PROBES[probe](study, rows, features, start)
             ]
             dim = networks[0].shape[1]
             results.append(ProbeResult(rows.label, rows.control, probe, dim, runs))

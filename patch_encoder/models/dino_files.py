@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import read_json
 from patch_encoder.models.encoder_table import CROPPED, EncoderRow
 from patch_encoder.models.encoder_weights import PREFIXES, find_local_file, read_state
 from patch_encoder.models.transforms import Fit
 
+DESCRIPTION = "encoder.json"  # beside the backbone that our own pre-training leaves
 Shapes = dict[str, tuple[int, ...]]
 HEAD_CHANNELS = 64
 ODD_HEADS = {1280: 16}  # by width
@@ -48,6 +50,8 @@ def describe_dino_file(weights: str) -> EncoderRow:
             "file"
         )
     path, _, choice = weights.partition("#")
+    if (described := find_description(Path(path))) is not None:
+        return read_description(described)
     state = read_state(find_local_file(Path(path), EncoderRow("timm", "", "", 0)), choice)
     for prefix in PREFIXES:
         inside = {
@@ -63,6 +67,42 @@ def describe_dino_file(weights: str) -> EncoderRow:
         f"{path}: expected a ViT (with keys {', '.join(sorted(VIT_KEYS))}) or a ResNet (with keys "
         f"{', '.join(sorted(RESNET_KEYS))}), found {list(state)[:3]}"
     )
+
+
+def find_description(path: Path) -> Path | None:
+    """The description that our own pre-training leaves beside `backbone.pt`, if there is one."""
+    file = (path if path.is_dir() else path.parent) / DESCRIPTION
+    return file if file.is_file() and (path.is_dir() or path.name.startswith("backbone")) else None
+
+
+def read_description(file: Path) -> EncoderRow:
+    """The row of a network that our own pre-training has described.
+
+    Raises:
+        UserError: the file is not such a description.
+    """
+    content = read_json(file, "a description of an encoder")
+    try:
+        mean, std = (tuple(map(float, content[name])) for name in ("mean", "std"))
+        mpp = content["mpp"]
+        return EncoderRow(
+            "timm",
+            str(content["model"]),
+            "",
+            int(content["width"]),
+            Fit(int(content["side"]), squash=True),
+            (mean, std),
+            mpp=None if mpp is None else float(mpp),
+            tile=int(content["tile_size"]),
+            licence="your own",
+            options=dict(content["options"]),
+            file="backbone.pt",
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file}: expected a description of an encoder as pre-training writes it, found a "
+            f"problem with {error}"
+        ) from None
 
 
 def _describe_vit(shapes: Shapes, path: str) -> EncoderRow:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from common.config import key
 from common.errors import UserError
 from patch_encoder.pretraining.objective import TARGETS, Objective
 from patch_encoder.pretraining.schedules import DistillationSchedules, scale_lr
+from patch_encoder.selfdistill.backbone import describe_architecture
 from patch_encoder.selfdistill.student import SelfDistilled, build_student
 
 
@@ -33,6 +35,11 @@ class NetworkKeys:
     norm_last_layer: bool = key(
         True, "prototypes stay of length 1; false can score better and can diverge"
     )
+
+    def describe(self, image_size: int) -> tuple[str, dict[str, Any]]:
+        """timm's name of the network, and its options."""
+        sizes = {"patch_size": self.patch_size, "registers": self.registers}
+        return describe_architecture(self.arch, **sizes, image_size=image_size)
 
     def build(self, image_size: int) -> SelfDistilled:
         """The student for global views of `image_size` px."""

@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from common.checkpoint import save_tensors
-from common.files import write_text
+from common.files import write_json, write_text
+from patch_encoder.models.encoder_table import Statistics
 
 STUDENT_PREFIX = "module."  # of a student under DistributedDataParallel
 
@@ -23,6 +24,32 @@ STUDENT_PREFIX = "module."  # of a student under DistributedDataParallel
 def save_backbone(path: Path, backbone: nn.Module) -> None:
     """Write a backbone's weights and buffers, on the CPU, by their plain names."""
     save_tensors(path, copy_to_cpu(backbone.state_dict()))
+
+
+def write_description(
+    path: Path,
+    model: str,
+    options: Mapping[str, Any],
+    width: int,
+    side: int,
+    statistics: Statistics,
+    tile_size: int,
+    mpp: float | None,
+) -> None:
+    """Write what extraction has to know of a backbone that its weights do not say.
+
+    Args:
+        path: `encoder.json` beside the backbone.
+        model, options: how timm builds it.
+        width: of its features, D.
+        side: of its input, px; a tile is resized to it.
+        statistics: of the input.
+        tile_size, mpp: side in px and resolution of the tiles that it was trained on; None: that of
+            each slide's coordinates.
+    """
+    mean, std = statistics
+    values = {"model": model, "options": dict(options), "width": width, "side": side}
+    write_json(path, {**values, "mean": mean, "std": std, "tile_size": tile_size, "mpp": mpp})
 
 
 def save_dino_checkpoint(

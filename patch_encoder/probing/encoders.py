@@ -74,7 +74,8 @@ def choose_encoders(specs: Sequence[str], random_starts: int) -> list[ProbedEnco
         if weights == RANDOM:
             chosen.append(ProbedEncoder(label, name, "", control=True, starts=starts or (0,)))
         else:
-            chosen.append(ProbedEncoder(label, name, weights, control=name in CONTROLS))
+            control = name in CONTROLS and not weights
+            chosen.append(ProbedEncoder(label, name, weights, control))
     for probed in [one for one in chosen if one.has_network and not one.starts and starts]:
         label = f"{probed.label}, random weights"
         chosen.append(ProbedEncoder(label, probed.name, probed.weights, True, starts))

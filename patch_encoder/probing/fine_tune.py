@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from common.config import key
 from common.device import autocast
 from common.optim import make_optimizer, require_finite, set_lr
+from common.progress import progress
 from common.schedules import lr_factor
 from patch_encoder.models.encoders import Encoder
 from patch_encoder.probing.pictures import load_batches
@@ -124,7 +125,8 @@ def fine_tune_probe(
         order = train[torch.randperm(len(train), generator=generator).numpy()]
         batches = load_batches(pictures, order, settings.batch_size, workers)
         model.train()
-        for step, items in enumerate(batches):
+        name = f"fine-tune {encoder.name}, epoch {epoch + 1}/{settings.epochs}"
+        for step, items in enumerate(progress(batches, name, steps, "steps")):
             here = order[step * settings.batch_size :][: len(items)]
             if len(here) == 1 and len(train) > 1:
                 continue  # a batch norm has no statistics of one tile

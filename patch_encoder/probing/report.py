@@ -132,8 +132,9 @@ def write_predictions(folder: Path, results: Sequence[ProbeResult], tiles: TileS
             for index, values in zip(run.tiles.tolist(), run.probabilities, strict=True):
                 tile = tiles.tiles[index]
                 row = {
-                    "probe": result.probe, "encoder": result.label, "seed": run.seed,
-                    "fold": run.fold, "tile": tile.name, "group": tile.group, "label": tile.label,
+                    "probe": result.probe, "encoder": result.label, "start": run.start,
+                    "seed": run.seed, "fold": run.fold, "tile": tile.name, "group": tile.group,
+                    "label": tile.label,
                 }  # fmt: skip
                 rows.append(row | dict(zip(probabilities, values.tolist(), strict=True)))
     write_csv(folder / "predictions.csv", list(rows[0]), rows)

@@ -30,7 +30,8 @@ class TilePredictions:
         targets: (T,) class indices.
         probabilities: (T, C).
         tiles: (T,) index of each tile in its set; None where nobody asks.
-        seed: of the random start.
+        start: number of the random weights that the network started from; 0: of any other.
+        seed: of the training.
     """
 
     fold: int
@@ -38,6 +39,7 @@ class TilePredictions:
     targets: np.ndarray
     probabilities: np.ndarray
     tiles: np.ndarray | None = None
+    start: int = 0
     seed: int = 0
 
     @property

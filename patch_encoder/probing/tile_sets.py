@@ -22,6 +22,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import sha256_bytes, sha256_file
+from common.progress import progress
 from patch_encoder.cohort.labels import list_class_names, read_rows
 from patch_encoder.slides.names import PICTURE_SUFFIXES, TIFF_SUFFIXES
 
@@ -90,19 +91,27 @@ class TileSet:
 
         Pictures that are there twice are logged: copies on both sides of a split are a leak.
         """
-        contents = [sha256_file(path) for path in self.pictures] or [""] * len(self)
-        copies = len(contents) - len(set(contents))
-        if self.pictures and copies:
-            logger.warning(
-                "%s: %d of %d pictures are copies of another one; where they are of different "
-                "groups, the same picture may be trained on and tested on",
-                *(self.source, copies, len(self)),
-            )
+        files = progress(self.pictures, "read tiles", len(self.pictures), "tiles")
+        contents = [sha256_file(path) for path in files] or [""] * len(self)
+        if self.pictures:
+            self._warn_of_copies(contents)
         lines = (
             repr((tile.name, tile.label, tile.group, tile.split, content))
             for tile, content in zip(self.tiles, contents, strict=True)
         )
         return sha256_bytes(repr(self.classes).encode(), *(line.encode() for line in lines))
+
+    def _warn_of_copies(self, contents: Sequence[str]) -> None:
+        labels: dict[str, set[str]] = {}
+        for tile, content in zip(self.tiles, contents, strict=True):
+            labels.setdefault(content, set()).add(tile.label)
+        copies, torn = len(contents) - len(labels), sum(len(found) > 1 for found in labels.values())
+        if copies:
+            logger.warning(
+                "%s: %d of %d pictures are copies of another one, and %d stand under several "
+                "labels; copies in different groups may be both trained on and tested on",
+                *(self.source, copies, len(contents), torn),
+            )
 
 
 def read_tile_set(

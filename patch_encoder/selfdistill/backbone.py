@@ -55,64 +55,68 @@ def build_student_backbone(
         UserError: an unknown architecture, an option that it does not have, or weights that cannot
             be had or do not fit.
     """
-    vit = arch in VITS
-    if not vit and registers:
+    if arch not in VITS and registers:
         raise UserError(f"registers={registers}: expected a ViT, found arch={arch}; set it to 0")
-    if vit:
-        network = _build_vit(arch, patch_size, registers, image_size, drop_path)
-    else:
-        network = _build_other(arch, image_size, drop_path)
+    model, options = describe_architecture(
+        arch, patch_size=patch_size, registers=registers, image_size=image_size
+    )
+    network = _build(arch, model, options, drop_path)
     load_initial_weights(network, init)
     return network
 
 
-def _build_vit(
-    arch: str, patch_size: int, registers: int, image_size: int, drop_path: float
-) -> nn.Module:
-    import timm
+def describe_architecture(
+    arch: str, *, patch_size: int, registers: int, image_size: int
+) -> tuple[str, dict[str, Any]]:
+    """The name that timm has for a network, and the options that it is built with.
 
-    if image_size % patch_size:
-        raise UserError(
-            f"global views of {image_size} px: expected a multiple of patch_size={patch_size}"
-        )
-    network = timm.create_model(
-        f"{arch}_patch16_224",
-        num_classes=0,
-        img_size=image_size,
-        patch_size=patch_size,
-        reg_tokens=registers,
-        no_embed_class=registers > 0,
-        dynamic_img_size=True,
-        drop_path_rate=drop_path,
-    )
-    # as DINO draws it; timm's is next to zero
-    nn.init.trunc_normal_(network.cls_token, std=0.02)
-    return network
-
-
-def _build_other(arch: str, image_size: int, drop_path: float) -> nn.Module:
+    Args:
+        arch, patch_size, registers, image_size: as for `build_student_backbone`.
+    """
     import timm
     from timm.models.vision_transformer import VisionTransformer
 
+    options: dict[str, Any] = {}
+    if arch in VITS:
+        if image_size % patch_size:
+            raise UserError(
+                f"global views of {image_size} px: expected a multiple of patch_size={patch_size}"
+            )
+        options = {"img_size": image_size, "patch_size": patch_size, "dynamic_img_size": True}
+        return f"{arch}_patch16_224", {
+            **options,
+            "reg_tokens": registers,
+            "no_embed_class": registers > 0,
+        }
     model = arch if arch in RESNETS else arch.removeprefix("timm:")
     if (model == arch) != (arch in RESNETS) or not timm.is_model(model.split(".")[0]):
         known = (*VITS, *RESNETS, *(f"timm:{name}" for name in timm.list_models()))
         raise UserError(f"arch={arch}: no such network; {did_you_mean(arch, known)}")
-    options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
-    if arch in RESNETS:
-        # torchvision's start, which DINO has: residual branches count from the first step
-        options["zero_init_last"] = False
-    else:
+    if arch not in RESNETS:
         with torch.device("meta"):
             if isinstance(timm.create_model(model, num_classes=0), VisionTransformer):
-                options |= {"img_size": image_size, "dynamic_img_size": True}
+                options = {"img_size": image_size, "dynamic_img_size": True}
+    return model, options
+
+
+def _build(arch: str, model: str, options: dict[str, Any], drop_path: float) -> nn.Module:
+    import timm
+
+    start: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    if arch in RESNETS:
+        # torchvision's start, which DINO has: residual branches count from the first step
+        start["zero_init_last"] = False
     try:
-        return timm.create_model(model, num_classes=0, **options)
+        network = timm.create_model(model, num_classes=0, **options, **start)
     except TypeError:
         raise UserError(
             f"drop_path={drop_path}: expected a network with stochastic depth, found arch={arch}; "
             "set it to 0"
         ) from None
+    if arch in VITS:
+        # as DINO draws it; timm's is next to zero
+        nn.init.trunc_normal_(network.cls_token, std=0.02)
+    return network
 
 
 def load_initial_weights(network: nn.Module, init: str) -> None:

@@ -48,7 +48,7 @@ def draw_view_figure(
             axes.spines[:].set(visible=True, color=QUIET)  # a white view on a white page
             if row == 0:
                 axes.set_title(title, fontsize=8)
-        for number, box in enumerate(boxes[:, row]):
+        for number, box in enumerate(boxes[: 2 + LOCALS_SHOWN, row]):
             _outline(axes_of_tile[0], box, GLOBAL_COLOUR if number < 2 else LOCAL_COLOUR)
     return figure
 
@@ -90,5 +90,5 @@ def _outline(axes: Axes, box: np.ndarray, colour: str) -> None:
 
     top, left, height, width = box.tolist()
     axes.add_patch(
-        Rectangle((left - 0.5, top - 0.5), width, height, fill=False, ec=colour, linewidth=1)
+        Rectangle((left - 0.5, top - 0.5), width, height, fill=False, ec=colour, linewidth=0.8)
     )

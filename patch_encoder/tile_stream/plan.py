@@ -15,14 +15,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.counters import hash_counters, permutation, uniform
 from common.errors import UserError
-from patch_encoder.tile_stream.counters import hash_counters, permutation, uniform
 from patch_encoder.tile_stream.sources import TileSource
 from patch_encoder.tile_stream.tissue_cover import TissueCover
 
 BALANCES = ("tiles", "slides", "subdatasets")
 ORDER, VISIT, RETRY, PLACE = range(4)  # what random numbers are for
 PLACES = 32  # positions that are tried until enough of one is tissue
+SHARD = 32  # tiles that a cache keeps in one file
 COARSER = 1.1  # a slide with pixels up to this much larger than wanted still serves
 
 
@@ -33,6 +34,7 @@ class Draw(NamedTuple):
         index: number of the tile in the training.
         attempt: how many draws of this index could not be read before.
         slide: index of its source.
+        tile: number of the stored tile that it starts from.
         x, y: top-left corner, level-0 px.
         side: level-0 px.
         mpp: um per px of the tile; 0: what the slide was tiled at.
@@ -41,6 +43,7 @@ class Draw(NamedTuple):
     index: int
     attempt: int
     slide: int
+    tile: int
     x: int
     y: int
     side: int
@@ -63,6 +66,8 @@ class TilePlan:
         tissue_share: least share of a tile that stored tiles cover.
         open_slides, tiles_per_visit: visits of a block, and tiles of a visit.
         dropped: sources that are left out.
+        shard: tiles of a shard of a slide, from one of which a visit draws, so that a cache keeps
+            them together; 0: no shards.
 
     Raises:
         UserError: values out of range, or no slide is left to draw from.
@@ -79,6 +84,7 @@ class TilePlan:
     open_slides: int = 16
     tiles_per_visit: int = 8
     dropped: frozenset[int] = frozenset()
+    shard: int = 0
 
     def __post_init__(self) -> None:
         _check(self)
@@ -121,31 +127,54 @@ class TilePlan:
             resolution = _pick(self._mpp_weights, uniform(state, 0))
         slide = _pick(self._weights[resolution], uniform(state, 1))
         mpp = self.mpps[resolution] if self.mpps else 0.0
-        x, y, side = self._place(index, attempt, slide, mpp)
-        return Draw(index, attempt, slide, x, y, side, mpp)
+        tiles = range(len(self._covers[slide].corners))
+        if self.shard:
+            tiles = self.tiles_of(slide, int(uniform(state, 2) * self._shards(slide)))
+        return self._place(Draw(index, attempt, slide, 0, 0, 0, 0, mpp), tiles)
 
-    def _place(self, index: int, attempt: int, slide: int, mpp: float) -> tuple[int, int, int]:
-        """Corner and side of a square of which enough is tissue; the best of `PLACES` where none
-        is.
+    def _place(self, draw: Draw, tiles: Sequence[int]) -> Draw:
+        """The draw at a random place near one of the tiles where enough is tissue; the best of
+        `PLACES` where nothing is.
         """
-        source, cover = self.sources[slide], self._covers[slide]
-        stored, corners = source.coordinates.geometry, cover.corners
-        side = _side_at(source, self.tile_size, mpp)
-        centred = (stored.patch_size_level0 - side) / 2
-        reach = self.jitter * stored.patch_size_level0
-        state, best = hash_counters(self.seed, PLACE, index, attempt), (-1.0, 0, 0)
+        cover = self._covers[draw.slide]
+        state = hash_counters(self.seed, PLACE, draw.index, draw.attempt)
+        best, best_share = draw, -1.0
         for number in range(0, 3 * PLACES, 3):
-            left, top = corners[int(uniform(state, number) * len(corners))].tolist()
+            tile = tiles[int(uniform(state, number) * len(tiles))]
             across, down = (2 * uniform(state, number + axis) - 1 for axis in (1, 2))
-            x, y = round(left + centred + reach * across), round(top + centred + reach * down)
-            x, y = self._clip(slide, x, y, side)
+            found = self.at_tile(draw, tile, self.jitter * across, self.jitter * down)
+            x, y, side = found.x, found.y, found.side
+            left, top = cover.corners[tile].tolist()
             share = cover.share_of_one(left, top, x, y, side)
             if share < self.tissue_share:
                 share = cover.share(x, y, side)
             if share >= self.tissue_share:
-                return x, y, side
-            best = max(best, (share, x, y))
-        return best[1], best[2], side
+                return found
+            if share > best_share:
+                best, best_share = found, share
+        return best
+
+    def at_tile(self, draw: Draw, tile: int, across: float = 0.0, down: float = 0.0) -> Draw:
+        """The draw around the centre of a stored tile, moved by shares of the tile's side."""
+        source = self.sources[draw.slide]
+        stored = source.coordinates.geometry.patch_size_level0
+        side = _side_at(source, self.tile_size, draw.mpp)
+        left, top = self._covers[draw.slide].corners[tile].tolist()
+        centred = (stored - side) / 2
+        x, y = round(left + centred + stored * across), round(top + centred + stored * down)
+        x, y = self._clip(draw.slide, x, y, side)
+        return draw._replace(tile=tile, x=x, y=y, side=side)
+
+    def _shards(self, slide: int) -> int:
+        return -(-len(self._covers[slide].corners) // self.shard)
+
+    def tiles_of(self, slide: int, shard: int) -> range:
+        """Numbers of the tiles of a shard: spread over the slide."""
+        return range(shard, len(self._covers[slide].corners), self._shards(slide))
+
+    def shard_of(self, slide: int, tile: int) -> tuple[int, int]:
+        """(shard, number in it) of a tile."""
+        return tile % self._shards(slide), tile // self._shards(slide)
 
     def _clip(self, slide: int, x: int, y: int, side: int) -> tuple[int, int]:
         """The nearest square inside the slide; one that is larger than the slide is centred."""
@@ -243,6 +272,11 @@ def _check(plan: TilePlan) -> None:
     if not (0 <= plan.jitter <= 1 and 0 <= plan.tissue_share <= 1):
         raise UserError(
             f"jitter={plan.jitter:g}, tissue_share={plan.tissue_share:g}: expected shares, 0 to 1"
+        )
+    if plan.shard and plan.jitter:
+        raise UserError(
+            f"jitter={plan.jitter:g}: expected jitter=0 with cache_dir, since tiles are kept where "
+            "they were stored"
         )
     counts = {name: getattr(plan, name) for name in ("tile_size", "open_slides", "tiles_per_visit")}
     for name, count in counts.items():

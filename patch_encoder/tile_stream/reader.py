@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import MutableSequence, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 
+from common.cli import NO_PLACE
 from common.errors import UserError
 from common.memory import is_out_of_memory
 from common.processes.pool import heartbeat
@@ -18,6 +20,7 @@ from patch_encoder.slides import Slide, SlideError
 from patch_encoder.slides.base import RegionError
 from patch_encoder.tile_stream.plan import Draw, TilePlan
 from patch_encoder.tile_stream.slide_shelf import SlideShelf
+from patch_encoder.tile_stream.tile_cache import TileCache
 from patch_encoder.tiles.formats import CoordinateSource, make_square_geometry
 from patch_encoder.tiles.grid import choose_level, read_tile
 
@@ -48,6 +51,7 @@ class TileReader:
         given_up: for each source whether it must not be opened any more; other processes may set
             it.
         readers: of the sources, as `SlideShelf` has them; other processes may share it.
+        cache_dir: folder of decoded tiles; empty: none are kept.
     """
 
     def __init__(
@@ -57,12 +61,16 @@ class TileReader:
         align: bool = False,
         given_up: Sequence[int] | None = None,
         readers: MutableSequence[int] | None = None,
+        cache_dir: str = "",
     ) -> None:
         sources = plan.sources
         self.plan, self.context_factor, self.align = plan, context_factor, align
         self._given_up = bytearray(len(sources)) if given_up is None else given_up
         readers = bytearray(len(sources)) if readers is None else readers
         self._slides = SlideShelf(sources, plan.open_slides, readers)
+        self._cache = None
+        if cache_dir:
+            self._cache = TileCache(Path(cache_dir), plan, context_factor, self._decode)
 
     @property
     def pictures(self) -> int:
@@ -103,13 +111,9 @@ class TileReader:
             return GIVEN_UP
         heartbeat(draw.slide, draw.index)
         try:
-            slide = self._slides.get(draw.slide)
-            x, y = self._locate(slide, draw)
-            self._read_square(slide, x, y, draw.side, out[0])
-            if self.context_factor:
-                margin = draw.side * (self.context_factor - 1) // 2
-                side = draw.side * self.context_factor
-                self._read_square(slide, x - margin, y - margin, side, out[1])
+            if self._cache is not None:
+                return self._cache.read(draw, out)
+            self._read_pictures(draw, out)
             return ""
         except RegionError as error:
             return str(error)
@@ -117,12 +121,31 @@ class TileReader:
             self._slides.forget(draw.slide)
             return str(error)
         except Exception as error:
-            if is_out_of_memory(error):
+            full = isinstance(error, OSError) and error.errno in NO_PLACE  # for the cache
+            if full or is_out_of_memory(error):
                 raise
             name = self.plan.sources[draw.slide].name
             logger.exception("slide %s: the reader failed at (%d, %d)", name, draw.x, draw.y)
             self._slides.forget(draw.slide)
             return f"{type(error).__name__}: {error}"
+
+    def _decode(self, draw: Draw) -> UInt8[np.ndarray, "pictures 3 s s"] | str:
+        """The pictures of a draw, or why that part of its slide cannot be read."""
+        out = np.empty((self.pictures, 3, self.plan.tile_size, self.plan.tile_size), np.uint8)
+        try:
+            self._read_pictures(draw, out)
+        except RegionError as error:
+            return str(error)
+        return out
+
+    def _read_pictures(self, draw: Draw, out: UInt8[np.ndarray, "pictures 3 s s"]) -> None:
+        slide = self._slides.get(draw.slide)
+        x, y = self._locate(slide, draw)
+        self._read_square(slide, x, y, draw.side, out[0])
+        if self.context_factor:
+            margin = draw.side * (self.context_factor - 1) // 2
+            side = draw.side * self.context_factor
+            self._read_square(slide, x - margin, y - margin, side, out[1])
 
     def _locate(self, slide: Slide, draw: Draw) -> tuple[int, int]:
         """Where a draw is read: in the slide, of whose size the plan may not know, and aligned."""

@@ -14,7 +14,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from functools import partial
+from functools import cached_property, partial
 from itertools import count, islice
 from multiprocessing.sharedctypes import RawArray
 from typing import Any
@@ -27,6 +27,7 @@ from common.processes.crash_policy import CrashPolicy
 from common.processes.pool import Lost, Pool, Raised
 from patch_encoder.tile_stream.plan import TilePlan
 from patch_encoder.tile_stream.reader import BadDraw, TileReader
+from patch_encoder.tile_stream.sources import digest_sources
 from patch_encoder.tile_stream.windows import StreamBatch, Window, allocate_shared, locate
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class TileStream:
         workers: reading processes; 0: this one, where a slide that crashes or hangs its reader is
             not survived.
         read_timeout: seconds that a tile may take.
-        context_factor, align: as for `TileReader`.
+        context_factor, align, cache_dir: as for `TileReader`.
 
     Raises:
         UserError: a batch that processes cannot share.
@@ -63,14 +64,21 @@ class TileStream:
         read_timeout: float = 300.0,
         context_factor: int = 0,
         align: bool = False,
+        cache_dir: str = "",
     ) -> None:
+        if bool(cache_dir) != bool(plan.shard) or (cache_dir and align):
+            raise UserError(
+                "cache_dir: expected jitter=0, align=false and a plan of shards with it, since "
+                "tiles are kept where they were stored"
+            )
         if batch_size < 1 or batch_size % world:
             raise UserError(
                 f"batch_size={batch_size}: expected a multiple of the {world} processes"
             )
         self.plan, self.batch_size, self.rank = plan, batch_size, rank
         self._share, self._workers, self._timeout = batch_size // world, workers, read_timeout
-        self._context_factor, self._align = context_factor, align
+        self._options = context_factor, align
+        self._cache_dir = cache_dir
         slides = len(plan.sources)
         self._drawn, self._bad = np.zeros(slides, np.int64), np.zeros(slides, np.int64)
         self._reasons = dict[int, str]()  # source -> why its first bad draw was
@@ -89,7 +97,7 @@ class TileStream:
         firsts = range(first_step, last_step, length)
         windows = (self._indices(range(k, min(k + length, last_step))) for k in firsts)
         shared = self._given_up, self._readers
-        reader = TileReader(self.plan, self._context_factor, self._align, *shared)
+        reader = TileReader(self.plan, *self._options, *shared, self._cache_dir)
         side, ahead = self.plan.tile_size, AHEAD if self._workers else 0
         shape = (length, reader.pictures, self._share, 3, side, side)
         memory = [allocate_shared(shape) for _ in range(ahead + 1)]
@@ -223,7 +231,11 @@ class TileStream:
         """Counts of all processes, which call this together, and the sources that were dropped: as
         plain values.
         """
-        return self._gather()
+        return self._gather() | {"corpus": self._corpus}
+
+    @cached_property
+    def _corpus(self) -> str:
+        return digest_sources(self.plan.sources)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state, with any number of processes.
@@ -231,11 +243,11 @@ class TileStream:
         Raises:
             UserError: it is of another corpus.
         """
-        found = len(self.plan.sources)
-        if len(state["drawn"]) != found:
+        if state["corpus"] != self._corpus:
             raise UserError(
-                f"slides: expected the {len(state['drawn'])} slides of the run that is resumed, "
-                f"found {found}; restore the cohort or start a new run"
+                f"slides: expected the corpus of the run that is resumed ({len(state['drawn'])} "
+                f"slides), found one of {len(self.plan.sources)} with other slides, coordinates or "
+                "resolutions; restore it or start a new run"
             )
         if self.rank == 0:  # the sum over the processes is what counts
             self._drawn[:], self._bad[:] = state["drawn"], state["bad"]

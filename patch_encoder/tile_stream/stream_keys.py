@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from common.config import key
 from patch_encoder.cohort.keys import CohortKeys, ReaderKeys
-from patch_encoder.tile_stream.plan import BALANCES, TilePlan
+from patch_encoder.tile_stream.plan import BALANCES, SHARD, TilePlan
 from patch_encoder.tile_stream.sources import TileSource, find_sources
 
 
@@ -50,6 +50,11 @@ class StreamKeys(ReaderKeys, CohortKeys):
         "move each drawn tile to the tile grid of its slide's file, so that fewer of the file's "
         "tiles are decoded; without effect where the file does not say its grid",
     )
+    cache_dir: str = key(
+        "",
+        "folder of a cache that runs share; decoded tiles, with jitter=0 and align=false; empty: "
+        "none",
+    )
     workers: int | None = key(
         None,
         "worker processes; they read tiles, per process; null: one per core, at most 8; 0: the "
@@ -86,4 +91,5 @@ class StreamKeys(ReaderKeys, CohortKeys):
             self.tissue_share,
             self.open_slides,
             self.tiles_per_visit,
+            shard=SHARD if self.cache_dir else 0,
         )

@@ -239,6 +239,9 @@ def test_the_controls_stand_beside_every_encoder() -> None:
     assert labels[:2] == ["resnet50", "dino=b/c.pt"]
     assert labels[2:4] == ["resnet50, random weights", "dino=b/c.pt, random weights"]
     assert labels[4:] == list(CONTROLS)
+    further = {p.label: p.control for p in choose_encoders(["imagenet_lite0=runs/last.pt"], 1)}
+    assert not further["imagenet_lite0=runs/last.pt"], "weights of one's own are no control"
+    assert further["imagenet_lite0=runs/last.pt, random weights"] and further["imagenet_lite0"]
     random = choose_encoders(["resnet50=random"], 2)[0]
     assert random.control and random.seeds == (0, 1)
     with pytest.raises(UserError, match="found resnet50 twice"):

@@ -23,7 +23,7 @@ from patch_encoder.probing.fine_tune import (
     turn,
 )
 from patch_encoder.probing.knn import knn_probe, probe_features
-from patch_encoder.probing.linear import STRENGTHS, linear_probe
+from patch_encoder.probing.linear import STRENGTHS, choose_strength, linear_probe
 
 RANDOM = np.random.default_rng(0)
 
@@ -128,15 +128,15 @@ def test_more_features_than_tiles_give_the_model_of_scikit_learn() -> None:
 
 
 def test_the_penalty_is_chosen_by_groups_of_the_training_tiles() -> None:
-    """Groups that leak would speak for a weak penalty, since each can be learnt by heart."""
-    groups = np.repeat(np.arange(40), 5)
-    features = np.repeat(RANDOM.normal(size=(40, 60)), 5, axis=0)
-    targets = np.repeat(np.arange(40) % 2, 5)
-    leaking = linear_probe(features, targets, features, np.arange(200))[0]
-    _, kept = linear_probe(features, targets, features, groups)
-    assert leaking.shape == (200, 2) and kept in STRENGTHS
-    one_group = np.zeros(200)
-    assert linear_probe(features, targets, features, one_group)[1] == 1.0, "nothing to choose by"
+    """Near copies of a tile are found again at any C, so that they must not judge it."""
+    random, groups = np.random.default_rng(0), np.repeat(np.arange(40), 5)
+    targets = groups % 2
+    features = random.normal(size=(40, 60))[groups] + 0.3 * random.normal(size=(200, 60))
+    features[:, 0] += 1.5 * targets
+    by_group = choose_strength(features, targets, groups, 0)
+    assert by_group != choose_strength(features, targets, np.arange(200), 0)
+    assert linear_probe(features, targets, features, groups)[1] == by_group
+    assert choose_strength(features, targets, targets, 0) == 1.0, "nothing to choose by"
 
 
 # --- fine-tuning ----------------------------------------------------------------------------------

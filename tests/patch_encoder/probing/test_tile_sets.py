@@ -148,7 +148,11 @@ def test_copies_of_a_picture_are_said(folder: Path, caplog: pytest.LogCaptureFix
     copy.write_bytes((folder / "tumour" / "p1_100x_1.png").read_bytes())
     with caplog.at_level(logging.WARNING):
         read_tile_set(folder).digest()
-    assert "1 of 13 pictures are copies of another one" in caplog.text
+    assert "1 of 13 pictures are copies of another one, and 0 stand under several" in caplog.text
+    copy.rename(folder / "normal" / "copy.png")
+    with caplog.at_level(logging.WARNING):
+        read_tile_set(folder).digest()
+    assert "1 of 13 pictures are copies of another one, and 1 stand under several" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
 
 from patch_encoder.selfdistill.render import render_views
-from patch_encoder.selfdistill.view_draws import draw_shuffle, draw_views
+from patch_encoder.selfdistill.view_draws import ViewDraws, draw_shuffle, draw_views
 from patch_encoder.selfdistill.view_recipe import PRESETS, ViewRecipe
-from patch_encoder.selfdistill.views import Views, make_views, shuffle_squares
+from patch_encoder.selfdistill.views import (
+    CONTEXT,
+    GLOBALS,
+    LOCALS,
+    Views,
+    make_views,
+    shuffle_squares,
+)
 from tests.patch_encoder.selfdistill.view_fixture import (
     COLOURS_OFF,
     draw_tiles,
@@ -63,6 +73,35 @@ def test_threads_do_not_change_a_bit() -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+def test_a_view_is_what_pillow_and_torchvision_make_of_the_same_draws() -> None:
+    """DINO's chain of transforms on pictures, with the boxes, orders and strengths that we drew."""
+    recipe, count = make_small("dino", local_size=64), 60
+    tiles, kind = draw_tiles(count, 96), recipe.global_kinds[1]
+    drawn = draw_views(recipe, [kind], [1], np.arange(count), 96, seed=0)
+    drawn.sigma[: count // 2] = np.linspace(0.1, 2, count // 2)  # more of them are blurred
+    ours = render_views(tiles, np.arange(count), drawn, 64, recipe, True)
+    for row, tile in enumerate(tiles):
+        one = drawn[row : row + 1]
+        expected = TF.normalize(TF.to_tensor(draw_with_pillow(tile, one)), recipe.mean, recipe.std)
+        off = (ours[row] - expected).abs() * 0.226 * 255
+        assert float(off.mean()) < 2.5 and float((off > 12).float().mean()) < 0.01, row
+    assert drawn.solarised.any() and drawn.grey.any() and drawn.jittered.any()
+
+
+def draw_with_pillow(tile: Tensor, draws: ViewDraws) -> Image.Image:
+    """One view by the operations of DINO's code."""
+    bicubic = {"size": [64, 64], "interpolation": InterpolationMode.BICUBIC}
+    picture = TF.resized_crop(TF.to_pil_image(tile), *draws.boxes[0].tolist(), **bicubic)
+    picture = TF.hflip(picture) if draws.flips[0, 0] else picture
+    changes = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+    for number in draws.order[0] if draws.jittered[0] else ():
+        picture = changes[number](picture, float(draws.factors[0, number]))
+    picture = TF.to_grayscale(picture, 3) if draws.grey[0] else picture
+    if draws.sigma[0]:
+        picture = picture.filter(ImageFilter.GaussianBlur(float(draws.sigma[0])))
+    return ImageOps.solarize(picture, 128) if draws.solarised[0] else picture
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_accelerators_make_the_same_views(preset: str) -> None:
     """The form for accelerators, here on the CPU: it differs by what is rounded while resizing."""
@@ -101,6 +140,7 @@ def test_seeds_tiles_and_views_draw_apart() -> None:
     flat = torch.stack(views).flatten(1)
     same = (flat[:, None] == flat).all(-1)
     assert len(views) == 2 * 3 * 5 and int(same.sum()) == len(views)
+    assert len({*GLOBALS, CONTEXT, *range(LOCALS, LOCALS + 8)}) == 11  # each view has its number
 
 
 def test_the_callers_generators_are_left_alone() -> None:
