@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,7 @@ def render_page(page: PageMaker) -> str:
         attention=draw_attention(page, sample),
         of_run=draw_tiles_of_run(page, sample),
         of_set=draw_tile_set(page),
+        with_umap=find_spec("umap") is not None,
         version=__version__,
     )
 

@@ -39,8 +39,8 @@ def has_class_attention(network: Any) -> bool:
 
 @torch.no_grad()
 def make_maps(
-    encoder: PixelEncoder, tiles: UInt8[Tensor, "b 3 s s"]
-) -> Float[Tensor, "b heads h w"]:
+    encoder: PixelEncoder, tiles: UInt8[Tensor, "b 3 h w"]
+) -> Float[Tensor, "b heads rows cols"]:
     """A map per tile and head; one "head" where the network has no class token.
 
     Args:
@@ -75,7 +75,9 @@ def attend(network: Any, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b h
     return found[0]
 
 
-def measure_last_map(network: Any, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b h w"]:
+def measure_last_map(
+    network: Any, pixels: Float[Tensor, "b 3 h w"]
+) -> Float[Tensor, "b rows cols"]:
     """L2 norm of the vectors of the last feature map, place by place."""
     features = network.forward_features(pixels).float()
     if features.ndim == 3:  # tokens, the patches last
@@ -92,7 +94,7 @@ def _count_prefix(network: Any) -> int:
 
 def _fold(
     values: Float[Tensor, "b heads patches"], pixels: Float[Tensor, "b 3 h w"]
-) -> Float[Tensor, "b heads r c"]:
+) -> Float[Tensor, "b heads rows cols"]:
     """Values of patches, row by row, as maps of the shape of the picture."""
     rows = math.isqrt(values.shape[-1] * pixels.shape[-2] // pixels.shape[-1])
     return values.unflatten(-1, (rows, -1))

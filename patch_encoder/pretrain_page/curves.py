@@ -134,9 +134,9 @@ def find_points(
         if line.get(name) is None:
             continue
         if "step" in line:
-            within.append(((line["step"] + 1) / steps, line[name]))
+            within.append(((line["step"] + 1) / steps, float(line[name])))
         else:
-            epochs.append((line["epoch"], line[name]))
+            epochs.append((float(line["epoch"]), float(line[name])))
     return within, epochs
 
 

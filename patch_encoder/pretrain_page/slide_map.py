@@ -26,7 +26,7 @@ OVERVIEW = 1100  # px, the longer side of the picture
 BATCH = 32
 OPACITY = 0.6
 
-Maps = Callable[[UInt8[np.ndarray, "n s s 3"]], Float[np.ndarray, "n heads h w"]]
+Maps = Callable[[UInt8[np.ndarray, "n s s 3"]], Float[np.ndarray, "n heads rows cols"]]
 
 
 @dataclass
@@ -47,7 +47,7 @@ class SlideMap:
         self.total = np.zeros(self.shape, np.float32)
         self.weight = np.zeros(self.shape, np.float32)
 
-    def paste(self, values: Float[np.ndarray, "h w"], x: int, y: int, side: int) -> None:
+    def paste(self, values: Float[np.ndarray, "rows cols"], x: int, y: int, side: int) -> None:
         """Add the map of a tile whose corner and side are in level-0 px."""
         left, top = round(x * self.scale), round(y * self.scale)
         right = max(left + 1, round((x + side) * self.scale))

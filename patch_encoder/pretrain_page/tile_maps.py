@@ -19,7 +19,7 @@ MOST_HEADS = 12
 
 @styled()
 def draw_tile_maps(
-    pictures: UInt8[np.ndarray, "n s s 3"], maps: Float[np.ndarray, "n heads h w"]
+    pictures: UInt8[np.ndarray, "n s s 3"], maps: Float[np.ndarray, "n heads rows cols"]
 ) -> Figure:
     """One row per tile: the tile, the mean over heads, the mean over the tile, then head by head.
 
