@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -353,6 +353,8 @@ def count_steps(config: Config, stream: TileStream) -> int:
 def make_recipe(config: Config) -> ViewRecipe:
     """The views, checked against tiles and network."""
     recipe = config.views.build(config.shuffle)
+    if (statistics := config.network.find_statistics()) is not None:
+        recipe = replace(recipe, mean=statistics[0], std=statistics[1])
     is_vit = config.network.arch.startswith("vit_")
     check_recipe(recipe, config.tile_size, config.network.patch_size if is_vit else 1)
     return recipe

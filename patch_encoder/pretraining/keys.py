@@ -7,9 +7,10 @@ from typing import Any
 
 from common.config import key
 from common.errors import UserError
+from patch_encoder.models.encoder_table import Statistics
 from patch_encoder.pretraining.objective import TARGETS, Objective
 from patch_encoder.pretraining.schedules import DistillationSchedules, scale_lr
-from patch_encoder.selfdistill.backbone import describe_architecture
+from patch_encoder.selfdistill.backbone import describe_architecture, find_initial_row
 from patch_encoder.selfdistill.student import SelfDistilled, build_student
 
 
@@ -35,6 +36,13 @@ class NetworkKeys:
     norm_last_layer: bool = key(
         True, "prototypes stay of length 1; false can score better and can diverge"
     )
+
+    def find_statistics(self) -> Statistics | None:
+        """Statistics of the pixels that named weights were trained with; None: those of a file or
+        of a random start, which are the views' own.
+        """
+        row = find_initial_row(self.init)
+        return None if row is None else row.statistics
 
     def describe(self, image_size: int) -> tuple[str, dict[str, Any]]:
         """timm's name of the network, and its options."""

@@ -164,6 +164,7 @@ def draw_dots(rows: Sequence[Mapping[str, Any]]) -> Figure:
             axes.plot([], [], MARKERS[number], color=colour, label=PROBE_TITLES[probe])
         axes.set(xlabel=f"{TITLES[metric]} (bars: 95 % by group)")
         axes.grid(axis="x")
+        axes.locator_params(axis="x", nbins=6)
     panels[0].set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5))
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(

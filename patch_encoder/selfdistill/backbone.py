@@ -119,25 +119,37 @@ def _build(arch: str, model: str, options: dict[str, Any], drop_path: float) -> 
     return network
 
 
+def find_initial_row(init: str) -> EncoderRow | None:
+    """The row of the encoder that `init` names; None where it is random or a file.
+
+    Raises:
+        UserError: no such encoder, or none of timm's.
+    """
+    if init == RANDOM or Path(init.partition("#")[0]).exists():
+        return None
+    try:
+        row = find_row(init)
+    except UserError as error:
+        raise UserError(
+            f"init={init}: expected random, a weights file or an encoder's name; {error}"
+        ) from None
+    if row.library != "timm":
+        raise UserError(
+            f"init={init}: expected a network of timm, found one of {row.library}; only "
+            "backbones of timm can be trained on"
+        )
+    return row
+
+
 def load_initial_weights(network: nn.Module, init: str) -> None:
     """Put the weights that `init` names into a backbone, every key accounted for."""
     if init == RANDOM:
         return
     path, _, choice = init.partition("#")
-    row = EncoderRow("timm", "", "", 0)
-    if Path(path).exists():
+    row = find_initial_row(init)
+    if row is None:
+        row = EncoderRow("timm", "", "", 0)
         file = find_local_file(Path(path), row)
     else:
-        try:
-            row = find_row(init)
-        except UserError as error:
-            raise UserError(
-                f"init={init}: expected random, a weights file or an encoder's name; {error}"
-            ) from None
-        if row.library != "timm":
-            raise UserError(
-                f"init={init}: expected a network of timm, found one of {row.library}; only "
-                "backbones of timm can be trained on"
-            )
         file, choice = find_published_file(row, init, key="init"), ""
     load_encoder_weights(network, row, read_state(file, choice), str(file))
