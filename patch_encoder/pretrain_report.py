@@ -38,7 +38,7 @@ from patch_encoder.pretrain_page.gallery import Gallery, make_gallery
 from patch_encoder.pretrain_page.neighbours import scale_to_unit
 from patch_encoder.pretrain_page.projection import draw_planes
 from patch_encoder.pretrain_page.run_folder import PretrainingFolder, load_network, read_run
-from patch_encoder.pretrain_page.slide_map import choose_source, draw_slide
+from patch_encoder.pretrain_page.slide_map import draw_first_slide
 from patch_encoder.pretrain_page.tile_maps import draw_tile_maps
 from patch_encoder.pretrain_page.tile_sample import (
     TileSample,
@@ -162,9 +162,7 @@ def draw_attention(page: PageMaker, sample: TileSample) -> dict[str, Any]:
     """Maps of a handful of tiles and of a whole slide."""
     pictures = sample.pictures()[:SHOWN]
     figure = draw_tile_maps(pictures, page.map(pictures))
-    drawn = draw_slide(
-        choose_source(page.sources, page.config.slide_tiles), page.config.slide_tiles, page.map
-    )
+    drawn = draw_first_slide(page.sources, page.config.slide_tiles, page.map)
     return {
         "what": describe_maps(page.encoder.network),
         "is_attention": has_class_attention(page.encoder.network),

@@ -7,6 +7,7 @@ stands out within that tile, and neighbouring tiles need not agree at their bord
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -14,14 +15,16 @@ import cv2
 import numpy as np
 from jaxtyping import Float, Int64, UInt8
 
+from common.errors import UserError
 from common.progress import progress
 from patch_encoder.pretrain_page.figures import colour_map
-from patch_encoder.slides import Slide, open_slide
+from patch_encoder.slides import Slide, SlideError, open_slide
 from patch_encoder.slides.base import RegionError
 from patch_encoder.slides.overview import read_overview
 from patch_encoder.tile_stream.sources import TileSource
 from patch_encoder.tiles.grid import read_tile
 
+logger = logging.getLogger(__name__)
 OVERVIEW = 1100  # px, the longer side of the picture
 BATCH = 32
 OPACITY = 0.6
@@ -103,14 +106,32 @@ class DrawnSlide:
     unread: int
 
 
-def choose_source(sources: Sequence[TileSource], most: int) -> TileSource:
-    """The slide with the most tiles of those with at most `most`, else the one with the fewest."""
+def order_sources(sources: Sequence[TileSource], most: int) -> list[TileSource]:
+    """Those with at most `most` tiles first, the one with the most tiles in front; then the others,
+    the one with the fewest in front.
+    """
 
-    def count(source: TileSource) -> int:
-        return len(source.coordinates.coords)
+    def place(source: TileSource) -> tuple[bool, int]:
+        count = len(source.coordinates.coords)
+        return (True, count) if count > most else (False, -count)
 
-    small = [source for source in sources if count(source) <= most]
-    return max(small, key=count) if small else min(sources, key=count)
+    return sorted(sources, key=place)
+
+
+def draw_first_slide(sources: Sequence[TileSource], most: int, make_maps: Maps) -> DrawnSlide:
+    """Map the first slide in the order of `order_sources` that can be opened.
+
+    Raises:
+        UserError: none can.
+    """
+    reason = ""
+    for source in order_sources(sources, most):
+        try:
+            return draw_slide(source, most, make_maps)
+        except SlideError as error:
+            reason = str(error)
+            logger.warning("%s is not drawn: %s", source.name, reason)
+    raise UserError(f"expected a slide to draw, found none that can be opened, the last: {reason}")
 
 
 def choose_tiles(count: int, most: int) -> Int64[np.ndarray, " k"]:

@@ -4,6 +4,7 @@ strength of their last feature map.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from common.errors import UserError
 from patch_encoder.models.encoders import PixelEncoder
 from patch_encoder.pretrain_page.attention import (
     NORM,
@@ -23,9 +25,10 @@ from patch_encoder.pretrain_page.attention import (
 )
 from patch_encoder.pretrain_page.slide_map import (
     SlideMap,
-    choose_source,
     choose_tiles,
+    draw_first_slide,
     draw_slide,
+    order_sources,
 )
 from patch_encoder.selfdistill.backbone import build_student_backbone
 from patch_encoder.slides import open_slide
@@ -90,19 +93,21 @@ def test_attention_follows_a_patch_that_the_class_token_asks_for() -> None:
     assert (maps.flatten(1).argmax(1) == 7).all() and maps[:, 1, 3].min() > 0.5
 
 
-def test_networks_without_a_class_token_show_the_length_of_their_last_vectors() -> None:
-    for encoder in (build("resnet18"), build("timm:swin_tiny_patch4_window7_224")):
-        network: Any = encoder.network
-        tiles = TILES if encoder.network is network and "ResNet" in type(network).__name__ else None
-        tiles = torch.nn.functional.interpolate(TILES, (224, 224)) if tiles is None else tiles
-        assert describe_maps(network) == NORM
-        with torch.no_grad():
-            features = network.forward_features(encoder.scaled(tiles))
-        if getattr(network, "output_fmt", "NCHW") == "NHWC":
-            features = features.permute(0, 3, 1, 2)
-        maps = make_maps(encoder, tiles)
-        assert maps.shape == (2, 1, *features.shape[2:])
-        torch.testing.assert_close(maps[:, 0], features.square().sum(1).sqrt())
+@pytest.mark.parametrize(
+    ("arch", "channels"), [("resnet18", 1), ("timm:swin_tiny_patch4_window7_224", -1)]
+)
+def test_networks_without_a_class_token_show_the_length_of_their_last_vectors(
+    arch: str, channels: int
+) -> None:
+    encoder = build(arch)
+    network: Any = encoder.network
+    assert describe_maps(network) == NORM
+    tiles = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    with torch.no_grad():
+        features = network.forward_features(encoder.scaled(tiles))
+    maps = make_maps(encoder, tiles)
+    assert maps.shape == (2, 1, 7, 7)
+    torch.testing.assert_close(maps[:, 0], features.square().sum(channels).sqrt())
 
 
 def test_a_vit_that_pools_its_patches_has_no_attention_to_show() -> None:
@@ -133,7 +138,7 @@ def test_maps_lie_where_their_tiles_are() -> None:
     assert (shown[drawn.weight == 0] == 200).all() and (shown[drawn.weight > 0] != 200).any()
 
 
-def test_a_slide_is_mapped_tile_by_tile(tmp_path) -> None:
+def test_a_slide_is_mapped_tile_by_tile(tmp_path: Path) -> None:
     """Batches hold the stored tiles in their order; more tiles than allowed are thinned out."""
     slides_inputs(tmp_path)
     sources = find_sources(tmp_path / "corpus", {})
@@ -153,12 +158,25 @@ def test_a_slide_is_mapped_tile_by_tile(tmp_path) -> None:
             np.testing.assert_array_equal(picture, expected)
 
 
-def test_the_slide_with_most_tiles_that_are_not_too_many_is_shown(tmp_path) -> None:
+def test_the_slide_with_most_tiles_that_are_not_too_many_is_shown(tmp_path: Path) -> None:
+    """A slide that cannot be opened makes room for the next one."""
     slides_inputs(tmp_path)
-    corners = np.load(tmp_path / "corpus" / "site0" / "s0.npy")
-    for number, count in enumerate((3, 9, 5, 25, 25, 25)):
-        np.save(tmp_path / "corpus" / f"site{number % 2}" / f"s{number}.npy", corners[:count])
-    sources = find_sources(tmp_path / "corpus", {})
-    assert choose_source(sources, 10).slide_id == "s1"
-    assert choose_source(sources, 2).slide_id == "s0"
+    corpus = tmp_path / "corpus"
+    corners = np.load(corpus / "site0" / "s0.npy")
+    for number, count in enumerate((3, 9, 5, 25, 24, 25)):
+        np.save(corpus / f"site{number % 2}" / f"s{number}.npy", corners[:count])
+    sources = find_sources(corpus, {})
+    ordered = [source.slide_id for source in order_sources(sources, 10)]
+    assert ordered == ["s1", "s2", "s0", "s4", "s3", "s5"]
+    assert order_sources(sources, 2)[0].slide_id == "s0"
     assert choose_tiles(25, 3).tolist() == [0, 12, 24] and len(choose_tiles(5, 9)) == 5
+
+    def blank(pictures: np.ndarray) -> np.ndarray:
+        return np.zeros((len(pictures), 1, 2, 2), np.float32)
+
+    (corpus / "site1" / "s1.tiff").write_bytes(b"no slide")
+    assert draw_first_slide(sources, 10, blank).name == "site0/s2"
+    for file in corpus.rglob("*.tiff"):
+        file.write_bytes(b"no slide")
+    with pytest.raises(UserError, match="none that can be opened"):
+        draw_first_slide(sources, 10, blank)
