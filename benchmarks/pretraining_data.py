@@ -9,7 +9,8 @@ slide as ours does, with as many handles. `decoding` does so with the reader tha
 nothing around it: no plan, no process, no batch. These are one process each. `ours` has one process
 that reads and the one that collects; `ours, all` has `--workers` that read. They take turns,
 `naive` with every fourth tile; figures are medians over rounds, with the files in the system's
-cache. CPU time leaves out what other jobs of the machine take.
+cache, and without the start of processes, which an epoch pays once. CPU time leaves out what other
+jobs of the machine take.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from patch_encoder.tile_stream.sources import find_sources
 from patch_encoder.tile_stream.stream import TileStream
 
 TILE, BATCH = 256, 128
+WARM = 4  # batches until the pipeline is full
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -115,49 +117,65 @@ def decode_alike(plan: TilePlan, draws: Sequence[Draw]) -> np.ndarray:
     return out
 
 
-def stream(source: TileStream, steps: int) -> np.ndarray:
-    """Our batches; the last one."""
-    for batch in source.batches(0, steps):
-        tiles = batch.tiles
-    return tiles.permute(0, 2, 3, 1).numpy()
-
-
 def cpu_seconds() -> float:
-    """CPU seconds of this process and of its workers that have ended."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+    """CPU seconds of this process and of those that it has started and that are at work."""
+    tasks = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    children = [pid for task in tasks for pid in task.read_text().split()]
+    ticks = 0
+    for pid in (str(os.getpid()), *children):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def clock(call: Callable[[], object], tiles: int) -> tuple[float, float]:
+    """(tiles/s, CPU ms a tile) of a call."""
+    start, used = time.perf_counter(), cpu_seconds()
+    call()
+    seconds, used = time.perf_counter() - start, cpu_seconds() - used
+    return tiles / seconds, 1e3 * used / tiles
+
+
+def clock_stream(source: TileStream, steps: int) -> tuple[float, float]:
+    """Figures of our batches once as many are read ahead as ever are."""
+    batches = source.batches(0, 10**9)
+    with closing(batches):
+        for _ in range(WARM):
+            next(batches)
+        return clock(lambda: [next(batches) for _ in range(steps)], steps * BATCH)
+
+
+def check_pixels(plan: TilePlan, draws: Sequence[Draw]) -> None:
+    """All read the same tiles."""
+    batch = next(iter(TileStream(plan, BATCH).batches(0, 1)))
+    pictures = batch.tiles.permute(0, 2, 3, 1).numpy()
+    for read in (read_naively, decode, decode_alike):
+        assert np.array_equal(pictures, read(plan, draws[:BATCH]))
 
 
 def measure(plan: TilePlan, steps: int, rounds: int, workers: int) -> dict[str, dict[str, float]]:
     """{who: tiles/s and CPU ms a tile}: medians over rounds in which all take turns."""
     draws = [plan.draw(index) for index in range(steps * BATCH)]
-    contestants: dict[str, Callable[[], np.ndarray]] = {
-        "naive": lambda: read_naively(plan, draws[::4]),
-        "OpenSlide, kept open": lambda: decode(plan, draws),
-        "decoding": lambda: decode_alike(plan, draws),
-    }
     # which reader a slide has is found out once in a training: in the round that warms up
-    for name, keys in (
-        ("ours, in the process", {"workers": 0}),
-        ("ours", {"workers": 1}),
-        ("ours, align", {"workers": 1, "align": True}),
-        ("ours, all", {"workers": workers}),
-    ):
-        source = TileStream(plan, BATCH, **keys)
-        contestants[name] = partial(stream, source, steps)
+    ours = {
+        "ours": TileStream(plan, BATCH, workers=1),
+        "ours, align": TileStream(plan, BATCH, workers=1, align=True),
+        "ours, all": TileStream(plan, BATCH, workers=workers),
+    }
+    few = draws[::4]
+    contestants: dict[str, Callable[[], tuple[float, float]]] = {
+        "naive": lambda: clock(lambda: read_naively(plan, few), len(few)),
+        "OpenSlide, kept open": lambda: clock(lambda: decode(plan, draws), len(draws)),
+        "decoding": lambda: clock(lambda: decode_alike(plan, draws), len(draws)),
+    } | {name: partial(clock_stream, source, steps) for name, source in ours.items()}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
     for round_ in range(rounds + 1):
-        pictures = {}
         for name, call in contestants.items():
-            start, used = time.perf_counter(), cpu_seconds()
-            pictures[name] = call()
-            seconds, used = time.perf_counter() - start, cpu_seconds() - used
-            count = len(draws) // (4 if name == "naive" else 1)
+            figures = call()
             if round_:
-                found[name].append((count / seconds, 1e3 * used / count))
+                found[name].append(figures)
         say(f"round {round_} of {rounds}")
-        del pictures["naive"], pictures["ours, align"]
-        assert all(np.array_equal(tiles, pictures["ours"]) for tiles in pictures.values())
+    check_pixels(plan, draws)
     medians = {name: np.median(values, axis=0).tolist() for name, values in found.items()}
     return {name: {"tiles/s": m[0], "CPU ms/tile": m[1]} for name, m in medians.items()} | {
         "ratios": {
@@ -182,7 +200,7 @@ def ratio(found: dict[str, list[tuple[float, float]]], a: str, b: str, column: i
 
 
 def parse() -> argparse.Namespace:
-    parser = make_parser(__doc__, slides=48, steps=12, rounds=3, workers=2, side=8192)
+    parser = make_parser(__doc__, slides=48, steps=4, rounds=3, workers=2, side=8192)
     parser.add_argument("--svs", type=Path, required=True)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "benchmark_pretraining_data")
     parser.add_argument("--json", action="store_true")

@@ -37,8 +37,9 @@ def save_tensors(path: str | Path, content: Any) -> None:
         try:
             torch.save(content, stream)
         except RuntimeError as error:
-            # after a failed write torch closes its archive, whose own error hides the first
-            if isinstance(error.__context__, OSError):
+            # after a failed write, or a signal within one, torch closes its archive, whose own
+            # error hides the first
+            if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
                 raise error.__context__ from None
             raise
 

@@ -76,7 +76,7 @@ class DrawingJob:
 class Config(SlideKeys):
     """Keys of the heatmaps."""
 
-    run: str = key(REQUIRED, "run directory of mil.train, or folder of mil.benchmark", path=True)
+    run: str = key(REQUIRED, "run directory; of mil.train, or folder of mil.benchmark", path=True)
     output: str = key(
         REQUIRED, "where the results are written; index.html and the figures", runtime=True
     )

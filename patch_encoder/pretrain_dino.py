@@ -336,6 +336,7 @@ def open_stream(config: Config, world: World, failures: Failures) -> TileStream:
         read_timeout=config.read_timeout,
         context_factor=config.pyramid.factor,
         align=config.align,
+        cache_dir=config.cache_dir,
     )
 
 

@@ -8,8 +8,6 @@ shows UMAP, fitted in the same way.
 
 from __future__ import annotations
 
-import importlib.util
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +16,12 @@ import numpy as np
 from jaxtyping import Float
 
 from common.figures import PALETTE, QUIET, new_figure, save_figure, styled
+from common.planes import make_umap, name_groups, point_diameter, scatter_groups
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Features = Float[np.ndarray, "n d"]
-OTHERS = "others"
 MOST_POINTS = 4000  # more hide each other
 CURVES = {
     "loss": ("loss",),
@@ -77,15 +74,14 @@ def draw_planes(
     teacher = teacher[chosen]
     names = name_groups([groups[i] for i in chosen])
     rows = [project_on_principal_plane(student, teacher)]
-    if (
-        importlib.util.find_spec("umap") is not None and len(teacher) > 15
-    ):  # its number of neighbours
-        rows.append(project_on_umap(student, teacher))
+    umap = make_umap(len(teacher), seed=0)
+    if umap is not None:
+        rows.append(project_on_umap(umap, student, teacher))
     figure = new_figure(8.6, 3.9 * len(rows))
     panels = figure.subplots(len(rows), 2, squeeze=False, sharex="row", sharey="row")
     for row, (points, labels) in zip(panels, rows, strict=True):
         for axes, title, places in zip(row, titles, points, strict=True):
-            _scatter(axes, places, names)
+            scatter_groups(axes, places, names)
             axes.set(title=title, xlabel=labels[0])
         row[0].set_ylabel(labels[1])
     handles, texts = panels[0][0].get_legend_handles_labels()
@@ -93,52 +89,11 @@ def draw_planes(
         handles,
         texts,
         loc="outside right upper",
-        markerscale=6 / _diameter(len(names)),
+        markerscale=6 / point_diameter(len(names)),
         title=grouped_by,
         alignment="left",
     )
     return figure
-
-
-def name_groups(groups: Sequence[str]) -> list[str]:
-    """Name the groups for the legend: if there are more groups than colours, those with the most
-    members keep their names and the rest become `others`.
-    """
-    counts = Counter(groups)
-    if len(counts) <= len(PALETTE):
-        return list(groups)
-    kept = {
-        name
-        for name, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[: len(PALETTE)]
-    }
-    return [name if name in kept else OTHERS for name in groups]
-
-
-def _scatter(axes: Axes, points: Float[np.ndarray, "n 2"], names: Sequence[str]) -> None:
-    ordered = sorted(set(names), key=lambda name: (name == OTHERS, name))
-    colours = dict(zip((name for name in ordered if name != OTHERS), PALETTE, strict=False)) | {
-        OTHERS: QUIET
-    }
-    size = _diameter(len(points)) ** 2
-    for name in ordered:
-        mine = points[np.asarray(names) == name]
-        text = name.replace("$", r"\$")
-        axes.scatter(
-            mine[:, 0],
-            mine[:, 1],
-            s=size,
-            color=colours[name],
-            alpha=0.7,
-            linewidths=0,
-            label=text,
-            zorder=1 if name == OTHERS else 2,
-        )
-    axes.set(xticks=[], yticks=[])
-
-
-def _diameter(points: int) -> float:
-    """The diameter at which so many points leave room between them, in points of 1/72 inch."""
-    return float(np.sqrt(np.clip(4000 / points, 4, 30)))
 
 
 def project_on_principal_plane(
@@ -161,14 +116,12 @@ def project_on_principal_plane(
 
 
 def project_on_umap(
-    student: Features, teacher: Features
+    umap: Any, student: Features, teacher: Features
 ) -> tuple[list[Float[np.ndarray, "n 2"]], list[str]]:
-    """Project [teacher, student] on a UMAP of the teacher (McInnes et al., 2018); returns the
-    points and the labels of the axes.
+    """Project [teacher, student] on a UMAP of the teacher; returns the points and the labels of the
+    axes.
     """
-    import umap
-
-    plane = umap.UMAP(n_components=2, metric="cosine", random_state=0, n_jobs=1).fit(teacher)
+    plane = umap.fit(teacher)
     return [np.asarray(plane.embedding_), np.asarray(plane.transform(student))], [
         "UMAP 1 of the teacher",
         "UMAP 2",

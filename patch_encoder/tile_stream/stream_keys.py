@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ from common.config import key
 from patch_encoder.cohort.keys import CohortKeys, ReaderKeys
 from patch_encoder.tile_stream.plan import BALANCES, SHARD, TilePlan
 from patch_encoder.tile_stream.sources import TileSource, find_sources
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -79,8 +82,8 @@ class StreamKeys(ReaderKeys, CohortKeys):
         )
 
     def plan(self, sources: Sequence[TileSource], seed: int) -> TilePlan:
-        """The draws of a training."""
-        return TilePlan(
+        """The draws of a training; the log says how many slides are too coarse for one of mpps."""
+        plan = TilePlan(
             sources,
             seed,
             self.tile_size,
@@ -93,3 +96,8 @@ class StreamKeys(ReaderKeys, CohortKeys):
             self.tiles_per_visit,
             shard=SHARD if self.cache_dir else 0,
         )
+        for mpp, count in plan.count_left_out().items():
+            if count:
+                line = "mpps: %d of %d slides are too coarse for %g um per px and left out of it"
+                logger.info(line, count, len(sources), mpp)
+        return plan

@@ -1,9 +1,9 @@
 """Decoded tiles on disk, shared by epochs, runs and machines.
 
 Only tiles at their stored places are worth keeping (`jitter=0`): no offset is ever drawn twice. A
-shard holds 32 tiles of one slide, spread over it, as JPEG of quality 95, 40 kB each at 256 px
-or less. It is written whole when the first of its tiles is drawn, and a visit of the slide draws
-from one shard. A file that is damaged, or of other settings, is made anew.
+shard holds 32 tiles of one slide, spread over it, as JPEG of quality 95 (25 kB each at 256 px).
+It is written whole when the first of its tiles is drawn, and a visit of the slide draws from one
+shard. A file that is damaged, or of other settings, is made anew.
 
 A shard is one line of JSON (SHA-256 of what follows; for each picture its bytes, or why the tile
 cannot be read) and the JPEG streams.

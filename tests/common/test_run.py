@@ -4,6 +4,7 @@ hold.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import random
@@ -66,6 +67,19 @@ def test_a_file_that_cannot_grow_is_the_error_of_the_system(tmp_path: Path) -> N
             save_tensors(tmp_path / "a.pt", torch.zeros(10_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_while_tensors_are_written_is_no_error_of_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(io.FileIO):
+        def write(self, *_: object) -> int:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "open", lambda path, mode: Interrupted(path, "w"))
+    with pytest.raises(KeyboardInterrupt):
+        save_tensors(tmp_path / "a.pt", torch.zeros(10_000))
     assert not list(tmp_path.iterdir())
 
 

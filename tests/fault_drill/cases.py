@@ -13,8 +13,10 @@ from tests.fault_drill.commands import (
     FILTER,
     INSPECT,
     LONG,
+    LONG_PRETRAIN,
     NETWORK,
     PACK,
+    PRETRAIN,
     REPORT,
     TILE,
     TILE_AGAIN,
@@ -23,6 +25,7 @@ from tests.fault_drill.commands import (
 )
 from tests.fault_drill.faults import (
     array,
+    at_drawn_tile,
     at_overview,
     at_tile,
     both,
@@ -58,6 +61,7 @@ OTHER_BAGS = tuple(
 DONE = tuple(f"features/mean_colour/h5_files/{name}.h5" for name in ("S0", "S2"))
 MINUTE = "read_timeout=1"
 MiB = 1 << 20
+FULL, READ_ONLY = "No space left|disk is full", "Read-only file system"
 
 SLIDES = (
     Case("slides: empty", TILE, 1, "S1,tile_slides", write(SLIDE, ""), kept=OTHER_TILES),
@@ -229,7 +233,28 @@ HANGS = (
          "S1,.*did not answer", inside=at_overview("S1", hang), kept=OTHER_TILES),
 )  # fmt: skip
 
-FULL, READ_ONLY = "No space left|disk is full", "Read-only file system"
+WEIGHTS = ("new/backbone.pt",)
+PRETRAINING = (
+    Case("pretraining: a slide that is cut off after tiling", PRETRAIN, 1, "S1,pretrain",
+         cut(SLIDE), kept=WEIGHTS),
+    Case("pretraining: a slide without coordinates", PRETRAIN, 1, "S1,pretrain", remove(COORDS),
+         kept=WEIGHTS),
+    Case("pretraining: no coordinates", PRETRAIN, 2, "expected coordinates",
+         remove("tiles/coords")),
+    Case("pretraining: a loss that is no number", f"{PRETRAIN} training.lr=1e30 training.warmup=0",
+         2, "expected a finite loss"),
+    Case("pretraining: a full disk", PRETRAIN, 2, FULL, inside=mount("new", "size=64k")),
+    Case("pretraining: a read-only disk", PRETRAIN, 2, READ_ONLY, inside=mount("new", "ro")),
+    Case("pretraining: a slide hangs", PRETRAIN.replace("workers=0", f"workers=1 {MINUTE}"), 1,
+         "S1,pretrain.*did not answer", inside=at_drawn_tile("S1", hang), kept=WEIGHTS),
+    Case("pretraining: a worker is killed", PRETRAIN.replace("workers=0", "workers=1"), 1,
+         "S1,pretrain.*SIGKILL", inside=at_drawn_tile("S1", die(signal.SIGKILL)), kept=WEIGHTS),
+    Case("pretraining: SIGTERM", LONG_PRETRAIN, 143, "told to end", number=signal.SIGTERM,
+         when="new/checkpoint_last.pt", again=True),
+    Case("pretraining: SIGKILL", LONG_PRETRAIN, -9, "", number=signal.SIGKILL,
+         when="new/checkpoint_last.pt", again=True),
+)  # fmt: skip
+
 DISKS = (
     Case("full disk: tiling", TILE, 2, FULL, inside=mount("new", "size=64k")),
     Case("full disk: tiling with workers", TILE.replace("workers=0", "workers=2"), 2, FULL,
@@ -263,4 +288,5 @@ MEMORY = (
 
 CASES = (
     *SLIDES, *COORDINATES, *BAGS, *CHECKPOINTS, *TABLES, *SETTINGS, *SIGNALS, *HANGS, *DISKS, *MEMORY,
+    *PRETRAINING,
 )  # fmt: skip

@@ -25,6 +25,14 @@ TRAIN = (
 )
 TRAIN_AGAIN = TRAIN.replace("output=new", "output=run")
 LONG = TRAIN.replace("epochs=3", "epochs=400").replace("min_epochs=1", "min_epochs=400")
+PRETRAIN = (
+    "patch_encoder.pretrain_dino slides=slides coords=tiles output=new network.arch=timm:test_vit "
+    "network.drop_path=0.0 network.out_dim=16 network.hidden_dim=16 network.bottleneck_dim=8 "
+    "views.global_size=32 views.local_size=16 views.local_number=1 shuffle.grid=2 tile_size=64 "
+    "batch_size=4 epochs=2 epoch_tiles=8 training.warmup=1 open_slides=3 tiles_per_visit=2 "
+    "device=cpu workers=0"
+)
+LONG_PRETRAIN = PRETRAIN.replace("epochs=2", "epochs=20")
 PACK = (
     "detection_kd.pack_distillation slides=slides features=features/mean_colour coords=tiles "
     "output=new/set.h5 workers=0"

@@ -20,6 +20,8 @@ from PIL import Image
 
 from patch_encoder import tile_slides
 from patch_encoder.extraction import tile_batches
+from patch_encoder.tile_stream.plan import Draw
+from patch_encoder.tile_stream.reader import TileReader
 from tests.fault_drill.case import UNSUPPORTED
 
 Damage = Callable[[Path], None]
@@ -195,6 +197,22 @@ def at_tile(slide: str, tile: int, act: Callable[[], None]) -> Callable[[], None
             return read(opened, geometry, x, y)  # type: ignore[arg-type]
 
         tile_batches.read_tile = reader
+
+    return inside
+
+
+def at_drawn_tile(slide: str, act: Callable[[], None]) -> Callable[[], None]:
+    """`act` when a pre-training draws a tile from this slide."""
+
+    def inside() -> None:
+        read = TileReader._read_pictures
+
+        def reader(self: TileReader, draw: Draw, out: np.ndarray) -> None:
+            if self.plan.sources[draw.slide].name == slide:
+                act()
+            read(self, draw, out)
+
+        TileReader._read_pictures = reader  # type: ignore[method-assign]
 
     return inside
 

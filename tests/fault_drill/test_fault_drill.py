@@ -15,7 +15,7 @@ from tests.helpers import ROOT
 FEW = (
     "slides: cut off$|slides: a name that|bags: cut off, extracted|bags: an external link, trained"
     "|checkpoints: code$|settings: a variable|SIGTERM in extraction|SIGKILL in tiling"
-    "|size limit: training"
+    "|size limit: training|pretraining: a slide that is cut"
 )
 
 
@@ -23,7 +23,7 @@ def test_there_are_many_cases_of_every_kind() -> None:
     names = [case.name for case in CASES]
     assert len(names) >= 60 and len(set(names)) == len(names)
     kinds = {"slides", "coordinates", "bags", "checkpoints", "tables", "settings", "signals"}
-    kinds |= {"hangs", "full disk", "file size limit", "read-only", "memory"}
+    kinds |= {"pretraining", "hangs", "full disk", "file size limit", "read-only", "memory"}
     assert {name.partition(":")[0] for name in names} == kinds
 
 

@@ -15,13 +15,12 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 from common.cli import run
+from common.planes import OTHERS, name_groups
 from detection_kd import train_d2vfm
 from detection_kd.figures.student import (
-    OTHERS,
     draw_learning_curves,
     draw_planes,
     draw_r2,
-    name_groups,
     project_on_principal_plane,
 )
 from detection_kd.figures.student_report import write_report

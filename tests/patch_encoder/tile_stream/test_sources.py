@@ -17,7 +17,9 @@ from common.errors import UserError
 from patch_encoder import convert_coordinates
 from patch_encoder.cohort.selection import Selection
 from patch_encoder.slides.names import compute_fingerprint
+from patch_encoder.tile_stream.plan import SHARD, TilePlan
 from patch_encoder.tile_stream.sources import digest_sources, find_sources
+from patch_encoder.tile_stream.stream_keys import StreamKeys
 from patch_encoder.tiles.coordinates import read_coordinates
 from tests.helpers import draw_slide, write_pyramid
 from tests.patch_encoder.tile_stream.corpus import grid, make_tree, store
@@ -223,3 +225,32 @@ def test_convert_coordinates_reads_the_tree(tmp_path: Path) -> None:
         list(failures) == ["slide_1"]
         and "convert each sub-dataset by itself" in failures["slide_1"]
     )
+
+
+def test_the_keys_say_what_is_found_and_how_it_is_drawn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_tree(tmp_path / "data", 2)
+    make_tree(tmp_path / "data" / "coarse", 1, mpp=1.0)
+    keys = StreamKeys(
+        slides=f"{tmp_path}/data",
+        tile_size=32,
+        balance="slides",
+        mpps=[0.5, 2.0],
+        mpp_weights=[1.0, 3.0],
+        jitter=0.0,
+        tissue_share=0.0,
+        open_slides=3,
+        tiles_per_visit=5,
+        cache_dir=f"{tmp_path}/cache",
+    )
+    caplog.set_level("INFO")
+    problems: dict[str, str] = {}
+    sources = keys.find(problems, 0)
+    plan = keys.plan(sources, 7)
+    assert not problems and [source.mpp for source in sources] == [0.5, 0.5, 1.0]
+    assert plan == TilePlan(
+        sources, 7, 32, "slides", (0.5, 2.0), (1.0, 3.0), 0.0, 0.0, 3, 5, shard=SHARD
+    )
+    assert "1 of 3 slides are too coarse for 0.5 um per px and left out of it" in caplog.text
+    assert StreamKeys(slides="x").plan(sources, 0) == TilePlan(sources, 0, 256)

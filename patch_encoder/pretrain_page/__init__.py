@@ -1,0 +1,1 @@
+"""One page on a pre-training run: its curves, and what the network sees, attends to and groups."""

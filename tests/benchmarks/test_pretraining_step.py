@@ -1,0 +1,44 @@
+"""The benchmark of a step of pre-training: both loops take the same step."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import pretraining_step
+from benchmarks.pretraining_step import OURS, PLAIN, OurLoop, PlainLoop
+from benchmarks.views import draw_tiles
+from patch_encoder.selfdistill.student import build_student
+from patch_encoder.selfdistill.view_recipe import ViewRecipe
+from patch_encoder.selfdistill.views import make_views
+
+
+def test_both_loops_take_the_same_step() -> None:
+    recipe = ViewRecipe(global_size=32, local_size=16, local_number=2)
+    views = make_views(draw_tiles(4, 40), None, torch.arange(4), recipe, 0)
+    options = {"image_size": 32, "drop_path": 0.0, "out_dim": 16}
+    torch.manual_seed(0)
+    student = build_student("timm:test_vit", **options, hidden_dim=32, bottleneck_dim=64)
+    plain, ours = PlainLoop(copy.deepcopy(student), 16), OurLoop(student, 16, 4)
+    for loop in (plain, ours):
+        loop.step(views)
+    torch.testing.assert_close(ours.state.centre, plain.centre[0])
+    for name, value in plain.student.state_dict().items():
+        # the rates differ: what moved did so in the same direction
+        torch.testing.assert_close(ours.state.student.state_dict()[name], value, rtol=0, atol=1e-3)
+
+
+def test_contestants_have_figures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(pretraining_step, "CASES", {"tiny": ("timm:test_vit", 16, 40, 32, 16)})
+    threads = str(torch.get_num_threads())
+    arguments = ["pretraining_step.py", "--tiles", "2", "--rounds", "1", "--threads", threads]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--json"])
+    pretraining_step.main()
+    row = json.loads(capsys.readouterr().out)["figures"]["tiny"]
+    assert row[PLAIN] > 0 and row["ratio"] == row[PLAIN] / row[OURS]
