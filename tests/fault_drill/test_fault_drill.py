@@ -40,8 +40,8 @@ def test_a_handful_of_cases_end_as_expected(tmp_path: Path) -> None:
     table = tmp_path / "table.md"
     done = run_drill(f"match={FEW}", f"table={table}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "9 cases: 9 as expected" in done.stdout
-    assert table.read_text().count("| ok |") == 9
+    assert "10 cases: 10 as expected" in done.stdout
+    assert table.read_text().count("| ok |") == 10
 
 
 def test_the_page_has_every_case() -> None:
