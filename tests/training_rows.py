@@ -218,9 +218,9 @@ def slides_inputs(folder: Path) -> list[str]:
         write_pyramid(place / f"s{number}.tiff", picture, 0.5, "a slide")
         np.save(place / f"s{number}.npy", corners)
     network = ["network.arch=timm:test_vit", "network.drop_path=0.0", "network.out_dim=64"]
-    network += ["network.hidden_dim=32", "network.bottleneck_dim=16"]
+    network += ["network.hidden_dim=64", "network.bottleneck_dim=32"]
     views = ["tile_size=32", "views.global_size=32", "views.local_size=16", "views.local_number=2"]
-    steps = ["batch_size=8", "epoch_tiles=48", "open_slides=2", "tiles_per_visit=4"]
+    steps = ["batch_size=8", "epoch_tiles=96", "open_slides=2", "tiles_per_visit=4"]
     rates = ["training.lr=0.05", "training.warmup=0.5", "training.freeze_last_layer=0.5"]
     run = ["device=cpu", "precision=fp32", "workers=0", "shuffle.grid=2", "log_every=1"]
     return [f"slides={folder}/corpus", *network, *views, *steps, *rates, *run]
@@ -243,8 +243,8 @@ PRETRAIN_ROWS = [
         PRETRAIN,
         slides_inputs,
         settings=("epochs=4",),
-        kill_at=9,
-        learns=("kl", 0.9),
+        kill_at=14,
+        learns=("kl", 0.75),
         pair=PRETRAIN_PAIR,
         checkpoints=("checkpoint_last.pt",),
     ),
@@ -266,7 +266,7 @@ PRETRAIN_ROWS = [
             "training.clip_each=false",
             "mpps=[0.5,1.0]",
         ),
-        kill_at=10,
+        kill_at=16,
         checkpoints=("checkpoint_last.pt",),
     ),
 ]

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.distributed import init_distributed
+from common.distributed import init_distributed, shutdown
 from patch_encoder.selfdistill.losses.centring import centred_targets, update_centre
 from patch_encoder.selfdistill.losses.sinkhorn import sinkhorn_targets
 from patch_encoder.selfdistill.monitors import measure_targets
@@ -47,6 +47,7 @@ def main(folder: Path) -> None:
     own = slice(world.rank * BATCH // 2, (world.rank + 1) * BATCH // 2)
     found = compute(logits[:, own], cross_entropy[world.rank])
     torch.save(found, folder / f"{world.rank}.pt")
+    shutdown()  # else threads of the group may outlive the interpreter
 
 
 if __name__ == "__main__":
