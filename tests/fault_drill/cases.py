@@ -188,7 +188,7 @@ SETTINGS = (
     Case("settings: an unknown encoder", EXTRACT.replace("mean_colour", "resnet81"), 2, "resnet81"),
 )  # fmt: skip
 
-AT_WORK = at_tile("S1", 9, hang)
+AT_WORK = at_tile("S1", 6, hang)
 UNDER_WAY = "new/mean_colour/h5_files/S0.h5"
 SIGNALS = (
     *(
