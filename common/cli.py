@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import partial
+from types import FrameType
 from typing import Any, TypeVar
 
 from common.config import HelpRequested, load_config
@@ -39,6 +40,8 @@ def launch(main: Callable[[T], int | None], config_class: type[T]) -> None:
     show_log()
     terminate = partial(_terminate, os.getpid())
     signal.signal(signal.SIGTERM, terminate)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a shell ignores it
+        signal.signal(signal.SIGINT, _interrupt)
     sys.unraisablehook = partial(_end_all_the_same, terminate, sys.unraisablehook)
     try:
         status = run(main, config_class, sys.argv[1:])
@@ -50,15 +53,40 @@ def launch(main: Callable[[T], int | None], config_class: type[T]) -> None:
     sys.exit(status)
 
 
-def _terminate(launched: int, number: int, _: object) -> None:
+def _terminate(launched: int, number: int, frame: FrameType | None) -> None:
     if os.getpid() != launched:  # a forked worker that has no handler of its own yet
         os._exit(128 + number)
     signal.signal(number, signal.SIG_IGN)  # once is enough; what follows is tidying up
+    if _would_be_lost(frame):
+        _call_later(partial(_terminate, launched))
+        return
     raise Terminated
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    if _would_be_lost(frame):
+        _call_later(_interrupt)
+        return
+    raise KeyboardInterrupt
+
+
+def _would_be_lost(frame: FrameType | None) -> bool:
+    """Whether ctypes is converting an argument here: it makes an ArgumentError of any exception,
+    which would count as that of one slide.
+    """
+    while frame is not None and frame.f_code.co_name != "from_param":
+        frame = frame.f_back
+    return frame is not None
+
+
+def _call_later(handler: Callable[[int, FrameType | None], object]) -> None:
+    """Call a signal handler once more, a moment later."""
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+
+
 def _end_all_the_same(
-    terminate: Callable[..., None],
+    terminate: Callable[[int, FrameType | None], object],
     report: Callable[[Any], object],
     lost: Any,
 ) -> None:
@@ -68,9 +96,7 @@ def _end_all_the_same(
     if not isinstance(lost.exc_value, KeyboardInterrupt):
         report(lost)
         return
-    told = isinstance(lost.exc_value, Terminated)
-    signal.signal(signal.SIGALRM, terminate if told else signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    _call_later(terminate if isinstance(lost.exc_value, Terminated) else _interrupt)
 
 
 def show_log() -> None:

@@ -41,8 +41,8 @@ def test_help_into_a_reader_that_stops_early_is_no_error():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-FINALISER = """
-import sys, time
+START = """
+import ctypes, sys, time
 from dataclasses import dataclass
 from common.cli import launch
 
@@ -50,26 +50,53 @@ from common.cli import launch
 class Config:
     pass
 
+def wait():
+    print("ready", flush=True)
+    time.sleep({seconds})
+
 class Slow:
     def __del__(self):
-        print("ready", flush=True)
-        time.sleep(30)
+        wait()
 
-def main(config):
-    slow = Slow()
-    del slow
+class Handle:
+    @classmethod
+    def from_param(cls, value):
+        wait()
+        return ctypes.c_int(value)
+
+absolute = ctypes.CDLL(None).abs
+absolute.argtypes = [Handle]
+
+{main}
     time.sleep(30)
 
 sys.modules["__main__"].__doc__ = "A script."
 launch(main, Config)
 """
+PLACES = {
+    # Python drops what a finaliser raises
+    "a finaliser": START.format(
+        seconds=30, main="def main(config):\n    slow = Slow()\n    del slow"
+    ),
+    # ctypes makes an error of its own of what a conversion raises; some would go on after it
+    "a conversion of ctypes": START.format(
+        seconds=1,
+        main="""
+def main(config):
+    try:
+        absolute(-1)
+    except ctypes.ArgumentError as error:
+        print("lost", error, file=sys.stderr)""",
+    ),
+}
 
 
 @pytest.mark.process
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_inside_of_a_finaliser_is_not_lost(number: int, status: int) -> None:
+@pytest.mark.parametrize("place", list(PLACES))
+def test_a_signal_is_not_lost_in(place: str, number: int, status: int) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", FINALISER],
+        [sys.executable, "-c", PLACES[place]],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
