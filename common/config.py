@@ -41,6 +41,7 @@ def key(
     path: bool = False,
     runtime: bool = False,
     alias: str = "",
+    least: float | None = None,
 ) -> Any:
     """A configuration field.
 
@@ -53,6 +54,7 @@ def key(
         runtime: changes where or how fast the work is done but not its result (device, workers,
             overwrite): not part of a run's identity.
         alias: a second name, by which a published system calls the key.
+        least: smallest number that is valid, checked when the configuration is loaded.
     """
     metadata = {
         "help": help + (f" (also {alias}=)" if alias else ""),
@@ -60,6 +62,7 @@ def key(
         "path": path,
         "runtime": runtime,
         "alias": alias,
+        "least": least,
     }
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -242,7 +245,10 @@ def _check_value(name: str, field: dataclasses.Field[Any], value: Any, check_pat
     numbers = value.values() if isinstance(value, dict) else items
     if any(isinstance(number, float) and math.isnan(number) for number in numbers):
         raise ConfigError(f"key '{name}': expected a number, found nan")
+    least = field.metadata.get("least")
     for item in items:
+        if least is not None and item is not None and item < least:
+            raise ConfigError(f"key '{name}': expected at least {least}, found {item}")
         if choices and item not in choices:
             raise ConfigError(
                 f"key '{name}': expected one of {', '.join(choices)}, found '{item}'; "

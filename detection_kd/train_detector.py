@@ -141,7 +141,9 @@ class Config:
     lr_drop: int = key(40, "epoch after which the learning rate drops, once; 0: half-way")
     lr_drop_factor: float = key(0.1, "factor of the learning rate from its drop on")
     warmup_steps: int = key(0, "steps of linear warm-up")
-    eval_every: int = key(1, "epochs between evaluations; the last epoch is always evaluated")
+    eval_every: int = key(
+        1, "epochs between evaluations; the last epoch is always evaluated", least=1
+    )
     max_detections: int = key(100, "number of detections that are kept; and counted, per image")
     seed: int = key(42, "seed of everything that is drawn at random")
     precision: str = key(
@@ -165,7 +167,7 @@ class Config:
         "epoch; 0: no figures",
         runtime=True,
     )
-    log_every: int = key(50, "steps between lines in metrics.jsonl", runtime=True)
+    log_every: int = key(50, "steps between lines in metrics.jsonl", runtime=True, least=1)
     overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
     tracker: Tracker = group(Tracker, "experiment tracking")
 

@@ -89,9 +89,9 @@ class Config(StreamKeys):
     objective: LossKeys = group(LossKeys, "targets and losses")
     training: OptimiserKeys = group(OptimiserKeys, "training recipe; optimiser and teacher")
     probe: TrainingProbeKeys = group(TrainingProbeKeys, "probe of the teacher while it trains")
-    epochs: int = key(100, "passes over the training set; here of epoch_tiles tiles each")
-    epoch_tiles: int = key(0, "tiles of an epoch; 0: as many as the coordinates have")
-    batch_size: int = key(256, "items per step over all processes; tiles")
+    epochs: int = key(100, "passes over the training set; here of epoch_tiles tiles each", least=1)
+    epoch_tiles: int = key(0, "tiles of an epoch; 0: as many as the coordinates have", least=0)
+    batch_size: int = key(256, "items per step over all processes; tiles", least=1)
     accumulate: int = key(
         1, "parts that a step's images are computed in, one after the other, to save memory"
     )
@@ -106,8 +106,10 @@ class Config(StreamKeys):
     compile: bool = key(
         False, "compile the network with torch.compile; student and teacher", runtime=True
     )
-    log_every: int = key(50, "steps between lines in metrics.jsonl", runtime=True)
-    save_minutes: float = key(10.0, "minutes between checkpoints inside an epoch", runtime=True)
+    log_every: int = key(50, "steps between lines in metrics.jsonl", runtime=True, least=1)
+    save_minutes: float = key(
+        10.0, "minutes between checkpoints inside an epoch", runtime=True, least=0
+    )
     dino_checkpoint: bool = key(
         False, "write full_checkpoint.pth, too, in the layout of DINO's own script", runtime=True
     )
@@ -118,7 +120,10 @@ class Config(StreamKeys):
         runtime=True,
     )
     preview: int = key(
-        0, "draw the views of so many tiles into views.png and stop; 0: train", runtime=True
+        0,
+        "draw the views of so many tiles into views.png and stop; 0: train",
+        runtime=True,
+        least=0,
     )
     overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
     tracker: Tracker = group(Tracker, "experiment tracking")
@@ -164,7 +169,7 @@ def train_one_epoch(job: PretrainingRun, state: DistillationState, epoch: int) -
         values, step = job.schedules.at(state.step), state.step
         # the draws of stochastic depth do not depend on earlier steps
         seed_everything((config.seed * 1_000_003 + step) * 1_009 + world.rank)
-        views = cut_views(job, batch)
+        views = cut_views(job, batch, step)
         times.mark("views")
         state.set_values(values)
         state.optimizer.zero_grad(set_to_none=True)
@@ -188,11 +193,15 @@ def train_one_epoch(job: PretrainingRun, state: DistillationState, epoch: int) -
     return means | times.whole()
 
 
-def cut_views(job: PretrainingRun, batch: StreamBatch) -> Views:
-    """The views of a batch, on this process's device."""
-    device = job.world.device
+def cut_views(job: PretrainingRun, batch: StreamBatch, step: int) -> Views:
+    """The views of a step's batch, on this process's device; with the pyramid view where the step
+    has one, on all processes alike.
+    """
+    device, context = job.world.device, batch.context
     tiles = batch.tiles.to(device, non_blocking=True)
-    context = None if batch.context is None else batch.context.to(device, non_blocking=True)
+    if not job.config.pyramid.is_drawn(job.config.seed, step):
+        context = None
+    context = None if context is None else context.to(device, non_blocking=True)
     return make_views(tiles, context, batch.indices, job.recipe, job.config.seed)
 
 
@@ -417,10 +426,12 @@ def main(config: Config) -> int:
     world = init_distributed(config.device)
     recipe = make_recipe(config)
     config.objective.check(share_batch(config.batch_size, world.size, config.accumulate))
+    config.pyramid.check()
     failures = Failures(STAGE)
     stream = open_stream(config, world, failures)
     if config.preview:
-        draw_preview(config, stream, recipe)
+        if world.is_main:
+            draw_preview(config, stream, recipe)
         return 0
     job = open_job(config, world, stream, recipe)
     if job.run.results is not None:

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.config import key
+from common.counters import hash_counters, uniform
 from common.errors import UserError
 from patch_encoder.models.encoder_table import Statistics
 from patch_encoder.pretraining.objective import TARGETS, Objective
 from patch_encoder.pretraining.schedules import DistillationSchedules, scale_lr
 from patch_encoder.selfdistill.backbone import describe_architecture, find_initial_row
 from patch_encoder.selfdistill.student import SelfDistilled, build_student
+
+PYRAMID = 1 << 32  # address of the draws of this file, apart from those of views and tiles
 
 
 @dataclass
@@ -70,8 +73,22 @@ class NetworkKeys:
 class PyramidKeys:
     """INTELLIGENS's view from the slide's pyramid: the same centre in a wider field."""
 
-    factor: int = key(0, "how much wider the field is; 2 or 4; 0: off, as DINO")
+    factor: int = key(0, "how much wider the field is; 2 or 4; 0: off, as DINO", least=0)
+    probability: float = key(1.0, "probability that a step has this view", least=0)
     teacher: bool = key(False, "the teacher sees this view, too, so that it is a target")
+
+    def check(self) -> None:
+        """Refuse settings that cannot be, or that nothing would heed."""
+        if self.factor == 1:
+            raise UserError("pyramid.factor=1: expected a wider field, 2 or 4, or 0 for none")
+        if self.probability > 1:
+            raise UserError(f"pyramid.probability={self.probability:g}: expected a share, 0 to 1")
+        if self.teacher and not self.factor:
+            raise UserError("pyramid.teacher=true: expected pyramid.factor of 2 or 4, found 0")
+
+    def is_drawn(self, seed: int, step: int) -> bool:
+        """Whether a step has the view: all its tiles do, or none."""
+        return uniform(hash_counters(seed, PYRAMID, step), 0) < self.probability
 
 
 @dataclass
@@ -81,11 +98,21 @@ class LossKeys:
     targets: str = key("centring", "how the teacher's logits become targets", choices=TARGETS)
     student_temperature: float = key(0.1, "temperature of the student's softmax")
     temperature: float = key(0.04, "temperature of the teacher's softmax, at the beginning")
-    temperature_end: float = key(0.04, "the same after its warm-up; above 0.07 unstable in DINO")
-    temperature_warmup: float = key(0.0, "epochs in which the teacher's temperature changes")
+    temperature_end: float | None = key(
+        None, "the same after its warm-up; above 0.07 unstable in DINO; null: it does not change"
+    )
+    temperature_warmup: float = key(
+        0.0, "epochs in which the teacher's temperature changes", least=0
+    )
     centre_momentum: float = key(0.9, "share of the centre that a step keeps")
     koleo: float = key(0.0, "weight of KoLeo, which pushes nearest neighbours apart; DINOv2: 0.1")
     kde: float = key(0.0, "weight of KDE, which takes KoLeo's place in Virchow2; there 0.05")
+
+    @property
+    def temperatures(self) -> tuple[float, float]:
+        """The teacher's temperature at the beginning and after its warm-up."""
+        end = self.temperature if self.temperature_end is None else self.temperature_end
+        return self.temperature, end
 
     def build(self) -> Objective:
         """Targets and loss."""
@@ -99,10 +126,9 @@ class LossKeys:
             share: tiles that a process takes at a time.
         """
         for name in ("student_temperature", "temperature", "temperature_end"):
-            if not getattr(self, name) > 0:
-                raise UserError(
-                    f"objective.{name}={getattr(self, name):g}: expected a value above 0"
-                )
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"objective.{name}={value:g}: expected a value above 0")
         if share < 2 and (self.koleo or self.kde):
             raise UserError(
                 "objective.koleo, objective.kde: expected at least 2 tiles per process and part, "
@@ -117,7 +143,7 @@ class OptimiserKeys:
     optimizer: str = key("adamw", "optimiser", choices=("adamw", "sgd"))
     lr: float = key(5e-4, "learning rate; of a batch of 256, it grows with the batch")
     min_lr: float = key(1e-6, "learning rate at the end of the run")
-    warmup: float = key(10.0, "epochs of linear warm-up of the learning rate")
+    warmup: float = key(10.0, "epochs of linear warm-up of the learning rate", least=0)
     weight_decay: float = key(0.04, "weight decay; at the beginning")
     weight_decay_end: float = key(0.4, "weight decay at the end of the run")
     clip_norm: float = key(3.0, "largest L2 norm of the gradients of a step; 0: any")
@@ -138,6 +164,12 @@ class OptimiserKeys:
                 f"training.teacher_momentum={self.teacher_momentum:g}: expected a share, 0 to 1"
             )
 
+        if self.warmup >= epochs:
+            raise UserError(
+                f"training.warmup={self.warmup:g}: expected fewer epochs than epochs={epochs}, "
+                "else the learning rate never gets to training.lr; lower it"
+            )
+
         def count(duration: float) -> int:
             return round(duration * steps)
 
@@ -146,7 +178,7 @@ class OptimiserKeys:
             lr=(scale_lr(self.lr, batch_size), self.min_lr),
             weight_decay=(self.weight_decay, self.weight_decay_end),
             momentum=self.teacher_momentum,
-            temperature=(loss.temperature, loss.temperature_end),
+            temperature=loss.temperatures,
             warmup=count(self.warmup),
             temperature_warmup=count(loss.temperature_warmup),
             freeze=count(self.freeze_last_layer),

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from common.config import key
+from common.errors import UserError
 from patch_encoder.models.encoder_table import Statistics
 from patch_encoder.models.encoders import Encoder, PixelEncoder
 from patch_encoder.models.transforms import ToInputSize
@@ -36,7 +37,7 @@ class TrainingProbeKeys:
     where: str = key(
         "", "regular expression; only tiles with a match in their name are taken; empty: all"
     )
-    every: int = key(1, "epochs between probes; the last one is always probed")
+    every: int = key(1, "epochs between probes; the last one is always probed", least=1)
     keep_best: bool = key(
         True, "keep the backbone of the best epoch, too, as backbone_best.pt", runtime=True
     )
@@ -76,8 +77,17 @@ def make_training_probe(
     device: torch.device,
     precision: str,
 ) -> TrainingProbe | None:
-    """The probe that the keys ask for; None where they name no pictures."""
+    """The probe that the keys ask for; None where they name no pictures.
+
+    Raises:
+        UserError: a set that cannot be read, or one of places on slides.
+    """
     if not keys.tile_set:
         return None
     tiles = read_tile_set(keys.tile_set, keys.where)
+    if not tiles.pictures:
+        raise UserError(
+            f"probe.tile_set={keys.tile_set}: expected labelled pictures, found places on slides, "
+            "which have no pixels; cut them to pictures"
+        )
     return TrainingProbe(tiles, side, statistics, device, precision)

@@ -7,6 +7,7 @@ once its levels and a place of the slide were found to be the same.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import MutableSequence, Sequence
 
@@ -18,6 +19,7 @@ from patch_encoder.slides.tiff_file import TiffFile
 from patch_encoder.tile_stream.sources import TileSource
 from patch_encoder.tiles.grid import check_size
 
+logger = logging.getLogger(__name__)
 CACHED_BYTES = 16 * 2**20  # of decoded segments for each slide that is open
 UNKNOWN, TIFF, OTHER = 0, 1, 2  # which reader a source has
 ROUNDING = 2  # grey levels that decoders of JPEG may differ by
@@ -95,8 +97,9 @@ def _open_twin(slide: Slide, source: TileSource) -> TiffFile | None:
             found, expected = twin.read(x, y, side).astype(int), slide.read(x, y, side)
             if np.abs(found - expected).max() <= ROUNDING:
                 return twin
-    except RegionError:
-        pass  # the slide's own reader will say it where that place is drawn
+    except RegionError as error:
+        # an error of the training only where that place is drawn, of the slide's own reader
+        logger.debug("slide %s is not read through tifffile: %s", source.name, error)
     twin.close()
     return None
 

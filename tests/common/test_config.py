@@ -225,3 +225,16 @@ def test_variables_are_refused_in_one_line(tmp_path: Path, argument: str) -> Non
 def test_nan_is_no_setting(argument: str) -> None:
     with pytest.raises(ConfigError, match="found nan"):
         load_config(Texts, [argument])
+
+
+def test_a_number_below_the_least_is_refused() -> None:
+    @dataclass
+    class Limited:
+        every: int | None = key(1, "steps", least=1)
+        shares: list[float] = key([], "shares", least=0)
+
+    assert load_config(Limited, ["every=null", "shares=[0,2]"]).shares == [0.0, 2.0]
+    with pytest.raises(ConfigError, match="key 'every': expected at least 1, found 0"):
+        load_config(Limited, ["every=0"])
+    with pytest.raises(ConfigError, match="key 'shares': expected at least 0, found -0.5"):
+        load_config(Limited, ["shares=[1,-0.5]"])

@@ -1,11 +1,9 @@
 """The evaluation script: tables against scikit-learn, a benchmark's runs again, every kind of task,
-pictures, refusals.
+pictures.
 """
 
 from __future__ import annotations
 
-import csv
-import re
 from pathlib import Path
 
 import numpy as np
@@ -19,61 +17,12 @@ from common.metrics.calibration import fit_temperature
 from common.metrics.classification import youden_threshold
 from common.metrics.ranking import GRID, roc_curves
 from mil import benchmark
-from mil.evaluate import Config, main, read_tables, with_threshold
+from mil.evaluate import read_tables, with_threshold
 from mil.evaluation.task_tables import screening_rows
 from mil.figures import curves as pictures
 from mil.figures.curves import average_curves
 from mil.tasks.classification import Classification
-
-
-def write(path: Path, rows: list[dict[str, object]]) -> Path:
-    with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-def table(
-    path: Path, classes: str = "np", models: tuple[str, ...] = ("a_1", "b"), folds: int = 2
-) -> Path:
-    """Predictions of 60 slides of 40 patients; model a_1 knows more than b. Validation and test
-    patients differ.
-    """
-    generator = np.random.default_rng(0)
-    rows = []
-    for m, model in enumerate(models):
-        for fold in range(folds):
-            for i in range(60):
-                case, target = i // 3 * 2 + (i % 3 > 0), (i // 3 * 2 + (i % 3 > 0)) % len(classes)
-                logits = (
-                    generator.normal(size=len(classes)) + (2.0 - m) * np.eye(len(classes))[target]
-                )
-                p = np.exp(logits) / np.exp(logits).sum()
-                row = {
-                    "model": model,
-                    "fold": fold,
-                    "split": "test" if case // 4 % 2 == fold else "val",
-                    "slide_id": f"s{i}",
-                }
-                row |= {"case_id": f"c{case}", "label": classes[target]}
-                rows.append(
-                    row
-                    | {
-                        f"prob_{name}": repr(float(value))
-                        for name, value in zip(classes, p, strict=True)
-                    }
-                )
-    return write(path, rows)
-
-
-def evaluate(*arguments: str) -> int:
-    return run_script(main, Config, ["resamples=100", *arguments])
+from tests.mil.evaluation.prediction_tables import evaluate, read, rows_of, table, write
 
 
 def test_tables_are_what_the_predictions_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -347,37 +296,6 @@ def test_average_curves_and_their_band(tmp_path: Path):
     )
 
 
-def rows_of(kind: str) -> list[dict[str, object]]:
-    generator = np.random.default_rng(1)
-    rows = []
-    for i in range(40):
-        row: dict[str, object] = {"slide_id": f"s{i}", "case_id": f"c{i}"}
-        if kind == "multilabel":
-            has = generator.random(2) < 0.5
-            row["label"] = (
-                "|".join(name for name, there in zip(("ink", "fold"), has, strict=True) if there)
-                or "-"
-            )
-            row |= {
-                f"prob_{name}": 0.6 * generator.random() + 0.4 * there
-                for name, there in zip(("ink", "fold"), has, strict=True)
-            }
-        elif kind == "ordinal":
-            p = generator.dirichlet(np.ones(3))
-            row["label"] = ("g1", "g2", "g3")[i % 3]
-            row |= {
-                f"prob_{name}": value for name, value in zip(("g1", "g2", "g3"), p, strict=True)
-            }
-        elif kind == "regression":
-            row["label"] = generator.normal(50, 10)
-            row["predicted"] = row["label"] + generator.normal(0, 5)
-        else:
-            row |= {"time": i // 2 + 1, "event": i % 3 != 0, "risk": generator.normal() - i / 10}
-            row["event"] = int(bool(row["event"]))
-        rows.append(row)
-    return rows
-
-
 @pytest.mark.parametrize(
     ("kind", "columns"),
     [
@@ -406,84 +324,6 @@ def test_other_tasks_have_their_tables(tmp_path: Path, kind: str, columns: list[
         (tmp_path / "out" / f"{name}.csv").exists() for name in ("delong", "comparisons")
     )
     assert "- | said |" in (tmp_path / "out" / "summary.md").read_text()
-
-
-def change(index: int, **values: object):
-    def apply(rows: list[dict[str, str]]) -> None:
-        rows[index].update({name: str(value) for name, value in values.items()})
-
-    return apply
-
-
-@pytest.mark.parametrize(
-    ("apply", "message"),
-    [
-        (change(3, prob_p="x"), "slide s3: expected a finite number in prob_p, found 'x'"),
-        (change(3, prob_p="nan"), "slide s3: expected a finite number in prob_p, found 'nan'"),
-        (change(3, prob_p="1.5"), "expected probabilities from 0 to 1, found"),
-        (
-            change(3, prob_p="0.5", prob_n="0.1"),
-            "slide s3: expected probabilities that sum to 1, found 0.6",
-        ),
-        (change(3, label="q"), "slide s3: label 'q' has no column prob_q"),
-        (change(3, split="train"), "slide s3: expected split val or test, found 'train'"),
-        (change(3, fold="one"), "slide s3: expected a whole number in fold, found 'one'"),
-        (change(3, case_id=" "), "said.csv, line 5: expected a case_id, found none"),
-        (change(4, slide_id="s5"), "expected every .* slide once, found twice: s5"),
-        (change(0, case_id="c5", split="test"), "1 cases are in val and in test: c5"),
-    ],
-)
-def test_faulty_tables_are_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], apply, message: str
-):
-    path = table(tmp_path / "said.csv")
-    rows = read(path)
-    apply(rows)
-    write(path, rows)
-    assert evaluate(f"predictions=[{path}]", f"output={tmp_path}/out") == 2
-    error = capsys.readouterr().err
-    assert re.search(message, error) and error.count("\n") == 1 and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "expected either benchmark=<folder> or predictions="),
-        (["predictions=[{path}]"], "missing key 'output'"),
-        (
-            ["predictions=[{path}]", "output={out}", "task=cox"],
-            "expected the columns time, event, risk, found no time",
-        ),
-        (
-            ["predictions=[{path}]", "output={out}", "positive=x"],
-            "positive=x: expected one of the classes n, p",
-        ),
-        (["predictions=[{path}]", "output={out}", "target=0"], "target=0.0: expected a rate"),
-        (["benchmark={out}"], "no such|does not exist|found none|expected"),
-    ],
-)
-def test_faulty_keys_are_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-):
-    path = table(tmp_path / "said.csv")
-    given = [argument.format(path=path, out=tmp_path / "out") for argument in arguments]
-    assert evaluate(*given) == 2
-    assert re.search(message, capsys.readouterr().err)
-
-
-def test_names_do_not_leave_the_folder_and_columns_have_to_be_there(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    rows = [{**row, "feature_set": "../up"} for row in read(table(tmp_path / "said.csv"))]
-    assert (
-        evaluate(f"predictions=[{write(tmp_path / 'up.csv', rows)}]", f"output={tmp_path}/out") == 2
-    )
-    assert "feature set '../up': expected a plain file name" in capsys.readouterr().err
-    for kind in ("classes", "multilabel", "ordinal"):
-        given = [f"task={kind}"] if kind else []
-        path = write(tmp_path / "cox.csv", rows_of("cox"))
-        assert evaluate(f"predictions=[{path}]", f"output={tmp_path}/out", *given) == 2
-        assert "columns prob_<class> or more, found 0" in capsys.readouterr().err
 
 
 def test_positive_class_may_be_the_first_column(tmp_path: Path):

@@ -182,6 +182,9 @@ def test_a_slide_without_corners_is_listed_and_the_status_says_so(
         ("accumulate=3", "expected a multiple of the 1 processes times accumulate=3"),
         ("network.init=nowhere.pt", "init=nowhere.pt: expected random, a weights file"),
         ("mpps=[0.1]", "0.1"),
+        ("log_every=0", "key 'log_every': expected at least 1, found 0"),
+        ("probe.every=0", "key 'probe.every': expected at least 1, found 0"),
+        ("training.warmup=2", "training.warmup=2: expected fewer epochs than epochs=2"),
     ],
 )
 def test_settings_that_cannot_be_are_one_line(
@@ -226,3 +229,26 @@ def test_views_have_the_statistics_of_the_weights_that_training_starts_from(
     config.network.arch, config.network.init = "timm:tf_efficientnet_lite0", "imagenet_lite0"
     recipe = pretrain_dino.make_recipe(config)
     assert (recipe.mean, recipe.std) == EFFICIENTNET_LITE
+
+
+def test_a_probe_needs_pictures(
+    corpus: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = tmp_path / "places.csv"
+    places.write_text("slide_id,x,y,label\ns0,0,0,a\ns1,0,0,b\n")
+    assert start(corpus, tmp_path / "run", f"probe.tile_set={places}") == 2
+    assert "expected labelled pictures, found places on slides" in capsys.readouterr().err
+
+
+@pytest.mark.process
+def test_a_compiled_network_trains(corpus: list[str], tmp_path: Path) -> None:
+    losses = []
+    for name in ("plain", "compiled"):
+        more = ("compile=true",) * (name == "compiled")
+        assert start(corpus, tmp_path / name, "epochs=1", *more) == 0
+        losses.append(json.loads((tmp_path / name / "results.json").read_text())["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert (
+        read(tmp_path / "plain" / "backbone.pt").keys()
+        == read(tmp_path / "compiled" / "backbone.pt").keys()
+    )

@@ -15,14 +15,22 @@ from common.distributed import World
 from common.errors import UserError
 from common.optim import make_optimizer
 from common.step_timer import StepTimes
-from patch_encoder.pretrain_dino import Config, PretrainingRun, add_gradients, count_steps
-from patch_encoder.pretraining.keys import LossKeys, OptimiserKeys
+from patch_encoder.pretrain_dino import (
+    Config,
+    PretrainingRun,
+    add_gradients,
+    count_steps,
+    cut_views,
+)
+from patch_encoder.pretraining.keys import LossKeys, OptimiserKeys, PyramidKeys
 from patch_encoder.pretraining.monitoring import WINDOW, RecentValues
 from patch_encoder.pretraining.state import DistillationState, make_groups
 from patch_encoder.selfdistill.head import DINOHead
 from patch_encoder.selfdistill.losses.koleo import koleo_loss
 from patch_encoder.selfdistill.student import SelfDistilled, make_teacher
+from patch_encoder.selfdistill.view_recipe import ViewRecipe
 from patch_encoder.selfdistill.views import Views
+from patch_encoder.tile_stream.windows import StreamBatch
 
 STEPS, TILES, WIDTH, PROTOTYPES = 20, 6, 10, 16
 LR, MIN_LR, WARMUP, DECAY, DECAY_END, MOMENTUM = 0.02, 1e-3, 5, 0.04, 0.4, 0.9
@@ -246,8 +254,45 @@ def test_losses_and_schedules_refuse_what_cannot_be() -> None:
         LossKeys(temperature=0).check(4)
     with pytest.raises(UserError, match="expected at least 2 tiles per process and part, found 1"):
         LossKeys(koleo=0.1).check(1)
+    with pytest.raises(UserError, match="training.warmup=10: expected fewer epochs than epochs=6"):
+        OptimiserKeys().schedules(4, 6, 8, LossKeys())
     with pytest.raises(UserError, match="teacher_momentum=1.5: expected a share"):
         OptimiserKeys(teacher_momentum=1.5).schedules(1, 1, 8, LossKeys())
     config = load_config(Config, ["epoch_tiles=10", "batch_size=16", "slides=.", "output=."])
     with pytest.raises(UserError, match="epoch_tiles=10: expected at least batch_size=16"):
         count_steps(config, None)  # type: ignore[arg-type]
+
+
+def test_a_temperature_alone_is_that_of_the_whole_run() -> None:
+    schedules = OptimiserKeys(warmup=0).schedules(2, 3, 8, LossKeys(temperature=0.07))
+    assert [schedules.at(step).temperature for step in (0, 5)] == [0.07, 0.07]
+    rising = LossKeys(temperature=0.04, temperature_end=0.07, temperature_warmup=1)
+    schedules = OptimiserKeys(warmup=0).schedules(2, 3, 8, rising)
+    found = [schedules.at(step).temperature for step in (0, 1, 2, 5)]
+    assert found == pytest.approx([0.04, 0.055, 0.07, 0.07])
+
+
+def test_the_pyramid_view_is_drawn_for_a_share_of_the_steps() -> None:
+    keys = PyramidKeys(factor=2, probability=0.3)
+    drawn = [keys.is_drawn(7, step) for step in range(4000)]
+    assert abs(np.mean(drawn) - 0.3) < 0.03 and drawn[:50] != [
+        keys.is_drawn(8, step) for step in range(50)
+    ]
+    assert all(PyramidKeys(factor=2).is_drawn(7, step) for step in range(50))
+    assert not any(PyramidKeys(factor=2, probability=0).is_drawn(7, step) for step in range(50))
+    for refused, said in (
+        (PyramidKeys(factor=1), "pyramid.factor=1: expected a wider field"),
+        (PyramidKeys(factor=2, probability=1.5), "pyramid.probability=1.5: expected a share"),
+        (PyramidKeys(teacher=True), "pyramid.teacher=true: expected pyramid.factor"),
+    ):
+        with pytest.raises(UserError, match=said):
+            refused.check()
+
+
+def test_steps_without_the_pyramid_view_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    job, tiles = make_job(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    job.recipe = ViewRecipe(global_size=8, local_size=4, local_number=1)
+    batch = StreamBatch(tiles, tiles, torch.arange(2), [0, 0], [])
+    for probability, seen in ((1.0, True), (0.0, False)):
+        job.config.pyramid.probability = probability
+        assert (cut_views(job, batch, 3).context_view is not None) == seen
