@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,7 +34,6 @@ from common.distributed import (
     share_batch,
     wrap,
 )
-from common.errors import UserError
 from common.figures import save_figure
 from common.optim import add_terms, exchange_gradients, make_optimizer, require_finite
 from common.processes.pool import pick_workers
@@ -43,7 +42,7 @@ from common.run import Run, Tracker, open_run
 from common.seed import seed_everything
 from common.step_timer import StepTimes
 from patch_encoder.cohort.failures import Failures
-from patch_encoder.pretraining.keys import LossKeys, NetworkKeys, OptimiserKeys, PyramidKeys
+from patch_encoder.pretraining.keys import LossKeys, OptimiserKeys, TileViewKeys
 from patch_encoder.pretraining.monitoring import RecentValues, measure_training
 from patch_encoder.pretraining.objective import Objective
 from patch_encoder.pretraining.run_files import (
@@ -63,12 +62,10 @@ from patch_encoder.pretraining.training_probe import (
 )
 from patch_encoder.selfdistill.student import SelfDistilled, make_teacher
 from patch_encoder.selfdistill.view_figure import draw_view_figure
-from patch_encoder.selfdistill.view_keys import ShuffleKeys, ViewKeys
-from patch_encoder.selfdistill.view_recipe import ViewRecipe, check_recipe
+from patch_encoder.selfdistill.view_recipe import ViewRecipe
 from patch_encoder.selfdistill.views import Views, make_views
 from patch_encoder.tile_stream.sources import digest_sources
 from patch_encoder.tile_stream.stream import StreamBatch, TileStream
-from patch_encoder.tile_stream.stream_keys import StreamKeys
 
 logger = logging.getLogger(__name__)
 STAGE = "pretrain_dino"
@@ -78,24 +75,17 @@ AGREE_EVERY = 10  # steps between two questions whether a checkpoint is due, of 
 
 
 @dataclass
-class Config(StreamKeys):
+class Config(TileViewKeys):
     """Keys of `pretrain_dino`; the defaults are DINO's, with the views of `pathology`."""
 
     output: str = key(REQUIRED, "where the results are written; a run directory", runtime=True)
-    network: NetworkKeys = group(NetworkKeys, "student and teacher")
-    views: ViewKeys = group(ViewKeys, "the views of a tile")
-    shuffle: ShuffleKeys = group(ShuffleKeys, "patch shuffle")
-    pyramid: PyramidKeys = group(PyramidKeys, "the view from the slide's pyramid")
     objective: LossKeys = group(LossKeys, "targets and losses")
     training: OptimiserKeys = group(OptimiserKeys, "training recipe; optimiser and teacher")
     probe: TrainingProbeKeys = group(TrainingProbeKeys, "probe of the teacher while it trains")
     epochs: int = key(100, "passes over the training set; here of epoch_tiles tiles each", least=1)
-    epoch_tiles: int = key(0, "tiles of an epoch; 0: as many as the coordinates have", least=0)
-    batch_size: int = key(256, "items per step over all processes; tiles", least=1)
     accumulate: int = key(
         1, "parts that a step's images are computed in, one after the other, to save memory"
     )
-    seed: int = key(42, "seed of everything that is drawn at random")
     precision: str = key(
         "auto",
         "number format of the computation; auto: bf16 where the device has it in "
@@ -349,27 +339,6 @@ def open_stream(config: Config, world: World, failures: Failures) -> TileStream:
     )
 
 
-def count_steps(config: Config, stream: TileStream) -> int:
-    """Steps of an epoch."""
-    tiles = config.epoch_tiles or sum(len(s.coordinates.coords) for s in stream.plan.sources)
-    if tiles < config.batch_size:
-        raise UserError(
-            f"epoch_tiles={tiles}: expected at least batch_size={config.batch_size}; lower "
-            "batch_size or give a larger epoch_tiles"
-        )
-    return tiles // config.batch_size
-
-
-def make_recipe(config: Config) -> ViewRecipe:
-    """The views, checked against tiles and network."""
-    recipe = config.views.build(config.shuffle)
-    if (statistics := config.network.find_statistics()) is not None:
-        recipe = replace(recipe, mean=statistics[0], std=statistics[1])
-    is_vit = config.network.arch.startswith("vit_")
-    check_recipe(recipe, config.tile_size, config.network.patch_size if is_vit else 1)
-    return recipe
-
-
 def draw_preview(config: Config, stream: TileStream, recipe: ViewRecipe) -> None:
     """Draw the views of the first tiles of the run."""
     batch = next(iter(stream.batches(0, 1)))
@@ -397,7 +366,7 @@ def open_job(
 ) -> PretrainingRun:
     """Everything that a step needs beside the networks."""
     precision = pick_precision(config.precision, world.device)
-    steps = count_steps(config, stream)
+    steps = config.count_steps(stream.plan.sources)
     side, statistics = recipe.global_size, (recipe.mean, recipe.std)
     probe = make_training_probe(config.probe, side, statistics, world.device, precision)
     inputs = {"slides": digest_sources(stream.plan.sources)}
@@ -424,7 +393,7 @@ def open_job(
 def main(config: Config) -> int:
     """Train, and leave backbone, checkpoints and logs in the run directory."""
     world = init_distributed(config.device)
-    recipe = make_recipe(config)
+    recipe = config.make_recipe()
     config.objective.check(share_batch(config.batch_size, world.size, config.accumulate))
     config.pyramid.check()
     failures = Failures(STAGE)

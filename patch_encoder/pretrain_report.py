@@ -24,7 +24,6 @@ from common import __version__
 from common.cli import launch
 from common.config import REQUIRED, key
 from common.device import pick_device, pick_precision
-from common.errors import UserError
 from common.figures import jpeg_uri, svg_uri
 from common.files import write_text
 from common.processes.pool import pick_workers
@@ -48,7 +47,7 @@ from patch_encoder.pretrain_page.tile_sample import (
     resize_tiles,
 )
 from patch_encoder.probing.pictures import read_picture
-from patch_encoder.probing.tile_sets import TileSet, read_tile_set
+from patch_encoder.probing.tile_sets import TileSet, read_picture_set
 from patch_encoder.selfdistill.view_figure import draw_view_figure
 from patch_encoder.selfdistill.view_recipe import ViewRecipe
 from patch_encoder.tile_stream.sources import TileSource, digest_sources
@@ -81,9 +80,13 @@ class Config(DeviceKeys):
     where: str = key(
         "", "regular expression; only tiles with a match in their name are taken; empty: all"
     )
-    tiles: int = key(400, "tiles of the run that are encoded, and as many of tile_set at most")
+    tiles: int = key(
+        400, "tiles of the run that are encoded, and as many of tile_set at most", least=2
+    )
     slide_tiles: int = key(
-        2000, "most tiles of the whole-slide map; of larger slides evenly spread ones are taken"
+        2000,
+        "most tiles of the whole-slide map; of larger slides evenly spread ones are taken",
+        least=1,
     )
     seed: int = key(0, "seed of everything that is drawn at random")
     title: str = key("Pre-training", "title of the page")
@@ -120,9 +123,6 @@ class PageMaker:
 
 def open_page(config: Config) -> PageMaker:
     """Read the run, find its slides and build its network."""
-    for name, least in (("tiles", 2), ("slide_tiles", 1)):
-        if getattr(config, name) < least:
-            raise UserError(f"{name}={getattr(config, name)}: expected at least {least}")
     run = read_run(config.run, config.slides, config.coords)
     device = pick_device(config.device)
     workers = pick_workers(config.workers, run.settings.read_timeout)
@@ -130,8 +130,7 @@ def open_page(config: Config) -> PageMaker:
     sources = run.settings.find(problems, workers)
     for name, reason in problems.items():
         logger.warning("%s is left out: %s", name, reason)
-    recipe = run.settings.views.build(run.settings.shuffle)
-    encoder = load_network(run, recipe)
+    encoder, recipe = load_network(run)
     return PageMaker(config, run, sources, recipe, encoder, device, workers)
 
 
@@ -195,12 +194,7 @@ def draw_tile_set(page: PageMaker) -> tuple[TileSet, Gallery, str] | None:
     config = page.config
     if not config.tile_set:
         return None
-    labelled = read_tile_set(config.tile_set, config.where)
-    if not labelled.pictures:
-        raise UserError(
-            f"tile_set={config.tile_set}: expected pictures, found places on slides; give a "
-            "folder with one sub-folder of pictures per class, or a CSV with a column image"
-        )
+    labelled = read_picture_set(config.tile_set, config.where)
     order = np.random.default_rng(config.seed).permutation(len(labelled))[: config.tiles]
     chosen = [labelled.tiles[row] for row in sorted(order.tolist())]
     side = page.recipe.global_size

@@ -11,37 +11,13 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import nn
 
-from common.checkpoint import load_weights, read_weights
-from common.config import group, key
 from common.errors import UserError
 from common.files import read_json
-from patch_encoder.models.encoders import PixelEncoder
-from patch_encoder.pretraining.keys import NetworkKeys, PyramidKeys
-from patch_encoder.selfdistill.backbone import build_student_backbone
-from patch_encoder.selfdistill.view_keys import ShuffleKeys, ViewKeys
+from patch_encoder.models.dino_files import DESCRIPTION, read_description
+from patch_encoder.models.encoders import PixelEncoder, build_encoder
+from patch_encoder.pretraining.keys import TileViewKeys
 from patch_encoder.selfdistill.view_recipe import ViewRecipe
-from patch_encoder.tile_stream.sources import TileSource
-from patch_encoder.tile_stream.stream_keys import StreamKeys
-
-
-@dataclass
-class RunSettings(StreamKeys):
-    """The settings of a run that its page needs to draw the same tiles and build the network."""
-
-    network: NetworkKeys = group(NetworkKeys, "student and teacher")
-    views: ViewKeys = group(ViewKeys, "the views of a tile")
-    shuffle: ShuffleKeys = group(ShuffleKeys, "patch shuffle")
-    pyramid: PyramidKeys = group(PyramidKeys, "the view from the slide's pyramid")
-    epoch_tiles: int = key(0, "tiles of an epoch; 0: as many as the coordinates have")
-    batch_size: int = key(256, "items per step over all processes")
-    seed: int = key(42, "seed of everything that is drawn at random")
-
-    def count_steps(self, sources: list[TileSource]) -> int:
-        """Steps of an epoch."""
-        tiles = self.epoch_tiles or sum(len(source.coordinates.coords) for source in sources)
-        return max(1, tiles // self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -59,7 +35,7 @@ class PretrainingFolder:
     """
 
     path: Path
-    settings: RunSettings
+    settings: TileViewKeys
     written: dict[str, Any]
     lines: list[dict[str, Any]]
     environment: dict[str, Any]
@@ -89,16 +65,16 @@ def read_run(path: str | Path, slides: str = "", coords: str = "") -> Pretrainin
     """
     folder = Path(path)
     written = _read_config(folder)
-    known = {field.name for field in fields(RunSettings)}
+    known = {field.name for field in fields(TileViewKeys)}
     given = {name: value for name, value in written.items() if name in known}
     try:
-        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), given))
+        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TileViewKeys), given))
     except OmegaConfBaseException as error:
         raise UserError(
             f"{folder / 'config.yaml'}: expected the settings of pretrain_dino, found "
             f"{str(error).splitlines()[0]}"
         ) from None
-    assert isinstance(settings, RunSettings)
+    assert isinstance(settings, TileViewKeys)
     moved = {"slides": slides or settings.slides, "coords": coords or settings.coords}
     for name, place in moved.items():
         if place and not Path(place).exists():
@@ -149,18 +125,15 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
             return
 
 
-def load_network(run: PretrainingFolder, recipe: ViewRecipe) -> PixelEncoder:
-    """The teacher's backbone as the run left it, in evaluation mode, with its normalisation.
+def load_network(run: PretrainingFolder) -> tuple[PixelEncoder, ViewRecipe]:
+    """The teacher's backbone as the run left it, with its normalisation in front, and the
+    views that it was trained on.
 
     Raises:
         UserError: the weights cannot be read, or are of another architecture.
     """
-    keys, file = run.settings.network, run.path / "backbone.pt"
-    backbone: nn.Module = build_student_backbone(
-        keys.arch,
-        patch_size=keys.patch_size,
-        registers=keys.registers,
-        image_size=recipe.global_size,
-    )
-    load_weights(backbone, read_weights(file, "a backbone"), str(file))
-    return PixelEncoder(backbone, (recipe.mean, recipe.std)).eval()
+    statistics = read_description(run.path / DESCRIPTION).statistics
+    recipe = run.settings.views.build(run.settings.shuffle)
+    encoder = build_encoder("dino", str(run.path)).model
+    assert isinstance(encoder, PixelEncoder)
+    return encoder, replace(recipe, mean=statistics[0], std=statistics[1])

@@ -14,7 +14,7 @@ from patch_encoder.descriptors.mean_colour import mean_colour
 from patch_encoder.extraction.network import Network
 from patch_encoder.models.encoders import PixelEncoder
 from patch_encoder.models.transforms import ToInputSize
-from patch_encoder.pretrain_page.run_folder import RunSettings
+from patch_encoder.pretraining.keys import TileViewKeys
 from patch_encoder.tile_stream.sources import TileSource
 from patch_encoder.tile_stream.stream import TileStream
 
@@ -45,7 +45,7 @@ class TileSample:
 
 
 def read_sample(
-    settings: RunSettings,
+    settings: TileViewKeys,
     sources: Sequence[TileSource],
     count: int,
     *,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from common.config import key
+from common.config import group, key
 from common.counters import hash_counters, uniform
 from common.errors import UserError
 from patch_encoder.models.encoder_table import Statistics
@@ -13,6 +14,10 @@ from patch_encoder.pretraining.objective import TARGETS, Objective
 from patch_encoder.pretraining.schedules import DistillationSchedules, scale_lr
 from patch_encoder.selfdistill.backbone import describe_architecture, find_initial_row
 from patch_encoder.selfdistill.student import SelfDistilled, build_student
+from patch_encoder.selfdistill.view_keys import ShuffleKeys, ViewKeys
+from patch_encoder.selfdistill.view_recipe import ViewRecipe, check_recipe
+from patch_encoder.tile_stream.sources import TileSource
+from patch_encoder.tile_stream.stream_keys import StreamKeys
 
 PYRAMID = 1 << 32  # address of the draws of this file, apart from those of views and tiles
 
@@ -89,6 +94,40 @@ class PyramidKeys:
     def is_drawn(self, seed: int, step: int) -> bool:
         """Whether a step has the view: all its tiles do, or none."""
         return uniform(hash_counters(seed, PYRAMID, step), 0) < self.probability
+
+
+@dataclass
+class TileViewKeys(StreamKeys):
+    """Keys that decide which tiles and views a network is trained on, and what the network is."""
+
+    network: NetworkKeys = group(NetworkKeys, "student and teacher")
+    views: ViewKeys = group(ViewKeys, "the views of a tile")
+    shuffle: ShuffleKeys = group(ShuffleKeys, "patch shuffle")
+    pyramid: PyramidKeys = group(PyramidKeys, "the view from the slide's pyramid")
+    epoch_tiles: int = key(0, "tiles of an epoch; 0: as many as the coordinates have", least=0)
+    batch_size: int = key(256, "items per step over all processes; tiles", least=1)
+    seed: int = key(42, "seed of everything that is drawn at random")
+
+    def make_recipe(self) -> ViewRecipe:
+        """The views, checked against tiles and network, with the statistics of the weights that
+        training starts from.
+        """
+        recipe = self.views.build(self.shuffle)
+        if (statistics := self.network.find_statistics()) is not None:
+            recipe = replace(recipe, mean=statistics[0], std=statistics[1])
+        is_vit = self.network.arch.startswith("vit_")
+        check_recipe(recipe, self.tile_size, self.network.patch_size if is_vit else 1)
+        return recipe
+
+    def count_steps(self, sources: Sequence[TileSource]) -> int:
+        """Steps of an epoch over these slides."""
+        tiles = self.epoch_tiles or sum(len(source.coordinates.coords) for source in sources)
+        if tiles < self.batch_size:
+            raise UserError(
+                f"epoch_tiles={tiles}: expected at least batch_size={self.batch_size}; lower "
+                "batch_size or give a larger epoch_tiles"
+            )
+        return tiles // self.batch_size
 
 
 @dataclass

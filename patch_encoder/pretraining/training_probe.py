@@ -13,13 +13,12 @@ import torch
 from torch import nn
 
 from common.config import key
-from common.errors import UserError
 from patch_encoder.models.encoder_table import Statistics
 from patch_encoder.models.encoders import Encoder, PixelEncoder
 from patch_encoder.models.transforms import ToInputSize
 from patch_encoder.probing.knn import probe_features
 from patch_encoder.probing.pictures import encode_pictures
-from patch_encoder.probing.tile_sets import TileSet, read_tile_set
+from patch_encoder.probing.tile_sets import TileSet, read_picture_set
 
 SCORE = "knn_balanced_accuracy"
 
@@ -84,10 +83,5 @@ def make_training_probe(
     """
     if not keys.tile_set:
         return None
-    tiles = read_tile_set(keys.tile_set, keys.where)
-    if not tiles.pictures:
-        raise UserError(
-            f"probe.tile_set={keys.tile_set}: expected labelled pictures, found places on slides, "
-            "which have no pixels; cut them to pictures"
-        )
+    tiles = read_picture_set(keys.tile_set, keys.where)
     return TrainingProbe(tiles, side, statistics, device, precision)

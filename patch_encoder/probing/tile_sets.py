@@ -150,6 +150,24 @@ def read_tile_set(
     return TileSet(path, tuple(tiles), tuple(list_class_names(tiles, positive)))
 
 
+def read_picture_set(source: str | Path, where: str = "") -> TileSet:
+    """Read a set for something that needs pixels.
+
+    Args:
+        source, where: as for `read_tile_set`.
+
+    Raises:
+        UserError: it cannot be read, or holds places on slides.
+    """
+    tiles = read_tile_set(source, where)
+    if not tiles.pictures:
+        raise UserError(
+            f"tile_set={source}: expected pictures, found places on slides; give a folder with one "
+            "sub-folder of pictures per class, or a CSV with a column image"
+        )
+    return tiles
+
+
 def _compile(name: str, pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)

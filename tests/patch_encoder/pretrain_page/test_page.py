@@ -21,11 +21,11 @@ from common.cli import run
 from common.config import load_config
 from common.errors import UserError
 from patch_encoder import pretrain_dino, pretrain_report
-from patch_encoder.models.encoders import build_encoder
+from patch_encoder.models.encoder_table import IMAGENET
+from patch_encoder.models.encoders import PixelEncoder
 from patch_encoder.pretrain_page.curves import PANELS, draw_panel, find_points
-from patch_encoder.pretrain_page.run_folder import read_run
+from patch_encoder.pretrain_page.run_folder import load_network, read_run
 from patch_encoder.pretrain_page.tile_sample import read_sample
-from patch_encoder.pretraining.run_files import save_backbone
 from patch_encoder.selfdistill.backbone import build_student_backbone
 from patch_encoder.tile_stream.stream import TileStream
 from tests.training_rows import slides_inputs
@@ -152,18 +152,33 @@ def test_tiles_are_those_of_the_training(trained: Path) -> None:
     assert sample.slides == names and sample.ids == [name.split("/")[1] for name in names]
 
 
-def test_features_are_those_that_extraction_has(trained: Path, tmp_path: Path) -> None:
-    written = yaml.safe_load((trained / "run" / "config.yaml").read_text())
-    written["network"]["arch"] = "vit_tiny"
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
-    save_backbone(tmp_path / "backbone.pt", build_student_backbone("vit_tiny", image_size=32))
-    given = [f"run={tmp_path}", "output=unused", "workers=0", "device=cpu", "precision=fp32"]
+def test_features_are_those_of_the_teacher(trained: Path) -> None:
+    given = [f"run={trained / 'run'}", "output=unused", "workers=0", "device=cpu", "precision=fp32"]
     page = pretrain_report.open_page(load_config(pretrain_report.Config, given))
     pictures = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), dtype=np.uint8)
-    encoder = build_encoder("dino", str(tmp_path / "backbone.pt"))
+    last = torch.load(trained / "run" / "checkpoint_last.pt", weights_only=True)
+    weights = {
+        name.removeprefix("backbone."): value
+        for name, value in last["teacher"].items()
+        if name.startswith("backbone.")
+    }
+    backbone = build_student_backbone("timm:test_vit", image_size=32)
+    backbone.load_state_dict(weights)
     with torch.no_grad():
-        expected = encoder.model.eval()(torch.from_numpy(pictures).permute(0, 3, 1, 2))
+        tiles = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+        expected = PixelEncoder(backbone, IMAGENET).eval()(tiles)
     np.testing.assert_allclose(page.encode(pictures), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_views_and_features_have_the_statistics_of_the_run(trained: Path, tmp_path: Path) -> None:
+    for name in ("config.yaml", "backbone.pt"):
+        (tmp_path / name).write_bytes((trained / "run" / name).read_bytes())
+    described = json.loads((trained / "run" / "encoder.json").read_text())
+    described |= {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
+    (tmp_path / "encoder.json").write_text(json.dumps(described))
+    encoder, recipe = load_network(read_run(tmp_path))
+    assert (recipe.mean, recipe.std) == ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    torch.testing.assert_close(encoder.mean.flatten() / 255, torch.tensor(recipe.mean))
 
 
 def test_curves_take_steps_by_epoch_and_leave_out_what_is_not_finite() -> None:
@@ -186,7 +201,7 @@ def test_curves_take_steps_by_epoch_and_leave_out_what_is_not_finite() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("tiles=1",), "tiles=1: expected at least 2"),
+        (("tiles=1",), "key 'tiles': expected at least 2, found 1"),
         (("slides=", "moved"), "slides=.*: expected an existing path.*give slides="),
         (("config", "network: 3"), "expected the settings of pretrain_dino"),
         (("config", "a: [1"), "expected YAML"),
@@ -199,7 +214,7 @@ def test_what_cannot_be_shown_is_one_line(
 ) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    for name in ("config.yaml", "backbone.pt", "metrics.jsonl"):
+    for name in ("config.yaml", "backbone.pt", "encoder.json", "metrics.jsonl"):
         (folder / name).write_bytes((trained / "run" / name).read_bytes())
     config = folder / "config.yaml"
     given = [f"run={folder}", f"output={tmp_path}/page", "workers=0"]
@@ -210,7 +225,8 @@ def test_what_cannot_be_shown_is_one_line(
     elif change[0] == "slides=":
         config.write_text(config.read_text().replace("/corpus", "/moved"))
     elif change[0] == "architecture":
-        config.write_text(config.read_text().replace("test_vit", "test_vit2"))
+        described = folder / "encoder.json"
+        described.write_text(described.read_text().replace("test_vit", "test_vit2"))
     else:
         given.append(change[0])
     with pytest.raises(UserError, match=message) as caught:

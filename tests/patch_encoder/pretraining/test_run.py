@@ -225,9 +225,9 @@ def test_views_have_the_statistics_of_the_weights_that_training_starts_from(
     corpus: list[str],
 ) -> None:
     config = load_config(pretrain_dino.Config, [*corpus, "output=."])
-    assert pretrain_dino.make_recipe(config).mean == IMAGENET[0]
+    assert config.make_recipe().mean == IMAGENET[0]
     config.network.arch, config.network.init = "timm:tf_efficientnet_lite0", "imagenet_lite0"
-    recipe = pretrain_dino.make_recipe(config)
+    recipe = config.make_recipe()
     assert (recipe.mean, recipe.std) == EFFICIENTNET_LITE
 
 
@@ -237,7 +237,7 @@ def test_a_probe_needs_pictures(
     places = tmp_path / "places.csv"
     places.write_text("slide_id,x,y,label\ns0,0,0,a\ns1,0,0,b\n")
     assert start(corpus, tmp_path / "run", f"probe.tile_set={places}") == 2
-    assert "expected labelled pictures, found places on slides" in capsys.readouterr().err
+    assert "expected pictures, found places on slides" in capsys.readouterr().err
 
 
 @pytest.mark.process

@@ -19,7 +19,6 @@ from patch_encoder.pretrain_dino import (
     Config,
     PretrainingRun,
     add_gradients,
-    count_steps,
     cut_views,
 )
 from patch_encoder.pretraining.keys import LossKeys, OptimiserKeys, PyramidKeys
@@ -260,7 +259,7 @@ def test_losses_and_schedules_refuse_what_cannot_be() -> None:
         OptimiserKeys(teacher_momentum=1.5).schedules(1, 1, 8, LossKeys())
     config = load_config(Config, ["epoch_tiles=10", "batch_size=16", "slides=.", "output=."])
     with pytest.raises(UserError, match="epoch_tiles=10: expected at least batch_size=16"):
-        count_steps(config, None)  # type: ignore[arg-type]
+        config.count_steps([])
 
 
 def test_a_temperature_alone_is_that_of_the_whole_run() -> None:
