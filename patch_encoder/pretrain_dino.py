@@ -168,7 +168,7 @@ def train_one_epoch(job: PretrainingRun, state: DistillationState, epoch: int) -
         state.add(terms | {"gradient_norm": norm})
         times.mark("step")
         if step % config.log_every == 0:
-            measured = measure_training(targets, features, terms["dino"])
+            measured = measure_training(targets, features)
             line = mean_dict(terms | {"gradient_norm": norm}) | measured
             rates = {"lr": values.lr, "weight_decay": values.weight_decay}
             rates |= {"momentum": values.momentum, "temperature": values.temperature}

@@ -19,7 +19,7 @@ WATCHED = ("teacher_entropy", "target_information", "feature_std")
 
 
 def measure_training(
-    targets: Float[Tensor, "t b k"], features: Float[Tensor, "b d"], loss: Float[Tensor, ""]
+    targets: Float[Tensor, "t b k"], features: Float[Tensor, "b d"]
 ) -> dict[str, float]:
     """Entropies of the targets, and spread and effective rank of the teacher's features, over all
     processes, which call this together.
@@ -27,11 +27,10 @@ def measure_training(
     Args:
         targets: (T, B, K) probabilities of the teacher.
         features: (B, D) of the teacher, of one view.
-        loss: `dino_loss` of the step.
     """
     everywhere = gather_rows(features.float())
     spread = {"feature_std": feature_std(everywhere), "rankme": rankme(everywhere)}
-    return mean_dict(measure_targets(targets, loss) | spread)
+    return mean_dict(measure_targets(targets) | spread)
 
 
 class RecentValues:

@@ -71,7 +71,8 @@ class Objective:
 
         Returns:
             `loss`, to be minimised; `dino` and the terms of `koleo` and `kde` where they are on;
-            and `kl`, what the student could still learn: `dino` less the targets' own entropy.
+            and `kl`, the mean KL divergence of the student's probabilities from the targets
+            (equation 5 of DINO), what it could still learn: `dino` less the targets' entropy.
         """
         by_view = logits.view(views, -1, logits.shape[-1])
         terms = {"dino": dino_loss(by_view, targets, self.student_temperature)}

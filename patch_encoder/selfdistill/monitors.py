@@ -32,22 +32,17 @@ def _entropy(probabilities: Float[Tensor, "*b k"]) -> Float[Tensor, "*b"]:
 
 
 @torch.no_grad()
-def measure_targets(
-    targets: Float[Tensor, "t b k"], cross_entropy: Float[Tensor, ""]
-) -> dict[str, Float[Tensor, ""]]:
+def measure_targets(targets: Float[Tensor, "t b k"]) -> dict[str, Float[Tensor, ""]]:
     """Entropies of the teacher's targets over all processes.
 
     Args:
         targets: (T, B, K) probabilities.
-        cross_entropy: `dino_loss` of the same step on this process.
 
     Returns:
         teacher_entropy: mean entropy of a target; log K when uniform, 0 when one prototype.
         mean_target_entropy: entropy of the mean target; low when few prototypes are in use.
         target_information: mean KL divergence of a target from the mean target, which is the
             second less the first; 0 when all tiles have the same target.
-        kl: mean KL divergence of the student's probabilities from the targets, which is the
-            cross-entropy less the first (equation 5 of DINO).
     """
     flat = at_least_float32(targets).flatten(0, 1)
     mean_target = all_reduce_mean(flat.mean(dim=0))
@@ -57,7 +52,6 @@ def measure_targets(
         "teacher_entropy": sharpness,
         "mean_target_entropy": spread,
         "target_information": spread - sharpness,
-        "kl": all_reduce_mean(cross_entropy.detach()) - sharpness,
     }
 
 

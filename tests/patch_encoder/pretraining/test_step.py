@@ -23,6 +23,7 @@ from patch_encoder.pretrain_dino import (
 )
 from patch_encoder.pretraining.keys import LossKeys, OptimiserKeys, PyramidKeys
 from patch_encoder.pretraining.monitoring import WINDOW, RecentValues
+from patch_encoder.pretraining.objective import Objective
 from patch_encoder.pretraining.state import DistillationState, make_groups
 from patch_encoder.selfdistill.head import DINOHead
 from patch_encoder.selfdistill.losses.koleo import koleo_loss
@@ -197,6 +198,17 @@ def test_terms_are_weighted_and_of_the_global_views() -> None:
     torch.testing.assert_close(spread["loss"], expected)
     features = [make_networks()([view])[1].detach() for view in views.student_global_views]
     torch.testing.assert_close(spread["koleo"], sum(koleo_loss(part) for part in features))
+
+
+def test_kl_is_what_the_student_could_still_learn() -> None:
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.rand(2, 3, 4, dtype=torch.float64, generator=generator).softmax(dim=-1)
+    student = torch.randn(2, 3, 4, dtype=torch.float64, generator=generator)
+    features = torch.randn(6, 5, dtype=torch.float64, generator=generator)
+    terms = Objective().compute_terms(student.flatten(0, 1), features, targets, 2)
+    p = (student / 0.1).log_softmax(dim=-1)
+    other = torch.nn.functional.kl_div(p.flip(0), targets, reduction="sum") / 6
+    torch.testing.assert_close(terms["kl"], other)
 
 
 def test_sinkhorn_takes_the_whole_batch_whatever_the_parts() -> None:

@@ -23,29 +23,23 @@ from patch_encoder.selfdistill.monitors import (
     rankme,
 )
 from patch_encoder.selfdistill.student import SelfDistilled, make_teacher
-from tests.patch_encoder.selfdistill.references import looped_dino_loss, random_logits
+from tests.patch_encoder.selfdistill.references import random_logits
 
 K = 64
 
 
 def test_entropies_and_divergences_are_their_sums() -> None:
     targets = (random_logits(2, 3, 4) / 0.3).softmax(dim=-1)
-    student = random_logits(2, 3, 4, seed=1)
-    loss = dino_loss(student, targets, 0.1)
-    found = {name: value.item() for name, value in measure_targets(targets, loss).items()}
+    found = {name: value.item() for name, value in measure_targets(targets).items()}
     q = targets.flatten(0, 1).numpy()
     mean = q.mean(axis=0)
     assert found["teacher_entropy"] == pytest.approx(-(q * np.log(q)).sum() / len(q))
     assert found["mean_target_entropy"] == pytest.approx(-(mean * np.log(mean)).sum())
     assert found["target_information"] == pytest.approx((q * np.log(q / mean)).sum() / len(q))
-    p = (student / 0.1).softmax(dim=-1)
-    other = torch.nn.functional.kl_div(p.flip(0).log(), targets, reduction="sum") / 6
-    assert found["kl"] == pytest.approx(other.item())
-    assert loss.item() == pytest.approx(looped_dino_loss(student, targets, 0.1).item())
 
 
 def test_a_target_of_one_prototype_has_no_entropy() -> None:
-    found = measure_targets(torch.eye(4)[None], torch.zeros(()))
+    found = measure_targets(torch.eye(4)[None])
     assert found["teacher_entropy"] == 0
     assert found["mean_target_entropy"] == pytest.approx(math.log(4))
 
@@ -93,7 +87,7 @@ def train(targets: str, steps: int) -> dict[str, float]:
         loss.backward()
         optimizer.step()
         update_teacher(teacher, student, 0.9)
-        seen.append(measure_targets(q, loss) | {"feature_std": feature_std(features[:32])})
+        seen.append(measure_targets(q) | {"feature_std": feature_std(features[:32])})
     return {name: mean_of(seen[-10:], name) for name in seen[0]}
 
 

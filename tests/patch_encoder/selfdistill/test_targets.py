@@ -76,8 +76,7 @@ def test_targets_carry_no_gradient() -> None:
 
 @pytest.mark.process
 def test_two_processes_have_the_targets_and_the_centre_of_one(tmp_path: Path) -> None:
-    logits, cross_entropy = inputs()
-    whole = compute(logits, cross_entropy.mean())
+    whole = compute(inputs())
     run_two_processes("tests.patch_encoder.selfdistill.two_process_targets", [str(tmp_path)])
     shares = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert whole["sinkhorn"].std() > 0.05
