@@ -21,7 +21,8 @@ from patch_encoder.tile_stream.sources import TileSource
 from patch_encoder.tile_stream.tissue_cover import TissueCover
 
 BALANCES = ("tiles", "slides", "subdatasets")
-ORDER, VISIT, RETRY, PLACE = range(4)  # what random numbers are for
+# what random numbers are for; views have theirs at (seed, number of the tile)
+ORDER, VISIT, RETRY, PLACE = range(1 << 33, (1 << 33) + 4)
 PLACES = 32  # positions that are tried until enough of one is tissue
 SHARD = 32  # tiles that a cache keeps in one file
 COARSER = 1.1  # a slide with pixels up to this much larger than wanted still serves
