@@ -215,9 +215,11 @@ def _start(
     centres = [rows[slide, chosen]]
     distance = (1 - _compare(rows, centres[0][:, :, None])[:, :, 0]).clamp(min=0)
     distance = distance * inside[:, None]
+    # running sums by a matrix product: those of `cumsum` may differ from one GPU to another
+    running = distance.new_ones(rows.shape[1], rows.shape[1]).triu()
     for number in range(k - 1):
         u_now = u[..., 1 + number * tries : 1 + (number + 1) * tries]
-        passed = distance.cumsum(-1)
+        passed = distance @ running
         target = u_now * passed[..., -1:]
         candidates = torch.searchsorted(passed, target, right=True)
         candidates = torch.minimum(candidates, last[..., None])
