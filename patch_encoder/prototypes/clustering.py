@@ -224,8 +224,8 @@ def _start(
         candidates = torch.searchsorted(passed, target, right=True)
         candidates = torch.minimum(candidates, last[..., None])
         vectors = rows[slide[..., None], candidates]
-        left = (1 - _compare(rows, vectors)).clamp(min=0) * inside[:, None, None]
-        left = torch.minimum(left, distance[:, :, None])
+        left = (1 - _compare(rows, vectors)).clamp(min=0)
+        left = torch.minimum(left, distance[:, :, None])  # zero at padding, as it is already
         best = left.sum(-1).argmin(2, keepdim=True)
         centres.append(vectors.gather(2, best[..., None].expand(-1, -1, 1, rows.shape[2]))[:, :, 0])
         distance = left.gather(2, best[..., None].expand(-1, -1, 1, rows.shape[1]))[:, :, 0]
