@@ -8,12 +8,15 @@ the authors' data set and the loader's collation do; `original, GET alone` leave
 are `fetch` of a store, all checks included: Redis over TCP and over a socket file, HDF5 (regions
 that point into bags, and copies), RAM. One interleaved run for one process, one for two processes
 at a time, which start a round together; a process has one thread. Files are in the system's cache.
-Figures are medians over rounds, ratios are taken within a round. The server is started for this.
+Figures are medians over rounds, ratios are taken within a round. CPU time is that of a region, the
+server's included; unlike rates it leaves out what other jobs of the machine take. The server is
+started for this.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import pickle
@@ -36,7 +39,7 @@ import numpy as np
 import redis
 import torch
 
-from benchmarks.rounds import make_parser, say
+from benchmarks.rounds import cpu_seconds, make_parser, say
 from common.memory import reuse_large_blocks
 from patch_encoder.bags.bag import open_bag
 from patch_encoder.bags.writer import write_bag
@@ -218,45 +221,52 @@ def serve(link: Connection, contestant: Contestant, batches: list[np.ndarray]) -
         link.send(resident("VmHWM") - before)
 
 
-def measure(
-    contestants: dict[str, Contestant], count: int, processes: int, batch: int, options: Any
-) -> dict[str, dict[str, float]]:
-    """Figures of every contestant with so many processes, which all take turns."""
+def start_processes(
+    contestants: dict[str, Contestant], count: int, processes: int, options: argparse.Namespace
+) -> dict[str, list[Connection]]:
+    """So many processes for every contestant, with batches of their own; the ends of their pipes.
+    They end when they are sent False.
+    """
     rng = np.random.default_rng(processes)
     links: dict[str, list[Connection]] = {name: [] for name in contestants}
-    started = []
     for name, contestant in contestants.items():
         for _ in range(processes):
             ours, theirs = multiprocessing.Pipe()
-            batches = [rng.integers(0, count, batch) for _ in range(options.batches)]
-            process = multiprocessing.get_context("fork").Process(
+            batches = [rng.integers(0, count, options.batch) for _ in range(options.batches)]
+            multiprocessing.get_context("fork").Process(
                 target=serve, args=(theirs, contestant, batches), daemon=True
-            )
-            process.start()
-            started.append(process)
+            ).start()
             links[name].append(ours)
-    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    return links
+
+
+def measure(
+    contestants: dict[str, Contestant], count: int, processes: int, options: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Figures of every contestant with so many processes, which all take turns."""
+    links = start_processes(contestants, count, processes, options)
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    work: dict[str, list[float]] = {name: [] for name in contestants}
     memory = dict.fromkeys(contestants, 0)
+    fetched = processes * options.batches * options.batch
     for round_ in range(options.rounds + 1):
         for name in contestants:
-            begun = time.perf_counter()
+            begun, used = time.perf_counter(), cpu_seconds()
             for link in links[name]:
                 link.send(True)
             memory[name] = max(memory[name], *(link.recv() for link in links[name]))
             if round_:
-                fetched = processes * options.batches * batch
-                rates[name].append(fetched / (time.perf_counter() - begun))
+                seconds[name].append((time.perf_counter() - begun) / fetched)
+                work[name].append((cpu_seconds() - used) / fetched)
         say(f"{processes} processes, round {round_} of {options.rounds}")
-    for name in contestants:
-        for link in links[name]:
-            link.send(False)
-    for process in started:
-        process.join()
+    for link in itertools.chain(*links.values()):
+        link.send(False)
     return {
         name: {
-            "regions/s": statistics.median(rates[name]),
-            "ratio": statistics.median(a / b for a, b in zip(rates[name], rates[ORIGINAL])),
-            "low": min(a / b for a, b in zip(rates[name], rates[ORIGINAL])),
+            "regions/s": 1 / statistics.median(seconds[name]),
+            "ratio": divide(seconds[ORIGINAL], seconds[name]),
+            "CPU ms": 1e3 * statistics.median(work[name]),
+            "CPU ratio": divide(work[ORIGINAL], work[name]),
             "held KiB": contestant.held / count / 1024,
             "moved KiB": contestant.moved / 1024,
             "process MiB": memory[name] / 2**20,
@@ -265,8 +275,13 @@ def measure(
     }
 
 
+def divide(one: list[float], other: list[float]) -> float:
+    """Median ratio of two figures of the same rounds; CPU time counts in hundredths of a second."""
+    return statistics.median(a / max(b, 1e-9) for a, b in zip(one, other, strict=True))
+
+
 def parse() -> argparse.Namespace:
-    parser = make_parser(__doc__, slides=8, regions=32, batch=128, batches=2, rounds=9, workers=2)
+    parser = make_parser(__doc__, slides=8, regions=32, batch=128, batches=4, rounds=9, workers=2)
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
@@ -284,7 +299,7 @@ def main() -> None:
             count = options.slides * options.regions
             check_same(contestants, count)
             for processes in sorted({1, options.workers}):
-                results[processes] = measure(contestants, count, processes, options.batch, options)
+                results[processes] = measure(contestants, count, processes, options)
     if options.json:
         print(json.dumps(results))
         return
@@ -293,7 +308,7 @@ def main() -> None:
     for processes, rows in results.items():
         print(f"{processes} processes")
         for who, figures in rows.items():
-            print(f"  {who:22}" + "".join(f"{what:>12} {x:7.1f}" for what, x in figures.items()))
+            print(f"  {who:22}" + "".join(f"{what:>12} {x:8.2f}" for what, x in figures.items()))
 
 
 if __name__ == "__main__":
