@@ -38,6 +38,7 @@ class ValueStream:
     def __init__(self, address: Mapping[str, Any]) -> None:
         self._socket = _connect(address)
         self._replies = self._socket.makefile("rb", buffering=BUFFER)
+        self._line_break = bytearray(2)  # ends every value
         try:
             self._greet(address)
         except BaseException:
@@ -73,6 +74,8 @@ class ValueStream:
             [key.encode() for key in keys[start : start + KEYS_PER_REQUEST]]
             for start in range(0, len(keys), KEYS_PER_REQUEST)
         ]
+        # slices of these take a tenth of the time that NumPy's take
+        views = [(memoryview(part).cast("B"), part.shape[1]) for part in parts if len(keys)]
         place = 0
         for chunk in chunks[:AHEAD]:
             self._send([b"MGET", *chunk])
@@ -80,20 +83,21 @@ class ValueStream:
             if self._line(b"*") != len(chunk):
                 raise RefusedRequest("expected as many values as keys, found others")
             for _ in chunk:
-                yield place, self._value([part[place] for part in parts])
+                rows = [view[place * size : (place + 1) * size] for view, size in views]
+                yield place, self._value(rows)
                 place += 1
             if number + AHEAD < len(chunks):
                 self._send([b"MGET", *chunks[number + AHEAD]])
 
-    def _value(self, rows: Sequence[np.ndarray]) -> int:
+    def _value(self, rows: Sequence[memoryview]) -> int:
         """Read one value into its rows, or past it where it does not fit; its length."""
         length = self._line(b"$")
         if length < 0:
             return length
         fits = length == sum(map(len, rows))
-        for row in rows if fits else [np.empty(length, np.uint8)]:
+        for row in rows if fits else [memoryview(bytearray(length))]:
             self._fill(row)
-        self._fill(np.empty(2, np.uint8))  # a value ends with a line break
+        self._fill(memoryview(self._line_break))
         return length
 
     def _send(self, words: Sequence[bytes]) -> None:
@@ -113,8 +117,7 @@ class ValueStream:
         except ValueError:
             raise RefusedRequest(f"expected a number, found {line[1:20]!r}") from None
 
-    def _fill(self, row: np.ndarray) -> None:
-        view = memoryview(row)
+    def _fill(self, view: memoryview) -> None:
         while view:
             count = self._replies.readinto(view)
             if not count:
