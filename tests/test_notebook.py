@@ -57,7 +57,7 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = nbformat.v4.new_code_cell(f"FOLDER = Path({str(tmp_path)!r})\n{SMALL}")
     notebook.cells.insert(find_sizes(notebook) + 1, small)
     place = {"metadata": {"path": str(NOTEBOOK.parent)}}
-    NotebookClient(notebook, kernel_name="python3", timeout=300, resources=place).execute()
+    NotebookClient(notebook, kernel_name="python3", timeout=600, resources=place).execute()
     shown = {
         cell.id: {kind for output in cell.outputs for kind in output.get("data", {})}
         for cell in notebook.cells
