@@ -116,7 +116,6 @@ def test_maxmemory_that_is_reached_on_the_way_is_one_line_and_nothing_is_lost(
     assert build(tmp_path, "region_tiles=3") == 0
     regions = read_region_set(tmp_path / "regions" / "tiny")
     # another client fills the server meanwhile: the comparison saw room
-    monkeypatch.setattr(load_redis, "fill_namespace", load_redis.fill_namespace)
     monkeypatch.setattr("patch_encoder.regions.redis_filling.check_memory", lambda *_: None)
     used = server.client().info("memory")["used_memory"]
     server.client().config_set("maxmemory", used + 300_000)
