@@ -96,11 +96,25 @@ def draw_tissue_map(rng: np.random.Generator, side: int) -> TissueMap:
     wanted = 0.5 + rng.random(len(kinds))
     wanted /= wanted.sum()
     scores = np.stack([noise(rng, (cells, cells), DETAIL) for _ in kinds]).astype(np.float64)
-    offsets = np.zeros(len(kinds))
+    return TissueMap(kinds[divide_by_shares(scores, wanted)].astype(np.uint8))
+
+
+def divide_by_shares(scores: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Give each cell to the zone with the highest score there, where zones get a handicap that
+    makes their areas about the wanted ones.
+
+    Args:
+        scores: (Z, H, W), smooth if the zones are to hang together.
+        shares: (Z,) of the area, adding up to 1.
+
+    Returns:
+        (H, W) indices of zones.
+    """
+    handicap, count = np.zeros(len(scores)), len(scores)
     for _ in range(BALANCING_ROUNDS):
-        winners = np.argmax(scores + offsets[:, None, None], axis=0)
-        offsets += 0.2 * (wanted - np.bincount(winners.ravel(), minlength=len(kinds)) / cells**2)
-    return TissueMap(kinds[winners].astype(np.uint8))
+        winners = np.argmax(scores + handicap[:, None, None], axis=0)
+        handicap += 0.2 * (shares - np.bincount(winners.ravel(), minlength=count) / winners.size)
+    return winners
 
 
 def label_squares(tissue: TissueMap, corners: np.ndarray, side: int) -> np.ndarray:
