@@ -15,7 +15,7 @@ from common.provenance import can_reuse, unknown_origin
 LABEL_COLUMNS = ("case_id", "slide_id", "label", "split", "mpp")
 STAMP = "cohort.json"
 FILES = ("labels.csv", "annotations.json", "tiles.csv", "zones.csv")
-PARTS = (*FILES, "slides", "detection", "zones", "features")
+PARTS = (*FILES, "slides", "detection", "zones", "coords", "features")
 Number = float | int
 Box = tuple[Number, Number, Number, Number]
 

@@ -8,7 +8,7 @@ seeds that agree in sign are counted beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from common.metrics.bootstrap import interval
 from common.metrics.classification import auc
 from common.metrics.run_bootstrap import Evaluate, bootstrap, paired_difference
 
-Runs = Sequence[Any]  # of one row: per seed of pre-training a list of runs
+Runs = Sequence[Any]  # of one seed of pre-training: one run, or one per fold and training seed
 
 
 @dataclass(frozen=True)
@@ -60,59 +60,57 @@ class Sample:
     """One measure of one row.
 
     Attributes:
-        per_seed: value of each seed of pre-training.
+        per_seed: seed of pre-training -> value; a row without training has a single one.
         resampled: (B,) of their mean.
     """
 
-    per_seed: np.ndarray
+    per_seed: Mapping[int, float]
     resampled: np.ndarray
 
     @property
     def value(self) -> float:
         """The mean over seeds."""
-        return float(self.per_seed.mean())
+        return float(np.mean(list(self.per_seed.values())))
 
     def describe(self) -> dict[str, Any]:
         """`value`, `low` and `high` of the interval, and the standard deviation over seeds."""
         low, high = interval(self.resampled, (0.0, 1.0))[0] or (None, None)
-        deviation = float(self.per_seed.std(ddof=1)) if len(self.per_seed) > 1 else None
+        values = list(self.per_seed.values())
+        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
         return {"value": self.value, "low": low, "high": high, "std_seeds": deviation}
 
     def subtract(self, other: Sample) -> dict[str, Any]:
-        """The paired difference: `value`, `low`, `high`, and of how many seeds it is positive;
-        a row without seeds of its own is compared with each seed of the other.
+        """The paired difference: `value`, `low`, `high`, and for how many of the seeds that both
+        have it is positive; a row without training is compared with every seed of the other.
         """
         value = self.value - other.value
-        ci = paired_difference(value, self.resampled, other.resampled).ci or (None, None)
-        first, second = np.broadcast_arrays(*_align(self.per_seed, other.per_seed))
-        above = f"{int((first > second).sum())}/{len(first)}"
-        return {"value": value, "low": ci[0], "high": ci[1], "seeds_above": above}
-
-
-def _align(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values seed by seed; where seeds are missing, only those that both have."""
-    if len(first) == len(second) or 1 in (len(first), len(second)):
-        return first, second
-    count = min(len(first), len(second))
-    return first[:count], second[:count]
+        low, high = paired_difference(value, self.resampled, other.resampled).ci or (None, None)
+        if len(other.per_seed) == 1:
+            only = next(iter(other.per_seed.values()))
+            signs = [mine > only for mine in self.per_seed.values()]
+        else:
+            shared = self.per_seed.keys() & other.per_seed.keys()
+            signs = [self.per_seed[seed] > other.per_seed[seed] for seed in shared]
+        return {"value": value, "low": low, "high": high, "above": f"{sum(signs)}/{len(signs)}"}
 
 
 def resample_row(
-    seeds: Sequence[Runs], evaluate: Evaluate | Callable[..., Any], resamples: int, seed: int
+    seeds: Mapping[int, Runs], evaluate: Evaluate, resamples: int, seed: int
 ) -> dict[str, Sample]:
     """Measure -> sample of one row.
 
     Args:
-        seeds: per seed of pre-training its runs (one, or one per fold and training seed).
+        seeds: seed of pre-training -> its runs.
         evaluate: (run, weights) -> measure -> (B,).
         resamples: B.
         seed: of the draws; the same for all rows of a cohort.
     """
-    drawn = bootstrap([run for runs in seeds for run in runs], resamples, seed, evaluate)
-    points = [[evaluate(run) for run in runs] for runs in seeds]
+    drawn = bootstrap([run for runs in seeds.values() for run in runs], resamples, seed, evaluate)
+    points = {number: [evaluate(run) for run in runs] for number, runs in seeds.items()}
     return {
         name: Sample(
-            np.array([np.mean([point[name][0] for point in runs]) for runs in points]), samples
+            {number: float(np.mean([p[name][0] for p in own])) for number, own in points.items()},
+            samples,
         )
         for name, samples in drawn.items()
     }

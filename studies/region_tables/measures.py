@@ -35,7 +35,7 @@ def measure_embeddings(
     cases: Sequence[str],
     clusters: int,
 ) -> dict[str, np.ndarray]:
-    """The measures of every slide, (N,) each; NaN where a slide has too few regions to be clustered.
+    """Measure every slide, (N,) each; NaN where a slide has too few regions to be clustered.
 
     - `zone_knn`: share of the regions whose zone the 20 nearest regions of other patients name.
     - `slide_identity`: share of the regions whose nearest other region is of the same slide.
