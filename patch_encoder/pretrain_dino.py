@@ -34,7 +34,7 @@ from common.step_timer import StepTimes
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.pretraining.gradients import add_student_gradients, ask_teacher
 from patch_encoder.pretraining.keys import TileViewKeys
-from patch_encoder.pretraining.loop import is_checkpoint_due, keep_best, seed_step, take_up
+from patch_encoder.pretraining.loop import is_checkpoint_due, seed_step, take_up
 from patch_encoder.pretraining.monitoring import RecentValues, measure_training
 from patch_encoder.pretraining.objective import Objective
 from patch_encoder.pretraining.run_files import (
@@ -231,8 +231,10 @@ def probe_teacher(job: PretrainingRun, state: DistillationState, epoch: int) -> 
     if job.probe is None or (epoch % keys.every and epoch != job.config.epochs):
         return {}
     scores = job.probe.score(state.teacher.backbone)
-    path = job.run.path / "backbone_best.pt" if keys.keep_best else None
-    keep_best(state, epoch, scores, SCORE, path)
+    if scores[SCORE] > state.best.get(SCORE, -1.0):
+        state.best = {"epoch": epoch, **scores}
+        if keys.keep_best:
+            save_backbone(job.run.path / "backbone_best.pt", state.teacher.backbone)
     return scores
 
 

@@ -1,5 +1,5 @@
 """What the loops of the pre-training scripts share besides the gradients of a step: seeds, when a
-checkpoint is due, how a run is taken up again, and which epoch was the best.
+checkpoint is due, and how a run is taken up again.
 """
 
 from __future__ import annotations
@@ -7,13 +7,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from common.distributed import World, mean_number
 from common.run import Run
 from common.seed import seed_everything
-from patch_encoder.pretraining.run_files import save_backbone
 from patch_encoder.pretraining.state import DistillationState
 
 logger = logging.getLogger(__name__)
@@ -58,21 +56,3 @@ def take_up(run: Run, state: DistillationState, stage: str) -> Mapping[str, Any]
     if content:
         logger.info("%s: goes on after step %d", stage, state.step)
     return content
-
-
-def keep_best(
-    state: DistillationState, epoch: int, scores: Mapping[str, float], score: str, path: Path | None
-) -> None:
-    """Remember the epoch of the highest score, and keep its teacher's backbone.
-
-    Args:
-        state: gets the scores as `best`.
-        epoch: epochs that are completed.
-        scores: of a probe.
-        score: the one that decides.
-        path: where the backbone is written; None: nowhere.
-    """
-    if scores[score] > state.best.get(score, -1.0):
-        state.best = {"epoch": epoch, **scores}
-        if path is not None:
-            save_backbone(path, state.teacher.backbone)  # type: ignore[arg-type]
