@@ -56,7 +56,7 @@ def measure_auc(run: Any, weights: np.ndarray | None = None) -> dict[str, np.nda
 
 
 @dataclass(frozen=True)
-class Sample:
+class Estimate:
     """One measure of one row.
 
     Attributes:
@@ -79,7 +79,7 @@ class Sample:
         deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
         return {"value": self.value, "low": low, "high": high, "std_seeds": deviation}
 
-    def subtract(self, other: Sample) -> dict[str, Any]:
+    def subtract(self, other: Estimate) -> dict[str, Any]:
         """The paired difference: `value`, `low`, `high`, and for how many of the seeds that both
         have it is positive; a row without training is compared with every seed of the other.
         """
@@ -96,7 +96,7 @@ class Sample:
 
 def resample_row(
     seeds: Mapping[int, Runs], evaluate: Evaluate, resamples: int, seed: int
-) -> dict[str, Sample]:
+) -> dict[str, Estimate]:
     """Measure -> sample of one row.
 
     Args:
@@ -108,7 +108,7 @@ def resample_row(
     drawn = bootstrap([run for runs in seeds.values() for run in runs], resamples, seed, evaluate)
     points = {number: [evaluate(run) for run in runs] for number, runs in seeds.items()}
     return {
-        name: Sample(
+        name: Estimate(
             {number: float(np.mean([p[name][0] for p in own])) for number, own in points.items()},
             samples,
         )

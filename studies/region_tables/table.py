@@ -15,7 +15,7 @@ from mil.evaluation.benchmark_folder import read_summary, read_task
 from mil.evaluation.runs import read_benchmark_runs
 from studies.region_tables.cells import Cell, Condition
 from studies.region_tables.intervals import (
-    Sample,
+    Estimate,
     average_slides,
     measure_auc,
     resample_row,
@@ -33,7 +33,7 @@ class ConditionTable:
     """All samples of a condition: row -> measure -> sample."""
 
     condition: Condition
-    rows: Mapping[str, Mapping[str, Sample]]
+    rows: Mapping[str, Mapping[str, Estimate]]
 
     def difference(self, row: str, other: str, measure: str) -> dict[str, Any] | None:
         """`row` minus `other`; None where one of them is not there."""
@@ -53,7 +53,7 @@ def collect_condition(
     """Bootstrap the measures of all cells and the AUCs of the benchmark on their bags."""
     summary = read_summary(benchmark)
     task = read_task(summary)
-    rows: dict[str, dict[str, Sample]] = {}
+    rows: dict[str, dict[str, Estimate]] = {}
     for row in dict.fromkeys(cell.row for cell in cells):
         own = [cell for cell in cells if cell.row == row]
         scores = {cell.seed: [cell.read()] for cell in own}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from studies.region_tables.cells import Condition
-from studies.region_tables.intervals import Sample, SlideScores, average_slides, resample_row
+from studies.region_tables.intervals import Estimate, SlideScores, average_slides, resample_row
 from studies.region_tables.measures import MEASURES, measure_embeddings
 from studies.region_tables.table import ConditionTable, judge
 
@@ -130,8 +130,8 @@ def test_claims_follow_the_intervals() -> None:
 
 
 def test_a_row_without_training_is_compared_with_every_seed() -> None:
-    mean = Sample({-1: 0.5}, np.full(10, 0.5))
-    trained = Sample({1: 0.6, 2: 0.4, 3: 0.7}, np.full(10, 0.57))
+    mean = Estimate({-1: 0.5}, np.full(10, 0.5))
+    trained = Estimate({1: 0.6, 2: 0.4, 3: 0.7}, np.full(10, 0.57))
     assert trained.subtract(mean)["above"] == "2/3"
-    other = Sample({2: 0.3, 3: 0.8}, np.full(10, 0.55))
+    other = Estimate({2: 0.3, 3: 0.8}, np.full(10, 0.55))
     assert trained.subtract(other)["above"] == "1/2"

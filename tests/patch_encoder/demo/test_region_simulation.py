@@ -94,5 +94,5 @@ def test_the_files_agree_with_the_simulation(tmp_path: Path) -> None:
     before = (tmp_path / "zones.csv").stat().st_mtime_ns
     write_simulated_cohort(tmp_path, SMALL)
     assert (tmp_path / "zones.csv").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match="nuisance 0 -> 1"):
+    with pytest.raises(UserError, match="nuisance 0.0 -> 1"):
         write_simulated_cohort(tmp_path, replace(SMALL, nuisance=1))
