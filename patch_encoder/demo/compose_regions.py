@@ -2,10 +2,12 @@
 where no open slides of the kind exist.
 
 Every picture becomes one region of a slide, and its kind, which is its file name without the number
-at the end, is the zone of that region. Positive slides have more pictures of the positive kinds; no
-picture is used twice. `nuisance` gives every slide a stain of its own, as one more or less long in
-the bath would have. A stand-in again: the pictures of one patient may lie in several slides, so
-that a figure measured on it says nothing about patients.
+at the end, is the zone of that region. Pictures with consecutive numbers are often of one patient
+and look alike. A row of a slide is therefore a run of pictures of one kind whose numbers differ in
+the last digit alone, and no run is in two slides; what is left of a run is not used. Positive
+slides have more rows of the positive kinds. `nuisance` gives every slide a stain of its own on top
+of what the pictures bring. A stand-in again: nobody says whose the pictures are, so that a figure
+measured on it says nothing about patients.
 
     python -m patch_encoder.demo.compose_regions pictures=oral_oscc_he output=runs/oral
 
@@ -33,7 +35,7 @@ from patch_encoder.demo.pyramid import write_pyramid
 from patch_encoder.demo.region_simulation import ZONE_COLUMNS
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, write_coordinates
 
-KIND = re.compile(r"(.+?)[-_ ]*\d+$")
+NAME = re.compile(r"(.+?)[-_ ]*(\d+)")
 STAIN_SPREAD, LAMP_SPREAD = 0.25, 0.08
 logger = logging.getLogger(__name__)
 
@@ -45,15 +47,15 @@ class Config:
     output: str = key(REQUIRED, "where the results are written; the cohort", runtime=True)
     pictures: str = key(REQUIRED, "folder tree of pictures, <kind>_<number>.jpg or .png", path=True)
     positive_kinds: str = key("OSCC", "beginning of the kinds that positive slides have more of")
-    cohort_slides: int = key(48, "slides; half of them positive", least=2)
-    rows_of_regions: int = key(4, "pictures from top to bottom of a slide", least=1)
-    columns_of_regions: int = key(6, "pictures from left to right of a slide", least=1)
+    cohort_slides: int = key(40, "slides; half of them positive", least=2)
+    rows_of_regions: int = key(3, "runs of pictures per slide, one below the other", least=1)
+    columns_of_regions: int = key(9, "pictures of a run, 1 to 10; shorter runs are left out")
     side: int = key(
         224, "side of a slide at level 0, px; here of a picture, to which it is resized"
     )
     tile: int = key(56, "side of a tile, px")
     shares: list[float] = key(
-        [0.65, 0.85], "expected share of the positive kinds in negative and in positive slides"
+        [0.6, 0.9], "expected share of the positive kinds in negative and in positive slides"
     )
     nuisance: float = key(0.0, "how much slides differ in stain and lamp; 1: a strong difference")
     seed: int = key(0, "seed of everything that is drawn at random")
@@ -69,40 +71,46 @@ class ComposedRegions:
     pictures: list[Path]
 
 
-def find_pictures(folder: Path) -> dict[str, list[Path]]:
-    """Kind -> pictures, both sorted.
+def find_runs(folder: Path, length: int) -> dict[str, list[list[Path]]]:
+    """Kind -> runs of `length` pictures, in the order of their numbers.
 
     Raises:
-        UserError: none, or a name without a number.
+        UserError: no pictures, or a name without a number.
     """
-    kinds: dict[str, list[Path]] = {}
+    runs: dict[tuple[str, int], list[tuple[int, Path]]] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in {".jpg", ".jpeg", ".png"}:
             continue
-        found = KIND.fullmatch(path.stem)
+        found = NAME.fullmatch(path.stem)
         if found is None:
             raise UserError(f"{path}: expected a name such as <kind>_<number>, found no number")
-        kinds.setdefault(found[1], []).append(path)
-    if not kinds:
+        number = int(found[2])
+        runs.setdefault((found[1], number // 10), []).append((number, path))
+    if not runs:
         raise UserError(f"pictures={folder}: expected .jpg or .png files, found none")
+    kinds: dict[str, list[list[Path]]] = {}
+    for (kind, _), numbered in sorted(runs.items()):
+        if len(numbered) >= length:
+            kinds.setdefault(kind, []).append([path for _, path in sorted(numbered)[:length]])
     return kinds
 
 
-def plan_slides(kinds: dict[str, list[Path]], config: Config) -> list[ComposedRegions]:
-    """Deal the pictures out.
+def plan_slides(kinds: dict[str, list[list[Path]]], config: Config) -> list[ComposedRegions]:
+    """Deal the runs out.
 
     Raises:
-        UserError: too few pictures, or no positive kind.
+        UserError: too few runs, or no positive kind.
     """
     rng = np.random.default_rng((config.seed, 1))
-    positive = [p for kind, own in kinds.items() for p in own if _is_positive(kind, config)]
-    others = [p for kind, own in kinds.items() for p in own if not _is_positive(kind, config)]
-    size, count = config.rows_of_regions * config.columns_of_regions, config.cohort_slides
-    if min(len(positive), len(others)) < count or len(positive) + len(others) < size * count:
+    positive = [r for kind, own in kinds.items() for r in own if _is_positive(kind, config)]
+    others = [r for kind, own in kinds.items() for r in own if not _is_positive(kind, config)]
+    size, count = config.rows_of_regions, config.cohort_slides
+    if not positive or not others or len(positive) + len(others) < size * count:
         raise UserError(
-            f"pictures={config.pictures}: expected {size * count} for {count} slides of {size}, "
-            f"found {len(positive)} of the kinds '{config.positive_kinds}...' and {len(others)} "
-            "others; lower cohort_slides or correct positive_kinds"
+            f"pictures={config.pictures}: expected {size * count} runs of "
+            f"{config.columns_of_regions} pictures for {count} slides, found {len(positive)} of "
+            f"the kinds '{config.positive_kinds}...' and {len(others)} others; lower "
+            "cohort_slides or correct positive_kinds"
         )
     labels = ["negative", "positive"] * (count // 2) + ["negative"] * (count % 2)
     wanted = [int(rng.binomial(size, config.shares[label == "positive"])) for label in labels]
@@ -112,8 +120,8 @@ def plan_slides(kinds: dict[str, list[Path]], config: Config) -> list[ComposedRe
     for number, (label, share) in enumerate(zip(labels, wanted, strict=True), 1):
         own = [piles[0].pop() for _ in range(share)]
         own += [piles[1].pop() for _ in range(size - share)]
-        order = rng.permutation(size)
-        slides.append(ComposedRegions(f"P{number:04d}", label, [own[i] for i in order]))
+        pictures = [path for i in rng.permutation(size) for path in own[i]]
+        slides.append(ComposedRegions(f"P{number:04d}", label, pictures))
     return slides
 
 
@@ -122,7 +130,7 @@ def _is_positive(kind: str, config: Config) -> bool:
 
 
 def _fit(wanted: list[int], most: int, least: int, size: int) -> None:
-    """Change the numbers of positive pictures until there are enough of both."""
+    """Change the numbers of positive runs until there are enough of both."""
     while sum(wanted) > most:
         wanted[wanted.index(max(wanted))] -= 1
     while sum(wanted) < least:
@@ -174,9 +182,8 @@ def main(config: Config) -> int:
             "a picture is a whole number of tiles"
         )
     root, source = Path(config.output), Path(config.pictures)
-    kinds = find_pictures(source)
-    slides = plan_slides(kinds, config)
-    names = [str(path.relative_to(source)) for own in kinds.values() for path in own]
+    slides = plan_slides(find_runs(source, config.columns_of_regions), config)
+    names = [str(path.relative_to(source)) for slide in slides for path in slide.pictures]
     settings = {**identity(config), "inputs": sha256_bytes("\n".join(names).encode())}
     claim_folder(root, "compose_regions", settings, config.overwrite)
     comment = f"compose_regions {sha256_bytes(repr(sorted(settings.items())).encode())[:16]}"
@@ -187,7 +194,7 @@ def main(config: Config) -> int:
             "slide_id": slide.slide_id,
             "x": place % config.columns_of_regions * config.side,
             "y": place // config.columns_of_regions * config.side,
-            "label": KIND.fullmatch(path.stem)[1],  # type: ignore[index]
+            "label": NAME.fullmatch(path.stem)[1],  # type: ignore[index]
         }
         for slide in slides
         for place, path in enumerate(slide.pictures)

@@ -1,5 +1,5 @@
-"""Slides composed from pictures of known kinds: every picture once, its kind where it lies, a stain
-per slide.
+"""Slides composed from pictures of known kinds: every picture once, look-alikes in one slide, its
+kind where it lies, a stain per slide.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from patch_encoder.demo.compose_regions import Config, main
 from patch_encoder.tiles.coordinates import read_coordinates
 
 SIDE = 32
-KINDS = {"Normal_100x": (40, 20), "OSCC_100x": (120, 40), "OSCC_400x": (200, 40)}  # grey, number
+KINDS = {"Normal_100x": (40, 55), "OSCC_100x": (120, 60), "OSCC_400x": (200, 60)}  # grey, number
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
 def test_zones_are_where_the_pictures_are(pictures: Path, tmp_path: Path) -> None:
     folder = compose(pictures, tmp_path)
     seen: Counter[tuple[str, int]] = Counter()
+    slides_of_run: dict[tuple[str, int], set[str]] = {}
     positives: dict[str, list[int]] = {"negative": [], "positive": []}
     zones = read_table(folder / "zones.csv")
     for row in read_table(folder / "labels.csv"):
@@ -57,13 +58,17 @@ def test_zones_are_where_the_pictures_are(pictures: Path, tmp_path: Path) -> Non
         for zone in own:
             x, y = int(zone["x"]), int(zone["y"])
             assert slide[y + 5, x + 5, 0] == KINDS[zone["label"]][0]
-            seen[zone["label"], int(slide[y, x, 0])] += 1
+            number = int(slide[y, x, 0])
+            seen[zone["label"], number] += 1
+            run = zone["label"], number // 10
+            slides_of_run.setdefault(run, set()).add(row["slide_id"])
         positives[row["label"]].append(sum(zone["label"].startswith("OSCC") for zone in own))
         coords = read_coordinates(folder / "coords" / f"{row['slide_id']}.h5").coords
         assert sorted(map(tuple, coords)) == [
             (x, y) for x in range(0, 96, 16) for y in range(0, 64, 16)
         ]
     assert max(seen.values()) == 1, "no picture is used twice"
+    assert {len(slides) for slides in slides_of_run.values()} == {1}, "look-alikes stay together"
     assert np.mean(positives["positive"]) > np.mean(positives["negative"])
 
 
@@ -88,7 +93,7 @@ def test_a_nuisance_changes_the_stain_of_each_slide_alone(pictures: Path, tmp_pa
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"cohort_slides": 60}, "expected 360 for 60 slides"),
+        ({"cohort_slides": 60}, "expected 120 runs of 3 pictures for 60 slides"),
         ({"positive_kinds": "LSIL"}, "found 0 of the kinds 'LSIL"),
         ({"tile": 24}, "divisor of side=32"),
     ],
