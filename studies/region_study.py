@@ -97,7 +97,7 @@ def list_conditions(config: Config) -> Iterator[Condition]:
     if config.cohort:
         folder = Path(config.cohort)
         bags = [folder / "features" / name for name in (config.encoder, *config.baselines)]
-        regions = [build_regions(config, path, output / "regions") for path in bags]
+        regions = [build_regions(config, path, output / "regions" / path.name) for path in bags]
         baselines = dict(zip(config.baselines, regions[1:], strict=True))
         for scale in ("none", "slide"):
             yield Condition(folder.name, folder, regions[0], scale, True, baselines)
@@ -114,13 +114,17 @@ def list_conditions(config: Config) -> Iterator[Condition]:
 
 
 def build_regions(config: Config, bags: Path, output: Path) -> Path:
-    """Region files of a folder of bags; their folder."""
-    settings = {"features": bags, "output": output, "region_tiles": config.region_tiles}
-    settings["min_regions"] = config.clusters  # of a warning
-    name = ENCODER if not config.cohort else bags.name
-    if run_script("build_regions", make_assignments(settings | {"overwrite": config.overwrite})):
+    """Region files of a folder of bags; their folder, which is named by the bags' encoder."""
+    settings = {
+        "features": bags,
+        "output": output,
+        "region_tiles": config.region_tiles,
+        "min_regions": config.clusters,  # slides with fewer are named in a warning
+        "overwrite": config.overwrite,
+    }
+    if run_script("build_regions", make_assignments(settings)):
         raise UserError(f"{bags}: expected regions of all slides; see {output}/failures.csv")
-    return output / name
+    return next(path for path in sorted(output.iterdir()) if path.is_dir())
 
 
 def list_cells(config: Config, condition: Condition, store: RegionStore) -> list[Cell]:
