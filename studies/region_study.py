@@ -32,7 +32,6 @@ from patch_encoder.regions.keys import RegionKeys
 from patch_encoder.regions.opening import open_store
 from patch_encoder.regions.store import RegionStore
 from studies.region_tables.cells import (
-    NO_SEED,
     Cell,
     Condition,
     average_tiles,
@@ -40,6 +39,7 @@ from studies.region_tables.cells import (
     find_zones,
     make_cell,
 )
+from studies.region_tables.intervals import NO_SEED
 from studies.region_tables.stages import make_assignments, run_script
 from studies.region_tables.table import ConditionTable, collect_condition, write_tables
 

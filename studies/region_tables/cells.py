@@ -26,11 +26,10 @@ from patch_encoder.prototypes.region_packing import pack_regions
 from patch_encoder.prototypes.region_probe import read_zones
 from patch_encoder.regions.store import RegionStore
 from patch_encoder.tiles.coordinates import TileGeometry
-from studies.region_tables.intervals import SlideScores
+from studies.region_tables.intervals import NO_SEED, SlideScores
 from studies.region_tables.measures import MEASURES, describe_spread, measure_embeddings
 
 BLOCK = 256  # regions of a forward pass
-NO_SEED = -1  # of rows that nothing is trained for
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from common.metrics.bootstrap import interval
 from common.metrics.classification import auc
 from common.metrics.run_bootstrap import Evaluate, bootstrap, paired_difference
 
+NO_SEED = -1  # of rows that nothing is trained for
 Runs = Sequence[Any]  # of one seed of pre-training: one run, or one per fold and training seed
 
 
@@ -85,12 +86,12 @@ class Estimate:
         """
         value = self.value - other.value
         low, high = paired_difference(value, self.resampled, other.resampled).ci or (None, None)
-        if len(other.per_seed) == 1:
-            only = next(iter(other.per_seed.values()))
-            signs = [mine > only for mine in self.per_seed.values()]
-        else:
-            shared = self.per_seed.keys() & other.per_seed.keys()
-            signs = [self.per_seed[seed] > other.per_seed[seed] for seed in shared]
+        mine, theirs = dict(self.per_seed), dict(other.per_seed)
+        if NO_SEED in mine:
+            mine = dict.fromkeys(theirs, mine[NO_SEED])
+        elif NO_SEED in theirs:
+            theirs = dict.fromkeys(mine, theirs[NO_SEED])
+        signs = [mine[seed] > theirs[seed] for seed in mine.keys() & theirs.keys()]
         return {"value": value, "low": low, "high": high, "above": f"{sum(signs)}/{len(signs)}"}
 
 

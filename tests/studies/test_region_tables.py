@@ -133,5 +133,6 @@ def test_a_row_without_training_is_compared_with_every_seed() -> None:
     mean = Estimate({-1: 0.5}, np.full(10, 0.5))
     trained = Estimate({1: 0.6, 2: 0.4, 3: 0.7}, np.full(10, 0.57))
     assert trained.subtract(mean)["above"] == "2/3"
+    assert mean.subtract(trained)["above"] == "1/3"
     other = Estimate({2: 0.3, 3: 0.8}, np.full(10, 0.55))
     assert trained.subtract(other)["above"] == "1/2"
