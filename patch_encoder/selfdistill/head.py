@@ -73,13 +73,13 @@ class DINOHead(nn.Module):
                 nn.init.zeros_(layer.bias)
         self.last_layer = Prototypes(bottleneck_dim, out_dim, norm_last_layer)
 
-    def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
-        """Logits of features."""
-        return self.last_layer(self.project(features))
-
-    def project(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b e"]:
-        """The bottleneck of features, of unit length."""
+    def embed(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b e"]:
+        """The bottleneck of features, of length 1."""
         bottleneck = self.mlp(features)
         # 1e-12 is zero in half precision
         epsilon = 1e-6 if bottleneck.dtype == torch.float16 else 1e-12
         return nn.functional.normalize(bottleneck, dim=-1, eps=epsilon)
+
+    def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
+        """Logits of features."""
+        return self.last_layer(self.embed(features))

@@ -36,14 +36,12 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def store() -> RamStore:
-    rng = np.random.default_rng(0)
-    total = int(COUNTS.sum())
-    valid = rng.random((total, SIDE, SIDE)) > 0.2
-    tiles = torch.from_numpy(rng.standard_normal((valid.size, WIDTH)).astype(np.float32))
-    corners = rng.integers(0, 99, (total, 2))
-    ones = np.ones((3, WIDTH), np.float32)
-    regions = make_region_set(valid, corners, ["a", "b", "c"], COUNTS, 0 * ones, ones)
-    return RamStore(regions, tiles=tiles)
+    generator = torch.Generator().manual_seed(0)
+    shape = (int(COUNTS.sum()), SIDE, SIDE)
+    valid = torch.rand(shape, generator=generator) > 0.2
+    features = torch.randn(*shape, WIDTH, generator=generator).half()
+    regions = make_region_set(features, valid, ["a", "b", "c"], COUNTS.tolist())
+    return RamStore(regions, tiles=features.flatten(0, 2))
 
 
 @pytest.fixture
