@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.cli import launch
 from common.config import REQUIRED, key
 from common.errors import UserError
-from common.files import sha256_file, write_or_remove_csv
+from common.files import sha256_bytes, write_or_remove_csv
 from patch_encoder.demo.region_simulation import (
     ENCODER,
     RegionSimulation,
@@ -55,10 +57,16 @@ class Config:
     output: str = key(REQUIRED, "where the results are written; tables and cells", runtime=True)
     cohort: str = key(
         "",
-        "folder of a cohort with labels.csv, zones.csv and features/<encoder>; empty: simulated",
+        "folder of a cohort with labels.csv, and zones.csv or the zones/ of a rendered one; empty: "
+        "cohorts are simulated",
         path=True,
     )
-    encoder: str = key(ENCODER, "tile encoder; its bags lie in <cohort>/features/<encoder>")
+    features: str = key(
+        "",
+        "folder of feature bags; of all encoders, for cohort; empty: <cohort>/features",
+        path=True,
+    )
+    encoder: str = key(ENCODER, "tile encoder of the regions; its bags lie in <features>/<encoder>")
     baselines: list[str] = key([], "further tile encoders of which the tile mean is a row")
     simulation: dict[str, Any] = key({}, "options of the simulated cohorts; {name: value}")
     nuisances: list[float] = key(
@@ -96,7 +104,8 @@ def list_conditions(config: Config) -> Iterator[Condition]:
     output = Path(config.output)
     if config.cohort:
         folder = Path(config.cohort)
-        bags = [folder / "features" / name for name in (config.encoder, *config.baselines)]
+        features = Path(config.features or folder / "features")
+        bags = [features / name for name in (config.encoder, *config.baselines)]
         regions = [build_regions(config, path, output / "regions" / path.name) for path in bags]
         baselines = dict(zip(config.baselines, regions[1:], strict=True))
         for scale in ("none", "slide"):
@@ -127,7 +136,9 @@ def build_regions(config: Config, bags: Path, output: Path) -> Path:
     return next(path for path in sorted(output.iterdir()) if path.is_dir())
 
 
-def list_cells(config: Config, condition: Condition, store: RegionStore) -> list[Cell]:
+def list_cells(
+    config: Config, condition: Condition, store: RegionStore, zones: np.ndarray
+) -> list[Cell]:
     """The rows of a condition, one per seed."""
     rows: list[tuple[str, int, Any]] = [(TILE_MEAN, NO_SEED, {})]
     rows += [(name, NO_SEED, {}) for name in condition.baselines]
@@ -141,7 +152,7 @@ def list_cells(config: Config, condition: Condition, store: RegionStore) -> list
         settings = {
             "regions": store.digest,
             "standardise": condition.standardise,
-            "zones": sha256_file(condition.folder / "zones.csv"),
+            "zones": sha256_bytes(zones.astype("<i8").tobytes()),
             "clusters": config.clusters,
             "keys": dict(keys),
             "pretrain": [] if seed == NO_SEED else list(config.pretrain),
@@ -202,8 +213,8 @@ def run_condition(
     """Make all cells of a condition that are missing, classify its slides, and collect both."""
     done = []
     with open_regions(condition, condition.regions) as store:
-        zones = find_zones(store, condition.folder / "zones.csv")
-        for cell in list_cells(config, condition, store):
+        zones = find_zones(store, condition.folder)
+        for cell in list_cells(config, condition, store, zones):
             if not cell.is_done(config.overwrite):
                 logger.info("%s: %s", condition.name, cell.name)
                 try:

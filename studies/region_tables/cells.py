@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from common.device import pick_device
 from common.files import read_json, write_json
 from common.provenance import can_reuse
 from patch_encoder.bags.writer import write_bag
+from patch_encoder.demo.cytology.tissue_map import label_squares, read_tissue_map
 from patch_encoder.prototypes.region_batches import read_batches
 from patch_encoder.prototypes.region_encoder import build_region_encoder
 from patch_encoder.prototypes.region_packing import pack_regions
@@ -30,6 +31,7 @@ from studies.region_tables.intervals import NO_SEED, SlideScores
 from studies.region_tables.measures import MEASURES, describe_spread, measure_embeddings
 
 BLOCK = 256  # regions of a forward pass
+TABLE, MAPS = "zones.csv", "zones"  # where a cohort says which zones its regions are of
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Condition:
 
     Attributes:
         cohort: name of the cohort, such as `nu0.5`.
-        folder: of the cohort, with labels.csv and zones.csv.
+        folder: of the cohort, with labels.csv, and zones.csv or zones/.
         regions: folder of its region files.
         standardise: of the store, `none` or `slide`.
         trained: whether networks are trained; else there is the row of the tile mean alone.
@@ -127,9 +129,20 @@ def make_cell(
     write_json(cell.path, content)
 
 
-def find_zones(store: RegionStore, table: Path) -> np.ndarray:
-    """The index of the zone of each region, in the order of the zones' names."""
-    return np.unique(read_zones(str(table), store).astype(str), return_inverse=True)[1]
+def find_zones(store: RegionStore, folder: Path) -> Int[np.ndarray, " m"]:
+    """The index of the zone of each region: of the cohort's zones.csv, else of the tissue maps of
+    a rendered cohort, where a region is of the zone that covers most of it.
+    """
+    if (folder / TABLE).is_file():
+        named = read_zones(str(folder / TABLE), store).astype(str)
+        return np.unique(named, return_inverse=True)[1]
+    found = []
+    for number, (slide_id, side) in enumerate(
+        zip(store.slides, store.regions.region_sizes, strict=True)
+    ):
+        tissue = read_tissue_map(folder / MAPS / f"{slide_id}.png")
+        found.append(label_squares(tissue, store.corners(number), side))
+    return np.concatenate(found)
 
 
 @torch.no_grad()
