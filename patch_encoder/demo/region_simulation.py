@@ -29,14 +29,14 @@ TILE = 64  # px of level 0; only the grid matters
 ZONE_COLUMNS = ("slide_id", "x", "y", "label")
 MIXTURES = np.array(
     [
-        (0.44, 0.26, 0.12, 0.08, 0.06, 0.04),
-        (0.22, 0.30, 0.24, 0.10, 0.08, 0.06),
-        (0.04, 0.06, 0.10, 0.16, 0.26, 0.38),
-        (0.06, 0.08, 0.14, 0.26, 0.28, 0.18),
+        (0.38, 0.28, 0.14, 0.08, 0.07, 0.05),
+        (0.30, 0.28, 0.18, 0.10, 0.08, 0.06),
+        (0.05, 0.07, 0.11, 0.18, 0.26, 0.33),
+        (0.06, 0.08, 0.13, 0.20, 0.28, 0.25),
     ]
 )
 """(Z, T): how much of each type a zone holds."""
-CLUMPS = (1, 3, 1, 3)
+CLUMPS = (1, 4, 1, 4)
 """Width, in tiles, over which tiles of a zone resemble each other; 1: they are independent."""
 SHARES = {"negative": (0.37, 0.27, 0.21, 0.15), "positive": (0.15, 0.21, 0.27, 0.37)}
 """Mean share of each zone in a slide with a label."""
