@@ -37,6 +37,7 @@ ROOMS = {
         "demo": 3,
         "extraction": 5,
         "selfdistill": 5,
+        "regions": 5,
         "cohort": 4,
         "tile_stream": 5,
         "probing": 6,

@@ -21,10 +21,9 @@ from common.errors import UserError
 from common.files import sha256_bytes
 from common.memory import free_memory
 from mil.datasets.splits import list_names
-from mil.ops.slide_grid import SlideGrid, find_grid
-from patch_encoder.bags.bag import Bag, open_bag
+from patch_encoder.bags.bag import Bag, open_bag, slide_grid
 from patch_encoder.bags.paths import list_bags
-from patch_encoder.tiles.coordinates import FULL_GEOMETRY, TileGeometry
+from patch_encoder.tiles.slide_grid import SlideGrid
 
 logger = logging.getLogger(__name__)
 
@@ -105,21 +104,6 @@ def load_bags(files: Mapping[str, Path], memory: int | None = None) -> dict[str,
         line = "bags: %d of %d stay on disk and are read at every use (ram_gb)"
         logger.info(line, left, len(files))
     return bags
-
-
-def slide_grid(bag: Bag) -> SlideGrid | None:
-    """The grid that a bag's attributes state; where these leave it open, its coords decide."""
-    if bag.coords is None:
-        return None
-    coords, attributes = bag.coords.numpy(), bag.attributes
-    try:
-        geometry = TileGeometry.from_attributes(attributes, "")
-        step, side = geometry.step, max(0, geometry.patch_size_level0)
-    except (UserError, ValueError, TypeError, ArithmeticError):
-        return find_grid(coords)  # whoever reads tiles says what is wrong with their size
-    # CLAM writes its patch size, but not its step
-    stated = "overlap" in attributes or FULL_GEOMETRY in attributes
-    return find_grid(coords, step if stated else 0, side)
 
 
 def select_usable_bags(files: Mapping[str, Path]) -> dict[str, Path]:

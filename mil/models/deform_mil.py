@@ -28,8 +28,8 @@ from common.ops.deform_attn_layer import DeformAttnLayer
 from mil.models.layers import Dropout
 from mil.models.output import MILOutput, initialise
 from mil.ops.grid import TileGrid, build_grid
-from mil.ops.slide_grid import SlideGrid
 from mil.ops.sparse_deform_attn import sparse_deform_attn
+from patch_encoder.tiles.slide_grid import SlideGrid
 
 TEMPERATURE = 10_000.0  # of the sine encoding
 

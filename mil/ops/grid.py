@@ -24,7 +24,7 @@ from jaxtyping import Float, Int, Int32, Int64
 from torch import Tensor
 
 from common.errors import UserError
-from mil.ops.slide_grid import MAX_CELLS, SlideGrid, infer_step
+from patch_encoder.tiles.slide_grid import MAX_CELLS, SlideGrid, grid_positions, infer_step
 
 
 class SparseMaps(NamedTuple):
@@ -202,21 +202,6 @@ def _number(flat: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.n
     map_ = np.full(height * width, -1, np.int32)
     map_[cells] = np.arange(len(cells), dtype=np.int32)
     return map_.reshape(height, width), cells
-
-
-def grid_positions(
-    coords: Int[np.ndarray, "n 2"], step: int | float, origin: tuple[int, int] | None = None
-) -> Int64[np.ndarray, "n 2"]:
-    """Nearest cell (x, y) of each corner, counted from `origin`, or from the leftmost and the
-    uppermost tile.
-
-    Halves go up, so that tiles a step or more apart never share a cell, also where parts of a slide
-    are tiled on grids of their own.
-    """
-    if not step > 0:
-        raise UserError(f"step={step}: expected a positive number of level-0 pixels")
-    first = coords.min(0, initial=2**62) if origin is None else np.array(origin)
-    return np.floor((coords - first) / step + 0.5).astype(np.int64)
 
 
 def _joined(parts: list[np.ndarray], empty: tuple[int, ...], dtype: type) -> np.ndarray:

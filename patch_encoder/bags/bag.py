@@ -23,12 +23,14 @@ from common.errors import DamagedFile, UserError
 from patch_encoder.bags.layouts import as_float, map_pt, read_h5_rows, read_layout
 from patch_encoder.bags.writer import digest_content
 from patch_encoder.tiles.coordinates import (
+    FULL_GEOMETRY,
     UM_REMEDY,
     Coordinates,
     TileGeometry,
     is_in_um,
     read_coordinates,
 )
+from patch_encoder.tiles.slide_grid import SlideGrid, find_grid
 
 BLOCK_BYTES = 16 << 20  # of features that are read at a time
 COORDS_REMEDY = (
@@ -217,6 +219,21 @@ def make_bag(
     bag = Bag(Path(name), shape, dtype, coords, tiling=attributes or {}, features=features)
     _check_header(bag)
     return bag
+
+
+def slide_grid(bag: Bag) -> SlideGrid | None:
+    """The grid that a bag's attributes state; where these leave it open, its coords decide."""
+    if bag.coords is None:
+        return None
+    coords, attributes = bag.coords.numpy(), bag.attributes
+    try:
+        geometry = TileGeometry.from_attributes(attributes, "")
+        step, side = geometry.step, max(0, geometry.patch_size_level0)
+    except (UserError, ValueError, TypeError, ArithmeticError):
+        return find_grid(coords)  # whoever reads tiles says what is wrong with their size
+    # CLAM writes its patch size, but not its step
+    stated = "overlap" in attributes or FULL_GEOMETRY in attributes
+    return find_grid(coords, step if stated else 0, side)
 
 
 def _check_header(bag: Bag) -> None:

@@ -71,10 +71,10 @@ class BagWriter:
         self._file: h5py.File | None = None
         size = shape[0] * (shape[1] * np.dtype(dtype).itemsize + 16) + BAG_OVERHEAD
         try:
-            _reserve(self._target.temporary, size)
+            reserve(self._target.temporary, size)
             with write_hdf5(self._target.temporary) as file:
                 file.create_dataset("features", shape, dtype)
-            _reserve(self._target.temporary, size)
+            reserve(self._target.temporary, size)
             self._file = write_hdf5(self._target.temporary, "r+")
         except BaseException:
             self.discard()
@@ -118,7 +118,8 @@ class BagWriter:
             self._target.discard()
 
 
-def _reserve(path: Path, size: int) -> None:
+def reserve(path: Path, size: int) -> None:
+    """Take `size` bytes for a file: a full disk is an OSError here and not inside HDF5."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         os.posix_fallocate(descriptor, 0, size)

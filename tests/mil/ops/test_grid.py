@@ -12,7 +12,8 @@ import torch
 
 from common.errors import UserError
 from mil.ops import grid as module
-from mil.ops.grid import build_grid, grid_positions, infer_step
+from mil.ops.grid import build_grid
+from patch_encoder.tiles.slide_grid import grid_positions, infer_step
 
 SQUARE = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
 

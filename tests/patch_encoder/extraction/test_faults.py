@@ -292,7 +292,7 @@ def read_coords(root: Path, slide: str) -> np.ndarray:
 def test_disk_that_fills_on_the_way_leaves_whole_bags_and_the_run_goes_on(
     cohort: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reserve, calls = bags._reserve, []
+    reserve, calls = bags.reserve, []
 
     def full(path: Path, size: int) -> None:
         calls.append(path)
@@ -301,13 +301,13 @@ def test_disk_that_fills_on_the_way_leaves_whole_bags_and_the_run_goes_on(
             raise OSError(errno.ENOSPC, "No space left on device")
         reserve(path, size)
 
-    monkeypatch.setattr(bags, "_reserve", full)
+    monkeypatch.setattr(bags, "reserve", full)
     assert extract(cohort) == 2
     error = capsys.readouterr().err
     assert "the disk is full" in error and "start again" in error and error.count("\n") == 1
     folder = cohort / "features" / "mean_colour"
     assert list(list_bags(folder)) == ["S000"] and not hidden(folder)
-    monkeypatch.setattr(bags, "_reserve", reserve)
+    monkeypatch.setattr(bags, "reserve", reserve)
     assert extract(cohort) == 0
     assert extract(cohort, f"output={cohort}/clean") == 0
     assert as_bytes(folder) == as_bytes(cohort / "clean" / "mean_colour")

@@ -14,7 +14,9 @@ import logging
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Int64
+
+from common.errors import UserError
 
 logger = logging.getLogger(__name__)
 MAX_CELLS = 2**26
@@ -104,6 +106,21 @@ def fit_step(coords: Int[np.ndarray, "n 2"], step: float) -> float:
 def agree(one: float, other: float) -> bool:
     """Whether two steps are the same, within a pixel or 1 %."""
     return abs(one - other) <= max(1.0, other / 100)
+
+
+def grid_positions(
+    coords: Int[np.ndarray, "n 2"], step: int | float, origin: tuple[int, int] | None = None
+) -> Int64[np.ndarray, "n 2"]:
+    """Nearest cell (x, y) of each corner, counted from `origin`, or from the leftmost and the
+    uppermost tile.
+
+    Halves go up, so that tiles a step or more apart never share a cell, also where parts of a slide
+    are tiled on grids of their own.
+    """
+    if not step > 0:
+        raise UserError(f"step={step}: expected a positive number of level-0 pixels")
+    first = coords.min(0, initial=2**62) if origin is None else np.array(origin)
+    return np.floor((coords - first) / step + 0.5).astype(np.int64)
 
 
 def _on_its_grid(coords: np.ndarray, step: float) -> bool:
