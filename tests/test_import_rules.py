@@ -42,6 +42,7 @@ ROOMS = {
         "tile_stream": 5,
         "probing": 6,
         "pretraining": 7,
+        "prototypes": 8,
         "pretrain_page": 8,
     },
     "detection_kd": {"ops": 0, "losses": 1, "datasets": 2, "models": 3, "evaluation": 5},

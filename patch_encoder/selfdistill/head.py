@@ -75,7 +75,11 @@ class DINOHead(nn.Module):
 
     def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
         """Logits of features."""
+        return self.last_layer(self.project(features))
+
+    def project(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b e"]:
+        """The bottleneck of features, of unit length."""
         bottleneck = self.mlp(features)
         # 1e-12 is zero in half precision
         epsilon = 1e-6 if bottleneck.dtype == torch.float16 else 1e-12
-        return self.last_layer(nn.functional.normalize(bottleneck, dim=-1, eps=epsilon))
+        return nn.functional.normalize(bottleneck, dim=-1, eps=epsilon)

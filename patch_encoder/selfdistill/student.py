@@ -22,7 +22,7 @@ class SelfDistilled(nn.Module):
     """A backbone and a head over a list of views.
 
     Args:
-        backbone: (B, 3, H, W) -> (B, D) for every size of view.
+        backbone: (B, C, H, W) -> (B, D) for every size of view.
         head: (N, D) -> (N, K).
     """
 
@@ -31,7 +31,7 @@ class SelfDistilled(nn.Module):
         self.backbone, self.head = backbone, head
 
     def forward(
-        self, views: list[Float[Tensor, "_ 3 _ _"]]
+        self, views: list[Float[Tensor, "_ c _ _"]]
     ) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n d"]]:
         """(logits (V * B, K), features (V * B, D)) in the order of the views.
 

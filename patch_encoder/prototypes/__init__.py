@@ -1,0 +1,1 @@
+"""Slide-level prototypes: region encoder, views of regions, clusters, neighbours and their loss."""
