@@ -91,8 +91,7 @@ def retrieve(
     counts = torch.from_numpy(regions.counts)
     units = F.normalize(regions.vectors, dim=1)
     if centre == "slide":
-        slide = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        units = centre_by_slide(units, slide, len(counts))
+        units = centre_by_slide(units, counts)
     clusters = cluster_slides(units, counts, k, min_regions=min_regions, seed=seed)
     kept = {
         case
