@@ -111,6 +111,7 @@ def prototype_loss(
     temperature: float,
     keep: Bool[Tensor, "*r b"],
     skip_first_view: bool = False,
+    count: Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, ""]:
     """Mean cross-entropy in nats of all views with the target of their region.
 
@@ -124,6 +125,8 @@ def prototype_loss(
         keep: (B,) or (r, B); other regions have no target.
         skip_first_view: leave the first view out, and the j-th for the j-th neighbour, as the
             published code does: DINO's rule "no view with itself" is applied to prototypes there.
+        count: kept targets, in the mean over processes and over the parts of a step, of which these
+            logits are one; None: they are those of the whole step.
     """
     views, batch, outputs = student_logits.shape
     targets = targets.reshape(-1, batch, outputs)
@@ -134,5 +137,7 @@ def prototype_loss(
     total = -(kept.sum(0) * log_p.sum(0)).sum()
     if skip_first_view:
         total = total + (kept * log_p[: len(kept)]).sum()
-    count = all_reduce_mean(keep.sum().to(log_p.dtype)) * (views - skip_first_view)
-    return total / count.clamp(min=1e-9)  # a sum of no terms is zero
+    if count is None:
+        count = all_reduce_mean(keep.sum().to(log_p.dtype))
+    # a sum of no terms is zero
+    return total / (count * (views - skip_first_view)).clamp(min=1e-9)
