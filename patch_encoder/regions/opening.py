@@ -36,4 +36,9 @@ def open_store(keys: RegionKeys, cases: Mapping[str, str] | None = None) -> Regi
     regions = read_regions(keys, cases)
     if keys.store == "ram":
         return RamStore(regions, keys.standardise)
+    if keys.store == "redis":
+        # the package is needed here alone
+        from patch_encoder.regions.redis_store import RedisStore
+
+        return RedisStore(regions, keys.standardise, keys.redis_url, keys.on_missing)
     return FileStore(regions, keys.standardise)

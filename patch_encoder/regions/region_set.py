@@ -34,6 +34,7 @@ class RegionSet:
     """Regions of N slides, R in all; slides without a region are left out.
 
     Attributes:
+        folder: of the files; empty for a set that was made in memory.
         slides: slide ids, sorted.
         counts: (N,) regions of each slide.
         cases: patient of each slide; the slide id where nobody names one.
@@ -50,6 +51,7 @@ class RegionSet:
         tables: where the features of each slide lie; none for a set that was made in memory.
     """
 
+    folder: str
     slides: list[str]
     counts: Int64[np.ndarray, " n"]
     cases: list[str]
@@ -141,6 +143,7 @@ def read_region_set(
     namespace = _digest(files)
     files = [files[number] for number in kept]
     return RegionSet(
+        folder=str(folder),
         slides=[file.slide_id for file in files],
         counts=np.array([len(file.rows) for file in files]),
         cases=[(cases or {}).get(file.slide_id, file.slide_id) for file in files],
@@ -175,6 +178,7 @@ def make_region_set(
     names = json.dumps([list(slides), [int(count) for count in counts]])
     digest = sha256_bytes(names.encode(), rows.tobytes(), features.numpy().tobytes())
     return RegionSet(
+        folder="",
         slides=list(slides),
         counts=np.asarray(counts, np.int64),
         cases=list(cases or slides),
