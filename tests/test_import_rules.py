@@ -44,6 +44,7 @@ ROOMS = {
         "pretraining": 7,
         "prototypes": 8,
         "pretrain_page": 8,
+        "region_page": 9,
     },
     "detection_kd": {"ops": 0, "losses": 1, "datasets": 2, "models": 3, "evaluation": 5},
     "mil": {"ops": 0, "losses": 1, "datasets": 2, "models": 3, "tasks": 4, "training": 5},
