@@ -81,7 +81,9 @@ class Config(DeviceKeys, RegionKeys):
         runtime=True,
     )
     name: str = key(
-        "", "name of the feature set; empty: that of the run or file, with _mean for pool=mean"
+        "",
+        "name of the feature set in the tables; and of its folder; empty: that of the run or file, "
+        "with _mean for pool=mean",
     )
     pool: str = key(
         "none",
