@@ -57,7 +57,7 @@ def encode_regions(
         packed = cut_cluster_view(pack_regions(batch.features, batch.valid), view)
         with autocast(world.device, precision):
             features = teacher.backbone(packed)
-            units = teacher.head.project(features)
+            units = teacher.head.embed(features)
         seen = packed[:, -1].flatten(1).any(dim=1, keepdim=True)
         rows = torch.cat([features.float(), units.float() * seen], dim=1)
         if not len(table):

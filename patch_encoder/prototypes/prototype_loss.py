@@ -125,8 +125,8 @@ def prototype_loss(
         keep: (B,) or (r, B); other regions have no target.
         skip_first_view: leave the first view out, and the j-th for the j-th neighbour, as the
             published code does: DINO's rule "no view with itself" is applied to prototypes there.
-        count: kept targets, in the mean over processes and over the parts of a step, of which these
-            logits are one; None: they are those of the whole step.
+        count: kept targets of a step's parts, of which these logits are one, in the mean over parts
+            and processes; None: `keep` is the whole step of this process.
     """
     views, batch, outputs = student_logits.shape
     targets = targets.reshape(-1, batch, outputs)

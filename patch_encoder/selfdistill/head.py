@@ -31,7 +31,7 @@ class Prototypes(nn.Module):
         # as nn.Linear: the direction alone counts, but its length sets how fast it turns
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
 
-    def forward(self, unit: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
+    def forward(self, unit: Float[Tensor, "*b d"]) -> Float[Tensor, "*b k"]:
         """Products with the prototypes."""
         length = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
         return nn.functional.linear(unit, self.weight_v * (self.weight_g / length))
@@ -73,13 +73,13 @@ class DINOHead(nn.Module):
                 nn.init.zeros_(layer.bias)
         self.last_layer = Prototypes(bottleneck_dim, out_dim, norm_last_layer)
 
-    def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
-        """Logits of features."""
-        return self.last_layer(self.project(features))
-
-    def project(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b e"]:
-        """The bottleneck of features, of unit length."""
+    def embed(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b e"]:
+        """The bottleneck of features, of length 1."""
         bottleneck = self.mlp(features)
         # 1e-12 is zero in half precision
         epsilon = 1e-6 if bottleneck.dtype == torch.float16 else 1e-12
         return nn.functional.normalize(bottleneck, dim=-1, eps=epsilon)
+
+    def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
+        """Logits of features."""
+        return self.last_layer(self.embed(features))

@@ -31,7 +31,7 @@ class SelfDistilled(nn.Module):
         self.backbone, self.head = backbone, head
 
     def forward(
-        self, views: list[Float[Tensor, "_ c _ _"]]
+        self, views: list[Float[Tensor, "_ _ _ _"]]
     ) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n d"]]:
         """(logits (V * B, K), features (V * B, D)) in the order of the views.
 

@@ -86,6 +86,20 @@ def test_what_an_ignored_region_shows_does_not_count() -> None:
     assert torch.equal(prototype_loss(logits, targets, TEMPERATURE, keep), loss)
 
 
+def test_parts_of_a_batch_add_up() -> None:
+    """Of parts with different numbers of kept regions, each is told the mean number."""
+    logits, targets = random_logits(3, 8, 7), random_logits(2, 8, 7, seed=1).softmax(-1)
+    keep = torch.tensor([[1, 1, 1, 1, 0, 0, 1, 0], [0] * 8], dtype=torch.bool)
+    whole = prototype_loss(logits, targets, TEMPERATURE, keep)
+    parts = [
+        prototype_loss(
+            logits[:, p], targets[:, p], TEMPERATURE, keep[:, p], count=keep.sum().double() / 2
+        )
+        for p in (slice(0, 4), slice(4, 8))
+    ]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=0, atol=1e-14)
+
+
 def test_half_precision_logits_give_a_float32_loss() -> None:
     logits, targets = random_logits(3, 4, 7).bfloat16(), torch.full((4, 7), 1 / 7)
     keep = torch.ones(4, dtype=torch.bool)
@@ -104,8 +118,8 @@ def test_targets_are_the_softmax_of_the_heads_logits() -> None:
         torch.testing.assert_close(found[b], expected / expected.sum(), rtol=1e-12, atol=1e-14)
     assert not found.requires_grad
     features = torch.randn(4, 6, dtype=torch.float64)
-    torch.testing.assert_close(head(features), head.last_layer(head.project(features)))
-    torch.testing.assert_close(head.project(features).norm(dim=1), torch.ones(4).double())
+    torch.testing.assert_close(head(features), head.last_layer(head.embed(features)))
+    torch.testing.assert_close(head.embed(features).norm(dim=1), torch.ones(4).double())
 
 
 def test_targets_keep_float32_under_autocast() -> None:
