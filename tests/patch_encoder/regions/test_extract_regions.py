@@ -20,9 +20,10 @@ from mil.models import MODELS, build
 from patch_encoder import extract_regions, pretrain_slpd
 from patch_encoder.bags.bag import open_bag, slide_grid
 from patch_encoder.bags.paths import list_bags
-from patch_encoder.extract_regions import open_extraction, open_region_encoder
+from patch_encoder.extract_regions import open_extraction
 from patch_encoder.prototypes.region_encoder import (
     RegionEncoderDescription,
+    open_region_encoder,
     write_region_encoder,
 )
 from patch_encoder.prototypes.region_packing import pack_regions
