@@ -66,7 +66,9 @@ class Config:
         "folder of feature bags; of all encoders, for cohort; empty: <cohort>/features",
         path=True,
     )
-    encoder: str = key(ENCODER, "tile encoder of the regions; its bags lie in <features>/<encoder>")
+    tile_encoder: str = key(
+        ENCODER, "tile encoder of the regions; its bags lie in <features>/<encoder>"
+    )
     baselines: list[str] = key([], "further tile encoders of which the tile mean is a row")
     simulation: dict[str, Any] = key({}, "options of the simulated cohorts; {name: value}")
     nuisances: list[float] = key(
@@ -79,7 +81,7 @@ class Config:
     )
     region_tiles: int = key(6, "side of a region in tiles, G", least=1)
     clusters: int = key(4, "prototypes of a slide for purity and agreement", least=1)
-    rows: dict[str, Any] = key({}, "the trained rows; {name: {key of pretrain_slpd: value}}")
+    trained: dict[str, Any] = key({}, "the trained rows; {name: {key of pretrain_slpd: value}}")
     seeds: list[int] = key([1, 2, 3], "training seeds; of the pre-training")
     pretrain: list[str] = key([], "further key=value of pretrain_slpd")
     mil_config: str = key("configs/quickstart/mil.yaml", "recipe of the benchmark", path=True)
@@ -90,10 +92,10 @@ class Config:
 
 def check(config: Config) -> None:
     """Refuse what no table can be made of."""
-    if "dino" not in config.rows:
+    if "dino" not in config.trained:
         raise UserError(
-            "rows: expected a row 'dino' that the others are compared with, found "
-            f"{sorted(config.rows)}; take them from configs/slpd/study.yaml"
+            "trained: expected a row 'dino' that the others are compared with, found "
+            f"{sorted(config.trained)}; take them from configs/slpd/study.yaml"
         )
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise UserError(f"seeds: expected different whole numbers, found {config.seeds}")
@@ -105,7 +107,7 @@ def list_conditions(config: Config) -> Iterator[Condition]:
     if config.cohort:
         folder = Path(config.cohort)
         features = Path(config.features or folder / "features")
-        bags = [features / name for name in (config.encoder, *config.baselines)]
+        bags = [features / name for name in (config.tile_encoder, *config.baselines)]
         regions = [build_regions(config, path, output / "regions" / path.name) for path in bags]
         baselines = dict(zip(config.baselines, regions[1:], strict=True))
         for scale in ("none", "slide"):
@@ -144,7 +146,9 @@ def list_cells(
     rows += [(name, NO_SEED, {}) for name in condition.baselines]
     if condition.trained:
         rows += [(RANDOM, seed, {}) for seed in config.seeds]
-        rows += [(name, seed, keys) for name, keys in config.rows.items() for seed in config.seeds]
+        rows += [
+            (name, seed, keys) for name, keys in config.trained.items() for seed in config.seeds
+        ]
     output = Path(config.output)
     cells = []
     for row, seed, keys in rows:
@@ -188,7 +192,7 @@ def train(config: Config, condition: Condition, row: str, seed: int) -> Path:
         "keep_start": True,
         "overwrite": config.overwrite,
     }
-    own = make_assignments(config.rows[row])
+    own = make_assignments(config.trained[row])
     run_script("pretrain_slpd", [*config.pretrain, *own, *make_assignments(fixed)])
     return run
 

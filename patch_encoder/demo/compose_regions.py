@@ -9,7 +9,7 @@ slides have more rows of the positive kinds. `nuisance` gives every slide a stai
 of what the pictures bring. A stand-in again: nobody says whose the pictures are, so that a figure
 measured on it says nothing about patients.
 
-    python -m patch_encoder.demo.compose_regions pictures=oral_oscc_he output=runs/oral
+    python -m patch_encoder.demo.compose_regions fields=oral_oscc_he output=runs/oral
 
 Written: labels.csv, slides/*.tiff (pyramids), coords/*.h5 (all tiles), zones.csv (the corner and
 the kind of each picture) and cohort.json. A killed run goes on; slides that are there are kept.
@@ -45,16 +45,14 @@ class Config:
     """Keys of the script."""
 
     output: str = key(REQUIRED, "where the results are written; the cohort", runtime=True)
-    pictures: str = key(REQUIRED, "folder tree of pictures, <kind>_<number>.jpg or .png", path=True)
+    fields: str = key(REQUIRED, "folder tree of pictures, <kind>_<number>.jpg or .png", path=True)
     positive_kinds: str = key("OSCC", "beginning of the kinds that positive slides have more of")
     cohort_slides: int = key(40, "slides; half of them positive", least=2)
     rows_of_regions: int = key(3, "runs of pictures per slide, one below the other", least=1)
     columns_of_regions: int = key(9, "pictures of a run, 1 to 10; shorter runs are left out")
-    side: int = key(
-        224, "side of a slide at level 0, px; here of a picture, to which it is resized"
-    )
+    picture_side: int = key(224, "side that pictures are resized to, px; a region")
     tile: int = key(56, "side of a tile, px")
-    shares: list[float] = key(
+    positive_shares: list[float] = key(
         [0.6, 0.9], "expected share of the positive kinds in negative and in positive slides"
     )
     nuisance: float = key(0.0, "how much slides differ in stain and lamp; 1: a strong difference")
@@ -87,7 +85,7 @@ def find_runs(folder: Path, length: int) -> dict[str, list[list[Path]]]:
         number = int(found[2])
         runs.setdefault((found[1], number // 10), []).append((number, path))
     if not runs:
-        raise UserError(f"pictures={folder}: expected .jpg or .png files, found none")
+        raise UserError(f"fields={folder}: expected .jpg or .png files, found none")
     kinds: dict[str, list[list[Path]]] = {}
     for (kind, _), numbered in sorted(runs.items()):
         if len(numbered) >= length:
@@ -107,13 +105,15 @@ def plan_slides(kinds: dict[str, list[list[Path]]], config: Config) -> list[Comp
     size, count = config.rows_of_regions, config.cohort_slides
     if not positive or not others or len(positive) + len(others) < size * count:
         raise UserError(
-            f"pictures={config.pictures}: expected {size * count} runs of "
+            f"fields={config.fields}: expected {size * count} runs of "
             f"{config.columns_of_regions} pictures for {count} slides, found {len(positive)} of "
             f"the kinds '{config.positive_kinds}...' and {len(others)} others; lower "
             "cohort_slides or correct positive_kinds"
         )
     labels = ["negative", "positive"] * (count // 2) + ["negative"] * (count % 2)
-    wanted = [int(rng.binomial(size, config.shares[label == "positive"])) for label in labels]
+    wanted = [
+        int(rng.binomial(size, config.positive_shares[label == "positive"])) for label in labels
+    ]
     _fit(wanted, len(positive), size * count - len(others), size)
     piles = [[pile[i] for i in rng.permutation(len(pile))] for pile in (positive, others)]
     slides = []
@@ -140,7 +140,7 @@ def _fit(wanted: list[int], most: int, least: int, size: int) -> None:
 
 def draw_slide(slide: ComposedRegions, number: int, config: Config) -> np.ndarray:
     """Its pixels (H, W, 3): the pictures side by side, in the slide's stain."""
-    side, columns = config.side, config.columns_of_regions
+    side, columns = config.picture_side, config.columns_of_regions
     canvas = np.empty((config.rows_of_regions * side, columns * side, 3), np.uint8)
     for place, path in enumerate(slide.pictures):
         y, x = place // columns * side, place % columns * side
@@ -176,12 +176,13 @@ def write_slide(
 
 def main(config: Config) -> int:
     """Plan all slides, then write what is missing and the tables."""
-    if config.tile < 16 or config.side % config.tile:
+    if config.tile < 16 or config.picture_side % config.tile:
         raise UserError(
-            f"tile={config.tile}: expected 16 or more and a divisor of side={config.side}, so that "
+            f"tile={config.tile}: expected 16 or more and a divisor of "
+            f"picture_side={config.picture_side}, so that "
             "a picture is a whole number of tiles"
         )
-    root, source = Path(config.output), Path(config.pictures)
+    root, source = Path(config.output), Path(config.fields)
     slides = plan_slides(find_runs(source, config.columns_of_regions), config)
     names = [str(path.relative_to(source)) for slide in slides for path in slide.pictures]
     settings = {**identity(config), "inputs": sha256_bytes("\n".join(names).encode())}
@@ -192,8 +193,8 @@ def main(config: Config) -> int:
     zones = [
         {
             "slide_id": slide.slide_id,
-            "x": place % config.columns_of_regions * config.side,
-            "y": place // config.columns_of_regions * config.side,
+            "x": place % config.columns_of_regions * config.picture_side,
+            "y": place // config.columns_of_regions * config.picture_side,
             "label": NAME.fullmatch(path.stem)[1],  # type: ignore[index]
         }
         for slide in slides

@@ -29,7 +29,7 @@ SMALL = [
     "resamples=60",
 ]
 SIZES = {"slides": 14, "rows": 2, "columns": 3, "width": 6}
-ROWS = "rows={dino: {losses.intra: 0, losses.inter: 0}, both: {}}"
+ROWS = "trained={dino: {losses.intra: 0, losses.inter: 0}, both: {}}"
 
 
 def study(output: Path, *arguments: str) -> int:
@@ -48,7 +48,7 @@ def test_a_table_of_all_rows_and_a_second_start(
 ) -> None:
     sizes = "simulation={" + ", ".join(f"{name}: {value}" for name, value in SIZES.items()) + "}"
     wanted = [sizes, "nuisances=[0, 0.5]", "standardised=[0.5]"]
-    broken = "rows={dino: {losses.intra: 0, losses.inter: 0}, both: {prototypes.clusters: 5}}"
+    broken = "trained={dino: {losses.intra: 0, losses.inter: 0}, both: {prototypes.clusters: 5}}"
     assert study(tmp_path, *wanted, broken) == 1
     assert "both_s1" in (tmp_path / "failures.csv").read_text()
     assert ("nu0", "none", "dino", "zone_knn") in read_table(tmp_path)
@@ -81,7 +81,7 @@ def test_a_cohort_of_bags_with_a_baseline(tmp_path: Path) -> None:
     for name in ("main", "colour"):
         (cohort / "features" / name).mkdir()
         (cohort / "features" / name / "h5_files").symlink_to(bags)
-    given = [f"cohort={cohort}", "encoder=main", "baselines=[colour]", ROWS, "seeds=[1]"]
+    given = [f"cohort={cohort}", "tile_encoder=main", "baselines=[colour]", ROWS, "seeds=[1]"]
     assert study(tmp_path / "out", *given) == 0
     table = read_table(tmp_path / "out")
     for scale in ("none", "slide"):
@@ -92,5 +92,5 @@ def test_a_cohort_of_bags_with_a_baseline(tmp_path: Path) -> None:
 
 
 def test_a_table_needs_its_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert study(tmp_path, "rows={both: {}}") == 2
+    assert study(tmp_path, "trained={both: {}}") == 2
     assert "expected a row 'dino'" in capsys.readouterr().err

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from studies.region_tables.cells import Condition
+from patch_encoder.demo.cytology.tissue_map import TissueMap, write_tissue_map
+from studies.region_tables.cells import Condition, find_zones
 from studies.region_tables.intervals import Estimate, SlideScores, average_slides, resample_row
 from studies.region_tables.measures import MEASURES, measure_embeddings
 from studies.region_tables.table import ConditionTable, judge
@@ -136,3 +138,19 @@ def test_a_row_without_training_is_compared_with_every_seed() -> None:
     assert mean.subtract(trained)["above"] == "1/3"
     other = Estimate({2: 0.3, 3: 0.8}, np.full(10, 0.55))
     assert trained.subtract(other)["above"] == "1/2"
+
+
+def test_zones_come_from_the_table_or_from_tissue_maps(tmp_path: Path) -> None:
+    corners = np.array([[0, 0], [128, 0]])
+    store = SimpleNamespace(
+        slides=["S1", "S2"],
+        regions=SimpleNamespace(region_sizes=[128, 128]),
+        corners=lambda number: corners,
+    )
+    for slide, (left, right) in {"S1": (1, 4), "S2": (4, 4)}.items():
+        zones = np.repeat(np.repeat([[left, right]], 4, axis=1), 8, axis=0).astype(np.uint8)
+        write_tissue_map(tmp_path / "zones" / f"{slide}.png", TissueMap(zones))
+    assert find_zones(store, tmp_path).tolist() == [1, 4, 4, 4]  # type: ignore[arg-type]
+    rows = ["S1,0,0,b", "S1,128,0,a", "S2,0,0,a", "S2,128,0,b"]
+    (tmp_path / "zones.csv").write_text("\n".join(["slide_id,x,y,label", *rows]) + "\n")
+    assert find_zones(store, tmp_path).tolist() == [1, 0, 0, 1]  # type: ignore[arg-type]

@@ -35,8 +35,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def compose(pictures: Path, output: Path, **keys: object) -> Path:
     settings = {"cohort_slides": 8, "rows_of_regions": 2, "columns_of_regions": 3}
-    settings |= {"side": SIDE, "tile": 16} | keys
-    assert main(Config(output=str(output), pictures=str(pictures), **settings)) == 0
+    settings |= {"picture_side": SIDE, "tile": 16} | keys
+    assert main(Config(output=str(output), fields=str(pictures), **settings)) == 0
     return output
 
 
@@ -95,7 +95,7 @@ def test_a_nuisance_changes_the_stain_of_each_slide_alone(pictures: Path, tmp_pa
     [
         ({"cohort_slides": 60}, "expected 120 runs of 3 pictures for 60 slides"),
         ({"positive_kinds": "LSIL"}, "found 0 of the kinds 'LSIL"),
-        ({"tile": 24}, "divisor of side=32"),
+        ({"tile": 24}, "divisor of picture_side=32"),
     ],
 )
 def test_what_cannot_be_composed_is_refused(
