@@ -155,12 +155,10 @@ def renew_prototypes(job: SlpdRun, state: DistillationState, epoch: int, times: 
         return
     found = encode_regions(state.teacher, job.store, job.world, job.precision, keys.cluster_view)
     times.mark("encode")
-    slides = find_slide_prototypes(
+    job.prototypes.slides = find_slide_prototypes(
         found.units, job.store.counts, job.store.cases, keys, config.seed
     )
     times.mark("cluster")
-    job.prototypes.slides = slides
-    job.run.log({"epoch": epoch + 1, "step": state.step, **slides.describe()})
 
 
 def add_gradients(
@@ -275,6 +273,8 @@ def end_epoch(
     """
     step_values = job.schedules.at(state.step - 1)
     line = {**values, "lr": step_values.lr, "weight_decay": step_values.weight_decay}
+    if job.prototypes.slides:
+        line |= job.prototypes.slides.describe()
     if job.probe and (epoch % job.config.probe.every == 0 or epoch == job.config.epochs):
         found = encode_regions(state.teacher, job.store, job.world, job.precision)
         line |= job.probe.score(found.features) if job.world.is_main else {}

@@ -278,7 +278,7 @@ PRETRAIN_ROWS = [
 # steps of four regions, of which a process has two: in some of them it has none of a slide that is
 # clustered
 SLPD_PAIR = Pair(
-    ("epochs=2", "batch_size=4", "training.warmup=1.5", "prototypes.neighbours=2"),
+    ("epochs=2", "batch_size=4", "prototypes.start_epoch=0", "prototypes.neighbours=2"),
     alone=("accumulate=2",),
     close={"loss": 1e-3, "intra*": 1e-3, "inter*": 1e-3},
     first={"loss": 1e-6, "gradient_norm": 1e-4},
