@@ -26,6 +26,7 @@ from common.counters import draw_uniforms
 from common.errors import UserError
 
 CLUSTERING = (1 << 34) + 1  # address of the draws of this file, apart from those of other rooms
+WEIGHT = 1 << 30  # parts of a distance that starts are drawn in
 # numbers in the padded embeddings of the slides that are clustered together
 CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}
 
@@ -208,7 +209,7 @@ def _start(
     drawn = draw_uniforms(
         seed, CLUSTERING, slides.cpu().numpy()[:, None, None], np.arange(restarts)[:, None], draws
     )
-    u = torch.from_numpy(drawn).to(rows.device, torch.float32)
+    u = torch.from_numpy(drawn).to(rows.device)
     slide = torch.arange(len(rows), device=rows.device)[:, None]
     last = inside.sum(1)[:, None] - 1
     chosen = torch.minimum((u[..., 0] * (last + 1)).long(), last)
@@ -217,13 +218,14 @@ def _start(
     distance = distance * inside[:, None]
     for number in range(k - 1):
         u_now = u[..., 1 + number * tries : 1 + (number + 1) * tries]
-        passed = distance.cumsum(-1)
-        target = u_now * passed[..., -1:]
+        # running sums of whole numbers are the same on every GPU, those of fractions may not be
+        passed = (distance * WEIGHT).long().cumsum(-1)
+        target = (u_now * passed[..., -1:]).long()
         candidates = torch.searchsorted(passed, target, right=True)
         candidates = torch.minimum(candidates, last[..., None])
         vectors = rows[slide[..., None], candidates]
-        left = (1 - _compare(rows, vectors)).clamp(min=0) * inside[:, None, None]
-        left = torch.minimum(left, distance[:, :, None])
+        left = (1 - _compare(rows, vectors)).clamp(min=0)
+        left = torch.minimum(left, distance[:, :, None])  # zero at padding, as it is already
         best = left.sum(-1).argmin(2, keepdim=True)
         centres.append(vectors.gather(2, best[..., None].expand(-1, -1, 1, rows.shape[2]))[:, :, 0])
         distance = left.gather(2, best[..., None].expand(-1, -1, 1, rows.shape[1]))[:, :, 0]
