@@ -37,7 +37,7 @@ class Clusters:
 
     Attributes:
         slides: int64 (M,), the slide of each region.
-        assignment: int64 (M,), its cluster; -1 in ignored slides.
+        assignment: int64 (M,), its cluster; -1 in ignored slides, and without an embedding.
         prototypes: (N, K, d) of unit length; zero for ignored slides.
         sizes: int64 (N, K), regions per cluster.
         ignored: bool (N,), slides with too few regions, which have no prototypes.
@@ -64,7 +64,8 @@ def cluster_slides(
     """Cluster the regions of every slide into K prototypes.
 
     Args:
-        embeddings: (M, d) of all regions, slide by slide; of any length, since directions count.
+        embeddings: (M, d) of all regions, slide by slide; of any length, since directions count. A
+            region whose embedding is zero, as it has no valid tile, is in no cluster.
         counts: int64 (N,), regions per slide; 0 is possible.
         k: K.
         min_regions: slides with fewer regions are ignored, as are those with fewer than K.
@@ -77,10 +78,12 @@ def cluster_slides(
     """
     assert k >= 1 and restarts >= 1 and iterations >= 1, (k, restarts, iterations)
     assert int(counts.sum()) == len(embeddings), (int(counts.sum()), len(embeddings))
-    device, per_slide = embeddings.device, counts.cpu()
-    slides = torch.repeat_interleave(torch.arange(len(per_slide)), per_slide)
+    device = embeddings.device
+    slides = torch.repeat_interleave(torch.arange(len(counts)), counts.cpu())
     _require_finite(embeddings, slides)
     z = F.normalize(embeddings.float(), dim=1)
+    usable = z.any(dim=1).cpu().nonzero()[:, 0]
+    per_slide = slides[usable].bincount(minlength=len(counts))
     ignored = per_slide < max(k, min_regions)
     found = Clusters(
         slides.to(device),
@@ -93,7 +96,7 @@ def cluster_slides(
     for members in _share_out(per_slide, ignored, z.shape[1], CHUNK.get(device.type, CHUNK["cpu"])):
         place = torch.arange(int(per_slide[members].max()))
         inside = place < per_slide[members, None]
-        region = (first[members, None] + place)[inside].to(device)
+        region = usable[(first[members, None] + place)[inside]].to(device)
         members, inside = members.to(device), inside.to(device)
         rows = z.new_zeros(*inside.shape, z.shape[1])
         rows[inside] = z[region]
