@@ -168,6 +168,24 @@ def judge(tables: Sequence[ConditionTable]) -> list[str]:
                         f"{_format_signed(found)}"
                     )
             lines += _judge_both(table, measure)
+    return lines + _judge_remedy(tables)
+
+
+def _judge_remedy(tables: Sequence[ConditionTable]) -> list[str]:
+    """What standardising changes for the trained rows of a cohort, on the same slides."""
+    by_scale = {(t.condition.cohort, t.condition.standardise): t for t in tables}
+    lines = []
+    for (cohort, scale), table in by_scale.items():
+        raw = by_scale.get((cohort, "none"))
+        if scale == "none" or raw is None:
+            continue
+        for row in (row for row in table.learned if row in raw.rows):
+            found = table.rows[row]["zone_knn"].subtract(raw.rows[row]["zone_knn"])
+            verdict = "remedy" if (found["low"] or 0.0) > 0 else "no remedy"
+            lines.append(
+                f"{verdict}: {cohort}, {row} on standardised minus raw features in "
+                f"{_name('zone_knn')}: {_format_signed(found)}"
+            )
     return lines
 
 
