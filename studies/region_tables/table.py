@@ -144,7 +144,8 @@ def _format_signed(found: Mapping[str, Any] | None) -> str:
 def judge(tables: Sequence[ConditionTable]) -> list[str]:
     """What was promised of the table, each with whether it holds, and which gains may be claimed.
 
-    A difference is called so only where its interval does not hold zero.
+    A difference is called so only where its interval does not hold zero; `open` is a value on the
+    wrong side of zero whose interval holds it.
     """
     lines = []
     quality = ("zone_knn", "auc_mean", "auc_abmil")
@@ -157,7 +158,8 @@ def judge(tables: Sequence[ConditionTable]) -> list[str]:
                 if found is None or found["low"] is None:
                     continue
                 if standardised:
-                    verdict = "holds" if found["value"] >= 0 else "FAILS"
+                    verdict = "FAILS" if found["high"] < 0 else "open"
+                    verdict = "holds" if found["value"] >= 0 else verdict
                     lines.append(
                         f"{verdict}: {name}, {row} at least the tile mean in {_name(measure)}: "
                         f"{_format_signed(found)}"
