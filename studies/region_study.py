@@ -80,7 +80,7 @@ class Config:
         "are the same up to rounding, which the row of the tile mean shows",
     )
     region_tiles: int = key(6, "side of a region in tiles, G", least=1)
-    clusters: int = key(4, "prototypes of a slide for purity and agreement", least=1)
+    clusters: int = key(4, "prototypes of a slide, K; for purity and agreement", least=1)
     trained: dict[str, Any] = key({}, "the trained rows; {name: {key of pretrain_slpd: value}}")
     seeds: list[int] = key([1, 2, 3], "training seeds; of the pre-training")
     pretrain: list[str] = key([], "further key=value of pretrain_slpd")
