@@ -24,6 +24,7 @@ DATA = Path(os.environ.get("WSI_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 LONG = (
     "test_quickstart",
+    "test_notebook",
     "test_training_scripts",
     "test_ablation",
     "test_slides_that_kill",
