@@ -29,7 +29,7 @@ import openslide
 import tifffile
 
 from benchmarks.pretraining_views import draw_tiles
-from benchmarks.rounds import say
+from benchmarks.rounds import cpu_seconds, say
 from patch_encoder.tile_stream.plan import Draw, TilePlan
 from patch_encoder.tile_stream.slide_shelf import TIFF, SlideShelf
 from patch_encoder.tile_stream.sources import find_sources
@@ -121,17 +121,6 @@ def decode_alike(plan: TilePlan, draws: Sequence[Draw]) -> np.ndarray:
         out[number % BATCH] = slides.get(draw.slide).read(draw.x, draw.y, TILE)
     slides.close()
     return out
-
-
-def cpu_seconds() -> float:
-    """CPU seconds of this process and of those that it has started and that are at work."""
-    tasks = Path(f"/proc/{os.getpid()}/task").glob("*/children")
-    children = [pid for task in tasks for pid in task.read_text().split()]
-    ticks = 0
-    for pid in (str(os.getpid()), *children):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / TICKS
 
 
 def clock(call: Callable[[], object], tiles: int) -> tuple[float, float]:

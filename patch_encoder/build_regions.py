@@ -33,6 +33,7 @@ from patch_encoder.regions.grid import lay_regions
 logger = logging.getLogger(__name__)
 STAGE = "build_regions"
 COLUMNS = ("slide", "tiles", "regions", "fill", "left_out", "shared")
+REMEDY = "free some, choose output= on another disk, or set form=indexed"
 SHOWN = 10  # slides that a line of the log names
 
 
@@ -97,7 +98,7 @@ def build_slide(config: Config, slide_id: str, file: Path) -> tuple[bool, dict[s
         overwrite=config.overwrite,
     ):
         return False, row | {"encoder": encoder}
-    with explain_full_disk(target.parent):
+    with explain_full_disk(target.parent, REMEDY):
         write_regions(target, bag, regions, settings, encoder)
     return True, row | {"encoder": encoder}
 

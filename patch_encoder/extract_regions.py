@@ -13,7 +13,6 @@ with the same provenance are kept, others are refused; slides that fail are list
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -36,29 +35,23 @@ from patch_encoder.bags.writer import write_bag
 from patch_encoder.cohort.disk_space import explain_full_disk
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.extraction.keys import DeviceKeys
-from patch_encoder.models.encoder_table import EncoderRow
-from patch_encoder.models.encoder_weights import PREFIXES, load_encoder_weights, read_state
 from patch_encoder.prototypes.region_batches import read_batches
 from patch_encoder.prototypes.region_encoder import (
-    DESCRIPTION,
-    WEIGHTS,
     RegionEncoderDescription,
-    build_region_encoder,
+    open_region_encoder,
 )
 from patch_encoder.prototypes.region_packing import pack_regions
 from patch_encoder.prototypes.region_vit import RegionViT
+from patch_encoder.regions.bag_places import place_regions, place_slide
 from patch_encoder.regions.keys import RegionKeys
 from patch_encoder.regions.opening import open_store
 from patch_encoder.regions.store import RegionStore
 from patch_encoder.tiles.coordinates import Coordinates
-from patch_encoder.tiles.slide_grid import infer_step
 
 logger = logging.getLogger(__name__)
 STAGE = "extract_regions"
 POOLS = ("none", "mean")
 HIPT_TILES = 16  # side of HIPT's regions; its weights do not say it
-HEAD_CHANNELS = 32  # of vit4k_xs
-LAYOUT = {"cls_token", "pos_embed", "phi.0.weight", "blocks.0.attn.qkv.weight"}
 COMPARED = (
     *("encoder", "weights_sha256", "transform", "precision", "dtype", "pool", "standardise"),
     *("tile_encoder", "coordinates", "regions_sha256"),
@@ -81,7 +74,9 @@ class Config(DeviceKeys, RegionKeys):
         runtime=True,
     )
     name: str = key(
-        "", "name of the feature set; empty: that of the run or file, with _mean for pool=mean"
+        "",
+        "name of the feature set in the tables; and of its folder; empty: that of the run or file, "
+        "with _mean for pool=mean",
     )
     pool: str = key(
         "none",
@@ -112,46 +107,6 @@ class Extraction:
     device: torch.device
     precision: str
     provenance: dict[str, str]
-
-
-def open_region_encoder(weights: str) -> tuple[RegionViT, RegionEncoderDescription | None, Path]:
-    """The network in eval mode, how it was trained where the file tells, and the weights file.
-
-    Raises:
-        UserError: no region encoder there.
-    """
-    path = Path(weights)
-    file = path / WEIGHTS if path.is_dir() else path
-    if path.is_dir() or (file.parent / DESCRIPTION).is_file():
-        return *build_region_encoder(path), file
-    return read_hipt(file), None, file
-
-
-def read_hipt(file: Path) -> RegionViT:
-    """The network of a file in the layout of HIPT's vit4k_xs, whose sizes are read off its shapes.
-
-    Raises:
-        UserError: another layout.
-    """
-    state = read_state(file, "")
-    for prefix in PREFIXES:
-        shapes = {
-            name.removeprefix(prefix): tuple(value.shape)
-            for name, value in state.items()
-            if name.startswith(prefix)
-        }
-        if shapes.keys() >= LAYOUT:
-            width, in_dim = shapes["phi.0.weight"]
-            depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
-            grid = math.isqrt(shapes["pos_embed"][1] - 1)
-            network = RegionViT(in_dim, width, depth, width // HEAD_CHANNELS, grid)
-            load_encoder_weights(network, EncoderRow("timm", "", "", 0), state, str(file))
-            return network.eval().requires_grad_(False)
-    raise UserError(
-        f"weights={file}: expected a run directory of pretrain_slpd, a backbone file beside its "
-        f"{DESCRIPTION}, or HIPT's vit4k_xs (with keys {', '.join(sorted(LAYOUT))}), found "
-        f"{list(state)[:3]}"
-    )
 
 
 def choose_standardise(config: Config, trained: RegionEncoderDescription | None) -> str:
@@ -222,29 +177,6 @@ def open_extraction(config: Config) -> Extraction:
     return Extraction(config, folder, network.to(device), store, device, precision, provenance)
 
 
-def place_rows(store: RegionStore, slide: int, pool: str) -> Coordinates:
-    """Corner and size of what each row of a slide's bag stands for: its regions, or the square
-    around all of them.
-    """
-    tile, side = store.regions.geometries[slide], store.regions.region_sizes[slide]
-    corners = store.corners(slide)
-    step = round(infer_step(corners, side))
-    if pool == "mean":
-        low, high = corners.min(0), corners.max(0) + side
-        corners, side = low[None], int((high - low).max())
-        step = side
-    geometry = replace(
-        tile,
-        patch_size=side,
-        patch_size_level0=side,
-        patch_level=0,
-        target_size=round(tile.target_size * side / tile.patch_size_level0),
-        overlap=0.0,
-        step_level0=0 if step == side else step,
-    )
-    return Coordinates(corners, geometry)
-
-
 @torch.no_grad()
 def encode_slide(job: Extraction, slide: int) -> Float[Tensor, "m w"]:
     """The embeddings of a slide's regions, or their mean as one row, float32 on the CPU."""
@@ -266,7 +198,8 @@ def encode_slide(job: Extraction, slide: int) -> Float[Tensor, "m w"]:
 
 def describe_bag(job: Extraction, slide: int) -> tuple[Coordinates, dict[str, str]]:
     """Places and provenance of a slide's bag."""
-    places = place_rows(job.store, slide, job.config.pool)
+    place = place_slide if job.config.pool == "mean" else place_regions
+    places = place(job.store, slide)
     digests = {
         "coordinates": places.digest(),
         "regions_sha256": job.store.regions.digests[slide],

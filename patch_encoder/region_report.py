@@ -33,7 +33,7 @@ from patch_encoder.region_page.retrieval import (
     measure_agreements,
     retrieve,
 )
-from patch_encoder.region_page.sections import PageMaker
+from patch_encoder.region_page.sections import SectionMaker
 from patch_encoder.region_page.slide_pictures import SlidePictures
 from patch_encoder.tiles.coordinates import tile_pattern_of
 
@@ -105,7 +105,7 @@ def describe(retrieval: Retrieval) -> dict[str, Any]:
     }
 
 
-def render_page(config: Config, retrieval: Retrieval, maker: PageMaker) -> str:
+def render_page(config: Config, retrieval: Retrieval, maker: SectionMaker) -> str:
     """The HTML."""
     shown = (
         find_shown(retrieval, config.show)
@@ -146,7 +146,7 @@ def main(config: Config) -> int:
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     with SlidePictures(found.slides, mpps, pattern) as pictures:
-        html = render_page(config, retrieval, PageMaker(retrieval, pictures))
+        html = render_page(config, retrieval, SectionMaker(retrieval, pictures))
     write_text(output / "regions.html", html)
     write_neighbours(output / "neighbours.csv", retrieval)
     line = "region_report: %d slides with %d regions, %.1f MB: %s"

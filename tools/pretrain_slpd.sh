@@ -12,7 +12,7 @@ set -euo pipefail
 demo() {
   : "${RUN:=runs/slpd}"
   : "${COHORT:=$RUN/cohort}"
-  # settings for a smaller trial: RENDER="cv_slides=12" PRETRAIN="epochs=4" STUDY="mil=[folds=2]"
+  # settings for a smaller trial: RENDER="cv_slides=12" PRETRAIN="epochs=4" STUDY="mil=['folds=2']"
   : "${RENDER:=}"
   : "${PRETRAIN:=}"
   : "${PAGE:=}"

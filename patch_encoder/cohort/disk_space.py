@@ -41,7 +41,7 @@ def check_room(folder: Path, jobs: Sequence[SlideJob], dim: int, dtype: str, pt:
 
 
 @contextmanager
-def explain_full_disk(folder: Path) -> Iterator[None]:
+def explain_full_disk(folder: Path, remedy: str = REMEDY) -> Iterator[None]:
     """A full disk on the way is one line; slides that are finished stay."""
     try:
         yield
@@ -51,7 +51,7 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
         free = shutil.disk_usage(_find_existing(folder)).free
         raise FullDisk(
             f"{folder}: the disk is full or the quota used up ({_format_size(free)} free); "
-            f"finished slides are kept: {REMEDY}, and start again"
+            f"finished slides are kept: {remedy}, and start again"
         ) from None
 
 

@@ -26,6 +26,7 @@ from common.counters import draw_uniforms
 from common.errors import UserError
 
 CLUSTERING = (1 << 34) + 1  # address of the draws of this file, apart from those of other rooms
+WEIGHT = 1 << 30  # parts of a distance that starts are drawn in
 # numbers in the padded embeddings of the slides that are clustered together
 CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}
 
@@ -36,7 +37,7 @@ class Clusters:
 
     Attributes:
         slides: int64 (M,), the slide of each region.
-        assignment: int64 (M,), its cluster; -1 in ignored slides.
+        assignment: int64 (M,), its cluster; -1 in ignored slides, and without an embedding.
         prototypes: (N, K, d) of unit length; zero for ignored slides.
         sizes: int64 (N, K), regions per cluster.
         ignored: bool (N,), slides with too few regions, which have no prototypes.
@@ -63,7 +64,8 @@ def cluster_slides(
     """Cluster the regions of every slide into K prototypes.
 
     Args:
-        embeddings: (M, d) of all regions, slide by slide; of any length, since directions count.
+        embeddings: (M, d) of all regions, slide by slide; of any length, since directions count. A
+            region whose embedding is zero, as it has no valid tile, is in no cluster.
         counts: int64 (N,), regions per slide; 0 is possible.
         k: K.
         min_regions: slides with fewer regions are ignored, as are those with fewer than K.
@@ -76,10 +78,12 @@ def cluster_slides(
     """
     assert k >= 1 and restarts >= 1 and iterations >= 1, (k, restarts, iterations)
     assert int(counts.sum()) == len(embeddings), (int(counts.sum()), len(embeddings))
-    device, per_slide = embeddings.device, counts.cpu()
-    slides = torch.repeat_interleave(torch.arange(len(per_slide)), per_slide)
+    device = embeddings.device
+    slides = torch.repeat_interleave(torch.arange(len(counts)), counts.cpu())
     _require_finite(embeddings, slides)
     z = F.normalize(embeddings.float(), dim=1)
+    usable = z.any(dim=1).cpu().nonzero()[:, 0]
+    per_slide = slides[usable].bincount(minlength=len(counts))
     ignored = per_slide < max(k, min_regions)
     found = Clusters(
         slides.to(device),
@@ -92,7 +96,7 @@ def cluster_slides(
     for members in _share_out(per_slide, ignored, z.shape[1], CHUNK.get(device.type, CHUNK["cpu"])):
         place = torch.arange(int(per_slide[members].max()))
         inside = place < per_slide[members, None]
-        region = (first[members, None] + place)[inside].to(device)
+        region = usable[(first[members, None] + place)[inside]].to(device)
         members, inside = members.to(device), inside.to(device)
         rows = z.new_zeros(*inside.shape, z.shape[1])
         rows[inside] = z[region]
@@ -208,7 +212,7 @@ def _start(
     drawn = draw_uniforms(
         seed, CLUSTERING, slides.cpu().numpy()[:, None, None], np.arange(restarts)[:, None], draws
     )
-    u = torch.from_numpy(drawn).to(rows.device, torch.float32)
+    u = torch.from_numpy(drawn).to(rows.device)
     slide = torch.arange(len(rows), device=rows.device)[:, None]
     last = inside.sum(1)[:, None] - 1
     chosen = torch.minimum((u[..., 0] * (last + 1)).long(), last)
@@ -217,13 +221,14 @@ def _start(
     distance = distance * inside[:, None]
     for number in range(k - 1):
         u_now = u[..., 1 + number * tries : 1 + (number + 1) * tries]
-        passed = distance.cumsum(-1)
-        target = u_now * passed[..., -1:]
+        # running sums of whole numbers are the same on every GPU, those of fractions may not be
+        passed = (distance * WEIGHT).long().cumsum(-1)
+        target = (u_now * passed[..., -1:]).long()
         candidates = torch.searchsorted(passed, target, right=True)
         candidates = torch.minimum(candidates, last[..., None])
         vectors = rows[slide[..., None], candidates]
-        left = (1 - _compare(rows, vectors)).clamp(min=0) * inside[:, None, None]
-        left = torch.minimum(left, distance[:, :, None])
+        left = (1 - _compare(rows, vectors)).clamp(min=0)
+        left = torch.minimum(left, distance[:, :, None])  # zero at padding, as it is already
         best = left.sum(-1).argmin(2, keepdim=True)
         centres.append(vectors.gather(2, best[..., None].expand(-1, -1, 1, rows.shape[2]))[:, :, 0])
         distance = left.gather(2, best[..., None].expand(-1, -1, 1, rows.shape[1]))[:, :, 0]

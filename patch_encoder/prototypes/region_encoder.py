@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from common.checkpoint import load_tensors, load_weights
-from common.errors import DamagedFile
+from common.errors import DamagedFile, UserError
 from common.files import read_json, write_json
+from patch_encoder.models.encoder_table import EncoderRow
+from patch_encoder.models.encoder_weights import PREFIXES, load_encoder_weights, read_state
 from patch_encoder.prototypes.region_vit import RegionViT
 
 DESCRIPTION, WEIGHTS = "region_encoder.json", "backbone.pt"
+HEAD_CHANNELS = 32  # of HIPT's vit4k_xs
+LAYOUT = {"cls_token", "pos_embed", "phi.0.weight", "blocks.0.attn.qkv.weight"}
 
 
 @dataclass(frozen=True)
@@ -73,3 +78,47 @@ def build_region_encoder(run: str | Path) -> tuple[RegionViT, RegionEncoderDescr
     network = description.build()
     load_weights(network, load_tensors(file, "the weights of a region encoder"), str(file))
     return network.eval().requires_grad_(False), description
+
+
+def open_region_encoder(weights: str) -> tuple[RegionViT, RegionEncoderDescription | None, Path]:
+    """A region encoder in eval mode on the CPU, how it was trained, and its weights file.
+
+    Args:
+        weights: as `build_region_encoder`, or a file in the layout of HIPT's vit4k_xs, which does
+            not say how it was trained: the description is None.
+
+    Raises:
+        UserError: no region encoder there.
+    """
+    path = Path(weights)
+    file = path / WEIGHTS if path.is_dir() else path
+    if path.is_dir() or (file.parent / DESCRIPTION).is_file():
+        return *build_region_encoder(path), file
+    return read_hipt(file), None, file
+
+
+def read_hipt(file: Path) -> RegionViT:
+    """The network of a file in the layout of HIPT's vit4k_xs, whose sizes are read off its shapes.
+
+    Raises:
+        UserError: another layout.
+    """
+    state = read_state(file)
+    for prefix in PREFIXES:
+        shapes = {
+            name.removeprefix(prefix): tuple(value.shape)
+            for name, value in state.items()
+            if name.startswith(prefix)
+        }
+        if shapes.keys() >= LAYOUT:
+            width, in_dim = shapes["phi.0.weight"]
+            depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
+            grid = math.isqrt(shapes["pos_embed"][1] - 1)
+            network = RegionViT(in_dim, width, depth, width // HEAD_CHANNELS, grid)
+            load_encoder_weights(network, EncoderRow("timm", "", "", 0), state, str(file))
+            return network.eval().requires_grad_(False)
+    raise UserError(
+        f"weights={file}: expected a run directory of pretrain_slpd, a backbone file beside its "
+        f"{DESCRIPTION}, or HIPT's vit4k_xs (with keys {', '.join(sorted(LAYOUT))}), found "
+        f"{list(state)[:3]}"
+    )

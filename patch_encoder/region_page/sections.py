@@ -74,7 +74,7 @@ class GallerySection:
 
 
 @dataclass(frozen=True)
-class PageMaker:
+class SectionMaker:
     """Draws slides and regions of a retrieval."""
 
     retrieval: Retrieval

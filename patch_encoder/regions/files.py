@@ -21,7 +21,7 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
-from jaxtyping import Float16, Float32, Int32, Int64
+from jaxtyping import Float, Float16, Float32, Int, Int32, Int64
 from torch import Tensor
 
 from common.errors import DamagedFile, UserError
@@ -148,17 +148,34 @@ def write_regions(
             _store(file, arrays, attributes)
             features = file.create_dataset("features", shape, np.float16)
             for number, rows in enumerate(regions.rows):
-                features[number] = gather_tiles(tiles, torch.from_numpy(rows)).numpy()
+                features[number] = gather_tiles(tiles, rows).numpy()
 
 
 def gather_tiles(
-    tiles: Float16[Tensor, "n d"], rows: Int32[Tensor, "*shape"] | Int64[Tensor, "*shape"]
+    tiles: Float[Tensor, "n d"],
+    rows: Int[np.ndarray, "*shape"],
+    out: Float16[Tensor, "k d"] | None = None,
 ) -> Float16[Tensor, "*shape d"]:
-    """The tiles of the given rows; zeros where a row is -1."""
-    flat = rows.reshape(-1).long()
-    found = tiles[flat.clamp(min=0)].half()
-    found[flat < 0] = 0
-    return found.reshape(*rows.shape, tiles.shape[1])
+    """The tiles of the given rows; zeros where a row is -1.
+
+    NumPy's `take` copies whole rows; torch's indexing goes through their elements and took ten
+    times as long.
+
+    Args:
+        tiles: n > 0 tiles.
+        rows: rows of them.
+        out: where the result goes, one row for each of `rows`.
+    """
+    flat = rows.reshape(-1)
+    if out is None:
+        out = torch.empty(len(flat), tiles.shape[1], dtype=torch.float16)
+    if tiles.dtype == torch.float16:
+        np.take(tiles.numpy(), flat, axis=0, out=out.numpy(), mode="clip")  # -1 becomes 0
+    else:
+        out.copy_(torch.from_numpy(np.take(tiles.numpy(), flat, axis=0, mode="clip")))
+    if (missing := flat < 0).any():
+        out.numpy()[missing] = 0
+    return out.view(*rows.shape, tiles.shape[1])
 
 
 def _store(

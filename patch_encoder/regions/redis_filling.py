@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import redis
-import torch
 
 from common.errors import UserError
 from common.progress import Progress
@@ -110,7 +109,7 @@ def walk_chunks(server: RegionServer, regions: RegionSet, *, compare: bool) -> I
         for slide in range(len(regions.slides)):
             tiles = regions.tables[slide].open()
             for ids in np.split(numbers := regions.region_numbers(slide), _cuts(numbers)):
-                features = gather_tiles(tiles, torch.from_numpy(regions.rows[ids])).numpy()
+                features = gather_tiles(tiles, regions.rows[ids]).numpy()
                 keys = [region_key(regions.namespace, region) for region in ids.tolist()]
                 values = [
                     pack_value(region, values, regions.rows[region] >= 0)

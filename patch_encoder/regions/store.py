@@ -130,7 +130,7 @@ class RamStore(RegionStore):
         self, regions: RegionSet, standardise: str = "none", tiles: Tensor | None = None
     ) -> None:
         super().__init__(regions, standardise)
-        self._rows = torch.from_numpy(regions.rows)
+        self._rows = regions.rows
         self._tiles = tiles.half() if tiles is not None else self._load()
 
     def _load(self) -> Tensor:
@@ -148,18 +148,16 @@ class RamStore(RegionStore):
         tiles = torch.empty(sum(map(len, used)), self.width, dtype=torch.float16)
         numbers, start = np.full(regions.rows.shape, -1, np.int32), 0
         for slide, rows in enumerate(used):
-            tiles[start : start + len(rows)] = gather_tiles(
-                regions.tables[slide].open(), torch.from_numpy(rows)
-            )
+            gather_tiles(regions.tables[slide].open(), rows, out=tiles[start : start + len(rows)])
             here = slice(regions.offsets[slide], regions.offsets[slide + 1])
             valid = regions.rows[here] >= 0
             numbers[here][valid] = start + np.searchsorted(rows, regions.rows[here][valid])
             start += len(rows)
-        self._rows = torch.from_numpy(numbers)
+        self._rows = numbers
         return tiles
 
     def _read(self, ids: np.ndarray) -> Tensor:
-        return gather_tiles(self._tiles, self._rows[torch.from_numpy(ids)])
+        return gather_tiles(self._tiles, self._rows[ids])
 
 
 def make_ram_store(
@@ -199,8 +197,8 @@ class FileStore(RegionStore):
         features = torch.empty(len(ids), cells, self.width, dtype=torch.float16)
         for place in np.argsort(ids, kind="stable").tolist():
             region = int(ids[place])
-            rows = torch.from_numpy(regions.rows[region]).reshape(-1)
-            features[place] = gather_tiles(self._open(int(regions.slide_of[region])), rows)
+            tiles = self._open(int(regions.slide_of[region]))
+            gather_tiles(tiles, regions.rows[region], out=features[place])
         return features
 
     def _open(self, slide: int) -> Tensor:

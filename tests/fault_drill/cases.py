@@ -18,6 +18,7 @@ from tests.fault_drill.commands import (
     NETWORK,
     PACK,
     PRETRAIN,
+    REGIONS,
     REPORT,
     SLPD,
     TILE,
@@ -137,6 +138,8 @@ BAGS = (
          kept=("new/results.json",)),
     Case("bags: one is missing", TRAIN, 2, "s02; extract", remove(STORED)),
     Case("bags: cut off, packed", PACK, 1, "S1,pack.*cannot be read", cut(BAG), kept=("new/set.h5",)),
+    Case("bags: cut off, regions", REGIONS, 1, "S1,build_regions.*cannot be read", cut(BAG),
+         kept=("new/mean_colour/S0.h5", "new/mean_colour/S2.h5", "new/failures.csv")),
     Case("bags: cut off, in a report", REPORT, 0, "", cut(BAG)),
 )  # fmt: skip
 
@@ -285,6 +288,7 @@ DISKS = (
     Case("full disk: extraction", EXTRACT, 2, "free", inside=mount("new", "size=100k")),
     Case("full disk: training", TRAIN, 2, FULL, inside=mount("new", "size=4k")),
     Case("full disk: packing", PACK, 2, FULL, inside=mount("new", "size=4k")),
+    Case("full disk: regions", REGIONS, 2, FULL, inside=mount("new", "size=4k")),
     Case("file size limit: tiling", TILE, 2, "File too large", inside=limit_files(4096)),
     Case("file size limit: extraction", EXTRACT, 2, "disk is full", inside=limit_files(4096)),
     Case("file size limit: training", TRAIN, 2, "File too large", inside=limit_files(2048)),
@@ -292,6 +296,7 @@ DISKS = (
     Case("read-only: extraction", EXTRACT, 2, READ_ONLY, inside=mount("new", "ro")),
     Case("read-only: training", TRAIN, 2, READ_ONLY, inside=mount("new", "ro")),
     Case("read-only: packing", PACK, 2, READ_ONLY, inside=mount("new", "ro")),
+    Case("read-only: regions", REGIONS, 2, READ_ONLY, inside=mount("new", "ro")),
     Case("read-only: a report", REPORT, 2, READ_ONLY, inside=mount("new", "ro")),
     Case("read-only: nothing left to extract", EXTRACT_AGAIN, 0, "3 already done",
          inside=mount("features", "ro"), kept=(*DONE, BAG)),

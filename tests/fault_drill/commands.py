@@ -48,6 +48,10 @@ PACK = (
     "detection_kd.pack_distillation slides=slides features=features/mean_colour coords=tiles "
     "output=new/set.h5 workers=0"
 )
+REGIONS = (
+    "patch_encoder.build_regions features=features/mean_colour output=new region_tiles=2 "
+    "form=materialised"
+)
 REPORT = "patch_encoder.cohort_report tiling=tiles features=[features/mean_colour] output=new"
 FILTER = "patch_encoder.filter_tiles tiling=tiles output=new max_pen=0.5"
 INSPECT = "patch_encoder.inspect_slides slides=slides workers=0"

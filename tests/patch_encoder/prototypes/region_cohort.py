@@ -15,7 +15,7 @@ from patch_encoder import build_regions
 from patch_encoder.bags.writer import write_bag
 
 SIDE, GRID, WIDTH, ZONES = 16, 4, 8, 3
-SIZES = (9,) * 6 + (6,) * 4  # regions of each slide; the small ones are ignored
+SIZES = (9,) * 6 + (6,) * 5  # regions of each slide; the small ones are ignored
 MIXTURES = np.array([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.1, 0.8]])
 TINY = (
     "network.width=32", "network.depth=2", "network.heads=2", "network.drop_path=0.0",
@@ -58,7 +58,7 @@ def write_region_bags(
         place = folder / "bags" / "plain" / "h5_files" / f"s{number}.h5"
         write_bag(place, values.astype(np.float16), coords, geometry(f"s{number}"))
     patients = [f"p{min(number, len(sizes) - 2)}" for number in range(len(sizes))]
-    names = [(patients[number], f"s{number}", "ab"[number % 2]) for number in range(len(sizes))]
+    names = [(patients[number], f"s{number}", "ab"[number > 4]) for number in range(len(sizes))]
     write_table(folder / "labels.csv", ("case_id", "slide_id", "label"), names)
     write_table(folder / "zones.csv", ("slide_id", "x", "y", "label"), zones)
 

@@ -102,6 +102,20 @@ def test_a_slide_has_the_clusters_that_it_has_alone(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(alone.prototypes, together.prototypes)
 
 
+def test_regions_without_an_embedding_are_in_no_cluster() -> None:
+    """And the others have the clusters that they have without them."""
+    counts = [20, 7, 5]
+    rows, _ = draw_slides(counts, 3, 1.0)
+    holes = torch.zeros(sum(counts), dtype=torch.bool)
+    holes[[0, 4, 19, 28, 29]] = True
+    found = cluster(rows * ~holes[:, None], counts)
+    assert (found.assignment[holes] == -1).all()
+    assert found.ignored.tolist() == [False, False, True], "three regions are left of the last"
+    alone = cluster(rows[~holes], [17, 7, 3])
+    assert torch.equal(found.assignment[~holes], alone.assignment)
+    assert torch.equal(found.prototypes, alone.prototypes)
+
+
 def test_length_and_precision_of_embeddings_do_not_count() -> None:
     rows, _ = draw_slides([30], 4, 0.3)
     found = cluster(rows, [30])

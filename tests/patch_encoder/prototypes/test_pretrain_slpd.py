@@ -75,14 +75,14 @@ def test_prototypes_are_logged_when_they_are_found_and_kept_in_the_checkpoint(
 ) -> None:
     lines = read_lines(finished)
     plain, both = (line for line in lines if "step" not in line)
-    assert both["prototypes/ignored_slides"] == 4 and "prototypes/ignored_slides" not in plain
+    assert both["prototypes/ignored_slides"] == 5 and "prototypes/ignored_slides" not in plain
     assert both["prototypes/distinct_targets"] == 1  # matched one to one
     assert "intra" not in plain and {"intra", "inter", "time/prototypes"} <= both.keys()
     assert plain["time/prototypes"] == 0 < both["time/prototypes"] < 1
     kept = read(finished / "checkpoint_last.pt")["prototypes"]
     assert kept["centres"].keys() == {"intra", "inter"}
-    assert kept["slides"]["clusters"]["prototypes"].shape == (10, 2, 32)
-    assert kept["slides"]["neighbours"]["partner"].shape == (10, 2, 2)
+    assert kept["slides"]["clusters"]["prototypes"].shape == (11, 2, 32)
+    assert kept["slides"]["neighbours"]["partner"].shape == (11, 2, 2)
 
 
 def test_monitors_and_probes_are_logged(finished: Path) -> None:
@@ -155,7 +155,7 @@ def test_slides_with_the_same_regions_are_trained_on(tmp_path: Path) -> None:
             "prototypes.clusters=9",
             "prototypes.min_regions=8: expected at least prototypes.clusters",
         ),
-        ("batch_size=100", "batch_size=100: expected at most the 78 regions"),
+        ("batch_size=100", "batch_size=100: expected at most the 84 regions"),
         ("accumulate=3", "expected a multiple of the 1 processes times accumulate=3"),
         ("network.heads=3", "expected a multiple of the 3 heads"),
         ("network.init=nowhere.pt", "nowhere.pt: expected a weights file"),
@@ -226,10 +226,10 @@ def test_a_store_that_dies_inside_an_epoch_ends_the_run_which_then_resumes(
         def die(_: object) -> None:
             raise UserError("redis: expected an answer, found none; start the server again")
 
-        break_fetch(15, die)  # 9 batches, all regions, then inside the second epoch
+        break_fetch(17, die)  # 10 batches, all regions twice, then inside the second epoch
         assert start(cohort, tmp_path / "run", "save_minutes=0") == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
-    assert 9 < read(tmp_path / "run" / "checkpoint_last.pt")["step"] < 18
+    assert 10 < read(tmp_path / "run" / "checkpoint_last.pt")["step"] < 20
     assert start(cohort, tmp_path / "run", "save_minutes=0") == 0
     whole, resumed = (read(tmp_path / name / "backbone.pt") for name in ("whole", "run"))
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())

@@ -15,18 +15,21 @@ import torch
 from common.checkpoint import save_tensors
 from common.cli import run
 from common.config import load_config
+from mil import benchmark
 from mil.models import MODELS, build
-from patch_encoder import extract_regions
+from patch_encoder import extract_regions, pretrain_slpd
 from patch_encoder.bags.bag import open_bag, slide_grid
 from patch_encoder.bags.paths import list_bags
-from patch_encoder.extract_regions import open_extraction, open_region_encoder
+from patch_encoder.extract_regions import open_extraction
 from patch_encoder.prototypes.region_encoder import (
     RegionEncoderDescription,
+    open_region_encoder,
     write_region_encoder,
 )
 from patch_encoder.prototypes.region_packing import pack_regions
 from patch_encoder.prototypes.region_vit import RegionViT
 from tests.mil.models.small_options import SMALL
+from tests.patch_encoder.prototypes.region_cohort import TINY, write_region_cohort
 from tests.patch_encoder.regions.cohort import STEP, write_cohort
 from tests.patch_encoder.regions.cohort import build as build_regions
 
@@ -202,3 +205,29 @@ def test_hipts_file_is_read_by_its_shapes(root: Path, capsys: pytest.CaptureFixt
     save_tensors(file, {"weight": torch.zeros(3)})
     assert extract(root, f"weights={file}") == 2
     assert "or HIPT's vit4k_xs (with keys" in capsys.readouterr().err
+
+
+def test_from_the_pretraining_to_the_benchmark(tmp_path: Path):
+    """The teacher of the last epoch encodes the regions, and slide classifiers train on them."""
+    regions, labels = write_region_cohort(tmp_path)
+    trained = [regions, labels, *TINY, "epochs=2", f"output={tmp_path}/slpd"]
+    assert run(pretrain_slpd.main, pretrain_slpd.Config, trained) == 0
+    given = [regions, f"weights={tmp_path}/slpd", f"output={tmp_path}/out"]
+    given += ["device=cpu", "precision=fp32"]
+    assert run(extract_regions.main, extract_regions.Config, given) == 0
+    job = open_extraction(load_config(extract_regions.Config, given))
+    last = torch.load(tmp_path / "slpd" / "checkpoint_last.pt", weights_only=True)["teacher"]
+    for name, weight in job.network.state_dict().items():
+        assert torch.equal(weight, last[f"backbone.{name}"])
+    folder = tmp_path / "out" / "slpd"
+    for slide, name in enumerate(job.store.slides):
+        with torch.no_grad():
+            features, valid = job.store.fetch(job.store.regions.region_numbers(slide))
+            expected = job.network(pack_regions(features, valid))
+        torch.testing.assert_close(open_bag(list_bags(folder)[name]).read(), expected)
+    bench = [labels, f"features=[{folder}]", f"output={tmp_path}/bench", "models=[mean,hipt]"]
+    bench += ["seeds=[1]", "folds=2", "training.epochs=1", "training.min_epochs=1", "device=cpu"]
+    bench += ["isolated=false", "resamples=20", "headline=mean"]
+    assert run(benchmark.main, benchmark.Config, bench) == 0
+    with (tmp_path / "bench" / "results.csv").open() as stream:
+        assert {row["model"] for row in csv.DictReader(stream)} == {"mean", "hipt"}
