@@ -12,7 +12,8 @@
 - `views`: two crops of 14 x 14 and eight of 6 x 6 tiles out of 16 x 16 tiles of 384 features, each
   mirrored with probability 1/2: torchvision's transforms on one region after the other, as the
   workers of HIPT and SLPD run them, from float32 regions in memory; against `make_region_views`
-  from a batch in half precision, as a store gives it.
+  from a batch in half precision, as a store gives it, into fresh memory and into that of the step
+  before.
 
 In a round all take turns. Figures are medians over rounds, ratios those of the medians.
 """
@@ -147,11 +148,12 @@ def measure_views(batch: int, rounds: int) -> Figures:
     regions = [region.permute(2, 0, 1).float().contiguous() for region in features]
     recipe, indices = RegionViewRecipe(), torch.arange(batch)
 
-    def ours() -> RegionViews:
-        return make_region_views(pack_regions(features, valid), indices, 0, recipe, 0)
+    def ours(reuse: RegionViews | None = None) -> RegionViews:
+        return make_region_views(pack_regions(features, valid), indices, 0, recipe, 0, reuse)
 
-    loop = "torchvision, region by region"
-    return rate({loop: lambda: crop_one_by_one(regions, recipe), OURS: ours}, rounds, loop)
+    before, loop = ours(), "torchvision, region by region"
+    calls = {loop: lambda: crop_one_by_one(regions, recipe), "ours, fresh memory": ours}
+    return rate({**calls, OURS: lambda: ours(before)}, rounds, loop)
 
 
 def rate(calls: dict[str, Call], rounds: int, baseline: str) -> Figures:

@@ -4,7 +4,6 @@ region that is encoded for clustering.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
@@ -26,7 +25,7 @@ def pack_regions(
         features: (B, G, G, D), of any floating type.
         valid: (B, G, G), whether there is a tile.
     """
-    packed = _empty((*valid.shape, features.shape[-1] + 1), features.device)
+    packed = features.new_empty((*valid.shape, features.shape[-1] + 1), dtype=torch.float32)
     packed[..., :-1] = features
     packed[..., -1] = 1
     packed[~valid] = 0
@@ -39,26 +38,23 @@ def count_valid(packed: Float[Tensor, "b c g g"], side: int) -> Float[Tensor, "b
 
 
 def cut_windows(
-    packed: Float[Tensor, "b c g g"], rows: Int64[Tensor, "*n b t"]
+    packed: Float[Tensor, "b c g g"], rows: Int64[Tensor, "*n b t"], memory: Tensor | None = None
 ) -> Float[Tensor, "*n b t c"]:
     """Tiles of regions by their number in the region (row by row): t of them for each of B regions,
     any number of times.
+
+    Args:
+        packed: regions of `pack_regions`.
+        rows: numbers of tiles.
+        memory: where the result is written, if it has the result's shape.
     """
     count, channels, side, _ = packed.shape
     tiles = packed.permute(0, 2, 3, 1).reshape(-1, channels)
     first = torch.arange(count, device=packed.device)[:, None] * side**2
-    cut = _empty((rows.numel(), channels), packed.device)
-    torch.index_select(tiles, 0, (first + rows).flatten(), out=cut)
-    return cut.view(*rows.shape, channels)
-
-
-def _empty(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Memory for float32 numbers. On a CPU it is numpy's, which asks the kernel for huge pages: a
-    batch of views is so large that its first touch of small ones would take most of the time.
-    """
-    if device.type != "cpu":
-        return torch.empty(shape, device=device)
-    return torch.from_numpy(np.empty(shape, np.float32))
+    if memory is None or memory.shape != (*rows.shape, channels):
+        memory = tiles.new_empty(*rows.shape, channels)
+    torch.index_select(tiles, 0, (first + rows).flatten(), out=memory.view(-1, channels))
+    return memory
 
 
 @torch.no_grad()

@@ -35,10 +35,12 @@ class RegionViews:
     Attributes:
         global_views: two of (B, D + 1, g, g), which the teacher sees, too.
         local_views: of (B, D + 1, l, l) each.
+        memory: what these are parts of: all global views, all local ones.
     """
 
     global_views: list[Float[Tensor, "b c g g"]]
     local_views: list[Float[Tensor, "b c l l"]]
+    memory: list[Tensor | None]
 
 
 @torch.no_grad()
@@ -48,6 +50,7 @@ def make_region_views(
     step: int,
     recipe: RegionViewRecipe,
     seed: int,
+    reuse: RegionViews | None = None,
 ) -> RegionViews:
     """Make all views of a batch on the device of its regions.
 
@@ -57,15 +60,19 @@ def make_region_views(
         step: of the run; a region's views differ from step to step.
         recipe: what is drawn.
         seed: of the run.
+        reuse: views of an earlier step that are needed no more; they are overwritten. On a CPU the
+            first use of fresh memory takes longer than all the rest.
     """
-
-    def make(side: int, first: int, number: int) -> list[Tensor]:
-        address = (seed, REGION_VIEWS, step, np.asarray(indices), first + np.arange(number))
-        return list(_cut_views(packed, side, recipe, address)) if number else []
-
-    return RegionViews(
-        make(recipe.global_side, 0, 2), make(recipe.local_side, 2, recipe.local_number)
-    )
+    views = RegionViews([], [], [*reuse.memory] if reuse else [None, None])
+    kinds = ((recipe.global_side, 0, 2), (recipe.local_side, 2, recipe.local_number))
+    for place, (side, first, number) in enumerate(kinds):
+        if number:
+            address = (seed, REGION_VIEWS, step, np.asarray(indices), first + np.arange(number))
+            tiles = _cut_views(packed, side, recipe, address, views.memory[place])
+            views.memory[place] = tiles
+            made = (views.global_views, views.local_views)[place]
+            made += tiles.unflatten(2, (side, side)).permute(0, 1, 4, 2, 3)
+    return views
 
 
 Address = tuple[int, int, int, np.ndarray, np.ndarray]
@@ -79,15 +86,19 @@ def _draw(address: Address, columns: np.ndarray, device: torch.device) -> Tensor
 
 
 def _cut_views(
-    packed: Float[Tensor, "b c g g"], side: int, recipe: RegionViewRecipe, address: Address
-) -> Float[Tensor, "v b c s s"]:
-    """All views of one size."""
+    packed: Float[Tensor, "b c g g"],
+    side: int,
+    recipe: RegionViewRecipe,
+    address: Address,
+    memory: Tensor | None,
+) -> Float[Tensor, "v b t c"]:
+    """The tiles of all views of one size, row by row."""
     grid, device = packed.shape[-1], packed.device
     u = _draw(address, np.array([PLACE, SYMMETRY]), device)
     corner = draw_corners(packed, side, u[..., 0])
     maps = torch.from_numpy(symmetry_maps(side, grid)).to(device)
     number = (u[..., 1] * SYMMETRIES[recipe.symmetries]).long()
-    tiles = cut_windows(packed, corner[..., None] + maps[number])
+    tiles = cut_windows(packed, corner[..., None] + maps[number], memory)
     if recipe.tile_dropout:
         u = _draw(address, TILES + np.arange(side**2), device)
         tiles *= _keep_tiles(u, tiles[..., -1] > 0.5, recipe.tile_dropout)[..., None]
@@ -95,7 +106,7 @@ def _cut_views(
         u = _draw(address, CHANNELS + np.arange(packed.shape[1] - 1), device)
         factor = (u >= recipe.channel_dropout).float() / (1 - recipe.channel_dropout)
         tiles[..., :-1] *= factor[:, :, None]
-    return tiles.unflatten(2, (side, side)).permute(0, 1, 4, 2, 3)
+    return tiles
 
 
 def draw_corners(

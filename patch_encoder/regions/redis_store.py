@@ -29,7 +29,7 @@ from patch_encoder.regions.redis_server import (
 from patch_encoder.regions.region_set import RegionSet
 from patch_encoder.regions.store import FileStore, RegionStore
 from patch_encoder.regions.value_stream import ValueStream
-from patch_encoder.regions.values import HEADER_BYTES, find_damage, mask_bytes
+from patch_encoder.regions.values import HEADER_BYTES, find_damage, mask_bytes, value_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -106,49 +106,45 @@ class RedisStore(RegionStore):
         return features
 
     def _read_values(self, ids: np.ndarray, features: Tensor) -> dict[int, str]:
-        """Fill `features`; place -> what is wrong with the value there."""
-        numbers = self.regions.numbers[ids]
-        keys = [region_key(self.regions.namespace, int(number)) for number in numbers]
-        headers = np.empty((len(ids), HEADER_BYTES), np.uint8)
-        masks = np.empty((len(ids), mask_bytes(self.region_tiles)), np.uint8)
-        bodies = features.flatten(1).numpy().view(np.uint8)
-        lengths = self._receive(keys, [headers, bodies, masks], int(ids[0]) if len(ids) else 0)
-        problems = {
-            place: f"has a value of {length} bytes, expected {self._value_bytes(masks, bodies)}"
-            if length >= 0
-            else "is not on the server (evicted, restarted empty, or another namespace)"
-            for place, length in lengths.items()
-        }
-        for place in range(len(ids)):
-            if place not in problems:
-                problem = find_damage(
-                    int(numbers[place]),
-                    *(headers[place], bodies[place], masks[place]),
-                    self.regions.rows[ids[place]] >= 0,
-                )
-                if problem:
-                    problems[place] = problem
-        return problems
+        """Fill `features`, over a new connection where the old one broke: three more times.
 
-    @staticmethod
-    def _value_bytes(*parts: np.ndarray) -> int:
-        return HEADER_BYTES + sum(part.shape[1] for part in parts)
-
-    def _receive(self, keys: list[str], parts: list[np.ndarray], region: int) -> Mapping[int, int]:
-        """Read values, over a new connection where the old one broke: three more times."""
+        Returns:
+            place -> what is wrong with the value there.
+        """
         for attempt in range(RETRIES + 1):
             try:
                 if "stream" not in self._opened:
                     self._opened["stream"] = ValueStream(RegionServer(self.url).address)
-                return self._opened["stream"].read(keys, parts)
-            except (OSError, ValueError) as error:  # ValueError: no number where one belongs
+                return self._receive(self._opened["stream"], ids, features)
+            except OSError as error:
                 self.close()
                 reason = error
             if attempt < RETRIES:
                 time.sleep(FIRST_WAIT * 2**attempt)
-        return self._lose_server(reason, region)
+        return self._lose_server(reason, int(ids[0]))
 
-    def _lose_server(self, error: Exception, region: int) -> dict[int, int]:
+    def _receive(self, stream: ValueStream, ids: np.ndarray, features: Tensor) -> dict[int, str]:
+        numbers = self.regions.numbers[ids].tolist()
+        headers = np.empty((len(ids), HEADER_BYTES), np.uint8)
+        masks = np.empty((len(ids), mask_bytes(self.region_tiles)), np.uint8)
+        bodies = features.flatten(1).numpy().view(np.uint8)
+        keys = [region_key(self.regions.namespace, number) for number in numbers]
+        expected = value_bytes(self.region_tiles, self.width)
+        problems = {}
+        for place, length in stream.read(keys, [headers, bodies, masks]):
+            if length < 0:
+                problem = "is not on the server (evicted, restarted empty, or another namespace)"
+            elif length != expected:
+                problem = f"has a value of {length} bytes, expected {expected}"
+            else:
+                value = (headers[place], bodies[place], masks[place])
+                valid = self.regions.rows[ids[place]] >= 0
+                problem = find_damage(numbers[place], *value, valid)
+            if problem:
+                problems[place] = problem
+        return problems
+
+    def _lose_server(self, error: Exception, region: int) -> dict[int, str]:
         name = self.regions.describe(region)
         problem = RegionServer(self.url).failure(error, f"{name} from a Redis server")
         if self._files is None:

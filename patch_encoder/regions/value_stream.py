@@ -9,7 +9,7 @@ goes from the socket to its place in the arrays.
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ class ValueStream:
     def __init__(self, address: Mapping[str, Any]) -> None:
         self._socket = _connect(address)
         self._replies = self._socket.makefile("rb", buffering=BUFFER)
+        self._line_break = bytearray(2)  # ends every value
         try:
             self._greet(address)
         except BaseException:
@@ -54,15 +55,17 @@ class ValueStream:
             self._send([b"SELECT", str(address["db"]).encode()])
             self._line(b"+")
 
-    def read(self, keys: Sequence[str], parts: Sequence[np.ndarray]) -> dict[int, int]:
-        """Read the values of `keys`.
+    def read(self, keys: Sequence[str], parts: Sequence[np.ndarray]) -> Iterator[tuple[int, int]]:
+        """Read the values of `keys`, which come one by one: what is done with a value passes while
+        the server prepares the next ones.
 
         Args:
             keys: of B values.
             parts: arrays (B, bytes) uint8, contiguous; a value fills its row of each in turn.
 
-        Returns:
-            place -> length of the values that do not fill their rows, -1 where there is none.
+        Yields:
+            The place of a value and its length, -1 where there is none; a value of another length
+            than its rows have is dropped.
 
         Raises:
             OSError: the connection broke or timed out, or the server refused; close it.
@@ -71,7 +74,8 @@ class ValueStream:
             [key.encode() for key in keys[start : start + KEYS_PER_REQUEST]]
             for start in range(0, len(keys), KEYS_PER_REQUEST)
         ]
-        others: dict[int, int] = {}
+        # slices of these take a tenth of the time that NumPy's take
+        views = [(memoryview(part).cast("B"), part.shape[1]) for part in parts if len(keys)]
         place = 0
         for chunk in chunks[:AHEAD]:
             self._send([b"MGET", *chunk])
@@ -79,24 +83,21 @@ class ValueStream:
             if self._line(b"*") != len(chunk):
                 raise RefusedRequest("expected as many values as keys, found others")
             for _ in chunk:
-                rows = [part[place] for part in parts]
-                length = self._value(rows)
-                if length != sum(map(len, rows)):
-                    others[place] = length
+                rows = [view[place * size : (place + 1) * size] for view, size in views]
+                yield place, self._value(rows)
                 place += 1
             if number + AHEAD < len(chunks):
                 self._send([b"MGET", *chunks[number + AHEAD]])
-        return others
 
-    def _value(self, rows: Sequence[np.ndarray]) -> int:
+    def _value(self, rows: Sequence[memoryview]) -> int:
         """Read one value into its rows, or past it where it does not fit; its length."""
         length = self._line(b"$")
         if length < 0:
             return length
         fits = length == sum(map(len, rows))
-        for row in rows if fits else [np.empty(length, np.uint8)]:
+        for row in rows if fits else [memoryview(bytearray(length))]:
             self._fill(row)
-        self._fill(np.empty(2, np.uint8))  # a value ends with a line break
+        self._fill(memoryview(self._line_break))
         return length
 
     def _send(self, words: Sequence[bytes]) -> None:
@@ -111,10 +112,12 @@ class ValueStream:
             raise ConnectionError("the server closed the connection")
         if line[:1] != kind:
             raise RefusedRequest(line[1:].decode("utf-8", "replace").strip())
-        return 0 if kind == b"+" else int(line[1:])
+        try:
+            return 0 if kind == b"+" else int(line[1:])
+        except ValueError:
+            raise RefusedRequest(f"expected a number, found {line[1:20]!r}") from None
 
-    def _fill(self, row: np.ndarray) -> None:
-        view = memoryview(row)
+    def _fill(self, view: memoryview) -> None:
         while view:
             count = self._replies.readinto(view)
             if not count:

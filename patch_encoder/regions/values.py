@@ -64,7 +64,7 @@ def find_damage(
         return f"holds the region {found} of a set"
     if _checksum(fields, features, mask) != CHECKSUM.unpack(header[FIELDS.size :].tobytes())[0]:
         return "is damaged: its checksum is another"
-    if not np.array_equal(mask, np.packbits(valid)):
+    if mask.tobytes() != np.packbits(valid).tobytes():
         return "has the tiles of another region"
     return ""
 

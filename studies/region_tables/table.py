@@ -144,7 +144,8 @@ def _format_signed(found: Mapping[str, Any] | None) -> str:
 def judge(tables: Sequence[ConditionTable]) -> list[str]:
     """What was promised of the table, each with whether it holds, and which gains may be claimed.
 
-    A difference is called so only where its interval does not hold zero.
+    A difference is called so only where its interval does not hold zero; `open` is a value on the
+    wrong side of zero whose interval holds it.
     """
     lines = []
     quality = ("zone_knn", "auc_mean", "auc_abmil")
@@ -157,7 +158,8 @@ def judge(tables: Sequence[ConditionTable]) -> list[str]:
                 if found is None or found["low"] is None:
                     continue
                 if standardised:
-                    verdict = "holds" if found["value"] >= 0 else "FAILS"
+                    verdict = "FAILS" if found["high"] < 0 else "open"
+                    verdict = "holds" if found["value"] >= 0 else verdict
                     lines.append(
                         f"{verdict}: {name}, {row} at least the tile mean in {_name(measure)}: "
                         f"{_format_signed(found)}"
@@ -168,6 +170,24 @@ def judge(tables: Sequence[ConditionTable]) -> list[str]:
                         f"{_format_signed(found)}"
                     )
             lines += _judge_both(table, measure)
+    return lines + _judge_remedy(tables)
+
+
+def _judge_remedy(tables: Sequence[ConditionTable]) -> list[str]:
+    """What standardising changes for the trained rows of a cohort, on the same slides."""
+    by_scale = {(t.condition.cohort, t.condition.standardise): t for t in tables}
+    lines = []
+    for (cohort, scale), table in by_scale.items():
+        raw = by_scale.get((cohort, "none"))
+        if scale == "none" or raw is None:
+            continue
+        for row in (row for row in table.learned if row in raw.rows):
+            found = table.rows[row]["zone_knn"].subtract(raw.rows[row]["zone_knn"])
+            verdict = "remedy" if (found["low"] or 0.0) > 0 else "no remedy"
+            lines.append(
+                f"{verdict}: {cohort}, {row} on standardised minus raw features in "
+                f"{_name('zone_knn')}: {_format_signed(found)}"
+            )
     return lines
 
 

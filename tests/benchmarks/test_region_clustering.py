@@ -35,7 +35,7 @@ def test_contestants_have_figures(
     region_clustering.main()
     figures = json.loads(capsys.readouterr().out)["figures"]
     assert {title: len(rows) for title, rows in figures.items()} == {
-        "views": 2,
+        "views": 3,
         "clustering": 2,
         "neighbours": 3,
     }

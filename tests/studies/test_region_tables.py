@@ -129,6 +129,10 @@ def test_claims_follow_the_intervals() -> None:
     assert any(line.startswith("gain:") for line in good)
     bad = judge([table("slide", tile_mean=0.0, dino=0.05, both=-0.1)])
     assert sum(line.startswith("FAILS") for line in bad) == 2
+    raw = table("none", tile_mean=0.1, dino=0.0)
+    for shift, verdict in ((0.2, "remedy: nu1, dino"), (0.0, "no remedy: nu1, dino")):
+        lines = judge([raw, table("slide", tile_mean=0.1, random=0.0, dino=shift)])
+        assert sum(line.startswith(verdict) for line in lines) == 1
 
 
 def test_a_row_without_training_is_compared_with_every_seed() -> None:

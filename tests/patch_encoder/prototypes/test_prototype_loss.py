@@ -142,26 +142,29 @@ def test_the_centre_follows_the_kept_prototypes() -> None:
 
 
 def test_regions_find_their_prototypes() -> None:
-    """Slide 0 has the neighbours 1 and none, slide 1 the neighbours 0 and 3, slide 2 is ignored."""
+    """Slide 0 has the neighbours 1 and none, slide 1 the neighbours 0 and 3, slide 2 is ignored;
+    the last region of slide 1 is in no cluster.
+    """
     prototypes = random_units(4, 2, 3).float()
     prototypes[2] = 0
     clusters = Clusters(
-        torch.tensor([0, 0, 1, 2, 3]), torch.tensor([1, 0, 1, -1, 0]), prototypes,
+        torch.tensor([0, 0, 1, 2, 3, 1]), torch.tensor([1, 0, 1, -1, 0, -1]), prototypes,
         torch.ones(4, 2, dtype=torch.int64), torch.tensor([False, False, True, False]),
     )  # fmt: skip
     slides = torch.tensor([[1, -1], [0, 3], [-1, -1], [-1, -1]])
     partner = torch.tensor([[[1, 0], [-1, -1]], [[0, 1], [1, 0]], [[-1, -1]] * 2, [[-1, -1]] * 2])
-    found = look_up_prototypes(clusters, Neighbours(slides, partner), torch.tensor([2, 3, 0, 4]))
-    assert found.keep_own.tolist() == [True, False, True, True]
+    regions = torch.tensor([2, 3, 0, 4, 5])
+    found = look_up_prototypes(clusters, Neighbours(slides, partner), regions)
+    assert found.keep_own.tolist() == [True, False, True, True, False]
     zero = torch.zeros(3)
-    expected = torch.stack([prototypes[1, 1], zero, prototypes[0, 1], prototypes[3, 0]])
+    expected = torch.stack([prototypes[1, 1], zero, prototypes[0, 1], prototypes[3, 0], zero])
     assert torch.equal(found.own, expected)
     assert found.keep_neighbours.tolist() == [
-        [True, False, True, False],
-        [True, False, False, False],
+        [True, False, True, False, False],
+        [True, False, False, False, False],
     ]
-    first = torch.stack([prototypes[0, 1], zero, prototypes[1, 0], zero])
-    second = torch.stack([prototypes[3, 0], zero, zero, zero])
+    first = torch.stack([prototypes[0, 1], zero, prototypes[1, 0], zero, zero])
+    second = torch.stack([prototypes[3, 0], zero, zero, zero, zero])
     assert torch.equal(found.neighbours, torch.stack([first, second]))
 
 

@@ -131,6 +131,20 @@ def test_fewer_local_views_are_the_first_ones() -> None:
     assert all(torch.equal(a, b) for a, b in zip(fewer, whole.local_views))
 
 
+def test_memory_of_earlier_views_may_be_used_again() -> None:
+    """The views are the same; a last batch that is smaller gets memory of its own."""
+    recipe = replace(RECIPE, symmetries="eight", tile_dropout=0.3, channel_dropout=0.3)
+    packed, indices = numbered(5, share=0.8), torch.arange(5)
+    old, fresh = make(packed, recipe, step=3), make(packed, recipe, step=4)
+    places = [view.data_ptr() for view in all_views(old)]
+    again = make_region_views(packed, indices, 4, recipe, 0, reuse=old)
+    assert [view.data_ptr() for view in all_views(again)] == places
+    smaller = make_region_views(packed[:2], indices[:2], 4, recipe, 0, reuse=again)
+    for whole, view, part in zip(*map(all_views, (fresh, again, smaller)), strict=True):
+        assert torch.equal(view, whole)
+        assert torch.equal(part, whole[:2])
+
+
 def test_tile_dropout_masks_whole_tiles() -> None:
     packed = numbered(400)
     plain = make(packed).global_views[0]
