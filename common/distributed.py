@@ -79,9 +79,16 @@ def all_reduce_mean(value: torch.Tensor) -> torch.Tensor:
     """Mean over processes, same shape; the tensor itself with one process."""
     if not dist.is_initialized():
         return value
+    return all_reduce_sum(value) / dist.get_world_size()
+
+
+def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
+    """Sum over processes, same shape; the tensor itself with one process."""
+    if not dist.is_initialized():
+        return value
     value = value.clone()
     dist.all_reduce(value)
-    return value / dist.get_world_size()
+    return value
 
 
 def all_reduce_max(value: torch.Tensor) -> torch.Tensor:

@@ -36,13 +36,13 @@ from mil.datasets.labels import LabelledSlides, read_labelled_slides
 from mil.datasets.splits import (
     SETS,
     Split,
-    check_splits,
     list_split_values,
     make_splits,
     read_stored_splits,
     select_known_slides,
     write_splits,
 )
+from mil.datasets.stored_splits import check_splits
 from mil.evaluation.benchmark_folder import belonging, read_task
 from mil.evaluation.runs import (
     COST_KEYS,
@@ -250,7 +250,7 @@ def read_cohort(config: Config, summary: dict[str, Any]) -> tuple[LabelledSlides
                 f"'{other.label}'; give the benchmark's labels"
             )
         slides = LabelledSlides(slides.records, classes)
-    return slides, check_splits(splits, slides, slides.slide_ids)
+    return slides, check_splits(splits, slides, slides.slide_ids, config.shared_patients)
 
 
 def read_benchmark_rows(

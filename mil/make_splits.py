@@ -25,7 +25,6 @@ from mil.datasets.labels import LabelledSlides
 from mil.datasets.splits import (
     SETS,
     Split,
-    check_splits,
     find_numbered,
     list_split_values,
     make_splits,
@@ -33,6 +32,7 @@ from mil.datasets.splits import (
     select_known_slides,
     write_clam_splits,
 )
+from mil.datasets.stored_splits import check_splits
 from mil.tasks.keys import FoldKeys, TaskKeys
 from mil.tasks.table import read_targets
 

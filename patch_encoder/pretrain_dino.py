@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,26 +22,19 @@ import torch
 from torch import Tensor, nn
 
 from common.cli import launch
-from common.config import REQUIRED, group, key, to_dict
-from common.device import PRECISIONS, autocast, pick_precision
-from common.distributed import (
-    World,
-    init_distributed,
-    local_processes,
-    mean_dict,
-    mean_number,
-    share_batch,
-    wrap,
-)
+from common.config import group, key, to_dict
+from common.device import pick_precision
+from common.distributed import World, init_distributed, local_processes, mean_dict, share_batch
 from common.figures import save_figure
-from common.optim import add_terms, exchange_gradients, make_optimizer, require_finite
 from common.processes.pool import pick_workers
 from common.progress import describe_values, progress
-from common.run import Run, Tracker, open_run
+from common.run import Run, open_run
 from common.seed import seed_everything
 from common.step_timer import StepTimes
 from patch_encoder.cohort.failures import Failures
-from patch_encoder.pretraining.keys import LossKeys, OptimiserKeys, TileViewKeys
+from patch_encoder.pretraining.gradients import add_student_gradients, ask_teacher
+from patch_encoder.pretraining.keys import TileViewKeys
+from patch_encoder.pretraining.loop import is_checkpoint_due, seed_step, take_up
 from patch_encoder.pretraining.monitoring import RecentValues, measure_training
 from patch_encoder.pretraining.objective import Objective
 from patch_encoder.pretraining.run_files import (
@@ -52,15 +44,16 @@ from patch_encoder.pretraining.run_files import (
     write_description,
     write_epoch_log,
 )
+from patch_encoder.pretraining.run_keys import RunKeys
 from patch_encoder.pretraining.schedules import DistillationSchedules, StepValues
-from patch_encoder.pretraining.state import DistillationState, drop_predecessor, make_groups
+from patch_encoder.pretraining.state import DistillationState, drop_predecessor, prepare_state
 from patch_encoder.pretraining.training_probe import (
     SCORE,
     TrainingProbe,
     TrainingProbeKeys,
     make_training_probe,
 )
-from patch_encoder.selfdistill.student import SelfDistilled, make_teacher
+from patch_encoder.selfdistill.student import SelfDistilled
 from patch_encoder.selfdistill.view_figure import draw_view_figure
 from patch_encoder.selfdistill.view_recipe import ViewRecipe
 from patch_encoder.selfdistill.views import Views, make_views
@@ -70,44 +63,16 @@ from patch_encoder.tile_stream.stream import StreamBatch, TileStream
 logger = logging.getLogger(__name__)
 STAGE = "pretrain_dino"
 REPORTED = ("loss", "kl", SCORE, "time/images_per_second", "time/data_share")
-REMEDY = "lower training.lr or objective.temperature_end, or set precision=fp32"
-AGREE_EVERY = 10  # steps between two questions whether a checkpoint is due, of several processes
 
 
 @dataclass
-class Config(TileViewKeys):
+class Config(RunKeys, TileViewKeys):
     """Keys of `pretrain_dino`; the defaults are DINO's, with the views of `pathology`."""
 
-    output: str = key(REQUIRED, "where the results are written; a run directory", runtime=True)
-    objective: LossKeys = group(LossKeys, "targets and losses")
-    training: OptimiserKeys = group(OptimiserKeys, "training recipe; optimiser and teacher")
     probe: TrainingProbeKeys = group(TrainingProbeKeys, "probe of the teacher while it trains")
     epochs: int = key(100, "passes over the training set; here of epoch_tiles tiles each", least=1)
-    accumulate: int = key(
-        1, "parts that a step's images are computed in, one after the other, to save memory"
-    )
-    precision: str = key(
-        "auto",
-        "number format of the computation; auto: bf16 where the device has it in "
-        "hardware, else fp32; losses are always fp32",
-        choices=PRECISIONS,
-    )
-    device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
-    compile: bool = key(
-        False, "compile the network with torch.compile; student and teacher", runtime=True
-    )
-    log_every: int = key(50, "steps between lines in metrics.jsonl", runtime=True, least=1)
-    save_minutes: float = key(
-        10.0, "minutes between checkpoints inside an epoch", runtime=True, least=0
-    )
     dino_checkpoint: bool = key(
         False, "write full_checkpoint.pth, too, in the layout of DINO's own script", runtime=True
-    )
-    keep_start: bool = key(
-        False,
-        "write the backbone as it was before training, too, as backbone_start.pt, a control "
-        "for every figure",
-        runtime=True,
     )
     preview: int = key(
         0,
@@ -115,8 +80,6 @@ class Config(TileViewKeys):
         runtime=True,
         least=0,
     )
-    overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
-    tracker: Tracker = group(Tracker, "experiment tracking")
 
 
 @dataclass
@@ -157,8 +120,7 @@ def train_one_epoch(job: PretrainingRun, state: DistillationState, epoch: int) -
     for batch in progress(batches, f"epoch {epoch + 1}", left, "step", enabled=world.is_main):
         times.mark("data")
         values, step = job.schedules.at(state.step), state.step
-        # the draws of stochastic depth do not depend on earlier steps
-        seed_everything((config.seed * 1_000_003 + step) * 1_009 + world.rank)
+        seed_step(config.seed, step, world.rank)
         views = cut_views(job, batch, step)
         times.mark("views")
         state.set_values(values)
@@ -170,14 +132,10 @@ def train_one_epoch(job: PretrainingRun, state: DistillationState, epoch: int) -
         if step % config.log_every == 0:
             measured = measure_training(targets, features)
             line = mean_dict(terms | {"gradient_norm": norm}) | measured
-            rates = {"lr": values.lr, "weight_decay": values.weight_decay}
-            rates |= {"momentum": values.momentum, "temperature": values.temperature}
-            bad = {"bad_tiles": len(batch.failures)}
-            job.run.log(
-                {"epoch": epoch + 1, "step": step, **line, **rates, **bad, **times.report()}
-            )
+            line |= {**values.rates(), "bad_tiles": len(batch.failures), **times.report()}
+            job.run.log({"epoch": epoch + 1, "step": step, **line})
             job.recent.add(measured, step)
-        if state.step < last and is_checkpoint_due(job, step):
+        if state.step < last and is_checkpoint_due(world, step, job.saved, config.save_minutes):
             save_last(job, state, epoch)
     means = {name: value / job.steps for name, value in mean_dict(state.sums).items()}
     return means | times.whole()
@@ -211,37 +169,28 @@ def add_gradients(
     config, device = job.config, job.world.device
     context = [] if views.context_view is None else [views.context_view]
     seen = [*views.global_views, *(context if config.pyramid.teacher else [])]
-    with torch.no_grad(), autocast(device, job.precision):
-        logits, features = state.teacher(seen)
-    logits = logits.view(len(seen), -1, logits.shape[-1])
+    logits, features = ask_teacher(state, seen, device, job.precision)
     targets = job.objective.make_targets(logits, state.centre, values.temperature)
     times.mark("teacher")
     # the views of the teacher come first, in its order
     shown = [*views.student_global_views, *context, *views.local_views]
-    parts = zip(*(view.chunk(config.accumulate) for view in shown), strict=True)
-    goals = targets.chunk(config.accumulate, dim=1)
-    sums: dict[str, Tensor] = {}
-    for number, (part, goal) in enumerate(zip(parts, goals, strict=True)):
-        with exchange_gradients(state.model, last=number == config.accumulate - 1):
-            with autocast(device, job.precision):
-                outputs = state.model(list(part))
-            terms = job.objective.compute_terms(*outputs, goal, len(shown))
-            where = f"epoch {state.step // job.steps + 1} step {state.step + 1}"
-            require_finite(terms["loss"], where, terms, remedy=REMEDY)
-            times.mark("forward")
-            state.scaler.scale(terms["loss"] / config.accumulate).backward()
-            times.mark("backward")
-        sums = add_terms(sums, {n: value / config.accumulate for n, value in terms.items()})
+
+    def compute_terms(outputs: Tensor, student_features: Tensor, part: slice) -> dict[str, Tensor]:
+        goal = targets[:, part]
+        return job.objective.compute_terms(outputs, student_features, goal, len(shown))
+
+    sums = add_student_gradients(
+        state,
+        shown,
+        compute_terms,
+        accumulate=config.accumulate,
+        device=device,
+        precision=job.precision,
+        where=f"epoch {state.step // job.steps + 1} step {state.step + 1}",
+        times=times,
+    )
     state.centre = job.objective.move_centre(state.centre, logits)
     return sums, targets, features[: len(views.global_views[0])]
-
-
-def is_checkpoint_due(job: PretrainingRun, step: int) -> bool:
-    """Whether so many minutes have gone by; all processes get the answer of the main one."""
-    if job.world.size > 1 and step % AGREE_EVERY:
-        return False
-    due = time.monotonic() - job.saved >= 60 * job.config.save_minutes
-    return mean_number(float(due and job.world.is_main), job.world.device) > 0
 
 
 def save_last(job: PretrainingRun, state: DistillationState, epoch: int) -> None:
@@ -308,16 +257,9 @@ def prepare_networks(config: Config, world: World, precision: str) -> Distillati
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     student = student.to(world.device, memory_format=torch.channels_last)
     assert isinstance(student, SelfDistilled)
-    teacher = make_teacher(student)
-    if config.compile:
-        student.backbone.compile()
-        teacher.backbone.compile()
-    groups = make_groups(student)
-    rates = (config.training.lr, config.training.weight_decay)
-    optimizer = make_optimizer(config.training.optimizer, groups, *rates)
-    centre = torch.zeros(config.network.out_dim, device=world.device)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
-    return DistillationState(student, wrap(student, world), teacher, centre, optimizer, scaler)
+    training, compiled = config.training, config.compile
+    rates = (training.lr, training.weight_decay)
+    return prepare_state(student, training.optimizer, rates, world, precision, compiled=compiled)
 
 
 def open_stream(config: Config, world: World, failures: Failures) -> TileStream:
@@ -428,14 +370,11 @@ def main(config: Config) -> int:
 
 def resume(job: PretrainingRun, state: DistillationState) -> int:
     """Take up the last checkpoint; epochs that are completed."""
-    content: Mapping = state.resume(job.run.last)
-    epoch = content.get("epoch", 0)
-    job.run.forget_after(epoch, state.step)
+    content = take_up(job.run, state, STAGE)
     if content:
         job.stream.load_state_dict(content["stream"])
         job.recent.rows = content["recent"]
-        logger.info("%s: goes on after step %d", STAGE, state.step)
-    return epoch
+    return content.get("epoch", 0)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ from patch_encoder.models.encoders import build_encoder
 from tests.detection_kd import d2vfm_runs, distillation_sets
 from tests.detection_kd.detector_runs import TINY, write_detection_sets
 from tests.mil.conftest import write_cohort
+from tests.patch_encoder.prototypes.region_cohort import region_inputs
 from tests.training_harness import Pair, Row
 
 DETECTOR, D2VFM, MIL = "detection_kd.train_detector", "detection_kd.train_d2vfm", "mil.train"
-PRETRAIN = "patch_encoder.pretrain_dino"
+PRETRAIN, SLPD = "patch_encoder.pretrain_dino", "patch_encoder.pretrain_slpd"
 
 
 # -- detection_kd.train_detector
@@ -271,4 +272,58 @@ PRETRAIN_ROWS = [
     ),
 ]
 
-ROWS = [*DETECTOR_ROWS, *D2VFM_ROWS, *MIL_ROWS, *PRETRAIN_ROWS]
+
+# -- patch_encoder.pretrain_slpd
+
+# steps of four regions, of which a process has two: in some of them it has none of a slide that is
+# clustered
+SLPD_PAIR = Pair(
+    ("epochs=2", "batch_size=4", "prototypes.start_epoch=0", "prototypes.neighbours=2"),
+    alone=("accumulate=2",),
+    close={"loss": 1e-3, "intra*": 1e-3, "inter*": 1e-3},
+    first={"loss": 1e-6, "gradient_norm": 1e-4},
+    weights=(1e-2, 1e-3),
+    torchrun=True,
+)
+
+SLPD_ROWS = [
+    Row(
+        "region encoder by slide prototypes",
+        SLPD,
+        SLPD,
+        region_inputs,
+        settings=("epochs=4",),
+        kill_at=15,
+        learns=("dino", 0.95),
+        pair=SLPD_PAIR,
+        checkpoints=("checkpoint_last.pt",),
+    ),
+    # killed inside an epoch, with a checkpoint after every step
+    Row(
+        "region encoder with every switch",
+        SLPD,
+        SLPD,
+        region_inputs,
+        settings=(
+            "epochs=4",
+            "save_minutes=0",
+            "accumulate=2",
+            "store=ram",
+            "standardise=slide",
+            "network.drop_path=0.2",
+            "views.symmetries=eight",
+            "views.tile_dropout=0.1",
+            "views.channel_dropout=0.1",
+            "prototypes.every=2",
+            "prototypes.target=greedy",
+            "prototypes.cluster_view=center14",
+            "prototypes.centre=slide",
+            "losses.skip_first_view=true",
+            "losses.ramp=1",
+        ),
+        kill_at=25,
+        checkpoints=("checkpoint_last.pt",),
+    ),
+]
+
+ROWS = [*DETECTOR_ROWS, *D2VFM_ROWS, *MIL_ROWS, *PRETRAIN_ROWS, *SLPD_ROWS]

@@ -18,7 +18,7 @@ import csv
 import logging
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, zip_longest
 from pathlib import Path
@@ -253,19 +253,11 @@ def check_split(slides: LabelledSlides, split: Split) -> None:
     Raises:
         UserError: either of the two; an official split can hold both faults.
     """
-    case_of = {record.slide_id: record.case_id for record in slides.records}
-    sets = {name: getattr(split, name) for name in SETS}
-    cases = {name: {case_of[slide] for slide in ids} for name, ids in sets.items()}
-    for first, second in combinations(SETS, 2):
-        shared = sorted(cases[first] & cases[second])
-        if shared:
-            others = f" (and {len(shared) - 1} more: {list_names(shared[1:])})"
-            more = others if len(shared) > 1 else ""
-            raise UserError(
-                f"split {split.fold}: case '{shared[0]}' is in {first} and in {second}{more}; "
-                "give a patient one side"
-            )
-    for name, ids in sets.items():
+    shared = find_shared_patients(slides, split)
+    if shared:
+        raise UserError(f"{describe_shared_patients(split, shared)}; give a patient one side")
+    for name in SETS:
+        ids = getattr(split, name)
         counts = count_patients_per_class(slides.only(ids))
         absent = [label for label, count in counts.items() if count == 0]
         if absent and ids and slides.needed:
@@ -274,6 +266,24 @@ def check_split(slides: LabelledSlides, split: Split) -> None:
                 f"'{absent[0]}' is absent; patients per class: {_describe_counts(slides)}; "
                 "use fewer folds or another split_seed"
             )
+
+
+def find_shared_patients(slides: LabelledSlides, split: Split) -> dict[tuple[str, str], list[str]]:
+    """Pairs of sets -> the patients that both have, sorted; pairs without any are left out."""
+    case_of = {record.slide_id: record.case_id for record in slides.records}
+    cases = {name: {case_of[slide] for slide in getattr(split, name)} for name in SETS}
+    shared = {pair: sorted(cases[pair[0]] & cases[pair[1]]) for pair in combinations(SETS, 2)}
+    return {pair: names for pair, names in shared.items() if names}
+
+
+def describe_shared_patients(split: Split, shared: Mapping[tuple[str, str], list[str]]) -> str:
+    """One line on the patients of a fold that are on two sides."""
+    parts = []
+    for (first, second), names in shared.items():
+        others = f" (and {len(names) - 1} more: {list_names(names[1:])})"
+        more = others if len(names) > 1 else ""
+        parts.append(f"case '{names[0]}' is in {first} and in {second}{more}")
+    return f"split {split.fold}: {', '.join(parts)}"
 
 
 def list_names(ids: Sequence[str], most: int = 5) -> str:
@@ -397,18 +407,3 @@ def select_known_slides(
             f"{list_names(unknown)}; {did_you_mean(unknown[0], labelled)}"
         )
     return slides.only(used)
-
-
-def check_splits(
-    splits: Sequence[Split], slides: LabelledSlides, available: Collection[str]
-) -> list[Split]:
-    """The splits without the slides that are not in `available`, every one checked for leaks and
-    missing classes.
-    """
-    kept = []
-    for split in splits:
-        sets = (getattr(split, name) for name in SETS)
-        sides = (tuple(slide for slide in ids if slide in available) for ids in sets)
-        kept.append(Split(split.fold, *sides))
-        check_split(slides, kept[-1])
-    return kept

@@ -19,6 +19,7 @@ from mil.models.clam import CLAM
 from mil.models.deform_mil import DeformMIL
 from mil.models.dsmil import DSMIL
 from mil.models.dtfd import DTFD
+from mil.models.hipt import HIPT
 from mil.models.ilra import ILRA
 from mil.models.layers import Standardised
 from mil.models.mean_max import MaxMIL, MeanMIL
@@ -48,6 +49,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "ilra": ILRA,
     "rrt": RRT,
     "deform_mil": DeformMIL,
+    "hipt": HIPT,
 }
 
 # what `build` hands over by itself

@@ -31,16 +31,18 @@ from mil.models.output import MILOutput, Target, initialise
 
 class SelfAttention(nn.Module):
     """Multi-head attention within each of W sets of P tokens; `epeg` > 0: kernel of the convolution
-    of the logits.
+    of the logits. `dropout` is of an output unit, `weight_dropout` of an attention weight.
 
     The logits of query i are q_i . k_j, so that their convolution along i is the convolution of q
     times k: no (P, P) matrix is made. The convolution's bias, which shifts all logits of a query
     alike, is what softmax does not see.
     """
 
-    def __init__(self, dim: int, heads: int, dropout: float, epeg: int = 0) -> None:
+    def __init__(
+        self, dim: int, heads: int, dropout: float, epeg: int = 0, weight_dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.weight_dropout = heads, weight_dropout
         self.qkv = nn.Linear(dim, 3 * dim)
         self.pe = (
             nn.Conv2d(heads, heads, (epeg, 1), padding=(epeg // 2, 0), groups=heads)
@@ -58,7 +60,9 @@ class SelfAttention(nn.Module):
         )  # (W, H, P, F/H)
         if self.pe is not None:
             q = q + conv2d(q, self.pe.weight, padding=self.pe.padding, groups=self.heads)
-        return self.proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        dropped = self.weight_dropout if self.training else 0.0
+        seen = scaled_dot_product_attention(q, k, v, dropout_p=dropped)
+        return self.proj(seen.transpose(1, 2).flatten(2))
 
 
 class CrossRegion(nn.Module):

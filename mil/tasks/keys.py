@@ -11,6 +11,7 @@ from pathlib import Path
 
 from common.config import REQUIRED, key
 from mil.datasets.splits import PROTOCOLS
+from mil.datasets.stored_splits import SHARED_PATIENTS
 from mil.tasks.table import TASKS
 from patch_encoder.cohort.labels import read_labels
 from patch_encoder.cohort.slide_files import find_slides
@@ -106,6 +107,12 @@ class SplitKeys(FoldKeys):
 
     splits: str = key(
         "",
-        "folder of splits_<k>.csv (mil.make_splits, CLAM), in place of protocol and folds",
+        "folder of splits_<k>.csv (mil.make_splits, CLAM, HIPT), in place of protocol and folds",
         path=True,
+    )
+    shared_patients: str = key(
+        "refuse",
+        "patients on two sides of a fold of splits=; refuse: an error that names them; leave_out: "
+        "their slides are left out of training and validation, so that test sets stay as published",
+        choices=SHARED_PATIENTS,
     )

@@ -20,12 +20,12 @@ from mil.datasets.bags import find_bags, select_usable_bags
 from mil.datasets.labels import LabelledSlides
 from mil.datasets.splits import (
     Split,
-    check_splits,
     list_split_values,
     make_splits,
     read_stored_splits,
     select_known_slides,
 )
+from mil.datasets.stored_splits import check_splits
 from mil.losses.regression import LOSSES
 from mil.models import check_options
 from mil.tasks.keys import SplitKeys, TaskKeys
@@ -129,7 +129,8 @@ class TrainingKeys(ClassifierKeys, TaskKeys, SplitKeys):
         files = {name: {slide: files[slide] for slide in shared} for name, files in found.items()}
         slides = slides.only(shared)
         if stored:
-            return Cohort(slides, targets, check_splits(stored, slides, shared), files)
+            checked = check_splits(stored, slides, shared, self.shared_patients)
+            return Cohort(slides, targets, checked, files)
         drawn = (self.protocol, self.folds, self.val_fraction, self.split_seed)
         return Cohort(slides, targets, make_splits(slides, *drawn), files)
 

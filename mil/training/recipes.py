@@ -120,6 +120,12 @@ ILRA = Published(
     dropout=0.0,
 )
 
+# the authors' commands: class-weighted sampling and 20 epochs, of which they keep the last; they
+# divide the loss by 32 in every step, which Adam undoes but for the weight decay
+HIPT = Published(
+    {"epochs": 20, "patience": 20, "min_epochs": 20, "schedule": "constant", "balanced": True}
+)
+
 # main.py of both repositories on Camelyon16, whose commands the models' defaults are (on TCGA 20
 # and 70, as TS2G-KD)
 CAMELYON16 = Published({"patience": 30, "min_epochs": 130})
@@ -139,6 +145,7 @@ PUBLISHED: dict[str, Published] = {
     "ilra": ILRA,
     **dict.fromkeys(("rrt", "mhim_abmil", "mhim_dsmil", "mhim_transmil"), CAMELYON16),
     "deform_mil": DEFORM_MIL,
+    "hipt": HIPT,
     **dict.fromkeys((f"minet_{x}" for x in ("instance", "embedding", "deep", "residual")), MINET),
 }
 

@@ -5,8 +5,8 @@ Softmax pooling in one pass as in "Online normalizer calculation for softmax" (M
 2018): sums are kept relative to the highest score so far. Models whose slide statistic is such a
 reduction have an entry in STREAMED; ILRA goes over the bag once a layer. TransMIL (the tiles'
 square is convolved and goes through two layers), RRT-MIL (attention within a region is quadratic in
-its tiles), DeformMIL (tiles look around) and the small MI-Nets have none. Scores stay in
-memory: 4 bytes a tile and map.
+its tiles), HIPT (attention is quadratic in the regions), DeformMIL (tiles look around) and the
+small MI-Nets have none. Scores stay in memory: 4 bytes a tile and map.
 """
 
 from __future__ import annotations

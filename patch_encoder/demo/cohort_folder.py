@@ -14,7 +14,8 @@ from common.provenance import can_reuse, unknown_origin
 
 LABEL_COLUMNS = ("case_id", "slide_id", "label", "split", "mpp")
 STAMP = "cohort.json"
-PARTS = ("labels.csv", "annotations.json", "tiles.csv", "slides", "detection")
+FILES = ("labels.csv", "annotations.json", "tiles.csv", "zones.csv")
+PARTS = (*FILES, "slides", "detection", "zones", "coords", "features")
 Number = float | int
 Box = tuple[Number, Number, Number, Number]
 

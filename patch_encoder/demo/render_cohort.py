@@ -9,8 +9,9 @@ nothing about patients.
 
 Written: labels.csv, slides/*.tiff (pyramids), detection/{train,val}.json with
 detection/images/*.jpg (boxes around whole abnormal cells), annotations.json (the same boxes for the
-slides, level-0 px) and cohort.json (the settings). A killed run goes on where it stopped; slides
-and fields that are there and whole are kept.
+slides, level-0 px), with `tissue_map=true` zones/*.png (which zone lies where; see
+cytology/tissue_map.py), and cohort.json (the settings). A killed run goes on where it stopped;
+slides and fields that are there and whole are kept.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from common.files import sha256_bytes, write_csv, write_json
 from common.progress import progress
 from patch_encoder.demo.cohort_folder import LABEL_COLUMNS, claim_folder, make_coco_document
 from patch_encoder.demo.cytology.smear import Box
+from patch_encoder.demo.cytology.tissue_map import write_tissue_map
 from patch_encoder.demo.sample_plan import (
     PlannedField,
     PlannedSlide,
@@ -67,6 +69,11 @@ class Config:
     )
     cv_slides: int = key(60, "slides of split cv (for cross-validation), half of them positive")
     double_share: float = key(0.25, "share of the patients that have two slides, 0 to 1")
+    tissue_map: bool = key(
+        False,
+        "give each slide 3 to 5 zones; sparse, dense, inflamed, mucus_blood or clusters, recorded "
+        "in zones/<slide_id>.png",
+    )
     field_side: int = key(256, "side of a detection field, px")
     train_fields: int = key(240, "detection fields for training")
     val_fields: int = key(60, "detection fields for validation")
@@ -79,12 +86,15 @@ def main(config: Config) -> int:
     check(config)
     root = Path(config.output)
     settings = {**identity(config), "drawing": DRAWING}
+    if not config.tissue_map:
+        del settings["tissue_map"]  # a cohort without zones is the one it was before there were any
     claim_folder(root, "sample_cohort", settings, config.overwrite)
     slides = plan_slides(
         config.seed,
         config.side,
         {"pretrain": config.pretrain_slides, "cv": config.cv_slides},
         config.double_share,
+        config.tissue_map,
     )
     fields = plan_fields(
         config.seed, config.field_side, {"train": config.train_fields, "val": config.val_fields}
@@ -95,6 +105,9 @@ def main(config: Config) -> int:
     with run_parallel(config.workers) as run:
         slide_boxes = list(progress(run(draw_slide, slides), "slides", len(slides), "slide"))
         field_boxes = list(progress(run(draw_field, fields), "fields", len(fields), "field"))
+    for slide in slides:
+        if tissue := slide.tissue():
+            write_tissue_map(root / "zones" / f"{slide.slide_id}.png", tissue)
     write_slide_tables(root, slides, slide_boxes, config.side)
     write_field_tables(root, fields, field_boxes)
     logger.info("%s: %d slides, %d fields", root, len(slides), len(fields))

@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from common.files import atomic_path
 from patch_encoder.demo.cytology.smear import Box, Smear, draw_smear, lesion_boxes, plan_smear
+from patch_encoder.demo.cytology.tissue_map import TissueMap, draw_tissue_map
 from patch_encoder.demo.pyramid import holds_pyramid, write_pyramid
 
 NEGATIVE, POSITIVE = "negative", "positive"
@@ -39,6 +40,11 @@ class PlannedSlide:
     split: str
     side: int
     seed: tuple[int, ...]
+    zoned: bool = False
+
+    def tissue(self) -> TissueMap | None:
+        """Its zones; None where cells lie uniformly."""
+        return draw_tissue_map(_make_generator((*self.seed, 4)), self.side) if self.zoned else None
 
     def smear(self) -> Smear:
         """What lies on it."""
@@ -46,7 +52,12 @@ class PlannedSlide:
         share = ABNORMAL[0] + (ABNORMAL[1] - ABNORMAL[0]) * float(rng.random())
         marked = rng.random() < MARKED_SHARE
         return plan_smear(
-            self.seed, self.side, CELLS, share if self.label == POSITIVE else 0.0, bool(marked)
+            self.seed,
+            self.side,
+            CELLS,
+            share if self.label == POSITIVE else 0.0,
+            bool(marked),
+            self.tissue(),
         )
 
 
@@ -71,7 +82,7 @@ def _make_generator(seed: tuple[int, ...]) -> np.random.Generator:
 
 
 def plan_slides(
-    seed: int, side: int, counts: dict[str, int], double_share: float
+    seed: int, side: int, counts: dict[str, int], double_share: float, zoned: bool = False
 ) -> list[PlannedSlide]:
     """Slides of all splits, balanced, ids S0001, S0002, ... in an order that says nothing about the
     class.
@@ -81,6 +92,7 @@ def plan_slides(
         side: px of level 0.
         counts: slides by split name; half of each (rounded down) is positive.
         double_share: share of the patients that have two slides.
+        zoned: whether each slide has a tissue map.
     """
     rng = _make_generator((seed, _COHORT))
     cases: list[tuple[str, str, int]] = []
@@ -96,7 +108,13 @@ def plan_slides(
             index = len(slides) + 1
             slides.append(
                 PlannedSlide(
-                    f"C{number:04d}", f"S{index:04d}", label, split, side, (seed, _SLIDES, index)
+                    f"C{number:04d}",
+                    f"S{index:04d}",
+                    label,
+                    split,
+                    side,
+                    (seed, _SLIDES, index),
+                    zoned,
                 )
             )
     return slides

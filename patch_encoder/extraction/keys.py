@@ -40,7 +40,7 @@ class EncoderKeys:
     )
     pool: str = key(
         "published",
-        "features of a transformer: class token, mean of the patch tokens, or both",
+        "what is pooled; tokens of a transformer: class token, mean of the patch tokens, or both",
         choices=POOLS,
     )
     layer: int = key(0, "stage of a ResNet that is pooled, 1 to 4; 0: as the encoder table says")

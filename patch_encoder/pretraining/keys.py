@@ -101,7 +101,7 @@ class TileViewKeys(StreamKeys):
     """Keys that decide which tiles and views a network is trained on, and what the network is."""
 
     network: NetworkKeys = group(NetworkKeys, "student and teacher")
-    views: ViewKeys = group(ViewKeys, "the views of a tile")
+    views: ViewKeys = group(ViewKeys, "the views that networks see; of a tile")
     shuffle: ShuffleKeys = group(ShuffleKeys, "patch shuffle")
     pyramid: PyramidKeys = group(PyramidKeys, "the view from the slide's pyramid")
     epoch_tiles: int = key(0, "tiles of an epoch; 0: as many as the coordinates have", least=0)

@@ -39,10 +39,11 @@ class RecentValues:
     Args:
         prototypes: K.
         after: steps of the warm-up, in which an untrained network is no collapsed one.
+        item: what the network encodes, for messages.
     """
 
-    def __init__(self, prototypes: int, after: int) -> None:
-        self.prototypes, self.after = prototypes, after
+    def __init__(self, prototypes: int, after: int, item: str = "tile") -> None:
+        self.prototypes, self.after, self.item = prototypes, after, item
         self.rows: list[dict[str, float]] = []
 
     def add(self, values: dict[str, float], step: int) -> None:
@@ -58,7 +59,7 @@ class RecentValues:
         found = describe_collapse(means, self.prototypes) if len(self.rows) == WINDOW else None
         if found:
             raise UserError(
-                f"step {step + 1}: expected features that differ from tile to tile, found a "
-                f"collapse: {found}; lower training.lr, objective.temperature_end or raise "
+                f"step {step + 1}: expected features that differ from {self.item} to {self.item}, "
+                f"found a collapse: {found}; lower training.lr, objective.temperature_end or raise "
                 "training.teacher_momentum, and start again with overwrite=true"
             )

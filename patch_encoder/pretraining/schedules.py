@@ -32,6 +32,11 @@ class StepValues:
     temperature: float
     frozen: bool
 
+    def rates(self) -> dict[str, float]:
+        """The values that are logged."""
+        rates = {"lr": self.lr, "weight_decay": self.weight_decay}
+        return rates | {"momentum": self.momentum, "temperature": self.temperature}
+
 
 @dataclass(frozen=True)
 class DistillationSchedules:

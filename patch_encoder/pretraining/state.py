@@ -20,10 +20,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from common.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from common.distributed import World, wrap
 from common.ema import update_teacher
 from common.errors import DamagedFile
-from common.optim import add_terms, clip_each_gradient, clip_gradients, group_by_decay
+from common.optim import (
+    add_terms,
+    clip_each_gradient,
+    clip_gradients,
+    group_by_decay,
+    make_optimizer,
+)
 from patch_encoder.pretraining.schedules import StepValues
+from patch_encoder.selfdistill.student import SelfDistilled, make_teacher
 
 logger = logging.getLogger(__name__)
 Parts = dict[str, Any]
@@ -126,6 +134,35 @@ class DistillationState:
 
     def _parts(self) -> dict[str, Any]:
         return {"teacher": self.teacher, "optimizer": self.optimizer, "scaler": self.scaler}
+
+
+def prepare_state(
+    student: SelfDistilled,
+    optimizer: str,
+    rates: tuple[float, float],
+    world: World,
+    precision: str,
+    *,
+    compiled: bool = False,
+) -> DistillationState:
+    """The state of a run that begins.
+
+    Args:
+        student: on its device.
+        optimizer: its name, for `make_optimizer`.
+        rates: learning rate and weight decay that the optimiser is made with.
+        world: this process.
+        precision: of the computation, resolved.
+        compiled: compile both backbones with torch.compile.
+    """
+    teacher = make_teacher(student)
+    if compiled:
+        student.backbone.compile()
+        teacher.backbone.compile()
+    made = make_optimizer(optimizer, make_groups(student), *rates)
+    centre = torch.zeros(len(student.head.last_layer.weight_v), device=world.device)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+    return DistillationState(student, wrap(student, world), teacher, centre, made, scaler)
 
 
 def make_groups(student: nn.Module) -> list[dict[str, Any]]:

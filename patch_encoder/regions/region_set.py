@@ -39,6 +39,7 @@ class RegionSet:
         counts: (N,) regions of each slide.
         cases: patient of each slide; the slide id where nobody names one.
         digest: of everything that a store hands out.
+        digests: of each slide's regions.
         namespace: digest of the folder's full set, of which the slides may be a selection.
         numbers: (R,) number of each region in the full set.
         rows: (R, G, G) row of each cell's tile in its slide's table, -1 where there is none.
@@ -55,6 +56,7 @@ class RegionSet:
     counts: Int64[np.ndarray, " n"]
     cases: list[str]
     digest: str
+    digests: list[str]
     namespace: str
     numbers: Int64[np.ndarray, " r"]
     rows: Int32[np.ndarray, "r g g"]
@@ -146,6 +148,7 @@ def read_region_set(
         counts=np.array([len(file.rows) for file in files]),
         cases=[(cases or {}).get(file.slide_id, file.slide_id) for file in files],
         digest=_digest(files),
+        digests=[file.digest for file in files],
         namespace=namespace,
         numbers=np.concatenate(numbers),
         rows=np.concatenate([_table_rows(file) for file in files]),
@@ -180,6 +183,7 @@ def make_region_set(
         counts=np.asarray(counts, np.int64),
         cases=list(cases or slides),
         digest=digest,
+        digests=[f"{digest} {slide}" for slide in slides],
         namespace=digest,
         numbers=np.arange(len(rows)),
         rows=rows,

@@ -31,7 +31,7 @@ class Prototypes(nn.Module):
         # as nn.Linear: the direction alone counts, but its length sets how fast it turns
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
 
-    def forward(self, unit: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
+    def forward(self, unit: Float[Tensor, "*b d"]) -> Float[Tensor, "*b k"]:
         """Products with the prototypes."""
         length = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
         return nn.functional.linear(unit, self.weight_v * (self.weight_g / length))

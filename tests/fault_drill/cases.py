@@ -14,11 +14,13 @@ from tests.fault_drill.commands import (
     INSPECT,
     LONG,
     LONG_PRETRAIN,
+    LONG_SLPD,
     NETWORK,
     PACK,
     PRETRAIN,
     REGIONS,
     REPORT,
+    SLPD,
     TILE,
     TILE_AGAIN,
     TRAIN,
@@ -258,6 +260,27 @@ PRETRAINING = (
          when="new/checkpoint_last.pt", again=True),
 )  # fmt: skip
 
+REGION_FILE = "regions/mean_colour/S1.h5"
+REGIONS = (
+    Case("regions: a file that is cut off", SLPD, 2, "S1.h5: expected a region file",
+         cut(REGION_FILE)),
+    Case("regions: no files", SLPD, 2, "expected a path that exists|regions", remove("regions")),
+    Case("regions: a bag that is gone", SLPD, 2, "expected the bag .*S1.h5, found none", remove(BAG)),
+    Case("regions: a bag of other tiles", SLPD, 2, "S1.h5: expected the bag",
+         copy("features/mean_colour/h5_files/S0.h5", BAG)),
+    Case("regions: too few in every slide", f"{SLPD} prototypes.min_regions=50", 2,
+         "expected slides of two patients with so many regions, found 0"),
+    Case("regions: no Redis server", f"{SLPD} store=redis redis_url=unix:///nowhere.sock", 2,
+         "expected a Redis server|nowhere.sock"),
+    Case("regions: a loss that is no number", f"{SLPD} training.lr=1e30 training.warmup=0", 2,
+         "expected a finite loss"),
+    Case("regions: a full disk", SLPD, 2, FULL, inside=mount("new", "size=64k")),
+    Case("regions: SIGTERM in training", LONG_SLPD, 143, "told to end", number=signal.SIGTERM,
+         when="new/checkpoint_last.pt", again=True),
+    Case("regions: SIGKILL in training", LONG_SLPD, -9, "", number=signal.SIGKILL,
+         when="new/checkpoint_last.pt", again=True),
+)  # fmt: skip
+
 DISKS = (
     Case("full disk: tiling", TILE, 2, FULL, inside=mount("new", "size=64k")),
     Case("full disk: tiling with workers", TILE.replace("workers=0", "workers=2"), 2, FULL,
@@ -293,5 +316,5 @@ MEMORY = (
 
 CASES = (
     *SLIDES, *COORDINATES, *BAGS, *CHECKPOINTS, *TABLES, *SETTINGS, *SIGNALS, *HANGS, *DISKS, *MEMORY,
-    *PRETRAINING,
+    *PRETRAINING, *REGIONS,
 )  # fmt: skip

@@ -33,6 +33,17 @@ PRETRAIN = (
     "device=cpu workers=0"
 )
 LONG_PRETRAIN = PRETRAIN.replace("epochs=2", "epochs=20")
+REGIONS_AGAIN = (
+    "patch_encoder.build_regions features=features/mean_colour output=regions region_tiles=2 "
+    "min_regions=2"
+)
+SLPD = (
+    "patch_encoder.pretrain_slpd regions=regions/mean_colour output=new network.width=8 "
+    "network.depth=1 network.heads=2 network.drop_path=0.0 network.out_dim=16 network.hidden_dim=16 "
+    "network.bottleneck_dim=8 views.local_number=1 prototypes.start_epoch=1 prototypes.clusters=2 "
+    "prototypes.min_regions=2 batch_size=4 epochs=2 training.warmup=1 save_minutes=0 device=cpu"
+)
+LONG_SLPD = SLPD.replace("epochs=2", "epochs=12")
 PACK = (
     "detection_kd.pack_distillation slides=slides features=features/mean_colour coords=tiles "
     "output=new/set.h5 workers=0"
@@ -48,12 +59,12 @@ EVALUATE = "mil.evaluate run=run output=new"
 
 
 def make_template(folder: Path) -> None:
-    """Three slides that are tiled and encoded, and a cohort of bags with one finished training."""
+    """Three slides that are tiled, encoded and cut into regions, and a cohort of bags with one finished training."""
     for index in range(3):
         write_pyramid(
             folder / "slides" / f"S{index}.tiff", draw_slide(256, seed=index), levels=(1, 2)
         )
     write_cohort(folder / "cohort", slides=12, dim=4)
-    for command in (TILE_AGAIN, EXTRACT_AGAIN, TRAIN_AGAIN):
+    for command in (TILE_AGAIN, EXTRACT_AGAIN, REGIONS_AGAIN, TRAIN_AGAIN):
         status, log = run_child(command, folder)
         assert status == 0, log

@@ -23,7 +23,15 @@ def test_there_are_many_cases_of_every_kind() -> None:
     names = [case.name for case in CASES]
     assert len(names) >= 60 and len(set(names)) == len(names)
     kinds = {"slides", "coordinates", "bags", "checkpoints", "tables", "settings", "signals"}
-    kinds |= {"pretraining", "hangs", "full disk", "file size limit", "read-only", "memory"}
+    kinds |= {
+        "pretraining",
+        "regions",
+        "hangs",
+        "full disk",
+        "file size limit",
+        "read-only",
+        "memory",
+    }
     assert {name.partition(":")[0] for name in names} == kinds
 
 

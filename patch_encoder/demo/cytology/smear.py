@@ -7,6 +7,7 @@ that the boxes of abnormal cells are known again without drawing the rest.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ from patch_encoder.demo.cytology.cells import (
 )
 from patch_encoder.demo.cytology.clutter import CLUTTER, margin
 from patch_encoder.demo.cytology.stain import Style, develop, draw_style
+from patch_encoder.demo.cytology.tissue_map import ZONES, TissueMap, Zone
 
 BORDER = 48
 """Things lie up to this far (px) outside, so that the picture's edge cuts cells."""
@@ -28,6 +30,8 @@ INSIDE = 20
 """Abnormal cells have their centre at least this far (px) inside: what a label says can be seen."""
 VISIBLE = 0.4
 """Smallest share of a lesion's box inside the picture for which the box is kept."""
+CLUSTERED = 0.12
+"""Share of the places that hold a cluster of cells, on a slide without zones."""
 MILLION = 1_000_000
 Box = tuple[int, int, int, int]
 
@@ -72,6 +76,7 @@ def plan_smear(
     density: tuple[float, float],
     abnormal: float,
     marked: bool = False,
+    tissue: TissueMap | None = None,
 ) -> Smear:
     """Plan a square picture.
 
@@ -82,18 +87,20 @@ def plan_smear(
         abnormal: share of the cells that is abnormal; they take the place of normal ones, so that
             the number of cells says nothing about the class.
         marked: whether an edge carries ink or the cover slip's border.
+        tissue: zones that decide where cells and clutter lie; None: they lie uniformly.
     """
     rng = _make_generator((*seed, 0))
     style = draw_style(rng)
     area = (side + 2 * BORDER) ** 2 / MILLION
-    centres = _draw_centres(rng, side, max(round(area * draw_between(rng, *density)), 1))
+    centres = _draw_centres(rng, side, max(round(area * draw_between(rng, *density)), 1), tissue)
     kinds = _choose(rng, NORMAL, len(centres))
-    for place in _choose_abnormal(rng, centres, side, abnormal):
+    for place in _choose_abnormal(rng, centres, side, abnormal, tissue):
         kinds[place] = _choose(rng, ABNORMAL, 1)[0]
     for kind, (low, high) in CLUTTER.items():
-        count = math.floor(area * draw_between(rng, low, high) + float(rng.random()))
-        centres += [_draw_point(rng, side) for _ in range(count)]
-        kinds += [kind] * count
+        rate = draw_between(rng, low, high)
+        places = _draw_clutter(rng, side, area * rate, kind, tissue)
+        centres += places
+        kinds += [kind] * len(places)
     things = [
         SmearObject(kind, centre, (*seed, 1, index))
         for index, (kind, centre) in enumerate(zip(kinds, centres, strict=True))
@@ -102,9 +109,16 @@ def plan_smear(
 
 
 def _choose_abnormal(
-    rng: np.random.Generator, centres: list[Point], side: int, share: float
+    rng: np.random.Generator,
+    centres: list[Point],
+    side: int,
+    share: float,
+    tissue: TissueMap | None,
 ) -> list[int]:
-    """Choose abnormal cells well inside the picture: none for a share of 0, else at least one."""
+    """Choose abnormal cells well inside the picture: none for a share of 0, else at least one.
+
+    With a tissue map, zones draw them by their weights, without replacement.
+    """
     if share == 0:
         return []
     inside = [
@@ -114,10 +128,12 @@ def _choose_abnormal(
     ]
     if not inside:
         centres[0], inside = (side / 2, side / 2), [0]
-    return [
-        inside[int(place)]
-        for place in rng.permutation(len(inside))[: math.ceil(share * len(inside))]
-    ]
+    if tissue is None:
+        order = rng.permutation(len(inside))
+    else:
+        weights = [tissue.at(centres[place]).abnormal for place in inside]
+        order = np.argsort(rng.exponential(size=len(inside)) / weights)
+    return [inside[int(place)] for place in order[: math.ceil(share * len(inside))]]
 
 
 def _choose(rng: np.random.Generator, shares: dict[Drawing, float], count: int) -> list[Drawing]:
@@ -133,12 +149,43 @@ def _draw_point(rng: np.random.Generator, side: int) -> Point:
     return float(x), float(y)
 
 
-def _draw_centres(rng: np.random.Generator, side: int, count: int) -> list[Point]:
-    """Half of the cells lie alone, half in clusters of 3 to 14 that overlap."""
+def _draw_zoned_point(
+    rng: np.random.Generator,
+    side: int,
+    tissue: TissueMap | None,
+    density: Callable[[Zone], float],
+) -> Point:
+    """A point whose density is that of the zone; uniform without a map."""
+    point = _draw_point(rng, side)
+    if tissue is not None:
+        highest = max(map(density, ZONES.values()))
+        while rng.random() * highest >= density(tissue.at(point)):
+            point = _draw_point(rng, side)
+    return point
+
+
+def _draw_clutter(
+    rng: np.random.Generator, side: int, expected: float, kind: Drawing, tissue: TissueMap | None
+) -> list[Point]:
+    """Where the things of one kind of clutter lie; zones change how many there are, too."""
+
+    def density(zone: Zone) -> float:
+        return zone.clutter.get(kind, 1.0)
+
+    factor = 1.0 if tissue is None else tissue.mean(density)
+    count = math.floor(expected * factor + float(rng.random()))
+    return [_draw_zoned_point(rng, side, tissue, density) for _ in range(count)]
+
+
+def _draw_centres(
+    rng: np.random.Generator, side: int, count: int, tissue: TissueMap | None
+) -> list[Point]:
+    """Half of the cells lie alone, half in clusters of 3 to 14 that overlap; zones change that."""
     centres: list[Point] = []
     while len(centres) < count:
-        x, y = _draw_point(rng, side)
-        members = int(rng.integers(3, 15)) if rng.random() < 0.12 else 1
+        x, y = _draw_zoned_point(rng, side, tissue, lambda zone: zone.cells)
+        clustered = CLUSTERED if tissue is None else tissue.at((x, y)).clustered
+        members = int(rng.integers(3, 15)) if rng.random() < clustered else 1
         spread = 26 * math.sqrt(members) if members > 1 else 0.0
         for _ in range(min(members, count - len(centres))):
             angle = draw_between(rng, 0.0, 2 * math.pi)

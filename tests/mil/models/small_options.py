@@ -16,6 +16,7 @@ OF_MODEL: dict[str, dict[str, Any]] = {
     "dtfd": {"hidden": 16, "attention": 8},
     "ilra": {"hidden": 16, "heads": 4, "rank": 2},
     "deform_mil": {"width": 16, "heads": 4, "depth": 1, "points": 2},
+    "hipt": {"hidden": 16, "heads": 4},
     "rrt": {"hidden": 16, "heads": 4, "regions": 2, "epeg": 3},
 }
 SMALL = {name: OF_MODEL.get(name, {"hidden": 16}) for name in MODELS}

@@ -48,6 +48,15 @@ RRT: dict[str, list[Place]] = {
     "region.attn.proj.1": [(TENTH, (4, 9, 16))],  # 2 x 2 regions of a square of 6
     "cross.attn.attn.proj.1": [(TENTH, (1, 4, 16))],
 }
+# on the weights of the attention as well, see test_hipt.py
+HIPT: dict[str, list[Place]] = {
+    "embed.2": [EMBEDDED],
+    "attend.2": [EMBEDDED],
+    "gate.2": [EMBEDDED],
+    "project.2": [(GIVEN, (16,))],
+    **{f"layers.{i}.attn.proj.1": [(GIVEN, (1, TILES, 16))] for i in (0, 1)},
+    **{f"layers.{i}.mlp.{place}": [EMBEDDED] for i in (0, 1) for place in (2, 4)},
+}
 PLACES: dict[str, dict[str, list[Place]]] = {
     "mean": TILE,
     "max": TILE,
@@ -67,6 +76,7 @@ PLACES: dict[str, dict[str, list[Place]]] = {
     "dtfd": DTFD,
     "ilra": {"drop": [(GIVEN, (16,))]},
     "rrt": RRT,
+    "hipt": HIPT,
 }
 
 

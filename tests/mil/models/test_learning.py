@@ -56,7 +56,10 @@ def problem(count: int, seed: int, signs: int) -> list[Sample]:
 
 # (model, tiles that show it, epochs): a transformer needs more than 24 bags to find a quarter of
 # the tiles
-LEARNERS = [(name, 3, 6) for name in MODELS if "transmil" not in name] + [
+LEARNERS = [
+    (name, 3, 6) for name in MODELS if name not in ("transmil", "mhim_transmil", "hipt")
+] + [
+    ("hipt", 8, 6),
     ("transmil", 8, 4),
     ("mhim_transmil", 8, 4),
 ]

@@ -88,6 +88,7 @@ DSMIL = {"weight_decay": 5e-3, "beta1": 0.5, "beta2": 0.9, "lr_min": 5e-6, "pati
 CLAM = {"schedule": "constant", "min_epochs": 50, "balanced": True}
 DTFD = {"lr": 1e-4, "weight_decay": 1e-4, "schedule": "step", "clip_norm": 5.0, **NEVER}
 ILRA = {"lr": 1e-4, "weight_decay": 0.0, "epochs": 100, "patience": 100, "min_epochs": 100}
+HIPT = {"epochs": 20, "patience": 20, "min_epochs": 20, "schedule": "constant", "balanced": True}
 LONG = {"patience": 30, "min_epochs": 130}
 RECIPES = {
     **dict.fromkeys(("mean", "max", "abmil", "gated_abmil", "multihead_abmil"), ({}, 0.25)),
@@ -101,6 +102,7 @@ RECIPES = {
     "dtfd": (DTFD, 0.0),
     "ilra": (ILRA, 0.0),
     "deform_mil": ({}, 0.25),
+    "hipt": (HIPT, 0.25),
 }
 
 

@@ -28,6 +28,7 @@ REFUSED = (
     "mhim_transmil",
     "rrt",
     "deform_mil",
+    "hipt",
     *(name for name in MODELS if name.startswith("minet")),
 )
 CASES = [(name, {}) for name in MODELS if name not in REFUSED]

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -28,28 +27,8 @@ from patch_encoder.pretrain_page.run_folder import load_network, read_run
 from patch_encoder.pretrain_page.tile_sample import read_sample
 from patch_encoder.selfdistill.backbone import build_student_backbone
 from patch_encoder.tile_stream.stream import TileStream
+from tests.html_pages import PageChecker
 from tests.training_rows import slides_inputs
-
-
-class Checker(HTMLParser):
-    """Open tags have to be closed in order; collects the sources of pictures by what they show."""
-
-    VOID = frozenset({"img", "meta", "br", "link"})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.images: dict[str, list[str]] = {}
-
-    def handle_starttag(self, tag, attrs):
-        given = dict(attrs)
-        if tag == "img":
-            self.images.setdefault(given["alt"], []).append(given["src"])
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
 
 
 def train(folder: Path, *settings: str) -> Path:
@@ -90,7 +69,7 @@ def test_page_is_self_contained_and_has_its_parts(trained: Path, tmp_path: Path)
     labels.write_text("case_id,slide_id,label\n" + "".join(rows))
     given = (f"labels={labels}", f"tile_set={write_labelled(tmp_path / 'set')}", "title=A & B")
     html = make_page(trained, tmp_path / "page", *given)
-    checker = Checker()
+    checker = PageChecker()
     checker.feed(html)
     assert checker.open == []
     assert not re.search(r"(src|href)=\"(?!data:)", html) and "<script" not in html

@@ -1,0 +1,58 @@
+"""What the loops of the pre-training scripts share besides the gradients of a step: seeds, when a
+checkpoint is due, and how a run is taken up again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from common.distributed import World, mean_number
+from common.run import Run
+from common.seed import seed_everything
+from patch_encoder.pretraining.state import DistillationState
+
+logger = logging.getLogger(__name__)
+AGREE_EVERY = 10  # steps between two questions whether a checkpoint is due, of several processes
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed the draws of stochastic depth, which then do not depend on earlier steps."""
+    seed_everything((seed * 1_000_003 + step) * 1_009 + rank)
+
+
+def is_checkpoint_due(world: World, step: int, saved: float, minutes: float) -> bool:
+    """Whether so many minutes have gone by; all processes get the answer of the main one.
+
+    Args:
+        world: this process.
+        step: that is completed.
+        saved: when the last checkpoint was written (time.monotonic).
+        minutes: between two checkpoints.
+    """
+    if world.size > 1 and step % AGREE_EVERY:
+        return False
+    due = time.monotonic() - saved >= 60 * minutes
+    return mean_number(float(due and world.is_main), world.device) > 0
+
+
+def take_up(run: Run, state: DistillationState, stage: str) -> Mapping[str, Any]:
+    """Put the state back to where the last checkpoint left it, and drop logged lines of what will
+    be done again.
+
+    Args:
+        run: the run directory.
+        state: as a fresh run has it.
+        stage: the script's name, for the log.
+
+    Returns:
+        The checkpoint's content, whose `epoch` is that of completed epochs; empty where the run
+        begins.
+    """
+    content = state.resume(run.last)
+    run.forget_after(content.get("epoch", 0), state.step)
+    if content:
+        logger.info("%s: goes on after step %d", stage, state.step)
+    return content

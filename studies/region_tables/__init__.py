@@ -1,0 +1,1 @@
+"""The table of region encoders: cohorts, rows, measures, intervals and the page."""

@@ -1,0 +1,40 @@
+"""Runs scripts of the packages below in this process.
+
+A study calls some scripts a hundred times; in child processes the start of Python and torch would
+take longer than the smallest trainings. This is the one place where scripts are imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+from common.config import load_config
+from mil import benchmark
+from patch_encoder import build_regions, pretrain_slpd
+
+SCRIPTS: dict[str, ModuleType] = {
+    "build_regions": build_regions,
+    "pretrain_slpd": pretrain_slpd,
+    "benchmark": benchmark,
+}
+
+
+def run_script(name: str, arguments: Sequence[str]) -> int:
+    """Run a script as its command line would; its exit status.
+
+    Raises:
+        UserError: what the script raises.
+    """
+    script = SCRIPTS[name]
+    return script.main(load_config(script.Config, list(arguments))) or 0
+
+
+def make_assignments(settings: Mapping[str, Any]) -> list[str]:
+    """`key=value` words as scripts take them."""
+    shown = {True: "true", False: "false"}
+    return [
+        f"{name}={shown[value] if isinstance(value, bool) else value}"
+        for name, value in settings.items()
+    ]
