@@ -25,19 +25,24 @@ DATA = Path(os.environ.get("WSI_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 
 LONG = (
-    "test_rendered",
-    "test_start_pages",
-    "test_real_pictures",
     "test_training_scripts",
-    "test_ablation",
-    "test_slides_that_kill",
+    "test_rendered",
+    "test_heatmap",
+    "test_start_pages",
+    "test_by_task",
+    "test_real_pictures",
     "test_sharing",
-    "test_export_student",
-    "test_learning",
     "test_training_pool",
-    "test_benchmark",
+    "test_export_student",
+    "test_classify_detections",
     "test_detector_training",
+    "test_benchmark",
+    "test_learning",
+    "test_slides_that_kill",
+    "test_evaluate",
     "test_real_teachers",
+    "test_pages",
+    "test_extract_student",
 )
 
 

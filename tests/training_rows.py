@@ -190,7 +190,7 @@ MIL_ROWS = [
         settings=("model=abmil", *LONG),
         kill_at=3,
         learns=("train_loss", 0.7),
-        pair=Pair(MIL_PAIR, close={"train_loss": 1e-5}, weights=(1e-4, 1e-6), torchrun=True),
+        pair=Pair(MIL_PAIR, close={"train_loss": 1e-5}, weights=(1e-4, 1e-6)),
     ),
     Row(
         "slide classifier in accumulated steps",
@@ -228,13 +228,12 @@ def slides_inputs(folder: Path) -> list[str]:
 
 
 PRETRAIN_PAIR = Pair(
-    ("epochs=2", "pyramid.factor=2", "pyramid.teacher=true"),
+    ("epochs=2", "epoch_tiles=48", "pyramid.factor=2", "pyramid.teacher=true"),
     alone=("accumulate=2", "workers=1"),
     close={"loss": 1e-4, "kl": 1e-3},
     first={"loss": 1e-6, "gradient_norm": 1e-4},
     # a key's bias has no gradient but rounding, which AdamW makes a step of
     weights=(1e-2, 1e-3),
-    torchrun=True,
 )
 
 PRETRAIN_ROWS = [
@@ -257,6 +256,7 @@ PRETRAIN_ROWS = [
         slides_inputs,
         settings=(
             "epochs=3",
+            "epoch_tiles=48",
             "workers=2",
             "save_minutes=0",
             "accumulate=2",

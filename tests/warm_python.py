@@ -1,7 +1,7 @@
 """An interpreter that has imported PyTorch already, for tests of shell scripts that start a dozen.
 
 `start_server` writes a small program and starts a server for it; the program takes what `python`
-takes (`-m MODULE ARGUMENT ...` or `-c CODE`) and has the server fork a process for it, with the
+takes (`-m MODULE ARGUMENT ...`, `-c CODE ...` or `FILE ...`) and has the server fork a process for it, with the
 caller's folder, variables and streams. It ends with that process' status, and if it is killed, so
 is the process and all that it has started. What an interpreter costs before its first line, seconds
 of importing PyTorch, is paid once.
@@ -89,13 +89,16 @@ def run(streams: list[int], arguments: list[str], folder: str, variables: dict[s
     os.environ.update(variables)
     paths = variables.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:0] = [*([] if variables.get("PYTHONSAFEPATH") else [folder]), *filter(None, paths)]
-    kind, what, *rest = arguments
-    sys.argv = [what, *rest]
+    kind, *rest = arguments
     if kind == "-c":
-        exec(what, {"__name__": "__main__"})
+        code, *sys.argv[1:] = rest
+        exec(code, {"__name__": "__main__"})
+    elif kind == "-m":
+        module, *sys.argv[1:] = rest
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     else:
-        assert kind == "-m", arguments
-        runpy.run_module(what, run_name="__main__", alter_sys=True)
+        sys.argv = arguments
+        runpy.run_path(kind, run_name="__main__")
 
 
 if __name__ == "__main__":

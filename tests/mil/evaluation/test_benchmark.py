@@ -6,10 +6,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -26,7 +22,7 @@ from mil.tasks.classification import Classification
 from mil.training import benchmark_jobs
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.bags.writer import write_bag
-from tests.helpers import ROOT
+from tests.helpers import start_script
 
 TABLES = ("results.csv", "summary.csv", "predictions.csv", "summary.json", "splits/splits_0.csv")
 
@@ -150,11 +146,8 @@ def test_every_feature_set_and_model_gets_the_same_splits(cohort: Path, tmp_path
 def test_killed_and_restarted_gives_the_same_tables(cohort: Path, tmp_path: Path):
     main(load_config(Config, arguments(cohort, tmp_path / "whole")))
     output = tmp_path / "parts"
-    command = [sys.executable, "-m", "mil.benchmark", *arguments(cohort, output, "workers=2")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    keys = arguments(cohort, output, "workers=2")
+    process = start_script("mil.benchmark", keys, tmp_path / "said")
     deadline = time.monotonic() + 90
     while not list(output.glob("runs/*/*/*/results.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -162,8 +155,8 @@ def test_killed_and_restarted_gives_the_same_tables(cohort: Path, tmp_path: Path
         Path("/proc", pid)
         for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     ]
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     while any(child.exists() for child in children) and time.monotonic() < deadline:
         time.sleep(0.02)  # workers notice that they are alone
     assert children and not any(child.exists() for child in children)

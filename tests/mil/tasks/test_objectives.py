@@ -147,6 +147,7 @@ def test_alpha_weighs_the_censored_slides_of_the_task():
         torch.testing.assert_close(task.loss(logits, died), plain.loss(logits, died))
 
 
+@pytest.mark.process
 def test_alpha_goes_through_training_and_benchmark(
     make_cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
