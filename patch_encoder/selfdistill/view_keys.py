@@ -37,13 +37,22 @@ class ViewKeys:
     local_scale: list[float] | None = key(
         None, "smallest and largest area of a local view's box, as a share of the tile"
     )
+    colour: float = key(
+        1.0,
+        "strength of stain and colour jitter, share of grey views; 1: as the preset, 0: none",
+    )
+    blur: float = key(1.0, "share of blurred views; 1: as the preset, 0: none")
 
     def build(self, shuffle: ShuffleKeys) -> ViewRecipe:
         """The preset with these changes.
 
         Raises:
-            UserError: a scale is not a pair.
+            UserError: a scale is not a pair, a share is not one.
         """
+        for name, share in (("colour", self.colour), ("blur", self.blur)):
+            if not 0 <= share <= 1:
+                raise UserError(f"views.{name}={share:g}: expected a share of the preset, 0 to 1")
+        preset = PRESETS[self.preset]
         sizes = {
             name: value
             for name in ("global_size", "local_size", "local_number")
@@ -55,7 +64,7 @@ class ViewKeys:
             if (value := getattr(self, name)) is not None
         }
         return replace(
-            PRESETS[self.preset],
+            preset.weaken(self.colour, self.blur),
             **sizes,
             **scales,
             shuffle_probability=shuffle.probability,

@@ -96,6 +96,19 @@ class ViewRecipe:
     def __post_init__(self) -> None:
         assert 0 <= self.jitter[3] <= LARGEST_TURN, self.jitter
 
+    def weaken(self, colour: float, blur: float) -> ViewRecipe:
+        """The recipe with this share of its changes of colour and of its blurred views."""
+        first, second = self.global_blur
+        brightness, contrast, saturation, hue = self.jitter
+        return replace(
+            self,
+            hed=colour * self.hed,
+            jitter=(colour * brightness, colour * contrast, colour * saturation, colour * hue),
+            grey_probability=colour * self.grey_probability,
+            global_blur=(blur * first, blur * second),
+            local_blur=blur * self.local_blur,
+        )
+
     @property
     def global_kinds(self) -> list[ViewKind]:
         """The first and the second global view."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import pytest
+import torch
 
 from common.config import group, load_config
 from common.errors import UserError
 from patch_encoder.selfdistill.view_keys import ShuffleKeys, ViewKeys
 from patch_encoder.selfdistill.view_recipe import PRESETS, ViewRecipe, check_recipe
+from patch_encoder.selfdistill.views import make_views
 
 
 @dataclass
@@ -129,3 +131,26 @@ def test_keys_change_the_preset_and_leave_the_rest() -> None:
     )
     with pytest.raises(UserError, match=r"views.local_scale=\[0.1\]: expected two numbers"):
         build("views.local_scale=[0.1]")
+
+
+def test_colour_and_blur_can_be_weakened_and_turned_off() -> None:
+    half = build("views.colour=0.5", "views.blur=0.5")
+    assert (half.jitter, half.hed) == ((0.1, 0.1, 0.05, 0.025), 0.025)
+    assert (half.grey_probability, half.global_blur, half.local_blur) == (0.05, (0.5, 0.05), 0.25)
+    none = build("views.colour=0", "views.blur=0")
+    assert (*none.jitter, none.hed, none.grey_probability, *none.global_blur) == (0.0,) * 8
+    with pytest.raises(UserError, match=r"views.blur=2: expected a share of the preset, 0 to 1"):
+        build("views.blur=2")
+
+
+def test_without_colour_and_blur_a_view_has_the_pixels_of_its_tile() -> None:
+    recipe = build(
+        "views.colour=0", "views.blur=0", "views.global_size=64", "shuffle.probability=0"
+    )
+    recipe = replace(recipe, global_scale=(1.0, 1.0), aspect=(1.0, 1.0))
+    tiles = torch.arange(2 * 3 * 64 * 64).view(2, 3, 64, 64).remainder(251).to(torch.uint8)
+    views = make_views(tiles, None, torch.arange(2), recipe, seed=1)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (recipe.mean, recipe.std))
+    for view in views.global_views:
+        pixels = ((view * std + mean) * 255).round().to(torch.uint8)
+        assert torch.equal(pixels.flatten(1).sort()[0], tiles.flatten(1).sort()[0])
