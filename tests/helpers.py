@@ -97,10 +97,12 @@ def start_script(module: str, arguments: list[str], said: Path, **variables: str
 
 def run_as_main(module: str, arguments: list[str], said: Path, variables: dict[str, str]) -> None:
     """What a process of `start_script` does; it ends with the status that the module exits with."""
+    import torch  # of the server, unless a pool of ours started that
+
     with said.open("wb") as stream:
         os.dup2(stream.fileno(), sys.stderr.fileno())
     os.environ.update(variables)
-    sys.modules["torch"].set_num_threads(1)
+    torch.set_num_threads(1)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
