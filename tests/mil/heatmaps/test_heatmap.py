@@ -300,6 +300,7 @@ def copy_bags(bench: Path, name: str, noise: float, encoder: str) -> Path:
     return bench.parent / name
 
 
+@pytest.mark.process
 def test_bags_of_another_encoder_are_refused_however_near_their_predictions(bench: Path):
     others = copy_bags(bench, "others", 1e-6, "resnet50")
     source, near = read_from_benchmark(bench, "", "abmil", None), 0
@@ -322,6 +323,7 @@ def test_bags_of_another_encoder_are_refused_however_near_their_predictions(benc
     assert run(main, Config, given) == 0
 
 
+@pytest.mark.process
 def test_a_benchmark_that_was_moved_with_its_bags_works(
     bench: Path, capsys: pytest.CaptureFixture[str]
 ):
