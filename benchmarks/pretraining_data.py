@@ -1,22 +1,18 @@
 """Tiles a second for pre-training straight from slides: ours against the naive loop, which opens
 its slide for every tile, and against decoding alone.
 
-    python -m benchmarks.pretraining_data --svs ../shared/data/wsi_openslide/cmu-1-small-region.svs
-
-All read the same tiles, at random places of `--slides` slides: an SVS, and a JPEG-tiled TIFF that
-is made of it. `naive` takes them in the order of training. `OpenSlide, kept open` goes slide by
-slide as ours does, with as many handles. `decoding` does so with the reader that ours takes, and
-nothing around it: no plan, no process, no batch. These are one process each. `ours` has one process
-that reads and the one that collects; `ours, all` has `--workers` that read. They take turns,
-`naive` with every fourth tile; figures are medians over rounds, with the files in the system's
-cache, and without the start of processes, which an epoch pays once. CPU time leaves out what other
-jobs of the machine take.
+All read the same tiles, at random places of some slides: an SVS, and a JPEG-tiled TIFF that is made
+of it or, without one, drawn. `naive` takes them in the order of training. `OpenSlide, kept open`
+goes slide by slide as ours does, with as many handles. `decoding` does so with the reader that ours
+takes, and nothing around it: no plan, no process, no batch. These are one process each. `ours` has
+one process that reads and the one that collects; `ours, all` has several that read. They take
+turns, `naive` with every fourth tile; figures are medians over rounds, with the files in the
+system's cache, and without the start of processes, which an epoch pays once. CPU time leaves out
+what other jobs of the machine take.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import shutil
 import statistics
@@ -26,30 +22,40 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import openslide
 import tifffile
-import torch
 
-from benchmarks.rounds import make_parser, say
+from benchmarks.pretraining_views import draw_tiles
+from benchmarks.rounds import say
 from patch_encoder.tile_stream.plan import Draw, TilePlan
 from patch_encoder.tile_stream.slide_shelf import TIFF, SlideShelf
 from patch_encoder.tile_stream.sources import find_sources
 from patch_encoder.tile_stream.stream import TileStream
 
 TILE, BATCH = 256, 128
+TICKS = os.sysconf("SC_CLK_TCK")  # per second: as finely as Linux counts CPU time
 WARM = 4  # batches until the pipeline is full
-ROOT = Path(__file__).resolve().parents[1]
 
 
-def make_tiff(svs: Path, path: Path, side: int) -> None:
-    """A slide of mirrored copies of another one: JPEG tiles of 256 px, quality 80, three levels."""
+def read_pixels(svs: Path, side: int) -> np.ndarray:
+    """Mirrored copies of a piece of a slide, (side, side, 3)."""
     with openslide.OpenSlide(str(svs)) as slide:
         piece = np.asarray(slide.read_region((0, 0), 0, (2048, 2048)).convert("RGB"))
     row = np.concatenate([piece, piece[:, ::-1]], axis=1)
     block = np.concatenate([row, row[::-1]])
-    pixels = np.tile(block, (-(-side // 4096), -(-side // 4096), 1))[:side, :side]
+    return np.tile(block, (-(-side // 4096), -(-side // 4096), 1))[:side, :side]
+
+
+def draw_pixels(side: int) -> np.ndarray:
+    """Smooth random colours with noise, (side, side, 3)."""
+    return draw_tiles(1, side)[0].permute(1, 2, 0).numpy()
+
+
+def write_tiff(path: Path, pixels: np.ndarray) -> None:
+    """Write a slide with JPEG tiles of 256 px, quality 80, and three levels."""
     with tifffile.TiffWriter(path) as writer:
         for factor in (1, 4, 16):
             writer.write(
@@ -125,14 +131,14 @@ def cpu_seconds() -> float:
     for pid in (str(os.getpid()), *children):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+    return ticks / TICKS
 
 
 def clock(call: Callable[[], object], tiles: int) -> tuple[float, float]:
     """(tiles/s, CPU ms a tile) of a call."""
     start, used = time.perf_counter(), cpu_seconds()
     call()
-    seconds, used = time.perf_counter() - start, cpu_seconds() - used
+    seconds, used = time.perf_counter() - start, max(cpu_seconds() - used, 1 / TICKS)
     return tiles / seconds, 1e3 * used / tiles
 
 
@@ -154,7 +160,7 @@ def check_pixels(plan: TilePlan, draws: Sequence[Draw]) -> None:
 
 
 def measure(plan: TilePlan, steps: int, rounds: int, workers: int) -> dict[str, dict[str, float]]:
-    """{who: tiles/s and CPU ms a tile}: medians over rounds in which all take turns."""
+    """Figures of all contestants, which take turns."""
     draws = [plan.draw(index) for index in range(steps * BATCH)]
     # which reader a slide has is found out once in a training: in the round that warms up
     ours = {
@@ -176,60 +182,40 @@ def measure(plan: TilePlan, steps: int, rounds: int, workers: int) -> dict[str, 
                 found[name].append(figures)
         say(f"round {round_} of {rounds}")
     check_pixels(plan, draws)
-    medians = {name: np.median(values, axis=0).tolist() for name, values in found.items()}
-    return {name: {"tiles/s": m[0], "CPU ms/tile": m[1]} for name, m in medians.items()} | {
-        "ratios": {
-            f"{a} / {b}": ratio(found, a, b)
-            for a, b in (
-                ("ours", "naive"),
-                ("ours, align", "naive"),
-                ("ours, all", "naive"),
-                ("ours", "decoding"),
-            )
-        },
-        "CPU ratios": {
-            f"{b} / {a}": ratio(found, b, a, 1)
-            for a, b in (("ours", "naive"), ("ours, align", "naive"), ("ours", "decoding"))
-        },
+    return {name: summarise(found, name) for name in found}
+
+
+def summarise(found: dict[str, list[tuple[float, float]]], name: str) -> dict[str, float]:
+    """Medians over rounds of a contestant's figures, and of their ratios to those of others."""
+    rate, used = np.median(found[name], axis=0).tolist()
+
+    def ratio(baseline: str, column: int) -> float:
+        pairs = zip(found[name], found[baseline], strict=True)
+        return statistics.median(own[column] / other[column] for own, other in pairs)
+
+    return {
+        "tiles/s": rate,
+        "CPU ms/tile": used,
+        "ratio": ratio("naive", 0),
+        "CPU ratio": 1 / ratio("naive", 1),
+        "of decoding": ratio("decoding", 0),
     }
 
 
-def ratio(found: dict[str, list[tuple[float, float]]], a: str, b: str, column: int = 0) -> float:
-    """Median over rounds of a figure of `a` over that of `b`."""
-    return statistics.median(x[column] / y[column] for x, y in zip(found[a], found[b], strict=True))
-
-
-def parse() -> argparse.Namespace:
-    parser = make_parser(__doc__, slides=48, steps=4, rounds=3, workers=2, side=8192)
-    parser.add_argument("--svs", type=Path, required=True)
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "benchmark_pretraining_data")
-    parser.add_argument("--json", action="store_true")
-    return parser.parse_args()
-
-
-def main() -> None:
-    a = parse()
-    torch.set_num_threads(1)
-    shutil.rmtree(a.folder, ignore_errors=True)
-    a.folder.mkdir(parents=True)
-    svs, tiff = a.folder / "slide.svs", a.folder / "slide.tiff"
-    shutil.copy(a.svs, svs)
-    make_tiff(a.svs, tiff, a.side)
+def run_data(
+    svs: Path | None, slides: int, side: int, steps: int, rounds: int, workers: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Figures by kind of slide; without `svs`, of a drawn slide alone."""
     results = {}
-    for name, slide in (("svs", svs), ("JPEG-tiled TIFF", tiff)):
-        say(name)
-        plan = make_corpus(slide, a.folder / name, a.slides)
-        results[name] = measure(plan, a.steps, a.rounds, a.workers)
-    shutil.rmtree(a.folder)
-    if a.json:
-        print(json.dumps(results))
-        return
-    print(f"{a.slides} slides, {a.steps * BATCH} tiles of {TILE} px, {a.rounds} rounds")
-    for name, rows in results.items():
-        print(name)
-        for who, figures in rows.items():
-            print(f"  {who:22}" + "".join(f"{what:>20} {x:8.2f}" for what, x in figures.items()))
-
-
-if __name__ == "__main__":
-    main()
+    with TemporaryDirectory(prefix="pretraining_data") as name:
+        folder = Path(name)
+        files = {"JPEG-tiled TIFF": folder / "slide.tiff"}
+        write_tiff(files["JPEG-tiled TIFF"], read_pixels(svs, side) if svs else draw_pixels(side))
+        if svs:
+            files = {"SVS": folder / "slide.svs"} | files
+            shutil.copy(svs, files["SVS"])
+        for kind, slide in files.items():
+            say(f"data: {kind}")
+            plan = make_corpus(slide, folder / kind, slides)
+            results[f"{kind}, {slides} slides"] = measure(plan, steps, rounds, workers)
+    return results

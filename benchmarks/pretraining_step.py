@@ -1,41 +1,46 @@
-"""A step of pre-training: milliseconds of DINO's loop and of ours, on the same views, interleaved.
-
-    python benchmarks/pretraining_step.py [--tiles 32] [--rounds 7] [--threads 2] [--json]
+"""A step of pre-training: milliseconds of DINO's loop and of ours, on the same views, interleaved;
+and the memory of a short and of a long training.
 
 Both train the same network on the same views, which are made beforehand: the teacher on two global
 views, the student on all, the loss over pairs of views, clipping by parameter, AdamW, the teacher's
 average, the centre. The plain loop does what `main_dino.py` does, with a log-softmax per pair and
 Python loops over parameters. In a round both take turns. The figures are medians over rounds, and
 the ratio is the median of the rounds' ratios. The parts of our step show where its time goes.
+
+For memory, `pretrain_dino` trains a tiny network from a slide, each time in a process of its own
+that reads, makes views, steps, logs and saves. What a step keeps would show as a larger peak of the
+longer training.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import statistics
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.rounds import clock, make_parser, say
-from benchmarks.views import draw_tiles
+from benchmarks.pretraining_data import draw_pixels, make_corpus, write_tiff
+from benchmarks.pretraining_views import draw_tiles
+from benchmarks.rounds import clock, say
 from common.config import load_config
 from common.distributed import World
+from common.memory import peak_memory
 from common.optim import make_optimizer
 from common.step_timer import StepTimes
-from patch_encoder.pretrain_dino import Config, PretrainingRun, add_gradients
+from patch_encoder.pretrain_dino import Config, PretrainingRun, add_gradients, main
 from patch_encoder.pretraining.state import DistillationState, make_groups
 from patch_encoder.selfdistill.student import SelfDistilled, build_student, make_teacher
 from patch_encoder.selfdistill.view_recipe import ViewRecipe
 from patch_encoder.selfdistill.views import Views, make_views
 
 PLAIN, OURS = "plain DINO loop", "ours"
+EPOCH = 10  # steps of an epoch, where memory is measured
 CLIP, MOMENTUM, TEMPERATURE = 3.0, 0.996, 0.04
 # network, prototypes, and sides of tile, global and local views
 CASES = {
@@ -114,18 +119,23 @@ class OurLoop:
         self.times.mark("step")
 
 
-def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds per step of each, and how many times as fast ours is, after a warm-up."""
     for call in calls.values():
         call()
     times = [{name: clock(call) for name, call in calls.items()} for _ in range(rounds)]
-    found = {name: statistics.median(row[name] for row in times) for name in calls}
-    return found | {"ratio": statistics.median(row[PLAIN] / row[OURS] for row in times)}
+    return {
+        name: {
+            "ms/step": statistics.median(row[name] for row in times),
+            "ratio": statistics.median(row[PLAIN] / row[name] for row in times),
+        }
+        for name in calls
+    }
 
 
 def run_case(
     arch: str, prototypes: int, sides: tuple[int, int, int], tiles: int, rounds: int
-) -> dict[str, float]:
+) -> dict[str, dict[str, float]]:
     """Figures of one network."""
     side, large, small = sides
     recipe = ViewRecipe(global_size=large, local_size=small, local_number=4)
@@ -139,30 +149,51 @@ def run_case(
     )
     found = measure({PLAIN: lambda: plain.step(views), OURS: lambda: ours.step(views)}, rounds)
     parts = ours.times.whole()
-    names = ("teacher", "forward", "backward", "step")
-    return found | {f"{name}_ms": 1e3 * parts[f"time/{name}"] for name in names}
+    names = {
+        "teacher": "teacher",
+        "forward": "forward",
+        "backward": "backward",
+        "step": "optimiser",
+    }
+    found[OURS] |= {f"{text} ms": 1e3 * parts[f"time/{name}"] for name, text in names.items()}
+    return found
 
 
-def main() -> None:
-    parser = make_parser(__doc__, tiles=32, rounds=7, threads=2)
-    parser.add_argument("--json", action="store_true")
-    a = parser.parse_args()
-    torch.set_num_threads(a.threads)
+def run_steps(tiles: int, rounds: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Figures by network."""
     figures = {}
     for title, (arch, prototypes, *sides) in CASES.items():
-        say(title)
-        figures[title] = run_case(arch, prototypes, tuple(sides), a.tiles, a.rounds)
-    if a.json:
-        print(json.dumps({"figures": figures} | vars(a)))
-        return
-    print(f"{a.tiles} tiles, {a.threads} threads, {a.rounds} rounds; torch {torch.__version__}")
-    for title, row in figures.items():
-        parts = ", ".join(f"{n} {row[f'{n}_ms']:.0f}" for n in ("teacher", "forward", "backward"))
-        print(
-            f"  {title}: {PLAIN} {row[PLAIN]:.0f} ms, {OURS} {row[OURS]:.0f} ms, "
-            f"{row['ratio']:.2f}x ({parts}, optimiser and average {row['step_ms']:.0f} ms)"
-        )
+        say(f"step: {title}")
+        figures[title] = run_case(arch, prototypes, tuple(sides), tiles, rounds)
+    return figures
 
 
-if __name__ == "__main__":
-    main()
+def train_briefly(folder: Path, steps: int) -> int:
+    """Train for so many steps, in epochs of `EPOCH`; the peak memory of this process, bytes."""
+    torch.set_num_threads(1)
+    network = ["arch=timm:test_vit", "out_dim=256", "hidden_dim=64", "bottleneck_dim=32"]
+    views = ["global_size=32", "local_size=16", "local_number=2"]
+    given = [f"slides={folder / 'slides'}", f"output={folder / str(steps)}", "tile_size=64"]
+    given += [f"network.{key}" for key in network] + [f"views.{key}" for key in views]
+    given += ["network.drop_path=0", "shuffle.grid=2", "training.warmup=0.5", "batch_size=8"]
+    given += [f"epoch_tiles={8 * EPOCH}", f"epochs={steps // EPOCH}", "workers=0", "device=cpu"]
+    assert main(load_config(Config, given)) == 0
+    return peak_memory()
+
+
+def run_memory(lengths: Sequence[int] = (50, 500)) -> dict[str, dict[str, dict[str, float]]]:
+    """Peak memory of trainings of so many steps, in MB and as a share of the first one's."""
+    peaks = []
+    with TemporaryDirectory(prefix="pretraining_memory") as name:
+        folder = Path(name)
+        write_tiff(folder / "slide.tiff", draw_pixels(1024))
+        make_corpus(folder / "slide.tiff", folder / "slides", 4)
+        for steps in lengths:
+            say(f"memory: {steps} steps")
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                peaks.append(pool.submit(train_briefly, folder, steps).result())
+    rows = {
+        f"{steps} steps": {"peak MB": peak / 1e6, "ratio": peak / peaks[0]}
+        for steps, peak in zip(lengths, peaks, strict=True)
+    }
+    return {"a tiny ViT from a slide": rows}

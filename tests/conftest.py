@@ -26,6 +26,7 @@ DATA = Path(os.environ.get("WSI_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 LONG = (
     "test_training_scripts",
+    "test_notebook",
     "test_rendered",
     "test_heatmap",
     "test_start_pages",

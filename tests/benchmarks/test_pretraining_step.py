@@ -1,17 +1,16 @@
-"""The benchmark of a step of pre-training: both loops take the same step."""
+"""The benchmark of a step of pre-training: both loops take the same step, and memory is measured
+training by training.
+"""
 
 from __future__ import annotations
 
 import copy
-import json
-import sys
 
 import pytest
 import torch
 
-from benchmarks import pretraining_step
-from benchmarks.pretraining_step import OURS, PLAIN, OurLoop, PlainLoop
-from benchmarks.views import draw_tiles
+from benchmarks.pretraining_step import OurLoop, PlainLoop, run_memory
+from benchmarks.pretraining_views import draw_tiles
 from patch_encoder.selfdistill.student import build_student
 from patch_encoder.selfdistill.view_recipe import ViewRecipe
 from patch_encoder.selfdistill.views import make_views
@@ -32,13 +31,9 @@ def test_both_loops_take_the_same_step() -> None:
         torch.testing.assert_close(ours.state.student.state_dict()[name], value, rtol=0, atol=1e-3)
 
 
-def test_contestants_have_figures(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(pretraining_step, "CASES", {"tiny": ("timm:test_vit", 16, 40, 32, 16)})
-    threads = str(torch.get_num_threads())
-    arguments = ["pretraining_step.py", "--tiles", "2", "--rounds", "1", "--threads", threads]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--json"])
-    pretraining_step.main()
-    row = json.loads(capsys.readouterr().out)["figures"]["tiny"]
-    assert row[PLAIN] > 0 and row["ratio"] == row[PLAIN] / row[OURS]
+@pytest.mark.process
+def test_memory_is_that_of_trainings_of_their_own() -> None:
+    rows = run_memory((10, 30))["a tiny ViT from a slide"]
+    assert list(rows) == ["10 steps", "30 steps"]
+    assert rows["10 steps"]["ratio"] == 1 and rows["10 steps"]["peak MB"] > 100
+    assert rows["30 steps"]["ratio"] == rows["30 steps"]["peak MB"] / rows["10 steps"]["peak MB"]

@@ -28,8 +28,8 @@ LONGEST = {"README.md": 250}  # lines; every other page has at most 300
 GENERATED = re.compile(r"docs/reference/(encoders|keys|modules)\b")
 # a path of the repository, as text or code names it; `<`, `*` and `...` are placeholders
 NAMED = re.compile(
-    r"(?<![\w./<-])((?:\.ci|benchmarks|common|configs|detection_kd|docs|images|mil|patch_encoder"
-    r"|studies|tests|tools)/[\w./-]*\w/?)(?![\w<*{-]|\.\.)"
+    r"(?<![\w./<-])((?:\.ci|benchmarks|common|configs|detection_kd|docs|images|mil|notebooks"
+    r"|patch_encoder|studies|tests|tools)/[\w./-]*\w/?)(?![\w<*{-]|\.\.)"
 )
 OUTPUT = re.compile(r"^```text\n.*?^```$", re.MULTILINE | re.DOTALL)  # what commands print
 LINK = re.compile(r"\]\(([^)\s#]*)(?:#[^)\s]*)?\)")

@@ -1,33 +1,26 @@
 """Views of self-distillation: milliseconds per tile of DINO's PIL loop and of ours, interleaved.
 
-    python benchmarks/views.py [--tiles 16] [--rounds 7] [--threads 1] [--device auto] [--json]
-
 The PIL loop is torchvision's transforms on one picture after the other, as DINO's DataLoader
 workers run them: from tiles that are PIL pictures already to a batch of normalised tensors. Ours
 starts from the raw bytes of a batch. There are two sizes: DINO's 2 x 224 + 8 x 96 px from tiles of
 256 px, and 2 x 64 + 2 x 32 px from 128 px. Both draw the preset `dino`, each from random numbers
 of its own; `pathology`, which torchvision cannot draw, is measured beside it. In a round all take
 turns. Figures are medians over rounds, ratios medians of the rounds' ratios. A GPU, where there is
-one, takes batches of `--gpu_tiles`, copied to it within the measured time.
+one, takes batches of its own size, copied to it within the measured time.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.rounds import clock, make_parser, say
+from benchmarks.rounds import clock, say
 from patch_encoder.selfdistill.view_recipe import PRESETS, ViewRecipe
 from patch_encoder.selfdistill.views import make_views
 
@@ -118,34 +111,20 @@ def measure(
     ]
     return {
         name: {
-            "ms_per_tile": statistics.median(row[name] for row in times),
+            "ms/tile": statistics.median(row[name] for row in times),
             "ratio": statistics.median(row[PIL_LOOP] / row[name] for row in times),
         }
         for name in calls
     }
 
 
-def main() -> None:
-    parser = make_parser(__doc__, tiles=16, rounds=7, threads=1, gpu_tiles=64)
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--json", action="store_true")
-    a = parser.parse_args()
-    torch.set_num_threads(a.threads)
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(kind if a.device == "auto" else a.device)
+def run_views(
+    tiles: int, rounds: int, device: torch.device, gpu_tiles: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Figures by size of the views."""
     figures = {}
     for title, (side, sizes) in SIZES.items():
-        say(title)
-        calls = make_contestants(side, sizes, a.tiles, device, a.gpu_tiles)
-        figures[title] = measure(calls, a.rounds)
-    if a.json:
-        print(json.dumps({"figures": figures} | vars(a)))
-        return
-    print(f"{a.tiles} tiles, {a.threads} threads, {a.rounds} rounds; torch {torch.__version__}")
-    for title, rows in figures.items():
-        for name, row in rows.items():
-            print(f"  {title}: {name:22} {row['ms_per_tile']:7.2f} ms {row['ratio']:6.2f}x")
-
-
-if __name__ == "__main__":
-    main()
+        say(f"views: {title}")
+        calls = make_contestants(side, sizes, tiles, device, gpu_tiles)
+        figures[title] = measure(calls, rounds)
+    return figures
