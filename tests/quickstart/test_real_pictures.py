@@ -28,8 +28,7 @@ def some_fields(data: Path, folder: Path) -> Path:
 def test_real_pictures(warm_python: Path, real_data: Path, tmp_path: Path) -> None:
     """Blood smear fields: slides composed of 128 px tiles, the white blood cell as the lesion."""
     detector = "epochs=1 batch_size=8 augmentation.sizes=[96] architecture.decoder_layers=1"
-    here = {"RANK": f"{SMALL['RANK']} workers=0", "MIL": f"{SMALL['MIL']} isolated=false"}
-    settings = {"COHORT": COHORT, "DETECTOR": detector, **here}
+    settings = {"COHORT": COHORT, "DETECTOR": detector, "MIL": f"{SMALL['MIL']} isolated=false"}
     data = some_fields(real_data, tmp_path / "data")
     summary = finish(warm_python, tmp_path / "bccd", {"DATA": str(data), **settings})
     assert set(summary["feature_sets"]) == FEATURE_SETS
