@@ -84,6 +84,7 @@ def run(streams: list[int], arguments: list[str], folder: str, variables: dict[s
     os.setpgid(0, 0)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
+    sys.stdin = os.fdopen(0)  # multiprocessing gives its processes none
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)
