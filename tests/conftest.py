@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 import pytest
@@ -17,24 +18,32 @@ from PIL import Image
 
 from tests.artefacts import tiny_benchmark, tiny_student  # noqa: F401  fixtures of all tests
 from tests.helpers import ROOT, draw_slide, write_pyramid
+from tests.warm_python import start_server
 
 STUB = b"<svg xmlns='http://www.w3.org/2000/svg'/>"
 DATA = Path(os.environ.get("WSI_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 
 LONG = (
-    "test_quickstart",
-    "test_notebook",
     "test_training_scripts",
-    "test_ablation",
-    "test_slides_that_kill",
+    "test_notebook",
+    "test_rendered",
+    "test_heatmap",
+    "test_start_pages",
+    "test_by_task",
+    "test_real_pictures",
     "test_sharing",
-    "test_export_student",
-    "test_learning",
     "test_training_pool",
-    "test_benchmark",
+    "test_export_student",
+    "test_classify_detections",
     "test_detector_training",
+    "test_benchmark",
+    "test_learning",
+    "test_slides_that_kill",
+    "test_evaluate",
     "test_real_teachers",
+    "test_pages",
+    "test_extract_student",
 )
 
 
@@ -75,6 +84,16 @@ def real_data() -> Path:
     if not (DATA / "INVENTORY.md").is_file():
         pytest.skip(f"real test data not found at {DATA}; set WSI_TEST_DATA")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def warm_python() -> Generator[Path, None, None]:
+    """A program that stands for `python` and has imported PyTorch, see tests/warm_python.py."""
+    with TemporaryDirectory() as folder:
+        server, program = start_server(Path(folder))
+        yield program
+        server.kill()
+        server.join()
 
 
 @pytest.fixture

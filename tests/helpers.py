@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import runpy
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NoReturn
 
 import h5py
@@ -78,24 +81,46 @@ def forget_slides(tiles: Path) -> None:
             del file["coords"].attrs["slide_fingerprint"]
 
 
+def start_script(module: str, arguments: list[str], said: Path, **variables: str) -> BaseProcess:
+    """`python -m module` in a process of its own, whose standard error goes to the file `said`.
+
+    It is a fork of a server that has imported PyTorch: an interpreter of its own takes seconds
+    before its first line, and several tests of a file wait for that.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "timm", __name__])  # heeded at its first start
+    shared = {"OMP_NUM_THREADS": "1", **variables}
+    process = context.Process(target=run_as_main, args=(module, arguments, said, shared))
+    process.start()
+    return process
+
+
+def run_as_main(module: str, arguments: list[str], said: Path, variables: dict[str, str]) -> None:
+    """What a process of `start_script` does; it ends with the status that the module exits with."""
+    import torch  # of the server, unless a pool of ours started that
+
+    with said.open("wb") as stream:
+        os.dup2(stream.fileno(), sys.stderr.fileno())
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
 def kill_when(ready: Callable[[], bool], module: str, arguments: list[str]) -> None:
     """Start a script of ours and SIGKILL it as soon as `ready()`; fails if it ended before that."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 600
-    while not ready() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    ended = process.poll()
-    process.kill()
-    _, errors = process.communicate()
-    assert ended is None and ready(), (
-        f"{module} ended with {ended} before it could be killed: {errors[-2000:]}"
-    )
+    with TemporaryDirectory() as folder:
+        said = Path(folder, "said")
+        process = start_script(module, arguments, said)
+        deadline = time.monotonic() + 600
+        while not ready() and process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        ended = process.exitcode
+        process.kill()
+        process.join()
+        assert ended is None and ready(), (
+            f"{module} ended with {ended} before it could be killed: {said.read_text()[-2000:]}"
+        )
 
 
 def die(number: int) -> NoReturn:
@@ -118,26 +143,18 @@ def run_two_processes(module: str, arguments: list[str]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "PYTHONPATH": str(ROOT),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            env=os.environ
-            | shared
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with TemporaryDirectory() as folder:
+        said = [Path(folder, str(rank)) for rank in range(2)]
+        processes = [
+            start_script(
+                module, arguments, said[rank], **shared, RANK=str(rank), LOCAL_RANK=str(rank)
+            )
+            for rank in range(2)
+        ]
+        for process, file in zip(processes, said, strict=True):
+            process.join(timeout=300)
+            assert process.exitcode == 0, file.read_text()
 
 
 def line_count(path: Path) -> int:

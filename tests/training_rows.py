@@ -13,7 +13,7 @@ from detection_kd.datasets.distillation import DistillationTiles, read_pairs
 from patch_encoder.demo.pyramid import write_pyramid
 from patch_encoder.models.encoders import build_encoder
 from tests.detection_kd import d2vfm_runs, distillation_sets
-from tests.detection_kd.detector_runs import TINY, write_detection_sets
+from tests.detection_kd.detector_runs import SMALL_TRUNK, TINY, write_detection_sets
 from tests.mil.conftest import write_cohort
 from tests.patch_encoder.prototypes.region_cohort import region_inputs
 from tests.training_harness import Pair, Row
@@ -26,10 +26,11 @@ PRETRAIN, SLPD = "patch_encoder.pretrain_dino", "patch_encoder.pretrain_slpd"
 
 
 def detection_inputs(folder: Path) -> list[str]:
-    """Nine training and three validation images of 64 px."""
-    return [*write_detection_sets(folder), *TINY]
+    """Nine training and three validation images of 64 px; no pictures are drawn."""
+    return [*write_detection_sets(folder), *TINY, "overlays=0"]
 
 
+# group norm: two processes have no common batch statistics
 DETECTOR_PAIR = Pair(
     settings=(
         "architecture.dropout=0",
@@ -50,7 +51,7 @@ DETECTOR_ROWS = [
         DETECTOR,
         DETECTOR,
         detection_inputs,
-        settings=("epochs=6", "log_every=1", "lr=0.002"),
+        settings=(*SMALL_TRUNK, "epochs=6", "log_every=1", "lr=0.002"),
         kill_at=4,
         learns=("loss", 0.85),
         pair=DETECTOR_PAIR,
@@ -60,7 +61,7 @@ DETECTOR_ROWS = [
         DETECTOR,
         DETECTOR,
         detection_inputs,
-        settings=("epochs=2", "ema=0.9"),
+        settings=("backbone=test_resnet", "norm=batch", "epochs=2", "ema=0.9"),
         kill_at=4,
     ),
 ]
@@ -190,7 +191,7 @@ MIL_ROWS = [
         settings=("model=abmil", *LONG),
         kill_at=3,
         learns=("train_loss", 0.7),
-        pair=Pair(MIL_PAIR, close={"train_loss": 1e-5}, weights=(1e-4, 1e-6), torchrun=True),
+        pair=Pair(MIL_PAIR, close={"train_loss": 1e-5}, weights=(1e-4, 1e-6)),
     ),
     Row(
         "slide classifier in accumulated steps",
@@ -228,13 +229,12 @@ def slides_inputs(folder: Path) -> list[str]:
 
 
 PRETRAIN_PAIR = Pair(
-    ("epochs=2", "pyramid.factor=2", "pyramid.teacher=true"),
+    ("epochs=2", "epoch_tiles=48", "pyramid.factor=2", "pyramid.teacher=true"),
     alone=("accumulate=2", "workers=1"),
     close={"loss": 1e-4, "kl": 1e-3},
     first={"loss": 1e-6, "gradient_norm": 1e-4},
     # a key's bias has no gradient but rounding, which AdamW makes a step of
     weights=(1e-2, 1e-3),
-    torchrun=True,
 )
 
 PRETRAIN_ROWS = [
@@ -257,6 +257,7 @@ PRETRAIN_ROWS = [
         slides_inputs,
         settings=(
             "epochs=3",
+            "epoch_tiles=48",
             "workers=2",
             "save_minutes=0",
             "accumulate=2",

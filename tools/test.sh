@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make the environment, then run ruff and the tests that need no process of their own (under 8 minutes on 2 cores).
-# --all as the first argument adds the tests that start processes: pipelines, kills, pairs under torchrun, compilers.
+# Make the environment, then run ruff and the tests that need no process of their own and no whole training (under 8 minutes on 2 cores).
+# --all as the first argument adds the others: whole trainings, pipelines, kills, pairs of processes, compilers.
 # Other arguments go to pytest: bash tools/test.sh tests/mil -k auc
 # WORKERS says how many test files run at a time (default: cores, at most 8); WORKERS=0 runs all in one process.
 set -euo pipefail

@@ -122,6 +122,7 @@ class Small(nn.Module):
         return self.convolution(pixels.float() / 255).relu().mean((2, 3))
 
 
+@pytest.mark.process
 def test_a_run_prints_and_keeps_what_it_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

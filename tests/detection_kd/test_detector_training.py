@@ -90,6 +90,7 @@ def test_finished_run_is_left_alone_and_other_settings_refused(
     assert "config.lr 0.001 -> 0.002" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_moving_average_is_what_is_kept(inputs: list[str], tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     assert run(main, Config, arguments(inputs, whole, *SMALL_TRUNK, "ema=0.9")) == 0
@@ -107,6 +108,7 @@ def test_moving_average_is_what_is_kept(inputs: list[str], tmp_path: Path) -> No
     assert run(main, Config, arguments(inputs, tmp_path / "bad", "ema=1")) == 2
 
 
+@pytest.mark.process
 def test_accumulated_parts_equal_the_whole_batch(inputs: list[str], tmp_path: Path) -> None:
     changes = (
         *SMALL_TRUNK,
@@ -133,6 +135,7 @@ def test_accumulated_parts_equal_the_whole_batch(inputs: list[str], tmp_path: Pa
     assert run(main, Config, arguments(inputs, tmp_path / "bad", "accumulate=3")) == 2
 
 
+@pytest.mark.process
 def test_every_switch_trains_and_its_detector_comes_back(inputs: list[str], tmp_path: Path) -> None:
     two_stage = ("architecture.box_refine=true", "architecture.two_stage=true")
     cases = {
@@ -183,6 +186,7 @@ def test_times_of_every_part_are_logged(finished: Path) -> None:
         assert line["time/data_share"] == pytest.approx(line["time/data"] / total)
 
 
+@pytest.mark.process
 def test_training_goes_on_from_a_whole_detector(
     finished: Path, inputs: list[str], tmp_path: Path
 ) -> None:

@@ -32,6 +32,7 @@ from studies import measure_encoders
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.process  # an export takes seconds
 
 DIM, SIDE = 12, 64
 CPU = torch.device("cpu")
@@ -218,7 +219,6 @@ def test_export_is_not_repeated_refuses_to_mix_and_notices_damage(
     assert "damaged" in capsys.readouterr().err and not (tmp_path / "features").exists()
 
 
-@pytest.mark.process
 def test_missed_bar_is_an_error_with_the_figure_and_leaves_nothing(
     cohort: Path,
     tmp_path: Path,
@@ -373,7 +373,6 @@ def test_network_travels_by_path_and_pads_its_batches(
     )
 
 
-@pytest.mark.process
 def test_distillation_tiles_and_scaled_students_are_exported_too(
     cohort: Path, tmp_path: Path
 ) -> None:
@@ -408,7 +407,6 @@ def test_distillation_tiles_and_scaled_students_are_exported_too(
     assert nn.functional.cosine_similarity(found, expected).min() >= 0.999
 
 
-@pytest.mark.process
 def test_one_student_gives_one_file(cohort: Path, exported: Path, tmp_path: Path) -> None:
     assert export(cohort, tmp_path / "again", "int8=false") == 0
     assert (tmp_path / "again" / "student.onnx").read_bytes() == (
@@ -454,13 +452,14 @@ assert torch._dynamo.utils.counters["frames"]["total"] >= 1, "nothing was compil
 """
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_student_has_the_same_features(cohort: Path, root: Path, backend: str) -> None:
+def test_compiled_student_has_the_same_features(
+    cohort: Path, root: Path, backend: str, warm_python: Path
+) -> None:
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     code = COMPILED.format(path=str(cohort / "student.pt"), backend=backend)
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        [warm_python, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -92,6 +92,7 @@ def bags(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray, dict]]:
     return found
 
 
+@pytest.mark.process
 def test_bags_are_those_of_one_student_at_a_time(
     cohort: Path, students: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -167,6 +168,7 @@ def test_what_cannot_be_students_is_refused(
     assert together(cohort, tmp_path / "features", students, "engine=ray") == 2
 
 
+@pytest.mark.process
 def test_cost_times_one_student_of_each_kind(
     cohort: Path, students: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

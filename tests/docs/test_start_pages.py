@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,11 +27,14 @@ def commands(page: Path) -> str:
     return "set -euo pipefail\n" + "".join(BLOCK.findall(page.read_text(encoding="utf-8")))
 
 
-def clone(folder: Path) -> Path:
-    """A folder that looks like a fresh clone with its environment made."""
+def clone(folder: Path, python: Path) -> Path:
+    """A folder that looks like a fresh clone with its environment made, whose interpreter is
+    `python`.
+    """
     for name in BESIDE:
         (folder / name).symlink_to(ROOT / name)
-    (folder / ".venv").symlink_to(sys.prefix)
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "python").symlink_to(python)
     return folder
 
 
@@ -42,7 +44,7 @@ def clone(folder: Path) -> Path:
     [page for page in sorted(START.glob("*.md")) if BLOCK.search(page.read_text(encoding="utf-8"))],
     ids=lambda page: page.stem,
 )
-def test_commands_run(page: Path, tmp_path: Path) -> None:
+def test_commands_run(page: Path, tmp_path: Path, warm_python: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name.isupper()}
     # what a reader's shell does not have; tools/test.sh exports PYTHONPATH and PYTHONSAFEPATH
     ours = ("SLIDES", "LABELS", "FEATURES", "OUTPUT", "ENV", "PYTHON", "PYTHONPATH")
@@ -50,7 +52,7 @@ def test_commands_run(page: Path, tmp_path: Path) -> None:
         environment.pop(name, None)
     done = subprocess.run(
         ["bash", "-c", commands(page)],
-        cwd=clone(tmp_path),
+        cwd=clone(tmp_path, warm_python),
         env=environment | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,

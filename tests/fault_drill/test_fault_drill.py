@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -35,8 +34,8 @@ def test_there_are_many_cases_of_every_kind() -> None:
     assert {name.partition(":")[0] for name in names} == kinds
 
 
-def run_drill(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHON": sys.executable, "ENV": "active", "OMP_NUM_THREADS": "1"}
+def run_drill(python: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHON": str(python), "ENV": "active", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         ["bash", str(ROOT / "tools" / "fault_drill.sh"), *arguments],
         env=environment, capture_output=True, text=True, check=False,
@@ -44,9 +43,9 @@ def run_drill(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.process
-def test_a_handful_of_cases_end_as_expected(tmp_path: Path) -> None:
+def test_a_handful_of_cases_end_as_expected(tmp_path: Path, warm_python: Path) -> None:
     table = tmp_path / "table.md"
-    done = run_drill(f"match={FEW}", f"table={table}")
+    done = run_drill(warm_python, f"match={FEW}", f"table={table}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "10 cases: 10 as expected" in done.stdout
     assert table.read_text().count("| ok |") == 10

@@ -83,6 +83,7 @@ def test_a_packed_set_is_the_folder(folder: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.process
 def test_training_on_either_form_gives_the_same_checkpoint(folder: Path, tmp_path: Path) -> None:
     output, backbone = tmp_path / "set.h5", write_backbone(tmp_path / "backbone.pt")
     assert pack(f"dataset={folder}", f"output={output}") == 0

@@ -153,6 +153,7 @@ def losses(output: Path) -> list[float]:
     ]
 
 
+@pytest.mark.process
 def test_online_teacher_without_augmentation_is_the_stored_one(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -226,6 +227,7 @@ def test_a_torch_teacher_gives_its_stored_features(
     assert train(folder, tmp_path / "online", *online[1:], "scales=[1.0]") == 2, "another run"
 
 
+@pytest.mark.process
 def test_the_teacher_is_asked_about_augmented_tiles(folder: Path, tmp_path: Path) -> None:
     weights = tmp_path / "vit.pth"
     write_teacher(folder, "timm:test_vit", weights)

@@ -188,6 +188,7 @@ def test_pictures_are_there_and_open(finished: Path) -> None:
     }
 
 
+@pytest.mark.process
 def test_finished_work_is_left_alone_and_other_settings_refused(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -221,6 +221,7 @@ def walk_the_road(cohort: Path, out: Path, name: str, weights: Path) -> None:
     assert run(extract_student.main, extract_student.Config, [*common, *student]) == 0
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", list(SMALL))
 def test_a_published_teacher_reaches_the_student(
     name: str, cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

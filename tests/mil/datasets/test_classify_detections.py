@@ -219,6 +219,7 @@ def test_topk_is_a_curve_over_the_first_feature_and_logistic_is_calibrated():
     assert np.abs(said - truth).mean() < 0.06  # probabilities, not only an order
 
 
+@pytest.mark.process
 def test_rows_stand_in_the_benchmarks_table(
     cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -274,6 +275,7 @@ def test_rows_stand_in_the_benchmarks_table(
     assert results["test"]["brier"] == float(row["brier"]) == pytest.approx(np.mean(squares))
 
 
+@pytest.mark.process
 def test_started_again_it_does_nothing_and_other_detections_are_refused(
     cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -299,6 +301,7 @@ def test_started_again_it_does_nothing_and_other_detections_are_refused(
     ].tolist() == [0.5, 1.0]
 
 
+@pytest.mark.process
 def test_bags_with_channels_go_through_the_benchmark(cohort: Path, tmp_path: Path):
     main(
         load_config(
@@ -437,6 +440,7 @@ def test_the_classes_are_the_benchmarks(cohort: Path, tmp_path: Path):
     assert main(load_config(Config, [*beside, "positive=neg"])) == 0
 
 
+@pytest.mark.process
 def test_rows_of_before_are_not_the_benchmarks(cohort: Path, tmp_path: Path):
     mil = made_benchmark(cohort, tmp_path / "mil", "folds=3", "seeds=[1,2]")
     made_benchmark(cohort, mil, "overwrite=true")

@@ -41,6 +41,7 @@ def write_musk(source: Path, root: Path) -> int:
     return len(bags)
 
 
+@pytest.mark.process
 def test_abmil_on_musk1_is_far_above_chance(real_data: Path, tmp_path: Path):
     source = real_data / "mil_classic" / "musk1.data"
     if not source.is_file():

@@ -216,6 +216,7 @@ def test_official_test_set_with_inner_folds(make_cohort, tmp_path: Path):
     assert len({slide for split in splits for slide in split.val}) == 24 - len(official)
 
 
+@pytest.mark.process
 def test_train_and_benchmark_read_them_back(
     make_cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -6,10 +6,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import sys
+import shutil
 import time
 from pathlib import Path
 
@@ -26,7 +23,8 @@ from mil.tasks.classification import Classification
 from mil.training import benchmark_jobs
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.bags.writer import write_bag
-from tests.helpers import ROOT
+from tests.helpers import start_script
+from tests.mil.conftest import write_cohort
 
 TABLES = ("results.csv", "summary.csv", "predictions.csv", "summary.json", "splits/splits_0.csv")
 
@@ -53,11 +51,25 @@ def arguments(cohort: Path, output: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture
-def cohort(make_cohort) -> Path:
+def cohort(tmp_path: Path) -> Path:
+    """A cohort of two feature sets to spoil."""
+    return write_two_sets(tmp_path / "cohort")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with such a cohort and, in `out`, its finished benchmark; read only."""
+    root = tmp_path_factory.mktemp("finished")
+    cohort = write_two_sets(root / "cohort")
+    assert main(load_config(Config, arguments(cohort, root / "out"))) == 0
+    return root
+
+
+def write_two_sets(folder: Path) -> Path:
     """A cohort with two feature sets: `bags`, and `student` that is noise in front of it, of
     another width.
     """
-    root = make_cohort(signal=5.0)
+    root = write_cohort(folder, signal=5.0)
     generator = np.random.default_rng(3)
     for path in sorted((root / "bags" / "h5_files").iterdir()):
         bag = read_bag(path)
@@ -134,36 +146,32 @@ def test_tables_say_what_the_runs_found(
     )
 
 
-def test_every_feature_set_and_model_gets_the_same_splits(cohort: Path, tmp_path: Path):
-    main(load_config(Config, arguments(cohort, tmp_path / "out")))
+def test_every_feature_set_and_model_gets_the_same_splits(finished: Path):
     tested: dict[tuple[str, str], set[str]] = {}
-    for row in read_csv(tmp_path / "out" / "predictions.csv"):
+    for row in read_csv(finished / "out" / "predictions.csv"):
         tested.setdefault((row["feature_set"], row["model"]), set()).add(
             f"{row['fold']}:{row['slide_id']}"
         )
     assert len(tested) == 4 and len({frozenset(slides) for slides in tested.values()}) == 1
-    written = read_csv(tmp_path / "out" / "splits" / "splits_1.csv")
+    written = read_csv(finished / "out" / "splits" / "splits_1.csv")
     assert {f"1:{row['test']}" for row in written if row["test"]} <= next(iter(tested.values()))
 
 
 @pytest.mark.process
-def test_killed_and_restarted_gives_the_same_tables(cohort: Path, tmp_path: Path):
-    main(load_config(Config, arguments(cohort, tmp_path / "whole")))
-    output = tmp_path / "parts"
-    command = [sys.executable, "-m", "mil.benchmark", *arguments(cohort, output, "workers=2")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 90
+def test_killed_and_restarted_gives_the_same_tables(finished: Path, tmp_path: Path):
+    cohort, output = finished / "cohort", finished / "parts"
+    keys = arguments(cohort, output, "workers=2")
+    process = start_script("mil.benchmark", keys, tmp_path / "said")
+    deadline = time.monotonic() + 300
     while not list(output.glob("runs/*/*/*/results.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
     children = [
         Path("/proc", pid)
         for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     ]
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
+    deadline = time.monotonic() + 60
     while any(child.exists() for child in children) and time.monotonic() < deadline:
         time.sleep(0.02)  # workers notice that they are alone
     assert children and not any(child.exists() for child in children)
@@ -171,21 +179,18 @@ def test_killed_and_restarted_gives_the_same_tables(cohort: Path, tmp_path: Path
     assert done and not (output / "results.csv").exists()
     assert main(load_config(Config, arguments(cohort, output))) == 0
     for table in TABLES:
-        first, second = (tmp_path / "whole" / table).read_text(), (output / table).read_text()
+        first, second = (finished / "out" / table).read_text(), (output / table).read_text()
         assert first == second, table
     assert all(
         path.stat().st_mtime_ns == stamp for path, stamp in done.items()
     )  # finished runs were left alone
 
 
-def test_finished_benchmark_trains_nothing(
-    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    main(load_config(Config, arguments(cohort, tmp_path / "out")))
-    before = {table: (tmp_path / "out" / table).read_bytes() for table in TABLES}
+def test_finished_benchmark_trains_nothing(finished: Path, monkeypatch: pytest.MonkeyPatch):
+    before = {table: (finished / "out" / table).read_bytes() for table in TABLES}
     monkeypatch.setattr(benchmark_jobs, "run_job", lambda *_: pytest.fail("trained again"))
-    assert main(load_config(Config, arguments(cohort, tmp_path / "out"))) == 0
-    assert before == {table: (tmp_path / "out" / table).read_bytes() for table in TABLES}
+    assert main(load_config(Config, arguments(finished / "cohort", finished / "out"))) == 0
+    assert before == {table: (finished / "out" / table).read_bytes() for table in TABLES}
 
 
 def test_a_failing_training_is_listed_and_the_rest_goes_on(
@@ -211,17 +216,13 @@ def test_a_failing_training_is_listed_and_the_rest_goes_on(
 
 
 def test_other_settings_stop_before_any_training(
-    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    main(load_config(Config, arguments(cohort, tmp_path / "out")))
-    assert run_script(main, Config, arguments(cohort, tmp_path / "out", "dropout=0.1")) == 2
+    shutil.copytree(finished / "out", tmp_path / "out")
+    others = arguments(finished / "cohort", tmp_path / "out", "dropout=0.1")
+    assert run_script(main, Config, others) == 2
     assert "dropout 0.25 -> 0.1" in capsys.readouterr().err
-    assert (
-        run_script(
-            main, Config, arguments(cohort, tmp_path / "out", "dropout=0.1", "overwrite=true")
-        )
-        == 0
-    )
+    assert run_script(main, Config, [*others, "overwrite=true"]) == 0
 
 
 def test_slides_missing_in_one_set_are_left_out_of_all(cohort: Path, tmp_path: Path):

@@ -107,6 +107,7 @@ def judged(kind: str, rows: list[dict[str, str]]) -> float:
     return harrell(times, events > 0, risks)  # a patient counts once
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", list(COHORTS))
 def test_from_labels_to_the_report(
     make_cohort, tmp_path: Path, failing_training, capsys: pytest.CaptureFixture[str], kind: str

@@ -200,6 +200,7 @@ def test_test_slides_do_not_choose_the_cut(tmp_path: Path):
     )
 
 
+@pytest.mark.process
 def test_a_benchmark_is_evaluated_as_it_evaluated_itself(make_cohort, tmp_path: Path):
     root = make_cohort(signal=2.0)
     small = [
@@ -238,6 +239,7 @@ def test_a_benchmark_is_evaluated_as_it_evaluated_itself(make_cohort, tmp_path: 
     assert plots == {f"bags_{kind}.svg" for kind in ("roc", "pr", "reliability", "screening")}
 
 
+@pytest.mark.process
 def test_pictures_of_three_classes_and_of_many_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

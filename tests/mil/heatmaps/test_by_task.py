@@ -98,6 +98,7 @@ def nested(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(cohort, root / "bench", f"splits={root}/splits", "seeds=[1,2]")
 
 
+@pytest.mark.process
 def test_a_slide_that_several_runs_test_is_drawn_once(
     nested: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -160,6 +161,7 @@ def test_the_call_is_that_of_most_runs() -> None:
 TASKS = {"multilabel": "a", "ordinal": "2", "cox": "", "discrete": "", "regression": ""}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", list(TASKS))
 def test_every_task_has_attention_a_score_and_tiles_of_their_own(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -189,6 +189,7 @@ def test_geojson_is_read_back_by_the_tiling(bench: Path):
     )
 
 
+@pytest.mark.process
 def test_a_model_without_attention_of_its_own_shows_probabilities(bench: Path):
     assert run(main, Config, arguments(bench, "heat", "model=mean", "only=[s01,s02]")) == 0
     record = json.loads((bench.parent / "heat" / "records" / "s01.json").read_text())
@@ -215,6 +216,7 @@ def test_a_model_without_attention_of_its_own_shows_probabilities(bench: Path):
     np.testing.assert_allclose(found.values, expected, rtol=1e-5)
 
 
+@pytest.mark.process
 def test_drawn_slides_are_skipped_and_other_settings_refused(
     bench: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -265,6 +267,7 @@ def test_a_slide_that_is_none_of_its_bag_is_listed(bench: Path, tmp_path: Path):
     assert "s04,heatmap" not in listed
 
 
+@pytest.mark.process
 def test_a_bad_slide_is_listed_and_the_others_are_drawn(bench: Path):
     cohort, output = bench.parent / "cohort", bench.parent / "heat"
     (cohort / "slides" / "s02" / "0_1.jpg").write_bytes(b"none")
@@ -297,6 +300,7 @@ def copy_bags(bench: Path, name: str, noise: float, encoder: str) -> Path:
     return bench.parent / name
 
 
+@pytest.mark.process
 def test_bags_of_another_encoder_are_refused_however_near_their_predictions(bench: Path):
     others = copy_bags(bench, "others", 1e-6, "resnet50")
     source, near = read_from_benchmark(bench, "", "abmil", None), 0
@@ -319,6 +323,7 @@ def test_bags_of_another_encoder_are_refused_however_near_their_predictions(benc
     assert run(main, Config, given) == 0
 
 
+@pytest.mark.process
 def test_a_benchmark_that_was_moved_with_its_bags_works(
     bench: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -419,6 +424,7 @@ def test_without_slides_tiles_stand_on_white(bench: Path):
     assert "TIFF" in links(output / "slides" / "s05.html").text
 
 
+@pytest.mark.process
 def test_a_run_directory_and_names_that_need_escaping(make_cohort, tmp_path: Path):
     cohort = make_cohort(pictures=True, slides=16)
     odd = 'a #1 <b>&"%41'
@@ -485,6 +491,7 @@ def test_bad_input_is_one_line(bench: Path, capsys: pytest.CaptureFixture[str]):
     assert not (bench.parent / "heat" / "heatmaps").exists()
 
 
+@pytest.mark.process
 def test_report_leads_to_the_heatmaps(bench: Path):
     assert run(main, Config, arguments(bench, "page/heatmaps", "only=[s00]")) == 0
     assert (

@@ -188,6 +188,7 @@ def test_subtyping_is_by_task_where_it_is_not_given():
         check_options("clam_sb", {"subtyping": "yes"})
 
 
+@pytest.mark.process
 def test_subtyping_goes_through_training_and_benchmark(make_cohort, tmp_path: Path):
     cohort, small = make_cohort(), {"hidden": 16, "attention": 8, "instances": 3}
     shared = [

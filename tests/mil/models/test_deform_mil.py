@@ -54,6 +54,7 @@ def accuracy_after(model: nn.Module, steps: int, generator: torch.Generator) -> 
     return float(right.float().mean())
 
 
+@pytest.mark.process
 def test_learns_whether_two_tiles_are_neighbours_where_pooling_cannot() -> None:
     accuracies = {}
     for name, options, steps in (

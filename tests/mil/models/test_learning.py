@@ -63,9 +63,16 @@ LEARNERS = [
     ("transmil", 8, 4),
     ("mhim_transmil", 8, 4),
 ]
+SECONDS = ("transmil", "mhim_transmil", "ilra", "rrt", "deform_mil")  # that their training takes
 
 
-@pytest.mark.parametrize(("name", "signs", "epochs"), LEARNERS)
+@pytest.mark.parametrize(
+    ("name", "signs", "epochs"),
+    [
+        pytest.param(*learner, marks=[pytest.mark.process] * (learner[0] in SECONDS))
+        for learner in LEARNERS
+    ],
+)
 def test_every_model_learns(name: str, signs: int, epochs: int):
     """From 24 bags, under its published recipe with a higher learning rate, what it needs for 60
     others.
@@ -98,6 +105,7 @@ def test_every_model_learns(name: str, signs: int, epochs: int):
     )
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["mhim_abmil", "transmil", "dtfd"])
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(
     make_cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

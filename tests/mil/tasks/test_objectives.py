@@ -147,6 +147,7 @@ def test_alpha_weighs_the_censored_slides_of_the_task():
         torch.testing.assert_close(task.loss(logits, died), plain.loss(logits, died))
 
 
+@pytest.mark.process
 def test_alpha_goes_through_training_and_benchmark(
     make_cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -327,6 +328,7 @@ def test_what_does_not_go_together_is_refused():
             Discrete(edges=(1.0,), alpha=share)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", list(COHORTS))
 def test_a_run_of_every_task_from_its_labels(make_cohort, tmp_path: Path, kind: str):
     cohort = rewrite(make_cohort(slides=48, signal=5.0), kind)

@@ -127,6 +127,7 @@ def test_every_model_trains_and_leaves_a_whole_run_directory(
         assert (row["predicted"] == "pos") == (float(row["prob_pos"]) >= results["threshold"])
 
 
+@pytest.mark.process
 def test_attention_separates_an_easy_problem_and_not_shuffled_labels(make_cohort, tmp_path: Path):
     more = ("model=abmil", "training.epochs=12", "training.lr=1e-3", "folds=3")
     easy = make_cohort(slides=60, signal=5.0, name="easy")

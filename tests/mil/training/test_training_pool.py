@@ -49,7 +49,7 @@ ENGINES = {
 
 @pytest.mark.process
 def test_every_engine_writes_the_tables_of_one_process(
-    make_cohort, tmp_path: Path, root: Path, failing_training
+    make_cohort, tmp_path: Path, root: Path, failing_training, warm_python: Path
 ):
     """One training kills its worker wherever it runs: it is listed, the others go on, and the
     tables are those of one process in which it fails. Started again in one process, the benchmark
@@ -66,7 +66,7 @@ def test_every_engine_writes_the_tables_of_one_process(
         assert start("one") == 1
     for engine, keys in ENGINES.items():
         output = tmp_path / engine
-        command = [sys.executable, "-m", "tests.mil.training.dying_benchmark"]
+        command = [warm_python, "-m", "tests.mil.training.dying_benchmark"]
         done = subprocess.run(
             [*command, *arguments(cohort, output.relative_to(tmp_path), *more, *keys)],
             cwd=tmp_path,

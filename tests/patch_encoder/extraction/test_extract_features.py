@@ -4,11 +4,6 @@ stops a cohort.
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,39 +158,6 @@ def test_slide_without_tissue_or_coordinates_is_listed(cohort: Path) -> None:
     assert "S000" in failures
     assert "no tissue: 0 tiles" in failures
     assert sorted(list_bags(cohort / "features" / "mean_colour")) == ["S001"]
-
-
-@pytest.mark.process
-def test_killed_extraction_goes_on_to_the_same_bags(cohort: Path, root: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "patch_encoder.extract_features",
-        *arguments(cohort, "encoder=stain_texture", "batch_size=1"),
-    ]
-    process = subprocess.Popen(
-        command, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while (
-        not bag_path(cohort, "S000", "stain_texture").exists()
-        and process.poll() is None
-        and time.monotonic() < deadline
-    ):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    left = sorted(bag_path(cohort, "S000", "stain_texture").parent.glob("*.h5"))
-    assert left, "killed after the first bag"
-    for file in left:
-        read_bag(file)
-    assert extract(cohort, "encoder=stain_texture") == 0
-    assert extract(cohort, "encoder=stain_texture", f"output={cohort}/clean") == 0
-    for file in list_bags(cohort / "clean" / "stain_texture").values():
-        assert (
-            open_bag(file).digest()
-            == open_bag(bag_path(cohort, file.stem, "stain_texture")).digest()
-        )
 
 
 def test_a_cohort_keeps_the_kernels_of_its_first_bags(

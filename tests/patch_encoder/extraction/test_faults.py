@@ -233,9 +233,11 @@ def test_killed_in_the_middle_and_started_again_gives_the_same_files(cohort: Pat
 
 
 @pytest.mark.process
-def test_two_processes_on_one_output_do_each_other_no_harm(cohort: Path, root: Path) -> None:
+def test_two_processes_on_one_output_do_each_other_no_harm(
+    cohort: Path, root: Path, warm_python: Path
+) -> None:
     command = [
-        sys.executable,
+        warm_python,
         "-m",
         "patch_encoder.extract_features",
         *arguments(cohort, "batch_size=1"),

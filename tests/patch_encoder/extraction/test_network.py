@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -148,22 +147,24 @@ assert torch._dynamo.utils.counters["frames"]["total"] >= 1, "nothing was compil
 """
 
 
-def run_compiled(backend: str, root: Path) -> subprocess.CompletedProcess[str]:
+def run_compiled(python: Path, backend: str, root: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     code = COMPILED.format(backend=backend)
     return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        [python, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
 
 
 @pytest.mark.process
-def test_compiled_features_are_the_same_and_one_shape_is_compiled_once(root: Path) -> None:
-    done = run_compiled("aot_eager", root)
+def test_compiled_features_are_the_same_and_one_shape_is_compiled_once(
+    root: Path, warm_python: Path
+) -> None:
+    done = run_compiled(warm_python, "aot_eager", root)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_compiled_by_inductor_with_frozen_weights(root: Path) -> None:
-    done = run_compiled("inductor", root)
+def test_compiled_by_inductor_with_frozen_weights(root: Path, warm_python: Path) -> None:
+    done = run_compiled(warm_python, "inductor", root)
     assert done.returncode == 0, done.stderr[-2000:]

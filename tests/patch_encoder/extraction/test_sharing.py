@@ -87,13 +87,13 @@ def as_bytes(folder: Path) -> dict[str, bytes]:
     }
 
 
-def environment(root: Path) -> dict[str, str]:
+def environment(root: Path, python: Path) -> dict[str, str]:
     return {
         **os.environ,
         "PYTHONPATH": str(root),
         "OMP_NUM_THREADS": "1",
         "ENV": "active",
-        "PYTHON": sys.executable,
+        "PYTHON": str(python),
     }
 
 
@@ -121,9 +121,11 @@ def test_shards_keep_lists_of_their_own_and_the_whole_run_clears_them(cohort: Pa
 
 
 @pytest.mark.process
-def test_script_starts_a_process_a_gpu_and_takes_the_worst_status(cohort: Path, root: Path) -> None:
+def test_script_starts_a_process_a_gpu_and_takes_the_worst_status(
+    cohort: Path, root: Path, warm_python: Path
+) -> None:
     script = ["bash", str(root / "tools" / "extract_features.sh")]
-    shared = environment(root) | {
+    shared = environment(root, warm_python) | {
         "GPUS": "2",
         "COORDS": f"{cohort}/tiles",
         "CUDA_VISIBLE_DEVICES": "",
@@ -177,18 +179,18 @@ def find_holder(path: Path) -> int:
 
 @pytest.mark.process
 def test_a_worker_of_ray_that_is_killed_is_replaced_and_its_slide_done_again(
-    cohort: Path, root: Path
+    cohort: Path, root: Path, warm_python: Path
 ) -> None:
     pytest.importorskip("ray", reason="Ray is an optional dependency")
     command = [
-        sys.executable,
+        str(warm_python),
         "-m",
         "patch_encoder.extract_features",
         *keys(cohort, "batch_size=2"),
     ]
     ray_keys = ["engine=ray", "ray.workers=2", "ray.cpus=1"]
     process = subprocess.Popen(
-        [*command, *ray_keys], env=environment(root), stderr=subprocess.PIPE, text=True
+        [*command, *ray_keys], env=environment(root, warm_python), stderr=subprocess.PIPE, text=True
     )
     # the worker of the largest slide has its hidden file open
     part = cohort / "features" / "stain_texture" / "h5_files"
