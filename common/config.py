@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
@@ -300,6 +300,15 @@ def _fields(
 def to_dict(config: Any) -> dict[str, Any]:
     """A plain nested dict of the configuration, as stored in `config.yaml` and in checkpoints."""
     return dataclasses.asdict(config)
+
+
+def make_assignments(settings: Mapping[str, Any]) -> list[str]:
+    """`key=value` words as scripts take them."""
+    shown = {True: "true", False: "false"}
+    return [
+        f"{name}={shown[value] if isinstance(value, bool) else value}"
+        for name, value in settings.items()
+    ]
 
 
 def identity(config: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import launch
-from common.config import REQUIRED, key
+from common.config import REQUIRED, key, make_assignments
 from common.errors import UserError, did_you_mean
 from common.files import read_json, safe_id, write_json, write_or_remove_csv
 
@@ -157,15 +157,6 @@ def expand(default: Mapping[str, Any], factors: Mapping[str, Any], grid: str) ->
         settings = {**default, **changed}
         variants.setdefault(safe_id(name, "variant"), Variant(name, factor or DEFAULT, settings))
     return list(variants.values())
-
-
-def make_assignments(settings: Mapping[str, Any]) -> list[str]:
-    """`key=value` words as scripts take them."""
-    shown = {True: "true", False: "false"}
-    return [
-        f"{name}={shown[value] if isinstance(value, bool) else value}"
-        for name, value in settings.items()
-    ]
 
 
 @dataclass

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from common.cli import launch
-from common.config import REQUIRED, key
+from common.config import REQUIRED, key, make_assignments
 from common.errors import UserError
 from common.files import sha256_bytes, write_or_remove_csv
 from patch_encoder.demo.region_simulation import (
@@ -42,7 +42,7 @@ from studies.region_tables.cells import (
     make_cell,
 )
 from studies.region_tables.intervals import NO_SEED
-from studies.region_tables.stages import make_assignments, run_script
+from studies.region_tables.stages import run_script
 from studies.region_tables.table import ConditionTable, collect_condition, write_tables
 
 logger = logging.getLogger(__name__)

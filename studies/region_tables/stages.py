@@ -6,9 +6,8 @@ take longer than the smallest trainings. This is the one place where scripts are
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
 from common.config import load_config
 from mil import benchmark
@@ -29,12 +28,3 @@ def run_script(name: str, arguments: Sequence[str]) -> int:
     """
     script = SCRIPTS[name]
     return script.main(load_config(script.Config, list(arguments))) or 0
-
-
-def make_assignments(settings: Mapping[str, Any]) -> list[str]:
-    """`key=value` words as scripts take them."""
-    shown = {True: "true", False: "false"}
-    return [
-        f"{name}={shown[value] if isinstance(value, bool) else value}"
-        for name, value in settings.items()
-    ]

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.config import load_config
+from common.config import load_config, make_assignments
 from common.errors import UserError
-from studies.ablation import DEFAULT, Config, Study, expand, main, make_assignments
+from studies.ablation import DEFAULT, Config, Study, expand, main
 from tests.helpers import ROOT
 
 BASE = {"adapter": "mpa", "loss": "mse", "stages": [1], "unfreeze": 0, "rank.top_k": 50}
