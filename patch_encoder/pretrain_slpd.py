@@ -122,12 +122,13 @@ def train_one_epoch(job: SlpdRun, state: DistillationState, epoch: int) -> dict[
     left = range(state.step - first, job.steps)
     shares = [choose_share(order, number, config.batch_size, world) for number in left]
     batches = read_batches(job.store, shares, world.device)
+    views: RegionViews | None = None
     for batch in progress(batches, f"epoch {epoch + 1}", len(left), "step", enabled=world.is_main):
         times.mark("data")
         values, step = job.schedules.at(state.step), state.step
         seed_step(config.seed, step, world.rank)
         packed, ids = pack_regions(batch.features, batch.valid), torch.from_numpy(batch.ids)
-        views = make_region_views(packed, ids, step, job.recipe, config.seed)
+        views = make_region_views(packed, ids, step, job.recipe, config.seed, reuse=views)
         times.mark("views")
         state.set_values(values)
         state.optimizer.zero_grad(set_to_none=True)

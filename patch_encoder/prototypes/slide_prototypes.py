@@ -8,7 +8,7 @@ belong into the checkpoint of a run that stops inside the epoch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -77,10 +77,9 @@ def find_slide_prototypes(
         seed: of the run.
     """
     per_slide = torch.from_numpy(np.asarray(counts))
-    if keys.centre == "slide":
-        units = centre_by_slide(units, per_slide.to(units.device))
+    compared = centre_by_slide(units, per_slide) if keys.centre == "slide" else units
     clusters = cluster_slides(
-        units,
+        compared,
         per_slide,
         keys.clusters,
         min_regions=keys.min_regions,
@@ -89,12 +88,38 @@ def find_slide_prototypes(
         seed=seed,
     )
     near = (clusters.prototypes, clusters.ignored, cases, keys.neighbours, keys.target)
-    return SlidePrototypes(clusters, find_neighbours(*near))
+    neighbours = find_neighbours(*near)
+    if keys.centre == "slide":  # the student predicts what lies where the head's bottleneck lies
+        clusters = replace(clusters, prototypes=average_clusters(units, clusters))
+    return SlidePrototypes(clusters, neighbours)
 
 
 def centre_by_slide(units: Float[Tensor, "m d"], counts: Int[Tensor, " n"]) -> Float[Tensor, "m d"]:
     """Take the mean of its slide's embeddings off each embedding, and give the rest length 1."""
-    slide = torch.repeat_interleave(torch.arange(len(counts), device=units.device), counts)
-    sums = units.new_zeros(len(counts), units.shape[1]).index_add_(0, slide, units)
-    means = sums / counts.clamp(min=1)[:, None]
-    return nn.functional.normalize(units - means[slide], dim=1)
+    slide = torch.repeat_interleave(torch.arange(len(counts)), counts.cpu())
+    means = _sum_rows(units, slide, len(counts)) / counts.clamp(min=1).to(units.device)[:, None]
+    return nn.functional.normalize(units - means[slide.to(units.device)], dim=1)
+
+
+def average_clusters(units: Float[Tensor, "m d"], clusters: Clusters) -> Float[Tensor, "n k d"]:
+    """The direction of the mean embedding of each cluster; zero for ignored slides.
+
+    Args:
+        units: embeddings of all regions, slide by slide.
+        clusters: which region is in which cluster.
+    """
+    count, k = clusters.sizes.shape
+    kept = clusters.assignment >= 0
+    place = (clusters.slides * k + clusters.assignment)[kept]
+    sums = _sum_rows(units[kept], place.cpu(), count * k)
+    return nn.functional.normalize(sums, dim=1).view(count, k, -1)
+
+
+def _sum_rows(
+    rows: Float[Tensor, "m d"], place: Int[Tensor, " m"], count: int
+) -> Float[Tensor, "n d"]:
+    """The sum of the rows of each place. On the CPU, where it has one order: all processes get the
+    same bits.
+    """
+    sums = rows.new_zeros(count, rows.shape[1], device="cpu").index_add_(0, place, rows.cpu())
+    return sums.to(rows.device)
