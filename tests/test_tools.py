@@ -117,6 +117,18 @@ def test_unknown_keys_are_refused_before_any_work(
 
 
 @pytest.mark.parametrize(
+    "script",
+    [s for s in RUNNABLE if s.name not in WITHOUT_KEYS],
+    ids=lambda p: p.name,
+)
+def test_a_file_of_settings_takes_the_place_of_the_default_one(script: Path, folder: Path) -> None:
+    done, called = started(script, ["--config", "mine.yaml"], folder)
+    assert done.returncode == 0, done.stderr
+    files = [called[place + 1] for place, word in enumerate(called) if word == "--config"]
+    assert files == ["mine.yaml"]
+
+
+@pytest.mark.parametrize(
     ("script", "module"),
     [
         ("preprocess/extract-features.sh", "patch_encoder.extract_features"),

@@ -6,10 +6,10 @@
 set -euo pipefail
 # shellcheck source=tools/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+choose_config "$ROOT/configs/ablation/quickstart.yaml" "$@"
 : "${BASE:=}"
-: "${CONFIG:=$ROOT/configs/ablation/quickstart.yaml}"
 : "${OUTPUT:=${BASE:-runs}/ablation}"
 : "${COMBINATIONS:=one}"
 recipes="$ROOT/configs/quickstart"
-run_python studies.ablation --config "$CONFIG" ${BASE:+base="$BASE"} output="$OUTPUT" combinations="$COMBINATIONS" \
+run_python studies.ablation ${config[@]+"${config[@]}"} ${BASE:+base="$BASE"} output="$OUTPUT" combinations="$COMBINATIONS" \
   rank_config="$recipes/rank.yaml" d2vfm_config="$recipes/d2vfm.yaml" mil_config="$recipes/mil.yaml" "$@"

@@ -44,6 +44,19 @@ collect_keys() {
   done
 }
 
+# choose_config <file> <arguments>: fill the array `config` with the option for the file CONFIG, or else for this one; empty where
+# CONFIG is and the arguments have a file of their own
+choose_config() {
+  config=()
+  local argument given=""
+  for argument in "${@:2}"; do
+    [[ "$argument" == --config || "$argument" == --config=* ]] && given=yes
+  done
+  if [[ -z "$given" || -n "${CONFIG:-}" ]]; then
+    config+=(--config "${CONFIG:-$1}")
+  fi
+}
+
 # run_python <module> <arguments>: one process, whatever the number of GPUs
 run_python() {
   local module=$1

@@ -4,13 +4,13 @@
 # CONFIG is the recipe. Trainings share the GPUS GPUs of this machine (default: all), WORKERS at a time on each;
 # engine=ray runs them on a Ray cluster instead. All keys: bash tools/mil_benchmark.sh --help
 set -euo pipefail
-: "${CONFIG:=$(dirname "${BASH_SOURCE[0]}")/../configs/ts2gkd/mil_benchmark.yaml}"
 : "${LABELS:=}"
 : "${FEATURES:=}"
 : "${OUTPUT:=runs/mil}"
 : "${WORKERS:=1}"
 # shellcheck source=tools/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+choose_config "$ROOT/configs/ts2gkd/mil_benchmark.yaml" "$@"
 share_gpus "$@"
-run_python mil.benchmark --config "$CONFIG" ${LABELS:+labels="$LABELS"} ${FEATURES:+features="[$FEATURES]"} \
+run_python mil.benchmark ${config[@]+"${config[@]}"} ${LABELS:+labels="$LABELS"} ${FEATURES:+features="[$FEATURES]"} \
   output="$OUTPUT" "${keys[@]}" "$@"

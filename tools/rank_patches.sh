@@ -9,6 +9,6 @@ set -euo pipefail
 : "${WORKERS:=2}"
 # shellcheck source=tools/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-: "${CONFIG:=$ROOT/configs/ts2gkd/rank.yaml}"
+choose_config "$ROOT/configs/ts2gkd/rank.yaml" "$@"
 collect_keys labels slides features output workers
-run_python mil.rank_patches --config "$CONFIG" "${keys[@]}" "$@"
+run_python mil.rank_patches ${config[@]+"${config[@]}"} "${keys[@]}" "$@"

@@ -6,8 +6,8 @@
 set -euo pipefail
 # shellcheck source=tools/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-: "${CONFIG:=$ROOT/configs/slpd/study.yaml}"
+choose_config "$ROOT/configs/slpd/study.yaml" "$@"
 : "${OUTPUT:=runs/region_study}"
 collect_keys cohort features tile_encoder
-run_python studies.region_study --config "$CONFIG" mil_config="$ROOT/configs/quickstart/mil.yaml" output="$OUTPUT" \
+run_python studies.region_study ${config[@]+"${config[@]}"} mil_config="$ROOT/configs/quickstart/mil.yaml" output="$OUTPUT" \
   ${keys[@]+"${keys[@]}"} "$@"

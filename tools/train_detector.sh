@@ -8,6 +8,6 @@ set -euo pipefail
 : "${OUTPUT:=runs/detector}"
 # shellcheck source=tools/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-: "${CONFIG:=$ROOT/configs/ts2gkd/detector_r50.yaml}"
+choose_config "$ROOT/configs/ts2gkd/detector_r50.yaml" "$@"
 collect_keys train val images output
-run_module detection_kd.train_detector --config "$CONFIG" "${keys[@]}" "$@"
+run_module detection_kd.train_detector ${config[@]+"${config[@]}"} "${keys[@]}" "$@"

@@ -33,7 +33,7 @@ def test_both_loops_take_the_same_step() -> None:
 
 @pytest.mark.process
 def test_memory_is_that_of_trainings_of_their_own() -> None:
-    rows = run_memory((10, 30))["a tiny ViT from a slide"]
-    assert list(rows) == ["10 steps", "30 steps"]
+    rows = run_memory((10, 20))["a tiny ViT from a slide"]
+    assert list(rows) == ["10 steps", "20 steps"]
     assert rows["10 steps"]["ratio"] == 1 and rows["10 steps"]["peak MB"] > 100
-    assert rows["30 steps"]["ratio"] == rows["30 steps"]["peak MB"] / rows["10 steps"]["peak MB"]
+    assert rows["20 steps"]["ratio"] == rows["20 steps"]["peak MB"] / rows["10 steps"]["peak MB"]

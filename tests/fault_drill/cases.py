@@ -261,7 +261,7 @@ PRETRAINING = (
 )  # fmt: skip
 
 REGION_FILE = "regions/mean_colour/S1.h5"
-REGIONS = (
+REGION_TRAINING = (
     Case("regions: a file that is cut off", SLPD, 2, "S1.h5: expected a region file",
          cut(REGION_FILE)),
     Case("regions: no files", SLPD, 2, "expected a path that exists|regions", remove("regions")),
@@ -316,5 +316,5 @@ MEMORY = (
 
 CASES = (
     *SLIDES, *COORDINATES, *BAGS, *CHECKPOINTS, *TABLES, *SETTINGS, *SIGNALS, *HANGS, *DISKS, *MEMORY,
-    *PRETRAINING, *REGIONS,
+    *PRETRAINING, *REGION_TRAINING,
 )  # fmt: skip

@@ -24,7 +24,7 @@ TRAIN = (
     "training.epochs=3 training.min_epochs=1 device=cpu"
 )
 TRAIN_AGAIN = TRAIN.replace("output=new", "output=run")
-LONG = TRAIN.replace("epochs=3", "epochs=400").replace("min_epochs=1", "min_epochs=400")
+LONG = TRAIN.replace("epochs=3", "epochs=1200").replace("min_epochs=1", "min_epochs=1200")
 PRETRAIN = (
     "patch_encoder.pretrain_dino slides=slides coords=tiles output=new network.arch=timm:test_vit "
     "network.drop_path=0.0 network.out_dim=16 network.hidden_dim=16 network.bottleneck_dim=8 "
