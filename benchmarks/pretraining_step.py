@@ -15,9 +15,9 @@ longer training.
 from __future__ import annotations
 
 import copy
-import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.pretraining_data import draw_pixels, make_corpus, write_tiff
 from benchmarks.pretraining_views import draw_tiles
-from benchmarks.rounds import clock, say
+from benchmarks.rounds import clock, measure_ratios, say
 from common.config import load_config
 from common.distributed import World
 from common.memory import peak_memory
@@ -120,17 +120,10 @@ class OurLoop:
 
 
 def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds per step of each, and how many times as fast ours is, after a warm-up."""
-    for call in calls.values():
-        call()
-    times = [{name: clock(call) for name, call in calls.items()} for _ in range(rounds)]
-    return {
-        name: {
-            "ms/step": statistics.median(row[name] for row in times),
-            "ratio": statistics.median(row[PLAIN] / row[name] for row in times),
-        }
-        for name in calls
-    }
+    """Milliseconds per step of each, and how many times as fast as the plain loop."""
+    clocks = {name: partial(clock, call) for name, call in calls.items()}
+    found = measure_ratios(clocks, PLAIN, rounds)
+    return {name: {"ms/step": ms, "ratio": ratio} for name, (ms, ratio) in found.items()}
 
 
 def run_case(

@@ -11,7 +11,6 @@ one, takes batches of its own size, copied to it within the measured time.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -20,7 +19,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.rounds import clock, say
+from benchmarks.rounds import clock, measure_ratios, say
 from patch_encoder.selfdistill.view_recipe import PRESETS, ViewRecipe
 from patch_encoder.selfdistill.views import make_views
 
@@ -103,19 +102,13 @@ def make_contestants(
 def measure(
     calls: dict[str, tuple[Callable[[], object], int]], rounds: int
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds per tile and how many times as fast as the PIL loop, after a warm-up."""
-    for call, _ in calls.values():
-        call()
-    times = [
-        {name: clock(call) / count for name, (call, count) in calls.items()} for _ in range(rounds)
-    ]
-    return {
-        name: {
-            "ms/tile": statistics.median(row[name] for row in times),
-            "ratio": statistics.median(row[PIL_LOOP] / row[name] for row in times),
-        }
-        for name in calls
+    """Milliseconds per tile and how many times as fast as the PIL loop."""
+    clocks = {
+        name: lambda call=call, count=count: clock(call) / count
+        for name, (call, count) in calls.items()
     }
+    found = measure_ratios(clocks, PIL_LOOP, rounds)
+    return {name: {"ms/tile": ms, "ratio": ratio} for name, (ms, ratio) in found.items()}
 
 
 def run_views(

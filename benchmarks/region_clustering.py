@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.rounds import Call, clock, compare, make_parser, say
+from benchmarks.rounds import Call, clock, make_parser, measure_ratios, say
 from patch_encoder.prototypes.clustering import cluster_slides
 from patch_encoder.prototypes.neighbours import find_neighbours, match_prototypes
 from patch_encoder.prototypes.region_packing import pack_regions
@@ -158,8 +159,9 @@ def measure_views(batch: int, rounds: int) -> Figures:
 
 def rate(calls: dict[str, Call], rounds: int, baseline: str) -> Figures:
     """Milliseconds of each call, and how many times as fast as the baseline it is."""
-    times = compare(calls, clock, rounds)
-    return {name: {"ms": ms, "ratio": times[baseline] / ms} for name, ms in times.items()}
+    clocks = {name: partial(clock, call) for name, call in calls.items()}
+    found = measure_ratios(clocks, baseline, rounds)
+    return {name: {"ms": ms, "ratio": ratio} for name, (ms, ratio) in found.items()}
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 Call = Callable[[], object]
@@ -45,6 +45,23 @@ def cpu_seconds() -> float:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def measure_ratios(
+    clocks: Mapping[str, Callable[[], float]], baseline: str, rounds: int
+) -> dict[str, tuple[float, float]]:
+    """What each clock says over rounds in which all take turns, and how many times as fast as the
+    baseline that is, compared within a round: medians, after a warm-up round.
+    """
+    times = [{name: read() for name, read in clocks.items()} for _ in range(rounds + 1)][1:]
+    median = statistics.median
+    return {
+        name: (
+            median(row[name] for row in times),
+            median(row[baseline] / row[name] for row in times),
+        )
+        for name in clocks
+    }
 
 
 def compare(

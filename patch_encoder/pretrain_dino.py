@@ -27,14 +27,19 @@ from common.device import pick_precision
 from common.distributed import World, init_distributed, local_processes, mean_dict, share_batch
 from common.figures import save_figure
 from common.processes.pool import pick_workers
-from common.progress import describe_values, progress
+from common.progress import progress
 from common.run import Run, open_run
 from common.seed import seed_everything
 from common.step_timer import StepTimes
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.pretraining.gradients import add_student_gradients, ask_teacher
 from patch_encoder.pretraining.keys import TileViewKeys
-from patch_encoder.pretraining.loop import is_checkpoint_due, seed_step, take_up
+from patch_encoder.pretraining.loop import (
+    is_checkpoint_due,
+    report_epoch,
+    seed_step,
+    take_up,
+)
 from patch_encoder.pretraining.monitoring import RecentValues, measure_training
 from patch_encoder.pretraining.objective import Objective
 from patch_encoder.pretraining.run_files import (
@@ -216,12 +221,10 @@ def end_epoch(
         line |= probe_teacher(job, state, epoch)
     job.stream.drop(job.stream.slides_to_drop())
     state.sums = {}
-    job.run.log({"epoch": epoch, **line})
+    report_epoch(job.run, epoch, job.config.epochs, line, REPORTED)
     save_last(job, state, epoch)
     if job.world.is_main:
         save_results(job, state, epoch)
-    shown = describe_values(line, REPORTED, digits=3)
-    logger.info("epoch %d/%d: %s", epoch, job.config.epochs, shown)
     return line
 
 

@@ -26,13 +26,18 @@ from common.device import pick_precision
 from common.distributed import World, init_distributed, mean_dict, share_batch
 from common.errors import UserError
 from common.files import sha256_bytes
-from common.progress import describe_values, progress
+from common.progress import progress
 from common.run import Run, open_run
 from common.schedules import ramp
 from common.seed import seed_everything
 from common.step_timer import StepTimes
 from patch_encoder.pretraining.gradients import add_student_gradients, ask_teacher
-from patch_encoder.pretraining.loop import is_checkpoint_due, seed_step, take_up
+from patch_encoder.pretraining.loop import (
+    is_checkpoint_due,
+    report_epoch,
+    seed_step,
+    take_up,
+)
 from patch_encoder.pretraining.monitoring import RecentValues, measure_training
 from patch_encoder.pretraining.objective import Objective
 from patch_encoder.pretraining.run_files import save_backbone
@@ -280,12 +285,10 @@ def end_epoch(
         found = encode_regions(state.teacher, job.store, job.world, job.precision)
         line |= job.probe.score(found.features) if job.world.is_main else {}
     state.sums = {}
-    job.run.log({"epoch": epoch, **line})
+    report_epoch(job.run, epoch, job.config.epochs, line, REPORTED)
     save_last(job, state, epoch)
     if job.world.is_main:
         save_backbone(job.run.path / "backbone.pt", state.teacher.backbone)
-    shown = describe_values(line, REPORTED, digits=3)
-    logger.info("epoch %d/%d: %s", epoch, job.config.epochs, shown)
     return line
 
 

@@ -17,8 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from common.errors import UserError
-from mil.models.layers import Dropout
+from mil.models.layers import Dropout, check_heads
 from mil.models.output import MILOutput, Target, initialise
 from mil.models.rrt import SelfAttention
 
@@ -68,8 +67,7 @@ class HIPT(nn.Module):
         layers: int = 2,
     ) -> None:
         super().__init__()
-        if heads < 1 or hidden % heads:
-            raise UserError(f"hidden={hidden}: expected a multiple of heads={heads}")
+        check_heads(hidden, heads=heads)
         self.embed = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), Dropout(dropout))
         self.layers = nn.Sequential(
             *(TransformerLayer(hidden, heads, dropout) for _ in range(layers))

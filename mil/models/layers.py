@@ -44,6 +44,13 @@ class Dropout(nn.Module):
         return f"p={self.dropped / 256}"
 
 
+def check_heads(width: int, **counts: int) -> None:
+    """Refuse numbers of heads, by the names of their keys, that do not share `width` evenly."""
+    for name, count in counts.items():
+        if count < 1 or width % count:
+            raise UserError(f"hidden={width}: expected a multiple of {name}={count}")
+
+
 def index_bags(offsets: Int[Tensor, " b1"]) -> Int[Tensor, " t"]:
     """Bag index of each of the T tiles; bag i holds the tiles offsets[i] to offsets[i + 1] - 1."""
     return torch.repeat_interleave(

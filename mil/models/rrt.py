@@ -25,7 +25,7 @@ from torch.nn.functional import conv2d, pad, scaled_dot_product_attention
 
 from common.errors import UserError
 from mil.models.abmil import ABMIL
-from mil.models.layers import Dropout
+from mil.models.layers import Dropout, check_heads
 from mil.models.output import MILOutput, Target, initialise
 
 
@@ -144,9 +144,7 @@ class RRT(nn.Module):
         activation: str = "tanh",
     ) -> None:
         super().__init__()
-        for name, count in (("heads", heads), ("cross_heads", cross_heads)):
-            if count < 1 or hidden % count:
-                raise UserError(f"hidden={hidden}: expected a multiple of {name}={count}")
+        check_heads(hidden, heads=heads, cross_heads=cross_heads)
         if epeg % 2 == 0 or regions < 1 or tokens < 1:
             raise UserError(
                 f"epeg={epeg}, regions={regions}, tokens={tokens}: expected an odd number and at "

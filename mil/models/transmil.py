@@ -26,8 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from common.errors import UserError
-from mil.models.layers import Dropout
+from mil.models.layers import Dropout, check_heads
 from mil.models.output import MILOutput, Pooled, Target, initialise, normalise_attention
 
 CONVOLUTION = 33
@@ -170,8 +169,7 @@ class TransMIL(nn.Module):
     ) -> None:
         super().__init__()
         self.repeat_tiles = repeat_tiles
-        if hidden % heads:
-            raise UserError(f"hidden={hidden}: expected a multiple of heads={heads}")
+        check_heads(hidden, heads=heads)
         self.embed = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), Dropout(dropout))
         self.cls_token = nn.Parameter(torch.randn(1, hidden))
         self.layer1 = Layer(hidden, heads, landmarks, attention_dropout)

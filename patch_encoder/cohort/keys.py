@@ -26,8 +26,8 @@ class ReaderKeys:
 
 
 @dataclass
-class SelectionKeys:
-    """Which slides of a cohort are taken."""
+class SlidesListKeys:
+    """Which slides are taken, by their ids."""
 
     slides_list: str = key(
         "",
@@ -36,6 +36,12 @@ class SelectionKeys:
         path=True,
         runtime=True,
     )
+
+
+@dataclass
+class SelectionKeys(SlidesListKeys):
+    """Which slides of a cohort are taken."""
+
     suffixes: list[str] = key(
         [], "take only slide files with these endings, as [.svs,.ndpi]; empty: any", runtime=True
     )

@@ -1,15 +1,16 @@
 """What the loops of the pre-training scripts share besides the gradients of a step: seeds, when a
-checkpoint is due, and how a run is taken up again.
+checkpoint is due, what is reported of an epoch, and how a run is taken up again.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.distributed import World, mean_number
+from common.progress import describe_values
 from common.run import Run
 from common.seed import seed_everything
 from patch_encoder.pretraining.state import DistillationState
@@ -36,6 +37,16 @@ def is_checkpoint_due(world: World, step: int, saved: float, minutes: float) -> 
         return False
     due = time.monotonic() - saved >= 60 * minutes
     return mean_number(float(due and world.is_main), world.device) > 0
+
+
+def report_epoch(
+    run: Run, epoch: int, epochs: int, line: Mapping[str, float], names: Sequence[str]
+) -> None:
+    """Write the line of a completed epoch to metrics.jsonl, and those values of it that are named
+    to the log.
+    """
+    run.log({"epoch": epoch, **line})
+    logger.info("epoch %d/%d: %s", epoch, epochs, describe_values(line, names, digits=3))
 
 
 def take_up(run: Run, state: DistillationState, stage: str) -> Mapping[str, Any]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.config import REQUIRED, key
+from patch_encoder.cohort.keys import SlidesListKeys
 from patch_encoder.regions.store import STANDARDISE
 
 STORES = ("hdf5", "ram", "redis")
 
 
 @dataclass
-class RegionKeys:
+class RegionKeys(SlidesListKeys):
     """Where regions come from, and how their features are scaled."""
 
     regions: str = key(
@@ -21,13 +22,6 @@ class RegionKeys:
         "", "folder of feature bags; of indexed regions, where it moved since", path=True
     )
     labels: str = key("", "labels.csv of the cohort; patients come from it", path=True)
-    slides_list: str = key(
-        "",
-        "take only these slides: a text file with one slide id or file name per line, or a table "
-        "with a slide_id column; empty: all",
-        path=True,
-        runtime=True,
-    )
     store: str = key(
         "hdf5",
         "where features are read from; hdf5: the files through memory maps, ram: all in memory, "

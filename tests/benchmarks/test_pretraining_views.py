@@ -13,7 +13,8 @@ from patch_encoder.selfdistill.view_recipe import PRESETS
 
 
 def test_figures_are_per_tile_and_ratios_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([40.0, 8.0, 20.0, 2.0, 60.0, 6.0])
+    warm_up, rounds = [900.0, 900.0], [40.0, 8.0, 20.0, 2.0, 60.0, 6.0]
+    times = iter([*warm_up, *rounds])
     monkeypatch.setattr(pretraining_views, "clock", lambda call: next(times))
     calls = {PIL_LOOP: (lambda: None, 2), "ours": (lambda: None, 4)}
     found = measure(calls, rounds=3)
