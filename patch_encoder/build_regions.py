@@ -114,8 +114,8 @@ def log_summary(rows: Sequence[dict[str, Any]], written: int, least: int) -> Non
     if few:
         more = f" and {len(few) - SHOWN} more, see regions.csv" if len(few) > SHOWN else ""
         names = ", ".join(few[:SHOWN]) + more
-        line = "%s: %d slides have fewer than %d regions and are not clustered: %s"
-        logger.warning(line, STAGE, len(few), least, names)
+        line = "%s: not clustered, with fewer than %d regions, %d of %d slides: %s"
+        logger.warning(line, STAGE, least, len(few), len(rows), names)
     for column, reason in (
         ("left_out", "lie in regions with too few tiles (min_fill)"),
         ("shared", "share a cell of the grid with another tile"),

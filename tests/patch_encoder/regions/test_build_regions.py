@@ -100,7 +100,7 @@ def test_small_slides_are_counted_and_listed(
     write_slide(tmp_path / "features", "none", make_corners(1, 1, 1.0, 0))
     with caplog.at_level("INFO"):
         assert build(tmp_path, "region_tiles=3", "min_regions=4", "min_fill=0.2") == 0
-    assert "2 slides have fewer than 4 regions and are not clustered: none (0), one (1)" in (
+    assert "not clustered, with fewer than 4 regions, 2 of 5 slides: none (0), one (1)" in (
         caplog.text
     )
     with (tmp_path / "regions" / "tiny" / "regions.csv").open() as stream:
