@@ -112,7 +112,7 @@ class ResolutionTerms:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairedOutputs:
     """A student and its teacher on the same patches, with their last layers; how to compare."""
 
     student: GradingOutput
@@ -185,7 +185,7 @@ def regressed_prediction_loss(
     return root_mean_square(found - teacher.detach())
 
 
-TERMS: dict[str, Callable[[Comparison], Tensor]] = {
+TERMS: dict[str, Callable[[PairedOutputs], Tensor]] = {
     "kd": lambda c: softened_prediction_loss(
         c.student.logits, c.teacher.logits, c.settings.temperature, c.settings.one_sided
     ),
@@ -203,7 +203,7 @@ def resolution_loss(
     logits: Float[Tensor, "b c"],
     labels: Int[Tensor, " b"],
     weights: dict[str, float],
-    comparison: Comparison | None = None,
+    pair: PairedOutputs | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """The loss, and the terms that add up to it.
 
@@ -211,13 +211,13 @@ def resolution_loss(
         logits: the student's.
         labels: ordered grades, 0 the lowest.
         weights: of the terms that are on, see `ResolutionTerms.weights`.
-        comparison: student and teacher; may be left out where no term is on.
+        pair: student and teacher; may be left out where no term is on.
 
     Returns:
         The sum, and its terms by name (`ce` and those of `weights`), each with its weight applied.
     """
-    assert comparison is not None or not weights
+    assert pair is not None or not weights
     terms = {"ce": F.cross_entropy(logits, labels)}
     for name, weight in weights.items():
-        terms[name] = weight * TERMS[name](comparison)  # type: ignore[arg-type]
+        terms[name] = weight * TERMS[name](pair)  # type: ignore[arg-type]
     return sum(terms.values(), logits.new_zeros(())), terms

@@ -14,7 +14,7 @@ from common.errors import UserError
 from detection_kd.losses.attention_transfer import find_attention_by_autograd, root_mean_square
 from detection_kd.losses.resolution_losses import (
     TERMS,
-    Comparison,
+    PairedOutputs,
     GradingOutput,
     ResolutionTerms,
     feature_matching_loss,
@@ -34,7 +34,7 @@ def grade(maps: Tensor, head: nn.Linear, inner: Tensor | None = None) -> Grading
     return GradingOutput(maps, vectors, head(vectors), inner)
 
 
-def compare(settings: ResolutionTerms, cells: int = 3) -> Comparison:
+def compare(settings: ResolutionTerms, cells: int = 3) -> PairedOutputs:
     """A student of `cells` x `cells` cells and a teacher of 6 x 6, 8 channels, 4 grades."""
     torch.manual_seed(0)
     heads = nn.Linear(8, 4).double(), nn.Linear(8, 4).double()
@@ -42,7 +42,7 @@ def compare(settings: ResolutionTerms, cells: int = 3) -> Comparison:
     outputs = [
         grade(F.avg_pool2d(x, 2).sin(), head, x) for x, head in zip(inner, heads, strict=True)
     ]
-    return Comparison(*outputs, *heads, settings)
+    return PairedOutputs(*outputs, *heads, settings)
 
 
 LABELS = torch.tensor([0, 1, 2, 3, 3])
@@ -99,25 +99,25 @@ def test_vectors_are_seen_through_the_teachers_layer() -> None:
 @pytest.mark.parametrize("term", TERMS)
 def test_each_term_reaches_the_student_alone(term: str) -> None:
     settings = ResolutionTerms(**{term: 2.0})
-    comparison = compare(settings)
+    pair = compare(settings)
     weights = settings.weights()
     assert list(weights) == [term]
-    total, terms = resolution_loss(comparison.student.logits, LABELS, weights, comparison)
+    total, terms = resolution_loss(pair.student.logits, LABELS, weights, pair)
     assert list(terms) == ["ce", term] and terms[term] > 0
-    once = TERMS[term](comparison)
+    once = TERMS[term](pair)
     torch.testing.assert_close(terms[term], 2 * once)
-    gradient = torch.autograd.grad(once, comparison.student.inner, retain_graph=True)[0]
+    gradient = torch.autograd.grad(once, pair.student.inner, retain_graph=True)[0]
     assert gradient.abs().max() > 0
     total.backward()
-    teacher = (comparison.teacher.inner, *comparison.teacher_head.parameters())
+    teacher = (pair.teacher.inner, *pair.teacher_head.parameters())
     assert all(leaf.grad is None for leaf in teacher)
 
 
 def test_logged_terms_add_up_to_the_loss_that_is_differentiated() -> None:
     settings = ResolutionTerms(**{name: 0.5 + i for i, name in enumerate(TERMS)}, temperature=3.0)
-    comparison = compare(settings)
-    student = comparison.student
-    total, terms = resolution_loss(student.logits, LABELS, settings.weights(), comparison)
+    pair = compare(settings)
+    student = pair.student
+    total, terms = resolution_loss(student.logits, LABELS, settings.weights(), pair)
     assert list(terms) == ["ce", *TERMS]
     assert total.item() == pytest.approx(sum(x.item() for x in terms.values()))
     torch.testing.assert_close(terms["ce"], F.cross_entropy(student.logits, LABELS))
@@ -135,31 +135,31 @@ def test_labels_alone_need_no_teacher() -> None:
 @pytest.mark.parametrize("order", ["at_plus", "grad_cam"])
 def test_an_earlier_level_is_compared_by_autograd(order: str) -> None:
     settings = ResolutionTerms(**{order: 1.0}, level=-2, normalisation="none")
-    comparison = compare(settings, cells=6)
+    pair = compare(settings, cells=6)
     assert settings.needs_inner() and not ResolutionTerms(kd=1.0, level=-2).needs_inner()
     maps = [
         find_attention_by_autograd(output.inner, output.logits, order)
-        for output in (comparison.student, comparison.teacher)
+        for output in (pair.student, pair.teacher)
     ]
     expected = root_mean_square(maps[0] - maps[1], per_sample=True)
-    found = TERMS[order](comparison)
+    found = TERMS[order](pair)
     torch.testing.assert_close(found.detach(), expected)
-    assert torch.autograd.grad(found, comparison.student_head.weight)[0].abs().max() > 0
+    assert torch.autograd.grad(found, pair.student_head.weight)[0].abs().max() > 0
 
 
 def test_a_batch_of_one_and_agreement_of_all() -> None:
     settings = ResolutionTerms(**dict.fromkeys(TERMS, 1.0))
-    comparison = compare(settings)
+    pair = compare(settings)
     one = [grade(x.maps[:1], head) for x, head in (
-        (comparison.student, comparison.student_head), (comparison.teacher, comparison.teacher_head)
+        (pair.student, pair.student_head), (pair.teacher, pair.teacher_head)
     )]  # fmt: skip
-    alone = Comparison(*one, comparison.student_head, comparison.teacher_head, settings)
+    alone = PairedOutputs(*one, pair.student_head, pair.teacher_head, settings)
     assert torch.isfinite(resolution_loss(one[0].logits, LABELS[:1], settings.weights(), alone)[0])
-    head = comparison.teacher_head
-    same = Comparison(comparison.teacher, comparison.teacher, head, head, settings)
+    head = pair.teacher_head
+    same = PairedOutputs(pair.teacher, pair.teacher, head, head, settings)
     for name, term in TERMS.items():
         value = term(same)
-        gradient = torch.autograd.grad(value, comparison.teacher.inner, retain_graph=True)[0]
+        gradient = torch.autograd.grad(value, pair.teacher.inner, retain_graph=True)[0]
         assert value.item() == pytest.approx(0, abs=1e-12), name
         assert torch.isfinite(gradient).all() and gradient.abs().max() < 1e-12, name
 
