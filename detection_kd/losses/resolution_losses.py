@@ -113,7 +113,7 @@ class ResolutionTerms:
 
 @dataclass(frozen=True)
 class PairedOutputs:
-    """A student and its teacher on the same patches, with their last layers; how to compare."""
+    """What student and teacher say about the same patches, and how to compare it."""
 
     student: GradingOutput
     teacher: GradingOutput

@@ -14,8 +14,8 @@ from common.errors import UserError
 from detection_kd.losses.attention_transfer import find_attention_by_autograd, root_mean_square
 from detection_kd.losses.resolution_losses import (
     TERMS,
-    PairedOutputs,
     GradingOutput,
+    PairedOutputs,
     ResolutionTerms,
     feature_matching_loss,
     regressed_prediction_loss,
