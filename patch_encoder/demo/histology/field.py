@@ -13,7 +13,7 @@ from patch_encoder.demo.histology.look_alikes import draw_look_alike
 from patch_encoder.demo.histology.mitoses import draw_mitosis
 from patch_encoder.demo.histology.nuclei import FIBROBLAST, LYMPHOCYTE, TUMOUR, draw_nucleus
 from patch_encoder.demo.histology.scanner import SCANNERS, Stain, draw_stain, scan
-from patch_encoder.demo.histology.tissue import TissueKind, Ground, draw_tissue_kind, draw_ground
+from patch_encoder.demo.histology.tissue import Ground, TissueKind, draw_ground, draw_tissue_kind
 from patch_encoder.demo.shapes import smoothstep, wide_noise
 
 MARGIN = 16
