@@ -112,3 +112,14 @@ def test_a_grade_may_be_absent_from_test_and_not_from_training(caplog: pytest.Lo
     assert "test: no patch of G5" in caplog.text
     with pytest.raises(UserError, match="train: expected patches.*none of 'G5'"):
         check_split(GradedSplit(without, parts[0], parts[1]))
+
+
+def test_the_oral_fields_are_graded_folders(real_data: Path):
+    keys = GradedSetKeys(
+        str(real_data / "oral_oscc_he"), grades=["Normal", "OSCC"], where="_400x_", folds=5, fold=1
+    )
+    split = read_graded_split(keys, seed=0)
+    counts = [side.count_grades() for _, side in split.sides()]
+    assert sum(count["Normal"] for count in counts) == 201
+    assert sum(count["OSCC"] for count in counts) == 495
+    assert all(38 <= count["Normal"] <= 42 for count in counts[1:])
