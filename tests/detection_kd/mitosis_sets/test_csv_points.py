@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from detection_kd.mitosis_sets.csv_points import write_csv_points
 from detection_kd.mitosis_sets.checked_fields import check_resolution
+from detection_kd.mitosis_sets.csv_points import write_csv_points
 from detection_kd.mitosis_sets.keys import read_point_set
 from detection_kd.mitosis_sets.point_set import LOOK_ALIKE, MITOSIS
 from tests.detection_kd.mitosis_sets.miniatures import set_keys, write_image
