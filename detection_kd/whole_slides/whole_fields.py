@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from common.errors import UserError
@@ -25,13 +25,15 @@ class FieldTiling:
         side: of a tile as it is read, px at `mpp`.
         mpp: um per px of the tiles; None: each field's own.
         overlap: share of the side that neighbours have in common.
-        given_mpp: um per px of fields that do not say it.
+        given_mpp: um per px of the fields, over what they say themselves.
+        mpps: the same of single ones.
     """
 
     side: int
     mpp: float | None
     overlap: float
     given_mpp: float | None
+    mpps: Mapping[str, float | None]
 
 
 def find_field_jobs(
@@ -47,7 +49,7 @@ def find_field_jobs(
     jobs, problems = [], dict(cohort.problems)
     for slide_id, path in cohort.slides.items():
         try:
-            mpp = cohort.mpps.get(slide_id) or tiling.given_mpp
+            mpp = cohort.mpps.get(slide_id) or tiling.mpps.get(slide_id) or tiling.given_mpp
             with open_slide(path, mpp) as slide:
                 geometry = make_tile_geometry(slide, tiling.side, tiling.mpp, tiling.overlap)
                 mpp = slide.mpp
