@@ -1,0 +1,211 @@
+"""Annotated points from COCO documents (Lin et al., ECCV 2014), and written as such.
+
+The centre of a box is the point. Images may have further entries, which this project writes:
+`case`, `scanner`, `mpp`, `annotated` (false: nobody looked) and `look_alikes`. `read_document` is
+shared with the sets that look like COCO and are not: MIDOG and SlideRunner exports hold corners.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from common.errors import UserError
+from common.files import read_json, write_json
+from detection_kd.mitosis_sets.fields import find_class, make_field, make_field_id, require_class
+from detection_kd.mitosis_sets.point_set import CLASSES, LOOK_ALIKE, AnnotatedField, PointSet
+
+SIDE = 50
+"""Side of the box around a point that is written, px, as in MIDOG."""
+LISTS = ("images", "annotations", "categories")
+Box = Float[np.ndarray, " 4"]
+
+
+def read_coco_points(annotations: Path, images: Path, first_index: int) -> list[AnnotatedField]:
+    """Fields of a COCO document, whose boxes are [x, y, width, height] px.
+
+    Raises:
+        UserError: what `read_document` refuses.
+    """
+    return read_document(annotations, images, first_index, box_from_size, empty_is_annotated=True)
+
+
+def box_from_size(box: Box) -> Box:
+    """Corners of a box that states its width and height."""
+    return np.concatenate((box[:2], box[:2] + box[2:]))
+
+
+def read_document(
+    annotations: Path,
+    images: Path,
+    first_index: int,
+    find_corners: Callable[[Box], Box],
+    *,
+    empty_is_annotated: bool,
+    other_cells: bool = False,
+) -> list[AnnotatedField]:
+    """Fields of a document in the layout of COCO.
+
+    Args:
+        annotations: JSON file with `images`, `annotations` and `categories`.
+        images: folder that the file names are relative to.
+        first_index: index of the first pixel, 0 or 1.
+        find_corners: the (x0, y0, x1, y1) that a `bbox` means.
+        empty_is_annotated: whether somebody looked for mitoses in images without annotations.
+        other_cells: whether annotations of other classes are left out instead of refused.
+
+    Raises:
+        UserError: no such document, an image or a category that is not listed, a box that is none,
+            an unknown class, or a point outside its image.
+    """
+    document = read_json(annotations, "a COCO document")
+    for name in LISTS:
+        if not isinstance(document, dict) or not isinstance(document.get(name), list):
+            raise UserError(
+                f"{annotations}: expected lists images, annotations and categories; '{name}' is "
+                "missing"
+            )
+    try:
+        names = {entry["id"]: str(entry["name"]) for entry in document["categories"]}
+        listed = {entry["id"]: str(entry["file_name"]) for entry in document["images"]}
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{annotations}: expected categories with id and name, and images with id and "
+            f"file_name; {error} is missing"
+        ) from None
+    if len(listed) < len(document["images"]):
+        raise UserError(f"{annotations}: expected unique image ids, found one twice")
+    boxes = defaultdict(list)
+    labels = defaultdict(list)
+    touched = set()
+    for entry in document["annotations"]:
+        image, name, box = _read_annotation(entry, listed, names, find_corners, str(annotations))
+        touched.add(image)
+        label = find_class(name)
+        if label is None and other_cells:
+            continue
+        labels[image].append(require_class(name, str(annotations)) if label is None else label)
+        boxes[image].append(box - first_index)
+    has_look_alikes = any(LOOK_ALIKE in found for found in labels.values())
+    return [
+        _make_field(
+            entry,
+            images,
+            np.array(boxes[entry["id"]], np.float64).reshape(-1, 4),
+            labels[entry["id"]],
+            str(annotations),
+            annotated=empty_is_annotated or entry["id"] in touched,
+            look_alikes=has_look_alikes,
+        )
+        for entry in document["images"]
+    ]
+
+
+def _read_annotation(
+    entry: Any,
+    listed: dict[Any, str],
+    names: dict[Any, str],
+    find_corners: Callable[[Box], Box],
+    source: str,
+) -> tuple[Any, str, Box]:
+    """The image, the class name and the corners of an annotation, checked."""
+    try:
+        image, category = entry["image_id"], entry["category_id"]
+        box = np.array(entry["bbox"], np.float64)
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{source}: expected annotations with image_id, category_id and a bbox of 4 numbers, "
+            f"found {entry!r:.150}"
+        ) from None
+    label = f"{source}: annotation {entry.get('id')}"
+    if image not in listed:
+        raise UserError(f"{label}: image_id {image!r} is not among the {len(listed)} images")
+    if category not in names:
+        raise UserError(f"{label}: category_id {category!r} is not among {sorted(names)}")
+    if box.shape != (4,):
+        raise UserError(f"{label}: expected a bbox of 4 numbers, found {entry['bbox']}")
+    corners = find_corners(box)
+    if not (corners[2:] > corners[:2]).all():
+        raise UserError(
+            f"{label}: expected a box with an area, found {entry['bbox']} as corners "
+            f"{corners.tolist()}; MIDOG's boxes are x0, y0, x1, y1 (format=midog), COCO's "
+            "x, y, width, height (format=coco)"
+        )
+    return image, names[category], corners
+
+
+def _make_field(
+    entry: dict[str, Any],
+    images: Path,
+    boxes: Float[np.ndarray, "n 4"],
+    labels: list[int],
+    source: str,
+    *,
+    annotated: bool,
+    look_alikes: bool,
+) -> AnnotatedField:
+    width, height = entry.get("width"), entry.get("height")
+    annotated = bool(entry.get("annotated", annotated))
+    mpp = entry.get("mpp")
+    return make_field(
+        source,
+        make_field_id(str(entry["file_name"])),
+        images / str(entry["file_name"]),
+        (boxes[:, :2] + boxes[:, 2:]) / 2,
+        labels,
+        case=str(entry.get("case", "")),
+        scanner=str(entry.get("scanner", "")),
+        mpp=None if mpp is None else float(mpp),
+        annotated=annotated,
+        look_alikes=bool(entry.get("look_alikes", look_alikes and annotated)),
+        size=(width, height) if width and height else None,
+        reach=float((boxes[:, 2:] - boxes[:, :2]).max(initial=0)) / 2,
+    )
+
+
+def write_coco_points(path: Path, fields: PointSet) -> None:
+    """Write fields as a COCO document, every point as the centre of a box of `SIDE` px; file names
+    are relative to the folder that `find_root` gives.
+    """
+    root = find_root(fields)
+    images, annotations = [], []
+    for number, field in enumerate(fields.fields, start=1):
+        images.append(
+            {
+                "id": number,
+                "file_name": os.path.relpath(field.path, root),
+                "case": field.case,
+                "scanner": field.scanner,
+                "mpp": field.mpp,
+                "annotated": field.annotated,
+                "look_alikes": field.look_alikes,
+            }
+        )
+        for (x, y), label in zip(field.points.tolist(), field.labels.tolist(), strict=True):
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": label + 1,
+                    "bbox": [x - SIDE / 2, y - SIDE / 2, SIDE, SIDE],
+                    "area": SIDE**2,
+                    "iscrowd": 0,
+                }
+            )
+    categories = [{"id": index + 1, "name": name} for index, name in enumerate(CLASSES)]
+    document = {"images": images, "categories": categories, "annotations": annotations}
+    write_json(path, document)
+
+
+def find_root(fields: PointSet) -> Path:
+    """The folder that the images of all fields lie below: what `images=` has to be to read back
+    what was written.
+    """
+    parents = [str(field.path.parent) for field in fields.fields]
+    return Path(os.path.commonpath(parents)) if parents else Path()
