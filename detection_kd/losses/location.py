@@ -9,12 +9,31 @@ batch without a positive, or with one, is no special case; the distance has a gr
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
+from common.config import key
+
 KINDS = ("none", "l2", "lb")
+
+
+@dataclass
+class LocationKeys:
+    """The location term; the defaults are the published ones."""
+
+    kind: str = key(
+        "none",
+        "none; l2, the distance of the map's centre from the annotated one; lb, its log barrier",
+        choices=KINDS,
+    )
+    weight: float = key(0.01, "weight of the term in the loss")
+    temperature: float = key(10.0, "factor of the map's logits; a high one makes it a mask")
+    margin: float = key(40.0, "distance that lb hardly punishes, px of the tile")
+    barrier: float = key(50.0, "steepness of lb", least=1)
 
 
 def find_centroids(maps: Float[Tensor, "b 1 h w"], temperature: float) -> Float[Tensor, "b 2"]:

@@ -31,8 +31,7 @@ KIND = "weak_localiser"
 SMALL = "small"
 POOLINGS = ("max", "mean", "topk", "lse")
 MODES = ("instance", "embedding")
-NORMS = ("batch", "group")
-GROUPS = 8  # of group norm
+NORMS = ("batch", "layer")
 
 
 @dataclass
@@ -50,7 +49,9 @@ class LocaliserKeys:
         least=1,
     )
     norm: str = key(
-        "batch", "normalisation of the trunk small; group: the same for any batch", choices=NORMS
+        "batch",
+        "normalisation of the trunk small; layer: of each cell, the same for any batch",
+        choices=NORMS,
     )
     init: str = key(
         "timm:resnet18.tv_in1k",
@@ -124,9 +125,21 @@ class ResidualBlock(nn.Module):
         return functional.relu(self.norms[1](self.second(inner)) + self.norms[2](self.shortcut(x)))
 
 
+class CellNorm(nn.LayerNorm):
+    """Layer norm over the channels of each cell.
+
+    Group norm would tell every cell about the whole map, and a network that is only asked whether
+    there is a mitosis would then be right in the wrong place.
+    """
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """The map, normalised."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 def make_norm(norm: str, channels: int) -> nn.Module:
-    """A layer of batch or group norm."""
-    return nn.BatchNorm2d(channels) if norm == "batch" else nn.GroupNorm(GROUPS, channels)
+    """A layer that normalises a map."""
+    return nn.BatchNorm2d(channels) if norm == "batch" else CellNorm(channels)
 
 
 class SmallTrunk(nn.Sequential):
@@ -281,7 +294,7 @@ def place_localiser(model: WeakLocaliser, world: World, *, compile: bool) -> nn.
             raise UserError(
                 f"network.trunk={model.keys.trunk}: its batch norm needs CUDA with {world.size} "
                 f"processes, found {world.device.type}; use network.trunk=small "
-                "network.norm=group, or one process"
+                "network.norm=layer, or one process"
             )
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if compile:
