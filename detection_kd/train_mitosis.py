@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from common.schedules import SCHEDULES, drop_epoch, lr_factor
 from common.seed import seed_everything
 from common.step_timer import StepTimes
 from detection_kd.engine import ModelInTraining
-from detection_kd.evaluation.kept_tiles import describe_tiles, find_relabelled, read_kept
+from detection_kd.evaluation.kept_tiles import describe_tiles, read_kept
 from detection_kd.evaluation.point_metrics import choose_threshold, compute_rates, count_fields
 from detection_kd.evaluation.tile_predictions import (
     find_field_detections,
@@ -131,7 +131,6 @@ class MitosisRun:
     """What a step needs beside the network.
 
     Attributes:
-        relabelled: whether the filter gave a training tile another label than its positions say.
         described: what later stages need to know about the network, for its checkpoint.
     """
 
@@ -141,7 +140,6 @@ class MitosisRun:
     precision: str
     train: FieldTiles
     val: FieldTiles
-    relabelled: Tensor
     described: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -170,12 +168,12 @@ def train_one_epoch(job: MitosisRun, training: ModelInTraining, epoch: int) -> d
     shown = progress(batches, f"epoch {epoch + 1}", steps, "step", enabled=world.is_main)
     for step, batch in enumerate(shown, start=epoch * steps):
         times.mark("data")
-        tiles = prepare_batch(job, batch, epoch)
+        batch = augment_tiles(batch.to(world.device), config.augmentation, config.seed, epoch)
         times.mark("augmentation")
         rate = {"warmup": config.warmup_steps, "drop": drop}
         set_lr(optimizer, lr_factor(config.schedule, step, config.epochs * steps, **rate))
         optimizer.zero_grad(set_to_none=True)
-        terms = compute_terms(job, training, tiles)
+        terms = compute_terms(job, training, batch)
         names = [job.train.sample_ids[sample] for sample in batch.samples[:4].tolist()]
         require_finite(terms["loss"], f"tiles {names}...", terms, remedy=REMEDY)
         training.scaler.scale(terms["loss"]).backward()
@@ -188,17 +186,6 @@ def train_one_epoch(job: MitosisRun, training: ModelInTraining, epoch: int) -> d
             line = {"epoch": epoch + 1, "step": step, **rates, **mean_dict(terms)}
             job.run.log({**line, **times.report()})
     return {name: value / steps for name, value in mean_dict(sums).items()} | times.whole()
-
-
-def prepare_batch(job: MitosisRun, batch: FieldBatch, epoch: int) -> FieldBatch:
-    """The batch on its device, augmented; labels follow the positions, but those that the filter
-    has changed stay as it made them.
-    """
-    config, device = job.config, job.world.device
-    batch = augment_tiles(batch.to(device), config.augmentation, config.seed, epoch)
-    changed = job.relabelled[batch.samples].to(device)
-    given = torch.from_numpy(job.train.labels[batch.samples.numpy()]).to(device)
-    return replace(batch, labels=torch.where(changed, given, batch.labels))
 
 
 def compute_terms(
@@ -217,6 +204,7 @@ def compute_terms(
     with torch.no_grad():
         accuracy = ((bags > 0) == (batch.labels == 1)).float().mean()
     terms = {"loss": bag, "bag_loss": bag.detach(), "bag_accuracy": accuracy}
+    terms["redrawn"] = torch.tensor(float(batch.redrawn), device=world.device)
     if keys.kind == "none":
         return terms
     empty = torch.zeros(1, 2)
@@ -309,6 +297,7 @@ def open_job(config: Config, world: World) -> MitosisRun:
     """Read the fields and open the run directory."""
     share_batch(config.batch_size, world.size)
     config.network.check()
+    config.augmentation.check()
     precision, stain = pick_precision(config.precision, world.device), build_field_stain(config)
     train, val, left_out, inputs = read_tiles(config, stain)
     if stain is not None:
@@ -318,7 +307,7 @@ def open_job(config: Config, world: World) -> MitosisRun:
     described = {"side": config.tile_size, "mpp": config.target_mpp, "precision": precision}
     described |= {"overlap": config.overlap, "stain": stain.describe() if stain else None}
     described |= {"left_out": left_out, "training": to_dict(config)}
-    return MitosisRun(config, world, run, precision, train, val, find_relabelled(train), described)
+    return MitosisRun(config, world, run, precision, train, val, described)
 
 
 def prepare_training(job: MitosisRun) -> ModelInTraining:

@@ -31,7 +31,7 @@ from patch_encoder.cohort.labels import read_labels
 from patch_encoder.extraction.keys import DeviceKeys
 from patch_encoder.models.encoders import PixelEncoder
 from patch_encoder.pretrain_page.attention import describe_maps, has_class_attention, make_maps
-from patch_encoder.pretrain_page.curves import PANELS, draw_panel
+from patch_encoder.pretrain_page.curves import PANELS, draw_panels
 from patch_encoder.pretrain_page.figures import figure_uri
 from patch_encoder.pretrain_page.gallery import Gallery, make_gallery
 from patch_encoder.pretrain_page.neighbours import scale_to_unit
@@ -138,12 +138,7 @@ def draw_curves(page: PageMaker) -> list[dict[str, str]]:
     """The panels of the values that the run has logged."""
     settings = page.run.settings
     steps, prototypes = settings.count_steps(page.sources), settings.network.out_dim
-    drawn = ((panel, draw_panel(panel, page.run.lines, steps, prototypes)) for panel in PANELS)
-    return [
-        {"title": panel.title, "uri": svg_uri(figure), "healthy": panel.healthy}
-        for panel, figure in drawn
-        if figure is not None
-    ]
+    return draw_panels(PANELS, page.run.lines, steps, prototypes)
 
 
 def draw_views(page: PageMaker) -> str:

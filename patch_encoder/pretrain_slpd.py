@@ -279,6 +279,7 @@ def end_epoch(
     """
     step_values = job.schedules.at(state.step - 1)
     line = {**values, "lr": step_values.lr, "weight_decay": step_values.weight_decay}
+    line["steps"] = state.step
     if job.prototypes.slides:
         line |= job.prototypes.slides.describe()
     if job.probe and (epoch % job.config.probe.every == 0 or epoch == job.config.epochs):

@@ -35,6 +35,7 @@ from patch_encoder.region_page.retrieval import (
 )
 from patch_encoder.region_page.sections import SectionMaker
 from patch_encoder.region_page.slide_pictures import SlidePictures
+from patch_encoder.region_page.training_curves import draw_training
 from patch_encoder.tiles.coordinates import tile_pattern_of
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,9 @@ class Config:
     )
     slides: str = key(REQUIRED, "slide file, or folder tree of slides", path=True)
     output: str = key(REQUIRED, "where the results are written; regions.html", runtime=True)
+    run: str = key(
+        "", "run directory; of pretrain_slpd, whose curves are shown, too; empty: none", path=True
+    )
     labels: str = key(
         "",
         "labels.csv of the cohort; only its slides are taken, patients are kept apart, and "
@@ -124,6 +128,7 @@ def render_page(config: Config, retrieval: Retrieval, maker: SectionMaker) -> st
         about=describe(retrieval),
         queries=[maker.draw_query(slide) for slide in shown],
         gallery=[maker.draw_gallery(slide) for slide in shown],
+        curves=draw_training(config.run),
         problems=maker.pictures.problems,
         version=__version__,
     )

@@ -40,7 +40,7 @@ demo() {
     "${store[@]}" output="$RUN/run" $PRETRAIN
   run_python patch_encoder.extract_regions weights="$RUN/run" regions="$regions" "${store[@]}" output="$RUN/region_features"
   # shellcheck disable=SC2086
-  run_python patch_encoder.region_report features="$RUN/region_features/run" "${on_cohort[@]}" output="$RUN/page" $PAGE
+  run_python patch_encoder.region_report features="$RUN/region_features/run" run="$RUN/run" "${on_cohort[@]}" output="$RUN/page" $PAGE
   # shellcheck disable=SC2086
   run_python studies.region_study --config "$ROOT/configs/slpd/demo_study.yaml" cohort="$COHORT" features="$RUN/features" \
     mil_config="$ROOT/configs/quickstart/mil.yaml" pretrain="[--config=$ROOT/configs/slpd/demo.yaml]" output="$RUN/study" $STUDY

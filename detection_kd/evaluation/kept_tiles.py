@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
+from jaxtyping import Float
 
 from common.errors import UserError
 from common.files import read_json, sha256_bytes, sha256_file, write_csv, write_json
@@ -97,12 +95,6 @@ def read_kept(path: Path, tiles: FieldTiles) -> FieldTiles:
     labels = np.array([int(row["new_label"]) for row in rows], np.int64)
     weights = np.array([float(row["weight"]) for row in rows], np.float32)
     return tiles.select(keep, labels[keep], weights[keep])
-
-
-def find_relabelled(tiles: FieldTiles) -> Bool[Tensor, " n"]:
-    """Which tiles have another label than their annotated positions say."""
-    own = [len(tiles.mitoses(tile)) > 0 for tile in range(len(tiles))]
-    return torch.from_numpy(np.array(own, np.int64) != tiles.labels)
 
 
 def check_teachers(path: Path, teachers: Mapping[str, str]) -> None:

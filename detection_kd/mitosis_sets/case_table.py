@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import UserError
+from detection_kd.mitosis_sets.checked_fields import make_field_id
 from detection_kd.mitosis_sets.csv_points import FLAGS
-from detection_kd.mitosis_sets.fields import make_field_id
 from detection_kd.mitosis_sets.point_set import AnnotatedField
 from patch_encoder.cohort.labels import read_rows
 from patch_encoder.slides.resolution import is_plausible

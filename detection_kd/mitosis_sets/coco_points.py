@@ -1,14 +1,16 @@
 """Annotated points from COCO documents (Lin et al., ECCV 2014), and written as such.
 
 The centre of a box is the point. Images may have further entries, which this project writes:
-`case`, `scanner`, `mpp`, `annotated` (false: nobody looked) and `look_alikes`. `read_document` is
-shared with the sets that look like COCO and are not: MIDOG and SlideRunner exports hold corners.
+`field` (id), `case`, `scanner`, `mpp`, `annotated` (false: nobody looked) and `look_alikes`.
+`read_document` is shared with sets that look like COCO and are not: MIDOG and SlideRunner exports
+hold corners.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,22 +20,35 @@ from jaxtyping import Float
 
 from common.errors import UserError
 from common.files import read_json, write_json
-from detection_kd.mitosis_sets.fields import find_class, make_field, make_field_id, require_class
+from detection_kd.mitosis_sets.checked_fields import (
+    PIXEL,
+    find_class,
+    find_image,
+    make_field,
+    make_field_id,
+    require_class,
+)
 from detection_kd.mitosis_sets.point_set import CLASSES, LOOK_ALIKE, AnnotatedField, PointSet
 
+logger = logging.getLogger(__name__)
 SIDE = 50
 """Side of the box around a point that is written, px, as in MIDOG."""
 LISTS = ("images", "annotations", "categories")
 Box = Float[np.ndarray, " 4"]
 
 
-def read_coco_points(annotations: Path, images: Path, first_index: int) -> list[AnnotatedField]:
+def read_coco_points(
+    annotations: Path, images: Path | None, first_index: int
+) -> list[AnnotatedField]:
     """Fields of a COCO document, whose boxes are [x, y, width, height] px.
 
     Raises:
         UserError: what `read_document` refuses.
     """
-    return read_document(annotations, images, first_index, box_from_size, empty_is_annotated=True)
+    document = read_json(annotations, "a COCO document")
+    return read_document(
+        document, annotations, images, first_index, box_from_size, empty_is_annotated=True
+    )
 
 
 def box_from_size(box: Box) -> Box:
@@ -42,8 +57,9 @@ def box_from_size(box: Box) -> Box:
 
 
 def read_document(
+    document: Any,
     annotations: Path,
-    images: Path,
+    images: Path | None,
     first_index: int,
     find_corners: Callable[[Box], Box],
     *,
@@ -53,7 +69,8 @@ def read_document(
     """Fields of a document in the layout of COCO.
 
     Args:
-        annotations: JSON file with `images`, `annotations` and `categories`.
+        document: JSON with `images`, `annotations` and `categories`.
+        annotations: its file, for messages.
         images: folder that the file names are relative to.
         first_index: index of the first pixel, 0 or 1.
         find_corners: the (x0, y0, x1, y1) that a `bbox` means.
@@ -64,7 +81,6 @@ def read_document(
         UserError: no such document, an image or a category that is not listed, a box that is none,
             an unknown class, or a point outside its image.
     """
-    document = read_json(annotations, "a COCO document")
     for name in LISTS:
         if not isinstance(document, dict) or not isinstance(document.get(name), list):
             raise UserError(
@@ -83,15 +99,17 @@ def read_document(
         raise UserError(f"{annotations}: expected unique image ids, found one twice")
     boxes = defaultdict(list)
     labels = defaultdict(list)
-    touched = set()
+    touched, others = set(), Counter()
     for entry in document["annotations"]:
         image, name, box = _read_annotation(entry, listed, names, find_corners, str(annotations))
         touched.add(image)
         label = find_class(name)
         if label is None and other_cells:
+            others[name] += 1
             continue
         labels[image].append(require_class(name, str(annotations)) if label is None else label)
         boxes[image].append(box - first_index)
+    log_other_cells(annotations, others)
     has_look_alikes = any(LOOK_ALIKE in found for found in labels.values())
     return [
         _make_field(
@@ -105,6 +123,13 @@ def read_document(
         )
         for entry in document["images"]
     ]
+
+
+def log_other_cells(source: Path, counts: Counter[str]) -> None:
+    """Say which annotations are of neither class and left out."""
+    if counts:
+        found = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+        logger.info("%s: annotations of other classes, which are left out: %s", source, found)
 
 
 def _read_annotation(
@@ -142,7 +167,7 @@ def _read_annotation(
 
 def _make_field(
     entry: dict[str, Any],
-    images: Path,
+    images: Path | None,
     boxes: Float[np.ndarray, "n 4"],
     labels: list[int],
     source: str,
@@ -150,13 +175,12 @@ def _make_field(
     annotated: bool,
     look_alikes: bool,
 ) -> AnnotatedField:
-    width, height = entry.get("width"), entry.get("height")
     annotated = bool(entry.get("annotated", annotated))
     mpp = entry.get("mpp")
     return make_field(
         source,
-        make_field_id(str(entry["file_name"])),
-        images / str(entry["file_name"]),
+        str(entry.get("field") or make_field_id(str(entry["file_name"]))),
+        find_image(images, str(entry["file_name"])),
         (boxes[:, :2] + boxes[:, 2:]) / 2,
         labels,
         case=str(entry.get("case", "")),
@@ -164,8 +188,8 @@ def _make_field(
         mpp=None if mpp is None else float(mpp),
         annotated=annotated,
         look_alikes=bool(entry.get("look_alikes", look_alikes and annotated)),
-        size=(width, height) if width and height else None,
-        reach=float((boxes[:, 2:] - boxes[:, :2]).max(initial=0)) / 2,
+        size=(entry.get("width") or np.inf, entry.get("height") or np.inf),
+        reach=max(PIXEL, float((boxes[:, 2:] - boxes[:, :2]).max(initial=0)) / 2),
     )
 
 
@@ -180,6 +204,7 @@ def write_coco_points(path: Path, fields: PointSet) -> None:
             {
                 "id": number,
                 "file_name": os.path.relpath(field.path, root),
+                "field": field.field_id,
                 "case": field.case,
                 "scanner": field.scanner,
                 "mpp": field.mpp,

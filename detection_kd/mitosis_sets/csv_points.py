@@ -14,8 +14,13 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import write_csv
+from detection_kd.mitosis_sets.checked_fields import (
+    find_image,
+    make_field,
+    make_field_id,
+    require_class,
+)
 from detection_kd.mitosis_sets.coco_points import find_root
-from detection_kd.mitosis_sets.fields import make_field, make_field_id, require_class
 from detection_kd.mitosis_sets.point_set import (
     CLASSES,
     LOOK_ALIKE,
@@ -30,7 +35,9 @@ FLAGS = {"1": True, "0": False, "true": True, "false": False, "yes": True, "no":
 Row = dict[str, str]
 
 
-def read_csv_points(annotations: Path, images: Path, first_index: int) -> list[AnnotatedField]:
+def read_csv_points(
+    annotations: Path, images: Path | None, first_index: int
+) -> list[AnnotatedField]:
     """Fields of a table.
 
     Raises:
@@ -62,7 +69,7 @@ def read_csv_points(annotations: Path, images: Path, first_index: int) -> list[A
             make_field(
                 str(annotations),
                 _same(annotations, found, "field") or make_field_id(file),
-                images / file,
+                find_image(images, file),
                 [(x - first_index, y - first_index) for x, y in points],
                 classes[file],
                 case=_same(annotations, found, "case"),

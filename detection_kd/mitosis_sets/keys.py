@@ -14,15 +14,27 @@ from pathlib import Path
 from common.config import REQUIRED, key
 from common.errors import UserError
 from detection_kd.mitosis_sets.case_table import add_cases, read_case_table
+from detection_kd.mitosis_sets.checked_fields import PIXEL, move_inside
 from detection_kd.mitosis_sets.coco_points import read_coco_points
 from detection_kd.mitosis_sets.csv_points import read_csv_points
-from detection_kd.mitosis_sets.fields import move_inside
+from detection_kd.mitosis_sets.geojson_points import read_geojson_points
 from detection_kd.mitosis_sets.midog import read_midog
+from detection_kd.mitosis_sets.mitos_atypia14 import read_mitos_atypia14
 from detection_kd.mitosis_sets.point_set import LOOK_ALIKE, MITOSIS, AnnotatedField, PointSet
+from detection_kd.mitosis_sets.slide_runner import read_slide_runner
+from detection_kd.mitosis_sets.tupac16 import read_tupac16
 from patch_encoder.slides import open_slide
 
 logger = logging.getLogger(__name__)
-READERS = {"midog": read_midog, "coco": read_coco_points, "csv": read_csv_points}
+READERS = {
+    "midog": read_midog,
+    "tupac16": read_tupac16,
+    "mitos_atypia14": read_mitos_atypia14,
+    "ccmct": read_slide_runner,
+    "coco": read_coco_points,
+    "geojson": read_geojson_points,
+    "csv": read_csv_points,
+}
 """Reader of each format: (annotations, folder of images, first index) -> fields."""
 
 
@@ -73,7 +85,7 @@ def read_point_set(
     """
     if keys.first_index not in (0, 1):
         raise UserError(f"first_index={keys.first_index}: expected 0 or 1")
-    source, images = Path(keys.annotations), Path(keys.images)
+    source, images = Path(keys.annotations), Path(keys.images) if keys.images else None
     fields = READERS[keys.format](source, images, keys.first_index)
     if not fields:
         raise UserError(f"{source}: expected annotated images as format={keys.format}, found none")
@@ -85,7 +97,7 @@ def read_point_set(
                 f"{second.path}; rename one"
             )
     fields = [field for field in fields if only is None or field.field_id in only]
-    if keys.images and open_images:
+    if images is not None and open_images:
         fields = _add_images(fields, source)
     if keys.cases:
         fields = add_cases(fields, read_case_table(Path(keys.cases)), Path(keys.cases))
@@ -116,8 +128,7 @@ def _add_images(fields: list[AnnotatedField], source: Path) -> list[AnnotatedFie
     checked = []
     for field in fields:
         with open_slide(field.path) as slide:
-            move_inside(
-                field.points, (slide.width, slide.height), 0, f"{source}: field {field.field_id}"
-            )
-            checked.append(dataclasses.replace(field, mpp=slide.mpp or field.mpp))
+            size, where = (slide.width, slide.height), f"{source}: field {field.field_id}"
+            points = move_inside(field.points, size, PIXEL, where)
+            checked.append(dataclasses.replace(field, points=points, mpp=slide.mpp or field.mpp))
     return checked

@@ -28,14 +28,17 @@ ANNOTATED = 150
 """The last of them that is annotated; where later ones are, they are other tumours (MIDOG 2022)."""
 
 
-def read_midog(annotations: Path, images: Path, first_index: int) -> list[AnnotatedField]:
+def read_midog(annotations: Path, images: Path | None, first_index: int) -> list[AnnotatedField]:
     """Fields of a MIDOG file, with the scanner where it is known by the number of an image.
 
     Raises:
         UserError: what `read_document` refuses.
     """
-    fields = read_document(annotations, images, first_index, keep_box, empty_is_annotated=False)
-    if "midog" not in str(read_json(annotations, "a MIDOG document").get("info", "")).lower():
+    document = read_json(annotations, "a MIDOG document")
+    fields = read_document(
+        document, annotations, images, first_index, keep_box, empty_is_annotated=False
+    )
+    if "midog" not in str(document.get("info", "")).lower():
         return fields
     return [_add_scanner(field) for field in fields]
 

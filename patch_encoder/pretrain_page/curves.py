@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from common.figures import CHANCE, line_style, new_figure, styled
+from common.figures import CHANCE, line_style, new_figure, styled, svg_uri
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -138,6 +138,25 @@ def find_points(
         else:
             epochs.append((float(line["epoch"]), float(line[name])))
     return within, epochs
+
+
+def draw_panels(
+    panels: Sequence[Panel], lines: Sequence[Mapping[str, Any]], steps: int, prototypes: int
+) -> list[dict[str, str]]:
+    """`title`, `uri` and `healthy` of the panels of which the run has logged a value.
+
+    Args:
+        panels: in their order on the page.
+        lines: of metrics.jsonl.
+        steps: of an epoch.
+        prototypes: outputs of the head, K.
+    """
+    drawn = ((panel, draw_panel(panel, lines, steps, prototypes)) for panel in panels)
+    return [
+        {"title": panel.title, "uri": svg_uri(figure), "healthy": panel.healthy}
+        for panel, figure in drawn
+        if figure is not None
+    ]
 
 
 @styled()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def read_run(path: str | Path, slides: str = "", coords: str = "") -> Pretrainin
         folder,
         replace(settings, **moved),
         written,
-        list(_read_lines(folder / "metrics.jsonl")),
+        read_lines(folder / "metrics.jsonl"),
         _read_optional(folder / "environment.json"),
         _read_optional(folder / "results.json") or None,
         inputs.get("slides", ""),
@@ -114,15 +114,17 @@ def _read_optional(path: Path) -> dict[str, Any]:
     return read_json(path, "an object of a run") if path.is_file() else {}
 
 
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl up to one that a running training has half written."""
-    if not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl up to one that a running training has half written; none where
+    there is no file.
+    """
+    lines: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
-            yield json.loads(line)
+            lines.append(json.loads(line))
         except json.JSONDecodeError:
-            return
+            break
+    return lines
 
 
 def load_network(run: PretrainingFolder) -> tuple[PixelEncoder, ViewRecipe]:

@@ -47,12 +47,13 @@ def write_mitosis_set(folder: Path, wrong: int = 0, mpp: float | None = MPP) -> 
         wrong: points per training field where there is nothing.
         mpp: of the images; None: they do not say.
     """
-    rng, images, boxes, rows = np.random.default_rng(0), [], [], []
+    rng, errors = np.random.default_rng(0), np.random.default_rng(1)
+    images, boxes, rows = [], [], []
     for number in range(2 * len(SPLIT)):
         case, name = number // 2, f"{number + 1:03d}.tiff"
         points = rng.uniform(8, SIDE - 8, (1 + number % 2, 2))
         write_pyramid(folder / "images" / name, draw_field(rng, points), mpp, levels=(1,))
-        false = rng.uniform(8, SIDE - 8, (wrong if SPLIT[case] == "train" else 0, 2))
+        false = errors.uniform(8, SIDE - 8, (wrong if SPLIT[case] == "train" else 0, 2))
         entry = {"id": number + 1, "file_name": name, "width": SIDE, "height": SIDE}
         images.append(entry)
         for x, y in (*points, *false):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -19,8 +18,13 @@ from detection_kd.evaluation.hard_samples import Filtering
 from detection_kd.evaluation.kept_tiles import describe_tiles, write_kept
 from detection_kd.evaluation.point_metrics import Operating, compute_rates, count_fields
 from detection_kd.evaluation.tile_predictions import find_field_detections, predict_tiles
+from detection_kd.fields import open_fields
+from detection_kd.fields.augmentation import PointAugmentationKeys, augment_tiles
+from detection_kd.fields.tile_loader import make_tile_loader
+from detection_kd.mitosis_sets import keys
 from detection_kd.models.cam import load_localiser
-from detection_kd.train_mitosis import Config, open_job, prepare_batch, read_tiles
+from detection_kd.train_mitosis import Config, open_job, read_tiles
+from patch_encoder.slides import open_slide
 from tests.detection_kd.mitosis_runs import SPLIT, TINY, train, write_mitosis_set
 from tests.training_harness import read_epochs
 
@@ -39,9 +43,9 @@ def run(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(inputs, tmp_path_factory.mktemp("teacher") / "run", "epochs=2")
 
 
-def configure(inputs: list[str], *settings: str) -> Config:
+def configure(inputs: list[str], *settings: str, output: str = "unused") -> Config:
     """The configuration of a training that is not started."""
-    return load_config(Config, [*inputs, *TINY, *settings, "output=unused"])
+    return load_config(Config, [*inputs, *TINY, *settings, f"output={output}"])
 
 
 def test_it_finds_mitoses_whose_positions_it_was_never_told(run: Path) -> None:
@@ -67,23 +71,28 @@ def test_thresholds_are_stored_to_the_last_bit(inputs: list[str], run: Path) -> 
 def test_no_image_of_a_test_field_is_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither by Python nor by a library: they are spied on, and then they are not even there."""
-    inputs, opened = write_mitosis_set(tmp_path / "set"), set()
-    watching = [True]
+    """Neither by Python's open nor by a slide reader; and then they are not even there."""
+    inputs, opened, watching = write_mitosis_set(tmp_path / "set"), [], [True]
 
     def watch(event: str, details: tuple) -> None:
         if watching[0] and event == "open":
-            opened.add(str(details[0]))
+            opened.append(str(details[0]))
+
+    def spy(path: Path, *given: object) -> object:
+        opened.append(str(path))
+        return open_slide(path, *given)
 
     sys.addaudithook(watch)
+    for module in (keys, open_fields):
+        monkeypatch.setattr(module, "open_slide", spy)
     train(inputs, tmp_path / "with", "epochs=1")
     watching[0] = False
-    images = {Path(name).name for name in opened if name.endswith(".tiff")}
-    kept = {f"{n + 1:03d}.tiff" for n in range(20) if SPLIT[n // 2] != "test"}
-    assert images == kept
-    for number in range(20):
-        if SPLIT[number // 2] == "test":
-            os.remove(tmp_path / "set" / "images" / f"{number + 1:03d}.tiff")
+    images = {f"{number + 1:03d}.tiff": SPLIT[number // 2] for number in range(20)}
+    seen = {images[name] for path in opened if (name := Path(path).name) in images}
+    assert seen == {"train", "val"}
+    for name, side in images.items():
+        if side == "test":
+            (tmp_path / "set" / "images" / name).unlink()
     train(inputs, tmp_path / "without", "epochs=1")
     results = [(tmp_path / name / "results.json").read_text() for name in ("with", "without")]
     assert results[0] == results[1]
@@ -148,12 +157,12 @@ def test_pseudo_labels_act_although_labels_follow_positions(
     labels = tiles.labels.copy()
     labels[changed] = 1 - labels[changed]
     table = write_table(tmp_path / "kept", config, labels=labels)
-    job = open_job(configure(inputs, f"kept={table}"), ONE)
-    assert np.flatnonzero(job.relabelled.numpy()).tolist() == sorted(changed)
+    student = read_tiles(configure(inputs, f"kept={table}"), None)[0]
     order = np.array([*changed, *np.flatnonzero(tiles.labels == 1)[3:6]])
-    (batch,) = train_mitosis.make_tile_loader(job.train, order, len(order), ONE)
+    (batch,) = make_tile_loader(student, order, len(order), ONE)
     for epoch in range(3):
-        assert prepare_batch(job, batch, epoch).labels.tolist() == labels[order].tolist()
+        varied = augment_tiles(batch, PointAugmentationKeys(rotation=90), 0, epoch)
+        assert varied.labels.tolist() == labels[order].tolist()
 
 
 def test_soft_weights_act(inputs: list[str], tmp_path: Path) -> None:
@@ -169,7 +178,7 @@ def test_soft_weights_act(inputs: list[str], tmp_path: Path) -> None:
 def test_cases_left_out_are_in_the_checkpoint(inputs: list[str], tmp_path: Path) -> None:
     seen = []
     for part in ("1/3", "2/3", "3/3"):
-        job = open_job(configure(inputs, f"leave_out={part}", f"output={tmp_path}/{part[0]}"), ONE)
+        job = open_job(configure(inputs, f"leave_out={part}", output=f"{tmp_path}/{part[0]}"), ONE)
         out = job.described["left_out"]
         assert len(out) == 2 and not {field.case for field in job.train.fields} & set(out)
         seen += out

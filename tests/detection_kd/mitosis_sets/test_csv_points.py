@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
+from detection_kd.mitosis_sets.checked_fields import check_resolution
 from detection_kd.mitosis_sets.csv_points import write_csv_points
-from detection_kd.mitosis_sets.fields import check_resolution
 from detection_kd.mitosis_sets.keys import read_point_set
 from detection_kd.mitosis_sets.point_set import LOOK_ALIKE, MITOSIS
 from tests.detection_kd.mitosis_sets.miniatures import set_keys, write_image
@@ -99,8 +99,10 @@ def test_images_give_their_resolution_and_have_to_hold_the_points(tmp_path: Path
     found = read_point_set(keys)
     assert [field.mpp for field in found.fields] == [0.5, 0.25]
     assert found.fields[1].path == tmp_path / "images/b/2.tiff"
-    write_table(table, TABLE.replace("30,40", "30,64"))
-    with pytest.raises(UserError, match=r"field b_2: .*96 x 64 px, found 1 outside, .*\(30, 64\)"):
+    write_table(table, TABLE.replace("30,40", "30,64.5"))  # from 1, or a last pixel's far corner
+    assert read_point_set(keys).fields[1].points.tolist() == [[10.5, 20], [30, 63.5]]
+    write_table(table, TABLE.replace("30,40", "30,65"))
+    with pytest.raises(UserError, match=r"field b_2: .*96 x 64 px, found 1 outside, .*\(30, 65\)"):
         read_point_set(keys)
     write_table(table, TABLE + "c.tiff,1,2,mitosis\n")
     with pytest.raises(UserError, match="1 of 3 images are missing, first .*c.tiff; see images="):

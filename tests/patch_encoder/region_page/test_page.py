@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import json
 import re
 from pathlib import Path
 
@@ -83,6 +84,37 @@ def test_page_is_self_contained_and_has_its_parts(root: Path, tmp_path: Path):
     assert html.count("by chance") == 1 and "cosine 1.000" in html
     again = make_page(root, tmp_path / "again", "queries=2", "neighbours=2", "title=A & B")
     assert html == again, "seeded"
+
+
+def write_run(folder: Path, *lines: dict[str, float]) -> Path:
+    folder.mkdir()
+    (folder / "run.json").write_text('{"config": {"network.out_dim": 64}}')
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text + '{"epoch": 3, "lo')  # still being written
+    return folder
+
+
+def test_page_has_the_curves_that_the_run_has_logged(root: Path, tmp_path: Path):
+    step = {"epoch": 1, "step": 0, "loss": 4.0, "intra": 1.0, "centre_entropy": 4.0}
+    epochs = [{"epoch": n, "steps": 5 * n, "loss": 4.0 - n, "dino": 3.0} for n in (1, 2)]
+    run_folder = write_run(tmp_path / "run", step, *epochs)
+    html = make_page(root, tmp_path / "page", "show=[s0]", f"run={run_folder}")
+    checker = PageChecker()
+    checker.feed(html)
+    assert {"Loss", "Entropy of the centre"} <= checker.images.keys()
+    assert "Gradient norm" not in checker.images and "Learning rate" not in checker.images
+    assert "Loss" not in make_page(root, tmp_path / "plain", "show=[s0]")
+
+
+def test_curves_need_a_finished_epoch(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run_folder = write_run(tmp_path / "run", {"epoch": 1, "step": 0, "loss": 4.0})
+    make_page(root, tmp_path / "page", f"run={run_folder}", status=2)
+    assert "expected a run directory of pretrain_slpd with a finished epoch" in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "page" / "regions.html").exists()
 
 
 def test_matched_regions_are_of_one_kind(root: Path, tmp_path: Path):

@@ -27,6 +27,7 @@ from detection_kd.mitosis_sets.point_set import (
 from patch_encoder.slides.names import strip_suffix
 
 logger = logging.getLogger(__name__)
+PIXEL = 1.0
 LOOK_ALIKE_NAMES = re.compile(
     r"look ?alike|hard negative|impost[eo]r|\b(non|not|no) ?mito|mito(tic|sis) ?like"
 )
@@ -70,6 +71,11 @@ def make_field_id(name: str) -> str:
     return strip_suffix("_".join(parts))
 
 
+def find_image(images: Path | None, name: str) -> Path:
+    """The image of a name, below the folder of images where there is one."""
+    return Path(name) if images is None else images / name
+
+
 def make_field(
     source: str,
     field_id: str,
@@ -82,8 +88,8 @@ def make_field(
     mpp: float | None = None,
     annotated: bool = True,
     look_alikes: bool = False,
-    size: tuple[float, float] | None = None,
-    reach: float = 0.0,
+    size: tuple[float, float] = (np.inf, np.inf),
+    reach: float = PIXEL,
 ) -> AnnotatedField:
     """A checked field.
 
@@ -93,8 +99,9 @@ def make_field(
             a case, the field is a case of its own.
         points, labels: (x, y) px and class of every point.
         size: (width, height) of the image, px, where the file states it.
-        reach: px by which a point may lie outside, which then moves to the border: half the side of
-            the box that it is the centre of, since such a box still shows part of the cell.
+        reach: px by which a point may lie outside, which then moves to the border: a pixel, since
+            sets count them from 0 or from 1, or half the side of the box that it is the centre of,
+            since such a box still shows part of the cell.
 
     Raises:
         UserError: a point that is not finite or lies outside the image, or one with both classes.
@@ -104,8 +111,7 @@ def make_field(
     classes = np.asarray(list(labels), np.int64)
     if not np.isfinite(positions).all():
         raise UserError(f"{where}: expected finite positions, found one that is not")
-    if size is not None:
-        positions = move_inside(positions, size, reach, where)
+    positions = move_inside(positions, size, reach, where)
     positions, classes = drop_repeats(positions, classes, where)
     safe_id(field_id, "field")
     return AnnotatedField(
@@ -133,7 +139,9 @@ def move_inside(
             f"{where}: expected points inside {size[0]:g} x {size[1]:g} px, found {int(far.sum())} "
             f"outside, first ({x:g}, {y:g}); see format= and first_index=, or mend the annotations"
         )
-    logger.info("%s: points of boxes over the border, which move to it: %d", where, outside.sum())
+    logger.info(
+        "%s: points just outside the image, which move to its border: %d", where, outside.sum()
+    )
     moved = np.clip(points, 0.5, limit - 0.5)
     return np.where(outside[:, None], moved, points)
 

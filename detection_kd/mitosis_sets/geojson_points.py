@@ -1,0 +1,170 @@
+"""Annotated points in GeoJSON, as QuPath exports and imports them: one file per image.
+
+Features are points, or boxes and outlines, whose middle is the point; the class is the name of
+their classification. QuPath puts points of one class into one feature (MultiPoint). A file is named
+after its image. Images without a file are not annotated; a file without features says that nothing
+was found. This project writes a further member `field` (case, scanner, mpp, ...), which QuPath
+passes over.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import UserError
+from common.files import read_json, write_json
+from detection_kd.mitosis_sets.checked_fields import make_field, make_field_id, require_class
+from detection_kd.mitosis_sets.coco_points import find_root
+from detection_kd.mitosis_sets.point_set import CLASSES, LOOK_ALIKE, AnnotatedField, PointSet
+from patch_encoder.slides.names import PICTURE_SUFFIXES, SLIDE_SUFFIXES, suffix_of
+
+COLOURS = ((200, 0, 0), (0, 90, 200))
+"""RGB of both classes in QuPath."""
+SUFFIXES = (".geojson", ".json")
+Found = tuple[float, float, int]
+
+
+def read_geojson_points(
+    annotations: Path, images: Path | None, first_index: int
+) -> list[AnnotatedField]:
+    """One field per image, or per file where no images are given.
+
+    Args:
+        annotations: a file, or a folder of files `<image's name>.geojson`.
+        images: folder of the images.
+        first_index: index of an image's first pixel; QuPath's is 0.
+
+    Raises:
+        UserError: no files there, one that is no GeoJSON, has other shapes or classes, or whose
+            image is missing.
+    """
+    files = _find_files(annotations)
+    pictures = {} if images is None else _find_images(images)
+    fields = []
+    for field_id, path in sorted(files.items()):
+        document = read_json(path, "GeoJSON")
+        about = document.get("field", {}) if isinstance(document, dict) else {}
+        named = make_field_id(about["file"]) if "file" in about else field_id
+        if images is not None and named not in pictures:
+            raise UserError(f"{path}: expected an image {named} below {images}, found none")
+        picture = pictures.pop(named, Path(about.get("file", field_id)))
+        found = list(_read_features(document, path))
+        labels = [label for *_, label in found]
+        mpp, annotated = about.get("mpp"), bool(about.get("annotated", True))
+        fields.append(
+            make_field(
+                str(path),
+                field_id,
+                picture,
+                [(x - first_index, y - first_index) for x, y, _ in found],
+                labels,
+                case=str(about.get("case", "")),
+                scanner=str(about.get("scanner", "")),
+                mpp=None if mpp is None else float(mpp),
+                annotated=annotated,
+                look_alikes=bool(about.get("look_alikes", LOOK_ALIKE in labels)),
+            )
+        )
+    for field_id, picture in pictures.items():
+        fields.append(make_field(str(images), field_id, picture, (), (), annotated=False))
+    return fields
+
+
+def _find_files(annotations: Path) -> dict[str, Path]:
+    if annotations.is_file():
+        return {annotations.stem: annotations}
+    files = {}
+    for path in sorted(annotations.glob("*")):
+        if path.suffix.lower() in SUFFIXES:
+            # QuPath may keep the image's ending in the name: a.tiff.geojson
+            field_id = make_field_id(path.stem)
+            if field_id in files:
+                raise UserError(f"{annotations}: expected one file of {field_id}, found two")
+            files[field_id] = path
+    if not files:
+        raise UserError(f"{annotations}: expected files <image>.geojson, found none")
+    return files
+
+
+def _find_images(folder: Path) -> dict[str, Path]:
+    """Field id -> image, at any depth below the folder."""
+    endings = SLIDE_SUFFIXES | PICTURE_SUFFIXES
+    return {
+        make_field_id(path.relative_to(folder).as_posix()): path
+        for path in sorted(folder.rglob("*"))
+        if suffix_of(path) in endings and path.is_file()
+    }
+
+
+def _read_features(document: Any, path: Path) -> Iterator[Found]:
+    """(x, y, class) of all points."""
+    features = document.get("features") if isinstance(document, dict) else document
+    if not isinstance(features, list):
+        raise UserError(f"{path}: expected a GeoJSON feature collection, found none")
+    for number, feature in enumerate(features):
+        where = f"{path}: feature {number}"
+        try:
+            geometry, properties = feature["geometry"], feature["properties"]
+            kind, coordinates = geometry["type"], geometry["coordinates"]
+            name = str(properties["classification"]["name"])
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{where}: expected geometry and classification, found none ({error})"
+            ) from None
+        label = require_class(name, where)
+        try:
+            for x, y in _find_middles(kind, coordinates):
+                yield float(x), float(y), label
+        except (TypeError, ValueError, IndexError):
+            raise UserError(
+                f"{where}: expected a Point, MultiPoint, Polygon or MultiPolygon with coordinates, "
+                f"found {kind}"
+            ) from None
+
+
+def _find_middles(kind: str, coordinates: Any) -> list[tuple[float, float]]:
+    """(x, y) of each point, and of the middle of each outline's box."""
+    if kind == "Point":
+        return [(coordinates[0], coordinates[1])]
+    if kind == "MultiPoint":
+        return [(point[0], point[1]) for point in coordinates]
+    if kind not in ("Polygon", "MultiPolygon"):
+        raise ValueError(kind)
+    outlines = [coordinates] if kind == "Polygon" else coordinates
+    middles = []
+    for outline in outlines:
+        ring = np.asarray(outline[0], np.float64)[:, :2]
+        middles.append(tuple(((ring.min(0) + ring.max(0)) / 2).tolist()))
+    return middles
+
+
+def write_geojson_points(path: Path, fields: PointSet) -> None:
+    """Write a folder with one file per field, `<field>.geojson`."""
+    root = find_root(fields)
+    for field in fields.fields:
+        features = [
+            {
+                "type": "Feature",
+                "geometry": {"type": "Point", "coordinates": [x, y]},
+                "properties": {
+                    "objectType": "annotation",
+                    "classification": {"name": CLASSES[label], "color": list(COLOURS[label])},
+                },
+            }
+            for (x, y), label in zip(field.points.tolist(), field.labels.tolist(), strict=True)
+        ]
+        about = {
+            "file": os.path.relpath(field.path, root),
+            "case": field.case,
+            "scanner": field.scanner,
+            "mpp": field.mpp,
+            "annotated": field.annotated,
+            "look_alikes": field.look_alikes,
+        }
+        document = {"type": "FeatureCollection", "features": features, "field": about}
+        write_json(path / f"{field.field_id}.geojson", document)
