@@ -24,6 +24,7 @@ from detection_kd.mitosis_sets.point_set import LOOK_ALIKE, MITOSIS, AnnotatedFi
 from detection_kd.mitosis_sets.slide_runner import read_slide_runner
 from detection_kd.mitosis_sets.tupac16 import read_tupac16
 from patch_encoder.slides import open_slide
+from patch_encoder.slides.resolution import check_mpp
 
 logger = logging.getLogger(__name__)
 READERS = {
@@ -85,6 +86,8 @@ def read_point_set(
     """
     if keys.first_index not in (0, 1):
         raise UserError(f"first_index={keys.first_index}: expected 0 or 1")
+    if keys.mpp is not None:
+        check_mpp(keys.mpp, "mpp")
     source, images = Path(keys.annotations), Path(keys.images) if keys.images else None
     fields = READERS[keys.format](source, images, keys.first_index)
     if not fields:

@@ -46,6 +46,10 @@ def test_the_first_index_is_taken_off(tmp_path: Path) -> None:
     assert field.points.tolist() == [[0, 1]]
     with pytest.raises(UserError, match="first_index=2: expected 0 or 1"):
         read_point_set(set_keys(table, "csv", first_index=2))
+    with pytest.raises(
+        UserError, match="mpp: expected um per level-0 pixel, 0.05 to 10.0, found 25"
+    ):
+        read_point_set(set_keys(table, "csv", mpp=25.0))
 
 
 def test_what_is_written_is_read_back_the_same(tmp_path: Path) -> None:

@@ -101,6 +101,26 @@ def test_a_coco_document_without_our_entries_is_read(tmp_path: Path) -> None:
     assert second.annotated and not len(second.points) and second.mpp == 0.25
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("width", "200", "image 1: expected width as a positive number, found '200'"),
+        ("mpp", True, "image 1: expected mpp as a positive number, found True"),
+        ("mpp", 25.0, "field a: mpp: expected um per level-0 pixel, 0.05 to 10"),
+        ("file_name", "../a.jpg", "expected images by their path below images=, found '../a.jpg'"),
+    ],
+)
+def test_numbers_of_a_coco_document_are_checked(
+    name: str, value: object, message: str, tmp_path: Path
+) -> None:
+    file = write_document(tmp_path / "a.json", ("a.jpg",), [(1, 1, (10, 20, 30, 40))])
+    document = json.loads(file.read_text())
+    document["images"][0][name] = value
+    file.write_text(json.dumps(document))
+    with pytest.raises(UserError, match=message):
+        read_point_set(set_keys(file, "coco"))
+
+
 def test_a_coco_document_that_is_none_is_one_line(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     for document, message in (
@@ -144,6 +164,8 @@ def test_points_boxes_and_outlines_of_qupath_are_read(tmp_path: Path) -> None:
     folder = tmp_path / "points"
     folder.mkdir()
     features[3]["geometry"]["coordinates"][0][0] = [[x + 1, y] for x, y in RING]
+    features += [make_feature("Polygon", [RING], "Tumor"), make_feature("Polygon", [RING])]
+    features[-1]["properties"].pop("classification")  # regions
     (folder / "a.tiff.geojson").write_text(
         json.dumps({"type": "FeatureCollection", "features": features})
     )
@@ -164,8 +186,9 @@ def test_points_boxes_and_outlines_of_qupath_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: f.update(geometry=None), "feature 0: expected geometry and classification"),
-        (lambda f: f["properties"].pop("classification"), "expected geometry and classification"),
+        (lambda f: f.update(geometry=None), "feature 0: expected a geometry and a classification"),
+        (lambda f: f["properties"].pop("classification"), "found 'no class'"),
+        (lambda f: f.update(properties=[1]), "expected a geometry and a classification"),
         (lambda f: f["properties"]["classification"].update(name="Tumor"), "found 'Tumor'"),
         (lambda f: f["geometry"].update(type="LineString"), "found LineString"),
         (lambda f: f["geometry"].update(coordinates=[1]), "with coordinates, found Point"),
@@ -190,6 +213,9 @@ def test_geojson_without_image_and_folders_without_geojson_are_refused(tmp_path:
     file.write_text(json.dumps({"features": [make_feature("Point", [1, 2])]}))
     with pytest.raises(UserError, match="expected an image a below"):
         read_point_set(set_keys(file, "geojson", images=tmp_path / "images"))
+    file.write_text(json.dumps({"features": [], "field": 1}))
+    with pytest.raises(UserError, match="expected the member 'field' as an object, found 1"):
+        read_point_set(set_keys(file, "geojson"))
     file.write_text(json.dumps({"type": "Feature"}))
     with pytest.raises(UserError, match="expected a GeoJSON feature collection"):
         read_point_set(set_keys(file, "geojson"))
