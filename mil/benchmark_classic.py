@@ -1,7 +1,7 @@
 """The classical MIL sets (Musk1, Musk2, Fox, Tiger, Elephant) by the published protocol: 10-fold
 cross-validation, 5 repeats.
 
-    python -m mil.benchmark_classic data=../shared/data/mil_classic output=runs/mil_classic
+    python -m mil.benchmark_classic folder=../shared/data/mil_classic output=runs/mil_classic
     workers=2
 
 Writes `<output>/runs/<set>/<method>/repeat_<r>.json` (what every fold's model says of its test
@@ -38,7 +38,7 @@ DEFAULT = [*SIMPLE, "mi_net", "mi_net_embedding", "abmil", "gated_abmil", "dsmil
 class Config:
     """Keys of the classical benchmark."""
 
-    data: str = key(REQUIRED, "folder with the sets (.jld, .data, .mat)", path=True)
+    folder: str = key(REQUIRED, "folder with the sets (.jld, .data, .mat)", path=True)
     output: str = key(REQUIRED, "where the results are written; the tables", runtime=True)
     sets: list[str] = key(list(SETS), f"which sets: {', '.join(SETS)}")
     methods: list[str] = key(DEFAULT, f"which methods: {', '.join(METHODS)}")
@@ -67,7 +67,7 @@ def make_jobs(config: Config) -> list[ClassicJob]:
             raise UserError(f"{what}={getattr(config, what)}: expected at least {least}")
     shared = (config.repeats, config.folds, config.batch_size, config.epochs, config.seed)
     return [
-        ClassicJob(config.data, config.output, name, method, *shared)
+        ClassicJob(config.folder, config.output, name, method, *shared)
         for name in config.sets
         for method in config.methods
     ]

@@ -29,12 +29,13 @@ count_gpus() {
 }
 
 # collect_keys <name> ...: fill the array `keys` with name=value for every variable NAME (in capitals) that is not empty;
-# a name that ends in [] is a list, whose value is separated by commas
+# a name that ends in [] is a list, whose value is separated by commas; the variable of a key in a block, as data.images, is IMAGES
 collect_keys() {
   keys=()
   local name variable
   for name in "$@"; do
     variable="${name%\[\]}"
+    variable="${variable##*.}"
     variable="${variable^^}"
     if [[ -n "${!variable:-}" && "$name" == *"[]" ]]; then
       keys+=("${name%\[\]}=[${!variable}]")

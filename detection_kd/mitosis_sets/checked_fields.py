@@ -25,6 +25,7 @@ from detection_kd.mitosis_sets.point_set import (
     make_points,
 )
 from patch_encoder.slides.names import strip_suffix
+from patch_encoder.slides.resolution import check_mpp
 
 logger = logging.getLogger(__name__)
 PIXEL = 1.0
@@ -71,6 +72,19 @@ def make_field_id(name: str) -> str:
     return strip_suffix("_".join(parts))
 
 
+def read_positive(value: object, what: str, source: str) -> float | None:
+    """A positive number that a JSON file states, None where it states none.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < np.inf:
+        raise UserError(f"{source}: expected {what} as a positive number, found {value!r}")
+    return float(value)
+
+
 def find_image(images: Path | None, name: str) -> Path:
     """The image of a name, below the folder of images where there is one."""
     return Path(name) if images is None else images / name
@@ -104,7 +118,8 @@ def make_field(
             since such a box still shows part of the cell.
 
     Raises:
-        UserError: a point that is not finite or lies outside the image, or one with both classes.
+        UserError: a point that is not finite or lies outside the image, one with both classes, or
+            an mpp that no microscope gives.
     """
     where = f"{source}: field {field_id}"
     positions = make_points(points)
@@ -114,6 +129,8 @@ def make_field(
     positions = move_inside(positions, size, reach, where)
     positions, classes = drop_repeats(positions, classes, where)
     safe_id(field_id, "field")
+    if mpp is not None:
+        check_mpp(mpp, f"{where}: mpp")
     return AnnotatedField(
         field_id, path, case or field_id, scanner, mpp, positions, classes, annotated, look_alikes
     )

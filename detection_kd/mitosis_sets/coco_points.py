@@ -26,6 +26,7 @@ from detection_kd.mitosis_sets.checked_fields import (
     find_image,
     make_field,
     make_field_id,
+    read_positive,
     require_class,
 )
 from detection_kd.mitosis_sets.point_set import CLASSES, LOOK_ALIKE, AnnotatedField, PointSet
@@ -176,7 +177,10 @@ def _make_field(
     look_alikes: bool,
 ) -> AnnotatedField:
     annotated = bool(entry.get("annotated", annotated))
-    mpp = entry.get("mpp")
+    width, height, mpp = (
+        read_positive(entry.get(name), name, f"{source}: image {entry['id']}")
+        for name in ("width", "height", "mpp")
+    )
     return make_field(
         source,
         str(entry.get("field") or make_field_id(str(entry["file_name"]))),
@@ -185,10 +189,10 @@ def _make_field(
         labels,
         case=str(entry.get("case", "")),
         scanner=str(entry.get("scanner", "")),
-        mpp=None if mpp is None else float(mpp),
+        mpp=mpp,
         annotated=annotated,
         look_alikes=bool(entry.get("look_alikes", look_alikes and annotated)),
-        size=(entry.get("width") or np.inf, entry.get("height") or np.inf),
+        size=(width or np.inf, height or np.inf),
         reach=max(PIXEL, float((boxes[:, 2:] - boxes[:, :2]).max(initial=0)) / 2),
     )
 

@@ -1,7 +1,8 @@
 """Annotated points in GeoJSON, as QuPath exports and imports them: one file per image.
 
 Features are points, or boxes and outlines, whose middle is the point; the class is the name of
-their classification. QuPath puts points of one class into one feature (MultiPoint). A file is named
+their classification. Outlines of other classes or of none are regions, as a tumour or a hot spot,
+and left out. QuPath puts points of one class into one feature (MultiPoint). A file is named
 after its image. Images without a file are not annotated; a file without features says that nothing
 was found. This project writes a further member `field` (case, scanner, mpp, ...), which QuPath
 passes over.
@@ -10,6 +11,7 @@ passes over.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,22 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import read_json, write_json
-from detection_kd.mitosis_sets.checked_fields import make_field, make_field_id, require_class
-from detection_kd.mitosis_sets.coco_points import find_root
+from detection_kd.mitosis_sets.checked_fields import (
+    find_class,
+    make_field,
+    make_field_id,
+    read_positive,
+    require_class,
+)
+from detection_kd.mitosis_sets.coco_points import find_root, log_other_cells
 from detection_kd.mitosis_sets.point_set import CLASSES, LOOK_ALIKE, AnnotatedField, PointSet
 from patch_encoder.slides.names import PICTURE_SUFFIXES, SLIDE_SUFFIXES, suffix_of
 
 COLOURS = ((200, 0, 0), (0, 90, 200))
 """RGB of both classes in QuPath."""
 SUFFIXES = (".geojson", ".json")
+OUTLINES = ("Polygon", "MultiPolygon")
+NO_CLASS = "no class"
 Found = tuple[float, float, int]
 
 
@@ -49,13 +59,14 @@ def read_geojson_points(
     for field_id, path in sorted(files.items()):
         document = read_json(path, "GeoJSON")
         about = document.get("field", {}) if isinstance(document, dict) else {}
+        if not isinstance(about, dict):
+            raise UserError(f"{path}: expected the member 'field' as an object, found {about!r}")
         named = make_field_id(about["file"]) if "file" in about else field_id
         if images is not None and named not in pictures:
             raise UserError(f"{path}: expected an image {named} below {images}, found none")
         picture = pictures.pop(named, Path(about.get("file", field_id)))
         found = list(_read_features(document, path))
         labels = [label for *_, label in found]
-        mpp, annotated = about.get("mpp"), bool(about.get("annotated", True))
         fields.append(
             make_field(
                 str(path),
@@ -65,8 +76,8 @@ def read_geojson_points(
                 labels,
                 case=str(about.get("case", "")),
                 scanner=str(about.get("scanner", "")),
-                mpp=None if mpp is None else float(mpp),
-                annotated=annotated,
+                mpp=read_positive(about.get("mpp"), "mpp", str(path)),
+                annotated=bool(about.get("annotated", True)),
                 look_alikes=bool(about.get("look_alikes", LOOK_ALIKE in labels)),
             )
         )
@@ -102,20 +113,24 @@ def _find_images(folder: Path) -> dict[str, Path]:
 
 
 def _read_features(document: Any, path: Path) -> Iterator[Found]:
-    """(x, y, class) of all points."""
+    """(x, y, class) of all points; outlines of no class of ours are counted."""
     features = document.get("features") if isinstance(document, dict) else document
     if not isinstance(features, list):
         raise UserError(f"{path}: expected a GeoJSON feature collection, found none")
+    regions: Counter[str] = Counter()
     for number, feature in enumerate(features):
         where = f"{path}: feature {number}"
         try:
-            geometry, properties = feature["geometry"], feature["properties"]
-            kind, coordinates = geometry["type"], geometry["coordinates"]
-            name = str(properties["classification"]["name"])
-        except (KeyError, TypeError) as error:
+            kind, coordinates = feature["geometry"]["type"], feature["geometry"]["coordinates"]
+            properties = feature.get("properties") or {}
+            name = str((properties.get("classification") or {}).get("name") or NO_CLASS)
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{where}: expected geometry and classification, found none ({error})"
+                f"{where}: expected a geometry and a classification, found none ({error})"
             ) from None
+        if kind in OUTLINES and find_class(name) is None:
+            regions[name] += 1
+            continue
         label = require_class(name, where)
         try:
             for x, y in _find_middles(kind, coordinates):
@@ -125,6 +140,7 @@ def _read_features(document: Any, path: Path) -> Iterator[Found]:
                 f"{where}: expected a Point, MultiPoint, Polygon or MultiPolygon with coordinates, "
                 f"found {kind}"
             ) from None
+    log_other_cells(path, regions)
 
 
 def _find_middles(kind: str, coordinates: Any) -> list[tuple[float, float]]:
@@ -133,7 +149,7 @@ def _find_middles(kind: str, coordinates: Any) -> list[tuple[float, float]]:
         return [(coordinates[0], coordinates[1])]
     if kind == "MultiPoint":
         return [(point[0], point[1]) for point in coordinates]
-    if kind not in ("Polygon", "MultiPolygon"):
+    if kind not in OUTLINES:
         raise ValueError(kind)
     outlines = [coordinates] if kind == "Polygon" else coordinates
     middles = []

@@ -147,7 +147,7 @@ def load_set(folder: str | Path, name: str) -> ClassicSet:
     paths = [Path(folder) / file for file in FILES[name] if (Path(folder) / file).is_file()]
     if not paths:
         raise UserError(
-            f"{folder}: expected one of {', '.join(FILES[name])}, found none; set data="
+            f"{folder}: expected one of {', '.join(FILES[name])}, found none; set folder="
         )
     first, *others = (READERS[path.suffix](path, name) for path in paths)
     for path, found in zip(paths, (first, *others), strict=True):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from detection_kd.mitosis_sets.csv_points import write_csv_points
 from detection_kd.mitosis_sets.checked_fields import check_resolution
+from detection_kd.mitosis_sets.csv_points import write_csv_points
 from detection_kd.mitosis_sets.keys import read_point_set
 from detection_kd.mitosis_sets.point_set import LOOK_ALIKE, MITOSIS
 from tests.detection_kd.mitosis_sets.miniatures import set_keys, write_image
@@ -46,6 +46,10 @@ def test_the_first_index_is_taken_off(tmp_path: Path) -> None:
     assert field.points.tolist() == [[0, 1]]
     with pytest.raises(UserError, match="first_index=2: expected 0 or 1"):
         read_point_set(set_keys(table, "csv", first_index=2))
+    with pytest.raises(
+        UserError, match="mpp: expected um per level-0 pixel, 0.05 to 10.0, found 25"
+    ):
+        read_point_set(set_keys(table, "csv", mpp=25.0))
 
 
 def test_what_is_written_is_read_back_the_same(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def read_table(output: Path) -> list[dict[str, str]]:
 
 def config_of(data: Path, output: Path, *more: str) -> Config:
     base = [
-        f"data={data}",
+        f"folder={data}",
         f"output={output}",
         "sets=[musk1]",
         "methods=[rbf_svm,abmil]",
@@ -225,7 +225,7 @@ def test_other_settings_are_refused_unless_overwritten(
 ):
     main(config_of(data, tmp_path / "a", "methods=[abmil]", "repeats=1", "epochs=1"))
     arguments = [
-        f"data={data}",
+        f"folder={data}",
         f"output={tmp_path}/a",
         "sets=[musk1]",
         "methods=[abmil]",
@@ -252,7 +252,7 @@ def test_other_settings_are_refused_unless_overwritten(
 )
 def test_wrong_keys_are_one_line(tmp_path: Path, wrong: str, message: str):
     with pytest.raises(UserError, match=message):
-        make_jobs(load_config(Config, [f"data={tmp_path}", f"output={tmp_path}/a", wrong]))
+        make_jobs(load_config(Config, [f"folder={tmp_path}", f"output={tmp_path}/a", wrong]))
 
 
 @pytest.mark.parametrize("method", list(NETWORKS))
@@ -299,7 +299,7 @@ def test_the_bar():
 def test_a_killed_run_goes_on(real_data: Path, tmp_path: Path):
     """The real Musk1, two repeats' worth of ABMIL far above chance, after a kill."""
     arguments = [
-        f"data={real_data / 'mil_classic'}",
+        f"folder={real_data / 'mil_classic'}",
         "sets=[musk1]",
         "methods=[logistic,abmil]",
         "repeats=1",
