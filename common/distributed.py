@@ -82,6 +82,15 @@ def all_reduce_mean(value: torch.Tensor) -> torch.Tensor:
     return all_reduce_sum(value) / dist.get_world_size()
 
 
+def mean_with_gradient(value: torch.Tensor) -> torch.Tensor:
+    """Mean over processes, whose gradient is that of this process's value: DistributedDataParallel
+    takes the mean of the gradients.
+    """
+    if not dist.is_initialized():
+        return value
+    return value + (all_reduce_mean(value.detach()) - value.detach())
+
+
 def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
     """Sum over processes, same shape; the tensor itself with one process."""
     if not dist.is_initialized():

@@ -14,6 +14,9 @@ from patch_encoder.demo.pyramid import write_pyramid
 from patch_encoder.models.encoders import build_encoder
 from tests.detection_kd import d2vfm_runs, distillation_sets
 from tests.detection_kd.detector_runs import SMALL_TRUNK, TINY, write_detection_sets
+from tests.detection_kd.grading_runs import TINY as TINY_GRADER
+from tests.detection_kd.grading_runs import train as train_grader
+from tests.detection_kd.grading_runs import write_graded_set
 from tests.detection_kd.mitosis_runs import TINY as TINY_LOCALISER
 from tests.detection_kd.mitosis_runs import write_mitosis_set, write_some_kept
 from tests.mil.conftest import write_cohort
@@ -22,6 +25,7 @@ from tests.training_harness import Pair, Row
 
 DETECTOR, D2VFM, MIL = "detection_kd.train_detector", "detection_kd.train_d2vfm", "mil.train"
 MITOSIS = "detection_kd.train_mitosis"
+RESOLUTION = "detection_kd.train_resolution_kd"
 PRETRAIN, SLPD = "patch_encoder.pretrain_dino", "patch_encoder.pretrain_slpd"
 
 
@@ -233,6 +237,76 @@ MITOSIS_ROWS = [
 ]
 
 
+# -- detection_kd.train_resolution_kd
+
+
+def graded_inputs(folder: Path) -> list[str]:
+    """Twelve slides with patches of three grades, and a small network."""
+    return [*write_graded_set(folder), *TINY_GRADER]
+
+
+def graded_teacher_inputs(folder: Path) -> list[str]:
+    """The same, a teacher of them, and a student that sees a quarter of the pixels."""
+    inputs = graded_inputs(folder)
+    teacher = train_grader(inputs, folder / "teacher", "epochs=2")
+    return [*inputs, f"teacher_checkpoint={teacher}/checkpoint_best.pt", "ratio=2"]
+
+
+EVERY_TERM = ("kd", "fm", "sr", "at", "grad_cam", "at_plus")
+GRADED_TERMS = tuple(f"terms.{name}=1" for name in EVERY_TERM)
+
+RESOLUTION_ROWS = [
+    Row(
+        "grading network",
+        RESOLUTION,
+        RESOLUTION,
+        graded_inputs,
+        settings=("epochs=5",),
+        kill_at=9,
+        learns=("loss", 0.6),
+    ),
+    # roots of means over the batches of both processes, with the gradient of one
+    Row(
+        "grading student with every term and switch",
+        RESOLUTION,
+        RESOLUTION,
+        graded_teacher_inputs,
+        settings=(
+            *GRADED_TERMS,
+            "epochs=3",
+            "terms.temperature=2",
+            "terms.level=-2",
+            "network.removed_strides=1",
+            "augmentation.rotation=20",
+            "augmentation.scale=0.1",
+            "augmentation.shift=0.05",
+            "augmentation.stain=0.05",
+            "augmentation.colour=0.1",
+            "schedule=cosine",
+            "warmup_steps=3",
+            "clip_norm=1",
+            "eval_every=2",
+        ),
+        kill_at=9,
+        pair=Pair(
+            (*GRADED_TERMS, "epochs=2"),
+            close={"loss": 1e-4, "loss_*": 1e-3},
+            first={"loss": 1e-6, "loss_*": 1e-5},
+            weights=(1e-2, 1e-3),
+        ),
+    ),
+    # enlarged as published; killed inside an epoch, the teacher's maps are computed again
+    Row(
+        "grading student with kept maps of its teacher",
+        RESOLUTION,
+        RESOLUTION,
+        graded_teacher_inputs,
+        settings=("terms.at_plus=10", "network.enlarged=true", "cache_teacher=true", "epochs=3"),
+        kill_at=9,
+    ),
+]
+
+
 # -- mil.train
 
 
@@ -394,4 +468,12 @@ SLPD_ROWS = [
     ),
 ]
 
-ROWS = [*DETECTOR_ROWS, *D2VFM_ROWS, *MITOSIS_ROWS, *MIL_ROWS, *PRETRAIN_ROWS, *SLPD_ROWS]
+ROWS = [
+    *DETECTOR_ROWS,
+    *D2VFM_ROWS,
+    *MITOSIS_ROWS,
+    *RESOLUTION_ROWS,
+    *MIL_ROWS,
+    *PRETRAIN_ROWS,
+    *SLPD_ROWS,
+]

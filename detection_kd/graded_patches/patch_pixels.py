@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.errors import UserError
+from common.files import sha256_bytes
 from common.progress import progress
 from detection_kd.graded_patches.graded_set import GradedPatch, GradedSet
 from patch_encoder.probing.pictures import read_picture
@@ -62,6 +63,18 @@ class PatchPixels:
     def in_memory(self) -> bool:
         """Whether reading takes no time, so that workers would not help."""
         return self._kept is not None
+
+    def digest(self) -> str:
+        """Of what decides a training: side, grades, and of every patch its name, label, slide,
+        case and place, and the size of its file.
+        """
+        sizes = {path: path.stat().st_size for path in {p.path for p in self.patches.patches}}
+        lines = [repr((self.side, self.patches.grades, self.patches.mpp))]
+        lines += [
+            repr((p.path.name, p.label, p.slide, p.case, p.position, sizes[p.path]))
+            for p in self.patches.patches
+        ]
+        return sha256_bytes("\n".join(lines).encode())
 
     def read(self, numbers: Int64[np.ndarray, " b"]) -> UInt8[Tensor, "b 3 s s"]:
         """The pixels of these patches.

@@ -24,6 +24,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.distributed import mean_with_gradient
+
 ORDERS = ("at_plus", "grad_cam")  # clip, then sum over channels; sum, then clip
 NORMALISATIONS = ("minmax", "none")
 FLAT = 1e-6  # span of a map, as a share of its largest value, below which it says nothing
@@ -120,7 +122,10 @@ def root_mean_square(
         per_sample: the mean over the batch is taken after the root, else before.
     """
     squares = difference.square()
-    means = squares.flatten(1).mean(dim=1) if per_sample else squares.mean()
+    if per_sample:
+        means = squares.flatten(1).mean(dim=1)
+    else:
+        means = mean_with_gradient(squares.mean())  # the root is not the mean of processes' roots
     zero = means == 0
     return torch.where(zero, 0.0, torch.where(zero, 1.0, means).sqrt()).mean()
 

@@ -22,7 +22,6 @@ from torch.nn import functional
 
 from common.checkpoint import load_checkpoint, load_weights
 from common.config import key
-from common.distributed import World, wrap
 from common.errors import UserError
 from patch_encoder.models.encoder_table import IMAGENET
 from patch_encoder.selfdistill.backbone import RESNETS, build_student_backbone, find_initial_row
@@ -273,33 +272,6 @@ def pool_cells(
 def enlarge_maps(maps: Float[Tensor, "b c h w"], size: Any) -> Float[Tensor, "b c _h _w"]:
     """The maps with as many rows and columns as `size` says, bilinear, corners on corners."""
     return functional.interpolate(maps, tuple(size), mode="bilinear", align_corners=True)
-
-
-def place_localiser(model: WeakLocaliser, world: World, *, compile: bool) -> nn.Module:
-    """Move a network to its device and make it ready for training in one or many processes.
-
-    Args:
-        model: it is changed in place.
-        world: this process.
-        compile: whether the trunk is compiled.
-
-    Raises:
-        UserError: batch norm in several processes without CUDA.
-    """
-    model = model.to(world.device, memory_format=torch.channels_last)
-    if world.size > 1 and any(
-        isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()
-    ):
-        if world.device.type != "cuda":
-            raise UserError(
-                f"network.trunk={model.keys.trunk}: its batch norm needs CUDA with {world.size} "
-                f"processes, found {world.device.type}; use network.trunk=small "
-                "network.norm=layer, or one process"
-            )
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if compile:
-        model.trunk.compile()
-    return wrap(model, world)
 
 
 def load_localiser(path: str | Path) -> tuple[WeakLocaliser, dict[str, Any]]:

@@ -1,0 +1,404 @@
+"""Train a network that grades patches at a resolution of its own, alone or after a teacher that
+sees them at full resolution (AT+).
+
+    python -m detection_kd.train_resolution_kd --config configs/at_plus/demo.yaml output=teacher
+    python -m detection_kd.train_resolution_kd --config configs/at_plus/demo.yaml ratio=4
+        teacher_checkpoint=teacher/checkpoint_best.pt terms.kd=1 terms.at_plus=10 output=student
+    torchrun --nproc_per_node=4 -m detection_kd.train_resolution_kd --config ... output=...
+
+Teacher (ratio 1), baseline (no term) and every kind of distillation are this one loop. Source:
+"Attention to Detail: Inter-Resolution Knowledge Distillation" (EUSIPCO 2023; code
+cvblab/kd_resolution). Differences: by default the student is as small as its image, the teacher
+keeps nothing for a backward pass, the epoch is chosen by the quadratic kappa of validation patches
+whatever its size, and test patches are predicted once, at the end. Writes predictions.csv of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.cli import launch
+from common.config import REQUIRED, group, key, to_dict
+from common.device import PRECISIONS, autocast, pick_precision
+from common.distributed import World, init_distributed, local_processes, mean_dict, share_batch
+from common.errors import UserError
+from common.files import sha256_file
+from common.optim import add_terms, make_optimizer, require_finite, set_lr
+from common.processes.pool import pick_workers
+from common.progress import describe_values, progress
+from common.run import Run, Tracker, open_run
+from common.sampling import balance_epoch
+from common.schedules import SCHEDULES, drop_epoch, lr_factor
+from common.seed import seed_everything
+from common.step_timer import StepTimes
+from detection_kd.engine import ModelInTraining
+from detection_kd.graded_patches.keys import GradedSetKeys, read_graded_split
+from detection_kd.graded_patches.patch_augmentation import PatchAugmentationKeys, augment_patches
+from detection_kd.graded_patches.patch_loader import PatchBatch, make_patch_loader
+from detection_kd.graded_patches.patch_pixels import PatchPixels
+from detection_kd.graded_patches.resolution import reduce_resolution
+from detection_kd.grading.grade_predictions import (
+    measure_predictions,
+    predict_grades,
+    write_predictions,
+)
+from detection_kd.grading.teacher_maps import TeacherMaps, check_kept_maps
+from detection_kd.losses.resolution_losses import (
+    LAST,
+    GradingOutput,
+    PairedOutputs,
+    ResolutionTerms,
+    resolution_loss,
+)
+from detection_kd.models.low_resolution import (
+    GradingKeys,
+    GradingNetwork,
+    PatchScale,
+    load_grading_network,
+)
+from detection_kd.models.placement import place_network
+
+logger = logging.getLogger(__name__)
+REMEDY = "lower lr or set precision=fp32, and look at these patches"  # of a loss not finite
+REPORTED = ("loss", "accuracy", "balanced_accuracy", "kappa_quadratic", "train_seconds")
+
+
+@dataclass
+class Config:
+    """Keys of `train_resolution_kd`."""
+
+    output: str = key(REQUIRED, "where the results are written; a run directory", runtime=True)
+    data: GradedSetKeys = group(GradedSetKeys, "the annotated data; graded patches")
+    split_seed: int = key(0, "seed of the split by case; where the data has none of its own")
+    tile_size: int = key(512, "side of a tile, px; of a patch at full resolution", least=16)
+    target_mpp: float | None = key(
+        None,
+        "micrometres per pixel of the tiles; of pictures at tile_size, which grade_slide needs to "
+        "know; patches of slides have data.mpp",
+    )
+    ratio: int = key(
+        1, "pixels at full resolution per pixel that the network sees; along a side", least=1
+    )
+    network: GradingKeys = group(GradingKeys, "student and teacher; a network that grades")
+    teacher_checkpoint: str = key(
+        "", "checkpoint of the teacher; ratio 1, made by this script", path=True
+    )
+    terms: ResolutionTerms = group(ResolutionTerms, "what is learned from the teacher")
+    cache_teacher: bool = key(
+        False,
+        "keep the teacher's maps of all training patches in memory; needs an augmentation of flips "
+        "and quarter turns alone",
+    )
+    augmentation: PatchAugmentationKeys = group(
+        PatchAugmentationKeys, "augmentation of the training images; patches"
+    )
+    epochs: int = key(20, "passes over the training set", least=1)
+    batch_size: int = key(32, "items per step over all processes; patches", least=1)
+    lr: float = key(1e-4, "learning rate")
+    weight_decay: float = key(0.0, "weight decay")
+    clip_norm: float = key(0.0, "largest L2 norm of the gradients of a step; 0: any")
+    schedule: str = key(
+        "constant",
+        "learning rate over the run: constant, one drop, or half a cosine",
+        choices=SCHEDULES,
+    )
+    warmup_steps: int = key(0, "steps of linear warm-up")
+    eval_every: int = key(
+        1, "epochs between evaluations; the last epoch is always evaluated", least=1
+    )
+    seed: int = key(42, "seed of everything that is drawn at random")
+    precision: str = key(
+        "auto",
+        "number format of the computation; auto: bf16 where the device has it in "
+        "hardware, else fp32; losses are always fp32",
+        choices=PRECISIONS,
+    )
+    device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
+    workers: int | None = key(
+        None,
+        "worker processes; they read patches that do not fit into memory; null: one per core, at "
+        "most 8",
+        runtime=True,
+    )
+    compile: bool = key(False, "compile the network with torch.compile; of the trunk", runtime=True)
+    log_every: int = key(50, "steps between lines in metrics.jsonl", runtime=True, least=1)
+    overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
+    tracker: Tracker = group(Tracker, "experiment tracking")
+
+
+@dataclass
+class ResolutionRun:
+    """What a step needs beside the network.
+
+    Attributes:
+        weights: of the terms that are on.
+        kept_maps: the teacher's, where they are computed once.
+        described: what later stages need to know about the network, for its checkpoint.
+    """
+
+    config: Config
+    world: World
+    run: Run
+    precision: str
+    train: PatchPixels
+    val: PatchPixels
+    test: PatchPixels
+    weights: dict[str, float]
+    teacher: GradingNetwork | None
+    kept_maps: TeacherMaps | None = None
+    described: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def workers(self) -> int:
+        """Worker processes of this process."""
+        return pick_workers(self.config.workers, share=local_processes())
+
+    @property
+    def level(self) -> int:
+        """The level whose maps are compared beside the last one."""
+        return self.config.terms.level if self.config.terms.needs_inner() else LAST
+
+
+def train_one_epoch(job: ResolutionRun, training: ModelInTraining, epoch: int) -> dict[str, float]:
+    """Train on every patch at least once, on all grades equally often.
+
+    Returns:
+        The means of the loss and its terms over steps and processes, and where the time went.
+    """
+    config, world, optimizer = job.config, job.world, training.optimizer
+    # what a trunk draws does not depend on earlier epochs
+    seed_everything((config.seed * 100_003 + epoch) * 1_009 + world.rank)
+    order = balance_epoch(job.train.patches.labels, config.seed, epoch, config.batch_size)
+    options = {"workers": job.workers, "seed": config.seed, "epoch": epoch}
+    batches = make_patch_loader(job.train, order, config.batch_size, world, **options)
+    steps = len(order) // config.batch_size
+    drop = drop_epoch(0, config.epochs) * steps
+    sums: dict[str, Tensor] = {}
+    times = StepTimes(world.device, config.batch_size)
+    training.model.train()
+    shown = progress(batches, f"epoch {epoch + 1}", steps, "step", enabled=world.is_main)
+    for step, batch in enumerate(shown, start=epoch * steps):
+        times.mark("data")
+        batch = batch.to(world.device)
+        view = augment_patches(batch.pixels, batch.draws, config.augmentation)
+        times.mark("augmentation")
+        teacher = ask_teacher(job, view, batch)
+        times.mark("teacher")
+        rate = {"warmup": config.warmup_steps, "drop": drop}
+        set_lr(optimizer, lr_factor(config.schedule, step, config.epochs * steps, **rate))
+        optimizer.zero_grad(set_to_none=True)
+        terms = compute_terms(job, training, view, batch.labels, teacher)
+        names = [job.train.patches.patches[s].path.name for s in batch.draws.samples[:4].tolist()]
+        require_finite(terms["loss"], f"patches {names}...", terms, remedy=REMEDY)
+        training.scaler.scale(terms["loss"]).backward()
+        norm = training.apply_gradients(config.clip_norm)
+        sums = add_terms(sums, terms)
+        times.mark("step")
+        if step % config.log_every == 0:
+            rates = {"lr": optimizer.param_groups[0]["lr"]}
+            rates |= {} if norm is None else {"gradient_norm": norm.item()}
+            line = {"epoch": epoch + 1, "step": step, **rates, **mean_dict(terms)}
+            job.run.log({**line, **times.report()})
+    return {name: value / steps for name, value in mean_dict(sums).items()} | times.whole()
+
+
+def ask_teacher(job: ResolutionRun, view: Tensor, batch: PatchBatch) -> GradingOutput | None:
+    """What the teacher says of the views (B, 3, S, S); nothing is kept for a backward pass."""
+    if job.teacher is None:
+        return None
+    if job.kept_maps is not None:
+        return job.kept_maps.read(batch.draws, job.config.augmentation)
+    pixels = view.contiguous(memory_format=torch.channels_last)
+    with torch.set_grad_enabled(job.level != LAST), autocast(job.world.device, job.precision):
+        return job.teacher(pixels, job.level)
+
+
+def compute_terms(
+    job: ResolutionRun,
+    training: ModelInTraining,
+    view: Tensor,
+    labels: Tensor,
+    teacher: GradingOutput | None,
+) -> dict[str, Tensor]:
+    """The loss of a batch and the terms that add up to it, each a scalar; `loss` has a gradient."""
+    pixels = reduce_resolution(view, job.config.ratio)
+    with autocast(job.world.device, job.precision):
+        student = training.model(pixels.contiguous(memory_format=torch.channels_last), job.level)
+    pair = None
+    if teacher is not None:
+        heads = (training.plain.head, job.teacher.head)  # type: ignore[union-attr]
+        pair = PairedOutputs(student, teacher, *heads, job.config.terms)
+    loss, terms = resolution_loss(student.logits, labels, job.weights, pair)
+    return {"loss": loss} | {f"loss_{name}": term.detach() for name, term in terms.items()}
+
+
+def predict(job: ResolutionRun, network: GradingNetwork, pixels: PatchPixels) -> np.ndarray:
+    """Probabilities (N, C) of a whole set."""
+    options = {"batch_size": job.config.batch_size, "precision": job.precision}
+    return predict_grades(
+        network, pixels, job.world, **options, workers=job.workers, label="predictions"
+    )
+
+
+def end_epoch(
+    job: ResolutionRun,
+    training: ModelInTraining,
+    epoch: int,
+    values: dict[str, float],
+    best: dict[str, Any],
+) -> dict[str, Any]:
+    """Evaluate, save and log after `epoch` epochs; all processes call this.
+
+    Returns:
+        Number and metrics of the best epoch so far, by quadratic kappa, then balanced accuracy.
+    """
+    config = job.config
+    if epoch % config.eval_every == 0 or epoch == config.epochs:
+        found = measure_predictions(job.val.patches, predict(job, training.kept, job.val))
+        values |= found
+        if not best or rank_epoch(found) > rank_epoch(best):
+            best = {"epoch": epoch, **found}
+            if job.world.is_main:
+                training.save_best(job.run.best, config=job.described, epoch=epoch, best=best)
+    if job.world.is_main:
+        training.save_last(job.run.last, config=job.described, epoch=epoch, best=best)
+    job.run.log({"epoch": epoch, **values})
+    logger.info("epoch %d: %s", epoch, describe_values(values, REPORTED, digits=3))
+    return best
+
+
+def rank_epoch(values: dict[str, Any]) -> tuple[float, float]:
+    """What an epoch is chosen by; a kappa that is not a number counts as the worst."""
+    ranks = [values["kappa_quadratic"], values["balanced_accuracy"]]
+    return tuple(np.nan_to_num(ranks, nan=-1.0).tolist())
+
+
+def load_teacher(config: Config, scale: PatchScale, grades: tuple[str, ...]) -> GradingNetwork:
+    """The frozen teacher.
+
+    Raises:
+        UserError: it grades otherwise, or sees other patches.
+    """
+    teacher = load_grading_network(config.teacher_checkpoint).freeze()
+    seen = (teacher.scale.side, teacher.scale.ratio)
+    if teacher.grades != grades or seen != (scale.side, 1):
+        raise UserError(
+            f"teacher_checkpoint={config.teacher_checkpoint}: expected grades {','.join(grades)} "
+            f"of patches of {scale.side} px at ratio 1, found {','.join(teacher.grades)} of "
+            f"{seen[0]} px at ratio {seen[1]}; give a teacher that was trained on these patches"
+        )
+    return teacher
+
+
+def check_settings(config: Config) -> dict[str, float]:
+    """Refuse settings that do not go together; the weights of the terms that are on."""
+    config.augmentation.check()
+    weights = config.terms.weights()
+    if bool(weights) != bool(config.teacher_checkpoint):
+        raise UserError(
+            f"teacher_checkpoint={config.teacher_checkpoint or 'none'}: expected a teacher where a "
+            f"term has a weight, and none elsewhere, found {', '.join(weights) or 'no term'}; set "
+            "teacher_checkpoint= and terms.kd= or another term"
+        )
+    if config.cache_teacher:
+        check_kept_maps(config.augmentation, config.terms.needs_inner())
+    mpps = {mpp for mpp in (config.data.mpp, config.target_mpp) if mpp is not None}
+    if len(mpps) > 1:
+        raise UserError(
+            f"target_mpp={config.target_mpp}: expected data.mpp={config.data.mpp}, at which they "
+            "are cut from slides; leave target_mpp out"
+        )
+    return weights
+
+
+def open_job(config: Config, world: World) -> ResolutionRun:
+    """Read the patches and the teacher, and open the run directory."""
+    share_batch(config.batch_size, world.size)
+    weights = check_settings(config)
+    scale = PatchScale(config.tile_size, config.ratio, config.data.mpp or config.target_mpp)
+    precision = pick_precision(config.precision, world.device)
+    split = read_graded_split(config.data, config.split_seed)
+    sides = {name: PatchPixels(side, config.tile_size) for name, side in split.sides()}
+    teacher = None
+    if config.teacher_checkpoint:
+        teacher = load_teacher(config, scale, split.train.grades).to(world.device)
+    inputs = {name: pixels.digest() for name, pixels in sides.items()}
+    files = {"teacher": config.teacher_checkpoint, "init": config.network.init}
+    inputs |= {name: sha256_file(path) for name, path in files.items() if Path(path).is_file()}
+    options = {"overwrite": config.overwrite, "tracker": config.tracker}
+    run = open_run(config.output, config, world, inputs=inputs, **options)
+    described = {"terms": weights, "inputs": inputs, "precision": precision}
+    described |= {"training": to_dict(config)}
+    job = ResolutionRun(
+        config, world, run, precision, **sides, weights=weights, teacher=teacher
+    )  # fmt: skip
+    job.described = described
+    return job
+
+
+def prepare_training(job: ResolutionRun) -> ModelInTraining:
+    """The network on its device, with its optimiser and gradient scaler."""
+    config, world = job.config, job.world
+    scale = PatchScale(config.tile_size, config.ratio, config.data.mpp or config.target_mpp)
+    plain = GradingNetwork(config.network, job.train.patches.grades, scale)
+    if job.teacher is not None:
+        config.terms.check_networks(plain.head, job.teacher.head)
+    job.described = plain.describe() | job.described
+    model = place_network(plain, world, compile=config.compile)
+    optimizer = make_optimizer("adamw", plain.parameters(), config.lr, config.weight_decay)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=job.precision == "fp16")
+    return ModelInTraining(plain, model, optimizer, None, scaler)
+
+
+def finish(job: ResolutionRun, training: ModelInTraining, best: dict[str, Any]) -> None:
+    """Predict the test patches with the best epoch, and write predictions.csv and results.json."""
+    training.load_best(job.run.best)
+    probabilities = predict(job, training.kept, job.test)
+    results = {
+        "seed": job.config.seed,
+        "fold": job.config.data.fold,
+        "val": best,
+        "test": measure_predictions(job.test.patches, probabilities),
+    }
+    if job.world.is_main:
+        write_predictions(job.run.path / "predictions.csv", job.test.patches, probabilities)
+    logger.info("test: %s", describe_values(results["test"], REPORTED, digits=3))
+    job.run.finish(results)
+
+
+def main(config: Config) -> int:
+    """Train, and leave checkpoints, metrics, predictions and results in the run directory."""
+    world = init_distributed(config.device)
+    if not world.is_main:
+        logging.getLogger().setLevel(logging.WARNING)
+    job = open_job(config, world)
+    if job.run.results is not None:
+        kappa = job.run.results["test"]["kappa_quadratic"]
+        logger.info("%s: finished run, kappa %.3f; nothing to do", job.run.path, kappa)
+        return 0
+    seed_everything(config.seed)
+    training = prepare_training(job)
+    start, best = training.resume(job.run.last)
+    job.run.forget_after(start)
+    if config.cache_teacher and job.teacher is not None and start < config.epochs:
+        options = (job.world, config.batch_size, job.precision)
+        job.kept_maps = TeacherMaps(job.teacher, job.train, *options)
+    for epoch in range(start, config.epochs):
+        begun = time.monotonic()
+        values = train_one_epoch(job, training, epoch)
+        values["train_seconds"] = time.monotonic() - begun
+        best = end_epoch(job, training, epoch + 1, values, best)
+    finish(job, training, best)
+    return 0
+
+
+if __name__ == "__main__":
+    launch(main, Config)
