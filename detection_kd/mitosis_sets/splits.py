@@ -65,6 +65,11 @@ def split_fields(
             absent[0],
         )
     sides = {side: _select_side(annotated, table, side) for side in SPLITS}
+    _check_sides(sides, source)
+    return sides
+
+
+def _check_sides(sides: Mapping[str, PointSet], source: str) -> None:
     for side, part in sides.items():
         if part.fields and not part.count(MITOSIS):
             raise UserError(
@@ -80,7 +85,6 @@ def split_fields(
         )
     if not sides["train"].fields:
         raise UserError(f"{source}: expected fields to train with, found none")
-    return sides
 
 
 def _select_side(fields: PointSet, table: Mapping[str, str], side: str) -> PointSet:
