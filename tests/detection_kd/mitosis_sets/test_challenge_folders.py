@@ -57,6 +57,16 @@ def test_tupac_tables_hold_row_and_column_and_may_be_empty_or_absent(tupac: Path
     assert all(field.look_alikes for field in found.values())
 
 
+def test_an_image_knows_its_resolution_better_than_the_set_and_a_table_best(tupac: Path) -> None:
+    images = tupac.parent / "images"
+    write_image(images / "part_1/01/01.tif", mpp=0.5)
+    write_image(images / "part_1/01/02.tif", mpp=0.5)
+    cases = tupac.parent / "cases.csv"
+    cases.write_text("file,mpp\n01/02.tif,0.3\n")
+    found = read_point_set(set_keys(tupac, "tupac16", images=images, cases=cases, mpp=1.0))
+    assert [field.mpp for field in found.fields] == pytest.approx([0.5, 0.3, 0.25, 0.25])
+
+
 def test_tupac_positions_counted_from_one_never_leave_the_image(tupac: Path) -> None:
     keys = set_keys(tupac, "tupac16", images=tupac.parent / "images", first_index=1)
     found = read_point_set(keys).fields
