@@ -57,7 +57,10 @@ fi
   { echo "error: expected Python >= 3.10, found $("$PYTHON_BASE" --version 2>&1); set PYTHON_BASE=python3.x" >&2; exit 2; }
 
 stamp="$root/.venv/.requirements"
-wanted="$(cat "${files[@]}" | cksum)"
+# what tests compare with, without its dependencies: grad-cam asks for opencv-python, which overwrites opencv-python-headless
+alone=("grad-cam>=1.5.5,<2" "ttach>=0.0.3,<1")
+[[ "$REQUIREMENTS" == "mil" ]] && alone=()
+wanted="$({ cat "${files[@]}"; echo "${alone[*]-}"; } | cksum)"
 python="$root/.venv/bin/python"
 if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
   build_ops "$python"
@@ -69,12 +72,14 @@ echo "setup: making $root/.venv (a few GB; minutes on a slow line)"
 arguments=()
 for file in "${files[@]}"; do arguments+=(-r "$file"); done
 if command -v uv >/dev/null; then
-  uv pip install --quiet --compile-bytecode --python "$python" "${arguments[@]}"
+  install=(uv pip install --quiet --compile-bytecode --python "$python")
 elif "$python" -m pip install --quiet --disable-pip-version-check uv 2>/dev/null; then
-  "$python" -m uv pip install --quiet --compile-bytecode --python "$python" "${arguments[@]}"
+  install=("$python" -m uv pip install --quiet --compile-bytecode --python "$python")
 else
-  "$python" -m pip install --disable-pip-version-check "${arguments[@]}"
+  install=("$python" -m pip install --disable-pip-version-check)
 fi
+"${install[@]}" "${arguments[@]}"
+if ((${#alone[@]})); then "${install[@]}" --no-deps "${alone[@]}"; fi
 echo "$wanted" >"$stamp"
 build_ops "$python"
 echo "setup: done"

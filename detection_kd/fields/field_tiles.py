@@ -13,17 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from common.errors import UserError
 from detection_kd.fields.open_fields import OpenFields
 from detection_kd.fields.tiling import place_tiles
-from detection_kd.mitosis_sets.point_set import MITOSIS, AnnotatedField, PointSet
+from detection_kd.mitosis_sets.checked_fields import PIXEL, move_inside
+from detection_kd.mitosis_sets.point_set import MITOSIS, PointSet
 from patch_encoder.tiles.coordinates import TileGeometry
 from patch_encoder.tiles.grid import make_tile_geometry, read_tile
 
 UNKNOWN = -1
 """Label of the tiles of a field where nobody looked for mitoses."""
-RIM = 25.0
-"""Px that a point may lie outside its field: half of the boxes that published sets draw."""
 
 StainMap = Callable[[UInt8[np.ndarray, "s s 3"], int], UInt8[np.ndarray, "s s 3"]]
 """(tile, number of its field) -> the tile with other colours."""
@@ -77,7 +75,8 @@ class FieldTiles:
             geometry = make_tile_geometry(self._files.get(number), side, mpp, overlap)
             size = (geometry.level0_width, geometry.level0_height)
             self.geometries.append(geometry)
-            self._points.append(_move_inside(field, size))
+            where = f"field {field.field_id}"
+            self._points.append(move_inside(field.points, size, PIXEL, where))
             placed.append(place_tiles(*size, geometry.patch_size_level0, geometry.step))
         self._files.close()
         counts = [len(corners) for corners in placed]
@@ -169,21 +168,3 @@ class FieldTiles:
         chosen.weights = self.weights[tiles] if weights is None else weights.astype(np.float32)
         assert len(chosen.labels) == len(chosen.weights) == len(chosen)
         return chosen
-
-
-def _move_inside(field: AnnotatedField, size: tuple[int, int]) -> Float[np.ndarray, "n 2"]:
-    """A field's points, those just beyond its rim moved onto it, so that a tile has each of them.
-
-    Raises:
-        UserError: a point that is farther away than half a box.
-    """
-    limit = np.nextafter(np.array(size, np.float64), 0)
-    moved = np.clip(field.points, 0, limit)
-    far = np.flatnonzero((np.abs(moved - field.points) > RIM).any(1))
-    if len(far):
-        x, y = field.points[far[0]]
-        raise UserError(
-            f"field {field.field_id}: expected points inside its {size[0]} x {size[1]} px, found "
-            f"one at ({x:g}, {y:g}); x and y may be exchanged, or of another resolution"
-        )
-    return moved

@@ -29,6 +29,8 @@ class FieldBatch:
         samples: int64 (B,), numbers of the tiles in their `FieldTiles`.
         repeats: int64 (B,), how often each tile came before in the epoch, so that it is augmented
             in another way each time.
+        redrawn: how many of the tiles got another warp than their first draw, which would have
+            pushed their only mitosis out.
     """
 
     pixels: UInt8[Tensor, "b 3 s s"]
@@ -37,6 +39,7 @@ class FieldBatch:
     weights: Float[Tensor, " b"]
     samples: Int64[Tensor, " b"]
     repeats: Int64[Tensor, " b"]
+    redrawn: int = 0
 
     def to(self, device: torch.device) -> FieldBatch:
         """The batch with pixels, labels and weights on a device; positions stay on the CPU."""

@@ -11,11 +11,12 @@ from typing import Any
 
 from common.files import read_json, write_json
 from common.provenance import can_reuse, unknown_origin
+from patch_encoder.demo.histology.point_files import POINT_FILES
 
 LABEL_COLUMNS = ("case_id", "slide_id", "label", "split", "mpp")
 STAMP = "cohort.json"
 FILES = ("labels.csv", "annotations.json", "tiles.csv", "zones.csv")
-PARTS = (*FILES, "slides", "detection", "zones", "coords", "features")
+PARTS = (*FILES, *POINT_FILES, "slides", "images", "detection", "zones", "coords", "features")
 Number = float | int
 Box = tuple[Number, Number, Number, Number]
 

@@ -17,15 +17,10 @@ slides and fields that are there and whole are kept.
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from common.cli import launch
 from common.config import REQUIRED, identity, key
@@ -35,6 +30,7 @@ from common.progress import progress
 from patch_encoder.demo.cohort_folder import LABEL_COLUMNS, claim_folder, make_coco_document
 from patch_encoder.demo.cytology.smear import Box
 from patch_encoder.demo.cytology.tissue_map import write_tissue_map
+from patch_encoder.demo.parallel import run_parallel
 from patch_encoder.demo.sample_plan import (
     PlannedField,
     PlannedSlide,
@@ -49,8 +45,6 @@ DRAWING = 1
 CATEGORY = "lesion"
 SMALLEST_SIDE = 256
 LARGEST_SIDE = 16384
-T = TypeVar("T")
-R = TypeVar("R")
 logger = logging.getLogger(__name__)
 
 
@@ -74,7 +68,7 @@ class Config:
         "give each slide 3 to 5 zones; sparse, dense, inflamed, mucus_blood or clusters, recorded "
         "in zones/<slide_id>.png",
     )
-    field_side: int = key(256, "side of a detection field, px")
+    field_side: int = key(256, "side of a field, px")
     train_fields: int = key(240, "detection fields for training")
     val_fields: int = key(60, "detection fields for validation")
     workers: int = key(0, "worker processes; 0: one per CPU core", runtime=True)
@@ -131,25 +125,6 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         if not low <= value <= high:
             raise UserError(f"key '{name}': expected {low:g} to {high:g}, found {value:g}")
-
-
-@contextmanager
-def run_parallel(workers: int) -> Iterator[Callable[[Callable[[T], R], Iterable[T]], Iterable[R]]]:
-    """A `map` over processes, results in order; the plain one for a single process.
-
-    Processes are spawned: a forked one would inherit the locks of the threads that numerical
-    libraries start.
-    """
-    count = workers or len(os.sched_getaffinity(0))
-    if count == 1:
-        yield map
-        return
-    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            yield pool.map
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def write_slide_tables(

@@ -16,7 +16,8 @@ from typing import TypeVar
 import numpy as np
 from scipy.ndimage import uniform_filter
 
-from patch_encoder.demo.cytology.shapes import (
+from patch_encoder.demo.cytology.stain import Style, apply_stain
+from patch_encoder.demo.shapes import (
     Side,
     blob,
     noise,
@@ -26,7 +27,6 @@ from patch_encoder.demo.cytology.shapes import (
     warp,
     window,
 )
-from patch_encoder.demo.cytology.stain import Style, apply_stain
 
 Point = tuple[float, float]
 Range = tuple[float, float]

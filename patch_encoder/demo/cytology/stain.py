@@ -1,9 +1,4 @@
-"""Stains as optical densities, how they differ from slide to slide, and the way from density to
-pixels.
-
-A pixel is I = I0 * 10^(-density) for each colour channel (Beer-Lambert, with densities that add up;
-Ruifrok and Johnston 2001). Densities are kept as integers of 1 / UNIT.
-"""
+"""Papanicolaou stains as optical densities, and how they differ from slide to slide."""
 
 from __future__ import annotations
 
@@ -11,9 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-UNIT = 1024
-DEEPEST = 3 * UNIT
-"""Densities above this are black anyway."""
+from patch_encoder.demo.density import UNIT
 
 Colour = tuple[float, float, float]
 COLOURS: dict[str, Colour] = {
@@ -62,13 +55,3 @@ def apply_stain(matter: np.ndarray, colour: np.ndarray) -> np.ndarray:
     for channel, strength in enumerate(colour):
         np.rint(matter * (strength * np.float32(UNIT)), out=density[channel], casting="unsafe")
     return density
-
-
-def develop(density: np.ndarray, lamp: tuple[int, int, int]) -> np.ndarray:
-    """Pixels (H, W, 3) uint8 of an integer density (3, H, W), by one table for each channel."""
-    steps = np.arange(DEEPEST + 1, dtype=np.float64)
-    picture = np.empty((*density.shape[1:], 3), dtype=np.uint8)
-    for channel, light in enumerate(lamp):
-        table = np.floor(light * 10.0 ** (-steps / UNIT) + 0.5).astype(np.uint8)
-        picture[..., channel] = table.take(density[channel], mode="clip")
-    return picture

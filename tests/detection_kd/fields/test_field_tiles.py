@@ -99,13 +99,13 @@ def test_selection_keeps_tiles_apart_from_the_set_it_is_of(tiles: FieldTiles) ->
     assert tiles.select(tiles.labels == 1).sample_ids == ["a_0_0", "a_0_15", "a_30_15"]
 
 
-def test_points_beyond_the_rim_stay_or_are_refused(tmp_path: Path) -> None:
-    field = write_field(tmp_path, "rim", draw_field(50, 35), [(-1.0, 35.0), (50.0, -20.0)])
+def test_points_just_beyond_the_border_stay_and_others_are_refused(tmp_path: Path) -> None:
+    field = write_field(tmp_path, "rim", draw_field(50, 35), [(-0.5, 35.0), (50.0, 3.0)])
     tiles = FieldTiles(make_set(field), SIDE, None)
     assert tiles.labels.tolist() == [0, 0, 1, 1, 0, 0]
     far = replace(field, points=np.array([[3.0, 4.0], [35.0, 70.0]]))
     with pytest.raises(
-        UserError, match=r"field rim: expected .* 50 x 35 px, found one at \(35, 70"
+        UserError, match=r"field rim: expected points inside 50 x 35 px, .*\(35, 70"
     ):
         FieldTiles(make_set(far), SIDE, None)
 

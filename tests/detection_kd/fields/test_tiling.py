@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,8 @@ import pytest
 from detection_kd.fields import field_tiles
 from detection_kd.fields.field_tiles import FieldTiles
 from detection_kd.fields.tiling import place_tiles
-from detection_kd.mitosis_sets.point_set import AnnotatedField, PointSet
+from detection_kd.mitosis_sets.keys import MitosisSetKeys, read_point_set
+from detection_kd.mitosis_sets.point_set import MITOSIS, PointSet
 from patch_encoder.slides.array_slide import ArraySlide
 from patch_encoder.slides.resolution import Resolution
 
@@ -55,18 +55,10 @@ class BlankSlide(ArraySlide):
 @pytest.fixture(scope="module")
 def midog(real_data: Path) -> tuple[PointSet, dict[str, tuple[int, int]]]:
     """Fields of the real MIDOG++ annotations, and their sizes."""
-    content = json.loads((real_data / "midogpp_annotations" / "MIDOG++.json").read_text())
-    boxes = defaultdict(list)
-    for row in content["annotations"]:
-        boxes[row["image_id"]].append((*row["bbox"], row["category_id"] - 1))
-    fields, sizes = [], {}
-    for image in content["images"]:
-        table = np.array(boxes[image["id"]], np.float64).reshape(-1, 5)
-        name = Path(image["file_name"]).stem
-        points, labels = (table[:, :2] + table[:, 2:4]) / 2, table[:, 4].astype(np.int64)
-        fields.append(AnnotatedField(name, Path(name), name, "", None, points, labels))
-        sizes[name] = (image["width"], image["height"])
-    return PointSet(tuple(fields)), sizes
+    path = real_data / "midogpp_annotations" / "MIDOG++.json"
+    images = json.loads(path.read_text())["images"]
+    sizes = {Path(row["file_name"]).stem: (row["width"], row["height"]) for row in images}
+    return read_point_set(MitosisSetKeys(annotations=str(path))), sizes
 
 
 @pytest.mark.parametrize(
@@ -90,7 +82,7 @@ def test_no_mitosis_of_midog_is_lost(
     for tile in np.flatnonzero(tiles.labels == 1).tolist():
         places = tiles.to_field(tile, tiles.mitoses(tile)).round(3).tolist()
         found |= {(int(tiles.field[tile]), x, y) for x, y in places}
-    assert len(found) == points.count(0) == 11_937
+    assert len(found) == points.count(MITOSIS) == 11_937
 
 
 def test_the_rule_of_uts_loses_a_tenth_of_midog21(

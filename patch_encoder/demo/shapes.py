@@ -47,6 +47,25 @@ def noise(rng: np.random.Generator, shape: tuple[int, int], scale: int) -> np.nd
     return _make_bank()[scale][y : y + shape[0], x : x + shape[1]]
 
 
+def wide_noise(rng: np.random.Generator, shape: tuple[int, int], scale: int) -> np.ndarray:
+    """Noise (height, width) float32 of any size, drawn anew; its standard deviation is about 0.4.
+
+    Its lattice is finer than its scale and smoothed, so that it shows no rows and columns.
+    """
+    from scipy.ndimage import gaussian_filter  # a while to load
+
+    spacing = max(scale / 2, 1.0)
+    cells = tuple(math.ceil(size / spacing) + 4 for size in shape)
+    field = gaussian_filter(rng.random(cells, np.float32) * 2 - 1, 1.0, mode="wrap")
+    field *= np.float32(0.4 / max(float(field.std()), 1e-6))
+    for axis, size in enumerate(shape):
+        place = np.arange(size, dtype=np.float32) / np.float32(spacing)
+        low = place.astype(np.int64)
+        blend = np.expand_dims(place - low, 1 - axis)
+        field = field.take(low, axis) * (1 - blend) + field.take(low + 1, axis) * blend
+    return field
+
+
 def smoothstep(value: np.ndarray, low: float, high: float) -> np.ndarray:
     """0 below `low`, 1 above `high`, cubic between; `low > high` turns the step round."""
     t = (value - np.float32(low)) * np.float32(1 / (high - low))

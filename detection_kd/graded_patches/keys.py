@@ -1,0 +1,54 @@
+"""The keys that name a graded set, and reading it with its split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.config import REQUIRED, key
+from common.errors import UserError
+from detection_kd.graded_patches.labelled_tiles import read_labelled_tiles
+from detection_kd.graded_patches.sicapv2 import GRADES, read_published_fold
+from detection_kd.graded_patches.splits import GradedSplit, check_split, split_by_case
+
+FORMATS = ("tiles", "sicapv2")
+
+
+@dataclass
+class GradedSetKeys:
+    """Keys of a graded set."""
+
+    source: str = key(
+        REQUIRED, "graded patches; folder with one sub-folder per grade, CSV, or SICAPv2", path=True
+    )
+    format: str = key(
+        "tiles", "what source is; tiles: class folders or a CSV, sicapv2: as published",
+        choices=FORMATS,
+    )  # fmt: skip
+    grades: list[str] = key([], "labels from the lowest grade to the highest; empty: by alphabet")
+    where: str = key("", "regular expression; only patches whose name has a match are taken")
+    group: str = key("", "regular expression; file names with the same match are one case")
+    slides: str = key("", "folder of slides, for a CSV of places on them", path=True)
+    mpp: float | None = key(None, "um per pixel at which patches are cut from slides")
+    folds: int = key(5, "folds that are drawn by case; SICAPv2 publishes its own 4", least=2)
+    fold: int = key(1, "fold of this run, from 1 on", least=1)
+
+
+def read_graded_split(keys: GradedSetKeys, seed: int) -> GradedSplit:
+    """Read a graded set and its split; the same seed draws the same folds.
+
+    Raises:
+        UserError: one line, as its reader and `split_by_case` say.
+    """
+    if keys.format == "tiles":
+        patches = read_labelled_tiles(
+            keys.source, keys.grades, keys.where, keys.group, keys.slides, keys.mpp
+        )
+        return split_by_case(patches, keys.folds, keys.fold, seed)
+    if keys.grades and tuple(keys.grades) != GRADES:
+        raise UserError(
+            f"grades={','.join(keys.grades)}: expected {','.join(GRADES)} for format=sicapv2; "
+            "leave the key out"
+        )
+    split = GradedSplit(*read_published_fold(keys.source, keys.fold))
+    check_split(split, apart="slides")  # patients are not published; these folds are by patient
+    return split

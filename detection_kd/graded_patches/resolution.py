@@ -1,0 +1,51 @@
+"""From the teacher's resolution to the student's: the mean of whole squares of pixels.
+
+AT+ reduces by average pooling and then enlarges the result to the teacher's size again, so that the
+student costs as much as the teacher; here the reduced pixels are what there is. AT+ also floors the
+ratio: a target of 200 px of 512 px silently becomes 256 px. Here such a size is refused.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.errors import UserError
+
+
+def find_ratio(side: int, target: int) -> int:
+    """How many of the teacher's px make one of the student's, along each axis.
+
+    Args:
+        side: of a patch at the teacher's resolution, px.
+        target: of the same patch at the student's, px.
+
+    Raises:
+        UserError: `target` does not divide `side`.
+    """
+    if target < 1 or side % target:
+        divisors = [size for size in range(1, side + 1) if side % size == 0]
+        nearest = sorted(sorted(divisors, key=lambda size: abs(size - target))[:3])
+        raise UserError(
+            f"side={target}: expected a side that divides the teacher's {side} px, found none; "
+            f"the nearest ones are {', '.join(map(str, nearest))}"
+        )
+    return side // target
+
+
+def reduce_resolution(pixels: Float[Tensor, "b 3 h w"], ratio: int) -> Float[Tensor, "b 3 h2 w2"]:
+    """Mean of every ratio x ratio square: (B, 3, H, W) -> (B, 3, H / ratio, W / ratio).
+
+    Pixels stay linear in what they were (0..1 or 0..255). A ratio of 1 gives the same tensor.
+
+    Raises:
+        UserError: the ratio does not divide height and width.
+    """
+    height, width = pixels.shape[-2:]
+    if ratio < 1 or height % ratio or width % ratio:
+        raise UserError(
+            f"ratio={ratio}: expected a whole number that divides {height} x {width} px, found "
+            "none; choose another ratio or another size of the patches"
+        )
+    return pixels if ratio == 1 else F.avg_pool2d(pixels, ratio)
