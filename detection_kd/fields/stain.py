@@ -53,7 +53,10 @@ class FieldStainKeys:
         "", "picture of H&E whose stain the tiles get; empty: a common reference", path=True
     )
     stain_scope: str = key(
-        "slide", "stain statistics of the field (16 of its tiles), or of each tile", choices=SCOPES
+        "slide",
+        "stain statistics of the whole slide, or of each tile; a field counts as a slide, and 16 "
+        "of its tiles are measured",
+        choices=SCOPES,
     )
 
 
