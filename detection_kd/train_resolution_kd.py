@@ -64,7 +64,7 @@ from detection_kd.models.low_resolution import (
     PatchScale,
     load_grading_network,
 )
-from detection_kd.models.placement import place_network
+from detection_kd.models.normalised_network import place_network
 
 logger = logging.getLogger(__name__)
 REMEDY = "lower lr or set precision=fp32, and look at these patches"  # of a loss not finite
@@ -352,7 +352,7 @@ def prepare_training(job: ResolutionRun) -> ModelInTraining:
     if job.teacher is not None:
         config.terms.check_networks(plain.head, job.teacher.head)
     job.described = plain.describe() | job.described
-    model = place_network(plain, world, compile=config.compile)
+    model = place_network(plain, world, config.network.trunk, compile=config.compile)
     optimizer = make_optimizer("adamw", plain.parameters(), config.lr, config.weight_decay)
     scaler = torch.amp.GradScaler(world.device.type, enabled=job.precision == "fp16")
     return ModelInTraining(plain, model, optimizer, None, scaler)

@@ -242,6 +242,20 @@ def test_an_earlier_level_comes_with_its_graph(
         model(pixels(1, side), level=-9)
 
 
+def test_an_earlier_level_is_caught_behind_a_compiled_trunk() -> None:
+    """A compiled module would pass by what is listening within it."""
+    model, x = network(), pixels(1, 48)
+    expected = model(x, level=-2).inner
+
+    def fail(*_: object) -> None:
+        raise AssertionError("the compiled trunk was called")
+
+    model.trunk._compiled_call_impl = fail
+    assert torch.equal(model(x, level=-2).inner, expected)
+    with pytest.raises(AssertionError, match="was called"):
+        model(x)
+
+
 @pytest.mark.parametrize("level", [-1, -2])
 def test_a_student_learns_from_a_teacher_with_all_terms(level: int) -> None:
     """A step along the gradient lowers the loss; the teacher stays as it is."""
