@@ -24,7 +24,7 @@ from common.checkpoint import load_checkpoint, load_weights
 from common.config import key
 from common.errors import UserError
 from detection_kd.losses.resolution_losses import LAST, GradingOutput
-from detection_kd.models.grading_trunks import build_trunk, trace_shape
+from detection_kd.models.grading_trunks import NORMS, build_trunk, trace_shape
 from detection_kd.models.normalised_network import NormalisedNetwork
 from patch_encoder.selfdistill.backbone import RANDOM
 
@@ -54,6 +54,11 @@ class GradingKeys:
         "first halvings of the trunk that are taken out; log2(ratio) gives a student a map of its "
         "teacher's size",
         least=0,
+    )
+    norm: str = key(
+        "batch",
+        "normalisation of trunk=small; batch, or group, which does not mix patches",
+        choices=NORMS,
     )
     normalised: bool = key(
         True, "pixels are normalised as the trunk's weights want them (published: false)"
@@ -110,7 +115,7 @@ class GradingNetwork(NormalisedNetwork):
     def __init__(self, keys: GradingKeys, grades: Sequence[str], scale: PatchScale) -> None:
         super().__init__()
         self.keys, self.grades, self.scale = keys, tuple(grades), scale
-        self.trunk = build_trunk(keys.trunk, keys.init, keys.removed_strides)
+        self.trunk = build_trunk(keys.trunk, keys.init, keys.removed_strides, keys.norm)
         self.head = nn.Linear(self.trunk.width, len(self.grades))
         self.map_side = trace_shape(self.trunk, scale.side if keys.enlarged else scale.own_side)[-1]
         self.set_statistics(self.trunk.statistics)

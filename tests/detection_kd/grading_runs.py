@@ -16,6 +16,7 @@ SPLIT = ("train",) * 9 + ("test",) * 3
 TINY = (
     "network.trunk=small",
     "network.init=random",
+    "network.norm=group",
     f"tile_size={SIDE}",
     "target_mpp=1",
     "augmentation.stain=0",
