@@ -66,7 +66,8 @@ from detection_kd.fields.training_tiles import leave_out_cases, require_both_cla
 from detection_kd.losses.location import LocationKeys, compute_location_loss
 from detection_kd.mitosis_sets.keys import MitosisSetKeys
 from detection_kd.mitosis_sets.splits import read_sides
-from detection_kd.models.cam import LocaliserKeys, WeakLocaliser, place_localiser
+from detection_kd.models.cam import LocaliserKeys, WeakLocaliser
+from detection_kd.models.normalised_network import place_network
 
 logger = logging.getLogger(__name__)
 REMEDY = "lower lr or set precision=fp32, and look at these tiles"  # of a loss that is not finite
@@ -317,7 +318,7 @@ def prepare_training(job: MitosisRun) -> ModelInTraining:
     config, world = job.config, job.world
     plain = WeakLocaliser(config.network)
     job.described = plain.describe() | job.described
-    model = place_localiser(plain, world, compile=config.compile)
+    model = place_network(plain, world, config.network.trunk, compile=config.compile)
     optimizer = make_optimizer("adamw", plain.parameters(), config.lr, config.weight_decay)
     scaler = torch.amp.GradScaler(world.device.type, enabled=job.precision == "fp16")
     return ModelInTraining(plain, model, optimizer, None, scaler)
