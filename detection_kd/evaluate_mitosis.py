@@ -1,7 +1,7 @@
 """Compare detected mitoses with annotated ones: per field, case and scanner, with intervals.
 
     python -m detection_kd.evaluate_mitosis mitoses=runs/mitoses data.annotations=MIDOG.json
-    data.images=images data.cases=cases.csv subset=test output=evaluation
+    data.images=images data.cases=cases.csv split_side=test output=evaluation
 
 Reads: the output of `detect_mitosis`, or detections of another algorithm (JSON of the MIDOG
 challenge, or a table). Writes a run directory with `results.json`, `fields.csv`, `cases.csv`,
@@ -67,7 +67,7 @@ class Config:
     )
     output: str = key(REQUIRED, "where the results are written; a run directory", runtime=True)
     data: MitosisSetKeys = group(MitosisSetKeys, "the annotated fields")
-    subset: str = key("test", "side of the split that is looked at", choices=(*SPLITS, ALL))
+    split_side: str = key("test", "side of the split that is looked at", choices=(*SPLITS, ALL))
     split_seed: int = key(0, "seed of the split by case; where the data has none of its own")
     min_score: str = key(
         "auto",
@@ -85,9 +85,9 @@ class Config:
 
 def read_fields(config: Config) -> PointSet:
     """The annotated fields of the split."""
-    if config.subset == ALL:
+    if config.split_side == ALL:
         return read_point_set(config.data).select(lambda field: field.annotated)
-    return read_sides(config.data, config.split_seed, (config.subset,))[0]
+    return read_sides(config.data, config.split_seed, (config.split_side,))[0]
 
 
 def resolve_threshold(asked: str, detected: Sequence[DetectedPoints]) -> float:
@@ -193,7 +193,7 @@ def main(config: Config) -> int:
     options = (threshold, config.radius_um, config.overlays)
     write_mitosis_figures(run.path, fields, images, *options)
     run.finish(results | {f"{name}_sha256": digest for name, digest in inputs.items()})
-    for name, measures in {config.subset: results, **results["by_scanner"]}.items():
+    for name, measures in {config.split_side: results, **results["by_scanner"]}.items():
         logger.info("%s", describe(name or "unknown scanner", measures))
     return 0
 

@@ -66,7 +66,7 @@ def read_detections(path: Path, fields: PointSet) -> dict[str, DetectedPoints]:
         raise UserError(
             f"mitoses={path}: expected <field>.json for each of {len(fields.fields)} fields, "
             f"{len(missing)} have none, first {missing[0]}; detect in them, or choose other fields "
-            "with subset="
+            "with split_side="
         )
     return detected
 

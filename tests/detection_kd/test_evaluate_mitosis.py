@@ -85,7 +85,7 @@ def annotated(tmp_path: Path) -> Path:
 
 def evaluate(folder: Path, *changes: str) -> int:
     keys = [f"mitoses={folder}/found", f"data.annotations={folder}/MIDOG.json"]
-    keys += [f"data.images={folder}/images", f"data.cases={folder}/cases.csv", "subset=all"]
+    keys += [f"data.images={folder}/images", f"data.cases={folder}/cases.csv", "split_side=all"]
     keys += [f"output={folder}/evaluation", "resamples=200"]
     return run(evaluate_mitosis.main, evaluate_mitosis.Config, [*keys, *changes])
 
