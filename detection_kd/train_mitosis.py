@@ -48,6 +48,7 @@ from detection_kd.engine import ModelInTraining
 from detection_kd.evaluation.kept_tiles import describe_tiles, read_kept
 from detection_kd.evaluation.point_metrics import choose_threshold, compute_rates, count_fields
 from detection_kd.evaluation.tile_predictions import (
+    find_common_mpp,
     find_field_detections,
     measure_bags,
     predict_tiles,
@@ -305,8 +306,9 @@ def open_job(config: Config, world: World) -> MitosisRun:
         inputs["stain"] = sha256_bytes(json.dumps(stain.describe()).encode())
     options = {"overwrite": config.overwrite, "tracker": config.tracker}
     run = open_run(config.output, config, world, inputs=inputs, **options)
-    described = {"side": config.tile_size, "mpp": config.target_mpp, "precision": precision}
-    described |= {"overlap": config.overlap, "stain": stain.describe() if stain else None}
+    described = {"side": config.tile_size, "mpp": find_common_mpp(train), "precision": precision}
+    described |= {"target_mpp": config.target_mpp, "overlap": config.overlap}
+    described |= {"stain": stain.describe() if stain else None}
     described |= {"left_out": left_out, "training": to_dict(config)}
     return MitosisRun(config, world, run, precision, train, val, described)
 
