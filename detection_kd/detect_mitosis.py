@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from common.cli import launch
 from common.config import REQUIRED, key
 from common.errors import UserError
@@ -68,12 +70,12 @@ class Config(ExtractionKeys):
         None, "micrometres per pixel at level 0; of slides that labels.csv does not give"
     )
     tile_size: int = key(
-        512, "side of a tile, px; at the resolution of the localiser, without coords", least=32
+        1024, "side of a tile, px; at the resolution of the localiser, without coords", least=32
     )
     overlap: float = key(
-        0.25, "share of its side that a tile has in common with its neighbour; without coords"
+        0.125, "share of its side that a tile has in common with its neighbour; without coords"
     )
-    batch_size: int = key(8, "items per step over all processes; tiles", runtime=True)
+    batch_size: int = key(4, "items per step over all processes; tiles", runtime=True)
     min_score: str = key(
         "auto",
         "detections below this score are dropped; from the counts, they stay in the files as "
@@ -163,7 +165,7 @@ def main(config: Config) -> int:
     """Detect on every slide that has no document yet; 1 when slides failed."""
     settings = config.settings()
     model, description = load_localiser(config.localiser)
-    model = model.to(settings.device).eval()
+    model = model.to(settings.device, memory_format=torch.channels_last).eval()
     output, failures = Path(config.output), Failures(STAGE, settings.shard.name)
     table = read_case_table(Path(config.cases)) if config.cases else {}
     jobs = find_jobs(config, description, table, settings, failures)

@@ -139,6 +139,12 @@ def find_tile_mpp(tiles: FieldTiles, tile: int) -> float:
     return find_mpp(tiles, number) * tiles.geometries[number].patch_size_level0 / tiles.side
 
 
+def find_common_mpp(tiles: FieldTiles) -> float:
+    """Um per px that tiles are read at: the median, where fields are read as they are."""
+    scanned = [find_mpp(tiles, number) for number in range(len(tiles.fields))]
+    return float(np.median(scanned)) if tiles.mpp is None else tiles.mpp
+
+
 def measure_bags(
     scores: Float[np.ndarray, " n"], labels: Int[np.ndarray, " n"]
 ) -> dict[str, float]:

@@ -25,6 +25,7 @@ from common.config import key
 from common.errors import UserError
 from detection_kd.losses.resolution_losses import LAST, GradingOutput
 from detection_kd.models.grading_trunks import build_trunk, trace_shape
+from detection_kd.models.normalised_network import NormalisedNetwork
 from patch_encoder.selfdistill.backbone import RANDOM
 
 KIND = "grading_network"
@@ -94,7 +95,7 @@ class PatchScale:
         return None if self.mpp is None else self.mpp * self.ratio
 
 
-class GradingNetwork(nn.Module):
+class GradingNetwork(NormalisedNetwork):
     """Patches in, maps, vectors and logits of the grades out.
 
     Args:
@@ -114,13 +115,6 @@ class GradingNetwork(nn.Module):
         self.map_side = trace_shape(self.trunk, scale.side if keys.enlarged else scale.own_side)[-1]
         self.set_statistics(self.trunk.statistics)
 
-    def set_statistics(self, statistics: Any) -> None:
-        """Mean and standard deviation per channel that pixels are normalised with."""
-        self.statistics = tuple(tuple(float(value) for value in values) for values in statistics)
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in self.statistics)
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
-
     def forward(self, pixels: Float[Tensor, "b 3 h w"], level: int = LAST) -> GradingOutput:
         """Grade patches.
 
@@ -133,11 +127,12 @@ class GradingNetwork(nn.Module):
             size = [side * self.scale.ratio for side in pixels.shape[-2:]]
             pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=True)
         if self.keys.normalised:
-            pixels = (pixels - self.mean) / self.std
+            pixels = self.normalise(pixels)
         if level == LAST:
             return self.grade_maps(self.trunk(pixels))
         with _catch(self.trunk.get_submodule(self._stage(level))) as caught:
-            output = self.grade_maps(self.trunk(pixels))
+            # not compiled: that would not call what has been added to a module since
+            output = self.grade_maps(self.trunk.forward(pixels))
         return output._replace(inner=caught[0])
 
     def _stage(self, level: int) -> str:

@@ -164,6 +164,7 @@ def test_labels_stay_as_they_were_given() -> None:
     batch.pixels[:20] = torch.randint(0, 256, batch.pixels[:20].shape, dtype=torch.uint8)
     out = augment_tiles(batch, STRONG, seed=0, epoch=0)
     assert torch.equal(out.labels, batch.labels) and torch.equal(out.weights, batch.weights)
+    assert out.redrawn == 0  # nothing was known of them that could be lost
     moved = [
         not any(
             torch.equal(new, turn_tile(old[None], flip, turns)[0])

@@ -147,6 +147,25 @@ def test_an_earlier_level_is_compared_by_autograd(order: str) -> None:
     assert torch.autograd.grad(found, pair.student_head.weight)[0].abs().max() > 0
 
 
+@pytest.mark.parametrize(
+    ("setting", "terms"),
+    [
+        ({"temperature": 3.0}, {"kd"}),
+        ({"one_sided": True}, {"kd"}),
+        ({"align_corners": True}, {"fm", "at", "grad_cam", "at_plus"}),
+        ({"normalisation": "none"}, {"grad_cam", "at_plus"}),
+        ({"level": -2}, {"grad_cam", "at_plus"}),
+    ],
+)
+def test_every_setting_reaches_its_terms_and_no_others(
+    setting: dict[str, object], terms: set[str]
+) -> None:
+    weights = dict.fromkeys(TERMS, 1.0)
+    plain, other = (compare(ResolutionTerms(**weights, **given)) for given in ({}, setting))
+    changed = {name for name, term in TERMS.items() if term(plain) != term(other)}
+    assert changed == terms
+
+
 def test_a_batch_of_one_and_agreement_of_all() -> None:
     settings = ResolutionTerms(**dict.fromkeys(TERMS, 1.0))
     pair = compare(settings)

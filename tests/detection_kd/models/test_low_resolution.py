@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.checkpoint import save_checkpoint
 from common.errors import UserError
-from detection_kd.losses.attention_transfer import find_attention
+from detection_kd.losses.attention_transfer import find_attention, find_attention_by_autograd
 from detection_kd.losses.resolution_losses import PairedOutputs, ResolutionTerms, resolution_loss
 from detection_kd.models.grading_trunks import VggTrunk, build_trunk, remove_strides, trace_shape
 from detection_kd.models.low_resolution import (
@@ -113,7 +113,7 @@ def test_removed_strides_give_a_student_its_teachers_map(
 ) -> None:
     whole = build_trunk(trunk, "random")
     student = build_trunk(trunk, "random", count)
-    assert trace_shape(whole, 256)[-2:] == (256 // stride,) * 2
+    assert trace_shape(whole, 256)[-2:] == (256 // stride,) * 2 and whole.training
     assert trace_shape(student, 256 >> count)[-2:] == (256 // stride,) * 2
     assert {n: p.shape for n, p in student.named_parameters()} == {
         n: p.shape for n, p in whole.named_parameters()
@@ -132,7 +132,7 @@ def test_a_removed_stride_lets_every_cell_be_computed() -> None:
 
 def test_strides_that_cannot_go_are_refused() -> None:
     for count in (-1, 5):
-        with pytest.raises(UserError, match=f"removed_strides={count}: expected 0 to 4, which"):
+        with pytest.raises(UserError, match=f"removed_strides={count}: expected 0 to 4, as many"):
             build_trunk("vgg16", "random", count)
     with pytest.raises(UserError, match="cannot do without their strides"):
         build_trunk("convnext_atto", "random", 1)  # patches of 4 px, without padding
@@ -242,6 +242,20 @@ def test_an_earlier_level_comes_with_its_graph(
         model(pixels(1, side), level=-9)
 
 
+def test_an_earlier_level_is_caught_behind_a_compiled_trunk() -> None:
+    """A compiled module would pass by what is listening within it."""
+    model, x = network(), pixels(1, 48)
+    expected = model(x, level=-2).inner
+
+    def fail(*_: object) -> None:
+        raise AssertionError("the compiled trunk was called")
+
+    model.trunk._compiled_call_impl = fail
+    assert torch.equal(model(x, level=-2).inner, expected)
+    with pytest.raises(AssertionError, match="was called"):
+        model(x)
+
+
 @pytest.mark.parametrize("level", [-1, -2])
 def test_a_student_learns_from_a_teacher_with_all_terms(level: int) -> None:
     """A step along the gradient lowers the loss; the teacher stays as it is."""
@@ -279,8 +293,11 @@ def test_maps_that_were_kept_are_graded_as_those_of_the_forward_pass() -> None:
 def test_outputs_are_single_precision_under_autocast() -> None:
     model = network()
     with torch.autocast("cpu", torch.bfloat16):
-        output = model(pixels(2, 48))
+        output = model(pixels(2, 48), level=-2)
     assert {x.dtype for x in output[:3]} == {torch.float32}
+    assert output.inner.dtype == torch.bfloat16
+    maps = find_attention_by_autograd(output.inner, output.logits)
+    assert maps.dtype == torch.float32 and maps.max() > 0
     assert model.double()(pixels(1, 48).double()).logits.dtype == torch.float64
 
 
