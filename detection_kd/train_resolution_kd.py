@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ from detection_kd.models.low_resolution import (
     GradingKeys,
     GradingNetwork,
     PatchScale,
+    check_teacher,
     load_grading_network,
 )
 from detection_kd.models.normalised_network import place_network
@@ -89,7 +90,9 @@ class Config:
     )
     network: GradingKeys = group(GradingKeys, "student and teacher; a network that grades")
     teacher_checkpoint: str = key(
-        "", "checkpoint of the teacher; ratio 1, made by this script", path=True
+        "",
+        "checkpoint of the teacher; made by this script, at a ratio of at most the student's",
+        path=True,
     )
     terms: ResolutionTerms = group(ResolutionTerms, "what is learned from the teacher")
     cache_teacher: bool = key(
@@ -136,25 +139,28 @@ class Config:
 
 @dataclass
 class ResolutionRun:
-    """What a step needs beside the network.
+    """What a step needs.
 
     Attributes:
+        network: what is trained.
+        teacher: frozen; None: there is none.
         weights: of the terms that are on.
-        kept_maps: the teacher's, where they are computed once.
         described: what later stages need to know about the network, for its checkpoint.
+        kept_maps: the teacher's, where they are computed once.
     """
 
     config: Config
     world: World
     run: Run
     precision: str
+    network: GradingNetwork
+    teacher: GradingNetwork | None
     train: PatchPixels
     val: PatchPixels
     test: PatchPixels
     weights: dict[str, float]
-    teacher: GradingNetwork | None
+    described: dict[str, Any]
     kept_maps: TeacherMaps | None = None
-    described: dict[str, Any] = field(default_factory=dict)
 
     @property
     def workers(self) -> int:
@@ -216,7 +222,8 @@ def ask_teacher(job: ResolutionRun, view: Tensor, batch: PatchBatch) -> GradingO
         return None
     if job.kept_maps is not None:
         return job.kept_maps.read(batch.draws, job.config.augmentation)
-    pixels = view.contiguous(memory_format=torch.channels_last)
+    pixels = reduce_resolution(view, job.teacher.scale.ratio)
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
     with torch.set_grad_enabled(job.level != LAST), autocast(job.world.device, job.precision):
         return job.teacher(pixels, job.level)
 
@@ -281,21 +288,22 @@ def rank_epoch(values: dict[str, Any]) -> tuple[float, float]:
     return tuple(np.nan_to_num(ranks, nan=-1.0).tolist())
 
 
-def load_teacher(config: Config, scale: PatchScale, grades: tuple[str, ...]) -> GradingNetwork:
-    """The frozen teacher.
+def build_networks(
+    config: Config, grades: tuple[str, ...], device: torch.device
+) -> tuple[GradingNetwork, GradingNetwork | None]:
+    """The network to be trained, and the frozen teacher where there is one.
 
     Raises:
-        UserError: it grades otherwise, or sees other patches.
+        UserError: a network that cannot be had, or a teacher that cannot teach it.
     """
+    seed_everything(config.seed)  # arms of one seed start from the same weights
+    scale = PatchScale(config.tile_size, config.ratio, config.data.mpp or config.target_mpp)
+    network = GradingNetwork(config.network, grades, scale)
+    if not config.teacher_checkpoint:
+        return network, None
     teacher = load_grading_network(config.teacher_checkpoint).freeze()
-    seen = (teacher.scale.side, teacher.scale.ratio)
-    if teacher.grades != grades or seen != (scale.side, 1):
-        raise UserError(
-            f"teacher_checkpoint={config.teacher_checkpoint}: expected grades {','.join(grades)} "
-            f"of patches of {scale.side} px at ratio 1, found {','.join(teacher.grades)} of "
-            f"{seen[0]} px at ratio {seen[1]}; give a teacher that was trained on these patches"
-        )
-    return teacher
+    check_teacher(network, teacher, config.terms)
+    return network, teacher.to(device)
 
 
 def check_settings(config: Config) -> dict[str, float]:
@@ -323,35 +331,26 @@ def open_job(config: Config, world: World) -> ResolutionRun:
     """Read the patches and the teacher, and open the run directory."""
     share_batch(config.batch_size, world.size)
     weights = check_settings(config)
-    scale = PatchScale(config.tile_size, config.ratio, config.data.mpp or config.target_mpp)
     precision = pick_precision(config.precision, world.device)
     split = read_graded_split(config.data, config.split_seed)
+    network, teacher = build_networks(config, split.train.grades, world.device)
     sides = {name: PatchPixels(side, config.tile_size) for name, side in split.sides()}
-    teacher = None
-    if config.teacher_checkpoint:
-        teacher = load_teacher(config, scale, split.train.grades).to(world.device)
     inputs = {name: pixels.digest() for name, pixels in sides.items()}
     files = {"teacher": config.teacher_checkpoint, "init": config.network.init}
     inputs |= {name: sha256_file(path) for name, path in files.items() if Path(path).is_file()}
     options = {"overwrite": config.overwrite, "tracker": config.tracker}
     run = open_run(config.output, config, world, inputs=inputs, **options)
-    described = {"terms": weights, "inputs": inputs, "precision": precision}
-    described |= {"training": to_dict(config)}
-    job = ResolutionRun(
-        config, world, run, precision, **sides, weights=weights, teacher=teacher
+    described = network.describe() | {"terms": weights, "inputs": inputs}
+    described |= {"precision": precision, "training": to_dict(config)}
+    return ResolutionRun(
+        config, world, run, precision, network, teacher, **sides, weights=weights,
+        described=described,
     )  # fmt: skip
-    job.described = described
-    return job
 
 
 def prepare_training(job: ResolutionRun) -> ModelInTraining:
     """The network on its device, with its optimiser and gradient scaler."""
-    config, world = job.config, job.world
-    scale = PatchScale(config.tile_size, config.ratio, config.data.mpp or config.target_mpp)
-    plain = GradingNetwork(config.network, job.train.patches.grades, scale)
-    if job.teacher is not None:
-        config.terms.check_networks(plain.head, job.teacher.head)
-    job.described = plain.describe() | job.described
+    config, world, plain = job.config, job.world, job.network
     model = place_network(plain, world, config.network.trunk, compile=config.compile)
     optimizer = make_optimizer("adamw", plain.parameters(), config.lr, config.weight_decay)
     scaler = torch.amp.GradScaler(world.device.type, enabled=job.precision == "fp16")
@@ -384,7 +383,6 @@ def main(config: Config) -> int:
         kappa = job.run.results["test"]["kappa_quadratic"]
         logger.info("%s: finished run, kappa %.3f; nothing to do", job.run.path, kappa)
         return 0
-    seed_everything(config.seed)
     training = prepare_training(job)
     start, best = training.resume(job.run.last)
     job.run.forget_after(start)

@@ -25,6 +25,7 @@ from detection_kd.graded_patches.patch_augmentation import (
 )
 from detection_kd.graded_patches.patch_loader import make_patch_loader
 from detection_kd.graded_patches.patch_pixels import PatchPixels
+from detection_kd.graded_patches.resolution import reduce_resolution
 from detection_kd.losses.resolution_losses import GradingOutput
 from detection_kd.models.low_resolution import GradingNetwork
 
@@ -56,8 +57,9 @@ class TeacherMaps:
         parts: list[Float16[Tensor, "b k h w"]] = []
         for batch in progress(batches, "teacher's maps", steps, "batch", enabled=world.is_main):
             view = batch.pixels.to(world.device).float() / 255
+            own = reduce_resolution(view, teacher.scale.ratio)
             with torch.no_grad(), autocast(world.device, precision):
-                parts.append(teacher(view).maps.half().cpu())
+                parts.append(teacher(own).maps.half().cpu())
         self.maps = torch.cat(parts)
 
     def read(self, draws: Draws, keys: PatchAugmentationKeys) -> GradingOutput:

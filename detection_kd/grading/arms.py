@@ -1,0 +1,153 @@
+"""Finished runs of `train_resolution_kd`, put together to arms: runs that differ in seed and fold
+alone.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64
+
+from common.checkpoint import load_checkpoint
+from common.errors import UserError
+from common.files import read_json
+from detection_kd.evaluation.grading_metrics import GradedRun
+from detection_kd.grading.grade_predictions import COLUMNS
+from detection_kd.models.low_resolution import KIND
+
+PLAIN = "ce"  # cross-entropy with the labels alone
+
+
+class ArmName(NamedTuple):
+    """What runs of one arm have in common.
+
+    Attributes:
+        ratio: px at full resolution per px that is seen.
+        form: `native` or `enlarged`; `full` at ratio 1.
+        trunk: and how many of its strides are taken out.
+        terms: what is learned from, as `ce` or `kd 1 + at_plus 10`.
+    """
+
+    ratio: int
+    form: str
+    trunk: str
+    terms: str
+
+    def __str__(self) -> str:
+        if self.ratio == 1:
+            return f"{self.trunk}, ratio 1: {self.terms}"
+        return f"{self.trunk}, ratio {self.ratio} {self.form}: {self.terms}"
+
+    @property
+    def plain(self) -> ArmName:
+        """The same network without a teacher."""
+        return self._replace(terms=PLAIN)
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """One training.
+
+    Attributes:
+        path: its directory.
+        arm: which it belongs to.
+        graded: what it says of the test patches.
+        patches: names of the test patches, with their slides.
+        probabilities: of each grade.
+        grades: their names.
+        teacher: digest of the checkpoint that it learned from; empty: none.
+    """
+
+    path: Path
+    arm: ArmName
+    graded: GradedRun
+    patches: tuple[str, ...]
+    probabilities: Float64[np.ndarray, "n c"]
+    grades: tuple[str, ...]
+    teacher: str
+
+    @property
+    def checkpoint(self) -> Path:
+        """Of its best epoch."""
+        return self.path / "checkpoint_best.pt"
+
+
+def read_runs(root: str | Path) -> list[FinishedRun]:
+    """All finished runs of graders below a folder, by arm, seed and fold.
+
+    Raises:
+        UserError: there is none, two are of one arm, seed and fold, or of other grades.
+    """
+    folders = sorted(path.parent for path in Path(root).rglob("predictions.csv"))
+    found = [_read_run(folder) for folder in folders if (folder / "results.json").is_file()]
+    runs = [run for run in found if run is not None]
+    if not runs:
+        raise UserError(
+            f"{root}: expected finished runs of train_resolution_kd below it, found none"
+        )
+    runs.sort(key=lambda run: (run.arm, run.graded.seed, run.graded.fold))
+    for first, second in pairwise(runs):
+        same = (first.graded.seed, first.graded.fold) == (second.graded.seed, second.graded.fold)
+        if first.arm == second.arm and same:
+            raise UserError(
+                f"{root}: expected one run per arm, seed and fold, found {first.path} and "
+                f"{second.path}; move one of them away"
+            )
+        if first.grades != second.grades:
+            raise UserError(
+                f"{second.path}: expected the grades {', '.join(first.grades)}, found "
+                f"{', '.join(second.grades)}; evaluate one set at a time"
+            )
+    return runs
+
+
+def group_arms(runs: Sequence[FinishedRun]) -> dict[ArmName, list[FinishedRun]]:
+    """The runs of every arm; those at full resolution first."""
+    arms: dict[ArmName, list[FinishedRun]] = {}
+    for run in runs:
+        arms.setdefault(run.arm, []).append(run)
+    return arms
+
+
+def _read_run(folder: Path) -> FinishedRun | None:
+    """A run; None where another script left the folder."""
+    described = load_checkpoint(folder / "checkpoint_best.pt", "a grading network")["config"]
+    if described.get("kind") != KIND:
+        return None
+    results = read_json(folder / "results.json", "a run's results")
+    grades = tuple(described["grades"])
+    with (folder / "predictions.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    if not rows or set(rows[0]) != {*COLUMNS, *grades}:
+        raise UserError(
+            f"{folder}/predictions.csv: expected the columns {', '.join((*COLUMNS, *grades))}, "
+            "found others; train again"
+        )
+    targets = np.array([grades.index(row["target"]) for row in rows], np.int64)
+    called = np.array([grades.index(row["called"]) for row in rows], np.int64)
+    cases = np.array([row["case"] for row in rows], np.str_)
+    numbers = (results["seed"], results["fold"])
+    return FinishedRun(
+        folder,
+        _name_arm(described),
+        GradedRun(*numbers, cases, targets, called, len(grades)),
+        tuple(f"{row['slide']}/{row['patch']}" for row in rows),
+        np.array([[float(row[grade]) for grade in grades] for row in rows]),
+        grades,
+        described["inputs"].get("teacher", ""),
+    )
+
+
+def _name_arm(described: dict) -> ArmName:
+    keys, ratio = described["network"], described["scale"]["ratio"]
+    removed = keys["removed_strides"]
+    trunk = keys["trunk"] + (f" -{removed} strides" if removed else "")
+    terms = " + ".join(f"{name} {weight:g}" for name, weight in described["terms"].items())
+    form = "full" if ratio == 1 else "enlarged" if keys["enlarged"] else "native"
+    return ArmName(ratio, form, trunk, terms or PLAIN)

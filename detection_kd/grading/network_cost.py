@@ -1,0 +1,97 @@
+"""What a grading network costs: operations, bytes kept in training, patches per second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.device import autocast
+from detection_kd.models.grading_trunks import trace_shape
+from detection_kd.models.low_resolution import GradingNetwork
+
+
+@dataclass(frozen=True)
+class NetworkCost:
+    """Cost per patch.
+
+    Attributes:
+        gflop: 10^9 operations of the trunk; a product and a sum are two.
+        kept_mib: activations that a training step keeps for its backward pass, MiB.
+        per_second: patches that are graded per second, without reading them.
+    """
+
+    gflop: float
+    kept_mib: float
+    per_second: float
+
+
+def count_gflop(network: GradingNetwork) -> float:
+    """10^9 operations of one patch in the trunk; nothing is computed."""
+    scale = network.scale
+    side = scale.side if network.keys.enlarged else scale.own_side
+    with FlopCounterMode(display=False) as counter:
+        trace_shape(network.trunk, side)
+    return counter.get_total_flops() / 1e9
+
+
+def count_kept_bytes(network: GradingNetwork, pixels: Tensor) -> int:
+    """Bytes of activations that the loss of a batch keeps for its backward pass."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    kept: dict[int, int] = {}
+    alive = []  # as long as it is, its address is nobody else's
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(storage)
+        return tensor
+
+    labels = torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        F.cross_entropy(network(pixels).logits, labels)
+    return sum(kept.values())
+
+
+def measure_costs(
+    networks: Mapping[str, GradingNetwork],
+    batch: int,
+    rounds: int,
+    device: torch.device,
+    precision: str,
+) -> dict[str, NetworkCost]:
+    """The cost of every network, which take turns in each round; medians over rounds.
+
+    Args:
+        networks: by name.
+        batch: patches at a time.
+        rounds: after one that is not counted.
+        device, precision: of the computation.
+    """
+    pixels, times = {}, {name: list[float]() for name in networks}
+    for name, network in networks.items():
+        side = network.scale.own_side
+        images = torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
+        pixels[name] = images.to(device, memory_format=torch.channels_last)
+        network.to(device, memory_format=torch.channels_last).eval()
+    for _ in range(rounds + 1):
+        for name, network in networks.items():
+            start = time.perf_counter()
+            with torch.inference_mode(), autocast(device, precision):
+                network(pixels[name]).logits.cpu()  # waits for the device
+            times[name].append(time.perf_counter() - start)
+    return {
+        name: NetworkCost(
+            count_gflop(network),
+            count_kept_bytes(network, pixels[name]) / batch / 2**20,
+            batch / median(times[name][1:]),
+        )
+        for name, network in networks.items()
+    }
