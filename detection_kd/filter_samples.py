@@ -54,7 +54,7 @@ from detection_kd.mitosis_sets.splits import read_sides
 from detection_kd.models.cam import WeakLocaliser, load_localiser
 
 logger = logging.getLogger(__name__)
-GEOMETRY = ("side", "mpp", "overlap")  # of the tiles of all teachers
+GEOMETRY = ("side", "target_mpp", "overlap")  # of the tiles of all teachers
 SETTINGS = ("criterion", "threshold", "mode", "positives_only", "seed", "split_seed")
 
 

@@ -20,13 +20,11 @@ from common.distributed import World, gather_objects
 from common.errors import UserError
 from common.metrics.ranking import binary_auc, counts_above
 from common.progress import progress
-from detection_kd.evaluation.peaks import find_candidates, find_peaks, suppress_points
+from detection_kd.evaluation.peaks import FLOOR, find_candidates, find_peaks, suppress_points
 from detection_kd.evaluation.point_matching import RADIUS_UM, count_one_to_one
 from detection_kd.evaluation.point_metrics import ScoredField
 from detection_kd.fields.field_tiles import FieldTiles
 from detection_kd.fields.tile_loader import make_tile_loader
-
-FLOOR = 0.01  # least probability of a candidate
 
 
 @dataclass(frozen=True)
@@ -137,6 +135,12 @@ def find_tile_mpp(tiles: FieldTiles, tile: int) -> float:
     """Um per px of a tile as it is read."""
     number = int(tiles.field[tile])
     return find_mpp(tiles, number) * tiles.geometries[number].patch_size_level0 / tiles.side
+
+
+def find_common_mpp(tiles: FieldTiles) -> float:
+    """Um per px that tiles are read at: the median, where fields are read as they are."""
+    scanned = [find_mpp(tiles, number) for number in range(len(tiles.fields))]
+    return float(np.median(scanned)) if tiles.mpp is None else tiles.mpp
 
 
 def measure_bags(

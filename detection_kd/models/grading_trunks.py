@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from common.checkpoint import load_weights
 from common.errors import UserError
+from detection_kd.models.normalised_network import find_statistics
 from patch_encoder.models.encoder_table import IMAGENET, EncoderRow, Statistics
 from patch_encoder.models.encoder_weights import find_local_file, find_published_file, read_state
 from patch_encoder.selfdistill.backbone import RANDOM, build_student_backbone, find_initial_row
@@ -129,9 +130,7 @@ class TimmGradingTrunk(GradingTrunk):
         described = getattr(self.network, "feature_info", [])
         self.stages = [f"network.{info['module']}" for info in described]
         self.channels_last = str(getattr(self.network, "output_fmt", "")) == "NHWC"
-        row, config = find_initial_row(init), self.network.pretrained_cfg
-        own = (tuple(config.get("mean") or ()), tuple(config.get("std") or ()))
-        self.statistics = row.statistics if row else own if all(own) else IMAGENET
+        self.statistics = find_statistics(self.network, init)
         self.width = int(self.network.num_features)
         shape = trace_shape(self, PROBE)
         if len(shape) != 4 or shape[1] != self.width:
