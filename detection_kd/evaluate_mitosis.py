@@ -1,7 +1,7 @@
 """Compare detected mitoses with annotated ones: per field, case and scanner, with intervals.
 
-    python -m detection_kd.evaluate_mitosis detections=mitoses data.annotations=MIDOG.json
-    data.images=images data.cases=cases.csv side=test output=evaluation
+    python -m detection_kd.evaluate_mitosis mitoses=runs/mitoses data.annotations=MIDOG.json
+    data.images=images data.cases=cases.csv split_side=test output=evaluation
 
 Reads: the output of `detect_mitosis`, or detections of another algorithm (JSON of the MIDOG
 challenge, or a table). Writes a run directory with `results.json`, `fields.csv`, `cases.csv`,
@@ -23,13 +23,6 @@ from common.distributed import init_distributed, require_one_process
 from common.errors import UserError
 from common.files import sha256_bytes, sha256_file, write_csv
 from common.run import open_run
-from detection_kd.evaluation.detected_points import (
-    DetectedPoints,
-    find_threshold,
-    list_detection_files,
-    read_detections,
-    score_fields,
-)
 from detection_kd.evaluation.operating_point import resolve_min_score
 from detection_kd.evaluation.point_matching import (
     RADIUS_UM,
@@ -48,6 +41,13 @@ from detection_kd.evaluation.point_metrics import (
 from detection_kd.mitosis_sets.keys import MitosisSetKeys, read_point_set
 from detection_kd.mitosis_sets.point_set import PointSet
 from detection_kd.mitosis_sets.splits import SPLITS, read_sides
+from detection_kd.whole_slides.detected_points import (
+    DetectedPoints,
+    find_threshold,
+    list_detection_files,
+    read_detections,
+    score_fields,
+)
 
 logger = logging.getLogger(__name__)
 ALL = "all"
@@ -59,7 +59,7 @@ MEASURES = ("f1", "precision", "recall", "false_positives_per_mm2", "average_pre
 class Config:
     """Keys of `evaluate_mitosis`."""
 
-    detections: str = key(
+    mitoses: str = key(
         REQUIRED,
         "what was found; output of detect_mitosis, a folder of <field>.json (points of "
         "grand-challenge, mm), or a table file,x,y,score (px)",
@@ -67,7 +67,7 @@ class Config:
     )
     output: str = key(REQUIRED, "where the results are written; a run directory", runtime=True)
     data: MitosisSetKeys = group(MitosisSetKeys, "the annotated fields")
-    side: str = key("test", "side of the split that is looked at", choices=(*SPLITS, ALL))
+    split_side: str = key("test", "side of the split that is looked at", choices=(*SPLITS, ALL))
     split_seed: int = key(0, "seed of the split by case; where the data has none of its own")
     min_score: str = key(
         "auto",
@@ -85,9 +85,9 @@ class Config:
 
 def read_fields(config: Config) -> PointSet:
     """The annotated fields of the split."""
-    if config.side == ALL:
+    if config.split_side == ALL:
         return read_point_set(config.data).select(lambda field: field.annotated)
-    return read_sides(config.data, config.split_seed, (config.side,))[0]
+    return read_sides(config.data, config.split_seed, (config.split_side,))[0]
 
 
 def resolve_threshold(asked: str, detected: Sequence[DetectedPoints]) -> float:
@@ -173,7 +173,7 @@ def main(config: Config) -> int:
     require_one_process("evaluate_mitosis", "start it without torchrun")
     if config.radius_um <= 0:
         raise UserError(f"radius_um={config.radius_um}: expected a distance above 0 um")
-    world, source = init_distributed("cpu"), Path(config.detections)
+    world, source = init_distributed("cpu"), Path(config.mitoses)
     digests = [sha256_file(path) for path in list_detection_files(source)]
     inputs = {
         "detections": sha256_bytes("".join(digests).encode()),
@@ -193,7 +193,7 @@ def main(config: Config) -> int:
     options = (threshold, config.radius_um, config.overlays)
     write_mitosis_figures(run.path, fields, images, *options)
     run.finish(results | {f"{name}_sha256": digest for name, digest in inputs.items()})
-    for name, measures in {config.side: results, **results["by_scanner"]}.items():
+    for name, measures in {config.split_side: results, **results["by_scanner"]}.items():
         logger.info("%s", describe(name or "unknown scanner", measures))
     return 0
 
