@@ -6,8 +6,8 @@ patients. The grade lies in fine detail that a reduced resolution loses.
 
     python -m patch_encoder.demo.render_grades output=runs/grades seed=0
 
-Written: patches.csv (image, label, group, split, truth) with patches/<slide>/*.png, a share of the
-training labels one grade off and `truth` the drawn grade; slides/*.tiff (biopsies, pyramids of 1 um
+Written: patches.csv (image, label, group, split, truth) with patches/<slide>/*.png, some training
+labels one grade off and `truth` the drawn grade; slides/*.tiff (biopsies, pyramids of 1 um
 per px), truth/*.png (0 on glass, else 1 + the grade's index, one px per level-0 px) and
 biopsies.csv (slide_id and the px of each grade); cohort.json (the settings). Test patches and
 biopsies are the same for every seed, so that trainings with several seeds are compared on them.
@@ -59,7 +59,9 @@ class Config:
     patch_slides: int = key(12, "slides that training patches are cut from", least=1)
     test_patch_slides: int = key(24, "slides that test patches are cut from", least=1)
     patch_side: int = key(48, "side of a patch, px at 1 um")
-    mislabelled_share: float = key(0.25, "share of training labels that are one grade off")
+    misread_share: float = key(
+        0.5, "share of training patches that are read one grade higher or lower"
+    )
     biopsies: int = key(2, "slides of needle biopsies", least=0)
     biopsy_side: int = key(1280, "side of a slide of biopsies, px at 1 um")
     workers: int = key(0, "worker processes; 0: one per CPU core", runtime=True)
@@ -94,7 +96,7 @@ def main(config: Config) -> int:
         cut = partial(render_patches, root=root, side=config.patch_side)
         found = list(progress(run(cut, plans), "patches", len(plans), "slide"))
     rows = [row for own in found for row in own]
-    mislabel(rows, config.mislabelled_share, config.seed)
+    mislabel(rows, config.misread_share, config.seed)
     write_csv(root / "patches.csv", ("image", "label", "group", "split", "truth"), rows)
     logger.info("%s: %d patches, %d biopsies", root, len(rows), config.biopsies)
     return 0
@@ -107,7 +109,7 @@ def check(config: Config) -> None:
         ("patch_slides", 1, 999),
         ("test_patch_slides", 1, 999),
         ("patch_side", 16, 512),
-        ("mislabelled_share", 0, 1),
+        ("misread_share", 0, 1),
         ("biopsies", 0, 99),
         ("biopsy_side", 512, 8192),
         ("workers", 0, 1024),
@@ -153,15 +155,14 @@ def render_patches(plan: PlannedPatches, root: Path, side: int) -> list[dict[str
 
 
 def mislabel(rows: Sequence[dict[str, Any]], share: float, seed: int) -> None:
-    """Move a share of the training labels by one grade, as two pathologists may differ."""
+    """Read a share of the training patches one grade higher or lower, as pathologists differ; what
+    would lie beyond the first or the last grade keeps its label.
+    """
     rng = np.random.default_rng((3, seed))
     own = [row for row in rows if row["split"] == "train"]
     for place in rng.permutation(len(own))[: round(share * len(own))].tolist():
-        grade = GRADES.index(own[place]["truth"])
-        step = int(rng.choice((-1, 1)))
-        own[place]["label"] = GRADES[
-            grade + step if 0 <= grade + step < len(GRADES) else grade - step
-        ]
+        grade = GRADES.index(own[place]["truth"]) + int(rng.choice((-1, 1)))
+        own[place]["label"] = GRADES[min(max(grade, 0), len(GRADES) - 1)]
 
 
 def render_biopsy(number: int, root: Path, side: int, comment: str) -> dict[str, Any]:
