@@ -98,7 +98,7 @@ def test_training_labels_are_wrong_by_one_grade(cohort: Path) -> None:
     train = [row for row in rows if row["split"] == "train"]
     wrong = [row for row in train if row["label"] != row["truth"]]
     # of the first and the last grade, half of the patches that are misread keep their label
-    assert 0.25 < len(wrong) / len(train) < 0.45
+    assert 0.18 < len(wrong) / len(train) < 0.34
     steps = {GRADES.index(row["label"]) - GRADES.index(row["truth"]) for row in wrong}
     assert steps == {-1, 1}
     assert all(row["label"] == row["truth"] for row in rows if row["split"] == "test")
