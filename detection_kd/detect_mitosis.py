@@ -55,7 +55,7 @@ STAGE = "detect_mitosis"
 class Config(ExtractionKeys):
     """Keys of the detection of mitoses (`dtype` and `pt` do not matter here)."""
 
-    localiser: str = key(REQUIRED, "checkpoint of a mitosis localiser", path=True)
+    localiser: str = key(REQUIRED, "checkpoint of train_mitosis", path=True)
     coords: str = key(
         "",
         "folder of coordinates files; empty: tiles cover every slide or field to its last pixel",
@@ -91,7 +91,7 @@ class Config(ExtractionKeys):
     title: str = key("Mitoses", "title of the page", runtime=True)
 
 
-class Limits(NamedTuple):
+class MitosisLimits(NamedTuple):
     """What decides what is found, with `auto` resolved."""
 
     scale: float
@@ -100,7 +100,7 @@ class Limits(NamedTuple):
     hot_spot_shape: str
 
 
-def resolve(config: Config, description: dict[str, Any], jobs: Sequence[SlideJob]) -> Limits:
+def resolve(config: Config, description: dict[str, Any], jobs: Sequence[SlideJob]) -> MitosisLimits:
     """The keys' values for these slides, from the checkpoint where they are `auto`."""
     areas = list(config.hot_spot_mm2)
     if not areas or min(areas) <= 0:
@@ -110,7 +110,9 @@ def resolve(config: Config, description: dict[str, Any], jobs: Sequence[SlideJob
     field = {"mpp": description["mpp"], "side": description["side"], "resize": 1.0}
     scale = choose_scale("auto", field, [job.coordinates.geometry for job in jobs])
     point = {"operating_point": {"min_score": description["threshold"]}}
-    return Limits(scale, resolve_min_score(config.min_score, point), areas, config.hot_spot_shape)
+    return MitosisLimits(
+        scale, resolve_min_score(config.min_score, point), areas, config.hot_spot_shape
+    )
 
 
 def find_jobs(

@@ -20,13 +20,11 @@ from common.distributed import World, gather_objects
 from common.errors import UserError
 from common.metrics.ranking import binary_auc, counts_above
 from common.progress import progress
-from detection_kd.evaluation.peaks import find_candidates, find_peaks, suppress_points
+from detection_kd.evaluation.peaks import FLOOR, find_candidates, find_peaks, suppress_points
 from detection_kd.evaluation.point_matching import RADIUS_UM, count_one_to_one
 from detection_kd.evaluation.point_metrics import ScoredField
 from detection_kd.fields.field_tiles import FieldTiles
 from detection_kd.fields.tile_loader import make_tile_loader
-
-FLOOR = 0.01  # least probability of a candidate
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def read_csv_points(
     fields = []
     for file, found in rows.items():
         points = [
-            tuple(_read_number(annotations, line, row, axis) - first_index for axis in ("x", "y"))
+            tuple(read_number(annotations, line, row, axis) - first_index for axis in ("x", "y"))
             for line, row in found
             if row["x"] or row["y"]
         ]
@@ -88,7 +88,7 @@ def _read_class(path: Path, line: int, row: Row) -> int:
     return require_class(name, f"{path} line {line}") if name else MITOSIS
 
 
-def _read_number(path: Path, line: int, row: Row, column: str) -> float:
+def read_number(path: Path, line: int, row: Row, column: str) -> float:
     try:
         return float(row[column])
     except ValueError:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from common.checkpoint import load_checkpoint, load_weights
 from common.config import key
 from common.errors import UserError
-from detection_kd.losses.resolution_losses import LAST, GradingOutput
+from detection_kd.losses.resolution_losses import LAST, GradingOutput, ResolutionTerms
 from detection_kd.models.grading_trunks import build_trunk, trace_shape
 from detection_kd.models.normalised_network import NormalisedNetwork
 from patch_encoder.selfdistill.backbone import RANDOM
@@ -130,12 +130,17 @@ class GradingNetwork(NormalisedNetwork):
             pixels = self.normalise(pixels)
         if level == LAST:
             return self.grade_maps(self.trunk(pixels))
-        with _catch(self.trunk.get_submodule(self._stage(level))) as caught:
+        with _catch(self.trunk.get_submodule(self.find_stage(level))) as caught:
             # not compiled: that would not call what has been added to a module since
             output = self.grade_maps(self.trunk.forward(pixels))
         return output._replace(inner=caught[0])
 
-    def _stage(self, level: int) -> str:
+    def find_stage(self, level: int) -> str:
+        """Name of the trunk's module whose output is a level's.
+
+        Raises:
+            UserError: the trunk has no such level.
+        """
         stages = self.trunk.stages
         if not -len(stages) <= level < LAST:
             raise UserError(
@@ -172,6 +177,40 @@ class GradingNetwork(NormalisedNetwork):
         network.set_statistics(description["statistics"])
         network.keys.init = description["network"]["init"]
         return network
+
+
+def check_teacher(student: GradingNetwork, teacher: GradingNetwork, terms: ResolutionTerms) -> None:
+    """Refuse a teacher that the student cannot learn from.
+
+    Raises:
+        UserError: other grades, other patches, less detail than the student sees; a trunk of
+            another width, where a term compares channels; a level that one of both has not.
+    """
+    own, other = student.scale, teacher.scale
+    if teacher.grades != student.grades:
+        raise UserError(
+            f"teacher: expected the grades {', '.join(student.grades)} in this order, found "
+            f"{', '.join(teacher.grades)}"
+        )
+    if own.side != other.side or (None not in (own.mpp, other.mpp) and own.mpp != other.mpp):
+        raise UserError(
+            f"teacher: expected patches of {own.side} px at {own.mpp} um/px, found {other.side} px "
+            f"at {other.mpp} um/px; train it on these patches"
+        )
+    if other.ratio > own.ratio:
+        raise UserError(
+            f"teacher: expected at least the student's detail (ratio {own.ratio}), found ratio "
+            f"{other.ratio}"
+        )
+    widths = student.trunk.width, teacher.trunk.width
+    if (terms.fm > 0 or terms.sr > 0) and widths[0] != widths[1]:
+        raise UserError(
+            "terms fm and sr: expected trunks of one width, found student {}, teacher {}; use kd "
+            "or at_plus, or the teacher's trunk".format(*widths)
+        )
+    if terms.needs_inner():
+        for network in (student, teacher):
+            network.find_stage(terms.level)
 
 
 @contextmanager

@@ -192,17 +192,6 @@ def test_weights_that_mean_nothing_are_refused(keys: dict[str, float]) -> None:
         ResolutionTerms(**keys).weights()
 
 
-def test_teachers_of_other_grades_or_widths_are_refused() -> None:
-    student, narrow, fewer = nn.Linear(8, 4), nn.Linear(6, 4), nn.Linear(8, 3)
-    ResolutionTerms(at_plus=1.0, kd=1.0, at=1.0).check_networks(student, narrow)
-    for term in ("fm", "sr"):
-        ResolutionTerms(**{term: 1.0}).check_networks(student, student)
-        with pytest.raises(UserError, match=r"one width, found .*student \(4, 8\), teacher \(4, 6"):
-            ResolutionTerms(**{term: 1.0}).check_networks(student, narrow)
-    with pytest.raises(UserError, match=r"the student's grades, found .*teacher \(3, 8\)"):
-        ResolutionTerms(kd=1.0).check_networks(student, fewer)
-
-
 def test_keys_are_read_as_a_configuration() -> None:
     keys = load_config(ResolutionTerms, ["at_plus=10", "fm=0.1", "normalisation=minmax"])
     assert keys.weights() == {"fm": 0.1, "at_plus": 10.0}

@@ -47,6 +47,16 @@ def test_every_pooling_in_every_mode(pooling: str, mode: str, norm: str) -> None
     assert model.head.weight.grad is not None and model.head.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_cell_knows_nothing_of_far_pixels(norm: str) -> None:
+    """Else the network could be right about the tile and wrong about the place."""
+    model, pixels = build(norm=norm), torch.rand(1, 3, 96, 96)
+    changed = pixels.clone()
+    changed[..., :16, :16] = 0
+    different = (model(pixels).maps != model(changed).maps)[0, 0]
+    assert different[:4, :4].all() and not different[12:].any() and not different[:, 12:].any()
+
+
 def test_a_batch_of_one_keeps_its_dimension() -> None:
     assert build()(torch.rand(1, 3, 32, 32)).bags.shape == (1,)
 

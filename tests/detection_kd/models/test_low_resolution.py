@@ -23,6 +23,7 @@ from detection_kd.models.low_resolution import (
     GradingKeys,
     GradingNetwork,
     PatchScale,
+    check_teacher,
     load_grading_network,
 )
 from patch_encoder.models.encoders import build_encoder
@@ -262,7 +263,7 @@ def test_a_student_learns_from_a_teacher_with_all_terms(level: int) -> None:
     teacher = network().freeze()
     student = network(ratio=4, removed_strides=1, seed=1)
     settings = ResolutionTerms(0.5, 0.1, 0.1, 0.1, 0.1, 1.0, temperature=2.0, level=level)
-    settings.check_networks(student.head, teacher.head)
+    check_teacher(student, teacher, settings)
     big, labels = pixels(4, 48), torch.tensor([0, 1, 2, 3])
     before = copy.deepcopy(teacher.state_dict())
     answer = teacher(big, level)
@@ -280,6 +281,46 @@ def test_a_student_learns_from_a_teacher_with_all_terms(level: int) -> None:
     assert step() < first
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_teachers_that_cannot_teach_are_refused() -> None:
+    student, teacher = network(ratio=4, removed_strides=1), network()
+    check_teacher(student, teacher, ResolutionTerms(kd=1.0, fm=1.0, sr=1.0))
+    check_teacher(student, student, ResolutionTerms(kd=1.0))
+    wide = network("resnet10t")
+    check_teacher(student, wide, ResolutionTerms(kd=1.0, at=1.0, grad_cam=1.0, at_plus=1.0))
+    for term in ("fm", "sr"):
+        with pytest.raises(UserError, match="one width, found student 96, teacher 512"):
+            check_teacher(student, wide, ResolutionTerms(**{term: 1.0}))
+    deep = ResolutionTerms(at_plus=1.0, level=-4)  # resnet10t has so many, small has 3
+    with pytest.raises(UserError, match="level=-4: expected -1 to -3 for trunk=small"):
+        check_teacher(student, wide, deep)
+    check_teacher(student, wide, ResolutionTerms(kd=1.0, level=-4))
+
+
+@pytest.mark.parametrize(
+    ("grades", "scale", "message"),
+    [
+        (
+            GRADES[::-1],
+            PatchScale(48, 1, 0.5),
+            "the grades NC, G3, G4, G5 in this order, found G5, G4",
+        ),
+        (GRADES[:3], PatchScale(48, 1, 0.5), "found NC, G3, G4$"),
+        (GRADES, PatchScale(64, 1, 0.5), "48 px at 0.5 um/px, found 64 px at 0.5 um/px"),
+        (GRADES, PatchScale(48, 1, 0.25), "48 px at 0.5 um/px, found 48 px at 0.25 um/px"),
+        (GRADES, PatchScale(48, 3, 0.5), r"the student's detail \(ratio 2\), found ratio 3"),
+    ],
+)
+def test_teachers_of_other_grades_patches_or_detail_are_refused(
+    grades: tuple[str, ...], scale: PatchScale, message: str
+) -> None:
+    keys = GradingKeys(trunk="small", init="random")
+    student = GradingNetwork(keys, GRADES, PatchScale(48, 2, 0.5))
+    with pytest.raises(UserError, match=message):
+        check_teacher(student, GradingNetwork(keys, grades, scale), ResolutionTerms(kd=1.0))
+    unknown = GradingNetwork(keys, GRADES, PatchScale(48))
+    check_teacher(student, unknown, ResolutionTerms(kd=1.0))
 
 
 def test_maps_that_were_kept_are_graded_as_those_of_the_forward_pass() -> None:
