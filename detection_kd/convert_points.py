@@ -42,7 +42,7 @@ class Config:
 
     output: str = key(REQUIRED, "where the results are written; points and counts", runtime=True)
     to: str = key("csv", "layout to write", choices=tuple(WRITERS))
-    data: MitosisSetKeys = group(MitosisSetKeys, "the annotated fields")
+    data: MitosisSetKeys = group(MitosisSetKeys, "the annotated data; fields")
     overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
 
 

@@ -34,7 +34,7 @@ from detection_kd.evaluation.grading_metrics import (
 )
 from detection_kd.graded_patches.keys import GradedSetKeys, read_graded_split
 from detection_kd.graded_patches.patch_pixels import PatchPixels
-from detection_kd.grading.arms import PLAIN, ArmName, FinishedRun, group_arms, read_runs
+from detection_kd.grading.arms import PLAIN, ArmName, GraderRun, group_arms, read_runs
 from detection_kd.grading.network_cost import NetworkCost, measure_costs
 from detection_kd.grading.two_speed import mix_speeds
 from detection_kd.models.low_resolution import load_grading_network
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 KAPPA = "kappa_quadratic"
 MOST_SHOWN = 5  # networks whose attention is drawn
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
-Arms = Mapping[ArmName, Sequence[FinishedRun]]
+Arms = Mapping[ArmName, Sequence[GraderRun]]
 Row = dict[str, Any]
 
 
@@ -109,15 +109,15 @@ def tabulate_differences(arms: Arms, config: Config) -> list[Row]:
 
 
 def pair_runs(
-    first: Sequence[FinishedRun], second: Sequence[FinishedRun]
-) -> list[tuple[FinishedRun, FinishedRun]]:
+    first: Sequence[GraderRun], second: Sequence[GraderRun]
+) -> list[tuple[GraderRun, GraderRun]]:
     """Runs of the same seed and fold."""
     others = {(run.graded.seed, run.graded.fold): run for run in second}
     pairs = [(run, others.get((run.graded.seed, run.graded.fold))) for run in first]
     return [(run, other) for run, other in pairs if other is not None]
 
 
-def find_teachers(arms: Arms, runs: Sequence[FinishedRun]) -> list[FinishedRun] | None:
+def find_teachers(arms: Arms, runs: Sequence[GraderRun]) -> list[GraderRun] | None:
     """The run that each of these learned from; None where one of them is not there."""
     plain = {run.path: run for own in arms.values() for run in own if run.arm.terms == PLAIN}
     digests = {sha256_file(run.checkpoint): run for run in plain.values()}
@@ -126,7 +126,7 @@ def find_teachers(arms: Arms, runs: Sequence[FinishedRun]) -> list[FinishedRun] 
 
 
 def measure_gap(
-    arms: Arms, pairs: Sequence[tuple[FinishedRun, FinishedRun]], metric: str
+    arms: Arms, pairs: Sequence[tuple[GraderRun, GraderRun]], metric: str
 ) -> float | None:
     """Share of the way from the labels alone to the teachers; None without these, or a way."""
     teachers = find_teachers(arms, [run for run, _ in pairs])
@@ -163,7 +163,7 @@ def tabulate_two_speed(arms: Arms) -> list[Row]:
     return rows
 
 
-def read_test_patches(run: FinishedRun) -> PatchPixels:
+def read_test_patches(run: GraderRun) -> PatchPixels:
     """The test patches of a run, from the data that its checkpoint names."""
     settings = load_checkpoint(run.checkpoint)["config"]["training"]
     split = read_graded_split(GradedSetKeys(**settings["data"]), settings["split_seed"])

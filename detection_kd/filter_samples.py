@@ -63,7 +63,7 @@ class Config:
     """Keys of `filter_samples`."""
 
     output: str = key(REQUIRED, "where the results are written; kept.csv", runtime=True)
-    data: MitosisSetKeys = group(MitosisSetKeys, "the annotated fields; those of the teacher")
+    data: MitosisSetKeys = group(MitosisSetKeys, "the annotated data; those of the teacher")
     split_seed: int = key(0, "seed of the split by case; that of the teacher")
     teachers: list[str] = key(
         REQUIRED,

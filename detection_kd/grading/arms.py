@@ -51,7 +51,7 @@ class ArmName(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FinishedRun:
+class GraderRun:
     """One training.
 
     Attributes:
@@ -78,7 +78,7 @@ class FinishedRun:
         return self.path / "checkpoint_best.pt"
 
 
-def read_runs(root: str | Path) -> list[FinishedRun]:
+def read_runs(root: str | Path) -> list[GraderRun]:
     """All finished runs of graders below a folder, by arm, seed and fold.
 
     Raises:
@@ -107,15 +107,15 @@ def read_runs(root: str | Path) -> list[FinishedRun]:
     return runs
 
 
-def group_arms(runs: Sequence[FinishedRun]) -> dict[ArmName, list[FinishedRun]]:
+def group_arms(runs: Sequence[GraderRun]) -> dict[ArmName, list[GraderRun]]:
     """The runs of every arm; those at full resolution first."""
-    arms: dict[ArmName, list[FinishedRun]] = {}
+    arms: dict[ArmName, list[GraderRun]] = {}
     for run in runs:
         arms.setdefault(run.arm, []).append(run)
     return arms
 
 
-def _read_run(folder: Path) -> FinishedRun | None:
+def _read_run(folder: Path) -> GraderRun | None:
     """A run; None where another script left the folder."""
     described = load_checkpoint(folder / "checkpoint_best.pt", "a grading network")["config"]
     if described.get("kind") != KIND:
@@ -133,7 +133,7 @@ def _read_run(folder: Path) -> FinishedRun | None:
     called = np.array([grades.index(row["called"]) for row in rows], np.int64)
     cases = np.array([row["case"] for row in rows], np.str_)
     numbers = (results["seed"], results["fold"])
-    return FinishedRun(
+    return GraderRun(
         folder,
         _name_arm(described),
         GradedRun(*numbers, cases, targets, called, len(grades)),
