@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
+from patch_encoder.demo.drawing.shapes import noise, smoothstep, wide_noise
 from patch_encoder.demo.histology.canvas import Canvas
-from patch_encoder.demo.shapes import noise, smoothstep, wide_noise
 
 GRADES = ("NC", "G3", "G4", "G5")
 SPACING = 76.0
