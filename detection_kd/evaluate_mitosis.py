@@ -1,6 +1,6 @@
 """Compare detected mitoses with annotated ones: per field, case and scanner, with intervals.
 
-    python -m detection_kd.evaluate_mitosis mitoses=runs/mitoses data.annotations=MIDOG.json
+    python -m detection_kd.evaluate_mitosis detections=runs/mitoses data.annotations=MIDOG.json
     data.images=images data.cases=cases.csv split_side=test output=evaluation
 
 Reads: the output of `detect_mitosis`, or detections of another algorithm (JSON of the MIDOG
@@ -59,7 +59,7 @@ MEASURES = ("f1", "precision", "recall", "false_positives_per_mm2", "average_pre
 class Config:
     """Keys of `evaluate_mitosis`."""
 
-    mitoses: str = key(
+    detections: str = key(
         REQUIRED,
         "what was found; output of detect_mitosis, a folder of <field>.json (points of "
         "grand-challenge, mm), or a table file,x,y,score (px)",
@@ -173,7 +173,7 @@ def main(config: Config) -> int:
     require_one_process("evaluate_mitosis", "start it without torchrun")
     if config.radius_um <= 0:
         raise UserError(f"radius_um={config.radius_um}: expected a distance above 0 um")
-    world, source = init_distributed("cpu"), Path(config.mitoses)
+    world, source = init_distributed("cpu"), Path(config.detections)
     digests = [sha256_file(path) for path in list_detection_files(source)]
     inputs = {
         "detections": sha256_bytes("".join(digests).encode()),

@@ -94,6 +94,8 @@ def draw_curves(fields: Sequence[ScoredField], threshold: float, radius: float) 
     left.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.01))
     right.set(xlabel="false positives per mm2", ylabel="recall", xscale="log", ylim=(0, 1.01))
     right.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
+    right.set_xlim(RATES[0] / 2, 8 * RATES[-1])
+    right.minorticks_off()
     for axes in (left, right):
         axes.grid(True)
     left.legend(loc="lower left")

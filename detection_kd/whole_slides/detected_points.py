@@ -38,7 +38,7 @@ def list_detection_files(path: Path) -> list[Path]:
     files = sorted(folder.glob("[!.]*.json"))
     if not files:
         raise UserError(
-            f"mitoses={path}: expected the output of detect_mitosis, a folder of "
+            f"detections={path}: expected the output of detect_mitosis, a folder of "
             "<field>.json (points of grand-challenge), or a table file,x,y,score; found none"
         )
     return files
@@ -64,7 +64,7 @@ def read_detections(path: Path, fields: PointSet) -> dict[str, DetectedPoints]:
     missing = [field.field_id for field in fields.fields if field.field_id not in detected]
     if missing:
         raise UserError(
-            f"mitoses={path}: expected <field>.json for each of {len(fields.fields)} fields, "
+            f"detections={path}: expected <field>.json for each of {len(fields.fields)} fields, "
             f"{len(missing)} have none, first {missing[0]}; detect in them, or choose other fields "
             "with split_side="
         )

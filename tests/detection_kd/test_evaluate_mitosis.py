@@ -84,7 +84,7 @@ def annotated(tmp_path: Path) -> Path:
 
 
 def evaluate(folder: Path, *changes: str) -> int:
-    keys = [f"mitoses={folder}/found", f"data.annotations={folder}/MIDOG.json"]
+    keys = [f"detections={folder}/found", f"data.annotations={folder}/MIDOG.json"]
     keys += [f"data.images={folder}/images", f"data.cases={folder}/cases.csv", "split_side=all"]
     keys += [f"output={folder}/evaluation", "resamples=200"]
     return run(evaluate_mitosis.main, evaluate_mitosis.Config, [*keys, *changes])
@@ -170,7 +170,7 @@ def test_a_table_in_px_gives_the_same(annotated: Path) -> None:
     with (annotated / "table.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows(rows)
     assert evaluate(annotated) == 0
-    options = [f"mitoses={annotated}/table.csv", f"output={annotated}/other"]
+    options = [f"detections={annotated}/table.csv", f"output={annotated}/other"]
     assert evaluate(annotated, *options, f"min_score={THRESHOLD}") == 0
     first, second = read_results(annotated), read_results(annotated, "other")
     assert {name: second[name] for name in ("f1", "hits", "misses", "froc")} == {
