@@ -61,8 +61,8 @@ class Config:
     )
     localiser: str = key(
         "",
-        "checkpoint of train_mitosis; the head starts from its trunk and takes its mpp; empty: "
-        "from network",
+        "checkpoint of a mitosis localiser; the head starts from its trunk and has its mpp; "
+        "empty: from network",
         path=True,
     )
     network: LocaliserKeys = group(LocaliserKeys, "trunk, map and pooling")

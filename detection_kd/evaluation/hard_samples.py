@@ -20,7 +20,7 @@ from common.errors import UserError
 
 CRITERIA = ("bag", "TP", "FP", "FP_TP")
 MODES = ("drop", "relabel", "soft", "random")
-LEAST_LEFT = 0.02  # share of a class that a filter has to leave
+LEAST_LEFT = 0.1  # share of a class that a filter has to leave
 MISSED, FALSE_ALARM = "teacher says negative", "teacher says positive"
 OFF_TARGET, STRAY = "no detection on an annotated mitosis", "a detection off every mitosis"
 AT_RANDOM = "dropped at random"

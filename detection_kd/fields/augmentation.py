@@ -146,13 +146,13 @@ def _apply_symmetries(
 ) -> list[np.ndarray]:
     """Flip and turn every tile, in place; its points."""
     chosen = (8 * draws.draw(SYMMETRY, 1)[:, 0]).astype(int)
-    for symmetry in np.unique(chosen):
+    for symmetry in np.unique(chosen).tolist():
         rows = torch.from_numpy(np.flatnonzero(chosen == symmetry)).to(pixels.device)
         pixels[rows] = turn_tile(pixels[rows], bool(symmetry & 4), symmetry & 3)
     side = pixels.shape[-1]
     return [
-        turn_points(part, side, bool(symmetry & 4), int(symmetry & 3))
-        for part, symmetry in zip(points, chosen)
+        turn_points(part, side, bool(symmetry & 4), symmetry & 3)
+        for part, symmetry in zip(points, chosen.tolist())
     ]
 
 

@@ -60,7 +60,7 @@ class Config:
     test_patch_slides: int = key(24, "slides that test patches are cut from", least=1)
     patch_side: int = key(48, "side of a patch, px at 1 um")
     misread_share: float = key(
-        0.5, "share of training patches that are read one grade higher or lower"
+        0.35, "share of training patches that are read one grade higher or lower"
     )
     biopsies: int = key(2, "slides of needle biopsies", least=0)
     biopsy_side: int = key(1280, "side of a slide of biopsies, px at 1 um")

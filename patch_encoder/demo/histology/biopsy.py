@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from patch_encoder.demo.drawing.shapes import smoothstep, wide_noise
 from patch_encoder.demo.histology.glands import GRADES, draw_glands
 from patch_encoder.demo.histology.scanner import SCANNERS, draw_stain, scan
-from patch_encoder.demo.shapes import smoothstep, wide_noise
 
 STRIP = 300
 """Height of what one strip needs on the slide, px at 1 um."""

@@ -1,10 +1,10 @@
 """Prostate glands of four grades, from benign (NC) to solid sheets (G5).
 
 Lengths are pixels at 1 um, the resolution of SICAPv2. What rises with the grade is mostly fine:
-coarse chromatin, nucleoli, nuclei of unequal size and of irregular outline, all of them gone when
-4 x 4 pixels are averaged. The architecture follows the grade as well, loosely: benign glands have
-their nuclei at the rim, glands of G4 are fused, G5 has hardly any lumen. Amounts of both stains do
-not depend on the grade.
+coarse chromatin, nucleoli, nuclei of unequal size and of irregular outline, much of which is gone
+when 4 x 4 pixels are averaged. The architecture follows the grade loosely: nuclei of benign glands
+keep to the rim, glands of higher grades are fused more often. The amounts of both stains do not
+depend on the grade.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
+from patch_encoder.demo.drawing.shapes import noise, smoothstep, wide_noise
 from patch_encoder.demo.histology.canvas import Canvas
-from patch_encoder.demo.shapes import noise, smoothstep, wide_noise
 
 GRADES = ("NC", "G3", "G4", "G5")
 SPACING = 76.0

@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from patch_encoder.demo.drawing.shapes import blob, smoothstep, warp
 from patch_encoder.demo.histology.canvas import Canvas, Point, turned_window
 from patch_encoder.demo.histology.mitoses import DEPTH
 from patch_encoder.demo.histology.nuclei import NucleusKind, draw_nucleus
-from patch_encoder.demo.shapes import blob, smoothstep, warp
 
 LookAlike = Callable[[Canvas, np.random.Generator, Point], None]
 HYPERCHROMATIC = NucleusKind((6.5, 9.5), (0.6, 0.95), 0.12, (1.15, 1.65), 0.12, 0.2, edge=1.0)

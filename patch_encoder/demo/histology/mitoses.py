@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from patch_encoder.demo.drawing.shapes import blob, noise, smoothstep, warp
 from patch_encoder.demo.histology.canvas import Canvas, Point, turned_window
-from patch_encoder.demo.shapes import blob, noise, smoothstep, warp
 
 DEPTH = (1.25, 1.9)
 """Haematoxylin of condensed chromatin; look-alikes are drawn from the same range."""

@@ -27,7 +27,7 @@ from detection_kd.fields.warps import (
 )
 
 SIDE = 96
-STRONG = PointAugmentationKeys(rotation=90, scale=0.2, elastic=5, elastic_spacing=32)
+STRONG = PointAugmentationKeys(rotation=90.0, scale=0.2, elastic=5.0, elastic_spacing=32.0)
 ALL = replace(STRONG, stain=0.1, colour=0.2)
 
 
@@ -121,10 +121,10 @@ def test_points_follow_their_dots() -> None:
 
 def test_positions_are_found_to_a_thousandth_of_a_pixel() -> None:
     rng = np.random.default_rng(0)
-    lines = count_lattice(SIDE, 24)
+    lines = count_lattice(SIDE, 24.0)
     lattice = LARGEST_SLOPE * 24 * rng.uniform(-1, 1, (20, lines, lines, 2))
     turns = [np.linalg.qr(rng.normal(size=(2, 2)))[0] for _ in range(20)]
-    warps = Warps(np.array(turns) / (1 + LARGEST_SCALE), lattice, SIDE, 24)
+    warps = Warps(np.array(turns) / (1 + LARGEST_SCALE), lattice, SIDE, 24.0)
     for tile in range(20):
         points = rng.uniform(0, SIDE, (50, 2))
         moved = warps.move_points(tile, points)
@@ -226,9 +226,9 @@ def test_colours_change_within_their_bounds_and_positions_do_not() -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (PointAugmentationKeys(rotation=200), "rotation <= 180"),
+        (PointAugmentationKeys(rotation=200.0), "rotation <= 180"),
         (PointAugmentationKeys(scale=0.5), r"scale <= 0\.4"),
-        (PointAugmentationKeys(elastic=20), r"elastic=20: expected at most a sixth"),
+        (PointAugmentationKeys(elastic=20.0), r"elastic=20: expected at most a sixth"),
         (PointAugmentationKeys(stain=1.0), "0 <= stain < 1"),
     ],
 )

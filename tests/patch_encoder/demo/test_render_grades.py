@@ -60,17 +60,19 @@ def tissues() -> list[GlandPlan]:
     ]
 
 
-def test_fine_detail_rises_with_the_grade_and_averaging_takes_it(tissues: list[GlandPlan]) -> None:
+def test_detail_rises_with_the_grade_and_more_so_before_averaging(
+    tissues: list[GlandPlan],
+) -> None:
     fine, coarse = [], []
     for tissue in tissues:
-        small = tissue.canvas.haematoxylin.reshape(80, 4, 80, 4).mean((1, 3))
+        amount = tissue.canvas.haematoxylin
+        small = amount.reshape(80, 4, 80, 4).mean((1, 3))
         inside = tissue.epithelium.reshape(80, 4, 80, 4).min((1, 3)) > 0.95
-        detail = tissue.canvas.haematoxylin - small.repeat(4, 0).repeat(4, 1)
-        dark = (tissue.canvas.haematoxylin > 0.3) & (tissue.epithelium > 0.5)
-        fine.append(float(detail[dark].std()))
+        lost = amount - small.repeat(4, 0).repeat(4, 1)
+        fine.append(float(lost[inside.repeat(4, 0).repeat(4, 1)].std()))
         coarse.append(float(small[inside].std()))
-    assert np.all(np.diff(fine) > 0) and fine[3] > 1.25 * fine[0]
-    assert max(coarse) < 1.25 * min(coarse)
+    assert np.all(np.diff(fine) > 0)
+    assert fine[3] / fine[0] - 1 > 1.2 * (coarse[3] / coarse[0] - 1)
 
 
 def test_no_grade_has_more_stain(tissues: list[GlandPlan]) -> None:
@@ -96,7 +98,7 @@ def test_training_labels_are_wrong_by_one_grade(cohort: Path) -> None:
     train = [row for row in rows if row["split"] == "train"]
     wrong = [row for row in train if row["label"] != row["truth"]]
     # of the first and the last grade, half of the patches that are misread keep their label
-    assert 0.25 < len(wrong) / len(train) < 0.45
+    assert 0.18 < len(wrong) / len(train) < 0.34
     steps = {GRADES.index(row["label"]) - GRADES.index(row["truth"]) for row in wrong}
     assert steps == {-1, 1}
     assert all(row["label"] == row["truth"] for row in rows if row["split"] == "test")
