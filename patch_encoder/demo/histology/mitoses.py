@@ -16,7 +16,7 @@ from patch_encoder.demo.drawing.shapes import blob, noise, smoothstep, warp
 from patch_encoder.demo.histology.canvas import Canvas, Point, turned_window
 
 DEPTH = (1.3, 1.95)
-"""Haematoxylin of condensed chromatin; that of look-alikes is nearly the same."""
+"""Haematoxylin of condensed chromatin; look-alikes have nearly the same."""
 REACH = 24.0
 """Half a side of the window that holds a mitotic cell, px."""
 Phase = Callable[[np.random.Generator, np.ndarray, np.ndarray], np.ndarray]
