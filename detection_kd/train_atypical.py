@@ -65,7 +65,7 @@ class Config:
         "empty: from network",
         path=True,
     )
-    network: LocaliserKeys = group(LocaliserKeys, "trunk, map and pooling")
+    network: LocaliserKeys = group(LocaliserKeys, "student and teacher; trunk, map and pooling")
     target_mpp: float | None = key(
         0.5, "micrometres per pixel of the tiles; of the crops, which cover 32 um"
     )
