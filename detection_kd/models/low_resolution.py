@@ -24,6 +24,7 @@ from common.checkpoint import load_checkpoint, load_weights
 from common.config import key
 from common.errors import UserError
 from detection_kd.losses.resolution_losses import LAST, GradingOutput, ResolutionTerms
+from detection_kd.models.cam import NORMS
 from detection_kd.models.grading_trunks import build_trunk, trace_shape
 from detection_kd.models.normalised_network import NormalisedNetwork
 from patch_encoder.selfdistill.backbone import RANDOM
@@ -44,6 +45,9 @@ class GradingKeys:
         "imagenet_lite0",
         "initial weights of the trunk; random, an encoder's name (imagenet_lite0, "
         "timm:<model>.<tag>) or a file",
+    )
+    norm: str = key(
+        "batch", "normalisation of the trunk small; layer: the same for any batch", choices=NORMS
     )
     enlarged: bool = key(
         False,
@@ -110,7 +114,7 @@ class GradingNetwork(NormalisedNetwork):
     def __init__(self, keys: GradingKeys, grades: Sequence[str], scale: PatchScale) -> None:
         super().__init__()
         self.keys, self.grades, self.scale = keys, tuple(grades), scale
-        self.trunk = build_trunk(keys.trunk, keys.init, keys.removed_strides)
+        self.trunk = build_trunk(keys.trunk, keys.init, keys.removed_strides, keys.norm)
         self.head = nn.Linear(self.trunk.width, len(self.grades))
         self.map_side = trace_shape(self.trunk, scale.side if keys.enlarged else scale.own_side)[-1]
         self.set_statistics(self.trunk.statistics)
