@@ -68,7 +68,7 @@ class Config:
     output: str = key(REQUIRED, "where the results are written; a run directory", runtime=True)
     data: MitosisSetKeys = group(MitosisSetKeys, "the annotated data; fields")
     split_side: str = key("test", "side of the split that is looked at", choices=(*SPLITS, ALL))
-    split_seed: int = key(0, "seed of the split by case; where the data has none of its own")
+    split_seed: int = key(0, "seed of the folds; of the split by case where the data has none")
     min_score: str = key(
         "auto",
         "detections below this score are dropped; in counts and rates; auto: those that the "

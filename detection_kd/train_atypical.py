@@ -61,7 +61,7 @@ class Config:
     )
     localiser: str = key(
         "",
-        "checkpoint of a mitosis localiser; the head starts from its trunk and has its mpp; "
+        "checkpoint of train_mitosis; the head starts from its trunk and has its mpp; "
         "empty: from network",
         path=True,
     )

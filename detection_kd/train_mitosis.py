@@ -80,7 +80,7 @@ class Config(FieldStainKeys):
 
     output: str = key(REQUIRED, "where the results are written; a run directory", runtime=True)
     data: MitosisSetKeys = group(MitosisSetKeys, "the annotated data; fields")
-    split_seed: int = key(0, "seed of the split by case; where the data has none of its own")
+    split_seed: int = key(0, "seed of the folds; of the split by case where the data has none")
     leave_out: str = key(
         "", "part of the training cases to leave out, as 1/3; for scores of tiles not trained on"
     )
@@ -95,7 +95,7 @@ class Config(FieldStainKeys):
     network: LocaliserKeys = group(LocaliserKeys, "student and teacher; trunk, map and pooling")
     location: LocationKeys = group(LocationKeys, "optional term that uses positions")
     augmentation: PointAugmentationKeys = group(
-        PointAugmentationKeys, "augmentation of the training images; tiles"
+        PointAugmentationKeys, "augmentation of the training images; of tiles"
     )
     epochs: int = key(10, "passes over the training set", least=1)
     batch_size: int = key(32, "items per step over all processes; tiles", least=1)

@@ -78,7 +78,7 @@ class Config:
 
     output: str = key(REQUIRED, "where the results are written; a run directory", runtime=True)
     data: GradedSetKeys = group(GradedSetKeys, "the annotated data; graded patches")
-    split_seed: int = key(0, "seed of the split by case; where the data has none of its own")
+    split_seed: int = key(0, "seed of the folds; of the split by case where the data has none")
     tile_size: int = key(512, "side of a tile, px; of a patch at full resolution", least=16)
     target_mpp: float | None = key(
         None,

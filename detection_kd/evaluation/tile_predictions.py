@@ -28,7 +28,7 @@ from detection_kd.fields.tile_loader import make_tile_loader
 
 
 @dataclass(frozen=True)
-class TilePredictions:
+class LocaliserPredictions:
     """Predictions for tiles, in their order.
 
     Attributes:
@@ -50,7 +50,7 @@ def predict_tiles(
     precision: str,
     workers: int,
     label: str,
-) -> TilePredictions:
+) -> LocaliserPredictions:
     """Predict all tiles; every process predicts its share and gets the predictions of all.
 
     Args:
@@ -76,10 +76,14 @@ def predict_tiles(
     parts: Any = gather_objects((np.concatenate(samples), bags, maps))
     place = np.argsort(np.concatenate([part[0] for part in parts]))
     scores = np.concatenate([bag for part in parts for bag in part[1]])[place]
-    return TilePredictions(scores, np.concatenate([m for part in parts for m in part[2]])[place])
+    return LocaliserPredictions(
+        scores, np.concatenate([m for part in parts for m in part[2]])[place]
+    )
 
 
-def find_field_detections(tiles: FieldTiles, predictions: TilePredictions) -> list[ScoredField]:
+def find_field_detections(
+    tiles: FieldTiles, predictions: LocaliserPredictions
+) -> list[ScoredField]:
     """Candidates of every field with its annotated mitoses, in um; what neighbouring tiles both
     see counts once.
 
@@ -105,7 +109,7 @@ def find_field_detections(tiles: FieldTiles, predictions: TilePredictions) -> li
 
 
 def count_hits(
-    tiles: FieldTiles, predictions: TilePredictions, thresholds: Float[np.ndarray, " n"]
+    tiles: FieldTiles, predictions: LocaliserPredictions, thresholds: Float[np.ndarray, " n"]
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
     """For each tile, detections on annotated mitoses and detections elsewhere, one to one.
 

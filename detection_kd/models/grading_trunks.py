@@ -18,14 +18,13 @@ from torch import Tensor, nn
 
 from common.checkpoint import load_weights
 from common.errors import UserError
+from detection_kd.models.cam import NORMS, make_norm
 from detection_kd.models.normalised_network import find_statistics
 from patch_encoder.models.encoder_table import IMAGENET, EncoderRow, Statistics
 from patch_encoder.models.encoder_weights import find_local_file, find_published_file, read_state
 from patch_encoder.selfdistill.backbone import RANDOM, build_student_backbone, find_initial_row
 
 SMALL, VGG16 = "small", "vgg16"
-GROUPS = 8  # of group norm
-NORMS = ("batch", "group")  # of the small trunk
 PROBE = 256  # px; side of the image that strides are found with, a multiple of any trunk's stride
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 
@@ -52,12 +51,13 @@ class SmallGradingTrunk(GradingTrunk):
     """A stem and three blocks of two convolutions, stride 8 px: 200,000 parameters.
 
     Args:
-        norm: one of `NORMS`; batch learns faster, group does not mix samples.
+        norm: one of `NORMS`. Neither mixes the cells of one image: a norm over an image, as group
+            norm, would take away what its average says about the grade.
     """
 
     width = 96
 
-    def __init__(self, norm: str = "group") -> None:
+    def __init__(self, norm: str = NORMS[0]) -> None:
         super().__init__()
         self.stem = _convolve(3, 16, norm, stride=2)
         self.blocks = nn.ModuleList(
@@ -80,8 +80,7 @@ class SmallGradingTrunk(GradingTrunk):
 
 def _convolve(inputs: int, outputs: int, norm: str, stride: int = 1) -> nn.Sequential:
     convolution = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-    layer = nn.BatchNorm2d(outputs) if norm == "batch" else nn.GroupNorm(GROUPS, outputs)
-    return nn.Sequential(convolution, layer, nn.ReLU(inplace=True))
+    return nn.Sequential(convolution, make_norm(norm, outputs), nn.ReLU(inplace=True))
 
 
 class VggTrunk(GradingTrunk):
@@ -154,7 +153,7 @@ class TimmGradingTrunk(GradingTrunk):
 
 
 def build_trunk(
-    name: str, init: str, removed_strides: int = 0, norm: str = "group"
+    name: str, init: str, removed_strides: int = 0, norm: str = NORMS[0]
 ) -> GradingTrunk:
     """A trunk with its first weights.
 
@@ -162,7 +161,7 @@ def build_trunk(
         name: small, vgg16 or a timm model.
         init: random, an encoder's name or a weights file.
         removed_strides: how many of the first halvings are taken out.
-        norm: of the small trunk.
+        norm: of the trunk small, one of `NORMS`.
 
     Raises:
         UserError: a trunk, weights or strides that cannot be had.

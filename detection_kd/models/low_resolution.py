@@ -24,7 +24,8 @@ from common.checkpoint import load_checkpoint, load_weights
 from common.config import key
 from common.errors import UserError
 from detection_kd.losses.resolution_losses import LAST, GradingOutput, ResolutionTerms
-from detection_kd.models.grading_trunks import NORMS, build_trunk, trace_shape
+from detection_kd.models.cam import NORMS
+from detection_kd.models.grading_trunks import build_trunk, trace_shape
 from detection_kd.models.normalised_network import NormalisedNetwork
 from patch_encoder.selfdistill.backbone import RANDOM
 
@@ -45,6 +46,9 @@ class GradingKeys:
         "initial weights of the trunk; random, an encoder's name (imagenet_lite0, "
         "timm:<model>.<tag>) or a file",
     )
+    norm: str = key(
+        "batch", "normalisation of the trunk small; layer: the same for any batch", choices=NORMS
+    )
     enlarged: bool = key(
         False,
         "enlarge a reduced image to full size first, as published: costs as much as a teacher",
@@ -54,11 +58,6 @@ class GradingKeys:
         "first halvings of the trunk that are taken out; log2(ratio) gives a student a map of its "
         "teacher's size",
         least=0,
-    )
-    norm: str = key(
-        "batch",
-        "normalisation of trunk=small; batch, or group, which does not mix patches",
-        choices=NORMS,
     )
     normalised: bool = key(
         True, "pixels are normalised as the trunk's weights want them (published: false)"

@@ -180,7 +180,7 @@ def test_costs_of_native_and_enlarged_networks() -> None:
     """A native VGG16 has exactly ratio^2 times fewer operations and keeps that much less."""
     networks = {}
     for enlarged in (True, False):
-        keys = GradingKeys("small", "random", enlarged=enlarged, norm="group")
+        keys = GradingKeys("small", "random", enlarged=enlarged, norm="layer")
         networks[str(enlarged)] = GradingNetwork(keys, GRADES, PatchScale(128, 4))
     assert count_gflop(networks["True"]) == 16 * count_gflop(networks["False"])
     pixels = torch.rand(2, 3, 32, 32)

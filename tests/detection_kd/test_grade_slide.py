@@ -33,7 +33,7 @@ REDS = np.array([40, 100, 160, 215])
 
 def write_network(path: Path, ratio: int, mpp: float | None = 1.0) -> Path:
     """A checkpoint of a network for patches of SIDE px."""
-    keys = GradingKeys("small", "random", norm="group", normalised=False)
+    keys = GradingKeys("small", "random", norm="layer", normalised=False)
     network = GradingNetwork(keys, GRADES, PatchScale(SIDE, ratio, mpp))
     for parameter in network.parameters():
         nn.init.zeros_(parameter)

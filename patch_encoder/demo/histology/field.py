@@ -22,7 +22,7 @@ APART = 34.0
 """Least distance of two annotated cells, px."""
 ROOM = 17.0
 """Tumour nuclei keep this distance from an annotated cell, px."""
-MITOSES, LOOK_ALIKES = (7.0, 18.0), (12.0, 24.0)
+MITOSES, LOOK_ALIKES = (12.0, 26.0), (8.0, 16.0)
 """Fewest and most of each that a case has in a million pixels (a quarter of a mm2)."""
 STROMAL, CLUSTER = 9e-4, 14
 """Nuclei per pixel of stroma; lymphocytes per cluster."""

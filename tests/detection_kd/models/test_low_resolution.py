@@ -18,6 +18,7 @@ from common.checkpoint import save_checkpoint
 from common.errors import UserError
 from detection_kd.losses.attention_transfer import find_attention, find_attention_by_autograd
 from detection_kd.losses.resolution_losses import PairedOutputs, ResolutionTerms, resolution_loss
+from detection_kd.models.cam import NORMS
 from detection_kd.models.grading_trunks import VggTrunk, build_trunk, remove_strides, trace_shape
 from detection_kd.models.low_resolution import (
     GradingKeys,
@@ -119,6 +120,27 @@ def test_removed_strides_give_a_student_its_teachers_map(
     assert {n: p.shape for n, p in student.named_parameters()} == {
         n: p.shape for n, p in whole.named_parameters()
     }
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_cells_of_the_small_trunk_see_no_other_end_of_the_image(norm: str) -> None:
+    """Averages of a map say how much of something an image has; a norm over it would hide that."""
+    model = network(side=128, norm=norm).eval()
+    x = pixels(1, 128)
+    other = x.clone()
+    other[..., 96:, 96:] = 0
+    with torch.no_grad():
+        maps, changed = model(x).maps, model(other).maps
+    assert torch.equal(maps[..., :4, :4], changed[..., :4, :4])
+    assert not torch.equal(maps[..., -1, -1], changed[..., -1, -1])
+
+
+def test_with_layer_norm_a_patch_is_graded_alike_in_any_batch() -> None:
+    x = pixels(4, 48)
+    for norm, alike in (("layer", True), ("batch", False)):
+        model = network(norm=norm)
+        whole, half = model(x).logits[:2], model(x[:2]).logits
+        assert torch.allclose(whole, half, atol=1e-5) == alike
 
 
 def test_a_removed_stride_lets_every_cell_be_computed() -> None:
@@ -345,7 +367,7 @@ def test_outputs_are_single_precision_under_autocast() -> None:
 @pytest.mark.parametrize(
     ("trunk", "keys"),
     [
-        ("small", {"removed_strides": 2}),
+        ("small", {"removed_strides": 2, "norm": "layer"}),
         ("small", {"enlarged": True, "normalised": False}),
         ("tf_efficientnet_lite0", {"init": "imagenet_lite0"}),
     ],
