@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from common.checkpoint import load_checkpoint, load_weights, resume, save_checkpoint
 from common.device import autocast
 from common.distributed import gather_objects, mean_number
+from common.optim import clip_gradients
 from detection_kd.datasets.coco import ImageRecord
 from detection_kd.datasets.detection import DetectionBatch
 from detection_kd.evaluation.coco_metrics import Prediction
@@ -103,6 +104,15 @@ class ModelInTraining:
         """Take the weights of a finished step into the moving average."""
         if self.average is not None:
             self.average.update_parameters(self.plain)
+
+    def apply_gradients(self, clip_norm: float) -> Tensor | None:
+        """Clip the gradients and take the optimiser's step; the norm as of `clip_gradients`."""
+        assert self.scaler is not None
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients(self.model, clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return norm
 
     def _parts(self) -> dict[str, Any]:
         parts = {"optimizer": self.optimizer, "scaler": self.scaler, "average": self.average}

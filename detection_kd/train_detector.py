@@ -24,7 +24,6 @@ from common.errors import UserError
 from common.files import sha256_file
 from common.optim import (
     add_terms,
-    clip_gradients,
     exchange_gradients,
     group_batches,
     make_optimizer,
@@ -250,7 +249,7 @@ def train_one_epoch(
         set_lr(optimizer, lr_factor(config.schedule, step, config.epochs * steps, **rate))
         optimizer.zero_grad(set_to_none=True)
         values = add_gradients(job, training, parts, times)
-        norm = apply_gradients(training, config.clip_norm)
+        norm = training.apply_gradients(config.clip_norm)
         training.update_average()
         sums = add_terms(sums, values)
         times.mark("step")
@@ -298,16 +297,6 @@ def add_gradients(
             times.mark("backward")
         values = add_terms(values, {"loss": loss, **terms})
     return values
-
-
-def apply_gradients(training: engine.ModelInTraining, clip_norm: float) -> Tensor | None:
-    """Clip the gradients and take the optimiser's step; the norm before, as `clip_gradients`."""
-    assert training.scaler is not None
-    training.scaler.unscale_(training.optimizer)
-    norm = clip_gradients(training.model, clip_norm)
-    training.scaler.step(training.optimizer)
-    training.scaler.update()
-    return norm
 
 
 def evaluate(

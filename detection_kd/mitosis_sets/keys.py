@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -63,11 +64,21 @@ class MitosisSetKeys:
     mpp: float | None = key(None, "um per px of images of which neither set nor file says it")
 
 
-def read_point_set(keys: MitosisSetKeys) -> PointSet:
+def read_point_set(
+    keys: MitosisSetKeys,
+    only: Collection[str] | None = None,
+    *,
+    open_images: bool = True,
+) -> PointSet:
     """Read and check a set.
 
     Where several say a field's um per px, `cases` comes first, then the image file, then what is
     known of the set, then `mpp`.
+
+    Args:
+        keys: of the set.
+        only: ids of the fields that are wanted; None: all.
+        open_images: look into the images, where there is a folder of them.
 
     Raises:
         UserError: annotations that cannot be read or understood; an image that is not there; a
@@ -88,7 +99,8 @@ def read_point_set(keys: MitosisSetKeys) -> PointSet:
                 f"{source}: expected one field {first.field_id}, found {first.path} and "
                 f"{second.path}; rename one"
             )
-    if images is not None:
+    fields = [field for field in fields if only is None or field.field_id in only]
+    if images is not None and open_images:
         fields = _add_images(fields, source)
     if keys.cases:
         fields = add_cases(fields, read_case_table(Path(keys.cases)), Path(keys.cases))

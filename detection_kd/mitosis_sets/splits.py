@@ -16,13 +16,32 @@ import numpy as np
 
 from common.errors import UserError, did_you_mean
 from detection_kd.mitosis_sets.case_table import read_case_table
-from detection_kd.mitosis_sets.keys import MitosisSetKeys
+from detection_kd.mitosis_sets.keys import MitosisSetKeys, read_point_set
 from detection_kd.mitosis_sets.point_set import MITOSIS, PointSet
 from patch_encoder.cohort.labels import read_rows
 
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
 PUBLISHED = Path(__file__).resolve().parents[2] / "configs" / "uts" / "splits"
+
+
+def read_sides(keys: MitosisSetKeys, seed: int, sides: Sequence[str]) -> list[PointSet]:
+    """The fields of these sides of a split; images of the other sides are not even opened.
+
+    Args:
+        keys, seed: as for `split_fields`.
+        sides: of `SPLITS`.
+
+    Raises:
+        UserError: what `read_point_set` and `split_fields` refuse, or a side without fields.
+    """
+    whole = split_fields(read_point_set(keys, open_images=False), keys, seed)
+    wanted = [{field.field_id for field in whole[side].fields} for side in sides]
+    for side, ids in zip(sides, wanted, strict=True):
+        if not ids:
+            raise UserError(f"splits: expected fields in {side}, found none; give it some cases")
+    opened = read_point_set(keys, set().union(*wanted))
+    return [opened.select(lambda field, ids=ids: field.field_id in ids) for ids in wanted]
 
 
 def split_fields(

@@ -1,0 +1,154 @@
+"""What a localiser says about the tiles of annotated fields: their scores and maps, the detections
+in whole fields, and which of a tile's detections hit an annotated mitosis.
+
+Maps are kept as the network makes them, with a few hundred cells per tile, so that the maps of all
+tiles of a data set fit into memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int
+from torch import nn
+
+from common.device import autocast
+from common.distributed import World, gather_objects
+from common.errors import UserError
+from common.metrics.ranking import binary_auc, counts_above
+from common.progress import progress
+from detection_kd.evaluation.peaks import find_candidates, find_peaks, suppress_points
+from detection_kd.evaluation.point_matching import RADIUS_UM, count_one_to_one
+from detection_kd.evaluation.point_metrics import ScoredField
+from detection_kd.fields.field_tiles import FieldTiles
+from detection_kd.fields.tile_loader import make_tile_loader
+
+FLOOR = 0.01  # least probability of a candidate
+
+
+@dataclass(frozen=True)
+class TilePredictions:
+    """Predictions for tiles, in their order.
+
+    Attributes:
+        scores: probability that the tile holds a mitosis.
+        maps: probability of each cell.
+    """
+
+    scores: Float[np.ndarray, " n"]
+    maps: Float32[np.ndarray, "n h w"]
+
+
+@torch.inference_mode()
+def predict_tiles(
+    model: nn.Module,
+    tiles: FieldTiles,
+    world: World,
+    *,
+    batch_size: int,
+    precision: str,
+    workers: int,
+    label: str,
+) -> TilePredictions:
+    """Predict all tiles; every process predicts its share and gets the predictions of all.
+
+    Args:
+        model: the plain network.
+        tiles: the tiles.
+        world: this process.
+        batch_size: tiles at a time over all processes.
+        precision, workers: as resolved from the keys of a script.
+        label: of the progress bar.
+    """
+    model.eval()
+    steps = -(-len(tiles) // batch_size)
+    order = np.arange(len(tiles))
+    batches = make_tile_loader(tiles, order, batch_size, world, workers=workers)
+    samples, bags, maps = [np.zeros(0, np.int64)], [], []
+    for batch in progress(batches, label, steps, "batch", enabled=world.is_main):
+        pixels = batch.pixels.to(world.device, memory_format=torch.channels_last)
+        with autocast(world.device, precision):
+            found = model(pixels.float() / 255)
+        samples.append(batch.samples.numpy())
+        bags.append(found.bags.double().sigmoid().cpu().numpy())
+        maps.append(found.maps[:, 0].sigmoid().cpu().numpy())
+    parts: Any = gather_objects((np.concatenate(samples), bags, maps))
+    place = np.argsort(np.concatenate([part[0] for part in parts]))
+    scores = np.concatenate([bag for part in parts for bag in part[1]])[place]
+    return TilePredictions(scores, np.concatenate([m for part in parts for m in part[2]])[place])
+
+
+def find_field_detections(tiles: FieldTiles, predictions: TilePredictions) -> list[ScoredField]:
+    """Candidates of every field with its annotated mitoses, in um; what neighbouring tiles both
+    see counts once.
+
+    Raises:
+        UserError: a field of unknown resolution.
+    """
+    found = []
+    for number, field in enumerate(tiles.fields):
+        geometry, mpp = tiles.geometries[number], find_mpp(tiles, number)
+        places, scores = [np.zeros((0, 2))], [np.zeros(0)]
+        for tile in np.flatnonzero(tiles.field == number).tolist():
+            cell = tiles.side / predictions.maps.shape[-1]
+            radius = RADIUS_UM / find_tile_mpp(tiles, tile)
+            own = find_candidates(predictions.maps[tile], FLOOR, cell, radius)
+            places.append(tiles.to_field(tile, own[0]) * mpp)
+            scores.append(own[1].astype(np.float64))
+        points, values = np.concatenate(places), np.concatenate(scores)
+        kept = suppress_points(points, values, RADIUS_UM)
+        area = geometry.level0_width * geometry.level0_height * mpp**2 / 1e6
+        about = (field.field_id, field.case, field.scanner, area)
+        found.append(ScoredField(*about, points[kept], values[kept], field.mitoses * mpp))
+    return found
+
+
+def count_hits(
+    tiles: FieldTiles, predictions: TilePredictions, thresholds: Float[np.ndarray, " n"]
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """For each tile, detections on annotated mitoses and detections elsewhere, one to one.
+
+    A detection is the maximum of a connected region of the tile's map from its threshold on.
+    """
+    counts = np.zeros((2, len(tiles)), np.int64)
+    cell = tiles.side / predictions.maps.shape[-1]
+    for tile in np.flatnonzero(predictions.maps.max((1, 2)) >= thresholds).tolist():
+        mpp = find_tile_mpp(tiles, tile)
+        points, _ = find_peaks(predictions.maps[tile], float(thresholds[tile]), cell)
+        found = count_one_to_one(points * mpp, tiles.mitoses(tile) * mpp)
+        counts[:, tile] = found.hits, found.false_positives
+    return counts[0], counts[1]
+
+
+def find_mpp(tiles: FieldTiles, number: int) -> float:
+    """Um per px of a field; without it there is no tolerance in um."""
+    if not tiles.geometries[number].mpp:
+        raise UserError(
+            f"field {tiles.fields[number].field_id}: expected its um per px, found none in image "
+            "and annotation; set data.mpp"
+        )
+    return tiles.geometries[number].mpp
+
+
+def find_tile_mpp(tiles: FieldTiles, tile: int) -> float:
+    """Um per px of a tile as it is read."""
+    number = int(tiles.field[tile])
+    return find_mpp(tiles, number) * tiles.geometries[number].patch_size_level0 / tiles.side
+
+
+def measure_bags(
+    scores: Float[np.ndarray, " n"], labels: Int[np.ndarray, " n"]
+) -> dict[str, float]:
+    """How well tiles are told apart: `bag_auc`, the best F1 `bag_f1` of any threshold, and the
+    threshold `bag_threshold` that it has, half-way to the next lower score.
+    """
+    positive = labels == 1
+    hits, false = (counts[0] for counts in counts_above(positive, scores))
+    f1 = 2 * hits / (hits + false + positive.sum())
+    best, ordered = int(f1.argmax()), np.unique(scores)[::-1]
+    threshold = ordered[best : best + 2].mean()
+    auc = binary_auc(positive, scores)[0]
+    return {"bag_auc": float(auc), "bag_f1": float(f1[best]), "bag_threshold": float(threshold)}
