@@ -21,28 +21,15 @@ import torch
 from benchmarks.pretraining_data import run_data
 from benchmarks.pretraining_step import run_memory, run_steps
 from benchmarks.pretraining_views import run_views
-from benchmarks.rounds import make_parser
+from benchmarks.rounds import Figures, format_table, make_parser
 from common.device import pick_device
 
-# case -> contestant -> what was measured -> figure
-Figures = dict[str, dict[str, dict[str, float]]]
 PARTS: dict[str, Callable[[Namespace], Figures]] = {
     "data": lambda a: run_data(a.svs, a.slides, a.side, a.batches, a.rounds, a.workers),
     "views": lambda a: run_views(a.tiles, a.rounds, pick_device(a.device), a.gpu_tiles),
     "step": lambda a: run_steps(a.tiles, a.rounds),
     "memory": lambda a: run_memory(),
 }
-
-
-def format_table(figures: dict[str, Figures]) -> str:
-    """One line per contestant below the part and the case."""
-    lines = []
-    for part, cases in figures.items():
-        for case, rows in cases.items():
-            lines.append(f"{part}: {case}")
-            for who, row in rows.items():
-                lines.append(f"  {who:24}" + "".join(f" {n} {x:.4g}," for n, x in row.items())[:-1])
-    return "\n".join(lines)
 
 
 def main() -> None:

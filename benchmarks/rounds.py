@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 Call = Callable[[], object]
+# case -> contestant -> what was measured -> figure
+Figures = dict[str, dict[str, dict[str, float]]]
 START = time.perf_counter()
 
 
@@ -27,6 +29,17 @@ def make_parser(description: str | None, **numbers: int) -> argparse.ArgumentPar
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     return parser
+
+
+def format_table(figures: dict[str, Figures]) -> str:
+    """One line per contestant below the part and the case."""
+    lines = []
+    for part, cases in figures.items():
+        for case, rows in cases.items():
+            lines.append(f"{part}: {case}")
+            for who, row in rows.items():
+                lines.append(f"  {who:24}" + "".join(f" {n} {x:.4g}," for n, x in row.items())[:-1])
+    return "\n".join(lines)
 
 
 def clock(call: Call) -> float:

@@ -13,37 +13,38 @@ slide is the unit of resuming.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from common.cli import launch
 from common.config import REQUIRED, key
 from common.device import autocast
-from common.files import read_json, sha256_file, write_json
-from common.progress import Progress
-from common.provenance import can_reuse
-from detection_kd.datasets.slide_detections import (
-    FoundBoxes,
-    TileDetections,
-    choose_own,
-    find_own_part,
-    make_detections_document,
-    merge_detections,
-    write_geojson,
-)
+from common.files import sha256_file, write_json
 from detection_kd.datasets.training_field import choose_scale
 from detection_kd.engine import post_process
 from detection_kd.evaluation.operating_point import resolve_min_score
 from detection_kd.models.deformable_detr import load_detector
+from detection_kd.whole_slides.slide_detections import (
+    BoxCollector,
+    FoundBoxes,
+    make_detections_document,
+    write_geojson,
+)
+from detection_kd.whole_slides.tile_pass import (
+    find_in_slides,
+    is_done,
+    make_provenance,
+    to_tensor,
+)
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.extraction.keys import ExtractionKeys
-from patch_encoder.extraction.loop import ExtractSettings, cohort_jobs, tile_batches
+from patch_encoder.extraction.loop import ExtractSettings, cohort_jobs
 from patch_encoder.extraction.tile_batches import TileSequence
 from patch_encoder.models.encoder_table import IMAGENET
 from patch_encoder.tiles.coordinates import SlideJob
@@ -87,41 +88,18 @@ def resolve(config: Config, description: dict[str, Any], jobs: list[SlideJob]) -
     return Limits(scale, min_score, config.max_detections, config.nms_iou)
 
 
-def to_tensor(tile: np.ndarray) -> Tensor:
-    """uint8 (3, H, W); scaled and normalised on the device."""
-    return torch.from_numpy(np.ascontiguousarray(tile.transpose(2, 0, 1)))
-
-
-def make_provenance(
-    limits: Limits, detector_sha256: str, job: SlideJob, precision: str
-) -> dict[str, Any]:
-    """What decides a slide's detections."""
-    return limits._asdict() | {
-        "precision": precision,
-        "detector_sha256": detector_sha256,
-        "coordinates": job.coordinates.digest(),
-        "slide_fingerprint": job.slide_fingerprint,
-    }
-
-
-def is_done(path: Path, wanted: dict[str, Any], overwrite: bool) -> bool:
-    """Whether a slide's COCO document is there, for the same inputs and settings."""
-    return can_reuse(
-        path,
-        lambda: read_json(path, "detections of a slide").get("info", {}),
-        wanted,
-        "detections of another run",
-        overwrite=overwrite,
-    )
-
-
 @torch.inference_mode()
 def detect_tiles(
-    model: nn.Module, tiles: Tensor, limits: Limits, settings: ExtractSettings, sides: list[int]
+    model: nn.Module,
+    limits: Limits,
+    settings: ExtractSettings,
+    tiles: Tensor,
+    jobs: Sequence[SlideJob],
 ) -> list[FoundBoxes]:
-    """Detections of a batch of tiles uint8 (B, 3, H, W), in level-0 px of each tile, whose sides
-    these are.
+    """Detections of a batch of tiles uint8 (B, 3, H, W) of these slides, in level-0 px of each
+    tile.
     """
+    sides = [job.coordinates.geometry.patch_size_level0 for job in jobs]
     pixels = tiles.to(settings.device, non_blocking=True).float().div_(255)
     if limits.scale != 1.0:
         pixels = nn.functional.interpolate(
@@ -143,62 +121,6 @@ def detect_tiles(
     ]
 
 
-class SlideDetectionsAssembly:
-    """Collects the detections of tiles, which come in order, and gives a slide's once its last tile
-    is through.
-    """
-
-    def __init__(self, jobs: list[SlideJob]) -> None:
-        self.jobs = jobs
-        self.parts: dict[int, list[TileDetections]] = {}
-        self.own = [find_own_part(job.coordinates) for job in jobs]
-        self.counts = [0] * len(jobs)
-
-    def add(self, index: int, found: FoundBoxes) -> None:
-        """Detections of the next tile of slide `index`, in level-0 px of the tile."""
-        tiles = self.parts.setdefault(index, [])
-        number = len(tiles)
-        kept, shared = choose_own(found, self.own[index][number])
-        corner = np.tile(self.jobs[index].coordinates.coords[number], 2).astype(np.float32)
-        tiles.append(TileDetections(kept._replace(boxes=kept.boxes + corner), shared))
-
-    def account(self, index: int, count: int) -> bool:
-        """Enter `count` tiles, read or not; whether they were the slide's last."""
-        self.counts[index] += count
-        return self.counts[index] == len(self.jobs[index].coordinates.coords)
-
-
-def find_slides_of(
-    model: nn.Module,
-    jobs: list[SlideJob],
-    limits: Limits,
-    settings: ExtractSettings,
-    failures: Failures,
-) -> Iterator[tuple[SlideJob, FoundBoxes]]:
-    """Every slide with its merged detections as soon as its last tile is through; slides with a
-    broken tile are left out.
-    """
-    sequence, assembly = TileSequence(jobs, to_tensor), SlideDetectionsAssembly(jobs)
-    broken: set[int] = set()
-    with Progress("detections", len(sequence), "tiles") as bar:
-        for batch in tile_batches(sequence, settings):
-            for bad in batch.failures:
-                broken.add(bad.slide)
-                failures.add(jobs[bad.slide].slide_id, bad.error)
-            if batch.items is not None:
-                owners = batch.slides.tolist()
-                sides = [jobs[index].coordinates.geometry.patch_size_level0 for index in owners]
-                for index, found in zip(
-                    owners, detect_tiles(model, batch.items, limits, settings, sides), strict=True
-                ):
-                    if index not in broken:
-                        assembly.add(index, found)
-            for index, count in batch.counted:
-                bar.advance(count)
-                if assembly.account(index, count) and index not in broken:
-                    yield jobs[index], merge_detections(assembly.parts.pop(index), limits.nms_iou)
-
-
 def main(config: Config) -> int:
     """Detect on every slide that has no document yet; 1 when slides failed."""
     settings = config.settings()
@@ -208,9 +130,11 @@ def main(config: Config) -> int:
     jobs = cohort_jobs(
         config.slides, config.coords, config.labels, failures, settings.shard, settings.selection
     )
-    limits, digest = resolve(config, description, jobs), sha256_file(config.detector)
+    limits = resolve(config, description, jobs)
+    weights = {"detector_sha256": sha256_file(config.detector)}
     wanted = {
-        job.slide_id: make_provenance(limits, digest, job, settings.precision) for job in jobs
+        job.slide_id: make_provenance(limits._asdict(), weights, job, settings.precision)
+        for job in jobs
     }
     documents = {slide_id: output / "coco" / f"{slide_id}.json" for slide_id in wanted}
     todo = [
@@ -220,7 +144,13 @@ def main(config: Config) -> int:
     ]
     logger.info("%s: %d slides, %d already done", STAGE, len(jobs), len(jobs) - len(todo))
     categories = description["categories"]
-    for job, found in find_slides_of(model, todo, limits, settings, failures):
+    detect = partial(detect_tiles, model, limits, settings)
+    sequence = TileSequence(todo, to_tensor)
+
+    def collect(job: SlideJob) -> BoxCollector:
+        return BoxCollector(job.coordinates, limits.nms_iou)
+
+    for job, found in find_in_slides(sequence, detect, collect, settings, failures):
         path = output / "geojson" / f"{job.slide_id}.geojson"
         write_geojson(path, found, categories, job.coordinates.geometry.bounds)
         # last: where it is, the slide is done

@@ -14,11 +14,14 @@ from patch_encoder.demo.pyramid import write_pyramid
 from patch_encoder.models.encoders import build_encoder
 from tests.detection_kd import d2vfm_runs, distillation_sets
 from tests.detection_kd.detector_runs import SMALL_TRUNK, TINY, write_detection_sets
+from tests.detection_kd.mitosis_runs import TINY as TINY_LOCALISER
+from tests.detection_kd.mitosis_runs import write_mitosis_set, write_some_kept
 from tests.mil.conftest import write_cohort
 from tests.patch_encoder.prototypes.region_cohort import region_inputs
 from tests.training_harness import Pair, Row
 
 DETECTOR, D2VFM, MIL = "detection_kd.train_detector", "detection_kd.train_d2vfm", "mil.train"
+MITOSIS = "detection_kd.train_mitosis"
 PRETRAIN, SLPD = "patch_encoder.pretrain_dino", "patch_encoder.pretrain_slpd"
 
 
@@ -162,6 +165,70 @@ D2VFM_ROWS = [
         settings=(*AUGMENTED, "epochs=3"),
         kill_at=1,
         pair=Pair((*AUGMENTED, "extra.distance=1"), close={"loss": 1e-4}, weights=(1e-3, 1e-5)),
+    ),
+]
+
+
+# -- detection_kd.train_mitosis
+
+
+def mitosis_inputs(folder: Path) -> list[str]:
+    """Ten cases with two fields each, and the small network with settings that learn in seconds."""
+    return [*write_mitosis_set(folder), *TINY_LOCALISER]
+
+
+def kept_inputs(folder: Path) -> list[str]:
+    """The same, with a table of a filter that dropped, relabelled and weighted tiles."""
+    inputs = mitosis_inputs(folder)
+    return [*inputs, f"kept={write_some_kept(inputs, folder / 'kept')}"]
+
+
+MITOSIS_ROWS = [
+    Row(
+        "mitosis localiser",
+        MITOSIS,
+        MITOSIS,
+        mitosis_inputs,
+        settings=("epochs=4",),
+        kill_at=9,
+        learns=("loss", 0.3),
+        # every step has 8 tiles per process; the location term is a mean over positives of both
+        pair=Pair(
+            ("epochs=2", "location.kind=l2"),
+            alone=("workers=1",),
+            close={"loss": 1e-4, "bag_loss": 1e-4, "location_loss": 1e-4, "redrawn": 0.0},
+            first={"loss": 1e-6},
+            weights=(1e-2, 1e-3),
+        ),
+    ),
+    # killed inside an epoch; workers, batch norm, and all that is drawn for a batch
+    Row(
+        "mitosis student with every switch",
+        MITOSIS,
+        MITOSIS,
+        kept_inputs,
+        settings=(
+            "epochs=3",
+            "workers=2",
+            "network.norm=batch",
+            "network.pooling=lse",
+            "network.enlarged=true",
+            "location.kind=lb",
+            "location.margin=4",
+            "augmentation.rotation=90",
+            "augmentation.elastic=2",
+            "augmentation.elastic_spacing=16",
+            "augmentation.stain=0.05",
+            "augmentation.colour=0.1",
+            "stain=macenko",
+            "stain_scope=tile",
+            "overlap=0.25",
+            "schedule=cosine",
+            "warmup_steps=5",
+            "clip_norm=1",
+            "eval_every=2",
+        ),
+        kill_at=9,
     ),
 ]
 
@@ -327,4 +394,4 @@ SLPD_ROWS = [
     ),
 ]
 
-ROWS = [*DETECTOR_ROWS, *D2VFM_ROWS, *MIL_ROWS, *PRETRAIN_ROWS, *SLPD_ROWS]
+ROWS = [*DETECTOR_ROWS, *D2VFM_ROWS, *MITOSIS_ROWS, *MIL_ROWS, *PRETRAIN_ROWS, *SLPD_ROWS]

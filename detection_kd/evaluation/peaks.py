@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
+FLOOR = 0.01  # least probability of a candidate
 NEIGHBOURS = np.ones((3, 3), int)  # cells that touch at a corner are connected
 
 

@@ -15,7 +15,7 @@ from patch_encoder.slides import Slide, open_slide
 from patch_encoder.slides.openslide_file import OpenSlideFile
 from patch_encoder.slides.tiff_file import CACHED_BYTES
 
-MOST_BYTES, MOST_FILES = 384 * 2**20, 32  # of a process
+MOST_BYTES, MOST_FILES = 256 * 2**20, 32  # of a process
 OPENSLIDE_BYTES = 32 * 2**20  # OpenSlide's own cache of each slide
 
 

@@ -9,9 +9,9 @@ procedure of UTS, to one grey level.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from patch_encoder.stain.macenko import (
     normalise_macenko,
 )
 from patch_encoder.stain.normaliser import SCOPES, convert_to_tensor, read_target
+from patch_encoder.tiles.coordinates import TileGeometry
 
 logger = logging.getLogger(__name__)
 STAINS = ("none", "macenko", "histogram", "histogram_macenko")
@@ -52,8 +53,23 @@ class FieldStainKeys:
         "", "picture of H&E whose stain the tiles get; empty: a common reference", path=True
     )
     stain_scope: str = key(
-        "slide", "stain statistics of the field (16 of its tiles), or of each tile", choices=SCOPES
+        "slide",
+        "stain statistics of the whole slide, or of each tile; a field counts as a slide, and 16 "
+        "of its tiles are measured",
+        choices=SCOPES,
     )
+
+
+class ReadableTiles(Protocol):
+    """What it takes to read tiles of a field anywhere in it."""
+
+    geometries: list[TileGeometry]
+    side: int
+
+    def read_plain(
+        self, number: int, corner: np.ndarray | Sequence[int]
+    ) -> UInt8[np.ndarray, "s s 3"]:
+        """A tile of field `number` in the field's own colours."""
 
 
 class SourceStain(NamedTuple):
@@ -191,7 +207,7 @@ def normalise_tiles(tiles: FieldTiles, stain: FieldStain | None) -> FieldTiles:
     return chosen
 
 
-def sample_pixels(tiles: FieldTiles, number: int) -> UInt8[np.ndarray, "h w 3"] | None:
+def sample_pixels(tiles: ReadableTiles, number: int) -> UInt8[np.ndarray, "h w 3"] | None:
     """Pixels of up to SAMPLE tiles of a field that have tissue; None where none has.
 
     They follow from the field and the tiles' side and resolution alone: whichever of its tiles are

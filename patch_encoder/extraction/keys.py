@@ -54,7 +54,9 @@ class StainKeys:
         "", "picture of H&E whose stain the tiles get; empty: a common reference", path=True
     )
     stain_scope: str = key(
-        "slide", "stain statistics of the slide (64 of its tiles), or of each tile", choices=SCOPES
+        "slide",
+        "stain statistics of the whole slide, or of each tile; 64 of a slide's tiles are measured",
+        choices=SCOPES,
     )
 
 
@@ -107,7 +109,7 @@ class FeatureKeys(StainKeys, ExtractionKeys):
     max_bad_tiles: float = key(
         0.0, "largest share of a slide's tiles that may be unreadable; the bag is then without them"
     )
-    stain: str = key("none", "stain normalisation of the tiles before the encoder", choices=KINDS)
+    stain: str = key("none", "stain normalisation of the tiles; before the encoder", choices=KINDS)
     compile: bool = key(
         False,
         "compile the network with torch.compile; a minute at the start, faster from then on",

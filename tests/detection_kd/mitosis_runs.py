@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from common.config import load_config
-from detection_kd.train_mitosis import Config, main
+from detection_kd.evaluation.hard_samples import Filtering
+from detection_kd.evaluation.kept_tiles import describe_tiles, write_kept
+from detection_kd.train_mitosis import Config, main, read_tiles
 from tests.helpers import write_pyramid
 
 SIDE, MPP = 96, 0.5
@@ -79,3 +81,31 @@ def train(inputs: list[str], output: Path, *settings: str) -> Path:
     given = [*inputs, *TINY, *settings, f"output={output}"]
     assert main(load_config(Config, given)) == 0
     return output
+
+
+def configure(inputs: list[str], *settings: str) -> Config:
+    """The configuration of a training that is not started."""
+    return load_config(Config, [*inputs, *TINY, "output=unused", *settings])
+
+
+def write_kept_table(folder: Path, config: Config, **changes: np.ndarray) -> Path:
+    """A kept.csv of all training tiles, with some arrays of the filter replaced."""
+    tiles = read_tiles(config, None)[0]
+    count = len(tiles)
+    plain = {"keep": np.ones(count, bool), "weights": np.ones(count), "labels": tiles.labels}
+    filtering = Filtering(**{**plain, **changes}, reasons=[""] * count)
+    provenance = {"data": describe_tiles(tiles), "teachers": {}}
+    write_kept(folder, tiles, np.full(count, 0.5), filtering, provenance)
+    return folder / "kept.csv"
+
+
+def write_some_kept(inputs: list[str], folder: Path) -> Path:
+    """A table that drops every fifth tile, relabels every eleventh and weighs all by their place,
+    for tiles that overlap by a quarter.
+    """
+    config = configure(inputs, "overlap=0.25")
+    labels = read_tiles(config, None)[0].labels
+    numbers = np.arange(len(labels))
+    changes = {"keep": numbers % 5 > 0, "weights": np.linspace(0.5, 1, len(labels))}
+    changes["labels"] = np.where(numbers % 11 == 3, 1 - labels, labels)
+    return write_kept_table(folder, config, **changes)

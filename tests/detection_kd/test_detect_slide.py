@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from common.cli import run
 from detection_kd import detect_slide
-from detection_kd.datasets.slide_detections import (
+from detection_kd.models.deformable_transformer import Detections
+from detection_kd.whole_slides.slide_detections import (
     FoundBoxes,
     TileDetections,
     choose_own,
     find_own_part,
     merge_detections,
 )
-from detection_kd.models.deformable_transformer import Detections
 from patch_encoder import tile_slides
 from patch_encoder.tiles.coordinates import (
     Coordinates,

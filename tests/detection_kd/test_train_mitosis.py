@@ -10,12 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from common.config import load_config
 from common.distributed import World
 from common.errors import UserError
 from detection_kd import train_mitosis
-from detection_kd.evaluation.hard_samples import Filtering
-from detection_kd.evaluation.kept_tiles import describe_tiles, write_kept
 from detection_kd.evaluation.point_metrics import Operating, compute_rates, count_fields
 from detection_kd.evaluation.tile_predictions import find_field_detections, predict_tiles
 from detection_kd.fields import open_fields
@@ -23,9 +20,15 @@ from detection_kd.fields.augmentation import PointAugmentationKeys, augment_tile
 from detection_kd.fields.tile_loader import make_tile_loader
 from detection_kd.mitosis_sets import keys
 from detection_kd.models.cam import load_localiser
-from detection_kd.train_mitosis import Config, open_job, read_tiles
+from detection_kd.train_mitosis import open_job, read_tiles
 from patch_encoder.slides import open_slide
-from tests.detection_kd.mitosis_runs import SPLIT, TINY, train, write_mitosis_set
+from tests.detection_kd.mitosis_runs import (
+    SPLIT,
+    configure,
+    train,
+    write_kept_table,
+    write_mitosis_set,
+)
 from tests.training_harness import read_epochs
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -41,11 +44,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def run(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished teacher."""
     return train(inputs, tmp_path_factory.mktemp("teacher") / "run", "epochs=2")
-
-
-def configure(inputs: list[str], *settings: str, output: str = "unused") -> Config:
-    """The configuration of a training that is not started."""
-    return load_config(Config, [*inputs, *TINY, *settings, f"output={output}"])
 
 
 def test_it_finds_mitoses_whose_positions_it_was_never_told(run: Path) -> None:
@@ -116,25 +114,13 @@ def test_the_location_term_is_part_of_the_loss(
     assert line["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def write_table(folder: Path, config: Config, **changes: np.ndarray) -> Path:
-    """A kept.csv of all training tiles, with some arrays of the filter replaced."""
-    tiles = read_tiles(config, None)[0]
-    count = len(tiles)
-    plain = {"keep": np.ones(count, bool), "weights": np.ones(count), "labels": tiles.labels}
-    filtering = Filtering(**{**plain, **changes}, reasons=[""] * count)
-    folder.mkdir(exist_ok=True)
-    provenance = {"data": describe_tiles(tiles), "teachers": {}}
-    write_kept(folder, tiles, np.full(count, 0.5), filtering, provenance)
-    return folder / "kept.csv"
-
-
 def test_the_student_trains_on_what_the_filter_left(inputs: list[str], tmp_path: Path) -> None:
     config = configure(inputs)
     tiles = read_tiles(config, None)[0]
     keep = np.arange(len(tiles)) % 3 > 0
     labels = np.where(np.arange(len(tiles)) == 1, 1 - tiles.labels, tiles.labels)
     weights = np.linspace(0.1, 1, len(tiles))
-    table = write_table(tmp_path / "kept", config, keep=keep, labels=labels, weights=weights)
+    table = write_kept_table(tmp_path / "kept", config, keep=keep, labels=labels, weights=weights)
     student = read_tiles(configure(inputs, f"kept={table}"), None)[0]
     chosen = np.flatnonzero(keep)
     assert student.sample_ids == [tiles.sample_ids[tile] for tile in chosen]
@@ -156,7 +142,7 @@ def test_pseudo_labels_act_although_labels_follow_positions(
     )
     labels = tiles.labels.copy()
     labels[changed] = 1 - labels[changed]
-    table = write_table(tmp_path / "kept", config, labels=labels)
+    table = write_kept_table(tmp_path / "kept", config, labels=labels)
     student = read_tiles(configure(inputs, f"kept={table}"), None)[0]
     order = np.array([*changed, *np.flatnonzero(tiles.labels == 1)[3:6]])
     (batch,) = make_tile_loader(student, order, len(order), ONE)
@@ -168,7 +154,7 @@ def test_pseudo_labels_act_although_labels_follow_positions(
 def test_soft_weights_act(inputs: list[str], tmp_path: Path) -> None:
     """Tiles of weight 0 do not change the network."""
     config = configure(inputs)
-    table = write_table(
+    table = write_kept_table(
         tmp_path / "kept", config, weights=np.zeros(len(read_tiles(config, None)[0]))
     )
     line = read_epochs(train(inputs, tmp_path / "run", f"kept={table}", "epochs=1"))[0]
@@ -178,7 +164,7 @@ def test_soft_weights_act(inputs: list[str], tmp_path: Path) -> None:
 def test_cases_left_out_are_in_the_checkpoint(inputs: list[str], tmp_path: Path) -> None:
     seen = []
     for part in ("1/3", "2/3", "3/3"):
-        job = open_job(configure(inputs, f"leave_out={part}", output=f"{tmp_path}/{part[0]}"), ONE)
+        job = open_job(configure(inputs, f"leave_out={part}", f"output={tmp_path}/{part[0]}"), ONE)
         out = job.described["left_out"]
         assert len(out) == 2 and not {field.case for field in job.train.fields} & set(out)
         seen += out
@@ -186,7 +172,7 @@ def test_cases_left_out_are_in_the_checkpoint(inputs: list[str], tmp_path: Path)
 
 
 def test_a_kept_table_of_other_data_or_tiles_is_refused(inputs: list[str], tmp_path: Path) -> None:
-    table = write_table(tmp_path / "kept", configure(inputs))
+    table = write_kept_table(tmp_path / "kept", configure(inputs))
     with pytest.raises(
         UserError, match=r"other training tiles: .*side 32 -> 48.*run filter_samples"
     ):
@@ -201,7 +187,7 @@ def test_a_kept_table_of_other_data_or_tiles_is_refused(inputs: list[str], tmp_p
 def test_a_kept_table_whose_teacher_has_changed_is_refused(
     inputs: list[str], tmp_path: Path
 ) -> None:
-    table, teacher = write_table(tmp_path / "kept", configure(inputs)), tmp_path / "teacher.pt"
+    table, teacher = write_kept_table(tmp_path / "kept", configure(inputs)), tmp_path / "teacher.pt"
     teacher.write_text("new")
     record = table.with_name("kept.json")
     content = json.loads(record.read_text()) | {"teachers": {str(teacher): "0" * 64}}
@@ -215,7 +201,7 @@ def test_a_kept_table_whose_teacher_has_changed_is_refused(
 def test_a_kept_table_that_was_edited_or_has_no_record_is_refused(
     inputs: list[str], tmp_path: Path
 ) -> None:
-    table = write_table(tmp_path / "kept", configure(inputs))
+    table = write_kept_table(tmp_path / "kept", configure(inputs))
     table.write_text(table.read_text() + "more\n")
     with pytest.raises(UserError, match="expected the table that kept.json describes"):
         read_tiles(configure(inputs, f"kept={table}"), None)
@@ -229,7 +215,7 @@ def test_a_kept_table_that_was_edited_or_has_no_record_is_refused(
 def keep_class(label: int, inputs: list[str], folder: Path) -> Path:
     """A table that keeps one class only."""
     config = configure(inputs)
-    return write_table(folder, config, keep=read_tiles(config, None)[0].labels == label)
+    return write_kept_table(folder, config, keep=read_tiles(config, None)[0].labels == label)
 
 
 @pytest.mark.parametrize(("label", "found"), [(0, "0 with and"), (1, "0 without")])
@@ -289,6 +275,6 @@ def test_fields_of_unknown_resolution_are_refused(tmp_path: Path) -> None:
 def test_a_student_of_the_same_tiles_is_another_run(
     inputs: list[str], run: Path, tmp_path: Path
 ) -> None:
-    table = write_table(tmp_path / "kept", configure(inputs))
+    table = write_kept_table(tmp_path / "kept", configure(inputs))
     with pytest.raises(UserError, match="holds another run: inputs.kept"):
         train(inputs, run, "epochs=2", f"kept={table}")

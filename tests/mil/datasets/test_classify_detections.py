@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from common.cli import run as run_script
 from common.config import load_config
 from common.errors import UserError
-from detection_kd.datasets.slide_detections import FoundBoxes, make_detections_document
+from detection_kd.whole_slides.slide_detections import FoundBoxes, make_detections_document
 from mil import evaluate, heatmap, make_splits, report
 from mil.benchmark import Config as BenchmarkConfig
 from mil.benchmark import main as run_benchmark

@@ -84,6 +84,31 @@ def choose_own(found: FoundBoxes, part: Int[np.ndarray, " 4"]) -> TileDetections
     return TileDetections(FoundBoxes(*(values[kept] for values in found)), ~inside[kept])
 
 
+class BoxCollector:
+    """Collects the boxes of one slide's tiles, which come in order (`tile_pass.TileCollector`).
+
+    Args:
+        coordinates: of the slide's tiles.
+        iou: overlap above which the weaker of two boxes of a class goes.
+    """
+
+    def __init__(self, coordinates: Coordinates, iou: float) -> None:
+        self.coordinates, self.iou = coordinates, iou
+        self.own = find_own_part(coordinates)
+        self.tiles: list[TileDetections] = []
+
+    def add(self, found: FoundBoxes) -> None:
+        """Detections of the next tile, in level-0 px of the tile."""
+        number = len(self.tiles)
+        kept, shared = choose_own(found, self.own[number])
+        corner = np.tile(self.coordinates.coords[number], 2).astype(np.float32)
+        self.tiles.append(TileDetections(kept._replace(boxes=kept.boxes + corner), shared))
+
+    def merge(self) -> FoundBoxes:
+        """The detections of the slide, in its level-0 px."""
+        return merge_detections(self.tiles, self.iou)
+
+
 def merge_detections(tiles: list[TileDetections], iou: float) -> FoundBoxes:
     """Detections of all tiles of a slide, xyxy in level-0 px of the slide, suppressed within each
     class, by falling score.

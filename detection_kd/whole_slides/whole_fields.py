@@ -1,0 +1,74 @@
+"""Tiles that cover all of a picture or slide: fields of which nobody has tiled the tissue."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from common.errors import UserError
+from detection_kd.fields.tiling import place_tiles
+from patch_encoder.cohort.failures import Failures
+from patch_encoder.cohort.selection import Selection
+from patch_encoder.cohort.shards import Shard
+from patch_encoder.cohort.slide_files import find_cohort
+from patch_encoder.slides import open_slide
+from patch_encoder.slides.names import check_fingerprint
+from patch_encoder.tiles.coordinates import Coordinates, SlideJob
+from patch_encoder.tiles.grid import make_tile_geometry
+
+
+@dataclass(frozen=True)
+class FieldTiling:
+    """How fields are tiled.
+
+    Attributes:
+        side: of a tile as it is read, px at `mpp`.
+        mpp: um per px of the tiles; None: each field's own.
+        overlap: share of the side that neighbours have in common.
+        given_mpp: um per px of the fields, over what they say themselves.
+        mpps: the same of single ones.
+    """
+
+    side: int
+    mpp: float | None
+    overlap: float
+    given_mpp: float | None
+    mpps: Mapping[str, float | None]
+
+
+def find_field_jobs(
+    slides: str,
+    labels: str,
+    tiling: FieldTiling,
+    failures: Failures,
+    shard: Shard,
+    selection: Selection,
+) -> list[SlideJob]:
+    """One job per field, whose tiles cover its last pixel; the others are entered in `failures`."""
+    cohort = find_cohort(slides, labels, selection, pictures=True)
+    jobs, problems = [], dict(cohort.problems)
+    for slide_id, path in cohort.slides.items():
+        try:
+            mpp = cohort.mpps.get(slide_id) or tiling.mpps.get(slide_id) or tiling.given_mpp
+            with open_slide(path, mpp) as slide:
+                geometry = make_tile_geometry(slide, tiling.side, tiling.mpp, tiling.overlap)
+                mpp = slide.mpp
+        except UserError as error:
+            problems[slide_id] = str(error)
+            continue
+        size = (geometry.level0_width, geometry.level0_height)
+        corners = place_tiles(*size, geometry.patch_size_level0, geometry.step)
+        jobs.append(SlideJob(slide_id, path, Coordinates(corners, geometry), mpp))
+    if shard.index == 1:  # once, not in every part
+        failures.add_all(problems)
+    return list(_add_fingerprints(shard.select(jobs), failures))
+
+
+def _add_fingerprints(jobs: list[SlideJob], failures: Failures) -> Iterator[SlideJob]:
+    for job in jobs:
+        try:
+            fingerprint = check_fingerprint(job.path, "", "its tiles")
+        except UserError as error:
+            failures.add(job.slide_id, str(error))
+            continue
+        yield SlideJob(job.slide_id, job.path, job.coordinates, job.mpp, fingerprint)

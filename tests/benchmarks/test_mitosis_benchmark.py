@@ -1,0 +1,39 @@
+"""The benchmark of the way into a mitosis training, at small sizes: every contestant has figures,
+ours shows the pixels of UTS, and the training's memory is that of its process.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import mitosis
+
+
+def test_contestants_have_figures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"rounds": 1, "tiles": 2, "side": 64, "reference": 1500}
+    numbers = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["mitosis", "--parts", "stain", *numbers, "--json"])
+    mitosis.main()
+    found = json.loads(capsys.readouterr().out)["stain"]
+    assert found["grey levels apart"] <= 1
+    assert len(found["rows"]) == 4 and found["rows"][mitosis.ORIGINAL]["ratio"] == 1
+    assert all(row["tiles/s"] > 0 for row in found["rows"].values())
+
+
+@pytest.mark.process
+def test_memory_is_that_of_a_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"fields": 3, "width": 150, "height": 90, "side": 32, "batch": 4, "steps": 3}
+    numbers = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["mitosis", "--parts", "memory", *numbers, "--json"])
+    mitosis.main()
+    found = json.loads(capsys.readouterr().out)["memory"]
+    alone, helped = found["0 workers"], found["2 workers"]
+    assert alone["tiles"] == helped["tiles"] == 3 * 5 * 3
+    assert 100 < alone["MiB"] < helped["MiB"] < 8000

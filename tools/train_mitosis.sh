@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Train a mitosis localiser that learns only which tiles hold a mitosis (UTS): the teacher, and with KEPT of filter_samples the student.
+#   ANNOTATIONS=MIDOG.json IMAGES=images CASES=cases.csv OUTPUT=runs/uts/teacher GPUS=4 bash tools/train_mitosis.sh --config configs/uts/midog21.yaml
+#   ... KEPT=runs/uts/filter/kept.csv OUTPUT=runs/uts/student bash tools/train_mitosis.sh --config configs/uts/midog21.yaml
+# All keys: bash tools/train_mitosis.sh --help
+#   bash tools/train_mitosis.sh
+# Without arguments it runs everything on rendered fields with wrong labels in minutes on 2 CPU cores: the fields, a teacher, the filter, a
+# student. It goes to RUN (default runs/uts), and started again it goes on. ENV=active uses the active environment.
+set -euo pipefail
+
+demo() {
+  : "${RUN:=runs/uts}"
+  : "${FIELDS:=$RUN/fields}"
+  # settings for a smaller trial: RENDER="cohort_cases=15" TRAIN="epochs=1"
+  : "${RENDER:=}"
+  : "${TRAIN:=}"
+  local started=$SECONDS
+  bash "$ROOT/tools/setup.sh"
+  # shellcheck disable=SC2086
+  run_python patch_encoder.demo.render_fields output="$FIELDS" $RENDER
+  local noisy=(data.annotations="$FIELDS/MIDOG_noisy.json" data.images="$FIELDS/images" data.cases="$FIELDS/cases.csv")
+  # shellcheck disable=SC2086
+  run_python detection_kd.train_mitosis --config "$ROOT/configs/uts/demo.yaml" "${noisy[@]}" output="$RUN/teacher" $TRAIN
+  run_python detection_kd.filter_samples "${noisy[@]}" teachers="$RUN/teacher/checkpoint_best.pt" truth="$FIELDS/MIDOG.json" output="$RUN/filter"
+  # shellcheck disable=SC2086
+  run_python detection_kd.train_mitosis --config "$ROOT/configs/uts/demo.yaml" "${noisy[@]}" kept="$RUN/filter/kept.csv" output="$RUN/student" $TRAIN
+  echo "uts: $((SECONDS - started)) s; teacher: $RUN/teacher, filter: $RUN/filter/kept.csv, student: $RUN/student"
+}
+
+# shellcheck source=tools/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+if [[ $# -eq 0 && -z "${ANNOTATIONS:-}" ]]; then
+  demo
+  exit
+fi
+: "${OUTPUT:=runs/uts/teacher}"
+collect_keys data.annotations data.format data.images data.cases data.splits kept output
+run_module detection_kd.train_mitosis "${keys[@]}" "$@"
