@@ -1,7 +1,7 @@
-"""The way of annotated fields into a training: what stain normalisation costs, and what memory a
-training on all of MIDOG 2021 takes.
+"""What stain normalisation of fields costs, what memory a training on all of MIDOG 2021 takes, and
+how long a field takes from pixels to a count.
 
-    python -m benchmarks.mitosis [--parts stain memory] [--rounds 5] [--json]
+    python -m benchmarks.mitosis [--parts stain memory field] [--picture field.jpg] [--json]
 
 Stain: tiles a CPU second of UTS's procedure (scikit-image's `match_histograms` against the whole
 reference field, which it counts anew for every tile, then torchstain's Macenko), of the same
@@ -9,9 +9,14 @@ procedure with a small reference, and of ours, tile by tile and with the statist
 Ours tile by tile shows the same pixels to one grey level, which is checked. Figures are medians
 over rounds in which all take turns, ratios are taken within a round.
 
-Memory: a training of its own process on as many fields of 7,215 x 5,412 px as give 15,601 tiles of
-500 px, each a link to one file of drawn pixels, since pixels are read and dropped whatever they
-are. It counts this process and its workers. UTS keeps all tiles, as 16-bit pixels and masks.
+Memory: a training in a process of its own on as many fields of 7,215 x 5,412 px as give 15,601
+tiles of 500 px, each a link to one file, since pixels are read and dropped whatever they are. It
+counts that process and its workers, while batches are read and augmented, and with the steps of a
+small network, whose maps grow with the batch. UTS keeps all tiles, as 16-bit pixels and masks.
+
+Field: `detect_mitosis` on one field of a quarter and of the whole of this size, from the start of
+the process to the page, with the published network (a ResNet-18 up to its third stage) of
+random weights. Fields are TIFF files with tiles of 256 px, of the picture's pixels or drawn ones.
 """
 
 from __future__ import annotations
@@ -31,22 +36,29 @@ from pathlib import Path
 import numpy as np
 import tifffile
 import torch
+from PIL import Image
 from torch import nn
 
 from benchmarks.rounds import make_parser, measure_ratios, say
 from benchmarks.stain import draw
+from common.checkpoint import save_checkpoint
 from common.distributed import World
+from common.memory import peak_memory
 from common.sampling import balance_epoch
 from detection_kd.fields.augmentation import PointAugmentationKeys, augment_tiles
 from detection_kd.fields.field_tiles import FieldTiles
 from detection_kd.fields.stain import FieldColours, FieldStain
 from detection_kd.fields.tile_loader import make_tile_loader
 from detection_kd.mitosis_sets.point_set import AnnotatedField, PointSet
+from detection_kd.models.cam import LocaliserKeys, WeakLocaliser
 from patch_encoder.stain.histogram import count_levels
 from patch_encoder.stain.macenko import fit_macenko
 
 ORIGINAL, SMALL = "UTS", "UTS, reference of 1,000 px"
-PARTS = ("stain", "memory")
+PARTS = ("stain", "memory", "field")
+ROOT = Path(__file__).resolve().parents[1]
+MPP = 0.25
+CHILDREN = ("children_user", "children_system")
 WIDTH, HEIGHT, SIDE = 7215, 5412, 500  # px, of MIDOG's fields and of UTS's tiles
 MITOSES = 14  # per field
 
@@ -112,98 +124,141 @@ def clock_tiles(call: Callable[[np.ndarray], np.ndarray], tiles: list[np.ndarray
     return time.process_time() - start
 
 
-def make_fields(folder: Path, count: int, width: int, height: int) -> PointSet:
-    """`count` fields that are one file of drawn pixels, each with points of its own."""
-    pixels = make_reference(max(width, height))[:height, :width]
+def write_field(path: Path, width: int, height: int, picture: str) -> None:
+    """A field of a picture's pixels, again and again where it is smaller, or of drawn ones."""
+    part = np.asarray(Image.open(picture).convert("RGB")) if picture else make_reference(SIDE)
+    times = (-(-height // part.shape[0]), -(-width // part.shape[1]), 1)
+    tifffile.imwrite(
+        path,
+        np.tile(part, times)[:height, :width],
+        tile=(256, 256),
+        compression="jpeg",
+        photometric="rgb",
+        resolution=(1e4 / MPP, 1e4 / MPP),
+        resolutionunit="CENTIMETER",
+    )
+
+
+def make_fields(folder: Path, a: argparse.Namespace) -> PointSet:
+    """Fields that are one file, each with points of its own."""
     file = folder / "field.tiff"
-    tifffile.imwrite(file, pixels, tile=(256, 256), compression="jpeg", photometric="rgb")
+    write_field(file, a.width, a.height, a.picture)
     rng = np.random.default_rng(0)
     fields = []
-    for number in range(count):
+    for number in range(a.fields):
         path = folder / f"{number:03d}.tiff"
         path.symlink_to(file)
-        points = rng.uniform((0, 0), (width, height), (MITOSES, 2))
+        points = rng.uniform((0, 0), (a.width, a.height), (MITOSES, 2))
         labels = np.zeros(MITOSES, np.int64)
-        fields.append(AnnotatedField(path.stem, path, path.stem, "", 0.25, points, labels))
+        fields.append(AnnotatedField(path.stem, path, path.stem, "", MPP, points, labels))
     return PointSet(tuple(fields))
 
 
-def make_network() -> nn.Module:
-    """A small fully convolutional network of stride 4."""
-    widths = (3, 16, 32, 64)
-    layers = [
-        layer
-        for before, after, stride in zip(widths, widths[1:], (2, 2, 1))
-        for layer in (nn.Conv2d(before, after, 3, stride, 1), nn.ReLU())
-    ]
-    return nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 1))
-
-
 def train(a: argparse.Namespace) -> dict[str, float]:
-    """Some steps of a training on all fields; MiB of this process and its workers."""
+    """Some steps of a training on all fields; the most MiB of this process and its workers."""
     with tempfile.TemporaryDirectory() as folder:
-        tiles = FieldTiles(make_fields(Path(folder), a.fields, a.width, a.height), a.side, None)
-        network, world = make_network(), World(0, 1, torch.device("cpu"))
-        optimizer = torch.optim.AdamW(network.parameters())
+        tiles = FieldTiles(make_fields(Path(folder), a), a.side, None)
+        model = WeakLocaliser(LocaliserKeys(trunk="small", init="random"))
+        optimizer = torch.optim.AdamW(model.parameters())
         order = balance_epoch(tiles.labels, 0, 0, a.batch)[: a.steps * a.batch]
         keys = PointAugmentationKeys(rotation=90, elastic=8.5, stain=0.05, colour=0.1)
-        held, start = [], time.perf_counter()
+        most, world = 0, World(0, 1, torch.device("cpu"))
         for batch in make_tile_loader(tiles, order, a.batch, world, workers=a.workers):
             batch = augment_tiles(batch, keys, seed=0, epoch=0)
-            logits = network(batch.pixels.float() / 255).amax((1, 2, 3))
-            loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels.float())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            held.append(measure_tree() / 2**20)
+            if not a.data_alone:
+                logits = model(batch.pixels.float() / 255).bags
+                loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels.float())
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            most = max(most, measure_tree(os.getpid()))
         return {
             "tiles": len(tiles),
-            "positives": int((tiles.labels == 1).sum()),
-            "tiles/s": len(order) / (time.perf_counter() - start),
-            "MiB halfway": max(held[: len(held) // 2] or held),
-            "MiB": max(held),
-            "MiB that UTS keeps": len(tiles) * a.side**2 * (3 + 1) * 2 / 2**20,
+            "MiB": most / 2**20,
+            "MiB of this process, resident": peak_memory() / 2**20,
+            "MiB of UTS": len(tiles) * a.side**2 * (3 + 1) * 2 / 2**20,
         }
 
 
-def measure_tree() -> int:
-    """Resident bytes of this process and of those that it started; what they share counts for
-    each.
-    """
-    tasks = Path(f"/proc/{os.getpid()}/task").glob("*/children")
-    children = [pid for task in tasks for pid in task.read_text().split()]
-    kib = 0
-    for pid in (str(os.getpid()), *children):
-        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-        kib += int(found[1]) if found else 0
-    return 1024 * kib
+def measure_tree(process: int) -> int:
+    """Bytes that a process and all below it hold; pages that they share are shared out."""
+    place = Path(f"/proc/{process}")
+    try:
+        found = re.search(r"Pss:\s+(\d+) kB", (place / "smaps_rollup").read_text())
+        children = [file.read_text().split() for file in place.glob("task/*/children")]
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
+        return 0
+    own = 1024 * int(found[1]) if found else 0
+    return own + sum(measure_tree(int(child)) for part in children for child in part)
 
 
 def measure_memory(a: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """`train` in a process of its own, without and with workers that read ahead."""
-    sizes = ("fields", "width", "height", "side", "batch", "steps")
+    """`train` in processes of its own: data alone or with a network, perhaps with workers."""
+    sizes = ("fields", "width", "height", "side", "batch", "steps", "picture")
     command = [sys.executable, "-m", "benchmarks.mitosis", "--parts", "train"]
     command += [text for name in sizes for text in (f"--{name}", str(getattr(a, name)))]
     found = {}
-    for workers in (0, 2):
-        say(f"memory: a training with {workers} workers")
-        done = subprocess.run(
-            [*command, "--workers", str(workers)],
-            cwd=Path(__file__).resolve().parents[1],
-            stdout=subprocess.PIPE,
-            check=True,
-            text=True,
-        )
-        found[f"{workers} workers"] = json.loads(done.stdout)
+    half = ("--batch", str(a.batch // 2))
+    forms = {
+        f"data alone, batch of {a.batch}": ("--data-alone",),
+        f"data alone, batch of {a.batch}, 2 workers": ("--data-alone", "--workers", "2"),
+        f"with a network, batch of {a.batch // 2}": half,
+        f"with a network, batch of {a.batch // 2}, 2 workers": (*half, "--workers", "2"),
+    }
+    for name, options in forms.items():
+        say(f"memory: {name}")
+        own = [*command, *options]
+        done = subprocess.run(own, cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True)
+        found[name] = json.loads(done.stdout)
     return found
+
+
+def measure_fields(a: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Seconds and memory of `detect_mitosis` on fields of two sizes."""
+    model = WeakLocaliser(LocaliserKeys(init="random"))
+    described: dict[str, object] = {"side": a.side, "mpp": MPP, "stain": None, "threshold": 0.5}
+    found = {}
+    with tempfile.TemporaryDirectory() as name:
+        weights = Path(name) / "localiser.pt"
+        described |= model.describe()
+        save_checkpoint(weights, model=model.state_dict(), config=described, epoch=0)
+        for width, height in ((a.width // 2, a.height // 2), (a.width, a.height)):
+            say(f"field: {width} x {height} px")
+            folder = Path(name) / f"{width}x{height}"
+            (folder / "fields").mkdir(parents=True)
+            write_field(folder / "fields" / "field.tiff", width, height, a.picture)
+            found[f"{width} x {height}"] = detect(folder, weights)
+    return found
+
+
+def detect(folder: Path, weights: Path) -> dict[str, float]:
+    """One field by the script, as a user starts it."""
+    output = folder / "mitoses"
+    keys = [f"slides={folder / 'fields'}", f"localiser={weights}", f"output={output}"]
+    command = [sys.executable, "-m", "detection_kd.detect_mitosis", *keys, "precision=fp32"]
+    start, before, most = time.perf_counter(), os.times(), 0
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        while process.poll() is None:
+            most = max(most, measure_tree(process.pid))
+            time.sleep(0.2)
+    if process.returncode:
+        raise SystemExit((folder / "log").read_text())
+    seconds, used = time.perf_counter() - start, os.times()
+    cpu = sum(getattr(used, name) - getattr(before, name) for name in CHILDREN)
+    written = [output / "geojson/field.geojson", output / "midog/field.json", output / "counts.csv"]
+    assert all(file.stat().st_size for file in written)
+    return {"seconds": seconds, "CPU seconds": cpu, "MiB": most / 2**20}
 
 
 def main() -> None:
     numbers = {"rounds": 5, "tiles": 4, "side": SIDE, "reference": 5657, "threads": 1}
     numbers |= {"fields": 95, "width": WIDTH, "height": HEIGHT}
-    numbers |= {"batch": 32, "steps": 12, "workers": 0}
+    numbers |= {"batch": 32, "steps": 6, "workers": 0}
     parser = make_parser(__doc__, **numbers)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=(*PARTS, "train"))
+    parser.add_argument("--picture", default="", help="pixels of fields; empty: drawn")
+    parser.add_argument("--data-alone", action="store_true", help="train no network")
     parser.add_argument("--json", action="store_true")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
@@ -216,6 +271,8 @@ def main() -> None:
         found["stain"] = measure_stain(a.rounds, a.tiles, a.side, a.reference)
     if "memory" in a.parts:
         found["memory"] = measure_memory(a)
+    if "field" in a.parts:
+        found["field"] = measure_fields(a)
     print(json.dumps(found) if a.json else json.dumps(found, indent=2))
 
 

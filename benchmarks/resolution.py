@@ -1,8 +1,10 @@
 """What AT+ costs: its attention maps, and a student at low resolution, enlarged or as it is.
 
-    python -m benchmarks.resolution [--parts maps student] [--side 128] [--batch 16] [--rounds 5]
-        [--threads 1] [--json]
+    python -m benchmarks.resolution [--parts strides maps student] [--side 128] [--batch 16]
+        [--rounds 5] [--threads 1] [--json]
 
+- `strides`: operations of students that see their small image, with 0 to log2(ratio) strides taken
+  out of the trunk, against their teacher's; counted, nothing is timed.
 - `maps`: the maps of 4 grades from 512 channels and their gradients with respect to activations and
   weights. The original differentiates twice, grade by grade; ours is a closed form of two 1x1
   convolutions, after a ReLU of one.
@@ -26,7 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,11 +44,13 @@ from detection_kd.losses.resolution_losses import (
     feature_matching_loss,
     resolution_loss,
 )
+from detection_kd.models.grading_trunks import build_trunk, trace_shape
 from detection_kd.models.low_resolution import GradingKeys, GradingNetwork, PatchScale
 
 GRADES = ("NC", "G3", "G4", "G5")
 SHAPES = {"16 maps of 8 x 8": (16, 512, 8, 8), "4 maps of 32 x 32": (4, 512, 32, 32)}
 RATIOS = (4, 8)
+TRUNKS, FULL = ("vgg16", "tf_efficientnet_lite0"), 512
 DOUBLE, CLOSED = "double backward", "closed form"
 ORIGINAL, ENLARGED, NATIVE = "original", "enlarged", "native"
 
@@ -161,13 +165,28 @@ class Step:
         return sum(kept.values())
 
 
-def count_flops(network: GradingNetwork, pixels: Tensor) -> int:
-    """Operations of one image's way through the trunk; a product and a sum are two."""
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        network(pixels[:1])
-    # what is left of the total is the linear layer
-    return counter.get_total_flops() - 2 * network.head.weight.numel()
+def count_flops(trunk: nn.Module, side: int) -> tuple[float, int]:
+    """Operations of an image of `side` px in a trunk, in 10^9, a product and a sum being two; and
+    the side of its map.
+    """
+    with FlopCounterMode(display=False) as counter:
+        shape = trace_shape(trunk, side)
+    return counter.get_total_flops() / 1e9, shape[-1]
+
+
+def run_strides() -> Figures:
+    """Operations of native students with strides taken out of their trunks."""
+    figures = {}
+    for name in TRUNKS:
+        whole = count_flops(build_trunk(name, "random"), FULL)
+        rows = {"teacher": {"GFLOP/image": whole[0], "map": whole[1], "times less": 1.0}}
+        for ratio in RATIOS:
+            for removed in range(ratio.bit_length()):
+                flops, cells = count_flops(build_trunk(name, "random", removed), FULL // ratio)
+                row = {"GFLOP/image": flops, "map": cells, "times less": whole[0] / flops}
+                rows[f"ratio {ratio}, {removed} removed"] = row
+        figures[f"{name}, {FULL} px"] = rows
+    return figures
 
 
 def make_steps(ratio: int, side: int, batch: int) -> dict[str, Step]:
@@ -195,8 +214,9 @@ def run_students(side: int, batch: int, rounds: int) -> Figures:
         steps = make_steps(ratio, side, batch)
         rows: dict[str, dict[str, float]] = {}
         for who, step in steps.items():
+            seen = side // ratio if who == NATIVE else side
             rows[who] = {
-                "GFLOP/image": count_flops(step.student, step.reduced) / 1e9,
+                "GFLOP/image": count_flops(step.student.trunk, seen)[0],
                 "kept MiB": step.count_kept_bytes() / 2**20,
             }
 
@@ -217,6 +237,7 @@ def run_students(side: int, batch: int, rounds: int) -> Figures:
 
 
 PARTS: dict[str, Callable[[Namespace], Figures]] = {
+    "strides": lambda a: run_strides(),
     "maps": lambda a: run_maps(a.rounds),
     "student": lambda a: run_students(a.side, a.batch, a.rounds),
 }

@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from common.cli import launch
 from common.config import REQUIRED, key
 from common.errors import UserError
@@ -53,7 +55,7 @@ STAGE = "detect_mitosis"
 class Config(ExtractionKeys):
     """Keys of the detection of mitoses (`dtype` and `pt` do not matter here)."""
 
-    localiser: str = key(REQUIRED, "checkpoint of a mitosis localiser", path=True)
+    localiser: str = key(REQUIRED, "checkpoint of train_mitosis", path=True)
     coords: str = key(
         "",
         "folder of coordinates files; empty: tiles cover every slide or field to its last pixel",
@@ -68,12 +70,12 @@ class Config(ExtractionKeys):
         None, "micrometres per pixel at level 0; of slides that labels.csv does not give"
     )
     tile_size: int = key(
-        512, "side of a tile, px; at the resolution of the localiser, without coords", least=32
+        1024, "side of a tile, px; at the resolution of the localiser, without coords", least=32
     )
     overlap: float = key(
-        0.25, "share of its side that a tile has in common with its neighbour; without coords"
+        0.125, "share of its side that a tile has in common with its neighbour; without coords"
     )
-    batch_size: int = key(8, "items per step over all processes; tiles", runtime=True)
+    batch_size: int = key(4, "items per step over all processes; tiles", runtime=True)
     min_score: str = key(
         "auto",
         "detections below this score are dropped; from the counts, they stay in the files as "
@@ -89,7 +91,7 @@ class Config(ExtractionKeys):
     title: str = key("Mitoses", "title of the page", runtime=True)
 
 
-class Limits(NamedTuple):
+class MitosisLimits(NamedTuple):
     """What decides what is found, with `auto` resolved."""
 
     scale: float
@@ -98,7 +100,7 @@ class Limits(NamedTuple):
     hot_spot_shape: str
 
 
-def resolve(config: Config, description: dict[str, Any], jobs: Sequence[SlideJob]) -> Limits:
+def resolve(config: Config, description: dict[str, Any], jobs: Sequence[SlideJob]) -> MitosisLimits:
     """The keys' values for these slides, from the checkpoint where they are `auto`."""
     areas = list(config.hot_spot_mm2)
     if not areas or min(areas) <= 0:
@@ -108,7 +110,9 @@ def resolve(config: Config, description: dict[str, Any], jobs: Sequence[SlideJob
     field = {"mpp": description["mpp"], "side": description["side"], "resize": 1.0}
     scale = choose_scale("auto", field, [job.coordinates.geometry for job in jobs])
     point = {"operating_point": {"min_score": description["threshold"]}}
-    return Limits(scale, resolve_min_score(config.min_score, point), areas, config.hot_spot_shape)
+    return MitosisLimits(
+        scale, resolve_min_score(config.min_score, point), areas, config.hot_spot_shape
+    )
 
 
 def find_jobs(
@@ -163,7 +167,7 @@ def main(config: Config) -> int:
     """Detect on every slide that has no document yet; 1 when slides failed."""
     settings = config.settings()
     model, description = load_localiser(config.localiser)
-    model = model.to(settings.device).eval()
+    model = model.to(settings.device, memory_format=torch.channels_last).eval()
     output, failures = Path(config.output), Failures(STAGE, settings.shard.name)
     table = read_case_table(Path(config.cases)) if config.cases else {}
     jobs = find_jobs(config, description, table, settings, failures)

@@ -6,9 +6,9 @@
 Writes `kept.csv` with score, decision and reason of every training tile; `train_mitosis kept=`
 trains a student on it. Source: UTS (cvblab/Mitosis-UTS), which drops every tile whose annotation
 the teacher contradicts. Differences: the threshold is that of clean validation tiles unless
-`threshold=own` asks for the published one; validation tiles are not filtered; tiles may be scored
-by teachers that were not trained on them; hard tiles may also be relabelled, or all tiles weighted;
-and `mode=random` drops as many at random, which a filter has to beat.
+`teacher_threshold=own` asks for the published one; validation tiles are not filtered; tiles may be
+scored by teachers that were not trained on them; hard tiles may also be relabelled, or all tiles
+weighted; and `mode=random` drops as many at random, which a filter has to beat.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from detection_kd.evaluation.hard_samples import (
 )
 from detection_kd.evaluation.kept_tiles import describe_tiles, digest_teachers, write_kept
 from detection_kd.evaluation.tile_predictions import (
-    TilePredictions,
+    LocaliserPredictions,
     count_hits,
     measure_bags,
     predict_tiles,
@@ -54,8 +54,8 @@ from detection_kd.mitosis_sets.splits import read_sides
 from detection_kd.models.cam import WeakLocaliser, load_localiser
 
 logger = logging.getLogger(__name__)
-GEOMETRY = ("side", "mpp", "overlap")  # of the tiles of all teachers
-SETTINGS = ("criterion", "threshold", "mode", "positives_only", "seed", "split_seed")
+GEOMETRY = ("side", "target_mpp", "overlap")  # of the tiles of all teachers
+SETTINGS = ("criterion", "teacher_threshold", "mode", "positives_only", "seed", "split_seed")
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Config:
 
     output: str = key(REQUIRED, "where the results are written; kept.csv", runtime=True)
     data: MitosisSetKeys = group(MitosisSetKeys, "the annotated fields; those of the teacher")
-    split_seed: int = key(0, "seed of the split by case; that of the teacher")
+    split_seed: int = key(0, "seed of the folds; of the split by case, that of the teacher")
     teachers: list[str] = key(
         REQUIRED,
         "checkpoints of the teacher; several with leave_out=1/n, 2/n, ...: each scores the cases "
@@ -77,7 +77,7 @@ class Config:
         "its mitoses; FP: or finds something else; FP_TP: or either",
         choices=CRITERIA,
     )
-    threshold: str = key(
+    teacher_threshold: str = key(
         "validation",
         "threshold of the teacher; validation: best F1 on its validation tiles; own: best F1 on "
         "the labels that are filtered, as published",
@@ -172,7 +172,7 @@ def score_tiles(
     scorers: Int[np.ndarray, " n"],
     world: World,
     options: dict[str, Any],
-) -> TilePredictions:
+) -> LocaliserPredictions:
     """Predictions of every tile by the teacher that scores it; `options` of `predict_tiles`."""
     places, parts = [], []
     for number, teacher in enumerate(teachers):
@@ -183,7 +183,7 @@ def score_tiles(
             parts.append(predict_tiles(model, tiles.select(own), world, label=label, **options))
     back = np.argsort(np.concatenate(places))
     scores = np.concatenate([part.scores for part in parts])[back]
-    return TilePredictions(scores, np.concatenate([part.maps for part in parts])[back])
+    return LocaliserPredictions(scores, np.concatenate([part.maps for part in parts])[back])
 
 
 def find_thresholds(
@@ -196,7 +196,7 @@ def find_thresholds(
     """From which score on each tile is positive.
 
     Args:
-        rule: `threshold` of the configuration.
+        rule: `teacher_threshold` of the configuration.
         teachers, scorers: who scored each tile.
         scores, labels: of the tiles.
     """
@@ -262,7 +262,7 @@ def main(config: Config) -> int:
     options |= {"precision": precision}
     predictions = score_tiles(teachers, coloured, scorers, world, options)
     scores, labels = predictions.scores, tiles.labels
-    thresholds = find_thresholds(config.threshold, teachers, scorers, scores, labels)
+    thresholds = find_thresholds(config.teacher_threshold, teachers, scorers, scores, labels)
     check_threshold(scores, labels, thresholds)
     hits, strays = count_hits(tiles, predictions, thresholds)
     reasons = find_hard_tiles(scores, labels, thresholds, config.criterion, hits, strays)

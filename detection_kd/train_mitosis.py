@@ -48,6 +48,7 @@ from detection_kd.engine import ModelInTraining
 from detection_kd.evaluation.kept_tiles import describe_tiles, read_kept
 from detection_kd.evaluation.point_metrics import choose_threshold, compute_rates, count_fields
 from detection_kd.evaluation.tile_predictions import (
+    find_common_mpp,
     find_field_detections,
     measure_bags,
     predict_tiles,
@@ -65,7 +66,8 @@ from detection_kd.fields.training_tiles import leave_out_cases, require_both_cla
 from detection_kd.losses.location import LocationKeys, compute_location_loss
 from detection_kd.mitosis_sets.keys import MitosisSetKeys
 from detection_kd.mitosis_sets.splits import read_sides
-from detection_kd.models.cam import LocaliserKeys, WeakLocaliser, place_localiser
+from detection_kd.models.cam import LocaliserKeys, WeakLocaliser
+from detection_kd.models.normalised_network import place_network
 
 logger = logging.getLogger(__name__)
 REMEDY = "lower lr or set precision=fp32, and look at these tiles"  # of a loss that is not finite
@@ -78,7 +80,7 @@ class Config(FieldStainKeys):
 
     output: str = key(REQUIRED, "where the results are written; a run directory", runtime=True)
     data: MitosisSetKeys = group(MitosisSetKeys, "the annotated fields")
-    split_seed: int = key(0, "seed of the split by case; where the data has none of its own")
+    split_seed: int = key(0, "seed of the folds; of the split by case where the data has none")
     leave_out: str = key(
         "", "part of the training cases to leave out, as 1/3; for scores of tiles not trained on"
     )
@@ -90,9 +92,11 @@ class Config(FieldStainKeys):
         None, "micrometres per pixel of the tiles; null: level 0 as it is"
     )
     overlap: float = key(0.0, "share of its side that a tile has in common with its neighbour")
-    network: LocaliserKeys = group(LocaliserKeys, "trunk, map and pooling")
+    network: LocaliserKeys = group(LocaliserKeys, "student and teacher; trunk, map and pooling")
     location: LocationKeys = group(LocationKeys, "optional term that uses positions")
-    augmentation: PointAugmentationKeys = group(PointAugmentationKeys, "augmentation of tiles")
+    augmentation: PointAugmentationKeys = group(
+        PointAugmentationKeys, "augmentation of the training images; of tiles"
+    )
     epochs: int = key(10, "passes over the training set", least=1)
     batch_size: int = key(32, "items per step over all processes; tiles", least=1)
     lr: float = key(1e-4, "learning rate")
@@ -304,8 +308,9 @@ def open_job(config: Config, world: World) -> MitosisRun:
         inputs["stain"] = sha256_bytes(json.dumps(stain.describe()).encode())
     options = {"overwrite": config.overwrite, "tracker": config.tracker}
     run = open_run(config.output, config, world, inputs=inputs, **options)
-    described = {"side": config.tile_size, "mpp": config.target_mpp, "precision": precision}
-    described |= {"overlap": config.overlap, "stain": stain.describe() if stain else None}
+    described = {"side": config.tile_size, "mpp": find_common_mpp(train), "precision": precision}
+    described |= {"target_mpp": config.target_mpp, "overlap": config.overlap}
+    described |= {"stain": stain.describe() if stain else None}
     described |= {"left_out": left_out, "training": to_dict(config)}
     return MitosisRun(config, world, run, precision, train, val, described)
 
@@ -315,7 +320,7 @@ def prepare_training(job: MitosisRun) -> ModelInTraining:
     config, world = job.config, job.world
     plain = WeakLocaliser(config.network)
     job.described = plain.describe() | job.described
-    model = place_localiser(plain, world, compile=config.compile)
+    model = place_network(plain, world, config.network.trunk, compile=config.compile)
     optimizer = make_optimizer("adamw", plain.parameters(), config.lr, config.weight_decay)
     scaler = torch.amp.GradScaler(world.device.type, enabled=job.precision == "fp16")
     return ModelInTraining(plain, model, optimizer, None, scaler)

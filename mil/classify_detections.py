@@ -66,7 +66,9 @@ MODELS = ("topk", "logistic")
 class Config(SplitKeys):
     """Keys of slide scores from detections."""
 
-    detections: str = key(REQUIRED, "output of detect_slide (coco/<slide_id>.json)", path=True)
+    detections: str = key(
+        REQUIRED, "what was found; output of detect_slide (coco/<slide_id>.json)", path=True
+    )
     labels: str = key(
         REQUIRED, "labels.csv of the cohort; case_id,slide_id,label (and split)", path=True
     )

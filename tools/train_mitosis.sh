@@ -5,26 +5,36 @@
 # All keys: bash tools/train_mitosis.sh --help
 #   bash tools/train_mitosis.sh
 # Without arguments it runs everything on rendered fields with wrong labels in minutes on 2 CPU cores: the fields, a teacher, the filter, a
-# student. It goes to RUN (default runs/uts), and started again it goes on. ENV=active uses the active environment.
+# student, the mitoses that both find in all fields with a page, and the tables of the test fields. It goes to RUN (default runs/uts), and
+# started again it goes on. ENV=active uses the active environment.
 set -euo pipefail
 
 demo() {
   : "${RUN:=runs/uts}"
   : "${FIELDS:=$RUN/fields}"
-  # settings for a smaller trial: RENDER="cohort_cases=15" TRAIN="epochs=1"
+  # settings for a smaller trial: RENDER="cohort_cases=15 field_side=400" TRAIN="epochs=1"
   : "${RENDER:=}"
   : "${TRAIN:=}"
-  local started=$SECONDS
+  local started=$SECONDS name
   bash "$ROOT/tools/setup.sh"
   # shellcheck disable=SC2086
   run_python patch_encoder.demo.render_fields output="$FIELDS" $RENDER
-  local noisy=(data.annotations="$FIELDS/MIDOG_noisy.json" data.images="$FIELDS/images" data.cases="$FIELDS/cases.csv")
+  local fields=(data.images="$FIELDS/images" data.cases="$FIELDS/cases.csv")
+  local noisy=(data.annotations="$FIELDS/MIDOG_noisy.json" "${fields[@]}")
   # shellcheck disable=SC2086
   run_python detection_kd.train_mitosis --config "$ROOT/configs/uts/demo.yaml" "${noisy[@]}" output="$RUN/teacher" $TRAIN
-  run_python detection_kd.filter_samples "${noisy[@]}" teachers="$RUN/teacher/checkpoint_best.pt" truth="$FIELDS/MIDOG.json" output="$RUN/filter"
+  run_python detection_kd.filter_samples "${noisy[@]}" teachers="$RUN/teacher/checkpoint_best.pt" truth="$FIELDS/MIDOG.json" \
+    output="$RUN/filter"
   # shellcheck disable=SC2086
-  run_python detection_kd.train_mitosis --config "$ROOT/configs/uts/demo.yaml" "${noisy[@]}" kept="$RUN/filter/kept.csv" output="$RUN/student" $TRAIN
-  echo "uts: $((SECONDS - started)) s; teacher: $RUN/teacher, filter: $RUN/filter/kept.csv, student: $RUN/student"
+  run_python detection_kd.train_mitosis --config "$ROOT/configs/uts/demo.yaml" "${noisy[@]}" kept="$RUN/filter/kept.csv" \
+    output="$RUN/student" $TRAIN
+  for name in teacher student; do
+    run_python detection_kd.detect_mitosis slides="$FIELDS/images" localiser="$RUN/$name/checkpoint_best.pt" cases="$FIELDS/cases.csv" \
+      output="$RUN/$name-mitoses"
+    run_python detection_kd.evaluate_mitosis data.annotations="$FIELDS/MIDOG.json" "${fields[@]}" detections="$RUN/$name-mitoses" \
+      output="$RUN/$name-test"
+  done
+  echo "uts: $((SECONDS - started)) s; page: $RUN/student-mitoses/mitoses.html, tables: $RUN/{teacher,student}-test, filter: $RUN/filter/kept.csv"
 }
 
 # shellcheck source=tools/lib.sh

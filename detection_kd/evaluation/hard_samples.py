@@ -20,7 +20,7 @@ from common.errors import UserError
 
 CRITERIA = ("bag", "TP", "FP", "FP_TP")
 MODES = ("drop", "relabel", "soft", "random")
-LEAST_LEFT = 0.02  # share of a class that a filter has to leave
+LEAST_LEFT = 0.1  # share of a class that a filter has to leave
 MISSED, FALSE_ALARM = "teacher says negative", "teacher says positive"
 OFF_TARGET, STRAY = "no detection on an annotated mitosis", "a detection off every mitosis"
 AT_RANDOM = "dropped at random"
@@ -138,8 +138,9 @@ def check_classes(labels: Int[np.ndarray, " n"], left: Int[np.ndarray, " m"]) ->
         before, after = int((labels == label).sum()), int((left == label).sum())
         if after < max(1, LEAST_LEFT * before):
             raise UserError(
-                f"filter: would leave {after} of {before} {name} tiles; use threshold=validation, "
-                "positives_only=true or mode=soft, or train the teacher longer"
+                f"filter: would leave {after} of {before} {name} tiles; use "
+                "teacher_threshold=validation, positives_only=true or mode=soft, or train the "
+                "teacher longer"
             )
 
 
@@ -157,7 +158,7 @@ def check_threshold(
     if called > (1 - LEAST_LEFT) * negatives.sum():
         raise UserError(
             f"threshold: the teacher calls {called} of {negatives.sum()} negative tiles positive "
-            "with it; use threshold=validation, or train the teacher longer"
+            "with it; use teacher_threshold=validation, or train the teacher longer"
         )
 
 

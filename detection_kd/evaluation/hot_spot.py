@@ -62,7 +62,7 @@ class HotSpot:
         return np.array(self.centre) + half * signs
 
 
-class Limits(NamedTuple):
+class CentreLimits(NamedTuple):
     """Where the centre of a window may be: a rectangle, perhaps a line, a point or the plane."""
 
     low: Float[np.ndarray, " 2"]
@@ -108,17 +108,17 @@ def is_inside(points: Points, centre: np.ndarray, sides: np.ndarray, shape: str)
     return (np.hypot(*away.T) if shape == "circle" else away.max(1)) <= 1 + SLACK
 
 
-def _limit_centre(sides: np.ndarray, extent: tuple[float, float] | None) -> Limits:
+def _limit_centre(sides: np.ndarray, extent: tuple[float, float] | None) -> CentreLimits:
     if extent is None:
-        return Limits(np.full(2, -np.inf), np.full(2, np.inf))
+        return CentreLimits(np.full(2, -np.inf), np.full(2, np.inf))
     size = np.array(extent, np.float64)
     low = np.minimum(sides, size) / 2
-    return Limits(
+    return CentreLimits(
         np.where(sides > size, size / 2, low), np.where(sides > size, size / 2, size - low)
     )
 
 
-def _search_circles(points: Points, radius: float, limits: Limits) -> Float[np.ndarray, " 2"]:
+def _search_circles(points: Points, radius: float, limits: CentreLimits) -> Float[np.ndarray, " 2"]:
     """Centre of a circle of this radius with the most points, its centre within the limits."""
     best, centre = _slide_along_limits(points, radius, limits)
     if not len(points):
@@ -136,7 +136,7 @@ def _search_circles(points: Points, radius: float, limits: Limits) -> Float[np.n
 
 
 def _turn_around(
-    point: np.ndarray, near: Points, radius: float, limits: Limits
+    point: np.ndarray, near: Points, radius: float, limits: CentreLimits
 ) -> tuple[int, Float[np.ndarray, " 2"]]:
     """Most points of a circle through `point`, whose centre lies within the limits, and its centre.
 
@@ -169,7 +169,7 @@ def _turn_around(
 
 
 def _slide_along_limits(
-    points: Points, radius: float, limits: Limits
+    points: Points, radius: float, limits: CentreLimits
 ) -> tuple[int, Float[np.ndarray, " 2"]]:
     """Most points of a circle whose centre lies on the limits' border, and its centre."""
     if not np.isfinite(limits.low).all():
@@ -191,7 +191,7 @@ def _slide_along_limits(
     return best, centre
 
 
-def _search_rectangles(points: Points, sides: np.ndarray, limits: Limits) -> np.ndarray:
+def _search_rectangles(points: Points, sides: np.ndarray, limits: CentreLimits) -> np.ndarray:
     """Centre of an upright rectangle of these sides with the most points.
 
     A rectangle can be moved right and down, without losing a point, until its left and upper side

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.spatial import cKDTree
-from scipy.spatial.distance import cdist
 
 RADIUS_UM = 7.5
 EPSILON = 1e-3  # added to the denominators of the published metric
@@ -55,23 +54,6 @@ def match_points(found: Points, truth: Truth, radius: float = RADIUS_UM) -> Pair
     left, right = linear_sum_assignment(cost)
     near = cost[left, right] <= radius
     return np.stack([rows[left[near]], columns[right[near]]], 1)
-
-
-def match_greedily(
-    found: Points, truth: Truth, scores: Float[np.ndarray, " n"], radius: float = RADIUS_UM
-) -> Pairs:
-    """Let the detections choose, the surest first: each takes the nearest figure that is left.
-
-    Arguments and result as of `match_points`, which never finds fewer pairs.
-    """
-    free, pairs = np.ones(len(truth), bool), []
-    distances = cdist(found, truth)
-    for index in np.argsort(-scores, kind="stable"):
-        near = np.where(free & (distances[index] <= radius), distances[index], np.inf)
-        if near.size and np.isfinite(near.min()):
-            free[near.argmin()] = False
-            pairs.append((index, near.argmin()))
-    return np.array(sorted(pairs), np.int64).reshape(-1, 2)
 
 
 def find_hits(

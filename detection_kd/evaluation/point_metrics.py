@@ -30,7 +30,7 @@ class ScoredField:
 
     Attributes:
         field_id, case, scanner: of the field.
-        area_mm2: of the field, for rates per mm2.
+        area_mm2: of the field, for rates per mm2; NaN: unknown, and they are NaN, too.
         found: (x, y) of the detections, um.
         scores: of the detections, 0..1.
         truth: (x, y) of the annotated mitoses, um.
@@ -142,7 +142,8 @@ class DetectionCurve(NamedTuple):
     def sensitivity_at(self, rate: float) -> np.ndarray:
         """The greatest recall of any cut with at most `rate` false positives per mm2, (B,)."""
         allowed = self.false <= rate * self.area + 1e-9
-        return ratio((self.hits * allowed).max(1), self.truth[:, 0])
+        recall = ratio((self.hits * allowed).max(1), self.truth[:, 0])
+        return np.where(np.isnan(self.area[:, 0]), np.nan, recall)
 
     def froc(self) -> np.ndarray:
         """Mean recall at `RATES` false positives per mm2, (B,)."""
@@ -234,11 +235,11 @@ def measure_groups(
 
 def transfer_thresholds(
     fields: Sequence[ScoredField], radius: float = RADIUS_UM
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """F1 on the fields of each scanner at the threshold that is best on those of another.
 
     Returns:
-        Scanner that the threshold was chosen on -> `threshold` and the F1 on every scanner.
+        Scanner that it was chosen on -> `threshold`, and `f1` by scanner.
     """
     scanners = sorted({field.scanner for field in fields})
     groups = {name: [field for field in fields if field.scanner == name] for name in scanners}
@@ -249,5 +250,5 @@ def transfer_thresholds(
             other: float(compute_rates(count_fields(rest, threshold, radius=radius).sum(0))["f1"])
             for other, rest in groups.items()
         }
-        table[name] = {"threshold": threshold} | f1
+        table[name] = {"threshold": threshold, "f1": f1}
     return table

@@ -20,17 +20,15 @@ from common.distributed import World, gather_objects
 from common.errors import UserError
 from common.metrics.ranking import binary_auc, counts_above
 from common.progress import progress
-from detection_kd.evaluation.peaks import find_candidates, find_peaks, suppress_points
+from detection_kd.evaluation.peaks import FLOOR, find_candidates, find_peaks, suppress_points
 from detection_kd.evaluation.point_matching import RADIUS_UM, count_one_to_one
 from detection_kd.evaluation.point_metrics import ScoredField
 from detection_kd.fields.field_tiles import FieldTiles
 from detection_kd.fields.tile_loader import make_tile_loader
 
-FLOOR = 0.01  # least probability of a candidate
-
 
 @dataclass(frozen=True)
-class TilePredictions:
+class LocaliserPredictions:
     """Predictions for tiles, in their order.
 
     Attributes:
@@ -52,7 +50,7 @@ def predict_tiles(
     precision: str,
     workers: int,
     label: str,
-) -> TilePredictions:
+) -> LocaliserPredictions:
     """Predict all tiles; every process predicts its share and gets the predictions of all.
 
     Args:
@@ -78,10 +76,14 @@ def predict_tiles(
     parts: Any = gather_objects((np.concatenate(samples), bags, maps))
     place = np.argsort(np.concatenate([part[0] for part in parts]))
     scores = np.concatenate([bag for part in parts for bag in part[1]])[place]
-    return TilePredictions(scores, np.concatenate([m for part in parts for m in part[2]])[place])
+    return LocaliserPredictions(
+        scores, np.concatenate([m for part in parts for m in part[2]])[place]
+    )
 
 
-def find_field_detections(tiles: FieldTiles, predictions: TilePredictions) -> list[ScoredField]:
+def find_field_detections(
+    tiles: FieldTiles, predictions: LocaliserPredictions
+) -> list[ScoredField]:
     """Candidates of every field with its annotated mitoses, in um; what neighbouring tiles both
     see counts once.
 
@@ -107,7 +109,7 @@ def find_field_detections(tiles: FieldTiles, predictions: TilePredictions) -> li
 
 
 def count_hits(
-    tiles: FieldTiles, predictions: TilePredictions, thresholds: Float[np.ndarray, " n"]
+    tiles: FieldTiles, predictions: LocaliserPredictions, thresholds: Float[np.ndarray, " n"]
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
     """For each tile, detections on annotated mitoses and detections elsewhere, one to one.
 
@@ -137,6 +139,12 @@ def find_tile_mpp(tiles: FieldTiles, tile: int) -> float:
     """Um per px of a tile as it is read."""
     number = int(tiles.field[tile])
     return find_mpp(tiles, number) * tiles.geometries[number].patch_size_level0 / tiles.side
+
+
+def find_common_mpp(tiles: FieldTiles) -> float:
+    """Um per px that tiles are read at: the median, where fields are read as they are."""
+    scanned = [find_mpp(tiles, number) for number in range(len(tiles.fields))]
+    return float(np.median(scanned)) if tiles.mpp is None else tiles.mpp
 
 
 def measure_bags(

@@ -43,6 +43,8 @@ from patch_encoder.stain.optical_density import recolour, round_to_pixels
 SYMMETRY, WARP, LATTICE, STAIN, COLOUR = range(5)  # purposes of draws
 WARPED = 0.5  # share of the tiles
 ATTEMPTS = 8
+ADJUSTMENTS = (adjust_brightness, adjust_contrast, adjust_saturation)
+TOGETHER = 8  # tiles whose colours change at a time
 
 
 @dataclass
@@ -130,9 +132,10 @@ def augment_tiles(
     if keys.warps:
         positive = (batch.labels == 1).cpu().numpy()
         points, redrawn = _apply_warps(pixels, points, positive, keys, draws, side)
+    _vary_colours(pixels, keys, draws)
     return replace(
         batch,
-        pixels=_vary_colours(pixels, keys, draws),
+        pixels=pixels,
         points=[torch.from_numpy(part).float() for part in points],
         redrawn=redrawn,
     )
@@ -143,13 +146,13 @@ def _apply_symmetries(
 ) -> list[np.ndarray]:
     """Flip and turn every tile, in place; its points."""
     chosen = (8 * draws.draw(SYMMETRY, 1)[:, 0]).astype(int)
-    for symmetry in np.unique(chosen):
+    for symmetry in np.unique(chosen).tolist():
         rows = torch.from_numpy(np.flatnonzero(chosen == symmetry)).to(pixels.device)
         pixels[rows] = turn_tile(pixels[rows], bool(symmetry & 4), symmetry & 3)
     side = pixels.shape[-1]
     return [
-        turn_points(part, side, bool(symmetry & 4), int(symmetry & 3))
-        for part, symmetry in zip(points, chosen)
+        turn_points(part, side, bool(symmetry & 4), symmetry & 3)
+        for part, symmetry in zip(points, chosen.tolist())
     ]
 
 
@@ -200,18 +203,18 @@ def _keep_inside(points: Float64[np.ndarray, "m 2"], side: int) -> Float64[np.nd
 
 def _vary_colours(
     pixels: UInt8[Tensor, "b 3 s s"], keys: PointAugmentationKeys, draws: _Draws
-) -> UInt8[Tensor, "b 3 s s"]:
-    """Each tile's stains, then its brightness, contrast and saturation."""
-    if keys.stain:
-        drawn = keys.stain * (2 * torch.from_numpy(draws.draw(STAIN, 6)) - 1)
-        drawn = drawn.to(pixels.device)
-        pixels = recolour(pixels, *map_hed(1 + drawn[:, :3], drawn[:, 3:]), light=WHITE)
-    if keys.colour:
-        factors = 1 + keys.colour * (2 * torch.from_numpy(draws.draw(COLOUR, 3)) - 1)
-        views = pixels.float()
-        for adjust, factor in zip(
-            (adjust_brightness, adjust_contrast, adjust_saturation), factors.to(views).unbind(1)
-        ):
-            adjust(views, factor)
-        pixels = round_to_pixels(views)
-    return pixels
+) -> None:
+    """Change each tile's stains, then its brightness, contrast and saturation, in place."""
+    drawn = (2 * torch.from_numpy(draws.draw(STAIN, 6)) - 1).to(pixels.device)
+    factors = 1 + keys.colour * (2 * torch.from_numpy(draws.draw(COLOUR, 3)) - 1)
+    # a few tiles at a time, since their colours are computed as float32
+    for start in range(0, len(pixels), TOGETHER):
+        part = slice(start, start + TOGETHER)
+        if keys.stain:
+            map_ = map_hed(1 + keys.stain * drawn[part, :3], keys.stain * drawn[part, 3:])
+            pixels[part] = recolour(pixels[part], *map_, light=WHITE)
+        if keys.colour:
+            views = pixels[part].float()
+            for adjust, factor in zip(ADJUSTMENTS, factors[part].to(views).unbind(1)):
+                adjust(views, factor)
+            pixels[part] = round_to_pixels(views)

@@ -89,8 +89,8 @@ class FieldTiles:
         return len(self.field)
 
     def _find_labels(
-        self, placed: Sequence[Int[np.ndarray, "tiles 2"]]
-    ) -> Iterator[Int[np.ndarray, " tiles"]]:
+        self, placed: Sequence[Int[np.ndarray, "_ 2"]]
+    ) -> Iterator[Int[np.ndarray, " _"]]:
         for number, (field, corners) in enumerate(zip(self.fields, placed)):
             labels = np.full(len(corners), 0 if field.annotated else UNKNOWN, np.int64)
             for point in self._points[number][field.labels == MITOSIS]:

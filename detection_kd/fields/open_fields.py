@@ -16,7 +16,8 @@ from patch_encoder.slides.openslide_file import OpenSlideFile
 from patch_encoder.slides.tiff_file import CACHED_BYTES
 
 MOST_BYTES, MOST_FILES = 256 * 2**20, 32  # of a process
-OPENSLIDE_BYTES = 32 * 2**20  # OpenSlide's own cache of each slide
+OPENSLIDE_BYTES = 32 * 2**20  # the most that OpenSlide's own cache of a slide holds
+DECODED_BYTES = 8  # of a px in that cache: four, of all levels, with the rims of tiles
 
 
 class OpenFields:
@@ -63,5 +64,5 @@ class OpenFields:
 def estimate_bytes(slide: Slide) -> int:
     """The most that an open file keeps in memory."""
     if isinstance(slide, OpenSlideFile):
-        return OPENSLIDE_BYTES
+        return min(DECODED_BYTES * slide.width * slide.height, OPENSLIDE_BYTES)
     return min(3 * slide.width * slide.height, CACHED_BYTES)

@@ -34,7 +34,7 @@ class FieldBatch:
     """
 
     pixels: UInt8[Tensor, "b 3 s s"]
-    points: list[Float[Tensor, "m 2"]]
+    points: list[Float[Tensor, "_ 2"]]
     labels: Int64[Tensor, " b"]
     weights: Float[Tensor, " b"]
     samples: Int64[Tensor, " b"]

@@ -76,17 +76,10 @@ class Warps:
     side: int
     spacing: float
 
-    def find_sources(
+    def displace(
         self, tile: int, positions: Float64[np.ndarray, "m 2"]
     ) -> Float64[np.ndarray, "m 2"]:
-        """m(q): the positions of the old tile that are shown at positions of the new one."""
-        centre = self.side / 2
-        turned = (positions - centre) @ self.matrices[tile].T
-        return centre + turned + self._displace(tile, positions)
-
-    def _displace(
-        self, tile: int, positions: Float64[np.ndarray, "m 2"]
-    ) -> Float64[np.ndarray, "m 2"]:
+        """d(q) at positions of the new tile, px."""
         columns, rows = (weigh_lattice(line, self.side, self.spacing) for line in positions.T)
         return np.einsum("mr,mc,rcd->md", rows, columns, self.lattice[tile])
 
@@ -97,7 +90,7 @@ class Warps:
         centre, back = self.side / 2, np.linalg.inv(self.matrices[tile]).T
         moved = centre + (points - centre) @ back
         for _ in range(ITERATIONS):
-            moved = centre + (points - self._displace(tile, moved) - centre) @ back
+            moved = centre + (points - self.displace(tile, moved) - centre) @ back
         return moved
 
     def move_pixels(self, tile: int, pixels: UInt8[Tensor, "3 s s"]) -> UInt8[Tensor, "3 s s"]:

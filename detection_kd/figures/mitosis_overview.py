@@ -10,9 +10,11 @@ from scipy import ndimage
 from detection_kd.evaluation.hot_spot import HotSpot
 
 DENSE = (213, 94, 0)  # orange over haematoxylin and eosin, for colour-blind readers too
-DOT, LINE, INK = (0, 90, 60), (20, 20, 20), (20, 20, 20)
+DOT = LINE = INK = (20, 20, 20)
+RIM = (255, 255, 255)
 REACH_UM = 250.0  # standard deviation of the density
-MOST_OPAQUE = 0.75
+LEAST_REACHES = 12  # of them on the short side of a small field
+MOST_OPAQUE = 0.5
 BARS_UM = (50, 100, 200, 500, 1000, 2000, 5000)
 
 Picture = UInt8[np.ndarray, "h w 3"]
@@ -31,14 +33,14 @@ def draw_overview(
     """
     places = mitoses_um / um_per_px
     picture = _tint(overview, _smooth(places, overview.shape[:2], REACH_UM / um_per_px))
-    radius = max(2, round(max(overview.shape[:2]) / 300))
+    radius = max(2, round(max(overview.shape[:2]) / 220))
     for x, y in places.round().astype(int).tolist():
-        cv2.circle(picture, (x, y), radius + 1, (255, 255, 255), -1, cv2.LINE_AA)
+        cv2.circle(picture, (x, y), radius + 2, RIM, -1, cv2.LINE_AA)
         cv2.circle(picture, (x, y), radius, DOT, -1, cv2.LINE_AA)
     for number, spot in enumerate(spots):
         if spot.count:
             corners = (spot.outline() / um_per_px).round().astype(np.int32)
-            for colour, width in (((255, 255, 255), 5 - number), (LINE, 3 - number)):
+            for colour, width in ((RIM, 5 - number), (LINE, 3 - number)):
                 cv2.polylines(picture, [corners], True, colour, max(1, width), cv2.LINE_AA)
     return _draw_scale_bar(picture, um_per_px)
 
@@ -46,14 +48,17 @@ def draw_overview(
 def _smooth(
     places: Float[np.ndarray, "n 2"], shape: tuple[int, ...], sigma: float
 ) -> Float[np.ndarray, "h w"]:
-    """Density of points, 1 where it is highest; 0 without points."""
-    counts = np.zeros(shape, np.float32)
-    rows, columns = (
-        np.clip(places[:, axis].astype(int), 0, shape[1 - axis] - 1) for axis in (1, 0)
-    )
-    np.add.at(counts, (rows, columns), 1)
-    smooth = ndimage.gaussian_filter(counts, sigma, mode="constant")
-    return smooth / smooth.max() if len(places) else counts
+    """Density of points, 1 where it is highest; 0 without points. It is made on a coarse grid."""
+    sigma = min(sigma, min(shape) / LEAST_REACHES)
+    cell = max(1.0, sigma / 4)
+    height, width = (max(1, round(side / cell)) for side in shape)
+    counts = np.zeros((height, width), np.float32)
+    rows, columns = np.floor(places[:, ::-1] / cell).astype(int).T
+    np.add.at(counts, (np.clip(rows, 0, height - 1), np.clip(columns, 0, width - 1)), 1)
+    smooth = ndimage.gaussian_filter(counts, sigma / cell, mode="constant")
+    if len(places):
+        smooth /= smooth.max()
+    return np.asarray(cv2.resize(smooth, shape[1::-1], interpolation=cv2.INTER_LINEAR))
 
 
 def _tint(picture: Picture, density: Float[np.ndarray, "h w"]) -> Picture:
@@ -67,12 +72,13 @@ def _draw_scale_bar(picture: Picture, um_per_px: float) -> Picture:
     fitting = [bar for bar in BARS_UM if bar / um_per_px <= width / 4]
     if not fitting:
         return picture
-    bar = fitting[-1]
-    length, label = round(bar / um_per_px), f"{bar / 1000:g} mm" if bar >= 1000 else f"{bar} um"
-    left, bottom = 12, height - 12
-    cv2.rectangle(picture, (left - 6, bottom - 26), (left + max(length, 60) + 6, bottom + 6),
-                  (255, 255, 255), -1)  # fmt: skip
+    length, font = round(fitting[-1] / um_per_px), cv2.FONT_HERSHEY_SIMPLEX
+    label = f"{fitting[-1] / 1000:g} mm" if fitting[-1] >= 1000 else f"{fitting[-1]} um"
+    size = max(width, height) / 1100
+    (text, tall), _ = cv2.getTextSize(label, font, size, 1)
+    left, bottom = 14, height - 14
+    right = left + max(length, text)
+    cv2.rectangle(picture, (left - 8, bottom - tall - 14), (right + 8, bottom + 8), RIM, -1)
     cv2.line(picture, (left, bottom), (left + length, bottom), INK, 3)
-    cv2.putText(picture, label, (left, bottom - 8), cv2.FONT_HERSHEY_SIMPLEX, 0.45, INK, 1,
-                cv2.LINE_AA)  # fmt: skip
+    cv2.putText(picture, label, (left, bottom - 8), font, size, INK, 1, cv2.LINE_AA)
     return picture

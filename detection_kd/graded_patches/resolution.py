@@ -14,26 +14,6 @@ from torch.nn import functional as F
 from common.errors import UserError
 
 
-def find_ratio(side: int, target: int) -> int:
-    """How many of the teacher's px make one of the student's, along each axis.
-
-    Args:
-        side: of a patch at the teacher's resolution, px.
-        target: of the same patch at the student's, px.
-
-    Raises:
-        UserError: `target` does not divide `side`.
-    """
-    if target < 1 or side % target:
-        divisors = [size for size in range(1, side + 1) if side % size == 0]
-        nearest = sorted(sorted(divisors, key=lambda size: abs(size - target))[:3])
-        raise UserError(
-            f"side={target}: expected a side that divides the teacher's {side} px, found none; "
-            f"the nearest ones are {', '.join(map(str, nearest))}"
-        )
-    return side // target
-
-
 def reduce_resolution(pixels: Float[Tensor, "b 3 h w"], ratio: int) -> Float[Tensor, "b 3 h2 w2"]:
     """Mean of every ratio x ratio square: (B, 3, H, W) -> (B, 3, H / ratio, W / ratio).
 

@@ -71,9 +71,10 @@ def find_attention_by_autograd(
         (gradient,) = torch.autograd.grad(
             each, activations, retain_graph=True, create_graph=create_graph
         )
-        evidence = gradient.mean(dim=(2, 3), keepdim=True) * activations
+        evidence = gradient.mean(dim=(2, 3), keepdim=True) * activations  # (B, K, H, W)
         maps.append(evidence.relu().sum(1) if order == "at_plus" else evidence.sum(1).relu())
     found = torch.stack(maps, dim=1)
+    found = found.to(torch.promote_types(found.dtype, torch.float32))  # half under autocast
     return found if create_graph else found.detach()
 
 

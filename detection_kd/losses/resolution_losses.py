@@ -92,24 +92,6 @@ class ResolutionTerms:
         """Whether a term compares maps of an earlier level."""
         return self.level != LAST and (self.at_plus > 0 or self.grad_cam > 0)
 
-    def check_networks(self, student: nn.Linear, teacher: nn.Linear) -> None:
-        """Refuse a teacher that the student cannot learn from.
-
-        Args:
-            student, teacher: the last layers of both.
-
-        Raises:
-            UserError: another number of grades, or of channels where a term compares them.
-        """
-        shapes = f"student {tuple(student.weight.shape)}, teacher {tuple(teacher.weight.shape)}"
-        if student.out_features != teacher.out_features:
-            raise UserError(f"teacher: expected the student's grades, found (C, K) of {shapes}")
-        if (self.fm > 0 or self.sr > 0) and student.in_features != teacher.in_features:
-            raise UserError(
-                f"terms fm and sr: expected trunks of one width, found (C, K) of {shapes}; use kd "
-                "or at_plus, or the teacher's trunk"
-            )
-
 
 @dataclass(frozen=True)
 class PairedOutputs:

@@ -13,8 +13,7 @@ from common.errors import UserError
 from detection_kd.mitosis_sets.checked_fields import make_field_id
 from detection_kd.mitosis_sets.csv_points import FLAGS
 from detection_kd.mitosis_sets.point_set import AnnotatedField
-from patch_encoder.cohort.labels import read_rows
-from patch_encoder.slides.resolution import is_plausible
+from patch_encoder.cohort.labels import parse_mpp, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -49,23 +48,11 @@ def read_case_table(path: Path) -> dict[str, CaseRow]:
         found[field_id] = CaseRow(
             row.get("case", ""),
             row.get("scanner", ""),
-            _read_mpp(path, line, row.get("mpp", "")),
+            parse_mpp(row.get("mpp", ""), f"{path} line {line}"),
             row.get("split", ""),
             FLAGS.get(flag),
         )
     return found
-
-
-def _read_mpp(path: Path, line: int, text: str) -> float | None:
-    try:
-        mpp = float(text) if text else None
-    except ValueError:
-        mpp = -1.0
-    if mpp is not None and not is_plausible(mpp):
-        raise UserError(
-            f"{path} line {line}: expected mpp in um per px, 0.05 to 10, found '{text}'"
-        )
-    return mpp
 
 
 def add_cases(

@@ -32,6 +32,7 @@ PIXEL = 1.0
 LOOK_ALIKE_NAMES = re.compile(
     r"look ?alike|hard negative|impost[eo]r|\b(non|not|no) ?mito|mito(tic|sis) ?like"
 )
+REGION_NAMES = re.compile(r"hot ?spot|\b(area|region|roi|count)")
 MITOSIS_NAMES = re.compile(r"\bmito(tic|s[ei]s)\b")
 
 
@@ -40,6 +41,8 @@ def find_class(name: str) -> int | None:
     for the names of other cells and regions.
     """
     words = " ".join(re.findall("[a-z]+", name.lower()))
+    if REGION_NAMES.search(words):
+        return None
     if LOOK_ALIKE_NAMES.search(words):
         return LOOK_ALIKE
     return MITOSIS if MITOSIS_NAMES.search(words) else None

@@ -82,22 +82,7 @@ def read_document(
         UserError: no such document, an image or a category that is not listed, a box that is none,
             an unknown class, or a point outside its image.
     """
-    for name in LISTS:
-        if not isinstance(document, dict) or not isinstance(document.get(name), list):
-            raise UserError(
-                f"{annotations}: expected lists images, annotations and categories; '{name}' is "
-                "missing"
-            )
-    try:
-        names = {entry["id"]: str(entry["name"]) for entry in document["categories"]}
-        listed = {entry["id"]: str(entry["file_name"]) for entry in document["images"]}
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{annotations}: expected categories with id and name, and images with id and "
-            f"file_name; {error} is missing"
-        ) from None
-    if len(listed) < len(document["images"]):
-        raise UserError(f"{annotations}: expected unique image ids, found one twice")
+    listed, names = _list_names(document, str(annotations))
     boxes = defaultdict(list)
     labels = defaultdict(list)
     touched, others = set(), Counter()
@@ -124,6 +109,26 @@ def read_document(
         )
         for entry in document["images"]
     ]
+
+
+def _list_names(document: Any, source: str) -> tuple[dict[Any, str], dict[Any, str]]:
+    """File names of images and names of categories, by their ids."""
+    for name in LISTS:
+        if not isinstance(document, dict) or not isinstance(document.get(name), list):
+            raise UserError(
+                f"{source}: expected lists images, annotations and categories; '{name}' is missing"
+            )
+    try:
+        listed = {entry["id"]: str(entry["file_name"]) for entry in document["images"]}
+        names = {entry["id"]: str(entry["name"]) for entry in document["categories"]}
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{source}: expected images with id and file_name, and categories with id and name; "
+            f"{error} is missing"
+        ) from None
+    if len(listed) < len(document["images"]):
+        raise UserError(f"{source}: expected unique image ids, found one twice")
+    return listed, names
 
 
 def log_other_cells(source: Path, counts: Counter[str]) -> None:

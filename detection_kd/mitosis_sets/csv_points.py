@@ -28,7 +28,7 @@ from detection_kd.mitosis_sets.point_set import (
     AnnotatedField,
     PointSet,
 )
-from patch_encoder.cohort.labels import read_rows
+from patch_encoder.cohort.labels import parse_mpp, read_rows
 
 COLUMNS = ("file", "field", "case", "scanner", "mpp", "annotated", "look_alikes", "x", "y", "class")
 FLAGS = {"1": True, "0": False, "true": True, "false": False, "yes": True, "no": False}
@@ -57,24 +57,23 @@ def read_csv_points(
     fields = []
     for file, found in rows.items():
         points = [
-            (read_number(annotations, line, row, "x"), read_number(annotations, line, row, "y"))
+            tuple(read_number(annotations, line, row, axis) - first_index for axis in ("x", "y"))
             for line, row in found
             if row["x"] or row["y"]
         ]
         annotated = _read_flag(annotations, found, "annotated", True)
         if points and not annotated:
             raise UserError(f"{annotations}: {file}: expected no points where annotated is 0")
-        mpp = _same(annotations, found, "mpp")
         fields.append(
             make_field(
                 str(annotations),
                 _same(annotations, found, "field") or make_field_id(file),
                 find_image(images, file),
-                [(x - first_index, y - first_index) for x, y in points],
+                points,
                 classes[file],
                 case=_same(annotations, found, "case"),
                 scanner=_same(annotations, found, "scanner"),
-                mpp=read_number(annotations, found[0][0], found[0][1], "mpp") if mpp else None,
+                mpp=parse_mpp(_same(annotations, found, "mpp"), f"{annotations}: {file}"),
                 annotated=annotated,
                 look_alikes=_read_flag(
                     annotations, found, "look_alikes", has_look_alikes and annotated
@@ -90,11 +89,6 @@ def _read_class(path: Path, line: int, row: Row) -> int:
 
 
 def read_number(path: Path, line: int, row: Row, column: str) -> float:
-    """The number in a cell.
-
-    Raises:
-        UserError: there is none.
-    """
     try:
         return float(row[column])
     except ValueError:

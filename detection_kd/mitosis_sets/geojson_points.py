@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from common.errors import UserError
 from common.files import read_json, write_json
@@ -29,6 +30,7 @@ from detection_kd.mitosis_sets.checked_fields import (
 )
 from detection_kd.mitosis_sets.coco_points import find_root, log_other_cells
 from detection_kd.mitosis_sets.point_set import CLASSES, LOOK_ALIKE, AnnotatedField, PointSet
+from patch_encoder.slides import open_slide
 from patch_encoder.slides.names import PICTURE_SUFFIXES, SLIDE_SUFFIXES, suffix_of
 
 COLOURS = ((200, 0, 0), (0, 90, 200))
@@ -160,9 +162,12 @@ def _find_middles(kind: str, coordinates: Any) -> list[tuple[float, float]]:
 
 
 def write_geojson_points(path: Path, fields: PointSet) -> None:
-    """Write a folder with one file per field, `<field>.geojson`."""
+    """Write a folder with one file per field, `<field>.geojson`; positions count from the scanned
+    part of a slide on, as in QuPath, where the slide is there.
+    """
     root = find_root(fields)
     for field in fields.fields:
+        points = field.points - _find_bounds(field.path)
         features = [
             {
                 "type": "Feature",
@@ -172,7 +177,7 @@ def write_geojson_points(path: Path, fields: PointSet) -> None:
                     "classification": {"name": CLASSES[label], "color": list(COLOURS[label])},
                 },
             }
-            for (x, y), label in zip(field.points.tolist(), field.labels.tolist(), strict=True)
+            for (x, y), label in zip(points.tolist(), field.labels.tolist(), strict=True)
         ]
         about = {
             "file": os.path.relpath(field.path, root),
@@ -184,3 +189,11 @@ def write_geojson_points(path: Path, fields: PointSet) -> None:
         }
         document = {"type": "FeatureCollection", "features": features, "field": about}
         write_json(path / f"{field.field_id}.geojson", document)
+
+
+def _find_bounds(path: Path) -> Int[np.ndarray, " 2"]:
+    """Where the part of a slide starts that QuPath shows, px."""
+    if not path.exists():
+        return np.zeros(2, np.int64)
+    with open_slide(path) as slide:
+        return np.array(slide.bounds, np.int64)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+
 from common.config import REQUIRED, key
 from common.errors import UserError
 from detection_kd.mitosis_sets.case_table import add_cases, read_case_table
@@ -55,8 +57,9 @@ class MitosisSetKeys:
     )
     splits: str = key(
         "",
-        "table case,split, or the name of a published split (see configs/uts/splits); empty: the "
-        "split column of cases, or drawn by case",
+        "table case,split, the name of a published split (see configs/uts/splits), or "
+        "scanner:<name>, whose cases are the test; empty: the split column of cases, or drawn by "
+        "case",
     )
     first_index: int = key(
         0, "index of an image's first pixel in the annotated positions, 0 or 1", least=0
@@ -101,7 +104,7 @@ def read_point_set(
             )
     fields = [field for field in fields if only is None or field.field_id in only]
     if images is not None and open_images:
-        fields = _add_images(fields, source)
+        fields = _add_images(fields, source, from_bounds=keys.format == "geojson")
     if keys.cases:
         fields = add_cases(fields, read_case_table(Path(keys.cases)), Path(keys.cases))
     fields = [dataclasses.replace(field, mpp=field.mpp or keys.mpp) for field in fields]
@@ -120,8 +123,14 @@ def read_point_set(
     return found
 
 
-def _add_images(fields: list[AnnotatedField], source: Path) -> list[AnnotatedField]:
-    """The fields with the um per px of their images; all points have to lie inside of them."""
+def _add_images(
+    fields: list[AnnotatedField], source: Path, *, from_bounds: bool
+) -> list[AnnotatedField]:
+    """The fields with the um per px of their images; all points have to lie inside of them.
+
+    Args:
+        from_bounds: positions count from the scanned part of a slide on, as in QuPath.
+    """
     missing = [field.path for field in fields if not field.path.exists()]
     if missing:
         raise UserError(
@@ -132,6 +141,7 @@ def _add_images(fields: list[AnnotatedField], source: Path) -> list[AnnotatedFie
     for field in fields:
         with open_slide(field.path) as slide:
             size, where = (slide.width, slide.height), f"{source}: field {field.field_id}"
-            points = move_inside(field.points, size, PIXEL, where)
+            points = field.points + (np.array(slide.bounds) if from_bounds else 0)
+            points = move_inside(points, size, PIXEL, where)
             checked.append(dataclasses.replace(field, points=points, mpp=slide.mpp or field.mpp))
     return checked

@@ -13,15 +13,13 @@ import re
 from pathlib import Path
 
 from common.errors import UserError
-from detection_kd.mitosis_sets.bare_tables import read_bare_table
+from detection_kd.mitosis_sets.bare_tables import read_cells
 from detection_kd.mitosis_sets.checked_fields import make_field
 from detection_kd.mitosis_sets.point_set import LOOK_ALIKE, MITOSIS, AnnotatedField
 
 FRAME = re.compile(r"([AH])(\d{2})_\d{2}[A-D][a-d]")
 SCANNERS = {"A": ("Aperio ScanScope XT", 0.2455), "H": ("Hamamatsu NanoZoomer 2.0-HT", 0.2274)}
 ENDINGS = (("_mitosis", MITOSIS), ("_not_mitosis", LOOK_ALIKE))
-CENTRE = 0.5
-"""A pixel's centre, px from its corner: positions are indices of pixels."""
 
 
 def read_mitos_atypia14(
@@ -55,12 +53,7 @@ def read_mitos_atypia14(
         )
     fields = []
     for frame in sorted(pictures.keys() or annotated):
-        points, labels = [], []
-        for _, label in ENDINGS:
-            path = tables.get((frame, label))
-            for x, y in read_bare_table(path, 2) if path else ():
-                points.append((x - first_index + CENTRE, y - first_index + CENTRE))
-                labels.append(label)
+        files = {label: tables.get((frame, label)) for _, label in ENDINGS}
         slide, patient = _split_name(frame, annotations)
         scanner, mpp = SCANNERS[slide]
         fields.append(
@@ -68,8 +61,7 @@ def read_mitos_atypia14(
                 str(annotations),
                 frame,
                 pictures.get(frame, Path(f"{frame}.tiff")),
-                points,
-                labels,
+                *read_cells(files, first_index, row_first=False),
                 case=patient,
                 scanner=scanner,
                 mpp=mpp,

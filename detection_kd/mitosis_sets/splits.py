@@ -1,8 +1,8 @@
 """Training, validation and test fields by case, so that no patient is on two sides.
 
 A split is a table `case,split` (train, val or test). Published ones stand in `configs/uts/splits`
-and are known by name; without a table, cases are drawn so that every scanner is on every side as
-far as its number of cases allows.
+and are known by name; `scanner:<name>` holds the cases of one scanner out for the test. Without
+either, cases are drawn so that every scanner is on every side as far as its number of cases allows.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from patch_encoder.cohort.labels import read_rows
 
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
+HELD_OUT = "scanner:"
 PUBLISHED = Path(__file__).resolve().parents[2] / "configs" / "uts" / "splits"
 
 
@@ -84,6 +85,11 @@ def split_fields(
             absent[0],
         )
     sides = {side: _select_side(annotated, table, side) for side in SPLITS}
+    _check_sides(sides, source)
+    return sides
+
+
+def _check_sides(sides: Mapping[str, PointSet], source: str) -> None:
     for side, part in sides.items():
         if part.fields and not part.count(MITOSIS):
             raise UserError(
@@ -99,7 +105,6 @@ def split_fields(
         )
     if not sides["train"].fields:
         raise UserError(f"{source}: expected fields to train with, found none")
-    return sides
 
 
 def _select_side(fields: PointSet, table: Mapping[str, str], side: str) -> PointSet:
@@ -108,6 +113,8 @@ def _select_side(fields: PointSet, table: Mapping[str, str], side: str) -> Point
 
 def _find_table(fields: PointSet, keys: MitosisSetKeys) -> tuple[dict[str, str], str]:
     """Case -> split as the keys say, perhaps empty, and where that comes from."""
+    if keys.splits.startswith(HELD_OUT):
+        return hold_out_scanner(fields, keys.splits.removeprefix(HELD_OUT)), keys.splits
     if keys.splits:
         path = find_split_file(keys.splits)
         return read_split(path), str(path)
@@ -121,6 +128,23 @@ def _find_table(fields: PointSet, keys: MitosisSetKeys) -> tuple[dict[str, str],
         if field.field_id in rows and rows[field.field_id].split
     ]
     return join_splits(pairs, str(path)), str(path)
+
+
+def hold_out_scanner(fields: PointSet, scanner: str) -> dict[str, str]:
+    """Test cases are those of one scanner, all others are to train with: what a network does on
+    the pictures of a scanner that it never saw.
+
+    Raises:
+        UserError: no field is of that scanner.
+    """
+    held_out = {field.case for field in fields.fields if field.scanner == scanner}
+    if not held_out:
+        known = {field.scanner for field in fields.fields}
+        raise UserError(
+            f"splits={HELD_OUT}{scanner}: expected a scanner of the set, found none of its fields; "
+            f"{did_you_mean(scanner, known)}"
+        )
+    return {case: "test" if case in held_out else "train" for case in fields.cases}
 
 
 def find_split_file(name: str) -> Path:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from common.errors import UserError
-from detection_kd.mitosis_sets.bare_tables import read_bare_table
+from detection_kd.mitosis_sets.bare_tables import read_cells
 from detection_kd.mitosis_sets.checked_fields import make_field
 from detection_kd.mitosis_sets.point_set import LOOK_ALIKE, MITOSIS, AnnotatedField
 
@@ -21,8 +21,6 @@ MPP = 0.25
 SCANNERS = ("Aperio ScanScope XT", "Leica SCN400")
 LAST_OF_FIRST = 23
 """Cases 1 to 23 are of the AMIDA13 challenge, from another scanner than the later ones."""
-CENTRE = 0.5
-"""A pixel's centre, px from its corner: positions are indices of pixels."""
 Region = tuple[str, str]
 
 
@@ -56,19 +54,14 @@ def read_tupac16(annotations: Path, images: Path | None, first_index: int) -> li
         )
     fields = []
     for case, region in sorted(pictures.keys() or tables):
-        points, labels = [], []
-        for found, label in ((mitoses, MITOSIS), (others, LOOK_ALIKE)):
-            path = found.get((case, region))
-            for row, column in read_bare_table(path, 2) if path else ():
-                points.append((column - first_index + CENTRE, row - first_index + CENTRE))
-                labels.append(label)
+        place = case, region
+        files = {MITOSIS: mitoses.get(place), LOOK_ALIKE: others.get(place)}
         fields.append(
             make_field(
                 str(folder),
                 f"{case}_{region}",
-                pictures.get((case, region), Path(case, f"{region}.tif")),
-                points,
-                labels,
+                pictures.get(place, Path(case, f"{region}.tif")),
+                *read_cells(files, first_index, row_first=True),
                 case=case,
                 scanner=SCANNERS[int(case) > LAST_OF_FIRST],
                 mpp=MPP,

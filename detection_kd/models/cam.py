@@ -15,17 +15,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
 from common.checkpoint import load_checkpoint, load_weights
 from common.config import key
-from common.distributed import World, wrap
 from common.errors import UserError
+from detection_kd.models.normalised_network import NormalisedNetwork, find_statistics
 from patch_encoder.models.encoder_table import IMAGENET
-from patch_encoder.selfdistill.backbone import RESNETS, build_student_backbone, find_initial_row
+from patch_encoder.selfdistill.backbone import RESNETS, build_student_backbone
 
 KIND = "weak_localiser"
 SMALL = "small"
@@ -179,9 +178,7 @@ class TimmTrunk(nn.Module):
                 f"{len(described)} in network.trunk={name}; choose another"
             )
         self.stage, self.channels = stage, int(described[stage]["num_chs"])
-        row, config = find_initial_row(init), self.network.pretrained_cfg
-        own = (tuple(config.get("mean") or ()), tuple(config.get("std") or ()))
-        self.statistics = row.statistics if row else own if all(own) else IMAGENET
+        self.statistics = find_statistics(self.network, init)
         self.network.prune_intermediate_layers([stage], prune_norm=True, prune_head=True)
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c _h _w"]:
@@ -192,7 +189,7 @@ class TimmTrunk(nn.Module):
         return found
 
 
-class WeakLocaliser(nn.Module):
+class WeakLocaliser(NormalisedNetwork):
     """Tiles in, maps of logits and logits of the tiles out.
 
     Args:
@@ -213,16 +210,9 @@ class WeakLocaliser(nn.Module):
         self.head = nn.Conv2d(self.trunk.channels, 1, 1)
         self.set_statistics(self.trunk.statistics)
 
-    def set_statistics(self, statistics: Any) -> None:
-        """Mean and standard deviation per channel that pixels are normalised with."""
-        self.statistics = tuple(tuple(float(value) for value in values) for values in statistics)
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in self.statistics)
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
-
     def features(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c _h _w"]:
         """The trunk's map, which `head` turns into logits; pixels are 0..1."""
-        return self.trunk((pixels - self.mean) / self.std)
+        return self.trunk(self.normalise(pixels))
 
     def forward(self, pixels: Float[Tensor, "b 3 h w"]) -> CamOutput:
         """Map and logit of every tile, in fp32; pixels are 0..1."""
@@ -273,33 +263,6 @@ def pool_cells(
 def enlarge_maps(maps: Float[Tensor, "b c h w"], size: Any) -> Float[Tensor, "b c _h _w"]:
     """The maps with as many rows and columns as `size` says, bilinear, corners on corners."""
     return functional.interpolate(maps, tuple(size), mode="bilinear", align_corners=True)
-
-
-def place_localiser(model: WeakLocaliser, world: World, *, compile: bool) -> nn.Module:
-    """Move a network to its device and make it ready for training in one or many processes.
-
-    Args:
-        model: it is changed in place.
-        world: this process.
-        compile: whether the trunk is compiled.
-
-    Raises:
-        UserError: batch norm in several processes without CUDA.
-    """
-    model = model.to(world.device, memory_format=torch.channels_last)
-    if world.size > 1 and any(
-        isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()
-    ):
-        if world.device.type != "cuda":
-            raise UserError(
-                f"network.trunk={model.keys.trunk}: its batch norm needs CUDA with {world.size} "
-                f"processes, found {world.device.type}; use network.trunk=small "
-                "network.norm=layer, or one process"
-            )
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if compile:
-        model.trunk.compile()
-    return wrap(model, world)
 
 
 def load_localiser(path: str | Path) -> tuple[WeakLocaliser, dict[str, Any]]:

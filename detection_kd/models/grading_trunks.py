@@ -3,7 +3,7 @@ are taken out of one, so that the map of a small image keeps its size.
 
 Source: VGG16 (Simonyan and Zisserman, ICLR 2015) ends at conv5_3 without its ReLU and without
 pool5, as in AT+ (cvblab/kd_resolution). Differences: any timm model with maps will do, and a small
-network of VGG's form with group norm trains within minutes on a CPU.
+network of VGG's form trains within minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from common.checkpoint import load_weights
 from common.errors import UserError
+from detection_kd.models.cam import NORMS, make_norm
+from detection_kd.models.normalised_network import find_statistics
 from patch_encoder.models.encoder_table import IMAGENET, EncoderRow, Statistics
 from patch_encoder.models.encoder_weights import find_local_file, find_published_file, read_state
 from patch_encoder.selfdistill.backbone import RANDOM, build_student_backbone, find_initial_row
 
 SMALL, VGG16 = "small", "vgg16"
-GROUPS = 8  # of group norm
 PROBE = 256  # px; side of the image that strides are found with, a multiple of any trunk's stride
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 
@@ -47,16 +48,23 @@ class GradingTrunk(nn.Module):
 
 
 class SmallGradingTrunk(GradingTrunk):
-    """A stem and three blocks of two convolutions, stride 8 px: 200,000 parameters."""
+    """A stem and three blocks of two convolutions, stride 8 px: 200,000 parameters.
+
+    Args:
+        norm: one of `NORMS`. Neither mixes the cells of one image: a norm over an image, as group
+            norm, would take away what its average says about the grade.
+    """
 
     width = 96
 
-    def __init__(self) -> None:
+    def __init__(self, norm: str = NORMS[0]) -> None:
         super().__init__()
-        self.stem = _convolve(3, 16, stride=2)
+        self.stem = _convolve(3, 16, norm, stride=2)
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                _convolve(i, o), _convolve(o, o), nn.MaxPool2d(2) if pool else nn.Identity()
+                _convolve(i, o, norm),
+                _convolve(o, o, norm),
+                nn.MaxPool2d(2) if pool else nn.Identity(),
             )
             for i, o, pool in ((16, 32, True), (32, 64, True), (64, self.width, False))
         )
@@ -70,9 +78,9 @@ class SmallGradingTrunk(GradingTrunk):
         return x
 
 
-def _convolve(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+def _convolve(inputs: int, outputs: int, norm: str, stride: int = 1) -> nn.Sequential:
     convolution = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-    return nn.Sequential(convolution, nn.GroupNorm(GROUPS, outputs), nn.ReLU(inplace=True))
+    return nn.Sequential(convolution, make_norm(norm, outputs), nn.ReLU(inplace=True))
 
 
 class VggTrunk(GradingTrunk):
@@ -129,9 +137,7 @@ class TimmGradingTrunk(GradingTrunk):
         described = getattr(self.network, "feature_info", [])
         self.stages = [f"network.{info['module']}" for info in described]
         self.channels_last = str(getattr(self.network, "output_fmt", "")) == "NHWC"
-        row, config = find_initial_row(init), self.network.pretrained_cfg
-        own = (tuple(config.get("mean") or ()), tuple(config.get("std") or ()))
-        self.statistics = row.statistics if row else own if all(own) else IMAGENET
+        self.statistics = find_statistics(self.network, init)
         self.width = int(self.network.num_features)
         shape = trace_shape(self, PROBE)
         if len(shape) != 4 or shape[1] != self.width:
@@ -146,13 +152,16 @@ class TimmGradingTrunk(GradingTrunk):
         return found.permute(0, 3, 1, 2) if self.channels_last else found
 
 
-def build_trunk(name: str, init: str, removed_strides: int = 0) -> GradingTrunk:
+def build_trunk(
+    name: str, init: str, removed_strides: int = 0, norm: str = NORMS[0]
+) -> GradingTrunk:
     """A trunk with its first weights.
 
     Args:
         name: small, vgg16 or a timm model.
         init: random, an encoder's name or a weights file.
         removed_strides: how many of the first halvings are taken out.
+        norm: of the trunk small, one of `NORMS`.
 
     Raises:
         UserError: a trunk, weights or strides that cannot be had.
@@ -163,7 +172,7 @@ def build_trunk(name: str, init: str, removed_strides: int = 0) -> GradingTrunk:
         )
     trunk: GradingTrunk
     if name == SMALL:
-        trunk = SmallGradingTrunk()
+        trunk = SmallGradingTrunk(norm)
     else:
         trunk = VggTrunk(init) if name == VGG16 else TimmGradingTrunk(name, init)
     remove_strides(trunk, removed_strides, name)

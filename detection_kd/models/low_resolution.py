@@ -23,8 +23,10 @@ from torch.nn import functional as F
 from common.checkpoint import load_checkpoint, load_weights
 from common.config import key
 from common.errors import UserError
-from detection_kd.losses.resolution_losses import LAST, GradingOutput
+from detection_kd.losses.resolution_losses import LAST, GradingOutput, ResolutionTerms
+from detection_kd.models.cam import NORMS
 from detection_kd.models.grading_trunks import build_trunk, trace_shape
+from detection_kd.models.normalised_network import NormalisedNetwork
 from patch_encoder.selfdistill.backbone import RANDOM
 
 KIND = "grading_network"
@@ -43,6 +45,9 @@ class GradingKeys:
         "imagenet_lite0",
         "initial weights of the trunk; random, an encoder's name (imagenet_lite0, "
         "timm:<model>.<tag>) or a file",
+    )
+    norm: str = key(
+        "batch", "normalisation of the trunk small; layer: the same for any batch", choices=NORMS
     )
     enlarged: bool = key(
         False,
@@ -94,7 +99,7 @@ class PatchScale:
         return None if self.mpp is None else self.mpp * self.ratio
 
 
-class GradingNetwork(nn.Module):
+class GradingNetwork(NormalisedNetwork):
     """Patches in, maps, vectors and logits of the grades out.
 
     Args:
@@ -109,17 +114,10 @@ class GradingNetwork(nn.Module):
     def __init__(self, keys: GradingKeys, grades: Sequence[str], scale: PatchScale) -> None:
         super().__init__()
         self.keys, self.grades, self.scale = keys, tuple(grades), scale
-        self.trunk = build_trunk(keys.trunk, keys.init, keys.removed_strides)
+        self.trunk = build_trunk(keys.trunk, keys.init, keys.removed_strides, keys.norm)
         self.head = nn.Linear(self.trunk.width, len(self.grades))
         self.map_side = trace_shape(self.trunk, scale.side if keys.enlarged else scale.own_side)[-1]
         self.set_statistics(self.trunk.statistics)
-
-    def set_statistics(self, statistics: Any) -> None:
-        """Mean and standard deviation per channel that pixels are normalised with."""
-        self.statistics = tuple(tuple(float(value) for value in values) for values in statistics)
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in self.statistics)
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
 
     def forward(self, pixels: Float[Tensor, "b 3 h w"], level: int = LAST) -> GradingOutput:
         """Grade patches.
@@ -133,14 +131,20 @@ class GradingNetwork(nn.Module):
             size = [side * self.scale.ratio for side in pixels.shape[-2:]]
             pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=True)
         if self.keys.normalised:
-            pixels = (pixels - self.mean) / self.std
+            pixels = self.normalise(pixels)
         if level == LAST:
             return self.grade_maps(self.trunk(pixels))
-        with _catch(self.trunk.get_submodule(self._stage(level))) as caught:
-            output = self.grade_maps(self.trunk(pixels))
+        with _catch(self.trunk.get_submodule(self.find_stage(level))) as caught:
+            # not compiled: that would not call what has been added to a module since
+            output = self.grade_maps(self.trunk.forward(pixels))
         return output._replace(inner=caught[0])
 
-    def _stage(self, level: int) -> str:
+    def find_stage(self, level: int) -> str:
+        """Name of the trunk's module whose output is a level's.
+
+        Raises:
+            UserError: the trunk has no such level.
+        """
         stages = self.trunk.stages
         if not -len(stages) <= level < LAST:
             raise UserError(
@@ -177,6 +181,40 @@ class GradingNetwork(nn.Module):
         network.set_statistics(description["statistics"])
         network.keys.init = description["network"]["init"]
         return network
+
+
+def check_teacher(student: GradingNetwork, teacher: GradingNetwork, terms: ResolutionTerms) -> None:
+    """Refuse a teacher that the student cannot learn from.
+
+    Raises:
+        UserError: other grades, other patches, less detail than the student sees; a trunk of
+            another width, where a term compares channels; a level that one of both has not.
+    """
+    own, other = student.scale, teacher.scale
+    if teacher.grades != student.grades:
+        raise UserError(
+            f"teacher: expected the grades {', '.join(student.grades)} in this order, found "
+            f"{', '.join(teacher.grades)}"
+        )
+    if own.side != other.side or (None not in (own.mpp, other.mpp) and own.mpp != other.mpp):
+        raise UserError(
+            f"teacher: expected patches of {own.side} px at {own.mpp} um/px, found {other.side} px "
+            f"at {other.mpp} um/px; train it on these patches"
+        )
+    if other.ratio > own.ratio:
+        raise UserError(
+            f"teacher: expected at least the student's detail (ratio {own.ratio}), found ratio "
+            f"{other.ratio}"
+        )
+    widths = student.trunk.width, teacher.trunk.width
+    if (terms.fm > 0 or terms.sr > 0) and widths[0] != widths[1]:
+        raise UserError(
+            "terms fm and sr: expected trunks of one width, found student {}, teacher {}; use kd "
+            "or at_plus, or the teacher's trunk".format(*widths)
+        )
+    if terms.needs_inner():
+        for network in (student, teacher):
+            network.find_stage(terms.level)
 
 
 @contextmanager

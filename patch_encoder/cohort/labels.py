@@ -127,17 +127,26 @@ def _record(path: Path, line: int, row: dict[str, str]) -> SlideRecord:
     for column in ("case_id", "slide_id", "label"):
         if not row[column]:
             raise UserError(f"{path} line {line}: expected a {column}, found an empty cell")
-    text = row.get("mpp", "")
+    mpp = parse_mpp(row.get("mpp", ""), f"{path} line {line}")
+    slide_id = safe_id(strip_suffix(row["slide_id"]))
+    return SlideRecord(row["case_id"], slide_id, row["label"], row.get("split") or None, mpp)
+
+
+def parse_mpp(text: str, source: str) -> float | None:
+    """The um per level-0 pixel that a cell states, None where it is empty.
+
+    Raises:
+        UserError: no number that a microscope gives.
+    """
     try:
         mpp = float(text) if text else None
     except ValueError:
         mpp = -1.0
     if mpp is not None and not is_plausible(mpp):
         raise UserError(
-            f"{path} line {line}: expected mpp in um per level-0 pixel, 0.05 to 10, found '{text}'"
+            f"{source}: expected mpp in um per level-0 pixel, 0.05 to 10, found '{text}'"
         )
-    slide_id = safe_id(strip_suffix(row["slide_id"]))
-    return SlideRecord(row["case_id"], slide_id, row["label"], row.get("split") or None, mpp)
+    return mpp
 
 
 def list_class_names(records: Sequence[SlideRecord], positive: str | None = None) -> list[str]:

@@ -15,8 +15,9 @@ from patch_encoder.demo.histology.point_files import POINT_FILES
 
 LABEL_COLUMNS = ("case_id", "slide_id", "label", "split", "mpp")
 STAMP = "cohort.json"
-FILES = ("labels.csv", "annotations.json", "tiles.csv", "zones.csv")
-PARTS = (*FILES, *POINT_FILES, "slides", "images", "detection", "zones", "coords", "features")
+FILES = ("labels.csv", "annotations.json", "tiles.csv", "zones.csv", *POINT_FILES)
+GRADED = ("patches.csv", "patches", "biopsies.csv", "truth")
+PARTS = (*FILES, *GRADED, "slides", "images", "detection", "zones", "coords", "features")
 Number = float | int
 Box = tuple[Number, Number, Number, Number]
 

@@ -28,10 +28,7 @@ from common.errors import UserError
 from common.files import sha256_bytes, write_csv, write_json
 from common.progress import progress
 from patch_encoder.demo.cohort_folder import LABEL_COLUMNS, claim_folder, make_coco_document
-from patch_encoder.demo.cytology.smear import Box
-from patch_encoder.demo.cytology.tissue_map import write_tissue_map
-from patch_encoder.demo.parallel import run_parallel
-from patch_encoder.demo.sample_plan import (
+from patch_encoder.demo.cytology.sample_plan import (
     PlannedField,
     PlannedSlide,
     plan_fields,
@@ -39,6 +36,9 @@ from patch_encoder.demo.sample_plan import (
     render_field,
     render_slide,
 )
+from patch_encoder.demo.cytology.smear import Box
+from patch_encoder.demo.cytology.tissue_map import write_tissue_map
+from patch_encoder.demo.parallel import run_parallel
 
 DRAWING = 1
 """Rises when the drawing changes: pictures of two versions are never mixed."""

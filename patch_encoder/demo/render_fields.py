@@ -36,7 +36,7 @@ from patch_encoder.demo.histology.scanner import SCANNERS
 from patch_encoder.demo.parallel import run_parallel
 from patch_encoder.demo.pyramid import holds_pyramid, write_pyramid
 
-DRAWING = 1
+DRAWING = 2
 """Rises when the drawing changes: pictures of two versions are never mixed."""
 MPP = 0.5
 """Micrometres per pixel that cells are drawn for."""

@@ -92,13 +92,34 @@ def fine_tune_probe(
     workers: int = 0,
     seed: int = 0,
 ) -> np.ndarray:
-    """Train the encoder's network with a linear head, and give probabilities (T, C) of test tiles.
+    """Train the encoder's network with a linear head, and give probabilities (T, C) of the test
+    tiles `test`; other arguments as in `fine_tune`.
+    """
+    how = (settings, device, precision, workers, seed)
+    model = fine_tune(encoder, pictures, targets, train, classes, *how)
+    batches = load_batches(pictures, test, settings.batch_size, workers)
+    return predict(model.eval(), batches, device, precision)
+
+
+def fine_tune(
+    encoder: Encoder,
+    pictures: Dataset[Tensor],
+    targets: np.ndarray,
+    train: np.ndarray,
+    classes: int,
+    settings: FineTuneKeys,
+    device: torch.device,
+    precision: str = "fp32",
+    workers: int = 0,
+    seed: int = 0,
+) -> nn.Sequential:
+    """Train the encoder's network with a linear head; gives both, the head last.
 
     Args:
         encoder: with a network; it is changed.
         pictures: items of its transform, uint8 (3, H, W).
         targets: class index of each picture, (N,).
-        train, test: indices of the tiles.
+        train: indices of the tiles to train on.
         classes: C; the loss weighs them the same.
         settings: of the training.
         device, precision: resolved.
@@ -141,9 +162,7 @@ def fine_tune_probe(
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-    return predict(
-        model.eval(), load_batches(pictures, test, settings.batch_size, workers), device, precision
-    )
+    return model
 
 
 def turn(items: Tensor, generator: torch.Generator) -> Tensor:

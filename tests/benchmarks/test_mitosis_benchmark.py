@@ -34,6 +34,21 @@ def test_memory_is_that_of_a_training(
     monkeypatch.setattr(sys, "argv", ["mitosis", "--parts", "memory", *numbers, "--json"])
     mitosis.main()
     found = json.loads(capsys.readouterr().out)["memory"]
-    alone, helped = found["0 workers"], found["2 workers"]
-    assert alone["tiles"] == helped["tiles"] == 3 * 5 * 3
-    assert 100 < alone["MiB"] < helped["MiB"] < 8000
+    assert all(row["tiles"] == 3 * 5 * 3 for row in found.values())
+    names = [
+        f"{form}, batch of {size}" for form, size in (("data alone", 4), ("with a network", 2))
+    ]
+    for name in names:
+        assert 100 < found[name]["MiB"] < found[f"{name}, 2 workers"]["MiB"] < 8000
+
+
+@pytest.mark.process
+def test_a_field_goes_from_pixels_to_its_count(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--width", "600", "--height", "400"]
+    monkeypatch.setattr(sys, "argv", ["mitosis", "--parts", "field", *sizes, "--json"])
+    mitosis.main()
+    found = json.loads(capsys.readouterr().out)["field"]
+    assert found.keys() == {"300 x 200", "600 x 400"}
+    assert all(row["seconds"] > 0 and row["MiB"] > 100 for row in found.values())

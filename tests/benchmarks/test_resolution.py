@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -32,12 +33,18 @@ def test_contestants_have_figures(
 ) -> None:
     monkeypatch.setattr(resolution, "SHAPES", {"tiny": (2, 8, 3, 3)})
     monkeypatch.setattr(resolution, "RATIOS", (4,))
+    monkeypatch.setattr(resolution, "TRUNKS", ("small",))
+    monkeypatch.setattr(resolution, "FULL", 256)
     threads = str(torch.get_num_threads())
     arguments = f"resolution.py --side 64 --batch 2 --rounds 1 --threads {threads} --json"
     monkeypatch.setattr(sys, "argv", arguments.split())
     resolution.main()
     figures = json.loads(capsys.readouterr().out)["figures"]
     assert set(figures["maps"]["tiny"]) == {DOUBLE, CLOSED, f"{CLOSED}, after a ReLU"}
+    strides = figures["strides"]["small, 256 px"]
+    assert strides["ratio 4, 0 removed"] == {"GFLOP/image": ANY, "map": 8, "times less": 16}
+    assert strides["ratio 4, 2 removed"]["map"] == strides["teacher"]["map"] == 32
+    assert 1 < strides["ratio 4, 2 removed"]["times less"] < 4
     (student,) = figures["student"].values()
     assert student[ENLARGED]["GFLOP/image"] == 16 * student[NATIVE]["GFLOP/image"]
     assert student[ENLARGED]["GFLOP/image"] == student[ORIGINAL]["GFLOP/image"]

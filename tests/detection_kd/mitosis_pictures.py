@@ -45,3 +45,11 @@ def write_spotted_slide(
 ) -> None:
     """The same as a pyramid of .5 um per px."""
     write_pyramid(path, paint_spots(width, height, spots, level))
+
+
+def paint_tissue(width: int, height: int) -> np.ndarray:
+    """Mixtures of haematoxylin and eosin, uint8 (height, width, 3)."""
+    amounts = np.random.default_rng(0).random((2, height // 4 + 1, width // 4 + 1)) ** 2 * 1.5
+    amounts = amounts.repeat(4, 1).repeat(4, 2)[:, :height, :width]
+    stains = np.array([[0.65, 0.70, 0.29], [0.27, 0.89, 0.37]])
+    return (240 * np.exp(-np.einsum("shw,sc->hwc", amounts, stains))).astype(np.uint8)

@@ -10,12 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
+from common.checkpoint import save_checkpoint
 from common.cli import run
 from detection_kd import detect_mitosis
 from detection_kd.evaluation.midog_json import read_midog_json
+from detection_kd.fields.field_tiles import FieldTiles
+from detection_kd.fields.stain import FieldStainKeys, build_field_stain, normalise_tiles
 from detection_kd.mitosis_sets.coco_points import read_coco_points
+from detection_kd.mitosis_sets.point_set import AnnotatedField, PointSet
+from detection_kd.models.cam import LocaliserKeys, WeakLocaliser
 from detection_kd.whole_slides.mitosis_candidates import CandidateCollector, Candidates
 from detection_kd.whole_slides.mitosis_count import measure_area
 from patch_encoder import tile_slides
@@ -24,6 +31,7 @@ from tests.detection_kd.mitosis_pictures import (
     DESCRIPTION,
     DarkSpots,
     paint_spots,
+    paint_tissue,
     write_spotted_slide,
 )
 from tests.html_pages import PageChecker
@@ -233,3 +241,40 @@ def test_candidates_at_the_rim_of_a_tile_give_way_to_the_tile_that_sees_them_who
     found = collector.merge()
     assert found.points.tolist() == [[80, 50], [92, 50], [115, 50]]
     assert found.scores.tolist() == [0.9, 0.85, 0.6]
+
+
+def test_a_checkpoint_alone_says_stain_and_resolution(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A field of .25 um per px, a localiser of .5 with a stain: tiles are read at .5, and have the
+    colours that a training on that field would give them.
+    """
+    pixels = paint_tissue(400, 300)
+    Image.fromarray(pixels).save(tmp_path / "S1.png", dpi=(101600, 101600))
+    stain = build_field_stain(FieldStainKeys(stain="macenko"))
+    torch.manual_seed(0)
+    model = WeakLocaliser(LocaliserKeys(trunk="small", init="random"))
+    described = {"side": 64, "mpp": 0.5, "threshold": 0.3, "stain": stain.describe()}
+    save_checkpoint(
+        tmp_path / "best.pt", model=model.state_dict(), config=model.describe() | described, epoch=1
+    )
+    seen: list[torch.Tensor] = []
+    detect_candidates = detect_mitosis.detect_candidates
+
+    def note(network: nn.Module, scale: float, settings: object, tiles: torch.Tensor, jobs: list):
+        assert scale == 1.0
+        seen.append(tiles.clone())
+        return detect_candidates(network, scale, settings, tiles, jobs)
+
+    monkeypatch.setattr(detect_mitosis, "detect_candidates", note)
+    keys = [f"slides={tmp_path}/S1.png", f"localiser={tmp_path}/best.pt", "tile_size=64"]
+    keys += [f"output={tmp_path}/found", "workers=0", "device=cpu", "overlap=0.0"]
+    assert run(detect_mitosis.main, detect_mitosis.Config, keys) == 0
+    none = np.zeros((0, 2))
+    field = AnnotatedField("S1", tmp_path / "S1.png", "c", "", 0.25, none, np.zeros(0, np.int64))
+    trained = normalise_tiles(FieldTiles(PointSet((field,)), 64, 0.5), stain)
+    expected = np.stack([trained.read(tile) for tile in range(len(trained))])
+    found = torch.cat(seen).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(found, expected)
+    assert (found != np.stack([trained.read_plain(0, c) for c in trained.corners])).any()
+    assert read_rows(tmp_path / "found" / "counts.csv")[0]["mpp"] == "0.25"

@@ -103,7 +103,7 @@ def test_every_mode_writes_what_a_student_can_read(
 def test_the_published_threshold_is_that_of_the_labels_it_filters(
     noisy: list[str], teacher: Path, tmp_path: Path
 ) -> None:
-    own = apply_filter(noisy, teacher, tmp_path / "own", "threshold=own")
+    own = apply_filter(noisy, teacher, tmp_path / "own", "teacher_threshold=own")
     scores = np.array([float(row["score"]) for row in own])
     labels = np.array([int(row["label"]) for row in own])
     kept = np.array([row["keep"] == "1" for row in own])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.config import load_config
 from common.distributed import World
 from common.errors import UserError
 from detection_kd import train_mitosis
@@ -19,8 +20,8 @@ from detection_kd.fields import open_fields
 from detection_kd.fields.augmentation import PointAugmentationKeys, augment_tiles
 from detection_kd.fields.tile_loader import make_tile_loader
 from detection_kd.mitosis_sets import keys
-from detection_kd.models.cam import load_localiser
-from detection_kd.train_mitosis import open_job, read_tiles
+from detection_kd.models.cam import WeakLocaliser, load_localiser
+from detection_kd.train_mitosis import Config, open_job, read_tiles
 from patch_encoder.slides import open_slide
 from tests.detection_kd.mitosis_runs import (
     SPLIT,
@@ -29,6 +30,7 @@ from tests.detection_kd.mitosis_runs import (
     write_kept_table,
     write_mitosis_set,
 )
+from tests.helpers import ROOT
 from tests.training_harness import read_epochs
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -278,3 +280,15 @@ def test_a_student_of_the_same_tiles_is_another_run(
     table = write_kept_table(tmp_path / "kept", configure(inputs))
     with pytest.raises(UserError, match="holds another run: inputs.kept"):
         train(inputs, run, "epochs=2", f"kept={table}")
+
+
+@pytest.mark.parametrize("name", ["tupac16", "midog21", "demo"])
+def test_the_published_settings_build_their_networks(name: str) -> None:
+    file = ROOT / "configs" / "uts" / f"{name}.yaml"
+    given = ["--config", str(file), "data.annotations=x", "output=x"]
+    config = load_config(Config, given, check_paths=False)
+    config.augmentation.check()
+    config.network.init = "random"  # nothing is fetched
+    with torch.device("meta"):
+        maps = WeakLocaliser(config.network)(torch.empty(1, 3, *[config.tile_size] * 2)).maps
+    assert maps.shape[-1] == (16 if name == "demo" else 32)

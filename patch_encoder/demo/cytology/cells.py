@@ -17,7 +17,7 @@ import numpy as np
 from scipy.ndimage import uniform_filter
 
 from patch_encoder.demo.cytology.stain import Style, apply_stain
-from patch_encoder.demo.shapes import (
+from patch_encoder.demo.drawing.shapes import (
     Side,
     blob,
     noise,

@@ -14,7 +14,7 @@ from scipy.ndimage import uniform_filter
 
 from patch_encoder.demo.cytology.cells import Drawing, DrawnCell, Point, draw_between
 from patch_encoder.demo.cytology.stain import Style, apply_stain
-from patch_encoder.demo.shapes import blob, noise, smooth_maximum, smoothstep, warp, window
+from patch_encoder.demo.drawing.shapes import blob, noise, smooth_maximum, smoothstep, warp, window
 
 
 def _stain(row: int, column: int, matter: np.ndarray, colour: np.ndarray) -> DrawnCell:

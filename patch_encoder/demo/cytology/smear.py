@@ -23,7 +23,7 @@ from patch_encoder.demo.cytology.cells import (
 from patch_encoder.demo.cytology.clutter import CLUTTER, margin
 from patch_encoder.demo.cytology.stain import Style, draw_style
 from patch_encoder.demo.cytology.tissue_map import ZONES, TissueMap, Zone
-from patch_encoder.demo.density import develop
+from patch_encoder.demo.drawing.density import develop
 
 BORDER = 48
 """Things lie up to this far (px) outside, so that the picture's edge cuts cells."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from patch_encoder.demo.density import UNIT
+from patch_encoder.demo.drawing.density import UNIT
 
 Colour = tuple[float, float, float]
 COLOURS: dict[str, Colour] = {

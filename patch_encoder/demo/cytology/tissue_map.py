@@ -29,7 +29,7 @@ from patch_encoder.demo.cytology.clutter import (
     neutrophil,
     red_cell,
 )
-from patch_encoder.demo.shapes import noise
+from patch_encoder.demo.drawing.shapes import noise
 
 CELL = 32
 """Side of a cell of the map in px of level 0."""

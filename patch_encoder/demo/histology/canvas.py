@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from patch_encoder.demo.shapes import window
+from patch_encoder.demo.drawing.shapes import window
 
 Point = tuple[float, float]
 Angle = float

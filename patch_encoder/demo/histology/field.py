@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import UInt8
 
+from patch_encoder.demo.drawing.shapes import smoothstep, wide_noise
 from patch_encoder.demo.histology.canvas import Canvas, Point
 from patch_encoder.demo.histology.look_alikes import draw_look_alike
 from patch_encoder.demo.histology.mitoses import draw_mitosis
 from patch_encoder.demo.histology.nuclei import FIBROBLAST, LYMPHOCYTE, TUMOUR, draw_nucleus
 from patch_encoder.demo.histology.scanner import SCANNERS, Stain, draw_stain, scan
 from patch_encoder.demo.histology.tissue import Ground, TissueKind, draw_ground, draw_tissue_kind
-from patch_encoder.demo.shapes import smoothstep, wide_noise
 
 MARGIN = 16
 """Annotated cells have their centre at least this far inside, px."""
@@ -22,7 +22,7 @@ APART = 34.0
 """Least distance of two annotated cells, px."""
 ROOM = 17.0
 """Tumour nuclei keep this distance from an annotated cell, px."""
-MITOSES, LOOK_ALIKES = (7.0, 18.0), (12.0, 24.0)
+MITOSES, LOOK_ALIKES = (12.0, 26.0), (8.0, 16.0)
 """Fewest and most of each that a case has in a million pixels (a quarter of a mm2)."""
 STROMAL, CLUSTER = 9e-4, 14
 """Nuclei per pixel of stroma; lymphocytes per cluster."""

@@ -11,16 +11,17 @@ from collections.abc import Callable
 
 import numpy as np
 
+from patch_encoder.demo.drawing.shapes import blob, smoothstep, warp
 from patch_encoder.demo.histology.canvas import Canvas, Point, turned_window
-from patch_encoder.demo.histology.mitoses import DEPTH
 from patch_encoder.demo.histology.nuclei import NucleusKind, draw_nucleus
-from patch_encoder.demo.shapes import blob, smoothstep, warp
 
+DEPTH = (1.3, 1.95)
+"""Haematoxylin of condensed chromatin."""
 LookAlike = Callable[[Canvas, np.random.Generator, Point], None]
-HYPERCHROMATIC = NucleusKind((6.5, 9.5), (0.6, 0.95), 0.12, (1.15, 1.65), 0.12, 0.2, edge=1.0)
+HYPERCHROMATIC = NucleusKind((6.5, 9.5), (0.6, 0.95), 0.12, (1.25, 1.8), 0.12, 0.2, edge=1.0)
 CRUSHED = NucleusKind((7.0, 11.0), (0.28, 0.45), 0.1, DEPTH, 0.06, 0.0, edge=1.1)
-LYMPHOCYTE_IN_NEST = NucleusKind((4.6, 6.2), (0.85, 1.0), 0.06, (1.15, 1.6), 0.16, 0.1)
-SMUDGED = NucleusKind((6.0, 9.0), (0.55, 0.9), 0.14, (1.2, 1.6), 0.05, 0.0, edge=3.2)
+LYMPHOCYTE_IN_NEST = NucleusKind((4.6, 6.2), (0.85, 1.0), 0.06, (1.25, 1.8), 0.16, 0.1)
+SMUDGED = NucleusKind((6.0, 9.0), (0.55, 0.9), 0.14, (1.25, 1.75), 0.05, 0.0, edge=3.2)
 
 
 def draw_look_alike(canvas: Canvas, rng: np.random.Generator, centre: Point) -> None:

@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from patch_encoder.demo.drawing.shapes import blob, noise, smoothstep, warp
 from patch_encoder.demo.histology.canvas import Canvas, Point, turned_window
-from patch_encoder.demo.shapes import blob, noise, smoothstep, warp
 
-DEPTH = (1.25, 1.9)
-"""Haematoxylin of condensed chromatin; look-alikes are drawn from the same range."""
+DEPTH = (1.3, 1.95)
+"""Haematoxylin of condensed chromatin; look-alikes have nearly the same."""
 REACH = 24.0
 """Half a side of the window that holds a mitotic cell, px."""
 Phase = Callable[[np.random.Generator, np.ndarray, np.ndarray], np.ndarray]
@@ -27,7 +27,7 @@ def draw_mitosis(canvas: Canvas, rng: np.random.Generator, centre: Point) -> Non
     phases, shares = list(PHASES), np.array(list(PHASES.values()))
     phase = phases[int(rng.choice(len(phases), p=shares / shares.sum()))]
     corner, along, across = turned_window(centre, REACH, rng.uniform(0, 2 * math.pi))
-    if rng.random() < 0.65:
+    if rng.random() < 0.8:
         _clear_cytoplasm(canvas, rng, corner, along, across)
     hairy = warp(rng, along, across, rng.uniform(1.0, 2.2), 4)
     distance = phase(rng, *hairy)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from patch_encoder.demo.drawing.shapes import blob, noise, smoothstep, warp
 from patch_encoder.demo.histology.canvas import Angle, Canvas, Point, turned_window
-from patch_encoder.demo.shapes import blob, noise, smoothstep, warp
 
 
 @dataclass(frozen=True)

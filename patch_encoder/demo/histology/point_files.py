@@ -95,7 +95,7 @@ def count_wrong(true: int, share: float) -> int:
 
 def add_wrong_points(fields: Sequence[PointField], count: int, seed: int) -> list[PointField]:
     """The fields with `count` wrong mitoses behind the true ones in training fields, drawn among
-    the `others` that are `FAR` from every mitosis.
+    the `others` that lie inside their field and are `FAR` from every mitosis.
 
     Raises:
         UserError: too few such places.
@@ -104,7 +104,7 @@ def add_wrong_points(fields: Sequence[PointField], count: int, seed: int) -> lis
         (number, place)
         for number, f in enumerate(fields)
         if f.split == "train"
-        for place in f.others[_is_far(f.others, f.mitoses)]
+        for place in f.others[_is_inside(f.others, f.side) & _is_far(f.others, f.mitoses)]
     ]
     if count > len(places):
         raise UserError(
@@ -120,6 +120,11 @@ def add_wrong_points(fields: Sequence[PointField], count: int, seed: int) -> lis
         replace(f, mitoses=np.concatenate([f.mitoses, np.reshape(drawn.get(number, []), (-1, 2))]))
         for number, f in enumerate(fields)
     ]
+
+
+def _is_inside(places: np.ndarray, side: int) -> np.ndarray:
+    """Nuclei at the border may have their centre beyond it."""
+    return ((places >= 0) & (places < side)).all(axis=1)
 
 
 def _is_far(places: np.ndarray, mitoses: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from patch_encoder.demo.density import UNIT, develop
+from patch_encoder.demo.drawing.density import UNIT, develop
 from patch_encoder.demo.histology.canvas import Canvas
 
 HAEMATOXYLIN = np.array([0.62, 0.66, 0.30], np.float32)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from patch_encoder.demo.drawing.shapes import smoothstep, wide_noise
 from patch_encoder.demo.histology.canvas import Canvas
-from patch_encoder.demo.shapes import smoothstep, wide_noise
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def test_a_filter_that_would_empty_a_class_is_refused(mode: str, value: float) -
     scores = np.full(9, value)
     reasons = find_hard_tiles(scores, LABELS, 0.5, "bag", HITS, STRAYS)
     name = "positive" if value == 0 else "negative"
-    with pytest.raises(UserError, match=f"would leave 0 of . {name} tiles; use threshold="):
+    with pytest.raises(UserError, match=f"would leave 0 of . {name} tiles; use teacher_threshold="):
         filter_tiles(scores, LABELS, reasons, mode, positives_only=False, seed=0)
 
 

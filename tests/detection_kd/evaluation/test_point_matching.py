@@ -13,7 +13,6 @@ from detection_kd.evaluation.point_matching import (
     count_many_to_many,
     count_one_to_one,
     find_hits,
-    match_greedily,
     match_points,
 )
 
@@ -56,7 +55,6 @@ def test_hits_by_score_are_those_of_matching_at_every_cut(seed: int) -> None:
         kept = scores >= cut
         pairs = len(match_points(found[kept], truth, 7.5))
         assert hits[kept].sum() == pairs
-        assert len(match_greedily(found[kept], truth, scores[kept], 7.5)) <= pairs
 
 
 def test_a_sure_detection_gives_way_to_one_that_has_no_other_figure() -> None:
@@ -64,7 +62,6 @@ def test_a_sure_detection_gives_way_to_one_that_has_no_other_figure() -> None:
     found, truth = points((5, 0), (0, 0)), points((4, 0), (10, 0))
     scores = np.array([0.9, 0.8])
     assert match_points(found, truth).tolist() == [[0, 1], [1, 0]]
-    assert match_greedily(found, truth, scores).tolist() == [[0, 0]]
     assert find_hits(found, truth, scores).tolist() == [True, True]
 
 
@@ -85,7 +82,6 @@ def test_a_figure_is_found_once_and_a_detection_finds_one(
 ) -> None:
     assert count_one_to_one(found, truth) == counts
     assert find_hits(found, truth, np.ones(len(found))).sum() == counts.hits
-    assert len(match_greedily(found, truth, np.ones(len(found)))) == counts.hits
 
 
 @pytest.mark.parametrize(

@@ -133,5 +133,5 @@ def test_a_threshold_of_one_scanner_is_judged_on_the_others() -> None:
     """Scanner B scores everything .3 higher, so that the threshold of A lets its errors in."""
     table = transfer_thresholds(draw_fields(5, 40, shift=0.3))
     assert table["B"]["threshold"] == pytest.approx(table["A"]["threshold"] + 0.3, abs=0.11)
-    assert table["A"]["A"] > table["B"]["A"] + 0.05
-    assert table["B"]["B"] > table["A"]["B"] + 0.05
+    assert table["A"]["f1"]["A"] > table["B"]["f1"]["A"] + 0.05
+    assert table["B"]["f1"]["B"] > table["A"]["f1"]["B"] + 0.05

@@ -15,7 +15,7 @@ from common.errors import UserError
 from detection_kd.fields import open_fields
 from detection_kd.fields.field_tiles import UNKNOWN, FieldTiles
 from detection_kd.mitosis_sets.point_set import LOOK_ALIKE, MITOSIS
-from patch_encoder.slides import SlideError
+from patch_encoder.slides import SlideError, open_slide
 from tests.detection_kd.fields.drawn_fields import draw_field, make_set, write_field
 
 SIDE = 20
@@ -139,3 +139,21 @@ def test_few_files_are_open_and_each_process_opens_its_own(
     assert not pickle.loads(pickle.dumps(files))._open
     monkeypatch.setattr(os, "getpid", lambda: -1)
     assert files.get(1) is not opened[1] and list(files._open) == [1]
+
+
+def test_small_fields_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles are read in a random order: fields that fit into memory together are opened once."""
+    opened: list[Path] = []
+
+    def spy(path: Path, mpp: float | None) -> object:
+        opened.append(path)
+        return open_slide(path, mpp)
+
+    fields = [
+        write_field(tmp_path, f"f{n:02d}", draw_field(64, 64, n), [(9, 9)]) for n in range(24)
+    ]
+    tiles = FieldTiles(make_set(*fields), 32, None)
+    monkeypatch.setattr(open_fields, "open_slide", spy)
+    for tile in np.random.default_rng(0).permutation(len(tiles)).tolist():
+        tiles.read(tile)
+    assert len(opened) == len(fields)

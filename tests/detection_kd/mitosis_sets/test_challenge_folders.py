@@ -57,6 +57,16 @@ def test_tupac_tables_hold_row_and_column_and_may_be_empty_or_absent(tupac: Path
     assert all(field.look_alikes for field in found.values())
 
 
+def test_an_image_knows_its_resolution_better_than_the_set_and_a_table_best(tupac: Path) -> None:
+    images = tupac.parent / "images"
+    write_image(images / "part_1/01/01.tif", mpp=0.5)
+    write_image(images / "part_1/01/02.tif", mpp=0.5)
+    cases = tupac.parent / "cases.csv"
+    cases.write_text("file,mpp\n01/02.tif,0.3\n")
+    found = read_point_set(set_keys(tupac, "tupac16", images=images, cases=cases, mpp=1.0))
+    assert [field.mpp for field in found.fields] == pytest.approx([0.5, 0.3, 0.25, 0.25])
+
+
 def test_tupac_positions_counted_from_one_never_leave_the_image(tupac: Path) -> None:
     keys = set_keys(tupac, "tupac16", images=tupac.parent / "images", first_index=1)
     found = read_point_set(keys).fields
@@ -84,8 +94,8 @@ def test_the_original_labels_have_no_look_alikes_and_cases_without_zeros(tupac: 
     ("name", "text", "message"),
     [
         ("mitoses_ground_truth/01/09.csv", "1,2\n", "none of 01/09 .1 of 4."),
-        ("mitoses_ground_truth/01/01.csv", "1\n", "01.csv line 1: expected 2 numbers, found '1'"),
-        ("mitoses_ground_truth/01/01.csv", "row,col\n", "line 1: expected 2 numbers, found 'row"),
+        ("mitoses_ground_truth/01/01.csv", "1\n", "01.csv line 1: expected two numbers, found '1'"),
+        ("mitoses_ground_truth/01/01.csv", "row,col\n", "line 1: expected two numbers, found 'row"),
         ("mitoses_ground_truth/01/01.csv", "70,2\n", r"field 01_01: .*96 x 64 px.*\(2.5, 70.5\)"),
         ("mitoses_ground_truth/01/01.csv", "20,30\n", "field 01_01: expected one class per"),
         ("mitoses_ground_truth/1/01.csv", "1,2\n", "expected one file of 01/01, found"),
@@ -164,7 +174,11 @@ def test_both_scans_of_a_patient_are_one_case(mitos: Path) -> None:
     [
         ("x/A05_00Aa_mitosis.csv", "1,2,1\n", "expected x40/A05_00Aa.tiff .* none .1 of 4"),
         ("x/A03_00Aa_mitosis.csv", "1,2,1\n", "expected one A03_00Aa_mitosis.csv, found"),
-        ("Training Aperio/A03/A03/mitosis/A03_00Aa_mitosis.csv", "10,x,1\n", "line 1: expected 2"),
+        (
+            "Training Aperio/A03/A03/mitosis/A03_00Aa_mitosis.csv",
+            "10,x,1\n",
+            "line 1: expected two",
+        ),
         ("Training Aperio/A03/A03/mitosis/A03_00Aa_mitosis.csv", "30,40,1\n", "one class per"),
         ("Training Aperio/A03/A03/mitosis/A03_00Aa_mitosis.csv", "130,40,1\n", "96 x 64 px"),
     ],

@@ -135,7 +135,10 @@ def test_the_table_of_cases_adds_what_the_set_does_not_say(tmp_path: Path) -> No
     [
         ("file,case\nz.tiff,p1\n", "expected the files of the fields, as a; found others, as z"),
         ("file,case\na.tiff,p1\na.png,p2\n", "line 3: expected each file once, found a.png twice"),
-        ("file,mpp\na.tiff,25\n", "expected mpp in um per px, 0.05 to 10, found '25'"),
+        (
+            "file,mpp\na.tiff,25\n",
+            "line 2: expected mpp in um per level-0 pixel, 0.05 to 10, found '25'",
+        ),
         ("file,annotated\na.tiff,x\n", "expected annotated 1 or 0, found 'x'"),
         ("file,annotated\nb/2.tiff,0\n", "field b_2: expected annotated 1, found 0 and 2"),
     ],

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from common.errors import UserError
 from detection_kd.mitosis_sets.checked_fields import find_class
@@ -17,6 +18,7 @@ from detection_kd.mitosis_sets.csv_points import write_csv_points
 from detection_kd.mitosis_sets.geojson_points import write_geojson_points
 from detection_kd.mitosis_sets.keys import read_point_set
 from detection_kd.mitosis_sets.point_set import LOOK_ALIKE, MITOSIS, AnnotatedField, PointSet
+from patch_encoder.slides.picture_file import PictureFile
 from tests.detection_kd.mitosis_sets.miniatures import (
     draw_point_set,
     set_keys,
@@ -44,6 +46,8 @@ WRITERS = {"csv": write_csv_points, "coco": write_coco_points, "geojson": write_
         ("hard negative", LOOK_ALIKE),
         ("hard_negative imposter", LOOK_ALIKE),
         ("mitosis-like", LOOK_ALIKE),
+        ("mitotic hot spot", None),
+        ("Mitosis region", None),
         ("Eosinophil", None),
         ("Tumor", None),
         ("", None),
@@ -166,6 +170,7 @@ def test_points_boxes_and_outlines_of_qupath_are_read(tmp_path: Path) -> None:
     features[3]["geometry"]["coordinates"][0][0] = [[x + 1, y] for x, y in RING]
     features += [make_feature("Polygon", [RING], "Tumor"), make_feature("Polygon", [RING])]
     features[-1]["properties"].pop("classification")  # regions
+    features.append(make_feature("Polygon", [RING], "mitotic hot spot"))  # of detect_mitosis
     (folder / "a.tiff.geojson").write_text(
         json.dumps({"type": "FeatureCollection", "features": features})
     )
@@ -181,6 +186,21 @@ def test_points_boxes_and_outlines_of_qupath_are_read(tmp_path: Path) -> None:
     assert first.labels.tolist() == [0, 1, 1, 0, 0, 0] and first.look_alikes
     assert second.annotated and not third.annotated  # found nothing, and did not look
     assert third.path == tmp_path / "images/c.tiff"
+
+
+def test_positions_count_from_the_scanned_part_of_a_slide_as_in_qupath(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of MRXS, whose scanned part lies within empty glass."""
+    monkeypatch.setattr(PictureFile, "bounds", (40, 7))
+    Image.new("RGB", (200, 100)).save(tmp_path / "a.png")
+    field = AnnotatedField("a", tmp_path / "a.png", "a", "", 0.25, np.array([[50.0, 30.0]]),
+                           np.array([MITOSIS]))  # fmt: skip
+    write_geojson_points(tmp_path / "points", PointSet((field,)))
+    written = json.loads((tmp_path / "points/a.geojson").read_text())
+    assert written["features"][0]["geometry"]["coordinates"] == [10, 23]
+    again = read_point_set(set_keys(tmp_path / "points", "geojson", images=tmp_path))
+    assert again.fields[0].points.tolist() == [[50, 30]]
 
 
 @pytest.mark.parametrize(

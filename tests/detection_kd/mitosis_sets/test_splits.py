@@ -139,6 +139,20 @@ def test_the_table_of_cases_may_say_the_split(tmp_path: Path) -> None:
         split_fields(draw_point_set(), make_keys(cases=str(table)), 0)
 
 
+def test_a_scanner_is_held_out_with_all_its_cases() -> None:
+    fields = draw_point_set()
+    other = dataclasses.replace(fields.fields[0], field_id="second", scanner="scanner 1")
+    fields = PointSet((*fields.fields, other))  # case c00 is on two scanners
+    sides = split_fields(fields, make_keys(splits="scanner:scanner 1"), 0)
+    assert sides["test"].cases == ["c00", "c01", "c04", "c07", "c10"]
+    assert len(sides["test"].fields) == 11
+    for side in ("train", "val"):
+        assert sides[side].fields
+        assert {field.scanner for field in sides[side].fields} <= {"scanner 0", "scanner 2"}
+    with pytest.raises(UserError, match="splits=scanner:scanner 9: expected a scanner of the set"):
+        split_fields(fields, make_keys(splits="scanner:scanner 9"), 0)
+
+
 def test_a_side_without_mitotic_figures_is_refused(tmp_path: Path) -> None:
     fields = draw_point_set(cases=3)
     bare = dataclasses.replace(

@@ -22,9 +22,9 @@ from detection_kd.models.cam import (
     WeakLocaliser,
     enlarge_maps,
     load_localiser,
-    place_localiser,
     pool_cells,
 )
+from detection_kd.models.normalised_network import place_network
 from patch_encoder.models.encoder_table import EFFICIENTNET_LITE
 from tests.helpers import ROOT
 
@@ -45,6 +45,16 @@ def test_every_pooling_in_every_mode(pooling: str, mode: str, norm: str) -> None
     assert maps.shape == (3, 1, 12, 10) and bags.shape == (3,)
     bags.sum().backward()
     assert model.head.weight.grad is not None and model.head.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_cell_knows_nothing_of_far_pixels(norm: str) -> None:
+    """Else the network could be right about the tile and wrong about the place."""
+    model, pixels = build(norm=norm), torch.rand(1, 3, 96, 96)
+    changed = pixels.clone()
+    changed[..., :16, :16] = 0
+    different = (model(pixels).maps != model(changed).maps)[0, 0]
+    assert different[:4, :4].all() and not different[12:].any() and not different[:, 12:].any()
 
 
 def test_a_batch_of_one_keeps_its_dimension() -> None:
@@ -142,7 +152,7 @@ def test_the_trunk_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[torch.nn.Module] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
     model = build()
-    place_localiser(model, World(0, 1, torch.device("cpu")), compile=True)
+    place_network(model, World(0, 1, torch.device("cpu")), "small", compile=True)
     assert compiled == [model.trunk]
 
 
@@ -179,7 +189,7 @@ def test_keys_that_cannot_be_are_refused(keys: dict[str, object], message: str) 
 def test_batch_norm_in_two_processes_needs_cuda() -> None:
     two = World(0, 2, torch.device("cpu"))
     with pytest.raises(UserError, match=r"batch norm needs CUDA with 2 processes.*norm=layer"):
-        place_localiser(build(), two, compile=False)
+        place_network(build(), two, "small", compile=False)
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:

@@ -16,13 +16,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.checkpoint import save_checkpoint
 from common.errors import UserError
-from detection_kd.losses.attention_transfer import find_attention
+from detection_kd.losses.attention_transfer import find_attention, find_attention_by_autograd
 from detection_kd.losses.resolution_losses import PairedOutputs, ResolutionTerms, resolution_loss
+from detection_kd.models.cam import NORMS
 from detection_kd.models.grading_trunks import VggTrunk, build_trunk, remove_strides, trace_shape
 from detection_kd.models.low_resolution import (
     GradingKeys,
     GradingNetwork,
     PatchScale,
+    check_teacher,
     load_grading_network,
 )
 from patch_encoder.models.encoders import build_encoder
@@ -113,11 +115,32 @@ def test_removed_strides_give_a_student_its_teachers_map(
 ) -> None:
     whole = build_trunk(trunk, "random")
     student = build_trunk(trunk, "random", count)
-    assert trace_shape(whole, 256)[-2:] == (256 // stride,) * 2
+    assert trace_shape(whole, 256)[-2:] == (256 // stride,) * 2 and whole.training
     assert trace_shape(student, 256 >> count)[-2:] == (256 // stride,) * 2
     assert {n: p.shape for n, p in student.named_parameters()} == {
         n: p.shape for n, p in whole.named_parameters()
     }
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_cells_of_the_small_trunk_see_no_other_end_of_the_image(norm: str) -> None:
+    """Averages of a map say how much of something an image has; a norm over it would hide that."""
+    model = network(side=128, norm=norm).eval()
+    x = pixels(1, 128)
+    other = x.clone()
+    other[..., 96:, 96:] = 0
+    with torch.no_grad():
+        maps, changed = model(x).maps, model(other).maps
+    assert torch.equal(maps[..., :4, :4], changed[..., :4, :4])
+    assert not torch.equal(maps[..., -1, -1], changed[..., -1, -1])
+
+
+def test_with_layer_norm_a_patch_is_graded_alike_in_any_batch() -> None:
+    x = pixels(4, 48)
+    for norm, alike in (("layer", True), ("batch", False)):
+        model = network(norm=norm)
+        whole, half = model(x).logits[:2], model(x[:2]).logits
+        assert torch.allclose(whole, half, atol=1e-5) == alike
 
 
 def test_a_removed_stride_lets_every_cell_be_computed() -> None:
@@ -132,7 +155,7 @@ def test_a_removed_stride_lets_every_cell_be_computed() -> None:
 
 def test_strides_that_cannot_go_are_refused() -> None:
     for count in (-1, 5):
-        with pytest.raises(UserError, match=f"removed_strides={count}: expected 0 to 4, which"):
+        with pytest.raises(UserError, match=f"removed_strides={count}: expected 0 to 4, as many"):
             build_trunk("vgg16", "random", count)
     with pytest.raises(UserError, match="cannot do without their strides"):
         build_trunk("convnext_atto", "random", 1)  # patches of 4 px, without padding
@@ -242,13 +265,27 @@ def test_an_earlier_level_comes_with_its_graph(
         model(pixels(1, side), level=-9)
 
 
+def test_an_earlier_level_is_caught_behind_a_compiled_trunk() -> None:
+    """A compiled module would pass by what is listening within it."""
+    model, x = network(), pixels(1, 48)
+    expected = model(x, level=-2).inner
+
+    def fail(*_: object) -> None:
+        raise AssertionError("the compiled trunk was called")
+
+    model.trunk._compiled_call_impl = fail
+    assert torch.equal(model(x, level=-2).inner, expected)
+    with pytest.raises(AssertionError, match="was called"):
+        model(x)
+
+
 @pytest.mark.parametrize("level", [-1, -2])
 def test_a_student_learns_from_a_teacher_with_all_terms(level: int) -> None:
     """A step along the gradient lowers the loss; the teacher stays as it is."""
     teacher = network().freeze()
     student = network(ratio=4, removed_strides=1, seed=1)
     settings = ResolutionTerms(0.5, 0.1, 0.1, 0.1, 0.1, 1.0, temperature=2.0, level=level)
-    settings.check_networks(student.head, teacher.head)
+    check_teacher(student, teacher, settings)
     big, labels = pixels(4, 48), torch.tensor([0, 1, 2, 3])
     before = copy.deepcopy(teacher.state_dict())
     answer = teacher(big, level)
@@ -268,6 +305,46 @@ def test_a_student_learns_from_a_teacher_with_all_terms(level: int) -> None:
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
+def test_teachers_that_cannot_teach_are_refused() -> None:
+    student, teacher = network(ratio=4, removed_strides=1), network()
+    check_teacher(student, teacher, ResolutionTerms(kd=1.0, fm=1.0, sr=1.0))
+    check_teacher(student, student, ResolutionTerms(kd=1.0))
+    wide = network("resnet10t")
+    check_teacher(student, wide, ResolutionTerms(kd=1.0, at=1.0, grad_cam=1.0, at_plus=1.0))
+    for term in ("fm", "sr"):
+        with pytest.raises(UserError, match="one width, found student 96, teacher 512"):
+            check_teacher(student, wide, ResolutionTerms(**{term: 1.0}))
+    deep = ResolutionTerms(at_plus=1.0, level=-4)  # resnet10t has so many, small has 3
+    with pytest.raises(UserError, match="level=-4: expected -1 to -3 for trunk=small"):
+        check_teacher(student, wide, deep)
+    check_teacher(student, wide, ResolutionTerms(kd=1.0, level=-4))
+
+
+@pytest.mark.parametrize(
+    ("grades", "scale", "message"),
+    [
+        (
+            GRADES[::-1],
+            PatchScale(48, 1, 0.5),
+            "the grades NC, G3, G4, G5 in this order, found G5, G4",
+        ),
+        (GRADES[:3], PatchScale(48, 1, 0.5), "found NC, G3, G4$"),
+        (GRADES, PatchScale(64, 1, 0.5), "48 px at 0.5 um/px, found 64 px at 0.5 um/px"),
+        (GRADES, PatchScale(48, 1, 0.25), "48 px at 0.5 um/px, found 48 px at 0.25 um/px"),
+        (GRADES, PatchScale(48, 3, 0.5), r"the student's detail \(ratio 2\), found ratio 3"),
+    ],
+)
+def test_teachers_of_other_grades_patches_or_detail_are_refused(
+    grades: tuple[str, ...], scale: PatchScale, message: str
+) -> None:
+    keys = GradingKeys(trunk="small", init="random")
+    student = GradingNetwork(keys, GRADES, PatchScale(48, 2, 0.5))
+    with pytest.raises(UserError, match=message):
+        check_teacher(student, GradingNetwork(keys, grades, scale), ResolutionTerms(kd=1.0))
+    unknown = GradingNetwork(keys, GRADES, PatchScale(48))
+    check_teacher(student, unknown, ResolutionTerms(kd=1.0))
+
+
 def test_maps_that_were_kept_are_graded_as_those_of_the_forward_pass() -> None:
     model = network()
     with torch.no_grad():
@@ -279,15 +356,18 @@ def test_maps_that_were_kept_are_graded_as_those_of_the_forward_pass() -> None:
 def test_outputs_are_single_precision_under_autocast() -> None:
     model = network()
     with torch.autocast("cpu", torch.bfloat16):
-        output = model(pixels(2, 48))
+        output = model(pixels(2, 48), level=-2)
     assert {x.dtype for x in output[:3]} == {torch.float32}
+    assert output.inner.dtype == torch.bfloat16
+    maps = find_attention_by_autograd(output.inner, output.logits)
+    assert maps.dtype == torch.float32 and maps.max() > 0
     assert model.double()(pixels(1, 48).double()).logits.dtype == torch.float64
 
 
 @pytest.mark.parametrize(
     ("trunk", "keys"),
     [
-        ("small", {"removed_strides": 2}),
+        ("small", {"removed_strides": 2, "norm": "layer"}),
         ("small", {"enlarged": True, "normalised": False}),
         ("tf_efficientnet_lite0", {"init": "imagenet_lite0"}),
     ],

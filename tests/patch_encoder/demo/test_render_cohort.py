@@ -28,12 +28,12 @@ from sklearn.preprocessing import StandardScaler
 
 from common.errors import UserError
 from common.files import sha256_file
-from patch_encoder.demo import sample_plan
+from patch_encoder.demo.cytology import sample_plan
 from patch_encoder.demo.cytology.cells import ABNORMAL, NORMAL
+from patch_encoder.demo.cytology.sample_plan import PlannedSlide, plan_fields, plan_slides
 from patch_encoder.demo.cytology.smear import draw_smear, lesion_boxes
 from patch_encoder.demo.pyramid import halve
 from patch_encoder.demo.render_cohort import Config, main
-from patch_encoder.demo.sample_plan import PlannedSlide, plan_fields, plan_slides
 from patch_encoder.descriptors.mean_colour import mean_colour
 from patch_encoder.descriptors.stain_texture import stain_texture
 from tests.helpers import ROOT

@@ -136,7 +136,7 @@ def make_field(split: str, mitoses: np.ndarray, others: np.ndarray, number: int)
 
 
 def test_wrong_points_are_as_many_as_asked_far_away_and_in_training_fields_alone() -> None:
-    grid = np.stack(np.meshgrid(*[np.arange(10, 500, 20.0)] * 2), axis=-1).reshape(-1, 2)
+    grid = np.stack(np.meshgrid(*[np.arange(-30, 540, 20.0)] * 2), axis=-1).reshape(-1, 2)
     true = np.array([[250.0, 250.0]])
     fields = [
         make_field("train", true, grid, 0),
@@ -149,6 +149,8 @@ def test_wrong_points_are_as_many_as_asked_far_away_and_in_training_fields_alone
     np.testing.assert_array_equal(wrong[2].mitoses, true)
     np.testing.assert_array_equal(wrong[0].mitoses[0], true[0])
     assert np.linalg.norm(wrong[0].mitoses[1:] - true, axis=1).min() >= FAR
+    points = np.concatenate([f.mitoses for f in add_wrong_points(fields, 1100, seed=4)])
+    assert points.min() >= 0 and points.max() < 500, "no wrong point lies beyond its field"
     again, other = add_wrong_points(fields, 12, 4), add_wrong_points(fields, 12, 5)
     np.testing.assert_array_equal(again[1].mitoses, wrong[1].mitoses)
     assert not np.array_equal(other[1].mitoses, wrong[1].mitoses)

@@ -13,6 +13,7 @@ import pytest
 from common.errors import UserError
 from patch_encoder.demo.cytology.cells import ABNORMAL, NORMAL
 from patch_encoder.demo.cytology.clutter import inflammation, mucus
+from patch_encoder.demo.cytology.sample_plan import plan_slides
 from patch_encoder.demo.cytology.tissue_map import (
     CELL,
     ZONES,
@@ -23,7 +24,6 @@ from patch_encoder.demo.cytology.tissue_map import (
     write_tissue_map,
 )
 from patch_encoder.demo.render_cohort import Config, main
-from patch_encoder.demo.sample_plan import plan_slides
 
 SMALL = {"side": 512, "pretrain_slides": 2, "cv_slides": 0, "train_fields": 0, "val_fields": 0}
 

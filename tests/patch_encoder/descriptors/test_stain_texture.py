@@ -12,7 +12,7 @@ from skimage.measure import label, regionprops
 from patch_encoder.demo.cytology.cells import HIGH_GRADE, INTERMEDIATE
 from patch_encoder.demo.cytology.smear import SmearObject
 from patch_encoder.demo.cytology.stain import draw_style
-from patch_encoder.demo.density import develop
+from patch_encoder.demo.drawing.density import develop
 from patch_encoder.descriptors.granulometry import (
     COARSE,
     FINE,

@@ -1,0 +1,1 @@
+"""What drawings of all stains share: outlines and noise, and the way from density to pixels."""
