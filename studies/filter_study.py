@@ -21,13 +21,9 @@ from common.cli import launch
 from common.config import REQUIRED, key
 from common.errors import UserError
 from common.files import read_json, write_or_remove_csv
-from studies.filter_tables.rows import (
-    TRUTH,
-    SeedFolder,
-    train_references,
-    train_student,
-)
+from studies.filter_tables.rows import train_references, train_student
 from studies.filter_tables.scores import score_network
+from studies.filter_tables.seed_folder import TRUTH, SeedFolder
 from studies.filter_tables.table import REFERENCES, RowScores, make_table, write_tables
 
 logger = logging.getLogger(__name__)
@@ -48,7 +44,7 @@ class Config:
         choices=("MIDOG_noisy.json", "MIDOG_systematic.json"),
     )
     compose: list[str] = key([], "further key=value of compose_mitoses")
-    train: list[str] = key([], "further arguments of train_mitosis")
+    train_mitosis: list[str] = key([], "further arguments of train_mitosis")
     filters: dict[str, Any] = key({}, "rows with a filter; {name: {key of filter_samples: value}}")
     batch_size: int = key(64, "items per step over all processes; tiles", least=1, runtime=True)
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
@@ -58,7 +54,7 @@ class Config:
 def run_seed(config: Config, seed: int, failures: list[dict[str, Any]]) -> dict[str, RowScores]:
     """Train, filter and score all rows of a seed; rows that fail are left out."""
     path = Path(config.output) / Path(config.noise).stem / f"seed{seed}"
-    folder = SeedFolder(path, seed, config.noise, config.train)
+    folder = SeedFolder(path, seed, config.noise, config.train_mitosis)
     folder.compose(config.crops, config.compose)
     runs = train_references(folder)
     audits: dict[str, list[Any]] = {}
