@@ -10,13 +10,18 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from common.config import load_config
+from detection_kd import filter_samples, train_mitosis
 from mil import benchmark
 from patch_encoder import build_regions, pretrain_slpd
+from patch_encoder.demo import compose_mitoses
 
 SCRIPTS: dict[str, ModuleType] = {
     "build_regions": build_regions,
     "pretrain_slpd": pretrain_slpd,
     "benchmark": benchmark,
+    "compose_mitoses": compose_mitoses,
+    "train_mitosis": train_mitosis,
+    "filter_samples": filter_samples,
 }
 
 
