@@ -92,6 +92,8 @@ def test_every_training_script_has_its_rows() -> None:
     """Each of them learns, resumes and trains in pairs in some row."""
     paths = [path.relative_to(ROOT) for path in ROOT.glob("*/train*.py")]
     scripts = {".".join(path.with_suffix("").parts) for path in paths if path.parts[0] != "tests"}
+    # trains a few layers fold by fold in one process: tests/detection_kd/test_train_atypical.py
+    scripts -= {"detection_kd.train_atypical"}
     assert scripts >= {"detection_kd.train_detector", "detection_kd.train_d2vfm", "mil.train"}
     for script in scripts:
         rows = [row for row in ROWS if row.script == script]
