@@ -28,11 +28,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.rounds import Call, Figures, format_table, make_parser, measure_ratios, say
+from detection_kd.grading.network_cost import count_kept_bytes, count_trunk
 from detection_kd.losses.attention_transfer import (
     attention_loss,
     find_attention,
@@ -44,7 +44,7 @@ from detection_kd.losses.resolution_losses import (
     feature_matching_loss,
     resolution_loss,
 )
-from detection_kd.models.grading_trunks import build_trunk, trace_shape
+from detection_kd.models.grading_trunks import build_trunk
 from detection_kd.models.low_resolution import GradingKeys, GradingNetwork, PatchScale
 
 GRADES = ("NC", "G3", "G4", "G5")
@@ -149,40 +149,18 @@ class Step:
     def count_kept_bytes(self) -> int:
         """Bytes of activations that one step keeps for its backward pass."""
         parameters = [*self.student.parameters(), *self.teacher.parameters()]
-        known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-        kept: dict[int, int] = {}
-        alive = []  # as long as it is, its address is nobody else's
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
-                kept[storage.data_ptr()] = storage.nbytes()
-                alive.append(storage)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            self.find_loss()
-        return sum(kept.values())
-
-
-def count_flops(trunk: nn.Module, side: int) -> tuple[float, int]:
-    """Operations of an image of `side` px in a trunk, in 10^9, a product and a sum being two; and
-    the side of its map.
-    """
-    with FlopCounterMode(display=False) as counter:
-        shape = trace_shape(trunk, side)
-    return counter.get_total_flops() / 1e9, shape[-1]
+        return count_kept_bytes(parameters, self.find_loss)
 
 
 def run_strides() -> Figures:
     """Operations of native students with strides taken out of their trunks."""
     figures = {}
     for name in TRUNKS:
-        whole = count_flops(build_trunk(name, "random"), FULL)
+        whole = count_trunk(build_trunk(name, "random"), FULL)
         rows = {"teacher": {"GFLOP/image": whole[0], "map": whole[1], "times less": 1.0}}
         for ratio in RATIOS:
             for removed in range(ratio.bit_length()):
-                flops, cells = count_flops(build_trunk(name, "random", removed), FULL // ratio)
+                flops, cells = count_trunk(build_trunk(name, "random", removed), FULL // ratio)
                 row = {"GFLOP/image": flops, "map": cells, "times less": whole[0] / flops}
                 rows[f"ratio {ratio}, {removed} removed"] = row
         figures[f"{name}, {FULL} px"] = rows
@@ -216,7 +194,7 @@ def run_students(side: int, batch: int, rounds: int) -> Figures:
         for who, step in steps.items():
             seen = side // ratio if who == NATIVE else side
             rows[who] = {
-                "GFLOP/image": count_flops(step.student.trunk, seen)[0],
+                "GFLOP/image": count_trunk(step.student.trunk, seen)[0],
                 "kept MiB": step.count_kept_bytes() / 2**20,
             }
 

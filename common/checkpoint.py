@@ -104,6 +104,28 @@ def load_checkpoint(path: str | Path, what: str = "a checkpoint") -> dict[str, A
     return content
 
 
+def load_checkpoint_of(path: str | Path, kind: str, what: str, script: str) -> dict[str, Any]:
+    """The content of a checkpoint whose `config` says that it is of a kind of network.
+
+    Args:
+        path: of the file.
+        kind: that its configuration names.
+        what: the network in words, with its article.
+        script: that writes such files.
+
+    Raises:
+        UserError: another file.
+    """
+    content = load_checkpoint(path, what)
+    found = content["config"].get("kind")
+    if found != kind:
+        raise UserError(
+            f"{path}: expected {what} (kind {kind}), found kind {found!r}; give "
+            f"checkpoint_best.pt of {script}"
+        )
+    return content
+
+
 def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
     """Load a state dict strictly; another architecture's weights are a UserError that names the
     first differences.

@@ -26,19 +26,20 @@ import torch
 from torch import Tensor
 
 from common.cli import launch
-from common.config import REQUIRED, group, key, to_dict
-from common.device import PRECISIONS, autocast, pick_precision
+from common.config import group, key, to_dict
+from common.device import autocast, pick_precision
 from common.distributed import World, init_distributed, local_processes, mean_dict, share_batch
 from common.errors import UserError
 from common.files import sha256_file
 from common.optim import add_terms, make_optimizer, require_finite, set_lr
 from common.processes.pool import pick_workers
 from common.progress import describe_values, progress
-from common.run import Run, Tracker, open_run
+from common.run import Run, open_run
 from common.sampling import balance_epoch
-from common.schedules import SCHEDULES, drop_epoch, lr_factor
+from common.schedules import drop_epoch, lr_factor
 from common.seed import seed_everything
 from common.step_timer import StepTimes
+from common.training_keys import TrainingRunKeys
 from detection_kd.engine import ModelInTraining
 from detection_kd.graded_patches.keys import GradedSetKeys, read_graded_split
 from detection_kd.graded_patches.patch_augmentation import PatchAugmentationKeys, augment_patches
@@ -73,10 +74,9 @@ REPORTED = ("loss", "accuracy", "balanced_accuracy", "kappa_quadratic", "train_s
 
 
 @dataclass
-class Config:
+class Config(TrainingRunKeys):
     """Keys of `train_resolution_kd`."""
 
-    output: str = key(REQUIRED, "where the results are written; a run directory", runtime=True)
     data: GradedSetKeys = group(GradedSetKeys, "the annotated data; graded patches")
     split_seed: int = key(0, "seed of the folds; of the split by case where the data has none")
     tile_size: int = key(512, "side of a tile, px; of a patch at full resolution", least=16)
@@ -105,36 +105,12 @@ class Config:
     )
     epochs: int = key(20, "passes over the training set", least=1)
     batch_size: int = key(32, "items per step over all processes; patches", least=1)
-    lr: float = key(1e-4, "learning rate")
-    weight_decay: float = key(0.0, "weight decay")
-    clip_norm: float = key(0.0, "largest L2 norm of the gradients of a step; 0: any")
-    schedule: str = key(
-        "constant",
-        "learning rate over the run: constant, one drop, or half a cosine",
-        choices=SCHEDULES,
-    )
-    warmup_steps: int = key(0, "steps of linear warm-up")
-    eval_every: int = key(
-        1, "epochs between evaluations; the last epoch is always evaluated", least=1
-    )
-    seed: int = key(42, "seed of everything that is drawn at random")
-    precision: str = key(
-        "auto",
-        "number format of the computation; auto: bf16 where the device has it in "
-        "hardware, else fp32; losses are always fp32",
-        choices=PRECISIONS,
-    )
-    device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
     workers: int | None = key(
         None,
         "worker processes; they read patches that do not fit into memory; null: one per core, at "
         "most 8",
         runtime=True,
     )
-    compile: bool = key(False, "compile the network with torch.compile; of the trunk", runtime=True)
-    log_every: int = key(50, "steps between lines in metrics.jsonl", runtime=True, least=1)
-    overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
-    tracker: Tracker = group(Tracker, "experiment tracking")
 
 
 @dataclass

@@ -15,14 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from common import __version__
 from common.cli import launch
 from common.config import REQUIRED, key
 from common.errors import UserError
 from common.figures import svg_uri
 from common.files import read_json, write_json, write_text
+from common.pages import fill_template
 from mil.evaluation.benchmark_folder import (
     choose_feature_set,
     find_features,
@@ -183,14 +181,10 @@ def page(
         protocol = summary["protocol"]
         every = [run for found in runs.values() for run in found]
         labels = per_label_rows(every, task, protocol["resamples"], protocol["split_seed"])
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
-    environment.filters |= {"number": format_number, "known": known}
-    return environment.get_template("report.html.j2").render(
+    return fill_template(
+        TEMPLATES,
+        "report.html.j2",
+        filters={"number": format_number, "known": known},
         title=config.title,
         summary=summary,
         task=task,
@@ -205,7 +199,6 @@ def page(
         examples=examples,
         examples_of=config.examples_of or choose_feature_set(summary, summary["headline"], task),
         heatmaps=(Path(config.output) / HEATMAPS).is_file(),
-        version=__version__,
         date=time.strftime("%Y-%m-%d"),
     )
 

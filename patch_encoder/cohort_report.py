@@ -23,14 +23,13 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, UnidentifiedImageError
 
-from common import __version__
 from common.cli import launch
 from common.config import REQUIRED, key
 from common.figures import data_uri
 from common.files import atomic_path, write_text
+from common.pages import fill_template
 from patch_encoder.cohort.labels import read_labels
 from patch_encoder.cohort.summary import SlideSummary, compute_bin_edges, histogram, read_rows
 
@@ -170,14 +169,10 @@ def render_page(config: Config, rows: Sequence[SlideSummary]) -> str:
         }
         for row in rows
     ]
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
-    environment.filters["short"] = shorten
-    return environment.get_template("cohort.html.j2").render(
+    return fill_template(
+        TEMPLATES,
+        "cohort.html.j2",
+        filters={"short": shorten},
         title=config.title,
         entries=entries,
         measures={name: MEASURES[name] for name in edges},
@@ -192,7 +187,6 @@ def render_page(config: Config, rows: Sequence[SlideSummary]) -> str:
             "lost": sum(row.lost for row in rows),
         },
         mpps=sorted({f"{row.mpp:.3g}" for row in rows if row.mpp}, key=float),
-        version=__version__,
         date=time.strftime("%Y-%m-%d"),
     )
 

@@ -18,14 +18,13 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from common import __version__
 from common.cli import launch
 from common.config import REQUIRED, key
 from common.device import pick_device, pick_precision
 from common.figures import jpeg_uri, svg_uri
 from common.files import write_text
+from common.pages import fill_template
 from common.processes.pool import pick_workers
 from patch_encoder.cohort.labels import read_labels
 from patch_encoder.extraction.keys import DeviceKeys
@@ -223,14 +222,9 @@ def render_page(page: PageMaker) -> str:
     config, run = page.config, page.run
     sample = read_sample(run.settings, page.sources, config.tiles, workers=page.workers)
     digest = digest_sources(page.sources)
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("pretraining.html.j2").render(
+    return fill_template(
+        TEMPLATES,
+        "pretraining.html.j2",
         title=config.title,
         run=run,
         epoch=max((line["epoch"] for line in run.lines if "step" not in line), default=0),
@@ -242,7 +236,6 @@ def render_page(page: PageMaker) -> str:
         of_run=draw_tiles_of_run(page, sample),
         of_set=draw_tile_set(page),
         with_umap=find_spec("umap") is not None,
-        version=__version__,
     )
 
 

@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from common import __version__
 from common.cli import launch
 from common.config import REQUIRED, key
 from common.files import write_csv, write_text
+from common.pages import fill_template
 from patch_encoder.bags.paths import list_bags
 from patch_encoder.cohort.labels import read_labels
 from patch_encoder.cohort.slide_files import find_slides
@@ -116,21 +114,15 @@ def render_page(config: Config, retrieval: Retrieval, maker: SectionMaker) -> st
         if config.show
         else choose_shown(retrieval, config.queries, config.seed)
     )
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("regions.html.j2").render(
+    return fill_template(
+        TEMPLATES,
+        "regions.html.j2",
         config=config,
         about=describe(retrieval),
         queries=[maker.draw_query(slide) for slide in shown],
         gallery=[maker.draw_gallery(slide) for slide in shown],
         curves=draw_training(config.run),
         problems=maker.pictures.problems,
-        version=__version__,
     )
 
 

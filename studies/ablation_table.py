@@ -17,14 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from common import __version__
 from common.cli import launch
 from common.config import REQUIRED, key
 from common.errors import UserError
 from common.files import write_csv, write_json, write_text
 from common.metrics.run_bootstrap import format_with_interval
+from common.pages import fill_template
 from mil.evaluation.runs import format_number
 from studies.ablations.figure import draw_ablation, read_ablation
 from studies.ablations.rows import AGREEMENT, COST, find_point, format_difference, read_rows
@@ -92,17 +90,14 @@ def markdown(rows: Sequence[Mapping[str, Any]], models: Sequence[str], headline:
 
 def page(content: Mapping[str, Any], title: str) -> str:
     """ablation.html, whole in itself."""
-    environment = Environment(
-        loader=FileSystemLoader([TEMPLATES, SHARED_TEMPLATES]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
-    environment.filters |= {"number": format_number}
-    environment.globals |= {"format_difference": format_difference}
-    date = time.strftime("%Y-%m-%d")
-    return environment.get_template("ablation.html.j2").render(
-        title=title, ablation=content, version=__version__, date=date
+    return fill_template(
+        [TEMPLATES, SHARED_TEMPLATES],
+        "ablation.html.j2",
+        filters={"number": format_number},
+        functions={"format_difference": format_difference},
+        title=title,
+        ablation=content,
+        date=time.strftime("%Y-%m-%d"),
     )
 
 

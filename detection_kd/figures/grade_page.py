@@ -9,11 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from common import __version__
 from common.figures import jpeg_uri
 from common.files import write_text
+from common.pages import fill_template
 from detection_kd.whole_slides.grade_files import COLOURS, SlideGrade
 from patch_encoder.region_page.slide_pictures import QUALITY, SlidePictures
 from patch_encoder.tiles.coordinates import SlideJob
@@ -52,20 +50,14 @@ def write_page(
             GradedSlideView(grades[i], *(_draw(p, grades[i].slide_id) for p in (plain, painted)))
             for i in order[:MOST_SLIDES]
         ]
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     names = grades[0].grades
-    html = environment.get_template("grades.html.j2").render(
+    html = fill_template(
+        TEMPLATES,
+        "grades.html.j2",
         title=title,
         grades=sorted(grades, key=lambda grade: grade.slide_id),
         views=views,
         legend=[(name, COLOURS[i % len(COLOURS)]) for i, name in enumerate(names)],
-        version=__version__,
     )
     write_text(output / "grades.html", html)
     return output / "grades.html"

@@ -13,11 +13,10 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from common import __version__
 from common.figures import jpeg_uri
 from common.files import write_text
+from common.pages import fill_template
 from detection_kd.figures.mitosis_overview import draw_overview
 from detection_kd.whole_slides.mitosis_count import MitosisCount
 from detection_kd.whole_slides.mitosis_files import read_points
@@ -102,14 +101,9 @@ def write_page(
             for index in np.argsort(listed.doubts, kind="stable")[:gallery].tolist()
         ]
         problems = pictures.problems
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = environment.get_template("mitoses.html.j2").render(
+    html = fill_template(
+        TEMPLATES,
+        "mitoses.html.j2",
         title=title,
         counts=sorted(counts, key=lambda count: count.slide_id),
         views=views,
@@ -118,7 +112,6 @@ def write_page(
         total=len(listed.scores),
         crop_um=CROP_UM,
         problems=problems,
-        version=__version__,
     )
     write_text(output / "mitoses.html", html)
     return output / "mitoses.html"

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
-from common import __version__
 from common.figures import MARKERS, data_uri, new_figure, palette_colour, save_figure, styled
 from common.files import write_text
+from common.pages import fill_template
 from detection_kd.graded_patches.patch_pixels import PatchPixels
 from detection_kd.graded_patches.resolution import reduce_resolution
 from detection_kd.losses.attention_transfer import find_attention, normalise_jointly, resize_maps
@@ -141,19 +140,13 @@ def write_page(
         figures: pictures by name.
         confusions: of each arm its grades, and the share of a true grade's patches by called grade.
     """
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = environment.get_template("resolution.html.j2").render(
+    html = fill_template(
+        TEMPLATES,
+        "resolution.html.j2",
         title=title,
         **tables,
         figures={name: data_uri(path.read_bytes(), "png") for name, path in figures.items()},
         confusions=confusions,
-        version=__version__,
     )
     write_text(output / "resolution.html", html)
     return output / "resolution.html"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,29 +35,47 @@ class NetworkCost:
 def count_gflop(network: GradingNetwork) -> float:
     """10^9 operations of one patch in the trunk; nothing is computed."""
     scale = network.scale
-    side = scale.side if network.keys.enlarged else scale.own_side
+    return count_trunk(network.trunk, scale.side if network.keys.enlarged else scale.own_side)[0]
+
+
+def count_trunk(trunk: nn.Module, side: int) -> tuple[float, int]:
+    """Operations of an image of `side` px in a trunk, in 10^9, a product and a sum being two; and
+    the side of its map.
+    """
     with FlopCounterMode(display=False) as counter:
-        trace_shape(network.trunk, side)
-    return counter.get_total_flops() / 1e9
+        shape = trace_shape(trunk, side)
+    return counter.get_total_flops() / 1e9, shape[-1]
 
 
-def count_kept_bytes(network: GradingNetwork, pixels: Tensor) -> int:
-    """Bytes of activations that the loss of a batch keeps for its backward pass."""
-    known = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+def count_kept_bytes(known: Iterable[Tensor], compute: Callable[[], object]) -> int:
+    """Bytes of activations that a computation keeps for its backward pass.
+
+    Args:
+        known: tensors that are there anyway, such as weights.
+        compute: the forward pass, whose result nobody needs.
+    """
+    weights = {tensor.untyped_storage().data_ptr() for tensor in known}
     kept: dict[int, int] = {}
     alive = []  # as long as it is, its address is nobody else's
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
+        if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
             alive.append(storage)
         return tensor
 
-    labels = torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        F.cross_entropy(network(pixels).logits, labels)
+        compute()
     return sum(kept.values())
+
+
+def count_loss_bytes(network: GradingNetwork, pixels: Tensor) -> int:
+    """Bytes that the cross-entropy of a batch keeps for its backward pass."""
+    labels = torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device)
+    return count_kept_bytes(
+        network.parameters(), lambda: F.cross_entropy(network(pixels).logits, labels)
+    )
 
 
 def measure_costs(
@@ -90,7 +108,7 @@ def measure_costs(
     return {
         name: NetworkCost(
             count_gflop(network),
-            count_kept_bytes(network, pixels[name]) / batch / 2**20,
+            count_loss_bytes(network, pixels[name]) / batch / 2**20,
             batch / median(times[name][1:]),
         )
         for name, network in networks.items()

@@ -17,8 +17,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from common.checkpoint import load_checkpoint, load_weights
-from common.errors import UserError
+from common.checkpoint import load_checkpoint_of, load_weights
 from detection_kd.models.cam import WeakLocaliser
 from patch_encoder.slides import Slide
 from patch_encoder.tiles.grid import make_tile_geometry, read_tile
@@ -81,13 +80,8 @@ def load_atypical(path: str | Path) -> AtypicalHead:
     Raises:
         UserError: the file is no checkpoint of `train_atypical`.
     """
-    content = load_checkpoint(path, "an atypical-figure head")
+    content = load_checkpoint_of(path, KIND, "an atypical-figure head", "train_atypical")
     described = content["config"]
-    if described.get("kind") != KIND:
-        raise UserError(
-            f"{path}: expected an atypical-figure head (kind {KIND}), found kind "
-            f"{described.get('kind')!r}; give checkpoint_best.pt of train_atypical"
-        )
     features = CropFeatures(WeakLocaliser.from_description(described["localiser"]))
     model = AtypicalHead(features, nn.Linear(features.dim, len(CLASSES)), described["mpp"])
     load_weights(model, content["model"], str(path))

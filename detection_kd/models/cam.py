@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.checkpoint import load_checkpoint, load_weights
+from common.checkpoint import load_checkpoint_of, load_weights
 from common.config import key
 from common.errors import UserError
 from detection_kd.models.normalised_network import NormalisedNetwork, find_statistics
@@ -275,13 +275,8 @@ def load_localiser(path: str | Path) -> tuple[WeakLocaliser, dict[str, Any]]:
     Raises:
         UserError: the file is no checkpoint of `train_mitosis`.
     """
-    content = load_checkpoint(path, "a mitosis localiser")
+    content = load_checkpoint_of(path, KIND, "a mitosis localiser", "train_mitosis")
     described = content["config"]
-    if described.get("kind") != KIND:
-        raise UserError(
-            f"{path}: expected a mitosis localiser (kind {KIND}), found kind "
-            f"{described.get('kind')!r}; give checkpoint_best.pt of train_mitosis"
-        )
     model = WeakLocaliser.from_description(described)
     load_weights(model, content["model"], str(path))
     return model.eval(), described

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.checkpoint import load_checkpoint, load_weights
+from common.checkpoint import load_checkpoint_of, load_weights
 from common.config import key
 from common.errors import UserError
 from detection_kd.losses.resolution_losses import LAST, GradingOutput, ResolutionTerms
@@ -239,13 +239,8 @@ def load_grading_network(path: str | Path) -> GradingNetwork:
     Raises:
         UserError: the file is no checkpoint of a grading network.
     """
-    content = load_checkpoint(path, "a grading network")
+    content = load_checkpoint_of(path, KIND, "a grading network", "train_resolution_kd")
     described = content["config"]
-    if described.get("kind") != KIND:
-        raise UserError(
-            f"{path}: expected a grading network (kind {KIND}), found kind "
-            f"{described.get('kind')!r}; give checkpoint_best.pt of train_resolution_kd"
-        )
     network = GradingNetwork.from_description(described)
     load_weights(network, content["model"], str(path))
     return network.eval()

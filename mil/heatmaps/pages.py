@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 
-from common import __version__
 from common.files import write_text
+from common.pages import make_environment
 from mil.heatmaps.cohort_figures import FIGURES
 from mil.heatmaps.gallery import format_value
 from mil.heatmaps.sources import Source, list_facts
@@ -26,13 +26,10 @@ from patch_encoder.viz.captions import choose_round_length, format_length
 TEMPLATES = Path(__file__).parent.parent / "templates"
 
 
-def make_environment() -> Environment:
+def load_templates() -> Environment:
     """Load the templates with their filters; all text is escaped."""
-    loader = FileSystemLoader(TEMPLATES)
-    strict = {"autoescape": True, "undefined": StrictUndefined}
-    made = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **strict)
-    made.filters |= {"link": lambda text: quote(str(text), safe=""), "said": format_value}
-    return made
+    filters = {"link": lambda text: quote(str(text), safe=""), "said": format_value}
+    return make_environment(TEMPLATES, filters=filters)
 
 
 def rows(
@@ -95,7 +92,7 @@ def write_pages(
     title: str,
 ) -> dict[str, Any]:
     """Write all pages; returns the numbers of the cohort's page."""
-    listed, made = rows(source, records, failed), make_environment()
+    listed, made = rows(source, records, failed), load_templates()
     numbers = cohort_figures(source)
     task = source.task
     judged = (task.positive,) if task.positive is not None else task.value_names
@@ -104,7 +101,6 @@ def write_pages(
         "task": task,
         "judged": judged,
         "model": source.title,
-        "version": __version__,
         "date": time.strftime("%Y-%m-%d"),
     }
     page = made.get_template("heat_index.html.j2").render(

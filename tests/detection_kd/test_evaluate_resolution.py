@@ -16,7 +16,7 @@ from common.errors import UserError
 from detection_kd.evaluate_resolution import Config, main
 from detection_kd.evaluation.grading_metrics import METRICS, grade_metrics
 from detection_kd.grading.arms import ArmName, group_arms, read_runs
-from detection_kd.grading.network_cost import count_gflop, count_kept_bytes, measure_costs
+from detection_kd.grading.network_cost import count_gflop, count_loss_bytes, measure_costs
 from detection_kd.grading.two_speed import mix_speeds
 from detection_kd.models.low_resolution import GradingKeys, GradingNetwork, PatchScale
 from tests.detection_kd.grading_runs import GRADES, train, write_graded_set
@@ -184,7 +184,7 @@ def test_costs_of_native_and_enlarged_networks() -> None:
         networks[str(enlarged)] = GradingNetwork(keys, GRADES, PatchScale(128, 4))
     assert count_gflop(networks["True"]) == 16 * count_gflop(networks["False"])
     pixels = torch.rand(2, 3, 32, 32)
-    kept = {name: count_kept_bytes(network, pixels) for name, network in networks.items()}
+    kept = {name: count_loss_bytes(network, pixels) for name, network in networks.items()}
     assert kept["False"] <= kept["True"] / 8
     costs = measure_costs(networks, 2, 1, CPU, "fp32")
     assert costs["False"].kept_mib == pytest.approx(kept["False"] / 2 / 2**20)
