@@ -31,7 +31,9 @@ from detection_kd.evaluation.operating_point import resolve_min_score
 from detection_kd.evaluation.point_matching import RADIUS_UM
 from detection_kd.fields.stain import restore_field_stain
 from detection_kd.mitosis_sets.case_table import CaseRow, read_case_table
+from detection_kd.models.atypical import load_atypical
 from detection_kd.models.cam import load_localiser
+from detection_kd.whole_slides.atypical_figures import judge_figures
 from detection_kd.whole_slides.field_sequence import FieldSequence
 from detection_kd.whole_slides.mitosis_candidates import (
     CandidateCollector,
@@ -86,6 +88,12 @@ class Config(ExtractionKeys):
     )
     hot_spot_shape: str = key(
         "circle", "shape of a hot spot; rectangle: 4:3, upright", choices=SHAPES
+    )
+    atypical: str = key(
+        "",
+        "checkpoint of train_atypical; says of each mitosis whether it is atypical; empty: not "
+        "asked",
+        path=True,
     )
     gallery: int = key(48, "number of candidates on the page, the most doubtful ones", least=0)
     title: str = key("Mitoses", "title of the page", runtime=True)
@@ -173,6 +181,10 @@ def main(config: Config) -> int:
     jobs = find_jobs(config, description, table, settings, failures)
     limits = resolve(config, description, jobs)
     weights = {"localiser_sha256": sha256_file(config.localiser)}
+    head = None
+    if config.atypical:
+        head = load_atypical(config.atypical).to(settings.device)
+        weights["atypical_sha256"] = sha256_file(config.atypical)
     wanted = {
         job.slide_id: make_provenance(limits._asdict(), weights, job, settings.precision)
         for job in jobs
@@ -190,6 +202,13 @@ def main(config: Config) -> int:
         return CandidateCollector(job.coordinates, RADIUS_UM / find_mpp(job))
 
     for job, found in find_in_slides(sequence, detect, collect, settings, failures):
+        if head is not None:
+            try:
+                judged = judge_figures(head, job, found, limits.min_score)
+            except UserError as error:
+                failures.add(job.slide_id, str(error))
+                continue
+            found = found._replace(atypical=judged)
         row = table.get(job.slide_id)
         about = {"case": row.case, "scanner": row.scanner} if row else {}
         spots = (limits.hot_spot_mm2, limits.hot_spot_shape)

@@ -24,10 +24,13 @@ from patch_encoder.tiles.coordinates import Coordinates, SlideJob
 
 
 class Candidates(NamedTuple):
-    """Positions that may be mitoses: (x, y) in level-0 px, and the probability of each."""
+    """Positions that may be mitoses: (x, y) in level-0 px, and the probability of each; and where
+    somebody asked, the probability that it is an atypical figure (NaN: no mitosis).
+    """
 
     points: Float[np.ndarray, "n 2"]
     scores: Float[np.ndarray, " n"]
+    atypical: Float[np.ndarray, " n"] | None = None
 
 
 @torch.inference_mode()

@@ -26,6 +26,7 @@ class MitosisCount:
         threshold: least score of a mitosis.
         mitoses: candidates from the threshold on.
         hot_spots: the densest window of each area, positions in um.
+        atypical: mitoses that are more probably atypical than not; None: not asked.
     """
 
     slide_id: str
@@ -36,6 +37,7 @@ class MitosisCount:
     threshold: float
     mitoses: int
     hot_spots: tuple[HotSpot, ...]
+    atypical: int | None = None
 
     @property
     def per_mm2(self) -> float:
@@ -45,6 +47,7 @@ class MitosisCount:
     def row(self) -> dict[str, Any]:
         """The line of `counts.csv`; positions in level-0 px."""
         values = {name: getattr(self, name) for name in COUNT_COLUMNS}
+        values |= {} if self.atypical is None else {"atypical": self.atypical}
         for spot in self.hot_spots:
             start = f"hot_spot_{spot.area_mm2:g}_mm2"
             x, y = (round(value / self.mpp, 1) for value in spot.centre)
@@ -73,7 +76,9 @@ def count_mitoses(
         extent = (geometry.level0_width * mpp, geometry.level0_height * mpp)
     spots = tuple(find_hot_spot(points, area, shape, extent) for area in areas_mm2)
     area = measure_area(job) * mpp**2 / 1e6
-    return MitosisCount(job.slide_id, case, scanner, mpp, area, threshold, len(points), spots)
+    atypical = None if found.atypical is None else int((found.atypical > 0.5).sum())
+    counted = (len(points), spots, atypical)
+    return MitosisCount(job.slide_id, case, scanner, mpp, area, threshold, *counted)
 
 
 def measure_area(job: SlideJob) -> int:

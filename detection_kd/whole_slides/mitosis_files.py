@@ -51,7 +51,14 @@ def write_slide_files(
             found.points.tolist(), found.scores.tolist(), mitoses.tolist(), strict=True
         )
     ]
-    write_csv(output / "points" / f"{name}.csv", ("x", "y", "score", "class"), rows)
+    columns = ["x", "y", "score", "class"]
+    if found.atypical is not None:
+        columns.append("atypical")
+        rows = [
+            row | {"atypical": "" if np.isnan(value) else value}
+            for row, value in zip(rows, found.atypical.tolist(), strict=True)
+        ]
+    write_csv(output / "points" / f"{name}.csv", columns, rows)
     boxes = make_boxes(found, mitoses)
     document = make_detections_document(
         boxes, job.coordinates, job.path.name, list(CLASSES), dict(info)
@@ -86,10 +93,11 @@ def write_points_geojson(
     as polygons with what they hold; level-0 px from the slide's `bounds` on, as QuPath counts.
     """
     offset = np.array(bounds)
+    asked = np.full(len(found.scores), np.nan) if found.atypical is None else found.atypical
     features = [
-        _make_point(point, score, score >= count.threshold)
-        for point, score in zip(
-            (found.points - offset).tolist(), found.scores.tolist(), strict=True
+        _make_point(point, score, score >= count.threshold, atypical)
+        for point, score, atypical in zip(
+            (found.points - offset).tolist(), found.scores.tolist(), asked.tolist(), strict=True
         )
     ]
     for spot in count.hot_spots:
@@ -97,8 +105,10 @@ def write_points_geojson(
     write_json(path, {"type": "FeatureCollection", "features": features})
 
 
-def _make_point(point: list[float], score: float, mitosis: bool) -> dict[str, Any]:
+def _make_point(point: list[float], score: float, mitosis: bool, atypical: float) -> dict[str, Any]:
     label = MITOSIS if mitosis else LOOK_ALIKE
+    measured = {"score": round(score, 5)}
+    measured |= {} if np.isnan(atypical) else {"atypical": round(atypical, 5)}
     return {
         "type": "Feature",
         "geometry": {"type": "Point", "coordinates": [round(value, 2) for value in point]},
@@ -106,7 +116,7 @@ def _make_point(point: list[float], score: float, mitosis: bool) -> dict[str, An
             "objectType": "detection",
             "name": f"{CLASSES[label]} {score:.2f}",
             "classification": {"name": CLASSES[label], "color": COLOURS[label]},
-            "measurements": {"score": round(score, 5)},
+            "measurements": measured,
         },
     }
 

@@ -22,10 +22,18 @@ from detection_kd.fields.field_tiles import FieldTiles
 from detection_kd.fields.stain import FieldStainKeys, build_field_stain, normalise_tiles
 from detection_kd.mitosis_sets.coco_points import read_coco_points
 from detection_kd.mitosis_sets.point_set import AnnotatedField, PointSet
+from detection_kd.models.atypical import (
+    AtypicalHead,
+    CropFeatures,
+    load_atypical,
+    read_crops,
+    score_crops,
+)
 from detection_kd.models.cam import LocaliserKeys, WeakLocaliser
 from detection_kd.whole_slides.mitosis_candidates import CandidateCollector, Candidates
 from detection_kd.whole_slides.mitosis_count import measure_area
 from patch_encoder import tile_slides
+from patch_encoder.slides import open_slide
 from patch_encoder.tiles.coordinates import Coordinates, SlideJob, TileGeometry
 from tests.detection_kd.mitosis_pictures import (
     DESCRIPTION,
@@ -153,6 +161,35 @@ def test_counts_say_how_many_per_mm2_and_in_the_hot_spots(cohort: Path) -> None:
     assert first["hot_spot_0.01_mm2"] == "4" and first["hot_spot_2_mm2"] == "8"
     assert float(first["hot_spot_2_mm2_per_mm2"]) == pytest.approx(8 / area, rel=1e-3)
     assert second["mitoses"] == second["hot_spot_2_mm2"] == "0"
+
+
+def test_a_second_opinion_says_which_mitoses_are_atypical(cohort: Path) -> None:
+    """A head with random weights; the files, the counts and the page say what it says."""
+    torch.manual_seed(0)
+    keys = LocaliserKeys(trunk="small", init="random")
+    features = CropFeatures(WeakLocaliser(keys))
+    head = AtypicalHead(features, nn.Linear(features.dim, 2), mpp=0.5)
+    path = cohort / "head.pt"
+    save_checkpoint(path, model=head.state_dict(), config=head.describe(), epoch=1)
+    assert detect(cohort, f"atypical={path}") == 0
+    found = json.loads((cohort / "found" / "geojson" / "S1.geojson").read_text())["features"]
+    points = [item["properties"] for item in found if item["geometry"]["type"] == "Point"]
+    with (cohort / "found" / "points" / "S1.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["atypical"] != "" for row in rows if row["class"] == "mitotic figure"} == {True}
+    assert {row["atypical"] for row in rows if row["class"] != "mitotic figure"} == {""}
+    told = [item["measurements"].get("atypical") for item in points]
+    assert [value is not None for value in told] == [row["atypical"] != "" for row in rows]
+    with open_slide(cohort / "slides" / "S1.png", 0.5) as slide:
+        places = [(float(row["x"]), float(row["y"])) for row in rows if row["atypical"]]
+        wanted = score_crops(load_atypical(path), read_crops(slide, places, head))
+    given = [float(row["atypical"]) for row in rows if row["atypical"]]
+    np.testing.assert_allclose(given, wanted, atol=1e-6)
+    assert read(cohort)["count"]["atypical"] == int((wanted > 0.5).sum())
+    assert "<th>atypical</th>" in (cohort / "found" / "mitoses.html").read_text()
+    with (cohort / "found" / "counts.csv").open() as stream:
+        assert [row["atypical"] for row in csv.DictReader(stream)][1] == "0", "an empty field"
+    assert detect(cohort) == 2, "without the second opinion these are other results"
 
 
 def test_the_page_is_whole_and_sorts_candidates_by_doubt(cohort: Path) -> None:
