@@ -112,7 +112,8 @@ def test_names_may_be_as_long_as_the_file_system_has_them(tmp_path: Path, name: 
 
 
 TERMINATED = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is deaf to it
 from dataclasses import dataclass
 from common.cli import launch
 from common.files import atomic_path
