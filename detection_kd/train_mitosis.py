@@ -39,12 +39,12 @@ from common.files import sha256_bytes, sha256_file
 from common.optim import add_terms, make_optimizer, require_finite, set_lr
 from common.processes.pool import pick_workers
 from common.progress import describe_values, progress
+from common.recipe_keys import TrainingRunKeys
 from common.run import Run, open_run
 from common.sampling import balance_epoch
 from common.schedules import drop_epoch, lr_factor
 from common.seed import seed_everything
 from common.step_timer import StepTimes
-from common.training_keys import TrainingRunKeys
 from detection_kd.engine import ModelInTraining
 from detection_kd.evaluation.kept_tiles import describe_tiles, read_kept
 from detection_kd.evaluation.point_metrics import choose_threshold, compute_rates, count_fields
