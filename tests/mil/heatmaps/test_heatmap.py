@@ -535,7 +535,7 @@ def test_processes_change_no_byte_and_a_slide_that_kills_one_is_listed(
 
     monkeypatch.setattr(TileFolder, "read", struck)
     given = arguments(bench, "struck", *options, "workers=2", "read_timeout=1")
-    assert run(main, Config, given) == 1 and children() == before
+    assert run(main, Config, given) == 1 and children() <= before
     with (bench.parent / "struck" / "failures.csv").open() as stream:
         failed = {row["slide"]: row["error"] for row in csv.DictReader(stream)}
     assert failed == {

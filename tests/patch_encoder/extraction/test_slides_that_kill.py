@@ -69,7 +69,7 @@ def extract(root: Path, *extra: str) -> int:
     keys = [*base, "device=cpu", "precision=fp32", "workers=2", "batch_size=7", *extra]
     before = children()
     status = run(extract_features.main, extract_features.Config, keys)
-    assert children() == before, "no process is left"
+    assert children() <= before, "no process is left"
     return status
 
 
@@ -221,7 +221,7 @@ def test_a_mistake_of_ours_is_not_a_slide_s(cohort: Path, monkeypatch: pytest.Mo
     ]
     with pytest.raises(RuntimeError, match=r"(?s)in mistake.*LookupError: in the transform"):
         list(decoding.batches(TileSequence(jobs, mistake), 4, 1, 60.0))
-    assert children() == before
+    assert children() <= before
 
 
 def test_tiling_goes_on_after_slides_that_kill_hang_or_have_a_bug(
@@ -241,7 +241,7 @@ def test_tiling_goes_on_after_slides_that_kill_hang_or_have_a_bug(
     ):
         struck(monkeypatch, slide, act)
     assert tile(root, "workers=2", "read_timeout=1.5") == 1
-    assert children() == before
+    assert children() <= before
     assert failures(root / "tiles") == {
         "S000": "the worker crashed (signal 6, SIGABRT)",
         "S002": "the worker did not answer for 1.5 s",
@@ -280,7 +280,7 @@ def test_inspection_says_which_slides_kill(
     assert [found[0], *found[2:]] == [clean[0], *clean[2:]]
     assert look() == 1
     assert f"S001: {SEGFAULT}" in capsys.readouterr().out
-    assert children() == before
+    assert children() <= before
 
 
 def test_numbers_that_cannot_be(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,7 +50,7 @@ def plan_of(root: Path, **keys: object) -> TilePlan:
 def read(plan: TilePlan, first: int = 0, last: int = STEPS, **keys: object) -> list[StreamBatch]:
     before = children()
     batches = list(TileStream(plan, BATCH, **keys).batches(first, last))  # type: ignore[arg-type]
-    assert children() == before, "no process is left"
+    assert children() <= before, "no process is left"
     return batches
 
 
@@ -377,7 +377,7 @@ def test_what_is_read_ahead_is_bounded_and_memory_is_flat_in_steps(tree: Path) -
         next(batches)
     assert peak_memory() - settled < 10e6, "of 118 MB that went by"
     batches.close()
-    assert children() == before, "no process is left"
+    assert children() <= before, "no process is left"
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(tree: Path) -> None:
