@@ -183,7 +183,8 @@ def score_tiles(
             parts.append(predict_tiles(model, tiles.select(own), world, label=label, **options))
     back = np.argsort(np.concatenate(places))
     scores = np.concatenate([part.scores for part in parts])[back]
-    return LocaliserPredictions(scores, np.concatenate([part.maps for part in parts])[back])
+    maps = np.concatenate([part.maps for part in parts])[back]
+    return LocaliserPredictions(scores, maps, parts[0].cells)
 
 
 def find_thresholds(

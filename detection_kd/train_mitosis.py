@@ -193,9 +193,8 @@ def compute_terms(
     positive = placed.to(world.device) & (batch.labels == 1)
     options = {"kind": keys.kind, "temperature": keys.temperature}
     options |= {"margin": keys.margin, "barrier": keys.barrier}
-    found = compute_location_loss(
-        maps, centres.to(world.device), positive, batch.pixels.shape[-1], **options
-    )
+    cells = training.kept.find_cells(batch.pixels.shape[-1])
+    found = compute_location_loss(maps, centres.to(world.device), positive, cells, **options)
     count = mean_number(float(positive.sum()), world.device)
     location = found.sum() / max(count, 1 / world.size)
     return {**terms, "loss": bag + keys.weight * location, "location_loss": location.detach()}

@@ -14,22 +14,24 @@ from jaxtyping import Bool, Float, Int
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
+from detection_kd.models.cell_grid import CellGrid
+
 FLOOR = 0.01  # least probability of a candidate
 NEIGHBOURS = np.ones((3, 3), int)  # cells that touch at a corner are connected
 
 
 def find_peaks(
-    probability: Float[np.ndarray, "h w"], threshold: float, scale: float = 1.0
+    probability: Float[np.ndarray, "h w"], threshold: float, cells: CellGrid
 ) -> tuple[Float[np.ndarray, "n 2"], Float[np.ndarray, " n"]]:
     """The maximum of every 8-connected region of probabilities from `threshold` on.
 
     Args:
         probability: of a figure in each cell of the map.
         threshold: the least probability of a region's cells.
-        scale: px per cell.
+        cells: where they lie, px.
 
     Returns:
-        (x, y) of the peaks in px from the map's top-left corner, and their probabilities, by
+        (x, y) of the peaks in px from the tile's top-left corner, and their probabilities, by
         falling probability. Cells that share the maximum of a region give their mean.
     """
     regions, count = ndimage.label(probability >= threshold, NEIGHBOURS)
@@ -37,31 +39,31 @@ def find_peaks(
         return np.zeros((0, 2)), np.zeros(0)
     highest = ndimage.maximum(probability, regions, np.arange(count + 1))
     top = (regions > 0) & (probability == np.asarray(highest)[regions])
-    return _locate(probability, top, regions - 1, scale)
+    return _locate(probability, top, regions - 1, cells)
 
 
 def find_candidates(
-    probability: Float[np.ndarray, "h w"], floor: float, scale: float, radius: float
+    probability: Float[np.ndarray, "h w"], floor: float, cells: CellGrid, radius: float
 ) -> tuple[Float[np.ndarray, "n 2"], Float[np.ndarray, " n"]]:
     """Every local maximum from `floor` on that is the highest within `radius` of itself.
 
     Args:
         probability: of a figure in each cell of the map.
         floor: the least probability of a candidate.
-        scale: px per cell.
+        cells: where they lie, px.
         radius: px within which one figure is found once.
 
     Returns:
         As `find_peaks`; no two of them lie within `radius` of each other.
     """
-    reach = max(1, int(radius / scale))
+    reach = max(1, int(radius / cells.stride))
     line = np.abs(np.arange(-reach, reach + 1))
-    disc = np.hypot(line[:, None] * scale, line * scale) <= radius
+    disc = np.hypot(line[:, None], line) * cells.stride <= radius
     touching = np.maximum(line[:, None], line) <= 1  # however wide the cells are
     near = ndimage.maximum_filter(probability, footprint=disc | touching)
     top = (probability == near) & (probability >= floor)
     groups, _ = ndimage.label(top, NEIGHBOURS)
-    places, scores = _locate(probability, top, groups - 1, scale)
+    places, scores = _locate(probability, top, groups - 1, cells)
     kept = suppress_points(places, scores, radius)  # equal maxima that do not touch
     return places[kept], scores[kept]
 
@@ -88,7 +90,7 @@ def _locate(
     probability: np.ndarray,
     top: Bool[np.ndarray, "h w"],
     groups: Int[np.ndarray, "h w"],
-    scale: float,
+    cells: CellGrid,
 ) -> tuple[Float[np.ndarray, "n 2"], Float[np.ndarray, " n"]]:
     """Mean position in px and probability of every group of equal cells."""
     rows, columns = np.nonzero(top)
@@ -100,4 +102,4 @@ def _locate(
     scores = np.zeros(len(sizes))
     scores[group] = probability[rows, columns]
     order = np.argsort(-scores, kind="stable")
-    return places[order] * scale, scores[order]
+    return places[order] * cells.stride + cells.offset, scores[order]

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int
-from torch import nn
 
 from common.device import autocast
 from common.distributed import World, gather_objects
@@ -25,6 +24,8 @@ from detection_kd.evaluation.point_matching import RADIUS_UM, count_one_to_one
 from detection_kd.evaluation.point_metrics import ScoredField
 from detection_kd.fields.field_tiles import FieldTiles
 from detection_kd.fields.tile_loader import make_tile_loader
+from detection_kd.models.cam import WeakLocaliser
+from detection_kd.models.cell_grid import CellGrid
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,17 @@ class LocaliserPredictions:
     Attributes:
         scores: probability that the tile holds a mitosis.
         maps: probability of each cell.
+        cells: where they lie in a tile, px of it.
     """
 
     scores: Float[np.ndarray, " n"]
     maps: Float32[np.ndarray, "n h w"]
+    cells: CellGrid
 
 
 @torch.inference_mode()
 def predict_tiles(
-    model: nn.Module,
+    model: WeakLocaliser,
     tiles: FieldTiles,
     world: World,
     *,
@@ -76,9 +79,8 @@ def predict_tiles(
     parts: Any = gather_objects((np.concatenate(samples), bags, maps))
     place = np.argsort(np.concatenate([part[0] for part in parts]))
     scores = np.concatenate([bag for part in parts for bag in part[1]])[place]
-    return LocaliserPredictions(
-        scores, np.concatenate([m for part in parts for m in part[2]])[place]
-    )
+    found = np.concatenate([m for part in parts for m in part[2]])[place]
+    return LocaliserPredictions(scores, found, model.find_cells(tiles.side))
 
 
 def find_field_detections(
@@ -95,9 +97,8 @@ def find_field_detections(
         geometry, mpp = tiles.geometries[number], find_mpp(tiles, number)
         places, scores = [np.zeros((0, 2))], [np.zeros(0)]
         for tile in np.flatnonzero(tiles.field == number).tolist():
-            cell = tiles.side / predictions.maps.shape[-1]
             radius = RADIUS_UM / find_tile_mpp(tiles, tile)
-            own = find_candidates(predictions.maps[tile], FLOOR, cell, radius)
+            own = find_candidates(predictions.maps[tile], FLOOR, predictions.cells, radius)
             places.append(tiles.to_field(tile, own[0]) * mpp)
             scores.append(own[1].astype(np.float64))
         points, values = np.concatenate(places), np.concatenate(scores)
@@ -116,10 +117,9 @@ def count_hits(
     A detection is the maximum of a connected region of the tile's map from its threshold on.
     """
     counts = np.zeros((2, len(tiles)), np.int64)
-    cell = tiles.side / predictions.maps.shape[-1]
     for tile in np.flatnonzero(predictions.maps.max((1, 2)) >= thresholds).tolist():
         mpp = find_tile_mpp(tiles, tile)
-        points, _ = find_peaks(predictions.maps[tile], float(thresholds[tile]), cell)
+        points, _ = find_peaks(predictions.maps[tile], float(thresholds[tile]), predictions.cells)
         found = count_one_to_one(points * mpp, tiles.mitoses(tile) * mpp)
         counts[:, tile] = found.hits, found.false_positives
     return counts[0], counts[1]

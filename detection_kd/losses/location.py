@@ -66,7 +66,7 @@ def compute_location_loss(
     maps: Float[Tensor, "b 1 h w"],
     centres: Float[Tensor, "b 2"],
     positive: Bool[Tensor, " b"],
-    side: int,
+    cells: tuple[float, float],
     *,
     kind: str,
     temperature: float,
@@ -79,7 +79,7 @@ def compute_location_loss(
         maps: logits.
         centres: annotated centre of gravity (x, y), px of the tile; any number where there is none.
         positive: which tiles have one.
-        side: px of a tile.
+        cells: stride of the map's cells and offset of their middles, px (`models/cell_grid.py`).
         kind: l2, the distance in px; lb, the log barrier of distance - margin.
         temperature: of `find_centroids`.
         margin: px that cost next to nothing with lb.
@@ -87,8 +87,8 @@ def compute_location_loss(
     """
     assert kind in KINDS[1:], kind
     maps = maps.float()
-    cell = side / maps.shape[-1]
-    apart = find_centroids(maps, temperature) * cell - centres
+    stride, offset = cells
+    apart = find_centroids(maps, temperature) * stride + offset - centres
     apart = torch.where(positive[:, None], apart, torch.ones_like(apart))
     distance = (apart.square().sum(1) + torch.finfo(apart.dtype).eps).sqrt()
     terms = distance if kind == "l2" else extend_log_barrier(distance - margin, barrier)

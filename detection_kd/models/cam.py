@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
@@ -22,6 +24,7 @@ from torch.nn import functional
 from common.checkpoint import load_checkpoint_of, load_weights
 from common.config import key
 from common.errors import UserError
+from detection_kd.models.cell_grid import CellGrid, measure_cells, takes_patches
 from detection_kd.models.normalised_network import NormalisedNetwork, find_statistics
 from patch_encoder.models.encoder_table import IMAGENET
 from patch_encoder.selfdistill.backbone import RESNETS, build_student_backbone
@@ -178,6 +181,7 @@ class TimmTrunk(nn.Module):
                 f"{len(described)} in network.trunk={name}; choose another"
             )
         self.stage, self.channels = stage, int(described[stage]["num_chs"])
+        self.stride = float(described[stage]["reduction"])
         self.statistics = find_statistics(self.network, init)
         self.network.prune_intermediate_layers([stage], prune_norm=True, prune_head=True)
 
@@ -203,10 +207,7 @@ class WeakLocaliser(NormalisedNetwork):
         super().__init__()
         keys.check()
         self.keys = keys
-        small = keys.trunk == SMALL
-        self.trunk = (
-            SmallTrunk(keys.norm) if small else TimmTrunk(keys.trunk, keys.stage, keys.init)
-        )
+        self.trunk = build_trunk(keys)
         self.head = nn.Conv2d(self.trunk.channels, 1, 1)
         self.set_statistics(self.trunk.statistics)
 
@@ -225,6 +226,10 @@ class WeakLocaliser(NormalisedNetwork):
         bags = pool_cells(shown, keys.pooling, keys.top_share, keys.sharpness)
         return CamOutput(maps, bags.flatten())
 
+    def find_cells(self, side: int) -> CellGrid:
+        """Where the cells of the maps of tiles of `side` px lie in these."""
+        return _find_cells(self.keys.trunk, self.keys.stage, side)
+
     def describe(self) -> dict[str, Any]:
         """What it takes to build this network again, for a checkpoint's `config`."""
         return {"kind": KIND, "network": asdict(self.keys), "statistics": self.statistics}
@@ -236,6 +241,23 @@ class WeakLocaliser(NormalisedNetwork):
         model.set_statistics(description["statistics"])
         model.keys.init = description["network"]["init"]
         return model
+
+
+def build_trunk(keys: LocaliserKeys) -> SmallTrunk | TimmTrunk:
+    """The network below the map, with the weights that it starts from."""
+    if keys.trunk == SMALL:
+        return SmallTrunk(keys.norm)
+    return TimmTrunk(keys.trunk, keys.stage, keys.init)
+
+
+@lru_cache
+def _find_cells(trunk: str, stage: int, side: int) -> CellGrid:
+    """Cells of a trunk that is built for this; weights do not matter, and nothing is drawn."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        network = build_trunk(LocaliserKeys(trunk=trunk, stage=stage, init="random"))
+        if isinstance(network, TimmTrunk) and takes_patches(network.network):
+            return CellGrid(network.stride)
+        return measure_cells(network, side)
 
 
 def pool_cells(

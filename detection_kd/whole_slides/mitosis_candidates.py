@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from common.device import autocast
 from detection_kd.evaluation.peaks import FLOOR, find_candidates, suppress_points
 from detection_kd.evaluation.point_matching import RADIUS_UM
+from detection_kd.models.cam import WeakLocaliser
 from patch_encoder.extraction.loop import ExtractSettings
 from patch_encoder.tiles.coordinates import Coordinates, SlideJob
 
@@ -35,7 +36,7 @@ class Candidates(NamedTuple):
 
 @torch.inference_mode()
 def detect_candidates(
-    model: nn.Module,
+    model: WeakLocaliser,
     scale: float,
     settings: ExtractSettings,
     tiles: Tensor,
@@ -59,11 +60,12 @@ def detect_candidates(
     pixels = pixels.contiguous(memory_format=torch.channels_last)
     with autocast(settings.device, settings.precision):
         maps = model(pixels).maps
-    found = []
+    side = pixels.shape[-1]
+    cells, found = model.find_cells(side), []
     for probability, job in zip(maps[:, 0].float().sigmoid().cpu().numpy(), jobs, strict=True):
         geometry = job.coordinates.geometry
-        cell = geometry.patch_size_level0 / probability.shape[-1]
-        places, scores = find_candidates(probability, FLOOR, cell, RADIUS_UM / find_mpp(job))
+        level0 = cells.scale(geometry.patch_size_level0 / side)
+        places, scores = find_candidates(probability, FLOOR, level0, RADIUS_UM / find_mpp(job))
         found.append(Candidates(places, scores))
     return found
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from detection_kd.models.cell_grid import CellGrid
 from tests.helpers import write_pyramid
 
 TISSUE = (200, 120, 190)
@@ -27,6 +28,9 @@ class DarkSpots(nn.Module):
         darkness = nn.functional.avg_pool2d(pixels.mean(1, keepdim=True), 4)
         maps = 40 * (128 / 255 - darkness)
         return SimpleNamespace(maps=maps, bags=maps.flatten(1).amax(1))
+
+    def find_cells(self, side: int) -> CellGrid:
+        return CellGrid(4.0)
 
 
 def paint_spots(

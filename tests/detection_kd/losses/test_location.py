@@ -33,11 +33,17 @@ def test_the_centroid_of_an_empty_map_is_finite() -> None:
 def test_one_pixel_off_diagonally_gives_the_published_values() -> None:
     """The original: distance 1.4142, log barrier -0.0731."""
     maps, centres, positive = one_hot(5, 5), torch.tensor([[6.5, 6.5]]), torch.tensor([True])
-    options = {"side": 32, **SETTINGS}
+    options = {"cells": (1.0, 0.0), **SETTINGS}
     distance = compute_location_loss(maps, centres, positive, kind="l2", **options)
     barrier = compute_location_loss(maps, centres, positive, kind="lb", **options)
     assert distance.item() == pytest.approx(math.sqrt(2), abs=1e-4)
     assert barrier.item() == pytest.approx(-0.0731, abs=1e-4)
+
+
+def test_the_middle_of_a_cell_is_where_its_network_sees() -> None:
+    maps, centres, positive = one_hot(5, 5), torch.tensor([[80.5, 80.5]]), torch.tensor([True])
+    found = compute_location_loss(maps, centres, positive, (16.0, -7.5), kind="l2", **SETTINGS)
+    assert found.item() == pytest.approx(0.0, abs=1e-3)
 
 
 def test_the_barrier_is_continuous_with_its_tangent() -> None:
@@ -57,7 +63,7 @@ def test_batches_with_no_one_or_two_positives(kind: str, positives: int) -> None
     maps = torch.randn(3, 1, 8, 8, requires_grad=True)
     positive = torch.arange(3) < positives
     centres = torch.where(positive[:, None], torch.tensor([[20.0, 30.0]]), torch.nan)
-    loss = compute_location_loss(maps, centres, positive, 64, kind=kind, **SETTINGS)
+    loss = compute_location_loss(maps, centres, positive, (8.0, 0.0), kind=kind, **SETTINGS)
     loss.sum().backward()
     assert loss.isfinite().all() and (loss[positives:] == 0).all()
     assert maps.grad is not None and maps.grad.isfinite().all()
@@ -67,7 +73,9 @@ def test_batches_with_no_one_or_two_positives(kind: str, positives: int) -> None
 def test_a_perfect_position_has_a_finite_gradient() -> None:
     maps = one_hot(5, 5).requires_grad_()
     centres, positive = torch.tensor([[5.5, 5.5]]), torch.tensor([True])
-    compute_location_loss(maps, centres, positive, 32, kind="l2", **SETTINGS).sum().backward()
+    compute_location_loss(
+        maps, centres, positive, (1.0, 0.0), kind="l2", **SETTINGS
+    ).sum().backward()
     assert maps.grad is not None and maps.grad.isfinite().all()
 
 
@@ -79,7 +87,7 @@ def test_descending_the_term_moves_the_map_to_the_annotation() -> None:
     for _ in range(60):
         descent.zero_grad()
         compute_location_loss(
-            maps, centres, positive, 32, kind="l2", **{**SETTINGS, "temperature": 1.0}
+            maps, centres, positive, (4.0, 0.0), kind="l2", **{**SETTINGS, "temperature": 1.0}
         ).sum().backward()
         descent.step()
     torch.testing.assert_close(find_centroids(maps.detach(), 1.0) * 4, centres, atol=1.0, rtol=0.0)
