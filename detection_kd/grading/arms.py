@@ -183,17 +183,10 @@ def _name_arm(described: dict[str, Any]) -> ArmName:
 
 
 def _name_changes(settings: dict[str, Any]) -> list[str]:
-    """Settings of the terms that are not the default, as `temperature 2` or `one_sided`."""
+    """Settings of the terms that are not the default, as `temperature 2`."""
     found = [
         (each.name, settings[each.name])
         for each in fields(ResolutionTerms)
         if each.name not in TERMS and settings[each.name] != each.default
     ]
-    return [
-        name
-        if value is True
-        else f"{name} {value:g}"
-        if isinstance(value, float)
-        else f"{name} {value}"
-        for name, value in found
-    ]
+    return [f"{n} {v:g}" if isinstance(v, float) else f"{n} {v}" for n, v in found]

@@ -220,7 +220,9 @@ def test_an_arm_is_named_by_how_its_terms_are_computed() -> None:
     }
     assert _name_arm(described).terms == "kd 1 + at_plus 10"
     described["training"]["terms"] |= {"temperature": 2.0, "level": -2, "one_sided": True}
-    assert _name_arm(described).terms == "kd 1 + at_plus 10, temperature 2, one_sided, level -2"
+    assert (
+        _name_arm(described).terms == "kd 1 + at_plus 10, temperature 2, one_sided True, level -2"
+    )
     described["terms"] = {}
     assert _name_arm(described).terms == "ce"
 
