@@ -178,7 +178,7 @@ def train_one_epoch(job: ResolutionRun, training: ModelInTraining, epoch: int) -
         set_lr(optimizer, lr_factor(config.schedule, step, config.epochs * steps, **rate))
         optimizer.zero_grad(set_to_none=True)
         terms = compute_terms(job, training, view, batch.labels, teacher)
-        names = [job.train.patches.patches[s].path.name for s in batch.draws.samples[:4].tolist()]
+        names = job.train.patches.select(batch.draws.samples[:4]).names
         require_finite(terms["loss"], f"patches {names}...", terms, remedy=REMEDY)
         training.scaler.scale(terms["loss"]).backward()
         norm = training.apply_gradients(config.clip_norm)
