@@ -24,7 +24,7 @@ from common.checkpoint import load_checkpoint
 from common.cli import launch
 from common.config import REQUIRED, key
 from common.device import PRECISIONS, pick_device, pick_precision
-from common.files import sha256_file, write_csv
+from common.files import write_csv
 from common.metrics.run_bootstrap import interval_columns
 from detection_kd.evaluation.grading_metrics import (
     METRICS,
@@ -119,9 +119,8 @@ def pair_runs(
 
 def find_teachers(arms: Arms, runs: Sequence[GraderRun]) -> list[GraderRun] | None:
     """The run that each of these learned from; None where one of them is not there."""
-    plain = {run.path: run for own in arms.values() for run in own if run.arm.terms == PLAIN}
-    digests = {sha256_file(run.checkpoint): run for run in plain.values()}
-    found = [digests.get(run.teacher) for run in runs]
+    plain = [run for own in arms.values() for run in own if run.arm.terms == PLAIN]
+    found = [next((run for run in plain if run.digest == wanted.teacher), None) for wanted in runs]
     return None if None in found else found  # type: ignore[return-value]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from jaxtyping import Float64
 
 from common.checkpoint import load_checkpoint
 from common.errors import UserError
-from common.files import read_json
+from common.files import read_json, sha256_file
 from common.provenance import differences
 from detection_kd.evaluation.grading_metrics import GradedRun
 from detection_kd.grading.grade_predictions import COLUMNS
@@ -82,6 +83,11 @@ class GraderRun:
     def checkpoint(self) -> Path:
         """Of its best epoch."""
         return self.path / "checkpoint_best.pt"
+
+    @cached_property
+    def digest(self) -> str:
+        """Of this checkpoint."""
+        return sha256_file(self.checkpoint)
 
 
 def read_runs(root: str | Path) -> list[GraderRun]:
