@@ -102,6 +102,8 @@ def test_the_table_has_means_of_runs_and_costs(runs: Path, output: Path) -> None
         assert float(rows[arm]["per_second"]) > 0
     flops = {arm: float(row["gflop"]) for arm, row in rows.items()}
     assert flops[ENLARGED] == flops[TEACHER] and flops[PLAIN] == flops[KD]
+    # one network, measured once: no arm is faster by what it learned from
+    assert rows[PLAIN]["per_second"] == rows[KD]["per_second"]
 
 
 def test_differences_are_between_runs_of_the_same_seed(runs: Path, output: Path) -> None:
