@@ -4,7 +4,7 @@ groups, the loss of a batch, and the outputs on a whole set.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 
 from common.checkpoint import load_checkpoint, load_weights, resume, save_checkpoint
 from common.device import autocast
-from common.distributed import gather_objects, mean_number
-from common.optim import clip_gradients
+from common.distributed import World, gather_objects, mean_dict, mean_number
+from common.optim import clip_gradients, make_optimizer
 from detection_kd.datasets.coco import ImageRecord
 from detection_kd.datasets.detection import DetectionBatch
 from detection_kd.evaluation.coco_metrics import Prediction
@@ -37,6 +37,7 @@ from detection_kd.losses.set_criterion import (
 from detection_kd.models.backbone import STAGES
 from detection_kd.models.deformable_detr import DeformableDETR
 from detection_kd.models.deformable_transformer import Detections
+from detection_kd.models.normalised_network import NormalisedNetwork, place_network
 
 SLOW = (
     "reference_points",
@@ -114,6 +115,20 @@ class ModelInTraining:
         self.scaler.update()
         return norm
 
+    def take_step(self, loss: Tensor, clip_norm: float) -> Tensor | None:
+        """Differentiate a loss and take the optimiser's step; the norm as of `clip_gradients`."""
+        assert self.scaler is not None
+        self.scaler.scale(loss).backward()
+        return self.apply_gradients(clip_norm)
+
+    def describe_step(self, norm: Tensor | None, terms: Mapping[str, Tensor]) -> dict[str, float]:
+        """The log entries of a step: learning rate, norm of the gradients where it is known, and
+        the means of the terms over processes.
+        """
+        rates = {"lr": self.optimizer.param_groups[0]["lr"]}
+        rates |= {} if norm is None else {"gradient_norm": norm.item()}
+        return {**rates, **mean_dict(terms)}
+
     def _parts(self) -> dict[str, Any]:
         parts = {"optimizer": self.optimizer, "scaler": self.scaler, "average": self.average}
         return {name: part for name, part in parts.items() if part is not None}
@@ -134,6 +149,34 @@ class ModelInTraining:
         """Write the checkpoint that `resume` reads; `state` as for `save_checkpoint`."""
         parts = {name: part.state_dict() for name, part in self._parts().items()}
         save_checkpoint(path, model=self.plain.state_dict(), **state, **parts)
+
+
+def start_training(
+    network: NormalisedNetwork,
+    world: World,
+    precision: str,
+    *,
+    trunk: str,
+    compile: bool,
+    lr: float,
+    weight_decay: float,
+) -> ModelInTraining:
+    """A network on its device, with AdamW and a gradient scaler.
+
+    Args:
+        network: it is changed in place.
+        world: this process.
+        precision: of the computation; fp16 needs the scaler.
+        trunk, compile: as for `place_network`.
+        lr, weight_decay: of all parameters.
+
+    Raises:
+        UserError: as `place_network` says.
+    """
+    model = place_network(network, world, trunk, compile=compile)
+    optimizer = make_optimizer("adamw", network.parameters(), lr, weight_decay)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+    return ModelInTraining(network, model, optimizer, None, scaler)
 
 
 def move_to_device(inputs: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:

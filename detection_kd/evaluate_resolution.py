@@ -24,7 +24,7 @@ from common.checkpoint import load_checkpoint
 from common.cli import launch
 from common.config import REQUIRED, key
 from common.device import PRECISIONS, pick_device, pick_precision
-from common.files import sha256_file, write_csv
+from common.files import write_csv
 from common.metrics.run_bootstrap import interval_columns
 from detection_kd.evaluation.grading_metrics import (
     METRICS,
@@ -73,7 +73,9 @@ class Config:
 
 
 def tabulate_arms(arms: Arms, costs: Mapping[str, NetworkCost], config: Config) -> list[Row]:
-    """One line per arm: what it is, its metrics with intervals by case, its costs."""
+    """One line per arm: what it is, its metrics with intervals by case, its costs, which are named
+    by the arm without a teacher.
+    """
     rows = []
     for arm, runs in arms.items():
         graded = [run.graded for run in runs]
@@ -81,7 +83,7 @@ def tabulate_arms(arms: Arms, costs: Mapping[str, NetworkCost], config: Config) 
         row: Row = {**arm._asdict(), "runs": len(runs)}
         for name in METRICS:
             row |= interval_columns(summary, name) | {f"{name}_std": summary[f"{name}_std"]}
-        rows.append(row | asdict(costs[str(arm)]))
+        rows.append(row | asdict(costs[str(arm.plain)]))
     return rows
 
 
@@ -119,9 +121,8 @@ def pair_runs(
 
 def find_teachers(arms: Arms, runs: Sequence[GraderRun]) -> list[GraderRun] | None:
     """The run that each of these learned from; None where one of them is not there."""
-    plain = {run.path: run for own in arms.values() for run in own if run.arm.terms == PLAIN}
-    digests = {sha256_file(run.checkpoint): run for run in plain.values()}
-    found = [digests.get(run.teacher) for run in runs]
+    plain = [run for own in arms.values() for run in own if run.arm.terms == PLAIN]
+    found = [next((run for run in plain if run.digest == wanted.teacher), None) for wanted in runs]
     return None if None in found else found  # type: ignore[return-value]
 
 
@@ -203,7 +204,9 @@ def main(config: Config) -> int:
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
     networks = {str(arm): load_grading_network(own[0].checkpoint) for arm, own in arms.items()}
-    costs = measure_costs(networks, config.batch_size, config.rounds, device, precision)
+    # a network costs the same whatever it has learned from
+    kinds = {str(arm.plain): networks[str(arm)] for arm in arms}
+    costs = measure_costs(kinds, config.batch_size, config.rounds, device, precision)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     tables = {

@@ -36,7 +36,7 @@ from common.distributed import (
     share_batch,
 )
 from common.files import sha256_bytes, sha256_file
-from common.optim import add_terms, make_optimizer, require_finite, set_lr
+from common.optim import add_terms, require_finite, set_lr
 from common.processes.pool import pick_workers
 from common.progress import describe_values, progress
 from common.recipe_keys import TrainingRunKeys
@@ -45,7 +45,7 @@ from common.sampling import balance_epoch
 from common.schedules import drop_epoch, lr_factor
 from common.seed import seed_everything
 from common.step_timer import StepTimes
-from detection_kd.engine import ModelInTraining
+from detection_kd.engine import ModelInTraining, start_training
 from detection_kd.evaluation.kept_tiles import describe_tiles, read_kept
 from detection_kd.evaluation.point_metrics import choose_threshold, compute_rates, count_fields
 from detection_kd.evaluation.tile_predictions import (
@@ -68,7 +68,6 @@ from detection_kd.losses.location import LocationKeys, compute_location_loss
 from detection_kd.mitosis_sets.keys import MitosisSetKeys
 from detection_kd.mitosis_sets.splits import read_sides
 from detection_kd.models.cam import LocaliserKeys, WeakLocaliser
-from detection_kd.models.normalised_network import place_network
 
 logger = logging.getLogger(__name__)
 REMEDY = "lower lr or set precision=fp32, and look at these tiles"  # of a loss that is not finite
@@ -156,14 +155,11 @@ def train_one_epoch(job: MitosisRun, training: ModelInTraining, epoch: int) -> d
         terms = compute_terms(job, training, batch)
         names = [job.train.sample_ids[sample] for sample in batch.samples[:4].tolist()]
         require_finite(terms["loss"], f"tiles {names}...", terms, remedy=REMEDY)
-        training.scaler.scale(terms["loss"]).backward()
-        norm = training.apply_gradients(config.clip_norm)
+        norm = training.take_step(terms["loss"], config.clip_norm)
         sums = add_terms(sums, terms)
         times.mark("step")
         if step % config.log_every == 0:
-            rates = {"lr": optimizer.param_groups[0]["lr"]}
-            rates |= {} if norm is None else {"gradient_norm": norm.item()}
-            line = {"epoch": epoch + 1, "step": step, **rates, **mean_dict(terms)}
+            line = {"epoch": epoch + 1, "step": step, **training.describe_step(norm, terms)}
             job.run.log({**line, **times.report()})
     return {name: value / steps for name, value in mean_dict(sums).items()} | times.whole()
 
@@ -292,13 +288,11 @@ def open_job(config: Config, world: World) -> MitosisRun:
 
 def prepare_training(job: MitosisRun) -> ModelInTraining:
     """The network on its device, with its optimiser and gradient scaler."""
-    config, world = job.config, job.world
+    config = job.config
     plain = WeakLocaliser(config.network)
     job.described = plain.describe() | job.described
-    model = place_network(plain, world, config.network.trunk, compile=config.compile)
-    optimizer = make_optimizer("adamw", plain.parameters(), config.lr, config.weight_decay)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=job.precision == "fp16")
-    return ModelInTraining(plain, model, optimizer, None, scaler)
+    options = {"compile": config.compile, "lr": config.lr, "weight_decay": config.weight_decay}
+    return start_training(plain, job.world, job.precision, trunk=config.network.trunk, **options)
 
 
 def main(config: Config) -> int:

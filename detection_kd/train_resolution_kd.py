@@ -31,7 +31,7 @@ from common.device import autocast, pick_precision
 from common.distributed import World, init_distributed, local_processes, mean_dict, share_batch
 from common.errors import UserError
 from common.files import sha256_file
-from common.optim import add_terms, make_optimizer, require_finite, set_lr
+from common.optim import add_terms, require_finite, set_lr
 from common.processes.pool import pick_workers
 from common.progress import describe_values, progress
 from common.recipe_keys import TrainingRunKeys
@@ -40,7 +40,7 @@ from common.sampling import balance_epoch
 from common.schedules import drop_epoch, lr_factor
 from common.seed import seed_everything
 from common.step_timer import StepTimes
-from detection_kd.engine import ModelInTraining
+from detection_kd.engine import ModelInTraining, start_training
 from detection_kd.graded_patches.keys import GradedSetKeys, read_graded_split
 from detection_kd.graded_patches.patch_augmentation import PatchAugmentationKeys, augment_patches
 from detection_kd.graded_patches.patch_loader import PatchBatch, make_patch_loader
@@ -66,7 +66,6 @@ from detection_kd.models.low_resolution import (
     check_teacher,
     load_grading_network,
 )
-from detection_kd.models.normalised_network import place_network
 
 logger = logging.getLogger(__name__)
 REMEDY = "lower lr or set precision=fp32, and look at these patches"  # of a loss not finite
@@ -178,16 +177,13 @@ def train_one_epoch(job: ResolutionRun, training: ModelInTraining, epoch: int) -
         set_lr(optimizer, lr_factor(config.schedule, step, config.epochs * steps, **rate))
         optimizer.zero_grad(set_to_none=True)
         terms = compute_terms(job, training, view, batch.labels, teacher)
-        names = [job.train.patches.patches[s].path.name for s in batch.draws.samples[:4].tolist()]
+        names = job.train.patches.select(batch.draws.samples[:4]).names
         require_finite(terms["loss"], f"patches {names}...", terms, remedy=REMEDY)
-        training.scaler.scale(terms["loss"]).backward()
-        norm = training.apply_gradients(config.clip_norm)
+        norm = training.take_step(terms["loss"], config.clip_norm)
         sums = add_terms(sums, terms)
         times.mark("step")
         if step % config.log_every == 0:
-            rates = {"lr": optimizer.param_groups[0]["lr"]}
-            rates |= {} if norm is None else {"gradient_norm": norm.item()}
-            line = {"epoch": epoch + 1, "step": step, **rates, **mean_dict(terms)}
+            line = {"epoch": epoch + 1, "step": step, **training.describe_step(norm, terms)}
             job.run.log({**line, **times.report()})
     return {name: value / steps for name, value in mean_dict(sums).items()} | times.whole()
 
@@ -326,11 +322,11 @@ def open_job(config: Config, world: World) -> ResolutionRun:
 
 def prepare_training(job: ResolutionRun) -> ModelInTraining:
     """The network on its device, with its optimiser and gradient scaler."""
-    config, world, plain = job.config, job.world, job.network
-    model = place_network(plain, world, config.network.trunk, compile=config.compile)
-    optimizer = make_optimizer("adamw", plain.parameters(), config.lr, config.weight_decay)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=job.precision == "fp16")
-    return ModelInTraining(plain, model, optimizer, None, scaler)
+    config = job.config
+    options = {"compile": config.compile, "lr": config.lr, "weight_decay": config.weight_decay}
+    return start_training(
+        job.network, job.world, job.precision, trunk=config.network.trunk, **options
+    )
 
 
 def finish(job: ResolutionRun, training: ModelInTraining, best: dict[str, Any]) -> None:

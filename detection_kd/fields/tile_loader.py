@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from common.batch_loader import load_ahead, share_epoch
 from common.distributed import World, share_batch
-from common.sampling import count_repeats, share_of
-from common.seed import epoch_generator, seed_worker
 from detection_kd.fields.field_tiles import FieldTiles
 
 
@@ -106,13 +105,5 @@ def make_tile_loader(
         workers: processes that read ahead; 0: none.
         seed, epoch: of the run; they seed workers, and no pixel depends on them.
     """
-    order = np.asarray(indices, np.int64)
-    own = (share_of(part, world.rank, world.size) for part in (order, count_repeats(order)))
-    return DataLoader(
-        TileBatches(tiles, *own, share_batch(batch_size, world.size)),
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=world.device.type == "cuda",
-        worker_init_fn=seed_worker,
-        generator=epoch_generator(seed, epoch),
-    )
+    own = TileBatches(tiles, *share_epoch(indices, world), share_batch(batch_size, world.size))
+    return load_ahead(own, world, workers=workers, seed=seed, epoch=epoch)

@@ -53,6 +53,14 @@ class GradedSet:
         return len(self.patches)
 
     @property
+    def names(self) -> list[str]:
+        """File of every picture; of patches that are cut from slides `<file>:x,y`."""
+        if self.mpp is None:
+            return [patch.path.name for patch in self.patches]
+        places = [(patch.path.name, patch.position or ()) for patch in self.patches]
+        return [f"{name}:{','.join(map(str, position))}" for name, position in places]
+
+    @property
     def labels(self) -> Int64[np.ndarray, " n"]:
         """Index of the grade of every patch."""
         return np.array([patch.label for patch in self.patches], np.int64)

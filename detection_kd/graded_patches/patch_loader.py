@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from common.batch_loader import load_ahead, share_epoch
 from common.distributed import World, share_batch
-from common.sampling import count_repeats, share_of
-from common.seed import epoch_generator, seed_worker
 from detection_kd.graded_patches.patch_augmentation import Draws
 from detection_kd.graded_patches.patch_pixels import PatchPixels
 
@@ -79,17 +78,8 @@ def make_patch_loader(
         workers: processes that read ahead; none are started for a set in memory.
         seed, epoch: of the run, for the augmentation.
     """
-    order = np.asarray(indices, np.int64)
-    samples, repeats = (
-        share_of(part, world.rank, world.size) for part in (order, count_repeats(order))
-    )
-    return DataLoader(
-        _PatchReader(
-            pixels, Draws(samples, repeats, seed, epoch), share_batch(batch_size, world.size)
-        ),
-        batch_size=None,
-        num_workers=0 if pixels.in_memory else workers,
-        pin_memory=world.device.type == "cuda",
-        worker_init_fn=seed_worker,
-        generator=epoch_generator(seed, epoch),
+    draws = Draws(*share_epoch(indices, world), seed, epoch)
+    own = _PatchReader(pixels, draws, share_batch(batch_size, world.size))
+    return load_ahead(
+        own, world, workers=0 if pixels.in_memory else workers, seed=seed, epoch=epoch
     )

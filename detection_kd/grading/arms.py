@@ -6,22 +6,26 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
 
 from common.checkpoint import load_checkpoint
 from common.errors import UserError
-from common.files import read_json
+from common.files import read_json, sha256_file
+from common.provenance import differences
 from detection_kd.evaluation.grading_metrics import GradedRun
 from detection_kd.grading.grade_predictions import COLUMNS
+from detection_kd.losses.resolution_losses import TERMS, ResolutionTerms
 from detection_kd.models.low_resolution import KIND
 
 PLAIN = "ce"  # cross-entropy with the labels alone
+FREE = ("seed", "data.fold", "precision")  # settings in which runs of one arm may differ
 
 
 class ArmName(NamedTuple):
@@ -31,7 +35,8 @@ class ArmName(NamedTuple):
         ratio: px at full resolution per px that is seen.
         form: `native` or `enlarged`; `full` at ratio 1.
         trunk: and how many of its strides are taken out.
-        terms: what is learned from, as `ce` or `kd 1 + at_plus 10`.
+        terms: what is learned from, and how where this is not the default, as `ce`,
+            `kd 1 + at_plus 10` or `kd 1, temperature 2`.
     """
 
     ratio: int
@@ -61,6 +66,7 @@ class GraderRun:
         patches: names of the test patches, with their slides.
         probabilities: of each grade.
         grades: their names.
+        settings: what decides the result beside the data, but for FREE.
         teacher: digest of the checkpoint that it learned from; empty: none.
     """
 
@@ -70,6 +76,7 @@ class GraderRun:
     patches: tuple[str, ...]
     probabilities: Float64[np.ndarray, "n c"]
     grades: tuple[str, ...]
+    settings: dict[str, Any]
     teacher: str
 
     @property
@@ -77,12 +84,18 @@ class GraderRun:
         """Of its best epoch."""
         return self.path / "checkpoint_best.pt"
 
+    @cached_property
+    def digest(self) -> str:
+        """Of this checkpoint."""
+        return sha256_file(self.checkpoint)
+
 
 def read_runs(root: str | Path) -> list[GraderRun]:
     """All finished runs of graders below a folder, by arm, seed and fold.
 
     Raises:
-        UserError: there is none, two are of one arm, seed and fold, or of other grades.
+        UserError: there is none, two are of one arm, seed and fold, of other grades, of one arm
+            with other settings, or of one fold with other test patches.
     """
     folders = sorted(path.parent for path in Path(root).rglob("predictions.csv"))
     found = [_read_run(folder) for folder in folders if (folder / "results.json").is_file()]
@@ -104,7 +117,25 @@ def read_runs(root: str | Path) -> list[GraderRun]:
                 f"{second.path}: expected the grades {', '.join(first.grades)}, found "
                 f"{', '.join(second.grades)}; evaluate one set at a time"
             )
+        if first.arm == second.arm and first.settings != second.settings:
+            raise UserError(
+                f"{second.path}: expected the settings of {first.path}, but for seed and fold, "
+                f"found {differences(first.settings, second.settings)}; evaluate them apart"
+            )
+    _check_test_patches(runs)
     return runs
+
+
+def _check_test_patches(runs: Sequence[GraderRun]) -> None:
+    """Refuse other test patches in one fold: all its runs get the same draws of cases."""
+    known: dict[int, GraderRun] = {}
+    for run in runs:
+        first = known.setdefault(run.graded.fold, run)
+        if run.patches != first.patches or (run.graded.cases != first.graded.cases).any():
+            raise UserError(
+                f"{run.path}: expected the test patches of {first.path}, which is of the same "
+                "fold, found others; evaluate one set and one split at a time"
+            )
 
 
 def group_arms(runs: Sequence[GraderRun]) -> dict[ArmName, list[GraderRun]]:
@@ -121,6 +152,7 @@ def _read_run(folder: Path) -> GraderRun | None:
     if described.get("kind") != KIND:
         return None
     results = read_json(folder / "results.json", "a run's results")
+    identity = read_json(folder / "run.json", "a run's identity")
     grades = tuple(described["grades"])
     with (folder / "predictions.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
@@ -140,14 +172,27 @@ def _read_run(folder: Path) -> GraderRun | None:
         tuple(f"{row['slide']}/{row['patch']}" for row in rows),
         np.array([[float(row[grade]) for grade in grades] for row in rows]),
         grades,
+        {name: value for name, value in identity["config"].items() if name not in FREE},
         described["inputs"].get("teacher", ""),
     )
 
 
-def _name_arm(described: dict) -> ArmName:
+def _name_arm(described: dict[str, Any]) -> ArmName:
     keys, ratio = described["network"], described["scale"]["ratio"]
     removed = keys["removed_strides"]
     trunk = keys["trunk"] + (f" -{removed} strides" if removed else "")
     terms = " + ".join(f"{name} {weight:g}" for name, weight in described["terms"].items())
+    if terms:
+        terms = ", ".join([terms, *_name_changes(described["training"]["terms"])])
     form = "full" if ratio == 1 else "enlarged" if keys["enlarged"] else "native"
     return ArmName(ratio, form, trunk, terms or PLAIN)
+
+
+def _name_changes(settings: dict[str, Any]) -> list[str]:
+    """Settings of the terms that are not the default, as `temperature 2`."""
+    found = [
+        (each.name, settings[each.name])
+        for each in fields(ResolutionTerms)
+        if each.name not in TERMS and settings[each.name] != each.default
+    ]
+    return [f"{n} {v:g}" if isinstance(v, float) else f"{n} {v}" for n, v in found]

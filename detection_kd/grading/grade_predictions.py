@@ -81,13 +81,13 @@ def write_predictions(
             zip(
                 (*COLUMNS, *patches.grades),
                 (
-                    *(patch.path.name, patch.slide, patch.case),
+                    *(name, patch.slide, patch.case),
                     patches.grades[patch.label],
                     patches.grades[int(own.argmax())],
                     *(repr(value) for value in own.tolist()),
                 ),
             )
         )
-        for patch, own in zip(patches.patches, probabilities, strict=True)
+        for name, patch, own in zip(patches.names, patches.patches, probabilities, strict=True)
     ]
     write_csv(path, (*COLUMNS, *patches.grades), rows)

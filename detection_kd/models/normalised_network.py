@@ -74,8 +74,8 @@ def place_network(
         if world.device.type != "cuda":
             raise UserError(
                 f"network.trunk={trunk}: its batch norm needs CUDA with {world.size} processes, "
-                f"found {world.device.type}; use network.trunk=small, of UTS with "
-                "network.norm=layer, or one process"
+                f"found {world.device.type}; use network.trunk=small "
+                "network.norm=layer network.init=random, or one process"
             )
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if compile:

@@ -206,10 +206,13 @@ def _place_ring(ring: np.ndarray, grade_map: GradeMap) -> np.ndarray:
 
 
 def paint_slide(slide: Slide, grade_map: GradeMap, side: int) -> UInt8[np.ndarray, "h w 3"]:
-    """The slide with its longer side at most `side` px, and the grades' colours over it."""
+    """The slide with its longer side at most `side` px, and the grades' colours over its grey: over
+    its own colours, green would be blue on dark nuclei.
+    """
     picture = read_overview(slide, side).pixels
     height, width = picture.shape[:2]
     called = grade_map.paint((height, width), (slide.width / width, slide.height / height))
     colours = np.array(COLOURS)[np.maximum(called, 0) % len(COLOURS)]
-    mixed = (OPACITY * colours + (1 - OPACITY) * picture).round().astype(np.uint8)
+    grey = picture.mean(axis=2, keepdims=True)
+    mixed = (OPACITY * colours + (1 - OPACITY) * grey).round().astype(np.uint8)
     return np.where((called == NOTHING)[..., None], picture, mixed)

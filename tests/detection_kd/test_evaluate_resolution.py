@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,10 @@ from common.config import load_config
 from common.errors import UserError
 from detection_kd.evaluate_resolution import Config, main
 from detection_kd.evaluation.grading_metrics import METRICS, grade_metrics
-from detection_kd.grading.arms import ArmName, group_arms, read_runs
+from detection_kd.grading.arms import ArmName, _name_arm, group_arms, read_runs
 from detection_kd.grading.network_cost import count_gflop, count_loss_bytes, measure_costs
 from detection_kd.grading.two_speed import mix_speeds
+from detection_kd.losses.resolution_losses import ResolutionTerms
 from detection_kd.models.low_resolution import GradingKeys, GradingNetwork, PatchScale
 from tests.detection_kd.grading_runs import GRADES, train, write_graded_set
 
@@ -99,6 +102,8 @@ def test_the_table_has_means_of_runs_and_costs(runs: Path, output: Path) -> None
         assert float(rows[arm]["per_second"]) > 0
     flops = {arm: float(row["gflop"]) for arm, row in rows.items()}
     assert flops[ENLARGED] == flops[TEACHER] and flops[PLAIN] == flops[KD]
+    # one network, measured once: no arm is faster by what it learned from
+    assert rows[PLAIN]["per_second"] == rows[KD]["per_second"]
 
 
 def test_differences_are_between_runs_of_the_same_seed(runs: Path, output: Path) -> None:
@@ -174,6 +179,54 @@ def test_runs_that_cannot_be_compared_are_refused(runs: Path, tmp_path: Path) ->
         shutil.copytree(runs / "seed1" / "ce", tmp_path / name)
     with pytest.raises(UserError, match="expected one run per arm, seed and fold, found .*one and"):
         read_runs(tmp_path)
+
+
+def copy_run(source: Path, target: Path, changes: dict[str, object]) -> None:
+    """A copy of a run of another seed, with these settings."""
+    shutil.copytree(source, target)
+    for name, part in (("run.json", "config"), ("results.json", None)):
+        values = json.loads((target / name).read_text())
+        own = values[part] if part else values
+        own |= {"seed": 7} | (changes if part else {})
+        (target / name).write_text(json.dumps(values))
+
+
+def test_runs_of_other_settings_are_no_arm(runs: Path, tmp_path: Path) -> None:
+    """Their mean would be nobody's; another seed alone is one."""
+    shutil.copytree(runs / "seed1" / "ce", tmp_path / "one")
+    copy_run(runs / "seed1" / "ce", tmp_path / "two", {"precision": "bf16"})
+    (own,) = group_arms(read_runs(tmp_path)).values()
+    assert [run.graded.seed for run in own] == [1, 7]
+    shutil.rmtree(tmp_path / "two")
+    copy_run(runs / "seed1" / "ce", tmp_path / "two", {"lr": 0.5})
+    with pytest.raises(UserError, match=r"two: expected the settings of .*one, .* lr 0.002 -> 0.5"):
+        read_runs(tmp_path)
+
+
+def test_runs_of_one_fold_have_the_same_test_patches(runs: Path, tmp_path: Path) -> None:
+    """Else the draws of cases of one would be applied to the other."""
+    shutil.copytree(runs / "seed1" / "ce", tmp_path / "one")
+    copy_run(runs / "seed1" / "ce", tmp_path / "two", {})
+    lines = (tmp_path / "two" / "predictions.csv").read_text().splitlines()
+    (tmp_path / "two" / "predictions.csv").write_text("\n".join([lines[0], *lines[:0:-1]]) + "\n")
+    with pytest.raises(UserError, match=r"two: expected the test patches of .*one, .*same fold"):
+        read_runs(tmp_path)
+
+
+def test_an_arm_is_named_by_how_its_terms_are_computed() -> None:
+    described = {
+        "network": {"trunk": "small", "removed_strides": 0, "enlarged": False},
+        "scale": {"ratio": 4},
+        "terms": {"kd": 1.0, "at_plus": 10.0},
+        "training": {"terms": asdict(ResolutionTerms(kd=1.0, at_plus=10.0))},
+    }
+    assert _name_arm(described).terms == "kd 1 + at_plus 10"
+    described["training"]["terms"] |= {"temperature": 2.0, "level": -2, "one_sided": True}
+    assert (
+        _name_arm(described).terms == "kd 1 + at_plus 10, temperature 2, one_sided True, level -2"
+    )
+    described["terms"] = {}
+    assert _name_arm(described).terms == "ce"
 
 
 def test_costs_of_native_and_enlarged_networks() -> None:

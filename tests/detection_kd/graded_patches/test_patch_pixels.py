@@ -37,6 +37,7 @@ def test_pictures_of_the_asked_size_are_read_as_they_are(tmp_path: Path):
     pixels = PatchPixels(read_set(tmp_path), 12)
     order = [int(patch.path.stem) for patch in pixels.patches.patches]
     found = pixels.read(np.array([2, 0]))
+    assert pixels.patches.names[0] == f"{order[0]}.png"
     assert found.shape == (2, 3, 12, 12) and found.dtype == torch.uint8
     assert np.array_equal(found[0].permute(1, 2, 0).numpy(), pictures[order[2]])
 
@@ -76,6 +77,8 @@ def test_windows_of_slides_are_read_at_their_resolution(tmp_path: Path):
     )
     mean = reduce_resolution(fine.read(np.array([0, 1])).float(), 2)
     assert (coarse.read(np.array([0, 1])).float() - mean).abs().max() <= 0.51
+    # a table of predictions says where each of them is
+    assert sets[0].names == ["s1.tiff:64,128", "s1.tiff:256,0"]
     assert sets[0].patches[1].position == (256, 0) and sets[0].slides.tolist() == ["s1", "s1"]
 
 

@@ -188,7 +188,7 @@ def test_keys_that_cannot_be_are_refused(keys: dict[str, object], message: str) 
 
 def test_batch_norm_in_two_processes_needs_cuda() -> None:
     two = World(0, 2, torch.device("cpu"))
-    with pytest.raises(UserError, match=r"batch norm needs CUDA with 2 processes.*norm=layer"):
+    with pytest.raises(UserError, match=r"2 processes.*use network.trunk=small network.norm=layer"):
         place_network(build(), two, "small", compile=False)
 
 
