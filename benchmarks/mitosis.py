@@ -6,13 +6,14 @@ how long a field takes from pixels to a count.
 Stain: tiles a CPU second of UTS's procedure (scikit-image's `match_histograms` against the whole
 reference field, which it counts anew for every tile, then torchstain's Macenko), of the same
 procedure with a small reference, and of ours, tile by tile and with the statistics of the field.
-Ours tile by tile shows the same pixels to one grey level, which is checked. Figures are medians
-over rounds in which all take turns, ratios are taken within a round.
+How many grey levels ours tile by tile is apart is printed. Figures are medians over rounds in which
+all take turns, ratios are taken within a round.
 
 Memory: a training in a process of its own on as many fields of 7,215 x 5,412 px as give 15,601
-tiles of 500 px, each a link to one file, since pixels are read and dropped whatever they are. It
-counts that process and its workers, while batches are read and augmented, and with the steps of a
-small network, whose maps grow with the batch. UTS keeps all tiles, as 16-bit pixels and masks.
+tiles of 500 px, each a link to one file, since pixels are read and dropped whatever they are. That
+process and its workers are looked at ten times a second, while batches are read and augmented, and
+with the steps of a small network, in the precision that a training on this CPU takes; its maps grow
+with the batch. UTS keeps all tiles, as 16-bit pixels and masks.
 
 Field: `detect_mitosis` on one field of a quarter and of the whole of this size, from the start of
 the process to the page, with the published network (a ResNet-18 up to its third stage) of
@@ -42,8 +43,8 @@ from torch import nn
 from benchmarks.rounds import make_parser, measure_ratios, say
 from benchmarks.stain import draw
 from common.checkpoint import save_checkpoint
+from common.device import autocast, pick_precision
 from common.distributed import World
-from common.memory import peak_memory
 from common.sampling import balance_epoch
 from detection_kd.fields.augmentation import PointAugmentationKeys, augment_tiles
 from detection_kd.fields.field_tiles import FieldTiles
@@ -139,10 +140,8 @@ def write_field(path: Path, width: int, height: int, picture: str) -> None:
     )
 
 
-def make_fields(folder: Path, a: argparse.Namespace) -> PointSet:
+def make_fields(folder: Path, file: Path, a: argparse.Namespace) -> PointSet:
     """Fields that are one file, each with points of its own."""
-    file = folder / "field.tiff"
-    write_field(file, a.width, a.height, a.picture)
     rng = np.random.default_rng(0)
     fields = []
     for number in range(a.fields):
@@ -155,29 +154,43 @@ def make_fields(folder: Path, a: argparse.Namespace) -> PointSet:
 
 
 def train(a: argparse.Namespace) -> dict[str, float]:
-    """Some steps of a training on all fields; the most MiB of this process and its workers."""
+    """Some steps of a training on all fields; how many tiles they have, and what UTS keeps."""
     with tempfile.TemporaryDirectory() as folder:
-        tiles = FieldTiles(make_fields(Path(folder), a), a.side, None)
+        tiles = FieldTiles(make_fields(Path(folder), Path(a.field), a), a.side, None)
         model = WeakLocaliser(LocaliserKeys(trunk="small", init="random"))
+        model = model.to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(model.parameters())
         order = balance_epoch(tiles.labels, 0, 0, a.batch)[: a.steps * a.batch]
         keys = PointAugmentationKeys(rotation=90, elastic=8.5, stain=0.05, colour=0.1)
-        most, world = 0, World(0, 1, torch.device("cpu"))
-        for batch in make_tile_loader(tiles, order, a.batch, world, workers=a.workers):
+        device = torch.device("cpu")
+        loader = make_tile_loader(tiles, order, a.batch, World(0, 1, device), workers=a.workers)
+        for batch in loader:
             batch = augment_tiles(batch, keys, seed=0, epoch=0)
-            if not a.data_alone:
-                logits = model(batch.pixels.float() / 255).bags
-                loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels.float())
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            most = max(most, measure_tree(os.getpid()))
-        return {
-            "tiles": len(tiles),
-            "MiB": most / 2**20,
-            "MiB of this process, resident": peak_memory() / 2**20,
-            "MiB of UTS": len(tiles) * a.side**2 * (3 + 1) * 2 / 2**20,
-        }
+            if a.data_alone:
+                continue
+            pixels = (batch.pixels.float() / 255).contiguous(memory_format=torch.channels_last)
+            with autocast(device, pick_precision("auto", device)):
+                logits = model(pixels).bags
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels.float())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return {"tiles": len(tiles), "MiB of UTS": len(tiles) * a.side**2 * (3 + 1) * 2 / 2**20}
+
+
+def watch(command: list[str], output: Path) -> float:
+    """The most MiB that a command and all processes below it hold; what they print goes to a
+    file.
+    """
+    most = 0
+    with output.open("w") as stream:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=stream)
+        while process.poll() is None:
+            most = max(most, measure_tree(process.pid))
+            time.sleep(0.1)
+    if process.returncode:
+        raise SystemExit(output.read_text())
+    return most / 2**20
 
 
 def measure_tree(process: int) -> int:
@@ -194,22 +207,24 @@ def measure_tree(process: int) -> int:
 
 def measure_memory(a: argparse.Namespace) -> dict[str, dict[str, float]]:
     """`train` in processes of its own: data alone or with a network, perhaps with workers."""
-    sizes = ("fields", "width", "height", "side", "batch", "steps", "picture")
-    command = [sys.executable, "-m", "benchmarks.mitosis", "--parts", "train"]
-    command += [text for name in sizes for text in (f"--{name}", str(getattr(a, name)))]
+    sizes = ("fields", "width", "height", "side", "batch", "steps", "threads")
     found = {}
-    half = ("--batch", str(a.batch // 2))
     forms = {
-        f"data alone, batch of {a.batch}": ("--data-alone",),
-        f"data alone, batch of {a.batch}, 2 workers": ("--data-alone", "--workers", "2"),
-        f"with a network, batch of {a.batch // 2}": half,
-        f"with a network, batch of {a.batch // 2}, 2 workers": (*half, "--workers", "2"),
+        "data alone": ("--data-alone",),
+        "data alone, 2 workers": ("--data-alone", "--workers", "2"),
+        "with a network": (),
+        "with a network, 2 workers": ("--workers", "2"),
     }
-    for name, options in forms.items():
-        say(f"memory: {name}")
-        own = [*command, *options]
-        done = subprocess.run(own, cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True)
-        found[name] = json.loads(done.stdout)
+    with tempfile.TemporaryDirectory() as folder:
+        field, output = Path(folder) / "field.tiff", Path(folder) / "output"
+        write_field(field, a.width, a.height, a.picture)
+        command = [sys.executable, "-m", "benchmarks.mitosis", "--parts", "train"]
+        command += ["--field", str(field)]
+        command += [text for name in sizes for text in (f"--{name}", str(getattr(a, name)))]
+        for name, options in forms.items():
+            say(f"memory: {name}")
+            most = watch([*command, *options], output)
+            found[name] = json.loads(output.read_text().splitlines()[-1]) | {"MiB": most}
     return found
 
 
@@ -236,19 +251,13 @@ def detect(folder: Path, weights: Path) -> dict[str, float]:
     output = folder / "mitoses"
     keys = [f"slides={folder / 'fields'}", f"localiser={weights}", f"output={output}"]
     command = [sys.executable, "-m", "detection_kd.detect_mitosis", *keys, "precision=fp32"]
-    start, before, most = time.perf_counter(), os.times(), 0
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-        while process.poll() is None:
-            most = max(most, measure_tree(process.pid))
-            time.sleep(0.2)
-    if process.returncode:
-        raise SystemExit((folder / "log").read_text())
+    start, before = time.perf_counter(), os.times()
+    most = watch(command, folder / "log")
     seconds, used = time.perf_counter() - start, os.times()
     cpu = sum(getattr(used, name) - getattr(before, name) for name in CHILDREN)
     written = [output / "geojson/field.geojson", output / "midog/field.json", output / "counts.csv"]
     assert all(file.stat().st_size for file in written)
-    return {"seconds": seconds, "CPU seconds": cpu, "MiB": most / 2**20}
+    return {"seconds": seconds, "CPU seconds": cpu, "MiB": most}
 
 
 def main() -> None:
@@ -258,6 +267,7 @@ def main() -> None:
     parser = make_parser(__doc__, **numbers)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=(*PARTS, "train"))
     parser.add_argument("--picture", default="", help="pixels of fields; empty: drawn")
+    parser.add_argument("--field", default="", help="file of all fields of --parts train")
     parser.add_argument("--data-alone", action="store_true", help="train no network")
     parser.add_argument("--json", action="store_true")
     a = parser.parse_args()

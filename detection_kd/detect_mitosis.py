@@ -195,7 +195,8 @@ def main(config: Config) -> int:
         if not is_done(document_path(output, job.slide_id), wanted[job.slide_id], config.overwrite)
     ]
     logger.info("%s: %d slides, %d already done", STAGE, len(jobs), len(jobs) - len(todo))
-    sequence = FieldSequence(todo, restore_field_stain(description["stain"]))
+    stain = restore_field_stain(description["stain"])
+    sequence = FieldSequence(todo, stain, description["side"], description["mpp"])
     detect = partial(detect_candidates, model, limits.scale, settings)
 
     def collect(job: SlideJob) -> CandidateCollector:

@@ -9,9 +9,10 @@ procedure of UTS, to one grey level.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -58,18 +59,6 @@ class FieldStainKeys:
         "of its tiles are measured",
         choices=SCOPES,
     )
-
-
-class ReadableTiles(Protocol):
-    """What it takes to read tiles of a field anywhere in it."""
-
-    geometries: list[TileGeometry]
-    side: int
-
-    def read_plain(
-        self, number: int, corner: np.ndarray | Sequence[int]
-    ) -> UInt8[np.ndarray, "s s 3"]:
-        """A tile of field `number` in the field's own colours."""
 
 
 class SourceStain(NamedTuple):
@@ -198,34 +187,55 @@ def normalise_tiles(tiles: FieldTiles, stain: FieldStain | None) -> FieldTiles:
         return chosen
     sources = []
     for number in range(len(tiles.fields)):
-        pixels = sample_pixels(tiles, number)
-        sources.append(None if pixels is None else stain.fit(pixels))
-        if pixels is None:
-            name = tiles.fields[number].field_id
-            logger.warning("field %s: too little stained tissue, its colours are kept", name)
+        read, name = partial(tiles.read_plain, number), tiles.fields[number].field_id
+        sources.append(measure_field(stain, tiles.geometries[number], read, name))
     chosen.stain = FieldColours(stain, tuple(sources))
     return chosen
 
 
-def sample_pixels(tiles: ReadableTiles, number: int) -> UInt8[np.ndarray, "h w 3"] | None:
+ReadTile = Callable[[tuple[int, int]], UInt8[np.ndarray, "s s 3"]]
+"""A tile of a field by its corner (x, y), level-0 px, in the field's own colours."""
+
+
+def measure_field(
+    stain: FieldStain, geometry: TileGeometry, read: ReadTile, name: str
+) -> SourceStain | None:
+    """The statistics of a field; None, with a warning, where it has too little tissue.
+
+    Args:
+        stain: the target.
+        geometry, read: as for `sample_pixels`.
+        name: of the field, for the warning.
+    """
+    pixels = sample_pixels(geometry, read)
+    if pixels is None:
+        logger.warning("field %s: too little stained tissue, its colours are kept", name)
+        return None
+    return stain.fit(pixels)
+
+
+def sample_pixels(geometry: TileGeometry, read: ReadTile) -> UInt8[np.ndarray, "h w 3"] | None:
     """Pixels of up to SAMPLE tiles of a field that have tissue; None where none has.
 
     They follow from the field and the tiles' side and resolution alone: whichever of its tiles are
     in the set, and with whatever overlap, the field gets the same colours.
+
+    Args:
+        geometry: of the tiles that a localiser is trained on.
+        read: reads one of them anywhere in the field.
     """
-    geometry = tiles.geometries[number]
     size = np.array([geometry.level0_width, geometry.level0_height])
-    side = geometry.patch_size_level0
+    side, shown = geometry.patch_size_level0, geometry.target_size
     corners = place_tiles(*size.tolist(), side, side)
+    width, height = np.ceil(np.minimum(size / side, 1) * shown).astype(int)
     found: list[np.ndarray] = []
-    for place in np.random.default_rng(0).permutation(len(corners))[:TRIED]:
+    for place in np.random.default_rng(0).permutation(len(corners))[:TRIED].tolist():
         if len(found) == SAMPLE:
             break
         try:
-            tile = tiles.read_plain(number, corners[place])
+            tile = read((int(corners[place, 0]), int(corners[place, 1])))
         except RegionError:
             continue
-        width, height = np.ceil(np.minimum(size / side, 1) * tiles.side).astype(int)
         if has_tissue(tile[:height, :width]):
             found.append(tile[:height:THINNED, :width:THINNED])
     return np.concatenate(found) if found else None

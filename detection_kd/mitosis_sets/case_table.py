@@ -55,28 +55,40 @@ def read_case_table(path: Path) -> dict[str, CaseRow]:
     return found
 
 
+def check_coverage(fields: Sequence[AnnotatedField], table: dict[str, CaseRow], path: Path) -> None:
+    """Make sure that a table is of this set, and log what it says nothing of.
+
+    Args:
+        fields: all fields of the set.
+        table, path: of the cases.
+
+    Raises:
+        UserError: no field is in the table.
+    """
+    known = sum(field.field_id in table for field in fields)
+    if not known:
+        raise UserError(
+            f"{path}: expected the files of the fields, as {fields[0].field_id}; found others, as "
+            f"{next(iter(table))}"
+        )
+    if known < len(fields) or known < len(table):
+        logger.info(
+            "%s: says something of %d of %d fields; %d of its files are no field of this set",
+            path,
+            known,
+            len(fields),
+            len(table) - known,
+        )
+
+
 def add_cases(
     fields: Sequence[AnnotatedField], table: dict[str, CaseRow], path: Path
 ) -> list[AnnotatedField]:
     """The fields with what the table says of them.
 
     Raises:
-        UserError: no field is in the table, or one with points is said to be not annotated.
+        UserError: one with points is said to be not annotated.
     """
-    known = [field for field in fields if field.field_id in table]
-    if not known:
-        raise UserError(
-            f"{path}: expected the files of the fields, as {fields[0].field_id}; found others, as "
-            f"{next(iter(table))}"
-        )
-    if len(known) < len(fields) or len(known) < len(table):
-        logger.info(
-            "%s: says something of %d of %d fields; %d of its files are no field of this set",
-            path,
-            len(known),
-            len(fields),
-            len(table) - len(known),
-        )
     return [
         _add_row(field, table[field.field_id], path) if field.field_id in table else field
         for field in fields

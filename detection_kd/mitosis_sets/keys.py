@@ -15,7 +15,7 @@ import numpy as np
 
 from common.config import REQUIRED, key
 from common.errors import UserError
-from detection_kd.mitosis_sets.case_table import add_cases, read_case_table
+from detection_kd.mitosis_sets.case_table import add_cases, check_coverage, read_case_table
 from detection_kd.mitosis_sets.checked_fields import PIXEL, move_inside
 from detection_kd.mitosis_sets.coco_points import read_coco_points
 from detection_kd.mitosis_sets.csv_points import read_csv_points
@@ -102,11 +102,13 @@ def read_point_set(
                 f"{source}: expected one field {first.field_id}, found {first.path} and "
                 f"{second.path}; rename one"
             )
+    table = read_case_table(Path(keys.cases)) if keys.cases else {}
+    if keys.cases:
+        check_coverage(fields, table, Path(keys.cases))
     fields = [field for field in fields if only is None or field.field_id in only]
     if images is not None and open_images:
         fields = _add_images(fields, source, from_bounds=keys.format == "geojson")
-    if keys.cases:
-        fields = add_cases(fields, read_case_table(Path(keys.cases)), Path(keys.cases))
+    fields = add_cases(fields, table, Path(keys.cases))
     fields = [dataclasses.replace(field, mpp=field.mpp or keys.mpp) for field in fields]
     found = PointSet(tuple(fields))
     if not found.count(MITOSIS):

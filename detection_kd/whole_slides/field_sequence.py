@@ -7,36 +7,40 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import UInt8
 
-from detection_kd.fields.stain import FieldColours, FieldStain, SourceStain, sample_pixels
+from detection_kd.fields.stain import FieldColours, FieldStain, SourceStain, measure_field
 from detection_kd.whole_slides.tile_pass import to_tensor
 from patch_encoder.extraction.tile_batches import TileSequence
 from patch_encoder.slides import Slide
-from patch_encoder.tiles.coordinates import SlideJob, TileGeometry
-from patch_encoder.tiles.grid import read_tile
+from patch_encoder.tiles.coordinates import SlideJob
+from patch_encoder.tiles.grid import make_tile_geometry, read_tile
 
 
 class FieldSequence(TileSequence):
-    """The tiles of all slides, with the colours of a field stain where there is one."""
+    """The tiles of all slides, with the colours of a field stain where there is one.
 
-    def __init__(self, jobs: Sequence[SlideJob], stain: FieldStain | None) -> None:
-        super().__init__(jobs, to_tensor)
-        if stain is not None:
-            self.stains = SlideColours(jobs, stain, self._slide)
-
-
-class SlideColours:
-    """The stain map of slides that are measured when their first tile is read.
-
-    Attributes:
-        geometries, side, read_plain: of the slides' tiles, as `sample_pixels` asks for them.
+    Args:
+        jobs: the slides.
+        stain: None: tiles keep their colours.
+        side, mpp: of the tiles that the localiser was trained on, px and um per px.
     """
 
     def __init__(
-        self, jobs: Sequence[SlideJob], stain: FieldStain, open_job: Callable[[int], Slide]
+        self, jobs: Sequence[SlideJob], stain: FieldStain | None, side: int, mpp: float
     ) -> None:
-        self.stain, self._open = stain, open_job
-        self.geometries: list[TileGeometry] = [job.coordinates.geometry for job in jobs]
-        self.side = self.geometries[0].target_size if jobs else 0
+        super().__init__(jobs, to_tensor)
+        if stain is not None:
+            self.stains = SlideColours(stain, side, mpp, self._slide)
+
+
+class SlideColours:
+    """The stain map of slides that are measured when their first tile is read: on the tiles that a
+    training measures them on, whatever the tiles in which mitoses are looked for.
+    """
+
+    def __init__(
+        self, stain: FieldStain, side: int, mpp: float, open_job: Callable[[int], Slide]
+    ) -> None:
+        self.stain, self.side, self.mpp, self._open = stain, side, mpp, open_job
         self._sources: dict[int, SourceStain | None] = {}
 
     def __call__(
@@ -46,13 +50,11 @@ class SlideColours:
         if self.stain.scope == "tile":
             return FieldColours(self.stain)(tile, slide)
         if slide not in self._sources:
-            pixels = sample_pixels(self, slide)
-            self._sources[slide] = None if pixels is None else self.stain.fit(pixels)
+            self._sources[slide] = self._measure(self._open(slide))
         return FieldColours(self.stain, (self._sources[slide],))(tile, 0)
 
-    def read_plain(
-        self, number: int, corner: np.ndarray | Sequence[int]
-    ) -> UInt8[np.ndarray, "s s 3"]:
-        """A tile of slide `number` anywhere, in its own colours."""
-        x, y = map(int, corner)
-        return read_tile(self._open(number), self.geometries[number], x, y)
+    def _measure(self, slide: Slide) -> SourceStain | None:
+        geometry = make_tile_geometry(slide, self.side, self.mpp)
+        return measure_field(
+            self.stain, geometry, lambda corner: read_tile(slide, geometry, *corner), slide.slide_id
+        )

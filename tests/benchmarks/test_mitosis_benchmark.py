@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,11 +36,18 @@ def test_memory_is_that_of_a_training(
     mitosis.main()
     found = json.loads(capsys.readouterr().out)["memory"]
     assert all(row["tiles"] == 3 * 5 * 3 for row in found.values())
-    names = [
-        f"{form}, batch of {size}" for form, size in (("data alone", 4), ("with a network", 2))
-    ]
-    for name in names:
-        assert 100 < found[name]["MiB"] < found[f"{name}, 2 workers"]["MiB"] < 8000
+    for form in ("data alone", "with a network"):
+        assert 100 < found[form]["MiB"] < found[f"{form}, 2 workers"]["MiB"] < 8000
+
+
+def test_memory_is_the_most_that_all_processes_held(tmp_path: Path) -> None:
+    """A child that takes 300 MiB and gives them back before it ends."""
+    child = "import time; a = bytearray(b'x' * 300 * 2**20); time.sleep(1); del a; time.sleep(0.3)"
+    start = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    most = mitosis.watch([sys.executable, "-c", start], tmp_path / "output")
+    assert 300 < most < 400
+    with pytest.raises(SystemExit, match="ZeroDivisionError"):
+        mitosis.watch([sys.executable, "-c", "1 / 0"], tmp_path / "output")
 
 
 @pytest.mark.process

@@ -280,11 +280,12 @@ def test_candidates_at_the_rim_of_a_tile_give_way_to_the_tile_that_sees_them_who
     assert found.scores.tolist() == [0.9, 0.85, 0.6]
 
 
+@pytest.mark.parametrize("side", [64, 112])
 def test_a_checkpoint_alone_says_stain_and_resolution(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    side: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A field of .25 um per px, a localiser of .5 with a stain: tiles are read at .5, and have the
-    colours that a training on that field would give them.
+    colours that a training on that field would give them, whatever their side.
     """
     pixels = paint_tissue(400, 300)
     Image.fromarray(pixels).save(tmp_path / "S1.png", dpi=(101600, 101600))
@@ -304,14 +305,17 @@ def test_a_checkpoint_alone_says_stain_and_resolution(
         return detect_candidates(network, scale, settings, tiles, jobs)
 
     monkeypatch.setattr(detect_mitosis, "detect_candidates", note)
-    keys = [f"slides={tmp_path}/S1.png", f"localiser={tmp_path}/best.pt", "tile_size=64"]
+    keys = [f"slides={tmp_path}/S1.png", f"localiser={tmp_path}/best.pt", f"tile_size={side}"]
     keys += [f"output={tmp_path}/found", "workers=0", "device=cpu", "overlap=0.0"]
     assert run(detect_mitosis.main, detect_mitosis.Config, keys) == 0
     none = np.zeros((0, 2))
     field = AnnotatedField("S1", tmp_path / "S1.png", "c", "", 0.25, none, np.zeros(0, np.int64))
     trained = normalise_tiles(FieldTiles(PointSet((field,)), 64, 0.5), stain)
-    expected = np.stack([trained.read(tile) for tile in range(len(trained))])
+    plain = FieldTiles(PointSet((field,)), side, 0.5)
+    tiles = [plain.read(tile) for tile in range(len(plain))]
+    assert trained.stain is not None
+    expected = np.stack([trained.stain(tile, 0) for tile in tiles])
     found = torch.cat(seen).permute(0, 2, 3, 1).numpy()
     np.testing.assert_array_equal(found, expected)
-    assert (found != np.stack([trained.read_plain(0, c) for c in trained.corners])).any()
+    assert (found != np.stack(tiles)).any()
     assert read_rows(tmp_path / "found" / "counts.csv")[0]["mpp"] == "0.25"

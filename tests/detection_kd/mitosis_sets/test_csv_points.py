@@ -130,6 +130,18 @@ def test_the_table_of_cases_adds_what_the_set_does_not_say(tmp_path: Path) -> No
     assert found == [("p1", "s2", 0.25, False), ("p1", "s1", 0.5, True)]
 
 
+def test_a_table_of_cases_may_say_nothing_of_the_fields_that_are_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    cases = tmp_path / "cases.csv"
+    cases.write_text("file,case\na.tiff,p1\n")
+    keys = set_keys(write_table(tmp_path / "p.csv"), "csv", cases=cases)
+    (field,) = read_point_set(keys, only=["b_2"]).fields
+    assert field.case == "b_2"
+    assert "says something of 1 of 2 fields; 0 of its files are no field" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
