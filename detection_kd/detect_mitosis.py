@@ -216,7 +216,8 @@ def main(config: Config) -> int:
         write_slide_files(output, job, found, count, wanted[job.slide_id])
         logger.info("%s: %d mitoses, %.2f per mm2", job.slide_id, count.mitoses, count.per_mm2)
     if settings.shard.count == 1:
-        write_summary(config, jobs)
+        # what overwrite=true did not get to replace is of other settings
+        write_summary(config, [job for job in jobs if job.slide_id not in failures.slides])
     return failures.write(output)
 
 

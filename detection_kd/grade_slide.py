@@ -222,7 +222,8 @@ def main(config: Config) -> int:
         except UserError as error:
             failures.add(job.slide_id, str(error))
     if settings.shard.count == 1:
-        write_summary(config, jobs)
+        # what overwrite=true did not get to replace is of other settings
+        write_summary(config, [job for job in jobs if job.slide_id not in failures.slides])
     return failures.write(output)
 
 

@@ -249,6 +249,20 @@ def test_bad_fields_fail_alone(cohort: Path) -> None:
     assert len(read_rows(cohort / "found" / "counts.csv")) == 2
 
 
+def test_what_overwriting_could_not_replace_is_not_in_the_counts(cohort: Path) -> None:
+    assert detect(cohort) == 0
+    path = cohort / "slides" / "S2.tiff"
+    content = bytearray(path.read_bytes())
+    third = len(content) // 3
+    content[third : third + 4000] = bytes(4000)  # it opens, and has tiles that cannot be read
+    path.write_bytes(content)
+    assert detect(cohort, "overwrite=true", "min_score=0.9") == 1
+    failures = read_rows(cohort / "found" / "failures.csv")
+    assert [row["slide"] for row in failures] == ["S2"]
+    assert read(cohort, "S2")["count"]["threshold"] == 0.5, "still that of the first run"
+    assert [row["slide_id"] for row in read_rows(cohort / "found" / "counts.csv")] == ["S1"]
+
+
 @pytest.mark.parametrize("key", ["hot_spot_mm2=[]", "hot_spot_mm2=[-1]", "overlap=1.0"])
 def test_impossible_keys_are_one_line(
     cohort: Path, key: str, capsys: pytest.CaptureFixture[str]
