@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from common.config import key
 from common.errors import UserError
 from detection_kd.fields.tiling import place_tiles
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.selection import Selection
 from patch_encoder.cohort.shards import Shard
 from patch_encoder.cohort.slide_files import find_cohort
+from patch_encoder.extraction.keys import ExtractionKeys
+from patch_encoder.extraction.loop import ExtractSettings, cohort_jobs
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.names import check_fingerprint
 from patch_encoder.tiles.coordinates import Coordinates, SlideJob
@@ -34,6 +37,29 @@ class FieldTiling:
     overlap: float
     given_mpp: float | None
     mpps: Mapping[str, float | None]
+
+
+@dataclass
+class FieldKeys(ExtractionKeys):
+    """Keys of a pass over slides whose tissue is tiled, or over fields that tiles cover whole."""
+
+    coords: str = key(
+        "",
+        "folder of coordinates files; empty: tiles cover every slide or field to its last pixel",
+        path=True,
+    )
+    mpp: float | None = key(
+        None, "micrometres per pixel at level 0; of slides that labels.csv does not give"
+    )
+
+    def find_jobs(
+        self, tiling: FieldTiling, settings: ExtractSettings, failures: Failures
+    ) -> list[SlideJob]:
+        """The slides with the tiles of `coords`, else of `tiling`; the others in `failures`."""
+        part = (failures, settings.shard, settings.selection)
+        if self.coords:
+            return cohort_jobs(self.slides, self.coords, self.labels, *part)
+        return find_field_jobs(self.slides, self.labels, tiling, *part)
 
 
 def find_field_jobs(
