@@ -21,6 +21,7 @@ from detection_kd.evaluation.midog_json import read_midog_json
 from detection_kd.fields.field_tiles import FieldTiles
 from detection_kd.fields.stain import FieldStainKeys, build_field_stain, normalise_tiles
 from detection_kd.mitosis_sets.coco_points import read_coco_points
+from detection_kd.mitosis_sets.keys import MitosisSetKeys, read_point_set
 from detection_kd.mitosis_sets.point_set import AnnotatedField, PointSet
 from detection_kd.models.atypical import (
     AtypicalHead,
@@ -30,6 +31,7 @@ from detection_kd.models.atypical import (
     score_crops,
 )
 from detection_kd.models.cam import LocaliserKeys, WeakLocaliser
+from detection_kd.whole_slides.detected_points import read_detections
 from detection_kd.whole_slides.mitosis_candidates import CandidateCollector, Candidates
 from detection_kd.whole_slides.mitosis_count import measure_area
 from patch_encoder import tile_slides
@@ -232,6 +234,26 @@ def test_processes_share_a_cohort_and_the_last_run_writes_the_summary(cohort: Pa
     assert not (cohort / "parts" / "counts.csv").exists()
     assert detect(cohort, f"output={cohort}/parts") == 0
     assert (cohort / "parts" / "counts.csv").read_bytes() == whole
+
+
+def test_fields_of_one_name_are_named_with_their_folders_as_annotated_sets_do(cohort: Path) -> None:
+    """TUPAC16 has `01/01.tif` and `02/01.tif`, and a region that one case alone has."""
+    images, labels = cohort / "tupac", cohort / "mitoses_ground_truth"
+    for case, region in (("01", "01"), ("02", "01"), ("02", "02")):
+        path = images / case / f"{region}.tif"
+        write_spotted_slide(path, 200, 150, [(60, 40)] * (region == "01"))
+        (labels / case).mkdir(parents=True, exist_ok=True)
+        (labels / case / f"{region}.csv").write_text("40,60\n" * (region == "01"))
+    keys = [f"slides={images}", f"localiser={cohort}/localiser.pt", f"output={cohort}/found"]
+    keys += ["workers=0", "device=cpu", "tile_size=128"]
+    assert run(detect_mitosis.main, detect_mitosis.Config, keys) == 0
+    data = MitosisSetKeys(
+        annotations=str(labels), images=str(images), format="tupac16", mpp=0.5, first_index=0
+    )
+    fields = read_point_set(data)
+    detected = read_detections(cohort / "found", fields)
+    assert list(detected) == ["01_01", "02_01", "02_02"]
+    assert [int(item.mitoses.sum()) for item in detected.values()] == [1, 1, 0]
 
 
 def test_bad_fields_fail_alone(cohort: Path) -> None:
