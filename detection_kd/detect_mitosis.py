@@ -42,11 +42,10 @@ from detection_kd.whole_slides.mitosis_candidates import (
 )
 from detection_kd.whole_slides.mitosis_count import count_mitoses
 from detection_kd.whole_slides.mitosis_files import document_path, read_count, write_slide_files
-from detection_kd.whole_slides.tile_pass import find_in_slides, is_done, make_provenance
-from detection_kd.whole_slides.whole_fields import FieldTiling, find_field_jobs
+from detection_kd.whole_slides.tile_pass import find_in_slides, find_unfinished
+from detection_kd.whole_slides.whole_fields import FieldKeys, FieldTiling
 from patch_encoder.cohort.failures import Failures
-from patch_encoder.extraction.keys import ExtractionKeys
-from patch_encoder.extraction.loop import ExtractSettings, cohort_jobs
+from patch_encoder.extraction.loop import ExtractSettings
 from patch_encoder.tiles.coordinates import SlideJob
 
 logger = logging.getLogger(__name__)
@@ -54,22 +53,14 @@ STAGE = "detect_mitosis"
 
 
 @dataclass
-class Config(ExtractionKeys):
+class Config(FieldKeys):
     """Keys of the detection of mitoses (`dtype` and `pt` do not matter here)."""
 
     localiser: str = key(REQUIRED, "checkpoint of train_mitosis", path=True)
-    coords: str = key(
-        "",
-        "folder of coordinates files; empty: tiles cover every slide or field to its last pixel",
-        path=True,
-    )
     cases: str = key(
         "",
         "table with file and, where the set does not say so, case, scanner, mpp, split, annotated",
         path=True,
-    )
-    mpp: float | None = key(
-        None, "micrometres per pixel at level 0; of slides that labels.csv does not give"
     )
     tile_size: int = key(
         1024, "side of a tile, px; at the resolution of the localiser, without coords", least=32
@@ -131,20 +122,14 @@ def find_jobs(
     failures: Failures,
 ) -> list[SlideJob]:
     """The slides, those without a known resolution entered in `failures`."""
-    if config.coords:
-        jobs = cohort_jobs(
-            config.slides, config.coords, config.labels, failures, settings.shard,
-            settings.selection,
-        )  # fmt: skip
-    else:
-        mpps = {name: row.mpp for name, row in table.items()}
-        tiling = FieldTiling(config.tile_size, description["mpp"], config.overlap, config.mpp, mpps)
-        jobs = find_field_jobs(
-            config.slides, config.labels, tiling, failures, settings.shard, settings.selection
-        )
-    known = [job for job in jobs if job.mpp or job.coordinates.geometry.mpp]
+    mpps = {name: row.mpp for name, row in table.items()}
+    tiling = FieldTiling(config.tile_size, description["mpp"], config.overlap, config.mpp, mpps)
+    jobs = config.find_jobs(tiling, settings, failures)
+    known = []
     for job in jobs:
-        if job not in known:
+        if job.mpp or job.coordinates.geometry.mpp:
+            known.append(job)
+        else:
             failures.add(
                 job.slide_id,
                 "expected um per px, found none: without it there is no tolerance in um and no "
@@ -185,15 +170,9 @@ def main(config: Config) -> int:
     if config.atypical:
         head = load_atypical(config.atypical).to(settings.device)
         weights["atypical_sha256"] = sha256_file(config.atypical)
-    wanted = {
-        job.slide_id: make_provenance(limits._asdict(), weights, job, settings.precision)
-        for job in jobs
-    }
-    todo = [
-        job
-        for job in jobs
-        if not is_done(document_path(output, job.slide_id), wanted[job.slide_id], config.overwrite)
-    ]
+    document = partial(document_path, output)
+    wanted = find_unfinished(jobs, limits._asdict(), weights, settings, document)
+    todo = [job for job in jobs if job.slide_id in wanted]
     logger.info("%s: %d slides, %d already done", STAGE, len(jobs), len(jobs) - len(todo))
     stain = restore_field_stain(description["stain"])
     sequence = FieldSequence(todo, stain, description["side"], description["mpp"])
@@ -217,7 +196,8 @@ def main(config: Config) -> int:
         write_slide_files(output, job, found, count, wanted[job.slide_id])
         logger.info("%s: %d mitoses, %.2f per mm2", job.slide_id, count.mitoses, count.per_mm2)
     if settings.shard.count == 1:
-        write_summary(config, jobs)
+        # what overwrite=true did not get to replace is of other settings
+        write_summary(config, [job for job in jobs if job.slide_id not in failures.slides])
     return failures.write(output)
 
 

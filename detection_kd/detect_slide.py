@@ -38,8 +38,7 @@ from detection_kd.whole_slides.slide_detections import (
 )
 from detection_kd.whole_slides.tile_pass import (
     find_in_slides,
-    is_done,
-    make_provenance,
+    find_unfinished,
     to_tensor,
 )
 from patch_encoder.cohort.failures import Failures
@@ -132,16 +131,9 @@ def main(config: Config) -> int:
     )
     limits = resolve(config, description, jobs)
     weights = {"detector_sha256": sha256_file(config.detector)}
-    wanted = {
-        job.slide_id: make_provenance(limits._asdict(), weights, job, settings.precision)
-        for job in jobs
-    }
-    documents = {slide_id: output / "coco" / f"{slide_id}.json" for slide_id in wanted}
-    todo = [
-        job
-        for job in jobs
-        if not is_done(documents[job.slide_id], wanted[job.slide_id], config.overwrite)
-    ]
+    documents = {job.slide_id: output / "coco" / f"{job.slide_id}.json" for job in jobs}
+    wanted = find_unfinished(jobs, limits._asdict(), weights, settings, documents.__getitem__)
+    todo = [job for job in jobs if job.slide_id in wanted]
     logger.info("%s: %d slides, %d already done", STAGE, len(jobs), len(jobs) - len(todo))
     categories = description["categories"]
     detect = partial(detect_tiles, model, limits, settings)

@@ -43,14 +43,12 @@ from detection_kd.whole_slides.tile_grades import (
 )
 from detection_kd.whole_slides.tile_pass import (
     find_in_slides,
-    is_done,
-    make_provenance,
+    find_unfinished,
     to_tensor,
 )
-from detection_kd.whole_slides.whole_fields import FieldTiling, find_field_jobs
+from detection_kd.whole_slides.whole_fields import FieldKeys, FieldTiling
 from patch_encoder.cohort.failures import Failures
-from patch_encoder.extraction.keys import ExtractionKeys
-from patch_encoder.extraction.loop import ExtractSettings, cohort_jobs
+from patch_encoder.extraction.loop import ExtractSettings
 from patch_encoder.extraction.tile_batches import TileSequence
 from patch_encoder.slides import open_slide
 from patch_encoder.tiles.coordinates import SlideJob
@@ -60,7 +58,7 @@ STAGE = "grade_slide"
 
 
 @dataclass
-class Config(ExtractionKeys):
+class Config(FieldKeys):
     """Keys of the grading of slides (`dtype` and `pt` do not matter here)."""
 
     grader: str = key(REQUIRED, "checkpoint of a grading network", path=True)
@@ -68,14 +66,6 @@ class Config(ExtractionKeys):
         "", "checkpoint of the teacher; for the tiles that the grader is least sure of", path=True
     )
     teacher_share: float = key(0.2, "share of a slide's tiles that the teacher grades again")
-    coords: str = key(
-        "",
-        "folder of coordinates files; empty: tiles cover every slide to its last pixel",
-        path=True,
-    )
-    mpp: float | None = key(
-        None, "micrometres per pixel at level 0; of slides that labels.csv does not give"
-    )
     overlap: float = key(
         0.5, "share of its side that a tile has in common with its neighbour; without coords"
     )
@@ -126,15 +116,12 @@ def find_jobs(
 ) -> list[SlideJob]:
     """The slides at the grader's resolution, those that cannot be read so in `failures`."""
     scale = grader.scale
+    tiling = FieldTiling(scale.own_side, scale.own_mpp, config.overlap, config.mpp, {})
+    found = config.find_jobs(tiling, settings, failures)
     if not config.coords:
-        tiling = FieldTiling(scale.own_side, scale.own_mpp, config.overlap, config.mpp, {})
-        return find_field_jobs(
-            config.slides, config.labels, tiling, failures, settings.shard, settings.selection
-        )
+        return found
     jobs = []
-    for job in cohort_jobs(
-        config.slides, config.coords, config.labels, failures, settings.shard, settings.selection
-    ):
+    for job in found:
         try:
             jobs.append(read_at(job, scale))
         except UserError as error:
@@ -196,14 +183,8 @@ def main(config: Config) -> int:
         teacher.to(settings.device)
         limits["teacher_share"] = config.teacher_share
         weights["teacher_sha256"] = sha256_file(config.teacher_checkpoint)
-    wanted = {
-        job.slide_id: make_provenance(limits, weights, job, settings.precision) for job in jobs
-    }
-    todo = [
-        job
-        for job in jobs
-        if not is_done(document_path(output, job.slide_id), wanted[job.slide_id], config.overwrite)
-    ]
+    wanted = find_unfinished(jobs, limits, weights, settings, partial(document_path, output))
+    todo = [job for job in jobs if job.slide_id in wanted]
     logger.info("%s: %d slides, %d already done", STAGE, len(jobs), len(jobs) - len(todo))
     grade = partial(grade_tiles, grader, settings)
     sequence = TileSequence(todo, to_tensor)
@@ -222,7 +203,8 @@ def main(config: Config) -> int:
         except UserError as error:
             failures.add(job.slide_id, str(error))
     if settings.shard.count == 1:
-        write_summary(config, jobs)
+        # what overwrite=true did not get to replace is of other settings
+        write_summary(config, [job for job in jobs if job.slide_id not in failures.slides])
     return failures.write(output)
 
 

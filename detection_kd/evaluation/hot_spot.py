@@ -225,10 +225,11 @@ def _search_rectangles(points: Points, sides: np.ndarray, limits: CentreLimits) 
 def _cover(centre: np.ndarray, sides: np.ndarray, shape: str, extent: tuple[float, float]) -> float:
     """mm2 of a field that a window covers."""
     steps = 20_000
-    x = centre[0] + sides[0] * ((np.arange(steps) + 0.5) / steps - 0.5)
+    low, high = (max(0, centre[0] - sides[0] / 2), min(extent[0], centre[0] + sides[0] / 2))
+    width = (high - low) / steps
+    x = low + width * (np.arange(steps) + 0.5)
     half = np.full(steps, sides[1] / 2)
     if shape == "circle":
         half = np.sqrt(half**2 - (x - centre[0]) ** 2)
     height = np.minimum(centre[1] + half, extent[1]) - np.maximum(centre[1] - half, 0)
-    inside = (x >= 0) & (x <= extent[0])
-    return float((np.maximum(height, 0) * inside).sum() * sides[0] / steps / 1e6)
+    return float(height.sum() * width / 1e6)

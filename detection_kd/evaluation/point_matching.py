@@ -15,6 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
 RADIUS_UM = 7.5
@@ -43,17 +46,33 @@ def match_points(found: Points, truth: Truth, radius: float = RADIUS_UM) -> Pair
     Returns:
         Index in `found` and index in `truth` of every pair, by rising index in `found`.
     """
-    from scipy.optimize import linear_sum_assignment  # a while to load
-
     first, second = _find_near(found, truth, radius)
-    rows, row = np.unique(first, return_inverse=True)
-    columns, column = np.unique(second, return_inverse=True)
-    # farther pairs cost more than all near ones together, so that none displaces a near one
-    cost = np.full((len(rows), len(columns)), radius * (len(rows) + 1))
-    cost[row, column] = np.hypot(*(found[first] - truth[second]).T)
-    left, right = linear_sum_assignment(cost)
-    near = cost[left, right] <= radius
-    return np.stack([rows[left[near]], columns[right[near]]], 1)
+    pairs = [np.zeros((0, 2), np.int64)]
+    for chosen in _split_groups(first, second, len(found), len(truth)):
+        rows, row = np.unique(first[chosen], return_inverse=True)
+        columns, column = np.unique(second[chosen], return_inverse=True)
+        # farther pairs cost more than all near ones together, so that none displaces a near one
+        cost = np.full((len(rows), len(columns)), radius * (len(rows) + 1))
+        cost[row, column] = np.hypot(*(found[first[chosen]] - truth[second[chosen]]).T)
+        left, right = linear_sum_assignment(cost)
+        near = cost[left, right] <= radius
+        pairs.append(np.stack([rows[left[near]], columns[right[near]]], 1))
+    joined = np.concatenate(pairs)
+    return joined[np.argsort(joined[:, 0], kind="stable")]
+
+
+def _split_groups(
+    first: Int[np.ndarray, " k"], second: Int[np.ndarray, " k"], found: int, truth: int
+) -> list[Int[np.ndarray, " j"]]:
+    """Numbers of the near pairs of every group of detections and figures that are connected by
+    such pairs. Groups are matched apart, so that no matrix over a whole slide is made.
+    """
+    if not len(first):
+        return []
+    graph = coo_array((np.ones(len(first)), (first, found + second)), shape=(found + truth,) * 2)
+    groups = connected_components(graph, directed=False)[1][first]
+    order = np.argsort(groups, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
 
 
 def find_hits(
@@ -69,20 +88,28 @@ def find_hits(
     near: dict[int, list[int]] = {}
     for detection, figure in zip(first.tolist(), second.tolist(), strict=True):
         near.setdefault(detection, []).append(figure)
-    owner: dict[int, int] = {}
+    owner, taken = dict[int, int](), dict[int, int]()  # detection of a figure, and the reverse
 
-    def claim(detection: int, tried: set[int]) -> bool:
-        for figure in near[detection]:
-            if figure not in tried:
-                tried.add(figure)
-                if figure not in owner or claim(owner[figure], tried):
-                    owner[figure] = detection
-                    return True
+    def claim(detection: int) -> bool:
+        reached, waiting = dict[int, int](), [detection]
+        for current in waiting:  # grows: a loop, since chains of figures may be long
+            for figure in near[current]:
+                if figure in reached:
+                    continue
+                reached[figure] = current
+                if figure in owner:
+                    waiting.append(owner[figure])
+                    continue
+                given: int | None = figure
+                while given is not None:  # everybody on the path moves on to the figure it reached
+                    taker = reached[given]
+                    owner[given], given, taken[taker] = taker, taken.get(taker), given
+                return True
         return False
 
     hits = np.zeros(len(found), bool)
     for detection in np.argsort(-scores, kind="stable").tolist():
-        hits[detection] = detection in near and claim(detection, set())
+        hits[detection] = detection in near and claim(detection)
     return hits
 
 

@@ -106,6 +106,34 @@ def make_provenance(
     }
 
 
+def find_unfinished(
+    jobs: Sequence[SlideJob],
+    limits: Mapping[str, Any],
+    weights: Mapping[str, str],
+    settings: ExtractSettings,
+    document: Callable[[str], Path],
+) -> dict[str, dict[str, Any]]:
+    """The slides that have no document yet, by id, with what decides what is found on each.
+
+    Args:
+        jobs: all slides.
+        limits, weights: as for `make_provenance`.
+        settings: of the pass.
+        document: path of the COCO document of a slide id.
+
+    Raises:
+        UserError: a document was made with other inputs or settings, and is not overwritten.
+    """
+    wanted = {
+        job.slide_id: make_provenance(limits, weights, job, settings.precision) for job in jobs
+    }
+    return {
+        slide_id: info
+        for slide_id, info in wanted.items()
+        if not is_done(document(slide_id), info, settings.overwrite)
+    }
+
+
 def is_done(path: Path, wanted: Mapping[str, Any], overwrite: bool) -> bool:
     """Whether a slide's COCO document is there, for the same inputs and settings."""
     return can_reuse(

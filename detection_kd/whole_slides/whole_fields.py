@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from common.config import key
 from common.errors import UserError
 from detection_kd.fields.tiling import place_tiles
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.selection import Selection
 from patch_encoder.cohort.shards import Shard
-from patch_encoder.cohort.slide_files import find_cohort
+from patch_encoder.cohort.slide_files import FoundSlides, find_cohort, find_slides_by_folder
+from patch_encoder.extraction.keys import ExtractionKeys
+from patch_encoder.extraction.loop import ExtractSettings, cohort_jobs
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.names import check_fingerprint
 from patch_encoder.tiles.coordinates import Coordinates, SlideJob
@@ -36,6 +39,29 @@ class FieldTiling:
     mpps: Mapping[str, float | None]
 
 
+@dataclass
+class FieldKeys(ExtractionKeys):
+    """Keys of a pass over slides whose tissue is tiled, or over fields that tiles cover whole."""
+
+    coords: str = key(
+        "",
+        "folder of coordinates files; empty: tiles cover every slide or field to its last pixel",
+        path=True,
+    )
+    mpp: float | None = key(
+        None, "micrometres per pixel at level 0; of slides that labels.csv does not give"
+    )
+
+    def find_jobs(
+        self, tiling: FieldTiling, settings: ExtractSettings, failures: Failures
+    ) -> list[SlideJob]:
+        """The slides with the tiles of `coords`, else of `tiling`; the others in `failures`."""
+        part = (failures, settings.shard, settings.selection)
+        if self.coords:
+            return cohort_jobs(self.slides, self.coords, self.labels, *part)
+        return find_field_jobs(self.slides, self.labels, tiling, *part)
+
+
 def find_field_jobs(
     slides: str,
     labels: str,
@@ -44,8 +70,15 @@ def find_field_jobs(
     shard: Shard,
     selection: Selection,
 ) -> list[SlideJob]:
-    """One job per field, whose tiles cover its last pixel; the others are entered in `failures`."""
+    """One job per field, whose tiles cover its last pixel; the others are entered in `failures`.
+
+    Where files of several folders have one name, as TUPAC16's `01/01.tif` and `02/01.tif`, every
+    field is named with its folder, `01_01` and `02_01`, as annotated sets name theirs.
+    """
     cohort = find_cohort(slides, labels, selection, pictures=True)
+    if not labels and cohort.problems:
+        by_folder = _name_with_folders(slides, selection)
+        cohort = by_folder if len(by_folder.slides) > len(cohort.slides) else cohort
     jobs, problems = [], dict(cohort.problems)
     for slide_id, path in cohort.slides.items():
         try:
@@ -62,6 +95,13 @@ def find_field_jobs(
     if shard.index == 1:  # once, not in every part
         failures.add_all(problems)
     return list(_add_fingerprints(shard.select(jobs), failures))
+
+
+def _name_with_folders(slides: str, selection: Selection) -> FoundSlides:
+    """The fields named with their folders; none where that leaves two of one name."""
+    found = find_slides_by_folder(slides, pictures=True, selection=selection)
+    named = {"_".join(name.split("/")[-2:]): path for name, path in found.slides.items()}
+    return FoundSlides(named if len(named) == len(found.slides) else {}, found.problems)
 
 
 def _add_fingerprints(jobs: list[SlideJob], failures: Failures) -> Iterator[SlideJob]:

@@ -25,6 +25,11 @@ class Failures:
         self.name = f"failures.{part}.csv" if part else "failures.csv"
         self.rows: list[dict[str, str]] = []
 
+    @property
+    def slides(self) -> set[str]:
+        """Ids of the slides that failed."""
+        return {row["slide"] for row in self.rows}
+
     def add(self, slide_id: str, error: str) -> None:
         """Log and remember one slide; the first error of a slide counts."""
         if any(row["slide"] == slide_id for row in self.rows):

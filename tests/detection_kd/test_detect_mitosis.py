@@ -21,6 +21,7 @@ from detection_kd.evaluation.midog_json import read_midog_json
 from detection_kd.fields.field_tiles import FieldTiles
 from detection_kd.fields.stain import FieldStainKeys, build_field_stain, normalise_tiles
 from detection_kd.mitosis_sets.coco_points import read_coco_points
+from detection_kd.mitosis_sets.keys import MitosisSetKeys, read_point_set
 from detection_kd.mitosis_sets.point_set import AnnotatedField, PointSet
 from detection_kd.models.atypical import (
     AtypicalHead,
@@ -30,6 +31,7 @@ from detection_kd.models.atypical import (
     score_crops,
 )
 from detection_kd.models.cam import LocaliserKeys, WeakLocaliser
+from detection_kd.whole_slides.detected_points import read_detections
 from detection_kd.whole_slides.mitosis_candidates import CandidateCollector, Candidates
 from detection_kd.whole_slides.mitosis_count import measure_area
 from patch_encoder import tile_slides
@@ -202,7 +204,8 @@ def test_the_page_is_whole_and_sorts_candidates_by_doubt(cohort: Path) -> None:
     shown = [float(part.split("<")[0]) for part in html.split('class="score">')[1:]]
     doubts = [abs(np.log(score / (1 - score))) for score in np.clip(shown, 1e-3, 1 - 1e-3)]
     assert doubts == sorted(doubts) and shown[0] < 0.5, "the faint one first"
-    for text in ("Two fields", "scanner one", "scanner two"):
+    # 610 x 510 px of 0.5 um are less than either hot spot
+    for text in ("Two fields", "scanner one", "scanner two", "(of which the slide has 0.08)"):
         assert text in html
 
 
@@ -233,6 +236,26 @@ def test_processes_share_a_cohort_and_the_last_run_writes_the_summary(cohort: Pa
     assert (cohort / "parts" / "counts.csv").read_bytes() == whole
 
 
+def test_fields_of_one_name_are_named_with_their_folders_as_annotated_sets_do(cohort: Path) -> None:
+    """TUPAC16 has `01/01.tif` and `02/01.tif`, and a region that one case alone has."""
+    images, labels = cohort / "tupac", cohort / "mitoses_ground_truth"
+    for case, region in (("01", "01"), ("02", "01"), ("02", "02")):
+        path = images / case / f"{region}.tif"
+        write_spotted_slide(path, 200, 150, [(60, 40)] * (region == "01"))
+        (labels / case).mkdir(parents=True, exist_ok=True)
+        (labels / case / f"{region}.csv").write_text("40,60\n" * (region == "01"))
+    keys = [f"slides={images}", f"localiser={cohort}/localiser.pt", f"output={cohort}/found"]
+    keys += ["workers=0", "device=cpu", "tile_size=128"]
+    assert run(detect_mitosis.main, detect_mitosis.Config, keys) == 0
+    data = MitosisSetKeys(
+        annotations=str(labels), images=str(images), format="tupac16", mpp=0.5, first_index=0
+    )
+    fields = read_point_set(data)
+    detected = read_detections(cohort / "found", fields)
+    assert list(detected) == ["01_01", "02_01", "02_02"]
+    assert [int(item.mitoses.sum()) for item in detected.values()] == [1, 1, 0]
+
+
 def test_bad_fields_fail_alone(cohort: Path) -> None:
     Image.fromarray(paint_spots(300, 300, [])).save(cohort / "slides" / "S3.png")  # no um per px
     (cohort / "slides" / "S4.tiff").write_bytes(b"II*\0broken")
@@ -247,6 +270,20 @@ def test_bad_fields_fail_alone(cohort: Path) -> None:
     failures = {row["slide"]: row["error"] for row in read_rows(cohort / "found" / "failures.csv")}
     assert set(failures) == {"S3", "S4", "S5"} and "um per pixel" in failures["S3"]
     assert len(read_rows(cohort / "found" / "counts.csv")) == 2
+
+
+def test_what_overwriting_could_not_replace_is_not_in_the_counts(cohort: Path) -> None:
+    assert detect(cohort) == 0
+    path = cohort / "slides" / "S2.tiff"
+    content = bytearray(path.read_bytes())
+    third = len(content) // 3
+    content[third : third + 4000] = bytes(4000)  # it opens, and has tiles that cannot be read
+    path.write_bytes(content)
+    assert detect(cohort, "overwrite=true", "min_score=0.9") == 1
+    failures = read_rows(cohort / "found" / "failures.csv")
+    assert [row["slide"] for row in failures] == ["S2"]
+    assert read(cohort, "S2")["count"]["threshold"] == 0.5, "still that of the first run"
+    assert [row["slide_id"] for row in read_rows(cohort / "found" / "counts.csv")] == ["S1"]
 
 
 @pytest.mark.parametrize("key", ["hot_spot_mm2=[]", "hot_spot_mm2=[-1]", "overlap=1.0"])

@@ -59,7 +59,8 @@ def test_a_field_smaller_than_the_window_is_the_window() -> None:
     assert find_hot_spot(points, 2.0, "rectangle", extent).covered_mm2 == pytest.approx(2.0)
     small = find_hot_spot(points / 4, 2.0, "circle", (extent[0] / 4, extent[1] / 4))
     assert small.count == 50
-    assert small.covered_mm2 == pytest.approx(np.prod(extent) / 16e6, rel=1e-3)
+    assert small.covered_mm2 == pytest.approx(np.prod(extent) / 16e6, rel=1e-9)
+    assert small.per_mm2 == pytest.approx(50 / (np.prod(extent) / 16e6), rel=1e-9)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -115,3 +115,21 @@ def test_many_detections_and_few_figures_take_no_dense_matrix() -> None:
     found = np.concatenate([truth + 1, rng.uniform(0, 5e4, (200_000, 2))])
     hits = find_hits(found, truth, np.linspace(1, 0, len(found)))
     assert hits[:2000].sum() >= 1990 and hits.sum() == 2000
+
+
+def test_a_slide_full_of_figures_is_matched_group_by_group() -> None:
+    """8,000 figures: a matrix of all of them would take half a GB, and much longer."""
+    rng = np.random.default_rng(0)
+    truth = np.stack(np.meshgrid(np.arange(100), np.arange(80)), -1).reshape(-1, 2) * 30.0
+    order = rng.permutation(len(truth))
+    pairs = match_points(truth[order] + rng.uniform(-3, 3, truth.shape), truth)
+    np.testing.assert_array_equal(pairs, np.stack([np.arange(len(truth)), order], 1))
+
+
+def test_a_long_chain_of_figures_moves_on_by_one() -> None:
+    """Each detection lies between two figures and has the nearer one, until the weakest comes."""
+    count = 3000
+    truth = np.stack([np.arange(count) * 10.0, np.zeros(count)], 1)
+    found = np.concatenate([truth[:-1] + np.array([4.9, 0]), [[-3.0, 0.0]]])
+    hits = find_hits(found, truth, np.linspace(1, 0, count))
+    assert hits.all() and len(match_points(found, truth)) == count
