@@ -42,7 +42,7 @@ def test_memory_is_that_of_a_training(
 
 def test_memory_is_the_most_that_all_processes_held(tmp_path: Path) -> None:
     """A child that takes 300 MiB and gives them back before it ends."""
-    child = "import time; a = bytearray(b'x' * 300 * 2**20); time.sleep(1); del a; time.sleep(0.3)"
+    child = "import time; a = b'x' * (300 * 2**20); time.sleep(1); del a; time.sleep(0.3)"
     start = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     most = mitosis.watch([sys.executable, "-c", start], tmp_path / "output")
     assert 300 < most < 400
