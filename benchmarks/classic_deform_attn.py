@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from common.errors import UserError
-from common.ops.native import Unit, build, cuda_command, find_nvcc, library_path
+from wsi_common.errors import UserError
+from wsi_common.ops.native import Unit, build, cuda_command, find_nvcc, library_path
 
 FOLDER = Path(__file__).resolve().parent
 POINTERS = ("value", "shapes", "starts", "locations", "attention")

@@ -33,7 +33,7 @@ from benchmarks.deform_attn_cases import (
     grid_sample,
 )
 from benchmarks.rounds import Call, compare
-from common.errors import UserError
+from wsi_common.errors import UserError
 
 PASSES = ("forward", "backward", "forward+backward")
 BARS = {"forward": 5.0, "backward": 4.0}

@@ -29,9 +29,9 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.rounds import make_parser
-from common.files import write_json
 from detection_kd.datasets.distillation import DistillationTiles, Pair, digest_pairs, read_pairs
 from detection_kd.datasets.packed_pairs import PackWriter
+from wsi_common.files import write_json
 
 TILE, DIM, PER_SLIDE = 256, 1536, 50
 

@@ -39,7 +39,6 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.rounds import make_parser, measure_rates
-from common.memory import peak_memory as own_peak
 from patch_encoder.extraction.loop import ExtractSettings, encode_slides, tile_batches
 from patch_encoder.extraction.network import Network
 from patch_encoder.extraction.tile_batches import TileSequence
@@ -47,6 +46,7 @@ from patch_encoder.models.encoder_table import IMAGENET
 from patch_encoder.models.encoders import Encoder, PixelEncoder, build_encoder
 from patch_encoder.models.transforms import ToInputSize
 from patch_encoder.tiles.coordinates import Coordinates, SlideJob, TileGeometry, write_coordinates
+from wsi_common.memory import peak_memory as own_peak
 
 SIDE, TILE, INPUT = 20_000, 256, 224
 BARS = {"end to end / smaller part": 0.85, "bf16 / classic": 3.0, "memory, 10x the tiles": 1.2}

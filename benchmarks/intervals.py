@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from common.cli import launch
-from common.config import key
-from common.metrics.bootstrap import interval
-from common.metrics.run_bootstrap import bootstrap
 from mil.tasks.classification import Predictions, evaluate
+from wsi_common.cli import launch
+from wsi_common.config import key
+from wsi_common.metrics.bootstrap import interval
+from wsi_common.metrics.run_bootstrap import bootstrap
 
 METRICS = ("auc", "sensitivity", "specificity")
 

@@ -40,10 +40,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.rounds import make_parser, say
 from benchmarks.sparse_attention import make_slide
-from common.device import pick_device
-from common.distributed import World
-from common.files import write_json
-from common.memory import reuse_large_blocks
 from mil.datasets.bags import Sample, load_bags
 from mil.models import MODELS, build
 from mil.training.engine import train_one_epoch
@@ -51,6 +47,10 @@ from mil.training.prediction import predict
 from mil.training.recipes import Recipe
 from mil.training.streaming import can_stream, stream
 from patch_encoder.bags.bag import make_bag, open_bag
+from wsi_common.device import pick_device
+from wsi_common.distributed import World
+from wsi_common.files import write_json
+from wsi_common.memory import reuse_large_blocks
 
 DIM = 1024
 LINEAR = 12.0  # at most, for ten times the tiles

@@ -42,10 +42,6 @@ from torch import nn
 
 from benchmarks.rounds import make_parser, measure_ratios, say
 from benchmarks.stain import draw
-from common.checkpoint import save_checkpoint
-from common.device import autocast, pick_precision
-from common.distributed import World
-from common.sampling import balance_epoch
 from detection_kd.fields.augmentation import PointAugmentationKeys, augment_tiles
 from detection_kd.fields.field_tiles import FieldTiles
 from detection_kd.fields.stain import FieldColours, FieldStain
@@ -54,6 +50,10 @@ from detection_kd.mitosis_sets.point_set import AnnotatedField, PointSet
 from detection_kd.models.cam import LocaliserKeys, WeakLocaliser
 from patch_encoder.stain.histogram import count_levels
 from patch_encoder.stain.macenko import fit_macenko
+from wsi_common.checkpoint import save_checkpoint
+from wsi_common.device import autocast, pick_precision
+from wsi_common.distributed import World
+from wsi_common.sampling import balance_epoch
 
 ORIGINAL, SMALL = "UTS", "UTS, reference of 1,000 px"
 PARTS = ("stain", "memory", "field")

@@ -38,8 +38,8 @@ from benchmarks.deform_attn_cases import (
 )
 from benchmarks.deform_attn_cuda import bars, contestants, measure, table
 from benchmarks.rounds import Call, clock, compare, make_parser, pin_kernels
-from common.errors import UserError
 from detection_kd.ops.compiled import choose_kernels, unavailable
+from wsi_common.errors import UserError
 
 
 def cpu_contestants(inputs: Inputs, what: str) -> dict[str, Call]:

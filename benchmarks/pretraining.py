@@ -22,7 +22,7 @@ from benchmarks.pretraining_data import run_data
 from benchmarks.pretraining_step import run_memory, run_steps
 from benchmarks.pretraining_views import run_views
 from benchmarks.rounds import Figures, format_table, make_parser
-from common.device import pick_device
+from wsi_common.device import pick_device
 
 PARTS: dict[str, Callable[[Namespace], Figures]] = {
     "data": lambda a: run_data(a.svs, a.slides, a.side, a.batches, a.rounds, a.workers),

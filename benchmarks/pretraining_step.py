@@ -28,16 +28,16 @@ from torch import Tensor
 from benchmarks.pretraining_data import draw_pixels, make_corpus, write_tiff
 from benchmarks.pretraining_views import draw_tiles
 from benchmarks.rounds import clock, measure_ratios, say
-from common.config import load_config
-from common.distributed import World
-from common.memory import peak_memory
-from common.optim import make_optimizer
-from common.step_timer import StepTimes
 from patch_encoder.pretrain_dino import Config, PretrainingRun, add_gradients, main
 from patch_encoder.pretraining.state import DistillationState, make_groups
 from patch_encoder.selfdistill.student import SelfDistilled, build_student, make_teacher
 from patch_encoder.selfdistill.view_recipe import ViewRecipe
 from patch_encoder.selfdistill.views import Views, make_views
+from wsi_common.config import load_config
+from wsi_common.distributed import World
+from wsi_common.memory import peak_memory
+from wsi_common.optim import make_optimizer
+from wsi_common.step_timer import StepTimes
 
 PLAIN, OURS = "plain DINO loop", "ours"
 EPOCH = 10  # steps of an epoch, where memory is measured

@@ -40,7 +40,6 @@ import redis
 import torch
 
 from benchmarks.rounds import cpu_seconds, make_parser, say
-from common.memory import reuse_large_blocks
 from patch_encoder.bags.bag import open_bag
 from patch_encoder.bags.writer import write_bag
 from patch_encoder.regions.files import describe_settings, write_regions
@@ -51,6 +50,7 @@ from patch_encoder.regions.redis_store import RedisStore
 from patch_encoder.regions.region_set import read_region_set
 from patch_encoder.regions.store import FileStore, RamStore, RegionStore
 from patch_encoder.tiles.slide_grid import SlideGrid
+from wsi_common.memory import reuse_large_blocks
 
 SIDE, WIDTH, STEP = 16, 384, 256
 ORIGINAL = "original"

@@ -32,9 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.deform_attn_cases import Inputs, contestant
 from benchmarks.rounds import Call, clock, compare, make_parser, pin_kernels
-from common.memory import peak_memory
 from mil.ops.compiled import choose_kernels, sparse_deform_attn_compiled, unavailable
 from mil.ops.grid import SparseMaps, TileGrid, build_grid
+from wsi_common.memory import peak_memory
 
 HEADS, DIM, POINTS = 8, 32, 4
 SIZES = {6_000: (120, 120), 20_000: (300, 250), 50_000: (600, 500)}

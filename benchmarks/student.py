@@ -36,8 +36,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.extraction import texture, tiles_of
 from benchmarks.rounds import make_parser, say
-from common.files import write_json
-from common.memory import peak_memory as own_peak
 from detection_kd.models.adapter import Adapter
 from detection_kd.models.backbone import Backbone
 from detection_kd.models.student import Student
@@ -49,6 +47,8 @@ from patch_encoder.models.encoders import Encoder, PixelEncoder, build_encoder
 from patch_encoder.models.onnx_network import OnnxNetwork
 from patch_encoder.models.transforms import ToInputSize
 from patch_encoder.tiles.coordinates import Coordinates, SlideJob, TileGeometry
+from wsi_common.files import write_json
+from wsi_common.memory import peak_memory as own_peak
 
 GIGAPATH = {"img_size": 224, "patch_size": 16, "mlp_ratio": 5.33334}
 VITS: dict[str, tuple[str, dict]] = {

@@ -16,15 +16,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import launch
-from common.config import REQUIRED, group, key
-from common.errors import UserError
-from common.files import write_csv
 from detection_kd.mitosis_sets.coco_points import find_root, write_coco_points
 from detection_kd.mitosis_sets.csv_points import write_csv_points
 from detection_kd.mitosis_sets.geojson_points import write_geojson_points
 from detection_kd.mitosis_sets.keys import MitosisSetKeys, read_point_set
 from detection_kd.mitosis_sets.point_set import LOOK_ALIKE, MITOSIS, PointSet
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, group, key
+from wsi_common.errors import UserError
+from wsi_common.files import write_csv
 
 logger = logging.getLogger(__name__)
 WRITERS: dict[str, tuple[str, Callable[[Path, PointSet], None]]] = {

@@ -21,10 +21,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from common.cli import launch
-from common.config import REQUIRED, key
-from common.errors import UserError
-from common.files import sha256_file, write_csv
 from detection_kd.datasets.training_field import choose_scale
 from detection_kd.evaluation.hot_spot import SHAPES
 from detection_kd.evaluation.operating_point import resolve_min_score
@@ -47,6 +43,10 @@ from detection_kd.whole_slides.whole_fields import FieldKeys, FieldTiling
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.extraction.loop import ExtractSettings
 from patch_encoder.tiles.coordinates import SlideJob
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, key
+from wsi_common.errors import UserError
+from wsi_common.files import sha256_file, write_csv
 
 logger = logging.getLogger(__name__)
 STAGE = "detect_mitosis"

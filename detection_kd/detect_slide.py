@@ -22,10 +22,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from common.cli import launch
-from common.config import REQUIRED, key
-from common.device import autocast
-from common.files import sha256_file, write_json
 from detection_kd.datasets.training_field import choose_scale
 from detection_kd.engine import post_process
 from detection_kd.evaluation.operating_point import resolve_min_score
@@ -47,6 +43,10 @@ from patch_encoder.extraction.loop import ExtractSettings, cohort_jobs
 from patch_encoder.extraction.tile_batches import TileSequence
 from patch_encoder.models.encoder_table import IMAGENET
 from patch_encoder.tiles.coordinates import SlideJob
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, key
+from wsi_common.device import autocast
+from wsi_common.files import sha256_file, write_json
 
 logger = logging.getLogger(__name__)
 STAGE = "detect_slide"

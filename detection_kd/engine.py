@@ -16,10 +16,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from common.checkpoint import load_checkpoint, load_weights, resume, save_checkpoint
-from common.device import autocast
-from common.distributed import World, gather_objects, mean_dict, mean_number
-from common.optim import clip_gradients, make_optimizer
 from detection_kd.datasets.coco import ImageRecord
 from detection_kd.datasets.detection import DetectionBatch
 from detection_kd.evaluation.coco_metrics import Prediction
@@ -38,6 +34,10 @@ from detection_kd.models.backbone import STAGES
 from detection_kd.models.deformable_detr import DeformableDETR
 from detection_kd.models.deformable_transformer import Detections
 from detection_kd.models.normalised_network import NormalisedNetwork, place_network
+from wsi_common.checkpoint import load_checkpoint, load_weights, resume, save_checkpoint
+from wsi_common.device import autocast
+from wsi_common.distributed import World, gather_objects, mean_dict, mean_number
+from wsi_common.optim import clip_gradients, make_optimizer
 
 SLOW = (
     "reference_points",

@@ -22,15 +22,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.cli import launch
-from common.config import REQUIRED, identity, key
-from common.device import PRECISIONS, pick_precision
-from common.distributed import World, init_distributed, local_processes
-from common.errors import UserError
-from common.files import sha256_file
-from common.processes.pool import pick_workers
-from common.progress import progress
-from common.run import Run, open_run
 from detection_kd import engine
 from detection_kd.datasets.coco import DetectionSet, read_coco, same_categories
 from detection_kd.datasets.detection import DetectionDataset, make_loader
@@ -39,6 +30,15 @@ from detection_kd.evaluation.coco_results import write_results
 from detection_kd.evaluation.froc import compute_froc
 from detection_kd.evaluation.operating_point import count_hits, judge_set, resolve_min_score
 from detection_kd.models.deformable_detr import DeformableDETR, load_detector
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, identity, key
+from wsi_common.device import PRECISIONS, pick_precision
+from wsi_common.distributed import World, init_distributed, local_processes
+from wsi_common.errors import UserError
+from wsi_common.files import sha256_file
+from wsi_common.processes.pool import pick_workers
+from wsi_common.progress import progress
+from wsi_common.run import Run, open_run
 
 logger = logging.getLogger(__name__)
 REPORTED = ("AP", "AP50", "AP75", "AR", "FROC")

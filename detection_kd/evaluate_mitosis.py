@@ -17,12 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.cli import launch
-from common.config import REQUIRED, group, identity, key
-from common.distributed import init_distributed, require_one_process
-from common.errors import UserError
-from common.files import sha256_bytes, sha256_file, write_csv
-from common.run import open_run
 from detection_kd.evaluation.operating_point import resolve_min_score
 from detection_kd.evaluation.point_matching import (
     RADIUS_UM,
@@ -48,6 +42,12 @@ from detection_kd.whole_slides.detected_points import (
     read_detections,
     score_fields,
 )
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, group, identity, key
+from wsi_common.distributed import init_distributed, require_one_process
+from wsi_common.errors import UserError
+from wsi_common.files import sha256_bytes, sha256_file, write_csv
+from wsi_common.run import open_run
 
 logger = logging.getLogger(__name__)
 ALL = "all"

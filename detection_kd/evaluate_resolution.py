@@ -20,12 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from common.checkpoint import load_checkpoint
-from common.cli import launch
-from common.config import REQUIRED, key
-from common.device import PRECISIONS, pick_device, pick_precision
-from common.files import write_csv
-from common.metrics.run_bootstrap import interval_columns
 from detection_kd.evaluation.grading_metrics import (
     METRICS,
     compare_arms,
@@ -38,6 +32,12 @@ from detection_kd.grading.arms import PLAIN, ArmName, GraderRun, group_arms, rea
 from detection_kd.grading.network_cost import NetworkCost, measure_costs
 from detection_kd.grading.two_speed import mix_speeds
 from detection_kd.models.low_resolution import load_grading_network
+from wsi_common.checkpoint import load_checkpoint
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, key
+from wsi_common.device import PRECISIONS, pick_device, pick_precision
+from wsi_common.files import write_csv
+from wsi_common.metrics.run_bootstrap import interval_columns
 
 logger = logging.getLogger(__name__)
 KAPPA = "kappa_quadratic"

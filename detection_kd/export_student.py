@@ -26,12 +26,6 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from common import __version__
-from common.cli import launch
-from common.config import REQUIRED, key
-from common.errors import UserError
-from common.files import atomic_path, read_json, sha256_bytes, sha256_file, write_json
-from common.provenance import can_reuse
 from detection_kd.datasets.distillation import DistillationTiles, read_pairs
 from detection_kd.models.student import load_student, load_student_encoder
 from detection_kd.models.student_onnx import (
@@ -49,6 +43,12 @@ from patch_encoder.extraction.tile_batches import TileSequence
 from patch_encoder.models.encoders import Encoder
 from patch_encoder.models.onnx_network import OnnxNetwork, import_onnxruntime
 from patch_encoder.models.transforms import ToInputSize
+from wsi_common import __version__
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, key
+from wsi_common.errors import UserError
+from wsi_common.files import atomic_path, read_json, sha256_bytes, sha256_file, write_json
+from wsi_common.provenance import can_reuse
 
 logger = logging.getLogger(__name__)
 BARS = {"onnx": 0.999, "int8": 0.99}  # least cosine of any tile

@@ -20,11 +20,6 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.cli import launch
-from common.config import REQUIRED, key
-from common.device import pick_device
-from common.errors import UserError
-from common.progress import Progress
 from detection_kd.models.shared_trunk import SharedTrunk, TrunkMember, group_by_trunk
 from detection_kd.models.student_onnx import load_students, split_entry
 from patch_encoder.cohort.disk_space import check_room, explain_full_disk
@@ -44,6 +39,11 @@ from patch_encoder.extraction.network import Network
 from patch_encoder.extraction.tile_batches import TileSequence
 from patch_encoder.models.encoders import Encoder
 from patch_encoder.tiles.coordinates import SlideJob
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, key
+from wsi_common.device import pick_device
+from wsi_common.errors import UserError
+from wsi_common.progress import Progress
 
 logger = logging.getLogger(__name__)
 STAGE = "extract_student"

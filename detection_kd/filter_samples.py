@@ -23,14 +23,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from common.cli import launch
-from common.config import REQUIRED, group, key
-from common.device import PRECISIONS, pick_precision
-from common.distributed import World, init_distributed, require_one_process
-from common.errors import UserError
-from common.files import read_json, sha256_file, write_json
-from common.processes.pool import pick_workers
-from common.provenance import can_reuse, differences
 from detection_kd.evaluation.hard_samples import (
     CRITERIA,
     MODES,
@@ -52,6 +44,14 @@ from detection_kd.fields.stain import normalise_tiles, restore_field_stain
 from detection_kd.mitosis_sets.keys import MitosisSetKeys, read_point_set
 from detection_kd.mitosis_sets.splits import read_sides
 from detection_kd.models.cam import WeakLocaliser, load_localiser
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, group, key
+from wsi_common.device import PRECISIONS, pick_precision
+from wsi_common.distributed import World, init_distributed, require_one_process
+from wsi_common.errors import UserError
+from wsi_common.files import read_json, sha256_file, write_json
+from wsi_common.processes.pool import pick_workers
+from wsi_common.provenance import can_reuse, differences
 
 logger = logging.getLogger(__name__)
 GEOMETRY = ("side", "target_mpp", "overlap")  # of the tiles of all teachers

@@ -21,10 +21,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from common.cli import launch
-from common.config import REQUIRED, key
-from common.errors import UserError
-from common.files import sha256_file, write_csv
 from detection_kd.models.low_resolution import GradingNetwork, load_grading_network
 from detection_kd.whole_slides.grade_files import (
     SlideGrade,
@@ -52,6 +48,10 @@ from patch_encoder.extraction.loop import ExtractSettings
 from patch_encoder.extraction.tile_batches import TileSequence
 from patch_encoder.slides import open_slide
 from patch_encoder.tiles.coordinates import SlideJob
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, key
+from wsi_common.errors import UserError
+from wsi_common.files import sha256_file, write_csv
 
 logger = logging.getLogger(__name__)
 STAGE = "grade_slide"

@@ -25,14 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import __version__
-from common.cli import launch
-from common.config import REQUIRED, key
-from common.errors import DamagedFile, UserError
-from common.files import read_json, sha256_bytes, sha256_file
-from common.processes.pool import Lost, Raised, pick_workers, run_jobs
-from common.progress import progress
-from common.provenance import can_reuse
 from detection_kd.datasets.cut_pairs import (
     JPEG_QUALITY,
     PairCutJob,
@@ -53,6 +45,14 @@ from patch_encoder.cohort.labels import SlideRecord, read_labels
 from patch_encoder.cohort.slide_files import find_slides, locate_slides
 from patch_encoder.slides.names import check_fingerprint, compute_fingerprint
 from patch_encoder.tiles.coordinates import find_coordinate_files, tile_pattern_of
+from wsi_common import __version__
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, key
+from wsi_common.errors import DamagedFile, UserError
+from wsi_common.files import read_json, sha256_bytes, sha256_file
+from wsi_common.processes.pool import Lost, Raised, pick_workers, run_jobs
+from wsi_common.progress import progress
+from wsi_common.provenance import can_reuse
 
 logger = logging.getLogger(__name__)
 STAGE = "pack_distillation"

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from common.cli import launch
-from common.config import REQUIRED, key
-from common.errors import UserError
-from common.files import read_json, write_json
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, key
+from wsi_common.errors import UserError
+from wsi_common.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")

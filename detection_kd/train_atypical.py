@@ -25,16 +25,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.checkpoint import save_checkpoint
-from common.cli import launch
-from common.config import REQUIRED, group, key
-from common.device import PRECISIONS, pick_precision
-from common.distributed import World, init_distributed, require_one_process
-from common.errors import UserError
-from common.files import sha256_file, write_csv
-from common.processes.pool import pick_workers
-from common.run import Run, open_run
-from common.seed import seed_everything
 from detection_kd.mitosis_sets.crops import AtypicalCrop, read_atypical_crops
 from detection_kd.models.atypical import CLASSES, AtypicalHead, CropFeatures, resize_crop
 from detection_kd.models.cam import LocaliserKeys, WeakLocaliser, load_localiser
@@ -46,6 +36,16 @@ from patch_encoder.probing.folds import Fold, make_folds
 from patch_encoder.probing.linear import choose_strength, linear_probe
 from patch_encoder.probing.pictures import Pictures, encode_pictures, load_batches, read_picture
 from patch_encoder.probing.scores import Score, TilePredictions, score_runs
+from wsi_common.checkpoint import save_checkpoint
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, group, key
+from wsi_common.device import PRECISIONS, pick_precision
+from wsi_common.distributed import World, init_distributed, require_one_process
+from wsi_common.errors import UserError
+from wsi_common.files import sha256_file, write_csv
+from wsi_common.processes.pool import pick_workers
+from wsi_common.run import Run, open_run
+from wsi_common.seed import seed_everything
 
 TABLE = "AMI-BR_MIDOG21.csv"
 logger = logging.getLogger(__name__)

@@ -23,27 +23,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from common.cli import launch
-from common.config import REQUIRED, group, key, to_dict
-from common.device import PRECISIONS, autocast, pick_precision
-from common.distributed import (
-    World,
-    gather_rows,
-    init_distributed,
-    local_processes,
-    mean_dict,
-    share_batch,
-    wrap,
-)
-from common.ema import moving_average
-from common.errors import UserError
-from common.files import sha256_file
-from common.optim import add_terms, clip_gradients, require_finite, set_lr, trainable
-from common.processes.pool import pick_workers
-from common.progress import describe_values, progress
-from common.run import Tracker, open_run
-from common.schedules import drop_epoch, lr_factor
-from common.seed import seed_everything
 from detection_kd import engine
 from detection_kd.datasets.augmentation_keys import AugmentationKeys
 from detection_kd.datasets.distillation import Pair, digest_pairs, read_pairs, split_by_patient
@@ -72,6 +51,27 @@ from detection_kd.models.student import (
     group_student_parameters,
 )
 from patch_encoder.cohort.labels import read_labels
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, group, key, to_dict
+from wsi_common.device import PRECISIONS, autocast, pick_precision
+from wsi_common.distributed import (
+    World,
+    gather_rows,
+    init_distributed,
+    local_processes,
+    mean_dict,
+    share_batch,
+    wrap,
+)
+from wsi_common.ema import moving_average
+from wsi_common.errors import UserError
+from wsi_common.files import sha256_file
+from wsi_common.optim import add_terms, clip_gradients, require_finite, set_lr, trainable
+from wsi_common.processes.pool import pick_workers
+from wsi_common.progress import describe_values, progress
+from wsi_common.run import Tracker, open_run
+from wsi_common.schedules import drop_epoch, lr_factor
+from wsi_common.seed import seed_everything
 
 logger = logging.getLogger(__name__)
 REPORTED = ("loss", "cosine", "r2", "knn_10")

@@ -15,27 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.cli import launch
-from common.config import REQUIRED, group, key, to_dict
-from common.device import PRECISIONS, autocast, pick_precision
-from common.distributed import World, init_distributed, local_processes, mean_dict, share_batch
-from common.ema import moving_average
-from common.errors import UserError
-from common.files import sha256_file
-from common.optim import (
-    add_terms,
-    exchange_gradients,
-    group_batches,
-    make_optimizer,
-    require_finite,
-    set_lr,
-)
-from common.processes.pool import pick_workers
-from common.progress import describe_values, progress
-from common.run import Run, Tracker, open_run
-from common.schedules import SCHEDULES, drop_epoch, lr_factor
-from common.seed import seed_everything
-from common.step_timer import StepTimes
 from detection_kd import engine
 from detection_kd.datasets.augmentation_keys import DetectionSizes
 from detection_kd.datasets.coco import DetectionSet, read_training_sets
@@ -52,6 +31,27 @@ from detection_kd.models.backbone import NORMS, Backbone, save_backbone
 from detection_kd.models.checkpoint_import import load_initial_weights
 from detection_kd.models.deformable_detr import DeformableDETR, describe_detector, place_detector
 from detection_kd.models.deformable_transformer import Architecture
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, group, key, to_dict
+from wsi_common.device import PRECISIONS, autocast, pick_precision
+from wsi_common.distributed import World, init_distributed, local_processes, mean_dict, share_batch
+from wsi_common.ema import moving_average
+from wsi_common.errors import UserError
+from wsi_common.files import sha256_file
+from wsi_common.optim import (
+    add_terms,
+    exchange_gradients,
+    group_batches,
+    make_optimizer,
+    require_finite,
+    set_lr,
+)
+from wsi_common.processes.pool import pick_workers
+from wsi_common.progress import describe_values, progress
+from wsi_common.run import Run, Tracker, open_run
+from wsi_common.schedules import SCHEDULES, drop_epoch, lr_factor
+from wsi_common.seed import seed_everything
+from wsi_common.step_timer import StepTimes
 
 logger = logging.getLogger(__name__)
 REMEDY = "lower lr or set precision=fp32, and look at these images"  # of a loss that is not finite

@@ -24,27 +24,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from common.cli import launch
-from common.config import group, key, to_dict
-from common.device import autocast, pick_precision
-from common.distributed import (
-    World,
-    init_distributed,
-    local_processes,
-    mean_dict,
-    mean_number,
-    share_batch,
-)
-from common.files import sha256_bytes, sha256_file
-from common.optim import add_terms, require_finite, set_lr
-from common.processes.pool import pick_workers
-from common.progress import describe_values, progress
-from common.recipe_keys import TrainingRunKeys
-from common.run import Run, open_run
-from common.sampling import balance_epoch
-from common.schedules import drop_epoch, lr_factor
-from common.seed import seed_everything
-from common.step_timer import StepTimes
 from detection_kd.engine import ModelInTraining, start_training
 from detection_kd.evaluation.kept_tiles import describe_tiles, read_kept
 from detection_kd.evaluation.point_metrics import choose_threshold, compute_rates, count_fields
@@ -68,6 +47,27 @@ from detection_kd.losses.location import LocationKeys, compute_location_loss
 from detection_kd.mitosis_sets.keys import MitosisSetKeys
 from detection_kd.mitosis_sets.splits import read_sides
 from detection_kd.models.cam import LocaliserKeys, WeakLocaliser
+from wsi_common.cli import launch
+from wsi_common.config import group, key, to_dict
+from wsi_common.device import autocast, pick_precision
+from wsi_common.distributed import (
+    World,
+    init_distributed,
+    local_processes,
+    mean_dict,
+    mean_number,
+    share_batch,
+)
+from wsi_common.files import sha256_bytes, sha256_file
+from wsi_common.optim import add_terms, require_finite, set_lr
+from wsi_common.processes.pool import pick_workers
+from wsi_common.progress import describe_values, progress
+from wsi_common.recipe_keys import TrainingRunKeys
+from wsi_common.run import Run, open_run
+from wsi_common.sampling import balance_epoch
+from wsi_common.schedules import drop_epoch, lr_factor
+from wsi_common.seed import seed_everything
+from wsi_common.step_timer import StepTimes
 
 logger = logging.getLogger(__name__)
 REMEDY = "lower lr or set precision=fp32, and look at these tiles"  # of a loss that is not finite

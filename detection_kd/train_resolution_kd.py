@@ -25,21 +25,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.cli import launch
-from common.config import group, key, to_dict
-from common.device import autocast, pick_precision
-from common.distributed import World, init_distributed, local_processes, mean_dict, share_batch
-from common.errors import UserError
-from common.files import sha256_file
-from common.optim import add_terms, require_finite, set_lr
-from common.processes.pool import pick_workers
-from common.progress import describe_values, progress
-from common.recipe_keys import TrainingRunKeys
-from common.run import Run, open_run
-from common.sampling import balance_epoch
-from common.schedules import drop_epoch, lr_factor
-from common.seed import seed_everything
-from common.step_timer import StepTimes
 from detection_kd.engine import ModelInTraining, start_training
 from detection_kd.graded_patches.keys import GradedSetKeys, read_graded_split
 from detection_kd.graded_patches.patch_augmentation import PatchAugmentationKeys, augment_patches
@@ -66,6 +51,21 @@ from detection_kd.models.low_resolution import (
     check_teacher,
     load_grading_network,
 )
+from wsi_common.cli import launch
+from wsi_common.config import group, key, to_dict
+from wsi_common.device import autocast, pick_precision
+from wsi_common.distributed import World, init_distributed, local_processes, mean_dict, share_batch
+from wsi_common.errors import UserError
+from wsi_common.files import sha256_file
+from wsi_common.optim import add_terms, require_finite, set_lr
+from wsi_common.processes.pool import pick_workers
+from wsi_common.progress import describe_values, progress
+from wsi_common.recipe_keys import TrainingRunKeys
+from wsi_common.run import Run, open_run
+from wsi_common.sampling import balance_epoch
+from wsi_common.schedules import drop_epoch, lr_factor
+from wsi_common.seed import seed_everything
+from wsi_common.step_timer import StepTimes
 
 logger = logging.getLogger(__name__)
 REMEDY = "lower lr or set precision=fp32, and look at these patches"  # of a loss not finite

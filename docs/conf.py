@@ -8,7 +8,7 @@ sys.path[:0] = [str(DOCS.parent), str(DOCS)]
 
 import generate  # noqa: E402
 
-from common import __version__  # noqa: E402
+from wsi_common import __version__  # noqa: E402
 
 generate.write_reference(DOCS / "reference")
 

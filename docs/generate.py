@@ -16,12 +16,12 @@ from dataclasses import MISSING, Field, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import REQUIRED, _fields, _type_name
-from common.files import write_text
+from wsi_common.config import REQUIRED, _fields, _type_name
+from wsi_common.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "tools"
-PACKAGES = ("common", "patch_encoder", "detection_kd", "mil", "studies", "benchmarks")
+PACKAGES = ("wsi_common", "patch_encoder", "detection_kd", "mil", "studies", "benchmarks")
 
 
 @dataclass(frozen=True)

@@ -24,15 +24,6 @@ from typing import Any
 
 import yaml
 
-from common.cli import launch
-from common.config import REQUIRED, group, key, to_dict
-from common.device import pick_device
-from common.distributed import World, require_one_process
-from common.errors import UserError, did_you_mean
-from common.files import safe_id, write_json, write_or_remove_csv, write_text
-from common.processes.pool import check_workers
-from common.processes.ray_cluster import ENGINE_HELP, ENGINES, RaySettings, import_ray
-from common.progress import progress
 from mil.datasets.bags import choose_memory
 from mil.datasets.splits import write_splits
 from mil.evaluation.runs import (
@@ -53,6 +44,15 @@ from mil.training.benchmark_jobs import (
 )
 from mil.training.fold_run import FoldJob, FoldSettings
 from mil.training.keys import Cohort, TrainingKeys
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, group, key, to_dict
+from wsi_common.device import pick_device
+from wsi_common.distributed import World, require_one_process
+from wsi_common.errors import UserError, did_you_mean
+from wsi_common.files import safe_id, write_json, write_or_remove_csv, write_text
+from wsi_common.processes.pool import check_workers
+from wsi_common.processes.ray_cluster import ENGINE_HELP, ENGINES, RaySettings, import_ray
+from wsi_common.progress import progress
 
 logger = logging.getLogger(__name__)
 

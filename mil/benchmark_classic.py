@@ -19,15 +19,15 @@ from pathlib import Path
 
 import torch
 
-from common.cli import launch
-from common.config import REQUIRED, key
-from common.errors import UserError, did_you_mean
-from common.files import read_json, write_csv, write_or_remove_csv, write_text
-from common.processes.pool import Lost, Raised, check_workers, run_jobs
-from common.progress import progress
 from mil.classic.cross_validation import ClassicJob, train_missing
 from mil.classic.recipes import NETWORKS, SIMPLE
 from mil.classic.table import HEADER, SETS, ClassicRow, judge_methods, make_markdown
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, key
+from wsi_common.errors import UserError, did_you_mean
+from wsi_common.files import read_json, write_csv, write_or_remove_csv, write_text
+from wsi_common.processes.pool import Lost, Raised, check_workers, run_jobs
+from wsi_common.progress import progress
 
 logger = logging.getLogger(__name__)
 METHODS = (*SIMPLE, *NETWORKS)

@@ -23,13 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.cli import launch
-from common.config import REQUIRED, key
-from common.distributed import World
-from common.errors import UserError
-from common.files import read_json, safe_id, sha256_bytes, sha256_file, write_csv, write_json
-from common.metrics.classification import auc, youden_threshold
-from common.run import Run, open_run
 from mil.datasets.bags import find_bags
 from mil.datasets.detections import find_detections, make_slide_vector, read_all, write_channels
 from mil.datasets.labels import LabelledSlides, read_labelled_slides
@@ -57,6 +50,13 @@ from mil.evaluation.tables import write_evaluation
 from mil.tasks.classification import Classification, Predictions
 from mil.tasks.keys import SplitKeys
 from mil.tasks.prediction_table import write_predictions as write_run_predictions
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, key
+from wsi_common.distributed import World
+from wsi_common.errors import UserError
+from wsi_common.files import read_json, safe_id, sha256_bytes, sha256_file, write_csv, write_json
+from wsi_common.metrics.classification import auc, youden_threshold
+from wsi_common.run import Run, open_run
 
 logger = logging.getLogger(__name__)
 MODELS = ("topk", "logistic")

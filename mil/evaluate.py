@@ -16,10 +16,6 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.cli import launch
-from common.config import key
-from common.errors import UserError
-from common.files import read_json
 from mil.evaluation.benchmark_folder import read_task
 from mil.evaluation.operating import Held, threshold_for
 from mil.evaluation.prediction_files import class_order, read_runs, read_table
@@ -27,6 +23,10 @@ from mil.evaluation.runs import FinishedRun, read_benchmark_runs
 from mil.evaluation.tables import markdown, write_evaluation
 from mil.tasks.base import Task
 from mil.tasks.table import TASKS
+from wsi_common.cli import launch
+from wsi_common.config import key
+from wsi_common.errors import UserError
+from wsi_common.files import read_json
 
 logger = logging.getLogger(__name__)
 RULES = ("youden", "sensitivity", "specificity")

@@ -27,15 +27,6 @@ import cv2
 import torch
 from torch import nn
 
-from common.cli import launch
-from common.config import REQUIRED, group, key
-from common.device import pick_device
-from common.errors import UserError, did_you_mean
-from common.files import atomic_path, read_json, safe_id, sha256_file, write_json
-from common.memory import is_out_of_memory
-from common.processes.pool import Lost, Raised, pick_workers, run_jobs
-from common.progress import progress
-from common.provenance import can_reuse
 from mil.heatmaps.drawing import make_colour_bar
 from mil.heatmaps.pages import write_pages
 from mil.heatmaps.scores import TileScores
@@ -56,6 +47,15 @@ from patch_encoder.bags.bag import COORDS_REMEDY, open_bag
 from patch_encoder.bags.paths import find_coordinates, list_bags
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.slides.names import check_fingerprint
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, group, key
+from wsi_common.device import pick_device
+from wsi_common.errors import UserError, did_you_mean
+from wsi_common.files import atomic_path, read_json, safe_id, sha256_file, write_json
+from wsi_common.memory import is_out_of_memory
+from wsi_common.processes.pool import Lost, Raised, pick_workers, run_jobs
+from wsi_common.progress import progress
+from wsi_common.provenance import can_reuse
 
 logger = logging.getLogger(__name__)
 # a slide, its files, and what decides its pictures

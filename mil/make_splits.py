@@ -16,10 +16,6 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import launch
-from common.config import REQUIRED, identity, key
-from common.files import sha256_file, write_json
-from common.provenance import can_reuse
 from mil.datasets.bags import find_bags
 from mil.datasets.labels import LabelledSlides
 from mil.datasets.splits import (
@@ -35,6 +31,10 @@ from mil.datasets.splits import (
 from mil.datasets.stored_splits import check_splits
 from mil.tasks.keys import FoldKeys, TaskKeys
 from mil.tasks.table import read_targets
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, identity, key
+from wsi_common.files import sha256_file, write_json
+from wsi_common.provenance import can_reuse
 
 logger = logging.getLogger(__name__)
 

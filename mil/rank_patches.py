@@ -26,14 +26,6 @@ from typing import Any
 
 import torch
 
-from common.cli import launch
-from common.config import REQUIRED, key
-from common.device import pick_device
-from common.distributed import World, require_one_process
-from common.errors import UserError
-from common.files import sha256_bytes
-from common.processes.pool import Lost, Raised, check_workers, run_jobs
-from common.progress import progress
 from mil.datasets.bags import digest_bags, digest_each, find_bags, select_usable_bags
 from mil.datasets.distillation_set import (
     JPEG_QUALITY,
@@ -59,6 +51,14 @@ from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.slide_files import locate_slides
 from patch_encoder.slides.names import check_fingerprint
 from patch_encoder.tiles.coordinates import tile_pattern_of
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, key
+from wsi_common.device import pick_device
+from wsi_common.distributed import World, require_one_process
+from wsi_common.errors import UserError
+from wsi_common.files import sha256_bytes
+from wsi_common.processes.pool import Lost, Raised, check_workers, run_jobs
+from wsi_common.progress import progress
 
 logger = logging.getLogger(__name__)
 STAGE = "rank_patches"

@@ -15,12 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.cli import launch
-from common.config import REQUIRED, key
-from common.errors import UserError
-from common.figures import svg_uri
-from common.files import read_json, write_json, write_text
-from common.pages import fill_template
 from mil.evaluation.benchmark_folder import (
     choose_feature_set,
     find_features,
@@ -36,6 +30,12 @@ from mil.tasks.base import Task
 from mil.tasks.keys import SlideKeys
 from patch_encoder.bags.paths import list_bags
 from patch_encoder.cohort.failures import Failures
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, key
+from wsi_common.errors import UserError
+from wsi_common.figures import svg_uri
+from wsi_common.files import read_json, write_json, write_text
+from wsi_common.pages import fill_template
 
 logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"

@@ -18,17 +18,17 @@ from typing import Any
 
 import torch
 
-from common.cli import launch
-from common.config import REQUIRED, group, key
-from common.distributed import init_distributed, local_processes
-from common.errors import UserError
-from common.run import Tracker
 from mil.datasets.bags import choose_memory, digest_each
 from mil.models import MODELS
 from mil.training.engine import check_validation
 from mil.training.fold_run import FoldJob, open_job, run_job
 from mil.training.keys import TrainingKeys
 from mil.training.recipes import check_recipe
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, group, key
+from wsi_common.distributed import init_distributed, local_processes
+from wsi_common.errors import UserError
+from wsi_common.run import Tracker
 
 logger = logging.getLogger(__name__)
 

@@ -16,12 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.cli import launch
-from common.config import REQUIRED, key
-from common.errors import FullDisk, UserError
-from common.files import check_writable, write_csv
-from common.progress import progress
-from common.provenance import can_reuse
 from patch_encoder.bags.bag import open_bag, slide_grid
 from patch_encoder.bags.paths import find_coordinates, list_bags
 from patch_encoder.cohort.disk_space import explain_full_disk
@@ -29,6 +23,12 @@ from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.keys import SelectionKeys
 from patch_encoder.regions.files import FORMS, describe_settings, read_region_file, write_regions
 from patch_encoder.regions.grid import lay_regions
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, key
+from wsi_common.errors import FullDisk, UserError
+from wsi_common.files import check_writable, write_csv
+from wsi_common.progress import progress
+from wsi_common.provenance import can_reuse
 
 logger = logging.getLogger(__name__)
 STAGE = "build_regions"

@@ -25,13 +25,13 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from common.cli import launch
-from common.config import REQUIRED, key
-from common.figures import data_uri
-from common.files import atomic_path, write_text
-from common.pages import fill_template
 from patch_encoder.cohort.labels import read_labels
 from patch_encoder.cohort.summary import SlideSummary, compute_bin_edges, histogram, read_rows
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, key
+from wsi_common.figures import data_uri
+from wsi_common.files import atomic_path, write_text
+from wsi_common.pages import fill_template
 
 logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"

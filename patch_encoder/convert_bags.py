@@ -13,12 +13,6 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import launch
-from common.config import REQUIRED, key
-from common.errors import UserError
-from common.files import atomic_path
-from common.progress import progress
-from common.provenance import can_reuse
 from patch_encoder.bags.bag import open_bag
 from patch_encoder.bags.other_layouts import BAG_FORMATS, describe_origin, read_origin
 from patch_encoder.bags.paths import find_coordinates, list_bags
@@ -26,6 +20,12 @@ from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.keys import SelectionKeys
 from patch_encoder.cohort.labels import read_labels
 from patch_encoder.tiles.formats import CoordinateSource
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, key
+from wsi_common.errors import UserError
+from wsi_common.files import atomic_path
+from wsi_common.progress import progress
+from wsi_common.provenance import can_reuse
 
 logger = logging.getLogger(__name__)
 STAGE = "convert_bags"

@@ -18,12 +18,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import launch
-from common.config import REQUIRED, key
-from common.errors import UserError
-from common.files import atomic_path, safe_id
-from common.progress import progress
-from common.provenance import can_reuse
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.keys import ReaderKeys, SelectionKeys
 from patch_encoder.cohort.labels import read_labels
@@ -33,6 +27,12 @@ from patch_encoder.slides.base import Slide
 from patch_encoder.slides.names import check_fingerprint
 from patch_encoder.tiles.coordinates import Coordinates
 from patch_encoder.tiles.formats import LAYOUTS, CoordinateSource, describe_content, detect_layout
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, key
+from wsi_common.errors import UserError
+from wsi_common.files import atomic_path, safe_id
+from wsi_common.progress import progress
+from wsi_common.provenance import can_reuse
 
 logger = logging.getLogger(__name__)
 STAGE = "convert_coordinates"

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from common.cli import launch
-from common.config import key
 from patch_encoder.extraction.keys import EncoderKeys, FeatureKeys
 from patch_encoder.extraction.loop import extract
 from patch_encoder.models.encoders import Encoder, build_encoder
+from wsi_common.cli import launch
+from wsi_common.config import key
 
 
 @dataclass

@@ -21,15 +21,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from common import __version__
-from common.checkpoint import save_tensors
-from common.cli import launch
-from common.config import REQUIRED, given_keys, key
-from common.device import autocast, pick_device, pick_precision
-from common.errors import FullDisk, UserError
-from common.files import check_writable, safe_id, sha256_file
-from common.progress import progress
-from common.provenance import can_reuse
 from patch_encoder.bags.bag import open_bag
 from patch_encoder.bags.writer import write_bag
 from patch_encoder.cohort.disk_space import explain_full_disk
@@ -47,6 +38,15 @@ from patch_encoder.regions.keys import RegionKeys
 from patch_encoder.regions.opening import open_store
 from patch_encoder.regions.store import RegionStore
 from patch_encoder.tiles.coordinates import Coordinates
+from wsi_common import __version__
+from wsi_common.checkpoint import save_tensors
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, given_keys, key
+from wsi_common.device import autocast, pick_device, pick_precision
+from wsi_common.errors import FullDisk, UserError
+from wsi_common.files import check_writable, safe_id, sha256_file
+from wsi_common.progress import progress
+from wsi_common.provenance import can_reuse
 
 logger = logging.getLogger(__name__)
 STAGE = "extract_regions"

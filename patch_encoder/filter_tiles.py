@@ -15,14 +15,14 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import launch
-from common.config import REQUIRED, key
-from common.errors import UserError
-from common.files import write_csv
-from common.progress import progress
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.tiles.coordinates import read_coordinates
 from patch_encoder.tissue.quality import MEASURES, Cuts, check_shares, filter_coordinates
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, key
+from wsi_common.errors import UserError
+from wsi_common.files import write_csv
+from wsi_common.progress import progress
 
 logger = logging.getLogger(__name__)
 

@@ -19,16 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from common.cli import launch
-from common.config import key
-from common.errors import UserError
-from common.processes.pool import Lost, Raised, heartbeat, pick_workers, run_jobs
-from common.progress import progress
 from patch_encoder.cohort.keys import TileGridKeys
 from patch_encoder.cohort.slide_files import find_cohort
 from patch_encoder.slides import RegionError, Slide, open_slide
 from patch_encoder.tiles.coordinates import TileGeometry
 from patch_encoder.tiles.grid import make_grid, make_tile_geometry
+from wsi_common.cli import launch
+from wsi_common.config import key
+from wsi_common.errors import UserError
+from wsi_common.processes.pool import Lost, Raised, heartbeat, pick_workers, run_jobs
+from wsi_common.progress import progress
 
 PROBE = 64  # px of a region that is read of the levels that tiles do not come from
 

@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.cli import launch
-from common.config import key
-from common.device import autocast, pick_device, pick_precision
-from common.errors import UserError
 from patch_encoder.extraction.keys import DeviceKeys, EncoderKeys
 from patch_encoder.models.encoder_names import PATTERNS
 from patch_encoder.models.encoder_table import ENCODERS
 from patch_encoder.models.encoders import Encoder, build_encoder
+from wsi_common.cli import launch
+from wsi_common.config import key
+from wsi_common.device import autocast, pick_device, pick_precision
+from wsi_common.errors import UserError
 
 COLUMNS = ("name", "dim", "input", "mpp", "tile", "precision", "library", "licence", "gated", "hub")
 

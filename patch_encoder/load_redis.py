@@ -13,9 +13,6 @@ import logging
 import re
 from dataclasses import dataclass
 
-from common.cli import launch
-from common.config import key
-from common.errors import UserError
 from patch_encoder.regions.redis_filling import (
     drop_namespace,
     fill_namespace,
@@ -23,6 +20,9 @@ from patch_encoder.regions.redis_filling import (
 )
 from patch_encoder.regions.redis_server import RegionServer, short_digest
 from patch_encoder.regions.region_set import RegionSet, read_region_set
+from wsi_common.cli import launch
+from wsi_common.config import key
+from wsi_common.errors import UserError
 
 logger = logging.getLogger(__name__)
 SHOWN = 10  # regions that are named

@@ -21,16 +21,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common.cli import launch
-from common.config import group, key, to_dict
-from common.device import pick_precision
-from common.distributed import World, init_distributed, local_processes, mean_dict, share_batch
-from common.figures import save_figure
-from common.processes.pool import pick_workers
-from common.progress import progress
-from common.run import Run, open_run
-from common.seed import seed_everything
-from common.step_timer import StepTimes
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.pretraining.gradients import add_student_gradients, ask_teacher
 from patch_encoder.pretraining.keys import TileViewKeys
@@ -64,6 +54,16 @@ from patch_encoder.selfdistill.view_recipe import ViewRecipe
 from patch_encoder.selfdistill.views import Views, make_views
 from patch_encoder.tile_stream.sources import digest_sources
 from patch_encoder.tile_stream.stream import StreamBatch, TileStream
+from wsi_common.cli import launch
+from wsi_common.config import group, key, to_dict
+from wsi_common.device import pick_precision
+from wsi_common.distributed import World, init_distributed, local_processes, mean_dict, share_batch
+from wsi_common.figures import save_figure
+from wsi_common.processes.pool import pick_workers
+from wsi_common.progress import progress
+from wsi_common.run import Run, open_run
+from wsi_common.seed import seed_everything
+from wsi_common.step_timer import StepTimes
 
 logger = logging.getLogger(__name__)
 STAGE = "pretrain_dino"

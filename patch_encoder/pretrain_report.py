@@ -19,13 +19,6 @@ import cv2
 import numpy as np
 import torch
 
-from common.cli import launch
-from common.config import REQUIRED, key
-from common.device import pick_device, pick_precision
-from common.figures import jpeg_uri, svg_uri
-from common.files import write_text
-from common.pages import fill_template
-from common.processes.pool import pick_workers
 from patch_encoder.cohort.labels import read_labels
 from patch_encoder.extraction.keys import DeviceKeys
 from patch_encoder.models.encoders import PixelEncoder
@@ -50,6 +43,13 @@ from patch_encoder.probing.tile_sets import TileSet, read_picture_set
 from patch_encoder.selfdistill.view_figure import draw_view_figure
 from patch_encoder.selfdistill.view_recipe import ViewRecipe
 from patch_encoder.tile_stream.sources import TileSource, digest_sources
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, key
+from wsi_common.device import pick_device, pick_precision
+from wsi_common.figures import jpeg_uri, svg_uri
+from wsi_common.files import write_text
+from wsi_common.pages import fill_template
+from wsi_common.processes.pool import pick_workers
 
 logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"

@@ -20,17 +20,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from common.cli import launch
-from common.config import group, key, to_dict
-from common.device import pick_precision
-from common.distributed import World, init_distributed, mean_dict, share_batch
-from common.errors import UserError
-from common.files import sha256_bytes
-from common.progress import progress
-from common.run import Run, open_run
-from common.schedules import ramp
-from common.seed import seed_everything
-from common.step_timer import StepTimes
 from patch_encoder.pretraining.gradients import add_student_gradients, ask_teacher
 from patch_encoder.pretraining.loop import (
     is_checkpoint_due,
@@ -66,6 +55,17 @@ from patch_encoder.prototypes.slide_prototypes import find_slide_prototypes
 from patch_encoder.regions.keys import RegionKeys
 from patch_encoder.regions.opening import open_store
 from patch_encoder.regions.store import RegionStore
+from wsi_common.cli import launch
+from wsi_common.config import group, key, to_dict
+from wsi_common.device import pick_precision
+from wsi_common.distributed import World, init_distributed, mean_dict, share_batch
+from wsi_common.errors import UserError
+from wsi_common.files import sha256_bytes
+from wsi_common.progress import progress
+from wsi_common.run import Run, open_run
+from wsi_common.schedules import ramp
+from wsi_common.seed import seed_everything
+from wsi_common.step_timer import StepTimes
 
 logger = logging.getLogger(__name__)
 STAGE = "pretrain_slpd"

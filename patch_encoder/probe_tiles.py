@@ -20,12 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.cli import launch
-from common.device import pick_device, pick_precision
-from common.distributed import World, require_one_process
-from common.errors import UserError, did_you_mean
-from common.processes.pool import pick_workers
-from common.run import Run, open_run
 from patch_encoder.probing.encoders import ProbedEncoder, choose_encoders
 from patch_encoder.probing.feature_sets import (
     FeatureSet,
@@ -49,6 +43,12 @@ from patch_encoder.probing.report import (
 )
 from patch_encoder.probing.scores import TilePredictions, score_runs
 from patch_encoder.probing.tile_sets import TileSet
+from wsi_common.cli import launch
+from wsi_common.device import pick_device, pick_precision
+from wsi_common.distributed import World, require_one_process
+from wsi_common.errors import UserError, did_you_mean
+from wsi_common.processes.pool import pick_workers
+from wsi_common.run import Run, open_run
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.cli import launch
-from common.config import REQUIRED, key
-from common.files import write_csv, write_text
-from common.pages import fill_template
 from patch_encoder.bags.paths import list_bags
 from patch_encoder.cohort.labels import read_labels
 from patch_encoder.cohort.slide_files import find_slides
@@ -35,6 +31,10 @@ from patch_encoder.region_page.sections import SectionMaker
 from patch_encoder.region_page.slide_pictures import SlidePictures
 from patch_encoder.region_page.training_curves import draw_training
 from patch_encoder.tiles.coordinates import tile_pattern_of
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, key
+from wsi_common.files import write_csv, write_text
+from wsi_common.pages import fill_template
 
 logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"

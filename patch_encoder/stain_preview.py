@@ -23,10 +23,6 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from common.cli import launch
-from common.config import REQUIRED, key
-from common.errors import UserError
-from common.files import atomic_path
 from patch_encoder.cohort.slide_files import find_slides
 from patch_encoder.extraction.keys import StainKeys
 from patch_encoder.slides import RegionError, Slide, open_slide
@@ -40,6 +36,10 @@ from patch_encoder.stain.normaliser import (
 )
 from patch_encoder.stain.optical_density import select_stained_pixels
 from patch_encoder.viz.captions import INK, QUIET, TEXT, TITLE, load_caption_font
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, key
+from wsi_common.errors import UserError
+from wsi_common.files import atomic_path
 
 logger = logging.getLogger(__name__)
 COLUMNS = (

@@ -24,13 +24,6 @@ from typing import Any
 import cv2
 import numpy as np
 
-from common.cli import launch
-from common.config import REQUIRED, group, key
-from common.errors import UserError
-from common.files import atomic_path, check_writable, sha256_file, write_csv
-from common.processes.pool import Lost, Raised, pick_workers, run_jobs
-from common.progress import progress
-from common.provenance import can_reuse, unknown_origin
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.keys import TileGridKeys
 from patch_encoder.cohort.slide_files import find_cohort
@@ -59,6 +52,13 @@ from patch_encoder.tissue.quality import (
 )
 from patch_encoder.tissue.settings import TissueSettings
 from patch_encoder.viz.overlay import draw_mask_overlay
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, group, key
+from wsi_common.errors import UserError
+from wsi_common.files import atomic_path, check_writable, sha256_file, write_csv
+from wsi_common.processes.pool import Lost, Raised, pick_workers, run_jobs
+from wsi_common.progress import progress
+from wsi_common.provenance import can_reuse, unknown_origin
 
 logger = logging.getLogger(__name__)
 

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.cli import launch
-from common.config import REQUIRED, key, make_assignments
-from common.errors import UserError, did_you_mean
-from common.files import read_json, safe_id, write_json, write_or_remove_csv
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, key, make_assignments
+from wsi_common.errors import UserError, did_you_mean
+from wsi_common.files import read_json, safe_id, write_json, write_or_remove_csv
 
 logger = logging.getLogger(__name__)
 DEFAULT = "default"
@@ -175,7 +175,7 @@ class Study:
         log = self.output / "logs" / f"{name.replace(' ', '_')}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         python = [sys.executable, "-m"]
-        timed = [*python, "common.stage_timer", str(self.output / "stages.json"), name, "--"]
+        timed = [*python, "wsi_common.stage_timer", str(self.output / "stages.json"), name, "--"]
         with log.open("w", encoding="utf-8") as stream:
             command = [*timed, *python, module, *arguments]
             status = subprocess.run(command, stdout=stream, stderr=stream, check=False).returncode

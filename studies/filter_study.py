@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.cli import launch
-from common.config import REQUIRED, key
-from common.errors import UserError
-from common.files import read_json, write_or_remove_csv
 from studies.filter_tables.rows import train_references, train_student
 from studies.filter_tables.scores import score_network
 from studies.filter_tables.seed_folder import TRUTH, SeedFolder
 from studies.filter_tables.table import REFERENCES, RowScores, make_table, write_tables
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, key
+from wsi_common.errors import UserError
+from wsi_common.files import read_json, write_or_remove_csv
 
 logger = logging.getLogger(__name__)
 

@@ -24,12 +24,6 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.cli import launch
-from common.config import REQUIRED, key
-from common.device import PRECISIONS, pick_device, pick_precision
-from common.errors import UserError
-from common.files import read_json, sha256_bytes, write_json
-from common.provenance import can_reuse, unknown_origin
 from detection_kd.models.student import Student
 from detection_kd.models.student_onnx import load_students
 from patch_encoder.cohort.failures import Failures
@@ -39,6 +33,12 @@ from patch_encoder.extraction.tile_batches import TileSequence
 from patch_encoder.models.encoders import Encoder, build_encoder
 from patch_encoder.models.pooling import POOLS
 from patch_encoder.tiles.coordinates import Coordinates, SlideJob
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, key
+from wsi_common.device import PRECISIONS, pick_device, pick_precision
+from wsi_common.errors import UserError
+from wsi_common.files import read_json, sha256_bytes, write_json
+from wsi_common.provenance import can_reuse, unknown_origin
 
 logger = logging.getLogger(__name__)
 SHOWN = ("tiles_per_second", "parameters", "dim")  # of a cost, in the log

@@ -21,10 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from common.cli import launch
-from common.config import REQUIRED, key, make_assignments
-from common.errors import UserError
-from common.files import sha256_bytes, write_or_remove_csv
 from patch_encoder.demo.region_simulation import (
     ENCODER,
     RegionSimulation,
@@ -44,6 +40,10 @@ from studies.region_tables.cells import (
 from studies.region_tables.intervals import NO_SEED
 from studies.region_tables.stages import run_script
 from studies.region_tables.table import ConditionTable, collect_condition, write_tables
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, key, make_assignments
+from wsi_common.errors import UserError
+from wsi_common.files import sha256_bytes, write_or_remove_csv
 
 logger = logging.getLogger(__name__)
 TILE_MEAN, RANDOM = "tile_mean", "random"

@@ -46,8 +46,8 @@ def make_benchmark(root: Path) -> None:
     `cohort`, which have pictures.
     """
     import mil.benchmark as benchmark
-    from common.config import load_config
     from tests.mil.conftest import write_cohort
+    from wsi_common.config import load_config
 
     cohort = write_cohort(root / "cohort", pictures=True, signal=3.0)
     shutil.copytree(cohort / "bags", cohort / "more")

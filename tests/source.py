@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.helpers import ROOT
 
-PACKAGES = ("common", "patch_encoder", "detection_kd", "mil", "studies")
+PACKAGES = ("wsi_common", "patch_encoder", "detection_kd", "mil", "studies")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 import yaml
 
-from common.config import load_config
-from common.errors import UserError
 from tests.helpers import ROOT
+from wsi_common.config import load_config
+from wsi_common.errors import UserError
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
@@ -77,7 +77,7 @@ def test_header_command_builds_the_model(path: Path, monkeypatch: pytest.MonkeyP
 
 
 def required(config_class: type) -> list[str]:
-    from common.config import REQUIRED, _fields
+    from wsi_common.config import REQUIRED, _fields
 
     return [name for name, _, field in _fields(config_class) if field.default == REQUIRED]
 

@@ -16,7 +16,7 @@ from tests.source import MODULES, SCRIPTS, defined, parse
 SYSTEMS = ("patch_encoder", "detection_kd", "mil", "studies")
 # rooms that are smaller or larger than others, and why
 SIZES = {
-    "common/processes": "one supervised pool",
+    "wsi_common/processes": "one supervised pool",
     "detection_kd/models": "networks of four systems: detector, student, localiser, graders",
     "detection_kd/ops": "one operator",
     "patch_encoder/viz": "overlays and their captions",

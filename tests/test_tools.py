@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import run
 from tests.helpers import ROOT
+from wsi_common.cli import run
 
 SCRIPTS = sorted([*(ROOT / "tools").rglob("*.sh"), *(ROOT / "tools").rglob("*.sbatch")])
 RUNNABLE = [script for script in SCRIPTS if script.name != "lib.sh" and "slurm" not in script.parts]

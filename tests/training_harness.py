@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 import torch
 
-from common.cli import run
 from tests.helpers import ROOT, kill_when, line_count, run_two_processes
+from wsi_common.cli import run
 
 # columns of metrics.jsonl that depend on the machine
 MACHINE = ("time/", "train_seconds")

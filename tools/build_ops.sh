@@ -6,4 +6,4 @@
 set -euo pipefail
 # shellcheck source=tools/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-run_python common.ops.build "$@"
+run_python wsi_common.ops.build "$@"

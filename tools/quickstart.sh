@@ -41,7 +41,7 @@ main() {
     local name="$1"
     shift
     echo "== $name"
-    "$PYTHON" -m common.stage_timer "$RUN/stages.json" "$name" -- "$PYTHON" -m "$@"
+    "$PYTHON" -m wsi_common.stage_timer "$RUN/stages.json" "$name" -- "$PYTHON" -m "$@"
   }
 
   # the user's own fields keep their categories; the rendered ones have one

@@ -32,7 +32,7 @@ build_ops() {
   fi
   for package in "${packages[@]}"; do
     stamp="$root/$package/ops/build/lib${package}_cpu.stamp"
-    if [[ ! -f "$stamp" || -n "$(find "$root/$package/ops/csrc" "$root/common/csrc" "$root/common/ops/native.py" -newer "$stamp" -print -quit)" ]]; then
+    if [[ ! -f "$stamp" || -n "$(find "$root/$package/ops/csrc" "$root/wsi_common/csrc" "$root/wsi_common/ops/native.py" -newer "$stamp" -print -quit)" ]]; then
       stale+=("$package/ops")
     fi
   done

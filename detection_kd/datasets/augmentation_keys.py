@@ -7,10 +7,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.config import key
-from common.errors import UserError
 from detection_kd.datasets.tile_augmentation import TileAugmentation
 from patch_encoder.stain.augment import HedJitter
+from wsi_common.config import key
+from wsi_common.errors import UserError
 
 LEAST_SIDE = 32  # px
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import UserError
-from common.files import read_json
+from wsi_common.errors import UserError
+from wsi_common.files import read_json
 
 logger = logging.getLogger(__name__)
 AGNOSTIC = "lesion"  # the single class of class-agnostic detection

@@ -20,15 +20,15 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
-from common.errors import UserError
-from common.files import read_json
-from common.provenance import differences
 from detection_kd.datasets.packed_pairs import PackWriter
 from patch_encoder.bags.bag import Bag, open_bag, read_bag
 from patch_encoder.slides import Slide, open_slide
 from patch_encoder.slides.tile_folder import TileFolder
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, read_coordinates
 from patch_encoder.tiles.grid import read_tile
+from wsi_common.errors import UserError
+from wsi_common.files import read_json
+from wsi_common.provenance import differences
 
 JPEG_QUALITY = 95
 READ_BY = ("patch_size", "patch_level", "target_size")  # what two geometries have to agree in

@@ -17,12 +17,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from common.distributed import World
-from common.errors import UserError
-from common.seed import epoch_generator, seed_worker
 from detection_kd.datasets.augmentation_keys import DetectionSizes
 from detection_kd.datasets.coco import ImageRecord
 from patch_encoder.models.encoder_table import IMAGENET
+from wsi_common.distributed import World
+from wsi_common.errors import UserError
+from wsi_common.seed import epoch_generator, seed_worker
 
 
 @dataclass

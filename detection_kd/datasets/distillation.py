@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.errors import UserError
-from common.files import sha256_bytes
 from detection_kd.datasets.pair_problems import decode_tile
 from detection_kd.datasets.pairs import Pair, read_pairs
 from detection_kd.datasets.tile_augmentation import TileAugmentation
+from wsi_common.errors import UserError
+from wsi_common.files import sha256_bytes
 
 __all__ = ["DistillationTiles", "Pair", "digest_pairs", "read_pairs", "split_by_patient"]
 

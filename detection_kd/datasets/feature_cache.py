@@ -26,11 +26,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from common.device import autocast
-from common.distributed import World, barrier, gather_objects
-from common.errors import UserError
-from common.files import AtomicFile, sha256_bytes, write_json
-from common.progress import progress
+from wsi_common.device import autocast
+from wsi_common.distributed import World, barrier, gather_objects
+from wsi_common.errors import UserError
+from wsi_common.files import AtomicFile, sha256_bytes, write_json
+from wsi_common.progress import progress
 
 logger = logging.getLogger(__name__)
 BATCH = 32  # tiles; fixed, so that cached features do not depend on the training batch

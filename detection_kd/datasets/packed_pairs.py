@@ -30,9 +30,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from common.errors import DamagedFile, UserError
-from common.files import AtomicFile
-from common.hdf5 import get_dataset, open_hdf5, write_hdf5
+from wsi_common.errors import DamagedFile, UserError
+from wsi_common.files import AtomicFile
+from wsi_common.hdf5 import get_dataset, open_hdf5, write_hdf5
 
 FORMAT = "distillation pairs 1"
 SUFFIXES = (".h5", ".hdf5")

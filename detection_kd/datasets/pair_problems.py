@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from common.errors import UserError
-from common.files import write_csv
+from wsi_common.errors import UserError
+from wsi_common.files import write_csv
 
 logger = logging.getLogger(__name__)
 COLUMNS = ("slide", "patch", "kind", "detail")

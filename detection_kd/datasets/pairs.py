@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.checkpoint import load_tensors
-from common.errors import UserError
-from common.files import read_json, safe_id
-from common.progress import progress
 from detection_kd.datasets.packed_pairs import Pack, is_packed
 from detection_kd.datasets.pair_problems import Problems, read_header_size, read_picture_size
+from wsi_common.checkpoint import load_tensors
+from wsi_common.errors import UserError
+from wsi_common.files import read_json, safe_id
+from wsi_common.progress import progress
 
 PICTURES = (".jpg", ".jpeg", ".png")
 HEADER = 8192  # bytes that mostly hold a picture's header

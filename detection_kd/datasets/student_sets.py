@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from common.distributed import World
-from common.errors import UserError
-from common.seed import epoch_generator, seed_worker
 from detection_kd.datasets.distillation import DistillationTiles
 from detection_kd.datasets.feature_cache import CachedMaps, CacheKey, cache_maps, join_batch
 from detection_kd.datasets.pairs import Pair
 from detection_kd.datasets.tile_augmentation import TileAugmentation
+from wsi_common.distributed import World
+from wsi_common.errors import UserError
+from wsi_common.seed import epoch_generator, seed_worker
 
 Parts = tuple[list[Pair], list[Pair]]  # training and validation pairs
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import UserError
 from detection_kd.datasets.augmentation_keys import DetectionSizes
 from detection_kd.datasets.coco import ImageRecord
 from patch_encoder.tiles.coordinates import TileGeometry
+from wsi_common.errors import UserError
 
 logger = logging.getLogger(__name__)
 SAME = 0.05

@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common.files import write_text
 from detection_kd.datasets.coco import DetectionSet
 from detection_kd.evaluation.coco_metrics import Prediction
+from wsi_common.files import write_text
 
 
 def make_result_rows(

@@ -13,9 +13,9 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from common.metrics.ranking import counts_above
 from detection_kd.datasets.coco import DetectionSet, ImageRecord
 from detection_kd.evaluation.coco_metrics import Prediction
+from wsi_common.metrics.ranking import counts_above
 
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 HIT, FALSE, IGNORED = 1, 0, -1

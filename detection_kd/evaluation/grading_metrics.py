@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int64
 
-from common.errors import UserError
-from common.metrics.agreement import kappa
-from common.metrics.bootstrap import LEVEL
-from common.metrics.classification import confusion
-from common.metrics.ranking import ratio
-from common.metrics.run_bootstrap import Difference, bootstrap, paired_difference, summarise
+from wsi_common.errors import UserError
+from wsi_common.metrics.agreement import kappa
+from wsi_common.metrics.bootstrap import LEVEL
+from wsi_common.metrics.classification import confusion
+from wsi_common.metrics.ranking import ratio
+from wsi_common.metrics.run_bootstrap import Difference, bootstrap, paired_difference, summarise
 
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "kappa_quadratic")
 

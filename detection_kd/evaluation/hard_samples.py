@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from common.errors import UserError
+from wsi_common.errors import UserError
 
 CRITERIA = ("bag", "TP", "FP", "FP_TP")
 MODES = ("drop", "relabel", "soft", "random")

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from common.errors import UserError
-from common.files import read_json, sha256_bytes, sha256_file, write_csv, write_json
-from common.provenance import as_stored, differences
 from detection_kd.evaluation.hard_samples import Filtering
 from detection_kd.fields.field_tiles import FieldTiles
+from wsi_common.errors import UserError
+from wsi_common.files import read_json, sha256_bytes, sha256_file, write_csv, write_json
+from wsi_common.provenance import as_stored, differences
 
 COLUMNS = ("sample", "label", "score", "keep", "weight", "new_label", "reason")
 REMEDY = "run filter_samples again, with overwrite=true"

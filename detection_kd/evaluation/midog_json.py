@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from common.errors import UserError
-from common.files import read_json, write_json
 from detection_kd.mitosis_sets.point_set import CLASSES, LOOK_ALIKE, MITOSIS
+from wsi_common.errors import UserError
+from wsi_common.files import read_json, write_json
 
 VERSION = {"major": 1, "minor": 0}
 UM_PER_MM = 1000.0

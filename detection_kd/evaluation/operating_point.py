@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from common.errors import UserError
 from detection_kd.datasets.coco import DetectionSet, ImageRecord
 from detection_kd.evaluation.coco_metrics import Prediction
 from detection_kd.evaluation.froc import FALSE, HIT, judge_detections, match_detections
+from wsi_common.errors import UserError
 
 logger = logging.getLogger(__name__)
 DEFAULT_MIN_SCORE = 0.3  # of detectors that no validation has chosen one for

@@ -3,7 +3,7 @@
 All of it comes from one table: every detection with its score and whether it is a hit. Hits are
 those of `point_matching.find_hits`, so that at every cut of the scores there are as many as a
 one-to-one matching of the detections above the cut finds. Fields of one case are not independent:
-intervals draw cases (common.metrics.bootstrap).
+intervals draw cases (wsi_common.metrics.bootstrap).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from common.metrics.bootstrap import interval, resample_patients, spread
-from common.metrics.ranking import counts_above, ratio
 from detection_kd.evaluation.froc import RATES
 from detection_kd.evaluation.point_matching import RADIUS_UM, Counts, count_one_to_one, find_hits
+from wsi_common.metrics.bootstrap import interval, resample_patients, spread
+from wsi_common.metrics.ranking import counts_above, ratio
 
 RESAMPLES = 1000
 CHUNK = 2**20  # weights of detections that are held at a time

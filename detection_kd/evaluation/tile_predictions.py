@@ -14,11 +14,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int
 
-from common.device import autocast
-from common.distributed import World, gather_objects
-from common.errors import UserError
-from common.metrics.ranking import binary_auc, counts_above
-from common.progress import progress
 from detection_kd.evaluation.peaks import FLOOR, find_candidates, find_peaks, suppress_points
 from detection_kd.evaluation.point_matching import RADIUS_UM, count_one_to_one
 from detection_kd.evaluation.point_metrics import ScoredField
@@ -26,6 +21,11 @@ from detection_kd.fields.field_tiles import FieldTiles
 from detection_kd.fields.tile_loader import make_tile_loader
 from detection_kd.models.cam import WeakLocaliser
 from detection_kd.models.cell_grid import CellGrid
+from wsi_common.device import autocast
+from wsi_common.distributed import World, gather_objects
+from wsi_common.errors import UserError
+from wsi_common.metrics.ranking import binary_auc, counts_above
+from wsi_common.progress import progress
 
 
 @dataclass(frozen=True)

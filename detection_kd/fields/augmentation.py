@@ -19,9 +19,6 @@ import torch
 from jaxtyping import Bool, Float64, UInt8
 from torch import Tensor
 
-from common.config import key
-from common.counters import draw_uniforms
-from common.errors import UserError
 from detection_kd.fields.tile_loader import FieldBatch
 from detection_kd.fields.warps import (
     LARGEST_SCALE,
@@ -39,6 +36,9 @@ from patch_encoder.selfdistill.photometric import (
 )
 from patch_encoder.stain.augment import WHITE, map_hed
 from patch_encoder.stain.optical_density import recolour, round_to_pixels
+from wsi_common.config import key
+from wsi_common.counters import draw_uniforms
+from wsi_common.errors import UserError
 
 SYMMETRY, WARP, LATTICE, STAIN, COLOUR = range(5)  # purposes of draws
 WARPED = 0.5  # share of the tiles

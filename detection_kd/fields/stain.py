@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from common.config import key
-from common.errors import UserError
 from detection_kd.fields.field_tiles import FieldTiles
 from detection_kd.fields.tiling import place_tiles
 from patch_encoder.slides import RegionError
@@ -37,6 +35,8 @@ from patch_encoder.stain.macenko import (
 )
 from patch_encoder.stain.normaliser import SCOPES, convert_to_tensor, read_target
 from patch_encoder.tiles.coordinates import TileGeometry
+from wsi_common.config import key
+from wsi_common.errors import UserError
 
 logger = logging.getLogger(__name__)
 STAINS = ("none", "macenko", "histogram", "histogram_macenko")

@@ -11,9 +11,9 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.batch_loader import load_ahead, share_epoch
-from common.distributed import World, share_batch
 from detection_kd.fields.field_tiles import FieldTiles
+from wsi_common.batch_loader import load_ahead, share_epoch
+from wsi_common.distributed import World, share_batch
 
 
 @dataclass(frozen=True)

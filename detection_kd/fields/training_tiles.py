@@ -8,9 +8,9 @@ import re
 
 import numpy as np
 
-from common.errors import UserError
 from detection_kd.fields.field_tiles import FieldTiles
 from detection_kd.mitosis_sets.point_set import PointSet
+from wsi_common.errors import UserError
 
 
 def leave_out_cases(fields: PointSet, part: str, seed: int) -> tuple[PointSet, list[str]]:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from common.figures import PALETTE, line_style, new_figure, save_figure, styled
 from detection_kd.datasets.coco import DetectionSet
 from detection_kd.evaluation.coco_metrics import RECALLS, Prediction, precision_recall
 from detection_kd.evaluation.froc import RATES, compute_froc_curve
 from detection_kd.evaluation.operating_point import choose_images, judge_set
 from detection_kd.figures.overlays import write_overlays
+from wsi_common.figures import PALETTE, line_style, new_figure, save_figure, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.figures import jpeg_uri
-from common.files import write_text
-from common.pages import fill_template
 from detection_kd.whole_slides.grade_files import COLOURS, SlideGrade
 from patch_encoder.region_page.slide_pictures import QUALITY, SlidePictures
 from patch_encoder.tiles.coordinates import SlideJob
+from wsi_common.figures import jpeg_uri
+from wsi_common.files import write_text
+from wsi_common.pages import fill_template
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 MOST_SLIDES = 24  # those with the highest grades

@@ -11,8 +11,6 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from common.figures import new_figure, palette_colour, save_figure, styled
-from common.files import atomic_path, safe_id
 from detection_kd.evaluation.froc import RATES
 from detection_kd.evaluation.point_matching import match_points
 from detection_kd.evaluation.point_metrics import (
@@ -24,6 +22,8 @@ from detection_kd.evaluation.point_metrics import (
 from detection_kd.figures.overlays import FALSE_COLOUR, HIT_COLOUR, MISS_COLOUR
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.overview import read_overview
+from wsi_common.figures import new_figure, palette_colour, save_figure, styled
+from wsi_common.files import atomic_path, safe_id
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,14 +14,14 @@ from statistics import median
 
 import numpy as np
 
-from common.figures import jpeg_uri
-from common.files import write_text
-from common.pages import fill_template
 from detection_kd.figures.mitosis_overview import draw_overview
 from detection_kd.whole_slides.mitosis_count import MitosisCount
 from detection_kd.whole_slides.mitosis_files import read_points
 from patch_encoder.region_page.slide_pictures import QUALITY, SlidePictures
 from patch_encoder.tiles.coordinates import SlideJob
+from wsi_common.figures import jpeg_uri
+from wsi_common.files import write_text
+from wsi_common.pages import fill_template
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 MOST_OVERVIEWS = 12  # slides that are drawn, those with the densest hot spots

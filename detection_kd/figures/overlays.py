@@ -15,11 +15,11 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image, ImageDraw
 
-from common.files import atomic_path, safe_id
 from detection_kd.datasets.detection import read_image
 from detection_kd.evaluation.froc import FALSE, HIT
 from detection_kd.evaluation.operating_point import JudgedImage
 from patch_encoder.viz.captions import load_caption_font
+from wsi_common.files import atomic_path, safe_id
 
 HIT_COLOUR = (0, 128, 94)
 FALSE_COLOUR = (204, 78, 0)

@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from common.figures import MARKERS, data_uri, new_figure, palette_colour, save_figure, styled
-from common.files import write_text
-from common.pages import fill_template
 from detection_kd.graded_patches.patch_pixels import PatchPixels
 from detection_kd.graded_patches.resolution import reduce_resolution
 from detection_kd.losses.attention_transfer import find_attention, normalise_jointly, resize_maps
 from detection_kd.models.low_resolution import GradingNetwork
+from wsi_common.figures import MARKERS, data_uri, new_figure, palette_colour, save_figure, styled
+from wsi_common.files import write_text
+from wsi_common.pages import fill_template
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 SEEN: dict[str, Any] = {"cmap": "magma", "vmin": 0, "vmax": 1}

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from common.figures import PALETTE, QUIET, new_figure, save_figure, styled
-from common.planes import make_umap, name_groups, point_diameter, scatter_groups
+from wsi_common.figures import PALETTE, QUIET, new_figure, save_figure, styled
+from wsi_common.planes import make_umap, name_groups, point_diameter, scatter_groups
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

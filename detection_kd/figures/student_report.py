@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from common.files import write_csv
 from detection_kd.evaluation.feature_agreement import compute_r2_by_dimension
+from wsi_common.files import write_csv
 
 COLUMNS = ("dimension", "r2", "teacher_std")
 

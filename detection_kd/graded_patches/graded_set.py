@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from common.errors import UserError
+from wsi_common.errors import UserError
 
 
 @dataclass(frozen=True)

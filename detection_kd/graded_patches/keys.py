@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.config import REQUIRED, key
-from common.errors import UserError
 from detection_kd.graded_patches.labelled_tiles import read_labelled_tiles
 from detection_kd.graded_patches.sicapv2 import GRADES, read_published_fold
 from detection_kd.graded_patches.splits import GradedSplit, check_split, split_by_case
+from wsi_common.config import REQUIRED, key
+from wsi_common.errors import UserError
 
 FORMATS = ("tiles", "sicapv2")
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.errors import UserError, did_you_mean
 from detection_kd.graded_patches.graded_set import GradedPatch, GradedSet, make_graded_set
 from patch_encoder.cohort.slide_files import find_slides
 from patch_encoder.probing.tile_sets import LabelledTile, TileSet, read_tile_set
+from wsi_common.errors import UserError, did_you_mean
 
 
 def read_labelled_tiles(

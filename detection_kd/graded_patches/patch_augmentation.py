@@ -20,11 +20,11 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.config import key
-from common.counters import draw_uniforms
-from common.errors import UserError
 from patch_encoder.stain.augment import WHITE, map_hed
 from patch_encoder.stain.optical_density import recolour
+from wsi_common.config import key
+from wsi_common.counters import draw_uniforms
+from wsi_common.errors import UserError
 
 GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601
 SYMMETRY, PLACE, STAIN, COLOUR = range(4)  # purposes, so that no two draws are the same number

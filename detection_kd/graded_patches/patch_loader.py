@@ -11,10 +11,10 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.batch_loader import load_ahead, share_epoch
-from common.distributed import World, share_batch
 from detection_kd.graded_patches.patch_augmentation import Draws
 from detection_kd.graded_patches.patch_pixels import PatchPixels
+from wsi_common.batch_loader import load_ahead, share_epoch
+from wsi_common.distributed import World, share_batch
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def make_patch_loader(
 
     Args:
         pixels: of the set.
-        indices: patches of the epoch over all processes, as from `common.sampling.balance_epoch`.
+        indices: patches of the epoch over all processes, as from `balance_epoch`.
         batch_size: patches per optimiser step over all processes; the last batch may be smaller.
         world: this process.
         workers: processes that read ahead; none are started for a set in memory.

@@ -15,13 +15,13 @@ from jaxtyping import Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from common.errors import UserError
-from common.files import sha256_bytes
-from common.progress import progress
 from detection_kd.graded_patches.graded_set import GradedPatch, GradedSet
 from patch_encoder.probing.pictures import read_picture
 from patch_encoder.slides import open_slide
 from patch_encoder.tiles.grid import make_tile_geometry, read_tile
+from wsi_common.errors import UserError
+from wsi_common.files import sha256_bytes
+from wsi_common.progress import progress
 
 KEPT_BYTES = 2 * 2**30
 CHUNK = 256  # patches from one line of progress to the next

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.errors import UserError
+from wsi_common.errors import UserError
 
 
 def reduce_resolution(pixels: Float[Tensor, "b 3 h w"], ratio: int) -> Float[Tensor, "b 3 h2 w2"]:

@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
 from detection_kd.graded_patches.graded_set import GradedPatch, GradedSet, make_graded_set
+from wsi_common.errors import UserError
 
 GRADES = ("NC", "G3", "G4", "G5")
 COLUMNS = ("image_name", *GRADES)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.errors import UserError
 from detection_kd.graded_patches.graded_set import GradedSet
 from patch_encoder.probing.folds import draw_folds
+from wsi_common.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64
 
-from common.checkpoint import load_checkpoint
-from common.errors import UserError
-from common.files import read_json, sha256_file
-from common.provenance import differences
 from detection_kd.evaluation.grading_metrics import GradedRun
 from detection_kd.grading.grade_predictions import COLUMNS
 from detection_kd.losses.resolution_losses import TERMS, ResolutionTerms
 from detection_kd.models.low_resolution import KIND
+from wsi_common.checkpoint import load_checkpoint
+from wsi_common.errors import UserError
+from wsi_common.files import read_json, sha256_file
+from wsi_common.provenance import differences
 
 PLAIN = "ce"  # cross-entropy with the labels alone
 FREE = ("seed", "data.fold", "precision")  # settings in which runs of one arm may differ

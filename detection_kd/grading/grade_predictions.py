@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from jaxtyping import Float64
 
-from common.device import autocast
-from common.distributed import World, gather_objects
-from common.files import write_csv
-from common.progress import progress
 from detection_kd.evaluation.grading_metrics import GradedRun, grade_metrics
 from detection_kd.graded_patches.graded_set import GradedSet
 from detection_kd.graded_patches.patch_loader import make_patch_loader
 from detection_kd.graded_patches.patch_pixels import PatchPixels
 from detection_kd.graded_patches.resolution import reduce_resolution
 from detection_kd.models.low_resolution import GradingNetwork
+from wsi_common.device import autocast
+from wsi_common.distributed import World, gather_objects
+from wsi_common.files import write_csv
+from wsi_common.progress import progress
 
 COLUMNS = ("patch", "slide", "case", "target", "called")
 """Of predictions.csv, before the probability of each grade."""

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.device import autocast
 from detection_kd.models.grading_trunks import trace_shape
 from detection_kd.models.low_resolution import GradingNetwork
+from wsi_common.device import autocast
 
 
 @dataclass(frozen=True)

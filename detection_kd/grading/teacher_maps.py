@@ -13,10 +13,6 @@ import torch
 from jaxtyping import Float16
 from torch import Tensor
 
-from common.device import autocast
-from common.distributed import World
-from common.errors import UserError
-from common.progress import progress
 from detection_kd.graded_patches.patch_augmentation import (
     Draws,
     PatchAugmentationKeys,
@@ -28,6 +24,10 @@ from detection_kd.graded_patches.patch_pixels import PatchPixels
 from detection_kd.graded_patches.resolution import reduce_resolution
 from detection_kd.losses.resolution_losses import GradingOutput
 from detection_kd.models.low_resolution import GradingNetwork
+from wsi_common.device import autocast
+from wsi_common.distributed import World
+from wsi_common.errors import UserError
+from wsi_common.progress import progress
 
 
 class TeacherMaps:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool, Float
 
-from common.errors import UserError
+from wsi_common.errors import UserError
 
 
 def measure_doubt(probabilities: Float[np.ndarray, "n c"]) -> Float[np.ndarray, " n"]:

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.distributed import mean_with_gradient
+from wsi_common.distributed import mean_with_gradient
 
 ORDERS = ("at_plus", "grad_cam")  # clip, then sum over channels; sum, then clip
 NORMALISATIONS = ("minmax", "none")

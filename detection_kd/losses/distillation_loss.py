@@ -14,8 +14,6 @@ from functools import partial
 from jaxtyping import Float
 from torch import Tensor
 
-from common.config import key
-from common.errors import UserError
 from detection_kd.losses.feature_losses import (
     FEATURE_LOSSES,
     FeatureLoss,
@@ -24,6 +22,8 @@ from detection_kd.losses.feature_losses import (
     relational_distance_loss,
     smooth_l1_loss,
 )
+from wsi_common.config import key
+from wsi_common.errors import UserError
 
 
 @dataclass

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from common.config import key
+from wsi_common.config import key
 
 KINDS = ("none", "l2", "lb")
 

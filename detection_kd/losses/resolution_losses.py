@@ -19,8 +19,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.config import key
-from common.errors import UserError
 from detection_kd.losses.attention_transfer import (
     NORMALISATIONS,
     activation_attention_loss,
@@ -30,6 +28,8 @@ from detection_kd.losses.attention_transfer import (
     resize_maps,
     root_mean_square,
 )
+from wsi_common.config import key
+from wsi_common.errors import UserError
 
 LAST = -1  # level of the maps that are pooled
 

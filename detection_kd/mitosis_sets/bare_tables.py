@@ -8,7 +8,7 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-from common.errors import UserError
+from wsi_common.errors import UserError
 
 CENTRE = 0.5
 """A pixel's centre, px from its corner: positions are indices of pixels."""

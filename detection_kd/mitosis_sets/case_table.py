@@ -9,11 +9,11 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.errors import UserError
 from detection_kd.mitosis_sets.checked_fields import make_field_id
 from detection_kd.mitosis_sets.csv_points import FLAGS
 from detection_kd.mitosis_sets.point_set import AnnotatedField
 from patch_encoder.cohort.labels import parse_mpp, read_rows
+from wsi_common.errors import UserError
 
 logger = logging.getLogger(__name__)
 

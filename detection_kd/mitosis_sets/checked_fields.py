@@ -14,8 +14,6 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
-from common.errors import UserError
-from common.files import safe_id
 from detection_kd.mitosis_sets.point_set import (
     CLASSES,
     LOOK_ALIKE,
@@ -26,6 +24,8 @@ from detection_kd.mitosis_sets.point_set import (
 )
 from patch_encoder.slides.names import strip_suffix
 from patch_encoder.slides.resolution import check_mpp
+from wsi_common.errors import UserError
+from wsi_common.files import safe_id
 
 logger = logging.getLogger(__name__)
 PIXEL = 1.0

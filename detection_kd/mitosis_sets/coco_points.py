@@ -18,8 +18,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from common.errors import UserError
-from common.files import read_json, write_json
 from detection_kd.mitosis_sets.checked_fields import (
     PIXEL,
     find_class,
@@ -30,6 +28,8 @@ from detection_kd.mitosis_sets.checked_fields import (
     require_class,
 )
 from detection_kd.mitosis_sets.point_set import CLASSES, LOOK_ALIKE, AnnotatedField, PointSet
+from wsi_common.errors import UserError
+from wsi_common.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 SIDE = 50

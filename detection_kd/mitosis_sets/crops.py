@@ -16,8 +16,8 @@ import tifffile
 from jaxtyping import UInt8
 from PIL import Image
 
-from common.errors import UserError
 from patch_encoder.cohort.labels import read_rows
+from wsi_common.errors import UserError
 
 logger = logging.getLogger(__name__)
 FOLDERS = {"False": "normal", "True": "atypical"}

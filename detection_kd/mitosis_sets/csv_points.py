@@ -12,8 +12,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.errors import UserError
-from common.files import write_csv
 from detection_kd.mitosis_sets.checked_fields import (
     find_image,
     make_field,
@@ -29,6 +27,8 @@ from detection_kd.mitosis_sets.point_set import (
     PointSet,
 )
 from patch_encoder.cohort.labels import parse_mpp, read_rows
+from wsi_common.errors import UserError
+from wsi_common.files import write_csv
 
 COLUMNS = ("file", "field", "case", "scanner", "mpp", "annotated", "look_alikes", "x", "y", "class")
 FLAGS = {"1": True, "0": False, "true": True, "false": False, "yes": True, "no": False}

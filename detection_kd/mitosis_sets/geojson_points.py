@@ -19,8 +19,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from common.errors import UserError
-from common.files import read_json, write_json
 from detection_kd.mitosis_sets.checked_fields import (
     find_class,
     make_field,
@@ -32,6 +30,8 @@ from detection_kd.mitosis_sets.coco_points import find_root, log_other_cells
 from detection_kd.mitosis_sets.point_set import CLASSES, LOOK_ALIKE, AnnotatedField, PointSet
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.names import PICTURE_SUFFIXES, SLIDE_SUFFIXES, suffix_of
+from wsi_common.errors import UserError
+from wsi_common.files import read_json, write_json
 
 COLOURS = ((200, 0, 0), (0, 90, 200))
 """RGB of both classes in QuPath."""

@@ -13,8 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from common.config import REQUIRED, key
-from common.errors import UserError
 from detection_kd.mitosis_sets.case_table import add_cases, check_coverage, read_case_table
 from detection_kd.mitosis_sets.checked_fields import PIXEL, move_inside
 from detection_kd.mitosis_sets.coco_points import read_coco_points
@@ -27,6 +25,8 @@ from detection_kd.mitosis_sets.slide_runner import read_slide_runner
 from detection_kd.mitosis_sets.tupac16 import read_tupac16
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.resolution import check_mpp
+from wsi_common.config import REQUIRED, key
+from wsi_common.errors import UserError
 
 logger = logging.getLogger(__name__)
 READERS = {

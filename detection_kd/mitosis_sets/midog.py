@@ -12,9 +12,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from common.files import read_json
 from detection_kd.mitosis_sets.coco_points import Box, read_document
 from detection_kd.mitosis_sets.point_set import AnnotatedField
+from wsi_common.files import read_json
 
 SCANNERS = (
     (50, "Hamamatsu XR", 0.23),

@@ -12,10 +12,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from common.errors import UserError
 from detection_kd.mitosis_sets.bare_tables import read_cells
 from detection_kd.mitosis_sets.checked_fields import make_field
 from detection_kd.mitosis_sets.point_set import LOOK_ALIKE, MITOSIS, AnnotatedField
+from wsi_common.errors import UserError
 
 FRAME = re.compile(r"([AH])(\d{2})_\d{2}[A-D][a-d]")
 SCANNERS = {"A": ("Aperio ScanScope XT", 0.2455), "H": ("Hamamatsu NanoZoomer 2.0-HT", 0.2274)}

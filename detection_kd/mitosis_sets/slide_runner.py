@@ -17,8 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import UserError
-from common.files import read_json
 from detection_kd.mitosis_sets.checked_fields import (
     find_class,
     find_image,
@@ -28,6 +26,8 @@ from detection_kd.mitosis_sets.checked_fields import (
 from detection_kd.mitosis_sets.coco_points import log_other_cells, read_document
 from detection_kd.mitosis_sets.midog import keep_box
 from detection_kd.mitosis_sets.point_set import LOOK_ALIKE, AnnotatedField
+from wsi_common.errors import UserError
+from wsi_common.files import read_json
 
 HEADER = b"SQLite format 3\0"
 SLIDES = "SELECT uid, filename, width, height FROM Slides"

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import UserError, did_you_mean
 from detection_kd.mitosis_sets.case_table import read_case_table
 from detection_kd.mitosis_sets.keys import MitosisSetKeys, read_point_set
 from detection_kd.mitosis_sets.point_set import MITOSIS, PointSet
 from patch_encoder.cohort.labels import read_rows
+from wsi_common.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")

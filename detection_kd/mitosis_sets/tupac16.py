@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.errors import UserError
 from detection_kd.mitosis_sets.bare_tables import read_cells
 from detection_kd.mitosis_sets.checked_fields import make_field
 from detection_kd.mitosis_sets.point_set import LOOK_ALIKE, MITOSIS, AnnotatedField
+from wsi_common.errors import UserError
 
 MITOSES, LOOK_ALIKES = "mitoses_ground_truth", "nonmitoses_ground_truth"
 MPP = 0.25

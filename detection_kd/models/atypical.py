@@ -17,10 +17,10 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from common.checkpoint import load_checkpoint_of, load_weights
 from detection_kd.models.cam import WeakLocaliser
 from patch_encoder.slides import Slide
 from patch_encoder.tiles.grid import make_tile_geometry, read_tile
+from wsi_common.checkpoint import load_checkpoint_of, load_weights
 
 KIND = "atypical_head"
 COVERED = 32.0

@@ -18,16 +18,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from common.checkpoint import (
+from detection_kd.models.trunk_names import find_trunk
+from patch_encoder.models.encoder_table import IMAGENET
+from wsi_common.checkpoint import (
     load_checkpoint,
     load_tensors,
     load_weights,
     read_weights,
     save_checkpoint,
 )
-from common.errors import UserError, did_you_mean
-from detection_kd.models.trunk_names import find_trunk
-from patch_encoder.models.encoder_table import IMAGENET
+from wsi_common.errors import UserError, did_you_mean
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 NORMS = (

@@ -21,13 +21,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.checkpoint import load_checkpoint_of, load_weights
-from common.config import key
-from common.errors import UserError
 from detection_kd.models.cell_grid import CellGrid, measure_cells, takes_patches
 from detection_kd.models.normalised_network import NormalisedNetwork, find_statistics
 from patch_encoder.models.encoder_table import IMAGENET
 from patch_encoder.selfdistill.backbone import RESNETS, build_student_backbone
+from wsi_common.checkpoint import load_checkpoint_of, load_weights
+from wsi_common.config import key
+from wsi_common.errors import UserError
 
 KIND = "weak_localiser"
 SMALL = "small"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.errors import UserError
+from wsi_common.errors import UserError
 
 STRIP = 64  # px; a multiple of every trunk's stride
 LENGTH = 1024  # px at least; the cell in the middle sees neither end

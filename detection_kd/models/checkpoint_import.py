@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.checkpoint import load_weights, read_weights
-from common.errors import UserError
 from detection_kd.models.backbone import HUB, STAGES, build_pretrained, read_trunk_weights
 from detection_kd.models.deformable_detr import DeformableDETR
+from wsi_common.checkpoint import load_weights, read_weights
+from wsi_common.errors import UserError
 
 logger = logging.getLogger(__name__)
 

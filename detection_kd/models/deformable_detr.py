@@ -19,9 +19,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from common.checkpoint import load_checkpoint, load_weights
-from common.distributed import World, wrap
-from common.errors import UserError
 from detection_kd.models.backbone import Backbone
 from detection_kd.models.deformable_transformer import (
     Architecture,
@@ -29,6 +26,9 @@ from detection_kd.models.deformable_transformer import (
     Detections,
 )
 from detection_kd.models.denoising import make_noised_targets
+from wsi_common.checkpoint import load_checkpoint, load_weights
+from wsi_common.distributed import World, wrap
+from wsi_common.errors import UserError
 
 PRIOR = 0.01  # initial probability of every class (RetinaNet, section 4.1)
 

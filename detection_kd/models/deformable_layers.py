@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from common.ops.deform_attn_layer import DeformAttnLayer
 from detection_kd.ops.ms_deform_attn import ms_deform_attn
+from wsi_common.ops.deform_attn_layer import DeformAttnLayer
 
 
 class MSDeformAttn(DeformAttnLayer):

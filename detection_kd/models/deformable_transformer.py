@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from common.config import key
 from detection_kd.models.deformable_layers import (
     DeformableDecoder,
     DeformableDecoderLayer,
@@ -28,6 +27,7 @@ from detection_kd.models.deformable_layers import (
 from detection_kd.models.denoising import NoisedTargets
 from detection_kd.models.position_encoding import sine_position_encoding
 from detection_kd.models.proposals import ProposalHead
+from wsi_common.config import key
 
 
 @dataclass

@@ -16,13 +16,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from common.checkpoint import load_weights
-from common.errors import UserError
 from detection_kd.models.cam import NORMS, make_norm
 from detection_kd.models.normalised_network import find_statistics
 from patch_encoder.models.encoder_table import IMAGENET, EncoderRow, Statistics
 from patch_encoder.models.encoder_weights import find_local_file, find_published_file, read_state
 from patch_encoder.selfdistill.backbone import RANDOM, build_student_backbone, find_initial_row
+from wsi_common.checkpoint import load_weights
+from wsi_common.errors import UserError
 
 SMALL, VGG16 = "small", "vgg16"
 PROBE = 256  # px; side of the image that strides are found with, a multiple of any trunk's stride

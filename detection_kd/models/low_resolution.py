@@ -20,14 +20,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.checkpoint import load_checkpoint_of, load_weights
-from common.config import key
-from common.errors import UserError
 from detection_kd.losses.resolution_losses import LAST, GradingOutput, ResolutionTerms
 from detection_kd.models.cam import NORMS
 from detection_kd.models.grading_trunks import build_trunk, trace_shape
 from detection_kd.models.normalised_network import NormalisedNetwork
 from patch_encoder.selfdistill.backbone import RANDOM
+from wsi_common.checkpoint import load_checkpoint_of, load_weights
+from wsi_common.config import key
+from wsi_common.errors import UserError
 
 KIND = "grading_network"
 

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from common.distributed import World, wrap
-from common.errors import UserError
 from patch_encoder.models.encoder_table import IMAGENET, Statistics
 from patch_encoder.selfdistill.backbone import find_initial_row
+from wsi_common.distributed import World, wrap
+from wsi_common.errors import UserError
 
 
 class NormalisedNetwork(nn.Module):

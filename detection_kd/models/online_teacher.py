@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from common.device import autocast
-from common.errors import UserError
 from detection_kd.datasets.pair_problems import decode_tile
 from detection_kd.datasets.pairs import Pair
 from patch_encoder.models.encoders import Encoder, build_encoder
+from wsi_common.device import autocast
+from wsi_common.errors import UserError
 
 logger = logging.getLogger(__name__)
 COMPARED_TILES = 8

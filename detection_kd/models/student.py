@@ -17,14 +17,14 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from common.checkpoint import load_checkpoint, load_weights
-from common.errors import UserError
-from common.optim import trainable
 from detection_kd.models.adapter import Adapter
 from detection_kd.models.backbone import Backbone
 from detection_kd.models.pooling import StagePooling
 from patch_encoder.models.encoder_table import IMAGENET
 from patch_encoder.models.encoders import Encoder, PixelEncoder, ToInputSize, digest_weights
+from wsi_common.checkpoint import load_checkpoint, load_weights
+from wsi_common.errors import UserError
+from wsi_common.optim import trainable
 
 NORM_LAYERS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
 

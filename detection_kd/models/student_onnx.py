@@ -25,14 +25,14 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from common.config import nearest_path
-from common.errors import UserError
-from common.files import read_json, safe_id, sha256_file
 from detection_kd.models.student import load_student_encoder
 from patch_encoder.extraction.network import fold_batch_norms
 from patch_encoder.models.encoders import Encoder
 from patch_encoder.models.onnx_network import OnnxNetwork, open_session
 from patch_encoder.models.transforms import ToInputSize
+from wsi_common.config import nearest_path
+from wsi_common.errors import UserError
+from wsi_common.files import read_json, safe_id, sha256_file
 
 logger = logging.getLogger(__name__)
 OPSET = 20

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import UserError
 from patch_encoder.models.encoder_table import IMAGENET
+from wsi_common.errors import UserError
 
 # what the name of one parameter of every trunk looks like: all before it is the prefix of the trunk
 ANCHORS = (

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.ops.compiled_op import (
+from wsi_common.ops.compiled_op import (
     CompiledOp,
     below_autocast,
     bound_of,

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from common.ops import compiled_op
 from detection_kd.ops.compiled import OP, ms_deform_attn_compiled, unavailable
 from detection_kd.ops.reference import ms_deform_attn_reference
+from wsi_common.ops import compiled_op
 
 
 def ms_deform_attn(

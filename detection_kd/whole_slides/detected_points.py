@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
-from common.errors import UserError
 from detection_kd.evaluation.midog_json import PointsInUm, read_midog_json
 from detection_kd.evaluation.point_metrics import ScoredField
 from detection_kd.mitosis_sets.checked_fields import make_field_id
@@ -17,6 +16,7 @@ from detection_kd.mitosis_sets.csv_points import read_number
 from detection_kd.mitosis_sets.point_set import AnnotatedField, PointSet
 from patch_encoder.cohort.labels import read_rows
 from patch_encoder.slides import open_slide
+from wsi_common.errors import UserError
 
 
 class DetectedPoints(NamedTuple):

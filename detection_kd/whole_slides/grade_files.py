@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from common.files import read_json, write_csv, write_json
 from detection_kd.evaluation.gleason import score_biopsy
 from detection_kd.grading.two_speed import measure_doubt
 from detection_kd.whole_slides.grade_map import NOTHING, GradeMap
@@ -25,6 +24,7 @@ from patch_encoder.slides import Slide
 from patch_encoder.slides.overview import read_overview
 from patch_encoder.tiles.coordinates import SlideJob
 from patch_encoder.tissue.outlines import compute_signed_area, trace_outlines
+from wsi_common.files import read_json, write_csv, write_json
 
 COLOURS = ((0, 158, 115), (240, 228, 66), (230, 159, 0), (213, 94, 0), (136, 34, 85))
 """From the lowest grade to the highest; further ones begin again."""

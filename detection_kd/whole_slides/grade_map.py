@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from common.errors import UserError
+from wsi_common.errors import UserError
 
 MOST_CELLS = 50_000_000
 NOTHING = -1  # grade of a cell that no tile covers

@@ -16,12 +16,12 @@ from jaxtyping import Bool, Float
 from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
-from common.device import autocast
 from detection_kd.evaluation.peaks import FLOOR, find_candidates, suppress_points
 from detection_kd.evaluation.point_matching import RADIUS_UM
 from detection_kd.models.cam import WeakLocaliser
 from patch_encoder.extraction.loop import ExtractSettings
 from patch_encoder.tiles.coordinates import Coordinates, SlideJob
+from wsi_common.device import autocast
 
 
 class Candidates(NamedTuple):

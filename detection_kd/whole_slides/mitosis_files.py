@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from common.files import read_json, write_csv, write_json
 from detection_kd.evaluation.hot_spot import HotSpot
 from detection_kd.evaluation.midog_json import PointsInUm, read_midog_json, write_midog_json
 from detection_kd.mitosis_sets.coco_points import SIDE
@@ -24,6 +23,7 @@ from detection_kd.whole_slides.mitosis_candidates import Candidates
 from detection_kd.whole_slides.mitosis_count import MitosisCount
 from detection_kd.whole_slides.slide_detections import FoundBoxes, make_detections_document
 from patch_encoder.tiles.coordinates import SlideJob
+from wsi_common.files import read_json, write_csv, write_json
 
 COLOURS = ([0, 158, 115], [150, 150, 150])
 """Of mitoses and of the other candidates in QuPath."""

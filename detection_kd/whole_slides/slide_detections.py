@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from common.files import write_json
 from detection_kd.datasets.box_suppression import (
     find_areas,
     find_touching,
@@ -25,6 +24,7 @@ from detection_kd.datasets.box_suppression import (
     suppress_boxes,
 )
 from patch_encoder.tiles.coordinates import Coordinates
+from wsi_common.files import write_json
 
 MARGIN = 0.25
 """Distance from a cut within which two tiles both keep a detection, as a share of its side: views

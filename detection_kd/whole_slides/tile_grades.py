@@ -12,8 +12,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from common.device import autocast
-from common.errors import UserError
 from detection_kd.grading.two_speed import choose_least_sure
 from detection_kd.models.low_resolution import GradingNetwork, PatchScale
 from detection_kd.whole_slides.tile_pass import find_in_slides, to_tensor
@@ -24,6 +22,8 @@ from patch_encoder.slides import open_slide
 from patch_encoder.stain.optical_density import weigh_tissue
 from patch_encoder.tiles.coordinates import Coordinates, SlideJob
 from patch_encoder.tiles.grid import make_tile_geometry
+from wsi_common.device import autocast
+from wsi_common.errors import UserError
 
 
 class GradedTile(NamedTuple):

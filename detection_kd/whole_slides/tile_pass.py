@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.files import read_json
-from common.progress import Progress
-from common.provenance import can_reuse
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.extraction.loop import ExtractSettings, tile_batches
 from patch_encoder.extraction.tile_batches import TileSequence
 from patch_encoder.tiles.coordinates import SlideJob
+from wsi_common.files import read_json
+from wsi_common.progress import Progress
+from wsi_common.provenance import can_reuse
 
 Found = TypeVar("Found")
 In = TypeVar("In", contravariant=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from common.config import key
-from common.errors import UserError
 from detection_kd.fields.tiling import place_tiles
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.cohort.selection import Selection
@@ -18,6 +16,8 @@ from patch_encoder.slides import open_slide
 from patch_encoder.slides.names import check_fingerprint
 from patch_encoder.tiles.coordinates import Coordinates, SlideJob
 from patch_encoder.tiles.grid import make_tile_geometry
+from wsi_common.config import key
+from wsi_common.errors import UserError
 
 
 @dataclass(frozen=True)

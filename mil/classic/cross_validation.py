@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.errors import UserError
-from common.files import read_json, sha256_bytes, write_json
-from common.provenance import can_reuse
-from common.seed import seed_everything
 from mil.classic.recipes import NETWORKS, SIMPLE, choose_recipe, pool_bags, predict_simple
 from mil.classic.sets import ClassicSet, load_set, make_folds
 from mil.classic.table import SETS, compute_accuracy
 from mil.classic.vmap_training import train_stacked
+from wsi_common.errors import UserError
+from wsi_common.files import read_json, sha256_bytes, write_json
+from wsi_common.provenance import can_reuse
+from wsi_common.seed import seed_everything
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ import h5py
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from common.errors import UserError
-from common.files import sha256_bytes
+from wsi_common.errors import UserError
+from wsi_common.files import sha256_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.functional import cross_entropy
 
-from common.schedules import half_cosine
 from mil.models.output import Packed
+from wsi_common.schedules import half_cosine
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from common.errors import UserError
-from common.files import sha256_bytes
-from common.memory import free_memory
 from mil.datasets.splits import list_names
 from patch_encoder.bags.bag import Bag, open_bag, slide_grid
 from patch_encoder.bags.paths import list_bags
 from patch_encoder.tiles.slide_grid import SlideGrid
+from wsi_common.errors import UserError
+from wsi_common.files import sha256_bytes
+from wsi_common.memory import free_memory
 
 logger = logging.getLogger(__name__)
 

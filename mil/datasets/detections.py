@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from common import __version__
-from common.errors import UserError
-from common.files import read_json, safe_id, sha256_file
-from common.provenance import can_reuse
 from mil.datasets.splits import list_names
 from patch_encoder.bags.bag import open_bag, read_bag
 from patch_encoder.bags.writer import write_bag
 from patch_encoder.tiles.coordinates import TileGeometry
+from wsi_common import __version__
+from wsi_common.errors import UserError
+from wsi_common.files import read_json, safe_id, sha256_file
+from wsi_common.provenance import can_reuse
 
 logger = logging.getLogger(__name__)
 CHANNELS = "detection_max,detection_count"  # of a bag

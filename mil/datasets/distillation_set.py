@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from common.checkpoint import save_tensors
-from common.files import atomic_path, read_json, write_json
-from common.provenance import can_reuse, unknown_origin
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.slides import Slide, open_slide
 from patch_encoder.slides.tile_folder import TileFolder
 from patch_encoder.tiles.coordinates import TileGeometry
 from patch_encoder.tiles.grid import read_tile
+from wsi_common.checkpoint import save_tensors
+from wsi_common.files import atomic_path, read_json, write_json
+from wsi_common.provenance import can_reuse, unknown_origin
 
 JPEG_QUALITY = 95
 

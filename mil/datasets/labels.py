@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import UserError, did_you_mean
 from patch_encoder.cohort.labels import SlideRecord, list_class_names, read_labels
+from wsi_common.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
 

@@ -25,10 +25,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import UserError, did_you_mean
-from common.files import sha256_bytes, write_csv
 from mil.datasets.labels import LabelledSlides
 from patch_encoder.cohort.labels import SlideRecord
+from wsi_common.errors import UserError, did_you_mean
+from wsi_common.files import sha256_bytes, write_csv
 
 logger = logging.getLogger(__name__)
 PROTOCOLS = ("cv", "fixed")

@@ -12,7 +12,6 @@ import logging
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from common.errors import UserError
 from mil.datasets.labels import LabelledSlides
 from mil.datasets.splits import (
     SETS,
@@ -22,6 +21,7 @@ from mil.datasets.splits import (
     find_shared_patients,
     list_names,
 )
+from wsi_common.errors import UserError
 
 logger = logging.getLogger(__name__)
 SHARED_PATIENTS = ("refuse", "leave_out")

@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
-from common.files import read_json
 from mil.datasets.splits import PROTOCOLS
 from mil.tasks.base import Task
 from mil.tasks.table import TASKS
+from wsi_common.errors import UserError
+from wsi_common.files import read_json
 
 NEEDED = ("feature_sets", "models", "classes", "headline", "features", "features_beside")
 

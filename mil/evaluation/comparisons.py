@@ -18,10 +18,10 @@ from dataclasses import replace
 from itertools import combinations, groupby
 from typing import Any
 
-from common.metrics.run_bootstrap import paired_difference
 from mil.evaluation.delong import Comparison, compare, holm
 from mil.evaluation.runs import FinishedRun, Samples, compute_mean, group_runs
 from mil.tasks.base import Task
+from wsi_common.metrics.run_bootstrap import paired_difference
 
 Place = tuple[str, str]  # feature set, model
 logger = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.metrics.ranking import ratio, sensitivity_on_curve, specificity_on_curve
-from common.metrics.run_bootstrap import bootstrap, interval_columns, summarise
 from mil.tasks.classification import Predictions
 from mil.tasks.records import weights_or_ones
+from wsi_common.metrics.ranking import ratio, sensitivity_on_curve, specificity_on_curve
+from wsi_common.metrics.run_bootstrap import bootstrap, interval_columns, summarise
 
 SENSITIVITY, SPECIFICITY = "sensitivity", "specificity"
 

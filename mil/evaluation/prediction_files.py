@@ -19,13 +19,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.errors import UserError
-from common.files import safe_id
 from mil.datasets.labels import check_positive
 from mil.datasets.splits import list_names
 from mil.evaluation.runs import FinishedRun
 from mil.tasks.base import Row, Task
 from mil.tasks.prediction_table import read_parts
+from wsi_common.errors import UserError
+from wsi_common.files import safe_id
 
 Rows = list[Row]
 

@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import UserError
-from common.files import read_json, write_csv
-from common.metrics.bootstrap import interval
-from common.metrics.run_bootstrap import bootstrap, format_with_interval, summarise
 from mil.evaluation.benchmark_folder import run_folders
 from mil.tasks.base import Task
 from mil.tasks.prediction_table import read_parts
 from mil.tasks.records import RunPredictions
 from patch_encoder.bags.bag import open_bag
+from wsi_common.errors import UserError
+from wsi_common.files import read_json, write_csv
+from wsi_common.metrics.bootstrap import interval
+from wsi_common.metrics.run_bootstrap import bootstrap, format_with_interval, summarise
 
 logger = logging.getLogger(__name__)
 COST_KEYS = ("dim", "parameters", "gflops", "tiles_per_second")

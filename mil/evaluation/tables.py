@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
-from common.files import atomic_path, write_or_remove_csv, write_text
-from common.metrics.run_bootstrap import format_with_interval
 from mil.evaluation.comparisons import comparison_table
 from mil.evaluation.runs import (
     FinishedRun,
@@ -25,6 +22,9 @@ from mil.evaluation.runs import (
 )
 from mil.evaluation.task_tables import TABLES
 from mil.tasks.base import Task
+from wsi_common.errors import UserError
+from wsi_common.files import atomic_path, write_or_remove_csv, write_text
+from wsi_common.metrics.run_bootstrap import format_with_interval
 
 logger = logging.getLogger(__name__)
 MANY_SKIPPED = 0.05  # share of resamples without a value from which on a table says so

@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from common.metrics.classification import confusion
-from common.metrics.run_bootstrap import bootstrap, interval_columns, summarise
 from mil.evaluation.operating import (
     FIXED,
     SCREENING,
@@ -23,6 +21,8 @@ from mil.evaluation.risk_groups import kaplan_meier, median_survival, risk_group
 from mil.evaluation.runs import FinishedRun, group_runs
 from mil.tasks.base import Task
 from mil.tasks.classification import evaluate
+from wsi_common.metrics.classification import confusion
+from wsi_common.metrics.run_bootstrap import bootstrap, interval_columns, summarise
 
 Rows = list[dict[str, Any]]
 LABEL_METRICS = ("auc", "auprc", "f1", "sensitivity", "specificity")

@@ -11,9 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.figures import CHANCE, PALETTE, line_style, new_figure, save_figure, styled
-from common.metrics.classification import auc, auprc
-from common.metrics.ranking import GRID, binary_auc, precision_curves, roc_curves
 from mil.evaluation.risk_groups import RiskGroups, kaplan_meier, risk_groups
 from mil.evaluation.runs import FinishedRun, group_runs
 from mil.evaluation.task_tables import mean_confusion, screening_rows
@@ -21,6 +18,9 @@ from mil.figures.curves import BANDS, draw_mean_curves, draw_reliability_curves,
 from mil.figures.report import draw_mean_roc
 from mil.tasks.base import Task
 from mil.tasks.multilabel import LabelPredictions
+from wsi_common.figures import CHANCE, PALETTE, line_style, new_figure, save_figure, styled
+from wsi_common.metrics.classification import auc, auprc
+from wsi_common.metrics.ranking import GRID, binary_auc, precision_curves, roc_curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

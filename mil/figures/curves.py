@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.figures import CHANCE, MARKERS, PALETTE, line_style, new_figure, styled
-from common.metrics.calibration import (
+from mil.tasks.classification import Predictions
+from wsi_common.figures import CHANCE, MARKERS, PALETTE, line_style, new_figure, styled
+from wsi_common.metrics.calibration import (
     apply_temperature,
     expected_calibration_error,
     reliability,
     stated_and_true,
 )
-from common.metrics.ranking import GRID
-from common.metrics.run_bootstrap import resample_runs
-from mil.tasks.classification import Predictions
+from wsi_common.metrics.ranking import GRID
+from wsi_common.metrics.run_bootstrap import resample_runs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,7 +13,6 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 
-from common.figures import jpeg_uri
 from mil.datasets.bags import Sample
 from mil.evaluation.runs import FinishedRun
 from mil.figures.report import mark_tiles
@@ -27,6 +26,7 @@ from patch_encoder.slides import open_slide
 from patch_encoder.slides.names import check_fingerprint
 from patch_encoder.slides.overview import read_overview
 from patch_encoder.tiles.grid import read_tile
+from wsi_common.figures import jpeg_uri
 
 THUMBNAIL_SIDE = 460
 T = TypeVar("T")

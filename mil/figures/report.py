@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from common.figures import CHANCE, new_figure, palette_colour, styled, svg_uri
-from common.metrics.ranking import GRID, roc_curves
 from mil.tasks.classification import Predictions
 from patch_encoder.tiles.coordinates import TileGeometry
 from patch_encoder.viz.captions import load_caption_font
+from wsi_common.figures import CHANCE, new_figure, palette_colour, styled, svg_uri
+from wsi_common.metrics.ranking import GRID, roc_curves
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from common.figures import svg_uri
 from mil.figures.by_task import FIGURES as RUN_FIGURES
 from mil.heatmaps import figures
 from mil.heatmaps.sources import Source
+from wsi_common.figures import svg_uri
 
 
 @dataclass(frozen=True)

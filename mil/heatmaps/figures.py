@@ -1,8 +1,8 @@
 """Draws a cohort's predictions for its page: calibration, confusion, scores by class, and the
 ROC curves of the report.
 
-The bins, the calibration error and the Brier score are those of common/metrics/calibration.py; the
-observed share of a bin has Wilson's 95 % interval (Wilson, JASA 1927).
+The bins, the calibration error and the Brier score are those of wsi_common/metrics/calibration.py;
+the observed share of a bin has Wilson's 95 % interval (Wilson, JASA 1927).
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from common.figures import CHANCE, PALETTE, new_figure, palette_colour, styled, svg_uri
-from common.metrics.calibration import (
+from mil.figures.report import draw_mean_roc
+from mil.tasks.classification import Predictions
+from wsi_common.figures import CHANCE, PALETTE, new_figure, palette_colour, styled, svg_uri
+from wsi_common.metrics.calibration import (
     brier,
     expected_calibration_error,
     reliability,
     stated_and_true,
 )
-from common.metrics.classification import auc, confusion
-from mil.figures.report import draw_mean_roc
-from mil.tasks.classification import Predictions
+from wsi_common.metrics.classification import auc, confusion
 
 Z = 1.959964  # normal quantile of a 95 % interval
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from common.files import atomic_path
 from mil.heatmaps.scores import TileScores, compute_percentile_ranks
 from patch_encoder.slides.base import Slide
 from patch_encoder.tiles.grid import read_tile
 from patch_encoder.viz.captions import INK, QUIET, TEXT, TITLE, fit_text, load_caption_font
+from wsi_common.files import atomic_path
 
 CELL, GAP, CAPTION = 168, 10, 36  # px of a sheet's tile, between tiles, of the text below
 COLUMNS = 6  # of a sheet

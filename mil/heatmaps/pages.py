@@ -16,12 +16,12 @@ from urllib.parse import quote
 
 from jinja2 import Environment
 
-from common.files import write_text
-from common.pages import make_environment
 from mil.heatmaps.cohort_figures import FIGURES
 from mil.heatmaps.gallery import format_value
 from mil.heatmaps.sources import Source, list_facts
 from patch_encoder.viz.captions import choose_round_length, format_length
+from wsi_common.files import write_text
+from wsi_common.pages import make_environment
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 

@@ -18,11 +18,11 @@ import tifffile
 from jaxtyping import UInt8
 from PIL import Image
 
-from common.files import atomic_path
-from common.processes.pool import heartbeat
 from mil.heatmaps.drawing import Heat, blend
 from patch_encoder.demo.pyramid import halve
 from patch_encoder.slides.base import Slide
+from wsi_common.files import atomic_path
+from wsi_common.processes.pool import heartbeat
 
 TILE = 256
 SMALLEST = 256  # px: a level with both sides up to this is the last

@@ -18,14 +18,14 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from common.errors import UserError
-from common.files import write_csv
 from mil.datasets.bags import Sample
 from mil.models.batch import forward_bags
 from mil.tasks.base import Task
 from mil.training.engine import examine
 from patch_encoder.bags.bag import open_bag
 from patch_encoder.tiles.coordinates import Coordinates
+from wsi_common.errors import UserError
+from wsi_common.files import write_csv
 
 VALUES = ("auto", "attention", "probability", "risk", "value")
 BLOCK = 1024  # tiles whose bags of one go through the model together

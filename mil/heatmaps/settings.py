@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.config import key
-from common.errors import UserError
 from mil.heatmaps.drawing import COLOURS
 from mil.heatmaps.scores import VALUES
 from mil.tasks.base import Task
 from patch_encoder.slides.base import Slide
+from wsi_common.config import key
+from wsi_common.errors import UserError
 
 LARGEST = 20000  # px a side of a PNG
 

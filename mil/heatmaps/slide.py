@@ -22,8 +22,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from common.errors import UserError
-from common.files import atomic_path, write_json, write_text
 from mil.heatmaps.drawing import Heat, add_frame, blend, draw_cover, draw_outlines, make_heat_layer
 from mil.heatmaps.gallery import choose_tiles, save_jpeg, write_gallery
 from mil.heatmaps.pyramid import write_heat_pyramid
@@ -38,6 +36,8 @@ from patch_encoder.slides.overview import read_overview
 from patch_encoder.tiles.coordinates import Coordinates
 from patch_encoder.tiles.geojson import make_tiles_geojson
 from patch_encoder.tissue.geojson import Shape, read_geojson
+from wsi_common.errors import UserError
+from wsi_common.files import atomic_path, write_json, write_text
 
 PAGE_SIDE, THUMBNAIL = 1100, 200  # px of the pictures in a slide's page and in the cohort's table
 # precision of a run -> how far its logits may be from those that are computed here, in float32, as

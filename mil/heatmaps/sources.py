@@ -17,9 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from common.checkpoint import load_checkpoint
-from common.errors import UserError, did_you_mean
-from common.files import read_json
 from mil.evaluation.benchmark_folder import (
     choose_feature_set,
     find_features,
@@ -30,6 +27,9 @@ from mil.evaluation.benchmark_folder import (
 from mil.evaluation.runs import FinishedRun, read_side
 from mil.tasks.base import Task
 from mil.tasks.table import task_from_dict
+from wsi_common.checkpoint import load_checkpoint
+from wsi_common.errors import UserError, did_you_mean
+from wsi_common.files import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ from typing import Any, get_args, get_type_hints
 
 from torch import nn
 
-from common.errors import UserError, did_you_mean
 from mil.models.abmil import ABMIL
 from mil.models.batch import BagCheck
 from mil.models.clam import CLAM
@@ -27,6 +26,7 @@ from mil.models.mhim import MHIM, select_plain_options
 from mil.models.minet import MINet
 from mil.models.rrt import RRT
 from mil.models.transmil import TransMIL
+from wsi_common.errors import UserError, did_you_mean
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mean": MeanMIL,

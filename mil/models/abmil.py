@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from common.errors import UserError, did_you_mean
 from mil.models.layers import Dropout, index_bags, segment_pool, segment_softmax
 from mil.models.output import MILOutput, Packed, Pooled, Target, initialise
+from wsi_common.errors import UserError, did_you_mean
 
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from common.errors import UserError
 from mil.models.layers import Standardised, inner_model
 from mil.models.output import Packed
+from wsi_common.errors import UserError
 
 HALF = (torch.float16, torch.bfloat16)
 

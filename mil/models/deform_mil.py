@@ -23,13 +23,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from common.errors import UserError
-from common.ops.deform_attn_layer import DeformAttnLayer
 from mil.models.layers import Dropout
 from mil.models.output import MILOutput, initialise
 from mil.ops.grid import TileGrid, build_grid
 from mil.ops.sparse_deform_attn import sparse_deform_attn
 from patch_encoder.tiles.slide_grid import SlideGrid
+from wsi_common.errors import UserError
+from wsi_common.ops.deform_attn_layer import DeformAttnLayer
 
 TEMPERATURE = 10_000.0  # of the sine encoding
 

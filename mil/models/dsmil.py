@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from common.checkpoint import load_weights, read_weights
-from common.errors import UserError
 from mil.models.layers import Dropout, index_bags, segment_pool, segment_softmax
 from mil.models.output import MILOutput, Packed, Pooled, Stream, Target, initialise
+from wsi_common.checkpoint import load_weights, read_weights
+from wsi_common.errors import UserError
 
 QUERY = 128
 # names of the authors' state dicts -> ours

@@ -24,10 +24,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from common.checkpoint import load_weights, read_weights
-from common.errors import UserError, did_you_mean
 from mil.models.layers import Dropout, segment_pool, segment_softmax
 from mil.models.output import MILOutput, Packed, Stream, Target, initialise
+from wsi_common.checkpoint import load_weights, read_weights
+from wsi_common.errors import UserError, did_you_mean
 
 DISTIL = ("afs", "maxs", "maxmins", "mas")
 # names of the authors' checkpoint -> ours

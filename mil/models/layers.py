@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from common.errors import UserError
 from mil.models.output import MILOutput
 from patch_encoder.bags.bag import Bag
+from wsi_common.errors import UserError
 
 PART = 1 << 16  # tiles that are summed at a time
 

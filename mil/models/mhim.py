@@ -34,14 +34,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from common.checkpoint import load_weights
-from common.ema import update_teacher
-from common.errors import UserError
-from common.schedules import half_cosine
 from mil.models.abmil import ABMIL
 from mil.models.dsmil import DSMIL
 from mil.models.output import MILOutput, Target, normalise_attention
 from mil.models.transmil import TransMIL
+from wsi_common.checkpoint import load_weights
+from wsi_common.ema import update_teacher
+from wsi_common.errors import UserError
+from wsi_common.schedules import half_cosine
 
 BASES: dict[str, Any] = {"abmil": ABMIL, "dsmil": DSMIL, "transmil": TransMIL}
 # what the authors' base has that is no default of ours

@@ -18,9 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
-from common.errors import UserError, did_you_mean
 from mil.models.layers import Dropout, index_bags, segment_max, segment_sum
 from mil.models.output import MILOutput, Packed, Stream, Target, initialise
+from wsi_common.errors import UserError, did_you_mean
 
 LEVELS = ("instance", "embedding", "deep", "residual")
 POOLINGS = ("max", "mean", "lse")

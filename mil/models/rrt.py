@@ -23,10 +23,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad, scaled_dot_product_attention
 
-from common.errors import UserError
 from mil.models.abmil import ABMIL
 from mil.models.layers import Dropout, check_heads
 from mil.models.output import MILOutput, Target, initialise
+from wsi_common.errors import UserError
 
 
 class SelfAttention(nn.Module):

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.ops.compiled_op import (
+from mil.ops.grid import SparseMaps
+from wsi_common.ops.compiled_op import (
     CompiledOp,
     below_autocast,
     bound_of,
     compute_dtype,
     empty_gradients,
 )
-from mil.ops.grid import SparseMaps
 
 OPS = Path(__file__).resolve().parent
 BACKWARD = "mil::sparse_deform_attn_backward"

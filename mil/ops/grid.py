@@ -23,8 +23,8 @@ import torch
 from jaxtyping import Float, Int, Int32, Int64
 from torch import Tensor
 
-from common.errors import UserError
 from patch_encoder.tiles.slide_grid import MAX_CELLS, SlideGrid, grid_positions, infer_step
+from wsi_common.errors import UserError
 
 
 class SparseMaps(NamedTuple):

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from common.ops import compiled_op
 from mil.ops.compiled import OP, sparse_deform_attn_compiled, unavailable
 from mil.ops.grid import SparseMaps
 from mil.ops.reference import sparse_deform_attn_reference
+from wsi_common.ops import compiled_op
 
 
 def sparse_deform_attn(

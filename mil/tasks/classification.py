@@ -1,6 +1,6 @@
 """One class per slide: the metrics of its probabilities, its loss and its threshold.
 
-S slides, C classes, B weightings of the slides (common/metrics/classification.py). Two classes:
+S slides, C classes, B weightings of the slides (wsi_common/metrics/classification.py). Two classes:
 class 1 is positive. The threshold and the temperature are chosen on a fold's validation slides, not
 on those that they judge.
 """
@@ -18,10 +18,16 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from common.errors import UserError
-from common.metrics.agreement import kappa
-from common.metrics.calibration import calibration, fit_temperature
-from common.metrics.classification import (
+from mil.datasets.labels import read_labelled_slides
+from mil.losses.classification import class_loss
+from mil.models.output import Target
+from mil.tasks.base import Array, Names, ReadTargets, Row, Task
+from mil.tasks.prediction_table import check_names, read_probabilities
+from mil.tasks.records import FigureSpec, RunPredictions, TaskOptions
+from wsi_common.errors import UserError
+from wsi_common.metrics.agreement import kappa
+from wsi_common.metrics.calibration import calibration, fit_temperature
+from wsi_common.metrics.classification import (
     auc,
     auprc,
     confusion,
@@ -29,12 +35,6 @@ from common.metrics.classification import (
     rates,
     youden_threshold,
 )
-from mil.datasets.labels import read_labelled_slides
-from mil.losses.classification import class_loss
-from mil.models.output import Target
-from mil.tasks.base import Array, Names, ReadTargets, Row, Task
-from mil.tasks.prediction_table import check_names, read_probabilities
-from mil.tasks.records import FigureSpec, RunPredictions, TaskOptions
 
 METRICS = (
     *("auc", "f1", "sensitivity", "specificity", "accuracy", "balanced_accuracy"),

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from common.errors import UserError
 from mil.losses.survival import discrete_loss, discrete_risk
 from mil.models.output import Target
 from mil.tasks.records import TaskOptions
 from mil.tasks.survival import SurvivalTask
+from wsi_common.errors import UserError
 
 
 @dataclass(frozen=True)

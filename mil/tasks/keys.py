@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import REQUIRED, key
 from mil.datasets.splits import PROTOCOLS
 from mil.datasets.stored_splits import SHARED_PATIENTS
 from mil.tasks.table import TASKS
 from patch_encoder.cohort.labels import read_labels
 from patch_encoder.cohort.slide_files import find_slides
 from patch_encoder.tiles.coordinates import tile_pattern_of
+from wsi_common.config import REQUIRED, key
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from common.errors import UserError
-from common.metrics.classification import youden_threshold
-from common.metrics.ranking import average_precision, binary_auc, ratio
 from mil.datasets.labels import LabelledSlides
 from mil.losses.classification import label_loss
 from mil.models.output import Target
@@ -29,6 +26,9 @@ from mil.tasks.prediction_table import check_names, read_probabilities
 from mil.tasks.records import FigureSpec, RunPredictions, TaskOptions, Verdict
 from mil.tasks.slide_targets import NONE, read_records
 from patch_encoder.cohort.labels import SlideRecord
+from wsi_common.errors import UserError
+from wsi_common.metrics.classification import youden_threshold
+from wsi_common.metrics.ranking import average_precision, binary_auc, ratio
 
 
 @dataclass(frozen=True)

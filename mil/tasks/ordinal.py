@@ -12,10 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from common.errors import UserError, did_you_mean
-from common.metrics.agreement import kappa
-from common.metrics.classification import confusion
-from common.metrics.ranking import binary_auc, ratio
 from mil.datasets.labels import LabelledSlides
 from mil.losses.classification import corn_loss, corn_probabilities
 from mil.models.output import Target
@@ -23,6 +19,10 @@ from mil.tasks.base import Names, ReadTargets
 from mil.tasks.classification import OneClassTask, Predictions
 from mil.tasks.records import FigureSpec
 from mil.tasks.slide_targets import present_names, read_records
+from wsi_common.errors import UserError, did_you_mean
+from wsi_common.metrics.agreement import kappa
+from wsi_common.metrics.classification import confusion
+from wsi_common.metrics.ranking import binary_auc, ratio
 
 
 def grade(probabilities: np.ndarray) -> np.ndarray:

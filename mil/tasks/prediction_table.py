@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import UserError
-from common.files import write_csv
 from mil.tasks.base import Row, Task, apply_cuts
+from wsi_common.errors import UserError
+from wsi_common.files import write_csv
 
 
 def write_predictions(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.metrics.ranking import ratio
+from wsi_common.metrics.ranking import ratio
 
 
 @dataclass(frozen=True)

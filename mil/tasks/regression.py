@@ -17,8 +17,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from common.errors import UserError
-from common.metrics.ranking import ratio
 from mil.datasets.labels import LabelledSlides
 from mil.losses.regression import LOSSES, regression_loss
 from mil.models.output import Target
@@ -33,6 +31,8 @@ from mil.tasks.records import (
     weights_or_ones,
 )
 from mil.tasks.slide_targets import read_records
+from wsi_common.errors import UserError
+from wsi_common.metrics.ranking import ratio
 
 MOST_BINS, SLIDES_PER_BIN = 4, 10
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from common.errors import UserError
 from mil.models.output import Target
 from mil.tasks.base import Task
 from patch_encoder.cohort.labels import SlideRecord, read_labels
+from wsi_common.errors import UserError
 
 NONE = "-"  # the label of a slide that has none of several
 

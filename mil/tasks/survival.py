@@ -18,9 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import UserError
-from common.files import safe_id
-from common.metrics.ranking import ratio
 from mil.datasets.labels import LabelledSlides
 from mil.models.output import Target
 from mil.tasks.base import Array, Names, NumberTask, ReadTargets, Row
@@ -28,6 +25,9 @@ from mil.tasks.prediction_table import read_numbers
 from mil.tasks.records import FigureSpec, RunPredictions, Verdict, rank_places
 from mil.tasks.slide_targets import chosen_records, present_names
 from patch_encoder.cohort.labels import SlideRecord, read_rows
+from wsi_common.errors import UserError
+from wsi_common.files import safe_id
+from wsi_common.metrics.ranking import ratio
 
 EVENTS = ("censored", "event")
 COLUMNS = ("case_id", "slide_id", "time", "event")

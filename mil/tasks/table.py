@@ -7,7 +7,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
 from mil.datasets.labels import LabelledSlides
 from mil.tasks.base import Task
 from mil.tasks.classification import Classification
@@ -18,6 +17,7 @@ from mil.tasks.ordinal import Ordinal
 from mil.tasks.records import TaskOptions
 from mil.tasks.regression import Regression
 from mil.tasks.slide_targets import SlideTargets
+from wsi_common.errors import UserError
 
 TASKS: dict[str, type[Task]] = {
     "classes": Classification,

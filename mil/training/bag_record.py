@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from common.errors import UserError
 from patch_encoder.bags.bag import Bag
+from wsi_common.errors import UserError
 
 # attributes of a bag that say which features it holds
 ENCODER = ("encoder", "weights_sha256", "transform", "stain")

@@ -16,16 +16,16 @@ from pathlib import Path
 
 import torch
 
-from common.device import pick_device
-from common.distributed import World
-from common.errors import UserError
-from common.processes.pool import Lost, Raised, finish, run_jobs
-from common.processes.ray_cluster import RayPool, RaySettings
 from mil.datasets.bags import choose_memory, digest_each
 from mil.training.engine import check_validation
 from mil.training.fold_run import FoldJob, FoldSettings, open_job, run_job
 from mil.training.keys import Cohort
 from mil.training.recipes import check_recipe
+from wsi_common.device import pick_device
+from wsi_common.distributed import World
+from wsi_common.errors import UserError
+from wsi_common.processes.pool import Lost, Raised, finish, run_jobs
+from wsi_common.processes.ray_cluster import RayPool, RaySettings
 
 logger = logging.getLogger(__name__)
 Outcome = tuple[int, str | None]  # number of a training, and its error

@@ -20,21 +20,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from common.checkpoint import load_checkpoint, load_weights, resume, save_checkpoint
-from common.device import autocast
-from common.distributed import World, all_reduce_mean, unwrap, wrap
-from common.errors import UserError
-from common.optim import (
-    clip_gradients,
-    exchange_gradients,
-    group_batches,
-    make_optimizer,
-    require_finite,
-    set_lr,
-    trainable,
-)
-from common.run import Run
-from common.seed import epoch_generator
 from mil.datasets.bags import Sample
 from mil.models import build
 from mil.models.output import MILOutput, Target
@@ -44,6 +29,21 @@ from mil.training.epochs import Smoother, class_weights, draws, epoch_order, is_
 from mil.training.prediction import grid_for, is_streamed, on_device, predict, prefetch
 from mil.training.recipes import Recipe, check_recipe, recipe_factor
 from mil.training.streaming import stream
+from wsi_common.checkpoint import load_checkpoint, load_weights, resume, save_checkpoint
+from wsi_common.device import autocast
+from wsi_common.distributed import World, all_reduce_mean, unwrap, wrap
+from wsi_common.errors import UserError
+from wsi_common.optim import (
+    clip_gradients,
+    exchange_gradients,
+    group_batches,
+    make_optimizer,
+    require_finite,
+    set_lr,
+    trainable,
+)
+from wsi_common.run import Run
+from wsi_common.seed import epoch_generator
 
 logger = logging.getLogger(__name__)
 CLASSES = Classification()  # the criterion of one class per slide, without its names

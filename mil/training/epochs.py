@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import UserError
 from mil.datasets.bags import Sample
 from mil.training.recipes import Recipe
+from wsi_common.errors import UserError
 
 
 def draws(

@@ -19,13 +19,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.checkpoint import load_checkpoint
-from common.distributed import World, barrier
-from common.errors import UserError
-from common.files import read_json, sha256_bytes
-from common.memory import is_out_of_memory, reuse_large_blocks
-from common.run import Run, Tracker, open_run
-from common.seed import seed_everything
 from mil.datasets.bags import Sample, digest_set, load_bags
 from mil.datasets.labels import LabelledSlides
 from mil.datasets.splits import SETS, Split
@@ -41,6 +34,13 @@ from mil.training.engine import train_model
 from mil.training.prediction import predict
 from mil.training.recipes import Recipe, check_recipe
 from patch_encoder.bags.bag import Bag
+from wsi_common.checkpoint import load_checkpoint
+from wsi_common.distributed import World, barrier
+from wsi_common.errors import UserError
+from wsi_common.files import read_json, sha256_bytes
+from wsi_common.memory import is_out_of_memory, reuse_large_blocks
+from wsi_common.run import Run, Tracker, open_run
+from wsi_common.seed import seed_everything
 
 logger = logging.getLogger(__name__)
 _kept: dict[tuple[object, ...], dict[str, Bag]] = {}  # of `cached_bags`: one at most

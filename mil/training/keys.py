@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-from common.config import given_keys, group, key
-from common.errors import UserError
 from mil.datasets.bags import find_bags, select_usable_bags
 from mil.datasets.labels import LabelledSlides
 from mil.datasets.splits import (
@@ -34,6 +32,8 @@ from mil.tasks.table import TASKS, read_targets
 from mil.training.fold_run import FoldSettings
 from mil.training.recipes import Recipe, resolve
 from patch_encoder.bags.bag import open_bag
+from wsi_common.config import given_keys, group, key
+from wsi_common.errors import UserError
 
 logger = logging.getLogger(__name__)
 COMPARED_BAGS = 16  # a step, of which the events are compared with those that lived longer

@@ -19,13 +19,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from common.device import autocast
-from common.distributed import unwrap
 from mil.datasets.bags import Sample
 from mil.models.layers import inner_model
 from mil.training.streaming import can_stream, stream
 from patch_encoder.bags.bag import Bag
 from patch_encoder.tiles.slide_grid import SlideGrid
+from wsi_common.device import autocast
+from wsi_common.distributed import unwrap
 
 logger = logging.getLogger(__name__)
 WHOLE_BYTES = 128 << 20  # 32,768 tiles of 1,024 features

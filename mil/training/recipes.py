@@ -13,13 +13,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
-from common.config import key
-from common.distributed import World
-from common.errors import UserError, did_you_mean
-from common.optim import OPTIMIZERS
-from common.schedules import SCHEDULES, drop_epoch, lr_factor
 from mil.models import check_option
 from mil.tasks.base import Task
+from wsi_common.config import key
+from wsi_common.distributed import World
+from wsi_common.errors import UserError, did_you_mean
+from wsi_common.optim import OPTIMIZERS
+from wsi_common.schedules import SCHEDULES, drop_epoch, lr_factor
 
 
 @dataclass
@@ -162,7 +162,7 @@ def resolve(
     Args:
         model: key of MODELS.
         training, dropout: the configuration's.
-        given: dotted names that a file or the command line set (common.config.given_keys).
+        given: dotted names that a file or the command line set (wsi_common.config.given_keys).
         changes: of this model alone: keys of Recipe, and `dropout`.
 
     Raises:

@@ -19,12 +19,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from common.errors import UserError
 from mil.models import ABMIL, CLAM, DSMIL, DTFD, ILRA, MHIM, MaxMIL, MeanMIL, Standardised
 from mil.models.ilra import GAB, CrossAttention
 from mil.models.layers import inner_model
 from mil.models.output import MILOutput, normalise_attention
 from patch_encoder.bags.bag import Bag
+from wsi_common.errors import UserError
 
 BLOCK = 2048  # tiles at a time: 8 MB of 1,024 float32 features
 KEPT_BYTES = 256 << 20  # of embeddings that a second pass finds again: 131,072 tiles of 512 numbers

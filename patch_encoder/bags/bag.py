@@ -19,7 +19,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from common.errors import DamagedFile, UserError
 from patch_encoder.bags.layouts import as_float, map_pt, read_h5_rows, read_layout
 from patch_encoder.bags.writer import digest_content
 from patch_encoder.tiles.coordinates import (
@@ -31,6 +30,7 @@ from patch_encoder.tiles.coordinates import (
     read_coordinates,
 )
 from patch_encoder.tiles.slide_grid import SlideGrid, find_grid
+from wsi_common.errors import DamagedFile, UserError
 
 BLOCK_BYTES = 16 << 20  # of features that are read at a time
 COORDS_REMEDY = (

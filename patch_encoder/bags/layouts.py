@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from common.checkpoint import load_tensors
-from common.errors import DamagedFile
-from common.hdf5 import find_dataset, get_dataset, open_hdf5
 from patch_encoder.tiles.coordinates import convert_corners
+from wsi_common.checkpoint import load_tensors
+from wsi_common.errors import DamagedFile
+from wsi_common.hdf5 import find_dataset, get_dataset, open_hdf5
 
 FEATURE_KEYS = ("features", "feats")
 WHAT, REMEDY = "a feature bag", "extract the slide again"

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import UserError
-from common.hdf5 import open_hdf5, write_hdf5
 from patch_encoder.bags.bag import Bag
 from patch_encoder.tiles.coordinates import FULL_GEOMETRY
 from patch_encoder.tiles.formats import trident_attributes
+from wsi_common.errors import UserError
+from wsi_common.hdf5 import open_hdf5, write_hdf5
 
 DIGEST = "bag_sha256"  # attribute of a file: the content that it was written from
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.errors import UserError
+from wsi_common.errors import UserError
 
 FOLDERS = ("h5_files", "pt_files", "pt", "")
 

@@ -17,8 +17,8 @@ import h5py
 import numpy as np
 from numpy.typing import ArrayLike
 
-from common.files import AtomicFile, atomic_path
-from common.hdf5 import write_hdf5
+from wsi_common.files import AtomicFile, atomic_path
+from wsi_common.hdf5 import write_hdf5
 
 BAG_OVERHEAD = 64 * 1024  # bytes of HDF5 structure and attributes, generously
 DIGEST_BYTES = 1 << 20  # read back at a time

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import FullDisk, UserError
 from patch_encoder.bags.writer import BAG_OVERHEAD
 from patch_encoder.tiles.coordinates import SlideJob
+from wsi_common.errors import FullDisk, UserError
 
 REMEDY = "free some, choose output= on another disk, or store dtype=float16"
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from common.files import write_csv
+from wsi_common.files import write_csv
 
 logger = logging.getLogger(__name__)
 

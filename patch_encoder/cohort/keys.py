@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.config import REQUIRED, key
 from patch_encoder.cohort.selection import Selection, read_selection
+from wsi_common.config import REQUIRED, key
 
 
 @dataclass

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from common.errors import UserError, did_you_mean
-from common.files import safe_id
 from patch_encoder.slides.names import strip_suffix
 from patch_encoder.slides.resolution import is_plausible
+from wsi_common.errors import UserError, did_you_mean
+from wsi_common.files import safe_id
 
 logger = logging.getLogger(__name__)
 

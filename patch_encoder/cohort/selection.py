@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
-from common.errors import UserError, did_you_mean
-from common.files import safe_id
 from patch_encoder.cohort.labels import read_rows
 from patch_encoder.slides.names import DICOM_SUFFIX, PICTURE_SUFFIXES, SLIDE_SUFFIXES, strip_suffix
+from wsi_common.errors import UserError, did_you_mean
+from wsi_common.files import safe_id
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.errors import UserError
 from patch_encoder.tiles.coordinates import SlideJob
+from wsi_common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.errors import UserError, did_you_mean
 from patch_encoder.cohort.labels import SlideRecord, read_labels
 from patch_encoder.cohort.selection import Selection
 from patch_encoder.slides.names import (
@@ -23,6 +22,7 @@ from patch_encoder.slides.names import (
     suffix_of,
 )
 from patch_encoder.slides.tile_folder import TilePattern, parse_tile_pattern
+from wsi_common.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
 ALL = Selection()

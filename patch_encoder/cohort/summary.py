@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import UserError
 from patch_encoder.bags.layouts import read_layout
 from patch_encoder.bags.paths import list_bags
 from patch_encoder.tiles.coordinates import coordinate_attributes, read_coordinates
 from patch_encoder.tissue.quality import read_quality
+from wsi_common.errors import UserError
 
 SAMPLE = 2000  # tiles of a slide that its histograms are drawn from
 BINS = 20

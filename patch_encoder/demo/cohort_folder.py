@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.files import read_json, write_json
-from common.provenance import can_reuse, unknown_origin
 from patch_encoder.demo.histology.point_files import POINT_FILES
+from wsi_common.files import read_json, write_json
+from wsi_common.provenance import can_reuse, unknown_origin
 
 LABEL_COLUMNS = ("case_id", "slide_id", "label", "split", "mpp")
 STAMP = "cohort.json"

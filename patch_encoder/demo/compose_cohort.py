@@ -25,11 +25,6 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from common.cli import launch
-from common.config import REQUIRED, identity, key
-from common.errors import UserError, did_you_mean
-from common.files import atomic_path, sha256_file, write_csv, write_json
-from common.progress import progress
 from patch_encoder.demo.cohort_folder import LABEL_COLUMNS, claim_folder, make_coco_document
 from patch_encoder.demo.composed_slides import (
     SPLITS,
@@ -41,6 +36,11 @@ from patch_encoder.demo.composed_slides import (
     read_fields,
     split_fields,
 )
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, identity, key
+from wsi_common.errors import UserError, did_you_mean
+from wsi_common.files import atomic_path, sha256_file, write_csv, write_json
+from wsi_common.progress import progress
 
 TILE_COLUMNS = ("slide_id", "row", "column", "field", "x", "y", "lesion")
 JPEG_QUALITY = 95

@@ -24,11 +24,6 @@ from pathlib import Path
 
 import numpy as np
 
-from common.cli import launch
-from common.config import REQUIRED, identity, key
-from common.errors import UserError
-from common.files import sha256_bytes, sha256_file
-from common.progress import progress
 from patch_encoder.demo.cohort_folder import claim_folder
 from patch_encoder.demo.histology.colour_baseline import measure_colour, measure_darkness
 from patch_encoder.demo.histology.composed_fields import (
@@ -42,6 +37,11 @@ from patch_encoder.demo.histology.composed_fields import (
 from patch_encoder.demo.histology.figure_crops import TABLE, SlideTiles, read_slide_tiles
 from patch_encoder.demo.histology.point_files import POINT_FILES, count_wrong, write_point_files
 from patch_encoder.demo.pyramid import holds_pyramid, write_pyramid
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, identity, key
+from wsi_common.errors import UserError
+from wsi_common.files import sha256_bytes, sha256_file
+from wsi_common.progress import progress
 
 MPP = 0.5
 SPLITS = ("train", "val", "test")

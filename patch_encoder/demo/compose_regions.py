@@ -25,15 +25,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.cli import launch
-from common.config import REQUIRED, identity, key
-from common.errors import UserError
-from common.files import sha256_bytes, write_csv
-from common.progress import progress
 from patch_encoder.demo.cohort_folder import LABEL_COLUMNS, claim_folder
 from patch_encoder.demo.pyramid import write_pyramid
 from patch_encoder.demo.region_simulation import ZONE_COLUMNS
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, write_coordinates
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, identity, key
+from wsi_common.errors import UserError
+from wsi_common.files import sha256_bytes, write_csv
+from wsi_common.progress import progress
 
 NAME = re.compile(r"(.+?)[-_ ]*(\d+)")
 STAIN_SPREAD, LAMP_SPREAD = 0.25, 0.08

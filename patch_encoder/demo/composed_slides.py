@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from common.errors import UserError, did_you_mean
-from common.files import read_json
+from wsi_common.errors import UserError, did_you_mean
+from wsi_common.files import read_json
 
 SPLITS = ("train", "val", "test")
 MOST_LESIONS = 4

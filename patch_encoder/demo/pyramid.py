@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import tifffile
 
-from common.files import atomic_path
+from wsi_common.files import atomic_path
 
 TILE = 256
 SMALLEST = 256

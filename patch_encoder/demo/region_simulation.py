@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 from scipy.ndimage import uniform_filter
 
-from common.files import write_csv
 from patch_encoder.bags.writer import write_bag
 from patch_encoder.demo.cohort_folder import LABEL_COLUMNS, claim_folder
 from patch_encoder.demo.cytology.tissue_map import divide_by_shares
 from patch_encoder.tiles.coordinates import TileGeometry
+from wsi_common.files import write_csv
 
 ENCODER = "region_simulation"
 TILE = 64  # px of level 0; only the grid matters

@@ -22,11 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.cli import launch
-from common.config import REQUIRED, identity, key
-from common.errors import UserError
-from common.files import sha256_bytes, write_csv, write_json
-from common.progress import progress
 from patch_encoder.demo.cohort_folder import LABEL_COLUMNS, claim_folder, make_coco_document
 from patch_encoder.demo.cytology.sample_plan import (
     PlannedField,
@@ -39,6 +34,11 @@ from patch_encoder.demo.cytology.sample_plan import (
 from patch_encoder.demo.cytology.smear import Box
 from patch_encoder.demo.cytology.tissue_map import write_tissue_map
 from patch_encoder.demo.parallel import run_parallel
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, identity, key
+from wsi_common.errors import UserError
+from wsi_common.files import sha256_bytes, write_csv, write_json
+from wsi_common.progress import progress
 
 DRAWING = 1
 """Rises when the drawing changes: pictures of two versions are never mixed."""

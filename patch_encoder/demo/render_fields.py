@@ -19,11 +19,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from common.cli import launch
-from common.config import REQUIRED, identity, key
-from common.errors import UserError
-from common.files import sha256_bytes
-from common.progress import progress
 from patch_encoder.demo.cohort_folder import claim_folder
 from patch_encoder.demo.histology.field import FieldPlan, draw_field, place_cells
 from patch_encoder.demo.histology.point_files import (
@@ -35,6 +30,11 @@ from patch_encoder.demo.histology.point_files import (
 from patch_encoder.demo.histology.scanner import SCANNERS
 from patch_encoder.demo.parallel import run_parallel
 from patch_encoder.demo.pyramid import holds_pyramid, write_pyramid
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, identity, key
+from wsi_common.errors import UserError
+from wsi_common.files import sha256_bytes
+from wsi_common.progress import progress
 
 DRAWING = 2
 """Rises when the drawing changes: pictures of two versions are never mixed."""

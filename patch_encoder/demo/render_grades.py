@@ -25,17 +25,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from common.cli import launch
-from common.config import REQUIRED, identity, key
-from common.errors import UserError
-from common.files import atomic_path, sha256_bytes, write_csv
-from common.progress import progress
 from patch_encoder.demo.cohort_folder import claim_folder
 from patch_encoder.demo.histology.biopsy import draw_biopsy
 from patch_encoder.demo.histology.glands import GRADES, draw_glands
 from patch_encoder.demo.histology.scanner import SCANNERS, draw_stain, scan
 from patch_encoder.demo.parallel import run_parallel
 from patch_encoder.demo.pyramid import holds_pyramid, write_pyramid
+from wsi_common.cli import launch
+from wsi_common.config import REQUIRED, identity, key
+from wsi_common.errors import UserError
+from wsi_common.files import atomic_path, sha256_bytes, write_csv
+from wsi_common.progress import progress
 
 DRAWING = 1
 """Rises when the drawing changes: pictures of two versions are never mixed."""

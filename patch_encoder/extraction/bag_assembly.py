@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.checkpoint import save_tensors
 from patch_encoder.bags.writer import BagWriter
 from patch_encoder.cohort.failures import Failures
 from patch_encoder.extraction.tile_batches import BadTile, TileBatch
 from patch_encoder.slides.names import compute_slide_identity
 from patch_encoder.tiles.coordinates import SlideJob
+from wsi_common.checkpoint import save_tensors
 
 UNREADABLE = "unreadable_tiles"  # attribute of `features` in a bag that lacks some
 

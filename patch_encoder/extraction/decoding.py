@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import UserError
-from common.processes.crash_policy import CrashPolicy
-from common.processes.mapped import Mapped
-from common.processes.pool import Lost, Pool, Raised
 from patch_encoder.extraction.tile_batches import TileBatch, TileSequence
+from wsi_common.errors import UserError
+from wsi_common.processes.crash_policy import CrashPolicy
+from wsi_common.processes.mapped import Mapped
+from wsi_common.processes.pool import Lost, Pool, Raised
 
 AHEAD = 2  # batches a process, read or being read, that wait for the device
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from common.config import REQUIRED, group, key
-from common.device import PRECISIONS, pick_device, pick_precision
-from common.errors import UserError
-from common.processes.pool import pick_workers
-from common.processes.ray_cluster import ENGINE_HELP, ENGINES, RaySettings, import_ray
 from patch_encoder.cohort.keys import CohortKeys
 from patch_encoder.cohort.shards import Shard
 from patch_encoder.extraction.loop import ExtractSettings
 from patch_encoder.models.pooling import POOLS
 from patch_encoder.stain.normaliser import KINDS, SCOPES, build_normaliser
+from wsi_common.config import REQUIRED, group, key
+from wsi_common.device import PRECISIONS, pick_device, pick_precision
+from wsi_common.errors import UserError
+from wsi_common.processes.pool import pick_workers
+from wsi_common.processes.ray_cluster import ENGINE_HELP, ENGINES, RaySettings, import_ray
 
 RAY_WORKERS = 2  # decoding processes of each worker of Ray that are started unasked
 

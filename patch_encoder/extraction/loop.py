@@ -20,12 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import __version__
-from common.errors import DamagedFile, UserError
-from common.files import check_writable
-from common.processes.ray_cluster import RaySettings
-from common.progress import Progress
-from common.provenance import can_reuse
 from patch_encoder.bags.bag import open_bag
 from patch_encoder.cohort.disk_space import check_room, explain_full_disk
 from patch_encoder.cohort.failures import Failures
@@ -47,6 +41,12 @@ from patch_encoder.tiles.coordinates import (
     read_coordinates,
     tile_pattern_of,
 )
+from wsi_common import __version__
+from wsi_common.errors import DamagedFile, UserError
+from wsi_common.files import check_writable
+from wsi_common.processes.ray_cluster import RaySettings
+from wsi_common.progress import Progress
+from wsi_common.provenance import can_reuse
 
 logger = logging.getLogger(__name__)
 STAGE = "extract_features"

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from common.device import autocast
-from common.errors import UserError
-from common.memory import is_out_of_memory
 from patch_encoder.extraction.onednn_fusion import FusedNetwork
 from patch_encoder.models.onnx_network import OnnxNetwork
+from wsi_common.device import autocast
+from wsi_common.errors import UserError
+from wsi_common.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 CPU_ROWS = 8  # the same for any number of threads: the last bits of a feature may hang on it

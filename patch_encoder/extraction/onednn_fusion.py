@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from common.device import autocast
+from wsi_common.device import autocast
 
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten

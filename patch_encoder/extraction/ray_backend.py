@@ -15,12 +15,12 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from common.errors import UserError
-from common.processes.pool import Lost, Raised
-from common.processes.ray_cluster import RayPool, RaySettings
-from common.progress import Progress
 from patch_encoder.cohort.shards import count_tiles, make_bundles
 from patch_encoder.tiles.coordinates import SlideJob
+from wsi_common.errors import UserError
+from wsi_common.processes.pool import Lost, Raised
+from wsi_common.processes.ray_cluster import RayPool, RaySettings
+from wsi_common.progress import Progress
 
 logger = logging.getLogger(__name__)
 ATTEMPTS = 3  # a bundle that has killed so many workers is taken apart, a slide given up

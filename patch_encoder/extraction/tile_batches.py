@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import UserError
-from common.processes.pool import heartbeat
 from patch_encoder.slides import RegionError, Slide, SlideError, open_slide
 from patch_encoder.stain.normaliser import Normaliser
 from patch_encoder.stain.slide_stains import SlideStains
 from patch_encoder.tiles.coordinates import SlideJob
 from patch_encoder.tiles.grid import check_size, read_tile
+from wsi_common.errors import UserError
+from wsi_common.processes.pool import heartbeat
 
 logger = logging.getLogger(__name__)
 Place = Callable[..., Tensor]  # (shape, dtype=) -> memory for a batch

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
-from common.files import read_json
 from patch_encoder.models.encoder_table import EncoderRow
 from patch_encoder.models.encoder_weights import (
     HEADS,
@@ -30,6 +28,8 @@ from patch_encoder.models.encoder_weights import (
 )
 from patch_encoder.models.image_towers import ConvStem, build_conch_v1, build_conch_v1_5, build_keep
 from patch_encoder.models.pooling import TokenPool, TransformersPool, TruncatedResNet
+from wsi_common.errors import UserError
+from wsi_common.files import read_json
 
 LAYERS = {"ConvStem": ConvStem, "silu": nn.SiLU}
 

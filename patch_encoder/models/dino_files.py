@@ -11,11 +11,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
-from common.files import read_json
 from patch_encoder.models.encoder_table import CROPPED, EncoderRow
 from patch_encoder.models.encoder_weights import PREFIXES, find_local_file, read_state
 from patch_encoder.models.transforms import Fit
+from wsi_common.errors import UserError
+from wsi_common.files import read_json
 
 DESCRIPTION = "encoder.json"  # beside the backbone that our own pre-training leaves
 Shapes = dict[str, tuple[int, ...]]

@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-from common.errors import UserError, did_you_mean
-from common.files import read_json
 from patch_encoder.models.dino_files import describe_dino_file
 from patch_encoder.models.encoder_table import (
     ALIASES,
@@ -27,6 +25,8 @@ from patch_encoder.models.encoder_table import (
 )
 from patch_encoder.models.encoder_weights import fetch_hub_file
 from patch_encoder.models.transforms import Fit
+from wsi_common.errors import UserError, did_you_mean
+from wsi_common.files import read_json
 
 RESAMPLING = {0: "bicubic", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 PATTERNS = ("timm:<model>", "open_clip:<model>/<tag>", "hf:<repository or folder>", "dino")

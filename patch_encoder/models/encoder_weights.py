@@ -18,9 +18,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from common.checkpoint import load_weights, read_weights
-from common.errors import UserError
-from common.files import read_json
 from patch_encoder.models.encoder_table import EncoderRow
 from patch_encoder.models.image_towers import (
     CONCH_UNUSED,
@@ -29,6 +26,9 @@ from patch_encoder.models.image_towers import (
     fit_positions,
     rename_layer_scale,
 )
+from wsi_common.checkpoint import load_weights, read_weights
+from wsi_common.errors import UserError
+from wsi_common.files import read_json
 
 logger = logging.getLogger(__name__)
 # DINO evaluates the teacher; `file.pth#student` takes another

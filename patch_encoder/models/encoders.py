@@ -16,8 +16,6 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from common.errors import UserError
-from common.files import sha256_bytes
 from patch_encoder.descriptors.colour_statistics import DIM as COLOUR_STATISTICS_DIM
 from patch_encoder.descriptors.colour_statistics import colour_statistics
 from patch_encoder.descriptors.mean_colour import mean_colour
@@ -28,6 +26,8 @@ from patch_encoder.models.encoder_names import find_row
 from patch_encoder.models.encoder_table import ALIASES, EncoderRow, Statistics
 from patch_encoder.models.pooling import POOLS
 from patch_encoder.models.transforms import Describe, ToInputSize
+from wsi_common.errors import UserError
+from wsi_common.files import sha256_bytes
 
 RANDOM = "random"
 CLASSICAL: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {

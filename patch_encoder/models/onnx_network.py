@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from common.errors import UserError
+from wsi_common.errors import UserError
 
 REQUIREMENT = "onnxruntime>=1.20,<2"
 

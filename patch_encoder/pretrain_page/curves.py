@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from common.figures import CHANCE, line_style, new_figure, styled, svg_uri
+from wsi_common.figures import CHANCE, line_style, new_figure, styled, svg_uri
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

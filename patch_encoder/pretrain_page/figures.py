@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from common.figures import jpeg_uri, styled
+from wsi_common.figures import jpeg_uri, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

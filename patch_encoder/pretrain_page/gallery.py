@@ -9,13 +9,13 @@ import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from common.figures import jpeg_uri
 from patch_encoder.pretrain_page.neighbours import (
     choose_queries,
     find_neighbours,
     measure_agreement,
     measure_chance,
 )
+from wsi_common.figures import jpeg_uri
 
 COUNT = 5  # neighbours per query
 QUERIES = 6

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from common.figures import new_figure, styled
-from common.planes import make_umap, name_groups, point_diameter, scatter_groups
+from wsi_common.figures import new_figure, styled
+from wsi_common.planes import make_umap, name_groups, point_diameter, scatter_groups
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,12 +12,12 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.errors import UserError
-from common.files import read_json
 from patch_encoder.models.dino_files import DESCRIPTION, read_description
 from patch_encoder.models.encoders import PixelEncoder, build_encoder
 from patch_encoder.pretraining.keys import TileViewKeys
 from patch_encoder.selfdistill.view_recipe import ViewRecipe
+from wsi_common.errors import UserError
+from wsi_common.files import read_json
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ import cv2
 import numpy as np
 from jaxtyping import Float, Int64, UInt8
 
-from common.errors import UserError
-from common.progress import progress
 from patch_encoder.pretrain_page.figures import colour_map
 from patch_encoder.slides import Slide, SlideError, open_slide
 from patch_encoder.slides.base import RegionError
 from patch_encoder.slides.overview import read_overview
 from patch_encoder.tile_stream.sources import TileSource
 from patch_encoder.tiles.grid import read_tile
+from wsi_common.errors import UserError
+from wsi_common.progress import progress
 
 logger = logging.getLogger(__name__)
 OVERVIEW = 1100  # px, the longer side of the picture

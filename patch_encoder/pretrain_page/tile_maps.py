@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from common.figures import QUIET, new_figure, styled
 from patch_encoder.pretrain_page.figures import COLOURS
+from wsi_common.figures import QUIET, new_figure, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from common.device import autocast
-from common.optim import add_terms, exchange_gradients, require_finite
-from common.step_timer import StepTimes
 from patch_encoder.pretraining.state import DistillationState
+from wsi_common.device import autocast
+from wsi_common.optim import add_terms, exchange_gradients, require_finite
+from wsi_common.step_timer import StepTimes
 
 REMEDY = "lower training.lr or objective.temperature_end, or set precision=fp32"
 Terms = dict[str, Tensor]

@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from common.config import group, key
-from common.counters import hash_counters, uniform
-from common.errors import UserError
 from patch_encoder.models.encoder_table import Statistics
 from patch_encoder.pretraining.objective import TARGETS, Objective
 from patch_encoder.pretraining.schedules import DistillationSchedules, scale_lr
@@ -18,6 +15,9 @@ from patch_encoder.selfdistill.view_keys import ShuffleKeys, ViewKeys
 from patch_encoder.selfdistill.view_recipe import ViewRecipe, check_recipe
 from patch_encoder.tile_stream.sources import TileSource
 from patch_encoder.tile_stream.stream_keys import StreamKeys
+from wsi_common.config import group, key
+from wsi_common.counters import hash_counters, uniform
+from wsi_common.errors import UserError
 
 PYRAMID = 1 << 32  # address of the draws of this file, apart from those of views and tiles
 

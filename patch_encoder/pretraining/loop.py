@@ -9,11 +9,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common.distributed import World, mean_number
-from common.progress import describe_values
-from common.run import Run
-from common.seed import seed_everything
 from patch_encoder.pretraining.state import DistillationState
+from wsi_common.distributed import World, mean_number
+from wsi_common.progress import describe_values
+from wsi_common.run import Run
+from wsi_common.seed import seed_everything
 
 logger = logging.getLogger(__name__)
 AGREE_EVERY = 10  # steps between two questions whether a checkpoint is due, of several processes

@@ -5,14 +5,14 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from common.distributed import gather_rows, mean_dict
-from common.errors import UserError
 from patch_encoder.selfdistill.monitors import (
     describe_collapse,
     feature_std,
     measure_targets,
     rankme,
 )
+from wsi_common.distributed import gather_rows, mean_dict
+from wsi_common.errors import UserError
 
 WINDOW = 10  # logged lines whose means are judged
 WATCHED = ("teacher_entropy", "target_information", "feature_std")

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from common.checkpoint import save_tensors
-from common.files import write_json, write_text
 from patch_encoder.models.encoder_table import Statistics
+from wsi_common.checkpoint import save_tensors
+from wsi_common.files import write_json, write_text
 
 STUDENT_PREFIX = "module."  # of a student under DistributedDataParallel
 

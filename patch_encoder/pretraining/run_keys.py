@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.config import REQUIRED, group, key
-from common.device import PRECISIONS
-from common.run import Tracker
 from patch_encoder.pretraining.keys import LossKeys, OptimiserKeys
+from wsi_common.config import REQUIRED, group, key
+from wsi_common.device import PRECISIONS
+from wsi_common.run import Tracker
 
 
 @dataclass

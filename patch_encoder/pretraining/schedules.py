@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.schedules import half_cosine, ramp, warm_half_cosine
+from wsi_common.schedules import half_cosine, ramp, warm_half_cosine
 
 LR_BATCH = 256  # tiles of a step that the configured learning rate is meant for
 

@@ -19,19 +19,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from common.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from common.distributed import World, wrap
-from common.ema import update_teacher
-from common.errors import DamagedFile
-from common.optim import (
+from patch_encoder.pretraining.schedules import StepValues
+from patch_encoder.selfdistill.student import SelfDistilled, make_teacher
+from wsi_common.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from wsi_common.distributed import World, wrap
+from wsi_common.ema import update_teacher
+from wsi_common.errors import DamagedFile
+from wsi_common.optim import (
     add_terms,
     clip_each_gradient,
     clip_gradients,
     group_by_decay,
     make_optimizer,
 )
-from patch_encoder.pretraining.schedules import StepValues
-from patch_encoder.selfdistill.student import SelfDistilled, make_teacher
 
 logger = logging.getLogger(__name__)
 Parts = dict[str, Any]

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from common.config import key
 from patch_encoder.models.encoder_table import Statistics
 from patch_encoder.models.encoders import Encoder, PixelEncoder
 from patch_encoder.models.transforms import ToInputSize
 from patch_encoder.probing.knn import probe_features
 from patch_encoder.probing.pictures import encode_pictures
 from patch_encoder.probing.tile_sets import TileSet, read_picture_set
+from wsi_common.config import key
 
 SCORE = "knn_balanced_accuracy"
 

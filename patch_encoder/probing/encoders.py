@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from common.errors import UserError
 from patch_encoder.models.encoder_table import ENCODERS
 from patch_encoder.models.encoders import CLASSICAL, RANDOM, Encoder, build_encoder
+from wsi_common.errors import UserError
 
 CONTROLS = ("mean_colour", "colour_statistics", "stain_texture", "imagenet_lite0")
 

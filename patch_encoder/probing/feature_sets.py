@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.checkpoint import load_tensors, save_tensors
-from common.errors import DamagedFile, UserError
-from common.files import sha256_bytes
-from common.provenance import as_stored
 from patch_encoder.bags.bag import Bag, open_bag
 from patch_encoder.bags.paths import FOLDERS, find_coordinates, list_bags
 from patch_encoder.probing.encoders import CONTROLS, ProbedEncoder
 from patch_encoder.probing.tile_sets import TileSet
+from wsi_common.checkpoint import load_tensors, save_tensors
+from wsi_common.errors import DamagedFile, UserError
+from wsi_common.files import sha256_bytes
+from wsi_common.provenance import as_stored
 
 logger = logging.getLogger(__name__)
 

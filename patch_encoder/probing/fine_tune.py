@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from common.config import key
-from common.device import autocast
-from common.optim import make_optimizer, require_finite, set_lr
-from common.progress import progress
-from common.schedules import lr_factor
 from patch_encoder.models.encoders import Encoder
 from patch_encoder.probing.pictures import load_batches
+from wsi_common.config import key
+from wsi_common.device import autocast
+from wsi_common.optim import make_optimizer, require_finite, set_lr
+from wsi_common.progress import progress
+from wsi_common.schedules import lr_factor
 
 NUMBERED = re.compile(r"^(.*?)\.\d+\.")
 WARMUP = 0.1  # share of the steps

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.errors import UserError
+from wsi_common.errors import UserError
 
 INNER_FOLDS = 5  # within the training tiles
 

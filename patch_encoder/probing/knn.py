@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from common.errors import UserError
 from patch_encoder.probing.folds import INNER_FOLDS, count_groups, draw_folds
 from patch_encoder.probing.scores import TilePredictions, average
+from wsi_common.errors import UserError
 
 CHUNK_BYTES = 64 << 20  # of similarities at a time
 

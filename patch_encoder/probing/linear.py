@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from common.metrics.classification import auc
 from patch_encoder.probing.folds import draw_inner_folds
+from wsi_common.metrics.classification import auc
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 ITERATIONS = 1000  # of L-BFGS; classes that can be separated hardly converge, and need not

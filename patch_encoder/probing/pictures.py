@@ -11,11 +11,11 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from common.errors import UserError
-from common.progress import progress
 from patch_encoder.extraction.network import Network
 from patch_encoder.models.encoders import Encoder
 from patch_encoder.slides.pixels import convert_to_rgb
+from wsi_common.errors import UserError
+from wsi_common.progress import progress
 
 
 class Pictures(Dataset[Tensor]):

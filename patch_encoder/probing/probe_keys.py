@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.config import REQUIRED, group, key
-from common.errors import UserError
 from patch_encoder.extraction.keys import DeviceKeys
 from patch_encoder.probing.fine_tune import FineTuneKeys
 from patch_encoder.probing.tile_sets import TileSet, read_tile_set
+from wsi_common.config import REQUIRED, group, key
+from wsi_common.errors import UserError
 
 PROBES = ("knn", "linear", "fine_tune")
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.figures import MARKERS, new_figure, palette_colour, save_figure, styled
-from common.files import write_csv, write_text
-from common.metrics.run_bootstrap import format_with_interval
 from patch_encoder.probing.scores import METRICS, Score, TilePredictions
 from patch_encoder.probing.tile_sets import TileSet
+from wsi_common.figures import MARKERS, new_figure, palette_colour, save_figure, styled
+from wsi_common.files import write_csv, write_text
+from wsi_common.metrics.run_bootstrap import format_with_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

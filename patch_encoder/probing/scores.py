@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from common.metrics.classification import auc, auprc, confusion, rates
-from common.metrics.run_bootstrap import bootstrap, paired_difference, summarise
+from wsi_common.metrics.classification import auc, auprc, confusion, rates
+from wsi_common.metrics.run_bootstrap import bootstrap, paired_difference, summarise
 
 METRICS = ("auc", "average_precision", "balanced_accuracy")
 

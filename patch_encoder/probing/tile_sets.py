@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import UserError
-from common.files import sha256_bytes, sha256_file
-from common.progress import progress
 from patch_encoder.cohort.labels import list_class_names, read_rows
 from patch_encoder.slides.names import PICTURE_SUFFIXES, TIFF_SUFFIXES
+from wsi_common.errors import UserError
+from wsi_common.files import sha256_bytes, sha256_file
+from wsi_common.progress import progress
 
 logger = logging.getLogger(__name__)
 SUFFIXES = PICTURE_SUFFIXES | TIFF_SUFFIXES

@@ -22,8 +22,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.counters import draw_uniforms
-from common.errors import UserError
+from wsi_common.counters import draw_uniforms
+from wsi_common.errors import UserError
 
 CLUSTERING = (1 << 34) + 1  # address of the draws of this file, apart from those of other rooms
 WEIGHT = 1 << 30  # parts of a distance that starts are drawn in

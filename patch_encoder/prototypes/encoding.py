@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from common.device import autocast
-from common.distributed import World, all_reduce_sum
 from patch_encoder.prototypes.region_batches import read_batches
 from patch_encoder.prototypes.region_packing import cut_cluster_view, pack_regions
 from patch_encoder.regions.store import RegionStore
+from wsi_common.device import autocast
+from wsi_common.distributed import World, all_reduce_sum
 
 BLOCK = 256  # regions of a forward pass
 

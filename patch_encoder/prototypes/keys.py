@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from common.config import key
-from common.errors import UserError
 from patch_encoder.models.encoder_table import EncoderRow
 from patch_encoder.models.encoder_weights import find_local_file, load_encoder_weights, read_state
 from patch_encoder.prototypes.neighbours import PARTNERS
@@ -18,6 +16,8 @@ from patch_encoder.prototypes.region_packing import CLUSTER_VIEWS
 from patch_encoder.selfdistill.backbone import RANDOM
 from patch_encoder.selfdistill.head import DINOHead
 from patch_encoder.selfdistill.student import SelfDistilled
+from wsi_common.config import key
+from wsi_common.errors import UserError
 
 CENTRES = ("none", "slide")
 

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from common.distributed import all_reduce_mean
 from patch_encoder.prototypes.keys import PrototypeLossKeys
 from patch_encoder.prototypes.prototype_loss import (
     look_up_prototypes,
@@ -23,6 +22,7 @@ from patch_encoder.prototypes.prototype_loss import (
     prototype_targets,
 )
 from patch_encoder.prototypes.slide_prototypes import SlidePrototypes
+from wsi_common.distributed import all_reduce_mean
 
 
 @dataclass

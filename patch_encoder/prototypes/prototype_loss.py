@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from common.distributed import all_reduce_mean
 from patch_encoder.prototypes.clustering import Clusters
 from patch_encoder.prototypes.neighbours import Neighbours
 from patch_encoder.selfdistill.losses.centring import centred_targets, update_centre
 from patch_encoder.selfdistill.losses.precision import at_least_float32, no_autocast
+from wsi_common.distributed import all_reduce_mean
 
 LastLayer = Callable[[Tensor], Tensor]
 

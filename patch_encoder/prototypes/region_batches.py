@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from common.counters import draw_uniforms
-from common.distributed import World
-from common.errors import UserError
 from patch_encoder.regions.store import RegionStore
+from wsi_common.counters import draw_uniforms
+from wsi_common.distributed import World
+from wsi_common.errors import UserError
 
 ORDER = 5 << 32  # address of the draws of this file, apart from those of views and clusters
 

@@ -6,12 +6,12 @@ import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from common.checkpoint import load_tensors, load_weights
-from common.errors import DamagedFile, UserError
-from common.files import read_json, write_json
 from patch_encoder.models.encoder_table import EncoderRow
 from patch_encoder.models.encoder_weights import PREFIXES, load_encoder_weights, read_state
 from patch_encoder.prototypes.region_vit import RegionViT
+from wsi_common.checkpoint import load_tensors, load_weights
+from wsi_common.errors import DamagedFile, UserError
+from wsi_common.files import read_json, write_json
 
 DESCRIPTION, WEIGHTS = "region_encoder.json", "backbone.pt"
 HEAD_CHANNELS = 32  # of HIPT's vit4k_xs

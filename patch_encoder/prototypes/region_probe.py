@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from common.config import key
-from common.errors import UserError
 from patch_encoder.cohort.labels import read_labels, read_rows
 from patch_encoder.probing.knn import probe_features
 from patch_encoder.regions.store import RegionStore
+from wsi_common.config import key
+from wsi_common.errors import UserError
 
 logger = logging.getLogger(__name__)
 SCORES = ("zone_knn_balanced_accuracy", "slide_knn_balanced_accuracy")

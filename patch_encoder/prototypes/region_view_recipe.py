@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.config import key
-from common.errors import UserError
+from wsi_common.config import key
+from wsi_common.errors import UserError
 
 # how many of the eight symmetries are drawn from, in the order of `symmetry_maps`
 SYMMETRIES = {"none": 1, "mirror": 2, "eight": 8}

@@ -2,8 +2,8 @@
 
 Everything happens in batches on the device of the regions. A view is a list of tiles, so that crop
 and symmetry together are one gathering of rows. Every number is a pure function of (seed, step,
-number of the region, number of the view, what it is for), see `common.counters`: a region gets the
-same views in any batch, on any process and after a resume.
+number of the region, number of the view, what it is for), see `wsi_common.counters`: a region gets
+the same views in any batch, on any process and after a resume.
 
 A crop without any valid tile is impossible: positions are drawn evenly from the windows that hold
 at least one. Only a region that has none at all gets such views; the region encoder then sees the
@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from common.counters import draw_uniforms
 from patch_encoder.prototypes.region_packing import count_valid, cut_windows
 from patch_encoder.prototypes.region_view_recipe import SYMMETRIES, RegionViewRecipe
+from wsi_common.counters import draw_uniforms
 
 REGION_VIEWS = 1 << 34  # address of the draws of this file, apart from those of other rooms
 PLACE, SYMMETRY = 0, 1

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.errors import UserError
+from wsi_common.errors import UserError
 
 
 class RegionViT(nn.Module):

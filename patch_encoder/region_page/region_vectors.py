@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from common.errors import UserError
 from patch_encoder.bags.bag import open_bag
 from patch_encoder.bags.paths import list_bags
 from patch_encoder.cohort.labels import SlideRecord
+from wsi_common.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)

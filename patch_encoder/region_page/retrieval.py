@@ -14,7 +14,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.errors import UserError
 from patch_encoder.pretrain_page.neighbours import (
     find_neighbours as find_nearest,
 )
@@ -27,6 +26,7 @@ from patch_encoder.prototypes.clustering import Clusters, cluster_slides
 from patch_encoder.prototypes.neighbours import Neighbours, find_neighbours
 from patch_encoder.prototypes.slide_prototypes import centre_by_slide
 from patch_encoder.region_page.region_vectors import RegionVectors
+from wsi_common.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)

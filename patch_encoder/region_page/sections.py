@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.figures import QUIET, jpeg_uri, palette_colour
 from patch_encoder.region_page.retrieval import Retrieval
 from patch_encoder.region_page.slide_pictures import QUALITY, SlidePictures, paint_regions
+from wsi_common.figures import QUIET, jpeg_uri, palette_colour
 
 MOST_PROTOTYPES = 6  # of a slide, the largest ones; one colour each
 TYPICAL = 5  # regions of a prototype

@@ -12,9 +12,9 @@ import cv2
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from common.figures import jpeg_uri
 from patch_encoder.slides import Slide, SlideError, open_slide
 from patch_encoder.slides.overview import read_overview
+from wsi_common.figures import jpeg_uri
 
 logger = logging.getLogger(__name__)
 QUALITY = 80

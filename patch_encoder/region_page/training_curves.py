@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from common.errors import UserError
-from common.files import read_json
 from patch_encoder.pretrain_page.curves import PANELS, Panel, draw_panels
 from patch_encoder.pretrain_page.run_folder import read_lines
+from wsi_common.errors import UserError
+from wsi_common.files import read_json
 
 LOSSES = Panel(
     "Loss",

@@ -24,13 +24,13 @@ import torch
 from jaxtyping import Float, Float16, Float32, Int, Int32, Int64
 from torch import Tensor
 
-from common.errors import DamagedFile, UserError
-from common.files import atomic_path, sha256_bytes
-from common.hdf5 import get_dataset, open_hdf5, write_hdf5, write_small_hdf5
 from patch_encoder.bags.bag import Bag
 from patch_encoder.bags.writer import BAG_OVERHEAD, reserve
 from patch_encoder.regions.grid import RegionGrid
 from patch_encoder.tiles.coordinates import TileGeometry
+from wsi_common.errors import DamagedFile, UserError
+from wsi_common.files import atomic_path, sha256_bytes
+from wsi_common.hdf5 import get_dataset, open_hdf5, write_hdf5, write_small_hdf5
 
 FORMS = ("indexed", "materialised")
 LARGEST_HALF = 65504.0

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, Int32, Int64
 
-from common.errors import UserError
 from patch_encoder.tiles.slide_grid import MAX_CELLS, SlideGrid, grid_positions
+from wsi_common.errors import UserError
 
 
 class RegionGrid(NamedTuple):

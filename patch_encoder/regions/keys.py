@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.config import REQUIRED, key
 from patch_encoder.cohort.keys import SlidesListKeys
 from patch_encoder.regions.store import STANDARDISE
+from wsi_common.config import REQUIRED, key
 
 STORES = ("hdf5", "ram", "redis")
 

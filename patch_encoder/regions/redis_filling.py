@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import redis
 
-from common.errors import UserError
-from common.progress import Progress
 from patch_encoder.regions.files import gather_tiles
 from patch_encoder.regions.redis_server import FORMAT, RegionServer, region_key, short_digest
 from patch_encoder.regions.region_set import RegionSet
 from patch_encoder.regions.values import pack_value, value_bytes
+from wsi_common.errors import UserError
+from wsi_common.progress import Progress
 
 logger = logging.getLogger(__name__)
 CHUNK = 16  # regions that are compared or written at a time

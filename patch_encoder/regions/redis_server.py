@@ -15,9 +15,9 @@ import redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
-from common.errors import UserError
-from common.memory import free_memory
 from patch_encoder.regions.value_stream import CONNECT_SECONDS, REPLY_SECONDS
+from wsi_common.errors import UserError
+from wsi_common.memory import free_memory
 
 logger = logging.getLogger(__name__)
 DEFAULT_URL = "redis://localhost:6379"

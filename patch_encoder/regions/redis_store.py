@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import UserError
 from patch_encoder.regions.redis_server import (
     FIRST_WAIT,
     FORMAT,
@@ -30,6 +29,7 @@ from patch_encoder.regions.region_set import RegionSet
 from patch_encoder.regions.store import FileStore, RegionStore
 from patch_encoder.regions.value_stream import ValueStream
 from patch_encoder.regions.values import HEADER_BYTES, find_damage, mask_bytes, value_bytes
+from wsi_common.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -19,12 +19,12 @@ import torch
 from jaxtyping import Bool, Float16, Float32, Int32, Int64
 from torch import Tensor
 
-from common.errors import DamagedFile, UserError
-from common.files import sha256_bytes
 from patch_encoder.bags.bag import open_bag
 from patch_encoder.regions.feature_table import FeatureTable
 from patch_encoder.regions.files import REMEDY, RegionFile, measure_tiles, read_region_file
 from patch_encoder.tiles.coordinates import TileGeometry
+from wsi_common.errors import DamagedFile, UserError
+from wsi_common.files import sha256_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Bool, Float16, Int64
 from torch import Tensor
 
-from common.errors import UserError
-from common.memory import free_memory
 from patch_encoder.regions.files import gather_tiles
 from patch_encoder.regions.region_set import RegionSet, make_region_set
+from wsi_common.errors import UserError
+from wsi_common.memory import free_memory
 
 STANDARDISE = ("none", "slide")
 MAX_HALF = torch.finfo(torch.float16).max

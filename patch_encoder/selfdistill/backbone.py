@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.errors import UserError, did_you_mean
 from patch_encoder.models.encoder_names import find_row
 from patch_encoder.models.encoder_table import EncoderRow
 from patch_encoder.models.encoder_weights import (
@@ -25,6 +24,7 @@ from patch_encoder.models.encoder_weights import (
     load_encoder_weights,
     read_state,
 )
+from wsi_common.errors import UserError, did_you_mean
 
 RANDOM = "random"
 VITS = ("vit_tiny", "vit_small", "vit_base", "vit_large")

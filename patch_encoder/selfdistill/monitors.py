@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from common.distributed import all_reduce_mean
 from patch_encoder.selfdistill.losses.precision import at_least_float32
+from wsi_common.distributed import all_reduce_mean
 
 # 1 when features are spread over the whole sphere; networks start with .4 to .9
 MIN_FEATURE_STD = 0.01

@@ -1,8 +1,8 @@
 """The two networks of self-distillation: a student over views of several sizes, and its teacher.
 
 Caron et al. (ICCV 2021), section 3.1 and figure 2: the same architecture twice, a backbone and a
-projection head; the teacher is a moving average of the student (`common/ema.py`) and never gets a
-gradient. Their state dicts have the keys `backbone.*` and `head.*` of DINO's files.
+projection head; the teacher is a moving average of the student (`wsi_common/ema.py`) and never gets
+a gradient. Their state dicts have the keys `backbone.*` and `head.*` of DINO's files.
 """
 
 from __future__ import annotations

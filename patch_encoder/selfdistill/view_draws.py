@@ -1,11 +1,10 @@
 """What is drawn for each view: its box in the tile, its orientation and its colours.
 
 Every number is a pure function of (seed, index of the tile, number of the view, what it is for);
-see `common.counters`. A tile gets the same views alone and in any batch, on any process, and after
-a resume. New kinds of draws go to the end of `COLUMNS`, so that the others stay what they are.
-
-The box follows torchvision's `RandomResizedCrop`: of ten tries the first that fits into the tile. A
-tile is square and the aspect lies around 1, so that its fallback is the whole tile.
+see `wsi_common.counters`. A tile gets the same views alone and in any batch, on any process, and
+after a resume. New kinds of draws go to the end of `COLUMNS`, so that the others stay what they
+are. The box follows torchvision's `RandomResizedCrop`: of ten tries the first that fits into the
+tile. A tile is square and the aspect lies around 1, so that its fallback is the whole tile.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from itertools import permutations
 
 import numpy as np
 
-from common.counters import draw_uniforms
 from patch_encoder.selfdistill.view_recipe import ViewKind, ViewRecipe
+from wsi_common.counters import draw_uniforms
 
 TRIES = 10
 COLUMNS = {

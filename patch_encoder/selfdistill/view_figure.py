@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from common.figures import QUIET, new_figure, palette_colour, styled
 from patch_encoder.selfdistill.view_recipe import ViewRecipe
 from patch_encoder.selfdistill.views import Views, draw_boxes, make_views
+from wsi_common.figures import QUIET, new_figure, palette_colour, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from common.config import key
-from common.errors import UserError
 from patch_encoder.selfdistill.view_recipe import PRESETS, ViewRecipe
+from wsi_common.config import key
+from wsi_common.errors import UserError
 
 
 @dataclass

@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from common.errors import UserError
 from patch_encoder.models.encoder_table import IMAGENET
+from wsi_common.errors import UserError
 
 Range = tuple[float, float]
 LARGEST_TURN = 1 / 6  # of the circle of hues; `adjust_hue` takes no more

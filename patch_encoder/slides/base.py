@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from common.errors import UserError
 from patch_encoder.slides.resolution import Resolution
+from wsi_common.errors import UserError
 
 
 class SlideError(UserError):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from common.errors import UserError
-from common.files import safe_id, sha256_bytes
+from wsi_common.errors import UserError
+from wsi_common.files import safe_id, sha256_bytes
 
 OME_SUFFIXES = (".ome.tif", ".ome.tiff", ".ome.btf")
 TIFF_SUFFIXES = frozenset((".tif", ".tiff", ".btf", ".tf8", ".qptiff", *OME_SUFFIXES))

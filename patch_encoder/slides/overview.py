@@ -21,9 +21,9 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64, Shaped, UInt8
 from PIL import Image
 
-from common.processes.pool import heartbeat
 from patch_encoder.slides.base import RegionError, Slide
 from patch_encoder.slides.reduced_jpeg import ReducedJpeg
+from wsi_common.processes.pool import heartbeat
 
 CELL = 256  # px of the level that is read
 

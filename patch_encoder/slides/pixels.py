@@ -10,7 +10,7 @@ import numpy as np
 import tifffile
 from jaxtyping import UInt8
 
-from common.errors import UserError
+from wsi_common.errors import UserError
 
 # of tifffile: a damaged file shows in any step of parsing it
 READ_ERRORS = (

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from common.errors import UserError
+from wsi_common.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from common.errors import UserError
 from patch_encoder.slides.base import RegionError, Slide, SlideError
 from patch_encoder.slides.names import slide_id_of
 from patch_encoder.slides.pixels import convert_to_rgb
 from patch_encoder.slides.resolution import read_resolution
+from wsi_common.errors import UserError
 
 DEFAULT = r"(?P<row>\d+)_(?P<col>\d+)\.(?:jpg|jpeg|png)"  # TS2G-KD's layout
 FIELD = re.compile(r"\{(row|col|x|y)\}")

@@ -19,8 +19,6 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from common.errors import UserError
-from common.files import sha256_file
 from patch_encoder.slides.pixels import convert_to_rgb
 from patch_encoder.stain.macenko import (
     StainProfile,
@@ -29,6 +27,8 @@ from patch_encoder.stain.macenko import (
     normalise_macenko,
 )
 from patch_encoder.stain.reinhard import ColourStatistics, fit_reinhard, normalise_reinhard
+from wsi_common.errors import UserError
+from wsi_common.files import sha256_file
 
 KINDS = ("none", "macenko", "reinhard")
 SCOPES = ("slide", "tile")

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.counters import hash_counters, permutation, uniform
-from common.errors import UserError
 from patch_encoder.tile_stream.sources import TileSource
 from patch_encoder.tile_stream.tissue_cover import TissueCover
+from wsi_common.counters import hash_counters, permutation, uniform
+from wsi_common.errors import UserError
 
 BALANCES = ("tiles", "slides", "subdatasets")
 # what random numbers are for; views have theirs at (seed, number of the tile)

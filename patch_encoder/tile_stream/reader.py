@@ -12,10 +12,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from common.cli import NO_PLACE
-from common.errors import UserError
-from common.memory import is_out_of_memory
-from common.processes.pool import heartbeat
 from patch_encoder.slides import Slide, SlideError
 from patch_encoder.slides.base import RegionError
 from patch_encoder.tile_stream.plan import Draw, TilePlan
@@ -23,6 +19,10 @@ from patch_encoder.tile_stream.slide_shelf import SlideShelf
 from patch_encoder.tile_stream.tile_cache import TileCache
 from patch_encoder.tiles.formats import CoordinateSource, make_square_geometry
 from patch_encoder.tiles.grid import choose_level, read_tile
+from wsi_common.cli import NO_PLACE
+from wsi_common.errors import UserError
+from wsi_common.memory import is_out_of_memory
+from wsi_common.processes.pool import heartbeat
 
 logger = logging.getLogger(__name__)
 ATTEMPTS = 200  # draws one after the other that cannot be read and end the training

@@ -13,10 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.errors import UserError
-from common.files import sha256_bytes
-from common.processes.pool import Lost, Raised, run_jobs
-from common.progress import progress
 from patch_encoder.cohort.selection import Selection
 from patch_encoder.cohort.slide_files import (
     ALL,
@@ -36,6 +32,10 @@ from patch_encoder.tiles.formats import (
     detect_layout,
     make_square_geometry,
 )
+from wsi_common.errors import UserError
+from wsi_common.files import sha256_bytes
+from wsi_common.processes.pool import Lost, Raised, run_jobs
+from wsi_common.progress import progress
 
 logger = logging.getLogger(__name__)
 BESIDE = (".npy", ".h5", "_patches.h5")  # endings of coordinates beside a slide

@@ -21,14 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from common.distributed import gather_objects
-from common.errors import UserError
-from common.processes.crash_policy import CrashPolicy
-from common.processes.pool import Lost, Pool, Raised
 from patch_encoder.tile_stream.plan import TilePlan
 from patch_encoder.tile_stream.reader import BadDraw, TileReader
 from patch_encoder.tile_stream.sources import digest_sources
 from patch_encoder.tile_stream.windows import StreamBatch, Window, allocate_shared, locate
+from wsi_common.distributed import gather_objects
+from wsi_common.errors import UserError
+from wsi_common.processes.crash_policy import CrashPolicy
+from wsi_common.processes.pool import Lost, Pool, Raised
 
 logger = logging.getLogger(__name__)
 AHEAD = 2  # windows that are read while the training works on one

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.config import key
 from patch_encoder.cohort.keys import CohortKeys, ReaderKeys
 from patch_encoder.tile_stream.plan import BALANCES, SHARD, TilePlan
 from patch_encoder.tile_stream.sources import TileSource, find_sources
+from wsi_common.config import key
 
 logger = logging.getLogger(__name__)
 

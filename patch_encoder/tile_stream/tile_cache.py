@@ -21,10 +21,10 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from common.files import atomic_path, sha256_bytes
 from patch_encoder.slides import SlideError
 from patch_encoder.slides.names import compute_fingerprint
 from patch_encoder.tile_stream.plan import Draw, TilePlan
+from wsi_common.files import atomic_path, sha256_bytes
 
 logger = logging.getLogger(__name__)
 QUALITY = [

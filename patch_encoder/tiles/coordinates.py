@@ -18,9 +18,9 @@ import h5py
 import numpy as np
 from jaxtyping import Int
 
-from common.errors import DamagedFile, UserError
-from common.files import sha256_bytes
-from common.hdf5 import get_dataset, open_hdf5, write_small_hdf5
+from wsi_common.errors import DamagedFile, UserError
+from wsi_common.files import sha256_bytes
+from wsi_common.hdf5 import get_dataset, open_hdf5, write_small_hdf5
 
 # attribute of files in other layouts: a TileGeometry as JSON, which they cannot say
 FULL_GEOMETRY = "tile_geometry"

@@ -19,9 +19,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from common.errors import UserError
-from common.files import sha256_bytes, sha256_file
-from common.hdf5 import find_dataset, get_dataset, open_hdf5, write_hdf5
 from patch_encoder.slides.base import Slide
 from patch_encoder.slides.resolution import REMEDY
 from patch_encoder.tiles.coordinates import (
@@ -33,6 +30,9 @@ from patch_encoder.tiles.coordinates import (
 )
 from patch_encoder.tiles.geojson import make_tiles_geojson, read_squares
 from patch_encoder.tiles.grid import choose_level
+from wsi_common.errors import UserError
+from wsi_common.files import sha256_bytes, sha256_file
+from wsi_common.hdf5 import find_dataset, get_dataset, open_hdf5, write_hdf5
 
 INTELLIGENS_SIDE = 256
 PATHS = ("savetodir", "save_path")  # attributes that name a place and not a content

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from common.errors import UserError
-from common.files import read_json
 from patch_encoder.tiles.coordinates import Coordinates
+from wsi_common.errors import UserError
+from wsi_common.files import read_json
 
 
 def make_tiles_geojson(

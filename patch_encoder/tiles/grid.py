@@ -14,11 +14,11 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
-from common.errors import UserError
-from common.processes.pool import heartbeat
 from patch_encoder.slides.base import Slide, SlideError
 from patch_encoder.slides.resolution import REMEDY
 from patch_encoder.tiles.coordinates import TileGeometry
+from wsi_common.errors import UserError
+from wsi_common.processes.pool import heartbeat
 
 LEVEL_TOLERANCE = 1.01  # a level up to 1 % coarser than the target counts as the target's own level
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int, Int64
 
-from common.errors import UserError
+from wsi_common.errors import UserError
 
 logger = logging.getLogger(__name__)
 MAX_CELLS = 2**26

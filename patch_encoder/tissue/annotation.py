@@ -12,11 +12,11 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image, UnidentifiedImageError
 
-from common.errors import UserError, did_you_mean
 from patch_encoder.slides.base import Slide
 from patch_encoder.tissue.geojson import Shape, read_geojson
 from patch_encoder.tissue.outlines import fill_outlines
 from patch_encoder.tissue.settings import FileSettings
+from wsi_common.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
 OUTLINES = (".geojson", ".json")

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from common.errors import UserError
 from patch_encoder.slides.base import Slide
 from patch_encoder.slides.overview import MAX_SIDE, Damage, Overview, read_level, read_overview
 from patch_encoder.slides.tile_folder import TileFolder
@@ -23,6 +22,7 @@ from patch_encoder.tissue.cytology import find_cytology
 from patch_encoder.tissue.outlines import Outline
 from patch_encoder.tissue.regions import close_mask, fill_holes, filter_by_area
 from patch_encoder.tissue.settings import INKS, TissueSettings
+from wsi_common.errors import UserError
 
 METHODS = ("auto", "hsv_otsu", "clam", "cytology", "file", "none")
 ASSUMED_MPP = (

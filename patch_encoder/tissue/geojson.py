@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import UserError
-from common.files import read_json, write_text
 from patch_encoder.tissue.outlines import Outline, compute_signed_area
+from wsi_common.errors import UserError
+from wsi_common.files import read_json, write_text
 
 COLOUR = (0, 158, 115)
 

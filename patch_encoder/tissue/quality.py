@@ -17,9 +17,6 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8
 
-from common.config import key
-from common.errors import UserError
-from common.hdf5 import find_dataset, open_hdf5, write_small_hdf5
 from patch_encoder.slides.base import RegionError, Slide
 from patch_encoder.tiles.coordinates import (
     Coordinates,
@@ -31,6 +28,9 @@ from patch_encoder.tiles.coordinates import (
 from patch_encoder.tiles.grid import read_tile
 from patch_encoder.tissue.artefacts import find_ink_pixels
 from patch_encoder.tissue.settings import INKS
+from wsi_common.config import key
+from wsi_common.errors import UserError
+from wsi_common.hdf5 import find_dataset, open_hdf5, write_small_hdf5
 
 MEASURES = {
     "blur": "variance of the Laplacian of grey values at the target resolution; higher is sharper",

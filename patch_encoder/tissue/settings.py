@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.config import group, key
+from wsi_common.config import group, key
 
 INKS = ("blue", "green", "red", "black")
 

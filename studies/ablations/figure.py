@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.figures import PALETTE, data_uri, new_figure, save_figure, styled
-from common.files import read_json
 from studies.ablations.rows import find_point
+from wsi_common.figures import PALETTE, data_uri, new_figure, save_figure, styled
+from wsi_common.files import read_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, did_you_mean
-from common.files import read_json
+from wsi_common.errors import UserError, did_you_mean
+from wsi_common.files import read_json
 
 AGREEMENT = ("cosine", "r2", "knn_10")
 COST = ("tiles_per_second", "gflops", "parameters")

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
 from studies.filter_tables.seed_folder import TRUTH, SeedFolder
+from wsi_common.errors import UserError
 
 TEACHER, AGAIN, CLEAN = "teacher", "teacher_again", "clean_labels"
 """Trained on wrong labels; the same with another seed, which says what a second throw of the dice

@@ -10,11 +10,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from common.device import pick_precision
-from common.distributed import init_distributed
-from common.files import read_json, sha256_file, write_json
-from common.processes.pool import pick_workers
-from common.provenance import can_reuse
 from detection_kd.evaluation.point_metrics import compute_rates, count_fields
 from detection_kd.evaluation.tile_predictions import (
     find_field_detections,
@@ -26,6 +21,11 @@ from detection_kd.fields.stain import normalise_tiles, restore_field_stain
 from detection_kd.mitosis_sets.keys import MitosisSetKeys
 from detection_kd.mitosis_sets.splits import read_sides
 from detection_kd.models.cam import load_localiser
+from wsi_common.device import pick_precision
+from wsi_common.distributed import init_distributed
+from wsi_common.files import read_json, sha256_file, write_json
+from wsi_common.processes.pool import pick_workers
+from wsi_common.provenance import can_reuse
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import make_assignments
 from detection_kd.mitosis_sets.keys import MitosisSetKeys
 from studies.region_tables.stages import run_script
+from wsi_common.config import make_assignments
 
 TRUTH = "MIDOG.json"
 

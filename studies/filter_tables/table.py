@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from common.files import write_csv, write_json, write_text
-from common.metrics.bootstrap import interval, resample_patients, spread
-from common.metrics.run_bootstrap import format_with_interval, paired_difference
 from studies.filter_tables.rows import AGAIN, TEACHER
 from studies.filter_tables.scores import FieldScores, pool
+from wsi_common.files import write_csv, write_json, write_text
+from wsi_common.metrics.bootstrap import interval, resample_patients, spread
+from wsi_common.metrics.run_bootstrap import format_with_interval, paired_difference
 
 BOOTSTRAP_SEED = 2024
 AUDITED = {

@@ -16,9 +16,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from common.device import pick_device
-from common.files import read_json, write_json
-from common.provenance import can_reuse
 from patch_encoder.bags.writer import write_bag
 from patch_encoder.demo.cytology.tissue_map import label_squares, read_tissue_map
 from patch_encoder.prototypes.region_batches import read_batches
@@ -29,6 +26,9 @@ from patch_encoder.regions.store import RegionStore
 from patch_encoder.tiles.coordinates import TileGeometry
 from studies.region_tables.intervals import NO_SEED, SlideScores
 from studies.region_tables.measures import MEASURES, describe_spread, measure_embeddings
+from wsi_common.device import pick_device
+from wsi_common.files import read_json, write_json
+from wsi_common.provenance import can_reuse
 
 BLOCK = 256  # regions of a forward pass
 TABLE, MAPS = "zones.csv", "zones"  # where a cohort says which zones its regions are of

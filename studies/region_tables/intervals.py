@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from common.metrics.bootstrap import interval
-from common.metrics.classification import auc
-from common.metrics.run_bootstrap import Evaluate, bootstrap, paired_difference
+from wsi_common.metrics.bootstrap import interval
+from wsi_common.metrics.classification import auc
+from wsi_common.metrics.run_bootstrap import Evaluate, bootstrap, paired_difference
 
 NO_SEED = -1  # of rows that nothing is trained for
 Runs = Sequence[Any]  # of one seed of pre-training: one run, or one per fold and training seed

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import ModuleType
 
-from common.config import load_config
 from detection_kd import filter_samples, train_mitosis
 from mil import benchmark
 from patch_encoder import build_regions, pretrain_slpd
 from patch_encoder.demo import compose_mitoses
+from wsi_common.config import load_config
 
 SCRIPTS: dict[str, ModuleType] = {
     "build_regions": build_regions,

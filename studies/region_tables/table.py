@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.files import write_csv, write_text
-from common.metrics.run_bootstrap import format_with_interval
 from mil.evaluation.benchmark_folder import read_summary, read_task
 from mil.evaluation.runs import read_benchmark_runs
 from studies.region_tables.cells import Cell, Condition
@@ -21,6 +19,8 @@ from studies.region_tables.intervals import (
     resample_row,
 )
 from studies.region_tables.measures import MEASURES
+from wsi_common.files import write_csv, write_text
+from wsi_common.metrics.run_bootstrap import format_with_interval
 
 BOOTSTRAP_SEED = 2024
 REFERENCES = ("tile_mean", "dino")

@@ -30,9 +30,9 @@ from benchmarks.deform_attn_cuda import (
     table,
 )
 from benchmarks.ms_deform_attn import run_cuda
-from common.errors import UserError
-from common.ops.native import find_nvcc
 from detection_kd.ops.compiled import unavailable
+from wsi_common.errors import UserError
+from wsi_common.ops.native import find_nvcc
 
 ARCHITECTURES = os.environ.get("ARCHITECTURES", "90").split(",")
 

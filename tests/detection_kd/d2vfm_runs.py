@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.checkpoint import save_checkpoint
-from common.cli import run
 from detection_kd import train_d2vfm
 from detection_kd.models.backbone import Backbone
+from wsi_common.checkpoint import save_checkpoint
+from wsi_common.cli import run
 
 DIM = 12
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.config import load_config
 from detection_kd.train_resolution_kd import Config, main
+from wsi_common.config import load_config
 
 SIDE, GRADES = 32, ("low", "middle", "high")
 SPLIT = ("train",) * 9 + ("test",) * 3

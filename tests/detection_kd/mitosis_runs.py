@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from common.config import load_config
 from detection_kd.evaluation.hard_samples import Filtering
 from detection_kd.evaluation.kept_tiles import describe_tiles, write_kept
 from detection_kd.train_mitosis import Config, main, read_tiles
 from tests.helpers import write_pyramid
+from wsi_common.config import load_config
 
 SIDE, MPP = 96, 0.5
 SPLIT = ("train",) * 6 + ("val",) * 2 + ("test",) * 2

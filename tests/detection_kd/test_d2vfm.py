@@ -12,8 +12,6 @@ import pytest
 import torch
 from torch import nn
 
-from common.cli import run
-from common.errors import UserError
 from detection_kd import extract_student
 from detection_kd.datasets.distillation import (
     DistillationTiles,
@@ -31,6 +29,8 @@ from patch_encoder.bags.bag import read_bag
 from patch_encoder.slides import open_slide
 from tests.detection_kd.d2vfm_runs import DIM, train
 from tests.helpers import make_cohort
+from wsi_common.cli import run
+from wsi_common.errors import UserError
 
 
 def by_hand(kind: str, adapter: Adapter, x: torch.Tensor) -> torch.Tensor:

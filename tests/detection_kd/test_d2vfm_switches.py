@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.checkpoint import load_tensors
 from detection_kd.models.backbone import load_backbone
 from detection_kd.models.student import load_student, load_student_encoder
 from tests.detection_kd.d2vfm_runs import DIM, train
+from wsi_common.checkpoint import load_tensors
 
 STILL = ("augment=false", "scales=[1.0]", "cache=true")
 EVERYTHING = [

@@ -14,8 +14,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from common.checkpoint import save_checkpoint
-from common.cli import run
 from detection_kd import detect_mitosis
 from detection_kd.evaluation.midog_json import read_midog_json
 from detection_kd.fields.field_tiles import FieldTiles
@@ -45,6 +43,8 @@ from tests.detection_kd.mitosis_pictures import (
     write_spotted_slide,
 )
 from tests.html_pages import PageChecker
+from wsi_common.checkpoint import save_checkpoint
+from wsi_common.cli import run
 
 # (x, y) in px: inside a tile, on a vertical seam, on a crossing of seams, near the slide's corners
 SPOTS = [(20, 30), (118, 40), (110, 110), (300, 296), (7, 7), (604, 504), (450, 60), (478, 60)]

@@ -15,7 +15,6 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor, nn
 
-from common.cli import run
 from detection_kd import detect_slide
 from detection_kd.models.deformable_transformer import Detections
 from detection_kd.whole_slides.slide_detections import (
@@ -33,6 +32,7 @@ from patch_encoder.tiles.coordinates import (
     write_coordinates,
 )
 from tests.helpers import forget_slides, write_pyramid
+from wsi_common.cli import run
 
 # (x, y, side) in level-0 px: inside a tile, on a vertical seam, on a crossing of seams, at the
 # slide's corner

@@ -13,10 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-from common.cli import run
-from common.config import load_config
-from common.distributed import World
-from common.errors import UserError
 from detection_kd import engine
 from detection_kd.datasets.detection import DetectionBatch
 from detection_kd.models.backbone import Backbone, load_backbone
@@ -24,6 +20,10 @@ from detection_kd.models.deformable_detr import DeformableDETR, load_detector, p
 from detection_kd.models.deformable_transformer import Architecture, Detections
 from detection_kd.train_detector import Config, build_initial_model, main
 from tests.detection_kd.detector_runs import SMALL_TRUNK, TINY, write_detection_sets
+from wsi_common.cli import run
+from wsi_common.config import load_config
+from wsi_common.distributed import World
+from wsi_common.errors import UserError
 
 # those of `finished`, which is made before any test asks for this, are rendered
 pytestmark = pytest.mark.usefixtures("no_rendering")

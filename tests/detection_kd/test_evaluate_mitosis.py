@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from sklearn.neighbors import BallTree
 
-from common.cli import run
 from detection_kd import evaluate_mitosis
 from detection_kd.evaluation.midog_json import PointsInUm, read_midog_json, write_midog_json
 from detection_kd.mitosis_sets.coco_points import SIDE
 from tests.helpers import write_pyramid
+from wsi_common.cli import run
 
 MPP, WIDTH, HEIGHT = 0.25, 1200, 900
 THRESHOLD = 0.437

@@ -13,8 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-from common.config import load_config
-from common.errors import UserError
 from detection_kd.evaluate_resolution import Config, main
 from detection_kd.evaluation.grading_metrics import METRICS, grade_metrics
 from detection_kd.grading.arms import ArmName, _name_arm, group_arms, read_runs
@@ -23,6 +21,8 @@ from detection_kd.grading.two_speed import mix_speeds
 from detection_kd.losses.resolution_losses import ResolutionTerms
 from detection_kd.models.low_resolution import GradingKeys, GradingNetwork, PatchScale
 from tests.detection_kd.grading_runs import GRADES, train, write_graded_set
+from wsi_common.config import load_config
+from wsi_common.errors import UserError
 
 CPU = torch.device("cpu")
 TEACHER = ArmName(1, "full", "small", "ce")

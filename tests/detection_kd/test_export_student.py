@@ -17,9 +17,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from common.checkpoint import save_checkpoint
-from common.cli import run
-from common.errors import UserError
 from detection_kd import export_student, extract_student
 from detection_kd.models.backbone import Backbone
 from detection_kd.models.student import Student, describe_student, load_student_encoder
@@ -29,6 +26,9 @@ from patch_encoder.extraction.network import Network, fold_batch_norms
 from patch_encoder.models.onnx_network import OnnxNetwork
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, write_coordinates
 from studies import measure_encoders
+from wsi_common.checkpoint import save_checkpoint
+from wsi_common.cli import run
+from wsi_common.errors import UserError
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

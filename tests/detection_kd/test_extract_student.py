@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from common.checkpoint import save_checkpoint
-from common.cli import run
 from detection_kd import extract_student
 from detection_kd.models.backbone import load_backbone
 from detection_kd.models.shared_trunk import TrunkMember, group_by_trunk
@@ -21,6 +19,8 @@ from detection_kd.models.student import Student, describe_student, load_student_
 from patch_encoder import tile_slides
 from studies import measure_encoders
 from tests.helpers import forget_slides, make_cohort
+from wsi_common.checkpoint import save_checkpoint
+from wsi_common.cli import run
 
 DIM = 5
 KINDS = {  # stages, adapter, pooling, input scale

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.cli import run as run_script
-from common.config import load_config
-from common.errors import UserError
 from detection_kd import filter_samples
 from detection_kd.evaluation.hard_samples import MISSED
 from detection_kd.filter_samples import Config, main
 from tests.detection_kd.mitosis_runs import train, write_mitosis_set
 from tests.training_harness import read_epochs
+from wsi_common.cli import run as run_script
+from wsi_common.config import load_config
+from wsi_common.errors import UserError
 
 WRONG = 2  # points per training field where there is nothing
 

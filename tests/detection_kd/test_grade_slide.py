@@ -11,9 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from common.checkpoint import save_checkpoint
-from common.config import load_config
-from common.errors import UserError
 from detection_kd.fields.tiling import place_tiles
 from detection_kd.grade_slide import Config, main
 from detection_kd.models.low_resolution import GradingKeys, GradingNetwork, PatchScale
@@ -24,6 +21,9 @@ from patch_encoder.slides import open_slide
 from patch_encoder.tissue.geojson import read_geojson
 from patch_encoder.tissue.outlines import fill_outlines
 from tests.helpers import write_pyramid
+from wsi_common.checkpoint import save_checkpoint
+from wsi_common.config import load_config
+from wsi_common.errors import UserError
 
 GRADES = ("NC", "G3", "G4", "G5")
 SIDE, WIDTH, HEIGHT = 32, 300, 212

@@ -13,8 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-from common.checkpoint import save_checkpoint
-from common.errors import UserError
 from detection_kd import train_atypical
 from detection_kd.models.atypical import (
     AtypicalHead,
@@ -30,6 +28,8 @@ from patch_encoder.probing.fine_tune import FineTuneKeys
 from patch_encoder.probing.pictures import read_picture
 from patch_encoder.slides import open_slide
 from tests.helpers import write_pyramid
+from wsi_common.checkpoint import save_checkpoint
+from wsi_common.errors import UserError
 
 NETWORK = LocaliserKeys(trunk="small", init="random")
 SLIDES = 12

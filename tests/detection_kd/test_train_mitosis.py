@@ -10,9 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from common.config import load_config
-from common.distributed import World
-from common.errors import UserError
 from detection_kd import train_mitosis
 from detection_kd.evaluation.point_metrics import Operating, compute_rates, count_fields
 from detection_kd.evaluation.tile_predictions import find_field_detections, predict_tiles
@@ -32,6 +29,9 @@ from tests.detection_kd.mitosis_runs import (
 )
 from tests.helpers import ROOT
 from tests.training_harness import read_epochs
+from wsi_common.config import load_config
+from wsi_common.distributed import World
+from wsi_common.errors import UserError
 
 ONE = World(0, 1, torch.device("cpu"))
 

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from common.distributed import World
-from common.errors import UserError
 from detection_kd import train_resolution_kd
 from detection_kd.evaluation.grading_metrics import GradedRun, grade_metrics
 from detection_kd.graded_patches.keys import GradedSetKeys, read_graded_split
@@ -24,6 +22,8 @@ from detection_kd.models.low_resolution import load_grading_network
 from detection_kd.train_resolution_kd import ask_teacher, open_job, prepare_training
 from tests.detection_kd.grading_runs import GRADES, SIDE, configure, train, write_graded_set
 from tests.training_harness import read_epochs
+from wsi_common.distributed import World
+from wsi_common.errors import UserError
 
 ONE = World(0, 1, torch.device("cpu"))
 

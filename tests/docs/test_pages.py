@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.config import describe
 from tests.helpers import ROOT
+from wsi_common.config import describe
 
 PAGES = [
     ROOT / "README.md",
@@ -28,7 +28,7 @@ LONGEST = {"README.md": 250}  # lines; every other page has at most 300
 GENERATED = re.compile(r"docs/reference/(encoders|keys|modules)\b")
 # a path of the repository, as text or code names it; `<`, `*` and `...` are placeholders
 NAMED = re.compile(
-    r"(?<![\w./<-])((?:\.ci|benchmarks|common|configs|detection_kd|docs|images|mil|notebooks"
+    r"(?<![\w./<-])((?:\.ci|benchmarks|wsi_common|configs|detection_kd|docs|images|mil|notebooks"
     r"|patch_encoder|studies|tests|tools)/[\w./-]*\w/?)(?![\w<*{-]|\.\.)"
 )
 OUTPUT = re.compile(r"^```text\n.*?^```$", re.MULTILINE | re.DOTALL)  # what commands print

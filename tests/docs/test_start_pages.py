@@ -19,7 +19,7 @@ from tests.helpers import ROOT
 START = ROOT / "docs" / "start"
 BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # what the pages' commands expect beside them, as in a clone of the repository
-BESIDE = ("tools", "configs", "common", "patch_encoder", "detection_kd", "mil", "studies")
+BESIDE = ("tools", "configs", "wsi_common", "patch_encoder", "detection_kd", "mil", "studies")
 
 
 def commands(page: Path) -> str:

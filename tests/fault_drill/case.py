@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from common.cli import launch
+from wsi_common.cli import launch
 
 TOLD_TO_WAIT = 60.0  # seconds that a case may take
 MISTAKE = 70  # exit status of a child that ends with a traceback

@@ -17,13 +17,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import launch
-from common.config import key
-from common.errors import UserError
-from common.files import write_text
 from tests.fault_drill.case import Case, Outcome, run_case
 from tests.fault_drill.cases import CASES
 from tests.fault_drill.commands import make_template
+from wsi_common.cli import launch
+from wsi_common.config import key
+from wsi_common.errors import UserError
+from wsi_common.files import write_text
 
 # what the scripts load when they come to it; loaded once here, for all forks
 LATE = ("timm", "torchvision", "sklearn.metrics", "sklearn.model_selection", "scipy.stats")

@@ -13,14 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from common.cli import run
-from common.errors import UserError
 from patch_encoder.bags.writer import write_bag
 from patch_encoder.probe_tiles import Config, main
 from patch_encoder.probing import encoders
 from patch_encoder.probing.encoders import CONTROLS, choose_encoders
 from patch_encoder.probing.report import HEADER
 from patch_encoder.probing.scores import TilePredictions, evaluate, score_runs
+from wsi_common.cli import run
+from wsi_common.errors import UserError
 
 TINY = "timm:test_vit"  # 306 thousand parameters
 COMMON = ["workers=0", "resamples=200", "precision=fp32"]

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import mil.benchmark as benchmark
-from common.config import load_config
 from detection_kd import extract_student
 from detection_kd.models.student import load_student
 from tests.helpers import ROOT
 from tests.quickstart.runs import FEATURE_SETS, SMALL, finish, kill_when
+from wsi_common.config import load_config
 
 pytestmark = pytest.mark.process
 

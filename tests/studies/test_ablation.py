@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import run
 from patch_encoder import extract_features, tile_slides
 from tests.detection_kd.d2vfm_runs import write_backbone
 from tests.helpers import ROOT, make_cohort
+from wsi_common.cli import run
 
 pytestmark = pytest.mark.process
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.config import load_config, make_assignments
-from common.errors import UserError
 from studies.ablation import DEFAULT, Config, Study, expand, main
 from tests.helpers import ROOT
+from wsi_common.config import load_config, make_assignments
+from wsi_common.errors import UserError
 
 BASE = {"adapter": "mpa", "loss": "mse", "stages": [1], "unfreeze": 0, "rank.top_k": 50}
 FACTORS = {

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from common.config import load_config
-from common.errors import UserError
 from studies.ablation_table import Config, main
 from studies.ablations.figure import FRONT, spread_equal_speeds
 from studies.ablations.rows import format_difference, mark_pareto_front, read_rows
+from wsi_common.config import load_config
+from wsi_common.errors import UserError
 
 # name: (tiles/s, AUC of abmil, of mean)
 MEASURED = {

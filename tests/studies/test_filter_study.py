@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import run
 from studies.filter_study import Config, main
 from tests.patch_encoder.demo.drawn_crops import write_crops
+from wsi_common.cli import run
 
 pytestmark = pytest.mark.process
 

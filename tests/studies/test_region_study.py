@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import run
 from patch_encoder.demo.region_simulation import RegionSimulation, write_simulated_cohort
 from studies.region_study import Config, main
 from tests.helpers import ROOT
+from wsi_common.cli import run
 
 pytestmark = pytest.mark.process
 

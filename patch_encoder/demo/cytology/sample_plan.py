@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from common.files import atomic_path
 from patch_encoder.demo.cytology.smear import Box, Smear, draw_smear, lesion_boxes, plan_smear
 from patch_encoder.demo.cytology.tissue_map import TissueMap, draw_tissue_map
 from patch_encoder.demo.pyramid import holds_pyramid, write_pyramid
+from wsi_common.files import atomic_path
 
 NEGATIVE, POSITIVE = "negative", "positive"
 CELLS = (40.0, 75.0)

@@ -18,8 +18,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from common.errors import UserError
-from common.files import atomic_path
 from patch_encoder.demo.cytology.cells import Drawing, Point
 from patch_encoder.demo.cytology.clutter import (
     bacteria,
@@ -30,6 +28,8 @@ from patch_encoder.demo.cytology.clutter import (
     red_cell,
 )
 from patch_encoder.demo.drawing.shapes import noise
+from wsi_common.errors import UserError
+from wsi_common.files import atomic_path
 
 CELL = 32
 """Side of a cell of the map in px of level 0."""

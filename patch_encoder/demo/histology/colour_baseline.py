@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import UInt8
 
-from common.metrics.ranking import binary_auc
 from patch_encoder.descriptors.colour_statistics import colour_statistics
+from wsi_common.metrics.ranking import binary_auc
 
 
 def measure_colour(

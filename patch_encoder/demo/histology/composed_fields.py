@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import UInt8
 
-from common.errors import UserError
 from patch_encoder.demo.histology.figure_crops import TILE, SlideTiles, darkest_place
 from patch_encoder.demo.histology.point_files import NO_POINTS, PointField
+from wsi_common.errors import UserError
 
 GRID = 4
 SIDE = GRID * TILE

@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
-from common.errors import UserError
 from patch_encoder.demo.pyramid import halve
+from wsi_common.errors import UserError
 
 TABLE = "AMI-BR_MIDOG21.csv"
 CROP, CUT = 128, 42

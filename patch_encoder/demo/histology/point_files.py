@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import UserError
-from common.files import write_csv, write_json
+from wsi_common.errors import UserError
+from wsi_common.files import write_csv, write_json
 
 HALF = 25
 """Half a side of a box, px."""

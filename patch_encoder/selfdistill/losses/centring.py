@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from common.distributed import all_reduce_mean
 from patch_encoder.selfdistill.losses.precision import at_least_float32
+from wsi_common.distributed import all_reduce_mean
 
 
 @torch.no_grad()

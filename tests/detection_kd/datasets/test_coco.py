@@ -14,7 +14,6 @@ from PIL import Image
 from torchvision.ops import box_iou
 from torchvision.transforms.v2 import functional as F
 
-from common.errors import UserError
 from detection_kd.datasets.coco import DetectionSet, ImageRecord, read_coco, same_categories
 from detection_kd.datasets.detection import (
     DetectionDataset,
@@ -25,6 +24,7 @@ from detection_kd.datasets.detection import (
 from detection_kd.datasets.transforms import make_eval_transform, make_train_transform
 from detection_kd.evaluation.coco_metrics import Prediction, average_precision
 from detection_kd.evaluation.froc import compute_froc
+from wsi_common.errors import UserError
 
 
 def write_coco(folder: Path, **changes: Any) -> Path:

@@ -18,8 +18,6 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import detection_kd.pack_distillation as pack_distillation
-from common.cli import run
-from common.errors import UserError
 from detection_kd import train_d2vfm
 from detection_kd.datasets.distillation import DistillationTiles, digest_pairs, read_pairs
 from detection_kd.datasets.packed_pairs import Pack, PackWriter
@@ -32,6 +30,8 @@ from patch_encoder.slides import open_slide
 from tests.detection_kd.d2vfm_runs import write_backbone
 from tests.detection_kd.distillation_sets import SIDE, write_set
 from tests.helpers import die, draw_slide, make_cohort
+from wsi_common.cli import run
+from wsi_common.errors import UserError
 
 TILE = 64
 

@@ -13,8 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-from common.cli import run
-from common.errors import UserError
 from detection_kd import train_d2vfm
 from detection_kd.datasets.distillation import digest_pairs, read_pairs
 from tests.detection_kd.d2vfm_runs import write_backbone
@@ -24,6 +22,8 @@ from tests.detection_kd.distillation_sets import (
     write_listing,
     write_set,
 )
+from wsi_common.cli import run
+from wsi_common.errors import UserError
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import run
 from detection_kd.split_coco import Config, main
+from wsi_common.cli import run
 
 
 @pytest.fixture

@@ -14,8 +14,6 @@ import torch
 from skimage.color import rgb_from_hed
 from torch import nn
 
-from common.cli import run
-from common.errors import UserError
 from detection_kd import train_d2vfm
 from detection_kd.datasets.distillation import DistillationTiles, read_pairs
 from detection_kd.datasets.tile_augmentation import (
@@ -32,6 +30,8 @@ from patch_encoder.models.transforms import Fit, ToInputSize
 from patch_encoder.stain.augment import HedJitter
 from tests.detection_kd.d2vfm_runs import write_backbone
 from tests.detection_kd.distillation_sets import SIDE, write_set
+from wsi_common.cli import run
+from wsi_common.errors import UserError
 
 ALL = {"crop": True, "stain": HedJitter(0.1, 0.1), "colour": 0.2, "blur": 1.5}
 

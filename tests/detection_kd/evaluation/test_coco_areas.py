@@ -16,9 +16,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from common.errors import UserError
 from detection_kd.datasets.coco import read_coco
 from detection_kd.evaluation.coco_metrics import Prediction, average_precision
+from wsi_common.errors import UserError
 
 SIDE = 400
 SIZES = ("AP_small", "AP_medium", "AP_large")

@@ -16,11 +16,11 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from common.checkpoint import load_checkpoint, save_checkpoint
-from common.cli import run
-from common.files import sha256_file
 from detection_kd import evaluate_detector, train_detector
 from tests.helpers import run_two_processes
+from wsi_common.checkpoint import load_checkpoint, save_checkpoint
+from wsi_common.cli import run
+from wsi_common.files import sha256_file
 
 TINY = [
     "backbone=resnet18", "norm=group", "pretrained=false", "epochs=1", "batch_size=4", "workers=0",

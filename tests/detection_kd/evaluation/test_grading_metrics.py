@@ -9,7 +9,6 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sk
 
-from common.errors import UserError
 from detection_kd.evaluation.grading_metrics import (
     METRICS,
     GradedRun,
@@ -18,6 +17,7 @@ from detection_kd.evaluation.grading_metrics import (
     student_interval,
     summarise_arm,
 )
+from wsi_common.errors import UserError
 
 
 def make_run(targets: list[int], predicted: list[int], grades: int = 4) -> GradedRun:

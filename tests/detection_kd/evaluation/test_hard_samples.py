@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from common.errors import UserError
 from detection_kd.evaluation.hard_samples import (
     CRITERIA,
     FALSE_ALARM,
@@ -16,6 +15,7 @@ from detection_kd.evaluation.hard_samples import (
     filter_tiles,
     find_hard_tiles,
 )
+from wsi_common.errors import UserError
 
 # nine tiles of the original: tile 3 is missed, tile 6 a false alarm, tile 8 has the threshold's score
 LABELS = np.array([1, 1, 1, 1, 0, 0, 0, 0, 1])

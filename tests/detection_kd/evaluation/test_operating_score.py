@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.errors import UserError
 from detection_kd.datasets.augmentation_keys import DetectionSizes
 from detection_kd.datasets.coco import DetectionSet, ImageRecord
 from detection_kd.datasets.training_field import choose_scale, describe_field
@@ -21,6 +20,7 @@ from detection_kd.evaluation.operating_point import (
     resolve_min_score,
 )
 from patch_encoder.tiles.coordinates import TileGeometry
+from wsi_common.errors import UserError
 
 
 def random_set(seed: int) -> tuple[DetectionSet, list[Prediction]]:

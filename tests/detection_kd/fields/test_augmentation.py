@@ -13,7 +13,6 @@ from scipy.ndimage import center_of_mass, label
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from common.errors import UserError
 from detection_kd.fields.augmentation import PointAugmentationKeys, augment_tiles
 from detection_kd.fields.tile_loader import FieldBatch
 from detection_kd.fields.warps import (
@@ -25,6 +24,7 @@ from detection_kd.fields.warps import (
     turn_points,
     turn_tile,
 )
+from wsi_common.errors import UserError
 
 SIDE = 96
 STRONG = PointAugmentationKeys(rotation=90.0, scale=0.2, elastic=5.0, elastic_spacing=32.0)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.errors import UserError
 from detection_kd.fields import open_fields
 from detection_kd.fields.field_tiles import UNKNOWN, FieldTiles
 from detection_kd.mitosis_sets.point_set import LOOK_ALIKE, MITOSIS
 from patch_encoder.slides import SlideError, open_slide
 from tests.detection_kd.fields.drawn_fields import draw_field, make_set, write_field
+from wsi_common.errors import UserError
 
 SIDE = 20
 

@@ -14,7 +14,6 @@ from PIL import Image
 from skimage.exposure import match_histograms
 from torchstain.torch.normalizers.macenko import TorchMacenkoNormalizer
 
-from common.errors import UserError
 from detection_kd.fields.field_tiles import FieldTiles
 from detection_kd.fields.stain import (
     STAINS,
@@ -26,6 +25,7 @@ from detection_kd.fields.stain import (
 )
 from tests.detection_kd.fields.drawn_fields import make_set, write_field
 from tests.patch_encoder.stain.stain_fixture import draw_tile, picture
+from wsi_common.errors import UserError
 
 KINDS = STAINS[1:]
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from common.distributed import World
-from common.sampling import balance_epoch
 from detection_kd.fields.field_tiles import FieldTiles
 from detection_kd.fields.tile_loader import FieldBatch, make_tile_loader
 from tests.detection_kd.fields.drawn_fields import draw_field, make_set, write_field
+from wsi_common.distributed import World
+from wsi_common.sampling import balance_epoch
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)

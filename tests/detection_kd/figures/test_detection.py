@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.errors import UserError
 from detection_kd.datasets.coco import DetectionSet, ImageRecord
 from detection_kd.evaluation.coco_metrics import RECALLS, Prediction
 from detection_kd.evaluation.froc import RATES
@@ -32,6 +31,7 @@ from detection_kd.figures.overlays import (
     draw_overlay,
     write_overlays,
 )
+from wsi_common.errors import UserError
 
 Colour = tuple[int, int, int]
 

@@ -14,8 +14,6 @@ import torch
 from PIL import Image
 from sklearn.decomposition import PCA
 
-from common.cli import run
-from common.planes import OTHERS, name_groups
 from detection_kd import train_d2vfm
 from detection_kd.figures.student import (
     draw_learning_curves,
@@ -25,6 +23,8 @@ from detection_kd.figures.student import (
 )
 from detection_kd.figures.student_report import write_report
 from tests.detection_kd.d2vfm_runs import arguments
+from wsi_common.cli import run
+from wsi_common.planes import OTHERS, name_groups
 
 RNG = np.random.default_rng(0)
 TEACHER = (RNG.normal(size=(40, 6)) * [5, 3, 1, 1, 1, 1]).astype(np.float32)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from common.errors import UserError
 from detection_kd.graded_patches.patch_augmentation import (
     Draws,
     PatchAugmentationKeys,
@@ -21,6 +20,7 @@ from detection_kd.graded_patches.patch_augmentation import (
     move_pixels,
     scale_colour,
 )
+from wsi_common.errors import UserError
 
 EVERYTHING = PatchAugmentationKeys(rotation=20, scale=0.1, shift=0.05, stain=0.1, colour=0.2)
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from common.distributed import World
-from common.sampling import balance_epoch
 from detection_kd.graded_patches import patch_pixels
 from detection_kd.graded_patches.labelled_tiles import read_labelled_tiles
 from detection_kd.graded_patches.patch_augmentation import PatchAugmentationKeys, augment_patches
 from detection_kd.graded_patches.patch_loader import PatchBatch, make_patch_loader
 from detection_kd.graded_patches.patch_pixels import PatchPixels
+from wsi_common.distributed import World
+from wsi_common.sampling import balance_epoch
 
 ONE = World(0, 1, torch.device("cpu"))
 KEYS = PatchAugmentationKeys(rotation=10, colour=0.1)

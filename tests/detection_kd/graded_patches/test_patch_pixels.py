@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from common.errors import UserError
 from detection_kd.graded_patches import patch_pixels
 from detection_kd.graded_patches.graded_set import GradedSet
 from detection_kd.graded_patches.labelled_tiles import read_labelled_tiles
 from detection_kd.graded_patches.patch_pixels import PatchPixels
 from detection_kd.graded_patches.resolution import reduce_resolution
 from patch_encoder.demo.pyramid import write_pyramid
+from wsi_common.errors import UserError
 
 
 def write_pictures(root: Path, side: int, count: int = 5) -> list[np.ndarray]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from common.errors import UserError
 from detection_kd.graded_patches.resolution import reduce_resolution
+from wsi_common.errors import UserError
 
 
 @pytest.mark.parametrize("ratio", [2, 3, 6])

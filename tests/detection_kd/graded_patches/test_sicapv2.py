@@ -8,9 +8,9 @@ import numpy as np
 import openpyxl
 import pytest
 
-from common.errors import UserError
 from detection_kd.graded_patches.keys import GradedSetKeys, read_graded_split
 from detection_kd.graded_patches.sicapv2 import GRADES, read_partition, read_published_fold
+from wsi_common.errors import UserError
 
 HEADER = ("image_name", "NC", "G3", "G4", "G5", "G4C")
 MARKS = {"NC": (1, 0, 0, 0, 0), "G3": (0, 1, 0, 0, 0), "G4": (0, 0, 1, 0, 1), "G5": (0, 0, 0, 1, 0)}

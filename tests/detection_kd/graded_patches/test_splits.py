@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.errors import UserError
 from detection_kd.graded_patches.graded_set import GradedPatch, GradedSet
 from detection_kd.graded_patches.keys import GradedSetKeys, read_graded_split
 from detection_kd.graded_patches.labelled_tiles import read_labelled_tiles
 from detection_kd.graded_patches.splits import GradedSplit, check_split, split_by_case
+from wsi_common.errors import UserError
 
 GRADES = ("NC", "G3", "G4", "G5")
 

@@ -6,9 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from common.distributed import World
-from common.errors import UserError
-from common.sampling import balance_epoch
 from detection_kd.graded_patches.labelled_tiles import read_labelled_tiles
 from detection_kd.graded_patches.patch_augmentation import PatchAugmentationKeys, augment_patches
 from detection_kd.graded_patches.patch_loader import make_patch_loader
@@ -16,6 +13,9 @@ from detection_kd.graded_patches.patch_pixels import PatchPixels
 from detection_kd.grading.teacher_maps import TeacherMaps, check_kept_maps
 from detection_kd.models.low_resolution import GradingKeys, GradingNetwork, PatchScale
 from tests.detection_kd.grading_runs import GRADES, SIDE, write_graded_set
+from wsi_common.distributed import World
+from wsi_common.errors import UserError
+from wsi_common.sampling import balance_epoch
 
 ONE = World(0, 1, torch.device("cpu"))
 SYMMETRIES = PatchAugmentationKeys(stain=0.0)

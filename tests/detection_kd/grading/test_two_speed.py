@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import entropy
 
-from common.errors import UserError
 from detection_kd.grading.two_speed import choose_least_sure, measure_doubt, mix_speeds
+from wsi_common.errors import UserError
 
 STUDENT = np.array([[0.98, 0.01, 0.01], [0.4, 0.3, 0.3], [0.0, 1.0, 0.0], [0.5, 0.5, 0.0]])
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.distributed import gather_rows, init_distributed
 from detection_kd.losses.feature_losses import (
     contrastive_loss,
     relational_angle_loss,
     relational_distance_loss,
 )
+from wsi_common.distributed import gather_rows, init_distributed
 
 ROWS = 6
 

@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 
-from common.errors import UserError
 from detection_kd.losses.distillation_loss import ExtraTerms, distillation_loss
 from detection_kd.losses.feature_losses import (
     FEATURE_LOSSES,
@@ -17,6 +16,7 @@ from detection_kd.losses.feature_losses import (
     relational_distance_loss,
     smooth_l1_loss,
 )
+from wsi_common.errors import UserError
 
 
 def features(tiles: int = 6, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

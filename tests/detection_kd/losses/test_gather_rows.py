@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.distributed import gather_rows
 from tests.detection_kd.losses.gathered_gradient import inputs, loss
 from tests.helpers import run_two_processes
+from wsi_common.distributed import gather_rows
 
 
 @pytest.mark.process

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.config import load_config
-from common.errors import UserError
 from detection_kd.losses.attention_transfer import find_attention_by_autograd, root_mean_square
 from detection_kd.losses.resolution_losses import (
     TERMS,
@@ -22,6 +20,8 @@ from detection_kd.losses.resolution_losses import (
     resolution_loss,
     softened_prediction_loss,
 )
+from wsi_common.config import load_config
+from wsi_common.errors import UserError
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.errors import UserError
 from detection_kd.mitosis_sets.keys import read_point_set
 from detection_kd.mitosis_sets.point_set import LOOK_ALIKE, MITOSIS
 from detection_kd.mitosis_sets.splits import split_fields
 from tests.detection_kd.mitosis_sets.miniatures import set_keys, write_image
+from wsi_common.errors import UserError
 
 
 def write_files(root: Path, files: dict[str, str]) -> Path:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import run
 from detection_kd.convert_points import WRITERS, Config, main
 from detection_kd.mitosis_sets.keys import read_point_set
 from detection_kd.mitosis_sets.point_set import LOOK_ALIKE, MITOSIS
 from tests.detection_kd.mitosis_sets.miniatures import set_keys, write_document
+from wsi_common.cli import run
 
 BOXES = [(1, 1, (10, 20, 60, 70)), (1, 2, (100, 20, 150, 70)), (2, 1, (0, 0, 50, 50))]
 

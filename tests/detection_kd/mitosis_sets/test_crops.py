@@ -9,8 +9,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from common.errors import UserError
 from detection_kd.mitosis_sets.crops import read_atypical_crops, read_crop_stack
+from wsi_common.errors import UserError
 
 HEADER = ",slide,dataset,uid,x,y,majority_atypical\n"
 

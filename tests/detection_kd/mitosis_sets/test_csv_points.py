@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.errors import UserError
 from detection_kd.mitosis_sets.checked_fields import check_resolution
 from detection_kd.mitosis_sets.csv_points import write_csv_points
 from detection_kd.mitosis_sets.keys import read_point_set
 from detection_kd.mitosis_sets.point_set import LOOK_ALIKE, MITOSIS
 from tests.detection_kd.mitosis_sets.miniatures import set_keys, write_image
+from wsi_common.errors import UserError
 
 TABLE = """file,x,y,class
 b/2.tiff,10.5,20,Mitotic figure

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.errors import UserError
 from detection_kd.mitosis_sets.keys import read_point_set
 from detection_kd.mitosis_sets.point_set import LOOK_ALIKE, MITOSIS
 from tests.detection_kd.mitosis_sets.miniatures import set_keys, write_document
+from wsi_common.errors import UserError
 
 BOXES = [(1, 1, (10, 20, 60, 70)), (1, 2, (100, 20, 150, 70)), (3, 2, (0, 0, 50, 50))]
 NAMES = ("001.tiff", "002.tiff", "003.tiff")

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.errors import UserError
 from detection_kd.mitosis_sets.checked_fields import find_class
 from detection_kd.mitosis_sets.coco_points import write_coco_points
 from detection_kd.mitosis_sets.csv_points import write_csv_points
@@ -25,6 +24,7 @@ from tests.detection_kd.mitosis_sets.miniatures import (
     write_document,
     write_image,
 )
+from wsi_common.errors import UserError
 
 WRITERS = {"csv": write_csv_points, "coco": write_coco_points, "geojson": write_geojson_points}
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.errors import UserError
 from detection_kd.mitosis_sets.keys import read_point_set
 from detection_kd.mitosis_sets.point_set import LOOK_ALIKE, MITOSIS
 from tests.detection_kd.mitosis_sets.miniatures import set_keys, write_document
+from wsi_common.errors import UserError
 
 # SlideRunner's own tables, as of its version 1; the classes are numbered as in CCMCT, not as here
 TABLES = """

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.errors import UserError
 from detection_kd.mitosis_sets.keys import MitosisSetKeys, read_point_set
 from detection_kd.mitosis_sets.point_set import MITOSIS, PointSet
 from detection_kd.mitosis_sets.splits import SPLITS, draw_split, read_split, split_fields
 from tests.detection_kd.mitosis_sets.miniatures import draw_point_set, set_keys
+from wsi_common.errors import UserError
 
 
 def make_keys(**others: str) -> MitosisSetKeys:

@@ -13,7 +13,6 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from common.errors import UserError
 from detection_kd.models import backbone as backbone_module
 from detection_kd.models.backbone import (
     HUB,
@@ -24,6 +23,7 @@ from detection_kd.models.backbone import (
     read_trunk_weights,
 )
 from patch_encoder.models.encoder_table import IMAGENET
+from wsi_common.errors import UserError
 
 
 @pytest.mark.parametrize("name", RESNETS)

@@ -10,10 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.checkpoint import save_checkpoint
-from common.config import load_config
-from common.distributed import World
-from common.errors import UserError
 from detection_kd.models.cam import (
     MODES,
     NORMS,
@@ -27,6 +23,10 @@ from detection_kd.models.cam import (
 from detection_kd.models.normalised_network import place_network
 from patch_encoder.models.encoder_table import EFFICIENTNET_LITE
 from tests.helpers import ROOT
+from wsi_common.checkpoint import save_checkpoint
+from wsi_common.config import load_config
+from wsi_common.distributed import World
+from wsi_common.errors import UserError
 
 SMALL = {"trunk": "small", "init": "random"}
 

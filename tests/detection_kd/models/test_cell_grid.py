@@ -9,8 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from common.distributed import World
-from common.errors import UserError
 from detection_kd.evaluation.peaks import find_peaks
 from detection_kd.evaluation.tile_predictions import (
     count_hits,
@@ -24,6 +22,8 @@ from detection_kd.models.cell_grid import CellGrid, make_averaging, measure_cell
 from detection_kd.whole_slides.mitosis_candidates import detect_candidates
 from patch_encoder.extraction.loop import ExtractSettings
 from patch_encoder.tiles.coordinates import Coordinates, SlideJob, TileGeometry
+from wsi_common.distributed import World
+from wsi_common.errors import UserError
 
 CPU = torch.device("cpu")
 TRUNKS = [("small", 3), ("resnet18", 3), ("tf_efficientnet_lite0", 3)]

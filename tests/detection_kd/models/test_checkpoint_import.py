@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, TimmBackboneConfig
 
-from common.errors import UserError
 from detection_kd.models.backbone import Backbone, load_backbone
 from detection_kd.models.checkpoint_import import load_published
 from detection_kd.models.deformable_detr import DeformableDETR
 from detection_kd.models.deformable_transformer import Architecture
+from wsi_common.errors import UserError
 
 NAMES = ["a", "b", "c"]
 SIZES = Architecture(64, 4, 48, 1, 2, queries=6)

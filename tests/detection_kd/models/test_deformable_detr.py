@@ -9,8 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from common.checkpoint import save_checkpoint
-from common.errors import UserError
 from detection_kd.models.backbone import Backbone, fill_weights, load_backbone, read_trunk_weights
 from detection_kd.models.checkpoint_import import convert_official
 from detection_kd.models.deformable_detr import (
@@ -21,6 +19,8 @@ from detection_kd.models.deformable_detr import (
 )
 from detection_kd.models.deformable_transformer import Architecture
 from detection_kd.models.position_encoding import sine_position_encoding
+from wsi_common.checkpoint import save_checkpoint
+from wsi_common.errors import UserError
 
 SMALL = {
     "hidden_dim": 32,

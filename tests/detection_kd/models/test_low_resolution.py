@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.checkpoint import save_checkpoint
-from common.errors import UserError
 from detection_kd.losses.attention_transfer import find_attention, find_attention_by_autograd
 from detection_kd.losses.resolution_losses import PairedOutputs, ResolutionTerms, resolution_loss
 from detection_kd.models.cam import NORMS
@@ -28,6 +26,8 @@ from detection_kd.models.low_resolution import (
     load_grading_network,
 )
 from patch_encoder.models.encoders import build_encoder
+from wsi_common.checkpoint import save_checkpoint
+from wsi_common.errors import UserError
 
 GRADES = ("NC", "G3", "G4", "G5")
 # of VGG16 up to conv5_3: channels in and out, and how many times its map was halved before

@@ -20,8 +20,6 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from common.cli import run
-from common.files import sha256_file
 from detection_kd import extract_student, pack_distillation, train_d2vfm
 from detection_kd.datasets.distillation import digest_pairs, read_pairs
 from detection_kd.datasets.packed_pairs import Pack
@@ -37,6 +35,8 @@ from patch_encoder.models.encoder_table import ENCODERS, EncoderRow
 from patch_encoder.models.encoders import build_encoder, digest_weights
 from tests.detection_kd.d2vfm_runs import write_backbone
 from tests.helpers import draw_slide, write_pyramid
+from wsi_common.cli import run
+from wsi_common.files import sha256_file
 
 TILE = 64
 VIT = {"embed_dim": 48, "depth": 2, "num_heads": 2}

@@ -13,9 +13,9 @@ from torchvision.models import resnet18
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from transformers import ResNetConfig, ResNetModel, RTDetrResNetBackbone, RTDetrResNetConfig
 
-from common.errors import UserError
 from detection_kd.models.backbone import load_backbone
 from patch_encoder.models.encoder_table import IMAGENET
+from wsi_common.errors import UserError
 
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
 

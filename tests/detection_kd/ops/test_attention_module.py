@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.errors import UserError
 from detection_kd.models.deformable_layers import MSDeformAttn
 from detection_kd.ops.ms_deform_attn import ms_deform_attn
+from wsi_common.errors import UserError
 
 SHAPES = [(3, 5), (2, 1), (1, 4)]
 

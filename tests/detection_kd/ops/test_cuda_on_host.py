@@ -12,10 +12,10 @@ from torch import Tensor
 
 from benchmarks.classic_deform_attn import FOLDER as BENCHMARKS
 from benchmarks.classic_deform_attn import ClassicAttention, load_kernels
-from common.ops.native import SHARED
 from detection_kd.ops.compiled import OPS
 from detection_kd.ops.reference import ms_deform_attn_reference
 from tests.cuda_on_host import build_for_host
+from wsi_common.ops.native import SHARED
 
 pytestmark = pytest.mark.process
 

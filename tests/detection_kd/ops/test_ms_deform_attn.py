@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from common.errors import UserError
-from common.ops.compiled_op import warn_once
-from common.ops.native import Unit, build, cpu_units, library_path
 from detection_kd.ops import ms_deform_attn as door
 from detection_kd.ops.compiled import BACKWARD, OPS, choose_kernels, unavailable
 from detection_kd.ops.ms_deform_attn import ms_deform_attn, takes_compiled
+from wsi_common.errors import UserError
+from wsi_common.ops.compiled_op import warn_once
+from wsi_common.ops.native import Unit, build, cpu_units, library_path
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 KERNELS = ["avx512", "avx2", "baseline"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from common.errors import UserError
 from detection_kd.fields.tiling import place_tiles
 from detection_kd.whole_slides import grade_map as module
 from detection_kd.whole_slides.grade_map import NOTHING, make_grade_map
+from wsi_common.errors import UserError
 
 GRADES = 3
 

@@ -15,9 +15,6 @@ from scipy.io import savemat
 from sklearn.linear_model import LogisticRegression
 
 import mil.classic.sets as classic_sets
-from common.cli import run as run_script
-from common.config import load_config
-from common.errors import UserError
 from mil.benchmark_classic import METHODS, Config, main, make_jobs
 from mil.classic.recipes import NETWORKS, RATES, choose_recipe, pool_bags, predict_simple
 from mil.classic.sets import (
@@ -39,6 +36,9 @@ from mil.classic.table import (
     make_markdown,
 )
 from tests.helpers import kill_when
+from wsi_common.cli import run as run_script
+from wsi_common.config import load_config
+from wsi_common.errors import UserError
 
 SMALL = (20, 10, 50, 4)  # bags, positive, instances, features
 

@@ -15,9 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-from common.config import load_config
-from common.distributed import World
-from common.errors import UserError
 from mil.benchmark import Config
 from mil.datasets.bags import (
     Sample,
@@ -36,6 +33,9 @@ from mil.training.prediction import predict, prefetch
 from mil.training.recipes import Recipe
 from patch_encoder.bags.bag import make_bag, open_bag, read_bag
 from patch_encoder.bags.writer import write_bag
+from wsi_common.config import load_config
+from wsi_common.distributed import World
+from wsi_common.errors import UserError
 
 CPU = World(0, 1, torch.device("cpu"))
 ROWS = np.random.default_rng(0).normal(size=(30, 5)).astype(np.float16)

@@ -14,9 +14,6 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from common.cli import run as run_script
-from common.config import load_config
-from common.errors import UserError
 from detection_kd.whole_slides.slide_detections import FoundBoxes, make_detections_document
 from mil import evaluate, heatmap, make_splits, report
 from mil.benchmark import Config as BenchmarkConfig
@@ -35,6 +32,9 @@ from patch_encoder.bags.bag import read_bag
 from patch_encoder.bags.writer import write_bag
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
 from tests.mil.conftest import SIDE, geometry
+from wsi_common.cli import run as run_script
+from wsi_common.config import load_config
+from wsi_common.errors import UserError
 
 CATEGORIES = ["lesion", "other"]
 

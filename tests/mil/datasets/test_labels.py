@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from common.errors import UserError
 from mil.datasets.bags import digest_bags, find_bags, load_bags
 from mil.datasets.labels import LabelledSlides, read_labelled_slides
 from mil.datasets.splits import (
@@ -25,6 +24,7 @@ from mil.datasets.splits import (
 )
 from patch_encoder.bags.writer import write_bag
 from patch_encoder.cohort.labels import SlideRecord
+from wsi_common.errors import UserError
 
 
 def patients(per_class: dict[str, int], slides_each: int = 1, seed: int = 0) -> LabelledSlides:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from common.config import load_config
 from mil.benchmark import Config, main
 from mil.datasets.bags import load_bags
 from mil.models import build
 from patch_encoder.bags.writer import write_bag
+from wsi_common.config import load_config
 
 
 def write_musk(source: Path, root: Path) -> int:

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import run as run_script
-from common.config import load_config
-from common.errors import UserError
 from mil import benchmark, make_splits, train
 from mil.datasets.labels import LabelledSlides
 from mil.datasets.splits import SETS, Split, read_stored_splits
 from mil.datasets.stored_splits import check_splits
 from patch_encoder.cohort.labels import SlideRecord
+from wsi_common.cli import run as run_script
+from wsi_common.config import load_config
+from wsi_common.errors import UserError
 
 # patients p0 to p7 with two slides each, of the classes a and b by turns
 SLIDES = LabelledSlides(

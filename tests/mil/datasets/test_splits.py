@@ -11,9 +11,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from common.cli import run as run_script
-from common.config import load_config
-from common.errors import UserError
 from mil import benchmark, make_splits, train
 from mil.datasets.labels import LabelledSlides
 from mil.datasets.splits import (
@@ -27,6 +24,9 @@ from mil.datasets.splits import (
 from mil.datasets.stored_splits import check_splits
 from patch_encoder.cohort.labels import SlideRecord
 from tests.mil.tasks.task_cohorts import COHORTS, rewrite
+from wsi_common.cli import run as run_script
+from wsi_common.config import load_config
+from wsi_common.errors import UserError
 
 EVENTS = ["censored", "event"]
 STRATA = {"multilabel": ["-", "a", "b"], "ordinal": list("0123"), "cox": EVENTS, "discrete": EVENTS}

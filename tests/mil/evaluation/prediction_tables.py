@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.cli import run as run_script
 from mil.evaluate import Config, main
+from wsi_common.cli import run as run_script
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> Path:

@@ -14,9 +14,6 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from common.cli import run as run_script
-from common.config import load_config
-from common.errors import UserError
 from mil.benchmark import Config, main
 from mil.evaluation.runs import format_number, text_table
 from mil.tasks.classification import Classification
@@ -25,6 +22,9 @@ from patch_encoder.bags.bag import read_bag
 from patch_encoder.bags.writer import write_bag
 from tests.helpers import start_script
 from tests.mil.conftest import write_cohort
+from wsi_common.cli import run as run_script
+from wsi_common.config import load_config
+from wsi_common.errors import UserError
 
 TABLES = ("results.csv", "summary.csv", "predictions.csv", "summary.json", "splits/splits_0.csv")
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import run as run_script
-from common.config import load_config
-from common.errors import UserError
 from mil import benchmark, evaluate, report
 from mil.evaluation.benchmark_folder import belonging, run_folders
 from mil.heatmaps.sources import read_from_benchmark
 from mil.tasks.classification import Classification
+from wsi_common.cli import run as run_script
+from wsi_common.config import load_config
+from wsi_common.errors import UserError
 
 CLASSES = Classification(("neg", "pos"))
 

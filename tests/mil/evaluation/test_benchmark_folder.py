@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import UserError
 from mil.evaluation.benchmark_folder import choose_feature_set, find_features
 from mil.tasks.classification import Classification
 from mil.tasks.regression import Regression
+from wsi_common.errors import UserError
 
 
 def test_the_best_feature_set_is_that_of_the_headline_metric():

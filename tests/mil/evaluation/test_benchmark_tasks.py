@@ -15,12 +15,12 @@ import pytest
 from sklearn.metrics import cohen_kappa_score, r2_score, roc_auc_score
 
 import mil.benchmark as benchmark
-from common.cli import run as run_script
-from common.config import load_config
-from common.errors import UserError
 from mil import evaluate, report
 from tests.mil.tasks.task_cohorts import COHORTS, rewrite
 from tests.mil.tasks.test_metrics_by_task import harrell
+from wsi_common.cli import run as run_script
+from wsi_common.config import load_config
+from wsi_common.errors import UserError
 
 HEADLINES = {
     "multilabel": "auc_macro",

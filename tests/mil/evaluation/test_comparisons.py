@@ -13,8 +13,6 @@ from scipy import stats
 from scipy.stats import chi2
 from sklearn.metrics import cohen_kappa_score, r2_score, roc_auc_score
 
-from common.metrics.bootstrap import resample_patients
-from common.metrics.run_bootstrap import paired_difference
 from mil.evaluation.comparisons import comparison_table, warn_of_floor
 from mil.evaluation.delong import compare, holm
 from mil.evaluation.risk_groups import RiskGroups, kaplan_meier, median_survival, risk_groups
@@ -27,6 +25,8 @@ from mil.tasks.ordinal import Ordinal, grade
 from mil.tasks.regression import ValuePredictions
 from mil.tasks.survival import RiskPredictions
 from mil.tasks.table import TASKS
+from wsi_common.metrics.bootstrap import resample_patients
+from wsi_common.metrics.run_bootstrap import paired_difference
 
 B, SEED = 60, 5
 CASES = {

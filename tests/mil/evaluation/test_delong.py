@@ -9,9 +9,9 @@ import pytest
 from scipy.stats import norm, rankdata
 from sklearn.metrics import roc_auc_score
 
-from common.metrics.run_bootstrap import bootstrap
 from mil.evaluation.delong import auc_parts, compare, holm, mean_auc_parts, placements
 from mil.tasks.classification import Predictions, evaluate
+from wsi_common.metrics.run_bootstrap import bootstrap
 
 
 def naive(positive: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -12,10 +12,6 @@ import pytest
 from PIL import Image
 from sklearn import metrics as sk
 
-from common.cli import run as run_script
-from common.metrics.calibration import fit_temperature
-from common.metrics.classification import youden_threshold
-from common.metrics.ranking import GRID, roc_curves
 from mil import benchmark
 from mil.evaluate import read_tables, with_threshold
 from mil.evaluation.task_tables import screening_rows
@@ -23,6 +19,10 @@ from mil.figures import curves as pictures
 from mil.figures.curves import average_curves
 from mil.tasks.classification import Classification
 from tests.mil.evaluation.prediction_tables import evaluate, read, rows_of, table, write
+from wsi_common.cli import run as run_script
+from wsi_common.metrics.calibration import fit_temperature
+from wsi_common.metrics.classification import youden_threshold
+from wsi_common.metrics.ranking import GRID, roc_curves
 
 
 def test_tables_are_what_the_predictions_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -7,7 +7,7 @@ import pytest
 
 from mil.evaluation.operating import Held, operating_point, threshold_for
 from mil.tasks.classification import Predictions
-from tests.common.metrics.scored_slides import (
+from tests.wsi_common.metrics.scored_slides import (
     draw_positives,
     two_classes,
 )

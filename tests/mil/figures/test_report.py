@@ -16,9 +16,6 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from common.config import load_config
-from common.errors import UserError
-from common.metrics.ranking import roc_curves
 from mil.evaluation.runs import FinishedRun
 from mil.figures.by_task import draw_labels
 from mil.figures.example_slides import Choice, Group, choose_slides, make_example
@@ -33,6 +30,9 @@ from mil.training.engine import load_classifier
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.tiles.coordinates import TileGeometry
 from tests.artefacts import copy_of
+from wsi_common.config import load_config
+from wsi_common.errors import UserError
+from wsi_common.metrics.ranking import roc_curves
 
 
 @pytest.fixture

@@ -18,10 +18,6 @@ import torch
 import mil.benchmark as benchmark
 import mil.figures.example_slides as examples
 import mil.heatmaps.scores as tile_scores
-from common.cli import run
-from common.config import load_config
-from common.errors import UserError
-from common.metrics.classification import confusion, predict_class
 from mil.datasets.splits import Split
 from mil.evaluate import read_benchmark
 from mil.figures.example_slides import Choice, make_example
@@ -35,6 +31,10 @@ from patch_encoder.bags.paths import find_coordinates
 from patch_encoder.bags.writer import write_bag
 from tests.mil.conftest import write_cohort
 from tests.mil.tasks.task_cohorts import rewrite
+from wsi_common.cli import run
+from wsi_common.config import load_config
+from wsi_common.errors import UserError
+from wsi_common.metrics.classification import confusion, predict_class
 
 # test_benchmark_tasks.py renders the same figures of every task
 pytestmark = pytest.mark.usefixtures("no_rendering")

@@ -16,7 +16,6 @@ from PIL import Image
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss
 
-from common.errors import UserError
 from mil.heatmaps.drawing import (
     Heat,
     add_frame,
@@ -46,6 +45,7 @@ from patch_encoder.slides import open_slide
 from patch_encoder.slides.base import Slide
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
 from patch_encoder.viz.captions import choose_round_length, format_length, load_caption_font
+from wsi_common.errors import UserError
 
 
 def picture_slide(folder: Path, pixels: np.ndarray, mpp: float) -> Slide:

@@ -22,9 +22,6 @@ from PIL import Image
 
 import mil.benchmark as benchmark
 import mil.train as training
-from common.cli import run
-from common.config import load_config
-from common.errors import UserError
 from mil import evaluate, heatmap
 from mil.heatmap import Config, Scored, draw_one, main
 from mil.heatmaps.scores import TileScores, compute_percentile_ranks, score_bag
@@ -44,6 +41,9 @@ from patch_encoder.tissue.geojson import write_geojson
 from patch_encoder.tissue.outlines import Outline
 from tests.helpers import children, die
 from tests.mil.conftest import write_cohort
+from wsi_common.cli import run
+from wsi_common.config import load_config
+from wsi_common.errors import UserError
 
 SMALL = ["device=cpu", "training.epochs=2", "training.min_epochs=1"]
 

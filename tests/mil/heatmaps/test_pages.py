@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.files import write_text
 from mil.evaluation.runs import FinishedRun
 from mil.heatmaps.pages import rows, write_pages
 from mil.heatmaps.sources import SlidePrediction, Source
 from mil.tasks.classification import Classification, Predictions
+from wsi_common.files import write_text
 
 CLASSES = ("normal", "tumour")
 

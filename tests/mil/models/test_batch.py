@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from common.errors import UserError
 from mil.models import MODELS, build
 from mil.models.batch import forward_bags, forward_padded
 from mil.models.layers import index_bags, segment_softmax
@@ -18,6 +17,7 @@ from mil.models.output import normalise_attention
 from mil.training.engine import training_loss
 from patch_encoder.bags.bag import make_bag
 from tests.mil.models.small_options import ORDERED, SMALL
+from wsi_common.errors import UserError
 
 LENGTHS = [5, 1, 19, 2]
 BAGS = [torch.randn(n, 6, generator=torch.Generator().manual_seed(n)) for n in LENGTHS]

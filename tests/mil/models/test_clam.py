@@ -13,8 +13,6 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from common.config import load_config
-from common.errors import UserError
 from mil.benchmark import Config as BenchmarkConfig
 from mil.benchmark import main as benchmark_main
 from mil.losses.smooth_svm import smooth_top1_svm
@@ -22,6 +20,8 @@ from mil.models import check_options
 from mil.models.clam import CLAM
 from mil.train import Config, main
 from mil.training.engine import load_classifier, training_loss
+from wsi_common.config import load_config
+from wsi_common.errors import UserError
 
 BAG = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
 

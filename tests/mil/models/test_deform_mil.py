@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from common.errors import UserError
 from mil.models import build
 from mil.models.batch import forward_bags
 from mil.models.deform_mil import DeformMIL, sine_encoding
+from wsi_common.errors import UserError
 
 SMALL = {"width": 32, "depth": 1, "levels": 1, "heads": 4, "points": 1, "dropout": 0.0}
 Bag = tuple[Tensor, Tensor, int]

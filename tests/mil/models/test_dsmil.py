@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from common.errors import UserError
 from mil.models.dsmil import DSMIL, load_published
 from mil.training.engine import training_loss
+from wsi_common.errors import UserError
 
 BAG = torch.randn(11, 6, generator=torch.Generator().manual_seed(0))
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from common.errors import UserError
 from mil.models.dtfd import DISTIL, DTFD, load_published
 from mil.training.engine import training_loss
+from wsi_common.errors import UserError
 
 BAG = torch.randn(13, 6, generator=torch.Generator().manual_seed(0))
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from common.errors import UserError
 from mil.models.hipt import HIPT, TransformerLayer
 from mil.models.layers import Dropout
+from wsi_common.errors import UserError
 
 BAG = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
 

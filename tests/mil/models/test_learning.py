@@ -13,10 +13,6 @@ import pytest
 import torch
 
 import mil.training.engine as engine
-from common.config import load_config
-from common.distributed import World
-from common.metrics.classification import auc
-from common.optim import make_optimizer, trainable
 from mil.datasets.bags import Sample
 from mil.models import MODELS, build
 from mil.train import Config, build_job, main
@@ -27,6 +23,10 @@ from mil.training.prediction import predict
 from mil.training.recipes import Recipe, resolve
 from patch_encoder.bags.bag import make_bag
 from tests.mil.models.small_options import SMALL
+from wsi_common.config import load_config
+from wsi_common.distributed import World
+from wsi_common.metrics.classification import auc
+from wsi_common.optim import make_optimizer, trainable
 
 
 def arguments(cohort: Path, output: Path, name: str, *more: str) -> list[str]:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, layer_norm
 
-from common.errors import UserError
 from mil.models import MODELS, build, build_plain_model
 from mil.models.mhim import MHIM, consistency_loss, draw_keep_mask, rank_tiles, select_plain_options
 from mil.models.transmil import PPEG
 from mil.training.engine import training_loss
 from tests.mil.models.small_options import SMALL
+from wsi_common.errors import UserError
 
 BAG = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
 NAMES = ["mhim_abmil", "mhim_dsmil", "mhim_transmil"]

@@ -9,12 +9,12 @@ import math
 import pytest
 import torch
 
-from common.errors import UserError
 from mil.classic.recipes import Deep
 from mil.classic.vmap_training import compute_bag_losses
 from mil.models import DSMIL, DTFD, MINet
 from mil.models.minet import log_odds
 from mil.training.engine import training_loss
+from wsi_common.errors import UserError
 
 BAG = torch.randn(7, 6, generator=torch.Generator().manual_seed(0))
 LENGTHS = [5, 1, 9, 2]

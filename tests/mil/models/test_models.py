@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from common.errors import UserError
 from mil.models import MODELS, build
 from mil.models.abmil import ABMIL
 from mil.models.layers import Dropout, Standardised
 from patch_encoder.bags.bag import make_bag
+from wsi_common.errors import UserError
 
 BAG = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
 

@@ -9,9 +9,9 @@ import torch
 from torch.nn.functional import layer_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.errors import UserError
 from mil.models import build
 from mil.models.rrt import RRT, CrossRegion, SelfAttention
+from wsi_common.errors import UserError
 
 
 def attended(layer: SelfAttention, x: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,8 @@ import torch
 from nystrom_attention import NystromAttention as PackageAttention
 from torch.nn.functional import conv2d, layer_norm
 
-from common.errors import UserError
 from mil.models.transmil import PPEG, NystromAttention, TransMIL, pseudo_inverse
+from wsi_common.errors import UserError
 
 
 def package_of(layer: NystromAttention, dim: int) -> PackageAttention:

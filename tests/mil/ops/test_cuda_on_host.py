@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.ops.native import SHARED
 from mil.ops.compiled import OPS
 from tests.cuda_on_host import build_for_host
 from tests.mil.ops.sparse_cases import Case, make_case, run, with_gradients
+from wsi_common.ops.native import SHARED
 
 pytestmark = pytest.mark.process
 

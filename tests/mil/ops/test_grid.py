@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from common.errors import UserError
 from mil.ops import grid as module
 from mil.ops.grid import build_grid
 from patch_encoder.tiles.slide_grid import grid_positions, infer_step
+from wsi_common.errors import UserError
 
 SQUARE = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from common.distributed import World
 from mil.datasets.bags import Sample, load_bags
 from mil.heatmaps.scores import score_tiles_alone
 from mil.models import build, deform_mil
@@ -25,6 +24,7 @@ from patch_encoder.bags.bag import make_bag, slide_grid
 from patch_encoder.bags.writer import write_bag
 from patch_encoder.tiles.coordinates import FULL_GEOMETRY
 from patch_encoder.tiles.slide_grid import MAX_CELLS, SlideGrid, find_grid, infer_step
+from wsi_common.distributed import World
 
 CPU = World(0, 1, torch.device("cpu"))
 ODD = torch.tensor([[1000, 1000], [50001, 40003], [50002, 90000]])  # on no grid

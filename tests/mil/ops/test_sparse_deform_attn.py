@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from benchmarks.sparse_attention import dense
-from common.errors import UserError
-from common.ops.compiled_op import warn_once
 from mil.ops import sparse_deform_attn as door
 from mil.ops.compiled import BACKWARD, choose_kernels, unavailable
 from mil.ops.grid import SparseMaps, build_grid
 from mil.ops.sparse_deform_attn import sparse_deform_attn, takes_compiled
 from tests.mil.ops.sparse_cases import Case, make_case, on, oracle, run, with_gradients
+from wsi_common.errors import UserError
+from wsi_common.ops.compiled_op import warn_once
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 KERNELS = ["avx512", "avx2", "baseline"]

@@ -11,14 +11,14 @@ import pytest
 from sklearn import metrics as sk
 
 from benchmarks import intervals
-from common.metrics.bootstrap import interval, resample_patients
-from common.metrics.run_bootstrap import bootstrap, resample_runs, summarise
 from mil.tasks.classification import METRICS, Predictions, evaluate
-from tests.common.metrics.scored_slides import (
+from tests.wsi_common.metrics.scored_slides import (
     draw_classes,
     draw_positives,
     two_classes,
 )
+from wsi_common.metrics.bootstrap import interval, resample_patients
+from wsi_common.metrics.run_bootstrap import bootstrap, resample_runs, summarise
 
 
 def test_weights_count_slides_as_often_as_copies_would():

@@ -11,15 +11,15 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sk
 
-from common.metrics.bootstrap import resample_patients
-from common.metrics.classification import youden_threshold
-from common.metrics.run_bootstrap import bootstrap, summarise
 from mil.tasks.classification import Classification, Predictions
 from mil.tasks.multilabel import LabelPredictions, evaluate_labels, label_thresholds
 from mil.tasks.ordinal import evaluate_grades, grade
 from mil.tasks.regression import ValuePredictions, evaluate_values
 from mil.tasks.survival import RiskPredictions, concordance_index, evaluate_risks
 from mil.tasks.table import TASKS
+from wsi_common.metrics.bootstrap import resample_patients
+from wsi_common.metrics.classification import youden_threshold
+from wsi_common.metrics.run_bootstrap import bootstrap, summarise
 
 CASES = np.array([f"p{i // 2}" for i in range(80)])
 

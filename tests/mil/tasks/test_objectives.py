@@ -16,10 +16,6 @@ import torch
 from sklearn.metrics import cohen_kappa_score
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from common.cli import run as run_script
-from common.config import load_config
-from common.distributed import World
-from common.errors import UserError
 from mil import evaluate
 from mil.benchmark import Config as BenchmarkConfig
 from mil.benchmark import main as benchmark_main
@@ -45,6 +41,10 @@ from mil.training.recipes import Recipe, check_recipe
 from patch_encoder.bags.bag import make_bag
 from tests.mil.models.small_options import SMALL
 from tests.mil.tasks.task_cohorts import COHORTS, rewrite
+from wsi_common.cli import run as run_script
+from wsi_common.config import load_config
+from wsi_common.distributed import World
+from wsi_common.errors import UserError
 
 CPU = World(0, 1, torch.device("cpu"))
 GENERATOR = np.random.default_rng(0)

@@ -12,15 +12,15 @@ import torch
 from scipy.stats import rankdata
 from torch.nn.functional import huber_loss, mse_loss
 
-from common.cli import run as run_script
-from common.config import load_config
-from common.errors import UserError
 from mil.datasets.splits import Split, check_split, make_splits
 from mil.tasks.records import TaskOptions
 from mil.tasks.regression import Regression, quantile_bins, weighted_ranks
 from mil.tasks.table import fit_task, read_targets
 from mil.train import Config, main
 from tests.mil.tasks.task_cohorts import rewrite
+from wsi_common.cli import run as run_script
+from wsi_common.config import load_config
+from wsi_common.errors import UserError
 
 
 @pytest.mark.parametrize(("criterion", "torchs"), [("mse", mse_loss), ("huber", huber_loss)])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import mil.benchmark as benchmark
-from common.cli import launch
 from mil.training import benchmark_jobs
 from tests.mil.training.dying_training import train_or_die
+from wsi_common.cli import launch
 
 benchmark_jobs.train_job = train_or_die
 

@@ -18,13 +18,6 @@ from torch.nn.functional import cross_entropy
 
 import mil.training.engine as engine
 import mil.training.fold_run as jobs
-from common.checkpoint import load_checkpoint
-from common.cli import run as run_script
-from common.config import load_config
-from common.distributed import World
-from common.errors import UserError
-from common.metrics.classification import youden_threshold
-from common.run import Run
 from mil.datasets.bags import Sample, find_bags, load_bags
 from mil.losses.classification import class_loss
 from mil.models import build
@@ -37,6 +30,13 @@ from mil.training.epochs import class_weights, is_better, is_over
 from mil.training.recipes import Recipe
 from patch_encoder.bags.bag import make_bag, read_bag
 from patch_encoder.bags.writer import write_bag
+from wsi_common.checkpoint import load_checkpoint
+from wsi_common.cli import run as run_script
+from wsi_common.config import load_config
+from wsi_common.distributed import World
+from wsi_common.errors import UserError
+from wsi_common.metrics.classification import youden_threshold
+from wsi_common.run import Run
 
 CPU = World(0, 1, torch.device("cpu"))
 SMALL = (

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import mil.training.engine as engine
-from common.config import load_config
-from common.distributed import unwrap
 from mil.models import MODELS
 from mil.train import Config, main
 from patch_encoder.bags.bag import open_bag
 from tests.mil.models.small_options import SMALL
+from wsi_common.config import load_config
+from wsi_common.distributed import unwrap
 
 FILES = {
     "config.yaml",

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from common.config import load_config
 from mil.datasets.bags import Sample, load_bags
 from mil.models import MODELS, build
 from mil.train import Config, main
@@ -22,6 +21,7 @@ from mil.training import engine, prediction
 from mil.training.prediction import WHOLE_BYTES, predict
 from mil.training.streaming import can_stream, stream
 from tests.mil.models.small_options import SMALL
+from wsi_common.config import load_config
 
 CPU = torch.device("cpu")
 DIM, SIZES = 7, (40, 9, 65, 8)
@@ -150,7 +150,7 @@ def test_memory_of_a_prediction_does_not_grow_with_the_bag(tmp_path: Path):
                 file["features"][start : start + 6_000] = np.float16(start / 1e5)
     code = f"""
 import torch
-from common.memory import peak_memory
+from wsi_common.memory import peak_memory
 from mil.datasets.bags import Sample, load_bags
 from mil.models import build
 from mil.training.prediction import predict

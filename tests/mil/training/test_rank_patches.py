@@ -15,15 +15,15 @@ from PIL import Image
 
 import mil.datasets.distillation_set as distillation_set
 import mil.rank_patches as rank_patches
-from common.cli import run as run_script
-from common.config import load_config
-from common.errors import UserError
-from common.processes.pool import run_jobs
 from mil.datasets.distillation_set import choose_patches
 from mil.rank_patches import Config, main
 from mil.training.engine import load_classifier
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.bags.writer import write_bag
+from wsi_common.cli import run as run_script
+from wsi_common.config import load_config
+from wsi_common.errors import UserError
+from wsi_common.processes.pool import run_jobs
 
 
 def arguments(cohort: Path, output: Path, *more: str) -> list[str]:

@@ -11,10 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.cli import run as run_script
-from common.config import given_keys, load_config
-from common.distributed import World
-from common.errors import UserError
 from mil.benchmark import Config as BenchmarkConfig
 from mil.benchmark import main as benchmark_main
 from mil.benchmark import make_settings
@@ -26,6 +22,10 @@ from mil.training.epochs import epoch_order
 from mil.training.recipes import PUBLISHED, Recipe, recipe_factor, resolve
 from patch_encoder.bags.bag import make_bag
 from tests.mil.models.small_options import SMALL
+from wsi_common.cli import run as run_script
+from wsi_common.config import given_keys, load_config
+from wsi_common.distributed import World
+from wsi_common.errors import UserError
 
 CPU = World(0, 1, torch.device("cpu"))
 

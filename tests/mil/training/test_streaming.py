@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from common.errors import UserError
 from mil.models import MODELS, build
 from mil.models.output import MILOutput
 from mil.training import streaming
 from mil.training.streaming import STREAMED, WeightedSum, can_stream, stream
 from patch_encoder.bags.bag import open_bag
 from tests.mil.models.small_options import SMALL
+from wsi_common.errors import UserError
 
 CPU = torch.device("cpu")
 TILES, DIM = 53, 7
@@ -144,7 +144,7 @@ def test_memory_is_that_of_a_block(tmp_path: Path):
                 file["features"][start : start + 10_000] = np.float16(start / 1e5)
     code = f"""
 import torch
-from common.memory import peak_memory
+from wsi_common.memory import peak_memory
 from mil.models import build
 from mil.training.streaming import stream
 from patch_encoder.bags.bag import open_bag

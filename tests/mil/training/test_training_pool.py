@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 import mil.benchmark as benchmark
-from common.cli import run
-from common.config import load_config
 from mil.training import benchmark_jobs
-from tests.common.processes.fake_ray import FakeRay
 from tests.mil.tasks.task_cohorts import rewrite
 from tests.mil.training.dying_training import PLACE
+from tests.wsi_common.processes.fake_ray import FakeRay
+from wsi_common.cli import run
+from wsi_common.config import load_config
 
 TABLES = (
     "results.csv",
@@ -111,7 +111,7 @@ def test_a_training_that_fails_on_ray_is_listed_and_files_are_named_whole(
             raise SystemExit(9)
 
     ray = FakeRay({"CPU": 4.0})
-    monkeypatch.setattr("common.processes.ray_cluster.import_ray", lambda: ray)
+    monkeypatch.setattr("wsi_common.processes.ray_cluster.import_ray", lambda: ray)
     monkeypatch.setattr(benchmark, "import_ray", lambda: ray)
     monkeypatch.setattr(benchmark_jobs, "train_job", train)
     monkeypatch.chdir(tmp_path)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from common.errors import DamagedFile, UserError
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.bags.writer import write_bag
 from patch_encoder.cohort.summary import bag_size
 from patch_encoder.tiles.coordinates import coordinate_attributes, read_coordinates
 from patch_encoder.tiles.formats import describe_content, detect_layout
+from wsi_common.errors import DamagedFile, UserError
 
 ROWS, CORNERS = np.ones((3, 4), np.float32), np.zeros((3, 2), np.int64)
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from common.cli import run
-from common.errors import UserError
 from patch_encoder import convert_bags, convert_coordinates
 from patch_encoder.bags.bag import open_bag, read_bag
 from patch_encoder.bags.writer import write_bag
 from patch_encoder.tiles.coordinates import read_coordinates
 from tests.patch_encoder.extraction.conftest import cohort, extract, tiled  # noqa: F401  fixtures
+from wsi_common.cli import run
+from wsi_common.errors import UserError
 
 CORNERS = np.array([[0, 0], [128, 0], [128, 256]])
 GEOMETRY = {

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.cli import run
-from common.files import write_csv
 from patch_encoder import cohort_report
 from patch_encoder.bags.writer import write_bag
 from patch_encoder.cohort.summary import compute_bin_edges, histogram, read_rows
 from patch_encoder.cohort_report import Config, draw_bars, main, shorten
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, write_coordinates
 from patch_encoder.tissue.quality import MEASURES, write_tiles
+from wsi_common.cli import run
+from wsi_common.files import write_csv
 
 
 def geometry(name: str, mpp: float = 0.25) -> TileGeometry:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import UserError
 from patch_encoder.cohort.labels import list_class_names, read_labels
 from patch_encoder.cohort.slide_files import find_slides, locate_slides
+from wsi_common.errors import UserError
 
 
 def labels(tmp_path: Path, text: str) -> Path:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import run
-from common.errors import UserError
 from patch_encoder import convert_coordinates, inspect_slides, tile_slides
 from patch_encoder.cohort.selection import Selection, read_selection
 from patch_encoder.cohort.slide_files import find_cohort, find_slides
 from tests.helpers import draw_slide, make_cohort, write_pyramid
 from tests.patch_encoder.extraction.conftest import TISSUE, extract
+from wsi_common.cli import run
+from wsi_common.errors import UserError
 
 
 def touch(root: Path, *names: str) -> Path:

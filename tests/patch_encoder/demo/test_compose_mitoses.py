@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import tifffile
 
-from common.errors import UserError
 from patch_encoder.demo.compose_mitoses import Config, main, plan_fields
 from patch_encoder.demo.histology.figure_crops import TILE, read_slide_tiles
 from tests.patch_encoder.demo.drawn_crops import DARK, FIGURE, write_crops
+from wsi_common.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ import pytest
 import tifffile
 from PIL import Image
 
-from common.errors import UserError
 from patch_encoder.demo.compose_regions import Config, main
 from patch_encoder.tiles.coordinates import read_coordinates
+from wsi_common.errors import UserError
 
 SIDE = 32
 KINDS = {"Normal_100x": (40, 55), "OSCC_100x": (120, 60), "OSCC_400x": (200, 60)}  # grey, number

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.errors import UserError
 from patch_encoder.bags.bag import open_bag
 from patch_encoder.demo.region_simulation import (
     CLUMPS,
@@ -22,6 +21,7 @@ from patch_encoder.demo.region_simulation import (
     simulate_slide,
     write_simulated_cohort,
 )
+from wsi_common.errors import UserError
 
 SMALL = RegionSimulation(slides=4, rows=2, columns=3, region_tiles=4, width=8)
 

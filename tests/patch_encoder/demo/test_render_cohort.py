@@ -26,8 +26,6 @@ from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from common.errors import UserError
-from common.files import sha256_file
 from patch_encoder.demo.cytology import sample_plan
 from patch_encoder.demo.cytology.cells import ABNORMAL, NORMAL
 from patch_encoder.demo.cytology.sample_plan import PlannedSlide, plan_fields, plan_slides
@@ -37,6 +35,8 @@ from patch_encoder.demo.render_cohort import Config, main
 from patch_encoder.descriptors.mean_colour import mean_colour
 from patch_encoder.descriptors.stain_texture import stain_texture
 from tests.helpers import ROOT
+from wsi_common.errors import UserError
+from wsi_common.files import sha256_file
 
 SIDE = 512
 SMALL = {

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import tifffile
 
-from common.errors import UserError
 from patch_encoder.demo import render_fields
 from patch_encoder.demo.histology.canvas import Canvas
 from patch_encoder.demo.histology.colour_baseline import measure_colour, measure_darkness
@@ -30,6 +29,7 @@ from patch_encoder.demo.histology.point_files import (
 )
 from patch_encoder.demo.render_fields import Config, main
 from patch_encoder.slides import open_slide
+from wsi_common.errors import UserError
 
 SMALL = {"cohort_cases": 24, "fields_per_case": 1, "field_side": 200, "workers": 1}
 

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.errors import UserError
-from common.files import sha256_file
 from detection_kd.graded_patches.keys import GradedSetKeys, read_graded_split
 from detection_kd.graded_patches.patch_pixels import PatchPixels
 from patch_encoder.demo.histology.biopsy import draw_biopsy
 from patch_encoder.demo.histology.glands import GRADES, GlandPlan, draw_glands
 from patch_encoder.demo.render_grades import Config, main
 from patch_encoder.slides import open_slide
+from wsi_common.errors import UserError
+from wsi_common.files import sha256_file
 
 SMALL = {
     "patch_slides": 4,

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.errors import UserError
 from patch_encoder.demo.cytology.cells import ABNORMAL, NORMAL
 from patch_encoder.demo.cytology.clutter import inflammation, mucus
 from patch_encoder.demo.cytology.sample_plan import plan_slides
@@ -24,6 +23,7 @@ from patch_encoder.demo.cytology.tissue_map import (
     write_tissue_map,
 )
 from patch_encoder.demo.render_cohort import Config, main
+from wsi_common.errors import UserError
 
 SMALL = {"side": 512, "pretrain_slides": 2, "cv_slides": 0, "train_fields": 0, "val_fields": 0}
 

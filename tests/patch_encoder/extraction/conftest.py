@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import run
 from patch_encoder import extract_features, tile_slides
 from tests.artefacts import copy_of, make_once
 from tests.helpers import make_cohort
+from wsi_common.cli import run
 
 # tissue as it is found on slides of 512 px
 TISSUE = ["tissue.mpp=2", "tissue.median=4", "tissue.closing=4", "tissue.min_area=50"]

@@ -14,9 +14,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from common.cli import run
-from common.config import load_config
-from common.errors import UserError
 from patch_encoder import extract_features, tile_slides
 from patch_encoder.bags.bag import open_bag, read_bag
 from patch_encoder.bags.paths import list_bags
@@ -28,6 +25,9 @@ from patch_encoder.models.encoders import PixelEncoder, ToInputSize, build_encod
 from patch_encoder.slides import open_slide
 from tests.helpers import forget_slides
 from tests.patch_encoder.extraction.conftest import arguments, extract
+from wsi_common.cli import run
+from wsi_common.config import load_config
+from wsi_common.errors import UserError
 
 
 def bag_path(root: Path, slide: str = "S001", encoder: str = "mean_colour") -> Path:

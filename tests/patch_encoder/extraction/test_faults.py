@@ -18,7 +18,6 @@ import pytest
 import torch
 from PIL import Image
 
-from common.cli import run
 from patch_encoder import tile_slides
 from patch_encoder.bags import writer as bags
 from patch_encoder.bags.bag import open_bag, read_bag
@@ -32,6 +31,7 @@ from patch_encoder.slides import RegionError, open_slide
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry, write_coordinates
 from tests.helpers import forget_slides, kill_when
 from tests.patch_encoder.extraction.conftest import arguments, extract
+from wsi_common.cli import run
 
 
 def hidden(folder: Path) -> list[Path]:
@@ -372,7 +372,7 @@ def resident(name: str) -> int:
 
 FILL = """
 import sys
-from common.cli import launch
+from wsi_common.cli import launch
 from patch_encoder import extract_features
 from patch_encoder.extraction import loop as engine
 engine.check_room = lambda *_: None  # as when another program takes the room after that

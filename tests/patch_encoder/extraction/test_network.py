@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
 from patch_encoder.extraction.network import Network, fold_batch_norms, pad_batch
 from patch_encoder.models.encoders import build_encoder
+from wsi_common.errors import UserError
 
 CPU = torch.device("cpu")
 

@@ -16,15 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.cli import run
-from common.errors import UserError
-from common.files import write_text
-from common.processes.ray_cluster import worker_count
 from patch_encoder import extract_features
 from patch_encoder.cohort.shards import Shard, count_tiles, make_bundles
 from patch_encoder.tiles.coordinates import Coordinates, SlideJob, TileGeometry
 from tests.helpers import draw_slide, forget_slides, make_cohort, write_pyramid
 from tests.patch_encoder.extraction.conftest import arguments, tile
+from wsi_common.cli import run
+from wsi_common.errors import UserError
+from wsi_common.files import write_text
+from wsi_common.processes.ray_cluster import worker_count
 
 
 def job(name: str, tiles: int) -> SlideJob:

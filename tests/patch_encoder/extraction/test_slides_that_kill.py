@@ -18,11 +18,6 @@ import numpy as np
 import pytest
 import torch
 
-from common.cli import run
-from common.errors import UserError
-from common.processes.crash_policy import CrashPolicy
-from common.processes.pool import Lost
-from common.processes.ray_cluster import RayPool, RaySettings
 from patch_encoder import extract_features, tile_slides
 from patch_encoder import inspect_slides as inspect
 from patch_encoder.extraction import decoding
@@ -31,8 +26,13 @@ from patch_encoder.extraction import tile_batches as tile_module
 from patch_encoder.extraction.tile_batches import TileSequence
 from patch_encoder.slides.openslide_file import OpenSlideFile
 from patch_encoder.tiles.coordinates import Coordinates, SlideJob, TileGeometry, read_coordinates
-from tests.common.processes.fake_ray import FakeRay
 from tests.helpers import children, die, make_cohort
+from tests.wsi_common.processes.fake_ray import FakeRay
+from wsi_common.cli import run
+from wsi_common.errors import UserError
+from wsi_common.processes.crash_policy import CrashPolicy
+from wsi_common.processes.pool import Lost
+from wsi_common.processes.ray_cluster import RayPool, RaySettings
 
 pytestmark = pytest.mark.process
 
@@ -295,7 +295,7 @@ def test_ctrl_c_ends_an_extraction_that_hangs(cohort: Path, root: Path) -> None:
     script = (
         # a background job is deaf to it
         "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from patch_encoder import extract_features as e; from common.cli import launch;"
+        "from patch_encoder import extract_features as e; from wsi_common.cli import launch;"
         "from patch_encoder.slides.openslide_file import OpenSlideFile as o; import os;"
         # in one piece
         "o.read = lambda *_: os.write(1, b'%d\\n' % os.getpid()) and time.sleep(60); "
@@ -345,7 +345,9 @@ def test_a_bundle_that_kills_ray_workers_is_taken_apart_and_the_slide_that_does_
 
 
 def ray_pool(work: Callable, count: int, monkeypatch: pytest.MonkeyPatch) -> RayPool:
-    monkeypatch.setattr("common.processes.ray_cluster.import_ray", lambda: FakeRay({"CPU": 8.0}))
+    monkeypatch.setattr(
+        "wsi_common.processes.ray_cluster.import_ray", lambda: FakeRay({"CPU": 8.0})
+    )
     return RayPool(work, RaySettings(workers=count), cpus=1, on_cuda=False)
 
 

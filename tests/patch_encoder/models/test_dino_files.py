@@ -13,9 +13,9 @@ from timm.models import resnet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from common.errors import UserError
 from patch_encoder.models.dino_files import describe_dino_file
 from patch_encoder.models.encoders import build_encoder
+from wsi_common.errors import UserError
 
 State = dict[str, Tensor]
 HEAD = {"mlp.0.weight": torch.ones(2, 2), "last_layer.weight_g": torch.ones(2, 1)}

@@ -15,12 +15,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
 from patch_encoder.models import encoder_table
 from patch_encoder.models.backbones import initialise
 from patch_encoder.models.encoder_table import HALF, EncoderRow
 from patch_encoder.models.encoders import build_encoder
 from patch_encoder.models.transforms import Fit
+from wsi_common.errors import UserError
 
 VISION = {"layers": 2, "width": 64, "patch_size": 16, "head_width": 32, "image_size": 32}
 CLIP = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -7,10 +7,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from common.errors import UserError
 from patch_encoder.models.encoder_names import find_row
 from patch_encoder.models.encoders import build_encoder
 from patch_encoder.models.transforms import Fit
+from wsi_common.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
 from patch_encoder.models import encoder_table
 from patch_encoder.models.backbones import initialise
 from patch_encoder.models.encoder_table import EncoderRow
 from patch_encoder.models.encoders import build_encoder
 from patch_encoder.models.transforms import Fit
+from wsi_common.errors import UserError
 
 VISION = {"layers": 2, "width": 64, "patch_size": 16, "head_width": 32, "image_size": 32}
 VIT = {

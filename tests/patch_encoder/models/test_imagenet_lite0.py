@@ -12,8 +12,6 @@ import pytest
 import torch
 from skimage import data
 
-from common.cli import run
-from common.errors import UserError
 from patch_encoder import extract_features
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.models import encoder_table
@@ -21,6 +19,8 @@ from patch_encoder.models.encoder_weights import find_published_file, read_state
 from patch_encoder.models.encoders import build_encoder
 from tests.helpers import make_cohort
 from tests.patch_encoder.extraction.conftest import tile
+from wsi_common.cli import run
+from wsi_common.errors import UserError
 
 NAME = "imagenet_lite0"
 ROW = encoder_table.ENCODERS[NAME]

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.cli import run
 from patch_encoder import list_encoders
 from patch_encoder.models.encoder_table import ENCODERS
 from patch_encoder.models.encoders import build_encoder
+from wsi_common.cli import run
 
 
 def printed(capsys: pytest.CaptureFixture[str], *keys: str) -> str:

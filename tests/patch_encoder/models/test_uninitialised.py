@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from common.checkpoint import load_weights
-from common.errors import UserError
 from patch_encoder.models.encoder_weights import skip_initialisation
 from patch_encoder.models.encoders import build_encoder
+from wsi_common.checkpoint import load_weights
+from wsi_common.errors import UserError
 
 OPTIONS = {
     "vit_tiny_patch16_224": {"depth": 1},

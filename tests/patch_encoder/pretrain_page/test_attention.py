@@ -14,7 +14,6 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from common.errors import UserError
 from patch_encoder.models.encoders import PixelEncoder
 from patch_encoder.pretrain_page.attention import (
     NORM,
@@ -35,6 +34,7 @@ from patch_encoder.slides import open_slide
 from patch_encoder.tile_stream.sources import find_sources
 from patch_encoder.tiles.grid import read_tile
 from tests.training_rows import slides_inputs
+from wsi_common.errors import UserError
 
 STATISTICS = ((0.5, 0.4, 0.3), (0.2, 0.2, 0.3))
 TILES = torch.randint(0, 256, (2, 3, 64, 48), generator=torch.manual_seed(0), dtype=torch.uint8)

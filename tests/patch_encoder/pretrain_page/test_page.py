@@ -16,9 +16,6 @@ import yaml
 from markupsafe import escape
 from PIL import Image
 
-from common.cli import run
-from common.config import load_config
-from common.errors import UserError
 from patch_encoder import pretrain_dino, pretrain_report
 from patch_encoder.models.encoder_table import IMAGENET
 from patch_encoder.models.encoders import PixelEncoder
@@ -29,6 +26,9 @@ from patch_encoder.selfdistill.backbone import build_student_backbone
 from patch_encoder.tile_stream.stream import TileStream
 from tests.html_pages import PageChecker
 from tests.training_rows import slides_inputs
+from wsi_common.cli import run
+from wsi_common.config import load_config
+from wsi_common.errors import UserError
 
 
 def train(folder: Path, *settings: str) -> Path:

@@ -10,16 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from common.checkpoint import save_checkpoint
-from common.cli import run
-from common.config import load_config
-from common.errors import DamagedFile, UserError
 from patch_encoder import pretrain_dino
 from patch_encoder.models.encoder_table import EFFICIENTNET_LITE, IMAGENET
 from patch_encoder.models.encoders import build_encoder
 from patch_encoder.pretraining.run_files import write_epoch_log
 from patch_encoder.pretraining.state import keep_predecessor, predecessor, read_newest
 from tests.training_rows import slides_inputs
+from wsi_common.checkpoint import save_checkpoint
+from wsi_common.cli import run
+from wsi_common.config import load_config
+from wsi_common.errors import DamagedFile, UserError
 
 SHORT = ("epochs=2", "epoch_tiles=16")
 

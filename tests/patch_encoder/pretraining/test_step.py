@@ -10,11 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.config import load_config
-from common.distributed import World
-from common.errors import UserError
-from common.optim import make_optimizer
-from common.step_timer import StepTimes
 from patch_encoder.pretrain_dino import (
     Config,
     PretrainingRun,
@@ -31,6 +26,11 @@ from patch_encoder.selfdistill.student import SelfDistilled, make_teacher
 from patch_encoder.selfdistill.view_recipe import ViewRecipe
 from patch_encoder.selfdistill.views import Views
 from patch_encoder.tile_stream.windows import StreamBatch
+from wsi_common.config import load_config
+from wsi_common.distributed import World
+from wsi_common.errors import UserError
+from wsi_common.optim import make_optimizer
+from wsi_common.step_timer import StepTimes
 
 STEPS, TILES, WIDTH, PROTOTYPES = 20, 6, 10, 16
 LR, MIN_LR, WARMUP, DECAY, DECAY_END, MOMENTUM = 0.02, 1e-3, 5, 0.04, 0.4, 0.9

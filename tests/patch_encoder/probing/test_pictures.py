@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from common.errors import UserError
 from patch_encoder.models.encoders import build_encoder
 from patch_encoder.probing.encoders import ProbedEncoder
 from patch_encoder.probing.pictures import Pictures, encode_pictures, load_batches
+from wsi_common.errors import UserError
 
 CPU = torch.device("cpu")
 

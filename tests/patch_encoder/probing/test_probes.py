@@ -11,7 +11,6 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from common.errors import UserError
 from patch_encoder.models.encoders import Encoder, PixelEncoder
 from patch_encoder.models.transforms import ToInputSize
 from patch_encoder.probing import knn
@@ -24,6 +23,7 @@ from patch_encoder.probing.fine_tune import (
 )
 from patch_encoder.probing.knn import knn_probe, probe_features
 from patch_encoder.probing.linear import STRENGTHS, choose_strength, linear_probe
+from wsi_common.errors import UserError
 
 RANDOM = np.random.default_rng(0)
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.errors import UserError
 from patch_encoder.probing.folds import draw_inner_folds, make_folds
 from patch_encoder.probing.pictures import read_picture
 from patch_encoder.probing.tile_sets import read_tile_set
+from wsi_common.errors import UserError
 
 
 @pytest.fixture

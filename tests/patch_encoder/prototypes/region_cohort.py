@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common.cli import run
 from patch_encoder import build_regions
 from patch_encoder.bags.writer import write_bag
+from wsi_common.cli import run
 
 SIDE, GRID, WIDTH, ZONES = 16, 4, 8, 3
 SIZES = (9,) * 6 + (6,) * 5  # regions of each slide; the small ones are ignored

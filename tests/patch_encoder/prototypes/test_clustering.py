@@ -7,10 +7,10 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
-from common.errors import UserError
 from patch_encoder.prototypes import clustering
 from patch_encoder.prototypes.clustering import Clusters, cluster_slides
 from tests.patch_encoder.prototypes.references import draw_slides, inertia
+from wsi_common.errors import UserError
 
 
 def cluster(rows: torch.Tensor, counts: list[int], k: int = 4, **options: int) -> Clusters:

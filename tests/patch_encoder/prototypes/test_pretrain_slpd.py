@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from common.cli import run
-from common.errors import UserError
 from patch_encoder import pretrain_slpd
 from patch_encoder.prototypes.region_encoder import build_region_encoder
 from patch_encoder.prototypes.region_packing import pack_regions
@@ -22,6 +20,8 @@ from patch_encoder.regions.keys import RegionKeys
 from patch_encoder.regions.opening import open_store
 from patch_encoder.regions.store import FileStore
 from tests.patch_encoder.prototypes.region_cohort import TINY, write_region_cohort
+from wsi_common.cli import run
+from wsi_common.errors import UserError
 
 SHORT = ("epochs=2", "training.freeze_last_layer=0")
 

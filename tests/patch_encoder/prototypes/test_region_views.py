@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.errors import UserError
 from patch_encoder.prototypes.region_packing import pack_regions
 from patch_encoder.prototypes.region_view_recipe import RegionViewKeys, RegionViewRecipe
 from patch_encoder.prototypes.region_views import (
@@ -20,6 +19,7 @@ from patch_encoder.prototypes.region_views import (
     make_region_views,
     symmetry_maps,
 )
+from wsi_common.errors import UserError
 
 GRID = 8
 RECIPE = RegionViewRecipe(7, 3, 4)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.checkpoint import load_weights
-from common.errors import UserError
 from patch_encoder.prototypes.region_packing import cut_cluster_view, pack_regions
 from patch_encoder.prototypes.region_vit import RegionViT
 from patch_encoder.selfdistill.head import DINOHead
 from patch_encoder.selfdistill.student import SelfDistilled, make_teacher
+from wsi_common.checkpoint import load_weights
+from wsi_common.errors import UserError
 
 State = dict[str, Tensor]
 

@@ -6,9 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from common.config import load_config
-from common.distributed import World
-from common.errors import UserError
 from patch_encoder import pretrain_slpd
 from patch_encoder.prototypes import encoding
 from patch_encoder.prototypes.encoding import encode_regions
@@ -29,6 +26,9 @@ from patch_encoder.regions.region_set import make_region_set
 from patch_encoder.regions.store import RamStore
 from patch_encoder.selfdistill.head import DINOHead
 from patch_encoder.selfdistill.student import SelfDistilled, make_teacher
+from wsi_common.config import load_config
+from wsi_common.distributed import World
+from wsi_common.errors import UserError
 
 COUNTS, SIDE, WIDTH = np.array([5, 4, 2]), 8, 6
 CPU = torch.device("cpu")

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.distributed import init_distributed, shutdown
 from patch_encoder.prototypes.prototype_loss import (
     move_prototype_centre,
     prototype_loss,
@@ -19,6 +18,7 @@ from patch_encoder.prototypes.prototype_loss import (
 )
 from tests.patch_encoder.prototypes.references import random_units
 from tests.patch_encoder.selfdistill.references import random_logits
+from wsi_common.distributed import init_distributed, shutdown
 
 BATCH = 256
 OUTPUTS = 11

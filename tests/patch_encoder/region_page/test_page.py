@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.cli import run
-from common.figures import palette_colour
 from patch_encoder import region_report
 from patch_encoder.bags.writer import write_bag
 from patch_encoder.region_page.sections import MOST_PROTOTYPES, TYPICAL
 from patch_encoder.region_page.slide_pictures import paint_regions
 from tests.html_pages import PageChecker
 from tests.patch_encoder.regions.cohort import GEOMETRY
+from wsi_common.cli import run
+from wsi_common.figures import palette_colour
 
 SIDE, ACROSS = 64, 6  # regions of 64 px, 6 x 6 of them on a slide of 384 px
 

@@ -8,7 +8,6 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch.nn import functional as F
 
-from common.errors import UserError
 from patch_encoder.region_page.region_vectors import RegionVectors
 from patch_encoder.region_page.retrieval import (
     Retrieval,
@@ -17,6 +16,7 @@ from patch_encoder.region_page.retrieval import (
     measure_agreements,
     retrieve,
 )
+from wsi_common.errors import UserError
 
 K, WIDTH = 3, 8
 # tissue types per slide, and who it is of

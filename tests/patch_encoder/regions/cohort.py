@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common.cli import run
 from patch_encoder import build_regions
 from patch_encoder.bags.writer import write_bag
+from wsi_common.cli import run
 
 STEP = 64
 GEOMETRY = {

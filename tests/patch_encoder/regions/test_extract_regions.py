@@ -12,9 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from common.checkpoint import save_tensors
-from common.cli import run
-from common.config import load_config
 from mil import benchmark
 from mil.models import MODELS, build
 from patch_encoder import extract_regions, pretrain_slpd
@@ -32,6 +29,9 @@ from tests.mil.models.small_options import SMALL
 from tests.patch_encoder.prototypes.region_cohort import TINY, write_region_cohort
 from tests.patch_encoder.regions.cohort import STEP, write_cohort
 from tests.patch_encoder.regions.cohort import build as build_regions
+from wsi_common.checkpoint import save_tensors
+from wsi_common.cli import run
+from wsi_common.config import load_config
 
 G, WIDTH = 4, 32
 DESCRIBED = RegionEncoderDescription(12, G, WIDTH, 2, 1, 3, "slide", "tiny")

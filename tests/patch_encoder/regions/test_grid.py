@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from common.errors import UserError
 from patch_encoder.regions.grid import lay_regions
 from patch_encoder.tiles.slide_grid import SlideGrid, find_grid
 from tests.patch_encoder.regions.cohort import STEP, make_corners
+from wsi_common.errors import UserError
 
 
 @pytest.mark.parametrize("side", [1, 3, 4, 16])

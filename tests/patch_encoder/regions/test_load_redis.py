@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from common.cli import run
 from patch_encoder import load_redis
 from patch_encoder.regions import redis_server
 from patch_encoder.regions.redis_server import RegionServer, region_key
@@ -22,6 +21,7 @@ from patch_encoder.regions.store import FileStore
 from tests.helpers import ROOT, kill_when
 from tests.patch_encoder.regions.cohort import build, make_corners, write_cohort, write_slide
 from tests.patch_encoder.regions.conftest import Server
+from wsi_common.cli import run
 
 
 def load(root: Path, server: Server, *keys: str) -> int:

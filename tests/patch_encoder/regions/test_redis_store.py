@@ -14,7 +14,6 @@ import pytest
 import redis
 import torch
 
-from common.errors import UserError
 from patch_encoder.regions import redis_store, value_stream
 from patch_encoder.regions.redis_filling import fill_namespace
 from patch_encoder.regions.redis_server import RegionServer, meta_key, region_key
@@ -25,6 +24,7 @@ from patch_encoder.regions.values import HEADER_BYTES, pack_value
 from tests.patch_encoder.regions.cohort import build, write_cohort
 from tests.patch_encoder.regions.conftest import Server
 from tests.patch_encoder.regions.test_stores import open_regions, pick_ids
+from wsi_common.errors import UserError
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from common.config import load_config
-from common.errors import UserError
 from patch_encoder.bags.writer import write_bag
 from patch_encoder.regions.keys import RegionKeys
 from patch_encoder.regions.opening import open_store
 from patch_encoder.regions.region_set import read_region_set
 from patch_encoder.regions.store import FileStore, RamStore, RegionStore, make_ram_store
 from tests.patch_encoder.regions.cohort import GEOMETRY, build, make_corners, write_cohort
+from wsi_common.config import load_config
+from wsi_common.errors import UserError
 
 
 def open_regions(root: Path, *keys: str, output: str = "regions") -> RegionStore:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.ema import update_teacher
 from patch_encoder.selfdistill.head import DINOHead
 from patch_encoder.selfdistill.losses.centring import centred_targets, update_centre
 from patch_encoder.selfdistill.losses.dino import dino_loss
@@ -24,6 +23,7 @@ from patch_encoder.selfdistill.monitors import (
 )
 from patch_encoder.selfdistill.student import SelfDistilled, make_teacher
 from tests.patch_encoder.selfdistill.references import random_logits
+from wsi_common.ema import update_teacher
 
 K = 64
 

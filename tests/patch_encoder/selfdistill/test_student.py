@@ -11,14 +11,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from common.ema import update_teacher
-from common.errors import UserError
 from patch_encoder.models.encoder_names import find_row
 from patch_encoder.models.encoders import build_encoder
 from patch_encoder.pretraining.run_files import save_backbone, save_dino_checkpoint
 from patch_encoder.selfdistill.backbone import build_student_backbone
 from patch_encoder.selfdistill.student import SelfDistilled, build_student, make_teacher
 from tests.patch_encoder.models.test_encoder_hub import snapshot
+from wsi_common.ema import update_teacher
+from wsi_common.errors import UserError
 
 HEAD = {"out_dim": 32, "hidden_dim": 16, "bottleneck_dim": 8}
 TINY = HEAD | {"patch_size": 16, "image_size": 64, "drop_path": 0.0}

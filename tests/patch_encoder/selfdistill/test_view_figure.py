@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from common.figures import save_figure
 from patch_encoder.selfdistill.view_figure import draw_view_figure
 from patch_encoder.selfdistill.view_recipe import PRESETS
 from patch_encoder.selfdistill.views import make_views
 from tests.patch_encoder.selfdistill.view_fixture import COLOURS_OFF, draw_tiles
+from wsi_common.figures import save_figure
 
 SMALL = {"global_size": 64, "local_size": 32, "local_number": 2, "shuffle_grid": 2}
 

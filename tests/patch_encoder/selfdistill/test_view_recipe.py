@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from common.config import group, load_config
-from common.errors import UserError
 from patch_encoder.selfdistill.view_keys import ShuffleKeys, ViewKeys
 from patch_encoder.selfdistill.view_recipe import PRESETS, ViewRecipe, check_recipe
 from patch_encoder.selfdistill.views import make_views
+from wsi_common.config import group, load_config
+from wsi_common.errors import UserError
 
 
 @dataclass

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.distributed import init_distributed, shutdown
 from patch_encoder.selfdistill.losses.centring import centred_targets, update_centre
 from patch_encoder.selfdistill.losses.sinkhorn import sinkhorn_targets
 from patch_encoder.selfdistill.monitors import measure_targets
 from tests.patch_encoder.selfdistill.references import random_logits
+from wsi_common.distributed import init_distributed, shutdown
 
 BATCH = 6
 TEMPERATURE = 0.05

@@ -12,11 +12,11 @@ import numpy as np
 import openslide
 import pytest
 
-from common.cli import run
 from patch_encoder import convert_coordinates, tile_slides
 from patch_encoder.slides import open_slide
 from patch_encoder.tiles.coordinates import read_coordinates
 from tests.helpers import write_pyramid
+from wsi_common.cli import run
 
 BOUNDS = (100, 60)
 TISSUE = (slice(140, 400), slice(180, 440))  # rows and columns of the slide

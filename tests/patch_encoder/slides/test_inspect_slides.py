@@ -13,9 +13,9 @@ import pytest
 import tifffile
 from PIL import Image
 
-from common.cli import run
 from patch_encoder.inspect_slides import Config, main
 from tests.helpers import ROOT, draw_slide, make_cohort, write_pyramid
+from wsi_common.cli import run
 
 
 def inspect(slides: Path, *extra: str) -> int:

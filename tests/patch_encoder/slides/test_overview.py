@@ -14,7 +14,6 @@ import pytest
 import tifffile
 from PIL import Image
 
-from common.cli import run
 from patch_encoder import tile_slides
 from patch_encoder.slides import RegionError, open_slide
 from patch_encoder.slides.overview import Damage, read_overview, reduce_by_area
@@ -23,6 +22,7 @@ from patch_encoder.tiles.coordinates import read_coordinates
 from patch_encoder.tissue.quality import read_quality
 from patch_encoder.viz.overlay import DROPPED
 from tests.helpers import draw_slide
+from wsi_common.cli import run
 
 
 def write_jpeg(path: Path, pixels: np.ndarray, tile: int = 128, **options) -> Path:

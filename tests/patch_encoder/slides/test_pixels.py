@@ -8,8 +8,8 @@ import os
 import numpy as np
 import pytest
 
-from common.errors import UserError
 from patch_encoder.slides import pixels
+from wsi_common.errors import UserError
 
 
 def test_kept_pixels_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

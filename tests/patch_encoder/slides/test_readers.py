@@ -13,12 +13,12 @@ import pytest
 import tifffile
 from PIL import Image
 
-from common.errors import UserError
 from patch_encoder.slides import RegionError, SlideError, open_slide, pixels
 from patch_encoder.slides.overview import read_overview
 from patch_encoder.slides.picture_file import PictureFile
 from patch_encoder.slides.tiff_file import TiffFile
 from tests.helpers import draw_slide, write_pyramid
+from wsi_common.errors import UserError
 
 
 def noise(height: int, width: int, channels: int = 3) -> np.ndarray:

@@ -15,7 +15,6 @@ import h5py
 import numpy as np
 import pytest
 
-from common.cli import run
 from patch_encoder import (
     cohort_report,
     convert_coordinates,
@@ -27,6 +26,7 @@ from patch_encoder import inspect_slides as inspect
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.tiles.coordinates import read_coordinates
 from patch_encoder.tissue.quality import MEASURES, read_quality
+from wsi_common.cli import run
 
 # slide: folder, file, (width, height), mpp at level 0, where it comes from, mpp that labels.csv
 # gives

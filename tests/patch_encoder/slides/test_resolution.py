@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from common.errors import UserError
 from patch_encoder.cohort.labels import read_labels
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.resolution import announce_resolution, read_resolution
 from patch_encoder.tiles.grid import make_tile_geometry
 from tests.helpers import draw_slide, write_pyramid
+from wsi_common.errors import UserError
 
 SPACING = "dicom.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing"
 

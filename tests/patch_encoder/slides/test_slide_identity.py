@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.cli import run
 from patch_encoder import convert_coordinates, extract_features, filter_tiles, tile_slides
 from patch_encoder.bags.bag import open_bag
 from patch_encoder.extraction import bag_assembly as assembly
 from patch_encoder.slides.names import END, compute_slide_identity
 from patch_encoder.tiles.coordinates import read_coordinates
 from tests.helpers import draw_slide, make_cohort, write_pyramid
+from wsi_common.cli import run
 
 TILING = [
     "tile_size=64",

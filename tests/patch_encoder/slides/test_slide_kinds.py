@@ -12,12 +12,12 @@ import pytest
 import tifffile
 from PIL import Image
 
-from common.cli import run
 from patch_encoder import extract_features, tile_slides
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.descriptors.mean_colour import mean_colour
 from patch_encoder.tiles.coordinates import coordinate_attributes, read_coordinates
 from tests.helpers import draw_slide, write_pyramid
+from wsi_common.cli import run
 
 PATTERN = "tile_x{x}_y{y}.png"
 

@@ -13,9 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-from common.cli import run
-from common.config import load_config
-from common.errors import UserError
 from detection_kd import extract_student
 from patch_encoder import extract_features, tile_slides
 from patch_encoder.bags.bag import open_bag, read_bag
@@ -29,6 +26,9 @@ from patch_encoder.stain.slide_stains import SAMPLE, SlideStains, sample_tiles
 from patch_encoder.tiles.coordinates import Coordinates, TileGeometry
 from tests.helpers import write_pyramid
 from tests.patch_encoder.stain.stain_fixture import RUIFROK_HE, draw_tile
+from wsi_common.cli import run
+from wsi_common.config import load_config
+from wsi_common.errors import UserError
 
 TILE = 32
 

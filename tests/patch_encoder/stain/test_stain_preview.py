@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from common.errors import UserError
 from patch_encoder.stain_preview import COLUMNS, GAP, HEAD, LABEL, Config, main
 from tests.patch_encoder.stain.stain_fixture import draw_tile
+from wsi_common.errors import UserError
 
 SIDE = 64
 

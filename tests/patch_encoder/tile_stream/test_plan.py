@@ -10,12 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from common.counters import hash_counters, permutation, uniform
-from common.errors import UserError
-from common.memory import peak_memory
 from patch_encoder.tile_stream.plan import TilePlan
 from patch_encoder.tile_stream.tissue_cover import TissueCover, sort_by_band
 from tests.patch_encoder.tile_stream.corpus import SIDE, grid, source
+from wsi_common.counters import hash_counters, permutation, uniform
+from wsi_common.errors import UserError
+from wsi_common.memory import peak_memory
 
 SLIDES = [
     source("a", grid(640, 640), subdataset="x", size=(640, 640)),  # 100 tiles

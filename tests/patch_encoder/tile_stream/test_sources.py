@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.cli import run
-from common.errors import UserError
 from patch_encoder import convert_coordinates
 from patch_encoder.cohort.selection import Selection
 from patch_encoder.slides.names import compute_fingerprint
@@ -23,6 +21,8 @@ from patch_encoder.tile_stream.stream_keys import StreamKeys
 from patch_encoder.tiles.coordinates import read_coordinates
 from tests.helpers import draw_slide, write_pyramid
 from tests.patch_encoder.tile_stream.corpus import grid, make_tree, store
+from wsi_common.cli import run
+from wsi_common.errors import UserError
 
 
 def find(root: Path, **keys: object) -> tuple[dict[str, tuple[str, int]], dict[str, str]]:

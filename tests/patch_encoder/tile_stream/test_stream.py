@@ -18,8 +18,6 @@ import numpy as np
 import pytest
 import torch
 
-from common.errors import UserError
-from common.memory import peak_memory
 from patch_encoder.slides.openslide_file import OpenSlideFile
 from patch_encoder.slides.tiff_file import TiffFile
 from patch_encoder.tile_stream import reader as reader_module
@@ -29,6 +27,8 @@ from patch_encoder.tile_stream.stream import TileStream
 from patch_encoder.tile_stream.windows import StreamBatch
 from tests.helpers import children, die
 from tests.patch_encoder.tile_stream.corpus import make_tree, store
+from wsi_common.errors import UserError
+from wsi_common.memory import peak_memory
 
 process = pytest.mark.process
 WORKERS = [0, pytest.param(1, marks=process), pytest.param(3, marks=process)]

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from common.errors import UserError
 from patch_encoder.tile_stream import tile_cache
 from patch_encoder.tile_stream.plan import TilePlan
 from patch_encoder.tile_stream.slide_shelf import SlideShelf
@@ -22,6 +21,7 @@ from patch_encoder.tile_stream.stream import TileStream
 from patch_encoder.tile_stream.windows import StreamBatch
 from tests.patch_encoder.tile_stream.corpus import make_tree, store
 from tests.patch_encoder.tile_stream.test_stream import assert_equal, join
+from wsi_common.errors import UserError
 
 BATCH, STEPS = 8, 6
 

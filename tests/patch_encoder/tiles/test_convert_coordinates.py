@@ -15,8 +15,6 @@ import openslide
 import pytest
 from PIL import Image
 
-from common.cli import run
-from common.errors import UserError
 from patch_encoder import convert_coordinates
 from patch_encoder.slides import open_slide
 from patch_encoder.tiles.coordinates import (
@@ -29,6 +27,8 @@ from patch_encoder.tiles.formats import LAYOUTS, CoordinateSource, detect_layout
 from patch_encoder.tiles.geojson import make_tiles_geojson
 from patch_encoder.tiles.grid import make_grid, make_tile_geometry, read_tile
 from tests.helpers import draw_slide, write_pyramid
+from wsi_common.cli import run
+from wsi_common.errors import UserError
 
 
 def clam_tiles(path: Path, slide: Path) -> list[np.ndarray]:

@@ -12,9 +12,6 @@ import pytest
 import tifffile
 from PIL import Image
 
-from common.cli import run
-from common.errors import UserError
-from common.files import sha256_bytes
 from patch_encoder import tile_slides
 from patch_encoder.slides import open_slide
 from patch_encoder.tiles.coordinates import (
@@ -28,6 +25,9 @@ from patch_encoder.tissue.find import find_tissue, threshold_saturation
 from patch_encoder.tissue.regions import filter_by_area
 from patch_encoder.tissue.settings import TissueSettings
 from tests.helpers import draw_slide, make_cohort, write_pyramid
+from wsi_common.cli import run
+from wsi_common.errors import UserError
+from wsi_common.files import sha256_bytes
 
 FINE = TissueSettings(mpp=2.0, median=4.0, closing=4.0, min_area=50.0)
 

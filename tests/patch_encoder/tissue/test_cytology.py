@@ -236,7 +236,7 @@ def test_a_large_level_is_decoded_once(tmp_path: Path, monkeypatch: pytest.Monke
 
 MEASURE = """
 import sys
-from common.memory import peak_memory
+from wsi_common.memory import peak_memory
 from patch_encoder.slides import open_slide
 from patch_encoder.tissue.find import find_tissue
 from patch_encoder.tissue.settings import TissueSettings

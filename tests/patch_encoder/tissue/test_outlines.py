@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from common.errors import UserError
 from patch_encoder.slides import Slide, open_slide
 from patch_encoder.tissue.find import find_tissue
 from patch_encoder.tissue.geojson import read_geojson, write_geojson
@@ -22,6 +21,7 @@ from patch_encoder.tissue.outlines import (
 )
 from patch_encoder.tissue.settings import FileSettings, TissueSettings
 from tests.helpers import draw_slide, write_pyramid
+from wsi_common.errors import UserError
 
 
 @pytest.mark.parametrize("seed", list(range(40)))

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from common.cli import run
 from patch_encoder import filter_tiles, tile_slides
 from patch_encoder.slides import open_slide
 from patch_encoder.slides.overview import read_overview
@@ -32,6 +31,7 @@ from patch_encoder.tissue.quality import (
 from patch_encoder.tissue.settings import FileSettings
 from patch_encoder.viz.overlay import DROPPED, HOLE, TILE, TISSUE, draw_mask_overlay
 from tests.helpers import draw_slide, make_cohort, write_pyramid
+from wsi_common.cli import run
 
 
 def test_measures_by_their_definition() -> None:

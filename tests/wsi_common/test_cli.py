@@ -1,0 +1,105 @@
+"""The way into a script: what a reader of its help that stops early leaves behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers import ROOT
+
+SCRIPT = """
+from dataclasses import dataclass
+from wsi_common.cli import launch
+from wsi_common.config import key
+
+@dataclass
+class Config:
+    output: str = key("", "where the results are written")
+
+launch(lambda config: 0, Config)
+"""
+
+
+def test_help_into_a_reader_that_stops_early_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| head` does once it has its lines
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, "--help"],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+START = """
+import ctypes, sys, time
+from dataclasses import dataclass
+from wsi_common.cli import launch
+
+@dataclass
+class Config:
+    pass
+
+def wait():
+    print("ready", flush=True)
+    time.sleep({seconds})
+
+class Slow:
+    def __del__(self):
+        wait()
+
+class Handle:
+    @classmethod
+    def from_param(cls, value):
+        wait()
+        return ctypes.c_int(value)
+
+absolute = ctypes.CDLL(None).abs
+absolute.argtypes = [Handle]
+
+{main}
+    time.sleep(30)
+
+sys.modules["__main__"].__doc__ = "A script."
+launch(main, Config)
+"""
+PLACES = {
+    # Python drops what a finaliser raises
+    "a finaliser": START.format(
+        seconds=30, main="def main(config):\n    slow = Slow()\n    del slow"
+    ),
+    # ctypes makes an error of its own of what a conversion raises; some would go on after it
+    "a conversion of ctypes": START.format(
+        seconds=1,
+        main="""
+def main(config):
+    try:
+        absolute(-1)
+    except ctypes.ArgumentError as error:
+        print("lost", error, file=sys.stderr)""",
+    ),
+}
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("place", list(PLACES))
+def test_a_signal_is_not_lost_in(place: str, number: int, status: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PLACES[place]],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=25)
+    assert process.returncode == status and errors.count("\n") == 1, errors

@@ -1,0 +1,208 @@
+"""A run directory: resolved config, one JSON object per step or epoch, checkpoints, results,
+environment.
+
+A run is identified by the configuration keys that decide its result and by fingerprints of its
+inputs. The same run started again goes on from its last checkpoint, or does nothing when it is
+finished; another run is never mixed into the directory of the first.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from wsi_common import __version__
+from wsi_common.config import identity, key, to_dict
+from wsi_common.device import pick_precision
+from wsi_common.distributed import World, barrier
+from wsi_common.errors import UserError
+from wsi_common.files import read_json, without_nan, write_json, write_text
+from wsi_common.provenance import can_reuse, unknown_origin
+
+
+@dataclass
+class Tracker:
+    """Weights & Biases; metrics.jsonl is written in any case."""
+
+    mode: str = key(
+        "disabled", "Weights & Biases mode", choices=("disabled", "offline", "online"), runtime=True
+    )
+    project: str = key("wsi", "Weights & Biases project", runtime=True)
+
+
+class Run:
+    """One run directory, written by the main process only.
+
+    Attributes:
+        path: the directory.
+        results: content of results.json when the run is finished, else None.
+        last, best: where checkpoints go.
+    """
+
+    def __init__(
+        self, path: Path, results: dict[str, Any] | None, tracker: Any, writes: bool
+    ) -> None:
+        self.path = path
+        self.results = results
+        self.last = path / "checkpoint_last.pt"
+        self.best = path / "checkpoint_best.pt"
+        self._tracker = tracker
+        self._writes = writes
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Append one JSON object to metrics.jsonl and hand it to the tracker; NaN and infinity,
+        which JSON does not have, are null in the file.
+        """
+        if not self._writes:
+            return
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(without_nan(values), allow_nan=False) + "\n")
+        if self._tracker is not None:
+            self._tracker.log(values)
+
+    def forget_after(self, epoch: int, step: int = -1) -> None:
+        """Drop logged lines of what will be run again: of epochs beyond `epoch` completed ones.
+
+        Args:
+            epoch: epochs that are completed.
+            step: for scripts that also stop inside an epoch, steps that are completed: their
+                lines, which are those with a `step`, are kept.
+        """
+        file = self.path / "metrics.jsonl"
+        if not self._writes or not file.is_file():
+            return
+        kept = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                values = json.loads(line)
+                if values.get("epoch", 0) <= epoch or values.get("step", math.inf) < step:
+                    kept.append(line)
+            except json.JSONDecodeError:
+                break  # a line that a kill cut short; what follows it is later still
+        write_text(file, "".join(line + "\n" for line in kept))
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Write results.json, which marks the run as finished."""
+        self.results = results
+        if self._writes:
+            write_json(self.path / "results.json", results)
+        if self._tracker is not None:
+            self._tracker.finish()
+
+
+def open_run(
+    output: str | Path,
+    config: Any,
+    world: World,
+    *,
+    inputs: dict[str, str],
+    overwrite: bool = False,
+    tracker: Tracker | None = None,
+) -> Run:
+    """Make or reopen a run directory.
+
+    Args:
+        output: the directory.
+        config: the script's configuration object.
+        world: this process; only the main one writes.
+        inputs: fingerprint (any string) of each input, by name: file digests, cohort digests.
+        overwrite: start afresh over another run's directory.
+        tracker: Weights & Biases settings.
+
+    Raises:
+        UserError: the directory holds a run with other settings or inputs, which are named.
+    """
+    path = Path(output)
+    identified = {"config": _resolve_precision(identity(config), world), "inputs": inputs}
+    stamp = path / "run.json"
+    if world.is_main:
+        path.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            _clear(path)
+        if not stamp.is_file() and any(path.glob("checkpoint_*.pt")):
+            raise unknown_origin(path, "checkpoints", stamp.name)
+        can_reuse(
+            stamp,
+            lambda: read_json(stamp, "a run's identity"),
+            identified,
+            "another run",
+            overwrite=overwrite,
+        )
+        write_text(path / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+        write_json(path / "environment.json", environment(world.device))
+        write_json(stamp, identified)
+    barrier()
+    finished = path / "results.json"
+    results = read_json(finished, "a run's results") if finished.is_file() else None
+    return Run(path, results, _start_tracker(tracker, path, config, world), world.is_main)
+
+
+def _resolve_precision(settings: dict[str, Any], world: World) -> dict[str, Any]:
+    """`precision=auto` by what it means on this device, so that a run does not go on in another
+    arithmetic on another machine.
+    """
+    return {
+        name: pick_precision(value, world.device)
+        if name.rpartition(".")[2] == "precision"
+        else value
+        for name, value in settings.items()
+    }
+
+
+def _clear(path: Path) -> None:
+    for name in ("results.json", "metrics.jsonl", "checkpoint_last.pt", "checkpoint_best.pt"):
+        (path / name).unlink(missing_ok=True)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, git commit and hardware, for environment.json."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    return {
+        "software_version": __version__,
+        "git_commit": commit or None,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _start_tracker(tracker: Tracker | None, path: Path, config: Any, world: World) -> Any:
+    if tracker is None or tracker.mode == "disabled" or not world.is_main:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            f"tracker.mode={tracker.mode}: expected the package wandb; install it or set "
+            "tracker.mode=disabled"
+        ) from None
+    return wandb.init(
+        project=tracker.project,
+        name=path.name,
+        dir=str(path),
+        config=to_dict(config),
+        mode=tracker.mode,
+        resume="allow",
+    )
