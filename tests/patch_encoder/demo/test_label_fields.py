@@ -191,7 +191,7 @@ def test_started_again_it_writes_what_is_missing(source: Path, labelled: Path) -
     assert main(config(source, labelled)) == 0
     assert picture.read_bytes() == before
     assert (labelled / "images" / "NL_1_2.png").stat().st_mtime_ns == times
-    with pytest.raises(UserError, match="settings.look reinhard -> grey"):
+    with pytest.raises(UserError, match="settings.look 'reinhard' -> 'grey'"):
         main(config(source, labelled, look="grey"))
 
 
