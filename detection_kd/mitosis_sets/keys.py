@@ -57,8 +57,8 @@ class MitosisSetKeys:
     )
     splits: str = key(
         "",
-        "table case,split, the name of a published split (see configs/uts/splits), or "
-        "scanner:<name>, whose cases are the test; empty: the split column of cases, or drawn by "
+        "table case,split, the name of a published split (midog21_uts, midogpp, "
+        "mitos_atypia14_uts, tupac16_uts), or scanner:<name>, whose cases are the test; empty: the split column of cases, or drawn by "
         "case",
     )
     first_index: int = key(
