@@ -74,8 +74,8 @@ main() {
       images="$DATA/bccd/JPEGImages" annotations="$DATA/bccd/coco_derived.json" lists="$DATA/bccd/ImageSets/Main" $COHORT
   elif [[ -d "$DATA" && -n "$(find -L "$DATA" -iname 'NL_*(*).*' -print -quit)" ]]; then
     : "${RUN:=runs/quickstart-cervical}"
-    # the light of the source tells the classes apart: the table has to show by how much
-    cohort="$RUN/cohort" categories=() split_cv=test split_pretrain=train controls=(mean_colour colour_statistics)
+    # light and focus of the source tell the classes apart: the table has to show by how much
+    cohort="$RUN/cohort" categories=() split_cv=test split_pretrain=train controls=(mean_colour colour_statistics sharpness)
     # shellcheck disable=SC2086
     stage "label fields" patch_encoder.demo.label_fields --config "$configs/cervical_fields.yaml" fields="$DATA" output="$RUN/fields" $FIELDS
     # shellcheck disable=SC2086

@@ -67,7 +67,7 @@ def test_cervical_fields(warm_python: Path, real_data: Path, tmp_path: Path) -> 
     }
     run = tmp_path / "cervical"
     summary = finish(warm_python, run, settings)
-    assert set(summary["feature_sets"]) == {*FEATURE_SETS, "colour_statistics"}
+    assert set(summary["feature_sets"]) == {*FEATURE_SETS, "colour_statistics", "sharpness"}
     with (run / "cohort" / "tiles.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     slides = {row["original"]: row["slide_id"] for row in rows}
