@@ -165,12 +165,11 @@ def write_tables(
     boxes: list[list[tuple[str, Box]]],
     chosen: dict[str, list[LabelledField]],
 ) -> None:
-    """annotations.json, fields.csv and the lists."""
+    """Write fields.csv, the lists and annotations.json."""
     images = [(field.file_name, config.crop, config.crop) for field in fields]
     document = make_coco_document(images, boxes, [FIELD, NUCLEUS])
     for image, field in zip(document["images"], fields, strict=True):
         image |= {"original": field.original, "kind": field.kind}
-    write_json(root / "annotations.json", document)
     rows = [
         {
             "image": f"images/{field.file_name}",
@@ -183,6 +182,16 @@ def write_tables(
     for split in SPLITS:
         names = [Path(field.file_name).stem for field in chosen[split]]
         write_text(root / "lists" / f"{split}.txt", "\n".join(names) + "\n")
+    # last: a set counts as finished once it is there
+    write_json(root / "annotations.json", document)
+
+
+def is_finished(root: Path, found: list[LabelledField]) -> bool:
+    """Whether nothing is missing in a set of these settings."""
+    tables = [root / "annotations.json", root / "fields.csv"]
+    tables += [root / "lists" / f"{split}.txt" for split in SPLITS]
+    pictures = [root / "images" / field.file_name for field in found]
+    return all(path.is_file() for path in (*tables, *pictures))
 
 
 def main(config: Config) -> int:
@@ -193,6 +202,9 @@ def main(config: Config) -> int:
     lines = [f"{field.path.name} {field.path.stat().st_size}" for field in found]
     settings = {**identity(config), "inputs": sha256_bytes("\n".join(lines).encode())}
     claim_folder(root, "label_fields", settings, config.overwrite)
+    if is_finished(root, found):
+        logger.info("%s: %d fields, all done already", root, len(found))
+        return 0
     bodies, hashes = prepare_pictures(config, root, found)
     fields, pairs = merge_duplicates(found, hashes)
     shares = {"train": config.train_share, "val": config.val_share}

@@ -196,10 +196,14 @@ def test_clean_tiles_of_an_abnormal_original_are_not_used() -> None:
 
 def test_started_again_it_writes_what_is_missing(source: Path, labelled: Path) -> None:
     picture = labelled / "images" / "NL_1_1.png"
+    table = labelled / "annotations.json"
+    boxes, stamp = table.read_bytes(), table.stat().st_mtime_ns
+    assert main(config(source, labelled)) == 0
+    assert table.stat().st_mtime_ns == stamp, "finished work is left alone"
     before, times = picture.read_bytes(), (labelled / "images" / "NL_1_2.png").stat().st_mtime_ns
     picture.unlink()
     assert main(config(source, labelled)) == 0
-    assert picture.read_bytes() == before
+    assert picture.read_bytes() == before and table.read_bytes() == boxes
     assert (labelled / "images" / "NL_1_2.png").stat().st_mtime_ns == times
     with pytest.raises(UserError, match="settings.look 'reinhard' -> 'grey'"):
         main(config(source, labelled, look="grey"))
