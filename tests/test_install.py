@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def test_pip_installs_the_lines_of_the_requirement_files() -> None:
     options = read_lines("options")
     together = {name: [options[one] for one in names] for name, names in TOGETHER.items()}
     single = {
-        name: [line] for name, line in options.items() if name not in sum(TOGETHER.values(), [])
+        name: [line] for name, line in options.items() if name not in chain(*TOGETHER.values())
     }
     wanted = {
         use: list(read_lines(use).values()) for use in USES if use not in ("extract", "options")
@@ -107,7 +108,7 @@ def test_every_script_starts_without_what_its_use_does_not_need(tmp_path: Path) 
     code = f"""
 import importlib, sys
 sys.path.insert(0, {str(ROOT)!r})
-for name in {NOT_FOR_EXTRACTION + ("onnx", "onnxruntime", "tensorboard", "beartype", "umap")}:
+for name in {(*NOT_FOR_EXTRACTION, "onnx", "onnxruntime", "tensorboard", "beartype", "umap")}:
     sys.modules[name] = None
 from wsi_common.cli import run
 for script in {sorted(SCRIPTS)}:
@@ -156,5 +157,5 @@ def test_the_image_installs_the_requirement_files() -> None:
     for name in re.findall(r"requirements-[a-z]+\.txt", text):
         assert (ROOT / name).is_file()
     for name in re.findall(r"\$\{?([A-Z_]+)", text.split("\nFROM")[1]):
-        known = re.findall(r"(?:ARG|ENV) ([A-Z_]+)", text) + ["PATH", "PWD"]
+        known = [*re.findall(r"(?:ARG|ENV) ([A-Z_]+)", text), "PATH", "PWD"]
         assert name in known, f"Dockerfile: {name} is set nowhere"
