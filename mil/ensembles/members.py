@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from mil.datasets.covariates import Cells, encoder_from_dict
 from mil.evaluation.benchmark_folder import choose_runs
 from mil.evaluation.operating import with_threshold
 from mil.evaluation.runs import FinishedRun, read_side
@@ -54,6 +55,24 @@ class Member:
     def digest(self) -> str:
         """Of the weights' file."""
         return sha256_file(self.checkpoint)
+
+    def encode(self, covariates: Cells | None) -> Tensor | None:
+        """A slide's covariates as the model's own training turns them into numbers; None for a
+        model without.
+
+        Raises:
+            UserError: there are none, or one that it was trained with is absent.
+        """
+        if "covariates" not in self.config:
+            return None
+        encoder = encoder_from_dict(self.config["covariates"])
+        if covariates is None:
+            names = ", ".join(column.name for column in encoder.columns)
+            raise UserError(
+                f"{self.name}: expected the covariates {names} that the model was trained with, "
+                "found none; give covariates=<table>"
+            )
+        return encoder.encode(covariates, "the slide")
 
 
 def find_checkpoints(
