@@ -44,8 +44,9 @@ from wsi_common.distributed import World, barrier
 from wsi_common.errors import UserError
 from wsi_common.files import read_json, sha256_bytes
 from wsi_common.memory import is_out_of_memory, reuse_large_blocks
-from wsi_common.run import Run, Tracker, open_run
+from wsi_common.run import Run, open_run
 from wsi_common.seed import seed_everything
+from wsi_common.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 _kept: dict[tuple[object, ...], dict[str, Bag]] = {}  # of `cached_bags`: one at most
@@ -103,6 +104,7 @@ class FoldJob:
         digests: slide id -> digest of its bag.
         covariates: slide id -> column -> cell; used by models that are fused with them.
         memory: bytes for bags that are kept in memory; None: half of what is free.
+        tracker: of a benchmark's trainings.
     """
 
     output: Path
@@ -114,6 +116,7 @@ class FoldJob:
     digests: Mapping[str, str]
     memory: int | None = None
     covariates: Mapping[str, Cells] = field(default_factory=dict)
+    tracker: Tracker | None = None
 
     @property
     def place(self) -> str:
@@ -152,9 +155,19 @@ class FoldJob:
 
 
 def open_job(
-    job: FoldJob, world: World, *, overwrite: bool = False, tracker: Tracker | None = None
+    job: FoldJob,
+    world: World,
+    *,
+    overwrite: bool = False,
+    tracker: Tracker | None = None,
+    label: str = "",
 ) -> Run:
     """The job's run directory; `results` is set when it is finished.
+
+    Args:
+        job: the training.
+        world: this process.
+        overwrite, tracker, label: as for `wsi_common.run.open_run`.
 
     Raises:
         UserError: the directory holds a run with other settings, bags, labels or split.
@@ -170,7 +183,7 @@ def open_job(
         cells = repr([sorted(job.covariates[slide].items()) for slide in job.slides.slide_ids])
         inputs |= {"covariates": sha256_bytes(cells.encode())}
     warn_of_threads(job.output, world)
-    how = {"overwrite": overwrite, "tracker": tracker}
+    how = {"overwrite": overwrite, "tracker": tracker, "label": label}
     return open_run(job.output, job.settings, world, inputs=inputs, **how)
 
 
