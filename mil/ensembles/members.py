@@ -27,6 +27,7 @@ from mil.tasks.table import task_from_dict
 from mil.training.engine import load_classifier
 from wsi_common.errors import UserError
 from wsi_common.files import read_json, sha256_file
+from wsi_common.shared_weights import WEIGHTS, find_weights
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def find_checkpoints(
     """A name for people, and the checkpoints of a benchmark, of a run, or the file itself.
 
     Args:
-        path: folder of mil.benchmark, run directory of mil.train, or checkpoint.
+        path: folder of mil.benchmark, run directory of mil.train, checkpoint, or folder of shared
+            weights (model.safetensors).
         feature_set, model: of a benchmark; empty: the best one, its headline.
         seed: training seed of a benchmark; None: all of them.
 
@@ -100,8 +102,8 @@ def find_checkpoints(
                 f"{name}={value}: expected the folder of a benchmark, of which it chooses a part, "
                 f"found {path}; leave it out"
             )
-    if path.is_file():
-        return path.stem, [path]
+    if path.is_file() or (not (path / "results.json").is_file() and (path / WEIGHTS).is_file()):
+        return path.stem, [find_weights(path)]
     results = read_json(path / "results.json", "a finished run of mil.train or mil.benchmark")
     return str(results["model"]), [path / "checkpoint_best.pt"]
 
