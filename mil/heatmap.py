@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from mil.heatmaps.attention_maps import check_maps, write_all_maps
 from mil.heatmaps.cohort import (
     FoldScorer,
     Scored,
@@ -30,9 +32,11 @@ from mil.heatmaps.cohort import (
     find_inputs,
     find_pending,
     finish,
+    load_model,
     made_from,
 )
 from mil.heatmaps.settings import Drawing, check_drawing
+from mil.heatmaps.slide import Inputs
 from mil.heatmaps.sources import (
     SlidePrediction,
     Source,
@@ -41,6 +45,7 @@ from mil.heatmaps.sources import (
     read_from_run,
 )
 from mil.tasks.keys import SlideKeys
+from patch_encoder.bags.bag import open_bag
 from patch_encoder.bags.paths import list_bags
 from patch_encoder.cohort.failures import Failures
 from wsi_common.cli import launch
@@ -86,6 +91,9 @@ class Config(SlideKeys):
         "null: its first one",
     )
     drawing: Drawing = group(Drawing, "how slides are drawn")
+    attention: bool = key(
+        False, "write attention/<slide>.h5; every map of the slide's model and its raw scores"
+    )
     title: str = key("Heatmaps", "title of the page", runtime=True)
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
     workers: int | None = key(
@@ -137,6 +145,34 @@ def choose(source: Source, only: list[str]) -> list[SlidePrediction]:
     return [judged for judged in source.slides if not only or judged.slide_id in only]
 
 
+def write_attention(
+    config: Config,
+    source: Source,
+    chosen: list[SlidePrediction],
+    inputs: dict[str, Inputs],
+    device: torch.device,
+    failures: Failures,
+) -> None:
+    """The attention maps of the chosen slides, each of the model that the slide is drawn by."""
+
+    @lru_cache(maxsize=1)
+    def load(checkpoint: Path) -> nn.Module:
+        return load_model(checkpoint, device)[0]
+
+    found = [judged for judged in chosen if judged.slide_id in inputs]
+    if found:
+        check_maps(load(found[0].checkpoint))
+    slides = []
+    for judged in found:
+        given = inputs[judged.slide_id]
+        try:
+            slides.append((judged.slide_id, open_bag(given.bag, given.coords), [judged.checkpoint]))
+        except UserError as error:
+            failures.add(judged.slide_id, str(error))
+    folder, names = Path(config.output) / "attention", source.task.names
+    write_all_maps(folder, slides, load, names, failures, overwrite=config.overwrite)
+
+
 def main(config: Config) -> int:
     torch.set_num_threads(config.threads)
     output, failures = Path(config.output), Failures("heatmap")
@@ -161,6 +197,8 @@ def main(config: Config) -> int:
         len(chosen),
         len(inputs) - len(pending),
     )
+    if config.attention:
+        write_attention(config, source, chosen, inputs, device, failures)
     jobs = Scored(pending, FoldScorer(config.drawing, device))
     how = (config.workers, config.read_timeout)
     draw_all(output, source, jobs, config.drawing, *how, failures)

@@ -33,13 +33,7 @@ from mil.ensembles.prediction_tables import (
 )
 from mil.ensembles.subjects import read_subject_covariates, read_subjects
 from mil.evaluation.operating import RULES
-from mil.heatmaps.attention_maps import (
-    can_reuse_maps,
-    check_maps,
-    digest_inputs,
-    find_attention_maps,
-    write_attention_maps,
-)
+from mil.heatmaps.attention_maps import check_maps, write_all_maps
 from mil.heatmaps.settings import Drawing, check_drawing
 from mil.tasks.keys import SlideKeys
 from patch_encoder.bags.paths import list_bags
@@ -52,7 +46,6 @@ from wsi_common.errors import UserError
 from wsi_common.files import write_json
 from wsi_common.metrics.run_bootstrap import format_with_interval
 from wsi_common.processes.pool import pick_workers
-from wsi_common.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -161,23 +154,18 @@ def predict_cohort(
 def write_attention(
     config: Config, classifier: Classifier, pending: list[Pending], failures: Failures
 ) -> None:
-    """The attention maps of every slide that was predicted; those that are there stay."""
-    folder, names = Path(config.output) / "attention", classifier.task.names
-    bags = {
-        slide: one.bags[slide]
+    """The attention maps of every slide that was predicted."""
+    checkpoints = [member.checkpoint for member in classifier.members]
+    slides = [
+        (slide, bag, checkpoints)
         for one in pending
         if one.subject.name not in failures.slides
-        for slide in one.subject.slides
-    }
-    weights = [member.digest for member in classifier.members]
-    for slide, bag in progress(bags.items(), "attention", len(bags), "slides"):
-        try:
-            made_from = digest_inputs(bag, weights)
-            if not can_reuse_maps(folder / f"{slide}.h5", made_from, overwrite=config.overwrite):
-                maps = {m.name: find_attention_maps(m.model, bag) for m in classifier.members}
-                write_attention_maps(folder / f"{slide}.h5", maps, names, bag, made_from)
-        except (UserError, OSError) as error:
-            failures.add(slide, str(error))
+        for slide, bag in one.bags.items()
+    ]
+    models = {member.checkpoint: member.model for member in classifier.members}
+    folder, names = Path(config.output) / "attention", classifier.task.names
+    load = models.__getitem__
+    write_all_maps(folder, slides, load, names, failures, overwrite=config.overwrite)
 
 
 def validate(config: Config, classifier: Classifier, predicted: list[PredictedSubject]) -> None:

@@ -20,6 +20,7 @@ Mean-MIL, Max-MIL and the mi-Nets weigh tiles by a fixed rule and have none. Bag
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,12 +40,15 @@ from mil.models.mhim import MHIM
 from mil.models.rrt import RRT
 from mil.models.transmil import TransMIL
 from patch_encoder.bags.bag import Bag, slide_grid
+from patch_encoder.cohort.failures import Failures
 from patch_encoder.tiles.slide_grid import SlideGrid
 from wsi_common.errors import UserError
-from wsi_common.files import sha256_bytes
+from wsi_common.files import sha256_bytes, sha256_file
 from wsi_common.hdf5 import open_hdf5, write_small_hdf5
+from wsi_common.progress import progress
 from wsi_common.provenance import can_reuse
 
+digest_weights = lru_cache(maxsize=64)(sha256_file)  # many slides share a model's file
 HEAD, CLASS, POOLING, GROUP = "head", "class", "pooling", "pseudo-bag"
 
 
@@ -210,7 +214,7 @@ def write_attention_maps(
         found: name of the model -> its maps.
         names: the task's classes or labels.
         bag: whose tiles they are of, in its order.
-        made_from: as `digest_inputs` gives it.
+        made_from: digest of what decides the maps.
     """
     with write_small_hdf5(path) as file:
         file.attrs["made_from"] = made_from
@@ -225,9 +229,36 @@ def write_attention_maps(
                 group.create_dataset("scores", data=maps.scores.numpy())
 
 
-def digest_inputs(bag: Bag, weights: Sequence[str]) -> str:
-    """Digest of what decides the maps of a slide: its bag and the digests of the models' files."""
-    return sha256_bytes(bag.digest().encode(), *(digest.encode() for digest in weights))
+def write_all_maps(
+    folder: Path,
+    slides: Sequence[tuple[str, Bag, Sequence[Path]]],
+    load: Callable[[Path], nn.Module],
+    names: Sequence[str],
+    failures: Failures,
+    *,
+    overwrite: bool,
+) -> None:
+    """Write the maps of slides, those that are there excepted.
+
+    Args:
+        folder: of the files.
+        slides: (slide id, bag, checkpoints of the models that are asked).
+        load: makes the model of a checkpoint.
+        names: the task's classes or labels.
+        failures: gets the slides whose maps cannot be made.
+        overwrite: write those again that are of other models or bags.
+    """
+    for slide, bag, checkpoints in progress(slides, "attention", len(slides), "slides"):
+        path, weights = folder / f"{slide}.h5", [digest_weights(file) for file in checkpoints]
+        try:
+            made_from = sha256_bytes(bag.digest().encode(), *(text.encode() for text in weights))
+            if can_reuse_maps(path, made_from, overwrite=overwrite):
+                continue
+            each = {file.parent.name: load(file) for file in checkpoints}
+            found = {name: find_attention_maps(model, bag) for name, model in each.items()}
+            write_attention_maps(path, found, names, bag, made_from)
+        except (UserError, OSError) as error:
+            failures.add(slide, str(error))
 
 
 def can_reuse_maps(path: Path, made_from: str, *, overwrite: bool) -> bool:

@@ -15,6 +15,7 @@ import cv2
 import torch
 from torch import nn
 
+from mil.heatmaps.attention_maps import digest_weights
 from mil.heatmaps.drawing import make_colour_bar
 from mil.heatmaps.pages import write_pages
 from mil.heatmaps.scores import TileScores
@@ -50,9 +51,6 @@ class DrawingJob:
     inputs: Inputs
     stamp: dict[str, Any]
     scores: TileScores | str
-
-
-digest_weights = lru_cache(maxsize=64)(sha256_file)  # the slides of a fold share them
 
 
 def made_from(
