@@ -19,6 +19,7 @@ from sklearn.metrics import roc_auc_score
 import mil
 from mil import evaluate
 from mil.ensembles.members import load_member
+from mil.evaluation.operating import Held, threshold_for
 from patch_encoder.bags.bag import read_bag
 from patch_encoder.bags.writer import write_bag
 from tests.helpers import ROOT
@@ -240,14 +241,47 @@ def test_a_table_may_leave_labels_open_and_names_what_is_missing(trained: Path, 
         predict_with(*given)
 
 
-def test_a_wanted_sensitivity_moves_the_cut(trained: Path):
-    youden = mil.load_classifier(trained / "bench", device="cpu")
-    rule = {"threshold": "sensitivity", "target": 1.0}
-    safe = mil.load_classifier(trained / "bench", device="cpu", **rule)
-    assert safe.carried["threshold"] < youden.carried["threshold"]
-    for member in safe.members:
-        val = member.val.test
-        assert (val.probabilities[val.targets == 1, 1] >= member.carried["threshold"]).all()
+def test_a_wanted_rate_is_reached_on_the_validation_slides_of_each_model(trained: Path):
+    for rate in ("sensitivity", "specificity"):
+        rule = {"threshold": rate, "target": 1.0}
+        classifier = mil.load_classifier(trained / "bench", device="cpu", **rule)
+        cuts = [member.carried["threshold"] for member in classifier.members]
+        for member, cut in zip(classifier.members, cuts, strict=True):
+            val = member.val.test
+            scores, positive = val.probabilities[:, 1], val.targets == 1
+            assert cut == threshold_for(Held(rate, 1.0), positive, scores)
+            reached = scores[positive] >= cut if rate == "sensitivity" else scores[~positive] < cut
+            assert reached.all()
+        assert classifier.carried["threshold"] == pytest.approx(np.mean(cuts))
+    with pytest.raises(UserError, match="target=0: expected a rate"):
+        mil.load_classifier(trained / "bench", device="cpu", threshold="sensitivity", target=0)
+
+
+def test_heatmaps_are_means_over_the_models(tmp_path: Path):
+    old = write_cohort(tmp_path / "old", slides=16)
+    new = write_new_cohort(tmp_path / "new", slides=3, pictures=True)
+    for path in (new / "slides").iterdir():
+        path.rename(path.with_name(f"new_{path.name}"))
+    bench = train_benchmark(old, tmp_path / "bench", "models=[abmil]")
+    more = ("heatmaps=true", f"slides={new}/slides", "workers=0", "drawing.max_side=64")
+    labels = f"labels={new}/labels.csv"
+    out = tmp_path / "out"
+    assert predict_with(bench, new / "bags", out, labels, *more) == 0
+    classifier = mil.load_classifier(bench, device="cpu")
+    for row in read_csv(out / "predictions.csv"):
+        scores = read_csv(out / f"heatmaps/scores/{row['slide_id']}.csv")
+        bag = read_bag(new / "bags/h5_files" / f"{row['slide_id']}.h5")
+        expected = classifier.predict_bag(bag.features, bag.coords).attention
+        np.testing.assert_allclose([float(s["attention"]) for s in scores], expected, atol=1e-6)
+        record = json.loads((out / f"heatmaps/records/{row['slide_id']}.json").read_text())
+        assert record["predictions"]["pos"] == pytest.approx(float(row["prob_pos"]), abs=1e-6)
+        assert record["label"] == row["label"] and record["predicted"] == row["predicted"]
+        assert (out / f"heatmaps/heatmaps/{row['slide_id']}.png").is_file()
+    page = out / "heatmaps/index.html"
+    drawn = (out / "heatmaps/heatmaps/new_s00.png").stat().st_mtime_ns
+    assert "new_s00" in page.read_text()
+    assert predict_with(bench, new / "bags", out, labels, *more) == 0
+    assert (out / "heatmaps/heatmaps/new_s00.png").stat().st_mtime_ns == drawn
 
 
 @pytest.mark.parametrize("kind", COHORTS)
