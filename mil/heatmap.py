@@ -91,7 +91,7 @@ class Config(SlideKeys):
         "null: its first one",
     )
     drawing: Drawing = group(Drawing, "how slides are drawn")
-    attention: bool = key(
+    attention_maps: bool = key(
         False, "write attention/<slide>.h5; every map of the slide's model and its raw scores"
     )
     title: str = key("Heatmaps", "title of the page", runtime=True)
@@ -197,7 +197,7 @@ def main(config: Config) -> int:
         len(chosen),
         len(inputs) - len(pending),
     )
-    if config.attention:
+    if config.attention_maps:
         write_attention(config, source, chosen, inputs, device, failures)
     jobs = Scored(pending, FoldScorer(config.drawing, device))
     how = (config.workers, config.read_timeout)

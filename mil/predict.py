@@ -95,7 +95,7 @@ class Config(SlideKeys):
         False, "draw heatmaps/ with a page per slide; of the slides in slides=, or white ones"
     )
     drawing: Drawing = group(Drawing, "how slides are drawn")
-    attention: bool = key(
+    attention_maps: bool = key(
         False, "write attention/<slide>.h5; every map of every model and its raw scores"
     )
     resamples: int = key(2000, "bootstrap resamples of the confidence intervals")
@@ -226,12 +226,12 @@ def main(config: Config) -> int:
     logger.info("predict: %s: %d slides or cases", classifier.title, len(subjects))
     cells = read_subject_covariates(config.covariates, subjects, classifier.covariates)
     pending = open_subjects(classifier, subjects, bags, failures, config.unnamed, cells)
-    if config.attention:
+    if config.attention_maps:
         check_maps(classifier.members[0].model)
     if config.heatmaps:
         check_drawing(config.drawing, classifier.task)
     predicted = predict_cohort(config, classifier, pending, failures)
-    if config.attention:
+    if config.attention_maps:
         write_attention(config, classifier, pending, failures)
     write_tables(output, classifier, predicted)
     validate(config, classifier, predicted)

@@ -37,7 +37,7 @@ from mil.training.bag_record import describe_bags
 from mil.training.engine import train_model
 from mil.training.prediction import predict
 from mil.training.recipes import Recipe, check_recipe
-from mil.training.units import Unit, group_slides, pool_cases
+from mil.training.units import BagUnit, group_slides, pool_cases
 from patch_encoder.bags.bag import Bag
 from wsi_common.checkpoint import load_checkpoint
 from wsi_common.distributed import World, barrier
@@ -133,7 +133,7 @@ class FoldJob:
         """Slide id -> patient."""
         return {record.slide_id: record.case_id for record in self.slides.records}
 
-    def units(self, name: str) -> list[Unit]:
+    def units(self, name: str) -> list[BagUnit]:
         """The bags of train, val or test."""
         return group_slides(getattr(self.split, name), self.cases, self.settings.unit)
 

@@ -21,7 +21,7 @@ from wsi_common.errors import UserError
 
 
 @dataclass(frozen=True)
-class Unit:
+class BagUnit:
     """One bag of a training: its name (the slide's, or the case's), patient and slides."""
 
     name: str
@@ -29,7 +29,7 @@ class Unit:
     slides: tuple[str, ...]
 
 
-def group_slides(slides: Sequence[str], cases: Mapping[str, str], unit: str) -> list[Unit]:
+def group_slides(slides: Sequence[str], cases: Mapping[str, str], unit: str) -> list[BagUnit]:
     """The bags of some slides, in the order of their first ones.
 
     Args:
@@ -38,11 +38,11 @@ def group_slides(slides: Sequence[str], cases: Mapping[str, str], unit: str) -> 
         unit: one of mil.datasets.case_bags.UNITS.
     """
     if unit != "case":
-        return [Unit(slide, cases[slide], (slide,)) for slide in slides]
+        return [BagUnit(slide, cases[slide], (slide,)) for slide in slides]
     members: dict[str, list[str]] = {}
     for slide in slides:
         members.setdefault(cases[slide], []).append(slide)
-    return [Unit(case, case, tuple(own)) for case, own in members.items()]
+    return [BagUnit(case, case, tuple(own)) for case, own in members.items()]
 
 
 def check_case_labels(slides: LabelledSlides, targets: SlideTargets, unit: str) -> None:

@@ -64,7 +64,7 @@ def test_prediction_writes_them_on_request(tmp_path: Path):
     cohort, new = write_cohort(tmp_path / "old", slides=16), tmp_path / "new"
     write_new_cohort(new, slides=3)
     run = train_run(cohort, tmp_path / "run", "model=clam_mb")
-    assert predict_with(run, new / "bags", tmp_path / "out", "attention=true") == 0
+    assert predict_with(run, new / "bags", tmp_path / "out", "attention_maps=true") == 0
     files = sorted((tmp_path / "out/attention").iterdir())
     assert [path.stem for path in files] == ["new_s00", "new_s01", "new_s02"]
     with h5py.File(files[0]) as file:
@@ -74,8 +74,8 @@ def test_prediction_writes_them_on_request(tmp_path: Path):
         np.testing.assert_allclose(np.sum(group["weights"], axis=1), 1, rtol=1e-5)
         assert file["coords"].shape == (12, 2)
     times = [path.stat().st_mtime_ns for path in files]
-    assert predict_with(run, new / "bags", tmp_path / "out", "attention=true") == 0
+    assert predict_with(run, new / "bags", tmp_path / "out", "attention_maps=true") == 0
     assert [path.stat().st_mtime_ns for path in files] == times
     plain = train_run(cohort, tmp_path / "plain")
     with pytest.raises(UserError, match="MeanMIL: expected a model with attention maps"):
-        predict_with(plain, new / "bags", tmp_path / "out2", "attention=true")
+        predict_with(plain, new / "bags", tmp_path / "out2", "attention_maps=true")

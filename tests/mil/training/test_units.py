@@ -125,7 +125,10 @@ def test_a_case_of_one_slide_is_that_slide(cohorts: Path, tmp_path: Path, unit: 
         for run in (plain, by_case)
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert read_results(plain) == read_results(by_case)
+    # a cut on single slides is chosen in float32 while training, that of pooled ones afterwards
+    results = [read_results(run) for run in (plain, by_case)]
+    cuts = [own.pop("threshold") for own in results]
+    assert results[0] == results[1] and cuts[0] == pytest.approx(cuts[1], abs=1e-6)
     rows, cases = read_csv(plain / "predictions.csv"), read_csv(by_case / "predictions.csv")
     for row in rows:
         row["slide_id"] = row["case_id"]
