@@ -178,18 +178,22 @@ def _clear(path: Path) -> None:
     shutil.rmtree(path / EVENTS, ignore_errors=True)
 
 
+def find_commit(root: Path) -> str | None:
+    """The git commit of a clone; None for a package that was installed without one, even where the
+    environment lies in a repository of the user's.
+    """
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "rev-parse", "HEAD"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, git commit and hardware, for environment.json."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     return {
         "software_version": __version__,
-        "git_commit": commit or None,
+        "git_commit": find_commit(Path(__file__).resolve().parents[1]),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "platform": platform.platform(),

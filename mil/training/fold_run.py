@@ -184,7 +184,9 @@ def run_job(job: FoldJob, run: Run, world: World) -> dict[str, Any]:
         inner_model(model).start_from(start)
     model.to(world.device)
     config = {"network": network, "task": task.to_dict()}
-    config |= {"bags": describe_bags(bags, job.digests), "precision": settings.training.precision}
+    patients = (record.case_id for record in job.slides.records)
+    config |= {"bags": describe_bags(bags, job.digests, patients)}
+    config |= {"precision": settings.training.precision}
     if world.device.type == "cpu":
         reuse_large_blocks()  # after the bags were read, which stay
     decided = (settings.training, settings.seed)
