@@ -39,6 +39,7 @@ ROOMS = {
         "selfdistill": 5,
         "regions": 5,
         "cohort": 4,
+        "viewer": 5,
         "tile_stream": 5,
         "probing": 6,
         "pretraining": 7,
