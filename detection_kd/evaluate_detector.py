@@ -39,6 +39,7 @@ from wsi_common.files import sha256_file
 from wsi_common.processes.pool import pick_workers
 from wsi_common.progress import progress
 from wsi_common.run import Run, open_run
+from wsi_common.shared_weights import digest_weights_file
 
 logger = logging.getLogger(__name__)
 REPORTED = ("AP", "AP50", "AP75", "AR", "FROC")
@@ -131,7 +132,7 @@ def open_output(config: Config, world: World) -> Run:
             "choose another"
         )
     inputs = {
-        "detector": sha256_file(config.detector),
+        "detector": digest_weights_file(config.detector),
         "annotations": sha256_file(config.annotations),
     }
     return open_run(config.output, config, world, inputs=inputs, overwrite=config.overwrite)
@@ -244,7 +245,7 @@ def main(config: Config) -> int:
     }
     write_detection_figures(run.path, annotated, predictions, **shown)
     digests = {
-        "detector_sha256": sha256_file(config.detector),
+        "detector_sha256": digest_weights_file(config.detector),
         "annotations_sha256": sha256_file(config.annotations),
     }
     run.finish(results | digests)  # last: where it is, the evaluation is done

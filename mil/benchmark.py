@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ from wsi_common.files import safe_id, write_json, write_or_remove_csv, write_tex
 from wsi_common.processes.pool import check_workers
 from wsi_common.processes.ray_cluster import ENGINE_HELP, ENGINES, RaySettings, import_ray
 from wsi_common.progress import progress
+from wsi_common.tracking import Tracker, flatten_numbers, make_tracking
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ class Config(TrainingKeys):
     )
     engine: str = key("local", ENGINE_HELP, choices=ENGINES, runtime=True)
     ray: RaySettings = group(RaySettings, "workers of engine=ray")
+    tracker: Tracker = group(Tracker, "experiment tracking")
     isolated: bool = key(
         True,
         "train in processes of their own, which may crash; false: in this one (debugger)",
@@ -198,7 +200,8 @@ def build_jobs(config: Config, cohort: Cohort) -> list[FoldJob]:
     settings = make_settings(config)
     check_tasks(cohort, settings)
     memory = choose_memory(config.ram_gb, count_workers(config))
-    return make_jobs(Path(config.output), cohort, settings, config.seeds, memory)
+    jobs = make_jobs(Path(config.output), cohort, settings, config.seeds, memory)
+    return [replace(job, tracker=config.tracker) for job in jobs]
 
 
 def count_workers(config: Config) -> int:
@@ -242,7 +245,19 @@ def summarise_benchmark(config: Config, cohort: Cohort, jobs: list[FoldJob]) -> 
     beside = {name: os.path.relpath(folder, output) for name, folder in folders.items()}
     places = {"features": folders, "features_beside": beside}
     write_json(output / "summary.json", content | {"protocol": protocol} | places)
+    track_summary(config, summary)
     print(text_table(feature_sets, config.models, task))
+
+
+def track_summary(config: Config, summary: dict[str, Any]) -> None:
+    """Hand the means and intervals of every feature set and model to the tracker, where one is on;
+    the trainings are runs of their own there.
+    """
+    output = Path(config.output)
+    label = f"{output.absolute().name}/summary"
+    tracking = make_tracking(config.tracker, output, to_dict(config), label)
+    if tracking is not None:
+        tracking.show(flatten_numbers(summary), (output / "summary.md").read_text(encoding="utf-8"))
 
 
 def train_pending(config: Config, pending: list[FoldJob]) -> dict[int, str]:

@@ -28,7 +28,7 @@ from wsi_common.cli import launch
 from wsi_common.config import REQUIRED, group, key
 from wsi_common.distributed import init_distributed, local_processes
 from wsi_common.errors import UserError
-from wsi_common.run import Tracker
+from wsi_common.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 

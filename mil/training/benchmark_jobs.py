@@ -87,7 +87,8 @@ def open_pending_jobs(jobs: Sequence[FoldJob], world: World, overwrite: bool) ->
 def train_job(job: FoldJob, device: str) -> None:
     """Run or resume one training; what a worker does."""
     world = World(0, 1, pick_device(device))
-    run_job(job, open_job(job, world), world)
+    label = f"{job.output.absolute().parents[3].name}/{job.place}"
+    run_job(job, open_job(job, world, tracker=job.tracker, label=label), world)
 
 
 def train_here(

@@ -39,8 +39,9 @@ from wsi_common.distributed import World, barrier
 from wsi_common.errors import UserError
 from wsi_common.files import read_json, sha256_bytes
 from wsi_common.memory import is_out_of_memory, reuse_large_blocks
-from wsi_common.run import Run, Tracker, open_run
+from wsi_common.run import Run, open_run
 from wsi_common.seed import seed_everything
+from wsi_common.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 _kept: dict[tuple[object, ...], dict[str, Bag]] = {}  # of `cached_bags`: one at most
@@ -87,6 +88,7 @@ class FoldJob:
         files: (slide id, bag file) of all of them.
         digests: slide id -> digest of its bag.
         memory: bytes for bags that are kept in memory; None: half of what is free.
+        tracker: of a benchmark's trainings.
     """
 
     output: Path
@@ -97,6 +99,7 @@ class FoldJob:
     files: tuple[tuple[str, Path], ...]
     digests: Mapping[str, str]
     memory: int | None = None
+    tracker: Tracker | None = None
 
     @property
     def place(self) -> str:
@@ -114,9 +117,19 @@ class FoldJob:
 
 
 def open_job(
-    job: FoldJob, world: World, *, overwrite: bool = False, tracker: Tracker | None = None
+    job: FoldJob,
+    world: World,
+    *,
+    overwrite: bool = False,
+    tracker: Tracker | None = None,
+    label: str = "",
 ) -> Run:
     """The job's run directory; `results` is set when it is finished.
+
+    Args:
+        job: the training.
+        world: this process.
+        overwrite, tracker, label: as for `wsi_common.run.open_run`.
 
     Raises:
         UserError: the directory holds a run with other settings, bags, labels or split.
@@ -129,7 +142,7 @@ def open_job(
     inputs = {"features": job.features_digest, "labels": sha256_bytes(labels.encode())}
     inputs |= {"split": job.split.digest()}
     warn_of_threads(job.output, world)
-    how = {"overwrite": overwrite, "tracker": tracker}
+    how = {"overwrite": overwrite, "tracker": tracker, "label": label}
     return open_run(job.output, job.settings, world, inputs=inputs, **how)
 
 
@@ -171,7 +184,9 @@ def run_job(job: FoldJob, run: Run, world: World) -> dict[str, Any]:
         inner_model(model).start_from(start)
     model.to(world.device)
     config = {"network": network, "task": task.to_dict()}
-    config |= {"bags": describe_bags(bags, job.digests), "precision": settings.training.precision}
+    patients = (record.case_id for record in job.slides.records)
+    config |= {"bags": describe_bags(bags, job.digests, patients)}
+    config |= {"precision": settings.training.precision}
     if world.device.type == "cpu":
         reuse_large_blocks()  # after the bags were read, which stay
     decided = (settings.training, settings.seed)
