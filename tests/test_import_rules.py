@@ -44,6 +44,7 @@ ROOMS = {
         "probing": 6,
         "pretraining": 7,
         "prototypes": 8,
+        "slide_encoders": 9,
         "pretrain_page": 8,
         "region_page": 9,
     },
