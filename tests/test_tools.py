@@ -18,7 +18,7 @@ from wsi_common.cli import run
 
 SCRIPTS = sorted([*(ROOT / "tools").rglob("*.sh"), *(ROOT / "tools").rglob("*.sbatch")])
 RUNNABLE = [script for script in SCRIPTS if script.name != "lib.sh" and "slurm" not in script.parts]
-WITHOUT_KEYS = {"setup.sh", "test.sh", "quickstart.sh", "docs.sh", "redis_server.sh"}
+WITHOUT_KEYS = {"setup.sh", "test.sh", "quickstart.sh", "cervical.sh", "docs.sh", "redis_server.sh"}
 ENVIRONMENT = {
     **os.environ,
     "ENV": "active",
