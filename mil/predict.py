@@ -156,12 +156,8 @@ def write_attention(
 ) -> None:
     """The attention maps of every slide that was predicted."""
     checkpoints = [member.checkpoint for member in classifier.members]
-    slides = [
-        (slide, bag, checkpoints)
-        for one in pending
-        if one.subject.name not in failures.slides
-        for slide, bag in one.bags.items()
-    ]
+    usable = [one for one in pending if one.subject.name not in failures.slides]
+    slides = [(s, file, checkpoints) for one in usable for s, file in one.files.items()]
     models = {member.checkpoint: member.model for member in classifier.members}
     folder, names = Path(config.output) / "attention", classifier.task.names
     load = models.__getitem__

@@ -28,7 +28,7 @@ from mil.datasets.bags import Sample
 from mil.datasets.covariates import Cells
 from mil.ensembles.members import Member, find_checkpoints, load_member
 from mil.tasks.base import Task, average_carried
-from mil.training.bag_record import check_encoder
+from mil.training.bag_record import check_encoder, read_encoder
 from mil.training.engine import examine
 from mil.training.prediction import predict
 from patch_encoder.bags.bag import Bag, make_bag
@@ -187,7 +187,10 @@ class Classifier:
 
     def check_bag(self, slide_id: str, bag: Bag, *, unnamed: bool = False) -> None:
         """Refuse features of another encoder or width than those of the training."""
-        check_encoder(slide_id, bag, self.config, unnamed=unnamed)
+        remedy = "extract the slides with the model's encoder, or choose another feature_set="
+        if not read_encoder(bag):
+            remedy += ", or set unnamed=true where you know that it made them"
+        check_encoder(slide_id, bag, self.config, remedy, unnamed=unnamed)
 
 
 def load_classifier(

@@ -124,6 +124,11 @@ def load_member(
     model, content = load_classifier(checkpoint, device)
     config = content["config"]
     task, folder = task_from_dict(config["task"]), checkpoint.parent
+    if rule != "youden" and task.positive is None:
+        raise UserError(
+            f"threshold={rule}: expected a classifier of two classes, found {task.question}; leave "
+            "it out"
+        )
     if not (folder / "results.json").is_file():
         if rule != "youden":
             raise UserError(

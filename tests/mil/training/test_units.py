@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import mil
+from mil import heatmap, report
 from mil.datasets.bags import Sample
 from mil.datasets.case_bags import GAP, join_bags
 from mil.models import build
@@ -35,6 +36,7 @@ from tests.mil.ensembles.new_cohorts import (
     write_csv_rows,
     write_new_cohort,
 )
+from wsi_common.config import load_config
 from wsi_common.errors import UserError
 from wsi_common.metrics.classification import youden_threshold
 
@@ -193,6 +195,16 @@ def test_a_benchmark_by_case_judges_patients(cohorts: Path, tmp_path: Path):
     assert summary["unit"] == "case" and summary["protocol"]["slides"] == 24
     rows = read_csv(output / "predictions.csv")
     assert len(rows) == summary["protocol"]["patients"] == len({r["slide_id"] for r in rows})
+    # heatmaps are of slides, and the report passes their examples over
+    pages = tmp_path / "pages"
+    keys = [f"run={output}", f"output={pages}", "workers=0", "device=cpu", "drawing.max_side=64"]
+    keys += ["only=[s00,s02]", "drawing.geojson=false"]
+    assert heatmap.main(load_config(heatmap.Config, keys)) == 0
+    drawn = {path.stem for path in (pages / "records").iterdir()}
+    twins = {r["slide_id"] for r in read_csv(output / "predictions.csv")} & {"case00"}
+    assert drawn == {"s00", "s02"} and twins == {"case00"}  # two slides of one patient
+    keys = [f"benchmark={output}", f"output={tmp_path / 'report'}", f"slides={tmp_path}"]
+    assert report.main(load_config(report.Config, keys)) == 0
     with (output / "splits/splits_0.csv").open() as stream:  # of slides, for any unit
         ids = {cell for row in csv.DictReader(stream) for cell in row.values() if cell}
     assert ids == {f"s{i:02d}" for i in range(24)}
