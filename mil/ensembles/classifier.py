@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mil.datasets.bags import Sample
+from mil.datasets.case_bags import POOLED
 from mil.datasets.covariates import Cells
 from mil.ensembles.members import Member, find_checkpoints, load_member
 from mil.tasks.base import Task, average_carried
@@ -84,11 +85,13 @@ class Classifier:
         title: what it is, for people.
         members: the models.
         device: where they are.
+        unit: what one prediction is of, one of mil.datasets.case_bags.UNITS.
     """
 
     title: str
     members: tuple[Member, ...]
     device: torch.device
+    unit: str
 
     @property
     def task(self) -> Task:
@@ -99,11 +102,6 @@ class Classifier:
     def config(self) -> Mapping[str, Any]:
         """Of the first model's checkpoint, for what all have in common."""
         return self.members[0].config
-
-    @property
-    def unit(self) -> str:
-        """What the models predict, one of mil.datasets.case_bags.UNITS."""
-        return self.config["unit"]
 
     @property
     def covariates(self) -> list[str]:
@@ -201,6 +199,7 @@ def load_classifier(
     device: str = "auto",
     threshold: str = "youden",
     target: float = 0.95,
+    unit: str = "",
 ) -> Classifier:
     """Load a run directory, all models of a benchmark's feature set, or a checkpoint.
 
@@ -211,13 +210,17 @@ def load_classifier(
         device: auto, cpu, cuda or cuda:N.
         threshold, target: rule by which two classes are cut on the validation slides: youden, or
             the rate to reach, sensitivity or specificity.
+        unit: what one prediction is of; empty: what it was in the training. Slides that were
+            trained on alone can be pooled: case_mean, case_max.
 
     Raises:
-        UserError: no classifier is there, or the models are not of one task.
+        UserError: no classifier is there, the models are not of one task, or their predictions
+            cannot be pooled.
     """
     title, checkpoints = find_checkpoints(Path(path), feature_set, model, seed)
     place = pick_device(device)
-    members = [load_member(checkpoint, place, threshold, target) for checkpoint in checkpoints]
+    rule = (threshold, target, unit or "slide")
+    members = [load_member(checkpoint, place, *rule) for checkpoint in checkpoints]
     first = members[0]
     for member in members[1:]:
         if (member.task.kind, member.task.names) != (first.task.kind, first.task.names):
@@ -226,7 +229,13 @@ def load_classifier(
                 f"{list(first.task.names)} in {first.name} and {member.task.kind} "
                 f"{list(member.task.names)} in {member.name}"
             )
-    return Classifier(title, tuple(members), place)
+    trained = first.config["unit"]
+    if unit and unit != trained and (trained, unit) not in (("slide", p) for p in POOLED):
+        raise UserError(
+            f"unit={unit}: expected {trained}, as the models were trained"
+            f"{f', or {chr(32).join(POOLED)}' if trained == 'slide' else ''}; leave it out"
+        )
+    return Classifier(title, tuple(members), place, unit or trained)
 
 
 def check_width(bag: Bag, dim: int) -> None:
