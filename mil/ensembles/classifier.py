@@ -135,15 +135,13 @@ class Classifier:
         bag = make_bag(torch.as_tensor(features), coords)
         check_width(bag, self.config["network"]["dim"])
         sample = Sample(str(bag.path), bag, 0)
-        values = self.predict_samples([sample], covariates)[:, 0]
-        found, names = self.combine(values), self.task.value_names
-        named = {
-            name: dict(zip(names, values.tolist(), strict=True)) if values is not None else {}
-            for name, values in (("mean", found.mean), ("spread", found.spread))
-        }
-        calibrated = {} if found.calibrated is None else dict(zip(names, found.calibrated.tolist()))
+        found = self.combine(self.predict_samples([sample], covariates)[:, 0])
+        mean, spread, calibrated = (
+            {} if numbers is None else dict(zip(self.task.value_names, numbers.tolist()))
+            for numbers in (found.mean, found.spread, found.calibrated)
+        )
         attention = self.mean_attention(sample, covariates)
-        return BagPrediction(named["mean"], named["spread"], calibrated, found.called, attention)
+        return BagPrediction(mean, spread, calibrated, found.called, attention)
 
     def predict_samples(
         self, samples: Sequence[Sample], covariates: Cells | None = None
@@ -230,10 +228,11 @@ def load_classifier(
                 f"{list(member.task.names)} in {member.name}"
             )
     trained = first.config["unit"]
-    if unit and unit != trained and (trained, unit) not in (("slide", p) for p in POOLED):
+    known = (trained, *POOLED) if trained == "slide" else (trained,)
+    if unit and unit not in known:
         raise UserError(
-            f"unit={unit}: expected {trained}, as the models were trained"
-            f"{f', or {chr(32).join(POOLED)}' if trained == 'slide' else ''}; leave it out"
+            f"unit={unit}: expected {' or '.join(known)}, since the models were trained with "
+            f"unit={trained}; leave it out"
         )
     return Classifier(title, tuple(members), place, unit or trained)
 

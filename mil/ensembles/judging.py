@@ -119,7 +119,7 @@ def judge_all(
         else:
             left.append(one)
     read = read_ahead(left, lambda one: read_samples(one, classifier))
-    for one, result in progress(read, "predict", len(left), "slides"):
+    for one, result in progress(read, "predict", len(left), "slides or cases"):
         name = one.subject.name
         try:
             samples = result.result()

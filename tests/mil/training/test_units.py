@@ -174,7 +174,7 @@ def test_pooled_slides_are_the_mean_or_the_highest_of_each_patient(cohorts: Path
         assert later.unit == unit and later.carried["threshold"] == pytest.approx(cut)
         with pytest.raises(UserError, match="expected predictions of slides, found of cases"):
             read_finished(run, "", task, unit)
-        with pytest.raises(UserError, match=f"unit=case: expected {unit}, as the models were"):
+        with pytest.raises(UserError, match=f"unit=case: expected {unit}, since the models were"):
             mil.load_classifier(run, device="cpu", unit="case")
         kept = read_csv(run / "slide_predictions.csv")
         assert {(r["slide_id"], r["prob_pos"]) for r in kept} == {
