@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mil.datasets.case_bags import UNITS
 from mil.datasets.splits import list_names
 from mil.ensembles.classifier import Classifier, load_classifier
 from mil.ensembles.heatmaps import draw_predicted
@@ -87,6 +88,12 @@ class Config(SlideKeys):
     )
     target: float = key(
         0.95, "the rate that threshold=sensitivity or specificity has to reach on validation slides"
+    )
+    unit: str = key(
+        "",
+        "what one prediction is of; empty: as in the training; case_mean, case_max: a patient, "
+        "with the mean of the slides or the one that shows most",
+        choices=("", *UNITS),
     )
     unnamed: bool = key(
         False, "take bags that do not say which encoder made them; their width is checked"
@@ -156,12 +163,8 @@ def write_attention(
 ) -> None:
     """The attention maps of every slide that was predicted."""
     checkpoints = [member.checkpoint for member in classifier.members]
-    slides = [
-        (slide, bag, checkpoints)
-        for one in pending
-        if one.subject.name not in failures.slides
-        for slide, bag in one.bags.items()
-    ]
+    usable = [one for one in pending if one.subject.name not in failures.slides]
+    slides = [(s, file, checkpoints) for one in usable for s, file in one.files.items()]
     models = {member.checkpoint: member.model for member in classifier.members}
     folder, names = Path(config.output) / "attention", classifier.task.names
     load = models.__getitem__
@@ -221,7 +224,7 @@ def main(config: Config) -> int:
     bags = list_bags(config.features)
     chosen = (config.feature_set, config.model, config.seed)
     rule = (config.threshold, config.target)
-    classifier = load_classifier(config.run, *chosen, config.device, *rule)
+    classifier = load_classifier(config.run, *chosen, config.device, *rule, config.unit)
     subjects = read_subjects(config.labels, bags, classifier.task, classifier.unit)
     logger.info("predict: %s: %d slides or cases", classifier.title, len(subjects))
     cells = read_subject_covariates(config.covariates, subjects, classifier.covariates)
