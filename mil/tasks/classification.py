@@ -212,6 +212,14 @@ class Classification(OneClassTask):
     def carry_over(self, val: Predictions) -> dict[str, Any]:
         return {"threshold": val.threshold, "temperature": val.temperature}
 
+    def average_carried(self, each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Temperatures are factors: their mean is the geometric one."""
+        carried = super().average_carried(each)
+        if carried.get("temperature") is not None:
+            logs = np.log([own["temperature"] for own in each])
+            carried["temperature"] = float(np.exp(logs.mean()))
+        return carried
+
     def calibrate(self, values: Array, carried: Mapping[str, Any]) -> Array | None:
         temperature = carried.get("temperature")
         return None if temperature is None else apply_temperature(values, temperature)

@@ -66,7 +66,7 @@ def test_an_ensemble_is_the_mean_of_its_folds_cut_and_calibrated_by_their_valida
     assert len(folders) == 2
     members = [load_member(folder / "checkpoint_best.pt", CPU) for folder in folders]
     cut = np.mean([read_results(folder)["threshold"] for folder in folders])
-    temperature = np.mean([member.carried["temperature"] for member in members])
+    temperature = np.exp(np.mean([np.log(member.carried["temperature"]) for member in members]))
     rows = read_csv(predicted / "predictions.csv")
     assert len(rows) == 12
     for row in rows:
