@@ -4,6 +4,7 @@ dark bodies of abnormal fields alone.
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -91,6 +92,15 @@ def test_originals_are_on_one_side_and_every_field_is_somewhere(labelled: Path) 
         assert {split: found.count(split) for split in set(found)} == {
             "train": 2, "val": 1, "test": 3,
         }  # fmt: skip
+
+
+def test_fields_can_be_probed_by_original(labelled: Path) -> None:
+    with (labelled / "fields.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 36 and len({row["group"] for row in rows}) == 12
+    for row in rows:
+        assert (labelled / row["image"]).is_file()
+        assert row["label"] == ("normal" if row["group"].startswith("NL") else "abnormal")
 
 
 def test_weak_boxes_lie_on_the_large_nuclei_of_abnormal_fields(labelled: Path) -> None:
@@ -186,10 +196,14 @@ def test_clean_tiles_of_an_abnormal_original_are_not_used() -> None:
 
 def test_started_again_it_writes_what_is_missing(source: Path, labelled: Path) -> None:
     picture = labelled / "images" / "NL_1_1.png"
+    table = labelled / "annotations.json"
+    boxes, stamp = table.read_bytes(), table.stat().st_mtime_ns
+    assert main(config(source, labelled)) == 0
+    assert table.stat().st_mtime_ns == stamp, "finished work is left alone"
     before, times = picture.read_bytes(), (labelled / "images" / "NL_1_2.png").stat().st_mtime_ns
     picture.unlink()
     assert main(config(source, labelled)) == 0
-    assert picture.read_bytes() == before
+    assert picture.read_bytes() == before and table.read_bytes() == boxes
     assert (labelled / "images" / "NL_1_2.png").stat().st_mtime_ns == times
     with pytest.raises(UserError, match="settings.look 'reinhard' -> 'grey'"):
         main(config(source, labelled, look="grey"))
