@@ -220,6 +220,10 @@ class Classification(OneClassTask):
             carried["temperature"] = float(np.exp(logs.mean()))
         return carried
 
+    def as_two_classes(self, run: Predictions, label: str) -> Predictions | None:
+        """None where a class is absent, as on another cohort of positives alone."""
+        return run if len(np.unique(run.targets)) == len(self.names) else None
+
     def calibrate(self, values: Array, carried: Mapping[str, Any]) -> Array | None:
         temperature = carried.get("temperature")
         return None if temperature is None else apply_temperature(values, temperature)
