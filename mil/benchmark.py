@@ -34,7 +34,7 @@ from mil.evaluation.runs import (
     write_predictions,
 )
 from mil.evaluation.tables import write_evaluation
-from mil.models import MODELS
+from mil.models import CLASSIFIERS
 from mil.training.benchmark_jobs import (
     check_tasks,
     make_jobs,
@@ -73,11 +73,13 @@ class Config(TrainingKeys):
         runtime=True,
     )
     names: list[str] = key([], "names of the feature sets; empty: the folders' names")
-    models: list[str] = key(["mean", "max", "abmil"], "slide classifiers", choices=tuple(MODELS))
+    models: list[str] = key(
+        ["mean", "max", "abmil"], "slide classifiers", choices=tuple(CLASSIFIERS)
+    )
     headline: str = key(
         "",
         "classifier whose figure stands for a feature set; empty: abmil, without it the first",
-        choices=("", *MODELS),
+        choices=("", *CLASSIFIERS),
     )
     seeds: list[int] = key([2024, 2025, 2026], "training seeds")
     options: dict[str, Any] = key({}, "options of the models; {model: {name: value}}")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from mil.datasets.bags import choose_memory, digest_each
-from mil.models import MODELS
+from mil.models import CLASSIFIERS
 from mil.training.engine import check_validation
 from mil.training.fold_run import FoldJob, open_job, run_job
 from mil.training.keys import TrainingKeys
@@ -39,7 +39,7 @@ class Config(TrainingKeys):
 
     features: str = key(REQUIRED, "folder of feature bags", path=True)
     output: str = key(REQUIRED, "where the results are written; a run directory", runtime=True)
-    model: str = key("abmil", "slide classifier", choices=tuple(MODELS))
+    model: str = key("abmil", "slide classifier", choices=tuple(CLASSIFIERS))
     options: dict[str, Any] = key({}, "options of the models; {name: value}")
     seed: int = key(2024, "seed of everything that is drawn at random")
     fold: int = key(0, "which fold to train")

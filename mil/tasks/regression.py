@@ -128,6 +128,7 @@ class Regression(NumberTask):
     criterion: str = "mse"
 
     kind = "regression"
+    link = "identity"
     about = "a number per slide"
     options = ("regression_loss",)
     stratified_by = "quantile of the target"
@@ -210,6 +211,10 @@ class Regression(NumberTask):
     def loss(self, logits: Float[Tensor, " c"], target: Target) -> Float[Tensor, ""]:
         standardised = (torch.as_tensor(target)[0] - self.centre) / self.scale
         return regression_loss(logits[0], standardised.to(logits.device), self.criterion)
+
+    def vote(self, target: Target) -> Float[Tensor, " v"]:
+        """The value, standardised as the logit is."""
+        return ((torch.as_tensor(target).float() - self.centre) / self.scale).reshape(1)
 
     def predict(self, logits: Float[Tensor, "s c"]) -> Float[Tensor, "s v"]:
         """Values (S, 1) in the target's unit."""

@@ -22,7 +22,7 @@ from torch import nn
 from mil.datasets.bags import Sample, digest_set, load_bags
 from mil.datasets.labels import LabelledSlides
 from mil.datasets.splits import SETS, Split
-from mil.models import Standardised, build, build_plain_model
+from mil.models import PROBES, Standardised, build, build_plain_model
 from mil.models.layers import inner_model
 from mil.tasks.base import Task, apply_cuts
 from mil.tasks.prediction_table import write_predictions
@@ -32,6 +32,7 @@ from mil.tasks.table import fit_task
 from mil.training.bag_record import describe_bags
 from mil.training.engine import train_model
 from mil.training.prediction import predict
+from mil.training.probe_fit import complete_network, fit_probe
 from mil.training.recipes import Recipe, check_recipe
 from patch_encoder.bags.bag import Bag
 from wsi_common.checkpoint import load_checkpoint
@@ -175,6 +176,7 @@ def run_job(job: FoldJob, run: Run, world: World) -> dict[str, Any]:
     bags = cached_bags(job.files, job.features_digest, job.memory)
     train, val, test = (make_samples(bags, job, getattr(job.split, name)) for name in SETS)
     network = settings.network(train[0].bag.shape[1], task.outputs)
+    network = complete_network(network, settings.model, task, len(train))
     start = train_plain(job, world)
     seed_everything(settings.seed)
     model = build(**network)
@@ -191,7 +193,10 @@ def run_job(job: FoldJob, run: Run, world: World) -> dict[str, Any]:
         reuse_large_blocks()  # after the bags were read, which stay
     decided = (settings.training, settings.seed)
     with explain_memory(job, bags):
-        best = train_model(model, train, val, *decided, run, config, world, task)
+        if settings.model in PROBES:
+            best = fit_probe(model, train, val, settings.training, run, config, world, task)
+        else:
+            best = train_model(model, train, val, *decided, run, config, world, task)
     results = {"model": settings.model, "seed": settings.seed, "fold": job.split.fold}
     results |= {"task": task.kind, "best_epoch": best["epoch"], "epochs": best["epochs"]}
     results |= {f"val_{task.score}": best[task.score]}
