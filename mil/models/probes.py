@@ -17,8 +17,8 @@ from patch_encoder.probing.knn import weigh_neighbours
 from wsi_common.errors import UserError, did_you_mean
 
 LEAST = 1e-6  # share of the votes below which a logarithm is not taken
-# what turns shares of votes into logits: the inverse of the task's own way from logits to numbers
-LINKS = ("softmax", "sigmoid", "corn", "identity")
+# what turns votes into logits: the inverse of the task's own way from logits to numbers
+LINKS = ("softmax", "sigmoid", "corn", "life_table", "identity")
 
 
 class LinearProbe(nn.Module):
@@ -89,7 +89,8 @@ class KNNProbe(nn.Module):
                 f"knn_probe: expected k of 1 or more and a temperature above 0, found k={k} and "
                 f"temperature={temperature:g}"
             )
-        answers = classes + (link == "corn")  # of C thresholds C + 1 grades
+        # of C thresholds C + 1 grades; events and slides at risk of C intervals
+        answers = {"corn": classes + 1, "life_table": 2 * classes}.get(link, classes)
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("slides", torch.zeros(slides, dim))
         self.register_buffer("answers", torch.zeros(slides, answers))
@@ -118,6 +119,9 @@ def invert_link(votes: Float[Tensor, " v"], link: str) -> Float[Tensor, " c"]:
         return votes.clamp(min=LEAST).log()
     if link == "sigmoid":
         return votes.clamp(LEAST, 1 - LEAST).logit()
+    if link == "life_table":
+        events, at_risk = votes.chunk(2)
+        return (events / at_risk.clamp(min=LEAST)).clamp(LEAST, 1 - LEAST).logit()
     above = votes.flip(0).cumsum(0).flip(0)  # share of grade k or higher
     conditional = above[1:] / above[:-1].clamp(min=LEAST)
     return conditional.clamp(LEAST, 1 - LEAST).logit()

@@ -81,8 +81,8 @@ def evaluate(run: Predictions, weights: np.ndarray | None = None) -> dict[str, n
 class OneClassTask(Task):
     """What the tasks share that call one of `names`: classes and grades."""
 
-    def vote(self, target: Target) -> Float[Tensor, " v"]:
-        return torch.eye(len(self.names))[int(target)]
+    def votes(self, targets: Sequence[Target]) -> Float[Tensor, "s v"]:
+        return torch.eye(len(self.names))[torch.tensor(targets)]
 
     def make_predictions(
         self, run: RunPredictions, targets: Sequence[Target], values: Array, cuts: Mapping[str, Any]

@@ -224,8 +224,8 @@ class Multilabel(Task):
         weights = torch.tensor(self.weights, device=logits.device) if self.weights else None
         return label_loss(logits, target.to(logits.device), weights, self.smoothing, self.focal)
 
-    def vote(self, target: Target) -> Float[Tensor, " v"]:
-        return torch.as_tensor(target).float()
+    def votes(self, targets: Sequence[Target]) -> Float[Tensor, "s v"]:
+        return torch.stack([torch.as_tensor(target).float() for target in targets])
 
     def predict(self, logits: Float[Tensor, "s c"]) -> Float[Tensor, "s v"]:
         return logits.sigmoid()

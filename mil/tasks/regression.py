@@ -212,9 +212,10 @@ class Regression(NumberTask):
         standardised = (torch.as_tensor(target)[0] - self.centre) / self.scale
         return regression_loss(logits[0], standardised.to(logits.device), self.criterion)
 
-    def vote(self, target: Target) -> Float[Tensor, " v"]:
-        """The value, standardised as the logit is."""
-        return ((torch.as_tensor(target).float() - self.centre) / self.scale).reshape(1)
+    def votes(self, targets: Sequence[Target]) -> Float[Tensor, "s v"]:
+        """The values, standardised as the logit is."""
+        values = torch.stack([torch.as_tensor(target).float().reshape(1) for target in targets])
+        return (values - self.centre) / self.scale
 
     def predict(self, logits: Float[Tensor, "s c"]) -> Float[Tensor, "s v"]:
         """Values (S, 1) in the target's unit."""

@@ -31,6 +31,7 @@ from mil.tasks.slide_targets import SlideTargets
 from mil.tasks.table import fit_task
 from mil.training.bag_record import describe_bags
 from mil.training.engine import train_model
+from mil.training.init_weights import load_initial
 from mil.training.prediction import predict
 from mil.training.probe_fit import complete_network, fit_probe
 from mil.training.recipes import Recipe, check_recipe
@@ -38,7 +39,7 @@ from patch_encoder.bags.bag import Bag
 from wsi_common.checkpoint import load_checkpoint
 from wsi_common.distributed import World, barrier
 from wsi_common.errors import UserError
-from wsi_common.files import read_json, sha256_bytes
+from wsi_common.files import read_json, sha256_bytes, sha256_file
 from wsi_common.memory import is_out_of_memory, reuse_large_blocks
 from wsi_common.run import Run, open_run
 from wsi_common.seed import seed_everything
@@ -90,6 +91,7 @@ class FoldJob:
         digests: slide id -> digest of its bag.
         memory: bytes for bags that are kept in memory; None: half of what is free.
         tracker: of a benchmark's trainings.
+        init: weights file that the model starts from.
     """
 
     output: Path
@@ -101,6 +103,7 @@ class FoldJob:
     digests: Mapping[str, str]
     memory: int | None = None
     tracker: Tracker | None = None
+    init: Path | None = None
 
     @property
     def place(self) -> str:
@@ -142,6 +145,7 @@ def open_job(
     labels = repr((job.targets.task, job.slides.classes, slides, values))
     inputs = {"features": job.features_digest, "labels": sha256_bytes(labels.encode())}
     inputs |= {"split": job.split.digest()}
+    inputs |= {"init": sha256_file(job.init)} if job.init else {}
     warn_of_threads(job.output, world)
     how = {"overwrite": overwrite, "tracker": tracker, "label": label}
     return open_run(job.output, job.settings, world, inputs=inputs, **how)
@@ -176,7 +180,7 @@ def run_job(job: FoldJob, run: Run, world: World) -> dict[str, Any]:
     bags = cached_bags(job.files, job.features_digest, job.memory)
     train, val, test = (make_samples(bags, job, getattr(job.split, name)) for name in SETS)
     network = settings.network(train[0].bag.shape[1], task.outputs)
-    network = complete_network(network, settings.model, task, len(train))
+    network = complete_network(network, task, len(train))
     start = train_plain(job, world)
     seed_everything(settings.seed)
     model = build(**network)
@@ -184,6 +188,8 @@ def run_job(job: FoldJob, run: Run, world: World) -> dict[str, Any]:
         model.fit([sample.bag for sample in train])
     if start is not None:
         inner_model(model).start_from(start)
+    elif job.init is not None:
+        logger.info("%s", load_initial(model, network, job.init))
     model.to(world.device)
     config = {"network": network, "task": task.to_dict()}
     patients = (record.case_id for record in job.slides.records)

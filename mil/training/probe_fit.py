@@ -4,7 +4,8 @@ Linear probe: the task's own loss over the training slides plus an L2 penalty on
 by L-BFGS for each strength of the penalty; the strength with the best validation score is taken, as
 the best epoch is for other models. That is logistic regression for classes, ridge regression for a
 number and regularised Cox regression (partial likelihood over all training slides) for survival.
-k-NN probe: the training slides and their answers are kept.
+k-NN probe: the training slides and what they vote for are kept; of survival their martingale
+residuals, or a life table of the neighbours.
 """
 
 from __future__ import annotations
@@ -26,25 +27,15 @@ from mil.training.recipes import Recipe
 from patch_encoder.probing.linear import STRENGTHS
 from wsi_common.checkpoint import save_checkpoint
 from wsi_common.distributed import World
-from wsi_common.errors import UserError
 from wsi_common.run import Run
 
 ITERATIONS = 200  # of L-BFGS; classes that can be separated hardly converge, and need not
 
 
-def complete_network(network: dict[str, Any], name: str, task: Task, slides: int) -> dict[str, Any]:
-    """What `build` needs for a model, with what a k-NN probe takes from task and training slides.
-
-    Raises:
-        UserError: nearest slides cannot answer the task.
-    """
-    if name != "knn_probe":
+def complete_network(network: dict[str, Any], task: Task, slides: int) -> dict[str, Any]:
+    """What `build` needs, with what a k-NN probe takes from the task and the training slides."""
+    if network["name"] != "knn_probe":
         return network
-    if not task.link:
-        raise UserError(
-            f"model knn_probe: expected a task whose answers can be averaged over slides, found "
-            f"task={task.kind}; use linear_probe"
-        )
     return network | {"slides": slides, "link": task.link}
 
 
@@ -105,7 +96,7 @@ def fit_steps(
     """Put fitted weights into the probe, one set after the other; yields the strength of each."""
     targets = [sample.target for sample in train]
     if isinstance(probe, KNNProbe):
-        remember(probe, vectors, torch.stack([task.vote(target) for target in targets]))
+        remember(probe, vectors, task.votes(targets))
         yield 0.0
         return
     assert isinstance(probe, LinearProbe)

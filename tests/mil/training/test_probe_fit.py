@@ -19,6 +19,8 @@ from mil.models import PROBES, build
 from mil.models.probes import LINKS, invert_link
 from mil.tasks.classification import Classification
 from mil.tasks.cox import Cox
+from mil.tasks.discrete import Discrete
+from mil.tasks.multilabel import Multilabel
 from mil.tasks.ordinal import Ordinal
 from mil.tasks.regression import Regression
 from mil.training.engine import load_classifier
@@ -106,12 +108,34 @@ def test_links_are_the_inverse_of_the_tasks_predictions():
     grades = Ordinal(("0", "1", "2"))
     found = grades.predict(invert_link(shares, grades.link)[None])[0]
     torch.testing.assert_close(found, shares, atol=1e-5, rtol=1e-5)
-    assert torch.equal(grades.vote(2), torch.tensor([0.0, 0.0, 1.0]))
+    assert torch.equal(grades.votes([2]), torch.tensor([[0.0, 0.0, 1.0]]))
     number = Regression(centre=5.0, scale=2.0)
     target = torch.tensor([9.0])
-    found = number.predict(invert_link(number.vote(target), number.link)[None])[0]
+    found = number.predict(invert_link(number.votes([target])[0], number.link)[None])[0]
     torch.testing.assert_close(found.float(), target)
-    assert {task.link, grades.link, number.link, "sigmoid"} == set(LINKS)
+    labels = Multilabel(("a", "b", "c"))
+    found = labels.predict(invert_link(shares, labels.link)[None])[0]
+    torch.testing.assert_close(found, shares)
+    tasks = (task, grades, number, labels, Discrete(edges=(1.0,)))
+    assert {one.link for one in tasks} == set(LINKS) and Cox().link == "identity"
+
+
+def test_the_neighbours_of_a_slide_make_its_life_table():
+    """Hazard of an interval: events in it among the slides that are at risk in it."""
+    task = Discrete(edges=(2.0, 4.0))  # three intervals
+    followed = [(1.0, 1), (3.0, 1), (3.0, 0), (5.0, 1)]
+    votes = task.votes([torch.tensor([t, float(e)]) for t, e in followed])
+    logits = invert_link(votes.mean(0), task.link)
+    expected = torch.tensor([1 / 4, 1 / 3, 1.0])
+    torch.testing.assert_close(torch.sigmoid(logits), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_cox_neighbours_vote_with_martingale_residuals():
+    followed = [(1.0, 1), (2.0, 0), (3.0, 1), (3.0, 1)]
+    votes = Cox().votes([torch.tensor([t, float(e)]) for t, e in followed])
+    by_hand = [1 - 1 / 4, -1 / 4, 1 - 1 / 4 - 2 / 2, 1 - 1 / 4 - 2 / 2]
+    torch.testing.assert_close(votes[:, 0], torch.tensor(by_hand))
+    assert abs(float(votes.sum())) < 1e-6  # as all residuals together
 
 
 def keys_of(cohort: Path, output: Path, *more: str) -> list[str]:
@@ -126,11 +150,10 @@ def test_probes_stand_in_the_benchmark_beside_trained_models(
     cohort = make_cohort(signal=6.0, slides=30)
     if kind != "classes":
         rewrite(cohort, kind)
-    survival = kind in ("cox", "discrete")
-    models = "[abmil,linear_probe]" if survival else "[abmil,linear_probe,knn_probe]"
-    keys = [f"features=[{cohort}/bags]", f"models={models}", "seeds=[1]", "resamples=20"]
+    models = "models=[abmil,linear_probe,knn_probe]"
+    keys = [f"features=[{cohort}/bags]", models, "seeds=[1]", "resamples=20"]
     keys += [f"task={kind}", "headline=linear_probe", "isolated=false", "intervals=2"]
-    keys += [] if survival else ["options={knn_probe: {k: 5}}"]
+    keys += ["options={knn_probe: {k: 5}}"]
     assert run(benchmark.main, benchmark.Config, keys_of(cohort, tmp_path / "b", *keys)) == 0
     with (tmp_path / "b" / "predictions.csv").open() as stream:
         rows = list(csv.DictReader(stream))
@@ -145,9 +168,8 @@ def test_probes_stand_in_the_benchmark_beside_trained_models(
         assert probe[f"{metric}_ci"] is not None
     floor = {"classes": 0.9, "cox": 0.6, "discrete": 0.6, "regression": 0.5}.get(kind, 0.3)
     assert probe[f"{metric}_mean"] > floor
-    if survival:
-        keys = [f"features={cohort}/bags", "model=knn_probe", f"task={kind}"]
-        assert run(train.main, train.Config, keys_of(cohort, tmp_path / "t", *keys)) == 2
+    neighbours = summary["feature_sets"]["bags"]["knn_probe"]
+    assert neighbours[f"{metric}_mean"] > (0.0 if kind == "regression" else floor - 0.1)
 
 
 @pytest.mark.parametrize("name", list(PROBES))
