@@ -20,6 +20,7 @@ import torch
 
 from mil.datasets.bags import choose_memory, digest_each
 from mil.models import CLASSIFIERS, build, build_plain_model
+from mil.models.fusion import ALONE
 from mil.training.engine import check_validation
 from mil.training.fold_run import FoldJob, open_job, run_job
 from mil.training.init_weights import find_initial, load_initial
@@ -41,7 +42,7 @@ class Config(TrainingKeys):
 
     features: str = key(REQUIRED, "folder of feature bags", path=True)
     output: str = key(REQUIRED, "where the results are written; a run directory", runtime=True)
-    model: str = key("abmil", "slide classifier", choices=tuple(CLASSIFIERS))
+    model: str = key("abmil", "slide classifier", choices=(*CLASSIFIERS, ALONE))
     options: dict[str, Any] = key({}, "options of the models; {name: value}")
     init: str = key(
         "",
@@ -59,7 +60,8 @@ class Config(TrainingKeys):
 
 def build_job(config: Config) -> FoldJob:
     """Model, labels, bags and split of this training, checked."""
-    settings = config.settings(config.model, config.seed, config.options, {})
+    fused = bool(config.covariates)
+    settings = config.settings(config.model, config.seed, config.options, {}, fused)
     cohort = config.read_cohort({config.features: Path(config.features)})
     splits = cohort.splits
     split = {split.fold: split for split in splits}.get(config.fold)
@@ -71,10 +73,10 @@ def build_job(config: Config) -> FoldJob:
     files = cohort.files[config.features]
     cases = {record.slide_id: record.case_id for record in cohort.slides.records}
     digests = digest_each(files, cases)
-    data = (cohort.slides, cohort.targets, split, tuple(files.items()), digests)
     memory = choose_memory(config.ram_gb, local_processes())
-    init = find_initial(config.init) if config.init else None
-    return FoldJob(Path(config.output), settings, *data, memory, init=init)
+    output = Path(config.output)
+    job = cohort.job(output, settings, split, config.features, digests, memory)
+    return replace(job, init=find_initial(config.init)) if config.init else job
 
 
 def check_initial(job: FoldJob) -> None:
@@ -85,9 +87,8 @@ def check_initial(job: FoldJob) -> None:
         return
     name, options = job.settings.model, job.settings.options
     name, options = build_plain_model(name, options) or (name, options)
-    width = open_bag(job.files[0][1]).shape[1]
-    settings = replace(job.settings, model=name, options=options)
-    network = settings.network(width, job.fit_task().outputs)
+    settings = replace(job.settings, model=name, options=options, fused=False)
+    network = settings.network(open_bag(job.files[0][1]).shape[1], job.fit_task().outputs, 0)
     load_initial(build(**network), network, job.init)
 
 
@@ -98,7 +99,7 @@ def main(config: Config) -> int | None:
     task = job.fit_task()
     check_recipe(job.settings.training, task, world)  # before there is a run directory
     check_initial(job)
-    check_validation([job.targets.of(slide) for slide in job.split.val], task)
+    check_validation(job.targets_of("val"), task)
     run = open_job(job, world, overwrite=config.overwrite, tracker=config.tracker)
     if run.results is not None:
         logger.info("%s: finished already", run.path)

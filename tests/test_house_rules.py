@@ -17,9 +17,9 @@ SYSTEMS = ("patch_encoder", "detection_kd", "mil", "studies")
 # rooms that are smaller or larger than others, and why
 SIZES = {
     "wsi_common/processes": "one supervised pool",
-    "mil/models": "one file per classifier",
     "detection_kd/models": "networks of four systems: detector, student, localiser, graders",
     "detection_kd/ops": "one operator",
+    "mil/models": "a file per published model",
     "patch_encoder/viz": "overlays and their captions",
     "studies/ablations": "one table and its figure",
 }

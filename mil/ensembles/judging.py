@@ -17,6 +17,7 @@ import numpy as np
 
 from mil.datasets.bags import Sample
 from mil.datasets.case_bags import join_bags
+from mil.datasets.covariates import Cells
 from mil.ensembles.classifier import Classifier
 from mil.ensembles.subjects import Subject
 from mil.training.prediction import WHOLE_BYTES
@@ -35,18 +36,21 @@ class Pending:
 
     Attributes:
         subject: slide or case.
-        bags: slide id -> bag, features on disk.
+        files: slide id -> bag file.
         digests: slide id -> digest of its bag.
+        tiles: in all bags.
+        covariates: column -> cell; None for models without.
     """
 
     subject: Subject
-    bags: Mapping[str, Bag]
+    files: Mapping[str, Path]
     digests: Mapping[str, str]
+    tiles: int
+    covariates: Cells | None = None
 
-    @property
-    def tiles(self) -> int:
-        """In all bags."""
-        return sum(len(bag) for bag in self.bags.values())
+    def open(self) -> dict[str, Bag]:
+        """Slide id -> bag, features on disk."""
+        return {slide: open_bag(file) for slide, file in self.files.items()}
 
 
 def open_subjects(
@@ -55,6 +59,7 @@ def open_subjects(
     files: Mapping[str, Path],
     failures: Failures,
     unnamed: bool,
+    covariates: Mapping[str, Cells],
 ) -> list[Pending]:
     """Open the bags of all subjects; those that cannot be used are listed.
 
@@ -64,21 +69,26 @@ def open_subjects(
         files: slide id -> bag file.
         failures: gets the others.
         unnamed: take bags that do not say which encoder made them.
+        covariates: slide id -> column -> cell; empty for models without.
 
     Raises:
         UserError: not one subject is left; the first one's error, and how many more there are.
     """
     found = []
-    for subject in subjects:
+    for subject in progress(subjects, "bags", len(subjects), "slides"):
         try:
             absent = [slide for slide in subject.slides if slide not in files]
             if absent:
                 raise UserError(f"expected a bag of slide {absent[0]}, found none")
-            bags = {slide: open_bag(files[slide]) for slide in subject.slides}
-            for slide, bag in bags.items():
+            own = {slide: files[slide] for slide in subject.slides}
+            digests, tiles = {}, 0
+            for slide, file in own.items():
+                bag = open_bag(file)
                 classifier.check_bag(slide, bag, unnamed=unnamed)
-            digests = {slide: bag.digest() for slide, bag in bags.items()}
-            found.append(Pending(subject, bags, digests))
+                digests[slide] = bag.digest()
+                tiles += len(bag)
+            cells = covariates.get(subject.slides[0])
+            found.append(Pending(subject, own, digests, tiles, cells))
         except (UserError, OSError) as error:
             failures.add(subject.name, str(error))
     if subjects and not found:
@@ -109,11 +119,11 @@ def judge_all(
         else:
             left.append(one)
     read = read_ahead(left, lambda one: read_samples(one, classifier))
-    for one, result in progress(read, "predict", len(left), "slides"):
+    for one, result in progress(read, "predict", len(left), "slides or cases"):
         name = one.subject.name
         try:
             samples = result.result()
-            values = pool(classifier, classifier.predict_samples(samples))
+            values = pool(classifier, classifier.predict_samples(samples, one.covariates))
             if not np.isfinite(values).all():
                 raise UserError(f"{name}: expected finite predictions, found others")
         except (UserError, OSError) as error:
@@ -135,7 +145,8 @@ def judge_all(
 def describe_inputs(classifier: Classifier, one: Pending) -> dict[str, Any]:
     """What decides a subject's numbers."""
     weights = {member.name: member.digest for member in classifier.members}
-    return {"weights": weights, "bags": dict(one.digests)}
+    found = {"weights": weights, "bags": dict(one.digests)}
+    return found | ({} if one.covariates is None else {"covariates": dict(one.covariates)})
 
 
 def is_done(path: Path, wanted: Mapping[str, Any], overwrite: bool) -> bool:
@@ -163,7 +174,7 @@ def read_samples(one: Pending, classifier: Classifier) -> list[Sample]:
         UserError: features that are not finite.
     """
     bags = []
-    for bag in one.bags.values():
+    for bag in one.open().values():
         small = 4 * bag.shape[0] * bag.shape[1] <= WHOLE_BYTES
         bags.append(bag.load() if small else bag)
         bags[-1].check_finite()

@@ -103,7 +103,7 @@ def find_heads(network: Mapping[str, Any]) -> tuple[str, ...]:
     """Prefixes of the parameters that depend on the number of classes: another number changes the
     shape of these and of no others.
     """
-    plain = {**network, "standardize": False}
+    plain = {**network, "standardize": False, "covariates": 0}
     with torch.device("meta"):
         model = build(**plain)
         other = build(**{**plain, "classes": network["classes"] + 1})

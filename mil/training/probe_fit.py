@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mil.datasets.bags import Sample
-from mil.models.layers import Standardised, inner_model
+from mil.models.layers import find_standardised, inner_model
 from mil.models.probes import KNNProbe, LinearProbe
 from mil.tasks.base import Task
 from mil.training.engine import validate, weights_on_cpu, without_weights
@@ -81,9 +81,8 @@ def fit_probe(
 def pool_samples(model: nn.Module, samples: Sequence[Sample]) -> Float[Tensor, "s d"]:
     """The mean of the tiles of each bag, as the probe sees it, in double precision on the CPU."""
     means = torch.stack([sample.load()[0].double().mean(0) for sample in samples])
-    if isinstance(model, Standardised):
-        means = (means - model.mean.cpu()) / model.std.cpu()
-    return means
+    wrapper = find_standardised(model)
+    return means if wrapper is None else (means - wrapper.mean.cpu()) / wrapper.std.cpu()
 
 
 def fit_steps(
