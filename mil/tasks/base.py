@@ -57,6 +57,7 @@ class Task:
     weighs_bags: ClassVar[bool] = False  # class_weights weigh the loss of a bag by its stratum
     trained_cuts: ClassVar[tuple[str, ...]] = ()  # chosen while training: they are in results.json
     dtype: ClassVar[torch.dtype] = torch.float64  # in which final predictions are computed
+    link: ClassVar[str]  # of mil.models.probes.LINKS: how the votes of slides become logits
     # evaluation
     metrics: ClassVar[tuple[str, ...]]  # columns of the tables
     shown: ClassVar[tuple[str, ...]]  # metrics of a short table; the first one is ranked by
@@ -171,6 +172,12 @@ class Task:
         stacked = np.stack([np.asarray(target) for target in targets])
         loss = float(self.mean_loss(logits, targets))
         return {self.score: self.compute_score(values, stacked), "loss": loss}
+
+    def votes(self, targets: Sequence[Target]) -> Float[Tensor, "s v"]:
+        """What each training slide answers for a slide near it; `link` turns their weighted mean
+        into logits.
+        """
+        raise NotImplementedError
 
     # ---- predictions.csv
 

@@ -81,6 +81,9 @@ def evaluate(run: Predictions, weights: np.ndarray | None = None) -> dict[str, n
 class OneClassTask(Task):
     """What the tasks share that call one of `names`: classes and grades."""
 
+    def votes(self, targets: Sequence[Target]) -> Float[Tensor, "s v"]:
+        return torch.eye(len(self.names))[torch.tensor(targets)]
+
     def make_predictions(
         self, run: RunPredictions, targets: Sequence[Target], values: Array, cuts: Mapping[str, Any]
     ) -> Predictions:
@@ -122,6 +125,7 @@ class Classification(OneClassTask):
     focal: float = 0.0
 
     kind = "classes"
+    link = "softmax"
     about = "one class per slide"
     options = ("label_smoothing", "focal", "class_weights")
     score = "auc"
