@@ -24,7 +24,7 @@ SIDE, MPP = 1300, 0.5  # of the slide: px, um per px
 TILE = 100  # px of a scored tile
 BOXES = np.array([[260.0, 300, 380, 420], [820, 700, 900, 760]], np.float32)
 FIGURES = np.array([[650.0, 1100.0], [200, 1100]])
-SLIDE_IDS = ("S1", "odd #1 50%")
+SLIDE_IDS = ("S1", "S2 odd #1 50%")
 
 
 def write_results(root: Path) -> dict[str, str]:

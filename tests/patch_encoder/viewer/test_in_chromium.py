@@ -195,11 +195,11 @@ def test_the_overview_leads_to_the_pages(browser: Chromium, pages: Path) -> None
     assert heads[1:6] == ["slide", "case", "label", "predicted", "p(tumour)"]
     assert {"mitoses", "per_mm2", "detections"} <= set(heads)
     names = "[...document.querySelectorAll('tbody tr:not([hidden]) .name')].map(n => n.textContent)"
-    assert browser.evaluate(names) == ["S1", "odd #1 50%"]
+    assert browser.evaluate(names) == ["S1", "S2 odd #1 50%"]
     browser.evaluate("document.querySelectorAll('th button')[0].click()")
-    assert browser.evaluate(names) == ["S1", "odd #1 50%"][::-1]
+    assert browser.evaluate(names) == ["S1", "S2 odd #1 50%"][::-1]
     browser.evaluate("(f => { f.value = 'odd'; f.oninput(); })(document.getElementById('find'))")
-    assert browser.evaluate(names) == ["odd #1 50%"]
+    assert browser.evaluate(names) == ["S2 odd #1 50%"]
     browser.evaluate("document.querySelector('tbody tr:not([hidden]) .name a').click()")
     browser.wait_for(f"typeof SLIDE === 'object' && {READY}")
-    assert browser.evaluate("document.querySelector('h1').textContent") == "odd #1 50%"
+    assert browser.evaluate("document.querySelector('h1').textContent") == "S2 odd #1 50%"
