@@ -116,11 +116,11 @@ def write_results(root: Path, side: int, detections: int) -> dict[str, str]:
     ranks = 100 * scores.argsort().argsort() / len(scores)
     rows = zip(range(len(scores)), *corners.T.tolist(), scores.tolist(), ranks.tolist())
     table = (dict(zip(columns, row, strict=True)) for row in rows)
-    write_csv(root / "heatmaps" / "scores" / "slide.csv", columns, table)
+    write_csv(root / "heat" / "scores" / "slide.csv", columns, table)
     record = {"width": side, "height": side, "side": SCORED, "shown": "attention"}
-    write_json(root / "heatmaps" / "records" / "slide.json", record)
+    write_json(root / "heat" / "records" / "slide.json", record)
     say(f"{len(scores):,} scored tiles, {detections:,} detections")
-    return {name: str(root / name) for name in ("outlines", "detections", "heatmaps")}
+    return {name: str(root / name) for name in ("outlines", "detections", "heat")}
 
 
 def open_page(page: Path, times: int) -> list[tuple[float, list[float]]]:

@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from mil.heatmaps.attention_maps import AttentionMaps, write_attention_maps
+from patch_encoder.bags.bag import Bag
 from patch_encoder.slide_page import Config, main
 from patch_encoder.viewer.arrays import KINDS
 from patch_encoder.viewer.facts import list_predictions, read_tables
-from patch_encoder.viewer.heat import read_heat
+from patch_encoder.viewer.heat import read_attention_maps, read_heat
 from patch_encoder.viewer.layers import check_layers, read_layers
 from patch_encoder.viewer.shapes import read_shapes
 from tests.patch_encoder.viewer.results import BOXES, FIGURES, SIDE, TILE, write_results
@@ -39,7 +42,7 @@ def write_features(path: Path, *features: tuple[dict[str, Any], dict[str, Any]])
 def test_layers_of_all_stages_are_read(results: dict[str, str]) -> None:
     found = read_layers(results, "S1", (SIDE, SIDE), (0, 0))
     layers = {layer["id"]: layer for layer in found.layers}
-    assert list(layers) == ["grade_maps", "heatmaps", "outlines", "detections", "mitoses"]
+    assert list(layers) == ["grade_maps", "heat", "outlines", "detections", "mitoses"]
     boxes = layers["detections"]["marks"]
     assert (unpack(boxes["boxes"]) == BOXES.ravel()).all()
     np.testing.assert_allclose(unpack(boxes["measurements"]["score"]), [0.9, 0.4])
@@ -57,7 +60,7 @@ def test_layers_of_all_stages_are_read(results: dict[str, str]) -> None:
 
 
 def test_heat_has_every_column_of_scores(results: dict[str, str]) -> None:
-    found = read_heat(Path(results["heatmaps"]), "S1", (SIDE, SIDE))
+    found = read_heat(Path(results["heat"]), "S1", (SIDE, SIDE))
     assert found is not None
     heat = found[0]
     assert heat["side"] == TILE and heat["shown"] == "percentile"
@@ -65,15 +68,31 @@ def test_heat_has_every_column_of_scores(results: dict[str, str]) -> None:
     attention = unpack(heat["values"]["attention"])
     np.testing.assert_allclose(attention, np.arange(1, 26) / 325, rtol=1e-6)
     assert unpack(heat["x"])[:6].tolist() == [700, 800, 900, 1000, 1100, 700]
-    assert read_heat(Path(results["heatmaps"]), "unknown", (SIDE, SIDE)) is None
+    assert read_heat(Path(results["heat"]), "unknown", (SIDE, SIDE)) is None
+
+
+def test_attention_of_classes_can_be_chosen(results: dict[str, str]) -> None:
+    """Beside the heatmaps, where mil_predict leaves it; refused where it is of other tiles."""
+    weights = np.random.default_rng(0).random((2, 25)).astype(np.float32)
+    path = Path(results["heat"]).parent / "attention" / "S1.h5"
+    maps = AttentionMaps("class", torch.tensor(weights), None)
+    bag = Bag(Path("S1"), (25, 1), "float32", None)
+    write_attention_maps(path, {"fold0": maps}, ["a", "b"], bag, "made")
+    found = read_heat(Path(results["heat"]), "S1", (SIDE, SIDE))
+    assert found is not None
+    values = found[0]["values"]
+    assert list(values) == ["attention", "percentile", "fold0 a", "fold0 b"]
+    assert (unpack(values["fold0 b"]) == weights[1]).all()
+    with pytest.raises(UserError, match="maps of the 24 scored tiles"):
+        read_attention_maps(Path(results["heat"]), "S1", 24)
 
 
 def test_heat_of_a_slide_of_another_size_is_refused(results: dict[str, str]) -> None:
     with pytest.raises(UserError, match="expected a slide of 99 x 1300 px, found 1300 x 1300"):
-        read_heat(Path(results["heatmaps"]), "S1", (99, SIDE))
-    (Path(results["heatmaps"]) / "scores" / "S1.csv").write_text("x,y,attention\n1,2,much\n")
+        read_heat(Path(results["heat"]), "S1", (99, SIDE))
+    (Path(results["heat"]) / "scores" / "S1.csv").write_text("x,y,attention\n1,2,much\n")
     with pytest.raises(UserError, match="table of numbers"):
-        read_heat(Path(results["heatmaps"]), "S1", (SIDE, SIDE))
+        read_heat(Path(results["heat"]), "S1", (SIDE, SIDE))
 
 
 def test_shapes_count_from_the_slides_bounds(tmp_path: Path) -> None:
@@ -131,7 +150,7 @@ def test_names_in_place_of_classes_are_refused(tmp_path: Path) -> None:
 
 def test_a_folder_without_any_of_the_slides_is_refused(results: dict[str, str]) -> None:
     check_layers(results, ["S1", "unknown"])
-    for key in ("heatmaps", "detections"):
+    for key in ("heat", "detections"):
         with pytest.raises(UserError, match=f"{key}=.*found none"):
             check_layers({key: results[key]}, ["unknown"])
 
