@@ -1,0 +1,105 @@
+"""The figures of a finished run for its model card: values with their 95 % intervals."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mil.evaluation.runs import read_finished, resample_metrics, summarise_sets
+from mil.tasks.table import task_from_dict
+from studies.sharing.folder import TrainedModel
+from wsi_common.files import read_json
+from wsi_common.tracking import flatten_numbers
+
+RESAMPLES, SEED = 2000, 2024
+ENDS = ("_ci/low", "_ci/high"), ("_ci_low", "_ci_high")
+NOT_METRICS = ("seed", "fold", "epoch", "epochs", "best_epoch", "runs", "resamples_skipped")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure.
+
+    Attributes:
+        data: on what it was measured.
+        name: as in results.json.
+        interval: 95 %; None where it has none.
+    """
+
+    data: str
+    name: str
+    value: float
+    interval: tuple[float, float] | None
+
+
+def list_metrics(model: TrainedModel, evaluations: Iterable[str]) -> list[Metric]:
+    """The figures of a run, and those of evaluations of its model on other data.
+
+    Args:
+        model: the run.
+        evaluations: results.json files, or the directories that hold them.
+    """
+    table = model.folder / "predictions.csv"
+    if "bags" in model.config and table.is_file():
+        found = _resample(model)
+    else:
+        found = _pair_intervals("validation", model.results)
+    for place in map(Path, evaluations):
+        file = place / "results.json" if place.is_dir() else place
+        found += _pair_intervals(file.parent.name, read_json(file, "results of an evaluation"))
+    return found
+
+
+def _resample(model: TrainedModel) -> list[Metric]:
+    """The test slides' figures of a slide classifier; intervals draw patients."""
+    task = task_from_dict(model.config["task"])
+    run = read_finished(model.folder, "features", task)
+    values = summarise_sets([run], task, resample_metrics([run], task, RESAMPLES, SEED))
+    numbers = next(iter(values["features"].values()))
+    names = [name.removesuffix("_mean") for name in numbers if name.endswith("_mean")]
+    return [
+        Metric("test slides", name, numbers[f"{name}_mean"], _as_interval(numbers[f"{name}_ci"]))
+        for name in names
+        if numbers[f"{name}_mean"] is not None
+    ]
+
+
+def _as_interval(ends: Any) -> tuple[float, float] | None:
+    return None if not ends else (float(ends[0]), float(ends[1]))
+
+
+def _pair_intervals(data: str, results: Mapping[str, Any]) -> list[Metric]:
+    """Numbers of results.json, each with the interval that stands beside it."""
+    numbers = flatten_numbers(results)
+    ends = {name for name in numbers if name.endswith(tuple(end for pair in ENDS for end in pair))}
+    found = []
+    for name, value in numbers.items():
+        if name in ends or name.rpartition("/")[2] in NOT_METRICS or "time" in name:
+            continue
+        pairs = [tuple(numbers.get(name + end) for end in pair) for pair in ENDS]
+        pairs = [pair for pair in pairs if None not in pair]
+        found.append(Metric(data, name, value, _as_interval(pairs[0] if pairs else None)))
+    return found
+
+
+def count_slides(model: TrainedModel) -> dict[str, str]:
+    """What a slide classifier was trained and tested on, in numbers; empty for other networks."""
+    table = model.folder / "predictions.csv"
+    if "bags" not in model.config or not table.is_file():
+        return {}
+    task = task_from_dict(model.config["task"])
+    run = read_finished(model.folder, "features", task)
+    total, test = len(model.config["bags"]["digests"]), len(run.rows)
+    validation = 0 if run.val is None else len(run.val.cases)
+    labels = Counter(task.label_texts(run.test))
+    shown = ", ".join(f"{label} {count}" for label, count in sorted(labels.items())[:12])
+    return {
+        "slides": f"{total}: {total - test - validation} to train, {validation} to validate, "
+        f"{test} to test; no patient is on two sides",
+        "patients of the test slides": str(len(set(run.test.cases.tolist()))),
+        "labels of the test slides": shown,
+        "fold and seed": f"{run.results['fold']} and {run.seed}",
+    }
