@@ -44,7 +44,7 @@ def list_metrics(model: TrainedModel, evaluations: Iterable[str]) -> list[Metric
     """
     table = model.folder / "predictions.csv"
     if "bags" in model.config and table.is_file():
-        found = _resample(model)
+        found = _resample(model) + _read_benchmark(model.folder.absolute())
     else:
         found = _pair_intervals("validation", model.results)
     for place in map(Path, evaluations):
@@ -58,10 +58,25 @@ def _resample(model: TrainedModel) -> list[Metric]:
     task = task_from_dict(model.config["task"])
     run = read_finished(model.folder, "features", task)
     values = summarise_sets([run], task, resample_metrics([run], task, RESAMPLES, SEED))
-    numbers = next(iter(values["features"].values()))
+    return _list_means("test slides", next(iter(values["features"].values())))
+
+
+def _read_benchmark(folder: Path) -> list[Metric]:
+    """The means of the same settings over all folds and seeds, where the run is a benchmark's."""
+    summary = folder.parents[3] / "summary.json"
+    if not summary.is_file():
+        return []
+    sets = read_json(summary, "a benchmark's summary").get("feature_sets", {})
+    found = sets.get(folder.parents[1].name, {}).get(folder.parent.name)
+    if not isinstance(found, Mapping):
+        return []
+    return _list_means(f"all folds and seeds, {found['runs']} models", found)
+
+
+def _list_means(data: str, numbers: Mapping[str, Any]) -> list[Metric]:
     names = [name.removesuffix("_mean") for name in numbers if name.endswith("_mean")]
     return [
-        Metric("test slides", name, numbers[f"{name}_mean"], _as_interval(numbers[f"{name}_ci"]))
+        Metric(data, name, numbers[f"{name}_mean"], _as_interval(numbers[f"{name}_ci"]))
         for name in names
         if numbers[f"{name}_mean"] is not None
     ]
