@@ -35,6 +35,7 @@ from mil.evaluation.runs import (
 )
 from mil.evaluation.tables import write_evaluation
 from mil.models import MODELS
+from mil.models.fusion import ALONE, SLIDE_VECTOR
 from mil.training.benchmark_jobs import (
     check_tasks,
     make_jobs,
@@ -73,7 +74,12 @@ class Config(TrainingKeys):
         runtime=True,
     )
     names: list[str] = key([], "names of the feature sets; empty: the folders' names")
-    models: list[str] = key(["mean", "max", "abmil"], "slide classifiers", choices=tuple(MODELS))
+    models: list[str] = key(
+        ["mean", "max", "abmil"],
+        "slide classifiers; with covariates each one also as <model>+covariates, and covariates "
+        "alone",
+        choices=tuple(MODELS),
+    )
     headline: str = key(
         "",
         "classifier whose figure stands for a feature set; empty: abmil, without it the first",
@@ -188,11 +194,23 @@ def make_settings(config: Config) -> dict[str, FoldSettings]:
                 )
             if not isinstance(values, dict):
                 raise UserError(f"{name}: {model}: expected {{name: value}}, found {values!r}")
-    seed, options, recipes = config.seeds[0], config.options, config.recipes
-    return {
-        model: config.settings(model, seed, options.get(model, {}), recipes.get(model, {}))
-        for model in config.models
-    }
+    found = {}
+    for model, fused in [(model, False) for model in config.models] + list_fused(config):
+        changes = config.options.get(model, {}), config.recipes.get(model, {})
+        one = config.settings(model, config.seeds[0], *changes, fused)
+        found[one.label] = one
+    return found
+
+
+def list_fused(config: Config) -> list[tuple[str, bool]]:
+    """With covariates: what they say alone, and every model with them that has a slide vector."""
+    if not config.covariates:
+        return []
+    plain = [model for model in config.models if model not in SLIDE_VECTOR]
+    if plain:
+        line = "benchmark: no slide vector to fuse covariates with: %s"
+        logger.info(line, ", ".join(plain))
+    return [(model, True) for model in (ALONE, *config.models) if model not in plain]
 
 
 def build_jobs(config: Config, cohort: Cohort) -> list[FoldJob]:
@@ -238,7 +256,8 @@ def summarise_benchmark(config: Config, cohort: Cohort, jobs: list[FoldJob]) -> 
         "metric": task.headline,
         "feature_sets": feature_sets,
         "headline": choose_headline(config),
-        "models": config.models,
+        "models": list(make_settings(config)),
+        "unit": config.unit,
         "classes": list(task.names),
     }
     folders = {name: str(next(iter(bags.values())).parent) for name, bags in cohort.files.items()}
@@ -246,7 +265,7 @@ def summarise_benchmark(config: Config, cohort: Cohort, jobs: list[FoldJob]) -> 
     places = {"features": folders, "features_beside": beside}
     write_json(output / "summary.json", content | {"protocol": protocol} | places)
     track_summary(config, summary)
-    print(text_table(feature_sets, config.models, task))
+    print(text_table(feature_sets, list(make_settings(config)), task))
 
 
 def track_summary(config: Config, summary: dict[str, Any]) -> None:

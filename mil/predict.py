@@ -23,6 +23,7 @@ import torch
 
 from mil.datasets.splits import list_names
 from mil.ensembles.classifier import Classifier, load_classifier
+from mil.ensembles.heatmaps import draw_predicted
 from mil.ensembles.judging import Pending, judge_all, open_subjects
 from mil.ensembles.leaks import KnownSlides
 from mil.ensembles.prediction_tables import (
@@ -30,16 +31,21 @@ from mil.ensembles.prediction_tables import (
     validate_externally,
     write_tables,
 )
-from mil.ensembles.subjects import read_subjects
+from mil.ensembles.subjects import read_subject_covariates, read_subjects
 from mil.evaluation.operating import RULES
+from mil.heatmaps.attention_maps import check_maps, write_all_maps
+from mil.heatmaps.settings import Drawing, check_drawing
 from mil.tasks.keys import SlideKeys
 from patch_encoder.bags.paths import list_bags
 from patch_encoder.cohort.failures import Failures
+from patch_encoder.cohort.labels import parse_mpp, read_rows
+from patch_encoder.slides.names import strip_suffix
 from wsi_common.cli import launch
-from wsi_common.config import REQUIRED, key
+from wsi_common.config import REQUIRED, group, key
 from wsi_common.errors import UserError
 from wsi_common.files import write_json
 from wsi_common.metrics.run_bootstrap import format_with_interval
+from wsi_common.processes.pool import pick_workers
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +67,12 @@ class Config(SlideKeys):
         "empty: every slide with a bag",
         path=True,
     )
+    covariates: str = key(
+        "",
+        "table of clinical covariates by slide_id or case_id; for a classifier that was trained "
+        "with them",
+        path=True,
+    )
     feature_set: str = key("", "of a benchmark; empty: the best by its headline metric")
     model: str = key("", "slide classifier; of the benchmark; empty: its headline")
     seed: int | None = key(
@@ -79,6 +91,13 @@ class Config(SlideKeys):
     unnamed: bool = key(
         False, "take bags that do not say which encoder made them; their width is checked"
     )
+    heatmaps: bool = key(
+        False, "draw heatmaps/ with a page per slide; of the slides in slides=, or white ones"
+    )
+    drawing: Drawing = group(Drawing, "how slides are drawn")
+    attention_maps: bool = key(
+        False, "write attention/<slide>.h5; every map of every model and its raw scores"
+    )
     resamples: int = key(2000, "bootstrap resamples of the confidence intervals")
     figures: bool = key(True, "draw figures", runtime=True)
     figure_format: str = key(
@@ -86,7 +105,26 @@ class Config(SlideKeys):
     )
     device: str = key("auto", "auto, cpu, cuda or cuda:N", runtime=True)
     threads: int = key(1, "CPU threads per process; of the models", runtime=True)
+    workers: int | None = key(
+        None,
+        "worker processes; that draw heatmaps, one slide each; null: one per core, at most 8; 0: "
+        "the main process",
+        runtime=True,
+    )
+    read_timeout: float = key(
+        300.0,
+        "seconds without progress after which a slide is given up (not with workers=0)",
+        runtime=True,
+    )
     overwrite: bool = key(False, "replace results of other settings or inputs", runtime=True)
+
+    def read_mpps(self) -> dict[str, float | None]:
+        """As the table states it, which need not have labels."""
+        rows = read_rows(self.labels, ("slide_id",)) if self.labels else []
+        return {
+            strip_suffix(row["slide_id"]): parse_mpp(row.get("mpp", ""), f"{self.labels} line {n}")
+            for n, row in rows
+        }
 
 
 def predict_cohort(
@@ -111,6 +149,23 @@ def predict_cohort(
         line = "predict: %d of %d were met by the training (column seen): %s"
         logger.warning(line, len(seen_names), len(predicted), list_names(seen_names))
     return predicted
+
+
+def write_attention(
+    config: Config, classifier: Classifier, pending: list[Pending], failures: Failures
+) -> None:
+    """The attention maps of every slide that was predicted."""
+    checkpoints = [member.checkpoint for member in classifier.members]
+    slides = [
+        (slide, bag, checkpoints)
+        for one in pending
+        if one.subject.name not in failures.slides
+        for slide, bag in one.bags.items()
+    ]
+    models = {member.checkpoint: member.model for member in classifier.members}
+    folder, names = Path(config.output) / "attention", classifier.task.names
+    load = models.__getitem__
+    write_all_maps(folder, slides, load, names, failures, overwrite=config.overwrite)
 
 
 def validate(config: Config, classifier: Classifier, predicted: list[PredictedSubject]) -> None:
@@ -162,16 +217,28 @@ def write_summary(
 def main(config: Config) -> int:
     torch.set_num_threads(config.threads)
     output, failures = Path(config.output), Failures("predict")
+    config.workers = pick_workers(config.workers, config.read_timeout)
     bags = list_bags(config.features)
     chosen = (config.feature_set, config.model, config.seed)
     rule = (config.threshold, config.target)
     classifier = load_classifier(config.run, *chosen, config.device, *rule)
     subjects = read_subjects(config.labels, bags, classifier.task, classifier.unit)
     logger.info("predict: %s: %d slides or cases", classifier.title, len(subjects))
-    pending = open_subjects(classifier, subjects, bags, failures, config.unnamed)
+    cells = read_subject_covariates(config.covariates, subjects, classifier.covariates)
+    pending = open_subjects(classifier, subjects, bags, failures, config.unnamed, cells)
+    if config.attention_maps:
+        check_maps(classifier.members[0].model)
+    if config.heatmaps:
+        check_drawing(config.drawing, classifier.task)
     predicted = predict_cohort(config, classifier, pending, failures)
+    if config.attention_maps:
+        write_attention(config, classifier, pending, failures)
     write_tables(output, classifier, predicted)
     validate(config, classifier, predicted)
+    if config.heatmaps:
+        drawn = (config, config.drawing, config.workers, config.read_timeout, failures)
+        data = (classifier, predicted, cells, bags)
+        draw_predicted(output / "heatmaps", *data, *drawn, overwrite=config.overwrite)
     write_summary(config, classifier, predicted)
     logger.info("predict: %d predicted: %s", len(predicted), output / "predictions.csv")
     return failures.write(output)

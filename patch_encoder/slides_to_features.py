@@ -80,7 +80,7 @@ def choose_tiles(config: Config, encoder: Encoder) -> None:
     logger.info(
         "slides_to_features: %s: tiles of %d px at %g um per px%s",
         *(encoder.name, config.tile_size, config.target_mpp),
-        "" if own else " (the encoder was trained on no slides, or nobody says how)",
+        "" if own else " (nothing is known of the tiles that it was trained on)",
     )
 
 

@@ -2,9 +2,10 @@
 part of the plane that is its own.
 
 Slides are laid side by side in the order in which they are given, with at least GAP cells without a
-tile between them and at a distance that is a multiple of GAP cells. A model that looks at
-neighbours (DeformMIL), or pools 2 x 2 cells up to six times, then never mixes two slides. All
-slides get the tile distance of the first one. Features stay where they are, in memory or on disk.
+tile between them and at a distance that is a multiple of GAP cells. A model that looks at places up
+to GAP cells away (DeformMIL, which learns how far), or pools 2 x 2 cells up to six times, never
+mixes two slides then. All slides get the tile distance of the first one. Features stay where they
+are, in memory or on disk.
 """
 
 from __future__ import annotations

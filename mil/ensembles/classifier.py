@@ -14,7 +14,7 @@ scale in common. The mean is called by the mean of the models' cuts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mil.datasets.bags import Sample
+from mil.datasets.covariates import Cells
 from mil.ensembles.members import Member, find_checkpoints, load_member
 from mil.tasks.base import Task, average_carried
 from mil.training.bag_record import check_encoder
@@ -102,7 +103,14 @@ class Classifier:
     @property
     def unit(self) -> str:
         """What the models predict, one of mil.datasets.case_bags.UNITS."""
-        return self.config.get("unit", "slide")
+        return self.config["unit"]
+
+    @property
+    def covariates(self) -> list[str]:
+        """Columns of the covariates that the models are fused with; most have none."""
+        encoders = [member.config.get("covariates", {"columns": ()}) for member in self.members]
+        names = [column["name"] for encoder in encoders for column in encoder["columns"]]
+        return list(dict.fromkeys(names))
 
     @cached_property
     def carried(self) -> dict[str, Any]:
@@ -110,40 +118,56 @@ class Classifier:
         return average_carried([member.carried for member in self.members])
 
     def predict_bag(
-        self, features: Float[Tensor, "n d"], coords: Int[Tensor, "n 2"] | None = None
+        self,
+        features: Float[Tensor, "n d"],
+        coords: Int[Tensor, "n 2"] | None = None,
+        covariates: Cells | None = None,
     ) -> BagPrediction:
-        """Predict one slide from its features and, for models that look at them, the level-0
-        corners of its tiles.
+        """Predict one slide from its features.
+
+        Args:
+            features: of its tiles.
+            coords: their level-0 corners, for models that look at them.
+            covariates: column -> cell, for models that are fused with covariates.
 
         Raises:
-            UserError: no tile, another width than the models', or coords that a model needs and
-                that are not there.
+            UserError: no tile, another width than the models', coords or covariates that a model
+                needs and that are not there.
         """
         bag = make_bag(torch.as_tensor(features), coords)
         check_width(bag, self.config["network"]["dim"])
         sample = Sample(str(bag.path), bag, 0)
-        found, names = self.combine(self.predict_samples([sample])[:, 0]), self.task.value_names
+        values = self.predict_samples([sample], covariates)[:, 0]
+        found, names = self.combine(values), self.task.value_names
         named = {
             name: dict(zip(names, values.tolist(), strict=True)) if values is not None else {}
             for name, values in (("mean", found.mean), ("spread", found.spread))
         }
         calibrated = {} if found.calibrated is None else dict(zip(names, found.calibrated.tolist()))
-        attention = self.mean_attention(sample)
+        attention = self.mean_attention(sample, covariates)
         return BagPrediction(named["mean"], named["spread"], calibrated, found.called, attention)
 
-    def predict_samples(self, samples: Sequence[Sample]) -> Float[np.ndarray, "m s v"]:
-        """Each model's own numbers for every bag."""
+    def predict_samples(
+        self, samples: Sequence[Sample], covariates: Cells | None = None
+    ) -> Float[np.ndarray, "m s v"]:
+        """Each model's own numbers for every bag; the bags share their covariates."""
         found = []
         for member in self.members:
-            logits = predict(member.model, samples, self.device, member.config["precision"])
+            own = [replace(one, covariates=member.encode(covariates)) for one in samples]
+            logits = predict(member.model, own, self.device, member.config["precision"])
             values = member.task.predict(logits.to(member.task.dtype))
             found.append(values.double().numpy())
         return np.stack(found)
 
-    def mean_attention(self, sample: Sample) -> Float[Tensor, " n"]:
+    def mean_attention(
+        self, sample: Sample, covariates: Cells | None = None
+    ) -> Float[Tensor, " n"]:
         """Attention over a bag's tiles, the mean over the models."""
-        each = (examine(member.model, sample, self.device).attention for member in self.members)
-        return torch.stack(list(each)).mean(0)
+        each = [
+            examine(m.model, replace(sample, covariates=m.encode(covariates)), self.device)
+            for m in self.members
+        ]
+        return torch.stack([output.attention for output in each]).mean(0)
 
     def combine(self, values: Float[np.ndarray, "m v"]) -> EnsemblePrediction:
         """From what each model says of one slide or case to what all of them say."""

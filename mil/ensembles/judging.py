@@ -17,6 +17,7 @@ import numpy as np
 
 from mil.datasets.bags import Sample
 from mil.datasets.case_bags import join_bags
+from mil.datasets.covariates import Cells
 from mil.ensembles.classifier import Classifier
 from mil.ensembles.subjects import Subject
 from mil.training.prediction import WHOLE_BYTES
@@ -37,11 +38,13 @@ class Pending:
         subject: slide or case.
         bags: slide id -> bag, features on disk.
         digests: slide id -> digest of its bag.
+        covariates: column -> cell; None for models without.
     """
 
     subject: Subject
     bags: Mapping[str, Bag]
     digests: Mapping[str, str]
+    covariates: Cells | None = None
 
     @property
     def tiles(self) -> int:
@@ -55,6 +58,7 @@ def open_subjects(
     files: Mapping[str, Path],
     failures: Failures,
     unnamed: bool,
+    covariates: Mapping[str, Cells],
 ) -> list[Pending]:
     """Open the bags of all subjects; those that cannot be used are listed.
 
@@ -64,6 +68,7 @@ def open_subjects(
         files: slide id -> bag file.
         failures: gets the others.
         unnamed: take bags that do not say which encoder made them.
+        covariates: slide id -> column -> cell; empty for models without.
 
     Raises:
         UserError: not one subject is left; the first one's error, and how many more there are.
@@ -78,7 +83,7 @@ def open_subjects(
             for slide, bag in bags.items():
                 classifier.check_bag(slide, bag, unnamed=unnamed)
             digests = {slide: bag.digest() for slide, bag in bags.items()}
-            found.append(Pending(subject, bags, digests))
+            found.append(Pending(subject, bags, digests, covariates.get(subject.slides[0])))
         except (UserError, OSError) as error:
             failures.add(subject.name, str(error))
     if subjects and not found:
@@ -113,7 +118,7 @@ def judge_all(
         name = one.subject.name
         try:
             samples = result.result()
-            values = pool(classifier, classifier.predict_samples(samples))
+            values = pool(classifier, classifier.predict_samples(samples, one.covariates))
             if not np.isfinite(values).all():
                 raise UserError(f"{name}: expected finite predictions, found others")
         except (UserError, OSError) as error:
@@ -135,7 +140,8 @@ def judge_all(
 def describe_inputs(classifier: Classifier, one: Pending) -> dict[str, Any]:
     """What decides a subject's numbers."""
     weights = {member.name: member.digest for member in classifier.members}
-    return {"weights": weights, "bags": dict(one.digests)}
+    found = {"weights": weights, "bags": dict(one.digests)}
+    return found | ({} if one.covariates is None else {"covariates": dict(one.covariates)})
 
 
 def is_done(path: Path, wanted: Mapping[str, Any], overwrite: bool) -> bool:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from mil.datasets.covariates import Cells, encoder_from_dict
 from mil.evaluation.benchmark_folder import choose_runs
 from mil.evaluation.operating import with_threshold
 from mil.evaluation.runs import FinishedRun, read_side
@@ -26,6 +27,7 @@ from mil.tasks.table import task_from_dict
 from mil.training.engine import load_classifier
 from wsi_common.errors import UserError
 from wsi_common.files import read_json, sha256_file
+from wsi_common.shared_weights import WEIGHTS, find_weights
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,24 @@ class Member:
         """Of the weights' file."""
         return sha256_file(self.checkpoint)
 
+    def encode(self, covariates: Cells | None) -> Tensor | None:
+        """A slide's covariates as the model's own training turns them into numbers; None for a
+        model without.
+
+        Raises:
+            UserError: there are none, or one that it was trained with is absent.
+        """
+        if "covariates" not in self.config:
+            return None
+        encoder = encoder_from_dict(self.config["covariates"])
+        if covariates is None:
+            names = ", ".join(column.name for column in encoder.columns)
+            raise UserError(
+                f"{self.name}: expected the covariates {names} that the model was trained with, "
+                "found none; give covariates=<table>"
+            )
+        return encoder.encode(covariates, "the slide")
+
 
 def find_checkpoints(
     path: Path, feature_set: str = "", model: str = "", seed: int | None = None
@@ -62,7 +82,8 @@ def find_checkpoints(
     """A name for people, and the checkpoints of a benchmark, of a run, or the file itself.
 
     Args:
-        path: folder of mil.benchmark, run directory of mil.train, or checkpoint.
+        path: folder of mil.benchmark, run directory of mil.train, checkpoint, or folder of shared
+            weights (model.safetensors).
         feature_set, model: of a benchmark; empty: the best one, its headline.
         seed: training seed of a benchmark; None: all of them.
 
@@ -81,8 +102,8 @@ def find_checkpoints(
                 f"{name}={value}: expected the folder of a benchmark, of which it chooses a part, "
                 f"found {path}; leave it out"
             )
-    if path.is_file():
-        return path.stem, [path]
+    if path.is_file() or (not (path / "results.json").is_file() and (path / WEIGHTS).is_file()):
+        return path.stem, [find_weights(path)]
     results = read_json(path / "results.json", "a finished run of mil.train or mil.benchmark")
     return str(results["model"]), [path / "checkpoint_best.pt"]
 

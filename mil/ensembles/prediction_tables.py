@@ -68,14 +68,21 @@ def _make_row(one: PredictedSubject, task: Task, labelled: bool) -> dict[str, An
         row |= {name: subject.label.get(name, "") for name in task.label_columns}
     if task.call_column:
         row |= {task.call_column: found.called, "agreement": repr(found.agreement)}
-    groups = {"": found.mean, "_std": found.spread}
-    for ending, values in groups.items():
-        row |= {f"{n}{ending}": repr(v) for n, v in zip(task.value_columns, values.tolist())}
+    row |= dict(zip(task.value_columns, map(repr, found.mean.tolist()), strict=True))
+    spread = zip(task.value_names, found.spread.tolist(), strict=True)
+    row |= {f"std_{name}": repr(value) for name, value in spread}
     if found.calibrated is not None:
         pairs = zip(task.names, found.calibrated.tolist(), strict=True)
         row |= {f"calibrated_{name}": repr(value) for name, value in pairs}
     slides = "|".join(subject.slides)
     return row | {"slides": slides, "tiles": one.tiles, "seen": one.seen}
+
+
+def read_labelled(classifier: Classifier, labelled: Sequence[PredictedSubject]) -> Any:
+    """The ensemble's predictions of labelled subjects, of the task's kind."""
+    task = classifier.task
+    rows = [make_row(one.subject, task, one.found.mean) for one in labelled]
+    return with_carried(task.read_predictions("labels", 0, rows), classifier.carried)
 
 
 def validate_externally(

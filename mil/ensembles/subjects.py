@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mil.datasets.covariates import check_same, read_covariates
 from mil.tasks.base import Row, Task
-from patch_encoder.cohort.labels import read_rows
+from patch_encoder.cohort.labels import SlideRecord, read_rows
 from patch_encoder.slides.names import strip_suffix
 from wsi_common.errors import UserError
 from wsi_common.files import safe_id
@@ -121,3 +122,28 @@ def make_row(subject: Subject, task: Task, values: Sequence[float]) -> Row:
     """
     numbers = {name: repr(float(v)) for name, v in zip(task.value_columns, values, strict=True)}
     return {"slide_id": subject.name, "case_id": subject.case_id, **subject.label, **numbers}
+
+
+def read_subject_covariates(
+    path: str | Path, subjects: Sequence[Subject], columns: Sequence[str]
+) -> dict[str, dict[str, str]]:
+    """Slide id -> column -> cell of the columns that a classifier was trained with; empty where
+    there are none.
+
+    Raises:
+        UserError: a table that is needed or that nothing needs, that cannot be used, or that has
+            different cells for the slides of one case.
+    """
+    if bool(path) != bool(columns):
+        expected = f"the table of {', '.join(columns)}" if columns else "none"
+        found = "none; add covariates=<table>" if columns else f"{path}; leave it out"
+        raise UserError(
+            f"covariates: expected {expected}, as the classifier was trained, found {found}"
+        )
+    if not path:
+        return {}
+    records = [SlideRecord(one.case_id, slide, "") for one in subjects for slide in one.slides]
+    cells = read_covariates(path, records, columns)
+    for subject in subjects:
+        check_same(subject.slides, cells, subject.case_id)
+    return cells

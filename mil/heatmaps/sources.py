@@ -20,6 +20,7 @@ from mil.evaluation.benchmark_folder import choose_runs, find_features
 from mil.evaluation.runs import FinishedRun, read_side
 from mil.tasks.base import Task
 from mil.tasks.table import task_from_dict
+from mil.training.fold_run import SLIDE_TABLE
 from wsi_common.checkpoint import load_checkpoint
 from wsi_common.errors import UserError
 from wsi_common.files import read_json
@@ -104,13 +105,17 @@ def read_run(folder: Path, split: str) -> tuple[Task, list[SlidePrediction], Fin
     run = read_side(folder, "", task, split)
     if run is None:
         return task, [], None
-    found = run.test
+    # of a run by case the slides are drawn, by what is predicted for each alone
+    alone = (folder / SLIDE_TABLE).is_file()
+    shown = read_side(folder, "", task, split, SLIDE_TABLE) if alone else run
+    assert shown is not None
+    found = shown.test
     numbers = map(tuple, task.values(found).tolist())
     columns = (task.label_texts(found), task.calls(found), numbers, task.places(found))
     shared = (found.fold, split, checkpoint, task.cuts(found))
     slides = [
         SlidePrediction(row["slide_id"], row["case_id"], *own, *shared, place)
-        for row, *own, place in zip(run.rows, *columns, strict=True)
+        for row, *own, place in zip(shown.rows, *columns, strict=True)
     ]
     return task, slides, run
 
