@@ -2,7 +2,7 @@
 a hub, unless the licence of an encoder behind it forbids that.
 
     python -m studies.push_model run=runs/mil/abmil_fold0 repo=lab/cervix-abmil licence=apache-2.0
-        data='312 liquid-based cytology slides of one hospital' output=runs/shared/abmil
+        data_statement='312 liquid-based cytology slides of one hospital' output=runs/shared/abmil
     python -m studies.push_model run=runs/d2vfm output=runs/shared/student upload=false
 
 Every run of a training script can be shared: slide classifiers, students, detectors, localisers,
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 class Config:
     """Keys of sharing a model."""
 
-    run: str = key(REQUIRED, "directory of a finished run", path=True)
+    run: str = key(REQUIRED, "run directory; of a finished training", path=True)
     output: str = key(
         REQUIRED, "where the results are written; the folder that is shared", runtime=True
     )
@@ -49,8 +49,10 @@ class Config:
     licences: dict[str, Any] = key(
         {}, "licences of encoders that list_encoders does not know; {encoder: licence}"
     )
-    title: str = key("", "title; empty: the repository's or the run's name")
-    data: str = key("", "what the card says of the cohort: where it is from, who may use it")
+    title: str = key("", "title of the page; here of the card; empty: the repository's or the run's name")
+    data_statement: str = key(
+        "", "what the card says of the cohort: where it is from, who may use it"
+    )
     limits: list[str] = key([], "known limits, one sentence each, for the card")
     evaluations: list[str] = key(
         [], "results.json of evaluations of the model, or their folders; for the card", path=True
@@ -77,7 +79,7 @@ def main(config: Config) -> int:
         licence, refusal = "", str(error)
         logger.warning("it may not be pushed: %s", refusal)
     title = config.title or config.repo.rpartition("/")[2] or Path(config.run).resolve().name
-    text = CardText(title, config.data, tuple(config.limits), licence, refusal)
+    text = CardText(title, config.data_statement, tuple(config.limits), licence, refusal)
     metrics, counts = list_metrics(model, config.evaluations), count_slides(model)
     card = write_card(model, origins, stated, metrics, counts, text)
     digests = write_folder(Path(config.output), model, card)

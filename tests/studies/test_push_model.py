@@ -72,7 +72,7 @@ def test_a_classifier_goes_to_the_hub_and_comes_back(
     there, back = tmp_path / "shared", tmp_path / "back"
     named = [f"repo={REPO}", f"endpoint={hub.address}", "licence=mit", "teacher=virchow"]
     with caplog.at_level(logging.INFO):
-        assert push(classifier, there, *named, "data=Two dozen drawn slides") == 0
+        assert push(classifier, there, *named, "data_statement=Two dozen drawn slides") == 0
     assert hub.private == {REPO: True}
     names = {"model.safetensors", "config.json", "README.md", "sha256.json"}
     assert hub.repos[REPO].keys() == names
