@@ -49,7 +49,9 @@ class Config:
     licences: dict[str, Any] = key(
         {}, "licences of encoders that list_encoders does not know; {encoder: licence}"
     )
-    title: str = key("", "title of the page; here of the card; empty: the repository's or the run's name")
+    title: str = key(
+        "", "title of the page; here of the card; empty: the repository's or the run's name"
+    )
     data_statement: str = key(
         "", "what the card says of the cohort: where it is from, who may use it"
     )

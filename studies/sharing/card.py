@@ -67,7 +67,7 @@ def write_card(
     """
     header = yaml.safe_dump(make_front_matter(model, origins, metrics, text), sort_keys=False)
     parameters = sum(tensor.numel() for tensor in model.content["model"].values())
-    intro = f"A {model.kind.title} for whole-slide images, {parameters:,} numbers in `{WEIGHTS}`."
+    intro = f"A {model.kind.title} for whole-slide images, {parameters:,} weights in `{WEIGHTS}`."
     sections = {
         "Load it": _show_loading(model),
         "Data": _list_facts({"cohort": text.data or "not described by its author", **counts}),

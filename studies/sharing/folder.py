@@ -22,6 +22,8 @@ ENCODERS = ("encoder.json", "region_encoder.json")  # what a pre-trained encoder
 # every file that a shared folder may hold; nothing else is fetched
 FILES = (WEIGHTS, DESCRIPTION, CARD, DIGESTS, *ENCODERS)
 HIDDEN = "(left out)"
+# entries of a description with ids, or with digests of ids, which can be found by trying
+PRIVATE = ("digests", "cases", "left_out", "inputs")
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def hide_private(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hide(name: str, value: Any) -> Any:
-    if name in ("digests", "left_out", "inputs"):
+    if name in PRIVATE and isinstance(value, Mapping | list | tuple):
         return type(value)()
     if isinstance(value, Mapping):
         return hide_private(value)
@@ -92,8 +94,8 @@ def write_folder(folder: Path, model: TrainedModel, card: str) -> dict[str, str]
     """
     if folder.resolve() == model.folder.resolve():
         raise UserError(f"output={folder}: expected another folder than the run's")
-    config = hide_private(model.config)
-    write_shared_weights(folder, {**model.content, "config": config, "best": {}})
+    shown = {name: hide_private(model.content.get(name, {})) for name in ("config", "best")}
+    write_shared_weights(folder, {**model.content, **shown})
     for name in ENCODERS:
         if (model.folder / name).is_file():
             write_json(folder / name, read_json(model.folder / name, "an encoder's description"))

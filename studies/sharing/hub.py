@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from studies.sharing.folder import FILES
 from wsi_common.errors import UserError
 
+CLIENTS = ("httpx", "httpx2", "urllib3")  # which log every request
 NETWORK_ERRORS = (OSError, RuntimeError, ValueError)
 
 
@@ -19,6 +21,7 @@ def open_hub(endpoint: str) -> Any:
     """
     from huggingface_hub import HfApi  # a while to load
 
+    _quieten()
     return HfApi(endpoint=endpoint or None)
 
 
@@ -53,6 +56,7 @@ def download(repo: str, revision: str, folder: Path, endpoint: str) -> None:
     """
     from huggingface_hub import snapshot_download
 
+    _quieten()
     try:
         snapshot_download(
             repo,
@@ -63,6 +67,11 @@ def download(repo: str, revision: str, folder: Path, endpoint: str) -> None:
         )
     except NETWORK_ERRORS as error:
         raise _explain(error, repo, "fetched") from None
+
+
+def _quieten() -> None:
+    for name in CLIENTS:
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _explain(error: Exception, repo: str, done: str) -> UserError:

@@ -109,11 +109,13 @@ def count_slides(model: TrainedModel) -> dict[str, str]:
     run = read_finished(model.folder, "features", task)
     total, test = len(model.config["bags"]["digests"]), len(run.rows)
     validation = 0 if run.val is None else len(run.val.cases)
+    sides = f"{total - test - validation} to train, {validation} to validate, {test} to test"
+    if model.config.get("unit", "slide") != "slide":  # then predictions are of patients
+        sides = f"{validation} patients to validate, {test} to test, the others to train"
     labels = Counter(task.label_texts(run.test))
     shown = ", ".join(f"{label} {count}" for label, count in sorted(labels.items())[:12])
     return {
-        "slides": f"{total}: {total - test - validation} to train, {validation} to validate, "
-        f"{test} to test; no patient is on two sides",
+        "slides": f"{total}: {sides}; no patient is on two sides",
         "patients of the test slides": str(len(set(run.test.cases.tolist()))),
         "labels of the test slides": shown,
         "fold and seed": f"{run.results['fold']} and {run.seed}",

@@ -35,8 +35,8 @@ CLASSIFIER = Kind(
     "image-classification",
     ("multiple-instance-learning",),
     (
-        "from mil.training.engine import load_classifier",
-        "model, content = load_classifier('<folder>', torch.device('cpu'))",
+        "from mil import load_classifier",
+        "prediction = load_classifier('<folder>').predict_bag(features, coords)",
     ),
 )
 STUDENT = Kind(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,7 @@ import torch
 import yaml
 
 from detection_kd.models.student import load_student
-from mil import train
-from mil.training.engine import load_classifier
+from mil import load_classifier, train
 from patch_encoder.models.encoder_table import ENCODERS
 from studies import pull_model, push_model
 from studies.sharing.folder import hide_private, read_model
@@ -81,10 +81,14 @@ def test_a_classifier_goes_to_the_hub_and_comes_back(
     assert pull(hub, back, f"sha256={digest}") == 0
     for name in names:
         assert (back / name).read_bytes() == (there / name).read_bytes()
-    cpu = torch.device("cpu")
-    ours, theirs = (load_classifier(path, cpu)[0] for path in (classifier, back))
-    assert_equal(theirs.state_dict(), ours.state_dict(), "weights")
-    assert type(theirs) is type(ours)
+    torch.manual_seed(0)
+    features = torch.randn(5, 8)
+    shutil.copy(classifier / "checkpoint_best.pt", tmp_path / "alone.pt")  # no predictions beside
+    ours, theirs = (
+        load_classifier(path, device="cpu").predict_bag(features)
+        for path in (tmp_path / "alone.pt", back)
+    )
+    assert repr(theirs) == repr(ours), "probabilities, threshold and call"
 
 
 def test_the_card_has_figures_with_the_intervals_of_the_run(
@@ -128,6 +132,8 @@ def test_no_slide_id_case_id_or_path_is_shared(classifier: Path, tmp_path: Path)
     assert push(classifier, tmp_path / "o", "upload=false", "licence=mit", "teacher=virchow") == 0
     slides = json.loads((classifier / "config.json").read_text())["config"]["bags"]["digests"]
     assert len(slides) == 24
+    record = load_checkpoint(tmp_path / "o")["config"]["bags"]
+    assert record == {"digests": {}, "encoders": [{}], "cases": []}
     for name in ("README.md", "config.json", "sha256.json"):
         text = (tmp_path / "o" / name).read_text()
         assert not [slide for slide in slides if f'"{slide}"' in text]
