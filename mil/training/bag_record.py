@@ -17,7 +17,7 @@ from wsi_common.errors import UserError
 from wsi_common.files import sha256_bytes
 
 # attributes of a bag that say which features it holds
-ENCODER = ("encoder", "weights_sha256", "transform", "stain")
+ENCODER = ("encoder", "weights_sha256", "transform", "stain", "teacher")
 TILING = ("target_mpp", "target_size")
 SHORT = 8  # digits of a digest in a message
 
