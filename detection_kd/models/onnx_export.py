@@ -72,8 +72,8 @@ def strip_names(model: Any) -> None:
 
 def export_error(error: Exception, what: str) -> UserError:
     """One line on what torch's exporter does not take."""
-    reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
-    return UserError(f"export: torch cannot export this {what} to ONNX: {reason[:200]}")
+    reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+    return UserError(f"export: torch cannot export this {what} to ONNX: {reason[:300]}")
 
 
 def save_with_note(model: Any, path: Path, key: str, note: dict[str, Any]) -> None:
