@@ -45,7 +45,8 @@ from patch_encoder.tiles.coordinates import SlideJob
 from wsi_common.cli import launch
 from wsi_common.config import REQUIRED, key
 from wsi_common.device import autocast
-from wsi_common.files import sha256_file, write_json
+from wsi_common.files import write_json
+from wsi_common.shared_weights import digest_weights_file
 
 logger = logging.getLogger(__name__)
 STAGE = "detect_slide"
@@ -125,7 +126,7 @@ def main(config: Config) -> int:
         config.slides, config.coords, config.labels, failures, settings.shard, settings.selection
     )
     limits = resolve(config, description, jobs)
-    weights = {"detector_sha256": sha256_file(config.detector)}
+    weights = {"detector_sha256": digest_weights_file(config.detector)}
     documents = {job.slide_id: output / "coco" / f"{job.slide_id}.json" for job in jobs}
     wanted = find_unfinished(jobs, limits._asdict(), weights, settings, documents.__getitem__)
     todo = [job for job in jobs if job.slide_id in wanted]

@@ -52,6 +52,7 @@ from wsi_common.files import sha256_file
 from wsi_common.processes.pool import pick_workers
 from wsi_common.progress import progress
 from wsi_common.run import Run, open_run
+from wsi_common.shared_weights import digest_weights_file
 
 logger = logging.getLogger(__name__)
 REPORTED = ("AP", "AP50", "AP75", "AR", "FROC")
@@ -182,9 +183,12 @@ def open_output(config: Config, world: World) -> Run:
 
 def digest_inputs(config: Config) -> dict[str, str]:
     """Digests of the files that decide the figures."""
-    names = ("detector", "results", "annotations")
-    files = {f"{name}_sha256": getattr(config, name) for name in names}
-    return {name: sha256_file(path) for name, path in files.items() if path}
+    found = {"annotations_sha256": sha256_file(config.annotations)}
+    if config.detector:
+        found["detector_sha256"] = digest_weights_file(config.detector)
+    if config.results:
+        found["results_sha256"] = sha256_file(config.results)
+    return found
 
 
 def detect(

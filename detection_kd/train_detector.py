@@ -53,10 +53,12 @@ from wsi_common.optim import (
 )
 from wsi_common.processes.pool import pick_workers
 from wsi_common.progress import describe_values, progress
-from wsi_common.run import Run, Tracker, open_run
+from wsi_common.run import Run, open_run
 from wsi_common.schedules import SCHEDULES, drop_epoch, lr_factor
 from wsi_common.seed import seed_everything
+from wsi_common.shared_weights import digest_weights_file
 from wsi_common.step_timer import StepTimes
+from wsi_common.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 REMEDY = "lower lr or set precision=fp32, and look at these images"  # of a loss that is not finite
@@ -363,10 +365,10 @@ def digest_inputs(config: Config) -> dict[str, str]:
     files = {
         "train": config.train,
         "val": config.val,
-        "weights": config.weights,
-        "detector": config.detector,
     }
-    return {name: sha256_file(path) for name, path in files.items() if path}
+    weights = {"weights": config.weights, "detector": config.detector}
+    digests = {name: sha256_file(path) for name, path in files.items() if path}
+    return digests | {name: digest_weights_file(path) for name, path in weights.items() if path}
 
 
 def draw_results(job: DetectorRun, predictions: list[Prediction]) -> None:

@@ -13,11 +13,11 @@ mil/evaluation/prediction_files.py describes the tables that it reads.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from mil.evaluation.benchmark_folder import read_task
-from mil.evaluation.operating import Held, threshold_for
+from mil.evaluation.operating import RULES, with_threshold
 from mil.evaluation.prediction_files import class_order, read_runs, read_table
 from mil.evaluation.runs import FinishedRun, read_benchmark_runs
 from mil.evaluation.tables import markdown, write_evaluation
@@ -29,7 +29,6 @@ from wsi_common.errors import UserError
 from wsi_common.files import read_json
 
 logger = logging.getLogger(__name__)
-RULES = ("youden", "sensitivity", "specificity")
 
 
 @dataclass
@@ -95,23 +94,6 @@ def read_tables(
     return [run for path in paths for run in read_runs(path, task)], task
 
 
-def with_threshold(finished: list[FinishedRun], rule: str, target: float) -> list[FinishedRun]:
-    """Runs whose cut reaches the target on their validation slides."""
-    if rule == "youden":
-        return finished
-    changed = []
-    for run in finished:
-        if run.val is None:
-            raise UserError(
-                f"threshold={rule}: expected validation slides (split val) of model {run.model}, "
-                "found none"
-            )
-        cut = threshold_for(Held(rule, target), run.val.targets == 1, run.val.probabilities[:, 1])
-        parts = {name: replace(getattr(run, name), threshold=cut) for name in ("test", "val")}
-        changed.append(replace(run, results={**run.results, "threshold": cut}, **parts))
-    return changed
-
-
 def main(config: Config) -> None:
     if bool(config.benchmark) == bool(config.predictions):
         raise UserError(
@@ -119,8 +101,6 @@ def main(config: Config) -> None:
         )
     if not config.output and not config.benchmark:
         raise UserError("missing key 'output': expected a folder; add output=...")
-    if not 0 < config.target <= 1:
-        raise UserError(f"target={config.target}: expected a rate, 0 < target <= 1")
     if config.benchmark:
         finished, task = read_benchmark(Path(config.benchmark))
     else:

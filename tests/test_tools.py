@@ -5,7 +5,6 @@ know.
 from __future__ import annotations
 
 import importlib
-import itertools
 import os
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ from wsi_common.cli import run
 
 SCRIPTS = sorted([*(ROOT / "tools").rglob("*.sh"), *(ROOT / "tools").rglob("*.sbatch")])
 RUNNABLE = [script for script in SCRIPTS if script.name != "lib.sh" and "slurm" not in script.parts]
-WITHOUT_KEYS = {"setup.sh", "test.sh", "quickstart.sh", "docs.sh", "redis_server.sh"}
+WITHOUT_KEYS = {"setup.sh", "test.sh", "quickstart.sh", "cervical.sh", "docs.sh", "redis_server.sh"}
 ENVIRONMENT = {
     **os.environ,
     "ENV": "active",
@@ -223,23 +222,3 @@ def test_setup_takes_an_active_environment_as_it_is() -> None:
         check=False,
     )
     assert done.returncode == 2
-
-
-def test_requirement_files_agree() -> None:
-    def lines(name: str) -> dict[str, str]:
-        rows = (
-            line.split("#")
-            for line in (ROOT / name).read_text().splitlines()
-            if line and not line.startswith("#")
-        )
-        found = {}
-        for requirement, comment in rows:
-            assert comment.strip(), f"{name}: {requirement} has no comment"
-            text = requirement.strip()
-            found[text.split(">")[0]] = text
-        return found
-
-    files = [lines(f"requirements-{name}.txt") for name in ("det", "mil", "docs")]
-    for one, other in itertools.combinations(files, 2):
-        for name in one.keys() & other.keys():
-            assert one[name] == other[name]

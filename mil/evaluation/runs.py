@@ -88,24 +88,26 @@ def read_benchmark_runs(
     ]
 
 
-def read_side(path: Path, feature_set: str, task: Task, split: str) -> FinishedRun | None:
+def read_side(
+    path: Path, feature_set: str, task: Task, split: str, table: str = "predictions.csv"
+) -> FinishedRun | None:
     """Read a finished run with `test` and `rows` of its slides of `split` (test or val); None where
-    it has none of them.
+    it has none of them. `table` is the file of its folder that is read.
 
     Raises:
         UserError: not finished, no predictions, or those of another task.
     """
     results = read_json(path / "results.json", "a finished run of mil.train or mil.benchmark")
-    table = path / "predictions.csv"
-    if not table.is_file():
-        raise UserError(f"{table}: expected the run's predictions, found no file; train again")
-    with table.open(encoding="utf-8-sig", newline="") as stream:
+    file = path / table
+    if not file.is_file():
+        raise UserError(f"{file}: expected the run's predictions, found no file; train again")
+    with file.open(encoding="utf-8-sig", newline="") as stream:
         rows = list(csv.DictReader(stream))
     each = {name: [row for row in rows if row["split"] == name] for name in ("val", "test")}
     sides = {name: found for name, found in each.items() if found}
     if split not in sides:
         return None
-    parts = read_parts(table, task, results["fold"], sides, results)
+    parts = read_parts(file, task, results["fold"], sides, results)
     found = parts[split]
     results |= {name: getattr(found, name) for name in task.chosen if hasattr(found, name)}
     model, seed = results["model"], results["seed"]
