@@ -41,11 +41,11 @@ def export_program(
         torch.onnx.OnnxExporterError: torch cannot export it so.
     """
     import_onnx()
-    sizes = dict.fromkeys(free, torch.export.Dim.DYNAMIC)
+    sizes = (dict.fromkeys(free, torch.export.Dim.DYNAMIC),) if free else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations between torch and its exporter
         program = torch.onnx.export(
-            module, (pixels,), dynamo=True, dynamic_shapes=(sizes,), opset_version=OPSET,
+            module, (pixels,), dynamo=True, dynamic_shapes=sizes, opset_version=OPSET,
             verbose=False,
             input_names=["pixels"], output_names=list(outputs),
         )  # fmt: skip
