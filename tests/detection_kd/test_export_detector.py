@@ -15,6 +15,7 @@ from PIL import Image
 
 from detection_kd import export_detector
 from detection_kd.engine import post_process
+from detection_kd.models import detector_onnx
 from detection_kd.models.backbone import Backbone
 from detection_kd.models.deformable_detr import DeformableDETR, describe_detector
 from detection_kd.models.deformable_transformer import Architecture, Detections
@@ -71,7 +72,7 @@ def test_the_file_detects_what_the_detector_does(folder: Path, exported: Path) -
     network, noted = open_detector(exported / "detector.onnx")
     assert isinstance(network, OnnxDetector)
     assert noted["categories"] == description["categories"]
-    assert noted["operating_point"] == description["operating_point"]
+    assert noted["operating_point"] == description["operating_point"] and noted["batch"] == 0
     for count in (1, 3):  # it was exported with two
         pixels = torch.randint(0, 255, (count, 3, 64, 96), dtype=torch.uint8)
         padding = torch.zeros(count, 64, 96, dtype=torch.bool)
@@ -114,6 +115,38 @@ def test_graph_in_pytorch_is_the_detector(folder: Path) -> None:
     (own, *_), _ = post_process(found, [(64, 64)] * 2, 12)
     near = torch.isclose(boxes[0] * 64, torch.from_numpy(own)[:, None], atol=1e-2)
     assert near.all(-1).any(1).all()
+
+
+def test_where_no_batch_can_be_free_pictures_are_run_one_by_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, notes = [], []
+
+    def export_program(
+        graph: object, pixels: torch.Tensor, free: tuple[int, ...], _: object
+    ) -> str:
+        asked.append((len(pixels), free))
+        if free:
+            raise torch.onnx.OnnxExporterError("specialised")
+        return "model"
+
+    class Session:
+        def run(self, names: object, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+            pixels = inputs["pixels"]
+            assert len(pixels) == 1
+            value = np.full((1, 2, 1), pixels.mean(), np.float32)
+            return [value, value.repeat(4, 2)]
+
+    monkeypatch.setattr(detector_onnx, "export_program", export_program)
+    monkeypatch.setattr(detector_onnx, "save_with_note", lambda *given: notes.append(given[3]))
+    model, _ = open_detector(folder / "detector.pt")
+    pixels = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 64, 64)
+    detector_onnx.export_detector(model, pixels, tmp_path / "x.onnx", {"size": [64, 64]})
+    assert asked == [(detector_onnx.TRACED, (0,)), (1, ())] and notes[0]["batch"] == 1
+    monkeypatch.setattr(detector_onnx, "read_note", lambda path, key: notes[0])
+    monkeypatch.setattr(detector_onnx, "open_session", lambda path, device: Session())
+    scores, boxes = OnnxDetector(tmp_path / "x.onnx").run(pixels)
+    assert scores[:, 0, 0].tolist() == [0, 1, 2] and boxes.shape == (3, 2, 4)
 
 
 class Shifted(torch.nn.Module):
