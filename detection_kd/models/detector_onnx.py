@@ -58,14 +58,15 @@ class DetectorGraph(nn.Module):
             if isinstance(module, MSDeformAttn):
                 module.attend = ms_deform_attn_gather
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
+        # under no name of an operator, which the exporter gives to constants that it folds
+        self.register_buffer("pixel_mean", mean)
+        self.register_buffer("pixel_std", std)
 
     def forward(
         self, pixels: UInt8[Tensor, "b 3 h w"]
     ) -> tuple[Float[Tensor, "b q classes"], Float[Tensor, "b q 4"]]:
         """Scores and boxes of every query of the last decoder layer."""
-        images = (pixels.float() / 255 - self.mean) / self.std
+        images = (pixels.float() / 255 - self.pixel_mean) / self.pixel_std
         padding = torch.zeros_like(pixels[:, 0], dtype=torch.bool)
         found = self.model(images, padding)
         return found.logits[-1].sigmoid(), cxcywh_to_xyxy(found.boxes[-1]).clamp(0, 1)

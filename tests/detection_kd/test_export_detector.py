@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -26,7 +27,7 @@ from wsi_common.cli import run
 from wsi_common.errors import UserError
 
 SIZES = Architecture(
-    32, 2, 32, 1, 2, levels=4, queries=6, box_refine=True, two_stage=True, mixed_selection=True
+    32, 2, 32, 1, 1, levels=2, queries=6, box_refine=True, two_stage=True, mixed_selection=True
 )
 
 
@@ -59,7 +60,12 @@ def export(folder: Path, output: Path, *changes: str) -> int:
 @pytest.fixture(scope="module")
 def exported(folder: Path) -> Path:
     output = folder / "exported"
-    assert export(folder, output) == 0
+    # the checks of shapes compare the free batch with the traced one, which makes it a constant
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        assert export(folder, output) == 0
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
     return output
 
 
