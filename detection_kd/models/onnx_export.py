@@ -50,8 +50,9 @@ def export_program(
             input_names=["pixels"], output_names=list(outputs),
         )  # fmt: skip
     assert program is not None
-    strip_names(program.model_proto)
-    return program.model_proto
+    model = program.model_proto  # made anew each time
+    strip_names(model)
+    return model
 
 
 def strip_names(model: Any) -> None:

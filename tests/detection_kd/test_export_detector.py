@@ -22,6 +22,7 @@ from detection_kd.models.deformable_detr import DeformableDETR, describe_detecto
 from detection_kd.models.deformable_transformer import Architecture, Detections
 from detection_kd.models.detector_onnx import DetectorGraph, OnnxDetector
 from detection_kd.whole_slides.detector_file import normalise_pixels, open_detector
+from tests.helpers import ROOT
 from wsi_common.checkpoint import load_checkpoint, save_checkpoint
 from wsi_common.cli import run
 from wsi_common.errors import UserError
@@ -74,6 +75,7 @@ def test_the_file_detects_what_the_detector_does(folder: Path, exported: Path) -
     record = json.loads((exported / "export_detector.json").read_text())
     assert record["size"] == [64, 96] and record["agreement"]["iou"] >= 0.99
     assert record["agreement"]["score"] <= 0.002 and list(record["files"]) == ["detector.onnx"]
+    assert str(ROOT).encode() not in (exported / "detector.onnx").read_bytes()
     model, description = open_detector(folder / "detector.pt")
     network, noted = open_detector(exported / "detector.onnx")
     assert isinstance(network, OnnxDetector)
