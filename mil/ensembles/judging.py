@@ -36,20 +36,21 @@ class Pending:
 
     Attributes:
         subject: slide or case.
-        bags: slide id -> bag, features on disk.
+        files: slide id -> bag file.
         digests: slide id -> digest of its bag.
+        tiles: in all bags.
         covariates: column -> cell; None for models without.
     """
 
     subject: Subject
-    bags: Mapping[str, Bag]
+    files: Mapping[str, Path]
     digests: Mapping[str, str]
+    tiles: int
     covariates: Cells | None = None
 
-    @property
-    def tiles(self) -> int:
-        """In all bags."""
-        return sum(len(bag) for bag in self.bags.values())
+    def open(self) -> dict[str, Bag]:
+        """Slide id -> bag, features on disk."""
+        return {slide: open_bag(file) for slide, file in self.files.items()}
 
 
 def open_subjects(
@@ -74,16 +75,20 @@ def open_subjects(
         UserError: not one subject is left; the first one's error, and how many more there are.
     """
     found = []
-    for subject in subjects:
+    for subject in progress(subjects, "bags", len(subjects), "slides"):
         try:
             absent = [slide for slide in subject.slides if slide not in files]
             if absent:
                 raise UserError(f"expected a bag of slide {absent[0]}, found none")
-            bags = {slide: open_bag(files[slide]) for slide in subject.slides}
-            for slide, bag in bags.items():
+            own = {slide: files[slide] for slide in subject.slides}
+            digests, tiles = {}, 0
+            for slide, file in own.items():
+                bag = open_bag(file)
                 classifier.check_bag(slide, bag, unnamed=unnamed)
-            digests = {slide: bag.digest() for slide, bag in bags.items()}
-            found.append(Pending(subject, bags, digests, covariates.get(subject.slides[0])))
+                digests[slide] = bag.digest()
+                tiles += len(bag)
+            cells = covariates.get(subject.slides[0])
+            found.append(Pending(subject, own, digests, tiles, cells))
         except (UserError, OSError) as error:
             failures.add(subject.name, str(error))
     if subjects and not found:
@@ -114,7 +119,7 @@ def judge_all(
         else:
             left.append(one)
     read = read_ahead(left, lambda one: read_samples(one, classifier))
-    for one, result in progress(read, "predict", len(left), "slides"):
+    for one, result in progress(read, "predict", len(left), "slides or cases"):
         name = one.subject.name
         try:
             samples = result.result()
@@ -169,7 +174,7 @@ def read_samples(one: Pending, classifier: Classifier) -> list[Sample]:
         UserError: features that are not finite.
     """
     bags = []
-    for bag in one.bags.values():
+    for bag in one.open().values():
         small = 4 * bag.shape[0] * bag.shape[1] <= WHOLE_BYTES
         bags.append(bag.load() if small else bag)
         bags[-1].check_finite()

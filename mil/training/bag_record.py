@@ -69,16 +69,25 @@ def check_bag(slide_id: str, bag: Bag, config: Mapping[str, Any]) -> None:
     expected = f"the features that the model was tested on ({trained[:SHORT]}"
     expected += f" of {_name(record['encoders'])})"
     found = f"others ({digest[:SHORT]} of {_name([read_encoder(bag)])})"
-    _refuse(slide_id, bag, expected, found)
+    _refuse(slide_id, bag, expected, found, REMEDY)
+
+
+REMEDY = "give features=<folder of the bags that the model was trained on>, or train again on these"
 
 
 def check_encoder(
-    slide_id: str, bag: Bag, config: Mapping[str, Any], *, unnamed: bool = False
+    slide_id: str,
+    bag: Bag,
+    config: Mapping[str, Any],
+    remedy: str = REMEDY,
+    *,
+    unnamed: bool = False,
 ) -> None:
     """Refuse a bag of another width or another encoder than those that the model was trained on.
 
     Args:
         slide_id, bag, config: as `check_bag`.
+        remedy: what the user can do, for the message.
         unnamed: take a bag that says of no encoder.
 
     Raises:
@@ -86,17 +95,14 @@ def check_encoder(
     """
     record, own, dim = config["bags"], read_encoder(bag), config["network"]["dim"]
     if bag.shape[1] != dim:
-        _refuse(slide_id, bag, f"{dim} features per tile", f"{bag.shape[1]}")
+        _refuse(slide_id, bag, f"{dim} features per tile", f"{bag.shape[1]}", remedy)
     if own not in record["encoders"] and not (unnamed and not own):
         expected = f"features of the model's encoder, {_name(record['encoders'])}"
-        _refuse(slide_id, bag, expected, f"those of {_name([own])}")
+        _refuse(slide_id, bag, expected, f"those of {_name([own])}", remedy)
 
 
-def _refuse(slide_id: str, bag: Bag, expected: str, found: str) -> NoReturn:
-    raise UserError(
-        f"slide {slide_id}: expected {expected}, found {found} in {bag.path}; give "
-        "features=<folder of the bags that the model was trained on>, or train again on these"
-    )
+def _refuse(slide_id: str, bag: Bag, expected: str, found: str, remedy: str) -> NoReturn:
+    raise UserError(f"slide {slide_id}: expected {expected}, found {found} in {bag.path}; {remedy}")
 
 
 def _name(encoders: Iterable[Mapping[str, str]]) -> str:

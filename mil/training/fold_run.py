@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from mil.datasets.bags import Sample, digest_set, load_bags
-from mil.datasets.case_bags import join_bags
+from mil.datasets.case_bags import POOLED, join_bags
 from mil.datasets.covariates import Cells, CovariateEncoder, fit_covariates, write_cells
 from mil.datasets.labels import LabelledSlides
 from mil.datasets.splits import SETS, Split
@@ -29,7 +29,7 @@ from mil.models.fusion import ALONE
 from mil.models.layers import find_standardised, inner_model
 from mil.models.output import Target
 from mil.tasks.base import Task, apply_cuts
-from mil.tasks.prediction_table import write_predictions
+from mil.tasks.prediction_table import SLIDE_TABLE, write_predictions
 from mil.tasks.records import RunPredictions, TaskOptions
 from mil.tasks.slide_targets import SlideTargets
 from mil.tasks.table import fit_task
@@ -50,8 +50,6 @@ from wsi_common.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 _kept: dict[tuple[object, ...], dict[str, Bag]] = {}  # of `cached_bags`: one at most
-POOLED = ("case_mean", "case_max")
-SLIDE_TABLE = "slide_predictions.csv"  # a row per slide, where predictions.csv is by case
 PLAIN = "plain"  # folder of the model that a teacher-student model starts from
 
 

@@ -263,7 +263,7 @@ def test_heatmaps_are_means_over_the_models(tmp_path: Path):
     for path in (new / "slides").iterdir():
         path.rename(path.with_name(f"new_{path.name}"))
     bench = train_benchmark(old, tmp_path / "bench", "models=[abmil]")
-    more = ("heatmaps=true", f"slides={new}/slides", "workers=0", "drawing.max_side=64")
+    more = ("draw_heatmaps=true", f"slides={new}/slides", "workers=0", "drawing.max_side=64")
     labels = f"labels={new}/labels.csv"
     out = tmp_path / "out"
     assert predict_with(bench, new / "bags", out, labels, *more) == 0
@@ -282,6 +282,17 @@ def test_heatmaps_are_means_over_the_models(tmp_path: Path):
     assert "new_s00" in page.read_text()
     assert predict_with(bench, new / "bags", out, labels, *more) == 0
     assert (out / "heatmaps/heatmaps/new_s00.png").stat().st_mtime_ns == drawn
+
+
+def test_a_cohort_of_one_class_has_the_metrics_that_exist(trained: Path, tmp_path: Path):
+    rows = [row for row in read_csv(trained / "new/labels.csv") if row["label"] == "pos"]
+    labels = write_csv_rows(tmp_path / "labels.csv", rows[:4])
+    given = (f"labels={labels}", "figures=true")
+    assert predict_with(trained / "bench", trained / "new/bags", tmp_path / "out", *given) == 0
+    summary = read_csv(tmp_path / "out/validation/summary.csv")[0]
+    assert summary["auc_mean"] == "" and 0 <= float(summary["sensitivity_mean"]) <= 1
+    write_csv_rows(labels, rows[:1])
+    assert predict_with(trained / "bench", trained / "new/bags", tmp_path / "one", *given) == 0
 
 
 @pytest.mark.parametrize("kind", COHORTS)
@@ -311,6 +322,8 @@ def test_every_task_is_predicted_and_validated(tmp_path: Path, kind: str):
     assert summary["model"] == "ensemble" and summary[f"{task.headline}_mean"] != ""
     if task.call_column:
         assert all(row[task.call_column] for row in found)
+    with pytest.raises(UserError, match="expected a classifier of two classes"):
+        mil.load_classifier(tmp_path / "bench", device="cpu", threshold="sensitivity")
 
 
 def test_risks_of_folds_are_averaged_in_standard_deviations_of_their_validation(tmp_path: Path):
